@@ -1,0 +1,1 @@
+"""What turns the data people have into the schema."""

@@ -1,0 +1,85 @@
+"""What a person sees: tables, one line a step, progress bars with rate and time left. Rank 0 alone speaks."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, TypeVar
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+T = TypeVar("T")
+
+
+def is_main() -> bool:
+    """True on the one process that prints and writes shared files."""
+    return int(os.environ.get("RANK", "0")) == 0
+
+
+def out() -> Console:
+    """The console for results, on standard output (100 columns when it is not a terminal)."""
+    return Console(file=sys.stdout, width=None if sys.stdout.isatty() else 110, highlight=False, quiet=not is_main())
+
+
+def err() -> Console:
+    """The console for errors, on standard error; every rank may speak there."""
+    return Console(file=sys.stderr, width=None if sys.stderr.isatty() else 110, highlight=False)
+
+
+def say(text: str, style: str | None = None) -> None:
+    """Print one line on the main process. `text` is literal: square brackets are not markup."""
+    out().print(text, style=style, markup=False, soft_wrap=True)
+    sys.stdout.flush()
+
+
+def warn(text: str) -> None:
+    """Print a warning on the main process."""
+    if is_main():
+        err().print(f"warning: {text}", style="yellow", markup=False, soft_wrap=True)
+
+
+def number(value: Any, digits: int = 4) -> str:
+    """A figure as people read it: 4 significant digits, thousands separated, a dash for None."""
+    if value is None:
+        return "-"
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return str(value)
+    if isinstance(value, int):
+        return f"{value:,}"
+    return f"{value:,.{digits}g}" if abs(value) < 1e4 else f"{value:,.0f}"
+
+
+def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
+    """Print a table; columns after the first are right-aligned when they hold figures."""
+    rows = [list(row) for row in rows]
+    view = Table(title=title, title_justify="left", title_style="bold")
+    for index, column in enumerate(columns):
+        figures = bool(rows) and all(isinstance(r[index], (int, float, type(None))) for r in rows)
+        view.add_column(column, justify="right" if figures else "left", overflow="fold")
+    for row in rows:
+        view.add_row(*[_escape(number(cell)) for cell in row])
+    out().print(view)
+    sys.stdout.flush()
+
+
+def _escape(text: str) -> str:
+    return text.replace("[", "\\[")
+
+
+def track(items: Iterable[T], what: str, total: int | None = None, unit: str = "it") -> Iterator[T]:
+    """Iterate with a progress bar (rate and time left) that vanishes when done; silent where nobody looks."""
+    console = err()
+    columns = (
+        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(),
+        TextColumn("{task.fields[rate]}"), TimeRemainingColumn(),
+    )  # fmt: skip
+    with Progress(*columns, console=console, transient=True, disable=not (is_main() and console.is_terminal)) as bar:
+        known = total if total is not None else (len(items) if hasattr(items, "__len__") else None)
+        task = bar.add_task(what, total=known, rate="")
+        for item in items:
+            yield item
+            speed = bar.tasks[0].speed
+            bar.update(task, advance=1, rate=f"{speed:,.0f} {unit}/s" if speed else "")
