@@ -77,7 +77,7 @@ def track(items: Iterable[T], what: str, total: int | None = None, unit: str = "
         TextColumn("{task.fields[rate]}"), TimeRemainingColumn(),
     )  # fmt: skip
     with Progress(*columns, console=console, transient=True, disable=not (is_main() and console.is_terminal)) as bar:
-        known = total if total is not None else (len(items) if hasattr(items, "__len__") else None)
+        known = total if total is not None else getattr(items, "__len__", lambda: None)()
         task = bar.add_task(what, total=known, rate="")
         for item in items:
             yield item
