@@ -8,23 +8,43 @@ from __future__ import annotations
 
 import hashlib
 import json
+import reprlib
+import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
+from datetime import datetime
+from functools import cached_property
 from typing import Any, ClassVar, Literal
 
 SCHEMA_VERSION = 1
 ROLES = ("system", "user", "assistant")
 SPLITS = ("train", "eval", "test")
+AUTHOR_KINDS = ("model", "person", "unknown")
 
 
 class BadRecord(ValueError):
-    """A row that does not fit the schema; the message says which field and why."""
+    """Data that does not fit the schema. The message is the reason, with the detail in brackets.
+
+    Args:
+        reason: Which field and what is wrong, the same words for every such row, so that rows are counted by it.
+        detail: The value or the position in this row.
+        remedy: What to do about it.
+    """
+
+    def __init__(self, reason: str, detail: str = "", remedy: str = "") -> None:
+        self.reason, self.detail, self.remedy = reason, detail, remedy
+        super().__init__(f"{reason} ({detail})" if detail else reason)
+
+
+_canonical_json = json.JSONEncoder(ensure_ascii=False, sort_keys=True, separators=(",", ":")).encode
 
 
 def content_hash(*parts: Any) -> str:
     """16 hex digits (64 bits) of the SHA-256 of the parts' canonical JSON."""
-    text = json.dumps(parts, ensure_ascii=False, sort_keys=True, separators=(",", ":"))
-    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:16]
+    return hashlib.sha256(_canonical_json(parts).encode("utf-8", "surrogatepass")).hexdigest()[:16]
+
+
+# ---- records: checked when made, so that one that exists is valid ------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +61,9 @@ class Prompt:
 
     `source` says where it came from, `group` (a topic, say) what a split may hold together, and `split` is
     train, eval, test or None while no split has been made.
+
+    Raises:
+        BadRecord: A field is of the wrong type, empty, or contradicts another.
     """
 
     messages: tuple[Message, ...]
@@ -50,13 +73,21 @@ class Prompt:
 
     kind: ClassVar[str] = "prompt"
 
-    @property
+    def __post_init__(self) -> None:
+        _check_messages(self.messages)
+        _check_text(self.source, "source", empty_ok=True)
+        _check_text(self.group, "group", none_ok=True)
+        if self.split is not None and self.split not in SPLITS:
+            raise BadRecord(f"split: not one of {', '.join(SPLITS)}", f"got {self.split!r}")
+
+    @cached_property
     def prompt_id(self) -> str:
         """Hash of the messages alone: the same prompt in every file and stage."""
         return content_hash([[m.role, m.content] for m in self.messages])
 
     @property
     def id(self) -> str:
+        """Hash of what makes this record; `source`, `group` and `split` are no part of it."""
         return self.prompt_id
 
     @property
@@ -77,6 +108,11 @@ class Demonstration(Prompt):
 
     kind: ClassVar[str] = "demonstration"
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check_text(self.answer, "answer")
+        _check_text(self.author, "author", empty_ok=True)
+
     @property
     def id(self) -> str:
         return content_hash(self.prompt_id, self.answer)
@@ -94,7 +130,10 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Ranking(Prompt):
-    """A prompt plus K >= 2 candidates and one rank each: 1 = best, equal ranks = tie. Pairs are never stored."""
+    """A prompt plus K >= 2 candidates and one rank each: 1 = best, equal ranks = tie. Pairs are never stored.
+
+    Ranks are kept dense: 1, 3, 3 becomes 1, 2, 2.
+    """
 
     candidates: tuple[Candidate, ...] = ()
     ranks: tuple[int, ...] = ()
@@ -103,6 +142,14 @@ class Ranking(Prompt):
     """When it was made, ISO 8601."""
 
     kind: ClassVar[str] = "ranking"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check_candidates(self.candidates)
+        _check_ranks(self.ranks, self.candidates)
+        object.__setattr__(self, "ranks", dense_ranks(self.ranks))
+        _check_text(self.annotator, "annotator", empty_ok=True)
+        _check_time(self.time)
 
     @property
     def id(self) -> str:
@@ -118,9 +165,6 @@ Record = Prompt | Demonstration | Ranking
 KINDS: dict[str, type[Prompt]] = {"prompt": Prompt, "demonstration": Demonstration, "ranking": Ranking}
 
 
-# ---- checks and conversion ---------------------------------------------------------------------------------------
-
-
 def dense_ranks(values: Iterable[float]) -> tuple[int, ...]:
     """Ranks 1, 2, ... from any numbers where smaller = better; equal numbers share a rank and none is skipped."""
     values = list(values)
@@ -128,110 +172,168 @@ def dense_ranks(values: Iterable[float]) -> tuple[int, ...]:
     return tuple(order[value] for value in values)
 
 
-def _text(value: Any, name: str, allow_empty: bool = False) -> str:
+# ---- checks ------------------------------------------------------------------------------------------------------
+
+
+def _check_text(value: Any, name: str, index: int | None = None, empty_ok: bool = False, none_ok: bool = False) -> None:
+    if none_ok and value is None:
+        return
+    where = "" if index is None else f"at index {index}"
     if not isinstance(value, str):
-        raise BadRecord(f"{name}: expected text, got {type(value).__name__}")
-    if not allow_empty and not value.strip():
-        raise BadRecord(f"{name}: empty")
+        raise BadRecord(f"{name}: not text", f"{where + ': ' if where else ''}{type(value).__name__}")
+    if not empty_ok and (not value or value.isspace()):
+        raise BadRecord(f"{name}: empty", where)
     try:
         value.encode("utf-8")
     except UnicodeEncodeError:
-        raise BadRecord(f"{name}: not valid Unicode (a lone surrogate)") from None
-    return value
+        raise BadRecord(f"{name}: not valid Unicode (a lone surrogate)", where) from None
 
 
-def _optional(row: Mapping[str, Any], name: str) -> str | None:
-    value = row.get(name)
-    return None if value is None else _text(value, name, allow_empty=True)
+def _check_messages(messages: Any) -> None:
+    if not isinstance(messages, tuple) or not messages:
+        raise BadRecord("messages: none", _brief(messages))
+    before = None
+    for index, message in enumerate(messages):
+        if not isinstance(message, Message):
+            raise BadRecord("messages: not a list of {role, content}", f"at index {index}: {_brief(message)}")
+        if message.role not in ROLES:
+            raise BadRecord(f"messages.role: not one of {', '.join(ROLES)}", f"at index {index}: {message.role!r}")
+        _check_text(message.content, "messages.content", index)
+        if message.role == before:
+            raise BadRecord("messages: two turns in a row with the same role", f"at index {index}: {before}")
+        if message.role == "system" and index:
+            raise BadRecord("messages: a system turn is allowed only first", f"at index {index}")
+        before = message.role
+    if before != "user":
+        raise BadRecord("messages: must end with a user turn", f"ends with {before}")
 
 
-def _messages(value: Any) -> tuple[Message, ...]:
-    if isinstance(value, str):
-        value = [{"role": "user", "content": value}]
-    if not isinstance(value, (list, tuple)) or not value:
-        raise BadRecord("messages: expected a non-empty list of {role, content}")
-    messages = []
-    for index, item in enumerate(value):
-        if not isinstance(item, Mapping) or item.get("role") not in ROLES:
-            raise BadRecord(
-                f"messages[{index}]: expected role ({', '.join(ROLES)}) and content, got {str(item)[:80]!r}"
-            )
-        messages.append(Message(item["role"], _text(item.get("content"), f"messages[{index}].content")))
-    if messages[-1].role != "user":
-        raise BadRecord(f"messages: must end with a user turn, ends with {messages[-1].role}")
-    if any(a.role == b.role for a, b in zip(messages, messages[1:])):
-        raise BadRecord("messages: two turns in a row with the same role")
-    if any(m.role == "system" for m in messages[1:]):
-        raise BadRecord("messages: a system turn is allowed only first")
-    return tuple(messages)
-
-
-def _candidates(value: Any) -> tuple[Candidate, ...]:
-    if not isinstance(value, (list, tuple)) or len(value) < 2:
-        raise BadRecord("candidates: expected at least two answers")
-    found = []
-    for index, item in enumerate(value):
-        item = {"text": item} if isinstance(item, str) else item
-        if not isinstance(item, Mapping):
-            raise BadRecord(f"candidates[{index}]: expected text or an object, got {type(item).__name__}")
-        kind: Any = item.get("author_kind") or "unknown"
-        score = item.get("score")
-        if kind not in ("model", "person", "unknown"):
-            raise BadRecord(f"candidates[{index}].author_kind: {kind!r} is not model, person or unknown")
-        if score is not None and (isinstance(score, bool) or not isinstance(score, (int, float)) or score != score):
-            raise BadRecord(f"candidates[{index}].score: expected a number, got {score!r}")
-        text = _text(item.get("text"), f"candidates[{index}].text")
-        found.append(Candidate(text, _optional(item, "author") or "", kind, None if score is None else float(score)))
-    return tuple(found)
-
-
-def _ranks(value: Any, candidates: tuple[Candidate, ...]) -> tuple[int, ...]:
-    if not isinstance(value, (list, tuple)) or len(value) != len(candidates):
-        raise BadRecord(f"ranks: expected one rank for each of the {len(candidates)} candidates, got {value!r}")
-    if any(isinstance(r, bool) or not isinstance(r, int) or r < 1 for r in value):
-        raise BadRecord(f"ranks: expected whole numbers from 1 (best), got {list(value)!r}")
+def _check_candidates(candidates: Any) -> None:
+    if not isinstance(candidates, tuple) or len(candidates) < 2:
+        raise BadRecord("candidates: fewer than two answers", _brief(candidates))
+    for index, candidate in enumerate(candidates):
+        if not isinstance(candidate, Candidate):
+            raise BadRecord("candidates: not text or an object", f"at index {index}: {_brief(candidate)}")
+        _check_text(candidate.text, "candidates.text", index)
+        _check_text(candidate.author, "candidates.author", index, empty_ok=True)
+        if candidate.author_kind not in AUTHOR_KINDS:
+            detail = f"at index {index}: {candidate.author_kind!r}"
+            raise BadRecord(f"candidates.author_kind: not one of {', '.join(AUTHOR_KINDS)}", detail)
+        score = candidate.score
+        if score is not None and (not _is_number(score) or not -sys.float_info.max <= score <= sys.float_info.max):
+            raise BadRecord("candidates.score: not a finite number", f"at index {index}: {_brief(score)}")
     if len({c.text for c in candidates}) < 2:
         raise BadRecord("candidates: fewer than two distinct answers")
+
+
+def _check_ranks(ranks: Any, candidates: tuple[Candidate, ...]) -> None:
+    if not isinstance(ranks, tuple) or len(ranks) != len(candidates):
+        raise BadRecord("ranks: not one for each candidate", f"{len(candidates)} candidates, ranks {_brief(ranks)}")
+    if any(isinstance(rank, bool) or not isinstance(rank, int) or rank < 1 for rank in ranks):
+        raise BadRecord("ranks: not whole numbers from 1 (best)", _brief(ranks))
     seen: dict[str, int] = {}
-    for candidate, rank in zip(candidates, value):
+    for candidate, rank in zip(candidates, ranks):
         if seen.setdefault(candidate.text, rank) != rank:
             raise BadRecord("ranks: identical candidates are ranked apart")
-    return dense_ranks(value)
+
+
+def _check_time(time: Any) -> None:
+    if time is None:
+        return
+    _check_text(time, "time")
+    try:
+        datetime.fromisoformat(time)
+    except ValueError:
+        raise BadRecord("time: not ISO 8601", repr(time)) from None
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _brief(value: Any) -> str:
+    """The value as a message shows it. `reprlib` bounds length and depth: rows may be huge or deeply nested."""
+    return reprlib.repr(value)
+
+
+# ---- JSON form ---------------------------------------------------------------------------------------------------
 
 
 def from_dict(row: Any, kind: str | None = None) -> Record:
     """A record from its JSON form. `messages` may also be called `prompt` and be a plain string.
 
+    Fields that the schema does not know are left out.
+
     Args:
         row: A mapping with the record's fields; candidates may be plain strings.
-        kind: prompt, demonstration or ranking; None decides by the fields.
+        kind: prompt, demonstration or ranking: a row of another kind is refused. None takes any.
 
     Raises:
         BadRecord: A field is missing, of the wrong type, or contradicts another.
     """
     if not isinstance(row, Mapping):
-        raise BadRecord(f"expected an object, got {type(row).__name__}")
-    if kind is None:
-        kind = "ranking" if "candidates" in row else "demonstration" if "answer" in row else "prompt"
-    cls = KINDS[kind]
-    base: dict[str, Any] = {
+        raise BadRecord("not an object", type(row).__name__)
+    found = "ranking" if "candidates" in row else "demonstration" if "answer" in row else "prompt"
+    if kind is not None and found != kind:
+        remedy = "Keep each kind in its own file: rankings have `candidates`, demonstrations `answer`, prompts neither."
+        raise BadRecord(f"a {found} where a {kind} is needed", remedy=remedy)
+    fields: dict[str, Any] = {
         "messages": _messages(row.get("messages", row.get("prompt"))),
-        "source": _optional(row, "source") or "",
-        "group": _optional(row, "group"),
-        "split": _optional(row, "split"),
+        "source": _or(row.get("source"), ""),
+        "group": _or(row.get("group"), None),
+        "split": _or(row.get("split"), None),
     }
-    if base["split"] is not None and base["split"] not in SPLITS:
-        raise BadRecord(f"split: {base['split']!r} is not one of {', '.join(SPLITS)}")
-    if kind == "demonstration":
-        base |= {"answer": _text(row.get("answer"), "answer"), "author": _optional(row, "author") or ""}
-    elif kind == "ranking":
-        candidates = _candidates(row.get("candidates"))
-        base |= {"candidates": candidates, "ranks": _ranks(row.get("ranks"), candidates)}
-        base |= {"annotator": _optional(row, "annotator") or "", "time": _optional(row, "time")}
-    record = cls(**base)
-    if row.get("id") is not None and row["id"] != record.id:
-        raise BadRecord(f"id: {row['id']!r} is not the content hash {record.id!r}; leave the field out")
+    if found == "demonstration":
+        fields |= {"answer": row["answer"], "author": _or(row.get("author"), "")}
+    elif found == "ranking":
+        fields |= {"candidates": _candidates(row["candidates"]), "ranks": _as_tuple(row.get("ranks"))}
+        fields |= {"annotator": _or(row.get("annotator"), ""), "time": _or(row.get("time"), None)}
+    record = KINDS[found](**fields)
+    for name in ("id", "prompt_id"):
+        if row.get(name) is not None and row[name] != getattr(record, name):
+            detail = f"{_brief(row[name])}, the content gives {getattr(record, name)!r}"
+            raise BadRecord(f"{name}: not the content hash", detail, f"Leave `{name}` out; it is computed.")
     return record
+
+
+def _or(value: Any, default: str | None) -> Any:
+    return default if value is None or value == "" else value
+
+
+def _as_tuple(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
+
+
+def _messages(value: Any) -> Any:
+    if isinstance(value, str):
+        return (Message("user", value),)
+    if not isinstance(value, (list, tuple)):
+        return value
+    return tuple(map(_message, value))
+
+
+def _message(value: Any) -> Any:
+    if not isinstance(value, Mapping):
+        return value
+    role, content = value.get("role"), value.get("content")
+    return Message(role, content)  # type: ignore[arg-type]  # the record checks them
+
+
+def _candidates(value: Any) -> Any:
+    return tuple(map(_candidate, value)) if isinstance(value, (list, tuple)) else value
+
+
+def _candidate(value: Any) -> Any:
+    if isinstance(value, str):
+        return Candidate(value)
+    if not isinstance(value, Mapping):
+        return value
+    text, author, author_kind = (
+        value.get("text"),
+        _or(value.get("author"), ""),
+        _or(value.get("author_kind"), "unknown"),
+    )
+    return Candidate(text, author, author_kind, value.get("score"))  # type: ignore[arg-type]  # the record checks them
 
 
 def to_dict(record: Record) -> dict[str, Any]:

@@ -10,9 +10,10 @@ import inspect
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Annotated, Any
+from typing import Any
 
-from pydantic import BaseModel, ConfigDict, PlainSerializer, PlainValidator, ValidationError, create_model
+from pydantic import BaseModel, ConfigDict, ValidationError, create_model
+from pydantic_core import core_schema
 
 from rlhf.errors import nearest
 
@@ -114,11 +115,11 @@ class Table:
             raise ValueError(f"{self.kind} {row.name!r}: {faults}") from None
         return Pick(row, {name: getattr(checked, name) for name in row.options.model_fields})
 
-    @property
-    def choice(self) -> Any:
-        """The pydantic type of a config field that picks from this table."""
+    def __get_pydantic_core_schema__(self, source: Any, handler: Any) -> core_schema.CoreSchema:
+        """Makes `Annotated[Pick, TABLE]` the type of a config field that picks from this table."""
 
         def plain(pick: Pick) -> Any:
             return {"name": pick.name, **pick.options} if pick.options else pick.name
 
-        return Annotated[Pick, PlainValidator(self.pick), PlainSerializer(plain), self]
+        to_plain = core_schema.plain_serializer_function_ser_schema(plain)
+        return core_schema.no_info_plain_validator_function(self.pick, serialization=to_plain)

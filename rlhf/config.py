@@ -1,0 +1,439 @@
+"""The configs of the stages: typed, checked, and read from YAML with dotted overrides.
+
+Everything that can be found wrong without loading a model is found here, all errors of a file at once, in under a
+second. The text under each field is its documentation: docs/config.md is generated from it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar, get_args
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+
+from rlhf.advantages import ADVANTAGES
+from rlhf.errors import UserError, nearest
+from rlhf.kl import KL_CONTROLLERS, KL_ESTIMATORS
+from rlhf.ranking import RANKING_LOSSES
+from rlhf.rewards import REWARDS
+from rlhf.rollout import SAMPLERS
+from rlhf.table import Pick
+from rlhf.tuning import TUNING
+
+Positive = Annotated[int, Field(ge=1)]
+Count = Annotated[int, Field(ge=0)]
+Rate = Annotated[float, Field(gt=0)]
+Weight = Annotated[float, Field(ge=0)]
+Share = Annotated[float, Field(ge=0, le=1)]
+Paths = Annotated[list[str], BeforeValidator(lambda v: [v] if isinstance(v, str) else v)]
+
+
+class Strict(BaseModel):
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, validate_default=True, use_attribute_docstrings=True, protected_namespaces=()
+    )
+
+
+class ModelConfig(Strict):
+    path: str
+    """A run folder of an earlier stage, a Hugging Face model folder, or a hub name."""
+    chat_template: str = "auto"
+    """`auto` (the model's own, else `default`), `default`, `plain` (no roles: the answer continues the prompt's
+    text), or the path of a Jinja file."""
+    max_length: Positive | None = None
+    """Longest sequence in tokens, prompt and answer together; the model's own limit when left out."""
+    trust_remote_code: bool = False
+    """Run Python code that comes with the model. Leave off unless you have read that code."""
+    attn_implementation: str | None = None
+    """What transformers calls so: `sdpa`, `eager`, `flash_attention_2`, ...; its own choice when left out."""
+
+
+class DataConfig(Strict):
+    train: Paths
+    """Datasets (folders or JSONL files). Records of the splits `eval` and `test` are never trained on."""
+    eval: Paths = []
+    """Held-out datasets; when left out, the `eval` split of the training datasets."""
+    max_eval_records: Positive | None = None
+    """At most so many held-out records, taken from the front."""
+
+
+class CheckpointConfig(Strict):
+    every: Positive = 100
+    """Steps (updates in PPO) between checkpoints."""
+    keep: Positive = 2
+    """How many of the newest checkpoints stay on disk."""
+
+
+class LogConfig(Strict):
+    every: Positive = 1
+    """Steps between lines in metrics.jsonl and on the console."""
+    report_to: list[Literal["tensorboard", "wandb", "trackio"]] = []
+    """Where metrics go besides metrics.jsonl; each needs its own package."""
+
+
+class OptimizerConfig(Strict):
+    lr: Rate = 1e-5
+    """Peak learning rate."""
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    """How the rate falls from its peak to zero (`constant` stays)."""
+    warmup: Share = 0.03
+    """Share of all steps over which the rate climbs to its peak."""
+    weight_decay: Weight = 0.0
+    """AdamW's decoupled weight decay."""
+    betas: tuple[Share, Share] = (0.9, 0.999)
+    """AdamW's two decay rates."""
+    eps: Rate = 1e-8
+    """AdamW's epsilon."""
+    max_grad_norm: Rate = 1.0
+    """Gradients are clipped to this global norm."""
+
+
+class BatchConfig(Strict):
+    epochs: Rate = 1.0
+    """Passes over the training data."""
+    max_steps: Positive | None = None
+    """Optimizer steps; takes precedence over `epochs`."""
+    batch_size: Positive = 32
+    """Records (demonstrations, or whole rankings) per optimizer step over all processes."""
+    micro_batch_size: Positive = 8
+    """Records per forward pass and process; the rest of a batch is accumulated."""
+    group_by_length: bool = True
+    """Batch records of similar length, so that less is padded. The order stays random between groups."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, about a third more time."""
+
+
+class StageConfig(Strict):
+    run: str
+    """The run folder to make."""
+    seed: Count = 0
+    """Seeds every random choice."""
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Of the computation; `auto` is bfloat16 where the GPU has it, float32 elsewhere. Weights of the optimizer stay
+    float32."""
+    deepspeed: str | None = None
+    """A DeepSpeed JSON (see configs/deepspeed). Several processes without one use ZeRO stage 0."""
+    timeout_seconds: Positive = 600
+    """How long a collective operation waits for a rank that does not answer before the run ends."""
+    checkpoints: CheckpointConfig = CheckpointConfig()
+    log: LogConfig = LogConfig()
+
+    @model_validator(mode="after")
+    def _deepspeed_is_there(self) -> StageConfig:
+        if self.deepspeed is not None and not Path(self.deepspeed).is_file():
+            raise ValueError(f"deepspeed: no file {self.deepspeed}")
+        return self
+
+
+class SFTConfig(StageConfig):
+    model: ModelConfig
+    data: DataConfig
+    """Datasets of demonstrations."""
+    tuning: Annotated[Pick, TUNING] = TUNING.pick("full")
+    """What is trained: a row of the tuning table (`full`, `last-layers`, `lora`, ...) with its options."""
+    batch: BatchConfig = BatchConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    packing: bool = False
+    """Fill every row of a batch with several demonstrations, which do not see each other (needs an attention
+    implementation with variable lengths, such as flash_attention_2)."""
+    eval_every: Positive = 100
+    """Steps between evaluations on the held-out prompts; the checkpoint with the lowest loss becomes the result."""
+    samples: Count = 4
+    """Held-out prompts that are answered and written to samples.jsonl at each evaluation."""
+    sample_tokens: Positive = 64
+    """Longest sample answer, in tokens."""
+
+
+class RewardConfig(StageConfig):
+    model: ModelConfig
+    data: DataConfig
+    """Datasets of rankings."""
+    tuning: Annotated[Pick, TUNING] = TUNING.pick("full")
+    """What is trained besides the score head: a row of the tuning table with its options."""
+    loss: Annotated[Pick, RANKING_LOSSES] = RANKING_LOSSES.pick("bradley-terry")
+    """A row of the table of ranking losses with its options."""
+    centering: Weight = 0.0
+    """Weight of the penalty that keeps scores near zero."""
+    batch: BatchConfig = BatchConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    eval_every: Positive = 100
+    """Steps between evaluations on the held-out rankings; the checkpoint with the lowest loss becomes the result."""
+    normalize: Literal["none", "demonstrations", "answers"] = "answers"
+    """After training, scores are shifted and scaled: `demonstrations` puts the mean over `reference` demonstrations
+    at 0 (InstructGPT), `answers` also scales to mean 0 and standard deviation 1 over the held-out answers (the
+    training answers where nothing is held out)."""
+    reference: Paths = []
+    """Datasets of demonstrations for `normalize: demonstrations`."""
+
+    @model_validator(mode="after")
+    def _reference_is_named(self) -> RewardConfig:
+        if (self.normalize == "demonstrations") != bool(self.reference):
+            raise ValueError("reference: name demonstrations exactly when `normalize: demonstrations` is set")
+        return self
+
+
+class PPODataConfig(Strict):
+    prompts: Paths
+    """Datasets whose prompts are answered (of any kind; rankings and demonstrations give their prompts)."""
+    eval: Paths = []
+    """Held-out datasets; when left out, the `eval` split of `prompts`."""
+    ptx: Paths = []
+    """Demonstrations for the PPO-ptx term (InstructGPT eq. 2); needs `loss.ptx_coef`."""
+    max_prompt_tokens: Positive = 256
+    """Longer prompts keep their end: the oldest tokens are cut, and counted."""
+
+
+class CriticConfig(Strict):
+    init: Literal["reward", "policy"] = "reward"
+    """Start from the trained reward model, or from the policy with a new value head."""
+    tuning: Annotated[Pick, TUNING] = TUNING.pick("full")
+    """What is trained besides the value head."""
+
+
+class RolloutConfig(Strict):
+    sampler: Annotated[Pick, SAMPLERS] = SAMPLERS.pick("hf")
+    """A row of the table of samplers."""
+    prompts_per_update: Positive = 64
+    """Prompts per update over all processes."""
+    samples_per_prompt: Positive = 1
+    """Answers to each prompt; an update has prompts_per_update x samples_per_prompt episodes."""
+    max_new_tokens: Positive = 128
+    min_new_tokens: Count = 0
+    """The end-of-answer tokens are barred until an answer has so many tokens."""
+    temperature: Rate = 1.0
+    top_k: Count = 0
+    """Sample among the k likeliest tokens; 0 is off."""
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Sample among the likeliest tokens that hold this probability."""
+    stop: list[str] = []
+    """An answer also ends after any of these strings."""
+    batch_size: Positive = 64
+    """Sequences that are generated together on one process."""
+
+    @model_validator(mode="after")
+    def _min_below_max(self) -> RolloutConfig:
+        if self.min_new_tokens > self.max_new_tokens:
+            raise ValueError(f"min_new_tokens {self.min_new_tokens} is above max_new_tokens {self.max_new_tokens}")
+        return self
+
+
+class KLConfig(Strict):
+    estimator: Annotated[Pick, KL_ESTIMATORS] = KL_ESTIMATORS.pick("k1")
+    """Of the per-token KL penalty."""
+    controller: Annotated[Pick, KL_CONTROLLERS] = KL_CONTROLLERS.pick({"name": "fixed", "coef": 0.05})
+    """`fixed` or `adaptive` (Ziegler 2019)."""
+
+
+class MissingEOSConfig(Strict):
+    mode: Literal["penalty", "score"] = "penalty"
+    """`penalty` subtracts `value` from the score of an answer that did not end; `score` puts `value` in its place."""
+    value: float = 1.0
+
+
+class ShapingConfig(Strict):
+    clip_score: Rate | None = None
+    """Scores are clipped to +- this."""
+    normalize_scores: bool = False
+    """Scale scores by their running mean and standard deviation (saved in checkpoints)."""
+    missing_eos: MissingEOSConfig | None = None
+    """What happens to answers that were cut off before their end; nothing when left out."""
+    whiten_rewards: bool = False
+    """Divide per-token rewards by their standard deviation; the mean stays."""
+    whiten_advantages: bool = True
+    """Advantages to mean 0 and standard deviation 1 over the whole batch."""
+
+
+class PPOLossConfig(Strict):
+    clip_low: Rate = 0.2
+    """The ratio is clipped below at 1 - clip_low."""
+    clip_high: Rate = 0.2
+    """The ratio is clipped above at 1 + clip_high."""
+    dual_clip: Annotated[float, Field(gt=1)] | None = None
+    """Bound on ratio x |advantage| where the advantage is negative (Ye et al. 2020)."""
+    value_clip: Rate | None = 0.2
+    """New values stay within this of the rollout's; `null` is off."""
+    value_coef: Weight = 0.5
+    """Weight of the value loss in the sum."""
+    entropy_coef: Weight = 0.0
+    """Weight of the entropy bonus."""
+    ptx_coef: Weight = 0.0
+    """Weight of the instruction-tuning loss (gamma in InstructGPT eq. 2)."""
+    ptx_batch_size: Positive = 8
+    """Demonstrations per optimizer step in the ptx term, over all processes."""
+
+
+class PPOUpdateConfig(Strict):
+    epochs: Positive = 4
+    """Passes over the episodes of one update."""
+    minibatches: Positive = 4
+    """Optimizer steps per epoch."""
+    micro_batch_tokens: Positive = 8192
+    """Most tokens, padding included, in one forward pass of one process; longer sequences go alone."""
+    target_kl: Rate | None = None
+    """Stop the epochs of an update once the KL (k3) between the new policy and the rollout's passes this."""
+    critic_warmup: Count = 0
+    """Updates at the start in which only the critic learns."""
+    gradient_checkpointing: bool = False
+
+
+class PPOOptimizerConfig(Strict):
+    policy_lr: Rate = 1e-6
+    critic_lr: Rate = 5e-6
+    schedule: Literal["cosine", "linear", "constant"] = "linear"
+    """How both rates fall to zero over the updates."""
+    warmup: Share = 0.0
+    """Share of the updates over which the rates climb to their peak."""
+    weight_decay: Weight = 0.0
+    betas: tuple[Share, Share] = (0.9, 0.95)
+    eps: Rate = 1e-5
+    """AdamW's epsilon (1e-5 in OpenAI's implementation)."""
+    max_grad_norm: Rate = 1.0
+    """Gradients of policy and critic together are clipped to this norm."""
+
+
+class PPOEvalConfig(Strict):
+    every: Positive = 10
+    """Updates between evaluations on held-out prompts."""
+    prompts: Count = 32
+    """How many held-out prompts are answered and scored; the answers go to samples.jsonl."""
+
+
+class PPOConfig(StageConfig):
+    model: ModelConfig
+    """The policy to start from; a frozen copy is the reference."""
+    data: PPODataConfig
+    reward: Annotated[Pick, REWARDS]
+    """Where scores come from: a row of the table of reward sources with its options."""
+    updates: Positive = 100
+    """Rollout-and-learn rounds."""
+    tuning: Annotated[Pick, TUNING] = TUNING.pick("full")
+    """What of the policy is trained. With an adapter, the policy without it is the reference."""
+    critic: CriticConfig = CriticConfig()
+    rollout: RolloutConfig = RolloutConfig()
+    kl: KLConfig = KLConfig()
+    shaping: ShapingConfig = ShapingConfig()
+    advantage: Annotated[Pick, ADVANTAGES] = ADVANTAGES.pick("gae")
+    """A row of the table of advantage estimators with its options; those without a critic allocate none."""
+    loss: PPOLossConfig = PPOLossConfig()
+    update: PPOUpdateConfig = PPOUpdateConfig()
+    optimizer: PPOOptimizerConfig = PPOOptimizerConfig()
+    eval: PPOEvalConfig = PPOEvalConfig()
+
+    @model_validator(mode="after")
+    def _parts_fit(self) -> PPOConfig:
+        episodes = self.rollout.prompts_per_update * self.rollout.samples_per_prompt
+        if self.update.minibatches > episodes:
+            raise ValueError(f"update.minibatches {self.update.minibatches} is above the {episodes} episodes")
+        least = self.advantage.row.traits["min_group"]
+        if self.rollout.samples_per_prompt < least:
+            raise ValueError(f"advantage {self.advantage.name!r} needs rollout.samples_per_prompt >= {least}")
+        if self.needs_critic and self.critic.init == "reward" and self.reward_model is None:
+            raise ValueError("critic.init: `reward` needs a reward of kind `model`; set `critic.init: policy`")
+        if (self.loss.ptx_coef > 0) != bool(self.data.ptx):
+            raise ValueError("loss.ptx_coef and data.ptx: set both or neither")
+        return self
+
+    @property
+    def needs_critic(self) -> bool:
+        return bool(self.advantage.row.traits["needs_critic"])
+
+    @property
+    def reward_model(self) -> str | None:
+        """The path of the reward model, where the reward is one (or a sum with one)."""
+        if self.reward.name == "sum":
+            return next((t["path"] for t in self.reward.options["terms"] if t["name"] == "model"), None)
+        return self.reward.options.get("path")
+
+
+class PipelineConfig(Strict):
+    name: str
+    """What the pipeline's output calls it."""
+    sft: str | None = None
+    """Config file of the SFT stage; a stage that is left out is skipped."""
+    reward: str | None = None
+    ppo: str | None = None
+    export: str | None = None
+    """Folder for the exported policy."""
+
+
+STAGES: dict[str, type[StageConfig]] = {"sft": SFTConfig, "reward": RewardConfig, "ppo": PPOConfig}
+C = TypeVar("C", bound=Strict)
+
+
+# ---- reading -----------------------------------------------------------------------------------------------------
+
+
+def load_config(kind: type[C], path: str | Path, overrides: Sequence[str] = ()) -> C:
+    """Read a YAML config and apply `dotted.key=value` overrides (values are YAML).
+
+    Raises:
+        UserError: No such file, not YAML, or anything in it does not fit; all faults are listed at once.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"{path}: no config file there", remedy="Ready-made ones lie under configs/.")
+    try:
+        values = yaml.safe_load(path.read_text("utf-8")) or {}
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: not valid YAML: {error}") from None
+    if not isinstance(values, dict):
+        raise UserError(f"{path}: expected a mapping of keys, got {type(values).__name__}")
+    for override in overrides:
+        _override(values, override)
+    return check_config(kind, values, str(path))
+
+
+def check_config(kind: type[C], values: dict[str, Any], where: str) -> C:
+    """Validate already parsed values; `where` names their origin in the error."""
+    try:
+        return kind(**values)
+    except ValidationError as error:
+        faults = [_fault(kind, e) for e in error.errors()]
+        count = f"{len(faults)} problem{'s' if len(faults) > 1 else ''}"
+        raise UserError(f"{where}: {count} in the config\n" + "\n".join(f"  - {f}" for f in faults)) from None
+
+
+def _override(values: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise UserError(f"override {override!r}: expected dotted.key=value, such as optimizer.lr=1e-5")
+    *parents, last = key.split(".")
+    for name in parents:
+        child = values.setdefault(name, {})
+        if isinstance(child, str):  # a table row named without options: `tuning: lora` + tuning.rank=8
+            child = values[name] = {"name": child}
+        if not isinstance(child, dict):
+            raise UserError(f"override {override!r}: {name} is not a group of keys")
+        values = child
+    values[last] = yaml.safe_load(text)
+
+
+def _fault(kind: type[BaseModel], error: Any) -> str:
+    """One validation error as a person would say it: key, what is wrong, nearest valid key."""
+    where = ".".join(str(part) for part in error["loc"])
+    if error["type"] == "extra_forbidden":
+        parent = _model_at(kind, error["loc"][:-1])
+        valid = parent.model_fields if parent else []
+        return f"{where}: unknown key; {nearest(str(error['loc'][-1]), valid)}"
+    if error["type"] == "missing":
+        return f"{where}: missing; it has no default"
+    text = error["msg"].removeprefix("Value error, ")
+    got = "" if error["type"] == "value_error" else f", got {error['input']!r}"
+    return f"{where + ': ' if where else ''}{text}{got}"
+
+
+def _model_at(kind: type[BaseModel] | None, location: tuple[Any, ...]) -> type[BaseModel] | None:
+    for part in location:
+        if kind is None or part not in kind.model_fields:
+            return None
+        annotation = kind.model_fields[str(part)].annotation
+        options = [annotation, *get_args(annotation)]
+        kind = next((a for a in options if isinstance(a, type) and issubclass(a, BaseModel)), None)
+    return kind
+
+
+def dump_config(config: Strict) -> str:
+    """The resolved config as YAML."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)

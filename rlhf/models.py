@@ -1,0 +1,268 @@
+"""Models: loading, the scalar head that reward model and critic share, and log-probs without full logits."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
+
+from rlhf.config import ModelConfig
+from rlhf.errors import UserError
+
+HEAD_CHUNK_ELEMENTS = 2**24
+"""Most logits that are held at a time: 64 MiB in float32."""
+
+
+def compute_dtype(precision: str) -> torch.dtype:
+    """The dtype of the computation for `auto`, `float32` or `bfloat16`."""
+    if precision == "auto":
+        bf16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
+        return torch.bfloat16 if bf16 else torch.float32
+    return {"float32": torch.float32, "bfloat16": torch.bfloat16}[precision]
+
+
+def load_config(config: ModelConfig, path: str) -> transformers.PretrainedConfig:
+    """The Hugging Face config of a model, without its weights.
+
+    Raises:
+        UserError: No model there, or one that needs its own code while trust_remote_code is off.
+    """
+    try:
+        found = AutoConfig.from_pretrained(path, trust_remote_code=config.trust_remote_code)
+    except (OSError, ValueError) as error:
+        raise UserError(f"model.path: no model can be loaded from {path}", str(error).split("\n")[0]) from None
+    return found
+
+
+def sequence_limit(config: ModelConfig, found: transformers.PretrainedConfig) -> int:
+    """The longest sequence in tokens: the config's, bounded by the model's positions.
+
+    Raises:
+        UserError: The config asks for more than the model has.
+    """
+    positions = getattr(found, "max_position_embeddings", None) or getattr(found, "n_positions", None) or 2**20
+    if config.max_length is not None and config.max_length > positions:
+        raise UserError(
+            f"model.max_length: {config.max_length} is more than the {positions} positions of the model",
+            remedy=f"Set model.max_length to {positions} or less.",
+        )
+    return config.max_length or positions
+
+
+def load_policy(config: ModelConfig, path: str, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+    """A causal language model in `dtype`, dropout off, in training mode."""
+    model = _load(AutoModelForCausalLM, config, path, dtype)
+    check_head(model)
+    return model
+
+
+def _load(kind: Any, config: ModelConfig, path: str, dtype: torch.dtype, **more: Any) -> Any:
+    load_config(config, path)
+    options = {"trust_remote_code": config.trust_remote_code, "use_safetensors": True, "dtype": dtype, **more}
+    if config.attn_implementation:
+        options["attn_implementation"] = config.attn_implementation
+    try:
+        loaded = kind.from_pretrained(path, **options)
+    except (OSError, ValueError, ImportError) as error:
+        raise UserError(f"model.path: {path} cannot be loaded", str(error).split("\n")[0]) from None
+    model = loaded[0] if isinstance(loaded, tuple) else loaded
+    model.config.use_cache = False
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0  # the same input gives the same log-probs, so the PPO ratio starts at 1
+    return loaded
+
+
+# ---- log-probs ---------------------------------------------------------------------------------------------------
+
+
+def causal_lm(model: nn.Module) -> PreTrainedModel:
+    """The transformers model inside a PEFT wrapper, or the model itself."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator, return-value]
+
+
+def hidden_states(model: nn.Module, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+    """Last hidden states [B, T, H] of a causal LM (adapters included), without its logits."""
+    lm = causal_lm(model)
+    body = getattr(lm, lm.base_model_prefix)
+    output = body(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
+    return output.last_hidden_state
+
+
+def head_chunks(tokens: int, vocab_size: int) -> int:
+    """In how many parts the head works on so many tokens. Under ZeRO-3 all ranks must use the same number."""
+    return max(1, math.ceil(tokens * vocab_size / HEAD_CHUNK_ELEMENTS))
+
+
+def token_logprobs(
+    model: nn.Module,
+    input_ids: Tensor,
+    attention_mask: Tensor,
+    response_mask: Tensor,
+    temperature: float,
+    chunks: int | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Log-probs and entropies of the response tokens alone; full logits exist for one chunk of tokens at a time.
+
+    Args:
+        model: A causal LM, or PEFT's wrapper around one.
+        input_ids: int64 [B, T], prompt and response, padded on the right.
+        attention_mask: [B, T], 1 where there is a token.
+        response_mask: bool [B, T], True at the response tokens (never at position 0).
+        temperature: Logits are divided by it, as they were when sampling.
+        chunks: Parts that the head works in; chosen by the number of tokens when left out.
+
+    Returns:
+        float32 [n] log-probs and [n] entropies in nats, n = response_mask.sum(), row by row.
+    """
+    hidden = hidden_states(model, input_ids, attention_mask)
+    predicts = response_mask[:, 1:]
+    return head_logprobs(causal_lm(model), hidden[:, :-1][predicts], input_ids[:, 1:][predicts], temperature, chunks)
+
+
+def head_logprobs(
+    lm: PreTrainedModel, hidden: Tensor, targets: Tensor, temperature: float, chunks: int | None = None
+) -> tuple[Tensor, Tensor]:
+    """Log-probs [n] of `targets` [n] and entropies [n] from hidden states [n, H]; see `token_logprobs`."""
+    chunks = chunks or head_chunks(len(targets), lm.config.get_text_config().vocab_size)
+
+    def part(states: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
+        logits = _logits(lm, states) / temperature
+        total = logits.logsumexp(-1)
+        chosen = logits.gather(-1, wanted[:, None]).squeeze(-1) - total
+        return chosen, total - (logits.sub(total[:, None]).exp() * logits).sum(-1)
+
+    parts = []
+    for states, wanted in zip(hidden.tensor_split(chunks), targets.tensor_split(chunks)):
+        if torch.is_grad_enabled():  # the backward pass computes the chunk's logits again instead of keeping them
+            parts.append(checkpoint(part, states, wanted, use_reentrant=False))
+        else:
+            parts.append(part(states, wanted))
+    logprobs, entropies = zip(*parts)
+    return torch.cat(logprobs), torch.cat(entropies)
+
+
+def _logits(lm: PreTrainedModel, states: Tensor) -> Tensor:
+    """float32 logits as the model's own forward gives them, scaling and soft cap of the family included."""
+    head, config = lm.get_output_embeddings(), lm.config.get_text_config()
+    logits = head(states).float()
+    if getattr(config, "logits_scaling", None):  # Granite
+        logits = logits / config.logits_scaling
+    if getattr(config, "logit_scale", None):  # Cohere
+        logits = logits * config.logit_scale
+    if getattr(config, "final_logit_softcapping", None):  # Gemma 2
+        logits = torch.tanh(logits / config.final_logit_softcapping) * config.final_logit_softcapping
+    return logits
+
+
+@torch.no_grad()
+def check_head(model: PreTrainedModel) -> None:
+    """Refuse an architecture whose logits are not its head on its last hidden states.
+
+    Raises:
+        UserError: The two differ, so log-probs would be wrong.
+    """
+    ids = torch.arange(2, 10, device=model.device)[None] % model.config.get_text_config().vocab_size
+    mask = torch.ones_like(ids)
+    training = model.training
+    model.eval()
+    expected = model(input_ids=ids, attention_mask=mask).logits[0].float()
+    found = _logits(model, hidden_states(model, ids, mask)[0])
+    model.train(training)
+    if not torch.allclose(expected, found, atol=1e-2 * float(expected.abs().max()) + 1e-4):
+        raise UserError(
+            f"{type(model).__name__}: its logits are not its output embedding times its last hidden states",
+            "The log-probs that PPO needs would be wrong for this architecture.",
+            "Use a model of another family (Llama, Qwen, Mistral, Gemma, GPT-2, OPT, ... are known to work).",
+        )
+
+
+# ---- scalar head -------------------------------------------------------------------------------------------------
+
+
+class ScalarModel(nn.Module):
+    """One number per text (reward model) or per token (critic), from any transformers sequence classifier.
+
+    Decoders are read at the last real token, whatever the padding token is; encoders through their own pooling. The
+    number is `(head - mean) / std`, `mean` and `std` being constants of the checkpoint.
+    """
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.model = model
+        config = causal_lm(model).config
+        self.mean = float(getattr(config, "reward_mean", 0.0))
+        self.std = float(getattr(config, "reward_std", 1.0))
+
+    @property
+    def config(self) -> Any:
+        return causal_lm(self.model).config
+
+    @property
+    def is_decoder(self) -> bool:
+        """True where every token has a value of its own."""
+        return hasattr(causal_lm(self.model), "score")
+
+    def token_values(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """Values float32 [B, T] of every token of int64 [B, T]. Needs a decoder."""
+        head = causal_lm(self.model).score
+        hidden = hidden_states(self.model, input_ids, attention_mask)
+        return self._scale(head(hidden).squeeze(-1).float())  # type: ignore[operator]
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """Scores float32 [B] of the texts int64 [B, T], padded on the right."""
+        if not self.is_decoder:
+            output = self.model(input_ids=input_ids, attention_mask=attention_mask)
+            return self._scale(output.logits.squeeze(-1).float())
+        hidden = hidden_states(self.model, input_ids, attention_mask)
+        last = hidden[torch.arange(len(hidden), device=hidden.device), attention_mask.sum(-1) - 1]
+        return self._scale(causal_lm(self.model).score(last).squeeze(-1).float())  # type: ignore[operator]
+
+    def _scale(self, raw: Tensor) -> Tensor:
+        return (raw - self.mean) / self.std
+
+    def set_scale(self, mean: float, std: float) -> None:
+        """Change the constants, here and in the config that is saved with the model."""
+        self.mean, self.std = mean, std
+        self.config.reward_mean, self.config.reward_std = mean, std
+
+
+def load_scalar(config: ModelConfig, path: str, dtype: torch.dtype = torch.float32) -> ScalarModel:
+    """A scalar model from a reward model, a causal LM or an encoder; a missing head is drawn anew.
+
+    A new head is normal with standard deviation 1 / sqrt(H + 1) from torch's generator (Stiennon 2020, B.1), and
+    zero bias.
+    """
+    model, loading = _load(
+        AutoModelForSequenceClassification, config, path, dtype, num_labels=1, output_loading_info=True
+    )
+    scalar = ScalarModel(model)
+    head = model.score if scalar.is_decoder else getattr(model, "classifier", None)
+    if head is None:
+        raise UserError(f"{path}: {type(model).__name__} has no head that gives a score; use another model")
+    new = any(key.split(".")[0] in ("score", "classifier") for key in loading["missing_keys"])
+    if new and isinstance(head, nn.Linear):
+        with torch.no_grad():
+            head.weight.normal_(std=1 / math.sqrt(head.in_features + 1))
+            if head.bias is not None:
+                head.bias.zero_()
+    return scalar
+
+
+def reward_scale(path: str | Path) -> tuple[float, float]:
+    """Mean and standard deviation that a saved reward model subtracts and divides by."""
+    config = json.loads((Path(path) / "config.json").read_text("utf-8"))
+    return float(config.get("reward_mean", 0.0)), float(config.get("reward_std", 1.0))
+
+
+def count_parameters(model: nn.Module) -> tuple[int, int]:
+    """Trainable and total parameters; parameters that ZeRO-3 has partitioned count in full."""
+    sizes = [(p, getattr(p, "ds_numel", p.numel())) for p in model.parameters()]
+    return sum(n for p, n in sizes if p.requires_grad), sum(n for _, n in sizes)
