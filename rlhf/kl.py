@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Annotated, Any, Protocol
+from typing import TYPE_CHECKING, Annotated, Protocol
 
 from pydantic import Field
 
@@ -178,7 +178,7 @@ def fixed_score(scores: Tensor, ended: Tensor, *, value: Finite = -1.0) -> Tenso
     """Give every answer without EOS the same score. Arguments and result as `keep`.
 
     "The N Implementation Details of RLHF with PPO" (rejection of answers without the end token, score -1);
-    vwxyzjn/lm-human-preference-details@ccc1953 lm_human_preference_details/train_policy_accelerate.py:617-625.
+    vwxyzjn/lm-human-preference-details@ccc1953 lm_human_preference_details/train_policy_accelerate.py:616-625.
     """
     return torch.where(ended, scores, value)
 
@@ -201,8 +201,7 @@ def shape_scores(
     """Scores on a common scale: (score - mean) / std, then clipped, then the rule for answers without EOS.
 
     The rule comes last, so that its numbers are in the final units and the clip cannot swallow a penalty.
-    Normalisation: Ziegler 2019 section 2.1 (the reward model has mean 0 and variance 1 on the initial policy's
-    answers).
+    Normalisation: Ziegler 2019 section 2 (mean 0 and variance 1 on the initial policy's answers).
 
     Args:
         scores: What the reward source gave, float32 [N].
@@ -250,6 +249,6 @@ def shape_rewards(
         ValueError: An episode has no response token, or padding stands before one.
     """
     last = answer_lengths(response_mask)[:, None] - 1
-    rewards = zero_padding(-coef * kl_per_token, response_mask)
-    rewards = rewards.scatter_add(1, last, scores[:, None].to(rewards.dtype))
+    positions = torch.arange(response_mask.shape[1], device=response_mask.device)
+    rewards = zero_padding(-coef * kl_per_token, response_mask) + torch.where(positions == last, scores[:, None], 0.0)
     return whiten(rewards, response_mask, shift_mean=False) if scale else rewards

@@ -177,7 +177,8 @@ def normalised(per_token: Tensor, mask: Tensor, denominator: float | Tensor) -> 
     Args:
         per_token: [N, T].
         mask: bool [N, T].
-        denominator: The count, above 0. Where ranks average their gradients, multiply by 1 / world size accordingly.
+        denominator: The count, above 0. Where gradients are averaged over ranks (DDP, DeepSpeed), the count divided by
+            the world size.
 
     Raises:
         ValueError: The denominator is not above 0.

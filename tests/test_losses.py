@@ -1,0 +1,207 @@
+"""PPO's losses: hand-worked numbers, all sign cases of the clips, gradients, and sums that add up."""
+
+from __future__ import annotations
+
+from dataclasses import astuple
+
+import pytest
+import torch
+
+from rlhf.losses import PolicyStats, ValueStats, explained_variance, normalised, policy_loss, value_loss
+
+NAN = float("nan")
+ONE = torch.ones(1, 1, dtype=torch.bool)
+
+
+def one_token(ratio: float, advantage: float, **options) -> tuple[float, float, PolicyStats]:
+    """Loss, its gradient with respect to the log-probability, and the statistics for a single token."""
+    logprob = torch.tensor([[ratio]]).log().requires_grad_()
+    loss, stats = policy_loss(logprob, torch.zeros(1, 1), torch.tensor([[advantage]]), ONE, **options)
+    loss.sum().backward()
+    return loss.item(), logprob.grad.item(), stats
+
+
+# ---- policy
+
+
+@pytest.mark.parametrize(
+    "ratio, advantage, loss, held",
+    [
+        # bounds 0.8 and 1.3; d loss / d logprob = -A * ratio where the ratio is free, 0 where it is held
+        (1.1, 2.0, -2.2, False),
+        (0.9, -2.0, 1.8, False),
+        (1.5, 2.0, -2.6, True),  # A > 0, ratio above: -1.3 * 2
+        (0.5, 2.0, -1.0, False),  # A > 0, ratio below: the pessimistic side, not held
+        (1.5, -2.0, 3.0, False),  # A < 0, ratio above: the pessimistic side, not held
+        (0.5, -2.0, 1.6, True),  # A < 0, ratio below: 0.8 * 2
+    ],
+)
+def test_clipping_in_every_sign_case(ratio, advantage, loss, held):
+    got, gradient, stats = one_token(ratio, advantage, clip_low=0.2, clip_high=0.3)
+    assert got == pytest.approx(loss, rel=1e-5)
+    assert gradient == pytest.approx(0.0 if held else -advantage * ratio, rel=1e-5)
+    assert stats.clipped == float(held)
+
+
+@pytest.mark.parametrize(
+    "ratio, advantage, loss, held",
+    [
+        (5.0, -2.0, 6.0, True),  # 3 * 2 instead of 5 * 2
+        (2.0, -2.0, 4.0, False),  # below the ceiling
+        (0.5, -2.0, 1.6, True),  # the ordinary clip still holds
+        (5.0, 2.0, -2.4, True),  # A > 0: only the ordinary clip
+    ],
+)
+def test_dual_clip_bounds_the_loss_of_bad_tokens_with_large_ratios(ratio, advantage, loss, held):
+    got, gradient, stats = one_token(ratio, advantage, dual_clip=3.0)
+    assert got == pytest.approx(loss, rel=1e-5)
+    assert (gradient == 0) == held
+    assert stats.clipped == float(held)
+
+
+@pytest.mark.parametrize("dual_clip", [1.0, 0.5, NAN])
+def test_a_dual_clip_that_would_cut_ordinary_gradients_is_refused(dual_clip):
+    with pytest.raises(ValueError, match="above 1"):
+        one_token(1.0, 1.0, dual_clip=dual_clip)
+
+
+def test_at_ratio_1_the_loss_is_minus_a_and_its_gradient_the_policy_gradient():
+    logits = torch.randn(2, 3, 7, generator=torch.Generator().manual_seed(1), requires_grad=True)
+    tokens = torch.tensor([[1, 4, 6], [0, 2, 3]])
+    advantages = torch.tensor([[0.5, -1.0, 2.0], [3.0, 0.0, -0.25]])
+    mask = torch.tensor([[True, True, True], [True, True, False]])
+
+    def logprobs():
+        return logits.log_softmax(-1).gather(-1, tokens[..., None]).squeeze(-1)
+
+    loss, stats = policy_loss(logprobs(), logprobs().detach(), advantages, mask)
+    assert torch.equal(loss.detach(), -advantages * mask)
+    assert (stats.ratio_min, stats.ratio_max, stats.clipped, stats.kl_k1, stats.kl_k3) == (1, 1, 0, 0, 0)
+    (surrogate,) = torch.autograd.grad(loss.sum(), logits)
+    (policy_gradient,) = torch.autograd.grad(-(advantages * logprobs() * mask).sum(), logits)
+    torch.testing.assert_close(surrogate, policy_gradient)
+
+
+def test_policy_statistics_match_hand_numbers():
+    # ratios 2, 0.5 and 1 (and garbage): log ratios 0.6931472, -0.6931472, 0
+    # k1 = -log ratio: -0.6931472 + 0.6931472 + 0 = 0
+    # k3 = ratio - 1 - log ratio: 0.3068528 + 0.1931472 + 0 = 0.5
+    # clipped with A > 0: the ratio 2 alone
+    logprobs = torch.tensor([[2.0, 0.5], [1.0, NAN]]).log()
+    mask = torch.tensor([[True, True], [True, False]])
+    _, stats = policy_loss(logprobs, torch.zeros(2, 2), torch.ones(2, 2), mask)
+    assert stats.tokens == 3 and stats.clipped == 1
+    assert stats.kl_k1.item() == pytest.approx(0, abs=1e-6) and stats.kl_k3.item() == pytest.approx(0.5)
+    assert stats.ratio_min.item() == pytest.approx(0.5) and stats.ratio_max.item() == pytest.approx(2)
+    assert all(figure.ndim == 0 and not figure.requires_grad for figure in astuple(stats))
+
+
+# ---- value
+
+
+@pytest.mark.parametrize(
+    "value, old, target, loss, gradient, held",
+    [
+        # clip 0.2. Within it: 0.5 * (1.1 - 2)^2 = 0.405, gradient v - R
+        (1.1, 1.0, 2.0, 0.405, -0.9, False),
+        # Moved far towards the return: clipped to 1.2, 0.5 * 0.64 = 0.32 > 0.5 * 0.01; no gradient
+        (1.9, 1.0, 2.0, 0.32, 0.0, True),
+        # Moved far away from it: the plain error is the larger, 0.5 * 2.25 = 1.125
+        (0.5, 1.0, 2.0, 1.125, -1.5, False),
+        # Overshot: plain 0.5 * 1 = 0.5, clipped (1.2) 0.5 * 0.64 = 0.32
+        (3.0, 1.0, 2.0, 0.5, 1.0, False),
+        # Downwards towards the return: clipped to 0.8, 0.5 * 0.64 = 0.32
+        (0.1, 1.0, 0.0, 0.32, 0.0, True),
+    ],
+)
+def test_value_clipping_in_every_case(value, old, target, loss, gradient, held):
+    values = torch.tensor([[value]], requires_grad=True)
+    got, stats = value_loss(values, torch.tensor([[old]]), torch.tensor([[target]]), ONE, clip=0.2)
+    got.sum().backward()
+    assert got.item() == pytest.approx(loss, rel=1e-5)
+    assert values.grad.item() == pytest.approx(gradient, abs=1e-6)
+    assert stats.clipped == float(held)
+
+
+def test_without_a_clip_the_value_loss_is_half_the_squared_error():
+    loss, stats = value_loss(torch.tensor([[1.9]]), torch.tensor([[1.0]]), torch.tensor([[2.5]]), ONE, clip=None)
+    assert loss.item() == pytest.approx(0.18) and stats.clipped == 0
+
+
+def test_a_value_clip_that_is_not_positive_is_refused():
+    with pytest.raises(ValueError, match="clip must be above 0"):
+        value_loss(torch.zeros(1, 1), torch.zeros(1, 1), torch.zeros(1, 1), ONE, clip=0.0)
+
+
+# ---- padding, micro-batches, normalisation
+
+
+def inputs() -> tuple[list[torch.Tensor], torch.Tensor]:
+    """Four [4, 5] tensors with NaN, infinities and large numbers at padding, and the mask."""
+    generator = torch.Generator().manual_seed(2)
+    mask = torch.arange(5) < torch.tensor([5, 1, 3, 4])[:, None]
+    garbage = torch.tensor([NAN, float("inf"), -float("inf"), 1e30, NAN])
+    return [tensor.where(mask, garbage) for tensor in torch.randn(4, 4, 5, generator=generator)], mask
+
+
+@pytest.mark.parametrize("loss_of", [policy_loss, value_loss])
+def test_garbage_in_padding_reaches_neither_loss_nor_gradient_nor_statistics(loss_of):
+    (trained, old, target, _), mask = inputs()
+    clean = [tensor.where(mask, 0.0).requires_grad_() for tensor in (trained, old, target)]
+    trained = trained.requires_grad_()
+    loss, stats = loss_of(trained, old, target, mask)
+    expected, expected_stats = loss_of(*clean, mask)
+    loss.sum().backward()
+    expected.sum().backward()
+    assert torch.equal(loss, expected) and (loss[mask.logical_not()] == 0).all()
+    assert torch.equal(trained.grad, clean[0].grad) and (trained.grad[mask.logical_not()] == 0).all()
+    assert astuple(stats) == astuple(expected_stats)
+
+
+@pytest.mark.parametrize("loss_of, kind", [(policy_loss, PolicyStats), (value_loss, ValueStats)])
+def test_micro_batches_add_up_to_the_minibatch(loss_of, kind):
+    (trained, old, target, _), mask = inputs()
+    whole, whole_stats = loss_of(trained, old, target, mask)
+    count = mask.sum()
+    parts, stats = torch.tensor(0.0), None
+    for rows in (slice(0, 1), slice(1, 4)):
+        loss, found = loss_of(trained[rows], old[rows], target[rows], mask[rows])
+        parts = parts + normalised(loss, mask[rows], count)
+        stats = found if stats is None else stats + found
+    torch.testing.assert_close(parts, normalised(whole, mask, count))
+    torch.testing.assert_close(parts, whole[mask].mean())
+    assert isinstance(stats, kind)
+    torch.testing.assert_close(torch.stack(astuple(stats)), torch.stack(astuple(whole_stats)))
+
+
+def test_a_micro_batch_without_tokens_adds_nothing():
+    (trained, old, target, _), mask = inputs()
+    trained = trained.requires_grad_()
+    _, stats = policy_loss(trained, old, target, mask)
+    empty_loss, empty = policy_loss(trained, old, target, torch.zeros_like(mask))
+    assert astuple(stats + empty) == astuple(stats)
+    normalised(empty_loss, torch.zeros_like(mask), 7).backward()
+    assert (trained.grad == 0).all()
+
+
+def test_normalised_divides_by_the_count_that_it_is_given():
+    per_token = torch.tensor([[1.0, 2.0], [3.0, NAN]])
+    mask = torch.tensor([[True, True], [True, False]])
+    assert normalised(per_token, mask, 12) == 0.5
+    for count in (0, torch.tensor(0)):
+        with pytest.raises(ValueError, match=r"by 0\.0 tokens"):
+            normalised(per_token, mask, count)
+
+
+# ---- explained variance
+
+
+def test_explained_variance_matches_hand_numbers():
+    # Returns 1, 2, 3: variance 2/3. Errors 0, 0.5, -0.5: mean 0, variance 0.5 / 3. 1 - 0.25 = 0.75.
+    returns = torch.tensor([[1.0, 2.0], [3.0, NAN]])
+    mask = torch.tensor([[True, True], [True, False]])
+    values = torch.tensor([[1.0, 1.5], [3.5, 1e9]])
+    assert explained_variance(values, returns, mask).item() == pytest.approx(0.75)
+    assert explained_variance(returns + 10, returns, mask).item() == pytest.approx(1)
+    assert explained_variance(torch.zeros(2, 2), returns, mask).item() == pytest.approx(0)
+    assert explained_variance(values, torch.ones(2, 2), mask).isnan()
