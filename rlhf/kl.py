@@ -184,9 +184,9 @@ def fixed_score(scores: Tensor, ended: Tensor, *, value: Finite = -1.0) -> Tenso
 
 
 @MISSING_EOS.row("penalty")
-def penalty(scores: Tensor, ended: Tensor, *, amount: NonNegative = 1.0) -> Tensor:
-    """Subtract an amount from the score of an answer without EOS. Arguments and result as `keep`."""
-    return torch.where(ended, scores, scores - amount)
+def penalty(scores: Tensor, ended: Tensor, *, value: NonNegative = 1.0) -> Tensor:
+    """Subtract `value` from the score of an answer without EOS. Arguments and result as `keep`."""
+    return torch.where(ended, scores, scores - value)
 
 
 def shape_scores(

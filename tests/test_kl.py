@@ -170,7 +170,7 @@ def test_answers_without_eos_are_treated_by_the_chosen_rule_after_the_clip():
 
     assert shaped("keep") == [2, 5, 5]
     assert shaped({"name": "score", "value": -10}) == [2, 5, -10]
-    assert shaped({"name": "penalty", "amount": 1.5}) == [2, 5, 3.5]
+    assert shaped({"name": "penalty", "value": 1.5}) == [2, 5, 3.5]
 
 
 @rows(MISSING_EOS)
