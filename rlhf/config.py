@@ -15,7 +15,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 
 from rlhf.advantages import ADVANTAGES
 from rlhf.errors import UserError, nearest
-from rlhf.kl import KL_CONTROLLERS, KL_ESTIMATORS
+from rlhf.kl import KL_CONTROLLERS, KL_ESTIMATORS, MISSING_EOS
 from rlhf.ranking import RANKING_LOSSES
 from rlhf.rewards import REWARDS
 from rlhf.rollout import SAMPLERS
@@ -226,23 +226,15 @@ class KLConfig(Strict):
     """`fixed` or `adaptive` (Ziegler 2019)."""
 
 
-class MissingEOSConfig(Strict):
-    mode: Literal["penalty", "score"] = "penalty"
-    """`penalty` subtracts `value` from the score of an answer that did not end; `score` puts `value` in its place."""
-    value: float = 1.0
-
-
 class ShapingConfig(Strict):
     clip_score: Rate | None = None
     """Scores are clipped to +- this."""
     normalize_scores: bool = False
     """Scale scores by their running mean and standard deviation (saved in checkpoints)."""
-    missing_eos: MissingEOSConfig | None = None
-    """What happens to answers that were cut off before their end; nothing when left out."""
+    missing_eos: Annotated[Pick, MISSING_EOS] = MISSING_EOS.pick("keep")
+    """What happens to the score of an answer that was cut off before its end: a row of that table."""
     whiten_rewards: bool = False
     """Divide per-token rewards by their standard deviation; the mean stays."""
-    whiten_advantages: bool = True
-    """Advantages to mean 0 and standard deviation 1 over the whole batch."""
 
 
 class PPOLossConfig(Strict):

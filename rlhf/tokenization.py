@@ -25,9 +25,10 @@ from rlhf.lazy import lazy
 from rlhf.schema import Demonstration, Message, Prompt, Ranking, dense_ranks
 
 if TYPE_CHECKING:
+    import torch
     import transformers
 else:
-    transformers = lazy("transformers")
+    torch, transformers = lazy("torch"), lazy("transformers")
 
 TEMPLATES = {
     "default": (
@@ -159,6 +160,17 @@ class ChatTokenizer:
         ids = [token for piece, _ in pieces for token in piece]
         return ids, [mine for piece, mine in pieces for _ in piece]
 
+    def whole(self, chat: Sequence[dict[str, str]], answer: str) -> list[int]:
+        """Token ids of a prompt, given as {role, content} mappings, with its answer."""
+        return self.prompt([Message(**m) for m in chat]) + self.answer(answer)  # type: ignore[arg-type]
+
+    def pad(self, rows: Sequence[Sequence[int]], device: Any = None) -> tuple[torch.Tensor, torch.Tensor]:
+        """Rows of token ids padded on the right: int64 ids [B, T] and attention mask [B, T], 1 = a token."""
+        width = max(map(len, rows))
+        ids = torch.tensor([[*row, *[self.pad_id] * (width - len(row))] for row in rows], device=device)
+        mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in rows], device=device)
+        return ids, mask
+
     def decode(self, ids: Sequence[int]) -> str:
         """An answer's tokens back to text, without special tokens and without the template's leading text."""
         text = self._decode([*self._anchor, *ids])[len(self._decode(self._anchor)) :]
@@ -207,11 +219,21 @@ def _fits(answer: int, prompt: int, max_length: int) -> bool:
     return answer <= max_length - min(prompt, max_length // 4)
 
 
+def best_answer(record: Demonstration | Ranking) -> str:
+    """A demonstration's answer; of a ranking, the best-ranked candidate (the first of several)."""
+    if isinstance(record, Ranking):
+        return record.candidates[record.ranks.index(min(record.ranks))].text
+    return record.answer
+
+
 def encode_demonstration(
-    record: Demonstration, chat: ChatTokenizer, max_length: int, counts: Counts
+    record: Demonstration | Ranking, chat: ChatTokenizer, max_length: int, counts: Counts
 ) -> dict[str, Any] | None:
-    """A demonstration's row: every assistant turn is trained on. None when its answer does not fit."""
-    ids, mine = chat.conversation([*record.messages, Message("assistant", record.answer)])
+    """A demonstration's row: every assistant turn is trained on. None when its answer does not fit.
+
+    Of a ranking, the best answer is the demonstration.
+    """
+    ids, mine = chat.conversation([*record.messages, Message("assistant", best_answer(record))])
     answer = next((i for i, flag in enumerate(reversed(mine)) if not flag), len(mine))
     if not _fits(answer, len(ids) - answer, max_length):
         counts.aside[f"answer does not fit in {max_length} tokens"] += 1
