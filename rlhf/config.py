@@ -1,20 +1,19 @@
-"""The configs of the stages: typed, checked, and read from YAML with dotted overrides.
+"""The configs of the stages, typed and checked.
 
-Everything that can be found wrong without loading a model is found here, all errors of a file at once, in under a
-second. The text under each field is its documentation: docs/config.md is generated from it.
+The text under each field is its documentation: docs/config.md is generated from it. `rlhf.config_file` reads the
+files; `rlhf.plan` checks what depends on the disk.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar, get_args
+from typing import Annotated, Literal
 
-import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from rlhf.advantages import ADVANTAGES
-from rlhf.errors import UserError, nearest
+from rlhf.config_file import check_config as check_config
+from rlhf.config_file import dump_config as dump_config
+from rlhf.config_file import load_config as load_config
 from rlhf.kl import KL_CONTROLLERS, KL_ESTIMATORS, MISSING_EOS
 from rlhf.ranking import RANKING_LOSSES
 from rlhf.rewards import REWARDS
@@ -32,12 +31,13 @@ Paths = Annotated[list[str], BeforeValidator(lambda v: [v] if isinstance(v, str)
 
 class Strict(BaseModel):
     model_config = ConfigDict(
-        extra="forbid", frozen=True, validate_default=True, use_attribute_docstrings=True, protected_namespaces=()
-    )
+        extra="forbid", frozen=True, validate_default=True, use_attribute_docstrings=True, protected_namespaces=(),
+        allow_inf_nan=False,
+    )  # fmt: skip
 
 
 class ModelConfig(Strict):
-    path: str
+    path: Annotated[str, Field(min_length=1)]
     """A run folder of an earlier stage, a Hugging Face model folder, or a hub name."""
     chat_template: str = "auto"
     """`auto` (the model's own, else `default`), `default`, `plain` (no roles: the answer continues the prompt's
@@ -106,7 +106,7 @@ class BatchConfig(Strict):
 
 
 class StageConfig(Strict):
-    run: str
+    run: Annotated[str, Field(min_length=1)]
     """The run folder to make."""
     seed: Count = 0
     """Seeds every random choice."""
@@ -119,12 +119,6 @@ class StageConfig(Strict):
     """How long a collective operation waits for a rank that does not answer before the run ends."""
     checkpoints: CheckpointConfig = CheckpointConfig()
     log: LogConfig = LogConfig()
-
-    @model_validator(mode="after")
-    def _deepspeed_is_there(self) -> StageConfig:
-        if self.deepspeed is not None and not Path(self.deepspeed).is_file():
-            raise ValueError(f"deepspeed: no file {self.deepspeed}")
-        return self
 
 
 class SFTConfig(StageConfig):
@@ -315,16 +309,19 @@ class PPOConfig(StageConfig):
 
     @model_validator(mode="after")
     def _parts_fit(self) -> PPOConfig:
+        faults = []
         episodes = self.rollout.prompts_per_update * self.rollout.samples_per_prompt
         if self.update.minibatches > episodes:
-            raise ValueError(f"update.minibatches {self.update.minibatches} is above the {episodes} episodes")
+            faults.append(f"update.minibatches {self.update.minibatches} is above the {episodes} episodes")
         least = self.advantage.row.traits["min_group"]
         if self.rollout.samples_per_prompt < least:
-            raise ValueError(f"advantage {self.advantage.name!r} needs rollout.samples_per_prompt >= {least}")
+            faults.append(f"advantage {self.advantage.name!r} needs rollout.samples_per_prompt >= {least}")
         if self.needs_critic and self.critic.init == "reward" and self.reward_model is None:
-            raise ValueError("critic.init: `reward` needs a reward of kind `model`; set `critic.init: policy`")
+            faults.append("critic.init: `reward` needs a reward of kind `model`; set `critic.init: policy`")
         if (self.loss.ptx_coef > 0) != bool(self.data.ptx):
-            raise ValueError("loss.ptx_coef and data.ptx: set both or neither")
+            faults.append("loss.ptx_coef and data.ptx: set both or neither")
+        if faults:
+            raise ValueError("; ".join(faults))
         return self
 
     @property
@@ -351,81 +348,3 @@ class PipelineConfig(Strict):
 
 
 STAGES: dict[str, type[StageConfig]] = {"sft": SFTConfig, "reward": RewardConfig, "ppo": PPOConfig}
-C = TypeVar("C", bound=Strict)
-
-
-# ---- reading -----------------------------------------------------------------------------------------------------
-
-
-def load_config(kind: type[C], path: str | Path, overrides: Sequence[str] = ()) -> C:
-    """Read a YAML config and apply `dotted.key=value` overrides (values are YAML).
-
-    Raises:
-        UserError: No such file, not YAML, or anything in it does not fit; all faults are listed at once.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise UserError(f"{path}: no config file there", remedy="Ready-made ones lie under configs/.")
-    try:
-        values = yaml.safe_load(path.read_text("utf-8")) or {}
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: not valid YAML: {error}") from None
-    if not isinstance(values, dict):
-        raise UserError(f"{path}: expected a mapping of keys, got {type(values).__name__}")
-    for override in overrides:
-        _override(values, override)
-    return check_config(kind, values, str(path))
-
-
-def check_config(kind: type[C], values: dict[str, Any], where: str) -> C:
-    """Validate already parsed values; `where` names their origin in the error."""
-    try:
-        return kind(**values)
-    except ValidationError as error:
-        faults = [_fault(kind, e) for e in error.errors()]
-        count = f"{len(faults)} problem{'s' if len(faults) > 1 else ''}"
-        raise UserError(f"{where}: {count} in the config\n" + "\n".join(f"  - {f}" for f in faults)) from None
-
-
-def _override(values: dict[str, Any], override: str) -> None:
-    key, equals, text = override.partition("=")
-    if not equals or not key:
-        raise UserError(f"override {override!r}: expected dotted.key=value, such as optimizer.lr=1e-5")
-    *parents, last = key.split(".")
-    for name in parents:
-        child = values.setdefault(name, {})
-        if isinstance(child, str):  # a table row named without options: `tuning: lora` + tuning.rank=8
-            child = values[name] = {"name": child}
-        if not isinstance(child, dict):
-            raise UserError(f"override {override!r}: {name} is not a group of keys")
-        values = child
-    values[last] = yaml.safe_load(text)
-
-
-def _fault(kind: type[BaseModel], error: Any) -> str:
-    """One validation error as a person would say it: key, what is wrong, nearest valid key."""
-    where = ".".join(str(part) for part in error["loc"])
-    if error["type"] == "extra_forbidden":
-        parent = _model_at(kind, error["loc"][:-1])
-        valid = parent.model_fields if parent else []
-        return f"{where}: unknown key; {nearest(str(error['loc'][-1]), valid)}"
-    if error["type"] == "missing":
-        return f"{where}: missing; it has no default"
-    text = error["msg"].removeprefix("Value error, ")
-    got = "" if error["type"] == "value_error" else f", got {error['input']!r}"
-    return f"{where + ': ' if where else ''}{text}{got}"
-
-
-def _model_at(kind: type[BaseModel] | None, location: tuple[Any, ...]) -> type[BaseModel] | None:
-    for part in location:
-        if kind is None or part not in kind.model_fields:
-            return None
-        annotation = kind.model_fields[str(part)].annotation
-        options = [annotation, *get_args(annotation)]
-        kind = next((a for a in options if isinstance(a, type) and issubclass(a, BaseModel)), None)
-    return kind
-
-
-def dump_config(config: Strict) -> str:
-    """The resolved config as YAML."""
-    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
