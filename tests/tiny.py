@@ -1,0 +1,179 @@
+"""Models, tokenizers and datasets small enough for a test, built in code in a folder that lasts as long as pytest.
+
+path = tiny.llama()                                   # a model folder, made once
+tiny.write_demonstrations(tmp_path / "demos", 40)     # a dataset
+tiny.launch(2, code, *words)                          # run Python code on two processes
+"""
+
+from __future__ import annotations
+
+import atexit
+import functools
+import os
+import random
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+STORIES = REPOSITORY.parent / "shared" / "models" / "stories260K"
+"""The trained model of the shared folder; may be missing."""
+
+ANIMALS = ("cat", "dog", "owl", "fox", "hen", "cow", "bee", "ant")
+COLOURS = ("red", "blue", "green", "black", "white", "brown")
+PLACES = ("house", "tree", "river", "garden", "forest", "barn")
+
+
+@functools.cache
+def _folder() -> Path:
+    folder = Path(tempfile.mkdtemp(prefix="tiny-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return folder
+
+
+@functools.cache
+def tokenizer() -> Any:
+    """A byte-level BPE tokenizer of 320 tokens with <pad> 0, <s> 1 and </s> 2, without a chat template."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=320,
+        special_tokens=["<pad>", "<s>", "</s>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    bpe.train_from_iterator([question(i) + " " + answer(i, i % 7) for i in range(400)], trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=bpe, bos_token="<s>", eos_token="</s>", pad_token="<pad>", model_max_length=128
+    )
+
+
+@functools.cache
+def llama() -> str:
+    """Folder of a random Llama: hidden 32, 2 layers, 4 heads, 128 positions, tied embeddings, with `tokenizer`."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        vocab_size=len(tokenizer()), hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=128, tie_word_embeddings=True,
+        pad_token_id=0, bos_token_id=1, eos_token_id=2,
+    )  # fmt: skip
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return _save(LlamaForCausalLM(config), "llama")
+
+
+@functools.cache
+def bert() -> str:
+    """Folder of a random BERT encoder: hidden 32, 2 layers, 128 positions, with `tokenizer`."""
+    import torch
+    from transformers import BertConfig, BertModel
+
+    config = BertConfig(
+        vocab_size=len(tokenizer()), hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+        max_position_embeddings=128, pad_token_id=0,
+    )  # fmt: skip
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return _save(BertModel(config), "bert")
+
+
+def _save(model: Any, name: str) -> str:
+    folder = _folder() / name
+    model.save_pretrained(folder)
+    tokenizer().save_pretrained(folder)
+    return str(folder)
+
+
+# ---- data ----------------------------------------------------------------------------------------------------------
+
+
+def question(number: int) -> str:
+    """A prompt; other numbers give other prompts, some of them longer."""
+    draw = random.Random(number)
+    extra = " Think of the " + ", the ".join(draw.choices(PLACES, k=number % 5)) + "." if number % 5 else ""
+    return f"What does the {draw.choice(COLOURS)} {draw.choice(ANIMALS)} number {number} do?{extra}"
+
+
+def answer(number: int, length: int) -> str:
+    """An answer of `length` + 1 short sentences."""
+    draw = random.Random(1000 * number + length)
+    one = lambda: f"It goes to the {draw.choice(PLACES)} and meets a {draw.choice(ANIMALS)}."  # noqa: E731
+    return " ".join(one() for _ in range(length + 1))
+
+
+def write_demonstrations(path: Path, count: int, held_out: int = 8) -> str:
+    """A dataset of `count` demonstrations of unequal length for training and `held_out` more of the eval split."""
+    from rlhf.schema import Demonstration, Message
+    from rlhf.store import DatasetWriter
+
+    with DatasetWriter(path, "demonstration") as writer:
+        for i in range(count + held_out):
+            messages = (Message("user", question(i)),)
+            split = "train" if i < count else "eval"
+            writer.write(Demonstration(messages, split=split, answer=answer(i, i % 4)))
+    return str(path)
+
+
+def write_rankings(path: Path, count: int, held_out: int = 8, candidates: int = 3) -> str:
+    """A dataset of rankings whose shorter answers are better, every fifth one with a tie, split as demonstrations."""
+    from rlhf.schema import Candidate, Message, Ranking
+    from rlhf.store import DatasetWriter
+
+    with DatasetWriter(path, "ranking") as writer:
+        for i in range(count + held_out):
+            lengths = random.Random(i).sample(range(candidates + 1), candidates)
+            ranks = [1 + sorted(lengths).index(length) for length in lengths]
+            if i % 5 == 0:
+                ranks = [min(rank, 2) for rank in ranks]
+            writer.write(
+                Ranking(
+                    (Message("user", question(i)),),
+                    split="train" if i < count else "eval",
+                    candidates=tuple(Candidate(answer(i, length), f"writer {k}") for k, length in enumerate(lengths)),
+                    ranks=tuple(ranks),
+                    annotator=f"annotator {i % 3}",
+                )
+            )
+    return str(path)
+
+
+# ---- processes -----------------------------------------------------------------------------------------------------
+
+
+def free_port() -> int:
+    """A TCP port that nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+def launch(processes: int, code: str, *words: str, timeout: int = 240) -> subprocess.CompletedProcess[str]:
+    """Run Python source on `processes` ranks (torchrun for more than one), one thread each, from the repository root.
+
+    `words` are the program's arguments (`sys.argv[1:]`); `tests` is importable. Standard output and error come back
+    together, the exit status is not checked.
+    """
+    script = Path(tempfile.mkdtemp(dir=_folder())) / "program.py"
+    script.write_text(code, "utf-8")
+    command = [sys.executable]
+    if processes > 1:
+        command += ["-m", "torch.distributed.run", "--nproc_per_node", str(processes)]
+        command += ["--master_addr", "127.0.0.1", "--master_port", str(free_port())]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"}
+    environment["PYTHONPATH"] = os.pathsep.join([str(REPOSITORY), str(REPOSITORY / "tests")])
+    return subprocess.run(
+        [*command, str(script), *words],
+        cwd=REPOSITORY, env=environment, text=True, timeout=timeout,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+    )  # fmt: skip
