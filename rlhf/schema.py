@@ -31,7 +31,7 @@ class BadRecord(ValueError):
         remedy: What to do about it.
     """
 
-    def __init__(self, reason: str, detail: str = "", remedy: str = "") -> None:
+    def __init__(self, reason: str, detail: str = "", remedy: str = "Mend the field, or leave the row out.") -> None:
         self.reason, self.detail, self.remedy = reason, detail, remedy
         super().__init__(f"{reason} ({detail})" if detail else reason)
 
@@ -260,12 +260,11 @@ def _brief(value: Any) -> str:
 
 
 def from_dict(row: Any, kind: str | None = None) -> Record:
-    """A record from its JSON form. `messages` may also be called `prompt` and be a plain string.
-
-    Fields that the schema does not know are left out.
+    """A record from its JSON form. Fields that the schema does not know are left out.
 
     Args:
-        row: A mapping with the record's fields; candidates may be plain strings.
+        row: A mapping with the record's fields. `messages` may also be called `prompt` and be a plain string; a
+            candidate may be a plain string; in place of `ranks`, each candidate may hold its `rank`.
         kind: prompt, demonstration or ranking: a row of another kind is refused. None takes any.
 
     Raises:
@@ -286,7 +285,7 @@ def from_dict(row: Any, kind: str | None = None) -> Record:
     if found == "demonstration":
         fields |= {"answer": row["answer"], "author": _or(row.get("author"), "")}
     elif found == "ranking":
-        fields |= {"candidates": _candidates(row["candidates"]), "ranks": _as_tuple(row.get("ranks"))}
+        fields |= {"candidates": _candidates(row["candidates"]), "ranks": _ranks(row)}
         fields |= {"annotator": _or(row.get("annotator"), ""), "time": _or(row.get("time"), None)}
     record = KINDS[found](**fields)
     for name in ("id", "prompt_id"):
@@ -300,8 +299,13 @@ def _or(value: Any, default: str | None) -> Any:
     return default if value is None or value == "" else value
 
 
-def _as_tuple(value: Any) -> Any:
-    return tuple(value) if isinstance(value, list) else value
+def _ranks(row: Mapping[str, Any]) -> Any:
+    ranks, candidates = row.get("ranks"), row["candidates"]
+    if ranks is None and isinstance(candidates, (list, tuple)):
+        ranks = [
+            candidate["rank"] for candidate in candidates if isinstance(candidate, Mapping) and "rank" in candidate
+        ]
+    return tuple(ranks) if isinstance(ranks, list) else ranks
 
 
 def _messages(value: Any) -> Any:
@@ -315,8 +319,9 @@ def _messages(value: Any) -> Any:
 def _message(value: Any) -> Any:
     if not isinstance(value, Mapping):
         return value
-    role, content = value.get("role"), value.get("content")
-    return Message(role, content)  # type: ignore[arg-type]  # the record checks them
+    role: Any = value.get("role")  # the record checks the fields
+    content: Any = value.get("content")
+    return Message(role, content)
 
 
 def _candidates(value: Any) -> Any:
@@ -328,12 +333,8 @@ def _candidate(value: Any) -> Any:
         return Candidate(value)
     if not isinstance(value, Mapping):
         return value
-    text, author, author_kind = (
-        value.get("text"),
-        _or(value.get("author"), ""),
-        _or(value.get("author_kind"), "unknown"),
-    )
-    return Candidate(text, author, author_kind, value.get("score"))  # type: ignore[arg-type]  # the record checks them
+    text: Any = value.get("text")  # the record checks the fields
+    return Candidate(text, _or(value.get("author"), ""), _or(value.get("author_kind"), "unknown"), value.get("score"))
 
 
 def to_dict(record: Record) -> dict[str, Any]:
@@ -343,7 +344,13 @@ def to_dict(record: Record) -> dict[str, Any]:
     if isinstance(record, Demonstration):
         row |= {"answer": record.answer, "author": record.author}
     elif isinstance(record, Ranking):
-        keys = ("text", "author", "author_kind", "score")
-        row |= {"candidates": [{k: getattr(c, k) for k in keys} for c in record.candidates]}
+        row |= {"candidates": [_candidate_dict(candidate) for candidate in record.candidates]}
         row |= {"ranks": list(record.ranks), "annotator": record.annotator, "time": record.time}
     return row
+
+
+def _candidate_dict(candidate: Candidate) -> dict[str, Any]:
+    score = None if candidate.score is None else float(candidate.score)
+    return {
+        "text": candidate.text, "author": candidate.author, "author_kind": candidate.author_kind, "score": score,
+    }  # fmt: skip

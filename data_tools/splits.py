@@ -1,0 +1,188 @@
+"""Split a dataset by prompt or by group, by a rule that holds across datasets, files and stages.
+
+The rule: ``u = int(first 16 hex digits of sha256(f"{seed}:{key}"), 16) / 2**64`` lies in [0, 1); the splits stand in
+the order train, eval, test, each as wide as its fraction, and `u` falls into one of them. The key is the prompt's id
+(the hash of its messages) or its group. Nothing else enters: not the file, the order or the other records. So with
+one seed and the same fractions a prompt is in the same split everywhere, and a prompt that the reward model was
+evaluated on is not in its, or any other stage's, training set.
+
+Groups go by the same rule rather than by quota, since a quota would move a group when another dataset lacks some.
+With few groups a split may come out empty; that is refused, and `hold_out` names the groups of eval exactly.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import shlex
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from data_tools.rejects import FILE_NAME, Rejects, by_count
+from rlhf import console
+from rlhf.errors import UserError, nearest
+from rlhf.schema import SPLITS, Record
+from rlhf.store import Dataset, DatasetWriter, open_dataset
+
+DEFAULT_FRACTIONS = {"train": 0.8, "eval": 0.1, "test": 0.1}
+BY = ("prompt", "group")
+
+
+def assign(key: str, fractions: Mapping[str, float], seed: int = 0) -> str:
+    """The split of a key, by the rule above.
+
+    Args:
+        key: A prompt's id, or a group.
+        fractions: Split -> share; the shares sum to 1.
+    """
+    draw = int(hashlib.sha256(f"{seed}:{key}".encode()).hexdigest()[:16], 16)
+    used = [split for split in SPLITS if fractions.get(split)]
+    edge = 0.0
+    for split in used[:-1]:
+        edge += fractions[split]
+        if draw < int(edge * 2**64):
+            return split
+    return used[-1]  # not compared with 1, which the shares may miss by rounding
+
+
+def parse_fractions(text: str) -> dict[str, float]:
+    """``train=0.8,eval=0.1,test=0.1`` as a mapping.
+
+    Raises:
+        UserError: Another form, an unknown split, a share that is no number from 0 to 1, or a sum that is not 1.
+    """
+    remedy = "Write, for instance, --fractions train=0.8,eval=0.1,test=0.1"
+    fractions: dict[str, float] = {}
+    for part in text.split(","):
+        name, equals, share = (piece.strip() for piece in part.partition("="))
+        if not equals or name in fractions:
+            what = "names a split twice" if equals else "is not split=share"
+            raise UserError(f"--fractions {text}: {part!r} {what}", remedy=remedy)
+        try:
+            fractions[name] = float(share)
+        except ValueError:
+            raise UserError(f"--fractions {text}: {share!r} is not a number", remedy=remedy) from None
+    return _checked(fractions)
+
+
+def _checked(fractions: Mapping[str, float]) -> dict[str, float]:
+    for name, share in fractions.items():
+        if name not in SPLITS:
+            raise UserError(f"--fractions: no split is called {name!r}", remedy=nearest(name, SPLITS))
+        if not 0 <= share <= 1:
+            raise UserError(f"--fractions: {name}={share} is not from 0 to 1")
+    total = math.fsum(fractions.values())
+    if abs(total - 1) > 1e-6:
+        raise UserError(f"--fractions: the shares sum to {total:.6g}, not to 1", remedy="Change one of them.")
+    return {split: fractions[split] for split in SPLITS if fractions.get(split)}
+
+
+def split_dataset(
+    path: str | Path,
+    out: str | Path,
+    *,
+    by: str = "prompt",
+    fractions: Mapping[str, float] | None = None,
+    hold_out: Sequence[str] = (),
+    seed: int = 0,
+    allow_empty: bool = False,
+) -> dict[str, Any]:
+    """Write the dataset anew with every record in a split; splits that the records have already are replaced.
+
+    Two passes over the data; memory grows with the number of distinct prompts or groups, not of records. The new
+    manifest's origin names the parent (path and fingerprint) and the command.
+
+    Args:
+        by: prompt or group.
+        fractions: Split -> share, summing to 1. By default 0.8 train, 0.1 eval, 0.1 test; with `hold_out`, the rest
+            is all train.
+        hold_out: Groups that are exactly the eval split's, whatever `fractions` says. Needs by="group".
+        seed: Another seed gives another split; datasets that are used together need the same.
+        allow_empty: Accept that a split gets no record (another dataset split by the same seed may fill it).
+
+    Returns:
+        out, kind, by, seed, read, written, rejected, reasons (bad rows of a JSONL dataset), and for each split
+        `splits` (records) and `keys` (prompts or groups).
+
+    Raises:
+        UserError: Wrong arguments, a record without a group, a prompt in groups of different splits, a split that
+            would be empty, or a dataset that cannot be read or written.
+    """
+    if by not in BY:
+        raise UserError(f"--by: cannot split by {by!r}", remedy=nearest(by, BY))
+    if hold_out and by != "group":
+        raise UserError("--hold-out names groups and works with --by group only", remedy="Add --by group.")
+    shares = _checked(fractions or ({"train": 1.0} if hold_out else DEFAULT_FRACTIONS))
+    parent = open_dataset(path)
+    if Path(out).resolve() == Path(path).resolve():
+        raise UserError(f"--out {out}: is the dataset itself", "The parent is kept.", "Choose another --out.")
+    plan = _plan(parent, by, shares, hold_out, seed)
+    wanted = [*shares, *(["eval"] if hold_out else [])]
+    empty = [split for split in SPLITS if split in wanted and split not in plan.values()]
+    if empty and not allow_empty:
+        raise UserError(
+            f"{path}: {' and '.join(empty)} would be empty: {len(plan)} {by}s fall by chance",
+            "The rule looks at each of them alone, so that it holds across datasets.",
+            "Name groups of eval by --hold-out, choose another --seed, fewer splits, or --allow-empty.",
+        )
+    options = {"by": by, "fractions": ",".join(f"{name}={share}" for name, share in shares.items()), "seed": str(seed)}
+    words = [word for name, value in options.items() for word in (f"--{name}", value)]
+    words += [word for group in hold_out for word in ("--hold-out", group)]
+    origin = {
+        "command": shlex.join(["rlhf", "data", "split", str(path), *words]),
+        "parent": {"path": str(path), "fingerprint": parent.fingerprint},
+    }
+    with DatasetWriter(out, parent.kind, origin) as writer, Rejects(writer.partial / FILE_NAME) as rejects:
+        for record in parent.records(on_reject=rejects):
+            writer.write(record.with_split(plan[_key(record, by)]))
+        counts = {"read": writer.count + rejects.count, "written": writer.count, "rejected": rejects.count}
+        writer.origin |= {**counts, "reasons": by_count(rejects.reasons)}
+    keys = Counter(plan.values())
+    records = open_dataset(out).splits()
+    return {
+        "out": str(out), "kind": parent.kind, "by": by, "seed": seed, **counts, "reasons": by_count(rejects.reasons),
+        "splits": {split: records.get(split, 0) for split in SPLITS},
+        "keys": {split: keys.get(split, 0) for split in SPLITS},
+    }  # fmt: skip
+
+
+def _key(record: Record, by: str) -> str:
+    return record.prompt_id if by == "prompt" else record.group or ""
+
+
+def _plan(parent: Dataset, by: str, shares: dict[str, float], hold_out: Sequence[str], seed: int) -> dict[str, str]:
+    """Key -> split for every key of the dataset."""
+    held_out = set(hold_out)
+    plan: dict[str, str] = {}
+    home: dict[str, str] = {}  # prompt id -> group
+    for record in parent.records(on_reject=lambda _: None):  # counted when the records are written
+        if by == "group" and not record.group:
+            raise UserError(
+                f"{parent.path}: record {record.id} has no group",
+                remedy="Give every record a `group`, or use --by prompt.",
+            )
+        key = _key(record, by)
+        plan[key] = plan.get(key) or ("eval" if key in held_out else assign(key, shares, seed))
+        if by == "group":
+            first = home.setdefault(record.prompt_id, key)
+            if plan[first] != plan[key]:
+                raise UserError(
+                    f"{parent.path}: prompt {record.prompt_id} is in group {first!r} ({plan[first]}) and in group "
+                    f"{key!r} ({plan[key]})",
+                    "A prompt in two splits leaks what is evaluated into training.",
+                    "Give the prompt one group, or put both groups in the same --hold-out.",
+                )
+    for group in hold_out:
+        if group not in plan:
+            raise UserError(f"--hold-out {group!r}: no such group in {parent.path}", remedy=nearest(group, plan))
+    return plan
+
+
+def show(summary: Mapping[str, Any]) -> None:
+    """Print what `split_dataset` returns."""
+    rows = [[split, summary["splits"][split], summary["keys"][split]] for split in SPLITS]
+    console.table(f"{summary['out']}: {summary['kind']}s", ["split", "records", f"{summary['by']}s"], rows)
+    if summary["rejected"]:
+        console.warn(f"{summary['rejected']} bad rows of the parent were set aside: {Path(summary['out']) / FILE_NAME}")

@@ -1,0 +1,309 @@
+"""`rlhf data import`: every row accounted for, whatever the files hold and whenever the process dies."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from rows import DEMONSTRATION, RANKING, dataset, jsonl, last_line, prompts, run, tree
+
+from data_tools.importers import IMPORTERS
+from data_tools.ingest import NothingUsable, find_files, import_dataset
+from data_tools.stats import stats
+from data_tools.validate import validate
+from rlhf.errors import UserError
+from rlhf.schema import from_dict, to_dict
+from rlhf.store import open_dataset
+
+ROOT = Path(__file__).parents[1]
+SHARED = Path(__file__).parents[2] / "shared"
+HH = SHARED / "data" / "preferences" / "hh_harmless_base_test.jsonl.gz"
+
+
+def transcript(*turns):
+    """Turns from the human on, as HH-RLHF writes them."""
+    return "".join(f"\n\n{'Assistant' if i % 2 else 'Human'}: {text}" for i, text in enumerate(turns))
+
+
+def hh_row(*turns, chosen="yes", rejected="no"):
+    turns = turns or ("may I?",)
+    return {"chosen": transcript(*turns, chosen), "rejected": transcript(*turns, rejected)}
+
+
+SAMPLES = {
+    "hh-rlhf": [hh_row(), hh_row("a", "b", "c"), {"chosen": 1}, hh_row(chosen="")],
+    "jsonl": [RANKING, {**RANKING, "prompt": "Another?"}, {"prompt": ""}, DEMONSTRATION],
+}
+"""For every importer: two good rows, then two bad ones."""
+
+
+# ---- every importer of the table -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("row", IMPORTERS, ids=lambda row: row.name)
+class TestEveryImporter:
+    def test_it_states_its_rank_convention_and_its_files(self, row):
+        doc = " ".join((row.fn.__doc__ or "").split())
+        assert "rank" in doc.lower()
+        assert row.traits["suffixes"]
+        assert row.summary
+
+    def test_read_is_written_plus_rejected_by_reason(self, row, tmp_path):
+        source = jsonl(tmp_path / "in.jsonl", SAMPLES[row.name])
+        summary = import_dataset(row.name, [source], tmp_path / "d")
+        assert (summary.read, summary.written, summary.rejected) == (4, 2, 2)
+        assert sum(summary.reasons.values()) == 2
+        rejected = [json.loads(line) for line in (tmp_path / "d" / "rejected.jsonl").read_text("utf-8").splitlines()]
+        assert [row["line"] for row in rejected] == [3, 4]
+        for item, number in zip(rejected, (2, 3)):
+            assert item["file"] == str(source)
+            assert json.loads(item["raw"]) == SAMPLES[row.name][number]
+            assert item["reason"] in summary.reasons
+            assert item["remedy"]
+
+    def test_the_records_are_valid_and_have_ids(self, row, tmp_path):
+        import_dataset(row.name, [jsonl(tmp_path / "in.jsonl", SAMPLES[row.name])], tmp_path / "d")
+        for record in open_dataset(tmp_path / "d").records():
+            assert from_dict(to_dict(record)) == record
+
+    def test_the_same_input_gives_the_same_bytes(self, row, tmp_path):
+        source = jsonl(tmp_path / "in.jsonl", SAMPLES[row.name])
+        for name in "ab":
+            import_dataset(row.name, [source], tmp_path / name)
+        assert tree(tmp_path / "a") == tree(tmp_path / "b")
+
+    def test_strict_stops_at_the_first_bad_row_and_writes_nothing(self, row, tmp_path):
+        source = jsonl(tmp_path / "in.jsonl", SAMPLES[row.name])
+        with pytest.raises(UserError, match=r"in\.jsonl:3: "):
+            import_dataset(row.name, [source], tmp_path / "d", strict=True)
+        assert [p.name for p in tmp_path.iterdir()] == ["in.jsonl"]
+
+    def test_gzip_gives_the_same_records(self, row, tmp_path):
+        plain = jsonl(tmp_path / "in.jsonl", SAMPLES[row.name])
+        (tmp_path / "in.jsonl.gz").write_bytes(gzip.compress(plain.read_bytes()))
+        for name, file in (("a", "in.jsonl"), ("b", "in.jsonl.gz")):
+            import_dataset(row.name, [tmp_path / file], tmp_path / name)
+        assert open_dataset(tmp_path / "a").fingerprint == open_dataset(tmp_path / "b").fingerprint
+
+    def test_nothing_is_rejected_by_an_exception(self, row, tmp_path):
+        awkward = [None, 1, "x", [], {}, [[]], {"chosen": None}, {"messages": {}}, {"candidates": {}}, {"prompt": []}]
+        source = jsonl(tmp_path / "in.jsonl", awkward)
+        with pytest.raises(NothingUsable, match=f"none of {len(awkward)} rows") as caught:
+            import_dataset(row.name, [source], tmp_path / "d")
+        assert caught.value.summary.rejected == len(awkward)
+        assert not (tmp_path / "d").exists()
+
+
+# ---- HH-RLHF ---------------------------------------------------------------------------------------------------------
+
+
+def hh(tmp_path, *rows):
+    """(records, reasons) of an import."""
+    try:
+        summary = import_dataset("hh-rlhf", [jsonl(tmp_path / "in.jsonl", rows)], tmp_path / "d")
+    except NothingUsable as error:
+        return [], error.summary.reasons
+    return list(open_dataset(tmp_path / "d").records()), summary.reasons
+
+
+def test_a_transcript_becomes_a_prompt_and_two_ranked_answers(tmp_path):
+    ((record,), _) = hh(tmp_path, hh_row("hello", "hi", "may I?", chosen=" Yes.\n\nPlease do. ", rejected="no"))
+    assert [(m.role, m.content) for m in record.messages] == [
+        ("user", "hello"), ("assistant", "hi"), ("user", "may I?"),
+    ]  # fmt: skip
+    assert [(c.text, c.author_kind) for c in record.candidates] == [("Yes.\n\nPlease do.", "model"), ("no", "model")]
+    assert record.ranks == (1, 2)
+    assert record.source == "hh-rlhf"
+
+
+def test_two_marks_of_one_speaker_are_one_turn(tmp_path):
+    row = {
+        "chosen": "\n\nHuman: a\n\nAssistant: b\n\nAssistant:  c\n\nHuman: d\n\nAssistant: e\n\nAssistant: f",
+        "rejected": "\n\nHuman: a\n\nAssistant: b\n\nAssistant:  c\n\nHuman: d\n\nAssistant: g",
+    }
+    ((record,), _) = hh(tmp_path, row)
+    assert [m.content for m in record.messages] == ["a", "b\n\nc", "d"]
+    assert [c.text for c in record.candidates] == ["e\n\nf", "g"]
+
+
+def test_a_mark_inside_a_line_is_text(tmp_path):
+    ((record,), _) = hh(tmp_path, hh_row("Is it Human: or Assistant:?", chosen="Human: both\nAssistant: yes"))
+    assert record.messages[0].content == "Is it Human: or Assistant:?"
+    assert record.candidates[0].text == "Human: both\nAssistant: yes"
+
+
+@pytest.mark.parametrize(
+    ("row", "reason"),
+    [
+        ({"chosen": transcript("a", "b")}, "not a row of chosen and rejected text"),
+        ({"chosen": ["a"], "rejected": ["b"]}, "not a row of chosen and rejected text"),
+        ({"chosen": "", "rejected": ""}, "a transcript does not begin with 'Human:' or 'Assistant:'"),
+        ({"chosen": "Hello." + transcript("a", "b"), "rejected": "x"}, "a transcript does not begin with"),
+        (
+            {"chosen": transcript("a", "b", "c"), "rejected": transcript("a", "b", "c")},
+            "does not end with 'Assistant:'",
+        ),
+        (hh_row(chosen="  "), "an answer is empty"),
+        (hh_row(chosen="same", rejected=" same "), "the two answers are identical"),
+        ({"chosen": transcript("a", "b"), "rejected": transcript("A", "c")}, "differ before the last answer"),
+        ({"chosen": transcript("a", "b", "c", "d"), "rejected": transcript("a", "e")}, "differ before the last answer"),
+        (hh_row("", "b", "c"), "messages.content: empty"),
+        ({"chosen": "\n\nAssistant: hi", "rejected": "\n\nAssistant: ho"}, "messages: none"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_a_row_without_two_answers_to_one_prompt_is_set_aside(tmp_path, row, reason):
+    found, reasons = hh(tmp_path, row)
+    assert found == []
+    assert [reason in key for key in reasons] == [True]
+
+
+@pytest.mark.skipif(not HH.exists(), reason="../shared holds no HH-RLHF file")
+def test_of_the_real_2312_rows_the_four_with_an_empty_answer_are_set_aside(tmp_path):
+    summary = import_dataset("hh-rlhf", [HH], tmp_path / "d")
+    assert (summary.read, summary.written, summary.rejected) == (2312, 2308, 4)
+    assert summary.reasons == {"an answer is empty": 4}
+    rejected = [json.loads(line) for line in (tmp_path / "d" / "rejected.jsonl").open(encoding="utf-8")]
+    assert [row["line"] for row in rejected] == [87, 517, 926, 1104]
+    assert validate(tmp_path / "d")["ok"]
+    found = stats([tmp_path / "d"])
+    assert found["k"] == {2: 2308}
+    assert (found["prompts"], found["ties"]["tied_pairs"]) == (2306, 0)
+
+
+# ---- files, output, command line -------------------------------------------------------------------------------------
+
+
+def test_folders_and_patterns_stand_for_their_files_in_a_fixed_order(tmp_path):
+    for name in ("b.jsonl", "a.jsonl.gz", "deep/c.jsonl", ".hidden.jsonl", "notes.txt"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("x")
+
+    def names(*paths):
+        return [str(file.relative_to(tmp_path)) for file in find_files(paths, (".jsonl", ".jsonl.gz"))]
+
+    assert names(tmp_path) == ["a.jsonl.gz", "b.jsonl", "deep/c.jsonl"]
+    assert names(f"{tmp_path}/*.jsonl") == ["b.jsonl"]
+    assert names(f"{tmp_path}/**/*.jsonl", tmp_path) == ["b.jsonl", "deep/c.jsonl", "a.jsonl.gz"]
+    assert names(tmp_path / "notes.txt") == ["notes.txt"], "a file named outright is taken whatever its suffix"
+    (tmp_path / "odd[1].jsonl").write_text("x")
+    assert names(tmp_path / "odd[1].jsonl") == ["odd[1].jsonl"]
+
+
+def test_wrong_input_is_told_before_anything_is_written(tmp_path):
+    good = jsonl(tmp_path / "good.jsonl", [RANKING])
+    (tmp_path / "empty.jsonl").write_bytes(b"")
+    (tmp_path / "blank.jsonl").write_bytes(b"\n \n")
+    (tmp_path / "plain.jsonl.gz").write_bytes(good.read_bytes())
+    (tmp_path / "folder").mkdir()
+    dataset(tmp_path / "whole", [RANKING])
+    before = sorted(p.name for p in tmp_path.iterdir())
+    for importer, name, message in [
+        ("hh-rlfh", "good.jsonl", "unknown importer 'hh-rlfh'; did you mean 'hh-rlhf'"),
+        ("jsonl", "nowhere.jsonl", "no file there"),
+        ("jsonl", "no*.jsonl", "no file there"),
+        ("jsonl", "folder", "no file there"),
+        ("jsonl", "whole", "is a dataset already"),
+        ("jsonl", "empty.jsonl", "empty"),
+        ("jsonl", "blank.jsonl", "The files hold no row"),
+        ("jsonl", "plain.jsonl.gz", "is not gzip"),
+    ]:
+        with pytest.raises(UserError, match=message):
+            import_dataset(importer, [tmp_path / name], tmp_path / "d")
+    with pytest.raises(UserError, match="no split is called 'dev'"):
+        import_dataset("jsonl", [good], tmp_path / "d", split="dev")
+    with pytest.raises(UserError, match="exists and is not a dataset"):
+        import_dataset("jsonl", [good], good)
+    assert sorted(p.name for p in tmp_path.iterdir()) == before
+
+
+def test_files_of_different_kinds_are_refused(tmp_path):
+    jsonl(tmp_path / "a.jsonl", [RANKING])
+    jsonl(tmp_path / "b.jsonl", [DEMONSTRATION])
+    with pytest.raises(UserError, match=r"b\.jsonl: a demonstration in a dataset of rankings"):
+        import_dataset("jsonl", [tmp_path / "a.jsonl", tmp_path / "b.jsonl"], tmp_path / "d")
+    assert not (tmp_path / "d").exists()
+
+
+def test_an_import_of_nothing_keeps_the_dataset_that_stood_there(tmp_path):
+    dataset(tmp_path / "d", [RANKING])
+    before = tree(tmp_path / "d")
+    with pytest.raises(NothingUsable):
+        import_dataset("hh-rlhf", [jsonl(tmp_path / "in.jsonl", [RANKING])], tmp_path / "d")
+    assert tree(tmp_path / "d") == before
+
+
+def test_a_new_import_takes_the_old_rejects_away(tmp_path):
+    import_dataset("jsonl", [jsonl(tmp_path / "in.jsonl", SAMPLES["jsonl"])], tmp_path / "d")
+    import_dataset("jsonl", [jsonl(tmp_path / "in.jsonl", [RANKING])], tmp_path / "d")
+    assert not (tmp_path / "d" / "rejected.jsonl").exists()
+
+
+def test_the_cli_prints_one_json_object_last_and_the_manifest_says_where_the_rows_came_from(tmp_path):
+    source = jsonl(tmp_path / "in.jsonl", SAMPLES["hh-rlhf"])
+    options = ["--split-name", "train", "--source", "mine", "--json"]
+    result = run("import", "hh-rlhf", source, "--out", tmp_path / "d", *options)
+    assert result.exit_code == 0, result.output
+    said = last_line(result)
+    assert {key: said[key] for key in ("read", "written", "rejected")} == {"read": 4, "written": 2, "rejected": 2}
+    assert said["reasons"] == {"an answer is empty": 1, "not a row of chosen and rejected text": 1}
+    made = open_dataset(tmp_path / "d", verify=True)
+    assert {(record.source, record.split) for record in made.records()} == {("mine", "train")}
+    origin = made.manifest["origin"]
+    assert origin["command"] == f"rlhf data import hh-rlhf {source} --split-name train --source mine"
+    assert origin["files"][0]["path"] == str(source)
+    assert {key: said[key] for key in ("read", "written", "rejected", "reasons")}.items() <= origin.items()
+
+
+def test_the_cli_prints_the_json_object_also_when_nothing_was_usable(tmp_path):
+    result = run("import", "hh-rlhf", jsonl(tmp_path / "in.jsonl", [RANKING] * 3), "--out", tmp_path / "d", "--json")
+    assert isinstance(result.exception, UserError)
+    assert last_line(result)["rejected"] == last_line(result)["read"] == 3
+
+
+def test_importing_the_cli_loads_no_heavy_library():
+    heavy = "{'torch', 'transformers', 'pyarrow', 'datasets', 'numpy', 'deepspeed'}"
+    code = f"import sys, data_tools.cli; assert not {heavy} & set(sys.modules), sorted({heavy} & set(sys.modules))"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
+
+
+SLOW_IMPORT = """
+import sys
+import rlhf.store
+from data_tools.ingest import import_dataset
+rlhf.store.ROWS_PER_GROUP = 1  # so slow that the kill always falls into the middle
+print("ready", flush=True)
+import_dataset("jsonl", [sys.argv[1]], sys.argv[2])
+"""
+
+
+@pytest.mark.parametrize("existing", [False, True], ids=["new", "over another dataset"])
+def test_a_killed_import_leaves_no_dataset_that_looks_whole(tmp_path, existing):
+    source = jsonl(tmp_path / "in.jsonl", [*prompts(30_000), {"prompt": ""}])
+    out = tmp_path / "d"
+    if existing:
+        dataset(out, [RANKING])
+    process = subprocess.Popen([sys.executable, "-c", SLOW_IMPORT, source, out], cwd=ROOT, stdout=subprocess.PIPE)
+    shard = tmp_path / ".d.partial" / "shard-00000.parquet"
+    limit = time.monotonic() + 60
+    while not (shard.exists() and shard.stat().st_size > 10_000) and time.monotonic() < limit:
+        time.sleep(0.005)
+    os.kill(process.pid, signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL, "the import ended before the kill"
+    if existing:
+        assert open_dataset(out, verify=True).kind == "ranking", "the old dataset is still whole"
+    else:
+        with pytest.raises(UserError, match="no dataset there"):
+            open_dataset(out)
+    with pytest.raises(UserError, match="not a whole dataset"):
+        open_dataset(tmp_path / ".d.partial")
+    import_dataset("jsonl", [jsonl(source, prompts(3))], out)
+    assert open_dataset(out, verify=True).manifest["count"] == 3
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["d", "in.jsonl"]

@@ -1,0 +1,163 @@
+"""`rlhf data split`: the same prompt in the same split, in every dataset, file and kind."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+
+import pytest
+from rows import RANKING, dataset, jsonl, last_line, prompts, run, tree
+
+from data_tools.splits import DEFAULT_FRACTIONS, assign, parse_fractions, split_dataset
+from data_tools.stats import stats
+from rlhf.errors import UserError
+from rlhf.schema import KINDS
+from rlhf.store import open_dataset
+
+FRACTIONS = {"train": 0.8, "eval": 0.1, "test": 0.1}
+
+
+def split_of(path):
+    return {record.prompt_id: record.split for record in open_dataset(path).records()}
+
+
+def test_the_rule_is_the_documented_one():
+    # printf '0:alpha' | sha256sum gives 67d7407d59f7761c..., over 2**64 that is 0.40563; written out, so that a change
+    # of the rule is noticed: it would move prompts from evaluation to training
+    assert assign("alpha", {"train": 0.40, "eval": 0.60}) == "eval"
+    assert assign("alpha", {"train": 0.41, "eval": 0.59}) == "train"
+    assert assign("eps", FRACTIONS) == "test"  # f8ce86305f08c1f3: 0.97190
+
+
+def test_the_shares_come_out_and_another_seed_gives_another_split():
+    first = Counter(assign(f"key {i}", FRACTIONS) for i in range(20_000))
+    for split, share in FRACTIONS.items():
+        assert abs(first[split] / 20_000 - share) < 0.01  # 3.5 standard errors of the widest share
+    moved = sum(assign(f"key {i}", FRACTIONS) != assign(f"key {i}", FRACTIONS, seed=1) for i in range(2_000))
+    assert 400 < moved < 900
+
+
+def test_a_wider_train_split_keeps_the_prompts_it_had():
+    narrow, wide = {"train": 0.5, "eval": 0.5}, {"train": 0.8, "eval": 0.2}
+    kept = [assign(str(i), wide) for i in range(500) if assign(str(i), narrow) == "train"]
+    assert set(kept) == {"train"}
+
+
+def test_a_prompt_is_in_one_split_in_every_dataset_file_and_kind(tmp_path):
+    asked = [f"Question {i}?" for i in range(60)]
+    parts = {
+        "prompt": [{"prompt": text} for text in asked],
+        "demonstration": [{"prompt": text, "answer": "x"} for text in reversed(asked)] * 2,
+        "ranking": [{**RANKING, "prompt": text, "annotator": who} for text in asked[::2] for who in "ab"],
+    }
+    assert sorted(parts) == sorted(KINDS)
+    seen = {}
+    for kind, rows in parts.items():
+        split_dataset(jsonl(tmp_path / f"{kind}.jsonl", rows), tmp_path / kind, seed=3)
+        for prompt, split in split_of(tmp_path / kind).items():
+            assert seen.setdefault(prompt, split) == split
+    assert set(seen.values()) == {"train", "eval", "test"}
+    together = stats([tmp_path / kind for kind in parts])
+    assert together["leaks"] == {"prompts": 0, "examples": []}
+
+
+def test_the_new_dataset_names_its_parent_and_the_command(tmp_path):
+    parent = dataset(tmp_path / "d", prompts(100, split="train"))
+    result = run("split", parent, "--out", tmp_path / "s", "--fractions", "eval=0.25,train=0.75", "--seed", 7, "--json")
+    assert result.exit_code == 0, result.output
+    made = open_dataset(tmp_path / "s", verify=True)
+    assert made.manifest["origin"]["parent"] == {
+        "path": str(parent), "fingerprint": open_dataset(parent).fingerprint,
+    }  # fmt: skip
+    expected = f"rlhf data split {parent} --by prompt --fractions train=0.75,eval=0.25 --seed 7"
+    assert made.manifest["origin"]["command"] == expected
+    said = last_line(result)
+    assert said["splits"] == {"test": 0, **made.splits()}
+    assert said["read"] == said["written"] == sum(said["keys"].values()) == 100
+    split_dataset(parent, tmp_path / "again", fractions={"train": 0.75, "eval": 0.25}, seed=7)
+    assert tree(tmp_path / "again") == tree(tmp_path / "s")
+
+
+def test_bad_rows_of_the_parent_are_set_aside_and_counted(tmp_path):
+    parent = jsonl(tmp_path / "d.jsonl", [*prompts(40), {"prompt": ""}])
+    said = split_dataset(parent, tmp_path / "s")
+    assert (said["read"], said["written"], said["rejected"]) == (41, 40, 1)
+    assert said["reasons"] == {"messages.content: empty": 1}
+    assert json.loads((tmp_path / "s" / "rejected.jsonl").read_text())["line"] == 41
+
+
+def topics(*names, size=5):
+    return [{"prompt": f"{name} {i}?", "group": name} for name in names for i in range(size)]
+
+
+def test_groups_go_whole_and_by_the_same_rule_in_every_dataset(tmp_path):
+    names = [f"topic {i}" for i in range(40)]
+    split_dataset(dataset(tmp_path / "all", topics(*names)), tmp_path / "a", by="group")
+    split_dataset(dataset(tmp_path / "some", topics(*names[::3])), tmp_path / "b", by="group", allow_empty=True)
+    of_group = {}
+    for path in ("a", "b"):
+        for record in open_dataset(tmp_path / path).records():
+            assert of_group.setdefault(record.group, record.split) == record.split == assign(record.group, FRACTIONS)
+
+
+def test_held_out_groups_are_exactly_the_eval_split(tmp_path):
+    parent = dataset(tmp_path / "d", topics("a", "b", "c"))
+    result = run("split", parent, "--out", tmp_path / "s", "--by", "group", "--hold-out", "a", "--hold-out", "c")
+    assert result.exit_code == 0, result.output
+    held = {record.group: record.split for record in open_dataset(tmp_path / "s").records()}
+    assert held == {"a": "eval", "b": "train", "c": "eval"}
+    assert open_dataset(tmp_path / "s").manifest["origin"]["command"].endswith("--hold-out a --hold-out c")
+
+
+def test_an_empty_split_is_refused_unless_allowed(tmp_path):
+    parent = dataset(tmp_path / "d", topics("a", "b"))
+    with pytest.raises(UserError, match="would be empty") as caught:
+        split_dataset(parent, tmp_path / "s", by="group")
+    assert "--hold-out" in caught.value.remedy
+    assert not (tmp_path / "s").exists()
+    assert split_dataset(parent, tmp_path / "s", by="group", allow_empty=True)["written"] == 10
+
+
+def test_splits_that_would_leak_or_make_no_sense_are_refused(tmp_path):
+    parent = dataset(tmp_path / "d", topics("a", "b", "c"))
+    ungrouped = dataset(tmp_path / "u", prompts(3))
+    shared = dataset(tmp_path / "l", [{"prompt": "same?", "group": group} for group in ("a", "b")])
+    for path, options, message in [
+        (parent, {"by": "groups"}, "cannot split by 'groups'"),
+        (parent, {"hold_out": ["a"]}, "works with --by group only"),
+        (parent, {"by": "group", "hold_out": ["A"]}, "no such group"),
+        (ungrouped, {"by": "group"}, "has no group"),
+        (shared, {"by": "group", "hold_out": ["a"]}, "is in group 'a' .eval. and in group 'b' .train."),
+        (parent, {"fractions": {"train": 0.5}}, "sum to 0.5, not to 1"),
+        (tmp_path / "nowhere", {}, "no dataset there"),
+    ]:
+        with pytest.raises(UserError, match=message):
+            split_dataset(path, tmp_path / "s", **options)
+    with pytest.raises(UserError, match="is the dataset itself"):
+        split_dataset(parent, tmp_path / "x" / ".." / "d")
+    assert not (tmp_path / "s").exists()
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("train=0.8,eval=0.1", "sum to 0.9"),
+        ("train=0.8,eval=0.3", "sum to 1.1"),
+        ("train=1,dev=0", "no split is called 'dev'"),
+        ("train=0.5,train=0.5", "names a split twice"),
+        ("0.8,0.1,0.1", "is not split=share"),
+        ("train=most,eval=0.1", "'most' is not a number"),
+        ("train=1.5,eval=-0.5", "is not from 0 to 1"),
+        ("train=nan,eval=1", "is not from 0 to 1"),
+        ("", "is not split=share"),
+    ],
+)
+def test_fractions_that_do_not_make_a_whole_are_refused(text, message):
+    with pytest.raises(UserError, match=message):
+        parse_fractions(text)
+
+
+def test_fractions_may_stand_in_any_order_and_be_zero():
+    assert parse_fractions(" test=0, eval=0.3 ,train=0.7") == {"train": 0.7, "eval": 0.3}
+    assert list(parse_fractions("test=0.1,eval=0.1,train=0.8")) == ["train", "eval", "test"]
+    assert DEFAULT_FRACTIONS == FRACTIONS

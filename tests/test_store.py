@@ -1,0 +1,336 @@
+"""Datasets on disk: the writer's promise, the reader's refusals, and JSONL as people really have it."""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import GeneratorType
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from rows import DEMONSTRATION, RANKING, records, tree, write
+
+from rlhf import store
+from rlhf.errors import UserError
+from rlhf.schema import KINDS, BadRecord, from_dict, to_dict
+from rlhf.store import DatasetWriter, open_dataset, read_jsonl, read_shard, shard_faults
+
+
+def prompts(count, **fields):
+    return [from_dict({"prompt": f"Question {i}?", **fields}) for i in range(count)]
+
+
+# ---- round trips ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", sorted(KINDS))
+@settings(max_examples=25, deadline=None, database=None)
+@given(data=st.data())
+def test_any_records_come_back_from_parquet_and_from_jsonl(tmp_path_factory, kind, data):
+    items = data.draw(st.lists(records(kind), min_size=1, max_size=5))
+    folder = tmp_path_factory.mktemp("round")
+    assert list(write(folder / "d", items).records()) == items
+    lines = folder / "d.jsonl"
+    lines.write_text("".join(json.dumps(to_dict(item)) + "\n" for item in items), "utf-8")
+    assert list(open_dataset(lines, kind).records()) == items
+
+
+@pytest.mark.parametrize("kind", sorted(KINDS))
+def test_an_empty_dataset_is_a_dataset(tmp_path, kind):
+    dataset = write(tmp_path / "d", [], kind)
+    assert list(dataset.records()) == []
+    assert dataset.splits() == {}
+    assert (dataset.kind, dataset.manifest["count"]) == (kind, 0)
+
+
+def test_scores_that_are_whole_numbers_are_stored_as_floats(tmp_path):
+    candidates = [{"text": "a", "score": 3}, {"text": "b", "score": 10**30}, {"text": "c"}]
+    item = from_dict({"prompt": "?", "candidates": candidates, "ranks": [1, 2, 3]})
+    (read,) = write(tmp_path / "d", [item]).records()
+    assert [c.score for c in read.candidates] == [3.0, 1e30, None]
+
+
+def test_rows_of_many_megabytes_do_not_fill_a_row_group(tmp_path, monkeypatch):
+    monkeypatch.setattr(store, "CHARS_PER_GROUP", 1_000_000)
+    items = [from_dict({"prompt": f"{i}" + "x" * 700_000}) for i in range(6)]
+    dataset = write(tmp_path / "d", items)
+    import pyarrow.parquet as pq
+
+    assert pq.ParquetFile(tmp_path / "d" / "shard-00000.parquet").num_row_groups == 3
+    assert list(dataset.records()) == items
+
+
+def test_shards_are_cut_and_read_in_order(tmp_path, monkeypatch):
+    monkeypatch.setattr(store, "ROWS_PER_GROUP", 2)
+    monkeypatch.setattr(store, "ROWS_PER_SHARD", 4)
+    items = prompts(11)
+    dataset = write(tmp_path / "d", items)
+    assert [shard["rows"] for shard in dataset.manifest["shards"]] == [4, 4, 3]
+    assert list(dataset.records()) == items
+
+
+def test_records_can_be_taken_of_one_split(tmp_path):
+    items = prompts(3, split="train") + prompts(2, split="eval") + prompts(1)
+    dataset = write(tmp_path / "d", items)
+    assert len(list(dataset.records("eval"))) == 2
+    assert dataset.splits() == {"train": 3, "eval": 2, None: 1}
+
+
+# ---- writing -------------------------------------------------------------------------------------------------------
+
+
+def test_the_same_records_give_the_same_bytes(tmp_path):
+    for name in "ab":
+        write(tmp_path / name, prompts(20), origin={"from": "x"})
+    assert tree(tmp_path / "a") == tree(tmp_path / "b")
+    assert open_dataset(tmp_path / "a").fingerprint == open_dataset(tmp_path / "b").fingerprint
+
+
+def test_an_exception_leaves_nothing_and_keeps_what_stood_there(tmp_path):
+    write(tmp_path / "d", prompts(2))
+    before = tree(tmp_path / "d")
+    with pytest.raises(RuntimeError), DatasetWriter(tmp_path / "d", "prompt") as writer:
+        writer.write(prompts(1)[0])
+        raise RuntimeError
+    assert tree(tmp_path / "d") == before
+    assert [p.name for p in tmp_path.iterdir()] == ["d"]
+
+
+def test_a_dataset_of_the_name_is_replaced(tmp_path):
+    write(tmp_path / "d", prompts(5))
+    assert open_dataset(write(tmp_path / "d", [from_dict(RANKING)]).path).kind == "ranking"
+    assert [p.name for p in tmp_path.iterdir()] == ["d"]
+
+
+def test_a_dataset_that_stepped_aside_comes_back_at_the_next_write(tmp_path):
+    write(tmp_path / "d", prompts(5))
+    os.rename(tmp_path / "d", tmp_path / ".d.old")  # as after a kill between the two renames
+    with pytest.raises(RuntimeError), DatasetWriter(tmp_path / "d", "prompt"):
+        raise RuntimeError
+    assert open_dataset(tmp_path / "d").manifest["count"] == 5
+
+
+def test_an_empty_folder_and_a_link_to_one_may_be_written_to(tmp_path, monkeypatch):
+    (tmp_path / "d").mkdir()
+    (tmp_path / "link").symlink_to("d")
+    monkeypatch.chdir(tmp_path)
+    write("d", prompts(1))
+    assert open_dataset("link").manifest["count"] == 1
+    write("link", prompts(2))
+    assert open_dataset("d").manifest["count"] == 2
+    assert (tmp_path / "link").is_symlink()
+
+
+def test_the_current_folder_is_not_replaced_under_the_user(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match="is the current folder"):
+        write(".", prompts(1))
+
+
+def test_a_folder_that_is_not_a_dataset_is_not_written_over(tmp_path):
+    (tmp_path / "d").mkdir()
+    (tmp_path / "d" / "thesis.txt").write_text("years")
+    (tmp_path / "file").write_text("x")
+    for name in ("d", "file"):
+        with pytest.raises(UserError, match="exists and is not a dataset"):
+            write(tmp_path / name, prompts(1))
+    with pytest.raises(UserError, match="cannot be written"):
+        write(tmp_path / "file" / "below", prompts(1))
+    assert (tmp_path / "d" / "thesis.txt").read_text() == "years"
+
+
+def test_a_writer_takes_one_kind(tmp_path):
+    with pytest.raises(UserError, match="unknown kind of record 'rankings'\ndid you mean 'ranking'"):
+        DatasetWriter(tmp_path / "d", "rankings")
+    with pytest.raises(BadRecord, match="a ranking in a dataset of prompts"), DatasetWriter(tmp_path / "d", None) as w:
+        w.write(prompts(1)[0])
+        w.write(from_dict(RANKING))
+    with pytest.raises(UserError, match="no record to write"), DatasetWriter(tmp_path / "d", None):
+        pass
+    assert list(tmp_path.iterdir()) == []
+
+
+# ---- opening -------------------------------------------------------------------------------------------------------
+
+
+def test_records_are_read_lazily(tmp_path, monkeypatch):
+    monkeypatch.setattr(store, "ROWS_PER_GROUP", 2)
+    monkeypatch.setattr(store, "ROWS_PER_SHARD", 2)
+    dataset = write(tmp_path / "d", prompts(6))
+    (tmp_path / "d" / "shard-00001.parquet").write_bytes(b"not parquet")
+    stream = dataset.records()
+    assert isinstance(stream, GeneratorType)
+    assert len([next(stream), next(stream)]) == 2, "the first shard is read before the second is looked at"
+    with pytest.raises(UserError, match=r"shard-00001\.parquet: damaged"):
+        next(stream)
+
+
+def test_a_damaged_or_missing_shard_is_told_before_training(tmp_path, monkeypatch):
+    monkeypatch.setattr(store, "ROWS_PER_GROUP", 2)
+    monkeypatch.setattr(store, "ROWS_PER_SHARD", 2)
+    dataset = write(tmp_path / "d", prompts(6))
+    shard = tmp_path / "d" / "shard-00001.parquet"
+    whole = shard.read_bytes()
+    shard.write_bytes(whole[:-20] + bytes(20))
+    open_dataset(tmp_path / "d")
+    with pytest.raises(UserError, match="not the bytes that were written"):
+        open_dataset(tmp_path / "d", verify=True)
+    shard.unlink()
+    with pytest.raises(UserError, match="missing"):
+        open_dataset(tmp_path / "d")
+    assert dict(shard_faults(open_dataset(tmp_path / "d", damaged_ok=True))) == {"shard-00001.parquet": "missing"}
+    shard.write_bytes(whole)
+    assert open_dataset(tmp_path / "d", verify=True).fingerprint == dataset.fingerprint
+
+
+def test_a_shard_made_by_hand_is_checked_row_by_row(tmp_path):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    write(tmp_path / "d", prompts(3))
+    shard = tmp_path / "d" / "shard-00000.parquet"
+    rows = pq.read_table(shard).to_pylist()
+    rows[1]["messages"][0]["content"] = "changed"
+    pq.write_table(pa.Table.from_pylist(rows), shard)
+    found = []
+    assert len(list(read_shard(shard, "prompt", found.append, check_ids=True))) == 2
+    assert [(row.line, row.reason) for row in found] == [(2, "id: not the content hash")]
+    rows[1]["messages"][0]["content"] = ""
+    pq.write_table(pa.Table.from_pylist(rows), shard)
+    with pytest.raises(UserError, match=r"shard-00000\.parquet:2: messages\.content: empty"):
+        list(open_dataset(tmp_path / "d").records())
+
+
+@pytest.mark.parametrize(
+    ("manifest", "message"),
+    [
+        ("", "not a dataset manifest"),
+        ("[]", "not a dataset manifest"),
+        ("{}", "not a dataset manifest"),
+        ('{"schema_version": 1, "kind": "prompt", "shards": [3]}', "not a dataset manifest"),
+        ('{"schema_version": 1, "kind": "prompt", "shards": [{"file": "a"}]}', "not a dataset manifest"),
+        ('{"schema_version": 99, "kind": "prompt", "shards": []}', "schema version 99"),
+        ('{"schema_version": 1, "kind": "poem", "shards": []}', "kind 'poem'"),
+    ],
+)
+def test_a_manifest_that_cannot_be_trusted_is_refused(tmp_path, manifest, message):
+    (tmp_path / "manifest.json").write_text(manifest)
+    with pytest.raises(UserError, match=message):
+        open_dataset(tmp_path)
+
+
+def test_what_is_not_a_dataset_is_refused_with_the_way_out(tmp_path):
+    with pytest.raises(UserError, match="is not a whole dataset"):
+        open_dataset(tmp_path)
+    with pytest.raises(UserError, match="no dataset there"):
+        open_dataset(tmp_path / "nowhere")
+    write(tmp_path / "d", prompts(1))
+    with pytest.raises(UserError, match="holds prompts where rankings are needed"):
+        open_dataset(tmp_path / "d", "ranking")
+    with pytest.raises(UserError, match="unknown kind of record 'rank'"):
+        open_dataset(tmp_path / "d", "rank")
+
+
+# ---- JSONL ---------------------------------------------------------------------------------------------------------
+
+
+def read(path, kind=None):
+    bad = []
+    return list(read_jsonl(path, kind, bad.append)), bad
+
+
+def test_bom_crlf_blank_lines_and_a_missing_last_newline_are_fine(tmp_path):
+    file = tmp_path / "d.jsonl"
+    file.write_bytes(b'\xef\xbb\xbf{"prompt": "a"}\r\n\r\n   \n{"prompt": "b\\u2028c"}\n{"prompt": "d"}')
+    good, bad = read(file)
+    assert [item.messages[0].content for item in good] == ["a", "b\u2028c", "d"]
+    assert bad == []
+
+
+BAD_LINES = [
+    (b"{", "not valid JSON"),
+    (b'{"prompt": "a"} {"prompt": "b"}', "not valid JSON"),
+    (b'{"prompt": "a\x00b"}', "not valid JSON"),
+    (b"\x00" * 50, "not valid JSON"),
+    (b'{"prompt": "\xff\xfe"}', "not UTF-8"),
+    (b'{"prompt": "a", "x": NaN}', "not valid JSON"),
+    (b'{"prompt": "a", "x": -Infinity}', "not valid JSON"),
+    (b'{"prompt": "a", "x": ' + b"9" * 5000 + b"}", "not valid JSON"),
+    (b"[" * 100_000, "not valid JSON"),
+    (b'{"a":' * 20_000 + b"1" + b"}" * 20_000, "not valid JSON"),
+    (b"[]", "not an object"),
+    (b'{"prompt": "\\ud800"}', "messages.content: not valid Unicode (a lone surrogate)"),
+    (b'{"prompt": "a", "answer": "b"}', "a demonstration where a prompt is needed"),
+]
+
+
+@pytest.mark.parametrize(("line", "reason"), BAD_LINES, ids=range(len(BAD_LINES)))
+def test_a_bad_line_is_set_aside_with_its_number_and_the_rest_is_read(tmp_path, line, reason):
+    file = tmp_path / "d.jsonl"
+    file.write_bytes(b'{"prompt": "first"}\n\n' + line + b'\n{"prompt": "last"}\n')
+    good, bad = read(file)
+    assert [item.messages[0].content for item in good] == ["first", "last"]
+    assert [(row.file, row.line, row.reason) for row in bad] == [(str(file), 3, reason)]
+    assert len(str(bad[0])) < 400 + len(str(file))
+    assert bad[0].raw.encode()[:5] == line[:5] or b"\\xff" in bad[0].raw.encode()
+
+
+def test_the_first_usable_row_decides_the_kind(tmp_path):
+    file = tmp_path / "d.jsonl"
+    rows = [{"prompt": ""}, DEMONSTRATION, RANKING, {"prompt": "x"}, DEMONSTRATION]
+    file.write_text("\n".join(map(json.dumps, rows)))
+    dataset = open_dataset(file)
+    assert dataset.kind == "demonstration"
+    for _ in range(2):  # a second pass does not count the rejects twice
+        assert len(list(dataset.records())) == 2
+        assert [row.line for row in dataset.rejects] == [1, 3, 4]
+    with pytest.raises(UserError, match="holds demonstrations where rankings"):
+        open_dataset(file, "ranking")
+
+
+def test_rejects_kept_in_memory_are_cut_and_those_handed_on_are_whole(tmp_path):
+    file = tmp_path / "d.jsonl"
+    file.write_text('{"prompt": "ok"}\n{"prompt": 3, "x": "' + "y" * 50_000 + '"}\n')
+    dataset, whole = open_dataset(file), []
+    list(dataset.records())
+    list(dataset.records(on_reject=whole.append))
+    assert len(dataset.rejects[0].raw) == store.RAW_KEPT
+    assert len(whole[0].raw) > 50_000
+
+
+@pytest.mark.parametrize("name", ["d.jsonl.gz", "no-suffix", "d.jsonl"])
+def test_gzip_is_recognised_by_its_bytes(tmp_path, name):
+    file = tmp_path / name
+    file.write_bytes(gzip.compress(b'{"prompt": "a"}\n' * 3))
+    dataset = open_dataset(file)
+    assert len(list(dataset.records())) == 3
+    assert dataset.fingerprint == hashlib.sha256(file.read_bytes()).hexdigest()
+
+
+def test_damaged_gzip_and_empty_files_are_refused(tmp_path):
+    file = tmp_path / "d.jsonl.gz"
+    whole = gzip.compress(b"".join(b'{"prompt": "%d"}\n' % i for i in range(20_000)))
+    for content, message in [
+        (b'{"prompt": "a"}\n', "named .gz and is not gzip"),
+        (whole[: len(whole) // 2], "damaged gzip after line"),
+        (whole[:-8] + bytes(8), "damaged gzip"),
+        (whole[:200] + bytes(200) + whole[400:], "damaged gzip"),
+    ]:
+        file.write_bytes(content)
+        with pytest.raises(UserError, match=message):
+            list(open_dataset(file).records())
+    for content, message in [(b"", "empty"), (b"\n\n", "empty"), (b"no\n" * 3, "First fault: .*:1: not valid JSON")]:
+        (tmp_path / "d.jsonl").write_bytes(content)
+        with pytest.raises(UserError, match=message):
+            open_dataset(tmp_path / "d.jsonl")
+
+
+def test_importing_the_store_does_not_load_pyarrow():
+    code = "import sys, rlhf.store, rlhf.schema; assert 'pyarrow' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[1])
