@@ -83,3 +83,39 @@ def track(items: Iterable[T], what: str, total: int | None = None, unit: str = "
             yield item
             speed = bar.tasks[0].speed
             bar.update(task, advance=1, rate=f"{speed:,.0f} {unit}/s" if speed else "")
+
+
+class StepBar:
+    """One readable line a step, with a progress bar below it on a terminal. Only the main process shows it."""
+
+    def __init__(self, what: str, total: int, done: int = 0) -> None:
+        self.total, self._digits = total, len(str(total))
+        self._pace: float | None = None
+        console = out()
+        self._bar = Progress(
+            TextColumn(what), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
+            console=console, transient=True, disable=not (is_main() and console.is_terminal),
+        )  # fmt: skip
+        self._task = self._bar.add_task(what, total=total, completed=done)
+        self._bar.start()
+
+    def step(self, done: int, text: str, seconds: float) -> None:
+        """Print the line of step `done`, which took `seconds`."""
+        self._pace = seconds if self._pace is None else 0.9 * self._pace + 0.1 * seconds
+        left = int(self._pace * (self.total - done))
+        clock = (
+            f"{left // 3600}:{left // 60 % 60:02d}:{left % 60:02d}"
+            if left >= 3600
+            else f"{left // 60:02d}:{left % 60:02d}"
+        )
+        self.note(f"{done:>{self._digits}}/{self.total}  {text}  {seconds:.2f} s  ETA {clock}")
+        self._bar.update(self._task, completed=done)
+
+    def note(self, text: str) -> None:
+        """Print a line above the bar."""
+        self._bar.console.print(text, markup=False, soft_wrap=True)
+        sys.stdout.flush()
+
+    def close(self) -> None:
+        """Take the bar away."""
+        self._bar.stop()

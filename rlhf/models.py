@@ -19,6 +19,9 @@ from rlhf.errors import UserError
 HEAD_CHUNK_ELEMENTS = 2**24
 """Most logits that are held at a time: 64 MiB in float32."""
 
+POSITIONS_AFTER_PADDING = {"roberta", "xlm-roberta", "xlm-roberta-xl", "camembert", "roberta-prelayernorm", "xmod"}
+"""Families whose first token has the position after that of padding, so that fewer positions are left."""
+
 
 def compute_dtype(precision: str) -> torch.dtype:
     """The dtype of the computation for `auto`, `float32` or `bfloat16`."""
@@ -48,6 +51,8 @@ def sequence_limit(config: ModelConfig, found: transformers.PretrainedConfig) ->
         UserError: The config asks for more than the model has.
     """
     positions = getattr(found, "max_position_embeddings", None) or getattr(found, "n_positions", None) or 2**20
+    if found.model_type in POSITIONS_AFTER_PADDING:
+        positions -= found.pad_token_id + 1
     if config.max_length is not None and config.max_length > positions:
         raise UserError(
             f"model.max_length: {config.max_length} is more than the {positions} positions of the model",
@@ -70,7 +75,7 @@ def _load(kind: Any, config: ModelConfig, path: str, dtype: torch.dtype, **more:
         options["attn_implementation"] = config.attn_implementation
     try:
         loaded = kind.from_pretrained(path, **options)
-    except (OSError, ValueError, ImportError) as error:
+    except (OSError, ValueError, ImportError, RuntimeError) as error:
         raise UserError(f"model.path: {path} cannot be loaded", str(error).split("\n")[0]) from None
     model = loaded[0] if isinstance(loaded, tuple) else loaded
     model.config.use_cache = False
@@ -234,11 +239,16 @@ class ScalarModel(nn.Module):
         self.config.reward_mean, self.config.reward_std = mean, std
 
 
-def load_scalar(config: ModelConfig, path: str, dtype: torch.dtype = torch.float32) -> ScalarModel:
+def load_scalar(
+    config: ModelConfig, path: str, dtype: torch.dtype = torch.float32, trained: bool = False
+) -> ScalarModel:
     """A scalar model from a reward model, a causal LM or an encoder; a missing head is drawn anew.
 
     A new head is normal with standard deviation 1 / sqrt(H + 1) from torch's generator (Stiennon 2020, B.1), and
-    zero bias.
+    zero bias. `trained` refuses a model that needs one: its scores would mean nothing.
+
+    Raises:
+        UserError: No such model, or one without a head that gives a score.
     """
     model, loading = _load(
         AutoModelForSequenceClassification, config, path, dtype, num_labels=1, output_loading_info=True
@@ -248,6 +258,8 @@ def load_scalar(config: ModelConfig, path: str, dtype: torch.dtype = torch.float
     if head is None:
         raise UserError(f"{path}: {type(model).__name__} has no head that gives a score; use another model")
     new = any(key.split(".")[0] in ("score", "classifier") for key in loading["missing_keys"])
+    if new and trained:
+        raise UserError(f"{path}: has no trained score head", "Its scores would be random.", "Name a reward model.")
     if new and isinstance(head, nn.Linear):
         with torch.no_grad():
             head.weight.normal_(std=1 / math.sqrt(head.in_features + 1))

@@ -48,6 +48,8 @@ PROBE = "\N{BLACK STAR}"
 def load_tokenizer(config: ModelConfig, path: str) -> ChatTokenizer:
     """The tokenizer of a model folder or hub name, with the chat template that the config chooses.
 
+    An encoder's CLS and SEP serve as the BOS and EOS that templates name.
+
     Raises:
         UserError: No tokenizer there, no end-of-sequence token, or a chat template that cannot be used.
     """
@@ -55,6 +57,8 @@ def load_tokenizer(config: ModelConfig, path: str) -> ChatTokenizer:
         tokenizer = transformers.AutoTokenizer.from_pretrained(path, trust_remote_code=config.trust_remote_code)
     except (OSError, ValueError) as error:
         raise UserError(f"model.path: no tokenizer can be loaded from {path}", str(error).split("\n")[0]) from None
+    if tokenizer.bos_token is None and tokenizer.eos_token is None and tokenizer.cls_token and tokenizer.sep_token:
+        tokenizer.bos_token, tokenizer.eos_token = tokenizer.cls_token, tokenizer.sep_token
     if config.chat_template != "auto" or not tokenizer.chat_template:
         name = "default" if config.chat_template == "auto" else config.chat_template
         if name not in TEMPLATES and not Path(name).is_file():

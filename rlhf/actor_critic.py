@@ -1,0 +1,70 @@
+"""Policy and critic as one module: one engine, one forward, one summed loss."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from rlhf.experience import MicroBatch
+from rlhf.models import ScalarModel, token_logprobs
+
+
+@dataclass(frozen=True)
+class TokenOutputs:
+    """What a forward pass says of the asked-for tokens, row after row. float32 [n]."""
+
+    logprobs: Tensor
+    entropies: Tensor
+    values: Tensor | None
+    """None where there is no critic."""
+    ptx_logprobs: Tensor | None
+    """[m] log-probs of the demonstrations' tokens at temperature 1, where demonstrations were given."""
+
+
+class ActorCritic(nn.Module):
+    """The policy, and beside it the critic where the advantage estimator needs one.
+
+    One backward pass through one engine serves both: alternating backward passes over parts of one ZeRO-3 engine
+    would train on stale gradients. With `critic=None` it also serves as the frozen reference.
+    """
+
+    def __init__(self, policy: nn.Module, critic: ScalarModel | None) -> None:
+        super().__init__()
+        self.policy = policy
+        self.critic = critic
+
+    def forward(self, batch: MicroBatch, temperature: float, ptx: MicroBatch | None = None) -> TokenOutputs:
+        """Log-probs, entropies and values of the response tokens of a micro-batch; log-probs of a ptx batch."""
+        ids, mask, wanted = batch.input_ids, batch.attention_mask, batch.response_mask
+        logprobs, entropies = token_logprobs(self.policy, ids, mask, wanted, temperature, batch.chunks)
+        values = None
+        if self.critic is not None:
+            # The state in which token t is chosen ends at token t - 1.
+            values = self.critic.token_values(ids, mask)[:, :-1][wanted[:, 1:]]
+        ptx_logprobs = None
+        if ptx is not None:
+            more = (ptx.input_ids, ptx.attention_mask, ptx.response_mask, 1.0, ptx.chunks)
+            ptx_logprobs, _ = token_logprobs(self.policy, *more)
+        return TokenOutputs(logprobs, entropies, values, ptx_logprobs)
+
+
+@contextmanager
+def adapters_off(model: nn.Module) -> Iterator[None]:
+    """Inside, adapter layers pass their input through the base alone: the policy is its own reference.
+
+    Unlike PEFT's `disable_adapter` this leaves requires_grad as it is, which an engine has fixed.
+    """
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
+    before = [layer._disable_adapters for layer in layers]
+    for layer in layers:
+        layer._disable_adapters = True
+    try:
+        yield
+    finally:
+        for layer, value in zip(layers, before):
+            layer._disable_adapters = value

@@ -1,0 +1,237 @@
+"""The engine: one optimizer over one module, on one process or under DeepSpeed, with the same few calls.
+
+The callers scale losses by the global number of tokens and the engine sums gradients over micro-batches and ranks.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rlhf import distributed
+from rlhf.checkpoint import world_size_of
+from rlhf.config import PPOOptimizerConfig
+from rlhf.errors import UserError
+from rlhf.models import compute_dtype
+
+
+class Engine:
+    """Plain torch: AdamW over float32 weights, autocast where the computation is in bfloat16.
+
+    Args:
+        module: The module to train; its calls go through `engine(...)`.
+        groups: Optimizer groups `{"params": [...], "lr": float, "name": str}`.
+        config: AdamW's settings and the gradient clipping.
+        precision: auto, float32 or bfloat16.
+    """
+
+    stage = 0
+
+    def __init__(self, module: nn.Module, groups: list[dict[str, Any]], config: PPOOptimizerConfig, precision: str):
+        self.module = module.to(distributed.device())
+        self.config = config
+        self.dtype = compute_dtype(precision)
+        self.optimizer = torch.optim.AdamW(groups, betas=config.betas, eps=config.eps, weight_decay=config.weight_decay)
+        self.rates = [group["lr"] for group in groups]
+        self._parameters = [p for group in groups for p in group["params"]]
+        self._finite = torch.ones((), device=distributed.device())
+        for parameter in self._parameters:
+            parameter.register_hook(self._watch)
+
+    def _watch(self, gradient: Tensor) -> None:
+        # The sum is infinite or NaN if any element is; it sees the gradient before any rank or optimizer does.
+        self._finite = self._finite * torch.isfinite(gradient.float().sum())
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        with self._autocast():
+            return self.module(*args, **kwargs)
+
+    def _autocast(self) -> Any:
+        if self.dtype == torch.float32:
+            return nullcontext()
+        return torch.autocast(distributed.device().type, dtype=self.dtype)
+
+    def backward(self, loss: Tensor, last: bool) -> None:
+        """Add the gradient of `loss`; `last` marks the last micro-batch before `step`."""
+        del last
+        loss.backward()
+
+    def gradients_are_finite(self) -> bool:
+        """False if a gradient since the last step was infinite or NaN on any rank. Call it before `step`."""
+        ok = distributed.all_sum(1 - self._finite).item() == 0
+        self._finite = torch.ones_like(self._finite)
+        return ok
+
+    def step(self, scale: float) -> float:
+        """Clip, move the weights at `scale` times the peak rates, clear gradients; gives the norm before clipping."""
+        for group, rate in zip(self.optimizer.param_groups, self.rates):
+            group["lr"] = rate * scale
+        return self._step()
+
+    def _step(self) -> float:
+        norm = nn.utils.clip_grad_norm_(self._parameters, self.config.max_grad_norm)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return float(norm)
+
+    @contextmanager
+    def gathered(self, part: nn.Module) -> Iterator[None]:
+        """Inside, `part` of the module has its whole weights on this process and may be called by itself."""
+        del part
+        with self._autocast():
+            yield
+
+    def state_dict(self, part: nn.Module) -> dict[str, Tensor] | None:
+        """The whole weights of `part` on rank 0, None elsewhere."""
+        with self.gathered(part):
+            if distributed.rank() != 0:
+                return None
+            return {name: value.detach().cpu().clone() for name, value in part.state_dict().items()}
+
+    def save(self, folder: Path) -> None:
+        """Write weights and optimizer state; every rank calls it."""
+        trainable = {n: p.detach() for n, p in self.module.named_parameters() if p.requires_grad}
+        torch.save({"weights": trainable, "optimizer": self.optimizer.state_dict()}, folder / "engine.pt")
+
+    def load(self, folder: Path) -> None:
+        """Read back what `save` wrote."""
+        state = torch.load(folder / "engine.pt", map_location=distributed.device(), weights_only=True)
+        missing = self.module.load_state_dict(state["weights"], strict=False).unexpected_keys
+        if missing:
+            raise UserError(f"{folder}/engine.pt: holds weights that this model has not: {missing[:3]}")
+        self.optimizer.load_state_dict(state["optimizer"])
+
+    def freeze(self, model: nn.Module) -> Any:
+        """A frozen model on this process's device, in the computation's dtype."""
+        model = model.requires_grad_(False).eval()
+        return model.to(distributed.device(), self.dtype)
+
+
+class DeepSpeedEngine(Engine):
+    """The same over DeepSpeed, ZeRO stage 0 to 3 as its JSON says.
+
+    `settings` are the JSON's; batch sizes, clipping and bfloat16 are set here, since they follow from our config.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        groups: list[dict[str, Any]],
+        config: PPOOptimizerConfig,
+        precision: str,
+        settings: dict[str, Any],
+    ) -> None:
+        import deepspeed
+
+        super().__init__(module, groups, config, precision)
+        self.stage = settings.get("zero_optimization", {}).get("stage", 0)
+        self.settings = settings | {
+            "train_micro_batch_size_per_gpu": 1,
+            "gradient_accumulation_steps": 1,
+            "gradient_clipping": config.max_grad_norm,
+            "bf16": {"enabled": self.dtype == torch.bfloat16},
+            "steps_per_print": 2**31,
+        }
+        self.settings.pop("train_batch_size", None)
+        self.settings.pop("optimizer", None)
+        self.deepspeed, *_ = deepspeed.initialize(
+            model=module, model_parameters=self._parameters, optimizer=self.optimizer, config=self.settings
+        )
+        if self.deepspeed.zero_optimization_stage() != self.stage:
+            raise UserError(f"DeepSpeed runs ZeRO stage {self.deepspeed.zero_optimization_stage()}, not {self.stage}")
+        self.module = self.deepspeed.module
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.deepspeed(*args, **kwargs)
+
+    def _autocast(self) -> Any:
+        return nullcontext()
+
+    def backward(self, loss: Tensor, last: bool) -> None:
+        self.deepspeed.set_gradient_accumulation_boundary(last)
+        # DeepSpeed averages over ranks; the callers' losses are shares of a global mean, to be summed.
+        self.deepspeed.backward(loss * distributed.world_size())
+        if not last:
+            self.deepspeed.step()  # counts the micro-step; weights move at the boundary only
+
+    def step(self, scale: float) -> float:
+        for group, rate in zip(self.deepspeed.optimizer.param_groups, self.rates):
+            group["lr"] = rate * scale
+        self.deepspeed.step()
+        return float(self.deepspeed.get_global_grad_norm())
+
+    @contextmanager
+    def gathered(self, part: nn.Module) -> Iterator[None]:
+        if self.stage < 3:
+            yield
+            return
+        import deepspeed
+        from trl.models.utils import add_hooks, remove_hooks
+
+        with deepspeed.zero.GatheredParameters(list(part.parameters())):
+            remove_hooks(self.deepspeed)  # ranks stop generating at different lengths; hooks would wait for each other
+            try:
+                yield
+            finally:
+                add_hooks(self.deepspeed)
+
+    def save(self, folder: Path) -> None:
+        self.deepspeed.save_checkpoint(str(folder), tag="engine")
+
+    def load(self, folder: Path) -> None:
+        wrote = world_size_of(folder)
+        if wrote != distributed.world_size():
+            raise UserError(
+                f"{folder}: written by {wrote} processes, this run has {distributed.world_size()}",
+                "Each process keeps its share of the optimizer state.",
+                f"Resume with {wrote} processes.",
+            )
+        self.deepspeed.load_checkpoint(str(folder), tag="engine")
+
+    def freeze(self, model: nn.Module) -> Any:
+        model = super().freeze(model)
+        if self.stage < 3:
+            return model
+        import deepspeed
+
+        keep = ("zero_optimization", "bf16", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
+        settings = {key: self.settings[key] for key in (*keep, "steps_per_print")}
+        settings["zero_optimization"] = {
+            key: value for key, value in settings["zero_optimization"].items() if key != "offload_optimizer"
+        }
+        frozen, *_ = deepspeed.initialize(model=model, config=settings)
+        return frozen
+
+
+def deepspeed_settings(path: str | None) -> dict[str, Any] | None:
+    """The DeepSpeed JSON of a run; ZeRO 0 where several processes name none, None for one process without one.
+
+    Raises:
+        UserError: Not JSON, or not an object.
+    """
+    if path is None:
+        return {"zero_optimization": {"stage": 0}} if distributed.world_size() > 1 else None
+    try:
+        settings = json.loads(Path(path).read_text("utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"deepspeed: {path}: {error}") from None
+    if not isinstance(settings, dict):
+        raise UserError(f"deepspeed: {path}: expected a JSON object")
+    return settings
+
+
+def make_engine(
+    module: nn.Module, groups: Sequence[dict[str, Any]], config: PPOOptimizerConfig, precision: str, path: str | None
+) -> Engine:
+    """The engine for the DeepSpeed JSON at `path`, or the plain one for one process without it."""
+    kept = [group for group in groups if group["params"]]
+    settings = deepspeed_settings(path)
+    if settings is None:
+        return Engine(module, kept, config, precision)
+    return DeepSpeedEngine(module, kept, config, precision, settings)

@@ -1,0 +1,240 @@
+"""What passes between PPO's phases: prompts, rollout, minibatch plan, experience. Frozen, typed, complete at birth.
+
+Every rank holds the rollout and the experience of the whole batch (a few dozen bytes a token), so whitening, group
+baselines and minibatches are the same on every rank and for any number of ranks; only the passes through models are
+shared out. Episodes are numbered 0..N-1 over the whole batch; answers to one prompt follow one another.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from rlhf import distributed
+from rlhf.models import head_chunks
+from rlhf.rollout import Answer, episode_seed
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """The prompts of one update, each repeated once for every answer to it."""
+
+    ids: list[list[int]]
+    """Token ids, N lists."""
+    messages: list[list[dict[str, str]]]
+    """The same as chat messages."""
+    groups: Tensor
+    """int64 [N]: equal for answers to one prompt."""
+    seeds: list[int]
+    """The random stream of each episode."""
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """Prompts with the answers that the policy gave, of all ranks."""
+
+    prompts: Prompts
+    answers: list[Answer]
+
+    @cached_property
+    def lengths(self) -> Tensor:
+        """int64 [N]: tokens of each answer."""
+        return torch.tensor([len(answer.ids) for answer in self.answers])
+
+    @cached_property
+    def totals(self) -> list[int]:
+        """Tokens of prompt and answer together, N numbers."""
+        return [len(p) + len(a.ids) for p, a in zip(self.prompts.ids, self.answers)]
+
+    @cached_property
+    def ended(self) -> Tensor:
+        """bool [N]: whether the answer ended by itself."""
+        return torch.tensor([answer.ended for answer in self.answers])
+
+    @cached_property
+    def response_mask(self) -> Tensor:
+        """bool [N, T]: True at the tokens of each answer, T being the longest one's."""
+        return torch.arange(int(self.lengths.max()))[None] < self.lengths[:, None]
+
+
+@dataclass(frozen=True)
+class Experience:
+    """A rollout with everything that was computed about it before learning. float32 on the CPU, 0 at padding."""
+
+    rollout: Rollout
+    logprobs: Tensor
+    """[N, T]: of the policy that sampled, at the sampling temperature, recomputed by the trainer."""
+    ref_logprobs: Tensor
+    """[N, T]: of the frozen reference, at the same temperature."""
+    values: Tensor | None
+    """[N, T]: the critic's value of the state in which each token was chosen; None without a critic."""
+    scores: Tensor
+    """[N]: from the reward source, as it gave them."""
+    entropy: float
+    """Mean entropy of the policy over answer tokens, nats."""
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """Sequences for one forward pass of one rank, on its device, padded on the right.
+
+    A rank that has fewer micro-batches than the others gets fillers: `rows` is empty, nothing in `response_mask`.
+    """
+
+    rows: list[int]
+    """Which episodes (or demonstrations) these are."""
+    input_ids: Tensor
+    """int64 [B, L]."""
+    attention_mask: Tensor
+    """int64 [B, L], 1 where there is a token."""
+    response_mask: Tensor
+    """bool [B, L], True at the tokens whose log-probs are asked for."""
+    chunks: int
+    """Parts that the language model's head works in, the same on every rank."""
+
+
+# ---- sharing episodes out ------------------------------------------------------------------------------------------
+
+Share = list[list[list[int]]]
+"""[rank][micro-batch] -> episodes; every rank has the same number of micro-batches, some of them empty."""
+
+
+def permutation(count: int, *seed: int) -> list[int]:
+    """A random order of 0..count-1 that follows from the seed parts alone."""
+    generator = torch.Generator().manual_seed(episode_seed(*seed))
+    return torch.randperm(count, generator=generator).tolist()
+
+
+def plan_minibatches(totals: Sequence[int], order: Sequence[int], minibatches: int, budget: int) -> list[Share]:
+    """Cut an order of episodes into minibatches and share each out over the ranks by length.
+
+    Within a minibatch the longest episode goes to the rank with the fewest tokens so far; each rank then fills
+    micro-batches with episodes of similar length, up to `budget` padded tokens.
+
+    Args:
+        totals: Tokens of each episode.
+        order: A permutation of the episodes (or a part of one).
+        minibatches: How many optimizer steps.
+        budget: Tokens of one micro-batch, padding included.
+
+    Returns:
+        One share for each minibatch; the same on every rank.
+    """
+    plan = []
+    for part in torch.tensor_split(torch.tensor(list(order)), minibatches):
+        ranks: list[list[int]] = [[] for _ in range(distributed.world_size())]
+        loads = [0] * len(ranks)
+        for episode in sorted(part.tolist(), key=lambda e: (-totals[e], e)):
+            lightest = loads.index(min(loads))
+            ranks[lightest].append(episode)
+            loads[lightest] += totals[episode]
+        plan.append(_even([_micro_batches(rank, totals, budget) for rank in ranks]))
+    return plan
+
+
+def _micro_batches(episodes: list[int], totals: Sequence[int], budget: int) -> list[list[int]]:
+    """Episodes sorted from long to short, cut where rows x longest would pass the budget."""
+    batches: list[list[int]] = []
+    for episode in episodes:
+        if batches and (len(batches[-1]) + 1) * totals[batches[-1][0]] <= budget:
+            batches[-1].append(episode)
+        else:
+            batches.append([episode])
+    return batches
+
+
+def _even(share: Share) -> Share:
+    most = max(map(len, share))
+    return [[*batches, *([[]] * (most - len(batches)))] for batches in share]
+
+
+class Batcher:
+    """Builds this rank's micro-batches from token rows.
+
+    Args:
+        rows: (token ids, flags) for each row; a flag marks a token whose log-prob is asked for.
+        pad_id: Fills rows up to the longest.
+        vocab_size: For the number of parts that the head works in.
+    """
+
+    def __init__(self, rows: Sequence[tuple[list[int], list[bool]]], pad_id: int, vocab_size: int) -> None:
+        self.rows, self.pad_id, self.vocab_size = rows, pad_id, vocab_size
+        self.counts = [sum(flags) for _, flags in rows]
+
+    def share(self, share: Share) -> list[MicroBatch]:
+        """This rank's micro-batches of one minibatch."""
+        mine = share[distributed.rank()]
+        most = [max(sum(self.counts[i] for i in rank[m]) for rank in share) for m in range(len(mine))]
+        return [self._build(episodes, head_chunks(tokens, self.vocab_size)) for episodes, tokens in zip(mine, most)]
+
+    def _build(self, episodes: list[int], chunks: int) -> MicroBatch:
+        shortest = min(range(len(self.rows)), key=lambda i: len(self.rows[i][0]))
+        found = [self.rows[i] for i in episodes] or [(self.rows[shortest][0], [False] * len(self.rows[shortest][0]))]
+        width = max(len(ids) for ids, _ in found)
+        fill = [width - len(ids) for ids, _ in found]
+        device = distributed.device()
+        return MicroBatch(
+            rows=episodes,
+            input_ids=torch.tensor([ids + [self.pad_id] * n for (ids, _), n in zip(found, fill)], device=device),
+            attention_mask=torch.tensor([[1] * len(ids) + [0] * n for (ids, _), n in zip(found, fill)], device=device),
+            response_mask=torch.tensor([flags + [False] * n for (_, flags), n in zip(found, fill)], device=device),
+            chunks=chunks,
+        )
+
+
+def episode_batcher(rollout: Rollout, pad_id: int, vocab_size: int) -> Batcher:
+    """Micro-batches of a rollout's episodes: prompt and answer, the answer's tokens flagged."""
+    rows = [
+        (prompt + answer.ids, [False] * len(prompt) + [True] * len(answer.ids))
+        for prompt, answer in zip(rollout.prompts.ids, rollout.answers)
+    ]
+    return Batcher(rows, pad_id, vocab_size)
+
+
+# ---- between flat and padded, between one rank and all -------------------------------------------------------------
+
+
+def unflatten(flat: Tensor, lengths: Tensor) -> Tensor:
+    """[n] values, row after row, to [B, T] padded with 0; T is the longest of `lengths` [B], n their sum."""
+    mask = torch.arange(int(lengths.max()), device=flat.device)[None] < lengths.to(flat.device)[:, None]
+    return flat.new_zeros(mask.shape).masked_scatter(mask, flat)
+
+
+def gather_answers(mine: Sequence[Answer], first: int) -> list[Answer]:
+    """The answers of all ranks in the order of their episodes; `mine` are this rank's, from episode `first` on."""
+    if distributed.world_size() == 1:
+        return list(mine)
+    device = distributed.device()
+    facts = [[first + i, len(answer.ids), answer.ended] for i, answer in enumerate(mine)]
+    tokens = [token for answer in mine for token in answer.ids]
+    all_facts = distributed.all_gather_rows(torch.tensor(facts, dtype=torch.int64, device=device).view(-1, 3)).tolist()
+    all_tokens = distributed.all_gather_rows(torch.tensor(tokens, dtype=torch.int64, device=device)).tolist()
+    answers: list[Answer | None] = [None] * len(all_facts)
+    start = 0
+    for episode, length, ended in all_facts:
+        answers[episode] = Answer(all_tokens[start : start + length], bool(ended))
+        start += length
+    return [answer for answer in answers if answer is not None]
+
+
+def gather_tokens(columns: Tensor, episodes: Sequence[int], lengths: Tensor) -> list[Tensor]:
+    """Per-token figures of all ranks, put in the order of the episodes and padded.
+
+    Args:
+        columns: float32 [n, F]: this rank's tokens, episode after episode.
+        episodes: Which episodes they belong to.
+        lengths: int64 [N]: answer lengths of all episodes.
+
+    Returns:
+        F tensors float32 [N, T] on the CPU, 0 at padding.
+    """
+    device = columns.device
+    order = distributed.all_gather_rows(torch.tensor(list(episodes), dtype=torch.int64, device=device)).cpu()
+    flat = distributed.all_gather_rows(columns).cpu()
+    padded = [unflatten(column, lengths[order]) for column in flat.unbind(1)]
+    width = int(lengths.max())
+    return [torch.zeros(len(lengths), width).index_copy(0, order, column) for column in padded]
