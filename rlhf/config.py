@@ -194,9 +194,11 @@ class RolloutConfig(Strict):
     samples_per_prompt: Positive = 1
     """Answers to each prompt; an update has prompts_per_update x samples_per_prompt episodes."""
     max_new_tokens: Positive = 128
+    """An answer is cut off after so many tokens."""
     min_new_tokens: Count = 0
     """The end-of-answer tokens are barred until an answer has so many tokens."""
     temperature: Rate = 1.0
+    """Logits are divided by it, when sampling and in every log-prob of the update."""
     top_k: Count = 0
     """Sample among the k likeliest tokens; 0 is off."""
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
@@ -262,17 +264,22 @@ class PPOUpdateConfig(Strict):
     critic_warmup: Count = 0
     """Updates at the start in which only the critic learns."""
     gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, about a third more time."""
 
 
 class PPOOptimizerConfig(Strict):
     policy_lr: Rate = 1e-6
+    """The policy's peak learning rate."""
     critic_lr: Rate = 5e-6
+    """The critic's peak learning rate."""
     schedule: Literal["cosine", "linear", "constant"] = "linear"
     """How both rates fall to zero over the updates."""
     warmup: Share = 0.0
     """Share of the updates over which the rates climb to their peak."""
     weight_decay: Weight = 0.0
+    """AdamW's decoupled weight decay."""
     betas: tuple[Share, Share] = (0.9, 0.95)
+    """AdamW's two decay rates."""
     eps: Rate = 1e-5
     """AdamW's epsilon (1e-5 in OpenAI's implementation)."""
     max_grad_norm: Rate = 1.0
@@ -340,11 +347,21 @@ class PipelineConfig(Strict):
     name: str
     """What the pipeline's output calls it."""
     sft: str | None = None
-    """Config file of the SFT stage; a stage that is left out is skipped."""
+    """Config file of the instruction-tuning stage; a stage that is left out is skipped."""
     reward: str | None = None
+    """Config file of the reward-model stage."""
     ppo: str | None = None
+    """Config file of the PPO stage."""
     export: str | None = None
-    """Folder for the exported policy."""
+    """Folder for the policy in Hugging Face format: PPO's, or SFT's where there is no PPO."""
+
+    @model_validator(mode="after")
+    def _something_to_do(self) -> PipelineConfig:
+        if not (self.sft or self.reward or self.ppo):
+            raise ValueError("name the config file of at least one of sft, reward, ppo")
+        if self.export and not (self.sft or self.ppo):
+            raise ValueError("export: there is no policy to export without sft or ppo")
+        return self
 
 
 STAGES: dict[str, type[StageConfig]] = {"sft": SFTConfig, "reward": RewardConfig, "ppo": PPOConfig}

@@ -23,7 +23,7 @@ from rlhf.config_file import dump_config, load_config
 from rlhf.console import err, is_main, say, table
 from rlhf.errors import UserError
 from rlhf.launch import PARENT
-from rlhf.plan import check
+from rlhf.plan import Coming, check
 
 ConfigFile = Annotated[Path, typer.Option("--config", "-c", help="A YAML config, such as configs/0.5b/sft.yaml.")]
 Overrides = Annotated[
@@ -77,8 +77,9 @@ def prepare(
     overwrite: bool = False,
     dry_run: bool = False,
     processes: int | None = None,
+    coming: Coming | None = None,
 ) -> StageConfig | None:
-    """Read and check a stage's config and show the plan; None where that was all (`dry_run`).
+    """Read and check a stage's config and show the plan; None where that was all (`dry_run`). See `rlhf.plan.check`.
 
     Raises:
         UserError: Whatever can be found wrong without loading weights.
@@ -88,7 +89,7 @@ def prepare(
     if (here := str(Path.cwd())) not in sys.path:
         sys.path.append(here)  # reward functions are found in the working folder, however we were started
     config = load_config(STAGES[stage], file, overrides)
-    plan = check(stage, config, resume, overwrite, processes)
+    plan = check(stage, config, resume, overwrite, processes, coming)
     if dry_run:
         say(dump_config(config).rstrip())
     if os.environ.get(PARENT) != "launcher":

@@ -9,6 +9,7 @@ import logging
 import os
 import re
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -136,13 +137,36 @@ def launch_on_hosts(module: str, arguments: Sequence[str], hostfile: str | Path,
     command += ["--num_gpus", str(processes)] if processes else []
     command += ["--master_port", str(_free_port()), "--log_level", "warning", "--module", module, *arguments]
     say(f"Starting {sum(hosts.values())} processes on {', '.join(hosts)} ...")
-    status = subprocess.run(command, env={**os.environ, PARENT: "launcher"}).returncode
+    status = run_child(command, {**os.environ, PARENT: "launcher"})
     if status:
         raise UserError(
             f"a rank on one of {', '.join(hosts)} failed (the launcher ended with exit status {status})",
             "The other ranks have been stopped: none can go on alone.",
             "See the ranks' own output above. Continue from the last checkpoint with --resume.",
         )
+
+
+def run_child(command: Sequence[str], environment: Mapping[str, str]) -> int:
+    """Run a command that shares our terminal and wait for it; gives its exit status, below 0 for a signal's number.
+
+    Ctrl-C and SIGTERM end the child before they end us, so that it is never left behind.
+
+    Raises:
+        KeyboardInterrupt: Ctrl-C, once the child has ended.
+    """
+    with subprocess.Popen(command, env=environment) as child:
+        before = signal.signal(signal.SIGTERM, lambda *_: child.terminate())
+        try:
+            return child.wait()
+        except KeyboardInterrupt:
+            try:
+                child.wait(timeout=5)  # a terminal sends Ctrl-C to the child as well
+            except subprocess.TimeoutExpired:
+                child.send_signal(signal.SIGINT)
+                child.wait()
+            raise
+        finally:
+            signal.signal(signal.SIGTERM, before)
 
 
 def _free_port() -> int:
