@@ -1,13 +1,404 @@
-"""What of a model is trained: full, part of it, or an adapter over PEFT. One table, TUNING."""
+"""What of a model is trained: all of it, part of it, or an adapter over PEFT. One table, TUNING.
+
+A row takes (model, chat, task): a transformers model, its `ChatTokenizer`, and `causal` or `scalar`; it gives back
+the model with `requires_grad` set, wrapped where PEFT wraps. The head of a scalar model is trained by every row.
+
+Traits: `adapter` (the base stays as it was, so switching the adapter off gives it back), `merges` (the result is a
+plain model), `prompt_learning` (virtual tokens before the text, seen only by PEFT's own forward), `quantized`.
+"""
 
 from __future__ import annotations
 
-from rlhf.table import Table
+import re
+import shutil
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from pydantic import Field
+
+from rlhf.console import is_main, say
+from rlhf.errors import UserError
+from rlhf.lazy import lazy
+from rlhf.table import Pick, Table
+
+if TYPE_CHECKING:
+    import peft
+    import torch
+    from torch import Tensor, nn
+
+    from rlhf import merging
+else:
+    peft, torch, nn, merging = lazy("peft"), lazy("torch"), lazy("torch.nn"), lazy("rlhf.merging")
 
 TUNING = Table("tuning method")
 
+Positive = Annotated[int, Field(ge=1)]
+Dropout = Annotated[float, Field(ge=0, lt=1)]
+Names = Annotated[list[str], Field(min_length=1)]
 
-@TUNING.row("full", adapter=False, merges=True)
-def full(model: object) -> object:
+WHOLE = {"adapter": False, "merges": True, "prompt_learning": False, "quantized": False}
+ADAPTER = WHOLE | {"adapter": True}
+PROMPT = ADAPTER | {"merges": False, "prompt_learning": True}
+HEADS = ("score", "classifier")
+"""What transformers calls the head of a sequence classifier."""
+
+
+# ---- the model's own weights --------------------------------------------------------------------------------------
+
+
+@TUNING.row("full", **WHOLE)
+def full(model: Any, chat: Any, task: str) -> Any:
     """Train every weight."""
+    return model.requires_grad_(True)
+
+
+@TUNING.row("last-layers", **WHOLE)
+def last_layers(
+    model: Any, chat: Any, task: str, *, layers: Positive, embeddings: bool = False, head: bool = True
+) -> Any:
+    """Train the last `layers` transformer layers, and by choice the head (with the final norm) and the embeddings."""
+    model.requires_grad_(False)
+    name, stack = _layers(model)
+    if layers > len(stack):
+        raise UserError(f"tuning.layers: {layers} is more than the {len(stack)} layers of {type(model).__name__}")
+    for layer in stack[-layers:]:
+        layer.requires_grad_(True)
+    if embeddings:
+        model.get_input_embeddings().requires_grad_(True)
+    if head:
+        output = model.get_output_embeddings()
+        for module in [*_beside(model, name), *([output] if output is not None else [])]:
+            module.requires_grad_(True)
+    return _train_head(model, task)
+
+
+def _layers(model: Any) -> tuple[str, Any]:
+    """Path and content of the longest list of modules: the transformer layers."""
+    lists = [(path, module) for path, module in model.named_modules() if isinstance(module, nn.ModuleList)]
+    if not lists:
+        raise UserError(f"tuning: {type(model).__name__} has no list of layers", remedy="Use `modules` with names.")
+    return max(lists, key=lambda found: len(found[1]))
+
+
+def _beside(model: Any, layers: str) -> Iterator[Any]:
+    """Norms that stand beside the layers: the final norm of a decoder."""
+    parent, _, name = layers.rpartition(".")
+    for sibling, module in model.get_submodule(parent).named_children():
+        if sibling != name and "norm" in type(module).__name__.lower():
+            yield module
+
+
+@TUNING.row("modules", **WHOLE)
+def modules(model: Any, chat: Any, task: str, *, names: Names) -> Any:
+    """Train the parameters whose full name matches one of the regular expressions `names`."""
+    model.requires_grad_(False)
+    parameters = dict(model.named_parameters())
+    for pattern in names:
+        try:
+            matches = [name for name in parameters if re.search(pattern, name)]
+        except re.error as error:
+            raise UserError(f"tuning.names: {pattern!r} is not a regular expression: {error}") from None
+        if not matches:
+            some = ", ".join(list(parameters)[:: max(1, len(parameters) // 6)][:6])
+            raise UserError(f"tuning.names: {pattern!r} matches no parameter", f"Some of their names: {some}")
+        for name in matches:
+            parameters[name].requires_grad_(True)
+    return _train_head(model, task)
+
+
+def _train_head(model: Any, task: str) -> Any:
+    if task == "scalar":
+        for name in HEADS:
+            if hasattr(model, name):
+                getattr(model, name).requires_grad_(True)
     return model
+
+
+# ---- adapters in the layers ----------------------------------------------------------------------------------------
+
+
+@TUNING.row("lora", **ADAPTER)
+def lora(
+    model: Any,
+    chat: Any,
+    task: str,
+    *,
+    rank: Positive = 16,
+    alpha: Positive = 32,
+    dropout: Dropout = 0.0,
+    target_modules: str | Names = "all-linear",
+    rslora: bool = False,
+    dora: bool = False,
+) -> Any:
+    """Low-rank updates beside linear layers (Hu et al. 2021); `rslora` scales by 1/sqrt(rank), `dora` adds magnitudes.
+
+    `target_modules` is `all-linear` (the head excepted), a regular expression, or a list of names.
+    """
+    config = peft.LoraConfig(
+        task_type=_task_type(task), r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=target_modules,
+        use_rslora=rslora, use_dora=dora,
+    )  # fmt: skip
+    return _wrap("lora", model, config)
+
+
+@TUNING.row("ia3", **ADAPTER)
+def ia3(
+    model: Any,
+    chat: Any,
+    task: str,
+    *,
+    target_modules: Names | None = None,
+    feedforward_modules: Names | None = None,
+) -> Any:
+    """Learned scales on keys, values and feed-forward activations (Liu et al. 2022).
+
+    Which modules these are is known for the usual families; for others name `target_modules`, and those of them
+    whose input is scaled instead of the output as `feedforward_modules`.
+    """
+    config = peft.IA3Config(
+        task_type=_task_type(task), target_modules=target_modules, feedforward_modules=feedforward_modules
+    )
+    return _wrap("ia3", model, config)
+
+
+@TUNING.row("qlora", **ADAPTER | {"quantized": True})
+def qlora(
+    model: Any,
+    chat: Any,
+    task: str,
+    *,
+    rank: Positive = 16,
+    alpha: Positive = 32,
+    dropout: Dropout = 0.0,
+    target_modules: str | Names = "all-linear",
+    rslora: bool = False,
+) -> Any:
+    """LoRA over a base in 4-bit NormalFloat with double quantisation (Dettmers et al. 2023). Needs a GPU.
+
+    The merged result is the dequantised base plus the update, the very function that was trained.
+    """
+    if not torch.cuda.is_available():
+        raise UserError("tuning: qlora needs a CUDA device", "Its 4-bit kernels run there.", "Use `lora`.")
+    model.requires_grad_(False)
+    _quantize(model)
+    config = peft.LoraConfig(
+        task_type=_task_type(task), r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=target_modules,
+        use_rslora=rslora,
+    )  # fmt: skip
+    return _wrap("qlora", model, config)
+
+
+def _quantize(model: Any) -> None:
+    """Put the layers' linear weights into 4 bits, in place, on this process's GPU; heads and embeddings stay."""
+    try:
+        import bitsandbytes as bnb
+    except ImportError:
+        raise UserError(
+            "tuning: qlora needs bitsandbytes, which is not installed", remedy="pip install 'rlhf-rankings[gpu]'"
+        ) from None
+    _, layers = _layers(model)
+    for layer in layers:
+        for path, linear in [(p, m) for p, m in layer.named_modules() if isinstance(m, nn.Linear)]:
+            small = bnb.nn.Linear4bit(
+                linear.in_features, linear.out_features, linear.bias is not None,
+                compute_dtype=torch.bfloat16, compress_statistics=True, quant_type="nf4",
+            )  # fmt: skip
+            small.weight = bnb.nn.Params4bit(
+                linear.weight.data, requires_grad=False, compress_statistics=True, quant_type="nf4"
+            )
+            small.bias = linear.bias
+            layer.set_submodule(path, small.to("cuda"))
+    model.is_loaded_in_4bit = True  # tells PEFT which kind of LoRA layer to put there
+    model.to("cuda")
+
+
+def _task_type(task: str) -> str:
+    return {"causal": "CAUSAL_LM", "scalar": "SEQ_CLS"}[task]
+
+
+def _wrap(name: str, model: Any, config: Any) -> Any:
+    try:
+        wrapped = peft.get_peft_model(model, config)
+    except ValueError as error:
+        raise UserError(f"tuning: {name} does not fit {type(model).__name__}", str(error).split("\n")[0]) from None
+    head = wrapped.get_output_embeddings() if config.task_type == "CAUSAL_LM" else None
+    if type(head).__module__.startswith("peft."):
+        raise UserError(
+            "tuning.target_modules: the head cannot carry an adapter",
+            "Log-probs are computed from the head's weight, so the adapter would be passed over.",
+            "Leave it out; `all-linear` does.",
+        )
+    return wrapped
+
+
+# ---- virtual tokens ------------------------------------------------------------------------------------------------
+
+
+@TUNING.row("prompt-tuning", **PROMPT)
+def prompt_tuning(
+    model: Any,
+    chat: Any,
+    task: str,
+    *,
+    tokens: Positive = 20,
+    init: Literal["random", "vocabulary", "text", "labels"] = "random",
+    text: str | None = None,
+    labels: Names | None = None,
+) -> Any:
+    """Learned embeddings before the text (Lester et al. 2021).
+
+    They start `random` (normal, with mean and deviation of the word embeddings), from tokens drawn from the
+    `vocabulary`, from the tokens of `text` (repeated to fill), or from class `labels`: one virtual token per label,
+    the mean of its tokens, further ones from the vocabulary (section 3.2).
+    """
+    _refuse_scalar("prompt-tuning", task)
+    for option, value in (("text", text), ("labels", labels)):
+        if (init == option) != (value is not None):
+            raise UserError(f"tuning.{option}: give it exactly when init is `{option}` (init is `{init}`)")
+    words = model.get_input_embeddings().weight.detach()
+    with torch.no_grad():
+        start = _start(words, chat, tokens, init, text, labels)
+    config = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=tokens)
+    wrapped = _wrap("prompt-tuning", model, config)
+    wrapped.prompt_encoder["default"].embedding.weight.data.copy_(start)
+    return wrapped
+
+
+def _start(words: Tensor, chat: Any, tokens: int, init: str, text: str | None, labels: Sequence[str] | None) -> Tensor:
+    """The first virtual tokens [tokens, H] from the word embeddings [V, H]."""
+    if init == "random":
+        return words.mean(0) + words.std(0) * torch.randn(tokens, words.shape[1], dtype=words.dtype)
+    encode = lambda piece: chat.tokenizer.encode(piece, add_special_tokens=False)  # noqa: E731
+    if text is not None:
+        ids = encode(text)
+        if not ids:
+            raise UserError("tuning.text: it has no tokens")
+        return words[torch.tensor(ids * (tokens // len(ids) + 1))[:tokens]]
+    special = set(chat.tokenizer.all_special_ids)
+    ordinary = torch.tensor([i for i in range(len(chat.tokenizer)) if i not in special])
+    rows = words[ordinary[torch.randperm(len(ordinary)).repeat(tokens // len(ordinary) + 1)[:tokens]]]
+    for index, label in enumerate((labels or [])[:tokens]):
+        rows[index] = words[torch.tensor(encode(label))].mean(0)
+    return rows
+
+
+@TUNING.row("p-tuning", **PROMPT)
+def p_tuning(
+    model: Any,
+    chat: Any,
+    task: str,
+    *,
+    tokens: Positive = 20,
+    encoder: Literal["mlp", "lstm"] = "mlp",
+    hidden: Positive | None = None,
+) -> Any:
+    """Virtual tokens that a small encoder of width `hidden` (the model's, when left out) makes (Liu et al. 2021)."""
+    _refuse_scalar("p-tuning", task)
+    config = peft.PromptEncoderConfig(
+        task_type="CAUSAL_LM", num_virtual_tokens=tokens, encoder_reparameterization_type=encoder.upper(),
+        encoder_hidden_size=hidden,  # type: ignore[arg-type]
+        encoder_dropout=0.0,
+    )  # fmt: skip
+    return _wrap("p-tuning", model, config)
+
+
+@TUNING.row("prefix-tuning", **PROMPT)
+def prefix_tuning(
+    model: Any, chat: Any, task: str, *, tokens: Positive = 20, projection: bool = False, hidden: Positive | None = None
+) -> Any:
+    """Learned keys and values before the text in every layer (Li & Liang 2021).
+
+    Without `projection` this is P-tuning v2 (Liu et al. 2022); with it an MLP of width `hidden` makes them.
+    """
+    _refuse_scalar("prefix-tuning", task)
+    config = peft.PrefixTuningConfig(
+        task_type="CAUSAL_LM",
+        num_virtual_tokens=tokens,
+        prefix_projection=projection,
+        encoder_hidden_size=hidden,  # type: ignore[arg-type]
+    )
+    return _wrap("prefix-tuning", model, config)
+
+
+def _refuse_scalar(name: str, task: str) -> None:
+    if task == "scalar":
+        raise UserError(
+            f"tuning: {name} does not work for a reward model or critic",
+            "Their scores are read from the model's body, which the virtual tokens do not reach.",
+            "Use lora, ia3, last-layers or full.",
+        )
+
+
+def virtual_tokens(tuning: Pick) -> int:
+    """How many positions of the model a tuning method takes for itself."""
+    return int(tuning.options["tokens"]) if tuning.row.traits["prompt_learning"] else 0
+
+
+# ---- what it comes to ----------------------------------------------------------------------------------------------
+
+
+def say_trainable(tuning: Pick, model: Any) -> None:
+    """Print the trainable and total parameters in one line; those in 4 bits or partitioned count in full."""
+    trained = total = 0
+    for parameter in model.parameters():
+        size = getattr(parameter, "ds_numel", parameter.numel())
+        size *= 2 if merging.quant_state(parameter) is not None else 1  # two weights in a byte
+        total += size
+        trained += size if parameter.requires_grad else 0
+    options = ", ".join(f"{key} {value}" for key, value in tuning.options.items() if value not in (None, False))
+    method = f"{tuning.name} ({options})" if options else tuning.name
+    say(f"Tuning: {method}: {trained:,} of {total:,} parameters are trained ({trained / total:.2%})")
+
+
+def save_result(path: Path, model: Any, chat: Any, tuning: Pick) -> None:
+    """Write a run's result under `path`, the run folder; every rank calls it.
+
+    `model/` is the merged model in Hugging Face format with tokenizer, chat template and a generation config that
+    stops where an answer ends. An adapter that can be merged also stands by itself in `adapter/`; virtual tokens
+    cannot, so `model/` then holds the PEFT adapter.
+
+    Args:
+        model: A transformers model as a row of the table gave it back.
+    """
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    folder = path / "model"
+    if is_main():
+        for old in (folder, path / "adapter"):
+            shutil.rmtree(old, ignore_errors=True)
+            old.mkdir(parents=True)
+        if not tuning.row.traits["adapter"]:
+            (path / "adapter").rmdir()
+    if tuning.row.traits["adapter"]:
+        _save_adapter(folder if tuning.row.traits["prompt_learning"] else path / "adapter", model)
+    if tuning.row.traits["merges"]:
+        state = merging.merged_state(model)
+        if is_main():
+            base.config.use_cache = True  # it is off for training only
+            base.save_pretrained(folder, state_dict=state)
+            base.config.use_cache = False
+    if is_main():
+        chat.tokenizer.save_pretrained(folder)
+        if base.can_generate():
+            generation_config(base, chat).save_pretrained(folder)
+
+
+def _save_adapter(folder: Path, model: Any) -> None:
+    config = model.peft_config["default"]
+    source = Path(str(model.get_base_model().name_or_path))
+    config.base_model_name_or_path = str(source.resolve()) if source.is_dir() else str(source)
+    with merging.gathered([p for p in model.parameters() if p.requires_grad]):
+        if is_main():
+            model.save_pretrained(str(folder), save_embedding_layers=False)
+
+
+def generation_config(model: Any, chat: Any) -> Any:
+    """The model's generation config, with the stop tokens of the chat template and its padding."""
+    from transformers import GenerationConfig
+
+    config = GenerationConfig.from_dict(model.generation_config.to_dict())
+    known = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
+    config.eos_token_id = list(dict.fromkeys([chat.end_id, *(token for token in known if token is not None)]))
+    config.pad_token_id = chat.pad_id
+    config._from_model_config = False  # else loading it takes the stop token from config.json again
+    return config

@@ -1,0 +1,99 @@
+"""Weights as they are meant: whole where ZeRO-3 has partitioned them, adapters merged in, 4 bits dequantised."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import ModulesToSaveWrapper
+from torch import Tensor
+
+from rlhf.console import is_main
+
+
+@contextmanager
+def gathered(parameters: Iterable[Any], write: bool = False) -> Iterator[None]:
+    """Inside, parameters that ZeRO-3 has partitioned are whole. Every rank calls it.
+
+    Args:
+        write: What rank 0 has written into them holds on all ranks afterwards; without it, changes are dropped.
+    """
+    sharded = [parameter for parameter in parameters if hasattr(parameter, "ds_id")]
+    if not sharded:
+        yield
+        return
+    import deepspeed
+
+    with deepspeed.zero.GatheredParameters(sharded, modifier_rank=0 if write else None):
+        yield
+
+
+def merged_state(model: Any) -> dict[str, Tensor]:
+    """The whole weights with adapters merged in, under transformers' names. The live weights stay untouched.
+
+    Every rank calls it. Rank 0 gets copies on the CPU in the weights' own dtype (what was in 4 bits, dequantised),
+    the others get nothing. Tied weights are one tensor.
+    """
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    state: dict[str, Tensor] = {}
+    with torch.no_grad():
+        _collect(base, "", state, {})
+    return state
+
+
+def _collect(module: Any, prefix: str, state: dict[str, Tensor], copies: dict[int, Tensor]) -> None:
+    """Add a module's weights to `state`; `copies` holds what each parameter has become."""
+    if isinstance(module, ModulesToSaveWrapper):
+        module = module.modules_to_save[module.active_adapters[0]]
+    adapted: Any = module if isinstance(module, BaseTunerLayer) else None
+    if adapted is not None:
+        with gathered(list(adapted.parameters())):
+            if is_main():
+                state.update({prefix + name: value.cpu() for name, value in _merged_layer(adapted).items()})
+        return
+    own = dict(module.named_parameters(recurse=False))
+    with gathered(own.values()):
+        if is_main():
+            for name, parameter in own.items():
+                if id(parameter) not in copies:
+                    copies[id(parameter)] = _plain(parameter).to("cpu", copy=True)
+                state[prefix + name] = copies[id(parameter)]
+            for name, buffer in module.named_buffers(recurse=False):
+                if name not in module._non_persistent_buffers_set:
+                    state[prefix + name] = buffer.detach().to("cpu", copy=True)
+    for name, child in module.named_children():
+        _collect(child, f"{prefix}{name}.", state, copies)
+
+
+def _merged_layer(layer: Any) -> dict[str, Tensor]:
+    """Weight and bias of an adapter layer with the adapter merged in."""
+    base = layer.get_base_layer()
+    if quant_state(base.weight) is not None:
+        rest = {name: p.detach().clone() for name, p in base.named_parameters() if name != "weight"}
+        weight = _plain(base.weight)
+        return {"weight": weight + layer.get_delta_weight(layer.active_adapters[0]).to(weight), **rest}
+    before = {name: parameter.data for name, parameter in base.named_parameters()}
+    try:
+        layer.merge(safe_merge=True)  # PEFT then works on a copy and puts it in place of the tensor
+        return {name: parameter.data.clone() for name, parameter in base.named_parameters()}
+    finally:
+        for name, parameter in base.named_parameters():
+            parameter.data = before[name]
+        layer.merged_adapters.clear()
+
+
+def quant_state(parameter: Any) -> Any:
+    """How bitsandbytes packed a weight into 4 bits; None for any other."""
+    return getattr(parameter, "quant_state", None)
+
+
+def _plain(parameter: Any) -> Tensor:
+    """The weight as a plain tensor, dequantised where it is in 4 bits."""
+    if quant_state(parameter) is None:
+        return parameter.detach()
+    from bitsandbytes.functional import dequantize_4bit
+
+    return dequantize_4bit(parameter.data, parameter.quant_state)
