@@ -327,6 +327,8 @@ class PPOConfig(StageConfig):
             faults.append("critic.init: `reward` needs a reward of kind `model`; set `critic.init: policy`")
         if (self.loss.ptx_coef > 0) != bool(self.data.ptx):
             faults.append("loss.ptx_coef and data.ptx: set both or neither")
+        if self.tuning.row.traits["prompt_learning"]:
+            faults.append(f"tuning: {self.tuning.name!r} is for SFT alone: PPO's log-probs do not see virtual tokens")
         if faults:
             raise ValueError("; ".join(faults))
         return self

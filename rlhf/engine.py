@@ -5,7 +5,6 @@ The callers scale losses by the global number of tokens and the engine sums grad
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -19,6 +18,7 @@ from rlhf.checkpoint import world_size_of
 from rlhf.config import PPOOptimizerConfig
 from rlhf.errors import UserError
 from rlhf.models import compute_dtype
+from rlhf.zero import SET_BY_US, read_deepspeed
 
 
 class Engine:
@@ -87,13 +87,6 @@ class Engine:
         with self._autocast():
             yield
 
-    def state_dict(self, part: nn.Module) -> dict[str, Tensor] | None:
-        """The whole weights of `part` on rank 0, None elsewhere."""
-        with self.gathered(part):
-            if distributed.rank() != 0:
-                return None
-            return {name: value.detach().cpu().clone() for name, value in part.state_dict().items()}
-
     def save(self, folder: Path) -> None:
         """Write weights and optimizer state; every rank calls it."""
         trainable = {n: p.detach() for n, p in self.module.named_parameters() if p.requires_grad}
@@ -131,15 +124,14 @@ class DeepSpeedEngine(Engine):
 
         super().__init__(module, groups, config, precision)
         self.stage = settings.get("zero_optimization", {}).get("stage", 0)
-        self.settings = settings | {
+        kept = {key: value for key, value in settings.items() if key not in SET_BY_US}
+        self.settings = kept | {
             "train_micro_batch_size_per_gpu": 1,
             "gradient_accumulation_steps": 1,
             "gradient_clipping": config.max_grad_norm,
             "bf16": {"enabled": self.dtype == torch.bfloat16},
             "steps_per_print": 2**31,
         }
-        self.settings.pop("train_batch_size", None)
-        self.settings.pop("optimizer", None)
         self.deepspeed, *_ = deepspeed.initialize(
             model=module, model_parameters=self._parameters, optimizer=self.optimizer, config=self.settings
         )
@@ -209,29 +201,12 @@ class DeepSpeedEngine(Engine):
         return frozen
 
 
-def deepspeed_settings(path: str | None) -> dict[str, Any] | None:
-    """The DeepSpeed JSON of a run; ZeRO 0 where several processes name none, None for one process without one.
-
-    Raises:
-        UserError: Not JSON, or not an object.
-    """
-    if path is None:
-        return {"zero_optimization": {"stage": 0}} if distributed.world_size() > 1 else None
-    try:
-        settings = json.loads(Path(path).read_text("utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"deepspeed: {path}: {error}") from None
-    if not isinstance(settings, dict):
-        raise UserError(f"deepspeed: {path}: expected a JSON object")
-    return settings
-
-
 def make_engine(
     module: nn.Module, groups: Sequence[dict[str, Any]], config: PPOOptimizerConfig, precision: str, path: str | None
 ) -> Engine:
-    """The engine for the DeepSpeed JSON at `path`, or the plain one for one process without it."""
+    """The engine for the DeepSpeed JSON at `path`; without one, plain torch for one process, ZeRO 0 for several."""
     kept = [group for group in groups if group["params"]]
-    settings = deepspeed_settings(path)
-    if settings is None:
+    if path is None and distributed.world_size() == 1:
         return Engine(module, kept, config, precision)
+    settings = {"zero_optimization": {"stage": 0}} if path is None else read_deepspeed(path)
     return DeepSpeedEngine(module, kept, config, precision, settings)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import transformers
@@ -37,6 +37,12 @@ def load_config(config: ModelConfig, path: str) -> transformers.PretrainedConfig
     Raises:
         UserError: No model there, or one that needs its own code while trust_remote_code is off.
     """
+    if (Path(path) / "adapter_config.json").is_file() and not (Path(path) / "config.json").is_file():
+        raise UserError(
+            f"model.path: {path} is an adapter that cannot be merged, not a model of its own",
+            "Virtual tokens (prompt tuning and its kin) live outside the weights; the next stages train weights.",
+            "Start from an SFT run with `tuning: full` or `lora`.",
+        )
     try:
         found = AutoConfig.from_pretrained(path, trust_remote_code=config.trust_remote_code)
     except (OSError, ValueError) as error:
@@ -239,32 +245,34 @@ class ScalarModel(nn.Module):
         self.config.reward_mean, self.config.reward_std = mean, std
 
 
-def load_scalar(
-    config: ModelConfig, path: str, dtype: torch.dtype = torch.float32, trained: bool = False
-) -> ScalarModel:
-    """A scalar model from a reward model, a causal LM or an encoder; a missing head is drawn anew.
+def load_scalar(config: ModelConfig, path: str, head: Literal["random", "zero", "trained"] = "random") -> ScalarModel:
+    """A scalar model in float32 from a reward model, a causal LM or an encoder.
 
-    A new head is normal with standard deviation 1 / sqrt(H + 1) from torch's generator (Stiennon 2020, B.1), and
-    zero bias. `trained` refuses a model that needs one: its scores would mean nothing.
+    Args:
+        config: How to load it.
+        path: Model folder or hub name.
+        head: What a missing head becomes. `random` is normal with standard deviation 1 / sqrt(H + 1) from torch's
+            generator (Stiennon 2020, B.1), bias zero. `zero` is for a critic: it expects nothing until it has
+            learned, where random values would be noise in the first advantages. `trained` refuses.
 
     Raises:
         UserError: No such model, or one without a head that gives a score.
     """
     model, loading = _load(
-        AutoModelForSequenceClassification, config, path, dtype, num_labels=1, output_loading_info=True
+        AutoModelForSequenceClassification, config, path, torch.float32, num_labels=1, output_loading_info=True
     )
     scalar = ScalarModel(model)
-    head = model.score if scalar.is_decoder else getattr(model, "classifier", None)
-    if head is None:
+    layer = model.score if scalar.is_decoder else getattr(model, "classifier", None)
+    if layer is None:
         raise UserError(f"{path}: {type(model).__name__} has no head that gives a score; use another model")
     new = any(key.split(".")[0] in ("score", "classifier") for key in loading["missing_keys"])
-    if new and trained:
+    if new and head == "trained":
         raise UserError(f"{path}: has no trained score head", "Its scores would be random.", "Name a reward model.")
-    if new and isinstance(head, nn.Linear):
+    if new and isinstance(layer, nn.Linear):
         with torch.no_grad():
-            head.weight.normal_(std=1 / math.sqrt(head.in_features + 1))
-            if head.bias is not None:
-                head.bias.zero_()
+            layer.weight.normal_(std=0.0 if head == "zero" else 1 / math.sqrt(layer.in_features + 1))
+            if layer.bias is not None:
+                layer.bias.zero_()
     return scalar
 
 

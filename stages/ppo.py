@@ -108,7 +108,7 @@ class PPO:
                 self.evaluate(self.done)
             if self.done % config.checkpoints.every == 0 or last:
                 self.save()
-        save_result(self.run, self.engine, self.engine.module.policy, config.tuning, self.chat)
+        save_result(self.run.path, self.engine.module.policy, self.chat, config.tuning)
         finish(self.run, metrics=self.reporter.headline())
         self.reporter.close()
 
@@ -300,7 +300,7 @@ def load_models(config: PPOConfig, chat: ChatTokenizer, path: str) -> tuple[Engi
     critic: ScalarModel | None = None
     if config.needs_critic:
         start = result_of(str(config.reward_model)) if config.critic.init == "reward" else path
-        critic = load_scalar(config.model, start)
+        critic = load_scalar(config.model, start, head="zero")
         critic.model = config.critic.tuning(critic.model, chat, "scalar")
     if config.update.gradient_checkpointing:
         for part in [policy] if critic is None else [policy, critic.model]:
