@@ -231,7 +231,7 @@ class StageTrainer(Trainer):
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
         table = self.train_dataset
         grouped = self.config.batch.group_by_length and "length" in table.column_names
-        lengths = table.data.column("length").to_pylist() if grouped else None
+        lengths = table["length"][:] if grouped else None
         return EpochSampler(
             self.config.seed, len(table), self.config.batch.batch_size, lengths, lambda: self.state.global_step
         )
@@ -297,7 +297,7 @@ class StageTrainer(Trainer):
         micro, world = self.args.per_device_eval_batch_size, distributed.world_size()
         order = list(range(len(table)))
         if "length" in table.column_names:
-            lengths = table.data.column("length").to_pylist()
+            lengths = table["length"][:]
             order.sort(key=lambda row: lengths[row])
         for start in range(0, len(order), micro * world):
             mine = order[start : start + micro * world][distributed.rank() :: world]
