@@ -162,9 +162,14 @@ class RewardConfig(StageConfig):
     """Datasets of demonstrations for `normalize: demonstrations`."""
 
     @model_validator(mode="after")
-    def _reference_is_named(self) -> RewardConfig:
+    def _parts_fit(self) -> RewardConfig:
+        faults = []
         if (self.normalize == "demonstrations") != bool(self.reference):
-            raise ValueError("reference: name demonstrations exactly when `normalize: demonstrations` is set")
+            faults.append("reference: name demonstrations exactly when `normalize: demonstrations` is set")
+        if self.tuning.row.traits["prompt_learning"]:
+            faults.append(f"tuning: {self.tuning.name!r} is for SFT alone: scores do not see virtual tokens")
+        if faults:
+            raise ValueError("; ".join(faults))
         return self
 
 
@@ -327,8 +332,9 @@ class PPOConfig(StageConfig):
             faults.append("critic.init: `reward` needs a reward of kind `model`; set `critic.init: policy`")
         if (self.loss.ptx_coef > 0) != bool(self.data.ptx):
             faults.append("loss.ptx_coef and data.ptx: set both or neither")
-        if self.tuning.row.traits["prompt_learning"]:
-            faults.append(f"tuning: {self.tuning.name!r} is for SFT alone: PPO's log-probs do not see virtual tokens")
+        for key, pick in (("tuning", self.tuning), ("critic.tuning", self.critic.tuning)):
+            if pick.row.traits["prompt_learning"]:
+                faults.append(f"{key}: {pick.name!r} is for SFT alone: log-probs and values do not see virtual tokens")
         if faults:
             raise ValueError("; ".join(faults))
         return self

@@ -23,6 +23,7 @@ from rlhf.errors import UserError
 from rlhf.runs import Run, check_run_folder, check_same_text, is_run, read_run, result_of
 from rlhf.schema import KINDS
 from rlhf.store import Dataset
+from rlhf.table import Pick
 from rlhf.tokenization import TEMPLATES
 from rlhf.zero import read_deepspeed
 
@@ -131,6 +132,16 @@ def _model(config: ModelConfig, stages: Sequence[str], coming: Coming) -> str:
     return told
 
 
+def _tuning(key: str, pick: Pick) -> str:
+    """The tuning method's name."""
+    if pick.row.traits["quantized"] and importlib.util.find_spec("bitsandbytes") is None:
+        raise UserError(
+            f"{key}: {pick.name} needs bitsandbytes, which is not installed",
+            remedy="pip install 'rlhf-rankings[gpu]', on a machine with a GPU; or use lora.",
+        )
+    return pick.name
+
+
 def _parent(key: str, path: str, stages: Sequence[str], coming: Coming) -> str:
     by = coming.get(os.path.normpath(path))
     try:
@@ -144,11 +155,21 @@ def _parent(key: str, path: str, stages: Sequence[str], coming: Coming) -> str:
             raise UserError(
                 f"{key}: {path} is a run of the {by} stage", remedy=f"Name a run of: {', '.join(stages)}; or a model."
             )
-        return f"{path} ({'finished' if is_run(path) else 'to come:'} {by} run)"
-    if folder.is_dir() and not (folder / "config.json").is_file():
+        told = f"{path} ({'finished' if is_run(path) else 'to come:'} {by} run)"
+    else:
+        told = f"{path} (not checked: hub)"
+    if not folder.is_dir() or (by and not is_run(path)):
+        return told
+    if not (folder / "config.json").is_file():
+        if (folder / "adapter_config.json").is_file():
+            raise UserError(
+                f"{key}: {path} holds an adapter that cannot be merged, not a model of its own",
+                "Virtual tokens (prompt tuning and its kin) live outside the weights; a stage starts from weights.",
+                "Start from a run with `tuning: full` or `lora`.",
+            )
         raise UserError(f"{key}: {path}: no model there (no run.json and no config.json)", remedy="Check the path.")
-    if not folder.is_dir():
-        return f"{path} (not checked: hub)"
+    if by is not None:
+        return told
     return f"{path} (local model, {number(_parameters(folder))} parameters)"
 
 
@@ -235,13 +256,16 @@ def _steps(batch: BatchConfig, paths: Sequence[str], kinds: Sequence[str]) -> st
 
 def _sft(config: SFTConfig, world: int, coming: Coming) -> Rows:
     kinds = ("demonstration", "ranking")
-    rows = [("model", _model(config.model, ("sft", "ppo"), coming)), ("tuning", config.tuning.name)]
+    rows = [("model", _model(config.model, ("sft", "ppo"), coming)), ("tuning", _tuning("tuning", config.tuning))]
     rows += _data("data.train", config.data.train, config.data.eval, kinds)
     return [*rows, ("steps", _steps(config.batch, config.data.train, kinds)), ("batch", _batch(config.batch, world))]
 
 
 def _reward(config: RewardConfig, world: int, coming: Coming) -> Rows:
-    rows = [("model", _model(config.model, ("sft", "ppo", "reward"), coming)), ("tuning", config.tuning.name)]
+    rows = [
+        ("model", _model(config.model, ("sft", "ppo", "reward"), coming)),
+        ("tuning", _tuning("tuning", config.tuning)),
+    ]
     rows += [("loss", config.loss.name)]
     rows += _data("data.train", config.data.train, config.data.eval, ("ranking",))
     rows += [("reference", _described(d)) for d in open_all(config.reference, ("demonstration",), "reference")]
@@ -251,14 +275,15 @@ def _reward(config: RewardConfig, world: int, coming: Coming) -> Rows:
 
 def _ppo(config: PPOConfig, world: int, coming: Coming) -> Rows:
     rollout, update = config.rollout, config.update
-    rows = [("policy", _model(config.model, ("sft", "ppo"), coming)), ("tuning", config.tuning.name)]
+    rows = [("policy", _model(config.model, ("sft", "ppo"), coming)), ("tuning", _tuning("tuning", config.tuning))]
     limit = config.model.max_length or _positions(config.model, coming)
     if limit is not None and rollout.max_new_tokens >= limit:
         raise UserError(
             f"rollout.max_new_tokens: {rollout.max_new_tokens} leaves no room for a prompt in {limit} tokens"
         )
     rows += _reward_sources(config, coming)
-    rows += [("critic", f"from the {config.critic.init} model" if config.needs_critic else "none")]
+    critic = f"from the {config.critic.init} model, {_tuning('critic.tuning', config.critic.tuning)}"
+    rows += [("critic", critic if config.needs_critic else "none")]
     rows += [("advantage", config.advantage.name)]
     rows += _data("data.prompts", config.data.prompts, config.data.eval, tuple(KINDS))
     rows += [("ptx", _described(d)) for d in open_all(config.data.ptx, ("demonstration", "ranking"), "data.ptx")]

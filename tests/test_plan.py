@@ -1,0 +1,299 @@
+"""The plan: every fault that can be found without weights, and what `--dry-run` says."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+
+import pytest
+import tiny
+
+from rlhf.checkpoint import Checkpoints
+from rlhf.config import STAGES
+from rlhf.config_file import check_config, dump_config
+from rlhf.errors import UserError
+from rlhf.plan import check
+from rlhf.schema import SCHEMA_VERSION
+from rlhf.tokenization import TEMPLATES
+from rlhf.zero import read_deepspeed
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+
+
+def make_run(folder: Path, stage: str, **values: object) -> str:
+    """What a run leaves for its children to check: run.json, and the model's config."""
+    (folder / "model").mkdir(parents=True)
+    info = {"stage": stage, "status": "complete", "schema_version": SCHEMA_VERSION, "model_fingerprint": "f"}
+    info |= {"tokenizer": "t", "chat_template": "c", **values}
+    (folder / "run.json").write_text(json.dumps(info), "utf-8")
+    (folder / "model" / "config.json").write_text('{"max_position_embeddings": 256}', "utf-8")
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """Datasets of 40 and 8 held-out records."""
+    folder = tmp_path_factory.mktemp("data")
+    return {
+        "demonstrations": tiny.write_demonstrations(folder / "demonstrations", 40),
+        "rankings": tiny.write_rankings(folder / "rankings", 40),
+    }
+
+
+@pytest.fixture
+def world(tmp_path, data):
+    """Datasets, a base model, and finished runs of the first two stages."""
+    model = tmp_path / "base"
+    model.mkdir()
+    (model / "config.json").write_text('{"max_position_embeddings": 256}', "utf-8")
+    return data | {
+        "base": str(model),
+        "sft": make_run(tmp_path / "sft", "sft"),
+        "reward": make_run(tmp_path / "reward", "reward"),
+        "run": str(tmp_path / "run"),
+    }
+
+
+def config(stage: str, world: dict, **changes: object):
+    values: dict = {"run": world["run"]}
+    if stage == "sft":
+        values |= {"model": {"path": world["base"]}, "data": {"train": world["demonstrations"]}}
+    elif stage == "reward":
+        values |= {"model": {"path": world["sft"]}, "data": {"train": world["rankings"]}}
+    else:
+        values |= {"model": {"path": world["sft"]}, "data": {"prompts": world["rankings"]}}
+        values |= {"reward": {"name": "model", "path": world["reward"]}}
+    return check_config(STAGES[stage], values | changes, "test")
+
+
+def plan(stage: str, world: dict, processes: int | None = None, **changes: object) -> dict[str, str]:
+    return dict(check(stage, config(stage, world, **changes), False, False, processes))
+
+
+def refusal(stage: str, world: dict, processes: int | None = None, **changes: object) -> str:
+    with pytest.raises(UserError) as error:
+        plan(stage, world, processes, **changes)
+    return str(error.value)
+
+
+# ---- what the plan says ------------------------------------------------------------------------------------------
+
+
+def test_the_plan_of_sft_counts_records_and_steps_from_the_manifest(world):
+    rows = plan("sft", world, 2, batch={"batch_size": 8, "micro_batch_size": 2, "epochs": 3})
+    assert rows["data.train"].endswith("demonstrations: 40 train, 8 eval")
+    assert rows["held out"].startswith("8 records")
+    assert rows["steps"].startswith("about 15")
+    assert rows["batch"].startswith("8 records a step = 2 x 2 x 2")
+    assert rows["processes"] == "2, ZeRO stage 0"
+
+
+def test_the_plan_of_ppo_names_parents_episodes_and_optimizer_steps(world):
+    rows = plan("ppo", world, updates=5, rollout={"prompts_per_update": 8, "samples_per_prompt": 2})
+    assert rows["policy"] == f"{world['sft']} (finished sft run)"
+    assert rows["reward"] == f"{world['reward']} (finished reward run)"
+    assert rows["critic"] == "from the reward model, full"
+    assert rows["episodes per update"] == "16 = 8 prompts x 2 answers"
+    assert rows["optimizer steps"].startswith("80 (16 an update")
+
+
+def test_a_critic_free_estimator_plans_no_critic(world):
+    assert plan("ppo", world, advantage="rloo", rollout={"samples_per_prompt": 2})["critic"] == "none"
+
+
+def test_a_hub_name_is_said_to_be_unchecked(world):
+    assert plan("sft", world, model={"path": "org/name"})["model"] == "org/name (not checked: hub)"
+
+
+def test_the_parameters_of_a_local_model_are_counted_from_its_file_headers(world):
+    assert "320 parameters" not in plan("sft", world)["model"]
+    rows = plan("sft", world, model={"path": tiny.llama()})
+    # embeddings 320 x 32, two layers of attention, feed-forward and two norms, the last norm
+    assert f"{320 * 32 + 2 * (32 * (32 + 16 + 16 + 32) + 3 * 32 * 64 + 2 * 32) + 32:,} parameters" in rows["model"]
+
+
+def test_a_jsonl_dataset_is_taken_without_being_counted(world, tmp_path):
+    file = tmp_path / "demos.jsonl"
+    file.write_text('{"prompt": "Hello", "answer": "Good day."}\n', "utf-8")
+    rows = plan("sft", world, data={"train": str(file)})
+    assert "counted when it is read" in rows["data.train"] and rows["steps"] == "1 epochs"
+
+
+def test_rankings_serve_sft_as_their_best_answers(world):
+    assert "rankings: 40 train" in plan("sft", world, data={"train": world["rankings"]})["data.train"]
+
+
+# ---- run folder --------------------------------------------------------------------------------------------------
+
+
+def interrupted(world: dict, step: int | None = None) -> None:
+    """A run folder as a killed run leaves it."""
+    folder = Path(world["run"])
+    make_run(folder, "sft", status="running")
+    (folder / "config.yaml").write_text(dump_config(config("sft", world)), "utf-8")
+    if step is not None:
+        with Checkpoints(folder / "checkpoints", 2).write(step) as place:
+            (place / "weights").write_bytes(b"x")
+
+
+def test_a_taken_run_folder_is_refused_and_both_ways_on_are_named(world):
+    interrupted(world)
+    text = refusal("sft", world)
+    assert "holds a run already" in text and "--resume" in text and "--overwrite" in text
+
+
+@pytest.mark.parametrize(("step", "told"), [(None, "starts from the beginning"), (30, "continues after step 30")])
+def test_resume_says_from_where_it_continues(world, step, told):
+    interrupted(world, step)
+    assert told in dict(check("sft", config("sft", world), True, False))["run"]
+
+
+def test_resume_with_another_config_is_refused_with_the_lines_that_differ(world):
+    interrupted(world)
+    with pytest.raises(UserError, match="seed: 7"):
+        check("sft", config("sft", world, seed=7), True, False)
+
+
+def test_resume_with_another_number_of_processes_is_refused(world):
+    interrupted(world, 30)
+    with pytest.raises(UserError, match="written by 1 processes, this run has 2"):
+        check("sft", config("sft", world), True, False, processes=2)
+
+
+def test_a_folder_that_is_no_run_is_never_overwritten(world):
+    Path(world["run"]).mkdir()
+    (Path(world["run"]) / "thesis.tex").write_text("x", "utf-8")
+    with pytest.raises(UserError, match="is not a run"):
+        check("sft", config("sft", world), False, True)
+
+
+# ---- parents -----------------------------------------------------------------------------------------------------
+
+
+def test_an_unfinished_parent_is_refused(world, tmp_path):
+    parent = make_run(tmp_path / "half", "sft", status="running")
+    text = refusal("reward", world, model={"path": parent})
+    assert "model.path" in text and "not finished" in text and "--resume" in text
+
+
+def test_a_parent_of_the_wrong_stage_is_refused(world):
+    assert "is a run of the reward stage" in refusal("ppo", world, model={"path": world["reward"]})
+    text = refusal("ppo", world, reward={"name": "model", "path": world["sft"]})
+    assert "reward.path" in text and "is a run of the sft stage" in text
+
+
+def test_a_parent_of_another_schema_version_is_refused(world, tmp_path):
+    parent = make_run(tmp_path / "old", "sft", schema_version=SCHEMA_VERSION + 1)
+    assert "schema version" in refusal("reward", world, model={"path": parent})
+
+
+def test_a_parent_that_holds_only_an_adapter_is_refused(world):
+    config_file = Path(world["sft"]) / "model" / "config.json"
+    config_file.rename(config_file.with_name("adapter_config.json"))
+    assert "adapter" in refusal("reward", world)
+
+
+def test_a_missing_model_folder_is_refused(world):
+    assert "no model there" in refusal("sft", world, model={"path": "./nowhere"})
+
+
+@pytest.mark.parametrize("key", ["tokenizer", "chat_template"])
+def test_a_reward_run_of_another_tokenizer_or_template_is_refused(world, tmp_path, key):
+    other = make_run(tmp_path / "other", "reward", **{key: "other"})
+    text = refusal("ppo", world, reward={"name": "model", "path": other})
+    assert key.replace("_", " ") in text and "retokenize" in text
+
+
+def test_a_reward_run_of_another_tokenizer_may_retokenize_but_not_start_the_critic(world, tmp_path):
+    other = make_run(tmp_path / "other", "reward", tokenizer="other")
+    reward = {"name": "model", "path": other, "retokenize": True}
+    assert "tokenizer" in refusal("ppo", world, reward=reward)
+    plan("ppo", world, reward=reward, critic={"init": "policy"})
+
+
+def test_a_template_that_the_config_changes_is_compared_too(world, tmp_path):
+    text = TEMPLATES["plain"]
+    same = make_run(tmp_path / "same", "reward", chat_template=hashlib.sha256(text.encode()).hexdigest()[:16])
+    model = {"path": world["sft"], "chat_template": "plain"}
+    plan("ppo", world, model=model, reward={"name": "model", "path": same})
+    assert "chat template" in refusal("ppo", world, model=model)
+
+
+def test_parents_that_a_pipeline_is_going_to_make_need_not_exist(world):
+    coming = {"runs/one": "sft", "./runs/two": "reward"}
+    ppo = config("ppo", world, model={"path": "runs/one/"}, reward={"name": "model", "path": "runs/two"})
+    rows = dict(check("ppo", ppo, False, False, coming=coming))
+    assert rows["policy"] == "runs/one/ (to come: sft run)" and rows["reward"] == "runs/two (to come: reward run)"
+    with pytest.raises(UserError, match="run of the sft stage"):
+        check("ppo", ppo, False, False, coming=coming | {"runs/two": "sft"})
+
+
+# ---- data, batches, lengths, DeepSpeed ---------------------------------------------------------------------------
+
+
+def test_a_dataset_of_the_wrong_kind_is_refused(world):
+    text = refusal("reward", world, data={"train": world["demonstrations"]})
+    assert text.startswith("data.train: ") and "holds demonstrations; rankings are needed" in text
+
+
+def test_a_missing_dataset_is_refused_with_its_key(world):
+    assert refusal("sft", world, data={"train": "datasets/nope"}).startswith("data.train: datasets/nope")
+    text = refusal("sft", world, data={"train": world["demonstrations"], "eval": "datasets/nope"})
+    assert text.startswith("data.eval: datasets/nope")
+
+
+def test_a_dataset_with_nothing_to_train_on_is_refused(world, tmp_path):
+    empty = tiny.write_demonstrations(tmp_path / "held-out", 0)
+    assert "no record to train on" in refusal("sft", world, data={"train": empty})
+
+
+def test_a_batch_that_does_not_divide_is_refused_with_one_that_does(world):
+    assert "batch.batch_size=30" in refusal("sft", world, 3)
+    assert "batch.micro_batch_size=4" in refusal("sft", world, 1, batch={"batch_size": 32, "micro_batch_size": 12})
+
+
+def test_lengths_beyond_the_models_positions_are_refused(world):
+    assert "256 positions" in refusal("sft", world, model={"path": world["base"], "max_length": 257})
+    assert "leaves no room for a prompt" in refusal("ppo", world, rollout={"max_new_tokens": 256})
+
+
+def test_a_tuning_method_whose_package_is_not_installed_is_refused(world):
+    assert "needs bitsandbytes" in refusal("sft", world, tuning="qlora")
+
+
+def test_a_chat_template_that_is_neither_a_name_nor_a_file_is_refused(world):
+    assert "neither auto" in refusal("sft", world, model={"path": world["base"], "chat_template": "chatml"})
+
+
+def test_a_tracker_that_is_not_installed_is_refused(world):
+    assert "trackio is not installed" in refusal("sft", world, log={"report_to": ["trackio"]})
+
+
+@pytest.mark.parametrize("file", sorted((REPOSITORY / "configs" / "deepspeed").glob("*.json")), ids=lambda f: f.stem)
+def test_every_deepspeed_file_that_comes_with_the_project_is_accepted(world, file):
+    assert plan("sft", world, 2, deepspeed=str(file))["processes"] == f"2, ZeRO stage {file.stem[4]} ({file})"
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ("{", "deepspeed: "),
+        ([], "expected a JSON object"),
+        ({"zero_optimization": {"stage": 4}}, "`stage` of 0, 1, 2 or 3"),
+        ({"zero_optimization": 2}, "`stage` of 0, 1, 2 or 3"),
+        ({"train_batch_size": 8}, "train_batch_size is 8"),
+        ({"optimizer": {"type": "AdamW"}}, "optimizer is"),
+        ({"bf16": {"enabled": True}}, "set `precision`"),
+        ({"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}}}, "zero_force_ds_cpu_optimizer"),
+    ],
+)
+def test_a_deepspeed_file_that_contradicts_the_config_is_refused(tmp_path, settings, message):
+    file = tmp_path / "zero.json"
+    file.write_text(settings if isinstance(settings, str) else json.dumps(settings), "utf-8")
+    with pytest.raises(UserError, match=message):
+        read_deepspeed(file)
+
+
+def test_a_deepspeed_file_that_is_missing_is_refused(world):
+    assert "deepspeed: nope.json" in refusal("sft", world, deepspeed="nope.json")
