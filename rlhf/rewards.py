@@ -66,7 +66,7 @@ def model(context: RewardContext, *, path: str, retokenize: bool = False) -> Sou
 
     folder = result_of(path)
     config = context.model.model_copy(update={"path": path, "chat_template": "auto"})
-    scalar = context.place(load_scalar(config, folder))
+    scalar = context.place(load_scalar(config, folder, head="trained"))
     own = load_tokenizer(config, folder) if retokenize else None
 
     def score(finished: Finished) -> torch.Tensor:
