@@ -1,0 +1,127 @@
+"""What passes between PPO's phases: shares, micro-batches, and the way between flat and padded."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from rlhf import distributed
+from rlhf.experience import (
+    Batcher,
+    Prompts,
+    Rollout,
+    episode_batcher,
+    gather_answers,
+    gather_tokens,
+    permutation,
+    plan_minibatches,
+    unflatten,
+)
+from rlhf.rollout import Answer
+
+TOTALS = [10, 3, 7, 7, 2, 9, 4, 1, 30, 5]
+
+
+@pytest.fixture(params=[1, 2, 3])
+def world(request, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", str(request.param))
+    return request.param
+
+
+def test_every_episode_is_in_exactly_one_micro_batch_of_one_rank(world):
+    plan = plan_minibatches(TOTALS, permutation(10, 1), 3, budget=20)
+    found = [episode for share in plan for rank in share for batch in rank for episode in batch]
+    assert sorted(found) == list(range(10))
+
+
+def test_every_rank_has_the_same_number_of_micro_batches(world):
+    for share in plan_minibatches(TOTALS, permutation(10, 1), 3, budget=20):
+        assert len(share) == world
+        assert len({len(rank) for rank in share}) == 1
+
+
+def test_minibatches_hold_the_same_episodes_for_any_number_of_ranks(monkeypatch):
+    def episodes(size):
+        monkeypatch.setenv("WORLD_SIZE", str(size))
+        plan = plan_minibatches(TOTALS, permutation(10, 1), 3, budget=20)
+        return [sorted(e for rank in share for batch in rank for e in batch) for share in plan]
+
+    assert episodes(1) == episodes(2) == episodes(4)
+
+
+def test_no_micro_batch_passes_the_budget_unless_one_episode_does(world):
+    for share in plan_minibatches(TOTALS, permutation(10, 1), 2, budget=20):
+        for batch in (batch for rank in share for batch in rank if batch):
+            longest = max(TOTALS[e] for e in batch)
+            assert len(batch) * longest <= 20 or len(batch) == 1
+
+
+def test_ranks_get_about_the_same_number_of_tokens(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    totals = [int(t) for t in torch.randint(1, 100, (64,), generator=torch.Generator().manual_seed(0))]
+    (share,) = plan_minibatches(totals, range(64), 1, budget=10**6)
+    loads = [sum(totals[e] for batch in rank for e in batch) for rank in share]
+    assert abs(loads[0] - loads[1]) <= max(totals)
+
+
+def test_a_permutation_follows_from_its_seed():
+    assert permutation(20, 1, 2) == permutation(20, 1, 2) != permutation(20, 2, 1)
+    assert sorted(permutation(20, 1, 2)) == list(range(20))
+
+
+def rollout():
+    prompts = Prompts([[5, 6], [7], [8, 9, 10]], [[]] * 3, torch.arange(3), [0, 1, 2])
+    return Rollout(prompts, [Answer([11, 12, 2], True), Answer([13], False), Answer([14, 2], True)])
+
+
+def test_a_rollout_describes_its_answers():
+    r = rollout()
+    assert r.lengths.tolist() == [3, 1, 2]
+    assert r.totals == [5, 2, 5]
+    assert r.ended.tolist() == [True, False, True]
+    assert r.response_mask.tolist() == [[True, True, True], [True, False, False], [True, True, False]]
+
+
+def test_a_micro_batch_marks_the_answers_tokens_and_pads_on_the_right():
+    batch = episode_batcher(rollout(), pad_id=0, vocab_size=16).share([[[0, 1]]])[0]
+    assert batch.input_ids.tolist() == [[5, 6, 11, 12, 2], [7, 13, 0, 0, 0]]
+    assert batch.attention_mask.tolist() == [[1, 1, 1, 1, 1], [1, 1, 0, 0, 0]]
+    assert batch.response_mask.tolist() == [[False, False, True, True, True], [False, True, False, False, False]]
+    assert batch.rows == [0, 1]
+
+
+def test_a_filler_asks_for_no_token():
+    batch = episode_batcher(rollout(), pad_id=0, vocab_size=16).share([[[]]])[0]
+    assert batch.rows == []
+    assert not batch.response_mask.any()
+    assert batch.input_ids.shape == (1, 2)  # the shortest episode
+
+
+def test_the_head_works_in_the_same_number_of_parts_on_every_rank(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    rows = [([1] * n, [False] + [True] * (n - 1)) for n in (1001, 11)]
+    parts = []
+    for rank in (0, 1):
+        monkeypatch.setenv("RANK", str(rank))
+        parts.append(Batcher(rows, 0, vocab_size=2**16).share([[[0]], [[1]]])[0].chunks)
+    assert parts == [4, 4]  # 1000 tokens x 65536 = 62.5 Mi logits, 16 Mi at a time
+
+
+def test_unflatten_pads_each_row_with_zeros_and_keeps_gradients():
+    flat = torch.tensor([1.0, 2.0, 3.0, 4.0], requires_grad=True)
+    padded = unflatten(flat, torch.tensor([3, 0, 1]))
+    assert padded.tolist() == [[1, 2, 3], [0, 0, 0], [4, 0, 0]]
+    (padded * torch.tensor([[1.0, 10, 100], [7, 7, 7], [1000, 7, 7]])).sum().backward()
+    assert flat.grad.tolist() == [1, 10, 100, 1000]
+
+
+def test_gathered_figures_come_in_the_order_of_the_episodes():
+    columns = torch.tensor([[30.0, 3], [31, 3], [10, 1], [20, 2], [21, 2], [22, 2]])
+    first, second = gather_tokens(columns, [2, 0, 1], torch.tensor([1, 3, 2]))
+    assert first.tolist() == [[10, 0, 0], [20, 21, 22], [30, 31, 0]]
+    assert second.tolist() == [[1, 0, 0], [2, 2, 2], [3, 3, 0]]
+
+
+def test_answers_of_one_process_are_gathered_as_they_are():
+    assert distributed.world_size() == 1
+    assert gather_answers(rollout().answers, 0) == rollout().answers

@@ -1,0 +1,152 @@
+"""The sampler: same tokens as `generate`, streams that depend on nothing but their seed, and the right ends."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import tiny
+import torch
+from transformers import AutoModelForCausalLM, GemmaConfig, GPT2Config, LlamaConfig, MistralConfig, Qwen2Config
+
+from rlhf.config import ModelConfig
+from rlhf.models import load_policy
+from rlhf.rollout import SAMPLERS, Answer, Sampling, choose, end_ids, episode_seed, hf
+from rlhf.tokenization import load_tokenizer
+
+VOCAB = 64
+SMALL = dict(vocab_size=VOCAB, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4)
+FAMILIES = {
+    "llama": LlamaConfig(**SMALL, num_key_value_heads=2),
+    "qwen2": Qwen2Config(**SMALL, num_key_value_heads=2),
+    "mistral": MistralConfig(**SMALL, num_key_value_heads=2, sliding_window=8),
+    "gemma": GemmaConfig(**SMALL, num_key_value_heads=1, head_dim=8),
+    "gpt2": GPT2Config(vocab_size=VOCAB, n_embd=32, n_layer=2, n_head=4, n_positions=128),
+}
+PROMPTS = [[5, 6, 7, 8, 9, 10, 11, 12, 13, 14], [3], [20, 21, 22], [9, 8, 7, 6, 5]]
+
+
+def chat_like(end):
+    """What the sampler needs of a ChatTokenizer, for models that have no tokenizer."""
+    return SimpleNamespace(end_id=end, pad_id=0, tokenizer=SimpleNamespace(eos_token_id=end), decode=str)
+
+
+@pytest.fixture(scope="module")
+def policy():
+    return load_policy(ModelConfig(path=tiny.llama()), tiny.llama())
+
+
+@pytest.fixture(scope="module")
+def chat():
+    return load_tokenizer(ModelConfig(path=tiny.llama()), tiny.llama())
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_greedy_answers_are_those_of_generate_to_the_token(family):
+    torch.manual_seed(1)
+    config = FAMILIES[family]
+    config.eos_token_id, config.pad_token_id, config.bos_token_id = 2, 0, 1
+    model = AutoModelForCausalLM.from_config(config).eval()
+    for parameter in model.parameters():  # at its initial scale a random model repeats one token
+        parameter.data.mul_(4)
+    found = hf(model, PROMPTS, [0] * 4, Sampling(24, temperature=0), chat_like(2))
+    for prompt, answer in zip(PROMPTS, found):
+        expected = model.generate(torch.tensor([prompt]), max_new_tokens=24, do_sample=False, use_cache=True)
+        assert answer.ids == expected[0, len(prompt) :].tolist()
+        assert answer.ended == (answer.ids[-1] == 2)
+
+
+def test_an_answer_depends_on_its_seed_alone_not_on_the_batch_it_was_made_in(policy, chat):
+    prompts = [chat.prompt(record) for record in _messages(6)]
+    seeds = [episode_seed(0, 0, 0, i) for i in range(6)]
+    together = hf(policy, prompts, seeds, Sampling(20), chat)
+    alone = [hf(policy, [p], [s], Sampling(20), chat)[0] for p, s in zip(prompts, seeds)]
+    in_twos = hf(policy, prompts, seeds, Sampling(20, batch_size=2), chat)
+    assert together == alone == in_twos
+
+
+def _messages(count):
+    from rlhf.schema import Message
+
+    return [(Message("user", tiny.question(i)),) for i in range(count)]
+
+
+def test_different_seeds_give_different_answers(policy, chat):
+    prompt = chat.prompt(_messages(1)[0])
+    answers = hf(policy, [prompt] * 4, [episode_seed(0, i) for i in range(4)], Sampling(20), chat)
+    assert len({tuple(a.ids) for a in answers}) == 4
+
+
+def test_min_new_tokens_bars_the_end_until_then():
+    model = AutoModelForCausalLM.from_config(FAMILIES["llama"]).eval()
+
+    def wish_to_end(module, inputs, output):
+        output.logits[..., 2] += 50
+
+    model.register_forward_hook(wish_to_end)
+    assert [len(a.ids) for a in hf(model, PROMPTS, range(4), Sampling(9), chat_like(2))] == [1] * 4
+    assert [len(a.ids) for a in hf(model, PROMPTS, range(4), Sampling(9, min_new_tokens=5), chat_like(2))] == [6] * 4
+
+
+def test_a_stop_string_ends_the_answer_after_it(policy, chat):
+    prompt = chat.prompt(_messages(1)[0])
+    free = hf(policy, [prompt], [3], Sampling(30), chat)[0]
+    string = chat.decode(free.ids)[5:7]
+    stopped = hf(policy, [prompt], [3], Sampling(30, stop=(string,)), chat)[0]
+    assert stopped.ended
+    assert string in chat.decode(stopped.ids)
+    assert free.ids[: len(stopped.ids)] == stopped.ids
+    assert string not in chat.decode(stopped.ids[:-1])
+
+
+def test_the_generation_configs_stop_tokens_end_answers(policy, chat):
+    assert end_ids(SimpleNamespace(generation_config=SimpleNamespace(eos_token_id=[1, 7])), chat) == [1, 2, 7]
+
+
+def test_choose_inverts_the_cumulative_distribution():
+    # probabilities 0.1, 0.2, 0.3, 0.4: cumulative 0.1, 0.3, 0.6, 1.0
+    logits = torch.tensor([0.1, 0.2, 0.3, 0.4]).log().expand(6, 4)
+    noise = torch.tensor([0.0, 0.05, 0.15, 0.35, 0.61, 0.9999999])
+    assert choose(logits, noise, Sampling(1)).tolist() == [0, 0, 1, 2, 3, 3]
+
+
+def test_choose_draws_in_proportion_at_the_temperature():
+    logits = torch.tensor([0.0, 1.0]).expand(20_000, 2)
+    noise = torch.rand(20_000, generator=torch.Generator().manual_seed(0))
+    share = choose(logits, noise, Sampling(1, temperature=0.5)).float().mean()
+    assert share == pytest.approx(torch.sigmoid(torch.tensor(2.0)).item(), abs=0.01)
+
+
+def test_top_k_and_top_p_leave_the_likeliest():
+    logits = torch.tensor([0.4, 0.3, 0.2, 0.1]).log().expand(1000, 4)
+    noise = torch.rand(1000, generator=torch.Generator().manual_seed(0))
+    assert set(choose(logits, noise, Sampling(1, top_k=2)).tolist()) == {0, 1}
+    assert set(choose(logits, noise, Sampling(1, top_p=0.75)).tolist()) == {0, 1, 2}
+
+
+def test_a_token_of_probability_zero_is_never_chosen():
+    logits = torch.tensor([float("-inf"), 0.0, float("-inf"), 0.0, float("-inf")]).expand(1000, 5)
+    noise = torch.cat([torch.zeros(1), torch.rand(998, generator=torch.Generator().manual_seed(0)), torch.tensor([0.99999994])])
+    assert set(choose(logits, noise, Sampling(1)).tolist()) == {1, 3}
+
+
+def test_seeds_are_spread_and_fixed():
+    seeds = {episode_seed(0, purpose, update, i) for purpose in range(3) for update in range(20) for i in range(50)}
+    assert len(seeds) == 3000
+    assert all(0 <= seed < 2**63 for seed in seeds)
+    assert episode_seed(1, 2, 3) == episode_seed(1, 2, 3) != episode_seed(3, 2, 1)
+
+
+@pytest.mark.parametrize("name", [row.name for row in SAMPLERS])
+def test_every_sampler_gives_one_answer_a_prompt_in_order(name, policy, chat):
+    prompts = [chat.prompt(m) for m in _messages(3)]
+    answers = SAMPLERS[name].fn(policy, prompts, [1, 2, 3], Sampling(7), chat)
+    assert all(isinstance(a, Answer) and 1 <= len(a.ids) <= 7 for a in answers)
+    assert len(answers) == 3
+    assert SAMPLERS[name].fn(policy, [], [], Sampling(7), chat) == []
+
+
+def test_the_policy_is_left_in_the_mode_that_it_was_in(policy, chat):
+    policy.train()
+    hf(policy, [chat.prompt(_messages(1)[0])], [0], Sampling(2), chat)
+    assert policy.training

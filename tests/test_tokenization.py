@@ -1,0 +1,178 @@
+"""Chat template, masks and truncation, on the tiny byte-level tokenizer and on stories260K's SentencePiece-like one."""
+
+from __future__ import annotations
+
+import pytest
+import tiny
+
+from rlhf.config import ModelConfig
+from rlhf.errors import UserError
+from rlhf.schema import Candidate, Demonstration, Message, Ranking
+from rlhf.tokenization import (
+    ChatTokenizer,
+    Counts,
+    encode_demonstration,
+    encode_prompt,
+    encode_ranking,
+    load_tokenizer,
+)
+
+CHATML = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+DIALOGUE = [
+    Message("system", "Be brief."),
+    Message("user", "Hello there"),
+    Message("assistant", "Hi."),
+    Message("user", "Who are you?"),
+]
+
+
+def model_paths():
+    return [tiny.llama(), *([str(tiny.STORIES)] if tiny.STORIES.is_dir() else [])]
+
+
+@pytest.fixture(params=["tiny", "stories260K"])
+def path(request):
+    if request.param == "tiny":
+        return tiny.llama()
+    if not tiny.STORIES.is_dir():
+        pytest.skip("../shared is absent")
+    return str(tiny.STORIES)
+
+
+@pytest.fixture(params=["default", "plain", "chatml"])
+def chat(request, path, tmp_path):
+    template = request.param
+    if template == "chatml":
+        (tmp_path / "chatml.jinja").write_text(CHATML)
+        template = str(tmp_path / "chatml.jinja")
+    return load_tokenizer(ModelConfig(path=path, chat_template=template), path)
+
+
+def test_the_prompt_is_the_beginning_of_every_conversation_that_continues_it(chat):
+    for answer in ("I am a test.", " starts with a space", "Zwei\nZeilen, 日本"):
+        ids, mine = chat.conversation([*DIALOGUE, Message("assistant", answer)])
+        prompt, tail = chat.prompt(DIALOGUE), chat.answer(answer)
+        assert ids == prompt + tail
+        assert mine[len(prompt) :] == [True] * len(tail)
+
+
+def test_an_answer_survives_encoding_and_decoding(chat):
+    for answer in ("I am a test.", "Zwei\nZeilen, 日本", "a"):
+        assert chat.decode(chat.answer(answer)) == answer
+
+
+def test_every_answer_ends_with_the_end_token_and_only_there(chat):
+    ids = chat.answer("I am a test.")
+    assert ids[-1] == chat.end_id
+    assert chat.end_id not in ids[:-1]
+
+
+def test_loss_is_on_the_assistants_tokens_of_all_turns_and_on_no_other():
+    chat = load_tokenizer(ModelConfig(path=tiny.llama(), chat_template="default"), tiny.llama())
+    ids, mine = chat.conversation([*DIALOGUE, Message("assistant", "A test.")])
+    said = chat.tokenizer.decode([token for token, flag in zip(ids, mine) if flag])
+    rest = chat.tokenizer.decode([token for token, flag in zip(ids, mine) if not flag])
+    assert said == " Hi.</s> A test.</s>"
+    assert rest == "<s>Be brief.\n\nUser: Hello there\nAssistant:\nUser: Who are you?\nAssistant:"
+
+
+def test_a_templates_own_end_of_turn_ends_answers(tmp_path):
+    tokenizer = tiny.tokenizer().__class__.from_pretrained(tiny.llama())
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
+    tokenizer.chat_template = CHATML
+    chat = ChatTokenizer(tokenizer)
+    assert chat.end_id == tokenizer.convert_tokens_to_ids("<|im_end|>")
+    ids, mine = chat.conversation([*DIALOGUE, Message("assistant", "A test.")])
+    assert tokenizer.decode([t for t, flag in zip(ids, mine) if flag]) == "Hi.<|im_end|>A test.<|im_end|>"
+    assert tokenizer.decode(ids).endswith("A test.<|im_end|>")
+
+
+def test_a_template_that_rewrites_earlier_turns_trains_on_the_last_answer_alone(tmp_path):
+    rewriting = "{% for m in messages %}{{ m.role if loop.last or m.role == 'user' else 'old' }}: {{ m.content }}\n{% endfor %}"
+    rewriting += "{% if add_generation_prompt %}assistant: {% endif %}"
+    file = tmp_path / "t.jinja"
+    file.write_text(rewriting)
+    chat = load_tokenizer(ModelConfig(path=tiny.llama(), chat_template=str(file)), tiny.llama())
+    ids, mine = chat.conversation([*DIALOGUE, Message("assistant", "A test.")])
+    assert chat.tokenizer.decode([t for t, flag in zip(ids, mine) if flag]) == "A test.</s>"
+    assert ids[: mine.index(True)] == chat.prompt(DIALOGUE)
+
+
+def test_a_template_whose_answer_does_not_follow_its_prompt_is_refused(tmp_path):
+    file = tmp_path / "t.jinja"
+    file.write_text("{{ messages | length }}{% for m in messages %}{{ m.content }}{% endfor %}")
+    with pytest.raises(UserError, match="chat_template"):
+        load_tokenizer(ModelConfig(path=tiny.llama(), chat_template=str(file)), tiny.llama())
+
+
+def test_an_unknown_template_and_a_missing_tokenizer_are_named(tmp_path):
+    with pytest.raises(UserError, match="nope"):
+        load_tokenizer(ModelConfig(path=tiny.llama(), chat_template="nope"), tiny.llama())
+    with pytest.raises(UserError, match="no tokenizer"):
+        load_tokenizer(ModelConfig(path=str(tmp_path)), str(tmp_path))
+
+
+# ---- truncation ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def tiny_chat():
+    return load_tokenizer(ModelConfig(path=tiny.llama(), chat_template="default"), tiny.llama())
+
+
+def test_a_long_prompt_keeps_bos_and_its_end(tiny_chat):
+    counts = Counts()
+    record = Demonstration((Message("user", "word " * 50),), answer="Yes.")
+    row = encode_demonstration(record, tiny_chat, 40, counts)
+    whole, _ = tiny_chat.conversation([*record.messages, Message("assistant", "Yes.")])
+    assert len(row["input_ids"]) == 40
+    assert row["input_ids"][0] == tiny_chat.tokenizer.bos_token_id
+    assert row["input_ids"][1:] == whole[-39:]
+    assert [t for t in row["labels"] if t != -100] == tiny_chat.answer("Yes.")
+    assert counts.cut_prompts == 1
+
+
+def test_an_answer_that_does_not_fit_is_set_aside_and_counted(tiny_chat):
+    counts = Counts()
+    record = Demonstration((Message("user", "Count."),), answer="one two three " * 20)
+    assert encode_demonstration(record, tiny_chat, 40, counts) is None
+    assert sum(counts.aside.values()) == 1
+
+
+def test_a_ranking_keeps_the_candidates_that_fit_with_their_order(tiny_chat):
+    counts = Counts()
+    candidates = (Candidate("Yes."), Candidate("long " * 60), Candidate("No."))
+    row = encode_ranking(Ranking((Message("user", "Ok?"),), candidates=candidates, ranks=(3, 2, 1)), tiny_chat, 40, counts)
+    assert row["candidates"] == [tiny_chat.answer("Yes."), tiny_chat.answer("No.")]
+    assert row["ranks"] == [2, 1]
+    assert sum(counts.aside.values()) == 1
+
+
+def test_a_ranking_gives_its_best_answer_as_demonstration(tiny_chat):
+    ranking = Ranking((Message("user", "Ok?"),), candidates=(Candidate("No."), Candidate("Yes.")), ranks=(2, 1))
+    row = encode_demonstration(ranking, tiny_chat, 40, Counts())
+    assert [t for t in row["labels"] if t != -100] == tiny_chat.answer("Yes.")
+
+
+def test_a_prompt_row_holds_the_end_of_a_long_prompt(tiny_chat):
+    counts = Counts()
+    messages = (Message("user", "word " * 50),)
+    row = encode_prompt(Ranking(messages, candidates=(Candidate("a"), Candidate("b")), ranks=(1, 2)), tiny_chat, 16, counts)
+    assert len(row["prompt"]) == 16
+    assert row["prompt"][1:] == tiny_chat.prompt(messages)[-15:]
+    assert counts.cut_prompts == 1
+
+
+def test_fingerprints_tell_tokenizers_and_templates_apart():
+    prints = [
+        load_tokenizer(ModelConfig(path=p, chat_template=t), p).fingerprints()
+        for p in model_paths()
+        for t in ("default", "plain")
+    ]
+    assert prints[0]["tokenizer"] == prints[1]["tokenizer"]
+    assert prints[0]["chat_template"] != prints[1]["chat_template"]
+    if len(prints) > 2:
+        assert prints[0]["tokenizer"] != prints[2]["tokenizer"]
