@@ -1,0 +1,222 @@
+"""`rlhf chat`: talk with a model in the terminal. Reads lines from a pipe as well."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from rlhf import options
+from rlhf.console import err, number, say
+from rlhf.errors import UserError, nearest
+from rlhf.inference import Policy, generate, open_policy, printable, sampling_for
+from rlhf.rollout import Sampling, episode_seed
+from rlhf.schema import BadRecord, Demonstration, Message, to_dict
+
+UNFINISHED = "\N{REPLACEMENT CHARACTER}"
+"""How a tokenizer shows a character of which only some bytes have come."""
+
+
+def command(
+    model: Annotated[str, typer.Argument(metavar="RUN|MODEL", help="A run, a model folder, or a hub name.")],
+    system: options.System = None,
+    temperature: options.Temperature = None,
+    top_k: options.TopK = None,
+    top_p: options.TopP = None,
+    max_new_tokens: options.MaxNewTokens = None,
+    stop: options.Stop = None,
+    seed: options.Seed = 0,
+    chat_template: options.ChatTemplate = "auto",
+    trust_remote_code: options.TrustRemoteCode = False,
+) -> None:
+    """Chat with a model. /help lists the commands; Ctrl-C stops an answer, Ctrl-D leaves."""
+    sampling = sampling_for(
+        model, temperature=temperature, top_k=top_k, top_p=top_p, max_new_tokens=max_new_tokens, stop=stop
+    )
+    chat = Chat(open_policy(model, chat_template, trust_remote_code), sampling, seed, system)
+    chat.policy.room(sampling)
+    if sys.stdin.isatty():
+        say(f"{model}, temperature {number(sampling.temperature)}. /help lists the commands, Ctrl-D leaves.", "dim")
+    while (line := _read_line()) is not None:
+        if not line.strip():
+            continue
+        try:
+            if line.startswith("/"):
+                if not chat.obey(line):
+                    break
+            else:
+                chat.turn(line)
+        except UserError as fault:  # a mistyped command must not end the conversation
+            _note(str(fault), "red")
+
+
+def _read_line() -> str | None:
+    """The next line, None at the end of the input. Ctrl-C clears the line."""
+    if not sys.stdin.isatty():
+        line = sys.stdin.readline()
+        return line.rstrip("\n") if line else None
+    import readline  # noqa: F401 - gives input() editing and history
+
+    try:
+        return input("> ")
+    except EOFError:
+        print()
+        return None
+    except KeyboardInterrupt:
+        print()
+        return ""
+
+
+@dataclass
+class Chat:
+    """A conversation and the model that takes part in it."""
+
+    policy: Policy
+    sampling: Sampling
+    seed: int
+    system: str | None = None
+    messages: list[Message] = field(default_factory=list)
+    """User and assistant turns; the system message is kept apart."""
+    answers: int = 0
+    """Answers so far, those that were undone included: each has a random stream of its own."""
+
+    @property
+    def conversation(self) -> list[Message]:
+        return [*([Message("system", self.system)] if self.system else []), *self.messages]
+
+    # ---- turns ---------------------------------------------------------------------------------------------------
+
+    def turn(self, text: str) -> None:
+        """Answer a user message, printing the answer as it comes. Ctrl-C stops it and keeps what has come."""
+        self.messages.append(Message("user", text))
+        chat = self.policy.chat
+        try:
+            prompt = chat.prompt(self.conversation)
+        except UserError:
+            self.messages.pop()
+            raise
+        room = self.policy.room(self.sampling)
+        if len(prompt) > room:
+            _note(f"(the conversation is cut to its last {room:,} tokens)")
+        printer = _Printer(chat.decode)
+        self.answers += 1
+        stopped = False
+        try:
+            seed = episode_seed(self.seed, self.answers)
+            ended = generate(self.policy, chat.cut_prompt(prompt, room), seed, self.sampling, printer.add).ended
+        except KeyboardInterrupt:
+            stopped, ended = True, False
+        answer = printer.finish()
+        if not ended:
+            _note("(stopped)" if stopped else f"(cut off after {self.sampling.max_new_tokens:,} tokens)")
+        if answer.strip():
+            self.messages.append(Message("assistant", answer))
+        else:
+            self.messages.pop()
+            _note("(no answer; your message is taken back)")
+
+    # ---- commands ------------------------------------------------------------------------------------------------
+
+    def obey(self, line: str) -> bool:
+        """Carry out a command; False where the chat shall end."""
+        name, _, words = line[1:].partition(" ")
+        if name in ("quit", "exit", "q"):
+            return False
+        if name not in COMMANDS:
+            raise UserError(f"unknown command /{name}; {nearest(name, [*COMMANDS, 'quit'])}")
+        COMMANDS[name][0](self, words.strip())
+        return True
+
+    def reset(self, words: str) -> None:
+        """Start a new conversation; the system message stays."""
+        self.messages.clear()
+        _note("(new conversation)")
+
+    def set_system(self, words: str) -> None:
+        """Set the system message; without words there is none."""
+        self.system = words or None
+        _note("(system message set)" if words else "(no system message)")
+
+    def undo(self, words: str) -> None:
+        """Take back the last message and its answer."""
+        if not self.messages:
+            raise UserError("there is nothing to undo")
+        del self.messages[-2:]
+        _note("(taken back)")
+
+    def save(self, words: str) -> None:
+        """Append the conversation to a JSONL file, as a demonstration whose answer is the last one."""
+        if not words:
+            raise UserError("/save needs a file name", remedy="/save chat.jsonl")
+        if not self.messages:
+            raise UserError("there is nothing to save")
+        *before, last = self.conversation
+        try:
+            record = Demonstration(tuple(before), source=f"chat with {self.policy.path}", answer=last.content)
+            with open(Path(words).expanduser(), "a", encoding="utf-8") as file:
+                file.write(json.dumps(to_dict(record), ensure_ascii=False) + "\n")
+        except (BadRecord, OSError) as error:
+            raise UserError(f"cannot be saved: {error}") from None
+        _note(f"(saved to {words})")
+
+    def set_temperature(self, words: str) -> None:
+        """Sample at this temperature from now on."""
+        try:
+            value = float(words)
+        except ValueError:
+            raise UserError(f"/temperature needs a number, got {words!r}") from None
+        if not 0 <= value < float("inf"):
+            raise UserError(f"temperature {words} is not a number from 0 (greedy) up")
+        self.sampling = replace(self.sampling, temperature=value)
+        _note(f"(temperature {number(value)})")
+
+    def help(self, words: str) -> None:
+        """List the commands."""
+        for name, (_, argument, meaning) in COMMANDS.items():
+            _note(f"{f'/{name} {argument}':<16} {meaning}")
+        _note(f"{'/quit':<16} leave, as Ctrl-D does; Ctrl-C stops an answer")
+
+
+COMMANDS: dict[str, tuple[Callable[[Chat, str], None], str, str]] = {
+    "reset": (Chat.reset, "", "start a new conversation; the system message stays"),
+    "system": (Chat.set_system, "TEXT", "set the system message; without TEXT there is none"),
+    "undo": (Chat.undo, "", "take back the last message and its answer"),
+    "save": (Chat.save, "FILE", "append the conversation to a JSONL file, as a demonstration of its last answer"),
+    "temperature": (Chat.set_temperature, "X", "sample at this temperature from now on; 0 is greedy"),
+    "help": (Chat.help, "", "list the commands"),
+}
+
+
+def _note(text: str, style: str = "dim") -> None:
+    """Say something that is not the model's, on standard error."""
+    err().print(text, style=style, markup=False, soft_wrap=True)
+
+
+class _Printer:
+    """Prints an answer as its tokens come, holding back bytes that are not a whole character yet."""
+
+    def __init__(self, decode: Callable[[list[int]], str]) -> None:
+        self._decode = decode
+        self._ids: list[int] = []
+        self._shown = 0
+
+    def add(self, token: int) -> None:
+        self._ids.append(token)
+        self._show(self._decode(self._ids).rstrip(UNFINISHED))
+
+    def _show(self, text: str) -> None:
+        sys.stdout.write(printable(text[self._shown :]))
+        sys.stdout.flush()
+        self._shown = max(self._shown, len(text))
+
+    def finish(self) -> str:
+        """Print what was held back and end the line; gives the whole answer."""
+        text = self._decode(self._ids)
+        self._show(text)
+        print(flush=True)
+        return text

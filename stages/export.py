@@ -1,0 +1,58 @@
+"""`rlhf export`: a finished run as a folder that transformers loads, with a model card; to the hub by choice."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from rlhf import options
+from rlhf.console import say, warn
+from rlhf.errors import UserError
+from rlhf.export import EXPORTERS, check_hub, export, push
+
+FORMATS = "; ".join(f"{row.name}: {row.summary.rstrip('.')}" for row in EXPORTERS)
+
+
+def command(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="The folder of a finished run.")],
+    out: Annotated[Path, typer.Option("--out", help="The folder to make.")],
+    format: Annotated[str, typer.Option(help=FORMATS)] = "hf",
+    dtype: Annotated[
+        str | None, typer.Option(help="float32, bfloat16 or float16, of the weights; as the run has them by default.")
+    ] = None,
+    license: Annotated[
+        str | None, typer.Option(metavar="ID", help="The model's licence, such as apache-2.0, for the card.")
+    ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier export.")] = False,
+    push_to_hub: Annotated[
+        str | None, typer.Option(metavar="USER/MODEL", help="Also upload the folder to the Hugging Face hub.")
+    ] = None,
+    private: Annotated[bool, typer.Option("--private", help="Make the hub repository private.")] = False,
+    as_json: options.Json = False,
+    trust_remote_code: options.TrustRemoteCode = False,
+) -> None:
+    """Export a finished run in Hugging Face format, with tokenizer, chat template, stop tokens and model card."""
+    try:
+        exporter = EXPORTERS.pick({"name": format} | ({} if dtype is None else {"dtype": dtype}))
+    except ValueError as error:
+        raise UserError(f"--format: {error}") from None
+    if private and push_to_hub is None:
+        raise UserError("--private: only a folder that is pushed can be private", remedy="Add --push-to-hub.")
+    if push_to_hub is not None:
+        check_hub(push_to_hub)
+        if license is None:
+            warn("the card says `license: unknown`; name one with --license")
+    facts = export(
+        run, out, exporter, name=push_to_hub, license=license, overwrite=overwrite, trust_remote_code=trust_remote_code
+    )
+    size = sum(file.stat().st_size for file in out.rglob("*") if file.is_file())
+    say(f"Exported: {out}  {facts['parameters']:,} parameters, {facts['dtype']}, {size / 1e6:,.1f} MB")
+    if facts["stop_tokens"]:
+        say(f"Answers end with: {', '.join(facts['stop_tokens'])}")
+    if push_to_hub is not None:
+        facts["pushed"] = push(out, push_to_hub, private)
+        say(f"Pushed: {facts['pushed']}")
+    if as_json:
+        options.print_json(facts)

@@ -1,0 +1,467 @@
+"""Exports: what plain transformers makes of them, the model card, the folder's all-or-nothing, the hub."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any, ClassVar
+
+import finished
+import huggingface_hub
+import pytest
+import tiny
+import torch
+
+from rlhf.config import ModelConfig
+from rlhf.errors import UserError
+from rlhf.export import EXPORTERS, export
+from rlhf.model_card import lineage
+from rlhf.runs import result_of
+from rlhf.store import write_json
+from rlhf.tokenization import load_tokenizer
+from stages.export import command
+
+CHAT = [{"role": "user", "content": "What does the owl do?"}]
+IDS = torch.tensor([[1, 40, 50, 60, 70, 80, 90, 100]])
+
+PLAIN = """
+import json, sys
+
+class Nothing:  # of this project can be imported, although it is installed
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in ("rlhf", "stages", "data_tools", "finished", "tiny"):
+            raise ImportError(name)
+
+sys.meta_path.insert(0, Nothing())
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+
+torch.set_num_threads(1)
+given = torch.load(sys.argv[1])
+found = {}
+for name, (path, base, ids) in given["policies"].items():
+    model = AutoModelForCausalLM.from_pretrained(base or path)
+    model = PeftModel.from_pretrained(model, path).eval() if base else model
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    text = tokenizer.apply_chat_template(given["chat"], add_generation_prompt=True, tokenize=False)
+    inputs = tokenizer.apply_chat_template(
+        [given["chat"]] * 8, add_generation_prompt=True, return_dict=True, return_tensors="pt"
+    )
+    torch.manual_seed(0)
+    with torch.no_grad():
+        logits = model(input_ids=ids).logits
+        answers = model.generate(**inputs, max_new_tokens=100, do_sample=True)[:, inputs["input_ids"].shape[1]:]
+    found[name] = {"logits": logits, "text": text, "answers": answers}
+for name, (path, texts) in given["rewards"].items():
+    model = AutoModelForSequenceClassification.from_pretrained(path)
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    inputs = tokenizer.pad({"input_ids": texts}, return_tensors="pt")
+    with torch.no_grad():
+        found[name] = {"logits": model(**inputs).logits[:, 0], "config": model.config.to_dict()}
+for name, code in given["snippets"].items():
+    import contextlib, io
+    with contextlib.redirect_stdout(io.StringIO()) as said:
+        exec(code, {})
+    found[name] = said.getvalue()
+torch.save(found, sys.argv[2])
+"""
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """Finished runs of every kind, by name."""
+    folder = tmp_path_factory.mktemp("work") / "runs"
+    sft, chatml = finished.sft(folder / "sft"), finished.sft(folder / "chatml", model=finished.chatml())
+    reward = finished.reward(folder / "reward", sft)
+    return {
+        "sft": sft,
+        "chatml": chatml,
+        "lora": finished.sft(folder / "lora", "lora"),
+        "prompt-tuning": finished.sft(folder / "prompt-tuning", "prompt-tuning"),
+        "reward": reward,
+        "reward-lora": finished.reward(folder / "reward-lora", sft, "lora"),
+        "reward-chatml": finished.reward(folder / "reward-chatml", chatml),
+        "reward-bert": finished.reward(folder / "reward-bert", tiny.bert()),
+        "ppo": finished.ppo(folder / "ppo", sft, reward, temperature=0.7),
+    }
+
+
+def exported(run: str, out: Path, name: str = "hf", **options: Any) -> dict[str, Any]:
+    return export(run, out, EXPORTERS.pick({"name": name}), **options)
+
+
+@pytest.fixture(scope="module")
+def folders(runs: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Exports of all runs, by name; adapters under NAME-adapter."""
+    folder = tmp_path_factory.mktemp("exports")
+    found = {}
+    for name, run in runs.items():
+        for row in ("hf", "adapter"):
+            if (row == "adapter") == (name == "prompt-tuning") or (row == "adapter" and "lora" in name):
+                found[name + "-adapter" * (row == "adapter")] = folder / name / row
+                exported(run, folder / name / row, row)
+    return found
+
+
+@pytest.fixture(scope="module")
+def plain(runs: dict[str, str], folders: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """What a process finds in the exports that cannot import this project."""
+    folder = tmp_path_factory.mktemp("plain")
+    base = {name: json.loads((folders[name] / "adapter_config.json").read_text())["base_model_name_or_path"]
+            for name in folders if name.endswith("-adapter")}  # fmt: skip
+    given = {
+        "chat": CHAT,
+        "policies": {
+            name: (str(path), base.get(name), IDS) for name, path in folders.items() if not name.startswith("reward")
+        },
+        "rewards": {
+            name: (str(folders[name]), texts(runs[name])) for name in ("reward", "reward-chatml", "reward-bert")
+        },
+        "snippets": {
+            f"snippet of {name}": finished.python_block((path / "README.md").read_text())
+            for name, path in folders.items()
+        },
+    }
+    torch.save(given, folder / "given.pt")
+    (folder / "plain.py").write_text(PLAIN)
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, "-I", "plain.py", "given.pt", "found.pt"],
+        cwd=folder, env=environment, text=True, capture_output=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    found: dict[str, Any] = torch.load(folder / "found.pt")
+    return found
+
+
+def texts(run: str) -> list[list[int]]:
+    """Two conversations of unequal length in the run's tokens."""
+    chat = load_tokenizer(ModelConfig(path=run), result_of(run))
+    return [chat.whole(CHAT, answer) for answer in ("It sleeps.", "It goes to the barn and then it meets a fox.")]
+
+
+# ---- loaded elsewhere --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["sft", "chatml", "lora", "ppo"])
+def test_plain_transformers_gives_exactly_the_logits_of_the_runs_policy(
+    name: str, runs: dict[str, str], plain: dict[str, Any]
+) -> None:
+    assert torch.equal(plain[name]["logits"], finished.policy_logits(runs[name], IDS))
+
+
+def test_an_adapter_on_its_base_gives_the_merged_logits(runs: dict[str, str], plain: dict[str, Any]) -> None:
+    merged = finished.policy_logits(runs["lora"], IDS)
+    assert not torch.allclose(merged, finished.policy_logits(tiny.llama(), IDS), atol=1e-2)
+    torch.testing.assert_close(plain["lora-adapter"]["logits"], merged, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["sft", "chatml"])
+def test_the_chat_template_renders_as_in_training(name: str, runs: dict[str, str], plain: dict[str, Any]) -> None:
+    chat = load_tokenizer(ModelConfig(path=runs[name]), result_of(runs[name]))
+    assert plain[name]["text"] == chat.tokenizer.apply_chat_template(CHAT, add_generation_prompt=True, tokenize=False)
+
+
+@pytest.mark.parametrize(("name", "end"), [("sft", "</s>"), ("chatml", "<|im_end|>")])
+def test_generation_stops_at_the_end_of_the_turn(
+    name: str, end: str, folders: dict[str, Path], plain: dict[str, Any]
+) -> None:
+    chat = load_tokenizer(ModelConfig(path=str(folders[name])), str(folders[name]))
+    stops = json.loads((folders[name] / "generation_config.json").read_text())["eos_token_id"]
+    assert stops[0] == chat.end_id == chat.tokenizer.convert_tokens_to_ids(end)
+    assert chat.tokenizer.eos_token_id in stops
+    lengths = set()
+    for answer in plain[name]["answers"].tolist():
+        first = next(i for i, token in enumerate(answer) if token in stops)
+        assert set(answer[first + 1 :]) <= {chat.pad_id}
+        lengths.add(first)
+    assert len(lengths) > 1 and max(lengths) < 99
+
+
+@pytest.mark.parametrize("name", ["reward", "reward-chatml"])
+def test_a_reward_model_without_a_bias_states_its_scale(
+    name: str, runs: dict[str, str], folders: dict[str, Path], plain: dict[str, Any]
+) -> None:
+    expected = finished.scores(runs[name], texts(runs[name]))
+    config = plain[name]["config"]
+    assert (config["reward_mean"], config["reward_std"]) == (0.5, 2.0)
+    torch.testing.assert_close((plain[name]["logits"] - 0.5) / 2.0, expected, atol=1e-6, rtol=1e-5)
+    assert "score = (logit - 0.5) / 2.0" in (folders[name] / "README.md").read_text()
+
+
+def test_logits_of_a_reward_model_are_exactly_the_runs(runs: dict[str, str], plain: dict[str, Any]) -> None:
+    assert torch.equal(plain["reward"]["logits"], finished.reward_logits(runs["reward"], texts(runs["reward"])))
+
+
+def test_a_scale_is_folded_into_a_head_with_a_bias(
+    runs: dict[str, str], folders: dict[str, Path], plain: dict[str, Any]
+) -> None:
+    expected = finished.scores(runs["reward-bert"], texts(runs["reward-bert"]))
+    torch.testing.assert_close(plain["reward-bert"]["logits"], expected, atol=1e-6, rtol=1e-5)
+    assert plain["reward-bert"]["config"]["reward_std"] == 1.0
+    assert "is in the weights" in (folders["reward-bert"] / "README.md").read_text()
+
+
+def test_padding_of_a_reward_model_is_never_the_end_of_an_answer(folders: dict[str, Path]) -> None:
+    folder = folders["reward-chatml"]
+    chat = load_tokenizer(ModelConfig(path=str(folder)), str(folder))
+    assert json.loads((folder / "config.json").read_text())["pad_token_id"] == chat.pad_id != chat.end_id
+
+
+@pytest.mark.parametrize("name", ["reward", "reward-lora-adapter", "reward-chatml", "reward-bert"])
+def test_the_cards_snippet_prints_the_score(name: str, runs: dict[str, str], plain: dict[str, Any]) -> None:
+    run = runs[name.removesuffix("-adapter")]
+    chat = load_tokenizer(ModelConfig(path=run), result_of(run))
+    story = [{"role": "user", "content": "Tell me a story."}]
+    expected = finished.scores(run, [chat.whole(story, "Once upon a time there was an owl.")])
+    assert float(plain[f"snippet of {name}"]) == pytest.approx(float(expected), abs=1e-4)
+
+
+@pytest.mark.parametrize("name", ["sft", "chatml", "lora", "lora-adapter", "prompt-tuning-adapter", "ppo"])
+def test_the_cards_snippet_prints_an_answer(name: str, plain: dict[str, Any]) -> None:
+    assert plain[f"snippet of {name}"].strip()
+
+
+# ---- options -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("row", EXPORTERS, ids=lambda row: row.name)
+def test_every_format_makes_a_folder_with_tokenizer_template_and_card(
+    row: Any, runs: dict[str, str], tmp_path: Path
+) -> None:
+    facts = exported(runs["lora"], tmp_path / "out", row.name)
+    names = {file.name for file in (tmp_path / "out").iterdir()}
+    assert {"README.md", "tokenizer.json", "chat_template.jinja"} <= names
+    assert facts["parameters"] > 0 and len(facts["fingerprint"]) == 64
+    assert [file.name for file in tmp_path.iterdir()] == ["out"]
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_weights_come_in_the_dtype_that_is_asked_for(dtype: str, runs: dict[str, str], tmp_path: Path) -> None:
+    for name in ("sft", "reward"):
+        said, _ = finished.invoke(command, runs[name], "--out", tmp_path / name, "--dtype", dtype, "--json")
+        assert finished.last_json(said)["dtype"] == dtype
+        assert json.loads((tmp_path / name / "config.json").read_text())["dtype"] == dtype
+
+
+def test_caches_are_on_in_an_export(folders: dict[str, Path]) -> None:
+    for name in ("sft", "reward"):
+        assert json.loads((folders[name] / "config.json").read_text())["use_cache"] is True
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--format", "hff"], "did you mean 'hf'"),
+        (["--dtype", "int8"], "dtype"),
+        (["--format", "adapter", "--dtype", "float32"], "has no option 'dtype'"),
+        (["--private"], "--push-to-hub"),
+        (["--push-to-hub", "a/b/c"], "not a hub name"),
+    ],
+)
+def test_a_bad_option_is_refused(words: list[str], message: str, runs: dict[str, str], tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=message):
+        finished.invoke(command, runs["sft"], "--out", tmp_path / "out", *words)
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_commands_import_without_torch() -> None:
+    code = "import sys\nfrom stages import chat, evaluate, export, sample\n"
+    code += "assert not {'torch', 'transformers', 'numpy', 'peft'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=tiny.REPOSITORY)
+
+
+# ---- refusals ----------------------------------------------------------------------------------------------------
+
+
+def test_only_a_finished_run_is_exported(runs: dict[str, str], tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="not a run folder"):
+        exported(tiny.llama(), tmp_path / "out")
+    unfinished = finished.sft(tmp_path / "run")
+    info = json.loads((tmp_path / "run" / "run.json").read_text())
+    write_json(tmp_path / "run" / "run.json", info | {"status": "running"})
+    with pytest.raises(UserError, match="not finished"):
+        exported(unfinished, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_export_is_replaced_only_with_overwrite(runs: dict[str, str], tmp_path: Path) -> None:
+    exported(runs["sft"], tmp_path / "out")
+    with pytest.raises(UserError, match="holds an export already"):
+        exported(runs["ppo"], tmp_path / "out")
+    exported(runs["ppo"], tmp_path / "out", overwrite=True)
+    assert "ppo" in (tmp_path / "out" / "README.md").read_text()
+    assert [file.name for file in tmp_path.iterdir()] == ["out"]
+
+
+def test_nothing_but_an_export_is_ever_replaced(runs: dict[str, str], tmp_path: Path) -> None:
+    (tmp_path / "letters").mkdir()
+    (tmp_path / "letters" / "to-mother.txt").write_text("Dear")
+    for out in (tmp_path / "letters", Path(runs["sft"]), Path(runs["sft"]) / "model", tmp_path):
+        with pytest.raises(UserError, match="not an export"):
+            exported(runs["sft"], out, overwrite=True)
+    assert (tmp_path / "letters" / "to-mother.txt").is_file()
+
+
+def test_an_export_that_fails_leaves_nothing(tmp_path: Path) -> None:
+    run = finished.sft(tmp_path / "run")
+    info = json.loads((tmp_path / "run" / "run.json").read_text())
+    write_json(tmp_path / "run" / "run.json", {key: value for key, value in info.items() if key != "packages"})
+    with pytest.raises(KeyError):
+        exported(run, tmp_path / "out")
+    assert [file.name for file in tmp_path.iterdir()] == ["run"]
+
+
+def test_a_run_without_adapter_has_none_to_export(runs: dict[str, str], tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="has no adapter"):
+        exported(runs["sft"], tmp_path / "out", "adapter")
+
+
+def test_virtual_tokens_are_exported_only_as_an_adapter(runs: dict[str, str], tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="--format adapter"):
+        exported(runs["prompt-tuning"], tmp_path / "out")
+
+
+# ---- the card ----------------------------------------------------------------------------------------------------
+
+
+def test_the_cards_header_is_the_hubs(runs: dict[str, str], tmp_path: Path) -> None:
+    exported(runs["ppo"], tmp_path / "policy", license="mit")
+    exported(runs["reward"], tmp_path / "reward")
+    policy, reward = (huggingface_hub.ModelCard.load(tmp_path / n / "README.md").data for n in ("policy", "reward"))
+    assert (policy.license, policy.library_name, policy.pipeline_tag) == ("mit", "transformers", "text-generation")
+    assert (reward.license, reward.pipeline_tag) == ("unknown", "text-classification")
+    assert "ppo" in policy.tags and "reward-model" in reward.tags
+    assert policy.base_model is None, "a local folder means nothing on the hub"
+
+
+def test_the_card_tells_the_lineage_with_data_metrics_and_packages(folders: dict[str, Path]) -> None:
+    card = (folders["ppo"] / "README.md").read_text()
+    stages = [line.split(" | ")[0] for line in card.split("## Lineage")[1].split("##")[0].splitlines() if "`" in line]
+    assert stages == ["| start", "| sft", "| reward", "| ppo"]
+    assert "| sft | `demos` | demonstration | `dddddddddddddddd` |" in card
+    assert "| ppo | eval_score | 0.5 |" in card and "| reward | accuracy | 0.75 |" in card
+    assert f"| torch | {torch.__version__} |" in card
+    assert "temperature=0.7" in finished.python_block(card) and "max_new_tokens=12" in finished.python_block(card)
+
+
+def test_the_card_keeps_the_folders_above_to_itself(runs: dict[str, str], folders: dict[str, Path]) -> None:
+    card = (folders["ppo"] / "README.md").read_text()
+    assert str(Path(runs["ppo"]).parent) not in card
+
+
+def test_a_hub_model_at_the_beginning_is_the_base_model(tmp_path: Path) -> None:
+    run = Path(finished.sft(tmp_path / "run"))
+    info = json.loads((run / "run.json").read_text())
+    write_json(run / "run.json", info | {"parents": [{"path": "HuggingFaceTB/SmolLM2-135M"}]})
+    exported(str(run), tmp_path / "out")
+    assert (
+        huggingface_hub.ModelCard.load(tmp_path / "out" / "README.md").data.base_model == "HuggingFaceTB/SmolLM2-135M"
+    )
+
+
+def test_lineage_finds_parents_that_moved_along_and_tells_of_those_that_changed(tmp_path: Path) -> None:
+    (tmp_path / "here").mkdir()
+    parent = finished.sft(tmp_path / "here" / "parent")
+    finished.sft(tmp_path / "here" / "child", model=parent)
+    moved = tmp_path / "there"
+    (tmp_path / "here").rename(moved)
+    assert [a.stage for a in lineage(moved / "child")] == [None, "sft", "sft"]
+    info = json.loads((moved / "parent" / "run.json").read_text())
+    write_json(moved / "parent" / "run.json", info | {"model_fingerprint": "0" * 64})
+    assert [(a.stage, a.note) for a in lineage(moved / "child")] == [
+        ("sft", "has been trained anew since"),
+        ("sft", ""),
+    ]
+    (moved / "parent").rename(tmp_path / "elsewhere")
+    assert lineage(moved / "child")[0].note == "not there any more"
+
+
+# ---- the hub -----------------------------------------------------------------------------------------------------
+
+
+class Hub(BaseHTTPRequestHandler):
+    """As much of the hub's interface as an upload of small files needs; keeps what it was sent."""
+
+    received: ClassVar[list[tuple[str, Any]]] = []
+
+    def _answer(self, value: Any, status: int = 200) -> None:
+        body = json.dumps(value).encode()
+        self.send_response(status)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def do_GET(self) -> None:
+        known = self.headers.get("Authorization") == "Bearer hf_good"
+        self._answer({"name": "someone", "type": "user"} if known else {"error": "bad token"}, 200 if known else 401)
+
+    def do_POST(self) -> None:
+        body = self.rfile.read(int(self.headers["Content-Length"])).decode()
+        self.received.append((self.path, body))
+        if self.path.endswith("/repos/create"):
+            self._answer({"url": f"http://{self.headers['Host']}/someone/model", "name": "someone/model"})
+        elif "/preupload/" in self.path:
+            files = json.loads(body)["files"]
+            self._answer(
+                {"files": [{"path": f["path"], "uploadMode": "regular", "shouldIgnore": False} for f in files]}
+            )
+        else:
+            self._answer(
+                {
+                    "commitUrl": f"http://{self.headers['Host']}/someone/model/commit/1",
+                    "commitOid": "1" * 40,
+                    "hookOutput": "",
+                }
+            )
+
+    def log_message(self, *words: Any) -> None:
+        """Quiet."""
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[type[Hub]]:
+    """A hub on this machine, and someone logged in."""
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    address = f"http://127.0.0.1:{server.server_port}"
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", address)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setenv("HF_TOKEN", "hf_good")
+    Hub.received = []
+    yield Hub
+    server.shutdown()
+
+
+def test_an_export_is_pushed_to_the_hub(hub: type[Hub], runs: dict[str, str], tmp_path: Path) -> None:
+    words = ["--push-to-hub", "someone/model", "--license", "mit", "--json"]
+    said, _ = finished.invoke(command, runs["sft"], "--out", tmp_path / "out", *words)
+    commit = [json.loads(line) for line in hub.received[-1][1].splitlines()]
+    sent = {line["value"]["path"] for line in commit if line["key"] == "file"}
+    assert sent == {file.name for file in (tmp_path / "out").iterdir()}
+    assert "path = 'someone/model'" in (tmp_path / "out" / "README.md").read_text()
+    assert "someone/model" in finished.last_json(said)["pushed"]
+
+
+def test_a_bad_login_is_found_before_anything_is_loaded(
+    hub: type[Hub], runs: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_TOKEN", "hf_bad")
+    with pytest.raises(UserError, match="refused or cannot be reached"):
+        finished.invoke(command, runs["sft"], "--out", tmp_path / "out", "--push-to-hub", "someone/model")
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_adapter_of_a_local_model_is_not_pushed(hub: type[Hub], runs: dict[str, str], tmp_path: Path) -> None:
+    words = ["--format", "adapter", "--push-to-hub", "someone/model", "--license", "mit"]
+    with pytest.raises(UserError, match="Nobody else could load it"):
+        finished.invoke(command, runs["lora"], "--out", tmp_path / "out", *words)
+    assert not hub.received and not (tmp_path / "out").exists()
