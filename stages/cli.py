@@ -1,0 +1,137 @@
+"""The command `rlhf`. Only options are defined here; heavy imports wait until everything has been checked."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import shlex
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from data_tools.cli import app as data_app
+from rlhf import __version__, entry
+from rlhf.console import say
+from rlhf.entry import ConfigFile, DryRun, Overrides, Overwrite, Resume
+from rlhf.errors import UserError
+from rlhf.launch import launch, launch_on_hosts, read_hostfile
+from stages import chat, demo, evaluate, export, pipeline, sample
+
+app = typer.Typer(
+    name="rlhf", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None,
+    help="RLHF from human rankings: instruction tuning, a reward model on K-way rankings, PPO.",
+)  # fmt: skip
+
+Processes = Annotated[
+    int | None,
+    typer.Option("--num-processes", min=1, help="Start so many processes here (with --hostfile: on each host)."),
+]
+Hostfile = Annotated[
+    Path | None, typer.Option("--hostfile", help="Start processes on the hosts of this file: lines `HOST slots=N`.")
+]
+
+
+def _training(stage: str, summary: str) -> None:
+    """Add the command of a stage."""
+
+    def command(
+        config: ConfigFile,
+        overrides: Overrides = None,
+        resume: Resume = False,
+        overwrite: Overwrite = False,
+        dry_run: DryRun = False,
+        num_processes: Processes = None,
+        hostfile: Hostfile = None,
+    ) -> None:
+        words = ["--config", str(config), *(overrides or ())]
+        with entry.told(entry.resume_line(_again(stage, words, num_processes, hostfile))):
+            count = _count(num_processes, hostfile)
+            checked = entry.prepare(stage, config, overrides or (), resume, overwrite, dry_run, count)
+            if checked is None:
+                return
+            if hostfile is None and count is None:
+                entry.run(importlib.import_module(f"stages.{stage}").run, checked, resume, overwrite)
+                return
+            words += ["--resume"] * resume + ["--overwrite"] * overwrite
+            if hostfile is not None:
+                launch_on_hosts(f"stages.{stage}", words, hostfile, num_processes)
+            else:
+                launch(f"stages.{stage}", words, count or 1)
+
+    app.command(stage, help=summary)(command)
+
+
+def _count(processes: int | None, hostfile: Path | None) -> int | None:
+    """How many processes are to be started; None for this one alone, or the launcher's that we are under."""
+    count = processes
+    if hostfile is not None:
+        count = sum(read_hostfile(hostfile, processes).values())
+    if count is not None and "RANK" in os.environ:
+        raise UserError(
+            "--num-processes: this process was started by a launcher already",
+            remedy="Leave the option out, or start `rlhf` without the launcher.",
+        )
+    return None if count == 1 and hostfile is None else count
+
+
+def _again(stage: str, words: list[str], processes: int | None, hostfile: Path | None) -> str:
+    """The command that continues this one."""
+    more = ["--num-processes", str(processes)] if processes else []
+    more += ["--hostfile", str(hostfile)] if hostfile else []
+    return shlex.join(["rlhf", stage, *words, *more, "--resume"])
+
+
+_training("sft", "Stage 1: instruction tuning on demonstrations.")
+_training("reward", "Stage 2: a reward model from rankings of K answers.")
+_training("ppo", "Stage 3: PPO against the reward, with a KL penalty.")
+
+
+@app.command("pipeline", help="The three stages and the export in a row; what is complete is skipped.")
+def pipeline_command(
+    config: ConfigFile,
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[KEY=VALUE]...", help="name=..., export=..., or a stage's: ppo.updates=3."),
+    ] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume/--no-resume", help="Skip complete runs and continue others; or refuse both.")
+    ] = True,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Delete the runs of those names first.")] = False,
+    dry_run: DryRun = False,
+    num_processes: Processes = None,
+    hostfile: Hostfile = None,
+) -> None:
+    with entry.told(entry.resume_line(shlex.join(["rlhf", "pipeline", "--config", str(config), *(overrides or ())]))):
+        count = _count(num_processes, hostfile)
+        pipeline.run(config, overrides or (), resume, overwrite, dry_run, count, _launch_words(num_processes, hostfile))
+
+
+def _launch_words(processes: int | None, hostfile: Path | None) -> list[str]:
+    words = ["--num-processes", str(processes)] if processes else []
+    return [*words, "--hostfile", str(hostfile)] if hostfile else words
+
+
+app.command("sample")(sample.command)
+app.command("evaluate")(evaluate.command)
+app.command("export")(export.command)
+app.command("chat")(chat.command)
+app.command("demo")(demo.command)
+app.add_typer(data_app, name="data")
+
+
+@app.callback(invoke_without_command=True)
+def top(version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False) -> None:
+    if version:
+        say(f"rlhf {__version__}")
+        raise typer.Exit
+
+
+def main() -> None:
+    """The console script `rlhf`; never returns."""
+    with entry.told():
+        app(prog_name="rlhf")
+
+
+if __name__ == "__main__":
+    main()
