@@ -1,0 +1,236 @@
+"""Stage 2: a reward model from human rankings.
+
+A batch element is a whole ranking: a prompt and its K candidates. Every candidate is encoded and scored once, and the
+loss compares the K scores with each other, so no pair is ever written down. The loop is transformers' Trainer.
+
+rankings -> token rows (rlhf.data) -> flat batches -> scores -> ranking loss -> best weights -> metrics, scale -> model
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor
+
+from rlhf import distributed
+from rlhf.config import DataConfig, RewardConfig
+from rlhf.console import is_main, say, table
+from rlhf.data import open_all, tokenize
+from rlhf.entry import main
+from rlhf.errors import UserError
+from rlhf.models import load_config, load_scalar, sequence_limit
+from rlhf.ranking import centering_penalty
+from rlhf.ranking_data import RankingCollator, informative
+from rlhf.reward_metrics import ScoredRanking, metric_rows, reward_metrics
+from rlhf.runs import Run, data_facts, finish, open_run, parent_facts, result_of
+from rlhf.scoring import score_rankings, score_texts
+from rlhf.store import write_json
+from rlhf.tokenization import ChatTokenizer, load_tokenizer
+from rlhf.trainer import StageTrainer, training_arguments
+from rlhf.tuning import save_result, say_trainable
+
+HEADLINE = ("accuracy", "accuracy_interval", "longer_accuracy", "log_loss", "calibration_error", "pairs", "rankings")
+"""The held-out figures that go to run.json; all of them are in reward_metrics.json."""
+LOSS_CHUNK = 256
+"""Held-out rankings whose loss is computed together."""
+
+
+def run(config: RewardConfig, resume: bool = False, overwrite: bool = False) -> None:
+    """Train, measure on the held-out rankings, normalise, and leave the result in the run folder's model/."""
+    distributed.start(config.timeout_seconds)
+    transformers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.set_verbosity_error()  # or it warns of the new head
+    path = result_of(config.model.path)
+    # 1. tokenizer, run folder, rows
+    chat = load_tokenizer(config.model, path)
+    limit = sequence_limit(config.model, load_config(config.model, path))
+    data = open_all([*config.data.train, *config.data.eval], ["ranking"], "data")
+    data += open_all(config.reference, ["demonstration"], "reference")
+    facts = {"parents": [parent_facts(config.model.path)], "data": data_facts(data), **chat.fingerprints()}
+    folder = open_run(config, "reward", resume, overwrite, facts)
+    tables = tokenize(folder, chat, limit, config.data, "ranking")
+    reference = tokenize_reference(config, folder, chat, limit)
+    # 2. the model, and what of it is trained; the same first weights, a new head included, on every rank
+    transformers.set_seed(config.seed)
+    scalar = load_scalar(config.model, path)
+    scalar.set_scale(0.0, 1.0)
+    scalar.model = config.tuning(scalar.model, chat, "scalar")
+    say_trainable(config.tuning, scalar.model)
+    # 3. training
+    train, held_out = learnable(tables.train, config), tables.eval if comparable(tables.eval, config) else None
+    trainer = RewardTrainer(config, folder, chat, scalar, train, held_out, config.batch.micro_batch_size * limit)
+    trainer.fit(resume)
+    # 4. held-out metrics and the scale, from one set of scores
+    scored = trainer.best_scored()
+    headline = report(folder, scored, trainer.best_step) if scored else None
+    if config.normalize == "answers":
+        scalar.set_scale(*mean_and_std(scored or trainer.score(tables.train)))
+    elif config.normalize == "demonstrations":
+        scalar.set_scale(trainer.mean_score(reference), 1.0)
+    # 5. the result: the weights of the best checkpoint
+    scalar.config.get_text_config().pad_token_id = padding_that_ends_nothing(chat)
+    save_result(folder.path, scalar.model, chat, config.tuning)
+    finish(folder, step=trainer.best_step, metrics=headline, scale={"mean": scalar.mean, "std": scalar.std})
+
+
+# ---- data ----------------------------------------------------------------------------------------------------------
+
+
+def tokenize_reference(config: RewardConfig, run: Run, chat: ChatTokenizer, limit: int) -> Any:
+    """The demonstrations whose mean score becomes 0; None where the config names none."""
+    if not config.reference:
+        return None
+    return tokenize(run, chat, limit, DataConfig(train=config.reference), "demonstration", name="reference").train
+
+
+def comparable(rankings: Any, config: RewardConfig) -> Sequence[int]:
+    """Indices of the rankings that the loss learns from: not those that are all ties, where it ignores ties."""
+    return range(len(rankings)) if config.loss.row.traits["uses_ties"] else informative(rankings["ranks"][:])
+
+
+def learnable(rankings: Any, config: RewardConfig) -> Any:
+    """The comparable rankings of a table; the others are set aside and counted.
+
+    Raises:
+        UserError: Nothing is left.
+    """
+    kept = comparable(rankings, config)
+    if not kept:
+        raise UserError(
+            f"data.train: all candidates are tied in each of the {len(rankings):,} rankings",
+            f"The loss {config.loss.name!r} learns from candidates that are ranked apart.",
+            "Use a loss that learns from ties (rao-kupper, davidson), or other data.",
+        )
+    if len(kept) == len(rankings):
+        return rankings
+    aside = len(rankings) - len(kept)
+    say(f"Data: {aside:,} rankings set aside: all their candidates are tied, and {config.loss.name} ignores ties")
+    return rankings.select(kept)
+
+
+# ---- training ------------------------------------------------------------------------------------------------------
+
+
+class RewardTrainer(StageTrainer):
+    """The Trainer over batches of whole rankings, with loss and pair accuracy on held-out ones.
+
+    Args:
+        batch_tokens: Most tokens, padding included, in a forward pass that scores held-out answers.
+    """
+
+    def __init__(
+        self, config: RewardConfig, run: Run, chat: ChatTokenizer, scalar: Any, train: Any, held_out: Any,
+        batch_tokens: int,
+    ) -> None:  # fmt: skip
+        super().__init__(
+            config,
+            run,
+            args=training_arguments(config, run),
+            model=scalar,
+            train_dataset=train,
+            eval_dataset=held_out,
+            data_collator=RankingCollator(chat),
+        )
+        self.chat, self.batch_tokens = chat, batch_tokens
+        self.ranking_loss, self.centering = config.loss, config.centering
+        self._lowest = float("inf")
+        self._seen: tuple[int, list[ScoredRanking]] | None = None
+
+    def loss(self, model: Any, inputs: dict[str, Tensor], items: Tensor) -> Tensor:
+        """The micro-batch's share of the mean over all rankings of the step."""
+        scores = model(inputs["input_ids"], inputs["attention_mask"])
+        losses, _ = self.losses(scores, inputs["ranks"], inputs["ranking"], inputs["ratings"])
+        return losses.sum() / items
+
+    def losses(self, scores: Tensor, ranks: Tensor, ranking: Tensor, ratings: Tensor) -> tuple[Tensor, Tensor]:
+        """Of flat candidates [N]: the loss [B] of each ranking, penalty included, and whether it could be compared."""
+        losses, counted = self.ranking_loss(scores, ranks, ranking, ratings)
+        if self.centering:
+            losses = losses + self.centering * centering_penalty(scores, ranking)
+        return losses, counted
+
+    def count_items(self, inputs: dict[str, Tensor]) -> Tensor:
+        """Rankings of a micro-batch. All of them count: those that would not have been set aside."""
+        return inputs["ranking"][-1] + 1
+
+    def evaluate_records(self, model: Any) -> dict[str, float]:
+        """Loss and pair metrics on the held-out rankings."""
+        scored = self.score(self.eval_dataset)
+        loss = self.held_out_loss(scored)
+        if loss < self._lowest:
+            self._lowest, self._seen = loss, (self.state.global_step, scored)
+        metrics = reward_metrics(scored)
+        figures = {name: metrics[name] for name in ("accuracy", "log_loss", "calibration_error")}
+        return {"loss": loss} | {name: value for name, value in figures.items() if value is not None}
+
+    def held_out_loss(self, scored: Sequence[ScoredRanking]) -> float:
+        """Mean over the held-out rankings that can be compared."""
+        ratings = self.eval_dataset["ratings"][:]
+        total, count = 0.0, 0
+        for start in range(0, len(scored), LOSS_CHUNK):
+            items = scored[start : start + LOSS_CHUNK]
+            given = [float("nan") if r is None else r for row in ratings[start : start + LOSS_CHUNK] for r in row]
+            losses, counted = self.losses(
+                torch.tensor([score for item in items for score in item.scores]),
+                torch.tensor([rank for item in items for rank in item.ranks]),
+                torch.tensor([index for index, item in enumerate(items) for _ in item.ranks]),
+                torch.tensor(given),
+            )
+            total, count = total + float(losses[counted].sum()), count + int(counted.sum())
+        return total / count
+
+    # ---- scores, before any normalisation
+
+    def score(self, rankings: Any) -> list[ScoredRanking]:
+        """Raw scores of a table of rankings. Every rank calls it."""
+        return score_rankings(self.model, self.chat, rankings, self.batch_tokens)
+
+    def best_scored(self) -> list[ScoredRanking]:
+        """The held-out rankings as the best weights score them; not scored again where training has just done so."""
+        if self.eval_dataset is None:
+            return []
+        if self._seen is not None and self._seen[0] == self.best_step:
+            return self._seen[1]
+        return self.score(self.eval_dataset)
+
+    def mean_score(self, demonstrations: Any) -> float:
+        """Mean raw score of a table of demonstrations. Every rank calls it."""
+        read = lambda row: demonstrations[row]["input_ids"]  # noqa: E731
+        scores = score_texts(self.model, self.chat, read, demonstrations["length"][:], self.batch_tokens)
+        return statistics.fmean(scores)
+
+
+# ---- the result ----------------------------------------------------------------------------------------------------
+
+
+def report(run: Run, scored: Sequence[ScoredRanking], step: int) -> dict[str, Any]:
+    """Show the held-out metrics and write them to reward_metrics.json; gives the headline."""
+    metrics = reward_metrics(scored)
+    for part in metric_rows(metrics):
+        table(*part)
+    if is_main():
+        write_json(run.path / "reward_metrics.json", {"step": step, **metrics})
+    return {name: metrics[name] for name in HEADLINE}
+
+
+def mean_and_std(scored: Sequence[ScoredRanking]) -> tuple[float, float]:
+    """Of all answers' raw scores. A deviation of 0 (all alike) becomes 1."""
+    scores = [score for item in scored for score in item.scores]
+    return statistics.fmean(scores), statistics.pstdev(scores) or 1.0
+
+
+def padding_that_ends_nothing(chat: ChatTokenizer) -> int | None:
+    """The padding token for the saved config, by which plain transformers finds the last token of an answer.
+
+    It takes the last one that is not padding. Where padding is also what ends an answer it would take the one before,
+    and the score would be another; without a padding token it scores texts one by one and refuses batches.
+    """
+    return chat.pad_id if chat.pad_id != chat.end_id else None
+
+
+if __name__ == "__main__":
+    main("reward")
