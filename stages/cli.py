@@ -44,8 +44,8 @@ def _training(stage: str, summary: str) -> None:
         num_processes: Processes = None,
         hostfile: Hostfile = None,
     ) -> None:
-        words = ["--config", str(config), *(overrides or ())]
-        with entry.told(entry.resume_line(_again(stage, words, num_processes, hostfile))):
+        words, more = ["--config", str(config), *(overrides or ())], _launch_words(num_processes, hostfile)
+        with entry.told(entry.resume_line(shlex.join(["rlhf", stage, *words, *more, "--resume"]))):
             count = _count(num_processes, hostfile)
             checked = entry.prepare(stage, config, overrides or (), resume, overwrite, dry_run, count)
             if checked is None:
@@ -75,11 +75,9 @@ def _count(processes: int | None, hostfile: Path | None) -> int | None:
     return None if count == 1 and hostfile is None else count
 
 
-def _again(stage: str, words: list[str], processes: int | None, hostfile: Path | None) -> str:
-    """The command that continues this one."""
-    more = ["--num-processes", str(processes)] if processes else []
-    more += ["--hostfile", str(hostfile)] if hostfile else []
-    return shlex.join(["rlhf", stage, *words, *more, "--resume"])
+def _launch_words(processes: int | None, hostfile: Path | None) -> list[str]:
+    words = ["--num-processes", str(processes)] if processes else []
+    return [*words, "--hostfile", str(hostfile)] if hostfile else words
 
 
 _training("sft", "Stage 1: instruction tuning on demonstrations.")
@@ -102,14 +100,10 @@ def pipeline_command(
     num_processes: Processes = None,
     hostfile: Hostfile = None,
 ) -> None:
-    with entry.told(entry.resume_line(shlex.join(["rlhf", "pipeline", "--config", str(config), *(overrides or ())]))):
+    words, more = ["--config", str(config), *(overrides or ())], _launch_words(num_processes, hostfile)
+    with entry.told(entry.resume_line(shlex.join(["rlhf", "pipeline", *words, *more]))):
         count = _count(num_processes, hostfile)
-        pipeline.run(config, overrides or (), resume, overwrite, dry_run, count, _launch_words(num_processes, hostfile))
-
-
-def _launch_words(processes: int | None, hostfile: Path | None) -> list[str]:
-    words = ["--num-processes", str(processes)] if processes else []
-    return [*words, "--hostfile", str(hostfile)] if hostfile else words
+        pipeline.run(config, overrides or (), resume, overwrite, dry_run, count, more)
 
 
 app.command("sample")(sample.command)

@@ -115,9 +115,11 @@ def run(
     rows = []
     for step in steps:
         begun = time.monotonic()
-        skipped = not overwrite and step.state() == "complete"
+        state = "overwritten" if overwrite else step.state()
+        skipped = state == "complete"
         if not skipped:
-            _run_stage(step, overwrite, launch_words)
+            how = {"new": [], "interrupted": ["--resume"], "overwritten": ["--overwrite"]}[state]
+            _child(step.stage, [step.stage, "--config", step.file, *step.overrides, *how, *launch_words])
         took = None if skipped else time.monotonic() - begun
         rows.append((step.stage, step.config.run, "complete already" if skipped else "done", headline(step), took))
     if config.export is not None:
@@ -142,11 +144,6 @@ def _check_all(steps: list[Step], resume: bool, overwrite: bool, dry_run: bool, 
             coming[step.config.run] = step.stage
 
 
-def _run_stage(step: Step, overwrite: bool, launch_words: Sequence[str]) -> None:
-    how = "--overwrite" if overwrite else "--resume"
-    _child(step.stage, [step.stage, "--config", step.file, *step.overrides, how, *launch_words])
-
-
 def _child(name: str, words: Sequence[str]) -> None:
     """Run `rlhf WORDS` in a process of its own, so that its memory is given back at its end."""
     status = run_child([sys.executable, "-m", "stages.cli", *words], {**os.environ, PARENT: "pipeline"})
@@ -157,7 +154,7 @@ def _child(name: str, words: Sequence[str]) -> None:
         raise UserError(
             f"the pipeline stopped: {name} {how}",
             "Its own message stands above.",
-            "Once that is mended, give the same command: complete stages are skipped, the others continue.",
+            "Mend it and give the command again, without --overwrite: complete stages are skipped, others continue.",
         )
 
 
