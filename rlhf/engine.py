@@ -155,8 +155,12 @@ class DeepSpeedEngine(Engine):
     def step(self, scale: float) -> float:
         for group, rate in zip(self.deepspeed.optimizer.param_groups, self.rates):
             group["lr"] = rate * scale
+        # Stage 0 in float32 clips without saying the norm; its gradients are whole and reduced by now.
+        gradients = [p.grad for p in self._parameters if p.grad is not None] if self.stage == 0 else []
+        own = nn.utils.get_total_norm(gradients) if gradients else None
         self.deepspeed.step()
-        return float(self.deepspeed.get_global_grad_norm())
+        norm = self.deepspeed.get_global_grad_norm()
+        return float(norm if norm is not None else own)
 
     @contextmanager
     def gathered(self, part: nn.Module) -> Iterator[None]:

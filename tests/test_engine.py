@@ -1,0 +1,153 @@
+"""The engine: accumulation, clipping, groups, finiteness, checkpoints; DeepSpeed on two processes equals plain torch."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import pytest
+import tiny
+import torch
+from torch import nn
+
+from rlhf.config import PPOOptimizerConfig
+from rlhf.engine import make_engine
+
+CONFIG = PPOOptimizerConfig(max_grad_norm=0.5, weight_decay=0.1)
+
+
+def two_parts():
+    torch.manual_seed(0)
+    return nn.ModuleDict({"policy": nn.Linear(4, 3), "critic": nn.Linear(4, 1)})
+
+
+def engine_for(module, lr=(0.1, 0.01)):
+    groups = [{"params": list(module[name].parameters()), "lr": rate} for name, rate in zip(("policy", "critic"), lr)]
+    return make_engine(module, groups, CONFIG, "float32", None)
+
+
+def loss_of(module, x):
+    return module["policy"](x).square().sum() + module["critic"](x).sum()
+
+
+def test_a_step_is_adamw_on_the_clipped_sum_of_the_micro_batches():
+    x = torch.randn(6, 4, generator=torch.Generator().manual_seed(1))
+    mine, plain = two_parts(), two_parts()
+    engine = engine_for(mine)
+    for i, part in enumerate(x.split(2)):
+        engine.backward(loss_of(mine, part), last=i == 2)
+    norm = engine.step(0.5)
+
+    loss_of(plain, x).backward()
+    expected = nn.utils.clip_grad_norm_(plain.parameters(), 0.5)
+    groups = [{"params": plain["policy"].parameters(), "lr": 0.05}, {"params": plain["critic"].parameters(), "lr": 0.005}]
+    torch.optim.AdamW(groups, betas=CONFIG.betas, eps=CONFIG.eps, weight_decay=0.1).step()
+    assert norm == pytest.approx(float(expected), rel=1e-5)
+    for a, b in zip(mine.parameters(), plain.parameters()):
+        torch.testing.assert_close(a, b)
+
+
+def test_a_gradient_that_is_not_finite_is_seen_before_the_step_and_only_once():
+    module = two_parts()
+    engine = engine_for(module)
+    engine.backward(loss_of(module, torch.full((1, 4), math.inf)), last=True)
+    assert not engine.gradients_are_finite()
+    engine.optimizer.zero_grad()
+    engine.backward(loss_of(module, torch.ones(1, 4)), last=True)
+    assert engine.gradients_are_finite()
+
+
+def test_a_loaded_engine_continues_exactly(tmp_path):
+    x = torch.randn(4, 4)
+    first = engine_for(two_parts())
+    first.backward(loss_of(first.module, x), last=True)
+    first.step(1.0)
+    first.save(tmp_path)
+    second = engine_for(two_parts())
+    second.load(tmp_path)
+    for engine in (first, second):
+        engine.backward(loss_of(engine.module, 2 * x), last=True)
+        engine.step(1.0)
+    for a, b in zip(first.module.parameters(), second.module.parameters()):
+        assert torch.equal(a, b)
+
+
+def test_frozen_models_take_no_gradient():
+    engine = engine_for(two_parts())
+    frozen = engine.freeze(nn.Linear(2, 2))
+    assert not any(p.requires_grad for p in frozen.parameters())
+    assert not frozen.training
+
+
+PROGRAM = """
+import json, math, sys
+import torch
+from torch import nn
+from rlhf import distributed
+from rlhf.config import PPOOptimizerConfig
+from rlhf.engine import make_engine
+
+path, folder = sys.argv[1:3]
+distributed.start(60)
+torch.manual_seed(0)
+module = nn.ModuleDict({"policy": nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 3)), "critic": nn.Linear(8, 1)})
+
+class Both(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.parts = module
+    def forward(self, x):
+        return self.parts["policy"](x).square().sum() + self.parts["critic"](x).sum()
+
+both = Both()
+config = PPOOptimizerConfig(max_grad_norm=0.5)
+groups = [{"params": list(module[n].parameters()), "lr": lr} for n, lr in (("policy", 0.03), ("critic", 0.01))]
+engine = make_engine(both, groups, config, "float32", None if path == "plain" else path)
+if path != "plain":
+    assert torch.distributed.get_world_size() == 2
+    assert engine.stage == json.load(open(path))["zero_optimization"]["stage"]
+data = torch.randn(4, 6, 8, generator=torch.Generator().manual_seed(1))
+norms = []
+for step in range(4):
+    # six rows a step: rank 0 has four of them, rank 1 two, in two micro-batches each
+    shares = [[[0, 1, 2], [3]], [[4], [5]]] if distributed.world_size() == 2 else [[[0, 1], [2, 3, 4], [5]]]
+    for i, rows in enumerate(shares[distributed.rank()]):
+        engine.backward(engine(data[step, rows]) / 6, last=i == len(shares[distributed.rank()]) - 1)
+    assert engine.gradients_are_finite()
+    norms.append(engine.step(1.0 - 0.1 * step))
+with engine.gathered(both):
+    weights = {n: p.detach().float().clone() for n, p in both.named_parameters()}
+    for _ in range(1 + distributed.rank()):  # outside the engine, another number of calls on each rank
+        both(data[0])
+engine.backward(engine(data[0] * (math.inf if distributed.rank() == 0 else 1.0)), last=True)
+assert not engine.gradients_are_finite()
+if distributed.rank() == 0:
+    torch.save({"weights": weights, "norms": norms}, folder)
+distributed.stop()
+"""
+
+
+def outcome(name, processes, folder):
+    path = name if name == "plain" else str(tiny.REPOSITORY / "configs" / "deepspeed" / f"{name}.json")
+    done = tiny.launch(processes, PROGRAM, path, str(folder / name))
+    assert done.returncode == 0, done.stdout
+    return torch.load(folder / name, weights_only=True)
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory):
+    return outcome("plain", 1, tmp_path_factory.mktemp("plain"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", ["zero0", "zero1", "zero2", "zero3", "zero2-offload", "zero3-offload"])
+def test_two_processes_under_deepspeed_equal_plain_torch(stage, plain, tmp_path):
+    found = outcome(stage, 2, tmp_path)
+    assert found["norms"] == pytest.approx(plain["norms"], rel=1e-4)
+    for name, weight in plain["weights"].items():
+        torch.testing.assert_close(found["weights"][name], weight, atol=1e-5, rtol=1e-4)
+
+
+def test_deepspeed_files_say_their_stage():
+    for file in (tiny.REPOSITORY / "configs" / "deepspeed").glob("*.json"):
+        assert f"zero{json.loads(file.read_text())['zero_optimization']['stage']}" in file.name
