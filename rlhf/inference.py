@@ -8,6 +8,7 @@ import os
 import re
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -24,8 +25,7 @@ from rlhf.lazy import lazy
 from rlhf.rewards import REWARDS, Finished, RewardContext
 from rlhf.rollout import Answer, Sampling, end_ids, episode_seed, hf
 from rlhf.runs import is_run, read_run, result_of
-from rlhf.schema import Message, Prompt
-from rlhf.store import Dataset
+from rlhf.schema import Prompt
 from rlhf.tokenization import ChatTokenizer, load_tokenizer
 
 if TYPE_CHECKING:
@@ -42,6 +42,8 @@ def quiet() -> None:
     """Keep the libraries' chatter about loading off the terminal, and all of it off standard output."""
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
+    warnings.filterwarnings("ignore", "Position ids are not supported")  # virtual tokens have none, rightly
     if not torch.cuda.is_available():  # DeepSpeed, which transformers imports, would print that it found no GPU
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
@@ -243,8 +245,14 @@ def generate(
     if sampling.temperature > 0:
         options = {"do_sample": True, "temperature": sampling.temperature, "top_k": sampling.top_k}
         options["top_p"] = sampling.top_p
+
+    def stopped(ids: torch.Tensor, scores: Any = None) -> torch.Tensor:
+        """As `hf` sees it. (The option `stop_strings` would also find a stop string that begins in the prompt.)"""
+        text = chat.decode(ids[0, len(prompt) :].tolist())
+        return torch.tensor([any(string in text for string in sampling.stop)], device=ids.device)
+
     if sampling.stop:
-        options |= {"stop_strings": list(sampling.stop), "tokenizer": chat.tokenizer}
+        options["stopping_criteria"] = transformers.StoppingCriteriaList([stopped])
     if on_token is not None:
         options["streamer"] = _TokenStream(on_token)
     ids = torch.tensor([prompt], device=policy.model.device)
@@ -255,8 +263,7 @@ def generate(
             max_new_tokens=sampling.max_new_tokens, min_new_tokens=sampling.min_new_tokens or None, **options,
         )  # fmt: skip
     answer = output[0, len(prompt) :].tolist()
-    stopped = any(string in chat.decode(answer) for string in sampling.stop)
-    return Answer(answer, ended=answer[-1] in ends or stopped)
+    return Answer(answer, ended=answer[-1] in ends or bool(stopped(output)))
 
 
 class _TokenStream:
@@ -364,45 +371,3 @@ def _on_device(model: Any) -> Any:
 def printable(text: str) -> str:
     """Text that is safe to show: control characters (a terminal's escape sequences) become a replacement mark."""
     return "".join(c if c.isprintable() or c in "\n\t" else "\N{REPLACEMENT CHARACTER}" for c in text)
-
-
-# ---- data --------------------------------------------------------------------------------------------------------
-
-
-def chosen_records(dataset: Dataset, split: str | None, limit: int | None = None) -> Iterator[Any]:
-    """The records of a split, at most `limit`. Without a split: `eval`, or all where the dataset has no splits.
-
-    Raises:
-        UserError: The dataset holds none of that split.
-    """
-    splits = dataset.splits()
-    if split is None:
-        split = None if set(splits) == {None} else "eval"
-    if split is not None and split not in splits:
-        held = ", ".join(f"{name or 'none'} ({count:,})" for name, count in splits.items())
-        raise UserError(
-            f"{dataset.path}: no record of the split {split!r}",
-            f"It holds: {held}.",
-            "Name another --split, or make splits with `rlhf data split`.",
-        )
-    for index, record in enumerate(dataset.records(split)):
-        if limit is not None and index >= limit:
-            return
-        yield record
-
-
-def chosen_prompts(dataset: Dataset, split: str | None, limit: int | None = None) -> list[Prompt]:
-    """The prompts of a split, each once, at most `limit`; see `chosen_records`."""
-    prompts: dict[str, Prompt] = {}
-    for record in chosen_records(dataset, split):
-        prompts.setdefault(record.prompt_id, record)
-        if limit is not None and len(prompts) >= limit:
-            break
-    return list(prompts.values())
-
-
-def with_system(prompt: Prompt, system: str | None) -> Prompt:
-    """The prompt with a system message before it, where it has none of its own."""
-    if system is None or prompt.messages[0].role == "system":
-        return prompt
-    return Prompt((Message("system", system), *prompt.messages))

@@ -15,22 +15,12 @@ from rlhf import options
 from rlhf.config import ModelConfig
 from rlhf.console import say, table, track, warn
 from rlhf.errors import UserError
-from rlhf.inference import (
-    Policy,
-    chosen_prompts,
-    chosen_records,
-    model_kind,
-    open_policy,
-    open_scorer,
-    quiet,
-    sample,
-    sampling_for,
-    with_system,
-)
+from rlhf.inference import Policy, model_kind, open_policy, open_scorer, quiet, sample, sampling_for
 from rlhf.lazy import lazy
 from rlhf.reward_metrics import Z_95, accuracy_interval, metric_rows, reward_metrics
 from rlhf.rollout import Sampling
 from rlhf.runs import result_of
+from rlhf.selection import chosen_prompts, chosen_records, with_system
 from rlhf.store import Dataset, open_dataset
 from rlhf.tokenization import Counts, encode_demonstration, encode_ranking, load_tokenizer
 

@@ -1,0 +1,221 @@
+"""`rlhf evaluate`: figures of policies by hand, win rates, reward models on rankings, refusals."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import finished
+import pytest
+import tiny
+import torch
+
+from rlhf.config import ModelConfig
+from rlhf.errors import UserError
+from rlhf.reward_metrics import Z_95
+from rlhf.runs import result_of
+from rlhf.store import open_dataset
+from rlhf.tokenization import Counts, best_answer, encode_demonstration, load_tokenizer
+from stages.evaluate import command
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    folder = tmp_path_factory.mktemp("runs")
+    sft = finished.sft(folder / "sft")
+    return {
+        "sft": sft,
+        "other": finished.sft(folder / "other", seed=9),
+        "chatml": finished.sft(folder / "chatml", model=finished.chatml()),
+        "prompt-tuning": finished.sft(folder / "prompt-tuning", "prompt-tuning"),
+        "reward": finished.reward(folder / "reward", sft),
+    }
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    folder = tmp_path_factory.mktemp("data")
+    (folder / "prompts.jsonl").write_text("".join(f'{{"prompt": "{tiny.question(i)}"}}\n' for i in range(10)))
+    return {
+        "demonstration": tiny.write_demonstrations(folder / "demos", 2, held_out=10),
+        "ranking": tiny.write_rankings(folder / "rankings", 2, held_out=10),
+        "prompt": str(folder / "prompts.jsonl"),
+    }
+
+
+def figures(*words: Any) -> dict[str, Any]:
+    said, _ = finished.invoke(command, *words, "--max-new-tokens", 8, "--json")
+    return finished.last_json(said)
+
+
+def letters(messages: list[dict[str, str]], answer: str) -> float:
+    return sum(c.isalpha() for c in answer)
+
+
+def constant(messages: list[dict[str, str]], answer: str) -> float:
+    return 1.0
+
+
+# ---- policies ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["demonstration", "ranking"])
+@pytest.mark.parametrize("name", ["sft", "prompt-tuning"])
+def test_loss_is_the_mean_over_answer_tokens(kind: str, name: str, runs: dict[str, str], data: dict[str, str]) -> None:
+    found = figures(runs[name], "--dataset", data[kind])["policy"]
+    losses = token_losses(runs[name], list(open_dataset(data[kind]).records("eval")))
+    assert (found["records"], found["tokens"], found["set_aside"]) == (10, len(losses), 0)
+    assert found["loss"] == pytest.approx(sum(losses) / len(losses), rel=1e-5)
+    assert found["perplexity"] == pytest.approx(math.exp(found["loss"]))
+
+
+def token_losses(run: str, records: list[Any]) -> list[float]:
+    """-log p of every token of the answers, one record at a time, from plain full logits."""
+    from rlhf.inference import open_policy
+
+    policy, losses = open_policy(run), []
+    for record in records:
+        chat = policy.chat
+        prompt, answer = chat.prompt(record.messages), chat.answer(best_answer(record))
+        with torch.no_grad():
+            logits = policy.model(input_ids=torch.tensor([prompt + answer])).logits[0]
+        for i, token in enumerate(answer):
+            losses.append(-float(logits[-len(answer) - 1 + i].log_softmax(-1)[token]))
+    return losses
+
+
+def test_answers_that_do_not_fit_are_counted(runs: dict[str, str], tmp_path: Path) -> None:
+    rows = [{"prompt": "One?", "answer": answer} for answer in ("Yes.", "word " * 300)]
+    (tmp_path / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    found = figures(runs["sft"], "--dataset", tmp_path / "data.jsonl")["policy"]
+    assert (found["records"], found["set_aside"]) == (1, 1)
+    (tmp_path / "data.jsonl").write_text(json.dumps(rows[1]) + "\n")
+    with pytest.raises(UserError, match="no answer fits in the 128 tokens"):
+        figures(runs["sft"], "--dataset", tmp_path / "data.jsonl")
+
+
+def test_a_reward_gives_mean_score_length_and_eos_rate(runs: dict[str, str], data: dict[str, str]) -> None:
+    from stages.sample import command as sample
+
+    words = ("--dataset", data["prompt"], "--reward", runs["reward"], "--n", 2)
+    said, _ = finished.invoke(sample, runs["sft"], *words, "--max-new-tokens", 8, "--json")
+    rows = [json.loads(line) for line in said.splitlines()]
+    found = figures(runs["sft"], *words)["policy"]
+    scores = torch.tensor([row["score"] for row in rows], dtype=torch.float64).view(10, 2).mean(1)
+    half = Z_95 * float(scores.std()) / math.sqrt(10)
+    assert (found["prompts"], found["answers"]) == (10, 20)
+    assert found["score"] == pytest.approx(float(scores.mean()), abs=1e-5)
+    assert found["score_high"] - found["score_low"] == pytest.approx(2 * half, abs=1e-5)
+    assert found["answer_tokens"] == sum(row["tokens"] for row in rows) / 20
+    assert found["eos_rate"] == sum(row["ended"] for row in rows) / 20
+    assert "loss" not in found
+
+
+def test_a_policy_against_another_gives_wins_and_both_perplexities(runs: dict[str, str], data: dict[str, str]) -> None:
+    words = ("--dataset", data["demonstration"], "--reward", "test_evaluate:letters")
+    there = figures(runs["sft"], *words, "--against", runs["other"])
+    back = figures(runs["other"], *words, "--against", runs["sft"])
+    assert there["against"]["perplexity"] == back["policy"]["perplexity"] != there["policy"]["perplexity"]
+    one, two = there["comparison"], back["comparison"]
+    assert one["wins"] + one["ties"] + one["losses"] == 10
+    assert (one["wins"], one["losses"]) == (two["losses"], two["wins"])
+    assert one["win_rate"] == pytest.approx((one["wins"] + one["ties"] / 2) / 10) == pytest.approx(1 - two["win_rate"])
+    assert one["interval"][0] < one["win_rate"] < one["interval"][1]
+    assert one["mean_difference"] == pytest.approx(there["policy"]["score"] - there["against"]["score"])
+
+
+def test_a_policy_against_itself_ties_every_time(runs: dict[str, str], data: dict[str, str]) -> None:
+    words = ("--dataset", data["prompt"], "--reward", runs["reward"], "--against", runs["sft"])
+    found = figures(runs["sft"], *words)["comparison"]
+    assert (found["ties"], found["win_rate"], found["mean_difference"]) == (10, 0.5, 0.0)
+
+
+def test_without_a_reward_two_policies_are_compared_by_perplexity(runs: dict[str, str], data: dict[str, str]) -> None:
+    found = figures(runs["sft"], "--dataset", data["demonstration"], "--against", runs["other"])
+    assert found["against"]["perplexity"] > 0 and "comparison" not in found
+
+
+def test_policies_with_different_tokenizers_are_said_not_to_compare(runs: dict[str, str], data: dict[str, str]) -> None:
+    words = (runs["sft"], "--dataset", data["demonstration"], "--against", runs["chatml"])
+    _, said = finished.invoke(command, *words)
+    assert "not comparable" in said
+
+
+def test_the_interval_is_wilsons(runs: dict[str, str]) -> None:
+    from stages.evaluate import _compare
+
+    found = _compare([[1.0]] * 7 + [[0.0]] * 3, [[0.5]] * 10)
+    p, n = 0.7, 9.0  # one answer a prompt: the effective size is R - 1
+    centre, half = p + Z_95**2 / (2 * n), Z_95 * math.sqrt(p * (1 - p) / n + Z_95**2 / (4 * n**2))
+    expected = [(centre - half) / (1 + Z_95**2 / n), (centre + half) / (1 + Z_95**2 / n)]
+    assert found["interval"] == pytest.approx(expected)
+    assert (found["wins"], found["ties"], found["losses"]) == (7, 0, 3)
+
+
+def test_the_table_shows_what_the_json_holds(runs: dict[str, str], data: dict[str, str], tmp_path: Path) -> None:
+    words = ("--dataset", data["demonstration"], "--reward", "test_evaluate:constant", "--against", runs["other"])
+    said, _ = finished.invoke(command, runs["sft"], *words, "--max-new-tokens", 8, "--out", tmp_path / "out.json")
+    found = json.loads((tmp_path / "out.json").read_text())
+    assert "perplexity" in said and "answers that ended" in said
+    assert "50.0% (95% Wilson interval" in said and "0 wins, 10 ties, 0 losses; a tie counts half" in said
+    assert found["policy"]["score"] == 1.0 and found["sampling"]["max_new_tokens"] == 8
+    assert found["fingerprint"] == open_dataset(data["demonstration"]).fingerprint
+
+
+# ---- reward models -----------------------------------------------------------------------------------------------
+
+
+def test_a_reward_run_is_measured_on_rankings(runs: dict[str, str], data: dict[str, str]) -> None:
+    said, _ = finished.invoke(command, runs["reward"], "--dataset", data["ranking"], "--json")
+    found = finished.last_json(said)
+    config = ModelConfig(path=runs["reward"])
+    chat = load_tokenizer(config, result_of(runs["reward"]))
+    right = pairs = 0.0
+    for record in open_dataset(data["ranking"]).records("eval"):
+        texts = [chat.prompt(record.messages) + chat.answer(c.text) for c in record.candidates]
+        scores = finished.scores(runs["reward"], texts).tolist()
+        for i, better in enumerate(record.ranks):
+            for j, worse in enumerate(record.ranks):
+                if better < worse:
+                    pairs, right = pairs + 1, right + (scores[i] > scores[j])
+    assert found["metrics"]["pairs"] == pairs
+    assert found["metrics"]["accuracy"] == pytest.approx(right / pairs)
+    assert "longer answer wins" in said and "By rank distance" in said
+
+
+# ---- refusals ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("model", "kind", "words", "message"),
+    [
+        ("sft", "prompt", [], "nothing to measure a policy by"),
+        ("sft", "prompt", ["--against", "sft"], "nothing to measure a policy by"),
+        ("sft", "demonstration", ["--against", "reward"], "gives no answers"),
+        ("sft", "demonstration", ["--reward", "sft"], "not a reward model"),
+        ("sft", "demonstration", ["--split", "test"], "no record of the split 'test'"),
+        ("reward", "demonstration", [], "measured on rankings"),
+        ("reward", "ranking", ["--against", "sft"], "are for policies"),
+        ("reward", "ranking", ["--reward", "reward"], "are for policies"),
+    ],
+)
+def test_what_cannot_be_measured_is_refused(
+    model: str, kind: str, words: list[str], message: str, runs: dict[str, str], data: dict[str, str]
+) -> None:
+    given = [runs.get(word, word) for word in words]
+    with pytest.raises(UserError, match=message):
+        figures(runs[model], "--dataset", data[kind], *given)
+
+
+def test_the_loss_counts_every_assistant_turn(runs: dict[str, str], tmp_path: Path) -> None:
+    chat = load_tokenizer(ModelConfig(path=runs["sft"]), result_of(runs["sft"]))
+    messages = [("user", "One?"), ("assistant", "Yes."), ("user", "Two?")]
+    row = {"messages": [{"role": role, "content": text} for role, text in messages], "answer": "No."}
+    (tmp_path / "data.jsonl").write_text(json.dumps(row) + "\n")
+    (record,) = open_dataset(tmp_path / "data.jsonl").records()
+    encoded = encode_demonstration(record, chat, 128, Counts())
+    assert encoded is not None
+    found = figures(runs["sft"], "--dataset", tmp_path / "data.jsonl")["policy"]
+    assert found["tokens"] == sum(label != -100 for label in encoded["labels"]) > len(chat.answer("No."))

@@ -1,0 +1,213 @@
+"""`rlhf sample`: what is printed and written, repeatability, best of n, refusals."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import finished
+import pytest
+import tiny
+import torch
+
+from rlhf.config import ModelConfig
+from rlhf.errors import UserError
+from rlhf.inference import open_policy, sample, sampling_for
+from rlhf.rollout import Sampling
+from rlhf.runs import result_of
+from rlhf.schema import Message, Prompt
+from rlhf.tokenization import load_tokenizer
+from stages.sample import command
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    folder = tmp_path_factory.mktemp("runs")
+    sft = finished.sft(folder / "sft")
+    reward = finished.reward(folder / "reward", sft)
+    other = finished.reward(folder / "other", finished.sft(folder / "chatml", model=finished.chatml()))
+    ppo = finished.ppo(folder / "ppo", sft, reward, temperature=0.5, top_k=7, stop=["zz"])
+    prompt_tuning = finished.sft(folder / "prompt-tuning", "prompt-tuning")
+    return {"sft": sft, "reward": reward, "other": other, "ppo": ppo, "prompt-tuning": prompt_tuning}
+
+
+def lines(*words: Any) -> list[dict[str, Any]]:
+    """The JSON lines of `rlhf sample ... --json`."""
+    said, _ = finished.invoke(command, *words, "--json", "--max-new-tokens", 8)
+    return [json.loads(line) for line in said.splitlines()]
+
+
+def test_an_answer_is_printed_below_its_prompt(runs: dict[str, str]) -> None:
+    said, _ = finished.invoke(command, runs["sft"], "-p", "What is [red]?", "--max-new-tokens", 8, "--seed", 3)
+    (row,) = lines(runs["sft"], "-p", "What is [red]?", "--seed", 3)
+    assert "user: What is [red]?" in said
+    assert f"{row['tokens']} tokens" in said and "tokens/s" in said
+
+
+def test_json_lines_hold_messages_answer_end_and_length(runs: dict[str, str]) -> None:
+    rows = lines(runs["sft"], "-p", "One?", "-p", "Two?", "--n", 3, "--system", "Be brief.")
+    assert [(row["messages"][-1]["content"], row["sample"]) for row in rows] == [
+        (text, k) for text in ("One?", "Two?") for k in range(3)
+    ]
+    assert rows[0]["messages"][0] == {"role": "system", "content": "Be brief."}
+    assert all(row["tokens"] == 8 or row["ended"] for row in rows)
+
+
+def test_the_same_seed_gives_the_same_answers_whatever_else_is_sampled(runs: dict[str, str]) -> None:
+    alone = lines(runs["sft"], "-p", "One?", "--seed", 5)
+    among = lines(runs["sft"], "-p", "A longer one, is it not?", "-p", "One?", "--n", 4, "--seed", 5)
+    assert alone[0]["answer"] == among[4]["answer"]
+    assert lines(runs["sft"], "-p", "One?", "--seed", 6)[0]["answer"] != alone[0]["answer"]
+
+
+def test_temperature_zero_is_greedy(runs: dict[str, str]) -> None:
+    (row,) = lines(runs["sft"], "-p", "One?", "--temperature", 0)
+    chat = load_tokenizer(ModelConfig(path=runs["sft"]), result_of(runs["sft"]))
+    ids = chat.prompt([Message("user", "One?")])
+    for _ in range(row["tokens"]):
+        ids.append(int(finished.policy_logits(runs["sft"], torch.tensor([ids]))[0, -1].argmax()))
+    assert chat.decode(ids[-row["tokens"] :]) == row["answer"]
+
+
+def test_a_datasets_prompts_are_answered_once_each_from_its_eval_split(runs: dict[str, str], tmp_path: Path) -> None:
+    data = tiny.write_rankings(tmp_path / "rankings", 4, held_out=3)
+    assert len(lines(runs["sft"], "--dataset", data)) == 3
+    assert len(lines(runs["sft"], "--dataset", data, "--split", "train", "--limit", 2)) == 2
+    twice = tmp_path / "twice.jsonl"
+    twice.write_text('{"prompt": "One?"}\n{"prompt": "One?"}\n{"prompt": "Two?"}\n')
+    assert len(lines(runs["sft"], "--dataset", twice)) == 2, "no splits: everything"
+
+
+def test_answers_are_written_whole(runs: dict[str, str], tmp_path: Path) -> None:
+    out = tmp_path / "answers.jsonl"
+    shown = lines(runs["sft"], "-p", "One?", "--n", 2, "--out", out)
+    assert [json.loads(line) for line in out.read_text().splitlines()] == shown
+    assert list(tmp_path.iterdir()) == [out]
+
+
+# ---- scores ------------------------------------------------------------------------------------------------------
+
+
+def test_scores_are_the_reward_models_of_the_very_tokens(runs: dict[str, str]) -> None:
+    policy = open_policy(runs["sft"])
+    prompt = Prompt((Message("user", "One?"),))
+    (answers,) = sample(policy, [prompt], Sampling(8), seed=0, n=3)
+    rows = lines(runs["sft"], "-p", "One?", "--n", 3, "--reward", runs["reward"])
+    expected = finished.scores(runs["reward"], [a.prompt_ids + a.answer.ids for a in answers])
+    assert [row["score"] for row in rows] == pytest.approx(expected.tolist(), abs=1e-5)
+    assert [row["best"] for row in rows] == (expected == expected.max()).tolist()
+
+
+def test_a_reward_model_with_another_tokenizer_reads_the_text(runs: dict[str, str]) -> None:
+    (row,) = lines(runs["sft"], "-p", "One?", "--reward", runs["other"])
+    other = load_tokenizer(ModelConfig(path=runs["other"]), result_of(runs["other"]))
+    expected = finished.scores(runs["other"], [other.whole(row["messages"], row["answer"])])
+    assert row["score"] == pytest.approx(float(expected), abs=1e-5)
+
+
+def test_the_best_of_n_is_shown_with_its_score(runs: dict[str, str]) -> None:
+    words = (runs["sft"], "-p", "One?", "--n", 4, "--reward", "test_sample:characters")
+    said, _ = finished.invoke(command, *words, "--max-new-tokens", 8)
+    scores = [row["score"] for row in lines(*words)]
+    assert said.count("answer:") == 1 and "best of 4" in said
+    assert f"score {max(scores):g}" in said
+
+
+def characters(messages: list[dict[str, str]], answer: str) -> float:
+    """A reward: longer is better."""
+    return len(answer)
+
+
+def not_a_number(messages: list[dict[str, str]], answer: str) -> float:
+    return float("nan")
+
+
+# ---- how it samples ----------------------------------------------------------------------------------------------
+
+
+def test_a_ppo_run_is_sampled_as_in_training_unless_told_otherwise(runs: dict[str, str]) -> None:
+    found = sampling_for(runs["ppo"])
+    assert (found.max_new_tokens, found.temperature, found.top_k, found.stop) == (12, 0.5, 7, ("zz",))
+    assert sampling_for(runs["ppo"], temperature=0, stop=["a"]).stop == ("a",)
+    assert sampling_for(runs["ppo"], temperature=0).temperature == 0
+    assert sampling_for(runs["sft"]) == Sampling(128, batch_size=32)
+
+
+def test_a_policy_of_virtual_tokens_uses_them_at_every_step(runs: dict[str, str]) -> None:
+    policy = open_policy(runs["prompt-tuning"])
+    assert policy.limit == 128 - 20
+    (row,) = lines(runs["prompt-tuning"], "-p", "One?", "--temperature", 0)
+    ids = policy.chat.prompt([Message("user", "One?")])
+    found: list[int] = []
+    for _ in range(row["tokens"]):
+        with torch.no_grad():
+            logits = policy.model(input_ids=torch.tensor([ids + found])).logits[0, -1]
+        found.append(int(logits.argmax()))
+    assert policy.chat.decode(found) == row["answer"]
+    assert lines(runs["prompt-tuning"], "-p", "One?") == lines(runs["prompt-tuning"], "-p", "One?")
+
+
+@pytest.mark.parametrize("name", ["sft", "prompt-tuning"])
+def test_an_answer_ends_after_a_stop_string(name: str, runs: dict[str, str]) -> None:
+    words = (runs[name], "-p", "One?", "--min-new-tokens", 8, "--temperature", 0)
+    (row,) = lines(*words)
+    stop = row["answer"][:2]
+    assert stop.isprintable() and row["tokens"] == 8 and not row["ended"]
+    (cut,) = lines(*words, "--stop", stop)
+    assert cut["ended"] and cut["tokens"] < 8 and cut["answer"].endswith(stop)
+
+
+def test_a_long_prompt_keeps_its_end(runs: dict[str, str]) -> None:
+    policy = open_policy(runs["sft"])
+    (answers,) = sample(policy, [Prompt((Message("user", "word " * 200 + "owl?"),))], Sampling(8), seed=0)
+    assert len(answers[0].prompt_ids) == 120
+    assert "owl?" in policy.chat.tokenizer.decode(answers[0].prompt_ids)
+
+
+# ---- refusals ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ([], "--prompt and --dataset"),
+        (["-p", "One?", "--dataset", "x"], "--prompt and --dataset"),
+        (["-p", " "], "--prompt: messages.content: empty"),
+        (["--dataset", "nowhere"], "no dataset there"),
+        (["-p", "One?", "--temperature", -1], "--temperature"),
+        (["-p", "One?", "--temperature", "nan"], "--temperature"),
+        (["-p", "One?", "--top-p", 0], "--top-p"),
+        (["-p", "One?", "--min-new-tokens", 9, "--max-new-tokens", 8], "above --max-new-tokens"),
+        (["-p", "One?", "--max-new-tokens", 128], "leaves no room"),
+        (["-p", "One?", "--reward", "test_sample:nothing"], "cannot be imported"),
+        (["-p", "One?", "--reward", "test_sample:not_a_number", "--max-new-tokens", 8], "gave nan"),
+        (["-p", "One?", "--out", "nowhere/answers.jsonl"], "--out"),
+    ],
+)
+def test_a_bad_call_is_refused(words: list[Any], message: str, runs: dict[str, str]) -> None:
+    with pytest.raises(UserError, match=message):
+        finished.invoke(command, runs["sft"], *words)
+
+
+def test_models_that_cannot_answer_or_score_are_refused(runs: dict[str, str]) -> None:
+    with pytest.raises(UserError, match="gives scores, not answers"):
+        finished.invoke(command, runs["reward"], "-p", "One?")
+    with pytest.raises(UserError, match="gives scores, not answers"):
+        finished.invoke(command, result_of(runs["reward"]), "-p", "One?")
+    with pytest.raises(UserError, match="not a reward model"):
+        finished.invoke(command, runs["sft"], "-p", "One?", "--reward", runs["sft"])
+    with pytest.raises(UserError, match="no model there"):
+        finished.invoke(command, "./nowhere", "-p", "One?")
+
+
+def test_a_split_that_is_not_there_is_refused(runs: dict[str, str], tmp_path: Path) -> None:
+    data = tiny.write_demonstrations(tmp_path / "demos", 4, held_out=0)
+    with pytest.raises(UserError, match=r"no record of the split 'eval'\nIt holds: train \(4\)"):
+        finished.invoke(command, runs["sft"], "--dataset", data)
+
+
+def test_control_characters_of_an_answer_do_not_reach_the_terminal() -> None:
+    from rlhf.inference import printable
+
+    assert printable("a\x1b[2Jb\n\tc\r") == "a\N{REPLACEMENT CHARACTER}[2Jb\n\tc\N{REPLACEMENT CHARACTER}"
