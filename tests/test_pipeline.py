@@ -107,7 +107,7 @@ def test_the_dry_run_takes_runs_to_come_as_given_and_shows_every_plan(place, cap
 
 
 def test_a_fault_of_the_last_stage_is_found_before_the_first_one_starts(place):
-    with pytest.raises(UserError, match="data.prompts: nowhere: no dataset there"):
+    with pytest.raises(UserError, match="nowhere: no dataset there"):
         pipeline.run("all.yaml", ["ppo.data.prompts=nowhere"])
     assert not (place / "runs").exists()
 

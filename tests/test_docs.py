@@ -1,0 +1,124 @@
+"""Commands in the documentation and in the configs' comments exist as they stand there."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer
+
+from rlhf.config import STAGES, PipelineConfig
+from rlhf.config_file import load_config
+from stages.cli import app
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+PAGES = [file for name in ("*.md", "docs/*.md", "benchmarks/*.md") for file in sorted(REPOSITORY.glob(name))]
+CONFIGS = sorted((REPOSITORY / "configs").rglob("*.yaml"))
+ROOT = typer.main.get_command(app)
+RANK_OPTIONS = {"--config", "-c", "--resume", "--overwrite", "--dry-run", "--help"}
+"""What `python -m stages.STAGE` takes."""
+
+
+def code_lines(file: Path) -> list[str]:
+    """Lines of a page's code blocks, or of a config's comments; a backslash joins a line to the next."""
+    text = file.read_text("utf-8")
+    if file.suffix == ".md":
+        lines = "\n".join(re.findall(r"^```\w*\n(.*?)^```", text, re.MULTILINE | re.DOTALL))
+    else:
+        lines = "\n".join(line.lstrip("# ") for line in text.splitlines() if line.startswith("#   "))
+    return [line.strip().removeprefix("$ ") for line in lines.replace("\\\n", " ").splitlines()]
+
+
+def commands(files: list[Path]) -> Iterator[Any]:
+    """One test case for each command that starts `rlhf`, or starts a stage's module."""
+    for file in files:
+        for line in code_lines(file):
+            words = shlex.split(line, comments=True) if re.search(r"\brlhf |stages\.\w", line) else []
+            for command in split(words):
+                if command[:1] == ["rlhf"] or any(re.fullmatch(r"stages\.\w+", word) for word in command):
+                    yield pytest.param(command, id=f"{file.relative_to(REPOSITORY)}: {shlex.join(command)}")
+
+
+def split(words: list[str]) -> Iterator[list[str]]:
+    """The commands of a line, apart at `&&`, `;`, `|` and `>`."""
+    command: list[str] = []
+    for word in words:
+        if word in ("&&", ";", "|", ">", "&"):
+            yield command
+            command = []
+        else:
+            command.append(word)
+    yield command
+
+
+def options_of(words: list[str]) -> tuple[str, set[str], list[str]]:
+    """The subcommand that words name, its options, and the words after it."""
+    node, path = ROOT, []
+    while words and hasattr(node, "commands") and not words[0].startswith("-"):
+        assert words[0] in node.commands, f"rlhf {' '.join(path)} has no command {words[0]!r}"
+        node = node.commands[words[0]]
+        path.append(words[0])
+        words = words[1:]
+    known = {name for parameter in node.params for name in (*parameter.opts, *parameter.secondary_opts)}
+    return " ".join(path), known | {"--help"}, words
+
+
+def check(command: list[str]) -> None:
+    """Refuse a command whose subcommand, options, config file or overrides do not exist."""
+    if command[0] == "rlhf":
+        stage, known, words = options_of(command[1:])
+    else:
+        place = next(i for i, word in enumerate(command) if re.fullmatch(r"stages\.\w+", word))
+        stage, known, words = command[place].split(".")[1], RANK_OPTIONS, command[place + 1 :]
+        assert (REPOSITORY / "stages" / f"{stage}.py").is_file()
+    words = [word.strip("[]") for word in words]
+    for word in words:
+        if re.match(r"--?[a-z]", word):
+            assert word.split("=")[0] in known, f"{stage} has no option {word}; it has {', '.join(sorted(known))}"
+    config = next((after for word, after in zip(words, words[1:]) if word in ("--config", "-c")), None)
+    if config is not None and config.startswith("configs/") and (stage in STAGES or stage == "pipeline"):
+        overrides = [word for word in words if re.match(r"[a-z][\w.]*=", word) and "..." not in word]
+        if stage == "pipeline":
+            overrides = [word for word in overrides if word.split(".")[0] not in STAGES]
+        load_config(STAGES.get(stage, PipelineConfig), REPOSITORY / config, overrides)
+
+
+@pytest.mark.parametrize("command", commands([*PAGES, *CONFIGS]))
+def test_every_documented_command_exists_as_it_stands(command):
+    check(command)
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "rlhf sfd --config configs/0.5b/sft.yaml",
+        "rlhf sft --confg configs/0.5b/sft.yaml",
+        "rlhf data imprt x",
+        "torchrun --nproc_per_node 2 -m stages.sft --config configs/0.5b/sft.yaml --num-processes 2",
+    ],
+)
+def test_a_command_that_does_not_exist_is_noticed(line):
+    with pytest.raises(AssertionError):
+        check(shlex.split(line))
+
+
+def test_make_targets_in_the_documentation_exist():
+    named = {
+        target for page in PAGES for line in code_lines(page) for target in re.findall(r"^make ([a-z]+)", line.strip())
+    }
+    makefile = REPOSITORY / "Makefile"
+    rules = re.findall(r"^([a-z]+):", makefile.read_text("utf-8"), re.MULTILINE) if makefile.is_file() else []
+    assert named <= set(rules)
+
+
+def test_links_between_the_pages_lead_somewhere():
+    broken = []
+    for page in PAGES:
+        for target in re.findall(r"\]\((?!https?://|mailto:)([^)#\s]*)(?:#[^)]*)?\)", page.read_text("utf-8")):
+            if target and not (page.parent / target).exists():
+                broken.append(f"{page.relative_to(REPOSITORY)}: {target}")
+    assert broken == []
