@@ -10,7 +10,6 @@ from transformers import TrainerCallback, TrainerControl, TrainerState
 from rlhf.console import StepBar, number
 from rlhf.runs import Run
 
-
 RENAMED = {"mean_token_accuracy": "token_accuracy"}
 """TRL's names of metrics -> ours."""
 

@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -218,7 +220,8 @@ class StageTrainer(Trainer):
             self.state = TrainerState.load_from_json(str(newest[1] / "trainer_state.json"))
         else:
             try:
-                self.train(resume_from_checkpoint=str(newest[1]) if newest else None)
+                with _local_rank():
+                    self.train(resume_from_checkpoint=str(newest[1]) if newest else None)
             finally:
                 self.reporter.close()
         self.load_weights(self.checkpoints.path(self.best_step))
@@ -392,6 +395,21 @@ def _join_group_of_one(args: TrainingArguments) -> None:
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         backend = "nccl" if torch.cuda.is_available() else "gloo"
         torch.distributed.init_process_group(backend, store=torch.distributed.HashStore(), rank=0, world_size=1)
+
+
+@contextmanager
+def _local_rank() -> Iterator[None]:
+    """DeepSpeed insists on LOCAL_RANK, which no launcher has set for a lone process.
+
+    It is gone again afterwards: accelerate would take it for the word of a launcher.
+    """
+    lone = "LOCAL_RANK" not in os.environ
+    os.environ.setdefault("LOCAL_RANK", "0")
+    try:
+        yield
+    finally:
+        if lone:
+            del os.environ["LOCAL_RANK"]
 
 
 def _keep_gradient_norm(engine: Any) -> None:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import re
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -40,6 +40,8 @@ Names = Annotated[list[str], Field(min_length=1)]
 WHOLE = {"adapter": False, "merges": True, "prompt_learning": False, "quantized": False}
 ADAPTER = WHOLE | {"adapter": True}
 PROMPT = ADAPTER | {"merges": False, "prompt_learning": True}
+TASKS = {"causal": "CAUSAL_LM", "scalar": "SEQ_CLS"}
+"""What PEFT calls our tasks."""
 HEADS = ("score", "classifier")
 """What transformers calls the head of a sequence classifier."""
 
@@ -57,7 +59,10 @@ def full(model: Any, chat: Any, task: str) -> Any:
 def last_layers(
     model: Any, chat: Any, task: str, *, layers: Positive, embeddings: bool = False, head: bool = True
 ) -> Any:
-    """Train the last `layers` transformer layers, and by choice the head (with the final norm) and the embeddings."""
+    """Train the last `layers` transformer layers, and by choice the head (with the final norm) and the embeddings.
+
+    A head that is tied to the embeddings trains them too.
+    """
     model.requires_grad_(False)
     name, stack = _layers(model)
     if layers > len(stack):
@@ -67,8 +72,9 @@ def last_layers(
     if embeddings:
         model.get_input_embeddings().requires_grad_(True)
     if head:
-        output = model.get_output_embeddings()
-        for module in [*_beside(model, name), *([output] if output is not None else [])]:
+        beside = model.get_submodule(name.rpartition(".")[0]).children()
+        norms = [module for module in beside if "norm" in type(module).__name__.lower()]
+        for module in filter(None, [*norms, model.get_output_embeddings()]):
             module.requires_grad_(True)
     return _train_head(model, task)
 
@@ -79,14 +85,6 @@ def _layers(model: Any) -> tuple[str, Any]:
     if not lists:
         raise UserError(f"tuning: {type(model).__name__} has no list of layers", remedy="Use `modules` with names.")
     return max(lists, key=lambda found: len(found[1]))
-
-
-def _beside(model: Any, layers: str) -> Iterator[Any]:
-    """Norms that stand beside the layers: the final norm of a decoder."""
-    parent, _, name = layers.rpartition(".")
-    for sibling, module in model.get_submodule(parent).named_children():
-        if sibling != name and "norm" in type(module).__name__.lower():
-            yield module
 
 
 @TUNING.row("modules", **WHOLE)
@@ -136,7 +134,7 @@ def lora(
     `target_modules` is `all-linear` (the head excepted), a regular expression, or a list of names.
     """
     config = peft.LoraConfig(
-        task_type=_task_type(task), r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=target_modules,
+        task_type=TASKS[task], r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=target_modules,
         use_rslora=rslora, use_dora=dora,
     )  # fmt: skip
     return _wrap("lora", model, config)
@@ -157,7 +155,7 @@ def ia3(
     whose input is scaled instead of the output as `feedforward_modules`.
     """
     config = peft.IA3Config(
-        task_type=_task_type(task), target_modules=target_modules, feedforward_modules=feedforward_modules
+        task_type=TASKS[task], target_modules=target_modules, feedforward_modules=feedforward_modules
     )
     return _wrap("ia3", model, config)
 
@@ -180,41 +178,33 @@ def qlora(
     """
     if not torch.cuda.is_available():
         raise UserError("tuning: qlora needs a CUDA device", "Its 4-bit kernels run there.", "Use `lora`.")
-    model.requires_grad_(False)
-    _quantize(model)
-    config = peft.LoraConfig(
-        task_type=_task_type(task), r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=target_modules,
-        use_rslora=rslora,
-    )  # fmt: skip
-    return _wrap("qlora", model, config)
+    quantize(model, torch.device("cuda"), torch.bfloat16)
+    return lora(
+        model, chat, task, rank=rank, alpha=alpha, dropout=dropout, target_modules=target_modules, rslora=rslora
+    )
 
 
-def _quantize(model: Any) -> None:
-    """Put the layers' linear weights into 4 bits, in place, on this process's GPU; heads and embeddings stay."""
+def quantize(model: Any, device: torch.device, dtype: torch.dtype) -> None:
+    """Put the layers' linear weights into 4 bits, in place and on `device`; they compute in `dtype`.
+
+    Heads and embeddings stay as they are.
+    """
     try:
         import bitsandbytes as bnb
     except ImportError:
         raise UserError(
             "tuning: qlora needs bitsandbytes, which is not installed", remedy="pip install 'rlhf-rankings[gpu]'"
         ) from None
-    _, layers = _layers(model)
-    for layer in layers:
+    model.requires_grad_(False)
+    kind = {"compress_statistics": True, "quant_type": "nf4"}
+    for layer in _layers(model)[1]:
         for path, linear in [(p, m) for p, m in layer.named_modules() if isinstance(m, nn.Linear)]:
-            small = bnb.nn.Linear4bit(
-                linear.in_features, linear.out_features, linear.bias is not None,
-                compute_dtype=torch.bfloat16, compress_statistics=True, quant_type="nf4",
-            )  # fmt: skip
-            small.weight = bnb.nn.Params4bit(
-                linear.weight.data, requires_grad=False, compress_statistics=True, quant_type="nf4"
-            )
-            small.bias = linear.bias
-            layer.set_submodule(path, small.to("cuda"))
+            shape, bias = (linear.in_features, linear.out_features), linear.bias
+            small = bnb.nn.Linear4bit(*shape, bias is not None, compute_dtype=dtype, **kind)
+            small.weight, small.bias = bnb.nn.Params4bit(linear.weight.data, requires_grad=False, **kind), bias
+            layer.set_submodule(path, small.to(device))
     model.is_loaded_in_4bit = True  # tells PEFT which kind of LoRA layer to put there
-    model.to("cuda")
-
-
-def _task_type(task: str) -> str:
-    return {"causal": "CAUSAL_LM", "scalar": "SEQ_CLS"}[task]
+    model.to(device)
 
 
 def _wrap(name: str, model: Any, config: Any) -> Any:
@@ -222,14 +212,23 @@ def _wrap(name: str, model: Any, config: Any) -> Any:
         wrapped = peft.get_peft_model(model, config)
     except ValueError as error:
         raise UserError(f"tuning: {name} does not fit {type(model).__name__}", str(error).split("\n")[0]) from None
-    head = wrapped.get_output_embeddings() if config.task_type == "CAUSAL_LM" else None
-    if type(head).__module__.startswith("peft."):
+    if config.task_type == "CAUSAL_LM" and _is_adapted(wrapped.get_output_embeddings()):
         raise UserError(
             "tuning.target_modules: the head cannot carry an adapter",
             "Log-probs are computed from the head's weight, so the adapter would be passed over.",
             "Leave it out; `all-linear` does.",
         )
+    if model.config.get_text_config().tie_word_embeddings and _is_adapted(wrapped.get_input_embeddings()):
+        raise UserError(
+            "tuning.target_modules: the embeddings of this model are its head too",
+            "A merged model could not hold the changed embeddings and the unchanged head.",
+            "Leave them out; `all-linear` does.",
+        )
     return wrapped
+
+
+def _is_adapted(module: Any) -> bool:
+    return type(module).__module__.startswith("peft.")
 
 
 # ---- virtual tokens ------------------------------------------------------------------------------------------------
@@ -366,9 +365,6 @@ def save_result(path: Path, model: Any, chat: Any, tuning: Pick) -> None:
     if is_main():
         for old in (folder, path / "adapter"):
             shutil.rmtree(old, ignore_errors=True)
-            old.mkdir(parents=True)
-        if not tuning.row.traits["adapter"]:
-            (path / "adapter").rmdir()
     if tuning.row.traits["adapter"]:
         _save_adapter(folder if tuning.row.traits["prompt_learning"] else path / "adapter", model)
     if tuning.row.traits["merges"]:
