@@ -133,8 +133,8 @@ def launch_on_hosts(module: str, arguments: Sequence[str], hostfile: str | Path,
         raise UserError(
             "--hostfile: pdsh is not installed",
             "DeepSpeed's launcher starts the other hosts' processes through it.",
-            f"Install pdsh, or start this on every host, R being 0, 1, ...: torchrun --nnodes {len(hosts)} --node_rank R "
-            f"--nproc_per_node {max(hosts.values())} --master_addr {next(iter(hosts))} --master_port 29500 -m {module} ...",
+            f"Install pdsh, or start on every host, with R = 0, 1, ...: torchrun --nnodes {len(hosts)} --node_rank R "
+            f"--nproc_per_node {max(hosts.values())} --master_addr {next(iter(hosts))} --master_port 29500 -m {module}",
         )
     command = [sys.executable, "-m", "deepspeed.launcher.runner", "--hostfile", str(hostfile)]
     command += ["--num_gpus", str(processes)] if processes else []
