@@ -18,7 +18,7 @@ from rlhf.config import ModelConfig
 from rlhf.errors import UserError
 from rlhf.inference import quiet, sampling_for
 from rlhf.lazy import lazy
-from rlhf.model_card import Card, render
+from rlhf.model_card import MARK, Card, render
 from rlhf.runs import fingerprint, read_run, result_of
 from rlhf.store import sync
 from rlhf.table import Pick, Table
@@ -236,14 +236,15 @@ def export(
 
 
 def check_out(out: Path, run: Path, overwrite: bool) -> None:
-    """Refuse a folder that is taken. Only what looks like an earlier export is ever replaced.
+    """Refuse a folder that is taken. Only an earlier export, known by its card, is ever replaced.
 
     Raises:
         UserError: It is.
     """
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return
-    mine = (out / "README.md").is_file() and any(map(Path.is_file, (out / "config.json", out / "adapter_config.json")))
+    card = out / "README.md"
+    mine = card.is_file() and MARK in card.read_text("utf-8", errors="replace")
     if not mine or out.resolve() in (run.resolve(), *run.resolve().parents):
         raise UserError(f"--out {out}: exists and is not an export", remedy="Name another folder; nothing is deleted.")
     if not overwrite:

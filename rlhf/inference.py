@@ -19,7 +19,7 @@ import yaml
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from rlhf.config import ModelConfig
-from rlhf.console import err, is_main
+from rlhf.console import err, is_main, warn
 from rlhf.errors import UserError
 from rlhf.lazy import lazy
 from rlhf.rewards import REWARDS, Finished, RewardContext
@@ -201,24 +201,28 @@ def sample(
 
     Args:
         policy: Answers.
-        prompts: What is answered. A prompt longer than the room keeps its end.
+        prompts: What is answered. A prompt longer than the room keeps its end; how many do is warned of.
         sampling: How to draw.
         seed: Of all random streams.
         n: Answers to each prompt.
         room: Tokens that a prompt may have; what the policy leaves when not given.
     """
     room = room or policy.room(sampling)
-    per_batch = max(1, sampling.batch_size // n)
+    per_batch, cut = max(1, sampling.batch_size // n), 0
     with _token_meter(f"sampling from {policy.path}", len(prompts)) as advance:
         for start in range(0, len(prompts), per_batch):
             batch = prompts[start : start + per_batch]
-            ids = [policy.chat.cut_prompt(policy.chat.prompt(p.messages), room) for p in batch]
+            whole = [policy.chat.prompt(p.messages) for p in batch]
+            cut += sum(len(row) > room for row in whole)
+            ids = [policy.chat.cut_prompt(row, room) for row in whole]
             seeds = [episode_seed(seed, int(p.prompt_id, 16), k) for p in batch for k in range(n)]
             answers = draw(policy, [row for row in ids for _ in range(n)], seeds, sampling)
             advance(len(batch), sum(len(answer.ids) for answer in answers))
             for i, prompt in enumerate(batch):
                 mine = answers[i * n : (i + 1) * n]
                 yield [Sampled(prompt, ids[i], answer, policy.chat.decode(answer.ids)) for answer in mine]
+    if cut:
+        warn(f"{cut:,} prompts are longer than {room:,} tokens and were cut to their end")
 
 
 def draw(policy: Policy, prompts: Sequence[list[int]], seeds: Sequence[int], sampling: Sampling) -> list[Answer]:

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 else:
     huggingface_hub = lazy("huggingface_hub")
 
+MARK = "Made with rlhf-rankings"
+"""Stands in every card; what has no such card is no export of ours and never replaced by one."""
 SUMMARIES = {
     "sft": "A policy instruction-tuned on demonstrations that people wrote.",
     "reward": "A reward model that learned from human rankings: it gives an answer a score, higher = better.",
@@ -89,13 +91,10 @@ def _public(path: str) -> str:
     return Path(path).name if path.startswith(("/", "~", "..")) else path
 
 
-def base_model(run: Path, ancestors: Sequence[Ancestor]) -> str | None:
+def base_model(ancestors: Sequence[Ancestor]) -> str | None:
     """The hub name of the model that the first stage started from, where it is one."""
-    roots = [a.name for a in ancestors if a.stage is None]
-    start = yaml.safe_load((run / "config.yaml").read_text("utf-8"))["model"]["path"]
-    name = roots[0] if roots else str(start)
-    looks_like_hub = name.count("/") == 1 and not name.startswith((".", "runs/")) and not Path(name).exists()
-    return name if looks_like_hub else None
+    name = next((a.name for a in ancestors if a.stage is None), "")
+    return name if name.count("/") == 1 and not name.startswith(".") and not Path(name).exists() else None
 
 
 # ---- what the card says ------------------------------------------------------------------------------------------
@@ -135,7 +134,7 @@ def render(card: Card) -> str:
     parts = [
         f"---\n{_header(card, ancestors)}\n---",
         f"# {name}",
-        f"{SUMMARIES[card.stage]} Made with rlhf-rankings {version('rlhf-rankings')}, run `{_public(str(card.run))}`.",
+        f"{SUMMARIES[card.stage]} {MARK} {version('rlhf-rankings')}, run `{_public(str(card.run))}`.",
         "## How to load\n\n" + "\n\n".join(_loading(card)),
         "## Lineage\n\n" + _lineage_table(ancestors),
         "## Data\n\n" + _data_table(ancestors),
@@ -148,9 +147,9 @@ def render(card: Card) -> str:
 
 def _header(card: Card, ancestors: Sequence[Ancestor]) -> str:
     tags = ["rlhf", card.stage if card.stage != "reward" else "reward-model", "human-feedback"]
-    base = card.adapter_base or base_model(card.run, ancestors)
-    if card.adapter_base and Path(card.adapter_base).exists():
-        base = None
+    base = base_model(ancestors)
+    if card.adapter_base is not None and not Path(card.adapter_base).exists():
+        base = card.adapter_base
     data = huggingface_hub.ModelCardData(
         license=card.license or "unknown",
         base_model=base,

@@ -70,7 +70,7 @@ def command(
             raise UserError(f"{model}: is a reward model; --reward and --against are for policies")
         result |= _evaluate_reward(model, data, split, limit, trust_remote_code)
     else:
-        _check_task(data, reward, against)
+        _check_task(data, reward, against, trust_remote_code)
         sampling = sampling_for(
             model, temperature=temperature, top_k=top_k, top_p=top_p, max_new_tokens=max_new_tokens,
             min_new_tokens=min_new_tokens, stop=stop,
@@ -102,13 +102,13 @@ class Task:
     trust_remote_code: bool
 
 
-def _check_task(data: Dataset, reward: str | None, against: str | None) -> None:
+def _check_task(data: Dataset, reward: str | None, against: str | None, trust_remote_code: bool) -> None:
     if data.kind == "prompt" and not reward:
         raise UserError(
             f"{data.path}: prompts alone give nothing to measure a policy by",
             remedy="Score its answers with --reward, or name a dataset of demonstrations or rankings.",
         )
-    if against and model_kind(against) == "reward":
+    if against and model_kind(against, trust_remote_code) == "reward":
         raise UserError(f"--against {against}: a reward model gives no answers", remedy="Name an SFT or PPO run.")
 
 

@@ -304,7 +304,10 @@ def test_an_export_is_replaced_only_with_overwrite(runs: dict[str, str], tmp_pat
 def test_nothing_but_an_export_is_ever_replaced(runs: dict[str, str], tmp_path: Path) -> None:
     (tmp_path / "letters").mkdir()
     (tmp_path / "letters" / "to-mother.txt").write_text("Dear")
-    for out in (tmp_path / "letters", Path(runs["sft"]), Path(runs["sft"]) / "model", tmp_path):
+    for name in ("config.json", "README.md", "model.safetensors"):
+        (tmp_path / "a-model").mkdir(exist_ok=True)
+        (tmp_path / "a-model" / name).write_text("of somebody else")
+    for out in (tmp_path / "letters", tmp_path / "a-model", Path(runs["sft"]), Path(runs["sft"]) / "model", tmp_path):
         with pytest.raises(UserError, match="not an export"):
             exported(runs["sft"], out, overwrite=True)
     assert (tmp_path / "letters" / "to-mother.txt").is_file()

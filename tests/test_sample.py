@@ -158,11 +158,12 @@ def test_an_answer_ends_after_a_stop_string(name: str, runs: dict[str, str]) -> 
     assert cut["ended"] and cut["tokens"] < 8 and cut["answer"].endswith(stop)
 
 
-def test_a_long_prompt_keeps_its_end(runs: dict[str, str]) -> None:
+def test_a_long_prompt_keeps_its_end(runs: dict[str, str], capsys: pytest.CaptureFixture[str]) -> None:
     policy = open_policy(runs["sft"])
     (answers,) = sample(policy, [Prompt((Message("user", "word " * 200 + "owl?"),))], Sampling(8), seed=0)
     assert len(answers[0].prompt_ids) == 120
     assert "owl?" in policy.chat.tokenizer.decode(answers[0].prompt_ids)
+    assert "1 prompts are longer than 120 tokens and were cut to their end" in capsys.readouterr().err
 
 
 # ---- refusals ----------------------------------------------------------------------------------------------------
