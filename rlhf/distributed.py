@@ -41,16 +41,25 @@ def device() -> torch.device:
     return torch.device("cpu")
 
 
-def start(timeout_seconds: int) -> None:
-    """Join the process group (through DeepSpeed, gloo on CPU and nccl on GPU); nothing to do for one process.
+def start(timeout_seconds: int, deepspeed_alone: bool = False) -> None:
+    """Join the process group, through DeepSpeed: gloo on CPU and nccl on GPU.
+
+    Args:
+        timeout_seconds: How long a collective operation waits for a rank.
+        deepspeed_alone: Form a group even of one process, which DeepSpeed asks for; else there is nothing to do then.
 
     Raises:
         UserError: The group has another size than the launcher announced.
     """
     if torch.cuda.is_available():
         torch.cuda.set_device(device())
-    if world_size() == 1 or dist.is_initialized():
+    if dist.is_initialized() or (world_size() == 1 and not deepspeed_alone):
         return
+    if "MASTER_ADDR" not in os.environ:  # one process, started without a launcher
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            os.environ["MASTER_PORT"] = str(probe.getsockname()[1])
+        os.environ |= {"MASTER_ADDR": "127.0.0.1", "RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
     import deepspeed
     import deepspeed.ops
 

@@ -75,6 +75,8 @@ def load_policy(config: ModelConfig, path: str, dtype: torch.dtype = torch.float
 
 
 def _load(kind: Any, config: ModelConfig, path: str, dtype: torch.dtype, **more: Any) -> Any:
+    transformers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.set_verbosity_error()  # or it warns at length of every new head
     load_config(config, path)
     options = {"trust_remote_code": config.trust_remote_code, "use_safetensors": True, "dtype": dtype, **more}
     if config.attn_implementation:

@@ -41,7 +41,7 @@ LOSS_CHUNK = 256
 
 def run(config: RewardConfig, resume: bool = False, overwrite: bool = False) -> None:
     """Train, measure on the held-out rankings, normalise, and leave the result in the run folder's model/."""
-    distributed.start(config.timeout_seconds)
+    distributed.start(config.timeout_seconds, config.deepspeed is not None)
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()  # or it warns of the new head
     path = result_of(config.model.path)

@@ -40,7 +40,10 @@ def test_a_step_is_adamw_on_the_clipped_sum_of_the_micro_batches():
 
     loss_of(plain, x).backward()
     expected = nn.utils.clip_grad_norm_(plain.parameters(), 0.5)
-    groups = [{"params": plain["policy"].parameters(), "lr": 0.05}, {"params": plain["critic"].parameters(), "lr": 0.005}]
+    groups = [
+        {"params": plain["policy"].parameters(), "lr": 0.05},
+        {"params": plain["critic"].parameters(), "lr": 0.005},
+    ]
     torch.optim.AdamW(groups, betas=CONFIG.betas, eps=CONFIG.eps, weight_decay=0.1).step()
     assert norm == pytest.approx(float(expected), rel=1e-5)
     for a, b in zip(mine.parameters(), plain.parameters()):

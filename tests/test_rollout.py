@@ -126,7 +126,9 @@ def test_top_k_and_top_p_leave_the_likeliest():
 
 def test_a_token_of_probability_zero_is_never_chosen():
     logits = torch.tensor([float("-inf"), 0.0, float("-inf"), 0.0, float("-inf")]).expand(1000, 5)
-    noise = torch.cat([torch.zeros(1), torch.rand(998, generator=torch.Generator().manual_seed(0)), torch.tensor([0.99999994])])
+    noise = torch.cat(
+        [torch.zeros(1), torch.rand(998, generator=torch.Generator().manual_seed(0)), torch.tensor([0.99999994])]
+    )
     assert set(choose(logits, noise, Sampling(1)).tolist()) == {1, 3}
 
 

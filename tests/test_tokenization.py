@@ -91,7 +91,9 @@ def test_a_templates_own_end_of_turn_ends_answers(tmp_path):
 
 
 def test_a_template_that_rewrites_earlier_turns_trains_on_the_last_answer_alone(tmp_path):
-    rewriting = "{% for m in messages %}{{ m.role if loop.last or m.role == 'user' else 'old' }}: {{ m.content }}\n{% endfor %}"
+    rewriting = (
+        "{% for m in messages %}{{ m.role if loop.last or m.role == 'user' else 'old' }}: {{ m.content }}\n{% endfor %}"
+    )
     rewriting += "{% if add_generation_prompt %}assistant: {% endif %}"
     file = tmp_path / "t.jinja"
     file.write_text(rewriting)
@@ -145,7 +147,9 @@ def test_an_answer_that_does_not_fit_is_set_aside_and_counted(tiny_chat):
 def test_a_ranking_keeps_the_candidates_that_fit_with_their_order(tiny_chat):
     counts = Counts()
     candidates = (Candidate("Yes."), Candidate("long " * 60), Candidate("No."))
-    row = encode_ranking(Ranking((Message("user", "Ok?"),), candidates=candidates, ranks=(3, 2, 1)), tiny_chat, 40, counts)
+    row = encode_ranking(
+        Ranking((Message("user", "Ok?"),), candidates=candidates, ranks=(3, 2, 1)), tiny_chat, 40, counts
+    )
     assert row["candidates"] == [tiny_chat.answer("Yes."), tiny_chat.answer("No.")]
     assert row["ranks"] == [2, 1]
     assert sum(counts.aside.values()) == 1
@@ -160,7 +164,9 @@ def test_a_ranking_gives_its_best_answer_as_demonstration(tiny_chat):
 def test_a_prompt_row_holds_the_end_of_a_long_prompt(tiny_chat):
     counts = Counts()
     messages = (Message("user", "word " * 50),)
-    row = encode_prompt(Ranking(messages, candidates=(Candidate("a"), Candidate("b")), ranks=(1, 2)), tiny_chat, 16, counts)
+    row = encode_prompt(
+        Ranking(messages, candidates=(Candidate("a"), Candidate("b")), ranks=(1, 2)), tiny_chat, 16, counts
+    )
     assert len(row["prompt"]) == 16
     assert row["prompt"][1:] == tiny_chat.prompt(messages)[-15:]
     assert counts.cut_prompts == 1

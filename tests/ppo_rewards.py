@@ -1,0 +1,20 @@
+"""Reward functions that the PPO tests name in their configs."""
+
+from __future__ import annotations
+
+
+def letters(messages, answer):
+    """The share of letters e in the answer."""
+    return answer.count("e") / max(1, len(answer))
+
+
+def one(messages, answer):
+    return 1.0
+
+
+def nothing(messages, answer):
+    return 0.0
+
+
+def broken(messages, answer):
+    return float("nan")

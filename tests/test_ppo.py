@@ -1,0 +1,266 @@
+"""The PPO stage on a tiny model: invariants of one update, options, failures, and exact resume."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import pytest
+import tiny
+import torch
+from transformers import AutoModelForCausalLM
+
+from rlhf.config import PPOConfig
+from rlhf.config_file import check_config
+from rlhf.errors import UserError
+from rlhf.ppo_report import TIMINGS, Moments, rate_scale
+from stages.ppo import PPO, run
+
+REWARD = {"name": "function", "function": "ppo_rewards:letters"}
+
+
+@pytest.fixture(scope="session")
+def prompts(tmp_path_factory):
+    return tiny.write_demonstrations(tmp_path_factory.mktemp("data") / "demos", 24, held_out=4)
+
+
+def config(folder, prompts, **changes):
+    values = {
+        "run": str(folder),
+        "model": {"path": tiny.llama()},
+        "data": {"prompts": prompts, "max_prompt_tokens": 48},
+        "reward": REWARD,
+        "critic": {"init": "policy"},
+        "updates": 2,
+        "rollout": {"prompts_per_update": 8, "max_new_tokens": 12},
+        "update": {"epochs": 2, "minibatches": 2, "micro_batch_tokens": 160},
+        "optimizer": {"policy_lr": 1e-3, "critic_lr": 1e-3, "schedule": "constant"},
+        "eval": {"every": 2, "prompts": 3},
+        "checkpoints": {"every": 1},
+    }
+    for dotted, value in changes.items():
+        *parents, last = dotted.split("__")
+        part = values
+        for name in parents:
+            part = part.setdefault(name, {})
+        part[last] = value
+    return check_config(PPOConfig, values, "test")
+
+
+def metrics(folder):
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if not k.startswith(TIMINGS)} for line in lines]
+
+
+def updates(folder):
+    return [line for line in metrics(folder) if "kl_coef" in line]
+
+
+def test_the_first_minibatch_has_a_ratio_of_exactly_one(tmp_path, prompts):
+    run(config(tmp_path / "run", prompts, rollout__temperature=0.7, rollout__top_p=0.9))
+    for line in updates(tmp_path / "run"):
+        assert line["first_ratio_min"] == line["first_ratio_max"] == 1.0
+        assert line["ratio_max"] > 1.0
+
+
+def test_the_kl_is_exactly_zero_before_anything_was_learned(tmp_path, prompts):
+    run(config(tmp_path / "run", prompts))
+    first, second = updates(tmp_path / "run")
+    assert first["kl"] == first["kl_k3"] == 0.0
+    assert second["kl_k3"] > 0
+
+
+def test_every_update_logs_the_promised_figures(tmp_path, prompts):
+    run(config(tmp_path / "run", prompts))
+    names = "score score_std kl kl_k3 kl_coef rollout_entropy entropy clip_fraction ratio_min ratio_max policy_loss "
+    names += "value_loss explained_variance answer_tokens eos_rate grad_norm lr update_kl_k1 update_kl_k3"
+    for line in updates(tmp_path / "run"):
+        assert set(names.split()) <= set(line)
+        assert all(math.isfinite(value) for value in line.values())
+    timed = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[1])
+    for phase in ("rollout", "score", "learn"):
+        assert timed[f"seconds_{phase}"] > 0 and timed[f"tokens_per_second_{phase}"] > 0
+    assert timed["peak_memory_gb"] > 0
+    samples = [json.loads(line) for line in (tmp_path / "run" / "samples.jsonl").read_text().splitlines()]
+    assert [s["step"] for s in samples] == [0] * 3 + [2] * 3
+    assert {"messages", "answer", "score", "ended"} <= set(samples[0])
+
+
+def test_the_result_is_the_policy_and_plain_transformers_loads_it(tmp_path, prompts):
+    stage = PPO(config(tmp_path / "run", prompts), resume=False, overwrite=False)
+    stage.train()
+    saved = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "model")
+    for (name, mine), (other, theirs) in zip(stage.engine.module.policy.named_parameters(), saved.named_parameters()):
+        assert name == other and torch.equal(mine, theirs)
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["status"] == "complete"
+
+
+@pytest.mark.parametrize("estimator", ["rloo", "grpo", "reinforce++"])
+def test_an_estimator_without_a_critic_allocates_none(estimator, tmp_path, prompts):
+    c = config(tmp_path / "run", prompts, advantage=estimator, rollout__samples_per_prompt=2)
+    stage = PPO(c, resume=False, overwrite=False)
+    assert stage.engine.module.critic is None
+    figures = stage.update(0)
+    assert "explained_variance" not in figures
+    assert figures["value_loss"] == 0
+    assert figures["grad_norm"] > 0
+
+
+def test_with_adapters_the_policy_without_them_is_the_reference(tmp_path, prompts):
+    c = config(tmp_path / "run", prompts, tuning={"name": "lora", "rank": 4}, updates=2)
+    stage = PPO(c, resume=False, overwrite=False)
+    assert stage.reference is None
+    before = {n: p.clone() for n, p in stage.engine.module.policy.named_parameters() if "lora" not in n}
+    stage.train()
+    first, second = updates(tmp_path / "run")
+    assert first["kl_k3"] == 0 and second["kl_k3"] > 0
+    after = dict(stage.engine.module.policy.named_parameters())
+    assert all(torch.equal(before[n], after[n]) for n in before)
+    assert (tmp_path / "run" / "adapter" / "adapter_config.json").is_file()
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "model")
+    ids = torch.tensor([[5, 6, 7, 8]])
+    torch.testing.assert_close(merged(ids).logits, stage.engine.module.policy(ids).logits, atol=1e-5, rtol=1e-4)
+
+
+def test_while_the_critic_warms_up_only_it_learns(tmp_path, prompts):
+    stage = PPO(config(tmp_path / "run", prompts, update__critic_warmup=1), resume=False, overwrite=False)
+    policy = [p.clone() for p in stage.engine.module.policy.parameters()]
+    critic = [p.clone() for p in stage.engine.module.critic.parameters()]
+    stage.update(0)
+    assert all(torch.equal(a, b) for a, b in zip(policy, stage.engine.module.policy.parameters()))
+    assert not all(torch.equal(a, b) for a, b in zip(critic, stage.engine.module.critic.parameters()))
+    stage.update(1)
+    assert not all(torch.equal(a, b) for a, b in zip(policy, stage.engine.module.policy.parameters()))
+
+
+def test_the_ptx_term_lowers_the_loss_on_demonstrations(tmp_path, prompts):
+    changes = dict(
+        data__ptx=prompts, loss__ptx_coef=10.0, reward={"name": "function", "function": "ppo_rewards:nothing"}
+    )
+    stage = PPO(config(tmp_path / "run", prompts, updates=6, **changes), resume=False, overwrite=False)
+    losses = [stage.update(i)["ptx_loss"] for i in range(6)]
+    assert losses[-1] < losses[0] - 0.1
+
+
+def test_epochs_stop_early_at_the_kl_target(tmp_path, prompts):
+    free = PPO(config(tmp_path / "a", prompts, update__epochs=3), resume=False, overwrite=False).update(0)
+    bound = config(tmp_path / "b", prompts, update__epochs=3, update__target_kl=1e-9)
+    assert free["epochs"] == 3 and free["optimizer_steps"] == 6
+    assert PPO(bound, resume=False, overwrite=False).update(0)["epochs"] == 1
+
+
+def test_the_adaptive_controller_moves_the_coefficient(tmp_path, prompts):
+    controller = {"name": "adaptive", "init_coef": 0.1, "target": 0.001, "horizon": 100}
+    run(config(tmp_path / "run", prompts, kl__controller=controller, updates=3))
+    coefs = [line["kl_coef"] for line in updates(tmp_path / "run")]
+    assert coefs[0] == 0.1
+    assert coefs[1] == pytest.approx(0.1 * (1 - 0.2 * 8 / 100))  # KL 0: as far below the target as counts
+    assert coefs[2] > coefs[1]
+
+
+def test_micro_batches_do_not_change_what_is_learned(tmp_path, prompts):
+    results = []
+    for tokens in (64, 10_000):
+        c = config(tmp_path / str(tokens), prompts, update__micro_batch_tokens=tokens, optimizer__eps=1e-3)
+        stage = PPO(c, resume=False, overwrite=False)
+        stage.update(0)
+        results.append([p.detach().clone() for p in stage.engine.module.parameters()])
+    for a, b in zip(*results):
+        torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
+
+
+def test_scores_can_be_normalised_over_the_run(tmp_path, prompts):
+    stage = PPO(config(tmp_path / "run", prompts, shaping__normalize_scores=True), resume=False, overwrite=False)
+    assert abs(stage.update(0)["shaped_score"]) < 1e-5
+    assert stage.moments.count == 8
+
+
+def test_a_loss_that_is_not_finite_stops_before_the_weights_move(tmp_path, prompts):
+    stage = PPO(config(tmp_path / "run", prompts), resume=False, overwrite=False)
+    stage.update(0)
+    stage.engine.module.critic.model.score.weight.data.fill_(1e30)  # its squared error overflows
+    before = [p.clone() for p in stage.engine.module.policy.parameters()]
+    with pytest.raises(UserError, match=r"(?s)update 2, epoch 1, minibatch 1.*episodes"):
+        stage.update(1)
+    assert all(torch.equal(a, b) for a, b in zip(before, stage.engine.module.policy.parameters()))
+
+
+def test_a_reward_that_is_not_finite_names_prompt_and_answer(tmp_path, prompts):
+    c = config(tmp_path / "run", prompts, reward={"name": "function", "function": "ppo_rewards:broken"})
+    with pytest.raises(UserError, match=r"(?s)not a finite number.*the answer is"):
+        run(c)
+
+
+def test_a_sum_of_rewards_is_weighted(tmp_path, prompts):
+    terms = [{**REWARD, "weight": 2.0}, {"name": "function", "function": "ppo_rewards:one", "weight": -1.0}]
+    plain = PPO(config(tmp_path / "a", prompts), resume=False, overwrite=False).update(0)
+    both = config(tmp_path / "b", prompts, reward={"name": "sum", "terms": terms})
+    assert PPO(both, resume=False, overwrite=False).update(0)["score"] == pytest.approx(
+        2 * plain["score"] - 1, abs=1e-5
+    )
+
+
+def test_options_that_contradict_each_other_are_all_named(tmp_path, prompts):
+    with pytest.raises(UserError) as caught:
+        config(tmp_path, prompts, advantage="rloo", update__minibatches=99, loss__ptx_coef=1.0)
+    for words in ("samples_per_prompt", "minibatches", "ptx"):
+        assert words in str(caught.value)
+
+
+# ---- resume --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "changes", [{}, {"tuning": {"name": "lora", "rank": 2}}, {"advantage": "rloo", "rollout__samples_per_prompt": 2}]
+)
+def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(changes, tmp_path, prompts):
+    changes = {**changes, "kl__controller": {"name": "adaptive", "init_coef": 0.1, "target": 0.01, "horizon": 100}}
+    changes |= {"shaping__normalize_scores": True, "updates": 4}
+    run(config(tmp_path / "whole", prompts, **changes))
+    broken = PPO(config(tmp_path / "cut", prompts, **changes), resume=False, overwrite=False)
+    broken.evaluate(0)
+    for number in range(3):  # stops after update 3, with the checkpoint of update 2
+        broken.reporter.update(number + 1, broken.update(number))
+        broken.done = number + 1
+        if number == 1:
+            broken.evaluate(2)
+            broken.save()
+    with open(tmp_path / "cut" / "metrics.jsonl", "a") as file:
+        file.write('{"step": 3, "sco')  # the crash came in the middle of a line
+    run(config(tmp_path / "cut", prompts, **changes), resume=True)
+    assert metrics(tmp_path / "cut") == metrics(tmp_path / "whole")
+    whole, cut = (AutoModelForCausalLM.from_pretrained(tmp_path / n / "model").state_dict() for n in ("whole", "cut"))
+    assert all(torch.equal(whole[name], cut[name]) for name in whole)
+    assert (tmp_path / "cut" / "samples.jsonl").read_text() == (tmp_path / "whole" / "samples.jsonl").read_text()
+
+
+def test_a_damaged_checkpoint_is_passed_over_for_an_older_one(tmp_path, prompts, capsys):
+    run(config(tmp_path / "run", prompts, updates=3))
+    assert sorted(p.name for p in (tmp_path / "run" / "checkpoints").iterdir()) == ["step-00000002", "step-00000003"]
+    newest = tmp_path / "run" / "checkpoints" / "step-00000003" / "engine.pt"
+    newest.write_bytes(newest.read_bytes()[:100])
+    before = metrics(tmp_path / "run")
+    run(config(tmp_path / "run", prompts, updates=3), resume=True)
+    assert "engine.pt has 100 bytes" in capsys.readouterr().err
+    assert metrics(tmp_path / "run") == before
+
+
+# ---- small parts ---------------------------------------------------------------------------------------------------
+
+
+def test_moments_equal_those_of_all_values():
+    a, b = torch.tensor([1.0, 2.0, 6.0]), torch.tensor([4.0, 8.0])
+    found = Moments().add(a).add(b)
+    both = torch.cat([a, b])
+    assert (found.count, found.mean) == (5, pytest.approx(4.2))
+    assert found.std == pytest.approx(float(both.std(correction=0)))
+    assert Moments().add(torch.ones(3)).std == 1.0
+
+
+def test_rates_climb_then_fall():
+    c = config("x", "x", optimizer__warmup=0.2, optimizer__schedule="linear").optimizer
+    assert [rate_scale(c, i, 10) for i in range(10)] == pytest.approx(
+        [0.5, 1, 1, 0.875, 0.75, 0.625, 0.5, 0.375, 0.25, 0.125]
+    )
+    cosine = config("x", "x", optimizer__schedule="cosine").optimizer
+    assert [rate_scale(cosine, i, 4) for i in range(4)] == pytest.approx([1, 0.8535534, 0.5, 0.1464466])
