@@ -11,9 +11,6 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from rlhf.advantages import ADVANTAGES
-from rlhf.config_file import check_config as check_config
-from rlhf.config_file import dump_config as dump_config
-from rlhf.config_file import load_config as load_config
 from rlhf.kl import KL_CONTROLLERS, KL_ESTIMATORS, MISSING_EOS
 from rlhf.ranking import RANKING_LOSSES
 from rlhf.rewards import REWARDS

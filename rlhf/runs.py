@@ -21,7 +21,8 @@ from typing import Any
 
 from rlhf import distributed
 from rlhf.checkpoint import Checkpoints
-from rlhf.config import StageConfig, dump_config
+from rlhf.config import StageConfig
+from rlhf.config_file import dump_config
 from rlhf.console import is_main, say
 from rlhf.errors import UserError
 from rlhf.schema import SCHEMA_VERSION
