@@ -53,7 +53,7 @@ TRAIN, EVAL, ORDER, EPOCH, PTX = range(5)
 
 def run(config: PPOConfig, resume: bool = False, overwrite: bool = False) -> None:
     """Run the stage: set up or resume, `config.updates` updates, the policy saved in the run's model folder."""
-    distributed.start(config.timeout_seconds)
+    distributed.start(config.timeout_seconds, config.deepspeed is not None)
     PPO(config, resume, overwrite).train()
 
 
@@ -221,7 +221,7 @@ class PPO:
             worst = int((~torch.isfinite(scores)).nonzero()[0])
             raise UserError(
                 f"reward: the score of an answer is {scores[worst]}, not a finite number",
-                f"The prompt ends with {messages[worst][-1]['content'][-80:]!r}, the answer is {answers[worst][:80]!r}.",
+                f"Prompt: ...{messages[worst][-1]['content'][-80:]!r}; the answer is {answers[worst][:80]!r}.",
                 "Mend the reward; the last checkpoint is usable.",
             )
         return scores

@@ -1,4 +1,4 @@
-"""The engine: accumulation, clipping, groups, finiteness, checkpoints; DeepSpeed on two processes equals plain torch."""
+"""The engine: accumulation, clipping, groups, finiteness, checkpoints; DeepSpeed on two processes is plain torch."""
 
 from __future__ import annotations
 
@@ -93,7 +93,8 @@ from rlhf.engine import make_engine
 path, folder = sys.argv[1:3]
 distributed.start(60)
 torch.manual_seed(0)
-module = nn.ModuleDict({"policy": nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 3)), "critic": nn.Linear(8, 1)})
+policy = nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 3))
+module = nn.ModuleDict({"policy": policy, "critic": nn.Linear(8, 1)})
 
 class Both(nn.Module):
     def __init__(self):
