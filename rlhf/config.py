@@ -121,7 +121,7 @@ class StageConfig(Strict):
 class SFTConfig(StageConfig):
     model: ModelConfig
     data: DataConfig
-    """Datasets of demonstrations."""
+    """Datasets of demonstrations; of rankings, the best answers serve."""
     tuning: Annotated[Pick, TUNING] = TUNING.pick("full")
     """What is trained: a row of the tuning table (`full`, `last-layers`, `lora`, ...) with its options."""
     batch: BatchConfig = BatchConfig()

@@ -1,0 +1,61 @@
+"""Real human pairs through every command that a user would type: import, split, three stages, export, sample."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import tiny
+
+pytestmark = [pytest.mark.real, pytest.mark.timeout(1500)]
+
+SHORT = {
+    "sft": ["batch.max_steps=30", "eval_every=15", "checkpoints.every=15", "data.max_eval_records=64"],
+    "reward": ["batch.max_steps=30", "eval_every=30", "checkpoints.every=15", "data.max_eval_records=100"],
+    "ppo": ["updates=3", "rollout.prompts_per_update=16", "eval.every=3", "eval.prompts=8"],
+}
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A folder beside a copy of nothing: configs and ../shared are found as from the repository root."""
+    folder = tmp_path_factory.mktemp("hh") / "main"
+    folder.mkdir()
+    (folder / "configs").symlink_to(tiny.REPOSITORY / "configs")
+    (folder.parent / "shared").symlink_to(tiny.REPOSITORY.parent / "shared")
+    return folder
+
+
+def rlhf(place, *words):
+    environment = {**os.environ, "PYTHONPATH": str(tiny.REPOSITORY), "OMP_NUM_THREADS": "2", "COLUMNS": "120"}
+    done = subprocess.run(
+        [sys.executable, "-m", "stages.cli", *words], cwd=place, env=environment, text=True, timeout=900,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout
+    return done.stdout
+
+
+def test_three_stages_from_human_pairs_to_an_exported_policy(shared, place, capsys):
+    source = "../shared/data/preferences/hh_harmless_base_test.jsonl.gz"
+    told = json.loads(
+        rlhf(place, "data", "import", "hh-rlhf", source, "--out", "datasets/hh-all", "--json").splitlines()[-1]
+    )
+    assert told["read"] == 2312 == told["written"] + told["rejected"]
+    assert told["rejected"] == sum(told["reasons"].values()) == 4
+    rlhf(place, "data", "split", "datasets/hh-all", "--by", "prompt", "--out", "datasets/hh")
+    for stage, words in SHORT.items():
+        rlhf(place, stage, "--config", f"configs/hh-stories260k/{stage}.yaml", *words)
+    rlhf(place, "export", "runs/hh-stories260k/ppo", "--out", "exports/hh")
+    said = rlhf(place, "sample", "exports/hh", "--prompt", "How do I make tea?", "--max-new-tokens", "16", "--json")
+    assert json.loads(said.splitlines()[-1])["answer"]
+    judged = json.loads((place / "runs/hh-stories260k/reward/reward_metrics.json").read_text())
+    policy = json.loads((place / "runs/hh-stories260k/ppo/run.json").read_text())["metrics"]
+    with capsys.disabled():
+        print(f"\nHH harmless: {told['written']} of {told['read']} pairs; set aside: {told['reasons']}")
+        print(f"held-out pair accuracy {judged['accuracy']:.3f} (longer wins: {judged['longer_accuracy']:.3f})", end="")
+        print(f"; score {policy['eval_score_at_start']:.2f} -> {policy['eval_score']:.2f} after three short updates")
+    assert judged["pairs"] > 50

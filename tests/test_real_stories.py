@@ -1,0 +1,70 @@
+"""PPO from a real pretrained model on real story openings, by a programmatic reward: the reward rises at bounded KL."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from rlhf.config import PPOConfig
+from rlhf.config_file import check_config
+from rlhf.ppo_report import TIMINGS
+from rlhf.schema import from_dict
+from rlhf.store import DatasetWriter
+from stages.ppo import run
+
+pytestmark = [pytest.mark.real, pytest.mark.timeout(1200)]
+
+
+def write_openings(shared: Path, folder: Path) -> str:
+    """The first eight words of each story, every tenth one held out."""
+    lines = (shared / "data" / "text" / "tinystories_1000.jsonl").read_text("utf-8").splitlines()
+    openings = sorted({" ".join(json.loads(line)["text"].split()[:8]) for line in lines})
+    with DatasetWriter(folder / "openings", "prompt") as writer:
+        for i, opening in enumerate(openings):
+            writer.write(
+                from_dict({"prompt": opening, "source": "tinystories", "split": "train" if i % 10 else "eval"})
+            )
+    return str(folder / "openings")
+
+
+def story_config(shared: Path, folder: Path, seed: int, updates: int) -> PPOConfig:
+    """64 episodes of up to 96 tokens an update, 4 epochs, learning rate 3e-4, KL coefficient 0.05."""
+    values = {
+        "run": str(folder / f"run-{seed}"),
+        "seed": seed,
+        "model": {"path": str(shared / "models" / "stories260K"), "chat_template": "plain"},
+        "data": {"prompts": write_openings(shared, folder), "max_prompt_tokens": 32},
+        "reward": {"name": "function", "function": "story_rewards:animal_share"},
+        "critic": {"init": "policy"},
+        "updates": updates,
+        "rollout": {"prompts_per_update": 64, "max_new_tokens": 96, "temperature": 0.7},
+        "kl": {"controller": {"name": "fixed", "coef": 0.05}},
+        "update": {"epochs": 4, "minibatches": 1, "micro_batch_tokens": 8192},
+        "optimizer": {"policy_lr": 3e-4, "critic_lr": 3e-4, "schedule": "linear"},
+        "eval": {"every": updates, "prompts": 64},
+        "checkpoints": {"every": updates},
+    }
+    return check_config(PPOConfig, values, "stories")
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_the_reward_rises_clearly_within_40_updates_at_bounded_kl(seed, shared, tmp_path, capsys):
+    config = story_config(shared, tmp_path, seed, updates=40)
+    run(config)
+    lines = [json.loads(line) for line in (Path(config.run) / "metrics.jsonl").read_text().splitlines()]
+    updates = [line for line in lines if "kl_coef" in line]
+    first, last = [sum(u["score"] for u in part) / len(part) for part in (updates[:2], updates[-5:])]
+    held_out = [line["eval_score"] for line in lines if "eval_score" in line]
+    with capsys.disabled():
+        figures = {k: v for k, v in updates[-1].items() if not k.startswith(TIMINGS)}
+        seconds = sum(u[f"seconds_{phase}"] for u in updates for phase in ("rollout", "score", "learn"))
+        reached = [next((u["step"] for u in updates if u["score"] >= bar), None) for bar in (0.6, 0.74)]
+        print(f"\nseed {seed}: share of sentences that name an animal {first:.3f} -> {last:.3f}", end="")
+        print(f" (held out {held_out[0]:.3f} -> {held_out[-1]:.3f}), KL {figures['kl']:.1f}, {seconds:.0f} s", end="")
+        print(f"; 0.60 and 0.74 first reached at updates {reached}")
+    assert first < 0.2
+    assert last > 0.6
+    assert held_out[-1] > held_out[0] + 0.3
+    assert updates[-1]["kl"] < 30
