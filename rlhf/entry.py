@@ -13,7 +13,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -23,7 +23,13 @@ from rlhf.config_file import dump_config, load_config
 from rlhf.console import err, is_main, say, table
 from rlhf.errors import UserError
 from rlhf.launch import PARENT
+from rlhf.lazy import lazy
 from rlhf.plan import Coming, check
+
+if TYPE_CHECKING:
+    import torch
+else:
+    torch = lazy("torch")
 
 ConfigFile = Annotated[Path, typer.Option("--config", "-c", help="A YAML config, such as configs/0.5b/sft.yaml.")]
 Overrides = Annotated[
@@ -99,6 +105,8 @@ def prepare(
 
 def run(function: Callable[..., None], config: Any, resume: bool, overwrite: bool) -> None:
     """Run a stage's `run` and leave the process group."""
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed looks for others and warns
     # DeepSpeed calls these by their old names thousands of times, and torch warns each time.
     warnings.filterwarnings("ignore", message="`torch.distributed.*is deprecated", category=FutureWarning)
     distributed.name_lost_ranks(function)(config, resume=resume, overwrite=overwrite)

@@ -44,8 +44,6 @@ def launch(module: str, arguments: Sequence[str], processes: int) -> None:
     # torch's own account of a failure is a page; ours, below, says the same in three lines.
     logging.disable(logging.CRITICAL)
     os.environ[PARENT] = "launcher"
-    if not gpus:
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed looks for others and warns, on every rank
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // processes)))
     config = LaunchConfig(
         min_nodes=1, max_nodes=1, nproc_per_node=processes, run_id=uuid.uuid4().hex, max_restarts=0,
