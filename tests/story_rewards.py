@@ -4,9 +4,14 @@ from __future__ import annotations
 
 import re
 
-ANIMALS = frozenset(
-    ["animal", "animals", "ant", "ants", "bear", "bears", "bee", "bees", "bird", "birds", "bug", "bugs", "bunnies", "bunny", "butterfly", "cat", "cats", "chicken", "cow", "cows", "crab", "dog", "dogs", "dolphin", "dragon", "duck", "ducks", "elephant", "fish", "fox", "foxes", "frog", "frogs", "goat", "hen", "horse", "horses", "kitten", "kitty", "lamb", "lion", "lions", "lizard", "mice", "monkey", "monkeys", "mouse", "owl", "panda", "parrot", "pig", "pigs", "pony", "puppies", "puppy", "rabbit", "rabbits", "shark", "sheep", "snail", "snake", "spider", "squirrel", "squirrels", "tiger", "turtle", "turtles", "whale", "wolf", "worm", "zebra"]
-)
+NAMES = """
+animal animals ant ants bear bears bee bees bird birds bug bugs bunnies bunny butterfly cat cats
+chicken cow cows crab dog dogs dolphin dragon duck ducks elephant fish fox foxes frog frogs goat hen
+horse horses kitten kitty lamb lion lions lizard mice monkey monkeys mouse owl panda parrot pig pigs
+pony puppies puppy rabbit rabbits shark sheep snail snake spider squirrel squirrels tiger turtle
+turtles whale wolf worm zebra
+"""
+ANIMALS = frozenset(NAMES.split())
 
 
 def animal_share(messages: list[dict[str, str]], answer: str) -> float:
