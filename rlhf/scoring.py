@@ -22,6 +22,7 @@ def score_texts(
     read: Callable[[int], Sequence[int]],
     lengths: Sequence[int],
     batch_tokens: int,
+    bar: bool = False,
 ) -> list[float]:
     """Raw scores (the head's output, before `mean` and `std`) of tokenised texts. Every rank calls it together.
 
@@ -31,6 +32,7 @@ def score_texts(
         read: Gives the token ids of a text by its number, when its turn comes.
         lengths: Tokens of each text.
         batch_tokens: Most tokens, padding included, in one forward pass; a longer text goes alone.
+        bar: Show a progress bar. Not where another one is shown.
 
     Returns:
         One score per text, the same on every rank.
@@ -42,8 +44,9 @@ def score_texts(
     training = scalar.training
     scalar.eval()
     found = [torch.zeros(0, 2, dtype=torch.float64, device=device)]
+    mine = batches[distributed.rank() :: ranks]
     with torch.no_grad():
-        for batch in track(batches[distributed.rank() :: ranks], "scoring", unit="batch"):
+        for batch in track(mine, "scoring", unit="batch") if bar else mine:
             ids, mask = chat.pad([read(i) for i in batch] or [[chat.pad_id]], device)
             scores = (scalar(ids, mask) * scalar.std + scalar.mean)[: len(batch)]
             index = torch.tensor(batch, dtype=torch.float64, device=device)
@@ -95,14 +98,14 @@ class _Answers:
 
 
 def score_rankings(
-    scalar: ScalarModel, chat: ChatTokenizer, table: Sequence[dict[str, Any]], batch_tokens: int
+    scalar: ScalarModel, chat: ChatTokenizer, table: Sequence[dict[str, Any]], batch_tokens: int, bar: bool = False
 ) -> list[ScoredRanking]:
     """Raw scores of every ranking in a table of `rlhf.data` (or a list of such rows). Every rank calls it together.
 
     A text that stands in several rankings is scored once. Lengths are in characters. See `score_texts`.
     """
     answers = _Answers(table)
-    scores = score_texts(scalar, chat, answers.read, answers.lengths, batch_tokens)
+    scores = score_texts(scalar, chat, answers.read, answers.lengths, batch_tokens, bar)
     return [
         ScoredRanking(
             ranks=tuple(row["ranks"]),

@@ -274,7 +274,7 @@ def _evaluate_reward(
         raise UserError(f"no ranking fits in the {longest:,} tokens of {model}")
     counts.kept = len(rows)
     counts.report("rankings")
-    metrics = reward_metrics(score_rankings(scalar, chat, rows, BATCH_TOKENS))
+    metrics = reward_metrics(score_rankings(scalar, chat, rows, BATCH_TOKENS, bar=True))
     for part in metric_rows(metrics):
         table(*part)
     return {"rankings": len(rows), "set_aside": dict(counts.aside), "metrics": metrics}
