@@ -157,10 +157,10 @@ class DeepSpeedEngine(Engine):
             group["lr"] = rate * scale
         # Stage 0 in float32 clips without saying the norm; its gradients are whole and reduced by now.
         gradients = [p.grad for p in self._parameters if p.grad is not None] if self.stage == 0 else []
-        own = nn.utils.get_total_norm(gradients) if gradients else None
+        own = float(nn.utils.get_total_norm(gradients)) if gradients else 0.0
         self.deepspeed.step()
         norm = self.deepspeed.get_global_grad_norm()
-        return float(norm if norm is not None else own)
+        return own if norm is None else float(norm)
 
     @contextmanager
     def gathered(self, part: nn.Module) -> Iterator[None]:

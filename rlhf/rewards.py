@@ -95,7 +95,7 @@ def import_function(name: str) -> Callable[..., Any]:
         raise ValueError(f"{name!r} cannot be imported: {error}; the working folder is on the path") from None
     if not callable(found):
         raise ValueError(f"{name!r} is not a function")
-    return found  # type: ignore[no-any-return]
+    return found
 
 
 def _importable(name: str) -> str:
