@@ -247,15 +247,16 @@ class ScalarModel(nn.Module):
         self.config.reward_mean, self.config.reward_std = mean, std
 
 
-def load_scalar(config: ModelConfig, path: str, head: Literal["random", "zero", "trained"] = "random") -> ScalarModel:
+def load_scalar(config: ModelConfig, path: str, head: Literal["random", "small", "trained"] = "random") -> ScalarModel:
     """A scalar model in float32 from a reward model, a causal LM or an encoder.
 
     Args:
         config: How to load it.
         path: Model folder or hub name.
         head: What a missing head becomes. `random` is normal with standard deviation 1 / sqrt(H + 1) from torch's
-            generator (Stiennon 2020, B.1), bias zero. `zero` is for a critic: it expects nothing until it has
-            learned, where random values would be noise in the first advantages. `trained` refuses.
+            generator (Stiennon 2020, B.1), bias zero. `small`, of standard deviation 0.02, is for a
+            critic: its first values are near 0, so they are little noise in the first advantages, and yet its body
+            gets a gradient from the first step. `trained` refuses.
 
     Raises:
         UserError: No such model, or one without a head that gives a score.
@@ -272,7 +273,7 @@ def load_scalar(config: ModelConfig, path: str, head: Literal["random", "zero", 
         raise UserError(f"{path}: has no trained score head", "Its scores would be random.", "Name a reward model.")
     if new and isinstance(layer, nn.Linear):
         with torch.no_grad():
-            layer.weight.normal_(std=0.0 if head == "zero" else 1 / math.sqrt(layer.in_features + 1))
+            layer.weight.normal_(std=0.02 if head == "small" else 1 / math.sqrt(layer.in_features + 1))
             if layer.bias is not None:
                 layer.bias.zero_()
     return scalar

@@ -300,7 +300,7 @@ def load_models(config: PPOConfig, chat: ChatTokenizer, path: str) -> tuple[Engi
     critic: ScalarModel | None = None
     if config.needs_critic:
         start = result_of(str(config.reward_model)) if config.critic.init == "reward" else path
-        critic = load_scalar(config.model, start, head="zero")
+        critic = load_scalar(config.model, start, head="small")
         critic.model = config.critic.tuning(critic.model, chat, "scalar")
     if config.update.gradient_checkpointing:
         for part in [policy] if critic is None else [policy, critic.model]:
