@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from torch import Tensor, nn
 
@@ -12,9 +12,8 @@ from rlhf.experience import MicroBatch
 from rlhf.models import ScalarModel, token_logprobs
 
 
-@dataclass(frozen=True)
-class TokenOutputs:
-    """What a forward pass says of the asked-for tokens, row after row. float32 [n]."""
+class TokenOutputs(NamedTuple):
+    """What a forward pass says of the asked-for tokens, row after row. float32 [n]. (ZeRO-3 looks into tuples.)"""
 
     logprobs: Tensor
     entropies: Tensor

@@ -25,6 +25,7 @@ from rlhf.errors import UserError
 from rlhf.launch import PARENT
 from rlhf.lazy import lazy
 from rlhf.plan import Coming, check
+from rlhf.runs import is_run, read_run
 
 if TYPE_CHECKING:
     import torch
@@ -85,7 +86,7 @@ def prepare(
     processes: int | None = None,
     coming: Coming | None = None,
 ) -> StageConfig | None:
-    """Read and check a stage's config and show the plan; None where that was all (`dry_run`). See `rlhf.plan.check`.
+    """Read and check a stage's config and show the plan; None where that was all. See `rlhf.plan.check`.
 
     Raises:
         UserError: Whatever can be found wrong without loading weights.
@@ -100,7 +101,12 @@ def prepare(
         say(dump_config(config).rstrip())
     if os.environ.get(PARENT) != "launcher":
         table(f"Plan: {stage}", ("what", "how"), plan)
-    return None if dry_run else config
+    if dry_run:
+        return None
+    if resume and is_run(config.run) and read_run(config.run).get("status") == "complete":
+        say(f"{config.run} is complete: there is nothing to continue")
+        return None
+    return config
 
 
 def run(function: Callable[..., None], config: Any, resume: bool, overwrite: bool) -> None:

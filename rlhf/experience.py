@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -78,9 +79,8 @@ class Experience:
     """Mean entropy of the policy over answer tokens, nats."""
 
 
-@dataclass(frozen=True)
-class MicroBatch:
-    """Sequences for one forward pass of one rank, on its device, padded on the right.
+class MicroBatch(NamedTuple):
+    """Sequences for one forward pass of one rank, on its device, padded on the right. (ZeRO-3 looks into tuples.)
 
     A rank that has fewer micro-batches than the others gets fillers: `rows` is empty, nothing in `response_mask`.
     """
