@@ -31,6 +31,26 @@ def gathered(parameters: Iterable[Any], write: bool = False) -> Iterator[None]:
         yield
 
 
+def trained_state(model: Any) -> dict[str, Tensor]:
+    """The weights that are trained, by name, as copies on rank 0's CPU; nothing on the others. Every rank calls it."""
+    state = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            with gathered([parameter]):
+                if is_main():
+                    state[name] = parameter.detach().to("cpu", copy=True).contiguous()
+    return state
+
+
+def put_trained_state(model: Any, state: dict[str, Tensor]) -> None:
+    """Put what `trained_state` gave back into the model. Every rank calls it, all with the weights."""
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            with gathered([parameter], write=True), torch.no_grad():
+                if is_main() or not hasattr(parameter, "ds_id"):
+                    parameter.copy_(state[name])
+
+
 def merged_state(model: Any) -> dict[str, Tensor]:
     """The whole weights with adapters merged in, under transformers' names. The live weights stay untouched.
 

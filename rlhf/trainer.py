@@ -1,17 +1,14 @@
 """Between our configs and run folders and transformers' Trainer, which SFT and the reward model ride on.
 
-A stage derives its trainer from `StageTrainer` (before TRL's SFTTrainer, where it uses that) and gives it `loss`,
-`evaluate_records` and, where records are not counted by labels, `count_items`. Then `fit` trains, resumes, keeps
-whole checkpoints and ends with the best weights.
+A stage derives its trainer from `StageTrainer` (before TRL's SFTTrainer, where it uses that) and says what `loss`,
+`evaluate_records` and `count_items` are. Then `fit` trains, resumes, keeps whole checkpoints, ends with the best.
 """
 
 from __future__ import annotations
 
 import logging
 import math
-import os
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -27,7 +24,7 @@ from rlhf.checkpoint import rng_state, set_rng_state, world_size_of
 from rlhf.config import RewardConfig, SFTConfig
 from rlhf.console import is_main, say
 from rlhf.errors import UserError
-from rlhf.merging import gathered
+from rlhf.merging import put_trained_state, trained_state
 from rlhf.models import ScalarModel, compute_dtype
 from rlhf.ordering import EpochSampler
 from rlhf.reporter import Reporter
@@ -122,7 +119,7 @@ def _deepspeed(config: Config) -> dict[str, Any] | None:
 class StageTrainer(Trainer):
     """A Trainer whose checkpoints are whole or absent, whose result is the best of them, and that resumes exactly.
 
-    Under DeepSpeed the process group is already there (`rlhf.distributed.start`).
+    Several processes, and one that names a DeepSpeed JSON, have a process group already (`rlhf.distributed.start`).
 
     Args:
         config: The stage's config.
@@ -146,10 +143,8 @@ class StageTrainer(Trainer):
     def __init__(self, config: Config, run: Run, **parts: Any) -> None:
         self.config, self.run = config, run
         self.checkpoints = run.checkpoints(config.checkpoints.keep)
-        held_out = parts.pop("eval_dataset", None)
-        held_out = held_out if held_out is not None and len(held_out) else None
+        held_out = parts.pop("eval_dataset", None) or None  # None where it is empty
         args = parts["args"]
-        _join_group_of_one(args)
         steps = math.ceil(config.batch.epochs * math.ceil(len(parts["train_dataset"]) / config.batch.batch_size))
         args.max_steps = config.batch.max_steps or steps
         args.warmup_steps = int(config.optimizer.warmup * args.max_steps)
@@ -164,7 +159,7 @@ class StageTrainer(Trainer):
         if self.accelerator.num_processes != distributed.world_size():
             raise UserError(
                 f"accelerate sees {self.accelerator.num_processes} of {distributed.world_size()} processes",
-                "Every process would train by itself on the same data.",
+                "Each would train by itself on the same data.",
             )
 
     # ---- what a stage says about its records
@@ -204,9 +199,6 @@ class StageTrainer(Trainer):
             UserError: The checkpoint was written by another number of processes, or a loss or gradient is not finite.
         """
         newest = self.checkpoints.newest() if resume else None
-        if resume:
-            self.run.rewind(newest[0] if newest else 0)
-            say(f"Continuing after step {newest[0]:,}" if newest else "No whole checkpoint: starting over")
         if newest is not None:
             wrote = world_size_of(newest[1])
             if wrote != distributed.world_size():
@@ -215,13 +207,15 @@ class StageTrainer(Trainer):
                     "Each process keeps its share of the optimizer state and its own random numbers.",
                     f"Resume with {wrote} processes.",
                 )
+        if resume:
+            self.run.rewind(newest[0] if newest else 0)
+            say(f"Continuing after step {newest[0]:,}" if newest else "No whole checkpoint: starting over")
         distributed.barrier()
         if newest is not None and newest[0] >= self.args.max_steps:
             self.state = TrainerState.load_from_json(str(newest[1] / "trainer_state.json"))
         else:
             try:
-                with _local_rank():
-                    self.train(resume_from_checkpoint=str(newest[1]) if newest else None)
+                self.train(resume_from_checkpoint=str(newest[1]) if newest else None)
             finally:
                 self.reporter.close()
         self.load_weights(self.checkpoints.path(self.best_step))
@@ -329,23 +323,13 @@ class StageTrainer(Trainer):
 
     def save_weights(self, folder: Path) -> None:
         """Write the trained weights, whole, as `weights.safetensors`; every rank calls it."""
-        state = {}
-        for name, parameter in self.model.named_parameters():
-            if parameter.requires_grad:
-                with gathered([parameter]):
-                    if is_main():
-                        state[name] = parameter.detach().to("cpu", copy=True).contiguous()
+        state = trained_state(self.model)
         if is_main():
             save_file(state, folder / "weights.safetensors")
 
     def load_weights(self, folder: Path) -> None:
         """Put the trained weights of a checkpoint into the model; every rank calls it."""
-        state = load_file(folder / "weights.safetensors")
-        for name, parameter in self.model.named_parameters():
-            if parameter.requires_grad:
-                with gathered([parameter], write=True), torch.no_grad():
-                    if is_main() or not hasattr(parameter, "ds_id"):
-                        parameter.copy_(state[name])
+        put_trained_state(self.model, load_file(folder / "weights.safetensors"))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         self.load_weights(Path(resume_from_checkpoint))
@@ -360,7 +344,9 @@ class StageTrainer(Trainer):
         if resume_from_checkpoint is not None:
             folder = Path(resume_from_checkpoint)
             if self.is_deepspeed_enabled:
-                self.model_wrapped.load_checkpoint(str(folder), load_module_strict=False)
+                found, _ = self.model_wrapped.load_checkpoint(str(folder), load_module_strict=False)
+                if found is None:
+                    raise UserError(f"{folder}: DeepSpeed finds no state of its own there", "Was the JSON changed?")
             else:
                 self.optimizer.load_state_dict(torch.load(folder / "optimizer.pt", weights_only=True))
             self.lr_scheduler.load_state_dict(torch.load(folder / "scheduler.pt", weights_only=True))
@@ -385,31 +371,6 @@ class StageTrainer(Trainer):
 def _zero_stage(args: TrainingArguments) -> int:
     settings: Any = args.deepspeed or {}
     return int(settings.get("zero_optimization", {}).get("stage", 0))
-
-
-def _join_group_of_one(args: TrainingArguments) -> None:
-    """One process that names a DeepSpeed JSON is a process group of its own; no launcher has made it."""
-    if args.deepspeed and not torch.distributed.is_initialized():
-        import deepspeed.ops
-
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-        backend = "nccl" if torch.cuda.is_available() else "gloo"
-        torch.distributed.init_process_group(backend, store=torch.distributed.HashStore(), rank=0, world_size=1)
-
-
-@contextmanager
-def _local_rank() -> Iterator[None]:
-    """DeepSpeed insists on LOCAL_RANK, which no launcher has set for a lone process.
-
-    It is gone again afterwards: accelerate would take it for the word of a launcher.
-    """
-    lone = "LOCAL_RANK" not in os.environ
-    os.environ.setdefault("LOCAL_RANK", "0")
-    try:
-        yield
-    finally:
-        if lone:
-            del os.environ["LOCAL_RANK"]
 
 
 def _keep_gradient_norm(engine: Any) -> None:

@@ -26,6 +26,8 @@ from rlhf.tokenization import ChatTokenizer, load_tokenizer
 from rlhf.trainer import StageTrainer, training_arguments
 from rlhf.tuning import generation_config, save_result, say_trainable, virtual_tokens
 
+KINDS = ("demonstration", "ranking")
+"""What can be learned from: of a ranking, its best answer is the demonstration."""
 VARLEN = (
     "flash_attention_2",
     "flash_attention_3",
@@ -37,16 +39,16 @@ VARLEN = (
 
 def run(config: SFTConfig, resume: bool = False, overwrite: bool = False) -> None:
     """Train, and leave the result in the run folder's model/."""
-    distributed.start(config.timeout_seconds)
+    distributed.start(config.timeout_seconds, config.deepspeed is not None)
     transformers.utils.logging.disable_progress_bar()
     path = result_of(config.model.path)
     # 1. tokenizer, run folder, rows
     chat = load_tokenizer(config.model, path)
     limit = sequence_limit(config.model, load_config(config.model, path)) - virtual_tokens(config.tuning)
-    data = open_all([*config.data.train, *config.data.eval], ["demonstration"], "data")
+    data = open_all([*config.data.train, *config.data.eval], KINDS, "data")
     facts = {"parents": [parent_facts(config.model.path)], "data": data_facts(data), **chat.fingerprints()}
     folder = open_run(config, "sft", resume, overwrite, facts)
-    tables = tokenize(folder, chat, limit, config.data, "demonstration")
+    tables = tokenize(folder, chat, limit, config.data, "demonstration", KINDS)
     # 2. the model, and what of it is trained; the same first weights on every rank
     transformers.set_seed(config.seed)
     model = config.tuning(load_policy(config.model, path), chat, "causal")
@@ -57,7 +59,9 @@ def run(config: SFTConfig, resume: bool = False, overwrite: bool = False) -> Non
     trainer.fit(resume)
     # 4. the result: the weights of the best checkpoint
     save_result(folder.path, trainer.model, chat, config.tuning)
-    finish(folder, step=trainer.best_step, eval_loss=trainer.state.best_metric)
+    best = trainer.state.best_metric
+    metrics = {} if best is None else {"eval_loss": best, "eval_perplexity": perplexity(best)}
+    finish(folder, step=trainer.best_step, metrics=metrics)
 
 
 def pack(table: Any, limit: int, model: Any) -> Any:
@@ -107,7 +111,7 @@ class PolicyTrainer(StageTrainer, SFTTrainer):
             sums += torch.stack([-out.log_probs.double().sum(), out.is_top1.double().sum(), out.label_mask.sum()])
         loss, right, tokens = distributed.all_sum(sums).tolist()
         loss /= max(tokens, 1)
-        return {"loss": loss, "perplexity": math.exp(min(loss, 700)), "token_accuracy": right / max(tokens, 1)}
+        return {"loss": loss, "perplexity": perplexity(loss), "token_accuracy": right / max(tokens, 1)}
 
     def after_evaluation(self, model: Any, step: int) -> None:
         """Answers to the first held-out prompts go to samples.jsonl."""
@@ -131,6 +135,11 @@ class PolicyTrainer(StageTrainer, SFTTrainer):
                 for prompt, answer, row, start in zip(prompts, answers, rows, starts)
             ],
         )
+
+
+def perplexity(loss: float) -> float:
+    """exp of a mean negative log-likelihood in nats."""
+    return math.exp(min(loss, 700))
 
 
 def answer_start(labels: list[int]) -> int:

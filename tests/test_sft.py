@@ -1,0 +1,419 @@
+"""Instruction tuning: the loss is what it says, evaluations change nothing, the best weights are the result.
+
+The slow tests kill runs with SIGKILL, resume them, and compare ZeRO on two processes with one process.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import tiny
+import torch
+import transformers
+from safetensors.torch import load_file
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from rlhf.checkpoint import SEAL
+from rlhf.config import SFTConfig
+from rlhf.config_file import check_config
+from rlhf.data import tokenize
+from rlhf.errors import UserError
+from rlhf.models import load_policy
+from rlhf.ordering import epoch_order
+from rlhf.runs import Run, read_run
+from rlhf.tokenization import load_tokenizer
+from rlhf.trainer import StageTrainer
+from stages import sft
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="module")
+def demos(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return tiny.write_demonstrations(tmp_path_factory.mktemp("data") / "demos", 40)
+
+
+def settings(demos: str, run: Path, **changes: Any) -> dict[str, Any]:
+    """Ten steps in two epochs, two micro-batches each; evaluations and checkpoints at different steps."""
+    return {
+        "run": str(run),
+        "model": {"path": tiny.llama()},
+        "data": {"train": [demos]},
+        "batch": {"batch_size": 8, "micro_batch_size": 4, "epochs": 2},
+        "optimizer": {"lr": 3e-3, "warmup": 0.1},
+        "checkpoints": {"every": 3},
+        "eval_every": 4,
+        "samples": 2,
+        "sample_tokens": 8,
+        "timeout_seconds": 60,
+        **changes,
+    }
+
+
+def run(values: dict[str, Any], resume: bool = False) -> Path:
+    sft.run(check_config(SFTConfig, values, "the test"), resume=resume)
+    return Path(values["run"])
+
+
+TIMES = ("seconds", "tokens_per_second")
+
+
+def lines(run: Path, name: str = "metrics.jsonl") -> list[dict[str, Any]]:
+    """Logged rows without the timing fields, which alone may differ between runs."""
+    rows = [json.loads(line) for line in (run / name).read_text("utf-8").splitlines()]
+    return [{key: value for key, value in row.items() if key not in TIMES} for row in rows]
+
+
+def losses(run: Path) -> list[float]:
+    return [row["loss"] for row in lines(run) if "loss" in row]
+
+
+def weights(run: Path) -> dict[str, Tensor]:
+    return load_file(run / "model" / "model.safetensors")
+
+
+def same_weights(a: Path, b: Path) -> bool:
+    first, second = weights(a), weights(b)
+    return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+
+
+def rows(demos: str, folder: Path) -> Any:
+    """The token rows that a run trains on and holds out."""
+    config = check_config(SFTConfig, settings(demos, folder), "the test")
+    chat = load_tokenizer(config.model, tiny.llama())
+    folder.mkdir()
+    return tokenize(Run(folder, "sft"), chat, 128, config.data, "demonstration")
+
+
+def nll(model: Any, records: list[dict[str, Any]]) -> tuple[Tensor, int]:
+    """Summed negative log-likelihood of the labelled tokens, record by record without padding, and their number."""
+    total, count = torch.zeros(()), 0
+    for record in records:
+        logits = model(torch.tensor([record["input_ids"]])).logits[0, :-1]
+        labels = torch.tensor(record["labels"])[1:]
+        total = total + cross_entropy(logits, labels, ignore_index=-100, reduction="sum")
+        count += int((labels != -100).sum())
+    return total, count
+
+
+# ---- the loss ------------------------------------------------------------------------------------------------------
+
+
+def test_training_equals_plain_torch(demos: str, tmp_path: Path) -> None:
+    optimizer = {"lr": 3e-3, "schedule": "constant", "warmup": 0.0, "weight_decay": 0.1, "max_grad_norm": 0.5}
+    found = losses(run(settings(demos, tmp_path / "run", optimizer=optimizer)))
+    table = rows(demos, tmp_path / "rows").train
+    config = check_config(SFTConfig, settings(demos, tmp_path / "run"), "the test")
+    model = load_policy(config.model, tiny.llama())
+    decay = [p for n, p in model.named_parameters() if "norm" not in n]
+    rest = [p for n, p in model.named_parameters() if "norm" in n]
+    groups = [{"params": decay, "weight_decay": 0.1}, {"params": rest, "weight_decay": 0.0}]
+    adam = torch.optim.AdamW(groups, lr=3e-3)
+    for step in range(10):
+        order = epoch_order(0, step // 5, 40, 8, table["length"][:])
+        batch = [table[row] for row in order[8 * (step % 5) :][:8]]
+        total, count = nll(model, batch)
+        loss = total / count
+        assert found[step] == pytest.approx(float(loss), abs=1e-5)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5)
+        adam.step()
+        adam.zero_grad()
+
+
+def test_only_assistant_tokens_give_a_gradient(demos: str, tmp_path: Path) -> None:
+    chat = load_tokenizer(check_config(SFTConfig, settings(demos, tmp_path / "r"), "t").model, tiny.llama())
+    config = check_config(SFTConfig, settings(demos, tmp_path / "run"), "the test")
+    table = rows(demos, tmp_path / "rows").train
+    model = load_policy(config.model, tiny.llama())
+    trainer = sft.PolicyTrainer(config, Run(tmp_path / "run", "sft"), chat, model, table, None)
+    states: list[Tensor] = []
+
+    def keep(module: Any, inputs: Any, output: Any) -> None:
+        output.retain_grad()
+        states.append(output)
+
+    model.model.norm.register_forward_hook(keep)
+    batch = trainer.data_collator([table[i] for i in range(4)])
+    trainer.loss(model, dict(batch), trainer.count_items(batch)).backward()
+    gradient = states[0].grad.abs().sum(-1)[:, :-1]
+    asked = batch["labels"][:, 1:] != -100
+    assert (gradient[asked] > 0).all() and (gradient[~asked] == 0).all()
+    for record in table.select(range(4)):
+        said = [token for token, label in zip(record["input_ids"], record["labels"]) if label != -100]
+        assert chat.decode(said).startswith("It goes to the") and said[-1] == chat.end_id
+
+
+def test_held_out_loss_is_a_mean_over_tokens(demos: str, tmp_path: Path) -> None:
+    done = run(settings(demos, tmp_path / "run", eval_every=10))
+    last = lines(done)[-1]
+    model = AutoModelForCausalLM.from_pretrained(done / "model")
+    with torch.no_grad():
+        total, count = nll(model, list(rows(demos, tmp_path / "rows").eval))
+    assert last["eval_loss"] == pytest.approx(float(total) / count, abs=1e-5)
+    assert last["eval_perplexity"] == pytest.approx(math.exp(float(total) / count), rel=1e-4)
+    assert read_run(done)["metrics"] == {k: v for k, v in last.items() if k in ("eval_loss", "eval_perplexity")}
+
+
+def test_evaluations_samples_and_log_intervals_change_no_step(demos: str, tmp_path: Path) -> None:
+    plain = run(settings(demos, tmp_path / "a", eval_every=100, samples=0))
+    busy = run(settings(demos, tmp_path / "b", eval_every=1, samples=4))
+    assert losses(plain) == losses(busy)
+    sparse = run(settings(demos, tmp_path / "c", eval_every=100, samples=0, log={"every": 4}, checkpoints={"every": 5}))
+    logged = {row["step"]: row["loss"] for row in lines(sparse) if "loss" in row}
+    assert list(logged) == [4, 5, 8, 10]  # also at checkpoints
+    assert logged[4] == pytest.approx(sum(losses(plain)[:4]) / 4, abs=1e-5)
+
+
+# ---- the result ----------------------------------------------------------------------------------------------------
+
+
+def test_the_best_checkpoint_is_the_result_and_is_kept(demos: str, tmp_path: Path) -> None:
+    values = settings(demos, tmp_path / "run", eval_every=1, checkpoints={"every": 2, "keep": 1})
+    values["batch"] = {"batch_size": 8, "epochs": 6}
+    values["optimizer"] = {"lr": 0.1, "schedule": "constant"}  # too much: the loss rises again
+    done = run(values)
+    held_out = {row["step"]: row["eval_loss"] for row in lines(done) if "eval_loss" in row}
+    best = min(held_out, key=held_out.__getitem__)
+    assert best < 30 and read_run(done)["step"] == best
+    kept = sorted(path.name for path in (done / "checkpoints").iterdir())
+    assert kept == [f"step-{best:08d}", "step-00000030"]
+    saved = load_file(done / "checkpoints" / f"step-{best:08d}" / "weights.safetensors")
+    assert all(torch.equal(value, saved[name]) for name, value in weights(done).items())
+
+
+def test_the_result_loads_in_plain_transformers_and_answers(demos: str, tmp_path: Path) -> None:
+    batch = {"batch_size": 8, "epochs": 12}
+    done = run(settings(demos, tmp_path / "run", eval_every=30, batch=batch, optimizer={"lr": 1e-2}))
+    tokenizer = AutoTokenizer.from_pretrained(done / "model")
+    model = AutoModelForCausalLM.from_pretrained(done / "model")
+    chat = [{"role": "user", "content": tiny.question(3)}]
+    ids = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    answer = model.generate(**ids, max_new_tokens=60)[0, ids["input_ids"].shape[1] :]
+    assert tokenizer.decode(answer).startswith(" It goes to the")
+    samples = lines(done, "samples.jsonl")
+    assert [row["step"] for row in samples] == [30, 30, 60, 60]
+    assert samples[-1]["answer"].startswith("It goes to") and samples[-1]["prompt"].endswith("Assistant:")
+    assert samples[0]["demonstration"] == tiny.answer(40, 0)
+    assert [row["ended"] for row in samples] == [False] * 4  # after 8 tokens
+
+
+@pytest.mark.parametrize("tuning", ["lora", "prefix-tuning"])
+def test_an_adapter_run_leaves_adapter_and_model(tuning: str, demos: str, tmp_path: Path, capsys: Any) -> None:
+    values = settings(demos, tmp_path / "run", tuning=tuning, optimizer={"lr": 0.03})
+    values["model"] = {"path": tiny.llama(), "max_length": 100}
+    done = run(values)
+    assert f"Tuning: {tuning}" in capsys.readouterr().out
+    assert losses(done)[-1] < losses(done)[0]
+    assert (done / "adapter").exists() == (tuning == "lora")
+    if tuning == "lora":
+        AutoModelForCausalLM.from_pretrained(done / "model")
+    else:
+        peft.AutoPeftModelForCausalLM.from_pretrained(done / "model")
+
+
+def test_without_held_out_prompts_the_last_weights_are_the_result(tmp_path: Path) -> None:
+    demos = tiny.write_demonstrations(tmp_path / "demos", 16, held_out=0)
+    done = run(settings(demos, tmp_path / "run"))
+    assert read_run(done)["step"] == 4 and not any("eval_loss" in row for row in lines(done))
+
+
+def test_activation_checkpointing_changes_no_number(demos: str, tmp_path: Path) -> None:
+    batch = {"batch_size": 8, "micro_batch_size": 4, "max_steps": 4}
+    plain = run(settings(demos, tmp_path / "a", batch=batch))
+    spare = run(settings(demos, tmp_path / "b", batch={**batch, "gradient_checkpointing": True}))
+    assert losses(plain) == losses(spare)
+
+
+# ---- what is refused -----------------------------------------------------------------------------------------------
+
+
+def test_packing_is_refused_where_rows_would_see_each_other(demos: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="packing: the attention implementation is 'sdpa'"):
+        run(settings(demos, tmp_path / "run", packing=True))
+
+
+def test_packed_rows_hold_whole_demonstrations(demos: str, tmp_path: Path) -> None:
+    table = rows(demos, tmp_path / "rows").train
+    model = transformers.AutoModelForCausalLM.from_pretrained(tiny.llama())
+    model.config._attn_implementation = "flash_attention_2"
+    packed = sft.pack(table, 128, model)
+    assert len(packed) < len(table) and all(
+        sum(n) == len(ids) for n, ids in zip(packed["seq_lengths"], packed["input_ids"])
+    )
+    assert sorted(n for lengths in packed["seq_lengths"] for n in lengths) == sorted(table["length"][:])
+
+
+def test_a_learned_prefix_with_activation_checkpointing_is_refused(demos: str, tmp_path: Path) -> None:
+    batch = {"batch_size": 8, "gradient_checkpointing": True}
+    values = settings(demos, tmp_path / "run", tuning="prefix-tuning", batch=batch)
+    values["model"] = {"path": tiny.llama(), "max_length": 100}
+    with pytest.raises(UserError, match="does not work with prefix-tuning"):
+        run(values)
+
+
+@pytest.mark.parametrize("fault", ["loss", "gradient"])
+def test_a_loss_or_gradient_that_is_not_finite_stops_before_the_weights_move(
+    fault: str, demos: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usual = sft.PolicyTrainer.loss
+
+    def spoiled(self: Any, model: Any, inputs: Any, items: Tensor) -> Tensor:
+        loss = usual(self, model, inputs, items)
+        if self.state.global_step != 7:
+            return loss
+        if fault == "loss":
+            return loss * math.nan
+        loss.register_hook(lambda gradient: gradient * math.inf)
+        return loss
+
+    monkeypatch.setattr(sft.PolicyTrainer, "loss", spoiled)
+    with pytest.raises(UserError) as error:
+        run(settings(demos, tmp_path / "run"))
+    assert f"step 8: the {fault} is not finite" in str(error.value)
+    assert f"{tmp_path}/run/checkpoints/step-00000006" in str(error.value)
+    monkeypatch.setattr(sft.PolicyTrainer, "loss", usual)
+    resumed, whole = run(settings(demos, tmp_path / "run"), resume=True), run(settings(demos, tmp_path / "whole"))
+    assert lines(resumed) == lines(whole) and same_weights(resumed, whole)
+
+
+def test_resuming_with_another_number_of_processes_is_refused(demos: str, tmp_path: Path) -> None:
+    done = run(settings(demos, tmp_path / "run"))
+    before = lines(done)
+    for seal in (done / "checkpoints").glob(f"*/{SEAL}"):
+        seal.write_text(seal.read_text().replace('"world_size": 1', '"world_size": 2'))
+    with pytest.raises(UserError, match="written by 2 processes, this run has 1"):
+        run(settings(demos, done), resume=True)
+    assert lines(done) == before
+
+
+def test_resuming_a_finished_run_gives_the_same_result(demos: str, tmp_path: Path) -> None:
+    done = run(settings(demos, tmp_path / "run"))
+    before, kept = lines(done), weights(done)
+    run(settings(demos, tmp_path / "run"), resume=True)
+    assert lines(done) == before and all(torch.equal(kept[name], value) for name, value in weights(done).items())
+
+
+# ---- killed, and on several processes ------------------------------------------------------------------------------
+
+RUN = """
+import json, os, signal, sys
+import torch
+torch.set_num_threads(1)
+import stages.sft as sft
+from rlhf.config import SFTConfig
+from rlhf.config_file import check_config
+from rlhf.entry import run, told
+from rlhf.trainer import StageTrainer
+
+KILL = sys.argv[2]  # "in-step 5", "in-write 6" or nothing
+RANK = int(os.environ.get("RANK", "0"))
+
+def die_at(name, when):
+    usual = getattr(StageTrainer, name)
+    def dying(self, *args, **kwargs):
+        result = usual(self, *args, **kwargs)
+        if self.state.global_step == when and RANK == 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return result
+    setattr(StageTrainer, name, dying)
+
+if KILL:
+    where, step = KILL.split()
+    die_at({"in-step": "training_step", "in-write": "save_weights"}[where], int(step))
+with told():
+    run(sft.run, check_config(SFTConfig, json.loads(sys.argv[1]), "the test"), sys.argv[3] == "1", False)
+"""
+
+
+def launch(processes: int, values: dict[str, Any], kill: str = "", resume: bool = False) -> Path:
+    done = tiny.launch(processes, RUN, json.dumps(values), kill, str(int(resume)))
+    assert (done.returncode != 0) == bool(kill), done.stdout[-4000:]
+    return Path(values["run"])
+
+
+def zero(tmp_path: Path, stage: int) -> str:
+    file = tmp_path / f"zero{stage}.json"
+    file.write_text(json.dumps({"zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 0}}))
+    return str(file)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("processes, stage, log_every", [(1, None, 1), (1, None, 4), (2, 2, 1), (2, 3, 4)])
+def test_a_killed_run_resumes_bit_for_bit(
+    processes: int, stage: int | None, log_every: int, demos: str, tmp_path: Path
+) -> None:
+    changes = {"deepspeed": zero(tmp_path, stage)} if stage else {}
+    changes |= {"log": {"every": log_every}}
+    changes |= {"batch": {"batch_size": 8, "micro_batch_size": 2, "epochs": 2}}
+    whole = launch(processes, settings(demos, tmp_path / "whole", **changes))
+    for kill in ("in-step 5", "in-write 3", "in-write 6"):
+        values = settings(demos, tmp_path / kill.replace(" ", "-"), **changes)
+        killed = launch(processes, values, kill)
+        assert not (killed / "model").exists()
+        if kill.startswith("in-write"):
+            assert list((killed / "checkpoints").glob(".step-*.partial/weights.safetensors"))
+        launch(processes, values, resume=True)
+        assert lines(killed) == lines(whole)
+        assert lines(killed, "samples.jsonl") == lines(whole, "samples.jsonl")
+        assert same_weights(killed, whole)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("tuning", ["full", "lora"])
+@pytest.mark.parametrize("stage", [0, 2, 3])
+def test_two_processes_equal_one(stage: int, tuning: str, demos: str, tmp_path: Path) -> None:
+    changes = {
+        "tuning": tuning,
+        "batch": {"batch_size": 8, "micro_batch_size": 2, "epochs": 2, "group_by_length": False},
+    }
+    one = run(settings(demos, tmp_path / "one", **changes))
+    two = launch(2, settings(demos, tmp_path / "two", deepspeed=zero(tmp_path, stage), **changes))
+    assert len(losses(two)) == 10
+    for mine, other in zip(lines(one), lines(two)):
+        assert mine.keys() == other.keys()
+        for key in ("loss", "grad_norm", "learning_rate", "tokens", "eval_loss", "eval_token_accuracy"):
+            assert mine.get(key) == pytest.approx(other.get(key), abs=1e-4), (mine["step"], key)
+    assert read_run(one)["step"] == read_run(two)["step"]
+    exported, expected = weights(two), weights(one)
+    assert exported.keys() == expected.keys()
+    assert max(float((exported[name] - expected[name]).abs().max()) for name in expected) < 1e-3
+    table = rows(demos, tmp_path / "rows").eval
+    with torch.no_grad():
+        total, count = nll(AutoModelForCausalLM.from_pretrained(two / "model"), list(table))
+    assert float(total) / count == pytest.approx(read_run(two)["metrics"]["eval_loss"], abs=1e-4)
+
+
+@pytest.mark.slow
+def test_a_deepspeed_file_works_on_one_process(demos: str, tmp_path: Path) -> None:
+    batch = {"batch_size": 8, "micro_batch_size": 4, "max_steps": 4}
+    plain = run(settings(demos, tmp_path / "plain", batch=batch))
+    for stage in (2, 3):
+        values = settings(demos, tmp_path / f"zero{stage}", batch=batch, deepspeed=zero(tmp_path, stage))
+        assert losses(launch(1, values)) == pytest.approx(losses(plain), abs=1e-5)
+
+
+@pytest.mark.slow
+def test_a_loss_that_is_not_finite_on_one_rank_stops_all(demos: str, tmp_path: Path) -> None:
+    spoil = """
+usual = sft.PolicyTrainer.loss
+def spoiled(self, *args):
+    return usual(self, *args) * (float("nan") if self.state.global_step == 4 and RANK else 1)
+sft.PolicyTrainer.loss = spoiled
+with told():"""
+    values = settings(demos, tmp_path / "run")
+    done = tiny.launch(2, RUN.replace("with told():", spoil), json.dumps(values), "", "0")
+    assert done.returncode != 0 and "step 5: the loss is not finite" in done.stdout, done.stdout[-3000:]
+    assert "lost contact" not in done.stdout
+
+
+def test_the_killing_hooks_name_real_methods() -> None:
+    assert hasattr(StageTrainer, "training_step") and hasattr(StageTrainer, "save_weights")
