@@ -34,7 +34,7 @@ class Engine:
     stage = 0
 
     def __init__(self, module: nn.Module, groups: list[dict[str, Any]], config: PPOOptimizerConfig, precision: str):
-        self.module = module.to(distributed.device())
+        self.module = self._placed(module)
         self.config = config
         self.dtype = compute_dtype(precision)
         self.optimizer = torch.optim.AdamW(groups, betas=config.betas, eps=config.eps, weight_decay=config.weight_decay)
@@ -43,6 +43,9 @@ class Engine:
         self._finite = torch.ones((), device=distributed.device())
         for parameter in self._parameters:
             parameter.register_hook(self._watch)
+
+    def _placed(self, module: nn.Module) -> nn.Module:
+        return module.to(distributed.device())
 
     def _watch(self, gradient: Tensor) -> None:
         # The sum is infinite or NaN if any element is; it sees the gradient before any rank or optimizer does.
@@ -102,8 +105,7 @@ class Engine:
 
     def freeze(self, model: nn.Module) -> Any:
         """A frozen model on this process's device, in the computation's dtype."""
-        model = model.requires_grad_(False).eval()
-        return model.to(distributed.device(), self.dtype)
+        return self._placed(model.requires_grad_(False).eval().to(self.dtype))
 
 
 class DeepSpeedEngine(Engine):
@@ -122,8 +124,8 @@ class DeepSpeedEngine(Engine):
     ) -> None:
         import deepspeed
 
-        super().__init__(module, groups, config, precision)
         self.stage = settings.get("zero_optimization", {}).get("stage", 0)
+        super().__init__(module, groups, config, precision)
         kept = {key: value for key, value in settings.items() if key not in SET_BY_US}
         self.settings = kept | {
             "train_micro_batch_size_per_gpu": 1,
@@ -138,6 +140,10 @@ class DeepSpeedEngine(Engine):
         if self.deepspeed.zero_optimization_stage() != self.stage:
             raise UserError(f"DeepSpeed runs ZeRO stage {self.deepspeed.zero_optimization_stage()}, not {self.stage}")
         self.module = self.deepspeed.module
+
+    def _placed(self, module: nn.Module) -> nn.Module:
+        # ZeRO-3 moves one parameter at a time, so that no device has to hold the whole.
+        return module if self.stage == 3 else super()._placed(module)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self.deepspeed(*args, **kwargs)
