@@ -389,12 +389,12 @@ def _save_adapter(folder: Path, model: Any) -> None:
 
 
 def generation_config(model: Any, chat: Any) -> Any:
-    """The model's generation config, with the stop tokens of the chat template and its padding."""
+    """The model's generation config, with the tokens that end an answer in a rollout and the chat's padding."""
     from transformers import GenerationConfig
 
+    from rlhf.rollout import end_ids
+
     config = GenerationConfig.from_dict(model.generation_config.to_dict())
-    known = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
-    config.eos_token_id = list(dict.fromkeys([chat.end_id, *(token for token in known if token is not None)]))
-    config.pad_token_id = chat.pad_id
+    config.eos_token_id, config.pad_token_id = end_ids(model, chat), chat.pad_id
     config._from_model_config = False  # else loading it takes the stop token from config.json again
     return config

@@ -20,6 +20,7 @@ from rlhf.config import SFTConfig
 from rlhf.data import open_all, tokenize
 from rlhf.entry import main
 from rlhf.errors import UserError
+from rlhf.inference import quiet
 from rlhf.models import load_config, load_policy, sequence_limit
 from rlhf.runs import Run, data_facts, finish, open_run, parent_facts, result_of
 from rlhf.tokenization import ChatTokenizer, load_tokenizer
@@ -40,7 +41,7 @@ VARLEN = (
 def run(config: SFTConfig, resume: bool = False, overwrite: bool = False) -> None:
     """Train, and leave the result in the run folder's model/."""
     distributed.start(config.timeout_seconds, config.deepspeed is not None)
-    transformers.utils.logging.disable_progress_bar()
+    quiet()
     path = result_of(config.model.path)
     # 1. tokenizer, run folder, rows
     chat = load_tokenizer(config.model, path)
