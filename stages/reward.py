@@ -66,7 +66,7 @@ def run(config: RewardConfig, resume: bool = False, overwrite: bool = False) -> 
     trainer.fit(resume)
     # 4. held-out metrics and the scale, from one set of scores
     scored = trainer.best_scored()
-    headline = report(folder, scored, trainer.best_step) if scored else None
+    headline = report(folder, scored, trainer.best_step) if scored else {}
     if config.normalize == "answers":
         scalar.set_scale(*mean_and_std(scored or trainer.score(tables.train)))
     elif config.normalize == "demonstrations":
