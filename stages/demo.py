@@ -225,6 +225,8 @@ class Demo:
         words = ["rlhf", stage, "--config", os.path.relpath(file), *overrides, *(["--resume"] if resume else [])]
         say(f"$ {shlex.join(words)}", style="cyan")
         config = entry.prepare(stage, file, overrides, resume)
+        if config is None:  # killed between the end of the run and our note of it
+            return
         entry.run(importlib.import_module(f"stages.{stage}").run, config, resume, overwrite=False)
 
     def export(self) -> None:

@@ -10,7 +10,7 @@ import tiny
 from rlhf.config import SFTConfig
 from rlhf.config_file import check_config
 from rlhf.errors import UserError
-from rlhf.runs import check_same_text, finish, fingerprint, open_run, parent_facts, read_run, result_of
+from rlhf.runs import check_same_text, fingerprint, finish, open_run, parent_facts, read_run, result_of
 
 
 def config(folder, **more):
@@ -113,5 +113,5 @@ def test_a_parent_with_another_tokenizer_or_template_is_refused(tmp_path):
 def test_a_damaged_run_file_is_named(tmp_path):
     opened(tmp_path / "run")
     (tmp_path / "run" / "run.json").write_text("{")
-    with pytest.raises(UserError, match="run.json: damaged"):
+    with pytest.raises(UserError, match=r"run\.json: damaged"):
         read_run(tmp_path / "run")
