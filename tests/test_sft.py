@@ -29,7 +29,6 @@ from rlhf.models import load_policy
 from rlhf.ordering import epoch_order
 from rlhf.runs import Run, read_run
 from rlhf.tokenization import load_tokenizer
-from rlhf.trainer import StageTrainer
 from stages import sft
 
 torch.set_num_threads(1)
@@ -413,7 +412,3 @@ with told():"""
     done = tiny.launch(2, RUN.replace("with told():", spoil), json.dumps(values), "", "0")
     assert done.returncode != 0 and "step 5: the loss is not finite" in done.stdout, done.stdout[-3000:]
     assert "lost contact" not in done.stdout
-
-
-def test_the_killing_hooks_name_real_methods() -> None:
-    assert hasattr(StageTrainer, "training_step") and hasattr(StageTrainer, "save_weights")
