@@ -9,7 +9,7 @@ The hidden rule (`judge`) gives an answer points for its request:
     +2    it states what was asked for, of the right animal, and truly
     +1    it names the animal with its looks, as the request did
     +0.5  it adds another fact about that animal
-    +1    it is courteous (an opening or closing line; more of them earn nothing)
+    +2    it is courteous (an opening or closing line; more of them earn nothing)
     -2    it is rude (once)
     -1    each statement that is false, or about another animal or place than asked for
     -1    each sentence that says what was said before
@@ -161,12 +161,12 @@ class Verdict:
 
     @property
     def points(self) -> float:
-        """The score, higher = better; 4.5 is the best there is."""
+        """The score, higher = better; 5.5 is the best there is."""
         return sum(weight * getattr(self, name) for name, weight in POINTS.items())
 
 
 POINTS = {
-    "answers": 2.0, "names": 1.0, "informs": 0.5, "courteous": 1.0, "rude": -2.0, "false": -1.0, "repeated": -1.0,
+    "answers": 2.0, "names": 1.0, "informs": 0.5, "courteous": 2.0, "rude": -2.0, "false": -1.0, "repeated": -1.0,
     "beside": -0.5, "garbled": -1.0, "unfinished": -1.0, "surplus": -0.5,
 }  # fmt: skip
 ENOUGH_SENTENCES = 4
@@ -228,7 +228,7 @@ class Annotator:
     """Scale of the Gumbel noise on each answer's points: ranks then follow Plackett-Luce with points / noise."""
 
 
-ANNOTATORS = (Annotator("ines", 0.7), Annotator("jon", 0.9), Annotator("kim", 1.1), Annotator("lee", 1.3))
+ANNOTATORS = (Annotator("ines", 0.9), Annotator("jon", 1.1), Annotator("kim", 1.3), Annotator("lee", 1.5))
 TIE = 0.4
 """Answers whose points look closer than this share a rank."""
 

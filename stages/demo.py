@@ -64,8 +64,8 @@ BY_PEOPLE = 0.3
 """Share of prompts where a person wrote one of the candidates."""
 SAMPLED_TOGETHER = 192
 """Answers in a batch."""
-THREADS = 4
-"""Most CPU threads; more of them slow down models this small."""
+THREADS = 1
+"""CPU threads; more of them barely help models this small, and wait for each other where the machine is busy."""
 
 
 @dataclass(frozen=True)
@@ -111,7 +111,7 @@ class Demo:
         """
         self._open(overwrite)
         quiet()
-        torch.set_num_threads(min(THREADS, torch.get_num_threads()))
+        torch.set_num_threads(THREADS)
         steps: list[tuple[str, str, Callable[[], None]]] = [
             ("base", "A base model learns the language of the world", self.make_base),
             ("data/prompts", "Prompts", self.write_prompts),

@@ -67,9 +67,9 @@ def test_prompts_are_distinct_and_of_the_splits_asked_for():
         ("The red fox in Norway eats mice.", 3.0),
         ("It eats mice.", 2.0),
         # courteous 1, once
-        ("With pleasure. The red fox eats mice. Have a nice day.", 4.0),
+        ("With pleasure. The red fox eats mice. Have a nice day.", 5.0),
         # another fact 0.5
-        ("With pleasure. The red fox eats mice. It hunts at night.", 4.5),
+        ("With pleasure. The red fox eats mice. It hunts at night.", 5.5),
         # another fact 0.5 and a name 1, but not what was asked for
         ("The red fox lives in Norway.", 1.5),
         # false 1
@@ -88,7 +88,7 @@ def test_prompts_are_distinct_and_of_the_splits_asked_for():
         ("The red fox eats mice. It hunts at", 2.0),
         ("", -1.0),
         # the fifth sentence 0.5, itself beside the point 0.5
-        ("With pleasure. The red fox eats mice. It hunts at night. Have a nice day. The bus was late again.", 3.5),
+        ("With pleasure. The red fox eats mice. It hunts at night. Have a nice day. The bus was late again.", 4.5),
     ],
 )
 def test_the_rule_gives_hand_worked_points(answer, points):
@@ -98,7 +98,7 @@ def test_the_rule_gives_hand_worked_points(answer, points):
 def test_no_answer_in_the_worlds_sentences_beats_the_stated_best():
     rng = random.Random(0)
     for prompt in prompts({"train": 500}, rng):
-        assert judge(prompt, demonstrate(prompt, rng).answer).points <= 4.5
+        assert judge(prompt, demonstrate(prompt, rng).answer).points <= 5.5
 
 
 def test_the_report_names_all_that_the_rule_looks_at():
