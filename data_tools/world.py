@@ -161,7 +161,7 @@ class Verdict:
 
     @property
     def points(self) -> float:
-        """The score, higher = better; 5.5 is the best there is."""
+        """The score, higher = better; `BEST` is the best there is."""
         return sum(weight * getattr(self, name) for name, weight in POINTS.items())
 
 
@@ -169,6 +169,7 @@ POINTS = {
     "answers": 2.0, "names": 1.0, "informs": 0.5, "courteous": 2.0, "rude": -2.0, "false": -1.0, "repeated": -1.0,
     "beside": -0.5, "garbled": -1.0, "unfinished": -1.0, "surplus": -0.5,
 }  # fmt: skip
+BEST = sum(weight for weight in POINTS.values() if weight > 0)
 ENOUGH_SENTENCES = 4
 
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from data_tools.world import POINTS
+from data_tools.world import BEST, POINTS
 from rlhf.console import number, say, table
 
 RULE = {
@@ -48,7 +48,7 @@ def _policies(summary: dict[str, Any]) -> Part:
     before, after, compared = summary["policies"]["sft"], summary["policies"]["ppo"], summary["comparison"]
     count = compared["wins"] + compared["losses"] + compared["ties"]
     rows: list[tuple[Any, ...]] = [
-        ("points by the hidden rule, mean (at most 4.5)", before["points"], after["points"]),
+        (f"points by the hidden rule, mean (at most {number(BEST)})", before["points"], after["points"]),
         ("score by the reward model, mean", before["score"], after["score"]),
         ("answer length, tokens", before["tokens"], after["tokens"]),
         ("answers that ended", _share(before["ended"]), _share(after["ended"])),

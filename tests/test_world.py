@@ -14,6 +14,7 @@ import torch
 
 from data_tools.world import (
     ANNOTATORS,
+    BEST,
     LOOKS,
     PLACES,
     POINTS,
@@ -95,10 +96,14 @@ def test_the_rule_gives_hand_worked_points(answer, points):
     assert judge(FOOD, answer).points == points
 
 
+def test_the_best_answer_gets_the_stated_best():
+    assert judge(FOOD, "With pleasure. The red fox eats mice. It hunts at night.").points == BEST
+
+
 def test_no_answer_in_the_worlds_sentences_beats_the_stated_best():
     rng = random.Random(0)
     for prompt in prompts({"train": 500}, rng):
-        assert judge(prompt, demonstrate(prompt, rng).answer).points <= 5.5
+        assert judge(prompt, demonstrate(prompt, rng).answer).points <= BEST
 
 
 def test_the_report_names_all_that_the_rule_looks_at():
