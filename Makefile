@@ -20,10 +20,10 @@ demo: install
 	@$(BIN)/rlhf demo
 
 test: install
-	@$(BIN)/pytest -q
+	@$(BIN)/pytest -q -n 2 --dist loadfile
 
 test-slow: install
-	@$(BIN)/pytest -q -m "slow or real"
+	@$(BIN)/pytest -q -n 2 --dist worksteal -m "slow or real"
 
 lint: install
 	@$(BIN)/ruff check .

@@ -30,6 +30,11 @@ def shared() -> Path:
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Show what tests measured: they say it with `record_property("figures", text)`."""
+    for report in (*terminalreporter.getreports("passed"), *terminalreporter.getreports("failed")):
+        for name, text in report.user_properties if report.when == "call" else ():
+            if name == "figures":
+                terminalreporter.write_line(text)
     skipped = [r for r in terminalreporter.getreports("skipped") if "shared" in str(r.longrepr)]
     if skipped and os.environ.get("CI"):
         terminalreporter.write_line(f"{len(skipped)} tests were skipped for want of ../shared, which CI has", red=True)

@@ -39,7 +39,7 @@ def rlhf(place, *words):
     return done.stdout
 
 
-def test_three_stages_from_human_pairs_to_an_exported_policy(shared, place, capsys):
+def test_three_stages_from_human_pairs_to_an_exported_policy(shared, place, record_property):
     source = "../shared/data/preferences/hh_harmless_base_test.jsonl.gz"
     told = json.loads(
         rlhf(place, "data", "import", "hh-rlhf", source, "--out", "datasets/hh-all", "--json").splitlines()[-1]
@@ -54,8 +54,10 @@ def test_three_stages_from_human_pairs_to_an_exported_policy(shared, place, caps
     assert json.loads(said.splitlines()[-1])["answer"]
     judged = json.loads((place / "runs/hh-stories260k/reward/reward_metrics.json").read_text())
     policy = json.loads((place / "runs/hh-stories260k/ppo/run.json").read_text())["metrics"]
-    with capsys.disabled():
-        print(f"\nHH harmless: {told['written']} of {told['read']} pairs; set aside: {told['reasons']}")
-        print(f"held-out pair accuracy {judged['accuracy']:.3f} (longer wins: {judged['longer_accuracy']:.3f})", end="")
-        print(f"; score {policy['eval_score_at_start']:.2f} -> {policy['eval_score']:.2f} after three short updates")
+    record_property(
+        "figures",
+        f"HH harmless: {told['written']} of {told['read']} pairs, set aside: {told['reasons']}; held-out pair accuracy "
+        f"{judged['accuracy']:.3f} (longer wins: {judged['longer_accuracy']:.3f}); score "
+        f"{policy['eval_score_at_start']:.2f} -> {policy['eval_score']:.2f} in three short updates",
+    )
     assert judged["pairs"] > 50

@@ -9,7 +9,6 @@ import pytest
 
 from rlhf.config import PPOConfig
 from rlhf.config_file import check_config
-from rlhf.ppo_report import TIMINGS
 from rlhf.schema import from_dict
 from rlhf.store import DatasetWriter
 from stages.ppo import run
@@ -50,20 +49,21 @@ def story_config(shared: Path, folder: Path, seed: int, updates: int) -> PPOConf
 
 
 @pytest.mark.parametrize("seed", [0, 1])
-def test_the_reward_rises_clearly_within_40_updates_at_bounded_kl(seed, shared, tmp_path, capsys):
+def test_the_reward_rises_clearly_within_40_updates_at_bounded_kl(seed, shared, tmp_path, record_property):
     config = story_config(shared, tmp_path, seed, updates=40)
     run(config)
     lines = [json.loads(line) for line in (Path(config.run) / "metrics.jsonl").read_text().splitlines()]
     updates = [line for line in lines if "kl_coef" in line]
     first, last = [sum(u["score"] for u in part) / len(part) for part in (updates[:2], updates[-5:])]
     held_out = [line["eval_score"] for line in lines if "eval_score" in line]
-    with capsys.disabled():
-        figures = {k: v for k, v in updates[-1].items() if not k.startswith(TIMINGS)}
-        seconds = sum(u[f"seconds_{phase}"] for u in updates for phase in ("rollout", "score", "learn"))
-        reached = [next((u["step"] for u in updates if u["score"] >= bar), None) for bar in (0.6, 0.74)]
-        print(f"\nseed {seed}: share of sentences that name an animal {first:.3f} -> {last:.3f}", end="")
-        print(f" (held out {held_out[0]:.3f} -> {held_out[-1]:.3f}), KL {figures['kl']:.1f}, {seconds:.0f} s", end="")
-        print(f"; 0.60 and 0.74 first reached at updates {reached}")
+    seconds = sum(u[f"seconds_{phase}"] for u in updates for phase in ("rollout", "score", "learn"))
+    reached = [next((u["step"] for u in updates if u["score"] >= bar), None) for bar in (0.6, 0.74)]
+    record_property(
+        "figures",
+        f"stories, seed {seed}: share of sentences that name an animal {first:.3f} -> {last:.3f} (held out "
+        f"{held_out[0]:.3f} -> {held_out[-1]:.3f}), KL {updates[-1]['kl']:.1f}, {seconds:.0f} s; "
+        f"0.60 and 0.74 first reached at updates {reached}",
+    )
     assert first < 0.2
     assert last > 0.6
     assert held_out[-1] > held_out[0] + 0.3

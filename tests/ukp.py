@@ -52,38 +52,41 @@ def _chain(found: list[str], left: set[str], size: int, worse: dict[str, set[str
     return next(filter(None, longer), None)
 
 
-def write_ukp(folder: Path, held_out: int, seed: int, largest: int = 6) -> Counter[int]:
-    """Write the datasets `train` (K-way rankings) and `eval` (the plain pairs) into `folder`.
+def write_ukp(path: Path, seed: int, selection: int = 2, test: int = 3, largest: int = 6) -> Counter[str]:
+    """Write all of it as one dataset of K-way rankings, split by debate.
+
+    Both sides of a debate are in one split, so that nothing about a held-out topic is trained on.
 
     Args:
-        held_out: Debates, of two topics each, whose pairs are held out: both sides, so that no topic of theirs is
-            trained on.
-        seed: Chooses them.
+        seed: Chooses the debates of the splits.
+        selection: Debates (two topics each) in the split `eval`, by which the best checkpoint is chosen.
+        test: Debates in the split `test`, which nothing is chosen by.
         largest: See `rebuild_rankings`.
 
     Returns:
-        How many rankings of each K there are to train on.
+        How many pairs each split has.
     """
     topics: dict[str, list[dict[str, str]]] = {}
     with gzip.open(SOURCE, "rt", encoding="utf-8") as file:
         for row in map(json.loads, file):
             topics.setdefault(row["topic"], []).append(row)
     debates = sorted({topic.rpartition("_")[0] for topic in topics})
-    unseen = set(random.Random(seed).sample(debates, held_out))
-    sizes: Counter[int] = Counter()
-    with DatasetWriter(folder / "train", "ranking") as train, DatasetWriter(folder / "eval", "ranking") as evaluation:
+    random.Random(seed).shuffle(debates)
+    splits = ["test"] * test + ["eval"] * selection + ["train"] * (len(debates) - test - selection)
+    split_of = dict(zip(debates, splits))
+    pairs: Counter[str] = Counter()
+    with DatasetWriter(path, "ranking") as writer:
         for topic, rows in topics.items():
-            pairs = [(row["chosen"], row["rejected"]) for row in rows]
-            held = topic.rpartition("_")[0] in unseen
-            for texts in pairs if held else rebuild_rankings(pairs, largest):
+            split = split_of[topic.rpartition("_")[0]]
+            for texts in rebuild_rankings([(row["chosen"], row["rejected"]) for row in rows], largest):
                 ranking = Ranking(
                     (Message("user", rows[0]["prompt"]),),
                     source="UKPConvArg1",
                     group=topic,
-                    split="eval" if held else "train",
+                    split=split,
                     candidates=tuple(Candidate(text, author_kind="person") for text in texts),
                     ranks=tuple(range(1, len(texts) + 1)),
                 )
-                (evaluation if held else train).write(ranking)
-                sizes[len(texts)] += not held
-    return sizes
+                writer.write(ranking)
+                pairs[split] += ranking.informative_pairs
+    return pairs
