@@ -109,6 +109,17 @@ def permutation(count: int, *seed: int) -> list[int]:
     return torch.randperm(count, generator=generator).tolist()
 
 
+def endless(count: int, first: int, number: int, *seed: int) -> list[int]:
+    """Places `first`, `first + 1`, ... of endless passes over 0..count-1, each pass in a random order of its own.
+
+    They follow from the arguments alone, so that where the data stands needs no state.
+    """
+    passes = range(first // count, (first + number - 1) // count + 1)
+    order = [row for turn in passes for row in permutation(count, *seed, turn)]
+    start = first - passes.start * count
+    return order[start : start + number]
+
+
 def plan_minibatches(totals: Sequence[int], order: Sequence[int], minibatches: int, budget: int) -> list[Share]:
     """Cut an order of episodes into minibatches and share each out over the ranks by length.
 

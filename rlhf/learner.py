@@ -13,7 +13,7 @@ from rlhf.advantages import Advantages
 from rlhf.config import PPOConfig
 from rlhf.engine import Engine
 from rlhf.errors import UserError
-from rlhf.experience import Batcher, Experience, MicroBatch, Share, permutation, unflatten
+from rlhf.experience import Batcher, Experience, MicroBatch, Share, endless, unflatten
 from rlhf.losses import normalised, policy_loss, value_loss
 
 
@@ -50,10 +50,7 @@ class PtxBatches:
 
     def take(self, step: int, micro_batches: int) -> tuple[list[MicroBatch], int]:
         """This rank's demonstrations for an optimizer step, one micro-batch each, and their tokens on all ranks."""
-        count, rows = len(self.batcher.rows), []
-        for position in range(step * self.batch_size, (step + 1) * self.batch_size):
-            pass_, index = divmod(position, count)
-            rows.append(permutation(count, *self.seed, pass_)[index])
+        rows = endless(len(self.batcher.rows), step * self.batch_size, self.batch_size, *self.seed)
         ranks = distributed.world_size()
         share: Share = [
             [rows[r + ranks * m :: ranks * micro_batches] for m in range(micro_batches)] for r in range(ranks)

@@ -29,6 +29,7 @@ from rlhf.experience import (
     Prompts,
     Rollout,
     Share,
+    endless,
     episode_batcher,
     gather_answers,
     gather_tokens,
@@ -146,13 +147,7 @@ class PPO:
     def draw(self, number: int) -> Prompts:
         """Phase 1: the table in a new random order each pass. Follows from seed and number, so it needs no state."""
         count, table = self.config.rollout.prompts_per_update, self.tables.train
-        orders: dict[int, list[int]] = {}
-        rows = []
-        for position in range(number * count, (number + 1) * count):
-            turn, index = divmod(position, len(table))
-            if turn not in orders:
-                orders[turn] = permutation(len(table), self.config.seed, ORDER, turn)
-            rows.append(orders[turn][index])
+        rows = endless(len(table), number * count, count, self.config.seed, ORDER)
         return self._prompts(table, rows, self.config.rollout.samples_per_prompt, TRAIN, number)
 
     def _prompts(self, table: Any, rows: Sequence[int], answers: int, purpose: int, number: int) -> Prompts:

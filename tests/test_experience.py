@@ -10,6 +10,7 @@ from rlhf.experience import (
     Batcher,
     Prompts,
     Rollout,
+    endless,
     episode_batcher,
     gather_answers,
     gather_tokens,
@@ -67,6 +68,14 @@ def test_ranks_get_about_the_same_number_of_tokens(monkeypatch):
 def test_a_permutation_follows_from_its_seed():
     assert permutation(20, 1, 2) == permutation(20, 1, 2) != permutation(20, 2, 1)
     assert sorted(permutation(20, 1, 2)) == list(range(20))
+
+
+def test_endless_passes_take_every_row_once_a_pass_and_may_be_entered_anywhere():
+    whole = endless(5, 0, 20, 7)
+    assert [sorted(whole[i : i + 5]) for i in range(0, 20, 5)] == [list(range(5))] * 4
+    assert whole[:5] != whole[5:10]
+    assert [endless(5, start, 3, 7) for start in (0, 3, 4, 12)] == [whole[start : start + 3] for start in (0, 3, 4, 12)]
+    assert endless(2, 1, 7, 7) == endless(2, 0, 9, 7)[1:8]
 
 
 def rollout():
