@@ -109,6 +109,12 @@ class Demo:
         Raises:
             UserError: The folder holds something else, or a demo of another seed.
         """
+        if not CONFIGS.is_dir():
+            raise UserError(
+                f"the demo's configs are not at {CONFIGS}",
+                "They come with the repository.",
+                "Run it from a clone: make demo.",
+            )
         self._open(overwrite)
         quiet()
         torch.set_num_threads(THREADS)
