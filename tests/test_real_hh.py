@@ -30,7 +30,7 @@ def place(tmp_path_factory):
 
 
 def rlhf(place, *words):
-    environment = {**os.environ, "PYTHONPATH": str(tiny.REPOSITORY), "OMP_NUM_THREADS": "2", "COLUMNS": "120"}
+    environment = {**os.environ, "PYTHONPATH": str(tiny.REPOSITORY), "OMP_NUM_THREADS": "1", "COLUMNS": "120"}
     done = subprocess.run(
         [sys.executable, "-m", "stages.cli", *words], cwd=place, env=environment, text=True, timeout=900,
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT,

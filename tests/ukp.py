@@ -52,15 +52,14 @@ def _chain(found: list[str], left: set[str], size: int, worse: dict[str, set[str
     return next(filter(None, longer), None)
 
 
-def write_ukp(path: Path, seed: int, selection: int = 2, test: int = 3, largest: int = 6) -> Counter[str]:
-    """Write all of it as one dataset of K-way rankings, split by debate.
+def write_ukp(path: Path, seed: int = 0, largest: int = 6) -> Counter[str]:
+    """Write all of it as one dataset of K-way rankings, split by topic: 22 to train on, 4 `eval`, 6 `test`.
 
-    Both sides of a debate are in one split, so that nothing about a held-out topic is trained on.
+    The best checkpoint is chosen by `eval`; nothing is chosen by `test`. The other side of a held-out topic's debate
+    may be trained on. With seed 0 the test topics are those that TRL's figures in the test are from.
 
     Args:
-        seed: Chooses the debates of the splits.
-        selection: Debates (two topics each) in the split `eval`, by which the best checkpoint is chosen.
-        test: Debates in the split `test`, which nothing is chosen by.
+        seed: Chooses the topics.
         largest: See `rebuild_rankings`.
 
     Returns:
@@ -70,23 +69,21 @@ def write_ukp(path: Path, seed: int, selection: int = 2, test: int = 3, largest:
     with gzip.open(SOURCE, "rt", encoding="utf-8") as file:
         for row in map(json.loads, file):
             topics.setdefault(row["topic"], []).append(row)
-    debates = sorted({topic.rpartition("_")[0] for topic in topics})
-    random.Random(seed).shuffle(debates)
-    splits = ["test"] * test + ["eval"] * selection + ["train"] * (len(debates) - test - selection)
-    split_of = dict(zip(debates, splits))
+    order = sorted(topics)
+    random.Random(seed).shuffle(order)
+    split_of = dict(zip(order, ["test"] * 6 + ["eval"] * 4 + ["train"] * 22))
     pairs: Counter[str] = Counter()
     with DatasetWriter(path, "ranking") as writer:
         for topic, rows in topics.items():
-            split = split_of[topic.rpartition("_")[0]]
             for texts in rebuild_rankings([(row["chosen"], row["rejected"]) for row in rows], largest):
                 ranking = Ranking(
                     (Message("user", rows[0]["prompt"]),),
                     source="UKPConvArg1",
                     group=topic,
-                    split=split,
+                    split=split_of[topic],
                     candidates=tuple(Candidate(text, author_kind="person") for text in texts),
                     ranks=tuple(range(1, len(texts) + 1)),
                 )
                 writer.write(ranking)
-                pairs[split] += ranking.informative_pairs
+                pairs[ranking.split or ""] += ranking.informative_pairs
     return pairs
