@@ -95,6 +95,16 @@ def test_the_result_is_the_policy_and_plain_transformers_loads_it(tmp_path, prom
     assert json.loads((tmp_path / "run" / "run.json").read_text())["status"] == "complete"
 
 
+def test_metrics_go_to_tensorboard_where_the_config_says_so(tmp_path, prompts):
+    event_accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    run(config(tmp_path / "run", prompts, log__report_to=["tensorboard"]))
+    (folder,) = {file.parent for file in (tmp_path / "run").rglob("events.out.tfevents*")}
+    events = event_accumulator.EventAccumulator(str(folder))
+    events.Reload()
+    seen = [(event.step, event.value) for event in events.Scalars("score")]
+    assert seen == [(line["step"], pytest.approx(line["score"])) for line in updates(tmp_path / "run")]
+
+
 @pytest.mark.parametrize("estimator", ["rloo", "grpo", "reinforce++"])
 def test_an_estimator_without_a_critic_allocates_none(estimator, tmp_path, prompts):
     c = config(tmp_path / "run", prompts, advantage=estimator, rollout__samples_per_prompt=2)
