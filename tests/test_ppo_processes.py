@@ -156,8 +156,8 @@ def test_a_killed_run_continues_bit_for_bit(processes, moment, tmp_path, prompts
 def test_resuming_with_another_number_of_processes_says_what_to_do(tmp_path, prompts, reward_model):
     settings = str(tiny.REPOSITORY / "configs" / "deepspeed" / "zero2.json")
     file = write_config(tmp_path, prompts, reward_model, deepspeed=settings)
-    complete(2, file)
+    kill_when(start(2, file), (tmp_path / "run" / "checkpoints" / "step-00000001").is_dir)
     process = start(1, file, "--resume")
     output, _ = process.communicate(timeout=120)
     assert process.returncode == 2
-    assert "written by 2 processes" in output and "Resume with 2 processes" in output
+    assert "written by 2 processes" in output and "Resume with --num-processes 2" in output

@@ -3,28 +3,30 @@
 from __future__ import annotations
 
 import itertools
-import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import tiny
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from ukp import rebuild_rankings, write_ukp
 
-from rlhf.config import RewardConfig
+from rlhf.config import ModelConfig, RewardConfig
 from rlhf.config_file import check_config
+from rlhf.models import load_scalar
+from rlhf.reward_metrics import reward_metrics
+from rlhf.scoring import score_rankings
 from rlhf.store import open_dataset
+from rlhf.tokenization import Counts, encode_ranking, load_tokenizer
 from stages import reward
 
-STEPS = 80
 RECIPE: dict[str, Any] = {
-    "tuning": {"name": "last-layers", "layers": 2},  # the whole model learns the 850 training texts by heart
-    "batch": {"batch_size": 32, "micro_batch_size": 8, "max_steps": STEPS},
+    "tuning": {"name": "last-layers", "layers": 2},  # the whole model learns the 700 training texts by heart
+    "batch": {"batch_size": 32, "micro_batch_size": 8, "max_steps": 80},
     "optimizer": {"lr": 2e-3, "warmup": 0.1},
-    "eval_every": STEPS,  # once, at the end: no checkpoint is chosen by what it is measured on
-    "checkpoints": {"every": STEPS},
+    "eval_every": 20,
 }
 
 
@@ -44,32 +46,42 @@ def test_the_largest_rankings_are_found_and_nothing_is_concluded() -> None:
 
 @pytest.mark.real
 def test_all_pairs_of_ukpconvarg_are_in_the_rankings(shared: Path, tmp_path: Path) -> None:
-    pairs = write_ukp(tmp_path / "ukp")
-    assert pairs == {"train": 11_650 - 2_106, "eval": 2_106}
+    pairs = write_ukp(tmp_path / "ukp", seed=0)
+    assert sum(pairs.values()) == 11_650
     rankings = list(open_dataset(tmp_path / "ukp").records())
     assert max(len(ranking.candidates) for ranking in rankings) == 6
     topics = {split: {r.group for r in rankings if r.split == split} for split in pairs}
-    assert (len(topics["train"]), len(topics["eval"])) == (26, 6) and not topics["train"] & topics["eval"]
+    assert {split: len(groups) for split, groups in topics.items()} == {"train": 22, "eval": 4, "test": 6}
+    assert len(set.union(*topics.values())) == 32
 
 
 @pytest.mark.real
 @pytest.mark.timeout(1200)
 def test_unseen_topics_are_judged_better_than_by_length(shared: Path, tmp_path: Path, record_property: Any) -> None:
-    """TRL's RewardTrainer, trained on 4,000 of the pairs one by one, has 0.759 on these topics; length alone 0.736."""
-    write_ukp(tmp_path / "ukp")
+    """TRL's RewardTrainer, on 4,000 single pairs in one epoch, has 0.759 where the length rule has 0.736."""
+    write_ukp(tmp_path / "ukp", seed=0)
     values = {
         "run": str(tmp_path / "run"),
         "model": {"path": str(tiny.STORIES)},
         "data": {"train": str(tmp_path / "ukp")},
     }
     reward.run(check_config(RewardConfig, values | RECIPE, "test"))
-    metrics = json.loads((tmp_path / "run" / "reward_metrics.json").read_text())
+    metrics = unseen(tmp_path / "run", tmp_path / "ukp")
     low, high = metrics["accuracy_interval"]
     record_property(
         "figures",
         f"UKPConvArg1, {metrics['pairs']} pairs of unseen topics: accuracy {metrics['accuracy']:.3f} ({low:.3f} to "
         f"{high:.3f}), longer wins {metrics['longer_accuracy']:.3f}, log loss {metrics['log_loss']:.3f}",
     )
-    assert metrics["pairs"] == 2_106
     assert metrics["accuracy"] >= 0.74
     assert metrics["accuracy"] >= metrics["longer_accuracy"]
+
+
+def unseen(run: Path, data: Path) -> dict[str, Any]:
+    """Figures of a run on the split `test`."""
+    torch.manual_seed(0)
+    config = ModelConfig(path=str(run))
+    chat = load_tokenizer(config, f"{run}/model")
+    found = [encode_ranking(ranking, chat, 512, Counts()) for ranking in open_dataset(data).records("test")]
+    scalar = load_scalar(config, f"{run}/model", head="trained")
+    return reward_metrics(score_rankings(scalar, chat, [row for row in found if row is not None], 8192))
