@@ -126,11 +126,11 @@ def _sample_batch(
 
 
 def end_ids(model: Any, chat: ChatTokenizer) -> list[int]:
-    """The tokens that end an answer: the chat template's, the tokenizer's and the generation config's."""
+    """The tokens that end an answer: the chat template's first, then the tokenizer's and the generation config's."""
     listed = getattr(model.generation_config, "eos_token_id", None)
     listed = listed if isinstance(listed, list) else [listed]
-    ids = {chat.end_id, chat.tokenizer.eos_token_id, *listed}
-    return sorted(i for i in ids if i is not None)
+    others = {chat.tokenizer.eos_token_id, *listed} - {None, chat.end_id}
+    return [chat.end_id, *sorted(others)]
 
 
 def _noise(seed: int, count: int) -> torch.Tensor:

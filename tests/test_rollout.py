@@ -106,7 +106,7 @@ def test_a_stop_string_ends_the_answer_after_it(policy, chat):
 
 
 def test_the_generation_configs_stop_tokens_end_answers(policy, chat):
-    assert end_ids(SimpleNamespace(generation_config=SimpleNamespace(eos_token_id=[1, 7])), chat) == [1, 2, 7]
+    assert end_ids(SimpleNamespace(generation_config=SimpleNamespace(eos_token_id=[1, 7])), chat) == [2, 1, 7]
 
 
 def test_choose_inverts_the_cumulative_distribution():
