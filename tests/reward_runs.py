@@ -1,0 +1,41 @@
+"""Short runs of the reward stage on the tiny models, and what they logged."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import tiny
+import torch
+
+from rlhf.config import RewardConfig
+from rlhf.config_file import check_config
+from rlhf.store import open_dataset
+from rlhf.tokenization import ChatTokenizer, Counts, encode_ranking
+
+TIMES = ("seconds", "tokens_per_second")
+
+
+def config(path: Path, data: str, **values: Any) -> RewardConfig:
+    """A short run on the tiny Llama: 5 steps of 8 rankings."""
+    base = {"run": str(path / "run"), "model": {"path": tiny.llama()}, "data": {"train": data}, "eval_every": 2}
+    base |= {"batch": {"batch_size": 8, "micro_batch_size": 8, "max_steps": 5}, "optimizer": {"lr": 3e-3}}
+    return check_config(RewardConfig, base | values, "test")
+
+
+def metrics_of(run: str | Path) -> list[dict[str, Any]]:
+    """The lines of metrics.jsonl, without what depends on the clock."""
+    rows = [json.loads(line) for line in (Path(run) / "metrics.jsonl").read_text("utf-8").splitlines()]
+    return [{key: value for key, value in row.items() if key not in TIMES} for row in rows]
+
+
+def steps(rows: list[dict[str, Any]], *names: str) -> torch.Tensor:
+    """[steps, names] of the training lines."""
+    return torch.tensor([[row[name] for name in names] for row in rows if "loss" in row])
+
+
+def encoded(data: str, chat: ChatTokenizer, split: str = "eval") -> list[dict[str, Any]]:
+    """The rows of a dataset's split."""
+    rows = [encode_ranking(record, chat, 128, Counts()) for record in open_dataset(data).records(split)]
+    return [row for row in rows if row is not None]

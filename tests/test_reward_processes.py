@@ -1,0 +1,117 @@
+"""The reward stage killed and resumed, and on two processes under ZeRO: the same figures and weights."""
+
+from __future__ import annotations
+
+import json
+import signal
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+from reward_runs import config, metrics_of, steps
+from transformers import AutoModelForSequenceClassification
+
+from rlhf.config import RewardConfig
+from rlhf.config_file import dump_config
+from rlhf.runs import read_run
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def rankings(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return tiny.write_rankings(tmp_path_factory.mktemp("data") / "rankings", 36, candidates=4)
+
+
+PROGRAM = """
+import os, signal, sys
+import torch
+torch.set_num_threads(1)
+from rlhf import distributed
+from rlhf.checkpoint import Checkpoints
+from rlhf.config import RewardConfig
+from rlhf.config_file import load_config
+from stages import reward
+
+file, kill = sys.argv[1:3]
+where, _, when = kill.partition(":")
+if where == "step":
+    step = reward.RewardTrainer.training_step
+    def killed(self, *words):
+        if self.state.global_step == int(when):
+            os.kill(os.getpid(), signal.SIGKILL)
+        return step(self, *words)
+    reward.RewardTrainer.training_step = killed
+if where == "write":
+    seal = Checkpoints._seal
+    def killed(self, partial, step):
+        if step == int(when):
+            os.kill(os.getpid(), signal.SIGKILL)
+        return seal(self, partial, step)
+    Checkpoints._seal = killed
+distributed.name_lost_ranks(reward.run)(load_config(RewardConfig, file), resume=where != "new")
+distributed.stop()
+"""
+
+
+def launch(made: RewardConfig, processes: int = 1, kill: str = "none") -> int:
+    """Run the config on so many processes; `kill` names a place and step where the process ends itself by SIGKILL."""
+    file = Path(made.run).parent / "config.yaml"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(dump_config(made), "utf-8")
+    result = tiny.launch(processes, PROGRAM, str(file), kill)
+    if kill in ("none", "new"):
+        assert result.returncode == 0, result.stdout[-4000:]
+    return result.returncode
+
+
+@pytest.mark.parametrize("kill", ["step:5", "write:6"])
+def test_a_killed_run_goes_on_bit_for_bit(kill: str, tmp_path: Path, rankings: str) -> None:
+    values = {
+        "checkpoints": {"every": 3},
+        "batch": {"batch_size": 8, "micro_batch_size": 4, "max_steps": 10},
+        "log": {"every": 2},
+    }
+    whole, broken = config(tmp_path / "whole", rankings, **values), config(tmp_path / "broken", rankings, **values)
+    launch(whole, kill="new")
+    assert launch(broken, kill=kill) == -signal.SIGKILL
+    assert read_run(broken.run)["status"] == "running"
+    launch(broken)
+    assert metrics_of(broken.run) == metrics_of(whole.run)
+    for name in ("metrics", "scale", "step", "model_fingerprint"):
+        assert read_run(broken.run)[name] == read_run(whole.run)[name]
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_two_processes_under_zero_do_what_one_does(stage: int, tmp_path: Path, rankings: str) -> None:
+    values = {"batch": {"batch_size": 8, "micro_batch_size": 2, "max_steps": 5}, "checkpoints": {"every": 2}}
+    one = config(tmp_path / "one", rankings, **values)
+    two = config(tmp_path / "two", rankings, **values, deepspeed=f"configs/deepspeed/zero{stage}.json")
+    launch(one, kill="new")
+    launch(two, 2, kill="new")
+    assert read_run(two.run)["processes"] == 2
+    names = ("loss", "grad_norm", "learning_rate", "tokens")
+    torch.testing.assert_close(
+        steps(metrics_of(two.run), *names), steps(metrics_of(one.run), *names), rtol=1e-3, atol=1e-4
+    )
+    first, second = (json.loads((Path(run) / "reward_metrics.json").read_text()) for run in (one.run, two.run))
+    assert first["pairs"] == second["pairs"] and first["step"] == second["step"]
+    assert second["log_loss"] == pytest.approx(first["log_loss"], rel=1e-2)
+    models = [AutoModelForSequenceClassification.from_pretrained(f"{run}/model") for run in (one.run, two.run)]
+    for (name, weight), other in zip(models[0].named_parameters(), models[1].parameters()):
+        torch.testing.assert_close(weight, other, rtol=1e-2, atol=1e-3, msg=name)
+
+
+def test_two_processes_under_zero3_go_on_bit_for_bit_after_a_kill(tmp_path: Path, rankings: str) -> None:
+    values = {
+        "batch": {"batch_size": 8, "micro_batch_size": 2, "max_steps": 6},
+        "checkpoints": {"every": 2},
+        "deepspeed": "configs/deepspeed/zero3.json",
+    }
+    whole, broken = config(tmp_path / "whole", rankings, **values), config(tmp_path / "broken", rankings, **values)
+    launch(whole, 2, kill="new")
+    assert launch(broken, 2, kill="step:3") != 0
+    launch(broken, 2)
+    assert metrics_of(broken.run) == metrics_of(whole.run)
+    assert read_run(broken.run)["model_fingerprint"] == read_run(whole.run)["model_fingerprint"]
