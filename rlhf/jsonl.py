@@ -7,12 +7,21 @@ import io
 import json
 import zlib
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, BinaryIO, NoReturn
+
+import orjson
 
 from rlhf.errors import UserError
+from rlhf.lazy import lazy
 from rlhf.schema import BadRecord, Record, from_dict
+
+if TYPE_CHECKING:
+    import zstandard
+else:
+    zstandard = lazy("zstandard")
 
 
 @dataclass(frozen=True)
@@ -43,51 +52,76 @@ OnReject = Callable[[Reject], None]
 
 
 def read_jsonl(path: Path, kind: str | None, on_reject: OnReject) -> Iterator[Record]:
-    """Stream records from a JSONL file (gzip allowed); a bad line is handed to `on_reject` with its number.
+    """Stream records from a JSONL file (gzip or zstd allowed); a bad line is handed to `on_reject` with its number.
 
     Args:
         kind: The kind of every record; None lets the first usable row decide.
 
     Raises:
-        UserError: The file cannot be read, or its gzip stream is damaged.
+        UserError: The file cannot be read, or its compressed stream is damaged.
     """
-    for line, raw, row in read_rows(path, on_reject):
-        try:
-            record = from_dict(row, kind)
-        except BadRecord as fault:
-            on_reject(Reject.of(path, line, fault, raw))
-        else:
-            kind = record.kind
-            yield record
+    line = 0
+    try:
+        with open_bytes(path) as file:
+            for line, raw, row in read_rows(path, file, on_reject):
+                try:
+                    record = from_dict(row, kind)
+                except BadRecord as fault:
+                    on_reject(Reject.of(path, line, fault, raw))
+                else:
+                    kind = record.kind
+                    yield record
+    except DAMAGES as error:
+        raise UserError(f"{path}: damaged after line {line}: {error}", remedy="Fetch the file again.") from None
 
 
-def read_rows(path: Path, on_reject: OnReject) -> Iterator[tuple[int, bytes, Any]]:
-    """Stream (line number, raw line, parsed value) from a file of one JSON value a line, gzip allowed.
+def read_rows(path: Path, file: BinaryIO, on_reject: OnReject) -> Iterator[tuple[int, bytes, Any]]:
+    """Stream (line number, raw line, parsed value) from a file of one JSON value a line.
 
-    Blank lines are passed over. A line that is not UTF-8 or not JSON is handed to `on_reject`. NaN and Infinity are
-    refused: JSON has no such numbers.
+    Blank lines are passed over. A line that is not UTF-8 or not JSON is handed to `on_reject`, as is one that the end
+    of the file cuts off.
 
     Raises:
-        UserError: The file cannot be read, or its gzip stream is damaged.
+        EOFError, zlib.error, OSError: `DAMAGES`: the compressed stream is damaged, or the file cannot be read.
     """
-    for line, raw in _lines(path):
+    for line, raw in enumerate(file, 1):
         if raw.isspace():
             continue
         try:
-            row = _json.decode(raw.decode("utf-8"))
-        except UnicodeDecodeError as error:
-            fault = BadRecord("not UTF-8", f"at byte {error.start}", "Save the file as UTF-8.")
-        except json.JSONDecodeError as error:
-            detail = f"{error.msg} at character {error.pos + 1}"
-            fault = BadRecord("not valid JSON", detail, "Put one JSON object on each line.")
-        except ValueError as error:
-            fault = BadRecord("not valid JSON", str(error), "Leave the value out, or write a number or null.")
-        except RecursionError:
-            fault = BadRecord("not valid JSON", "nested too deeply", "A record needs three levels.")
+            row = parse(raw)
+        except BadRecord as error:
+            on_reject(Reject.of(path, line, error if raw.endswith(b"\n") else cut_off(error), raw))
         else:
             yield line, raw, row
-            continue
-        on_reject(Reject.of(path, line, fault, raw))
+
+
+def parse(raw: bytes) -> Any:
+    """The value of a JSON text. NaN and Infinity are refused: JSON has no such numbers.
+
+    Raises:
+        BadRecord: It is not UTF-8, not JSON, or nested too deeply.
+    """
+    try:
+        return orjson.loads(raw)
+    except orjson.JSONDecodeError:
+        pass  # the slower decoder says where, and lets the schema tell about a lone surrogate
+    try:
+        return _json.decode(raw.decode("utf-8-sig"))
+    except UnicodeDecodeError as error:
+        raise BadRecord("not UTF-8", f"at byte {error.start}", "Save the file as UTF-8.") from None
+    except json.JSONDecodeError as error:
+        detail = f"{error.msg} at character {error.pos + 1}"
+        raise BadRecord("not valid JSON", detail, "Put one JSON object on each line.") from None
+    except ValueError as error:
+        raise BadRecord("not valid JSON", str(error), "Leave the value out, or write a number or null.") from None
+    except RecursionError:
+        raise BadRecord("not valid JSON", "nested too deeply", "A record needs three levels.") from None
+
+
+def cut_off(fault: BadRecord) -> BadRecord:
+    """The fault of a row with which the file ends, where the row does not."""
+    remedy = "The download or export may have been interrupted: fetch the file again."
+    return BadRecord("the file ends in the middle of a record", str(fault), remedy)
 
 
 def _no_constant(name: str) -> NoReturn:
@@ -96,19 +130,48 @@ def _no_constant(name: str) -> NoReturn:
 
 _json = json.JSONDecoder(parse_constant=_no_constant)
 
+GZIP, ZSTD = b"\x1f\x8b", b"\x28\xb5\x2f\xfd"
+DAMAGES = (EOFError, zlib.error, OSError)
+"""What reading raises where a compressed stream is damaged (`zstandard.ZstdError` becomes an OSError) or the disk."""
 
-def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
-    """Numbered lines, without a byte order mark; gzip is recognised by its first two bytes, whatever the name."""
-    line = 0
+
+@contextmanager
+def open_bytes(path: Path) -> Iterator[BinaryIO]:
+    """A file's bytes, decompressed: gzip and zstd are recognised by their first bytes, whatever the name.
+
+    Raises:
+        UserError: The file cannot be opened, or is named .gz or .zst and is neither.
+    """
     try:
-        with open(path, "rb") as plain:
-            zipped = plain.peek(2)[:2] == b"\x1f\x8b"
-            if path.suffix == ".gz" and not zipped and plain.peek(1):
-                raise UserError(f"{path}: named .gz and is not gzip", remedy="Rename it, or fetch the file again.")
-            file = io.BufferedReader(gzip.GzipFile(fileobj=plain)) if zipped else plain
-            for line, raw in enumerate(file, 1):
-                yield line, raw.removeprefix(b"\xef\xbb\xbf") if line == 1 else raw
-    except (EOFError, zlib.error, OSError) as error:
-        damaged = isinstance(error, (EOFError, zlib.error, gzip.BadGzipFile))
-        what = f"damaged gzip after line {line}" if damaged else "cannot be read"
-        raise UserError(f"{path}: {what}: {error}", remedy="Fetch the file again." if damaged else "") from None
+        plain = open(path, "rb")  # noqa: SIM115  # closed below
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error}") from None
+    with plain:
+        head = plain.peek(4)[:4]
+        if head.startswith(GZIP):
+            yield io.BufferedReader(gzip.GzipFile(fileobj=plain))
+        elif head == ZSTD:
+            yield io.BufferedReader(_Zstd(plain))
+        elif head and path.suffix in (".gz", ".zst"):
+            name = "gzip" if path.suffix == ".gz" else "zstd"
+            raise UserError(
+                f"{path}: named {path.suffix} and is not {name}", remedy="Rename it, or fetch the file again."
+            )
+        else:
+            yield plain
+
+
+class _Zstd(io.RawIOBase):
+    """A zstd stream, of one or several frames; damage raises OSError, as reading a file does."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._stream = zstandard.ZstdDecompressor().stream_reader(file, read_across_frames=True)
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        try:
+            return self._stream.readinto(buffer)
+        except zstandard.ZstdError as error:
+            raise OSError(str(error)) from None

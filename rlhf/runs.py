@@ -25,7 +25,7 @@ from rlhf.config import StageConfig
 from rlhf.config_file import dump_config
 from rlhf.console import is_main, say
 from rlhf.errors import UserError
-from rlhf.schema import SCHEMA_VERSION
+from rlhf.schema import READABLE_VERSIONS, SCHEMA_VERSION
 from rlhf.store import Dataset, write_json
 
 PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "deepspeed", "datasets")
@@ -172,7 +172,7 @@ def result_of(path: str | Path) -> str:
                 f"{path}: this {info.get('stage')} run is not finished (status: {info.get('status')})",
                 remedy="Finish it with --resume first.",
             )
-        if info.get("schema_version") != SCHEMA_VERSION:
+        if info.get("schema_version") not in READABLE_VERSIONS:
             raise UserError(f"{path}: made with schema version {info.get('schema_version')}, this is {SCHEMA_VERSION}")
         return str(Path(path) / "model")
     text = str(path)

@@ -1,4 +1,4 @@
-"""The one data schema that runs through all stages: Prompt, Demonstration, Ranking.
+"""The one data schema that runs through all stages: Prompt, Demonstration, Proposal, Ranking.
 
 Ids are content hashes, so the same prompt is the same prompt in every file and stage. `rlhf.store` keeps datasets of
 these records on disk.
@@ -16,7 +16,9 @@ from datetime import datetime
 from functools import cached_property
 from typing import Any, ClassVar, Literal
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
+READABLE_VERSIONS = (1, 2)
+"""Version 1 lacks a ranking's `seconds`, `shown`, `weight` and `merged`, which have defaults, and proposals."""
 ROLES = ("system", "user", "assistant")
 SPLITS = ("train", "eval", "test")
 AUTHOR_KINDS = ("model", "person", "unknown")
@@ -129,27 +131,58 @@ class Candidate:
 
 
 @dataclass(frozen=True)
-class Ranking(Prompt):
+class Proposal(Prompt):
+    """A prompt plus K >= 2 candidates that wait for a ranking, in the order in which to show them."""
+
+    candidates: tuple[Candidate, ...] = ()
+
+    kind: ClassVar[str] = "proposal"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check_candidates(self.candidates)
+
+    @property
+    def id(self) -> str:
+        return content_hash(self.prompt_id, [c.text for c in self.candidates])
+
+
+@dataclass(frozen=True)
+class Ranking(Proposal):
     """A prompt plus K >= 2 candidates and one rank each: 1 = best, equal ranks = tie. Pairs are never stored.
 
     Ranks are kept dense: 1, 3, 3 becomes 1, 2, 2.
     """
 
-    candidates: tuple[Candidate, ...] = ()
     ranks: tuple[int, ...] = ()
     annotator: str = ""
     time: str | None = None
     """When it was made, ISO 8601."""
+    seconds: float | None = None
+    """How long the annotator took."""
+    shown: bool = False
+    """The candidates stand in the order in which the annotator saw them, first = top or left."""
+    weight: float = 1.0
+    """How much it counts in training; an aggregated ranking's confidence."""
+    merged: tuple[str, ...] = ()
+    """Ids of the rankings that this one was aggregated from; none for a ranking that a person made."""
 
     kind: ClassVar[str] = "ranking"
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _check_candidates(self.candidates)
         _check_ranks(self.ranks, self.candidates)
         object.__setattr__(self, "ranks", dense_ranks(self.ranks))
         _check_text(self.annotator, "annotator", empty_ok=True)
         _check_time(self.time)
+        if self.seconds is not None and not (_is_finite(self.seconds) and self.seconds >= 0):
+            raise BadRecord("seconds: not a number from 0", _brief(self.seconds))
+        if not isinstance(self.shown, bool):
+            raise BadRecord("shown: not true or false", _brief(self.shown))
+        if not (_is_finite(self.weight) and self.weight > 0):
+            raise BadRecord("weight: not a number above 0", _brief(self.weight))
+        if not isinstance(self.merged, tuple) or not all(isinstance(part, str) for part in self.merged):
+            raise BadRecord("merged: not a list of ids", _brief(self.merged))
 
     @property
     def id(self) -> str:
@@ -161,8 +194,8 @@ class Ranking(Prompt):
         return sum(a < b for a in self.ranks for b in self.ranks)
 
 
-Record = Prompt | Demonstration | Ranking
-KINDS: dict[str, type[Prompt]] = {"prompt": Prompt, "demonstration": Demonstration, "ranking": Ranking}
+Record = Prompt | Demonstration | Proposal | Ranking
+KINDS: dict[str, type[Prompt]] = {kind.kind: kind for kind in (Prompt, Demonstration, Proposal, Ranking)}
 
 
 def dense_ranks(values: Iterable[float]) -> tuple[int, ...]:
@@ -220,7 +253,7 @@ def _check_candidates(candidates: Any) -> None:
             detail = f"at index {index}: {candidate.author_kind!r}"
             raise BadRecord(f"candidates.author_kind: not one of {', '.join(AUTHOR_KINDS)}", detail)
         score = candidate.score
-        if score is not None and (not _is_number(score) or not -sys.float_info.max <= score <= sys.float_info.max):
+        if score is not None and not _is_finite(score):
             raise BadRecord("candidates.score: not a finite number", f"at index {index}: {_brief(score)}")
     if len({c.text for c in candidates}) < 2:
         raise BadRecord("candidates: fewer than two distinct answers")
@@ -247,8 +280,9 @@ def _check_time(time: Any) -> None:
         raise BadRecord("time: not ISO 8601", repr(time)) from None
 
 
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
+def _is_finite(value: Any) -> bool:
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return number and -sys.float_info.max <= value <= sys.float_info.max
 
 
 def _brief(value: Any) -> str:
@@ -265,16 +299,16 @@ def from_dict(row: Any, kind: str | None = None) -> Record:
     Args:
         row: A mapping with the record's fields. `messages` may also be called `prompt` and be a plain string; a
             candidate may be a plain string; in place of `ranks`, each candidate may hold its `rank`.
-        kind: prompt, demonstration or ranking: a row of another kind is refused. None takes any.
+        kind: prompt, demonstration, proposal or ranking: a row of another kind is refused. None takes any.
 
     Raises:
         BadRecord: A field is missing, of the wrong type, or contradicts another.
     """
     if not isinstance(row, Mapping):
         raise BadRecord("not an object", type(row).__name__)
-    found = "ranking" if "candidates" in row else "demonstration" if "answer" in row else "prompt"
+    found = _kind(row)
     if kind is not None and found != kind:
-        remedy = "Keep each kind in its own file: rankings have `candidates`, demonstrations `answer`, prompts neither."
+        remedy = "Rankings have `candidates` and `ranks`, proposals `candidates` alone, demonstrations `answer`."
         raise BadRecord(f"a {found} where a {kind} is needed", remedy=remedy)
     fields: dict[str, Any] = {
         "messages": _messages(row.get("messages", row.get("prompt"))),
@@ -284,9 +318,14 @@ def from_dict(row: Any, kind: str | None = None) -> Record:
     }
     if found == "demonstration":
         fields |= {"answer": row["answer"], "author": _or(row.get("author"), "")}
+    elif found == "proposal":
+        fields |= {"candidates": _candidates(row["candidates"])}
     elif found == "ranking":
         fields |= {"candidates": _candidates(row["candidates"]), "ranks": _ranks(row)}
         fields |= {"annotator": _or(row.get("annotator"), ""), "time": _or(row.get("time"), None)}
+        merged = _or(row.get("merged"), ())
+        fields |= {"merged": tuple(merged) if isinstance(merged, list) else merged}
+        fields |= {name: row[name] for name in ("seconds", "shown", "weight") if row.get(name) is not None}
     record = KINDS[found](**fields)
     for name in ("id", "prompt_id"):
         if row.get(name) is not None and row[name] != getattr(record, name):
@@ -295,7 +334,13 @@ def from_dict(row: Any, kind: str | None = None) -> Record:
     return record
 
 
-def _or(value: Any, default: str | None) -> Any:
+def _kind(row: Mapping[str, Any]) -> str:
+    if "candidates" not in row:
+        return "demonstration" if "answer" in row else "prompt"
+    return "proposal" if _ranks(row) in (None, ()) else "ranking"
+
+
+def _or(value: Any, default: Any) -> Any:
     return default if value is None or value == "" else value
 
 
@@ -343,9 +388,12 @@ def to_dict(record: Record) -> dict[str, Any]:
     row |= {"source": record.source, "group": record.group, "split": record.split}
     if isinstance(record, Demonstration):
         row |= {"answer": record.answer, "author": record.author}
-    elif isinstance(record, Ranking):
+    if isinstance(record, Proposal):
         row |= {"candidates": [_candidate_dict(candidate) for candidate in record.candidates]}
+    if isinstance(record, Ranking):
         row |= {"ranks": list(record.ranks), "annotator": record.annotator, "time": record.time}
+        row |= {"seconds": record.seconds, "shown": record.shown, "weight": float(record.weight)}
+        row |= {"merged": list(record.merged)}
     return row
 
 

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from rlhf.errors import UserError, nearest
 from rlhf.jsonl import OnReject, Reject, read_jsonl, read_rows
 from rlhf.lazy import lazy
-from rlhf.schema import KINDS, SCHEMA_VERSION, BadRecord, Record, from_dict, to_dict
+from rlhf.schema import KINDS, READABLE_VERSIONS, SCHEMA_VERSION, BadRecord, Record, from_dict, to_dict
 
 __all__ = [
     "Dataset", "DatasetWriter", "OnReject", "Reject", "file_hash", "open_dataset", "read_jsonl", "read_rows",
@@ -45,10 +45,13 @@ def _arrow_schema(kind: str) -> pa.Schema:
     fields += [("source", text), ("group", text), ("split", text)]
     if kind == "demonstration":
         fields += [("answer", text), ("author", text)]
-    elif kind == "ranking":
+    if kind in ("proposal", "ranking"):
         candidate = pa.struct([("text", text), ("author", text), ("author_kind", text), ("score", pa.float64())])
-        fields += [("candidates", pa.list_(candidate)), ("ranks", pa.list_(pa.int32()))]
-        fields += [("annotator", text), ("time", text)]
+        fields += [("candidates", pa.list_(candidate))]
+    if kind == "ranking":
+        fields += [("ranks", pa.list_(pa.int32())), ("annotator", text), ("time", text)]
+        fields += [("seconds", pa.float64()), ("shown", pa.bool_()), ("weight", pa.float64())]
+        fields += [("merged", pa.list_(text))]
     return pa.schema(fields)
 
 
@@ -218,9 +221,9 @@ def _open_folder(path: Path) -> Dataset:
         shards = [(str(s["file"]), str(s["sha256"]), int(s["rows"])) for s in manifest["shards"]]
     except (ValueError, LookupError, TypeError, RecursionError) as error:
         raise UserError(f"{path}/manifest.json: not a dataset manifest ({error!r})") from None
-    if version != SCHEMA_VERSION or kind not in KINDS:
+    if version not in READABLE_VERSIONS or kind not in KINDS:
         raise UserError(
-            f"{path}: schema version {version}, kind {kind!r}; this version reads {SCHEMA_VERSION}",
+            f"{path}: schema version {version}, kind {kind!r}; this version reads up to {SCHEMA_VERSION}",
             remedy="Import the data again with this version.",
         )
     fingerprint = hashlib.sha256("".join(sha256 for _, sha256, _ in shards).encode()).hexdigest()
@@ -255,7 +258,7 @@ class DatasetWriter:
 
     Args:
         path: The folder to make.
-        kind: prompt, demonstration or ranking; None takes the kind of the first record.
+        kind: prompt, demonstration, proposal or ranking; None takes the kind of the first record.
         origin: Where the records came from (any JSON), kept in the manifest under `origin`; may be added to until
             the block ends.
 

@@ -7,7 +7,7 @@ import json
 from hypothesis import strategies as st
 from typer.testing import CliRunner
 
-from rlhf.schema import KINDS, Candidate, Demonstration, Message, Prompt, Ranking, from_dict
+from rlhf.schema import KINDS, Candidate, Demonstration, Message, Prompt, Proposal, Ranking, from_dict
 from rlhf.store import DatasetWriter, open_dataset
 
 RANKING = {"prompt": "Name a fruit.", "candidates": ["Pear.", "Plum.", "Car."], "ranks": [1, 1, 2]}
@@ -91,8 +91,12 @@ def records(draw: st.DrawFn, kind: str | None = None) -> Prompt:
     base["split"] = draw(st.sampled_from([None, "train", "eval", "test"]))
     if kind == "demonstration":
         return Demonstration(**base, answer=draw(texts), author=draw(any_text))
+    if kind == "proposal":
+        return Proposal(**base, candidates=draw(candidate_lists())[0])
     if kind == "ranking":
         candidates, ranks = draw(candidate_lists())
-        more = {"annotator": draw(any_text), "time": draw(st.none() | times)}
+        more = {"annotator": draw(any_text), "time": draw(st.none() | times), "shown": draw(st.booleans())}
+        more |= {"seconds": draw(st.none() | st.floats(0, 1e6)), "weight": draw(st.floats(0.01, 10))}
+        more |= {"merged": tuple(draw(st.lists(texts, max_size=3)))}
         return Ranking(**base, candidates=candidates, ranks=ranks, **more)
     return Prompt(**base)

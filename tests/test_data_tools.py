@@ -63,7 +63,7 @@ def test_validate_finds_damage_in_shards_and_lies_in_the_manifest(tmp_path):
 
 def test_validate_reports_a_broken_file_and_refuses_what_is_none(tmp_path):
     (tmp_path / "cut.jsonl.gz").write_bytes(gzip.compress(b'{"prompt": "a"}\n' * 9)[:-9])
-    assert "damaged gzip" in validate(tmp_path / "cut.jsonl.gz")["faults"][0]
+    assert "damaged after line" in validate(tmp_path / "cut.jsonl.gz")["faults"][0]
     (tmp_path / "empty.jsonl").write_bytes(b"")
     assert validate(tmp_path / "empty.jsonl")["faults"] == [f"{tmp_path / 'empty.jsonl'}: no row"]
     with pytest.raises(UserError, match="no dataset there"):

@@ -206,7 +206,7 @@ def test_wrong_input_is_told_before_anything_is_written(tmp_path):
     dataset(tmp_path / "whole", [RANKING])
     before = sorted(p.name for p in tmp_path.iterdir())
     for importer, name, message in [
-        ("hh-rlfh", "good.jsonl", "unknown importer 'hh-rlfh'; did you mean 'hh-rlhf'"),
+        ("hh-rlfh", "good.jsonl", "unknown format 'hh-rlfh'; did you mean 'hh-rlhf'"),
         ("jsonl", "nowhere.jsonl", "no file there"),
         ("jsonl", "no*.jsonl", "no file there"),
         ("jsonl", "folder", "no file there"),

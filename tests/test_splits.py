@@ -48,6 +48,7 @@ def test_a_prompt_is_in_one_split_in_every_dataset_file_and_kind(tmp_path):
     parts = {
         "prompt": [{"prompt": text} for text in asked],
         "demonstration": [{"prompt": text, "answer": "x"} for text in reversed(asked)] * 2,
+        "proposal": [{"prompt": text, "candidates": ["a", "b"]} for text in asked[::3]],
         "ranking": [{**RANKING, "prompt": text, "annotator": who} for text in asked[::2] for who in "ab"],
     }
     assert sorted(parts) == sorted(KINDS)

@@ -1,49 +1,18 @@
-"""Importers: one row of the table turns one format into the schema.
-
-An importer is a function ``(path, reject) -> Iterator[Record]`` of one file. It streams: a file may be larger than
-memory. Whatever cannot be used goes to `reject` as a `Reject` with its line, and never raises; the reason is the same
-words for every such row. The trait `suffixes` says which files of a folder belong to the format. The docstring's
-first line is the format's description, and it states what the format's order or numbers mean as ranks (1 = best).
-"""
+"""Importers of preference pairs: a better and a worse answer to one prompt."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
+from data_tools.importers.rows import IMPORTERS, JSON, convert_rows
 from rlhf.schema import BadRecord, Candidate, Message, Ranking, Record
-from rlhf.store import OnReject, Reject, read_jsonl, read_rows
-from rlhf.table import Table
-
-IMPORTERS = Table("importer")
-
-JSONL = (".jsonl", ".jsonl.gz")
+from rlhf.store import OnReject
 
 
-def convert_rows(path: Path, reject: OnReject, convert: Callable[[Any], Record]) -> Iterator[Record]:
-    """Records from a JSONL file (gzip allowed) of which each line gives one; `convert` raises BadRecord if none."""
-    for line, raw, row in read_rows(path, reject):
-        try:
-            record = convert(row)
-        except BadRecord as fault:
-            reject(Reject.of(path, line, fault, raw))
-        else:
-            yield record
-
-
-@IMPORTERS.row("jsonl", suffixes=JSONL)
-def jsonl(path: Path, reject: OnReject) -> Iterator[Record]:
-    """The schema's own records, one JSON object a line.
-
-    Rankings have `candidates` and `ranks` (1 = best, equal = tie), demonstrations `answer`, prompts neither. The first
-    usable row decides the kind of the file; a row of another kind is rejected.
-    """
-    return read_jsonl(path, None, reject)
-
-
-@IMPORTERS.row("hh-rlhf", suffixes=JSONL)
+@IMPORTERS.row("hh-rlhf", suffixes=JSON)
 def hh_rlhf(path: Path, reject: OnReject) -> Iterator[Record]:
     """Anthropic HH-RLHF: rows {chosen, rejected} of whole transcripts that share all but the last answer.
 

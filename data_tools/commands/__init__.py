@@ -1,0 +1,1 @@
+"""The commands of `rlhf data`: options only; what they do lies in the modules that they call."""
