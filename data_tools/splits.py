@@ -14,17 +14,17 @@ from __future__ import annotations
 
 import hashlib
 import math
-import shlex
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from data_tools.rejects import FILE_NAME, Rejects, by_count
+from data_tools.derive import Derivation
+from data_tools.rejects import FILE_NAME, by_count
 from rlhf import console
 from rlhf.errors import UserError, nearest
 from rlhf.schema import SPLITS, Record
-from rlhf.store import Dataset, DatasetWriter, open_dataset
+from rlhf.store import Dataset, open_dataset
 
 DEFAULT_FRACTIONS = {"train": 0.8, "eval": 0.1, "test": 0.1}
 BY = ("prompt", "group")
@@ -116,8 +116,6 @@ def split_dataset(
         raise UserError("--hold-out names groups and works with --by group only", remedy="Add --by group.")
     shares = _checked(fractions or ({"train": 1.0} if hold_out else DEFAULT_FRACTIONS))
     parent = open_dataset(path)
-    if Path(out).resolve() == Path(path).resolve():
-        raise UserError(f"--out {out}: is the dataset itself", "The parent is kept.", "Choose another --out.")
     plan = _plan(parent, by, shares, hold_out, seed)
     wanted = [*shares, *(["eval"] if hold_out else [])]
     empty = [split for split in SPLITS if split in wanted and split not in plan.values()]
@@ -130,19 +128,15 @@ def split_dataset(
     options = {"by": by, "fractions": ",".join(f"{name}={share}" for name, share in shares.items()), "seed": str(seed)}
     words = [word for name, value in options.items() for word in (f"--{name}", value)]
     words += [word for group in hold_out for word in ("--hold-out", group)]
-    origin = {
-        "command": shlex.join(["rlhf", "data", "split", str(path), *words]),
-        "parent": {"path": str(path), "fingerprint": parent.fingerprint},
-    }
-    with DatasetWriter(out, parent.kind, origin) as writer, Rejects(writer.partial / FILE_NAME) as rejects:
-        for record in parent.records(on_reject=rejects):
-            writer.write(record.with_split(plan[_key(record, by)]))
-        counts = {"read": writer.count + rejects.count, "written": writer.count, "rejected": rejects.count}
-        writer.origin |= {**counts, "reasons": by_count(rejects.reasons)}
+    with Derivation(out, parent.kind, [parent], ["split", str(path), *words]) as made:
+        for record in parent.records(on_reject=made.rejects):
+            made.write(record.with_split(plan[_key(record, by)]))
+    rejected, reasons = made.rejects.count, by_count(made.rejects.reasons)
+    counts = {"read": made.written + rejected, "written": made.written, "rejected": rejected, "reasons": reasons}
     keys = Counter(plan.values())
     records = open_dataset(out).splits()
     return {
-        "out": str(out), "kind": parent.kind, "by": by, "seed": seed, **counts, "reasons": by_count(rejects.reasons),
+        "out": str(out), "kind": parent.kind, "by": by, "seed": seed, **counts,
         "splits": {split: records.get(split, 0) for split in SPLITS},
         "keys": {split: keys.get(split, 0) for split in SPLITS},
     }  # fmt: skip

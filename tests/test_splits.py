@@ -67,9 +67,9 @@ def test_the_new_dataset_names_its_parent_and_the_command(tmp_path):
     result = run("split", parent, "--out", tmp_path / "s", "--fractions", "eval=0.25,train=0.75", "--seed", 7, "--json")
     assert result.exit_code == 0, result.output
     made = open_dataset(tmp_path / "s", verify=True)
-    assert made.manifest["origin"]["parent"] == {
-        "path": str(parent), "fingerprint": open_dataset(parent).fingerprint,
-    }  # fmt: skip
+    assert made.manifest["origin"]["parents"] == [
+        {"path": str(parent), "fingerprint": open_dataset(parent).fingerprint}
+    ]
     expected = f"rlhf data split {parent} --by prompt --fractions train=0.75,eval=0.25 --seed 7"
     assert made.manifest["origin"]["command"] == expected
     said = last_line(result)
