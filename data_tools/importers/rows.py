@@ -35,6 +35,20 @@ class Item(NamedTuple):
     value: Any
 
 
+class Head(NamedTuple):
+    """The beginning of a file, by which `auto` tells its format."""
+
+    path: Path
+    text: str
+    """The first 4,096 characters."""
+    rows: list[Any]
+    """The values of the first rows, at most 20; none where the file is neither JSON nor Parquet."""
+
+    def all_have(self, *fields: str) -> bool:
+        """Whether there are rows, and each is an object with these fields."""
+        return bool(self.rows) and all(isinstance(row, dict) and row.keys() >= set(fields) for row in self.rows)
+
+
 def convert_rows(
     path: Path, reject: OnReject, convert: Callable[[Any], Record | Iterable[Record | BadRecord]]
 ) -> Iterator[Record]:
