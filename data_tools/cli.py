@@ -9,6 +9,7 @@ from data_tools.commands import imports, prepare
 app = typer.Typer(name="data", help="Turn what you have into datasets of the schema.", no_args_is_help=True)
 
 app.command("import")(imports.import_command)
+app.command("formats")(imports.formats_command)
 app.command("validate")(prepare.validate_command)
 app.command("split")(prepare.split_command)
 app.command("stats")(prepare.stats_command)

@@ -3,19 +3,28 @@
 from __future__ import annotations
 
 import glob
+import json
 import shlex
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from data_tools.importers import IMPORTERS
+from data_tools.importers.detect import AUTO, detect
 from data_tools.rejects import FILE_NAME, Rejects, by_count, print_reasons
 from rlhf import console
 from rlhf.errors import UserError, nearest
 from rlhf.schema import SPLITS, BadRecord, Record
 from rlhf.store import DatasetWriter, Reject, file_hash
+from rlhf.table import Pick
+
+OPTIONS_FILE = "import.yaml"
+"""In the dataset folder: the options of its import, as `--options` reads them."""
 
 
 @dataclass(frozen=True)
@@ -63,6 +72,7 @@ def import_dataset(
     paths: Sequence[str | Path],
     out: str | Path,
     *,
+    options: Mapping[str, Any] | None = None,
     split: str | None = None,
     source: str | None = None,
     strict: bool = False,
@@ -73,9 +83,10 @@ def import_dataset(
     used, nothing is written, and what stood under the name stays. The same files and options give the same bytes.
 
     Args:
-        importer: A row of `IMPORTERS`.
+        importer: A row of `IMPORTERS`, or `auto` to tell it by the files.
         paths: Files (gzip allowed), folders (all files of the format's suffixes in them) and glob patterns.
         out: The dataset folder to make.
+        options: Options of the importer, checked against its signature.
         split: Put every record in this split (train, eval or test), whatever the files say.
         source: Give every record this source, whatever the files say.
         strict: Raise at the first row that cannot be used, and write nothing.
@@ -85,23 +96,25 @@ def import_dataset(
         UserError: An unknown importer or split, no such file, an empty or damaged file, files of different kinds, an
             `out` that is something else than a dataset, or a bad row under `strict`.
     """
-    try:
-        row = IMPORTERS[importer]
-    except ValueError as error:
-        raise UserError(str(error)) from None
     if split is not None and split not in SPLITS:
         raise UserError(f"--split-name: no split is called {split!r}", remedy=nearest(split, SPLITS))
-    files = find_files(paths, row.traits["suffixes"])
-    options = {"--split-name": split, "--source": source}
-    given = [word for name, value in options.items() if value is not None for word in (name, value)]
+    pick, files = _choose(importer, paths, options or {})
+    words = [word for name, value in (options or {}).items() for word in ("--option", f"{name}={_flat(value)}")]
+    words += [
+        word for name, value in (("--split-name", split), ("--source", source)) if value for word in (name, value)
+    ]
     origin = {
-        "command": shlex.join(["rlhf", "data", "import", importer, *map(str, paths), *given]),
-        "importer": importer,
+        "command": shlex.join(["rlhf", "data", "import", pick.name, *map(str, paths), *words]),
+        "importer": pick.name,
         "files": [{"path": str(file), "sha256": file_hash(file)} for file in files],
     }
     changes = {name: value for name, value in (("split", split), ("source", source)) if value is not None}
     with DatasetWriter(out, None, origin) as writer, Rejects(writer.partial / FILE_NAME, strict) as rejects:
-        _write(writer, row.fn, files, rejects, changes)
+        if options:
+            header = f"# rlhf data import {pick.name} FILES --options {OPTIONS_FILE} --out DATASET\n"
+            text = header + yaml.safe_dump(dict(options), allow_unicode=True, sort_keys=False)
+            (writer.partial / OPTIONS_FILE).write_text(text, "utf-8")
+        _write(writer, pick, files, rejects, changes)
         counts = {"read": writer.count + rejects.count, "written": writer.count, "rejected": rejects.count}
         reasons = by_count(rejects.reasons)
         summary = ImportSummary(Path(out), writer.kind, **counts, reasons=reasons, first=rejects.first)
@@ -109,6 +122,54 @@ def import_dataset(
             raise NothingUsable(summary)
         writer.origin |= {**counts, "reasons": reasons}
     return summary
+
+
+def _choose(importer: str, paths: Sequence[str | Path], options: Mapping[str, Any]) -> tuple[Pick, list[Path]]:
+    """The importer with its options, and the files that it is to read."""
+    try:
+        if importer != AUTO:
+            pick = IMPORTERS.pick({**options, "name": importer})
+            return pick, find_files(paths, pick.row.traits["suffixes"])
+        files = find_files(paths, tuple({suffix for row in IMPORTERS for suffix in row.traits["suffixes"]}))
+        name, why = detect(files)
+        console.say(f"auto: {name}, because {why}")
+        return IMPORTERS.pick({**options, "name": name}), files
+    except ValueError as error:
+        raise UserError(str(error), remedy="`rlhf data formats FORMAT` tells the options of a format.") from None
+
+
+def _flat(value: Any) -> str:
+    """An option's value as `--option` reads it."""
+    return json.dumps(value, ensure_ascii=False) if isinstance(value, (list, dict)) else str(value)
+
+
+def read_options(file: Path | None, pairs: Sequence[str]) -> dict[str, Any]:
+    """Options from a YAML file and from NAME=VALUE words, which win. A value that is a JSON list or object is one.
+
+    Raises:
+        UserError: The file is not a YAML mapping of names, or a word has no equals sign.
+    """
+    options: dict[str, Any] = {}
+    if file is not None:
+        try:
+            options = yaml.safe_load(file.read_text("utf-8")) or {}
+        except (OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError) as error:
+            raise UserError(f"--options {file}: {error}") from None
+        if not isinstance(options, dict) or not all(isinstance(name, str) for name in options):
+            raise UserError(f"--options {file}: not a mapping of option: value")
+    for pair in pairs:
+        name, equals, value = pair.partition("=")
+        if not equals or not name:
+            raise UserError(f"--option {pair}: not NAME=VALUE", remedy="Write, for instance, --option prompt=Question")
+        options[name.strip()] = _list_or_object(value)
+    return options
+
+
+def _list_or_object(text: str) -> Any:
+    if text[:1] in ("[", "{"):
+        with suppress(ValueError, RecursionError):  # a template in braces, say, is text
+            return json.loads(text)
+    return text
 
 
 def _write(writer: DatasetWriter, read: Any, files: list[Path], reject: Rejects, changes: dict[str, Any]) -> None:

@@ -1,30 +1,44 @@
-"""`rlhf data import`."""
+"""`rlhf data import` and `rlhf data formats`."""
 
 from __future__ import annotations
 
-from typing import Annotated
+import inspect
+from pathlib import Path
+from typing import Annotated, Any
 
 import typer
 
 from data_tools.commands.common import Json, Out, print_json
 from data_tools.importers import IMPORTERS
-from data_tools.ingest import NothingUsable, import_dataset
+from data_tools.importers.detect import AUTO
+from data_tools.ingest import NothingUsable, import_dataset, read_options
+from rlhf import console
+from rlhf.errors import UserError
+from rlhf.table import Row
 
-FORMATS = "; ".join(f"{row.name}: {row.summary.rstrip('.')}" for row in IMPORTERS)
+FORMAT = f"{AUTO}, or: {', '.join(row.name for row in IMPORTERS)}. `rlhf data formats` shows a sample of each."
 
 
 def import_command(
-    importer: Annotated[str, typer.Argument(metavar="FORMAT", help=FORMATS)],
+    importer: Annotated[str, typer.Argument(metavar="FORMAT", help=FORMAT)],
     paths: Annotated[list[str], typer.Argument(metavar="PATH", help="Files, folders, or quoted glob patterns.")],
     out: Out,
+    option: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME=VALUE", help="An option of the format, such as a column; may be repeated."),
+    ] = None,
+    options: Annotated[
+        Path | None, typer.Option(help="A YAML file of such options; import.yaml of a dataset repeats its import.")
+    ] = None,
     split_name: Annotated[str | None, typer.Option(help="Put every record in this split: train, eval or test.")] = None,
     source: Annotated[str | None, typer.Option(help="Give every record this source.")] = None,
     strict: Annotated[bool, typer.Option("--strict", help="Stop at the first row that cannot be used.")] = False,
     as_json: Json = False,
 ) -> None:
     """Import files of one format into a dataset. Rows that cannot be used go to OUT/rejected.jsonl, by reason."""
+    given = read_options(options, option or ())
     try:
-        summary = import_dataset(importer, paths, out, split=split_name, source=source, strict=strict)
+        summary = import_dataset(importer, paths, out, options=given, split=split_name, source=source, strict=strict)
     except NothingUsable as error:
         error.summary.show()
         if as_json:
@@ -33,3 +47,54 @@ def import_command(
     summary.show()
     if as_json:
         print_json(summary.as_dict())
+
+
+def formats_command(
+    name: Annotated[str | None, typer.Argument(metavar="[FORMAT]", help="Tell all about this one.")] = None,
+    as_json: Json = False,
+) -> None:
+    """List the formats that `import` reads, one line and a sample each; or all about one."""
+    try:
+        rows = list(IMPORTERS) if name is None else [IMPORTERS[name]]
+    except ValueError as error:
+        raise UserError(str(error)) from None
+    if name is None:
+        for row in rows:
+            console.say(row.name, style="bold")
+            console.say(f"  {row.summary}")
+            console.say(f"  {_short(row.traits['sample'])}", style="dim")
+        console.say("`rlhf data formats FORMAT` tells how ranks are read, and the options.")
+    else:
+        _show(rows[0])
+    if as_json:
+        print_json({row.name: _facts(row) for row in rows})
+
+
+def _short(sample: str) -> str:
+    line = " ".join(sample.split())
+    return line if len(line) <= 200 else f"{line[:200]}..."
+
+
+def _facts(row: Row) -> dict[str, Any]:
+    options = {
+        name: {"type": str(field.annotation), "default": None if field.is_required() else field.default}
+        for name, field in row.options.model_fields.items()
+    }
+    return {
+        "summary": row.summary,
+        "suffixes": row.traits["suffixes"],
+        "sample": row.traits["sample"],
+        "options": options,
+    }
+
+
+def _show(row: Row) -> None:
+    console.say(row.name, style="bold")
+    console.say(inspect.getdoc(row.fn) or "")
+    console.say(f"\nFiles of a folder: {' '.join(row.traits['suffixes'])}")
+    fields = row.options.model_fields
+    if fields:
+        shown = [[name, "required" if field.is_required() else repr(field.default)] for name, field in fields.items()]
+        console.table("options (--option NAME=VALUE)", ["name", "default"], shown)
+    console.say("Sample:")
+    console.say(row.traits["sample"].rstrip(), style="dim")
