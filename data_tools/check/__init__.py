@@ -1,0 +1,1 @@
+"""Check: what a dataset of rankings is worth, before a model is trained on it."""
