@@ -4,18 +4,44 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
-from data_tools.importers.rows import IMPORTERS, JSON, convert_rows
+from data_tools.importers.fields import as_jsonl
+from data_tools.importers.rows import IMPORTERS, JSON, Head, convert_rows
 from rlhf.schema import Record, from_dict
 from rlhf.store import OnReject
 
+PROMPT_FIELDS = {"id", "prompt_id", "messages", "prompt", "source", "group", "split"}
 
-@IMPORTERS.row("jsonl", suffixes=JSON)
+
+def _detect(head: Head) -> str | None:
+    if not head.rows or not all(isinstance(row, dict) and {"messages", "prompt"} & row.keys() for row in head.rows):
+        return None
+    if head.all_have("candidates"):
+        return "its rows have a prompt and `candidates`"
+    if head.all_have("answer"):
+        return "its rows have a prompt and an `answer`"
+    return "its rows have a prompt alone" if all(map(_is_prompt, head.rows)) else None
+
+
+def _is_prompt(row: dict[str, Any]) -> bool:
+    messages = row.get("messages", row.get("prompt"))
+    last = messages[-1] if isinstance(messages, list) and messages else None
+    asks = isinstance(messages, str) or (isinstance(last, dict) and last.get("role") == "user")
+    return asks and row.keys() <= PROMPT_FIELDS
+
+
+SAMPLE = as_jsonl({"prompt": "Name a fruit.", "candidates": ["Pear.", "Plum.", "Car."], "ranks": [1, 1, 2]})
+
+
+@IMPORTERS.row("jsonl", suffixes=JSON, sample=SAMPLE, detect=_detect)
 def jsonl(path: Path, reject: OnReject) -> Iterator[Record]:
     """The schema's own records, one JSON object a line.
 
     Rankings have `candidates` and `ranks` (1 = best, equal = tie), proposals `candidates` alone, demonstrations
-    `answer`, prompts none of them. The first usable row decides the kind of the file; a row of another is rejected.
+    `answer`, prompts none of them. Candidates stand in the order shown where the row says so (`shown`). In place of
+    `ranks`, each candidate may have its `rank`; a prompt or a candidate may be plain text. The first usable row decides
+    the kind of the file; a row of another is rejected.
     """
     kind: str | None = None
 
