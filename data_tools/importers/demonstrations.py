@@ -1,0 +1,288 @@
+"""Importers of demonstrations and of prompts: Alpaca, Dolly, ShareGPT, OpenAI chats, FLAN, plain text."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+from data_tools.importers.fields import RIGHT_FORMAT, alpaca_prompt, as_jsonl, chat, joined, need, text
+from data_tools.importers.pairs import sharegpt_chat
+from data_tools.importers.rows import IMPORTERS, JSON, Head, convert_rows
+from rlhf.jsonl import DAMAGES, Reject, open_bytes
+from rlhf.schema import BadRecord, Demonstration, Message, Prompt, Record
+from rlhf.store import OnReject
+
+# ---- one answer a row ------------------------------------------------------------------------------------------------
+
+
+def _all_text(head: Head, *names: str) -> bool:
+    return head.all_have(*names) and all(isinstance(row[name], str) for row in head.rows for name in names)
+
+
+def _detect_alpaca(head: Head) -> str | None:
+    return "its rows have `instruction` and `output` text" if _all_text(head, "instruction", "output") else None
+
+
+ALPACA_SAMPLE = as_jsonl({"instruction": "Translate into German.", "input": "a pear", "output": "eine Birne"})
+
+
+@IMPORTERS.row("alpaca", suffixes=JSON, sample=ALPACA_SAMPLE, detect=_detect_alpaca)
+def alpaca(path: Path, reject: OnReject) -> Iterator[Record]:
+    """Alpaca demonstrations: rows {instruction, input, output}.
+
+    The prompt is `instruction` and, after a blank line, `input`, after `system` and `history` where the row has them
+    (LLaMA-Factory); the answers in `history` are no demonstrations. Nothing is ranked.
+
+    Rejected: an empty output, an output that is a list (import it as alpaca-ranked), a missing field.
+    """
+
+    def convert(row: Any) -> Record:
+        need(row, "instruction", "output")
+        if isinstance(row["output"], list):
+            raise BadRecord("output: a list", remedy="Rows of ranked answers are imported as alpaca-ranked.")
+        return Demonstration(alpaca_prompt(row), source="alpaca", answer=text(row, "output"))
+
+    return convert_rows(path, reject, convert)
+
+
+def _detect_dolly(head: Head) -> str | None:
+    found = _all_text(head, "instruction", "context", "response")
+    return "its rows have `instruction`, `context` and `response`" if found else None
+
+
+DOLLY_SAMPLE = as_jsonl(
+    {"instruction": "What is it?", "context": "The pear is a fruit.", "response": "A fruit.", "category": "closed_qa"}
+)
+
+
+@IMPORTERS.row("dolly", suffixes=JSON, sample=DOLLY_SAMPLE, detect=_detect_dolly)
+def dolly(path: Path, reject: OnReject) -> Iterator[Record]:
+    """Databricks Dolly demonstrations: rows {instruction, context, response, category}, written by people.
+
+    The prompt is `instruction` and, after a blank line, `context`; `category` is the group. Nothing is ranked.
+
+    Rejected: an empty response, a missing field.
+    """
+
+    def convert(row: Any) -> Record:
+        need(row, "instruction", "response")
+        prompt = joined(text(row, "instruction"), text(row, "context", optional=True))
+        group = text(row, "category", optional=True) or None
+        return Demonstration((Message("user", prompt),), source="dolly", group=group, answer=text(row, "response"))
+
+    return convert_rows(path, reject, convert)
+
+
+FLAN_FIELDS = (("inputs", "targets"), ("input", "target"), ("prompt", "completion"))
+
+
+def _detect_flan(head: Head) -> str | None:
+    for prompt, answer in FLAN_FIELDS:
+        if _all_text(head, prompt, answer) and not any("label" in row for row in head.rows):
+            return f"its rows have `{prompt}` and `{answer}` text"
+    return None
+
+
+FLAN_SAMPLE = as_jsonl({"inputs": "Is a pear a fruit? Answer yes or no.", "targets": "yes", "task": "fruit"})
+
+
+@IMPORTERS.row("flan", suffixes=JSON, sample=FLAN_SAMPLE, detect=_detect_flan)
+def flan(path: Path, reject: OnReject) -> Iterator[Record]:
+    """FLAN-style demonstrations: rows {inputs, targets}, {input, target} or {prompt, completion}, all of them text.
+
+    `task` (or `task_name`, as FLAN writes it) is the group. Nothing is ranked.
+
+    Rejected: an empty target, a missing field, thumbs up or down (a `label` of true or false): a bad answer is no
+    demonstration.
+    """
+
+    def convert(row: Any) -> Record:
+        need(row)
+        _refuse_thumbs(row)
+        for prompt, answer in FLAN_FIELDS:
+            if row.get(prompt) is not None and row.get(answer) is not None:
+                group = text(row, "task", optional=True) or text(row, "task_name", optional=True) or None
+                asked = (Message("user", text(row, prompt)),)
+                return Demonstration(asked, source="flan", group=group, answer=text(row, answer))
+        raise BadRecord("neither inputs and targets, nor input and target, nor prompt and completion", "", RIGHT_FORMAT)
+
+    return convert_rows(path, reject, convert)
+
+
+def _refuse_thumbs(row: dict[str, Any]) -> None:
+    if isinstance(row.get("label"), bool):
+        remedy = "Rankings need two answers to one prompt. To learn from the good ones, keep rows with label = true "
+        raise BadRecord("a thumb up or down for one answer", remedy=remedy + "and drop the field.")
+
+
+# ---- chats -----------------------------------------------------------------------------------------------------------
+
+Turns = Literal["all", "last"]
+
+
+def _demonstrations(
+    turns: list[Message], which: Turns, source: str, left_out: frozenset[int] = frozenset()
+) -> Iterator[Record | BadRecord]:
+    """One demonstration for every turn of the assistant that is to be learned, with the turns before as the prompt.
+
+    Args:
+        left_out: Indices of the assistant's turns that are not to be learned.
+    """
+    answers = [i for i, turn in enumerate(turns) if turn.role == "assistant" and i not in left_out]
+    answers = answers[-1:] if which == "last" else answers
+    if not answers:
+        raise BadRecord("no turn of the assistant to learn", remedy="Leave the chat out, or import it as prompts.")
+    for i in answers:
+        try:
+            if not any(turn.role == "user" for turn in turns[:i]):
+                raise BadRecord(
+                    "an answer to nothing: no user's turn before it", f"turn {i}", "Cut the chat's beginning."
+                )
+            yield Demonstration(tuple(turns[:i]), source=source, answer=turns[i].content)
+        except BadRecord as fault:
+            yield fault
+    if turns[-1].role != "assistant":
+        yield BadRecord(
+            "the chat ends without an answer", f"turn {len(turns) - 1}", "Cut its end, or have it answered."
+        )
+
+
+def _detect_sharegpt(head: Head) -> str | None:
+    if head.all_have("conversations") and not any({"chosen", "rejected", "label"} & row.keys() for row in head.rows):
+        return "its rows have `conversations`"
+    return None
+
+
+SHAREGPT_SAMPLE = as_jsonl(
+    {
+        "id": "a1",
+        "conversations": [
+            {"from": "human", "value": "Name a fruit."}, {"from": "gpt", "value": "Pear."},
+            {"from": "human", "value": "Another?"}, {"from": "gpt", "value": "Plum."},
+        ],
+    }
+)  # fmt: skip
+
+
+@IMPORTERS.row("sharegpt", suffixes=JSON, sample=SHAREGPT_SAMPLE, detect=_detect_sharegpt)
+def sharegpt(path: Path, reject: OnReject, *, turns: Turns = "all") -> Iterator[Record]:
+    """ShareGPT and Vicuna chats: rows {conversations[{from: human | gpt, value}]}, each gpt turn a demonstration.
+
+    `system` is a first turn where the row has one. Nothing is ranked.
+
+    Args:
+        turns: all: every turn of the assistant is a demonstration, with what was said before as its prompt, as those
+            who train on such chats learn from all of them. last: only the last one.
+
+    Rejected: a chat with a tool's turn or an unknown role, as a whole; else each answer for itself: an empty one, one
+    with no user's turn before it, one after two turns of one speaker; a last turn without an answer.
+    """
+
+    def convert(row: Any) -> Iterator[Record | BadRecord]:
+        _refuse_thumbs(need(row, "conversations"))
+        return _demonstrations(sharegpt_chat(row), turns, "sharegpt")
+
+    return convert_rows(path, reject, convert)
+
+
+def _detect_openai_chat(head: Head) -> str | None:
+    other = {"chosen", "candidates", "answer", "label"}
+    if head.all_have("messages") and all(
+        isinstance(row["messages"], list)
+        and any(isinstance(turn, dict) and turn.get("role") == "assistant" for turn in row["messages"][-1:])
+        and not other & row.keys()
+        for row in head.rows
+    ):
+        return "its rows have `messages` that end with the assistant"
+    return None
+
+
+OPENAI_SAMPLE = as_jsonl(
+    {
+        "messages": [
+            {"role": "system", "content": "Be brief."}, {"role": "user", "content": "Name a fruit."},
+            {"role": "assistant", "content": "Pear."},
+        ]
+    }
+)  # fmt: skip
+
+
+@IMPORTERS.row("openai-chat", suffixes=JSON, sample=OPENAI_SAMPLE, detect=_detect_openai_chat)
+def openai_chat(path: Path, reject: OnReject, *, turns: Turns = "all") -> Iterator[Record]:
+    """OpenAI fine-tuning chats: rows {messages[{role, content}]}, each turn of the assistant a demonstration.
+
+    A `developer` message is a system turn. An assistant's message with `weight` 0 is part of the prompt of later ones
+    and no demonstration, as it is for OpenAI. Nothing is ranked.
+
+    Args:
+        turns: all: every turn of the assistant is a demonstration, with what was said before as its prompt, as OpenAI
+            learns from all of them. last: only the last one; for files that hold a row for each turn already.
+
+    Rejected: a chat with a tool's turn or call, an unknown role or something else than text, as a whole; else each
+    answer for itself: an empty one, one with no user's turn before it, one after two turns of one speaker; a last turn
+    without an answer. Also thumbs up or down (a `label` of true or false): a bad answer is no demonstration.
+    """
+
+    def convert(row: Any) -> Iterator[Record | BadRecord]:
+        _refuse_thumbs(need(row, "messages"))
+        said = chat(row["messages"], "messages")
+        unlearned = frozenset(i for i, turn in enumerate(row["messages"]) if turn.get("weight") == 0)
+        return _demonstrations(said, turns, "openai-chat", unlearned)
+
+    return convert_rows(path, reject, convert)
+
+
+# ---- plain text ------------------------------------------------------------------------------------------------------
+
+TEXT = (".txt", ".txt.gz", ".txt.zst")
+
+
+def _detect_text(head: Head) -> str | None:
+    plain = head.path.name.lower().endswith(TEXT) and not head.rows and head.text.strip()
+    return "its name ends in .txt and it is no JSON" if plain else None
+
+
+@IMPORTERS.row("text", suffixes=TEXT, sample="Name a fruit.\nWhy is the sky blue?\n", detect=_detect_text)
+def plain_text(path: Path, reject: OnReject, *, unit: Literal["line", "paragraph"] = "line") -> Iterator[Record]:
+    """Plain text prompts, one a line. Nothing is ranked.
+
+    Args:
+        unit: line: every line that is not blank is a prompt. paragraph: lines up to a blank one are one prompt.
+
+    Rejected: text that is not UTF-8, a damaged compressed file.
+    """
+    line = 0
+    try:
+        with open_bytes(path) as file:
+            for line, raw in _units(file, unit):
+                try:
+                    said = raw.decode("utf-8-sig" if line == 1 else "utf-8").strip()
+                    yield Prompt((Message("user", said),), source="text")
+                except UnicodeDecodeError as error:
+                    fault = BadRecord("not UTF-8", f"at byte {error.start}", "Save the file as UTF-8.")
+                    reject(Reject.of(path, line, fault, raw))
+                except BadRecord as fault:
+                    reject(Reject.of(path, line, fault, raw))
+    except DAMAGES as error:
+        remedy = "Fetch the file again; what stands before the damage was read."
+        fault = BadRecord("damaged: the rest of the file cannot be read", str(error), remedy)
+        reject(Reject.of(path, line + 1, fault, ""))
+
+
+def _units(file: Any, unit: str) -> Iterator[tuple[int, bytes]]:
+    """The prompts, each with the line that it begins on."""
+    begin, lines = 0, []
+    for number, raw in enumerate(file, 1):
+        if not raw.strip():
+            if lines:
+                yield begin, b"".join(lines)
+            lines = []
+            continue
+        begin = begin if lines else number
+        lines.append(raw)
+        if unit == "line":
+            yield begin, raw
+            lines = []
+    if lines:
+        yield begin, b"".join(lines)

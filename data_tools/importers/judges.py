@@ -1,0 +1,147 @@
+"""Importers of two answers judged by somebody whom the format names: AlpacaEval, PandaLM."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from data_tools.importers.fields import alpaca_prompt, as_jsonl, elements, need, number, one_of, ranks_of_two, text
+from data_tools.importers.rows import IMPORTERS, JSON, Head, convert_rows
+from rlhf.schema import BadRecord, Candidate, Message, Ranking, Record
+from rlhf.store import OnReject
+
+# ---- AlpacaEval ------------------------------------------------------------------------------------------------------
+
+
+def _detect_alpaca_eval(head: Head) -> str | None:
+    found = head.all_have("instruction", "output_1", "output_2", "preference")
+    return "its rows have `instruction`, `output_1`, `output_2` and `preference`" if found else None
+
+
+ALPACA_EVAL_SAMPLE = as_jsonl(
+    {
+        "instruction": "Name a fruit.",
+        "output_1": "Car.",
+        "generator_1": "text_davinci_003",
+        "output_2": "Pear.",
+        "generator_2": "my-model",
+        "annotator": "weighted_alpaca_eval_gpt4_turbo",
+        "preference": 1.97,
+    }
+)
+
+
+@IMPORTERS.row("alpaca-eval", suffixes=JSON, sample=ALPACA_EVAL_SAMPLE, detect=_detect_alpaca_eval)
+def alpaca_eval(path: Path, reject: OnReject) -> Iterator[Record]:
+    """AlpacaEval and AlpacaFarm annotations: rows {instruction, output_1, output_2, preference, generator_1, ...}.
+
+    Ranks: `preference` 1 = output_1 is the better, 2 = output_2; 1.5, and 0 in older files, = a tie (alpaca_eval
+    metrics/helpers.py). Weighted annotators write 1 + the probability that output_2 is the better: below 1.5 output_1
+    wins, above it output_2, with the distance from 1.5 as the weight (1.97 counts 0.94). The annotator saw the outputs
+    in a random order that is not kept.
+
+    The prompt is `instruction` and, after a blank line, `input`. `generator_1` and `generator_2` are the authors,
+    `annotator` (or `annotator_index`) the annotator.
+
+    Rejected: no preference (null, or -1: the annotator's answer was not understood), another number, equal or empty
+    outputs.
+    """
+    return convert_rows(path, reject, _alpaca_eval)
+
+
+def _alpaca_eval(row: Any) -> Ranking:
+    need(row, "instruction", "output_1", "output_2")
+    preference = row.get("preference")
+    if preference is None or preference == -1:
+        raise BadRecord("preference: none", remedy="The annotator gave none; annotate the row again or leave it out.")
+    value = (
+        1.5 if preference in (0, 1.5) and not isinstance(preference, bool) else number(preference, "preference", 1, 2)
+    )
+    author = [text(row, name, optional=True) for name in ("generator_1", "generator_2")]
+    annotator = row.get("annotator") if row.get("annotator") is not None else row.get("annotator_index")
+    return Ranking(
+        alpaca_prompt(row),
+        source="alpaca-eval",
+        candidates=(
+            Candidate(text(row, "output_1"), author[0], "model"), Candidate(text(row, "output_2"), author[1], "model"),
+        ),
+        ranks=ranks_of_two(value - 1.5),
+        annotator=str(annotator) if isinstance(annotator, int) else annotator or "",
+        weight=1.0 if value == 1.5 else abs(2 * value - 3),
+    )  # fmt: skip
+
+
+# ---- PandaLM ---------------------------------------------------------------------------------------------------------
+
+
+def _detect_pandalm(head: Head) -> str | None:
+    for judged in ("annotator1", "annotators"):
+        if head.all_have("response1", "response2", judged):
+            return f"its rows have `response1`, `response2` and `{judged}`"
+    return None
+
+
+PANDALM_SAMPLE = as_jsonl(
+    {
+        "idx": 0,
+        "cmp_key": "llama-7b_opt-7b",
+        "instruction": "Name a fruit.",
+        "input": "",
+        "response1": "Pear.",
+        "response2": "Car.",
+        "annotator1": 1,
+        "annotator2": 1,
+        "annotator3": 0,
+    }
+)
+
+
+@IMPORTERS.row("pandalm", suffixes=JSON, sample=PANDALM_SAMPLE, detect=_detect_pandalm)
+def pandalm(path: Path, reject: OnReject) -> Iterator[Record]:
+    """PandaLM-like pairs judged by several people: {instruction, input, response1, response2, annotator1, ...}.
+
+    Ranks: a judgement of 1 = response1 is the better, 2 = response2, 0 = a tie. Every judgement is a record, by the
+    annotator "annotator1", "annotator2", ...; a list `annotators` of judgements, with `prompt` in place of
+    `instruction`, is read too. The format does not tell the order shown. `cmp_key` or `models` ("opt-7b_llama-7b")
+    names the models that wrote the answers.
+
+    Rejected, each judgement for itself: another number, none. A pair without judgements is one unannotated record.
+    """
+    return convert_rows(path, reject, _pandalm)
+
+
+def _pandalm(row: Any) -> Iterator[Record | BadRecord]:
+    need(row, "response1", "response2")
+    judged = _judgements(row)
+    if not judged:
+        raise BadRecord("no judgement", remedy="The pair is unannotated, or is it another format?")
+    for annotator, value in judged.items():
+        try:
+            yield _pandalm_ranking(row, annotator, value)
+        except BadRecord as fault:
+            yield fault
+
+
+def _pandalm_ranking(row: dict[str, Any], annotator: str, value: Any) -> Ranking:
+    if value is None:
+        raise BadRecord("an annotator gave no judgement", annotator, "Have the pair judged, or leave it so.")
+    models = text(row, "models" if "models" in row else "cmp_key", optional=True).split("_")
+    authors = models if len(models) == 2 else ["", ""]
+    answers = [text(row, name) for name in ("response1", "response2")]
+    return Ranking(
+        (Message("user", text(row, "prompt")),) if "prompt" in row else alpaca_prompt(row),
+        source="pandalm",
+        candidates=tuple(Candidate(answer, author, "model") for answer, author in zip(answers, authors)),
+        ranks=((1, 1), (1, 2), (2, 1))[one_of(value, "annotator", (0, 1, 2))],
+        annotator=annotator,
+    )
+
+
+def _judgements(row: dict[str, Any]) -> dict[str, Any]:
+    """Annotator -> judgement, in the annotators' order."""
+    if "annotators" in row:
+        return {f"annotator{i}": value for i, value in enumerate(elements(row, "annotators"), 1)}
+    found = (re.fullmatch(r"annotator([0-9]{1,4})", name) for name in row)
+    return {match.string: row[match.string] for match in sorted(filter(None, found), key=lambda m: int(m[1]))}
