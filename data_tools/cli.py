@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import typer
 
-from data_tools.commands import imports, prepare
+from data_tools.commands import aggregate, imports, prepare, rank
 
 app = typer.Typer(name="data", help="Turn what you have into datasets of the schema.", no_args_is_help=True)
 
@@ -13,3 +13,5 @@ app.command("formats")(imports.formats_command)
 app.command("validate")(prepare.validate_command)
 app.command("split")(prepare.split_command)
 app.command("stats")(prepare.stats_command)
+app.command("rank")(rank.rank_command)
+app.command("aggregate")(aggregate.aggregate_command)

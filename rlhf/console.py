@@ -52,6 +52,11 @@ def number(value: Any, digits: int = 4) -> str:
     return f"{value:,.{digits}g}" if abs(value) < 1e4 else f"{value:,.0f}"
 
 
+def printable(text: str) -> str:
+    """Text that is safe to show: control characters (a terminal's escape sequences) become a replacement mark."""
+    return "".join(c if c.isprintable() or c in "\n\t" else "\N{REPLACEMENT CHARACTER}" for c in text)
+
+
 def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
     """Print a table; columns after the first are right-aligned when they hold figures."""
     rows = [list(row) for row in rows]

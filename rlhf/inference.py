@@ -370,8 +370,3 @@ def _on_device(model: Any) -> Any:
     from rlhf import distributed
 
     return model.to(distributed.device()).eval()
-
-
-def printable(text: str) -> str:
-    """Text that is safe to show: control characters (a terminal's escape sequences) become a replacement mark."""
-    return "".join(c if c.isprintable() or c in "\n\t" else "\N{REPLACEMENT CHARACTER}" for c in text)

@@ -12,9 +12,9 @@ from typing import Annotated
 import typer
 
 from rlhf import options
-from rlhf.console import err, number, say
+from rlhf.console import err, number, printable, say
 from rlhf.errors import UserError, nearest
-from rlhf.inference import Policy, generate, open_policy, printable, sampling_for
+from rlhf.inference import Policy, generate, open_policy, sampling_for
 from rlhf.rollout import Sampling, episode_seed
 from rlhf.schema import BadRecord, Demonstration, Message, to_dict
 

@@ -13,9 +13,9 @@ from rich.rule import Rule
 from rich.text import Text
 
 from rlhf import options
-from rlhf.console import number, out, say
+from rlhf.console import number, out, printable, say
 from rlhf.errors import UserError
-from rlhf.inference import Sampled, Scorer, open_policy, open_scorer, printable, sample, sampling_for
+from rlhf.inference import Sampled, Scorer, open_policy, open_scorer, sample, sampling_for
 from rlhf.schema import BadRecord, Message, Prompt
 from rlhf.selection import chosen_prompts, with_system
 from rlhf.store import open_dataset

@@ -16,8 +16,9 @@ import finished
 import pytest
 import tiny
 
+from rlhf.console import printable
 from rlhf.errors import UserError
-from rlhf.inference import Policy, open_policy, printable, sampling_for
+from rlhf.inference import Policy, open_policy, sampling_for
 from rlhf.schema import Message
 from rlhf.store import open_dataset
 from stages.chat import COMMANDS, Chat, command

@@ -209,6 +209,6 @@ def test_a_split_that_is_not_there_is_refused(runs: dict[str, str], tmp_path: Pa
 
 
 def test_control_characters_of_an_answer_do_not_reach_the_terminal() -> None:
-    from rlhf.inference import printable
+    from rlhf.console import printable
 
     assert printable("a\x1b[2Jb\n\tc\r") == "a\N{REPLACEMENT CHARACTER}[2Jb\n\tc\N{REPLACEMENT CHARACTER}"

@@ -1,0 +1,25 @@
+"""`rlhf data rank`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from data_tools import rank as ranking
+from data_tools.commands.common import Json, print_json
+
+
+def rank_command(
+    candidates: Annotated[Path, typer.Argument(metavar="CANDIDATES", help="A dataset of proposals.")],
+    annotator: Annotated[str, typer.Option(metavar="NAME", help="Who ranks; the rankings say so.")],
+    out: Annotated[
+        Path | None, typer.Option("--out", help="The JSONL file; rankings-NAME.jsonl beside CANDIDATES otherwise.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Rank proposals at the terminal, such as 2 > 1 = 4 > 3; every ranking is saved at once. Continues where it was."""
+    summary = ranking.rank(candidates, annotator, out)
+    if as_json:
+        print_json(summary)
