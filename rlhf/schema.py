@@ -7,14 +7,15 @@ these records on disk.
 from __future__ import annotations
 
 import hashlib
-import json
 import reprlib
 import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from datetime import datetime
-from functools import cached_property
+from functools import lru_cache
 from typing import Any, ClassVar, Literal
+
+import orjson
 
 SCHEMA_VERSION = 2
 READABLE_VERSIONS = (1, 2)
@@ -38,12 +39,9 @@ class BadRecord(ValueError):
         super().__init__(f"{reason} ({detail})" if detail else reason)
 
 
-_canonical_json = json.JSONEncoder(ensure_ascii=False, sort_keys=True, separators=(",", ":")).encode
-
-
 def content_hash(*parts: Any) -> str:
-    """16 hex digits (64 bits) of the SHA-256 of the parts' canonical JSON."""
-    return hashlib.sha256(_canonical_json(parts).encode("utf-8", "surrogatepass")).hexdigest()[:16]
+    """16 hex digits (64 bits) of the SHA-256 of the parts' canonical JSON: UTF-8, no spaces, keys sorted."""
+    return hashlib.sha256(orjson.dumps(parts, option=orjson.OPT_SORT_KEYS)).hexdigest()[:16]
 
 
 # ---- records: checked when made, so that one that exists is valid ------------------------------------------------
@@ -82,10 +80,13 @@ class Prompt:
         if self.split is not None and self.split not in SPLITS:
             raise BadRecord(f"split: not one of {', '.join(SPLITS)}", f"got {self.split!r}")
 
-    @cached_property
+    @property
     def prompt_id(self) -> str:
         """Hash of the messages alone: the same prompt in every file and stage."""
-        return content_hash([[m.role, m.content] for m in self.messages])
+        kept = self.__dict__  # in place of functools.cached_property, which takes a lock at every access
+        if "_prompt_id" not in kept:
+            kept["_prompt_id"] = content_hash([[m.role, m.content] for m in self.messages])
+        return kept["_prompt_id"]
 
     @property
     def id(self) -> str:
@@ -181,7 +182,7 @@ class Ranking(Proposal):
             raise BadRecord("shown: not true or false", _brief(self.shown))
         if not (_is_finite(self.weight) and self.weight > 0):
             raise BadRecord("weight: not a number above 0", _brief(self.weight))
-        if not isinstance(self.merged, tuple) or not all(isinstance(part, str) for part in self.merged):
+        if not isinstance(self.merged, tuple) or not {type(part) for part in self.merged} <= {str}:
             raise BadRecord("merged: not a list of ids", _brief(self.merged))
 
     @property
@@ -200,8 +201,12 @@ KINDS: dict[str, type[Prompt]] = {kind.kind: kind for kind in (Prompt, Demonstra
 
 def dense_ranks(values: Iterable[float]) -> tuple[int, ...]:
     """Ranks 1, 2, ... from any numbers where smaller = better; equal numbers share a rank and none is skipped."""
-    values = list(values)
-    order = {value: index + 1 for index, value in enumerate(sorted(set(values)))}
+    return _dense_ranks(tuple(values))
+
+
+@lru_cache(4096)
+def _dense_ranks(values: tuple[float, ...]) -> tuple[int, ...]:
+    order = {value: rank for rank, value in enumerate(sorted(set(values)), 1)}
     return tuple(order[value] for value in values)
 
 
@@ -209,6 +214,8 @@ def dense_ranks(values: Iterable[float]) -> tuple[int, ...]:
 
 
 def _check_text(value: Any, name: str, index: int | None = None, empty_ok: bool = False, none_ok: bool = False) -> None:
+    if type(value) is str and value.isascii() and (empty_ok or (value and not value.isspace())):
+        return  # the usual case, told quickly
     if none_ok and value is None:
         return
     where = "" if index is None else f"at index {index}"
@@ -255,19 +262,19 @@ def _check_candidates(candidates: Any) -> None:
         score = candidate.score
         if score is not None and not _is_finite(score):
             raise BadRecord("candidates.score: not a finite number", f"at index {index}: {_brief(score)}")
-    if len({c.text for c in candidates}) < 2:
+    first = candidates[0].text
+    if all([candidate.text == first for candidate in candidates]):
         raise BadRecord("candidates: fewer than two distinct answers")
 
 
 def _check_ranks(ranks: Any, candidates: tuple[Candidate, ...]) -> None:
     if not isinstance(ranks, tuple) or len(ranks) != len(candidates):
         raise BadRecord("ranks: not one for each candidate", f"{len(candidates)} candidates, ranks {_brief(ranks)}")
-    if any(isinstance(rank, bool) or not isinstance(rank, int) or rank < 1 for rank in ranks):
+    if not {type(rank) for rank in ranks} <= {int} or min(ranks) < 1:
         raise BadRecord("ranks: not whole numbers from 1 (best)", _brief(ranks))
-    seen: dict[str, int] = {}
-    for candidate, rank in zip(candidates, ranks):
-        if seen.setdefault(candidate.text, rank) != rank:
-            raise BadRecord("ranks: identical candidates are ranked apart")
+    rank_of = {candidate.text: rank for candidate, rank in zip(candidates, ranks)}
+    if len(rank_of) < len(ranks) and any(rank_of[c.text] != rank for c, rank in zip(candidates, ranks)):
+        raise BadRecord("ranks: identical candidates are ranked apart")
 
 
 def _check_time(time: Any) -> None:

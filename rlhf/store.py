@@ -9,17 +9,27 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from itertools import accumulate
+from operator import attrgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from rlhf.errors import UserError, nearest
 from rlhf.jsonl import OnReject, Reject, read_jsonl, read_rows
 from rlhf.lazy import lazy
-from rlhf.schema import KINDS, READABLE_VERSIONS, SCHEMA_VERSION, BadRecord, Record, from_dict, to_dict
+from rlhf.schema import (
+    KINDS,
+    READABLE_VERSIONS,
+    SCHEMA_VERSION,
+    BadRecord,
+    Demonstration,
+    Proposal,
+    Record,
+    from_dict,
+)  # fmt: skip
 
 __all__ = [
     "Dataset", "DatasetWriter", "OnReject", "Reject", "file_hash", "open_dataset", "read_jsonl", "read_rows",
@@ -55,21 +65,27 @@ def _arrow_schema(kind: str) -> pa.Schema:
     return pa.schema(fields)
 
 
-def _columns(rows: list[dict[str, Any]], kind: str) -> pa.Table:
-    """The rows as an Arrow table. Nested lists are flattened by hand: ten times faster than `Table.from_pylist`."""
+def _columns(records: list[Record], kind: str) -> pa.Table:
+    """The records as an Arrow table. Nested lists are flattened by hand: ten times faster than `Table.from_pylist`."""
     schema = _arrow_schema(kind)
     columns = []
     for column in schema:
-        values = [row[column.name] for row in rows]
+        values = list(map(attrgetter(column.name), records))
         if pa.types.is_list(column.type) and pa.types.is_struct(column.type.value_type):
             struct = column.type.value_type
             items = [item for value in values for item in value]
-            children = [pa.array([item[part.name] for item in items], part.type) for part in struct]
+            children = [_array(map(attrgetter(part.name), items), part.type) for part in struct]
             offsets = pa.array([0, *accumulate(map(len, values))], pa.int32())
             columns.append(pa.ListArray.from_arrays(offsets, pa.StructArray.from_arrays(children, fields=list(struct))))
         else:
-            columns.append(pa.array(values, column.type))
+            columns.append(_array(values, column.type))
     return pa.Table.from_arrays(columns, schema=schema)
+
+
+def _array(values: Iterable[Any], kind: pa.DataType) -> pa.Array:
+    if pa.types.is_floating(kind):  # a whole number may be beyond Arrow's 64 bits
+        values = [None if value is None else float(value) for value in values]
+    return pa.array(list(values), kind)
 
 
 # ---- reading -----------------------------------------------------------------------------------------------------
@@ -275,7 +291,7 @@ class DatasetWriter:
         self.count = 0
         self._place, self._old = place, place.parent / f".{place.name}.old"
         self._splits: dict[str, int] = {}
-        self._rows: list[dict[str, Any]] = []
+        self._records: list[Record] = []
         self._chars = 0
         self._shards: list[dict[str, Any]] = []
         self._file: pq.ParquetWriter | None = None
@@ -313,12 +329,14 @@ class DatasetWriter:
             raise BadRecord(f"a {record.kind} in a dataset of {self.kind}s")
         split = record.split or "none"
         self._splits[split] = self._splits.get(split, 0) + 1
-        row = to_dict(record)
-        self._rows.append(row)
-        self._chars += sum(len(message["content"]) for message in row["messages"]) + len(row.get("answer", ""))
-        self._chars += sum(len(candidate["text"]) for candidate in row.get("candidates", ()))
+        self._records.append(record)
+        self._chars += sum([len(message.content) for message in record.messages])
+        if isinstance(record, Proposal):
+            self._chars += sum([len(candidate.text) for candidate in record.candidates])
+        elif isinstance(record, Demonstration):
+            self._chars += len(record.answer)
         self.count += 1
-        if len(self._rows) >= ROWS_PER_GROUP or self._chars >= CHARS_PER_GROUP:
+        if len(self._records) >= ROWS_PER_GROUP or self._chars >= CHARS_PER_GROUP:
             with self._faults_told():
                 self._flush()
 
@@ -328,9 +346,9 @@ class DatasetWriter:
             name = f"shard-{len(self._shards):05d}.parquet"
             self._file = pq.ParquetWriter(self.partial / name, _arrow_schema(self.kind), compression="zstd")
             self._shards.append({"file": name})
-        self._file.write_table(_columns(self._rows, self.kind))
-        self._in_shard += len(self._rows)
-        self._rows, self._chars = [], 0
+        self._file.write_table(_columns(self._records, self.kind))
+        self._in_shard += len(self._records)
+        self._records, self._chars = [], 0
         if self._in_shard >= ROWS_PER_SHARD:
             self._close_shard()
 
@@ -353,7 +371,7 @@ class DatasetWriter:
     def _finish(self) -> None:
         if self.kind is None:
             raise UserError(f"{self.path}: no record to write")
-        if self._rows or not self._shards:
+        if self._records or not self._shards:
             self._flush()
         if self._file is not None:
             self._close_shard()

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
 
 from rlhf.jsonl import DAMAGES, OnReject, Reject, cut_off, open_bytes, read_rows
 from rlhf.lazy import lazy
-from rlhf.schema import BadRecord, Record
+from rlhf.schema import BadRecord, Prompt, Record
 from rlhf.table import Table
 
 if TYPE_CHECKING:
@@ -61,7 +61,10 @@ def convert_rows(
     for line, raw, value in rows(path, reject):
         try:
             made = convert(value)
-            for record in (made,) if isinstance(made, Record) else made:
+            if isinstance(made, Prompt):
+                yield made
+                continue
+            for record in made:
                 if isinstance(record, BadRecord):
                     reject(Reject.of(path, line, record, raw))
                 else:

@@ -1,0 +1,108 @@
+"""The importer of Anthropic's HH-RLHF transcripts."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from itertools import cycle
+from pathlib import Path
+from typing import Any, Literal
+
+from data_tools.importers.rows import IMPORTERS, JSON, Head, convert_rows
+from rlhf.schema import BadRecord, Candidate, Message, Ranking, Record
+from rlhf.store import OnReject
+
+_QUESTION, _ANSWER = "\n\nHuman:", "\n\nAssistant:"
+_TURN = re.compile(r"\n\n(Human|Assistant):")
+_ROLES: dict[str, Literal["user", "assistant"]] = {"Human": "user", "Assistant": "assistant"}
+
+
+def is_transcript(value: Any) -> bool:
+    """Whether it is text that begins with a turn of a transcript."""
+    return isinstance(value, str) and value.lstrip().startswith(("Human:", "Assistant:"))
+
+
+def detect(head: Head) -> str | None:
+    if head.all_have("chosen", "rejected") and all(
+        "prompt" not in row and is_transcript(row["chosen"]) and is_transcript(row["rejected"]) for row in head.rows
+    ):
+        return "its rows have `chosen` and `rejected` transcripts that begin with 'Human:' or 'Assistant:'"
+    return None
+
+
+SAMPLE = r"""
+{"chosen": "\n\nHuman: May I?\n\nAssistant: Please do.", "rejected": "\n\nHuman: May I?\n\nAssistant: No."}
+"""
+
+
+def hh_rlhf(path: Path, reject: OnReject) -> Iterator[Record]:
+    """Anthropic HH-RLHF: rows {chosen, rejected} of whole transcripts that share all but the last answer.
+
+    Ranks: chosen 1, rejected 2; the format knows no ties. The candidates do not stand in the order shown, which the
+    format does not tell. The prompt is the turns before the last answer. A model wrote both answers, a crowdworker
+    chose; the format names neither.
+
+    Turns are marked by a blank line and ``Human:`` or ``Assistant:``. Two marks of one speaker in a row are one turn,
+    joined by a blank line: in the published data the model wrote the second mark inside its own answer, and the
+    annotator saw and judged the whole. White space around a turn is dropped.
+
+    Rejected: an empty or missing answer, two identical answers, transcripts that differ before the last answer (what
+    was preferred is then not an answer to one prompt), and text that does not begin and end with a turn.
+    """
+    return convert_rows(path, reject, _ranking)
+
+
+def _ranking(row: Any) -> Ranking:
+    if not isinstance(row, dict) or not isinstance(row.get("chosen"), str) or not isinstance(row.get("rejected"), str):
+        remedy = 'Each line needs {"chosen": text, "rejected": text}; is this the right format name?'
+        raise BadRecord("not a row of chosen and rejected text", remedy=remedy)
+    prompt, chosen = _transcript(row["chosen"], "chosen")
+    rejected = _same_head(row["chosen"], chosen, row["rejected"])
+    if rejected is None:
+        other_prompt, rejected = _transcript(row["rejected"], "rejected")
+        if other_prompt != prompt:
+            remedy = "Import such rows as two demonstrations, or cut both transcripts at the last common turn."
+            raise BadRecord("the transcripts differ before the last answer", remedy=remedy)
+    if chosen == rejected:
+        raise BadRecord("the two answers are identical", remedy="Nothing was preferred; leave the row out.")
+    candidates = (Candidate(chosen, author_kind="model"), Candidate(rejected, author_kind="model"))
+    return Ranking(prompt, source="hh-rlhf", candidates=candidates, ranks=(1, 2))
+
+
+def _same_head(text: str, answer: str, other: str) -> str | None:
+    """The other transcript's answer where all before it repeats the first one's text, as nearly always; else None."""
+    start = text.rfind(_ANSWER) + len(_ANSWER)
+    tail = other[start:]
+    if other.startswith(text[:start]) and text[start:].strip() == answer and not _TURN.search(tail):
+        return tail.strip() or None
+    return None
+
+
+def _transcript(text: str, field: str) -> tuple[tuple[Message, ...], str]:
+    """The turns before the last answer, and that answer."""
+    head, *exchanges = ("\n\n" + text.lstrip()).split(_QUESTION)
+    turns = [exchange.split(_ANSWER) for exchange in exchanges]
+    if not head and exchanges and all([len(turn) == 2 for turn in turns]):  # the speakers take turns, as nearly always
+        contents = [content.strip() for turn in turns for content in turn]
+        if contents[-1]:
+            return tuple(map(Message, cycle(("user", "assistant")), contents[:-1])), contents[-1]
+    return _irregular_transcript(text, field)
+
+
+def _irregular_transcript(text: str, field: str) -> tuple[tuple[Message, ...], str]:
+    head, *parts = _TURN.split("\n\n" + text.lstrip())
+    if head or not parts:
+        remedy = "Begin the transcript with a blank line and 'Human:'."
+        raise BadRecord("a transcript does not begin with 'Human:' or 'Assistant:'", field, remedy)
+    turns: list[tuple[str, str]] = []
+    for speaker, content in zip(parts[::2], parts[1::2]):
+        content = content.strip()
+        if turns and turns[-1][0] == speaker:
+            content = "\n\n".join(part for part in (turns.pop()[1], content) if part)
+        turns.append((speaker, content))
+    *prompt, (last, answer) = turns
+    if last != "Assistant":
+        raise BadRecord("a transcript does not end with 'Assistant:'", field, "Cut it after its last answer.")
+    if not answer:
+        raise BadRecord("an answer is empty", field, "Leave the row out, or write the answer.")
+    return tuple(Message(_ROLES[speaker], content) for speaker, content in prompt), answer
