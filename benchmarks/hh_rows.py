@@ -13,9 +13,14 @@ import gzip
 import json
 import random
 import re
+from functools import partial
 from pathlib import Path
 
 REAL = Path(__file__).resolve().parents[2] / "shared" / "data" / "preferences" / "hh_harmless_base_test.jsonl.gz"
+
+
+def _swap(swaps: dict[str, str], match: re.Match[str]) -> str:
+    return swaps[match.group()]
 
 
 def main() -> None:
@@ -35,7 +40,8 @@ def main() -> None:
             swaps = dict(zip(draw.sample(words, 8), draw.sample(words, 8)))
             swaps |= {word: draw.choice(words) for word in re.findall(r"\b[a-z]{4,9}\b", row["chosen"][:200])[:2]}
             pattern = re.compile(r"\b(?:" + "|".join(swaps) + r")\b")
-            varied = {name: pattern.sub(lambda m: swaps[m.group()], row[name]) for name in ("chosen", "rejected")}
+            replaced = partial(_swap, swaps)
+            varied = {name: pattern.sub(replaced, row[name]) for name in ("chosen", "rejected")}
             out.write(json.dumps(varied, ensure_ascii=False) + "\n")
 
 

@@ -263,7 +263,7 @@ def _check_candidates(candidates: Any) -> None:
         if score is not None and not _is_finite(score):
             raise BadRecord("candidates.score: not a finite number", f"at index {index}: {_brief(score)}")
     first = candidates[0].text
-    if all([candidate.text == first for candidate in candidates]):
+    if all(candidate.text == first for candidate in candidates):
         raise BadRecord("candidates: fewer than two distinct answers")
 
 

@@ -8,6 +8,7 @@ from itertools import cycle
 from pathlib import Path
 from typing import Any, Literal
 
+from data_tools.importers.fields import as_jsonl
 from data_tools.importers.rows import IMPORTERS, JSON, Head, convert_rows
 from rlhf.schema import BadRecord, Candidate, Message, Ranking, Record
 from rlhf.store import OnReject
@@ -23,6 +24,7 @@ def is_transcript(value: Any) -> bool:
 
 
 def detect(head: Head) -> str | None:
+    """Why the file holds transcripts, or None."""
     if head.all_have("chosen", "rejected") and all(
         "prompt" not in row and is_transcript(row["chosen"]) and is_transcript(row["rejected"]) for row in head.rows
     ):
@@ -30,11 +32,12 @@ def detect(head: Head) -> str | None:
     return None
 
 
-SAMPLE = r"""
-{"chosen": "\n\nHuman: May I?\n\nAssistant: Please do.", "rejected": "\n\nHuman: May I?\n\nAssistant: No."}
-"""
+SAMPLE = as_jsonl(
+    {"chosen": "\n\nHuman: May I?\n\nAssistant: Please do.", "rejected": "\n\nHuman: May I?\n\nAssistant: No."}
+)
 
 
+@IMPORTERS.row("hh-rlhf", suffixes=JSON, sample=SAMPLE, detect=detect)
 def hh_rlhf(path: Path, reject: OnReject) -> Iterator[Record]:
     """Anthropic HH-RLHF: rows {chosen, rejected} of whole transcripts that share all but the last answer.
 
@@ -82,7 +85,7 @@ def _transcript(text: str, field: str) -> tuple[tuple[Message, ...], str]:
     """The turns before the last answer, and that answer."""
     head, *exchanges = ("\n\n" + text.lstrip()).split(_QUESTION)
     turns = [exchange.split(_ANSWER) for exchange in exchanges]
-    if not head and exchanges and all([len(turn) == 2 for turn in turns]):  # the speakers take turns, as nearly always
+    if not head and exchanges and all(len(turn) == 2 for turn in turns):  # the speakers take turns, as nearly always
         contents = [content.strip() for turn in turns for content in turn]
         if contents[-1]:
             return tuple(map(Message, cycle(("user", "assistant")), contents[:-1])), contents[-1]
