@@ -1,0 +1,33 @@
+"""`rlhf data aggregate`."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from data_tools import aggregate as aggregating
+from data_tools.aggregators import AGGREGATORS
+from data_tools.commands.common import DatasetPath, Json, Out, print_json
+from data_tools.ingest import read_options
+
+METHODS = "; ".join(
+    f"{row.name} ({', '.join(row.options.model_fields) or 'no options'}): {row.summary.rstrip('.')}"
+    for row in AGGREGATORS
+)
+
+
+def aggregate_command(
+    path: DatasetPath,
+    out: Out,
+    method: Annotated[str, typer.Option(help=METHODS)],
+    option: Annotated[
+        list[str] | None, typer.Option(metavar="NAME=VALUE", help="An option of the method; may be repeated.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Merge several annotators' rankings of a prompt into one, with a confidence as its weight."""
+    summary = aggregating.aggregate_dataset(path, out, method, read_options(None, option or ()))
+    aggregating.show(summary)
+    if as_json:
+        print_json(summary)
