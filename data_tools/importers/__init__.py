@@ -15,5 +15,18 @@ The docstring's first line is the format's description, and it states what the f
   ... because ...", or None if it is not. No file is detected by two formats.
 """
 
-from data_tools.importers import comparisons, demonstrations, judges, own, pairs, rated  # noqa: F401  # they add their rows
+from data_tools.importers import (  # noqa: F401  # the modules add their rows
+    argilla,
+    comparisons,
+    csv_mapping,
+    demonstrations,
+    doccano,
+    judges,
+    label_studio,
+    openassistant,
+    own,
+    pairs,
+    prodigy,
+    rated,
+)
 from data_tools.importers.rows import IMPORTERS as IMPORTERS

@@ -1,0 +1,343 @@
+"""The importer of Argilla's exports."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from data_tools.importers.rows import IMPORTERS, JSON, Head, convert_rows
+from data_tools.importers.tools import Names, brief, names, person, prompt_of, stem_and_ending
+from rlhf.schema import BadRecord, Record, dense_ranks, from_dict
+from rlhf.store import OnReject
+
+NO_FIELDS = {
+    "id",
+    "status",
+    "inserted_at",
+    "updated_at",
+    "_server_id",
+    "external_id",
+    "metadata",
+    "suggestions",
+    "vectors",
+}
+"""Keys of a flat record that are no field of it."""
+
+SAMPLE = {
+    "id": "1",
+    "status": "completed",
+    "prompt": "Name a fruit.",
+    "reply-1": "Car.",
+    "reply-2": "Pear.",
+    "best.responses": [["reply-2", "reply-1"]],
+    "best.responses.users": ["6c1c1f4a-4e8a-4ee9-a3ad-54b7a8a2b8f1"],
+    "best.responses.status": ["submitted"],
+}
+
+
+class _Response(NamedTuple):
+    """What one person answered to one question."""
+
+    question: str
+    value: Any
+    user: str
+    status: Any
+    time: Any = None
+
+
+def _detect(head: Head) -> str | None:
+    rows = [row for row in head.rows if isinstance(row, dict)]
+    if not rows or len(rows) < len(head.rows):
+        return None
+    if all(any(name.endswith(".responses.users") for name in row) for row in rows):
+        return "its records have parallel lists such as `QUESTION.responses` and `QUESTION.responses.users`"
+    if head.all_have("fields", "responses"):
+        return "its records have `fields` and `responses`"
+    if all(any(_is_column(value) for value in row.values()) for row in rows):
+        return "its records have questions with a `user_id`, a `value` and a `status` each"
+    return None
+
+
+@IMPORTERS.row("argilla", suffixes=JSON, sample=json.dumps([SAMPLE], indent=1), detect=_detect)
+def argilla(
+    path: Path,
+    reject: OnReject,
+    *,
+    question: Names | None = None,
+    prompt: str | None = None,
+    answers: str | list[str] | dict[str, str] | None = None,
+    without_status: bool = False,
+) -> Iterator[Record]:
+    """Argilla: records of 2.x (to_list, to_dict, to_json, the Hub) and 1.x with a ranking question or rating questions.
+
+    Ranks: a ranking response lists the names of its options, best first: ranks 1, 2, ...; where the items are
+    {value, rank}, 1 is the best rank and equal ranks are ties (without any rank, the order counts). Of ratings the
+    higher is the better: each answer's rating becomes its score, and the ranks follow. An answer that a person did not
+    rate is no part of that person's ranking.
+
+    Read are flat records (``QUESTION.responses`` with parallel lists of users and status), nested ones (`fields` and
+    `responses` by question, or by person as the server and 1.x have them), 1.x columns of {user_id, value, status}, and
+    the one object that to_dict gives, which is held in memory.
+
+    Each response is a record. Only submitted ones count: draft and discarded ones are rejected, and so are those
+    without a status, which the nested export (to_json) leaves out: export with `to_list(flatten=True)` or to the Hub,
+    or take them as they are by `without_status=true`. A record without a response is one reject.
+
+    Options: `question` names the ranking question, or the rating questions, one an answer; `prompt` and `answers` the
+    fields. `answers` may be a mapping OPTION=FIELD,... where the options are not called like the fields; without it, an
+    option or rating question belongs to the field of its name, or to the one that ends in the same number. The
+    candidates stand in the order of `answers`, which is taken for the order shown, else in the record's order.
+    """
+    mapping = answers if isinstance(answers, dict) else _mapping(names(answers))
+    reader = _Reader(names(question), prompt, mapping, without_status)
+    return convert_rows(path, reject, reader.read)
+
+
+def _mapping(parts: list[str]) -> dict[str, str]:
+    pairs = (part.partition("=") for part in parts)
+    return {option.strip(): (field if equals else option).strip() for option, equals, field in pairs}
+
+
+@dataclass(frozen=True)
+class _Reader:
+    """Turns records into rankings by the options of the import."""
+
+    questions: list[str]
+    prompt: str | None
+    answers: Mapping[str, str]
+    without_status: bool
+
+    def read(self, row: Any) -> Iterator[Record | BadRecord]:
+        for record in _records(row):
+            try:
+                yield from self._of_record(record)
+            except BadRecord as fault:
+                yield fault
+
+    def _of_record(self, record: Mapping[str, Any]) -> Iterator[Record | BadRecord]:
+        fields, responses = _fields(record), list(_responses(record))
+        if not responses:
+            raise BadRecord("the record has no response", remedy="Nothing is wrong: nobody has annotated it yet.")
+        yield from (_not_submitted(response.status) for response in responses if not response.question)  # all is empty
+        responses = [response for response in responses if response.question]
+        if not responses:
+            return
+        asked = self.questions or self._find_questions(fields, responses)
+        by_person: dict[str, list[_Response]] = {}
+        for response in responses:
+            if response.question in asked:
+                by_person.setdefault(response.user, []).append(response)
+        if not by_person:
+            raise BadRecord("the record has no response to the question", f"to {brief(asked)}")
+        for given in by_person.values():
+            for part in [given] if len(asked) > 1 else [[response] for response in given]:
+                try:
+                    yield self._ranking(fields, part)
+                except BadRecord as fault:
+                    yield fault
+
+    def _find_questions(self, fields: Mapping[str, Any], responses: list[_Response]) -> list[str]:
+        rankings = {r.question for r in responses if _is_ranking(r.value) and self._all_found(r.value, fields)}
+        if len(rankings) == 1:
+            return list(rankings)
+        if rankings:
+            seen = brief(sorted(rankings))
+            raise BadRecord("several ranking questions", seen, "Name one: --option question=NAME")
+        ratings = {r.question for r in responses if _is_number(r.value) and self._field(r.question, fields)}
+        if len({self._field(question, fields) for question in ratings}) == len(ratings) > 1:
+            return sorted(ratings)
+        remedy = "Name the question (or the rating questions) and the answers: --option question=NAME"
+        seen = f"questions {brief(sorted({r.question for r in responses}))}"
+        raise BadRecord("no question ranks or rates the record's answers", seen, remedy)
+
+    def _ranking(self, fields: Mapping[str, Any], given: list[_Response]) -> Record:
+        for response in given:
+            if response.status != "submitted" and not (self.without_status and response.status is None):
+                raise _not_submitted(response.status)
+        scores: dict[str, float] = {}
+        if len(given) == 1 and _is_ranking(given[0].value):
+            by_option = _order(given[0].value)
+        else:
+            by_option = {response.question: -_rating(response.value) for response in given}
+            if len(by_option) < len(given):
+                raise BadRecord("one person answers a question twice", brief(list(by_option)))
+            scores = {self._known(question, fields): -value for question, value in by_option.items()}
+        by_field = {self._known(option, fields): value for option, value in by_option.items()}
+        if len(by_field) < len(by_option):
+            raise BadRecord("two options of the question are one answer", brief(list(by_option)))
+        order = [name for name in (self.answers.values() or fields) if name in by_field]
+        if self.answers and not scores and len(order) < len(self.answers):
+            raise BadRecord("the ranking leaves answers out", brief(sorted(set(self.answers.values()) - set(order))))
+        candidates = [{"text": fields[name], "score": scores.get(name)} for name in order]
+        others = {name: value for name, value in fields.items() if name not in by_field}
+        row = {"messages": prompt_of(others, self.prompt), "candidates": candidates}
+        row |= {"ranks": dense_ranks(by_field[name] for name in order), "annotator": given[0].user}
+        row |= {"time": given[0].time, "shown": bool(self.answers), "source": "argilla"}
+        return from_dict(row, "ranking")
+
+    def _all_found(self, value: Any, fields: Mapping[str, Any]) -> bool:
+        return all(self._field(option, fields) for option in _options(value))
+
+    def _known(self, option: Any, fields: Mapping[str, Any]) -> str:
+        name = self._field(option, fields)
+        if name is None:
+            remedy = "Say which option is which field: --option answers=OPTION=FIELD,OPTION=FIELD"
+            seen = f"{brief(option)}; fields {', '.join(map(brief, list(fields)[:12]))}"
+            raise BadRecord("an option is none of the record's answers", seen, remedy)
+        return name
+
+    def _field(self, option: Any, fields: Mapping[str, Any]) -> str | None:
+        """The field of an option or rating question: by the mapping, by its name, or by the number it ends in."""
+        if not isinstance(option, str):
+            return None
+        if option in self.answers:
+            return self.answers[option] if self.answers[option] in fields else None
+        among = [name for name in (self.answers.values() or fields) if name in fields]
+        if option in among:
+            return option
+        ending = stem_and_ending(option)[1]
+        same = [name for name in among if ending.isdigit() and stem_and_ending(name)[1] == ending]
+        return same[0] if len(same) == 1 else None
+
+
+# ---- the forms of a record -------------------------------------------------------------------------------------------
+
+
+def _records(row: Any) -> Iterable[Mapping[str, Any]]:
+    """The records of a row: itself, unless it is the object that to_dict gives, by column or by record id."""
+    if not isinstance(row, dict) or not row:
+        raise BadRecord("not a record", brief(row), "Export with to_list, to_dict or to_json, or to the Hub.")
+    if isinstance(row.get("id"), list):
+        columns = list(row.values())
+        if not row["id"] or any(not isinstance(column, list) or len(column) != len(row["id"]) for column in columns):
+            raise BadRecord("not columns of one length", brief({name: type(row[name]).__name__ for name in row}))
+        return [dict(zip(row, values)) for values in zip(*columns)]
+    if all(isinstance(value, dict) and ("fields" in value or _has_lists(value)) for value in row.values()):
+        return list(row.values())
+    return [row]
+
+
+def _has_lists(record: Mapping[str, Any]) -> bool:
+    return any(name.endswith(".responses") for name in record)
+
+
+def _fields(record: Mapping[str, Any]) -> Mapping[str, Any]:
+    if isinstance(record.get("fields"), dict):
+        return record["fields"]
+    plain = (
+        (name, value) for name, value in record.items() if name not in NO_FIELDS and isinstance(value, (str, list))
+    )
+    return {
+        name: value
+        for name, value in plain
+        if ".responses" not in name and ".suggestion" not in name and not _is_column(value)
+    }
+
+
+def _responses(record: Mapping[str, Any]) -> Iterator[_Response]:
+    nested = record.get("responses")
+    if isinstance(nested, dict):
+        for question, given in nested.items():
+            yield from _column(question, given)
+    elif isinstance(nested, list):
+        for given in nested:
+            yield from _of_person(given)
+    elif _has_lists(record):
+        for name, values in record.items():
+            if name.endswith(".responses") and values is not None:
+                columns = (values, record.get(f"{name}.users"), record.get(f"{name}.status"))
+                yield from _parallel(name.removesuffix(".responses"), *columns)
+    else:
+        for name, value in record.items():
+            if _is_column(value):
+                yield from _column(name, value)
+
+
+def _parallel(question: str, values: Any, users: Any, status: Any) -> Iterator[_Response]:
+    if not isinstance(values, list):
+        raise BadRecord("the responses of a question are not a list", f"{brief(question)}: {brief(values)}")
+    users = [None] * len(values) if users is None else users
+    status = [None] * len(values) if status is None else status
+    if any(not isinstance(column, list) or len(column) != len(values) for column in (users, status)):
+        raise BadRecord("the lists of responses, users and status differ in length", brief(question))
+    for value, user, state in zip(values, users, status):
+        yield _Response(question, value, person(user), state)
+
+
+def _is_column(value: Any) -> bool:
+    """Whether it is a 1.x question: a list of {user_id, value, status}, or an object of such lists."""
+    rows = value if isinstance(value, list) else [value]
+    return bool(rows) and all(isinstance(row, dict) and row.keys() >= {"user_id", "value", "status"} for row in rows)
+
+
+def _column(question: str, given: Any) -> Iterator[_Response]:
+    if isinstance(given, dict):
+        yield from _parallel(question, given.get("value"), given.get("user_id"), given.get("status"))
+        return
+    if not isinstance(given, list) or not all(isinstance(response, dict) for response in given):
+        raise BadRecord("the responses of a question are not a list", f"{brief(question)}: {brief(given)}")
+    for response in given:
+        yield _Response(question, response.get("value"), person(response.get("user_id")), response.get("status"))
+
+
+def _of_person(given: Any) -> Iterator[_Response]:
+    """The responses of one person to all questions; one without a question where there are none."""
+    if not isinstance(given, dict) or not isinstance(given.get("values") or {}, dict):
+        raise BadRecord("a response is not an object with values", brief(given))
+    facts = (person(given.get("user_id")), given.get("status"), given.get("updated_at") or given.get("inserted_at"))
+    for question, value in (given.get("values") or {"": None}).items():
+        yield _Response(question, value.get("value") if isinstance(value, dict) else value, *facts)
+
+
+# ---- the values of a response ----------------------------------------------------------------------------------------
+
+
+def _not_submitted(status: Any) -> BadRecord:
+    if status is None:
+        remedy = "Export with to_list(flatten=True) or to the Hub, or take it as it is: --option without_status=true"
+        return BadRecord("the response has no status", remedy=remedy)
+    known = status if status in ("draft", "discarded") else "not submitted"
+    return BadRecord(f"the response is {known}", brief(status), "Nothing is wrong: only submitted ones count.")
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 1e300
+
+
+def _rating(value: Any) -> float:
+    if not _is_number(value):
+        raise BadRecord("the response is neither a ranking nor a rating", brief(value))
+    return value
+
+
+def _is_ranking(value: Any) -> bool:
+    options = _options(value)
+    return bool(options) and all(isinstance(option, str) for option in options)
+
+
+def _options(value: Any) -> list[Any]:
+    """The options that a ranking response names, in its order; none where it is no such response."""
+    if isinstance(value, dict):
+        return value["value"] if isinstance(value.get("value"), list) else []
+    if not isinstance(value, list):
+        return []
+    return [item.get("value") if isinstance(item, dict) else item for item in value]
+
+
+def _order(value: Any) -> dict[str, float]:
+    """Rank of each option, smaller = better."""
+    options = _options(value)
+    if isinstance(value, dict):
+        ranks = value.get("rank")
+    else:
+        ranks = [item.get("rank") if isinstance(item, dict) else None for item in value]
+    if ranks is None or (isinstance(ranks, list) and all(rank is None for rank in ranks)):
+        ranks = list(range(len(options)))
+    if not isinstance(ranks, list) or len(ranks) != len(options) or not all(map(_is_number, ranks)):
+        raise BadRecord("some options have no rank", brief(value))
+    if len(set(options)) < len(options):
+        raise BadRecord("the ranking names an option twice", brief(options))
+    return dict(zip(options, ranks))

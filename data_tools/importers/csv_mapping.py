@@ -1,0 +1,328 @@
+"""The importer of tables: CSV or TSV files through a mapping of columns."""
+
+from __future__ import annotations
+
+import re
+import string
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from datetime import datetime
+from email.utils import parsedate_to_datetime
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+from data_tools.importers.csv_rows import CSV, csv_columns, csv_rows
+from data_tools.importers.rows import IMPORTERS, Head
+from data_tools.importers.tools import Names, brief, names
+from rlhf.errors import UserError, nearest
+from rlhf.jsonl import Reject
+from rlhf.schema import BadRecord, Record, dense_ranks, from_dict
+from rlhf.store import OnReject
+
+TIE = "tie"
+SAMPLE = """prompt,answer_1,answer_2,rank_1,rank_2,annotator
+Name a fruit.,Pear.,Car.,1,2,ann
+Say hello.,"Hello,
+you!",Bye.,1,1,ben
+"""
+
+
+def _detect(head: Head) -> str | None:
+    if not str(head.path).endswith(CSV) or head.text.lstrip().startswith(("[", "{")):
+        return None
+    return f"it is a table that begins with {head.text.strip()[:60]!r}"
+
+
+@IMPORTERS.row("csv", suffixes=CSV, sample=SAMPLE, detect=_detect)
+def csv_table(
+    path: Path,
+    reject: OnReject,
+    *,
+    prompt: str | None = None,
+    prompt_template: str | None = None,
+    answers: Names | None = None,
+    answer: str | None = None,
+    ranks: Names | None = None,
+    rank_order: Literal["lowest-best", "highest-best"] = "lowest-best",
+    choice: str | None = None,
+    choice_values: str | dict[str | int, str] | None = None,
+    ranking: str | None = None,
+    shown: bool = False,
+    authors: Names | None = None,
+    annotator: str | None = None,
+    time: str | None = None,
+    time_format: str | None = None,
+    seconds: str | None = None,
+    source: str | None = None,
+    group: str | None = None,
+    status: str | None = None,
+    accepted: Names = "approved,submitted,accepted",
+    delimiter: str | None = None,
+    encoding: str = "utf-8",
+) -> Iterator[Record]:
+    """CSV or TSV: any table with a row an annotation (MTurk, Surge, Scale), its columns named by options.
+
+    Ranks: one of three options says where they stand.
+    - `ranks`: a column for each of `answers`, in their order, with its number; `rank_order` says whether the lowest
+      number is the best (1 = best) or the highest (ratings). Equal numbers are ties; true counts as 1, false as 0.
+    - `choice`: a column that says which answer is the best; the others share rank 2. It holds the name of the answer's
+      column, its letter (A = the first) or ``tie``, unless `choice_values` says what its values mean:
+      ``left=answer_1,right=answer_2,same=tie``. Numbers have to be told so, for some tools count from 0.
+    - `ranking`: a column that lists the answers, best first, by letter, number from 1, or column: ``B,A,C`` or
+      ``2>1=3``, where = is a tie.
+    Of `answers` without any of them become proposals, which wait for a ranking; `answer`, one column, gives
+    demonstrations by `annotator`; neither of them gives prompts. Without these options the columns answer_1, answer_2,
+    ... and rank_1, rank_2, ... count, or `answer`, where the table has them.
+
+    The prompt is the column `prompt`, or is made by `prompt_template` from several: each {COLUMN} in it is replaced by
+    the row's text, and by nothing else. An empty answer that nothing ranks is left out: a row may have fewer answers.
+    `shown` says that the answers stand in the order in which annotators saw them, `authors` names a column for each
+    answer with its model. `seconds` are what the annotation took; `time` is ISO 8601, a date as mail and MTurk write
+    it (Mon Feb 03 10:11:12 PST 2020; of zones by name only UTC and those of the USA are known), or as `time_format`
+    says in the signs of strptime. Rows whose `status` is not among `accepted` are rejected, as is a time that cannot be
+    read: leave `time` out where it does not matter.
+
+    A missing column stops the import before anything is written. Label Studio's CSV flattens its controls to columns
+    of JSON: export JSON from there and import `label-studio`. Values of several columns may be lists in YAML.
+    """
+    listed, numbers = names(answers), names(ranks)
+    if not (listed or answer or numbers or choice or ranking):
+        there = csv_columns(path, delimiter=delimiter, encoding=encoding)
+        listed, numbers = _numbered(there, "answer"), _numbered(there, "rank")
+        answer = "answer" if "answer" in there and not listed else None
+    facts = {"annotator": annotator, "time": time, "seconds": seconds, "source": source, "group": group}
+    table = _Table(
+        prompt=_template(prompt, prompt_template),
+        answers=listed,
+        answer=answer,
+        judge=_judge(listed, numbers, rank_order == "highest-best", choice, choice_values, ranking),
+        authors=names(authors),
+        facts={name: column for name, column in facts.items() if column},
+        time_format=time_format,
+        shown=shown,
+        status=status,
+        accepted={value.lower() for value in names(accepted)},
+    )
+    for line, raw, row in csv_rows(path, reject, columns=table.columns, delimiter=delimiter, encoding=encoding):
+        try:
+            yield table.record(row)
+        except BadRecord as fault:
+            reject(Reject.of(path, line, fault, raw))
+
+
+# ---- who won: three ways to say it -----------------------------------------------------------------------------------
+
+
+class _Judge(Protocol):
+    columns: list[str]
+
+    def ranks(self, row: Mapping[str, str], there: list[str]) -> dict[str, float]:
+        """A number for each answer that is ranked, the lowest = the best; `there` are those that are not empty."""
+
+
+@dataclass(frozen=True)
+class _Ranks:
+    """A column of each answer holds its number."""
+
+    answers: list[str]
+    columns: list[str]
+    highest_best: bool
+
+    def ranks(self, row: Mapping[str, str], there: list[str]) -> dict[str, float]:
+        given = {name: row[column].strip() for name, column in zip(self.answers, self.columns)}
+        sign = -1 if self.highest_best else 1
+        return {name: sign * _number(text, "ranks") for name, text in given.items() if text}
+
+
+@dataclass(frozen=True)
+class _Choice:
+    """A column holds which answer is the best."""
+
+    columns: list[str]
+    values: dict[str, str]
+    """What a value of the column means: an answer's column, or a tie."""
+
+    def ranks(self, row: Mapping[str, str], there: list[str]) -> dict[str, float]:
+        value = row[self.columns[0]].strip()
+        best = self.values.get(value.lower())
+        if best is None:
+            known = f"{brief(value)}; known are {', '.join(map(brief, self.values))}"
+            raise BadRecord(
+                "choice: an unknown value", known, "Say what it means: --option choice_values=VALUE=ANSWER,..."
+            )
+        return {name: 1 if best in (name, TIE) else 2 for name in ([] if best == TIE else [best]) + there}
+
+
+@dataclass(frozen=True)
+class _Order:
+    """A column lists the answers, best first."""
+
+    columns: list[str]
+    known: dict[str, str]
+
+    def ranks(self, row: Mapping[str, str], there: list[str]) -> dict[str, float]:
+        text = row[self.columns[0]].strip().strip("[]()")
+        groups = [re.split("=", group) for group in re.split("[>,;]", text)]
+        ranks: dict[str, float] = {}
+        for index, group in enumerate(groups):
+            for part in group:
+                name = self.known.get(part.strip().strip("\"'").lower())
+                if name is None:
+                    raise BadRecord("ranking: names an unknown answer", f"{brief(part)} in {brief(text)}")
+                if name in ranks:
+                    raise BadRecord("ranking: names an answer twice", brief(text))
+                ranks[name] = index
+        return ranks
+
+
+def _judge(
+    answers: list[str],
+    ranks: list[str],
+    highest_best: bool,
+    choice: str | None,
+    choice_values: str | dict[str | int, str] | None,
+    ranking: str | None,
+) -> _Judge | None:
+    given = [name for name, value in (("ranks", ranks), ("choice", choice), ("ranking", ranking)) if value]
+    if len(given) > 1:
+        raise UserError(f"{' and '.join(given)}: only one of them can say who won")
+    if given and not answers:
+        raise UserError(f"{given[0]}: of which answers?", remedy="Name their columns: --option answers=COLUMN,COLUMN")
+    if choice_values and not choice:
+        raise UserError("choice_values: of which column?", remedy="Name it: --option choice=COLUMN")
+    by_letter = dict(zip(string.ascii_lowercase, answers)) | {name.lower(): name for name in answers}
+    if ranks:
+        if len(ranks) != len(answers):
+            raise UserError(
+                f"ranks: {len(ranks)} columns for {len(answers)} answers", remedy="Name one for each answer."
+            )
+        return _Ranks(answers, ranks, highest_best)
+    if choice:
+        told = _choice_values(choice_values, answers) if choice_values else {**by_letter, TIE: TIE}
+        return _Choice([choice], told)
+    by_number = {str(index + 1): name for index, name in enumerate(answers)}
+    return _Order([ranking], by_number | by_letter) if ranking else None
+
+
+def _choice_values(told: str | dict[str | int, str], answers: list[str]) -> dict[str, str]:
+    if isinstance(told, str):
+        pairs = [part.partition("=") for part in names(told)]
+        if wrong := [value for value, equals, _ in pairs if not equals]:
+            raise UserError(f"choice_values: {wrong[0]!r} is not VALUE=ANSWER")
+        told = {value: meant for value, _, meant in pairs}
+    values = {str(value).strip().lower(): meant.strip() for value, meant in told.items()}
+    if wrong := [meant for meant in values.values() if meant not in (*answers, TIE)]:
+        raise UserError(
+            f"choice_values: {wrong[0]!r} is none of the answers", remedy=nearest(wrong[0], [*answers, TIE])
+        )
+    return values
+
+
+# ---- rows ------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Table:
+    """Turns rows into records by the options of the import."""
+
+    prompt: list[str]
+    """Text and columns by turns, text first."""
+    answers: list[str]
+    answer: str | None
+    judge: _Judge | None
+    authors: list[str]
+    facts: dict[str, str]
+    """Field of a record -> its column."""
+    time_format: str | None
+    shown: bool
+    status: str | None
+    accepted: set[str]
+
+    def __post_init__(self) -> None:
+        if self.answers and self.answer:
+            raise UserError(
+                "answer and answers: a row is a demonstration or a ranking", remedy="Leave one of them out."
+            )
+        if self.authors and len(self.authors) != len(self.answers):
+            raise UserError(f"authors: {len(self.authors)} columns for {len(self.answers)} answers")
+        if self.time_format and "time" not in self.facts:
+            raise UserError("time_format: of which column?", remedy="Name it: --option time=COLUMN")
+
+    @property
+    def columns(self) -> list[str]:
+        """Every column that is read, each once."""
+        judged = self.judge.columns if self.judge else []
+        single = [name for name in (self.answer, self.status) if name]
+        return list(
+            dict.fromkeys([*self.prompt[1::2], *self.answers, *judged, *self.authors, *self.facts.values(), *single])
+        )
+
+    def record(self, row: Mapping[str, str]) -> Record:
+        if self.status and row[self.status].strip().lower() not in self.accepted:
+            remedy = f"Only {', '.join(sorted(self.accepted))} count; --option accepted=VALUE,VALUE names others."
+            raise BadRecord("status: not accepted", brief(row[self.status]), remedy)
+        fields: dict[str, Any] = {name: row[column].strip() or None for name, column in self.facts.items()}
+        if fields.get("time"):
+            fields["time"] = _when(fields["time"], self.time_format)
+        if fields.get("seconds"):
+            fields["seconds"] = _number(fields["seconds"], "seconds")
+        fields["messages"] = "".join(row[part] if index % 2 else part for index, part in enumerate(self.prompt))
+        if self.answer:
+            return from_dict({**fields, "answer": row[self.answer], "author": fields.get("annotator")}, "demonstration")
+        if not self.answers:
+            return from_dict(fields, "prompt")
+        there = [name for name in self.answers if row[name].strip()]
+        author = dict(zip(self.answers, self.authors))
+        candidates = [{"text": row[name], "author": row[author[name]].strip() if author else ""} for name in there]
+        fields |= {"candidates": candidates, "shown": self.shown}
+        if self.judge is None:
+            return from_dict(fields, "proposal")
+        numbers = self.judge.ranks(row, there)
+        if empty := [name for name in numbers if name not in there]:
+            raise BadRecord("an answer that is ranked is empty", brief(empty))
+        if missing := [name for name in there if name not in numbers]:
+            raise BadRecord("an answer has no rank", brief(missing))
+        return from_dict({**fields, "ranks": dense_ranks(numbers[name] for name in there)}, "ranking")
+
+
+def _template(prompt: str | None, template: str | None) -> list[str]:
+    """Text and columns by turns. Braces with a name between them are all that a template knows."""
+    if template is None:
+        return ["", prompt or "prompt"]
+    if prompt is not None:
+        raise UserError("prompt and prompt_template: only one of them can be the prompt")
+    parts = re.split(r"\{([^{}]+)\}", template)
+    if len(parts) == 1:
+        raise UserError(f"prompt_template: names no column: {template!r}", remedy="Write, for instance, {question}")
+    return parts
+
+
+def _numbered(columns: list[str], stem: str) -> list[str]:
+    """The columns STEM_1, STEM_2, ... in the order of their numbers."""
+    found = {int(match[1]): name for name in columns if (match := re.fullmatch(rf"{stem}_([0-9]{{1,4}})", name))}
+    return [found[number] for number in sorted(found)]
+
+
+def _number(text: str, name: str) -> float:
+    word = {"true": 1.0, "false": 0.0}.get(text.lower())
+    try:
+        number = float(text) if word is None else word
+    except ValueError:
+        raise BadRecord(f"{name}: not a number", brief(text)) from None
+    if not abs(number) < 1e300:
+        raise BadRecord(f"{name}: not a number", brief(text))
+    return number
+
+
+def _when(text: str, form: str | None) -> str:
+    """A time as ISO 8601."""
+    try:
+        if form is not None:
+            return datetime.strptime(text, form).isoformat()
+        try:
+            return datetime.fromisoformat(text).isoformat()
+        except ValueError:
+            return parsedate_to_datetime(text).isoformat()
+    except (ValueError, TypeError, IndexError, OverflowError, re.error) as error:
+        remedy = "Say how it is written: --option time_format='%d/%m/%Y %H:%M', or leave `time` out."
+        raise BadRecord("time: not understood", f"{brief(text)}: {brief(str(error))}", remedy) from None

@@ -1,0 +1,253 @@
+"""The importer of Label Studio's exports."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from data_tools.importers.rows import IMPORTERS, JSON, Head, convert_rows
+from data_tools.importers.tools import Names, brief, names, pair_of, person, prompt_of
+from rlhf.errors import UserError
+from rlhf.schema import BadRecord, Record, from_dict
+from rlhf.store import OnReject
+
+LEFT_IN_LIST = "_"
+"""The key under which a Ranker with buckets keeps the items that nobody put into a bucket."""
+
+SAMPLE = [
+    {
+        "id": 1,
+        "data": {
+            "prompt": "Name a fruit.",
+            "items": [
+                {"id": "0", "title": "Answer 1", "body": "Pear."},
+                {"id": "1", "title": "Answer 2", "body": "Car."},
+            ],
+        },
+        "annotations": [
+            {
+                "id": 7,
+                "completed_by": {"id": 1, "email": "ann@example.org"},
+                "was_cancelled": False,
+                "created_at": "2024-05-02T10:11:12.131290Z",
+                "lead_time": 7.66,
+                "result": [
+                    {
+                        "from_name": "rank",
+                        "to_name": "answers",
+                        "type": "ranker",
+                        "value": {"ranker": {"rank": ["0", "1"]}},
+                    }
+                ],
+            }
+        ],
+    }
+]
+
+
+def _detect(head: Head) -> str | None:
+    if head.all_have("data", "annotations") or head.all_have("data", "completions"):
+        return "its rows are tasks with `data` and `annotations`"
+    if head.all_have("annotation_id", "annotator", "lead_time"):
+        return "its rows have an `annotation_id`, an `annotator` and a `lead_time`, as JSON_MIN has them"
+    return None
+
+
+@IMPORTERS.row("label-studio", suffixes=JSON, sample=json.dumps(SAMPLE, indent=1), detect=_detect)
+def label_studio(
+    path: Path,
+    reject: OnReject,
+    *,
+    prompt: str | None = None,
+    items: str | None = None,
+    answers: Names | None = None,
+    control: str | None = None,
+    buckets: Names | None = None,
+    within_bucket: Literal["tied", "ranked"] = "tied",
+    author: str | None = None,
+) -> Iterator[Record]:
+    """Label Studio: exports as JSON or JSON_MIN of projects with a Ranker or Pairwise control.
+
+    Ranks: a Ranker without buckets lists the ids of the items, best first: ranks 1, 2, ... Pairwise holds the side that
+    was chosen: it gets rank 1, the other 2; the control knows no ties. The candidates stand in the order in which the
+    annotator first saw them (ids that are whole numbers by size, as the browser sorts them, before all others).
+
+    Ranker with buckets: `buckets` names them, best first; the export does not keep their order. Items of one bucket
+    are tied, or ranked as they lie in it under `within_bucket=ranked`. An item that was left in the list was not judged
+    and is no part of the ranking, unless `_`, which stands for the list, is named among the buckets.
+
+    Every annotation of a task is a record. Rejected: a task without any, a cancelled (skipped) annotation, one without
+    a ranking, a ranking of ids that the task does not have, or that leaves ids out. JSON_MIN does not hold cancelled
+    annotations, and not the tasks of which all were cancelled: export JSON to have them counted. Drafts and predictions
+    are not read. `lead_time` becomes the seconds, `created_at` the time, the email or id of `completed_by` the
+    annotator.
+
+    Options: the fields of the task's data that hold the `prompt` (text, or messages with role and content), the
+    `items` of a Ranker, and the two `answers` of a Pairwise, left then right. Without them the prompt is the field
+    called messages, prompt, instruction, question or the like, the items are the one list of objects with ids, and the
+    answers the one pair of fields such as answer1 and answer2. `control` names the control that counts where there are
+    several, `author` the field of an item that names its model. An item's text is its `text`, `body`, `html` or
+    `title`: the first that it has.
+    """
+    sides = names(answers)
+    if sides and len(sides) != 2:
+        raise UserError(f"answers: a Pairwise control has 2, got {len(sides)}: {', '.join(sides)}")
+    reader = _Reader(prompt, items, sides, control, names(buckets), within_bucket == "ranked", author)
+    return convert_rows(path, reject, reader.read)
+
+
+@dataclass(frozen=True)
+class _Reader:
+    """Turns tasks into rankings by the options of the import."""
+
+    prompt: str | None
+    items: str | None
+    sides: list[str]
+    control: str | None
+    buckets: list[str]
+    ranked_within: bool
+    author: str | None
+
+    def read(self, row: Any) -> Iterator[Record | BadRecord]:
+        if isinstance(row, dict) and isinstance(row.get("data"), dict):
+            annotations = row.get("annotations", row.get("completions"))
+            if annotations and not isinstance(annotations, list):
+                raise BadRecord("annotations: not a list", brief(annotations))
+            if not annotations:
+                raise _unannotated()
+            for annotation in annotations:
+                try:
+                    yield self._of_annotation(row["data"], annotation)
+                except BadRecord as fault:
+                    yield fault
+        elif isinstance(row, dict) and "annotation_id" in row:
+            if row["annotation_id"] is None:
+                raise _unannotated()
+            found = [(name, result) for name, value in row.items() for result in _as_list(value)]
+            yield self._ranking(row, row, row.get("annotator"), found)
+        else:
+            raise BadRecord("not a task of a Label Studio export", remedy="Export the project as JSON or JSON_MIN.")
+
+    def _of_annotation(self, data: dict[str, Any], annotation: Any) -> Record:
+        if not isinstance(annotation, dict) or not isinstance(annotation.get("result") or [], list):
+            raise BadRecord("an annotation is not an object with a result", brief(annotation))
+        if annotation.get("was_cancelled") or annotation.get("skipped"):
+            raise BadRecord("the annotation was cancelled", remedy="Nothing is wrong: the annotator skipped the task.")
+        by = annotation.get("completed_by")
+        by = (by.get("email") or by.get("id")) if isinstance(by, dict) else by
+        results = [part for part in annotation.get("result") or [] if isinstance(part, dict)]
+        return self._ranking(data, annotation, by, [(part.get("from_name"), part.get("value")) for part in results])
+
+    def _ranking(self, data: dict[str, Any], facts: dict[str, Any], by: Any, results: list[tuple[Any, Any]]) -> Record:
+        """The ranking among the results of one annotation: pairs of a control's name and what it holds."""
+        found = [(name, value) for name, value in results if isinstance(value, dict) and value.keys() & _RANKING_KEYS]
+        if self.control is not None:
+            found = [(name, value) for name, value in found if name == self.control]
+        if len(found) != 1:
+            seen = f"controls {', '.join(brief(name) for name, _ in found or results)}" if results else "no result"
+            if not found:
+                raise BadRecord("the annotation holds no ranking", seen, "It needs a Ranker or Pairwise control.")
+            raise BadRecord("the annotation holds several rankings", seen, "Name one: --option control=NAME")
+        name, value = found[0]
+        candidates, ranks = self._ranked(data, name, value) if "ranker" in value else self._chosen(data, value)
+        fields = {"messages": prompt_of(data, self.prompt), "candidates": candidates, "ranks": ranks}
+        facts = {"time": facts.get("created_at") or facts.get("updated_at"), "seconds": facts.get("lead_time")}
+        return from_dict(
+            {**fields, **facts, "annotator": person(by), "shown": True, "source": "label-studio"}, "ranking"
+        )
+
+    # ---- Pairwise ----
+
+    def _chosen(self, data: dict[str, Any], value: dict[str, Any]) -> tuple[list[Any], list[int]]:
+        sides = self.sides or pair_of(name for name, text in data.items() if isinstance(text, str))
+        if not sides or not all(side in data for side in sides):
+            seen = f"there are {', '.join(map(brief, list(data)[:12]))}"
+            raise BadRecord("the two answers are not found", seen, "Name them: --option answers=LEFT,RIGHT")
+        if value["selected"] not in ("left", "right"):
+            raise BadRecord("no side was chosen", brief(value["selected"]), "Nothing was preferred; leave it out.")
+        return [data[side] for side in sides], [1, 2] if value["selected"] == "left" else [2, 1]
+
+    # ---- Ranker ----
+
+    def _ranked(self, data: dict[str, Any], control: Any, value: dict[str, Any]) -> tuple[list[Any], list[int]]:
+        items = self._items(data)
+        rank: dict[str, int] = {}
+        for index, group in enumerate(self._groups(control, value["ranker"], items)):
+            for item in group:
+                if item not in items:
+                    remedy = "The task's data was changed after the annotation, or the ranking is of another field."
+                    raise BadRecord("the ranking names an unknown candidate", brief(item), remedy)
+                if item in rank:
+                    raise BadRecord("the ranking names a candidate twice", brief(item))
+                rank[item] = index + 1
+        judged = [item for item in _as_shown(items) if item in rank]
+        return [self._candidate(items[item]) for item in judged], [rank[item] for item in judged]
+
+    def _groups(self, control: Any, value: Any, items: dict[str, Any]) -> list[list[str]]:
+        """Ids, best first; those of one group are tied."""
+        if isinstance(value, dict) and list(value) == [control]:
+            value = value[control]
+        if isinstance(value, list):
+            order = _ids(value)
+            if missing := sorted(items.keys() - set(order)):
+                raise BadRecord("the ranking leaves candidates out", f"without {brief(missing)}")
+            return [[item] for item in order]
+        if not isinstance(value, dict):
+            raise BadRecord("ranker: neither a list of ids nor an object of buckets", brief(value))
+        filled = {name: _ids(ids) for name, ids in value.items() if ids}
+        if unknown := [name for name in filled if name not in (*self.buckets, LEFT_IN_LIST)]:
+            remedy = "Name all buckets, best first: --option buckets=BEST,MIDDLE,WORST"
+            raise BadRecord("a bucket has no place in the order", brief(unknown), remedy)
+        groups = [filled[name] for name in self.buckets if name in filled]
+        if not groups:
+            raise BadRecord("no candidate was put into a bucket", remedy="Nothing was preferred; leave it out.")
+        return [[item] for group in groups for item in group] if self.ranked_within else groups
+
+    def _items(self, data: dict[str, Any]) -> dict[str, dict[str, Any]]:
+        """The candidates by id, as the task has them."""
+        lists = {name: value for name, value in data.items() if _is_item_list(value)}
+        name = self.items or ("items" if "items" in lists else next(iter(lists)) if len(lists) == 1 else None)
+        if name not in lists:
+            seen = f"lists of objects with ids: {', '.join(map(brief, lists)) or 'none'}"
+            raise BadRecord("the candidates are not found", seen, "Name their field: --option items=FIELD")
+        items = dict(zip(_ids([item["id"] for item in lists[name]]), lists[name]))
+        if len(items) < len(lists[name]):
+            raise BadRecord("two candidates have one id", name)
+        return items
+
+    def _candidate(self, item: dict[str, Any]) -> dict[str, Any]:
+        text = next((item[name] for name in ("text", "body", "html", "title") if item.get(name)), None)
+        return {"text": text, "author": person(item.get(self.author)) if self.author else ""}
+
+
+_RANKING_KEYS = {"ranker", "selected"}
+
+
+def _unannotated() -> BadRecord:
+    return BadRecord("the task has no annotation", remedy="Nothing is wrong: nobody has annotated it yet.")
+
+
+def _as_list(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [value]
+
+
+def _is_item_list(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and all(isinstance(item, dict) and "id" in item for item in value)
+
+
+def _ids(value: Any) -> list[str]:
+    if not isinstance(value, list) or not all(isinstance(item, (str, int)) for item in value):
+        raise BadRecord("ids are neither text nor numbers", brief(value))
+    return list(map(str, value))
+
+
+def _as_shown(items: dict[str, Any]) -> list[str]:
+    """Ids in the order of a JavaScript object's keys, in which the editor lists them: whole numbers by size, then the
+    others as they came."""
+    numbers = {
+        item for item in items if len(item) <= 10 and item.isascii() and item.isdigit() and str(int(item)) == item
+    }
+    return sorted(numbers, key=int) + [item for item in items if item not in numbers]

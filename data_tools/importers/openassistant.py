@@ -1,0 +1,207 @@
+"""The importer of OpenAssistant's message trees."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from data_tools.importers.rows import IMPORTERS, JSON, Head, rows
+from data_tools.importers.tools import brief, person
+from rlhf.jsonl import Reject
+from rlhf.schema import BadRecord, Record, from_dict
+from rlhf.store import OnReject
+
+ROLES = {"prompter": "user", "assistant": "assistant"}
+
+SAMPLE = {
+    "message_tree_id": "t1",
+    "tree_state": "ready_for_export",
+    "prompt": {
+        "message_id": "t1", "text": "Name a fruit.", "role": "prompter", "replies": [
+            {"message_id": "a1", "parent_id": "t1", "text": "Pear.", "role": "assistant", "rank": 0, "replies": []},
+            {"message_id": "a2", "parent_id": "t1", "text": "Car.", "role": "assistant", "rank": 1, "replies": []},
+        ],
+    },
+}  # fmt: skip
+
+
+class _Message(NamedTuple):
+    """A message of a tree: its line, what it says, and the keys of itself and of the message it answers."""
+
+    line: int
+    key: Any
+    parent: Any
+    content: dict[str, Any]
+
+
+def _detect(head: Head) -> str | None:
+    if head.all_have("message_tree_id", "prompt"):
+        return "its rows are trees with a `message_tree_id` and a `prompt`"
+    if head.all_have("message_id", "parent_id", "role", "text"):
+        return "its rows are messages with a `message_id`, a `parent_id` and a `role`"
+    return None
+
+
+@IMPORTERS.row("openassistant", suffixes=JSON, sample=json.dumps(SAMPLE) + "\n", detect=_detect)
+def openassistant(path: Path, reject: OnReject) -> Iterator[Record]:
+    """OpenAssistant: message trees, a tree a row, or flat messages that name their parents.
+
+    Ranks: 0 is the best reply, equal ranks are ties. Every message with two or more ranked replies of the assistant
+    becomes one ranking of them; the prompt is the conversation from the first message to this one. The ranks come
+    from several people, merged by the project, so no annotator is known; replies stand in the file's order, which is
+    not the order shown. A synthetic reply's author is its `model_name`, another's the id of the person, where the file
+    has it. The group is the tree, so that a split holds it together.
+
+    A reply that nobody ranked, or that was deleted, is no part of a ranking. A message with replies of the assistant
+    that cannot make a ranking is one reject (fewer than two that are there and ranked, no rank at all, a deleted or
+    missing message before it), and so is a tree in which the assistant says nothing; its raw text is the message
+    with these replies, not the tree.
+
+    A tree is read whole. Flat messages may stand in any order; the file is read twice, first to count the messages of
+    every `message_tree_id`: as long as each tree's messages stand together, as in the published files, one tree is held
+    in memory at a time. Without that field all messages are one tree.
+    """
+    sizes: Counter[Any] = Counter()
+    for item in rows(path, _ignore):
+        if _is_flat(item.value):
+            sizes[_tree_id(item.value)] += 1
+    open_trees: dict[Any, list[_Message]] = {}
+    for line, raw, row in rows(path, reject):
+        try:
+            if not _is_flat(row):
+                messages, group = _of_tree(line, row)
+                yield from _rankings(path, reject, messages, group)
+                continue
+            tree = _tree_id(row)
+            key, parent = _text_or_none(row, "message_id"), _text_or_none(row, "parent_id")
+            open_trees.setdefault(tree, []).append(_Message(line, key, parent, row))
+            sizes[tree] -= 1
+            if not sizes[tree]:
+                yield from _rankings(path, reject, open_trees.pop(tree), tree)
+        except BadRecord as fault:
+            reject(Reject.of(path, line, fault, raw))
+
+
+def _ignore(reject: Reject) -> None:
+    """The second reading tells."""
+
+
+def _is_flat(row: Any) -> bool:
+    return isinstance(row, dict) and "message_id" in row and not isinstance(row.get("replies"), list)
+
+
+def _tree_id(row: dict[str, Any]) -> str | None:
+    tree = row.get("message_tree_id")
+    return tree if isinstance(tree, str) else None
+
+
+def _text_or_none(row: dict[str, Any], name: str) -> str | None:
+    value = row.get(name)
+    return value if isinstance(value, str) and value else None
+
+
+def _of_tree(line: int, row: Any) -> tuple[list[_Message], str | None]:
+    """The messages of a nested tree, each known by its place, and the tree's id.
+
+    Raises:
+        BadRecord: It is no tree.
+    """
+    root = row.get("prompt", row) if isinstance(row, dict) else None
+    if not isinstance(root, dict) or not isinstance(root.get("replies"), list):
+        remedy = 'A row is {"message_tree_id", "prompt": {"text", "role", "replies": [...]}}, or a message.'
+        raise BadRecord("neither a tree nor a message", brief(row), remedy)
+    messages = [_Message(line, 0, None, root)]
+    for message in messages:  # grows as it goes: the trees may be deeper than Python's stack
+        replies = message.content.get("replies")
+        for reply in replies if isinstance(replies, list) else ():
+            content = reply if isinstance(reply, dict) else {"text": reply}
+            messages.append(_Message(line, len(messages), message.key, content))
+    return messages, _text_or_none(row, "message_tree_id") or _text_or_none(root, "message_id")
+
+
+def _rankings(path: Path, reject: OnReject, messages: list[_Message], group: str | None) -> Iterator[Record]:
+    """A ranking or a reject for each message with replies of the assistant, or one reject for the tree."""
+    by_key: dict[Any, _Message] = {message.key: message for message in messages if message.key is not None}
+    doubled = len(by_key) < sum(message.key is not None for message in messages)
+    replies: dict[Any, list[_Message]] = {}
+    for message in messages:
+        role = message.content.get("role")
+        if role == "assistant" or (role != "prompter" and message.parent is not None):
+            replies.setdefault(message.parent, []).append(message)
+    if not replies:
+        fault = BadRecord("the tree has no reply of the assistant", remedy="Nothing is wrong: there is none to rank.")
+        reject(Reject.of(path, messages[0].line, fault, _as_raw(messages[:1])))
+    for key, given in replies.items():
+        before = by_key.get(key)
+        try:
+            if doubled:
+                raise BadRecord("two messages of the tree have one message_id", remedy="Is it in the file twice?")
+            yield _ranking(before, given, by_key, group)
+        except BadRecord as fault:
+            raw = _as_raw([before, *given] if before else given)
+            reject(Reject.of(path, (before or given[0]).line, fault, raw))
+
+
+def _as_raw(messages: list[_Message]) -> str:
+    """A message and its replies as JSON, without what follows them."""
+    plain = [
+        {name: value for name, value in message.content.items() if not isinstance(value, (dict, list))}
+        for message in messages
+    ]
+    return json.dumps({**plain[0], "replies": plain[1:]}, ensure_ascii=False, default=str)
+
+
+def _ranking(before: _Message | None, given: list[_Message], by_key: dict[Any, _Message], group: str | None) -> Record:
+    conversation = _conversation(before, by_key)
+    there = [reply.content for reply in given if not reply.content.get("deleted")]
+    if not all(reply.get("role") == "assistant" and isinstance(reply.get("text"), str) for reply in there):
+        raise BadRecord("a reply is not a message with a role and text")
+    if len(there) < 2:
+        raise BadRecord("fewer than two replies", remedy="Nothing is wrong: there is nothing to rank.")
+    ranked = [reply for reply in there if reply.get("rank") is not None]
+    if len(ranked) < 2:
+        raise BadRecord("fewer than two replies are ranked", f"{len(ranked)} of {len(there)}", "They were not judged.")
+    ranks = [_rank(reply["rank"]) for reply in ranked]
+    row = {"messages": conversation, "candidates": [_candidate(reply) for reply in ranked], "ranks": ranks}
+    return from_dict({**row, "group": group, "source": "openassistant"}, "ranking")
+
+
+def _conversation(last: _Message | None, by_key: dict[Any, _Message]) -> list[dict[str, Any]]:
+    """The turns from the tree's first message to this one.
+
+    Raises:
+        BadRecord: One is missing or deleted, or they go in a circle.
+    """
+    turns: list[dict[str, Any]] = []
+    passed: set[Any] = set()
+    while True:
+        if last is None:
+            raise BadRecord("a message of the conversation is missing", remedy="Is a part of the file missing?")
+        if last.key in passed:
+            raise BadRecord("the messages answer each other in a circle", brief(last.key))
+        if last.content.get("deleted"):
+            raise BadRecord("a message of the conversation was deleted", brief(last.key), "Leave the branch out.")
+        passed.add(last.key)
+        role = last.content.get("role")
+        turns.append(
+            {"role": ROLES.get(role, role) if isinstance(role, str) else role, "content": last.content.get("text")}
+        )
+        if last.parent is None:
+            return turns[::-1]
+        last = by_key.get(last.parent)
+
+
+def _rank(value: Any) -> int:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < 1e9 or value != int(value):
+        raise BadRecord("rank: not a whole number from 0 (best)", brief(value))
+    return int(value) + 1
+
+
+def _candidate(reply: dict[str, Any]) -> dict[str, Any]:
+    synthetic = reply.get("synthetic")
+    kind = {True: "model", False: "person"}.get(synthetic, "unknown") if isinstance(synthetic, bool) else "unknown"
+    author = reply.get("model_name") if kind == "model" else reply.get("user_id")
+    return {"text": reply.get("text"), "author": person(author), "author_kind": kind}

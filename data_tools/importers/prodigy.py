@@ -1,0 +1,100 @@
+"""The importer of Prodigy's choice tasks."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from datetime import UTC, datetime
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from data_tools.importers.rows import IMPORTERS, JSON, Head, convert_rows
+from data_tools.importers.tools import brief, person
+from rlhf.schema import BadRecord, Ranking, Record, from_dict
+from rlhf.store import OnReject
+
+SAMPLE = {
+    "text": "Name a fruit.",
+    "options": [{"id": 0, "text": "Car."}, {"id": 1, "text": "A pear, say."}],
+    "accept": [1],
+    "answer": "accept",
+    "_view_id": "choice",
+    "_annotator_id": "rank-ann",
+    "_timestamp": 1714644672,
+}
+
+
+def _detect(head: Head) -> str | None:
+    if not head.all_have("options", "accept", "answer"):
+        return None
+    shown = {tuple(map(_shown, row["options"])) for row in head.rows if isinstance(row["options"], list)}
+    if len(head.rows) > 1 and len(shown) <= 1:
+        return None  # the same options in every task are labels, no answers
+    return "its rows have `options`, `accept` and `answer`, as choice tasks do"
+
+
+@IMPORTERS.row("prodigy", suffixes=JSON, sample=json.dumps(SAMPLE) + "\n", detect=_detect)
+def prodigy(path: Path, reject: OnReject, *, prompt: str = "text") -> Iterator[Record]:
+    """Prodigy: `choice` tasks as `db-out` writes them, whose options are the answers.
+
+    Ranks: the accepted options 1, all others 2: ties within each. The candidates stand in the order of the options, in
+    which the annotator saw them. The annotator is `_annotator_id`, or `_session_id`; the time `_timestamp`, as UTC.
+
+    Rejected: tasks answered with reject or ignore, tasks in which no option was accepted, accepted ids that are no
+    option, and tasks without options: a text with a label (textcat, ner and the like) ranks no answers.
+    `auto` takes no file in which all tasks have the same options, for these are labels.
+
+    Options: `prompt`, the field that holds the prompt (text, or messages with role and content).
+    """
+    return convert_rows(path, reject, partial(_ranking, prompt))
+
+
+def _ranking(prompt: str, row: Any) -> Ranking:
+    if not isinstance(row, dict) or not isinstance(row.get("options"), list):
+        remedy = "Import tasks of the choice interface, whose options are the answers."
+        raise BadRecord("not a choice task: it has no options", remedy=remedy)
+    if row.get("answer") in ("reject", "ignore"):
+        raise BadRecord(
+            f"the task was answered with {row['answer']}", remedy="Nothing is wrong: nothing was preferred."
+        )
+    if row.get("answer") != "accept":
+        raise BadRecord("answer: not one of accept, reject, ignore", brief(row.get("answer")))
+    options, accepted = row["options"], row.get("accept")
+    if not all(isinstance(option, dict) for option in options):
+        raise BadRecord("options: not a list of {id, text}", brief(options))
+    ids = _ids([option.get("id") for option in options], "options")
+    if len(set(ids)) < len(ids):
+        raise BadRecord("two options have one id", brief(ids))
+    if not isinstance(accepted, list) or not accepted:
+        raise BadRecord("no option was accepted", brief(accepted), "Nothing was preferred; leave it out.")
+    chosen = set(_ids(accepted, "accept"))
+    if unknown := sorted(chosen - set(ids)):
+        raise BadRecord("an accepted id is none of the options", brief(unknown))
+    if row.get(prompt) in (None, ""):
+        raise BadRecord("no prompt is found", brief(prompt), "Name the field that holds it: --option prompt=FIELD")
+    candidates = [{"text": option.get("text", option.get("html"))} for option in options]
+    by = row.get("_annotator_id") or row.get("_session_id")
+    ranking = {"messages": row[prompt], "candidates": candidates, "ranks": [1 if id in chosen else 2 for id in ids]}
+    facts = {"annotator": person(by), "time": _time(row.get("_timestamp")), "shown": True, "source": "prodigy"}
+    return from_dict({**ranking, **facts}, "ranking")  # type: ignore[return-value]
+
+
+def _shown(option: Any) -> str | None:
+    text = option.get("text") if isinstance(option, dict) else None
+    return text if isinstance(text, str) else None
+
+
+def _ids(values: list[Any], name: str) -> list[str]:
+    if not all(isinstance(value, (str, int)) for value in values):
+        raise BadRecord(f"{name}: ids are neither text nor numbers", brief(values))
+    return list(map(str, values))
+
+
+def _time(seconds: Any) -> str | None:
+    if seconds is None:
+        return None
+    try:
+        return datetime.fromtimestamp(seconds, UTC).isoformat()
+    except (TypeError, ValueError, OverflowError, OSError):
+        raise BadRecord("_timestamp: not seconds since 1970", brief(seconds)) from None
