@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gzip
 import json
 import os
 import signal
@@ -14,12 +13,10 @@ from pathlib import Path
 import pytest
 from rows import DEMONSTRATION, RANKING, dataset, jsonl, last_line, prompts, run, tree
 
-from data_tools.importers import IMPORTERS
 from data_tools.ingest import NothingUsable, find_files, import_dataset
 from data_tools.stats import stats
 from data_tools.validate import validate
 from rlhf.errors import UserError
-from rlhf.schema import from_dict, to_dict
 from rlhf.store import open_dataset
 
 ROOT = Path(__file__).parents[1]
@@ -41,64 +38,7 @@ SAMPLES = {
     "hh-rlhf": [hh_row(), hh_row("a", "b", "c"), {"chosen": 1}, hh_row(chosen="")],
     "jsonl": [RANKING, {**RANKING, "prompt": "Another?"}, {"prompt": ""}, DEMONSTRATION],
 }
-"""For every importer: two good rows, then two bad ones."""
-
-
-# ---- every importer of the table -------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("row", IMPORTERS, ids=lambda row: row.name)
-class TestEveryImporter:
-    def test_it_states_its_rank_convention_and_its_files(self, row):
-        doc = " ".join((row.fn.__doc__ or "").split())
-        assert "rank" in doc.lower()
-        assert row.traits["suffixes"]
-        assert row.summary
-
-    def test_read_is_written_plus_rejected_by_reason(self, row, tmp_path):
-        source = jsonl(tmp_path / "in.jsonl", SAMPLES[row.name])
-        summary = import_dataset(row.name, [source], tmp_path / "d")
-        assert (summary.read, summary.written, summary.rejected) == (4, 2, 2)
-        assert sum(summary.reasons.values()) == 2
-        rejected = [json.loads(line) for line in (tmp_path / "d" / "rejected.jsonl").read_text("utf-8").splitlines()]
-        assert [row["line"] for row in rejected] == [3, 4]
-        for item, number in zip(rejected, (2, 3)):
-            assert item["file"] == str(source)
-            assert json.loads(item["raw"]) == SAMPLES[row.name][number]
-            assert item["reason"] in summary.reasons
-            assert item["remedy"]
-
-    def test_the_records_are_valid_and_have_ids(self, row, tmp_path):
-        import_dataset(row.name, [jsonl(tmp_path / "in.jsonl", SAMPLES[row.name])], tmp_path / "d")
-        for record in open_dataset(tmp_path / "d").records():
-            assert from_dict(to_dict(record)) == record
-
-    def test_the_same_input_gives_the_same_bytes(self, row, tmp_path):
-        source = jsonl(tmp_path / "in.jsonl", SAMPLES[row.name])
-        for name in "ab":
-            import_dataset(row.name, [source], tmp_path / name)
-        assert tree(tmp_path / "a") == tree(tmp_path / "b")
-
-    def test_strict_stops_at_the_first_bad_row_and_writes_nothing(self, row, tmp_path):
-        source = jsonl(tmp_path / "in.jsonl", SAMPLES[row.name])
-        with pytest.raises(UserError, match=r"in\.jsonl:3: "):
-            import_dataset(row.name, [source], tmp_path / "d", strict=True)
-        assert [p.name for p in tmp_path.iterdir()] == ["in.jsonl"]
-
-    def test_gzip_gives_the_same_records(self, row, tmp_path):
-        plain = jsonl(tmp_path / "in.jsonl", SAMPLES[row.name])
-        (tmp_path / "in.jsonl.gz").write_bytes(gzip.compress(plain.read_bytes()))
-        for name, file in (("a", "in.jsonl"), ("b", "in.jsonl.gz")):
-            import_dataset(row.name, [tmp_path / file], tmp_path / name)
-        assert open_dataset(tmp_path / "a").fingerprint == open_dataset(tmp_path / "b").fingerprint
-
-    def test_nothing_is_rejected_by_an_exception(self, row, tmp_path):
-        awkward = [None, 1, "x", [], {}, [[]], {"chosen": None}, {"messages": {}}, {"candidates": {}}, {"prompt": []}]
-        source = jsonl(tmp_path / "in.jsonl", awkward)
-        with pytest.raises(NothingUsable, match=f"none of {len(awkward)} rows") as caught:
-            import_dataset(row.name, [source], tmp_path / "d")
-        assert caught.value.summary.rejected == len(awkward)
-        assert not (tmp_path / "d").exists()
+"""Two good rows, then two bad ones."""
 
 
 # ---- HH-RLHF ---------------------------------------------------------------------------------------------------------

@@ -86,12 +86,6 @@ def _summary(summary: dict[str, Any]) -> Candidate:
 def _detect_webgpt(head: Head) -> str | None:
     if head.all_have("question", "answer_0", "answer_1", "score_0", "score_1"):
         return "its rows have `question`, `answer_0`, `answer_1` and their scores"
-    pair = {"question", "answer", "score"}
-    if head.rows and all(
-        isinstance(row, list) and len(row) == 2 and all(isinstance(side, dict) and pair <= side.keys() for side in row)
-        for row in head.rows
-    ):
-        return "its rows are two objects of `question`, `answer` and `score`"
     return None
 
 
@@ -108,24 +102,18 @@ WEBGPT_SAMPLE = as_jsonl(
 
 @IMPORTERS.row("webgpt", suffixes=JSON, sample=WEBGPT_SAMPLE, detect=_detect_webgpt)
 def webgpt(path: Path, reject: OnReject) -> Iterator[Record]:
-    """WebGPT comparisons: rows {question, answer_0, answer_1, score_0, score_1}, or OpenAI's file of two objects a row.
+    """WebGPT comparisons: rows {question{full_text}, answer_0, answer_1, score_0, score_1}.
 
     Ranks: the higher score is the better answer, equal scores are a tie. Scores go from -1 to 1 and sum to 0 (dataset
     card of openai/webgpt_comparisons). The format does not tell the order shown, nor who judged or wrote.
     The prompt is the question; `quotes` differ between the answers and are left out, marks such as [1] stay.
 
-    Rejected: a score outside -1 to 1, equal or empty answers, two different questions.
+    Rejected: a score outside -1 to 1, equal or empty answers.
     """
     return convert_rows(path, reject, _webgpt)
 
 
 def _webgpt(row: Any) -> Ranking:
-    if isinstance(row, list) and len(row) == 2:
-        sides = [need(side, "question", "answer", "score") for side in row]
-        if sides[0]["question"] != sides[1]["question"]:
-            raise BadRecord("question: not the same on both sides")
-        row = {"question": sides[0]["question"]}
-        row |= {f"{name}_{i}": side[name] for i, side in enumerate(sides) for name in ("answer", "score")}
     need(row, "question", "answer_0", "answer_1", "score_0", "score_1")
     question = row["question"]
     asked = question if isinstance(question, str) else text(need(question, "full_text"), "full_text")
