@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from rlhf.errors import UserError
 from rlhf.lazy import lazy
+from rlhf.schema import Prompt
 
 if TYPE_CHECKING:
     import datasketch
@@ -39,6 +40,11 @@ _WORD = re.compile(rf"[{_UNSPACED}]|[^\W{_UNSPACED}]+")
 _MULTIPLIER = 0x9E3779B97F4A7C15  # odd, so that multiplying by it modulo 2**64 loses nothing
 
 
+def prompt_text(record: Prompt) -> str:
+    """What stands for a record's prompt when prompts are compared: all turns."""
+    return "\n".join(message.content for message in record.messages)
+
+
 def near_groups(texts: Iterable[tuple[str, str]], threshold: float = DEFAULT_THRESHOLD) -> dict[str, str]:
     """Put near texts together; what is near to one of a group is in it, so two of a group may be further apart.
 
@@ -54,10 +60,10 @@ def near_groups(texts: Iterable[tuple[str, str]], threshold: float = DEFAULT_THR
         UserError: The threshold is out of range.
     """
     found = _Signed.of(texts, threshold)
-    root = list(range(len(found.keys)))
+    sets = Sets()
     for run in found.runs():
-        _unite(run, root, found)
-    return {key: found.keys[_find(root, index)] for index, key in enumerate(found.keys)}
+        _unite(run, sets, found)
+    return {key: found.keys[sets.find(index)] for index, key in enumerate(found.keys)}
 
 
 def near_matches(
@@ -176,22 +182,35 @@ def _same(value: Any) -> Any:
 # ---- groups ---------------------------------------------------------------------------------------------------------
 
 
-def _find(root: list[int], index: int) -> int:
-    while root[index] != index:
-        root[index] = root[root[index]]
-        index = root[index]
-    return index
+class Sets:
+    """Disjoint sets of comparable items (union-find). Every item begins alone; the smallest of a set stands for it."""
+
+    def __init__(self) -> None:
+        self._above: dict[Any, Any] = {}
+
+    def find(self, item: Any) -> Any:
+        """The smallest item of the set."""
+        while (above := self._above.get(item, item)) != item:
+            self._above[item] = self._above.get(above, above)
+            item = self._above[item]
+        return item
+
+    def join(self, one: Any, other: Any) -> Any:
+        """Make two sets one; its smallest item."""
+        first, second = sorted((self.find(one), self.find(other)))
+        if first != second:
+            self._above[second] = first
+        return first
 
 
-def _unite(run: list[int], root: list[int], found: _Signed) -> None:
-    """Join the near texts of a run. Only texts of different groups are compared, so a large group costs little."""
+def _unite(run: list[int], sets: Sets, found: _Signed) -> None:
+    """Join the near texts of a run. Only texts of different sets are compared, so a large set costs little."""
     members: dict[int, list[int]] = {}
     for index in run:
-        own = _find(root, index)
-        for other in [group for group in members if group != own]:
+        own = sets.find(index)
+        for other in [first for first in members if first != own]:
             if any(found.are_near(index, member) for member in members[other]):
-                first, second = sorted((own, other))
-                root[second] = own = first
-                members.setdefault(first, [])
-                members[first] += members.pop(second, [])
+                joined = members.pop(other) + members.pop(own, [])
+                own = sets.join(own, other)
+                members[own] = joined
         members.setdefault(own, []).append(index)

@@ -8,6 +8,10 @@ evaluated on is not in its, or any other stage's, training set.
 
 Groups go by the same rule rather than by quota, since a quota would move a group when another dataset lacks some.
 With few groups a split may come out empty; that is refused, and `hold_out` names the groups of eval exactly.
+
+With `near`, keys whose prompts are near duplicates go together: the smallest key of those that are near decides for
+all. What is near to what depends on the records at hand, so datasets that are used together must be looked at
+together: each is split `together` with the others.
 """
 
 from __future__ import annotations
@@ -15,11 +19,12 @@ from __future__ import annotations
 import hashlib
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from data_tools.derive import Derivation
+from data_tools.near import Sets, near_groups, prompt_text
 from data_tools.rejects import FILE_NAME, by_count
 from rlhf import console
 from rlhf.errors import UserError, nearest
@@ -87,6 +92,8 @@ def split_dataset(
     fractions: Mapping[str, float] | None = None,
     hold_out: Sequence[str] = (),
     seed: int = 0,
+    near: float | None = None,
+    together: Sequence[str | Path] = (),
     allow_empty: bool = False,
 ) -> dict[str, Any]:
     """Write the dataset anew with every record in a split; splits that the records have already are replaced.
@@ -100,23 +107,30 @@ def split_dataset(
             is all train.
         hold_out: Groups that are exactly the eval split's, whatever `fractions` says. Needs by="group".
         seed: Another seed gives another split; datasets that are used together need the same.
+        near: Prompts of this Jaccard similarity or more (see `data_tools.near`) stay in one split, with their groups.
+        together: Datasets that are used together with this one; needs `near`. Split with each other, they get splits
+            between which no near duplicates stand either.
         allow_empty: Accept that a split gets no record (another dataset split by the same seed may fill it).
 
     Returns:
-        out, kind, by, seed, read, written, rejected, reasons (bad rows of a JSONL dataset), and for each split
-        `splits` (records) and `keys` (prompts or groups).
+        out, kind, by, seed, read, written, rejected, reasons (bad rows of a JSONL dataset), for each split `splits`
+        (records) and `keys` (prompts or groups), and `joined` (keys that follow another that they are near to).
 
     Raises:
-        UserError: Wrong arguments, a record without a group, a prompt in groups of different splits, a split that
-            would be empty, or a dataset that cannot be read or written.
+        UserError: Wrong arguments, a record without a group, a prompt in groups of different splits, a group near to
+            one that is held out, a split that would be empty, or a dataset that cannot be read or written.
     """
     if by not in BY:
         raise UserError(f"--by: cannot split by {by!r}", remedy=nearest(by, BY))
     if hold_out and by != "group":
         raise UserError("--hold-out names groups and works with --by group only", remedy="Add --by group.")
+    if together and near is None:
+        why = "Prompts that are equal are in one split in every dataset; only near ones are not."
+        raise UserError("--with: works with --near only", why, "Leave it out, or add --near 0.8.")
     shares = _checked(fractions or ({"train": 1.0} if hold_out else DEFAULT_FRACTIONS))
-    parent = open_dataset(path)
-    plan = _plan(parent, by, shares, hold_out, seed)
+    parent, others = open_dataset(path), [open_dataset(other) for other in together]
+    deciding = {} if near is None else _deciding([parent, *others], by, near)
+    plan = _plan(parent, by, shares, hold_out, seed, deciding)
     wanted = [*shares, *(["eval"] if hold_out else [])]
     empty = [split for split in SPLITS if split in wanted and split not in plan.values()]
     if empty and not allow_empty:
@@ -125,10 +139,8 @@ def split_dataset(
             "The rule looks at each of them alone, so that it holds across datasets.",
             "Name groups of eval by --hold-out, choose another --seed, fewer splits, or --allow-empty.",
         )
-    options = {"by": by, "fractions": ",".join(f"{name}={share}" for name, share in shares.items()), "seed": str(seed)}
-    words = [word for name, value in options.items() for word in (f"--{name}", value)]
-    words += [word for group in hold_out for word in ("--hold-out", group)]
-    with Derivation(out, parent.kind, [parent], ["split", str(path), *words]) as made:
+    words = _words(by, shares, seed, hold_out, near, together)
+    with Derivation(out, parent.kind, [parent, *others], ["split", str(path), *words]) as made:
         for record in parent.records(on_reject=made.rejects):
             made.write(record.with_split(plan[_key(record, by)]))
     rejected, reasons = made.rejects.count, by_count(made.rejects.reasons)
@@ -139,16 +151,59 @@ def split_dataset(
         "out": str(out), "kind": parent.kind, "by": by, "seed": seed, **counts,
         "splits": {split: records.get(split, 0) for split in SPLITS},
         "keys": {split: keys.get(split, 0) for split in SPLITS},
+        "joined": sum(deciding.get(key, key) != key for key in plan),
     }  # fmt: skip
+
+
+def _words(
+    by: str,
+    shares: Mapping[str, float],
+    seed: int,
+    hold_out: Sequence[str],
+    near: float | None,
+    together: Sequence[str | Path],
+) -> list[str]:
+    """The options as they stand on the command line."""
+    fractions = ",".join(f"{name}={share}" for name, share in shares.items())
+    words = ["--by", by, "--fractions", fractions, "--seed", str(seed)]
+    words += [word for group in hold_out for word in ("--hold-out", group)]
+    words += [] if near is None else ["--near", str(near)]
+    return words + [word for other in together for word in ("--with", str(other))]
 
 
 def _key(record: Record, by: str) -> str:
     return record.prompt_id if by == "prompt" else record.group or ""
 
 
-def _plan(parent: Dataset, by: str, shares: dict[str, float], hold_out: Sequence[str], seed: int) -> dict[str, str]:
+def _deciding(datasets: Sequence[Dataset], by: str, near: float) -> dict[str, str]:
+    """Key -> the key that decides for it: the smallest of those whose prompts are the same or near, step by step."""
+    pairs: dict[tuple[str, str], None] = {}
+
+    def texts() -> Iterator[tuple[str, str]]:
+        for dataset in datasets:
+            for record in dataset.records(on_reject=lambda _: None):  # counted when the records are written
+                if key := _key(record, by):
+                    pairs[key, record.prompt_id] = None
+                yield record.prompt_id, prompt_text(record)
+
+    prompts = near_groups(texts(), near)
+    sets, first = Sets(), dict[str, str]()
+    for key, prompt in pairs:
+        sets.join(key, first.setdefault(prompts[prompt], key))
+    return {key: sets.find(key) for key, _ in pairs}
+
+
+def _plan(
+    parent: Dataset,
+    by: str,
+    shares: dict[str, float],
+    hold_out: Sequence[str],
+    seed: int,
+    deciding: Mapping[str, str],
+) -> dict[str, str]:
     """Key -> split for every key of the dataset."""
     held_out = set(hold_out)
+    near_held = {deciding.get(group, group): group for group in hold_out}
     plan: dict[str, str] = {}
     home: dict[str, str] = {}  # prompt id -> group
     for record in parent.records(on_reject=lambda _: None):  # counted when the records are written
@@ -158,7 +213,15 @@ def _plan(parent: Dataset, by: str, shares: dict[str, float], hold_out: Sequence
                 remedy="Give every record a `group`, or use --by prompt.",
             )
         key = _key(record, by)
-        plan[key] = plan.get(key) or ("eval" if key in held_out else assign(key, shares, seed))
+        decides = deciding.get(key, key)
+        if decides in near_held and key not in held_out:
+            raise UserError(
+                f"{parent.path}: group {key!r} has a prompt near to one of group {near_held[decides]!r}, or to one "
+                "that is near to it",
+                "That one is held out, and this one would be trained on.",
+                f"Add --hold-out {key}, leave out near duplicates with `rlhf data dedup`, or raise --near.",
+            )
+        plan[key] = plan.get(key) or ("eval" if key in held_out else assign(decides, shares, seed))
         if by == "group":
             first = home.setdefault(record.prompt_id, key)
             if plan[first] != plan[key]:
@@ -178,5 +241,7 @@ def show(summary: Mapping[str, Any]) -> None:
     """Print what `split_dataset` returns."""
     rows = [[split, summary["splits"][split], summary["keys"][split]] for split in SPLITS]
     console.table(f"{summary['out']}: {summary['kind']}s", ["split", "records", f"{summary['by']}s"], rows)
+    if summary["joined"]:
+        console.say(f"{summary['joined']:,} {summary['by']}s went with another that they are near to")
     if summary["rejected"]:
         console.warn(f"{summary['rejected']} bad rows of the parent were set aside: {Path(summary['out']) / FILE_NAME}")

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from rlhf import console
-from rlhf.schema import SPLITS, Demonstration, Ranking, Record
+from rlhf.schema import SPLITS, Demonstration, Proposal, Ranking, Record
 from rlhf.store import open_dataset
 
 SHOWN = 20
@@ -23,7 +23,9 @@ class _Count:
         }
         self.k: Counter[int] = Counter()
         self.pairs = self.tied_pairs = self.with_tie = 0
-        self.lengths: dict[str, Counter[int]] = {"prompt": Counter(), "answer": Counter()}
+        self.lengths: dict[str, Counter[float]] = {"prompt": Counter(), "answer": Counter()}
+        self.seconds: Counter[float] = Counter()
+        self.weights: Counter[float] = Counter()
         self.records: Counter[str] = Counter()
         self.prompts: Counter[str] = Counter()
         self.prompt_splits: dict[str, int] = {}  # prompt id -> one bit a split
@@ -42,20 +44,24 @@ class _Count:
         if isinstance(record, Demonstration):
             self.lengths["answer"][len(record.answer)] += 1
             self.by["annotator"][record.author] += 1
-        elif isinstance(record, Ranking):
+        elif isinstance(record, Proposal):
+            self.k[len(record.candidates)] += 1
+            for candidate in record.candidates:
+                self.lengths["answer"][len(candidate.text)] += 1
+                self.by["author_kind"][candidate.author_kind] += 1
+        if isinstance(record, Ranking):
             self._add_ranking(record)
 
     def _add_ranking(self, record: Ranking) -> None:
         size = len(record.candidates)
         pairs = size * (size - 1) // 2
         self.by["annotator"][record.annotator] += 1
-        self.k[size] += 1
         self.pairs += pairs
         self.tied_pairs += pairs - record.informative_pairs
         self.with_tie += record.informative_pairs < pairs
-        for candidate in record.candidates:
-            self.lengths["answer"][len(candidate.text)] += 1
-            self.by["author_kind"][candidate.author_kind] += 1
+        self.weights[record.weight] += 1
+        if record.seconds is not None:
+            self.seconds[record.seconds] += 1
 
 
 def stats(paths: Sequence[str | Path]) -> dict[str, Any]:
@@ -64,10 +70,11 @@ def stats(paths: Sequence[str | Path]) -> dict[str, Any]:
     Returns:
         A plain dictionary: `datasets` (path, kind, count, fingerprint, rejected), `records`, `prompts` (distinct),
         counts by `kind`, `split`, `source`, `group`, `annotator` (of demonstrations: who wrote them) and
-        `author_kind` (of candidates), `k` (number of candidates -> rankings), `ties` (`pairs`, `tied_pairs`,
-        `tied_share` of the pairs, `rankings_with_tie`), `lengths` in characters (`prompt`: all turns; `answer`: mean,
-        p50, p95, max), `duplicates` (`records`: records beyond the first of the same content; `prompts`: beyond the
-        first of the same prompt), and `leaks` (prompts in more than one split: count, and up to 20 ids).
+        `author_kind` (of candidates), `k` (number of candidates -> rankings and proposals), `ties` (`pairs`,
+        `tied_pairs`, `tied_share` of the pairs, `rankings_with_tie`), `lengths` in characters (`prompt`: all turns;
+        `answer`: mean, p50, p95, max), `seconds` (of the rankings that tell them) and `weights` (of rankings) in the
+        same way, `duplicates` (`records`: records beyond the first of the same content; `prompts`: beyond the first
+        of the same prompt), and `leaks` (prompts in more than one split: count, and up to 20 ids).
 
     Raises:
         UserError: A dataset cannot be opened or read.
@@ -95,6 +102,8 @@ def stats(paths: Sequence[str | Path]) -> dict[str, Any]:
             "rankings_with_tie": count.with_tie,
         },
         "lengths": {name: _spread(lengths) for name, lengths in count.lengths.items()},
+        "seconds": _spread(count.seconds),
+        "weights": _spread(count.weights),
         "duplicates": {
             "records": count.records.total() - len(count.records),
             "prompts": count.prompts.total() - len(count.prompts),
@@ -103,14 +112,14 @@ def stats(paths: Sequence[str | Path]) -> dict[str, Any]:
     }
 
 
-def _spread(lengths: Counter[int]) -> dict[str, float] | None:
+def _spread(lengths: Counter[float]) -> dict[str, float] | None:
     """Mean, nearest-rank median and 95th percentile, and maximum of a histogram."""
     total = lengths.total()
     if not total:
         return None
     ordered = sorted(lengths.items())
 
-    def quantile(share: float) -> int:
+    def quantile(share: float) -> float:
         seen = 0
         for length, count in ordered:
             seen += count
@@ -133,14 +142,18 @@ def show(found: dict[str, Any]) -> None:
             title = f"by {name}" + (f" (the {SHOWN} most frequent of {len(counts):,})" if len(counts) > SHOWN else "")
             console.table(title, [name, "count"], shown)
     if found["k"]:
-        console.table("candidates of a ranking", ["K", "rankings"], found["k"].items())
-        ties = found["ties"]
+        console.table("candidates of a record", ["K", "records"], found["k"].items())
+    ties = found["ties"]
+    if ties["pairs"]:
         console.say(
             f"ties: {ties['tied_pairs']:,} of {ties['pairs']:,} pairs ({ties['tied_share']:.1%}), "
             f"in {ties['rankings_with_tie']:,} rankings"
         )
     spreads = [[name, *spread.values()] for name, spread in found["lengths"].items() if spread]
     console.table("length in characters", ["", "mean", "p50", "p95", "max"], spreads)
+    for name, what in (("seconds", "seconds a ranking took"), ("weights", "weights of the rankings")):
+        if found[name] and found[name]["max"] != found[name]["mean"]:
+            console.table(what, ["mean", "p50", "p95", "max"], [list(found[name].values())])
     again = found["duplicates"]
     console.say(
         f"{found['records']:,} records over {found['prompts']:,} prompts; {again['prompts']:,} repeat a prompt, "

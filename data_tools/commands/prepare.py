@@ -1,4 +1,7 @@
-"""`rlhf data validate`, `split` and `stats`."""
+"""`rlhf data validate`, `stats`, and the commands that make a dataset from datasets, with `lineage` that tells of them.
+
+What they do is imported when they run: `rlhf data --help` need not wait for it.
+"""
 
 from __future__ import annotations
 
@@ -7,21 +10,69 @@ from typing import Annotated
 
 import typer
 
-from data_tools import splits as splitting
-from data_tools import stats as counting
-from data_tools import validate as validating
 from data_tools.commands.common import DatasetPath, Json, Out, print_json
 from rlhf import console
+
+Near = Annotated[
+    float | None,
+    typer.Option(metavar="THRESHOLD", help="Take texts of this similarity as the same too: 0.5 to 1, such as 0.8."),
+]
 
 
 def validate_command(path: DatasetPath, as_json: Json = False) -> None:
     """Check every row, stored id and shard of a dataset. Exit status 1 if anything is bad."""
+    from data_tools import validate as validating
+
     summary = validating.validate(path, on_fault=console.say)
     validating.show(summary)
     if as_json:
         print_json(summary)
     if not summary["ok"]:
         raise typer.Exit(1)
+
+
+def filter_command(
+    path: DatasetPath,
+    out: Out,
+    where: Annotated[
+        str | None, typer.Option(metavar="EXPR", help="Keep the records for which it holds, such as 'k > 2'.")
+    ] = None,
+    tokenizer: Annotated[str | None, typer.Option(help="A model's folder: count tokens by its tokenizer.")] = None,
+    min_tokens: Annotated[int | None, typer.Option(help="The fewest tokens of prompt and longest answer.")] = None,
+    max_tokens: Annotated[int | None, typer.Option(help="The most tokens of prompt and longest answer.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Keep the records for which an expression holds, or of a length within limits."""
+    from data_tools import filter as filtering
+
+    summary = filtering.filter_dataset(
+        path, out, where=where, tokenizer=tokenizer, min_tokens=min_tokens, max_tokens=max_tokens
+    )
+    filtering.show(summary)
+    if as_json:
+        print_json(summary)
+
+
+def dedup_command(
+    path: DatasetPath,
+    out: Out,
+    by: Annotated[str, typer.Option(help="What makes two the same: record, prompt, or answers (with prompt).")] = (
+        "record"
+    ),
+    near: Near = None,
+    keep: Annotated[str, typer.Option(help="Which stays: first, or best (the ranking that weighs most).")] = "first",
+    against: Annotated[
+        list[Path] | None, typer.Option(metavar="DATASET", help="Leave out prompts that stand in it; may be repeated.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Keep one record of those that are the same, and none that is in an evaluation set."""
+    from data_tools import dedup as deduping
+
+    summary = deduping.dedup_dataset(path, out, by=by, near=near, keep=keep, against=against or ())
+    deduping.show(summary)
+    if as_json:
+        print_json(summary)
 
 
 def split_command(
@@ -35,17 +86,60 @@ def split_command(
         list[str] | None, typer.Option(metavar="GROUP", help="A group of eval, with --by group; may be repeated.")
     ] = None,
     seed: Annotated[int, typer.Option(help="Datasets that are used together need the same seed.")] = 0,
+    near: Near = None,
+    together: Annotated[
+        list[Path] | None,
+        typer.Option("--with", metavar="DATASET", help="With --near: a dataset used with this one; may be repeated."),
+    ] = None,
     allow_empty: Annotated[bool, typer.Option("--allow-empty", help="Accept a split without records.")] = False,
     as_json: Json = False,
 ) -> None:
     """Write a dataset anew with every record in a split: the same prompt in the same split, in every dataset."""
-    shares = None if fractions is None else splitting.parse_fractions(fractions)
+    from data_tools import splits as splitting
+
     summary = splitting.split_dataset(
-        path, out, by=by, fractions=shares, hold_out=hold_out or (), seed=seed, allow_empty=allow_empty
+        path,
+        out,
+        by=by,
+        fractions=None if fractions is None else splitting.parse_fractions(fractions),
+        hold_out=hold_out or (),
+        seed=seed,
+        near=near,
+        together=together or (),
+        allow_empty=allow_empty,
     )
     splitting.show(summary)
     if as_json:
         print_json(summary)
+
+
+def mix_command(
+    parts: Annotated[list[str], typer.Argument(metavar="DATASET[=WEIGHT]", help="Datasets of one kind.")],
+    out: Out,
+    cap: Annotated[
+        list[str] | None, typer.Option(metavar="DATASET=COUNT", help="The most records of a dataset; may be repeated.")
+    ] = None,
+    size: Annotated[int | None, typer.Option(help="Records of the result; as many as the weights allow.")] = None,
+    seed: Annotated[int, typer.Option(help="Another seed takes other records.")] = 0,
+    as_json: Json = False,
+) -> None:
+    """Sample several datasets into one, by weights and caps. No record is repeated."""
+    from data_tools import mix as mixing
+
+    summary = mixing.mix_datasets(parts, out, caps=cap or (), size=size, seed=seed)
+    mixing.show(summary)
+    if as_json:
+        print_json(summary)
+
+
+def lineage_command(path: DatasetPath, as_json: Json = False) -> None:
+    """Show what a dataset was made from, and whether that is still there and unchanged."""
+    from data_tools import lineage as tracing
+
+    found = tracing.lineage(path)
+    tracing.show(found)
+    if as_json:
+        print_json(found)
 
 
 def stats_command(
@@ -53,6 +147,8 @@ def stats_command(
     as_json: Json = False,
 ) -> None:
     """Count what datasets hold: splits, sources, annotators, K, ties, lengths, duplicates, leaks between splits."""
+    from data_tools import stats as counting
+
     found = counting.stats(paths)
     counting.show(found)
     if as_json:
