@@ -142,7 +142,7 @@ def show(found: dict[str, Any]) -> None:
             title = f"by {name}" + (f" (the {SHOWN} most frequent of {len(counts):,})" if len(counts) > SHOWN else "")
             console.table(title, [name, "count"], shown)
     if found["k"]:
-        console.table("candidates of a record", ["K", "records"], found["k"].items())
+        console.table("candidates", ["K", "records"], found["k"].items())
     ties = found["ties"]
     if ties["pairs"]:
         console.say(

@@ -162,3 +162,98 @@ def test_fractions_may_stand_in_any_order_and_be_zero():
     assert parse_fractions(" test=0, eval=0.3 ,train=0.7") == {"train": 0.7, "eval": 0.3}
     assert list(parse_fractions("test=0.1,eval=0.1,train=0.8")) == ["train", "eval", "test"]
     assert DEFAULT_FRACTIONS == FRACTIONS
+
+
+# ---- near duplicates -----------------------------------------------------------------------------------------------
+
+WORDS = [f"w{i}" for i in range(30)]
+
+
+def edited(number, edit):
+    """A prompt of its own vocabulary; with another `edit`, near to it: 29 of 31 runs of three words are shared."""
+    words = [f"q{number}x{word}" for word in WORDS]
+    return {"prompt": " ".join([*words, *([f"edit {edit}"] if edit else [])])}
+
+
+def near_splits(*paths):
+    """number -> the splits that the prompts of that number stand in."""
+    found = {}
+    for path in paths:
+        for record in open_dataset(path).records():
+            found.setdefault(record.messages[0].content.split("x")[0], set()).add(record.split)
+    return found
+
+
+def test_near_prompts_stay_together_and_leak_without_it(tmp_path):
+    parent = dataset(tmp_path / "d", [edited(number, edit) for edit in (0, 1, 2) for number in range(60)])
+    split_dataset(parent, tmp_path / "plain")
+    assert sum(len(splits) > 1 for splits in near_splits(tmp_path / "plain").values()) > 10
+    result = run("split", parent, "--near", 0.8, "--out", tmp_path / "near", "--json")
+    assert result.exit_code == 0, result.output
+    found = near_splits(tmp_path / "near")
+    assert len(found) == 60 and all(len(splits) == 1 for splits in found.values())
+    assert set.union(*found.values()) == {"train", "eval", "test"}
+    assert last_line(result)["joined"] == 120 and "120 prompts went with another that they are near to" in result.stdout
+    assert open_dataset(tmp_path / "near").manifest["origin"]["command"].endswith(" --seed 0 --near 0.8")
+
+
+def test_a_prompt_that_is_near_to_none_stands_where_it_stands_without_near(tmp_path):
+    parent = dataset(tmp_path / "d", [*prompts(80), edited(0, 0), edited(0, 1)])
+    split_dataset(parent, tmp_path / "plain")
+    split_dataset(parent, tmp_path / "near", near=0.8)
+    plain, near = split_of(tmp_path / "plain"), split_of(tmp_path / "near")
+    smallest = min(list(plain)[-2:])
+    assert list(near.values())[-2:] == [plain[smallest]] * 2
+    assert list(plain.items())[:80] == list(near.items())[:80]
+
+
+def test_datasets_that_are_split_together_have_no_near_prompts_across(tmp_path):
+    demonstrations = dataset(tmp_path / "d", [{**edited(number, 0), "answer": "x"} for number in range(80)])
+    rankings = dataset(tmp_path / "r", [{**RANKING, **edited(number, 1)} for number in reversed(range(80))])
+    for parent, other in ((demonstrations, rankings), (rankings, demonstrations)):
+        split_dataset(parent, tmp_path / f"{parent.name}-alone", near=0.8)
+        words = ("split", parent, "--near", 0.8, "--with", other, "--out", tmp_path / f"{parent.name}-with")
+        result = run(*words)
+        assert result.exit_code == 0, result.output
+    alone = near_splits(tmp_path / "d-alone", tmp_path / "r-alone")
+    assert any(len(splits) > 1 for splits in alone.values())
+    together = near_splits(tmp_path / "d-with", tmp_path / "r-with")
+    assert len(together) == 80 and all(len(splits) == 1 for splits in together.values())
+    assert stats([tmp_path / "d-with", tmp_path / "r-with"])["leaks"]["prompts"] == 0
+    origin = open_dataset(tmp_path / "d-with").manifest["origin"]
+    assert [parent["path"] for parent in origin["parents"]] == [str(demonstrations), str(rankings)]
+    assert origin["command"].endswith(f"--near 0.8 --with {rankings}")
+
+
+def test_near_prompts_join_their_groups(tmp_path):
+    groups = [f"group {i}" for i in range(40)]
+    own = [{**edited(index, 0), "group": group} for index, group in enumerate(groups)]
+    bridges = [{**edited(index, 1), "group": groups[index + 1]} for index in range(0, 40, 2)]  # 0-1, 2-3, ...
+    parent = dataset(tmp_path / "d", [*own, *bridges])
+    split_dataset(parent, tmp_path / "s", by="group", near=0.8, allow_empty=True)
+    of_group = {}
+    for record in open_dataset(tmp_path / "s").records():
+        assert of_group.setdefault(record.group, record.split) == record.split
+    for one, other in zip(groups[::2], groups[1::2]):
+        assert of_group[one] == of_group[other] == assign(min(one, other), FRACTIONS)
+    assert all(len(splits) == 1 for splits in near_splits(tmp_path / "s").values())
+
+
+def test_a_group_that_is_near_to_a_held_out_one_is_told(tmp_path):
+    rows = [{**edited(0, 0), "group": "a"}, {**edited(0, 1), "group": "b"}, {**edited(1, 0), "group": "c"}]
+    parent = dataset(tmp_path / "d", rows)
+    with pytest.raises(UserError, match="group 'b' has a prompt near to one of group 'a'") as caught:
+        split_dataset(parent, tmp_path / "s", by="group", hold_out=["a"], near=0.8)
+    assert "--hold-out b" in caught.value.remedy
+    assert split_dataset(parent, tmp_path / "s", by="group", hold_out=["a"])["splits"]["eval"] == 1
+    assert split_dataset(parent, tmp_path / "s", by="group", hold_out=["a", "b"], near=0.8)["splits"]["eval"] == 2
+
+
+def test_options_of_near_that_make_no_sense_are_refused(tmp_path):
+    parent = dataset(tmp_path / "d", prompts(30))
+    with pytest.raises(UserError, match="--with: works with --near only"):
+        split_dataset(parent, tmp_path / "s", together=[parent])
+    with pytest.raises(UserError, match=r"not from 0\.5 to 1"):
+        split_dataset(parent, tmp_path / "s", near=80)
+    with pytest.raises(UserError, match="has no group"):
+        split_dataset(parent, tmp_path / "s", by="group", near=0.8)
