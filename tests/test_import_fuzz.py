@@ -101,7 +101,7 @@ def damaged_values(draw, rows):
 def as_text(rows, form):
     """The rows as a JSON file of one of the forms."""
     lines = [json.dumps(row).replace(json.dumps(DEEP), "[" * 3000 + "]" * 3000) for row in rows]
-    if form == "lines":
+    if form == "lines" and not lines[0].startswith("["):  # what begins with a bracket is read as an array
         return "\n".join(lines).encode()
     return ("[\n" + ",\n".join(lines) + "\n]").encode()
 
