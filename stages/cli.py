@@ -16,7 +16,7 @@ from rlhf.console import say
 from rlhf.entry import ConfigFile, DryRun, Overrides, Overwrite, Resume
 from rlhf.errors import UserError
 from rlhf.launch import launch, launch_on_hosts, read_hostfile
-from stages import chat, demo, evaluate, export, pipeline, sample
+from stages import chat, demo, evaluate, export, pipeline, propose, sample
 
 app = typer.Typer(
     name="rlhf", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None,
@@ -111,6 +111,7 @@ app.command("evaluate")(evaluate.command)
 app.command("export")(export.command)
 app.command("chat")(chat.command)
 app.command("demo")(demo.command)
+data_app.command("propose")(propose.command)  # needs models, so it is none of the data tools
 app.add_typer(data_app, name="data")
 
 

@@ -228,7 +228,8 @@ def test_faults_of_the_command_are_told(candidates, words, fault):
 
 
 def test_rankings_are_no_proposals(tmp_path):
-    write(tmp_path / "r", [Ranking(**vars(proposal(0)) | {"ranks": (1, 2, 3, 4)})])
+    one = proposal(0)
+    write(tmp_path / "r", [Ranking(one.messages, candidates=one.candidates, ranks=(1, 2, 3, 4))])
     assert "proposals are needed" in str(run("rank", tmp_path / "r", "--annotator", "a").exception)
 
 
