@@ -89,8 +89,8 @@ def label_studio(
     `items` of a Ranker, and the two `answers` of a Pairwise, left then right. Without them the prompt is the field
     called messages, prompt, instruction, question or the like, the items are the one list of objects with ids, and the
     answers the one pair of fields such as answer1 and answer2. `control` names the control that counts where there are
-    several, `author` the field of an item that names its model. An item's text is its `text`, `body`, `html` or
-    `title`: the first that it has.
+    several, `author` the field of an item that names its model. An item's text is its `text`, `body` or `html`: the
+    first that it has; its `title` where it has none of them.
     """
     sides = names(answers)
     if sides and len(sides) != 2:
@@ -219,8 +219,12 @@ class _Reader:
         return items
 
     def _candidate(self, item: dict[str, Any]) -> dict[str, Any]:
-        text = next((item[name] for name in ("text", "body", "html", "title") if item.get(name)), None)
-        return {"text": text, "author": person(item.get(self.author)) if self.author else ""}
+        # An empty body is an empty answer: the title beside it is only a label, such as "Answer 1".
+        texts = [item[name] for name in ("text", "body", "html") if item.get(name) is not None] or [item.get("title")]
+        return {
+            "text": next(filter(None, texts), texts[0]),
+            "author": person(item.get(self.author)) if self.author else "",
+        }
 
 
 _RANKING_KEYS = {"ranker", "selected"}
