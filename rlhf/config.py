@@ -56,6 +56,12 @@ class DataConfig(Strict):
     """At most so many held-out records, taken from the front."""
 
 
+class RewardDataConfig(DataConfig):
+    weights: Literal["use", "ignore"] = "use"
+    """Whether a ranking's `weight` (its confidence, where it was aggregated) multiplies its loss: one of weight 2
+    counts as two, in training and in the held-out loss. Accuracy and the other figures know no weights."""
+
+
 class CheckpointConfig(Strict):
     every: Positive = 100
     """Steps (updates in PPO) between checkpoints."""
@@ -139,7 +145,7 @@ class SFTConfig(StageConfig):
 
 class RewardConfig(StageConfig):
     model: ModelConfig
-    data: DataConfig
+    data: RewardDataConfig
     """Datasets of rankings."""
     tuning: Annotated[Pick, TUNING] = TUNING.pick("full")
     """What is trained besides the score head: a row of the tuning table with its options."""

@@ -27,7 +27,7 @@ ENCODERS: dict[str, tuple[Callable[..., dict[str, Any] | None], dict[str, str]]]
     "ranking": (
         encode_ranking,
         {"prompt": "ids", "candidates": "id lists", "ranks": "ids", "ratings": "numbers", "characters": "ids"}
-        | {"source": "text", "annotator": "text", "group": "text", "length": "int"},
+        | {"source": "text", "annotator": "text", "group": "text", "weight": "number", "length": "int"},
     ),
     "prompt": (encode_prompt, {"id": "text", "prompt": "ids", "messages": "text"}),
 }
@@ -152,5 +152,5 @@ def _write_table(
 def _arrow_schema(columns: dict[str, str]) -> pa.Schema:
     ids = pa.list_(pa.int32())
     types = {"ids": ids, "id lists": pa.list_(ids), "numbers": pa.list_(pa.float64())}
-    types |= {"text": pa.string(), "int": pa.int32()}
+    types |= {"text": pa.string(), "int": pa.int32(), "number": pa.float64()}
     return pa.schema([(name, types[kind]) for name, kind in columns.items()])

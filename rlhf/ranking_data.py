@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,17 +26,25 @@ class RankingCollator:
     - `input_ids`, `attention_mask`: int64 [N, T], prompt and candidate, padded on the right.
     - `ranks`: int64 [N], 1 = best. `ratings`: float32 [N], NaN where there is none.
     - `ranking`: int64 [N], the ranking of each candidate, 0..B-1, ascending.
+    - `weights`: float32 [B], how much each ranking counts.
     """
 
     chat: ChatTokenizer
+    weighted: bool = True
+    """Take the rankings' weights; all count alike otherwise."""
 
     def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
         texts = [[*row["prompt"], *answer] for row in rows for answer in row["candidates"]]
         input_ids, attention_mask = self.chat.pad(texts)
+        columns = {name: [row[name] for row in rows] for name in ("ranks", "ratings", "weight")}
+        return {"input_ids": input_ids, "attention_mask": attention_mask, **self.rankings(columns)}
+
+    def rankings(self, columns: Mapping[str, Sequence[Any]]) -> dict[str, torch.Tensor]:
+        """The batch without its texts, from the columns `ranks`, `ratings` and `weight` of the rows."""
+        ranks, weights = columns["ranks"], columns["weight"]
         return {
-            "input_ids": input_ids,
-            "attention_mask": attention_mask,
-            "ranks": torch.tensor([rank for row in rows for rank in row["ranks"]]),
-            "ratings": torch.tensor([math.nan if r is None else r for row in rows for r in row["ratings"]]),
-            "ranking": torch.tensor([index for index, row in enumerate(rows) for _ in row["ranks"]]),
+            "ranks": torch.tensor([rank for row in ranks for rank in row]),
+            "ratings": torch.tensor([math.nan if r is None else r for row in columns["ratings"] for r in row]),
+            "ranking": torch.tensor([index for index, row in enumerate(ranks) for _ in row]),
+            "weights": torch.tensor(weights if self.weighted else [1.0] * len(weights), dtype=torch.float32),
         }

@@ -264,7 +264,8 @@ def metric_rows(metrics: dict[str, Any], top: int = 20) -> list[tuple[str, tuple
     """The figures as small tables (title, columns, rows), each ready for `rlhf.console.table(*it)`.
 
     The first holds the whole set. A breakdown follows where it has more than one part: by rank distance, then by
-    source, annotator and group, of which the `top` with the most pairs are shown.
+    source, annotator and group, of which the `top` with the most pairs are shown. Figures of
+    `rlhf.agreement.Agreement` among the metrics are shown below the accuracy.
     """
     low, high = metrics["accuracy_interval"] or (None, None)
     overall = [
@@ -273,6 +274,7 @@ def metric_rows(metrics: dict[str, Any], top: int = 20) -> list[tuple[str, tuple
         ("accuracy", metrics["accuracy"], metrics["macro_accuracy"]),
         ("  95% interval, low", low, None),
         ("  95% interval, high", high, None),
+        *_agreement_rows(metrics),
         ("longer answer wins", metrics["longer_accuracy"], metrics["macro_longer_accuracy"]),
         ("log loss", metrics["log_loss"], metrics["macro_log_loss"]),
         ("calibration error", metrics["calibration_error"], None),
@@ -293,6 +295,18 @@ def metric_rows(metrics: dict[str, Any], top: int = 20) -> list[tuple[str, tuple
             columns = (name, "pairs", "rankings", "accuracy", "95% low", "95% high", "log loss", "longer wins")
             tables.append((title, columns, [_part_row(label, figures) for label, figures in parts]))
     return tables
+
+
+def _agreement_rows(metrics: dict[str, Any]) -> list[tuple[Any, ...]]:
+    if "ceiling" not in metrics:
+        return []
+    low, high = metrics["ceiling_interval"]
+    return [
+        ("annotators agree", metrics["annotator_agreement"], None),
+        ("ceiling for accuracy", metrics["ceiling"], None),
+        ("  95% interval, low", low, None),
+        ("  95% interval, high", high, None),
+    ]
 
 
 def _part_row(label: str, figures: dict[str, Any]) -> tuple[Any, ...]:

@@ -274,6 +274,7 @@ def encode_ranking(record: Ranking, chat: ChatTokenizer, max_length: int, counts
         "source": record.source,
         "annotator": record.annotator,
         "group": record.group,
+        "weight": record.weight,
         "length": len(prompt) + max(len(answers[i]) for i in fit),
     }
 

@@ -168,7 +168,7 @@ class StageTrainer(Trainer):
         """This micro-batch's share of the step's loss: a sum over its items, divided by `items`.
 
         Args:
-            items: Items of the whole step: over all micro-batches and ranks.
+            items: Items of the whole step, over all micro-batches and ranks: what `count_items` gives, summed.
 
         Returns:
             Scalar; the sum over micro-batches and ranks is the step's loss.
@@ -176,7 +176,7 @@ class StageTrainer(Trainer):
         return super().compute_loss(model, inputs, num_items_in_batch=items)  # type: ignore[return-value]
 
     def count_items(self, inputs: dict[str, Any]) -> Tensor | int:
-        """Items that the loss of a micro-batch is summed over: tokens with a label, by default."""
+        """Items that the loss of a micro-batch is summed over, or their weights: tokens with a label, by default."""
         return inputs["labels"][..., 1:].ne(-100).sum()
 
     def count_tokens(self, inputs: dict[str, Any]) -> Tensor | int:
@@ -237,7 +237,8 @@ class StageTrainer(Trainer):
         count = sum(
             (torch.as_tensor(self.count_items(inputs)) for inputs in batch_samples), torch.zeros((), dtype=torch.int64)
         )
-        return distributed.all_sum(count.to(device)).clamp(min=1)
+        total = distributed.all_sum(count.to(device))
+        return total.where(total > 0, 1)
 
     def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
         self.tokens += torch.as_tensor(self.count_tokens(inputs), device=self.tokens.device)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from rlhf import options
+from rlhf.agreement import Agreement
 from rlhf.config import ModelConfig
 from rlhf.console import say, table, track, warn
 from rlhf.errors import UserError
@@ -274,7 +275,11 @@ def _evaluate_reward(
         raise UserError(f"no ranking fits in the {longest:,} tokens of {model}")
     counts.kept = len(rows)
     counts.report("rankings")
+    people = Agreement.of([data])
     metrics = reward_metrics(score_rankings(scalar, chat, rows, BATCH_TOKENS, bar=True))
+    metrics |= people.figures() if people else {}
     for part in metric_rows(metrics):
         table(*part)
+    if people:
+        say(people.beside(metrics["accuracy"]))
     return {"rankings": len(rows), "set_aside": dict(counts.aside), "metrics": metrics}

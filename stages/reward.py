@@ -17,6 +17,7 @@ import transformers
 from torch import Tensor
 
 from rlhf import distributed
+from rlhf.agreement import Agreement
 from rlhf.config import DataConfig, RewardConfig
 from rlhf.console import is_main, say, table
 from rlhf.data import open_all, tokenize
@@ -49,6 +50,7 @@ def run(config: RewardConfig, resume: bool = False, overwrite: bool = False) -> 
     chat = load_tokenizer(config.model, path)
     limit = sequence_limit(config.model, load_config(config.model, path))
     data = open_all([*config.data.train, *config.data.eval], ["ranking"], "data")
+    people = Agreement.of(data[len(config.data.train) :] or data)
     data += open_all(config.reference, ["demonstration"], "reference")
     facts = {"parents": [parent_facts(config.model.path)], "data": data_facts(data), **chat.fingerprints()}
     folder = open_run(config, "reward", resume, overwrite, facts)
@@ -62,11 +64,13 @@ def run(config: RewardConfig, resume: bool = False, overwrite: bool = False) -> 
     say_trainable(config.tuning, scalar.model)
     # 3. training
     train, held_out = learnable(tables.train, config), tables.eval if comparable(tables.eval, config) else None
-    trainer = RewardTrainer(config, folder, chat, scalar, train, held_out, config.batch.micro_batch_size * limit)
+    trainer = RewardTrainer(
+        config, folder, chat, scalar, train, held_out, config.batch.micro_batch_size * limit, people
+    )
     trainer.fit(resume)
     # 4. held-out metrics and the scale, from one set of scores
     scored = trainer.best_scored()
-    headline = report(folder, scored, trainer.best_step) if scored else {}
+    headline = report(folder, scored, trainer.best_step, people) if scored else {}
     if config.normalize == "answers":
         scalar.set_scale(*mean_and_std(scored or trainer.score(tables.train)))
     elif config.normalize == "demonstrations":
@@ -120,11 +124,12 @@ class RewardTrainer(StageTrainer):
 
     Args:
         batch_tokens: Most tokens, padding included, in a forward pass that scores held-out answers.
+        people: How far the annotators of the held-out rankings agree, where that is known.
     """
 
     def __init__(
         self, config: RewardConfig, run: Run, chat: ChatTokenizer, scalar: Any, train: Any, held_out: Any,
-        batch_tokens: int,
+        batch_tokens: int, people: Agreement | None = None,
     ) -> None:  # fmt: skip
         super().__init__(
             config,
@@ -133,29 +138,35 @@ class RewardTrainer(StageTrainer):
             model=scalar,
             train_dataset=train,
             eval_dataset=held_out,
-            data_collator=RankingCollator(chat),
+            data_collator=RankingCollator(chat, config.data.weights == "use"),
         )
-        self.chat, self.batch_tokens = chat, batch_tokens
+        self.chat, self.batch_tokens, self.people = chat, batch_tokens, people
         self.ranking_loss, self.centering = config.loss, config.centering
         self._lowest = float("inf")
         self._seen: tuple[int, list[ScoredRanking]] | None = None
 
     def loss(self, model: Any, inputs: dict[str, Tensor], items: Tensor) -> Tensor:
-        """The micro-batch's share of the mean over all rankings of the step."""
+        """The micro-batch's share of the weighted mean over all rankings of the step."""
         scores = model(inputs["input_ids"], inputs["attention_mask"])
-        losses, _ = self.losses(scores, inputs["ranks"], inputs["ranking"], inputs["ratings"])
+        losses, _ = self.losses(scores, inputs)
         return losses.sum() / items
 
-    def losses(self, scores: Tensor, ranks: Tensor, ranking: Tensor, ratings: Tensor) -> tuple[Tensor, Tensor]:
-        """Of flat candidates [N]: the loss [B] of each ranking, penalty included, and whether it could be compared."""
-        losses, counted = self.ranking_loss(scores, ranks, ranking, ratings)
+    def losses(self, scores: Tensor, rankings: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """The loss [B] of each ranking times its weight, penalty included, and whether it could be compared.
+
+        Args:
+            scores: Float [N], of flat candidates.
+            rankings: Their `ranks`, `ranking`, `ratings` [N] and `weights` [B]; see `RankingCollator`.
+        """
+        ranks, ranking, weights = rankings["ranks"], rankings["ranking"], rankings["weights"]
+        losses, counted = self.ranking_loss(scores, ranks, ranking, rankings["ratings"], weights)
         if self.centering:
-            losses = losses + self.centering * centering_penalty(scores, ranking)
+            losses = losses + self.centering * weights * centering_penalty(scores, ranking)
         return losses, counted
 
     def count_items(self, inputs: dict[str, Tensor]) -> Tensor:
-        """Rankings of a micro-batch. All of them count: those that would not have been set aside."""
-        return inputs["ranking"][-1] + 1
+        """Summed weights of a micro-batch's rankings. All of them count: those that would not have been set aside."""
+        return inputs["weights"].sum()
 
     def evaluate_records(self, model: Any) -> dict[str, float]:
         """Loss and pair metrics on the held-out rankings."""
@@ -165,23 +176,21 @@ class RewardTrainer(StageTrainer):
             self._lowest, self._seen = loss, (self.state.global_step, scored)
         metrics = reward_metrics(scored)
         figures = {name: metrics[name] for name in ("accuracy", "log_loss", "calibration_error")}
+        figures |= {"ceiling": self.people.ceiling} if self.people else {}
         return {"loss": loss} | {name: value for name, value in figures.items() if value is not None}
 
     def held_out_loss(self, scored: Sequence[ScoredRanking]) -> float:
-        """Mean over the held-out rankings that can be compared."""
-        ratings = self.eval_dataset["ratings"][:]
-        total, count = 0.0, 0
+        """Weighted mean over the held-out rankings that can be compared."""
+        columns = self.eval_dataset.select_columns(["ranks", "ratings", "weight"])
+        total = weight = 0.0
         for start in range(0, len(scored), LOSS_CHUNK):
             items = scored[start : start + LOSS_CHUNK]
-            given = [float("nan") if r is None else r for row in ratings[start : start + LOSS_CHUNK] for r in row]
-            losses, counted = self.losses(
-                torch.tensor([score for item in items for score in item.scores]),
-                torch.tensor([rank for item in items for rank in item.ranks]),
-                torch.tensor([index for index, item in enumerate(items) for _ in item.ranks]),
-                torch.tensor(given),
-            )
-            total, count = total + float(losses[counted].sum()), count + int(counted.sum())
-        return total / count
+            rankings = self.data_collator.rankings(columns[start : start + len(items)])
+            scores = torch.tensor([score for item in items for score in item.scores])
+            losses, counted = self.losses(scores, rankings)
+            total += float(losses[counted].sum())
+            weight += float(rankings["weights"][counted].sum())
+        return total / weight
 
     # ---- scores, before any normalisation
 
@@ -207,14 +216,17 @@ class RewardTrainer(StageTrainer):
 # ---- the result ----------------------------------------------------------------------------------------------------
 
 
-def report(run: Run, scored: Sequence[ScoredRanking], step: int) -> dict[str, Any]:
-    """Show the held-out metrics and write them to reward_metrics.json; gives the headline."""
-    metrics = reward_metrics(scored)
+def report(run: Run, scored: Sequence[ScoredRanking], step: int, people: Agreement | None) -> dict[str, Any]:
+    """Show the held-out metrics beside people's agreement, write them to reward_metrics.json, give the headline."""
+    ceiling = people.figures() if people else {}
+    metrics = reward_metrics(scored) | ceiling
     for part in metric_rows(metrics):
         table(*part)
+    if people:
+        say(people.beside(metrics["accuracy"]))
     if is_main():
         write_json(run.path / "reward_metrics.json", {"step": step, **metrics})
-    return {name: metrics[name] for name in HEADLINE}
+    return {name: metrics[name] for name in HEADLINE} | ceiling
 
 
 def mean_and_std(scored: Sequence[ScoredRanking]) -> tuple[float, float]:

@@ -65,8 +65,8 @@ def done(tmp_path_factory: pytest.TempPathFactory, rankings: str) -> Path:
 
 def test_a_batch_holds_every_candidate_once_and_says_whose_it_is(chat: ChatTokenizer) -> None:
     rows = [
-        {"prompt": [1, 9], "candidates": [[5], [6, 7, 2]], "ranks": [2, 1], "ratings": [0.5, None]},
-        {"prompt": [1], "candidates": [[3, 2], [4], [8]], "ranks": [1, 2, 2], "ratings": [None] * 3},
+        {"prompt": [1, 9], "candidates": [[5], [6, 7, 2]], "ranks": [2, 1], "ratings": [0.5, None], "weight": 0.5},
+        {"prompt": [1], "candidates": [[3, 2], [4], [8]], "ranks": [1, 2, 2], "ratings": [None] * 3, "weight": 1.0},
     ]
     batch = RankingCollator(chat)(rows)
     assert batch["input_ids"].tolist() == [
