@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -108,7 +107,8 @@ def _merged(records: Iterator[Ranking], ballots: Ballots, verdict: Verdict, pick
         items = ballots.item[ballots.start[number] : ballots.start[number + 1]].tolist()
         for item, (candidate, _) in zip(items, distinct(record).values()):
             rating = float(ballots.rating[item])
-            answers.setdefault(item, candidate._replace(score=None if np.isnan(rating) else rating))
+            score = None if np.isnan(rating) else rating
+            answers.setdefault(item, Candidate(candidate.text, candidate.author, candidate.author_kind, score))
         if len(answers) < size[pool]:
             continue
         done[pool] = True
