@@ -129,7 +129,7 @@ class _Condition:
             values |= _token_fields(record, self._count)
             if not self._limits[0] <= values["tokens"] <= self._limits[1]:
                 return False
-        return self._where is None or bool(self._where(**values))
+        return self._where is None or bool(self._where(values))
 
 
 def filter_dataset(

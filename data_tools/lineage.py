@@ -101,8 +101,9 @@ def _lines(node: Mapping[str, Any]) -> list[str]:
     bar = "│ " if below else "  "
     if node.get("command"):
         lines.append(f"{bar}{node['command']}")
-    if node.get("counts"):
-        lines.append(bar + ", ".join(f"{name} {_figure(value)}" for name, value in node["counts"].items()))
+    figures = {name: _figure(value) for name, value in node.get("counts", {}).items()}
+    if told := ", ".join(f"{name} {figure:,}" for name, figure in figures.items() if figure):
+        lines.append(bar + told)
     for index, child in enumerate(below):
         last = index == len(below) - 1
         first, *rest = _lines(child)
@@ -110,7 +111,5 @@ def _lines(node: Mapping[str, Any]) -> list[str]:
     return lines
 
 
-def _figure(value: Any) -> str:
-    if isinstance(value, Mapping):
-        return f"{sum(value.values()):,}"
-    return f"{value:,}" if isinstance(value, int) else str(value)
+def _figure(value: Any) -> int:
+    return sum(value.values()) if isinstance(value, Mapping) else int(value)

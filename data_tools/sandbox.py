@@ -7,7 +7,7 @@ into one that fills the memory. What a value holds is never taken as a template.
 from __future__ import annotations
 
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from jinja2 import StrictUndefined, TemplateSyntaxError, filters, meta, nodes
@@ -98,14 +98,14 @@ class Expression:
             raise UserError(f"{where} {_brief(source)}: not an expression: {_message(error)}", remedy=_HELP) from None
         _check_names(self.names, f"{where} {_brief(source)}", known)
 
-    def __call__(self, **values: Any) -> Any:
+    def __call__(self, values: Mapping[str, Any]) -> Any:
         """The value.
 
         Raises:
             Failed: It cannot be computed with these values.
         """
         try:
-            value = self._compute(**values)
+            value = self._compute(values)
         except Exception as error:  # whatever it is, this expression raised it
             raise Failed(_message(error)) from None
         if isinstance(value, StrictUndefined):
@@ -135,14 +135,14 @@ class Template:
         self.names = frozenset(meta.find_undeclared_variables(tree))
         _check_names(self.names, where, known)
 
-    def __call__(self, **values: Any) -> str:
+    def __call__(self, values: Mapping[str, Any]) -> str:
         """The text.
 
         Raises:
             Failed: It cannot be rendered with these values.
         """
         try:
-            return self._template.render(**values)
+            return self._template.render(values)
         except Exception as error:  # whatever it is, this template raised it
             raise Failed(_message(error)) from None
 

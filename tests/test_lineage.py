@@ -36,10 +36,10 @@ def test_the_tree_goes_back_to_the_files(chain):
     lines = result.stdout.splitlines()[:-1]
     assert lines[0] == f"split  {prints['split']}  30 prompts"
     assert lines[1].startswith("│ rlhf data split mixed --by prompt --fractions train=0.8,eval=0.1,test=0.1")
-    assert lines[2] == "│ written 30, rejected 0"
+    assert lines[2] == "│ written 30"
     assert lines[3] == f"└─ mixed  {prints['mixed']}  30 prompts"
     assert f"   ├─ clean  {prints['clean']}  20 prompts" in lines
-    assert "   │  │ written 20, dropped 3, rejected 0" in lines
+    assert "   │  │ written 20, dropped 3" in lines
     assert f"   │  └─ imported  {prints['imported']}  23 prompts" in lines
     assert "   │     │ read 24, written 23, rejected 1" in lines
     assert any(line.startswith("   │     └─ rows.jsonl  ") for line in lines)

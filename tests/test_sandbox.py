@@ -25,7 +25,7 @@ VALUES = {"text": "Hello World", "n": 3, "none": None, "items": [{"text": "a", "
     ],
 )
 def test_expressions_compute(source, value):
-    assert Expression(source, "--where")(**VALUES) == value
+    assert Expression(source, "--where")(VALUES) == value
 
 
 ESCAPES = [
@@ -39,7 +39,7 @@ ESCAPES = [
 
 @pytest.mark.parametrize("source", ESCAPES)
 def test_nothing_but_the_values_can_be_reached(source):
-    for make in (lambda: Expression(source, "-")(**VALUES), lambda: Template(f"{{{{ {source} }}}}", "-")(**VALUES)):
+    for make in (lambda: Expression(source, "-")(VALUES), lambda: Template(f"{{{{ {source} }}}}", "-")(VALUES)):
         with pytest.raises(Failed) as caught:
             made = make()
             raise AssertionError(f"gave {made!r}")
@@ -53,7 +53,7 @@ def test_nothing_but_the_values_can_be_reached(source):
 )
 def test_what_would_fill_the_memory_or_never_end_is_refused(source):
     with pytest.raises(Failed, match=r"is too large|is for numbers"):
-        Expression(source, "--where")()
+        Expression(source, "--where")({})
 
 
 @pytest.mark.parametrize(
@@ -87,12 +87,12 @@ def test_an_unknown_field_gets_the_nearest_name():
 )  # fmt: skip
 def test_values_with_which_it_cannot_be_computed_are_told(source, message):
     with pytest.raises(Failed, match=message):
-        Expression(source, "--where")(**VALUES)
+        Expression(source, "--where")(VALUES)
 
 
 def test_templates_render_text_as_it_is():
     template = Template("{{ text }} & <{{ n }}>{% for i in items %} {{ loop.index }}:{{ i.text }}{% endfor %}", "t")
-    assert template(**VALUES) == "Hello World & <3> 1:a 2:b"
+    assert template(VALUES) == "Hello World & <3> 1:a 2:b"
     assert template.names == {"text", "n", "items"}
 
 
@@ -114,6 +114,6 @@ def test_what_is_no_template_is_told_with_its_place(source, message):
 
 def test_a_macro_cannot_be_called_and_a_missing_value_is_no_empty_text():
     with pytest.raises(Failed, match="may not be called"):
-        Template("{% macro f() %}x{% endmacro %}{{ f() }}", "t")()
+        Template("{% macro f() %}x{% endmacro %}{{ f() }}", "t")({})
     with pytest.raises(Failed, match="'text' is undefined"):
-        Template("{{ text }}", "t")()
+        Template("{{ text }}", "t")({})
