@@ -124,13 +124,16 @@ def record_agreement(path: str | Path) -> dict[str, Any] | None:
 # ---- prompts that were ranked more than once ------------------------------------------------------------------------
 
 
-def several_times(shards: Dataset) -> Columns | None:
-    """The rankings, by named people, of prompts that have more than one of these; None without any.
+def several_times(shards: Dataset, named: bool = True) -> Columns | None:
+    """The rankings of prompts that have more than one; None without any.
 
     Of more than `MOST_PROMPTS` such prompts, those of the smallest ids are taken.
+
+    Args:
+        named: Only rankings by named people count.
     """
     ids = [
-        hex_numbers(column(table, "prompt_id").filter(_named(table)))
+        hex_numbers(column(table, "prompt_id").filter(_counted(table, named)))
         for file, group in row_groups(shards)
         for table in [read_group(file, group, ["prompt_id", "annotator", "merged"])]
     ]
@@ -147,9 +150,9 @@ def several_times(shards: Dataset) -> Columns | None:
     return collector.columns()
 
 
-def _named(table: pa.Table) -> pa.Array:
-    """Mask of the rankings that a named person made."""
-    named = pc.not_equal(column(table, "annotator"), "")
+def _counted(table: pa.Table, named: bool) -> pa.Array:
+    """Mask of the rankings that people made, and only of the named ones on demand."""
+    mask = pc.not_equal(column(table, "annotator"), "") if named else pa.array([True] * table.num_rows)
     if "merged" not in table.column_names:
-        return named
-    return pc.and_(named, pc.equal(pc.fill_null(pc.list_value_length(column(table, "merged")), 0), 0))
+        return mask
+    return pc.and_(mask, pc.equal(pc.fill_null(pc.list_value_length(column(table, "merged")), 0), 0))

@@ -164,18 +164,18 @@ class Collector:
         self._annotators, self._authors = Coder(), Coder()
 
     def add(self, table: pa.Table) -> None:
-        """Take the numbers of a table of records, as the shards hold them."""
+        """Take the numbers of a table of records, as the shards hold them; `messages` may be left out (length 0)."""
         part = {"id": hex_numbers(column(table, "id")), "prompt": hex_numbers(column(table, "prompt_id"))}
         part["split"] = _positions(column(table, "split"), SPLITS)
-        turns = column(table, "messages")
-        part["prompt_chars"] = _sums(_lengths(turns.flatten().field("content")), turns)
         rows, names = table.num_rows, set(table.column_names)
+        part["prompt_chars"] = np.zeros(rows, np.int32)
+        if "messages" in names:
+            turns = column(table, "messages")
+            part["prompt_chars"] = _sums(_lengths(turns.flatten().field("content")), turns)
         part["annotator"] = self._annotators(_or_empty(table, "annotator"))
-        part["seconds"] = (
-            column(table, "seconds").to_numpy(zero_copy_only=False).astype(np.float32)
-            if "seconds" in names
-            else np.full(rows, np.nan, np.float32)
-        )
+        part["seconds"] = np.full(rows, np.nan, np.float32)
+        if "seconds" in names:
+            part["seconds"] = column(table, "seconds").to_numpy(zero_copy_only=False).astype(np.float32)
         for name in ("shown", "merged"):
             part[name] = np.zeros(rows, bool)
         if "shown" in names:

@@ -38,7 +38,8 @@ def wilson(successes: float, n: float) -> tuple[float, float]:
     share, square = successes / n, Z * Z
     middle = share + square / (2 * n)
     reach = Z * (share * (1 - share) / n + square / (4 * n * n)) ** 0.5
-    return max(0.0, (middle - reach) / (1 + square / n)), min(1.0, (middle + reach) / (1 + square / n))
+    low, high = (float((middle + side) / (1 + square / n)) for side in (-reach, reach))
+    return low if successes > 0 else 0.0, high if successes < n else 1.0
 
 
 def clustered_share(successes: np.ndarray, trials: np.ndarray) -> Estimate | None:

@@ -59,11 +59,11 @@ def oriented(columns: Columns, pairs: Pairs) -> tuple[np.ndarray, np.ndarray]:
     one, other = columns.answer[pairs.one], columns.answer[pairs.other]
     swapped = one > other
     low, high = np.where(swapped, other, one), np.where(swapped, one, other)
-    name = _mixed(_mixed(_mixed(columns.prompt[pairs.row]) ^ low) ^ high)
+    name = mixed(mixed(mixed(columns.prompt[pairs.row]) ^ low) ^ high)
     return name, np.where(swapped, -pairs.order, pairs.order)
 
 
-def _mixed(values: np.ndarray) -> np.ndarray:
+def mixed(values: np.ndarray) -> np.ndarray:
     """The finaliser of SplitMix64 (Steele et al. 2014), which spreads every bit over all."""
     values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)

@@ -1,0 +1,78 @@
+"""A few records for each fault, so that the reader sees what a figure is about."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from data_tools.check.facts import Facts
+from rlhf.schema import SPLITS
+
+LONGEST = 600
+MOST = 3
+
+
+@dataclass(frozen=True)
+class Example:
+    """Texts that show a fault."""
+
+    metric: str
+    texts: list[tuple[str, str]]
+    """(what it is, text)."""
+
+
+def examples_of(facts: Facts) -> list[Example]:
+    """Up to `MOST` examples for each metric that has any."""
+    kinds = {"ranking": (_prompts, _answers, _contradictions), "demonstration": (_prompts, _answers)}
+    kinds["proposal"] = kinds["demonstration"]
+    return [one for make in kinds.get(facts.dataset.kind, (_prompts,)) for one in make(facts)]
+
+
+def _prompts(facts: Facts) -> Iterator[Example]:
+    prompt = facts.texts.prompt
+    for row in facts.repeats[1][:MOST].tolist():
+        yield Example("duplicate-records", [("prompt", _short(prompt[row]))])
+    for row in facts.split_leaks[1][:MOST].tolist() if facts.split_leaks else ():
+        yield Example("prompts-across-splits", [("prompt", _short(prompt[row]))])
+    for row in facts.contaminated[1][:MOST].tolist() if facts.evaluation else ():
+        yield Example("contaminated-prompts", [("prompt", _short(prompt[row]))])
+    if facts.near:
+        near = facts.near_prompts
+        name = "across" if near.across is not None and near.across.value else "within"
+        for rows in near.examples[:MOST]:
+            texts = [(f"prompt ({_split(facts, row)})", _short(prompt[row])) for row in rows]
+            yield Example(f"near-duplicates-{name}-splits", texts)
+    for row, other in facts.near_contaminated[1][:MOST] if facts.near and facts.evaluation else ():
+        texts = [("prompt", _short(prompt[row])), ("prompt of an evaluation set", _short(other))]
+        yield Example("near-contaminated-prompts", texts)
+
+
+def _answers(facts: Facts) -> Iterator[Example]:
+    for at in facts.repeated_answers[1][:MOST].tolist() if facts.repeated_answers else ():
+        row = facts.row_of(at)
+        times = int((facts.columns.answer == facts.columns.answer[at]).sum())
+        answer = facts.texts.answers[row][at - int(facts.columns.start[row])]
+        yield Example("repeated-answers", [(f"answer, {times:,} times", _short(answer))])
+
+
+def _contradictions(facts: Facts) -> Iterator[Example]:
+    columns, pairs = facts.columns, facts.pairs
+    for up, down in facts.contradicting[:MOST]:
+        row = int(pairs.row[up])
+        texts = [("prompt", _short(facts.texts.prompt[row]))]
+        for pair in (up, down):
+            better = int(pairs.one[pair] if pairs.order[pair] > 0 else pairs.other[pair])
+            record = int(pairs.row[pair])
+            who = columns.annotators[columns.annotator[record]] or "someone unnamed"
+            answer = facts.texts.answers[record][better - int(columns.start[record])]
+            texts.append((f"better for {who}", _short(answer)))
+        yield Example("contradictions", texts)
+
+
+def _split(facts: Facts, row: int) -> str:
+    number = int(facts.columns.split[row])
+    return SPLITS[number] if number >= 0 else "no split"
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= LONGEST else text[: LONGEST // 2] + " [...] " + text[-LONGEST // 2 :]
