@@ -10,7 +10,7 @@ import hashlib
 import reprlib
 import sys
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 from functools import lru_cache
 from typing import Any, ClassVar, Literal
@@ -55,7 +55,7 @@ class Message:
     content: str
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Prompt:
     """A conversation that waits for an answer: it ends with a user turn.
 
@@ -70,6 +70,7 @@ class Prompt:
     source: str = ""
     group: str | None = None
     split: str | None = None
+    _prompt_id: str = field(default="", init=False, repr=False, compare=False)
 
     kind: ClassVar[str] = "prompt"
 
@@ -83,10 +84,9 @@ class Prompt:
     @property
     def prompt_id(self) -> str:
         """Hash of the messages alone: the same prompt in every file and stage."""
-        kept = self.__dict__  # in place of functools.cached_property, which takes a lock at every access
-        if "_prompt_id" not in kept:
-            kept["_prompt_id"] = content_hash([[m.role, m.content] for m in self.messages])
-        return kept["_prompt_id"]
+        if not self._prompt_id:
+            object.__setattr__(self, "_prompt_id", content_hash([[m.role, m.content] for m in self.messages]))
+        return self._prompt_id
 
     @property
     def id(self) -> str:
@@ -102,7 +102,7 @@ class Prompt:
         return replace(self, split=split)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Demonstration(Prompt):
     """A prompt plus the answer that a person wrote (`author` names the person, where known)."""
 
@@ -112,7 +112,7 @@ class Demonstration(Prompt):
     kind: ClassVar[str] = "demonstration"
 
     def __post_init__(self) -> None:
-        super().__post_init__()
+        Prompt.__post_init__(self)
         _check_text(self.answer, "answer")
         _check_text(self.author, "author", empty_ok=True)
 
@@ -131,7 +131,7 @@ class Candidate:
     score: float | None = None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Proposal(Prompt):
     """A prompt plus K >= 2 candidates that wait for a ranking, in the order in which to show them."""
 
@@ -140,7 +140,7 @@ class Proposal(Prompt):
     kind: ClassVar[str] = "proposal"
 
     def __post_init__(self) -> None:
-        super().__post_init__()
+        Prompt.__post_init__(self)
         _check_candidates(self.candidates)
 
     @property
@@ -148,7 +148,7 @@ class Proposal(Prompt):
         return content_hash(self.prompt_id, [c.text for c in self.candidates])
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Ranking(Proposal):
     """A prompt plus K >= 2 candidates and one rank each: 1 = best, equal ranks = tie. Pairs are never stored.
 
@@ -171,18 +171,18 @@ class Ranking(Proposal):
     kind: ClassVar[str] = "ranking"
 
     def __post_init__(self) -> None:
-        super().__post_init__()
+        Proposal.__post_init__(self)
         _check_ranks(self.ranks, self.candidates)
         object.__setattr__(self, "ranks", dense_ranks(self.ranks))
         _check_text(self.annotator, "annotator", empty_ok=True)
         _check_time(self.time)
         if self.seconds is not None and not (_is_finite(self.seconds) and self.seconds >= 0):
             raise BadRecord("seconds: not a number from 0", _brief(self.seconds))
-        if not isinstance(self.shown, bool):
+        if type(self.shown) is not bool:
             raise BadRecord("shown: not true or false", _brief(self.shown))
-        if not (_is_finite(self.weight) and self.weight > 0):
+        if self.weight != 1 and not (_is_finite(self.weight) and self.weight > 0):
             raise BadRecord("weight: not a number above 0", _brief(self.weight))
-        if not isinstance(self.merged, tuple) or not {type(part) for part in self.merged} <= {str}:
+        if self.merged != () and not (isinstance(self.merged, tuple) and all(isinstance(i, str) for i in self.merged)):
             raise BadRecord("merged: not a list of ids", _brief(self.merged))
 
     @property
@@ -262,18 +262,17 @@ def _check_candidates(candidates: Any) -> None:
         score = candidate.score
         if score is not None and not _is_finite(score):
             raise BadRecord("candidates.score: not a finite number", f"at index {index}: {_brief(score)}")
-    first = candidates[0].text
-    if all(candidate.text == first for candidate in candidates):
+    if len({candidate.text for candidate in candidates}) < 2:
         raise BadRecord("candidates: fewer than two distinct answers")
 
 
 def _check_ranks(ranks: Any, candidates: tuple[Candidate, ...]) -> None:
     if not isinstance(ranks, tuple) or len(ranks) != len(candidates):
         raise BadRecord("ranks: not one for each candidate", f"{len(candidates)} candidates, ranks {_brief(ranks)}")
-    if not {type(rank) for rank in ranks} <= {int} or min(ranks) < 1:
+    if set(map(type, ranks)) != {int} or min(ranks) < 1:
         raise BadRecord("ranks: not whole numbers from 1 (best)", _brief(ranks))
-    rank_of = {candidate.text: rank for candidate, rank in zip(candidates, ranks)}
-    if len(rank_of) < len(ranks) and any(rank_of[c.text] != rank for c, rank in zip(candidates, ranks)):
+    texts = {candidate.text for candidate in candidates}
+    if len(texts) < len(ranks) and len({(c.text, rank) for c, rank in zip(candidates, ranks)}) > len(texts):
         raise BadRecord("ranks: identical candidates are ranked apart")
 
 

@@ -10,6 +10,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from itertools import accumulate
@@ -295,6 +296,8 @@ class DatasetWriter:
         self._chars = 0
         self._shards: list[dict[str, Any]] = []
         self._file: pq.ParquetWriter | None = None
+        self._thread = ThreadPoolExecutor(1)  # compresses one group while the next is read
+        self._writing: Future[None] | None = None
         self._in_shard = 0
 
     def __enter__(self) -> DatasetWriter:
@@ -346,14 +349,21 @@ class DatasetWriter:
             name = f"shard-{len(self._shards):05d}.parquet"
             self._file = pq.ParquetWriter(self.partial / name, _arrow_schema(self.kind), compression="zstd")
             self._shards.append({"file": name})
-        self._file.write_table(_columns(self._records, self.kind))
+        table = _columns(self._records, self.kind)
+        self._wait()
+        self._writing = self._thread.submit(self._file.write_table, table)
         self._in_shard += len(self._records)
         self._records, self._chars = [], 0
         if self._in_shard >= ROWS_PER_SHARD:
             self._close_shard()
 
+    def _wait(self) -> None:
+        if self._writing is not None:
+            self._writing.result()
+
     def _close_shard(self) -> None:
         assert self._file is not None
+        self._wait()
         self._file.close()
         file = self.partial / self._shards[-1]["file"]
         sync(file)
@@ -366,6 +376,7 @@ class DatasetWriter:
                 with self._faults_told():
                     self._finish()
         finally:
+            self._thread.shutdown()
             shutil.rmtree(self.partial, ignore_errors=True)
 
     def _finish(self) -> None:

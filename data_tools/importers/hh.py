@@ -76,14 +76,19 @@ def _same_head(text: str, answer: str, other: str) -> str | None:
     """The other transcript's answer where all before it repeats the first one's text, as nearly always; else None."""
     start = text.rfind(_ANSWER) + len(_ANSWER)
     tail = other[start:]
-    if other.startswith(text[:start]) and text[start:].strip() == answer and not _TURN.search(tail):
+    if (
+        other.startswith(text[:start])
+        and text[start:].strip() == answer
+        and _ANSWER not in tail
+        and _QUESTION not in tail
+    ):
         return tail.strip() or None
     return None
 
 
 def _transcript(text: str, field: str) -> tuple[tuple[Message, ...], str]:
     """The turns before the last answer, and that answer."""
-    head, *exchanges = ("\n\n" + text.lstrip()).split(_QUESTION)
+    head, *exchanges = text.split(_QUESTION)
     turns = [exchange.split(_ANSWER) for exchange in exchanges]
     if not head and exchanges and all(len(turn) == 2 for turn in turns):  # the speakers take turns, as nearly always
         contents = [content.strip() for turn in turns for content in turn]
