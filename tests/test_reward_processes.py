@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import signal
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ from transformers import AutoModelForSequenceClassification
 from rlhf.config import RewardConfig
 from rlhf.config_file import dump_config
 from rlhf.runs import read_run
+from rlhf.store import DatasetWriter, open_dataset
 
 pytestmark = pytest.mark.slow
 
@@ -101,6 +103,23 @@ def test_two_processes_under_zero_do_what_one_does(stage: int, tmp_path: Path, r
     models = [AutoModelForSequenceClassification.from_pretrained(f"{run}/model") for run in (one.run, two.run)]
     for (name, weight), other in zip(models[0].named_parameters(), models[1].parameters()):
         torch.testing.assert_close(weight, other, rtol=1e-2, atol=1e-3, msg=name)
+
+
+def test_two_processes_divide_by_the_weights_of_all_rankings(tmp_path: Path) -> None:
+    """Rankings of weight 5 fall on the processes unevenly, so a mean within each would be another number."""
+    plain = tiny.write_rankings(tmp_path / "plain", 24, candidates=3)
+    with DatasetWriter(tmp_path / "weighted", "ranking") as writer:
+        for number, record in enumerate(open_dataset(plain).records()):
+            writer.write(replace(record, weight=5.0 if number % 3 == 0 else 0.1))
+    values = {"batch": {"batch_size": 8, "micro_batch_size": 2, "max_steps": 3}}
+    one = config(tmp_path / "one", str(tmp_path / "weighted"), **values)
+    two = config(tmp_path / "two", str(tmp_path / "weighted"), **values)
+    launch(one, kill="new")
+    launch(two, 2, kill="new")
+    torch.testing.assert_close(
+        steps(metrics_of(two.run), "loss", "grad_norm"), steps(metrics_of(one.run), "loss", "grad_norm"),
+        rtol=1e-3, atol=1e-4,
+    )  # fmt: skip
 
 
 def test_two_processes_under_zero3_go_on_bit_for_bit_after_a_kill(tmp_path: Path, rankings: str) -> None:
