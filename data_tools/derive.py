@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from data_tools.check.ceiling import record_agreement
 from data_tools.rejects import FILE_NAME, Rejects, by_count
 from rlhf.errors import UserError
 from rlhf.schema import Record
@@ -76,3 +77,5 @@ class Derivation:
         self.origin |= {"written": self.written, "rejected": self.rejects.count}
         self.origin |= {"reasons": by_count(self.rejects.reasons)} if self.rejects.count else {}
         self._writer.__exit__(error, *rest)
+        if error is None:
+            record_agreement(self._writer.path)

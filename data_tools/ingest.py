@@ -15,6 +15,7 @@ from typing import Any
 
 import yaml
 
+from data_tools.check.ceiling import record_agreement
 from data_tools.importers import IMPORTERS
 from data_tools.importers.detect import AUTO, detect
 from data_tools.rejects import FILE_NAME, Rejects, by_count, print_reasons
@@ -123,6 +124,7 @@ def import_dataset(
         if not writer.count:
             raise NothingUsable(summary)
         writer.origin |= {**counts, "reasons": reasons}
+    record_agreement(out)
     return summary
 
 

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
+from data_tools.check.brief import brief
 from data_tools.commands.common import Json, Out, print_json
 from data_tools.importers import IMPORTERS
 from data_tools.importers.detect import AUTO
@@ -45,6 +46,7 @@ def import_command(
             print_json(error.summary.as_dict())
         raise
     summary.show()
+    brief(out)
     if as_json:
         print_json(summary.as_dict())
 
