@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import typer
 
-from data_tools.commands import aggregate, imports, prepare, rank
+from data_tools.commands import aggregate, check, imports, prepare, rank, tasks
 
 app = typer.Typer(name="data", help="Turn what you have into datasets of the schema.", no_args_is_help=True)
 
 app.command("import")(imports.import_command)
 app.command("formats")(imports.formats_command)
+app.command("tasks")(tasks.tasks_command)
+app.command("families")(tasks.families_command)
 app.command("validate")(prepare.validate_command)
 app.command("filter")(prepare.filter_command)
 app.command("dedup")(prepare.dedup_command)
@@ -17,5 +19,6 @@ app.command("split")(prepare.split_command)
 app.command("mix")(prepare.mix_command)
 app.command("lineage")(prepare.lineage_command)
 app.command("stats")(prepare.stats_command)
+app.command("check", epilog=check.METRICS_HELP)(check.check_command)
 app.command("rank")(rank.rank_command)
 app.command("aggregate")(aggregate.aggregate_command)

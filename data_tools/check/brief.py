@@ -10,7 +10,6 @@ from data_tools.check import consistency
 from data_tools.check.annotators import annotators_of
 from data_tools.check.ceiling import agreement_facts, several_times
 from data_tools.check.columns import Collector, as_shards, read_group, row_groups
-from data_tools.check.intervals import Z
 from data_tools.check.judgements import pairs_of, votes_of
 from rlhf import console
 from rlhf.lazy import lazy
@@ -61,16 +60,14 @@ def _one_pass(shards: Dataset) -> list[str]:
             longer, unequal = longer + int((difference > 0).sum()), unequal + int((difference != 0).sum())
     records, distinct = sum(sizes.values()), _distinct(prompts)
     repeats = records - _distinct(ids)
-    shares = ", ".join(f"{size} in {times / records:.0%}" for size, times in sorted(sizes.items())[:6] if size)
-    lines = [f"{distinct:,} prompts" + (f"; answers a prompt: {shares}" if shards.kind != "prompt" else "")]
-    if total:
-        lines[0] += f"; {tied / total:.1%} of pairs tied"
+    lines = [f"{distinct:,} prompts"]
+    if max(sizes) > 1:
+        shares = ", ".join(f"{size} in {times / records:.1%}" for size, times in sorted(sizes.items())[:6])
+        lines[0] += f"; answers to rank: {shares}" + (f"; {tied / total:.1%} of pairs tied" if total else "")
     if repeats:
         lines.append(f"{repeats:,} records ({repeats / records:.1%}) repeat an earlier one in everything")
     if unequal:
-        share = longer / unequal
-        reach = Z * (share * (1 - share) / unequal) ** 0.5
-        lines.append(f"the longer answer wins {share:.1%} of pairs (± {reach:.1%})")
+        lines.append(f"the longer answer wins {longer / unequal:.1%} of the pairs")
     return lines
 
 

@@ -1,0 +1,45 @@
+"""`rlhf data check`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from data_tools.check.metrics import METRICS
+from data_tools.commands.common import DatasetPath, Json, print_json
+from rlhf import console
+
+RULES = "Exit with status 1 if this holds of a metric: 'agreement<0.6', 'random-annotators>0'; may be repeated."
+METRICS_HELP = "\b\nMetrics (shares are from 0 to 1):\n" + "\n".join(f"  {row.name}: {row.summary}" for row in METRICS)
+
+
+def check_command(
+    path: DatasetPath,
+    against: Annotated[
+        list[Path] | None,
+        typer.Option(metavar="EVALSET", help="A dataset whose prompts must not be in this one; may be repeated."),
+    ] = None,
+    html: Annotated[Path | None, typer.Option(metavar="PAGE", help="Write a page with plots and examples.")] = None,
+    no_near: Annotated[bool, typer.Option("--no-near", help="Do not look for near-duplicates: much quicker.")] = False,
+    fail_on: Annotated[list[str] | None, typer.Option(metavar="RULE", help=RULES)] = None,
+    as_json: Json = False,
+) -> None:
+    """Measure duplicates, leaks, contradictions, biases, agreement and annotators, with intervals and a verdict."""
+    from data_tools.check.page import write_page
+    from data_tools.check.report import check
+    from data_tools.check.show import show, show_rules
+
+    report = check(path, against=against or (), near=not no_near, fail_on=fail_on or ())
+    show(report)
+    if html is not None:
+        write_page(report, html)
+        console.say(f"page: {html}")
+    else:
+        console.say("--html PAGE writes this with plots and examples")
+    show_rules(report)
+    if as_json:
+        print_json(report.as_dict())
+    if report.fired:
+        raise typer.Exit(1)
