@@ -56,20 +56,23 @@ def document() -> str:
 def _keys(kind: type[BaseModel], tables: dict[int, Table], prefix: str = "") -> Iterator[tuple[str, str, str, str]]:
     """A line for each key, groups flattened to dotted keys; tables that are met are noted."""
     for name, field in kind.model_fields.items():
-        group = _group(field)
-        if group is not None:
-            yield from _keys(group, tables, f"{prefix}{name}.")
-            continue
+        group, optional = _group(field)
         for found in field.metadata:
             if isinstance(found, Table):
                 tables.setdefault(id(found), found)
-        meaning = " ".join((field.description or "").split())
-        yield f"`{prefix}{name}`", _type(field), _default(field), meaning
+        if group is None or optional:
+            meaning = " ".join((field.description or "").split())
+            kind = "group or null" if optional else _type(field)
+            yield f"`{prefix}{name}`", kind, _default(field), meaning
+        if group is not None:
+            yield from _keys(group, tables, f"{prefix}{name}.")
 
 
-def _group(field: FieldInfo) -> type[BaseModel] | None:
-    kind = field.annotation
-    return kind if isinstance(kind, type) and issubclass(kind, BaseModel) else None
+def _group(field: FieldInfo) -> tuple[type[BaseModel] | None, bool]:
+    """The class of a group of keys, and whether the group may be left out."""
+    kinds = get_args(field.annotation) or (field.annotation,)
+    groups = [kind for kind in kinds if isinstance(kind, type) and issubclass(kind, BaseModel)]
+    return (groups[0], type(None) in kinds) if groups else (None, False)
 
 
 def _default(field: FieldInfo) -> str:

@@ -85,12 +85,14 @@ _training("reward", "Stage 2: a reward model from rankings of K answers.")
 _training("ppo", "Stage 3: PPO against the reward, with a KL penalty.")
 
 
-@app.command("pipeline", help="The three stages and the export in a row; what is complete is skipped.")
+@app.command(
+    "pipeline", help="The stages and the export in a row, in rounds with people's rankings; exit status 3: it waits."
+)
 def pipeline_command(
     config: ConfigFile,
     overrides: Annotated[
         list[str] | None,
-        typer.Argument(metavar="[KEY=VALUE]...", help="name=..., export=..., or a stage's: ppo.updates=3."),
+        typer.Argument(metavar="[KEY=VALUE]...", help="name=..., rounds.size=..., or a stage's: ppo.updates=3."),
     ] = None,
     resume: Annotated[
         bool, typer.Option("--resume/--no-resume", help="Skip complete runs and continue others; or refuse both.")
@@ -103,7 +105,8 @@ def pipeline_command(
     words, more = ["--config", str(config), *(overrides or ())], _launch_words(num_processes, hostfile)
     with entry.told(entry.resume_line(shlex.join(["rlhf", "pipeline", *words, *more]))):
         count = _count(num_processes, hostfile)
-        pipeline.run(config, overrides or (), resume, overwrite, dry_run, count, more)
+        if not pipeline.run(config, overrides or (), resume, overwrite, dry_run, count, more):
+            raise typer.Exit(pipeline.WAITING)
 
 
 app.command("sample")(sample.command)

@@ -1,20 +1,24 @@
-"""The pipeline: which stages it runs, skips, continues and refuses; three real stages and the export."""
+"""The pipeline: which stages it runs, skips, continues and refuses; three real stages and the export; rounds."""
 
 from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import tiny
 import yaml
 
+from data_tools.rounds import Round
 from rlhf.config_file import dump_config
 from rlhf.errors import UserError
-from rlhf.schema import SCHEMA_VERSION
+from rlhf.schema import SCHEMA_VERSION, to_dict
+from rlhf.store import open_dataset
 from stages import pipeline
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -125,10 +129,10 @@ def test_an_export_folder_that_holds_something_else_is_refused_at_once(place):
         pipeline.run("all.yaml", dry_run=True)
 
 
-def rlhf(place: Path, *words: str) -> subprocess.CompletedProcess[str]:
+def rlhf(place: Path, *words: str, stdin: str = "") -> subprocess.CompletedProcess[str]:
     environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "stages.cli", *words]
-    return subprocess.run(command, cwd=place, env=environment, capture_output=True, text=True, timeout=280)
+    return subprocess.run(command, cwd=place, env=environment, input=stdin, capture_output=True, text=True, timeout=280)
 
 
 @pytest.mark.slow
@@ -150,3 +154,146 @@ def test_a_stage_that_fails_stops_the_pipeline_and_says_how_to_go_on(place):
     assert done.returncode == 2
     assert "the pipeline stopped: sft ended with exit status 2" in done.stderr and "Traceback" not in done.stderr
     assert not (place / "runs" / "reward").exists()
+
+
+# ---- rounds ------------------------------------------------------------------------------------------------------
+
+ROUNDS = {"count": 2, "folder": "data/round-{round}", "prompts": "prompts", "size": 4, "k": 3, "max_new_tokens": 8}
+
+
+def with_rounds(place: Path, **changes: object) -> None:
+    """Give the pipeline rounds, and prompts for them."""
+    values = yaml.safe_load((place / "all.yaml").read_text("utf-8"))
+    values["rounds"] = ROUNDS | changes
+    (place / "all.yaml").write_text(yaml.safe_dump(values), "utf-8")
+    tiny.write_demonstrations(place / "prompts", 24, 0)
+
+
+def without_rankings(place: Path) -> None:
+    """Nobody has ranked anything yet."""
+    values = yaml.safe_load((place / "reward.yaml").read_text("utf-8"))
+    (place / "reward.yaml").write_text(yaml.safe_dump(values | {"data": {"train": []}}), "utf-8")
+
+
+@pytest.mark.parametrize(
+    ("changes", "fault"),
+    [
+        ({"folder": "data/round"}, "every round needs its own; put {round} into 'data/round'"),
+        ({"k": 1}, "rounds.k: Input should be greater than or equal to 2"),
+        ({"siez": 3}, "rounds.siez: unknown key; did you mean 'size'?"),
+        ({"prompts": "nowhere"}, "rounds.prompts: nowhere: no dataset there"),
+    ],
+)
+def test_faults_of_the_rounds_are_found_before_the_first_stage(place, changes, fault):
+    with_rounds(place, **changes)
+    with pytest.raises(UserError, match=re.escape(fault)):
+        pipeline.run("all.yaml")
+    assert not (place / "runs").exists()
+
+
+def test_rounds_need_a_reward_stage_and_a_policy(place):
+    (place / "two.yaml").write_text(yaml.safe_dump({"name": "two", "sft": "sft.yaml", "rounds": ROUNDS}), "utf-8")
+    with pytest.raises(UserError, match="rounds: needs a reward stage"):
+        pipeline.read_pipeline("two.yaml", [])
+
+
+def test_rounds_whose_rankings_would_never_reach_the_policy_are_refused(place):
+    with_rounds(place)
+    reward = "ppo.reward={name: function, function: 'math:log'}"
+    with pytest.raises(UserError, match="the reward of PPO does not name the run runs/reward"):
+        pipeline.run("all.yaml", [reward, "ppo.critic.init=policy"])
+
+
+def test_a_round_trains_runs_of_its_own_on_the_rankings_of_all_rounds(place):
+    with_rounds(place)
+    _, steps = pipeline.read_pipeline("all.yaml", ["reward.seed=5"])
+    rounds = [Round(n, Path(f"data/round-{n}")) for n in (1, 2)]
+    reward, ppo = (pipeline.in_round(step, steps, rounds) for step in steps[1:])
+    assert reward.config.run == "runs/reward-round-2" and reward.config.seed == 5
+    assert reward.config.data.train == ["rankings", "data/round-1/collected", "data/round-2/collected"]
+    assert (ppo.config.run, ppo.config.reward_model) == ("runs/ppo-round-2", "runs/reward-round-2")
+    assert ppo.config.model.path == "runs/sft", "each round starts from the same policy"
+
+
+def test_a_reward_model_inside_a_sum_is_the_rounds_own_too(place):
+    values = yaml.safe_load((place / "ppo.yaml").read_text("utf-8"))
+    terms = [{"name": "model", "path": "runs/reward", "weight": 0.5}, {"name": "function", "function": "math:log"}]
+    values["reward"] = {"name": "sum", "terms": terms}
+    (place / "ppo.yaml").write_text(yaml.safe_dump(values), "utf-8")
+    _, steps = pipeline.read_pipeline("all.yaml", [])
+    ppo = pipeline.in_round(steps[2], steps, [Round(1, Path("r1"))])
+    assert ppo.config.reward.options["terms"] == [{**terms[0], "path": "runs/reward-round-1"}, terms[1]]
+
+
+def test_the_newest_policies_answer_and_without_any_the_model_that_ppo_starts_from(place):
+    _, steps = pipeline.read_pipeline("all.yaml", [])
+    assert pipeline.policies(steps, steps) == ["runs/ppo", "runs/sft"]
+    assert pipeline.policies(steps, steps[:1]) == ["runs/sft"]
+    assert pipeline.policies(steps, []) == ["runs/sft"], "ppo.model.path"
+
+
+def test_without_any_rankings_the_first_training_is_instruction_tuning_alone(place, capsys):
+    without_rankings(place)
+    with pytest.raises(UserError, match="no record to train on"):
+        pipeline.run("all.yaml", dry_run=True)
+    with_rounds(place)
+    pipeline.run("all.yaml", dry_run=True)
+    text = capsys.readouterr().out
+    assert "Plan: sft" in text and "Plan: reward" not in text and "sft trained" in text
+
+
+def rank_here(place: Path, turn: int, rankings: int) -> None:
+    """Somebody ranks so many of a round's proposals at the terminal."""
+    words = ("data", "rank", f"data/round-{turn}/candidates", "--annotator", "anna")
+    done = rlhf(place, *words, stdin="2 > 1 = 3\n3 2 1\n" * (rankings // 2) + "q\n")
+    assert done.returncode == 0 and "ranked" in done.stdout, done.stdout + done.stderr
+
+
+def count(path: Path) -> int:
+    return json.loads((path / "manifest.json").read_text("utf-8"))["count"]
+
+
+@pytest.mark.slow
+def test_two_rounds_from_no_rankings_at_all_wait_for_people_and_end_with_the_export(place):
+    without_rankings(place)
+    with_rounds(place, min_rankings=4)
+    model = f"sft.model.path={tiny.llama()}"
+    command = ("pipeline", "--config", "all.yaml", model)
+
+    waits = rlhf(place, *command)
+    assert waits.returncode == pipeline.WAITING, waits.stdout + waits.stderr
+    assert "Round 1 of 2 waits for people: 0 of 4 rankings have come to data/round-1/rankings*" in waits.stdout
+    assert "rlhf data rank data/round-1/candidates --annotator NAME" in waits.stdout
+    assert f"rlhf pipeline --config all.yaml {model}" in waits.stdout
+    assert not (place / "runs" / "reward").exists()
+    proposed = list(open_dataset(place / "data/round-1/candidates", "proposal").records())
+    assert len(proposed) == 4 and {len(p.candidates) for p in proposed} == {3}
+
+    rank_here(place, 1, 2)
+    assert "2 of 4 rankings" in rlhf(place, *command).stdout
+    rank_here(place, 1, 2)
+    waits = rlhf(place, *command)
+    assert waits.returncode == pipeline.WAITING and "Round 2 of 2" in waits.stdout, waits.stdout + waits.stderr
+    assert "complete already" in waits.stdout and (place / "runs/ppo-round-1/model").is_dir()
+    first = {p.prompt_id for p in proposed}
+    second = list(open_dataset(place / "data/round-2/candidates", "proposal").records())
+    assert not first & {p.prompt_id for p in second}
+    assert {"runs/ppo-round-1", "runs/sft"} == {
+        c.author for p in second for c in p.candidates if c.author_kind == "model"
+    }
+
+    late = open_dataset(place / "data/round-1/rankings-anna.jsonl", "ranking")
+    with open(place / "data/round-1/rankings-late.jsonl", "w", encoding="utf-8") as file:
+        file.writelines(json.dumps(to_dict(replace(r, annotator="late"))) + "\n" for r in late.records())
+    done = rlhf(place, *command)  # four late ones of the first round are enough for the second
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert (place / "out" / "model.safetensors").is_file() and "from runs/ppo-round-2" in done.stdout
+    assert [count(place / f"data/round-{n}/collected") for n in (1, 2)] == [4, 4]
+    data = json.loads((place / "runs/reward-round-2/run.json").read_text("utf-8"))["data"]
+    assert [d["path"] for d in data] == ["data/round-1/collected", "data/round-2/collected"]
+    origin = json.loads((place / "data/round-1/collected/manifest.json").read_text("utf-8"))["origin"]
+    parents = [parent["path"] for parent in origin["parents"]]
+    assert parents == ["data/round-1/candidates", "data/round-1/rankings-anna.jsonl"]
+
+    again = rlhf(place, *command)
+    assert again.returncode == 0 and again.stdout.count("complete already") == 5, again.stdout + again.stderr
