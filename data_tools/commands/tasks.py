@@ -1,0 +1,67 @@
+"""`rlhf data tasks` and `families`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from data_tools.commands.common import Json, Out, print_json
+from rlhf import console
+
+
+def tasks_command(
+    paths: Annotated[list[str], typer.Argument(metavar="ROWS", help="Files of labelled rows: CSV, JSON or Parquet.")],
+    out: Out,
+    family: Annotated[str | None, typer.Option(help="Whose templates: see `rlhf data families`.")] = None,
+    templates: Annotated[Path | None, typer.Option(help="Or a YAML file of your own templates.")] = None,
+    field: Annotated[
+        list[str] | None,
+        typer.Option(metavar="FIELD=COLUMN", help="Where a field stands, or {{ an expression }}; may be repeated."),
+    ] = None,
+    choices: Annotated[str | None, typer.Option(help="Such as no,yes: the choices, in the order of labels.")] = None,
+    task: Annotated[str | None, typer.Option(help="The task's name, for rows without one; else the file's.")] = None,
+    template: Annotated[list[str] | None, typer.Option(help="Use this template only; may be repeated.")] = None,
+    all_templates: Annotated[bool, typer.Option("--all-templates", help="Each row through each that fits.")] = False,
+    shots: Annotated[int, typer.Option(help="Exemplars of other rows before each question.")] = 0,
+    cot: Annotated[str, typer.Option(help="Reasons before the answer: auto (where given), never, or both.")] = "auto",
+    seed: Annotated[int, typer.Option(help="Chooses templates and exemplars.")] = 0,
+    strict: Annotated[bool, typer.Option("--strict", help="Stop at the first row that cannot be used.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Turn labelled rows into demonstrations through templates, as FLAN does."""
+    from data_tools import tasks as making
+    from data_tools.ingest import NothingUsable
+
+    options = making.Options(tuple(template or ()), all_templates, shots, cot, seed)
+    try:
+        summary = making.make_tasks(
+            paths, out, family=family, templates=templates, fields=field or (), choices=choices, task=task,
+            options=options, strict=strict,
+        )  # fmt: skip
+    except NothingUsable as error:
+        error.summary.show()
+        if as_json:
+            print_json(error.summary.as_dict())
+        raise
+    summary.show()
+    if as_json:
+        print_json(summary.as_dict())
+
+
+def families_command(
+    name: Annotated[str | None, typer.Argument(metavar="FAMILY", help="Show this one with its templates.")] = None,
+    as_json: Json = False,
+) -> None:
+    """List the families of tasks that there are templates for, or one with its fields and templates."""
+    from data_tools import task_families as having
+
+    found = [having.load_family(each) for each in (having.families() if name is None else [name])]
+    if name is None:
+        rows = [[each.name, ", ".join((*each.fields, *each.optional)), each.about] for each in found]
+        console.table("families of tasks", ["family", "fields", "what they are"], rows)
+    else:
+        having.show(found[0])
+    if as_json:
+        print_json({"families": [having.as_dict(family) for family in found]})
