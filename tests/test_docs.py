@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import typer
 
+from data_tools.importers import docs
 from rlhf.config import STAGES, PipelineConfig
 from rlhf.config_file import load_config
 from stages.cli import app
@@ -104,6 +105,11 @@ def test_every_documented_command_exists_as_it_stands(command):
 def test_a_command_that_does_not_exist_is_noticed(line):
     with pytest.raises(AssertionError):
         check(shlex.split(line))
+
+
+def test_the_page_on_formats_is_what_the_importers_say():
+    written = (REPOSITORY / "docs" / "formats.md").read_text("utf-8")
+    assert written == docs.page(), "run: python -m data_tools.importers.docs > docs/formats.md"
 
 
 def test_make_targets_in_the_documentation_exist():

@@ -38,10 +38,10 @@ SAMPLE = as_jsonl({"prompt": "Name a fruit.", "candidates": ["Pear.", "Plum.", "
 def jsonl(path: Path, reject: OnReject) -> Iterator[Record]:
     """The schema's own records, one JSON object a line.
 
-    Rankings have `candidates` and `ranks` (1 = best, equal = tie), proposals `candidates` alone, demonstrations
-    `answer`, prompts none of them. Candidates stand in the order shown where the row says so (`shown`). In place of
-    `ranks`, each candidate may have its `rank`; a prompt or a candidate may be plain text. The first usable row decides
-    the kind of the file; a row of another is rejected.
+    Ranks: 1 is the best, equal ranks are a tie. Rankings have `candidates` and `ranks`, proposals `candidates` alone,
+    demonstrations `answer`, prompts none of them. Candidates stand in the order shown where the row says so (`shown`).
+    In place of `ranks`, each candidate may have its `rank`; a prompt or a candidate may be plain text. The first usable
+    row decides the kind of the file; a row of another is rejected.
     """
     kind: str | None = None
 
