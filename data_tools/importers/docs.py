@@ -29,8 +29,8 @@ the one shown first wins, which a reversed ranking turns round.
 
 Files are read plain, gzipped or compressed by zstd, whatever they are called: JSON lines, JSON arrays of any size (they
 are streamed), JSON values one after the other, and Parquet. Folders stand for all files in them with the suffixes of
-the format; glob patterns go in quotes. Options are given by `--option NAME=VALUE` or in a YAML file by `--options`; they are
-kept as `import.yaml` in the dataset's folder, to repeat the import.
+the format; glob patterns go in quotes. Options are given by `--option NAME=VALUE` or in a YAML file by `--options`;
+they are kept as `import.yaml` in the dataset's folder, to repeat the import.
 """
 
 
