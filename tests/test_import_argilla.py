@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
-from test_import_formats import EXPORTS, by_rank, made, one, real, said
+from test_import_formats import EXPORTS, by_rank, made, one, read, real, said
 
 from data_tools.importers import IMPORTERS
 from data_tools.importers.detect import read_head
@@ -206,3 +206,14 @@ def test_every_form_is_detected(tmp_path):
         path = tmp_path / "in.json"
         path.write_text(json.dumps([row]), "utf-8")
         assert [name.name for name in IMPORTERS if name.traits["detect"](read_head(path))] == ["argilla"]
+
+
+def test_a_reject_of_a_whole_export_shows_its_record_only(tmp_path):
+    rows = [flat([ORDER], id="1"), flat([ORDER], ["draft"], id="2\ud800")]
+    path = tmp_path / "in.json"
+    path.write_text(json.dumps({name: [row[name] for row in rows] for name in rows[0]}), "utf-8")
+    records, (reject,) = read("argilla", path)
+    assert len(records) == 1
+    assert '"draft"' in reject.raw
+    assert '"submitted"' not in reject.raw
+    reject.raw.encode("utf-8")

@@ -223,3 +223,9 @@ def test_lines_that_are_not_json_are_told_once(tmp_path):
         (4, "not valid JSON"),
         (5, "neither a tree nor a message"),
     ]
+
+
+def test_rejects_of_odd_text_can_be_written(tmp_path):
+    _, (reject,) = read(OA, jsonl(tmp_path / "in.jsonl", [tree(message("p1", *answers(0), text="\ud800 ä"))]))
+    assert "ä" in reject.raw
+    reject.raw.encode("utf-8")

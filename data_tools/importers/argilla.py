@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from data_tools.importers.rows import IMPORTERS, JSON, Head, convert_rows
-from data_tools.importers.tools import Names, brief, names, person, prompt_of, stem_and_ending
+from data_tools.importers.rows import IMPORTERS, JSON, Head, rows
+from data_tools.importers.tools import Names, as_raw, brief, names, person, prompt_of, stem_and_ending
+from rlhf.jsonl import Reject
 from rlhf.schema import BadRecord, Record, dense_ranks, from_dict
 from rlhf.store import OnReject
 
@@ -80,7 +81,7 @@ def argilla(
 
     Read are flat records (``QUESTION.responses`` with parallel lists of users and status), nested ones (`fields` and
     `responses` by question, or by person as the server and 1.x have them), 1.x columns of {user_id, value, status}, and
-    the one object that to_dict gives, which is held in memory.
+    the one object that to_dict gives, which is held in memory; its rejects show the one record that they are about.
 
     Each response is a record. Only submitted ones count: draft and discarded ones are rejected, and so are those
     without a status, which the nested export (to_json) leaves out: export with `to_list(flatten=True)` or to the Hub,
@@ -93,7 +94,18 @@ def argilla(
     """
     mapping = answers if isinstance(answers, dict) else _mapping(names(answers))
     reader = _Reader(names(question), prompt, mapping, without_status)
-    return convert_rows(path, reject, reader.read)
+    for line, raw, row in rows(path, reject):
+        try:
+            records = _records(row)
+        except BadRecord as fault:
+            reject(Reject.of(path, line, fault, raw))
+            continue
+        for record in records:
+            for made in reader.read(record):
+                if isinstance(made, BadRecord):
+                    reject(Reject.of(path, line, made, raw if len(records) == 1 else as_raw(record)))
+                else:
+                    yield made
 
 
 def _mapping(parts: list[str]) -> dict[str, str]:
@@ -110,12 +122,12 @@ class _Reader:
     answers: Mapping[str, str]
     without_status: bool
 
-    def read(self, row: Any) -> Iterator[Record | BadRecord]:
-        for record in _records(row):
-            try:
-                yield from self._of_record(record)
-            except BadRecord as fault:
-                yield fault
+    def read(self, record: Mapping[str, Any]) -> Iterator[Record | BadRecord]:
+        """A record or a fault for each response, or one fault for the record."""
+        try:
+            yield from self._of_record(record)
+        except BadRecord as fault:
+            yield fault
 
     def _of_record(self, record: Mapping[str, Any]) -> Iterator[Record | BadRecord]:
         fields, responses = _fields(record), list(_responses(record))
@@ -206,7 +218,7 @@ class _Reader:
 # ---- the forms of a record -------------------------------------------------------------------------------------------
 
 
-def _records(row: Any) -> Iterable[Mapping[str, Any]]:
+def _records(row: Any) -> list[Mapping[str, Any]]:
     """The records of a row: itself, unless it is the object that to_dict gives, by column or by record id."""
     if not isinstance(row, dict) or not row:
         raise BadRecord("not a record", brief(row), "Export with to_list, to_dict or to_json, or to the Hub.")

@@ -114,7 +114,9 @@ def csv_table(
 
 
 class _Judge(Protocol):
-    columns: list[str]
+    @property
+    def columns(self) -> list[str]:
+        """The columns that it reads, besides the answers."""
 
     def ranks(self, row: Mapping[str, str], there: list[str]) -> dict[str, float]:
         """A number for each answer that is ranked, the lowest = the best; `there` are those that are not empty."""

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from data_tools.importers.rows import IMPORTERS, JSON, Head, rows
-from data_tools.importers.tools import brief, person
+from data_tools.importers.tools import as_raw, brief, person
 from rlhf.jsonl import Reject
 from rlhf.schema import BadRecord, Record, from_dict
 from rlhf.store import OnReject
@@ -133,7 +133,7 @@ def _rankings(path: Path, reject: OnReject, messages: list[_Message], group: str
             replies.setdefault(message.parent, []).append(message)
     if not replies:
         fault = BadRecord("the tree has no reply of the assistant", remedy="Nothing is wrong: there is none to rank.")
-        reject(Reject.of(path, messages[0].line, fault, _as_raw(messages[:1])))
+        reject(Reject.of(path, messages[0].line, fault, _turn_as_raw(messages[:1])))
     for key, given in replies.items():
         before = by_key.get(key)
         try:
@@ -141,17 +141,17 @@ def _rankings(path: Path, reject: OnReject, messages: list[_Message], group: str
                 raise BadRecord("two messages of the tree have one message_id", remedy="Is it in the file twice?")
             yield _ranking(before, given, by_key, group)
         except BadRecord as fault:
-            raw = _as_raw([before, *given] if before else given)
+            raw = _turn_as_raw([before, *given] if before else given)
             reject(Reject.of(path, (before or given[0]).line, fault, raw))
 
 
-def _as_raw(messages: list[_Message]) -> str:
+def _turn_as_raw(messages: list[_Message]) -> bytes:
     """A message and its replies as JSON, without what follows them."""
     plain = [
         {name: value for name, value in message.content.items() if not isinstance(value, (dict, list))}
         for message in messages
     ]
-    return json.dumps({**plain[0], "replies": plain[1:]}, ensure_ascii=False, default=str)
+    return as_raw({**plain[0], "replies": plain[1:]})
 
 
 def _ranking(before: _Message | None, given: list[_Message], by_key: dict[Any, _Message], group: str | None) -> Record:
@@ -186,9 +186,8 @@ def _conversation(last: _Message | None, by_key: dict[Any, _Message]) -> list[di
             raise BadRecord("a message of the conversation was deleted", brief(last.key), "Leave the branch out.")
         passed.add(last.key)
         role = last.content.get("role")
-        turns.append(
-            {"role": ROLES.get(role, role) if isinstance(role, str) else role, "content": last.content.get("text")}
-        )
+        role = role if isinstance(role, str) else brief(role)
+        turns.append({"role": ROLES.get(role, role), "content": last.content.get("text")})
         if last.parent is None:
             return turns[::-1]
         last = by_key.get(last.parent)

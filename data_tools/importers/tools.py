@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import reprlib
 from collections.abc import Iterable, Mapping
@@ -19,6 +20,14 @@ PROMPT_FIELDS = (
 
 brief = reprlib.repr
 """A value as a message shows it, bounded in length and depth."""
+
+
+def as_raw(value: Any) -> bytes:
+    """A part of a row as a reject shows it, where the whole row would be too much: its JSON."""
+    try:
+        return json.dumps(value, ensure_ascii=False, default=str).encode("utf-8", "surrogatepass")
+    except RecursionError:
+        return brief(value).encode()
 
 
 def names(value: Names | None) -> list[str]:
