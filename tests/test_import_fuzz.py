@@ -79,7 +79,7 @@ def values(text):
 @st.composite
 def damaged_values(draw, rows):
     """Rows with a few values dropped, doubled or replaced by something else."""
-    rows = copy.deepcopy(draw(st.lists(st.sampled_from(rows), min_size=1, max_size=3)))
+    rows = [copy.deepcopy(row) for row in draw(st.lists(st.sampled_from(rows), min_size=1, max_size=3))]
     for _ in range(draw(st.integers(1, 4))):
         parent, keys = rows, list(range(len(rows)))
         key = draw(st.sampled_from(keys)) if keys else None
@@ -94,7 +94,7 @@ def damaged_values(draw, rows):
         elif action == "double" and isinstance(parent, list):
             parent.append(copy.deepcopy(parent[key]))
         else:
-            parent[key] = draw(st.sampled_from(JUNK))
+            parent[key] = copy.deepcopy(draw(st.sampled_from(JUNK)))
     return rows
 
 
@@ -201,5 +201,5 @@ def test_files_that_are_cut_garbled_or_badly_compressed_are_accounted_for(row):
 @pytest.mark.slow
 @each
 def test_many_more_of_both(row):
-    check_bytes(row, 1000)
-    check_values(row, 1000)
+    check_bytes(row, 200)
+    check_values(row, 200)

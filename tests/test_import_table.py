@@ -23,12 +23,10 @@ EXPORTS = DATA / "annotation_exports"
 AUTHENTIC = {
     "alpaca": [EXPORTS / "alpaca" / "alpaca_demo.json", DATA / "instructions" / "flan_cot.jsonl.gz"],
     "alpaca-ranked": [EXPORTS / "alpaca" / "ranked_output_list.json"],
-    "argilla": [EXPORTS / "argilla" / "records_to_list_flatten.documented.json"],
     "hh-rlhf": [
         EXPORTS / "hh_rlhf" / "harmless_test.first20.jsonl", DATA / "preferences" / "hh_harmless_base_test.jsonl.gz",
     ],
     "jsonl": [DATA / "preferences" / "oasst1_en_validation_ranked.jsonl"],
-    "label-studio": [EXPORTS / "label_studio" / "ranker_documented.json"],
     "openai-chat": [
         EXPORTS / "openai_chat" / "toy_chat_fine_tuning.first3.jsonl",
         DATA / "instructions" / "oasst1_en_validation_sft.jsonl",

@@ -38,7 +38,7 @@ class _Message(NamedTuple):
 
 
 def _detect(head: Head) -> str | None:
-    if head.all_have("message_tree_id", "prompt"):
+    if head.all_have("message_tree_id", "prompt") and all(isinstance(row["prompt"], dict) for row in head.rows):
         return "its rows are trees with a `message_tree_id` and a `prompt`"
     if head.all_have("message_id", "parent_id", "role", "text"):
         return "its rows are messages with a `message_id`, a `parent_id` and a `role`"
