@@ -70,9 +70,9 @@ def csv_table(
       ``left=answer_1,right=answer_2,same=tie``. Numbers have to be told so, for some tools count from 0.
     - `ranking`: a column that lists the answers, best first, by letter, number from 1, or column: ``B,A,C`` or
       ``2>1=3``, where = is a tie.
-    Of `answers` without any of them become proposals, which wait for a ranking; `answer`, one column, gives
-    demonstrations by `annotator`; neither of them gives prompts. Without these options the columns answer_1, answer_2,
-    ... and rank_1, rank_2, ... count, or `answer`, where the table has them.
+    With none of the three, `answers` become proposals, which wait for a ranking; `answer`, one column, gives
+    demonstrations by `annotator`; with neither `answers` nor `answer` a row is a prompt. Where no option names any of
+    them, the columns answer_1, answer_2, ... and rank_1, rank_2, ... count, or `answer`, as far as the table has them.
 
     The prompt is the column `prompt`, or is made by `prompt_template` from several: each {COLUMN} in it is replaced by
     the row's text, and by nothing else. An empty answer that nothing ranks is left out: a row may have fewer answers.
