@@ -19,8 +19,8 @@ def panel(
     """Rankings of K answers by people who tell the truth with some probability, pair by pair.
 
     The true order of the answers is chance. Someone of accuracy 0.5 ranks at random, of accuracy 1 truly, of 0 the
-    wrong way round; between, they order every answer truly but swap neighbours with probability 1 - accuracy (for K = 2
-    that is the probability of a wrong pair).
+    wrong way round; between, they swap neighbours of the true order, from the best on, with probability 1 - accuracy
+    (for K = 2 that is the probability of a wrong pair).
 
     Args:
         accuracy: Annotator -> accuracy.
@@ -34,6 +34,8 @@ def panel(
             shown = draw.sample(range(k), k)
             if accuracy[name] == 0.5:
                 ranks = draw.sample(range(1, k + 1), k)
+            elif accuracy[name] == 0:
+                ranks = [k - truth[answer] for answer in shown]
             else:
                 order = sorted(range(k), key=lambda answer: truth[answer])
                 for place in range(k - 1):

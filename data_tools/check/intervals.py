@@ -26,6 +26,8 @@ class Estimate:
     low: float | None = None
     high: float | None = None
     n: int | None = None
+    note: str = ""
+    """What the figure alone does not say, such as names."""
 
 
 def wilson(successes: float, n: float) -> tuple[float, float]:

@@ -150,8 +150,9 @@ def ties(facts: Facts) -> Found:
 
 
 @metric(
-    "contradictions", "consistency", "share", "pairs of answers ordered more than once", look=(">0.3",), bad=(">0.6",),
-    advice="Aggregate them (`rlhf data aggregate`) before training, and sharpen the guideline where people differ.",
+    "contradictions", "consistency", "share", "pairs of answers ordered more than once", look=(">0.5",),
+    advice="Aggregate them (`rlhf data aggregate`) before training. More judgements a pair make more contradictions: "
+    "`agreement` judges the people.",
 )  # fmt: skip
 def contradictions(facts: Facts) -> Found:
     """Pairs of answers to one prompt that were ordered both ways, by whomever; ties aside."""
@@ -160,7 +161,6 @@ def contradictions(facts: Facts) -> Found:
 
 @metric(
     "contradictions-between-annotators", "consistency", "share", "pairs ordered by two or more people",
-    look=(">0.4",), bad=(">0.7",),
     advice="Discuss the examples with the annotators, and write the answer into the guideline.",
 )  # fmt: skip
 def contradictions_between_annotators(facts: Facts) -> Found:
@@ -212,7 +212,10 @@ def first_wins(facts: Facts) -> Found:
     return or_why(found, "no ranking says in which order its answers were shown")
 
 
-@metric("person-wins", "biases", "share", "ordered pairs of a person's and a model's answer")
+@metric(
+    "person-wins", "biases", "share", "ordered pairs of a person's and a model's answer",
+    advice="Where people nearly always win, the reward model may learn to tell who wrote it.",
+)  # fmt: skip
 def person_wins(facts: Facts) -> Found:
     """Pairs of a person's and a model's answer in which the person's won."""
     found = biases.person_wins(facts.columns, facts.pairs)
@@ -246,7 +249,10 @@ def agreement_of_two(facts: Facts) -> Found:
     return or_why(bootstrapped(sums, ratio, int(ordered.sum())), NO_TWO)
 
 
-@metric("agreement-with-ties", "agreement", "share", "pairs judged by two or more people")
+@metric(
+    "agreement-with-ties", "agreement", "share", "pairs judged by two or more people",
+    advice="Far below `agreement`: people differ on what a tie is; say so in the guideline.",
+)  # fmt: skip
 def agreement_with_ties(facts: Facts) -> Found:
     """As `agreement`, with a tie as a third answer that agrees with a tie only; chance depends on the ties."""
     sums = agreement.agreement_with_ties_sums(facts.votes)
@@ -254,7 +260,7 @@ def agreement_with_ties(facts: Facts) -> Found:
 
 
 @metric(
-    "alpha", "agreement", "number", "pairs judged by two or more people", look=("<0.4",), bad=("<0.2",),
+    "alpha", "agreement", "number", "pairs judged by two or more people",
     advice="As for agreement: of pairs without ties alpha is 2 x agreement - 1. Krippendorff asks for 0.67 for "
     "tentative conclusions; preferences seldom reach it.",
 )  # fmt: skip
@@ -275,8 +281,7 @@ NO_BLOCK = "no three or more answers were ranked by two named people"
 
 
 @metric(
-    "kendall-tau", "agreement", "number", "prompts ranked by two or more people, K of 3 or more", look=("<0.4",),
-    bad=("<0.2",),
+    "kendall-tau", "agreement", "number", "prompts ranked by two or more people, K of 3 or more",
     advice="As for agreement; where the best answer is agreed on and the rest is not, rank fewer answers.",
 )  # fmt: skip
 def kendall_tau(facts: Facts) -> Found:
@@ -285,7 +290,10 @@ def kendall_tau(facts: Facts) -> Found:
     return or_why(bootstrapped(tau, ratio, len(tau)), NO_BLOCK)
 
 
-@metric("kendall-w", "agreement", "number", "prompts ranked by two or more people, K of 3 or more")
+@metric(
+    "kendall-w", "agreement", "number", "prompts ranked by two or more people, K of 3 or more",
+    advice="As for agreement; compare it with 1 / people, not with 0.",
+)  # fmt: skip
 def kendall_w(facts: Facts) -> Found:
     """Kendall's W, the concordance of all rankings of the same answers: 1 = alike; chance is 1 / people."""
     w = facts.kendall[1]
@@ -293,7 +301,7 @@ def kendall_w(facts: Facts) -> Found:
 
 
 @metric(
-    "ceiling", "agreement", "share", "pairs ordered by two or more people", look=("<0.82",), bad=("<0.72",),
+    "ceiling", "agreement", "share", "pairs ordered by two or more people",
     advice="Do not expect more of a reward model on single judgements; aggregate several of them for a cleaner test "
     "set.",
 )  # fmt: skip
@@ -308,21 +316,29 @@ def ceiling_of_model(facts: Facts) -> Found:
 # ---- annotators -----------------------------------------------------------------------------------------------------
 
 
-@metric("annotators", "annotators", "count", "rankings")
+@metric(
+    "annotators", "annotators", "number", "rankings",
+    advice="Few people teach few tastes; see the table.",
+)  # fmt: skip
 def annotators(facts: Facts) -> Found:
     """People who are named as annotators."""
     return Estimate(float(len(facts.annotators)), n=len(facts.columns)) if facts.annotators else NO_NAMES
 
 
 def _how_many(facts: Facts, verdict: str) -> Found:
-    judged = [one for one in facts.annotators if one.agreement is not None]
+    judged = [one for one in facts.annotators if one.verdict != "too few"]
     if not judged:
-        return NO_TWO
-    return Estimate(float(sum(one.verdict == verdict for one in judged)), n=len(judged))
+        return "nobody has judged enough pairs that others judged too"
+    return _named([one.name for one in judged if one.verdict == verdict], len(judged))
+
+
+def _named(names: list[str], n: int) -> Estimate:
+    """How many there are, and who the first are."""
+    return Estimate(float(len(names)), n=n, note=", ".join(names[:5]) + ", ..." * (len(names) > 5))
 
 
 @metric(
-    "random-annotators", "annotators", "count", "annotators with pairs that others ordered too", bad=(">0",),
+    "random-annotators", "annotators", "count", "annotators with enough pairs that others ordered too", bad=(">0",),
     advice="Look at their work and their time an item; leave it out with `rlhf data filter`, or weigh it with `rlhf "
     "data aggregate`.",
 )  # fmt: skip
@@ -332,7 +348,7 @@ def random_annotators(facts: Facts) -> Found:
 
 
 @metric(
-    "reversed-annotators", "annotators", "count", "annotators with pairs that others ordered too", bad=(">0",),
+    "reversed-annotators", "annotators", "count", "annotators with enough pairs that others ordered too", bad=(">0",),
     advice="See whether their ranks run the other way (5 = best), in the tool or in the import.",
 )  # fmt: skip
 def reversed_annotators(facts: Facts) -> Found:
@@ -350,7 +366,7 @@ def one_sided_annotators(facts: Facts) -> Found:
     placed = [one for one in facts.annotators if one.first is not None]
     if not placed:
         return "no named annotator's ranking says in which order its answers were shown"
-    return Estimate(float(sum(one.one_sided for one in placed)), n=len(placed))
+    return _named([one.name for one in placed if one.one_sided], len(placed))
 
 
 @metric(
@@ -362,26 +378,36 @@ def busiest_annotator(facts: Facts) -> Found:
     total = sum(one.rankings for one in facts.annotators)
     if not total:
         return NO_NAMES
-    return Estimate(max(one.rankings for one in facts.annotators) / total, n=total)
+    busiest = max(facts.annotators, key=lambda one: one.rankings)
+    return Estimate(busiest.rankings / total, n=total, note=busiest.name)
 
 
 # ---- texts ----------------------------------------------------------------------------------------------------------
 
 
-@metric("prompt-length", "texts", "number", "records", kinds=ANY)
+@metric(
+    "prompt-length", "texts", "number", "records", kinds=ANY,
+    advice="Choose the longest prompt that training takes so that few are cut; the table has the 95 % point.",
+)  # fmt: skip
 def prompt_length(facts: Facts) -> Found:
     """Median characters of a prompt, all turns together."""
     return Estimate(float(np.median(facts.columns.prompt_chars)), n=len(facts.columns))
 
 
-@metric("answer-length", "texts", "number", "answers", kinds=WITH_ANSWERS)
+@metric(
+    "answer-length", "texts", "number", "answers", kinds=WITH_ANSWERS,
+    advice="Choose the longest answer that training takes so that few are cut; the table has the 95 % point.",
+)  # fmt: skip
 def answer_length(facts: Facts) -> Found:
     """Median characters of an answer."""
     chars = facts.columns.chars
     return Estimate(float(np.median(chars)), n=len(chars)) if len(chars) else "no answer there"
 
 
-@metric("languages", "texts", "count", "prompts long enough to tell", kinds=ANY, sampled="languages")
+@metric(
+    "languages", "texts", "number", "prompts long enough to tell", kinds=ANY, sampled="languages",
+    advice="See that the base model knows them, and that annotators do.",
+)  # fmt: skip
 def languages(facts: Facts) -> Found:
     """Languages that one in fifty prompts or more is in."""
     found = facts.languages[0]

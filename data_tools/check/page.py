@@ -28,12 +28,19 @@ def render(report: Report) -> str:
         "figure": show.figure, "interval": show.interval, "value_of": show.value_of, "basis": show.basis,
         "conditions": show.conditions, "symbols": SYMBOLS, "words": show.GRADE_WORDS, "verdicts": VERDICTS,
     }  # fmt: skip
+    environment.filters["marked"] = _marked
     template = environment.from_string(TEMPLATE.read_text("utf-8"))
     return template.render(
         report=report, headline=show.headline(report), parts=_parts(report), missing=_missing(report),
         drawn={name: markupsafe.Markup(svg) for name, svg in _plots(report).items()},
         examples=_examples(report),
     )  # fmt: skip
+
+
+def _marked(text: str) -> str:
+    """The text escaped, with what stands in backticks as code."""
+    parts = [str(markupsafe.escape(part)) for part in text.split("`")]
+    return markupsafe.Markup("".join(f"<code>{part}</code>" if i % 2 else part for i, part in enumerate(parts)))
 
 
 def write_page(report: Report, path: Path) -> None:
@@ -68,7 +75,7 @@ def _missing(report: Report) -> dict[str, list[Measured]]:
 def _plots(report: Report) -> dict[str, str]:
     """Name -> SVG of those that have something to show."""
     found = {}
-    if report.kind in ("ranking", "proposal"):
+    if len(report.k) > 1:
         found["answers"] = plots.answers_plot(report.k)
     if report.length_histograms:
         found["lengths"] = plots.lengths_plot(report.length_histograms)

@@ -84,7 +84,7 @@ def length_bias_plot(shares: Sequence[Share]) -> str:
         _dots(axes, [one.share for one in shares], BLUE, range(len(shares)), upright=True)
         axes.set_xticks(range(len(shares)), [f"{one.name} ×\n{one.share.n:,} pairs" for one in shares])
         axes.axhline(0.5, color=FAINT, linewidth=1, linestyle=":")
-        axes.set(ylabel="longer answer wins", xlabel="how many times longer it is")
+        axes.set(ylabel="longer answer wins", xlabel="how many times longer it is", ylim=(0, 1))
         axes.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
 
     told = ", ".join(f"{one.name} times: {one.share.value:.0%}" for one in shares)
@@ -97,7 +97,7 @@ def authors_plot(authors: Sequence[Share]) -> str:
     def draw(axes: Any) -> None:
         _rows(axes, [one.name for one in authors])
         _dots(axes, [one.share for one in authors], BLUE, range(len(authors)))
-        axes.set(xlabel="wins against other authors, ties aside")
+        axes.set(xlabel="wins against other authors, ties aside (dotted: half of them)", xlim=(0, 1.02))
 
     told = ", ".join(f"{one.name} {one.share.value:.0%}" for one in authors[:5])
     return _svg("authors", f"Win rate of each author, best first: {told}", 0.9 + 0.28 * len(authors), draw)

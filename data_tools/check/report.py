@@ -46,9 +46,17 @@ class Measured:
         return self.row.name
 
     def as_dict(self) -> dict[str, Any]:
-        figures = {"value": None, "low": None, "high": None, "n": None} | (asdict(self.found) if self.found else {})
-        rounded = {name: None if value is None else round(value, 6) for name, value in figures.items()}
-        facts = {"basis": self.row.traits["basis"], "sampled": self.sampled, "grade": self.grade}
+        found = self.found
+        rounded = {
+            name: None if found is None or getattr(found, name) is None else round(getattr(found, name), 6)
+            for name in ("value", "low", "high", "n")
+        }
+        facts = {
+            "note": found.note if found else "",
+            "basis": self.row.traits["basis"],
+            "sampled": self.sampled,
+            "grade": self.grade,
+        }
         return rounded | facts | ({"why": self.why} if self.why else {})
 
 

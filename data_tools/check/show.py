@@ -19,17 +19,19 @@ MOST_ROWS = 20
 
 
 def figure(value: float | None, unit: str) -> str:
-    """A value as people read it: a share in per cent, a count whole."""
+    """A value as people read it: a share in per cent, a whole number whole."""
     if value is None:
         return "-"
     if unit == "share":
         return f"{value:.1%}"
-    return f"{value:,.0f}" if unit == "count" or abs(value) >= 100 else f"{value:,.3g}"
+    return f"{value:,.0f}" if float(value).is_integer() or abs(value) >= 100 else f"{value:,.2f}"
 
 
-def value_of(one: Measured) -> str:
-    """The metric's figure, or a dash."""
-    return figure(one.found.value if one.found else None, one.row.traits["unit"])
+def value_of(one: Measured, note: bool = True) -> str:
+    """The metric's figure, with its note; a dash where there is none."""
+    if one.found is None:
+        return "-"
+    return figure(one.found.value, one.row.traits["unit"]) + (f" ({one.found.note})" if note and one.found.note else "")
 
 
 def interval(found: Estimate | None, unit: str) -> str:
@@ -48,10 +50,11 @@ def basis(one: Measured) -> str:
 
 def conditions(one: Measured) -> str:
     """When the metric needs a look and when it is bad, in words."""
-    unit = one.row.traits["unit"]
+    share = one.row.traits["unit"] == "share"
     told = []
     for name, bounds in (("needs a look", one.row.traits["look"]), ("bad", one.row.traits["bad"])):
-        words = [("above " if text[0] == ">" else "below ") + figure(float(text[1:]), unit) for text in bounds]
+        limits = [f"{float(text[1:]) * 100:g}%" if share else text[1:] for text in bounds]
+        words = [("above " if text[0] == ">" else "below ") + limit for text, limit in zip(bounds, limits)]
         told += [f"{name} {' or '.join(words)}"] if words else []
     return "; ".join(told)
 
@@ -69,7 +72,13 @@ def show(report: Report) -> None:
     """Print the report."""
     for part, title in PARTS.items():
         rows = [
-            [one.name, value_of(one), interval(one.found, one.row.traits["unit"]), basis(one), GRADE_WORDS[one.grade]]
+            [
+                one.name,
+                value_of(one, note=False),
+                interval(one.found, one.row.traits["unit"]),
+                basis(one),
+                GRADE_WORDS[one.grade],
+            ]
             for one in report.measured
             if one.row.traits["part"] == part and one.found is not None
         ]
