@@ -108,7 +108,7 @@ class Facts:
         return {
             "prompts": lambda: not self.texts.all_prompts,
             "records": lambda: not self.texts.all_records,
-            "pairs": lambda: not self.texts.all_records or np.count_nonzero(self.pairs.order) > words.MOST_PAIRS,
+            "pairs": lambda: not self.texts.all_records or int(np.count_nonzero(self.pairs.order)) > words.MOST_PAIRS,
             "languages": lambda: len(self.columns) > words.MOST_NAMED,
         }[what]()
 
