@@ -65,7 +65,9 @@ def aggregate_dataset(
             f"--method {method}: {error}", remedy="`rlhf data aggregate --help` lists the methods."
         ) from None
     parent = open_dataset(path, "ranking")
-    ballots = collect(parent.records(on_reject=lambda _: None), SPLITS)  # rejects: on the pass that writes
+    records = parent.records(on_reject=lambda _: None)  # rejects are kept by the pass that writes
+    count = parent.manifest.get("count")
+    ballots = collect(console.track(records, "reading rankings", count, "rankings"))
     verdict = pick(ballots.votes)
     annotators = annotator_figures(ballots, verdict)
     words = [word for name, value in (options or {}).items() for word in ("--option", f"{name}={value}")]

