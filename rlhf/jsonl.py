@@ -162,16 +162,33 @@ def open_bytes(path: Path) -> Iterator[BinaryIO]:
 
 
 class _Zstd(io.RawIOBase):
-    """A zstd stream, of one or several frames; damage raises OSError, as reading a file does."""
+    """A zstd stream, of one or several frames; damage raises as it does for gzip: OSError, or EOFError where it ends.
+
+    (`zstandard`'s own stream reader takes a stream that is cut off for its end.)
+    """
 
     def __init__(self, file: BinaryIO) -> None:
-        self._stream = zstandard.ZstdDecompressor().stream_reader(file, read_across_frames=True)
+        self._file, self._decompressor = file, zstandard.ZstdDecompressor()
+        self._frame: Any = None
+        self._packed, self._ready = b"", memoryview(b"")
 
     def readable(self) -> bool:
         return True
 
     def readinto(self, buffer: Any) -> int:
-        try:
-            return self._stream.readinto(buffer)
-        except zstandard.ZstdError as error:
-            raise OSError(str(error)) from None
+        while not self._ready:
+            packed = self._packed or self._file.read(1 << 14)
+            if not packed:
+                if self._frame is not None:
+                    raise EOFError("the zstd stream is cut off")
+                return 0
+            self._frame = self._frame or self._decompressor.decompressobj()
+            try:
+                self._ready = memoryview(self._frame.decompress(packed))
+            except zstandard.ZstdError as error:
+                raise OSError(str(error)) from None
+            self._packed = self._frame.unused_data if self._frame.eof else b""
+            self._frame = None if self._frame.eof else self._frame
+        size = min(len(buffer), len(self._ready))
+        buffer[:size], self._ready = self._ready[:size], self._ready[size:]
+        return size

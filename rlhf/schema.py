@@ -79,7 +79,7 @@ class Prompt:
         _check_text(self.source, "source", empty_ok=True)
         _check_text(self.group, "group", none_ok=True)
         if self.split is not None and self.split not in SPLITS:
-            raise BadRecord(f"split: not one of {', '.join(SPLITS)}", f"got {self.split!r}")
+            raise BadRecord(f"split: not one of {', '.join(SPLITS)}", f"got {_brief(self.split)}")
 
     @property
     def prompt_id(self) -> str:
@@ -237,7 +237,7 @@ def _check_messages(messages: Any) -> None:
         if not isinstance(message, Message):
             raise BadRecord("messages: not a list of {role, content}", f"at index {index}: {_brief(message)}")
         if message.role not in ROLES:
-            raise BadRecord(f"messages.role: not one of {', '.join(ROLES)}", f"at index {index}: {message.role!r}")
+            raise BadRecord(f"messages.role: not one of {', '.join(ROLES)}", f"at index {index}: {_brief(message.role)}")
         _check_text(message.content, "messages.content", index)
         if message.role == before:
             raise BadRecord("messages: two turns in a row with the same role", f"at index {index}: {before}")
@@ -257,7 +257,7 @@ def _check_candidates(candidates: Any) -> None:
         _check_text(candidate.text, "candidates.text", index)
         _check_text(candidate.author, "candidates.author", index, empty_ok=True)
         if candidate.author_kind not in AUTHOR_KINDS:
-            detail = f"at index {index}: {candidate.author_kind!r}"
+            detail = f"at index {index}: {_brief(candidate.author_kind)}"
             raise BadRecord(f"candidates.author_kind: not one of {', '.join(AUTHOR_KINDS)}", detail)
         score = candidate.score
         if score is not None and not _is_finite(score):
@@ -283,7 +283,7 @@ def _check_time(time: Any) -> None:
     try:
         datetime.fromisoformat(time)
     except ValueError:
-        raise BadRecord("time: not ISO 8601", repr(time)) from None
+        raise BadRecord("time: not ISO 8601", _brief(time)) from None
 
 
 def _is_finite(value: Any) -> bool:

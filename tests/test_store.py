@@ -12,6 +12,7 @@ from pathlib import Path
 from types import GeneratorType
 
 import pytest
+import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from rows import DEMONSTRATION, RANKING, records, tree, write
@@ -329,6 +330,20 @@ def test_damaged_gzip_and_empty_files_are_refused(tmp_path):
         (tmp_path / "d.jsonl").write_bytes(content)
         with pytest.raises(UserError, match=message):
             open_dataset(tmp_path / "d.jsonl")
+
+
+def test_zstd_is_read_whole_and_a_stream_that_is_cut_off_is_refused(tmp_path):
+    file = tmp_path / "d.jsonl.zst"
+    whole = zstandard.compress(b"".join(b'{"prompt": "%d"}\n' % i for i in range(20_000)))
+    file.write_bytes(whole + whole)
+    assert len(list(open_dataset(file).records())) == 40_000
+    for size in (len(whole) - 1, len(whole) // 2):
+        file.write_bytes(whole[:size])
+        with pytest.raises(UserError, match="damaged after line .*cut off"):
+            list(open_dataset(file).records())
+    file.write_bytes(b'{"prompt": "a"}\n')
+    with pytest.raises(UserError, match="named .zst and is not zstd"):
+        open_dataset(file)
 
 
 def test_importing_the_store_does_not_load_pyarrow():
