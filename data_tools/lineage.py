@@ -1,7 +1,8 @@
-"""Lineage: where a dataset came from, as the manifests of it and its parents tell."""
+"""Lineage: where a dataset came from, as the manifests of it and its parents, and the runs among them, tell."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -26,15 +27,18 @@ def lineage(path: str | Path) -> dict[str, Any]:
         path, state, fingerprint, kind, count (records), command, counts (read, written, ...), `parents` (the same
         of each) and `files` (path, state and sha256 of the files that it was imported from). `state` is `ok`;
         `missing`; `changed`: what stands there now is not what the dataset was made from (`fingerprint` is that of
-        then); `unreadable` (`fault` says why); or `again`: it stands further up in this chain already.
+        then); `unreadable` (`fault` says why); or `again`: it stands further up in this chain already. A model
+        among the parents has `model` (such as "sft run") in place of kind and count, and of a run of ours the parents
+        are the models and datasets that it was trained from.
 
     Raises:
         UserError: There is no dataset.
     """
-    return _node(open_dataset(path, damaged_ok=True), ())
+    return _node(open_dataset(path, damaged_ok=True), (), set())
 
 
-def _node(dataset: Dataset, below: tuple[tuple[Path, str], ...]) -> dict[str, Any]:
+def _node(dataset: Dataset, below: tuple[tuple[Path, str], ...], runs: set[tuple[str, str]]) -> dict[str, Any]:
+    """What `lineage` returns; `below` are the datasets that lead here, `runs` those that were told of already."""
     origin = dataset.manifest.get("origin") or {}
     place = (dataset.path.resolve(), dataset.fingerprint)
     parents = origin.get("parents") or []
@@ -46,12 +50,14 @@ def _node(dataset: Dataset, below: tuple[tuple[Path, str], ...]) -> dict[str, An
         "count": dataset.manifest.get("count"),
         "command": origin.get("command"),
         "counts": {name: origin[name] for name in COUNTS if name in origin},
-        "parents": [_parent(parent, (*below, place)) for parent in parents],
+        "parents": [_parent(parent, (*below, place), runs) for parent in parents],
         "files": [_file(file) for file in origin.get("files") or []],
     }
 
 
-def _parent(told: Mapping[str, Any], below: tuple[tuple[Path, str], ...]) -> dict[str, Any]:
+def _parent(told: Mapping[str, Any], below: tuple[tuple[Path, str], ...], runs: set[tuple[str, str]]) -> dict[str, Any]:
+    if told.get("kind") == "model":
+        return _model(told, below, runs)
     path, fingerprint = Path(told["path"]), told.get("fingerprint")
     then = {"path": str(path), "fingerprint": fingerprint}
     if not path.exists():
@@ -64,7 +70,30 @@ def _parent(told: Mapping[str, Any], below: tuple[tuple[Path, str], ...]) -> dic
         return {**then, "state": "changed", "now": dataset.fingerprint}
     if (path.resolve(), fingerprint) in below:  # a dataset that was written over one of those it was made from
         return {**then, "state": "again"}
-    return _node(dataset, below)
+    return _node(dataset, below, runs)
+
+
+def _model(told: Mapping[str, Any], below: tuple[tuple[Path, str], ...], runs: set[tuple[str, str]]) -> dict[str, Any]:
+    """A model whose answers are in a dataset. Of a run of ours, its run.json says what it was trained from: once.
+
+    Rounds of training lead to the same runs again and again.
+    """
+    path, fingerprint = Path(told["path"]), told.get("fingerprint")
+    what = f"{told['stage']} run" if "stage" in told else "model"
+    node = {"path": str(path), "fingerprint": fingerprint, "model": what}
+    if "stage" not in told or not path.exists():
+        return {**node, "state": "missing" if fingerprint and not path.exists() else "ok"}
+    try:
+        run = json.loads((path / "run.json").read_text("utf-8"))
+    except (OSError, ValueError) as error:
+        return {**node, "state": "unreadable", "fault": str(error)}
+    if run.get("model_fingerprint") != fingerprint:
+        return {**node, "state": "changed", "now": run.get("model_fingerprint") or "unfinished"}
+    if (str(path), fingerprint) in runs:
+        return {**node, "state": "again"}
+    runs.add((str(path), fingerprint))
+    models = [_model(parent, below, runs) for parent in run.get("parents") or []]
+    return {**node, "state": "ok", "parents": models + [_parent(data, below, runs) for data in run.get("data") or []]}
 
 
 def _file(told: Mapping[str, Any]) -> dict[str, Any]:
@@ -93,7 +122,7 @@ def show(node: Mapping[str, Any]) -> None:
 def _lines(node: Mapping[str, Any]) -> list[str]:
     short = (node.get("fingerprint") or node.get("sha256") or "")[:SHORT]
     count = "" if node.get("count") is None else f"{node['count']:,} "
-    kind = f"{count}{node['kind']}s" if "kind" in node else ""
+    kind = f"{count}{node['kind']}s" if "kind" in node else node.get("model", "")
     state = STATES[node["state"]] + (f": now {node['now'][:SHORT]}" if "now" in node else "")
     state += f": {node['fault']}" if "fault" in node else ""
     lines = ["  ".join(part for part in (node["path"], short, kind, state) if part)]

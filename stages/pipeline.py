@@ -20,14 +20,16 @@ from typing import Any
 
 from data_tools.rounds import Round, collect, is_dataset, sources, untaken
 from rlhf import entry
-from rlhf.config import STAGES, PipelineConfig, RoundsConfig, StageConfig
+from rlhf.config import STAGES, DataConfig, PipelineConfig, RoundsConfig, StageConfig
 from rlhf.config_file import load_config
 from rlhf.console import number, say, table
+from rlhf.data import eval_records, open_all, train_records
 from rlhf.errors import UserError
 from rlhf.export import check_out
 from rlhf.launch import PARENT, run_child
 from rlhf.plan import check
 from rlhf.runs import check_run_folder, is_run, read_run
+from rlhf.schema import KINDS
 from rlhf.store import open_dataset
 
 WAITING = 3
@@ -232,18 +234,31 @@ def check_rounds(config: RoundsConfig, steps: Sequence[Step]) -> None:
     """Find what would be wrong with the rounds before the first stage starts.
 
     Raises:
-        UserError: The prompts are no dataset, or PPO would not see the new reward models.
+        UserError: The prompts are no dataset or leak, or PPO would not see the new reward models.
     """
-    try:
-        open_dataset(config.prompts)
-    except UserError as error:
-        raise UserError(f"rounds.prompts: {error.what}", error.why, error.remedy) from None
     of = {step.stage: step.config for step in steps}
+    _check_splits(config, of["reward"].data)
     if "ppo" in of and _with_path(_reward(of["ppo"]), of["reward"].run, "another") == _reward(of["ppo"]):
         raise UserError(
             f"rounds: the reward of PPO does not name the run {of['reward'].run}",
             "What people say in the rounds would never reach the policy.",
             "Set reward.path in its config to that run.",
+        )
+
+
+def _check_splits(config: RoundsConfig, data: DataConfig) -> None:
+    """Refuse prompts that the reward model would both train on and be measured on: best before people rank them."""
+    (prompts,) = open_all([config.prompts], list(KINDS), "rounds.prompts")
+    base, held_out = open_all(data.train, ["ranking"], "data.train"), open_all(data.eval, ["ranking"], "data.eval")
+    trained = {r.prompt_id for r in train_records(base)} if not held_out else set()
+    held = {r.prompt_id for r in eval_records(held_out or base, bool(held_out))}
+    against = {None: held, "train": held, "eval": trained}
+    leaks = {p.prompt_id for p in prompts.records() if p.prompt_id in against.get(p.split, ())}
+    if leaks:
+        raise UserError(
+            f"rounds.prompts: {len(leaks):,} prompts of {config.prompts} are in another split of reward's data",
+            "The model would train on them and be measured on them.",
+            "Split both by prompt, with the same seed: rlhf data split DATASET --by prompt --out ...",
         )
 
 

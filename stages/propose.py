@@ -153,7 +153,7 @@ def _check(models: Sequence[str], judges: Sequence[str], select: str, count: int
 
 def model_facts(path: str) -> dict[str, Any]:
     """What the manifest says of a model: its path and, of what lies on this disk, the fingerprint of its weights."""
-    facts = parent_facts(path)
+    facts = {"kind": "model", **parent_facts(path)}
     if "fingerprint" not in facts and Path(path).is_dir():
         facts["fingerprint"] = fingerprint(Path(path))
     return facts

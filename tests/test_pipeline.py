@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -13,6 +14,7 @@ from pathlib import Path
 import pytest
 import tiny
 import yaml
+from rows import jsonl
 
 from data_tools.rounds import Round
 from rlhf.config_file import dump_config
@@ -166,13 +168,36 @@ def with_rounds(place: Path, **changes: object) -> None:
     values = yaml.safe_load((place / "all.yaml").read_text("utf-8"))
     values["rounds"] = ROUNDS | changes
     (place / "all.yaml").write_text(yaml.safe_dump(values), "utf-8")
-    tiny.write_demonstrations(place / "prompts", 24, 0)
+    tiny.write_demonstrations(place / "prompts", 12, 4)  # split as the rankings are
 
 
 def without_rankings(place: Path) -> None:
     """Nobody has ranked anything yet."""
     values = yaml.safe_load((place / "reward.yaml").read_text("utf-8"))
     (place / "reward.yaml").write_text(yaml.safe_dump(values | {"data": {"train": []}}), "utf-8")
+
+
+@pytest.mark.parametrize(
+    ("prompts", "rankings", "leaks"),
+    [
+        ({"prompt": "A?"}, {"split": "eval"}, True),
+        ({"prompt": "A?", "split": "train"}, {"split": "eval"}, True),
+        ({"prompt": "A?", "split": "eval"}, {"split": "train"}, True),
+        ({"prompt": "A?", "split": "eval"}, {"split": "eval"}, False),
+        ({"prompt": "A?"}, {}, False),
+        ({"prompt": "B?"}, {"split": "eval"}, False),
+        ({"prompt": "A?", "split": "test"}, {"split": "train"}, False),
+    ],
+)
+def test_prompts_in_another_split_than_in_the_rankings_are_refused_before_people_rank(place, prompts, rankings, leaks):
+    base = [{"prompt": "A?", "candidates": ["B", "C"], "ranks": [1, 2], **rankings}]
+    base += [{"prompt": "X?", "candidates": ["B", "C"], "ranks": [1, 2], "split": "train"}]
+    jsonl(place / "base.jsonl", base)
+    jsonl(place / "prompts.jsonl", [prompts])
+    with_rounds(place, prompts="prompts.jsonl")
+    words = ["reward.data.train=base.jsonl"]
+    with pytest.raises(UserError, match="1 prompts of prompts") if leaks else contextlib.nullcontext():
+        pipeline.run("all.yaml", words, dry_run=True)
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ import tiny
 from rows import jsonl, tree, write
 
 from data_tools.candidates import alike, disagreement
+from data_tools.lineage import lineage
 from rlhf.errors import UserError
 from rlhf.rollout import Sampling
 from rlhf.schema import Candidate, Demonstration, Message, Prompt, Proposal, Ranking
@@ -172,6 +174,26 @@ def test_the_manifest_names_the_parents_with_fingerprints_and_the_command(place,
     assert origin["sampling"][str(place / "sft")]["max_new_tokens"] == 10
     one, two = ({p.prompt_id for p in proposals(tmp_path / name)} for name in ("one", "two"))
     assert not one & two
+
+
+def test_the_lineage_goes_on_through_the_runs_that_answered(place, tmp_path):
+    propose(place, tmp_path / "c", "--count", 2, models=("sft",))
+    prompts, sft = lineage(tmp_path / "c")["parents"]
+    assert (prompts["kind"], prompts["state"]) == ("demonstration", "ok")
+    assert (sft["model"], sft["state"], [p["path"] for p in sft["parents"]]) == (
+        "sft run",
+        "ok",
+        [tiny.llama(), "demos"],
+    )
+    copy = tmp_path / "sft"
+    shutil.copytree(place / "sft", copy)
+    words = ("--prompts", place / "demos", "--out", tmp_path / "d", "--max-new-tokens", 10, "--count", 2)
+    finished.invoke(command, copy, *words)
+    info = json.loads((copy / "run.json").read_text())
+    (copy / "run.json").write_text(json.dumps(info | {"model_fingerprint": "another"}))
+    assert lineage(tmp_path / "d")["parents"][1]["state"] == "changed"
+    shutil.rmtree(copy)
+    assert lineage(tmp_path / "d")["parents"][1]["state"] == "missing"
 
 
 def test_a_prompt_with_fewer_distinct_answers_gets_those_and_one_with_less_than_two_is_set_aside(place, tmp_path):
