@@ -115,9 +115,12 @@ class TestEveryImporter:
             imported(row, file, tmp_path / name)
         assert open_dataset(tmp_path / "a").fingerprint == open_dataset(tmp_path / "b").fingerprint
 
+
+@pytest.mark.parametrize(
+    "row", [row for row in IMPORTERS if ".jsonl" in row.traits["suffixes"]], ids=lambda row: row.name
+)
+class TestEveryImporterOfJSONLines:
     def test_bad_rows_after_good_ones_are_set_aside_with_line_and_remedy(self, row, tmp_path):
-        if ".jsonl" not in row.traits["suffixes"]:
-            pytest.skip("not of JSON lines")
         good = sample_file(row, tmp_path, "good")
         values = [json.dumps(value) for value in _values(good)]
         path = tmp_path / "in.jsonl"
@@ -134,8 +137,6 @@ class TestEveryImporter:
         assert not (tmp_path / "c").exists()
 
     def test_a_file_of_something_else_is_told_row_by_row(self, row, tmp_path):
-        if ".jsonl" not in row.traits["suffixes"]:
-            pytest.skip("not of JSON lines")
         awkward = [
             None,
             1,

@@ -59,8 +59,8 @@ def ultrafeedback(path: Path, reject: OnReject, *, aspect: FeedbackAspect = "mea
 
     Args:
         aspect: What is ranked by: the mean of the four ratings (1 to 5), one of them, or a field that the published
-            rows have besides: fine-grained_score, or overall_score (1 to 10; some of the published are wrong by a
-            factor of ten, see the data card of argilla/ultrafeedback-binarized-preferences).
+            rows have besides: fine-grained_score, or overall_score (1 to 10; some published tens should be ones,
+            see the data card of argilla/ultrafeedback-binarized-preferences).
 
     Rejected: a completion without that rating (also "N/A", where the aspect did not apply), fewer than two distinct
     completions, an empty one, identical completions rated apart.
