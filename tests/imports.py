@@ -1,0 +1,67 @@
+"""Importing a file or a few rows of a format, and looking at what came of it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from rows import jsonl
+
+from data_tools.importers import IMPORTERS
+
+DATA = Path(__file__).parents[2] / "shared" / "data"
+EXPORTS = DATA / "annotation_exports"
+real = pytest.mark.skipif(not DATA.exists(), reason="../shared is absent")
+
+
+def read(name, path, **options):
+    """(records, rejects) of one file."""
+    rejects = []
+    return list(IMPORTERS.pick({"name": name, **options})(Path(path), rejects.append)), rejects
+
+
+def made(tmp_path, name, *rows, **options):
+    """(records, reasons) of a file of these rows."""
+    records, rejects = read(name, jsonl(tmp_path / "in.jsonl", rows), **options)
+    return records, [reject.reason for reject in rejects]
+
+
+def one(tmp_path, name, row, **options):
+    """The one record of a row."""
+    ((record,), reasons) = made(tmp_path, name, row, **options)
+    assert reasons == []
+    return record
+
+
+def by_rank(record):
+    """Rank -> the texts that have it."""
+    order: dict[int, list[str]] = {}
+    for candidate, rank in zip(record.candidates, record.ranks):
+        order.setdefault(rank, []).append(candidate.text)
+    return order
+
+
+def best(record):
+    """The text that won."""
+    ((text,), *_) = (by_rank(record)[1],)
+    return text
+
+
+def said(record):
+    return [(message.role, message.content) for message in record.messages]
+
+
+def user(text):
+    return {"role": "user", "content": text}
+
+
+def assistant(text, **more):
+    return {"role": "assistant", "content": text, **more}
+
+
+def human(text):
+    return {"from": "human", "value": text}
+
+
+def gpt(text):
+    return {"from": "gpt", "value": text}

@@ -1,0 +1,208 @@
+"""Importers of pairs and comparisons: who won, who wrote, what became the prompt, which rows are set aside."""
+
+from __future__ import annotations
+
+import pytest
+from imports import DATA, EXPORTS, assistant, best, by_rank, gpt, human, made, one, read, real, said, user
+
+# ---- HH-RLHF and TRL -------------------------------------------------------------------------------------------------
+
+
+@real
+def test_in_hh_rlhf_the_chosen_answer_wins():
+    records, _ = read("hh-rlhf", EXPORTS / "hh_rlhf" / "harmless_test.first20.jsonl")
+    assert best(records[0]).startswith("No, sorry!  All of these involve a pen")
+    assert len(records[0].messages) == 5
+    assert not any(record.shown for record in records)
+
+
+@real
+def test_in_ukp_pairs_the_chosen_argument_wins():
+    records, _ = read("trl-preference", DATA / "preferences" / "ukpconvarg1_strict_pairs.jsonl.gz")
+    assert best(records[0]).startswith("Bottled water consumption has grown exponentially")
+    assert said(records[0])[0][1].startswith('Debate: "Ban Plastic Water Bottles"')
+
+
+@pytest.mark.parametrize(
+    ("row", "prompt"),
+    [
+        ({"prompt": "Sky?", "chosen": "Blue.", "rejected": "Green."}, [("user", "Sky?")]),
+        (
+            {"prompt": [user("Sky?")], "chosen": [assistant("Blue.")], "rejected": [assistant("Green.")]},
+            [("user", "Sky?")],
+        ),
+        ({"prompt": [user("Sky?")], "chosen": "Blue.", "rejected": "Green."}, [("user", "Sky?")]),
+        (
+            {
+                "chosen": [{"role": "system", "content": "Short."}, user("Sky?"), assistant("Blue.")],
+                "rejected": [{"role": "system", "content": "Short."}, user("Sky?"), assistant("Green.")],
+            },
+            [("system", "Short."), ("user", "Sky?")],
+        ),
+        (
+            {
+                "prompt": "Sky?", "chosen": [user("Sky?"), assistant("Blue.")],
+                "rejected": [user("Sky?"), assistant("Green.")],
+            },
+            [("user", "Sky?")],
+        ),
+        (
+            {
+                "prompt": [user("Hi")], "chosen": [assistant("Hello"), user("Sky?"), assistant("Blue.")],
+                "rejected": [assistant("Hello"), user("Sky?"), assistant("Green.")],
+            },
+            [("user", "Hi"), ("assistant", "Hello"), ("user", "Sky?")],
+        ),
+        ({"chosen": "The sky is Blue.", "rejected": "The sky is Green."}, [("user", "The sky is")]),
+        ({"chosen": "The sky is\nBlue.", "rejected": "The sky is\n  Green."}, [("user", "The sky is")]),
+    ],
+    ids=["text", "messages", "mixed", "implicit", "repeated", "continued", "implicit text", "line break"],
+)  # fmt: skip
+def test_every_form_of_a_trl_row_gives_the_same_pair(tmp_path, row, prompt):
+    record = one(tmp_path, "trl-preference", row)
+    assert said(record) == prompt
+    assert by_rank(record) == {1: ["Blue."], 2: ["Green."]}
+
+
+def test_a_text_is_not_cut_inside_a_word(tmp_path):
+    record = one(tmp_path, "trl-preference", {"chosen": "It is blue", "rejected": "It is black"})
+    assert (said(record), by_rank(record)) == ([("user", "It is")], {1: ["blue"], 2: ["black"]})
+    record = one(tmp_path, "trl-preference", {"chosen": "It is blue", "rejected": "It is blue today"})
+    assert by_rank(record) == {1: ["blue"], 2: ["blue today"]}
+
+
+@pytest.mark.parametrize(
+    ("row", "reason"),
+    [
+        (
+            {"chosen": "\n\nHuman: a\n\nAssistant: b", "rejected": "\n\nHuman: a\n\nAssistant: c"},
+            "transcript of HH-RLHF",
+        ),
+        ({"chosen": "Blue.", "rejected": "Green."}, "messages.content: empty"),
+        ({"prompt": "a", "chosen": "b", "rejected": "b"}, "fewer than two distinct answers"),
+        ({"prompt": "a", "chosen": "b", "rejected": " "}, "candidates.text: empty"),
+        ({"prompt": "a", "chosen": "b"}, "rejected: missing"),
+        ({"prompt": "a", "chosen": "b", "rejected": [assistant("c")]}, "one is text, the other is not"),
+        ({"prompt": "a", "chosen": 1, "rejected": 2}, "chosen: not a list of turns"),
+        ({"chosen": [], "rejected": []}, "chosen: not one answer"),
+        (
+            {"prompt": "a", "chosen": [assistant("b"), user("c")], "rejected": [assistant("d")]},
+            "chosen: not one answer",
+        ),
+        ({"prompt": "a", "chosen": [assistant(None, tool_calls=[{}])], "rejected": [assistant("d")]}, "calls a tool"),
+    ],
+)
+def test_a_trl_row_that_is_no_pair_is_set_aside(tmp_path, row, reason):
+    records, reasons = made(tmp_path, "trl-preference", row)
+    assert records == []
+    assert [reason in told for told in reasons] == [True]
+
+
+# ---- OpenAI and ShareGPT pairs ---------------------------------------------------------------------------------------
+
+
+@real
+def test_in_openai_preferences_the_preferred_output_wins():
+    ((record,), _) = read("openai-preference", EXPORTS / "openai_chat" / "preference_dpo.documented.json")
+    assert best(record).startswith("Einstein is renowned for his theory of relativity")
+    assert said(record) == [("user", "What is Einstein famous for?")]
+
+
+def test_an_openai_output_of_several_messages_is_set_aside(tmp_path):
+    row = {"input": {"messages": [user("a")]}, "preferred_output": [assistant("b"), assistant("c")]}
+    _, reasons = made(tmp_path, "openai-preference", {**row, "non_preferred_output": [assistant("d")]})
+    assert reasons == ["preferred_output: not one answer of the assistant"]
+
+
+def test_text_parts_are_text_and_a_developer_speaks_as_the_system(tmp_path):
+    parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
+    row = {"input": {"messages": [{"role": "developer", "content": "Short."}, user(parts)]}}
+    row |= {"preferred_output": [assistant("c")], "non_preferred_output": [assistant("d")]}
+    assert said(one(tmp_path, "openai-preference", row)) == [("system", "Short."), ("user", "a\nb")]
+    row["input"]["messages"][1] = user([{"type": "image_url", "image_url": {"url": "x"}}])
+    assert made(tmp_path, "openai-preference", row)[1] == ["input.messages: a turn that is not text"]
+
+
+@real
+def test_in_llama_factory_pairs_the_chosen_answer_wins():
+    records, rejects = read("sharegpt-preference", EXPORTS / "sharegpt" / "llamafactory_dpo_sharegpt.json")
+    assert (len(records), rejects) == (10, [])
+    assert best(records[0]).startswith("That sounds like a fun and engaging idea!")
+    assert [role for role, _ in said(records[1])] == ["system", "user"]
+
+
+def test_a_tool_in_a_sharegpt_pair_is_set_aside(tmp_path):
+    row = {
+        "conversations": [human("a"), {"from": "function_call", "value": "{}"}],
+        "chosen": gpt("b"),
+        "rejected": gpt("c"),
+    }
+    assert made(tmp_path, "sharegpt-preference", row)[1] == ["conversations: a turn that calls a tool or is one's"]
+
+
+# ---- published comparisons -------------------------------------------------------------------------------------------
+
+
+@real
+def test_in_summaries_the_choice_wins_as_an_index_from_0():
+    ((record,), _) = read("summarize-from-feedback", EXPORTS / "summarize_from_feedback" / "comparison.json")
+    assert best(record).startswith("we suspect other party involved of speeding")
+    assert [(c.author, c.author_kind) for c in record.candidates] == [("sup4_ppo_rm3_kl10", "model"), ("ref", "person")]
+    assert record.annotator == "ikNmucwunMnYJCQpnq6ZYb57OW7NiD"
+    assert record.split == "train"
+    prompt = said(record)[0][1]
+    assert prompt.startswith("SUBREDDIT: r/legaladvice\n\nTITLE: Anybody with knowledge")
+    assert "\n\nPOST: I had a car accident" in prompt
+    assert prompt.endswith("\n\nTL;DR:")
+
+
+@real
+def test_ratings_of_one_summary_are_no_comparison():
+    records, rejects = read("summarize-from-feedback", EXPORTS / "summarize_from_feedback" / "axis_eval.json")
+    assert records == []
+    assert [reject.reason for reject in rejects] == ["a rating of one summary, not a comparison"]
+
+
+def webgpt_row(score_0, score_1):
+    answers = {"answer_0": "a", "answer_1": "b", "score_0": score_0, "score_1": score_1}
+    return {"question": {"full_text": "Why?", "id": "1"}, **answers}
+
+
+def test_in_webgpt_the_higher_score_wins_and_equal_scores_tie(tmp_path):
+    assert best(one(tmp_path, "webgpt", webgpt_row(0.25, -0.25))) == "a"
+    assert best(one(tmp_path, "webgpt", webgpt_row(-1, 1))) == "b"
+    assert one(tmp_path, "webgpt", webgpt_row(0, 0.0)).ranks == (1, 1)
+    assert (
+        made(tmp_path, "webgpt", webgpt_row(2, -2), webgpt_row(True, -1), webgpt_row("1", -1))[1]
+        == ["score_0: not a number from -1 to 1"] * 3
+    )
+
+
+@real
+def test_in_shp_a_label_of_0_means_that_b_won():
+    ((record,), _) = read("shp", EXPORTS / "shp" / "row.documented.json")
+    assert best(record).startswith("It's ironic to me that research has shown")
+    assert (record.group, record.split) == ("askacademia", "train")
+    assert [candidate.score for candidate in record.candidates] == [52, 54]
+
+
+def test_in_shp_a_label_of_1_means_that_a_won_and_must_agree_with_the_votes(tmp_path):
+    row = {"history": "Why?", "human_ref_A": "a", "human_ref_B": "b", "labels": 1, "domain": "ask_science"}
+    record = one(tmp_path, "shp", row)
+    assert (best(record), record.group, record.split) == ("a", "ask_science", None)
+    votes = {"score_A": 3, "score_B": 9}
+    assert made(tmp_path, "shp", {**row, **votes})[1] == ["labels: contradict score_A and score_B"]
+    assert made(tmp_path, "shp", {**row, "labels": 2}, {**row, "labels": "1"})[1] == ["labels: not one of 0, 1"] * 2
+
+
+@pytest.mark.parametrize(("preference", "ranks"), [(-3, (1, 2)), (-1, (1, 2)), (0, (1, 1)), (2, (2, 1))])
+def test_in_helpsteer3_a_negative_preference_is_for_the_first(tmp_path, preference, ranks):
+    row = {"context": [user("Why?")], "response1": "a", "response2": "b", "overall_preference": preference}
+    assert one(tmp_path, "helpsteer3", row).ranks == ranks
+    row = {"prompt": "Why?", "response_1": "a", "response_2": "b", "preference_strength": preference}
+    assert one(tmp_path, "helpsteer3", row).ranks == ranks
+
+
+def test_a_preference_beyond_3_is_set_aside(tmp_path):
+    row = {"context": [user("Why?")], "response1": "a", "response2": "b", "overall_preference": -100}
+    assert made(tmp_path, "helpsteer3", row)[1] == ["overall_preference: not a number from -3 to 3"]
