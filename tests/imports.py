@@ -43,7 +43,7 @@ def by_rank(record):
 
 def best(record):
     """The text that won."""
-    ((text,), *_) = (by_rank(record)[1],)
+    (text,) = by_rank(record)[1]
     return text
 
 

@@ -7,6 +7,8 @@ import json
 from itertools import islice
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from rows import tree
 
@@ -157,6 +159,15 @@ class TestEveryImporterOfJSONLines:
         summary = caught.value.summary
         assert summary.rejected == summary.read == len(awkward)
         assert not (tmp_path / "d").exists()
+
+    def test_parquet_gives_the_same_records(self, row, tmp_path):
+        plain = sample_file(row, tmp_path)
+        table = pa.Table.from_pylist(_values(plain))
+        pq.write_table(table, tmp_path / "in.parquet")
+        assert detected(tmp_path / "in.parquet").keys() == {row.name}
+        for name, file in (("a", plain), ("b", tmp_path / "in.parquet")):
+            imported(row, file, tmp_path / name)
+        assert open_dataset(tmp_path / "a").fingerprint == open_dataset(tmp_path / "b").fingerprint
 
 
 def _values(path):
