@@ -182,10 +182,11 @@ def show(summary: Mapping[str, Any]) -> None:
     whys = {"duplicate": "the same as another", "near": "nearly the same as another", "against": "in the other sets"}
     rows = [[whys[why], count] for why, count in summary["dropped"].items()]
     if rows:
-        console.table(f"left out (listed in {folder / DROPPED_FILE})", ["why", "records"], rows)
+        console.table("left out", ["why", "records"], rows)
     left_out = sum(summary["dropped"].values())
     told = f"read {summary['read']:,} = written {summary['written']:,} + left out {left_out:,}"
     told += f" + rejected {summary['rejected']:,}" if summary["rejected"] else ""
-    console.say(f"{told} -> {summary['out']} ({summary['kind']}s)")
+    listed = f"; what was left out is listed in {folder / DROPPED_FILE}" if left_out else ""
+    console.say(f"{told} -> {summary['out']} ({summary['kind']}s){listed}")
     if summary["rejected"]:
         console.warn(f"{summary['rejected']} bad rows of the parent were set aside: {folder / FILE_NAME}")

@@ -184,7 +184,7 @@ def _write(parent: Dataset, made: Derivation, condition: _Condition, where: str 
     """Write the records that are kept; how many are not."""
     filtered = failed = 0
     first = ""
-    for record in console.track(parent.records(on_reject=made.rejects), "filtering", unit="records"):
+    for record in parent.records(on_reject=made.rejects):
         try:
             keep = condition(record)
         except Failed as error:

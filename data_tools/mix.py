@@ -197,9 +197,10 @@ def _woven(
 
 
 def _chosen(parent: Dataset, chosen: set[int], reject: OnReject) -> Iterator[Record]:
+    name = parent.path.name.split(".")[0] if parent.path.is_file() else parent.path.name
     for index, record in enumerate(parent.records(on_reject=reject)):
         if index in chosen:
-            yield record if record.source else replace(record, source=parent.path.name)
+            yield record if record.source else replace(record, source=name)
 
 
 class _Leaks:

@@ -242,6 +242,6 @@ def show(summary: Mapping[str, Any]) -> None:
     rows = [[split, summary["splits"][split], summary["keys"][split]] for split in SPLITS]
     console.table(f"{summary['out']}: {summary['kind']}s", ["split", "records", f"{summary['by']}s"], rows)
     if summary["joined"]:
-        console.say(f"{summary['joined']:,} {summary['by']}s went with another that they are near to")
+        console.say(f"{summary['by']}s that went with another that they are near to: {summary['joined']:,}")
     if summary["rejected"]:
         console.warn(f"{summary['rejected']} bad rows of the parent were set aside: {Path(summary['out']) / FILE_NAME}")

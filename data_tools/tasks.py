@@ -234,7 +234,7 @@ def make_tasks(
     writer = Writer(chosen, options, pools)
     with DatasetWriter(out, "demonstration", origin) as made, Rejects(made.partial / FILE_NAME, strict) as rejects:
         shutil.copyfile(chosen.file, made.partial / TEMPLATES_FILE)
-        for file, item, example in console.track(_read(mappers, rejects), "rendering", unit="rows"):
+        for file, item, example in _read(mappers, rejects):
             for record in writer.records(example):
                 if isinstance(record, BadRecord):
                     rejects(Reject.of(file, item.line, record, item.raw))

@@ -193,7 +193,10 @@ def test_near_prompts_stay_together_and_leak_without_it(tmp_path):
     found = near_splits(tmp_path / "near")
     assert len(found) == 60 and all(len(splits) == 1 for splits in found.values())
     assert set.union(*found.values()) == {"train", "eval", "test"}
-    assert last_line(result)["joined"] == 120 and "120 prompts went with another that they are near to" in result.stdout
+    assert (
+        last_line(result)["joined"] == 120
+        and "prompts that went with another that they are near to: 120" in result.stdout
+    )
     assert open_dataset(tmp_path / "near").manifest["origin"]["command"].endswith(" --seed 0 --near 0.8")
 
 
