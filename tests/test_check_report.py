@@ -22,6 +22,8 @@ from rlhf.schema import Candidate, Message, Ranking, to_dict
 
 EVIL = "<script>alert('x')</script> & <b>\"bold\"</b> {{ 7 * 7 }}"
 
+POLITE = "Write me an answer of a sentence or two, in plain English, if you please, and be kind about it all the while."
+
 
 def everything():
     """Rankings of which every metric can be taken."""
@@ -33,7 +35,7 @@ def everything():
             Candidate(_sentence(c.text), f"author {place}", "person" if place else "model")
             for place, c in enumerate(by_text)
         )
-        text = f"{row.messages[0].content} Write me an answer of a sentence or two, in English, if you please."
+        text = f"{row.messages[0].content} {POLITE}"
         more = {"annotator": row.annotator, "shown": True, "seconds": 5.0 + number % 7}
         ranks = [row.ranks[row.candidates.index(c)] for c in by_text]
         split = "eval" if int(re.findall(r"\d+", text)[0]) % 5 == 0 else "train"
@@ -47,7 +49,7 @@ def everything():
 
 def _sentence(text):
     more = "so " * (sum(map(ord, text)) % 7)
-    return f"The {text} is a sentence of some length that ends after {more}many words, I say."
+    return f"The {text} is a sentence of some length that ends after {more}many words. {POLITE}"
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from data_tools.check import consistency
 from data_tools.check.annotators import annotators_of
 from data_tools.check.ceiling import agreement_facts, several_times
-from data_tools.check.columns import Collector, as_shards, read_group, row_groups
+from data_tools.check.columns import Collector, as_shards, row_groups
 from data_tools.check.judgements import pairs_of, votes_of
 from rlhf import console
 from rlhf.lazy import lazy
@@ -46,9 +46,9 @@ def _one_pass(shards: Dataset) -> list[str]:
     ids, prompts = [np.zeros(0, np.uint64)], [np.zeros(0, np.uint64)]
     sizes: Counter[int] = Counter()
     tied = total = longer = unequal = 0
-    for file, group in row_groups(shards):
+    for group in row_groups(shards):
         collector = Collector()
-        collector.add(read_group(file, group, READ))
+        collector.add(group.read(READ))
         columns = collector.columns()
         ids.append(columns.id)
         prompts.append(columns.prompt)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from data_tools.check.columns import Collector, Columns, as_shards, column, hex_numbers, read_group, row_groups
+from data_tools.check.columns import Collector, Columns, as_shards, column, hex_numbers, row_groups
 from data_tools.check.intervals import bootstrapped, ratio
 from data_tools.check.judgements import Votes, pairs_of, votes_of
 from rlhf.lazy import lazy
@@ -134,19 +134,19 @@ def several_times(shards: Dataset, named: bool = True) -> Columns | None:
     """
     ids = [
         hex_numbers(column(table, "prompt_id").filter(_counted(table, named)))
-        for file, group in row_groups(shards)
-        for table in [read_group(file, group, ["prompt_id", "annotator", "merged"])]
+        for group in row_groups(shards)
+        for table in [group.read(["prompt_id", "annotator", "merged"])]
     ]
     known = np.sort(np.concatenate(ids)) if ids else np.zeros(0, np.uint64)
     wanted = np.unique(known[1:][known[1:] == known[:-1]])[:MOST_PROMPTS]
     if not len(wanted):
         return None
     collector = Collector()
-    for file, group in row_groups(shards):
-        prompts = hex_numbers(column(read_group(file, group, ["prompt_id"]), "prompt_id"))
+    for group in row_groups(shards):
+        prompts = hex_numbers(column(group.read(["prompt_id"]), "prompt_id"))
         chosen = wanted[np.searchsorted(wanted, prompts).clip(max=len(wanted) - 1)] == prompts
         if chosen.any():
-            collector.add(read_group(file, group).filter(pa.array(chosen)).combine_chunks())
+            collector.add(group.read().filter(pa.array(chosen)).combine_chunks())
     return collector.columns()
 
 

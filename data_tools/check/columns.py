@@ -91,8 +91,33 @@ def as_shards(dataset: Dataset, on_reject: OnReject | None = None) -> Iterator[D
         yield open_dataset(place)
 
 
-def row_groups(dataset: Dataset, columns: list[str] | None = None) -> Iterator[tuple[pq.ParquetFile, int]]:
-    """Every (open shard, number of a row group in it) of a dataset folder.
+@dataclass(frozen=True)
+class Group:
+    """A row group of a shard: some thousand records."""
+
+    path: Path
+    file: pq.ParquetFile
+    number: int
+
+    def __len__(self) -> int:
+        return self.file.metadata.row_group(self.number).num_rows
+
+    def read(self, names: list[str] | None = None) -> pa.Table:
+        """Its columns, each in one piece. Those that an older dataset lacks are left out.
+
+        Raises:
+            UserError: The shard is damaged.
+        """
+        there = self.file.schema_arrow.names
+        wanted = there if names is None else [name for name in names if name in there]
+        try:
+            return self.file.read_row_group(self.number, columns=wanted, use_threads=False).combine_chunks()
+        except (pa.ArrowException, OSError) as error:
+            raise _damaged(self.path, error) from None
+
+
+def row_groups(dataset: Dataset) -> Iterator[Group]:
+    """Every row group of a dataset folder, in order.
 
     Raises:
         UserError: A shard is damaged.
@@ -100,18 +125,15 @@ def row_groups(dataset: Dataset, columns: list[str] | None = None) -> Iterator[t
     for shard in dataset.manifest["shards"]:
         path = dataset.path / shard["file"]
         try:
-            with pq.ParquetFile(path, memory_map=True) as file:
-                for group in range(file.num_row_groups):
-                    yield file, group
+            file = pq.ParquetFile(path, memory_map=True)
         except (pa.ArrowException, OSError) as error:
-            raise UserError(f"{path}: damaged: {error}", remedy="Import the data again.") from None
+            raise _damaged(path, error) from None
+        with file:
+            yield from (Group(path, file, number) for number in range(file.num_row_groups))
 
 
-def read_group(file: pq.ParquetFile, group: int, names: list[str] | None = None) -> pa.Table:
-    """A row group, with each column in one piece. Columns that an older dataset lacks are left out."""
-    there = file.schema_arrow.names
-    wanted = there if names is None else [name for name in names if name in there]
-    return file.read_row_group(group, columns=wanted, use_threads=False).combine_chunks()
+def _damaged(path: Path, error: Exception) -> UserError:
+    return UserError(f"{path}: damaged: {error}", remedy="Import the data again, or bring the file back from a copy.")
 
 
 def column(table: pa.Table, name: str) -> pa.Array:

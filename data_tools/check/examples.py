@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from data_tools.check.facts import Facts
+from data_tools.check.words import best_answer
 from rlhf.schema import SPLITS
 
 LONGEST = 600
@@ -53,6 +54,10 @@ def _answers(facts: Facts) -> Iterator[Example]:
         times = int((facts.columns.answer == facts.columns.answer[at]).sum())
         answer = facts.texts.answers[row][at - int(facts.columns.start[row])]
         yield Example("repeated-answers", [(f"answer, {times:,} times", _short(answer))])
+    for row, ways in facts.languages.examples[:MOST]:
+        best = facts.texts.answers[row][best_answer(facts.columns, row)]
+        texts = [(f"prompt ({ways})", _short(facts.texts.prompt[row])), ("answer", _short(best))]
+        yield Example("answers-in-another-language", texts)
 
 
 def _contradictions(facts: Facts) -> Iterator[Example]:

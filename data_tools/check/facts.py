@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from data_tools.check import biases, consistency, duplicates, words
 from data_tools.check.agreement import kendall_sums
 from data_tools.check.annotators import Annotator, annotators_of
-from data_tools.check.columns import Collector, Columns, as_shards, read_group, row_groups
+from data_tools.check.columns import Collector, Columns, as_shards, row_groups
 from data_tools.check.duplicates import EvaluationSet, NearPrompts
 from data_tools.check.intervals import Estimate
 from data_tools.check.judgements import Pairs, Votes, pairs_of, votes_of
@@ -100,7 +100,7 @@ class Facts:
         return duplicates.near_contaminated(self.columns, self.texts, self.evaluation)
 
     @cached_property
-    def languages(self) -> tuple[Counter[str], Estimate | None]:
+    def languages(self) -> words.Languages:
         return words.languages(self.columns, self.texts)
 
     def is_sample(self, what: str) -> bool:
@@ -133,6 +133,6 @@ def gathered(path: str | Path, against: Sequence[Path] = (), near: bool = True) 
 
     with as_shards(dataset, count) as shards:
         collector = Collector()
-        for file, group in row_groups(shards):
-            collector.add(read_group(file, group))
+        for group in row_groups(shards):
+            collector.add(group.read())
         yield Facts(dataset, shards, collector.columns(), near, sets, bad_rows)

@@ -1,9 +1,7 @@
 """The table of metrics: what `rlhf data check` measures, what each figure means, and what to do about it.
 
-A row is a function of the facts that gives an estimate, or says in words why there is none. Its first docstring line is
-the metric's description. Its traits: `part` of the report; `unit` (share, count or number); what it is counted over
-(`basis`); `sampled`, what of a large dataset is sampled for it (a key of `Facts.is_sample`); `look` and `bad`,
-conditions under which it needs a look or is bad; `advice`, what to do then; `kinds` of dataset that it is made for.
+A row is a function of the facts that gives an estimate, or says in words why there is none; its first docstring line is
+the metric's description. `data_tools.check.catalogue.metric` tells what else belongs to it.
 """
 
 from __future__ import annotations
@@ -11,40 +9,30 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from data_tools.check import agreement, biases, consistency, duplicates, words
+from data_tools.check.catalogue import (
+    ANY,
+    METRICS,
+    NO_NAMES,
+    NO_NEAR,
+    NO_SETS,
+    NO_SPLITS,
+    NO_TWO,
+    WITH_ANSWERS,
+    Found,
+    metric,
+    or_why,
+)
 from data_tools.check.ceiling import agreement_sums, ceiling
 from data_tools.check.facts import Facts
 from data_tools.check.intervals import Estimate, bootstrapped, ratio
 from rlhf.lazy import lazy
-from rlhf.schema import KINDS
-from rlhf.table import Table
 
 if TYPE_CHECKING:
     import numpy as np
 else:
     np = lazy("numpy")
 
-Found = Estimate | str
-METRICS = Table("metric")
-ANY, RANKINGS = tuple(KINDS), ("ranking",)
-WITH_ANSWERS = ("demonstration", "proposal", "ranking")
-
-NO_NEAR = "the near-duplicate search was switched off (--no-near)"
-NO_SETS = "no evaluation set was named (--against)"
-NO_SPLITS = "fewer than two splits"
-NO_TWO = "no pair of answers was ordered by two named people"
-NO_NAMES = "no ranking names its annotator"
-
-
-def or_why(found: Estimate | None, why: str) -> Found:
-    """The estimate, or the words that say why there is none."""
-    return why if found is None else found
-
-
-def metric(name: str, part: str, unit: str, basis: str, **more: object) -> object:
-    """Add a row; `METRICS.row` with the traits that have defaults."""
-    defaults = {"sampled": "", "look": (), "bad": (), "advice": "", "kinds": RANKINGS}
-    return METRICS.row(name, part=part, unit=unit, basis=basis, **{**defaults, **more})
-
+__all__ = ["METRICS"]
 
 # ---- duplicates -----------------------------------------------------------------------------------------------------
 
@@ -69,7 +57,8 @@ def prompts_across_splits(facts: Facts) -> Found:
 
 @metric(
     "near-duplicates-within-splits", "duplicates", "share", "prompts", kinds=ANY, sampled="prompts", look=(">0.1",),
-    bad=(">0.5",), advice="Run `rlhf data dedup --near` where these are the same question; templates may be meant so.",
+    bad=(">0.5",),
+    advice="Run `rlhf data dedup --by prompt --near 0.8` where they ask the same; templates may be meant so.",
 )  # fmt: skip
 def near_duplicates_within_splits(facts: Facts) -> Found:
     """Prompts that share four fifths of their three-word runs with an earlier, different prompt of their split."""
@@ -78,7 +67,7 @@ def near_duplicates_within_splits(facts: Facts) -> Found:
 
 @metric(
     "near-duplicates-across-splits", "duplicates", "count", "prompts", kinds=ANY, sampled="prompts", bad=(">0",),
-    advice="Run `rlhf data split` so that near-duplicates stay together, or leave the near ones out of train.",
+    advice="Run `rlhf data split --near 0.8`, which keeps near-duplicates together.",
 )  # fmt: skip
 def near_duplicates_across_splits(facts: Facts) -> Found:
     """Prompts whose near-duplicates stand in another split."""
@@ -89,7 +78,7 @@ def near_duplicates_across_splits(facts: Facts) -> Found:
 
 @metric(
     "contaminated-prompts", "duplicates", "count", "prompts of train or no split", kinds=ANY, bad=(">0",),
-    advice="Take these prompts out before training; the evaluation sets are worth nothing otherwise.",
+    advice="Take them out (`rlhf data dedup --against EVALSET`); the evaluation is worth nothing otherwise.",
 )  # fmt: skip
 def contaminated_prompts(facts: Facts) -> Found:
     """Prompts of train, or of no split, that stand in an evaluation set given with --against."""
@@ -339,8 +328,8 @@ def _named(names: list[str], n: int) -> Estimate:
 
 @metric(
     "random-annotators", "annotators", "count", "annotators with enough pairs that others ordered too", bad=(">0",),
-    advice="Look at their work and their time an item; leave it out with `rlhf data filter`, or weigh it with `rlhf "
-    "data aggregate`.",
+    advice="Look at their work and their time an item; leave it out with `rlhf data filter --where`, or weigh it "
+    "with `rlhf data aggregate`.",
 )  # fmt: skip
 def random_annotators(facts: Facts) -> Found:
     """People who agree with the others less than these do among themselves, and no more than a random clicker would."""
@@ -410,11 +399,11 @@ def answer_length(facts: Facts) -> Found:
 )  # fmt: skip
 def languages(facts: Facts) -> Found:
     """Languages that one in fifty prompts or more is in."""
-    found = facts.languages[0]
+    found = facts.languages.prompts
     total = found.total()
     if not total:
         return "no prompt is long enough to tell its language"
-    return Estimate(float(sum(times >= total / 50 for times in found.values())), n=total)
+    return _named([code for code, times in found.most_common() if times >= total / 50], total)
 
 
 @metric(
@@ -424,4 +413,4 @@ def languages(facts: Facts) -> Found:
 )  # fmt: skip
 def answers_in_another_language(facts: Facts) -> Found:
     """Best answers in another language than their prompt."""
-    return or_why(facts.languages[1], "no prompt and answer are long enough to tell their language")
+    return or_why(facts.languages.other, "no prompt and answer are long enough to tell their language")

@@ -31,9 +31,9 @@ def render(report: Report) -> str:
     environment.filters["marked"] = _marked
     template = environment.from_string(TEMPLATE.read_text("utf-8"))
     return template.render(
-        report=report, headline=show.headline(report), parts=_parts(report), missing=_missing(report),
+        report=report, headline=show.headline(report), ceiling=show.ceiling_line(report), parts=_parts(report),
+        missing=_missing(report), examples=_examples(report),
         drawn={name: markupsafe.Markup(svg) for name, svg in _plots(report).items()},
-        examples=_examples(report),
     )  # fmt: skip
 
 

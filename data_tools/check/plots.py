@@ -40,7 +40,9 @@ def _svg(name: str, title: str, height: float, draw: Any) -> str:
         figure = mpl.Figure(figsize=(6.4, height), layout="constrained")
         draw(figure.add_subplot())
         file = io.StringIO()
-        figure.savefig(file, format="svg", transparent=True, metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))
+        figure.savefig(
+            file, format="svg", transparent=True, metadata=dict.fromkeys(("Date", "Creator", "Format", "Type"))
+        )
     svg = file.getvalue()[file.getvalue().index("<svg") :]
     svg = svg.replace(INK, "currentColor").replace(FAINT, "var(--faint)")
     svg = re.sub(r'\bid="', f'id="{name}-', svg)

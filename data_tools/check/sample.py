@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from data_tools.check.columns import Columns, column, hex_numbers, read_group, row_groups
+from data_tools.check.columns import Columns, column, hex_numbers, row_groups
 from data_tools.check.intervals import SEED
 from rlhf.lazy import lazy
 from rlhf.schema import SPLITS
@@ -77,11 +77,11 @@ def texts_of(shards: Dataset, columns: Columns, near: bool, also: Iterable[int] 
     prompt: dict[int, str] = {}
     answers: dict[int, list[str]] = {}
     begin = 0
-    for file, group in row_groups(shards):
-        end = begin + file.metadata.row_group(group).num_rows
+    for group in row_groups(shards):
+        end = begin + len(group)
         here = wanted[np.searchsorted(wanted, begin) : np.searchsorted(wanted, end)]
         if len(here):
-            table = read_group(file, group, ["messages", "candidates", "answer"])
+            table = group.read(["messages", "candidates", "answer"])
             rows = table.take(pa.array(here - begin)).combine_chunks()
             for number, row in zip(here.tolist(), rows.to_pylist()):
                 prompt[number] = _cut("\n\n".join(message["content"] for message in row["messages"]))
@@ -93,8 +93,8 @@ def texts_of(shards: Dataset, columns: Columns, near: bool, also: Iterable[int] 
 def prompt_texts(shards: Dataset, most: int = MOST_PROMPTS) -> tuple[np.ndarray, dict[str, str]]:
     """All prompt ids of a dataset as uint64, and id -> text of the first `most` distinct prompts."""
     ids, texts = [np.zeros(0, np.uint64)], {}
-    for file, group in row_groups(shards):
-        table = read_group(file, group, ["prompt_id", "messages"] if len(texts) < most else ["prompt_id"])
+    for group in row_groups(shards):
+        table = group.read(["prompt_id", "messages"] if len(texts) < most else ["prompt_id"])
         ids.append(hex_numbers(column(table, "prompt_id")))
         if len(texts) < most:
             for row in table.to_pylist():

@@ -59,6 +59,23 @@ def conditions(one: Measured) -> str:
     return "; ".join(told)
 
 
+def ceiling_line(report: Report) -> str:
+    """What a reward model can reach, in a sentence, or why nobody can tell; empty for other kinds than rankings."""
+    one = report["ceiling"]
+    if report.kind != "ranking":
+        return ""
+    if one.found is None:
+        todo = "Have some hundred prompts ranked by two or more people each, under their names."
+        return f"Agreement, and the ceiling of a reward model, are unknown: {one.why}. {todo}"
+    reach = f"{value_of(one)} ({interval(one.found, 'share')})" if one.found.low is not None else value_of(one)
+    return f"Agreement ceiling: against the choice of one annotator no reward model can be right in more than {reach}."
+
+
+def answers_line(report: Report) -> str:
+    """How many answers a record has."""
+    return ", ".join(f"{k} in {times:,}" for k, times in report.k.items())
+
+
 def headline(report: Report) -> str:
     """The verdict in one line."""
     bad, look = len(report.of_grade("bad")), len(report.of_grade("look"))
@@ -90,8 +107,12 @@ def show(report: Report) -> None:
         missing.setdefault(one.why, []).append(one.name)
     for why, names in missing.items():
         console.say(f"not measured: {', '.join(names)}: {why}")
+    if len(report.k) > 1:
+        console.say(f"answers to rank: {answers_line(report)}")
     console.say("")
     console.say(f"{report.records:,} records over {report.prompts:,} prompts in {report.path}: {headline(report)}")
+    if ceiling_line(report):
+        console.say(ceiling_line(report))
     for one in [*report.of_grade("bad"), *report.of_grade("look")]:
         console.say(
             f"{GRADE_WORDS[one.grade]}: {one.name} {value_of(one)}: {one.row.summary} {one.row.traits['advice']}"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from data_tools.check.columns import Columns
 from data_tools.check.consistency import share_by_prompt
@@ -26,9 +26,9 @@ MOST_PAIRS = 10_000
 FEWEST_PROMPTS = 50
 FOLDS = 5
 REGULARISATION = 0.03  # C of scikit-learn; of 0.01 to 10 about the best on HH-RLHF, OASST1 and PandaLM
-MOST_NAMED = 2_000
-SHORTEST_NAMED = 80
-"""Characters below which a text's language is not told: the identifier errs often on short ones."""
+MOST_NAMED = 5_000
+FEWEST_LETTERS = 80
+"""Below which a text's language is not told: the identifier errs often on short texts and tables."""
 
 
 def bag_of_words(columns: Columns, pairs: Pairs, texts: Texts) -> Estimate | None:
@@ -82,26 +82,43 @@ def foretold(one: list[str], other: list[str], order: np.ndarray, group: np.ndar
     return right
 
 
-def languages(columns: Columns, texts: Texts) -> tuple[Counter[str], Estimate | None]:
-    """Languages (ISO 639-1) of up to `MOST_NAMED` sampled prompts, and how often an answer is in another one.
+class Languages(NamedTuple):
+    """What languages the texts are in."""
 
-    The share is over the best answers (the only one of a demonstration) whose prompt is long enough to tell, too.
-    Texts of fewer than `SHORTEST_NAMED` characters are passed over; library py3langid (Lui and Baldwin 2012).
+    prompts: Counter[str]
+    """ISO 639-1 code -> prompts."""
+    other: Estimate | None
+    """How often the best answer is in another language than its prompt."""
+    examples: list[tuple[int, str]]
+    """Such records, up to five, and the two languages in words."""
+
+
+def languages(columns: Columns, texts: Texts) -> Languages:
+    """Name the languages of up to `MOST_NAMED` sampled prompts, and of their best (or only) answers.
+
+    Texts of fewer than `FEWEST_LETTERS` letters are passed over; library py3langid (Lui and Baldwin 2012).
     """
     found: Counter[str] = Counter()
-    other, prompts = [], []
+    other, prompts, examples = [], [], []
     for row in texts.records[:: -(-len(texts.records) // MOST_NAMED)].tolist():
         language = _language(texts.prompt[row])
         found[language] += language != ""
         if language and texts.answers[row]:
-            best = int(np.argmin(columns.rank[columns.start[row] : columns.start[row + 1]]))
-            answered = _language(texts.answers[row][best])
+            answered = _language(texts.answers[row][best_answer(columns, row)])
             if answered:
                 other.append(answered != language)
                 prompts.append(columns.prompt[row])
+                if other[-1] and len(examples) < 5:
+                    examples.append((row, f"{language} -> {answered}"))
     share = share_by_prompt(np.array(prompts, np.uint64), np.array(other, bool)) if other else None
-    return +found, share
+    return Languages(+found, share, examples)
+
+
+def best_answer(columns: Columns, row: int) -> int:
+    """Which answer of a record is the best one, from 0."""
+    return int(np.argmin(columns.rank[columns.start[row] : columns.start[row + 1]]))
 
 
 def _language(text: str) -> str:
-    return "" if len(text) < SHORTEST_NAMED else py3langid.classify(text[:1000])[0]
+    beginning = text[:1000]
+    return "" if sum(map(str.isalpha, beginning)) < FEWEST_LETTERS else py3langid.classify(beginning)[0]
