@@ -10,10 +10,12 @@ from itertools import islice
 
 import pytest
 import yaml
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from rows import jsonl, last_line, run, tree
 
 from data_tools.ingest import NothingUsable
-from data_tools.task_families import families, load_family, read_family
+from data_tools.task_families import ALWAYS, families, load_family, read_family
 from data_tools.task_rows import Mapper
 from data_tools.tasks import Options, Pools, make_tasks
 from rlhf.errors import UserError
@@ -435,3 +437,31 @@ def test_real_gsm8k_rows_are_asked_after_worked_ones(tmp_path, shared):
     )
     worked = reasoned.messages[0].content.split("\n\n")[0]
     assert worked.startswith("Reason step by step") and "\nThe answer is " in worked and "<<" not in worked
+
+
+# ---- any rows ------------------------------------------------------------------------------------------------------
+
+values = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats()
+    | st.text(max_size=8)
+    | st.sampled_from(["a", "b", "train"]),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=2),
+    max_leaves=6,
+)
+any_rows = st.lists(st.dictionaries(st.sampled_from(["question", "answer", "context", *ALWAYS]), values), max_size=6)
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(rows=any_rows, shots=st.integers(0, 2))
+def test_whatever_a_row_holds_it_is_written_or_rejected(tmp_path, rows, shots):
+    file = jsonl(tmp_path / "r.jsonl", [{"question": "Why?", "answer": "So."}, *rows])
+    words = ["question={{ question.split('x')[0] }}"] if shots else []
+    try:
+        said = make_tasks([file], tmp_path / "d", family="qa", fields=words, options=Options(shots=shots)).as_dict()
+    except NothingUsable as error:
+        said = error.summary.as_dict()
+    assert said["read"] == said["written"] + said["rejected"] == 1 + len(rows)
+    assert sum(said["reasons"].values()) == said["rejected"]
