@@ -131,14 +131,8 @@ def split_dataset(
     parent, others = open_dataset(path), [open_dataset(other) for other in together]
     deciding = {} if near is None else _deciding([parent, *others], by, near)
     plan = _plan(parent, by, shares, hold_out, seed, deciding)
-    wanted = [*shares, *(["eval"] if hold_out else [])]
-    empty = [split for split in SPLITS if split in wanted and split not in plan.values()]
-    if empty and not allow_empty:
-        raise UserError(
-            f"{path}: {' and '.join(empty)} would be empty: {len(plan)} {by}s fall by chance",
-            "The rule looks at each of them alone, so that it holds across datasets.",
-            "Name groups of eval by --hold-out, choose another --seed, fewer splits, or --allow-empty.",
-        )
+    if not allow_empty:
+        _refuse_empty(path, plan, {*shares, *(["eval"] if hold_out else [])}, by)
     words = _words(by, shares, seed, hold_out, near, together)
     with Derivation(out, parent.kind, [parent, *others], ["split", str(path), *words]) as made:
         for record in parent.records(on_reject=made.rejects):
@@ -153,6 +147,16 @@ def split_dataset(
         "keys": {split: keys.get(split, 0) for split in SPLITS},
         "joined": sum(deciding.get(key, key) != key for key in plan),
     }  # fmt: skip
+
+
+def _refuse_empty(path: str | Path, plan: Mapping[str, str], wanted: set[str], by: str) -> None:
+    empty = [split for split in SPLITS if split in wanted and split not in plan.values()]
+    if empty:
+        raise UserError(
+            f"{path}: {' and '.join(empty)} would be empty: {len(plan)} {by}s fall by chance",
+            "The rule looks at each of them alone, so that it holds across datasets.",
+            "Name groups of eval by --hold-out, choose another --seed, fewer splits, or --allow-empty.",
+        )
 
 
 def _words(

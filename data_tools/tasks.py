@@ -231,9 +231,14 @@ def make_tasks(
         "command": shlex.join(["rlhf", "data", "tasks", *words]),
         "files": [{"path": str(file), "sha256": file_hash(file)} for file in files],
     }
-    writer = Writer(chosen, options, pools)
+    return _write(out, origin, mappers, Writer(chosen, options, pools), chosen.file, strict)
+
+
+def _write(
+    out: str | Path, origin: dict[str, Any], mappers: dict[Path, Mapper], writer: Writer, templates: Path, strict: bool
+) -> ImportSummary:
     with DatasetWriter(out, "demonstration", origin) as made, Rejects(made.partial / FILE_NAME, strict) as rejects:
-        shutil.copyfile(chosen.file, made.partial / TEMPLATES_FILE)
+        shutil.copyfile(templates, made.partial / TEMPLATES_FILE)
         for file, item, example in _read(mappers, rejects):
             for record in writer.records(example):
                 if isinstance(record, BadRecord):
