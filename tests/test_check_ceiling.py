@@ -5,13 +5,16 @@ from __future__ import annotations
 import json
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 from check_rows import panel, ranking
 from rows import jsonl, tree, write
 
 from data_tools.check import ceiling as module
 from data_tools.check.ceiling import agreement_of, ceiling, record_agreement
+from rlhf.errors import UserError
 from rlhf.schema import Candidate, Demonstration, Message, Proposal, to_dict
+from rlhf.store import open_dataset
 
 
 def agreement(tmp_path, rows):
@@ -128,11 +131,27 @@ def test_other_kinds_and_files_are_left_as_they_are(tmp_path):
 
 
 def test_a_file_agrees_as_its_folder_does(tmp_path):
-    from rlhf.store import open_dataset
-
     rows = panel(30, dict.fromkeys("abc", 0.8), k=4)
     file = jsonl(tmp_path / "d.jsonl", [to_dict(row) for row in rows])
     assert agreement_of(open_dataset(file)) == agreement(tmp_path, rows)
+
+
+def test_a_dataset_of_the_first_schema_version_is_read(tmp_path):
+    data = write(tmp_path / "d", panel(30, dict.fromkeys("abc", 0.9)))
+    shard = data.path / "shard-00000.parquet"
+    pq.write_table(pq.read_table(shard).drop_columns(["seconds", "shown", "weight", "merged"]), shard)
+    (data.path / "manifest.json").write_text(json.dumps(data.manifest | {"schema_version": 1}))
+    assert record_agreement(data.path)["pairs"] == 30
+
+
+def test_a_damaged_shard_is_told(tmp_path):
+    data = write(tmp_path / "d", panel(30, dict.fromkeys("abc", 0.9)))
+    shard = data.path / "shard-00000.parquet"
+    whole = shard.read_bytes()
+    for damaged in (whole[:500], whole[:200] + bytes(2000) + whole[2200:]):
+        shard.write_bytes(damaged)
+        with pytest.raises(UserError, match=r"shard-00000.parquet: damaged"):
+            record_agreement(data.path)
 
 
 def test_of_more_prompts_than_fit_some_are_used(tmp_path, monkeypatch):

@@ -216,6 +216,14 @@ def test_text_of_users_is_never_code(tmp_path):
     assert "{{ 7 * 7 }}" in page
 
 
+def test_names_in_any_script_are_drawn_without_a_word(tmp_path, recwarn):
+    rows = [ranking(p, "xy", (1, 2), n) for p in "pqr" for n in ("安娜 😀", "null \0 and \u202e", "anna")]
+    page = render(check(write(tmp_path / "d", rows).path))
+    assert "安娜 😀</text>" in page
+    assert "null \ufffd and \ufffd</text>" in page
+    assert not [warning for warning in recwarn if "Glyph" in str(warning.message)]
+
+
 def test_the_page_is_written_only_where_it_is_asked_for(tmp_path):
     path = write(tmp_path / "d", panel(20, dict.fromkeys("abc", 0.8))).path
     before = sorted(tmp_path.rglob("*"))

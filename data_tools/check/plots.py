@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import re
+import warnings
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 from xml.sax.saxutils import escape
@@ -36,7 +37,8 @@ def _svg(name: str, title: str, height: float, draw: Any) -> str:
         name: Letters; keeps the ids of several plots on one page apart.
         title: What the plot shows, for those who cannot see it.
     """
-    with matplotlib.rc_context(STYLE | {"svg.hashsalt": name}):
+    with matplotlib.rc_context(STYLE | {"svg.hashsalt": name}), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph")  # the page's font draws the text, not matplotlib's
         figure = mpl.Figure(figsize=(6.4, height), layout="constrained")
         draw(figure.add_subplot())
         file = io.StringIO()
@@ -122,7 +124,8 @@ def annotators_plot(people: Sequence[Annotator]) -> str:
 
 def _rows(axes: Any, names: Sequence[str]) -> None:
     """One row a name, the first on top, with one half marked."""
-    axes.set_yticks(range(len(names)), [name if len(name) <= 28 else name[:27] + "…" for name in names])
+    plain = ["".join(letter if letter.isprintable() else "\ufffd" for letter in name) for name in names]
+    axes.set_yticks(range(len(names)), [name if len(name) <= 28 else name[:27] + "…" for name in plain])
     axes.set_ylim(len(names) - 0.5, -0.5)
     axes.axvline(0.5, color=FAINT, linewidth=1, linestyle=":")
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:.0%}")

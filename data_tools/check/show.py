@@ -45,7 +45,11 @@ def basis(one: Measured) -> str:
     """What the figure rests on, or why there is none."""
     if one.found is None:
         return one.why
-    return f"{one.found.n:,} {one.row.traits['basis']}" + (" (a sample)" if one.sampled else "")
+    sample = ""
+    if one.sampled:
+        pairs_are_lost = one.name.startswith(("near-duplicate", "near-contaminated"))
+        sample = " (a sample; the whole has more)" if pairs_are_lost else " (a sample)"
+    return f"{one.found.n:,} {one.row.traits['basis']}{sample}"
 
 
 def conditions(one: Measured) -> str:
