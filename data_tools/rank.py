@@ -246,7 +246,7 @@ class Session:
     def run(self) -> None:
         """Ask until nothing is left or the person quits."""
         told = f"Order the answers from best to worst. Each ranking is saved at once, to {self.file.path}"
-        self.console.print(console.printable(told), markup=False, soft_wrap=True)
+        self.console.print(console.printable(told), markup=False)
         self.console.print(HELP, markup=False)
         while self.waiting:
             proposal = self.proposals[self.waiting[0]]

@@ -76,7 +76,7 @@ def test_help_lists_every_command_without_heavy_imports(tmp_path):
     assert set(COMMANDS) <= set(listed)
 
 
-@pytest.mark.parametrize("command", [*COMMANDS, "data import"])
+@pytest.mark.parametrize("command", [*COMMANDS, "data import", "data propose", "data rank"])
 def test_help_of_every_command_comes_without_heavy_imports(tmp_path, command):
     done = rlhf(tmp_path, *command.split(), "--help")
     assert done.returncode == 0 and light(done) == ""

@@ -17,7 +17,8 @@ import yaml
 from rows import jsonl
 
 from data_tools.rounds import Round
-from rlhf.config_file import dump_config
+from rlhf.config import PipelineConfig
+from rlhf.config_file import check_config, dump_config
 from rlhf.errors import UserError
 from rlhf.schema import SCHEMA_VERSION, to_dict
 from rlhf.store import open_dataset
@@ -214,6 +215,12 @@ def test_faults_of_the_rounds_are_found_before_the_first_stage(place, changes, f
     with pytest.raises(UserError, match=re.escape(fault)):
         pipeline.run("all.yaml")
     assert not (place / "runs").exists()
+
+
+def test_the_rounds_in_the_documentation_are_a_pipelines():
+    (block,) = re.findall(r"```yaml\n(.*?)```", (REPOSITORY / "docs" / "rounds.md").read_text("utf-8"), re.DOTALL)
+    config = check_config(PipelineConfig, yaml.safe_load(block), "docs/rounds.md")
+    assert config.rounds is not None and config.rounds.count == 3
 
 
 def test_rounds_need_a_reward_stage_and_a_policy(place):

@@ -345,6 +345,7 @@ def test_ctrl_c_ends_with_130_and_everything_saved(candidates):
     terminal.type("4=3>1=2\n")
     terminal.until("2 of 4")
     terminal.until("order> ")
+    time.sleep(0.5)  # as a person would: a signal in the moment between prompt and reading waits for the next key
     os.killpg(terminal.process.pid, signal.SIGINT)
     terminal.until("1 of 4 ranked")
     assert terminal.end() == 130
