@@ -42,17 +42,17 @@ def test_someone_whose_ranks_run_the_other_way_is_reversed(tmp_path, seed):
 
 def test_two_people_who_disagree_are_not_told_apart(tmp_path):
     found = people(tmp_path, panel(300, {"honest": 0.9, "click": 0.5}, seed=2))
-    assert {one.verdict for one in found.values()} == {"too few"}
+    assert {one.verdict for one in found.values()} == {"unclear"}
 
 
 def test_a_few_judgements_are_too_few(tmp_path):
     found = people(tmp_path, panel(8, {**HONEST, "click": 0.5}, each=3))
-    assert {one.verdict for one in found.values()} == {"too few"}
+    assert {one.verdict for one in found.values()} == {"unclear"}
 
 
 def test_nobody_is_judged_where_nobody_else_judged(tmp_path):
     found = people(tmp_path, [ranking(f"q{i}", "xy", (1, 2), "alone") for i in range(50)])
-    assert (found["alone"].agreement, found["alone"].verdict, found["alone"].rankings) == (None, "too few", 50)
+    assert (found["alone"].agreement, found["alone"].verdict, found["alone"].rankings) == (None, "unclear", 50)
 
 
 def test_verdicts_are_worked_out_by_hand():
@@ -61,7 +61,7 @@ def test_verdicts_are_worked_out_by_hand():
     hits, tries = np.array([160.0, 50, 65, 20, 3]), np.array([200.0, 100, 100, 100, 5])
     others = np.array([4000.0, 5000.0])  # one more who outweighs all, so that what the others do is 0.8
     verdicts = random_clicker_test(np.append(hits, others[0]), np.append(tries, others[1]))
-    assert verdicts == ["as the others", "random", "weaker", "reversed", "too few", "as the others"]
+    assert verdicts == ["as the others", "random", "weaker", "reversed", "unclear", "as the others"]
     assert set(verdicts) == set(VERDICTS)
 
 

@@ -19,11 +19,11 @@ else:
 LEVEL = 0.01
 """Of the tests: the share of false alarms among the alarms (Benjamini and Hochberg 1995)."""
 VERDICTS = {
-    "as the others": "agrees with the majority of the others as often as they do",
+    "as the others": "agrees with the majority of the others about as often as they do, and more often than chance",
     "weaker": "agrees less often than the others do, and more often than chance",
     "random": "agrees less often than the others do, and no more often than someone who clicks at random",
     "reversed": "disagrees more often than chance would: the ranks may be the wrong way round",
-    "too few": "too few judgements beside those of others to tell",
+    "unclear": "too few judgements beside those of others, or others who agree too little among themselves, to tell",
 }
 
 
@@ -63,7 +63,7 @@ def annotators_of(columns: Columns, pairs: Pairs, votes: Votes) -> list[Annotato
         for i in range(known)
         if volume[i]
     ]  # fmt: skip
-    order = ("reversed", "random", "weaker", "as the others", "too few")
+    order = ("reversed", "random", "weaker", "as the others", "unclear")
     return sorted(found, key=lambda one: (order.index(one.verdict), -one.rankings, one.name))
 
 
@@ -104,10 +104,9 @@ def random_clicker_test(hits: np.ndarray, tries: np.ndarray) -> list[str]:
 
     Two exact binomial tests. *As good as the others?* P(X <= hits) for X ~ Binomial(tries, p), p the rate at which all
     others agree with their majorities, corrected for the number of annotators (Benjamini and Hochberg 1995), at 1 %.
-    *Better than chance?* P(X >= hits) for p = 1/2, at 1 %. Who fails both is called random; who fails the first alone
-    is weaker; who agrees less often than chance, P(X <= hits) for p = 1/2 at 1 % after the same correction, is
-    reversed. Someone is passed as one of the others only where a random clicker with as many pairs would likely have
-    been found: where half of the pairs would have failed the first test.
+    *Better than chance?* P(X >= hits) for p = 1/2, at 1 %. Who fails both is called random, who fails the first alone
+    is weaker, who fails the second alone cannot be told from a random clicker (unclear). Who agrees less often than
+    chance, P(X <= hits) for p = 1/2 at 1 % after the same correction, is reversed.
 
     Args:
         hits, tries: (annotators,) as `agreement_with_others` gives them; rounded to whole trials.
@@ -121,8 +120,7 @@ def random_clicker_test(hits: np.ndarray, tries: np.ndarray) -> list[str]:
         fitting = stats.binom.cdf(x, n, chance_of_others)[judged], stats.binom.cdf(x, n, 0.5)[judged]
         worse[judged], below[judged] = (stats.false_discovery_control(p) for p in fitting)
     above = stats.binom.sf(x - 1, n, 0.5) < LEVEL
-    would_fail = stats.binom.cdf(np.floor(n / 2), n, chance_of_others) < LEVEL
-    found = np.where(would_fail & judged, "as the others", "too few")
+    found = np.where(above, "as the others", "unclear")
     found = np.where(worse < LEVEL, np.where(above, "weaker", "random"), found)
     return [str(name) for name in np.where(below < LEVEL, "reversed", found)]
 

@@ -315,9 +315,9 @@ def annotators(facts: Facts) -> Found:
 
 
 def _how_many(facts: Facts, verdict: str) -> Found:
-    judged = [one for one in facts.annotators if one.verdict != "too few"]
+    judged = [one for one in facts.annotators if one.verdict != "unclear"]
     if not judged:
-        return "nobody has judged enough pairs that others judged too"
+        return "nobody can be told from a random clicker by the pairs that others judged too"
     return _named([one.name for one in judged if one.verdict == verdict], len(judged))
 
 
