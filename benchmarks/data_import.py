@@ -5,8 +5,8 @@
 
 Each measurement is a process of its own, bound to one core: seconds of wall clock from the first row to the last byte
 (imports of modules are left out), and the peak of its resident memory. `datasets` reads the same file with
-`load_dataset("json")` and maps it, batched, to the same columns by the same function that splits transcripts; it
-makes no ids, checks no row and writes no account of rejects.
+`load_dataset("json")` and maps it, batched, to messages, candidates, ranks and ids by the same functions that split
+transcripts and hash; it checks no record, compresses nothing and writes no account of rejects.
 """
 
 from __future__ import annotations
@@ -30,16 +30,18 @@ def work(): return import_dataset("hh-rlhf", [source], out).read
 THEIRS = """
 import datasets
 from data_tools.importers.hh import _transcript
-from rlhf.schema import BadRecord
+from rlhf.schema import BadRecord, content_hash
 datasets.disable_progress_bars()
 def convert(batch):
-    made = {"messages": [], "candidates": [], "ranks": []}
+    made = {"id": [], "prompt_id": [], "messages": [], "candidates": [], "ranks": []}
     for chosen, rejected in zip(batch["chosen"], batch["rejected"]):
         try:
             prompt, best = _transcript(chosen, "")
             _, other = _transcript(rejected, "")
         except BadRecord:
             continue
+        made["prompt_id"].append(content_hash([[m.role, m.content] for m in prompt]))
+        made["id"].append(content_hash(made["prompt_id"][-1], [best, other], (1, 2), "", None))
         made["messages"].append([{"role": m.role, "content": m.content} for m in prompt])
         made["candidates"].append([{"text": best}, {"text": other}])
         made["ranks"].append([1, 2])
@@ -65,12 +67,12 @@ print(json.dumps({"rows": rows, "seconds": seconds, "peak_mb": peak}))
 """
 
 
-def measure(code: str, source: Path, out: Path) -> dict[str, float]:
-    """Run it in a process of its own on one core."""
+def measure(code: str, source: Path, out: Path, one_core: bool = True) -> dict[str, float]:
+    """Run it in a process of its own, bound to one core unless told otherwise."""
     shutil.rmtree(out, ignore_errors=True)
     core = str(min(os.sched_getaffinity(0)))
     program = f"source, out = {str(source)!r}, {str(out)!r}\n{code}\n{RUN}"
-    command = ["taskset", "-c", core, sys.executable, "-c", program]
+    command = [*(["taskset", "-c", core] if one_core else []), sys.executable, "-c", program]
     env = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     done = subprocess.run(command, capture_output=True, text=True, env=env)
     if done.returncode:

@@ -10,9 +10,9 @@ import hashlib
 import reprlib
 import sys
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from datetime import datetime
-from functools import lru_cache
+from functools import cache, lru_cache
 from typing import Any, ClassVar, Literal
 
 import orjson
@@ -182,7 +182,7 @@ class Ranking(Proposal):
             raise BadRecord("shown: not true or false", _brief(self.shown))
         if self.weight != 1 and not (_is_finite(self.weight) and self.weight > 0):
             raise BadRecord("weight: not a number above 0", _brief(self.weight))
-        if self.merged != () and not (isinstance(self.merged, tuple) and all(isinstance(i, str) for i in self.merged)):
+        if not isinstance(self.merged, tuple) or (self.merged and {type(part) for part in self.merged} != {str}):
             raise BadRecord("merged: not a list of ids", _brief(self.merged))
 
     @property
@@ -208,6 +208,24 @@ def dense_ranks(values: Iterable[float]) -> tuple[int, ...]:
 def _dense_ranks(values: tuple[float, ...]) -> tuple[int, ...]:
     order = {value: rank for rank, value in enumerate(sorted(set(values)), 1)}
     return tuple(order[value] for value in values)
+
+
+def unchecked(kind: type[Prompt], **given: Any) -> Any:
+    """A record without the checks, five times as fast: only for fields that hold by the way they were made.
+
+    Args:
+        kind: The class of the record.
+        given: Its fields; the others have their defaults. Ranks are dense.
+    """
+    record = object.__new__(kind)
+    for name, default in _defaults(kind):
+        object.__setattr__(record, name, given.get(name, default))
+    return record
+
+
+@cache
+def _defaults(kind: type[Prompt]) -> list[tuple[str, Any]]:
+    return [(part.name, part.default) for part in fields(kind)]
 
 
 # ---- checks ------------------------------------------------------------------------------------------------------
@@ -237,7 +255,9 @@ def _check_messages(messages: Any) -> None:
         if not isinstance(message, Message):
             raise BadRecord("messages: not a list of {role, content}", f"at index {index}: {_brief(message)}")
         if message.role not in ROLES:
-            raise BadRecord(f"messages.role: not one of {', '.join(ROLES)}", f"at index {index}: {_brief(message.role)}")
+            raise BadRecord(
+                f"messages.role: not one of {', '.join(ROLES)}", f"at index {index}: {_brief(message.role)}"
+            )
         _check_text(message.content, "messages.content", index)
         if message.role == before:
             raise BadRecord("messages: two turns in a row with the same role", f"at index {index}: {before}")
@@ -316,23 +336,23 @@ def from_dict(row: Any, kind: str | None = None) -> Record:
     if kind is not None and found != kind:
         remedy = "Rankings have `candidates` and `ranks`, proposals `candidates` alone, demonstrations `answer`."
         raise BadRecord(f"a {found} where a {kind} is needed", remedy=remedy)
-    fields: dict[str, Any] = {
+    values: dict[str, Any] = {
         "messages": _messages(row.get("messages", row.get("prompt"))),
         "source": _or(row.get("source"), ""),
         "group": _or(row.get("group"), None),
         "split": _or(row.get("split"), None),
     }
     if found == "demonstration":
-        fields |= {"answer": row["answer"], "author": _or(row.get("author"), "")}
+        values |= {"answer": row["answer"], "author": _or(row.get("author"), "")}
     elif found == "proposal":
-        fields |= {"candidates": _candidates(row["candidates"])}
+        values |= {"candidates": _candidates(row["candidates"])}
     elif found == "ranking":
-        fields |= {"candidates": _candidates(row["candidates"]), "ranks": _ranks(row)}
-        fields |= {"annotator": _or(row.get("annotator"), ""), "time": _or(row.get("time"), None)}
+        values |= {"candidates": _candidates(row["candidates"]), "ranks": _ranks(row)}
+        values |= {"annotator": _or(row.get("annotator"), ""), "time": _or(row.get("time"), None)}
         merged = _or(row.get("merged"), ())
-        fields |= {"merged": tuple(merged) if isinstance(merged, list) else merged}
-        fields |= {name: row[name] for name in ("seconds", "shown", "weight") if row.get(name) is not None}
-    record = KINDS[found](**fields)
+        values |= {"merged": tuple(merged) if isinstance(merged, list) else merged}
+        values |= {name: row[name] for name in ("seconds", "shown", "weight") if row.get(name) is not None}
+    record = KINDS[found](**values)
     for name in ("id", "prompt_id"):
         if row.get(name) is not None and row[name] != getattr(record, name):
             detail = f"{_brief(row[name])}, the content gives {getattr(record, name)!r}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import os
 import signal
@@ -11,8 +12,11 @@ import time
 from pathlib import Path
 
 import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
 from rows import DEMONSTRATION, RANKING, dataset, jsonl, last_line, prompts, run, tree
 
+from data_tools.importers import hh as hh_module
 from data_tools.ingest import NothingUsable, find_files, import_dataset
 from data_tools.stats import stats
 from data_tools.validate import validate
@@ -116,6 +120,33 @@ def test_of_the_real_2312_rows_the_four_with_an_empty_answer_are_set_aside(tmp_p
     found = stats([tmp_path / "d"])
     assert found["k"] == {2: 2308}
     assert (found["prompts"], found["ties"]["tied_pairs"]) == (2306, 0)
+
+
+PIECES = ["\n\nHuman:", "\n\nAssistant:", " hello", "\n\n", " ", "Human:", " \u00e9\ud800", " yes."]
+TRANSCRIPTS = st.lists(st.sampled_from(PIECES), max_size=9).map("".join)
+
+
+@settings(max_examples=400, deadline=None, database=None)
+@given(head=TRANSCRIPTS, chosen=TRANSCRIPTS, rejected=TRANSCRIPTS)
+@example(head="\n\nHuman: a\n\nAssistant: b\n\nHuman: c\n\nAssistant:", chosen=" yes.", rejected=" no.")
+@example(
+    head="\n\nHuman: a\n\nHuman: b\n\nAssistant: c\n\nAssistant: d\n\nHuman: e\n\nAssistant:", chosen="f", rejected="g"
+)
+def test_the_fast_way_through_a_usual_transcript_gives_what_the_slow_one_gives(head, chosen, rejected):
+    usual = hh_module._usual(head + chosen, head + rejected)
+    if usual is not None:
+        slow = hh_module._any(head + chosen, head + rejected)
+        assert (usual, usual.id, type(usual)) == (slow, slow.id, type(slow))
+
+
+@pytest.mark.skipif(not HH.exists(), reason="../shared is absent")
+def test_nearly_all_real_transcripts_are_usual_and_come_out_as_by_the_slow_way():
+    with gzip.open(HH, "rt", encoding="utf-8") as file:
+        rows = [json.loads(line) for line in file]
+    usual = [(hh_module._usual(row["chosen"], row["rejected"]), row) for row in rows]
+    made = [(record, row) for record, row in usual if record is not None]
+    assert all(record == hh_module._any(row["chosen"], row["rejected"]) for record, row in made)
+    assert len(made) > 0.9 * len(rows)
 
 
 # ---- files, output, command line -------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from data_tools.importers.fields import as_jsonl
 from data_tools.importers.rows import IMPORTERS, JSON, Head, convert_rows
-from rlhf.schema import BadRecord, Candidate, Message, Ranking, Record
+from rlhf.schema import BadRecord, Candidate, Message, Ranking, Record, unchecked
 from rlhf.store import OnReject
 
 _QUESTION, _ANSWER = "\n\nHuman:", "\n\nAssistant:"
@@ -59,45 +59,56 @@ def _ranking(row: Any) -> Ranking:
     if not isinstance(row, dict) or not isinstance(row.get("chosen"), str) or not isinstance(row.get("rejected"), str):
         remedy = 'Each line needs {"chosen": text, "rejected": text}; is this the right format name?'
         raise BadRecord("not a row of chosen and rejected text", remedy=remedy)
-    prompt, chosen = _transcript(row["chosen"], "chosen")
-    rejected = _same_head(row["chosen"], chosen, row["rejected"])
-    if rejected is None:
-        other_prompt, rejected = _transcript(row["rejected"], "rejected")
-        if other_prompt != prompt:
-            remedy = "Import such rows as two demonstrations, or cut both transcripts at the last common turn."
-            raise BadRecord("the transcripts differ before the last answer", remedy=remedy)
-    if chosen == rejected:
+    return _usual(row["chosen"], row["rejected"]) or _any(row["chosen"], row["rejected"])
+
+
+def _any(chosen: str, rejected: str) -> Ranking:
+    prompt, best = _transcript(chosen, "chosen")
+    other_prompt, other = _transcript(rejected, "rejected")
+    if other_prompt != prompt:
+        remedy = "Import such rows as two demonstrations, or cut both transcripts at the last common turn."
+        raise BadRecord("the transcripts differ before the last answer", remedy=remedy)
+    if best == other:
         raise BadRecord("the two answers are identical", remedy="Nothing was preferred; leave the row out.")
-    candidates = (Candidate(chosen, author_kind="model"), Candidate(rejected, author_kind="model"))
-    return Ranking(prompt, source="hh-rlhf", candidates=candidates, ranks=(1, 2))
+    return Ranking(prompt, source="hh-rlhf", candidates=_candidates(best, other), ranks=(1, 2))
 
 
-def _same_head(text: str, answer: str, other: str) -> str | None:
-    """The other transcript's answer where all before it repeats the first one's text, as nearly always; else None."""
-    start = text.rfind(_ANSWER) + len(_ANSWER)
-    tail = other[start:]
-    if (
-        other.startswith(text[:start])
-        and text[start:].strip() == answer
-        and _ANSWER not in tail
-        and _QUESTION not in tail
-    ):
-        return tail.strip() or None
-    return None
+def _candidates(chosen: str, rejected: str) -> tuple[Candidate, Candidate]:
+    return Candidate(chosen, author_kind="model"), Candidate(rejected, author_kind="model")
+
+
+def _usual(chosen: str, rejected: str) -> Ranking | None:
+    """The ranking of a row as nearly all are, or None: this is most of an import's time.
+
+    Such a row begins with a question, its speakers take turns, no turn is empty, and the second text repeats the first
+    up to the last answer. Its record then needs no check.
+    """
+    start = chosen.rfind(_ANSWER) + len(_ANSWER)
+    if chosen[:start] != rejected[:start] or not (_is_unicode(chosen) and _is_unicode(rejected)):
+        return None
+    head, *exchanges = chosen[: start - len(_ANSWER)].split(_QUESTION)
+    parts = [exchange.split(_ANSWER) for exchange in exchanges]
+    if head or [len(part) for part in parts] != [2] * (len(parts) - 1) + [1]:
+        return None
+    turns = [text.strip() for part in parts for text in part]
+    best, other = chosen[start:].strip(), rejected[start:].strip()
+    if not (all(turns) and best and other and best != other):
+        return None
+    if _QUESTION in best or _QUESTION in other or _ANSWER in other:
+        return None
+    prompt = tuple(map(Message, cycle(("user", "assistant")), turns))
+    return unchecked(Ranking, messages=prompt, source="hh-rlhf", candidates=_candidates(best, other), ranks=(1, 2))
+
+
+def _is_unicode(text: str) -> bool:
+    try:
+        return text.isascii() or bool(text.encode())
+    except UnicodeEncodeError:  # a lone surrogate
+        return False
 
 
 def _transcript(text: str, field: str) -> tuple[tuple[Message, ...], str]:
     """The turns before the last answer, and that answer."""
-    head, *exchanges = text.split(_QUESTION)
-    turns = [exchange.split(_ANSWER) for exchange in exchanges]
-    if not head and exchanges and all(len(turn) == 2 for turn in turns):  # the speakers take turns, as nearly always
-        contents = [content.strip() for turn in turns for content in turn]
-        if contents[-1]:
-            return tuple(map(Message, cycle(("user", "assistant")), contents[:-1])), contents[-1]
-    return _irregular_transcript(text, field)
-
-
-def _irregular_transcript(text: str, field: str) -> tuple[tuple[Message, ...], str]:
     head, *parts = _TURN.split("\n\n" + text.lstrip())
     if head or not parts:
         remedy = "Begin the transcript with a blank line and 'Human:'."
