@@ -321,8 +321,10 @@ def _propose_words(config: RoundsConfig, rounds: Sequence[Round], models: Sequen
 
 
 def in_round(step: Step, steps: Sequence[Step], rounds: Sequence[Round]) -> Step:
-    """The reward or PPO stage as it is trained in the last of the rounds: into a run of its own, from where it always
-    starts, the reward model on its own data and all rounds' rankings, PPO against that reward model."""
+    """The reward or PPO stage as it is trained in the last of the rounds: into a run of its own, from the same start.
+
+    The reward model is trained on its own data and all rounds' rankings, PPO against that reward model.
+    """
     suffix = f"-round-{rounds[-1].number}"
     changes: dict[str, Any] = {"run": step.config.run + suffix}
     if step.stage == "reward":
