@@ -91,10 +91,11 @@ def _usual(chosen: str, rejected: str) -> Ranking | None:
     if head or [len(part) for part in parts] != [2] * (len(parts) - 1) + [1]:
         return None
     turns = [text.strip() for part in parts for text in part]
-    best, other = chosen[start:].strip(), rejected[start:].strip()
-    if not (all(turns) and best and other and best != other):
-        return None
+    best, other = chosen[start:], rejected[start:]
     if _QUESTION in best or _QUESTION in other or _ANSWER in other:
+        return None
+    best, other = best.strip(), other.strip()
+    if not (all(turns) and best and other and best != other):
         return None
     prompt = tuple(map(Message, cycle(("user", "assistant")), turns))
     return unchecked(Ranking, messages=prompt, source="hh-rlhf", candidates=_candidates(best, other), ranks=(1, 2))
