@@ -126,7 +126,7 @@ PIECES = ["\n\nHuman:", "\n\nAssistant:", " hello", "\n\n", " ", "Human:", " \u0
 TRANSCRIPTS = st.lists(st.sampled_from(PIECES), max_size=9).map("".join)
 
 
-@settings(max_examples=1000, deadline=None, database=None)
+@settings(max_examples=400, deadline=None, database=None)
 @given(head=TRANSCRIPTS, chosen=TRANSCRIPTS, rejected=TRANSCRIPTS)
 @example(head="\n\nHuman: a\n\nAssistant: b\n\nHuman: c\n\nAssistant:", chosen=" yes.", rejected=" no.")
 @example(

@@ -83,10 +83,11 @@ def _usual(chosen: str, rejected: str) -> Ranking | None:
     Such a row begins with a question, its speakers take turns, no turn is empty, and the second text repeats the first
     up to the last answer. Its record then needs no check.
     """
-    start = chosen.rfind(_ANSWER) + len(_ANSWER)
-    if chosen[:start] != rejected[:start] or not (_is_unicode(chosen) and _is_unicode(rejected)):
+    end = chosen.rfind(_ANSWER)
+    start = end + len(_ANSWER)
+    if end < 0 or chosen[:start] != rejected[:start] or not (_is_unicode(chosen) and _is_unicode(rejected)):
         return None
-    head, *exchanges = chosen[: start - len(_ANSWER)].split(_QUESTION)
+    head, *exchanges = chosen[:end].split(_QUESTION)
     parts = [exchange.split(_ANSWER) for exchange in exchanges]
     if head or [len(part) for part in parts] != [2] * (len(parts) - 1) + [1]:
         return None
