@@ -62,8 +62,7 @@ def _keys(kind: type[BaseModel], tables: dict[int, Table], prefix: str = "") -> 
                 tables.setdefault(id(found), found)
         if group is None or optional:
             meaning = " ".join((field.description or "").split())
-            kind = "group or null" if optional else _type(field)
-            yield f"`{prefix}{name}`", kind, _default(field), meaning
+            yield f"`{prefix}{name}`", "group or null" if optional else _type(field), _default(field), meaning
         if group is not None:
             yield from _keys(group, tables, f"{prefix}{name}.")
 
