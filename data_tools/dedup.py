@@ -119,7 +119,7 @@ def dedup_dataset(
     words = [str(word) for name, value in options if value is not None for word in (name, value)]
     fates = _fates(parent, others, by, near, keep)
     dropped: Counter[str] = Counter()
-    with Derivation(out, parent.kind, [parent, *others], ["dedup", str(path), *words]) as made:
+    with Derivation(out, parent.kind, [parent, *others], ["dedup", str(path), *words], judgements=True) as made:
         with open(made.folder / DROPPED_FILE, "w", encoding="utf-8") as file:
             for position, record in enumerate(parent.records(on_reject=made.rejects)):
                 if position not in fates:

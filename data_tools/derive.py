@@ -29,6 +29,8 @@ class Derivation:
         parents: The opened datasets that it is made from.
         words: The command's words after ``rlhf data`` without ``--out``, which is where the dataset stands.
         facts: More for the manifest's `origin`; `origin` may be added to until the block ends.
+        judgements: The records are judgements of the first parent, unchanged: what is known of how far its annotators
+            agree holds for them too where they cannot be compared any more (each prompt kept once, say).
 
     Raises:
         UserError: `out` is one of the parents, or cannot be written.
@@ -41,6 +43,7 @@ class Derivation:
         parents: Sequence[Dataset],
         words: Sequence[str],
         facts: dict[str, Any] | None = None,
+        judgements: bool = False,
     ) -> None:
         for parent in parents:
             if Path(out).resolve() == parent.path.resolve():
@@ -53,6 +56,7 @@ class Derivation:
         self._writer = DatasetWriter(out, kind, origin)
         self.rejects = Rejects(self._writer.partial / FILE_NAME)
         self.origin = self._writer.origin
+        self._agreement = parents[0].manifest.get("agreement") if judgements else None
 
     @property
     def written(self) -> int:
@@ -78,4 +82,4 @@ class Derivation:
         self.origin |= {"reasons": by_count(self.rejects.reasons)} if self.rejects.count else {}
         self._writer.__exit__(error, *rest)
         if error is None:
-            record_agreement(self._writer.path)
+            record_agreement(self._writer.path, self._agreement)

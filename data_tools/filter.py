@@ -170,7 +170,7 @@ def filter_dataset(
     )
     options: Mapping[str, Any] = {"--where": where, "--tokenizer": tokenizer, **given}
     words = [str(word) for name, value in options.items() if value is not None for word in (name, value)]
-    with Derivation(out, parent.kind, [parent], ["filter", str(path), *words]) as made:
+    with Derivation(out, parent.kind, [parent], ["filter", str(path), *words], judgements=True) as made:
         filtered = _write(parent, made, condition, where)
         if not made.written:
             raise UserError(f"{path}: no record is left of {filtered:,}", remedy="Loosen the condition.")

@@ -134,7 +134,7 @@ def split_dataset(
     if not allow_empty:
         _refuse_empty(path, plan, {*shares, *(["eval"] if hold_out else [])}, by)
     words = _words(by, shares, seed, hold_out, near, together)
-    with Derivation(out, parent.kind, [parent, *others], ["split", str(path), *words]) as made:
+    with Derivation(out, parent.kind, [parent, *others], ["split", str(path), *words], judgements=True) as made:
         for record in parent.records(on_reject=made.rejects):
             made.write(record.with_split(plan[_key(record, by)]))
     rejected, reasons = made.rejects.count, by_count(made.rejects.reasons)

@@ -102,10 +102,13 @@ def agreement_of(dataset: Dataset) -> dict[str, Any] | None:
     return None if columns is None else agreement_facts(votes_of(columns, pairs_of(columns)))
 
 
-def record_agreement(path: str | Path) -> dict[str, Any] | None:
+def record_agreement(path: str | Path, otherwise: dict[str, Any] | None = None) -> dict[str, Any] | None:
     """Write a dataset's agreement into its manifest, under `agreement`; null where it has none.
 
     A .jsonl file has no manifest, and demonstrations, prompts and proposals no agreement: nothing is written for them.
+
+    Args:
+        otherwise: What is known of the annotators from elsewhere, where the dataset itself does not tell.
 
     Returns:
         What was written.
@@ -116,7 +119,7 @@ def record_agreement(path: str | Path) -> dict[str, Any] | None:
     dataset = open_dataset(path)
     if dataset.path.is_file() or dataset.kind != "ranking":
         return None
-    found = agreement_of(dataset)
+    found = agreement_of(dataset) or otherwise
     write_json(dataset.path / "manifest.json", dataset.manifest | {"agreement": found})
     return found
 
