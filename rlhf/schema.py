@@ -224,7 +224,7 @@ def unchecked(kind: type[Prompt], **given: Any) -> Any:
 
 
 @cache
-def _defaults(kind: type[Prompt]) -> list[tuple[str, Any]]:
+def _defaults(kind: Any) -> list[tuple[str, Any]]:
     return [(part.name, part.default) for part in fields(kind)]
 
 

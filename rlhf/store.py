@@ -9,6 +9,7 @@ import hashlib
 import json
 import os
 import shutil
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
@@ -291,7 +292,7 @@ class DatasetWriter:
         """The hidden folder; files put there before the block ends become part of the dataset folder."""
         self.count = 0
         self._place, self._old = place, place.parent / f".{place.name}.old"
-        self._splits: dict[str, int] = {}
+        self._splits: Counter[str] = Counter()
         self._records: list[Record] = []
         self._chars = 0
         self._shards: list[dict[str, Any]] = []
@@ -327,11 +328,10 @@ class DatasetWriter:
         Raises:
             BadRecord: It is of another kind.
         """
-        self.kind = self.kind or record.kind
         if record.kind != self.kind:
-            raise BadRecord(f"a {record.kind} in a dataset of {self.kind}s")
-        split = record.split or "none"
-        self._splits[split] = self._splits.get(split, 0) + 1
+            if self.kind is not None:
+                raise BadRecord(f"a {record.kind} in a dataset of {self.kind}s")
+            self.kind = record.kind
         self._records.append(record)
         self._chars += sum([len(message.content) for message in record.messages])
         if isinstance(record, Proposal):
@@ -349,6 +349,7 @@ class DatasetWriter:
             name = f"shard-{len(self._shards):05d}.parquet"
             self._file = pq.ParquetWriter(self.partial / name, _arrow_schema(self.kind), compression="zstd")
             self._shards.append({"file": name})
+        self._splits.update([record.split or "none" for record in self._records])
         table = _columns(self._records, self.kind)
         self._wait()
         self._writing = self._thread.submit(self._file.write_table, table)

@@ -85,7 +85,7 @@ def _usual(chosen: str, rejected: str) -> Ranking | None:
     """
     end = chosen.rfind(_ANSWER)
     start = end + len(_ANSWER)
-    if end < 0 or chosen[:start] != rejected[:start] or not (_is_unicode(chosen) and _is_unicode(rejected)):
+    if end < 0 or chosen[:start] != rejected[:start]:
         return None
     head, *exchanges = chosen[:end].split(_QUESTION)
     parts = [exchange.split(_ANSWER) for exchange in exchanges]
@@ -93,7 +93,7 @@ def _usual(chosen: str, rejected: str) -> Ranking | None:
         return None
     turns = [text.strip() for part in parts for text in part]
     best, other = chosen[start:], rejected[start:]
-    if _QUESTION in best or _QUESTION in other or _ANSWER in other:
+    if _QUESTION in best or _QUESTION in other or _ANSWER in other or not (_is_unicode(chosen) and _is_unicode(other)):
         return None
     best, other = best.strip(), other.strip()
     if not (all(turns) and best and other and best != other):

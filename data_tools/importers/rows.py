@@ -105,7 +105,7 @@ def _rows(path: Path, file: BinaryIO, reject: OnReject) -> Iterator[Item]:
     if head.startswith(b"[") or pretty:
         yield from _Stream(path, file, reject)
     else:
-        yield from (Item(*row) for row in read_rows(path, file, reject))
+        yield from map(Item._make, read_rows(path, file, reject))
 
 
 def _parquet(path: Path) -> Iterator[Item]:
