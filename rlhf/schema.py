@@ -12,7 +12,7 @@ import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from datetime import datetime
-from functools import cache, lru_cache
+from functools import lru_cache
 from typing import Any, ClassVar, Literal
 
 import orjson
@@ -218,14 +218,12 @@ def unchecked(kind: type[Prompt], **given: Any) -> Any:
         given: Its fields; the others have their defaults. Ranks are dense.
     """
     record = object.__new__(kind)
-    for name, default in _defaults(kind):
+    for name, default in _DEFAULTS[kind]:
         object.__setattr__(record, name, given.get(name, default))
     return record
 
 
-@cache
-def _defaults(kind: Any) -> list[tuple[str, Any]]:
-    return [(part.name, part.default) for part in fields(kind)]
+_DEFAULTS = {kind: [(part.name, part.default) for part in fields(kind)] for kind in KINDS.values()}
 
 
 # ---- checks ------------------------------------------------------------------------------------------------------
