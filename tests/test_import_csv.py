@@ -10,8 +10,8 @@ import json
 import pytest
 import yaml
 import zstandard
+from imports import EXPORTS, by_rank, read, real, said
 from rows import last_line, run
-from test_import_formats import EXPORTS, by_rank, read, real, said
 
 from data_tools.importers import IMPORTERS
 from data_tools.importers.csv_rows import LONGEST_FIELD, csv_columns, csv_rows

@@ -6,7 +6,7 @@ import copy
 import json
 
 import pytest
-from test_import_formats import EXPORTS, by_rank, made, one, read, real, said
+from imports import EXPORTS, by_rank, made, one, read, real, said
 
 from data_tools.importers import IMPORTERS
 from data_tools.importers.detect import read_head

@@ -8,8 +8,8 @@ import random
 from collections import Counter
 
 import pytest
+from imports import EXPORTS, by_rank, made, one, read, real, said
 from rows import jsonl
-from test_import_formats import EXPORTS, by_rank, made, one, read, real, said
 
 OA = "openassistant"
 TREES = EXPORTS / OA / "en_100_tree.first20.jsonl"

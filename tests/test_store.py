@@ -339,10 +339,10 @@ def test_zstd_is_read_whole_and_a_stream_that_is_cut_off_is_refused(tmp_path):
     assert len(list(open_dataset(file).records())) == 40_000
     for size in (len(whole) - 1, len(whole) // 2):
         file.write_bytes(whole[:size])
-        with pytest.raises(UserError, match="damaged after line .*cut off"):
+        with pytest.raises(UserError, match=r"damaged after line .*cut off"):
             list(open_dataset(file).records())
     file.write_bytes(b'{"prompt": "a"}\n')
-    with pytest.raises(UserError, match="named .zst and is not zstd"):
+    with pytest.raises(UserError, match=r"named \.zst and is not zstd"):
         open_dataset(file)
 
 
