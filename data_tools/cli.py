@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import typer
 
-from data_tools.commands import aggregate, check, imports, prepare, rank, tasks
+from data_tools.commands import aggregate, check, imports, label_studio, prepare, rank, tasks
 
 app = typer.Typer(name="data", help="Turn what you have into datasets of the schema.", no_args_is_help=True)
 
@@ -22,3 +22,4 @@ app.command("stats")(prepare.stats_command)
 app.command("check", epilog=check.METRICS_HELP)(check.check_command)
 app.command("rank")(rank.rank_command)
 app.command("aggregate")(aggregate.aggregate_command)
+app.add_typer(label_studio.app)

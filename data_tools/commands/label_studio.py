@@ -1,0 +1,45 @@
+"""`rlhf data label-studio push` and `pull`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from data_tools import label_studio
+from data_tools.commands.common import Json, Out, print_json
+
+app = typer.Typer(name="label-studio", help="Push proposals to Label Studio, pull the rankings.", no_args_is_help=True)
+
+Candidates = Annotated[Path, typer.Argument(metavar="CANDIDATES", help="A dataset of proposals.")]
+Url = Annotated[str, typer.Option("--url", help=f"Of the server; its key is read from {label_studio.KEY}.")]
+Project = Annotated[
+    int | None, typer.Option(help="The project's number; otherwise the one that was made for these candidates.")
+]
+
+
+@app.command("push")
+def push_command(
+    candidates: Candidates,
+    url: Url,
+    project: Project = None,
+    title: Annotated[str | None, typer.Option(help="Of a new project.")] = None,
+    ties: Annotated[bool, typer.Option("--ties", help="Several answers may share a place.")] = False,
+    annotators: Annotated[int, typer.Option(min=1, help="How many people are to rank each task.")] = 1,
+    as_json: Json = False,
+) -> None:
+    """Create or update a project in which people rank the proposals; answers do not say who wrote them."""
+    summary = label_studio.push(candidates, url, project=project, title=title, ties=ties, annotators=annotators)
+    label_studio.show_push(summary)
+    if as_json:
+        print_json(summary)
+
+
+@app.command("pull")
+def pull_command(candidates: Candidates, url: Url, out: Out, project: Project = None, as_json: Json = False) -> None:
+    """Bring the rankings home; the dataset of an earlier pull is replaced, and what is new or changed is counted."""
+    summary = label_studio.pull(candidates, url, out, project=project)
+    label_studio.show_pull(summary)
+    if as_json:
+        print_json(summary)
