@@ -35,12 +35,17 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
         for name, text in report.user_properties if report.when == "call" else ():
             if name == "figures":
                 terminalreporter.write_line(text)
-    skipped = [r for r in terminalreporter.getreports("skipped") if "shared" in str(r.longrepr)]
-    if skipped and os.environ.get("CI"):
-        terminalreporter.write_line(f"{len(skipped)} tests were skipped for want of ../shared, which CI has", red=True)
+    if os.environ.get("CI"):
+        for report in filter(_not_in_ci, terminalreporter.getreports("skipped")):
+            terminalreporter.write_line(f"{report.nodeid} was skipped for want of what CI has", red=True)
+
+
+def _not_in_ci(report: pytest.TestReport) -> bool:
+    """Whether a test was skipped for want of something that CI has, so that there the skip is a failure."""
+    return any(name in str(report.longrepr) for name in ("shared is absent", "chromium is not installed"))
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
     reporter = session.config.pluginmanager.get_plugin("terminalreporter")
-    if os.environ.get("CI") and any("shared" in str(r.longrepr) for r in reporter.getreports("skipped")):
+    if os.environ.get("CI") and any(map(_not_in_ci, reporter.getreports("skipped"))):
         session.exitstatus = 1

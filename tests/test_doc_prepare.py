@@ -9,7 +9,7 @@ import pytest
 from test_doc_examples import DOCS, blocks, typed
 
 
-@pytest.mark.parametrize("page", ["prepare.md", "tasks.md"])
+@pytest.mark.parametrize("page", ["prepare.md", "tasks.md", "label-studio.md"])
 def test_the_commands_of_the_page_print_what_stands_there(page: str, tmp_path: Path) -> None:
     printed = lines(typed(tmp_path, "\n".join(blocks(DOCS / page, "bash"))))
     shown = lines("".join(blocks(DOCS / page, "text")))

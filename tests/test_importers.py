@@ -109,7 +109,7 @@ def test_a_row_without_two_answers_to_one_prompt_is_set_aside(tmp_path, row, rea
     assert [reason in key for key in reasons] == [True]
 
 
-@pytest.mark.skipif(not HH.exists(), reason="../shared holds no HH-RLHF file")
+@pytest.mark.skipif(not HH.exists(), reason="../shared is absent")
 def test_of_the_real_2312_rows_the_four_with_an_empty_answer_are_set_aside(tmp_path):
     summary = import_dataset("hh-rlhf", [HH], tmp_path / "d")
     assert (summary.read, summary.written, summary.rejected) == (2312, 2308, 4)
