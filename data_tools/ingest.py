@@ -139,7 +139,7 @@ def _choose(importer: str, paths: Sequence[str | Path], options: Mapping[str, An
         console.say(f"auto: {name}, because {why}")
         return IMPORTERS.pick({**options, "name": name}), files
     except ValueError as error:
-        raise UserError(str(error), remedy="`rlhf data formats FORMAT` tells the options of a format.") from None
+        raise UserError(str(error), remedy="`rlhf data formats` lists the formats, with FORMAT its options.") from None
 
 
 def _flat(value: Any) -> str:

@@ -181,10 +181,10 @@ def test_pairwise_ranks_the_chosen_side_of_authentic_tasks_first(tmp_path):
 
 
 @real
-def test_tasks_that_were_never_annotated_are_no_export():
+def test_tasks_as_they_were_brought_in_count_as_not_annotated():
     records, rejects = read(LS, EXPORTS / "label_studio" / "pairwise_import_tasks.json")
     assert records == []
-    assert {reject.reason for reject in rejects} == {"not a task of a Label Studio export"}
+    assert {reject.reason for reject in rejects} == {"the task has no annotation"}
     assert [reject.line for reject in rejects[:3]] == [2, 7, 12]
 
 

@@ -128,6 +128,8 @@ class _Reader:
                 raise _unannotated()
             found = [(name, result) for name, value in row.items() for result in _as_list(value)]
             yield self._ranking(row, row, row.get("annotator"), found)
+        elif isinstance(row, dict) and row and not row.keys() & {"data", "annotations", "completions", "result"}:
+            raise _unannotated()  # a task as it was brought into Label Studio: its data alone
         else:
             raise BadRecord("not a task of a Label Studio export", remedy="Export the project as JSON or JSON_MIN.")
 
@@ -231,7 +233,8 @@ _RANKING_KEYS = {"ranker", "selected"}
 
 
 def _unannotated() -> BadRecord:
-    return BadRecord("the task has no annotation", remedy="Nothing is wrong: nobody has annotated it yet.")
+    remedy = "Nobody has annotated it yet; from a project with annotations export JSON or JSON_MIN."
+    return BadRecord("the task has no annotation", remedy=remedy)
 
 
 def _as_list(value: Any) -> list[Any]:
