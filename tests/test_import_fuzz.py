@@ -203,6 +203,6 @@ def test_files_that_are_cut_garbled_or_badly_compressed_are_accounted_for(row):
 @pytest.mark.slow
 @each(IMPORTERS)
 def test_many_more_of_both(row):
-    check_bytes(row, 200)
+    check_bytes(row, 80)
     if row in OF_JSON:
-        check_values(row, 200)
+        check_values(row, 80)
