@@ -41,9 +41,11 @@ class RankingCollator:
 
     def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
         encoded: list[Row] = []
+        longest = max(len(row["prompt"]) + len(answer) for row in rows for answer in row["candidates"])
+        sharing = self.sharing.within(longest)
         for row in rows:
             prompt, answers = row["prompt"], row["candidates"]
-            parts = self.sharing.rows(len(prompt), [len(answer) for answer in answers])
+            parts = sharing.rows(len(prompt), [len(answer) for answer in answers])
             encoded += [(prompt, [answers[i] for i in part]) for part in parts]
         input_ids, attention_mask, branches = pad_rows(self.chat, encoded)
         columns = {name: [row[name] for row in rows] for name in ("ranks", "ratings", "weight")}

@@ -99,6 +99,7 @@ class _Answers:
         self._places: list[tuple[int, int]] = []
         known: dict[bytes, int] = {}
         prompts: dict[bytes, tuple[int, dict[int, int]]] = {}  # distinct prompt: its tokens, text -> answer's tokens
+        longest = 0
         for row, ranking in enumerate(table):
             prompt, numbers = ranking["prompt"], []
             _, alike = prompts.setdefault(_digest(prompt), (len(prompt), {}))
@@ -107,11 +108,12 @@ class _Answers:
                 if number == len(self._places):
                     self._places.append((row, column))
                     alike[number] = len(answer)
+                    longest = max(longest, len(prompt) + len(answer))
                 numbers.append(number)
             self.members.append(numbers)
         for prompt_tokens, alike in prompts.values():
             texts, tokens = list(alike), list(alike.values())
-            for part in sharing.rows(prompt_tokens, tokens, batch_tokens):
+            for part in sharing.within(longest).rows(prompt_tokens, tokens, batch_tokens):
                 self.rows.append([texts[i] for i in part])
                 self.lengths.append(prompt_tokens + sum(tokens[i] for i in part))
 

@@ -34,13 +34,17 @@ class SharedPrompts:
     """Which answers go into one row with their prompt."""
 
     reach: int
-    """Longest prompt and answer, in tokens, that a shared row computes exactly: a sliding window that is shorter would
-    be lost. 0 where the model cannot share prompts at all."""
+    """Longest text (prompt and answer, in tokens) in a batch with shared rows: a shorter sliding window would be lost in
+    all of its rows. 0 where the model cannot share prompts at all."""
     token_work: int = 0
     """Work for a token apart from attention, in that of attending to one token."""
 
+    def within(self, longest: int) -> SharedPrompts:
+        """What is possible in batches whose longest text has so many tokens."""
+        return self if longest <= self.reach else ALONE
+
     def rows(self, prompt: int, answers: Sequence[int], most: int | None = None) -> list[list[int]]:
-        """Numbers of the answers in each row, in order.
+        """Numbers of the answers in each row, in order. No text may be longer than `reach`, but for `ALONE`.
 
         An answer joins the row before it where that is less work than a row of its own, which repeats the prompt.
 
@@ -50,12 +54,11 @@ class SharedPrompts:
             most: Most tokens in a row that has several answers.
         """
         rows: list[list[int]] = []
-        length = 0
+        length = 0  # of the last row
         for number, answer in enumerate(answers):
             joined, alone = length + answer, prompt + answer
-            fits = bool(rows) and (most is None or joined <= most)
-            able = max(alone, prompt + (answers[rows[-1][-1]] if rows else 0)) <= self.reach
-            if fits and able and self._work(joined) - self._work(length) < self._work(alone):
+            fits = bool(rows) and self.reach > 0 and (most is None or joined <= most)
+            if fits and self._work(joined) - self._work(length) < self._work(alone):
                 rows[-1].append(number)
                 length = joined
             else:

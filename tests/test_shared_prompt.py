@@ -174,14 +174,22 @@ def test_a_model_that_cannot_share_prompts_encodes_them_for_each_answer(name: st
     assert "branches" not in RankingCollator(chat, sharing=scalar.shared_prompts)(some_rankings())
 
 
-def test_texts_longer_than_a_sliding_window_are_not_shared(chat: ChatTokenizer) -> None:
+def test_where_a_text_is_longer_than_a_sliding_window_nothing_in_its_batch_is_shared(chat: ChatTokenizer) -> None:
     made = transformers.MistralConfig(
         **SIZES, intermediate_size=64, num_key_value_heads=2, head_dim=8, sliding_window=24
     )
-    model = transformers.AutoModelForSequenceClassification.from_config(made)
-    sharing = ScalarModel(model).shared_prompts
-    assert sharing.reach == 24
-    assert sharing.rows(20, [4, 4, 5, 4, 4]) == [[0, 1], [2], [3, 4]]
+    scalar = ScalarModel(transformers.AutoModelForSequenceClassification.from_config(made))
+    assert scalar.shared_prompts.reach == 24
+    short, long = ([{**row, "prompt": [5] * size} for row in some_rankings()] for size in (12, 13))
+    long[0]["candidates"][0] = [7] * 12
+    collate = RankingCollator(chat, sharing=scalar.shared_prompts)
+    assert "branches" in collate(short) and "branches" not in collate(long)
+    for rows in (short, long, short + long):
+        rows = [row | {"characters": row["ranks"], "source": "", "annotator": "", "group": None} for row in rows]
+        together = score_rankings(scalar, chat, rows, 4096)
+        apart = [item for row in rows for item in score_rankings(scalar, chat, [row], 1)]
+        for one, other in zip(together, apart):
+            assert one.scores == pytest.approx(other.scores, abs=1e-5)
 
 
 def test_an_attention_that_takes_no_such_mask_is_left_alone() -> None:
