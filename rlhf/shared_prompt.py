@@ -34,8 +34,8 @@ class SharedPrompts:
     """Which answers go into one row with their prompt."""
 
     reach: int
-    """Longest text (prompt and answer, in tokens) in a batch with shared rows: a shorter sliding window would be lost in
-    all of its rows. 0 where the model cannot share prompts at all."""
+    """Longest text (prompt and answer, in tokens) in a batch with shared rows: a shorter sliding window would be lost
+    in all of its rows. 0 where the model cannot share prompts at all."""
     token_work: int = 0
     """Work for a token apart from attention, in that of attending to one token."""
 
