@@ -153,6 +153,9 @@ class RewardConfig(StageConfig):
     """A row of the table of ranking losses with its options."""
     centering: Weight = 0.0
     """Weight of the penalty that keeps scores near zero."""
+    shared_prompts: bool = True
+    """Encode a prompt once for several of its answers, wherever the model can and it is less work; the scores and
+    gradients are the same."""
     batch: BatchConfig = BatchConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     eval_every: Positive = 100

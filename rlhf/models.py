@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 from pathlib import Path
@@ -15,6 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceC
 
 from rlhf.config import ModelConfig
 from rlhf.errors import UserError
+from rlhf.shared_prompt import ALONE, SharedPrompts, attention_of, ends_of, positions_of, sharing_of
 
 HEAD_CHUNK_ELEMENTS = 2**24
 """Most logits that are held at a time: 64 MiB in float32."""
@@ -101,11 +103,17 @@ def causal_lm(model: nn.Module) -> PreTrainedModel:
     return model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator, return-value]
 
 
-def hidden_states(model: nn.Module, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-    """Last hidden states [B, T, H] of a causal LM (adapters included), without its logits."""
+def hidden_states(
+    model: nn.Module, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor | None = None
+) -> Tensor:
+    """Last hidden states [B, T, H] of a causal LM (adapters included), without its logits.
+
+    Where `position_ids` [B, T] are given, `attention_mask` says which token sees which; see `rlhf.shared_prompt`.
+    """
     lm = causal_lm(model)
     body = getattr(lm, lm.base_model_prefix)
-    output = body(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
+    positions = {} if position_ids is None else {"position_ids": position_ids}
+    output = body(input_ids=input_ids, attention_mask=attention_mask, use_cache=False, **positions)
     return output.last_hidden_state
 
 
@@ -229,14 +237,35 @@ class ScalarModel(nn.Module):
         hidden = hidden_states(self.model, input_ids, attention_mask)
         return self._scale(head(hidden).squeeze(-1).float())  # type: ignore[operator]
 
-    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """Scores float32 [B] of the texts int64 [B, T], padded on the right."""
+    def forward(self, input_ids: Tensor, attention_mask: Tensor, branches: Tensor | None = None) -> Tensor:
+        """Scores float32 [B] of the texts int64 [B, T], padded on the right.
+
+        Where rows hold several answers to a prompt, `branches` [B, T] says so (see `rlhf.shared_prompt`), and the
+        scores are those [N] of the answers, row by row. Needs a model that has `shared_prompts`.
+        """
         if not self.is_decoder:
             output = self.model(input_ids=input_ids, attention_mask=attention_mask)
             return self._scale(output.logits.squeeze(-1).float())
-        hidden = hidden_states(self.model, input_ids, attention_mask)
-        last = hidden[torch.arange(len(hidden), device=hidden.device), attention_mask.sum(-1) - 1]
+        if branches is None:
+            hidden = hidden_states(self.model, input_ids, attention_mask)
+            last = hidden[torch.arange(len(hidden), device=hidden.device), attention_mask.sum(-1) - 1]
+        else:
+            weights = next(self.parameters())
+            sees = attention_of(branches, self.config._attn_implementation, weights.dtype)
+            last = hidden_states(self.model, input_ids, sees, positions_of(branches))[ends_of(branches)]
         return self._scale(causal_lm(self.model).score(last).squeeze(-1).float())  # type: ignore[operator]
+
+    @functools.cached_property
+    def shared_prompts(self) -> SharedPrompts:
+        """Whether several answers can share a row with their prompt; tried out once. Every rank asks together."""
+        if not self.is_decoder:
+            return ALONE  # an encoder's prompt looks at the answer
+        training = self.training
+        self.eval()
+        with torch.no_grad():
+            found = sharing_of(causal_lm(self.model), functools.partial(hidden_states, self.model))
+        self.train(training)
+        return found
 
     def _scale(self, raw: Tensor) -> Tensor:
         return (raw - self.mean) / self.std

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from rlhf.shared_prompt import ALONE, Row, SharedPrompts, pad_rows
 from rlhf.tokenization import ChatTokenizer
 
 
@@ -23,7 +24,10 @@ class RankingCollator:
 
     The batch of B rankings, with N candidates altogether:
 
-    - `input_ids`, `attention_mask`: int64 [N, T], prompt and candidate, padded on the right.
+    - `input_ids`, `attention_mask`: int64 [R, T], prompt and candidates, padded on the right; R = N rows of one
+      candidate each, or fewer where candidates share their prompt.
+    - `branches`: int64 [R, T], which token belongs to which candidate of its row (see `rlhf.shared_prompt`); only where
+      some row has several.
     - `ranks`: int64 [N], 1 = best. `ratings`: float32 [N], NaN where there is none.
     - `ranking`: int64 [N], the ranking of each candidate, 0..B-1, ascending.
     - `weights`: float32 [B], how much each ranking counts.
@@ -32,12 +36,21 @@ class RankingCollator:
     chat: ChatTokenizer
     weighted: bool = True
     """Take the rankings' weights; all count alike otherwise."""
+    sharing: SharedPrompts = ALONE
+    """Which candidates share a row: the model's `shared_prompts`."""
 
     def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
-        texts = [[*row["prompt"], *answer] for row in rows for answer in row["candidates"]]
-        input_ids, attention_mask = self.chat.pad(texts)
+        encoded: list[Row] = []
+        longest = max(len(row["prompt"]) + len(answer) for row in rows for answer in row["candidates"])
+        sharing = self.sharing.within(longest)
+        for row in rows:
+            prompt, answers = row["prompt"], row["candidates"]
+            parts = sharing.rows(len(prompt), [len(answer) for answer in answers])
+            encoded += [(prompt, [answers[i] for i in part]) for part in parts]
+        input_ids, attention_mask, branches = pad_rows(self.chat, encoded)
         columns = {name: [row[name] for row in rows] for name in ("ranks", "ratings", "weight")}
-        return {"input_ids": input_ids, "attention_mask": attention_mask, **self.rankings(columns)}
+        batch = {"input_ids": input_ids, "attention_mask": attention_mask, **self.rankings(columns)}
+        return batch if branches is None else batch | {"branches": branches}
 
     def rankings(self, columns: Mapping[str, Sequence[Any]]) -> dict[str, torch.Tensor]:
         """The batch without its texts, from the columns `ranks`, `ratings` and `weight` of the rows."""

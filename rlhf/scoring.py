@@ -13,6 +13,7 @@ from rlhf import distributed
 from rlhf.console import track
 from rlhf.models import ScalarModel
 from rlhf.reward_metrics import ScoredRanking
+from rlhf.shared_prompt import Row, SharedPrompts, pad_rows
 from rlhf.tokenization import ChatTokenizer
 
 
@@ -37,6 +38,20 @@ def score_texts(
     Returns:
         One score per text, the same on every rank.
     """
+    members = [[number] for number in range(len(lengths))]
+    return _score_rows(scalar, chat, lambda number: ([], [read(number)]), lengths, members, batch_tokens, bar)
+
+
+def _score_rows(
+    scalar: ScalarModel,
+    chat: ChatTokenizer,
+    read: Callable[[int], Row],
+    lengths: Sequence[int],
+    members: Sequence[Sequence[int]],
+    batch_tokens: int,
+    bar: bool,
+) -> list[float]:
+    """`score_texts` of rows that hold the texts `members`, which are numbered from 0 without a gap."""
     batches = list(_batches(lengths, batch_tokens))
     ranks = distributed.world_size()
     batches += [[]] * (-len(batches) % ranks)  # every rank makes the same number of calls
@@ -47,14 +62,15 @@ def score_texts(
     mine = batches[distributed.rank() :: ranks]
     with torch.no_grad():
         for batch in track(mine, "scoring", unit="batch") if bar else mine:
-            ids, mask = chat.pad([read(i) for i in batch] or [[chat.pad_id]], device)
-            scores = (scalar(ids, mask) * scalar.std + scalar.mean)[: len(batch)]
-            index = torch.tensor(batch, dtype=torch.float64, device=device)
+            texts = [text for row in batch for text in members[row]]
+            inputs = pad_rows(chat, [read(row) for row in batch] or [([], [[chat.pad_id]])], device)
+            scores = (scalar(*inputs) * scalar.std + scalar.mean)[: len(texts)]
+            index = torch.tensor(texts, dtype=torch.float64, device=device)
             found.append(torch.stack((index, scores.double()), 1))
     scalar.train(training)
     scored = distributed.all_gather_rows(torch.cat(found)).tolist()
-    by_index = {int(index): score for index, score in scored}
-    return [by_index[i] for i in range(len(lengths))]
+    by_text = {int(text): score for text, score in scored}
+    return [by_text[text] for text in range(len(by_text))]
 
 
 def _batches(lengths: Sequence[int], batch_tokens: int) -> Iterator[list[int]]:
@@ -70,31 +86,45 @@ def _batches(lengths: Sequence[int], batch_tokens: int) -> Iterator[list[int]]:
 
 
 class _Answers:
-    """The distinct texts (prompt and candidate) of a table of rankings, read from it when asked for."""
+    """The distinct texts (prompt and candidate) of a table of rankings, in rows, read from it when asked for."""
 
-    def __init__(self, table: Sequence[dict[str, Any]]) -> None:
+    def __init__(self, table: Sequence[dict[str, Any]], sharing: SharedPrompts, batch_tokens: int) -> None:
         self.table = table
-        self.lengths: list[int] = []
         self.members: list[list[int]] = []
         """Of each ranking, which text each of its candidates is."""
+        self.rows: list[list[int]] = []
+        """The texts of each row, of one prompt."""
+        self.lengths: list[int] = []
+        """Tokens of each row."""
         self._places: list[tuple[int, int]] = []
         known: dict[bytes, int] = {}
+        prompts: dict[bytes, tuple[int, dict[int, int]]] = {}  # distinct prompt: its tokens, text -> answer's tokens
+        longest = 0
         for row, ranking in enumerate(table):
-            numbers = []
+            prompt, numbers = ranking["prompt"], []
+            _, alike = prompts.setdefault(_digest(prompt), (len(prompt), {}))
             for column, answer in enumerate(ranking["candidates"]):
-                text = array("i", [*ranking["prompt"], *answer])
-                number = known.setdefault(hashlib.blake2b(text.tobytes(), digest_size=16).digest(), len(known))
+                number = known.setdefault(_digest([*prompt, *answer]), len(known))
                 if number == len(self._places):
                     self._places.append((row, column))
-                    self.lengths.append(len(text))
+                    alike[number] = len(answer)
+                    longest = max(longest, len(prompt) + len(answer))
                 numbers.append(number)
             self.members.append(numbers)
+        for prompt_tokens, alike in prompts.values():
+            texts, tokens = list(alike), list(alike.values())
+            for part in sharing.within(longest).rows(prompt_tokens, tokens, batch_tokens):
+                self.rows.append([texts[i] for i in part])
+                self.lengths.append(prompt_tokens + sum(tokens[i] for i in part))
 
-    def read(self, number: int) -> Sequence[int]:
-        """Token ids of a text."""
-        row, column = self._places[number]
-        ranking = self.table[row]
-        return [*ranking["prompt"], *ranking["candidates"][column]]
+    def read(self, row: int) -> Row:
+        """Token ids of a row's prompt and answers."""
+        places = [self._places[number] for number in self.rows[row]]
+        return self.table[places[0][0]]["prompt"], [self.table[i]["candidates"][column] for i, column in places]
+
+
+def _digest(tokens: Sequence[int]) -> bytes:
+    return hashlib.blake2b(array("i", tokens).tobytes(), digest_size=16).digest()
 
 
 def score_rankings(
@@ -102,10 +132,11 @@ def score_rankings(
 ) -> list[ScoredRanking]:
     """Raw scores of every ranking in a table of `rlhf.data` (or a list of such rows). Every rank calls it together.
 
-    A text that stands in several rankings is scored once. Lengths are in characters. See `score_texts`.
+    A text that stands in several rankings is scored once, and a prompt is encoded once for several answers where the
+    model's `shared_prompts` allow. Lengths are in characters. See `score_texts`.
     """
-    answers = _Answers(table)
-    scores = score_texts(scalar, chat, answers.read, answers.lengths, batch_tokens, bar)
+    answers = _Answers(table, scalar.shared_prompts, batch_tokens)
+    scores = _score_rows(scalar, chat, answers.read, answers.lengths, answers.rows, batch_tokens, bar)
     return [
         ScoredRanking(
             ranks=tuple(row["ranks"]),

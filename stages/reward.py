@@ -1,7 +1,8 @@
 """Stage 2: a reward model from human rankings.
 
-A batch element is a whole ranking: a prompt and its K candidates. Every candidate is encoded and scored once, and the
-loss compares the K scores with each other, so no pair is ever written down. The loop is transformers' Trainer.
+A batch element is a whole ranking: a prompt and its K candidates. Every candidate is encoded and scored once, behind a
+prompt that they share where the model can, and the loss compares the K scores with each other, so no pair is ever
+written down. The loop is transformers' Trainer.
 
 rankings -> token rows (rlhf.data) -> flat batches -> scores -> ranking loss -> best weights -> metrics, scale -> model
 """
@@ -29,6 +30,7 @@ from rlhf.ranking_data import RankingCollator, informative
 from rlhf.reward_metrics import ScoredRanking, metric_rows, reward_metrics
 from rlhf.runs import Run, data_facts, finish, open_run, parent_facts, result_of
 from rlhf.scoring import score_rankings, score_texts
+from rlhf.shared_prompt import ALONE
 from rlhf.store import write_json
 from rlhf.tokenization import ChatTokenizer, load_tokenizer
 from rlhf.trainer import StageTrainer, training_arguments
@@ -62,6 +64,10 @@ def run(config: RewardConfig, resume: bool = False, overwrite: bool = False) -> 
     scalar.set_scale(0.0, 1.0)
     scalar.model = config.tuning(scalar.model, chat, "scalar")
     say_trainable(config.tuning, scalar.model)
+    if not config.shared_prompts:
+        scalar.shared_prompts = ALONE
+    elif not scalar.shared_prompts.reach:
+        say(f"Prompts: encoded once for each answer, since {type(scalar.model).__name__} cannot share them")
     # 3. training
     train, held_out = learnable(tables.train, config), tables.eval if comparable(tables.eval, config) else None
     trainer = RewardTrainer(
@@ -138,7 +144,7 @@ class RewardTrainer(StageTrainer):
             model=scalar,
             train_dataset=train,
             eval_dataset=held_out,
-            data_collator=RankingCollator(chat, config.data.weights == "use"),
+            data_collator=RankingCollator(chat, config.data.weights == "use", scalar.shared_prompts),
         )
         self.chat, self.batch_tokens, self.people = chat, batch_tokens, people
         self.ranking_loss, self.centering = config.loss, config.centering
@@ -147,7 +153,7 @@ class RewardTrainer(StageTrainer):
 
     def loss(self, model: Any, inputs: dict[str, Tensor], items: Tensor) -> Tensor:
         """The micro-batch's share of the weighted mean over all rankings of the step."""
-        scores = model(inputs["input_ids"], inputs["attention_mask"])
+        scores = model(inputs["input_ids"], inputs["attention_mask"], inputs.get("branches"))
         losses, _ = self.losses(scores, inputs)
         return losses.sum() / items
 

@@ -114,11 +114,17 @@ def test_accumulated_micro_batches_give_the_gradient_of_one_large_batch(tmp_path
     torch.testing.assert_close(steps(rows[8], *names), steps(rows[2], *names), rtol=2e-4, atol=1e-5)
 
 
-def test_no_candidate_is_encoded_twice(tmp_path: Path, rankings: str, chat: ChatTokenizer) -> None:
+def test_no_candidate_is_encoded_twice_and_a_prompt_once_for_each_row(
+    tmp_path: Path, rankings: str, chat: ChatTokenizer
+) -> None:
     rows = encoded(rankings, chat, "train")
     made = config(tmp_path, rankings, batch={"batch_size": 36, "micro_batch_size": 4, "max_steps": 1})
     reward.run(made)
-    tokens = sum(len(row["prompt"]) + len(answer) for row in rows for answer in row["candidates"])
+    sharing = load_scalar(made.model, tiny.llama()).shared_prompts
+    tokens = 0
+    for row in rows:
+        answers = [len(answer) for answer in row["candidates"]]
+        tokens += len(sharing.rows(len(row["prompt"]), answers)) * len(row["prompt"]) + sum(answers)
     assert metrics_of(made.run)[0]["tokens"] == tokens
 
 
