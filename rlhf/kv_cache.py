@@ -97,7 +97,7 @@ class JoinedCache:
 
         self.layers = [_Layer(buffer(x.keys), buffer(x.values), columns) for x in prefill.layers]
         self.cache = transformers.Cache(layers=list(self.layers))
-        columns.start = columns.end = width
+        columns.end = width
 
     def enter(self, prefill: Any, lengths: Tensor, source: Tensor, places: Tensor) -> None:
         """Copy prefilled prompts, padded on the left, into rows of this cache.
@@ -112,6 +112,7 @@ class JoinedCache:
         if end < width:
             self._rebuild(None, width)
             end = self.columns.end
+        self.columns.start = min(self.columns.start, end - width)
         self.mask[places] = 0
         self.mask[places, end - width : end] = left_padded(lengths, width)
         for mine, new in zip(self.layers, prefill.layers):

@@ -121,6 +121,16 @@ def test_a_model_whose_cache_cannot_be_joined_answers_batch_after_batch(batch_si
     assert [answer.ids for answer in found] == [ids for ids in expected for _ in range(2)]
 
 
+def test_answers_that_end_with_their_first_token_leave_before_the_others_go_on():
+    model, _, expected = by_generate("llama")
+    first = expected[0][0]
+    found = hf(model, [PROMPTS[0]] * 3 + PROMPTS[1:], [0] * 9, Sampling(24, temperature=0), chat_like(first))
+    for prompt, answer in zip(PROMPTS[1:], found[3:]):
+        alone = hf(model, [prompt], [0], Sampling(24, temperature=0), chat_like(first))[0]
+        assert answer == alone
+    assert [answer.ids for answer in found[:3]] == [[first]] * 3
+
+
 def passes(model, prompts, sampling, end):
     """Rows and columns of every pass through the model."""
     shapes = []
