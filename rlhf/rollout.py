@@ -17,9 +17,10 @@ if TYPE_CHECKING:
     import torch
     import transformers
 
+    from rlhf import kv_cache
     from rlhf.tokenization import ChatTokenizer
 else:
-    torch, transformers = lazy("torch"), lazy("transformers")
+    torch, transformers, kv_cache = lazy("torch"), lazy("transformers"), lazy("rlhf.kv_cache")
 
 SAMPLERS = Table("sampler")
 
@@ -60,7 +61,11 @@ def episode_seed(*parts: int) -> int:
 def hf(
     model: Any, prompts: Sequence[list[int]], seeds: Sequence[int], sampling: Sampling, chat: ChatTokenizer
 ) -> list[Answer]:
-    """In process, over the transformers model and its KV cache; finished answers leave the batch.
+    """In process, over the transformers model; finished answers leave the batch and waiting prompts take their places.
+
+    Answers to one prompt that begin together share its prefill. At most `sampling.batch_size` sequences are decoded at
+    a time, which bounds the KV cache. A model whose cache cannot be joined (`kv_cache.joinable`) answers one batch
+    after another; finished answers leave it all the same.
 
     Args:
         model: A causal LM (PEFT wrappers allowed), its weights whole on this process.
@@ -72,57 +77,141 @@ def hf(
     Returns:
         One answer for each prompt, in order.
     """
-    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+    order = sorted(range(len(prompts)), key=lambda i: (len(prompts[i]), prompts[i]))
+    joins = kv_cache.joinable(model)
+    at_once = len(order) if joins else sampling.batch_size
     answers: dict[int, Answer] = {}
     was_training = model.training
     model.eval()
     with torch.no_grad():
-        for start in range(0, len(order), sampling.batch_size):
-            batch = order[start : start + sampling.batch_size]
-            found = _sample_batch(model, [prompts[i] for i in batch], [seeds[i] for i in batch], sampling, chat)
-            answers.update(zip(batch, found))
+        for start in range(0, len(order), max(at_once, 1)):
+            answers |= _Decoding(model, prompts, seeds, sampling, chat, order[start : start + at_once], joins).run()
     model.train(was_training)
     return [answers[i] for i in range(len(prompts))]
 
 
-def _sample_batch(
-    model: Any, prompts: list[list[int]], seeds: list[int], sampling: Sampling, chat: ChatTokenizer
-) -> list[Answer]:
-    device, width = model.device, max(map(len, prompts))
-    ids = torch.tensor([[chat.pad_id] * (width - len(p)) + p for p in prompts], device=device)
-    mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device)
-    noise = torch.stack([_noise(seed, sampling.max_new_tokens) for seed in seeds]).to(device)
-    ends = torch.tensor(end_ids(model, chat), device=device)
-    cache = transformers.DynamicCache(config=model.config)
-    tokens: list[list[int]] = [[] for _ in prompts]
-    ended = [False] * len(prompts)
-    rows = list(range(len(prompts)))  # which answer each row of the batch belongs to
-    positions = (mask.cumsum(-1) - 1).clamp(min=0)
-    for step in range(sampling.max_new_tokens):
-        logits = model(
+class _Decoding:
+    """A fixed number of places through which the answers pass.
+
+    What the model needs of a place is in tensors, one element or row a place; who stands there, and since when, is
+    known to Python, so that a step asks the device one question: which answers are finished.
+    """
+
+    def __init__(
+        self, model: Any, prompts: Sequence[list[int]], seeds: Sequence[int], sampling: Sampling, chat: ChatTokenizer,
+        order: Sequence[int], joins: bool,
+    ) -> None:  # fmt: skip
+        self.model, self.prompts, self.seeds, self.sampling, self.chat = model, prompts, seeds, sampling, chat
+        self.waiting, self.joins, self.answers = list(order), joins, dict[int, Answer]()
+        self.places: list[int | None] = [None] * min(len(order), sampling.batch_size)  # which answer stands there
+        self.since = [0] * len(self.places)  # the step at which it came
+        self.steps = 0
+        self.cache: Any = None
+        device, count, longest = model.device, len(self.places), sampling.max_new_tokens
+        self.ends = torch.tensor(end_ids(model, chat), device=device)
+        self.end_set = set(self.ends.tolist())
+        self.token, self.position, self.count, self.live = torch.zeros(4, count, dtype=torch.int64, device=device)
+        self.tokens = torch.zeros(count, longest, dtype=torch.int64, device=device)
+        self.noise = torch.zeros(count, longest, device=device)
+
+    def run(self) -> dict[int, Answer]:
+        """Everything in `order` answered."""
+        while self.waiting or len(self._free()) < len(self.places):
+            free = len(self._free())
+            # a prefill costs about as much as a step: it waits until an eighth of the places is free
+            if self.waiting and free >= min(len(self.waiting), max(1, len(self.places) // 8)):
+                self._enter()
+            elif not self.waiting and free >= 0.25 * len(self.places):  # copying the cache pays once so much is idle
+                self._leave()
+            else:
+                self._step()
+        return self.answers
+
+    def _free(self) -> list[int]:
+        return [place for place, answer in enumerate(self.places) if answer is None]
+
+    def _enter(self) -> None:
+        """Prefill waiting prompts, each once, join them to the cache and draw their first tokens."""
+        places = self._free()[: len(self.waiting)]
+        coming, self.waiting = self.waiting[: len(places)], self.waiting[len(places) :]
+        number = {prompt: row for row, prompt in enumerate(dict.fromkeys(tuple(self.prompts[i]) for i in coming))}
+        rows, device = [list(prompt) for prompt in number], self.model.device
+        source = torch.tensor([number[tuple(self.prompts[i])] for i in coming], device=device)
+        lengths = torch.tensor([len(row) for row in rows], device=device)
+        width = max(map(len, rows))
+        ids = torch.tensor([[self.chat.pad_id] * (width - len(row)) + row for row in rows], device=device)
+        mask = kv_cache.left_padded(lengths, width)
+        # Without a config all layers keep all tokens, sliding windows too: what can be joined.
+        cache = transformers.DynamicCache(config=None if self.joins else self.model.config)
+        logits = self._logits(ids, mask, (mask.cumsum(-1) - 1).clamp(min=0), cache)
+        if self.cache is None:
+            count = len(self.places)
+            self.cache = kv_cache.JoinedCache(cache, count) if self.joins else kv_cache.BatchCache(cache)
+        where = torch.tensor(places, device=device)
+        self.cache.enter(cache, lengths[source], source, where)
+        for place, answer in zip(places, coming):
+            self.places[place], self.since[place] = answer, self.steps
+        self.noise[where] = torch.stack([_noise(self.seeds[i], self.sampling.max_new_tokens) for i in coming]).to(
+            device
+        )
+        self.position[where], self.count[where], self.live[where] = lengths[source] - 1, 0, 1
+        self._draw(logits[source], where)
+
+    def _step(self) -> None:
+        """One token more for every place."""
+        longest = max(
+            len(self.prompts[answer]) - since for answer, since in zip(self.places, self.since) if answer is not None
+        )
+        mask = self.cache.before_step(longest + self.steps)
+        logits = self._logits(self.token[:, None], mask, self.position[:, None], self.cache.cache)
+        self.cache.after_step()
+        self.steps += 1
+        self._draw(logits, slice(None))
+
+    def _logits(self, ids: torch.Tensor, mask: torch.Tensor, positions: torch.Tensor, cache: Any) -> torch.Tensor:
+        """float32 [B, V]: the logits of the next tokens."""
+        logits: torch.Tensor = self.model(
             input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True,
             logits_to_keep=1,
         ).logits[:, -1].float()  # fmt: skip
-        if step < sampling.min_new_tokens:
-            logits[:, ends] = float("-inf")
-        chosen = choose(logits, noise[rows, step], sampling)
-        for row, token in zip(rows, chosen.tolist()):
-            if not ended[row]:
-                tokens[row].append(token)
-        finished = torch.isin(chosen, ends).tolist()
-        for row, done in zip(rows, finished):
-            ended[row] = ended[row] or done or _stopped(tokens[row], sampling.stop, chat)
-        alive = [i for i, row in enumerate(rows) if not ended[row]]
-        if not alive or step + 1 == sampling.max_new_tokens:
-            break
-        ids, positions = chosen[:, None], positions[:, -1:] + 1
-        mask = torch.cat([mask, mask.new_ones(len(rows), 1)], dim=1)
-        if len(alive) <= 0.75 * len(rows):  # copying the cache pays once a quarter of it is idle
-            keep = torch.tensor(alive, device=device)
-            cache.batch_select_indices(keep)
-            ids, positions, mask = ids[keep], positions[keep], mask[keep]
-            rows = [rows[i] for i in alive]
-    return [Answer(found, end) for found, end in zip(tokens, ended)]
+        return logits
+
+    def _draw(self, logits: torch.Tensor, where: Any) -> None:
+        """Choose a token for each of these places; those whose answers are now finished become free."""
+        count = self.count[where]
+        if self.sampling.min_new_tokens:
+            early = (count < self.sampling.min_new_tokens)[:, None]
+            logits[:, self.ends] = logits[:, self.ends].masked_fill(early, float("-inf"))
+        column = count[:, None].clamp(max=self.sampling.max_new_tokens - 1)
+        chosen = choose(logits, self.noise[where].gather(1, column).squeeze(1), self.sampling)
+        done = torch.isin(chosen, self.ends) | (count + 1 == self.sampling.max_new_tokens)
+        self.token[where] = chosen
+        self.tokens[where] = self.tokens[where].scatter(1, column, chosen[:, None])
+        self.count[where] += self.live[where]  # what stands in a free place stands still
+        self.position[where] += self.live[where]
+        places = range(len(self.places))[where] if isinstance(where, slice) else where.tolist()
+        for place, finished in zip(places, done.tolist()):
+            answer = self.places[place]
+            if answer is not None and (finished or self.sampling.stop):
+                self._finish(place, answer, finished)
+
+    def _finish(self, place: int, answer: int, finished: bool) -> None:
+        """Note the answer and free its place, if it is finished or holds a stop string."""
+        found = self.tokens[place, : self.steps - self.since[place] + 1].tolist()
+        ended = found[-1] in self.end_set or _stopped(found, self.sampling.stop, self.chat)
+        if finished or ended:
+            self.answers[answer] = Answer(found, ended)
+            self.places[place] = None
+            self.live[place] = 0
+
+    def _leave(self) -> None:
+        """Give up the free places."""
+        kept = [place for place, answer in enumerate(self.places) if answer is not None]
+        keep = torch.tensor(kept, device=self.model.device)
+        self.places, self.since = [self.places[i] for i in kept], [self.since[i] for i in kept]
+        self.token, self.position, self.count = self.token[keep], self.position[keep], self.count[keep]
+        self.live, self.tokens, self.noise = self.live[keep], self.tokens[keep], self.noise[keep]
+        self.cache.keep(keep)
 
 
 def end_ids(model: Any, chat: ChatTokenizer) -> list[int]:

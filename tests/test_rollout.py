@@ -2,13 +2,26 @@
 
 from __future__ import annotations
 
+import functools
 from types import SimpleNamespace
 
 import pytest
 import tiny
 import torch
-from transformers import AutoModelForCausalLM, GemmaConfig, GPT2Config, LlamaConfig, MistralConfig, Qwen2Config
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma2Config,
+    Gemma3TextConfig,
+    GemmaConfig,
+    GPT2Config,
+    Lfm2Config,
+    LlamaConfig,
+    MistralConfig,
+    Qwen2Config,
+    Qwen3Config,
+)
 
+from rlhf import kv_cache
 from rlhf.config import ModelConfig
 from rlhf.models import load_policy
 from rlhf.rollout import SAMPLERS, Answer, Sampling, choose, end_ids, episode_seed, hf
@@ -25,11 +38,23 @@ SMALL = {
 FAMILIES = {
     "llama": LlamaConfig(**SMALL, num_key_value_heads=2),
     "qwen2": Qwen2Config(**SMALL, num_key_value_heads=2),
+    "qwen3": Qwen3Config(**SMALL, num_key_value_heads=2, head_dim=8),
     "mistral": MistralConfig(**SMALL, num_key_value_heads=2, sliding_window=8),
-    "gemma": GemmaConfig(**SMALL, num_key_value_heads=1, head_dim=8),
+    "gemma": GemmaConfig(**SMALL, num_key_value_heads=1, head_dim=8, tie_word_embeddings=False),
+    "gemma2": Gemma2Config(**SMALL, num_key_value_heads=1, head_dim=8, sliding_window=8),
+    "gemma3": Gemma3TextConfig(
+        **SMALL,
+        num_key_value_heads=1,
+        head_dim=8,
+        sliding_window=8,
+        layer_types=["sliding_attention", "full_attention"],
+    ),
     "gpt2": GPT2Config(vocab_size=VOCAB, n_embd=32, n_layer=2, n_head=4, n_positions=128),
 }
+HYBRID = Lfm2Config(**SMALL, num_key_value_heads=2, layer_types=["conv", "full_attention"])
+"""Of "lfm2": convolutions remember something else than keys and values."""
 PROMPTS = [[5, 6, 7, 8, 9, 10, 11, 12, 13, 14], [3], [20, 21, 22], [9, 8, 7, 6, 5]]
+PROMPTS += [[30, 31], [40 + i % 7 for i in range(17)], [17, 33, 50, 12]]
 
 
 def chat_like(end):
@@ -47,19 +72,103 @@ def chat():
     return load_tokenizer(ModelConfig(path=tiny.llama()), tiny.llama())
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_greedy_answers_are_those_of_generate_to_the_token(family):
+def random_model(config):
+    """With weights that are large enough for it not to repeat one token."""
     torch.manual_seed(1)
-    config = FAMILIES[family]
     config.eos_token_id, config.pad_token_id, config.bos_token_id = 2, 0, 1
     model = AutoModelForCausalLM.from_config(config).eval()
-    for parameter in model.parameters():  # at its initial scale a random model repeats one token
+    for parameter in model.parameters():
         parameter.data.mul_(4)
-    found = hf(model, PROMPTS, [0] * 4, Sampling(24, temperature=0), chat_like(2))
-    for prompt, answer in zip(PROMPTS, found):
-        expected = model.generate(torch.tensor([prompt]), max_new_tokens=24, do_sample=False, use_cache=True)
-        assert answer.ids == expected[0, len(prompt) :].tolist()
-        assert answer.ended == (answer.ids[-1] == 2)
+    return model
+
+
+@functools.cache
+def by_generate(family):
+    """The model, an end token, and what plain `generate` answers to each prompt alone, up to that token.
+
+    The end is the token for which the answers' lengths differ most: early ends and late ones.
+    """
+    model = random_model(FAMILIES.get(family) or HYBRID)
+    model.generation_config.eos_token_id = None
+    options = {"max_new_tokens": 24, "do_sample": False, "use_cache": True, "pad_token_id": 0}
+    whole = [model.generate(torch.tensor([p]), **options)[0, len(p) :].tolist() for p in PROMPTS]
+
+    def until(end):
+        return [ids[: ids.index(end) + 1] if end in ids else ids for ids in whole]
+
+    end = max(range(VOCAB), key=lambda token: len({len(ids) for ids in until(token)}))
+    assert len({len(ids) for ids in until(end)}) >= 3, "answers of unequal lengths are the point"
+    return model, end, until(end)
+
+
+@pytest.mark.parametrize("batch_size", [64, 3, 1])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_greedy_answers_are_those_of_generate_to_the_token(family, batch_size):
+    model, end, expected = by_generate(family)
+    assert kv_cache.joinable(model)
+    prompts = [prompt for prompt in PROMPTS for _ in range(2)]
+    found = hf(model, prompts, [0] * len(prompts), Sampling(24, temperature=0, batch_size=batch_size), chat_like(end))
+    assert [answer.ids for answer in found] == [ids for ids in expected for _ in range(2)]
+    assert all(answer.ended == (answer.ids[-1] == end) for answer in found)
+
+
+@pytest.mark.parametrize("batch_size", [64, 3])
+def test_a_model_whose_cache_cannot_be_joined_answers_batch_after_batch(batch_size):
+    model, end, expected = by_generate("lfm2")
+    assert not kv_cache.joinable(model)
+    prompts = [prompt for prompt in PROMPTS for _ in range(2)]
+    found = hf(model, prompts, [0] * len(prompts), Sampling(24, temperature=0, batch_size=batch_size), chat_like(end))
+    assert [answer.ids for answer in found] == [ids for ids in expected for _ in range(2)]
+
+
+def test_answers_that_end_with_their_first_token_leave_before_the_others_go_on():
+    model, _, expected = by_generate("llama")
+    first = expected[0][0]
+    found = hf(model, [PROMPTS[0]] * 3 + PROMPTS[1:], [0] * 9, Sampling(24, temperature=0), chat_like(first))
+    for prompt, answer in zip(PROMPTS[1:], found[3:]):
+        alone = hf(model, [prompt], [0], Sampling(24, temperature=0), chat_like(first))[0]
+        assert answer == alone
+    assert [answer.ids for answer in found[:3]] == [[first]] * 3
+
+
+def passes(model, prompts, sampling, end):
+    """Rows and columns of every pass through the model."""
+    shapes = []
+    hook = model.register_forward_pre_hook(
+        lambda module, inputs, named: shapes.append(tuple(named["input_ids"].shape)), with_kwargs=True
+    )
+    hf(model, prompts, range(len(prompts)), sampling, chat_like(end))
+    hook.remove()
+    return shapes
+
+
+def test_answers_to_one_prompt_share_its_prefill():
+    model, end, _ = by_generate("llama")
+    assert passes(model, [PROMPTS[0]] * 6 + [PROMPTS[2]] * 2, Sampling(1), end) == [(2, len(PROMPTS[0]))]
+
+
+def test_no_more_sequences_than_the_batch_size_are_decoded_and_finished_ones_leave():
+    model, end, expected = by_generate("llama")
+    shapes = passes(model, PROMPTS * 3, Sampling(24, temperature=0, batch_size=4), end)
+    assert max(rows for rows, _ in shapes) == 4
+    assert sum(rows for rows, _ in shapes) < 1.5 * 3 * sum(map(len, expected))
+    assert shapes[-1][0] < 4
+
+
+def test_the_cache_does_not_outgrow_the_longest_live_sequence():
+    model, end, _ = by_generate("gpt2")
+    widths = []
+    step = kv_cache.JoinedCache.before_step
+
+    def note(cache, longest):
+        widths.append(cache.layers[0].keys.shape[2] - longest)
+        return step(cache, longest)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(kv_cache.JoinedCache, "before_step", note)
+        hf(model, PROMPTS * 12, range(12 * len(PROMPTS)), Sampling(60, batch_size=2), chat_like(end))
+    assert len(widths) > 200
+    assert max(widths) <= 60 + kv_cache.SPARE
 
 
 def test_an_answer_depends_on_its_seed_alone_not_on_the_batch_it_was_made_in(policy, chat):
@@ -90,8 +199,8 @@ def test_min_new_tokens_bars_the_end_until_then():
         output.logits[..., 2] += 50
 
     model.register_forward_hook(wish_to_end)
-    assert [len(a.ids) for a in hf(model, PROMPTS, range(4), Sampling(9), chat_like(2))] == [1] * 4
-    assert [len(a.ids) for a in hf(model, PROMPTS, range(4), Sampling(9, min_new_tokens=5), chat_like(2))] == [6] * 4
+    assert [len(a.ids) for a in hf(model, PROMPTS, range(7), Sampling(9), chat_like(2))] == [1] * 7
+    assert [len(a.ids) for a in hf(model, PROMPTS, range(7), Sampling(9, min_new_tokens=5), chat_like(2))] == [6] * 7
 
 
 def test_a_stop_string_ends_the_answer_after_it(policy, chat):

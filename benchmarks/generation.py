@@ -1,0 +1,129 @@
+"""Generation with unequal lengths: the sampler `hf` against static-batch `generate` of transformers.
+
+    OMP_NUM_THREADS=1 python benchmarks/generation.py ../shared/models/stories260K
+
+Both sides sample at temperature 1 and are given the same prompts (8 to 40 random tokens) and the same lengths, drawn
+from a log-normal distribution with a mean of 40% of the maximum: before its length an answer cannot end, at its length
+it must. `generate` runs batch after batch, each until its longest answer ends, as a trainer calls it. The two take
+turns, so that a busy machine slows both. Tokens are those of answers; what `generate` computes past an end is lost.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from collections.abc import Sequence
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+import transformers
+
+from rlhf import rollout
+
+END, PAD = 2, 0
+NOW = 2.0
+"""In the place of a uniform number: the answer ends here."""
+
+
+def draw_lengths(count: int, longest: int) -> list[int]:
+    """Log-normal, sigma 0.8, cut to 1..longest, scaled so that their mean is 40% of the longest."""
+    shape = torch.randn(count, generator=torch.Generator().manual_seed(0)).mul(0.8).exp()
+    scale = 0.4 * longest
+    for _ in range(50):  # the cut lowers the mean
+        lengths = (shape * scale).clamp(1, longest)
+        scale *= 0.4 * longest / float(lengths.mean())
+    return lengths.round().int().tolist()
+
+
+def impose_on_ours(lengths: Sequence[int]) -> None:
+    """Seeds are the numbers of the answers here; their streams say where they end."""
+    plain_noise, plain_choose = rollout._noise, rollout.choose
+
+    def noise(seed: int, count: int) -> torch.Tensor:
+        stream = plain_noise(seed, count)
+        stream[lengths[seed] - 1] = NOW
+        return stream
+
+    def choose(logits: torch.Tensor, noise: torch.Tensor, sampling: rollout.Sampling) -> torch.Tensor:
+        logits[:, END] = float("-inf")
+        return torch.where(noise == NOW, END, plain_choose(logits, noise, sampling))
+
+    rollout._noise, rollout.choose = noise, choose
+
+
+class ImposedLengths(transformers.LogitsProcessor):
+    """The same for `generate`."""
+
+    def __init__(self, lengths: Sequence[int], width: int) -> None:
+        self.last = torch.tensor(lengths) + width - 1
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        """The end and nothing else at an answer's length, anything but the end before it."""
+        ends = (input_ids.shape[1] == self.last)[:, None]
+        is_end = torch.arange(scores.shape[1]) == END
+        return scores.masked_fill(ends ^ is_end, float("-inf"))
+
+
+def ours(model: Any, prompts: list[list[int]], lengths: list[int], longest: int, batch: int) -> int:
+    """Tokens that were generated."""
+    chat: Any = SimpleNamespace(end_id=END, pad_id=PAD, tokenizer=SimpleNamespace(eos_token_id=END))
+    sampling = rollout.Sampling(longest, batch_size=batch)
+    answers = rollout.hf(model, prompts, range(len(prompts)), sampling, chat)
+    assert [len(answer.ids) for answer in answers] == lengths
+    return sum(lengths)
+
+
+def static(model: Any, prompts: list[list[int]], lengths: list[int], longest: int, batch: int) -> int:
+    """Tokens that were generated, not counting the padding after an end."""
+    for start in range(0, len(prompts), batch):
+        rows = prompts[start : start + batch]
+        width = max(map(len, rows))
+        ids = torch.tensor([[PAD] * (width - len(row)) + row for row in rows])
+        mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])
+        imposed = ImposedLengths(lengths[start : start + batch], width)
+        output = model.generate(
+            ids, attention_mask=mask, max_new_tokens=longest, do_sample=True, top_k=0, pad_token_id=PAD,
+            eos_token_id=END, logits_processor=transformers.LogitsProcessorList([imposed]),
+        )  # fmt: skip
+        assert output.shape[1] - width == max(lengths[start : start + batch])
+    return sum(lengths)
+
+
+def main() -> None:
+    """Print tokens a second of both, the ratio of each pair of runs, and its median."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model")
+    parser.add_argument("--episodes", type=int, default=256)
+    parser.add_argument("--batch", type=int, default=64, help="Sequences at a time, on both sides.")
+    parser.add_argument("--max-new-tokens", type=int, default=256)
+    parser.add_argument("--same", type=int, default=1, help="Answers to each prompt.")
+    parser.add_argument("--repeats", type=int, default=5)
+    args = parser.parse_args()
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    model = transformers.AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32).eval()
+    model.generation_config.eos_token_id = END
+    random = torch.Generator().manual_seed(1)
+    sizes = torch.randint(8, 41, (args.episodes // args.same,), generator=random).tolist()
+    prompts = [torch.randint(3, model.config.vocab_size, (n,), generator=random).tolist() for n in sizes]
+    prompts = [prompt for prompt in prompts for _ in range(args.same)]
+    lengths = draw_lengths(len(prompts), args.max_new_tokens)
+    impose_on_ours(lengths)
+    rates: dict[str, list[float]] = {"ours": [], "generate": []}
+    for turn in range(args.repeats + 1):
+        for name, side in (("ours", ours), ("generate", static)):
+            start = time.perf_counter()
+            tokens = side(model, prompts, lengths, args.max_new_tokens, args.batch)
+            if turn:  # the first warms up
+                rates[name].append(tokens / (time.perf_counter() - start))
+    ratios = [a / b for a, b in zip(rates["ours"], rates["generate"])]
+    print(f"{len(prompts)} answers, {args.same} to a prompt, {sum(lengths) / len(lengths):.0f} tokens on average")
+    for name, found in rates.items():
+        print(f"{name:<10} {statistics.median(found):>10,.0f} tokens/s")
+    print(f"ratio      {statistics.median(ratios):.2f}x ({min(ratios):.2f}-{max(ratios):.2f})")
+
+
+if __name__ == "__main__":
+    main()
