@@ -1,0 +1,136 @@
+"""PPO, ours against TRL 1.12.0 (the last with PPO): seconds and memory an update, and whether both learn alike.
+
+    pip install --no-deps --target /tmp/trl112 trl==1.12.0
+    python benchmarks/ppo.py --trl /tmp/trl112                      # three regimes of answer lengths
+    python benchmarks/ppo.py --trl /tmp/trl112 --learn --updates 20  # the reward over 20 updates
+
+Each run is a process of its own, one after the other. Same weights (stories260K), story openings as prompts, reward
+(share of sentences that name an animal), temperature 0.7, 64 episodes, 4 epochs of 4 minibatches, learning rate 3e-4,
+KL coefficient 0.05, AdamW as TRL sets it, float32. TRL's trainer is left at its defaults otherwise, with the stop
+token set. Seconds are from the end of one update to the end of the next; the first update is left out. Processor
+seconds are of all threads. Peak memory is above the imports, which are the same libraries on both sides.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+SHARED = ROOT.parent / "shared"
+REGIMES = ("full", "realistic", "long-tailed")
+PHASES = ("rollout", "score", "learn")
+COLUMNS = ("run", "s an update, median (range)", "processor s", *PHASES)
+COLUMNS += ("answer tokens", "tokens/s", "peak MB", "time", "memory")
+
+
+def write_prompts(path: Path) -> None:
+    """The first eight words of each story."""
+    lines = (SHARED / "data" / "text" / "tinystories_1000.jsonl").read_text("utf-8").splitlines()
+    openings = sorted({" ".join(json.loads(line)["text"].split()[:8]) for line in lines})
+    rows = [json.dumps({"prompt": opening, "source": "tinystories", "split": "train"}) for opening in openings]
+    path.write_text("\n".join(rows) + "\n", "utf-8")
+
+
+def measure(side: str, regime: str, updates: int, args: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    """One process: `updates` updates of one side."""
+    spec = {
+        "run": str(folder / f"{side}-{regime}"),
+        "prompts": str(folder / "prompts.jsonl"),
+        "model": str(SHARED / "models" / "stories260K"),
+        "tests": str(ROOT / "tests"),
+        "ends": [1, 2],  # this model ends a story with <s>; </s> does not occur
+        "regime": regime,
+        "updates": updates,
+        "new_tokens": args.new_tokens,
+        "episodes": args.episodes,
+        "epochs": 4,
+        "minibatches": 4,
+        "micro_batch_tokens": args.micro_batch_tokens,
+        "lr": 3e-4,
+        "seed": args.seed,
+        "trl_checkpointing": side != "trl-nogc",
+    }
+    file, result = folder / "spec.json", folder / "result.json"
+    file.write_text(json.dumps(spec), "utf-8")
+    path = [*([str(args.trl)] if side.startswith("trl") else []), str(ROOT)]
+    env = os.environ | {"PYTHONPATH": os.pathsep.join(path), "HF_HUB_OFFLINE": "1", "DS_ACCELERATOR": "cpu"}
+    env |= {"OMP_NUM_THREADS": str(args.threads), "TOKENIZERS_PARALLELISM": "false"}
+    program = [sys.executable, str(ROOT / "benchmarks" / "ppo_sides.py"), side.split("-")[0], str(file), str(result)]
+    done = subprocess.run(program, capture_output=True, text=True, env=env)
+    if done.returncode:
+        raise SystemExit(f"{side}, {regime}:\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}")
+    found: dict[str, Any] = json.loads(result.read_text("utf-8"))
+    return found
+
+
+def row(name: str, found: dict[str, Any], first: dict[str, Any] | None) -> str:
+    """A line of the table; ratios are to `first`."""
+    median = statistics.median(found["seconds"])
+    phases = [statistics.median(found["phases"][phase]) for phase in PHASES]
+    rate = sum(found["tokens"]) / sum(found["seconds"])
+    cells = [name, f"{median:.2f} ({min(found['seconds']):.2f}-{max(found['seconds']):.2f})"]
+    cells += [f"{seconds:.2f}" for seconds in (statistics.median(found["processor"]), *phases)]
+    cells += [f"{sum(found['tokens']) / len(found['tokens']):,.0f}", f"{rate:,.0f}", f"{found['peak_mb']:,.0f}"]
+    if first is not None:
+        cells += [f"{median / statistics.median(first['seconds']):.2f}x", f"{found['peak_mb'] / first['peak_mb']:.2f}x"]
+    return "| " + " | ".join(cells) + " |"
+
+
+def compare_speed(args: argparse.Namespace, folder: Path) -> None:
+    """The three regimes, side by side."""
+    print(f"| {' | '.join(COLUMNS)} |\n|{' --- |' * len(COLUMNS)}")
+    for regime in args.regimes:
+        first = None
+        for side in args.sides:
+            found = measure(side, regime, args.updates + 1, args, folder)
+            print(row(f"{regime}: {side}", found, first), flush=True)
+            first = first or found
+
+
+def compare_learning(args: argparse.Namespace, folder: Path) -> None:
+    """The reward over the updates, the ends drawn by the policies."""
+    for side in args.sides:
+        found = measure(side, "natural", args.updates, args, folder)
+        scores = found["scores"]
+        reached = next((i + 1 for i, score in enumerate(scores) if score >= 0.6), None)
+        median, kl = statistics.median(found["seconds"]), found["kl"][-1]
+        print(f"{side}: {sum(scores[:2]) / 2:.3f} -> {sum(scores[-3:]) / 3:.3f} in {len(scores)} updates")
+        print(f"   0.60 first reached at update {reached}; KL {kl:.1f} at the end; {median:.2f} s an update")
+        print("   " + " ".join(f"{score:.2f}" for score in scores), flush=True)
+
+
+def main() -> None:
+    """Print the tables."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--trl", type=Path, required=True, help="Folder with TRL 1.12.0.")
+    parser.add_argument("--learn", action="store_true", help="Compare what they learn instead of how fast they are.")
+    parser.add_argument("--updates", type=int, default=5, help="Measured updates; one more warms up.")
+    parser.add_argument("--regimes", nargs="+", choices=REGIMES, default=REGIMES)
+    parser.add_argument(
+        "--sides", nargs="+", choices=("ours", "trl", "trl-nogc"), default=("ours", "trl"),
+        help="trl-nogc: TRL without the gradient checkpointing that is its default.",
+    )  # fmt: skip
+    parser.add_argument("--episodes", type=int, default=64)
+    parser.add_argument("--new-tokens", type=int, help="Longest answer; 256, with --learn 96.")
+    parser.add_argument("--micro-batch-tokens", type=int, default=8192, help="Ours; TRL has no such setting.")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    args.new_tokens = args.new_tokens or (96 if args.learn else 256)
+    print(f"{time.strftime('%Y-%m-%d %H:%M')}, {args.threads} threads, answers of up to {args.new_tokens} tokens")
+    with tempfile.TemporaryDirectory() as folder:
+        write_prompts(Path(folder) / "prompts.jsonl")
+        (compare_learning if args.learn else compare_speed)(args, Path(folder))
+
+
+if __name__ == "__main__":
+    main()
