@@ -179,6 +179,12 @@ class RewardConfig(StageConfig):
         return self
 
 
+class PPOModelConfig(ModelConfig):
+    sharing: Literal["separate", "shared"] = "separate"
+    """`shared`: one frozen base with an adapter for each role serves as policy, critic, reward model and reference,
+    in one engine. Needs `lora` or `qlora` for all that is trained; see docs/shared-base.md."""
+
+
 class PPODataConfig(Strict):
     prompts: Paths
     """Datasets whose prompts are answered (of any kind; rankings and demonstrations give their prompts)."""
@@ -305,7 +311,7 @@ class PPOEvalConfig(Strict):
 
 
 class PPOConfig(StageConfig):
-    model: ModelConfig
+    model: PPOModelConfig
     """The policy to start from; a frozen copy is the reference."""
     data: PPODataConfig
     reward: Annotated[Pick, REWARDS]
@@ -341,9 +347,24 @@ class PPOConfig(StageConfig):
         for key, pick in (("tuning", self.tuning), ("critic.tuning", self.critic.tuning)):
             if pick.row.traits["prompt_learning"]:
                 faults.append(f"{key}: {pick.name!r} is for SFT alone: log-probs and values do not see virtual tokens")
+        if self.model.sharing == "shared":
+            faults += self._sharing_faults()
         if faults:
             raise ValueError("; ".join(faults))
         return self
+
+    def _sharing_faults(self) -> list[str]:
+        """What one base for several roles rules out."""
+        faults = []
+        picks = {"tuning": self.tuning} | ({"critic.tuning": self.critic.tuning} if self.needs_critic else {})
+        for key, pick in picks.items():
+            if not pick.row.traits["roles"]:
+                faults.append(f"{key}: {pick.name!r} with model.sharing `shared`, which needs `lora` or `qlora`")
+            elif pick.name != self.tuning.name:
+                faults.append(f"{key}: {pick.name!r} beside tuning {self.tuning.name!r}: they lie over one base")
+            elif pick.options["dropout"]:
+                faults.append(f"{key}.dropout: must be 0 with model.sharing `shared`, or log-probs would be random")
+        return faults
 
     @property
     def needs_critic(self) -> bool:

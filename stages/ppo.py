@@ -44,6 +44,7 @@ from rlhf.ppo_report import Clock, Moments, Reporter, rate_scale
 from rlhf.rewards import Finished, RewardContext
 from rlhf.rollout import Sampling, episode_seed
 from rlhf.runs import Run, check_same_text, data_facts, finish, open_run, parent_facts, result_of
+from rlhf.shared_base import load_shared, save_critic
 from rlhf.tokenization import ChatTokenizer, load_tokenizer
 from rlhf.tuning import save_result
 
@@ -68,9 +69,14 @@ class PPO:
         self.chat = load_tokenizer(config.model, path)
         limit = sequence_limit(config.model, load_config(config.model, path))
         self.run = open_ppo_run(config, self.chat, resume, overwrite)
-        self.engine, self.reference = load_models(config, self.chat, path)
+        rewards: dict[str, Any] = {}
+        if config.model.sharing == "shared":
+            shared = load_shared(config, self.chat)
+            self.engine, self.reference, rewards = shared.engine, shared.reference, shared.scorers
+        else:
+            self.engine, self.reference = load_models(config, self.chat, path)
         self.vocab_size = load_config(config.model, path).get_text_config().vocab_size
-        self.reward = config.reward(RewardContext(config.model, self.chat, self.engine.freeze))
+        self.reward = config.reward(RewardContext(config.model, self.chat, self.engine.freeze, rewards))
         room = min(config.data.max_prompt_tokens, limit - config.rollout.max_new_tokens)
         if room < 1:
             raise UserError(f"rollout.max_new_tokens leaves no room for a prompt in the model's {limit} tokens")
@@ -110,6 +116,8 @@ class PPO:
             if self.done % config.checkpoints.every == 0 or last:
                 self.save()
         save_result(self.run.path, self.engine.module.policy, self.chat, config.tuning)
+        if config.model.sharing == "shared":
+            save_critic(self.run.path, self.engine.module)
         finish(self.run, metrics=self.reporter.headline())
         self.reporter.close()
 

@@ -1,0 +1,164 @@
+"""One base for four roles: the same numbers as four separate models with the same adapters, and what is refused."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import finished
+import pytest
+import tiny
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+
+import stages.ppo
+from rlhf.actor_critic import ActorCritic
+from rlhf.config import PPOConfig
+from rlhf.config_file import check_config
+from rlhf.engine import make_engine
+from rlhf.errors import UserError
+from rlhf.models import ScalarModel
+from rlhf.plan import check
+from rlhf.ppo_report import TIMINGS
+from rlhf.runs import result_of
+from rlhf.sharing import recognise
+from stages.ppo import PPO
+
+torch.set_num_threads(1)
+
+LORA = {"name": "lora", "rank": 4, "alpha": 8}
+LAST = LORA | {"layers": 1}
+FUNCTION = {"name": "function", "function": "ppo_rewards:letters"}
+
+
+@pytest.fixture(scope="module")
+def prompts(tmp_path_factory):
+    return tiny.write_demonstrations(tmp_path_factory.mktemp("data") / "demos", 24, held_out=4)
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """SFT runs (full; LoRA), and LoRA reward runs over the first and over the base; `last` adapts the last layer."""
+    folder = tmp_path_factory.mktemp("runs")
+    made = {"sft": finished.sft(folder / "sft"), "sft-lora": finished.sft(folder / "sft-lora", tuning=LORA)}
+    made["over-sft"] = finished.reward(folder / "over-sft", made["sft"], LORA)
+    made["last"] = finished.reward(folder / "last", made["sft"], LAST)
+    made["over-base"] = finished.reward(folder / "over-base", tuning=LORA)
+    made["full"] = finished.reward(folder / "full", made["sft"])
+    return made
+
+
+def values_of(folder, prompts, model, reward, sharing="shared", tuning=LORA, **changes) -> dict[str, Any]:
+    values: dict[str, Any] = {
+        "run": str(folder),
+        "model": {"path": model, "sharing": sharing},
+        "data": {"prompts": prompts, "max_prompt_tokens": 48},
+        "reward": {"name": "model", "path": reward} if isinstance(reward, str) else reward,
+        "tuning": tuning,
+        "critic": {"init": "reward" if isinstance(reward, str) else "policy", "tuning": tuning},
+        "updates": 2,
+        "rollout": {"prompts_per_update": 8, "max_new_tokens": 12, "stop": ["e", "a"]},
+        "update": {"epochs": 2, "minibatches": 2, "micro_batch_tokens": 160},
+        "optimizer": {"policy_lr": 1e-3, "critic_lr": 1e-3, "schedule": "constant", "eps": 1e-3},
+        "eval": {"every": 2, "prompts": 3},
+        "checkpoints": {"every": 1},
+    }
+    for dotted, value in changes.items():
+        *parents, last = dotted.split("__")
+        part = values
+        for name in parents:
+            part = part.setdefault(name, {})
+        part[last] = value
+    return values
+
+
+def config(*args, **changes) -> PPOConfig:
+    return check_config(PPOConfig, values_of(*args, **changes), "test")
+
+
+def metrics(folder) -> list[dict[str, float]]:
+    lines = [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if not k.startswith(TIMINGS)} for line in lines]
+
+
+def adapters_of(folder) -> dict[str, torch.Tensor]:
+    """The trained weights of policy and critic that a run has left."""
+    return {
+        f"{part}.{name}": weight
+        for part in ("adapter", "critic")
+        for name, weight in load_file(Path(folder) / part / "adapter_model.safetensors").items()
+    }
+
+
+def train(made: PPOConfig, **how: Any) -> PPO:
+    stage = PPO(made, resume=how.get("resume", False), overwrite=False)
+    stage.train()
+    return stage
+
+
+# ---- four separate models ------------------------------------------------------------------------------------------
+
+
+def four_models(base: str, policy: dict[str, torch.Tensor], sft: str | None, reward: str):
+    """What `load_models` gives: policy, critic and reference as models of their own, with the given adapters."""
+
+    def load_models(config, chat, path):
+        lm = config.tuning(AutoModelForCausalLM.from_pretrained(base), chat, "causal")
+        missing = lm.load_state_dict(policy, strict=False)
+        assert not missing.unexpected_keys
+        body = AutoModelForSequenceClassification.from_pretrained(base, num_labels=1)
+        critic = ScalarModel(PeftModel.from_pretrained(body, f"{reward}/adapter", is_trainable=True))
+        settings = json.loads((Path(result_of(reward)) / "config.json").read_text())
+        critic.set_scale(settings["reward_mean"], settings["reward_std"])
+        reference = AutoModelForCausalLM.from_pretrained(base)
+        if sft is not None:
+            reference = PeftModel.from_pretrained(reference, f"{sft}/adapter").merge_and_unload()
+        rates = ((lm, config.optimizer.policy_lr), (critic, config.optimizer.critic_lr))
+        groups = [{"params": [p for p in m.parameters() if p.requires_grad], "lr": lr} for m, lr in rates]
+        engine = make_engine(ActorCritic(lm, critic), groups, config.optimizer, config.precision, config.deepspeed)
+        return engine, engine.freeze(ActorCritic(reference, None))
+
+    return load_models
+
+
+def train_separately(monkeypatch, shared: PPO, folder, base, sft, reward) -> PPO:
+    """The same run with four models; the policy's adapter begins as that of `shared`, which is not trained yet."""
+    begin = {n: p.detach().clone() for n, p in shared.engine.module.policy.named_parameters() if ".default." in n}
+    monkeypatch.setattr(stages.ppo, "load_models", four_models(base, begin, sft, reward))
+    changes = {"run": str(folder), "model": shared.config.model.model_copy(update={"sharing": "separate"})}
+    return train(shared.config.model_copy(update=changes))
+
+
+def assert_alike(shared: PPO, separate: PPO) -> None:
+    """Metrics, adapters and value head of the two agree."""
+    for mine, theirs in zip(metrics(shared.run.path), metrics(separate.run.path), strict=True):
+        assert mine == pytest.approx(theirs, rel=1e-4, abs=1e-5)
+    module = separate.engine.module
+    found = adapters_of(shared.run.path)
+    expected = {f"adapter.{n}": p for n, p in module.policy.named_parameters() if p.requires_grad}
+    expected |= {f"critic.{n}": p for n, p in module.critic.model.named_parameters() if p.requires_grad}
+    expected = {n.replace(".default.", ".").replace("modules_to_save.", ""): p.detach() for n, p in expected.items()}
+    assert {n.replace(".default", "") for n in expected} == set(found)
+    for name, weight in expected.items():
+        torch.testing.assert_close(found[name.replace(".default", "")], weight, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("case", ["reward over SFT", "last layer", "both over the base"])
+def test_one_base_gives_what_four_models_give(case, tmp_path, runs, prompts, monkeypatch):
+    model, reward, sft, tuning = {
+        "reward over SFT": (runs["sft"], runs["over-sft"], None, LORA),
+        "last layer": (runs["sft"], runs["last"], None, LAST),
+        "both over the base": (runs["sft-lora"], runs["over-base"], runs["sft-lora"], LORA),
+    }[case]
+    base = tiny.llama() if sft else result_of(model)
+    shared = PPO(config(tmp_path / "shared", prompts, model, reward, tuning=tuning), resume=False, overwrite=False)
+    begin = {n: p.detach().clone() for n, p in shared.engine.module.policy.named_parameters()}
+    separate = train_separately(monkeypatch, shared, tmp_path / "separate", base, sft, reward)
+    shared.train()
+    assert_alike(shared, separate)
+    for name, weight in shared.engine.module.policy.named_parameters():
+        trained = ".default." in name or ".critic." in name
+        assert torch.equal(weight, begin[name]) != trained, name
