@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -162,3 +164,151 @@ def test_one_base_gives_what_four_models_give(case, tmp_path, runs, prompts, mon
     for name, weight in shared.engine.module.policy.named_parameters():
         trained = ".default." in name or ".critic." in name
         assert torch.equal(weight, begin[name]) != trained, name
+
+
+def test_without_a_reward_model_policy_critic_and_reference_share(tmp_path, prompts):
+    """The same as a policy and a critic of their own, whose adapters are new."""
+    shared = PPO(config(tmp_path / "shared", prompts, tiny.llama(), FUNCTION), resume=False, overwrite=False)
+    plain = config(tmp_path / "plain", prompts, tiny.llama(), FUNCTION, sharing="separate")
+    separate = PPO(plain, resume=False, overwrite=False)
+    theirs = separate.engine.module
+    with torch.no_grad():
+        begin = dict(shared.engine.module.policy.named_parameters())
+        for name, weight in theirs.policy.named_parameters():
+            weight.copy_(begin[name])
+        for name, weight in theirs.critic.model.named_parameters():
+            if "lora_" in name:
+                weight.copy_(begin[name.replace(".default.", ".critic.")])
+        score = theirs.critic.model.get_base_model().score
+        score.modules_to_save["default"].weight.copy_(shared.engine.module.heads["critic"].weight)
+    separate.train()
+    shared.train()
+    assert_alike(shared, separate)
+
+
+def test_an_estimator_without_a_critic_shares_the_rest(tmp_path, runs, prompts):
+    changes = {"advantage": "rloo", "rollout__samples_per_prompt": 2, "updates": 1}
+    stage = train(config(tmp_path / "run", prompts, runs["sft"], runs["over-sft"], **changes))
+    assert stage.engine.module.critic is None and set(stage.engine.module.heads) == {"reward"}
+    assert not (tmp_path / "run" / "critic").exists()
+
+
+def test_the_reward_is_a_term_of_a_sum_too(tmp_path, runs, prompts):
+    terms = [{"name": "model", "path": runs["over-sft"], "weight": 2.0}, {**FUNCTION, "weight": -1.0}]
+    both = config(tmp_path / "both", prompts, runs["sft"], {"name": "sum", "terms": terms})
+    found = PPO(both, resume=False, overwrite=False).update(0)["score"]
+    alone = [
+        PPO(config(tmp_path / str(i), prompts, runs["sft"], reward), resume=False, overwrite=False).update(0)["score"]
+        for i, reward in enumerate([runs["over-sft"], FUNCTION])
+    ]
+    assert found == pytest.approx(2 * alone[0] - alone[1], abs=1e-5)
+
+
+def test_the_base_is_there_once(tmp_path, runs, prompts):
+    stage = PPO(config(tmp_path / "run", prompts, runs["sft"], runs["over-sft"]), resume=False, overwrite=False)
+    base = AutoModelForCausalLM.from_pretrained(result_of(runs["sft"])).num_parameters()
+    total = sum(p.numel() for p in stage.engine.module.parameters())
+    adapter = sum(p.numel() for p in stage.engine.module.adapter("policy"))
+    assert total == base + 3 * adapter + 2 * 32  # policy, critic and reward; the reference is the base alone
+
+
+def test_gradient_checkpointing_changes_nothing(tmp_path, runs, prompts):
+    found = []
+    for on in (False, True):
+        changes = {"update__gradient_checkpointing": on, "seed": 5, "updates": 1}
+        train(config(tmp_path / str(on), prompts, runs["sft"], runs["over-sft"], **changes))
+        found.append(adapters_of(tmp_path / str(on)))
+    for name, weight in found[0].items():
+        torch.testing.assert_close(found[1][name], weight, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("tuning, reward", [(LORA, "over-sft"), (LAST, "last")])
+def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(tuning, reward, tmp_path, runs, prompts):
+    def made(name):
+        return config(tmp_path / name, prompts, runs["sft"], runs[reward], tuning=tuning, updates=3)
+
+    train(made("whole"))
+    cut = PPO(made("cut"), resume=False, overwrite=False)
+    cut.evaluate(0)
+    for number in range(2):  # stops after update 2, with the checkpoint of update 1
+        cut.reporter.update(number + 1, cut.update(number))
+        cut.done = number + 1
+        if number == 0:
+            cut.save()
+    train(made("cut"), resume=True)
+    assert metrics(tmp_path / "cut") == metrics(tmp_path / "whole")
+    whole, again = (adapters_of(tmp_path / name) for name in ("whole", "cut"))
+    assert all(torch.equal(whole[name], again[name]) for name in whole)
+
+
+# ---- recognition ---------------------------------------------------------------------------------------------------
+
+
+def planned(made: PPOConfig) -> str:
+    return dict(check("ppo", made, False, False))["sharing"]
+
+
+def test_the_plan_says_which_base_is_shared(tmp_path, runs, prompts):
+    over_sft = planned(config(tmp_path, prompts, runs["sft"], runs["over-sft"]))
+    assert f"one base {result_of(runs['sft'])} (fingerprint " in over_sft
+    assert "policy new" in over_sft and f"critic from {runs['over-sft']}" in over_sft
+    assert "reference without adapter" in over_sft
+    both = planned(config(tmp_path, prompts, runs["sft-lora"], runs["over-base"]))
+    assert f"one base {tiny.llama()} " in both
+    assert f"policy from {runs['sft-lora']}" in both and f"reference from {runs['sft-lora']}" in both
+    assert "reward" not in planned(config(tmp_path, prompts, runs["sft"], FUNCTION))
+
+
+def test_the_base_is_known_by_its_weights_and_not_by_its_path(tmp_path, runs, prompts):
+    made = config(tmp_path, prompts, str(Path(result_of(runs["sft"]))), runs["over-sft"])
+    assert recognise(made).weights == recognise(config(tmp_path, prompts, runs["sft"], runs["over-sft"])).weights
+
+
+@pytest.mark.parametrize(
+    "model, reward, words",
+    [
+        ("sft", "over-base", r"(?s)no base in common.*fingerprint.*is fingerprint.*no LoRA run.*tuning: lora"),
+        ("sft-lora", "over-sft", r"(?s)no base in common.*fingerprint.*an adapter over.*model.sharing=separate"),
+        ("sft", "full", r"(?s)reward.path.*tuning: full.*needs an adapter.*Train it with `tuning: lora`"),
+    ],
+)
+def test_models_without_a_base_in_common_are_refused_before_anything_is_loaded(
+    model, reward, words, tmp_path, runs, prompts
+):
+    with pytest.raises(UserError) as caught:
+        check("ppo", config(tmp_path, prompts, runs[model], runs[reward]), False, False)
+    assert re.search(words, str(caught.value)), str(caught.value)
+
+
+def test_a_base_that_has_changed_since_is_refused(tmp_path, prompts):
+    sft = finished.sft(tmp_path / "sft")
+    reward = finished.reward(tmp_path / "reward", sft, LORA)
+    check("ppo", config(tmp_path / "run", prompts, sft, reward), False, False)
+    shutil.rmtree(sft)
+    finished.sft(tmp_path / "sft", seed=9)
+    with pytest.raises(UserError, match="no base in common"):
+        check("ppo", config(tmp_path / "run", prompts, sft, reward), False, False)
+
+
+@pytest.mark.parametrize(
+    "changes, words",
+    [
+        ({"critic__tuning": {**LORA, "rank": 8}}, r"critic.tuning: differs.*rank: 4"),
+        ({"critic__init": "policy", "critic__tuning": {**LORA, "rank": 8}}, None),
+        ({"tuning": {**LORA, "rank": 8}}, None),
+        ({"tuning": "full"}, r"tuning: 'full' with model.sharing"),
+        ({"critic__tuning": "full"}, r"critic.tuning: 'full' with model.sharing"),
+        ({"tuning": {**LORA, "dropout": 0.1}}, r"tuning.dropout: must be 0"),
+        ({"tuning": {"name": "qlora", "rank": 4, "alpha": 8}}, r"critic.tuning: 'lora' beside tuning 'qlora'"),
+    ],
+)
+def test_options_that_do_not_go_together_are_named(changes, words, tmp_path, runs, prompts):
+    def plan():
+        values = values_of(tmp_path, prompts, runs["sft"], runs["over-sft"], **{"critic__tuning": LORA, **changes})
+        return check("ppo", check_config(PPOConfig, values, "test"), False, False)
+
+    if words is None:
+        plan()
+    else:
+        with pytest.raises(UserError, match=f"(?s){words}"):
+            plan()
