@@ -7,13 +7,14 @@ shared out. Episodes are numbered 0..N-1 over the whole batch; answers to one pr
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from rlhf import distributed
 from rlhf.models import head_chunks
@@ -77,6 +78,9 @@ class Experience:
     """[N]: from the reward source, as it gave them."""
     entropy: float
     """Mean entropy of the policy over answer tokens, nats."""
+    trunk: Mapping[int, Tensor] | None = None
+    """Episode -> [tokens, H], hidden states that enter the layers with adapters, where roles share a frozen trunk; see
+    `rlhf.trunk`."""
 
 
 class MicroBatch(NamedTuple):
@@ -95,6 +99,8 @@ class MicroBatch(NamedTuple):
     """bool [B, L], True at the tokens whose log-probs are asked for."""
     chunks: int
     """Parts that the language model's head works in, the same on every rank."""
+    trunk: Tensor | None = None
+    """[B, L, H] what enters the layers with adapters, where that is known."""
 
 
 # ---- sharing episodes out ------------------------------------------------------------------------------------------
@@ -170,10 +176,14 @@ class Batcher:
         rows: (token ids, flags) for each row; a flag marks a token whose log-prob is asked for.
         pad_id: Fills rows up to the longest.
         vocab_size: For the number of parts that the head works in.
+        trunk: Row -> hidden states of the frozen trunk, as in `Experience`.
     """
 
-    def __init__(self, rows: Sequence[tuple[list[int], list[bool]]], pad_id: int, vocab_size: int) -> None:
-        self.rows, self.pad_id, self.vocab_size = rows, pad_id, vocab_size
+    def __init__(
+        self, rows: Sequence[tuple[list[int], list[bool]]], pad_id: int, vocab_size: int,
+        trunk: Mapping[int, Tensor] | None = None,
+    ) -> None:  # fmt: skip
+        self.rows, self.pad_id, self.vocab_size, self.trunk = rows, pad_id, vocab_size, trunk
         self.counts = [sum(flags) for _, flags in rows]
 
     def share(self, share: Share) -> list[MicroBatch]:
@@ -188,13 +198,21 @@ class Batcher:
         width = max(len(ids) for ids, _ in found)
         fill = [width - len(ids) for ids, _ in found]
         device = distributed.device()
+        trunk = None
+        if self.trunk is not None:
+            trunk = pad_sequence([self.trunk[i] for i in episodes or [shortest]], batch_first=True).to(device)
         return MicroBatch(
             rows=episodes,
             input_ids=torch.tensor([ids + [self.pad_id] * n for (ids, _), n in zip(found, fill)], device=device),
             attention_mask=torch.tensor([[1] * len(ids) + [0] * n for (ids, _), n in zip(found, fill)], device=device),
             response_mask=torch.tensor([flags + [False] * n for (_, flags), n in zip(found, fill)], device=device),
             chunks=chunks,
+            trunk=trunk,
         )
+
+    def over(self, trunk: Mapping[int, Tensor] | None) -> Batcher:
+        """The same, whose micro-batches go on from the frozen trunk's hidden states."""
+        return Batcher(self.rows, self.pad_id, self.vocab_size, trunk)
 
 
 def episode_batcher(rollout: Rollout, pad_id: int, vocab_size: int) -> Batcher:

@@ -38,6 +38,8 @@ class Finished:
     """int64 [B, T], prompt and answer in the policy's tokens, padded on the right."""
     attention_mask: torch.Tensor
     """int64 [B, T], 1 where there is a token."""
+    trunk: torch.Tensor | None = None
+    """[B, T, H] what enters the layers with adapters of a base that the reward model shares, where that is known."""
 
 
 @dataclass(frozen=True)

@@ -35,11 +35,12 @@ from rlhf.console import is_main, say
 from rlhf.engine import Engine, make_engine
 from rlhf.errors import UserError
 from rlhf.experience import MicroBatch
-from rlhf.models import ScalarModel, causal_lm, compute_dtype, count_parameters, load_policy, token_logprobs
+from rlhf.models import ScalarModel, compute_dtype, count_parameters, hidden_states, load_policy, token_logprobs
 from rlhf.rewards import Finished
 from rlhf.runs import result_of
 from rlhf.sharing import Adapter, SharedRoles, recognise
 from rlhf.tokenization import ChatTokenizer
+from rlhf.trunk import Trunk
 from rlhf.tuning import HEADS, TASKS, lora_config, origin_of
 
 POLICY = "default"
@@ -60,8 +61,9 @@ class SharedBase(nn.Module):
     def __init__(self, policy: Any, scalars: dict[str, ScalarModel]) -> None:
         super().__init__()
         self.policy = policy
-        self.heads = nn.ModuleDict({role: causal_lm(scalar.model).score for role, scalar in scalars.items()})
+        self.heads = nn.ModuleDict({role: scalar.model.score for role, scalar in scalars.items()})
         self.scalars = scalars  # in a plain dictionary: their bodies are in the tree once already
+        self.trunk = Trunk(policy)
         self.layers = [module for module in policy.modules() if isinstance(module, BaseTunerLayer)]
 
     @property
@@ -77,19 +79,22 @@ class SharedBase(nn.Module):
             batch: Sequences; of `reward` the tokens and their mask alone are looked at.
             temperature: Logits are divided by it.
             ptx: Demonstrations, for the policy.
-            role: `policy` (with the critic's values beside), `reference` or `reward`.
+            role: `policy` (with the critic's values beside), `reference`, `reward`, or `trunk`.
 
         Returns:
-            `TokenOutputs`; of `reward` the scores, float32 [B].
+            `TokenOutputs`; of `reward` the scores, float32 [B]; of `trunk` the hidden states that enter the layers
+            with adapters, [B, L, H], which the other roles take from `batch.trunk` where they are given.
         """
         ids, mask, wanted = batch.input_ids, batch.attention_mask, batch.response_mask
-        with self.acting(role):
+        if role == "trunk":
+            return self.trunk.states(lambda: hidden_states(self.policy, ids, mask))
+        with self.trunk.known(batch.trunk), self.acting(role):
             if role == "reward":
                 return self.scalars["reward"](ids, mask)
             logprobs, entropies = token_logprobs(self.policy, ids, mask, wanted, temperature, batch.chunks)
         values = None
         if role == "policy" and self.critic is not None:
-            with self.acting("critic"):
+            with self.trunk.known(batch.trunk), self.acting("critic"):
                 # The state in which token t is chosen ends at token t - 1.
                 values = self.critic.token_values(ids, mask)[:, :-1][wanted[:, 1:]]
         ptx_logprobs = None
@@ -135,6 +140,11 @@ class SharedModels:
     scorers: dict[str, Callable[[Finished], Tensor]]
     """Reward models that lie over the base, by the path that the config gives."""
 
+    def prepared(self, batch: MicroBatch) -> MicroBatch:
+        """The micro-batch with the frozen trunk's hidden states, where there is a trunk. Without gradients."""
+        trunk: Any = self.engine.module.trunk
+        return batch._replace(trunk=self.engine(batch, role="trunk")) if trunk.depth else batch
+
     def reference(self, batch: MicroBatch, temperature: float) -> TokenOutputs:
         """What the frozen reference says of a micro-batch; no values."""
         found: TokenOutputs = self.engine(batch, temperature, role="reference")
@@ -151,12 +161,14 @@ def load_shared(config: PPOConfig, chat: ChatTokenizer) -> SharedModels:
     module, groups = build(config, roles, chat)
     trained, total = count_parameters(module)
     say(f"Models: {roles.described()}; {trained:,} of {total:,} parameters are trained")
+    if module.trunk.depth:
+        say(f"The first {module.trunk.depth} of {len(module.trunk.layers)} layers are computed once per rollout")
     engine = make_engine(module, groups, config.optimizer, config.precision, config.deepspeed)
 
     def score(finished: Finished) -> Tensor:
         ids, mask = finished.input_ids, finished.attention_mask
         with torch.no_grad():
-            return engine(MicroBatch([], ids, mask, mask.bool(), 1), role="reward").float().cpu()
+            return engine(MicroBatch([], ids, mask, mask.bool(), 1, finished.trunk), role="reward").float().cpu()
 
     return SharedModels(engine, {config.reward_model: score} if config.reward_model else {})
 
@@ -260,7 +272,9 @@ def save_critic(path: Path, module: SharedBase) -> None:
             state[HEAD_KEY] = module.heads["critic"].weight
             folder = path / "critic"
             folder.mkdir(exist_ok=True)
-            save_file({k: v.detach().cpu().contiguous() for k, v in state.items()}, folder / "adapter_model.safetensors")
+            save_file(
+                {k: v.detach().cpu().contiguous() for k, v in state.items()}, folder / "adapter_model.safetensors"
+            )
             settings = copy.deepcopy(module.policy.peft_config["critic"])
             settings.task_type, settings.modules_to_save = TASKS["scalar"], list(HEADS)
             settings.inference_mode, settings.base_model_name_or_path = True, origin_of(module.policy)

@@ -88,8 +88,9 @@ def _last(model: Any, count: int) -> tuple[str, Any]:
 
 
 def layers_of(model: Any) -> tuple[str, Any]:
-    """Path and content of the longest list of modules: the transformer layers."""
+    """Path and content of the longest list of modules that is in no other list: the transformer layers."""
     lists = [(path, module) for path, module in model.named_modules() if isinstance(module, nn.ModuleList)]
+    lists = [found for found in lists if not any(found[0].startswith(f"{path}.") for path, _ in lists)]
     if not lists:
         raise UserError(f"tuning: {type(model).__name__} has no list of layers", remedy="Use `modules` with names.")
     return max(lists, key=lambda found: len(found[1]))

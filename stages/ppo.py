@@ -46,6 +46,7 @@ from rlhf.rollout import Sampling, episode_seed
 from rlhf.runs import Run, check_same_text, data_facts, finish, open_run, parent_facts, result_of
 from rlhf.shared_base import load_shared, save_critic
 from rlhf.tokenization import ChatTokenizer, load_tokenizer
+from rlhf.trunk import gather_states
 from rlhf.tuning import save_result
 
 KINDS = ("prompt", "demonstration", "ranking")
@@ -69,9 +70,9 @@ class PPO:
         self.chat = load_tokenizer(config.model, path)
         limit = sequence_limit(config.model, load_config(config.model, path))
         self.run = open_ppo_run(config, self.chat, resume, overwrite)
-        rewards: dict[str, Any] = {}
+        self.shared, rewards = None, {}
         if config.model.sharing == "shared":
-            shared = load_shared(config, self.chat)
+            self.shared = shared = load_shared(config, self.chat)
             self.engine, self.reference, rewards = shared.engine, shared.reference, shared.scorers
         else:
             self.engine, self.reference = load_models(config, self.chat, path)
@@ -116,7 +117,7 @@ class PPO:
             if self.done % config.checkpoints.every == 0 or last:
                 self.save()
         save_result(self.run.path, self.engine.module.policy, self.chat, config.tuning)
-        if config.model.sharing == "shared":
+        if self.shared is not None:
             save_critic(self.run.path, self.engine.module)
         finish(self.run, metrics=self.reporter.headline())
         self.reporter.close()
@@ -147,7 +148,7 @@ class PPO:
         # 6. minibatch updates
         rate = rate_scale(config.optimizer, number, config.updates)
         with clock("learn"):
-            learned = self.learner.learn(experience, advantages, batcher, plans, number, rate)
+            learned = self.learner.learn(experience, advantages, batcher.over(experience.trunk), plans, number, rate)
         figures = describe(experience, scores, rewards, advantages.returns)
         self.controller.update(figures["kl"], len(mask))
         return figures | {"kl_coef": coef, "lr": rate * config.optimizer.policy_lr} | learned | clock.figures(rollout)
@@ -193,7 +194,10 @@ class PPO:
         episodes: list[int] = []
         columns: list[Tensor] = []
         scores: list[Tensor] = []
+        trunk: dict[int, Tensor] = {}
         for batch in (batch for share in plan for batch in batcher.share(share)):
+            if self.shared is not None:
+                batch = self.shared.prepared(batch)
             mine = self.engine(batch, temperature)
             if self.reference is not None:
                 reference = self.reference(batch, temperature)
@@ -204,6 +208,7 @@ class PPO:
             columns.append(torch.stack([mine.logprobs, reference.logprobs, values, mine.entropies], dim=1))
             scores.append(self._rewards(rollout, batch)[: len(batch.rows)])
             episodes += batch.rows
+            trunk |= gather_states(batch) if batch.trunk is not None else {}
         tokens = gather_tokens(torch.cat(columns), episodes, rollout.lengths)
         order = distributed.all_gather_rows(
             torch.tensor(episodes, dtype=torch.int64, device=distributed.device())
@@ -211,15 +216,14 @@ class PPO:
         found = distributed.all_gather_rows(torch.cat(scores).to(distributed.device())).cpu()
         values = tokens[2] if module.critic is not None else None
         entropy = float(masked_mean(tokens[3], rollout.response_mask))
-        return Experience(
-            rollout, tokens[0], tokens[1], values, torch.zeros_like(found).index_copy(0, order, found), entropy
-        )
+        scored = torch.zeros_like(found).index_copy(0, order, found)
+        return Experience(rollout, tokens[0], tokens[1], values, scored, entropy, trunk or None)
 
     def _rewards(self, rollout: Rollout, batch: Any) -> Tensor:
         rows = batch.rows or [0]  # a filler: under ZeRO-3 every rank calls the reward model alike
         answers = [self.chat.decode(rollout.answers[i].ids) for i in rows]
         messages = [rollout.prompts.messages[i] for i in rows]
-        scores: Tensor = self.reward(Finished(messages, answers, batch.input_ids, batch.attention_mask))
+        scores: Tensor = self.reward(Finished(messages, answers, batch.input_ids, batch.attention_mask, batch.trunk))
         if not torch.isfinite(scores).all():
             worst = int((~torch.isfinite(scores)).nonzero()[0])
             raise UserError(

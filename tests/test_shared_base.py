@@ -312,3 +312,51 @@ def test_options_that_do_not_go_together_are_named(changes, words, tmp_path, run
     else:
         with pytest.raises(UserError, match=f"(?s){words}"):
             plan()
+
+
+# ---- the frozen trunk ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_reusing_the_trunk_changes_nothing(checkpointing, tmp_path, runs, prompts, monkeypatch):
+    found = []
+    for reuse in (True, False):
+        changes = {"update__gradient_checkpointing": checkpointing}
+        made = config(tmp_path / str(reuse), prompts, runs["sft"], runs["last"], tuning=LAST, **changes)
+        stage = PPO(made, resume=False, overwrite=False)
+        if reuse:
+            assert stage.engine.module.trunk.depth == 1
+        else:
+            stage.engine.module.trunk.depth = 0
+        stage.train()
+        assert all(line["first_ratio_min"] == line["first_ratio_max"] == 1.0 for line in metrics(made.run)[1:3])
+        found.append((metrics(made.run), adapters_of(made.run)))
+    for mine, theirs in zip(found[0][0], found[1][0], strict=True):
+        assert mine == pytest.approx(theirs, rel=1e-4, abs=1e-5)
+    for name, weight in found[0][1].items():
+        torch.testing.assert_close(found[1][1][name], weight, atol=1e-5, rtol=0)
+
+
+def test_the_trunk_runs_once_per_micro_batch_of_scoring_and_not_in_learning(tmp_path, runs, prompts):
+    made = config(tmp_path / "run", prompts, runs["sft"], runs["last"], tuning=LAST)
+    stage = PPO(made, resume=False, overwrite=False)
+    rollout = stage.rollout(stage.draw(0))
+    stage.rollout = lambda prompts: rollout
+    ran = {0: 0, 1: 0}
+    for number, layer in enumerate(stage.engine.module.trunk.layers):
+        layer.register_forward_hook(lambda *_, number=number: ran.update({number: ran[number] + 1}))
+    first, second = (sum(len(share[0]) for share in stage.plan(rollout, 0, epoch)) for epoch in range(2))
+    stage.update(0)
+    assert ran[0] == first
+    assert ran[1] == 4 * first + 2 * (first + second)  # four roles; then policy and critic in two epochs
+
+
+def test_demonstrations_of_the_ptx_term_pass_through_all_layers(tmp_path, runs, prompts):
+    changes = {"data__ptx": prompts, "loss__ptx_coef": 1.0, "updates": 1}
+    losses = []
+    for reuse in (True, False):
+        made = config(tmp_path / str(reuse), prompts, runs["sft"], runs["last"], tuning=LAST, **changes)
+        stage = PPO(made, resume=False, overwrite=False)
+        stage.engine.module.trunk.depth *= reuse
+        losses.append(stage.update(0)["ptx_loss"])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
