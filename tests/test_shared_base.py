@@ -22,7 +22,8 @@ from rlhf.config import PPOConfig
 from rlhf.config_file import check_config
 from rlhf.engine import make_engine
 from rlhf.errors import UserError
-from rlhf.models import ScalarModel
+from rlhf.export import EXPORTERS, ROLES, export
+from rlhf.models import ScalarModel, hidden_states
 from rlhf.plan import check
 from rlhf.ppo_report import TIMINGS
 from rlhf.runs import result_of
@@ -360,3 +361,63 @@ def test_demonstrations_of_the_ptx_term_pass_through_all_layers(tmp_path, runs, 
         stage.engine.module.trunk.depth *= reuse
         losses.append(stage.update(0)["ptx_loss"])
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+
+# ---- export --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory, runs, prompts) -> PPO:
+    """Case `both over the base`: every role has an adapter."""
+    folder = tmp_path_factory.mktemp("trained")
+    return train(config(folder / "run", prompts, runs["sft-lora"], runs["over-base"]))
+
+
+IDS = torch.tensor([[1, 40, 50, 60, 70, 80, 90, 100]])
+MASK = torch.ones_like(IDS)
+
+
+@pytest.mark.parametrize("role", ROLES)
+def test_each_role_is_exported_for_plain_transformers(role, trained, tmp_path):
+    export(trained.run.path, tmp_path / "out", EXPORTERS.pick("hf"), role=role)
+    module = trained.engine.module
+    with torch.no_grad(), module.acting(role):
+        if role in ("policy", "reference"):
+            expected = module.policy(IDS).logits
+            found = AutoModelForCausalLM.from_pretrained(tmp_path / "out")(IDS).logits
+        else:
+            expected = module.scalars[role].token_values(IDS, MASK)[:, -1]
+            classifier = AutoModelForSequenceClassification.from_pretrained(tmp_path / "out")
+            settings = classifier.config
+            found = (classifier(IDS).logits[:, 0] - settings.reward_mean) / settings.reward_std
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
+    assert f"{role}" in (tmp_path / "out" / "README.md").read_text() or role in ("policy", "reference")
+
+
+def test_the_critic_is_exported_as_an_adapter_too(trained, tmp_path):
+    export(trained.run.path, tmp_path / "out", EXPORTERS.pick("adapter"), role="critic")
+    base = AutoModelForSequenceClassification.from_pretrained(tiny.llama(), num_labels=1)
+    base.config.pad_token_id = None
+    model = PeftModel.from_pretrained(base, tmp_path / "out").eval()
+    module = trained.engine.module
+    with torch.no_grad(), module.acting("critic"):
+        expected = module.heads["critic"](hidden_states(module.policy, IDS, MASK))[:, -1, 0]
+        torch.testing.assert_close(model(IDS).logits[:, 0], expected, atol=1e-5, rtol=0)
+
+
+def test_roles_that_a_run_does_not_have_are_refused(tmp_path, trained, runs):
+    plain = finished.ppo(tmp_path / "plain", runs["sft"], runs["full"])
+    with pytest.raises(UserError, match="has kept none"):
+        export(plain, tmp_path / "a", EXPORTERS.pick("hf"), role="critic")
+    with pytest.raises(UserError, match="has no reward model"):
+        export(runs["sft"], tmp_path / "a", EXPORTERS.pick("hf"), role="reward")
+    alone = finished.ppo(tmp_path / "alone", tiny.llama(), runs["full"])
+    with pytest.raises(UserError, match="which is no run"):
+        export(alone, tmp_path / "a", EXPORTERS.pick("hf"), role="reference")
+    finished.sft(tmp_path / "sft")
+    child = finished.ppo(tmp_path / "child", str(tmp_path / "sft"), runs["full"])
+    shutil.rmtree(tmp_path / "sft")
+    finished.sft(tmp_path / "sft", seed=9)
+    with pytest.raises(UserError, match="trained anew"):
+        export(child, tmp_path / "a", EXPORTERS.pick("hf"), role="reference")
+    assert not (tmp_path / "a").exists()
