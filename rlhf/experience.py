@@ -80,24 +80,32 @@ class Experience:
 
 
 class MicroBatch(NamedTuple):
-    """Sequences for one forward pass of one rank, on its device, padded on the right. (ZeRO-3 looks into tuples.)
+    """Sequences for one forward pass of one rank, on its device. (ZeRO-3 looks into tuples.)
 
+    Either one in each row, padded on the right; or packed: all in one row [1, L], one after the other.
     A rank that has fewer micro-batches than the others gets fillers: `rows` is empty, nothing in `response_mask`.
     """
 
     rows: list[int]
-    """Which episodes (or demonstrations) these are."""
+    """Which episodes (or demonstrations) these are, N numbers."""
     input_ids: Tensor
     """int64 [B, L]."""
-    attention_mask: Tensor
-    """int64 [B, L], 1 where there is a token."""
+    attention_mask: Tensor | None
+    """int64 [B, L], 1 where there is a token; None where packed."""
+    position_ids: Tensor | None
+    """int64 [1, L], from 0 in each sequence, which keeps them apart; None where not packed."""
     response_mask: Tensor
     """bool [B, L], True at the tokens whose log-probs are asked for."""
+    lengths: Tensor
+    """int64 [N], how many these are in each sequence; [0] for a filler."""
     chunks: int
     """Parts that the language model's head works in, the same on every rank."""
 
 
 # ---- sharing episodes out ------------------------------------------------------------------------------------------
+
+PASS_TOKENS = {"cpu": 128, "cuda": 1024}
+"""What a forward and backward pass costs besides its tokens, in tokens: calls of kernels, mostly."""
 
 Share = list[list[list[int]]]
 """[rank][micro-batch] -> episodes; every rank has the same number of micro-batches, some of them empty."""
@@ -120,17 +128,20 @@ def endless(count: int, first: int, number: int, *seed: int) -> list[int]:
     return order[start : start + number]
 
 
-def plan_minibatches(totals: Sequence[int], order: Sequence[int], minibatches: int, budget: int) -> list[Share]:
+def plan_minibatches(
+    totals: Sequence[int], order: Sequence[int], minibatches: int, budget: int, packed: bool = False
+) -> list[Share]:
     """Cut an order of episodes into minibatches and share each out over the ranks by length.
 
-    Within a minibatch the longest episode goes to the rank with the fewest tokens so far; each rank then fills
-    micro-batches with episodes of similar length, up to `budget` padded tokens.
+    Within a minibatch the longest episode goes to the rank with the fewest tokens so far; each rank then makes
+    micro-batches of episodes of similar length, of up to `budget` tokens with padding.
 
     Args:
         totals: Tokens of each episode.
         order: A permutation of the episodes (or a part of one).
         minibatches: How many optimizer steps.
         budget: Tokens of one micro-batch, padding included.
+        packed: Whether sequences stand in one row, so that there is no padding.
 
     Returns:
         One share for each minibatch; the same on every rank.
@@ -143,18 +154,44 @@ def plan_minibatches(totals: Sequence[int], order: Sequence[int], minibatches: i
             lightest = loads.index(min(loads))
             ranks[lightest].append(episode)
             loads[lightest] += totals[episode]
-        plan.append(_even([_micro_batches(rank, totals, budget) for rank in ranks]))
+        cut = _packed if packed else _padded
+        plan.append(_even([cut(rank, totals, budget) for rank in ranks]))
     return plan
 
 
-def _micro_batches(episodes: list[int], totals: Sequence[int], budget: int) -> list[list[int]]:
-    """Episodes sorted from long to short, cut where rows x longest would pass the budget."""
+def _padded(episodes: list[int], totals: Sequence[int], budget: int) -> list[list[int]]:
+    """Episodes, sorted from long to short, cut where padding and passes together cost least.
+
+    A micro-batch of rows x longest tokens costs that many, and `PASS_TOKENS` for being a pass of its own.
+    """
+    own = PASS_TOKENS[distributed.device().type]
+    least, starts = [0], [0]  # of the first 0, 1, 2, ... episodes: their cost, and where their last micro-batch starts
+    for end in range(1, len(episodes) + 1):
+        found = (least[end - 1] + own + totals[episodes[end - 1]], end - 1)
+        for start in range(end - 2, -1, -1):
+            padded = (end - start) * totals[episodes[start]]
+            if padded > budget:
+                break
+            found = min(found, (least[start] + own + padded, start))
+        least.append(found[0])
+        starts.append(found[1])
+    batches, end = [], len(episodes)
+    while end:
+        batches.append(episodes[starts[end] : end])
+        end = starts[end]
+    return batches[::-1]
+
+
+def _packed(episodes: list[int], totals: Sequence[int], budget: int) -> list[list[int]]:
+    """Episodes, sorted from long to short, cut where their tokens would pass the budget."""
     batches: list[list[int]] = []
+    room = 0
     for episode in episodes:
-        if batches and (len(batches[-1]) + 1) * totals[batches[-1][0]] <= budget:
-            batches[-1].append(episode)
-        else:
-            batches.append([episode])
+        if not batches or totals[episode] > room:
+            batches.append([])
+            room = budget
+        batches[-1].append(episode)
+        room -= totals[episode]
     return batches
 
 
@@ -170,10 +207,13 @@ class Batcher:
         rows: (token ids, flags) for each row; a flag marks a token whose log-prob is asked for.
         pad_id: Fills rows up to the longest.
         vocab_size: For the number of parts that the head works in.
+        packed: Put the sequences of a micro-batch into one row instead.
     """
 
-    def __init__(self, rows: Sequence[tuple[list[int], list[bool]]], pad_id: int, vocab_size: int) -> None:
-        self.rows, self.pad_id, self.vocab_size = rows, pad_id, vocab_size
+    def __init__(
+        self, rows: Sequence[tuple[list[int], list[bool]]], pad_id: int, vocab_size: int, packed: bool = False
+    ) -> None:
+        self.rows, self.pad_id, self.vocab_size, self.packed = rows, pad_id, vocab_size, packed
         self.counts = [sum(flags) for _, flags in rows]
 
     def share(self, share: Share) -> list[MicroBatch]:
@@ -182,28 +222,40 @@ class Batcher:
         most = [max(sum(self.counts[i] for i in rank[m]) for rank in share) for m in range(len(mine))]
         return [self._build(episodes, head_chunks(tokens, self.vocab_size)) for episodes, tokens in zip(mine, most)]
 
-    def _build(self, episodes: list[int], chunks: int) -> MicroBatch:
-        shortest = min(range(len(self.rows)), key=lambda i: len(self.rows[i][0]))
-        found = [self.rows[i] for i in episodes] or [(self.rows[shortest][0], [False] * len(self.rows[shortest][0]))]
-        width = max(len(ids) for ids, _ in found)
-        fill = [width - len(ids) for ids, _ in found]
+    def padded(self, episodes: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """Sequences in rows of their own, and 1 where there is a token: int64 [B, L] both. A filler for no episodes."""
+        found = [ids for ids, _ in self._found(episodes)]
+        width = max(map(len, found))
+        rows = [ids + [self.pad_id] * (width - len(ids)) for ids in found]
+        mask = [[1] * len(ids) + [0] * (width - len(ids)) for ids in found]
         device = distributed.device()
-        return MicroBatch(
-            rows=episodes,
-            input_ids=torch.tensor([ids + [self.pad_id] * n for (ids, _), n in zip(found, fill)], device=device),
-            attention_mask=torch.tensor([[1] * len(ids) + [0] * n for (ids, _), n in zip(found, fill)], device=device),
-            response_mask=torch.tensor([flags + [False] * n for (_, flags), n in zip(found, fill)], device=device),
-            chunks=chunks,
-        )
+        return torch.tensor(rows, device=device), torch.tensor(mask, device=device)
+
+    def _found(self, episodes: Sequence[int]) -> list[tuple[list[int], list[bool]]]:
+        shortest = min((ids for ids, _ in self.rows), key=len)
+        return [self.rows[i] for i in episodes] or [(shortest, [False] * len(shortest))]
+
+    def _build(self, episodes: list[int], chunks: int) -> MicroBatch:
+        found, device = self._found(episodes), distributed.device()
+        lengths = torch.tensor([sum(flags) for _, flags in found], device=device)
+        if self.packed:
+            ids = torch.tensor([[token for ids, _ in found for token in ids]], device=device)
+            positions = torch.tensor([[place for ids, _ in found for place in range(len(ids))]], device=device)
+            wanted = torch.tensor([[flag for _, flags in found for flag in flags]], device=device)
+            return MicroBatch(episodes, ids, None, positions, wanted, lengths, chunks)
+        ids, mask = self.padded(episodes)
+        width = ids.shape[1]
+        wanted = torch.tensor([flags + [False] * (width - len(flags)) for _, flags in found], device=device)
+        return MicroBatch(episodes, ids, mask, None, wanted, lengths, chunks)
 
 
-def episode_batcher(rollout: Rollout, pad_id: int, vocab_size: int) -> Batcher:
+def episode_batcher(rollout: Rollout, pad_id: int, vocab_size: int, packed: bool = False) -> Batcher:
     """Micro-batches of a rollout's episodes: prompt and answer, the answer's tokens flagged."""
     rows = [
         (prompt + answer.ids, [False] * len(prompt) + [True] * len(answer.ids))
         for prompt, answer in zip(rollout.prompts.ids, rollout.answers)
     ]
-    return Batcher(rows, pad_id, vocab_size)
+    return Batcher(rows, pad_id, vocab_size, packed)
 
 
 # ---- between flat and padded, between one rank and all -------------------------------------------------------------

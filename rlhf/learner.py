@@ -138,7 +138,7 @@ class Learner:
         """The summed loss of a micro-batch (its share of the minibatch's mean), sums and ratio extremes to log."""
         c = self.config.loss
         out = self.engine(batch, self.config.rollout.temperature, demonstrations)
-        lengths = batch.response_mask.sum(1)
+        lengths = batch.lengths
         width = int(lengths.max())
         mask = torch.arange(width, device=lengths.device) < lengths[:, None]
 

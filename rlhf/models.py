@@ -104,17 +104,25 @@ def causal_lm(model: nn.Module) -> PreTrainedModel:
 
 
 def hidden_states(
-    model: nn.Module, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor | None = None
+    model: nn.Module, input_ids: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None = None
 ) -> Tensor:
     """Last hidden states [B, T, H] of a causal LM (adapters included), without its logits.
 
-    Where `position_ids` [B, T] are given, `attention_mask` says which token sees which; see `rlhf.shared_prompt`.
+    Rows are padded on the right. Where `position_ids` [B, T] are given, `attention_mask` says which token sees which
+    (see `rlhf.shared_prompt`), or is None where positions from 0 keep packed sequences apart (see `rlhf.packing`).
     """
     lm = causal_lm(model)
     body = getattr(lm, lm.base_model_prefix)
     positions = {} if position_ids is None else {"position_ids": position_ids}
+    if position_ids is None and _is_causal(body):
+        attention_mask = None  # tokens see only what stands before them, never the padding: faster without a mask
     output = body(input_ids=input_ids, attention_mask=attention_mask, use_cache=False, **positions)
     return output.last_hidden_state
+
+
+def _is_causal(body: nn.Module) -> bool:
+    """What the model's attention says of itself; False where it says nothing."""
+    return next((bool(module.is_causal) for module in body.modules() if hasattr(module, "is_causal")), False)
 
 
 def head_chunks(tokens: int, vocab_size: int) -> int:
@@ -125,25 +133,27 @@ def head_chunks(tokens: int, vocab_size: int) -> int:
 def token_logprobs(
     model: nn.Module,
     input_ids: Tensor,
-    attention_mask: Tensor,
+    attention_mask: Tensor | None,
     response_mask: Tensor,
     temperature: float,
     chunks: int | None = None,
+    position_ids: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Log-probs and entropies of the response tokens alone; full logits exist for one chunk of tokens at a time.
 
     Args:
         model: A causal LM, or PEFT's wrapper around one.
         input_ids: int64 [B, T], prompt and response, padded on the right.
-        attention_mask: [B, T], 1 where there is a token.
-        response_mask: bool [B, T], True at the response tokens (never at position 0).
+        attention_mask: [B, T], 1 where there is a token; None where packed.
+        response_mask: bool [B, T], True at the response tokens (never the first of a sequence).
         temperature: Logits are divided by it, as they were when sampling.
         chunks: Parts that the head works in; chosen by the number of tokens when left out.
+        position_ids: Of packed sequences; see `hidden_states`.
 
     Returns:
         float32 [n] log-probs and [n] entropies in nats, n = response_mask.sum(), row by row.
     """
-    hidden = hidden_states(model, input_ids, attention_mask)
+    hidden = hidden_states(model, input_ids, attention_mask, position_ids)
     predicts = response_mask[:, 1:]
     return head_logprobs(causal_lm(model), hidden[:, :-1][predicts], input_ids[:, 1:][predicts], temperature, chunks)
 
@@ -231,10 +241,12 @@ class ScalarModel(nn.Module):
         """True where every token has a value of its own."""
         return hasattr(causal_lm(self.model), "score")
 
-    def token_values(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """Values float32 [B, T] of every token of int64 [B, T]. Needs a decoder."""
+    def token_values(
+        self, input_ids: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None = None
+    ) -> Tensor:
+        """Values float32 [B, T] of every token of int64 [B, T]. Needs a decoder. Arguments of `hidden_states`."""
         head = causal_lm(self.model).score
-        hidden = hidden_states(self.model, input_ids, attention_mask)
+        hidden = hidden_states(self.model, input_ids, attention_mask, position_ids)
         return self._scale(head(hidden).squeeze(-1).float())  # type: ignore[operator]
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor, branches: Tensor | None = None) -> Tensor:

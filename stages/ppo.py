@@ -26,6 +26,7 @@ from rlhf.errors import UserError
 from rlhf.experience import (
     Batcher,
     Experience,
+    MicroBatch,
     Prompts,
     Rollout,
     Share,
@@ -40,6 +41,7 @@ from rlhf.learner import Learner, PtxBatches
 from rlhf.losses import explained_variance
 from rlhf.masked import masked_mean, masked_sum
 from rlhf.models import ScalarModel, count_parameters, load_config, load_policy, load_scalar, sequence_limit
+from rlhf.packing import packs
 from rlhf.ppo_report import Clock, Moments, Reporter, rate_scale
 from rlhf.rewards import Finished, RewardContext
 from rlhf.rollout import Sampling, episode_seed
@@ -70,6 +72,7 @@ class PPO:
         self.run = open_ppo_run(config, self.chat, resume, overwrite)
         self.engine, self.reference = load_models(config, self.chat, path)
         self.vocab_size = load_config(config.model, path).get_text_config().vocab_size
+        self.packed = packs(self.engine, self.engine.module.policy, self.vocab_size, config.update.packing)
         self.reward = config.reward(RewardContext(config.model, self.chat, self.engine.freeze))
         room = min(config.data.max_prompt_tokens, limit - config.rollout.max_new_tokens)
         if room < 1:
@@ -92,7 +95,7 @@ class PPO:
             self.run, self.chat, limit, DataConfig(train=self.config.data.ptx), "demonstration", KINDS[1:], "ptx"
         )
         rows = [(row["input_ids"], [label != -100 for label in row["labels"]]) for row in table.train]
-        batcher = Batcher(rows, self.chat.pad_id, self.vocab_size)
+        batcher = Batcher(rows, self.chat.pad_id, self.vocab_size, self.packed)
         return PtxBatches(batcher, self.config.loss.ptx_batch_size, (self.config.seed, PTX))
 
     def train(self) -> None:
@@ -126,7 +129,7 @@ class PPO:
         # 3. policy, reference, values and scores, in the very batches that the first epoch trains on: the ratio of
         # the first minibatch is exactly 1
         plans = [self.plan(rollout, number, epoch) for epoch in range(config.update.epochs)]
-        batcher = episode_batcher(rollout, self.chat.pad_id, self.vocab_size)
+        batcher = episode_batcher(rollout, self.chat.pad_id, self.vocab_size, self.packed)
         with clock("score"):
             experience = self.score(rollout, batcher, plans[0])
         # 4. rewards: the score at the last token, the KL penalty at every token
@@ -174,9 +177,8 @@ class PPO:
     def plan(self, rollout: Rollout, number: int, epoch: int) -> list[Share]:
         """The minibatches of one epoch, shared out over the ranks."""
         order = permutation(len(rollout.answers), self.config.seed, EPOCH, number, epoch)
-        return plan_minibatches(
-            rollout.totals, order, self.config.update.minibatches, self.config.update.micro_batch_tokens
-        )
+        update = self.config.update
+        return plan_minibatches(rollout.totals, order, update.minibatches, update.micro_batch_tokens, self.packed)
 
     @torch.no_grad()
     def score(self, rollout: Rollout, batcher: Batcher, plan: list[Share]) -> Experience:
@@ -194,7 +196,7 @@ class PPO:
                     reference = self.engine(batch, temperature)
             values = mine.logprobs if mine.values is None else mine.values
             columns.append(torch.stack([mine.logprobs, reference.logprobs, values, mine.entropies], dim=1))
-            scores.append(self._rewards(rollout, batch)[: len(batch.rows)])
+            scores.append(self._rewards(rollout, batcher, batch)[: len(batch.rows)])
             episodes += batch.rows
         tokens = gather_tokens(torch.cat(columns), episodes, rollout.lengths)
         order = distributed.all_gather_rows(
@@ -207,11 +209,11 @@ class PPO:
             rollout, tokens[0], tokens[1], values, torch.zeros_like(found).index_copy(0, order, found), entropy
         )
 
-    def _rewards(self, rollout: Rollout, batch: Any) -> Tensor:
+    def _rewards(self, rollout: Rollout, batcher: Batcher, batch: MicroBatch) -> Tensor:
         rows = batch.rows or [0]  # a filler: under ZeRO-3 every rank calls the reward model alike
         answers = [self.chat.decode(rollout.answers[i].ids) for i in rows]
         messages = [rollout.prompts.messages[i] for i in rows]
-        scores: Tensor = self.reward(Finished(messages, answers, batch.input_ids, batch.attention_mask))
+        scores: Tensor = self.reward(Finished(messages, answers, *batcher.padded(batch.rows)))
         if not torch.isfinite(scores).all():
             worst = int((~torch.isfinite(scores)).nonzero()[0])
             raise UserError(
@@ -243,8 +245,8 @@ class PPO:
         if not rows:
             return
         rollout = self.rollout(self._prompts(table, rows, 1, EVAL, 0))
-        batcher = episode_batcher(rollout, self.chat.pad_id, self.vocab_size)
-        plan = plan_minibatches(rollout.totals, list(rows), 1, self.config.update.micro_batch_tokens)
+        batcher = episode_batcher(rollout, self.chat.pad_id, self.vocab_size, self.packed)
+        plan = plan_minibatches(rollout.totals, list(rows), 1, self.config.update.micro_batch_tokens, self.packed)
         self.reporter.evaluation(number, self.score(rollout, batcher, plan), self.chat)
 
     # ---- checkpoints ---------------------------------------------------------------------------------------------

@@ -101,10 +101,12 @@ def single(tmp_path_factory, prompts, reward_model):
     return folder
 
 
+@pytest.mark.parametrize("packing", [False, True])
 @pytest.mark.parametrize("stage", ["zero2", "zero3"])
-def test_two_processes_give_the_single_process_metrics(stage, single, tmp_path, prompts, reward_model):
+def test_two_processes_give_the_single_process_metrics(stage, packing, single, tmp_path, prompts, reward_model):
     settings = str(tiny.REPOSITORY / "configs" / "deepspeed" / f"{stage}.json")
-    complete(2, write_config(tmp_path, prompts, reward_model, deepspeed=settings))
+    update = {"epochs": 1, "minibatches": 2, "micro_batch_tokens": 120, "packing": packing}
+    complete(2, write_config(tmp_path, prompts, reward_model, deepspeed=settings, update=update))
     found, expected = metrics(tmp_path), metrics(single)
     lengths = [line["answer_tokens"] for line in expected if "kl_coef" in line]
     assert any(length != int(length) for length in lengths), "answers of unequal length are the point"
