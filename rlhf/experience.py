@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from rlhf import distributed
+from rlhf.losses import Importance
 from rlhf.models import head_chunks
 from rlhf.rollout import Answer, episode_seed
 
@@ -61,6 +62,14 @@ class Rollout:
         """bool [N, T]: True at the tokens of each answer, T being the longest one's."""
         return torch.arange(int(self.lengths.max()))[None] < self.lengths[:, None]
 
+    @cached_property
+    def sampler_logprobs(self) -> Tensor | None:
+        """float32 [N, T], 0 at padding: as the sampler reported them; None where it reports none."""
+        found = [answer.logprobs for answer in self.answers if answer.logprobs is not None]
+        if len(found) < len(self.answers):
+            return None
+        return unflatten(torch.tensor([value for row in found for value in row]), self.lengths)
+
 
 @dataclass(frozen=True)
 class Experience:
@@ -77,6 +86,8 @@ class Experience:
     """[N]: from the reward source, as it gave them."""
     entropy: float
     """Mean entropy of the policy over answer tokens, nats."""
+    importance: Importance | None = None
+    """What a sampler that sees other log-probs than the trainer calls for; None where none are reported."""
 
 
 class MicroBatch(NamedTuple):
@@ -272,15 +283,18 @@ def gather_answers(mine: Sequence[Answer], first: int) -> list[Answer]:
     if distributed.world_size() == 1:
         return list(mine)
     device = distributed.device()
-    facts = [[first + i, len(answer.ids), answer.ended] for i, answer in enumerate(mine)]
+    facts = [[first + i, len(a.ids), a.ended, a.logprobs is not None] for i, a in enumerate(mine)]
     tokens = [token for answer in mine for token in answer.ids]
-    all_facts = distributed.all_gather_rows(torch.tensor(facts, dtype=torch.int64, device=device).view(-1, 3)).tolist()
+    told = [value for answer in mine for value in answer.logprobs or ()]
+    all_facts = distributed.all_gather_rows(torch.tensor(facts, dtype=torch.int64, device=device).view(-1, 4)).tolist()
     all_tokens = distributed.all_gather_rows(torch.tensor(tokens, dtype=torch.int64, device=device)).tolist()
+    all_told = distributed.all_gather_rows(torch.tensor(told, dtype=torch.float32, device=device)).tolist()
     answers: list[Answer | None] = [None] * len(all_facts)
-    start = 0
-    for episode, length, ended in all_facts:
-        answers[episode] = Answer(all_tokens[start : start + length], bool(ended))
-        start += length
+    start, first_told = 0, 0
+    for episode, length, ended, has_logprobs in all_facts:
+        logprobs = all_told[first_told : first_told + length] if has_logprobs else None
+        answers[episode] = Answer(all_tokens[start : start + length], bool(ended), logprobs)
+        start, first_told = start + length, first_told + length * has_logprobs
     return [answer for answer in answers if answer is not None]
 
 

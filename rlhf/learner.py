@@ -149,6 +149,8 @@ class Learner:
             unflatten(out.logprobs, lengths), before(experience.logprobs), before(advantages.advantages), mask,
             clip_low=c.clip_low, clip_high=c.clip_high, dual_clip=c.dual_clip,
         )  # fmt: skip
+        if experience.importance is not None:
+            per_token = per_token * before(experience.importance.weights)
         policy, entropy = normalised(per_token, mask, tokens), out.entropies.sum() / tokens
         ptx = policy.new_zeros(()) if out.ptx_logprobs is None else -out.ptx_logprobs.sum() / ptx_tokens
         value = policy.new_zeros(())

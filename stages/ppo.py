@@ -38,7 +38,7 @@ from rlhf.experience import (
     plan_minibatches,
 )
 from rlhf.learner import Learner, PtxBatches
-from rlhf.losses import explained_variance
+from rlhf.losses import explained_variance, importance_weights
 from rlhf.masked import masked_mean, masked_sum
 from rlhf.models import ScalarModel, count_parameters, load_config, load_policy, load_scalar, sequence_limit
 from rlhf.packing import packs
@@ -123,7 +123,7 @@ class PPO:
         config, clock = self.config, Clock()
         # 1. prompts
         prompts = self.draw(number)
-        # 2. rollout; the sampler works on the live weights, so there is nothing to sync after learning
+        # 2. sync the sampler and roll out: one that holds a copy of the weights takes the new ones when it is called
         with clock("rollout"):
             rollout = self.rollout(prompts)
         # 3. policy, reference, values and scores, in the very batches that the first epoch trains on: the ratio of
@@ -205,9 +205,12 @@ class PPO:
         found = distributed.all_gather_rows(torch.cat(scores).to(distributed.device())).cpu()
         values = tokens[2] if module.critic is not None else None
         entropy = float(masked_mean(tokens[3], rollout.response_mask))
-        return Experience(
-            rollout, tokens[0], tokens[1], values, torch.zeros_like(found).index_copy(0, order, found), entropy
-        )
+        most, sampled = self.config.rollout.max_importance_weight, rollout.sampler_logprobs
+        importance = None
+        if most is not None and sampled is not None:
+            importance = importance_weights(tokens[0], sampled, rollout.response_mask, most)
+        scored = torch.zeros_like(found).index_copy(0, order, found)
+        return Experience(rollout, tokens[0], tokens[1], values, scored, entropy, importance)
 
     def _rewards(self, rollout: Rollout, batcher: Batcher, batch: MicroBatch) -> Tensor:
         rows = batch.rows or [0]  # a filler: under ZeRO-3 every rank calls the reward model alike
@@ -328,6 +331,12 @@ def describe(experience: Experience, scores: Tensor, rewards: Tensor, returns: T
         "answer_tokens": float(lengths.mean()),
         "eos_rate": float(experience.rollout.ended.float().mean()),
     }
+    if (importance := experience.importance) is not None:
+        figures |= {
+            "sampler_gap_mean": float(importance.gap_mean),
+            "sampler_gap_max": float(importance.gap_max),
+            "importance_truncated": float(importance.truncated),
+        }
     if experience.values is not None and returns is not None:
         explained = float(explained_variance(experience.values, returns, mask))
         figures["explained_variance"] = explained if explained == explained else 0.0  # returns without variance

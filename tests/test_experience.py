@@ -133,6 +133,12 @@ def test_a_rollout_describes_its_answers():
     assert r.response_mask.tolist() == [[True, True, True], [True, False, False], [True, True, False]]
 
 
+def test_a_rollout_pads_the_log_probs_of_a_sampler_that_tells_them_for_all_answers():
+    told = Rollout(rollout().prompts, [Answer([11, 2], True, [-1.0, -2.0]), Answer([13], False, [-3.0])])
+    assert told.sampler_logprobs.tolist() == [[-1, -2], [-3, 0]]
+    assert rollout().sampler_logprobs is None
+
+
 def test_a_micro_batch_marks_the_answers_tokens_and_pads_on_the_right():
     batch = episode_batcher(rollout(), pad_id=0, vocab_size=16).share([[[0, 1]]])[0]
     assert batch.input_ids.tolist() == [[5, 6, 11, 12, 2], [7, 13, 0, 0, 0]]

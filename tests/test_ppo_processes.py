@@ -119,6 +119,18 @@ def test_two_processes_give_the_single_process_metrics(stage, packing, single, t
         torch.testing.assert_close(weights[name], weight, atol=1e-4, rtol=1e-3)
 
 
+def test_two_processes_sample_by_continuous_batching_and_weigh_its_log_probs(tmp_path, prompts, reward_model):
+    settings = str(tiny.REPOSITORY / "configs" / "deepspeed" / "zero3.json")
+    rollout = {"prompts_per_update": 7, "max_new_tokens": 14, "sampler": "transformers", "temperature": 0.8}
+    complete(2, write_config(tmp_path, prompts, reward_model, deepspeed=settings, rollout=rollout))
+    lines = [line for line in metrics(tmp_path) if "kl_coef" in line]
+    assert len(lines) == 3
+    for line in lines:
+        # a log-prob that came to another token on the way would lie whole nats off
+        assert 0 < line["sampler_gap_mean"] <= line["sampler_gap_max"] < 1e-4
+        assert line["importance_truncated"] == 0
+
+
 def kill_when(process, seen):
     """SIGKILL the process and its ranks at the first moment that `seen()` is true."""
     deadline = time.monotonic() + 120

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 from rlhf import kv_cache
 from rlhf.config import ModelConfig
 from rlhf.models import load_policy
-from rlhf.rollout import SAMPLERS, Answer, Sampling, choose, end_ids, episode_seed, hf
+from rlhf.rollout import SAMPLERS, Answer, Sampling, choose, continuous_batching, end_ids, episode_seed, hf
 from rlhf.tokenization import load_tokenizer
 
 PROMPTS = [[5, 6, 7, 8, 9, 10, 11, 12, 13, 14], [3], [20, 21, 22], [9, 8, 7, 6, 5]]
@@ -57,11 +57,13 @@ def by_generate(family):
 
 @pytest.mark.parametrize("batch_size", [64, 3, 1])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_greedy_answers_are_those_of_generate_to_the_token(family, batch_size):
+@pytest.mark.parametrize("sampler", [hf, continuous_batching])
+def test_greedy_answers_are_those_of_generate_to_the_token(sampler, family, batch_size):
     model, end, expected = by_generate(family)
     assert kv_cache.joinable(model)
     prompts = [prompt for prompt in PROMPTS for _ in range(2)]
-    found = hf(model, prompts, [0] * len(prompts), Sampling(24, temperature=0, batch_size=batch_size), chat_like(end))
+    sampling = Sampling(24, temperature=0, batch_size=batch_size)
+    found = sampler(model, prompts, [0] * len(prompts), sampling, chat_like(end))
     assert [answer.ids for answer in found] == [ids for ids in expected for _ in range(2)]
     assert all(answer.ended == (answer.ids[-1] == end) for answer in found)
 
@@ -208,7 +210,10 @@ def test_seeds_are_spread_and_fixed():
     assert episode_seed(1, 2, 3) == episode_seed(1, 2, 3) != episode_seed(3, 2, 1)
 
 
-@pytest.mark.parametrize("name", [row.name for row in SAMPLERS])
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(row.name, marks=[pytest.mark.gpu] if row.traits.get("gpu") else []) for row in SAMPLERS],
+)
 def test_every_sampler_gives_one_answer_a_prompt_in_order(name, policy, chat):
     prompts = [chat.prompt(m) for m in _messages(3)]
     answers = SAMPLERS[name].fn(policy, prompts, [1, 2, 3], Sampling(7), chat)
