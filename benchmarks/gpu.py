@@ -299,7 +299,9 @@ def main() -> None:
     rates = f"copy {limits['bytes_per_second'] / 1e12:.2f} TB/s, matrix product {limits['flops'] / 1e12:.1f} TFLOP/s"
     sheet = next((f"; data sheet {b} TB/s, {a} TFLOP/s" for n, (a, b) in DATASHEETS.items() if n in here["device"]), "")
     print(f"{time.strftime('%Y-%m-%d %H:%M')}, {here['device']}, {here['versions']}\n{rates}{sheet}", flush=True)
-    print(f"batch of {setting.batch_size}, micro-batches of {setting.micro_batch_tokens} tokens; {PUBLISHED}", flush=True)
+    print(
+        f"batch of {setting.batch_size}, micro-batches of {setting.micro_batch_tokens} tokens; {PUBLISHED}", flush=True
+    )
     sides: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as name:
         make_models(setting, Path(name))

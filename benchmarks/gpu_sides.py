@@ -200,7 +200,9 @@ def trl(spec: dict[str, Any], notes: Notes) -> None:
 
     tokenizer = AutoTokenizer.from_pretrained(spec["policy"])
     lines = Path(spec["prompts"]).read_text("utf-8").splitlines()
-    rows = [{"input_ids": [tokenizer.bos_token_id, *tokenizer(json.loads(line)["prompt"])["input_ids"]]} for line in lines]
+    rows = [
+        {"input_ids": [tokenizer.bos_token_id, *tokenizer(json.loads(line)["prompt"])["input_ids"]]} for line in lines
+    ]
     assert {len(row["input_ids"]) for row in rows} == {spec["prompt_tokens"]}
     reset_peak()
     policy = AutoModelForCausalLM.from_pretrained(spec["policy"], dtype=torch.float32)
