@@ -32,12 +32,13 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 
 ROOT = Path(__file__).resolve().parents[1]
 PHASES = ("rollout", "score", "learn")
@@ -104,8 +105,8 @@ class Setting:
         return float(element) * (steps * weights + 2 * columns * self.policy.layers * self.policy.width)
 
 
-def setting_for(gpu_bytes: int) -> Setting:
-    """The large setting, with batches that fit into this much GPU memory; the small one where there is none."""
+def setting_for(gpu_bytes: int, flops: float) -> Setting:
+    """The large setting, cut to the GPU's memory and, by smaller steps, to its speed; the small one without a GPU."""
     if not gpu_bytes:
         tiny = Shape(layers=2, width=64, heads=4, inner=256, vocab=512)
         return Setting(tiny, tiny, 16, 16, 8, 8, batch_size=8, micro_batch_tokens=128, seconds=1)
@@ -114,7 +115,9 @@ def setting_for(gpu_bytes: int) -> Setting:
     free = max(4e9, gpu_bytes - 45e9)  # weights, gradients and AdamW's moments of both take about 30 GB
     rows = _power_of_two(free / (1.15 * 512 * 4 * policy.layers * policy.width))  # keys and values of 512 tokens
     tokens = _power_of_two(free / 4e6)  # activations: about 3 MB a token of policy and critic together
-    return Setting(policy, critic, 256, 256, 1024, 256, min(1024, rows), min(32768, max(1024, tokens)), seconds=190)
+    episodes = min(1024, max(64, _power_of_two(1024 * flops / 500e12)))  # DeepSpeed-Chat's steps are of at most 1,024
+    batch, micro_batch = min(episodes, rows), min(32768, max(1024, tokens))
+    return Setting(policy, critic, 256, 256, episodes, episodes // 4, batch, micro_batch, seconds=190)
 
 
 def _power_of_two(most: float) -> int:
@@ -127,19 +130,21 @@ def _power_of_two(most: float) -> int:
 def make_models(setting: Setting, folder: Path) -> None:
     """Random weights as two model folders, with a tokenizer of one word a token, and prompts of the exact length."""
     from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import OPTConfig, OPTForCausalLM, OPTForSequenceClassification, PreTrainedTokenizerFast
 
     special = ["<s>", "<pad>", "</s>", "<unk>"]
     words = [f"w{i}" for i in range(setting.policy.vocab - len(special))]
     plain = Tokenizer(models.WordLevel({word: i for i, word in enumerate(special + words)}, unk_token="<unk>"))
     plain.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokenizer = PreTrainedTokenizerFast(
+    tokenizer = transformers.PreTrainedTokenizerFast(
         tokenizer_object=plain, bos_token="<s>", eos_token="</s>", pad_token="<pad>", unk_token="<unk>"
     )
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    kinds = (("policy", OPTForCausalLM, setting.policy), ("reward", OPTForSequenceClassification, setting.critic))
+    kinds = (
+        ("policy", transformers.OPTForCausalLM, setting.policy),
+        ("reward", transformers.OPTForSequenceClassification, setting.critic),
+    )
     for name, kind, shape in kinds:
-        config = OPTConfig(
+        config = transformers.OPTConfig(
             vocab_size=shape.vocab, hidden_size=shape.width, num_hidden_layers=shape.layers, ffn_dim=shape.inner,
             num_attention_heads=shape.heads, max_position_embeddings=2048, word_embed_proj_dim=shape.width,
             num_labels=1, pad_token_id=1, bos_token_id=0, eos_token_id=2,
@@ -182,9 +187,8 @@ def ceilings() -> dict[str, float]:
     cuda = torch.cuda.is_available()
     device, size, side = ("cuda", 2**32, 8192) if cuda else ("cpu", 2**26, 512)
     dtype = torch.bfloat16 if cuda else torch.float32
-    source, target = torch.randn(2, size // 4, device=device)
-    copied = 2 * size / seconds_of(lambda: target.copy_(source))
-    del source, target
+    halves = torch.randn(2, size // 4, device=device)
+    copied = 2 * size / seconds_of(lambda: halves[0].copy_(halves[1]))
     a, b = torch.randn(2, side, side, device=device, dtype=dtype)
     multiplied = 2 * side**3 / seconds_of(lambda: a @ b)
     return {"bytes_per_second": copied, "flops": multiplied}
@@ -292,11 +296,15 @@ def main() -> None:
     parser.add_argument("--seconds", type=int, help="For each side.")
     args = parser.parse_args()
     here = machine()
+    transformers.utils.logging.disable_progress_bar()
+    if not here["gpu_bytes"]:
+        torch.set_num_threads(1)
+        os.environ |= {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
     given = {"batch_size": args.batch_size, "micro_batch_tokens": args.micro_batch_tokens, "seconds": args.seconds}
-    setting = setting_for(here["gpu_bytes"])
-    setting = Setting(**{**vars(setting), **{key: value for key, value in given.items() if value}})
     limits = ceilings()
-    rates = f"copy {limits['bytes_per_second'] / 1e12:.2f} TB/s, matrix product {limits['flops'] / 1e12:.1f} TFLOP/s"
+    setting = setting_for(here["gpu_bytes"], limits["flops"])
+    setting = replace(setting, **{key: value for key, value in given.items() if value})
+    rates = f"copy {limits['bytes_per_second'] / 1e12:.3g} TB/s, matrix product {limits['flops'] / 1e12:.3g} TFLOP/s"
     sheet = next((f"; data sheet {b} TB/s, {a} TFLOP/s" for n, (a, b) in DATASHEETS.items() if n in here["device"]), "")
     print(f"{time.strftime('%Y-%m-%d %H:%M')}, {here['device']}, {here['versions']}\n{rates}{sheet}", flush=True)
     print(
@@ -309,7 +317,8 @@ def main() -> None:
         if args.trl is not None and (args.trl / "trl").is_dir():
             found["TRL 1.12.0"] = measure("trl", setting, Path(name), args.trl)
         else:
-            print(f"TRL is left out: there is no folder {args.trl}/trl (see --trl)", flush=True)
+            where = f"{args.trl} holds no package trl" if args.trl else "no folder was named with --trl"
+            print(f"TRL is left out: {where}", flush=True)
     for side, result in found.items():
         if result["updates"]:
             sides[side] = figures(result, setting, limits, 2 if here["gpu_bytes"] else 4)

@@ -1,4 +1,4 @@
-"""The two sides of `benchmarks/gpu.py`, each a process of its own: `python gpu_sides.py ours|trl SPEC.json RESULT.json`.
+"""The two sides of `benchmarks/gpu.py`, each a process of its own: `gpu_sides.py ours|trl SPEC.json RESULT.json`.
 
 Both get the same weights, prompts and lengths, and one optimizer step an update, as DeepSpeed-Chat had it. The result
 is written again after every update, so that what a time limit cuts off is not lost.
