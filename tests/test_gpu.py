@@ -16,6 +16,7 @@ import test_rollout
 import test_sft
 import tiny
 import torch
+from families import FAMILIES
 
 from rlhf.config import ModelConfig
 from rlhf.models import load_policy, token_logprobs
@@ -64,7 +65,7 @@ def test_a_ppo_update_begins_with_a_ratio_of_one_and_without_divergence(precisio
 
 
 @pytest.mark.parametrize("batch_size", [64, 3])
-@pytest.mark.parametrize("family", test_rollout.FAMILIES)
+@pytest.mark.parametrize("family", FAMILIES)
 def test_greedy_answers_are_those_of_generate(family, batch_size):
     on_cpu, end, _ = test_rollout.by_generate(family)
     model = copy.deepcopy(on_cpu).cuda()
