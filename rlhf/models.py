@@ -14,12 +14,15 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
 
+from rlhf import distributed
 from rlhf.config import ModelConfig
 from rlhf.errors import UserError
 from rlhf.shared_prompt import ALONE, SharedPrompts, attention_of, ends_of, positions_of, sharing_of
 
 HEAD_CHUNK_ELEMENTS = 2**24
 """Most logits that are held at a time: 64 MiB in float32."""
+HEAD_CHUNK_ELEMENTS_GPU = 2**27
+"""The same on a GPU, 512 MiB: each part reads the head's weights and adds to their gradient, whatever its size."""
 
 POSITIONS_AFTER_PADDING = {"roberta", "xlm-roberta", "xlm-roberta-xl", "camembert", "roberta-prelayernorm", "xmod"}
 """Families whose first token has the position after that of padding, so that fewer positions are left."""
@@ -70,7 +73,7 @@ def sequence_limit(config: ModelConfig, found: transformers.PretrainedConfig) ->
 
 
 def load_policy(config: ModelConfig, path: str, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
-    """A causal language model in `dtype`, dropout off, in training mode."""
+    """A causal language model in `dtype`, dropout off."""
     model = _load(AutoModelForCausalLM, config, path, dtype)
     check_head(model)
     return model
@@ -90,8 +93,12 @@ def _load(kind: Any, config: ModelConfig, path: str, dtype: torch.dtype, **more:
     model = loaded[0] if isinstance(loaded, tuple) else loaded
     model.config.use_cache = False
     for module in model.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0  # the same input gives the same log-probs, so the PPO ratio starts at 1
+        # Dropout off: the same input gives the same log-probs, so the PPO ratio starts at 1. Some families (OPT) keep
+        # its probability as a number and call the function.
+        names = ["p"] if isinstance(module, nn.Dropout) else [name for name in vars(module) if "drop" in name]
+        for name in names:
+            if isinstance(getattr(module, name), float):
+                setattr(module, name, 0.0)
     return loaded
 
 
@@ -127,7 +134,8 @@ def _is_causal(body: nn.Module) -> bool:
 
 def head_chunks(tokens: int, vocab_size: int) -> int:
     """In how many parts the head works on so many tokens. Under ZeRO-3 all ranks must use the same number."""
-    return max(1, math.ceil(tokens * vocab_size / HEAD_CHUNK_ELEMENTS))
+    elements = HEAD_CHUNK_ELEMENTS_GPU if distributed.device().type == "cuda" else HEAD_CHUNK_ELEMENTS
+    return max(1, math.ceil(tokens * vocab_size / elements))
 
 
 def token_logprobs(

@@ -305,6 +305,7 @@ def load_models(config: PPOConfig, chat: ChatTokenizer, path: str) -> tuple[Engi
     if config.update.gradient_checkpointing:
         for part in [policy] if critic is None else [policy, critic.model]:
             part.gradient_checkpointing_enable({"use_reentrant": False})
+            part.train()  # transformers recomputes in training mode alone; it changes nothing else, dropout is off
     rates = ((policy, config.optimizer.policy_lr), (critic, config.optimizer.critic_lr))
     groups = [{"params": [p for p in m.parameters() if p.requires_grad], "lr": lr} for m, lr in rates if m is not None]
     module = ActorCritic(policy, critic)
