@@ -1,11 +1,13 @@
-"""Generation with unequal lengths: the sampler `hf` against static-batch `generate` of transformers.
+"""Generation with unequal lengths: the samplers `hf` and `transformers`, and static-batch `generate` of transformers.
 
     OMP_NUM_THREADS=1 python benchmarks/generation.py ../shared/models/stories260K
+    OMP_NUM_THREADS=1 python benchmarks/generation.py ../shared/models/stories260K --samplers hf transformers generate
 
-Both sides sample at temperature 1 and are given the same prompts (8 to 40 random tokens) and the same lengths, drawn
+All sides sample at temperature 1 and are given the same prompts (8 to 40 random tokens) and the same lengths, drawn
 from a log-normal distribution with a mean of 40% of the maximum: before its length an answer cannot end, at its length
-it must. `generate` runs batch after batch, each until its longest answer ends, as a trainer calls it. The two take
-turns, so that a busy machine slows both. Tokens are those of answers; what `generate` computes past an end is lost.
+it must (`transformers` is told the lengths). `generate` runs batch after batch, each until its longest answer ends, as
+a trainer calls it. The sides take turns, so that a busy machine slows all; ratios are to the last one. Tokens are those
+of answers; what `generate` computes past an end is lost.
 """
 
 from __future__ import annotations
@@ -13,14 +15,18 @@ from __future__ import annotations
 import argparse
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from types import SimpleNamespace
 from typing import Any
 
 import torch
 import transformers
+from transformers.generation.continuous_batching import ContinuousBatchingManager
 
 from rlhf import rollout
+
+Side = Callable[[Any, list[list[int]], list[int], int, int], int]
+"""(model, prompts, lengths, longest, sequences at a time) -> tokens that were generated."""
 
 END, PAD = 2, 0
 NOW = 2.0
@@ -66,16 +72,31 @@ class ImposedLengths(transformers.LogitsProcessor):
         return scores.masked_fill(ends ^ is_end, float("-inf"))
 
 
-def ours(model: Any, prompts: list[list[int]], lengths: list[int], longest: int, batch: int) -> int:
-    """Tokens that were generated."""
-    chat: Any = SimpleNamespace(end_id=END, pad_id=PAD, tokenizer=SimpleNamespace(eos_token_id=END))
-    sampling = rollout.Sampling(longest, batch_size=batch)
-    answers = rollout.hf(model, prompts, range(len(prompts)), sampling, chat)
-    assert [len(answer.ids) for answer in answers] == lengths
-    return sum(lengths)
+def impose_on_transformers(lengths: Sequence[int]) -> None:
+    """For the sampler `transformers`: each request has a length of its own and no end token."""
+    plain = ContinuousBatchingManager.add_request
+
+    def add_request(manager: Any, prompt: list[int], request_id: str) -> Any:
+        length = lengths[int(request_id)]
+        return plain(manager, prompt, request_id=request_id, max_new_tokens=length, eos_token_id=-1)
+
+    ContinuousBatchingManager.add_request = add_request
 
 
-def static(model: Any, prompts: list[list[int]], lengths: list[int], longest: int, batch: int) -> int:
+def by_sampler(name: str) -> Side:
+    """A row of SAMPLERS."""
+
+    def side(model: Any, prompts: list[list[int]], lengths: list[int], longest: int, batch: int) -> int:
+        chat: Any = SimpleNamespace(end_id=END, pad_id=PAD, tokenizer=SimpleNamespace(eos_token_id=END))
+        sampling = rollout.Sampling(longest, batch_size=batch)
+        answers = rollout.SAMPLERS[name].fn(model, prompts, range(len(prompts)), sampling, chat)
+        assert [len(answer.ids) for answer in answers] == lengths
+        return sum(lengths)
+
+    return side
+
+
+def by_generate(model: Any, prompts: list[list[int]], lengths: list[int], longest: int, batch: int) -> int:
     """Tokens that were generated, not counting the padding after an end."""
     for start in range(0, len(prompts), batch):
         rows = prompts[start : start + batch]
@@ -91,12 +112,20 @@ def static(model: Any, prompts: list[list[int]], lengths: list[int], longest: in
     return sum(lengths)
 
 
+SIDES: dict[str, Side] = {
+    "hf": by_sampler("hf"),
+    "transformers": by_sampler("transformers"),
+    "generate": by_generate,
+}
+
+
 def main() -> None:
-    """Print tokens a second of both, the ratio of each pair of runs, and its median."""
+    """Print tokens a second of each side, the ratios of runs of one turn, and their medians."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model")
+    parser.add_argument("--samplers", nargs="+", choices=SIDES, default=["hf", "generate"])
     parser.add_argument("--episodes", type=int, default=256)
-    parser.add_argument("--batch", type=int, default=64, help="Sequences at a time, on both sides.")
+    parser.add_argument("--batch", type=int, default=64, help="Sequences at a time, on all sides.")
     parser.add_argument("--max-new-tokens", type=int, default=256)
     parser.add_argument("--same", type=int, default=1, help="Answers to each prompt.")
     parser.add_argument("--repeats", type=int, default=5)
@@ -111,18 +140,22 @@ def main() -> None:
     prompts = [prompt for prompt in prompts for _ in range(args.same)]
     lengths = draw_lengths(len(prompts), args.max_new_tokens)
     impose_on_ours(lengths)
-    rates: dict[str, list[float]] = {"ours": [], "generate": []}
+    impose_on_transformers(lengths)
+    rates: dict[str, list[tuple[float, float]]] = {name: [] for name in args.samplers}
     for turn in range(args.repeats + 1):
-        for name, side in (("ours", ours), ("generate", static)):
-            start = time.perf_counter()
-            tokens = side(model, prompts, lengths, args.max_new_tokens, args.batch)
+        for name in args.samplers:
+            start, worked = time.perf_counter(), time.process_time()
+            tokens = SIDES[name](model, prompts, lengths, args.max_new_tokens, args.batch)
             if turn:  # the first warms up
-                rates[name].append(tokens / (time.perf_counter() - start))
-    ratios = [a / b for a, b in zip(rates["ours"], rates["generate"])]
-    print(f"{len(prompts)} answers, {args.same} to a prompt, {sum(lengths) / len(lengths):.0f} tokens on average")
+                rates[name].append((tokens / (time.perf_counter() - start), time.process_time() - worked))
+    print(f"{len(prompts)} answers, {args.same} to a prompt, {sum(lengths) / len(lengths):.0f} tokens on average\n")
+    last = args.samplers[-1]
+    print(f"| sampler | tokens/s | processor seconds | times {last} |\n| --- | --- | --- | --- |")
     for name, found in rates.items():
-        print(f"{name:<10} {statistics.median(found):>10,.0f} tokens/s")
-    print(f"ratio      {statistics.median(ratios):.2f}x ({min(ratios):.2f}-{max(ratios):.2f})")
+        ratios = [a / b for (a, _), (b, _) in zip(found, rates[last])]
+        speed, work = (statistics.median(column) for column in zip(*found))
+        spread = f"{statistics.median(ratios):.2f} ({min(ratios):.2f}-{max(ratios):.2f})"
+        print(f"| {name} | {speed:,.0f} | {work:.2f} | {spread} |")
 
 
 if __name__ == "__main__":

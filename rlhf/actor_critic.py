@@ -38,14 +38,15 @@ class ActorCritic(nn.Module):
     def forward(self, batch: MicroBatch, temperature: float, ptx: MicroBatch | None = None) -> TokenOutputs:
         """Log-probs, entropies and values of the response tokens of a micro-batch; log-probs of a ptx batch."""
         ids, mask, wanted = batch.input_ids, batch.attention_mask, batch.response_mask
-        logprobs, entropies = token_logprobs(self.policy, ids, mask, wanted, temperature, batch.chunks)
+        positions = batch.position_ids
+        logprobs, entropies = token_logprobs(self.policy, ids, mask, wanted, temperature, batch.chunks, positions)
         values = None
         if self.critic is not None:
             # The state in which token t is chosen ends at token t - 1.
-            values = self.critic.token_values(ids, mask)[:, :-1][wanted[:, 1:]]
+            values = self.critic.token_values(ids, mask, positions)[:, :-1][wanted[:, 1:]]
         ptx_logprobs = None
         if ptx is not None:
-            more = (ptx.input_ids, ptx.attention_mask, ptx.response_mask, 1.0, ptx.chunks)
+            more = (ptx.input_ids, ptx.attention_mask, ptx.response_mask, 1.0, ptx.chunks, ptx.position_ids)
             ptx_logprobs, _ = token_logprobs(self.policy, *more)
         return TokenOutputs(logprobs, entropies, values, ptx_logprobs)
 

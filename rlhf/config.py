@@ -14,7 +14,7 @@ from rlhf.advantages import ADVANTAGES
 from rlhf.kl import KL_CONTROLLERS, KL_ESTIMATORS, MISSING_EOS
 from rlhf.ranking import RANKING_LOSSES
 from rlhf.rewards import REWARDS
-from rlhf.rollout import SAMPLERS
+from rlhf.rollout import SAMPLERS, lacking
 from rlhf.table import Pick
 from rlhf.tuning import TUNING
 
@@ -224,11 +224,24 @@ class RolloutConfig(Strict):
     """An answer also ends after any of these strings."""
     batch_size: Positive = 64
     """Sequences that are generated together on one process."""
+    max_importance_weight: Annotated[float, Field(ge=1)] | None = 2.0
+    """Where a sampler reports its own log-probs (`transformers`, `vllm`), each token's policy loss is multiplied by
+    exp(trainer's - sampler's log-prob), cut at this (truncated importance sampling, Yao et al. 2025); `null` is off.
+    Of no concern to `hf`, which computes as the trainer does."""
 
     @model_validator(mode="after")
-    def _min_below_max(self) -> RolloutConfig:
+    def _parts_fit(self) -> RolloutConfig:
         if self.min_new_tokens > self.max_new_tokens:
             raise ValueError(f"min_new_tokens {self.min_new_tokens} is above max_new_tokens {self.max_new_tokens}")
+        sampler = self.sampler.name
+        if cannot := lacking(sampler, self):
+            raise ValueError(f"sampler {sampler!r} cannot do {' or '.join(cannot)}; leave it out, or use hf")
+        weighted = self.sampler.row.traits.get("logprobs", False) and self.max_importance_weight is not None
+        if weighted and (self.top_k or self.top_p < 1 or self.min_new_tokens):
+            raise ValueError(
+                f"sampler {sampler!r}: importance weights compare whole distributions, and top_k, top_p and"
+                " min_new_tokens narrow what is sampled; leave these out, or set max_importance_weight: null"
+            )
         return self
 
 
@@ -276,6 +289,10 @@ class PPOUpdateConfig(Strict):
     """Optimizer steps per epoch."""
     micro_batch_tokens: Positive = 8192
     """Most tokens, padding included, in one forward pass of one process; longer sequences go alone."""
+    packing: bool | None = None
+    """Put the sequences of a micro-batch into one row, without padding. When left out, wherever the attention has
+    variable lengths (`flash_attention_2`, ...); others keep them apart too, but by a mask that costs more than padding
+    of similar lengths does."""
     target_kl: Rate | None = None
     """Stop the epochs of an update once the KL (k3) between the new policy and the rollout's passes this."""
     critic_warmup: Count = 0

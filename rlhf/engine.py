@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from rlhf import distributed
 from rlhf.checkpoint import world_size_of
@@ -40,16 +41,9 @@ class Engine:
         self.optimizer = torch.optim.AdamW(groups, betas=config.betas, eps=config.eps, weight_decay=config.weight_decay)
         self.rates = [group["lr"] for group in groups]
         self._parameters = [p for group in groups for p in group["params"]]
-        self._finite = torch.ones((), device=distributed.device())
-        for parameter in self._parameters:
-            parameter.register_hook(self._watch)
 
     def _placed(self, module: nn.Module) -> nn.Module:
         return module.to(distributed.device())
-
-    def _watch(self, gradient: Tensor) -> None:
-        # The sum is infinite or NaN if any element is; it sees the gradient before any rank or optimizer does.
-        self._finite = self._finite * torch.isfinite(gradient.float().sum())
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         with self._autocast():
@@ -66,10 +60,9 @@ class Engine:
         loss.backward()
 
     def gradients_are_finite(self) -> bool:
-        """False if a gradient since the last step was infinite or NaN on any rank. Call it before `step`."""
-        ok = distributed.all_sum(1 - self._finite).item() == 0
-        self._finite = torch.ones_like(self._finite)
-        return ok
+        """False if the gradient since the last step is infinite or NaN on any rank. Call it before `step`."""
+        # once a step, not once a micro-batch: what is not finite stays so in the sum
+        return bool(nn.utils.get_total_norm([p.grad for p in self._parameters if p.grad is not None]).isfinite())
 
     def step(self, scale: float) -> float:
         """Clip, move the weights at `scale` times the peak rates, clear gradients; gives the norm before clipping."""
@@ -104,8 +97,18 @@ class Engine:
         self.optimizer.load_state_dict(state["optimizer"])
 
     def freeze(self, model: nn.Module) -> Any:
-        """A frozen model on this process's device, in the computation's dtype."""
-        return self._placed(model.requires_grad_(False).eval().to(self.dtype))
+        """A frozen model on this process's device, which computes what an equal one in training computes.
+
+        Autocast rounds the weights of matrix products alone. So these are kept rounded and all else in float32: the
+        reference then gives the very log-probs of the policy that is its equal, in bfloat16 too.
+        """
+        model.requires_grad_(False).eval()
+        if self.dtype != torch.float32:
+            for layer in model.modules():
+                if isinstance(layer, (nn.Linear, Conv1D)):  # a new tensor: an embedding that is tied to it stays
+                    layer.weight = nn.Parameter(layer.weight.to(self.dtype), requires_grad=False)
+            model.forward = self._autocast()(model.forward)
+        return self._placed(model)
 
 
 class DeepSpeedEngine(Engine):
@@ -126,6 +129,9 @@ class DeepSpeedEngine(Engine):
 
         self.stage = settings.get("zero_optimization", {}).get("stage", 0)
         super().__init__(module, groups, config, precision)
+        self._finite = torch.ones((), device=distributed.device())
+        for parameter in self._parameters:
+            parameter.register_hook(self._watch)
         kept = {key: value for key, value in settings.items() if key not in SET_BY_US}
         self.settings = kept | {
             "train_micro_batch_size_per_gpu": 1,
@@ -144,6 +150,15 @@ class DeepSpeedEngine(Engine):
     def _placed(self, module: nn.Module) -> nn.Module:
         # ZeRO-3 moves one parameter at a time, so that no device has to hold the whole.
         return module if self.stage == 3 else super()._placed(module)
+
+    def _watch(self, gradient: Tensor) -> None:
+        # The sum is infinite or NaN if any element is; it sees the gradient before any rank or optimizer does.
+        self._finite = self._finite * torch.isfinite(gradient.float().sum())
+
+    def gradients_are_finite(self) -> bool:
+        ok = distributed.all_sum(1 - self._finite).item() == 0
+        self._finite = torch.ones_like(self._finite)
+        return ok
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self.deepspeed(*args, **kwargs)
@@ -198,7 +213,8 @@ class DeepSpeedEngine(Engine):
         self.deepspeed.load_checkpoint(str(folder), tag="engine", load_module_strict=False)
 
     def freeze(self, model: nn.Module) -> Any:
-        model = super().freeze(model)
+        # DeepSpeed trains a policy whose weights are all in the computation's dtype; so is what is frozen beside it.
+        model = self._placed(model.requires_grad_(False).eval().to(self.dtype))
         if self.stage < 3:
             return model
         import deepspeed

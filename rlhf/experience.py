@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from rlhf import distributed
+from rlhf.losses import Importance
 from rlhf.models import head_chunks
 from rlhf.rollout import Answer, episode_seed
 
@@ -62,6 +63,14 @@ class Rollout:
         """bool [N, T]: True at the tokens of each answer, T being the longest one's."""
         return torch.arange(int(self.lengths.max()))[None] < self.lengths[:, None]
 
+    @cached_property
+    def sampler_logprobs(self) -> Tensor | None:
+        """float32 [N, T], 0 at padding: as the sampler reported them; None where it reports none."""
+        found = [answer.logprobs for answer in self.answers if answer.logprobs is not None]
+        if len(found) < len(self.answers):
+            return None
+        return unflatten(torch.tensor([value for row in found for value in row]), self.lengths)
+
 
 @dataclass(frozen=True)
 class Experience:
@@ -78,25 +87,32 @@ class Experience:
     """[N]: from the reward source, as it gave them."""
     entropy: float
     """Mean entropy of the policy over answer tokens, nats."""
+    importance: Importance | None = None
+    """What a sampler that sees other log-probs than the trainer calls for; None where none are reported."""
     trunk: Mapping[int, Tensor] | None = None
     """Episode -> [tokens, H], hidden states that enter the layers with adapters, where roles share a frozen trunk; see
     `rlhf.trunk`."""
 
 
 class MicroBatch(NamedTuple):
-    """Sequences for one forward pass of one rank, on its device, padded on the right. (ZeRO-3 looks into tuples.)
+    """Sequences for one forward pass of one rank, on its device. (ZeRO-3 looks into tuples.)
 
+    Either one in each row, padded on the right; or packed: all in one row [1, L], one after the other.
     A rank that has fewer micro-batches than the others gets fillers: `rows` is empty, nothing in `response_mask`.
     """
 
     rows: list[int]
-    """Which episodes (or demonstrations) these are."""
+    """Which episodes (or demonstrations) these are, N numbers."""
     input_ids: Tensor
     """int64 [B, L]."""
-    attention_mask: Tensor
-    """int64 [B, L], 1 where there is a token."""
+    attention_mask: Tensor | None
+    """int64 [B, L], 1 where there is a token; None where packed."""
+    position_ids: Tensor | None
+    """int64 [1, L], from 0 in each sequence, which keeps them apart; None where not packed."""
     response_mask: Tensor
     """bool [B, L], True at the tokens whose log-probs are asked for."""
+    lengths: Tensor
+    """int64 [N], how many these are in each sequence; [0] for a filler."""
     chunks: int
     """Parts that the language model's head works in, the same on every rank."""
     trunk: Tensor | None = None
@@ -104,6 +120,9 @@ class MicroBatch(NamedTuple):
 
 
 # ---- sharing episodes out ------------------------------------------------------------------------------------------
+
+PASS_TOKENS = {"cpu": 128, "cuda": 1024}
+"""What a forward and backward pass costs besides its tokens, in tokens: calls of kernels, mostly."""
 
 Share = list[list[list[int]]]
 """[rank][micro-batch] -> episodes; every rank has the same number of micro-batches, some of them empty."""
@@ -126,17 +145,20 @@ def endless(count: int, first: int, number: int, *seed: int) -> list[int]:
     return order[start : start + number]
 
 
-def plan_minibatches(totals: Sequence[int], order: Sequence[int], minibatches: int, budget: int) -> list[Share]:
+def plan_minibatches(
+    totals: Sequence[int], order: Sequence[int], minibatches: int, budget: int, packed: bool = False
+) -> list[Share]:
     """Cut an order of episodes into minibatches and share each out over the ranks by length.
 
-    Within a minibatch the longest episode goes to the rank with the fewest tokens so far; each rank then fills
-    micro-batches with episodes of similar length, up to `budget` padded tokens.
+    Within a minibatch the longest episode goes to the rank with the fewest tokens so far; each rank then makes
+    micro-batches of episodes of similar length, of up to `budget` tokens with padding.
 
     Args:
         totals: Tokens of each episode.
         order: A permutation of the episodes (or a part of one).
         minibatches: How many optimizer steps.
         budget: Tokens of one micro-batch, padding included.
+        packed: Whether sequences stand in one row, so that there is no padding.
 
     Returns:
         One share for each minibatch; the same on every rank.
@@ -149,18 +171,44 @@ def plan_minibatches(totals: Sequence[int], order: Sequence[int], minibatches: i
             lightest = loads.index(min(loads))
             ranks[lightest].append(episode)
             loads[lightest] += totals[episode]
-        plan.append(_even([_micro_batches(rank, totals, budget) for rank in ranks]))
+        cut = _packed if packed else _padded
+        plan.append(_even([cut(rank, totals, budget) for rank in ranks]))
     return plan
 
 
-def _micro_batches(episodes: list[int], totals: Sequence[int], budget: int) -> list[list[int]]:
-    """Episodes sorted from long to short, cut where rows x longest would pass the budget."""
+def _padded(episodes: list[int], totals: Sequence[int], budget: int) -> list[list[int]]:
+    """Episodes, sorted from long to short, cut where padding and passes together cost least.
+
+    A micro-batch of rows x longest tokens costs that many, and `PASS_TOKENS` for being a pass of its own.
+    """
+    own = PASS_TOKENS[distributed.device().type]
+    least, starts = [0], [0]  # of the first 0, 1, 2, ... episodes: their cost, and where their last micro-batch starts
+    for end in range(1, len(episodes) + 1):
+        found = (least[end - 1] + own + totals[episodes[end - 1]], end - 1)
+        for start in range(end - 2, -1, -1):
+            padded = (end - start) * totals[episodes[start]]
+            if padded > budget:
+                break
+            found = min(found, (least[start] + own + padded, start))
+        least.append(found[0])
+        starts.append(found[1])
+    batches, end = [], len(episodes)
+    while end:
+        batches.append(episodes[starts[end] : end])
+        end = starts[end]
+    return batches[::-1]
+
+
+def _packed(episodes: list[int], totals: Sequence[int], budget: int) -> list[list[int]]:
+    """Episodes, sorted from long to short, cut where their tokens would pass the budget."""
     batches: list[list[int]] = []
+    room = 0
     for episode in episodes:
-        if batches and (len(batches[-1]) + 1) * totals[batches[-1][0]] <= budget:
-            batches[-1].append(episode)
-        else:
-            batches.append([episode])
+        if not batches or totals[episode] > room:
+            batches.append([])
+            room = budget
+        batches[-1].append(episode)
+        room -= totals[episode]
     return batches
 
 
@@ -176,14 +224,15 @@ class Batcher:
         rows: (token ids, flags) for each row; a flag marks a token whose log-prob is asked for.
         pad_id: Fills rows up to the longest.
         vocab_size: For the number of parts that the head works in.
+        packed: Put the sequences of a micro-batch into one row instead.
         trunk: Row -> hidden states of the frozen trunk, as in `Experience`.
     """
 
     def __init__(
-        self, rows: Sequence[tuple[list[int], list[bool]]], pad_id: int, vocab_size: int,
+        self, rows: Sequence[tuple[list[int], list[bool]]], pad_id: int, vocab_size: int, packed: bool = False,
         trunk: Mapping[int, Tensor] | None = None,
     ) -> None:  # fmt: skip
-        self.rows, self.pad_id, self.vocab_size, self.trunk = rows, pad_id, vocab_size, trunk
+        self.rows, self.pad_id, self.vocab_size, self.packed, self.trunk = rows, pad_id, vocab_size, packed, trunk
         self.counts = [sum(flags) for _, flags in rows]
 
     def share(self, share: Share) -> list[MicroBatch]:
@@ -192,36 +241,53 @@ class Batcher:
         most = [max(sum(self.counts[i] for i in rank[m]) for rank in share) for m in range(len(mine))]
         return [self._build(episodes, head_chunks(tokens, self.vocab_size)) for episodes, tokens in zip(mine, most)]
 
-    def _build(self, episodes: list[int], chunks: int) -> MicroBatch:
-        shortest = min(range(len(self.rows)), key=lambda i: len(self.rows[i][0]))
-        found = [self.rows[i] for i in episodes] or [(self.rows[shortest][0], [False] * len(self.rows[shortest][0]))]
-        width = max(len(ids) for ids, _ in found)
-        fill = [width - len(ids) for ids, _ in found]
+    def padded(self, episodes: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """Sequences in rows of their own, and 1 where there is a token: int64 [B, L] both. A filler for no episodes."""
+        found = [ids for ids, _ in self._found(episodes)]
+        width = max(map(len, found))
+        rows = [ids + [self.pad_id] * (width - len(ids)) for ids in found]
+        mask = [[1] * len(ids) + [0] * (width - len(ids)) for ids in found]
         device = distributed.device()
-        trunk = None
-        if self.trunk is not None:
-            trunk = pad_sequence([self.trunk[i] for i in episodes or [shortest]], batch_first=True).to(device)
-        return MicroBatch(
-            rows=episodes,
-            input_ids=torch.tensor([ids + [self.pad_id] * n for (ids, _), n in zip(found, fill)], device=device),
-            attention_mask=torch.tensor([[1] * len(ids) + [0] * n for (ids, _), n in zip(found, fill)], device=device),
-            response_mask=torch.tensor([flags + [False] * n for (_, flags), n in zip(found, fill)], device=device),
-            chunks=chunks,
-            trunk=trunk,
-        )
+        return torch.tensor(rows, device=device), torch.tensor(mask, device=device)
+
+    def _found(self, episodes: Sequence[int]) -> list[tuple[list[int], list[bool]]]:
+        shortest = min((ids for ids, _ in self.rows), key=len)
+        return [self.rows[i] for i in episodes] or [(shortest, [False] * len(shortest))]
+
+    def _build(self, episodes: list[int], chunks: int) -> MicroBatch:
+        found, device = self._found(episodes), distributed.device()
+        lengths = torch.tensor([sum(flags) for _, flags in found], device=device)
+        trunk = self._trunk(episodes)
+        if self.packed:
+            ids = torch.tensor([[token for ids, _ in found for token in ids]], device=device)
+            positions = torch.tensor([[place for ids, _ in found for place in range(len(ids))]], device=device)
+            wanted = torch.tensor([[flag for _, flags in found for flag in flags]], device=device)
+            return MicroBatch(episodes, ids, None, positions, wanted, lengths, chunks, trunk)
+        ids, mask = self.padded(episodes)
+        width = ids.shape[1]
+        wanted = torch.tensor([flags + [False] * (width - len(flags)) for _, flags in found], device=device)
+        return MicroBatch(episodes, ids, mask, None, wanted, lengths, chunks, trunk)
+
+    def _trunk(self, episodes: Sequence[int]) -> Tensor | None:
+        if self.trunk is None:
+            return None
+        shortest = min(range(len(self.rows)), key=lambda i: len(self.rows[i][0]))
+        found = [self.trunk[i] for i in episodes or [shortest]]
+        states = torch.cat(found)[None] if self.packed else pad_sequence(found, batch_first=True)
+        return states.to(distributed.device())
 
     def over(self, trunk: Mapping[int, Tensor] | None) -> Batcher:
         """The same, whose micro-batches go on from the frozen trunk's hidden states."""
-        return Batcher(self.rows, self.pad_id, self.vocab_size, trunk)
+        return Batcher(self.rows, self.pad_id, self.vocab_size, self.packed, trunk)
 
 
-def episode_batcher(rollout: Rollout, pad_id: int, vocab_size: int) -> Batcher:
+def episode_batcher(rollout: Rollout, pad_id: int, vocab_size: int, packed: bool = False) -> Batcher:
     """Micro-batches of a rollout's episodes: prompt and answer, the answer's tokens flagged."""
     rows = [
         (prompt + answer.ids, [False] * len(prompt) + [True] * len(answer.ids))
         for prompt, answer in zip(rollout.prompts.ids, rollout.answers)
     ]
-    return Batcher(rows, pad_id, vocab_size)
+    return Batcher(rows, pad_id, vocab_size, packed)
 
 
 # ---- between flat and padded, between one rank and all -------------------------------------------------------------
@@ -238,15 +304,18 @@ def gather_answers(mine: Sequence[Answer], first: int) -> list[Answer]:
     if distributed.world_size() == 1:
         return list(mine)
     device = distributed.device()
-    facts = [[first + i, len(answer.ids), answer.ended] for i, answer in enumerate(mine)]
+    facts = [[first + i, len(a.ids), a.ended, a.logprobs is not None] for i, a in enumerate(mine)]
     tokens = [token for answer in mine for token in answer.ids]
-    all_facts = distributed.all_gather_rows(torch.tensor(facts, dtype=torch.int64, device=device).view(-1, 3)).tolist()
+    told = [value for answer in mine for value in answer.logprobs or ()]
+    all_facts = distributed.all_gather_rows(torch.tensor(facts, dtype=torch.int64, device=device).view(-1, 4)).tolist()
     all_tokens = distributed.all_gather_rows(torch.tensor(tokens, dtype=torch.int64, device=device)).tolist()
+    all_told = distributed.all_gather_rows(torch.tensor(told, dtype=torch.float32, device=device)).tolist()
     answers: list[Answer | None] = [None] * len(all_facts)
-    start = 0
-    for episode, length, ended in all_facts:
-        answers[episode] = Answer(all_tokens[start : start + length], bool(ended))
-        start += length
+    start, first_told = 0, 0
+    for episode, length, ended, has_logprobs in all_facts:
+        logprobs = all_told[first_told : first_told + length] if has_logprobs else None
+        answers[episode] = Answer(all_tokens[start : start + length], bool(ended), logprobs)
+        start, first_told = start + length, first_told + length * has_logprobs
     return [answer for answer in answers if answer is not None]
 
 

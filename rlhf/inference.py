@@ -36,6 +36,8 @@ else:
     peft, torch, transformers = lazy("peft"), lazy("torch"), lazy("transformers")
 
 BATCH_SIZE = 32
+BATCHES_AT_ONCE = 8
+"""So many batches are handed to the sampler together: waiting prompts take the places of finished answers."""
 
 
 def quiet() -> None:
@@ -208,7 +210,8 @@ def sample(
         room: Tokens that a prompt may have; what the policy leaves when not given.
     """
     room = room or policy.room(sampling)
-    per_batch, cut = max(1, sampling.batch_size // n), 0
+    batches = 1 if policy.prompt_learning else BATCHES_AT_ONCE
+    per_batch, cut = max(1, batches * sampling.batch_size // n), 0
     with _token_meter(f"sampling from {policy.path}", len(prompts)) as advance:
         for start in range(0, len(prompts), per_batch):
             batch = prompts[start : start + per_batch]

@@ -138,7 +138,7 @@ class Learner:
         """The summed loss of a micro-batch (its share of the minibatch's mean), sums and ratio extremes to log."""
         c = self.config.loss
         out = self.engine(batch, self.config.rollout.temperature, demonstrations)
-        lengths = batch.response_mask.sum(1)
+        lengths = batch.lengths
         width = int(lengths.max())
         mask = torch.arange(width, device=lengths.device) < lengths[:, None]
 
@@ -149,6 +149,8 @@ class Learner:
             unflatten(out.logprobs, lengths), before(experience.logprobs), before(advantages.advantages), mask,
             clip_low=c.clip_low, clip_high=c.clip_high, dual_clip=c.dual_clip,
         )  # fmt: skip
+        if experience.importance is not None:
+            per_token = per_token * before(experience.importance.weights)
         policy, entropy = normalised(per_token, mask, tokens), out.entropies.sum() / tokens
         ptx = policy.new_zeros(()) if out.ptx_logprobs is None else -out.ptx_logprobs.sum() / ptx_tokens
         value = policy.new_zeros(())

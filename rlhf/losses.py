@@ -167,6 +167,49 @@ def value_loss(
     return 0.5 * error, ValueStats(response_mask.sum().float(), (held & response_mask).sum().float())
 
 
+@dataclass(frozen=True)
+class Importance:
+    """How far the sampler's log-probs lie from the trainer's, and the weights that follow. float32."""
+
+    weights: Tensor
+    """[N, T], 0 at padding."""
+    gap_mean: Tensor
+    """Mean distance of the two log-probs over response tokens, nats, 0-d."""
+    gap_max: Tensor
+    """The largest, 0-d."""
+    truncated: Tensor
+    """Share of response tokens whose weight is cut, 0-d."""
+
+
+def importance_weights(logprobs: Tensor, sampler_logprobs: Tensor, response_mask: Tensor, most: float) -> Importance:
+    """Truncated importance weights, min(exp(logprobs - sampler_logprobs), most), for each token's policy loss.
+
+    A sampler with other kernels or in another precision draws from a policy that differs a little from the trainer's:
+    the data is off-policy. Yao 2025 ("Your efficient RL framework secretly brings you off-policy RL training", TIS)
+    weighs the gradient by the truncated ratio of the two; the truncation, which bounds the variance, is V-trace's rho
+    (Espeholt 2018, arXiv:1802.01561, eq. 1). Both log-probs are of the whole distribution at the sampling temperature.
+
+    Args:
+        logprobs: Of the sampled tokens before the update, recomputed by the trainer, [N, T].
+        sampler_logprobs: The same as the sampler saw them, [N, T].
+        response_mask: bool [N, T].
+        most: The largest weight.
+
+    Raises:
+        ValueError: `most` is below 1: it would cut tokens on which the two agree.
+    """
+    if not most >= 1:
+        raise ValueError(f"the largest importance weight must be at least 1, got {most}")
+    gap = zero_padding(logprobs, response_mask) - zero_padding(sampler_logprobs, response_mask)
+    ratio, tokens = gap.exp(), response_mask.sum()
+    return Importance(
+        weights=ratio.clamp(max=most) * response_mask,
+        gap_mean=gap.abs().sum() / tokens,
+        gap_max=gap.abs().amax(),
+        truncated=((ratio > most) & response_mask).sum() / tokens,
+    )
+
+
 def normalised(per_token: Tensor, mask: Tensor, denominator: float | Tensor) -> Tensor:
     """The sum of `per_token` over the tokens that count, divided by a count given from outside, 0-d.
 

@@ -59,15 +59,40 @@ def merged_state(model: Any) -> dict[str, Tensor]:
     """
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     state: dict[str, Tensor] = {}
+    copies: dict[int, Tensor] = {}  # what each parameter has become
     with torch.no_grad():
-        _collect(base, "", state, {})
+        for prefix, module in _layers(base, ""):
+            _collect(module, prefix, state, copies)
     return state
 
 
-def _collect(module: Any, prefix: str, state: dict[str, Tensor], copies: dict[int, Tensor]) -> None:
-    """Add a module's weights to `state`; `copies` holds what each parameter has become."""
+def merged_weights(model: Any) -> Iterator[tuple[str, Tensor]]:
+    """The weights with adapters merged in, under transformers' names, one layer's at a time, where they lie.
+
+    On every rank; under ZeRO-3 inside `engine.gathered`. Tied weights come under each of their names. What has nothing
+    to merge is the live weight itself, to be copied and not written into.
+    """
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    for prefix, module in _layers(base, ""):
+        if isinstance(module, BaseTunerLayer):
+            found = _merged_layer(module)
+        else:
+            found = {name: _plain(parameter) for name, parameter in module.named_parameters(recurse=False)}
+        yield from ((prefix + name, weight) for name, weight in found.items())
+
+
+def _layers(module: Any, prefix: str) -> Iterator[tuple[str, Any]]:
+    """The modules that may own weights, adapter layers as one, each with what stands before its weights' names."""
     if isinstance(module, ModulesToSaveWrapper):
         module = module.modules_to_save[module.active_adapters[0]]
+    yield prefix, module
+    if not isinstance(module, BaseTunerLayer):
+        for name, child in module.named_children():
+            yield from _layers(child, f"{prefix}{name}.")
+
+
+def _collect(module: Any, prefix: str, state: dict[str, Tensor], copies: dict[int, Tensor]) -> None:
+    """Add a module's own weights to `state`."""
     adapted: Any = module if isinstance(module, BaseTunerLayer) else None
     if adapted is not None:
         with gathered(list(adapted.parameters())):
@@ -84,8 +109,6 @@ def _collect(module: Any, prefix: str, state: dict[str, Tensor], copies: dict[in
             for name, buffer in module.named_buffers(recurse=False):
                 if name not in module._non_persistent_buffers_set:
                     state[prefix + name] = buffer.detach().to("cpu", copy=True)
-    for name, child in module.named_children():
-        _collect(child, f"{prefix}{name}.", state, copies)
 
 
 def _merged_layer(layer: Any) -> dict[str, Tensor]:

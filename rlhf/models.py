@@ -14,12 +14,15 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
 
+from rlhf import distributed
 from rlhf.config import ModelConfig
 from rlhf.errors import UserError
 from rlhf.shared_prompt import ALONE, SharedPrompts, attention_of, ends_of, positions_of, sharing_of
 
 HEAD_CHUNK_ELEMENTS = 2**24
 """Most logits that are held at a time: 64 MiB in float32."""
+HEAD_CHUNK_ELEMENTS_GPU = 2**27
+"""The same on a GPU, 512 MiB: each part reads the head's weights and adds to their gradient, whatever its size."""
 
 POSITIONS_AFTER_PADDING = {"roberta", "xlm-roberta", "xlm-roberta-xl", "camembert", "roberta-prelayernorm", "xmod"}
 """Families whose first token has the position after that of padding, so that fewer positions are left."""
@@ -70,7 +73,7 @@ def sequence_limit(config: ModelConfig, found: transformers.PretrainedConfig) ->
 
 
 def load_policy(config: ModelConfig, path: str, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
-    """A causal language model in `dtype`, dropout off, in training mode."""
+    """A causal language model in `dtype`, dropout off."""
     model = _load(AutoModelForCausalLM, config, path, dtype)
     check_head(model)
     return model
@@ -90,8 +93,12 @@ def _load(kind: Any, config: ModelConfig, path: str, dtype: torch.dtype, **more:
     model = loaded[0] if isinstance(loaded, tuple) else loaded
     model.config.use_cache = False
     for module in model.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0  # the same input gives the same log-probs, so the PPO ratio starts at 1
+        # Dropout off: the same input gives the same log-probs, so the PPO ratio starts at 1. Some families (OPT) keep
+        # its probability as a number and call the function.
+        names = ["p"] if isinstance(module, nn.Dropout) else [name for name in vars(module) if "drop" in name]
+        for name in names:
+            if isinstance(getattr(module, name), float):
+                setattr(module, name, 0.0)
     return loaded
 
 
@@ -104,46 +111,57 @@ def causal_lm(model: nn.Module) -> PreTrainedModel:
 
 
 def hidden_states(
-    model: nn.Module, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor | None = None
+    model: nn.Module, input_ids: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None = None
 ) -> Tensor:
     """Last hidden states [B, T, H] of a causal LM (adapters included), without its logits.
 
-    Where `position_ids` [B, T] are given, `attention_mask` says which token sees which; see `rlhf.shared_prompt`.
+    Rows are padded on the right. Where `position_ids` [B, T] are given, `attention_mask` says which token sees which
+    (see `rlhf.shared_prompt`), or is None where positions from 0 keep packed sequences apart (see `rlhf.packing`).
     """
     lm = causal_lm(model)
     body = getattr(lm, lm.base_model_prefix)
     positions = {} if position_ids is None else {"position_ids": position_ids}
+    if position_ids is None and _is_causal(body):
+        attention_mask = None  # tokens see only what stands before them, never the padding: faster without a mask
     output = body(input_ids=input_ids, attention_mask=attention_mask, use_cache=False, **positions)
     return output.last_hidden_state
 
 
+def _is_causal(body: nn.Module) -> bool:
+    """What the model's attention says of itself; False where it says nothing."""
+    return next((bool(module.is_causal) for module in body.modules() if hasattr(module, "is_causal")), False)
+
+
 def head_chunks(tokens: int, vocab_size: int) -> int:
     """In how many parts the head works on so many tokens. Under ZeRO-3 all ranks must use the same number."""
-    return max(1, math.ceil(tokens * vocab_size / HEAD_CHUNK_ELEMENTS))
+    elements = HEAD_CHUNK_ELEMENTS_GPU if distributed.device().type == "cuda" else HEAD_CHUNK_ELEMENTS
+    return max(1, math.ceil(tokens * vocab_size / elements))
 
 
 def token_logprobs(
     model: nn.Module,
     input_ids: Tensor,
-    attention_mask: Tensor,
+    attention_mask: Tensor | None,
     response_mask: Tensor,
     temperature: float,
     chunks: int | None = None,
+    position_ids: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Log-probs and entropies of the response tokens alone; full logits exist for one chunk of tokens at a time.
 
     Args:
         model: A causal LM, or PEFT's wrapper around one.
         input_ids: int64 [B, T], prompt and response, padded on the right.
-        attention_mask: [B, T], 1 where there is a token.
-        response_mask: bool [B, T], True at the response tokens (never at position 0).
+        attention_mask: [B, T], 1 where there is a token; None where packed.
+        response_mask: bool [B, T], True at the response tokens (never the first of a sequence).
         temperature: Logits are divided by it, as they were when sampling.
         chunks: Parts that the head works in; chosen by the number of tokens when left out.
+        position_ids: Of packed sequences; see `hidden_states`.
 
     Returns:
         float32 [n] log-probs and [n] entropies in nats, n = response_mask.sum(), row by row.
     """
-    hidden = hidden_states(model, input_ids, attention_mask)
+    hidden = hidden_states(model, input_ids, attention_mask, position_ids)
     predicts = response_mask[:, 1:]
     return head_logprobs(causal_lm(model), hidden[:, :-1][predicts], input_ids[:, 1:][predicts], temperature, chunks)
 
@@ -231,10 +249,12 @@ class ScalarModel(nn.Module):
         """True where every token has a value of its own."""
         return hasattr(causal_lm(self.model), "score")
 
-    def token_values(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """Values float32 [B, T] of every token of int64 [B, T]. Needs a decoder."""
+    def token_values(
+        self, input_ids: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None = None
+    ) -> Tensor:
+        """Values float32 [B, T] of every token of int64 [B, T]. Needs a decoder. Arguments of `hidden_states`."""
         head = causal_lm(self.model).score
-        hidden = hidden_states(self.model, input_ids, attention_mask)
+        hidden = hidden_states(self.model, input_ids, attention_mask, position_ids)
         return self._scale(head(hidden).squeeze(-1).float())  # type: ignore[operator]
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor, branches: Tensor | None = None) -> Tensor:

@@ -282,6 +282,7 @@ def _ppo(config: PPOConfig, world: int, coming: Coming) -> Rows:
         raise UserError(
             f"rollout.max_new_tokens: {rollout.max_new_tokens} leaves no room for a prompt in {limit} tokens"
         )
+    rows += [("sampler", _sampler(rollout.sampler))]
     rows += _reward_sources(config, coming)
     critic = f"from the {config.critic.init} model, {_tuning('critic.tuning', config.critic.tuning)}"
     rows += [("critic", critic if config.needs_critic else "none"), *_sharing(config, coming)]
@@ -295,6 +296,24 @@ def _ppo(config: PPOConfig, world: int, coming: Coming) -> Rows:
     steps = update.epochs * update.minibatches
     rows.append(("optimizer steps", f"{steps * config.updates:,} ({steps} an update, {update.epochs} epochs)"))
     return rows
+
+
+def _sampler(pick: Pick) -> str:
+    """The sampler's name; one that needs a GPU must have it."""
+    if pick.row.traits.get("gpu", False):
+        if importlib.util.find_spec(pick.name) is None:
+            raise UserError(
+                f"rollout.sampler: {pick.name} is not installed",
+                remedy=f"pip install {pick.name}, in an environment of its own, since it pins torch; or use hf.",
+            )
+        import torch  # only here: whoever has installed it waits for it anyway
+
+        if not torch.cuda.is_available():
+            raise UserError(
+                f"rollout.sampler: {pick.name} needs a CUDA device, and this machine shows none",
+                remedy="Use the sampler hf.",
+            )
+    return pick.name
 
 
 def _sharing(config: PPOConfig, coming: Coming) -> Rows:

@@ -1,15 +1,19 @@
 """Rollouts: answers sampled from the policy. One table, SAMPLERS.
 
-Every episode draws from a random stream of its own, seeded by (run seed, update, episode). Its answer therefore does
-not depend on which process made it, beside which others, or after how many restarts.
+With the sampler `hf` every episode draws from a random stream of its own, seeded by (run seed, update, episode). Its
+answer therefore does not depend on which process made it, beside which others, or after how many restarts.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
+from pydantic import Field
+
+from rlhf.errors import UserError
 from rlhf.lazy import lazy
 from rlhf.table import Table
 
@@ -37,6 +41,11 @@ class Sampling:
     stop: tuple[str, ...] = ()
     batch_size: int = 64
 
+    @property
+    def plain(self) -> bool:
+        """Whether tokens are drawn from the model's whole distribution at the temperature, nothing cut or barred."""
+        return self.temperature > 0 and self.top_k == 0 and self.top_p == 1 and self.min_new_tokens == 0
+
 
 @dataclass(frozen=True)
 class Answer:
@@ -44,6 +53,9 @@ class Answer:
 
     ids: list[int]
     ended: bool
+    logprobs: list[float] | None = None
+    """Of each token at the sampling temperature, nothing cut, as the sampler saw it: nats. None where the sampler
+    reports none, or drew from something else (`Sampling.plain`)."""
 
 
 def episode_seed(*parts: int) -> int:
@@ -212,6 +224,107 @@ class _Decoding:
         self.token, self.position, self.count = self.token[keep], self.position[keep], self.count[keep]
         self.live, self.tokens, self.noise = self.live[keep], self.tokens[keep], self.noise[keep]
         self.cache.keep(keep)
+
+
+@SAMPLERS.row("transformers", lacks=("stop", "min_new_tokens"), logprobs=True)
+def continuous_batching(
+    model: Any, prompts: Sequence[list[int]], seeds: Sequence[int], sampling: Sampling, chat: ChatTokenizer, *,
+    page_size: Annotated[int, Field(ge=4)] = 32,
+) -> list[Answer]:  # fmt: skip
+    """transformers' own continuous batching, in process, over a paged KV cache of `page_size` tokens a page.
+
+    All answers of a call draw from one random stream, which follows from all their seeds: the same call gives the same
+    answers, and a resumed run goes on as it would have, but an answer depends on which others are asked for with it,
+    and so on the number of processes. It runs in a thread of its own, in the weights' own dtype, without autocast.
+    At most `sampling.batch_size` answers are under way, for which the cache has room. Greedy decoding gives the tokens
+    of `hf`. It knows neither stop strings nor `min_new_tokens`.
+    """
+    _refuse_what_it_lacks("transformers", sampling)
+    if not prompts:
+        return []
+    pages = math.ceil((max(map(len, prompts)) + sampling.max_new_tokens) / page_size)
+    settings = transformers.ContinuousBatchingConfig(
+        page_size=page_size,
+        num_blocks=pages * min(sampling.batch_size, len(prompts)),
+        max_batch_tokens=max(MOST_PREFILLED, sampling.batch_size),
+        max_requests_per_batch=sampling.batch_size,
+        return_logprobs=sampling.plain,
+        seed=episode_seed(*seeds),
+        auto_switch_to_flash=False,  # the model's own attention, whatever else is installed
+        disable_nccl_graph_mixing=False,  # no tensor parallelism here
+    )
+    drawn = {"temperature": sampling.temperature, "top_k": sampling.top_k, "top_p": sampling.top_p}
+    generation = transformers.GenerationConfig(
+        max_new_tokens=sampling.max_new_tokens, eos_token_id=end_ids(model, chat), pad_token_id=chat.pad_id,
+        do_sample=sampling.temperature > 0, **(drawn if sampling.temperature > 0 else {}),
+    )  # fmt: skip
+    was_training = model.training
+    try:
+        manager = model.init_continuous_batching(generation, settings)
+    except ValueError as error:
+        kind = model.config.model_type
+        raise UserError(
+            f"rollout.sampler: transformers' continuous batching does not take a model of the kind {kind}", str(error),
+            "Use the sampler hf.",
+        ) from None  # fmt: skip
+    with torch.random.fork_rng():  # the manager seeds the whole process
+        found = _all_results(manager, prompts)
+    model.train(was_training)
+    ends = set(end_ids(model, chat))
+    return [Answer(f.generated_tokens, f.generated_tokens[-1] in ends, f.logprobs or None) for f in found]
+
+
+MOST_PREFILLED = 1024
+"""Prompt tokens that continuous batching takes into one pass: its attention mask grows with their number."""
+
+
+def _all_results(manager: Any, prompts: Sequence[list[int]]) -> list[Any]:
+    """What transformers' manager answers to the prompts, in order."""
+    # All requests before the start: what is decoded beside what then follows from the call, not from the clock.
+    for number, prompt in enumerate(prompts):
+        manager.add_request(prompt, request_id=str(number))
+    found: dict[str, Any] = {}
+    manager.start()
+    try:
+        while len(found) < len(prompts):
+            result = manager.get_result(timeout=1)
+            if result is not None and result.error is None:
+                found[result.request_id] = result
+            elif result is not None or not manager.is_running():
+                raise RuntimeError(f"transformers' continuous batching stopped: {result and result.error}")
+    finally:
+        manager.stop(block=True)
+    return [found[str(number)] for number in range(len(prompts))]
+
+
+@SAMPLERS.row("vllm", logprobs=True, gpu=True)
+def vllm(
+    model: Any, prompts: Sequence[list[int]], seeds: Sequence[int], sampling: Sampling, chat: ChatTokenizer, *,
+    gpu_memory_utilization: Annotated[float, Field(gt=0, lt=1)] = 0.4, enforce_eager: bool = False,
+) -> list[Answer]:  # fmt: skip
+    """vLLM beside the trainer, in its process and on its GPU; gets the weights before each rollout, then sleeps.
+
+    Written against vLLM 0.33 and NOT YET RUN: no GPU was at hand. Each answer draws from a stream of its own, but
+    vLLM's kernels round otherwise in other batches, so a resumed run need not repeat to the token. With stop strings
+    and `min_new_tokens` together, stop strings count from `min_new_tokens` on too. `gpu_memory_utilization` is the
+    share of the GPU that vLLM may have while it answers; `enforce_eager` goes without CUDA graphs.
+    """
+    from rlhf import vllm_engine
+
+    return vllm_engine.answer(
+        model, prompts, seeds, sampling, chat, end_ids(model, chat),
+        gpu_memory_utilization=gpu_memory_utilization, enforce_eager=enforce_eager,
+    )  # fmt: skip
+
+
+def _refuse_what_it_lacks(name: str, sampling: Sampling) -> None:
+    for option in lacking(name, sampling):
+        raise UserError(f"rollout.{option}: the sampler `{name}` cannot do that", remedy="Use the sampler hf.")
+
+
+def lacking(name: str, options: Any) -> list[str]:
+    """Which of the options that are set (on a `Sampling`, or a config with the same names) a sampler cannot follow."""
+    return [option for option in SAMPLERS[name].traits.get("lacks", ()) if getattr(options, option)]
 
 
 def end_ids(model: Any, chat: ChatTokenizer) -> list[int]:

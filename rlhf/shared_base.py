@@ -86,20 +86,21 @@ class SharedBase(nn.Module):
             with adapters, [B, L, H], which the other roles take from `batch.trunk` where they are given.
         """
         ids, mask, wanted = batch.input_ids, batch.attention_mask, batch.response_mask
+        positions = batch.position_ids
         if role == "trunk":
-            return self.trunk.states(lambda: hidden_states(self.policy, ids, mask))
+            return self.trunk.states(lambda: hidden_states(self.policy, ids, mask, positions))
         with self.trunk.known(batch.trunk), self.acting(role):
             if role == "reward":
                 return self.scalars["reward"](ids, mask)
-            logprobs, entropies = token_logprobs(self.policy, ids, mask, wanted, temperature, batch.chunks)
+            logprobs, entropies = token_logprobs(self.policy, ids, mask, wanted, temperature, batch.chunks, positions)
         values = None
         if role == "policy" and self.critic is not None:
             with self.trunk.known(batch.trunk), self.acting("critic"):
                 # The state in which token t is chosen ends at token t - 1.
-                values = self.critic.token_values(ids, mask)[:, :-1][wanted[:, 1:]]
+                values = self.critic.token_values(ids, mask, positions)[:, :-1][wanted[:, 1:]]
         ptx_logprobs = None
         if ptx is not None:
-            more = (ptx.input_ids, ptx.attention_mask, ptx.response_mask, 1.0, ptx.chunks)
+            more = (ptx.input_ids, ptx.attention_mask, ptx.response_mask, 1.0, ptx.chunks, ptx.position_ids)
             ptx_logprobs, _ = token_logprobs(self.policy, *more)
         return TokenOutputs(logprobs, entropies, values, ptx_logprobs)
 
@@ -168,7 +169,8 @@ def load_shared(config: PPOConfig, chat: ChatTokenizer) -> SharedModels:
     def score(finished: Finished) -> Tensor:
         ids, mask = finished.input_ids, finished.attention_mask
         with torch.no_grad():
-            return engine(MicroBatch([], ids, mask, mask.bool(), 1, finished.trunk), role="reward").float().cpu()
+            batch = MicroBatch([], ids, mask, None, mask.bool(), mask.sum(1), 1, finished.trunk)
+            return engine(batch, role="reward").float().cpu()
 
     return SharedModels(engine, {config.reward_model: score} if config.reward_model else {})
 

@@ -110,16 +110,25 @@ class Trunk:
             model.train(training)
 
 
+def rows_of(batch: MicroBatch) -> list[Tensor]:
+    """The trunk's hidden states [tokens, H] of each sequence of a micro-batch that has them, padded or packed."""
+    assert batch.trunk is not None
+    if batch.attention_mask is not None:
+        return [states[:size] for states, size in zip(batch.trunk, batch.attention_mask.sum(1).tolist())]
+    assert batch.position_ids is not None
+    starts = [*(batch.position_ids[0] == 0).nonzero().flatten().tolist(), batch.position_ids.shape[1]]
+    return [batch.trunk[0, start:end] for start, end in zip(starts, starts[1:])]
+
+
 def gather_states(batch: MicroBatch) -> dict[int, Tensor]:
     """The trunk's hidden states of this micro-batch's episodes on all ranks: episode -> [tokens, H] on the CPU.
 
     Every rank calls it, since in a later epoch any rank may be given any episode.
     """
-    assert batch.trunk is not None
-    count = len(batch.rows)
-    real = batch.attention_mask[:count].bool()
-    facts = torch.tensor(batch.rows, dtype=torch.int64, device=real.device)
-    facts = distributed.all_gather_rows(torch.stack([facts, real.sum(1)], dim=1))
-    flat = distributed.all_gather_rows(batch.trunk[:count][real]).cpu()
+    found = rows_of(batch)
+    mine = [[episode, len(states)] for episode, states in zip(batch.rows, found)]
+    facts = distributed.all_gather_rows(torch.tensor(mine, dtype=torch.int64, device=found[0].device).view(-1, 2))
+    flat = torch.cat([states[: 0 if not batch.rows else None] for states in found])  # nothing of a filler
+    flat = distributed.all_gather_rows(flat).cpu()
     episodes, lengths = facts.cpu().unbind(1)
     return dict(zip(episodes.tolist(), flat.split(lengths.tolist())))

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from rlhf import distributed, kl
 from rlhf.actor_critic import ActorCritic, adapters_off
@@ -26,6 +27,7 @@ from rlhf.errors import UserError
 from rlhf.experience import (
     Batcher,
     Experience,
+    MicroBatch,
     Prompts,
     Rollout,
     Share,
@@ -37,16 +39,17 @@ from rlhf.experience import (
     plan_minibatches,
 )
 from rlhf.learner import Learner, PtxBatches
-from rlhf.losses import explained_variance
+from rlhf.losses import explained_variance, importance_weights
 from rlhf.masked import masked_mean, masked_sum
 from rlhf.models import ScalarModel, count_parameters, load_config, load_policy, load_scalar, sequence_limit
+from rlhf.packing import packs
 from rlhf.ppo_report import Clock, Moments, Reporter, rate_scale
 from rlhf.rewards import Finished, RewardContext
 from rlhf.rollout import Sampling, episode_seed
 from rlhf.runs import Run, check_same_text, data_facts, finish, open_run, parent_facts, result_of
 from rlhf.shared_base import load_shared, save_critic
 from rlhf.tokenization import ChatTokenizer, load_tokenizer
-from rlhf.trunk import gather_states
+from rlhf.trunk import gather_states, rows_of
 from rlhf.tuning import save_result
 
 KINDS = ("prompt", "demonstration", "ranking")
@@ -77,6 +80,7 @@ class PPO:
         else:
             self.engine, self.reference = load_models(config, self.chat, path)
         self.vocab_size = load_config(config.model, path).get_text_config().vocab_size
+        self.packed = packs(self.engine, self.engine.module.policy, self.vocab_size, config.update.packing)
         self.reward = config.reward(RewardContext(config.model, self.chat, self.engine.freeze, rewards))
         room = min(config.data.max_prompt_tokens, limit - config.rollout.max_new_tokens)
         if room < 1:
@@ -99,7 +103,7 @@ class PPO:
             self.run, self.chat, limit, DataConfig(train=self.config.data.ptx), "demonstration", KINDS[1:], "ptx"
         )
         rows = [(row["input_ids"], [label != -100 for label in row["labels"]]) for row in table.train]
-        batcher = Batcher(rows, self.chat.pad_id, self.vocab_size)
+        batcher = Batcher(rows, self.chat.pad_id, self.vocab_size, self.packed)
         return PtxBatches(batcher, self.config.loss.ptx_batch_size, (self.config.seed, PTX))
 
     def train(self) -> None:
@@ -129,13 +133,13 @@ class PPO:
         config, clock = self.config, Clock()
         # 1. prompts
         prompts = self.draw(number)
-        # 2. rollout; the sampler works on the live weights, so there is nothing to sync after learning
+        # 2. sync the sampler and roll out: one that holds a copy of the weights takes the new ones when it is called
         with clock("rollout"):
             rollout = self.rollout(prompts)
         # 3. policy, reference, values and scores, in the very batches that the first epoch trains on: the ratio of
         # the first minibatch is exactly 1
         plans = [self.plan(rollout, number, epoch) for epoch in range(config.update.epochs)]
-        batcher = episode_batcher(rollout, self.chat.pad_id, self.vocab_size)
+        batcher = episode_batcher(rollout, self.chat.pad_id, self.vocab_size, self.packed)
         with clock("score"):
             experience = self.score(rollout, batcher, plans[0])
         # 4. rewards: the score at the last token, the KL penalty at every token
@@ -183,9 +187,8 @@ class PPO:
     def plan(self, rollout: Rollout, number: int, epoch: int) -> list[Share]:
         """The minibatches of one epoch, shared out over the ranks."""
         order = permutation(len(rollout.answers), self.config.seed, EPOCH, number, epoch)
-        return plan_minibatches(
-            rollout.totals, order, self.config.update.minibatches, self.config.update.micro_batch_tokens
-        )
+        update = self.config.update
+        return plan_minibatches(rollout.totals, order, update.minibatches, update.micro_batch_tokens, self.packed)
 
     @torch.no_grad()
     def score(self, rollout: Rollout, batcher: Batcher, plan: list[Share]) -> Experience:
@@ -206,7 +209,7 @@ class PPO:
                     reference = self.engine(batch, temperature)
             values = mine.logprobs if mine.values is None else mine.values
             columns.append(torch.stack([mine.logprobs, reference.logprobs, values, mine.entropies], dim=1))
-            scores.append(self._rewards(rollout, batch)[: len(batch.rows)])
+            scores.append(self._rewards(rollout, batcher, batch)[: len(batch.rows)])
             episodes += batch.rows
             trunk |= gather_states(batch) if batch.trunk is not None else {}
         tokens = gather_tokens(torch.cat(columns), episodes, rollout.lengths)
@@ -216,14 +219,19 @@ class PPO:
         found = distributed.all_gather_rows(torch.cat(scores).to(distributed.device())).cpu()
         values = tokens[2] if module.critic is not None else None
         entropy = float(masked_mean(tokens[3], rollout.response_mask))
+        most, sampled = self.config.rollout.max_importance_weight, rollout.sampler_logprobs
+        importance = None
+        if most is not None and sampled is not None:
+            importance = importance_weights(tokens[0], sampled, rollout.response_mask, most)
         scored = torch.zeros_like(found).index_copy(0, order, found)
-        return Experience(rollout, tokens[0], tokens[1], values, scored, entropy, trunk or None)
+        return Experience(rollout, tokens[0], tokens[1], values, scored, entropy, importance, trunk or None)
 
-    def _rewards(self, rollout: Rollout, batch: Any) -> Tensor:
+    def _rewards(self, rollout: Rollout, batcher: Batcher, batch: MicroBatch) -> Tensor:
         rows = batch.rows or [0]  # a filler: under ZeRO-3 every rank calls the reward model alike
         answers = [self.chat.decode(rollout.answers[i].ids) for i in rows]
         messages = [rollout.prompts.messages[i] for i in rows]
-        scores: Tensor = self.reward(Finished(messages, answers, batch.input_ids, batch.attention_mask, batch.trunk))
+        states = None if batch.trunk is None else pad_sequence(rows_of(batch), batch_first=True)
+        scores: Tensor = self.reward(Finished(messages, answers, *batcher.padded(batch.rows), states))
         if not torch.isfinite(scores).all():
             worst = int((~torch.isfinite(scores)).nonzero()[0])
             raise UserError(
@@ -255,8 +263,8 @@ class PPO:
         if not rows:
             return
         rollout = self.rollout(self._prompts(table, rows, 1, EVAL, 0))
-        batcher = episode_batcher(rollout, self.chat.pad_id, self.vocab_size)
-        plan = plan_minibatches(rollout.totals, list(rows), 1, self.config.update.micro_batch_tokens)
+        batcher = episode_batcher(rollout, self.chat.pad_id, self.vocab_size, self.packed)
+        plan = plan_minibatches(rollout.totals, list(rows), 1, self.config.update.micro_batch_tokens, self.packed)
         self.reporter.evaluation(number, self.score(rollout, batcher, plan), self.chat)
 
     # ---- checkpoints ---------------------------------------------------------------------------------------------
@@ -312,6 +320,7 @@ def load_models(config: PPOConfig, chat: ChatTokenizer, path: str) -> tuple[Engi
     if config.update.gradient_checkpointing:
         for part in [policy] if critic is None else [policy, critic.model]:
             part.gradient_checkpointing_enable({"use_reentrant": False})
+            part.train()  # transformers recomputes in training mode alone; it changes nothing else, dropout is off
     rates = ((policy, config.optimizer.policy_lr), (critic, config.optimizer.critic_lr))
     groups = [{"params": [p for p in m.parameters() if p.requires_grad], "lr": lr} for m, lr in rates if m is not None]
     module = ActorCritic(policy, critic)
@@ -338,6 +347,12 @@ def describe(experience: Experience, scores: Tensor, rewards: Tensor, returns: T
         "answer_tokens": float(lengths.mean()),
         "eos_rate": float(experience.rollout.ended.float().mean()),
     }
+    if (importance := experience.importance) is not None:
+        figures |= {
+            "sampler_gap_mean": float(importance.gap_mean),
+            "sampler_gap_max": float(importance.gap_max),
+            "importance_truncated": float(importance.truncated),
+        }
     if experience.values is not None and returns is not None:
         explained = float(explained_variance(experience.values, returns, mask))
         figures["explained_variance"] = explained if explained == explained else 0.0  # returns without variance

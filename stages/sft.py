@@ -22,6 +22,7 @@ from rlhf.entry import main
 from rlhf.errors import UserError
 from rlhf.inference import quiet
 from rlhf.models import load_config, load_policy, sequence_limit
+from rlhf.packing import VARLEN
 from rlhf.runs import Run, data_facts, finish, open_run, parent_facts, result_of
 from rlhf.tokenization import ChatTokenizer, load_tokenizer
 from rlhf.trainer import StageTrainer, training_arguments
@@ -29,13 +30,6 @@ from rlhf.tuning import generation_config, save_result, say_trainable, virtual_t
 
 KINDS = ("demonstration", "ranking")
 """What can be learned from: of a ranking, its best answer is the demonstration."""
-VARLEN = (
-    "flash_attention_2",
-    "flash_attention_3",
-    "kernels-community/flash-attn2",
-    "kernels-community/vllm-flash-attn3",
-)
-"""Attention implementations that keep packed demonstrations apart."""
 
 
 def run(config: SFTConfig, resume: bool = False, overwrite: bool = False) -> None:

@@ -7,6 +7,7 @@ import torch
 
 from rlhf import distributed
 from rlhf.experience import (
+    PASS_TOKENS,
     Batcher,
     Prompts,
     Rollout,
@@ -57,6 +58,47 @@ def test_no_micro_batch_passes_the_budget_unless_one_episode_does(world):
             assert len(batch) * longest <= 20 or len(batch) == 1
 
 
+def test_micro_batches_cost_least_of_all_ways_to_cut(monkeypatch):
+    monkeypatch.setitem(PASS_TOKENS, "cpu", 6)
+    totals = [int(t) for t in torch.randint(1, 30, (9,), generator=torch.Generator().manual_seed(2))]
+    (share,) = plan_minibatches(totals, range(9), 1, budget=60)
+    order = sorted(range(9), key=lambda e: (-totals[e], e))
+
+    def cost(batches):
+        return sum(6 + len(batch) * max(totals[e] for e in batch) for batch in batches)
+
+    def ways(episodes):
+        if not episodes:
+            yield []
+        for size in range(1, len(episodes) + 1):
+            if size * totals[episodes[0]] <= 60:
+                for rest in ways(episodes[size:]):
+                    yield [episodes[:size], *rest]
+
+    assert len(share[0]) > 1
+    assert cost(share[0]) == min(map(cost, ways(order)))
+
+
+def test_packed_micro_batches_are_filled_by_tokens_without_padding(world):
+    (share,) = plan_minibatches(TOTALS, permutation(10, 1), 1, budget=20, packed=True)
+    batches = [batch for rank in share for batch in rank if batch]
+    assert sorted(e for batch in batches for e in batch) == list(range(10))
+    assert all(sum(TOTALS[e] for e in batch) <= 20 or len(batch) == 1 for batch in batches)
+    padded = [b for rank in plan_minibatches(TOTALS, permutation(10, 1), 1, 20)[0] for b in rank if b]
+    assert len(batches) <= len(padded)
+
+
+def test_a_packed_micro_batch_holds_the_tokens_of_the_padded_one():
+    rows = [([5, 6, 7], [False, False, True]), ([8, 9], [False, True]), ([4] * 5, [False] + [True] * 4)]
+    (packed,) = Batcher(rows, 0, 10, packed=True).share([[[2, 0, 1]]])
+    (padded,) = Batcher(rows, 0, 10).share([[[2, 0, 1]]])
+    assert packed.input_ids.tolist() == [[4, 4, 4, 4, 4, 5, 6, 7, 8, 9]]
+    assert packed.position_ids.tolist() == [[0, 1, 2, 3, 4, 0, 1, 2, 0, 1]]
+    assert packed.attention_mask is None and padded.position_ids is None
+    assert packed.lengths.tolist() == padded.lengths.tolist() == padded.response_mask.sum(1).tolist() == [4, 1, 1]
+    assert torch.equal(packed.input_ids[packed.response_mask], padded.input_ids[padded.response_mask])
+
+
 def test_ranks_get_about_the_same_number_of_tokens(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     totals = [int(t) for t in torch.randint(1, 100, (64,), generator=torch.Generator().manual_seed(0))]
@@ -89,6 +131,12 @@ def test_a_rollout_describes_its_answers():
     assert r.totals == [5, 2, 5]
     assert r.ended.tolist() == [True, False, True]
     assert r.response_mask.tolist() == [[True, True, True], [True, False, False], [True, True, False]]
+
+
+def test_a_rollout_pads_the_log_probs_of_a_sampler_that_tells_them_for_all_answers():
+    told = Rollout(rollout().prompts, [Answer([11, 2], True, [-1.0, -2.0]), Answer([13], False, [-3.0])])
+    assert told.sampler_logprobs.tolist() == [[-1, -2], [-3, 0]]
+    assert rollout().sampler_logprobs is None
 
 
 def test_a_micro_batch_marks_the_answers_tokens_and_pads_on_the_right():

@@ -7,7 +7,15 @@ from dataclasses import astuple
 import pytest
 import torch
 
-from rlhf.losses import PolicyStats, ValueStats, explained_variance, normalised, policy_loss, value_loss
+from rlhf.losses import (
+    PolicyStats,
+    ValueStats,
+    explained_variance,
+    importance_weights,
+    normalised,
+    policy_loss,
+    value_loss,
+)
 
 NAN = float("nan")
 ONE = torch.ones(1, 1, dtype=torch.bool)
@@ -205,3 +213,30 @@ def test_explained_variance_matches_hand_numbers():
     assert explained_variance(returns + 10, returns, mask).item() == pytest.approx(1)
     assert explained_variance(torch.zeros(2, 2), returns, mask).item() == pytest.approx(0)
     assert explained_variance(values, torch.ones(2, 2), mask).isnan()
+
+
+# ---- importance weights
+
+
+def test_importance_weights_are_ratios_cut_at_the_largest():
+    # trainer / sampler: 0.3 / 0.2 = 1.5; 0.5 / 0.1 = 5, cut to 2; 0.1 / 0.4 = 0.25; padding
+    # gaps: ln 1.5 = 0.4054651, ln 5 = 1.6094379, -ln 4 = -1.3862944; their sizes' mean is 1.1337325
+    trainer = torch.tensor([[0.3, 0.5], [0.1, NAN]]).log()
+    sampler = torch.tensor([[0.2, 0.1], [0.4, NAN]]).log()
+    found = importance_weights(trainer, sampler, torch.tensor([[True, True], [True, False]]), most=2.0)
+    torch.testing.assert_close(found.weights, torch.tensor([[1.5, 2.0], [0.25, 0.0]]))
+    assert found.gap_mean.item() == pytest.approx(1.1337325, rel=1e-5)
+    assert found.gap_max.item() == pytest.approx(1.6094379, rel=1e-5)
+    assert found.truncated.item() == pytest.approx(1 / 3)
+
+
+def test_importance_weights_of_equal_log_probs_are_exactly_one():
+    logprobs = torch.tensor([[-0.7, -13.0]])
+    found = importance_weights(logprobs, logprobs.clone(), torch.ones(1, 2, dtype=torch.bool), most=1.0)
+    assert torch.equal(found.weights, torch.ones(1, 2))
+    assert (found.gap_max, found.truncated) == (0, 0)
+
+
+def test_a_largest_weight_below_one_is_refused():
+    with pytest.raises(ValueError, match="at least 1"):
+        importance_weights(torch.zeros(1, 1), torch.zeros(1, 1), ONE, most=0.9)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import tiny
+import torch
 
 from rlhf.checkpoint import Checkpoints
 from rlhf.config import STAGES
@@ -260,6 +261,15 @@ def test_lengths_beyond_the_models_positions_are_refused(world):
 
 def test_a_tuning_method_whose_package_is_not_installed_is_refused(world):
     assert "needs bitsandbytes" in refusal("sft", world, tuning="qlora")
+
+
+def test_a_sampler_whose_package_or_device_is_missing_is_refused(world):
+    assert plan("ppo", world)["sampler"] == "hf"
+    assert plan("ppo", world, rollout={"sampler": "transformers"})["sampler"] == "transformers"
+    if torch.cuda.is_available():
+        pytest.skip("here is a GPU")
+    text = refusal("ppo", world, rollout={"sampler": "vllm"})
+    assert text.startswith("rollout.sampler: vllm") and "hf" in text
 
 
 def test_a_chat_template_that_is_neither_a_name_nor_a_file_is_refused(world):

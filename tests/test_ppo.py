@@ -170,13 +170,16 @@ def test_the_adaptive_controller_moves_the_coefficient(tmp_path, prompts):
 
 def test_micro_batches_do_not_change_what_is_learned(tmp_path, prompts):
     results = []
-    for tokens in (64, 10_000):
-        c = config(tmp_path / str(tokens), prompts, update__micro_batch_tokens=tokens, optimizer__eps=1e-3)
+    for tokens, packing in ((64, False), (10_000, False), (100, True), (10_000, True)):
+        folder = tmp_path / f"{tokens}-{packing}"
+        changes = {"update__micro_batch_tokens": tokens, "update__packing": packing, "optimizer__eps": 1e-3}
+        c = config(folder, prompts, **changes)
         stage = PPO(c, resume=False, overwrite=False)
         stage.update(0)
         results.append([p.detach().clone() for p in stage.engine.module.parameters()])
-    for a, b in zip(*results):
-        torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
+    for first, *others in zip(*results):
+        for other in others:
+            torch.testing.assert_close(first, other, atol=1e-5, rtol=1e-4)
 
 
 def test_scores_can_be_normalised_over_the_run(tmp_path, prompts):

@@ -101,10 +101,12 @@ def single(tmp_path_factory, prompts, reward_model):
     return folder
 
 
+@pytest.mark.parametrize("packing", [False, True])
 @pytest.mark.parametrize("stage", ["zero2", "zero3"])
-def test_two_processes_give_the_single_process_metrics(stage, single, tmp_path, prompts, reward_model):
+def test_two_processes_give_the_single_process_metrics(stage, packing, single, tmp_path, prompts, reward_model):
     settings = str(tiny.REPOSITORY / "configs" / "deepspeed" / f"{stage}.json")
-    complete(2, write_config(tmp_path, prompts, reward_model, deepspeed=settings))
+    update = {"epochs": 1, "minibatches": 2, "micro_batch_tokens": 120, "packing": packing}
+    complete(2, write_config(tmp_path, prompts, reward_model, deepspeed=settings, update=update))
     found, expected = metrics(tmp_path), metrics(single)
     lengths = [line["answer_tokens"] for line in expected if "kl_coef" in line]
     assert any(length != int(length) for length in lengths), "answers of unequal length are the point"
@@ -115,6 +117,18 @@ def test_two_processes_give_the_single_process_metrics(stage, single, tmp_path, 
     weights, plain = (load_file(f / "run" / "model" / "model.safetensors") for f in (tmp_path, single))
     for name, weight in plain.items():
         torch.testing.assert_close(weights[name], weight, atol=1e-4, rtol=1e-3)
+
+
+def test_two_processes_sample_by_continuous_batching_and_weigh_its_log_probs(tmp_path, prompts, reward_model):
+    settings = str(tiny.REPOSITORY / "configs" / "deepspeed" / "zero3.json")
+    rollout = {"prompts_per_update": 7, "max_new_tokens": 14, "sampler": "transformers", "temperature": 0.8}
+    complete(2, write_config(tmp_path, prompts, reward_model, deepspeed=settings, rollout=rollout))
+    lines = [line for line in metrics(tmp_path) if "kl_coef" in line]
+    assert len(lines) == 3
+    for line in lines:
+        # a log-prob that came to another token on the way would lie whole nats off
+        assert 0 < line["sampler_gap_mean"] <= line["sampler_gap_max"] < 1e-4
+        assert line["importance_truncated"] == 0
 
 
 def kill_when(process, seen):

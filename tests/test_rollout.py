@@ -8,51 +8,15 @@ from types import SimpleNamespace
 import pytest
 import tiny
 import torch
-from transformers import (
-    AutoModelForCausalLM,
-    Gemma2Config,
-    Gemma3TextConfig,
-    GemmaConfig,
-    GPT2Config,
-    Lfm2Config,
-    LlamaConfig,
-    MistralConfig,
-    Qwen2Config,
-    Qwen3Config,
-)
+from families import FAMILIES, HYBRID, VOCAB, random_model
+from transformers import AutoModelForCausalLM
 
 from rlhf import kv_cache
 from rlhf.config import ModelConfig
 from rlhf.models import load_policy
-from rlhf.rollout import SAMPLERS, Answer, Sampling, choose, end_ids, episode_seed, hf
+from rlhf.rollout import SAMPLERS, Answer, Sampling, choose, continuous_batching, end_ids, episode_seed, hf
 from rlhf.tokenization import load_tokenizer
 
-VOCAB = 64
-SMALL = {
-    "vocab_size": VOCAB,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-}
-FAMILIES = {
-    "llama": LlamaConfig(**SMALL, num_key_value_heads=2),
-    "qwen2": Qwen2Config(**SMALL, num_key_value_heads=2),
-    "qwen3": Qwen3Config(**SMALL, num_key_value_heads=2, head_dim=8),
-    "mistral": MistralConfig(**SMALL, num_key_value_heads=2, sliding_window=8),
-    "gemma": GemmaConfig(**SMALL, num_key_value_heads=1, head_dim=8, tie_word_embeddings=False),
-    "gemma2": Gemma2Config(**SMALL, num_key_value_heads=1, head_dim=8, sliding_window=8),
-    "gemma3": Gemma3TextConfig(
-        **SMALL,
-        num_key_value_heads=1,
-        head_dim=8,
-        sliding_window=8,
-        layer_types=["sliding_attention", "full_attention"],
-    ),
-    "gpt2": GPT2Config(vocab_size=VOCAB, n_embd=32, n_layer=2, n_head=4, n_positions=128),
-}
-HYBRID = Lfm2Config(**SMALL, num_key_value_heads=2, layer_types=["conv", "full_attention"])
-"""Of "lfm2": convolutions remember something else than keys and values."""
 PROMPTS = [[5, 6, 7, 8, 9, 10, 11, 12, 13, 14], [3], [20, 21, 22], [9, 8, 7, 6, 5]]
 PROMPTS += [[30, 31], [40 + i % 7 for i in range(17)], [17, 33, 50, 12]]
 
@@ -70,16 +34,6 @@ def policy():
 @pytest.fixture(scope="module")
 def chat():
     return load_tokenizer(ModelConfig(path=tiny.llama()), tiny.llama())
-
-
-def random_model(config):
-    """With weights that are large enough for it not to repeat one token."""
-    torch.manual_seed(1)
-    config.eos_token_id, config.pad_token_id, config.bos_token_id = 2, 0, 1
-    model = AutoModelForCausalLM.from_config(config).eval()
-    for parameter in model.parameters():
-        parameter.data.mul_(4)
-    return model
 
 
 @functools.cache
@@ -103,11 +57,13 @@ def by_generate(family):
 
 @pytest.mark.parametrize("batch_size", [64, 3, 1])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_greedy_answers_are_those_of_generate_to_the_token(family, batch_size):
+@pytest.mark.parametrize("sampler", [hf, continuous_batching])
+def test_greedy_answers_are_those_of_generate_to_the_token(sampler, family, batch_size):
     model, end, expected = by_generate(family)
     assert kv_cache.joinable(model)
     prompts = [prompt for prompt in PROMPTS for _ in range(2)]
-    found = hf(model, prompts, [0] * len(prompts), Sampling(24, temperature=0, batch_size=batch_size), chat_like(end))
+    sampling = Sampling(24, temperature=0, batch_size=batch_size)
+    found = sampler(model, prompts, [0] * len(prompts), sampling, chat_like(end))
     assert [answer.ids for answer in found] == [ids for ids in expected for _ in range(2)]
     assert all(answer.ended == (answer.ids[-1] == end) for answer in found)
 
@@ -254,7 +210,10 @@ def test_seeds_are_spread_and_fixed():
     assert episode_seed(1, 2, 3) == episode_seed(1, 2, 3) != episode_seed(3, 2, 1)
 
 
-@pytest.mark.parametrize("name", [row.name for row in SAMPLERS])
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(row.name, marks=[pytest.mark.gpu] if row.traits.get("gpu") else []) for row in SAMPLERS],
+)
 def test_every_sampler_gives_one_answer_a_prompt_in_order(name, policy, chat):
     prompts = [chat.prompt(m) for m in _messages(3)]
     answers = SAMPLERS[name].fn(policy, prompts, [1, 2, 3], Sampling(7), chat)

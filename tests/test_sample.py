@@ -126,6 +126,27 @@ def not_a_number(messages: list[dict[str, str]], answer: str) -> float:
 # ---- how it samples ----------------------------------------------------------------------------------------------
 
 
+def test_waiting_prompts_take_the_places_of_finished_answers_and_results_come_early_and_in_order(
+    runs: dict[str, str],
+) -> None:
+    policy = open_policy(runs["sft"])
+    prompts = [Prompt((Message("user", f"{i}?"),)) for i in range(20)]
+    shapes: list[tuple[int, ...]] = []
+    hook = policy.model.register_forward_pre_hook(
+        lambda module, inputs, named: shapes.append(tuple(named["input_ids"].shape)), with_kwargs=True
+    )
+    stream = sample(policy, prompts, Sampling(30, batch_size=2), seed=0)
+    first = next(stream)
+    prefilled = sum(rows for rows, columns in shapes if columns > 1)
+    found = [answer for (answer,) in [first, *stream]]
+    hook.remove()
+    assert prefilled < len(prompts)
+    assert [answer.prompt for answer in found] == prompts
+    lengths = [len(answer.answer.ids) for answer in found]
+    in_pairs = sum(max(pair) for pair in zip(lengths[::2], lengths[1::2]))
+    assert sum(columns == 1 for _, columns in shapes) < in_pairs
+
+
 def test_a_ppo_run_is_sampled_as_in_training_unless_told_otherwise(runs: dict[str, str]) -> None:
     found = sampling_for(runs["ppo"])
     assert (found.max_new_tokens, found.temperature, found.top_k, found.stop) == (12, 0.5, 7, ("zz",))

@@ -93,15 +93,18 @@ def test_a_model_that_cannot_go_on_from_the_middle_has_no_trunk():
     assert Trunk(model).depth == 0
 
 
-def test_states_come_back_row_by_row_into_other_batches():
+@pytest.mark.parametrize("packed", [False, True])
+def test_states_come_back_row_by_row_into_other_batches(packed):
     rows = [([5, 6, 7, 8], [False, False, True, True]), ([9, 10], [False, True]), ([3, 4, 5], [False, True, True])]
-    batcher = Batcher(rows, pad_id=0, vocab_size=64)
+    batcher = Batcher(rows, pad_id=0, vocab_size=64, packed=packed)
     (batch,) = batcher.share([[[0, 1, 2]]])
-    states = torch.arange(3 * 4 * 2.0).view(3, 4, 2)
+    states = torch.arange(batch.input_ids.numel() * 2.0).view(*batch.input_ids.shape, 2)
     kept = gather_states(batch._replace(trunk=states))
-    assert {row: tuple(part.shape) for row, part in kept.items()} == {0: (4, 2), 1: (2, 2), 2: (3, 2)}
+    whole = states[0].split([4, 2, 3]) if packed else [states[0], states[1, :2], states[2, :3]]
+    assert all(torch.equal(kept[row], part) for row, part in enumerate(whole))
     (other,) = batcher.over(kept).share([[[2, 1]]])
-    assert torch.equal(other.trunk[0], states[2, :3])
-    assert torch.equal(other.trunk[1], torch.cat([states[1, :2], torch.zeros(1, 2)]))
+    padded = torch.stack([whole[2], torch.cat([whole[1], torch.zeros(1, 2)])])
+    assert torch.equal(other.trunk, torch.cat([whole[2], whole[1]])[None] if packed else padded)
     (filler,) = batcher.over(kept).share([[[]]])
-    assert torch.equal(filler.trunk, states[1:2, :2])
+    assert torch.equal(filler.trunk, whole[1][None])
+    assert gather_states(filler) == {}

@@ -1,0 +1,335 @@
+"""PPO at the size of OPT-1.3B on one GPU: seconds, share of what the machine can do, and hours for 131,900 prompts.
+
+    bash benchmarks/gpu.sh                    # finds or makes the environment, then runs this program
+    python benchmarks/gpu.py --trl DIR        # DIR: pip install --no-deps --target DIR trl==1.12.0
+
+The setting is the one for which DeepSpeed-Chat published 11.7 hours on one A100-80G (README, table 1, and
+BenckmarkSetting.md): actor OPT-1.3B, critic and reward model of OPT-350M's size, 256 tokens of prompt and 256 of
+answer, whose full length is forced, steps of 1,024 prompts with one optimizer step each, one pass. Weights are random
+and made here: they cost the same time. The critic's size is kept, not OPT-350M's projection of its embeddings.
+
+Without a GPU everything is small, so that the program itself is tested; its figures then mean nothing.
+
+What the machine can do is measured first: bytes read and written by a large copy, and a large matrix product.
+Decoding must read, at every step, the weights once and the keys and values of all tokens so far:
+    steps x 2 bytes x weights + columns x layers x 2 x width x 2 bytes,   over the copy's rate.
+Training must compute, for T tokens of which A are the answers', on sequences of S tokens:
+    6 x T x weights of the linear layers + 6 x A x (vocabulary x width) + 6 x T x S x width x layers,
+the last for causal attention, half of the square. What is computed twice to save memory is not work that had to be
+done, so it is told apart: always the head's logits, 2 x A x (vocabulary x width).
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import os
+import random
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+ROOT = Path(__file__).resolve().parents[1]
+PHASES = ("rollout", "score", "learn")
+PROMPTS = 131_900
+PUBLISHED = "DeepSpeed-Chat published 11.7 h on one A100-80G"
+DATASHEETS = {"H200": (989, 4.8), "H100": (989, 3.35), "A100": (312, 2.0)}
+"""Dense bf16 TFLOP/s and TB/s of the SXM boards, by the vendor's data sheets."""
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A decoder's size."""
+
+    layers: int
+    width: int
+    heads: int
+    inner: int
+    vocab: int
+
+    @property
+    def linear(self) -> int:
+        """Weights of the layers' matrices: query, key, value, output and the two of the feed-forward part."""
+        return self.layers * (4 * self.width**2 + 2 * self.width * self.inner)
+
+    @property
+    def head(self) -> int:
+        """Weights of the language model's head."""
+        return self.vocab * self.width
+
+    def forward_flops(self, tokens: int, length: int, head_tokens: int) -> float:
+        """Operations of a forward pass over sequences of `length`; the head works on `head_tokens` of the tokens."""
+        attention = 2 * tokens * length * self.width * self.layers
+        return 2.0 * tokens * self.linear + 2.0 * head_tokens * self.head + attention
+
+
+@dataclass(frozen=True)
+class Setting:
+    """Models and amounts of one measurement."""
+
+    policy: Shape
+    critic: Shape
+    prompt_tokens: int
+    new_tokens: int
+    episodes: int
+    trl_episodes: int
+    """TRL keeps the logits of a whole rollout, so it gets smaller steps."""
+    batch_size: int
+    micro_batch_tokens: int
+    seconds: int
+    """For each side, the models' loading included."""
+
+    def update_flops(self, episodes: int) -> dict[str, float]:
+        """Operations that scoring and learning need in one update, and those that learning does twice."""
+        length, answers = self.prompt_tokens + self.new_tokens, episodes * self.new_tokens
+        tokens = episodes * length
+        policy = self.policy.forward_flops(tokens, length, answers)
+        critic = self.critic.forward_flops(tokens, length, 0)
+        twice = 2.0 * answers * self.policy.head
+        return {"score": 2 * policy + 2 * critic, "learn": 3 * (policy + critic), "twice": twice}
+
+    def decode_bytes(self, steps: int, columns: int, element: int) -> float:
+        """Bytes that decoding must read: weights at every step, keys and values of so many row-columns."""
+        weights = self.policy.linear + self.policy.head
+        return float(element) * (steps * weights + 2 * columns * self.policy.layers * self.policy.width)
+
+
+def setting_for(gpu_bytes: int, flops: float) -> Setting:
+    """The large setting, cut to the GPU's memory and, by smaller steps, to its speed; the small one without a GPU."""
+    if not gpu_bytes:
+        tiny = Shape(layers=2, width=64, heads=4, inner=256, vocab=512)
+        return Setting(tiny, tiny, 16, 16, 8, 8, batch_size=8, micro_batch_tokens=128, seconds=1)
+    policy = Shape(layers=24, width=2048, heads=32, inner=8192, vocab=50272)
+    critic = Shape(layers=24, width=1024, heads=16, inner=4096, vocab=50272)
+    free = max(4e9, gpu_bytes - 45e9)  # weights, gradients and AdamW's moments of both take about 30 GB
+    rows = _power_of_two(free / (1.15 * 512 * 4 * policy.layers * policy.width))  # keys and values of 512 tokens
+    tokens = _power_of_two(free / 4e6)  # activations: about 3 MB a token of policy and critic together
+    episodes = min(1024, max(64, _power_of_two(1024 * flops / 500e12)))  # DeepSpeed-Chat's steps are of at most 1,024
+    batch, micro_batch = min(episodes, rows), min(32768, max(1024, tokens))
+    return Setting(policy, critic, 256, 256, episodes, episodes // 4, batch, micro_batch, seconds=190)
+
+
+def _power_of_two(most: float) -> int:
+    return 1 << max(0, int(most).bit_length() - 1)
+
+
+# ---- what is put in ------------------------------------------------------------------------------------------------
+
+
+def make_models(setting: Setting, folder: Path) -> None:
+    """Random weights as two model folders, with a tokenizer of one word a token, and prompts of the exact length."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    special = ["<s>", "<pad>", "</s>", "<unk>"]
+    words = [f"w{i}" for i in range(setting.policy.vocab - len(special))]
+    plain = Tokenizer(models.WordLevel({word: i for i, word in enumerate(special + words)}, unk_token="<unk>"))
+    plain.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=plain, bos_token="<s>", eos_token="</s>", pad_token="<pad>", unk_token="<unk>"
+    )
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    kinds = (
+        ("policy", transformers.OPTForCausalLM, setting.policy),
+        ("reward", transformers.OPTForSequenceClassification, setting.critic),
+    )
+    for name, kind, shape in kinds:
+        config = transformers.OPTConfig(
+            vocab_size=shape.vocab, hidden_size=shape.width, num_hidden_layers=shape.layers, ffn_dim=shape.inner,
+            num_attention_heads=shape.heads, max_position_embeddings=2048, word_embed_proj_dim=shape.width,
+            num_labels=1, pad_token_id=1, bos_token_id=0, eos_token_id=2,
+        )  # fmt: skip
+        torch.manual_seed(0)
+        with torch.device(device):
+            model = kind(config).to(torch.bfloat16)
+        model.save_pretrained(folder / name)
+        tokenizer.save_pretrained(folder / name)
+        del model
+    gc.collect()
+    torch.cuda.empty_cache()
+    draw = random.Random(0)
+    prompts = [" ".join(draw.choices(words, k=setting.prompt_tokens - 1)) for _ in range(setting.episodes)]  # and <s>
+    lines = [json.dumps({"prompt": prompt, "source": "random", "split": "train"}) for prompt in prompts]
+    (folder / "prompts.jsonl").write_text("\n".join(lines) + "\n", "utf-8")
+
+
+# ---- what the machine can do ---------------------------------------------------------------------------------------
+
+
+def seconds_of(work: Callable[[], Any]) -> float:
+    """Median seconds of a piece of work after three warm-ups."""
+    times = []
+    for _ in range(13):
+        start = _now()
+        work()
+        times.append(_now() - start)
+    return statistics.median(times[3:])
+
+
+def _now() -> float:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def ceilings() -> dict[str, float]:
+    """Bytes/s of a copy (read and written), and operations/s of a matrix product in the dtype of the computation."""
+    cuda = torch.cuda.is_available()
+    device, size, side = ("cuda", 2**32, 8192) if cuda else ("cpu", 2**26, 512)
+    dtype = torch.bfloat16 if cuda else torch.float32
+    halves = torch.randn(2, size // 4, device=device)
+    copied = 2 * size / seconds_of(lambda: halves[0].copy_(halves[1]))
+    a, b = torch.randn(2, side, side, device=device, dtype=dtype)
+    multiplied = 2 * side**3 / seconds_of(lambda: a @ b)
+    return {"bytes_per_second": copied, "flops": multiplied}
+
+
+# ---- one side after the other --------------------------------------------------------------------------------------
+
+
+def measure(side: str, setting: Setting, folder: Path, trl: Path | None) -> dict[str, Any]:
+    """One side in a process of its own; what it had written, if it runs longer than it may."""
+    spec = {
+        "run": str(folder / f"run-{side}"),
+        "policy": str(folder / "policy"),
+        "reward": str(folder / "reward"),
+        "prompts": str(folder / "prompts.jsonl"),
+        "prompt_tokens": setting.prompt_tokens,
+        "new_tokens": setting.new_tokens,
+        "episodes": setting.episodes if side == "ours" else setting.trl_episodes,
+        "batch_size": setting.batch_size,
+        "micro_batch_tokens": setting.micro_batch_tokens,
+        "seconds": setting.seconds,
+    }
+    file, result = folder / "spec.json", folder / f"{side}.json"
+    file.write_text(json.dumps(spec), "utf-8")
+    path = [*([str(trl)] if trl else []), str(ROOT), os.environ.get("PYTHONPATH", "")]
+    env = os.environ | {"PYTHONPATH": os.pathsep.join(path), "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+    program = [sys.executable, str(ROOT / "benchmarks" / "gpu_sides.py"), side, str(file), str(result)]
+    try:
+        done = subprocess.run(program, capture_output=True, text=True, env=env, timeout=setting.seconds + 60)
+        failed = done.stdout[-1000:] + done.stderr[-3000:] if done.returncode else ""
+    except subprocess.TimeoutExpired:
+        failed = f"stopped after {setting.seconds + 60} s"
+    if failed:
+        print(f"{side}: {failed}", file=sys.stderr, flush=True)
+    found: dict[str, Any] = json.loads(result.read_text("utf-8")) if result.is_file() else {"updates": []}
+    return found | {"episodes": spec["episodes"], "failed": failed}
+
+
+def figures(found: dict[str, Any], setting: Setting, limits: dict[str, float], element: int) -> dict[str, Any]:
+    """What the table shows of a side: medians over its updates, the first left out where there are more."""
+    updates = found["updates"][1:] or found["updates"]
+    episodes, medians = found["episodes"], {p: statistics.median(u["phases"][p] for u in updates) for p in PHASES}
+    seconds = statistics.median(update["seconds"] for update in updates)
+    tokens = episodes * (setting.prompt_tokens + setting.new_tokens)
+    work = setting.update_flops(episodes)
+    shown = {
+        "prompts an update": episodes,
+        "updates measured": len(updates),
+        "seconds an update": seconds,
+        "hours for 131,900 prompts": seconds / episodes * PROMPTS / 3600,
+        **{f"seconds in {phase}": medians[phase] for phase in PHASES},
+        "answer tokens/s in rollout": episodes * setting.new_tokens / medians["rollout"],
+        **{f"tokens/s in {phase}": tokens / medians[phase] for phase in ("score", "learn")},
+        "share of the matrix rate in score": work["score"] / medians["score"] / limits["flops"],
+        "share of the matrix rate in learn": work["learn"] / medians["learn"] / limits["flops"],
+        "the same, with what is computed twice": None,
+        "share of the bandwidth limit in decoding": None,
+        "peak GB, loaded": found["loaded_gb"],
+        **{f"peak GB in {phase}": max(u["peak_gb"][phase] for u in updates) for phase in PHASES},
+    }
+    if "decode_steps" in updates[-1]:  # ours
+        both = work["learn"] + work["twice"]
+        shown["the same, with what is computed twice"] = both / medians["learn"] / limits["flops"]
+        shares = []
+        for u in updates:
+            moved = setting.decode_bytes(u["decode_steps"], u["decode_columns"], element)
+            shares.append(moved / (u["phases"]["rollout"] - u["prefill_seconds"]) / limits["bytes_per_second"])
+        shown["share of the bandwidth limit in decoding"] = statistics.median(shares)
+    return shown
+
+
+def table(sides: dict[str, dict[str, Any]]) -> str:
+    """Markdown."""
+    lines = [f"| | {' | '.join(sides)} |", f"|{' --- |' * (len(sides) + 1)}"]
+    for name in next(iter(sides.values())):
+        cells = [_cell(name, side[name]) for side in sides.values()]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _cell(name: str, value: float | None) -> str:
+    if value is None:
+        return "-"
+    if "share" in name or "twice" in name:
+        return f"{value:.1%}"
+    return f"{value:,.0f}" if isinstance(value, int) or value >= 100 else f"{value:,.2f}"
+
+
+def machine() -> dict[str, Any]:
+    """Where this runs, and with what."""
+    versions = {name: version(name) for name in ("torch", "transformers")}
+    if not torch.cuda.is_available():
+        return {"device": "CPU (small mode: the figures mean nothing)", "gpu_bytes": 0, "versions": versions}
+    properties = torch.cuda.get_device_properties(0)
+    return {"device": properties.name, "gpu_bytes": properties.total_memory, "versions": versions}
+
+
+def main() -> None:
+    """Measure, print the table, write gpu.json."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--trl", type=Path, help="Folder with TRL 1.12.0; without it only ours is measured.")
+    parser.add_argument("--out", type=Path, default=Path(os.environ.get("OUT", ".")), help="Where gpu.json goes.")
+    parser.add_argument("--batch-size", type=int, help="Sequences that we decode at a time.")
+    parser.add_argument("--micro-batch-tokens", type=int, help="Tokens of a pass in training, of either side.")
+    parser.add_argument("--seconds", type=int, help="For each side.")
+    args = parser.parse_args()
+    here = machine()
+    transformers.utils.logging.disable_progress_bar()
+    if not here["gpu_bytes"]:
+        torch.set_num_threads(1)
+        os.environ |= {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
+    given = {"batch_size": args.batch_size, "micro_batch_tokens": args.micro_batch_tokens, "seconds": args.seconds}
+    limits = ceilings()
+    setting = setting_for(here["gpu_bytes"], limits["flops"])
+    setting = replace(setting, **{key: value for key, value in given.items() if value})
+    rates = f"copy {limits['bytes_per_second'] / 1e12:.3g} TB/s, matrix product {limits['flops'] / 1e12:.3g} TFLOP/s"
+    sheet = next((f"; data sheet {b} TB/s, {a} TFLOP/s" for n, (a, b) in DATASHEETS.items() if n in here["device"]), "")
+    print(f"{time.strftime('%Y-%m-%d %H:%M')}, {here['device']}, {here['versions']}\n{rates}{sheet}", flush=True)
+    print(
+        f"batch of {setting.batch_size}, micro-batches of {setting.micro_batch_tokens} tokens; {PUBLISHED}", flush=True
+    )
+    sides: dict[str, Any] = {}
+    with tempfile.TemporaryDirectory() as name:
+        make_models(setting, Path(name))
+        found = {"ours": measure("ours", setting, Path(name), None)}
+        if args.trl is not None and (args.trl / "trl").is_dir():
+            found["TRL 1.12.0"] = measure("trl", setting, Path(name), args.trl)
+        else:
+            where = f"{args.trl} holds no package trl" if args.trl else "no folder was named with --trl"
+            print(f"TRL is left out: {where}", flush=True)
+    for side, result in found.items():
+        if result["updates"]:
+            sides[side] = figures(result, setting, limits, 2 if here["gpu_bytes"] else 4)
+    args.out.mkdir(parents=True, exist_ok=True)
+    everything = {"machine": here, "limits": limits, "setting": asdict(setting), "sides": sides, "raw": found}
+    (args.out / "gpu.json").write_text(json.dumps(everything, indent=1), "utf-8")
+    if sides:
+        print(f"\n{table(sides)}", flush=True)
+    if any(result["failed"] for result in found.values()):
+        raise SystemExit("a side did not end by itself; see above")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,247 @@
+"""The two sides of `benchmarks/gpu.py`, each a process of its own: `gpu_sides.py ours|trl SPEC.json RESULT.json`.
+
+Both get the same weights, prompts and lengths, and one optimizer step an update, as DeepSpeed-Chat had it. The result
+is written again after every update, so that what a time limit cuts off is not lost.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import re
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+PHASES = ("rollout", "score", "learn")
+
+
+def now() -> float:
+    """Seconds, once the GPU has done what it was given."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def reset_peak() -> None:
+    """Forget the peak of memory so far."""
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+        return
+    with contextlib.suppress(OSError):  # where the kernel forbids it, the peak is the one of all phases so far
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def peak_gb() -> float:
+    """Peak memory since `reset_peak` in GB (10^9 bytes): allocated on the GPU, or resident on the CPU."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 1e9
+    kilobytes = re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())
+    return int(kilobytes.group(1)) * 1024 / 1e9 if kilobytes else 0.0
+
+
+class Notes:
+    """What an update took; the first one is marked as the warm-up."""
+
+    def __init__(self, spec: dict[str, Any], path: Path) -> None:
+        self.spec, self.path = spec, path
+        self.began, self.mark = now(), now()
+        self.result: dict[str, Any] = {"loaded_gb": 0.0, "load_seconds": 0.0, "updates": []}
+
+    def loaded(self) -> None:
+        """The models stand where they will work."""
+        self.result |= {"load_seconds": now() - self.mark, "loaded_gb": peak_gb()}
+        self.mark = now()
+
+    def update(self, **figures: Any) -> None:
+        """An update ended."""
+        self.result["updates"].append({"seconds": now() - self.mark, **figures})
+        self.path.write_text(json.dumps(self.result), "utf-8")
+        self.mark = now()
+
+    def time_for_another(self) -> bool:
+        """Whether one more update fits into the seconds given; there are at least two, the first of them to warm up."""
+        updates = self.result["updates"]
+        return len(updates) < 2 or now() - self.began + updates[-1]["seconds"] < self.spec["seconds"]
+
+
+# ---- ours ----------------------------------------------------------------------------------------------------------
+
+
+class Decoding:
+    """Counts the passes of a rollout, from outside: a pass over more than one column a row is a prefill."""
+
+    def __init__(self, policy: Any) -> None:
+        self.start = 0.0
+        self.clear()
+        policy.register_forward_pre_hook(self._before, with_kwargs=True)
+        policy.register_forward_hook(self._after, with_kwargs=True)
+
+    def clear(self) -> None:
+        self.figures = {"prefill_seconds": 0.0, "decode_steps": 0, "decode_rows": 0, "decode_columns": 0}
+
+    def _before(self, module: Any, inputs: Any, named: dict[str, Any]) -> None:
+        if named["input_ids"].shape[1] > 1:
+            self.start = now()
+
+    def _after(self, module: Any, inputs: Any, named: dict[str, Any], output: Any) -> None:
+        if named["input_ids"].shape[1] > 1:
+            self.figures["prefill_seconds"] += now() - self.start
+            return
+        self.figures["decode_steps"] += 1
+        self.figures["decode_rows"] += len(named["input_ids"])
+        self.figures["decode_columns"] += named["attention_mask"].numel()  # keys (and values) that are read in a layer
+
+
+def our_config(spec: dict[str, Any]) -> dict[str, Any]:
+    """What a user would write."""
+    return {
+        "run": spec["run"],
+        "model": {"path": spec["policy"], "chat_template": "plain"},
+        "data": {"prompts": spec["prompts"], "max_prompt_tokens": spec["prompt_tokens"]},
+        "reward": {"name": "model", "path": spec["reward"]},
+        "critic": {"init": "reward"},
+        "rollout": {
+            "prompts_per_update": spec["episodes"],
+            "max_new_tokens": spec["new_tokens"],
+            "min_new_tokens": spec["new_tokens"],  # every answer has its full length
+            "batch_size": spec["batch_size"],
+        },
+        "update": {"epochs": 1, "minibatches": 1, "micro_batch_tokens": spec["micro_batch_tokens"]},
+    }
+
+
+def ours(spec: dict[str, Any], notes: Notes) -> None:
+    """Updates of stages.ppo.PPO, without the evaluations and checkpoints that stand between them in a run."""
+    import stages.ppo
+    from rlhf.config import PPOConfig
+    from rlhf.config_file import check_config
+
+    peaks: dict[str, float] = {}
+
+    class Clock(stages.ppo.Clock):
+        @contextlib.contextmanager
+        def __call__(self, phase: str) -> Iterator[None]:
+            reset_peak()
+            with super().__call__(phase):
+                yield
+            peaks[phase] = peak_gb()
+
+    stages.ppo.Clock = Clock  # type: ignore[misc]
+    reset_peak()
+    stage = stages.ppo.PPO(check_config(PPOConfig, our_config(spec), "benchmark"), resume=False, overwrite=True)
+    notes.loaded()
+    decoding = Decoding(stage.engine.module.policy)
+    while notes.time_for_another():
+        decoding.clear()
+        figures = stage.update(len(notes.result["updates"]))
+        if figures["answer_tokens"] != spec["new_tokens"]:
+            raise SystemExit(f"answers of {figures['answer_tokens']} tokens, not {spec['new_tokens']}")
+        phases = {phase: figures[f"seconds_{phase}"] for phase in PHASES}
+        ratio = [figures["first_ratio_min"], figures["first_ratio_max"]]
+        notes.update(phases=phases, peak_gb=dict(peaks), ratio=ratio, kl=figures["kl"], **decoding.figures)
+
+
+# ---- TRL -----------------------------------------------------------------------------------------------------------
+
+
+class Phases:
+    """Phases of TRL's updates, told from outside: by its calls of `generate` and its first pass in training."""
+
+    def __init__(self, policy: Any, notes: Notes, autocast: Any) -> None:
+        self.notes, self.autocast = notes, autocast
+        self.generate, policy.generate = policy.generate, self.answer
+        self.marks: dict[str, float] = {}
+        self.peaks: dict[str, float] = {}
+
+    def answer(self, *inputs: Any, **options: Any) -> Any:
+        """One of several batches of a rollout."""
+        if not self.marks:
+            reset_peak()
+        self.marks.setdefault("start", now())
+        with self.autocast():
+            output = self.generate(*inputs, **options)
+        self.marks["rollout"], self.peaks["rollout"] = now(), peak_gb()
+        return output
+
+    def pass_begins(self, *_: Any) -> None:
+        if "score" not in self.marks:
+            self.marks["score"], self.peaks["score"] = now(), peak_gb()
+            reset_peak()
+
+    def update_ends(self) -> None:
+        ends = [self.marks["start"], self.marks["rollout"], self.marks["score"], now()]
+        self.peaks["learn"] = peak_gb()
+        phases = {phase: after - before for phase, before, after in zip(PHASES, ends, ends[1:])}
+        self.notes.update(phases=phases, peak_gb=dict(self.peaks))
+        self.marks.clear()
+
+
+def trl(spec: dict[str, Any], notes: Notes) -> None:
+    """Updates of TRL's PPOTrainer. What is trained has float32 weights under bf16 autocast, generation too, which TRL
+    by itself would do in float32; reference and reward model are bf16, as they are on our side."""
+    import transformers
+    from datasets import Dataset
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+    from trl.experimental.ppo import PPOConfig, PPOTrainer
+
+    cuda = torch.cuda.is_available()
+    low = torch.bfloat16 if cuda else torch.float32
+
+    class Marks(transformers.TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            phases.update_ends()
+            if not notes.time_for_another():
+                sys.exit(0)  # PPOTrainer reads no `should_training_stop`
+
+    tokenizer = AutoTokenizer.from_pretrained(spec["policy"])
+    lines = Path(spec["prompts"]).read_text("utf-8").splitlines()
+    rows = [
+        {"input_ids": [tokenizer.bos_token_id, *tokenizer(json.loads(line)["prompt"])["input_ids"]]} for line in lines
+    ]
+    assert {len(row["input_ids"]) for row in rows} == {spec["prompt_tokens"]}
+    reset_peak()
+    policy = AutoModelForCausalLM.from_pretrained(spec["policy"], dtype=torch.float32)
+    autocast = (lambda: torch.autocast("cuda", torch.bfloat16)) if cuda else contextlib.nullcontext
+    phases = Phases(policy, notes, autocast)
+    step = min(spec["episodes"], max(1, spec["micro_batch_tokens"] // (spec["prompt_tokens"] + spec["new_tokens"])))
+    trainer = PPOTrainer(
+        args=PPOConfig(
+            output_dir=spec["run"],
+            bf16=cuda,
+            use_cpu=not cuda,
+            learning_rate=1e-6,
+            per_device_train_batch_size=step,
+            gradient_accumulation_steps=spec["episodes"] // step,
+            num_mini_batches=1,
+            num_ppo_epochs=1,
+            total_episodes=spec["episodes"] * 1000,
+            response_length=spec["new_tokens"],  # no stop token: every answer has its full length
+            temperature=1.0,
+            num_sample_generations=0,
+            save_strategy="no",
+            report_to="none",
+            disable_tqdm=True,
+        ),
+        processing_class=tokenizer,
+        model=policy,
+        ref_model=AutoModelForCausalLM.from_pretrained(spec["policy"], dtype=low),
+        reward_model=AutoModelForSequenceClassification.from_pretrained(spec["reward"], num_labels=1, dtype=low),
+        value_model=AutoModelForSequenceClassification.from_pretrained(
+            spec["reward"], num_labels=1, dtype=torch.float32
+        ),
+        train_dataset=Dataset.from_list(rows),
+        callbacks=[Marks()],
+    )
+    trainer.model.register_forward_pre_hook(phases.pass_begins)
+    notes.loaded()
+    trainer.train()
+
+
+if __name__ == "__main__":
+    given = json.loads(Path(sys.argv[2]).read_text("utf-8"))
+    {"ours": ours, "trl": trl}[sys.argv[1]](given, Notes(given, Path(sys.argv[3])))

@@ -1,0 +1,58 @@
+"""Sequences in one row without padding: which models keep them apart."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from rlhf import distributed
+from rlhf.engine import Engine
+from rlhf.errors import UserError
+from rlhf.experience import Batcher
+
+VARLEN = (
+    "flash_attention_2",
+    "flash_attention_3",
+    "kernels-community/flash-attn2",
+    "kernels-community/vllm-flash-attn3",
+)
+"""Attention implementations that keep packed sequences apart by their lengths, without a mask."""
+
+
+def packs(engine: Engine, policy: Any, vocab_size: int, wanted: bool | None) -> bool:
+    """Whether micro-batches are to be packed; tried out on two short sequences. Every rank asks together.
+
+    Args:
+        engine: Of policy and critic.
+        policy: The transformers model, or PEFT's wrapper around one.
+        vocab_size: Of the policy.
+        wanted: True, False, or None for wherever the attention has variable lengths.
+
+    Raises:
+        UserError: Packing is wanted, and the model lets packed sequences see each other.
+    """
+    attention = policy.config._attn_implementation
+    if wanted is False or (wanted is None and attention not in VARLEN):
+        return False
+    apart = _apart(engine, vocab_size)
+    if wanted and not apart:
+        raise UserError(
+            f"update.packing: with attention {attention!r}, {type(policy).__name__} lets packed sequences see others",
+            remedy="Leave update.packing out: padding of similar lengths costs little.",
+        )
+    return apart
+
+
+@torch.no_grad()
+def _apart(engine: Engine, vocab_size: int) -> bool:
+    """Whether two packed sequences get the same log-probs and values as in rows of their own."""
+    ids = [(place * 37 + 11) % vocab_size for place in range(9)]
+    rows = [(ids[:4], [False, True, True, True]), (ids[4:], [False, True, True, True, True])]
+    packed, padded = (
+        engine(*Batcher(rows, 0, vocab_size, packed).share([[[0, 1]]] * distributed.world_size()), 1.0)
+        for packed in (True, False)
+    )
+    precision = max(1e-5, 8 * torch.finfo(engine.dtype).eps)
+    pairs = [(packed.logprobs, padded.logprobs), (packed.values, padded.values)]
+    return all(torch.allclose(a, b, rtol=0, atol=precision * float(b.abs().max())) for a, b in pairs if b is not None)

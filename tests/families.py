@@ -1,0 +1,63 @@
+"""Causal language models of several families, each of 64 tokens and two layers."""
+
+from __future__ import annotations
+
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    BloomConfig,
+    Gemma2Config,
+    Gemma3TextConfig,
+    GemmaConfig,
+    GPT2Config,
+    Lfm2Config,
+    LlamaConfig,
+    MistralConfig,
+    OPTConfig,
+    Qwen2Config,
+    Qwen3Config,
+)
+
+VOCAB = 64
+SMALL = {
+    "vocab_size": VOCAB,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+}
+FAMILIES = {
+    "llama": LlamaConfig(**SMALL, num_key_value_heads=2),
+    "qwen2": Qwen2Config(**SMALL, num_key_value_heads=2),
+    "qwen3": Qwen3Config(**SMALL, num_key_value_heads=2, head_dim=8),
+    "mistral": MistralConfig(**SMALL, num_key_value_heads=2, sliding_window=8),
+    "gemma": GemmaConfig(**SMALL, num_key_value_heads=1, head_dim=8, tie_word_embeddings=False),
+    "gemma2": Gemma2Config(**SMALL, num_key_value_heads=1, head_dim=8, sliding_window=8),
+    "gemma3": Gemma3TextConfig(
+        **SMALL,
+        num_key_value_heads=1,
+        head_dim=8,
+        sliding_window=8,
+        layer_types=["sliding_attention", "full_attention"],
+    ),
+    "gpt2": GPT2Config(vocab_size=VOCAB, n_embd=32, n_layer=2, n_head=4, n_positions=128),
+}
+HYBRID = Lfm2Config(**SMALL, num_key_value_heads=2, layer_types=["conv", "full_attention"])
+"""Of "lfm2": convolutions remember something else than keys and values."""
+ALIBI = BloomConfig(vocab_size=VOCAB, hidden_size=32, n_layer=2, n_head=4)
+"""Bloom: distances instead of positions, so it keeps no packed sequences apart."""
+OPT = OPTConfig(
+    vocab_size=VOCAB, hidden_size=32, ffn_dim=48, num_hidden_layers=2, num_attention_heads=4, word_embed_proj_dim=32,
+    max_position_embeddings=128,
+)  # fmt: skip
+"""OPT: learned positions that it counts from the mask where there is one."""
+
+
+def random_model(config):
+    """With weights that are large enough for it not to repeat one token."""
+    torch.manual_seed(1)
+    config.eos_token_id, config.pad_token_id, config.bos_token_id = 2, 0, 1
+    model = AutoModelForCausalLM.from_config(config).eval()
+    for parameter in model.parameters():
+        parameter.data.mul_(4)
+    return model

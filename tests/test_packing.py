@@ -1,0 +1,88 @@
+"""Rows without masks and sequences without padding: the same log-probs, values and gradients as one by one."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from families import ALIBI, FAMILIES, HYBRID, OPT, VOCAB, random_model
+from transformers import AutoModelForSequenceClassification
+
+from rlhf.actor_critic import ActorCritic
+from rlhf.errors import UserError
+from rlhf.experience import Batcher
+from rlhf.models import ScalarModel
+from rlhf.packing import packs
+
+MODELS = {**FAMILIES, "opt": OPT, "bloom": ALIBI, "lfm2": HYBRID}
+MIXES = ("bloom", "lfm2", "opt")
+"""Packed sequences see each other in these."""
+WAYS = [(n, a) for n in MODELS for a in ("sdpa", "eager") if (n, a) not in (("bloom", "sdpa"), ("gemma2", "sdpa"))]
+"""Families, and the attentions that they have."""
+SIZES = (11, 4, 7, 2)
+ROWS = [
+    ([(place * 37 + size) % VOCAB for place in range(size)], [False] + [True] * (size - 1)) for size in SIZES
+]  # fmt: skip
+
+
+class PlainEngine:
+    """What `packs` needs of an engine."""
+
+    dtype = torch.float32
+
+    def __init__(self, config, attention):
+        config = copy.deepcopy(config)
+        config._attn_implementation, config.num_labels = attention, 1
+        policy = random_model(config)
+        scores = type(config) in AutoModelForSequenceClassification._model_mapping
+        critic = ScalarModel(AutoModelForSequenceClassification.from_config(config)) if scores else None
+        self.module = ActorCritic(policy, critic).eval().requires_grad_(True)
+
+    def __call__(self, batch, temperature):
+        return self.module(batch, temperature)
+
+
+def results(engine, packed, shares):
+    """Log-probs, values and gradients of a loss that weighs every token differently."""
+    engine.module.zero_grad()
+    batches = [Batcher(ROWS, 0, VOCAB, packed).share([[share]])[0] for share in shares]
+    outputs = [engine(batch, 0.7) for batch in batches]
+    logprobs = torch.cat([o.logprobs for o in outputs])
+    values = torch.zeros(()) if outputs[0].values is None else torch.cat([o.values for o in outputs])
+    weights = torch.arange(1.0, len(logprobs) + 1) / len(logprobs)
+    (weights * (logprobs + values**2)).mean().backward()
+    return [logprobs, values, *(p.grad.clone() for p in engine.module.parameters() if p.grad is not None)]
+
+
+def assert_equal(found, expected):
+    """To 1e-5 of the largest element of each tensor."""
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-5 * max(1.0, float(b.abs().max())), rtol=0)
+
+
+@pytest.mark.parametrize(("name", "attention"), WAYS)
+def test_padded_rows_give_the_numbers_and_gradients_of_each_sequence_alone(name, attention):
+    engine = PlainEngine(MODELS[name], attention)
+    together, alone = results(engine, False, [[0, 1, 2, 3]]), results(engine, False, [[0], [1], [2], [3]])
+    assert_equal(together, alone)
+
+
+@pytest.mark.parametrize(("name", "attention"), [way for way in WAYS if way[0] not in MIXES])
+def test_packed_sequences_give_the_numbers_and_gradients_of_padded_ones(name, attention):
+    engine = PlainEngine(MODELS[name], attention)
+    assert packs(engine, engine.module.policy, VOCAB, True)
+    assert_equal(results(engine, True, [[0, 1, 2, 3]]), results(engine, False, [[0, 1, 2, 3]]))
+
+
+@pytest.mark.parametrize("name", MIXES)
+def test_a_model_that_mixes_packed_sequences_is_refused(name):
+    engine = PlainEngine(MODELS[name], "eager")
+    with pytest.raises(UserError, match=r"(?s)packing.*see others.*Leave update.packing out"):
+        packs(engine, engine.module.policy, VOCAB, True)
+
+
+def test_attention_with_a_mask_is_packed_only_when_asked():
+    engine = PlainEngine(FAMILIES["llama"], "sdpa")
+    assert not packs(engine, engine.module.policy, VOCAB, None)
+    assert not packs(engine, engine.module.policy, VOCAB, False)

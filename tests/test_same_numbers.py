@@ -1,0 +1,112 @@
+"""Equals stay equal, however they are computed: in bfloat16 as in float32, frozen or trained, kept or recomputed."""
+
+from __future__ import annotations
+
+import pytest
+import test_ppo
+import tiny
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, OPTConfig
+
+from rlhf.config import ModelConfig, PPOOptimizerConfig
+from rlhf.engine import make_engine
+from rlhf.models import load_policy, token_logprobs
+from stages.ppo import PPO
+
+SMALL = {"vocab_size": 64, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+CONFIGS = {
+    "llama": LlamaConfig(**SMALL, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4),
+    "tied": LlamaConfig(
+        **SMALL, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        tie_word_embeddings=True,
+    ),
+    "gpt2": GPT2Config(**SMALL, n_embd=32, n_layer=2, n_head=4, n_positions=32),
+    "opt": OPTConfig(
+        **SMALL, hidden_size=32, num_hidden_layers=2, ffn_dim=64, num_attention_heads=4, max_position_embeddings=32,
+        word_embed_proj_dim=32, dropout=0.1, attention_dropout=0.1,
+    ),
+}  # fmt: skip
+IDS = torch.randint(3, 64, (3, 12), generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture(params=CONFIGS)
+def folder(request, tmp_path):
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(CONFIGS[request.param]).save_pretrained(tmp_path / "model")
+    return str(tmp_path / "model")
+
+
+def load(folder):
+    return load_policy(ModelConfig(path=folder), folder)
+
+
+def engine_over(model):
+    groups = [{"params": list(model.parameters()), "lr": 0.1}]
+    return make_engine(model, groups, PPOOptimizerConfig(), "bfloat16", None)
+
+
+def test_a_frozen_copy_gives_the_very_logits_of_the_model_in_training(folder):
+    engine = engine_over(load(folder))
+    frozen = engine.freeze(load(folder))
+    with torch.no_grad():
+        found, expected = frozen(IDS).logits, engine(IDS).logits
+        exact = engine.module(IDS).logits
+    assert torch.equal(found, expected)
+    assert not torch.equal(found, exact), "the computation is in bfloat16"
+    assert not any(p.requires_grad for p in frozen.parameters())
+
+
+def test_the_kl_is_exactly_zero_and_the_ratio_one_before_anything_was_learned(tmp_path, prompts):
+    stage = PPO(test_ppo.config(tmp_path / "run", prompts, precision="bfloat16"), resume=False, overwrite=False)
+    figures = stage.update(0)
+    assert figures["kl"] == figures["kl_k3"] == 0.0
+    assert figures["first_ratio_min"] == figures["first_ratio_max"] == 1.0
+    assert stage.update(1)["kl_k3"] > 0
+
+
+@pytest.fixture(scope="module")
+def prompts(tmp_path_factory):
+    return tiny.write_demonstrations(tmp_path_factory.mktemp("data") / "demos", 24, held_out=4)
+
+
+def test_dropout_is_off_wherever_a_family_keeps_it(folder):
+    model = load(folder).train()
+    first = model(IDS).logits
+    assert torch.equal(first, model(IDS).logits)
+
+
+def test_recomputed_activations_change_no_number(tmp_path, prompts):
+    passes, weights = [], []
+    for recompute in (False, True):
+        c = test_ppo.config(tmp_path / str(recompute), prompts, update__gradient_checkpointing=recompute)
+        stage, seen = PPO(c, resume=False, overwrite=False), []
+        layers = (stage.engine.module.policy.model.layers[0], stage.engine.module.critic.model.model.layers[0])
+        for layer in layers:
+            layer.self_attn.register_forward_pre_hook(lambda *_, seen=seen: seen.append(torch.is_grad_enabled()))
+        figures = stage.update(0)
+        assert figures["first_ratio_min"] == figures["first_ratio_max"] == 1.0
+        passes.append(sum(seen))
+        weights.append([p.detach().clone() for p in stage.engine.module.parameters()])
+    assert passes[1] == 2 * passes[0]
+    for kept, recomputed in zip(*weights):
+        torch.testing.assert_close(kept, recomputed, atol=1e-5, rtol=1e-5)
+
+
+def test_a_gradient_that_overflows_the_norm_is_not_finite():
+    module = nn.Linear(4, 4)
+    engine = engine_over(module)
+    engine.backward(module.weight.sum() * 1e30, last=True)  # clipped by its norm, infinity, it would become nothing
+    assert not engine.gradients_are_finite()
+
+
+def test_log_probs_and_gradients_do_not_depend_on_the_parts_that_the_head_works_in(folder):
+    wanted = torch.arange(12).expand(3, 12) >= 4
+    results = []
+    for chunks in (1, 5):
+        model = load(folder)
+        logprobs, entropies = token_logprobs(model, IDS, torch.ones_like(IDS), wanted, 0.7, chunks)
+        (logprobs.sum() + entropies.square().sum()).backward()
+        results.append([logprobs, entropies, *(p.grad for p in model.parameters() if p.grad is not None)])
+    for one, many in zip(*results):
+        torch.testing.assert_close(one, many, atol=1e-5, rtol=1e-5)
