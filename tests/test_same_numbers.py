@@ -110,3 +110,17 @@ def test_log_probs_and_gradients_do_not_depend_on_the_parts_that_the_head_works_
         results.append([logprobs, entropies, *(p.grad for p in model.parameters() if p.grad is not None)])
     for one, many in zip(*results):
         torch.testing.assert_close(one, many, atol=1e-5, rtol=1e-5)
+
+
+def test_the_entropy_has_a_gradient_where_its_bonus_has_a_weight(tmp_path, prompts):
+    """The figure is the same without one; the bonus makes the policy's entropy grow."""
+    nothing = {"name": "function", "function": "ppo_rewards:nothing"}
+    found = {}
+    for coef in (0.0, 10.0):
+        changes = {"loss__entropy_coef": coef, "reward": nothing, "kl__controller": {"name": "fixed", "coef": 0.0}}
+        stage = PPO(test_ppo.config(tmp_path / str(coef), prompts, **changes), resume=False, overwrite=False)
+        found[coef] = [stage.update(number) for number in range(2)]
+    assert found[0.0][0]["rollout_entropy"] == found[10.0][0]["rollout_entropy"]
+    assert found[0.0][0]["entropy"] > 0
+    assert found[10.0][0]["entropy"] > found[0.0][0]["entropy"]
+    assert found[10.0][1]["rollout_entropy"] > found[0.0][1]["rollout_entropy"]
