@@ -197,7 +197,9 @@ def ceilings() -> dict[str, float]:
 # ---- one side after the other --------------------------------------------------------------------------------------
 
 
-def measure(side: str, setting: Setting, folder: Path, trl: Path | None) -> dict[str, Any]:
+def measure(
+    side: str, setting: Setting, folder: Path, trl: Path | None = None, profile: Path | None = None
+) -> dict[str, Any]:
     """One side in a process of its own; what it had written, if it runs longer than it may."""
     spec = {
         "run": str(folder / f"run-{side}"),
@@ -210,6 +212,7 @@ def measure(side: str, setting: Setting, folder: Path, trl: Path | None) -> dict
         "batch_size": setting.batch_size,
         "micro_batch_tokens": setting.micro_batch_tokens,
         "seconds": setting.seconds,
+        "profile": str(profile) if profile else None,
     }
     file, result = folder / "spec.json", folder / f"{side}.json"
     file.write_text(json.dumps(spec), "utf-8")
@@ -225,6 +228,16 @@ def measure(side: str, setting: Setting, folder: Path, trl: Path | None) -> dict
         print(f"{side}: {failed}", file=sys.stderr, flush=True)
     found: dict[str, Any] = json.loads(result.read_text("utf-8")) if result.is_file() else {"updates": []}
     return found | {"episodes": spec["episodes"], "failed": failed}
+
+
+def profile(setting: Setting, out: Path) -> None:
+    """Where the time of each phase goes, in a warm update with few tokens."""
+    with tempfile.TemporaryDirectory() as name:
+        make_models(setting, Path(name))
+        found = measure("ours", setting, Path(name), profile=out)
+    if found["failed"]:
+        raise SystemExit("the profile is not whole; see above")
+    print(f"{out}/profile-PHASE.txt: the operations that take most time in {', '.join(PHASES)}", flush=True)
 
 
 def figures(found: dict[str, Any], setting: Setting, limits: dict[str, float], element: int) -> dict[str, Any]:
@@ -294,6 +307,7 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, help="Sequences that we decode at a time.")
     parser.add_argument("--micro-batch-tokens", type=int, help="Tokens of a pass in training, of either side.")
     parser.add_argument("--seconds", type=int, help="For each side.")
+    parser.add_argument("--profile", action="store_true", help="Instead, write profile-PHASE.txt of a short update.")
     args = parser.parse_args()
     here = machine()
     transformers.utils.logging.disable_progress_bar()
@@ -310,10 +324,14 @@ def main() -> None:
     print(
         f"batch of {setting.batch_size}, micro-batches of {setting.micro_batch_tokens} tokens; {PUBLISHED}", flush=True
     )
+    args.out.mkdir(parents=True, exist_ok=True)
+    if args.profile:
+        profile(replace(setting, new_tokens=16, episodes=min(128, setting.episodes)), args.out)
+        return
     sides: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as name:
         make_models(setting, Path(name))
-        found = {"ours": measure("ours", setting, Path(name), None)}
+        found = {"ours": measure("ours", setting, Path(name))}
         if args.trl is not None and (args.trl / "trl").is_dir():
             found["TRL 1.12.0"] = measure("trl", setting, Path(name), args.trl)
         else:
@@ -322,7 +340,6 @@ def main() -> None:
     for side, result in found.items():
         if result["updates"]:
             sides[side] = figures(result, setting, limits, 2 if here["gpu_bytes"] else 4)
-    args.out.mkdir(parents=True, exist_ok=True)
     everything = {"machine": here, "limits": limits, "setting": asdict(setting), "sides": sides, "raw": found}
     (args.out / "gpu.json").write_text(json.dumps(everything, indent=1), "utf-8")
     if sides:

@@ -66,10 +66,23 @@ class Notes:
     def time_for_another(self) -> bool:
         """Whether one more update fits into the seconds given; there are at least two, the first of them to warm up."""
         updates = self.result["updates"]
-        return len(updates) < 2 or now() - self.began + updates[-1]["seconds"] < self.spec["seconds"]
+        if len(updates) < 2 or self.spec["profile"]:
+            return len(updates) < 2
+        return bool(now() - self.began + updates[-1]["seconds"] < self.spec["seconds"])
 
 
 # ---- ours ----------------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def profiled(file: Path) -> Iterator[None]:
+    """Write the operations that take most time, those of the GPU where there is one."""
+    cuda = torch.cuda.is_available()
+    kinds = [torch.profiler.ProfilerActivity.CPU, *([torch.profiler.ProfilerActivity.CUDA] if cuda else [])]
+    with torch.profiler.profile(activities=kinds) as profile:
+        yield
+    order = "self_device_time_total" if cuda else "self_cpu_time_total"
+    file.write_text(profile.key_averages().table(sort_by=order, row_limit=40, max_name_column_width=90), "utf-8")
 
 
 class Decoding:
@@ -122,12 +135,15 @@ def ours(spec: dict[str, Any], notes: Notes) -> None:
     from rlhf.config_file import check_config
 
     peaks: dict[str, float] = {}
+    nothing = contextlib.nullcontext()
 
     class Clock(stages.ppo.Clock):
         @contextlib.contextmanager
         def __call__(self, phase: str) -> Iterator[None]:
             reset_peak()
-            with super().__call__(phase):
+            warm = bool(notes.result["updates"])
+            watch = profiled(Path(spec["profile"]) / f"profile-{phase}.txt") if spec["profile"] and warm else nothing
+            with super().__call__(phase), watch:
                 yield
             peaks[phase] = peak_gb()
 

@@ -102,6 +102,16 @@ def test_the_small_mode_runs_by_one_command_and_measures_every_phase(tmp_path):
 
 
 @pytest.mark.slow
+def test_a_profile_names_the_operations_of_each_phase(tmp_path):
+    environment = {**os.environ, "PYTHON": sys.executable, "CUDA_VISIBLE_DEVICES": ""}
+    command = ["bash", "benchmarks/gpu.sh", "--profile", "--out", str(tmp_path)]
+    subprocess.run(command, cwd=tiny.REPOSITORY, env=environment, check=True, timeout=300)
+    found = {phase: (tmp_path / f"profile-{phase}.txt").read_text() for phase in gpu.PHASES}
+    assert all("aten::addmm" in text for text in found.values())
+    assert "AdamW" in found["learn"] and "AdamW" not in found["score"]
+
+
+@pytest.mark.slow
 def test_a_python_without_the_packages_is_told_what_it_lacks_and_how_to_bring_it(tmp_path):
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(tmp_path / "bare")], check=True)
     environment = {**os.environ, "PYTHON": str(tmp_path / "bare/bin/python"), "PYTHONPATH": "", "PIP_NO_INDEX": "1"}
