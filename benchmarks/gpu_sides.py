@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import re
 import sys
 import time
@@ -200,6 +201,8 @@ class Phases:
 def trl(spec: dict[str, Any], notes: Notes) -> None:
     """Updates of TRL's PPOTrainer. What is trained has float32 weights under bf16 autocast, generation too, which TRL
     by itself would do in float32; reference and reward model are bf16, as they are on our side."""
+    if torch.cuda.is_available():
+        os.environ["ACCELERATE_MIXED_PRECISION"] = "bf16"  # its own Accelerator does not read `bf16=True`
     import transformers
     from datasets import Dataset
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
