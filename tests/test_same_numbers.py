@@ -70,6 +70,23 @@ def prompts(tmp_path_factory):
     return tiny.write_demonstrations(tmp_path_factory.mktemp("data") / "demos", 24, held_out=4)
 
 
+def test_a_rollout_rounds_frozen_weights_once_and_gives_them_back(tmp_path, prompts, monkeypatch):
+    tuning = {"name": "lora", "rank": 4}
+    answers = []
+    for rounds in (True, False):
+        if not rounds:
+            monkeypatch.setattr("rlhf.engine.rounded", lambda module, dtype: [])
+        c = test_ppo.config(tmp_path / str(rounds), prompts, precision="bfloat16", tuning=tuning)
+        stage, seen = PPO(c, resume=False, overwrite=False), set()
+        base = stage.engine.module.policy.get_base_model().model.layers[0].self_attn.q_proj.base_layer
+        base.register_forward_pre_hook(lambda layer, _, seen=seen: seen.add(layer.weight.dtype))
+        weight = base.weight
+        answers.append(stage.rollout(stage.draw(0)).answers)
+        assert seen == {torch.bfloat16 if rounds else torch.float32}
+        assert base.weight is weight and weight.dtype == torch.float32
+    assert answers[0] == answers[1]
+
+
 def test_dropout_is_off_wherever_a_family_keeps_it(folder):
     model = load(folder).train()
     first = model(IDS).logits
