@@ -15,6 +15,7 @@ device check those that are counted.
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import os
 import socket
@@ -22,6 +23,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -34,8 +36,13 @@ FLOAT32 = 4
 TINY = Model("tiny", layers=4, hidden=256, ffn=688, heads=4, kv_heads=4, vocab=512)
 JOB = Job(episodes=32, prompt=8, answer=64, minibatches=2, micro_batch_tokens=400)
 """Four micro-batches on each of two ranks, so that what is sent once in a micro-batch differs from once in a step."""
-AXES = {"answer length": (32, 64, 128, 256), "episodes": (16, 32, 64, 128), "vocabulary": (512, 2048, 8192, 32768)}
-CANDIDATES = (2, 4, 8, 16)
+AXES = {
+    "answer length": (32, 64, 128, 256),
+    "episodes": (16, 32, 64, 128),
+    "vocabulary": (512, 4096, 32768),
+    "K": (2, 4, 8, 16),
+}
+"""What grows in `cost`: the first three in PPO, K in the reward model, per ranking."""
 
 
 @dataclass(frozen=True)
@@ -101,6 +108,7 @@ def own_network() -> list[str]:
         return []
 
 
+@functools.cache
 def measure(setting: Setting) -> list[dict[str, Any]]:
     """What each rank of a run found; see scaling_run.py."""
     job = setting.job
@@ -200,33 +208,33 @@ def byte_rows(setting: Setting, update: dict[str, Any]) -> list[str]:
 # ---- cost ----------------------------------------------------------------------------------------------------------
 
 
-def at(axis: str, value: int, updates: int) -> Setting:
-    """The setting with one size changed; micro-batches of 2048 tokens."""
+def cost(axis: str, size: int, updates: int) -> dict[str, Any]:
+    """Processor seconds by phase and peak MB with one size changed; micro-batches of 2,048 tokens."""
+    if axis == "K":
+        from reward import measure as measure_ranking
+
+        ranking = measure_ranking("ours", size, 64, 32, updates)  # prompts of 64 tokens, answers of 32
+        return {"axis": axis, "size": size, "phases": [ranking["cpu"]], "mb": ranking["mb"]}
     setting = Setting(job=replace(JOB, micro_batch_tokens=2048), updates=updates)
     if axis == "vocabulary":
-        return replace(setting, model=replace(TINY, vocab=value))
-    field = {"answer length": "answer", "episodes": "episodes"}[axis]
-    return replace(setting, job=replace(setting.job, **{field: value}))
+        setting = replace(setting, model=replace(TINY, vocab=size))
+    else:
+        field = {"answer length": "answer", "episodes": "episodes"}[axis]
+        setting = replace(setting, job=replace(setting.job, **{field: size}))
+    (found,) = measure(setting)
+    phases = [statistics.median(u["processor"][phase] for u in found["updates"][1:]) for phase in PHASES]
+    return {"axis": axis, "size": size, "phases": phases, "mb": found["peak_mb"]}
 
 
-def compare_costs(updates: int, file: Path | None) -> None:
+def compare_costs(axes: Sequence[str], updates: int, file: Path | None) -> None:
     """Print processor seconds and memory against each size, and append the rows to `file`."""
     print("| what grows | size | processor s | of it rollout, score, learn | peak MB | time x | size x |")
     print("|" + " --- |" * 7)
-    for axis, values in AXES.items():
+    for axis in axes:
         rows = []
-        for value in values:
-            (found,) = measure(at(axis, value, updates))
-            phases = [statistics.median(u["processor"][phase] for u in found["updates"][1:]) for phase in PHASES]
-            rows.append({"axis": axis, "size": value, "phases": phases, "mb": found["peak_mb"]})
+        for size in AXES[axis]:
+            rows.append(cost(axis, size, updates))
             report(rows, file)
-    rows = []
-    from reward import measure as rankings  # `ours`: seconds and memory of a ranking of K answers
-
-    for value in CANDIDATES:
-        found = rankings("ours", value, 64, 32, 3)
-        rows.append({"axis": "K (reward model)", "size": value, "phases": [found["cpu"]], "mb": found["mb"]})
-        report(rows, file)
 
 
 def report(rows: list[dict[str, Any]], file: Path | None) -> None:
@@ -234,7 +242,7 @@ def report(rows: list[dict[str, Any]], file: Path | None) -> None:
     first, last = rows[0], rows[-1]
     parts = ", ".join(f"{phase:.2f}" for phase in last["phases"]) if len(last["phases"]) > 1 else ""
     times = f"{sum(last['phases']) / sum(first['phases']):.2f} | {last['size'] / first['size']:.0f}"
-    total = f"{sum(last['phases']):.3g}"
+    total = f"{sum(last['phases']):.3f}"
     print(f"| {last['axis']} | {last['size']:,} | {total} | {parts} | {last['mb']:,.0f} | {times} |", flush=True)
     if file is not None:
         with file.open("a", encoding="utf-8") as lines:
@@ -248,6 +256,7 @@ def main() -> None:
     parser.add_argument("--updates", type=int, default=3, help="Of each run; the first is not measured.")
     parser.add_argument("--hidden", type=int, default=TINY.hidden, help="Width of the model, for `processes`.")
     parser.add_argument("--episodes", type=int, default=JOB.episodes, help="Of an update, for `processes`.")
+    parser.add_argument("--axes", nargs="+", choices=AXES, default=list(AXES), help="What grows in `cost`.")
     parser.add_argument("--json", type=Path, help="File that the rows of `cost` are appended to.")
     parser.add_argument("--model-table", action="store_true", help="Print the table of docs/scaling.md and end.")
     parser.add_argument("--machine", choices=MACHINES, default="h100", help="For --model-table.")
@@ -259,7 +268,7 @@ def main() -> None:
         compare_processes(args.hidden, args.episodes, args.updates)
         print()
     if not args.what or "cost" in args.what:
-        compare_costs(args.updates, args.json)
+        compare_costs(args.axes, args.updates, args.json)
 
 
 if __name__ == "__main__":

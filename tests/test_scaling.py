@@ -11,9 +11,11 @@ from rlhf.experience import plan_minibatches
 
 sys.path.append(str(tiny.REPOSITORY / "benchmarks"))
 
+import plot
 import scaling
 import scaling_model as model
 
+SIDES = (("ours", 2.0, 100.0), ("trl", 5.0, 400.0))
 H100, LLAMA = model.MACHINES["h100"], model.MODELS
 
 
@@ -71,6 +73,19 @@ def test_micro_batches_are_those_of_the_learner(monkeypatch, ranks, episodes):
     assert expected - job.minibatches <= found <= expected
     if episodes % (job.minibatches * ranks) == 0:
         assert found == expected
+
+
+def test_the_figure_of_ppo_shows_times_our_time_and_memory():
+    rows = [{"regime": "full", "side": side, "seconds": s, "peak_mb": mb} for side, s, mb in SIDES]
+    axes = plot.ratios(rows).axes[0]
+    assert [bar.get_width() for bar in axes.patches] == [2.5, 4.0]
+    assert [text.get_text() for text in axes.texts] == ["2.50x", "4.00x"]
+
+
+def test_the_figure_of_costs_shows_multiples_of_the_smallest_size():
+    rows = [{"axis": "episodes", "size": size, "phases": [size, 1.0], "mb": 100.0} for size in (3, 1)]
+    proportion, time, memory = (list(line.get_ydata()) for line in plot.costs(rows).axes[0].lines)
+    assert (proportion, time, memory) == ([1, 3], [1, 2], [1, 1])
 
 
 @pytest.mark.slow
