@@ -44,8 +44,8 @@ ROOT = Path(__file__).resolve().parents[1]
 PHASES = ("rollout", "score", "learn")
 PROMPTS = 131_900
 PUBLISHED = "DeepSpeed-Chat published 11.7 h on one A100-80G"
-DATASHEETS = {"H200": (989, 4.8), "H100": (989, 3.35), "A100": (312, 2.0)}
-"""Dense bf16 TFLOP/s and TB/s of the SXM boards, by the vendor's data sheets."""
+DATASHEETS = {"H200": (989e12, 4.8e12), "H100": (989e12, 3.35e12), "A100": (312e12, 2.0e12)}
+"""Dense bf16 operations/s and bytes/s of the SXM boards, by the vendor's data sheets."""
 
 
 @dataclass(frozen=True)
@@ -183,7 +183,10 @@ def _now() -> float:
 
 
 def ceilings() -> dict[str, float]:
-    """Bytes/s of a copy (read and written), and operations/s of a matrix product in the dtype of the computation."""
+    """Operations/s of a matrix product in the dtype of the computation, bytes/s of a copy (read and written).
+
+    And what the data sheet says, where it is known.
+    """
     cuda = torch.cuda.is_available()
     device, size, side = ("cuda", 2**32, 8192) if cuda else ("cpu", 2**26, 512)
     dtype = torch.bfloat16 if cuda else torch.float32
@@ -191,13 +194,20 @@ def ceilings() -> dict[str, float]:
     copied = 2 * size / seconds_of(lambda: halves[0].copy_(halves[1]))
     a, b = torch.randn(2, side, side, device=device, dtype=dtype)
     multiplied = 2 * side**3 / seconds_of(lambda: a @ b)
-    return {"bytes_per_second": copied, "flops": multiplied}
+    found = {"flops": multiplied, "bytes": copied}
+    name = torch.cuda.get_device_name() if cuda else ""
+    for board, (sheet_flops, sheet_bytes) in DATASHEETS.items():
+        if board in name:
+            found |= {"sheet_flops": sheet_flops, "sheet_bytes": sheet_bytes}
+    return found
 
 
 # ---- one side after the other --------------------------------------------------------------------------------------
 
 
-def measure(side: str, setting: Setting, folder: Path, trl: Path | None) -> dict[str, Any]:
+def measure(
+    side: str, setting: Setting, folder: Path, trl: Path | None = None, profile: Path | None = None
+) -> dict[str, Any]:
     """One side in a process of its own; what it had written, if it runs longer than it may."""
     spec = {
         "run": str(folder / f"run-{side}"),
@@ -210,6 +220,7 @@ def measure(side: str, setting: Setting, folder: Path, trl: Path | None) -> dict
         "batch_size": setting.batch_size,
         "micro_batch_tokens": setting.micro_batch_tokens,
         "seconds": setting.seconds,
+        "profile": str(profile) if profile else None,
     }
     file, result = folder / "spec.json", folder / f"{side}.json"
     file.write_text(json.dumps(spec), "utf-8")
@@ -225,6 +236,16 @@ def measure(side: str, setting: Setting, folder: Path, trl: Path | None) -> dict
         print(f"{side}: {failed}", file=sys.stderr, flush=True)
     found: dict[str, Any] = json.loads(result.read_text("utf-8")) if result.is_file() else {"updates": []}
     return found | {"episodes": spec["episodes"], "failed": failed}
+
+
+def profile(setting: Setting, out: Path) -> None:
+    """Where the time of each phase goes, in a warm update with few tokens."""
+    with tempfile.TemporaryDirectory() as name:
+        make_models(setting, Path(name))
+        found = measure("ours", setting, Path(name), profile=out)
+    if found["failed"]:
+        raise SystemExit("the profile is not whole; see above")
+    print(f"{out}/profile-PHASE.txt: the operations that take most time in {', '.join(PHASES)}", flush=True)
 
 
 def figures(found: dict[str, Any], setting: Setting, limits: dict[str, float], element: int) -> dict[str, Any]:
@@ -245,7 +266,9 @@ def figures(found: dict[str, Any], setting: Setting, limits: dict[str, float], e
         "share of the matrix rate in score": work["score"] / medians["score"] / limits["flops"],
         "share of the matrix rate in learn": work["learn"] / medians["learn"] / limits["flops"],
         "the same, with what is computed twice": None,
+        "the same, of the data sheet's matrix rate": None,
         "share of the bandwidth limit in decoding": None,
+        "the same, of the data sheet's bandwidth": None,
         "peak GB, loaded": found["loaded_gb"],
         **{f"peak GB in {phase}": max(u["peak_gb"][phase] for u in updates) for phase in PHASES},
     }
@@ -255,8 +278,14 @@ def figures(found: dict[str, Any], setting: Setting, limits: dict[str, float], e
         shares = []
         for u in updates:
             moved = setting.decode_bytes(u["decode_steps"], u["decode_columns"], element)
-            shares.append(moved / (u["phases"]["rollout"] - u["prefill_seconds"]) / limits["bytes_per_second"])
+            shares.append(moved / (u["phases"]["rollout"] - u["prefill_seconds"]) / limits["bytes"])
         shown["share of the bandwidth limit in decoding"] = statistics.median(shares)
+    for ours, theirs, limit, sheet in (
+        ("share of the matrix rate in learn", "the same, of the data sheet's matrix rate", "flops", "sheet_flops"),
+        ("share of the bandwidth limit in decoding", "the same, of the data sheet's bandwidth", "bytes", "sheet_bytes"),
+    ):
+        if shown[ours] is not None and sheet in limits:
+            shown[theirs] = shown[ours] * limits[limit] / limits[sheet]
     return shown
 
 
@@ -272,7 +301,7 @@ def table(sides: dict[str, dict[str, Any]]) -> str:
 def _cell(name: str, value: float | None) -> str:
     if value is None:
         return "-"
-    if "share" in name or "twice" in name:
+    if name.startswith(("share", "the same")):
         return f"{value:.1%}"
     return f"{value:,.0f}" if isinstance(value, int) or value >= 100 else f"{value:,.2f}"
 
@@ -290,10 +319,11 @@ def main() -> None:
     """Measure, print the table, write gpu.json."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--trl", type=Path, help="Folder with TRL 1.12.0; without it only ours is measured.")
-    parser.add_argument("--out", type=Path, default=Path(os.environ.get("OUT", ".")), help="Where gpu.json goes.")
+    parser.add_argument("--out", type=Path, default=Path(os.environ.get("OUT", ROOT / ".gpu")), help="For gpu.json.")
     parser.add_argument("--batch-size", type=int, help="Sequences that we decode at a time.")
     parser.add_argument("--micro-batch-tokens", type=int, help="Tokens of a pass in training, of either side.")
     parser.add_argument("--seconds", type=int, help="For each side.")
+    parser.add_argument("--profile", action="store_true", help="Instead, write profile-PHASE.txt of a short update.")
     args = parser.parse_args()
     here = machine()
     transformers.utils.logging.disable_progress_bar()
@@ -304,16 +334,20 @@ def main() -> None:
     limits = ceilings()
     setting = setting_for(here["gpu_bytes"], limits["flops"])
     setting = replace(setting, **{key: value for key, value in given.items() if value})
-    rates = f"copy {limits['bytes_per_second'] / 1e12:.3g} TB/s, matrix product {limits['flops'] / 1e12:.3g} TFLOP/s"
-    sheet = next((f"; data sheet {b} TB/s, {a} TFLOP/s" for n, (a, b) in DATASHEETS.items() if n in here["device"]), "")
-    print(f"{time.strftime('%Y-%m-%d %H:%M')}, {here['device']}, {here['versions']}\n{rates}{sheet}", flush=True)
+    print(f"{time.strftime('%Y-%m-%d %H:%M')}, {here['device']}, {here['versions']}")
+    print(", ".join(f"{name} {rate / 1e12:.3g} T/s" for name, rate in limits.items()))
     print(
-        f"batch of {setting.batch_size}, micro-batches of {setting.micro_batch_tokens} tokens; {PUBLISHED}", flush=True
+        f"{setting.batch_size} answers at a time, passes of {setting.micro_batch_tokens} tokens; {PUBLISHED}",
+        flush=True,
     )
+    args.out.mkdir(parents=True, exist_ok=True)
+    if args.profile:
+        profile(replace(setting, new_tokens=16, episodes=min(128, setting.episodes)), args.out)
+        return
     sides: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as name:
         make_models(setting, Path(name))
-        found = {"ours": measure("ours", setting, Path(name), None)}
+        found = {"ours": measure("ours", setting, Path(name))}
         if args.trl is not None and (args.trl / "trl").is_dir():
             found["TRL 1.12.0"] = measure("trl", setting, Path(name), args.trl)
         else:
@@ -322,7 +356,6 @@ def main() -> None:
     for side, result in found.items():
         if result["updates"]:
             sides[side] = figures(result, setting, limits, 2 if here["gpu_bytes"] else 4)
-    args.out.mkdir(parents=True, exist_ok=True)
     everything = {"machine": here, "limits": limits, "setting": asdict(setting), "sides": sides, "raw": found}
     (args.out / "gpu.json").write_text(json.dumps(everything, indent=1), "utf-8")
     if sides:

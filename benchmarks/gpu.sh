@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # PPO at the size of OPT-1.3B on one GPU, in under 10 minutes; without a GPU the same in miniature, in under 1 minute.
 #
-#   bash benchmarks/gpu.sh                  prints the table and writes gpu.json to $OUT, or to the folder of --out;
-#                                           other options are those of benchmarks/gpu.py
+#   bash benchmarks/gpu.sh                  prints the table and writes gpu.json to .gpu/, to $OUT if that is set,
+#                                           or to the folder of --out; other options: see benchmarks/gpu.py
 #   bash benchmarks/gpu.sh --tests          runs the tests that need a GPU instead
 #   bash benchmarks/gpu.sh --pack [3.12]    gathers in .gpu/ what a GPU machine without a package index may lack, for
 #                                           that Python: bring .gpu/ there beside the repository (about 25 MB)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import re
 import sys
 import time
@@ -66,10 +67,23 @@ class Notes:
     def time_for_another(self) -> bool:
         """Whether one more update fits into the seconds given; there are at least two, the first of them to warm up."""
         updates = self.result["updates"]
-        return len(updates) < 2 or now() - self.began + updates[-1]["seconds"] < self.spec["seconds"]
+        if len(updates) < 2 or self.spec["profile"]:
+            return len(updates) < 2
+        return bool(now() - self.began + updates[-1]["seconds"] < self.spec["seconds"])
 
 
 # ---- ours ----------------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def profiled(file: Path) -> Iterator[None]:
+    """Write the operations that take most time, those of the GPU where there is one."""
+    cuda = torch.cuda.is_available()
+    kinds = [torch.profiler.ProfilerActivity.CPU, *([torch.profiler.ProfilerActivity.CUDA] if cuda else [])]
+    with torch.profiler.profile(activities=kinds) as profile:
+        yield
+    order = "self_device_time_total" if cuda else "self_cpu_time_total"
+    file.write_text(profile.key_averages().table(sort_by=order, row_limit=40, max_name_column_width=90), "utf-8")
 
 
 class Decoding:
@@ -122,12 +136,15 @@ def ours(spec: dict[str, Any], notes: Notes) -> None:
     from rlhf.config_file import check_config
 
     peaks: dict[str, float] = {}
+    nothing = contextlib.nullcontext()
 
     class Clock(stages.ppo.Clock):
         @contextlib.contextmanager
         def __call__(self, phase: str) -> Iterator[None]:
             reset_peak()
-            with super().__call__(phase):
+            warm = bool(notes.result["updates"])
+            watch = profiled(Path(spec["profile"]) / f"profile-{phase}.txt") if spec["profile"] and warm else nothing
+            with super().__call__(phase), watch:
                 yield
             peaks[phase] = peak_gb()
 
@@ -184,6 +201,8 @@ class Phases:
 def trl(spec: dict[str, Any], notes: Notes) -> None:
     """Updates of TRL's PPOTrainer. What is trained has float32 weights under bf16 autocast, generation too, which TRL
     by itself would do in float32; reference and reward model are bf16, as they are on our side."""
+    if torch.cuda.is_available():
+        os.environ["ACCELERATE_MIXED_PRECISION"] = "bf16"  # its own Accelerator does not read `bf16=True`
     import transformers
     from datasets import Dataset
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer

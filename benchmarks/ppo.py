@@ -101,6 +101,10 @@ def compare_speed(args: argparse.Namespace, folder: Path) -> None:
             found = measure(side, regime, args.updates + 1, args, folder)
             print(row(f"{regime}: {side}", found, first), flush=True)
             first = first or found
+            if args.json is not None:
+                facts = {"seconds": statistics.median(found["seconds"]), "peak_mb": found["peak_mb"]}
+                with args.json.open("a", encoding="utf-8") as lines:
+                    lines.write(json.dumps({"benchmark": "ppo", "regime": regime, "side": side, **facts}) + "\n")
 
 
 def compare_learning(args: argparse.Namespace, folder: Path) -> None:
@@ -132,6 +136,7 @@ def main() -> None:
     parser.add_argument("--micro-batch-tokens", type=int, default=8192, help="Ours; TRL has no such setting.")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--json", type=Path, help="File that the rows are appended to, for plot.py.")
     args = parser.parse_args()
     args.new_tokens = args.new_tokens or (96 if args.learn else 256)
     print(f"{time.strftime('%Y-%m-%d %H:%M')}, {args.threads} threads, answers of up to {args.new_tokens} tokens")

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from typing import NamedTuple
 
 from torch import Tensor, nn
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from rlhf.experience import MicroBatch
 from rlhf.models import ScalarModel, token_logprobs
@@ -49,6 +50,16 @@ class ActorCritic(nn.Module):
             more = (ptx.input_ids, ptx.attention_mask, ptx.response_mask, 1.0, ptx.chunks, ptx.position_ids)
             ptx_logprobs, _ = token_logprobs(self.policy, *more)
         return TokenOutputs(logprobs, entropies, values, ptx_logprobs)
+
+
+def compile_layers(module: nn.Module) -> None:
+    """Compile each decoder layer where it stands, for any batch and length; names of weights stay as they are.
+
+    Rollouts must run in `torch.compiler.set_stance("force_eager")`: a cache that grows would be compiled anew.
+    """
+    for layer in module.modules():
+        if isinstance(layer, GradientCheckpointingLayer):  # what transformers makes its models of
+            layer.compile(dynamic=True)
 
 
 @contextmanager

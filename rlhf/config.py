@@ -295,6 +295,9 @@ class PPOUpdateConfig(Strict):
     of similar lengths does."""
     target_kl: Rate | None = None
     """Stop the epochs of an update once the KL (k3) between the new policy and the rollout's passes this."""
+    compile: bool = False
+    """Compile the layers of policy and critic (torch.compile, one graph for all lengths): up to a minute at the start,
+    then faster passes. The first ratio may then be 1 to rounding only. Not under ZeRO stage 3."""
     critic_warmup: Count = 0
     """Updates at the start in which only the critic learns."""
     gradient_checkpointing: bool = False

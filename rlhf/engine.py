@@ -22,6 +22,29 @@ from rlhf.models import compute_dtype
 from rlhf.zero import SET_BY_US, read_deepspeed
 
 
+def rounded(module: nn.Module, dtype: torch.dtype) -> list[tuple[nn.Module, Tensor]]:
+    """Put the frozen float32 weights of matrix products into `dtype`.
+
+    Autocast does the same, and keeps what it has rounded until it ends, but only of weights that are trained: frozen
+    ones it would read whole and round again in every pass, for every token of a rollout. A weight that an embedding
+    shares stays as it is.
+
+    Returns:
+        The layers, with the weights that they had.
+    """
+    before: list[tuple[nn.Module, Tensor]] = []
+    if dtype == torch.float32:
+        return before
+    shared = {id(layer.weight) for layer in module.modules() if isinstance(layer, nn.Embedding)}
+    for layer in module.modules():
+        if isinstance(layer, (nn.Linear, Conv1D)) and id(layer.weight) not in shared:
+            weight = layer.weight
+            if weight.dtype == torch.float32 and not weight.requires_grad:
+                layer.weight = nn.Parameter(weight.to(dtype), requires_grad=False)
+                before.append((layer, weight))
+    return before
+
+
 class Engine:
     """Plain torch: AdamW over float32 weights, autocast where the computation is in bfloat16.
 
@@ -79,9 +102,13 @@ class Engine:
     @contextmanager
     def gathered(self, part: nn.Module) -> Iterator[None]:
         """Inside, `part` of the module has its whole weights on this process and may be called by itself."""
-        del part
-        with self._autocast():
-            yield
+        before = rounded(part, self.dtype)
+        try:
+            with self._autocast():
+                yield
+        finally:
+            for layer, weight in before:
+                layer.weight = weight
 
     def save(self, folder: Path) -> None:
         """Write weights and optimizer state; every rank calls it."""
@@ -102,11 +129,8 @@ class Engine:
         Autocast rounds the weights of matrix products alone. So these are kept rounded and all else in float32: the
         reference then gives the very log-probs of the policy that is its equal, in bfloat16 too.
         """
-        model.requires_grad_(False).eval()
+        rounded(model.requires_grad_(False).eval(), self.dtype)
         if self.dtype != torch.float32:
-            for layer in model.modules():
-                if isinstance(layer, (nn.Linear, Conv1D)):  # a new tensor: an embedding that is tied to it stays
-                    layer.weight = nn.Parameter(layer.weight.to(self.dtype), requires_grad=False)
             model.forward = self._autocast()(model.forward)
         return self._placed(model)
 

@@ -151,7 +151,9 @@ class Learner:
         )  # fmt: skip
         if experience.importance is not None:
             per_token = per_token * before(experience.importance.weights)
-        policy, entropy = normalised(per_token, mask, tokens), out.entropies.sum() / tokens
+        policy = normalised(per_token, mask, tokens)
+        # Logged in any case, but only a bonus needs its gradient, which goes through all logits.
+        entropy = (out.entropies if c.entropy_coef else out.entropies.detach()).sum() / tokens
         ptx = policy.new_zeros(()) if out.ptx_logprobs is None else -out.ptx_logprobs.sum() / ptx_tokens
         value = policy.new_zeros(())
         if out.values is not None:

@@ -173,7 +173,8 @@ def head_logprobs(
     chunks = chunks or head_chunks(len(targets), lm.config.get_text_config().vocab_size)
 
     def part(states: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
-        logits = _logits(lm, states) / temperature
+        logits = _logits(lm, states)
+        logits = logits if temperature == 1 else logits / temperature  # each copy is as large as the logits
         total = logits.logsumexp(-1)
         chosen = logits.gather(-1, wanted[:, None]).squeeze(-1) - total
         return chosen, total - (logits.sub(total[:, None]).exp() * logits).sum(-1)
@@ -181,7 +182,7 @@ def head_logprobs(
     parts = []
     for states, wanted in zip(hidden.tensor_split(chunks), targets.tensor_split(chunks)):
         if torch.is_grad_enabled():  # the backward pass computes the chunk's logits again instead of keeping them
-            parts.append(checkpoint(part, states, wanted, use_reentrant=False))
+            parts.append(checkpoint(part, states, wanted, use_reentrant=False, preserve_rng_state=False))
         else:
             parts.append(part(states, wanted))
     logprobs, entropies = zip(*parts)

@@ -283,6 +283,12 @@ def _ppo(config: PPOConfig, world: int, coming: Coming) -> Rows:
             f"rollout.max_new_tokens: {rollout.max_new_tokens} leaves no room for a prompt in {limit} tokens"
         )
     rows += [("sampler", _sampler(rollout.sampler))]
+    if update.compile and config.deepspeed and _zero(config, world).startswith("ZeRO stage 3"):
+        raise UserError(
+            "update.compile: compiled layers do not work under ZeRO stage 3",
+            "It takes the weights away and brings them back between the layers' own steps.",
+            "Leave update.compile out, or take a DeepSpeed file of a lower stage.",
+        )
     rows += _reward_sources(config, coming)
     critic = f"from the {config.critic.init} model, {_tuning('critic.tuning', config.critic.tuning)}"
     rows += [("critic", critic if config.needs_critic else "none"), *_sharing(config, coming)]

@@ -300,20 +300,22 @@ def _all_results(manager: Any, prompts: Sequence[list[int]]) -> list[Any]:
 @SAMPLERS.row("vllm", logprobs=True, gpu=True)
 def vllm(
     model: Any, prompts: Sequence[list[int]], seeds: Sequence[int], sampling: Sampling, chat: ChatTokenizer, *,
-    gpu_memory_utilization: Annotated[float, Field(gt=0, lt=1)] = 0.4, enforce_eager: bool = False,
+    gpu_memory_utilization: Annotated[float, Field(gt=0, lt=1)] = 0.4,
+    max_model_len: Annotated[int, Field(gt=0)] | None = None, enforce_eager: bool = False,
 ) -> list[Answer]:  # fmt: skip
     """vLLM beside the trainer, in its process and on its GPU; gets the weights before each rollout, then sleeps.
 
     Written against vLLM 0.33 and NOT YET RUN: no GPU was at hand. Each answer draws from a stream of its own, but
     vLLM's kernels round otherwise in other batches, so a resumed run need not repeat to the token. With stop strings
     and `min_new_tokens` together, stop strings count from `min_new_tokens` on too. `gpu_memory_utilization` is the
-    share of the GPU that vLLM may have while it answers; `enforce_eager` goes without CUDA graphs.
+    share of the GPU that vLLM may have while it answers, `max_model_len` the most tokens of prompt and answer (the
+    model's own limit when left out, for which there must be room); `enforce_eager` goes without CUDA graphs.
     """
     from rlhf import vllm_engine
 
     return vllm_engine.answer(
         model, prompts, seeds, sampling, chat, end_ids(model, chat),
-        gpu_memory_utilization=gpu_memory_utilization, enforce_eager=enforce_eager,
+        gpu_memory_utilization=gpu_memory_utilization, max_model_len=max_model_len, enforce_eager=enforce_eager,
     )  # fmt: skip
 
 

@@ -64,18 +64,19 @@ def _engine(path: str, tokenizer: str, sequences: int, **options: Any) -> Any:
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # in this process, where the weights are
     import vllm
 
-    llm = vllm.LLM(
-        model=path,
-        tokenizer=tokenizer,
-        load_format="dummy",  # the weights come from the trainer
-        tensor_parallel_size=1,
-        # Under torchrun there is a process group already, in which each rank's engine is one of its own.
-        distributed_executor_backend="external_launcher" if distributed.world_size() > 1 else "uni",
-        enable_sleep_mode=True,
-        max_num_seqs=sequences,
-        logprobs_mode="processed_logprobs",  # after the temperature; the raw ones are before it
-        **options,
-    )
+    with torch.random.fork_rng():  # vLLM seeds the whole process
+        llm = vllm.LLM(
+            model=path,
+            tokenizer=tokenizer,
+            load_format="dummy",  # the weights come from the trainer
+            tensor_parallel_size=1,
+            # Under torchrun there is a process group already, in which each rank's engine is one of its own.
+            distributed_executor_backend="external_launcher" if distributed.world_size() > 1 else "uni",
+            enable_sleep_mode=True,
+            max_num_seqs=sequences,
+            logprobs_mode="processed_logprobs",  # after the temperature; the raw ones are before it
+            **options,
+        )
     llm.sleep(level=2)
     return llm
 

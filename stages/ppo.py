@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from rlhf import distributed, kl
-from rlhf.actor_critic import ActorCritic, adapters_off
+from rlhf.actor_critic import ActorCritic, adapters_off, compile_layers
 from rlhf.checkpoint import rng_state, seed_everything, set_rng_state
 from rlhf.config import DataConfig, PPOConfig
 from rlhf.console import is_main, say
@@ -179,7 +179,7 @@ class PPO:
             c.max_new_tokens, c.min_new_tokens, c.temperature, c.top_k, c.top_p, tuple(c.stop), c.batch_size
         )
         mine = torch.arange(len(prompts.ids)).tensor_split(distributed.world_size())[distributed.rank()].tolist()
-        with self.engine.gathered(policy):
+        with self.engine.gathered(policy), torch.compiler.set_stance("force_eager"):
             ids, seeds = [prompts.ids[i] for i in mine], [prompts.seeds[i] for i in mine]
             answers = c.sampler(policy, ids, seeds, sampling, self.chat)
         return Rollout(prompts, gather_answers(answers, mine[0] if mine else 0))
@@ -324,6 +324,8 @@ def load_models(config: PPOConfig, chat: ChatTokenizer, path: str) -> tuple[Engi
     rates = ((policy, config.optimizer.policy_lr), (critic, config.optimizer.critic_lr))
     groups = [{"params": [p for p in m.parameters() if p.requires_grad], "lr": lr} for m, lr in rates if m is not None]
     module = ActorCritic(policy, critic)
+    if config.update.compile:
+        compile_layers(module)
     trained, total = count_parameters(module)
     say(f"Policy{' and critic' if critic else ', no critic'}: {trained:,} of {total:,} parameters are trained")
     engine = make_engine(module, groups, config.optimizer, config.precision, config.deepspeed)

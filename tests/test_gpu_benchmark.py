@@ -67,12 +67,14 @@ def test_the_first_update_warms_up_and_shares_are_of_what_was_measured():
     }
     slow = update | {"seconds": 99.0}
     counts = {"prefill_seconds": 0.5, "decode_steps": 15, "decode_columns": 1000}
-    limits = {"flops": 1e9, "bytes_per_second": 1e9}
+    limits = {"flops": 1e9, "bytes": 1e9, "sheet_flops": 2e9}
     ours = gpu.figures(SIDE | {"updates": [slow | counts, update | counts]}, setting, limits, 4)
     assert ours["seconds an update"] == 8.0 and ours["updates measured"] == 1
     assert ours["hours for 131,900 prompts"] == pytest.approx(131_900 / 4 * 8 / 3600)
     assert ours["answer tokens/s in rollout"] == 4 * 16 / 2
     assert ours["share of the matrix rate in learn"] == pytest.approx(setting.update_flops(4)["learn"] / 4e9)
+    assert ours["the same, of the data sheet's matrix rate"] * 2 == ours["share of the matrix rate in learn"]
+    assert ours["the same, of the data sheet's bandwidth"] is None
     moved = setting.decode_bytes(15, 1000, 4)
     assert ours["share of the bandwidth limit in decoding"] == pytest.approx(moved / 1.5 / 1e9)
     theirs = gpu.figures(SIDE | {"updates": [update]}, setting, limits, 4)
@@ -93,12 +95,22 @@ def test_the_small_mode_runs_by_one_command_and_measures_every_phase(tmp_path):
     assert "| hours for 131,900 prompts |" in done.stdout
     found = json.loads((tmp_path / "gpu.json").read_text())
     ours = found["sides"]["ours"]
-    assert all(value > 0 for value in ours.values())
+    assert all(value > 0 for name, value in ours.items() if "data sheet" not in name)
     assert all(0 < value < 1 for name, value in ours.items() if name.startswith("share"))
     for update in found["raw"]["ours"]["updates"]:
         assert update["ratio"] == [1.0, 1.0]
         assert update["decode_steps"] == 15 and update["decode_columns"] == sum(8 * (16 + i) for i in range(1, 16))
     assert found["raw"]["ours"]["updates"][0]["kl"] == 0.0
+
+
+@pytest.mark.slow
+def test_a_profile_names_the_operations_of_each_phase(tmp_path):
+    environment = {**os.environ, "PYTHON": sys.executable, "CUDA_VISIBLE_DEVICES": ""}
+    command = ["bash", "benchmarks/gpu.sh", "--profile", "--out", str(tmp_path)]
+    subprocess.run(command, cwd=tiny.REPOSITORY, env=environment, check=True, timeout=300)
+    found = {phase: (tmp_path / f"profile-{phase}.txt").read_text() for phase in gpu.PHASES}
+    assert all("aten::addmm" in text for text in found.values())
+    assert "AdamW" in found["learn"] and "AdamW" not in found["score"]
 
 
 @pytest.mark.slow

@@ -263,6 +263,12 @@ def test_a_tuning_method_whose_package_is_not_installed_is_refused(world):
     assert "needs bitsandbytes" in refusal("sft", world, tuning="qlora")
 
 
+def test_compiled_layers_are_refused_under_zero_3_alone(world):
+    files = {stage: str(tiny.REPOSITORY / "configs" / "deepspeed" / f"zero{stage}.json") for stage in (2, 3)}
+    plan("ppo", world, 2, update={"compile": True}, deepspeed=files[2])
+    assert "ZeRO stage 3" in refusal("ppo", world, 2, update={"compile": True}, deepspeed=files[3])
+
+
 def test_a_sampler_whose_package_or_device_is_missing_is_refused(world):
     assert plan("ppo", world)["sampler"] == "hf"
     assert plan("ppo", world, rollout={"sampler": "transformers"})["sampler"] == "transformers"

@@ -182,6 +182,35 @@ def test_micro_batches_do_not_change_what_is_learned(tmp_path, prompts):
             torch.testing.assert_close(first, other, atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.slow  # compiling takes most of the time
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"tuning": "lora", "rollout__sampler": "transformers"},
+        {"update__gradient_checkpointing": True, "advantage": "rloo", "rollout__samples_per_prompt": 2},
+    ],
+    ids=["full", "lora", "checkpointing"],
+)
+def test_compiled_layers_learn_the_same_under_the_same_names(changes, tmp_path, prompts):
+    shaped = {"optimizer__policy_lr": 1e-4, "optimizer__critic_lr": 1e-4, "optimizer__eps": 1e-3, **changes}
+    stages = {}
+    for name in ("plain", "compiled"):
+        stage = PPO(config(tmp_path / name, prompts, update__compile=name == "compiled", **shaped), False, False)
+        figures = [stage.update(number) for number in range(2)]
+        stages[name] = ([{k: v for k, v in f.items() if not k.startswith(TIMINGS)} for f in figures], stage)
+    (plain, first), (compiled, second) = stages["plain"], stages["compiled"]
+    for mine, theirs in zip(compiled, plain):
+        noise = ("sampler_gap_mean", "sampler_gap_max")
+        assert {k: v for k, v in mine.items() if k not in noise} == pytest.approx(
+            {k: v for k, v in theirs.items() if k not in noise}, rel=1e-4, abs=1e-5
+        )
+    weights = second.engine.module.state_dict()
+    for name, weight in first.engine.module.state_dict().items():
+        torch.testing.assert_close(weights.pop(name), weight, atol=1e-5, rtol=1e-5)
+    assert not weights
+
+
 def test_scores_can_be_normalised_over_the_run(tmp_path, prompts):
     stage = PPO(config(tmp_path / "run", prompts, shaping__normalize_scores=True), resume=False, overwrite=False)
     assert abs(stage.update(0)["shaped_score"]) < 1e-5

@@ -119,6 +119,14 @@ def test_two_processes_give_the_single_process_metrics(stage, packing, single, t
         torch.testing.assert_close(weights[name], weight, atol=1e-4, rtol=1e-3)
 
 
+def test_two_processes_with_compiled_layers_give_the_single_process_metrics(single, tmp_path, prompts, reward_model):
+    settings = str(tiny.REPOSITORY / "configs" / "deepspeed" / "zero2.json")
+    update = {"epochs": 1, "minibatches": 2, "micro_batch_tokens": 120, "compile": True}
+    complete(2, write_config(tmp_path, prompts, reward_model, deepspeed=settings, update=update))
+    for mine, theirs in zip(metrics(tmp_path), metrics(single), strict=True):
+        assert mine == pytest.approx(theirs, rel=2e-3, abs=2e-4)
+
+
 def test_two_processes_sample_by_continuous_batching_and_weigh_its_log_probs(tmp_path, prompts, reward_model):
     settings = str(tiny.REPOSITORY / "configs" / "deepspeed" / "zero3.json")
     rollout = {"prompts_per_update": 7, "max_new_tokens": 14, "sampler": "transformers", "temperature": 0.8}

@@ -70,6 +70,23 @@ def prompts(tmp_path_factory):
     return tiny.write_demonstrations(tmp_path_factory.mktemp("data") / "demos", 24, held_out=4)
 
 
+def test_a_rollout_rounds_frozen_weights_once_and_gives_them_back(tmp_path, prompts, monkeypatch):
+    tuning = {"name": "lora", "rank": 4}
+    answers = []
+    for rounds in (True, False):
+        if not rounds:
+            monkeypatch.setattr("rlhf.engine.rounded", lambda module, dtype: [])
+        c = test_ppo.config(tmp_path / str(rounds), prompts, precision="bfloat16", tuning=tuning)
+        stage, seen = PPO(c, resume=False, overwrite=False), set()
+        base = stage.engine.module.policy.get_base_model().model.layers[0].self_attn.q_proj.base_layer
+        base.register_forward_pre_hook(lambda layer, _, seen=seen: seen.add(layer.weight.dtype))
+        weight = base.weight
+        answers.append(stage.rollout(stage.draw(0)).answers)
+        assert seen == {torch.bfloat16 if rounds else torch.float32}
+        assert base.weight is weight and weight.dtype == torch.float32
+    assert answers[0] == answers[1]
+
+
 def test_dropout_is_off_wherever_a_family_keeps_it(folder):
     model = load(folder).train()
     first = model(IDS).logits
@@ -110,3 +127,17 @@ def test_log_probs_and_gradients_do_not_depend_on_the_parts_that_the_head_works_
         results.append([logprobs, entropies, *(p.grad for p in model.parameters() if p.grad is not None)])
     for one, many in zip(*results):
         torch.testing.assert_close(one, many, atol=1e-5, rtol=1e-5)
+
+
+def test_the_entropy_has_a_gradient_where_its_bonus_has_a_weight(tmp_path, prompts):
+    """The figure is the same without one; the bonus makes the policy's entropy grow."""
+    nothing = {"name": "function", "function": "ppo_rewards:nothing"}
+    found = {}
+    for coef in (0.0, 10.0):
+        changes = {"loss__entropy_coef": coef, "reward": nothing, "kl__controller": {"name": "fixed", "coef": 0.0}}
+        stage = PPO(test_ppo.config(tmp_path / str(coef), prompts, **changes), resume=False, overwrite=False)
+        found[coef] = [stage.update(number) for number in range(2)]
+    assert found[0.0][0]["rollout_entropy"] == found[10.0][0]["rollout_entropy"]
+    assert found[0.0][0]["entropy"] > 0
+    assert found[10.0][0]["entropy"] > found[0.0][0]["entropy"]
+    assert found[10.0][1]["rollout_entropy"] > found[0.0][1]["rollout_entropy"]

@@ -1,0 +1,275 @@
+"""How PPO grows: 2 processes against 1 at every ZeRO stage, cost against size, and the model of docs/scaling.md.
+
+    python benchmarks/scaling.py                        # both measurements
+    python benchmarks/scaling.py processes              # time, memory and bytes sent by ZeRO stage, and as predicted
+    python benchmarks/scaling.py cost --json rows.jsonl # answer length, batch, K, vocabulary; rows for plot.py
+    python benchmarks/scaling.py --model-table          # the table of docs/scaling.md (--machine h200: of an H200)
+
+A random Llama (4 layers, 3.4M parameters, 512 tokens) is policy, critic, reference and reward model; answers have a
+fixed length; float32, one thread a process. Stage 3's thresholds are shrunk as the model is, so that DeepSpeed gathers
+and releases weights as it does for a large one. Each run is a process (or two) of its own; its first update is not
+measured. As root on Linux the processes run in a network namespace of their own, and the bytes through its loopback
+device check those that are counted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import json
+import os
+import socket
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from scaling_model import MACHINES, PHASES, Job, Model, Weights, micro_batches, sent, table
+
+ROOT = Path(__file__).resolve().parents[1]
+SHARED = ROOT.parent / "shared"
+FLOAT32 = 4
+TINY = Model("tiny", layers=4, hidden=256, ffn=688, heads=4, kv_heads=4, vocab=512)
+JOB = Job(episodes=32, prompt=8, answer=64, minibatches=2, micro_batch_tokens=400)
+"""Four micro-batches on each of two ranks, so that what is sent once in a micro-batch differs from once in a step."""
+AXES = {
+    "answer length": (32, 64, 128, 256),
+    "episodes": (16, 32, 64, 128),
+    "vocabulary": (512, 4096, 32768),
+    "K": (2, 4, 8, 16),
+}
+"""What grows in `cost`: the first three in PPO, K in the reward model, per ranking."""
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One run."""
+
+    job: Job = JOB
+    model: Model = TINY
+    processes: int = 1
+    stage: int | None = None
+    updates: int = 4
+
+
+# ---- runs ----------------------------------------------------------------------------------------------------------
+
+
+def save_models(model: Model, place: Path) -> None:
+    """A random policy and a random reward model with the tokenizer of stories260K."""
+    import torch
+    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification, logging
+
+    logging.disable_progress_bar()
+    torch.manual_seed(0)
+    shape = {
+        "vocab_size": model.vocab, "hidden_size": model.hidden, "intermediate_size": model.ffn,
+        "num_hidden_layers": model.layers, "num_attention_heads": model.heads, "num_key_value_heads": model.kv_heads,
+        "max_position_embeddings": 512, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "num_labels": 1,
+    }  # fmt: skip
+    tokenizer = AutoTokenizer.from_pretrained(SHARED / "models" / "stories260K")
+    for kind, name in ((LlamaForCausalLM, "policy"), (LlamaForSequenceClassification, "reward")):
+        kind(LlamaConfig(**shape)).save_pretrained(place / name)
+        tokenizer.save_pretrained(place / name)
+
+
+def write_prompts(path: Path) -> None:
+    """The beginnings of stories; the config cuts them to one length."""
+    lines = (SHARED / "data" / "text" / "tinystories_1000.jsonl").read_text("utf-8").splitlines()
+    openings = sorted({" ".join(json.loads(line)["text"].split()[:8]) for line in lines})
+    path.write_text("\n".join(json.dumps({"prompt": text, "split": "train"}) for text in openings), "utf-8")
+
+
+def zero_settings(stage: int, parameters: int) -> dict[str, Any]:
+    """configs/deepspeed's file for a stage; stage 3's thresholds are to the model what the defaults are to 8B."""
+    file = ROOT / "configs" / "deepspeed" / f"zero{stage}.json"
+    settings: dict[str, Any] = json.loads(file.read_text("utf-8"))
+    if stage == 3:
+        billion = parameters // 8
+        settings["zero_optimization"] |= {
+            "stage3_param_persistence_threshold": 1000,
+            "stage3_max_reuse_distance": billion,
+            "stage3_max_live_parameters": billion,
+            "stage3_prefetch_bucket_size": billion // 20,
+        }
+    return settings
+
+
+def own_network() -> list[str]:
+    """The words that run a command in a network namespace of its own; none where that is not allowed."""
+    words = ["unshare", "-n", "sh", "-c", 'ip link set lo up && exec "$@"', "sh"]
+    try:
+        return words if subprocess.run([*words, "true"], capture_output=True).returncode == 0 else []
+    except FileNotFoundError:
+        return []
+
+
+@functools.cache
+def measure(setting: Setting) -> list[dict[str, Any]]:
+    """What each rank of a run found; see scaling_run.py."""
+    job = setting.job
+    with tempfile.TemporaryDirectory() as folder:
+        place = Path(folder)
+        save_models(setting.model, place)
+        write_prompts(place / "prompts.jsonl")
+        if setting.stage is not None:
+            (place / "zero.json").write_text(json.dumps(zero_settings(setting.stage, setting.model.policy)), "utf-8")
+        spec = {
+            "run": str(place / "run"),
+            "precision": "float32",
+            "deepspeed": None if setting.stage is None else str(place / "zero.json"),
+            "model": {"path": str(place / "policy"), "chat_template": "plain"},
+            "data": {"prompts": str(place / "prompts.jsonl"), "max_prompt_tokens": job.prompt},
+            "reward": {"name": "model", "path": str(place / "reward")},
+            "critic": {"init": "policy"},
+            "updates": setting.updates,
+            "rollout": {
+                "prompts_per_update": job.episodes, "max_new_tokens": job.answer, "min_new_tokens": job.answer,
+            },
+            "update": {
+                "epochs": job.epochs, "minibatches": job.minibatches, "micro_batch_tokens": job.micro_batch_tokens,
+            },
+            "eval": {"every": setting.updates, "prompts": 0},
+            "checkpoints": {"every": setting.updates},
+        }  # fmt: skip
+        (place / "spec.json").write_text(json.dumps(spec), "utf-8")
+        launcher = own_network() if setting.processes > 1 else []
+        launcher += [sys.executable]
+        if setting.processes > 1:
+            launcher += ["-m", "torch.distributed.run", "--nproc_per_node", str(setting.processes)]
+            launcher += ["--master_addr", "127.0.0.1", "--master_port", str(free_port())]
+        program = [str(ROOT / "benchmarks" / "scaling_run.py"), str(place / "spec.json"), str(place / "result")]
+        environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
+        environment |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "GLOO_SOCKET_IFNAME": "lo"}
+        done = subprocess.run([*launcher, *program], capture_output=True, text=True, env=environment)
+        if done.returncode:
+            raise SystemExit(f"{setting}:\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}")
+        return [json.loads((place / f"result-{rank}").read_text("utf-8")) for rank in range(setting.processes)]
+
+
+def free_port() -> int:
+    """A TCP port that nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def seconds(found: dict[str, Any], phase: str) -> float:
+    """Of the clock in a phase, median over the updates but the first."""
+    return statistics.median(update["figures"][f"seconds_{phase}"] for update in found["updates"][1:])
+
+
+# ---- processes -----------------------------------------------------------------------------------------------------
+
+
+def predicted(setting: Setting) -> dict[str, float]:
+    """Bytes that each rank sends in an update, by phase, as docs/scaling.md reckons."""
+    policy, scalar = FLOAT32 * setting.model.policy, FLOAT32 * setting.model.scalar
+    _, passes = micro_batches(setting.job, setting.processes)
+    weights = Weights(policy, scalar, policy, scalar)
+    assert setting.stage is not None
+    return sent(setting.stage, setting.processes, weights, passes, setting.job.minibatches, setting.job.epochs)
+
+
+def compare_processes(hidden: int, episodes: int, updates: int) -> None:
+    """Print time and memory, then bytes as predicted, counted and seen on the loopback device."""
+    print("| run | s an update | speed-up | rollout | score | learn | peak MB a rank |\n|" + " --- |" * 7)
+    model, job = replace(TINY, hidden=hidden, ffn=TINY.ffn * hidden // TINY.hidden), replace(JOB, episodes=episodes)
+    base, traffic = 0.0, []
+    for stage in (None, 0, 1, 2, 3):
+        setting = Setting(job, model, processes=1 if stage is None else 2, stage=stage, updates=updates)
+        found = measure(setting)
+        phases = [seconds(found[0], phase) for phase in PHASES]
+        base = base or sum(phases)
+        name = "1 process" if stage is None else f"2 processes, ZeRO {stage}"
+        cells = [f"{sum(phases):.2f}", f"{base / sum(phases):.2f}x", *(f"{phase:.2f}" for phase in phases)]
+        print(f"| {name} | {' | '.join(cells)} | {max(rank['peak_mb'] for rank in found):,.0f} |", flush=True)
+        if stage is not None:
+            traffic += byte_rows(setting, found[0]["updates"][-1])
+    print("\n| ZeRO | phase | MB a rank sends, predicted | counted | predicted / counted | on the loopback device |")
+    print("|" + " --- |" * 6 + "\n" + "\n".join(traffic))
+
+
+def byte_rows(setting: Setting, update: dict[str, Any]) -> list[str]:
+    """Lines for one update; phases in which no weights or gradients are sent have no ratio."""
+    rows = []
+    for phase, expected in predicted(setting).items():
+        counted, device = update["sent"].get(phase, 0.0), update["loopback"][phase] / setting.processes
+        ratio = f"{expected / counted:.3f}" if expected else ""
+        seen = f"{device / 1e6:.2f}" if own_network() else "not measured"
+        rows.append(f"| {setting.stage} | {phase} | {expected / 1e6:.2f} | {counted / 1e6:.2f} | {ratio} | {seen} |")
+    return rows
+
+
+# ---- cost ----------------------------------------------------------------------------------------------------------
+
+
+def cost(axis: str, size: int, updates: int) -> dict[str, Any]:
+    """Processor seconds by phase and peak MB with one size changed; micro-batches of 2,048 tokens."""
+    if axis == "K":
+        from reward import measure as measure_ranking
+
+        ranking = measure_ranking("ours", size, 64, 32, updates)  # prompts of 64 tokens, answers of 32
+        return {"axis": axis, "size": size, "phases": [ranking["cpu"]], "mb": ranking["mb"]}
+    setting = Setting(job=replace(JOB, micro_batch_tokens=2048), updates=updates)
+    if axis == "vocabulary":
+        setting = replace(setting, model=replace(TINY, vocab=size))
+    else:
+        field = {"answer length": "answer", "episodes": "episodes"}[axis]
+        setting = replace(setting, job=replace(setting.job, **{field: size}))
+    (found,) = measure(setting)
+    phases = [statistics.median(u["processor"][phase] for u in found["updates"][1:]) for phase in PHASES]
+    return {"axis": axis, "size": size, "phases": phases, "mb": found["peak_mb"]}
+
+
+def compare_costs(axes: Sequence[str], updates: int, file: Path | None) -> None:
+    """Print processor seconds and memory against each size, and append the rows to `file`."""
+    print("| what grows | size | processor s | of it rollout, score, learn | peak MB | time x | size x |")
+    print("|" + " --- |" * 7)
+    for axis in axes:
+        rows = []
+        for size in AXES[axis]:
+            rows.append(cost(axis, size, updates))
+            report(rows, file)
+
+
+def report(rows: list[dict[str, Any]], file: Path | None) -> None:
+    """Print the last of the rows, compared with the first, and append it to the file."""
+    first, last = rows[0], rows[-1]
+    parts = ", ".join(f"{phase:.2f}" for phase in last["phases"]) if len(last["phases"]) > 1 else ""
+    times = f"{sum(last['phases']) / sum(first['phases']):.2f} | {last['size'] / first['size']:.0f}"
+    total = f"{sum(last['phases']):.3f}"
+    print(f"| {last['axis']} | {last['size']:,} | {total} | {parts} | {last['mb']:,.0f} | {times} |", flush=True)
+    if file is not None:
+        with file.open("a", encoding="utf-8") as lines:
+            lines.write(json.dumps({"benchmark": "scaling", **last}) + "\n")
+
+
+def main() -> None:
+    """Print the tables."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", nargs="*", choices=("processes", "cost", []), help="Both when left out.")
+    parser.add_argument("--updates", type=int, default=3, help="Of each run; the first is not measured.")
+    parser.add_argument("--hidden", type=int, default=TINY.hidden, help="Width of the model, for `processes`.")
+    parser.add_argument("--episodes", type=int, default=JOB.episodes, help="Of an update, for `processes`.")
+    parser.add_argument("--axes", nargs="+", choices=AXES, default=list(AXES), help="What grows in `cost`.")
+    parser.add_argument("--json", type=Path, help="File that the rows of `cost` are appended to.")
+    parser.add_argument("--model-table", action="store_true", help="Print the table of docs/scaling.md and end.")
+    parser.add_argument("--machine", choices=MACHINES, default="h100", help="For --model-table.")
+    args = parser.parse_args()
+    if args.model_table:
+        print(table(MACHINES[args.machine]))
+        return
+    if not args.what or "processes" in args.what:
+        compare_processes(args.hidden, args.episodes, args.updates)
+        print()
+    if not args.what or "cost" in args.what:
+        compare_costs(args.axes, args.updates, args.json)
+
+
+if __name__ == "__main__":
+    main()

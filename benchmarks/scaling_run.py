@@ -1,0 +1,120 @@
+"""One PPO run of `benchmarks/scaling.py` on one or several processes: `python scaling_run.py SPEC.json RESULT`.
+
+Counts what the collectives of torch.distributed are handed, phase by phase, as the bytes that a ring sends from each
+rank. The functions are wrapped before DeepSpeed is imported, so that its calls are counted too.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+import os
+import re
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+
+WIRE: dict[str, tuple[str, float]] = {
+    "all_reduce": ("tensor", 2),
+    "reduce": ("tensor", 1),
+    "broadcast": ("tensor", 1),
+    "all_gather": ("tensor_list", 1),
+    "all_gather_into_tensor": ("output_tensor", 1),
+    "reduce_scatter": ("input_list", 1),
+    "reduce_scatter_tensor": ("input", 1),
+}
+"""Collective -> its argument that holds the whole, and how often a ring of N ranks sends (N - 1) / N of that from each
+rank: once to reduce-scatter, once to gather, and an all-reduce does both (Patarasuk and Yuan 2009, section 3)."""
+
+
+def loopback_bytes() -> int:
+    """What went over the loopback device since the system started; all of it is ours in a namespace of our own."""
+    found = re.search(r"lo:((?:\s+\d+)+)", Path("/proc/net/dev").read_text("ascii"))
+    return int(found.group(1).split()[8]) if found else 0
+
+
+class Traffic:
+    """Bytes by phase of the update that is under way."""
+
+    def __init__(self) -> None:
+        self.phase = "other"
+        self.sent: Counter[str] = Counter()
+        self.calls: Counter[str] = Counter()
+        self.loopback: Counter[str] = Counter()
+        self.processor: Counter[str] = Counter()
+        for name, (whole, times) in WIRE.items():
+            setattr(dist, name, self._counted(getattr(dist, name), name, whole, times))
+
+    def _counted(self, collective: Callable[..., Any], name: str, whole: str, times: float) -> Callable[..., Any]:
+        signature = inspect.signature(collective)
+
+        def counted(*args: Any, **kwargs: Any) -> Any:
+            given = signature.bind(*args, **kwargs).arguments
+            tensors = given[whole] if isinstance(given[whole], list) else [given[whole]]
+            ranks = dist.get_world_size(given.get("group"))
+            size = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+            self.sent[self.phase] += times * size * (ranks - 1) / ranks
+            self.calls[f"{self.phase} {name}"] += 1
+            return collective(*args, **kwargs)
+
+        return counted
+
+    @contextmanager
+    def during(self, phase: str) -> Iterator[None]:
+        """Count under this name."""
+        self.phase, before, begun = phase, loopback_bytes(), time.process_time()
+        yield
+        self.processor[phase] += time.process_time() - begun
+        self.loopback[phase] += loopback_bytes() - before
+        self.phase = "other"
+
+    def take(self) -> dict[str, dict[str, float]]:
+        """What was counted since the last call, and processor seconds by phase."""
+        names = ("sent", "calls", "loopback", "processor")
+        found = {name: dict(getattr(self, name)) for name in names}
+        for name in names:
+            getattr(self, name).clear()
+        return found
+
+
+def main(spec: dict[str, Any], result: Path) -> None:
+    """Train on the spec's config; every rank writes `result` with its number behind it."""
+    traffic = Traffic()
+    import stages.ppo
+    from rlhf.config import PPOConfig
+    from rlhf.config_file import check_config
+    from rlhf.ppo_report import Clock, peak_memory_gb
+
+    class PhaseClock(Clock):
+        @contextmanager
+        def __call__(self, phase: str) -> Iterator[None]:
+            with traffic.during(phase), super().__call__(phase):
+                yield
+
+    stages.ppo.Clock = PhaseClock  # type: ignore[misc]
+    config = check_config(PPOConfig, spec, "benchmark")
+    stages.ppo.distributed.start(config.timeout_seconds, config.deepspeed is not None)
+    base = peak_memory_gb()
+    stage = stages.ppo.PPO(config, resume=False, overwrite=True)
+    update, updates = stage.update, []
+
+    def counted(number: int) -> dict[str, float]:
+        traffic.take()
+        figures = update(number)
+        updates.append({"figures": figures, **traffic.take()})
+        return figures
+
+    stage.update = counted  # type: ignore[method-assign]
+    stage.train()
+    found = {"updates": updates, "peak_mb": 1000 * (peak_memory_gb() - base)}
+    result.with_name(f"{result.name}-{os.environ.get('RANK', '0')}").write_text(json.dumps(found), "utf-8")
+
+
+if __name__ == "__main__":
+    main(json.loads(Path(sys.argv[1]).read_text("utf-8")), Path(sys.argv[2]))
