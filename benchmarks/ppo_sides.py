@@ -117,6 +117,7 @@ def our_config(spec: dict[str, Any]) -> dict[str, Any]:
             "prompts_per_update": spec["episodes"],
             "max_new_tokens": spec["new_tokens"],
             "temperature": 0.7,
+            "merge_adapters": spec["tuning"] is not None,
             "sampler": "hf" if spec["regime"] == "natural" else "imposed",
         },
         "kl": {"controller": {"name": "fixed", "coef": 0.05}},

@@ -224,6 +224,9 @@ class RolloutConfig(Strict):
     """An answer also ends after any of these strings."""
     batch_size: Positive = 64
     """Sequences that are generated together on one process."""
+    merge_adapters: bool = False
+    """Merge the policy's adapter into its weights while it samples: as fast as without an adapter, for a second copy of
+    the adapted weights. What is in 4 bits stays so."""
     max_importance_weight: Annotated[float, Field(ge=1)] | None = 2.0
     """Where a sampler reports its own log-probs (`transformers`, `vllm`), each token's policy loss is multiplied by
     exp(trainer's - sampler's log-prob), cut at this (truncated importance sampling, Yao et al. 2025); `null` is off.
@@ -367,6 +370,8 @@ class PPOConfig(StageConfig):
         for key, pick in (("tuning", self.tuning), ("critic.tuning", self.critic.tuning)):
             if pick.row.traits["prompt_learning"]:
                 faults.append(f"{key}: {pick.name!r} is for SFT alone: log-probs and values do not see virtual tokens")
+        if self.rollout.merge_adapters and not self.tuning.row.traits["adapter"]:
+            faults.append(f"rollout.merge_adapters: tuning {self.tuning.name!r} has no adapter")
         if self.model.sharing == "shared":
             faults += self._sharing_faults()
         if faults:
@@ -384,6 +389,8 @@ class PPOConfig(StageConfig):
                 faults.append(f"{key}: {pick.name!r} beside tuning {self.tuning.name!r}: they lie over one base")
             elif pick.options["dropout"]:
                 faults.append(f"{key}.dropout: must be 0 with model.sharing `shared`, or log-probs would be random")
+        if self.update.compile:
+            faults.append("update.compile: not with model.sharing `shared`, whose layers change their adapters")
         return faults
 
     @property

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -41,6 +42,7 @@ from rlhf.experience import (
 from rlhf.learner import Learner, PtxBatches
 from rlhf.losses import explained_variance, importance_weights
 from rlhf.masked import masked_mean, masked_sum
+from rlhf.merging import adapters_merged
 from rlhf.models import ScalarModel, count_parameters, load_config, load_policy, load_scalar, sequence_limit
 from rlhf.packing import packs
 from rlhf.ppo_report import Clock, Moments, Reporter, rate_scale
@@ -179,7 +181,8 @@ class PPO:
             c.max_new_tokens, c.min_new_tokens, c.temperature, c.top_k, c.top_p, tuple(c.stop), c.batch_size
         )
         mine = torch.arange(len(prompts.ids)).tensor_split(distributed.world_size())[distributed.rank()].tolist()
-        with self.engine.gathered(policy), torch.compiler.set_stance("force_eager"):
+        merged = adapters_merged(policy) if c.merge_adapters else nullcontext()
+        with self.engine.gathered(policy), merged, torch.compiler.set_stance("force_eager"):
             ids, seeds = [prompts.ids[i] for i in mine], [prompts.seeds[i] for i in mine]
             answers = c.sampler(policy, ids, seeds, sampling, self.chat)
         return Rollout(prompts, gather_answers(answers, mine[0] if mine else 0))

@@ -242,6 +242,23 @@ def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(tuning, reward, 
     assert all(torch.equal(whole[name], again[name]) for name in whole)
 
 
+def test_merging_for_the_rollout_samples_the_same_and_leaves_the_weights_as_they_were(tmp_path, runs, prompts):
+    answers, weights = [], []
+    for merge in (False, True):
+        changes = {"rollout__merge_adapters": merge, "rollout__stop": []}
+        made = config(tmp_path / str(merge), prompts, runs["sft-lora"], runs["over-base"], **changes)
+        stage = PPO(made, resume=False, overwrite=False)
+        policy = stage.engine.module.policy
+        before = {name: p.detach().clone() for name, p in policy.named_parameters()}
+        answers.append([answer.ids for answer in stage.rollout(stage.draw(0)).answers])
+        assert all(torch.equal(p, before[name]) for name, p in policy.named_parameters())
+        assert stage.update(0)["first_ratio_min"] == 1.0
+        weights.append(before)
+    for name, weight in weights[0].items():
+        torch.testing.assert_close(weights[1][name], weight)
+    assert answers[0] == answers[1]
+
+
 # ---- recognition ---------------------------------------------------------------------------------------------------
 
 
@@ -299,6 +316,8 @@ def test_a_base_that_has_changed_since_is_refused(tmp_path, prompts):
         ({"tuning": {**LORA, "rank": 8}}, None),
         ({"tuning": "full"}, r"tuning: 'full' with model.sharing"),
         ({"critic__tuning": "full"}, r"critic.tuning: 'full' with model.sharing"),
+        ({"update__compile": True}, r"update.compile: not with"),
+        ({"rollout__merge_adapters": True, "tuning": "full"}, r"merge_adapters: tuning 'full' has no adapter"),
         ({"tuning": {**LORA, "dropout": 0.1}}, r"tuning.dropout: must be 0"),
         ({"tuning": {"name": "qlora", "rank": 4, "alpha": 8}}, r"critic.tuning: 'lora' beside tuning 'qlora'"),
     ],
