@@ -361,6 +361,10 @@ class PPOConfig(StageConfig):
         for key, pick in (("tuning", self.tuning), ("critic.tuning", self.critic.tuning)):
             if pick.row.traits["prompt_learning"]:
                 faults.append(f"{key}: {pick.name!r} is for SFT alone: log-probs and values do not see virtual tokens")
+            if pick.options.get("dropout"):
+                faults.append(
+                    f"{key}.dropout: PPO's ratio needs the same numbers in scoring and learning; leave it out"
+                )
         if faults:
             raise ValueError("; ".join(faults))
         return self
