@@ -28,6 +28,12 @@ ROOT = Path(__file__).resolve().parents[1]
 SHARED = ROOT.parent / "shared"
 REGIMES = ("full", "realistic", "long-tailed")
 PHASES = ("rollout", "score", "learn")
+ADAPTERS = {
+    "ours-shared": {"name": "lora", "rank": 8, "alpha": 16},
+    "ours-shared-last2": {"name": "lora", "rank": 8, "alpha": 16, "layers": 2},
+}
+"""Ours with one base for all roles: the adapters of policy and critic."""
+SIDES = ("ours", *ADAPTERS, "trl", "trl-nogc")
 COLUMNS = ("run", "s an update, median (range)", "processor s", *PHASES)
 COLUMNS += ("answer tokens", "tokens/s", "peak MB", "time", "memory")
 
@@ -58,6 +64,7 @@ def measure(side: str, regime: str, updates: int, args: argparse.Namespace, fold
         "lr": 3e-4,
         "seed": args.seed,
         "trl_checkpointing": side != "trl-nogc",
+        "tuning": ADAPTERS.get(side),
     }
     file, result = folder / "spec.json", folder / "result.json"
     file.write_text(json.dumps(spec), "utf-8")
@@ -120,8 +127,9 @@ def main() -> None:
     parser.add_argument("--updates", type=int, default=5, help="Measured updates; one more warms up.")
     parser.add_argument("--regimes", nargs="+", choices=REGIMES, default=REGIMES)
     parser.add_argument(
-        "--sides", nargs="+", choices=("ours", "trl", "trl-nogc"), default=("ours", "trl"),
-        help="trl-nogc: TRL without the gradient checkpointing that is its default.",
+        "--sides", nargs="+", choices=SIDES, default=("ours", "trl"),
+        help="ours-shared: one base with LoRA of rank 8 for policy and critic; -last2: in the last two layers. "
+        "trl-nogc: TRL without the gradient checkpointing that is its default.",
     )  # fmt: skip
     parser.add_argument("--episodes", type=int, default=64)
     parser.add_argument("--new-tokens", type=int, help="Longest answer; 256, with --learn 96.")

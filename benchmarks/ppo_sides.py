@@ -99,18 +99,25 @@ def ours(spec: dict[str, Any]) -> dict[str, Any]:
 
 def our_config(spec: dict[str, Any]) -> dict[str, Any]:
     """What a user would write; what differs from our defaults is there to have TRL's update rule."""
+    tuning = spec["tuning"] or "full"
     return {
         "run": spec["run"],
         "seed": spec["seed"],
-        "model": {"path": spec["model"], "chat_template": "plain"},
+        "model": {
+            "path": spec["model"],
+            "chat_template": "plain",
+            "sharing": "shared" if spec["tuning"] else "separate",
+        },
+        "tuning": tuning,
         "data": {"prompts": spec["prompts"], "max_prompt_tokens": 64},
         "reward": {"name": "function", "function": "story_rewards:animal_share"},
-        "critic": {"init": "policy"},
+        "critic": {"init": "policy", "tuning": tuning},
         "updates": spec["updates"],
         "rollout": {
             "prompts_per_update": spec["episodes"],
             "max_new_tokens": spec["new_tokens"],
             "temperature": 0.7,
+            "merge_adapters": spec["tuning"] is not None,
             "sampler": "hf" if spec["regime"] == "natural" else "imposed",
         },
         "kl": {"controller": {"name": "fixed", "coef": 0.05}},

@@ -179,6 +179,12 @@ class RewardConfig(StageConfig):
         return self
 
 
+class PPOModelConfig(ModelConfig):
+    sharing: Literal["separate", "shared"] = "separate"
+    """`shared`: one frozen base with an adapter for each role serves as policy, critic, reward model and reference,
+    in one engine. Needs `lora` or `qlora` for all that is trained; see docs/shared-base.md."""
+
+
 class PPODataConfig(Strict):
     prompts: Paths
     """Datasets whose prompts are answered (of any kind; rankings and demonstrations give their prompts)."""
@@ -218,6 +224,9 @@ class RolloutConfig(Strict):
     """An answer also ends after any of these strings."""
     batch_size: Positive = 64
     """Sequences that are generated together on one process."""
+    merge_adapters: bool = False
+    """Merge the policy's adapter into its weights while it samples: as fast as without an adapter, for a second copy of
+    the adapted weights. What is in 4 bits stays so."""
     max_importance_weight: Annotated[float, Field(ge=1)] | None = 2.0
     """Where a sampler reports its own log-probs (`transformers`, `vllm`), each token's policy loss is multiplied by
     exp(trainer's - sampler's log-prob), cut at this (truncated importance sampling, Yao et al. 2025); `null` is off.
@@ -325,7 +334,7 @@ class PPOEvalConfig(Strict):
 
 
 class PPOConfig(StageConfig):
-    model: ModelConfig
+    model: PPOModelConfig
     """The policy to start from; a frozen copy is the reference."""
     data: PPODataConfig
     reward: Annotated[Pick, REWARDS]
@@ -365,9 +374,26 @@ class PPOConfig(StageConfig):
                 faults.append(
                     f"{key}.dropout: PPO's ratio needs the same numbers in scoring and learning; leave it out"
                 )
+        if self.rollout.merge_adapters and not self.tuning.row.traits["adapter"]:
+            faults.append(f"rollout.merge_adapters: tuning {self.tuning.name!r} has no adapter")
+        if self.model.sharing == "shared":
+            faults += self._sharing_faults()
         if faults:
             raise ValueError("; ".join(faults))
         return self
+
+    def _sharing_faults(self) -> list[str]:
+        """What one base for several roles rules out."""
+        faults = []
+        picks = {"tuning": self.tuning} | ({"critic.tuning": self.critic.tuning} if self.needs_critic else {})
+        for key, pick in picks.items():
+            if not pick.row.traits["roles"]:
+                faults.append(f"{key}: {pick.name!r} with model.sharing `shared`, which needs `lora` or `qlora`")
+            elif pick.name != self.tuning.name:
+                faults.append(f"{key}: {pick.name!r} beside tuning {self.tuning.name!r}: they lie over one base")
+        if self.update.compile:
+            faults.append("update.compile: not with model.sharing `shared`, whose layers change their adapters")
+        return faults
 
     @property
     def needs_critic(self) -> bool:

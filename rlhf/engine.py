@@ -223,7 +223,8 @@ class DeepSpeedEngine(Engine):
                 add_hooks(self.deepspeed)
 
     def save(self, folder: Path) -> None:
-        self.deepspeed.save_checkpoint(str(folder), tag="engine")
+        # Frozen weights are read from where the run has them; a base under adapters is most of the model.
+        self.deepspeed.save_checkpoint(str(folder), tag="engine", exclude_frozen_parameters=True)
 
     def load(self, folder: Path) -> None:
         wrote = world_size_of(folder)
@@ -233,7 +234,7 @@ class DeepSpeedEngine(Engine):
                 "Each process keeps its share of the optimizer state.",
                 f"Resume with {wrote} processes.",
             )
-        self.deepspeed.load_checkpoint(str(folder), tag="engine")
+        self.deepspeed.load_checkpoint(str(folder), tag="engine", load_module_strict=False)
 
     def freeze(self, model: nn.Module) -> Any:
         # DeepSpeed trains a policy whose weights are all in the computation's dtype; so is what is frozen beside it.

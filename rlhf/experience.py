@@ -7,13 +7,14 @@ shared out. Episodes are numbered 0..N-1 over the whole batch; answers to one pr
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from rlhf import distributed
 from rlhf.losses import Importance
@@ -88,6 +89,9 @@ class Experience:
     """Mean entropy of the policy over answer tokens, nats."""
     importance: Importance | None = None
     """What a sampler that sees other log-probs than the trainer calls for; None where none are reported."""
+    trunk: Mapping[int, Tensor] | None = None
+    """Episode -> [tokens, H], hidden states that enter the layers with adapters, where roles share a frozen trunk; see
+    `rlhf.trunk`."""
 
 
 class MicroBatch(NamedTuple):
@@ -111,6 +115,8 @@ class MicroBatch(NamedTuple):
     """int64 [N], how many these are in each sequence; [0] for a filler."""
     chunks: int
     """Parts that the language model's head works in, the same on every rank."""
+    trunk: Tensor | None = None
+    """[B, L, H] what enters the layers with adapters, where that is known."""
 
 
 # ---- sharing episodes out ------------------------------------------------------------------------------------------
@@ -219,12 +225,14 @@ class Batcher:
         pad_id: Fills rows up to the longest.
         vocab_size: For the number of parts that the head works in.
         packed: Put the sequences of a micro-batch into one row instead.
+        trunk: Row -> hidden states of the frozen trunk, as in `Experience`.
     """
 
     def __init__(
-        self, rows: Sequence[tuple[list[int], list[bool]]], pad_id: int, vocab_size: int, packed: bool = False
-    ) -> None:
-        self.rows, self.pad_id, self.vocab_size, self.packed = rows, pad_id, vocab_size, packed
+        self, rows: Sequence[tuple[list[int], list[bool]]], pad_id: int, vocab_size: int, packed: bool = False,
+        trunk: Mapping[int, Tensor] | None = None,
+    ) -> None:  # fmt: skip
+        self.rows, self.pad_id, self.vocab_size, self.packed, self.trunk = rows, pad_id, vocab_size, packed, trunk
         self.counts = [sum(flags) for _, flags in rows]
 
     def share(self, share: Share) -> list[MicroBatch]:
@@ -249,15 +257,28 @@ class Batcher:
     def _build(self, episodes: list[int], chunks: int) -> MicroBatch:
         found, device = self._found(episodes), distributed.device()
         lengths = torch.tensor([sum(flags) for _, flags in found], device=device)
+        trunk = self._trunk(episodes)
         if self.packed:
             ids = torch.tensor([[token for ids, _ in found for token in ids]], device=device)
             positions = torch.tensor([[place for ids, _ in found for place in range(len(ids))]], device=device)
             wanted = torch.tensor([[flag for _, flags in found for flag in flags]], device=device)
-            return MicroBatch(episodes, ids, None, positions, wanted, lengths, chunks)
+            return MicroBatch(episodes, ids, None, positions, wanted, lengths, chunks, trunk)
         ids, mask = self.padded(episodes)
         width = ids.shape[1]
         wanted = torch.tensor([flags + [False] * (width - len(flags)) for _, flags in found], device=device)
-        return MicroBatch(episodes, ids, mask, None, wanted, lengths, chunks)
+        return MicroBatch(episodes, ids, mask, None, wanted, lengths, chunks, trunk)
+
+    def _trunk(self, episodes: Sequence[int]) -> Tensor | None:
+        if self.trunk is None:
+            return None
+        shortest = min(range(len(self.rows)), key=lambda i: len(self.rows[i][0]))
+        found = [self.trunk[i] for i in episodes or [shortest]]
+        states = torch.cat(found)[None] if self.packed else pad_sequence(found, batch_first=True)
+        return states.to(distributed.device())
+
+    def over(self, trunk: Mapping[int, Tensor] | None) -> Batcher:
+        """The same, whose micro-batches go on from the frozen trunk's hidden states."""
+        return Batcher(self.rows, self.pad_id, self.vocab_size, self.packed, trunk)
 
 
 def episode_batcher(rollout: Rollout, pad_id: int, vocab_size: int, packed: bool = False) -> Batcher:

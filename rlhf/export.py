@@ -19,7 +19,7 @@ from rlhf.errors import UserError
 from rlhf.inference import quiet, sampling_for
 from rlhf.lazy import lazy
 from rlhf.model_card import MARK, Card, render
-from rlhf.runs import fingerprint, read_run, result_of
+from rlhf.runs import fingerprint, is_run, read_run, result_of
 from rlhf.store import sync
 from rlhf.table import Pick, Table
 from rlhf.tokenization import ChatTokenizer, load_tokenizer
@@ -31,6 +31,8 @@ else:
     torch, nn = lazy("torch"), lazy("torch.nn")
 
 EXPORTERS = Table("export format")
+ROLES = ("policy", "critic", "reward", "reference")
+"""What of a PPO run can be exported; of any other run there is one result."""
 PAD = "<|pad|>"
 
 
@@ -40,6 +42,7 @@ class Source:
 
     run: Path
     stage: str
+    """sft, reward or ppo; `critic` for the critic of a PPO run."""
     model: Path
     config: ModelConfig
     chat: ChatTokenizer
@@ -68,13 +71,13 @@ def hf(source: Source, folder: Path, *, dtype: Literal["auto", "float32", "bfloa
 
     `dtype` is that of the weights; `auto` leaves them as the run has them.
     """
-    if (source.model / "adapter_config.json").is_file():
+    if source.stage != "critic" and (source.model / "adapter_config.json").is_file():
         raise UserError(
             f"{source.run}: learned virtual tokens cannot be merged into a model's weights",
             "They stand before every prompt and are seen by PEFT alone.",
             "Export the adapter: --format adapter.",
         )
-    write = _write_reward if source.stage == "reward" else _write_policy
+    write = _write_reward if source.stage in ("reward", "critic") else _write_policy
     return write(source, folder, None if dtype == "auto" else getattr(torch, dtype))
 
 
@@ -98,7 +101,8 @@ def _write_reward(source: Source, folder: Path, dtype: torch.dtype | None) -> Ex
     from rlhf.models import load_scalar
 
     tokenizer = source.chat.tokenizer
-    scalar = load_scalar(source.config, str(source.model), head="trained")
+    critic = source.stage == "critic"
+    scalar = _merged_critic(source) if critic else load_scalar(source.config, str(source.model), head="trained")
     model, scale = scalar.model, (scalar.mean, scalar.std)
     head = _biased_head(model)
     if head is not None:  # in float32, whatever comes out
@@ -120,6 +124,22 @@ def _write_reward(source: Source, folder: Path, dtype: torch.dtype | None) -> Ex
     model.to(dtype or _stored_dtype(source.model))
     _save(model, tokenizer, folder)
     return Exported(_name(model.dtype), model.num_parameters(), scale=scale, folded=head is not None)
+
+
+def _merged_critic(source: Source) -> Any:
+    """The critic's adapter and value head in the base that it was trained on, float32."""
+    from peft import PeftModel
+
+    from rlhf.models import ScalarModel, load_scalar, reward_scale
+
+    base = load_scalar(source.config, _base_of(source.model)).model
+    scalar = ScalarModel(PeftModel.from_pretrained(base, source.model).merge_and_unload())
+    scalar.set_scale(*reward_scale(source.model))
+    return scalar
+
+
+def _base_of(adapter: Path) -> str:
+    return str(json.loads((adapter / "adapter_config.json").read_text("utf-8"))["base_model_name_or_path"])
 
 
 def _biased_head(model: Any) -> Any:
@@ -149,7 +169,7 @@ def adapter(source: Source, folder: Path) -> Exported:
     """The PEFT adapter alone, for `PeftModel.from_pretrained` on the model that it was trained on."""
     from safetensors import safe_open
 
-    places = [source.run / "adapter", source.model]
+    places = [source.model] if source.stage == "critic" else [source.run / "adapter", source.model]
     found = next((place for place in places if (place / "adapter_config.json").is_file()), None)
     if found is None:
         raise UserError(
@@ -162,20 +182,19 @@ def adapter(source: Source, folder: Path) -> Exported:
     source.chat.tokenizer.save_pretrained(folder)
     with safe_open(folder / "adapter_model.safetensors", "pt") as weights:
         tensors = [weights.get_tensor(key) for key in weights.keys()]  # noqa: SIM118 - not a mapping
-    base = json.loads((folder / "adapter_config.json").read_text("utf-8"))["base_model_name_or_path"]
     return Exported(
         dtype=_name(tensors[0].dtype),
         parameters=sum(tensor.numel() for tensor in tensors),
         stop_ids=(source.chat.end_id,),
         scale=_adapter_scale(source),
-        adapter_base=base,
+        adapter_base=_base_of(folder),
     )
 
 
 def _adapter_scale(source: Source) -> tuple[float, float]:
     from rlhf.models import reward_scale
 
-    return reward_scale(source.model) if source.stage == "reward" else (0.0, 1.0)
+    return reward_scale(source.model) if source.stage in ("reward", "critic") else (0.0, 1.0)
 
 
 # ---- the whole export --------------------------------------------------------------------------------------------
@@ -186,6 +205,7 @@ def export(
     out: str | Path,
     exporter: Pick,
     *,
+    role: str = "policy",
     name: str | None = None,
     license: str | None = None,
     overwrite: bool = False,
@@ -197,6 +217,8 @@ def export(
         run: The run's folder.
         out: The folder to make; it appears only when it is whole.
         exporter: A row of EXPORTERS with its options.
+        role: Which of a PPO run's ROLES. Its reward model and its reference are the results of the runs that it
+            started from.
         name: The hub name under which it will be pushed, for the card; nowhere when left out.
         license: A licence identifier of the hub, for the card.
         overwrite: Replace an earlier export.
@@ -209,12 +231,16 @@ def export(
         UserError: Not a finished run, `out` is taken, or the run has nothing of that format.
     """
     run, out = Path(run), Path(out)
-    stage = read_run(run)["stage"]
-    model = Path(result_of(run))
+    if role in ("reward", "reference"):
+        run = _parent_run(run, role)
+    stage, model = read_run(run)["stage"], Path(result_of(run))
     check_out(out, run, overwrite)
     quiet()
     config = ModelConfig(path=str(run), trust_remote_code=trust_remote_code)
-    source = Source(run, stage, model, config, load_tokenizer(config, str(model)))
+    chat = load_tokenizer(config, str(model))
+    if role == "critic":
+        stage, model = "critic", _critic_of(run)
+    source = Source(run, stage, model, config, chat)
     tokens = source.chat.tokenizer.convert_ids_to_tokens
     with _whole_folder(out) as folder:
         done = exporter(source, folder)
@@ -226,13 +252,44 @@ def export(
             )
         card = Card(
             run, name or str(out), exporter.name, tokens(source.chat.end_id), tokens(list(done.stop_ids)),
-            sampling_for(run), done.scale, done.folded, done.adapter_base, license,
+            sampling_for(run), done.scale, done.folded, done.adapter_base, license, stage,
         )  # fmt: skip
         (folder / "README.md").write_text(render(card), "utf-8")
         digest = fingerprint(folder)
     facts = {"path": str(out), "format": exporter.name, "stage": stage, "dtype": done.dtype}
     facts |= {"parameters": done.parameters, "stop_tokens": list(card.stop_tokens), "adapter_base": done.adapter_base}
     return facts | {"fingerprint": digest}
+
+
+def _parent_run(run: Path, role: str) -> Path:
+    """The run whose result is a PPO run's reward model or reference.
+
+    Raises:
+        UserError: It is no PPO run, has no such role, or the parent is not a run or not the one it was any more.
+    """
+    info = read_run(run)
+    place = ("reference", "reward").index(role)
+    if info["stage"] != "ppo" or len(info["parents"]) <= place:
+        raise UserError(f"--role {role}: {run} has no {role} model", remedy="Name a PPO run that has one.")
+    noted = info["parents"][place]
+    parent = Path(noted["path"])
+    if not is_run(parent):
+        raise UserError(
+            f"--role {role}: it is {parent} itself, which is no run", "There is nothing to merge.", "Use it as it is."
+        )
+    if read_run(parent).get("model_fingerprint") != noted.get("fingerprint"):
+        raise UserError(f"--role {role}: {parent} has been trained anew since {run}", "It is another model by now.")
+    return parent
+
+
+def _critic_of(run: Path) -> Path:
+    folder = run / "critic"
+    if not (folder / "adapter_config.json").is_file():
+        raise UserError(
+            f"--role critic: {run} has kept none",
+            "A critic is kept by PPO runs with model.sharing `shared`, as an adapter.",
+        )
+    return folder
 
 
 def check_out(out: Path, run: Path, overwrite: bool) -> None:

@@ -128,6 +128,27 @@ def _merged_layer(layer: Any) -> dict[str, Tensor]:
         layer.merged_adapters.clear()
 
 
+@contextmanager
+def adapters_merged(model: Any) -> Iterator[None]:
+    """Inside, the adapters at work are merged into the weights, so that a pass costs what the base alone costs.
+
+    Afterwards the weights are bit for bit what they were. Costs a second copy of the adapted weights, which must be
+    whole on this process. Layers in 4 bits stay as they are.
+    """
+    layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
+    layers = [layer for layer in layers if quant_state(layer.get_base_layer().weight) is None]
+    before = [(p, p.data) for layer in layers for p in layer.get_base_layer().parameters()]
+    try:
+        for layer in layers:
+            layer.merge(safe_merge=True)  # PEFT then works on a copy and puts it in place of the tensor
+        yield
+    finally:
+        for parameter, data in before:
+            parameter.data = data
+        for layer in layers:
+            layer.merged_adapters.clear()
+
+
 def quant_state(parameter: Any) -> Any:
     """How bitsandbytes packed a weight into 4 bits; None for any other."""
     return getattr(parameter, "quant_state", None)

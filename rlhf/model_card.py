@@ -27,6 +27,7 @@ SUMMARIES = {
     "sft": "A policy instruction-tuned on demonstrations that people wrote.",
     "reward": "A reward model that learned from human rankings: it gives an answer a score, higher = better.",
     "ppo": "A policy trained with PPO against a reward, starting from an instruction-tuned policy.",
+    "critic": "The critic of a PPO run: at every token of an answer it foretells the reward that is still to come.",
 }
 BOOKKEEPING = ("run", "timeout_seconds", "checkpoints", "log", "deepspeed", "data", "reference")
 """Keys of a stage's config that say nothing about the model."""
@@ -121,10 +122,13 @@ class Card:
     adapter_base: str | None = None
     """The model that an adapter is loaded into."""
     license: str | None = None
+    stage: str = "ppo"
+    """sft, reward, ppo or critic."""
 
     @property
-    def stage(self) -> str:
-        return str(read_run(self.run)["stage"])
+    def scalar(self) -> bool:
+        """Whether the model gives a number instead of text."""
+        return self.stage in ("reward", "critic")
 
 
 def render(card: Card) -> str:
@@ -154,14 +158,14 @@ def _header(card: Card, ancestors: Sequence[Ancestor]) -> str:
         license=card.license or "unknown",
         base_model=base,
         library_name="peft" if card.adapter_base else "transformers",
-        pipeline_tag="text-classification" if card.stage == "reward" else "text-generation",
+        pipeline_tag="text-classification" if card.scalar else "text-generation",
         tags=tags,
     )
     return str(data.to_yaml())
 
 
 def _loading(card: Card) -> Iterator[str]:
-    if card.stage == "reward":
+    if card.scalar:
         yield _snippet(card, REWARD_SNIPPET)
         yield _scale_text(card)
     else:
@@ -177,6 +181,10 @@ def _loading(card: Card) -> Iterator[str]:
 def _scale_text(card: Card) -> str:
     mean, std = card.scale
     read = "Only the token that ends an answer is read, so nothing may follow it."
+    trained = "The training loss saw the scores before normalisation."
+    if card.stage == "critic":
+        read = "The last token is read: the number is the value of the text that ends there."
+        trained = "The training loss saw them normalised."
     if card.folded:
         text = f"The normalisation of the scores (mean {mean:.6g}, standard deviation {std:.6g}) is in the weights."
     else:
@@ -186,18 +194,18 @@ def _scale_text(card: Card) -> str:
             if not card.adapter_base
             else ("constants are no part of the adapter.")
         )
-    return f"{text} {read} The training loss saw the scores before normalisation."
+    return f"{text} {read} {trained}"
 
 
 def _snippet(card: Card, template: str) -> str:
-    kind = "AutoModelForSequenceClassification" if card.stage == "reward" else "AutoModelForCausalLM"
-    labels = ", num_labels=1" if card.stage == "reward" else ""
+    kind = "AutoModelForSequenceClassification" if card.scalar else "AutoModelForCausalLM"
+    labels = ", num_labels=1" if card.scalar else ""
     load = f"model = {kind}.from_pretrained(path)"
     peft = ""
     if card.adapter_base is not None:
         peft = "from peft import PeftModel\n"
         load = f"model = {kind}.from_pretrained({card.adapter_base!r}{labels})\n"
-        load += "model.config.pad_token_id = None\n" if card.stage == "reward" else ""
+        load += "model.config.pad_token_id = None\n" if card.scalar else ""
         load += "model = PeftModel.from_pretrained(model, path).eval()"
     mean, std = (0.0, 1.0) if card.folded else card.scale
     score = "logit" if (mean, std) == (0.0, 1.0) else f"(logit - {mean!r}) / {std!r}"

@@ -22,6 +22,7 @@ from rlhf.data import open_all
 from rlhf.errors import UserError
 from rlhf.runs import Run, check_run_folder, check_same_text, is_run, read_run, result_of
 from rlhf.schema import KINDS
+from rlhf.sharing import recognise
 from rlhf.store import Dataset
 from rlhf.table import Pick
 from rlhf.tokenization import TEMPLATES
@@ -290,7 +291,7 @@ def _ppo(config: PPOConfig, world: int, coming: Coming) -> Rows:
         )
     rows += _reward_sources(config, coming)
     critic = f"from the {config.critic.init} model, {_tuning('critic.tuning', config.critic.tuning)}"
-    rows += [("critic", critic if config.needs_critic else "none")]
+    rows += [("critic", critic if config.needs_critic else "none"), *_sharing(config, coming)]
     rows += [("advantage", config.advantage.name)]
     rows += _data("data.prompts", config.data.prompts, config.data.eval, tuple(KINDS))
     rows += [("ptx", _described(d)) for d in open_all(config.data.ptx, ("demonstration", "ranking"), "data.ptx")]
@@ -319,6 +320,15 @@ def _sampler(pick: Pick) -> str:
                 remedy="Use the sampler hf.",
             )
     return pick.name
+
+
+def _sharing(config: PPOConfig, coming: Coming) -> Rows:
+    """Which base the roles share, where they are to share one and the runs are there."""
+    if config.model.sharing == "separate":
+        return []
+    if any(os.path.normpath(path) in coming for path in (config.model.path, config.reward_model) if path):
+        return [("sharing", "one base, known once the runs before are there")]
+    return [("sharing", recognise(config).described())]
 
 
 def _reward_sources(config: PPOConfig, coming: Coming) -> Rows:

@@ -6,8 +6,8 @@ A row makes a source; a source is called with a batch of finished episodes and g
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import AfterValidator
@@ -38,6 +38,8 @@ class Finished:
     """int64 [B, T], prompt and answer in the policy's tokens, padded on the right."""
     attention_mask: torch.Tensor
     """int64 [B, T], 1 where there is a token."""
+    trunk: torch.Tensor | None = None
+    """[B, T, H] what enters the layers with adapters of a base that the reward model shares, where that is known."""
 
 
 @dataclass(frozen=True)
@@ -48,6 +50,8 @@ class RewardContext:
     chat: ChatTokenizer
     place: Callable[[Any], Any]
     """Freezes a model and puts it on this process's device (or spreads it over the ranks)."""
+    shared: Mapping[str, Source] = field(default_factory=dict)
+    """Sources that are there already, by the path of their reward model: those over the policy's base."""
 
 
 Source = Any
@@ -64,6 +68,8 @@ def model(context: RewardContext, *, path: str, retokenize: bool = False) -> Sou
     from rlhf.runs import result_of
     from rlhf.tokenization import load_tokenizer
 
+    if path in context.shared:
+        return context.shared[path]
     folder = result_of(path)
     config = context.model.model_copy(update={"path": path, "chat_template": "auto"})
     scalar = context.place(load_scalar(config, folder, head="trained"))

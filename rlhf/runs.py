@@ -183,9 +183,13 @@ def result_of(path: str | Path) -> str:
 
 
 def parent_facts(path: str | Path) -> dict[str, Any]:
-    """What a child run notes about a parent: its path and, for a run, its stage and the fingerprint of its result."""
+    """What a child run notes about a parent: its path, the fingerprint of its weights, and a run's stage.
+
+    What stands on the hub has no fingerprint.
+    """
     if not is_run(path):
-        return {"path": str(path)}
+        local = Path(path).is_dir() and is_main()  # hashed once, by the rank that writes run.json
+        return {"path": str(path)} | ({"fingerprint": fingerprint(Path(path))} if local else {})
     info = read_run(path)
     return {"path": str(path), "stage": info["stage"], "fingerprint": info.get("model_fingerprint")}
 

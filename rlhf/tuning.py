@@ -4,7 +4,8 @@ A row takes (model, chat, task): a transformers model, its `ChatTokenizer`, and 
 the model with `requires_grad` set, wrapped where PEFT wraps. The head of a scalar model is trained by every row.
 
 Traits: `adapter` (the base stays as it was, so switching the adapter off gives it back), `merges` (the result is a
-plain model), `prompt_learning` (virtual tokens before the text, seen only by PEFT's own forward), `quantized`.
+plain model), `prompt_learning` (virtual tokens before the text, seen only by PEFT's own forward), `quantized`, `roles`
+(adapters of several roles can lie over one base; see `rlhf.shared_base`).
 """
 
 from __future__ import annotations
@@ -37,8 +38,9 @@ Positive = Annotated[int, Field(ge=1)]
 Dropout = Annotated[float, Field(ge=0, lt=1)]
 Names = Annotated[list[str], Field(min_length=1)]
 
-WHOLE = {"adapter": False, "merges": True, "prompt_learning": False, "quantized": False}
+WHOLE = {"adapter": False, "merges": True, "prompt_learning": False, "quantized": False, "roles": False}
 ADAPTER = WHOLE | {"adapter": True}
+LORA = ADAPTER | {"roles": True}
 PROMPT = ADAPTER | {"merges": False, "prompt_learning": True}
 TASKS = {"causal": "CAUSAL_LM", "scalar": "SEQ_CLS"}
 """What PEFT calls our tasks."""
@@ -64,10 +66,8 @@ def last_layers(
     A head that is tied to the embeddings trains them too.
     """
     model.requires_grad_(False)
-    name, stack = _layers(model)
-    if layers > len(stack):
-        raise UserError(f"tuning.layers: {layers} is more than the {len(stack)} layers of {type(model).__name__}")
-    for layer in stack[-layers:]:
+    name, last = _last(model, layers)
+    for layer in last:
         layer.requires_grad_(True)
     if embeddings:
         model.get_input_embeddings().requires_grad_(True)
@@ -79,9 +79,18 @@ def last_layers(
     return _train_head(model, task)
 
 
-def _layers(model: Any) -> tuple[str, Any]:
-    """Path and content of the longest list of modules: the transformer layers."""
+def _last(model: Any, count: int) -> tuple[str, Any]:
+    """Path of the list of transformer layers, and the last `count` of them."""
+    name, stack = layers_of(model)
+    if count > len(stack):
+        raise UserError(f"tuning.layers: {count} is more than the {len(stack)} layers of {type(model).__name__}")
+    return name, stack[-count:]
+
+
+def layers_of(model: Any) -> tuple[str, Any]:
+    """Path and content of the longest list of modules that is in no other list: the transformer layers."""
     lists = [(path, module) for path, module in model.named_modules() if isinstance(module, nn.ModuleList)]
+    lists = [found for found in lists if not any(found[0].startswith(f"{path}.") for path, _ in lists)]
     if not lists:
         raise UserError(f"tuning: {type(model).__name__} has no list of layers", remedy="Use `modules` with names.")
     return max(lists, key=lambda found: len(found[1]))
@@ -116,7 +125,7 @@ def _train_head(model: Any, task: str) -> Any:
 # ---- adapters in the layers ----------------------------------------------------------------------------------------
 
 
-@TUNING.row("lora", **ADAPTER)
+@TUNING.row("lora", **LORA)
 def lora(
     model: Any,
     chat: Any,
@@ -126,18 +135,49 @@ def lora(
     alpha: Positive = 32,
     dropout: Dropout = 0.0,
     target_modules: str | Names = "all-linear",
+    layers: Positive | None = None,
     rslora: bool = False,
     dora: bool = False,
 ) -> Any:
     """Low-rank updates beside linear layers (Hu et al. 2021); `rslora` scales by 1/sqrt(rank), `dora` adds magnitudes.
 
-    `target_modules` is `all-linear` (the head excepted), a regular expression, or a list of names.
+    `target_modules` is `all-linear` (the head excepted), a regular expression, or a list of names. With `layers`, those
+    of the last so many transformer layers alone are adapted.
     """
-    config = peft.LoraConfig(
-        task_type=TASKS[task], r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=target_modules,
-        use_rslora=rslora, use_dora=dora,
+    config = lora_config(
+        model, task, rank=rank, alpha=alpha, dropout=dropout, target_modules=target_modules, layers=layers,
+        rslora=rslora, dora=dora,
     )  # fmt: skip
     return _wrap("lora", model, config)
+
+
+def lora_config(
+    model: Any, task: str, *, rank: int, alpha: int, dropout: float, target_modules: str | list[str],
+    layers: int | None, rslora: bool, dora: bool = False,
+) -> Any:  # fmt: skip
+    """The options of `lora` or `qlora` as PEFT's config for a model that carries no adapter yet."""
+    return peft.LoraConfig(
+        task_type=TASKS[task], r=rank, lora_alpha=alpha, lora_dropout=dropout, use_rslora=rslora, use_dora=dora,
+        target_modules=target_modules if layers is None else _targets_in_last(model, layers, target_modules),
+    )  # fmt: skip
+
+
+def _targets_in_last(model: Any, layers: int, targets: str | list[str]) -> list[str]:
+    """Full names of the modules of the last layers that `target_modules` means. (PEFT cannot combine the two.)"""
+    from transformers.pytorch_utils import Conv1D
+
+    def meant(path: str, module: Any) -> bool:
+        if targets == "all-linear":
+            return isinstance(module, (nn.Linear, Conv1D))
+        if isinstance(targets, str):
+            return re.fullmatch(targets, path) is not None
+        return any(path == name or path.endswith(f".{name}") for name in targets)
+
+    inside = {module for layer in _last(model, layers)[1] for module in layer.modules()}
+    found = [path for path, module in model.named_modules() if module in inside and meant(path, module)]
+    if not found:
+        raise UserError(f"tuning.target_modules: {targets!r} matches nothing in the last {layers} layers")
+    return found
 
 
 @TUNING.row("ia3", **ADAPTER)
@@ -160,7 +200,7 @@ def ia3(
     return _wrap("ia3", model, config)
 
 
-@TUNING.row("qlora", **ADAPTER | {"quantized": True})
+@TUNING.row("qlora", **LORA | {"quantized": True})
 def qlora(
     model: Any,
     chat: Any,
@@ -170,6 +210,7 @@ def qlora(
     alpha: Positive = 32,
     dropout: Dropout = 0.0,
     target_modules: str | Names = "all-linear",
+    layers: Positive | None = None,
     rslora: bool = False,
 ) -> Any:
     """LoRA over a base in 4-bit NormalFloat with double quantisation (Dettmers et al. 2023). Needs a GPU.
@@ -180,8 +221,9 @@ def qlora(
         raise UserError("tuning: qlora needs a CUDA device", "Its 4-bit kernels run there.", "Use `lora`.")
     quantize(model, torch.device("cuda"), torch.bfloat16)
     return lora(
-        model, chat, task, rank=rank, alpha=alpha, dropout=dropout, target_modules=target_modules, rslora=rslora
-    )
+        model, chat, task, rank=rank, alpha=alpha, dropout=dropout, target_modules=target_modules, layers=layers,
+        rslora=rslora,
+    )  # fmt: skip
 
 
 def quantize(model: Any, device: torch.device, dtype: torch.dtype) -> None:
@@ -197,7 +239,7 @@ def quantize(model: Any, device: torch.device, dtype: torch.dtype) -> None:
         ) from None
     model.requires_grad_(False)
     kind = {"compress_statistics": True, "quant_type": "nf4"}
-    for layer in _layers(model)[1]:
+    for layer in layers_of(model)[1]:
         for path, linear in [(p, m) for p, m in layer.named_modules() if isinstance(m, nn.Linear)]:
             shape, bias = (linear.in_features, linear.out_features), linear.bias
             small = bnb.nn.Linear4bit(*shape, bias is not None, compute_dtype=dtype, **kind)
@@ -380,12 +422,16 @@ def save_result(path: Path, model: Any, chat: Any, tuning: Pick) -> None:
 
 
 def _save_adapter(folder: Path, model: Any) -> None:
-    config = model.peft_config["default"]
-    source = Path(str(model.get_base_model().name_or_path))
-    config.base_model_name_or_path = str(source.resolve()) if source.is_dir() else str(source)
+    model.peft_config["default"].base_model_name_or_path = origin_of(model)
     with merging.gathered([p for p in model.parameters() if p.requires_grad]):
         if is_main():
-            model.save_pretrained(str(folder), save_embedding_layers=False)
+            model.save_pretrained(str(folder), save_embedding_layers=False, selected_adapters=["default"])
+
+
+def origin_of(model: Any) -> str:
+    """Where the base under an adapter was loaded from: an absolute path, or a hub name."""
+    source = Path(str(model.get_base_model().name_or_path))
+    return str(source.resolve()) if source.is_dir() else str(source)
 
 
 def generation_config(model: Any, chat: Any) -> Any:

@@ -10,7 +10,7 @@ import typer
 from rlhf import options
 from rlhf.console import say, warn
 from rlhf.errors import UserError
-from rlhf.export import EXPORTERS, check_hub, export, push
+from rlhf.export import EXPORTERS, ROLES, check_hub, export, push
 
 FORMATS = "; ".join(f"{row.name}: {row.summary.rstrip('.')}" for row in EXPORTERS)
 
@@ -19,6 +19,9 @@ def command(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="The folder of a finished run.")],
     out: Annotated[Path, typer.Option("--out", help="The folder to make.")],
     format: Annotated[str, typer.Option(help=FORMATS)] = "hf",
+    role: Annotated[
+        str, typer.Option(metavar="|".join(ROLES), help="Which model of a PPO run; its critic where the roles share.")
+    ] = "policy",
     dtype: Annotated[
         str | None, typer.Option(help="float32, bfloat16 or float16, of the weights; as the run has them by default.")
     ] = None,
@@ -38,6 +41,8 @@ def command(
         exporter = EXPORTERS.pick({"name": format} | ({} if dtype is None else {"dtype": dtype}))
     except ValueError as error:
         raise UserError(f"--format: {error}") from None
+    if role not in ROLES:
+        raise UserError(f"--role {role}: there is no such role", remedy=f"One of: {', '.join(ROLES)}.")
     if private and push_to_hub is None:
         raise UserError("--private: only a folder that is pushed can be private", remedy="Add --push-to-hub.")
     if push_to_hub is not None:
@@ -45,8 +50,9 @@ def command(
         if license is None:
             warn("the card says `license: unknown`; name one with --license")
     facts = export(
-        run, out, exporter, name=push_to_hub, license=license, overwrite=overwrite, trust_remote_code=trust_remote_code
-    )
+        run, out, exporter, role=role, name=push_to_hub, license=license, overwrite=overwrite,
+        trust_remote_code=trust_remote_code,
+    )  # fmt: skip
     size = sum(file.stat().st_size for file in out.rglob("*") if file.is_file())
     say(f"Exported: {out}  {facts['parameters']:,} parameters, {facts['dtype']}, {size / 1e6:,.1f} MB")
     if facts["stop_tokens"]:

@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from rlhf import distributed, kl
 from rlhf.actor_critic import ActorCritic, adapters_off, compile_layers
@@ -40,13 +42,16 @@ from rlhf.experience import (
 from rlhf.learner import Learner, PtxBatches
 from rlhf.losses import explained_variance, importance_weights
 from rlhf.masked import masked_mean, masked_sum
+from rlhf.merging import adapters_merged
 from rlhf.models import ScalarModel, count_parameters, load_config, load_policy, load_scalar, sequence_limit
 from rlhf.packing import packs
 from rlhf.ppo_report import Clock, Moments, Reporter, rate_scale
 from rlhf.rewards import Finished, RewardContext
 from rlhf.rollout import Sampling, episode_seed
 from rlhf.runs import Run, check_same_text, data_facts, finish, open_run, parent_facts, result_of
+from rlhf.shared_base import load_shared, save_critic
 from rlhf.tokenization import ChatTokenizer, load_tokenizer
+from rlhf.trunk import gather_states, rows_of
 from rlhf.tuning import save_result
 
 KINDS = ("prompt", "demonstration", "ranking")
@@ -70,10 +75,15 @@ class PPO:
         self.chat = load_tokenizer(config.model, path)
         limit = sequence_limit(config.model, load_config(config.model, path))
         self.run = open_ppo_run(config, self.chat, resume, overwrite)
-        self.engine, self.reference = load_models(config, self.chat, path)
+        self.shared, rewards = None, {}
+        if config.model.sharing == "shared":
+            self.shared = shared = load_shared(config, self.chat)
+            self.engine, self.reference, rewards = shared.engine, shared.reference, shared.scorers
+        else:
+            self.engine, self.reference = load_models(config, self.chat, path)
         self.vocab_size = load_config(config.model, path).get_text_config().vocab_size
         self.packed = packs(self.engine, self.engine.module.policy, self.vocab_size, config.update.packing)
-        self.reward = config.reward(RewardContext(config.model, self.chat, self.engine.freeze))
+        self.reward = config.reward(RewardContext(config.model, self.chat, self.engine.freeze, rewards))
         room = min(config.data.max_prompt_tokens, limit - config.rollout.max_new_tokens)
         if room < 1:
             raise UserError(f"rollout.max_new_tokens leaves no room for a prompt in the model's {limit} tokens")
@@ -113,6 +123,8 @@ class PPO:
             if self.done % config.checkpoints.every == 0 or last:
                 self.save()
         save_result(self.run.path, self.engine.module.policy, self.chat, config.tuning)
+        if self.shared is not None:
+            save_critic(self.run.path, self.engine.module)
         finish(self.run, metrics=self.reporter.headline())
         self.reporter.close()
 
@@ -142,7 +154,7 @@ class PPO:
         # 6. minibatch updates
         rate = rate_scale(config.optimizer, number, config.updates)
         with clock("learn"):
-            learned = self.learner.learn(experience, advantages, batcher, plans, number, rate)
+            learned = self.learner.learn(experience, advantages, batcher.over(experience.trunk), plans, number, rate)
         figures = describe(experience, scores, rewards, advantages.returns)
         self.controller.update(figures["kl"], len(mask))
         return figures | {"kl_coef": coef, "lr": rate * config.optimizer.policy_lr} | learned | clock.figures(rollout)
@@ -169,7 +181,8 @@ class PPO:
             c.max_new_tokens, c.min_new_tokens, c.temperature, c.top_k, c.top_p, tuple(c.stop), c.batch_size
         )
         mine = torch.arange(len(prompts.ids)).tensor_split(distributed.world_size())[distributed.rank()].tolist()
-        with self.engine.gathered(policy), torch.compiler.set_stance("force_eager"):
+        merged = adapters_merged(policy) if c.merge_adapters else nullcontext()
+        with self.engine.gathered(policy), merged, torch.compiler.set_stance("force_eager"):
             ids, seeds = [prompts.ids[i] for i in mine], [prompts.seeds[i] for i in mine]
             answers = c.sampler(policy, ids, seeds, sampling, self.chat)
         return Rollout(prompts, gather_answers(answers, mine[0] if mine else 0))
@@ -187,7 +200,10 @@ class PPO:
         episodes: list[int] = []
         columns: list[Tensor] = []
         scores: list[Tensor] = []
+        trunk: dict[int, Tensor] = {}
         for batch in (batch for share in plan for batch in batcher.share(share)):
+            if self.shared is not None:
+                batch = self.shared.prepared(batch)
             mine = self.engine(batch, temperature)
             if self.reference is not None:
                 reference = self.reference(batch, temperature)
@@ -198,6 +214,7 @@ class PPO:
             columns.append(torch.stack([mine.logprobs, reference.logprobs, values, mine.entropies], dim=1))
             scores.append(self._rewards(rollout, batcher, batch)[: len(batch.rows)])
             episodes += batch.rows
+            trunk |= gather_states(batch) if batch.trunk is not None else {}
         tokens = gather_tokens(torch.cat(columns), episodes, rollout.lengths)
         order = distributed.all_gather_rows(
             torch.tensor(episodes, dtype=torch.int64, device=distributed.device())
@@ -210,13 +227,14 @@ class PPO:
         if most is not None and sampled is not None:
             importance = importance_weights(tokens[0], sampled, rollout.response_mask, most)
         scored = torch.zeros_like(found).index_copy(0, order, found)
-        return Experience(rollout, tokens[0], tokens[1], values, scored, entropy, importance)
+        return Experience(rollout, tokens[0], tokens[1], values, scored, entropy, importance, trunk or None)
 
     def _rewards(self, rollout: Rollout, batcher: Batcher, batch: MicroBatch) -> Tensor:
         rows = batch.rows or [0]  # a filler: under ZeRO-3 every rank calls the reward model alike
         answers = [self.chat.decode(rollout.answers[i].ids) for i in rows]
         messages = [rollout.prompts.messages[i] for i in rows]
-        scores: Tensor = self.reward(Finished(messages, answers, *batcher.padded(batch.rows)))
+        states = None if batch.trunk is None else pad_sequence(rows_of(batch), batch_first=True)
+        scores: Tensor = self.reward(Finished(messages, answers, *batcher.padded(batch.rows), states))
         if not torch.isfinite(scores).all():
             worst = int((~torch.isfinite(scores)).nonzero()[0])
             raise UserError(
