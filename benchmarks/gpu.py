@@ -16,7 +16,8 @@ Decoding must read, at every step, the weights once and the keys and values of a
 Training must compute, for T tokens of which A are the answers', on sequences of S tokens:
     6 x T x weights of the linear layers + 6 x A x (vocabulary x width) + 6 x T x S x width x layers,
 the last for causal attention, half of the square. What is computed twice to save memory is not work that had to be
-done, so it is told apart: always the head's logits, 2 x A x (vocabulary x width).
+done, so it is told apart: always the head's logits, 2 x A x (vocabulary x width); with gradient checkpointing a whole
+forward pass.
 """
 
 from __future__ import annotations
@@ -89,6 +90,8 @@ class Setting:
     micro_batch_tokens: int
     seconds: int
     """For each side, the models' loading included."""
+    compile: bool = False
+    gradient_checkpointing: bool = False
 
     def update_flops(self, episodes: int) -> dict[str, float]:
         """Operations that scoring and learning need in one update, and those that learning does twice."""
@@ -96,7 +99,7 @@ class Setting:
         tokens = episodes * length
         policy = self.policy.forward_flops(tokens, length, answers)
         critic = self.critic.forward_flops(tokens, length, 0)
-        twice = 2.0 * answers * self.policy.head
+        twice = policy + critic if self.gradient_checkpointing else 2.0 * answers * self.policy.head
         return {"score": 2 * policy + 2 * critic, "learn": 3 * (policy + critic), "twice": twice}
 
     def decode_bytes(self, steps: int, columns: int, element: int) -> float:
@@ -220,6 +223,7 @@ def measure(
         "batch_size": setting.batch_size,
         "micro_batch_tokens": setting.micro_batch_tokens,
         "seconds": setting.seconds,
+        "update": {"compile": setting.compile, "gradient_checkpointing": setting.gradient_checkpointing},
         "profile": str(profile) if profile else None,
     }
     file, result = folder / "spec.json", folder / f"{side}.json"
@@ -323,6 +327,8 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, help="Sequences that we decode at a time.")
     parser.add_argument("--micro-batch-tokens", type=int, help="Tokens of a pass in training, of either side.")
     parser.add_argument("--seconds", type=int, help="For each side.")
+    parser.add_argument("--compile", action="store_true", help="Ours with update.compile.")
+    parser.add_argument("--gradient-checkpointing", action="store_true", help="Ours with it; TRL's default is its own.")
     parser.add_argument("--profile", action="store_true", help="Instead, write profile-PHASE.txt of a short update.")
     args = parser.parse_args()
     here = machine()
@@ -330,7 +336,8 @@ def main() -> None:
     if not here["gpu_bytes"]:
         torch.set_num_threads(1)
         os.environ |= {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
-    given = {"batch_size": args.batch_size, "micro_batch_tokens": args.micro_batch_tokens, "seconds": args.seconds}
+    names = ("batch_size", "micro_batch_tokens", "seconds", "compile", "gradient_checkpointing")
+    given = {name: getattr(args, name) for name in names}
     limits = ceilings()
     setting = setting_for(here["gpu_bytes"], limits["flops"])
     setting = replace(setting, **{key: value for key, value in given.items() if value})

@@ -59,10 +59,13 @@ for line in tomllib.load(open("pyproject.toml", "rb"))["project"]["dependencies"
 END
 }
 
-make_venv() { # $1 with the project's packages; what $1 has already stays, its torch above all
+make_venv() { # $1 with the project's packages; with "keep", what $1 has already stays, its torch above all
   echo "Installing into .gpu/venv what $1 lacks" >&2
-  "$1" -m venv .gpu/venv
-  "$1" -c 'import site; print("\n".join(site.getsitepackages()))' > "$(echo .gpu/venv/lib/python3*/site-packages)/outer.pth"
+  [ "$1" = .gpu/venv/bin/python ] || "$1" -m venv --clear .gpu/venv || return 1
+  if [ "${2:-}" = keep ] && [ "$1" != .gpu/venv/bin/python ]; then
+    "$1" -c 'import site; print("\n".join(site.getsitepackages()))' \
+      > "$(echo .gpu/venv/lib/python3*/site-packages)/outer.pth"
+  fi
   .gpu/venv/bin/python -m pip install -q -e .
 }
 
@@ -96,7 +99,7 @@ if [ -n "$(lacks "$python")" ]; then
     "$python" -m pip install -q --no-index --no-deps --no-compile --target "$site" "$wheels"/*.whl
     export PYTHONPATH=$site${PYTHONPATH:+:$PYTHONPATH}
   else
-    make_venv "$python" && python=.gpu/venv/bin/python || true
+    make_venv "$python" keep && python=.gpu/venv/bin/python || true
   fi
 fi
 missing=$(lacks "$python")

@@ -125,7 +125,7 @@ def our_config(spec: dict[str, Any]) -> dict[str, Any]:
             "min_new_tokens": spec["new_tokens"],  # every answer has its full length
             "batch_size": spec["batch_size"],
         },
-        "update": {"epochs": 1, "minibatches": 1, "micro_batch_tokens": spec["micro_batch_tokens"]},
+        "update": {"epochs": 1, "minibatches": 1, "micro_batch_tokens": spec["micro_batch_tokens"], **spec["update"]},
     }
 
 

@@ -6,10 +6,10 @@
     python benchmarks/scaling.py --model-table          # the table of docs/scaling.md (--machine h200: of an H200)
 
 A random Llama (4 layers, 3.4M parameters, 512 tokens) is policy, critic, reference and reward model; answers have a
-fixed length; float32, one thread a process. Stage 3's thresholds are shrunk as the model is, so that DeepSpeed gathers
-and releases weights as it does for a large one. Each run is a process (or two) of its own; its first update is not
-measured. As root on Linux the processes run in a network namespace of their own, and the bytes through its loopback
-device check those that are counted.
+fixed length; float32, one thread a process. DeepSpeed's buffers and thresholds are shrunk as the model is, so that it
+gathers and releases weights as it does for a large one. Each run is a process (or two) of its own; its first update
+is not measured. As root on Linux the processes run in a network namespace of their own, and the bytes through its
+loopback device check those that are counted.
 """
 
 from __future__ import annotations
@@ -43,6 +43,10 @@ AXES = {
     "K": (2, 4, 8, 16),
 }
 """What grows in `cost`: the first three in PPO, K in the reward model, per ranking."""
+
+
+TIDY = {"MALLOC_MMAP_THRESHOLD_": "262144", "MALLOC_TRIM_THRESHOLD_": "262144"}
+"""The C library gives freed tensors back to the system at once, so that the peaks of the phases are their own."""
 
 
 @dataclass(frozen=True)
@@ -85,17 +89,14 @@ def write_prompts(path: Path) -> None:
 
 
 def zero_settings(stage: int, parameters: int) -> dict[str, Any]:
-    """configs/deepspeed's file for a stage; stage 3's thresholds are to the model what the defaults are to 8B."""
+    """configs/deepspeed's file for a stage; buffers and thresholds are to the model what the defaults are to 8B."""
     file = ROOT / "configs" / "deepspeed" / f"zero{stage}.json"
     settings: dict[str, Any] = json.loads(file.read_text("utf-8"))
+    zero, billion = settings["zero_optimization"], parameters // 8
+    zero |= {"reduce_bucket_size": billion // 2, "allgather_bucket_size": billion // 2}
     if stage == 3:
-        billion = parameters // 8
-        settings["zero_optimization"] |= {
-            "stage3_param_persistence_threshold": 1000,
-            "stage3_max_reuse_distance": billion,
-            "stage3_max_live_parameters": billion,
-            "stage3_prefetch_bucket_size": billion // 20,
-        }
+        zero |= {"stage3_max_reuse_distance": billion, "stage3_max_live_parameters": billion}
+        zero |= {"stage3_prefetch_bucket_size": billion // 20, "stage3_param_persistence_threshold": 1000}
     return settings
 
 
@@ -177,7 +178,11 @@ def predicted(setting: Setting) -> dict[str, float]:
 
 def compare_processes(hidden: int, episodes: int, updates: int) -> None:
     """Print time and memory, then bytes as predicted, counted and seen on the loopback device."""
-    print("| run | s an update | speed-up | rollout | score | learn | peak MB a rank |\n|" + " --- |" * 7)
+    os.environ |= TIDY
+    print(
+        "| run | s an update | speed-up | rollout, score, learn | peak MB a rank: load, rollout, score, learn, save |"
+    )
+    print("|" + " --- |" * 5)
     model, job = replace(TINY, hidden=hidden, ffn=TINY.ffn * hidden // TINY.hidden), replace(JOB, episodes=episodes)
     base, traffic = 0.0, []
     for stage in (None, 0, 1, 2, 3):
@@ -186,8 +191,9 @@ def compare_processes(hidden: int, episodes: int, updates: int) -> None:
         phases = [seconds(found[0], phase) for phase in PHASES]
         base = base or sum(phases)
         name = "1 process" if stage is None else f"2 processes, ZeRO {stage}"
-        cells = [f"{sum(phases):.2f}", f"{base / sum(phases):.2f}x", *(f"{phase:.2f}" for phase in phases)]
-        print(f"| {name} | {' | '.join(cells)} | {max(rank['peak_mb'] for rank in found):,.0f} |", flush=True)
+        peaks = [max(rank["peak_mb"][phase] for rank in found) for phase in ("load", *PHASES, "save")]
+        told = ", ".join(f"{phase:.2f}" for phase in phases), ", ".join(f"{peak:,.0f}" for peak in peaks)
+        print(f"| {name} | {sum(phases):.2f} | {base / sum(phases):.2f}x | {' | '.join(told)} |", flush=True)
         if stage is not None:
             traffic += byte_rows(setting, found[0]["updates"][-1])
     print("\n| ZeRO | phase | MB a rank sends, predicted | counted | predicted / counted | on the loopback device |")
@@ -223,7 +229,7 @@ def cost(axis: str, size: int, updates: int) -> dict[str, Any]:
         setting = replace(setting, job=replace(setting.job, **{field: size}))
     (found,) = measure(setting)
     phases = [statistics.median(u["processor"][phase] for u in found["updates"][1:]) for phase in PHASES]
-    return {"axis": axis, "size": size, "phases": phases, "mb": found["peak_mb"]}
+    return {"axis": axis, "size": size, "phases": phases, "mb": max(found["peak_mb"].values())}
 
 
 def compare_costs(axes: Sequence[str], updates: int, file: Path | None) -> None:

@@ -14,7 +14,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -39,8 +39,16 @@ def loopback_bytes() -> int:
     return int(found.group(1).split()[8]) if found else 0
 
 
+def resident_peak() -> float:
+    """Most memory that this process had since the last call, MB; since its start where that cannot be reset."""
+    status = Path("/proc/self/status").read_text("ascii")
+    with suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5", "ascii")
+    return int(re.search(r"VmHWM:\s+(\d+)", status).group(1)) / 1024  # type: ignore[union-attr]
+
+
 class Traffic:
-    """Bytes by phase of the update that is under way."""
+    """Bytes, processor seconds and peak memory by phase of the update that is under way."""
 
     def __init__(self) -> None:
         self.phase = "other"
@@ -48,6 +56,7 @@ class Traffic:
         self.calls: Counter[str] = Counter()
         self.loopback: Counter[str] = Counter()
         self.processor: Counter[str] = Counter()
+        self.peak: Counter[str] = Counter()
         for name, (whole, times) in WIRE.items():
             setattr(dist, name, self._counted(getattr(dist, name), name, whole, times))
 
@@ -68,15 +77,17 @@ class Traffic:
     @contextmanager
     def during(self, phase: str) -> Iterator[None]:
         """Count under this name."""
+        resident_peak()
         self.phase, before, begun = phase, loopback_bytes(), time.process_time()
         yield
+        self.peak[phase] = resident_peak()
         self.processor[phase] += time.process_time() - begun
         self.loopback[phase] += loopback_bytes() - before
         self.phase = "other"
 
     def take(self) -> dict[str, dict[str, float]]:
-        """What was counted since the last call, and processor seconds by phase."""
-        names = ("sent", "calls", "loopback", "processor")
+        """What was counted since the last call."""
+        names = ("sent", "calls", "loopback", "processor", "peak")
         found = {name: dict(getattr(self, name)) for name in names}
         for name in names:
             getattr(self, name).clear()
@@ -89,7 +100,7 @@ def main(spec: dict[str, Any], result: Path) -> None:
     import stages.ppo
     from rlhf.config import PPOConfig
     from rlhf.config_file import check_config
-    from rlhf.ppo_report import Clock, peak_memory_gb
+    from rlhf.ppo_report import Clock
 
     class PhaseClock(Clock):
         @contextmanager
@@ -100,8 +111,9 @@ def main(spec: dict[str, Any], result: Path) -> None:
     stages.ppo.Clock = PhaseClock  # type: ignore[misc]
     config = check_config(PPOConfig, spec, "benchmark")
     stages.ppo.distributed.start(config.timeout_seconds, config.deepspeed is not None)
-    base = peak_memory_gb()
+    base = resident_peak()
     stage = stages.ppo.PPO(config, resume=False, overwrite=True)
+    load = resident_peak()
     update, updates = stage.update, []
 
     def counted(number: int) -> dict[str, float]:
@@ -112,7 +124,8 @@ def main(spec: dict[str, Any], result: Path) -> None:
 
     stage.update = counted  # type: ignore[method-assign]
     stage.train()
-    found = {"updates": updates, "peak_mb": 1000 * (peak_memory_gb() - base)}
+    peaks = {"load": load, **updates[-1]["peak"], "save": resident_peak()}
+    found = {"updates": updates, "peak_mb": {phase: peak - base for phase, peak in peaks.items()}}
     result.with_name(f"{result.name}-{os.environ.get('RANK', '0')}").write_text(json.dumps(found), "utf-8")
 
 

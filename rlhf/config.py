@@ -370,6 +370,10 @@ class PPOConfig(StageConfig):
         for key, pick in (("tuning", self.tuning), ("critic.tuning", self.critic.tuning)):
             if pick.row.traits["prompt_learning"]:
                 faults.append(f"{key}: {pick.name!r} is for SFT alone: log-probs and values do not see virtual tokens")
+            if pick.options.get("dropout"):
+                faults.append(
+                    f"{key}.dropout: PPO's ratio needs the same numbers in scoring and learning; leave it out"
+                )
         if self.rollout.merge_adapters and not self.tuning.row.traits["adapter"]:
             faults.append(f"rollout.merge_adapters: tuning {self.tuning.name!r} has no adapter")
         if self.model.sharing == "shared":
@@ -387,8 +391,6 @@ class PPOConfig(StageConfig):
                 faults.append(f"{key}: {pick.name!r} with model.sharing `shared`, which needs `lora` or `qlora`")
             elif pick.name != self.tuning.name:
                 faults.append(f"{key}: {pick.name!r} beside tuning {self.tuning.name!r}: they lie over one base")
-            elif pick.options["dropout"]:
-                faults.append(f"{key}.dropout: must be 0 with model.sharing `shared`, or log-probs would be random")
         if self.update.compile:
             faults.append("update.compile: not with model.sharing `shared`, whose layers change their adapters")
         return faults

@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, OPTConfi
 
 from rlhf.config import ModelConfig, PPOOptimizerConfig
 from rlhf.engine import make_engine
+from rlhf.errors import UserError
 from rlhf.models import load_policy, token_logprobs
 from stages.ppo import PPO
 
@@ -91,6 +92,12 @@ def test_dropout_is_off_wherever_a_family_keeps_it(folder):
     model = load(folder).train()
     first = model(IDS).logits
     assert torch.equal(first, model(IDS).logits)
+
+
+@pytest.mark.parametrize("key", ["tuning", "critic__tuning"])
+def test_dropout_in_adapters_is_refused_in_ppo(key, tmp_path):
+    with pytest.raises(UserError, match=r"tuning\.dropout: PPO's ratio"):
+        test_ppo.config(tmp_path / "run", "prompts", **{key: {"name": "lora", "dropout": 0.1}})
 
 
 def test_recomputed_activations_change_no_number(tmp_path, prompts):

@@ -318,7 +318,7 @@ def test_a_base_that_has_changed_since_is_refused(tmp_path, prompts):
         ({"critic__tuning": "full"}, r"critic.tuning: 'full' with model.sharing"),
         ({"update__compile": True}, r"update.compile: not with"),
         ({"rollout__merge_adapters": True, "tuning": "full"}, r"merge_adapters: tuning 'full' has no adapter"),
-        ({"tuning": {**LORA, "dropout": 0.1}}, r"tuning.dropout: must be 0"),
+        ({"tuning": {**LORA, "dropout": 0.1}}, r"tuning.dropout: PPO's ratio needs the same numbers"),
         ({"tuning": {"name": "qlora", "rank": 4, "alpha": 8}}, r"critic.tuning: 'lora' beside tuning 'qlora'"),
     ],
 )
