@@ -14,7 +14,8 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
-from rlhf.config import PipelineConfig, PPOConfig, RewardConfig, SFTConfig, StageConfig
+from rlhf.config import PPOConfig, RewardConfig, SFTConfig, StageConfig
+from rlhf.pipeline_config import PipelineConfig
 from rlhf.table import Pick, Row, Table
 
 SECTIONS: dict[str, tuple[type[BaseModel], str]] = {

@@ -20,13 +20,14 @@ from typing import Any
 
 from data_tools.rounds import Round, collect, is_dataset, sources, untaken
 from rlhf import entry
-from rlhf.config import STAGES, DataConfig, PipelineConfig, RoundsConfig, StageConfig
+from rlhf.config import STAGES, DataConfig, StageConfig
 from rlhf.config_file import load_config
 from rlhf.console import number, say, table
 from rlhf.data import eval_records, open_all, train_records
 from rlhf.errors import UserError
 from rlhf.export import check_out
 from rlhf.launch import PARENT, run_child
+from rlhf.pipeline_config import PipelineConfig, RoundsConfig
 from rlhf.plan import check
 from rlhf.runs import check_run_folder, is_run, read_run
 from rlhf.schema import KINDS

@@ -12,8 +12,9 @@ import pytest
 import typer
 
 from data_tools.importers import docs
-from rlhf.config import STAGES, PipelineConfig
+from rlhf.config import STAGES
 from rlhf.config_file import load_config
+from rlhf.pipeline_config import PipelineConfig
 from stages.cli import app
 
 REPOSITORY = Path(__file__).resolve().parents[1]

@@ -17,9 +17,9 @@ import yaml
 from rows import jsonl
 
 from data_tools.rounds import Round
-from rlhf.config import PipelineConfig
 from rlhf.config_file import check_config, dump_config
 from rlhf.errors import UserError
+from rlhf.pipeline_config import PipelineConfig
 from rlhf.schema import SCHEMA_VERSION, to_dict
 from rlhf.store import open_dataset
 from stages import pipeline
