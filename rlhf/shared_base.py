@@ -193,6 +193,7 @@ def build(config: PPOConfig, roles: SharedRoles, chat: ChatTokenizer) -> tuple[S
         trained = [*module.adapter(role), *(module.heads[role].parameters() if role in module.heads else [])]
         groups.append({"params": [parameter.requires_grad_(True) for parameter in trained], "lr": rate})
     if config.update.gradient_checkpointing:
+        policy.train()  # transformers recomputes in training mode alone; it changes nothing else, dropout is off
         policy.gradient_checkpointing_enable({"use_reentrant": False, "context_fn": module.recompute})
     return module, groups
 
