@@ -1,0 +1,199 @@
+"""Peak memory: what `rlhf plan` predicts against what is measured, and PPO's against TRL 1.12.0's.
+
+    python benchmarks/memory.py --plan                       # predicted and measured peaks by phase
+    pip install --no-deps --target /tmp/trl112 trl==1.12.0
+    python benchmarks/memory.py --trl /tmp/trl112            # against TRL's
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+SHARED = ROOT.parent / "shared"
+sys.path.insert(0, str(ROOT))
+PHASES = ("load", "rollout", "scoring", "update", "checkpoint")
+SMALL, MIDDLE, WIDE = (
+    {"hidden_size": 320, "intermediate_size": 864, "layers": 6, "heads": 5},
+    {"hidden_size": 384, "intermediate_size": 1536, "layers": 8, "heads": 6},
+    {"hidden_size": 192, "intermediate_size": 512, "layers": 4, "heads": 3},
+)
+
+
+def ppo(tokens: int, prompt: int, new: int, episodes: int = 16, **more: Any) -> dict[str, Any]:
+    """Values of a PPO config."""
+    update = {"epochs": 1, "minibatches": 2, "micro_batch_tokens": tokens} | more.pop("update", {})
+    return {
+        "updates": 2,
+        "reward": {"name": "function", "function": "memory_side:reward"},
+        "critic": {"init": "policy"} | more.pop("critic", {}),
+        "data": {"max_prompt_tokens": prompt},
+        "rollout": {"prompts_per_update": episodes, "max_new_tokens": new, "min_new_tokens": new},
+        "update": update,
+        "eval": {"prompts": 0, "every": 2},
+        "checkpoints": {"every": 2},
+        **more,
+    }
+
+
+def trainer(rows: int, length: int, **more: Any) -> dict[str, Any]:
+    """Values of an SFT or reward config."""
+    batch = {"micro_batch_size": rows, "batch_size": 2 * rows, "max_steps": 2} | more.pop("batch", {})
+    return {"batch": batch, "length": length, "eval_every": 2, "checkpoints": {"every": 2}, **more}
+
+
+LORA = {"name": "lora", "rank": 16}
+CONFIGS: dict[str, tuple[str, dict[str, int], int, int, dict[str, Any]]] = {
+    "SFT, full": ("sft", MIDDLE, 32_000, 1, trainer(4, 256)),
+    "SFT, lora, recomputing": ("sft", MIDDLE, 32_000, 1, trainer(16, 256, tuning=LORA, batch={"gradient_checkpointing": True})),
+    "reward, full": ("reward", MIDDLE, 32_000, 1, trainer(2, 256)),
+    "PPO, full": ("ppo", SMALL, 32_000, 1, ppo(2048, 64, 192)),
+    "PPO, short answers": ("ppo", SMALL, 32_000, 1, ppo(4096, 64, 32, 64)),
+    "PPO, recomputing": ("ppo", SMALL, 32_000, 1, ppo(4096, 64, 192, update={"gradient_checkpointing": True})),
+    "PPO, lora": ("ppo", MIDDLE, 32_000, 1, ppo(2048, 64, 192, tuning=LORA, critic={"tuning": LORA})),
+    "PPO, vocabulary 150k": ("ppo", WIDE, 150_000, 1, ppo(2048, 64, 192)),
+    "PPO, vocabulary 512": ("ppo", SMALL, 512, 1, ppo(4096, 64, 192)),
+    "SFT, ZeRO-2 x 2": ("sft", MIDDLE, 32_000, 2, trainer(2, 256, deepspeed="configs/deepspeed/zero2.json")),
+    "PPO, ZeRO-2 x 2": ("ppo", SMALL, 32_000, 2, ppo(1024, 64, 192, deepspeed="configs/deepspeed/zero2.json")),
+    "PPO, ZeRO-3 x 2": ("ppo", SMALL, 32_000, 2, ppo(1024, 64, 192, deepspeed="configs/deepspeed/zero3.json")),
+}  # fmt: skip
+
+
+# ---- models and data ---------------------------------------------------------------------------------------------
+
+
+def make_model(folder: Path, shape: dict[str, int], vocabulary: int) -> int:
+    """A Llama with random weights, heads of 64, tied embeddings and the tokenizer of stories260K; its parameters."""
+    import shutil
+
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    source = SHARED / "models" / "stories260K"
+    config = LlamaConfig(
+        vocab_size=vocabulary, hidden_size=shape["hidden_size"], intermediate_size=shape["intermediate_size"],
+        num_hidden_layers=shape["layers"], num_attention_heads=shape["heads"], num_key_value_heads=shape["heads"],
+        max_position_embeddings=2048, tie_word_embeddings=True, bos_token_id=1, eos_token_id=2, pad_token_id=None,
+    )  # fmt: skip
+    model = LlamaForCausalLM(config)
+    model.save_pretrained(folder)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(source / name, folder / name)
+    return sum(p.numel() for p in model.parameters())
+
+
+def text_of(tokens: int, number: int) -> str:
+    """A text of so many tokens or a few less, other ones for other numbers."""
+    lines = (SHARED / "data" / "text" / "tinystories_1000.jsonl").read_text("utf-8").splitlines()
+    text = " ".join(json.loads(line)["text"] for line in lines[number % 900 : number % 900 + 12])
+    words = text[: tokenizer_of().encode(text).offsets[tokens - 1][0]].split()
+    return " ".join(words)
+
+
+def tokenizer_of() -> Any:
+    """The tokenizer of stories260K."""
+    from tokenizers import Tokenizer
+
+    return Tokenizer.from_file(str(SHARED / "models" / "stories260K" / "tokenizer.json"))
+
+
+def write_data(stage: str, values: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """Rows as long as the config lets them be; the values that name them."""
+    file = folder / f"{stage}.jsonl"
+    rows: list[dict[str, Any]] = []
+    if stage == "ppo":
+        longest = values["data"]["max_prompt_tokens"]
+        rows = [{"prompt": f"{i} " + text_of(longest + 8, 7 * i), "source": "x", "split": "train"} for i in range(64)]
+        file.write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
+        return values | {"data": values["data"] | {"prompts": str(file)}}
+    length = values.pop("length")
+    for i in range(80):
+        row: dict[str, Any] = {"prompt": f"{i} " + text_of(12, 11 * i), "source": "x"}
+        row["split"] = "eval" if i % 10 == 0 else "train"
+        if stage == "sft":
+            row["answer"] = text_of(length - 26, 11 * i + 1)
+        else:
+            row |= {"candidates": [text_of(length - 26, 11 * i + 1 + k) for k in range(2)], "ranks": [1, 2]}
+        rows.append(row)
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
+    return values | {"data": {"train": str(file)}}
+
+
+# ---- prediction against measurement --------------------------------------------------------------------------------
+
+
+def measure(stage: str, config: dict[str, Any], processes: int, folder: Path) -> dict[str, int]:
+    """Peaks by phase above the imports, the largest of all ranks, bytes."""
+    spec = {"stage": stage, "config": config, "result": str(folder / "result")}
+    (folder / "spec.json").write_text(json.dumps(spec), "utf-8")
+    env = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "benchmarks")]), "HF_HUB_OFFLINE": "1"}
+    env |= {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+    program = [sys.executable, *(launcher if processes > 1 else []), str(ROOT / "benchmarks" / "memory_side.py")]
+    done = subprocess.run([*program, str(folder / "spec.json")], capture_output=True, text=True, env=env, cwd=ROOT, timeout=240)
+    if done.returncode:
+        raise SystemExit(f"{stage}:\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}")
+    ranks = [json.loads((folder / f"result-{r}.json").read_text("utf-8"))["peaks"] for r in range(processes)]
+    return {phase: max(rank[phase] for rank in ranks) for phase in ranks[0] if phase in PHASES}
+
+
+def predicted(stage: str, config: dict[str, Any], processes: int, longest: int) -> dict[str, float]:
+    """The same as `rlhf plan` reckons it, without a GPU."""
+    from rlhf.config import STAGES
+    from rlhf.config_file import check_config
+    from rlhf.footprint import Passes, limit_of, work_of
+    from rlhf.memory import Division, predict
+    from rlhf.zero import read_deepspeed
+
+    checked = check_config(STAGES[stage], config, "benchmark")
+    division = Division.of(read_deepspeed(checked.deepspeed) if checked.deepspeed else None)
+    work = work_of(checked, limit_of(checked), processes, longest)
+    passes = Passes(checked, work, halves=False, cast=division.stage is not None, fused_step=False)
+    found = predict(passes, division, processes, gpu=False)
+    if os.environ.get("DEBUG"):
+        for k, v in found.phases.items():
+            print(k, {a: round(b/1e6) for a, b in v.parts.items()}, file=sys.stderr)
+    return {phase: moment.total for phase, moment in found.phases.items()}
+
+
+def compare(names: list[str], folder: Path) -> None:
+    """The table, a row for each config and its highest phase, and one for each phase below it."""
+    print("| run | parameters | phase | predicted MB | measured MB | error |\n|---|---|---|---|---|---|")
+    for name in names:
+        stage, shape, vocabulary, processes, values = CONFIGS[name]
+        place = Path(tempfile.mkdtemp(dir=folder))
+        count = make_model(place / "model", shape, vocabulary)
+        values = json.loads(json.dumps(values))
+        longest = values["data"]["max_prompt_tokens"] if stage == "ppo" else values["length"]
+        config = write_data(stage, values, place) | {
+            "run": str(place / "run"), "model": {"path": str(place / "model"), "chat_template": "plain"}
+        }  # fmt: skip
+        guess, found = predicted(stage, config, processes, longest), measure(stage, config, processes, place)
+        highest = (max(guess.values()), max(found.values()))
+        for phase, pair in {"peak": highest, **{p: (guess[p], found[p]) for p in PHASES if p in found}}.items():
+            head = [name, f"{count / 1e6:.1f}M"] if phase == "peak" else ["", ""]
+            cells = [*head, phase, f"{pair[0] / 1e6:,.0f}", f"{pair[1] / 1e6:,.0f}", f"{pair[0] / pair[1] - 1:+.0%}"]
+            print("| " + " | ".join(cells) + " |", flush=True)
+
+
+def main() -> None:
+    """Print the tables."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--plan", action="store_true", help="Compare predictions with measurements.")
+    parser.add_argument("--only", nargs="+", choices=CONFIGS, default=list(CONFIGS), help="Of the predictions' configs.")
+    args = parser.parse_args()
+    print(time.strftime("%Y-%m-%d %H:%M"))
+    with tempfile.TemporaryDirectory() as folder:
+        if args.plan:
+            compare(args.only, Path(folder))
+
+
+if __name__ == "__main__":
+    main()

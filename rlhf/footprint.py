@@ -1,0 +1,420 @@
+"""Which models a config brings together, and what their passes hold: the real modules run on imagined tensors.
+
+`roles` says who is there, `work_of` how large the largest batches are, `Passes` what each pass holds beside weights.
+A deep model is imagined twice with few of its layers, since they are alike, and the line is drawn on from there.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor, nn
+
+from rlhf import kv_cache
+from rlhf.actor_critic import ActorCritic
+from rlhf.config import ModelConfig, PPOConfig, RewardConfig, SFTConfig, StageConfig
+from rlhf.errors import UserError
+from rlhf.experience import MicroBatch
+from rlhf.meter import CACHE, GRADIENTS, OPTIMIZER, Meter, Moment, imagined, materialise
+from rlhf.models import ScalarModel, causal_lm, head_chunks, load_config, sequence_limit
+from rlhf.rollout import Sampling, choose
+from rlhf.runs import result_of
+from rlhf.table import Pick
+from rlhf.tuning import TUNING
+
+Moments = dict[str, Moment]
+
+
+# ---- who is there ------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Role:
+    """A model of a run."""
+
+    name: str
+    path: str
+    scalar: bool
+    """It has a scalar head in place of the language model's."""
+    tuning: Pick | None
+    """What of it is trained; None for a frozen one, which stands beside the engine in the computation's dtype."""
+
+
+def roles(config: StageConfig) -> list[Role]:
+    """The models that a stage holds at the same time. Those that are trained come first."""
+    if isinstance(config, SFTConfig):
+        return [Role("policy", config.model.path, False, config.tuning)]
+    if isinstance(config, RewardConfig):
+        return [Role("reward model", config.model.path, True, config.tuning)]
+    assert isinstance(config, PPOConfig)
+    path, found = config.model.path, [Role("policy", config.model.path, False, config.tuning)]
+    if config.needs_critic:
+        start = str(config.reward_model) if config.critic.init == "reward" else path
+        found.append(Role("critic", start, True, config.critic.tuning))
+    if not config.tuning.row.traits["adapter"]:
+        found.append(Role("reference", path, False, None))
+    terms = config.reward.options["terms"] if config.reward.name == "sum" else [config.reward.options]
+    return found + [Role("reward model", term["path"], True, None) for term in terms if "path" in term]
+
+
+def architecture(config: ModelConfig, path: str, base: str | None = None) -> Any:
+    """The Hugging Face config of a model on this disk; of `base` where `path` is a run that is still to come.
+
+    Raises:
+        UserError: No config.json there. Nothing is downloaded for a prediction.
+    """
+    for place in (path, base):
+        try:
+            folder = Path(result_of(place)) if place else None
+        except UserError:  # a run of an earlier stage, not made or not finished yet
+            folder = None
+        if folder is not None and (folder / "config.json").is_file():
+            return load_config(config, str(folder))
+    where = f"{path} is" if base is None else f"neither {path} nor --base {base} is"
+    raise UserError(
+        f"{where} a folder with a config.json, nor a finished run",
+        "The prediction needs the model's shapes; it downloads nothing.",
+        "Name a local folder, such as `hf download NAME config.json --local-dir FOLDER` makes, with --base FOLDER.",
+    )
+
+
+# ---- how much work -----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Work:
+    """The largest batches of one process, as far as the config bounds them. Lengths are in tokens."""
+
+    rows: int
+    """Sequences of a micro-batch."""
+    width: int
+    """Of the longest sequence."""
+    wanted: int
+    """Tokens of a micro-batch whose log-probs are asked for."""
+    passes: int
+    """Micro-batches of an optimizer step."""
+    sequences: int = 0
+    """Decoded together in a rollout."""
+    prompt: int = 0
+    """Longest prompt."""
+    joins: bool = False
+    """Whether further prompts enter while others are decoded."""
+
+
+def work_of(config: StageConfig, limit: int, processes: int, longest: int | None = None, answers: int = 2) -> Work:
+    """The work of a config.
+
+    Args:
+        config: A stage's config.
+        limit: Longest sequence that the model takes.
+        processes: How many share the work.
+        longest: Tokens of the longest prompt (PPO) or row (other stages), where the data are known.
+        answers: Candidates of a ranking (reward model).
+    """
+    if isinstance(config, PPOConfig):
+        new = config.rollout.max_new_tokens
+        prompt = max(1, min(longest or config.data.max_prompt_tokens, limit - new))
+        episodes = config.rollout.prompts_per_update * config.rollout.samples_per_prompt
+        share = math.ceil(math.ceil(episodes / config.update.minibatches) / processes)
+        rows = min(share, max(1, config.update.micro_batch_tokens // (prompt + new)))
+        mine = math.ceil(episodes / processes)
+        return Work(
+            rows, prompt + new, rows * new, math.ceil(share / rows), min(mine, config.rollout.batch_size), prompt,
+            mine > config.rollout.batch_size,
+        )  # fmt: skip
+    assert isinstance(config, SFTConfig | RewardConfig)
+    share = max(1, config.batch.batch_size // processes)
+    micro, width = min(config.batch.micro_batch_size, share), min(longest or limit, limit)
+    rows = micro * answers if isinstance(config, RewardConfig) else micro
+    wanted = rows if isinstance(config, RewardConfig) else rows * (width - 1)
+    return Work(rows, width, wanted, math.ceil(share / micro))
+
+
+# ---- imagined models ---------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Size:
+    """Numbers of parameters."""
+
+    total: int
+    trained: int
+    largest: int
+    """Of the largest parameter that is trained."""
+
+
+class Passes:
+    """What the passes of a config hold beside weights and optimizer, in bytes by part. Everything is computed once.
+
+    Args:
+        config: A stage's config.
+        work: Its largest batches.
+        halves: The computation is in bfloat16.
+        cast: So are the trained weights (DeepSpeed's way); else they are float32 and autocast.
+        fused_step: AdamW works on all parameters at once, as it does on a GPU.
+        base: Stands in for runs that are still to come.
+    """
+
+    def __init__(
+        self, config: StageConfig, work: Work, halves: bool, cast: bool, fused_step: bool, base: str | None = None
+    ) -> None:
+        self.config, self.work, self.base = config, work, base
+        self.compute = torch.bfloat16 if halves else torch.float32
+        self.weights = self.compute if cast else torch.float32
+        self.autocast, self.fused_step = halves and not cast, fused_step
+        self.roles = roles(config)
+        self._found = {role.path: architecture(config.model, role.path, base) for role in self.roles}  # type: ignore[attr-defined]
+        group = getattr(config, "update", None) or getattr(config, "batch", None)
+        self.checkpointing = bool(group and group.gradient_checkpointing)
+
+    def layers(self, role: Role) -> int:
+        return int(self._found[role.path].get_text_config().num_hidden_layers)
+
+    @cached_property
+    def vocab_size(self) -> int:
+        return int(self._found[self.roles[0].path].get_text_config().vocab_size)
+
+    @cached_property
+    def sizes(self) -> list[Size]:
+        """Of each role."""
+        found = []
+        for role in self.roles:
+            sizes = [(p.numel(), p.requires_grad) for p in self._shaped(role, None).parameters()]
+            trained = [n for n, trains in sizes if trains]
+            found.append(Size(sum(n for n, _ in sizes), sum(trained), max(trained, default=0)))
+        return found
+
+    def _shaped(self, role: Role, depth: int | None) -> Any:
+        """The role's model on the meta device, with `depth` of its layers."""
+        found = copy.deepcopy(self._found[role.path])
+        if depth is not None:
+            text = found.get_text_config()
+            text.num_hidden_layers = depth
+            if getattr(text, "layer_types", None):
+                text.layer_types = text.layer_types[:depth]
+        found.use_cache, found.num_labels = False, 1
+        kind = transformers.AutoModelForSequenceClassification if role.scalar else transformers.AutoModelForCausalLM
+        wanted = self.config.model.attn_implementation  # type: ignore[attr-defined]
+        # What holds no matrix of weights between all tokens counts as sdpa does, whether it is installed here or not.
+        options = {"attn_implementation": wanted if wanted in (None, "eager") else "sdpa"}
+        with torch.device("meta"):
+            model = kind.from_config(found, dtype=torch.float32, **options)
+            for module in model.modules():
+                if isinstance(module, nn.Dropout):
+                    module.p = 0.0
+            if role.tuning is None:
+                model.requires_grad_(False)
+            else:
+                model = _plannable(role.tuning)(model, None, "scalar" if role.scalar else "causal")
+        if role.tuning is not None:
+            if self.checkpointing:
+                model.gradient_checkpointing_enable({"use_reentrant": False})
+        model = ScalarModel(model) if role.scalar else model
+        return model.to(self.compute if role.tuning is None else self.weights)
+
+    def _deep(self, trace: Callable[[int | None], Moments], deep: list[Role]) -> Moments:
+        """`trace` of the whole depth, or drawn on from two small depths where layers are alike."""
+        counts = {self.layers(role) for role in deep}
+        types = [getattr(self._found[role.path].get_text_config(), "layer_types", None) for role in deep]
+        period = max(_period(t) for t in types)
+        tuned = [role.tuning for role in deep if role.tuning is not None]
+        if len(counts) > 1 or any(pick.name == "modules" for pick in tuned):
+            return trace(None)
+        layers = counts.pop()
+        first = max([2, *(int(_layers_option(pick)) + 1 for pick in tuned)])
+        first = math.ceil(first / period) * period
+        second = first + max(2, period)
+        if layers <= second + 2:
+            return trace(None)
+        near, far = trace(first), trace(second)
+        return {name: near[name].along(far[name], (layers - first) / (second - first)) for name in near}
+
+    # ---- passes
+
+    @contextmanager
+    def _metered(self, *models: nn.Module, wanted: int | None = None) -> Iterator[Meter]:
+        """Inside, models of the meta device have imagined weights, and what is done with them is counted."""
+        autocast = torch.autocast("cpu", dtype=self.compute) if self.autocast else nullcontext()
+        with imagined():
+            for model in models:
+                materialise(model)
+            with Meter(models, self.work.wanted if wanted is None else wanted, self.vocab_size) as meter, autocast:
+                yield meter
+
+    def _batch(self) -> MicroBatch:
+        rows, width = self.work.rows, self.work.width
+        ids = torch.zeros(rows, width, dtype=torch.int64)
+        flags = torch.zeros(rows, width, dtype=torch.bool)
+        return MicroBatch([], ids, torch.ones_like(ids), flags, head_chunks(self.work.wanted, self.vocab_size))
+
+    @cached_property
+    def update(self) -> Moments:
+        """Two micro-batches and an optimizer step.
+
+        `held` is when the first holds most beside gradients, `late` when it has most of its gradients, `more` the most
+        of the second, `step` that of the step, with the optimizer's whole state. Each of these moments is the same one
+        at every depth, so that a line can be drawn through it; the highest moment of all need not be.
+        """
+        trained = [role for role in self.roles if role.tuning is not None]
+
+        def trace(depth: int | None) -> Moments:
+            models = [self._shaped(role, depth) for role in trained]
+            with self._metered(*models) as meter:
+                loss = self._loss(models)
+                parameters = [p for model in models for p in model.parameters() if p.requires_grad]
+                for name in ("first", "more"):
+                    meter.mark(name)
+                    value = loss()
+                    meter.mark(f"{name} turn")
+                    value.backward()
+                    meter.call(GRADIENTS, [p.grad for p in parameters])
+                meter.mark("step")
+                optimizer = torch.optim.AdamW(parameters, foreach=self.fused_step)
+                optimizer.step()
+                state = (value for p in parameters for value in optimizer.state[p].values())
+                meter.call(OPTIMIZER, [value for value in state if isinstance(value, Tensor)])
+                meter.mark("end")
+            turn, more = meter.marks["first turn"], meter.marks["more"]
+            meter.marks["late"] = turn + 3 * (more - turn) // 4
+            return {
+                "late": meter.highest("late", "more"),
+                "held": meter.highest("first", "more", without=GRADIENTS),
+                "more": meter.highest("more", "step"),
+                "step": meter.highest("step", "end"),
+            }
+
+        return self._deep(trace, trained)
+
+    def _loss(self, models: list[Any]) -> Callable[[], Tensor]:
+        """The stage's loss of one micro-batch, but for what is done with a number a token."""
+        if isinstance(self.config, PPOConfig):
+            both = ActorCritic(models[0], models[1] if len(models) > 1 else None)
+
+            def ppo() -> Tensor:
+                out = both(self._batch(), self.config.rollout.temperature)  # type: ignore[attr-defined]
+                total = out.logprobs.sum() + out.entropies.sum()
+                return total if out.values is None else total + out.values.sum()
+
+            return ppo
+        batch = self._batch()
+        if isinstance(self.config, RewardConfig):
+            return lambda: models[0](batch.input_ids, batch.attention_mask).sum()
+        from trl.trainer.utils import add_fused_lm_head
+
+        add_fused_lm_head(causal_lm(models[0]), outputs=("log_probs", "entropy", "is_top1"))
+        options = {"labels": batch.input_ids, "use_cache": False, "fused_lm_head": True}
+        return lambda: -models[0](input_ids=batch.input_ids, attention_mask=batch.attention_mask, **options).log_probs.sum()
+
+    @cached_property
+    def scoring(self) -> Moment:
+        """The largest of the passes without gradients."""
+
+        def trace_of(role: Role) -> Callable[[int | None], Moments]:
+            def trace(depth: int | None) -> Moments:
+                model = self._shaped(role, depth)
+                with self._metered(model) as meter, torch.no_grad():
+                    batch = self._batch()
+                    if not role.scalar:
+                        ActorCritic(model, None)(batch, 1.0)
+                    elif role.name == "critic":
+                        model.token_values(batch.input_ids, batch.attention_mask)
+                    else:
+                        model(batch.input_ids, batch.attention_mask)
+                return {"pass": meter.highest()}
+
+            return trace
+
+        found = [self._deep(trace_of(role), [role])["pass"] for role in self.roles if role.name != "reference"]
+        return max(found, key=lambda moment: moment.total)
+
+    @cached_property
+    def rollout(self) -> Moment:
+        """Prefill, the cache at its longest, a decoding step, and where prompts wait, their prefill beside it."""
+        work = self.work
+        assert isinstance(self.config, PPOConfig)
+        new, how = self.config.rollout.max_new_tokens, self.config.rollout
+        sampling = Sampling(new, how.min_new_tokens, how.temperature, how.top_k, how.top_p)
+
+        def trace(depth: int | None) -> Moments:
+            policy = self._shaped(self.roles[0], depth).eval()
+            with self._metered(policy, wanted=work.sequences) as meter, torch.no_grad():
+                prompts = _prefill(policy, work.sequences, work.prompt)
+                _call_cache(meter, prompts)
+                cache = kv_cache.JoinedCache(prompts, work.sequences)
+                _enter(cache, prompts, work)
+                del prompts
+                _call_cache(meter, cache)
+                for _ in range(math.ceil((new - 1) / kv_cache.SPARE)):
+                    cache.columns.end = min(cache.mask.shape[1], work.prompt + new - 1)
+                    cache.before_step(cache.columns.end)
+                    _call_cache(meter, cache)
+                step, ones = torch.zeros(work.sequences, 1, dtype=torch.int64), cache.before_step(work.width - 1)
+                logits = policy(
+                    input_ids=step, attention_mask=ones, position_ids=step, past_key_values=cache.cache,
+                    use_cache=True, logits_to_keep=1,
+                ).logits[:, -1].float()  # fmt: skip
+                choose(logits, torch.zeros(work.sequences), sampling)
+                if work.joins:
+                    coming = _prefill(policy, work.sequences, work.prompt)
+                    _call_cache(meter, coming)
+                    _enter(cache, coming, work)
+                return {"rollout": meter.highest()}
+
+        return self._deep(trace, [self.roles[0]])["rollout"]
+
+
+def _prefill(policy: Any, rows: int, width: int) -> Any:
+    cache = transformers.DynamicCache()
+    ids = torch.zeros(rows, width, dtype=torch.int64)
+    options = {"past_key_values": cache, "use_cache": True, "logits_to_keep": 1}
+    policy(input_ids=ids, attention_mask=torch.ones_like(ids), position_ids=ids, **options)
+    return cache
+
+
+def _enter(cache: kv_cache.JoinedCache, prompts: Any, work: Work) -> None:
+    places = torch.zeros(work.sequences, dtype=torch.int64)
+    cache.columns.end = max(cache.columns.end, work.prompt)
+    for mine, new in zip(cache.layers, prompts.layers):
+        mine.keys[places, :, : work.prompt] = new.keys[places]
+        mine.values[places, :, : work.prompt] = new.values[places]
+
+
+def _call_cache(meter: Meter, cache: Any) -> None:
+    meter.call(CACHE, [tensor for layer in cache.layers for tensor in (layer.keys, layer.values)])
+
+
+def _plannable(pick: Pick) -> Pick:
+    """A tuning method that needs neither tokenizer nor GPU and has the same shapes."""
+    if pick.name == "prompt-tuning":
+        return TUNING.pick({"name": pick.name, "tokens": pick.options["tokens"]})
+    if pick.name == "qlora":
+        return TUNING.pick({"name": "lora", **pick.options})
+    return pick
+
+
+def _layers_option(pick: Pick) -> int:
+    """In how many of the last layers something is trained; 0 where in all of them."""
+    return int(pick.options.get("layers") or 0)
+
+
+def _period(types: list[str] | None) -> int:
+    """After how many layers their kinds repeat."""
+    if not types:
+        return 1
+    return next(p for p in range(1, len(types) + 1) if all(types[i] == types[i % p] for i in range(len(types))))
+
+
+def limit_of(config: StageConfig, passes_base: str | None = None) -> int:
+    """The longest sequence of a config's first model."""
+    model: ModelConfig = config.model  # type: ignore[attr-defined]
+    return sequence_limit(model, architecture(model, model.path, passes_base))
+

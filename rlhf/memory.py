@@ -1,0 +1,229 @@
+"""Peak memory of a run before it runs: by phase, by part, for each process, however DeepSpeed divides the states.
+
+What passes hold comes from `rlhf.footprint`, which runs the real modules on imagined tensors. States are arithmetic:
+weights, gradients, AdamW's two moments and float32 masters, divided as each ZeRO stage does, and DeepSpeed's buffers
+(deepspeed 0.19, runtime/zero/stage_1_and_2.py and stage3.py, runtime/bf16_optimizer.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from rlhf.config import PPOConfig
+from rlhf.footprint import Passes
+from rlhf.meter import ACTIVATIONS, CACHE, GRADIENTS, LOGITS, OPTIMIZER, Moment
+
+WEIGHTS, BUFFERS = "weights", "DeepSpeed's buffers"
+PARTS = (WEIGHTS, GRADIENTS, OPTIMIZER, ACTIVATIONS, LOGITS, CACHE, BUFFERS)
+PHASES = ("load", "rollout", "scoring", "update", "checkpoint")
+
+
+@dataclass(frozen=True)
+class Division:
+    """What DeepSpeed divides over the processes, and what lies in the host's memory; sizes in elements."""
+
+    stage: int | None = None
+    """ZeRO stage; None for plain torch in one process."""
+    optimizer_on_host: bool = False
+    weights_on_host: bool = False
+    bucket: float = 5e8
+    """Gradients that are reduced together."""
+    buckets: int = 1
+    """How many of them are filled in turn."""
+    live: float = 1e9
+    """Weights that stage 3 keeps gathered at most."""
+
+    @classmethod
+    def of(cls, settings: Mapping[str, Any] | None) -> Division:
+        """From a DeepSpeed JSON; plain torch without one."""
+        if settings is None:
+            return cls()
+        zero = settings.get("zero_optimization", {})
+        stage = int(zero.get("stage", 0))
+        number = lambda key, default: default if zero.get(key, "auto") == "auto" else float(zero[key])  # noqa: E731
+        return cls(
+            stage,
+            "offload_optimizer" in zero,
+            "offload_param" in zero,
+            number("reduce_bucket_size", 5e8),
+            2 if zero.get("overlap_comm", stage == 3) is True and stage < 3 else 1,
+            number("stage3_max_live_parameters", 1e9) + number("stage3_prefetch_bucket_size", 5e7),
+        )
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """Bytes of one process."""
+
+    phases: dict[str, Moment]
+    """Phase -> what its highest moment holds, on the GPU (in the host's memory, where there is none)."""
+    host: float
+    """The most that it holds in the host's memory, where there is a GPU beside it."""
+
+    @property
+    def peak_phase(self) -> str:
+        return max(self.phases, key=lambda name: self.phases[name].total)
+
+    @property
+    def peak(self) -> float:
+        return self.phases[self.peak_phase].total
+
+
+@dataclass(frozen=True)
+class _Counts:
+    """Numbers of weights."""
+
+    engine: float
+    trained: float
+    group: float
+    """Trained ones of the largest optimizer group."""
+    policy: float
+    frozen: float
+    """Of the models beside the engine."""
+    largest_frozen: float
+
+
+def _counts(passes: Passes) -> _Counts:
+    sizes = list(zip(passes.roles, passes.sizes))
+    engine = [size for role, size in sizes if role.tuning is not None]
+    frozen = [size.total for role, size in sizes if role.tuning is None]
+    return _Counts(
+        sum(s.total for s in engine), sum(s.trained for s in engine), max(s.trained for s in engine),
+        sizes[0][1].total, sum(frozen), max(frozen, default=0),
+    )  # fmt: skip
+
+
+def quantized_share(passes: Passes) -> float:
+    """What a frozen weight of the engine takes beside one of 2 bytes: about a quarter in 4 bits."""
+    picks = [role.tuning for role in passes.roles if role.tuning is not None]
+    return 0.28 if any(pick.row.traits["quantized"] for pick in picks) else 1.0
+
+
+def predict(passes: Passes, division: Division, processes: int, gpu: bool) -> Prediction:
+    """The peaks of a run on so many processes."""
+    count = _counts(passes)
+    width = passes.weights.itemsize
+    states = _plain(passes, count) if division.stage is None else _divided(passes, count, division, processes, gpu)
+    frozen = count.frozen * passes.compute.itemsize / (processes if division.stage == 3 else 1)
+    states.weights += frozen
+    held = {WEIGHTS: states.weights, OPTIMIZER: states.optimizer}
+    phases = {"load": Moment({WEIGHTS: states.weights + states.load, OPTIMIZER: states.masters})}
+    gathered = {WEIGHTS: states.weights + states.gathered(max(count.engine, count.largest_frozen))}
+    if isinstance(passes.config, PPOConfig):
+        whole = count.policy * width if division.stage == 3 else 0.0
+        phases["rollout"] = _sum(held | {WEIGHTS: states.weights + whole}, passes.rollout)
+    phases["scoring"] = _sum(held | gathered, passes.scoring)
+    phases["update"] = _update(passes, states, count, division, held)
+    merged = 0.0 if gpu else count.policy * width
+    phases["checkpoint"] = Moment(held | {WEIGHTS: states.weights + merged})
+    return Prediction(phases, states.host + 4 * count.engine if gpu else 0.0)
+
+
+@dataclass
+class _States:
+    """Bytes that lie there between the passes, and what comes on top of them in an update."""
+
+    weights: float
+    optimizer: float
+    gradients: float
+    masters: float = 0.0
+    """The part of `optimizer` that is made with the engine; the moments come with the first step."""
+    load: float = 0.0
+    """On top while the engine is made."""
+    buffers: float = 0.0
+    step: float = 0.0
+    """AdamW's temporaries, and gradients in its dtype."""
+    host: float = 0.0
+    live: float = 0.0
+    """Stage 3: elements that are gathered at most."""
+    width: int = 4
+
+    def gathered(self, elements: float) -> float:
+        return min(elements, self.live) * self.width
+
+
+def _plain(passes: Passes, count: _Counts) -> _States:
+    share = quantized_share(passes)
+    weights = 4 * count.engine if share == 1.0 else 2 * share * count.engine
+    return _States(weights, 8 * count.trained, 4 * count.trained)
+
+
+def _divided(passes: Passes, count: _Counts, division: Division, processes: int, gpu: bool) -> _States:
+    """States under DeepSpeed. Its offload leaves on the GPU what a pass needs."""
+    n, width, stage = processes, passes.weights.itemsize, division.stage or 0
+    mixed = width < 4
+    bucket = division.bucket if gpu else min(division.bucket, count.trained)  # untouched pages are not resident
+    temporaries = (4 if passes.fused_step else 8) * count.group / n
+    if stage == 0:
+        # float32: the module as it is, and a flat copy of a bucket; bfloat16: BF16_Optimizer, masters divided
+        buffers = min(division.bucket, count.trained) * 4.0
+        if not mixed:
+            temporaries = 4 * count.trained if passes.fused_step else 8 * max(size.largest for size in passes.sizes)
+            return _States(4 * count.engine, 8 * count.trained, 4 * count.trained, buffers=buffers, step=temporaries)
+        return _States(
+            2 * count.engine, 12 * count.trained / n, 6 * count.trained, 4 * count.trained / n, 2 * count.group,
+            step=temporaries, width=2,
+        )  # fmt: skip
+    if stage < 3:
+        states = _States(
+            width * count.engine,
+            12 * count.trained / n,
+            width * (count.trained / n if stage == 2 else count.trained),
+            masters=4 * count.trained / n,
+            load=width * count.group,
+            buffers=bucket * width * (division.buckets if gpu else 1),
+            step=temporaries + 4 * count.group / n,
+            width=width,
+        )
+    else:
+        states = _States(
+            width * count.engine / n,
+            (12 if mixed else 8) * count.trained / n,
+            width * count.trained / n,
+            masters=(4 if mixed else 0) * count.trained / n,
+            load=4 * min(count.trained, 1e9),  # its optimizer's first gradients, of a whole sub-group
+            buffers=bucket * width,
+            step=temporaries + (4 * min(count.trained, 1e9) / n if mixed else 0),
+            live=division.live,
+            width=width,
+        )
+    if gpu and division.optimizer_on_host:
+        states.host += states.optimizer + 4 * count.trained / n
+        states.optimizer = states.masters = states.load = 0.0
+        states.step, states.gradients = 0.0, 0.0 if stage == 3 else states.gradients
+    if gpu and division.weights_on_host and stage == 3:
+        states.host += states.weights
+        states.weights = 0.0
+    return states
+
+
+def _update(passes: Passes, states: _States, count: _Counts, division: Division, held: dict[str, float]) -> Moment:
+    """The highest of the moments of an optimizer step."""
+    base = held | {WEIGHTS: states.weights + states.gathered(count.engine)}
+    found = passes.update
+    if division.stage is None:
+        several = [found["more"]] if passes.work.passes > 1 else []
+        state = found["step"].parts
+        temporaries = state.get(ACTIVATIONS, 0.0) + state.get(LOGITS, 0.0)
+        step = {GRADIENTS: states.gradients, OPTIMIZER: states.optimizer + temporaries}
+        moments = [_sum(base, moment) for moment in (found["held"], found["late"], *several)]
+        return max([*moments, Moment(held | step)], key=lambda moment: moment.total)
+    without = {name: size for name, size in found["held"].parts.items() if name != GRADIENTS}
+    whole = states.gradients + (0.0 if division.stage == 0 else _live_gradients(found))
+    passing = _sum(base | {GRADIENTS: whole, BUFFERS: states.buffers}, Moment(without))
+    step = held | {GRADIENTS: states.gradients, OPTIMIZER: held[OPTIMIZER] + states.step, BUFFERS: states.buffers}
+    return max(passing, Moment(step), key=lambda moment: moment.total)
+
+
+def _live_gradients(found: Mapping[str, Moment]) -> float:
+    """Gradients that are whole for a moment before they are reduced: those there when most else is."""
+    return 0.0
+
+
+def _sum(base: Mapping[str, float], moment: Moment) -> Moment:
+    parts = dict(base)
+    for name, size in moment.parts.items():
+        parts[name] = parts.get(name, 0.0) + size
+    return Moment(parts)
