@@ -28,7 +28,7 @@ SMALL, MIDDLE, WIDE = (
 )
 
 
-def ppo(tokens: int, prompt: int, new: int, episodes: int = 16, **more: Any) -> dict[str, Any]:
+def ppo(tokens: int, prompt: int, new: int, episodes: int = 8, **more: Any) -> dict[str, Any]:
     """Values of a PPO config."""
     update = {"epochs": 1, "minibatches": 2, "micro_batch_tokens": tokens} | more.pop("update", {})
     return {
@@ -51,19 +51,22 @@ def trainer(rows: int, length: int, **more: Any) -> dict[str, Any]:
 
 
 LORA = {"name": "lora", "rank": 16}
+ZERO2, ZERO3 = ({"deepspeed": f"configs/deepspeed/zero{stage}.json"} for stage in (2, 3))
 CONFIGS: dict[str, tuple[str, dict[str, int], int, int, dict[str, Any]]] = {
     "SFT, full": ("sft", MIDDLE, 32_000, 1, trainer(4, 256)),
-    "SFT, lora, recomputing": ("sft", MIDDLE, 32_000, 1, trainer(16, 256, tuning=LORA, batch={"gradient_checkpointing": True})),
-    "reward, full": ("reward", MIDDLE, 32_000, 1, trainer(2, 256)),
-    "PPO, full": ("ppo", SMALL, 32_000, 1, ppo(2048, 64, 192)),
-    "PPO, short answers": ("ppo", SMALL, 32_000, 1, ppo(4096, 64, 32, 64)),
-    "PPO, recomputing": ("ppo", SMALL, 32_000, 1, ppo(4096, 64, 192, update={"gradient_checkpointing": True})),
-    "PPO, lora": ("ppo", MIDDLE, 32_000, 1, ppo(2048, 64, 192, tuning=LORA, critic={"tuning": LORA})),
-    "PPO, vocabulary 150k": ("ppo", WIDE, 150_000, 1, ppo(2048, 64, 192)),
-    "PPO, vocabulary 512": ("ppo", SMALL, 512, 1, ppo(4096, 64, 192)),
-    "SFT, ZeRO-2 x 2": ("sft", MIDDLE, 32_000, 2, trainer(2, 256, deepspeed="configs/deepspeed/zero2.json")),
-    "PPO, ZeRO-2 x 2": ("ppo", SMALL, 32_000, 2, ppo(1024, 64, 192, deepspeed="configs/deepspeed/zero2.json")),
-    "PPO, ZeRO-3 x 2": ("ppo", SMALL, 32_000, 2, ppo(1024, 64, 192, deepspeed="configs/deepspeed/zero3.json")),
+    "SFT, lora, recomputing": (
+        "sft", MIDDLE, 32_000, 1, trainer(8, 256, tuning=LORA, batch={"gradient_checkpointing": True}),
+    ),
+    "reward model": ("reward", MIDDLE, 32_000, 1, trainer(2, 256)),
+    "PPO, full": ("ppo", SMALL, 32_000, 1, ppo(1024, 64, 192)),
+    "PPO, short answers, two micro-batches": ("ppo", SMALL, 32_000, 1, ppo(1536, 64, 32, 64)),
+    "PPO, recomputing": ("ppo", SMALL, 32_000, 1, ppo(2048, 64, 192, update={"gradient_checkpointing": True})),
+    "PPO, lora": ("ppo", MIDDLE, 32_000, 1, ppo(1024, 64, 192, tuning=LORA, critic={"tuning": LORA})),
+    "PPO, vocabulary 150k": ("ppo", WIDE, 150_000, 1, ppo(1024, 64, 192)),
+    "PPO, vocabulary 512": ("ppo", SMALL, 512, 1, ppo(2048, 64, 192, 16)),
+    "SFT, ZeRO-2, 2 processes": ("sft", MIDDLE, 32_000, 2, trainer(2, 256, **ZERO2)),
+    "PPO, ZeRO-2, 2 processes": ("ppo", SMALL, 32_000, 2, ppo(1024, 64, 192, **ZERO2)),
+    "PPO, ZeRO-3, 2 processes": ("ppo", SMALL, 32_000, 2, ppo(1024, 64, 192, **ZERO3)),
 }  # fmt: skip
 
 
@@ -129,12 +132,15 @@ def write_data(stage: str, values: dict[str, Any], folder: Path) -> dict[str, An
 # ---- prediction against measurement --------------------------------------------------------------------------------
 
 
-def measure(stage: str, config: dict[str, Any], processes: int, folder: Path) -> dict[str, int]:
+def measure(
+    stage: str, config: dict[str, Any], processes: int, folder: Path, give_back: bool = True
+) -> dict[str, int]:
     """Peaks by phase above the imports, the largest of all ranks, bytes."""
     spec = {"stage": stage, "config": config, "result": str(folder / "result")}
     (folder / "spec.json").write_text(json.dumps(spec), "utf-8")
     env = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "benchmarks")]), "HF_HUB_OFFLINE": "1"}
     env |= {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
+    env |= {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"} if give_back else {}
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
     program = [sys.executable, *(launcher if processes > 1 else []), str(ROOT / "benchmarks" / "memory_side.py")]
     done = subprocess.run([*program, str(folder / "spec.json")], capture_output=True, text=True, env=env, cwd=ROOT, timeout=240)
@@ -155,7 +161,7 @@ def predicted(stage: str, config: dict[str, Any], processes: int, longest: int) 
     checked = check_config(STAGES[stage], config, "benchmark")
     division = Division.of(read_deepspeed(checked.deepspeed) if checked.deepspeed else None)
     work = work_of(checked, limit_of(checked), processes, longest)
-    passes = Passes(checked, work, halves=False, cast=division.stage is not None, fused_step=False)
+    passes = Passes(checked, work, halves=False, divided=division.stage is not None, fused_step=False)
     found = predict(passes, division, processes, gpu=False)
     if os.environ.get("DEBUG"):
         for k, v in found.phases.items():

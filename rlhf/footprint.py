@@ -10,7 +10,7 @@ import copy
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -159,24 +159,44 @@ class Passes:
         config: A stage's config.
         work: Its largest batches.
         halves: The computation is in bfloat16.
-        cast: So are the trained weights (DeepSpeed's way); else they are float32 and autocast.
+        divided: DeepSpeed runs it, which casts the trained weights too; plain torch keeps them in float32.
         fused_step: AdamW works on all parameters at once, as it does on a GPU.
         base: Stands in for runs that are still to come.
     """
 
     def __init__(
-        self, config: StageConfig, work: Work, halves: bool, cast: bool, fused_step: bool, base: str | None = None
+        self, config: StageConfig, work: Work, halves: bool, divided: bool, fused_step: bool, base: str | None = None
     ) -> None:
         self.config, self.work, self.base = config, work, base
         self.compute = torch.bfloat16 if halves else torch.float32
-        self.weights = self.compute if cast else torch.float32
-        self.autocast, self.fused_step = halves and not cast, fused_step
+        self.weights = self.compute if divided else torch.float32
+        self.autocast, self.divided, self.fused_step = halves and not divided, divided, fused_step
         self.roles = roles(config)
         self._found = {role.path: architecture(config.model, role.path, base) for role in self.roles}  # type: ignore[attr-defined]
         group = getattr(config, "update", None) or getattr(config, "batch", None)
         self.checkpointing = bool(group and group.gradient_checkpointing)
 
+    def toward(self, other: Passes, work: Work) -> Passes:
+        """The passes for some other work, on the line to passes with more sequences in each batch."""
+
+        def steps(name: str) -> float:
+            mine, theirs, wanted = (getattr(w, name) for w in (self.work, other.work, work))
+            return (wanted - mine) / max(1, theirs - mine)
+
+        made, rows = copy.copy(self), steps("rows")
+        made.work = work
+        found = {"sizes": self.sizes, "scoring": self.scoring.along(other.scoring, rows)}
+        if self.divided:
+            found["held"] = self.held.along(other.held, rows)
+        else:
+            found["update"] = {name: self.update[name].along(other.update[name], rows) for name in self.update}
+        if work.sequences:
+            found["rollout"] = self.rollout.along(other.rollout, steps("sequences"))
+        made.__dict__ |= found
+        return made
+
     def layers(self, role: Role) -> int:
+        """How many the model has."""
         return int(self._found[role.path].get_text_config().num_hidden_layers)
 
     @cached_property
@@ -254,45 +274,56 @@ class Passes:
         rows, width = self.work.rows, self.work.width
         ids = torch.zeros(rows, width, dtype=torch.int64)
         flags = torch.zeros(rows, width, dtype=torch.bool)
-        return MicroBatch([], ids, torch.ones_like(ids), flags, head_chunks(self.work.wanted, self.vocab_size))
+        lengths = torch.zeros(rows, dtype=torch.int64)
+        chunks = head_chunks(self.work.wanted, self.vocab_size)
+        return MicroBatch([], ids, torch.ones_like(ids), None, flags, lengths, chunks)
+
+    @cached_property
+    def held(self) -> Moment:
+        """What the pass of one micro-batch holds beside gradients, forward and backward, at its highest."""
+        return self._deep(lambda depth: {"held": self._trained(depth, steps=False)["held"]}, self._tuned)["held"]
 
     @cached_property
     def update(self) -> Moments:
-        """Two micro-batches and an optimizer step.
+        """Two micro-batches and an optimizer step as plain torch runs them.
 
         `held` is when the first holds most beside gradients, `late` when it has most of its gradients, `more` the most
         of the second, `step` that of the step, with the optimizer's whole state. Each of these moments is the same one
         at every depth, so that a line can be drawn through it; the highest moment of all need not be.
         """
-        trained = [role for role in self.roles if role.tuning is not None]
+        return self._deep(self._trained, self._tuned)
 
-        def trace(depth: int | None) -> Moments:
-            models = [self._shaped(role, depth) for role in trained]
-            with self._metered(*models) as meter:
-                loss = self._loss(models)
-                parameters = [p for model in models for p in model.parameters() if p.requires_grad]
-                for name in ("first", "more"):
-                    meter.mark(name)
-                    value = loss()
-                    meter.mark(f"{name} turn")
-                    value.backward()
-                    meter.call(GRADIENTS, [p.grad for p in parameters])
-                meter.mark("step")
-                optimizer = torch.optim.AdamW(parameters, foreach=self.fused_step)
-                optimizer.step()
-                state = (value for p in parameters for value in optimizer.state[p].values())
-                meter.call(OPTIMIZER, [value for value in state if isinstance(value, Tensor)])
-                meter.mark("end")
-            turn, more = meter.marks["first turn"], meter.marks["more"]
-            meter.marks["late"] = turn + 3 * (more - turn) // 4
-            return {
-                "late": meter.highest("late", "more"),
-                "held": meter.highest("first", "more", without=GRADIENTS),
-                "more": meter.highest("more", "step"),
-                "step": meter.highest("step", "end"),
-            }
+    @property
+    def _tuned(self) -> list[Role]:
+        return [role for role in self.roles if role.tuning is not None]
 
-        return self._deep(trace, trained)
+    def _trained(self, depth: int | None, steps: bool = True) -> Moments:
+        models = [self._shaped(role, depth) for role in self._tuned]
+        with self._metered(*models) as meter:
+            loss = self._loss(models)
+            parameters = [p for model in models for p in model.parameters() if p.requires_grad]
+            for name in ("first", "more") if steps else ("first",):
+                meter.mark(name)
+                value = loss()
+                meter.mark(f"{name} turn")
+                value.backward()
+                meter.call(GRADIENTS, [p.grad for p in parameters])
+            if not steps:
+                return {"held": meter.highest("first", without=GRADIENTS)}
+            meter.mark("step")
+            optimizer = torch.optim.AdamW(parameters, foreach=self.fused_step)
+            optimizer.step()
+            state = (value for p in parameters for value in optimizer.state[p].values())
+            meter.call(OPTIMIZER, [value for value in state if isinstance(value, Tensor)])
+            meter.mark("end")
+        turn, more = meter.marks["first turn"], meter.marks["more"]
+        meter.marks["late"] = turn + 3 * (more - turn) // 4
+        return {
+            "late": meter.highest("late", "more"),
+            "held": meter.highest("first", "more", without=GRADIENTS),
+            "more": meter.highest("more", "step"),
+            "step": meter.highest("step", "end"),
+        }
 
     def _loss(self, models: list[Any]) -> Callable[[], Tensor]:
         """The stage's loss of one micro-batch, but for what is done with a number a token."""
@@ -333,7 +364,8 @@ class Passes:
 
             return trace
 
-        found = [self._deep(trace_of(role), [role])["pass"] for role in self.roles if role.name != "reference"]
+        unlike = {(role.path, role.scalar, role.tuning is None): role for role in self.roles if role.name != "reference"}
+        found = [self._deep(trace_of(role), [role])["pass"] for role in unlike.values()]
         return max(found, key=lambda moment: moment.total)
 
     @cached_property

@@ -202,24 +202,18 @@ def _divided(passes: Passes, count: _Counts, division: Division, processes: int,
 def _update(passes: Passes, states: _States, count: _Counts, division: Division, held: dict[str, float]) -> Moment:
     """The highest of the moments of an optimizer step."""
     base = held | {WEIGHTS: states.weights + states.gathered(count.engine)}
-    found = passes.update
     if division.stage is None:
+        found = passes.update
         several = [found["more"]] if passes.work.passes > 1 else []
         state = found["step"].parts
         temporaries = state.get(ACTIVATIONS, 0.0) + state.get(LOGITS, 0.0)
         step = {GRADIENTS: states.gradients, OPTIMIZER: states.optimizer + temporaries}
         moments = [_sum(base, moment) for moment in (found["held"], found["late"], *several)]
         return max([*moments, Moment(held | step)], key=lambda moment: moment.total)
-    without = {name: size for name, size in found["held"].parts.items() if name != GRADIENTS}
-    whole = states.gradients + (0.0 if division.stage == 0 else _live_gradients(found))
-    passing = _sum(base | {GRADIENTS: whole, BUFFERS: states.buffers}, Moment(without))
+    without = {name: size for name, size in passes.held.parts.items() if name != GRADIENTS}
+    passing = _sum(base | {GRADIENTS: states.gradients, BUFFERS: states.buffers}, Moment(without))
     step = held | {GRADIENTS: states.gradients, OPTIMIZER: held[OPTIMIZER] + states.step, BUFFERS: states.buffers}
     return max(passing, Moment(step), key=lambda moment: moment.total)
-
-
-def _live_gradients(found: Mapping[str, Moment]) -> float:
-    """Gradients that are whole for a moment before they are reduced: those there when most else is."""
-    return 0.0
 
 
 def _sum(base: Mapping[str, float], moment: Moment) -> Moment:
