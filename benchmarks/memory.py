@@ -1,8 +1,8 @@
 """Peak memory: what `rlhf plan` predicts against what is measured, and PPO's against TRL 1.12.0's.
 
-    python benchmarks/memory.py --plan                       # predicted and measured peaks by phase
-    pip install --no-deps --target /tmp/trl112 trl==1.12.0
-    python benchmarks/memory.py --trl /tmp/trl112            # against TRL's
+python benchmarks/memory.py --plan                       # predicted and measured peaks by phase
+pip install --no-deps --target /tmp/trl112 trl==1.12.0
+python benchmarks/memory.py --trl /tmp/trl112            # against TRL's
 """
 
 from __future__ import annotations
@@ -132,18 +132,23 @@ def write_data(stage: str, values: dict[str, Any], folder: Path) -> dict[str, An
 # ---- prediction against measurement --------------------------------------------------------------------------------
 
 
-def measure(
-    stage: str, config: dict[str, Any], processes: int, folder: Path, give_back: bool = True
-) -> dict[str, int]:
+def measure(stage: str, config: dict[str, Any], processes: int, folder: Path, give_back: bool = True) -> dict[str, int]:
     """Peaks by phase above the imports, the largest of all ranks, bytes."""
     spec = {"stage": stage, "config": config, "result": str(folder / "result")}
     (folder / "spec.json").write_text(json.dumps(spec), "utf-8")
     env = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "benchmarks")]), "HF_HUB_OFFLINE": "1"}
-    env |= {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
+    env |= {
+        "OMP_NUM_THREADS": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+        "DS_ACCELERATOR": "cpu",
+        "CUDA_VISIBLE_DEVICES": "",
+    }
     env |= {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"} if give_back else {}
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
     program = [sys.executable, *(launcher if processes > 1 else []), str(ROOT / "benchmarks" / "memory_side.py")]
-    done = subprocess.run([*program, str(folder / "spec.json")], capture_output=True, text=True, env=env, cwd=ROOT, timeout=240)
+    done = subprocess.run(
+        [*program, str(folder / "spec.json")], capture_output=True, text=True, env=env, cwd=ROOT, timeout=240
+    )
     if done.returncode:
         raise SystemExit(f"{stage}:\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}")
     ranks = [json.loads((folder / f"result-{r}.json").read_text("utf-8"))["peaks"] for r in range(processes)]
@@ -163,25 +168,26 @@ def predicted(stage: str, config: dict[str, Any], processes: int, longest: int) 
     work = work_of(checked, limit_of(checked), processes, longest)
     passes = Passes(checked, work, halves=False, divided=division.stage is not None, fused_step=False)
     found = predict(passes, division, processes, gpu=False)
-    if os.environ.get("DEBUG"):
-        for k, v in found.phases.items():
-            print(k, {a: round(b/1e6) for a, b in v.parts.items()}, file=sys.stderr)
     return {phase: moment.total for phase, moment in found.phases.items()}
 
 
+def both(name: str, folder: Path) -> tuple[dict[str, float], dict[str, int], int]:
+    """Predicted and measured peaks of a config by phase, bytes; and the model's parameters."""
+    stage, shape, vocabulary, processes, values = CONFIGS[name]
+    count = make_model(folder / "model", shape, vocabulary)
+    values = json.loads(json.dumps(values))
+    longest = values["data"]["max_prompt_tokens"] if stage == "ppo" else values["length"]
+    config = write_data(stage, values, folder) | {
+        "run": str(folder / "run"), "model": {"path": str(folder / "model"), "chat_template": "plain"}
+    }  # fmt: skip
+    return predicted(stage, config, processes, longest), measure(stage, config, processes, folder), count
+
+
 def compare(names: list[str], folder: Path) -> None:
-    """The table, a row for each config and its highest phase, and one for each phase below it."""
+    """The table: for each config the highest phase, then all of them."""
     print("| run | parameters | phase | predicted MB | measured MB | error |\n|---|---|---|---|---|---|")
     for name in names:
-        stage, shape, vocabulary, processes, values = CONFIGS[name]
-        place = Path(tempfile.mkdtemp(dir=folder))
-        count = make_model(place / "model", shape, vocabulary)
-        values = json.loads(json.dumps(values))
-        longest = values["data"]["max_prompt_tokens"] if stage == "ppo" else values["length"]
-        config = write_data(stage, values, place) | {
-            "run": str(place / "run"), "model": {"path": str(place / "model"), "chat_template": "plain"}
-        }  # fmt: skip
-        guess, found = predicted(stage, config, processes, longest), measure(stage, config, processes, place)
+        guess, found, count = both(name, Path(tempfile.mkdtemp(dir=folder)))
         highest = (max(guess.values()), max(found.values()))
         for phase, pair in {"peak": highest, **{p: (guess[p], found[p]) for p in PHASES if p in found}}.items():
             head = [name, f"{count / 1e6:.1f}M"] if phase == "peak" else ["", ""]
@@ -193,7 +199,9 @@ def main() -> None:
     """Print the tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--plan", action="store_true", help="Compare predictions with measurements.")
-    parser.add_argument("--only", nargs="+", choices=CONFIGS, default=list(CONFIGS), help="Of the predictions' configs.")
+    parser.add_argument(
+        "--only", nargs="+", choices=CONFIGS, default=list(CONFIGS), help="Of the predictions' configs."
+    )
     args = parser.parse_args()
     print(time.strftime("%Y-%m-%d %H:%M"))
     with tempfile.TemporaryDirectory() as folder:

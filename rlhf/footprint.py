@@ -7,10 +7,11 @@ A deep model is imagined twice with few of its layers, since they are alike, and
 from __future__ import annotations
 
 import copy
+import itertools
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -185,13 +186,14 @@ class Passes:
 
         made, rows = copy.copy(self), steps("rows")
         made.work = work
-        found = {"sizes": self.sizes, "scoring": self.scoring.along(other.scoring, rows)}
+        found: dict[str, Any] = {"sizes": self.sizes, "scoring": self.scoring.along(other.scoring, rows)}
         if self.divided:
             found["held"] = self.held.along(other.held, rows)
         else:
             found["update"] = {name: self.update[name].along(other.update[name], rows) for name in self.update}
         if work.sequences:
-            found["rollout"] = self.rollout.along(other.rollout, steps("sequences"))
+            beside = steps("sequences")
+            found["rollout"] = {name: self.rollout[name].along(other.rollout[name], beside) for name in self.rollout}
         made.__dict__ |= found
         return made
 
@@ -235,9 +237,8 @@ class Passes:
                 model.requires_grad_(False)
             else:
                 model = _plannable(role.tuning)(model, None, "scalar" if role.scalar else "causal")
-        if role.tuning is not None:
-            if self.checkpointing:
-                model.gradient_checkpointing_enable({"use_reentrant": False})
+        if role.tuning is not None and self.checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
         model = ScalarModel(model) if role.scalar else model
         return model.to(self.compute if role.tuning is None else self.weights)
 
@@ -343,7 +344,9 @@ class Passes:
 
         add_fused_lm_head(causal_lm(models[0]), outputs=("log_probs", "entropy", "is_top1"))
         options = {"labels": batch.input_ids, "use_cache": False, "fused_lm_head": True}
-        return lambda: -models[0](input_ids=batch.input_ids, attention_mask=batch.attention_mask, **options).log_probs.sum()
+        return lambda: (
+            -models[0](input_ids=batch.input_ids, attention_mask=batch.attention_mask, **options).log_probs.sum()
+        )
 
     @cached_property
     def scoring(self) -> Moment:
@@ -364,13 +367,15 @@ class Passes:
 
             return trace
 
-        unlike = {(role.path, role.scalar, role.tuning is None): role for role in self.roles if role.name != "reference"}
+        unlike = {
+            (role.path, role.scalar, role.tuning is None): role for role in self.roles if role.name != "reference"
+        }
         found = [self._deep(trace_of(role), [role])["pass"] for role in unlike.values()]
         return max(found, key=lambda moment: moment.total)
 
     @cached_property
-    def rollout(self) -> Moment:
-        """Prefill, the cache at its longest, a decoding step, and where prompts wait, their prefill beside it."""
+    def rollout(self) -> Moments:
+        """Prefill, `join` of the prompts to the cache, `decode` until it is longest, and `wait`: prompts that enter."""
         work = self.work
         assert isinstance(self.config, PPOConfig)
         new, how = self.config.rollout.max_new_tokens, self.config.rollout
@@ -381,27 +386,33 @@ class Passes:
             with self._metered(policy, wanted=work.sequences) as meter, torch.no_grad():
                 prompts = _prefill(policy, work.sequences, work.prompt)
                 _call_cache(meter, prompts)
+                meter.mark("join")
                 cache = kv_cache.JoinedCache(prompts, work.sequences)
                 _enter(cache, prompts, work)
                 del prompts
-                _call_cache(meter, cache)
+                meter.mark("decode")
                 for _ in range(math.ceil((new - 1) / kv_cache.SPARE)):
+                    _call_cache(meter, cache)
                     cache.columns.end = min(cache.mask.shape[1], work.prompt + new - 1)
                     cache.before_step(cache.columns.end)
-                    _call_cache(meter, cache)
+                _call_cache(meter, cache)
                 step, ones = torch.zeros(work.sequences, 1, dtype=torch.int64), cache.before_step(work.width - 1)
                 logits = policy(
                     input_ids=step, attention_mask=ones, position_ids=step, past_key_values=cache.cache,
                     use_cache=True, logits_to_keep=1,
                 ).logits[:, -1].float()  # fmt: skip
                 choose(logits, torch.zeros(work.sequences), sampling)
+                del logits
+                meter.mark("wait")
                 if work.joins:
                     coming = _prefill(policy, work.sequences, work.prompt)
                     _call_cache(meter, coming)
                     _enter(cache, coming, work)
-                return {"rollout": meter.highest()}
+                meter.mark("end")
+            marks = (None, "join", "decode", "wait", "end")
+            return {start or "prefill": meter.highest(start, end) for start, end in itertools.pairwise(marks)}
 
-        return self._deep(trace, [self.roles[0]])["rollout"]
+        return self._deep(trace, [self.roles[0]])
 
 
 def _prefill(policy: Any, rows: int, width: int) -> Any:
@@ -449,4 +460,3 @@ def limit_of(config: StageConfig, passes_base: str | None = None) -> int:
     """The longest sequence of a config's first model."""
     model: ModelConfig = config.model  # type: ignore[attr-defined]
     return sequence_limit(model, architecture(model, model.path, passes_base))
-

@@ -113,7 +113,9 @@ def predict(passes: Passes, division: Division, processes: int, gpu: bool) -> Pr
     gathered = {WEIGHTS: states.weights + states.gathered(max(count.engine, count.largest_frozen))}
     if isinstance(passes.config, PPOConfig):
         whole = count.policy * width if division.stage == 3 else 0.0
-        phases["rollout"] = _sum(held | {WEIGHTS: states.weights + whole}, passes.rollout)
+        phases["rollout"] = _sum(
+            held | {WEIGHTS: states.weights + whole}, max(passes.rollout.values(), key=lambda moment: moment.total)
+        )
     phases["scoring"] = _sum(held | gathered, passes.scoring)
     phases["update"] = _update(passes, states, count, division, held)
     merged = 0.0 if gpu else count.policy * width

@@ -77,9 +77,7 @@ class Moment:
         """The line through two moments, `steps` times their distance from this one."""
         names = dict.fromkeys([*self.parts, *other.parts])
         mine, others = self.parts, other.parts
-        return Moment(
-            {n: max(0.0, mine.get(n, 0.0) + steps * (others.get(n, 0.0) - mine.get(n, 0.0))) for n in names}
-        )
+        return Moment({n: max(0.0, mine.get(n, 0.0) + steps * (others.get(n, 0.0) - mine.get(n, 0.0))) for n in names})
 
 
 class Meter(TorchDispatchMode):

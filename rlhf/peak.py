@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from rlhf import distributed
-from rlhf.console import say
+from rlhf.console import is_main, say
 from rlhf.models import compute_dtype
 from rlhf.zero import read_deepspeed
 
@@ -37,6 +37,8 @@ class PeakMemory:
             longest: Tokens of the longest prompt (PPO) or row.
             candidates: Most answers of a ranking.
         """
+        if not is_main():
+            return
         measured = self.measured()
         parts = [] if measured is None else [f"measured {_gb(measured)}"]
         try:

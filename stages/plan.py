@@ -46,7 +46,9 @@ def command(
     gpu_memory: Annotated[str, typer.Option("--gpu-memory", metavar="GIB", help="Of one GPU, such as 80.")],
     overrides: Overrides = None,
     hosts: Annotated[int, typer.Option("--hosts", min=1, help="How many hosts.")] = 1,
-    stage: Annotated[str | None, typer.Option("--stage", help="sft, reward or ppo, if the config does not tell.")] = None,
+    stage: Annotated[
+        str | None, typer.Option("--stage", help="sft, reward or ppo, if the config does not tell.")
+    ] = None,
     base: Annotated[
         str | None, typer.Option("--base", help="Folder with the config.json of models that are still to be trained.")
     ] = None,
@@ -199,7 +201,7 @@ class Plan:
         lora = ["tuning=lora", *(["critic.tuning=lora"] if getattr(self.config, "needs_critic", False) else [])]
         adapters: list[list[str]] = [[]] if self.config.tuning.row.traits["adapter"] else [[], lora]
         ways = list(itertools.product(enumerate(adapters), enumerate(files), enumerate(recompute)))
-        ways.sort(key=lambda way: (10 * way[0][0] + 2 * way[1][0] + way[2][0]))
+        ways.sort(key=lambda way: 10 * way[0][0] + 2 * way[1][0] + way[2][0])
         for way in ways:
             changes = [change for _, part in way for change in part]
             for smaller in ([], self._smaller_rollout(changes)):
@@ -276,7 +278,8 @@ def report(plan: Plan, gpus: int, hosts: int) -> None:
     title = f"{gpus * hosts} GPUs of {plan.size / GIB:g} GiB on {hosts} host{'s' * (hosts > 1)}: GiB on each GPU"
     columns = ["", *phases, "needs", "fits", "budget", "host"]
     table(title, columns, rows)
-    say(f"needs: the highest phase, {MARGIN:.0%} for what the allocator rounds up and {CONTEXT / GIB:g} GiB for CUDA itself")
+    beside = f"{MARGIN:.0%} for what the allocator rounds up and {CONTEXT / GIB:g} GiB for CUDA itself"
+    say(f"needs: the highest phase with {beside}")
     say(f"budget: the largest {plan.budget_key} that fits; host: GiB of a host's own memory")
     for line in advice(plan):
         say(line)
