@@ -195,6 +195,63 @@ def compare(names: list[str], folder: Path) -> None:
             print("| " + " | ".join(cells) + " |", flush=True)
 
 
+# ---- vocabulary x tokens ---------------------------------------------------------------------------------------------
+
+
+def vocabularies(folder: Path) -> None:
+    """One body with two vocabularies and two budgets: what phases take above weights, optimizer and gradients."""
+    head = ("vocabulary", "micro_batch_tokens", "logits in full, MB", "rollout MB", "scoring MB", "update MB")
+    print(f"| {' | '.join(head)} |\n|{' --- |' * len(head)}")
+    for vocabulary in (32_000, 150_000):
+        for tokens in (512, 2048):
+            place = Path(tempfile.mkdtemp(dir=folder))
+            count = make_model(place / "model", WIDE, vocabulary)
+            config = write_data("ppo", ppo(tokens, 64, 192, 16), place) | {
+                "run": str(place / "run"), "model": {"path": str(place / "model"), "chat_template": "plain"}
+            }  # fmt: skip
+            found = measure("ppo", config, 1, place)
+            states = 4 * 3 * count + 8 * 2 * count  # policy, critic and reference; two moments of what is trained
+            above = [found["rollout"] - states, found["scoring"] - states, found["update"] - states - 8 * count]
+            full = vocabulary * tokens * 4 * 192 // 256
+            cells = [f"{vocabulary:,}", f"{tokens:,}", *(f"{size / 1e6:,.0f}" for size in (full, *above))]
+            print(f"| {' | '.join(cells)} |", flush=True)
+
+
+# ---- against TRL -----------------------------------------------------------------------------------------------------
+
+LARGE = {"hidden_size": 384, "intermediate_size": 1024, "layers": 10, "heads": 6}
+"""With 32,000 tokens: 30 million parameters."""
+
+
+def compare_sides(args: argparse.Namespace, folder: Path) -> None:
+    """PPO's peak above the imports on each side, a process each: the same weights, prompts, lengths and minibatches."""
+    from ppo import write_prompts
+
+    count = make_model(folder / "model", LARGE, 32_000)
+    write_prompts(folder / "prompts.jsonl")
+    print(f"{count / 1e6:.1f}M parameters, {args.episodes} episodes of {args.new_tokens} tokens, {args.epochs} epochs")
+    print("| side | peak MB | of the first |\n|---|---|---|")
+    first = None
+    for side in args.sides:
+        spec = {
+            "run": str(folder / side), "prompts": str(folder / "prompts.jsonl"), "model": str(folder / "model"),
+            "tests": str(ROOT / "tests"), "ends": [1, 2], "regime": "full", "updates": args.updates,
+            "epochs": args.epochs, "minibatches": 4, "new_tokens": args.new_tokens, "episodes": args.episodes, "lr": 3e-4, "seed": 0,
+            "micro_batch_tokens": args.micro_batch_tokens, "trl_checkpointing": True,
+        }  # fmt: skip
+        (folder / "spec.json").write_text(json.dumps(spec), "utf-8")
+        path = [*([str(args.trl)] if side == "trl" else []), str(ROOT)]
+        env = os.environ | {"PYTHONPATH": os.pathsep.join(path), "HF_HUB_OFFLINE": "1", "DS_ACCELERATOR": "cpu"}
+        env |= {"TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": str(args.threads)}
+        program = [sys.executable, str(ROOT / "benchmarks" / "ppo_sides.py"), side, str(folder / "spec.json")]
+        done = subprocess.run([*program, str(folder / "sides.json")], capture_output=True, text=True, env=env)
+        if done.returncode:
+            raise SystemExit(f"{side}:\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}")
+        peak = json.loads((folder / "sides.json").read_text("utf-8"))["peak_mb"]
+        first = first or peak
+        print(f"| {side} | {peak:,.0f} | {peak / first:.2f}x |", flush=True)
+
+
 def main() -> None:
     """Print the tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -202,11 +259,24 @@ def main() -> None:
     parser.add_argument(
         "--only", nargs="+", choices=CONFIGS, default=list(CONFIGS), help="Of the predictions' configs."
     )
+    parser.add_argument("--vocabulary", action="store_true", help="Peaks at vocabularies of 32k and 150k.")
+    parser.add_argument("--trl", type=Path, help="Folder with TRL 1.12.0: compare with it.")
+    parser.add_argument("--sides", nargs="+", choices=("trl", "ours"), default=("trl", "ours"))
+    parser.add_argument("--episodes", type=int, default=64)
+    parser.add_argument("--new-tokens", type=int, default=256)
+    parser.add_argument("--epochs", type=int, default=1, help="Peaks do not depend on their number.")
+    parser.add_argument("--updates", type=int, default=1)
+    parser.add_argument("--micro-batch-tokens", type=int, default=8192, help="Ours; TRL has no such setting.")
+    parser.add_argument("--threads", type=int, default=2)
     args = parser.parse_args()
     print(time.strftime("%Y-%m-%d %H:%M"))
     with tempfile.TemporaryDirectory() as folder:
         if args.plan:
             compare(args.only, Path(folder))
+        if args.vocabulary:
+            vocabularies(Path(folder))
+        if args.trl:
+            compare_sides(args, Path(folder))
 
 
 if __name__ == "__main__":

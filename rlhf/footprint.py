@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from rlhf import kv_cache
 from rlhf.actor_critic import ActorCritic
 from rlhf.config import ModelConfig, PPOConfig, RewardConfig, SFTConfig, StageConfig
+from rlhf.engine import rounded
 from rlhf.errors import UserError
 from rlhf.experience import MicroBatch
 from rlhf.meter import CACHE, GRADIENTS, OPTIMIZER, Meter, Moment, imagined, materialise
@@ -151,6 +152,8 @@ class Size:
     trained: int
     largest: int
     """Of the largest parameter that is trained."""
+    held: int
+    """Bytes of all of them, undivided, between the passes."""
 
 
 class Passes:
@@ -210,9 +213,10 @@ class Passes:
         """Of each role."""
         found = []
         for role in self.roles:
-            sizes = [(p.numel(), p.requires_grad) for p in self._shaped(role, None).parameters()]
-            trained = [n for n, trains in sizes if trains]
-            found.append(Size(sum(n for n, _ in sizes), sum(trained), max(trained, default=0)))
+            weights = list(self._shaped(role, None).parameters())
+            trained = [p.numel() for p in weights if p.requires_grad]
+            held = sum(p.numel() * p.itemsize for p in weights)
+            found.append(Size(sum(p.numel() for p in weights), sum(trained), max(trained, default=0), held))
         return found
 
     def _shaped(self, role: Role, depth: int | None) -> Any:
@@ -240,6 +244,9 @@ class Passes:
         if role.tuning is not None and self.checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
         model = ScalarModel(model) if role.scalar else model
+        if role.tuning is None and not self.divided:
+            rounded(model, self.compute)
+            return model
         return model.to(self.compute if role.tuning is None else self.weights)
 
     def _deep(self, trace: Callable[[int | None], Moments], deep: list[Role]) -> Moments:
@@ -333,7 +340,9 @@ class Passes:
 
             def ppo() -> Tensor:
                 out = both(self._batch(), self.config.rollout.temperature)  # type: ignore[attr-defined]
-                total = out.logprobs.sum() + out.entropies.sum()
+                total = out.logprobs.sum()
+                if self.config.loss.entropy_coef:  # type: ignore[attr-defined]
+                    total = total + out.entropies.sum()
                 return total if out.values is None else total + out.values.sum()
 
             return ppo

@@ -81,21 +81,21 @@ class _Counts:
     """Trained ones of the largest optimizer group."""
     policy: float
     frozen: float
-    """Of the models beside the engine."""
+    """Bytes of the models beside the engine."""
     largest_frozen: float
 
 
 def _counts(passes: Passes) -> _Counts:
     sizes = list(zip(passes.roles, passes.sizes))
     engine = [size for role, size in sizes if role.tuning is not None]
-    frozen = [size.total for role, size in sizes if role.tuning is None]
+    frozen = [size for role, size in sizes if role.tuning is None]
     return _Counts(
         sum(s.total for s in engine), sum(s.trained for s in engine), max(s.trained for s in engine),
-        sizes[0][1].total, sum(frozen), max(frozen, default=0),
+        sizes[0][1].total, sum(s.held for s in frozen), max((s.total for s in frozen), default=0),
     )  # fmt: skip
 
 
-def quantized_share(passes: Passes) -> float:
+def _quantized_share(passes: Passes) -> float:
     """What a frozen weight of the engine takes beside one of 2 bytes: about a quarter in 4 bits."""
     picks = [role.tuning for role in passes.roles if role.tuning is not None]
     return 0.28 if any(pick.row.traits["quantized"] for pick in picks) else 1.0
@@ -106,13 +106,14 @@ def predict(passes: Passes, division: Division, processes: int, gpu: bool) -> Pr
     count = _counts(passes)
     width = passes.weights.itemsize
     states = _plain(passes, count) if division.stage is None else _divided(passes, count, division, processes, gpu)
-    frozen = count.frozen * passes.compute.itemsize / (processes if division.stage == 3 else 1)
-    states.weights += frozen
+    states.weights += count.frozen / (processes if division.stage == 3 else 1)
     held = {WEIGHTS: states.weights, OPTIMIZER: states.optimizer}
     phases = {"load": Moment({WEIGHTS: states.weights + states.load, OPTIMIZER: states.masters})}
     gathered = {WEIGHTS: states.weights + states.gathered(max(count.engine, count.largest_frozen))}
     if isinstance(passes.config, PPOConfig):
         whole = count.policy * width if division.stage == 3 else 0.0
+        if passes.autocast:  # its frozen weights, rounded while it samples
+            whole += passes.compute.itemsize * (passes.sizes[0].total - passes.sizes[0].trained)
         phases["rollout"] = _sum(
             held | {WEIGHTS: states.weights + whole}, max(passes.rollout.values(), key=lambda moment: moment.total)
         )
@@ -147,7 +148,7 @@ class _States:
 
 
 def _plain(passes: Passes, count: _Counts) -> _States:
-    share = quantized_share(passes)
+    share = _quantized_share(passes)
     weights = 4 * count.engine if share == 1.0 else 2 * share * count.engine
     return _States(weights, 8 * count.trained, 4 * count.trained)
 

@@ -249,14 +249,18 @@ def test_the_cheapest_change_is_smaller_micro_batches_where_they_suffice(tmp_pat
     assert found is not None and [change.split("=")[0] for change in found] == ["update.micro_batch_tokens"]
 
 
-def test_a_change_that_is_named_makes_it_fit_and_nothing_is_named_where_nothing_helps(tmp_path):
-    path = shape(tmp_path, layers=4, hidden_size=512, intermediate_size=2048, vocab_size=20_000)
-    plan = plan_of(path, 1000, processes=8)
-    least = min(plan.needs(f"deepspeed={REPOSITORY}/configs/deepspeed/zero{s}.json") for s in (1, 2, 3))
-    tight = plan_of(path, (least + 0.1 * (plan.needs() - least)) / GIB, processes=8)
+def test_activations_are_recomputed_where_the_smallest_micro_batches_are_too_large(tmp_path):
+    path = shape(tmp_path, layers=6)
+    least = [f"update.micro_batch_tokens={plan_of(path, 1000).budgets()[0]}"]
+    kept, again = (plan_of(path, 1000).needs(*least, *more) for more in ([], ["update.gradient_checkpointing=true"]))
+    tight = plan_of(path, (kept + again) / 2 / GIB)
     found = tight.cheapest()
-    assert found and not tight.fits() and tight.fits(*found)
-    assert plan_of(path, 0.5).cheapest() is None  # CUDA alone takes more
+    assert found and "update.gradient_checkpointing=true" in found
+    assert not tight.fits() and tight.fits(*found)
+
+
+def test_nothing_is_named_where_nothing_helps(tmp_path):
+    assert plan_of(shape(tmp_path), 0.5).cheapest() is None  # CUDA alone takes more
 
 
 # ---- the command ---------------------------------------------------------------------------------------------------
