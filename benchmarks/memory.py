@@ -236,8 +236,8 @@ def compare_sides(args: argparse.Namespace, folder: Path) -> None:
         spec = {
             "run": str(folder / side), "prompts": str(folder / "prompts.jsonl"), "model": str(folder / "model"),
             "tests": str(ROOT / "tests"), "ends": [1, 2], "regime": "full", "updates": args.updates,
-            "epochs": args.epochs, "minibatches": 4, "new_tokens": args.new_tokens, "episodes": args.episodes, "lr": 3e-4, "seed": 0,
-            "micro_batch_tokens": args.micro_batch_tokens, "trl_checkpointing": True,
+            "epochs": args.epochs, "minibatches": 4, "new_tokens": args.new_tokens, "episodes": args.episodes,
+            "lr": 3e-4, "seed": 0, "micro_batch_tokens": args.micro_batch_tokens, "trl_checkpointing": True,
         }  # fmt: skip
         (folder / "spec.json").write_text(json.dumps(spec), "utf-8")
         path = [*([str(args.trl)] if side == "trl" else []), str(ROOT)]

@@ -26,7 +26,7 @@ from rlhf.config import ModelConfig, PPOConfig, RewardConfig, SFTConfig, StageCo
 from rlhf.engine import rounded
 from rlhf.errors import UserError
 from rlhf.experience import MicroBatch
-from rlhf.meter import CACHE, GRADIENTS, OPTIMIZER, Meter, Moment, imagined, materialise
+from rlhf.meter import CACHE, GRADIENTS, Meter, Moment, imagined, materialise
 from rlhf.models import ScalarModel, causal_lm, head_chunks, load_config, sequence_limit
 from rlhf.rollout import Sampling, choose
 from rlhf.runs import result_of
@@ -190,10 +190,7 @@ class Passes:
         made, rows = copy.copy(self), steps("rows")
         made.work = work
         found: dict[str, Any] = {"sizes": self.sizes, "scoring": self.scoring.along(other.scoring, rows)}
-        if self.divided:
-            found["held"] = self.held.along(other.held, rows)
-        else:
-            found["update"] = {name: self.update[name].along(other.update[name], rows) for name in self.update}
+        found["update"] = {name: self.update[name].along(other.update[name], rows) for name in self.update}
         if work.sequences:
             beside = steps("sequences")
             found["rollout"] = {name: self.rollout[name].along(other.rollout[name], beside) for name in self.rollout}
@@ -287,51 +284,36 @@ class Passes:
         return MicroBatch([], ids, torch.ones_like(ids), None, flags, lengths, chunks)
 
     @cached_property
-    def held(self) -> Moment:
-        """What the pass of one micro-batch holds beside gradients, forward and backward, at its highest."""
-        return self._deep(lambda depth: {"held": self._trained(depth, steps=False)["held"]}, self._tuned)["held"]
-
-    @cached_property
     def update(self) -> Moments:
-        """Two micro-batches and an optimizer step as plain torch runs them.
+        """The pass of a micro-batch, forward and backward, with the gradients that are there.
 
-        `held` is when the first holds most beside gradients, `late` when it has most of its gradients, `more` the most
-        of the second, `step` that of the step, with the optimizer's whole state. Each of these moments is the same one
-        at every depth, so that a line can be drawn through it; the highest moment of all need not be.
+        `held` is when it holds most beside gradients. Plain torch has two more: `late`, when most of the gradients have
+        come, and `more`, the highest of a second micro-batch, which adds to the gradients of the first. Each of these
+        is the same moment at every depth, so that a line can be drawn through it; the highest of all need not be.
         """
-        return self._deep(self._trained, self._tuned)
+        tuned = [role for role in self.roles if role.tuning is not None]
+        names = ("first",) if self.divided else ("first", "more")
 
-    @property
-    def _tuned(self) -> list[Role]:
-        return [role for role in self.roles if role.tuning is not None]
+        def trace(depth: int | None) -> Moments:
+            models = [self._shaped(role, depth) for role in tuned]
+            with self._metered(*models) as meter:
+                loss = self._loss(models)
+                parameters = [p for model in models for p in model.parameters() if p.requires_grad]
+                for name in names:
+                    meter.mark(name)
+                    value = loss()
+                    meter.mark(f"{name} turn")
+                    value.backward()
+                    meter.call(GRADIENTS, [p.grad for p in parameters])
+                    meter.mark(f"{name} end")
+            turn, end = meter.marks["first turn"], meter.marks["first end"]
+            meter.marks["late"] = turn + 3 * (end - turn) // 4
+            found = {"held": meter.highest("first", "first end", without=GRADIENTS)}
+            if not self.divided:
+                found["late"] = meter.highest("late", "first end")
+            return found | {name: meter.highest(name, f"{name} end") for name in names[1:]}
 
-    def _trained(self, depth: int | None, steps: bool = True) -> Moments:
-        models = [self._shaped(role, depth) for role in self._tuned]
-        with self._metered(*models) as meter:
-            loss = self._loss(models)
-            parameters = [p for model in models for p in model.parameters() if p.requires_grad]
-            for name in ("first", "more") if steps else ("first",):
-                meter.mark(name)
-                value = loss()
-                meter.mark(f"{name} turn")
-                value.backward()
-                meter.call(GRADIENTS, [p.grad for p in parameters])
-            if not steps:
-                return {"held": meter.highest("first", without=GRADIENTS)}
-            meter.mark("step")
-            optimizer = torch.optim.AdamW(parameters, foreach=self.fused_step)
-            optimizer.step()
-            state = (value for p in parameters for value in optimizer.state[p].values())
-            meter.call(OPTIMIZER, [value for value in state if isinstance(value, Tensor)])
-            meter.mark("end")
-        turn, more = meter.marks["first turn"], meter.marks["more"]
-        meter.marks["late"] = turn + 3 * (more - turn) // 4
-        return {
-            "late": meter.highest("late", "more"),
-            "held": meter.highest("first", "more", without=GRADIENTS),
-            "more": meter.highest("more", "step"),
-            "step": meter.highest("step", "end"),
-        }
+        return self._deep(trace, tuned)
 
     def _loss(self, models: list[Any]) -> Callable[[], Tensor]:
         """The stage's loss of one micro-batch, but for what is done with a number a token."""

@@ -150,7 +150,12 @@ class _States:
 def _plain(passes: Passes, count: _Counts) -> _States:
     share = _quantized_share(passes)
     weights = 4 * count.engine if share == 1.0 else 2 * share * count.engine
-    return _States(weights, 8 * count.trained, 4 * count.trained)
+    return _States(weights, 8 * count.trained, 4 * count.trained, step=_temporaries(passes, count))
+
+
+def _temporaries(passes: Passes, count: _Counts) -> float:
+    """AdamW's in a step: a denominator, of all parameters at once on a GPU; twice, of one after the other on a CPU."""
+    return 4 * count.trained if passes.fused_step else 8 * max(size.largest for size in passes.sizes)
 
 
 def _divided(passes: Passes, count: _Counts, division: Division, processes: int, gpu: bool) -> _States:
@@ -163,8 +168,8 @@ def _divided(passes: Passes, count: _Counts, division: Division, processes: int,
         # float32: the module as it is, and a flat copy of a bucket; bfloat16: BF16_Optimizer, masters divided
         buffers = min(division.bucket, count.trained) * 4.0
         if not mixed:
-            temporaries = 4 * count.trained if passes.fused_step else 8 * max(size.largest for size in passes.sizes)
-            return _States(4 * count.engine, 8 * count.trained, 4 * count.trained, buffers=buffers, step=temporaries)
+            step = _temporaries(passes, count)
+            return _States(4 * count.engine, 8 * count.trained, 4 * count.trained, buffers=buffers, step=step)
         return _States(
             2 * count.engine, 12 * count.trained / n, 6 * count.trained, 4 * count.trained / n, 2 * count.group,
             step=temporaries, width=2,
@@ -204,19 +209,14 @@ def _divided(passes: Passes, count: _Counts, division: Division, processes: int,
 
 def _update(passes: Passes, states: _States, count: _Counts, division: Division, held: dict[str, float]) -> Moment:
     """The highest of the moments of an optimizer step."""
-    base = held | {WEIGHTS: states.weights + states.gathered(count.engine)}
-    if division.stage is None:
-        found = passes.update
-        several = [found["more"]] if passes.work.passes > 1 else []
-        state = found["step"].parts
-        temporaries = state.get(ACTIVATIONS, 0.0) + state.get(LOGITS, 0.0)
-        step = {GRADIENTS: states.gradients, OPTIMIZER: states.optimizer + temporaries}
-        moments = [_sum(base, moment) for moment in (found["held"], found["late"], *several)]
-        return max([*moments, Moment(held | step)], key=lambda moment: moment.total)
-    without = {name: size for name, size in passes.held.parts.items() if name != GRADIENTS}
-    passing = _sum(base | {GRADIENTS: states.gradients, BUFFERS: states.buffers}, Moment(without))
-    step = held | {GRADIENTS: states.gradients, OPTIMIZER: held[OPTIMIZER] + states.step, BUFFERS: states.buffers}
-    return max(passing, Moment(step), key=lambda moment: moment.total)
+    base = held | {WEIGHTS: states.weights + states.gathered(count.engine), BUFFERS: states.buffers}
+    moments = {name: moment for name, moment in passes.update.items() if name != "more" or passes.work.passes > 1}
+    if division.stage is not None:  # whatever a pass has made of gradients is divided or in a bucket by then
+        parts = {name: size for name, size in moments["held"].parts.items() if name != GRADIENTS}
+        moments = {"held": Moment(parts | {GRADIENTS: states.gradients})}
+    step = {GRADIENTS: states.gradients, OPTIMIZER: states.optimizer + states.step, BUFFERS: states.buffers}
+    found = [*(_sum(base, moment) for moment in moments.values()), Moment(held | step)]
+    return max(found, key=lambda moment: moment.total)
 
 
 def _sum(base: Mapping[str, float], moment: Moment) -> Moment:
