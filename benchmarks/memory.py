@@ -64,6 +64,10 @@ CONFIGS: dict[str, tuple[str, dict[str, int], int, int, dict[str, Any]]] = {
     "PPO, lora": ("ppo", MIDDLE, 32_000, 1, ppo(1024, 64, 192, tuning=LORA, critic={"tuning": LORA})),
     "PPO, vocabulary 150k": ("ppo", WIDE, 150_000, 1, ppo(1024, 64, 192)),
     "PPO, vocabulary 512": ("ppo", SMALL, 512, 1, ppo(2048, 64, 192, 16)),
+    "PPO, one base": (
+        "ppo", MIDDLE, 32_000, 1,
+        ppo(1024, 64, 192, model={"sharing": "shared"}, tuning=LORA, critic={"tuning": LORA}),
+    ),
     "SFT, ZeRO-2, 2 processes": ("sft", MIDDLE, 32_000, 2, trainer(2, 256, **ZERO2)),
     "PPO, ZeRO-2, 2 processes": ("ppo", SMALL, 32_000, 2, ppo(1024, 64, 192, **ZERO2)),
     "PPO, ZeRO-3, 2 processes": ("ppo", SMALL, 32_000, 2, ppo(1024, 64, 192, **ZERO3)),
@@ -177,9 +181,8 @@ def both(name: str, folder: Path) -> tuple[dict[str, float], dict[str, int], int
     count = make_model(folder / "model", shape, vocabulary)
     values = json.loads(json.dumps(values))
     longest = values["data"]["max_prompt_tokens"] if stage == "ppo" else values["length"]
-    config = write_data(stage, values, folder) | {
-        "run": str(folder / "run"), "model": {"path": str(folder / "model"), "chat_template": "plain"}
-    }  # fmt: skip
+    model = {"path": str(folder / "model"), "chat_template": "plain"} | values.pop("model", {})
+    config = write_data(stage, values, folder) | {"run": str(folder / "run"), "model": model}
     return predicted(stage, config, processes, longest), measure(stage, config, processes, folder), count
 
 
@@ -238,12 +241,14 @@ def compare_sides(args: argparse.Namespace, folder: Path) -> None:
             "tests": str(ROOT / "tests"), "ends": [1, 2], "regime": "full", "updates": args.updates,
             "epochs": args.epochs, "minibatches": 4, "new_tokens": args.new_tokens, "episodes": args.episodes,
             "lr": 3e-4, "seed": 0, "micro_batch_tokens": args.micro_batch_tokens, "trl_checkpointing": True,
+            "tuning": LORA if side == "shared" else None,
         }  # fmt: skip
         (folder / "spec.json").write_text(json.dumps(spec), "utf-8")
         path = [*([str(args.trl)] if side == "trl" else []), str(ROOT)]
         env = os.environ | {"PYTHONPATH": os.pathsep.join(path), "HF_HUB_OFFLINE": "1", "DS_ACCELERATOR": "cpu"}
         env |= {"TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": str(args.threads)}
-        program = [sys.executable, str(ROOT / "benchmarks" / "ppo_sides.py"), side, str(folder / "spec.json")]
+        kind = "trl" if side == "trl" else "ours"
+        program = [sys.executable, str(ROOT / "benchmarks" / "ppo_sides.py"), kind, str(folder / "spec.json")]
         done = subprocess.run([*program, str(folder / "sides.json")], capture_output=True, text=True, env=env)
         if done.returncode:
             raise SystemExit(f"{side}:\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}")
@@ -261,7 +266,7 @@ def main() -> None:
     )
     parser.add_argument("--vocabulary", action="store_true", help="Peaks at vocabularies of 32k and 150k.")
     parser.add_argument("--trl", type=Path, help="Folder with TRL 1.12.0: compare with it.")
-    parser.add_argument("--sides", nargs="+", choices=("trl", "ours"), default=("trl", "ours"))
+    parser.add_argument("--sides", nargs="+", choices=("trl", "ours", "shared"), default=("trl", "ours", "shared"))
     parser.add_argument("--episodes", type=int, default=64)
     parser.add_argument("--new-tokens", type=int, default=256)
     parser.add_argument("--epochs", type=int, default=1, help="Peaks do not depend on their number.")

@@ -49,6 +49,8 @@ class Role:
     """It has a scalar head in place of the language model's."""
     tuning: Pick | None
     """What of it is trained; None for a frozen one, which stands beside the engine in the computation's dtype."""
+    shares: bool = False
+    """Its weights are the policy's, but for an adapter and a head of its own."""
 
 
 def roles(config: StageConfig) -> list[Role]:
@@ -59,13 +61,15 @@ def roles(config: StageConfig) -> list[Role]:
         return [Role("reward model", config.model.path, True, config.tuning)]
     assert isinstance(config, PPOConfig)
     path, found = config.model.path, [Role("policy", config.model.path, False, config.tuning)]
+    shared = config.model.sharing == "shared"
     if config.needs_critic:
         start = str(config.reward_model) if config.critic.init == "reward" else path
-        found.append(Role("critic", start, True, config.critic.tuning))
+        found.append(Role("critic", start, True, config.critic.tuning, shared))
     if not config.tuning.row.traits["adapter"]:
         found.append(Role("reference", path, False, None))
     terms = config.reward.options["terms"] if config.reward.name == "sum" else [config.reward.options]
-    return found + [Role("reward model", term["path"], True, None) for term in terms if "path" in term]
+    paths = [term["path"] for term in terms if "path" in term]
+    return found + [Role("reward model", p, True, None, shared and p == config.reward_model) for p in paths]
 
 
 def architecture(config: ModelConfig, path: str, base: str | None = None) -> Any:
@@ -176,6 +180,7 @@ class Passes:
         self.weights = self.compute if divided else torch.float32
         self.autocast, self.divided, self.fused_step = halves and not divided, divided, fused_step
         self.roles = roles(config)
+        self.shared = any(role.shares for role in self.roles)
         self._found = {role.path: architecture(config.model, role.path, base) for role in self.roles}  # type: ignore[attr-defined]
         group = getattr(config, "update", None) or getattr(config, "batch", None)
         self.checkpointing = bool(group and group.gradient_checkpointing)
@@ -214,6 +219,9 @@ class Passes:
             trained = [p.numel() for p in weights if p.requires_grad]
             held = sum(p.numel() * p.itemsize for p in weights)
             found.append(Size(sum(p.numel() for p in weights), sum(trained), max(trained, default=0), held))
+            if role.shares:  # a frozen adapter counts as large as the policy's
+                own = sum(trained) or found[0].trained
+                found[-1] = Size(own, sum(trained), max(trained, default=0), 4 * own)
         return found
 
     def _shaped(self, role: Role, depth: int | None) -> Any:
@@ -243,6 +251,10 @@ class Passes:
         model = ScalarModel(model) if role.scalar else model
         if role.tuning is None and not self.divided:
             rounded(model, self.compute)
+            return model
+        if self.shared and not self.divided:  # the base is loaded so, adapters are in float32
+            for weight in model.parameters():
+                weight.data = weight.data if weight.requires_grad else weight.data.to(self.compute)
             return model
         return model.to(self.compute if role.tuning is None else self.weights)
 

@@ -149,7 +149,8 @@ class _States:
 
 def _plain(passes: Passes, count: _Counts) -> _States:
     share = _quantized_share(passes)
-    weights = 4 * count.engine if share == 1.0 else 2 * share * count.engine
+    width = passes.compute.itemsize if passes.shared else 4  # of the frozen ones
+    weights = (width if share == 1.0 else 2 * share) * (count.engine - count.trained) + 4 * count.trained
     return _States(weights, 8 * count.trained, 4 * count.trained, step=_temporaries(passes, count))
 
 

@@ -118,6 +118,17 @@ def test_the_models_of_ppo_are_those_that_the_stage_holds(tmp_path):
     assert [role.name for role in roles(adapted)] == ["policy", "reward model"]
 
 
+def test_roles_over_one_base_add_their_adapters_alone(tmp_path):
+    path = shape(tmp_path)
+    adapters = {"tuning": "lora", "critic": {"tuning": "lora"}}
+    apart, shared = (
+        passes_of(ppo(path, model={"path": path, "sharing": sharing}, **adapters)) for sharing in ("separate", "shared")
+    )
+    assert [size.total for size in shared.sizes[1:]] == [shared.sizes[1].trained, shared.sizes[0].trained]
+    held = [predict(passes, Division(), 1, gpu=True).phases["load"].parts["weights"] for passes in (apart, shared)]
+    assert held[1] < 0.5 * held[0]
+
+
 def test_parameters_are_counted_from_the_config_alone(tmp_path):
     # embeddings and head 2 x 1000 x 64; a layer: q, o 64 x 64, k, v 64 x 32, three of 64 x 128, two norms; a norm
     layer = 2 * 64 * 64 + 2 * 64 * 32 + 3 * 64 * 128 + 2 * 64
