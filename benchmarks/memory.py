@@ -151,7 +151,7 @@ def measure(stage: str, config: dict[str, Any], processes: int, folder: Path, gi
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
     program = [sys.executable, *(launcher if processes > 1 else []), str(ROOT / "benchmarks" / "memory_side.py")]
     done = subprocess.run(
-        [*program, str(folder / "spec.json")], capture_output=True, text=True, env=env, cwd=ROOT, timeout=240
+        [*program, str(folder / "spec.json")], capture_output=True, text=True, env=env, cwd=ROOT, timeout=900
     )
     if done.returncode:
         raise SystemExit(f"{stage}:\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}")
@@ -163,8 +163,9 @@ def predicted(stage: str, config: dict[str, Any], processes: int, longest: int) 
     """The same as `rlhf plan` reckons it, without a GPU."""
     from rlhf.config import STAGES
     from rlhf.config_file import check_config
-    from rlhf.footprint import Passes, limit_of, work_of
+    from rlhf.footprint import Passes
     from rlhf.memory import Division, predict
+    from rlhf.workload import limit_of, work_of
     from rlhf.zero import read_deepspeed
 
     checked = check_config(STAGES[stage], config, "benchmark")

@@ -82,7 +82,8 @@ class _Counts:
     policy: float
     frozen: float
     """Bytes of the models beside the engine."""
-    largest_frozen: float
+    engines: tuple[float, ...]
+    """Of each engine under stage 3: the trained models' and one for each frozen model."""
 
 
 def _counts(passes: Passes) -> _Counts:
@@ -91,7 +92,7 @@ def _counts(passes: Passes) -> _Counts:
     frozen = [size for role, size in sizes if role.tuning is None]
     return _Counts(
         sum(s.total for s in engine), sum(s.trained for s in engine), max(s.trained for s in engine),
-        sizes[0][1].total, sum(s.held for s in frozen), max((s.total for s in frozen), default=0),
+        sizes[0][1].total, sum(s.held for s in frozen), (sum(s.total for s in engine), *(s.total for s in frozen)),
     )  # fmt: skip
 
 
@@ -107,20 +108,23 @@ def predict(passes: Passes, division: Division, processes: int, gpu: bool) -> Pr
     width = passes.weights.itemsize
     states = _plain(passes, count) if division.stage is None else _divided(passes, count, division, processes, gpu)
     states.weights += count.frozen / (processes if division.stage == 3 else 1)
-    held = {WEIGHTS: states.weights, OPTIMIZER: states.optimizer}
     phases = {"load": Moment({WEIGHTS: states.weights + states.load, OPTIMIZER: states.masters})}
-    gathered = {WEIGHTS: states.weights + states.gathered(max(count.engine, count.largest_frozen))}
+    # Stage 3 leaves weights gathered that it is going to need soon, and keeps its buffers.
+    gathered = sum(min(size, states.live) for size in count.engines) * width
+    held = {WEIGHTS: states.weights + gathered, OPTIMIZER: states.optimizer}
+    if division.stage:
+        held |= {GRADIENTS: states.gradients if division.stage == 3 else 0.0, BUFFERS: states.buffers}
     if isinstance(passes.config, PPOConfig):
-        whole = count.policy * width if division.stage == 3 else 0.0
+        whole = max(0.0, count.policy - states.live) * width if division.stage == 3 else 0.0
         if passes.autocast:  # its frozen weights, rounded while it samples
             whole += passes.compute.itemsize * (passes.sizes[0].total - passes.sizes[0].trained)
         phases["rollout"] = _sum(
-            held | {WEIGHTS: states.weights + whole}, max(passes.rollout.values(), key=lambda moment: moment.total)
+            held | {WEIGHTS: held[WEIGHTS] + whole}, max(passes.rollout.values(), key=lambda moment: moment.total)
         )
-    phases["scoring"] = _sum(held | gathered, passes.scoring)
-    phases["update"] = _update(passes, states, count, division, held)
+    phases["scoring"] = _sum(held, passes.scoring)
+    phases["update"] = _update(passes, states, division, held)
     merged = 0.0 if gpu else count.policy * width
-    phases["checkpoint"] = Moment(held | {WEIGHTS: states.weights + merged})
+    phases["checkpoint"] = Moment(held | {WEIGHTS: held[WEIGHTS] + merged})
     return Prediction(phases, states.host + 4 * count.engine if gpu else 0.0)
 
 
@@ -140,11 +144,7 @@ class _States:
     """AdamW's temporaries, and gradients in its dtype."""
     host: float = 0.0
     live: float = 0.0
-    """Stage 3: elements that are gathered at most."""
-    width: int = 4
-
-    def gathered(self, elements: float) -> float:
-        return min(elements, self.live) * self.width
+    """Stage 3: elements that an engine keeps gathered at most."""
 
 
 def _plain(passes: Passes, count: _Counts) -> _States:
@@ -173,7 +173,7 @@ def _divided(passes: Passes, count: _Counts, division: Division, processes: int,
             return _States(4 * count.engine, 8 * count.trained, 4 * count.trained, buffers=buffers, step=step)
         return _States(
             2 * count.engine, 12 * count.trained / n, 6 * count.trained, 4 * count.trained / n, 2 * count.group,
-            step=temporaries, width=2,
+            step=temporaries,
         )  # fmt: skip
     if stage < 3:
         states = _States(
@@ -184,7 +184,6 @@ def _divided(passes: Passes, count: _Counts, division: Division, processes: int,
             load=width * count.group,
             buffers=bucket * width * (division.buckets if gpu else 1),
             step=temporaries + 4 * count.group / n,
-            width=width,
         )
     else:
         states = _States(
@@ -192,11 +191,11 @@ def _divided(passes: Passes, count: _Counts, division: Division, processes: int,
             (12 if mixed else 8) * count.trained / n,
             width * count.trained / n,
             masters=(4 if mixed else 0) * count.trained / n,
-            load=4 * min(count.trained, 1e9),  # its optimizer's first gradients, of a whole sub-group
+            # its optimizer's first gradients, of a whole sub-group; without a GPU, the weights before they are divided
+            load=4 * min(count.trained, 1e9) + (0 if gpu else 4 * count.engine * (1 - 1 / n)),
             buffers=bucket * width,
             step=temporaries + (4 * min(count.trained, 1e9) / n if mixed else 0),
             live=division.live,
-            width=width,
         )
     if gpu and division.optimizer_on_host:
         states.host += states.optimizer + 4 * count.trained / n
@@ -208,15 +207,15 @@ def _divided(passes: Passes, count: _Counts, division: Division, processes: int,
     return states
 
 
-def _update(passes: Passes, states: _States, count: _Counts, division: Division, held: dict[str, float]) -> Moment:
+def _update(passes: Passes, states: _States, division: Division, held: dict[str, float]) -> Moment:
     """The highest of the moments of an optimizer step."""
-    base = held | {WEIGHTS: states.weights + states.gathered(count.engine), BUFFERS: states.buffers}
+    base = {name: size for name, size in held.items() if name != GRADIENTS} | {BUFFERS: states.buffers}
     moments = {name: moment for name, moment in passes.update.items() if name != "more" or passes.work.passes > 1}
     if division.stage is not None:  # whatever a pass has made of gradients is divided or in a bucket by then
         parts = {name: size for name, size in moments["held"].parts.items() if name != GRADIENTS}
         moments = {"held": Moment(parts | {GRADIENTS: states.gradients})}
-    step = {GRADIENTS: states.gradients, OPTIMIZER: states.optimizer + states.step, BUFFERS: states.buffers}
-    found = [*(_sum(base, moment) for moment in moments.values()), Moment(held | step)]
+    step = base | {GRADIENTS: states.gradients, OPTIMIZER: states.optimizer + states.step}
+    found = [*(_sum(base, moment) for moment in moments.values()), Moment(step)]
     return max(found, key=lambda moment: moment.total)
 
 

@@ -49,8 +49,9 @@ class PeakMemory:
 
 
 def _predicted(config: Any, longest: int | None, candidates: int) -> str:
-    from rlhf.footprint import Passes, limit_of, work_of
+    from rlhf.footprint import Passes
     from rlhf.memory import Division, predict
+    from rlhf.workload import limit_of, work_of
 
     settings = read_deepspeed(config.deepspeed) if config.deepspeed else None
     if settings is None and distributed.world_size() > 1:

@@ -22,9 +22,9 @@ from rlhf.lazy import lazy
 from rlhf.zero import read_deepspeed
 
 if TYPE_CHECKING:
-    from rlhf import footprint, memory
+    from rlhf import footprint, memory, workload
 else:
-    footprint, memory = lazy("rlhf.footprint"), lazy("rlhf.memory")
+    footprint, memory, workload = lazy("rlhf.footprint"), lazy("rlhf.memory"), lazy("rlhf.workload")
 
 GIB = 2**30
 MARGIN, CONTEXT = 0.08, 1.0 * GIB
@@ -144,8 +144,8 @@ class Plan:
 
     def _passes(self, config: Any, divided: bool) -> Any:
         """What the config's passes hold; traced for the fewest and the most sequences, between which lies a line."""
-        limit = footprint.limit_of(config, self.base)
-        work = footprint.work_of(config, limit, self.processes, self.longest, self.candidates)
+        limit = workload.limit_of(config, self.base)
+        work = workload.work_of(config, limit, self.processes, self.longest, self.candidates)
         kind = (divided, _recomputes(config), str(config.tuning), str(getattr(config, "critic", "")))
         if kind not in self._traced:
             ends = []
@@ -154,7 +154,7 @@ class Plan:
                 if isinstance(config, PPOConfig):
                     few = max(1, config.rollout.batch_size // share)
                     values = values.model_copy(update=_nested(config, "rollout.batch_size", few))
-                most = footprint.work_of(values, limit, self.processes, self.longest, self.candidates)
+                most = workload.work_of(values, limit, self.processes, self.longest, self.candidates)
                 ends.append(footprint.Passes(values, most, self.halves, divided, fused_step=True, base=self.base))
             self._traced[kind] = (ends[0], ends[1])
         few, many = self._traced[kind]
@@ -169,8 +169,8 @@ class Plan:
 
     def budgets(self) -> list[int]:
         """Values of the budget key that differ in what a micro-batch holds, ascending: sequences 1, 2, 4, ..."""
-        config, limit = self.config, footprint.limit_of(self.config, self.base)
-        one = footprint.work_of(config, limit, self.processes, self.longest, self.candidates)
+        config, limit = self.config, workload.limit_of(self.config, self.base)
+        one = workload.work_of(config, limit, self.processes, self.longest, self.candidates)
         if isinstance(config, PPOConfig):
             episodes = config.rollout.prompts_per_update * config.rollout.samples_per_prompt
             most = math.ceil(episodes / config.update.minibatches / self.processes)
