@@ -122,7 +122,8 @@ def test_the_models_of_ppo_are_those_that_the_stage_holds(tmp_path):
 
 def test_roles_over_one_base_add_their_adapters_alone(tmp_path):
     path = shape(tmp_path)
-    adapters = {"tuning": "lora", "critic": {"tuning": "lora"}}
+    lora = {"name": "lora", "rank": 1}
+    adapters = {"tuning": lora, "critic": {"tuning": lora}}
     apart, shared = (
         passes_of(ppo(path, model={"path": path, "sharing": sharing}, **adapters)) for sharing in ("separate", "shared")
     )
