@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from rlhf import kv_cache
 from rlhf.actor_critic import ActorCritic
-from rlhf.config import PPOConfig, RewardConfig, StageConfig
+from rlhf.config import PPOConfig, RewardConfig, SFTConfig, StageConfig
 from rlhf.engine import rounded
 from rlhf.experience import MicroBatch
 from rlhf.meter import CACHE, GRADIENTS, Meter, Moment, imagined, materialise
@@ -248,7 +248,9 @@ class Passes:
                 model = self._shaped(role, depth)
                 with self._metered(model) as meter, torch.no_grad():
                     batch = self._batch()
-                    if not role.scalar:
+                    if isinstance(self.config, SFTConfig):
+                        self._loss([model])()
+                    elif not role.scalar:
                         ActorCritic(model, None)(batch, 1.0)
                     elif role.name == "critic":
                         model.token_values(batch.input_ids, batch.attention_mask)
