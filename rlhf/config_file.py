@@ -21,8 +21,7 @@ def load_config(kind: type[C], path: str | Path, overrides: Sequence[str] = ()) 
         UserError: No such file, not YAML, or anything in it does not fit; all faults are listed at once.
     """
     values = read_values(path)
-    for override in overrides:
-        _override(values, override)
+    override_values(values, overrides)
     return check_config(kind, values, str(path))
 
 
@@ -66,6 +65,16 @@ def check_config(kind: type[C], values: dict[str, Any], where: str) -> C:
         faults = [_fault(kind, e) for e in error.errors()]
         count = f"{len(faults)} problem{'s' if len(faults) > 1 else ''}"
         raise UserError(f"{where}: {count} in the config\n" + "\n".join(f"  - {f}" for f in faults)) from None
+
+
+def override_values(values: dict[str, Any], overrides: Sequence[str]) -> None:
+    """Apply `dotted.key=value` overrides to a config's values, in place.
+
+    Raises:
+        UserError: An override is not of that form.
+    """
+    for override in overrides:
+        _override(values, override)
 
 
 def _override(values: dict[str, Any], override: str) -> None:

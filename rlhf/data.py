@@ -19,8 +19,9 @@ from rlhf.tokenization import ChatTokenizer, Counts, encode_demonstration, encod
 if TYPE_CHECKING:
     import datasets as hf_datasets
     import pyarrow as pa
+    import pyarrow.compute as pc
 else:
-    hf_datasets, pa = lazy("datasets"), lazy("pyarrow")
+    hf_datasets, pa, pc = lazy("datasets"), lazy("pyarrow"), lazy("pyarrow.compute")
 
 ENCODERS: dict[str, tuple[Callable[..., dict[str, Any] | None], dict[str, str]]] = {
     "demonstration": (encode_demonstration, {"input_ids": "ids", "labels": "ids", "length": "int"}),
@@ -121,6 +122,11 @@ def tokenize(
             "Check the splits with `rlhf data stats`, and model.max_length.",
         )
     return tables
+
+
+def longest_prompt(table: Any) -> int:
+    """Tokens of the longest prompt in a table of prompts."""
+    return int(pc.max(pc.list_value_length(table.data.column("prompt"))).as_py())
 
 
 def _write_table(

@@ -16,7 +16,7 @@ from rlhf.console import say
 from rlhf.entry import ConfigFile, DryRun, Overrides, Overwrite, Resume
 from rlhf.errors import UserError
 from rlhf.launch import launch, launch_on_hosts, read_hostfile
-from stages import chat, demo, evaluate, export, pipeline, propose, sample
+from stages import chat, demo, evaluate, export, pipeline, plan, propose, sample
 
 app = typer.Typer(
     name="rlhf", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None,
@@ -109,6 +109,7 @@ def pipeline_command(
             raise typer.Exit(pipeline.WAITING)
 
 
+app.command("plan")(plan.command)
 app.command("sample")(sample.command)
 app.command("evaluate")(evaluate.command)
 app.command("export")(export.command)

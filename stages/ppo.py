@@ -21,7 +21,7 @@ from rlhf.actor_critic import ActorCritic, adapters_off, compile_layers
 from rlhf.checkpoint import rng_state, seed_everything, set_rng_state
 from rlhf.config import DataConfig, PPOConfig
 from rlhf.console import is_main, say
-from rlhf.data import open_all, tokenize
+from rlhf.data import longest_prompt, open_all, tokenize
 from rlhf.engine import Engine, make_engine
 from rlhf.entry import main
 from rlhf.errors import UserError
@@ -45,6 +45,7 @@ from rlhf.masked import masked_mean, masked_sum
 from rlhf.merging import adapters_merged
 from rlhf.models import ScalarModel, count_parameters, load_config, load_policy, load_scalar, sequence_limit
 from rlhf.packing import packs
+from rlhf.peak import PeakMemory
 from rlhf.ppo_report import Clock, Moments, Reporter, rate_scale
 from rlhf.rewards import Finished, RewardContext
 from rlhf.rollout import Sampling, episode_seed
@@ -75,6 +76,7 @@ class PPO:
         self.chat = load_tokenizer(config.model, path)
         limit = sequence_limit(config.model, load_config(config.model, path))
         self.run = open_ppo_run(config, self.chat, resume, overwrite)
+        self.memory = PeakMemory()
         self.shared, rewards = None, {}
         if config.model.sharing == "shared":
             self.shared = shared = load_shared(config, self.chat)
@@ -127,6 +129,7 @@ class PPO:
             save_critic(self.run.path, self.engine.module)
         finish(self.run, metrics=self.reporter.headline())
         self.reporter.close()
+        self.memory.report(config, longest_prompt(self.tables.train))
 
     # ---- one update ----------------------------------------------------------------------------------------------
 

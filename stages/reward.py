@@ -25,6 +25,7 @@ from rlhf.data import open_all, tokenize
 from rlhf.entry import main
 from rlhf.errors import UserError
 from rlhf.models import load_config, load_scalar, sequence_limit
+from rlhf.peak import PeakMemory
 from rlhf.ranking import centering_penalty
 from rlhf.ranking_data import RankingCollator, informative
 from rlhf.reward_metrics import ScoredRanking, metric_rows, reward_metrics
@@ -60,6 +61,7 @@ def run(config: RewardConfig, resume: bool = False, overwrite: bool = False) -> 
     reference = tokenize_reference(config, folder, chat, limit)
     # 2. the model, and what of it is trained; the same first weights, a new head included, on every rank
     transformers.set_seed(config.seed)
+    memory = PeakMemory()
     scalar = load_scalar(config.model, path)
     scalar.set_scale(0.0, 1.0)
     scalar.model = config.tuning(scalar.model, chat, "scalar")
@@ -85,6 +87,7 @@ def run(config: RewardConfig, resume: bool = False, overwrite: bool = False) -> 
     scalar.config.get_text_config().pad_token_id = padding_that_ends_nothing(chat)
     save_result(folder.path, scalar.model, chat, config.tuning)
     finish(folder, step=trainer.best_step, metrics=headline, scale={"mean": scalar.mean, "std": scalar.std})
+    memory.report(config, max(train["length"]), max(map(len, train["ranks"])))
 
 
 # ---- data ----------------------------------------------------------------------------------------------------------

@@ -23,6 +23,7 @@ from rlhf.errors import UserError
 from rlhf.inference import quiet
 from rlhf.models import load_config, load_policy, sequence_limit
 from rlhf.packing import VARLEN
+from rlhf.peak import PeakMemory
 from rlhf.runs import Run, data_facts, finish, open_run, parent_facts, result_of
 from rlhf.tokenization import ChatTokenizer, load_tokenizer
 from rlhf.trainer import StageTrainer, training_arguments
@@ -46,6 +47,7 @@ def run(config: SFTConfig, resume: bool = False, overwrite: bool = False) -> Non
     tables = tokenize(folder, chat, limit, config.data, "demonstration", KINDS)
     # 2. the model, and what of it is trained; the same first weights on every rank
     transformers.set_seed(config.seed)
+    memory = PeakMemory()
     model = config.tuning(load_policy(config.model, path), chat, "causal")
     say_trainable(config.tuning, model)
     # 3. training
@@ -57,6 +59,7 @@ def run(config: SFTConfig, resume: bool = False, overwrite: bool = False) -> Non
     best = trainer.state.best_metric
     metrics = {} if best is None else {"eval_loss": best, "eval_perplexity": perplexity(best)}
     finish(folder, step=trainer.best_step, metrics=metrics)
+    memory.report(config, limit if config.packing else max(tables.train["length"]))
 
 
 def pack(table: Any, limit: int, model: Any) -> Any:

@@ -1,0 +1,104 @@
+"""One measured run of `benchmarks/memory.py`, a process of its own: `python memory_side.py SPEC.json`.
+
+Memory is what is resident above what was resident after the imports, by phase: at the beginning of a phase the
+kernel's mark of the highest is set back (`/proc/self/clear_refs`), at its end it is read (`VmHWM`).
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import json
+import os
+import re
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+LIBRARIES = (
+    "torch", "transformers", "datasets", "peft", "deepspeed", "trl.trainer.sft_trainer", "pandas", "torch._dynamo",
+    "transformers.models.llama.modeling_llama", "stages.sft", "stages.reward", "stages.ppo",
+)  # fmt: skip
+
+
+def reward(messages: list[dict[str, str]], answer: str) -> float:
+    """A score that costs nothing."""
+    return float(len(answer) % 7)
+
+
+def resident(field: str) -> int:
+    """`VmRSS` (now) or `VmHWM` (highest) of this process, bytes."""
+    found = re.search(rf"{field}:\s+(\d+)", Path("/proc/self/status").read_text())
+    assert found is not None
+    return int(found[1]) * 1024
+
+
+class Phases:
+    """Peaks by phase; what belongs to no phase counts to the one around it."""
+
+    def __init__(self) -> None:
+        for library in LIBRARIES:
+            importlib.import_module(library)
+        self.base, self.now = resident("VmRSS"), "load"
+        self.peaks: dict[str, int] = {}
+        self._set_back()
+
+    def _set_back(self) -> None:
+        Path("/proc/self/clear_refs").write_text("5")
+
+    def switch(self, name: str) -> str:
+        """The phase that was on until now."""
+        before, peak = self.now, resident("VmHWM") - self.base
+        self.peaks[before] = max(peak, self.peaks.get(before, 0))
+        self.now = name
+        self._set_back()
+        return before
+
+    @contextmanager
+    def __call__(self, name: str) -> Iterator[None]:
+        before = self.switch(name)
+        yield
+        self.switch("between" if before == "load" else before)
+
+    def wrap(self, owner: Any, method: str, name: str) -> None:
+        """Make a method of a class, or a function of a module, a phase."""
+        inner: Callable[..., Any] = getattr(owner, method)
+
+        @functools.wraps(inner)
+        def outer(*args: Any, **kwargs: Any) -> Any:
+            with self(name):
+                return inner(*args, **kwargs)
+
+        setattr(owner, method, outer)
+
+
+def main() -> None:
+    """Run the stage of the spec and write its peaks, a file for each rank."""
+    spec = json.loads(Path(sys.argv[1]).read_text("utf-8"))
+    phases = Phases()
+    import rlhf.learner
+    import rlhf.trainer
+    import stages.ppo
+    from rlhf.config import STAGES
+    from rlhf.config_file import check_config
+
+    phases.wrap(stages.ppo.PPO, "rollout", "rollout")
+    phases.wrap(stages.ppo.PPO, "score", "scoring")
+    phases.wrap(rlhf.learner.Learner, "learn", "update")
+    phases.wrap(stages.ppo.PPO, "save", "checkpoint")
+    phases.wrap(rlhf.trainer.StageTrainer, "train", "update")
+    phases.wrap(rlhf.trainer.StageTrainer, "evaluate", "scoring")
+    phases.wrap(rlhf.trainer.StageTrainer, "_save_checkpoint", "checkpoint")
+    for module in ("stages.ppo", "stages.sft", "stages.reward"):
+        phases.wrap(importlib.import_module(module), "save_result", "checkpoint")
+    config = check_config(STAGES[spec["stage"]], spec["config"], "benchmark")
+    importlib.import_module(f"stages.{spec['stage']}").run(config)
+    phases.switch("end")
+    rank = int(os.environ.get("RANK", "0"))
+    Path(f"{spec['result']}-{rank}.json").write_text(json.dumps({"base": phases.base, "peaks": phases.peaks}), "utf-8")
+
+
+if __name__ == "__main__":
+    main()

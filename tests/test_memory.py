@@ -1,0 +1,355 @@
+"""Predicted memory: bytes worked by hand, ZeRO's division, the command, and one run measured beside its prediction."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+from torch import nn
+from typer.testing import CliRunner
+
+from rlhf import memory
+from rlhf.config import STAGES
+from rlhf.config_file import check_config
+from rlhf.footprint import Passes
+from rlhf.memory import Division, predict
+from rlhf.meter import GRADIENTS, LOGITS, Meter, Moment, imagined, materialise
+from rlhf.models import head_logprobs
+from rlhf.peak import PeakMemory
+from rlhf.workload import Work, limit_of, roles, work_of
+from rlhf.zero import read_deepspeed
+from stages.cli import app
+from stages.plan import GIB, Plan, memory_of
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+SHAPE = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "vocab_size": 1000, "hidden_size": 64}
+SHAPE |= {"intermediate_size": 128, "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 512}
+
+
+def shape(folder: Path, layers: int = 2, **more: object) -> str:
+    """A model folder that holds a config.json and no weights."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(SHAPE | {"num_hidden_layers": layers} | more), "utf-8")
+    return str(folder)
+
+
+def ppo(path: str, **more: object):
+    values = {"run": "runs/x", "model": {"path": path}, "data": {"prompts": "x", "max_prompt_tokens": 32}}
+    values |= {"reward": {"name": "model", "path": path}, "rollout": {"max_new_tokens": 32, "prompts_per_update": 16}}
+    return check_config(STAGES["ppo"], values | more, "test")
+
+
+def sft(path: str, **more: object):
+    values = {"run": "runs/x", "model": {"path": path, "max_length": 64}, "data": {"train": "x"}}
+    return check_config(STAGES["sft"], values | more, "test")
+
+
+def passes_of(config, processes: int = 1, divided: bool = False, halves: bool = False, **more: object) -> Passes:
+    work = work_of(config, limit_of(config), processes, **more)
+    return Passes(config, work, halves, divided, fused_step=True)
+
+
+# ---- the meter ---------------------------------------------------------------------------------------------------
+
+
+def test_a_meter_counts_what_a_linear_layer_holds_by_hand():
+    with torch.device("meta"):
+        layer = nn.Linear(8, 16, bias=False)
+    with imagined():
+        materialise(layer)
+        with Meter([layer], vocab_size=16) as meter:
+            x = torch.ones(4, 8, requires_grad=True)  # 128 bytes
+            y = layer(x)  # 4 x 16 float32: 256 bytes, and its last dimension is the vocabulary
+            y.sum().backward()
+            meter.call(GRADIENTS, [layer.weight.grad, x.grad])
+    assert meter.highest(without=GRADIENTS).parts[LOGITS] >= 256
+    assert sum(size for number, size in meter.events if size > 0 and meter.kinds[number] == GRADIENTS) == 512 + 128
+
+
+def test_a_meter_forgets_what_is_given_up():
+    with imagined(), Meter() as meter:
+        for _ in range(10):
+            torch.ones(256)  # 1 KiB, one after the other
+    assert meter.highest().total <= 2048
+    assert sum(size for _, size in meter.events) == 0
+
+
+def test_a_mask_as_an_index_selects_as_many_as_were_announced():
+    with imagined(), Meter(wanted=5):
+        table, mask = torch.zeros(4, 6, 3, requires_grad=True), torch.zeros(4, 6, dtype=torch.bool)
+        chosen = table[mask]
+        chosen.sum().backward()
+    assert chosen.shape == (5, 3) and table.grad.shape == (4, 6, 3)
+
+
+def test_the_heads_logits_do_not_grow_with_the_number_of_tokens():
+    """Vocabulary x tokens never lies in memory: four times the tokens hold no more logits, forward and backward."""
+
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    sizes = {"vocab_size": 150_000, "hidden_size": 16, "intermediate_size": 32, "num_attention_heads": 2}
+
+    def logits(tokens: int) -> float:
+        with torch.device("meta"):
+            lm = LlamaForCausalLM(LlamaConfig(**sizes, num_hidden_layers=1, num_key_value_heads=2))
+        with imagined():
+            materialise(lm)
+            with Meter([lm], vocab_size=150_000) as meter:
+                hidden = torch.zeros(tokens, 16, requires_grad=True)
+                logprobs, entropies = head_logprobs(lm, hidden, torch.zeros(tokens, dtype=torch.int64), 1.0)
+                (logprobs.sum() + entropies.sum()).backward()
+        return meter.highest().parts[LOGITS]
+
+    few, many = logits(2048), logits(8192)
+    assert many <= 1.05 * few
+    assert few < 2048 * 150_000 * 4 / 2
+
+
+# ---- models and work ---------------------------------------------------------------------------------------------
+
+
+def test_the_models_of_ppo_are_those_that_the_stage_holds(tmp_path):
+    path = shape(tmp_path)
+    assert [role.name for role in roles(ppo(path))] == ["policy", "critic", "reference", "reward model"]
+    adapted = ppo(path, tuning="lora", advantage={"name": "rloo"}, rollout={"samples_per_prompt": 2})
+    assert [role.name for role in roles(adapted)] == ["policy", "reward model"]
+
+
+def test_roles_over_one_base_add_their_adapters_alone(tmp_path):
+    path = shape(tmp_path)
+    lora = {"name": "lora", "rank": 1}
+    adapters = {"tuning": lora, "critic": {"tuning": lora}}
+    apart, shared = (
+        passes_of(ppo(path, model={"path": path, "sharing": sharing}, **adapters)) for sharing in ("separate", "shared")
+    )
+    assert [size.total for size in shared.sizes[1:]] == [shared.sizes[1].trained, shared.sizes[0].trained]
+    held = [predict(passes, Division(), 1, gpu=True).phases["load"].parts["weights"] for passes in (apart, shared)]
+    assert held[1] < 0.5 * held[0]
+
+
+def test_parameters_are_counted_from_the_config_alone(tmp_path):
+    # embeddings and head 2 x 1000 x 64; a layer: q, o 64 x 64, k, v 64 x 32, three of 64 x 128, two norms; a norm
+    layer = 2 * 64 * 64 + 2 * 64 * 32 + 3 * 64 * 128 + 2 * 64
+    total = 2 * 1000 * 64 + 2 * layer + 64
+    sizes = passes_of(ppo(shape(tmp_path))).sizes
+    assert [size.total for size in sizes] == [total, total - 1000 * 64 + 64, total, total - 1000 * 64 + 64]
+    assert [size.trained for size in sizes] == [sizes[0].total, sizes[1].total, 0, 0]
+
+
+def test_the_work_of_a_micro_batch_follows_from_the_budget(tmp_path):
+    config = ppo(shape(tmp_path), update={"micro_batch_tokens": 200, "minibatches": 2})
+    assert work_of(config, 512, 1) == Work(3, 64, 96, 3, 16, 32, False)  # 200 // 64 rows; 16 / 2 episodes in 3 passes
+    assert work_of(config, 512, 2).passes == 2
+    assert work_of(config, 512, 1, longest=8).width == 40
+
+
+def test_a_deep_model_is_drawn_on_from_few_layers_as_if_it_were_traced_whole(tmp_path):
+    config = ppo(shape(tmp_path, layers=12), update={"gradient_checkpointing": False})
+    drawn, whole = passes_of(config), passes_of(config)
+    whole._deep = lambda trace, deep: trace(None)
+    for name in drawn.update:
+        assert drawn.update[name].total == pytest.approx(whole.update[name].total, rel=0.02), name
+    assert drawn.scoring.total == pytest.approx(whole.scoring.total, rel=0.02)
+    for name in drawn.rollout:
+        assert drawn.rollout[name].total == pytest.approx(whole.rollout[name].total, rel=0.02), name
+
+
+def test_recomputed_activations_hold_less(tmp_path):
+    path = shape(tmp_path, layers=6)
+    kept, again = (passes_of(ppo(path, update={"gradient_checkpointing": on})) for on in (False, True))
+    assert again.update["held"].total < 0.6 * kept.update["held"].total
+
+
+@pytest.mark.parametrize("tuning", ["lora", "ia3", {"name": "last-layers", "layers": 1}, "prompt-tuning", "p-tuning"])
+def test_tuning_methods_are_predicted(tmp_path, tuning):
+    found = predict(passes_of(sft(shape(tmp_path), tuning=tuning)), Division(), 1, gpu=True)
+    whole = predict(passes_of(sft(shape(tmp_path))), Division(), 1, gpu=True)
+    assert 0 < found.phases["update"].parts["optimizer"] < whole.phases["update"].parts["optimizer"]
+
+
+@pytest.mark.parametrize("family", ["gpt2", "gemma2", "qwen2", "opt"])
+def test_families_are_predicted_from_their_own_code(tmp_path, family):
+    from transformers import AutoConfig
+
+    names = {"vocab_size": 300, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+    names |= {
+        "intermediate_size": 64,
+        "ffn_dim": 64,
+        "head_dim": 8,
+        "num_key_value_heads": 2,
+        "word_embed_proj_dim": 32,
+    }
+    if family == "gpt2":
+        names = {"vocab_size": 300, "n_embd": 32, "n_layer": 2, "n_head": 4}
+    AutoConfig.for_model(family, **names).save_pretrained(tmp_path)
+    found = predict(passes_of(ppo(str(tmp_path))), Division(), 1, gpu=True)
+    assert all(moment.total > 0 for moment in found.phases.values())
+
+
+# ---- states and their division -------------------------------------------------------------------------------------
+
+
+def test_states_in_plain_torch_by_hand(tmp_path):
+    passes = passes_of(ppo(shape(tmp_path)))
+    policy, critic = (size.total for size in passes.sizes[:2])
+    found = predict(passes, Division(), 1, gpu=True).phases
+    # policy and critic to train, both again frozen (reference, reward model), all in float32
+    assert found["load"].parts["weights"] == 2 * 4 * (policy + critic)
+    assert found["scoring"].parts["optimizer"] == 8 * (policy + critic)
+
+
+@pytest.mark.parametrize(("stage", "weights", "optimizer"), [(1, 2, 12 / 4), (2, 2, 12 / 4), (3, 2 / 4, 12 / 4)])
+def test_zero_divides_states_over_four_processes(tmp_path, stage, weights, optimizer):
+    passes = passes_of(sft(shape(tmp_path)), 4, divided=True, halves=True)
+    gathered = {"stage3_max_live_parameters": 0, "stage3_prefetch_bucket_size": 0}
+    division = Division.of({"zero_optimization": {"stage": stage, "reduce_bucket_size": 1, **gathered}})
+    found, total = predict(passes, division, 4, gpu=True), passes.sizes[0].total
+    assert found.phases["checkpoint"].parts["weights"] == pytest.approx(weights * total)
+    assert found.phases["checkpoint"].parts["optimizer"] == pytest.approx(optimizer * total)
+    assert found.host == 4 * total  # loaded whole in float32 by every process
+
+
+def test_offload_moves_states_to_the_host(tmp_path):
+    passes = passes_of(sft(shape(tmp_path)), 4, divided=True, halves=True)
+    total = passes.sizes[0].total
+    settings = read_deepspeed(REPOSITORY / "configs" / "deepspeed" / "zero3-offload.json")
+    found = predict(passes, replace(Division.of(settings), bucket=0, live=0), 4, gpu=True)
+    assert found.phases["checkpoint"].total == 0
+    assert found.host == pytest.approx(4 * total + (12 + 4 + 2) * total / 4)
+
+
+def test_higher_stages_need_less(tmp_path):
+    passes = passes_of(sft(shape(tmp_path)), 8, divided=True, halves=True)
+    zero = [Division(stage, bucket=0, live=0) for stage in (1, 2, 3)]
+    found = [predict(passes, division, 8, gpu=True).phases for division in zero]
+    assert found[0]["update"].total > found[1]["update"].total > found[2]["update"].total
+    assert found[1]["checkpoint"].total > found[2]["checkpoint"].total
+
+
+def test_a_moment_on_a_line_is_never_below_nothing():
+    line = Moment({"a": 4.0, "b": 1.0}).along(Moment({"a": 6.0}), 3)
+    assert line.parts == {"a": 10.0, "b": 0.0}
+
+
+# ---- what fits -----------------------------------------------------------------------------------------------------
+
+
+def plan_of(path: str, gib: float, processes: int = 2, **more: object) -> Plan:
+    values = {"run": "runs/x", "model": {"path": path}, "data": {"prompts": "x", "max_prompt_tokens": 64}}
+    values |= {"reward": {"name": "model", "path": path}, "rollout": {"max_new_tokens": 64}, **more}
+    return Plan(values, "ppo", "test", processes, gib * GIB)
+
+
+def test_the_largest_budget_fits_and_the_next_does_not(tmp_path):
+    path = shape(tmp_path, layers=4)
+    plan = plan_of(path, 1000)
+    few, many = plan.budgets()[0], plan.budgets()[-1]
+    need = [plan.needs(f"update.micro_batch_tokens={tokens}") for tokens in (few, many)]
+    tight = plan_of(path, (need[0] + need[1]) / 2 / GIB)
+    best = tight.largest_budget()
+    assert few <= best < many and tight.fits(f"update.micro_batch_tokens={best}")
+    after = tight.budgets()[tight.budgets().index(best) + 1]
+    assert not tight.fits(f"update.micro_batch_tokens={after}")
+
+
+def test_the_cheapest_change_is_smaller_micro_batches_where_they_suffice(tmp_path):
+    path = shape(tmp_path, layers=4)
+    plan = plan_of(path, 1000, update={"micro_batch_tokens": 4096})
+    smallest, own = plan.needs(f"update.micro_batch_tokens={plan.budgets()[0]}"), plan.needs()
+    found = plan_of(path, (smallest + own) / 2 / GIB, update={"micro_batch_tokens": 4096}).cheapest()
+    assert found is not None and [change.split("=")[0] for change in found] == ["update.micro_batch_tokens"]
+
+
+def test_activations_are_recomputed_where_the_smallest_micro_batches_are_too_large(tmp_path):
+    path = shape(tmp_path, layers=6)
+    least = [f"update.micro_batch_tokens={plan_of(path, 1000).budgets()[0]}"]
+    kept, again = (plan_of(path, 1000).needs(*least, *more) for more in ([], ["update.gradient_checkpointing=true"]))
+    tight = plan_of(path, (kept + again) / 2 / GIB)
+    found = tight.cheapest()
+    assert found and "update.gradient_checkpointing=true" in found
+    assert not tight.fits() and tight.fits(*found)
+
+
+def test_nothing_is_named_where_nothing_helps(tmp_path):
+    assert plan_of(shape(tmp_path), 0.5).cheapest() is None  # CUDA alone takes more
+
+
+# ---- the command ---------------------------------------------------------------------------------------------------
+
+
+def said(*words: str) -> tuple[int, str]:
+    """Exit status, and what is printed or what the error says."""
+    result = CliRunner().invoke(app, ["plan", *words])
+    return result.exit_code, result.output if result.exception is None else str(result.exception)
+
+
+def config_file(folder: Path, path: str) -> str:
+    file = folder / "ppo.yaml"
+    file.write_text(
+        f"run: {folder}/run\nmodel: {{path: {path}}}\ndata: {{prompts: x}}\nreward: {{name: model, path: {path}}}\n"
+    )
+    return str(file)
+
+
+def test_the_command_shows_stages_phases_and_what_fits(tmp_path):
+    file = config_file(tmp_path, shape(tmp_path / "model"))
+    status, text = said("--config", file, "--gpus", "2", "--gpu-memory", "80", "rollout.max_new_tokens=64")
+    assert status == 0, text
+    for word in ("ZeRO 3, offload", "rollout", "scoring", "update", "checkpoint", "It fits", "KV cache"):
+        assert word in text
+
+
+def test_a_model_without_its_config_is_refused_and_base_stands_in(tmp_path):
+    file = config_file(tmp_path, str(tmp_path / "runs" / "sft"))
+    status, text = said("--config", file, "--gpus", "1", "--gpu-memory", "80")
+    assert status and "config.json" in text
+    shape(tmp_path / "base")
+    status, text = said("--config", file, "--gpus", "1", "--gpu-memory", "80", "--base", str(tmp_path / "base"))
+    assert status == 0, text
+
+
+@pytest.mark.parametrize("text", ["80GB", "80000", "0", "-1", "nan", "eighty"])
+def test_memory_that_is_no_number_of_gib_is_refused(text):
+    with pytest.raises(Exception, match="--gpu-memory"):
+        memory_of(text)
+
+
+def test_a_config_whose_stage_cannot_be_told_is_refused(tmp_path):
+    file = tmp_path / "x.yaml"
+    file.write_text("run: r\nmodel: {path: x}\ndata: {train: y}\n")
+    status, text = said("--config", str(file), "--gpus", "1", "--gpu-memory", "80")
+    assert status and "--stage" in text
+
+
+# ---- measured ------------------------------------------------------------------------------------------------------
+
+
+def test_a_failed_prediction_is_said_and_ends_nothing(capsys, tmp_path):
+    PeakMemory().report(sft(str(tmp_path / "nothing")))
+    assert "not predicted" in capsys.readouterr().out
+
+
+def test_the_line_at_the_end_names_both_peaks(capsys):
+    PeakMemory().report(sft(tiny.llama()))
+    assert "predicted" in (told := capsys.readouterr().out) and "measured" in told and "(update)" in told
+
+
+@pytest.mark.slow
+def test_a_measured_peak_is_within_15_percent_of_the_predicted(tmp_path, shared, record_property):
+    spec = importlib.util.spec_from_file_location("memory_benchmark", REPOSITORY / "benchmarks" / "memory.py")
+    benchmark = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(benchmark)
+    guess, found, _ = benchmark.both("PPO, full", tmp_path)
+    high, peak = max(guess.values()), max(found.values())
+    record_property("figures", f"peak memory: predicted {high / 1e6:.0f} MB, measured {peak / 1e6:.0f} MB")
+    assert high == pytest.approx(peak, rel=0.15)
+
+
+def test_parts_and_phases_are_those_that_are_documented():
+    page = (REPOSITORY / "docs" / "memory.md").read_text("utf-8")
+    assert all(name in page for name in (*memory.PARTS, *memory.PHASES))
