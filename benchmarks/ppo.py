@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import socket
 import statistics
 import subprocess
 import sys
@@ -33,7 +34,7 @@ ADAPTERS = {
     "ours-shared-last2": {"name": "lora", "rank": 8, "alpha": 16, "layers": 2},
 }
 """Ours with one base for all roles: the adapters of policy and critic."""
-SIDES = ("ours", *ADAPTERS, "trl", "trl-nogc")
+SIDES = ("ours", "ours-compiled", *ADAPTERS, "trl", "trl-nogc")
 COLUMNS = ("run", "s an update, median (range)", "processor s", *PHASES)
 COLUMNS += ("answer tokens", "tokens/s", "peak MB", "time", "memory")
 
@@ -47,7 +48,7 @@ def write_prompts(path: Path) -> None:
 
 
 def measure(side: str, regime: str, updates: int, args: argparse.Namespace, folder: Path) -> dict[str, Any]:
-    """One process: `updates` updates of one side."""
+    """`updates` updates of one side; peak memory and processor time are of all of its processes together."""
     spec = {
         "run": str(folder / f"{side}-{regime}"),
         "prompts": str(folder / "prompts.jsonl"),
@@ -65,6 +66,7 @@ def measure(side: str, regime: str, updates: int, args: argparse.Namespace, fold
         "seed": args.seed,
         "trl_checkpointing": side != "trl-nogc",
         "tuning": ADAPTERS.get(side),
+        "compile": side == "ours-compiled",
     }
     file, result = folder / "spec.json", folder / "result.json"
     file.write_text(json.dumps(spec), "utf-8")
@@ -72,11 +74,30 @@ def measure(side: str, regime: str, updates: int, args: argparse.Namespace, fold
     env = os.environ | {"PYTHONPATH": os.pathsep.join(path), "HF_HUB_OFFLINE": "1", "DS_ACCELERATOR": "cpu"}
     env |= {"OMP_NUM_THREADS": str(args.threads), "TOKENIZERS_PARALLELISM": "false"}
     program = [sys.executable, str(ROOT / "benchmarks" / "ppo_sides.py"), side.split("-")[0], str(file), str(result)]
-    done = subprocess.run(program, capture_output=True, text=True, env=env)
-    if done.returncode:
-        raise SystemExit(f"{side}, {regime}:\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}")
-    found: dict[str, Any] = json.loads(result.read_text("utf-8"))
+    if args.processes > 1:
+        env |= {"WORLD_SIZE": str(args.processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
+    ranks = []
+    for rank in range(args.processes):
+        mine = env | ({"RANK": str(rank), "LOCAL_RANK": str(rank)} if args.processes > 1 else {})
+        output = (folder / f"output.{rank}").open("w", encoding="utf-8")
+        ranks.append(subprocess.Popen(program, stdout=output, stderr=subprocess.STDOUT, env=mine))
+    for rank, process in enumerate(ranks):
+        if process.wait():
+            raise SystemExit(f"{side}, {regime}:\n{(folder / f'output.{rank}').read_text('utf-8')[-6000:]}")
+    results = [json.loads(result.with_suffix(f".{rank}").read_text("utf-8")) for rank in range(args.processes)]
+    found: dict[str, Any] = results[0]
+    found["processor"] = [sum(seconds) for seconds in zip(*(r["processor"] for r in results))]
+    found["peak_mb"] = sum(r["peak_mb"] for r in results)
+    if side.startswith("trl"):  # each process counts its own
+        found["tokens"] = [sum(tokens) for tokens in zip(*(r["tokens"] for r in results))]
     return found
+
+
+def free_port() -> str:
+    """A port that nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return str(probe.getsockname()[1])
 
 
 def row(name: str, found: dict[str, Any], first: dict[str, Any] | None) -> str:
@@ -104,7 +125,18 @@ def compare_speed(args: argparse.Namespace, folder: Path) -> None:
             if args.json is not None:
                 facts = {"seconds": statistics.median(found["seconds"]), "peak_mb": found["peak_mb"]}
                 with args.json.open("a", encoding="utf-8") as lines:
-                    lines.write(json.dumps({"benchmark": "ppo", "regime": regime, "side": side, **facts}) + "\n")
+                    lines.write(
+                        json.dumps(
+                            {
+                                "benchmark": "ppo",
+                                "regime": regime,
+                                "side": side,
+                                "cores": f"{args.processes}x{args.threads}",
+                                **facts,
+                            }
+                        )
+                        + "\n"
+                    )
 
 
 def compare_learning(args: argparse.Namespace, folder: Path) -> None:
@@ -128,18 +160,20 @@ def main() -> None:
     parser.add_argument("--regimes", nargs="+", choices=REGIMES, default=REGIMES)
     parser.add_argument(
         "--sides", nargs="+", choices=SIDES, default=("ours", "trl"),
-        help="ours-shared: one base with LoRA of rank 8 for policy and critic; -last2: in the last two layers. "
-        "trl-nogc: TRL without the gradient checkpointing that is its default.",
+        help="ours-compiled: with update.compile. ours-shared: one base with LoRA of rank 8 for policy and critic; "
+        "-last2: in the last two layers. trl-nogc: TRL without the gradient checkpointing that is its default.",
     )  # fmt: skip
     parser.add_argument("--episodes", type=int, default=64)
     parser.add_argument("--new-tokens", type=int, help="Longest answer; 256, with --learn 96.")
     parser.add_argument("--micro-batch-tokens", type=int, default=8192, help="Ours; TRL has no such setting.")
-    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--processes", type=int, default=1)
+    parser.add_argument("--threads", type=int, default=2, help="Of each process.")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path, help="File that the rows are appended to, for plot.py.")
     args = parser.parse_args()
     args.new_tokens = args.new_tokens or (96 if args.learn else 256)
-    print(f"{time.strftime('%Y-%m-%d %H:%M')}, {args.threads} threads, answers of up to {args.new_tokens} tokens")
+    cores = f"{args.processes} x {args.threads} threads"
+    print(f"{time.strftime('%Y-%m-%d %H:%M')}, {cores}, answers of up to {args.new_tokens} tokens")
     with tempfile.TemporaryDirectory() as folder:
         write_prompts(Path(folder) / "prompts.jsonl")
         (compare_learning if args.learn else compare_speed)(args, Path(folder))

@@ -1,5 +1,6 @@
 """The two sides of `benchmarks/ppo.py`, each run as a process of its own: `python ppo_sides.py ours|trl SPEC.json`.
 
+Several processes of a side share its work out as their launchers would have them do (RANK and WORLD_SIZE are set).
 Both get the same weights, prompts, reward and settings. Where the ends of answers are imposed, the lengths of an
 update follow from (regime, update) alone; the end token is barred before and forced at the chosen place: here by the
 uniform noise that our sampler inverts, there by a logits processor, so that neither side's loop is touched.
@@ -9,6 +10,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import os
 import re
 import sys
 import time
@@ -44,6 +46,12 @@ def resident(field: str) -> float:
     return int(re.search(rf"{field}:\s+(\d+)", Path("/proc/self/status").read_text()).group(1)) / 1024  # type: ignore[union-attr]
 
 
+def mine(lengths: list[int]) -> list[int]:
+    """This process's part of an update's answers."""
+    count, rank = len(lengths) // int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
+    return lengths[rank * count : (rank + 1) * count]
+
+
 class Stopwatch:
     """Seconds from the end of one update to the end of the next; the first update is the warm-up."""
 
@@ -71,12 +79,14 @@ class Stopwatch:
 def ours(spec: dict[str, Any]) -> dict[str, Any]:
     """Run stages.ppo on the spec."""
     import stages.ppo
+    from rlhf import distributed
     from rlhf.config import PPOConfig
     from rlhf.config_file import check_config
 
     if spec["regime"] != "natural":
         impose_on_ours(spec)
     watch = Stopwatch()
+    distributed.start(timeout_seconds=600)
     stage = stages.ppo.PPO(check_config(PPOConfig, our_config(spec), "benchmark"), resume=False, overwrite=True)
     log = stage.reporter.update
 
@@ -87,6 +97,7 @@ def ours(spec: dict[str, Any]) -> dict[str, Any]:
 
     stage.reporter.update = logged  # type: ignore[method-assign]
     stage.train()
+    distributed.stop()
     lines = [json.loads(line) for line in (Path(spec["run"]) / "metrics.jsonl").read_text("utf-8").splitlines()]
     updates = [line for line in lines if "kl_coef" in line]
     return watch.result(
@@ -126,6 +137,7 @@ def our_config(spec: dict[str, Any]) -> dict[str, Any]:
             "epochs": spec["epochs"],
             "minibatches": spec["minibatches"],
             "micro_batch_tokens": spec["micro_batch_tokens"],
+            "compile": spec["compile"],
         },
         "optimizer": {
             "policy_lr": spec["lr"],
@@ -152,8 +164,8 @@ def impose_on_ours(spec: dict[str, Any]) -> None:
 
     @rollout.SAMPLERS.row("imposed")
     def sampler(model: Any, prompts: Any, seeds: Any, sampling: Any, chat: Any) -> Any:
-        drawn = answer_lengths(spec["regime"], SCHEDULE["update"], len(prompts), sampling.max_new_tokens)
-        lengths.update(zip(seeds, drawn))
+        drawn = answer_lengths(spec["regime"], SCHEDULE["update"], spec["episodes"], sampling.max_new_tokens)
+        lengths.update(zip(seeds, mine(drawn), strict=True))
         return rollout.hf(model, prompts, seeds, sampling, chat)
 
     def noise_with_end(seed: int, count: int) -> torch.Tensor:
@@ -196,8 +208,8 @@ class ProgrammaticReward(torch.nn.Module):
 class ImposedEnd(transformers.LogitsProcessor):
     """Bars the end tokens, and forces the first of them where each answer is to end."""
 
-    def __init__(self, spec: dict[str, Any], context: int, rows: int) -> None:
-        lengths = answer_lengths(spec["regime"], SCHEDULE["update"], rows, spec["new_tokens"])
+    def __init__(self, spec: dict[str, Any], context: int) -> None:
+        lengths = mine(answer_lengths(spec["regime"], SCHEDULE["update"], spec["episodes"], spec["new_tokens"]))
         self.lengths, self.context, self.ends = torch.tensor(lengths), context, list(spec["ends"])
         self.longest = spec["new_tokens"]
 
@@ -224,7 +236,7 @@ class Watched:
     def answer(self, input_ids: torch.Tensor, **options: Any) -> Any:
         start, context = time.perf_counter(), input_ids.shape[1]
         if self.spec["regime"] != "natural":
-            options["logits_processor"] = [ImposedEnd(self.spec, context, len(input_ids))]
+            options["logits_processor"] = [ImposedEnd(self.spec, context)]
         output = self.generate(input_ids=input_ids, **options)
         self.rolled, self.learning, self.reward.context = time.perf_counter(), 0.0, context
         self.phases["rollout"].append(self.rolled - start)
@@ -280,7 +292,9 @@ def trl(spec: dict[str, Any]) -> dict[str, Any]:
             use_cpu=not torch.cuda.is_available(),
             gradient_checkpointing=spec["trl_checkpointing"],
             learning_rate=spec["lr"],
-            per_device_train_batch_size=spec["episodes"],  # with one step of accumulation, so that each minibatch steps
+            per_device_train_batch_size=len(
+                mine([0] * spec["episodes"])
+            ),  # with one step of accumulation, so that each minibatch steps
             gradient_accumulation_steps=1,
             num_mini_batches=spec["minibatches"],
             num_ppo_epochs=spec["epochs"],
@@ -317,4 +331,4 @@ if __name__ == "__main__":
     given = json.loads(Path(sys.argv[2]).read_text("utf-8"))
     sys.path.append(given["tests"])  # where the reward function stands
     found = {"ours": ours, "trl": trl}[sys.argv[1]](given)
-    Path(sys.argv[3]).write_text(json.dumps(found), "utf-8")
+    Path(sys.argv[3]).with_suffix(f".{os.environ.get('RANK', '0')}").write_text(json.dumps(found), "utf-8")

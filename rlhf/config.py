@@ -294,8 +294,8 @@ class PPOUpdateConfig(Strict):
     """Most tokens, padding included, in one forward pass of one process; longer sequences go alone."""
     packing: bool | None = None
     """Put the sequences of a micro-batch into one row, without padding. When left out, wherever the attention has
-    variable lengths (`flash_attention_2`, ...); others keep them apart too, but by a mask that costs more than padding
-    of similar lengths does."""
+    variable lengths (`flash_attention_2`, ...), and with `sdpa` on a CPU, where it is called for each sequence. `eager`
+    keeps them apart too, but by a mask that costs more than padding of similar lengths does."""
     target_kl: Rate | None = None
     """Stop the epochs of an update once the KL (k3) between the new policy and the rollout's passes this."""
     compile: bool = False

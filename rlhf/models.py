@@ -17,6 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceC
 from rlhf import distributed
 from rlhf.config import ModelConfig
 from rlhf.errors import UserError
+from rlhf.packed_attention import PACKED, sizes_of
 from rlhf.shared_prompt import ALONE, SharedPrompts, attention_of, ends_of, positions_of, sharing_of
 
 HEAD_CHUNK_ELEMENTS = 2**24
@@ -123,6 +124,8 @@ def hidden_states(
     positions = {} if position_ids is None else {"position_ids": position_ids}
     if position_ids is None and _is_causal(body):
         attention_mask = None  # tokens see only what stands before them, never the padding: faster without a mask
+    elif position_ids is not None and attention_mask is None and lm.config._attn_implementation == PACKED:
+        attention_mask = sizes_of(position_ids)[None, None, None]
     output = body(input_ids=input_ids, attention_mask=attention_mask, use_cache=False, **positions)
     return output.last_hidden_state
 
@@ -173,11 +176,7 @@ def head_logprobs(
     chunks = chunks or head_chunks(len(targets), lm.config.get_text_config().vocab_size)
 
     def part(states: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
-        logits = _logits(lm, states)
-        logits = logits if temperature == 1 else logits / temperature  # each copy is as large as the logits
-        total = logits.logsumexp(-1)
-        chosen = logits.gather(-1, wanted[:, None]).squeeze(-1) - total
-        return chosen, total - (logits.sub(total[:, None]).exp() * logits).sum(-1)
+        return _Chosen.apply(_logits(lm, states), wanted, temperature)
 
     parts = []
     for states, wanted in zip(hidden.tensor_split(chunks), targets.tensor_split(chunks)):
@@ -187,6 +186,36 @@ def head_logprobs(
             parts.append(part(states, wanted))
     logprobs, entropies = zip(*parts)
     return torch.cat(logprobs), torch.cat(entropies)
+
+
+class _Chosen(torch.autograd.Function):
+    """Log-probs of tokens, and entropies, from logits [n, V]; forward and backward each need one more such matrix.
+
+    With log-probs l, p = exp(l), temperature T and entropy H: d l_i / d logit_j = (1[i=j] - p_j) / T and
+    d H / d logit_j = -p_j (l_j + H) / T.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, wanted: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+        logprobs = logits / temperature if temperature != 1 else logits.clone()
+        logprobs -= logprobs.logsumexp(-1, keepdim=True)
+        chosen = logprobs.gather(-1, wanted[:, None]).squeeze(-1)
+        entropies = -torch.linalg.vecdot(logprobs.exp(), logprobs)
+        ctx.set_materialize_grads(False)
+        ctx.temperature = temperature
+        ctx.save_for_backward(logprobs, wanted, entropies)
+        return chosen, entropies
+
+    @staticmethod
+    def backward(ctx: Any, chosen: Tensor | None, entropies: Tensor | None) -> tuple[Tensor, None, None]:
+        logprobs, wanted, entropy = ctx.saved_tensors
+        gradient = logprobs.exp()
+        weight = gradient.new_zeros(len(gradient)) if chosen is None else chosen / ctx.temperature
+        if entropies is None:
+            gradient *= -weight[:, None]
+        else:
+            gradient *= -weight[:, None] - (logprobs + entropy[:, None]) * (entropies / ctx.temperature)[:, None]
+        return gradient.scatter_add_(-1, wanted[:, None], weight[:, None]), None, None
 
 
 def _logits(lm: PreTrainedModel, states: Tensor) -> Tensor:

@@ -21,10 +21,11 @@ if TYPE_CHECKING:
     import torch
     import transformers
 
-    from rlhf import kv_cache
+    from rlhf import kv_cache, packed_attention
     from rlhf.tokenization import ChatTokenizer
 else:
     torch, transformers, kv_cache = lazy("torch"), lazy("transformers"), lazy("rlhf.kv_cache")
+    packed_attention = lazy("rlhf.packed_attention")
 
 SAMPLERS = Table("sampler")
 
@@ -259,19 +260,22 @@ def continuous_batching(
         do_sample=sampling.temperature > 0, **(drawn if sampling.temperature > 0 else {}),
     )  # fmt: skip
     was_training = model.training
+    with packed_attention.plain_attention(model), torch.random.fork_rng():  # the manager seeds the whole process
+        found = _all_results(_manager(model, generation, settings), prompts)
+    model.train(was_training)
+    ends = set(end_ids(model, chat))
+    return [Answer(f.generated_tokens, f.generated_tokens[-1] in ends, f.logprobs or None) for f in found]
+
+
+def _manager(model: Any, generation: Any, settings: Any) -> Any:
     try:
-        manager = model.init_continuous_batching(generation, settings)
+        return model.init_continuous_batching(generation, settings)
     except ValueError as error:
         kind = model.config.model_type
         raise UserError(
             f"rollout.sampler: transformers' continuous batching does not take a model of the kind {kind}", str(error),
             "Use the sampler hf.",
         ) from None  # fmt: skip
-    with torch.random.fork_rng():  # the manager seeds the whole process
-        found = _all_results(manager, prompts)
-    model.train(was_training)
-    ends = set(end_ids(model, chat))
-    return [Answer(f.generated_tokens, f.generated_tokens[-1] in ends, f.logprobs or None) for f in found]
 
 
 MOST_PREFILLED = 1024

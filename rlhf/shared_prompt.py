@@ -18,11 +18,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from rlhf.packed_attention import PACKED
 from rlhf.tokenization import ChatTokenizer
 
 Row = tuple[Sequence[int], Sequence[Sequence[int]]]
 """Token ids of a prompt (may be empty) and of answers to it."""
-MASKED_ATTENTION = {"sdpa", "eager"}
+MASKED_ATTENTION = {"sdpa", PACKED, "eager"}
 """Attention implementations that take a mask of which token sees which."""
 
 
@@ -97,12 +98,12 @@ def pad_rows(chat: ChatTokenizer, rows: Sequence[Row], device: Any = None) -> tu
 def attention_of(branches: Tensor, implementation: str, dtype: torch.dtype) -> Tensor:
     """Which token sees which, [B, 1, L, L], from `branches` [B, L], as the attention implementation wants it.
 
-    Bool (True = sees) for `sdpa`; for `eager` a number of `dtype` that is added to the attention's logits. Padding
-    sees the prompt and itself, so that no row of the softmax is empty.
+    Bool (True = sees); for `eager` a number of `dtype` that is added to the attention's logits. Padding sees the
+    prompt and itself, so that no row of the softmax is empty.
     """
     same = branches[:, :, None] == branches[:, None, :]
     sees = (same | (branches[:, None, :] == 0)).tril()[:, None]
-    if implementation == "sdpa":
+    if implementation != "eager":
         return sees
     return torch.zeros_like(sees, dtype=dtype).masked_fill(~sees, torch.finfo(dtype).min)
 

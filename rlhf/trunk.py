@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from rlhf import distributed
 from rlhf.experience import MicroBatch
 from rlhf.models import causal_lm, hidden_states
+from rlhf.packed_attention import sizes_of
 from rlhf.tuning import layers_of
 
 
@@ -116,8 +117,7 @@ def rows_of(batch: MicroBatch) -> list[Tensor]:
     if batch.attention_mask is not None:
         return [states[:size] for states, size in zip(batch.trunk, batch.attention_mask.sum(1).tolist())]
     assert batch.position_ids is not None
-    starts = [*(batch.position_ids[0] == 0).nonzero().flatten().tolist(), batch.position_ids.shape[1]]
-    return [batch.trunk[0, start:end] for start, end in zip(starts, starts[1:])]
+    return list(batch.trunk[0].split(sizes_of(batch.position_ids).tolist()))
 
 
 def gather_states(batch: MicroBatch) -> dict[int, Tensor]:

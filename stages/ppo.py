@@ -84,7 +84,7 @@ class PPO:
         else:
             self.engine, self.reference = load_models(config, self.chat, path)
         self.vocab_size = load_config(config.model, path).get_text_config().vocab_size
-        self.packed = packs(self.engine, self.engine.module.policy, self.vocab_size, config.update.packing)
+        self.packed = packs(self.engine, self.reference, self.vocab_size, config.update.packing)
         self.reward = config.reward(RewardContext(config.model, self.chat, self.engine.freeze, rewards))
         room = min(config.data.max_prompt_tokens, limit - config.rollout.max_new_tokens)
         if room < 1:

@@ -13,11 +13,12 @@ from rlhf.actor_critic import ActorCritic
 from rlhf.errors import UserError
 from rlhf.experience import Batcher
 from rlhf.models import ScalarModel
+from rlhf.packed_attention import PACKED
 from rlhf.packing import packs
 
 MODELS = {**FAMILIES, "opt": OPT, "bloom": ALIBI, "lfm2": HYBRID}
 MIXES = ("bloom", "lfm2", "opt")
-"""Packed sequences see each other in these."""
+"""Packed sequences see each other in these, by a mask at least."""
 WAYS = [(n, a) for n in MODELS for a in ("sdpa", "eager") if (n, a) not in (("bloom", "sdpa"), ("gemma2", "sdpa"))]
 """Families, and the attentions that they have."""
 SIZES = (11, 4, 7, 2)
@@ -68,10 +69,10 @@ def test_padded_rows_give_the_numbers_and_gradients_of_each_sequence_alone(name,
     assert_equal(together, alone)
 
 
-@pytest.mark.parametrize(("name", "attention"), [way for way in WAYS if way[0] not in MIXES])
+@pytest.mark.parametrize(("name", "attention"), [way for way in WAYS if way[0] not in MIXES or way == ("opt", "sdpa")])
 def test_packed_sequences_give_the_numbers_and_gradients_of_padded_ones(name, attention):
     engine = PlainEngine(MODELS[name], attention)
-    assert packs(engine, engine.module.policy, VOCAB, True)
+    assert packs(engine, None, VOCAB, True)
     assert_equal(results(engine, True, [[0, 1, 2, 3]]), results(engine, False, [[0, 1, 2, 3]]))
 
 
@@ -79,10 +80,43 @@ def test_packed_sequences_give_the_numbers_and_gradients_of_padded_ones(name, at
 def test_a_model_that_mixes_packed_sequences_is_refused(name):
     engine = PlainEngine(MODELS[name], "eager")
     with pytest.raises(UserError, match=r"(?s)packing.*see others.*Leave update.packing out"):
-        packs(engine, engine.module.policy, VOCAB, True)
+        packs(engine, None, VOCAB, True)
 
 
-def test_attention_with_a_mask_is_packed_only_when_asked():
-    engine = PlainEngine(FAMILIES["llama"], "sdpa")
-    assert not packs(engine, engine.module.policy, VOCAB, None)
-    assert not packs(engine, engine.module.policy, VOCAB, False)
+@pytest.mark.parametrize(("attention", "packed"), [("sdpa", True), ("eager", False)])
+def test_packing_is_chosen_on_a_cpu_where_it_needs_no_mask(attention, packed):
+    engine = PlainEngine(FAMILIES["llama"], attention)
+    assert not packs(engine, None, VOCAB, False)
+    assert packs(engine, None, VOCAB, None) is packed
+    assert engine.module.policy.config._attn_implementation == (PACKED if packed else attention)
+
+
+def test_a_model_that_cannot_be_packed_keeps_its_attention():
+    engine = PlainEngine(HYBRID, "sdpa")
+    assert not packs(engine, None, VOCAB, None)
+    assert engine.module.policy.config._attn_implementation == "sdpa"
+
+
+@pytest.mark.parametrize("name", ["llama", "mistral", "gemma3"])
+def test_a_packed_sequence_is_never_a_matrix_of_all_tokens(name, monkeypatch):
+    engine = PlainEngine(MODELS[name], "sdpa")
+    packs(engine, None, VOCAB, None)
+    seen = []
+    kernel = torch.nn.functional.scaled_dot_product_attention
+
+    def watched(query, key, *args, **options):
+        seen.append(key.shape[2])
+        return kernel(query, key, *args, **options)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", watched)
+    results(engine, True, [[0, 1, 2, 3]])
+    assert set(seen) == set(SIZES)
+
+
+def test_an_ordinary_call_of_a_packed_model_is_unchanged():
+    engine = PlainEngine(FAMILIES["mistral"], "sdpa")
+    ids, mask = torch.arange(22).view(2, 11) + 3, torch.ones(2, 11, dtype=torch.int64)
+    mask[1, :4] = 0
+    before = engine.module.policy(input_ids=ids, attention_mask=mask).logits
+    assert packs(engine, None, VOCAB, True)
+    torch.testing.assert_close(engine.module.policy(input_ids=ids, attention_mask=mask).logits, before, rtol=0, atol=0)

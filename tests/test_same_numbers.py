@@ -136,6 +136,28 @@ def test_log_probs_and_gradients_do_not_depend_on_the_parts_that_the_head_works_
         torch.testing.assert_close(one, many, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+@pytest.mark.parametrize("entropy", [0.0, 0.3])
+def test_log_probs_entropies_and_gradients_are_those_of_full_logits(temperature, entropy, folder):
+    wanted = torch.arange(12).expand(3, 12) >= 4
+    weights = torch.linspace(-1, 1, int(wanted.sum()), dtype=torch.float64)
+    results = []
+    for written_out in (False, True):
+        model = load(folder).double()
+        if written_out:
+            logits = model(input_ids=IDS, attention_mask=torch.ones_like(IDS)).logits[:, :-1].double()
+            every = (logits / temperature).log_softmax(-1)[wanted[:, 1:]]
+            logprobs = every.gather(-1, IDS[:, 1:][wanted[:, 1:]][:, None]).squeeze(-1)
+            entropies = torch.distributions.Categorical(logits=every).entropy()
+        else:
+            logprobs, entropies = token_logprobs(model, IDS, torch.ones_like(IDS), wanted, temperature)
+        loss = (weights * logprobs).sum()
+        (loss + entropy * (weights * entropies).sum() if entropy else loss).backward()
+        results.append([logprobs, entropies, *(p.grad for p in model.parameters() if p.grad is not None)])
+    for found, expected in zip(*results, strict=True):
+        torch.testing.assert_close(found.double(), expected, atol=1e-5, rtol=1e-5)
+
+
 def test_the_entropy_has_a_gradient_where_its_bonus_has_a_weight(tmp_path, prompts):
     """The figure is the same without one; the bonus makes the policy's entropy grow."""
     nothing = {"name": "function", "function": "ppo_rewards:nothing"}

@@ -18,6 +18,7 @@ from rlhf.experience import episode_batcher
 from rlhf.losses import Importance
 from rlhf.merging import merged_state, merged_weights
 from rlhf.models import load_policy
+from rlhf.packed_attention import PACKED, switch
 from rlhf.rollout import Sampling, continuous_batching, episode_seed, hf
 from rlhf.schema import Message
 from rlhf.tokenization import load_tokenizer
@@ -90,6 +91,16 @@ def test_an_adapter_takes_part(chat, questions):
     assert answers == hf(tuned, questions, SEEDS, greedy, chat)
     with tuned.disable_adapter():
         assert answers != hf(tuned, questions, SEEDS, greedy, chat)
+
+
+def test_a_model_with_packed_attention_samples_as_it_did(chat, questions):
+    policy = load_policy(ModelConfig(path=tiny.llama()), tiny.llama())
+    greedy = Sampling(8, temperature=0)
+    expected = hf(policy, questions, SEEDS, greedy, chat)
+    switch(policy, "sdpa", PACKED)
+    assert hf(policy, questions, SEEDS, greedy, chat) == expected
+    assert continuous_batching(policy, questions, SEEDS, greedy, chat) == expected
+    assert policy.config._attn_implementation == PACKED
 
 
 def test_the_model_and_the_random_numbers_are_left_as_they_were(chat, questions):
