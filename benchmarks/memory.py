@@ -229,33 +229,18 @@ LARGE = {"hidden_size": 384, "intermediate_size": 1024, "layers": 10, "heads": 6
 
 def compare_sides(args: argparse.Namespace, folder: Path) -> None:
     """PPO's peak above the imports on each side, a process each: the same weights, prompts, lengths and minibatches."""
-    from ppo import write_prompts
+    from ppo import measure, write_prompts
 
     count = make_model(folder / "model", LARGE, 32_000)
     write_prompts(folder / "prompts.jsonl")
     print(f"{count / 1e6:.1f}M parameters, {args.episodes} episodes of {args.new_tokens} tokens, {args.epochs} epochs")
-    print("| side | peak MB | of the first |\n|---|---|---|")
+    print("| side | peak MB | of the first | s |\n|---|---|---|---|")
     first = None
     for side in args.sides:
-        spec = {
-            "run": str(folder / side), "prompts": str(folder / "prompts.jsonl"), "model": str(folder / "model"),
-            "tests": str(ROOT / "tests"), "ends": [1, 2], "regime": "full", "updates": args.updates,
-            "epochs": args.epochs, "minibatches": 4, "new_tokens": args.new_tokens, "episodes": args.episodes,
-            "lr": 3e-4, "seed": 0, "micro_batch_tokens": args.micro_batch_tokens, "trl_checkpointing": True,
-            "tuning": LORA if side == "shared" else None,
-        }  # fmt: skip
-        (folder / "spec.json").write_text(json.dumps(spec), "utf-8")
-        path = [*([str(args.trl)] if side == "trl" else []), str(ROOT)]
-        env = os.environ | {"PYTHONPATH": os.pathsep.join(path), "HF_HUB_OFFLINE": "1", "DS_ACCELERATOR": "cpu"}
-        env |= {"TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": str(args.threads)}
-        kind = "trl" if side == "trl" else "ours"
-        program = [sys.executable, str(ROOT / "benchmarks" / "ppo_sides.py"), kind, str(folder / "spec.json")]
-        done = subprocess.run([*program, str(folder / "sides.json")], capture_output=True, text=True, env=env)
-        if done.returncode:
-            raise SystemExit(f"{side}:\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}")
-        peak = json.loads((folder / "sides.json").read_text("utf-8"))["peak_mb"]
+        start = time.perf_counter()
+        peak = measure(side, "full", args, folder, model=str(folder / "model"), epochs=args.epochs)["peak_mb"]
         first = first or peak
-        print(f"| {side} | {peak:,.0f} | {peak / first:.2f}x |", flush=True)
+        print(f"| {side} | {peak:,.0f} | {peak / first:.2f}x | {time.perf_counter() - start:,.0f} |", flush=True)
 
 
 def main() -> None:
@@ -267,13 +252,16 @@ def main() -> None:
     )
     parser.add_argument("--vocabulary", action="store_true", help="Peaks at vocabularies of 32k and 150k.")
     parser.add_argument("--trl", type=Path, help="Folder with TRL 1.12.0: compare with it.")
-    parser.add_argument("--sides", nargs="+", choices=("trl", "ours", "shared"), default=("trl", "ours", "shared"))
+    parser.add_argument(
+        "--sides", nargs="+", choices=("trl", "trl-nogc", "ours", "ours-shared"), default=("trl", "ours", "ours-shared")
+    )
     parser.add_argument("--episodes", type=int, default=64)
     parser.add_argument("--new-tokens", type=int, default=256)
     parser.add_argument("--epochs", type=int, default=1, help="Peaks do not depend on their number.")
     parser.add_argument("--updates", type=int, default=1)
-    parser.add_argument("--micro-batch-tokens", type=int, default=8192, help="Ours; TRL has no such setting.")
+    parser.add_argument("--micro-batch-tokens", type=int, default=2048, help="Ours, as by default.")
     parser.add_argument("--threads", type=int, default=2)
+    parser.set_defaults(processes=1, seed=0)
     args = parser.parse_args()
     print(time.strftime("%Y-%m-%d %H:%M"))
     with tempfile.TemporaryDirectory() as folder:

@@ -47,8 +47,8 @@ def write_prompts(path: Path) -> None:
     path.write_text("\n".join(rows) + "\n", "utf-8")
 
 
-def measure(side: str, regime: str, updates: int, args: argparse.Namespace, folder: Path) -> dict[str, Any]:
-    """`updates` updates of one side; peak memory and processor time are of all of its processes together."""
+def measure(side: str, regime: str, args: argparse.Namespace, folder: Path, **changes: Any) -> dict[str, Any]:
+    """Some updates of one side, with changes to the setting. Peak memory and processor time of all processes."""
     spec = {
         "run": str(folder / f"{side}-{regime}"),
         "prompts": str(folder / "prompts.jsonl"),
@@ -56,7 +56,7 @@ def measure(side: str, regime: str, updates: int, args: argparse.Namespace, fold
         "tests": str(ROOT / "tests"),
         "ends": [1, 2],  # this model ends a story with <s>; </s> does not occur
         "regime": regime,
-        "updates": updates,
+        "updates": args.updates,
         "new_tokens": args.new_tokens,
         "episodes": args.episodes,
         "epochs": 4,
@@ -67,7 +67,7 @@ def measure(side: str, regime: str, updates: int, args: argparse.Namespace, fold
         "trl_checkpointing": side != "trl-nogc",
         "tuning": ADAPTERS.get(side),
         "compile": side == "ours-compiled",
-    }
+    } | changes
     file, result = folder / "spec.json", folder / "result.json"
     file.write_text(json.dumps(spec), "utf-8")
     path = [*([str(args.trl)] if side.startswith("trl") else []), str(ROOT)]
@@ -119,7 +119,7 @@ def compare_speed(args: argparse.Namespace, folder: Path) -> None:
     for regime in args.regimes:
         first = None
         for side in args.sides:
-            found = measure(side, regime, args.updates + 1, args, folder)
+            found = measure(side, regime, args, folder, updates=args.updates + 1)
             print(row(f"{regime}: {side}", found, first), flush=True)
             first = first or found
             if args.json is not None:
@@ -142,7 +142,7 @@ def compare_speed(args: argparse.Namespace, folder: Path) -> None:
 def compare_learning(args: argparse.Namespace, folder: Path) -> None:
     """The reward over the updates, the ends drawn by the policies."""
     for side in args.sides:
-        found = measure(side, "natural", args.updates, args, folder)
+        found = measure(side, "natural", args, folder)
         scores = found["scores"]
         reached = next((i + 1 for i, score in enumerate(scores) if score >= 0.6), None)
         median, kl = statistics.median(found["seconds"]), found["kl"][-1]
@@ -165,7 +165,7 @@ def main() -> None:
     )  # fmt: skip
     parser.add_argument("--episodes", type=int, default=64)
     parser.add_argument("--new-tokens", type=int, help="Longest answer; 256, with --learn 96.")
-    parser.add_argument("--micro-batch-tokens", type=int, default=8192, help="Ours; TRL has no such setting.")
+    parser.add_argument("--micro-batch-tokens", type=int, default=2048, help="Ours, as by default.")
     parser.add_argument("--processes", type=int, default=1)
     parser.add_argument("--threads", type=int, default=2, help="Of each process.")
     parser.add_argument("--seed", type=int, default=0)

@@ -290,7 +290,7 @@ class PPOUpdateConfig(Strict):
     """Passes over the episodes of one update."""
     minibatches: Positive = 4
     """Optimizer steps per epoch."""
-    micro_batch_tokens: Positive = 8192
+    micro_batch_tokens: Positive = 2048
     """Most tokens, padding included, in one forward pass of one process; longer sequences go alone."""
     packing: bool | None = None
     """Put the sequences of a micro-batch into one row, without padding. When left out, wherever the attention has

@@ -7,6 +7,7 @@ shared out. Episodes are numbered 0..N-1 over the whole batch; answers to one pr
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -151,7 +152,7 @@ def plan_minibatches(
     """Cut an order of episodes into minibatches and share each out over the ranks by length.
 
     Within a minibatch the longest episode goes to the rank with the fewest tokens so far; each rank then makes
-    micro-batches of episodes of similar length, of up to `budget` tokens with padding.
+    micro-batches of up to `budget` tokens: of episodes of similar length, or packed into even parts.
 
     Args:
         totals: Tokens of each episode.
@@ -165,12 +166,8 @@ def plan_minibatches(
     """
     plan = []
     for part in torch.tensor_split(torch.tensor(list(order)), minibatches):
-        ranks: list[list[int]] = [[] for _ in range(distributed.world_size())]
-        loads = [0] * len(ranks)
-        for episode in sorted(part.tolist(), key=lambda e: (-totals[e], e)):
-            lightest = loads.index(min(loads))
-            ranks[lightest].append(episode)
-            loads[lightest] += totals[episode]
+        longest_first = sorted(part.tolist(), key=lambda e: (-totals[e], e))
+        ranks = _dealt(longest_first, totals, distributed.world_size())
         cut = _packed if packed else _padded
         plan.append(_even([cut(rank, totals, budget) for rank in ranks]))
     return plan
@@ -200,16 +197,24 @@ def _padded(episodes: list[int], totals: Sequence[int], budget: int) -> list[lis
 
 
 def _packed(episodes: list[int], totals: Sequence[int], budget: int) -> list[list[int]]:
-    """Episodes, sorted from long to short, cut where their tokens would pass the budget."""
-    batches: list[list[int]] = []
-    room = 0
+    """Episodes, sorted from long to short, in the fewest parts of about one size within the budget."""
+    fewest = math.ceil(sum(totals[e] for e in episodes) / budget)
+    for count in range(fewest, len(episodes) + 1):
+        parts = _dealt(episodes, totals, count)
+        if all(len(part) == 1 or sum(totals[e] for e in part) <= budget for part in parts):
+            return parts
+    return [[episode] for episode in episodes]
+
+
+def _dealt(episodes: list[int], totals: Sequence[int], count: int) -> list[list[int]]:
+    """Episodes, sorted from long to short, each to the part with the fewest tokens so far."""
+    parts: list[list[int]] = [[] for _ in range(count)]
+    loads = [0] * count
     for episode in episodes:
-        if not batches or totals[episode] > room:
-            batches.append([])
-            room = budget
-        batches[-1].append(episode)
-        room -= totals[episode]
-    return batches
+        lightest = loads.index(min(loads))
+        parts[lightest].append(episode)
+        loads[lightest] += totals[episode]
+    return parts
 
 
 def _even(share: Share) -> Share:

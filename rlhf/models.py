@@ -124,7 +124,7 @@ def hidden_states(
     positions = {} if position_ids is None else {"position_ids": position_ids}
     if position_ids is None and _is_causal(body):
         attention_mask = None  # tokens see only what stands before them, never the padding: faster without a mask
-    elif position_ids is not None and attention_mask is None and lm.config._attn_implementation == PACKED:
+    elif position_ids is not None and attention_mask is None and body.config._attn_implementation == PACKED:
         attention_mask = sizes_of(position_ids)[None, None, None]
     output = body(input_ids=input_ids, attention_mask=attention_mask, use_cache=False, **positions)
     return output.last_hidden_state

@@ -265,6 +265,7 @@ def test_the_cheapest_change_is_smaller_micro_batches_where_they_suffice(tmp_pat
     assert found is not None and [change.split("=")[0] for change in found] == ["update.micro_batch_tokens"]
 
 
+@pytest.mark.slow
 def test_activations_are_recomputed_where_the_smallest_micro_batches_are_too_large(tmp_path):
     path = shape(tmp_path, layers=6)
     least = [f"update.micro_batch_tokens={plan_of(path, 1000).budgets()[0]}"]
@@ -275,6 +276,7 @@ def test_activations_are_recomputed_where_the_smallest_micro_batches_are_too_lar
     assert not tight.fits() and tight.fits(*found)
 
 
+@pytest.mark.slow
 def test_nothing_is_named_where_nothing_helps(tmp_path):
     assert plan_of(shape(tmp_path), 0.5).cheapest() is None  # CUDA alone takes more
 

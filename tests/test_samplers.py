@@ -162,6 +162,7 @@ def test_each_tokens_policy_loss_is_multiplied_by_its_weight(tmp_path, prompts):
     assert figures["policy_loss"] == pytest.approx(expected.item(), rel=1e-5)
 
 
+@pytest.mark.slow
 def test_a_resumed_run_with_continuous_batching_equals_the_uninterrupted_one(tmp_path, prompts):
     run(config(tmp_path / "whole", prompts, rollout__sampler=CONTINUOUS))
     stage = PPO(config(tmp_path / "cut", prompts, rollout__sampler=CONTINUOUS), False, False)
