@@ -1,8 +1,8 @@
-"""Attention over packed sequences one after the other, where the implementation itself has no variable lengths.
+"""Attention over packed sequences one after the other, on a CPU, where torch has no kernel of variable lengths.
 
 Instead of a mask [1, 1, L, L], the model is called with the sequences' lengths [1, 1, 1, N], which transformers hands
-through to the attention like any mask of four dimensions. Each sequence is then a call of torch's own kernel, causal
-and without a mask; all other layers work on the whole row.
+through to the attention like any mask of four dimensions. Each sequence is then a call of torch's kernel, causal and
+without a mask; all other layers work on the whole row.
 """
 
 from __future__ import annotations
@@ -19,6 +19,8 @@ from transformers.masking_utils import sdpa_mask
 
 PACKED = "sdpa_packed"
 """Our attention implementation: `sdpa`, but where it is given lengths in the place of a mask."""
+KERNEL = "_scaled_dot_product_flash_attention_for_cpu"
+"""What `scaled_dot_product_attention` calls on a CPU, by its name in torch.ops.aten."""
 
 
 def sizes_of(position_ids: Tensor) -> Tensor:
@@ -27,28 +29,99 @@ def sizes_of(position_ids: Tensor) -> Tensor:
     return torch.diff(starts, append=starts.new_tensor([position_ids.shape[1]]))
 
 
-@torch.compiler.disable
+# ---- the operator: one for torch, so that it is one node of a graph, and torch.compile keeps layers whole -----------
+
+
+@torch.library.custom_op("rlhf::attend_each", mutates_args=())
+def attend_each(
+    query: Tensor, key: Tensor, value: Tensor, sizes: Tensor, scale: float, window: int
+) -> tuple[Tensor, Tensor]:
+    """Causal attention within each of the packed sequences.
+
+    Args:
+        query: [1, heads, L, D]; `key` and `value` may have fewer heads, by a whole factor.
+        sizes: int64 [N], L being their sum.
+        scale: Of the products.
+        window: How many tokens back a token sees, itself included; 0 for all.
+
+    Returns:
+        [1, L, heads, D] and the log-sums of the softmax, float32 [1, heads, L], for the backward pass.
+    """
+    kernel = getattr(torch.ops.aten, KERNEL)
+    found = query.new_empty(query.transpose(1, 2).shape)
+    sums = query.new_empty(query.shape[:3], dtype=torch.float32)
+    for at, mask in _parts(sizes, window, query):
+        out, sum_ = kernel(
+            query[:, :, at], key[:, :, at], value[:, :, at], 0.0, mask is None, attn_mask=mask, scale=scale
+        )
+        found[:, at] = out.transpose(1, 2)
+        sums[:, :, at] = sum_
+    return found, sums
+
+
+@torch.library.custom_op("rlhf::attend_each_backward", mutates_args=())
+def _backward_of(
+    gradient: Tensor, query: Tensor, key: Tensor, value: Tensor, found: Tensor, sums: Tensor, sizes: Tensor,
+    scale: float, window: int,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    kernel = getattr(torch.ops.aten, f"{KERNEL}_backward")
+    gradient, found = gradient.transpose(1, 2), found.transpose(1, 2)
+    gradients = [torch.empty_like(x) for x in (query, key, value)]
+    for at, mask in _parts(sizes, window, query):
+        inputs = [x[:, :, at] for x in (gradient, query, key, value, found, sums)]
+        for whole, part in zip(gradients, kernel(*inputs, 0.0, mask is None, attn_mask=mask, scale=scale)):
+            whole[:, :, at] = part
+    return gradients[0], gradients[1], gradients[2]
+
+
+@attend_each.register_fake
+def _(query: Tensor, key: Tensor, value: Tensor, sizes: Tensor, scale: float, window: int) -> tuple[Tensor, Tensor]:
+    return query.new_empty(query.transpose(1, 2).shape), query.new_empty(query.shape[:3], dtype=torch.float32)
+
+
+@_backward_of.register_fake
+def _(gradient: Tensor, query: Tensor, key: Tensor, value: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    query, key, value, sizes, ctx.scale, ctx.window = inputs
+    ctx.save_for_backward(query, key, value, *output, sizes)
+
+
+def _backward(ctx: Any, gradient: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
+    return (*_backward_of(gradient, *ctx.saved_tensors, ctx.scale, ctx.window), None, None, None)
+
+
+attend_each.register_autograd(_backward, setup_context=_keep)
+
+
+def _parts(sizes: Tensor, window: int, like: Tensor) -> Iterator[tuple[slice, Tensor | None]]:
+    """Where each sequence stands, and the mask [L, L] that it needs where it is longer than the window."""
+    start = 0
+    for size in sizes.tolist():
+        mask = None
+        if 0 < window < size:
+            sees = torch.ones(size, size, dtype=torch.bool).tril().triu(1 - window)
+            mask = torch.zeros(size, size, dtype=like.dtype).masked_fill(~sees, float("-inf"))
+        yield slice(start, start + size), mask
+        start += size
+
+
+# ---- for transformers ----------------------------------------------------------------------------------------------
+
+
 def _attention(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None,
-    sliding_window: int | None = None, **options: Any,
+    scaling: float | None = None, sliding_window: int | None = None, **options: Any,
 ) -> tuple[Tensor, None]:  # fmt: skip
     """As transformers asks of an attention function: [B, heads, L, D] in, [B, L, heads, D] out."""
     if attention_mask is None or attention_mask.dtype != torch.int64:
-        return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
-    sizes = attention_mask.flatten().tolist()
-    found = []
-    for size, q, k, v in zip(sizes, query.split(sizes, 2), key.split(sizes, 2), value.split(sizes, 2)):
-        mask = _window(size, sliding_window, query.device)
-        found.append(sdpa_attention_forward(module, q, k, v, mask, **options)[0])
-    return torch.cat(found, 1), None
-
-
-def _window(size: int, window: int | None, device: torch.device) -> Tensor | None:
-    """Which token sees which, bool [1, 1, L, L], where a sequence is longer than the window."""
-    if window is None or size <= window:
-        return None
-    every = torch.ones(size, size, dtype=torch.bool, device=device)
-    return every.tril().triu(1 - window)[None, None]
+        return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **options)  # type: ignore[return-value]
+    if options.get("softcap") is not None:
+        raise ValueError("softcap is not supported")
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    return attend_each(query, key, value, attention_mask.flatten(), scale, sliding_window or 0)[0], None
 
 
 AttentionInterface.register(PACKED, _attention)

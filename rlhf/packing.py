@@ -11,7 +11,7 @@ from rlhf import distributed
 from rlhf.engine import Engine
 from rlhf.errors import UserError
 from rlhf.experience import Batcher
-from rlhf.packed_attention import PACKED, switch
+from rlhf.packed_attention import KERNEL, PACKED, switch
 
 VARLEN = (
     "flash_attention_2",
@@ -25,7 +25,7 @@ VARLEN = (
 def packs(engine: Engine, reference: Any, vocab_size: int, wanted: bool | None) -> bool:
     """Whether micro-batches are to be packed; tried out on two short sequences. Every rank asks together.
 
-    Where they are, models with the attention `sdpa` get `sdpa_packed`.
+    Where they are, models with the attention `sdpa` get `sdpa_packed` on a CPU.
 
     Args:
         engine: Of policy and critic.
@@ -39,10 +39,10 @@ def packs(engine: Engine, reference: Any, vocab_size: int, wanted: bool | None) 
     """
     policy: Any = engine.module.policy
     attention = policy.config._attn_implementation
-    pays = attention in VARLEN or (attention == "sdpa" and distributed.device().type == "cpu")
-    if wanted is False or (wanted is None and not pays):
+    one_by_one = attention == "sdpa" and distributed.device().type == "cpu" and hasattr(torch.ops.aten, KERNEL)
+    if wanted is False or (wanted is None and not one_by_one and attention not in VARLEN):
         return False
-    models = [model for model in (engine.module, reference) if isinstance(model, nn.Module)]
+    models = [model for model in (engine.module, reference) if one_by_one and isinstance(model, nn.Module)]
     for model in models:
         switch(model, "sdpa", PACKED)
     apart = _apart(engine, vocab_size)

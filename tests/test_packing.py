@@ -9,11 +9,12 @@ import torch
 from families import ALIBI, FAMILIES, HYBRID, OPT, VOCAB, random_model
 from transformers import AutoModelForSequenceClassification
 
+from rlhf import packed_attention
 from rlhf.actor_critic import ActorCritic
 from rlhf.errors import UserError
 from rlhf.experience import Batcher
 from rlhf.models import ScalarModel
-from rlhf.packed_attention import PACKED
+from rlhf.packed_attention import PACKED, attend_each
 from rlhf.packing import packs
 
 MODELS = {**FAMILIES, "opt": OPT, "bloom": ALIBI, "lfm2": HYBRID}
@@ -105,15 +106,22 @@ def test_a_packed_sequence_is_never_a_matrix_of_all_tokens(name, monkeypatch):
     critic.config = copy.deepcopy(critic.config)  # as where roles share a base: a body's attention is the body's own
     critic.config._attn_implementation = "sdpa"
     seen = []
-    kernel = torch.nn.functional.scaled_dot_product_attention
+    parts = packed_attention._parts
 
-    def watched(query, key, *args, **options):
-        seen.append(key.shape[2])
-        return kernel(query, key, *args, **options)
+    def watched(sizes, *args):
+        seen.append(tuple(sizes.tolist()))
+        return parts(sizes, *args)
 
-    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", watched)
+    monkeypatch.setattr(packed_attention, "_parts", watched)
+    monkeypatch.setattr(packed_attention, "sdpa_attention_forward", None)
     results(engine, True, [[0, 1, 2, 3]])
-    assert set(seen) == set(SIZES)
+    assert set(seen) == {SIZES}
+
+
+@pytest.mark.parametrize("window", [0, 3])
+def test_the_attention_is_an_operator_as_torch_asks(window):
+    query, key, value = (torch.randn(1, heads, 9, 8, requires_grad=True) for heads in (4, 2, 2))
+    torch.library.opcheck(attend_each, (query, key, value, torch.tensor([5, 4]), 0.3, window))
 
 
 def test_an_ordinary_call_of_a_packed_model_is_unchanged():
