@@ -51,11 +51,9 @@ def attend_each(
     found = query.new_empty(query.transpose(1, 2).shape)
     sums = query.new_empty(query.shape[:3], dtype=torch.float32)
     for at, mask in _parts(sizes, window, query):
-        out, sum_ = kernel(
-            query[:, :, at], key[:, :, at], value[:, :, at], 0.0, mask is None, attn_mask=mask, scale=scale
-        )
+        inputs = (x[:, :, at] for x in (query, key, value))
+        out, sums[:, :, at] = kernel(*inputs, 0.0, mask is None, attn_mask=mask, scale=scale)
         found[:, at] = out.transpose(1, 2)
-        sums[:, :, at] = sum_
     return found, sums
 
 
@@ -117,7 +115,7 @@ def _attention(
 ) -> tuple[Tensor, None]:  # fmt: skip
     """As transformers asks of an attention function: [B, heads, L, D] in, [B, L, heads, D] out."""
     if attention_mask is None or attention_mask.dtype != torch.int64:
-        return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **options)  # type: ignore[return-value]
+        return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **options)
     if options.get("softcap") is not None:
         raise ValueError("softcap is not supported")
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling

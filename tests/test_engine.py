@@ -10,6 +10,7 @@ import tiny
 import torch
 from torch import nn
 
+from rlhf import distributed
 from rlhf.config import PPOOptimizerConfig
 from rlhf.engine import make_engine
 
@@ -80,6 +81,11 @@ def test_frozen_models_take_no_gradient():
     frozen = engine.freeze(nn.Linear(2, 2))
     assert not any(p.requires_grad for p in frozen.parameters())
     assert not frozen.training
+
+
+def test_a_process_that_has_started_takes_the_smallest_numbers_for_nothing():
+    distributed.start(60)
+    assert float(torch.tensor(1e-38) * 1e-2) == 0  # what is below 1.2e-38 would slow its passes by a fifth
 
 
 PROGRAM = """
