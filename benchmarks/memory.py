@@ -261,7 +261,7 @@ def main() -> None:
     parser.add_argument("--updates", type=int, default=1)
     parser.add_argument("--micro-batch-tokens", type=int, default=2048, help="Ours, as by default.")
     parser.add_argument("--threads", type=int, default=2)
-    parser.set_defaults(processes=1, seed=0)
+    parser.set_defaults(processes=1, seed=0, minibatches=4, ours=[])
     args = parser.parse_args()
     print(time.strftime("%Y-%m-%d %H:%M"))
     with tempfile.TemporaryDirectory() as folder:

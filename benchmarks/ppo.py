@@ -60,13 +60,14 @@ def measure(side: str, regime: str, args: argparse.Namespace, folder: Path, **ch
         "new_tokens": args.new_tokens,
         "episodes": args.episodes,
         "epochs": 4,
-        "minibatches": 4,
+        "minibatches": args.minibatches,
         "micro_batch_tokens": args.micro_batch_tokens,
         "lr": 3e-4,
         "seed": args.seed,
         "trl_checkpointing": side != "trl-nogc",
         "tuning": ADAPTERS.get(side),
         "compile": side == "ours-compiled",
+        "overrides": args.ours,
     } | changes
     file, result = folder / "spec.json", folder / "result.json"
     file.write_text(json.dumps(spec), "utf-8")
@@ -164,7 +165,9 @@ def main() -> None:
         "-last2: in the last two layers. trl-nogc: TRL without the gradient checkpointing that is its default.",
     )  # fmt: skip
     parser.add_argument("--episodes", type=int, default=64)
+    parser.add_argument("--minibatches", type=int, default=4, help="Of an epoch: 4 in ours by default, 1 in TRL's.")
     parser.add_argument("--new-tokens", type=int, help="Longest answer; 256, with --learn 96.")
+    parser.add_argument("--ours", nargs="+", default=[], metavar="KEY=VALUE", help="Other options of ours.")
     parser.add_argument("--micro-batch-tokens", type=int, default=2048, help="Ours, as by default.")
     parser.add_argument("--processes", type=int, default=1)
     parser.add_argument("--threads", type=int, default=2, help="Of each process.")

@@ -110,8 +110,10 @@ def ours(spec: dict[str, Any]) -> dict[str, Any]:
 
 def our_config(spec: dict[str, Any]) -> dict[str, Any]:
     """What a user would write; what differs from our defaults is there to have TRL's update rule."""
+    from rlhf.config_file import override_values
+
     tuning = spec["tuning"] or "full"
-    return {
+    values = {
         "run": spec["run"],
         "seed": spec["seed"],
         "model": {
@@ -150,6 +152,8 @@ def our_config(spec: dict[str, Any]) -> dict[str, Any]:
         "eval": {"every": spec["updates"], "prompts": 0},
         "checkpoints": {"every": spec["updates"]},
     }
+    override_values(values, spec["overrides"])
+    return values
 
 
 def impose_on_ours(spec: dict[str, Any]) -> None:
