@@ -24,7 +24,7 @@ from rlhf.config import PPOConfig, RewardConfig, SFTConfig, StageConfig
 from rlhf.engine import rounded
 from rlhf.experience import MicroBatch
 from rlhf.meter import CACHE, GRADIENTS, Meter, Moment, imagined, materialise
-from rlhf.models import ScalarModel, causal_lm, head_chunks
+from rlhf.models import ScalarModel, causal_lm, head_chunks, recompute_activations
 from rlhf.rollout import Sampling, choose
 from rlhf.table import Pick
 from rlhf.tuning import TUNING
@@ -135,7 +135,7 @@ class Passes:
             else:
                 model = _plannable(role.tuning)(model, None, "scalar" if role.scalar else "causal")
         if role.tuning is not None and self.checkpointing:
-            model.gradient_checkpointing_enable({"use_reentrant": False})
+            recompute_activations(model, use_reentrant=False)
         model = ScalarModel(model) if role.scalar else model
         if role.tuning is None and not self.divided:
             rounded(model, self.compute)

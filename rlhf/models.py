@@ -103,6 +103,12 @@ def _load(kind: Any, config: ModelConfig, path: str, dtype: torch.dtype, **more:
     return loaded
 
 
+def recompute_activations(model: Any, **options: Any) -> None:
+    """Gradient checkpointing of a transformers model, whatever its version calls it, with torch's options."""
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable(options)
+
+
 # ---- log-probs ---------------------------------------------------------------------------------------------------
 
 

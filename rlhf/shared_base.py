@@ -35,7 +35,15 @@ from rlhf.console import is_main, say
 from rlhf.engine import Engine, make_engine
 from rlhf.errors import UserError
 from rlhf.experience import MicroBatch
-from rlhf.models import ScalarModel, compute_dtype, count_parameters, hidden_states, load_policy, token_logprobs
+from rlhf.models import (
+    ScalarModel,
+    compute_dtype,
+    count_parameters,
+    hidden_states,
+    load_policy,
+    recompute_activations,
+    token_logprobs,
+)
 from rlhf.rewards import Finished
 from rlhf.runs import result_of
 from rlhf.sharing import Adapter, SharedRoles, recognise
@@ -194,7 +202,7 @@ def build(config: PPOConfig, roles: SharedRoles, chat: ChatTokenizer) -> tuple[S
         groups.append({"params": [parameter.requires_grad_(True) for parameter in trained], "lr": rate})
     if config.update.gradient_checkpointing:
         policy.train()  # transformers recomputes in training mode alone; it changes nothing else, dropout is off
-        policy.gradient_checkpointing_enable({"use_reentrant": False, "context_fn": module.recompute})
+        recompute_activations(policy, use_reentrant=False, context_fn=module.recompute)
     return module, groups
 
 

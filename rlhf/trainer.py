@@ -25,7 +25,7 @@ from rlhf.config import RewardConfig, SFTConfig
 from rlhf.console import is_main, say
 from rlhf.errors import UserError
 from rlhf.merging import put_trained_state, trained_state
-from rlhf.models import ScalarModel, compute_dtype
+from rlhf.models import ScalarModel, compute_dtype, recompute_activations
 from rlhf.ordering import EpochSampler
 from rlhf.reporter import Reporter
 from rlhf.runs import Run
@@ -400,4 +400,4 @@ def checkpoint_activations(model: Any, zero3: bool) -> None:
     # Adapters under ZeRO-3 need the reentrant kind (TRL issue 2514), which needs an input with a gradient.
     if adapted and zero3:
         inner.enable_input_require_grads()
-    inner.gradient_checkpointing_enable({"use_reentrant": adapted and zero3})
+    recompute_activations(inner, use_reentrant=adapted and zero3)

@@ -43,7 +43,15 @@ from rlhf.learner import Learner, PtxBatches
 from rlhf.losses import explained_variance, importance_weights
 from rlhf.masked import masked_mean, masked_sum
 from rlhf.merging import adapters_merged
-from rlhf.models import ScalarModel, count_parameters, load_config, load_policy, load_scalar, sequence_limit
+from rlhf.models import (
+    ScalarModel,
+    count_parameters,
+    load_config,
+    load_policy,
+    load_scalar,
+    recompute_activations,
+    sequence_limit,
+)
 from rlhf.packing import packs
 from rlhf.peak import PeakMemory
 from rlhf.ppo_report import Clock, Moments, Reporter, rate_scale
@@ -325,7 +333,7 @@ def load_models(config: PPOConfig, chat: ChatTokenizer, path: str) -> tuple[Engi
         critic.model = config.critic.tuning(critic.model, chat, "scalar")
     if config.update.gradient_checkpointing:
         for part in [policy] if critic is None else [policy, critic.model]:
-            part.gradient_checkpointing_enable({"use_reentrant": False})
+            recompute_activations(part, use_reentrant=False)
             part.train()  # transformers recomputes in training mode alone; it changes nothing else, dropout is off
     rates = ((policy, config.optimizer.policy_lr), (critic, config.optimizer.critic_lr))
     groups = [{"params": [p for p in m.parameters() if p.requires_grad], "lr": lr} for m, lr in rates if m is not None]
