@@ -260,8 +260,9 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=1, help="Peaks do not depend on their number.")
     parser.add_argument("--updates", type=int, default=1)
     parser.add_argument("--micro-batch-tokens", type=int, default=2048, help="Ours, as by default.")
+    parser.add_argument("--ours", nargs="+", default=[], metavar="KEY=VALUE", help="Other options of ours.")
     parser.add_argument("--threads", type=int, default=2)
-    parser.set_defaults(processes=1, seed=0, minibatches=4, ours=[])
+    parser.set_defaults(processes=1, seed=0, minibatches=4)
     args = parser.parse_args()
     print(time.strftime("%Y-%m-%d %H:%M"))
     with tempfile.TemporaryDirectory() as folder:
