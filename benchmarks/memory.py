@@ -171,7 +171,7 @@ def predicted(stage: str, config: dict[str, Any], processes: int, longest: int) 
     checked = check_config(STAGES[stage], config, "benchmark")
     division = Division.of(read_deepspeed(checked.deepspeed) if checked.deepspeed else None)
     work = work_of(checked, limit_of(checked), processes, longest)
-    passes = Passes(checked, work, halves=False, divided=division.stage is not None, fused_step=False)
+    passes = Passes(checked, work, halves=False, divided=division.stage is not None)
     found = predict(passes, division, processes, gpu=False)
     return {phase: moment.total for phase, moment in found.phases.items()}
 

@@ -61,7 +61,10 @@ class Engine:
         self.module = self._placed(module)
         self.config = config
         self.dtype = compute_dtype(precision)
-        self.optimizer = torch.optim.AdamW(groups, betas=config.betas, eps=config.eps, weight_decay=config.weight_decay)
+        # fused: without temporaries as large as the weights, and in fewer operations
+        self.optimizer = torch.optim.AdamW(
+            groups, betas=config.betas, eps=config.eps, weight_decay=config.weight_decay, fused=True
+        )
         self.rates = [group["lr"] for group in groups]
         self._parameters = [p for group in groups for p in group["params"]]
 

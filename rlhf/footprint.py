@@ -42,8 +42,6 @@ class Size:
 
     total: int
     trained: int
-    largest: int
-    """Of the largest parameter that is trained."""
     held: int
     """Bytes of all of them, undivided, between the passes."""
 
@@ -56,17 +54,14 @@ class Passes:
         work: Its largest batches.
         halves: The computation is in bfloat16.
         divided: DeepSpeed runs it, which casts the trained weights too; plain torch keeps them in float32.
-        fused_step: AdamW works on all parameters at once, as it does on a GPU.
         base: Stands in for runs that are still to come.
     """
 
-    def __init__(
-        self, config: StageConfig, work: Work, halves: bool, divided: bool, fused_step: bool, base: str | None = None
-    ) -> None:
+    def __init__(self, config: StageConfig, work: Work, halves: bool, divided: bool, base: str | None = None) -> None:
         self.config, self.work, self.base = config, work, base
         self.compute = torch.bfloat16 if halves else torch.float32
         self.weights = self.compute if divided else torch.float32
-        self.autocast, self.divided, self.fused_step = halves and not divided, divided, fused_step
+        self.autocast, self.divided = halves and not divided, divided
         self.roles = roles(config)
         self.shared = any(role.shares for role in self.roles)
         self._found = {role.path: architecture(config.model, role.path, base) for role in self.roles}  # type: ignore[attr-defined]
@@ -106,10 +101,10 @@ class Passes:
             weights = list(self._shaped(role, None).parameters())
             trained = [p.numel() for p in weights if p.requires_grad]
             held = sum(p.numel() * p.itemsize for p in weights)
-            found.append(Size(sum(p.numel() for p in weights), sum(trained), max(trained, default=0), held))
+            found.append(Size(sum(p.numel() for p in weights), sum(trained), held))
             if role.shares:  # a frozen adapter counts as large as the policy's
                 own = sum(trained) or found[0].trained
-                found[-1] = Size(own, sum(trained), max(trained, default=0), 4 * own)
+                found[-1] = Size(own, sum(trained), 4 * own)
         return found
 
     def _shaped(self, role: Role, depth: int | None) -> Any:
@@ -185,33 +180,41 @@ class Passes:
 
     @cached_property
     def update(self) -> Moments:
-        """The pass of a micro-batch, forward and backward, with the gradients that are there.
+        """The pass of a micro-batch, with the gradients that are there: its highest moments, a line drawn through each.
 
-        `held` is when it holds most beside gradients. Plain torch has two more: `late`, when most of the gradients have
-        come, and `more`, the highest of a second micro-batch, which adds to the gradients of the first. Each of these
-        is the same moment at every depth, so that a line can be drawn through it; the highest of all need not be.
+        Which of them is the highest of all depends on the depth, so each part of the pass has its own: `forward`, the
+        `critic`'s after the policy's, `backward`, and the `policy`'s after the critic's; gradients do not decide. Plain
+        torch has more: `late`, when most of the gradients have come, and all parts of a second micro-batch (`more
+        forward`, ...), which adds to the gradients of the first.
         """
         tuned = [role for role in self.roles if role.tuning is not None]
-        names = ("first",) if self.divided else ("first", "more")
 
         def trace(depth: int | None) -> Moments:
             models = [self._shaped(role, depth) for role in tuned]
             with self._metered(*models) as meter:
                 loss = self._loss(models)
                 parameters = [p for model in models for p in model.parameters() if p.requires_grad]
-                for name in names:
-                    meter.mark(name)
-                    value = loss()
-                    meter.mark(f"{name} turn")
-                    value.backward()
+                for name in ("",) if self.divided else ("", "more "):
+                    meter.mark(f"{name}forward")
+                    with _marking(
+                        meter, f"{name}critic", [causal_lm(m.model).get_input_embeddings() for m in models[1:]]
+                    ):
+                        value = loss()
+                    meter.mark(f"{name}backward")
+                    # The critic's comes first; then the policy's head computes its logits again.
+                    with _marking(
+                        meter, f"{name}policy", [causal_lm(models[0]).get_output_embeddings() for _ in models[1:]]
+                    ):
+                        value.backward()
                     meter.call(GRADIENTS, [p.grad for p in parameters])
-                    meter.mark(f"{name} end")
-            turn, end = meter.marks["first turn"], meter.marks["first end"]
-            meter.marks["late"] = turn + 3 * (end - turn) // 4
-            found = {"held": meter.highest("first", "first end", without=GRADIENTS)}
+                    meter.mark(f"{name}end")
+            parts = itertools.pairwise(meter.marks)
+            found = {a: meter.highest(a, b, None if a.startswith("more") else GRADIENTS) for a, b in parts}
             if not self.divided:
-                found["late"] = meter.highest("late", "first end")
-            return found | {name: meter.highest(name, f"{name} end") for name in names[1:]}
+                turn, end = meter.marks["backward"], meter.marks["end"]
+                meter.marks["late"] = turn + 3 * (end - turn) // 4
+                found["late"] = meter.highest("late", "end")
+            return found
 
         return self._deep(trace, tuned)
 
@@ -306,6 +309,15 @@ class Passes:
             return {start or "prefill": meter.highest(start, end) for start, end in itertools.pairwise(marks)}
 
         return self._deep(trace, [self.roles[0]])
+
+
+@contextmanager
+def _marking(meter: Meter, name: str, modules: list[Any]) -> Iterator[None]:
+    """Inside, the moment gets a name when one of the modules is first called."""
+    hooks = [m.register_forward_pre_hook(lambda *_: None if name in meter.marks else meter.mark(name)) for m in modules]
+    yield
+    for hook in hooks:
+        hook.remove()
 
 
 def _prefill(policy: Any, rows: int, width: int) -> Any:

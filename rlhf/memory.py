@@ -141,7 +141,7 @@ class _States:
     """On top while the engine is made."""
     buffers: float = 0.0
     step: float = 0.0
-    """AdamW's temporaries, and gradients in its dtype."""
+    """Gradients in AdamW's dtype."""
     host: float = 0.0
     live: float = 0.0
     """Stage 3: elements that an engine keeps gathered at most."""
@@ -151,12 +151,7 @@ def _plain(passes: Passes, count: _Counts) -> _States:
     share = _quantized_share(passes)
     width = passes.compute.itemsize if passes.shared else 4  # of the frozen ones
     weights = (width if share == 1.0 else 2 * share) * (count.engine - count.trained) + 4 * count.trained
-    return _States(weights, 8 * count.trained, 4 * count.trained, step=_temporaries(passes, count))
-
-
-def _temporaries(passes: Passes, count: _Counts) -> float:
-    """AdamW's in a step: a denominator, of all parameters at once on a GPU; twice, of one after the other on a CPU."""
-    return 4 * count.trained if passes.fused_step else 8 * max(size.largest for size in passes.sizes)
+    return _States(weights, 8 * count.trained, 4 * count.trained)
 
 
 def _divided(passes: Passes, count: _Counts, division: Division, processes: int, gpu: bool) -> _States:
@@ -164,16 +159,13 @@ def _divided(passes: Passes, count: _Counts, division: Division, processes: int,
     n, width, stage = processes, passes.weights.itemsize, division.stage or 0
     mixed = width < 4
     bucket = division.bucket if gpu else min(division.bucket, count.trained)  # untouched pages are not resident
-    temporaries = (4 if passes.fused_step else 8) * count.group / n
     if stage == 0:
         # float32: the module as it is, and a flat copy of a bucket; bfloat16: BF16_Optimizer, masters divided
         buffers = min(division.bucket, count.trained) * 4.0
         if not mixed:
-            step = _temporaries(passes, count)
-            return _States(4 * count.engine, 8 * count.trained, 4 * count.trained, buffers=buffers, step=step)
+            return _States(4 * count.engine, 8 * count.trained, 4 * count.trained, buffers=buffers)
         return _States(
             2 * count.engine, 12 * count.trained / n, 6 * count.trained, 4 * count.trained / n, 2 * count.group,
-            step=temporaries,
         )  # fmt: skip
     if stage < 3:
         states = _States(
@@ -183,7 +175,7 @@ def _divided(passes: Passes, count: _Counts, division: Division, processes: int,
             masters=4 * count.trained / n,
             load=width * count.group,
             buffers=bucket * width * (division.buckets if gpu else 1),
-            step=temporaries + 4 * count.group / n,
+            step=4 * count.group / n,
         )
     else:
         states = _States(
@@ -194,7 +186,7 @@ def _divided(passes: Passes, count: _Counts, division: Division, processes: int,
             # its optimizer's first gradients, of a whole sub-group; without a GPU, the weights before they are divided
             load=4 * min(count.trained, 1e9) + (0 if gpu else 4 * count.engine * (1 - 1 / n)),
             buffers=bucket * width,
-            step=temporaries + (4 * min(count.trained, 1e9) / n if mixed else 0),
+            step=4 * min(count.trained, 1e9) / n if mixed else 0.0,
             live=division.live,
         )
     if gpu and division.optimizer_on_host:
@@ -210,10 +202,11 @@ def _divided(passes: Passes, count: _Counts, division: Division, processes: int,
 def _update(passes: Passes, states: _States, division: Division, held: dict[str, float]) -> Moment:
     """The highest of the moments of an optimizer step."""
     base = {name: size for name, size in held.items() if name != GRADIENTS} | {BUFFERS: states.buffers}
-    moments = {name: moment for name, moment in passes.update.items() if name != "more" or passes.work.passes > 1}
+    moments = {
+        name: moment for name, moment in passes.update.items() if not name.startswith("more") or passes.work.passes > 1
+    }
     if division.stage is not None:  # whatever a pass has made of gradients is divided or in a bucket by then
-        parts = {name: size for name, size in moments["held"].parts.items() if name != GRADIENTS}
-        moments = {"held": Moment(parts | {GRADIENTS: states.gradients})}
+        moments = {name: Moment(moment.parts | {GRADIENTS: states.gradients}) for name, moment in moments.items()}
     step = base | {GRADIENTS: states.gradients, OPTIMIZER: states.optimizer + states.step}
     found = [*(_sum(base, moment) for moment in moments.values()), Moment(step)]
     return max(found, key=lambda moment: moment.total)

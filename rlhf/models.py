@@ -195,7 +195,8 @@ def head_logprobs(
 
 
 class _Chosen(torch.autograd.Function):
-    """Log-probs of tokens, and entropies, from logits [n, V]; forward and backward each need one more such matrix.
+    """Log-probs of tokens, and entropies, from logits [n, V], which it overwrites: with them, forward and backward hold
+    two such matrices at a time, three where the loss has an entropy bonus.
 
     With log-probs l, p = exp(l), temperature T and entropy H: d l_i / d logit_j = (1[i=j] - p_j) / T and
     d H / d logit_j = -p_j (l_j + H) / T.
@@ -203,10 +204,11 @@ class _Chosen(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, wanted: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-        logprobs = logits / temperature if temperature != 1 else logits.clone()
-        logprobs -= logprobs.logsumexp(-1, keepdim=True)
+        if temperature != 1:
+            logits /= temperature
+        logprobs = torch.log_softmax(logits, -1, out=logits)
         chosen = logprobs.gather(-1, wanted[:, None]).squeeze(-1)
-        entropies = -torch.linalg.vecdot(logprobs.exp(), logprobs)
+        entropies = -logprobs.exp().mul_(logprobs).sum(-1)
         ctx.set_materialize_grads(False)
         ctx.temperature = temperature
         ctx.save_for_backward(logprobs, wanted, entropies)
@@ -220,7 +222,8 @@ class _Chosen(torch.autograd.Function):
         if entropies is None:
             gradient *= -weight[:, None]
         else:
-            gradient *= -weight[:, None] - (logprobs + entropy[:, None]) * (entropies / ctx.temperature)[:, None]
+            bonus = (logprobs + entropy[:, None]).mul_((entropies / ctx.temperature)[:, None])
+            gradient *= bonus.add_(weight[:, None]).neg_()
         return gradient.scatter_add_(-1, wanted[:, None], weight[:, None]), None, None
 
 

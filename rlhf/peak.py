@@ -58,7 +58,7 @@ def _predicted(config: Any, longest: int | None, candidates: int) -> str:
         settings = {"zero_optimization": {"stage": 0}}
     halves, gpu = compute_dtype(config.precision) == torch.bfloat16, torch.cuda.is_available()
     work = work_of(config, limit_of(config), distributed.world_size(), longest, candidates)
-    passes = Passes(config, work, halves, divided=settings is not None, fused_step=gpu)
+    passes = Passes(config, work, halves, divided=settings is not None)
     found = predict(passes, Division.of(settings), distributed.world_size(), gpu)
     return f"{_gb(found.peak)} ({found.peak_phase})"
 

@@ -155,7 +155,7 @@ class Plan:
                     few = max(1, config.rollout.batch_size // share)
                     values = values.model_copy(update=_nested(config, "rollout.batch_size", few))
                 most = workload.work_of(values, limit, self.processes, self.longest, self.candidates)
-                ends.append(footprint.Passes(values, most, self.halves, divided, fused_step=True, base=self.base))
+                ends.append(footprint.Passes(values, most, self.halves, divided, base=self.base))
             self._traced[kind] = (ends[0], ends[1])
         few, many = self._traced[kind]
         return few.toward(many, work)
