@@ -15,8 +15,11 @@ from rlhf.config import PPOConfig
 from rlhf.footprint import Passes
 from rlhf.meter import ACTIVATIONS, CACHE, GRADIENTS, LOGITS, OPTIMIZER, Moment
 
-WEIGHTS, BUFFERS = "weights", "DeepSpeed's buffers"
-PARTS = (WEIGHTS, GRADIENTS, OPTIMIZER, ACTIVATIONS, LOGITS, CACHE, BUFFERS)
+WEIGHTS, BUFFERS, PROCESS = "weights", "DeepSpeed's buffers", "libraries at work"
+PARTS = (WEIGHTS, GRADIENTS, OPTIMIZER, ACTIVATIONS, LOGITS, CACHE, BUFFERS, PROCESS)
+LIBRARIES, LIBRARIES_DIVIDED = 40e6, 90e6
+"""What a process on a CPU takes beside tensors once it works, measured: code and tables that are read when first used;
+gloo's and DeepSpeed's beside."""
 PHASES = ("load", "rollout", "scoring", "update", "checkpoint")
 
 
@@ -108,21 +111,23 @@ def predict(passes: Passes, division: Division, processes: int, gpu: bool) -> Pr
     width = passes.weights.itemsize
     states = _plain(passes, count) if division.stage is None else _divided(passes, count, division, processes, gpu)
     states.weights += count.frozen / (processes if division.stage == 3 else 1)
-    phases = {"load": Moment({WEIGHTS: states.weights + states.load, OPTIMIZER: states.masters})}
-    # Stage 3 leaves weights gathered that it is going to need soon, and keeps its buffers.
-    gathered = sum(min(size, states.live) for size in count.engines) * width
-    held = {WEIGHTS: states.weights + gathered, OPTIMIZER: states.optimizer}
-    if division.stage:
-        held |= {GRADIENTS: states.gradients if division.stage == 3 else 0.0, BUFFERS: states.buffers}
+    beside = {} if gpu else {PROCESS: LIBRARIES if division.stage is None else LIBRARIES_DIVIDED}
+    kept = {GRADIENTS: states.gradients} if division.stage == 3 else {}  # and its buffers, once they are in use
+    phases = {"load": Moment(beside | kept | {WEIGHTS: states.weights + states.load, OPTIMIZER: states.masters})}
+    held = beside | kept | {WEIGHTS: states.weights, OPTIMIZER: states.optimizer}
+    held |= {BUFFERS: states.buffers} if division.stage == 3 else {}
+    # Stage 3 gathers the weights that a pass needs, of one engine after the other where several are asked.
+    gathered = [min(size, states.live) * width for size in count.engines]
     if isinstance(passes.config, PPOConfig):
-        whole = max(0.0, count.policy - states.live) * width if division.stage == 3 else 0.0
+        whole = count.policy * width if division.stage == 3 else 0.0
         if passes.autocast:  # its frozen weights, rounded while it samples
             whole += passes.compute.itemsize * (passes.sizes[0].total - passes.sizes[0].trained)
         phases["rollout"] = _sum(
             held | {WEIGHTS: held[WEIGHTS] + whole}, max(passes.rollout.values(), key=lambda moment: moment.total)
         )
-    phases["scoring"] = _sum(held, passes.scoring)
-    phases["update"] = _update(passes, states, division, held)
+    phases["scoring"] = _sum(held | {WEIGHTS: states.weights + sum(gathered)}, passes.scoring)
+    learning = held | {WEIGHTS: states.weights + gathered[0]}
+    phases["update"] = _update(passes, states, division, learning, lazily=not gpu)
     merged = 0.0 if gpu else count.policy * width
     phases["checkpoint"] = Moment(held | {WEIGHTS: held[WEIGHTS] + merged})
     return Prediction(phases, states.host + 4 * count.engine if gpu else 0.0)
@@ -173,16 +178,15 @@ def _divided(passes: Passes, count: _Counts, division: Division, processes: int,
             12 * count.trained / n,
             width * (count.trained / n if stage == 2 else count.trained),
             masters=4 * count.trained / n,
-            load=width * count.group,
             buffers=bucket * width * (division.buckets if gpu else 1),
             step=4 * count.group / n,
         )
     else:
         states = _States(
             width * count.engine / n,
-            (12 if mixed else 8) * count.trained / n,
+            12 * count.trained / n,
             width * count.trained / n,
-            masters=(4 if mixed else 0) * count.trained / n,
+            masters=4 * count.trained / n,
             # its optimizer's first gradients, of a whole sub-group; without a GPU, the weights before they are divided
             load=4 * min(count.trained, 1e9) + (0 if gpu else 4 * count.engine * (1 - 1 / n)),
             buffers=bucket * width,
@@ -199,16 +203,29 @@ def _divided(passes: Passes, count: _Counts, division: Division, processes: int,
     return states
 
 
-def _update(passes: Passes, states: _States, division: Division, held: dict[str, float]) -> Moment:
-    """The highest of the moments of an optimizer step."""
+def _update(passes: Passes, states: _States, division: Division, held: dict[str, float], lazily: bool) -> Moment:
+    """The highest of the moments of an optimizer step.
+
+    Args:
+        passes: Of the config.
+        states: Of the process.
+        division: How DeepSpeed divides them.
+        held: What is there before and after.
+        lazily: A buffer takes memory only as far as it has been filled, as on a CPU.
+    """
+    again = passes.work.passes > 1
+    moments = {name: moment for name, moment in passes.update.items() if not name.startswith("more") or again}
     base = {name: size for name, size in held.items() if name != GRADIENTS} | {BUFFERS: states.buffers}
-    moments = {
-        name: moment for name, moment in passes.update.items() if not name.startswith("more") or passes.work.passes > 1
-    }
-    if division.stage is not None:  # whatever a pass has made of gradients is divided or in a bucket by then
-        moments = {name: Moment(moment.parts | {GRADIENTS: states.gradients}) for name, moment in moments.items()}
-    step = base | {GRADIENTS: states.gradients, OPTIMIZER: states.optimizer + states.step}
-    found = [*(_sum(base, moment) for moment in moments.values()), Moment(step)]
+    if division.stage is not None:  # the gradients that a pass has made so far are in a bucket, or divided
+        coming = lazily and division.stage in (1, 2) and not again
+        found = []
+        for moment in moments.values():
+            filled = {BUFFERS: min(states.buffers, moment.parts.get(GRADIENTS, 0.0))} if coming else {}
+            gradients = {GRADIENTS: 0.0 if coming else states.gradients}
+            found.append(_sum(base | filled, Moment(moment.parts | gradients)))
+    else:
+        found = [_sum(base, moment) for moment in moments.values()]
+    found.append(Moment(base | {GRADIENTS: states.gradients, OPTIMIZER: states.optimizer + states.step}))
     return max(found, key=lambda moment: moment.total)
 
 
