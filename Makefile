@@ -23,7 +23,7 @@ test: install
 	@$(BIN)/pytest -q -n 2 --dist loadfile
 
 test-slow: install
-	@$(BIN)/pytest -q -n 2 --dist worksteal -m "slow or real"
+	@$(BIN)/pytest -q -n 2 --dist worksteal -m "slow or real" --durations 12
 
 lint: install
 	@$(BIN)/ruff check .

@@ -156,14 +156,16 @@ class DeepSpeedEngine(Engine):
 
         self.stage = settings.get("zero_optimization", {}).get("stage", 0)
         super().__init__(module, groups, config, precision)
+        # Stage 0 in float32 leaves whole, summed gradients to the optimizer: looked at and clipped as by plain torch.
+        self._whole = self.stage == 0 and self.dtype == torch.float32
         self._finite = torch.ones((), device=distributed.device())
-        for parameter in self._parameters:
+        for parameter in self._parameters if not self._whole else ():
             parameter.register_hook(self._watch)
         kept = {key: value for key, value in settings.items() if key not in SET_BY_US}
         self.settings = kept | {
             "train_micro_batch_size_per_gpu": 1,
             "gradient_accumulation_steps": 1,
-            "gradient_clipping": config.max_grad_norm,
+            "gradient_clipping": 0.0 if self._whole else config.max_grad_norm,
             "bf16": {"enabled": self.dtype == torch.bfloat16},
             "steps_per_print": 2**31,
         }
@@ -183,6 +185,8 @@ class DeepSpeedEngine(Engine):
         self._finite = self._finite * torch.isfinite(gradient.float().sum())
 
     def gradients_are_finite(self) -> bool:
+        if self._whole:
+            return super().gradients_are_finite()
         ok = distributed.all_sum(1 - self._finite).item() == 0
         self._finite = torch.ones_like(self._finite)
         return ok
@@ -203,12 +207,9 @@ class DeepSpeedEngine(Engine):
     def step(self, scale: float) -> float:
         for group, rate in zip(self.deepspeed.optimizer.param_groups, self.rates):
             group["lr"] = rate * scale
-        # Stage 0 in float32 clips without saying the norm; its gradients are whole and reduced by now.
-        gradients = [p.grad for p in self._parameters if p.grad is not None] if self.stage == 0 else []
-        own = float(nn.utils.get_total_norm(gradients)) if gradients else 0.0
+        norm = nn.utils.clip_grad_norm_(self._parameters, self.config.max_grad_norm) if self._whole else None
         self.deepspeed.step()
-        norm = self.deepspeed.get_global_grad_norm()
-        return own if norm is None else float(norm)
+        return float(self.deepspeed.get_global_grad_norm() if norm is None else norm)
 
     @contextmanager
     def gathered(self, part: nn.Module) -> Iterator[None]:

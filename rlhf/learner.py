@@ -33,11 +33,14 @@ class StepSums:
     ratio_max: float
 
     @classmethod
-    def of(cls, sums: Tensor, extremes: Tensor) -> StepSums:
-        """From this rank's eight sums, and minus the smallest and the largest ratio."""
-        low, high = distributed.all_max(extremes).tolist()
-        tokens, k1, k3, clipped, policy, value, entropy, ptx = distributed.all_sum(sums).tolist()
-        return cls(tokens, k1, k3, clipped, policy, value, entropy, ptx, -low, high)
+    def of(cls, figures: Sequence[tuple[Tensor, Tensor]]) -> list[StepSums]:
+        """Of some steps, in two collectives: this rank's eight sums, and minus the smallest and the largest ratio."""
+        sums, extremes = (torch.stack(parts) for parts in zip(*figures))
+        ratios = distributed.all_max(extremes).tolist()
+        return [
+            cls(*step, ratio_min=-low, ratio_max=high)
+            for step, (low, high) in zip(distributed.all_sum(sums).tolist(), ratios)
+        ]
 
 
 @dataclass(frozen=True)
@@ -96,15 +99,17 @@ class Learner:
         norms: list[float] = []
         epochs = 0
         for epoch, plan in enumerate(plans):
+            figures = []
             for index, share in enumerate(plan):
                 step = (number * len(plans) + epoch) * len(plan) + index
-                steps.append(self._minibatch(experience, advantages, batcher, share, step, warming))
+                figures.append(self._minibatch(experience, advantages, batcher, share, step, warming))
                 if not self.engine.gradients_are_finite():
                     raise _not_finite(
                         experience, share, f"update {number + 1}, epoch {epoch + 1}, minibatch {index + 1}"
                     )
                 norms.append(self.engine.step(rate))
             epochs += 1
+            steps += StepSums.of(figures)
             target = self.config.update.target_kl
             if target is not None and steps[-1].kl_k3 / steps[-1].tokens > target:
                 break
@@ -112,8 +117,8 @@ class Learner:
 
     def _minibatch(
         self, experience: Experience, advantages: Advantages, batcher: Batcher, share: Share, step: int, warming: bool
-    ) -> StepSums:
-        """Gradients of one minibatch, normalised by its answer tokens on all ranks."""
+    ) -> tuple[Tensor, Tensor]:
+        """Gradients of one minibatch, normalised by its answer tokens on all ranks; this rank's figures to log."""
         device = distributed.device()
         batches = batcher.share(share)
         tokens = sum(batcher.counts[episode] for rank in share for rows in rank for episode in rows)
@@ -123,7 +128,7 @@ class Learner:
             loss, parts, ratios = self._loss(experience, advantages, batch, tokens, demonstrations, ptx_tokens, warming)
             self.engine.backward(loss, last=i == len(batches) - 1)
             sums, extremes = sums + parts, torch.maximum(extremes, ratios)
-        return StepSums.of(sums, extremes)
+        return sums, extremes
 
     def _loss(
         self,

@@ -143,9 +143,10 @@ def test_people_and_the_policy_wrote_the_candidates(small):
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 def test_ppo_wins_by_the_hidden_rule_at_a_bounded_kl(tmp_path):
-    out = tmp_path / "demo"
-    done = command("--out", out, "--seed", 3)
-    assert done.returncode == 0, done.stderr
+    out = Path(os.environ.get("FINISHED_DEMO", tmp_path / "demo"))  # what `make demo` has left, in CI
+    if "FINISHED_DEMO" not in os.environ:
+        done = command("--out", out, "--seed", 3)
+        assert done.returncode == 0, done.stderr
     summary = json.loads((out / "summary.json").read_text("utf-8"))
     compared, reward = summary["comparison"], summary["reward_model"]
     assert compared["win_rate"] >= 0.75 and compared["interval"][0] > 0.7
