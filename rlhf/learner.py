@@ -36,11 +36,9 @@ class StepSums:
     def of(cls, figures: Sequence[tuple[Tensor, Tensor]]) -> list[StepSums]:
         """Of some steps, in two collectives: this rank's eight sums, and minus the smallest and the largest ratio."""
         sums, extremes = (torch.stack(parts) for parts in zip(*figures))
-        ratios = distributed.all_max(extremes).tolist()
-        return [
-            cls(*step, ratio_min=-low, ratio_max=high)
-            for step, (low, high) in zip(distributed.all_sum(sums).tolist(), ratios)
-        ]
+        lows, highs = distributed.all_max(extremes).T.tolist()
+        columns = [*distributed.all_sum(sums).T.tolist(), [-low for low in lows], highs]
+        return [cls(**dict(zip(cls.__dataclass_fields__, step))) for step in zip(*columns)]
 
 
 @dataclass(frozen=True)
