@@ -76,10 +76,18 @@ def test_micro_batches_are_those_of_the_learner(monkeypatch, ranks, episodes):
 
 
 def test_the_figure_of_ppo_shows_times_our_time_and_memory():
-    rows = [{"regime": "full", "side": side, "seconds": s, "peak_mb": mb} for side, s, mb in SIDES]
+    rows = [{"regime": "full", "side": side, "cores": "1x2", "seconds": s, "peak_mb": mb} for side, s, mb in SIDES]
     axes = plot.ratios(rows).axes[0]
     assert [bar.get_width() for bar in axes.patches] == [2.5, 4.0]
     assert [text.get_text() for text in axes.texts] == ["2.50x", "4.00x"]
+
+
+def test_two_processes_stand_beside_the_faster_of_trls_ways():
+    found = [("ours", "2x1", 2.0), ("trl", "1x2", 10.0), ("trl", "2x1", 8.0)]
+    rows = [{"regime": "full", "side": side, "cores": c, "seconds": s, "peak_mb": 100.0} for side, c, s in found]
+    axes = plot.ratios(rows).axes[0]
+    assert [bar.get_width() for bar in axes.patches] == [4.0, 1.0]
+    assert "two processes" in axes.get_yticklabels()[0].get_text()
 
 
 def test_the_figure_of_costs_shows_multiples_of_the_smallest_size():
