@@ -29,6 +29,11 @@ def shared() -> Path:
     return SHARED
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest first, those on real data: else a worker is alone with them at the end."""
+    items.sort(key=lambda item: item.get_closest_marker("real") is None)
+
+
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     """Show what tests measured: they say it with `record_property("figures", text)`."""
     for report in (*terminalreporter.getreports("passed"), *terminalreporter.getreports("failed")):
