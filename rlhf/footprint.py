@@ -191,20 +191,18 @@ class Passes:
 
         def trace(depth: int | None) -> Moments:
             models = [self._shaped(role, depth) for role in tuned]
+            embeddings = causal_lm(models[1].model).get_input_embeddings() if models[1:] else None
+            head = causal_lm(models[0]).get_output_embeddings() if models[1:] else None
             with self._metered(*models) as meter:
                 loss = self._loss(models)
                 parameters = [p for model in models for p in model.parameters() if p.requires_grad]
                 for name in ("",) if self.divided else ("", "more "):
                     meter.mark(f"{name}forward")
-                    with _marking(
-                        meter, f"{name}critic", [causal_lm(m.model).get_input_embeddings() for m in models[1:]]
-                    ):
+                    with _marking(meter, f"{name}critic", embeddings):
                         value = loss()
                     meter.mark(f"{name}backward")
                     # The critic's comes first; then the policy's head computes its logits again.
-                    with _marking(
-                        meter, f"{name}policy", [causal_lm(models[0]).get_output_embeddings() for _ in models[1:]]
-                    ):
+                    with _marking(meter, f"{name}policy", head):
                         value.backward()
                     meter.call(GRADIENTS, [p.grad for p in parameters])
                     meter.mark(f"{name}end")
@@ -312,11 +310,15 @@ class Passes:
 
 
 @contextmanager
-def _marking(meter: Meter, name: str, modules: list[Any]) -> Iterator[None]:
-    """Inside, the moment gets a name when one of the modules is first called."""
-    hooks = [m.register_forward_pre_hook(lambda *_: None if name in meter.marks else meter.mark(name)) for m in modules]
-    yield
-    for hook in hooks:
+def _marking(meter: Meter, name: str, module: Any) -> Iterator[None]:
+    """Inside, the moment at which the module is first called gets a name; none where there is no module."""
+    if module is None:
+        yield
+        return
+    hook = module.register_forward_pre_hook(lambda *_: None if name in meter.marks else meter.mark(name))
+    try:
+        yield
+    finally:
         hook.remove()
 
 
