@@ -1,7 +1,7 @@
-"""Generation with unequal lengths: the samplers `hf` and `transformers`, and static-batch `generate` of transformers.
+"""Generation with unequal lengths: the samplers `hf` (eager or compiled) and `transformers`, and static `generate`.
 
     OMP_NUM_THREADS=1 python benchmarks/generation.py ../shared/models/stories260K
-    OMP_NUM_THREADS=1 python benchmarks/generation.py ../shared/models/stories260K --samplers hf transformers generate
+    OMP_NUM_THREADS=1 python benchmarks/generation.py ../shared/models/stories260K --samplers compiled hf
 
 All sides sample at temperature 1 and are given the same prompts (8 to 40 random tokens) and the same lengths, drawn
 from a log-normal distribution with a mean of 40% of the maximum: before its length an answer cannot end, at its length
@@ -83,13 +83,13 @@ def impose_on_transformers(lengths: Sequence[int]) -> None:
     ContinuousBatchingManager.add_request = add_request
 
 
-def by_sampler(name: str) -> Side:
+def by_sampler(name: str, **options: Any) -> Side:
     """A row of SAMPLERS."""
 
     def side(model: Any, prompts: list[list[int]], lengths: list[int], longest: int, batch: int) -> int:
         chat: Any = SimpleNamespace(end_id=END, pad_id=PAD, tokenizer=SimpleNamespace(eos_token_id=END))
         sampling = rollout.Sampling(longest, batch_size=batch)
-        answers = rollout.SAMPLERS[name].fn(model, prompts, range(len(prompts)), sampling, chat)
+        answers = rollout.SAMPLERS[name].fn(model, prompts, range(len(prompts)), sampling, chat, **options)
         assert [len(answer.ids) for answer in answers] == lengths
         return sum(lengths)
 
@@ -114,6 +114,7 @@ def by_generate(model: Any, prompts: list[list[int]], lengths: list[int], longes
 
 SIDES: dict[str, Side] = {
     "hf": by_sampler("hf"),
+    "compiled": by_sampler("hf", step="compiled"),
     "transformers": by_sampler("transformers"),
     "generate": by_generate,
 }

@@ -90,6 +90,7 @@ class Setting:
     micro_batch_tokens: int
     seconds: int
     """For each side, the models' loading included."""
+    step: str = "eager"
     compile: bool = False
     gradient_checkpointing: bool = False
 
@@ -219,9 +220,10 @@ def measure(
         "prompts": str(folder / "prompts.jsonl"),
         "prompt_tokens": setting.prompt_tokens,
         "new_tokens": setting.new_tokens,
-        "episodes": setting.episodes if side == "ours" else setting.trl_episodes,
+        "episodes": setting.trl_episodes if side == "trl" else setting.episodes,
         "batch_size": setting.batch_size,
         "micro_batch_tokens": setting.micro_batch_tokens,
+        "step": setting.step,
         "seconds": setting.seconds,
         "update": {"compile": setting.compile, "gradient_checkpointing": setting.gradient_checkpointing},
         "profile": str(profile) if profile else None,
@@ -293,6 +295,18 @@ def figures(found: dict[str, Any], setting: Setting, limits: dict[str, float], e
     return shown
 
 
+def step_table(found: dict[str, Any], setting: Setting, limits: dict[str, float], element: int) -> str:
+    """Markdown: each way of taking a decoding step, over one batch of answers that was answered once before."""
+    lines = ["| decoding step | ms | share of the bandwidth limit | first batch, s | second, s |", f"|{' --- |' * 5}"]
+    for update in found["updates"]:
+        seconds = update["took"][1] - update["prefill_seconds"]
+        share = setting.decode_bytes(update["decode_steps"], update["decode_columns"], element) / seconds
+        first, second = update["took"]
+        ms = 1000 * seconds / update["decode_steps"]
+        lines.append(f"| {update['step']} | {ms:.2f} | {share / limits['bytes']:.1%} | {first:.2f} | {second:.2f} |")
+    return "\n".join(lines)
+
+
 def table(sides: dict[str, dict[str, Any]]) -> str:
     """Markdown."""
     lines = [f"| | {' | '.join(sides)} |", f"|{' --- |' * (len(sides) + 1)}"]
@@ -327,6 +341,7 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, help="Sequences that we decode at a time.")
     parser.add_argument("--micro-batch-tokens", type=int, help="Tokens of a pass in training, of either side.")
     parser.add_argument("--seconds", type=int, help="For each side.")
+    parser.add_argument("--step", choices=("eager", "compiled", "cuda_graph"), help="Of our decoding, in the updates.")
     parser.add_argument("--compile", action="store_true", help="Ours with update.compile.")
     parser.add_argument("--gradient-checkpointing", action="store_true", help="Ours with it; TRL's default is its own.")
     parser.add_argument("--profile", action="store_true", help="Instead, write profile-PHASE.txt of a short update.")
@@ -336,7 +351,7 @@ def main() -> None:
     if not here["gpu_bytes"]:
         torch.set_num_threads(1)
         os.environ |= {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
-    names = ("batch_size", "micro_batch_tokens", "seconds", "compile", "gradient_checkpointing")
+    names = ("batch_size", "micro_batch_tokens", "seconds", "step", "compile", "gradient_checkpointing")
     given = {name: getattr(args, name) for name in names}
     limits = ceilings()
     setting = setting_for(here["gpu_bytes"], limits["flops"])
@@ -354,19 +369,21 @@ def main() -> None:
     sides: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as name:
         make_models(setting, Path(name))
-        found = {"ours": measure("ours", setting, Path(name))}
+        found = {"ours": measure("ours", setting, Path(name)), "steps": measure("steps", setting, Path(name))}
         if args.trl is not None and (args.trl / "trl").is_dir():
             found["TRL 1.12.0"] = measure("trl", setting, Path(name), args.trl)
         else:
             where = f"{args.trl} holds no package trl" if args.trl else "no folder was named with --trl"
             print(f"TRL is left out: {where}", flush=True)
+    element = 2 if here["gpu_bytes"] else 4
     for side, result in found.items():
-        if result["updates"]:
-            sides[side] = figures(result, setting, limits, 2 if here["gpu_bytes"] else 4)
+        if result["updates"] and side != "steps":
+            sides[side] = figures(result, setting, limits, element)
     everything = {"machine": here, "limits": limits, "setting": asdict(setting), "sides": sides, "raw": found}
     (args.out / "gpu.json").write_text(json.dumps(everything, indent=1), "utf-8")
     if sides:
         print(f"\n{table(sides)}", flush=True)
+    print(f"\n{step_table(found['steps'], setting, limits, element)}", flush=True)
     if any(result["failed"] for result in found.values()):
         raise SystemExit("a side did not end by itself; see above")
 

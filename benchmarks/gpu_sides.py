@@ -1,4 +1,4 @@
-"""The two sides of `benchmarks/gpu.py`, each a process of its own: `gpu_sides.py ours|trl SPEC.json RESULT.json`.
+"""The sides of `benchmarks/gpu.py`, each a process of its own: `gpu_sides.py ours|steps|trl SPEC.json RESULT.json`.
 
 Both get the same weights, prompts and lengths, and one optimizer step an update, as DeepSpeed-Chat had it. The result
 is written again after every update, so that what a time limit cuts off is not lost.
@@ -87,28 +87,35 @@ def profiled(file: Path) -> Iterator[None]:
 
 
 class Decoding:
-    """Counts the passes of a rollout, from outside: a pass over more than one column a row is a prefill."""
+    """Counts the steps of a rollout and takes the time of its prefills, from outside."""
 
-    def __init__(self, policy: Any) -> None:
-        self.start = 0.0
+    def __init__(self) -> None:
+        from rlhf import decode_step, rollout
+
         self.clear()
-        policy.register_forward_pre_hook(self._before, with_kwargs=True)
-        policy.register_forward_hook(self._after, with_kwargs=True)
+        enter, make_step = rollout._Decoding._enter, decode_step.make_step
+
+        def timed_enter(decoding: Any) -> None:
+            start = now()
+            enter(decoding)
+            self.figures["prefill_seconds"] += now() - start
+
+        def make_counted_step(*arguments: Any) -> Any:
+            step = make_step(*arguments)
+
+            def counted(model: Any, ids: Any, mask: Any, positions: Any, cache: Any) -> Any:
+                held = cache.layers[0].columns  # in use; a cache of fixed size has more
+                self.figures["decode_steps"] += 1
+                self.figures["decode_columns"] += len(ids) * (held.end + 1 - held.start)
+                return step(model, ids, mask, positions, cache)
+
+            return counted
+
+        rollout._Decoding._enter = timed_enter  # type: ignore[method-assign]
+        decode_step.make_step = make_counted_step
 
     def clear(self) -> None:
-        self.figures = {"prefill_seconds": 0.0, "decode_steps": 0, "decode_rows": 0, "decode_columns": 0}
-
-    def _before(self, module: Any, inputs: Any, named: dict[str, Any]) -> None:
-        if named["input_ids"].shape[1] > 1:
-            self.start = now()
-
-    def _after(self, module: Any, inputs: Any, named: dict[str, Any], output: Any) -> None:
-        if named["input_ids"].shape[1] > 1:
-            self.figures["prefill_seconds"] += now() - self.start
-            return
-        self.figures["decode_steps"] += 1
-        self.figures["decode_rows"] += len(named["input_ids"])
-        self.figures["decode_columns"] += named["attention_mask"].numel()  # keys (and values) that are read in a layer
+        self.figures = {"prefill_seconds": 0.0, "decode_steps": 0, "decode_columns": 0}
 
 
 def our_config(spec: dict[str, Any]) -> dict[str, Any]:
@@ -124,6 +131,7 @@ def our_config(spec: dict[str, Any]) -> dict[str, Any]:
             "max_new_tokens": spec["new_tokens"],
             "min_new_tokens": spec["new_tokens"],  # every answer has its full length
             "batch_size": spec["batch_size"],
+            "sampler": {"name": "hf", "step": spec["step"]},
         },
         "update": {"epochs": 1, "minibatches": 1, "micro_batch_tokens": spec["micro_batch_tokens"], **spec["update"]},
     }
@@ -152,7 +160,7 @@ def ours(spec: dict[str, Any], notes: Notes) -> None:
     reset_peak()
     stage = stages.ppo.PPO(check_config(PPOConfig, our_config(spec), "benchmark"), resume=False, overwrite=True)
     notes.loaded()
-    decoding = Decoding(stage.engine.module.policy)
+    decoding = Decoding()
     while notes.time_for_another():
         decoding.clear()
         figures = stage.update(len(notes.result["updates"]))
@@ -161,6 +169,34 @@ def ours(spec: dict[str, Any], notes: Notes) -> None:
         phases = {phase: figures[f"seconds_{phase}"] for phase in PHASES}
         ratio = [figures["first_ratio_min"], figures["first_ratio_max"]]
         notes.update(phases=phases, peak_gb=dict(peaks), ratio=ratio, kl=figures["kl"], **decoding.figures)
+
+
+def steps(spec: dict[str, Any], notes: Notes) -> None:
+    """One batch of answers by each way of taking a decoding step, twice: the first time it is compiled or recorded."""
+    from types import SimpleNamespace
+
+    from rlhf.config import ModelConfig
+    from rlhf.models import load_policy
+    from rlhf.rollout import Sampling, hf
+
+    cuda = torch.cuda.is_available()
+    model = load_policy(ModelConfig(path=spec["policy"]), spec["policy"])
+    model = model.to("cuda", torch.bfloat16) if cuda else model
+    notes.loaded()
+    chat: Any = SimpleNamespace(end_id=2, pad_id=1, tokenizer=SimpleNamespace(eos_token_id=2))
+    sampling = Sampling(spec["new_tokens"], min_new_tokens=spec["new_tokens"], batch_size=spec["batch_size"])
+    prompts = torch.randint(4, model.config.vocab_size, (spec["batch_size"], spec["prompt_tokens"])).tolist()
+    decoding = Decoding()
+    for step in ("eager", "compiled", "cuda_graph"):
+        if step == "cuda_graph" and not cuda:
+            continue
+        took = []
+        for _ in range(2):
+            decoding.clear()
+            start = now()
+            hf(model, prompts, range(len(prompts)), sampling, chat, step=step)  # type: ignore[arg-type]
+            took.append(now() - start)
+        notes.update(step=step, took=took, **decoding.figures)
 
 
 # ---- TRL -----------------------------------------------------------------------------------------------------------
@@ -263,4 +299,4 @@ def trl(spec: dict[str, Any], notes: Notes) -> None:
 
 if __name__ == "__main__":
     given = json.loads(Path(sys.argv[2]).read_text("utf-8"))
-    {"ours": ours, "trl": trl}[sys.argv[1]](given, Notes(given, Path(sys.argv[3])))
+    {"ours": ours, "steps": steps, "trl": trl}[sys.argv[1]](given, Notes(given, Path(sys.argv[3])))

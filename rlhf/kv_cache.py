@@ -7,6 +7,7 @@ a row is the distance between their tokens.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -39,6 +40,9 @@ def left_padded(lengths: Tensor, width: int) -> Tensor:
 
 class Columns:
     """Which columns of the buffers hold something: from `start` up to `end`, the next token's."""
+
+    at: Tensor
+    """int64 []: `end` once more, where a compiled step reads it. In a `FixedCache` alone."""
 
     def __init__(self, start: int, end: int) -> None:
         self.start, self.end = start, end
@@ -80,24 +84,55 @@ class _Layer(CacheLayerMixin):
         return -1
 
 
+class _FixedLayer(_Layer):
+    """Writes where a tensor says, and gives all columns: the mask tells which of them hold something."""
+
+    is_compileable = True
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Write one new token of every row; gives the buffers."""
+        self.keys.index_copy_(2, self.columns.at[None], key_states)
+        self.values.index_copy_(2, self.columns.at[None], value_states)
+        return self.keys, self.values
+
+    def get_seq_length(self) -> Any:
+        """int64 []: columns before the token that is being decoded."""
+        return self.columns.at
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """All columns, and the first one's number."""
+        return self.keys.shape[2], 0
+
+    def get_max_length(self) -> int:
+        """All columns."""
+        return self.keys.shape[2]
+
+
 class JoinedCache:
     """Buffers for a number of rows; new sequences take the place of finished ones.
 
     Memory: rows x (tokens of the longest live sequence + `SPARE`), whatever is decoded altogether.
     """
 
+    layer: type[_Layer] = _Layer
+
     def __init__(self, prefill: Any, rows: int) -> None:
         """Empty rows, of the form that the layers of a filled cache have."""
         columns, width = Columns(0, 0), prefill.get_seq_length()
         self.columns = columns
-        self.mask = torch.zeros(rows, width + SPARE, dtype=torch.int64, device=prefill.layers[0].keys.device)
+        size, device = self._size(width), prefill.layers[0].keys.device
+        self.mask = torch.zeros(rows, size, dtype=torch.int64, device=device)
 
         def buffer(like: Tensor) -> Tensor:
-            return like.new_zeros(rows, like.shape[1], width + SPARE, like.shape[3])
+            return like.new_zeros(rows, like.shape[1], size, like.shape[3])
 
-        self.layers = [_Layer(buffer(x.keys), buffer(x.values), columns) for x in prefill.layers]
+        self.layers = [self.layer(buffer(x.keys), buffer(x.values), columns) for x in prefill.layers]
         self.cache = transformers.Cache(layers=list(self.layers))
         columns.end = width
+
+    def _size(self, width: int) -> int:
+        """Columns of buffers of which `width` are in use."""
+        return width + SPARE
 
     def enter(self, prefill: Any, lengths: Tensor, source: Tensor, places: Tensor) -> None:
         """Copy prefilled prompts, padded on the left, into rows of this cache.
@@ -151,15 +186,46 @@ class JoinedCache:
             kept = old.narrow(axis, start, end - start)
             kept = kept if rows is None else kept.index_select(0, rows)
             shape = list(kept.shape)
-            shape[axis] = width + SPARE
+            shape[axis] = self._size(width)
             new = old.new_zeros(shape)
             new.narrow(axis, blank, end - start).copy_(kept)
-            return new
+            return self._placed(old, new)
 
         self.mask = moved(self.mask, 1)
         for layer in self.layers:
             layer.keys, layer.values = moved(layer.keys, 2), moved(layer.values, 2)
         self.columns.start, self.columns.end = 0, width
+
+    def _placed(self, old: Tensor, new: Tensor) -> Tensor:
+        """The tensor that takes the place of `old`."""
+        return new
+
+
+class FixedCache(JoinedCache):
+    """The same in buffers that keep their size and, until rows are given up, their place in memory.
+
+    Memory: rows x (most tokens that a sequence can have + `SPARE`, rounded up to 64).
+    """
+
+    layer = _FixedLayer
+
+    def __init__(self, prefill: Any, rows: int, longest: int) -> None:
+        """Empty rows for sequences of at most `longest` tokens."""
+        self.columns_in_all = math.ceil((longest + SPARE) / 64) * 64  # few sizes: each is compiled for anew
+        super().__init__(prefill, rows)
+        self.columns.at = torch.zeros((), dtype=torch.int64, device=self.mask.device)
+
+    def before_step(self, longest: int) -> Tensor:
+        """As in `JoinedCache`, but the mask of all columns, int64 [rows, columns]."""
+        super().before_step(longest)
+        self.columns.at.fill_(self.columns.end)
+        return self.mask
+
+    def _size(self, width: int) -> int:
+        return self.columns_in_all
+
+    def _placed(self, old: Tensor, new: Tensor) -> Tensor:
+        return old.copy_(new) if old.shape == new.shape else new
 
 
 class BatchCache:

@@ -283,11 +283,14 @@ def _ppo(config: PPOConfig, world: int, coming: Coming) -> Rows:
             f"rollout.max_new_tokens: {rollout.max_new_tokens} leaves no room for a prompt in {limit} tokens"
         )
     rows += [("sampler", _sampler(rollout.sampler))]
-    if update.compile and config.deepspeed and _zero(config, world).startswith("ZeRO stage 3"):
+    step = rollout.sampler.options.get("step", "eager")
+    compiled = {"update.compile": update.compile, f"rollout.sampler: step `{step}`": step != "eager"}
+    stage_3 = config.deepspeed and _zero(config, world).startswith("ZeRO stage 3")
+    for option in (name for name, given in compiled.items() if given and stage_3):
         raise UserError(
-            "update.compile: compiled layers do not work under ZeRO stage 3",
+            f"{option}: compiled or recorded layers do not work under ZeRO stage 3",
             "It takes the weights away and brings them back between the layers' own steps.",
-            "Leave update.compile out, or take a DeepSpeed file of a lower stage.",
+            "Leave it out, or take a DeepSpeed file of a lower stage.",
         )
     rows += _reward_sources(config, coming)
     critic = f"from the {config.critic.init} model, {_tuning('critic.tuning', config.critic.tuning)}"
@@ -306,18 +309,21 @@ def _ppo(config: PPOConfig, world: int, coming: Coming) -> Rows:
 
 def _sampler(pick: Pick) -> str:
     """The sampler's name; one that needs a GPU must have it."""
-    if pick.row.traits.get("gpu", False):
-        if importlib.util.find_spec(pick.name) is None:
-            raise UserError(
-                f"rollout.sampler: {pick.name} is not installed",
-                remedy=f"pip install {pick.name}, in an environment of its own, since it pins torch; or use hf.",
-            )
-        import torch  # only here: whoever has installed it waits for it anyway
+    on_gpu = pick.row.traits.get("gpu", False)
+    if on_gpu and importlib.util.find_spec(pick.name) is None:
+        raise UserError(
+            f"rollout.sampler: {pick.name} is not installed",
+            remedy=f"pip install {pick.name}, in an environment of its own, since it pins torch; or use hf.",
+        )
+    recorded = pick.options.get("step") == "cuda_graph"
+    if on_gpu or recorded:
+        import torch  # only here: whoever has installed a GPU's sampler waits for it anyway
 
         if not torch.cuda.is_available():
             raise UserError(
-                f"rollout.sampler: {pick.name} needs a CUDA device, and this machine shows none",
-                remedy="Use the sampler hf.",
+                f"rollout.sampler: {'step `cuda_graph`' if recorded else pick.name} needs a CUDA device, and this"
+                " machine shows none",
+                remedy="Use the sampler hf, with its eager step.",
             )
     return pick.name
 

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field
 
@@ -21,11 +22,11 @@ if TYPE_CHECKING:
     import torch
     import transformers
 
-    from rlhf import kv_cache, packed_attention
+    from rlhf import decode_step, kv_cache, packed_attention
     from rlhf.tokenization import ChatTokenizer
 else:
     torch, transformers, kv_cache = lazy("torch"), lazy("transformers"), lazy("rlhf.kv_cache")
-    packed_attention = lazy("rlhf.packed_attention")
+    decode_step, packed_attention = lazy("rlhf.decode_step"), lazy("rlhf.packed_attention")
 
 SAMPLERS = Table("sampler")
 
@@ -72,13 +73,19 @@ def episode_seed(*parts: int) -> int:
 
 @SAMPLERS.row("hf")
 def hf(
-    model: Any, prompts: Sequence[list[int]], seeds: Sequence[int], sampling: Sampling, chat: ChatTokenizer
-) -> list[Answer]:
+    model: Any, prompts: Sequence[list[int]], seeds: Sequence[int], sampling: Sampling, chat: ChatTokenizer, *,
+    step: Literal["eager", "compiled", "cuda_graph"] = "eager",
+) -> list[Answer]:  # fmt: skip
     """In process, over the transformers model; finished answers leave the batch and waiting prompts take their places.
 
     Answers to one prompt that begin together share its prefill. At most `sampling.batch_size` sequences are decoded at
     a time, which bounds the KV cache. A model whose cache cannot be joined (`kv_cache.joinable`) answers one batch
     after another; finished answers leave it all the same.
+
+    A decoding step calls the model as it is (`eager`), or goes over a KV cache of fixed size: compiled for it by
+    torch.compile, for each number of sequences anew (`compiled`; measured on a CPU alone, where it is slower), or
+    recorded as a CUDA graph in each rollout and replayed (`cuda_graph`: NOT YET RUN, no GPU was at hand). Neither under
+    ZeRO stage 3.
 
     Args:
         model: A causal LM (PEFT wrappers allowed), its weights whole on this process.
@@ -86,19 +93,30 @@ def hf(
         seeds: One for each prompt.
         sampling: How to draw.
         chat: For end tokens, padding and stop strings.
+        step: How a decoding step is taken.
 
     Returns:
         One answer for each prompt, in order.
+
+    Raises:
+        UserError: A `step` that this device or this model's cache rules out.
     """
     order = sorted(range(len(prompts)), key=lambda i: (len(prompts[i]), prompts[i]))
     joins = kv_cache.joinable(model)
+    if step != "eager" and not joins:
+        raise UserError(
+            f"rollout.sampler: step `{step}` needs a cache with a key and a value per token",
+            f"A model of the kind {model.config.model_type} keeps something else.", "Leave `step` out.",
+        )  # fmt: skip
+    plain = nullcontext() if step == "eager" else packed_attention.plain_attention(model)
     at_once = len(order) if joins else sampling.batch_size
     answers: dict[int, Answer] = {}
     was_training = model.training
     model.eval()
-    with torch.no_grad():
+    with torch.no_grad(), plain:
         for start in range(0, len(order), max(at_once, 1)):
-            answers |= _Decoding(model, prompts, seeds, sampling, chat, order[start : start + at_once], joins).run()
+            some = order[start : start + at_once]
+            answers |= _Decoding(model, prompts, seeds, sampling, chat, some, joins, step).run()
     model.train(was_training)
     return [answers[i] for i in range(len(prompts))]
 
@@ -112,10 +130,11 @@ class _Decoding:
 
     def __init__(
         self, model: Any, prompts: Sequence[list[int]], seeds: Sequence[int], sampling: Sampling, chat: ChatTokenizer,
-        order: Sequence[int], joins: bool,
+        order: Sequence[int], joins: bool, step: decode_step.Step,
     ) -> None:  # fmt: skip
         self.model, self.prompts, self.seeds, self.sampling, self.chat = model, prompts, seeds, sampling, chat
         self.waiting, self.joins, self.answers = list(order), joins, dict[int, Answer]()
+        self.forward, self.fixed = decode_step.make_step(step, model.device), step != "eager"
         self.places: list[int | None] = [None] * min(len(order), sampling.batch_size)  # which answer stands there
         self.since = [0] * len(self.places)  # the step at which it came
         self.steps = 0
@@ -134,7 +153,7 @@ class _Decoding:
             # a prefill costs about as much as a step: it waits until an eighth of the places is free
             if self.waiting and free >= min(len(self.waiting), max(1, len(self.places) // 8)):
                 self._enter()
-            elif not self.waiting and free >= 0.25 * len(self.places):  # copying the cache pays once so much is idle
+            elif not self.waiting and self._leaving(free):
                 self._leave()
             else:
                 self._step()
@@ -142,6 +161,12 @@ class _Decoding:
 
     def _free(self) -> list[int]:
         return [place for place, answer in enumerate(self.places) if answer is None]
+
+    def _leaving(self, free: int) -> bool:
+        """Whether so much is idle that copying the cache pays."""
+        if self.fixed:  # every number of places is another graph: few, by halves
+            return len(self.places) >= 8 and free >= len(self.places) / 2
+        return free >= 0.25 * len(self.places)
 
     def _enter(self) -> None:
         """Prefill waiting prompts, each once, join them to the cache and draw their first tokens."""
@@ -156,10 +181,10 @@ class _Decoding:
         mask = kv_cache.left_padded(lengths, width)
         # Without a config all layers keep all tokens, sliding windows too: what can be joined.
         cache = transformers.DynamicCache(config=None if self.joins else self.model.config)
-        logits = self._logits(ids, mask, (mask.cumsum(-1) - 1).clamp(min=0), cache)
+        positions = (mask.cumsum(-1) - 1).clamp(min=0)
+        logits = decode_step.next_logits(self.model, ids, mask, positions, cache)
         if self.cache is None:
-            count = len(self.places)
-            self.cache = kv_cache.JoinedCache(cache, count) if self.joins else kv_cache.BatchCache(cache)
+            self.cache = self._empty(cache)
         where = torch.tensor(places, device=device)
         self.cache.enter(cache, lengths[source], source, where)
         for place, answer in zip(places, coming):
@@ -170,24 +195,23 @@ class _Decoding:
         self.position[where], self.count[where], self.live[where] = lengths[source] - 1, 0, 1
         self._draw(logits[source], where)
 
+    def _empty(self, prefill: Any) -> Any:
+        """A cache with a row for every place, of the form of a filled one."""
+        if self.fixed:
+            longest = max(len(prompt) for prompt in self.prompts) + self.sampling.max_new_tokens
+            return kv_cache.FixedCache(prefill, len(self.places), longest)
+        return kv_cache.JoinedCache(prefill, len(self.places)) if self.joins else kv_cache.BatchCache(prefill)
+
     def _step(self) -> None:
         """One token more for every place."""
         longest = max(
             len(self.prompts[answer]) - since for answer, since in zip(self.places, self.since) if answer is not None
         )
         mask = self.cache.before_step(longest + self.steps)
-        logits = self._logits(self.token[:, None], mask, self.position[:, None], self.cache.cache)
+        logits = self.forward(self.model, self.token[:, None], mask, self.position[:, None], self.cache.cache)
         self.cache.after_step()
         self.steps += 1
         self._draw(logits, slice(None))
-
-    def _logits(self, ids: torch.Tensor, mask: torch.Tensor, positions: torch.Tensor, cache: Any) -> torch.Tensor:
-        """float32 [B, V]: the logits of the next tokens."""
-        logits: torch.Tensor = self.model(
-            input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True,
-            logits_to_keep=1,
-        ).logits[:, -1].float()  # fmt: skip
-        return logits
 
     def _draw(self, logits: torch.Tensor, where: Any) -> None:
         """Choose a token for each of these places; those whose answers are now finished become free."""
@@ -220,6 +244,8 @@ class _Decoding:
     def _leave(self) -> None:
         """Give up the free places."""
         kept = [place for place, answer in enumerate(self.places) if answer is not None]
+        if self.fixed:  # half of them, with some free ones among them
+            kept = sorted([*kept, *self._free()[: math.ceil(len(self.places) / 2) - len(kept)]])
         keep = torch.tensor(kept, device=self.model.device)
         self.places, self.since = [self.places[i] for i in kept], [self.since[i] for i in kept]
         self.token, self.position, self.count = self.token[keep], self.position[keep], self.count[keep]

@@ -64,9 +64,10 @@ def test_a_ppo_update_begins_with_a_ratio_of_one_and_without_divergence(precisio
     assert figures["peak_memory_gb"] > 0
 
 
+@pytest.mark.parametrize("step", ["eager", "compiled", "cuda_graph"])
 @pytest.mark.parametrize("batch_size", [64, 3])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_greedy_answers_are_those_of_generate(family, batch_size):
+def test_greedy_answers_are_those_of_generate(family, batch_size, step):
     on_cpu, end, _ = test_rollout.by_generate(family)
     model = copy.deepcopy(on_cpu).cuda()
     options = {"max_new_tokens": 24, "do_sample": False, "use_cache": True, "pad_token_id": 0}
@@ -75,7 +76,8 @@ def test_greedy_answers_are_those_of_generate(family, batch_size):
         ids = model.generate(torch.tensor([prompt], device="cuda"), **options)[0, len(prompt) :].tolist()
         expected.append(ids[: ids.index(end) + 1] if end in ids else ids)
     sampling = Sampling(24, temperature=0, batch_size=batch_size)
-    found = hf(model, test_rollout.PROMPTS, [0] * len(expected), sampling, test_rollout.chat_like(end))
+    torch._dynamo.reset()
+    found = hf(model, test_rollout.PROMPTS, [0] * len(expected), sampling, test_rollout.chat_like(end), step=step)
     assert [answer.ids for answer in found] == expected
 
 

@@ -267,11 +267,17 @@ def test_compiled_layers_are_refused_under_zero_3_alone(world):
     files = {stage: str(tiny.REPOSITORY / "configs" / "deepspeed" / f"zero{stage}.json") for stage in (2, 3)}
     plan("ppo", world, 2, update={"compile": True}, deepspeed=files[2])
     assert "ZeRO stage 3" in refusal("ppo", world, 2, update={"compile": True}, deepspeed=files[3])
+    steps = {"sampler": {"name": "hf", "step": "compiled"}}
+    plan("ppo", world, 2, rollout=steps, deepspeed=files[2])
+    assert "step `compiled`: compiled or recorded" in refusal("ppo", world, 2, rollout=steps, deepspeed=files[3])
 
 
 def test_a_sampler_whose_package_or_device_is_missing_is_refused(world):
     assert plan("ppo", world)["sampler"] == "hf"
     assert plan("ppo", world, rollout={"sampler": "transformers"})["sampler"] == "transformers"
+    recorded = {"sampler": {"name": "hf", "step": "cuda_graph"}}
+    if not torch.cuda.is_available():
+        assert "step `cuda_graph` needs a CUDA device" in refusal("ppo", world, rollout=recorded)
     if torch.cuda.is_available():
         pytest.skip("here is a GPU")
     text = refusal("ppo", world, rollout={"sampler": "vllm"})
