@@ -113,7 +113,7 @@ def hf(
     answers: dict[int, Answer] = {}
     was_training = model.training
     model.eval()
-    with torch.no_grad(), plain:
+    with torch.inference_mode(), plain:
         for start in range(0, len(order), max(at_once, 1)):
             some = order[start : start + at_once]
             answers |= _Decoding(model, prompts, seeds, sampling, chat, some, joins, step).run()

@@ -83,10 +83,10 @@ def start(processes, file, *words):
 
 
 def complete(processes, file, *words):
-    process = start(processes, file, *words)
-    output, _ = process.communicate(timeout=240)
-    assert process.returncode == 0, output
-    return output
+    program = "from stages.ppo import main, run; main('ppo')"
+    done = tiny.launch(processes, program, "--config", str(file), *words)
+    assert done.returncode == 0, done.stdout
+    return done.stdout
 
 
 def metrics(folder):

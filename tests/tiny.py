@@ -14,10 +14,11 @@ import random
 import shutil
 import socket
 import subprocess
-import sys
 import tempfile
 from pathlib import Path
 from typing import Any
+
+import forked
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 STORIES = REPOSITORY.parent / "shared" / "models" / "stories260K"
@@ -159,21 +160,19 @@ def free_port() -> int:
 
 
 def launch(processes: int, code: str, *words: str, timeout: int = 240) -> subprocess.CompletedProcess[str]:
-    """Run Python source on `processes` ranks (torchrun for more than one), one thread each, from the repository root.
+    """Run Python source on `processes` ranks, as torchrun starts them, one thread each, from the repository root.
 
     `words` are the program's arguments (`sys.argv[1:]`); `tests` is importable. Standard output and error come back
-    together, the exit status is not checked.
+    together, the exit status is not checked. The ranks are forked (see `forked`), so they start at once.
     """
     script = Path(tempfile.mkdtemp(dir=_folder())) / "program.py"
     script.write_text(code, "utf-8")
-    command = [sys.executable]
-    if processes > 1:
-        command += ["-m", "torch.distributed.run", "--nproc_per_node", str(processes)]
-        command += ["--master_addr", "127.0.0.1", "--master_port", str(free_port())]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"}
     environment["PYTHONPATH"] = os.pathsep.join([str(REPOSITORY), str(REPOSITORY / "tests")])
-    return subprocess.run(
-        [*command, str(script), *words],
-        cwd=REPOSITORY, env=environment, text=True, timeout=timeout,
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-    )  # fmt: skip
+    ranks = [environment]
+    if processes > 1:
+        world = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "LOCAL_WORLD_SIZE": str(processes)}
+        world |= {"WORLD_SIZE": str(processes)}
+        ranks = [environment | world | {"RANK": str(i), "LOCAL_RANK": str(i)} for i in range(processes)]
+    status, text = forked.run(script, words, REPOSITORY, ranks, timeout)
+    return subprocess.CompletedProcess([str(script), *words], status, stdout=text)
