@@ -5,6 +5,7 @@ The last two run over a `kv_cache.FixedCache`: what they were made for is tensor
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -30,7 +31,6 @@ def next_logits(model: Any, ids: Tensor, mask: Tensor, positions: Tensor, cache:
     return logits
 
 
-_compiled = torch.compile(next_logits, dynamic=False)
 MOST_GRAPHS = 64
 """Beyond which torch goes on uncompiled; not reached, for rows come by halves and sizes of caches by 64."""
 
@@ -53,10 +53,15 @@ def make_step(kind: Step, device: torch.device) -> NextLogits:
     return Recorded()
 
 
+@functools.cache
+def _compiled() -> NextLogits:
+    return torch.compile(next_logits, dynamic=False)  # once it is asked for: the compiler takes 50 MB
+
+
 def _call_compiled(model: Any, ids: Tensor, mask: Tensor, positions: Tensor, cache: Any) -> Tensor:
     # whoever keeps other compiled parts (`update.compile`) eager in a rollout does not mean this one
     with torch.compiler.set_stance("default"), torch._dynamo.config.patch(recompile_limit=MOST_GRAPHS):
-        return _compiled(model, ids, mask, positions, cache)
+        return _compiled()(model, ids, mask, positions, cache)
 
 
 class Recorded:

@@ -119,13 +119,15 @@ def policy_loss(
 
 def _policy_stats(log_ratio: Tensor, ratio: Tensor, held: Tensor, mask: Tensor) -> PolicyStats:
     old = torch.zeros_like(log_ratio)  # the estimators see the difference of the two alone
+    # A filler, which a rank gets that has fewer micro-batches than the others, has no token at all: [1, 0].
+    none = ratio.new_full((1,), torch.inf)
     return PolicyStats(
         tokens=mask.sum().float(),
         clipped=(held & mask).sum().float(),
         kl_k1=masked_sum(k1(old, log_ratio), mask),
         kl_k3=masked_sum(k3(old, log_ratio), mask),
-        ratio_min=torch.where(mask, ratio, torch.inf).amin(),
-        ratio_max=torch.where(mask, ratio, -torch.inf).amax(),
+        ratio_min=torch.cat([torch.where(mask, ratio, torch.inf).flatten(), none]).amin(),
+        ratio_max=torch.cat([torch.where(mask, ratio, -torch.inf).flatten(), -none]).amax(),
     )
 
 

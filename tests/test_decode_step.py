@@ -25,7 +25,7 @@ def uncompiled(monkeypatch):
         sizes.append((len(ids), mask.shape[1]))
         return decode_step.next_logits(model, ids, mask, positions, cache)
 
-    monkeypatch.setattr(decode_step, "_compiled", step)
+    monkeypatch.setattr(decode_step, "_compiled", lambda: step)
     return sizes
 
 

@@ -90,6 +90,13 @@ def test_at_ratio_1_the_loss_is_minus_a_and_its_gradient_the_policy_gradient():
     torch.testing.assert_close(surrogate, policy_gradient)
 
 
+def test_a_micro_batch_without_tokens_changes_no_statistic():
+    nothing = torch.zeros(1, 0)
+    loss, stats = policy_loss(nothing, nothing, nothing, nothing.bool())
+    assert loss.shape == (1, 0) and stats.tokens == 0 and stats.kl_k3 == 0
+    assert stats.ratio_min == torch.inf and stats.ratio_max == -torch.inf
+
+
 def test_policy_statistics_match_hand_numbers():
     # ratios 2, 0.5 and 1 (and garbage): log ratios 0.6931472, -0.6931472, 0
     # k1 = -log ratio: -0.6931472 + 0.6931472 + 0 = 0

@@ -47,7 +47,7 @@ def write_config(folder, prompts, reward_model, **more):
         "data": {"prompts": prompts, "max_prompt_tokens": 48},
         "reward": {"name": "model", "path": reward_model},
         "updates": 3,
-        "rollout": {"prompts_per_update": 8, "max_new_tokens": 14, "stop": ["e", "a"]},
+        "rollout": {"prompts_per_update": 7, "max_new_tokens": 14, "stop": ["e", "a"]},
         "kl": {"controller": {"name": "adaptive", "init_coef": 0.1, "target": 0.01, "horizon": 100}},
         "shaping": {"normalize_scores": True},
         "update": {"epochs": 1, "minibatches": 2, "micro_batch_tokens": 120},
@@ -102,10 +102,12 @@ def single(tmp_path_factory, prompts, reward_model):
 
 
 @pytest.mark.parametrize("packing", [False, True])
-@pytest.mark.parametrize("stage", ["zero2", "zero3"])
-def test_two_processes_give_the_single_process_metrics(stage, packing, single, tmp_path, prompts, reward_model):
+@pytest.mark.parametrize("tokens", [120, 1], ids=["several", "one_sequence_a_pass"])
+@pytest.mark.parametrize("stage", ["zero0", "zero2", "zero3"])
+def test_two_processes_give_the_single_process_metrics(stage, tokens, packing, single, tmp_path, prompts, reward_model):
+    """With one sequence a pass, of minibatches of 3 and 4, one of the two runs out of passes before the other."""
     settings = str(tiny.REPOSITORY / "configs" / "deepspeed" / f"{stage}.json")
-    update = {"epochs": 1, "minibatches": 2, "micro_batch_tokens": 120, "packing": packing}
+    update = {"epochs": 1, "minibatches": 2, "micro_batch_tokens": tokens, "packing": packing}
     complete(2, write_config(tmp_path, prompts, reward_model, deepspeed=settings, update=update))
     found, expected = metrics(tmp_path), metrics(single)
     lengths = [line["answer_tokens"] for line in expected if "kl_coef" in line]

@@ -63,7 +63,7 @@ def values_of(folder, prompts, model, reward, sharing="shared", tuning=LORA, **c
         "tuning": tuning,
         "critic": {"init": "reward" if isinstance(reward, str) else "policy", "tuning": tuning},
         "updates": 2,
-        "rollout": {"prompts_per_update": 8, "max_new_tokens": 12, "stop": ["e", "a"]},
+        "rollout": {"prompts_per_update": 7, "max_new_tokens": 12, "stop": ["e", "a"]},
         "update": {"epochs": 2, "minibatches": 2, "micro_batch_tokens": 160},
         "optimizer": {"policy_lr": 1e-3, "critic_lr": 1e-3, "schedule": "constant", "eps": 1e-3},
         "eval": {"every": 2, "prompts": 3},
