@@ -130,7 +130,7 @@ def _merged_layer(layer: Any) -> dict[str, Tensor]:
 
 @contextmanager
 def adapters_merged(model: Any) -> Iterator[None]:
-    """Inside, the adapters at work are merged into the weights, so that a pass costs what the base alone costs.
+    """Inside, the adapters at work are merged into the weights, and the adapter layers step aside: a pass is the base's.
 
     Afterwards the weights are bit for bit what they were. Costs a second copy of the adapted weights, which must be
     whole on this process. Layers in 4 bits stay as they are.
@@ -138,11 +138,17 @@ def adapters_merged(model: Any) -> Iterator[None]:
     layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
     layers = [layer for layer in layers if quant_state(layer.get_base_layer().weight) is None]
     before = [(p, p.data) for layer in layers for p in layer.get_base_layer().parameters()]
+    own = set(layers)
+    places = [(m._modules, name, child) for m in model.modules() for name, child in m._modules.items() if child in own]
     try:
         for layer in layers:
             layer.merge(safe_merge=True)  # PEFT then works on a copy and puts it in place of the tensor
+        for children, name, layer in places:
+            children[name] = layer.get_base_layer()
         yield
     finally:
+        for children, name, layer in places:
+            children[name] = layer
         for parameter, data in before:
             parameter.data = data
         for layer in layers:

@@ -124,8 +124,8 @@ def hf(
 class _Decoding:
     """A fixed number of places through which the answers pass.
 
-    What the model needs of a place is in tensors, one element or row a place; who stands there, and since when, is
-    known to Python, so that a step asks the device one question: which answers are finished.
+    What the model needs of a place is in tensors, one element or row a place; who stands there, and what was found so
+    far, is known to Python, so that a step asks the device once: for the tokens, and which answers are finished.
     """
 
     def __init__(
@@ -136,15 +136,13 @@ class _Decoding:
         self.waiting, self.joins, self.answers = list(order), joins, dict[int, Answer]()
         self.forward, self.fixed = decode_step.make_step(step, model.device), step != "eager"
         self.places: list[int | None] = [None] * min(len(order), sampling.batch_size)  # which answer stands there
-        self.since = [0] * len(self.places)  # the step at which it came
-        self.steps = 0
+        self.found: list[list[int]] = [[] for _ in self.places]  # its tokens so far
         self.cache: Any = None
-        device, count, longest = model.device, len(self.places), sampling.max_new_tokens
+        device, count = model.device, len(self.places)
         self.ends = torch.tensor(end_ids(model, chat), device=device)
         self.end_set = set(self.ends.tolist())
         self.token, self.position, self.count, self.live = torch.zeros(4, count, dtype=torch.int64, device=device)
-        self.tokens = torch.zeros(count, longest, dtype=torch.int64, device=device)
-        self.noise = torch.zeros(count, longest, device=device)
+        self.noise = torch.zeros(count, sampling.max_new_tokens, device=device)
 
     def run(self) -> dict[int, Answer]:
         """Everything in `order` answered."""
@@ -166,7 +164,7 @@ class _Decoding:
         """Whether so much is idle that copying the cache pays."""
         if self.fixed:  # every number of places is another graph: few, by halves
             return len(self.places) >= 8 and free >= len(self.places) / 2
-        return free >= 0.25 * len(self.places)
+        return free >= len(self.places) / 8
 
     def _enter(self) -> None:
         """Prefill waiting prompts, each once, join them to the cache and draw their first tokens."""
@@ -188,7 +186,7 @@ class _Decoding:
         where = torch.tensor(places, device=device)
         self.cache.enter(cache, lengths[source], source, where)
         for place, answer in zip(places, coming):
-            self.places[place], self.since[place] = answer, self.steps
+            self.places[place], self.found[place] = answer, []
         self.noise[where] = torch.stack([_noise(self.seeds[i], self.sampling.max_new_tokens) for i in coming]).to(
             device
         )
@@ -204,13 +202,11 @@ class _Decoding:
 
     def _step(self) -> None:
         """One token more for every place."""
-        longest = max(
-            len(self.prompts[answer]) - since for answer, since in zip(self.places, self.since) if answer is not None
-        )
-        mask = self.cache.before_step(longest + self.steps)
+        standing = zip(self.places, self.found)
+        longest = max(len(self.prompts[answer]) + len(found) for answer, found in standing if answer is not None)
+        mask = self.cache.before_step(longest - 1)  # the newest token is not in the cache yet
         logits = self.forward(self.model, self.token[:, None], mask, self.position[:, None], self.cache.cache)
         self.cache.after_step()
-        self.steps += 1
         self._draw(logits, slice(None))
 
     def _draw(self, logits: torch.Tensor, where: Any) -> None:
@@ -223,18 +219,19 @@ class _Decoding:
         chosen = choose(logits, self.noise[where].gather(1, column).squeeze(1), self.sampling)
         done = torch.isin(chosen, self.ends) | (count + 1 == self.sampling.max_new_tokens)
         self.token[where] = chosen
-        self.tokens[where] = self.tokens[where].scatter(1, column, chosen[:, None])
         self.count[where] += self.live[where]  # what stands in a free place stands still
         self.position[where] += self.live[where]
         places = range(len(self.places))[where] if isinstance(where, slice) else where.tolist()
-        for place, finished in zip(places, done.tolist()):
+        for place, token, finished in zip(places, *torch.stack([chosen, done]).tolist()):
             answer = self.places[place]
-            if answer is not None and (finished or self.sampling.stop):
-                self._finish(place, answer, finished)
+            if answer is not None:
+                self.found[place].append(token)
+                if finished or self.sampling.stop:
+                    self._finish(place, answer, bool(finished))
 
     def _finish(self, place: int, answer: int, finished: bool) -> None:
         """Note the answer and free its place, if it is finished or holds a stop string."""
-        found = self.tokens[place, : self.steps - self.since[place] + 1].tolist()
+        found = self.found[place]
         ended = found[-1] in self.end_set or _stopped(found, self.sampling.stop, self.chat)
         if finished or ended:
             self.answers[answer] = Answer(found, ended)
@@ -247,9 +244,9 @@ class _Decoding:
         if self.fixed:  # half of them, with some free ones among them
             kept = sorted([*kept, *self._free()[: math.ceil(len(self.places) / 2) - len(kept)]])
         keep = torch.tensor(kept, device=self.model.device)
-        self.places, self.since = [self.places[i] for i in kept], [self.since[i] for i in kept]
+        self.places, self.found = [self.places[i] for i in kept], [self.found[i] for i in kept]
         self.token, self.position, self.count = self.token[keep], self.position[keep], self.count[keep]
-        self.live, self.tokens, self.noise = self.live[keep], self.tokens[keep], self.noise[keep]
+        self.live, self.noise = self.live[keep], self.noise[keep]
         self.cache.keep(keep)
 
 
