@@ -37,7 +37,6 @@ def ratios(rows: list[dict[str, Any]]) -> Figure:
     for (regime, side, _), row in found.items():
         if side == "trl" and (regime not in best or row["seconds"] < best[regime]["seconds"]):
             best[regime] = row
-    named = {"2x1": ",\ntwo processes"}
     pairs = sorted(
         (key for key in found if key[1] != "trl" and key[0] in best),
         key=lambda key: ([*best].index(key[0]), [*SIDES].index(key[1])),
@@ -49,15 +48,18 @@ def ratios(rows: list[dict[str, Any]]) -> Figure:
             ratio = best[pair[0]][key] / found[pair][key]
             axes.barh(i + shift, ratio, 0.34, color=colour, label=name if i == 0 else None)
             axes.annotate(f"{ratio:.2f}x", (ratio, i + shift), (4, 0), textcoords="offset points", va="center")
-    axes.set_yticks(
-        range(len(pairs)), [f"{SIDES[side]}{named.get(cores, '')}\n({regime})" for regime, side, cores in pairs]
-    )
+    axes.set_yticks(range(len(pairs)), [_label(*pair) for pair in pairs])
     axes.invert_yaxis()
     axes.axvline(1, color=GREY, linewidth=1, linestyle=":")
     axes.margins(x=0.12)
     axes.set(xlabel="times less than TRL 1.12 takes for a PPO update (dotted: the same)", xlim=(0, None))
     figure.legend(loc="outside upper right", ncols=2)
     return figure
+
+
+def _label(regime: str, side: str, cores: str) -> str:
+    processes = cores.split("x")[0]
+    return f"{SIDES[side]}{'' if processes == '1' else f',{chr(10)}{processes} processes'}\n({regime})"
 
 
 def costs(rows: list[dict[str, Any]]) -> Figure:
