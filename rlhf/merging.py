@@ -130,7 +130,7 @@ def _merged_layer(layer: Any) -> dict[str, Tensor]:
 
 @contextmanager
 def adapters_merged(model: Any) -> Iterator[None]:
-    """Inside, the adapters at work are merged into the weights, and the adapter layers step aside: a pass is the base's.
+    """Inside, the adapters at work are merged into the weights and their layers step aside: a pass is the base's.
 
     Afterwards the weights are bit for bit what they were. Costs a second copy of the adapted weights, which must be
     whole on this process. Layers in 4 bits stay as they are.
