@@ -87,7 +87,7 @@ def test_two_processes_stand_beside_the_faster_of_trls_ways():
     rows = [{"regime": "full", "side": side, "cores": c, "seconds": s, "peak_mb": 100.0} for side, c, s in found]
     axes = plot.ratios(rows).axes[0]
     assert [bar.get_width() for bar in axes.patches] == [4.0, 1.0]
-    assert "two processes" in axes.get_yticklabels()[0].get_text()
+    assert "2 processes" in axes.get_yticklabels()[0].get_text()
 
 
 def test_the_figure_of_costs_shows_multiples_of_the_smallest_size():
