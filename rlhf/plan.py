@@ -315,7 +315,8 @@ def _sampler(pick: Pick) -> str:
             f"rollout.sampler: {pick.name} is not installed",
             remedy=f"pip install {pick.name}, in an environment of its own, since it pins torch; or use hf.",
         )
-    recorded = pick.options.get("step") == "cuda_graph"
+    step = pick.options.get("step", "eager")
+    recorded = step == "cuda_graph"
     if on_gpu or recorded:
         import torch  # only here: whoever has installed a GPU's sampler waits for it anyway
 
@@ -325,7 +326,7 @@ def _sampler(pick: Pick) -> str:
                 " machine shows none",
                 remedy="Use the sampler hf, with its eager step.",
             )
-    return pick.name
+    return pick.name if step == "eager" else f"{pick.name}, step {step}"
 
 
 def _sharing(config: PPOConfig, coming: Coming) -> Rows:

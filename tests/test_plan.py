@@ -268,7 +268,7 @@ def test_compiled_layers_are_refused_under_zero_3_alone(world):
     plan("ppo", world, 2, update={"compile": True}, deepspeed=files[2])
     assert "ZeRO stage 3" in refusal("ppo", world, 2, update={"compile": True}, deepspeed=files[3])
     steps = {"sampler": {"name": "hf", "step": "compiled"}}
-    plan("ppo", world, 2, rollout=steps, deepspeed=files[2])
+    assert plan("ppo", world, 2, rollout=steps, deepspeed=files[2])["sampler"] == "hf, step compiled"
     assert "step `compiled`: compiled or recorded" in refusal("ppo", world, 2, rollout=steps, deepspeed=files[3])
 
 
