@@ -62,9 +62,9 @@ def architecture(config: ModelConfig, path: str, base: str | None = None) -> Any
             folder = None
         if folder is not None and (folder / "config.json").is_file():
             return load_config(config, str(folder))
-    where = f"{path} is" if base is None else f"neither {path} nor --base {base} is"
+    where = path if base is None else f"{path}, and --base {base} too,"
     raise UserError(
-        f"{where} a folder with a config.json, nor a finished run",
+        f"{where} is neither a folder with a config.json nor a finished run",
         "The prediction needs the model's shapes; it downloads nothing.",
         "Name a local folder, such as `hf download NAME config.json --local-dir FOLDER` makes, with --base FOLDER.",
     )
