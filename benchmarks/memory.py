@@ -264,6 +264,8 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.set_defaults(processes=1, seed=0, minibatches=4)
     args = parser.parse_args()
+    if not (args.plan or args.vocabulary or args.trl):
+        parser.error("say what to measure: --plan, --vocabulary, or --trl DIR")
     print(time.strftime("%Y-%m-%d %H:%M"))
     with tempfile.TemporaryDirectory() as folder:
         if args.plan:
