@@ -23,14 +23,14 @@ import time
 from pathlib import Path
 
 OURS = """
-from data_tools.ingest import import_dataset
+from data_tools.importers.run import import_dataset
 import pyarrow.parquet
 def work(): return import_dataset("hh-rlhf", [source], out).read
 """
 THEIRS = """
 import datasets
 from data_tools.importers.hh import _transcript
-from rlhf.schema import BadRecord, content_hash
+from rlhf.data.schema import BadRecord, content_hash
 datasets.disable_progress_bars()
 def convert(batch):
     made = {"id": [], "prompt_id": [], "messages": [], "candidates": [], "ranks": []}
@@ -52,7 +52,7 @@ def work():
     return len(rows)
 """
 CHECK = """
-from data_tools.cli import app
+from data_tools.commands.cli import app
 def work():
     app(["check", source, "--no-near", "--json"], standalone_mode=False)
     return 0

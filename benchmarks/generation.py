@@ -23,7 +23,9 @@ import torch
 import transformers
 from transformers.generation.continuous_batching import ContinuousBatchingManager
 
-from rlhf import rollout
+from rlhf.rollout import decoding
+from rlhf.rollout.samplers import SAMPLERS
+from rlhf.rollout.types import SamplingParams
 
 Side = Callable[[Any, list[list[int]], list[int], int, int], int]
 """(model, prompts, lengths, longest, sequences at a time) -> tokens that were generated."""
@@ -45,18 +47,18 @@ def draw_lengths(count: int, longest: int) -> list[int]:
 
 def impose_on_ours(lengths: Sequence[int]) -> None:
     """Seeds are the numbers of the answers here; their streams say where they end."""
-    plain_noise, plain_choose = rollout._noise, rollout.choose
+    plain_noise, plain_choose = decoding.gumbel_noise, decoding.choose
 
     def noise(seed: int, count: int) -> torch.Tensor:
         stream = plain_noise(seed, count)
         stream[lengths[seed] - 1] = NOW
         return stream
 
-    def choose(logits: torch.Tensor, noise: torch.Tensor, sampling: rollout.Sampling) -> torch.Tensor:
+    def choose(logits: torch.Tensor, noise: torch.Tensor, sampling: SamplingParams) -> torch.Tensor:
         logits[:, END] = float("-inf")
         return torch.where(noise == NOW, END, plain_choose(logits, noise, sampling))
 
-    rollout._noise, rollout.choose = noise, choose
+    decoding.gumbel_noise, decoding.choose = noise, choose
 
 
 class ImposedLengths(transformers.LogitsProcessor):
@@ -88,8 +90,8 @@ def by_sampler(name: str, **options: Any) -> Side:
 
     def side(model: Any, prompts: list[list[int]], lengths: list[int], longest: int, batch: int) -> int:
         chat: Any = SimpleNamespace(end_id=END, pad_id=PAD, tokenizer=SimpleNamespace(eos_token_id=END))
-        sampling = rollout.Sampling(longest, batch_size=batch)
-        answers = rollout.SAMPLERS[name].fn(model, prompts, range(len(prompts)), sampling, chat, **options)
+        sampling = SamplingParams(longest, batch_size=batch)
+        answers = SAMPLERS[name].fn(model, prompts, range(len(prompts)), sampling, chat, **options)
         assert [len(answer.ids) for answer in answers] == lengths
         return sum(lengths)
 

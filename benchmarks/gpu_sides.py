@@ -90,10 +90,10 @@ class Decoding:
     """Counts the steps of a rollout and takes the time of its prefills, from outside."""
 
     def __init__(self) -> None:
-        from rlhf import decode_step, rollout
+        from rlhf.rollout import decode_step, decoding
 
         self.clear()
-        enter, make_step = rollout._Decoding._enter, decode_step.make_step
+        enter, make_step = decoding.DecodingSlots._enter, decode_step.make_step
 
         def timed_enter(decoding: Any) -> None:
             start = now()
@@ -111,7 +111,7 @@ class Decoding:
 
             return counted
 
-        rollout._Decoding._enter = timed_enter  # type: ignore[method-assign]
+        decoding.DecodingSlots._enter = timed_enter  # type: ignore[method-assign]
         decode_step.make_step = make_counted_step
 
     def clear(self) -> None:
@@ -140,8 +140,8 @@ def our_config(spec: dict[str, Any]) -> dict[str, Any]:
 def ours(spec: dict[str, Any], notes: Notes) -> None:
     """Updates of stages.ppo.PPO, without the evaluations and checkpoints that stand between them in a run."""
     import stages.ppo
-    from rlhf.config import PPOConfig
-    from rlhf.config_file import check_config
+    from rlhf.config.load import check_config
+    from rlhf.ppo.config import PPOConfig
 
     peaks: dict[str, float] = {}
     nothing = contextlib.nullcontext()
@@ -175,16 +175,17 @@ def steps(spec: dict[str, Any], notes: Notes) -> None:
     """One batch of answers by each way of taking a decoding step, twice: the first time it is compiled or recorded."""
     from types import SimpleNamespace
 
-    from rlhf.config import ModelConfig
-    from rlhf.models import load_policy
-    from rlhf.rollout import Sampling, hf
+    from rlhf.config.base import ModelConfig
+    from rlhf.models.load import load_policy
+    from rlhf.rollout.samplers import hf
+    from rlhf.rollout.types import SamplingParams
 
     cuda = torch.cuda.is_available()
     model = load_policy(ModelConfig(path=spec["policy"]), spec["policy"])
     model = model.to("cuda", torch.bfloat16) if cuda else model
     notes.loaded()
     chat: Any = SimpleNamespace(end_id=2, pad_id=1, tokenizer=SimpleNamespace(eos_token_id=2))
-    sampling = Sampling(spec["new_tokens"], min_new_tokens=spec["new_tokens"], batch_size=spec["batch_size"])
+    sampling = SamplingParams(spec["new_tokens"], min_new_tokens=spec["new_tokens"], batch_size=spec["batch_size"])
     prompts = torch.randint(4, model.config.vocab_size, (spec["batch_size"], spec["prompt_tokens"])).tolist()
     decoding = Decoding()
     for step in ("eager", "compiled", "cuda_graph"):

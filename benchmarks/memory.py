@@ -161,17 +161,17 @@ def measure(stage: str, config: dict[str, Any], processes: int, folder: Path, gi
 
 def predicted(stage: str, config: dict[str, Any], processes: int, longest: int) -> dict[str, float]:
     """The same as `rlhf plan` reckons it, without a GPU."""
-    from rlhf.config import STAGES
-    from rlhf.config_file import check_config
-    from rlhf.footprint import Passes
-    from rlhf.memory import Division, predict
-    from rlhf.workload import limit_of, work_of
-    from rlhf.zero import read_deepspeed
+    from rlhf.cli.stage_configs import STAGES
+    from rlhf.config.load import check_config
+    from rlhf.distributed.deepspeed_config import read_deepspeed
+    from rlhf.memory.footprint import TracedModel
+    from rlhf.memory.predict import ZeroLayout, predict
+    from rlhf.memory.workload import batch_shape, limit_of
 
     checked = check_config(STAGES[stage], config, "benchmark")
-    division = Division.of(read_deepspeed(checked.deepspeed) if checked.deepspeed else None)
-    work = work_of(checked, limit_of(checked), processes, longest)
-    passes = Passes(checked, work, halves=False, divided=division.stage is not None)
+    division = ZeroLayout.of(read_deepspeed(checked.deepspeed) if checked.deepspeed else None)
+    work = batch_shape(checked, limit_of(checked), processes, longest)
+    passes = TracedModel(checked, work, halves=False, divided=division.stage is not None)
     found = predict(passes, division, processes, gpu=False)
     return {phase: moment.total for phase, moment in found.phases.items()}
 

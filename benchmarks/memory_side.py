@@ -78,19 +78,19 @@ def main() -> None:
     """Run the stage of the spec and write its peaks, a file for each rank."""
     spec = json.loads(Path(sys.argv[1]).read_text("utf-8"))
     phases = Phases()
-    import rlhf.learner
-    import rlhf.trainer
+    import rlhf.ppo.learner
+    import rlhf.training.trainer
     import stages.ppo
-    from rlhf.config import STAGES
-    from rlhf.config_file import check_config
+    from rlhf.cli.stage_configs import STAGES
+    from rlhf.config.load import check_config
 
     phases.wrap(stages.ppo.PPO, "rollout", "rollout")
     phases.wrap(stages.ppo.PPO, "score", "scoring")
-    phases.wrap(rlhf.learner.Learner, "learn", "update")
+    phases.wrap(rlhf.ppo.learner.Learner, "learn", "update")
     phases.wrap(stages.ppo.PPO, "save", "checkpoint")
-    phases.wrap(rlhf.trainer.StageTrainer, "train", "update")
-    phases.wrap(rlhf.trainer.StageTrainer, "evaluate", "scoring")
-    phases.wrap(rlhf.trainer.StageTrainer, "_save_checkpoint", "checkpoint")
+    phases.wrap(rlhf.training.trainer.StageTrainer, "train", "update")
+    phases.wrap(rlhf.training.trainer.StageTrainer, "evaluate", "scoring")
+    phases.wrap(rlhf.training.trainer.StageTrainer, "_save_checkpoint", "checkpoint")
     for module in ("stages.ppo", "stages.sft", "stages.reward"):
         phases.wrap(importlib.import_module(module), "save_result", "checkpoint")
     config = check_config(STAGES[spec["stage"]], spec["config"], "benchmark")

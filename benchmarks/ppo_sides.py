@@ -80,8 +80,8 @@ def ours(spec: dict[str, Any]) -> dict[str, Any]:
     """Run stages.ppo on the spec."""
     import stages.ppo
     from rlhf import distributed
-    from rlhf.config import PPOConfig
-    from rlhf.config_file import check_config
+    from rlhf.config.load import check_config
+    from rlhf.ppo.config import PPOConfig
 
     if spec["regime"] != "natural":
         impose_on_ours(spec)
@@ -110,7 +110,7 @@ def ours(spec: dict[str, Any]) -> dict[str, Any]:
 
 def our_config(spec: dict[str, Any]) -> dict[str, Any]:
     """What a user would write; what differs from our defaults is there to have TRL's update rule."""
-    from rlhf.config_file import override_values
+    from rlhf.config.load import override_values
 
     tuning = spec["tuning"] or "full"
     values = {
@@ -161,16 +161,17 @@ def impose_on_ours(spec: dict[str, Any]) -> None:
 
     Adds a sampler `imposed` to the table, which is `hf` otherwise.
     """
-    from rlhf import rollout
+    from rlhf.rollout import decoding
+    from rlhf.rollout.samplers import SAMPLERS, hf
 
     lengths: dict[int, int] = {}
-    noise, choose, ends = rollout._noise, rollout.choose, list(spec["ends"])
+    noise, choose, ends = decoding.gumbel_noise, decoding.choose, list(spec["ends"])
 
-    @rollout.SAMPLERS.row("imposed")
+    @SAMPLERS.row("imposed")
     def sampler(model: Any, prompts: Any, seeds: Any, sampling: Any, chat: Any) -> Any:
         drawn = answer_lengths(spec["regime"], SCHEDULE["update"], spec["episodes"], sampling.max_new_tokens)
         lengths.update(zip(seeds, mine(drawn), strict=True))
-        return rollout.hf(model, prompts, seeds, sampling, chat)
+        return hf(model, prompts, seeds, sampling, chat)
 
     def noise_with_end(seed: int, count: int) -> torch.Tensor:
         found = noise(seed, count)
@@ -182,7 +183,7 @@ def impose_on_ours(spec: dict[str, Any]) -> None:
         logits[:, ends] = float("-inf")
         return torch.where(uniform > 1, ends[0], choose(logits, uniform.clamp(max=1 - 1e-6), sampling))
 
-    rollout._noise, rollout.choose = noise_with_end, choose_or_end
+    decoding.gumbel_noise, decoding.choose = noise_with_end, choose_or_end
 
 
 # ---- TRL -----------------------------------------------------------------------------------------------------------
@@ -266,9 +267,9 @@ def trl(spec: dict[str, Any]) -> dict[str, Any]:
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
     from trl.experimental.ppo import PPOConfig, PPOTrainer
 
-    from rlhf.config import ModelConfig
-    from rlhf.schema import Message
-    from rlhf.tokenization import load_tokenizer
+    from rlhf.config.base import ModelConfig
+    from rlhf.data.chat import load_tokenizer
+    from rlhf.data.schema import Message
 
     torch.manual_seed(spec["seed"])
     watch = Stopwatch()

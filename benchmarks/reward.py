@@ -69,11 +69,11 @@ def our_trainer(place: str, rows: list[dict[str, Any]], micro: int) -> Any:
     """The trainer of `rlhf reward` on whole rankings."""
     import datasets
 
-    from rlhf.config import RewardConfig
-    from rlhf.config_file import check_config
-    from rlhf.models import load_scalar
-    from rlhf.runs import open_run
-    from rlhf.tokenization import load_tokenizer
+    from rlhf.config.load import check_config
+    from rlhf.data.chat import load_tokenizer
+    from rlhf.models.scalar import load_scalar
+    from rlhf.reward.config import RewardConfig
+    from rlhf.runs.run import open_run
     from stages.reward import RewardTrainer
 
     batch = {"batch_size": RANKINGS, "micro_batch_size": micro}

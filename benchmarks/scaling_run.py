@@ -98,9 +98,9 @@ def main(spec: dict[str, Any], result: Path) -> None:
     """Train on the spec's config; every rank writes `result` with its number behind it."""
     traffic = Traffic()
     import stages.ppo
-    from rlhf.config import PPOConfig
-    from rlhf.config_file import check_config
-    from rlhf.ppo_report import Clock
+    from rlhf.config.load import check_config
+    from rlhf.ppo.config import PPOConfig
+    from rlhf.ppo.metrics import Clock
 
     class PhaseClock(Clock):
         @contextmanager

@@ -35,10 +35,11 @@ def token_rows(count: int, batch: int) -> list[dict[str, Any]]:
     """Demonstrations as our stage encodes them, in the order that it trains on them."""
     import transformers
 
-    from rlhf.config import ModelConfig
-    from rlhf.ordering import epoch_order
-    from rlhf.schema import Demonstration, Message
-    from rlhf.tokenization import Counts, encode_demonstration, load_tokenizer
+    from rlhf.config.base import ModelConfig
+    from rlhf.data.chat import load_tokenizer
+    from rlhf.data.encode import Counts, encode_demonstration
+    from rlhf.data.schema import Demonstration, Message
+    from rlhf.training.epoch_order import epoch_order
 
     transformers.utils.logging.set_verbosity_error()  # longer stories than the model takes are cut, as in the stage
     chat = load_tokenizer(ModelConfig(path=str(MODEL), chat_template="plain"), str(MODEL))
@@ -61,12 +62,12 @@ def token_rows(count: int, batch: int) -> list[dict[str, Any]]:
 
 def ours(spec: dict[str, Any], rows: Any) -> tuple[Any, Any, Any]:
     """Our trainer, what trains it, and what saves its result."""
-    from rlhf.config import SFTConfig
-    from rlhf.config_file import check_config
-    from rlhf.models import load_policy
-    from rlhf.runs import open_run
-    from rlhf.tokenization import load_tokenizer
-    from rlhf.tuning import save_result
+    from rlhf.config.load import check_config
+    from rlhf.data.chat import load_tokenizer
+    from rlhf.models.load import load_policy
+    from rlhf.models.save import save_result
+    from rlhf.runs.run import open_run
+    from rlhf.sft.config import SFTConfig
     from stages.sft import PolicyTrainer
 
     batch = {"batch_size": spec["batch"], "micro_batch_size": spec["micro"], "group_by_length": False}

@@ -11,12 +11,13 @@ from typing import Annotated
 
 import typer
 
-from rlhf import options
-from rlhf.console import err, number, printable, say
-from rlhf.errors import UserError, nearest
-from rlhf.inference import Policy, generate, open_policy, sampling_for
-from rlhf.rollout import Sampling, episode_seed
-from rlhf.schema import BadRecord, Demonstration, Message, to_dict
+from rlhf.cli import options
+from rlhf.core.console import err, number, printable, say
+from rlhf.core.errors import UserError, nearest
+from rlhf.data.schema import BadRecord, Demonstration, Message, to_dict
+from rlhf.inference.policy import Policy, open_policy, sampling_for
+from rlhf.inference.sampling import generate
+from rlhf.rollout.types import SamplingParams, stream_seed
 
 UNFINISHED = "\N{REPLACEMENT CHARACTER}"
 """How a tokenizer shows a character of which only some bytes have come."""
@@ -77,7 +78,7 @@ class Chat:
     """A conversation and the model that takes part in it."""
 
     policy: Policy
-    sampling: Sampling
+    sampling: SamplingParams
     seed: int
     system: str | None = None
     messages: list[Message] = field(default_factory=list)
@@ -107,7 +108,7 @@ class Chat:
         self.answers += 1
         stopped = False
         try:
-            seed = episode_seed(self.seed, self.answers)
+            seed = stream_seed(self.seed, self.answers)
             ended = generate(self.policy, chat.cut_prompt(prompt, room), seed, self.sampling, printer.add).ended
         except KeyboardInterrupt:
             stopped, ended = True, False

@@ -10,13 +10,15 @@ from typing import Annotated
 
 import typer
 
-from data_tools.cli import app as data_app
-from rlhf import __version__, entry
-from rlhf.console import say
-from rlhf.entry import ConfigFile, DryRun, Overrides, Overwrite, Resume
-from rlhf.errors import UserError
-from rlhf.launch import launch, launch_on_hosts, read_hostfile
-from stages import chat, demo, evaluate, export, pipeline, plan, propose, sample
+from data_tools.commands.cli import app as data_app
+from rlhf import __version__
+from rlhf.cli import entry
+from rlhf.cli.entry import ConfigFile, DryRun, Overrides, Overwrite, Resume
+from rlhf.core.console import say
+from rlhf.core.errors import UserError
+from rlhf.distributed.launch import launch, launch_on_hosts, read_hostfile
+from stages import chat, demo, evaluate, export, pipeline, propose, sample
+from stages import memory as plan
 
 app = typer.Typer(
     name="rlhf", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None,
@@ -45,7 +47,7 @@ def _training(stage: str, summary: str) -> None:
         hostfile: Hostfile = None,
     ) -> None:
         words, more = ["--config", str(config), *(overrides or ())], _launch_words(num_processes, hostfile)
-        with entry.told(entry.resume_line(shlex.join(["rlhf", stage, *words, *more, "--resume"]))):
+        with entry.exit_on_error(entry.resume_line(shlex.join(["rlhf", stage, *words, *more, "--resume"]))):
             count = _count(num_processes, hostfile)
             checked = entry.prepare(stage, config, overrides or (), resume, overwrite, dry_run, count)
             if checked is None:
@@ -103,7 +105,7 @@ def pipeline_command(
     hostfile: Hostfile = None,
 ) -> None:
     words, more = ["--config", str(config), *(overrides or ())], _launch_words(num_processes, hostfile)
-    with entry.told(entry.resume_line(shlex.join(["rlhf", "pipeline", *words, *more]))):
+    with entry.exit_on_error(entry.resume_line(shlex.join(["rlhf", "pipeline", *words, *more]))):
         count = _count(num_processes, hostfile)
         if not pipeline.run(config, overrides or (), resume, overwrite, dry_run, count, more):
             raise typer.Exit(pipeline.WAITING)
@@ -128,7 +130,7 @@ def top(version: Annotated[bool, typer.Option("--version", help="Print the versi
 
 def main() -> None:
     """The console script `rlhf`; never returns."""
-    with entry.told():
+    with entry.exit_on_error():
         app(prog_name="rlhf")
 
 

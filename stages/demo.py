@@ -1,9 +1,9 @@
 """`rlhf demo`: all three stages, end to end, in a miniature world that is made on the spot.
 
 base model -> people's demonstrations -> SFT -> answers ranked by annotators -> reward model -> PPO -> export ->
-evaluation on prompts that no stage has read. The world's hidden rule (`data_tools.world`) ranks, through annotators'
-noise, and evaluates; the stages are given demonstrations, rankings and prompts alone. They run with the configs under
-configs/demo, as a user would run them.
+evaluation on prompts that no stage has read. The world's hidden rule (`data_tools.demo_world.rules`) ranks, through
+annotators' noise, and evaluates; the stages are given demonstrations, rankings and prompts alone. They run with the
+configs under configs/demo, as a user would run them.
 
 Every step leaves its result whole or not at all, so an interrupted demo continues after the last whole one.
 """
@@ -25,22 +25,26 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from data_tools.world import ANNOTATORS, POINTS, Verdict, agreement, judge, rank
-from data_tools.world_model import make_base_model
-from data_tools.world_report import show, write_markdown
-from data_tools.world_text import demonstrate, documents, prompts
-from rlhf import entry
-from rlhf.config import ModelConfig
-from rlhf.console import say
-from rlhf.errors import UserError
-from rlhf.export import EXPORTERS, export
-from rlhf.inference import Policy, Sampled, open_policy, open_scorer, quiet, sample, sampling_for
-from rlhf.lazy import lazy
-from rlhf.reward_metrics import ScoredRanking, accuracy_interval, reward_metrics
-from rlhf.runs import is_run, read_run, result_of
-from rlhf.schema import Candidate, Prompt, Ranking, dense_ranks
-from rlhf.store import DatasetWriter, open_dataset, write_json
-from rlhf.tokenization import Counts, encode_ranking, load_tokenizer
+from data_tools.demo_world.base_model import make_base_model
+from data_tools.demo_world.report import show, write_markdown
+from data_tools.demo_world.rules import ANNOTATORS, POINTS, Verdict, agreement, judge, rank
+from data_tools.demo_world.text import demonstrate, documents, prompts
+from rlhf.cli import entry
+from rlhf.config.base import ModelConfig
+from rlhf.core.console import say
+from rlhf.core.errors import UserError
+from rlhf.core.files import write_json
+from rlhf.core.lazy import lazy
+from rlhf.data.chat import load_tokenizer
+from rlhf.data.encode import Counts, encode_ranking
+from rlhf.data.schema import Candidate, Prompt, Ranking, dense_ranks
+from rlhf.data.store import DatasetWriter, open_dataset
+from rlhf.export.formats import EXPORTERS, export
+from rlhf.inference.policy import Policy, open_policy, quiet, sampling_for
+from rlhf.inference.sampling import Sampled, sample
+from rlhf.inference.scorer import open_scorer
+from rlhf.reward.metrics import ScoredRanking, accuracy_interval, reward_metrics
+from rlhf.runs.run import is_run, read_run, resolve_model_path
 
 if TYPE_CHECKING:
     import numpy as np
@@ -93,7 +97,7 @@ def command(
 ) -> None:
     """Run all three stages in a miniature world, in minutes on a CPU, and measure what they gained."""
     again = ["rlhf", "demo", "--out", str(out), "--seed", str(seed)]
-    with entry.told(f"Continue with: {shlex.join(again)}"):
+    with entry.exit_on_error(f"Continue with: {shlex.join(again)}"):
         Demo(out, seed).run(overwrite)
 
 
@@ -316,11 +320,12 @@ def _candidates(prompt: Prompt, drawn: Sequence[str], rng: random.Random) -> lis
 
 def _score(path: Path, rankings: Sequence[Ranking]) -> list[ScoredRanking]:
     """The rankings with a reward model's scores."""
-    from rlhf.models import load_config, load_scalar, sequence_limit
-    from rlhf.scoring import score_rankings
+    from rlhf.models.load import load_hf_config, sequence_limit
+    from rlhf.models.scalar import load_scalar
+    from rlhf.reward.scoring import score_rankings
 
-    config, folder = ModelConfig(path=str(path)), result_of(path)
-    chat, limit = load_tokenizer(config, folder), sequence_limit(config, load_config(config, folder))
+    config, folder = ModelConfig(path=str(path)), resolve_model_path(path)
+    chat, limit = load_tokenizer(config, folder), sequence_limit(config, load_hf_config(config, folder))
     rows = [encode_ranking(ranking, chat, limit, Counts()) for ranking in rankings]
     return score_rankings(load_scalar(config, folder), chat, [row for row in rows if row is not None], 16384)
 
@@ -349,7 +354,7 @@ def _compare(after: Sequence[Verdict], before: Sequence[Verdict]) -> dict[str, A
 
 def _divergence(answers: Sequence[Sampled], policy: Policy, reference: Policy) -> float:
     """KL divergence of the policy from the reference in nats an answer, estimated on the policy's answers (k1)."""
-    from rlhf.models import token_logprobs
+    from rlhf.models.logprobs import token_logprobs
 
     ids, mask = policy.chat.pad([a.prompt_ids + a.answer.ids for a in answers])
     start = torch.tensor([[len(a.prompt_ids)] for a in answers])

@@ -11,19 +11,22 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from rlhf import options
-from rlhf.agreement import Agreement
-from rlhf.config import ModelConfig
-from rlhf.console import say, table, track, warn
-from rlhf.errors import UserError
-from rlhf.inference import Policy, model_kind, open_policy, open_scorer, quiet, sample, sampling_for
-from rlhf.lazy import lazy
-from rlhf.reward_metrics import Z_95, accuracy_interval, metric_rows, reward_metrics
-from rlhf.rollout import Sampling
-from rlhf.runs import result_of
-from rlhf.selection import chosen_prompts, chosen_records, with_system
-from rlhf.store import Dataset, open_dataset
-from rlhf.tokenization import Counts, encode_demonstration, encode_ranking, load_tokenizer
+from rlhf.cli import options
+from rlhf.config.base import ModelConfig
+from rlhf.core.console import say, table, track, warn
+from rlhf.core.errors import UserError
+from rlhf.core.lazy import lazy
+from rlhf.data.chat import load_tokenizer
+from rlhf.data.encode import Counts, encode_demonstration, encode_ranking
+from rlhf.data.selection import chosen_prompts, chosen_records, with_system
+from rlhf.data.store import Dataset, open_dataset
+from rlhf.inference.policy import Policy, model_kind, open_policy, quiet, sampling_for
+from rlhf.inference.sampling import sample
+from rlhf.inference.scorer import open_scorer
+from rlhf.reward.agreement import Agreement
+from rlhf.reward.metrics import Z_95, accuracy_interval, metric_rows, reward_metrics
+from rlhf.rollout.types import SamplingParams
+from rlhf.runs.run import resolve_model_path
 
 if TYPE_CHECKING:
     import numpy as np
@@ -96,7 +99,7 @@ class Task:
     limit: int | None
     reward: str | None
     n: int
-    sampling: Sampling
+    sampling: SamplingParams
     seed: int
     system: str | None
     chat_template: str
@@ -193,7 +196,7 @@ def demonstration_loss(policy: Policy, records: Sequence[Any]) -> dict[str, Any]
 
 def _negative_log_likelihood(policy: Policy, ids: torch.Tensor, mask: torch.Tensor, labels: torch.Tensor) -> float:
     """Summed over the tokens whose label is not -100, nats."""
-    from rlhf.models import token_logprobs
+    from rlhf.models.logprobs import token_logprobs
 
     wanted = labels != -100
     with torch.no_grad():
@@ -259,14 +262,15 @@ def _evaluate_reward(
     if data.kind != "ranking":
         raise UserError(f"{data.path}: holds {data.kind}s; a reward model is measured on rankings")
     from rlhf import distributed
-    from rlhf.models import compute_dtype, load_config, load_scalar, sequence_limit
-    from rlhf.scoring import score_rankings
+    from rlhf.models.load import compute_dtype, load_hf_config, sequence_limit
+    from rlhf.models.scalar import load_scalar
+    from rlhf.reward.scoring import score_rankings
 
     quiet()
-    folder = result_of(model)
+    folder = resolve_model_path(model)
     config = ModelConfig(path=model, trust_remote_code=trust_remote_code)
     chat = load_tokenizer(config, folder)
-    longest = sequence_limit(config, load_config(config, folder))
+    longest = sequence_limit(config, load_hf_config(config, folder))
     scalar = load_scalar(config, folder, head="trained").to(distributed.device(), compute_dtype("auto"))
     counts = Counts()
     found = [encode_ranking(r, chat, longest, counts) for r in chosen_records(data, split, limit)]

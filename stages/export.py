@@ -7,10 +7,11 @@ from typing import Annotated
 
 import typer
 
-from rlhf import options
-from rlhf.console import say, warn
-from rlhf.errors import UserError
-from rlhf.export import EXPORTERS, ROLES, check_hub, export, push
+from rlhf.cli import options
+from rlhf.core.console import say, warn
+from rlhf.core.errors import UserError
+from rlhf.export.formats import EXPORTERS, ROLES, export
+from rlhf.export.hub import check_hub, push
 
 FORMATS = "; ".join(f"{row.name}: {row.summary.rstrip('.')}" for row in EXPORTERS)
 

@@ -18,20 +18,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from data_tools.rounds import Round, collect, is_dataset, sources, untaken
-from rlhf import entry
-from rlhf.config import STAGES, DataConfig, StageConfig
-from rlhf.config_file import load_config
-from rlhf.console import number, say, table
-from rlhf.data import eval_records, open_all, train_records
-from rlhf.errors import UserError
-from rlhf.export import check_out
-from rlhf.launch import PARENT, run_child
-from rlhf.pipeline_config import PipelineConfig, RoundsConfig
-from rlhf.plan import check
-from rlhf.runs import check_run_folder, is_run, read_run
-from rlhf.schema import KINDS
-from rlhf.store import open_dataset
+from data_tools.annotate.rounds import Round, collect, is_dataset, sources, untaken
+from rlhf.cli import entry
+from rlhf.cli.pipeline_config import PipelineConfig, RoundsConfig
+from rlhf.cli.preflight import check
+from rlhf.cli.stage_configs import STAGES
+from rlhf.config.base import DataConfig, StageConfig
+from rlhf.config.load import load_stage_config
+from rlhf.core.console import number, say, table
+from rlhf.core.errors import UserError
+from rlhf.data.schema import KINDS
+from rlhf.data.store import open_dataset
+from rlhf.data.tables import eval_records, open_all, train_records
+from rlhf.distributed.launch import PARENT, run_child
+from rlhf.export.formats import check_out
+from rlhf.runs.run import check_run_folder, is_run, read_run
 
 WAITING = 3
 """Exit status of a pipeline that waits for people to rank."""
@@ -82,12 +83,12 @@ def read_pipeline(file: str | Path, overrides: Sequence[str]) -> tuple[PipelineC
             apart[stage].append(override[len(stage) + 1 :])
         else:
             own.append(override)
-    config = load_config(PipelineConfig, file, own)
+    config = load_stage_config(PipelineConfig, file, own)
     steps = []
     for stage, kind in STAGES.items():
         path = getattr(config, stage)
         if path is not None:
-            steps.append(Step(stage, path, apart[stage], load_config(kind, path, apart[stage])))
+            steps.append(Step(stage, path, apart[stage], load_stage_config(kind, path, apart[stage])))
         elif apart[stage]:
             raise UserError(f"override {stage}.{apart[stage][0]}: {file} has no {stage} stage")
     return config, steps
@@ -334,7 +335,7 @@ def in_round(step: Step, steps: Sequence[Step], rounds: Sequence[Round]) -> Step
         reward = next(one.config.run for one in steps if one.stage == "reward")
         changes["reward"] = _with_path(_reward(step.config), reward, reward + suffix)
     overrides = [*step.overrides, *(f"{key}={json.dumps(value)}" for key, value in changes.items())]
-    return Step(step.stage, step.file, overrides, load_config(STAGES[step.stage], step.file, overrides))
+    return Step(step.stage, step.file, overrides, load_stage_config(STAGES[step.stage], step.file, overrides))
 
 
 def _reward(config: StageConfig) -> Any:

@@ -1,8 +1,8 @@
 """Stage 3: PPO against a reward, with a KL penalty to the policy that it starts from.
 
 One update is `PPO.update`: prompts -> rollout -> scores, reference and values -> KL-shaped rewards -> advantages ->
-minibatch updates. Each phase takes and returns a frozen value of `rlhf.experience`; the mathematics is in
-`rlhf.kl`, `rlhf.advantages` and `rlhf.losses`, the minibatches in `rlhf.learner`.
+minibatch updates. Each phase takes and returns a frozen value of `rlhf.ppo.types`; the mathematics is in
+`rlhf.ppo.kl`, `rlhf.ppo.advantages` and `rlhf.ppo.losses`, the minibatches in `rlhf.ppo.learner`.
 """
 
 from __future__ import annotations
@@ -16,52 +16,44 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from rlhf import distributed, kl
-from rlhf.actor_critic import ActorCritic, adapters_off, compile_layers
-from rlhf.checkpoint import rng_state, seed_everything, set_rng_state
-from rlhf.config import DataConfig, PPOConfig
-from rlhf.console import is_main, say
-from rlhf.data import longest_prompt, open_all, tokenize
-from rlhf.engine import Engine, make_engine
-from rlhf.entry import main
-from rlhf.errors import UserError
-from rlhf.experience import (
+from rlhf import distributed
+from rlhf.cli.entry import main
+from rlhf.config.base import DataConfig
+from rlhf.core.console import is_main, say
+from rlhf.core.errors import UserError
+from rlhf.data.chat import ChatTokenizer, load_tokenizer
+from rlhf.data.tables import longest_prompt, open_all, tokenize
+from rlhf.memory.peak import PeakMemory
+from rlhf.models.load import count_parameters, load_hf_config, load_policy, recompute_activations, sequence_limit
+from rlhf.models.merging import adapters_merged
+from rlhf.models.save import save_result
+from rlhf.models.scalar import ScalarModel, load_scalar
+from rlhf.ppo import kl
+from rlhf.ppo.actor_critic import ActorCritic, adapters_off, compile_layers
+from rlhf.ppo.batching import (
     Batcher,
-    Experience,
-    MicroBatch,
-    Prompts,
-    Rollout,
-    Share,
+    RankBatches,
     endless,
     episode_batcher,
-    gather_answers,
+    gather_completions,
     gather_tokens,
     permutation,
     plan_minibatches,
 )
-from rlhf.learner import Learner, PtxBatches
-from rlhf.losses import explained_variance, importance_weights
-from rlhf.masked import masked_mean, masked_sum
-from rlhf.merging import adapters_merged
-from rlhf.models import (
-    ScalarModel,
-    count_parameters,
-    load_config,
-    load_policy,
-    load_scalar,
-    recompute_activations,
-    sequence_limit,
-)
-from rlhf.packing import packs
-from rlhf.peak import PeakMemory
-from rlhf.ppo_report import Clock, Moments, Reporter, rate_scale
-from rlhf.rewards import Finished, RewardContext
-from rlhf.rollout import Sampling, episode_seed
-from rlhf.runs import Run, check_same_text, data_facts, finish, open_run, parent_facts, result_of
-from rlhf.shared_base import load_shared, save_critic
-from rlhf.tokenization import ChatTokenizer, load_tokenizer
-from rlhf.trunk import gather_states, rows_of
-from rlhf.tuning import save_result
+from rlhf.ppo.config import PPOConfig
+from rlhf.ppo.frozen_layers import gather_states, rows_of
+from rlhf.ppo.learner import Learner, PtxBatches
+from rlhf.ppo.losses import explained_variance, importance_weights
+from rlhf.ppo.masked import masked_mean, masked_sum
+from rlhf.ppo.metrics import Clock, Reporter, RunningMeanStd, rate_scale
+from rlhf.ppo.packing import packs
+from rlhf.ppo.shared_base import load_shared, save_critic
+from rlhf.ppo.types import Experience, MicroBatch, Prompts, Rollout
+from rlhf.reward.sources import RewardContext, RewardInputs
+from rlhf.rollout.types import SamplingParams, stream_seed
+from rlhf.runs.checkpoint import rng_state, seed_everything, set_rng_state
+from rlhf.runs.run import Run, check_same_text, data_facts, finish, open_run, parent_facts, resolve_model_path
+from rlhf.training.engine import Engine, make_engine
 
 KINDS = ("prompt", "demonstration", "ranking")
 TRAIN, EVAL, ORDER, EPOCH, PTX = range(5)
@@ -80,9 +72,9 @@ class PPO:
     def __init__(self, config: PPOConfig, resume: bool, overwrite: bool) -> None:
         self.config = config
         seed_everything(config.seed)
-        path = result_of(config.model.path)
+        path = resolve_model_path(config.model.path)
         self.chat = load_tokenizer(config.model, path)
-        limit = sequence_limit(config.model, load_config(config.model, path))
+        limit = sequence_limit(config.model, load_hf_config(config.model, path))
         self.run = open_ppo_run(config, self.chat, resume, overwrite)
         self.memory = PeakMemory()
         self.shared, rewards = None, {}
@@ -91,17 +83,17 @@ class PPO:
             self.engine, self.reference, rewards = shared.engine, shared.reference, shared.scorers
         else:
             self.engine, self.reference = load_models(config, self.chat, path)
-        self.vocab_size = load_config(config.model, path).get_text_config().vocab_size
+        self.vocab_size = load_hf_config(config.model, path).get_text_config().vocab_size
         self.packed = packs(self.engine, self.reference, self.vocab_size, config.update.packing)
         self.reward = config.reward(RewardContext(config.model, self.chat, self.engine.freeze, rewards))
         room = min(config.data.max_prompt_tokens, limit - config.rollout.max_new_tokens)
         if room < 1:
             raise UserError(f"rollout.max_new_tokens leaves no room for a prompt in the model's {limit} tokens")
         prompts = DataConfig(train=config.data.prompts, eval=config.data.eval)
-        self.tables = tokenize(self.run, self.chat, room, prompts, "prompt", KINDS, "prompts")
+        self.tables = tokenize(self.run.path, self.chat, room, prompts, "prompt", KINDS, "prompts")
         self.learner = Learner(self.engine, config, self._ptx(limit))
         self.controller = config.kl.controller()
-        self.moments = Moments()
+        self.moments = RunningMeanStd()
         self.done = 0
         self.checkpoints = self.run.checkpoints(config.checkpoints.keep)
         if resume:
@@ -112,7 +104,7 @@ class PPO:
         if not self.config.data.ptx:
             return None
         table = tokenize(
-            self.run, self.chat, limit, DataConfig(train=self.config.data.ptx), "demonstration", KINDS[1:], "ptx"
+            self.run.path, self.chat, limit, DataConfig(train=self.config.data.ptx), "demonstration", KINDS[1:], "ptx"
         )
         rows = [(row["input_ids"], [label != -100 for label in row["labels"]]) for row in table.train]
         batcher = Batcher(rows, self.chat.pad_id, self.vocab_size, self.packed)
@@ -182,13 +174,13 @@ class PPO:
             ids=[row["prompt"] for row in found],
             messages=[json.loads(row["messages"]) for row in found],
             groups=torch.arange(len(rows)).repeat_interleave(answers),
-            seeds=[episode_seed(self.config.seed, purpose, number, episode) for episode in range(len(found))],
+            seeds=[stream_seed(self.config.seed, purpose, number, episode) for episode in range(len(found))],
         )
 
     def rollout(self, prompts: Prompts) -> Rollout:
         """Phase 2: each rank answers a block of the prompts; then all ranks hold all answers."""
         c, policy = self.config.rollout, self.engine.module.policy
-        sampling = Sampling(
+        sampling = SamplingParams(
             c.max_new_tokens, c.min_new_tokens, c.temperature, c.top_k, c.top_p, tuple(c.stop), c.batch_size
         )
         mine = torch.arange(len(prompts.ids)).tensor_split(distributed.world_size())[distributed.rank()].tolist()
@@ -196,16 +188,16 @@ class PPO:
         with self.engine.gathered(policy), merged, torch.compiler.set_stance("force_eager"):
             ids, seeds = [prompts.ids[i] for i in mine], [prompts.seeds[i] for i in mine]
             answers = c.sampler(policy, ids, seeds, sampling, self.chat)
-        return Rollout(prompts, gather_answers(answers, mine[0] if mine else 0))
+        return Rollout(prompts, gather_completions(answers, mine[0] if mine else 0))
 
-    def plan(self, rollout: Rollout, number: int, epoch: int) -> list[Share]:
+    def plan(self, rollout: Rollout, number: int, epoch: int) -> list[RankBatches]:
         """The minibatches of one epoch, shared out over the ranks."""
         order = permutation(len(rollout.answers), self.config.seed, EPOCH, number, epoch)
         update = self.config.update
         return plan_minibatches(rollout.totals, order, update.minibatches, update.micro_batch_tokens, self.packed)
 
     @torch.no_grad()
-    def score(self, rollout: Rollout, batcher: Batcher, plan: list[Share]) -> Experience:
+    def score(self, rollout: Rollout, batcher: Batcher, plan: list[RankBatches]) -> Experience:
         """Phase 3: this rank's share of the passes through policy, critic, reference and reward; then gathered."""
         temperature, module = self.config.rollout.temperature, self.engine.module
         episodes: list[int] = []
@@ -245,7 +237,7 @@ class PPO:
         answers = [self.chat.decode(rollout.answers[i].ids) for i in rows]
         messages = [rollout.prompts.messages[i] for i in rows]
         states = None if batch.trunk is None else pad_sequence(rows_of(batch), batch_first=True)
-        scores: Tensor = self.reward(Finished(messages, answers, *batcher.padded(batch.rows), states))
+        scores: Tensor = self.reward(RewardInputs(messages, answers, *batcher.padded(batch.rows), states))
         if not torch.isfinite(scores).all():
             worst = int((~torch.isfinite(scores)).nonzero()[0])
             raise UserError(
@@ -257,7 +249,7 @@ class PPO:
 
     def shape_scores(self, experience: Experience) -> Tensor:
         """Scores normalised and clipped, with the rule for answers that did not end. float32 [N]."""
-        rule, scale = self.config.shaping, Moments()
+        rule, scale = self.config.shaping, RunningMeanStd()
         if rule.normalize_scores:
             scale = self.moments = self.moments.add(experience.scores)
         ended = experience.rollout.ended
@@ -303,7 +295,7 @@ class PPO:
         state = json.loads((folder / "ppo.json").read_text("utf-8"))
         self.done = state["done"]
         self.controller.load_state_dict(state["controller"])
-        self.moments = Moments(**state["moments"])
+        self.moments = RunningMeanStd(**state["moments"])
         set_rng_state(torch.load(folder / f"rng-{distributed.rank()}.pt", weights_only=True))
         self.run.rewind(step)
         say(f"Continuing after update {step}")
@@ -328,7 +320,7 @@ def load_models(config: PPOConfig, chat: ChatTokenizer, path: str) -> tuple[Engi
     policy = config.tuning(load_policy(config.model, path), chat, "causal")
     critic: ScalarModel | None = None
     if config.needs_critic:
-        start = result_of(str(config.reward_model)) if config.critic.init == "reward" else path
+        start = resolve_model_path(str(config.reward_model)) if config.critic.init == "reward" else path
         critic = load_scalar(config.model, start, head="small")
         critic.model = config.critic.tuning(critic.model, chat, "scalar")
     if config.update.gradient_checkpointing:

@@ -19,21 +19,23 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from data_tools.candidates import alike, disagreement
-from data_tools.derive import Derivation
-from data_tools.rejects import print_reasons
-from rlhf import options
-from rlhf.config import ModelConfig
-from rlhf.console import say, table
-from rlhf.errors import UserError
-from rlhf.inference import Sampled, open_policy, quiet, sample, sampling_for
-from rlhf.lazy import lazy
-from rlhf.rollout import Sampling, episode_seed
-from rlhf.runs import fingerprint, is_run, parent_facts, read_run, result_of
-from rlhf.schema import BadRecord, Candidate, Demonstration, Prompt, Proposal, Ranking, to_dict
-from rlhf.selection import chosen_records
-from rlhf.store import Dataset, Reject, open_dataset
-from rlhf.tokenization import Counts, encode_ranking, load_tokenizer
+from data_tools.annotate.candidates import alike, disagreement
+from data_tools.io.derive import Derivation
+from data_tools.io.rejects import print_reasons
+from rlhf.cli import options
+from rlhf.config.base import ModelConfig
+from rlhf.core.console import say, table
+from rlhf.core.errors import UserError
+from rlhf.core.lazy import lazy
+from rlhf.data.chat import load_tokenizer
+from rlhf.data.encode import Counts, encode_ranking
+from rlhf.data.schema import BadRecord, Candidate, Demonstration, Prompt, Proposal, Ranking, to_dict
+from rlhf.data.selection import chosen_records
+from rlhf.data.store import Dataset, Reject, open_dataset
+from rlhf.inference.policy import open_policy, quiet, sampling_for
+from rlhf.inference.sampling import Sampled, sample
+from rlhf.rollout.types import SamplingParams, stream_seed
+from rlhf.runs.run import fingerprint, is_run, parent_facts, read_run, resolve_model_path
 
 if TYPE_CHECKING:
     import torch
@@ -146,7 +148,7 @@ def _check(models: Sequence[str], judges: Sequence[str], select: str, count: int
         raise UserError("--select disagreement: keeps --count of --pool prompts", remedy="Give --count, below --pool.")
     wanted = [(model, ("sft", "ppo")) for model in models] + [(judge, ("reward",)) for judge in judges]
     for path, stages in wanted:
-        result_of(path)
+        resolve_model_path(path)
         if is_run(path) and read_run(path)["stage"] not in stages:
             raise UserError(f"{path}: is a run of the {read_run(path)['stage']} stage, not of {' or '.join(stages)}")
 
@@ -201,7 +203,7 @@ def choose(
     if not ids:
         why = f"{len(passed):,} prompts are skipped." if passed else ""
         raise UserError(f"{data.path}: no prompt is left to answer", why, "Bring new prompts.")
-    place = {name: episode_seed(seed, int(name, 16)) for name in ids}
+    place = {name: stream_seed(seed, int(name, 16)) for name in ids}
     wanted = heapq.nsmallest(count or len(ids), ids, place.__getitem__)
     chosen: dict[str, Asked | None] = dict.fromkeys(wanted)
     for number, record in enumerate(_records(data, split), 1):
@@ -237,7 +239,7 @@ class Task:
     """How prompts are answered."""
 
     models: Sequence[str]
-    samplings: Sequence[Sampling]
+    samplings: Sequence[SamplingParams]
     """Of each model."""
     k: int
     similar: float
@@ -283,7 +285,7 @@ def answer(task: Task, asked: Sequence[Asked]) -> Tally:
             rows = [one for one, missing in _missing(task, asked, number) if missing > 0]
             if not rows:
                 break
-            seed = episode_seed(task.seed, number, attempt)
+            seed = stream_seed(task.seed, number, attempt)
             for (drawn,), one in zip(sample(policy, [row.prompt for row in rows], sampling, seed), rows):
                 _take(drawn, one.candidates, policy.path, task.similar, tally)
         del policy
@@ -355,12 +357,13 @@ def most_disputed(
 def scores(judge: str, asked: Sequence[Asked], trust_remote_code: bool = False) -> list[tuple[float, ...]]:
     """A reward model's raw scores of each prompt's candidates; () where an answer does not fit into the model."""
     from rlhf import distributed
-    from rlhf.models import compute_dtype, load_config, load_scalar, sequence_limit
-    from rlhf.scoring import score_rankings
+    from rlhf.models.load import compute_dtype, load_hf_config, sequence_limit
+    from rlhf.models.scalar import load_scalar
+    from rlhf.reward.scoring import score_rankings
 
     quiet()
-    folder, config = result_of(judge), ModelConfig(path=judge, trust_remote_code=trust_remote_code)
-    chat, limit = load_tokenizer(config, folder), sequence_limit(config, load_config(config, folder))
+    folder, config = resolve_model_path(judge), ModelConfig(path=judge, trust_remote_code=trust_remote_code)
+    chat, limit = load_tokenizer(config, folder), sequence_limit(config, load_hf_config(config, folder))
     scalar = load_scalar(config, folder, head="trained").to(distributed.device(), compute_dtype("auto"))
     tied = [
         Ranking(one.prompt.messages, candidates=tuple(one.candidates), ranks=(1,) * len(one.candidates))

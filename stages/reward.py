@@ -4,7 +4,8 @@ A batch element is a whole ranking: a prompt and its K candidates. Every candida
 prompt that they share where the model can, and the loss compares the K scores with each other, so no pair is ever
 written down. The loop is transformers' Trainer.
 
-rankings -> token rows (rlhf.data) -> flat batches -> scores -> ranking loss -> best weights -> metrics, scale -> model
+rankings -> token rows (rlhf.data.tables) -> flat batches -> scores -> ranking loss -> best weights -> metrics, scale ->
+model
 """
 
 from __future__ import annotations
@@ -18,24 +19,27 @@ import transformers
 from torch import Tensor
 
 from rlhf import distributed
-from rlhf.agreement import Agreement
-from rlhf.config import DataConfig, RewardConfig
-from rlhf.console import is_main, say, table
-from rlhf.data import open_all, tokenize
-from rlhf.entry import main
-from rlhf.errors import UserError
-from rlhf.models import load_config, load_scalar, sequence_limit
-from rlhf.peak import PeakMemory
-from rlhf.ranking import centering_penalty
-from rlhf.ranking_data import RankingCollator, informative
-from rlhf.reward_metrics import ScoredRanking, metric_rows, reward_metrics
-from rlhf.runs import Run, data_facts, finish, open_run, parent_facts, result_of
-from rlhf.scoring import score_rankings, score_texts
-from rlhf.shared_prompt import ALONE
-from rlhf.store import write_json
-from rlhf.tokenization import ChatTokenizer, load_tokenizer
-from rlhf.trainer import StageTrainer, training_arguments
-from rlhf.tuning import save_result, say_trainable
+from rlhf.cli.entry import main
+from rlhf.config.base import DataConfig
+from rlhf.core.console import is_main, say, table
+from rlhf.core.errors import UserError
+from rlhf.core.files import write_json
+from rlhf.data.chat import ChatTokenizer, load_tokenizer
+from rlhf.data.tables import open_all, tokenize
+from rlhf.memory.peak import PeakMemory
+from rlhf.models.load import load_hf_config, sequence_limit
+from rlhf.models.save import save_result
+from rlhf.models.scalar import load_scalar
+from rlhf.models.shared_prompt import NO_SHARING
+from rlhf.models.tuning import say_trainable
+from rlhf.reward.agreement import Agreement
+from rlhf.reward.collator import RankingCollator, informative
+from rlhf.reward.config import RewardConfig
+from rlhf.reward.losses import centering_penalty
+from rlhf.reward.metrics import ScoredRanking, metric_rows, reward_metrics
+from rlhf.reward.scoring import score_rankings, score_texts
+from rlhf.runs.run import Run, data_facts, finish, open_run, parent_facts, resolve_model_path
+from rlhf.training.trainer import StageTrainer, training_arguments
 
 HEADLINE = ("accuracy", "accuracy_interval", "longer_accuracy", "log_loss", "calibration_error", "pairs", "rankings")
 """The held-out figures that go to run.json; all of them are in reward_metrics.json."""
@@ -48,16 +52,16 @@ def run(config: RewardConfig, resume: bool = False, overwrite: bool = False) -> 
     distributed.start(config.timeout_seconds, config.deepspeed is not None)
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()  # or it warns of the new head
-    path = result_of(config.model.path)
+    path = resolve_model_path(config.model.path)
     # 1. tokenizer, run folder, rows
     chat = load_tokenizer(config.model, path)
-    limit = sequence_limit(config.model, load_config(config.model, path))
+    limit = sequence_limit(config.model, load_hf_config(config.model, path))
     data = open_all([*config.data.train, *config.data.eval], ["ranking"], "data")
     people = Agreement.of(data[len(config.data.train) :] or data)
     data += open_all(config.reference, ["demonstration"], "reference")
     facts = {"parents": [parent_facts(config.model.path)], "data": data_facts(data), **chat.fingerprints()}
     folder = open_run(config, "reward", resume, overwrite, facts)
-    tables = tokenize(folder, chat, limit, config.data, "ranking")
+    tables = tokenize(folder.path, chat, limit, config.data, "ranking")
     reference = tokenize_reference(config, folder, chat, limit)
     # 2. the model, and what of it is trained; the same first weights, a new head included, on every rank
     transformers.set_seed(config.seed)
@@ -67,7 +71,7 @@ def run(config: RewardConfig, resume: bool = False, overwrite: bool = False) -> 
     scalar.model = config.tuning(scalar.model, chat, "scalar")
     say_trainable(config.tuning, scalar.model)
     if not config.shared_prompts:
-        scalar.shared_prompts = ALONE
+        scalar.shared_prompts = NO_SHARING
     elif not scalar.shared_prompts.reach:
         say(f"Prompts: encoded once for each answer, since {type(scalar.model).__name__} cannot share them")
     # 3. training
@@ -97,7 +101,7 @@ def tokenize_reference(config: RewardConfig, run: Run, chat: ChatTokenizer, limi
     """The demonstrations whose mean score becomes 0; None where the config names none."""
     if not config.reference:
         return None
-    return tokenize(run, chat, limit, DataConfig(train=config.reference), "demonstration", name="reference").train
+    return tokenize(run.path, chat, limit, DataConfig(train=config.reference), "demonstration", name="reference").train
 
 
 def comparable(rankings: Any, config: RewardConfig) -> Sequence[int]:

@@ -12,13 +12,15 @@ import typer
 from rich.rule import Rule
 from rich.text import Text
 
-from rlhf import options
-from rlhf.console import number, out, printable, say
-from rlhf.errors import UserError
-from rlhf.inference import Sampled, Scorer, open_policy, open_scorer, sample, sampling_for
-from rlhf.schema import BadRecord, Message, Prompt
-from rlhf.selection import chosen_prompts, with_system
-from rlhf.store import open_dataset
+from rlhf.cli import options
+from rlhf.core.console import number, out, printable, say
+from rlhf.core.errors import UserError
+from rlhf.data.schema import BadRecord, Message, Prompt
+from rlhf.data.selection import chosen_prompts, with_system
+from rlhf.data.store import open_dataset
+from rlhf.inference.policy import open_policy, sampling_for
+from rlhf.inference.sampling import Sampled, sample
+from rlhf.inference.scorer import Scorer, open_scorer
 
 
 def command(

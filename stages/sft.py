@@ -1,6 +1,6 @@
 """Stage 1: instruction tuning on demonstrations, over TRL's SFTTrainer. The loss is over assistant tokens alone.
 
-demonstrations -> token rows (rlhf.data) -> batches -> SFTTrainer -> best weights -> runs/NAME/model
+demonstrations -> token rows (rlhf.data.tables) -> batches -> SFTTrainer -> best weights -> runs/NAME/model
 """
 
 from __future__ import annotations
@@ -16,18 +16,19 @@ from trl import SFTTrainer, pack_dataset
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from rlhf import distributed
-from rlhf.config import SFTConfig
-from rlhf.data import open_all, tokenize
-from rlhf.entry import main
-from rlhf.errors import UserError
-from rlhf.inference import quiet
-from rlhf.models import load_config, load_policy, sequence_limit
-from rlhf.packing import VARLEN
-from rlhf.peak import PeakMemory
-from rlhf.runs import Run, data_facts, finish, open_run, parent_facts, result_of
-from rlhf.tokenization import ChatTokenizer, load_tokenizer
-from rlhf.trainer import StageTrainer, training_arguments
-from rlhf.tuning import generation_config, save_result, say_trainable, virtual_tokens
+from rlhf.cli.entry import main
+from rlhf.core.errors import UserError
+from rlhf.data.chat import ChatTokenizer, load_tokenizer
+from rlhf.data.tables import open_all, tokenize
+from rlhf.inference.policy import quiet
+from rlhf.memory.peak import PeakMemory
+from rlhf.models.load import load_hf_config, load_policy, sequence_limit
+from rlhf.models.save import generation_config, save_result
+from rlhf.models.tuning import say_trainable, virtual_tokens
+from rlhf.ppo.packing import VARLEN
+from rlhf.runs.run import Run, data_facts, finish, open_run, parent_facts, resolve_model_path
+from rlhf.sft.config import SFTConfig
+from rlhf.training.trainer import StageTrainer, training_arguments
 
 KINDS = ("demonstration", "ranking")
 """What can be learned from: of a ranking, its best answer is the demonstration."""
@@ -37,14 +38,14 @@ def run(config: SFTConfig, resume: bool = False, overwrite: bool = False) -> Non
     """Train, and leave the result in the run folder's model/."""
     distributed.start(config.timeout_seconds, config.deepspeed is not None)
     quiet()
-    path = result_of(config.model.path)
+    path = resolve_model_path(config.model.path)
     # 1. tokenizer, run folder, rows
     chat = load_tokenizer(config.model, path)
-    limit = sequence_limit(config.model, load_config(config.model, path)) - virtual_tokens(config.tuning)
+    limit = sequence_limit(config.model, load_hf_config(config.model, path)) - virtual_tokens(config.tuning)
     data = open_all([*config.data.train, *config.data.eval], KINDS, "data")
     facts = {"parents": [parent_facts(config.model.path)], "data": data_facts(data), **chat.fingerprints()}
     folder = open_run(config, "sft", resume, overwrite, facts)
-    tables = tokenize(folder, chat, limit, config.data, "demonstration", KINDS)
+    tables = tokenize(folder.path, chat, limit, config.data, "demonstration", KINDS)
     # 2. the model, and what of it is trained; the same first weights on every rank
     transformers.set_seed(config.seed)
     memory = PeakMemory()

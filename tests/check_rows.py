@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 
-from rlhf.schema import Candidate, Message, Ranking
+from rlhf.data.schema import Candidate, Message, Ranking
 
 
 def ranking(prompt, answers, ranks, annotator="", **more):

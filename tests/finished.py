@@ -16,13 +16,18 @@ import transformers
 from tokenizers import AddedToken
 from typer.testing import CliRunner
 
-from rlhf.config import ModelConfig, PPOConfig, RewardConfig, SFTConfig
-from rlhf.inference import quiet
-from rlhf.models import hidden_states, load_policy, load_scalar
-from rlhf.runs import finish, open_run, parent_facts, result_of
-from rlhf.schema import Message
-from rlhf.tokenization import load_tokenizer
-from rlhf.tuning import save_result
+from rlhf.config.base import ModelConfig
+from rlhf.data.chat import load_tokenizer
+from rlhf.data.schema import Message
+from rlhf.inference.policy import quiet
+from rlhf.models.load import load_policy
+from rlhf.models.logprobs import hidden_states
+from rlhf.models.save import save_result
+from rlhf.models.scalar import load_scalar
+from rlhf.ppo.config import PPOConfig
+from rlhf.reward.config import RewardConfig
+from rlhf.runs.run import finish, open_run, parent_facts, resolve_model_path
+from rlhf.sft.config import SFTConfig
 
 torch.set_num_threads(1)
 quiet()
@@ -77,7 +82,7 @@ def reward(
 
 
 def _finish(config: Any, stage: str, parents: list[str], metrics: dict, seed: int, scale: Any = None) -> str:
-    folder = result_of(config.model.path)
+    folder = resolve_model_path(config.model.path)
     chat = load_tokenizer(config.model, folder)
     facts = {"parents": [parent_facts(p) for p in parents], "data": DATA, **chat.fingerprints()}
     run = open_run(config, stage, False, False, facts)
@@ -114,21 +119,21 @@ def policy_logits(run: str, ids: torch.Tensor) -> torch.Tensor:
     """What the run's model itself gives, float32."""
     config = ModelConfig(path=run)
     with torch.no_grad():
-        return load_policy(config, result_of(run)).eval()(input_ids=ids).logits
+        return load_policy(config, resolve_model_path(run)).eval()(input_ids=ids).logits
 
 
 def reward_logits(run: str, ids: list[list[int]]) -> torch.Tensor:
     """What the transformers model in the run's reward model itself gives."""
-    rows, mask = load_tokenizer(ModelConfig(path=run), result_of(run)).pad(ids)
+    rows, mask = load_tokenizer(ModelConfig(path=run), resolve_model_path(run)).pad(ids)
     with torch.no_grad():
-        return load_scalar(ModelConfig(path=run), result_of(run)).model.eval()(rows, mask).logits[:, 0]
+        return load_scalar(ModelConfig(path=run), resolve_model_path(run)).model.eval()(rows, mask).logits[:, 0]
 
 
 def scores(run: str, texts: list[list[int]]) -> torch.Tensor:
     """What the run's reward model itself gives, normalised."""
     config = ModelConfig(path=run)
-    scalar = load_scalar(config, result_of(run)).eval()
-    ids, mask = load_tokenizer(config, result_of(run)).pad(texts)
+    scalar = load_scalar(config, resolve_model_path(run)).eval()
+    ids, mask = load_tokenizer(config, resolve_model_path(run)).pad(texts)
     with torch.no_grad():
         return scalar(ids, mask)
 

@@ -9,10 +9,11 @@ from typing import Any
 import tiny
 import torch
 
-from rlhf.config import RewardConfig
-from rlhf.config_file import check_config
-from rlhf.store import open_dataset
-from rlhf.tokenization import ChatTokenizer, Counts, encode_ranking
+from rlhf.config.load import check_config
+from rlhf.data.chat import ChatTokenizer
+from rlhf.data.encode import Counts, encode_ranking
+from rlhf.data.store import open_dataset
+from rlhf.reward.config import RewardConfig
 
 TIMES = ("seconds", "tokens_per_second")
 

@@ -7,8 +7,8 @@ import json
 from hypothesis import strategies as st
 from typer.testing import CliRunner
 
-from rlhf.schema import KINDS, Candidate, Demonstration, Message, Prompt, Proposal, Ranking, from_dict
-from rlhf.store import DatasetWriter, open_dataset
+from rlhf.data.schema import KINDS, Candidate, Demonstration, Message, Prompt, Proposal, Ranking, from_dict
+from rlhf.data.store import DatasetWriter, open_dataset
 
 RANKING = {"prompt": "Name a fruit.", "candidates": ["Pear.", "Plum.", "Car."], "ranks": [1, 1, 2]}
 DEMONSTRATION = {"prompt": "Name a fruit.", "answer": "Pear."}
@@ -51,7 +51,7 @@ def tree(folder):
 
 def run(*args):
     """The result of `rlhf data` with these words."""
-    from data_tools.cli import app
+    from data_tools.commands.cli import app
 
     return CliRunner().invoke(app, [str(arg) for arg in args])
 

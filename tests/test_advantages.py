@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from rlhf.advantages import ADVANTAGES, gae, grpo, reinforce_plus_plus, rloo
-from rlhf.masked import masked_mean, masked_var
+from rlhf.ppo.advantages import ADVANTAGES, gae, grpo, reinforce_plus_plus, rloo
+from rlhf.ppo.masked import masked_mean, masked_var
 
 NAN = float("nan")
 LENGTHS = torch.tensor([5, 1, 3, 4, 2, 5])

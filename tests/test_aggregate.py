@@ -13,12 +13,12 @@ from rows import dataset, jsonl, last_line, run, tree
 from scipy.optimize import brentq
 from scipy.special import expit, ndtr
 
-from data_tools.aggregate import aggregate_dataset, agreement_with_others
-from data_tools.aggregators import AGGREGATORS, by_score, schulze
-from data_tools.votes import collect
-from rlhf.errors import UserError
-from rlhf.schema import Candidate, Message, Ranking, dense_ranks
-from rlhf.store import DatasetWriter, open_dataset
+from data_tools.aggregate.dataset import aggregate_dataset, agreement_with_others
+from data_tools.aggregate.methods import AGGREGATORS, by_score, schulze
+from data_tools.aggregate.votes import collect
+from rlhf.core.errors import UserError
+from rlhf.data.schema import Candidate, Message, Ranking, dense_ranks
+from rlhf.data.store import DatasetWriter, open_dataset
 
 METHODS = [row.name for row in AGGREGATORS]
 QUALITY = [row.name for row in AGGREGATORS if row.traits["quality"]]

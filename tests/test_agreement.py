@@ -12,11 +12,11 @@ import tiny
 from reward_runs import config, metrics_of
 from typer.testing import CliRunner
 
-from rlhf.agreement import Agreement
-from rlhf.errors import UserError
-from rlhf.reward_metrics import ScoredRanking, metric_rows, reward_metrics
-from rlhf.runs import read_run
-from rlhf.store import open_dataset
+from rlhf.core.errors import UserError
+from rlhf.data.store import open_dataset
+from rlhf.reward.agreement import Agreement
+from rlhf.reward.metrics import ScoredRanking, metric_rows, reward_metrics
+from rlhf.runs.run import read_run
 from stages import reward
 from stages.cli import app
 

@@ -16,11 +16,11 @@ import finished
 import pytest
 import tiny
 
-from rlhf.console import printable
-from rlhf.errors import UserError
-from rlhf.inference import Policy, open_policy, sampling_for
-from rlhf.schema import Message
-from rlhf.store import open_dataset
+from rlhf.core.console import printable
+from rlhf.core.errors import UserError
+from rlhf.data.schema import Message
+from rlhf.data.store import open_dataset
+from rlhf.inference.policy import Policy, open_policy, sampling_for
 from stages.chat import COMMANDS, Chat, command
 
 

@@ -7,14 +7,14 @@ import pytest
 from check_rows import panel, ranking
 from rows import write
 
-from data_tools.check.annotators import (
+from data_tools.statistics.annotators import (
     VERDICTS,
     agreement_with_others,
     independent_pairs,
     one_sided_test,
     random_clicker_test,
-)  # fmt: skip
-from data_tools.check.facts import gathered
+)
+from data_tools.statistics.facts import gathered
 
 HONEST = {f"honest {i}": accuracy for i, accuracy in enumerate((0.75, 0.75, 0.8, 0.8, 0.8, 0.85, 0.85, 0.9))}
 

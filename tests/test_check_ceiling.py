@@ -10,11 +10,11 @@ import pytest
 from check_rows import panel, ranking
 from rows import jsonl, tree, write
 
-from data_tools.check import ceiling as module
-from data_tools.check.ceiling import agreement_of, ceiling, record_agreement
-from rlhf.errors import UserError
-from rlhf.schema import Candidate, Demonstration, Message, Proposal, to_dict
-from rlhf.store import open_dataset
+from data_tools.statistics import ceiling as module
+from data_tools.statistics.ceiling import agreement_of, ceiling, record_agreement
+from rlhf.core.errors import UserError
+from rlhf.data.schema import Candidate, Demonstration, Message, Proposal, to_dict
+from rlhf.data.store import open_dataset
 
 
 def agreement(tmp_path, rows):

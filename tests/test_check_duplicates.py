@@ -7,11 +7,11 @@ import pytest
 from check_rows import ranking
 from rows import dataset, jsonl, prompts, write
 
-from data_tools.check import duplicates, sample
-from data_tools.check.facts import gathered
 from data_tools.check.metrics import NO_NEAR
 from data_tools.check.report import check
-from rlhf.schema import Demonstration, Message
+from data_tools.statistics import duplicates, sample
+from data_tools.statistics.facts import gathered
+from rlhf.data.schema import Demonstration, Message
 
 LONG = "Please explain to me in a few simple words how the {} in my old kitchen came to work so well after all"
 

@@ -11,14 +11,14 @@ from check_rows import panel, ranking
 from rows import dataset, jsonl, last_line, prompts, run, write
 
 from data_tools.check.brief import brief
-from data_tools.check.intervals import Estimate
 from data_tools.check.metrics import METRICS
 from data_tools.check.page import render
 from data_tools.check.report import GRADES, check
 from data_tools.check.rules import grade, parse_rule, parse_rules
 from data_tools.check.show import PARTS
-from rlhf.errors import UserError
-from rlhf.schema import Candidate, Message, Ranking, to_dict
+from data_tools.statistics.intervals import Estimate
+from rlhf.core.errors import UserError
+from rlhf.data.schema import Candidate, Message, Ranking, to_dict
 
 EVIL = "<script>alert('x')</script> & <b>\"bold\"</b> {{ 7 * 7 }}"
 

@@ -8,10 +8,10 @@ from check_rows import panel, ranking
 from rows import write
 from scipy import stats
 
-from data_tools.check import agreement, biases, consistency
-from data_tools.check.facts import gathered
-from data_tools.check.intervals import bootstrapped, clustered_share, ratio, resampled_sums, wilson
-from rlhf.schema import Candidate
+from data_tools.statistics import agreement, biases, consistency
+from data_tools.statistics.facts import gathered
+from data_tools.statistics.intervals import bootstrapped, clustered_share, ratio, resampled_sums, wilson
+from rlhf.data.schema import Candidate
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from rlhf.checkpoint import SEAL, Checkpoints, damage, rng_state, seed_everything, set_rng_state
+from rlhf.runs.checkpoint import SEAL, Checkpoints, damage, rng_state, seed_everything, set_rng_state
 
 
 def write(checkpoints, step, protect=None):

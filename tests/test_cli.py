@@ -192,7 +192,7 @@ def test_every_config_set_passes_its_dry_run_once_the_datasets_are_there(tmp_pat
 
 SLEEPER = """
 import sys, time
-from rlhf.entry import main
+from rlhf.cli.entry import main
 
 def run(config, resume=False, overwrite=False):
     if config.seed:

@@ -7,11 +7,14 @@ from pathlib import Path
 import pytest
 import yaml
 
-from rlhf import config_docs
-from rlhf.config import STAGES, PPOConfig, RewardConfig, SFTConfig
-from rlhf.config_file import check_config, dump_config, load_config
-from rlhf.errors import UserError
-from rlhf.pipeline_config import PipelineConfig
+from rlhf.cli import config_docs
+from rlhf.cli.pipeline_config import PipelineConfig
+from rlhf.cli.stage_configs import STAGES
+from rlhf.config.load import check_config, dump_config, load_stage_config
+from rlhf.core.errors import UserError
+from rlhf.ppo.config import PPOConfig
+from rlhf.reward.config import RewardConfig
+from rlhf.sft.config import SFTConfig
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 CONFIGS = sorted((REPOSITORY / "configs").rglob("*.yaml"))
@@ -44,7 +47,7 @@ def faults(kind: type, values: dict) -> str:
 @pytest.mark.parametrize(("kind", "values"), [(SFTConfig, SFT), (RewardConfig, REWARD), (PPOConfig, PPO)])
 def test_a_dumped_config_reads_back_as_the_same_config(tmp_path, kind, values):
     config = check_config(kind, values, "x")
-    assert load_config(kind, write(tmp_path, dump_config(config))) == config
+    assert load_stage_config(kind, write(tmp_path, dump_config(config))) == config
 
 
 def test_one_path_stands_for_a_list_of_one():
@@ -76,11 +79,11 @@ def test_an_unknown_row_or_option_of_a_table_is_refused_with_the_valid_ones():
 @pytest.mark.parametrize("value", [".inf", ".nan", "-1", "0"])
 def test_a_learning_rate_is_a_finite_number_above_zero(tmp_path, value):
     with pytest.raises(UserError, match=r"optimizer\.lr"):
-        load_config(SFTConfig, write(tmp_path, SFT), [f"optimizer.lr={value}"])
+        load_stage_config(SFTConfig, write(tmp_path, SFT), [f"optimizer.lr={value}"])
 
 
 def test_yaml_numbers_like_1e_5_are_numbers(tmp_path):
-    assert load_config(SFTConfig, write(tmp_path, SFT), ["optimizer.lr=1e-5"]).optimizer.lr == 1e-5
+    assert load_stage_config(SFTConfig, write(tmp_path, SFT), ["optimizer.lr=1e-5"]).optimizer.lr == 1e-5
 
 
 @pytest.mark.parametrize(
@@ -95,12 +98,12 @@ def test_yaml_numbers_like_1e_5_are_numbers(tmp_path):
 )
 def test_a_file_that_is_no_config_is_refused_readably(tmp_path, text, message):
     with pytest.raises(UserError, match=message):
-        load_config(SFTConfig, write(tmp_path, text))
+        load_stage_config(SFTConfig, write(tmp_path, text))
 
 
 def test_a_missing_file_is_named(tmp_path):
     with pytest.raises(UserError, match=r"nope\.yaml: no config file there"):
-        load_config(SFTConfig, tmp_path / "nope.yaml")
+        load_stage_config(SFTConfig, tmp_path / "nope.yaml")
 
 
 # ---- overrides ---------------------------------------------------------------------------------------------------
@@ -108,21 +111,21 @@ def test_a_missing_file_is_named(tmp_path):
 
 def test_overrides_take_the_place_of_values_and_reach_into_groups_that_the_file_leaves_out(tmp_path):
     words = ["seed=3", "batch.max_steps=7", "data.train=[a, b]", "data.max_eval_records=null"]
-    config = load_config(SFTConfig, write(tmp_path, SFT), words)
+    config = load_stage_config(SFTConfig, write(tmp_path, SFT), words)
     assert (config.seed, config.batch.max_steps, config.data.train) == (3, 7, ["a", "b"])
 
 
 def test_an_option_may_be_added_to_a_row_that_was_named_without_options(tmp_path):
-    config = load_config(SFTConfig, write(tmp_path, SFT | {"tuning": "lora"}), ["tuning.rank=3"])
+    config = load_stage_config(SFTConfig, write(tmp_path, SFT | {"tuning": "lora"}), ["tuning.rank=3"])
     assert config.tuning.name == "lora" and config.tuning.options["rank"] == 3
-    config = load_config(SFTConfig, write(tmp_path, SFT), ["tuning=lora", "tuning.rank=4"])
+    config = load_stage_config(SFTConfig, write(tmp_path, SFT), ["tuning=lora", "tuning.rank=4"])
     assert config.tuning.options["rank"] == 4
 
 
 @pytest.mark.parametrize("word", ["seed", "=3", "batch..max_steps=3", "run.name=x=y", "seed=[", "data.train.0=a"])
 def test_a_malformed_override_is_refused(tmp_path, word):
     with pytest.raises(UserError, match="override"):
-        load_config(SFTConfig, write(tmp_path, SFT | {"run": ["no group"], "data": {"train": ["a"]}}), [word])
+        load_stage_config(SFTConfig, write(tmp_path, SFT | {"run": ["no group"], "data": {"train": ["a"]}}), [word])
 
 
 # ---- what must fit together --------------------------------------------------------------------------------------
@@ -170,12 +173,12 @@ def test_a_pipeline_has_something_to_do():
 @pytest.mark.parametrize("file", CONFIGS, ids=lambda file: str(file.relative_to(REPOSITORY)))
 def test_every_config_that_comes_with_the_project_reads(file):
     stage = file.stem.partition("-")[0]  # ppo-shared.yaml; pipelines: pipeline.yaml, rounds.yaml
-    load_config(STAGES.get(stage, PipelineConfig), file)
+    load_stage_config(STAGES.get(stage, PipelineConfig), file)
 
 
 def test_the_config_reference_is_current():
     written = (REPOSITORY / "docs" / "config.md").read_text("utf-8")
-    assert written == config_docs.document(), "run: python -m rlhf.config_docs > docs/config.md"
+    assert written == config_docs.document(), "run: python -m rlhf.cli.config_docs > docs/config.md"
 
 
 @pytest.mark.parametrize("kind", [*STAGES.values(), PipelineConfig])

@@ -8,11 +8,11 @@ import json
 import pytest
 from rows import DEMONSTRATION, RANKING, dataset, jsonl, last_line, prompts, run
 
-from data_tools.stats import stats
-from data_tools.validate import validate
-from rlhf.errors import UserError
-from rlhf.schema import from_dict
-from rlhf.store import DatasetWriter
+from data_tools.curate.stats import stats
+from data_tools.curate.validate import validate
+from rlhf.core.errors import UserError
+from rlhf.data.schema import from_dict
+from rlhf.data.store import DatasetWriter
 
 # ---- validate --------------------------------------------------------------------------------------------------------
 

@@ -7,9 +7,9 @@ import json
 import pytest
 from rows import DEMONSTRATION, RANKING, dataset, jsonl, last_line, prompts, run, tree
 
-from data_tools.dedup import dedup_dataset
-from rlhf.errors import UserError
-from rlhf.store import open_dataset
+from data_tools.curate.dedup import dedup_dataset
+from rlhf.core.errors import UserError
+from rlhf.data.store import open_dataset
 
 LONG = "Please tell me how I should peel a clove of garlic quickly without a knife"
 

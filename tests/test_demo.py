@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from rlhf.errors import UserError
+from rlhf.core.errors import UserError
 from stages.demo import OVERRIDES, Demo, Size
 
 ROOT = Path(__file__).parents[1]
@@ -117,7 +117,7 @@ def test_a_killed_demo_goes_on_to_the_same_figures(small, tmp_path, sign):
 
 @pytest.mark.slow
 def test_what_was_held_out_is_in_no_training_data(small):
-    from rlhf.store import open_dataset
+    from rlhf.data.store import open_dataset
 
     trained = {
         record.prompt_id
@@ -131,7 +131,7 @@ def test_what_was_held_out_is_in_no_training_data(small):
 
 @pytest.mark.slow
 def test_people_and_the_policy_wrote_the_candidates(small):
-    from rlhf.store import open_dataset
+    from rlhf.data.store import open_dataset
 
     rankings = list(open_dataset(small / "data" / "rankings").records())
     kinds = [candidate.author_kind for ranking in rankings for candidate in ranking.candidates]

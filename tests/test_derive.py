@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 from rows import RANKING, dataset, run
 
-from data_tools.check.ceiling import record_agreement
-from data_tools.derive import Derivation
-from rlhf.errors import UserError
-from rlhf.schema import from_dict
-from rlhf.store import open_dataset
+from data_tools.io.derive import Derivation
+from data_tools.statistics.ceiling import record_agreement
+from rlhf.core.errors import UserError
+from rlhf.data.schema import from_dict
+from rlhf.data.store import open_dataset
 
 
 def judged_twice(folder):

@@ -15,8 +15,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from rlhf.config import PPOConfig
-from rlhf.config_file import check_config
+from rlhf.config.load import check_config
+from rlhf.ppo.config import PPOConfig
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 DOCS = REPOSITORY / "docs"

@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 import typer
 
-from data_tools.importers import docs
-from rlhf.config import STAGES
-from rlhf.config_file import load_config
-from rlhf.pipeline_config import PipelineConfig
+from data_tools.commands import import_docs as docs
+from rlhf.cli.pipeline_config import PipelineConfig
+from rlhf.cli.stage_configs import STAGES
+from rlhf.config.load import load_stage_config
 from stages.cli import app
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -86,7 +86,7 @@ def check(command: list[str]) -> None:
         overrides = [word for word in words if re.match(r"[a-z][\w.]*=", word) and "..." not in word]
         if stage == "pipeline":
             overrides = [word for word in overrides if word.split(".")[0] not in STAGES]
-        load_config(STAGES.get(stage, PipelineConfig), REPOSITORY / config, overrides)
+        load_stage_config(STAGES.get(stage, PipelineConfig), REPOSITORY / config, overrides)
 
 
 @pytest.mark.parametrize("command", commands([*PAGES, *CONFIGS]))
@@ -110,7 +110,7 @@ def test_a_command_that_does_not_exist_is_noticed(line):
 
 def test_the_page_on_formats_is_what_the_importers_say():
     written = (REPOSITORY / "docs" / "formats.md").read_text("utf-8")
-    assert written == docs.page(), "run: python -m data_tools.importers.docs > docs/formats.md"
+    assert written == docs.page(), "run: python -m data_tools.commands.import_docs > docs/formats.md"
 
 
 def test_make_targets_in_the_documentation_exist():

@@ -11,8 +11,8 @@ import torch
 from torch import nn
 
 from rlhf import distributed
-from rlhf.config import PPOOptimizerConfig
-from rlhf.engine import make_engine
+from rlhf.ppo.config import PPOOptimizerConfig
+from rlhf.training.engine import make_engine
 
 CONFIG = PPOOptimizerConfig(max_grad_norm=0.5, weight_decay=0.1)
 
@@ -94,7 +94,7 @@ import torch
 from torch import nn
 from rlhf import distributed
 from rlhf.config import PPOOptimizerConfig
-from rlhf.engine import make_engine
+from rlhf.training.engine import make_engine
 
 path, folder = sys.argv[1:3]
 distributed.start(60)

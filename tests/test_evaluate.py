@@ -12,12 +12,13 @@ import pytest
 import tiny
 import torch
 
-from rlhf.config import ModelConfig
-from rlhf.errors import UserError
-from rlhf.reward_metrics import Z_95
-from rlhf.runs import result_of
-from rlhf.store import open_dataset
-from rlhf.tokenization import Counts, best_answer, encode_demonstration, load_tokenizer
+from rlhf.config.base import ModelConfig
+from rlhf.core.errors import UserError
+from rlhf.data.chat import load_tokenizer
+from rlhf.data.encode import Counts, best_answer, encode_demonstration
+from rlhf.data.store import open_dataset
+from rlhf.reward.metrics import Z_95
+from rlhf.runs.run import resolve_model_path
 from stages.evaluate import command
 
 
@@ -73,7 +74,7 @@ def test_loss_is_the_mean_over_answer_tokens(kind: str, name: str, runs: dict[st
 
 def token_losses(run: str, records: list[Any]) -> list[float]:
     """-log p of every token of the answers, one record at a time, from plain full logits."""
-    from rlhf.inference import open_policy
+    from rlhf.inference.policy import open_policy
 
     policy, losses = open_policy(run), []
     for record in records:
@@ -171,7 +172,7 @@ def test_a_reward_run_is_measured_on_rankings(runs: dict[str, str], data: dict[s
     said, _ = finished.invoke(command, runs["reward"], "--dataset", data["ranking"], "--json")
     found = finished.last_json(said)
     config = ModelConfig(path=runs["reward"])
-    chat = load_tokenizer(config, result_of(runs["reward"]))
+    chat = load_tokenizer(config, resolve_model_path(runs["reward"]))
     right = pairs = 0.0
     for record in open_dataset(data["ranking"]).records("eval"):
         texts = [chat.prompt(record.messages) + chat.answer(c.text) for c in record.candidates]
@@ -210,7 +211,7 @@ def test_what_cannot_be_measured_is_refused(
 
 
 def test_the_loss_counts_every_assistant_turn(runs: dict[str, str], tmp_path: Path) -> None:
-    chat = load_tokenizer(ModelConfig(path=runs["sft"]), result_of(runs["sft"]))
+    chat = load_tokenizer(ModelConfig(path=runs["sft"]), resolve_model_path(runs["sft"]))
     messages = [("user", "One?"), ("assistant", "Yes."), ("user", "Two?")]
     row = {"messages": [{"role": role, "content": text} for role, text in messages], "answer": "No."}
     (tmp_path / "data.jsonl").write_text(json.dumps(row) + "\n")

@@ -6,20 +6,19 @@ import pytest
 import torch
 
 from rlhf import distributed
-from rlhf.experience import (
+from rlhf.ppo.batching import (
     PASS_TOKENS,
     Batcher,
-    Prompts,
-    Rollout,
     endless,
     episode_batcher,
-    gather_answers,
+    gather_completions,
     gather_tokens,
     permutation,
     plan_minibatches,
-    unflatten,
 )
-from rlhf.rollout import Answer
+from rlhf.ppo.masked import unflatten
+from rlhf.ppo.types import Prompts, Rollout
+from rlhf.rollout.types import Completion
 
 TOTALS = [10, 3, 7, 7, 2, 9, 4, 1, 30, 5]
 
@@ -122,7 +121,7 @@ def test_endless_passes_take_every_row_once_a_pass_and_may_be_entered_anywhere()
 
 def rollout():
     prompts = Prompts([[5, 6], [7], [8, 9, 10]], [[]] * 3, torch.arange(3), [0, 1, 2])
-    return Rollout(prompts, [Answer([11, 12, 2], True), Answer([13], False), Answer([14, 2], True)])
+    return Rollout(prompts, [Completion([11, 12, 2], True), Completion([13], False), Completion([14, 2], True)])
 
 
 def test_a_rollout_describes_its_answers():
@@ -134,7 +133,7 @@ def test_a_rollout_describes_its_answers():
 
 
 def test_a_rollout_pads_the_log_probs_of_a_sampler_that_tells_them_for_all_answers():
-    told = Rollout(rollout().prompts, [Answer([11, 2], True, [-1.0, -2.0]), Answer([13], False, [-3.0])])
+    told = Rollout(rollout().prompts, [Completion([11, 2], True, [-1.0, -2.0]), Completion([13], False, [-3.0])])
     assert told.sampler_logprobs.tolist() == [[-1, -2], [-3, 0]]
     assert rollout().sampler_logprobs is None
 
@@ -181,4 +180,4 @@ def test_gathered_figures_come_in_the_order_of_the_episodes():
 
 def test_answers_of_one_process_are_gathered_as_they_are():
     assert distributed.world_size() == 1
-    assert gather_answers(rollout().answers, 0) == rollout().answers
+    assert gather_completions(rollout().answers, 0) == rollout().answers

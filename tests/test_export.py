@@ -18,13 +18,13 @@ import pytest
 import tiny
 import torch
 
-from rlhf.config import ModelConfig
-from rlhf.errors import UserError
-from rlhf.export import EXPORTERS, export
-from rlhf.model_card import lineage
-from rlhf.runs import result_of
-from rlhf.store import write_json
-from rlhf.tokenization import load_tokenizer
+from rlhf.config.base import ModelConfig
+from rlhf.core.errors import UserError
+from rlhf.core.files import write_json
+from rlhf.data.chat import load_tokenizer
+from rlhf.export.formats import EXPORTERS, export
+from rlhf.export.model_card import lineage
+from rlhf.runs.run import resolve_model_path
 from stages.export import command
 
 CHAT = [{"role": "user", "content": "What does the owl do?"}]
@@ -143,7 +143,7 @@ def plain(runs: dict[str, str], folders: dict[str, Path], tmp_path_factory: pyte
 
 def texts(run: str) -> list[list[int]]:
     """Two conversations of unequal length in the run's tokens."""
-    chat = load_tokenizer(ModelConfig(path=run), result_of(run))
+    chat = load_tokenizer(ModelConfig(path=run), resolve_model_path(run))
     return [chat.whole(CHAT, answer) for answer in ("It sleeps.", "It goes to the barn and then it meets a fox.")]
 
 
@@ -165,7 +165,7 @@ def test_an_adapter_on_its_base_gives_the_merged_logits(runs: dict[str, str], pl
 
 @pytest.mark.parametrize("name", ["sft", "chatml"])
 def test_the_chat_template_renders_as_in_training(name: str, runs: dict[str, str], plain: dict[str, Any]) -> None:
-    chat = load_tokenizer(ModelConfig(path=runs[name]), result_of(runs[name]))
+    chat = load_tokenizer(ModelConfig(path=runs[name]), resolve_model_path(runs[name]))
     assert plain[name]["text"] == chat.tokenizer.apply_chat_template(CHAT, add_generation_prompt=True, tokenize=False)
 
 
@@ -218,7 +218,7 @@ def test_padding_of_a_reward_model_is_never_the_end_of_an_answer(folders: dict[s
 @pytest.mark.parametrize("name", ["reward", "reward-lora-adapter", "reward-chatml", "reward-bert"])
 def test_the_cards_snippet_prints_the_score(name: str, runs: dict[str, str], plain: dict[str, Any]) -> None:
     run = runs[name.removesuffix("-adapter")]
-    chat = load_tokenizer(ModelConfig(path=run), result_of(run))
+    chat = load_tokenizer(ModelConfig(path=run), resolve_model_path(run))
     story = [{"role": "user", "content": "Tell me a story."}]
     expected = finished.scores(run, [chat.whole(story, "Once upon a time there was an owl.")])
     assert float(plain[f"snippet of {name}"]) == pytest.approx(float(expected), abs=1e-4)

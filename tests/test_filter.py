@@ -8,10 +8,10 @@ import pytest
 import tiny
 from rows import DEMONSTRATION, RANKING, dataset, jsonl, last_line, prompts, run
 
-from data_tools.filter import fields, filter_dataset
-from rlhf.errors import UserError
-from rlhf.schema import KINDS
-from rlhf.store import open_dataset
+from data_tools.curate.filter import fields, filter_dataset
+from rlhf.core.errors import UserError
+from rlhf.data.schema import KINDS
+from rlhf.data.store import open_dataset
 
 RANKINGS = [
     {**RANKING, "annotator": "kim", "seconds": 4, "group": "fruit", "source": "tool"},  # ranks 1, 1, 2
@@ -106,7 +106,7 @@ def test_conditions_that_make_no_sense_are_refused_and_nothing_is_written(tmp_pa
 
 def test_a_bad_expression_is_refused_before_a_row_is_read(tmp_path, monkeypatch):
     parent = dataset(tmp_path / "d", RANKINGS)
-    monkeypatch.setattr("rlhf.store.Dataset.records", lambda *_, **__: pytest.fail("a row was read"))
+    monkeypatch.setattr("rlhf.data.store.Dataset.records", lambda *_, **__: pytest.fail("a row was read"))
     with pytest.raises(UserError, match="there is no field 'x'"):
         filter_dataset(parent, tmp_path / "f", where="x")
 

@@ -18,9 +18,11 @@ import tiny
 import torch
 from families import FAMILIES
 
-from rlhf.config import ModelConfig
-from rlhf.models import load_policy, token_logprobs
-from rlhf.rollout import Sampling, hf
+from rlhf.config.base import ModelConfig
+from rlhf.models.load import load_policy
+from rlhf.models.logprobs import token_logprobs
+from rlhf.rollout.samplers import hf
+from rlhf.rollout.types import SamplingParams
 from stages.ppo import PPO
 
 pytestmark = [
@@ -75,7 +77,7 @@ def test_greedy_answers_are_those_of_generate(family, batch_size, step):
     for prompt in test_rollout.PROMPTS:
         ids = model.generate(torch.tensor([prompt], device="cuda"), **options)[0, len(prompt) :].tolist()
         expected.append(ids[: ids.index(end) + 1] if end in ids else ids)
-    sampling = Sampling(24, temperature=0, batch_size=batch_size)
+    sampling = SamplingParams(24, temperature=0, batch_size=batch_size)
     torch._dynamo.reset()
     found = hf(model, test_rollout.PROMPTS, [0] * len(expected), sampling, test_rollout.chat_like(end), step=step)
     assert [answer.ids for answer in found] == expected

@@ -14,11 +14,11 @@ from imports import EXPORTS, by_rank, read, real, said
 from rows import last_line, run
 
 from data_tools.importers import IMPORTERS
-from data_tools.importers.csv_rows import LONGEST_FIELD, csv_columns, csv_rows
-from data_tools.importers.detect import read_head
-from rlhf.errors import UserError
-from rlhf.schema import Demonstration, Proposal, Ranking
-from rlhf.store import open_dataset
+from data_tools.reading.csv_rows import LONGEST_FIELD, csv_columns, csv_rows
+from data_tools.reading.detect import read_head
+from rlhf.core.errors import UserError
+from rlhf.data.schema import Demonstration, Proposal, Ranking
+from rlhf.data.store import open_dataset
 
 PAIR = {"prompt": "q", "answers": "a,b"}
 
@@ -374,7 +374,7 @@ def test_nul_bytes_and_huge_fields_are_text(tmp_path):
 
 
 def test_a_field_beyond_all_measure_is_a_quote_that_is_not_closed(tmp_path, monkeypatch):
-    monkeypatch.setattr("data_tools.importers.csv_rows.LONGEST_FIELD", 100)
+    monkeypatch.setattr("data_tools.reading.csv_rows.LONGEST_FIELD", 100)
     records, rejects = made(tmp_path, 'q,a,b\nQ?,"x,y\n' + "Q?,x,y\n" * 50, **PAIR)
     csv.field_size_limit(LONGEST_FIELD)
     assert [reason for _, reason in rejects] == ["not valid CSV"]

@@ -18,12 +18,12 @@ from hypothesis import strategies as st
 from test_import_table import AUTHENTIC
 
 from data_tools.importers import IMPORTERS
-from data_tools.importers.detect import detect
-from data_tools.ingest import NothingUsable, import_dataset
-from data_tools.rejects import FILE_NAME
-from rlhf.errors import UserError
-from rlhf.jsonl import open_bytes
-from rlhf.store import open_dataset
+from data_tools.importers.run import NothingUsable, import_dataset
+from data_tools.io.rejects import FILE_NAME
+from data_tools.reading.detect import detect
+from rlhf.core.errors import UserError
+from rlhf.data.jsonl import open_bytes
+from rlhf.data.store import open_dataset
 
 DEEP = "@deep@"
 """Stands for a value nested too deeply, until the text is made: `json.dumps` cannot write one."""

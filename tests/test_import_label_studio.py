@@ -9,8 +9,8 @@ import pytest
 from imports import EXPORTS, by_rank, made, one, read, real, said
 
 from data_tools.importers import IMPORTERS
-from data_tools.importers.detect import read_head
-from rlhf.errors import UserError
+from data_tools.reading.detect import read_head
+from rlhf.core.errors import UserError
 
 ITEMS = [{"id": name, "title": name.upper(), "body": f"Body of {name}."} for name in ("blog", "mdn", "wiki")]
 LS = "label-studio"

@@ -9,7 +9,7 @@ import pytest
 from imports import DATA, EXPORTS, best, by_rank, made, one, read, real, said
 from rows import jsonl
 
-from data_tools.importers.html_text import html_text
+from data_tools.reading.html_text import html_text
 
 # ---- judges ----------------------------------------------------------------------------------------------------------
 

@@ -13,12 +13,12 @@ import pytest
 from rows import tree
 
 from data_tools.importers import IMPORTERS
-from data_tools.importers.detect import read_head
-from data_tools.ingest import NothingUsable, import_dataset
-from rlhf.errors import UserError
-from rlhf.jsonl import open_bytes
-from rlhf.schema import from_dict, to_dict
-from rlhf.store import open_dataset
+from data_tools.importers.run import NothingUsable, import_dataset
+from data_tools.reading.detect import read_head
+from rlhf.core.errors import UserError
+from rlhf.data.jsonl import open_bytes
+from rlhf.data.schema import from_dict, to_dict
+from rlhf.data.store import open_dataset
 
 DATA = Path(__file__).parents[2] / "shared" / "data"
 EXPORTS = DATA / "annotation_exports"

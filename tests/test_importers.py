@@ -16,12 +16,12 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from rows import DEMONSTRATION, RANKING, dataset, jsonl, last_line, prompts, run, tree
 
+from data_tools.curate.stats import stats
+from data_tools.curate.validate import validate
 from data_tools.importers import hh as hh_module
-from data_tools.ingest import NothingUsable, find_files, import_dataset
-from data_tools.stats import stats
-from data_tools.validate import validate
-from rlhf.errors import UserError
-from rlhf.store import open_dataset
+from data_tools.importers.run import NothingUsable, find_files, import_dataset
+from rlhf.core.errors import UserError
+from rlhf.data.store import open_dataset
 
 ROOT = Path(__file__).parents[1]
 SHARED = Path(__file__).parents[2] / "shared"
@@ -241,15 +241,16 @@ def test_the_cli_prints_the_json_object_also_when_nothing_was_usable(tmp_path):
 
 def test_importing_the_cli_loads_no_heavy_library():
     heavy = "{'torch', 'transformers', 'pyarrow', 'datasets', 'numpy', 'deepspeed'}"
-    code = f"import sys, data_tools.cli; assert not {heavy} & set(sys.modules), sorted({heavy} & set(sys.modules))"
+    found = f"{heavy} & set(sys.modules)"
+    code = f"import sys, data_tools.commands.cli; assert not {found}, sorted({found})"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
 
 
 SLOW_IMPORT = """
 import sys
-import rlhf.store
-from data_tools.ingest import import_dataset
-rlhf.store.ROWS_PER_GROUP = 1  # so slow that the kill always falls into the middle
+import rlhf.data.store
+from data_tools.importers.run import import_dataset
+rlhf.data.store.ROWS_PER_GROUP = 1  # so slow that the kill always falls into the middle
 print("ready", flush=True)
 import_dataset("jsonl", [sys.argv[1]], sys.argv[2])
 """

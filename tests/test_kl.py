@@ -9,7 +9,7 @@ import sys
 import pytest
 import torch
 
-from rlhf.kl import (
+from rlhf.ppo.kl import (
     KL_CONTROLLERS,
     KL_ESTIMATORS,
     MISSING_EOS,
@@ -229,9 +229,9 @@ def test_an_answer_without_tokens_has_no_place_for_its_score_and_is_refused():
 
 def test_options_can_be_checked_without_importing_torch():
     code = (
-        "import sys, rlhf.kl, rlhf.advantages, rlhf.losses\n"
-        "rlhf.kl.KL_CONTROLLERS.pick({'name': 'adaptive', 'target': 3})\n"
-        "rlhf.advantages.ADVANTAGES.pick({'name': 'gae', 'lam': 0.9})\n"
+        "import sys, rlhf.ppo.kl, rlhf.ppo.advantages, rlhf.ppo.losses\n"
+        "rlhf.ppo.kl.KL_CONTROLLERS.pick({'name': 'adaptive', 'target': 3})\n"
+        "rlhf.ppo.advantages.ADVANTAGES.pick({'name': 'gae', 'lam': 0.9})\n"
         "assert 'torch' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

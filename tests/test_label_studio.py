@@ -22,11 +22,11 @@ from pathlib import Path
 import pytest
 from rows import last_line, run
 
-from data_tools import label_studio
-from data_tools.label_studio import label_config, pull, push, task
-from rlhf.errors import UserError
-from rlhf.schema import from_dict, to_dict
-from rlhf.store import DatasetWriter, open_dataset
+from data_tools.annotate import label_studio
+from data_tools.annotate.label_studio import label_config, pull, push, task
+from rlhf.core.errors import UserError
+from rlhf.data.schema import from_dict, to_dict
+from rlhf.data.store import DatasetWriter, open_dataset
 
 CHAT = [
     {"role": "system", "content": "Be brief."},

@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 import tiny
 
-from rlhf.errors import UserError
-from rlhf.launch import is_here, launch_on_hosts, read_hostfile
+from rlhf.core.errors import UserError
+from rlhf.distributed.launch import is_here, launch_on_hosts, read_hostfile
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 
@@ -35,8 +35,8 @@ if sys.argv[1:]:
 
 LAUNCHER = """
 import sys
-from rlhf.entry import told
-from rlhf.launch import launch
+from rlhf.cli.entry import told
+from rlhf.distributed.launch import launch
 with told("Continue with: this"):
     launch("toy", sys.argv[1:], 2)
 """
@@ -45,7 +45,7 @@ STAGE = """
 import os, signal, sys, time
 import torch
 from rlhf import distributed
-from rlhf.entry import main
+from rlhf.cli.entry import main
 
 def run(config, resume=False, overwrite=False):
     torch.set_num_threads(1)
@@ -216,7 +216,7 @@ def test_deepspeeds_launcher_runs_the_stage_on_the_hosts_of_a_file(stage):
         (stage / name).chmod(0o755)
     (stage / "hosts").write_text("127.0.0.1 slots=1\nlocalhost slots=1\n", "utf-8")
     words = '["--config", "toy.yaml", "batch.max_steps=7"]'
-    code = f"from rlhf.launch import launch_on_hosts; launch_on_hosts('toy', {words}, 'hosts', None)"
+    code = f"from rlhf.distributed.launch import launch_on_hosts; launch_on_hosts('toy', {words}, 'hosts', None)"
     done = python(stage, "-c", code, PATH=f"{stage}:{os.environ['PATH']}", OMP_NUM_THREADS="1")
     assert done.returncode == 0, done.stderr
     assert "rank 0 sum 11.0 steps 7" in done.stdout and "rank 1 sum 11.0 steps 7" in done.stdout
@@ -268,7 +268,7 @@ ZERO = """
 import json, sys
 import torch
 from rlhf import distributed
-from rlhf.zero import read_deepspeed
+from rlhf.distributed.deepspeed_config import read_deepspeed
 
 torch.set_num_threads(1)
 distributed.start(60)

@@ -1,4 +1,4 @@
-"""The layout's rules, read from the imports of every file."""
+"""The layout's rules, read from the imports of every file: imports run downward, and nothing hides from the count."""
 
 from __future__ import annotations
 
@@ -6,82 +6,91 @@ import ast
 from collections.abc import Iterator
 from pathlib import Path
 
-import pytest
-
 REPOSITORY = Path(__file__).resolve().parents[1]
-PACKAGES = ("rlhf", "stages", "data_tools")
+FLOORS = {
+    "rlhf": [
+        "core", "config", "distributed", "data", "runs", "models", "rollout", "reward", "training", "sft", "ppo",
+        "inference", "export", "memory", "cli",
+    ],
+    "data_tools": [
+        "io", "curate", "statistics", "check", "reading", "importers", "aggregate", "annotate", "tasks", "demo_world",
+        "commands",
+    ],
+}  # fmt: skip
+"""Packages from the ground up: each imports only packages before it, and files of its own."""
 FILES = {
-    ".".join(file.relative_to(REPOSITORY).with_suffix("").parts): file
-    for package in PACKAGES
+    ".".join(file.relative_to(REPOSITORY).with_suffix("").parts).removesuffix(".__init__"): file
+    for package in ("rlhf", "stages", "data_tools")
     for file in sorted((REPOSITORY / package).rglob("*.py"))
 }
-TOGETHER = {"stages.cli", "stages.pipeline", "stages.demo", "stages.__main__"}
+COMBINING = {"stages.cli", "stages.pipeline", "stages.demo", "stages.__main__"}
 """Modules that put stages together; all others in stages/ stand alone."""
-LEAVES = {f"rlhf.{name}" for name in ("schema", "jsonl", "store", "errors", "lazy", "table", "console")} | {"rlhf"}
-"""What data_tools may know of the library."""
-LONGEST = 450
+OPEN_TO_DATA_TOOLS = ("rlhf.core.", "rlhf.data.schema", "rlhf.data.jsonl", "rlhf.data.store")
+"""What data_tools may import of the library."""
+MOST_LINES = 450
+FEWEST_FILES, MOST_FILES = 2, 14
 
 
-def is_type_checking(node: ast.stmt) -> bool:
-    return isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING"
+def imports(module: str) -> set[str]:
+    """The project's modules that a module imports: at the top, in functions, under TYPE_CHECKING and by `lazy`."""
+    return set(_imports(module)) - {module}
 
 
-def imports(module: str, at_load: bool = False) -> Iterator[str]:
-    """The project's modules that a module imports.
-
-    Args:
-        module: Its dotted name.
-        at_load: Leave out imports inside functions and under TYPE_CHECKING, which cannot make a cycle.
-    """
-    nodes: list[ast.AST] = [ast.parse(FILES[module].read_text("utf-8"))]
-    while nodes:
-        node = nodes.pop()
-        if at_load and isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)):
-            continue
-        if at_load and isinstance(node, ast.If) and is_type_checking(node):
-            nodes += node.orelse
-            continue
-        nodes += ast.iter_child_nodes(node)
+def _imports(module: str) -> Iterator[str]:
+    for node in ast.walk(ast.parse(FILES[module].read_text("utf-8"))):
         if isinstance(node, ast.Import):
             names = [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{module}: relative import"
             base = node.module or ""
             names = [f"{base}.{alias.name}" if f"{base}.{alias.name}" in FILES else base for alias in node.names]
-        elif isinstance(node, ast.Call) and ast.unparse(node.func) == "lazy" and not at_load:
+        elif isinstance(node, ast.Call) and ast.unparse(node.func).split(".")[-1] in ("lazy", "import_module"):
             names = [argument.value for argument in node.args if isinstance(argument, ast.Constant)]
         else:
             continue
-        yield from (name for name in names if name.split(".")[0] in PACKAGES)
+        yield from (name for name in names if name in FILES)
 
 
-def of(package: str) -> list[str]:
-    return [module for module in FILES if module.split(".")[0] == package]
+def package(module: str) -> str:
+    """`rlhf.core.table` -> `core`."""
+    parts = module.split(".")
+    return parts[1] if len(parts) > 1 else ""
+
+
+def of(root: str) -> list[str]:
+    return [module for module in FILES if module.split(".")[0] == root]
 
 
 def test_the_library_imports_neither_stages_nor_data_tools():
-    found = {(m, name) for m in of("rlhf") for name in imports(m) if not name.startswith("rlhf")}
-    assert not found
+    assert not {(m, name) for m in of("rlhf") for name in imports(m) if not name.startswith("rlhf")}
 
 
 def test_stages_never_import_each_other():
-    alone = [module for module in of("stages") if module not in TOGETHER]
-    found = {(m, name) for m in alone for name in imports(m) if name.startswith("stages") and name != "stages"}
-    assert not found
+    alone = [module for module in of("stages") if module not in COMBINING]
+    assert not {(m, name) for m in alone for name in imports(m) if name.startswith("stages.")}
 
 
-def test_data_tools_know_of_the_library_only_its_leaves():
-    found = {(m, name) for m in of("data_tools") for name in imports(m) if not name.startswith("data_tools")}
-    assert {(m, name) for m, name in found if name not in LEAVES} == set()
+def test_data_tools_import_only_core_and_records_of_the_library():
+    found = {(m, name) for m in of("data_tools") for name in imports(m) if name.startswith(("rlhf.", "stages"))}
+    assert not {(m, name) for m, name in found if not name.startswith(OPEN_TO_DATA_TOOLS)}
 
 
-def test_what_data_tools_know_knows_nothing_else_of_the_library():
-    names = {name for leaf in LEAVES & set(FILES) for name in imports(leaf)}
-    assert names <= LEAVES | {"rlhf"}
+def test_packages_import_only_packages_below_them():
+    upward = set()
+    for root, floors in FLOORS.items():
+        for module in of(root):
+            if not package(module):
+                continue
+            upward |= {
+                (module, name)
+                for name in imports(module)
+                if name.startswith(f"{root}.") and floors.index(package(name)) > floors.index(package(module))
+            }
+    assert not upward
 
 
 def test_no_modules_import_each_other_in_a_circle():
-    graph = {module: {name for name in imports(module, at_load=True) if name in FILES} for module in FILES}
+    graph = {module: imports(module) for module in FILES}
     done: set[str] = set()
 
     def walk(module: str, path: tuple[str, ...]) -> None:
@@ -95,7 +104,12 @@ def test_no_modules_import_each_other_in_a_circle():
         walk(module, ())
 
 
-@pytest.mark.parametrize("module", FILES)
-def test_files_stay_short_enough_to_read(module):
-    lines = len(FILES[module].read_text("utf-8").splitlines())
-    assert lines < LONGEST, f"{module} has {lines} lines: does it have more than one reason to change?"
+def test_files_are_short_enough_to_read():
+    lines = {module: len(file.read_text("utf-8").splitlines()) for module, file in FILES.items()}
+    assert not {module: count for module, count in lines.items() if count >= MOST_LINES}
+
+
+def test_packages_have_few_files():
+    for root, floors in FLOORS.items():
+        counts = {p: len([f for f in (REPOSITORY / root / p).rglob("*.py") if f.name != "__init__.py"]) for p in floors}
+        assert not {p: n for p, n in counts.items() if not FEWEST_FILES <= n <= MOST_FILES}

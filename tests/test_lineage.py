@@ -5,14 +5,14 @@ from __future__ import annotations
 import pytest
 from rows import dataset, jsonl, last_line, prompts, run
 
-from data_tools.dedup import dedup_dataset
-from data_tools.filter import filter_dataset
-from data_tools.ingest import import_dataset
-from data_tools.lineage import faults, lineage
-from data_tools.mix import mix_datasets
-from data_tools.splits import split_dataset
-from rlhf.errors import UserError
-from rlhf.store import open_dataset
+from data_tools.curate.dedup import dedup_dataset
+from data_tools.curate.filter import filter_dataset
+from data_tools.curate.lineage import faults, lineage
+from data_tools.curate.mix import mix_datasets
+from data_tools.curate.splits import split_dataset
+from data_tools.importers.run import import_dataset
+from rlhf.core.errors import UserError
+from rlhf.data.store import open_dataset
 
 
 @pytest.fixture

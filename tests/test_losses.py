@@ -7,7 +7,7 @@ from dataclasses import astuple
 import pytest
 import torch
 
-from rlhf.losses import (
+from rlhf.ppo.losses import (
     PolicyStats,
     ValueStats,
     explained_variance,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from rlhf.masked import answer_lengths, masked_mean, masked_sum, masked_var, whiten
+from rlhf.ppo.masked import answer_lengths, masked_mean, masked_sum, masked_var, whiten
 
 NAN = float("nan")
 MASK = torch.tensor([[True, True, True], [True, False, False]])

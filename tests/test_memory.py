@@ -13,18 +13,18 @@ import torch
 from torch import nn
 from typer.testing import CliRunner
 
-from rlhf import memory
-from rlhf.config import STAGES
-from rlhf.config_file import check_config
-from rlhf.footprint import Passes
-from rlhf.memory import Division, predict
-from rlhf.meter import GRADIENTS, LOGITS, Meter, Moment, imagined, materialise
-from rlhf.models import head_logprobs
-from rlhf.peak import PeakMemory
-from rlhf.workload import Work, limit_of, roles, work_of
-from rlhf.zero import read_deepspeed
+from rlhf.cli.stage_configs import STAGES
+from rlhf.config.load import check_config
+from rlhf.distributed.deepspeed_config import read_deepspeed
+from rlhf.memory import predict as memory
+from rlhf.memory.footprint import TracedModel
+from rlhf.memory.peak import PeakMemory
+from rlhf.memory.predict import ZeroLayout, predict
+from rlhf.memory.tracer import GRADIENTS, LOGITS, MemorySnapshot, Meter, fake_tensors, materialise
+from rlhf.memory.workload import BatchShape, batch_shape, limit_of, roles
+from rlhf.models.logprobs import head_logprobs
 from stages.cli import app
-from stages.plan import GIB, Plan, memory_of
+from stages.memory import GIB, Plan, memory_of
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 SHAPE = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "vocab_size": 1000, "hidden_size": 64}
@@ -49,9 +49,9 @@ def sft(path: str, **more: object):
     return check_config(STAGES["sft"], values | more, "test")
 
 
-def passes_of(config, processes: int = 1, divided: bool = False, halves: bool = False, **more: object) -> Passes:
-    work = work_of(config, limit_of(config), processes, **more)
-    return Passes(config, work, halves, divided)
+def passes_of(config, processes: int = 1, divided: bool = False, halves: bool = False, **more: object) -> TracedModel:
+    work = batch_shape(config, limit_of(config), processes, **more)
+    return TracedModel(config, work, halves, divided)
 
 
 # ---- the meter ---------------------------------------------------------------------------------------------------
@@ -60,7 +60,7 @@ def passes_of(config, processes: int = 1, divided: bool = False, halves: bool = 
 def test_a_meter_counts_what_a_linear_layer_holds_by_hand():
     with torch.device("meta"):
         layer = nn.Linear(8, 16, bias=False)
-    with imagined():
+    with fake_tensors():
         materialise(layer)
         with Meter([layer], vocab_size=16) as meter:
             x = torch.ones(4, 8, requires_grad=True)  # 128 bytes
@@ -72,7 +72,7 @@ def test_a_meter_counts_what_a_linear_layer_holds_by_hand():
 
 
 def test_a_meter_forgets_what_is_given_up():
-    with imagined(), Meter() as meter:
+    with fake_tensors(), Meter() as meter:
         for _ in range(10):
             torch.ones(256)  # 1 KiB, one after the other
     assert meter.highest().total <= 2048
@@ -80,7 +80,7 @@ def test_a_meter_forgets_what_is_given_up():
 
 
 def test_a_mask_as_an_index_selects_as_many_as_were_announced():
-    with imagined(), Meter(wanted=5):
+    with fake_tensors(), Meter(wanted=5):
         table, mask = torch.zeros(4, 6, 3, requires_grad=True), torch.zeros(4, 6, dtype=torch.bool)
         chosen = table[mask]
         chosen.sum().backward()
@@ -97,7 +97,7 @@ def test_the_heads_logits_do_not_grow_with_the_number_of_tokens():
     def logits(tokens: int) -> float:
         with torch.device("meta"):
             lm = LlamaForCausalLM(LlamaConfig(**sizes, num_hidden_layers=1, num_key_value_heads=2))
-        with imagined():
+        with fake_tensors():
             materialise(lm)
             with Meter([lm], vocab_size=150_000) as meter:
                 hidden = torch.zeros(tokens, 16, requires_grad=True)
@@ -128,7 +128,7 @@ def test_roles_over_one_base_add_their_adapters_alone(tmp_path):
         passes_of(ppo(path, model={"path": path, "sharing": sharing}, **adapters)) for sharing in ("separate", "shared")
     )
     assert [size.total for size in shared.sizes[1:]] == [shared.sizes[1].trained, shared.sizes[0].trained]
-    held = [predict(passes, Division(), 1, gpu=True).phases["load"].parts["weights"] for passes in (apart, shared)]
+    held = [predict(passes, ZeroLayout(), 1, gpu=True).phases["load"].parts["weights"] for passes in (apart, shared)]
     assert held[1] < 0.5 * held[0]
 
 
@@ -143,9 +143,11 @@ def test_parameters_are_counted_from_the_config_alone(tmp_path):
 
 def test_the_work_of_a_micro_batch_follows_from_the_budget(tmp_path):
     config = ppo(shape(tmp_path), update={"micro_batch_tokens": 200, "minibatches": 2})
-    assert work_of(config, 512, 1) == Work(3, 64, 96, 3, 16, 32, False)  # 200 // 64 rows; 16 / 2 episodes in 3 passes
-    assert work_of(config, 512, 2).passes == 2
-    assert work_of(config, 512, 1, longest=8).width == 40
+    assert batch_shape(config, 512, 1) == BatchShape(
+        3, 64, 96, 3, 16, 32, False
+    )  # 200 // 64 rows; 16 / 2 episodes in 3 passes
+    assert batch_shape(config, 512, 2).passes == 2
+    assert batch_shape(config, 512, 1, longest=8).width == 40
 
 
 def test_a_deep_model_is_drawn_on_from_few_layers_as_if_it_were_traced_whole(tmp_path):
@@ -167,8 +169,8 @@ def test_recomputed_activations_hold_less(tmp_path):
 
 @pytest.mark.parametrize("tuning", ["lora", "ia3", {"name": "last-layers", "layers": 1}, "prompt-tuning", "p-tuning"])
 def test_tuning_methods_are_predicted(tmp_path, tuning):
-    found = predict(passes_of(sft(shape(tmp_path), tuning=tuning)), Division(), 1, gpu=True)
-    whole = predict(passes_of(sft(shape(tmp_path))), Division(), 1, gpu=True)
+    found = predict(passes_of(sft(shape(tmp_path), tuning=tuning)), ZeroLayout(), 1, gpu=True)
+    whole = predict(passes_of(sft(shape(tmp_path))), ZeroLayout(), 1, gpu=True)
     assert 0 < found.phases["update"].parts["optimizer"] < whole.phases["update"].parts["optimizer"]
 
 
@@ -187,7 +189,7 @@ def test_families_are_predicted_from_their_own_code(tmp_path, family):
     if family == "gpt2":
         names = {"vocab_size": 300, "n_embd": 32, "n_layer": 2, "n_head": 4}
     AutoConfig.for_model(family, **names).save_pretrained(tmp_path)
-    found = predict(passes_of(ppo(str(tmp_path))), Division(), 1, gpu=True)
+    found = predict(passes_of(ppo(str(tmp_path))), ZeroLayout(), 1, gpu=True)
     assert all(moment.total > 0 for moment in found.phases.values())
 
 
@@ -197,7 +199,7 @@ def test_families_are_predicted_from_their_own_code(tmp_path, family):
 def test_states_in_plain_torch_by_hand(tmp_path):
     passes = passes_of(ppo(shape(tmp_path)))
     policy, critic = (size.total for size in passes.sizes[:2])
-    found = predict(passes, Division(), 1, gpu=True).phases
+    found = predict(passes, ZeroLayout(), 1, gpu=True).phases
     # policy and critic to train, both again frozen (reference, reward model), all in float32
     assert found["load"].parts["weights"] == 2 * 4 * (policy + critic)
     assert found["scoring"].parts["optimizer"] == 8 * (policy + critic)
@@ -207,7 +209,7 @@ def test_states_in_plain_torch_by_hand(tmp_path):
 def test_zero_divides_states_over_four_processes(tmp_path, stage, weights, optimizer):
     passes = passes_of(sft(shape(tmp_path)), 4, divided=True, halves=True)
     gathered = {"stage3_max_live_parameters": 0, "stage3_prefetch_bucket_size": 0}
-    division = Division.of({"zero_optimization": {"stage": stage, "reduce_bucket_size": 1, **gathered}})
+    division = ZeroLayout.of({"zero_optimization": {"stage": stage, "reduce_bucket_size": 1, **gathered}})
     found, total = predict(passes, division, 4, gpu=True), passes.sizes[0].total
     assert found.phases["checkpoint"].parts["weights"] == pytest.approx(weights * total)
     assert found.phases["checkpoint"].parts["optimizer"] == pytest.approx(optimizer * total)
@@ -218,21 +220,21 @@ def test_offload_moves_states_to_the_host(tmp_path):
     passes = passes_of(sft(shape(tmp_path)), 4, divided=True, halves=True)
     total = passes.sizes[0].total
     settings = read_deepspeed(REPOSITORY / "configs" / "deepspeed" / "zero3-offload.json")
-    found = predict(passes, replace(Division.of(settings), bucket=0, live=0), 4, gpu=True)
+    found = predict(passes, replace(ZeroLayout.of(settings), bucket=0, live=0), 4, gpu=True)
     assert found.phases["checkpoint"].total == 0
     assert found.host == pytest.approx(4 * total + (12 + 4 + 2) * total / 4)
 
 
 def test_higher_stages_need_less(tmp_path):
     passes = passes_of(sft(shape(tmp_path)), 8, divided=True, halves=True)
-    zero = [Division(stage, bucket=0, live=0) for stage in (1, 2, 3)]
+    zero = [ZeroLayout(stage, bucket=0, live=0) for stage in (1, 2, 3)]
     found = [predict(passes, division, 8, gpu=True).phases for division in zero]
     assert found[0]["update"].total > found[1]["update"].total > found[2]["update"].total
     assert found[1]["checkpoint"].total > found[2]["checkpoint"].total
 
 
 def test_a_moment_on_a_line_is_never_below_nothing():
-    line = Moment({"a": 4.0, "b": 1.0}).along(Moment({"a": 6.0}), 3)
+    line = MemorySnapshot({"a": 4.0, "b": 1.0}).along(MemorySnapshot({"a": 6.0}), 3)
     assert line.parts == {"a": 10.0, "b": 0.0}
 
 

@@ -7,9 +7,9 @@ from fractions import Fraction
 import pytest
 from rows import DEMONSTRATION, RANKING, dataset, jsonl, last_line, run, tree
 
-from data_tools.mix import counts, mix_datasets, parse_parts, shares
-from rlhf.errors import UserError
-from rlhf.store import open_dataset
+from data_tools.curate.mix import counts, mix_datasets, parse_parts, shares
+from rlhf.core.errors import UserError
+from rlhf.data.store import open_dataset
 
 HALF, FIFTH = Fraction(1, 2), Fraction(1, 5)
 

@@ -6,8 +6,8 @@ import random
 
 import pytest
 
-from data_tools.near import near_groups, near_matches, similarity
-from rlhf.errors import UserError
+from data_tools.curate.near import near_groups, near_matches, similarity
+from rlhf.core.errors import UserError
 
 WORDS = [f"word{i}" for i in range(2000)]
 

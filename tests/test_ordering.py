@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from rlhf.ordering import EpochSampler, epoch_order
+from rlhf.training.epoch_order import EpochSampler, epoch_order
 
 LENGTHS = [random.Random(i).randrange(5, 500) for i in range(1000)]
 

@@ -9,13 +9,13 @@ import torch
 from families import ALIBI, FAMILIES, HYBRID, OPT, VOCAB, random_model
 from transformers import AutoModelForSequenceClassification
 
-from rlhf import packed_attention
-from rlhf.actor_critic import ActorCritic
-from rlhf.errors import UserError
-from rlhf.experience import Batcher
-from rlhf.models import ScalarModel
-from rlhf.packed_attention import PACKED, attend_each
-from rlhf.packing import packs
+from rlhf.core.errors import UserError
+from rlhf.models import packed_attention
+from rlhf.models.packed_attention import PACKED, attend_each
+from rlhf.models.scalar import ScalarModel
+from rlhf.ppo.actor_critic import ActorCritic
+from rlhf.ppo.batching import Batcher
+from rlhf.ppo.packing import packs
 
 MODELS = {**FAMILIES, "opt": OPT, "bloom": ALIBI, "lfm2": HYBRID}
 MIXES = ("bloom", "lfm2", "opt")

@@ -16,12 +16,12 @@ import tiny
 import yaml
 from rows import jsonl
 
-from data_tools.rounds import Round
-from rlhf.config_file import check_config, dump_config
-from rlhf.errors import UserError
-from rlhf.pipeline_config import PipelineConfig
-from rlhf.schema import SCHEMA_VERSION, to_dict
-from rlhf.store import open_dataset
+from data_tools.annotate.rounds import Round
+from rlhf.cli.pipeline_config import PipelineConfig
+from rlhf.config.load import check_config, dump_config
+from rlhf.core.errors import UserError
+from rlhf.data.schema import SCHEMA_VERSION, to_dict
+from rlhf.data.store import open_dataset
 from stages import pipeline
 
 REPOSITORY = Path(__file__).resolve().parents[1]

@@ -10,14 +10,14 @@ import pytest
 import tiny
 import torch
 
-from rlhf.checkpoint import Checkpoints
-from rlhf.config import STAGES
-from rlhf.config_file import check_config, dump_config
-from rlhf.errors import UserError
-from rlhf.plan import check
-from rlhf.schema import SCHEMA_VERSION
-from rlhf.tokenization import TEMPLATES
-from rlhf.zero import read_deepspeed
+from rlhf.cli.preflight import check
+from rlhf.cli.stage_configs import STAGES
+from rlhf.config.load import check_config, dump_config
+from rlhf.core.errors import UserError
+from rlhf.data.chat import TEMPLATES
+from rlhf.data.schema import SCHEMA_VERSION
+from rlhf.distributed.deepspeed_config import read_deepspeed
+from rlhf.runs.checkpoint import Checkpoints
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 

@@ -10,10 +10,10 @@ import tiny
 import torch
 from transformers import AutoModelForCausalLM
 
-from rlhf.config import PPOConfig
-from rlhf.config_file import check_config
-from rlhf.errors import UserError
-from rlhf.ppo_report import TIMINGS, Moments, rate_scale
+from rlhf.config.load import check_config
+from rlhf.core.errors import UserError
+from rlhf.ppo.config import PPOConfig
+from rlhf.ppo.metrics import TIMINGS, RunningMeanStd, rate_scale
 from stages.ppo import PPO, run
 
 REWARD = {"name": "function", "function": "ppo_rewards:letters"}
@@ -293,11 +293,11 @@ def test_a_damaged_checkpoint_is_passed_over_for_an_older_one(tmp_path, prompts,
 
 def test_moments_equal_those_of_all_values():
     a, b = torch.tensor([1.0, 2.0, 6.0]), torch.tensor([4.0, 8.0])
-    found = Moments().add(a).add(b)
+    found = RunningMeanStd().add(a).add(b)
     both = torch.cat([a, b])
     assert (found.count, found.mean) == (5, pytest.approx(4.2))
     assert found.std == pytest.approx(float(both.std(correction=0)))
-    assert Moments().add(torch.ones(3)).std == 1.0
+    assert RunningMeanStd().add(torch.ones(3)).std == 1.0
 
 
 def test_rates_climb_then_fall():

@@ -9,7 +9,7 @@ import pytest
 import test_ppo
 import torch
 
-from rlhf.experience import permutation
+from rlhf.ppo.batching import permutation
 from stages.ppo import EPOCH, PPO
 
 prompts = test_ppo.prompts

@@ -15,7 +15,7 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from rlhf.ppo_report import TIMINGS
+from rlhf.ppo.metrics import TIMINGS
 
 pytestmark = pytest.mark.slow
 
@@ -28,8 +28,8 @@ def prompts(tmp_path_factory):
 @pytest.fixture(scope="module")
 def reward_model(tmp_path_factory):
     """A scalar-head folder with the policy's tokenizer: reward model and critic, so that ZeRO-3 shards those too."""
-    from rlhf.config import ModelConfig
-    from rlhf.models import load_scalar
+    from rlhf.config.base import ModelConfig
+    from rlhf.models.scalar import load_scalar
 
     torch.manual_seed(3)
     folder = tmp_path_factory.mktemp("reward")

@@ -14,12 +14,12 @@ import pytest
 import tiny
 from rows import jsonl, tree, write
 
-from data_tools.candidates import alike, disagreement
-from data_tools.lineage import lineage
-from rlhf.errors import UserError
-from rlhf.rollout import Sampling
-from rlhf.schema import Candidate, Demonstration, Message, Prompt, Proposal, Ranking
-from rlhf.store import open_dataset
+from data_tools.annotate.candidates import alike, disagreement
+from data_tools.curate.lineage import lineage
+from rlhf.core.errors import UserError
+from rlhf.data.schema import Candidate, Demonstration, Message, Prompt, Proposal, Ranking
+from rlhf.data.store import open_dataset
+from rlhf.rollout.types import SamplingParams
 from stages.propose import Asked, Task, choose, command, scores
 
 # ---- pure parts --------------------------------------------------------------------------------------------------
@@ -58,7 +58,7 @@ def test_disagreement_is_the_variance_of_the_preference_averaged_over_pairs():
 
 
 def test_the_places_go_to_the_models_in_turn_beginning_with_the_next_one_at_the_next_prompt():
-    task = Task(["a", "b", "c"], [Sampling(8)] * 3, k=4, similar=0.9, tries=1, seed=0, chat_template="auto",
+    task = Task(["a", "b", "c"], [SamplingParams(8)] * 3, k=4, similar=0.9, tries=1, seed=0, chat_template="auto",
                 trust_remote_code=False)  # fmt: skip
     prompt = Prompt((Message("user", "?"),))
     bare, answered = Asked(prompt, 1, []), Asked(prompt, 1, [Candidate("x", "", "person")])
@@ -243,8 +243,8 @@ def test_disagreement_keeps_the_prompts_that_the_judges_dispute_most_those_first
 def test_judges_score_on_the_scale_that_they_were_trained_on(place):
     one = Asked(Prompt(prompt(0)), 1, [Candidate("Yes, it does."), Candidate("No.")])
     (raw,) = scores(str(place / "reward-2"), [one])
-    from rlhf.config import ModelConfig
-    from rlhf.tokenization import load_tokenizer
+    from rlhf.config.base import ModelConfig
+    from rlhf.data.chat import load_tokenizer
 
     chat = load_tokenizer(ModelConfig(path=str(place / "reward-2")), str(place / "reward-2" / "model"))
     texts = [chat.whole(one.prompt.chat, candidate.text) for candidate in one.candidates]

@@ -18,10 +18,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rows import last_line, run, write
 
-from data_tools.rank import RankingsFile, default_out, parse_order, show_order
-from rlhf.errors import UserError
-from rlhf.schema import Candidate, Message, Proposal, Ranking, dense_ranks
-from rlhf.store import open_dataset
+from data_tools.annotate.terminal import RankingsFile, default_out, parse_order, show_order
+from rlhf.core.errors import UserError
+from rlhf.data.schema import Candidate, Message, Proposal, Ranking, dense_ranks
+from rlhf.data.store import open_dataset
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 
@@ -93,7 +93,7 @@ def told(candidates: Path, *lines: str, annotator: str = "anna", words: tuple[st
     """A session in which these lines are typed."""
     from typer.testing import CliRunner
 
-    from data_tools.cli import app
+    from data_tools.commands.cli import app
 
     words = ("rank", str(candidates), "--annotator", annotator, "--json", *words)
     return CliRunner().invoke(app, words, input="".join(line + "\n" for line in lines))

@@ -1,4 +1,4 @@
-"""rlhf.ranking against numbers worked by hand, loops over pairs, and the contract of every row."""
+"""rlhf.reward.losses against numbers worked by hand, loops over pairs, and the contract of every row."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from rlhf.ranking import RANKING_LOSSES, RankingLoss, centering_penalty
+from rlhf.reward.losses import RANKING_LOSSES, RankingLoss, centering_penalty
 
 torch.set_num_threads(1)
 
@@ -393,7 +393,7 @@ def test_options_out_of_range_are_refused():
 
 def test_choosing_a_loss_does_not_import_torch():
     code = (
-        "import sys; from rlhf.ranking import RANKING_LOSSES as t; [row.options for row in t]; "
+        "import sys; from rlhf.reward.losses import RANKING_LOSSES as t; [row.options for row in t]; "
         "t.pick('davidson'); assert 'torch' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

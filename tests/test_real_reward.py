@@ -13,13 +13,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from ukp import rebuild_rankings, write_ukp
 
-from rlhf.config import ModelConfig, RewardConfig
-from rlhf.config_file import check_config
-from rlhf.models import load_scalar
-from rlhf.reward_metrics import reward_metrics
-from rlhf.scoring import score_rankings
-from rlhf.store import open_dataset
-from rlhf.tokenization import Counts, encode_ranking, load_tokenizer
+from rlhf.config.base import ModelConfig
+from rlhf.config.load import check_config
+from rlhf.data.chat import load_tokenizer
+from rlhf.data.encode import Counts, encode_ranking
+from rlhf.data.store import open_dataset
+from rlhf.models.scalar import load_scalar
+from rlhf.reward.config import RewardConfig
+from rlhf.reward.metrics import reward_metrics
+from rlhf.reward.scoring import score_rankings
 from stages import reward
 
 RECIPE: dict[str, Any] = {

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from rlhf.config import PPOConfig
-from rlhf.config_file import check_config
-from rlhf.schema import from_dict
-from rlhf.store import DatasetWriter
+from rlhf.config.load import check_config
+from rlhf.data.schema import from_dict
+from rlhf.data.store import DatasetWriter
+from rlhf.ppo.config import PPOConfig
 from stages.ppo import run
 
 pytestmark = [pytest.mark.real, pytest.mark.timeout(1200)]

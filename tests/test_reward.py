@@ -14,17 +14,17 @@ from reward_runs import config, encoded, metrics_of, steps
 from torch.nn import functional as F
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from rlhf.config import ModelConfig
-from rlhf.errors import UserError
-from rlhf.models import ScalarModel, load_scalar
-from rlhf.ranking import RANKING_LOSSES
-from rlhf.ranking_data import RankingCollator
-from rlhf.reward_metrics import reward_metrics
-from rlhf.runs import read_run
-from rlhf.schema import Candidate, Message, Ranking
-from rlhf.scoring import score_rankings
-from rlhf.store import DatasetWriter, open_dataset
-from rlhf.tokenization import ChatTokenizer, load_tokenizer
+from rlhf.config.base import ModelConfig
+from rlhf.core.errors import UserError
+from rlhf.data.chat import ChatTokenizer, load_tokenizer
+from rlhf.data.schema import Candidate, Message, Ranking
+from rlhf.data.store import DatasetWriter, open_dataset
+from rlhf.models.scalar import ScalarModel, load_scalar
+from rlhf.reward.collator import RankingCollator
+from rlhf.reward.losses import RANKING_LOSSES
+from rlhf.reward.metrics import reward_metrics
+from rlhf.reward.scoring import score_rankings
+from rlhf.runs.run import read_run
 from stages import reward
 
 

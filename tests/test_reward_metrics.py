@@ -1,4 +1,4 @@
-"""rlhf.reward_metrics against figures worked by hand, and what they say where there is nothing to say."""
+"""rlhf.reward.metrics against figures worked by hand, and what they say where there is nothing to say."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from rlhf import console
-from rlhf.reward_metrics import ScoredRanking, accuracy_interval, calibration_error, metric_rows, reward_metrics
+from rlhf.core import console
+from rlhf.reward.metrics import ScoredRanking, accuracy_interval, calibration_error, metric_rows, reward_metrics
 
 # Strict pairs, better first. A: 1-2 (gap 1.5, shorter), 1-3 (gap 1, as long), 2-3 (gap -0.5, longer).
 # B: gap 0, longer. C: none. D: 1-3 (gap 2, shorter), 2-3 (gap 0, shorter).
@@ -263,5 +263,5 @@ def test_only_the_annotators_with_the_most_pairs_are_shown():
 
 
 def test_importing_the_metrics_does_not_import_numpy_or_torch():
-    code = "import sys, rlhf.reward_metrics; assert not {'numpy', 'torch'} & set(sys.modules)"
+    code = "import sys, rlhf.reward.metrics; assert not {'numpy', 'torch'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -13,10 +13,10 @@ import torch
 from reward_runs import config, metrics_of, steps
 from transformers import AutoModelForSequenceClassification
 
-from rlhf.config import RewardConfig
-from rlhf.config_file import dump_config
-from rlhf.runs import read_run
-from rlhf.store import DatasetWriter, open_dataset
+from rlhf.config.load import dump_config
+from rlhf.data.store import DatasetWriter, open_dataset
+from rlhf.reward.config import RewardConfig
+from rlhf.runs.run import read_run
 
 pytestmark = pytest.mark.slow
 
@@ -31,9 +31,9 @@ import os, signal, sys
 import torch
 torch.set_num_threads(1)
 from rlhf import distributed
-from rlhf.checkpoint import Checkpoints
+from rlhf.runs.checkpoint import Checkpoints
 from rlhf.config import RewardConfig
-from rlhf.config_file import load_config
+from rlhf.config.load import load_config
 from stages import reward
 
 file, kill = sys.argv[1:3]

@@ -12,13 +12,14 @@ import torch
 from reward_runs import config, encoded, metrics_of, steps
 from torch.nn import functional as F
 
-from rlhf.config import ModelConfig, RewardConfig
-from rlhf.models import load_scalar
-from rlhf.ranking_data import RankingCollator
-from rlhf.runs import read_run
-from rlhf.schema import Candidate, Message, Ranking
-from rlhf.store import DatasetWriter
-from rlhf.tokenization import load_tokenizer
+from rlhf.config.base import ModelConfig
+from rlhf.data.chat import load_tokenizer
+from rlhf.data.schema import Candidate, Message, Ranking
+from rlhf.data.store import DatasetWriter
+from rlhf.models.scalar import load_scalar
+from rlhf.reward.collator import RankingCollator
+from rlhf.reward.config import RewardConfig
+from rlhf.runs.run import read_run
 from stages import reward
 
 WEIGHTS = (1.0, 3.0, 2.0)

@@ -11,11 +11,13 @@ import torch
 from families import FAMILIES, HYBRID, VOCAB, random_model
 from transformers import AutoModelForCausalLM
 
-from rlhf import kv_cache
-from rlhf.config import ModelConfig
-from rlhf.models import load_policy
-from rlhf.rollout import SAMPLERS, Answer, Sampling, choose, continuous_batching, end_ids, episode_seed, hf
-from rlhf.tokenization import load_tokenizer
+from rlhf.config.base import ModelConfig
+from rlhf.data.chat import load_tokenizer, stop_ids
+from rlhf.models.load import load_policy
+from rlhf.rollout import kv_cache
+from rlhf.rollout.decoding import choose
+from rlhf.rollout.samplers import SAMPLERS, continuous_batching, hf
+from rlhf.rollout.types import Completion, SamplingParams, stream_seed
 
 PROMPTS = [[5, 6, 7, 8, 9, 10, 11, 12, 13, 14], [3], [20, 21, 22], [9, 8, 7, 6, 5]]
 PROMPTS += [[30, 31], [40 + i % 7 for i in range(17)], [17, 33, 50, 12]]
@@ -62,7 +64,7 @@ def test_greedy_answers_are_those_of_generate_to_the_token(sampler, family, batc
     model, end, expected = by_generate(family)
     assert kv_cache.joinable(model)
     prompts = [prompt for prompt in PROMPTS for _ in range(2)]
-    sampling = Sampling(24, temperature=0, batch_size=batch_size)
+    sampling = SamplingParams(24, temperature=0, batch_size=batch_size)
     found = sampler(model, prompts, [0] * len(prompts), sampling, chat_like(end))
     assert [answer.ids for answer in found] == [ids for ids in expected for _ in range(2)]
     assert all(answer.ended == (answer.ids[-1] == end) for answer in found)
@@ -73,16 +75,18 @@ def test_a_model_whose_cache_cannot_be_joined_answers_batch_after_batch(batch_si
     model, end, expected = by_generate("lfm2")
     assert not kv_cache.joinable(model)
     prompts = [prompt for prompt in PROMPTS for _ in range(2)]
-    found = hf(model, prompts, [0] * len(prompts), Sampling(24, temperature=0, batch_size=batch_size), chat_like(end))
+    found = hf(
+        model, prompts, [0] * len(prompts), SamplingParams(24, temperature=0, batch_size=batch_size), chat_like(end)
+    )
     assert [answer.ids for answer in found] == [ids for ids in expected for _ in range(2)]
 
 
 def test_answers_that_end_with_their_first_token_leave_before_the_others_go_on():
     model, _, expected = by_generate("llama")
     first = expected[0][0]
-    found = hf(model, [PROMPTS[0]] * 3 + PROMPTS[1:], [0] * 9, Sampling(24, temperature=0), chat_like(first))
+    found = hf(model, [PROMPTS[0]] * 3 + PROMPTS[1:], [0] * 9, SamplingParams(24, temperature=0), chat_like(first))
     for prompt, answer in zip(PROMPTS[1:], found[3:]):
-        alone = hf(model, [prompt], [0], Sampling(24, temperature=0), chat_like(first))[0]
+        alone = hf(model, [prompt], [0], SamplingParams(24, temperature=0), chat_like(first))[0]
         assert answer == alone
     assert [answer.ids for answer in found[:3]] == [[first]] * 3
 
@@ -100,12 +104,12 @@ def passes(model, prompts, sampling, end):
 
 def test_answers_to_one_prompt_share_its_prefill():
     model, end, _ = by_generate("llama")
-    assert passes(model, [PROMPTS[0]] * 6 + [PROMPTS[2]] * 2, Sampling(1), end) == [(2, len(PROMPTS[0]))]
+    assert passes(model, [PROMPTS[0]] * 6 + [PROMPTS[2]] * 2, SamplingParams(1), end) == [(2, len(PROMPTS[0]))]
 
 
 def test_no_more_sequences_than_the_batch_size_are_decoded_and_finished_ones_leave():
     model, end, expected = by_generate("llama")
-    shapes = passes(model, PROMPTS * 3, Sampling(24, temperature=0, batch_size=4), end)
+    shapes = passes(model, PROMPTS * 3, SamplingParams(24, temperature=0, batch_size=4), end)
     assert max(rows for rows, _ in shapes) == 4
     assert sum(rows for rows, _ in shapes) < 1.5 * 3 * sum(map(len, expected))
     assert shapes[-1][0] < 4
@@ -122,29 +126,29 @@ def test_the_cache_does_not_outgrow_the_longest_live_sequence():
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(kv_cache.JoinedCache, "before_step", note)
-        hf(model, PROMPTS * 12, range(12 * len(PROMPTS)), Sampling(60, batch_size=2), chat_like(end))
+        hf(model, PROMPTS * 12, range(12 * len(PROMPTS)), SamplingParams(60, batch_size=2), chat_like(end))
     assert len(widths) > 200
     assert max(widths) <= 60 + kv_cache.SPARE
 
 
 def test_an_answer_depends_on_its_seed_alone_not_on_the_batch_it_was_made_in(policy, chat):
     prompts = [chat.prompt(record) for record in _messages(6)]
-    seeds = [episode_seed(0, 0, 0, i) for i in range(6)]
-    together = hf(policy, prompts, seeds, Sampling(20), chat)
-    alone = [hf(policy, [p], [s], Sampling(20), chat)[0] for p, s in zip(prompts, seeds)]
-    in_twos = hf(policy, prompts, seeds, Sampling(20, batch_size=2), chat)
+    seeds = [stream_seed(0, 0, 0, i) for i in range(6)]
+    together = hf(policy, prompts, seeds, SamplingParams(20), chat)
+    alone = [hf(policy, [p], [s], SamplingParams(20), chat)[0] for p, s in zip(prompts, seeds)]
+    in_twos = hf(policy, prompts, seeds, SamplingParams(20, batch_size=2), chat)
     assert together == alone == in_twos
 
 
 def _messages(count):
-    from rlhf.schema import Message
+    from rlhf.data.schema import Message
 
     return [(Message("user", tiny.question(i)),) for i in range(count)]
 
 
 def test_different_seeds_give_different_answers(policy, chat):
     prompt = chat.prompt(_messages(1)[0])
-    answers = hf(policy, [prompt] * 4, [episode_seed(0, i) for i in range(4)], Sampling(20), chat)
+    answers = hf(policy, [prompt] * 4, [stream_seed(0, i) for i in range(4)], SamplingParams(20), chat)
     assert len({tuple(a.ids) for a in answers}) == 4
 
 
@@ -155,15 +159,17 @@ def test_min_new_tokens_bars_the_end_until_then():
         output.logits[..., 2] += 50
 
     model.register_forward_hook(wish_to_end)
-    assert [len(a.ids) for a in hf(model, PROMPTS, range(7), Sampling(9), chat_like(2))] == [1] * 7
-    assert [len(a.ids) for a in hf(model, PROMPTS, range(7), Sampling(9, min_new_tokens=5), chat_like(2))] == [6] * 7
+    assert [len(a.ids) for a in hf(model, PROMPTS, range(7), SamplingParams(9), chat_like(2))] == [1] * 7
+    assert [len(a.ids) for a in hf(model, PROMPTS, range(7), SamplingParams(9, min_new_tokens=5), chat_like(2))] == [
+        6
+    ] * 7
 
 
 def test_a_stop_string_ends_the_answer_after_it(policy, chat):
     prompt = chat.prompt(_messages(1)[0])
-    free = hf(policy, [prompt], [3], Sampling(30), chat)[0]
+    free = hf(policy, [prompt], [3], SamplingParams(30), chat)[0]
     string = chat.decode(free.ids)[5:7]
-    stopped = hf(policy, [prompt], [3], Sampling(30, stop=(string,)), chat)[0]
+    stopped = hf(policy, [prompt], [3], SamplingParams(30, stop=(string,)), chat)[0]
     assert stopped.ended
     assert string in chat.decode(stopped.ids)
     assert free.ids[: len(stopped.ids)] == stopped.ids
@@ -171,28 +177,28 @@ def test_a_stop_string_ends_the_answer_after_it(policy, chat):
 
 
 def test_the_generation_configs_stop_tokens_end_answers(policy, chat):
-    assert end_ids(SimpleNamespace(generation_config=SimpleNamespace(eos_token_id=[1, 7])), chat) == [2, 1, 7]
+    assert stop_ids(SimpleNamespace(generation_config=SimpleNamespace(eos_token_id=[1, 7])), chat) == [2, 1, 7]
 
 
 def test_choose_inverts_the_cumulative_distribution():
     # probabilities 0.1, 0.2, 0.3, 0.4: cumulative 0.1, 0.3, 0.6, 1.0
     logits = torch.tensor([0.1, 0.2, 0.3, 0.4]).log().expand(6, 4)
     noise = torch.tensor([0.0, 0.05, 0.15, 0.35, 0.61, 0.9999999])
-    assert choose(logits, noise, Sampling(1)).tolist() == [0, 0, 1, 2, 3, 3]
+    assert choose(logits, noise, SamplingParams(1)).tolist() == [0, 0, 1, 2, 3, 3]
 
 
 def test_choose_draws_in_proportion_at_the_temperature():
     logits = torch.tensor([0.0, 1.0]).expand(20_000, 2)
     noise = torch.rand(20_000, generator=torch.Generator().manual_seed(0))
-    share = choose(logits, noise, Sampling(1, temperature=0.5)).float().mean()
+    share = choose(logits, noise, SamplingParams(1, temperature=0.5)).float().mean()
     assert share == pytest.approx(torch.sigmoid(torch.tensor(2.0)).item(), abs=0.01)
 
 
 def test_top_k_and_top_p_leave_the_likeliest():
     logits = torch.tensor([0.4, 0.3, 0.2, 0.1]).log().expand(1000, 4)
     noise = torch.rand(1000, generator=torch.Generator().manual_seed(0))
-    assert set(choose(logits, noise, Sampling(1, top_k=2)).tolist()) == {0, 1}
-    assert set(choose(logits, noise, Sampling(1, top_p=0.75)).tolist()) == {0, 1, 2}
+    assert set(choose(logits, noise, SamplingParams(1, top_k=2)).tolist()) == {0, 1}
+    assert set(choose(logits, noise, SamplingParams(1, top_p=0.75)).tolist()) == {0, 1, 2}
 
 
 def test_a_token_of_probability_zero_is_never_chosen():
@@ -200,14 +206,14 @@ def test_a_token_of_probability_zero_is_never_chosen():
     noise = torch.cat(
         [torch.zeros(1), torch.rand(998, generator=torch.Generator().manual_seed(0)), torch.tensor([0.99999994])]
     )
-    assert set(choose(logits, noise, Sampling(1)).tolist()) == {1, 3}
+    assert set(choose(logits, noise, SamplingParams(1)).tolist()) == {1, 3}
 
 
 def test_seeds_are_spread_and_fixed():
-    seeds = {episode_seed(0, purpose, update, i) for purpose in range(3) for update in range(20) for i in range(50)}
+    seeds = {stream_seed(0, purpose, update, i) for purpose in range(3) for update in range(20) for i in range(50)}
     assert len(seeds) == 3000
     assert all(0 <= seed < 2**63 for seed in seeds)
-    assert episode_seed(1, 2, 3) == episode_seed(1, 2, 3) != episode_seed(3, 2, 1)
+    assert stream_seed(1, 2, 3) == stream_seed(1, 2, 3) != stream_seed(3, 2, 1)
 
 
 @pytest.mark.parametrize(
@@ -216,13 +222,13 @@ def test_seeds_are_spread_and_fixed():
 )
 def test_every_sampler_gives_one_answer_a_prompt_in_order(name, policy, chat):
     prompts = [chat.prompt(m) for m in _messages(3)]
-    answers = SAMPLERS[name].fn(policy, prompts, [1, 2, 3], Sampling(7), chat)
-    assert all(isinstance(a, Answer) and 1 <= len(a.ids) <= 7 for a in answers)
+    answers = SAMPLERS[name].fn(policy, prompts, [1, 2, 3], SamplingParams(7), chat)
+    assert all(isinstance(a, Completion) and 1 <= len(a.ids) <= 7 for a in answers)
     assert len(answers) == 3
-    assert SAMPLERS[name].fn(policy, [], [], Sampling(7), chat) == []
+    assert SAMPLERS[name].fn(policy, [], [], SamplingParams(7), chat) == []
 
 
 def test_the_policy_is_left_in_the_mode_that_it_was_in(policy, chat):
     policy.train()
-    hf(policy, [chat.prompt(_messages(1)[0])], [0], Sampling(2), chat)
+    hf(policy, [chat.prompt(_messages(1)[0])], [0], SamplingParams(2), chat)
     assert policy.training

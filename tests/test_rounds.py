@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 from rows import jsonl, write
 
-from data_tools.lineage import faults, lineage
-from data_tools.rounds import Round, collect, sources, untaken
-from rlhf.errors import UserError
-from rlhf.schema import Candidate, Message, Proposal, Ranking
-from rlhf.store import open_dataset
+from data_tools.annotate.rounds import Round, collect, sources, untaken
+from data_tools.curate.lineage import faults, lineage
+from rlhf.core.errors import UserError
+from rlhf.data.schema import Candidate, Message, Proposal, Ranking
+from rlhf.data.store import open_dataset
 
 
 def proposal(number: int) -> Proposal:

@@ -7,10 +7,10 @@ import json
 import pytest
 import tiny
 
-from rlhf.config import SFTConfig
-from rlhf.config_file import check_config
-from rlhf.errors import UserError
-from rlhf.runs import check_same_text, fingerprint, finish, open_run, parent_facts, read_run, result_of
+from rlhf.config.load import check_config
+from rlhf.core.errors import UserError
+from rlhf.runs.run import check_same_text, fingerprint, finish, open_run, parent_facts, read_run, resolve_model_path
+from rlhf.sft.config import SFTConfig
 
 
 def config(folder, **more):
@@ -79,17 +79,17 @@ def test_rewinding_drops_later_lines_and_half_lines(tmp_path):
 def test_only_a_finished_run_has_a_result(tmp_path):
     opened(tmp_path / "half")
     with pytest.raises(UserError, match="not finished"):
-        result_of(tmp_path / "half")
+        resolve_model_path(tmp_path / "half")
     finished(tmp_path / "whole")
-    assert result_of(tmp_path / "whole") == str(tmp_path / "whole" / "model")
+    assert resolve_model_path(tmp_path / "whole") == str(tmp_path / "whole" / "model")
     assert parent_facts(tmp_path / "whole")["fingerprint"] == fingerprint(tmp_path / "whole" / "model")
 
 
 def test_a_wrong_local_path_is_told_from_a_hub_name(tmp_path):
-    assert result_of("org/name") == "org/name"
-    assert result_of(tiny.llama()) == tiny.llama()
+    assert resolve_model_path("org/name") == "org/name"
+    assert resolve_model_path(tiny.llama()) == tiny.llama()
     with pytest.raises(UserError, match="no model there"):
-        result_of(tmp_path / "nothing" / "here")
+        resolve_model_path(tmp_path / "nothing" / "here")
 
 
 def test_the_fingerprint_follows_the_weights(tmp_path):

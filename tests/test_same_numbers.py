@@ -9,10 +9,12 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, OPTConfig
 
-from rlhf.config import ModelConfig, PPOOptimizerConfig
-from rlhf.engine import make_engine
-from rlhf.errors import UserError
-from rlhf.models import load_policy, token_logprobs
+from rlhf.config.base import ModelConfig
+from rlhf.core.errors import UserError
+from rlhf.models.load import load_policy
+from rlhf.models.logprobs import token_logprobs
+from rlhf.ppo.config import PPOOptimizerConfig
+from rlhf.training.engine import make_engine
 from stages.ppo import PPO
 
 SMALL = {"vocab_size": 64, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
@@ -76,7 +78,7 @@ def test_a_rollout_rounds_frozen_weights_once_and_gives_them_back(tmp_path, prom
     answers = []
     for rounds in (True, False):
         if not rounds:
-            monkeypatch.setattr("rlhf.engine.rounded", lambda module, dtype: [])
+            monkeypatch.setattr("rlhf.training.engine.cast_frozen_linears_", lambda module, dtype: [])
         c = test_ppo.config(tmp_path / str(rounds), prompts, precision="bfloat16", tuning=tuning)
         stage, seen = PPO(c, resume=False, overwrite=False), set()
         base = stage.engine.module.policy.get_base_model().model.layers[0].self_attn.q_proj.base_layer

@@ -11,13 +11,14 @@ import pytest
 import tiny
 import torch
 
-from rlhf.config import ModelConfig
-from rlhf.errors import UserError
-from rlhf.inference import open_policy, sample, sampling_for
-from rlhf.rollout import Sampling
-from rlhf.runs import result_of
-from rlhf.schema import Message, Prompt
-from rlhf.tokenization import load_tokenizer
+from rlhf.config.base import ModelConfig
+from rlhf.core.errors import UserError
+from rlhf.data.chat import load_tokenizer
+from rlhf.data.schema import Message, Prompt
+from rlhf.inference.policy import open_policy, sampling_for
+from rlhf.inference.sampling import sample
+from rlhf.rollout.types import SamplingParams
+from rlhf.runs.run import resolve_model_path
 from stages.sample import command
 
 
@@ -63,7 +64,7 @@ def test_the_same_seed_gives_the_same_answers_whatever_else_is_sampled(runs: dic
 
 def test_temperature_zero_is_greedy(runs: dict[str, str]) -> None:
     (row,) = lines(runs["sft"], "-p", "One?", "--temperature", 0)
-    chat = load_tokenizer(ModelConfig(path=runs["sft"]), result_of(runs["sft"]))
+    chat = load_tokenizer(ModelConfig(path=runs["sft"]), resolve_model_path(runs["sft"]))
     ids = chat.prompt([Message("user", "One?")])
     for _ in range(row["tokens"]):
         ids.append(int(finished.policy_logits(runs["sft"], torch.tensor([ids]))[0, -1].argmax()))
@@ -92,7 +93,7 @@ def test_answers_are_written_whole(runs: dict[str, str], tmp_path: Path) -> None
 def test_scores_are_the_reward_models_of_the_very_tokens(runs: dict[str, str]) -> None:
     policy = open_policy(runs["sft"])
     prompt = Prompt((Message("user", "One?"),))
-    (answers,) = sample(policy, [prompt], Sampling(8), seed=0, n=3)
+    (answers,) = sample(policy, [prompt], SamplingParams(8), seed=0, n=3)
     rows = lines(runs["sft"], "-p", "One?", "--n", 3, "--reward", runs["reward"])
     expected = finished.scores(runs["reward"], [a.prompt_ids + a.answer.ids for a in answers])
     assert [row["score"] for row in rows] == pytest.approx(expected.tolist(), abs=1e-5)
@@ -101,7 +102,7 @@ def test_scores_are_the_reward_models_of_the_very_tokens(runs: dict[str, str]) -
 
 def test_a_reward_model_with_another_tokenizer_reads_the_text(runs: dict[str, str]) -> None:
     (row,) = lines(runs["sft"], "-p", "One?", "--reward", runs["other"])
-    other = load_tokenizer(ModelConfig(path=runs["other"]), result_of(runs["other"]))
+    other = load_tokenizer(ModelConfig(path=runs["other"]), resolve_model_path(runs["other"]))
     expected = finished.scores(runs["other"], [other.whole(row["messages"], row["answer"])])
     assert row["score"] == pytest.approx(float(expected), abs=1e-5)
 
@@ -135,7 +136,7 @@ def test_waiting_prompts_take_the_places_of_finished_answers_and_results_come_ea
     hook = policy.model.register_forward_pre_hook(
         lambda module, inputs, named: shapes.append(tuple(named["input_ids"].shape)), with_kwargs=True
     )
-    stream = sample(policy, prompts, Sampling(30, batch_size=2), seed=0)
+    stream = sample(policy, prompts, SamplingParams(30, batch_size=2), seed=0)
     first = next(stream)
     prefilled = sum(rows for rows, columns in shapes if columns > 1)
     found = [answer for (answer,) in [first, *stream]]
@@ -152,7 +153,7 @@ def test_a_ppo_run_is_sampled_as_in_training_unless_told_otherwise(runs: dict[st
     assert (found.max_new_tokens, found.temperature, found.top_k, found.stop) == (12, 0.5, 7, ("zz",))
     assert sampling_for(runs["ppo"], temperature=0, stop=["a"]).stop == ("a",)
     assert sampling_for(runs["ppo"], temperature=0).temperature == 0
-    assert sampling_for(runs["sft"]) == Sampling(128, batch_size=32)
+    assert sampling_for(runs["sft"]) == SamplingParams(128, batch_size=32)
 
 
 def test_a_policy_of_virtual_tokens_uses_them_at_every_step(runs: dict[str, str]) -> None:
@@ -181,7 +182,7 @@ def test_an_answer_ends_after_a_stop_string(name: str, runs: dict[str, str]) -> 
 
 def test_a_long_prompt_keeps_its_end(runs: dict[str, str], capsys: pytest.CaptureFixture[str]) -> None:
     policy = open_policy(runs["sft"])
-    (answers,) = sample(policy, [Prompt((Message("user", "word " * 200 + "owl?"),))], Sampling(8), seed=0)
+    (answers,) = sample(policy, [Prompt((Message("user", "word " * 200 + "owl?"),))], SamplingParams(8), seed=0)
     assert len(answers[0].prompt_ids) == 120
     assert "owl?" in policy.chat.tokenizer.decode(answers[0].prompt_ids)
     assert "1 prompts are longer than 120 tokens and were cut to their end" in capsys.readouterr().err
@@ -216,7 +217,7 @@ def test_models_that_cannot_answer_or_score_are_refused(runs: dict[str, str]) ->
     with pytest.raises(UserError, match="gives scores, not answers"):
         finished.invoke(command, runs["reward"], "-p", "One?")
     with pytest.raises(UserError, match="gives scores, not answers"):
-        finished.invoke(command, result_of(runs["reward"]), "-p", "One?")
+        finished.invoke(command, resolve_model_path(runs["reward"]), "-p", "One?")
     with pytest.raises(UserError, match="not a reward model"):
         finished.invoke(command, runs["sft"], "-p", "One?", "--reward", runs["sft"])
     with pytest.raises(UserError, match="no model there"):
@@ -230,6 +231,6 @@ def test_a_split_that_is_not_there_is_refused(runs: dict[str, str], tmp_path: Pa
 
 
 def test_control_characters_of_an_answer_do_not_reach_the_terminal() -> None:
-    from rlhf.console import printable
+    from rlhf.core.console import printable
 
     assert printable("a\x1b[2Jb\n\tc\r") == "a\N{REPLACEMENT CHARACTER}[2Jb\n\tc\N{REPLACEMENT CHARACTER}"

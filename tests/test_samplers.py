@@ -12,17 +12,18 @@ import torch
 from test_ppo import config, metrics, updates
 from transformers import AutoModelForCausalLM, Lfm2Config
 
-from rlhf.config import ModelConfig
-from rlhf.errors import UserError
-from rlhf.experience import episode_batcher
-from rlhf.losses import Importance
-from rlhf.merging import merged_state, merged_weights
-from rlhf.models import load_policy
-from rlhf.packed_attention import PACKED, switch
-from rlhf.rollout import Sampling, continuous_batching, episode_seed, hf
-from rlhf.schema import Message
-from rlhf.tokenization import load_tokenizer
-from rlhf.tuning import TUNING
+from rlhf.config.base import ModelConfig
+from rlhf.core.errors import UserError
+from rlhf.data.chat import load_tokenizer
+from rlhf.data.schema import Message
+from rlhf.models.load import load_policy
+from rlhf.models.merging import merged_state, merged_weights
+from rlhf.models.packed_attention import PACKED, switch
+from rlhf.models.tuning import TUNING
+from rlhf.ppo.batching import episode_batcher
+from rlhf.ppo.losses import Importance
+from rlhf.rollout.samplers import continuous_batching, hf
+from rlhf.rollout.types import SamplingParams, stream_seed
 from stages.ppo import PPO, run
 
 CONTINUOUS = {"name": "transformers", "page_size": 8}
@@ -48,21 +49,23 @@ def prompts(tmp_path_factory):
     return tiny.write_demonstrations(tmp_path_factory.mktemp("data") / "demos", 24, held_out=4)
 
 
-SEEDS = [episode_seed(0, i) for i in range(6)]
+SEEDS = [stream_seed(0, i) for i in range(6)]
 
 
 # ---- continuous batching
 
 
 def test_the_same_call_gives_the_same_answers_and_other_seeds_give_others(policy, chat, questions):
-    first, second = (continuous_batching(policy, questions, SEEDS, Sampling(20, batch_size=2), chat) for _ in range(2))
+    first, second = (
+        continuous_batching(policy, questions, SEEDS, SamplingParams(20, batch_size=2), chat) for _ in range(2)
+    )
     assert first == second
-    assert first != continuous_batching(policy, questions, SEEDS[::-1], Sampling(20, batch_size=2), chat)
+    assert first != continuous_batching(policy, questions, SEEDS[::-1], SamplingParams(20, batch_size=2), chat)
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.6])
 def test_the_reported_log_probs_are_the_models_at_the_sampling_temperature(temperature, policy, chat, questions):
-    answers = continuous_batching(policy, questions, SEEDS, Sampling(20, temperature=temperature), chat)
+    answers = continuous_batching(policy, questions, SEEDS, SamplingParams(20, temperature=temperature), chat)
     for prompt, answer in zip(questions, answers):
         logits = policy(torch.tensor([prompt + answer.ids])).logits[0, len(prompt) - 1 : -1] / temperature
         expected = logits.log_softmax(-1).gather(1, torch.tensor(answer.ids)[:, None]).squeeze(1)
@@ -71,13 +74,15 @@ def test_the_reported_log_probs_are_the_models_at_the_sampling_temperature(tempe
 
 @pytest.mark.parametrize("narrowed", [{"top_k": 5}, {"top_p": 0.9}, {"temperature": 0}])
 def test_no_log_probs_are_reported_of_a_narrowed_distribution(narrowed, policy, chat, questions):
-    answers = continuous_batching(policy, questions, SEEDS, Sampling(5, **narrowed), chat)
+    answers = continuous_batching(policy, questions, SEEDS, SamplingParams(5, **narrowed), chat)
     assert all(answer.logprobs is None for answer in answers)
 
 
 def test_top_k_of_one_is_greedy(policy, chat, questions):
-    likeliest = continuous_batching(policy, questions, SEEDS, Sampling(12, top_k=1), chat)
-    assert [a.ids for a in likeliest] == [a.ids for a in hf(policy, questions, SEEDS, Sampling(12, top_k=1), chat)]
+    likeliest = continuous_batching(policy, questions, SEEDS, SamplingParams(12, top_k=1), chat)
+    assert [a.ids for a in likeliest] == [
+        a.ids for a in hf(policy, questions, SEEDS, SamplingParams(12, top_k=1), chat)
+    ]
 
 
 def test_an_adapter_takes_part(chat, questions):
@@ -86,7 +91,7 @@ def test_an_adapter_takes_part(chat, questions):
     for parameter in tuned.parameters():
         if parameter.requires_grad:
             parameter.data.normal_(std=0.3)
-    greedy = Sampling(16, temperature=0)
+    greedy = SamplingParams(16, temperature=0)
     answers = continuous_batching(tuned, questions, SEEDS, greedy, chat)
     assert answers == hf(tuned, questions, SEEDS, greedy, chat)
     with tuned.disable_adapter():
@@ -95,7 +100,7 @@ def test_an_adapter_takes_part(chat, questions):
 
 def test_a_model_with_packed_attention_samples_as_it_did(chat, questions):
     policy = load_policy(ModelConfig(path=tiny.llama()), tiny.llama())
-    greedy = Sampling(8, temperature=0)
+    greedy = SamplingParams(8, temperature=0)
     expected = hf(policy, questions, SEEDS, greedy, chat)
     switch(policy, "sdpa", PACKED)
     assert hf(policy, questions, SEEDS, greedy, chat) == expected
@@ -107,7 +112,7 @@ def test_the_model_and_the_random_numbers_are_left_as_they_were(chat, questions)
     model = load_policy(ModelConfig(path=tiny.llama()), tiny.llama()).train()
     model.set_attn_implementation("eager")
     before = torch.get_rng_state()
-    continuous_batching(model, questions, SEEDS, Sampling(4), chat)
+    continuous_batching(model, questions, SEEDS, SamplingParams(4), chat)
     assert torch.equal(torch.get_rng_state(), before)
     assert model.training and model.config._attn_implementation == "eager"
 
@@ -116,7 +121,7 @@ def test_the_model_and_the_random_numbers_are_left_as_they_were(chat, questions)
 def test_options_that_it_cannot_follow_are_refused(option, policy, chat, questions, tmp_path, prompts):
     (name,) = option
     with pytest.raises(UserError, match=name):
-        continuous_batching(policy, questions, SEEDS, Sampling(5, **option), chat)
+        continuous_batching(policy, questions, SEEDS, SamplingParams(5, **option), chat)
     with pytest.raises(UserError, match=f"cannot do {name}"):
         config(tmp_path, prompts, rollout__sampler="transformers", **{f"rollout__{name}": next(iter(option.values()))})
 
@@ -126,7 +131,7 @@ def test_a_model_that_transformers_cannot_page_is_refused(chat):
     layers = ["conv", "full_attention"]
     model = AutoModelForCausalLM.from_config(Lfm2Config(vocab_size=64, layer_types=layers, **shape))
     with pytest.raises(UserError, match="kind lfm2"):
-        continuous_batching(model, [[1, 2]], [0], Sampling(3), chat)
+        continuous_batching(model, [[1, 2]], [0], SamplingParams(3), chat)
 
 
 # ---- importance weights in PPO
@@ -202,10 +207,10 @@ def test_the_weights_that_are_sent_are_the_merged_ones_and_the_live_ones_stay(tu
 
 def test_vllm_knows_every_sampling_parameter_that_it_is_given():
     vllm = pytest.importorskip("vllm", reason="vLLM is not installed: its options cannot be compared")
-    from rlhf.vllm_engine import sampling_params
+    from rlhf.rollout.vllm import sampling_params
 
     known = inspect.signature(vllm.SamplingParams).parameters
-    for sampling in (Sampling(5), Sampling(5, 2, 0.7, 10, 0.9, ("a",))):
+    for sampling in (SamplingParams(5), SamplingParams(5, 2, 0.7, 10, 0.9, ("a",))):
         given = sampling_params(sampling, SEEDS[0], [2, 1])
         assert set(given) <= set(known)
         vllm.SamplingParams(**given)

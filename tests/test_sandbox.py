@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from data_tools.sandbox import Expression, Failed, Template
-from rlhf.errors import UserError
+from data_tools.io.expressions import Expression, Failed, Template
+from rlhf.core.errors import UserError
 
 VALUES = {"text": "Hello World", "n": 3, "none": None, "items": [{"text": "a", "n": 1}, {"text": "b", "n": 5}]}
 

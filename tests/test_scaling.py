@@ -7,7 +7,7 @@ import sys
 import pytest
 import tiny
 
-from rlhf.experience import plan_minibatches
+from rlhf.ppo.batching import plan_minibatches
 
 sys.path.append(str(tiny.REPOSITORY / "benchmarks"))
 

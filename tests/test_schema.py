@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from rows import DEMONSTRATION, RANKING, records
 
-from rlhf.schema import (
+from rlhf.data.schema import (
     KINDS,
     BadRecord,
     Candidate,

@@ -9,11 +9,12 @@ import tiny
 import torch
 from reward_runs import encoded
 
-from rlhf.config import ModelConfig
-from rlhf.errors import UserError
-from rlhf.models import POSITIONS_AFTER_PADDING, ScalarModel, load_config, load_scalar, sequence_limit
-from rlhf.scoring import score_rankings, score_texts
-from rlhf.tokenization import ChatTokenizer, load_tokenizer
+from rlhf.config.base import ModelConfig
+from rlhf.core.errors import UserError
+from rlhf.data.chat import ChatTokenizer, load_tokenizer
+from rlhf.models.load import POSITIONS_AFTER_PADDING, load_hf_config, sequence_limit
+from rlhf.models.scalar import ScalarModel, load_scalar
+from rlhf.reward.scoring import score_rankings, score_texts
 
 
 @pytest.fixture(scope="module")
@@ -95,7 +96,7 @@ def test_positions_that_follow_padding_are_not_promised(tmp_path: Path) -> None:
     assert "roberta" in POSITIONS_AFTER_PADDING
     RobertaConfig(max_position_embeddings=514, pad_token_id=1).save_pretrained(tmp_path)
     made = ModelConfig(path=str(tmp_path))
-    assert sequence_limit(made, load_config(made, str(tmp_path))) == 512
+    assert sequence_limit(made, load_hf_config(made, str(tmp_path))) == 512
 
 
 def test_a_model_without_a_score_head_is_refused_where_a_trained_one_is_needed() -> None:

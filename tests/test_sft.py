@@ -20,15 +20,15 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from rlhf.checkpoint import SEAL
-from rlhf.config import SFTConfig
-from rlhf.config_file import check_config
-from rlhf.data import tokenize
-from rlhf.errors import UserError
-from rlhf.models import load_policy
-from rlhf.ordering import epoch_order
-from rlhf.runs import Run, read_run
-from rlhf.tokenization import load_tokenizer
+from rlhf.config.load import check_config
+from rlhf.core.errors import UserError
+from rlhf.data.chat import load_tokenizer
+from rlhf.data.tables import tokenize
+from rlhf.models.load import load_policy
+from rlhf.runs.checkpoint import SEAL
+from rlhf.runs.run import Run, read_run
+from rlhf.sft.config import SFTConfig
+from rlhf.training.epoch_order import epoch_order
 from stages import sft
 
 torch.set_num_threads(1)
@@ -88,7 +88,7 @@ def rows(demos: str, folder: Path) -> Any:
     config = check_config(SFTConfig, settings(demos, folder), "the test")
     chat = load_tokenizer(config.model, tiny.llama())
     folder.mkdir()
-    return tokenize(Run(folder, "sft"), chat, 128, config.data, "demonstration")
+    return tokenize(folder, chat, 128, config.data, "demonstration")
 
 
 def nll(model: Any, records: list[dict[str, Any]]) -> tuple[Tensor, int]:
@@ -308,9 +308,9 @@ import torch
 torch.set_num_threads(1)
 import stages.sft as sft
 from rlhf.config import SFTConfig
-from rlhf.config_file import check_config
-from rlhf.entry import run, told
-from rlhf.trainer import StageTrainer
+from rlhf.config.load import check_config
+from rlhf.cli.entry import run, told
+from rlhf.training.trainer import StageTrainer
 
 KILL = sys.argv[2]  # "in-step 5", "in-write 6" or nothing
 RANK = int(os.environ.get("RANK", "0"))

@@ -17,17 +17,18 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 import stages.ppo
-from rlhf.actor_critic import ActorCritic
-from rlhf.config import PPOConfig
-from rlhf.config_file import check_config
-from rlhf.engine import make_engine
-from rlhf.errors import UserError
-from rlhf.export import EXPORTERS, ROLES, export
-from rlhf.models import ScalarModel, hidden_states
-from rlhf.plan import check
-from rlhf.ppo_report import TIMINGS
-from rlhf.runs import result_of
-from rlhf.sharing import recognise
+from rlhf.cli.preflight import check
+from rlhf.config.load import check_config
+from rlhf.core.errors import UserError
+from rlhf.export.formats import EXPORTERS, ROLES, export
+from rlhf.models.logprobs import hidden_states
+from rlhf.models.scalar import ScalarModel
+from rlhf.ppo.actor_critic import ActorCritic
+from rlhf.ppo.config import PPOConfig
+from rlhf.ppo.metrics import TIMINGS
+from rlhf.ppo.shared_roles import recognise
+from rlhf.runs.run import resolve_model_path
+from rlhf.training.engine import make_engine
 from stages.ppo import PPO
 
 torch.set_num_threads(1)
@@ -114,7 +115,7 @@ def four_models(base: str, policy: dict[str, torch.Tensor], sft: str | None, rew
         assert not missing.unexpected_keys
         body = AutoModelForSequenceClassification.from_pretrained(base, num_labels=1)
         critic = ScalarModel(PeftModel.from_pretrained(body, f"{reward}/adapter", is_trainable=True))
-        settings = json.loads((Path(result_of(reward)) / "config.json").read_text())
+        settings = json.loads((Path(resolve_model_path(reward)) / "config.json").read_text())
         critic.set_scale(settings["reward_mean"], settings["reward_std"])
         reference = AutoModelForCausalLM.from_pretrained(base)
         if sft is not None:
@@ -156,7 +157,7 @@ def test_one_base_gives_what_four_models_give(case, tmp_path, runs, prompts, mon
         "last layer": (runs["sft"], runs["last"], None, LAST),
         "both over the base": (runs["sft-lora"], runs["over-base"], runs["sft-lora"], LORA),
     }[case]
-    base = tiny.llama() if sft else result_of(model)
+    base = tiny.llama() if sft else resolve_model_path(model)
     shared = PPO(config(tmp_path / "shared", prompts, model, reward, tuning=tuning), resume=False, overwrite=False)
     begin = {n: p.detach().clone() for n, p in shared.engine.module.policy.named_parameters()}
     separate = train_separately(monkeypatch, shared, tmp_path / "separate", base, sft, reward)
@@ -207,7 +208,7 @@ def test_the_reward_is_a_term_of_a_sum_too(tmp_path, runs, prompts):
 
 def test_the_base_is_there_once(tmp_path, runs, prompts):
     stage = PPO(config(tmp_path / "run", prompts, runs["sft"], runs["over-sft"]), resume=False, overwrite=False)
-    base = AutoModelForCausalLM.from_pretrained(result_of(runs["sft"])).num_parameters()
+    base = AutoModelForCausalLM.from_pretrained(resolve_model_path(runs["sft"])).num_parameters()
     total = sum(p.numel() for p in stage.engine.module.parameters())
     adapter = sum(p.numel() for p in stage.engine.module.adapter("policy"))
     assert total == base + 3 * adapter + 2 * 32  # policy, critic and reward; the reference is the base alone
@@ -268,7 +269,7 @@ def planned(made: PPOConfig) -> str:
 
 def test_the_plan_says_which_base_is_shared(tmp_path, runs, prompts):
     over_sft = planned(config(tmp_path, prompts, runs["sft"], runs["over-sft"]))
-    assert f"one base {result_of(runs['sft'])} (fingerprint " in over_sft
+    assert f"one base {resolve_model_path(runs['sft'])} (fingerprint " in over_sft
     assert "policy new" in over_sft and f"critic from {runs['over-sft']}" in over_sft
     assert "reference without adapter" in over_sft
     both = planned(config(tmp_path, prompts, runs["sft-lora"], runs["over-base"]))
@@ -278,7 +279,7 @@ def test_the_plan_says_which_base_is_shared(tmp_path, runs, prompts):
 
 
 def test_the_base_is_known_by_its_weights_and_not_by_its_path(tmp_path, runs, prompts):
-    made = config(tmp_path, prompts, str(Path(result_of(runs["sft"]))), runs["over-sft"])
+    made = config(tmp_path, prompts, str(Path(resolve_model_path(runs["sft"]))), runs["over-sft"])
     assert recognise(made).weights == recognise(config(tmp_path, prompts, runs["sft"], runs["over-sft"])).weights
 
 

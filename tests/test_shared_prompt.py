@@ -12,15 +12,15 @@ import torch
 import transformers
 from reward_runs import config, encoded, metrics_of, steps
 
-from rlhf.config import ModelConfig
-from rlhf.models import ScalarModel, load_scalar
-from rlhf.ranking import RANKING_LOSSES
-from rlhf.ranking_data import RankingCollator
-from rlhf.scoring import score_rankings
-from rlhf.shared_prompt import ALONE, SharedPrompts, attention_of, ends_of, pad_rows, positions_of
-from rlhf.tokenization import ChatTokenizer, load_tokenizer
-from rlhf.trainer import checkpoint_activations
-from rlhf.tuning import TUNING
+from rlhf.config.base import ModelConfig
+from rlhf.data.chat import ChatTokenizer, load_tokenizer
+from rlhf.models.scalar import ScalarModel, load_scalar
+from rlhf.models.shared_prompt import NO_SHARING, SharedPrompts, attention_of, ends_of, pad_rows, positions_of
+from rlhf.models.tuning import TUNING
+from rlhf.reward.collator import RankingCollator
+from rlhf.reward.losses import RANKING_LOSSES
+from rlhf.reward.scoring import score_rankings
+from rlhf.training.trainer import checkpoint_activations
 from stages import reward
 
 SIZES: dict[str, Any] = {
@@ -170,7 +170,7 @@ def test_adapters_and_recomputed_activations_change_nothing(chat: ChatTokenizer)
 @pytest.mark.parametrize("name", CANNOT)
 def test_a_model_that_cannot_share_prompts_encodes_them_for_each_answer(name: str, chat: ChatTokenizer) -> None:
     scalar = scalar_of(name)
-    assert scalar.shared_prompts == ALONE
+    assert scalar.shared_prompts == NO_SHARING
     assert "branches" not in RankingCollator(chat, sharing=scalar.shared_prompts)(some_rankings())
 
 
@@ -195,7 +195,7 @@ def test_where_a_text_is_longer_than_a_sliding_window_nothing_in_its_batch_is_sh
 def test_an_attention_that_takes_no_such_mask_is_left_alone() -> None:
     scalar = scalar_of("llama")
     scalar.config._attn_implementation = "flash_attention_2"
-    assert scalar.shared_prompts == ALONE
+    assert scalar.shared_prompts == NO_SHARING
 
 
 def test_answers_share_a_row_only_while_that_is_less_work() -> None:
@@ -203,7 +203,7 @@ def test_answers_share_a_row_only_while_that_is_less_work() -> None:
     assert sharing.rows(200, [100] * 4) == [[0, 1, 2], [3]]
     assert sharing.rows(1, [500, 500]) == [[0], [1]]
     assert sharing.rows(200, [100] * 4, most=450) == [[0, 1], [2, 3]]
-    assert ALONE.rows(200, [1, 1]) == [[0], [1]]
+    assert NO_SHARING.rows(200, [1, 1]) == [[0], [1]]
     assert sharing.rows(5, []) == []
 
 
@@ -216,7 +216,7 @@ def test_scoring_encodes_a_prompt_once_and_gives_the_same_scores(
     torch.manual_seed(0)
     scalar = load_scalar(ModelConfig(path=tiny.llama()), tiny.llama())
     rows = encoded(rankings, chat)
-    scalar.shared_prompts = ALONE
+    scalar.shared_prompts = NO_SHARING
     apart = score_rankings(scalar, chat, rows + rows[:3], 1024)
     scalar.shared_prompts = EVERYTHING
     tokens = []

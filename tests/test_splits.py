@@ -8,11 +8,11 @@ from collections import Counter
 import pytest
 from rows import RANKING, dataset, jsonl, last_line, prompts, run, tree
 
-from data_tools.splits import DEFAULT_FRACTIONS, assign, parse_fractions, split_dataset
-from data_tools.stats import stats
-from rlhf.errors import UserError
-from rlhf.schema import KINDS
-from rlhf.store import open_dataset
+from data_tools.curate.splits import DEFAULT_FRACTIONS, assign, parse_fractions, split_dataset
+from data_tools.curate.stats import stats
+from rlhf.core.errors import UserError
+from rlhf.data.schema import KINDS
+from rlhf.data.store import open_dataset
 
 FRACTIONS = {"train": 0.8, "eval": 0.1, "test": 0.1}
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from rows import RANKING, dataset, run
 
-from data_tools.stats import stats
+from data_tools.curate.stats import stats
 
 
 def test_proposals_are_counted_by_k_and_their_answers_measured(tmp_path):

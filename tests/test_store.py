@@ -17,10 +17,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from rows import DEMONSTRATION, RANKING, records, tree, write
 
-from rlhf import store
-from rlhf.errors import UserError
-from rlhf.schema import KINDS, BadRecord, from_dict, to_dict
-from rlhf.store import DatasetWriter, open_dataset, read_jsonl, read_shard, shard_faults
+from rlhf.core.errors import UserError
+from rlhf.data import store
+from rlhf.data.schema import KINDS, BadRecord, from_dict, to_dict
+from rlhf.data.store import DatasetWriter, open_dataset, read_jsonl, read_shard, shard_faults
 
 
 def prompts(count, **fields):
@@ -347,5 +347,5 @@ def test_zstd_is_read_whole_and_a_stream_that_is_cut_off_is_refused(tmp_path):
 
 
 def test_importing_the_store_does_not_load_pyarrow():
-    code = "import sys, rlhf.store, rlhf.schema; assert 'pyarrow' not in sys.modules"
+    code = "import sys, rlhf.data.store, rlhf.data.schema; assert 'pyarrow' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[1])

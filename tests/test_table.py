@@ -7,13 +7,13 @@ from typing import Annotated
 import pytest
 from pydantic import BaseModel, Field
 
-from rlhf.advantages import ADVANTAGES
-from rlhf.kl import KL_CONTROLLERS, KL_ESTIMATORS, MISSING_EOS
-from rlhf.ranking import RANKING_LOSSES
-from rlhf.rewards import REWARDS
-from rlhf.rollout import SAMPLERS
-from rlhf.table import Pick, Table
-from rlhf.tuning import TUNING
+from rlhf.core.table import Pick, Table
+from rlhf.models.tuning import TUNING
+from rlhf.ppo.advantages import ADVANTAGES
+from rlhf.ppo.kl import KL_CONTROLLERS, KL_ESTIMATORS, MISSING_EOS
+from rlhf.reward.losses import RANKING_LOSSES
+from rlhf.reward.sources import REWARDS
+from rlhf.rollout.samplers import SAMPLERS
 
 FRUIT = Table("fruit")
 

@@ -14,12 +14,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from rows import jsonl, last_line, run, tree
 
-from data_tools.ingest import NothingUsable
-from data_tools.task_families import ALWAYS, families, load_family, read_family
-from data_tools.task_rows import Mapper
-from data_tools.tasks import Options, Pools, make_tasks
-from rlhf.errors import UserError
-from rlhf.store import open_dataset
+from data_tools.importers.run import NothingUsable
+from data_tools.tasks.families import ALWAYS, families, load_family, read_family
+from data_tools.tasks.make import Options, Pools, make_tasks
+from data_tools.tasks.rows import Mapper
+from rlhf.core.errors import UserError
+from rlhf.data.store import open_dataset
 
 SNLI = [
     {"premise": "A dog runs.", "hypothesis": "An animal moves.", "label": 0},
@@ -175,7 +175,7 @@ def test_exemplars_are_of_train_and_of_the_same_task_and_mode(tmp_path):
 
 
 def test_the_pool_is_a_sample_of_bounded_size(monkeypatch):
-    monkeypatch.setattr("data_tools.tasks.POOL", 10)
+    monkeypatch.setattr("data_tools.tasks.make.POOL", 10)
     family = load_family("qa")
     mapper = Mapper(family, (), None, "t")
     examples = [mapper({"question": f"q{i}?", "answer": "a"}) for i in range(2000)]

@@ -5,17 +5,11 @@ from __future__ import annotations
 import pytest
 import tiny
 
-from rlhf.config import ModelConfig
-from rlhf.errors import UserError
-from rlhf.schema import Candidate, Demonstration, Message, Ranking
-from rlhf.tokenization import (
-    ChatTokenizer,
-    Counts,
-    encode_demonstration,
-    encode_prompt,
-    encode_ranking,
-    load_tokenizer,
-)
+from rlhf.config.base import ModelConfig
+from rlhf.core.errors import UserError
+from rlhf.data.chat import ChatTokenizer, load_tokenizer
+from rlhf.data.encode import Counts, encode_demonstration, encode_prompt, encode_ranking
+from rlhf.data.schema import Candidate, Demonstration, Message, Ranking
 
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"

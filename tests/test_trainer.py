@@ -8,11 +8,12 @@ from typing import Any
 
 import pytest
 
-from rlhf.config import RewardConfig, SFTConfig
-from rlhf.config_file import check_config
-from rlhf.errors import UserError
-from rlhf.runs import Run
-from rlhf.trainer import training_arguments
+from rlhf.config.load import check_config
+from rlhf.core.errors import UserError
+from rlhf.reward.config import RewardConfig
+from rlhf.runs.run import Run
+from rlhf.sft.config import SFTConfig
+from rlhf.training.trainer import training_arguments
 
 
 def arguments(tmp_path: Path, kind: Any = SFTConfig, **values: Any) -> Any:

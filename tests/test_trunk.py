@@ -7,10 +7,10 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from rlhf.experience import Batcher
-from rlhf.models import hidden_states
-from rlhf.trunk import Trunk, gather_states
-from rlhf.tuning import TUNING
+from rlhf.models.logprobs import hidden_states
+from rlhf.models.tuning import TUNING
+from rlhf.ppo.batching import Batcher
+from rlhf.ppo.frozen_layers import FrozenLayers, gather_states
 
 SIZES = {
     "vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4,
@@ -46,7 +46,7 @@ def model_of(family: str, layers: int | None = 1):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_pass_from_the_middle_gives_the_same_hidden_states(family):
     model = model_of(family)
-    trunk = Trunk(model)
+    trunk = FrozenLayers(model)
     assert trunk.depth == 2
     with torch.no_grad():
         whole = hidden_states(model, IDS, MASK)[MASK.bool()]
@@ -58,7 +58,7 @@ def test_a_pass_from_the_middle_gives_the_same_hidden_states(family):
 
 def test_lower_layers_run_for_the_trunk_alone_and_upper_layers_for_all_else():
     model = model_of("llama")
-    trunk, ran = Trunk(model), []
+    trunk, ran = FrozenLayers(model), []
     for number, layer in enumerate(trunk.layers):
         layer.register_forward_hook(lambda *_, number=number: ran.append(number))
     with torch.no_grad():
@@ -71,7 +71,7 @@ def test_lower_layers_run_for_the_trunk_alone_and_upper_layers_for_all_else():
 
 @pytest.mark.parametrize("layers, depth", [(1, 2), (2, 1), (3, 0), (None, 0)])
 def test_the_trunk_ends_below_the_first_layer_with_an_adapter(layers, depth):
-    assert Trunk(model_of("llama", layers)).depth == depth
+    assert FrozenLayers(model_of("llama", layers)).depth == depth
 
 
 def test_a_model_that_cannot_go_on_from_the_middle_has_no_trunk():
@@ -90,7 +90,7 @@ def test_a_model_that_cannot_go_on_from_the_middle_has_no_trunk():
         return output
 
     inner.forward = with_a_residual_from_the_first_layer
-    assert Trunk(model).depth == 0
+    assert FrozenLayers(model).depth == 0
 
 
 @pytest.mark.parametrize("packed", [False, True])

@@ -13,13 +13,15 @@ import tiny
 import torch
 from transformers import AutoModelForCausalLM, GenerationConfig
 
-from rlhf.config import ModelConfig
-from rlhf.errors import UserError
-from rlhf.merging import merged_state
-from rlhf.models import load_policy, load_scalar
-from rlhf.table import Pick
-from rlhf.tokenization import ChatTokenizer, load_tokenizer
-from rlhf.tuning import TUNING, quantize, save_result, say_trainable, virtual_tokens
+from rlhf.config.base import ModelConfig
+from rlhf.core.errors import UserError
+from rlhf.core.table import Pick
+from rlhf.data.chat import ChatTokenizer, load_tokenizer
+from rlhf.models.load import load_policy
+from rlhf.models.merging import merged_state
+from rlhf.models.save import save_result
+from rlhf.models.scalar import load_scalar
+from rlhf.models.tuning import TUNING, quantize, say_trainable, virtual_tokens
 
 torch.set_num_threads(1)
 
@@ -279,5 +281,5 @@ def test_an_adapter_over_4_bits_merges_to_the_function_that_was_trained(
 
 
 def test_the_table_is_known_without_importing_torch() -> None:
-    code = "import sys, rlhf.tuning; sys.exit('torch' in sys.modules or 'peft' in sys.modules)"
+    code = "import sys, rlhf.models.tuning; sys.exit('torch' in sys.modules or 'peft' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=tiny.REPOSITORY).returncode == 0

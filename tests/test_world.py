@@ -12,7 +12,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from data_tools.world import (
+from data_tools.demo_world.base_model import make_base_model, make_tokenizer
+from data_tools.demo_world.report import RULE, parts, show, write_markdown
+from data_tools.demo_world.rules import (
     ANNOTATORS,
     BEST,
     LOOKS,
@@ -26,10 +28,8 @@ from data_tools.world import (
     rank,
     read_request,
 )
-from data_tools.world_model import make_base_model, make_tokenizer
-from data_tools.world_report import RULE, parts, show, write_markdown
-from data_tools.world_text import WRITERS, demonstrate, documents, prompts, write
-from rlhf.schema import Candidate, Message, Prompt, Ranking
+from data_tools.demo_world.text import WRITERS, demonstrate, documents, prompts, write
+from rlhf.data.schema import Candidate, Message, Prompt, Ranking
 
 ROOT = Path(__file__).parents[1]
 FOOD = Prompt((Message("user", "What does the red fox in Norway eat?"),))
@@ -116,7 +116,11 @@ def test_the_rule_is_used_by_the_world_and_the_demo_alone():
         for file in (ROOT / folder).glob("*.py"):
             for node in ast.walk(ast.parse(file.read_text("utf-8"))):
                 names = [a.name for a in node.names] if isinstance(node, ast.ImportFrom) else []
-                if isinstance(node, ast.ImportFrom) and node.module == "data_tools.world" and "judge" in names:
+                if (
+                    isinstance(node, ast.ImportFrom)
+                    and node.module == "data_tools.demo_world.rules"
+                    and "judge" in names
+                ):
                     users.add(f"{folder}/{file.name}")
     assert users == {"stages/demo.py"}
 

@@ -12,8 +12,8 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from rlhf.schema import Candidate, Message, Ranking
-from rlhf.store import DatasetWriter
+from rlhf.data.schema import Candidate, Message, Ranking
+from rlhf.data.store import DatasetWriter
 
 SOURCE = Path(__file__).resolve().parents[2] / "shared/data/preferences/ukpconvarg1_strict_pairs.jsonl.gz"
 

@@ -6,14 +6,14 @@ from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from data_tools.check import consistency
-from data_tools.check.annotators import annotators_of
-from data_tools.check.ceiling import agreement_facts, several_times
-from data_tools.check.columns import Collector, as_shards, row_groups
-from data_tools.check.judgements import pairs_of, votes_of
-from rlhf import console
-from rlhf.lazy import lazy
-from rlhf.store import Dataset, open_dataset
+from data_tools.statistics import consistency
+from data_tools.statistics.annotators import annotators_of
+from data_tools.statistics.ceiling import agreement_facts, several_times
+from data_tools.statistics.columns import Collector, as_shards, row_groups
+from data_tools.statistics.judgements import pairs_of, votes_of
+from rlhf.core import console
+from rlhf.core.lazy import lazy
+from rlhf.data.store import Dataset, open_dataset
 
 if TYPE_CHECKING:
     import numpy as np

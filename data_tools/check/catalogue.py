@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from data_tools.check.intervals import Estimate
-from rlhf.schema import KINDS
-from rlhf.table import Table
+from data_tools.statistics.intervals import Estimate
+from rlhf.core.table import Table
+from rlhf.data.schema import KINDS
 
 Found = Estimate | str
 METRICS = Table("metric")

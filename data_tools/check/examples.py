@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from data_tools.check.facts import Facts
-from data_tools.check.words import best_answer
-from rlhf.schema import SPLITS
+from data_tools.statistics.facts import Facts
+from data_tools.statistics.words import best_answer
+from rlhf.data.schema import SPLITS
 
 LONGEST = 600
 MOST = 3

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from data_tools.check import agreement, biases, consistency, duplicates, words
 from data_tools.check.catalogue import (
     ANY,
     METRICS,
@@ -22,10 +21,11 @@ from data_tools.check.catalogue import (
     metric,
     or_why,
 )
-from data_tools.check.ceiling import agreement_sums, ceiling
-from data_tools.check.facts import Facts
-from data_tools.check.intervals import Estimate, bootstrapped, ratio
-from rlhf.lazy import lazy
+from data_tools.statistics import agreement, biases, consistency, duplicates, words
+from data_tools.statistics.ceiling import agreement_sums, ceiling
+from data_tools.statistics.facts import Facts
+from data_tools.statistics.intervals import Estimate, bootstrapped, ratio
+from rlhf.core.lazy import lazy
 
 if TYPE_CHECKING:
     import numpy as np

@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from data_tools.check import plots, show
-from data_tools.check.annotators import VERDICTS
 from data_tools.check.report import Measured, Report
-from rlhf.errors import UserError
-from rlhf.lazy import lazy
+from data_tools.statistics.annotators import VERDICTS
+from rlhf.core.errors import UserError
+from rlhf.core.lazy import lazy
 
 if TYPE_CHECKING:
     import jinja2

@@ -9,9 +9,9 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 from xml.sax.saxutils import escape
 
-from data_tools.check.annotators import Annotator
-from data_tools.check.biases import Share
-from rlhf.lazy import lazy
+from data_tools.statistics.annotators import Annotator
+from data_tools.statistics.biases import Share
+from rlhf.core.lazy import lazy
 
 if TYPE_CHECKING:
     import matplotlib

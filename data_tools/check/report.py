@@ -7,15 +7,15 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from data_tools.check import biases
 from data_tools.check.examples import Example, examples_of
-from data_tools.check.facts import Facts, gathered
-from data_tools.check.intervals import Estimate
 from data_tools.check.metrics import METRICS
 from data_tools.check.rules import Rule, grade, parse_rules
-from rlhf.lazy import lazy
-from rlhf.schema import SPLITS
-from rlhf.table import Row
+from data_tools.statistics import biases
+from data_tools.statistics.facts import Facts, gathered
+from data_tools.statistics.intervals import Estimate
+from rlhf.core.lazy import lazy
+from rlhf.core.table import Row
+from rlhf.data.schema import SPLITS
 
 if TYPE_CHECKING:
     import numpy as np
@@ -83,7 +83,7 @@ class Report:
     authors: list[biases.Share]
     wins_by_length: list[biases.Share]
     annotators: list[Any]
-    """`data_tools.check.annotators.Annotator`, those in doubt first; the first `MOST_ANNOTATORS`."""
+    """`data_tools.statistics.annotators.Annotator`, those in doubt first; the first `MOST_ANNOTATORS`."""
     examples: list[Example]
     rules: list[Rule]
 

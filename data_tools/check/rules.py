@@ -7,9 +7,9 @@ import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
-from data_tools.check.intervals import Estimate
 from data_tools.check.metrics import METRICS
-from rlhf.errors import UserError, nearest
+from data_tools.statistics.intervals import Estimate
+from rlhf.core.errors import UserError, nearest
 
 OPERATORS: dict[str, Callable[[float, float], bool]] = {
     ">=": operator.ge, "<=": operator.le, "==": operator.eq, ">": operator.gt, "<": operator.lt,

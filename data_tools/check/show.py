@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from data_tools.check.intervals import Estimate
 from data_tools.check.report import Measured, Report
-from rlhf import console
+from data_tools.statistics.intervals import Estimate
+from rlhf.core import console
 
 GRADE_WORDS = {"bad": "bad", "look": "needs a look", "good": "good", "info": "", "none": "-"}
 PARTS = {

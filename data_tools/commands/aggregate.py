@@ -6,10 +6,10 @@ from typing import Annotated
 
 import typer
 
-from data_tools import aggregate as aggregating
-from data_tools.aggregators import AGGREGATORS
+from data_tools.aggregate import dataset as aggregating
+from data_tools.aggregate.methods import AGGREGATORS
 from data_tools.commands.common import DatasetPath, Json, Out, print_json
-from data_tools.ingest import read_options
+from data_tools.importers.run import read_options
 
 METHODS = "; ".join(
     f"{row.name} ({', '.join(row.options.model_fields) or 'no options'}): {row.summary.rstrip('.')}"

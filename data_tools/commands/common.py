@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from rlhf import console
+from rlhf.core import console
 
 Out = Annotated[Path, typer.Option("--out", help="The dataset folder to make.")]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as one JSON object in the last line.")]

@@ -11,11 +11,11 @@ import typer
 from data_tools.check.brief import brief
 from data_tools.commands.common import Json, Out, print_json
 from data_tools.importers import IMPORTERS
-from data_tools.importers.detect import AUTO
-from data_tools.ingest import NothingUsable, import_dataset, read_options
-from rlhf import console
-from rlhf.errors import UserError
-from rlhf.table import Row
+from data_tools.importers.run import NothingUsable, import_dataset, read_options
+from data_tools.reading.detect import AUTO
+from rlhf.core import console
+from rlhf.core.errors import UserError
+from rlhf.core.table import Row
 
 FORMAT = f"{AUTO}, or: {', '.join(row.name for row in IMPORTERS)}. `rlhf data formats` shows a sample of each."
 

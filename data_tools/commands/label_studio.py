@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from data_tools import label_studio
+from data_tools.annotate import label_studio
 from data_tools.commands.common import Json, Out, print_json
 
 app = typer.Typer(name="label-studio", help="Push proposals to Label Studio, pull the rankings.", no_args_is_help=True)

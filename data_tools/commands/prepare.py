@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 
 from data_tools.commands.common import DatasetPath, Json, Out, print_json
-from rlhf import console
+from rlhf.core import console
 
 Near = Annotated[
     float | None,
@@ -21,7 +21,7 @@ Near = Annotated[
 
 def validate_command(path: DatasetPath, as_json: Json = False) -> None:
     """Check every row, stored id and shard of a dataset. Exit status 1 if anything is bad."""
-    from data_tools import validate as validating
+    from data_tools.curate import validate as validating
 
     summary = validating.validate(path, on_fault=console.say)
     validating.show(summary)
@@ -43,7 +43,7 @@ def filter_command(
     as_json: Json = False,
 ) -> None:
     """Keep the records for which an expression holds, or of a length within limits."""
-    from data_tools import filter as filtering
+    from data_tools.curate import filter as filtering
 
     summary = filtering.filter_dataset(
         path, out, where=where, tokenizer=tokenizer, min_tokens=min_tokens, max_tokens=max_tokens
@@ -67,7 +67,7 @@ def dedup_command(
     as_json: Json = False,
 ) -> None:
     """Keep one record of those that are the same, and none that is in an evaluation set."""
-    from data_tools import dedup as deduping
+    from data_tools.curate import dedup as deduping
 
     summary = deduping.dedup_dataset(path, out, by=by, near=near, keep=keep, against=against or ())
     deduping.show(summary)
@@ -95,7 +95,7 @@ def split_command(
     as_json: Json = False,
 ) -> None:
     """Write a dataset anew with every record in a split: the same prompt in the same split, in every dataset."""
-    from data_tools import splits as splitting
+    from data_tools.curate import splits as splitting
 
     summary = splitting.split_dataset(
         path,
@@ -124,7 +124,7 @@ def mix_command(
     as_json: Json = False,
 ) -> None:
     """Sample several datasets into one, by weights and caps. No record is repeated."""
-    from data_tools import mix as mixing
+    from data_tools.curate import mix as mixing
 
     summary = mixing.mix_datasets(parts, out, caps=cap or (), size=size, seed=seed)
     mixing.show(summary)
@@ -134,7 +134,7 @@ def mix_command(
 
 def lineage_command(path: DatasetPath, as_json: Json = False) -> None:
     """Show what a dataset was made from, and whether that is still there and unchanged."""
-    from data_tools import lineage as tracing
+    from data_tools.curate import lineage as tracing
 
     found = tracing.lineage(path)
     tracing.show(found)
@@ -147,7 +147,7 @@ def stats_command(
     as_json: Json = False,
 ) -> None:
     """Count what datasets hold: splits, sources, annotators, K, ties, lengths, duplicates, leaks between splits."""
-    from data_tools import stats as counting
+    from data_tools.curate import stats as counting
 
     found = counting.stats(paths)
     counting.show(found)

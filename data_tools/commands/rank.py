@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from data_tools import rank as ranking
+from data_tools.annotate import terminal as ranking
 from data_tools.commands.common import Json, print_json
 
 

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from data_tools.commands.common import Json, Out, print_json
-from rlhf import console
+from rlhf.core import console
 
 
 def tasks_command(
@@ -31,8 +31,8 @@ def tasks_command(
     as_json: Json = False,
 ) -> None:
     """Turn labelled rows into demonstrations through templates, as FLAN does."""
-    from data_tools import tasks as making
-    from data_tools.ingest import NothingUsable
+    from data_tools.importers.run import NothingUsable
+    from data_tools.tasks import make as making
 
     options = making.Options(tuple(template or ()), all_templates, shots, cot, seed)
     try:
@@ -55,7 +55,7 @@ def families_command(
     as_json: Json = False,
 ) -> None:
     """List the families of tasks that there are templates for, or one with its fields and templates."""
-    from data_tools import task_families as having
+    from data_tools.tasks import families as having
 
     found = [having.load_family(each) for each in (having.families() if name is None else [name])]
     if name is None:

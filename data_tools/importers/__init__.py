@@ -29,4 +29,4 @@ from data_tools.importers import (  # noqa: F401  # the modules add their rows
     prodigy,
     rated,
 )
-from data_tools.importers.rows import IMPORTERS as IMPORTERS
+from data_tools.reading.rows import IMPORTERS as IMPORTERS

@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from data_tools.importers.rows import IMPORTERS, JSON, Head, rows
-from data_tools.importers.tools import Names, as_raw, brief, names, person, prompt_of, stem_and_ending
-from rlhf.jsonl import Reject
-from rlhf.schema import BadRecord, Record, dense_ranks, from_dict
-from rlhf.store import OnReject
+from data_tools.reading.rows import IMPORTERS, JSON, Head, rows
+from data_tools.reading.tools import Names, as_raw, brief, names, person, prompt_of, stem_and_ending
+from rlhf.data.jsonl import Reject
+from rlhf.data.schema import BadRecord, Record, dense_ranks, from_dict
+from rlhf.data.store import OnReject
 
 NO_FIELDS = {
     "id",

@@ -11,13 +11,13 @@ from email.utils import parsedate_to_datetime
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
-from data_tools.importers.csv_rows import CSV, csv_columns, csv_rows
-from data_tools.importers.rows import IMPORTERS, Head
-from data_tools.importers.tools import Names, brief, names
-from rlhf.errors import UserError, nearest
-from rlhf.jsonl import Reject
-from rlhf.schema import BadRecord, Record, dense_ranks, from_dict
-from rlhf.store import OnReject
+from data_tools.reading.csv_rows import CSV, csv_columns, csv_rows
+from data_tools.reading.rows import IMPORTERS, Head
+from data_tools.reading.tools import Names, brief, names
+from rlhf.core.errors import UserError, nearest
+from rlhf.data.jsonl import Reject
+from rlhf.data.schema import BadRecord, Record, dense_ranks, from_dict
+from rlhf.data.store import OnReject
 
 TIE = "tie"
 SAMPLE = """prompt,answer_1,answer_2,rank_1,rank_2,annotator

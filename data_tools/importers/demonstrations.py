@@ -6,12 +6,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
-from data_tools.importers.fields import RIGHT_FORMAT, alpaca_prompt, as_jsonl, chat, joined, need, text
 from data_tools.importers.pairs import sharegpt_chat
-from data_tools.importers.rows import IMPORTERS, JSON, Head, convert_rows
-from rlhf.jsonl import DAMAGES, Reject, open_bytes
-from rlhf.schema import BadRecord, Demonstration, Message, Prompt, Record
-from rlhf.store import OnReject
+from data_tools.reading.fields import RIGHT_FORMAT, alpaca_prompt, as_jsonl, chat, joined, need, text
+from data_tools.reading.rows import IMPORTERS, JSON, Head, convert_rows
+from rlhf.data.jsonl import DAMAGES, Reject, open_bytes
+from rlhf.data.schema import BadRecord, Demonstration, Message, Prompt, Record
+from rlhf.data.store import OnReject
 
 # ---- one answer a row ------------------------------------------------------------------------------------------------
 

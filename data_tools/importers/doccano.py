@@ -7,10 +7,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from data_tools.importers.rows import IMPORTERS, JSON, Head, convert_rows
-from data_tools.importers.tools import brief
-from rlhf.schema import BadRecord, Demonstration, Message, Record
-from rlhf.store import OnReject
+from data_tools.reading.rows import IMPORTERS, JSON, Head, convert_rows
+from data_tools.reading.tools import brief
+from rlhf.data.schema import BadRecord, Demonstration, Message, Record
+from rlhf.data.store import OnReject
 
 
 def _detect(head: Head) -> str | None:

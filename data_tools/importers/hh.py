@@ -8,10 +8,10 @@ from itertools import cycle
 from pathlib import Path
 from typing import Any, Literal
 
-from data_tools.importers.fields import as_jsonl
-from data_tools.importers.rows import IMPORTERS, JSON, Head, convert_rows
-from rlhf.schema import BadRecord, Candidate, Message, Ranking, Record, unchecked
-from rlhf.store import OnReject
+from data_tools.reading.fields import as_jsonl
+from data_tools.reading.rows import IMPORTERS, JSON, Head, convert_rows
+from rlhf.data.schema import BadRecord, Candidate, Message, Ranking, Record, unchecked
+from rlhf.data.store import OnReject
 
 _QUESTION, _ANSWER = "\n\nHuman:", "\n\nAssistant:"
 _TURN = re.compile(r"\n\n(Human|Assistant):")

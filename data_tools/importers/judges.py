@@ -7,10 +7,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from data_tools.importers.fields import alpaca_prompt, as_jsonl, elements, need, number, one_of, ranks_of_two, text
-from data_tools.importers.rows import IMPORTERS, JSON, Head, convert_rows
-from rlhf.schema import BadRecord, Candidate, Message, Ranking, Record
-from rlhf.store import OnReject
+from data_tools.reading.fields import alpaca_prompt, as_jsonl, elements, need, number, one_of, ranks_of_two, text
+from data_tools.reading.rows import IMPORTERS, JSON, Head, convert_rows
+from rlhf.data.schema import BadRecord, Candidate, Message, Ranking, Record
+from rlhf.data.store import OnReject
 
 # ---- AlpacaEval ------------------------------------------------------------------------------------------------------
 

@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from data_tools.importers.rows import IMPORTERS, JSON, Head, convert_rows
-from data_tools.importers.tools import Names, brief, names, pair_of, person, prompt_of
-from rlhf.errors import UserError
-from rlhf.schema import BadRecord, Record, from_dict
-from rlhf.store import OnReject
+from data_tools.reading.rows import IMPORTERS, JSON, Head, convert_rows
+from data_tools.reading.tools import Names, brief, names, pair_of, person, prompt_of
+from rlhf.core.errors import UserError
+from rlhf.data.schema import BadRecord, Record, from_dict
+from rlhf.data.store import OnReject
 
 LEFT_IN_LIST = "_"
 """The key under which a Ranker with buckets keeps the items that nobody put into a bucket."""

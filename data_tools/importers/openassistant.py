@@ -8,11 +8,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from data_tools.importers.rows import IMPORTERS, JSON, Head, rows
-from data_tools.importers.tools import as_raw, brief, person
-from rlhf.jsonl import Reject
-from rlhf.schema import BadRecord, Record, from_dict
-from rlhf.store import OnReject
+from data_tools.reading.rows import IMPORTERS, JSON, Head, rows
+from data_tools.reading.tools import as_raw, brief, person
+from rlhf.data.jsonl import Reject
+from rlhf.data.schema import BadRecord, Record, from_dict
+from rlhf.data.store import OnReject
 
 ROLES = {"prompter": "user", "assistant": "assistant"}
 

@@ -6,10 +6,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from data_tools.importers.fields import as_jsonl
-from data_tools.importers.rows import IMPORTERS, JSON, Head, convert_rows
-from rlhf.schema import Record, from_dict
-from rlhf.store import OnReject
+from data_tools.reading.fields import as_jsonl
+from data_tools.reading.rows import IMPORTERS, JSON, Head, convert_rows
+from rlhf.data.schema import Record, from_dict
+from rlhf.data.store import OnReject
 
 PROMPT_FIELDS = {"id", "prompt_id", "messages", "prompt", "source", "group", "split"}
 

@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from data_tools.importers import hh
-from data_tools.importers.fields import SHAREGPT_ROLES, answer, as_jsonl, chat, need, text
-from data_tools.importers.rows import IMPORTERS, JSON, Head, convert_rows
-from rlhf.schema import BadRecord, Candidate, Message, Ranking, Record
-from rlhf.store import OnReject
+from data_tools.reading.fields import SHAREGPT_ROLES, answer, as_jsonl, chat, need, text
+from data_tools.reading.rows import IMPORTERS, JSON, Head, convert_rows
+from rlhf.data.schema import BadRecord, Candidate, Message, Ranking, Record
+from rlhf.data.store import OnReject
 
 # ---- TRL -------------------------------------------------------------------------------------------------------------
 

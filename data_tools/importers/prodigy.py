@@ -9,10 +9,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from data_tools.importers.rows import IMPORTERS, JSON, Head, convert_rows
-from data_tools.importers.tools import brief, person
-from rlhf.schema import BadRecord, Ranking, Record, from_dict
-from rlhf.store import OnReject
+from data_tools.reading.rows import IMPORTERS, JSON, Head, convert_rows
+from data_tools.reading.tools import brief, person
+from rlhf.data.schema import BadRecord, Ranking, Record, from_dict
+from rlhf.data.store import OnReject
 
 SAMPLE = {
     "text": "Name a fruit.",

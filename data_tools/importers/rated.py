@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 from data_tools.importers.comparisons import marked_prompt
-from data_tools.importers.fields import alpaca_prompt, as_jsonl, elements, need, number, text
-from data_tools.importers.html_text import html_text
-from data_tools.importers.rows import IMPORTERS, JSON, Head, Item, convert_rows, rows
-from rlhf.jsonl import Reject
-from rlhf.schema import BadRecord, Candidate, Message, Ranking, Record, dense_ranks
-from rlhf.store import OnReject
+from data_tools.reading.fields import alpaca_prompt, as_jsonl, elements, need, number, text
+from data_tools.reading.html_text import html_text
+from data_tools.reading.rows import IMPORTERS, JSON, Head, Item, convert_rows, rows
+from rlhf.data.jsonl import Reject
+from rlhf.data.schema import BadRecord, Candidate, Message, Ranking, Record, dense_ranks
+from rlhf.data.store import OnReject
 
 
 def _by_score(scores: list[float]) -> tuple[int, ...]:

@@ -1,0 +1,169 @@
+"""Bradley-Terry scores of the answers of many pools at once, and how reliable each annotator is.
+
+P(annotator a puts i above j) = sigmoid(b_a (s_i - s_j)): s are scores, b slopes. A slope of 0 is voting at random,
+below 0 upside down (BT+G of Raman & Joachims, "Methods for ordinal peer grading", KDD 2014, arXiv:1404.3656). With
+all slopes at 1 it is Bradley & Terry (1952). A tie is half a vote for either.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+from data_tools.aggregate.votes import Cells, Votes
+from rlhf.core.lazy import lazy
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+    from scipy import special
+else:
+    np, special = lazy("numpy"), lazy("scipy.special")
+
+STEPS, TOLERANCE = 200, 1e-4
+"""Iterations end when no score and no slope moves by more; ten or twenty do."""
+SLOPE_SPREAD = 0.5
+"""Standard deviation of slopes around 1, which says which of two mirrored solutions is meant: most people are better
+than chance."""
+FARTHEST_SCORE, FARTHEST_SLOPE = 1.0, 0.5
+"""The longest step of one iteration, so that the first ones do not overshoot."""
+
+
+@dataclass
+class _Pairs:
+    """Votes within groups of items, and the normal equations that they give."""
+
+    cells: Cells
+    first: NDArray[Any]
+    second: NDArray[Any]
+
+    def force(self, values: NDArray[Any]) -> NDArray[Any]:
+        """[I]: each vote's value pulls its first item up and its second down."""
+        count = self.cells.items
+        return np.bincount(self.first, values, count) - np.bincount(self.second, values, count)
+
+    def stiffness(self, weights: NDArray[Any]) -> NDArray[Any]:
+        """Flat [cells]: the sum over votes of weight x (e_first - e_second)(e_first - e_second)^T."""
+        flat = np.zeros(self.cells.count)
+        for row, column, sign in self._corners:
+            flat += sign * np.bincount(self.cells.of(row, column), weights, self.cells.count)
+        return flat
+
+    def variance(self, covariance: NDArray[Any]) -> NDArray[Any]:
+        """[V]: of the difference of each vote's two items, from a flat covariance."""
+        return sum(sign * covariance[self.cells.of(row, column)] for row, column, sign in self._corners)  # type: ignore
+
+    @property
+    def _corners(self) -> list[tuple[NDArray[Any], NDArray[Any], int]]:
+        one, other = self.first, self.second
+        return [(one, one, 1), (other, other, 1), (one, other, -1), (other, one, -1)]
+
+
+class Fit:
+    """Scores and slopes at the maximum of their posterior, by Fisher scoring. Deterministic.
+
+    Args:
+        votes: What to explain.
+        prior: Standard deviation of scores, normal around 0, so that they exist with a single vote.
+        slopes: Fit a slope for each annotator; all are 1 otherwise.
+    """
+
+    def __init__(self, votes: Votes, prior: float, slopes: bool) -> None:
+        self.votes, self.precision = votes, 1 / prior**2
+        self.cells = Cells(votes.pool)
+        self.scores = np.zeros(len(votes.pool))
+        """[I]"""
+        self.slopes = np.ones(len(votes.annotators))
+        """[A]"""
+        self.covariance = np.zeros(self.cells.count)
+        """Flat [cells]: of the scores of each pool, by Laplace's approximation."""
+        self._pairs = _Pairs(self.cells, votes.first, votes.second)
+        self._share = (1 + votes.outcome) / 2
+        for _ in range(STEPS):
+            moved = self._step_scores()
+            if slopes:
+                moved = max(moved, self._step_slopes())
+            if moved < TOLERANCE:
+                break
+
+    def better(self, items: NDArray[Any], where: NDArray[Any]) -> NDArray[Any]:
+        """[B, K, K]: the posterior probability that the row's score is above the column's, for a block of `cells`."""
+        covariance = self.covariance[where]
+        own = np.diagonal(covariance, axis1=1, axis2=2)
+        spread = np.sqrt(np.maximum(own[:, :, None] + own[:, None, :] - 2 * covariance, 1e-12))
+        return special.ndtr((self.scores[items][:, :, None] - self.scores[items][:, None, :]) / spread)
+
+    def _pull(self) -> tuple[NDArray[Any], NDArray[Any]]:
+        """First derivative of each vote's log-likelihood by its score difference, and the Fisher information."""
+        slope = self.slopes[self.votes.annotator]
+        p = special.expit(slope * (self.scores[self.votes.first] - self.scores[self.votes.second]))
+        return slope * (self._share - p), slope**2 * p * (1 - p)
+
+    def _invert(self, cells: Cells, stiffness: NDArray[Any]) -> NDArray[Any]:
+        """Flat covariance from the votes' flat stiffness and the prior."""
+        flat = np.empty_like(stiffness)
+        for items, where in cells.blocks():
+            flat[where] = np.linalg.inv(stiffness[where] + self.precision * np.eye(items.shape[1]))
+        return flat
+
+    def _step_scores(self) -> float:
+        """One step; gives the largest move."""
+        force, information = self._pull()
+        gradient = self._pairs.force(force) - self.precision * self.scores
+        self.covariance = self._invert(self.cells, self._pairs.stiffness(information))
+        step = _times(self.cells, self.covariance, gradient).clip(-FARTHEST_SCORE, FARTHEST_SCORE)
+        self.scores += step
+        return float(np.abs(step).max())
+
+    # ---- slopes
+
+    @cached_property
+    def _voices(self) -> tuple[NDArray[Any], _Pairs]:
+        """Every annotator of a pool gets a copy of its items: the item of each copy, and the votes on copies."""
+        votes, people = self.votes, len(self.votes.annotators)
+        pool = votes.pool[votes.first]
+        voice, of = np.unique(pool * people + votes.annotator, return_inverse=True)
+        size = self.cells.size[voice // people]
+        copies = Cells(np.repeat(np.arange(len(voice)), size))
+        shift = copies.start - self.cells.start[voice // people]
+        item = np.arange(copies.items) - np.repeat(shift, size)
+        return item, _Pairs(copies, votes.first + shift[of], votes.second + shift[of])
+
+    def _step_slopes(self) -> float:
+        """One step for each slope, on scores that leave the annotator's own votes out; gives the largest move.
+
+        Someone who ranks at random agrees with scores that the same ranking has shaped. Leaving votes out takes one
+        Newton step from the maximum, where the gradient of the rest is minus that of what is left out.
+        """
+        item, own = self._voices
+        force, information = self._pull()
+        rest = -own.stiffness(information)
+        stiffness = self._pairs.stiffness(information)
+        for copies, where in own.cells.blocks():
+            rows, columns = item[copies][:, :, None], item[copies][:, None, :]
+            rest[where] += stiffness[self.cells.of(rows, columns)]
+        covariance = self._invert(own.cells, rest)
+        scores = self.scores[item] - _times(own.cells, covariance, own.force(force))
+        gap = scores[own.first] - scores[own.second]
+        gap /= np.sqrt(1 + np.pi / 8 * own.variance(covariance))  # MacKay 1992: the sigmoid's mean over the posterior
+        annotator, count = self.votes.annotator, len(self.slopes)
+        p = special.expit(self.slopes[annotator] * gap)
+        gradient = np.bincount(annotator, gap * (self._share - p), count) + (1 - self.slopes) / SLOPE_SPREAD**2
+        information = np.bincount(annotator, gap**2 * p * (1 - p), count) + 1 / SLOPE_SPREAD**2
+        step = (gradient / information).clip(-FARTHEST_SLOPE, FARTHEST_SLOPE)
+        self.slopes = self.slopes + step
+        return float(np.abs(step).max())
+
+    def quality(self) -> NDArray[Any]:
+        """[A]: the mean of sigmoid(b |s_i - s_j|) over the votes of all: a pair's chance to be ordered right."""
+        gaps = np.abs(self.scores[self.votes.first] - self.scores[self.votes.second])
+        return np.array([special.expit(slope * gaps).mean() for slope in self.slopes])
+
+
+def _times(cells: Cells, matrices: NDArray[Any], values: NDArray[Any]) -> NDArray[Any]:
+    """[I]: each pool's matrix times the values of its items."""
+    product = np.empty_like(values)
+    for items, where in cells.blocks():
+        product[items] = np.einsum("bij,bj->bi", matrices[where], values[items])
+    return product

@@ -1,0 +1,199 @@
+"""Rankings as pairwise votes on answers: integers in arrays, whatever the length of the texts.
+
+Answers to a prompt are told apart by their text, so rankings of the same answers in another order meet. Rankings of a
+prompt that share an answer form one *pool*, whose answers can be put into one order; rankings that share none cannot
+be compared and stay in pools of their own.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from array import array
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from rlhf.core.errors import UserError
+from rlhf.core.lazy import lazy
+from rlhf.data.schema import SPLITS, Candidate, Ranking
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+    from scipy import sparse
+else:
+    np, sparse = lazy("numpy"), lazy("scipy.sparse")
+
+UNNAMED = ""
+"""The annotator of rankings that name none: any number of people."""
+
+
+@dataclass(frozen=True)
+class Votes:
+    """V votes by A annotators on the answers (I items) of P pools.
+
+    A ranking of K answers gives a vote on each of its K (K - 1) / 2 pairs. On a pair, a named annotator has one vote:
+    the last one of the data. Of UNNAMED, every vote counts.
+    """
+
+    pool: NDArray[Any]
+    """Int [I], ascending: items of a pool stand together, in an order that has nothing to do with their ranks."""
+    first: NDArray[Any]
+    """Int [V]: an item."""
+    second: NDArray[Any]
+    """Int [V]: another item of the same pool, always the greater number."""
+    outcome: NDArray[Any]
+    """Int [V]: 1 where the first is better, -1 where the second is, 0 for a tie."""
+    annotator: NDArray[Any]
+    """Int [V]: index in `annotators`."""
+    annotators: tuple[str, ...]
+    alone: NDArray[Any]
+    """Int [I]: the item's rank where its pool holds a single ranking, 0 elsewhere."""
+
+
+@dataclass(frozen=True)
+class Ballots:
+    """R rankings in the order of the data: the votes, and what it takes to write one ranking per pool."""
+
+    votes: Votes
+    start: NDArray[Any]
+    """Int [R + 1]: ranking r holds the entries start[r] to start[r + 1] of `item`, one per distinct answer."""
+    item: NDArray[Any]
+    """Int: an item of `votes`."""
+    ids: NDArray[Any]
+    """Uint64 [R]: the rankings' ids."""
+    annotator: NDArray[Any]
+    """Int [R]."""
+    prompt: NDArray[Any]
+    """Int [R]: the number of its prompt, in the order of appearance."""
+    split: NDArray[Any]
+    """Int [R]: 0 for none, 1 and up for an index of `rlhf.data.schema.SPLITS` plus one."""
+    rating: NDArray[Any]
+    """Float [I]: mean of the item's ratings, NaN where it has none."""
+
+    @property
+    def pool(self) -> NDArray[Any]:
+        """Int [R]: the pool of each ranking."""
+        return self.votes.pool[self.item[self.start[:-1]]]
+
+
+def distinct(record: Ranking) -> dict[str, tuple[Candidate, int]]:
+    """Text -> candidate and rank, each text once. (The schema ranks equal texts alike.)"""
+    found: dict[str, tuple[Candidate, int]] = {}
+    for candidate, rank in zip(record.candidates, record.ranks):
+        found.setdefault(candidate.text, (candidate, rank))
+    return found
+
+
+def collect(records: Iterator[Ranking]) -> Ballots:
+    """Read rankings into arrays. Memory grows with candidates and prompts, not with text.
+
+    Raises:
+        UserError: There are none.
+    """
+    prompts: dict[str, int] = {}
+    names: dict[str, int] = {}
+    items: dict[bytes, int] = {}
+    slots, ranks, ratings, start = array("q"), array("i"), array("d"), array("q", [0])
+    ids, annotator, prompt, split = array("Q"), array("q"), array("q"), array("b")
+    for record in records:
+        for text, (candidate, rank) in distinct(record).items():
+            key = hashlib.blake2b(f"{record.prompt_id} {text}".encode(), digest_size=16).digest()
+            slots.append(items.setdefault(key, len(items)))
+            ranks.append(rank)
+            ratings.append(float("nan") if candidate.score is None else candidate.score)
+        start.append(len(slots))
+        ids.append(int(record.id, 16))
+        annotator.append(names.setdefault(record.annotator, len(names)))
+        prompt.append(prompts.setdefault(record.prompt_id, len(prompts)))
+        split.append(0 if record.split is None else 1 + SPLITS.index(record.split))
+    if not ids:
+        raise UserError("no ranking to aggregate", remedy="`rlhf data stats` shows what a dataset holds.")
+    order = np.frombuffer(b"".join(key[:8] for key in items), np.uint64)  # by hash: no matter who came or ranked first
+    held = {name: np.array(values) for name, values in (("start", start), ("ids", ids), ("annotator", annotator))}
+    pool, item = _pools(np.array(slots), held["start"], order)
+    votes = _votes(item, held["start"], np.array(ranks), held["annotator"], pool, tuple(names))
+    rated = ~np.isnan(given := np.array(ratings))
+    with np.errstate(invalid="ignore"):
+        rating = np.bincount(item[rated], given[rated], len(pool)) / np.bincount(item[rated], minlength=len(pool))
+    return Ballots(votes, item=item, prompt=np.array(prompt), split=np.array(split), rating=rating, **held)
+
+
+def _pools(slots: NDArray[Any], start: NDArray[Any], order: NDArray[Any]) -> tuple[NDArray[Any], NDArray[Any]]:
+    """The pool of each item, pools numbered by their first appearance, and `slots` with the items' new numbers."""
+    count = len(order)
+    sizes = np.diff(start)
+    edges = (np.ones(len(slots)), (np.repeat(slots[start[:-1]], sizes), slots))
+    _, component = sparse.csgraph.connected_components(sparse.csr_array(edges, shape=(count, count)), directed=False)
+    _, appeared, component = np.unique(component, return_index=True, return_inverse=True)
+    pool = np.argsort(np.argsort(appeared))[component]
+    by_pool = np.lexsort((order, pool))
+    number = np.empty(count, np.int64)
+    number[by_pool] = np.arange(count)
+    return pool[by_pool], number[slots]
+
+
+def _votes(
+    item: NDArray[Any], start: NDArray[Any], ranks: NDArray[Any], annotator: NDArray[Any], pool: NDArray[Any],
+    names: tuple[str, ...],
+) -> Votes:  # fmt: skip
+    sizes = np.diff(start)
+    parts = []
+    for size in np.unique(sizes):
+        members = np.flatnonzero(sizes == size)
+        left, right = (start[members][:, None] + side for side in np.triu_indices(size, 1))
+        outcome = np.sign(ranks[right] - ranks[left]).ravel()
+        left, right, who = item[left].ravel(), item[right].ravel(), np.repeat(members, size * (size - 1) // 2)
+        swap = left > right
+        parts.append((np.where(swap, right, left), np.where(swap, left, right), np.where(swap, -outcome, outcome), who))
+    first, second, outcome, ranking = (np.concatenate(column) for column in zip(*parts))
+    by = annotator[ranking]
+    order = np.lexsort((ranking, by, second, first))
+    again = np.zeros(len(order), bool)  # a later vote of the same annotator on the pair follows
+    again[:-1] = np.all([np.diff(column[order]) == 0 for column in (first, second, by)], axis=0)
+    named = np.array([name != UNNAMED for name in names])
+    kept = order[~(again & named[by[order]])]
+    single = np.bincount(pool[item[start[:-1]]], minlength=pool[-1] + 1) == 1
+    alone = np.zeros(len(pool), np.int64)
+    alone[item] = ranks
+    alone[~single[pool]] = 0
+    return Votes(pool, first[kept], second[kept], outcome[kept], by[kept], names, alone)
+
+
+# ---- the pairs of a pool as matrices ---------------------------------------------------------------------------------
+
+
+class Cells:
+    """The K x K matrices of all pools, one after the other in a flat array; pools of one size K are handled together.
+
+    Args:
+        pool: The pool of each item, ascending.
+    """
+
+    def __init__(self, pool: NDArray[Any]) -> None:
+        self._pool = pool
+        self.items = len(pool)
+        """Items of all pools."""
+        self.size = np.bincount(pool)
+        """Int [P]: the items of each pool."""
+        self.start = np.cumsum(self.size) - self.size
+        """Int [P]: the first item of each pool."""
+        self.count = int((self.size**2).sum())
+        """Cells in all."""
+        self._offset = np.cumsum(self.size**2) - self.size**2
+
+    def of(self, row: NDArray[Any], column: NDArray[Any]) -> NDArray[Any]:
+        """Where the cell (row, column) of two items of a pool stands in the flat array."""
+        pool = self._pool[row]
+        start = self.start[pool]
+        return self._offset[pool] + (row - start) * self.size[pool] + column - start
+
+    def blocks(self) -> Iterator[tuple[NDArray[Any], NDArray[Any]]]:
+        """Of the pools of each size K: their items [B, K], and where their matrices stand in the flat array [B, K, K].
+
+        `flat[cells]` reads and writes the matrices, `values[items]` the values of the items.
+        """
+        for size in np.unique(self.size):
+            pools = np.flatnonzero(self.size == size)
+            inner = np.arange(size * size).reshape(size, size)
+            yield self.start[pools][:, None] + np.arange(size), self._offset[pools][:, None, None] + inner

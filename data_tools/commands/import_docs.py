@@ -1,0 +1,78 @@
+"""The page docs/formats.md, written from the table of importers: ``python -m data_tools.commands.import_docs``."""
+
+from __future__ import annotations
+
+import inspect
+import re
+from typing import get_origin
+
+from data_tools.importers import IMPORTERS
+from data_tools.reading.rows import JSON
+from rlhf.core.table import Row
+
+HEAD = """# Formats, and what their ranks mean
+
+`rlhf data import FORMAT FILES --out DATASET` reads the formats below. `auto` in place of FORMAT tells it by the first
+rows, and says why. `rlhf data formats` prints this list, `rlhf data formats FORMAT` all about one. This page is made
+from the importers by `python -m data_tools.commands.import_docs > docs/formats.md`; a test compares them.
+
+In the schema rank 1 is the best, and equal ranks are a tie. The formats have other conventions, and taking one for
+another reverses what is learned:
+
+- 0 is the best reply in OpenAssistant, and the worst rating in HelpSteer.
+- 0 chooses the first summary in summarize-from-feedback, the second answer in SHP, and neither in PandaLM.
+- In Label Studio and Argilla 2 the place in the list is the rank; in Argilla 1 a number beside the item is.
+- A negative preference means the first response in HelpSteer3; ratings, as in UltraFeedback, are the better the higher.
+
+After an import, look at one record whose winner you know: `rlhf data check` also says how often the longer answer and
+the one shown first wins, which a reversed ranking turns round.
+
+Files are read plain, gzipped or compressed by zstd, whatever they are called: JSON lines, JSON arrays of any size (they
+are streamed), JSON values one after the other, and Parquet. Folders stand for all files in them with the suffixes of
+the format; glob patterns go in quotes. Options are given by `--option NAME=VALUE` or in a YAML file by `--options`;
+they are kept as `import.yaml` in the dataset's folder, to repeat the import.
+"""
+
+
+def page() -> str:
+    """The whole page as Markdown."""
+    rows = sorted(IMPORTERS, key=lambda row: row.name)
+    listed = ["| format | ranks |", "| --- | --- |"]
+    listed += [f"| [{row.name}](#{row.name}) | {_ranks(row)} |" for row in rows]
+    return "\n\n".join([HEAD.rstrip(), "\n".join(listed), *(_section(row) for row in rows)]) + "\n"
+
+
+def _text(row: Row) -> str:
+    return inspect.getdoc(row.fn) or ""
+
+
+def _ranks(row: Row) -> str:
+    """The sentence on ranks, for the table."""
+    found = re.search(r"\bRanks: (.*?)(?:[.;](?=\s)|\n\n|\n- |\Z)", _text(row), re.DOTALL)
+    return " ".join(found[1].split()).replace("|", "\\|") if found else "none: demonstrations or prompts"
+
+
+def _section(row: Row) -> str:
+    text = _text(row).replace("``", "`")
+    text = re.sub(r"^( +)(?=\S)", "", text, flags=re.MULTILINE)
+    parts = [f"## {row.name}", text]
+    fields = row.options.model_fields
+    if fields:
+        options = ["| option | type | default |", "| --- | --- | --- |"]
+        for name, field in fields.items():
+            kind = field.annotation
+            told = str(kind).replace("typing.", "") if get_origin(kind) else getattr(kind, "__name__", str(kind))
+            default = "required" if field.is_required() else f"`{field.default!r}`"
+            options.append(
+                f"| `{name}` | {told} | {default} |".replace(" | None", " or None").replace("str | ", "str or ")
+            )
+        parts.append("\n".join(options))
+    suffixes = row.traits["suffixes"]
+    named = "those of JSON and Parquet" if suffixes == JSON else ", ".join(f"`{suffix}`" for suffix in suffixes)
+    parts.append(f"Files of a folder: {named}.")
+    parts.append(f"```text\n{row.traits['sample'].strip()}\n```")
+    return "\n\n".join(parts)
+
+
+if __name__ == "__main__":
+    print(page(), end="")

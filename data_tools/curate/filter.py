@@ -1,0 +1,212 @@
+"""Filter: the records of a dataset for which an expression holds."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from data_tools.io.derive import Derivation
+from data_tools.io.expressions import Expression, Failed
+from data_tools.io.rejects import FILE_NAME, by_count
+from rlhf.core import console
+from rlhf.core.errors import UserError
+from rlhf.data.schema import KINDS, Demonstration, Proposal, Ranking, Record
+from rlhf.data.store import Dataset, open_dataset
+
+CountTokens = Callable[[Sequence[str]], list[int]]
+
+
+def _answers(record: Record) -> list[str]:
+    if isinstance(record, Demonstration):
+        return [record.answer]
+    return [candidate.text for candidate in record.candidates] if isinstance(record, Proposal) else []
+
+
+def _candidates(record: Proposal) -> list[dict[str, Any]]:
+    ranks = record.ranks if isinstance(record, Ranking) else (None,) * len(record.candidates)
+    return [
+        {
+            "text": c.text, "author": c.author, "author_kind": c.author_kind, "score": c.score,
+            "rank": rank, "chars": len(c.text),
+        }
+        for c, rank in zip(record.candidates, ranks)
+    ]  # fmt: skip
+
+
+def _ties(record: Ranking) -> int:
+    return len(record.candidates) * (len(record.candidates) - 1) // 2 - record.informative_pairs
+
+
+OF_ALL: dict[str, Callable[[Any], Any]] = {
+    "id": lambda record: record.id,
+    "prompt_id": lambda record: record.prompt_id,
+    "prompt": lambda record: record.messages[-1].content,
+    "messages": lambda record: record.chat,
+    "turns": lambda record: len(record.messages),
+    "source": lambda record: record.source,
+    "group": lambda record: record.group,
+    "split": lambda record: record.split,
+    "prompt_chars": lambda record: sum(len(message.content) for message in record.messages),
+}
+OF_ANSWERED = {"answer_chars": lambda record: max(map(len, _answers(record)))}
+OF_DEMONSTRATIONS = {"answer": lambda record: record.answer, "author": lambda record: record.author}
+OF_PROPOSALS = {"candidates": _candidates, "k": lambda record: len(record.candidates)}
+OF_RANKINGS = {
+    "ranks": lambda record: list(record.ranks),
+    "ties": _ties,
+    "annotator": lambda record: record.annotator,
+    "time": lambda record: record.time,
+    "seconds": lambda record: record.seconds,
+    "shown": lambda record: record.shown,
+    "weight": lambda record: record.weight,
+    "merged": lambda record: list(record.merged),
+}
+TOKENS = ("prompt_tokens", "answer_tokens", "tokens")
+
+
+def fields(kind: str) -> dict[str, Callable[[Any], Any]]:
+    """What an expression may name for records of that kind -> how it is computed.
+
+    `prompt` is the text of the last user turn, `messages` the whole chat, `turns` its length; `prompt_chars` counts
+    all turns, `answer_chars` the longest answer; `candidates` have text, author, author_kind, score, rank (None in a
+    proposal) and chars; `ties` is the number of pairs with equal ranks. The others are the schema's.
+    """
+    made = KINDS[kind]
+    found = dict(OF_ALL)
+    found |= OF_ANSWERED if kind != "prompt" else {}
+    found |= OF_DEMONSTRATIONS if made is Demonstration else {}
+    found |= OF_PROPOSALS if issubclass(made, Proposal) else {}
+    found |= OF_RANKINGS if made is Ranking else {}
+    return found
+
+
+def token_counter(path: str | Path) -> CountTokens:
+    """Counts the tokens of texts by the tokenizer of a model folder (or of a model in the hub's cache).
+
+    The texts are counted as they are, without a chat template and without special tokens.
+
+    Raises:
+        UserError: There is no tokenizer.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False, local_files_only=True)
+    except (OSError, ValueError, KeyError) as error:
+        told = str(error).split("\n")[0]
+        raise UserError(f"--tokenizer {path}: no tokenizer there: {told}", remedy="Name a model's folder.") from None
+    return lambda texts: [len(ids) for ids in tokenizer(list(texts), add_special_tokens=False)["input_ids"]]
+
+
+def _token_fields(record: Record, count: CountTokens) -> dict[str, int]:
+    turns = [message.content for message in record.messages]
+    counts = count([*turns, *_answers(record)])
+    prompt, answers = sum(counts[: len(turns)]), counts[len(turns) :]
+    longest = max(answers, default=0)
+    return {"prompt_tokens": prompt, "answer_tokens": longest, "tokens": prompt + longest}
+
+
+class _Condition:
+    """Whether a record is kept."""
+
+    def __init__(
+        self, kind: str, where: str | None, count: CountTokens | None, least: int | None, most: int | None
+    ) -> None:
+        self._fields = fields(kind)
+        known = [*self._fields, *TOKENS] if count else list(self._fields)
+        if where is not None and count is None and (asked := Expression(where, "--where").names & set(TOKENS)):
+            raise UserError(f"--where: `{min(asked)}` needs --tokenizer", "Tokens are counted by a model's tokenizer.")
+        self._where = None if where is None else Expression(where, "--where", known)
+        self._names = self._where.names & self._fields.keys() if self._where else set()
+        self._limits = (0 if least is None else least, float("inf") if most is None else most)
+        limited = least is not None or most is not None
+        self._count = count if limited or (self._where and self._where.names & set(TOKENS)) else None
+
+    def __call__(self, record: Record) -> bool:
+        values = {name: self._fields[name](record) for name in self._names}
+        if self._count:
+            values |= _token_fields(record, self._count)
+            if not self._limits[0] <= values["tokens"] <= self._limits[1]:
+                return False
+        return self._where is None or bool(self._where(values))
+
+
+def filter_dataset(
+    path: str | Path,
+    out: str | Path,
+    *,
+    where: str | None = None,
+    tokenizer: str | Path | None = None,
+    min_tokens: int | None = None,
+    max_tokens: int | None = None,
+) -> dict[str, Any]:
+    """Write the records for which the expression holds and whose length is within the limits.
+
+    Args:
+        where: A Jinja expression over `fields`, such as ``k > 2 and annotator != "kim"``.
+        tokenizer: A model's folder; gives expressions `prompt_tokens` (all turns), `answer_tokens` (the longest
+            answer) and `tokens` (their sum), all without a chat template.
+        min_tokens: The fewest `tokens` of a record that is kept.
+        max_tokens: The most.
+
+    Returns:
+        out, kind, read, written, filtered (records left out), rejected and reasons (bad rows of a JSONL dataset);
+        `read` is the sum of the other three.
+
+    Raises:
+        UserError: Nothing to filter by, an expression that is none or names an unknown field, one that fails on a
+            record (nothing is written then), no record left, or a dataset that cannot be read or written.
+    """
+    limits = {"--min-tokens": min_tokens, "--max-tokens": max_tokens}
+    given = {name: value for name, value in limits.items() if value is not None}
+    if where is None and not given:
+        raise UserError("filter: no condition", remedy="Give --where, or --tokenizer with --max-tokens.")
+    if given and tokenizer is None:
+        raise UserError(f"{next(iter(given))}: needs --tokenizer", "Tokens are counted by a model's tokenizer.")
+    parent = open_dataset(path)
+    condition = _Condition(
+        parent.kind, where, token_counter(tokenizer) if tokenizer is not None else None, min_tokens, max_tokens
+    )
+    options: Mapping[str, Any] = {"--where": where, "--tokenizer": tokenizer, **given}
+    words = [str(word) for name, value in options.items() if value is not None for word in (name, value)]
+    with Derivation(out, parent.kind, [parent], ["filter", str(path), *words], judgements=True) as made:
+        filtered = _write(parent, made, condition, where)
+        if not made.written:
+            raise UserError(f"{path}: no record is left of {filtered:,}", remedy="Loosen the condition.")
+        made.origin["filtered"] = filtered
+    rejected, reasons = made.rejects.count, by_count(made.rejects.reasons)
+    counts = {"read": made.written + filtered + rejected, "written": made.written, "filtered": filtered}
+    return {"out": str(out), "kind": parent.kind, **counts, "rejected": rejected, "reasons": reasons}
+
+
+def _write(parent: Dataset, made: Derivation, condition: _Condition, where: str | None) -> int:
+    """Write the records that are kept; how many are not."""
+    filtered = failed = 0
+    first = ""
+    for record in parent.records(on_reject=made.rejects):
+        try:
+            keep = condition(record)
+        except Failed as error:
+            failed += 1
+            first = first or f"First: record {record.id}: {error}"
+            continue
+        if keep:
+            made.write(record)
+        filtered += not keep
+    if failed:
+        raise UserError(
+            f"--where {where!r}: fails on {failed:,} records, and nothing was written",
+            first,
+            "Say what is to happen to them, such as `seconds is none or seconds > 3`.",
+        )
+    return filtered
+
+
+def show(summary: Mapping[str, Any]) -> None:
+    """Print what `filter_dataset` returns."""
+    told = f"read {summary['read']:,} = written {summary['written']:,} + left out {summary['filtered']:,}"
+    told += f" + rejected {summary['rejected']:,}" if summary["rejected"] else ""
+    console.say(f"{told} -> {summary['out']} ({summary['kind']}s)")
+    if summary["rejected"]:
+        console.warn(f"{summary['rejected']} bad rows of the parent were set aside: {Path(summary['out']) / FILE_NAME}")

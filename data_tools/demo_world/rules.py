@@ -1,0 +1,264 @@
+"""The miniature world of `rlhf demo`: its language, its hidden rule and its annotators.
+
+In it animals live in places. Every animal eats one thing and has one habit (ANIMALS). A request asks about one animal:
+where it lives, what it eats, or what it does. All text is made of the same few sentences (SENTENCES), so that every
+answer can be judged; `data_tools.demo_world.text` writes it.
+
+The hidden rule (`judge`) gives an answer points for its request:
+
+    +2    it states what was asked for, of the right animal, and truly
+    +1    it names the animal with its looks, as the request did
+    +0.5  it adds another fact about that animal
+    +2    it is courteous (an opening or closing line; more of them earn nothing)
+    -2    it is rude (once)
+    -1    each statement that is false, or about another animal or place than asked for
+    -1    each sentence that says what was said before
+    -0.5  each sentence that is beside the point
+    -1    each sentence that is no sentence of this world
+    -1    it breaks off
+    -0.5  each sentence after the fourth
+
+Annotators see these points through noise of their own and rank by what they see. Nothing else uses the rule, except
+the demo's evaluation.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import random
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from rlhf.data.schema import Candidate, Prompt, Ranking
+
+# ---- the language -------------------------------------------------------------------------------------------------
+
+ANIMALS = {
+    "badger": ("worms", "digs a long tunnel"), "bear": ("honey", "sleeps all winter"),
+    "cat": ("fish", "naps all day"), "crow": ("corn", "watches the road"),
+    "deer": ("leaves", "runs very fast"), "duck": ("weeds", "dives for hours"),
+    "fox": ("mice", "hunts at night"), "frog": ("flies", "jumps over stones"),
+    "goat": ("thistles", "climbs steep rocks"), "goose": ("grass", "flies south for winter"),
+    "hedgehog": ("snails", "rolls into a ball"), "horse": ("hay", "gallops every morning"),
+    "mouse": ("seeds", "hides under roots"), "otter": ("crabs", "slides down the bank"),
+    "owl": ("beetles", "hoots after dark"), "pig": ("turnips", "rolls through mud"),
+    "rabbit": ("clover", "hops across fields"), "squirrel": ("acorns", "leaps from tree to tree"),
+    "tortoise": ("lettuce", "walks very slowly"), "wolf": ("meat", "howls at the moon"),
+}  # fmt: skip
+"""Animal -> what it eats, and its habit."""
+
+LOOKS = ("black", "brown", "clever", "grey", "large", "old", "red", "shy", "small", "white")
+PLACES = (
+    "Canada", "Chile", "Finland", "Ghana", "Iceland", "India", "Japan", "Kenya", "Norway", "Peru", "Spain", "Wales",
+)  # fmt: skip
+
+REQUESTS = {
+    "home": (
+        "Tell me about the {look} {animal} in {place}.",
+        "Please describe the {look} {animal} in {place}.",
+        "I would like to know more about the {look} {animal} in {place}.",
+    ),
+    "food": (
+        "What does the {look} {animal} in {place} eat?",
+        "Please tell me what the {look} {animal} in {place} eats.",
+    ),
+    "habit": (
+        "What does the {look} {animal} in {place} do?",
+        "Please tell me what the {look} {animal} in {place} does.",
+    ),
+}
+"""What a request asks for -> its wordings."""
+
+SENTENCES = {
+    "home": ("The {look} {animal} lives in {place}.", "You can find the {look} {animal} in {place}."),
+    "food": (
+        "The {look} {animal} eats {food}.", "The {look} {animal} in {place} eats {food}.",
+        "It eats {food}.", "It likes to eat {food}.",
+    ),
+    "habit": ("The {look} {animal} {habit}.", "It {habit}.", "Most days it {habit}."),
+    "courteous": (
+        "Thank you for asking.", "With pleasure.", "What a lovely question!",
+        "I hope this helps.", "Please ask me again.", "Have a nice day.",
+    ),
+    "rude": ("That is a silly question.", "Go and look for yourself.", "I do not care."),
+    "beside": (
+        "Anyway, it may rain today.", "My uncle has a bicycle.", "That reminds me of a song.",
+        "I had soup for lunch.", "The bus was late again.",
+    ),
+}  # fmt: skip
+"""Kind of sentence -> its wordings."""
+
+STATEMENTS = {"home": "place", "food": "food", "habit": "habit"}
+"""The kinds that are statements about an animal -> the slot that holds what they state."""
+SLOTS = {
+    "look": LOOKS,
+    "animal": tuple(ANIMALS),
+    "place": PLACES,
+    "food": tuple(food for food, _ in ANIMALS.values()),
+    "habit": tuple(habit for _, habit in ANIMALS.values()),
+}
+
+
+def _pattern(wording: str) -> re.Pattern[str]:
+    parts = re.split(r"\{(\w+)\}", wording)  # text and names of slots by turns
+    slots = [f"(?P<{name}>{'|'.join(SLOTS[name])})" for name in parts[1::2]]
+    return re.compile("".join(re.escape(text) + slot for text, slot in zip(parts[::2], [*slots, ""])))
+
+
+_SENTENCES = [(kind, _pattern(wording)) for kind, wordings in SENTENCES.items() for wording in wordings]
+_REQUESTS = [(asked, _pattern(wording)) for asked, wordings in REQUESTS.items() for wording in wordings]
+
+
+@dataclass(frozen=True)
+class Request:
+    """What a prompt asks for (`asked`: home, food or habit), of which animal."""
+
+    asked: str
+    look: str
+    animal: str
+    place: str
+
+    def fill(self, wording: str) -> str:
+        """A wording about this animal, with its true food and habit."""
+        food, habit = ANIMALS[self.animal]
+        return wording.format(look=self.look, animal=self.animal, place=self.place, food=food, habit=habit)
+
+
+def read_request(prompt: Prompt) -> Request:
+    """What a prompt asks for.
+
+    Raises:
+        ValueError: It is no request of this world.
+    """
+    text = prompt.messages[-1].content
+    for asked, pattern in _REQUESTS:
+        if match := pattern.fullmatch(text):
+            return Request(asked, **match.groupdict())
+    raise ValueError(f"no request of the demo's world: {text!r}")
+
+
+# ---- the hidden rule ----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What the hidden rule finds in an answer: flags, and counts of sentences."""
+
+    answers: bool
+    names: bool
+    informs: bool
+    courteous: bool
+    rude: bool
+    false: int
+    repeated: int
+    beside: int
+    garbled: int
+    unfinished: bool
+    surplus: int
+
+    @property
+    def points(self) -> float:
+        """The score, higher = better; `BEST` is the best there is."""
+        return sum(weight * getattr(self, name) for name, weight in POINTS.items())
+
+
+POINTS = {
+    "answers": 2.0, "names": 1.0, "informs": 0.5, "courteous": 2.0, "rude": -2.0, "false": -1.0, "repeated": -1.0,
+    "beside": -0.5, "garbled": -1.0, "unfinished": -1.0, "surplus": -0.5,
+}  # fmt: skip
+BEST = sum(weight for weight in POINTS.values() if weight > 0)
+ENOUGH_SENTENCES = 4
+
+
+def judge(prompt: Prompt, answer: str) -> Verdict:
+    """The hidden rule (see the module's text) applied to an answer.
+
+    Raises:
+        ValueError: The prompt is no request of this world.
+    """
+    request = read_request(prompt)
+    sentences = [sentence.strip() for sentence in re.findall(r"[^.!?]+[.!?]?", answer.strip())]
+    unfinished = not sentences or sentences[-1][-1:] not in tuple(".!?")
+    found = [_read_sentence(sentence) for sentence in (sentences[:-1] if unfinished else sentences)]
+    kinds = [kind for kind, _ in found]
+    statements = [(kind, slots) for kind, slots in found if kind in STATEMENTS]
+    true = [(kind, slots) for kind, slots in statements if _is_true(request, slots)]
+    said = {
+        (kind, slots[STATEMENTS[kind]]) if kind in STATEMENTS else text for (kind, slots), text in zip(found, sentences)
+    }
+    return Verdict(
+        answers=any(kind == request.asked for kind, _ in true),
+        names=any("animal" in slots for _, slots in true),
+        informs=any(kind != request.asked for kind, _ in true),
+        courteous="courteous" in kinds,
+        rude="rude" in kinds,
+        false=len(statements) - len(true),
+        repeated=len(found) - len(said),
+        beside=kinds.count("beside"),
+        garbled=kinds.count("garbled"),
+        unfinished=unfinished,
+        surplus=max(0, len(sentences) - ENOUGH_SENTENCES),
+    )
+
+
+def _read_sentence(sentence: str) -> tuple[str, dict[str, str]]:
+    for kind, pattern in _SENTENCES:
+        if match := pattern.fullmatch(sentence):
+            return kind, match.groupdict()
+    return "garbled", {}
+
+
+def _is_true(request: Request, slots: dict[str, str]) -> bool:
+    food, habit = ANIMALS[request.animal]
+    truth = {"look": request.look, "animal": request.animal, "place": request.place, "food": food, "habit": habit}
+    return all(truth[name] == word for name, word in slots.items())
+
+
+# ---- annotators ---------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Annotator:
+    """Someone who ranks answers by the hidden rule, seen through noise."""
+
+    name: str
+    noise: float
+    """Scale of the Gumbel noise on each answer's points: ranks then follow Plackett-Luce with points / noise."""
+
+
+ANNOTATORS = (Annotator("ines", 0.9), Annotator("jon", 1.1), Annotator("kim", 1.3), Annotator("lee", 1.5))
+TIE = 0.4
+"""Answers whose points look closer than this share a rank."""
+
+
+def rank(annotator: Annotator, prompt: Prompt, candidates: Sequence[Candidate], rng: random.Random) -> Ranking:
+    """The annotator's ranking of distinct candidates."""
+    seen = [judge(prompt, c.text).points - annotator.noise * math.log(rng.expovariate(1)) for c in candidates]
+    order = sorted(seen, reverse=True)
+    # A step down begins a new rank; what lies within TIE of the answer above it shares that answer's rank.
+    steps = list(itertools.accumulate((a - b >= TIE for a, b in itertools.pairwise(order)), initial=0))
+    ranks = tuple(steps[order.index(points)] + 1 for points in seen)
+    where = prompt.messages, prompt.source, prompt.group, prompt.split
+    return Ranking(*where, tuple(candidates), ranks, annotator.name)
+
+
+def agreement(rankings: Iterable[Ranking]) -> list[tuple[int, int]]:
+    """How far annotators agree who ranked the same candidates.
+
+    Returns:
+        For every two such rankings: of how many pairs of candidates both give the same order, and how many pairs both
+        rank apart. Pairs that either of them ties count in neither.
+    """
+    together: dict[tuple[Any, ...], list[Ranking]] = {}
+    for ranking in rankings:
+        together.setdefault((ranking.prompt_id, *(c.text for c in ranking.candidates)), []).append(ranking)
+    found = []
+    for several in together.values():
+        for one, other in itertools.combinations(several, 2):
+            pairs = itertools.combinations(range(len(one.ranks)), 2)
+            signs = [(one.ranks[i] - one.ranks[j]) * (other.ranks[i] - other.ranks[j]) for i, j in pairs]
+            found.append((sum(sign > 0 for sign in signs), sum(sign != 0 for sign in signs)))
+    return found

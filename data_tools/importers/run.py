@@ -1,0 +1,241 @@
+"""Import: files of one format -> one dataset, with every row accounted for."""
+
+from __future__ import annotations
+
+import gc
+import glob
+import json
+import shlex
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from data_tools.importers import IMPORTERS
+from data_tools.io.rejects import FILE_NAME, Rejects, by_count, print_reasons
+from data_tools.reading.detect import AUTO, detect
+from data_tools.statistics.ceiling import record_agreement
+from rlhf.core import console
+from rlhf.core.errors import UserError, nearest
+from rlhf.core.table import Pick
+from rlhf.data.schema import SPLITS, BadRecord, Record
+from rlhf.data.store import DatasetWriter, Reject, file_hash
+
+OPTIONS_FILE = "import.yaml"
+"""In the dataset folder: the options of its import, as `--options` reads them."""
+
+
+@dataclass(frozen=True)
+class ImportSummary:
+    """What an import did. `read` = `written` + `rejected`, always."""
+
+    out: Path
+    kind: str | None
+    """None where nothing was written: there is no dataset then."""
+    read: int
+    written: int
+    rejected: int
+    reasons: dict[str, int]
+    """Rejected rows by reason, most frequent first."""
+    first: dict[str, Reject]
+    """The first row of each reason."""
+
+    def as_dict(self) -> dict[str, Any]:
+        counts = {name: getattr(self, name) for name in ("read", "written", "rejected", "reasons")}
+        return {"out": str(self.out), "kind": self.kind, **counts}
+
+    def show(self) -> None:
+        """Print the table of reasons and the sum."""
+        print_reasons(self.reasons, self.first)
+        told = f"read {self.read:,} = written {self.written:,} + rejected {self.rejected:,}"
+        if self.kind is not None:
+            beside = f"; the rejected rows lie in {self.out / FILE_NAME}" if self.rejected else ""
+            told += f" -> {self.out} ({self.kind}s){beside}"
+        console.say(told)
+
+
+class NothingUsable(UserError):
+    """No row of the files could be used. `summary` says why, row by row; nothing was written."""
+
+    def __init__(self, summary: ImportSummary) -> None:
+        self.summary = summary
+        first = next(iter(summary.first.values()), None)
+        why = f"First: {first}" if first else "The files hold no row."
+        remedy = first.remedy if first else ""
+        super().__init__(f"{summary.out}: not made: none of {summary.read:,} rows could be used", why, remedy)
+
+
+def import_dataset(
+    importer: str,
+    paths: Sequence[str | Path],
+    out: str | Path,
+    *,
+    options: Mapping[str, Any] | None = None,
+    split: str | None = None,
+    source: str | None = None,
+    strict: bool = False,
+) -> ImportSummary:
+    """Import files of one format into a dataset folder, streaming.
+
+    Rows that cannot be used are counted by reason and kept in `rejected.jsonl` in the folder. Where no row can be
+    used, nothing is written, and what stood under the name stays. The same files and options give the same bytes.
+
+    Args:
+        importer: A row of `IMPORTERS`, or `auto` to tell it by the files.
+        paths: Files (gzip allowed), folders (all files of the format's suffixes in them) and glob patterns.
+        out: The dataset folder to make.
+        options: Options of the importer, checked against its signature.
+        split: Put every record in this split (train, eval or test), whatever the files say.
+        source: Give every record this source, whatever the files say.
+        strict: Raise at the first row that cannot be used, and write nothing.
+
+    Raises:
+        NothingUsable: Not one row could be used.
+        UserError: An unknown importer or split, no such file, an empty or damaged file, files of different kinds, an
+            `out` that is something else than a dataset, or a bad row under `strict`.
+    """
+    if split is not None and split not in SPLITS:
+        raise UserError(f"--split-name: no split is called {split!r}", remedy=nearest(split, SPLITS))
+    pick, files = _choose(importer, paths, options or {})
+    words = [word for name, value in (options or {}).items() for word in ("--option", f"{name}={_flat(value)}")]
+    words += [
+        word for name, value in (("--split-name", split), ("--source", source)) if value for word in (name, value)
+    ]
+    origin = {
+        "command": shlex.join(["rlhf", "data", "import", pick.name, *map(str, paths), *words]),
+        "importer": pick.name,
+        "files": [{"path": str(file), "sha256": file_hash(file)} for file in files],
+    }
+    changes = {name: value for name, value in (("split", split), ("source", source)) if value is not None}
+    with DatasetWriter(out, None, origin) as writer, Rejects(writer.partial / FILE_NAME, strict) as rejects:
+        if options:
+            header = f"# rlhf data import {pick.name} FILES --options {OPTIONS_FILE} --out DATASET\n"
+            text = header + yaml.safe_dump(dict(options), allow_unicode=True, sort_keys=False)
+            (writer.partial / OPTIONS_FILE).write_text(text, "utf-8")
+        with _no_collector():
+            _write(writer, pick, files, rejects, changes)
+        counts = {"read": writer.count + rejects.count, "written": writer.count, "rejected": rejects.count}
+        reasons = by_count(rejects.reasons)
+        summary = ImportSummary(Path(out), writer.kind, **counts, reasons=reasons, first=rejects.first)
+        if not writer.count:
+            raise NothingUsable(summary)
+        writer.origin |= {**counts, "reasons": reasons}
+    record_agreement(out)
+    return summary
+
+
+def _choose(importer: str, paths: Sequence[str | Path], options: Mapping[str, Any]) -> tuple[Pick, list[Path]]:
+    """The importer with its options, and the files that it is to read."""
+    try:
+        if importer != AUTO:
+            pick = IMPORTERS.pick({**options, "name": importer})
+            return pick, find_files(paths, pick.row.traits["suffixes"])
+        files = find_files(paths, tuple({suffix for row in IMPORTERS for suffix in row.traits["suffixes"]}))
+        name, why = detect(files)
+        console.say(f"auto: {name}, because {why}")
+        return IMPORTERS.pick({**options, "name": name}), files
+    except ValueError as error:
+        raise UserError(str(error), remedy="`rlhf data formats` lists the formats, with FORMAT its options.") from None
+
+
+def _flat(value: Any) -> str:
+    """An option's value as `--option` reads it."""
+    return json.dumps(value, ensure_ascii=False) if isinstance(value, (list, dict)) else str(value)
+
+
+def read_options(file: Path | None, pairs: Sequence[str]) -> dict[str, Any]:
+    """Options from a YAML file and from NAME=VALUE words, which win. A value that is a JSON list or object is one.
+
+    Raises:
+        UserError: The file is not a YAML mapping of names, or a word has no equals sign.
+    """
+    options: dict[str, Any] = {}
+    if file is not None:
+        try:
+            options = yaml.safe_load(file.read_text("utf-8")) or {}
+        except (OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError) as error:
+            raise UserError(f"--options {file}: {error}") from None
+        if not isinstance(options, dict) or not all(isinstance(name, str) for name in options):
+            raise UserError(f"--options {file}: not a mapping of option: value")
+    for pair in pairs:
+        name, equals, value = pair.partition("=")
+        if not equals or not name:
+            raise UserError(f"--option {pair}: not NAME=VALUE", remedy="Write, for instance, --option prompt=Question")
+        options[name.strip()] = _list_or_object(value)
+    return options
+
+
+def _list_or_object(text: str) -> Any:
+    if text[:1] in ("[", "{"):
+        with suppress(ValueError, RecursionError):  # a template in braces, say, is text
+            return json.loads(text)
+    return text
+
+
+@contextmanager
+def _no_collector() -> Iterator[None]:
+    """Without the cyclic garbage collector: records hold no cycles, and walking them again and again costs a third."""
+    was = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was:
+            gc.enable()
+
+
+def _write(writer: DatasetWriter, read: Any, files: list[Path], reject: Rejects, changes: dict[str, Any]) -> None:
+    for file in files:
+        chunks = _chunks(read(file, reject), 1000)
+        for chunk in console.track(chunks, f"importing {file.name}", unit="thousand rows"):
+            for record in chunk:
+                try:
+                    writer.write(replace(record, **changes) if changes else record)
+                except BadRecord as fault:
+                    raise UserError(
+                        f"{file}: {fault}", "A dataset holds one kind of record.", "Import each kind to its own --out."
+                    ) from None
+
+
+def _chunks(records: Iterable[Record], size: int) -> Iterator[list[Record]]:
+    iterator = iter(records)
+    while chunk := list(islice(iterator, size)):
+        yield chunk
+
+
+def find_files(paths: Sequence[str | Path], suffixes: tuple[str, ...]) -> list[Path]:
+    """The files that the paths name, in a fixed order, each once.
+
+    A folder stands for all files in it, at any depth, whose names end in one of the suffixes and do not begin with a
+    dot; what names no file is taken as a glob pattern (``**`` for any depth).
+
+    Raises:
+        UserError: Nothing there, an empty file, or a folder that is a dataset already.
+    """
+    found: dict[Path, None] = {}
+    for path in map(Path, paths):
+        if path.is_dir():
+            matches = _in_folder(path, suffixes)
+        elif path.exists():
+            matches = [path]
+        else:
+            matches = [Path(match) for match in sorted(glob.glob(str(path), recursive=True)) if Path(match).is_file()]
+        if not matches:
+            wanted = f"A file ending in {' or '.join(suffixes)} is looked for in a folder." if path.is_dir() else ""
+            raise UserError(f"{path}: no file there", wanted, "Check the path; put a glob pattern in quotes.")
+        found |= dict.fromkeys(matches)
+    for file in found:
+        if not file.stat().st_size:
+            raise UserError(f"{file}: empty", "It may be a broken download.", "Fetch it again, or leave it out.")
+    return list(found)
+
+
+def _in_folder(folder: Path, suffixes: tuple[str, ...]) -> list[Path]:
+    if (folder / "manifest.json").exists():
+        raise UserError(f"{folder}: is a dataset already", remedy="Use it as it is, or name the files to import.")
+    names = (file for file in folder.rglob("*") if file.is_file() and not file.name.startswith("."))
+    return sorted(file for file in names if file.name.endswith(suffixes))

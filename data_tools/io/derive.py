@@ -1,0 +1,85 @@
+"""Datasets made from datasets: what every command that writes one has in common.
+
+The new manifest's `origin` names the parents (path and fingerprint), the command, and the counts, so that a dataset
+can say where it came from (`rlhf data lineage`).
+"""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from data_tools.io.rejects import FILE_NAME, Rejects, by_count
+from data_tools.statistics.ceiling import record_agreement
+from rlhf.core.errors import UserError
+from rlhf.data.schema import Record
+from rlhf.data.store import Dataset, DatasetWriter
+
+
+class Derivation:
+    """Write a dataset made from others; a context manager, and whole or absent like every dataset.
+
+    Bad rows of a JSONL parent go to `rejects`: read the parents with ``parent.records(on_reject=made.rejects)``.
+
+    Args:
+        out: The folder to make.
+        kind: The kind of its records; None takes the kind of the first.
+        parents: The opened datasets that it is made from.
+        words: The command's words after ``rlhf data`` without ``--out``, which is where the dataset stands.
+        facts: More for the manifest's `origin`; `origin` may be added to until the block ends.
+        judgements: The records are judgements of the first parent, unchanged: what is known of how far its annotators
+            agree holds for them too where they cannot be compared any more (each prompt kept once, say).
+
+    Raises:
+        UserError: `out` is one of the parents, or cannot be written.
+    """
+
+    def __init__(
+        self,
+        out: str | Path,
+        kind: str | None,
+        parents: Sequence[Dataset],
+        words: Sequence[str],
+        facts: dict[str, Any] | None = None,
+        judgements: bool = False,
+    ) -> None:
+        for parent in parents:
+            if Path(out).resolve() == parent.path.resolve():
+                raise UserError(f"--out {out}: is the dataset itself", "The parent is kept.", "Choose another --out.")
+        origin = {
+            "command": shlex.join(["rlhf", "data", *words]),
+            "parents": [{"path": str(parent.path), "fingerprint": parent.fingerprint} for parent in parents],
+            **(facts or {}),
+        }
+        self._writer = DatasetWriter(out, kind, origin)
+        self.rejects = Rejects(self._writer.partial / FILE_NAME)
+        self.origin = self._writer.origin
+        self._agreement = parents[0].manifest.get("agreement") if judgements else None
+
+    @property
+    def written(self) -> int:
+        """Records written so far."""
+        return self._writer.count
+
+    @property
+    def folder(self) -> Path:
+        """The hidden folder that becomes the dataset; files put there become part of it."""
+        return self._writer.partial
+
+    def __enter__(self) -> Derivation:
+        self._writer.__enter__()
+        return self
+
+    def write(self, record: Record) -> None:
+        """Add one record."""
+        self._writer.write(record)
+
+    def __exit__(self, error: type[BaseException] | None, *rest: object) -> None:
+        self.rejects.__exit__(error, *rest)
+        self.origin |= {"written": self.written, "rejected": self.rejects.count}
+        self.origin |= {"reasons": by_count(self.rejects.reasons)} if self.rejects.count else {}
+        self._writer.__exit__(error, *rest)
+        if error is None:
+            record_agreement(self._writer.path, self._agreement)

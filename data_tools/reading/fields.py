@@ -1,0 +1,157 @@
+"""What the importers of dataset formats share: fields of a row, checked, turns of a chat, and a prompt's parts."""
+
+from __future__ import annotations
+
+import json
+import reprlib
+from collections.abc import Collection, Mapping
+from typing import Any, Literal
+
+from rlhf.data.schema import BadRecord, Message
+
+Role = Literal["system", "user", "assistant"]
+OPENAI_ROLES: dict[str, Role] = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
+SHAREGPT_ROLES: dict[str, Role] = {
+    "system": "system", "human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant",
+    "chatgpt": "assistant", "bing": "assistant", "bard": "assistant",
+}  # fmt: skip
+TOOL_ROLES = ("tool", "function", "function_call", "observation", "ipython")
+RIGHT_FORMAT = "Is this the right format name? `rlhf data formats` shows a sample of each."
+
+
+def as_jsonl(*rows: Any) -> str:
+    """The rows as the text of a JSONL file."""
+    return "".join(json.dumps(row) + "\n" for row in rows)
+
+
+def need(row: Any, *names: str) -> dict[str, Any]:
+    """The row, which must be an object in which these fields are there and not null.
+
+    Raises:
+        BadRecord: It is not, with the first missing field in the reason.
+    """
+    if not isinstance(row, dict):
+        raise BadRecord("not an object", type(row).__name__, RIGHT_FORMAT)
+    for name in names:
+        if row.get(name) is None:
+            raise BadRecord(f"{name}: missing", remedy=RIGHT_FORMAT)
+    return row
+
+
+def text(row: Mapping[str, Any], name: str, optional: bool = False) -> str:
+    """A field that must be text; empty where an `optional` one is missing or null.
+
+    Raises:
+        BadRecord: It is missing or no text.
+    """
+    value = row.get(name)
+    if value is None and optional:
+        return ""
+    if not isinstance(value, str):
+        raise BadRecord(f"{name}: not text", type(value).__name__)
+    return value
+
+
+def elements(row: Mapping[str, Any], name: str) -> list[Any]:
+    """A field that must be a list.
+
+    Raises:
+        BadRecord: It is not.
+    """
+    value = row.get(name)
+    if not isinstance(value, list):
+        raise BadRecord(f"{name}: not a list", type(value).__name__, RIGHT_FORMAT)
+    return value
+
+
+def number(value: Any, name: str, low: float, high: float) -> float:
+    """The value, which must be a number from `low` to `high`.
+
+    Raises:
+        BadRecord: It is not.
+    """
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value <= high:
+        raise BadRecord(f"{name}: not a number from {low} to {high}", reprlib.repr(value))
+    return value
+
+
+def one_of(value: Any, name: str, allowed: Collection[int]) -> int:
+    """The value, which must be one of these labels.
+
+    Raises:
+        BadRecord: It is not.
+    """
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or value not in allowed:
+        raise BadRecord(f"{name}: not one of {', '.join(map(str, allowed))}", reprlib.repr(value))
+    return int(value)
+
+
+def ranks_of_two(second_is_better: float) -> tuple[int, int]:
+    """Ranks of the first and the second answer: negative = the first is better, 0 = a tie, positive = the second."""
+    return (1, 1) if second_is_better == 0 else (1, 2) if second_is_better < 0 else (2, 1)
+
+
+def chat(
+    value: Any, name: str, roles: Mapping[str, Role] = OPENAI_ROLES, role: str = "role", content: str = "content"
+) -> list[Message]:
+    """The turns of a chat. What a turn says is text, or a list of text parts, which are joined by a line break.
+
+    Args:
+        value: A list of objects.
+        roles: The format's word for a role -> the schema's.
+        role, content: The names of a turn's two fields.
+
+    Raises:
+        BadRecord: It is not such a list, a role is unknown, or a turn is a tool's, calls one, or holds more than text.
+    """
+    if not isinstance(value, list) or not all(isinstance(turn, dict) for turn in value):
+        raise BadRecord(f"{name}: not a list of turns", reprlib.repr(value), RIGHT_FORMAT)
+    return [_turn(turn, f"at index {index}", name, roles, role, content) for index, turn in enumerate(value)]
+
+
+def _turn(turn: dict[str, Any], where: str, name: str, roles: Mapping[str, Role], role: str, content: str) -> Message:
+    speaker, said = turn.get(role), turn.get(content)
+    if speaker in TOOL_ROLES or turn.get("tool_calls") or turn.get("function_call"):
+        remedy = "Only text can be learned from; leave such chats out."
+        raise BadRecord(f"{name}: a turn that calls a tool or is one's", where, remedy)
+    if not isinstance(speaker, str) or speaker not in roles:
+        raise BadRecord(f"{name}: a role that is not one of {', '.join(roles)}", f"{where}: {reprlib.repr(speaker)}")
+    if isinstance(said, list) and said and all(isinstance(part, dict) and part.get("type") == "text" for part in said):
+        said = "\n".join(text(part, "text") for part in said)
+    if not isinstance(said, str):
+        raise BadRecord(f"{name}: a turn that is not text", f"{where}: {type(said).__name__}")
+    return Message(roles[speaker], said)
+
+
+def answer(turns: list[Message], name: str) -> str:
+    """The one turn of the assistant that these turns must be.
+
+    Raises:
+        BadRecord: They are not.
+    """
+    if len(turns) != 1 or turns[0].role != "assistant":
+        said = ", ".join(turn.role for turn in turns[:5]) or "none"
+        raise BadRecord(f"{name}: not one answer of the assistant", f"turns: {said}", "Keep the last answer only.")
+    return turns[0].content
+
+
+def alpaca_prompt(row: Mapping[str, Any]) -> tuple[Message, ...]:
+    """The prompt of an Alpaca row: `instruction` and, after a blank line, `input`; before it `system` and `history`.
+
+    `history` is a list of [what the user said, what the assistant said].
+
+    Raises:
+        BadRecord: A field is of the wrong type.
+    """
+    system, history = text(row, "system", optional=True), row.get("history") or []
+    said = [Message("system", system)] if system else []
+    if not isinstance(history, list) or not all(isinstance(turn, list) and len(turn) == 2 for turn in history):
+        raise BadRecord("history: not a list of [user, assistant]", reprlib.repr(history))
+    for user, assistant in history:
+        said += [Message("user", user), Message("assistant", assistant)]
+    return (*said, Message("user", joined(text(row, "instruction"), text(row, "input", optional=True))))
+
+
+def joined(*parts: str) -> str:
+    """The parts that say something, with a blank line between them."""
+    return "\n\n".join(part for part in parts if part.strip())

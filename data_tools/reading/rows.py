@@ -1,0 +1,239 @@
+"""The table of importers, and what every one of them stands on: the rows of a file, each turned into records."""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
+
+from rlhf.core.lazy import lazy
+from rlhf.core.table import Table
+from rlhf.data.jsonl import DAMAGES, OnReject, Reject, cut_off, open_bytes, read_rows
+from rlhf.data.schema import BadRecord, Prompt, Record
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+else:
+    pa, pq = lazy("pyarrow"), lazy("pyarrow.parquet")
+
+IMPORTERS = Table("format")
+
+JSON = (*(f".{name}{zipped}" for name in ("jsonl", "json", "ndjson") for zipped in ("", ".gz", ".zst")), ".parquet")
+"""Suffixes of the files that `rows` reads."""
+CHUNK = 1 << 20
+
+
+class Item(NamedTuple):
+    """One row of a file: the line it begins on (its number from 1, in Parquet), its text, its value."""
+
+    line: int
+    raw: str | bytes
+    value: Any
+
+
+class Head(NamedTuple):
+    """The beginning of a file, by which `auto` tells its format."""
+
+    path: Path
+    text: str
+    """The first 4,096 characters."""
+    rows: list[Any]
+    """The values of the first rows, at most 20; none where the file is neither JSON nor Parquet."""
+
+    def all_have(self, *fields: str) -> bool:
+        """Whether there are rows, and each is an object with these fields."""
+        return bool(self.rows) and all(isinstance(row, dict) and row.keys() >= set(fields) for row in self.rows)
+
+
+def convert_rows(
+    path: Path, reject: OnReject, convert: Callable[[Any], Record | Iterable[Record | BadRecord]]
+) -> Iterator[Record]:
+    """Records from the rows of a file.
+
+    Args:
+        convert: Gives the record of one row, or raises BadRecord. For a row of several records (a task with several
+            annotations), it gives an iterable of records and BadRecords, each BadRecord one that cannot be used.
+    """
+    for line, raw, value in rows(path, reject):
+        try:
+            made = convert(value)
+            if isinstance(made, Prompt):
+                yield made
+                continue
+            for record in made:
+                if isinstance(record, BadRecord):
+                    reject(Reject.of(path, line, record, raw))
+                else:
+                    yield record
+        except BadRecord as fault:
+            reject(Reject.of(path, line, fault, raw))
+
+
+def rows(path: Path, reject: OnReject) -> Iterator[Item]:
+    """Stream the rows of a file: JSON lines, a JSON array, JSON values one after the other, or Parquet.
+
+    Gzip and zstd are recognised by their first bytes, and the form by its first character, whatever the name. A row
+    that is not JSON, or that the end of the file cuts off, goes to `reject`; damaged compression is one such row.
+
+    Raises:
+        UserError: The file cannot be opened.
+    """
+    last = 0
+    try:
+        with open_bytes(path) as file:
+            for item in _rows(path, file, reject):
+                last = item.line
+                yield item
+    except DAMAGES as error:
+        remedy = "Fetch the file again; what stands before the damage was read."
+        reject(
+            Reject.of(path, last + 1, BadRecord("damaged: the rest of the file cannot be read", str(error), remedy), "")
+        )
+
+
+def _rows(path: Path, file: BinaryIO, reject: OnReject) -> Iterator[Item]:
+    head: bytes = file.peek(4)  # type: ignore[attr-defined]
+    if head.startswith(b"PAR1"):
+        yield from _parquet(path)
+        return
+    head = head.lstrip(b"\xef\xbb\xbf \t\r\n")
+    pretty = head.startswith(b"{") and head.split(b"\n")[0].rstrip().endswith((b"{", b"[", b",", b":"))
+    if head.startswith(b"[") or pretty:
+        yield from _Stream(path, file, reject)
+    else:
+        yield from map(Item._make, read_rows(path, file, reject))
+
+
+def _parquet(path: Path) -> Iterator[Item]:
+    line = 0
+    try:
+        with pq.ParquetFile(path) as file:
+            for batch in file.iter_batches(batch_size=1000):
+                for value in batch.to_pylist():
+                    line += 1
+                    yield Item(line, json.dumps(value, ensure_ascii=False, default=str), value)
+    except pa.ArrowException as error:
+        raise OSError(str(error)) from None
+
+
+class _Stream:
+    """JSON values of a text that is never whole in memory: an array's elements, or values one after the other.
+
+    The decoder tells where a value ends; where it fails, brackets are counted to tell a value that is broken from one
+    of which more is to be read.
+    """
+
+    def __init__(self, path: Path, file: BinaryIO, reject: OnReject) -> None:
+        self._path, self._reject = path, reject
+        self._file = io.TextIOWrapper(file, "utf-8-sig", errors="surrogateescape", newline="")  # type: ignore[type-var]
+        self._text, self._at, self._line, self._ended = "", 0, 1, False
+
+    def __iter__(self) -> Iterator[Item]:
+        array = self._next() == "["
+        self._at += array
+        while character := self._next(","):
+            if array and character == "]":
+                self._at += 1
+                if self._next():
+                    self._refuse(BadRecord("text after the end of the array"), len(self._text))
+                break
+            value, end = self._value()
+            raw, line = self._text[self._at : end], self._line
+            fault = value if isinstance(value, BadRecord) else _not_utf8(raw)
+            if fault:
+                array = array and not fault.reason.startswith("the file ends")  # told once
+                self._refuse(fault, end)
+            else:
+                self._pass(end)
+                yield Item(line, raw, value)
+        else:
+            if array:
+                self._refuse(cut_off(BadRecord("the array is not closed")), self._at)
+        self._file.detach()  # whoever opened the bytes closes them
+
+    def _next(self, passed: str = "") -> str:
+        """Go to the next character that is neither white space nor among `passed`; empty at the end."""
+        while True:
+            while self._at < len(self._text):
+                if self._text[self._at] not in " \t\r\n" + passed:
+                    return self._text[self._at]
+                self._pass(self._at + 1)
+            if not self._more():
+                return ""
+
+    def _more(self) -> bool:
+        """Read on; what has been passed is forgotten. Twice as much each time, so that one huge value is not costly."""
+        read = self._file.read(max(CHUNK, len(self._text) - self._at))
+        self._text, self._at = self._text[self._at :] + read, 0
+        self._ended = not read
+        return bool(read)
+
+    def _pass(self, end: int) -> None:
+        self._line += self._text.count("\n", self._at, end)
+        self._at = end
+
+    def _refuse(self, fault: BadRecord, end: int) -> None:
+        raw = self._text[self._at : end].encode("utf-8", "surrogateescape")
+        self._reject(Reject.of(self._path, self._line, fault, raw))
+        self._pass(end)
+
+    def _value(self) -> tuple[Any, int]:
+        """The value that begins here, or the BadRecord that tells why there is none, and where it ends."""
+        while True:
+            try:
+                value, end = _DECODER.raw_decode(self._text, self._at)
+                if end < len(self._text) or self._ended:  # a number may go on beyond the buffer
+                    return value, end
+            except json.JSONDecodeError as error:
+                end = _end_of_value(self._text, self._at)
+                if end is not None:
+                    return BadRecord("not valid JSON", f"{error.msg} at its character {error.pos - self._at + 1}"), end
+            except (ValueError, RecursionError) as error:
+                deep = isinstance(error, RecursionError)
+                end = _end_of_value(self._text, self._at)
+                if end is not None:
+                    return BadRecord("not valid JSON", "nested too deeply" if deep else str(error)), end
+            if not self._more() and self._ended:
+                if end is not None:
+                    return value, end
+                return cut_off(BadRecord("not closed")), len(self._text)
+
+
+def _no_constant(name: str) -> None:
+    raise ValueError(f"{name} is not JSON")
+
+
+_DECODER = json.JSONDecoder(parse_constant=_no_constant)
+_TOKEN = re.compile(r'"[^"\\]*(?:\\.[^"\\]*)*"|["\[\]{},]', re.DOTALL)
+
+
+def _end_of_value(text: str, at: int) -> int | None:
+    """Where a value that the decoder refuses ends: at its closing bracket, or before a comma or bracket outside it.
+
+    None where the text ends before it does.
+    """
+    depth = 0
+    for token in _TOKEN.finditer(text, at):
+        mark = token.group()
+        if mark == '"':
+            return None  # a string that the text does not close
+        if mark in "[{":
+            depth += 1
+        elif mark in "]}":
+            depth -= 1
+            if depth <= 0:
+                return token.end() if depth == 0 else max(token.start(), at + 1)
+        elif mark == "," and depth == 0:
+            return token.start()
+    return None
+
+
+def _not_utf8(raw: str) -> BadRecord | None:
+    if raw.isascii():
+        return None
+    found = re.search("[\udc80-\udcff]", raw)
+    return BadRecord("not UTF-8", f"at character {found.start() + 1}", "Save the file as UTF-8.") if found else None

@@ -1,0 +1,86 @@
+"""What the importers of annotation tools share: lists in options, names of people, fields found by their names."""
+
+from __future__ import annotations
+
+import json
+import re
+import reprlib
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from rlhf.data.schema import BadRecord
+
+Names = str | list[str]
+"""An option that is several names: a list, or one text with commas between them."""
+
+PROMPT_FIELDS = (
+    "messages", "conversation", "chat", "prompt", "instruction", "question", "query", "input", "context", "text",
+)  # fmt: skip
+"""What the field of the prompt is called, where no option names it; the first that is there counts."""
+
+brief = reprlib.repr
+"""A value as a message shows it, bounded in length and depth."""
+
+
+def as_raw(value: Any) -> bytes:
+    """A part of a row as a reject shows it, where the whole row would be too much: its JSON."""
+    try:
+        return json.dumps(value, ensure_ascii=False, default=str).encode("utf-8", "surrogatepass")
+    except RecursionError:
+        return brief(value).encode()
+
+
+def names(value: Names | None) -> list[str]:
+    """The names in an option's value."""
+    parts = value.split(",") if isinstance(value, str) else value or ()
+    return [name for part in parts if (name := part.strip())]
+
+
+def person(value: Any) -> str:
+    """An annotator as text, from text or a number; empty where there is none.
+
+    Raises:
+        BadRecord: It is something else.
+    """
+    if value is None:
+        return ""
+    if isinstance(value, bool) or not isinstance(value, (str, int)):
+        raise BadRecord("annotator: neither text nor a number", brief(value))
+    return str(value)
+
+
+def prompt_of(fields: Mapping[str, Any], option: str | None) -> Any:
+    """The value of the field that holds the prompt: the one that the option names, or of `PROMPT_FIELDS`.
+
+    Raises:
+        BadRecord: There is no such field.
+    """
+    found = {name.lower(): name for name in fields if fields[name] not in (None, "", [])}
+    for name in PROMPT_FIELDS if option is None else (option.lower(),):
+        if name in found:
+            return fields[found[name]]
+    seen = f"there are {', '.join(map(brief, list(fields)[:12]))}"
+    raise BadRecord("no prompt is found", seen, "Name the field that holds it: --option prompt=FIELD")
+
+
+_ENDING = re.compile(r"^(.*?)[\s_.-]*([0-9]+|[a-z]|left|right)$", re.IGNORECASE)
+
+
+def stem_and_ending(name: str) -> tuple[str, str]:
+    """``answer`` and ``2`` of ``answer_2``; a letter and ``left`` or ``right`` end a name too. No ending: empty."""
+    match = _ENDING.match(name) if len(name) <= 100 else None  # what is longer was not made to be counted
+    return (match[1].lower(), match[2].lower()) if match else (name.lower(), "")
+
+
+def pair_of(fields: Iterable[str]) -> tuple[str, str] | None:
+    """The one pair of names that differ only in their ending: 1 and 2, a and b, or left and right."""
+    by_stem: dict[tuple[str, str], str] = {stem_and_ending(name): name for name in fields}
+    ends = (("1", "2"), ("a", "b"), ("left", "right"))
+    pairs = [
+        (by_stem[stem, first], by_stem[stem, second])
+        for stem, _ in by_stem
+        for first, second in ends
+        if (stem, first) in by_stem and (stem, second) in by_stem
+    ]
+    unique = list(dict.fromkeys(pairs))
+    return unique[0] if len(unique) == 1 else None

@@ -1,0 +1,166 @@
+"""How far several annotators agree: chance-corrected, and over whole rankings. Pure functions of numbers."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from data_tools.statistics.columns import Columns
+from data_tools.statistics.judgements import Votes, mixed
+from rlhf.core.lazy import lazy
+
+if TYPE_CHECKING:
+    import krippendorff
+    import numpy as np
+else:
+    krippendorff, np = lazy("krippendorff"), lazy("numpy")
+
+# ---- pairs ----------------------------------------------------------------------------------------------------------
+
+
+def agreement_with_ties_sums(votes: Votes) -> np.ndarray:
+    """As `ceiling.agreement_sums`, with a tie as an answer of its own that agrees with a tie only.
+
+    Returns:
+        (prompts, 2) float: votes that meet their like, votes.
+    """
+    counts = votes.counts()
+    total = counts.sum(axis=1)
+    company = (counts * (counts - 1)).sum(axis=1) / (total - 1)
+    return votes.per_prompt(np.stack([company, total], axis=1))
+
+
+def krippendorff_alpha(counts: np.ndarray) -> float:
+    """Krippendorff's alpha, ordinal, of votes on pairs of answers (Krippendorff 2004, 11.3; library `krippendorff`).
+
+    The units are pairs of answers, the values first better < tie < second better. Which answer is called the first
+    must not matter, so each pair is counted both ways round. Ranks are not taken as values, since with rankings of
+    different K (rank 5 exists in some only) alpha of clickers at random would be above 0.
+
+    Args:
+        counts: (U, 3): how many votes say -1, 0 and 1 on each pair.
+
+    Returns:
+        1 = full agreement, 0 = chance; NaN where every vote is a tie.
+    """
+    if not counts[:, [0, 2]].any():
+        return float("nan")
+    both = np.concatenate([counts, counts[:, ::-1]])
+    return float(krippendorff.alpha(value_counts=both, value_domain=[-1, 0, 1], level_of_measurement="ordinal"))
+
+
+def coincidence_sums(votes: Votes) -> np.ndarray:
+    """(prompts, 9): each prompt's part in the 3 x 3 coincidence matrix of `krippendorff_alpha`.
+
+    A pair with n votes, n_c of them c, adds n_c (n_k - [c = k]) / (n - 1) to cell (c, k), and the mirror image.
+    """
+    counts = votes.counts().astype(float)
+    cells = counts[:, :, None] * (counts[:, None, :] - np.eye(3)) / (counts.sum(axis=1) - 1)[:, None, None]
+    return votes.per_prompt((cells + cells[:, ::-1, ::-1]).reshape(-1, 9))
+
+
+def alpha_of_coincidences(sums: np.ndarray) -> np.ndarray:
+    """Ordinal alpha = 1 - (n - 1) Σ o_ck δ²_ck / Σ n_c n_k δ²_ck with δ_ck = Σ_{g=c..k} n_g - (n_c + n_k) / 2.
+
+    Args:
+        sums: (any, 9) coincidence matrices, flattened.
+
+    Returns:
+        (any,), NaN where only one value occurs.
+    """
+    cells = sums.reshape(-1, 3, 3)
+    each = cells.sum(axis=2)
+    before = np.cumsum(each, axis=1) - each / 2  # δ_ck is the distance of the values' mid-ranks
+    distance = np.square(before[:, :, None] - before[:, None, :])
+    expected = (each[:, :, None] * each[:, None, :] * distance).sum(axis=(1, 2))
+    observed = (cells * distance).sum(axis=(1, 2)) * (each.sum(axis=1) - 1)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return np.where(expected > 0, 1 - observed / expected, np.nan)
+
+
+# ---- whole rankings -------------------------------------------------------------------------------------------------
+
+
+def kendall_sums(columns: Columns) -> tuple[np.ndarray, np.ndarray]:
+    """Kendall's tau-b and W of rankings of the same K >= 3 answers to a prompt by two or more named people.
+
+    With two answers, both say the same as the pairwise agreement. Someone's first ranking of the same answers counts.
+
+    Returns:
+        Two arrays (blocks, 2), for tau-b and for W: the figure and 1; blocks where it is not defined are left out.
+        A block is a prompt with a set of answers; of tau-b the mean over its pairs of people is taken.
+    """
+    tau, w = [np.zeros((0, 2))], [np.zeros((0, 2))]
+    for size in np.unique(columns.sizes):
+        rows = np.flatnonzero((columns.sizes == size) & columns.by_named_person)
+        if size < 3 or len(rows) < 2:
+            continue
+        block, ranks = _blocks(columns, rows, int(size))
+        for kept, figure in ((tau, tau_b_of_blocks(ranks, block)), (w, w_of_blocks(ranks, block))):
+            figure = figure[~np.isnan(figure)]
+            kept.append(np.stack([figure, np.ones(len(figure))], axis=1))
+    return np.concatenate(tau), np.concatenate(w)
+
+
+def _blocks(columns: Columns, rows: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray]:
+    """(R,) ascending block numbers and (R, K) ranks in one order of the answers, of rows in blocks of two or more."""
+    at = columns.start[rows][:, None] + np.arange(size)
+    answers = columns.answer[at]
+    order = np.argsort(answers, axis=1)
+    ranks = np.take_along_axis(columns.rank[at], order, axis=1)
+    name = mixed(columns.prompt[rows]) ^ mixed(answers).sum(axis=1, dtype=np.uint64)
+    place = np.lexsort((rows, columns.annotator[rows], name))
+    name, annotator, ranks = name[place], columns.annotator[rows][place], ranks[place]
+    first = np.ones(len(name), bool)
+    first[1:] = (name[1:] != name[:-1]) | (annotator[1:] != annotator[:-1])
+    _, block, times = np.unique(name[first], return_inverse=True, return_counts=True)
+    several = times[block] > 1
+    return np.unique(block[several], return_inverse=True)[1], ranks[first][several]
+
+
+def tau_b_of_blocks(ranks: np.ndarray, block: np.ndarray) -> np.ndarray:
+    """Mean Kendall's tau-b over the pairs of people of each block (Kendall 1945).
+
+    tau-b = Σ s_a s_b / sqrt(Σ s_a² · Σ s_b²), s the signs of the rank differences over all pairs of answers; so with
+    u = s / |s| the sum over the pairs of m people is (|Σ u|² - m) / 2. Someone who ties everything is left out.
+
+    Args:
+        ranks: (R, K), a row for each person.
+        block: (R,) ascending from 0.
+
+    Returns:
+        (blocks,), NaN where fewer than two people have an order.
+    """
+    one, other = np.triu_indices(ranks.shape[1], 1)
+    signs = np.sign(ranks[:, one] - ranks[:, other]).astype(float)
+    norm = np.sqrt(np.square(signs).sum(axis=1))
+    units = np.divide(signs, norm[:, None], out=np.zeros_like(signs), where=norm[:, None] > 0)
+    starts = np.flatnonzero(np.diff(block, prepend=-1))
+    people = np.add.reduceat((norm > 0).astype(float), starts)
+    total = np.square(np.add.reduceat(units, starts, axis=0)).sum(axis=1)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return np.where(people > 1, (total - people) / (people * (people - 1)), np.nan)
+
+
+def w_of_blocks(ranks: np.ndarray, block: np.ndarray) -> np.ndarray:
+    """Kendall's coefficient of concordance of each block, corrected for ties (Kendall and Babington Smith 1939).
+
+    W = 12 S / (m² (K³ - K) - m Σ (t³ - t)), S the sum of squared deviations of the answers' rank sums, t the sizes of
+    the ties. 1 = all rank alike; m people who click at random have 1/m on average.
+
+    Args:
+        ranks: (R, K), a row for each person.
+        block: (R,) ascending from 0.
+
+    Returns:
+        (blocks,), NaN where everybody ties everything.
+    """
+    size = ranks.shape[1]
+    alike = (ranks[:, :, None] == ranks[:, None, :]).sum(axis=2)
+    middle = (ranks[:, :, None] > ranks[:, None, :]).sum(axis=2) + (alike + 1) / 2
+    tied = (np.square(alike) - 1).sum(axis=1)  # Σ over answers of t² - 1 = Σ over ties of t³ - t
+    starts = np.flatnonzero(np.diff(block, prepend=-1))
+    people = np.diff(np.append(starts, len(block)))
+    deviations = np.add.reduceat(middle, starts, axis=0) - (people * (size + 1) / 2)[:, None]
+    possible = people**2 * (size**3 - size) - people * np.add.reduceat(tied, starts)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return np.where(possible > 0, 12 * np.square(deviations).sum(axis=1) / possible, np.nan)

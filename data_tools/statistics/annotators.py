@@ -1,0 +1,154 @@
+"""Who annotated, and does each of them know what they do? Pure functions of numbers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from data_tools.statistics.columns import Columns
+from data_tools.statistics.intervals import Estimate, wilson
+from data_tools.statistics.judgements import Pairs, Votes
+from rlhf.core.lazy import lazy
+
+if TYPE_CHECKING:
+    import numpy as np
+    from scipy import stats
+else:
+    np, stats = lazy("numpy"), lazy("scipy.stats")
+
+LEVEL = 0.01
+"""Of the tests: the share of false alarms among the alarms (Benjamini and Hochberg 1995)."""
+VERDICTS = {
+    "as the others": "agrees with the majority of the others about as often as they do, and more often than chance",
+    "weaker": "agrees less often than the others do, and more often than chance",
+    "random": "agrees less often than the others do, and no more often than someone who clicks at random",
+    "reversed": "disagrees more often than chance would: the ranks may be the wrong way round",
+    "unclear": "too few judgements beside those of others, or others who agree too little among themselves, to tell",
+}
+
+
+@dataclass(frozen=True)
+class Annotator:
+    """What is known of one person. Shares are None where there is nothing to take them of."""
+
+    name: str
+    rankings: int
+    agreement: Estimate | None
+    """How often they order a pair as the majority of the others does, ties aside."""
+    first: Estimate | None
+    """How often they prefer the answer shown earlier."""
+    one_sided: bool
+    """`first` is not one half (two-sided binomial test, corrected for the number of annotators)."""
+    seconds: float | None
+    """Median time a ranking."""
+    verdict: str
+    """One of `VERDICTS`."""
+
+
+def annotators_of(columns: Columns, pairs: Pairs, votes: Votes) -> list[Annotator]:
+    """A report on every named annotator: those in doubt first, then by how much they ranked."""
+    known = len(columns.annotators)
+    own = columns.by_named_person
+    volume = np.bincount(columns.annotator[own], minlength=known)
+    hits, tries = agreement_with_others(columns, votes)
+    verdicts = random_clicker_test(hits, tries)
+    firsts, shown = _first_preferred(columns, pairs)
+    sided = one_sided_test(firsts, shown)
+    seconds = _median_seconds(columns, own)
+    found = [
+        Annotator(
+            columns.annotators[i], int(volume[i]), _share(hits[i], tries[i]), _share(firsts[i], shown[i]),
+            bool(sided[i]), seconds.get(i), verdicts[i],
+        )
+        for i in range(known)
+        if volume[i]
+    ]  # fmt: skip
+    order = ("reversed", "random", "weaker", "as the others", "unclear")
+    return sorted(found, key=lambda one: (order.index(one.verdict), -one.rankings, one.name))
+
+
+def _share(hits: float, tries: float) -> Estimate | None:
+    return Estimate(float(hits / tries), *wilson(hits, tries), round(tries)) if tries > 0 else None
+
+
+def independent_pairs(sizes: np.ndarray) -> np.ndarray:
+    """What a pair out of a ranking of K answers counts beside one out of K = 2: 9 / (2K + 5).
+
+    The pairs of a ranking hang together. Of K(K-1)/2 pairs in a random order, the number that agree with a given order
+    has the variance K(K-1)(2K+5)/72 (Kendall 1938), which is (2K + 5) / 9 times that of as many coin tosses.
+    """
+    return 9 / (2 * sizes + 5)
+
+
+def agreement_with_others(columns: Columns, votes: Votes) -> tuple[np.ndarray, np.ndarray]:
+    """How often each annotator orders a pair as the majority of all others who judged it does.
+
+    Pairs on which the others are even, and the annotator's own ties, are left out; a pair of a ranking of K answers
+    counts `independent_pairs(K)`.
+
+    Returns:
+        Two (annotators,) float arrays: weighted agreements, weighted pairs.
+    """
+    total = np.bincount(votes.pair, votes.order, len(votes.prompt))
+    others = np.sign(total[votes.pair] - votes.order)
+    weight = independent_pairs(columns.sizes[votes.row]) * ((others != 0) & (votes.order != 0))
+    known = len(columns.annotators)
+    return (
+        np.bincount(votes.annotator, weight * (others == votes.order), known),
+        np.bincount(votes.annotator, weight, known),
+    )
+
+
+def random_clicker_test(hits: np.ndarray, tries: np.ndarray) -> list[str]:
+    """Which annotators click at random: one of `VERDICTS` for each.
+
+    Two exact binomial tests. *As good as the others?* P(X <= hits) for X ~ Binomial(tries, p), p the rate at which all
+    others agree with their majorities, corrected for the number of annotators (Benjamini and Hochberg 1995), at 1 %.
+    *Better than chance?* P(X >= hits) for p = 1/2, at 1 %. Who fails both is called random, who fails the first alone
+    is weaker, who fails the second alone cannot be told from a random clicker (unclear). Who agrees less often than
+    chance, P(X <= hits) for p = 1/2 at 1 % after the same correction, is reversed.
+
+    Args:
+        hits, tries: (annotators,) as `agreement_with_others` gives them; rounded to whole trials.
+    """
+    total, right = tries.sum(), hits.sum()
+    chance_of_others = (right - hits + 0.5) / (total - tries + 1)
+    n, x = np.round(tries), np.minimum(np.round(hits), np.round(tries))
+    judged = n > 0
+    worse, below = np.ones(len(n)), np.ones(len(n))
+    if judged.any():
+        fitting = stats.binom.cdf(x, n, chance_of_others)[judged], stats.binom.cdf(x, n, 0.5)[judged]
+        worse[judged], below[judged] = (stats.false_discovery_control(p) for p in fitting)
+    above = stats.binom.sf(x - 1, n, 0.5) < LEVEL
+    found = np.where(above, "as the others", "unclear")
+    found = np.where(worse < LEVEL, np.where(above, "weaker", "random"), found)
+    return [str(name) for name in np.where(below < LEVEL, "reversed", found)]
+
+
+def one_sided_test(firsts: np.ndarray, shown: np.ndarray) -> np.ndarray:
+    """(annotators,) bool: whose share of preferred first answers is not 1/2, by an exact two-sided binomial test.
+
+    Corrected for the number of annotators (Benjamini and Hochberg 1995), at 1 %.
+    """
+    n, x = np.round(shown), np.minimum(np.round(firsts), np.round(shown))
+    tails = np.minimum(stats.binom.cdf(x, n, 0.5), stats.binom.sf(x - 1, n, 0.5))
+    found, tried = np.zeros(len(n), bool), n > 0
+    if tried.any():
+        found[tried] = stats.false_discovery_control(np.minimum(1, 2 * tails[tried])) < LEVEL
+    return found
+
+
+def _first_preferred(columns: Columns, pairs: Pairs) -> tuple[np.ndarray, np.ndarray]:
+    """(annotators,) weighted: ordered pairs where the answer shown earlier is better, ordered pairs; where shown."""
+    used = pairs.where((pairs.order != 0) & (columns.shown & columns.by_named_person)[pairs.row])
+    weight = independent_pairs(columns.sizes[used.row])
+    who, known = columns.annotator[used.row], len(columns.annotators)
+    return np.bincount(who, weight * (used.order > 0), known), np.bincount(who, weight, known)
+
+
+def _median_seconds(columns: Columns, own: np.ndarray) -> dict[int, float]:
+    """Annotator -> median of the seconds that are known."""
+    timed = np.flatnonzero(own & ~np.isnan(columns.seconds))
+    order = timed[np.argsort(columns.annotator[timed], kind="stable")]
+    who, starts = np.unique(columns.annotator[order], return_index=True)
+    return {int(i): float(np.median(part)) for i, part in zip(who, np.split(columns.seconds[order], starts[1:]))}

@@ -1,0 +1,162 @@
+"""The agreement ceiling: how well a reward model can do at best on a choice that one annotator made."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from data_tools.statistics.columns import Collector, Columns, as_shards, column, hex_numbers, row_groups
+from data_tools.statistics.intervals import bootstrapped, ratio
+from data_tools.statistics.judgements import Votes, pairs_of, votes_of
+from rlhf.core.files import write_json
+from rlhf.core.lazy import lazy
+from rlhf.data.store import Dataset, open_dataset
+
+if TYPE_CHECKING:
+    import numpy as np
+    import pyarrow as pa
+    import pyarrow.compute as pc
+else:
+    np, pa, pc = lazy("numpy"), lazy("pyarrow"), lazy("pyarrow.compute")
+
+MOST_PROMPTS = 50_000
+"""Of more prompts than these that several people ranked, those of the smallest ids (hashes, so chance) are used."""
+DIGITS = 6
+
+
+def ceiling(agreement: np.ndarray) -> np.ndarray:
+    """The best accuracy that any model can have against the choice of a single annotator: (1 + sqrt(2A - 1)) / 2.
+
+    A is the probability that two annotators order a pair alike, ties aside. Let a random annotator prefer the first
+    answer of pair i with probability p_i, independently of the others. Two order it alike with probability
+    A_i = p_i² + (1 - p_i)², and the best that a model can do is to name the answer that most prefer, which is right
+    with probability q_i = max(p_i, 1 - p_i). From A_i = 1 - 2 q_i (1 - q_i) follows q_i = f(A_i) with
+    f(A) = (1 + sqrt(2A - 1)) / 2. Where all pairs are equally hard, the accuracy over pairs is f(A) exactly; else,
+    since f is concave, E[q] = E[f(A_i)] <= f(E[A_i]) = f(A) (Jensen): f(A) is an upper bound.
+
+    Args:
+        agreement: A, any shape. At or below 0.5, what chance gives, the ceiling is 0.5.
+    """
+    return (1 + np.sqrt(np.maximum(2 * agreement - 1, 0))) / 2
+
+
+def agreement_sums(votes: Votes) -> np.ndarray:
+    """Each prompt's share in the pairwise agreement A = (sum of the first column) / (sum of the second).
+
+    Of a pair of answers with a votes one way and b the other, a vote has the company of another one, drawn at random,
+    with probability (a(a-1) + b(b-1)) / ((a+b)(a+b-1)); pairs weigh as many votes as they have (as the units of
+    Krippendorff's alpha do), so that an answer pair that fifty people judged does not drown the others. Ties, on
+    either side, are left out.
+
+    Returns:
+        (prompts, 2) float: votes in company, votes with at least one other beside them.
+    """
+    counts = votes.counts()
+    less, more = counts[:, 0], counts[:, 2]
+    total = less + more
+    with np.errstate(divide="ignore", invalid="ignore"):
+        company = (less * (less - 1) + more * (more - 1)) / (total - 1)
+    several = total > 1
+    return votes.per_prompt(np.stack([np.where(several, company, 0), np.where(several, total, 0)], axis=1))
+
+
+def agreement_facts(votes: Votes) -> dict[str, Any] | None:
+    """The value of `agreement` in a manifest, from the votes: None where no pair was ordered by two people."""
+    sums = agreement_sums(votes)
+    sums = sums[sums[:, 1] > 0]
+    found = bootstrapped(sums, ratio)
+    if found is None:
+        return None
+    bounds = [found.value if bound is None else bound for bound in (found.low, found.high)]
+    counts = votes.counts()
+    ordered = counts[:, 0] + counts[:, 2] > 1
+    people = np.unique(votes.annotator[ordered[votes.pair] & (votes.order != 0)])
+    return {
+        "ceiling": round(float(ceiling(np.array(found.value))), DIGITS),
+        "interval": [round(float(bound), DIGITS) for bound in ceiling(np.array(bounds))],
+        "pairs": int(ordered.sum()),
+        "annotators": len(people),
+        "agreement": round(found.value, DIGITS),
+    }
+
+
+def agreement_of(dataset: Dataset) -> dict[str, Any] | None:
+    """How far the annotators of a dataset agree, and the ceiling that follows for a reward model.
+
+    Rankings that name no annotator are left out, since two of them may be one person's; so are aggregated ones. The
+    first pass reads ids alone, 8 bytes a record, and only prompts that came more than once are read whole, so memory
+    stays small on millions of records that one person ranked each. The same dataset gives the same figures.
+
+    Returns:
+        `ceiling` with its 95 % `interval` (bootstrap over prompts), `agreement` (the probability that two people who
+        ordered the same pair of answers ordered it alike, ties aside), `pairs` (of answers that two or more people
+        ordered) and `annotators` (how many people that were). None where no pair was ordered by two people, and for a
+        dataset of another kind than rankings.
+
+    Raises:
+        UserError: The dataset cannot be read.
+    """
+    if dataset.kind != "ranking":
+        return None
+    with as_shards(dataset) as shards:
+        columns = several_times(shards)
+    return None if columns is None else agreement_facts(votes_of(columns, pairs_of(columns)))
+
+
+def record_agreement(path: str | Path, otherwise: dict[str, Any] | None = None) -> dict[str, Any] | None:
+    """Write a dataset's agreement into its manifest, under `agreement`; null where it has none.
+
+    A .jsonl file has no manifest, and demonstrations, prompts and proposals no agreement: nothing is written for them.
+
+    Args:
+        otherwise: What is known of the annotators from elsewhere, where the dataset itself does not tell.
+
+    Returns:
+        What was written.
+
+    Raises:
+        UserError: Not a dataset, or it cannot be read.
+    """
+    dataset = open_dataset(path)
+    if dataset.path.is_file() or dataset.kind != "ranking":
+        return None
+    found = agreement_of(dataset) or otherwise
+    write_json(dataset.path / "manifest.json", dataset.manifest | {"agreement": found})
+    return found
+
+
+# ---- prompts that were ranked more than once ------------------------------------------------------------------------
+
+
+def several_times(shards: Dataset, named: bool = True) -> Columns | None:
+    """The rankings of prompts that have more than one; None without any.
+
+    Of more than `MOST_PROMPTS` such prompts, those of the smallest ids are taken.
+
+    Args:
+        named: Only rankings by named people count.
+    """
+    ids = [
+        hex_numbers(column(table, "prompt_id").filter(_counted(table, named)))
+        for group in row_groups(shards)
+        for table in [group.read(["prompt_id", "annotator", "merged"])]
+    ]
+    known = np.sort(np.concatenate(ids)) if ids else np.zeros(0, np.uint64)
+    wanted = np.unique(known[1:][known[1:] == known[:-1]])[:MOST_PROMPTS]
+    if not len(wanted):
+        return None
+    collector = Collector()
+    for group in row_groups(shards):
+        prompts = hex_numbers(column(group.read(["prompt_id"]), "prompt_id"))
+        chosen = wanted[np.searchsorted(wanted, prompts).clip(max=len(wanted) - 1)] == prompts
+        if chosen.any():
+            collector.add(group.read().filter(pa.array(chosen)).combine_chunks())
+    return collector.columns()
+
+
+def _counted(table: pa.Table, named: bool) -> pa.Array:
+    """Mask of the rankings that people made, and only of the named ones on demand."""
+    mask = pc.not_equal(column(table, "annotator"), "") if named else pa.array([True] * table.num_rows)
+    if "merged" not in table.column_names:
+        return mask
+    return pc.and_(mask, pc.equal(pc.fill_null(pc.list_value_length(column(table, "merged")), 0), 0))

@@ -1,0 +1,196 @@
+"""The same again: records, prompts and answers, exactly or nearly, within and across splits and evaluation sets."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from data_tools.curate.near import DEFAULT_THRESHOLD, near_groups, near_matches, similarity
+from data_tools.statistics.columns import Columns, as_shards
+from data_tools.statistics.intervals import Estimate, clustered_share
+from data_tools.statistics.judgements import mixed
+from data_tools.statistics.sample import MOST_RECORDS, Texts, prompt_texts
+from rlhf.core.lazy import lazy
+from rlhf.data.schema import SPLITS
+from rlhf.data.store import open_dataset
+
+if TYPE_CHECKING:
+    import numpy as np
+else:
+    np = lazy("numpy")
+
+TRAIN = SPLITS.index("train")
+
+# ---- exact ----------------------------------------------------------------------------------------------------------
+
+
+def repeats(ids: np.ndarray) -> tuple[Estimate, np.ndarray]:
+    """The share of records whose id an earlier one has, and the numbers of these records."""
+    _, first = np.unique(ids, return_index=True)
+    again = np.ones(len(ids), bool)
+    again[first] = False
+    return Estimate(len(again[again]) / len(ids), n=len(ids)), np.flatnonzero(again)
+
+
+def prompts_across_splits(columns: Columns) -> tuple[Estimate, np.ndarray] | None:
+    """How many prompts stand in more than one split, and a record of each; None with fewer than two splits."""
+    known = np.flatnonzero(columns.split >= 0)
+    if len(np.unique(columns.split[known])) < 2:
+        return None
+    prompts, first, number = np.unique(columns.prompt[known], return_index=True, return_inverse=True)
+    bits = np.zeros(len(prompts), np.int64)
+    np.bitwise_or.at(bits, number, 1 << columns.split[known].astype(np.int64))
+    several = (bits & (bits - 1)) > 0
+    return Estimate(float(several.sum()), n=len(prompts)), known[first[several]]
+
+
+def repeated_answers(columns: Columns) -> tuple[Estimate, np.ndarray] | None:
+    """The share of answers whose text answers another prompt too, and the numbers of the most frequent such answers."""
+    if not len(columns.answer):
+        return None
+    prompt = np.repeat(columns.prompt, columns.sizes)
+    texts, number = np.unique(columns.answer, return_inverse=True)
+    _, place = np.unique(mixed(mixed(columns.answer) ^ prompt), return_index=True)
+    prompts_of = np.bincount(number[place], minlength=len(texts))
+    hit = prompts_of[number] > 1
+    _, first = np.unique(number, return_index=True)
+    most = np.argsort(-prompts_of, kind="stable")[:5]
+    return Estimate(float(hit.mean()), n=len(hit)), first[most[prompts_of[most] > 1]]
+
+
+# ---- near -----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class NearPrompts:
+    """Sampled prompts in groups of near ones."""
+
+    within: Estimate
+    """Share of the prompts with a near one before them in the same split."""
+    across: Estimate | None
+    """How many prompts have a near, not equal one in another split; None with fewer than two splits."""
+    examples: list[tuple[int, int]]
+    """Records of near prompts, of different splits first."""
+
+
+def near_prompts(columns: Columns, texts: Texts) -> NearPrompts:
+    """Find the near-duplicates among the sampled prompts, by `data_tools.curate.near.near_groups`."""
+    rows = texts.prompts
+    groups = near_groups((str(row), texts.prompt[row]) for row in rows.tolist())
+    group = np.array([int(groups[str(row)]) for row in rows.tolist()], np.int64)
+    split = columns.split[rows].astype(np.int64)
+    _, here = np.unique(group * 8 + split, return_index=True)
+    again = np.ones(len(rows), bool)
+    again[here] = False
+    names, number = np.unique(group, return_inverse=True)
+    bits = np.zeros(len(names), np.int64)
+    known = split >= 0
+    np.bitwise_or.at(bits, number[known], 1 << split[known])
+    spread = ((bits & (bits - 1)) > 0)[number] & known
+    within = clustered_share(again.astype(float), np.ones(len(rows)))
+    several = len(np.unique(split[known])) > 1
+    across = Estimate(float(spread.sum()), n=len(rows)) if several else None
+    assert within is not None
+    return NearPrompts(within, across, _examples(rows, group, split, spread, again))
+
+
+def _examples(rows: np.ndarray, group: np.ndarray, split: np.ndarray, spread: np.ndarray, again: np.ndarray) -> list:
+    """Up to five pairs of records of one group, of different splits where there are such."""
+    found = []
+    for place in np.flatnonzero(spread if spread.any() else again):
+        mates = np.flatnonzero((group == group[place]) & ((split != split[place]) | ~spread.any()))
+        mates = mates[mates != place]
+        if len(mates) and group[place] not in [one for one, _ in found]:
+            found.append((group[place], (int(rows[place]), int(rows[mates[0]]))))
+        if len(found) == 5:
+            break
+    return [pair for _, pair in found]
+
+
+def near_answers(columns: Columns, texts: Texts) -> Estimate | None:
+    """The share of sampled answers that are near to, or the same as, an answer to another sampled prompt."""
+    keys = list(_answer_keys(columns, texts))
+    if not keys:
+        return None
+    groups = near_groups((str(at), text) for at, _, text in keys)
+    number = np.array([int(groups[str(at)]) for at, _, _ in keys])
+    prompt = np.array([prompt for _, prompt, _ in keys], np.uint64)
+    _, group = np.unique(number, return_inverse=True)
+    _, first = np.unique(mixed(mixed(prompt) ^ group.astype(np.uint64)), return_index=True)
+    prompts_of = np.bincount(group[first], minlength=group.max() + 1)
+    return clustered_share((prompts_of[group] > 1).astype(float), np.ones(len(group)))
+
+
+def _answer_keys(columns: Columns, texts: Texts) -> Iterator[tuple[int, int, str]]:
+    """(place among all answers, prompt, text) of up to `MOST_RECORDS` sampled answers, each text of a prompt once."""
+    seen: set[tuple[int, int]] = set()
+    for row in texts.records.tolist():
+        for at, text in enumerate(texts.answers[row], int(columns.start[row])):
+            key = (int(columns.prompt[row]), int(columns.answer[at]))
+            if key not in seen:
+                seen.add(key)
+                yield at, key[0], text
+                if len(seen) >= MOST_RECORDS:
+                    return
+
+
+def near_identical_pairs(columns: Columns, texts: Texts) -> Estimate | None:
+    """The share of sampled pairs of different answers to one prompt that are near, so that there is little to rank.
+
+    Of each sampled ranking the first two answers are compared.
+    """
+    hits = [
+        similarity(*texts.answers[row][:2]) >= DEFAULT_THRESHOLD
+        for row in texts.records.tolist()
+        if len(texts.answers[row]) > 1 and columns.answer[columns.start[row]] != columns.answer[columns.start[row] + 1]
+    ]
+    return clustered_share(np.array(hits, float), np.ones(len(hits))) if hits else None
+
+
+# ---- evaluation sets ------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class EvaluationSet:
+    """The prompts of a dataset that a model is to be judged on."""
+
+    path: Path
+    prompts: np.ndarray
+    """Ascending distinct ids, uint64."""
+    texts: dict[str, str]
+    """Id -> text, of the first prompts only where there are many."""
+
+    @classmethod
+    def read(cls, path: Path) -> EvaluationSet:
+        """Read the prompts of a dataset of any kind."""
+        with as_shards(open_dataset(path)) as shards:
+            return cls(path, *prompt_texts(shards))
+
+
+def contaminated(columns: Columns, sets: list[EvaluationSet]) -> tuple[Estimate, np.ndarray]:
+    """How many prompts of train, or of no split, stand in the evaluation sets too, and a record of each."""
+    rows = np.flatnonzero(columns.split <= TRAIN)
+    _, first = np.unique(columns.prompt[rows], return_index=True)
+    rows = rows[first]
+    known = np.unique(np.concatenate([one.prompts for one in sets]))
+    hit = np.isin(columns.prompt[rows], known)
+    return Estimate(float(hit.sum()), n=len(rows)), rows[hit]
+
+
+def near_contaminated(
+    columns: Columns, texts: Texts, sets: list[EvaluationSet]
+) -> tuple[Estimate, list[tuple[int, str]]]:
+    """How many sampled prompts of train, or of no split, are near to one of the evaluation sets, and not equal to it.
+
+    Returns:
+        The number, and for up to five of them a record and the text that it is near to.
+    """
+    others = {key: text for one in sets for key, text in one.texts.items()}
+    rows = texts.prompts[columns.split[texts.prompts] <= TRAIN]
+    keys = {f"{columns.prompt[row]:016x}": int(row) for row in rows.tolist()}
+    fresh = ((key, texts.prompt[row]) for key, row in keys.items() if key not in others)
+    found = near_matches(fresh, others.items())
+    examples = [(keys[key], others[other]) for key, other in list(found.items())[:5]]
+    return Estimate(float(len(found)), n=len(rows)), examples

@@ -1,0 +1,157 @@
+"""docs/config.md from the config classes and the tables: `python -m rlhf.cli.config_docs > docs/config.md`."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import re
+import types
+from collections.abc import Iterator
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
+
+from annotated_types import Ge, Gt, Le, Lt, MinLen
+from pydantic import BaseModel
+from pydantic.fields import FieldInfo
+from pydantic_core import PydanticUndefined
+
+from rlhf.cli.pipeline_config import PipelineConfig
+from rlhf.config.base import StageConfig
+from rlhf.core.table import Pick, Row, Table
+from rlhf.ppo.config import PPOConfig
+from rlhf.reward.config import RewardConfig
+from rlhf.sft.config import SFTConfig
+
+SECTIONS: dict[str, tuple[type[BaseModel], str]] = {
+    "Every stage": (StageConfig, "The keys that the three stages share."),
+    "SFT": (SFTConfig, "`rlhf sft --config FILE`: instruction tuning on demonstrations."),
+    "Reward model": (RewardConfig, "`rlhf reward --config FILE`: a reward model from rankings."),
+    "PPO": (PPOConfig, "`rlhf ppo --config FILE`: PPO against the reward."),
+    "Pipeline": (PipelineConfig, "`rlhf pipeline --config FILE`: the stages in a row, then the export."),
+}
+
+HEAD = """# Config reference
+
+Generated from the config classes by `python -m rlhf.cli.config_docs > docs/config.md`; a test keeps it current.
+
+- A config is a YAML file. Paths in it are relative to the folder where the command is started.
+- `key=value` on the command line takes the place of a key of the file: `batch.max_steps=10 tuning=lora
+  tuning.rank=8`. Values are YAML.
+- An unknown key, a value out of range or of the wrong type is refused, all of a file at once.
+- Where the type is a *table*, the value is the name of one of its rows, or a mapping of `name` and the row's options:
+  `tuning: {name: lora, rank: 8}`. The tables are at the end.
+- `--dry-run` prints the config as it would be used, and the plan. It checks everything that needs no weights: run
+  folder, parents, datasets, DeepSpeed file. Names on the hub are not looked up (the plan says so). A pipeline's dry
+  run takes runs that its earlier stages are going to make as given.
+"""
+
+
+def document() -> str:
+    """The whole of docs/config.md."""
+    parts, tables = [HEAD], dict[int, Table]()
+    for title, (kind, text) in SECTIONS.items():
+        shared = StageConfig.model_fields if kind is not StageConfig else {}
+        keys = [line for line in _keys(kind, tables) if line[0].strip("`").split(".")[0] not in shared]
+        parts.append(f"## {title}\n\n{text}\n\n{_grid(('key', 'type', 'default', 'meaning'), keys)}")
+    parts.append("## Tables\n\nThe rows that a config may name, and their options.")
+    parts += [_table(table) for table in tables.values()]
+    return "\n".join(part.rstrip() + "\n" for part in parts)
+
+
+def _keys(kind: type[BaseModel], tables: dict[int, Table], prefix: str = "") -> Iterator[tuple[str, str, str, str]]:
+    """A line for each key, groups flattened to dotted keys; tables that are met are noted."""
+    for name, field in kind.model_fields.items():
+        group, optional = _group(field)
+        for found in field.metadata:
+            if isinstance(found, Table):
+                tables.setdefault(id(found), found)
+        if group is None or optional:
+            meaning = " ".join((field.description or "").split())
+            yield f"`{prefix}{name}`", "group or null" if optional else _type(field), _default(field), meaning
+        if group is not None:
+            yield from _keys(group, tables, f"{prefix}{name}.")
+
+
+def _group(field: FieldInfo) -> tuple[type[BaseModel] | None, bool]:
+    """The class of a group of keys, and whether the group may be left out."""
+    kinds = get_args(field.annotation) or (field.annotation,)
+    groups = [kind for kind in kinds if isinstance(kind, type) and issubclass(kind, BaseModel)]
+    return (groups[0], type(None) in kinds) if groups else (None, False)
+
+
+def _default(field: FieldInfo) -> str:
+    if field.is_required():
+        return "required"
+    value = field.default if field.default is not PydanticUndefined else field.default_factory()  # type: ignore[misc, call-arg]
+    if isinstance(value, Pick):
+        value = {"name": value.name, **value.options} if value.options else value.name
+    return f"`{_plain(value)}`"
+
+
+def _plain(value: Any) -> str:
+    return value if isinstance(value, str) and value else json.dumps(value)
+
+
+def _type(field: FieldInfo) -> str:
+    tables = [found for found in field.metadata if isinstance(found, Table)]
+    if tables:
+        return f"table: [{tables[0].kind}](#{_anchor(tables[0].kind)})"
+    return _kind(field.annotation) + _bounds(field.metadata)
+
+
+def _kind(kind: Any) -> str:
+    """A type as a person writes it."""
+    origin, parts = get_origin(kind), get_args(kind)
+    if origin is Annotated:
+        return _kind(parts[0]) + _bounds(parts[1:])
+    if origin is Literal:
+        return ", ".join(f"`{_plain(part)}`" for part in parts)
+    if origin in (Union, types.UnionType):
+        return " or ".join(_kind(part) for part in parts)
+    if origin in (list, tuple) and parts:
+        inner = [_kind(part) for part in parts if part is not Ellipsis]
+        return f"list of {inner[0]}" if origin is list else "[" + ", ".join(inner) + "]"
+    if origin is dict:
+        return "mapping"
+    names = {str: "text", int: "integer", float: "number", bool: "true or false", type(None): "null", Any: "any"}
+    return names.get(kind, getattr(kind, "__name__", str(kind)))
+
+
+def _bounds(metadata: Any) -> str:
+    """Ranges as pydantic keeps them: `Field(ge=0)` or the constraint itself."""
+    flat = [part for found in metadata for part in (found.metadata if isinstance(found, FieldInfo) else [found])]
+    signs = {Ge: ("ge", ">="), Gt: ("gt", ">"), Le: ("le", "<="), Lt: ("lt", "<")}
+    found = [f"{signs[type(b)][1]} {getattr(b, signs[type(b)][0]):g}" for b in flat if type(b) in signs]
+    text = " " + ", ".join(found) if found else ""
+    return text + ", not empty" * any(isinstance(part, MinLen) for part in flat)
+
+
+def _table(table: Table) -> str:
+    rows = "\n\n".join(_row(row) for row in table)
+    return f'<a id="{_anchor(table.kind)}"></a>\n### {table.kind[0].upper()}{table.kind[1:]}\n\n{rows}'
+
+
+def _row(row: Row) -> str:
+    lines = [(f"`{name}`", _type(f), _default(f)) for name, f in row.options.model_fields.items()]
+    grid = "\n\n" + _grid(("option", "type", "default"), lines) if lines else ""
+    return f"#### `{row.name}`\n\n{_prose(row)}{grid}"
+
+
+def _prose(row: Row) -> str:
+    """The docstring without its sections on arguments and results, which are the programmer's."""
+    text = inspect.getdoc(row.fn) or ""
+    text = re.split(r"\n\s*(?:Args|Returns|Raises|Attributes):\n", text)[0].strip()
+    text = re.sub(r" Arguments and result as `\w+`\.", "", text).replace("::\n", ":\n")
+    return "\n".join(line if line.startswith("    ") else line.replace("*", "\\*") for line in text.split("\n"))
+
+
+def _grid(columns: tuple[str, ...], lines: Any) -> str:
+    rows = [columns, ("---",) * len(columns), *lines]
+    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows)
+
+
+def _anchor(text: str) -> str:
+    return "table-" + re.sub(r"\W+", "-", text.lower())
+
+
+if __name__ == "__main__":
+    print(document(), end="")

@@ -1,0 +1,86 @@
+"""Command-line options that several commands share, one meaning and one help text each."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from rlhf.core.console import is_main
+from rlhf.core.errors import UserError
+from rlhf.core.files import sync
+
+_AS_TRAINED = "As a PPO run sampled in training, else"
+
+Temperature = Annotated[
+    float | None, typer.Option(metavar="T", help=f"Logits are divided by it; 0 is greedy. {_AS_TRAINED} 1.")
+]
+TopK = Annotated[
+    int | None, typer.Option(min=0, help=f"Sample among the K likeliest tokens; 0 is off. {_AS_TRAINED} off.")
+]
+TopP = Annotated[
+    float | None, typer.Option(help=f"Sample among the likeliest tokens that hold this probability. {_AS_TRAINED} 1.")
+]
+MaxNewTokens = Annotated[int | None, typer.Option(min=1, help=f"Longest answer in tokens. {_AS_TRAINED} 128.")]
+MinNewTokens = Annotated[int | None, typer.Option(min=0, help=f"Shortest answer in tokens. {_AS_TRAINED} 0.")]
+Stop = Annotated[
+    list[str] | None, typer.Option(metavar="TEXT", help="An answer also ends after this text; may be repeated.")
+]
+Seed = Annotated[int, typer.Option(min=0, help="The same seed gives the same answers.")]
+ChatTemplate = Annotated[
+    str, typer.Option(help="auto (the model's own, else `default`), default, plain, or the path of a Jinja file.")
+]
+System = Annotated[
+    str | None, typer.Option(metavar="TEXT", help="A system message for conversations that have none of their own.")
+]
+TrustRemoteCode = Annotated[
+    bool, typer.Option("--trust-remote-code", help="Run Python code that comes with a model. Read that code first.")
+]
+Split = Annotated[
+    str | None,
+    typer.Option(help="train, eval or test. When left out: eval, or everything where the dataset has no splits."),
+]
+Limit = Annotated[int | None, typer.Option(min=1, help="At most so many records, taken from the front.")]
+Reward = Annotated[
+    str | None,
+    typer.Option(metavar="RUN", help="Scores the answers: a reward run or model, or a function `module:function`."),
+]
+Json = Annotated[bool, typer.Option("--json", help="Print the result as one JSON object in the last line.")]
+
+
+def print_json(value: Any) -> None:
+    """One line of JSON on standard output, from the main process."""
+    if is_main():
+        print(json.dumps(value, ensure_ascii=False), flush=True)
+
+
+def check_writable(path: Path | None, option: str) -> None:
+    """Refuse an output file that cannot be written, before anything is loaded.
+
+    Raises:
+        UserError: It is a folder, or its folder is not there or not writable.
+    """
+    if path is None:
+        return
+    if path.is_dir():
+        raise UserError(f"{option} {path}: is a folder", remedy="Name a file.")
+    if not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
+        raise UserError(f"{option} {path}: the folder {path.parent} is not there or cannot be written")
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a text file under a hidden name, flush it, rename it: never a half file.
+
+    Raises:
+        UserError: It cannot be written.
+    """
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        partial.write_text(text, "utf-8")
+        sync(partial)
+        os.replace(partial, path)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written: {error}") from None

@@ -1,0 +1,366 @@
+"""What a stage would do, and every fault that can be found without weights or torch: the plan.
+
+`check` runs before anything is loaded, at each start of a stage and for `--dry-run`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import json
+import math
+import os
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rlhf import distributed
+from rlhf.config.base import BatchConfig, ModelConfig, StageConfig
+from rlhf.core.console import number
+from rlhf.core.errors import UserError
+from rlhf.core.table import Pick
+from rlhf.data.chat import TEMPLATES
+from rlhf.data.schema import KINDS
+from rlhf.data.store import Dataset
+from rlhf.data.tables import open_all
+from rlhf.distributed.deepspeed_config import read_deepspeed
+from rlhf.ppo.config import PPOConfig
+from rlhf.ppo.shared_roles import recognise
+from rlhf.reward.config import RewardConfig
+from rlhf.runs.checkpoint import world_size_of
+from rlhf.runs.run import Run, check_run_folder, check_same_text, is_run, read_run, resolve_model_path
+from rlhf.sft.config import SFTConfig
+
+Rows = list[tuple[str, str]]
+PendingRuns = Mapping[str, str]
+"""Run folders that a pipeline's earlier stages are going to make -> the stage that makes them."""
+
+
+def check(
+    stage: str,
+    config: Any,
+    resume: bool,
+    overwrite: bool,
+    processes: int | None = None,
+    coming: PendingRuns | None = None,
+) -> Rows:
+    """Check everything that needs no weights and imports no torch.
+
+    Args:
+        stage: sft, reward or ppo.
+        config: Its config.
+        resume: Continue the run in the folder.
+        overwrite: The run in the folder is going to be deleted.
+        processes: How many will work on it; what the launcher announced when left out.
+        coming: Parents that need not exist yet.
+
+    Returns:
+        The rows of the plan: what, and how it will be.
+
+    Raises:
+        UserError: The first fault found.
+    """
+    world = processes or distributed.world_size()
+    coming = {os.path.normpath(path): by for path, by in (coming or {}).items()}
+    rows = [("run", _run(stage, config, resume, overwrite, world))]
+    rows += STAGE_CHECKS[stage](config, world, coming)
+    rows.append(("processes", f"{world}, {_zero(config, world)}"))
+    for package in config.log.report_to:
+        if importlib.util.find_spec(package) is None:
+            raise UserError(
+                f"log.report_to: {package} is not installed", remedy=f"pip install {package}, or leave it out."
+            )
+    return rows
+
+
+# ---- run folder and processes ------------------------------------------------------------------------------------
+
+
+def _run(stage: str, config: StageConfig, resume: bool, overwrite: bool, world: int) -> str:
+    check_run_folder(config, stage, resume, overwrite)
+    if not is_run(config.run):
+        return f"{config.run} (new)"
+    if overwrite:
+        return f"{config.run} (the run in it is deleted first)"
+    if read_run(config.run).get("status") == "complete":
+        return f"{config.run} (complete already)"
+    newest = Run(Path(config.run), stage).checkpoints(config.checkpoints.keep).newest()
+    if newest is None:
+        return f"{config.run} (has no whole checkpoint yet: starts from the beginning)"
+    wrote = world_size_of(newest[1])
+    if wrote != world:
+        raise UserError(
+            f"{newest[1]}: written by {wrote} processes, this run has {world}",
+            "Each process keeps its share of the optimizer state and its own random numbers.",
+            f"Resume with --num-processes {wrote}.",
+        )
+    return f"{config.run} (continues after step {newest[0]:,})"
+
+
+def _zero(config: StageConfig, world: int) -> str:
+    if config.deepspeed is not None:
+        settings = read_deepspeed(config.deepspeed)
+        return f"ZeRO stage {settings.get('zero_optimization', {}).get('stage', 0)} ({config.deepspeed})"
+    return "ZeRO stage 0" if world > 1 else "plain torch"
+
+
+def _batch(batch: BatchConfig, world: int) -> str:
+    """Records per step, process and forward pass."""
+    share, rest = divmod(batch.batch_size, world)
+    if rest:
+        raise UserError(
+            f"batch.batch_size: {batch.batch_size} does not divide by {world} processes",
+            remedy=f"Set batch.batch_size={max(share, 1) * world}.",
+        )
+    micro = min(batch.micro_batch_size, share)
+    if share % micro:
+        raise UserError(
+            f"batch.micro_batch_size: {share} records per process and step are no multiple of {micro}",
+            remedy=f"Set batch.micro_batch_size={math.gcd(share, micro)}.",
+        )
+    return f"{batch.batch_size} records a step = {world} x {share // micro} x {micro} (processes x passes x records)"
+
+
+# ---- models ------------------------------------------------------------------------------------------------------
+
+
+def _model(config: ModelConfig, stages: Sequence[str], coming: PendingRuns) -> str:
+    """Where the weights come from; `stages` are the stages whose runs will do."""
+    if config.chat_template not in ("auto", *TEMPLATES) and not Path(config.chat_template).is_file():
+        raise UserError(
+            f"model.chat_template: {config.chat_template!r} is neither auto, {', '.join(TEMPLATES)} nor a file",
+            remedy="Give the path of a Jinja chat template.",
+        )
+    told = _parent("model.path", config.path, stages, coming)
+    limit = _positions(config, coming)
+    if limit is not None and config.max_length is not None and config.max_length > limit:
+        raise UserError(
+            f"model.max_length: {config.max_length} is more than the {limit} positions of {config.path}",
+            remedy=f"Set model.max_length to {limit} or less.",
+        )
+    return told
+
+
+def _tuning(key: str, pick: Pick) -> str:
+    """The tuning method's name."""
+    if pick.row.traits["quantized"] and importlib.util.find_spec("bitsandbytes") is None:
+        raise UserError(
+            f"{key}: {pick.name} needs bitsandbytes, which is not installed",
+            remedy="pip install 'rlhf-rankings[gpu]', on a machine with a GPU; or use lora.",
+        )
+    return pick.name
+
+
+def _parent(key: str, path: str, stages: Sequence[str], coming: PendingRuns) -> str:
+    by = coming.get(os.path.normpath(path))
+    try:
+        folder = Path(path if by else resolve_model_path(path))
+    except UserError as error:
+        raise UserError(f"{key}: {error.what}", error.why, error.remedy) from None
+    if by is None and is_run(path):
+        by = read_run(path)["stage"]
+    if by is not None:
+        if by not in stages:
+            raise UserError(
+                f"{key}: {path} is a run of the {by} stage", remedy=f"Name a run of: {', '.join(stages)}; or a model."
+            )
+        told = f"{path} ({'finished' if is_run(path) else 'to come:'} {by} run)"
+    else:
+        told = f"{path} (not checked: hub)"
+    if not folder.is_dir() or (by and not is_run(path)):
+        return told
+    if not (folder / "config.json").is_file():
+        if (folder / "adapter_config.json").is_file():
+            raise UserError(
+                f"{key}: {path} holds an adapter that cannot be merged, not a model of its own",
+                "Virtual tokens (prompt tuning and its kin) live outside the weights; a stage starts from weights.",
+                "Start from a run with `tuning: full` or `lora`.",
+            )
+        raise UserError(f"{key}: {path}: no model there (no run.json and no config.json)", remedy="Check the path.")
+    if by is not None:
+        return told
+    return f"{path} (local model, {number(_parameters(folder))} parameters)"
+
+
+def _parameters(folder: Path) -> int | None:
+    """How many numbers the folder's safetensors files hold, from their headers; None where there are no such files."""
+    total, files = 0, sorted(folder.glob("*.safetensors"))
+    for file in files:
+        with open(file, "rb") as handle:
+            header = json.loads(handle.read(int.from_bytes(handle.read(8), "little")))
+        total += sum(math.prod(tensor["shape"]) for name, tensor in header.items() if name != "__metadata__")
+    return total if files else None
+
+
+def _positions(config: ModelConfig, coming: PendingRuns) -> int | None:
+    """The longest sequence that a model on this disk takes; None where it is not known yet."""
+    if os.path.normpath(config.path) in coming:
+        return None
+    file = Path(resolve_model_path(config.path)) / "config.json"
+    if not file.is_file():
+        return None
+    found = json.loads(file.read_text("utf-8"))
+    limit = found.get("max_position_embeddings") or found.get("n_positions")
+    return int(limit) if limit else None
+
+
+def _same_text(config: PPOConfig, reward_path: str, coming: PendingRuns) -> None:
+    """Compare the policy's tokenizer and template with a reward run's, as far as run.json files tell."""
+    if os.path.normpath(config.model.path) in coming or not is_run(config.model.path):
+        return
+    mine = dict(read_run(config.model.path))
+    template = config.model.chat_template
+    if template != "auto":
+        text = TEMPLATES.get(template) or Path(template).read_text("utf-8")
+        mine["chat_template"] = hashlib.sha256(text.encode()).hexdigest()[:16]
+    check_same_text("the policy", mine, reward_path)
+
+
+# ---- data --------------------------------------------------------------------------------------------------------
+
+
+def _data(
+    key: str, train: Sequence[str], held_out: Sequence[str], kinds: Sequence[str], eval_key: str = "eval"
+) -> Rows:
+    """Open the datasets of a stage and count their records, from the manifests alone."""
+    datasets = open_all(train, kinds, key)
+    rows = [(key, _described(dataset)) for dataset in datasets]
+    if all(d.manifest for d in datasets) and not _train_count(datasets):
+        raise UserError(
+            f"{key}: no record to train on in {', '.join(train)}",
+            "All of them are in the splits `eval` and `test`.",
+            "See `rlhf data stats`.",
+        )
+    named = open_all(held_out, kinds, f"{key.split('.')[0]}.{eval_key}")
+    rows += [(f"{key.split('.')[0]}.{eval_key}", _described(dataset)) for dataset in named]
+    if not named and all(d.manifest for d in datasets):
+        rows.append(("held out", f"{sum(d.splits().get('eval', 0) for d in datasets):,} records of the split eval"))
+    return rows
+
+
+def _described(dataset: Dataset) -> str:
+    if not dataset.manifest:
+        return f"{dataset.path}: {dataset.kind}s in a JSONL file, counted when it is read"
+    splits = ", ".join(f"{count:,} {name or 'without a split'}" for name, count in dataset.splits().items() if count)
+    return f"{dataset.path}: {dataset.kind}s: {splits}"
+
+
+def _train_count(datasets: Sequence[Dataset]) -> int:
+    """Records of no split or of `train`."""
+    return sum(count for d in datasets for split, count in d.splits().items() if split in (None, "train"))
+
+
+def _steps(batch: BatchConfig, paths: Sequence[str], kinds: Sequence[str]) -> str:
+    if batch.max_steps is not None:
+        return f"{batch.max_steps:,} (batch.max_steps)"
+    datasets = open_all(paths, kinds, "data.train")
+    if not all(d.manifest for d in datasets):
+        return f"{batch.epochs:g} epochs"
+    steps = math.ceil(batch.epochs * math.ceil(_train_count(datasets) / batch.batch_size))
+    return f"about {steps:,} ({batch.epochs:g} epochs; records that do not fit are set aside)"
+
+
+# ---- one for each stage ------------------------------------------------------------------------------------------
+
+
+def _sft(config: SFTConfig, world: int, coming: PendingRuns) -> Rows:
+    kinds = ("demonstration", "ranking")
+    rows = [("model", _model(config.model, ("sft", "ppo"), coming)), ("tuning", _tuning("tuning", config.tuning))]
+    rows += _data("data.train", config.data.train, config.data.eval, kinds)
+    return [*rows, ("steps", _steps(config.batch, config.data.train, kinds)), ("batch", _batch(config.batch, world))]
+
+
+def _reward(config: RewardConfig, world: int, coming: PendingRuns) -> Rows:
+    rows = [
+        ("model", _model(config.model, ("sft", "ppo", "reward"), coming)),
+        ("tuning", _tuning("tuning", config.tuning)),
+    ]
+    rows += [("loss", config.loss.name)]
+    rows += _data("data.train", config.data.train, config.data.eval, ("ranking",))
+    rows += [("reference", _described(d)) for d in open_all(config.reference, ("demonstration",), "reference")]
+    rows += [("steps", _steps(config.batch, config.data.train, ("ranking",)))]
+    return [*rows, ("batch", _batch(config.batch, world))]
+
+
+def _ppo(config: PPOConfig, world: int, coming: PendingRuns) -> Rows:
+    rollout, update = config.rollout, config.update
+    rows = [("policy", _model(config.model, ("sft", "ppo"), coming)), ("tuning", _tuning("tuning", config.tuning))]
+    limit = config.model.max_length or _positions(config.model, coming)
+    if limit is not None and rollout.max_new_tokens >= limit:
+        raise UserError(
+            f"rollout.max_new_tokens: {rollout.max_new_tokens} leaves no room for a prompt in {limit} tokens"
+        )
+    rows += [("sampler", _sampler(rollout.sampler))]
+    step = rollout.sampler.options.get("step", "eager")
+    compiled = {"update.compile": update.compile, f"rollout.sampler: step `{step}`": step != "eager"}
+    stage_3 = config.deepspeed and _zero(config, world).startswith("ZeRO stage 3")
+    for option in (name for name, given in compiled.items() if given and stage_3):
+        raise UserError(
+            f"{option}: compiled or recorded layers do not work under ZeRO stage 3",
+            "It takes the weights away and brings them back between the layers' own steps.",
+            "Leave it out, or take a DeepSpeed file of a lower stage.",
+        )
+    rows += _reward_sources(config, coming)
+    critic = f"from the {config.critic.init} model, {_tuning('critic.tuning', config.critic.tuning)}"
+    rows += [("critic", critic if config.needs_critic else "none"), *_sharing(config, coming)]
+    rows += [("advantage", config.advantage.name)]
+    rows += _data("data.prompts", config.data.prompts, config.data.eval, tuple(KINDS))
+    rows += [("ptx", _described(d)) for d in open_all(config.data.ptx, ("demonstration", "ranking"), "data.ptx")]
+    episodes = rollout.prompts_per_update * rollout.samples_per_prompt
+    rows.append(("updates", f"{config.updates:,}"))
+    answers = f"{rollout.prompts_per_update:,} prompts x {rollout.samples_per_prompt} answers"
+    rows.append(("episodes per update", f"{episodes:,} = {answers}"))
+    steps = update.epochs * update.minibatches
+    rows.append(("optimizer steps", f"{steps * config.updates:,} ({steps} an update, {update.epochs} epochs)"))
+    return rows
+
+
+def _sampler(pick: Pick) -> str:
+    """The sampler's name; one that needs a GPU must have it."""
+    on_gpu = pick.row.traits.get("gpu", False)
+    if on_gpu and importlib.util.find_spec(pick.name) is None:
+        raise UserError(
+            f"rollout.sampler: {pick.name} is not installed",
+            remedy=f"pip install {pick.name}, in an environment of its own, since it pins torch; or use hf.",
+        )
+    step = pick.options.get("step", "eager")
+    recorded = step == "cuda_graph"
+    if on_gpu or recorded:
+        import torch  # only here: whoever has installed a GPU's sampler waits for it anyway
+
+        if not torch.cuda.is_available():
+            raise UserError(
+                f"rollout.sampler: {'step `cuda_graph`' if recorded else pick.name} needs a CUDA device, and this"
+                " machine shows none",
+                remedy="Use the sampler hf, with its eager step.",
+            )
+    return pick.name if step == "eager" else f"{pick.name}, step {step}"
+
+
+def _sharing(config: PPOConfig, coming: PendingRuns) -> Rows:
+    """Which base the roles share, where they are to share one and the runs are there."""
+    if config.model.sharing == "separate":
+        return []
+    if any(os.path.normpath(path) in coming for path in (config.model.path, config.reward_model) if path):
+        return [("sharing", "one base, known once the runs before are there")]
+    return [("sharing", recognise(config).described())]
+
+
+def _reward_sources(config: PPOConfig, coming: PendingRuns) -> Rows:
+    """A row for each source; reward models must be finished and, unless they retokenize, read the policy's tokens."""
+    pick = config.reward
+    terms = pick.options["terms"] if pick.name == "sum" else [{"name": pick.name, **pick.options}]
+    rows = []
+    for term in terms:
+        weight = f" x {term['weight']:g}" if "weight" in term else ""
+        if term["name"] != "model":
+            rows.append(("reward", f"{term['name']} {term.get('function', '')}".strip() + weight))
+            continue
+        rows.append(("reward", _parent("reward.path", term["path"], ("reward",), coming) + weight))
+        starts_critic = config.needs_critic and config.critic.init == "reward" and term["path"] == config.reward_model
+        if os.path.normpath(term["path"]) not in coming and (starts_critic or not term.get("retokenize", False)):
+            _same_text(config, term["path"], coming)
+    return rows
+
+
+STAGE_CHECKS: dict[str, Callable[..., Rows]] = {"sft": _sft, "reward": _reward, "ppo": _ppo}

@@ -1,0 +1,126 @@
+"""Reading configs: YAML and dotted overrides to a checked config, with all faults of a file in one error."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, TypeVar, get_args
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from rlhf.core.errors import UserError, nearest
+
+C = TypeVar("C", bound=BaseModel)
+
+
+def load_stage_config(kind: type[C], path: str | Path, overrides: Sequence[str] = ()) -> C:
+    """Read a YAML config and apply `dotted.key=value` overrides (values are YAML).
+
+    Raises:
+        UserError: No such file, not YAML, or anything in it does not fit; all faults are listed at once.
+    """
+    values = read_values(path)
+    override_values(values, overrides)
+    return check_config(kind, values, str(path))
+
+
+def read_values(path: str | Path) -> dict[str, Any]:
+    """The keys and values of a YAML file, as they stand there.
+
+    Raises:
+        UserError: No such file, not YAML, a key that stands there twice, or not a mapping.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"{path}: no config file there", remedy="Ready-made ones lie under configs/.")
+    try:
+        values = yaml.load(path.read_text("utf-8"), _UniqueKeyLoader)
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: not valid YAML: {error}") from None
+    if values is None:
+        return {}
+    if not isinstance(values, dict):
+        raise UserError(f"{path}: expected a mapping of keys, got {type(values).__name__}")
+    return values
+
+
+class _UniqueKeyLoader(yaml.SafeLoader):
+    """YAML that refuses a key given twice, where PyYAML silently takes the last."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen = set()
+        for key, _ in node.value:
+            if key.value in seen:
+                raise yaml.MarkedYAMLError(problem=f"key {key.value!r} stands there twice", problem_mark=key.start_mark)
+            seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
+def check_config(kind: type[C], values: dict[str, Any], where: str) -> C:
+    """Validate already parsed values; `where` names their origin in the error."""
+    try:
+        return kind.model_validate(values)
+    except ValidationError as error:
+        faults = [_fault(kind, e) for e in error.errors()]
+        count = f"{len(faults)} problem{'s' if len(faults) > 1 else ''}"
+        raise UserError(f"{where}: {count} in the config\n" + "\n".join(f"  - {f}" for f in faults)) from None
+
+
+def override_values(values: dict[str, Any], overrides: Sequence[str]) -> None:
+    """Apply `dotted.key=value` overrides to a config's values, in place.
+
+    Raises:
+        UserError: An override is not of that form.
+    """
+    for override in overrides:
+        _override(values, override)
+
+
+def _override(values: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    *parents, last = key.split(".")
+    if not equals or not all([*parents, last]):
+        raise UserError(f"override {override!r}: expected dotted.key=value, such as optimizer.lr=1e-5")
+    for name in parents:
+        child = values.get(name)
+        if child is None:
+            child = values[name] = {}
+        if isinstance(child, str):  # a table row named without options: `tuning: lora` + tuning.rank=8
+            child = values[name] = {"name": child}
+        if not isinstance(child, dict):
+            raise UserError(f"override {override!r}: {name} is not a group of keys")
+        values = child
+    try:
+        values[last] = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise UserError(f"override {override!r}: the value is not valid YAML: {error}") from None
+
+
+def _fault(kind: type[BaseModel], error: Any) -> str:
+    """One validation error as a person would say it: key, what is wrong, nearest valid key."""
+    where = ".".join(str(part) for part in error["loc"])
+    if error["type"] == "extra_forbidden":
+        parent = _model_at(kind, error["loc"][:-1])
+        valid = parent.model_fields if parent else []
+        return f"{where}: unknown key; {nearest(str(error['loc'][-1]), valid)}"
+    if error["type"] == "missing":
+        return f"{where}: missing; it has no default"
+    text = error["msg"].removeprefix("Value error, ")
+    got = "" if error["type"] == "value_error" else f", got {error['input']!r}"
+    return f"{where + ': ' if where else ''}{text}{got}"
+
+
+def _model_at(kind: type[BaseModel] | None, location: tuple[Any, ...]) -> type[BaseModel] | None:
+    for part in location:
+        if kind is None or part not in kind.model_fields:
+            return None
+        annotation = kind.model_fields[str(part)].annotation
+        options = [annotation, *get_args(annotation)]
+        kind = next((a for a in options if isinstance(a, type) and issubclass(a, BaseModel)), None)
+    return kind
+
+
+def dump_config(config: BaseModel) -> str:
+    """The resolved config as YAML."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)

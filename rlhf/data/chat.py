@@ -1,0 +1,205 @@
+"""Text to tokens: chat template, masks, truncation. The only home of all three.
+
+A conversation is encoded piece by piece (everything up to a generation prompt, then the answer, ...), so the prompt's
+tokens are the same in every stage, whatever answer follows.
+
+Truncation: a prompt keeps its end (and its first token where that is BOS). An answer is never cut: where it leaves
+less than a quarter of the room for the prompt, the demonstration or candidate is set aside and counted.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rlhf.config.base import ModelConfig
+from rlhf.core.errors import UserError
+from rlhf.core.lazy import lazy
+from rlhf.data.schema import Message
+
+if TYPE_CHECKING:
+    import torch
+    import transformers
+else:
+    torch, transformers = lazy("torch"), lazy("transformers")
+
+
+TEMPLATES = {
+    "default": (
+        "{{ bos_token }}{% for m in messages %}"
+        "{% if m.role == 'system' %}{{ m.content }}\n\n"
+        "{% elif m.role == 'user' %}User: {{ m.content }}\n"
+        "{% else %}Assistant: {{ m.content }}{{ eos_token }}\n{% endif %}"
+        "{% endfor %}{% if add_generation_prompt %}Assistant:{% endif %}"
+    ),
+    "plain": "{{ bos_token }}{% for m in messages %}{{ m.content }}{% endfor %}",
+}
+"""Templates for models without one: `default` names the roles, `plain` lets the answer continue the prompt's text."""
+
+PROBE = "\N{BLACK STAR}"
+
+
+def load_tokenizer(config: ModelConfig, path: str) -> ChatTokenizer:
+    """The tokenizer of a model folder or hub name, with the chat template that the config chooses.
+
+    An encoder's CLS and SEP serve as the BOS and EOS that templates name.
+
+    Raises:
+        UserError: No tokenizer there, no end-of-sequence token, or a chat template that cannot be used.
+    """
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(path, trust_remote_code=config.trust_remote_code)
+    except (OSError, ValueError) as error:
+        raise UserError(f"model.path: no tokenizer can be loaded from {path}", str(error).split("\n")[0]) from None
+    if tokenizer.bos_token is None and tokenizer.eos_token is None and tokenizer.cls_token and tokenizer.sep_token:
+        tokenizer.bos_token, tokenizer.eos_token = tokenizer.cls_token, tokenizer.sep_token
+    if config.chat_template != "auto" or not tokenizer.chat_template:
+        name = "default" if config.chat_template == "auto" else config.chat_template
+        if name not in TEMPLATES and not Path(name).is_file():
+            raise UserError(
+                f"model.chat_template: {name!r} is neither auto, {', '.join(TEMPLATES)} nor a file",
+                remedy="Give the path of a Jinja chat template.",
+            )
+        tokenizer.chat_template = TEMPLATES.get(name) or Path(name).read_text("utf-8")
+    return ChatTokenizer(tokenizer)
+
+
+class ChatTokenizer:
+    """A tokenizer with its chat template: prompts, answers and conversations to token ids, and answers back.
+
+    Attributes:
+        end_id: The token that ends an answer (the template's end of turn, else EOS).
+        pad_id: A token to fill rows with; masks hide it everywhere.
+    """
+
+    def __init__(self, tokenizer: Any) -> None:
+        self.tokenizer = tokenizer
+        probe = [Message("user", "hello"), Message("assistant", PROBE)]
+        before, full = self._render(probe[:1], True), self._render(probe, False)
+        if not full.startswith(before) or PROBE not in full:
+            raise UserError(
+                "model.chat_template: the text with an answer does not begin with the text that asks for it",
+                f"{full[:120]!r} does not start with {before[:120]!r}, so the answer's tokens cannot be told apart.",
+                "Use a template whose generation prompt is the start of the assistant turn.",
+            )
+        self._lead, tail = full[len(before) :].split(PROBE)
+        ends = [token for token in self._encode(tail) if token in self._special]
+        if not ends and tokenizer.eos_token_id is None:
+            raise UserError("the tokenizer has no EOS token and the chat template has no end of turn")
+        self.end_id: int = ends[0] if ends else tokenizer.eos_token_id
+        # Where the template writes an end of turn, the text after it (often a newline) belongs to the next piece.
+        end_text = tokenizer.convert_ids_to_tokens(self.end_id)
+        self._tail, self._after_end = tail, tail.split(end_text, 1)[1] if ends else ""
+        pad = tokenizer.pad_token_id
+        self.pad_id: int = pad if pad is not None else self.end_id
+
+    @cached_property
+    def _special(self) -> set[int]:
+        return set(self.tokenizer.all_special_ids) | set(self.tokenizer.added_tokens_decoder)
+
+    @cached_property
+    def _anchor(self) -> list[int]:
+        """Tokens put before a continuation where the tokenizer would begin any text with a space of its own."""
+        newline, joined = self._encode("\n"), self._encode("\na")
+        return [] if joined == newline + self._encode("a") else newline
+
+    def _render(self, messages: Sequence[Message], generation_prompt: bool) -> str:
+        chat = [{"role": m.role, "content": m.content} for m in messages]
+        try:
+            text: str = self.tokenizer.apply_chat_template(
+                chat, tokenize=False, add_generation_prompt=generation_prompt
+            )
+        except Exception as error:  # templates raise what they like
+            raise UserError(f"model.chat_template: fails on a conversation: {error}") from error
+        return text
+
+    def _encode(self, text: str) -> list[int]:
+        ids: list[int] = self.tokenizer.encode(text, add_special_tokens=False)
+        return ids
+
+    def _encode_next(self, text: str) -> list[int]:
+        """Tokens of text that continues other text."""
+        anchored = self._encode("\n" + text) if self._anchor else []
+        if anchored[: len(self._anchor)] == self._anchor and self._anchor:
+            return anchored[len(self._anchor) :]
+        return self._encode(text)
+
+    def _pieces(self, messages: Sequence[Message]) -> list[tuple[list[int], bool]]:
+        """Alternating (tokens, is an answer) pieces of a conversation, up to its last message or its last prompt."""
+        pieces: list[tuple[list[int], bool]] = []
+        done = ""
+        turns = [i for i, m in enumerate(messages) if m.role == "assistant"]
+        stops = turns if messages[-1].role == "assistant" else [*turns, len(messages)]
+        for i in stops:
+            before = self._render(messages[:i], True)
+            if not before.startswith(done):  # a template that rewrites earlier turns: they are prompt text only
+                pieces, done = [], ""
+            encode = self._encode_next if done else self._encode
+            pieces.append((encode(before[len(done) :]), False))
+            if i == len(messages):
+                break
+            answer = self._encode_next(self._lead + messages[i].content)
+            pieces.append(([*answer, self.end_id], True))
+            full = self._render(messages[: i + 1], False)
+            done = full[: len(full) - len(self._after_end)] if self._after_end else full
+        return pieces
+
+    def prompt(self, messages: Sequence[Message]) -> list[int]:
+        """Token ids of a conversation that waits for an answer, generation prompt included."""
+        return [token for piece, _ in self._pieces(messages) for token in piece]
+
+    def answer(self, text: str) -> list[int]:
+        """Token ids of an answer, with the token that ends it."""
+        return [*self._encode_next(self._lead + text), self.end_id]
+
+    def conversation(self, messages: Sequence[Message]) -> tuple[list[int], list[bool]]:
+        """Token ids of a whole conversation, and which of them an assistant said (ends of turns included)."""
+        pieces = self._pieces(messages)
+        ids = [token for piece, _ in pieces for token in piece]
+        return ids, [mine for piece, mine in pieces for _ in piece]
+
+    def whole(self, chat: Sequence[dict[str, str]], answer: str) -> list[int]:
+        """Token ids of a prompt, given as {role, content} mappings, with its answer."""
+        return self.prompt([Message(**m) for m in chat]) + self.answer(answer)  # type: ignore[arg-type]
+
+    def pad(self, rows: Sequence[Sequence[int]], device: Any = None) -> tuple[torch.Tensor, torch.Tensor]:
+        """Rows of token ids padded on the right: int64 ids [B, T] and attention mask [B, T], 1 = a token."""
+        width = max(map(len, rows))
+        ids = torch.tensor([[*row, *[self.pad_id] * (width - len(row))] for row in rows], device=device)
+        mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in rows], device=device)
+        return ids, mask
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """An answer's tokens back to text, without special tokens and without the template's leading text."""
+        text = self._decode([*self._anchor, *ids])[len(self._decode(self._anchor)) :]
+        return text.removeprefix(self._lead)
+
+    def _decode(self, ids: Sequence[int]) -> str:
+        text: str = self.tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        return text
+
+    def cut_prompt(self, ids: list[int], room: int) -> list[int]:
+        """The end of a prompt that has more than `room` tokens, after its first token where that is BOS."""
+        if len(ids) <= room:
+            return ids
+        if ids[0] == self.tokenizer.bos_token_id:
+            return [ids[0], *ids[len(ids) - room + 1 :]]
+        return ids[len(ids) - room :]
+
+    def fingerprints(self) -> dict[str, str]:
+        """SHA-256 (16 hex digits) of the vocabulary with its special tokens, and of the chat template."""
+        vocabulary = json.dumps([self.tokenizer.get_vocab(), self.tokenizer.special_tokens_map], sort_keys=True)
+        parts = {"tokenizer": vocabulary, "chat_template": self.tokenizer.chat_template}
+        return {key: hashlib.sha256(text.encode()).hexdigest()[:16] for key, text in parts.items()}
+
+
+def stop_ids(model: Any, chat: ChatTokenizer) -> list[int]:
+    """The tokens that end an answer: the chat template's first, then the tokenizer's and the generation config's."""
+    listed = getattr(model.generation_config, "eos_token_id", None)
+    listed = listed if isinstance(listed, list) else [listed]
+    others = {chat.tokenizer.eos_token_id, *listed} - {None, chat.end_id}
+    return [chat.end_id, *sorted(others)]

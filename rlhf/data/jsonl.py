@@ -1,0 +1,194 @@
+"""Rows of JSONL files, and the account of those that are set aside: where each stands, why, and what to do about it."""
+
+from __future__ import annotations
+
+import gzip
+import io
+import json
+import zlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, BinaryIO, NoReturn
+
+import orjson
+
+from rlhf.core.errors import UserError
+from rlhf.core.lazy import lazy
+from rlhf.data.schema import BadRecord, Record, from_dict
+
+if TYPE_CHECKING:
+    import zstandard
+else:
+    zstandard = lazy("zstandard")
+
+
+@dataclass(frozen=True)
+class Reject:
+    """A row set aside: where it stands, why, the row as it was read, and what to do about it.
+
+    `reason` is the same words for every row with that fault; `detail` is particular to this one.
+    """
+
+    file: str
+    line: int
+    reason: str
+    raw: str
+    detail: str = ""
+    remedy: str = ""
+
+    @classmethod
+    def of(cls, path: Path, line: int, fault: BadRecord, raw: str | bytes) -> Reject:
+        """The row on that line, set aside for that fault."""
+        text = raw.decode("utf-8", "backslashreplace") if isinstance(raw, bytes) else raw
+        return cls(str(path), line, fault.reason, text.rstrip("\r\n"), fault.detail, fault.remedy)
+
+    def __str__(self) -> str:
+        return f"{self.file}:{self.line}: {self.reason}{f' ({self.detail})' if self.detail else ''}"
+
+
+OnReject = Callable[[Reject], None]
+
+
+def read_jsonl(path: Path, kind: str | None, on_reject: OnReject) -> Iterator[Record]:
+    """Stream records from a JSONL file (gzip or zstd allowed); a bad line is handed to `on_reject` with its number.
+
+    Args:
+        kind: The kind of every record; None lets the first usable row decide.
+
+    Raises:
+        UserError: The file cannot be read, or its compressed stream is damaged.
+    """
+    line = 0
+    try:
+        with open_bytes(path) as file:
+            for line, raw, row in read_rows(path, file, on_reject):
+                try:
+                    record = from_dict(row, kind)
+                except BadRecord as fault:
+                    on_reject(Reject.of(path, line, fault, raw))
+                else:
+                    kind = record.kind
+                    yield record
+    except DAMAGES as error:
+        raise UserError(f"{path}: damaged after line {line}: {error}", remedy="Fetch the file again.") from None
+
+
+def read_rows(path: Path, file: BinaryIO, on_reject: OnReject) -> Iterator[tuple[int, bytes, Any]]:
+    """Stream (line number, raw line, parsed value) from a file of one JSON value a line.
+
+    Blank lines are passed over. A line that is not UTF-8 or not JSON is handed to `on_reject`, as is one that the end
+    of the file cuts off.
+
+    Raises:
+        EOFError, zlib.error, OSError: `DAMAGES`: the compressed stream is damaged, or the file cannot be read.
+    """
+    for line, raw in enumerate(file, 1):
+        if raw.isspace():
+            continue
+        try:
+            row = parse(raw)
+        except BadRecord as error:
+            on_reject(Reject.of(path, line, error if raw.endswith(b"\n") else cut_off(error), raw))
+        else:
+            yield line, raw, row
+
+
+def parse(raw: bytes) -> Any:
+    """The value of a JSON text. NaN and Infinity are refused: JSON has no such numbers.
+
+    Raises:
+        BadRecord: It is not UTF-8, not JSON, or nested too deeply.
+    """
+    try:
+        return orjson.loads(raw)
+    except orjson.JSONDecodeError:
+        pass  # the slower decoder says where, and lets the schema tell about a lone surrogate
+    try:
+        return _json.decode(raw.decode("utf-8-sig"))
+    except UnicodeDecodeError as error:
+        raise BadRecord("not UTF-8", f"at byte {error.start}", "Save the file as UTF-8.") from None
+    except json.JSONDecodeError as error:
+        detail = f"{error.msg} at character {error.pos + 1}"
+        raise BadRecord("not valid JSON", detail, "Put one JSON object on each line.") from None
+    except ValueError as error:
+        raise BadRecord("not valid JSON", str(error), "Leave the value out, or write a number or null.") from None
+    except RecursionError:
+        raise BadRecord("not valid JSON", "nested too deeply", "A record needs three levels.") from None
+
+
+def cut_off(fault: BadRecord) -> BadRecord:
+    """The fault of a row with which the file ends, where the row does not."""
+    remedy = "The download or export may have been interrupted: fetch the file again."
+    return BadRecord("the file ends in the middle of a record", str(fault), remedy)
+
+
+def _no_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is not JSON")
+
+
+_json = json.JSONDecoder(parse_constant=_no_constant)
+
+GZIP, ZSTD = b"\x1f\x8b", b"\x28\xb5\x2f\xfd"
+DAMAGES = (EOFError, zlib.error, OSError)
+"""What reading raises where a compressed stream is damaged (`zstandard.ZstdError` becomes an OSError) or the disk."""
+
+
+@contextmanager
+def open_bytes(path: Path) -> Iterator[BinaryIO]:
+    """A file's bytes, decompressed: gzip and zstd are recognised by their first bytes, whatever the name.
+
+    Raises:
+        UserError: The file cannot be opened, or is named .gz or .zst and is neither.
+    """
+    try:
+        plain = open(path, "rb")  # noqa: SIM115  # closed below
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error}") from None
+    with plain:
+        head = plain.peek(4)[:4]
+        if head.startswith(GZIP):
+            yield io.BufferedReader(gzip.GzipFile(fileobj=plain))
+        elif head == ZSTD:
+            yield io.BufferedReader(_Zstd(plain))
+        elif head and path.suffix in (".gz", ".zst"):
+            name = "gzip" if path.suffix == ".gz" else "zstd"
+            raise UserError(
+                f"{path}: named {path.suffix} and is not {name}", remedy="Rename it, or fetch the file again."
+            )
+        else:
+            yield plain
+
+
+class _Zstd(io.RawIOBase):
+    """A zstd stream, of one or several frames; damage raises as it does for gzip: OSError, or EOFError where it ends.
+
+    (`zstandard`'s own stream reader takes a stream that is cut off for its end.)
+    """
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file, self._decompressor = file, zstandard.ZstdDecompressor()
+        self._frame: Any = None
+        self._packed, self._ready = b"", memoryview(b"")
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        while not self._ready:
+            packed = self._packed or self._file.read(1 << 14)
+            if not packed:
+                if self._frame is not None:
+                    raise EOFError("the zstd stream is cut off")
+                return 0
+            self._frame = self._frame or self._decompressor.decompressobj()
+            try:
+                self._ready = memoryview(self._frame.decompress(packed))
+            except zstandard.ZstdError as error:
+                raise OSError(str(error)) from None
+            self._packed = self._frame.unused_data if self._frame.eof else b""
+            self._frame = None if self._frame.eof else self._frame
+        size = min(len(buffer), len(self._ready))
+        buffer[:size], self._ready = self._ready[:size], self._ready[size:]
+        return size

@@ -1,0 +1,428 @@
+"""The one data schema that runs through all stages: Prompt, Demonstration, Proposal, Ranking.
+
+Ids are content hashes, so the same prompt is the same prompt in every file and stage. `rlhf.data.store` keeps datasets
+of these records on disk.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import reprlib
+import sys
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, fields, replace
+from datetime import datetime
+from functools import lru_cache
+from typing import Any, ClassVar, Literal
+
+import orjson
+
+SCHEMA_VERSION = 2
+READABLE_VERSIONS = (1, 2)
+"""Version 1 lacks a ranking's `seconds`, `shown`, `weight` and `merged`, which have defaults, and proposals."""
+ROLES = ("system", "user", "assistant")
+SPLITS = ("train", "eval", "test")
+AUTHOR_KINDS = ("model", "person", "unknown")
+
+
+class BadRecord(ValueError):
+    """Data that does not fit the schema. The message is the reason, with the detail in brackets.
+
+    Args:
+        reason: Which field and what is wrong, the same words for every such row, so that rows are counted by it.
+        detail: The value or the position in this row.
+        remedy: What to do about it.
+    """
+
+    def __init__(self, reason: str, detail: str = "", remedy: str = "Mend the field, or leave the row out.") -> None:
+        self.reason, self.detail, self.remedy = reason, detail, remedy
+        super().__init__(f"{reason} ({detail})" if detail else reason)
+
+
+def content_hash(*parts: Any) -> str:
+    """16 hex digits (64 bits) of the SHA-256 of the parts' canonical JSON: UTF-8, no spaces, keys sorted."""
+    return hashlib.sha256(orjson.dumps(parts, option=orjson.OPT_SORT_KEYS)).hexdigest()[:16]
+
+
+# ---- records: checked when made, so that one that exists is valid ------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    """One turn of a chat."""
+
+    role: Literal["system", "user", "assistant"]
+    content: str
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """A conversation that waits for an answer: it ends with a user turn.
+
+    `source` says where it came from, `group` (a topic, say) what a split may hold together, and `split` is
+    train, eval, test or None while no split has been made.
+
+    Raises:
+        BadRecord: A field is of the wrong type, empty, or contradicts another.
+    """
+
+    messages: tuple[Message, ...]
+    source: str = ""
+    group: str | None = None
+    split: str | None = None
+    _prompt_id: str = field(default="", init=False, repr=False, compare=False)
+
+    kind: ClassVar[str] = "prompt"
+
+    def __post_init__(self) -> None:
+        _check_messages(self.messages)
+        _check_text(self.source, "source", empty_ok=True)
+        _check_text(self.group, "group", none_ok=True)
+        if self.split is not None and self.split not in SPLITS:
+            raise BadRecord(f"split: not one of {', '.join(SPLITS)}", f"got {_brief(self.split)}")
+
+    @property
+    def prompt_id(self) -> str:
+        """Hash of the messages alone: the same prompt in every file and stage."""
+        if not self._prompt_id:
+            object.__setattr__(self, "_prompt_id", content_hash([[m.role, m.content] for m in self.messages]))
+        return self._prompt_id
+
+    @property
+    def id(self) -> str:
+        """Hash of what makes this record; `source`, `group` and `split` are no part of it."""
+        return self.prompt_id
+
+    @property
+    def chat(self) -> list[dict[str, str]]:
+        """The messages as `transformers` chat templates take them."""
+        return [{"role": m.role, "content": m.content} for m in self.messages]
+
+    def with_split(self, split: str) -> Any:
+        return replace(self, split=split)
+
+
+@dataclass(frozen=True, slots=True)
+class Demonstration(Prompt):
+    """A prompt plus the answer that a person wrote (`author` names the person, where known)."""
+
+    answer: str = ""
+    author: str = ""
+
+    kind: ClassVar[str] = "demonstration"
+
+    def __post_init__(self) -> None:
+        Prompt.__post_init__(self)
+        _check_text(self.answer, "answer")
+        _check_text(self.author, "author", empty_ok=True)
+
+    @property
+    def id(self) -> str:
+        return content_hash(self.prompt_id, self.answer)
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """One answer of a ranking. `author` names the model or person; `score` is an optional rating, higher = better."""
+
+    text: str
+    author: str = ""
+    author_kind: Literal["model", "person", "unknown"] = "unknown"
+    score: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Proposal(Prompt):
+    """A prompt plus K >= 2 candidates that wait for a ranking, in the order in which to show them."""
+
+    candidates: tuple[Candidate, ...] = ()
+
+    kind: ClassVar[str] = "proposal"
+
+    def __post_init__(self) -> None:
+        Prompt.__post_init__(self)
+        _check_candidates(self.candidates)
+
+    @property
+    def id(self) -> str:
+        return content_hash(self.prompt_id, [c.text for c in self.candidates])
+
+
+@dataclass(frozen=True, slots=True)
+class Ranking(Proposal):
+    """A prompt plus K >= 2 candidates and one rank each: 1 = best, equal ranks = tie. Pairs are never stored.
+
+    Ranks are kept dense: 1, 3, 3 becomes 1, 2, 2.
+    """
+
+    ranks: tuple[int, ...] = ()
+    annotator: str = ""
+    time: str | None = None
+    """When it was made, ISO 8601."""
+    seconds: float | None = None
+    """How long the annotator took."""
+    shown: bool = False
+    """The candidates stand in the order in which the annotator saw them, first = top or left."""
+    weight: float = 1.0
+    """How much it counts in training; an aggregated ranking's confidence."""
+    merged: tuple[str, ...] = ()
+    """Ids of the rankings that this one was aggregated from; none for a ranking that a person made."""
+
+    kind: ClassVar[str] = "ranking"
+
+    def __post_init__(self) -> None:
+        Proposal.__post_init__(self)
+        _check_ranks(self.ranks, self.candidates)
+        object.__setattr__(self, "ranks", dense_ranks(self.ranks))
+        _check_text(self.annotator, "annotator", empty_ok=True)
+        _check_time(self.time)
+        if self.seconds is not None and not (_is_finite(self.seconds) and self.seconds >= 0):
+            raise BadRecord("seconds: not a number from 0", _brief(self.seconds))
+        if type(self.shown) is not bool:
+            raise BadRecord("shown: not true or false", _brief(self.shown))
+        if self.weight != 1 and not (_is_finite(self.weight) and self.weight > 0):
+            raise BadRecord("weight: not a number above 0", _brief(self.weight))
+        if not isinstance(self.merged, tuple) or (self.merged and {type(part) for part in self.merged} != {str}):
+            raise BadRecord("merged: not a list of ids", _brief(self.merged))
+
+    @property
+    def id(self) -> str:
+        return content_hash(self.prompt_id, [c.text for c in self.candidates], self.ranks, self.annotator, self.time)
+
+    @property
+    def informative_pairs(self) -> int:
+        """Pairs of candidates with different ranks."""
+        return sum(a < b for a in self.ranks for b in self.ranks)
+
+
+Record = Prompt | Demonstration | Proposal | Ranking
+KINDS: dict[str, type[Prompt]] = {kind.kind: kind for kind in (Prompt, Demonstration, Proposal, Ranking)}
+
+
+def dense_ranks(values: Iterable[float]) -> tuple[int, ...]:
+    """Ranks 1, 2, ... from any numbers where smaller = better; equal numbers share a rank and none is skipped."""
+    return _dense_ranks(tuple(values))
+
+
+@lru_cache(4096)
+def _dense_ranks(values: tuple[float, ...]) -> tuple[int, ...]:
+    order = {value: rank for rank, value in enumerate(sorted(set(values)), 1)}
+    return tuple(order[value] for value in values)
+
+
+def unchecked(kind: type[Prompt], **given: Any) -> Any:
+    """A record without the checks, five times as fast: only for fields that hold by the way they were made.
+
+    Args:
+        kind: The class of the record.
+        given: Its fields; the others have their defaults. Ranks are dense.
+    """
+    record = object.__new__(kind)
+    for name, default in _DEFAULTS[kind]:
+        object.__setattr__(record, name, given.get(name, default))
+    return record
+
+
+_DEFAULTS = {kind: [(part.name, part.default) for part in fields(kind)] for kind in KINDS.values()}
+
+
+# ---- checks ------------------------------------------------------------------------------------------------------
+
+
+def _check_text(value: Any, name: str, index: int | None = None, empty_ok: bool = False, none_ok: bool = False) -> None:
+    if type(value) is str and value.isascii() and (empty_ok or (value and not value.isspace())):
+        return  # the usual case, told quickly
+    if none_ok and value is None:
+        return
+    where = "" if index is None else f"at index {index}"
+    if not isinstance(value, str):
+        raise BadRecord(f"{name}: not text", f"{where + ': ' if where else ''}{type(value).__name__}")
+    if not empty_ok and (not value or value.isspace()):
+        raise BadRecord(f"{name}: empty", where)
+    try:
+        value.encode("utf-8")
+    except UnicodeEncodeError:
+        raise BadRecord(f"{name}: not valid Unicode (a lone surrogate)", where) from None
+
+
+def _check_messages(messages: Any) -> None:
+    if not isinstance(messages, tuple) or not messages:
+        raise BadRecord("messages: none", _brief(messages))
+    before = None
+    for index, message in enumerate(messages):
+        if not isinstance(message, Message):
+            raise BadRecord("messages: not a list of {role, content}", f"at index {index}: {_brief(message)}")
+        if message.role not in ROLES:
+            raise BadRecord(
+                f"messages.role: not one of {', '.join(ROLES)}", f"at index {index}: {_brief(message.role)}"
+            )
+        _check_text(message.content, "messages.content", index)
+        if message.role == before:
+            raise BadRecord("messages: two turns in a row with the same role", f"at index {index}: {before}")
+        if message.role == "system" and index:
+            raise BadRecord("messages: a system turn is allowed only first", f"at index {index}")
+        before = message.role
+    if before != "user":
+        raise BadRecord("messages: must end with a user turn", f"ends with {before}")
+
+
+def _check_candidates(candidates: Any) -> None:
+    if not isinstance(candidates, tuple) or len(candidates) < 2:
+        raise BadRecord("candidates: fewer than two answers", _brief(candidates))
+    for index, candidate in enumerate(candidates):
+        if not isinstance(candidate, Candidate):
+            raise BadRecord("candidates: not text or an object", f"at index {index}: {_brief(candidate)}")
+        _check_text(candidate.text, "candidates.text", index)
+        _check_text(candidate.author, "candidates.author", index, empty_ok=True)
+        if candidate.author_kind not in AUTHOR_KINDS:
+            detail = f"at index {index}: {_brief(candidate.author_kind)}"
+            raise BadRecord(f"candidates.author_kind: not one of {', '.join(AUTHOR_KINDS)}", detail)
+        score = candidate.score
+        if score is not None and not _is_finite(score):
+            raise BadRecord("candidates.score: not a finite number", f"at index {index}: {_brief(score)}")
+    if len({candidate.text for candidate in candidates}) < 2:
+        raise BadRecord("candidates: fewer than two distinct answers")
+
+
+def _check_ranks(ranks: Any, candidates: tuple[Candidate, ...]) -> None:
+    if not isinstance(ranks, tuple) or len(ranks) != len(candidates):
+        raise BadRecord("ranks: not one for each candidate", f"{len(candidates)} candidates, ranks {_brief(ranks)}")
+    if set(map(type, ranks)) != {int} or min(ranks) < 1:
+        raise BadRecord("ranks: not whole numbers from 1 (best)", _brief(ranks))
+    texts = {candidate.text for candidate in candidates}
+    if len(texts) < len(ranks) and len({(c.text, rank) for c, rank in zip(candidates, ranks)}) > len(texts):
+        raise BadRecord("ranks: identical candidates are ranked apart")
+
+
+def _check_time(time: Any) -> None:
+    if time is None:
+        return
+    _check_text(time, "time")
+    try:
+        datetime.fromisoformat(time)
+    except ValueError:
+        raise BadRecord("time: not ISO 8601", _brief(time)) from None
+
+
+def _is_finite(value: Any) -> bool:
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return number and -sys.float_info.max <= value <= sys.float_info.max
+
+
+def _brief(value: Any) -> str:
+    """The value as a message shows it. `reprlib` bounds length and depth: rows may be huge or deeply nested."""
+    return reprlib.repr(value)
+
+
+# ---- JSON form ---------------------------------------------------------------------------------------------------
+
+
+def from_dict(row: Any, kind: str | None = None) -> Record:
+    """A record from its JSON form. Fields that the schema does not know are left out.
+
+    Args:
+        row: A mapping with the record's fields. `messages` may also be called `prompt` and be a plain string; a
+            candidate may be a plain string; in place of `ranks`, each candidate may hold its `rank`.
+        kind: prompt, demonstration, proposal or ranking: a row of another kind is refused. None takes any.
+
+    Raises:
+        BadRecord: A field is missing, of the wrong type, or contradicts another.
+    """
+    if not isinstance(row, Mapping):
+        raise BadRecord("not an object", type(row).__name__)
+    found = _kind(row)
+    if kind is not None and found != kind:
+        remedy = "Rankings have `candidates` and `ranks`, proposals `candidates` alone, demonstrations `answer`."
+        raise BadRecord(f"a {found} where a {kind} is needed", remedy=remedy)
+    values: dict[str, Any] = {
+        "messages": _messages(row.get("messages", row.get("prompt"))),
+        "source": _or(row.get("source"), ""),
+        "group": _or(row.get("group"), None),
+        "split": _or(row.get("split"), None),
+    }
+    if found == "demonstration":
+        values |= {"answer": row["answer"], "author": _or(row.get("author"), "")}
+    elif found == "proposal":
+        values |= {"candidates": _candidates(row["candidates"])}
+    elif found == "ranking":
+        values |= {"candidates": _candidates(row["candidates"]), "ranks": _ranks(row)}
+        values |= {"annotator": _or(row.get("annotator"), ""), "time": _or(row.get("time"), None)}
+        merged = _or(row.get("merged"), ())
+        values |= {"merged": tuple(merged) if isinstance(merged, list) else merged}
+        values |= {name: row[name] for name in ("seconds", "shown", "weight") if row.get(name) is not None}
+    record = KINDS[found](**values)
+    for name in ("id", "prompt_id"):
+        if row.get(name) is not None and row[name] != getattr(record, name):
+            detail = f"{_brief(row[name])}, the content gives {getattr(record, name)!r}"
+            raise BadRecord(f"{name}: not the content hash", detail, f"Leave `{name}` out; it is computed.")
+    return record
+
+
+def _kind(row: Mapping[str, Any]) -> str:
+    if "candidates" not in row:
+        return "demonstration" if "answer" in row else "prompt"
+    return "proposal" if _ranks(row) in (None, ()) else "ranking"
+
+
+def _or(value: Any, default: Any) -> Any:
+    return default if value is None or value == "" else value
+
+
+def _ranks(row: Mapping[str, Any]) -> Any:
+    ranks, candidates = row.get("ranks"), row["candidates"]
+    if ranks is None and isinstance(candidates, (list, tuple)):
+        ranks = [
+            candidate["rank"] for candidate in candidates if isinstance(candidate, Mapping) and "rank" in candidate
+        ]
+    return tuple(ranks) if isinstance(ranks, list) else ranks
+
+
+def _messages(value: Any) -> Any:
+    if isinstance(value, str):
+        return (Message("user", value),)
+    if not isinstance(value, (list, tuple)):
+        return value
+    return tuple(map(_message, value))
+
+
+def _message(value: Any) -> Any:
+    if not isinstance(value, Mapping):
+        return value
+    role: Any = value.get("role")  # the record checks the fields
+    content: Any = value.get("content")
+    return Message(role, content)
+
+
+def _candidates(value: Any) -> Any:
+    return tuple(map(_candidate, value)) if isinstance(value, (list, tuple)) else value
+
+
+def _candidate(value: Any) -> Any:
+    if isinstance(value, str):
+        return Candidate(value)
+    if not isinstance(value, Mapping):
+        return value
+    text: Any = value.get("text")  # the record checks the fields
+    return Candidate(text, _or(value.get("author"), ""), _or(value.get("author_kind"), "unknown"), value.get("score"))
+
+
+def to_dict(record: Record) -> dict[str, Any]:
+    """The record's JSON form, with its ids; `from_dict` reads it back."""
+    row: dict[str, Any] = {"id": record.id, "prompt_id": record.prompt_id, "messages": record.chat}
+    row |= {"source": record.source, "group": record.group, "split": record.split}
+    if isinstance(record, Demonstration):
+        row |= {"answer": record.answer, "author": record.author}
+    if isinstance(record, Proposal):
+        row |= {"candidates": [_candidate_dict(candidate) for candidate in record.candidates]}
+    if isinstance(record, Ranking):
+        row |= {"ranks": list(record.ranks), "annotator": record.annotator, "time": record.time}
+        row |= {"seconds": record.seconds, "shown": record.shown, "weight": float(record.weight)}
+        row |= {"merged": list(record.merged)}
+    return row
+
+
+def _candidate_dict(candidate: Candidate) -> dict[str, Any]:
+    score = None if candidate.score is None else float(candidate.score)
+    return {
+        "text": candidate.text, "author": candidate.author, "author_kind": candidate.author_kind, "score": score,
+    }  # fmt: skip

@@ -1,0 +1,405 @@
+"""Datasets on disk: a folder of Parquet shards with a `manifest.json`, or a `.jsonl` (`.jsonl.gz`) file.
+
+Both are streamed, so a dataset may be larger than memory; a folder appears under its name only when it is whole.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from itertools import accumulate
+from operator import attrgetter
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from rlhf.core.errors import UserError, nearest
+from rlhf.core.files import sync, write_json
+from rlhf.core.lazy import lazy
+from rlhf.data.jsonl import OnReject, Reject, read_jsonl, read_rows
+from rlhf.data.schema import (
+    KINDS,
+    READABLE_VERSIONS,
+    SCHEMA_VERSION,
+    BadRecord,
+    Demonstration,
+    Proposal,
+    Record,
+    from_dict,
+)
+
+__all__ = [
+    "Dataset", "DatasetWriter", "OnReject", "Reject", "file_hash", "open_dataset", "read_jsonl", "read_rows",
+    "read_shard", "shard_faults",
+]  # fmt: skip
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+else:
+    pa, pq = lazy("pyarrow"), lazy("pyarrow.parquet")
+
+ROWS_PER_SHARD = 200_000
+ROWS_PER_GROUP = 5_000
+CHARS_PER_GROUP = 32_000_000  # bounds memory, and keeps a column below Arrow's 2 GiB, whatever the answers' lengths
+RAW_KEPT = 10_000
+
+
+def _arrow_schema(kind: str) -> pa.Schema:
+    text = pa.string()
+    fields = [("id", text), ("prompt_id", text)]
+    fields += [("messages", pa.list_(pa.struct([("role", text), ("content", text)])))]
+    fields += [("source", text), ("group", text), ("split", text)]
+    if kind == "demonstration":
+        fields += [("answer", text), ("author", text)]
+    if kind in ("proposal", "ranking"):
+        candidate = pa.struct([("text", text), ("author", text), ("author_kind", text), ("score", pa.float64())])
+        fields += [("candidates", pa.list_(candidate))]
+    if kind == "ranking":
+        fields += [("ranks", pa.list_(pa.int32())), ("annotator", text), ("time", text)]
+        fields += [("seconds", pa.float64()), ("shown", pa.bool_()), ("weight", pa.float64())]
+        fields += [("merged", pa.list_(text))]
+    return pa.schema(fields)
+
+
+def _columns(records: list[Record], kind: str) -> pa.Table:
+    """The records as an Arrow table. Nested lists are flattened by hand: ten times faster than `Table.from_pylist`."""
+    schema = _arrow_schema(kind)
+    columns = []
+    for column in schema:
+        values = list(map(attrgetter(column.name), records))
+        if pa.types.is_list(column.type) and pa.types.is_struct(column.type.value_type):
+            struct = column.type.value_type
+            items = [item for value in values for item in value]
+            children = [_array(map(attrgetter(part.name), items), part.type) for part in struct]
+            offsets = pa.array([0, *accumulate(map(len, values))], pa.int32())
+            columns.append(pa.ListArray.from_arrays(offsets, pa.StructArray.from_arrays(children, fields=list(struct))))
+        else:
+            columns.append(_array(values, column.type))
+    return pa.Table.from_arrays(columns, schema=schema)
+
+
+def _array(values: Iterable[Any], kind: pa.DataType) -> pa.Array:
+    if pa.types.is_floating(kind):  # a whole number may be beyond Arrow's 64 bits
+        values = [None if value is None else float(value) for value in values]
+    return pa.array(list(values), kind)
+
+
+# ---- reading -----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """An opened dataset: a folder with a manifest, or a JSONL file. Records are streamed, never all in memory."""
+
+    path: Path
+    kind: str
+    fingerprint: str
+    """SHA-256 (64 hex digits) over the content."""
+    manifest: dict[str, Any] = field(default_factory=dict)
+    rejects: list[Reject] = field(default_factory=list)
+    """Bad rows met by the last full pass over a JSONL file, the raw text cut to 10,000 characters."""
+
+    def records(self, split: str | None = None, on_reject: OnReject | None = None) -> Iterator[Any]:
+        """Stream the records, optionally of one split only.
+
+        Bad rows of a JSONL file are handed to `on_reject`, or kept in `rejects` without one.
+
+        Raises:
+            UserError: A shard, or a gzip file, is damaged.
+        """
+        rows = self._jsonl_records(on_reject) if self.path.is_file() else self._parquet_records()
+        return (record for record in rows if split is None or record.split == split)
+
+    def _parquet_records(self) -> Iterator[Record]:
+        for shard in self.manifest["shards"]:
+            yield from read_shard(self.path / shard["file"], self.kind, _refuse_shard)
+
+    def _jsonl_records(self, on_reject: OnReject | None) -> Iterator[Record]:
+        if on_reject is None:
+            self.rejects.clear()
+        yield from read_jsonl(self.path, self.kind, on_reject or self._keep)
+
+    def _keep(self, reject: Reject) -> None:
+        self.rejects.append(replace(reject, raw=reject.raw[:RAW_KEPT]))
+
+    def splits(self) -> dict[str | None, int]:
+        """How many records each split holds."""
+        if "splits" in self.manifest:
+            return {None if key == "none" else key: count for key, count in self.manifest["splits"].items()}
+        counts: dict[str | None, int] = {}
+        for record in self.records():
+            counts[record.split] = counts.get(record.split, 0) + 1
+        return counts
+
+
+def _refuse_shard(reject: Reject) -> NoReturn:
+    raise UserError(
+        str(reject),
+        "A record in a shard does not fit the schema; shards hold checked records only.",
+        "Import the data again; `rlhf data validate` lists every fault.",
+    )
+
+
+def read_shard(path: Path, kind: str, on_reject: OnReject, check_ids: bool = False) -> Iterator[Record]:
+    """Stream the records of one Parquet shard; a row that does not fit is handed to `on_reject` with its number.
+
+    Args:
+        check_ids: Also compare the stored ids with the content. They are derived, and the shard's checksum guards
+            them, so reading for training does without.
+
+    Raises:
+        UserError: The file is not readable Parquet.
+    """
+    line = 0
+    try:
+        with pq.ParquetFile(path, memory_map=True) as file:
+            for batch in file.iter_batches(batch_size=1000):
+                for row in batch.to_pylist():
+                    line += 1
+                    if not check_ids:
+                        row["id"] = row["prompt_id"] = None
+                    try:
+                        record = from_dict(row, kind)
+                    except BadRecord as fault:
+                        on_reject(Reject.of(path, line, fault, json.dumps(row, ensure_ascii=False, default=str)))
+                    else:
+                        yield record
+    except (pa.ArrowException, OSError) as error:
+        raise UserError(f"{path}: damaged after row {line}: {error}", remedy=_BRING_BACK) from None
+
+
+_BRING_BACK = "Import the data again, or bring the file back from a copy."
+
+
+def open_dataset(path: str | Path, kind: str | None = None, verify: bool = False, damaged_ok: bool = False) -> Dataset:
+    """Open a dataset folder or a JSONL file.
+
+    Args:
+        path: Folder with `manifest.json`, or `.jsonl` / `.jsonl.gz`.
+        kind: The kind that the caller needs; another is refused.
+        verify: Also compare every shard with its recorded SHA-256.
+        damaged_ok: Open it although shards are missing or damaged; `shard_faults` tells which.
+
+    Raises:
+        UserError: Nothing there, not a whole dataset, another schema version, another kind, or a damaged shard.
+    """
+    path = Path(path)
+    if path.is_file():
+        dataset = _open_jsonl(path)
+    elif (path / "manifest.json").is_file():
+        dataset = _open_folder(path)
+        for file, fault in [] if damaged_ok else shard_faults(dataset, verify):
+            raise UserError(f"{path / file}: {fault}", remedy=_BRING_BACK)
+    elif path.is_dir():
+        raise UserError(
+            f"{path}: a folder without manifest.json is not a whole dataset",
+            "The manifest is written last, so an import or split may have been interrupted.",
+            "Run the command that writes it again, or name a .jsonl file.",
+        )
+    else:
+        raise UserError(f"{path}: no dataset there", remedy="Check the path; make one with `rlhf data import`.")
+    if kind is not None and dataset.kind != _known(kind):
+        raise UserError(
+            f"{path}: holds {dataset.kind}s where {kind}s are needed",
+            remedy=f"Name a dataset of {kind}s; `rlhf data stats {path}` shows what this one holds.",
+        )
+    return dataset
+
+
+def _known(kind: str) -> str:
+    if kind not in KINDS:
+        raise UserError(f"unknown kind of record {kind!r}", remedy=nearest(kind, KINDS))
+    return kind
+
+
+def _open_jsonl(path: Path) -> Dataset:
+    bad: Reject | None = None
+
+    def keep_first(reject: Reject) -> None:
+        nonlocal bad
+        bad = bad or reject
+
+    first = next(read_jsonl(path, None, keep_first), None)
+    if first is None:
+        why = f"First fault: {bad}" if bad else "The file is empty."
+        raise UserError(f"{path}: no usable record", why, "See README, 'Your own data', for the fields.")
+    return Dataset(path, first.kind, file_hash(path))
+
+
+def _open_folder(path: Path) -> Dataset:
+    try:
+        manifest = json.loads((path / "manifest.json").read_text("utf-8"))
+        version, kind = manifest["schema_version"], manifest["kind"]
+        shards = [(str(s["file"]), str(s["sha256"]), int(s["rows"])) for s in manifest["shards"]]
+    except (ValueError, LookupError, TypeError, RecursionError) as error:
+        raise UserError(f"{path}/manifest.json: not a dataset manifest ({error!r})") from None
+    if version not in READABLE_VERSIONS or kind not in KINDS:
+        raise UserError(
+            f"{path}: schema version {version}, kind {kind!r}; this version reads up to {SCHEMA_VERSION}",
+            remedy="Import the data again with this version.",
+        )
+    fingerprint = hashlib.sha256("".join(sha256 for _, sha256, _ in shards).encode()).hexdigest()
+    return Dataset(path, kind, fingerprint, manifest)
+
+
+def shard_faults(dataset: Dataset, verify: bool = True) -> Iterator[tuple[str, str]]:
+    """(file name, fault) of every shard that is missing or, with `verify`, not the bytes that were written."""
+    for shard in dataset.manifest.get("shards", []):
+        file = dataset.path / shard["file"]
+        if not file.is_file():
+            yield shard["file"], "missing"
+        elif verify and file_hash(file) != shard["sha256"]:
+            yield shard["file"], "damaged: not the bytes that were written"
+
+
+def file_hash(path: Path) -> str:
+    """SHA-256 of the file, 64 hex digits."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+# ---- writing -----------------------------------------------------------------------------------------------------
+
+
+class DatasetWriter:
+    """Write a dataset folder in a stream; it appears under its name only when whole.
+
+    Used as a context manager. Records go to Parquet shards in a hidden neighbour folder, the manifest last; leaving
+    the block renames it. An exception leaves nothing behind. An existing dataset of that name is replaced. The same
+    records and origin give the same bytes.
+
+    Args:
+        path: The folder to make.
+        kind: prompt, demonstration, proposal or ranking; None takes the kind of the first record.
+        origin: Where the records came from (any JSON), kept in the manifest under `origin`; may be added to until
+            the block ends.
+
+    Raises:
+        UserError: The folder holds something else, cannot be written, or no record came and `kind` is None.
+    """
+
+    def __init__(self, path: str | Path, kind: str | None, origin: Mapping[str, Any] | None = None) -> None:
+        self.path, self.origin = Path(path), dict(origin or {})
+        self.kind = None if kind is None else _known(kind)
+        place = self.path.resolve()
+        self.partial = place.parent / f".{place.name}.partial"
+        """The hidden folder; files put there before the block ends become part of the dataset folder."""
+        self.count = 0
+        self._place, self._old = place, place.parent / f".{place.name}.old"
+        self._splits: Counter[str] = Counter()
+        self._records: list[Record] = []
+        self._chars = 0
+        self._shards: list[dict[str, Any]] = []
+        self._file: pq.ParquetWriter | None = None
+        self._thread = ThreadPoolExecutor(1)  # compresses one group while the next is read
+        self._writing: Future[None] | None = None
+        self._in_shard = 0
+
+    def __enter__(self) -> DatasetWriter:
+        with self._faults_told():
+            if self._old.exists() and not self._place.exists():
+                os.rename(self._old, self._place)  # a process died between the two renames of `_finish`
+            if self._place == Path.cwd():
+                raise UserError(f"{self.path}: is the current folder", remedy="Choose another --out.")
+            whole, empty = (self._place / "manifest.json").is_file(), _is_empty_folder(self._place)
+            if self._place.exists() and not whole and not empty:
+                raise UserError(f"{self.path}: exists and is not a dataset", remedy="Choose another --out.")
+            shutil.rmtree(self.partial, ignore_errors=True)
+            self.partial.mkdir(parents=True)
+        return self
+
+    @contextmanager
+    def _faults_told(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            remedy = "Free the disk, or choose another --out."
+            raise UserError(f"{self.path}: cannot be written: {error}", remedy=remedy) from None
+
+    def write(self, record: Record) -> None:
+        """Add one record of the writer's kind.
+
+        Raises:
+            BadRecord: It is of another kind.
+        """
+        if record.kind != self.kind:
+            if self.kind is not None:
+                raise BadRecord(f"a {record.kind} in a dataset of {self.kind}s")
+            self.kind = record.kind
+        self._records.append(record)
+        self._chars += sum([len(message.content) for message in record.messages])
+        if isinstance(record, Proposal):
+            self._chars += sum([len(candidate.text) for candidate in record.candidates])
+        elif isinstance(record, Demonstration):
+            self._chars += len(record.answer)
+        self.count += 1
+        if len(self._records) >= ROWS_PER_GROUP or self._chars >= CHARS_PER_GROUP:
+            with self._faults_told():
+                self._flush()
+
+    def _flush(self) -> None:
+        assert self.kind is not None
+        if self._file is None:
+            name = f"shard-{len(self._shards):05d}.parquet"
+            self._file = pq.ParquetWriter(self.partial / name, _arrow_schema(self.kind), compression="zstd")
+            self._shards.append({"file": name})
+        self._splits.update([record.split or "none" for record in self._records])
+        table = _columns(self._records, self.kind)
+        self._wait()
+        self._writing = self._thread.submit(self._file.write_table, table)
+        self._in_shard += len(self._records)
+        self._records, self._chars = [], 0
+        if self._in_shard >= ROWS_PER_SHARD:
+            self._close_shard()
+
+    def _wait(self) -> None:
+        if self._writing is not None:
+            self._writing.result()
+
+    def _close_shard(self) -> None:
+        assert self._file is not None
+        self._wait()
+        self._file.close()
+        file = self.partial / self._shards[-1]["file"]
+        sync(file)
+        self._shards[-1] |= {"rows": self._in_shard, "sha256": file_hash(file)}
+        self._file, self._in_shard = None, 0
+
+    def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
+        try:
+            if error is None:
+                with self._faults_told():
+                    self._finish()
+        finally:
+            self._thread.shutdown()
+            shutil.rmtree(self.partial, ignore_errors=True)
+
+    def _finish(self) -> None:
+        if self.kind is None:
+            raise UserError(f"{self.path}: no record to write")
+        if self._records or not self._shards:
+            self._flush()
+        if self._file is not None:
+            self._close_shard()
+        manifest = {"schema_version": SCHEMA_VERSION, "kind": self.kind, "count": self.count}
+        manifest |= {"splits": self._splits, "shards": self._shards, "origin": self.origin}
+        write_json(self.partial / "manifest.json", manifest)
+        sync(self.partial)
+        # The old dataset steps aside whole, so that a kill here never leaves half of it under the name.
+        shutil.rmtree(self._old, ignore_errors=True)
+        if self._place.exists():
+            os.rename(self._place, self._old)
+        os.rename(self.partial, self._place)
+        sync(self._place.parent)
+        shutil.rmtree(self._old, ignore_errors=True)
+
+
+def _is_empty_folder(path: Path) -> bool:
+    return path.is_dir() and not any(path.iterdir())

@@ -1,0 +1,166 @@
+"""Tokenised tables that the stages read: streamed into Arrow files once, memory-mapped by every rank."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rlhf import distributed
+from rlhf.config.base import DataConfig
+from rlhf.core.console import is_main, track
+from rlhf.core.errors import UserError
+from rlhf.core.files import append_jsonl
+from rlhf.core.lazy import lazy
+from rlhf.data.chat import ChatTokenizer
+from rlhf.data.encode import Counts, encode_demonstration, encode_prompt, encode_ranking
+from rlhf.data.store import Dataset, open_dataset
+
+if TYPE_CHECKING:
+    import datasets as hf_datasets
+    import pyarrow as pa
+    import pyarrow.compute as pc
+else:
+    hf_datasets, pa, pc = lazy("datasets"), lazy("pyarrow"), lazy("pyarrow.compute")
+
+ENCODERS: dict[str, tuple[Callable[..., dict[str, Any] | None], dict[str, str]]] = {
+    "demonstration": (encode_demonstration, {"input_ids": "ids", "labels": "ids", "length": "int"}),
+    "ranking": (
+        encode_ranking,
+        {"prompt": "ids", "candidates": "id lists", "ranks": "ids", "ratings": "numbers", "characters": "ids"}
+        | {"source": "text", "annotator": "text", "group": "text", "weight": "number", "length": "int"},
+    ),
+    "prompt": (encode_prompt, {"id": "text", "prompt": "ids", "messages": "text"}),
+}
+"""How a record of each kind becomes a row, and the types of the row's columns."""
+
+
+def open_all(paths: Sequence[str], kinds: Sequence[str], key: str) -> list[Dataset]:
+    """Open datasets of the kinds that a stage reads. `key` is the config key, for the error."""
+    found = []
+    for path in paths:
+        try:
+            dataset = open_dataset(path)
+        except UserError as error:
+            raise UserError(f"{key}: {error.what}", error.why, error.remedy) from None
+        if dataset.kind not in kinds:
+            raise UserError(f"{key}: {path} holds {dataset.kind}s; {' or '.join(kinds)}s are needed here")
+        found.append(dataset)
+    return found
+
+
+def train_records(data: Sequence[Dataset]) -> Iterator[Any]:
+    """Records to train on: those of no split or of `train`."""
+    return (r for d in data for r in d.records() if r.split in (None, "train"))
+
+
+def eval_records(data: Sequence[Dataset], named: bool, limit: int | None = None) -> Iterator[Any]:
+    """Held-out records: all but the `train` split of datasets named for evaluation, else the `eval` split."""
+    count = 0
+    for dataset in data:
+        for record in dataset.records():
+            if (record.split != "train") if named else (record.split == "eval"):
+                if limit is not None and count >= limit:
+                    return
+                count += 1
+                yield record
+
+
+@dataclass(frozen=True)
+class Tables:
+    """The tokenised training and held-out records of a stage, memory-mapped."""
+
+    train: hf_datasets.Dataset
+    eval: hf_datasets.Dataset
+
+
+def tokenize(
+    folder: Path,
+    chat: ChatTokenizer,
+    max_length: int,
+    config: DataConfig,
+    kind: str,
+    accept: Sequence[str] = (),
+    name: str = "data",
+) -> Tables:
+    """Tokenise a stage's records into `folder`/cache, streaming, once for all ranks.
+
+    The columns are those of `ENCODERS[kind]`. Bad and unfit rows go to `folder`/rejected.jsonl. Of the kind
+    `prompt` every prompt is kept once, from records of any kind in `accept`.
+
+    Args:
+        folder: The run folder.
+        max_length: Tokens, of a whole record or of a prompt alone.
+        kind: demonstration, ranking or prompt.
+        accept: The kinds of dataset to take; only `kind` when left out.
+        name: Config key in messages, and prefix of the files.
+
+    Raises:
+        UserError: Nothing to train on, or a held-out prompt is also trained on.
+    """
+    train = open_all(config.train, accept or [kind], f"{name}.train")
+    held_out = open_all(config.eval, accept or [kind], f"{name}.eval")
+    files = {part: folder / "cache" / f"{name}-{part}.arrow" for part in ("train", "eval")}
+    if is_main():
+        files["train"].parent.mkdir(exist_ok=True)
+        evals = eval_records(held_out or train, bool(held_out), config.max_eval_records)
+        seen = _write_table(folder, files["train"], train_records(train), kind, chat, max_length, f"{kind}s")
+        unseen = _write_table(folder, files["eval"], evals, kind, chat, max_length, f"held-out {kind}s")
+        for dataset in (*train, *held_out):
+            append_jsonl(folder / "rejected.jsonl", [vars(reject) for reject in dataset.rejects])
+        if seen & unseen:
+            raise UserError(
+                f"{name}: {len(seen & unseen):,} prompts are both trained on and held out",
+                "Metrics on them would say nothing about new prompts.",
+                "Split by prompt: rlhf data split DATASET --by prompt --out ...",
+            )
+    distributed.barrier()
+    tables = Tables(*(hf_datasets.Dataset.from_file(str(file)) for file in files.values()))
+    if not len(tables.train):
+        raise UserError(
+            f"{name}.train: no {kind} is left to train on in {', '.join(config.train)}",
+            f"See {folder}/rejected.jsonl for rows that were set aside.",
+            "Check the splits with `rlhf data stats`, and model.max_length.",
+        )
+    return tables
+
+
+def longest_prompt(table: Any) -> int:
+    """Tokens of the longest prompt in a table of prompts."""
+    return int(pc.max(pc.list_value_length(table.data.column("prompt"))).as_py())
+
+
+def _write_table(
+    folder: Path, path: Path, records: Iterable[Any], kind: str, chat: ChatTokenizer, max_length: int, what: str
+) -> set[str]:
+    """Encode records into an Arrow stream file; gives the ids of the prompts in it."""
+    encode, columns = ENCODERS[kind]
+    schema, counts = _arrow_schema(columns), Counts()
+    prompts: set[str] = set()
+    rows: list[dict[str, Any]] = []
+    with pa.OSFile(str(path), "wb") as file, pa.ipc.new_stream(file, schema) as writer:
+        for record in track(records, f"tokenising {what}"):
+            prompt = record.prompt_id
+            row = None if kind == "prompt" and prompt in prompts else encode(record, chat, max_length, counts)
+            if row is None:
+                continue
+            prompts.add(prompt)
+            counts.kept += 1
+            rows.append(row)
+            if len(rows) == 1000:
+                writer.write_table(pa.Table.from_pylist(rows, schema))
+                rows = []
+        writer.write_table(pa.Table.from_pylist(rows, schema))
+    counts.report(what)
+    append_jsonl(
+        folder / "rejected.jsonl", [{"reason": reason, "count": count} for reason, count in counts.aside.items()]
+    )
+    return prompts
+
+
+def _arrow_schema(columns: dict[str, str]) -> pa.Schema:
+    ids = pa.list_(pa.int32())
+    types = {"ids": ids, "id lists": pa.list_(ids), "numbers": pa.list_(pa.float64())}
+    types |= {"text": pa.string(), "int": pa.int32(), "number": pa.float64()}
+    return pa.schema([(name, types[kind]) for name, kind in columns.items()])

@@ -1,0 +1,55 @@
+"""DeepSpeed JSON files, read and checked without importing DeepSpeed."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from rlhf.core.errors import UserError
+
+SET_BY_US = {
+    "train_batch_size": "batch.batch_size",
+    "train_micro_batch_size_per_gpu": "batch.micro_batch_size",
+    "gradient_accumulation_steps": "batch.batch_size",
+    "gradient_clipping": "optimizer.max_grad_norm",
+    "optimizer": "optimizer",
+    "scheduler": "optimizer.schedule",
+    "bf16": "precision",
+    "fp16": "precision",
+}
+"""Keys of a DeepSpeed JSON that follow from our config -> the config key that says it."""
+
+
+def read_deepspeed(path: str | Path) -> dict[str, Any]:
+    """The settings in a DeepSpeed JSON.
+
+    Raises:
+        UserError: No such file, not a JSON object, no ZeRO stage 0 to 3, a key that the stages set themselves with a
+            value other than `auto`, or an offload that DeepSpeed refuses with our optimizer.
+    """
+    try:
+        settings = json.loads(Path(path).read_text("utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"deepspeed: {path}: {error}", remedy="Files to copy are under configs/deepspeed.") from None
+    if not isinstance(settings, dict):
+        raise UserError(f"deepspeed: {path}: expected a JSON object, got {type(settings).__name__}")
+    zero = settings.get("zero_optimization", {})
+    if not isinstance(zero, dict) or zero.get("stage", 0) not in (0, 1, 2, 3):
+        raise UserError(f"deepspeed: {path}: zero_optimization needs a `stage` of 0, 1, 2 or 3, got {zero!r}")
+    for key, ours in SET_BY_US.items():
+        value = settings.get(key, "auto")
+        value = value.get("enabled", value) if isinstance(value, dict) else value
+        if value != "auto" and (key, value) != ("fp16", False):
+            raise UserError(
+                f"deepspeed: {path}: {key} is {value!r}",
+                "The stages set it from their own config, so the two could contradict each other.",
+                f'Remove it or make it "auto", and set `{ours}` in the stage\'s config.',
+            )
+    if "offload_optimizer" in zero and settings.get("zero_force_ds_cpu_optimizer", True):
+        raise UserError(
+            f"deepspeed: {path}: offload_optimizer without zero_force_ds_cpu_optimizer: false",
+            "DeepSpeed then insists on its own compiled Adam; the stages use torch's AdamW.",
+            'Add "zero_force_ds_cpu_optimizer": false at the top level of the file.',
+        )
+    return settings

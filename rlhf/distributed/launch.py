@@ -1,0 +1,176 @@
+"""Several processes from one command: torch's elastic launcher on this machine, DeepSpeed's over the hosts of a file.
+
+Everything has been checked by then, so torch may be imported here.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import uuid
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rlhf.core.console import say
+from rlhf.core.errors import UserError
+
+PARENT = "RLHF_PARENT"
+"""Names the process above a stage, where it speaks for it: `launcher` prints the plan and how to resume, `pipeline`
+how to resume."""
+
+
+def launch(module: str, arguments: Sequence[str], processes: int) -> None:
+    """Run `python -m MODULE ARGUMENTS` as so many ranks on this machine and wait for them; a free port is found.
+
+    Raises:
+        UserError: More processes than GPUs, or a rank failed or was killed; says which, how, and where.
+        KeyboardInterrupt: Ctrl-C; it has been passed on to the ranks, and they have ended.
+    """
+    import torch
+    from torch.distributed.elastic.multiprocessing import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    gpus = torch.cuda.device_count()
+    if 0 < gpus < processes:
+        raise UserError(f"--num-processes {processes}: this machine has {gpus} GPUs", "Every process needs its own.")
+    # torch's own account of a failure is a page; ours, below, says the same in three lines.
+    logging.disable(logging.CRITICAL)
+    os.environ[PARENT] = "launcher"
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // processes)))
+    config = LaunchConfig(
+        min_nodes=1, max_nodes=1, nproc_per_node=processes, run_id=uuid.uuid4().hex, max_restarts=0,
+        rdzv_backend="c10d", rdzv_endpoint="localhost:0", local_addr="localhost",
+    )  # fmt: skip
+    say(f"Starting {processes} processes ...")
+    try:
+        elastic_launch(config, sys.executable)("-u", "-m", module, *arguments)
+    except ChildFailedError as error:
+        raise _failed(error.failures, processes) from None
+    except SignalException as stopped:
+        if stopped.sigval.name == "SIGINT":
+            raise KeyboardInterrupt from None
+        sys.exit(128 + stopped.sigval)
+
+
+def _failed(failures: Mapping[int, Any], processes: int) -> UserError:
+    """The error for ranks that failed. One that a signal killed comes first: the others fail because it is gone."""
+
+    def how(failure: Any) -> str:
+        code = failure.exitcode
+        return f"was killed by {failure.signal_name()}" if code < 0 else f"ended with exit status {code}"
+
+    host = socket.gethostname()
+    # SIGTERM is what the launcher ends the others with.
+    own = {rank: f for rank, f in failures.items() if f.signal_name() != "SIGTERM"} or dict(failures)
+    told = sorted(own.items(), key=lambda item: (item[1].exitcode >= 0, item[0]))
+    faults = [f"rank {rank} of {processes} on {host} (pid {f.pid}) {how(f)}" for rank, f in told]
+    memory = " SIGKILL is mostly the system, out of memory: see `dmesg`." if "SIGKILL" in faults[0] else ""
+    return UserError(
+        "; ".join(faults),
+        "The other ranks have been stopped: none can go on alone." + memory,
+        "See the ranks' own output above. Continue from the last checkpoint with --resume.",
+    )
+
+
+# ---- several hosts -----------------------------------------------------------------------------------------------
+
+
+def read_hostfile(path: str | Path, processes: int | None = None) -> dict[str, int]:
+    """Host -> number of processes, from lines `HOST slots=N`; empty lines and # comments are skipped.
+
+    Args:
+        path: The file.
+        processes: At most so many on each host.
+
+    Raises:
+        UserError: No such file, no host in it, or a line that cannot be read.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"--hostfile: no file {path}")
+    hosts: dict[str, int] = {}
+    for number, line in enumerate(path.read_text("utf-8").splitlines(), 1):
+        entry = line.split("#")[0].strip()
+        if not entry:
+            continue
+        found = re.fullmatch(r"(\S+)\s+slots=([1-9]\d*)", entry)
+        if not found or found[1] in hosts:
+            fault = "is there already" if found else "is not of the form `HOST slots=N`"
+            raise UserError(f"{path}:{number}: {entry!r} {fault}")
+        hosts[found[1]] = min(int(found[2]), processes or int(found[2]))
+    if not hosts:
+        raise UserError(f"{path}: names no host", remedy="Write one line `HOST slots=N` for each host.")
+    return hosts
+
+
+def is_here(hosts: Mapping[str, int]) -> bool:
+    """True where this machine is the only host."""
+    return set(hosts) <= {"localhost", "127.0.0.1", socket.gethostname()} and len(hosts) == 1
+
+
+def launch_on_hosts(module: str, arguments: Sequence[str], hostfile: str | Path, processes: int | None) -> None:
+    """Run `python -m MODULE ARGUMENTS` on every host of the file through DeepSpeed's launcher (pdsh over ssh).
+
+    The project, the working folder and the data must be at the same path on every host.
+
+    Raises:
+        UserError: pdsh is not installed, or a rank failed.
+    """
+    hosts = read_hostfile(hostfile, processes)
+    if is_here(hosts):
+        return launch(module, arguments, sum(hosts.values()))
+    if shutil.which("pdsh") is None:
+        raise UserError(
+            "--hostfile: pdsh is not installed",
+            "DeepSpeed's launcher starts the other hosts' processes through it.",
+            f"Install pdsh, or start on every host, with R = 0, 1, ...: torchrun --nnodes {len(hosts)} --node_rank R "
+            f"--nproc_per_node {max(hosts.values())} --master_addr {next(iter(hosts))} --master_port 29500 -m {module}",
+        )
+    command = [sys.executable, "-m", "deepspeed.launcher.runner", "--hostfile", str(hostfile)]
+    command += ["--num_gpus", str(processes)] if processes else []
+    command += ["--master_port", str(_free_port()), "--log_level", "warning", "--module", module, *arguments]
+    say(f"Starting {sum(hosts.values())} processes on {', '.join(hosts)} ...")
+    status = run_child(command, {**os.environ, PARENT: "launcher"})
+    if status:
+        raise UserError(
+            f"a rank on one of {', '.join(hosts)} failed (the launcher ended with exit status {status})",
+            "The other ranks have been stopped: none can go on alone.",
+            "See the ranks' own output above. Continue from the last checkpoint with --resume.",
+        )
+
+
+def run_child(command: Sequence[str], environment: Mapping[str, str]) -> int:
+    """Run a command that shares our terminal and wait for it; gives its exit status, below 0 for a signal's number.
+
+    Ctrl-C and SIGTERM end the child before they end us, so that it is never left behind.
+
+    Raises:
+        KeyboardInterrupt: Ctrl-C, once the child has ended.
+    """
+    with subprocess.Popen(command, env=environment) as child:
+        before = signal.signal(signal.SIGTERM, lambda *_: child.terminate())
+        try:
+            return child.wait()
+        except KeyboardInterrupt:
+            try:
+                child.wait(timeout=5)  # a terminal sends Ctrl-C to the child as well
+            except subprocess.TimeoutExpired:
+                child.send_signal(signal.SIGINT)
+                child.wait()
+            raise
+        finally:
+            signal.signal(signal.SIGTERM, before)
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("", 0))
+        return int(probe.getsockname()[1])

@@ -1,0 +1,200 @@
+"""Several processes: who we are, how we start and stop, and which rank is to blame when one is gone.
+
+Ranks are started by torchrun, the deepspeed launcher or accelerate; all set RANK, WORLD_SIZE and LOCAL_RANK.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import threading
+import time
+from collections.abc import Callable
+from datetime import timedelta
+from functools import wraps
+from typing import TYPE_CHECKING, Any
+
+from rlhf.core.errors import UserError
+from rlhf.core.lazy import lazy
+
+if TYPE_CHECKING:
+    import torch
+    import torch.distributed as dist
+else:
+    torch, dist = lazy("torch"), lazy("torch.distributed")
+
+
+def rank() -> int:
+    """This process's number, 0 when there is one process."""
+    return int(os.environ.get("RANK", "0"))
+
+
+def world_size() -> int:
+    """How many processes work on this run."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def device() -> torch.device:
+    """This process's GPU, or the CPU."""
+    if torch.cuda.is_available():
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    return torch.device("cpu")
+
+
+def start(timeout_seconds: int, deepspeed_alone: bool = False) -> None:
+    """Ready this process, and join the process group through DeepSpeed: gloo on CPU and nccl on GPU.
+
+    Args:
+        timeout_seconds: How long a collective operation waits for a rank.
+        deepspeed_alone: Form a group even of one process, which DeepSpeed asks for; else there is nothing to do then.
+
+    Raises:
+        UserError: The group has another size than the launcher announced.
+    """
+    # Attention's far probabilities and what is multiplied by them fall below 1e-38, where a CPU takes a hundred times
+    # as long for each product. Before torch makes its threads, which inherit this.
+    torch.set_flush_denormal(True)
+    if torch.cuda.is_available():
+        torch.cuda.set_device(device())
+    if dist.is_initialized() or (world_size() == 1 and not deepspeed_alone):
+        return
+    if "MASTER_ADDR" not in os.environ:  # one process, started without a launcher
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            os.environ["MASTER_PORT"] = str(probe.getsockname()[1])
+        os.environ |= {"MASTER_ADDR": "127.0.0.1", "RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
+    import deepspeed
+    import deepspeed.ops
+
+    backend = "nccl" if torch.cuda.is_available() else "gloo"
+    if backend == "gloo":
+        # Otherwise DeepSpeed compiles an operator for a minute that nothing here calls.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.init_distributed(dist_backend=backend, timeout=timedelta(seconds=timeout_seconds), verbose=False)
+    if dist.get_world_size() != world_size():
+        raise UserError(f"the process group has {dist.get_world_size()} ranks, the launcher announced {world_size()}")
+    _Heartbeat.begin(timeout_seconds)
+
+
+def stop() -> None:
+    """Leave the process group."""
+    _Heartbeat.end()
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def barrier() -> None:
+    """Wait for all ranks."""
+    if world_size() > 1:
+        dist.barrier()
+
+
+def all_sum(value: torch.Tensor) -> torch.Tensor:
+    """The sum of `value` over ranks, in place."""
+    if world_size() > 1:
+        dist.all_reduce(value)
+    return value
+
+
+def all_max(value: torch.Tensor) -> torch.Tensor:
+    """The elementwise maximum of `value` over ranks, in place."""
+    if world_size() > 1:
+        dist.all_reduce(value, op=dist.ReduceOp.MAX)
+    return value
+
+
+def all_gather_rows(rows: torch.Tensor) -> torch.Tensor:
+    """Concatenate [n_r, ...] tensors of all ranks in rank order; the n_r may differ. Two collectives.
+
+    Returns:
+        [sum n_r, ...] on the same device, the same on every rank.
+    """
+    if world_size() == 1:
+        return rows
+    sizes = torch.zeros(world_size(), dtype=torch.int64, device=rows.device)
+    sizes[rank()] = rows.shape[0]
+    counts = all_sum(sizes).tolist()
+    padded = rows.new_zeros((max(counts), *rows.shape[1:]))
+    padded[: rows.shape[0]] = rows
+    parts = [torch.empty_like(padded) for _ in counts]
+    dist.all_gather(parts, padded)
+    return torch.cat([part[:count] for part, count in zip(parts, counts)])
+
+
+class _Heartbeat:
+    """Every rank notes each second in the group's store that it lives, so that the others can tell who is gone."""
+
+    interval = 1.0
+    _thread: threading.Thread | None = None
+    _stopped = threading.Event()
+    _store: Any = None
+
+    @classmethod
+    def begin(cls, timeout_seconds: int) -> None:
+        host = os.environ["MASTER_ADDR"]
+        wait = timedelta(seconds=min(timeout_seconds, 30))
+        if rank() == 0:  # its own store: the group's is busy while a collective waits
+            cls._store = dist.TCPStore(host, 0, world_size(), is_master=True, timeout=wait, wait_for_workers=False)
+        address = [cls._store.port if rank() == 0 else None]
+        dist.broadcast_object_list(address, src=0, device=device() if torch.cuda.is_available() else None)
+        if rank() != 0:
+            cls._store = dist.TCPStore(host, int(address[0] or 0), world_size(), is_master=False, timeout=wait)
+        cls._store.set(f"host/{rank()}", socket.gethostname())
+        cls._stopped.clear()
+        cls._beat()
+        cls._thread = threading.Thread(target=cls._run, daemon=True, name="heartbeat")
+        cls._thread.start()
+
+    @classmethod
+    def _beat(cls) -> None:
+        cls._store.add(f"beat/{rank()}", 1)
+
+    @classmethod
+    def _run(cls) -> None:
+        while not cls._stopped.wait(cls.interval):
+            try:
+                cls._beat()
+            except RuntimeError:
+                return  # rank 0 is gone; the next collective of the main thread says so
+
+    @classmethod
+    def end(cls) -> None:
+        cls._stopped.set()
+        if cls._thread is not None:
+            cls._thread.join(timeout=5)
+        cls._thread = None
+
+    @classmethod
+    def silent_ranks(cls) -> str:
+        """Which ranks have stopped beating, in words."""
+        if cls._store is None:
+            return "a rank (which one is not known)"
+        try:
+            before = [cls._store.add(f"beat/{r}", 0) for r in range(world_size())]
+            time.sleep(3 * cls.interval)
+            after = [cls._store.add(f"beat/{r}", 0) for r in range(world_size())]
+            gone = [r for r in range(world_size()) if r != rank() and after[r] == before[r]]
+            names = [f"rank {r} (host {cls._store.get(f'host/{r}').decode()})" for r in gone]
+        except RuntimeError:
+            return f"rank 0 (host {os.environ['MASTER_ADDR']})"
+        return " and ".join(names) or "no rank in particular: all still answer, so one is stuck or far behind"
+
+
+def name_lost_ranks(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Decorator for a stage: a collective that failed because a rank is gone becomes an error that says which."""
+
+    @wraps(function)
+    def guarded(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return function(*args, **kwargs)
+        except RuntimeError as error:
+            words = ("connection closed", "connection reset", "timed out", "timeout", "broken pipe", "socket")
+            if world_size() > 1 and any(word in str(error).lower() for word in words):
+                raise UserError(
+                    f"rank {rank()} lost contact with {_Heartbeat.silent_ranks()}",
+                    f"A collective operation failed: {str(error).splitlines()[0][:200]}",
+                    "Look at that rank's own output first. Then continue from the last checkpoint with --resume.",
+                ) from error
+            raise
+
+    return guarded

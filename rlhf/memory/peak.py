@@ -1,0 +1,73 @@
+"""The peak memory of this process, measured, beside the predicted one; said at the end of a run."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from rlhf import distributed
+from rlhf.core.console import is_main, say
+from rlhf.distributed.deepspeed_config import read_deepspeed
+from rlhf.models.load import compute_dtype
+
+STATUS = Path("/proc/self/status")
+
+
+class PeakMemory:
+    """Measures from its making on: what torch allocated on the GPU, or what became resident on the CPU."""
+
+    def __init__(self) -> None:
+        self._base = 0.0 if torch.cuda.is_available() else _resident("VmRSS")
+
+    def measured(self) -> float | None:
+        """Bytes; None where the system does not tell."""
+        if torch.cuda.is_available():
+            return float(torch.cuda.max_memory_allocated())
+        highest = _resident("VmHWM")
+        return highest - self._base if highest else None
+
+    def report(self, config: Any, longest: int | None = None, candidates: int = 2) -> None:
+        """Say both in a line. What cannot be predicted is left out: a run never ends for it.
+
+        Args:
+            config: The stage's.
+            longest: Tokens of the longest prompt (PPO) or row.
+            candidates: Most answers of a ranking.
+        """
+        if not is_main():
+            return
+        measured = self.measured()
+        parts = [] if measured is None else [f"measured {_gb(measured)}"]
+        try:
+            parts.insert(0, f"predicted {_predicted(config, longest, candidates)}")
+        except Exception:  # whatever a family does not like about imagined tensors
+            parts.insert(0, "not predicted for this model")
+        say(f"Peak memory of a process: {', '.join(parts)}")
+
+
+def _predicted(config: Any, longest: int | None, candidates: int) -> str:
+    from rlhf.memory.footprint import TracedModel
+    from rlhf.memory.predict import ZeroLayout, predict
+    from rlhf.memory.workload import batch_shape, limit_of
+
+    settings = read_deepspeed(config.deepspeed) if config.deepspeed else None
+    if settings is None and distributed.world_size() > 1:
+        settings = {"zero_optimization": {"stage": 0}}
+    halves, gpu = compute_dtype(config.precision) == torch.bfloat16, torch.cuda.is_available()
+    work = batch_shape(config, limit_of(config), distributed.world_size(), longest, candidates)
+    passes = TracedModel(config, work, halves, divided=settings is not None)
+    found = predict(passes, ZeroLayout.of(settings), distributed.world_size(), gpu)
+    return f"{_gb(found.peak)} ({found.peak_phase})"
+
+
+def _gb(size: float) -> str:
+    return f"{size / 1e9:.2f} GB" if size >= 1e8 else f"{size / 1e6:.1f} MB"
+
+
+def _resident(field: str) -> float:
+    """`VmRSS` (now) or `VmHWM` (highest), bytes; 0 where there is no /proc."""
+    found = re.search(rf"{field}:\s+(\d+)", STATUS.read_text("ascii")) if STATUS.is_file() else None
+    return int(found[1]) * 1024.0 if found else 0.0

@@ -1,0 +1,104 @@
+"""Models: loading, the scalar head that reward model and critic share, and log-probs without full logits."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+from rlhf.config.base import ModelConfig
+from rlhf.core.errors import UserError
+from rlhf.models.logprobs import check_head
+
+POSITIONS_AFTER_PADDING = {"roberta", "xlm-roberta", "xlm-roberta-xl", "camembert", "roberta-prelayernorm", "xmod"}
+"""Families whose first token has the position after that of padding, so that fewer positions are left."""
+
+
+def compute_dtype(precision: str) -> torch.dtype:
+    """The dtype of the computation for `auto`, `float32` or `bfloat16`."""
+    if precision == "auto":
+        bf16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
+        return torch.bfloat16 if bf16 else torch.float32
+    return {"float32": torch.float32, "bfloat16": torch.bfloat16}[precision]
+
+
+def load_hf_config(config: ModelConfig, path: str) -> transformers.PretrainedConfig:
+    """The Hugging Face config of a model, without its weights.
+
+    Raises:
+        UserError: No model there, or one that needs its own code while trust_remote_code is off.
+    """
+    if (Path(path) / "adapter_config.json").is_file() and not (Path(path) / "config.json").is_file():
+        raise UserError(
+            f"model.path: {path} is an adapter that cannot be merged, not a model of its own",
+            "Virtual tokens (prompt tuning and its kin) live outside the weights; the next stages train weights.",
+            "Start from an SFT run with `tuning: full` or `lora`.",
+        )
+    try:
+        found = AutoConfig.from_pretrained(path, trust_remote_code=config.trust_remote_code)
+    except (OSError, ValueError) as error:
+        raise UserError(f"model.path: no model can be loaded from {path}", str(error).split("\n")[0]) from None
+    return found
+
+
+def sequence_limit(config: ModelConfig, found: transformers.PretrainedConfig) -> int:
+    """The longest sequence in tokens: the config's, bounded by the model's positions.
+
+    Raises:
+        UserError: The config asks for more than the model has.
+    """
+    positions = getattr(found, "max_position_embeddings", None) or getattr(found, "n_positions", None) or 2**20
+    if found.model_type in POSITIONS_AFTER_PADDING:
+        positions -= found.pad_token_id + 1
+    if config.max_length is not None and config.max_length > positions:
+        raise UserError(
+            f"model.max_length: {config.max_length} is more than the {positions} positions of the model",
+            remedy=f"Set model.max_length to {positions} or less.",
+        )
+    return config.max_length or positions
+
+
+def load_policy(config: ModelConfig, path: str, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+    """A causal language model in `dtype`, dropout off."""
+    model = _load(AutoModelForCausalLM, config, path, dtype)
+    check_head(model)
+    return model
+
+
+def _load(kind: Any, config: ModelConfig, path: str, dtype: torch.dtype, **more: Any) -> Any:
+    transformers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.set_verbosity_error()  # or it warns at length of every new head
+    load_hf_config(config, path)
+    options = {"trust_remote_code": config.trust_remote_code, "use_safetensors": True, "dtype": dtype, **more}
+    if config.attn_implementation:
+        options["attn_implementation"] = config.attn_implementation
+    try:
+        loaded = kind.from_pretrained(path, **options)
+    except (OSError, ValueError, ImportError, RuntimeError) as error:
+        raise UserError(f"model.path: {path} cannot be loaded", str(error).split("\n")[0]) from None
+    model = loaded[0] if isinstance(loaded, tuple) else loaded
+    model.config.use_cache = False
+    for module in model.modules():
+        # Dropout off: the same input gives the same log-probs, so the PPO ratio starts at 1. Some families (OPT) keep
+        # its probability as a number and call the function.
+        names = ["p"] if isinstance(module, nn.Dropout) else [name for name in vars(module) if "drop" in name]
+        for name in names:
+            if isinstance(getattr(module, name), float):
+                setattr(module, name, 0.0)
+    return loaded
+
+
+def recompute_activations(model: Any, **options: Any) -> None:
+    """Gradient checkpointing of a transformers model, whatever its version calls it, with torch's options."""
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable(options)
+
+
+def count_parameters(model: nn.Module) -> tuple[int, int]:
+    """Trainable and total parameters; parameters that ZeRO-3 has partitioned count in full."""
+    sizes = [(p, getattr(p, "ds_numel", p.numel())) for p in model.parameters()]
+    return sum(n for p, n in sizes if p.requires_grad), sum(n for _, n in sizes)

@@ -1,0 +1,174 @@
+"""Hidden states and log-probs of chosen tokens, without full-vocabulary logits for a whole batch."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from transformers import PreTrainedModel
+
+from rlhf import distributed
+from rlhf.core.errors import UserError
+from rlhf.models.packed_attention import PACKED, sizes_of
+
+HEAD_CHUNK_ELEMENTS = 2**24
+"""Most logits that are held at a time: 64 MiB in float32."""
+HEAD_CHUNK_ELEMENTS_GPU = 2**27
+"""The same on a GPU, 512 MiB: each part reads the head's weights and adds to their gradient, whatever its size."""
+
+
+# ---- log-probs ---------------------------------------------------------------------------------------------------
+
+
+def causal_lm(model: nn.Module) -> PreTrainedModel:
+    """The transformers model inside a PEFT wrapper, or the model itself."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator, return-value]
+
+
+def hidden_states(
+    model: nn.Module, input_ids: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None = None
+) -> Tensor:
+    """Last hidden states [B, T, H] of a causal LM (adapters included), without its logits.
+
+    Rows are padded on the right. Where `position_ids` [B, T] are given, `attention_mask` says which token sees which
+    (see `rlhf.models.shared_prompt`), or is None where positions from 0 keep packed sequences apart (see
+    `rlhf.ppo.packing`).
+    """
+    lm = causal_lm(model)
+    body = getattr(lm, lm.base_model_prefix)
+    positions = {} if position_ids is None else {"position_ids": position_ids}
+    if position_ids is None and _is_causal(body):
+        attention_mask = None  # tokens see only what stands before them, never the padding: faster without a mask
+    elif position_ids is not None and attention_mask is None and body.config._attn_implementation == PACKED:
+        attention_mask = sizes_of(position_ids)[None, None, None]
+    output = body(input_ids=input_ids, attention_mask=attention_mask, use_cache=False, **positions)
+    return output.last_hidden_state
+
+
+def _is_causal(body: nn.Module) -> bool:
+    """What the model's attention says of itself; False where it says nothing."""
+    return next((bool(module.is_causal) for module in body.modules() if hasattr(module, "is_causal")), False)
+
+
+def head_chunks(tokens: int, vocab_size: int) -> int:
+    """In how many parts the head works on so many tokens. Under ZeRO-3 all ranks must use the same number."""
+    elements = HEAD_CHUNK_ELEMENTS_GPU if distributed.device().type == "cuda" else HEAD_CHUNK_ELEMENTS
+    return max(1, math.ceil(tokens * vocab_size / elements))
+
+
+def token_logprobs(
+    model: nn.Module,
+    input_ids: Tensor,
+    attention_mask: Tensor | None,
+    response_mask: Tensor,
+    temperature: float,
+    chunks: int | None = None,
+    position_ids: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Log-probs and entropies of the response tokens alone; full logits exist for one chunk of tokens at a time.
+
+    Args:
+        model: A causal LM, or PEFT's wrapper around one.
+        input_ids: int64 [B, T], prompt and response, padded on the right.
+        attention_mask: [B, T], 1 where there is a token; None where packed.
+        response_mask: bool [B, T], True at the response tokens (never the first of a sequence).
+        temperature: Logits are divided by it, as they were when sampling.
+        chunks: Parts that the head works in; chosen by the number of tokens when left out.
+        position_ids: Of packed sequences; see `hidden_states`.
+
+    Returns:
+        float32 [n] log-probs and [n] entropies in nats, n = response_mask.sum(), row by row.
+    """
+    hidden = hidden_states(model, input_ids, attention_mask, position_ids)
+    predicts = response_mask[:, 1:]
+    return head_logprobs(causal_lm(model), hidden[:, :-1][predicts], input_ids[:, 1:][predicts], temperature, chunks)
+
+
+def head_logprobs(
+    lm: PreTrainedModel, hidden: Tensor, targets: Tensor, temperature: float, chunks: int | None = None
+) -> tuple[Tensor, Tensor]:
+    """Log-probs [n] of `targets` [n] and entropies [n] from hidden states [n, H]; see `token_logprobs`."""
+    chunks = chunks or head_chunks(len(targets), lm.config.get_text_config().vocab_size)
+
+    def part(states: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
+        return SelectiveLogSoftmax.apply(_logits(lm, states), wanted, temperature)
+
+    parts = []
+    for states, wanted in zip(hidden.tensor_split(chunks), targets.tensor_split(chunks)):
+        if torch.is_grad_enabled():  # the backward pass computes the chunk's logits again instead of keeping them
+            parts.append(checkpoint(part, states, wanted, use_reentrant=False, preserve_rng_state=False))
+        else:
+            parts.append(part(states, wanted))
+    logprobs, entropies = zip(*parts)
+    return torch.cat(logprobs), torch.cat(entropies)
+
+
+class SelectiveLogSoftmax(torch.autograd.Function):
+    """Log-probs of tokens, and entropies, from logits [n, V], which it overwrites: with them, forward and backward hold
+    two such matrices at a time, three where the loss has an entropy bonus.
+
+    With log-probs l, p = exp(l), temperature T and entropy H: d l_i / d logit_j = (1[i=j] - p_j) / T and
+    d H / d logit_j = -p_j (l_j + H) / T.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, wanted: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+        if temperature != 1:
+            logits /= temperature
+        logprobs = torch.log_softmax(logits, -1, out=logits)
+        chosen = logprobs.gather(-1, wanted[:, None]).squeeze(-1)
+        entropies = -logprobs.exp().mul_(logprobs).sum(-1)
+        ctx.set_materialize_grads(False)
+        ctx.temperature = temperature
+        ctx.save_for_backward(logprobs, wanted, entropies)
+        return chosen, entropies
+
+    @staticmethod
+    def backward(ctx: Any, chosen: Tensor | None, entropies: Tensor | None) -> tuple[Tensor, None, None]:
+        logprobs, wanted, entropy = ctx.saved_tensors
+        gradient = logprobs.exp()
+        weight = gradient.new_zeros(len(gradient)) if chosen is None else chosen / ctx.temperature
+        if entropies is None:
+            gradient *= -weight[:, None]
+        else:
+            bonus = (logprobs + entropy[:, None]).mul_((entropies / ctx.temperature)[:, None])
+            gradient *= bonus.add_(weight[:, None]).neg_()
+        return gradient.scatter_add_(-1, wanted[:, None], weight[:, None]), None, None
+
+
+def _logits(lm: PreTrainedModel, states: Tensor) -> Tensor:
+    """float32 logits as the model's own forward gives them, scaling and soft cap of the family included."""
+    head, config = lm.get_output_embeddings(), lm.config.get_text_config()
+    logits = head(states).float()
+    if getattr(config, "logits_scaling", None):  # Granite
+        logits = logits / config.logits_scaling
+    if getattr(config, "logit_scale", None):  # Cohere
+        logits = logits * config.logit_scale
+    if getattr(config, "final_logit_softcapping", None):  # Gemma 2
+        logits = torch.tanh(logits / config.final_logit_softcapping) * config.final_logit_softcapping
+    return logits
+
+
+@torch.no_grad()
+def check_head(model: PreTrainedModel) -> None:
+    """Refuse an architecture whose logits are not its head on its last hidden states.
+
+    Raises:
+        UserError: The two differ, so log-probs would be wrong.
+    """
+    ids = torch.arange(2, 10, device=model.device)[None] % model.config.get_text_config().vocab_size
+    mask = torch.ones_like(ids)
+    training = model.training
+    model.eval()
+    expected = model(input_ids=ids, attention_mask=mask).logits[0].float()
+    found = _logits(model, hidden_states(model, ids, mask)[0])
+    model.train(training)
+    if not torch.allclose(expected, found, atol=1e-2 * float(expected.abs().max()) + 1e-4):
+        raise UserError(
+            f"{type(model).__name__}: its logits are not its output embedding times its last hidden states",
+            "The log-probs that PPO needs would be wrong for this architecture.",
+            "Use a model of another family (Llama, Qwen, Mistral, Gemma, GPT-2, OPT, ... are known to work).",
+        )

@@ -1,0 +1,169 @@
+"""Weights as they are meant: whole where ZeRO-3 has partitioned them, adapters merged in, 4 bits dequantised."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import ModulesToSaveWrapper
+from torch import Tensor
+
+from rlhf.core.console import is_main
+
+
+@contextmanager
+def gathered(parameters: Iterable[Any], write: bool = False) -> Iterator[None]:
+    """Inside, parameters that ZeRO-3 has partitioned are whole. Every rank calls it.
+
+    Args:
+        write: What rank 0 has written into them holds on all ranks afterwards; without it, changes are dropped.
+    """
+    sharded = [parameter for parameter in parameters if hasattr(parameter, "ds_id")]
+    if not sharded:
+        yield
+        return
+    import deepspeed
+
+    with deepspeed.zero.GatheredParameters(sharded, modifier_rank=0 if write else None):
+        yield
+
+
+def trained_state(model: Any) -> dict[str, Tensor]:
+    """The weights that are trained, by name, as copies on rank 0's CPU; nothing on the others. Every rank calls it."""
+    state = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            with gathered([parameter]):
+                if is_main():
+                    state[name] = parameter.detach().to("cpu", copy=True).contiguous()
+    return state
+
+
+def put_trained_state(model: Any, state: dict[str, Tensor]) -> None:
+    """Put what `trained_state` gave back into the model. Every rank calls it, all with the weights."""
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            with gathered([parameter], write=True), torch.no_grad():
+                if is_main() or not hasattr(parameter, "ds_id"):
+                    parameter.copy_(state[name])
+
+
+def merged_state(model: Any) -> dict[str, Tensor]:
+    """The whole weights with adapters merged in, under transformers' names. The live weights stay untouched.
+
+    Every rank calls it. Rank 0 gets copies on the CPU in the weights' own dtype (what was in 4 bits, dequantised),
+    the others get nothing. Tied weights are one tensor.
+    """
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    state: dict[str, Tensor] = {}
+    copies: dict[int, Tensor] = {}  # what each parameter has become
+    with torch.no_grad():
+        for prefix, module in _layers(base, ""):
+            _collect(module, prefix, state, copies)
+    return state
+
+
+def merged_weights(model: Any) -> Iterator[tuple[str, Tensor]]:
+    """The weights with adapters merged in, under transformers' names, one layer's at a time, where they lie.
+
+    On every rank; under ZeRO-3 inside `engine.gathered`. Tied weights come under each of their names. What has nothing
+    to merge is the live weight itself, to be copied and not written into.
+    """
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    for prefix, module in _layers(base, ""):
+        if isinstance(module, BaseTunerLayer):
+            found = _merged_layer(module)
+        else:
+            found = {name: _plain(parameter) for name, parameter in module.named_parameters(recurse=False)}
+        yield from ((prefix + name, weight) for name, weight in found.items())
+
+
+def _layers(module: Any, prefix: str) -> Iterator[tuple[str, Any]]:
+    """The modules that may own weights, adapter layers as one, each with what stands before its weights' names."""
+    if isinstance(module, ModulesToSaveWrapper):
+        module = module.modules_to_save[module.active_adapters[0]]
+    yield prefix, module
+    if not isinstance(module, BaseTunerLayer):
+        for name, child in module.named_children():
+            yield from _layers(child, f"{prefix}{name}.")
+
+
+def _collect(module: Any, prefix: str, state: dict[str, Tensor], copies: dict[int, Tensor]) -> None:
+    """Add a module's own weights to `state`."""
+    adapted: Any = module if isinstance(module, BaseTunerLayer) else None
+    if adapted is not None:
+        with gathered(list(adapted.parameters())):
+            if is_main():
+                state.update({prefix + name: value.cpu() for name, value in _merged_layer(adapted).items()})
+        return
+    own = dict(module.named_parameters(recurse=False))
+    with gathered(own.values()):
+        if is_main():
+            for name, parameter in own.items():
+                if id(parameter) not in copies:
+                    copies[id(parameter)] = _plain(parameter).to("cpu", copy=True)
+                state[prefix + name] = copies[id(parameter)]
+            for name, buffer in module.named_buffers(recurse=False):
+                if name not in module._non_persistent_buffers_set:
+                    state[prefix + name] = buffer.detach().to("cpu", copy=True)
+
+
+def _merged_layer(layer: Any) -> dict[str, Tensor]:
+    """Weight and bias of an adapter layer with the adapter merged in."""
+    base = layer.get_base_layer()
+    if quant_state(base.weight) is not None:
+        rest = {name: p.detach().clone() for name, p in base.named_parameters() if name != "weight"}
+        weight = _plain(base.weight)
+        return {"weight": weight + layer.get_delta_weight(layer.active_adapters[0]).to(weight), **rest}
+    before = {name: parameter.data for name, parameter in base.named_parameters()}
+    try:
+        layer.merge(safe_merge=True)  # PEFT then works on a copy and puts it in place of the tensor
+        return {name: parameter.data.clone() for name, parameter in base.named_parameters()}
+    finally:
+        for name, parameter in base.named_parameters():
+            parameter.data = before[name]
+        layer.merged_adapters.clear()
+
+
+@contextmanager
+def adapters_merged(model: Any) -> Iterator[None]:
+    """Inside, the adapters at work are merged into the weights and their layers step aside: a pass is the base's.
+
+    Afterwards the weights are bit for bit what they were. Costs a second copy of the adapted weights, which must be
+    whole on this process. Layers in 4 bits stay as they are.
+    """
+    layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
+    layers = [layer for layer in layers if quant_state(layer.get_base_layer().weight) is None]
+    before = [(p, p.data) for layer in layers for p in layer.get_base_layer().parameters()]
+    own = set(layers)
+    places = [(m._modules, name, child) for m in model.modules() for name, child in m._modules.items() if child in own]
+    try:
+        for layer in layers:
+            layer.merge(safe_merge=True)  # PEFT then works on a copy and puts it in place of the tensor
+        for children, name, layer in places:
+            children[name] = layer.get_base_layer()
+        yield
+    finally:
+        for children, name, layer in places:
+            children[name] = layer
+        for parameter, data in before:
+            parameter.data = data
+        for layer in layers:
+            layer.merged_adapters.clear()
+
+
+def quant_state(parameter: Any) -> Any:
+    """How bitsandbytes packed a weight into 4 bits; None for any other."""
+    return getattr(parameter, "quant_state", None)
+
+
+def _plain(parameter: Any) -> Tensor:
+    """The weight as a plain tensor, dequantised where it is in 4 bits."""
+    if quant_state(parameter) is None:
+        return parameter.detach()
+    from bitsandbytes.functional import dequantize_4bit
+
+    return dequantize_4bit(parameter.data, parameter.quant_state)

@@ -1,0 +1,74 @@
+"""Write a run's result: merged weights, tokenizer, generation config, adapter."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rlhf.core.console import is_main
+from rlhf.core.lazy import lazy
+from rlhf.core.table import Pick
+
+if TYPE_CHECKING:
+    import peft
+    import torch
+    from torch import nn
+
+    from rlhf.models import merging
+else:
+    peft, torch, nn, merging = lazy("peft"), lazy("torch"), lazy("torch.nn"), lazy("rlhf.models.merging")
+
+
+def save_result(path: Path, model: Any, chat: Any, tuning: Pick) -> None:
+    """Write a run's result under `path`, the run folder; every rank calls it.
+
+    `model/` is the merged model in Hugging Face format with tokenizer, chat template and a generation config that
+    stops where an answer ends. An adapter that can be merged also stands by itself in `adapter/`; virtual tokens
+    cannot, so `model/` then holds the PEFT adapter.
+
+    Args:
+        model: A transformers model as a row of the table gave it back.
+    """
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    folder = path / "model"
+    if is_main():
+        for old in (folder, path / "adapter"):
+            shutil.rmtree(old, ignore_errors=True)
+    if tuning.row.traits["adapter"]:
+        _save_adapter(folder if tuning.row.traits["prompt_learning"] else path / "adapter", model)
+    if tuning.row.traits["merges"]:
+        state = merging.merged_state(model)
+        if is_main():
+            base.config.use_cache = True  # it is off for training only
+            base.save_pretrained(folder, state_dict=state)
+            base.config.use_cache = False
+    if is_main():
+        chat.tokenizer.save_pretrained(folder)
+        if base.can_generate():
+            generation_config(base, chat).save_pretrained(folder)
+
+
+def _save_adapter(folder: Path, model: Any) -> None:
+    model.peft_config["default"].base_model_name_or_path = origin_of(model)
+    with merging.gathered([p for p in model.parameters() if p.requires_grad]):
+        if is_main():
+            model.save_pretrained(str(folder), save_embedding_layers=False, selected_adapters=["default"])
+
+
+def origin_of(model: Any) -> str:
+    """Where the base under an adapter was loaded from: an absolute path, or a hub name."""
+    source = Path(str(model.get_base_model().name_or_path))
+    return str(source.resolve()) if source.is_dir() else str(source)
+
+
+def generation_config(model: Any, chat: Any) -> Any:
+    """The model's generation config, with the tokens that end an answer in a rollout and the chat's padding."""
+    from transformers import GenerationConfig
+
+    from rlhf.data.chat import stop_ids
+
+    config = GenerationConfig.from_dict(model.generation_config.to_dict())
+    config.eos_token_id, config.pad_token_id = stop_ids(model, chat), chat.pad_id
+    config._from_model_config = False  # else loading it takes the stop token from config.json again
+    return config

@@ -1,0 +1,129 @@
+"""The scalar-head model that reward model and critic share."""
+
+from __future__ import annotations
+
+import functools
+import json
+import math
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForSequenceClassification
+
+from rlhf.config.base import ModelConfig
+from rlhf.core.errors import UserError
+from rlhf.models.load import _load
+from rlhf.models.logprobs import causal_lm, hidden_states
+from rlhf.models.shared_prompt import NO_SHARING, SharedPrompts, attention_of, ends_of, positions_of, sharing_of
+
+# ---- scalar head -------------------------------------------------------------------------------------------------
+
+
+class ScalarModel(nn.Module):
+    """One number per text (reward model) or per token (critic), from any transformers sequence classifier.
+
+    Decoders are read at the last real token, whatever the padding token is; encoders through their own pooling. The
+    number is `(head - mean) / std`, `mean` and `std` being constants of the checkpoint.
+    """
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.model = model
+        config = causal_lm(model).config
+        self.mean = float(getattr(config, "reward_mean", 0.0))
+        self.std = float(getattr(config, "reward_std", 1.0))
+
+    @property
+    def config(self) -> Any:
+        return causal_lm(self.model).config
+
+    @property
+    def is_decoder(self) -> bool:
+        """True where every token has a value of its own."""
+        return hasattr(causal_lm(self.model), "score")
+
+    def token_values(
+        self, input_ids: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None = None
+    ) -> Tensor:
+        """Values float32 [B, T] of every token of int64 [B, T]. Needs a decoder. Arguments of `hidden_states`."""
+        head = causal_lm(self.model).score
+        hidden = hidden_states(self.model, input_ids, attention_mask, position_ids)
+        return self._scale(head(hidden).squeeze(-1).float())  # type: ignore[operator]
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor, branches: Tensor | None = None) -> Tensor:
+        """Scores float32 [B] of the texts int64 [B, T], padded on the right.
+
+        Where rows hold several answers to a prompt, `branches` [B, T] says so (see `rlhf.models.shared_prompt`), and
+        the scores are those [N] of the answers, row by row. Needs a model that has `shared_prompts`.
+        """
+        if not self.is_decoder:
+            output = self.model(input_ids=input_ids, attention_mask=attention_mask)
+            return self._scale(output.logits.squeeze(-1).float())
+        if branches is None:
+            hidden = hidden_states(self.model, input_ids, attention_mask)
+            last = hidden[torch.arange(len(hidden), device=hidden.device), attention_mask.sum(-1) - 1]
+        else:
+            weights = next(self.parameters())
+            sees = attention_of(branches, self.config._attn_implementation, weights.dtype)
+            last = hidden_states(self.model, input_ids, sees, positions_of(branches))[ends_of(branches)]
+        return self._scale(causal_lm(self.model).score(last).squeeze(-1).float())  # type: ignore[operator]
+
+    @functools.cached_property
+    def shared_prompts(self) -> SharedPrompts:
+        """Whether several answers can share a row with their prompt; tried out once. Every rank asks together."""
+        if not self.is_decoder:
+            return NO_SHARING  # an encoder's prompt looks at the answer
+        training = self.training
+        self.eval()
+        with torch.no_grad():
+            found = sharing_of(causal_lm(self.model), functools.partial(hidden_states, self.model))
+        self.train(training)
+        return found
+
+    def _scale(self, raw: Tensor) -> Tensor:
+        return (raw - self.mean) / self.std
+
+    def set_scale(self, mean: float, std: float) -> None:
+        """Change the constants, here and in the config that is saved with the model."""
+        self.mean, self.std = mean, std
+        self.config.reward_mean, self.config.reward_std = mean, std
+
+
+def load_scalar(config: ModelConfig, path: str, head: Literal["random", "small", "trained"] = "random") -> ScalarModel:
+    """A scalar model in float32 from a reward model, a causal LM or an encoder.
+
+    Args:
+        config: How to load it.
+        path: Model folder or hub name.
+        head: What a missing head becomes. `random` is normal with standard deviation 1 / sqrt(H + 1) from torch's
+            generator (Stiennon 2020, B.1), bias zero. `small`, of standard deviation 0.02, is for a
+            critic: its first values are near 0, so they are little noise in the first advantages, and yet its body
+            gets a gradient from the first step. `trained` refuses.
+
+    Raises:
+        UserError: No such model, or one without a head that gives a score.
+    """
+    model, loading = _load(
+        AutoModelForSequenceClassification, config, path, torch.float32, num_labels=1, output_loading_info=True
+    )
+    scalar = ScalarModel(model)
+    layer = model.score if scalar.is_decoder else getattr(model, "classifier", None)
+    if layer is None:
+        raise UserError(f"{path}: {type(model).__name__} has no head that gives a score; use another model")
+    new = any(key.split(".")[0] in ("score", "classifier") for key in loading["missing_keys"])
+    if new and head == "trained":
+        raise UserError(f"{path}: has no trained score head", "Its scores would be random.", "Name a reward model.")
+    if new and isinstance(layer, nn.Linear):
+        with torch.no_grad():
+            layer.weight.normal_(std=0.02 if head == "small" else 1 / math.sqrt(layer.in_features + 1))
+            if layer.bias is not None:
+                layer.bias.zero_()
+    return scalar
+
+
+def reward_scale(path: str | Path) -> tuple[float, float]:
+    """Mean and standard deviation that a saved reward model subtracts and divides by."""
+    config = json.loads((Path(path) / "config.json").read_text("utf-8"))
+    return float(config.get("reward_mean", 0.0)), float(config.get("reward_std", 1.0))

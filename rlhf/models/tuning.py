@@ -1,0 +1,391 @@
+"""What of a model is trained: all of it, part of it, or an adapter over PEFT. One table, TUNING.
+
+A row takes (model, chat, task): a transformers model, its `ChatTokenizer`, and `causal` or `scalar`; it gives back
+the model with `requires_grad` set, wrapped where PEFT wraps. The head of a scalar model is trained by every row.
+
+Traits: `adapter` (the base stays as it was, so switching the adapter off gives it back), `merges` (the result is a
+plain model), `prompt_learning` (virtual tokens before the text, seen only by PEFT's own forward), `quantized`, `roles`
+(adapters of several roles can lie over one base; see `rlhf.ppo.shared_base`).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from pydantic import Field
+
+from rlhf.core.console import say
+from rlhf.core.errors import UserError
+from rlhf.core.lazy import lazy
+from rlhf.core.table import Pick, Table
+
+if TYPE_CHECKING:
+    import peft
+    import torch
+    from torch import Tensor, nn
+
+    from rlhf.models import merging
+else:
+    peft, torch, nn, merging = lazy("peft"), lazy("torch"), lazy("torch.nn"), lazy("rlhf.models.merging")
+
+
+TUNING = Table("tuning method")
+
+Positive = Annotated[int, Field(ge=1)]
+Dropout = Annotated[float, Field(ge=0, lt=1)]
+Names = Annotated[list[str], Field(min_length=1)]
+
+WHOLE = {"adapter": False, "merges": True, "prompt_learning": False, "quantized": False, "roles": False}
+ADAPTER = WHOLE | {"adapter": True}
+LORA = ADAPTER | {"roles": True}
+PROMPT = ADAPTER | {"merges": False, "prompt_learning": True}
+TASKS = {"causal": "CAUSAL_LM", "scalar": "SEQ_CLS"}
+"""What PEFT calls our tasks."""
+HEADS = ("score", "classifier")
+"""What transformers calls the head of a sequence classifier."""
+
+
+# ---- the model's own weights --------------------------------------------------------------------------------------
+
+
+@TUNING.row("full", **WHOLE)
+def full(model: Any, chat: Any, task: str) -> Any:
+    """Train every weight."""
+    return model.requires_grad_(True)
+
+
+@TUNING.row("last-layers", **WHOLE)
+def last_layers(
+    model: Any, chat: Any, task: str, *, layers: Positive, embeddings: bool = False, head: bool = True
+) -> Any:
+    """Train the last `layers` transformer layers, and by choice the head (with the final norm) and the embeddings.
+
+    A head that is tied to the embeddings trains them too.
+    """
+    model.requires_grad_(False)
+    name, last = _last(model, layers)
+    for layer in last:
+        layer.requires_grad_(True)
+    if embeddings:
+        model.get_input_embeddings().requires_grad_(True)
+    if head:
+        beside = model.get_submodule(name.rpartition(".")[0]).children()
+        norms = [module for module in beside if "norm" in type(module).__name__.lower()]
+        for module in filter(None, [*norms, model.get_output_embeddings()]):
+            module.requires_grad_(True)
+    return _train_head(model, task)
+
+
+def _last(model: Any, count: int) -> tuple[str, Any]:
+    """Path of the list of transformer layers, and the last `count` of them."""
+    name, stack = layers_of(model)
+    if count > len(stack):
+        raise UserError(f"tuning.layers: {count} is more than the {len(stack)} layers of {type(model).__name__}")
+    return name, stack[-count:]
+
+
+def layers_of(model: Any) -> tuple[str, Any]:
+    """Path and content of the longest list of modules that is in no other list: the transformer layers."""
+    lists = [(path, module) for path, module in model.named_modules() if isinstance(module, nn.ModuleList)]
+    lists = [found for found in lists if not any(found[0].startswith(f"{path}.") for path, _ in lists)]
+    if not lists:
+        raise UserError(f"tuning: {type(model).__name__} has no list of layers", remedy="Use `modules` with names.")
+    return max(lists, key=lambda found: len(found[1]))
+
+
+@TUNING.row("modules", **WHOLE)
+def modules(model: Any, chat: Any, task: str, *, names: Names) -> Any:
+    """Train the parameters whose full name matches one of the regular expressions `names`."""
+    model.requires_grad_(False)
+    parameters = dict(model.named_parameters())
+    for pattern in names:
+        try:
+            matches = [name for name in parameters if re.search(pattern, name)]
+        except re.error as error:
+            raise UserError(f"tuning.names: {pattern!r} is not a regular expression: {error}") from None
+        if not matches:
+            some = ", ".join(list(parameters)[:: max(1, len(parameters) // 6)][:6])
+            raise UserError(f"tuning.names: {pattern!r} matches no parameter", f"Some of their names: {some}")
+        for name in matches:
+            parameters[name].requires_grad_(True)
+    return _train_head(model, task)
+
+
+def _train_head(model: Any, task: str) -> Any:
+    if task == "scalar":
+        for name in HEADS:
+            if hasattr(model, name):
+                getattr(model, name).requires_grad_(True)
+    return model
+
+
+# ---- adapters in the layers ----------------------------------------------------------------------------------------
+
+
+@TUNING.row("lora", **LORA)
+def lora(
+    model: Any,
+    chat: Any,
+    task: str,
+    *,
+    rank: Positive = 16,
+    alpha: Positive = 32,
+    dropout: Dropout = 0.0,
+    target_modules: str | Names = "all-linear",
+    layers: Positive | None = None,
+    rslora: bool = False,
+    dora: bool = False,
+) -> Any:
+    """Low-rank updates beside linear layers (Hu et al. 2021); `rslora` scales by 1/sqrt(rank), `dora` adds magnitudes.
+
+    `target_modules` is `all-linear` (the head excepted), a regular expression, or a list of names. With `layers`, those
+    of the last so many transformer layers alone are adapted.
+    """
+    config = lora_config(
+        model, task, rank=rank, alpha=alpha, dropout=dropout, target_modules=target_modules, layers=layers,
+        rslora=rslora, dora=dora,
+    )  # fmt: skip
+    return _wrap("lora", model, config)
+
+
+def lora_config(
+    model: Any, task: str, *, rank: int, alpha: int, dropout: float, target_modules: str | list[str],
+    layers: int | None, rslora: bool, dora: bool = False,
+) -> Any:  # fmt: skip
+    """The options of `lora` or `qlora` as PEFT's config for a model that carries no adapter yet."""
+    return peft.LoraConfig(
+        task_type=TASKS[task], r=rank, lora_alpha=alpha, lora_dropout=dropout, use_rslora=rslora, use_dora=dora,
+        target_modules=target_modules if layers is None else _targets_in_last(model, layers, target_modules),
+    )  # fmt: skip
+
+
+def _targets_in_last(model: Any, layers: int, targets: str | list[str]) -> list[str]:
+    """Full names of the modules of the last layers that `target_modules` means. (PEFT cannot combine the two.)"""
+    from transformers.pytorch_utils import Conv1D
+
+    def meant(path: str, module: Any) -> bool:
+        if targets == "all-linear":
+            return isinstance(module, (nn.Linear, Conv1D))
+        if isinstance(targets, str):
+            return re.fullmatch(targets, path) is not None
+        return any(path == name or path.endswith(f".{name}") for name in targets)
+
+    inside = {module for layer in _last(model, layers)[1] for module in layer.modules()}
+    found = [path for path, module in model.named_modules() if module in inside and meant(path, module)]
+    if not found:
+        raise UserError(f"tuning.target_modules: {targets!r} matches nothing in the last {layers} layers")
+    return found
+
+
+@TUNING.row("ia3", **ADAPTER)
+def ia3(
+    model: Any,
+    chat: Any,
+    task: str,
+    *,
+    target_modules: Names | None = None,
+    feedforward_modules: Names | None = None,
+) -> Any:
+    """Learned scales on keys, values and feed-forward activations (Liu et al. 2022).
+
+    Which modules these are is known for the usual families; for others name `target_modules`, and those of them
+    whose input is scaled instead of the output as `feedforward_modules`.
+    """
+    config = peft.IA3Config(
+        task_type=TASKS[task], target_modules=target_modules, feedforward_modules=feedforward_modules
+    )
+    return _wrap("ia3", model, config)
+
+
+@TUNING.row("qlora", **LORA | {"quantized": True})
+def qlora(
+    model: Any,
+    chat: Any,
+    task: str,
+    *,
+    rank: Positive = 16,
+    alpha: Positive = 32,
+    dropout: Dropout = 0.0,
+    target_modules: str | Names = "all-linear",
+    layers: Positive | None = None,
+    rslora: bool = False,
+) -> Any:
+    """LoRA over a base in 4-bit NormalFloat with double quantisation (Dettmers et al. 2023). Needs a GPU.
+
+    The merged result is the dequantised base plus the update, the very function that was trained.
+    """
+    if not torch.cuda.is_available():
+        raise UserError("tuning: qlora needs a CUDA device", "Its 4-bit kernels run there.", "Use `lora`.")
+    quantize(model, torch.device("cuda"), torch.bfloat16)
+    return lora(
+        model, chat, task, rank=rank, alpha=alpha, dropout=dropout, target_modules=target_modules, layers=layers,
+        rslora=rslora,
+    )  # fmt: skip
+
+
+def quantize(model: Any, device: torch.device, dtype: torch.dtype) -> None:
+    """Put the layers' linear weights into 4 bits, in place and on `device`; they compute in `dtype`.
+
+    Heads and embeddings stay as they are.
+    """
+    try:
+        import bitsandbytes as bnb
+    except ImportError:
+        raise UserError(
+            "tuning: qlora needs bitsandbytes, which is not installed", remedy="pip install 'rlhf-rankings[gpu]'"
+        ) from None
+    model.requires_grad_(False)
+    kind = {"compress_statistics": True, "quant_type": "nf4"}
+    for layer in layers_of(model)[1]:
+        for path, linear in [(p, m) for p, m in layer.named_modules() if isinstance(m, nn.Linear)]:
+            shape, bias = (linear.in_features, linear.out_features), linear.bias
+            small = bnb.nn.Linear4bit(*shape, bias is not None, compute_dtype=dtype, **kind)
+            small.weight, small.bias = bnb.nn.Params4bit(linear.weight.data, requires_grad=False, **kind), bias
+            layer.set_submodule(path, small.to(device))
+    model.is_loaded_in_4bit = True  # tells PEFT which kind of LoRA layer to put there
+    model.to(device)
+
+
+def _wrap(name: str, model: Any, config: Any) -> Any:
+    try:
+        wrapped = peft.get_peft_model(model, config)
+    except ValueError as error:
+        raise UserError(f"tuning: {name} does not fit {type(model).__name__}", str(error).split("\n")[0]) from None
+    if config.task_type == "CAUSAL_LM" and _is_adapted(wrapped.get_output_embeddings()):
+        raise UserError(
+            "tuning.target_modules: the head cannot carry an adapter",
+            "Log-probs are computed from the head's weight, so the adapter would be passed over.",
+            "Leave it out; `all-linear` does.",
+        )
+    if model.config.get_text_config().tie_word_embeddings and _is_adapted(wrapped.get_input_embeddings()):
+        raise UserError(
+            "tuning.target_modules: the embeddings of this model are its head too",
+            "A merged model could not hold the changed embeddings and the unchanged head.",
+            "Leave them out; `all-linear` does.",
+        )
+    return wrapped
+
+
+def _is_adapted(module: Any) -> bool:
+    return type(module).__module__.startswith("peft.")
+
+
+# ---- virtual tokens ------------------------------------------------------------------------------------------------
+
+
+@TUNING.row("prompt-tuning", **PROMPT)
+def prompt_tuning(
+    model: Any,
+    chat: Any,
+    task: str,
+    *,
+    tokens: Positive = 20,
+    init: Literal["random", "vocabulary", "text", "labels"] = "random",
+    text: str | None = None,
+    labels: Names | None = None,
+) -> Any:
+    """Learned embeddings before the text (Lester et al. 2021).
+
+    They start `random` (normal, with mean and deviation of the word embeddings), from tokens drawn from the
+    `vocabulary`, from the tokens of `text` (repeated to fill), or from class `labels`: one virtual token per label,
+    the mean of its tokens, further ones from the vocabulary (section 3.2).
+    """
+    _refuse_scalar("prompt-tuning", task)
+    for option, value in (("text", text), ("labels", labels)):
+        if (init == option) != (value is not None):
+            raise UserError(f"tuning.{option}: give it exactly when init is `{option}` (init is `{init}`)")
+    words = model.get_input_embeddings().weight.detach()
+    with torch.no_grad():
+        start = _start(words, chat, tokens, init, text, labels)
+    config = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=tokens)
+    wrapped = _wrap("prompt-tuning", model, config)
+    wrapped.prompt_encoder["default"].embedding.weight.data.copy_(start)
+    return wrapped
+
+
+def _start(words: Tensor, chat: Any, tokens: int, init: str, text: str | None, labels: Sequence[str] | None) -> Tensor:
+    """The first virtual tokens [tokens, H] from the word embeddings [V, H]."""
+    if init == "random":
+        return words.mean(0) + words.std(0) * torch.randn(tokens, words.shape[1], dtype=words.dtype)
+    encode = lambda piece: chat.tokenizer.encode(piece, add_special_tokens=False)  # noqa: E731
+    if text is not None:
+        ids = encode(text)
+        if not ids:
+            raise UserError("tuning.text: it has no tokens")
+        return words[torch.tensor(ids * (tokens // len(ids) + 1))[:tokens]]
+    special = set(chat.tokenizer.all_special_ids)
+    ordinary = torch.tensor([i for i in range(len(chat.tokenizer)) if i not in special])
+    rows = words[ordinary[torch.randperm(len(ordinary)).repeat(tokens // len(ordinary) + 1)[:tokens]]]
+    for index, label in enumerate((labels or [])[:tokens]):
+        rows[index] = words[torch.tensor(encode(label))].mean(0)
+    return rows
+
+
+@TUNING.row("p-tuning", **PROMPT)
+def p_tuning(
+    model: Any,
+    chat: Any,
+    task: str,
+    *,
+    tokens: Positive = 20,
+    encoder: Literal["mlp", "lstm"] = "mlp",
+    hidden: Positive | None = None,
+) -> Any:
+    """Virtual tokens that a small encoder of width `hidden` (the model's, when left out) makes (Liu et al. 2021)."""
+    _refuse_scalar("p-tuning", task)
+    config = peft.PromptEncoderConfig(
+        task_type="CAUSAL_LM", num_virtual_tokens=tokens, encoder_reparameterization_type=encoder.upper(),
+        encoder_hidden_size=hidden,  # type: ignore[arg-type]
+        encoder_dropout=0.0,
+    )  # fmt: skip
+    return _wrap("p-tuning", model, config)
+
+
+@TUNING.row("prefix-tuning", **PROMPT)
+def prefix_tuning(
+    model: Any, chat: Any, task: str, *, tokens: Positive = 20, projection: bool = False, hidden: Positive | None = None
+) -> Any:
+    """Learned keys and values before the text in every layer (Li & Liang 2021).
+
+    Without `projection` this is P-tuning v2 (Liu et al. 2022); with it an MLP of width `hidden` makes them.
+    """
+    _refuse_scalar("prefix-tuning", task)
+    config = peft.PrefixTuningConfig(
+        task_type="CAUSAL_LM",
+        num_virtual_tokens=tokens,
+        prefix_projection=projection,
+        encoder_hidden_size=hidden,  # type: ignore[arg-type]
+    )
+    return _wrap("prefix-tuning", model, config)
+
+
+def _refuse_scalar(name: str, task: str) -> None:
+    if task == "scalar":
+        raise UserError(
+            f"tuning: {name} does not work for a reward model or critic",
+            "Their scores are read from the model's body, which the virtual tokens do not reach.",
+            "Use lora, ia3, last-layers or full.",
+        )
+
+
+def virtual_tokens(tuning: Pick) -> int:
+    """How many positions of the model a tuning method takes for itself."""
+    return int(tuning.options["tokens"]) if tuning.row.traits["prompt_learning"] else 0
+
+
+# ---- what it comes to ----------------------------------------------------------------------------------------------
+
+
+def say_trainable(tuning: Pick, model: Any) -> None:
+    """Print the trainable and total parameters in one line; those in 4 bits or partitioned count in full."""
+    trained = total = 0
+    for parameter in model.parameters():
+        size = getattr(parameter, "ds_numel", parameter.numel())
+        size *= 2 if merging.quant_state(parameter) is not None else 1  # two weights in a byte
+        total += size
+        trained += size if parameter.requires_grad else 0
+    options = ", ".join(f"{key} {value}" for key, value in tuning.options.items() if value not in (None, False))
+    method = f"{tuning.name} ({options})" if options else tuning.name
+    say(f"Tuning: {method}: {trained:,} of {total:,} parameters are trained ({trained / total:.2%})")

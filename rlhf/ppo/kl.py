@@ -1,0 +1,254 @@
+"""Distance from the reference: KL estimators, KL coefficients, and the rewards that they shape.
+
+Shapes and the one mask are as `rlhf.ppo.masked` says.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Annotated, Protocol
+
+from pydantic import Field
+
+from rlhf.core.lazy import lazy
+from rlhf.core.table import Table
+from rlhf.ppo.masked import answer_lengths, whiten, zero_padding
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+else:
+    torch = lazy("torch")
+
+Finite = Annotated[float, Field(allow_inf_nan=False)]
+NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+
+KL_ESTIMATORS = Table("KL estimator")
+KL_CONTROLLERS = Table("KL controller")
+MISSING_EOS = Table("rule for answers without EOS")
+
+
+# ---- estimators --------------------------------------------------------------------------------------------------
+#
+# J. Schulman, "Approximating KL Divergence", 2020, joschu.net/blog/kl-approx.html. There x ~ q and r = p(x)/q(x); here
+# q is the policy that sampled the tokens and p the reference, so log r = ref_logprobs - logprobs, and each row
+# estimates KL(policy || reference). All are elementwise: what stands at padding stays there, and `shape_rewards` and
+# the masked sums pass over it.
+
+
+@KL_ESTIMATORS.row("k1")
+def k1(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
+    """-log r: unbiased, and negative on about half of the tokens; what the papers put into the reward.
+
+    Args:
+        logprobs: Log-probabilities (nats) of the sampled tokens under the policy that sampled them, [N, T].
+        ref_logprobs: The same tokens under the reference, [N, T].
+
+    Returns:
+        One estimate per token, [N, T].
+    """
+    return logprobs - ref_logprobs
+
+
+@KL_ESTIMATORS.row("k2")
+def k2(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
+    """(log r)^2 / 2: biased, low variance, never negative. Arguments and result as `k1`."""
+    return 0.5 * (ref_logprobs - logprobs) ** 2
+
+
+@KL_ESTIMATORS.row("k3")
+def k3(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
+    """(r - 1) - log r: unbiased, low variance, never negative. Arguments and result as `k1`."""
+    log_ratio = ref_logprobs - logprobs
+    return torch.expm1(log_ratio) - log_ratio  # expm1 keeps the digits that r - 1 loses near r = 1
+
+
+# ---- coefficients ------------------------------------------------------------------------------------------------
+
+
+class KLController(Protocol):
+    """Holds the coefficient of the KL penalty and moves it after every batch of episodes."""
+
+    coef: float
+
+    def update(self, kl_per_episode: float, episodes: int) -> None:
+        """Take note of a batch: the mean over its episodes of the summed per-token KL (nats), and how many they are.
+
+        Raises:
+            ValueError: The KL is not finite; the coefficient stays as it was.
+        """
+
+    def state_dict(self) -> dict[str, float]:
+        """What a checkpoint must hold to continue exactly."""
+
+    def load_state_dict(self, state: dict[str, float]) -> None:
+        """Continue from `state_dict()` of a controller of the same kind.
+
+        Raises:
+            ValueError: The state is another kind's.
+        """
+
+
+def _check_kl(kl_per_episode: float) -> None:
+    if not math.isfinite(kl_per_episode):
+        raise ValueError(f"the batch's KL is {kl_per_episode}: the KL coefficient cannot follow it")
+
+
+def _check_state(controller: KLController, state: dict[str, float]) -> None:
+    if set(state) != set(controller.state_dict()):
+        raise ValueError(
+            f"the checkpoint's KL controller state holds {sorted(state) or 'nothing'}, the configured controller's "
+            f"{sorted(controller.state_dict()) or 'nothing'}: it was written by another kind of controller"
+        )
+
+
+@KL_CONTROLLERS.row("fixed")
+class FixedKL:
+    """The same coefficient throughout, as in Stiennon 2020 and InstructGPT (arXiv:2203.02155, eq. 2)."""
+
+    def __init__(self, *, coef: NonNegative = 0.05) -> None:
+        self.coef = coef
+
+    def update(self, kl_per_episode: float, episodes: int) -> None:
+        _check_kl(kl_per_episode)
+
+    def state_dict(self) -> dict[str, float]:
+        return {}  # the coefficient is the config's
+
+    def load_state_dict(self, state: dict[str, float]) -> None:
+        _check_state(self, state)
+
+
+@KL_CONTROLLERS.row("adaptive")
+class AdaptiveKL:
+    """A coefficient that steers the KL per episode towards a target: Ziegler 2019's proportional controller.
+
+    arXiv:1909.08593 section 2.2, with the gain written as episodes / horizon as in
+    openai/lm-human-preferences@cbfd210 lm_human_preferences/train_policy.py:115-124::
+
+        error = clip(kl / target - 1, -0.2, 0.2)
+        coef <- coef * (1 + error * episodes / horizon)
+
+    The defaults are that repository's (launch.py:129-131, train_policy.py:28). A batch of more episodes than the
+    horizon counts as `horizon` episodes, without which a low KL could turn the coefficient to 0 or below for good.
+
+    Args:
+        init_coef: The coefficient before the first update.
+        target: The KL per episode to hold, in nats.
+        horizon: Episodes over which a full error of 0.2 moves the coefficient by 20%.
+    """
+
+    def __init__(self, *, init_coef: Positive = 0.15, target: Positive = 6.0, horizon: Positive = 10_000) -> None:
+        self.coef, self.target, self.horizon = init_coef, target, horizon
+
+    def update(self, kl_per_episode: float, episodes: int) -> None:
+        _check_kl(kl_per_episode)
+        error = min(max(kl_per_episode / self.target - 1, -0.2), 0.2)
+        self.coef *= 1 + error * min(episodes / self.horizon, 1.0)
+
+    def state_dict(self) -> dict[str, float]:
+        return {"coef": self.coef}
+
+    def load_state_dict(self, state: dict[str, float]) -> None:
+        _check_state(self, state)
+        self.coef = state["coef"]
+
+
+# ---- scores and rewards ------------------------------------------------------------------------------------------
+
+
+@MISSING_EOS.row("keep")
+def keep(scores: Tensor, ended: Tensor) -> Tensor:
+    """Leave the score of an answer without EOS as it is.
+
+    Args:
+        scores: One per episode, [N].
+        ended: True where the answer ended by itself (EOS or a stop string), bool [N].
+
+    Returns:
+        [N].
+    """
+    return scores
+
+
+@MISSING_EOS.row("score")
+def fixed_score(scores: Tensor, ended: Tensor, *, value: Finite = -1.0) -> Tensor:
+    """Give every answer without EOS the same score. Arguments and result as `keep`.
+
+    "The N Implementation Details of RLHF with PPO" (rejection of answers without the end token, score -1);
+    vwxyzjn/lm-human-preference-details@ccc1953 lm_human_preference_details/train_policy_accelerate.py:616-625.
+    """
+    return torch.where(ended, scores, value)
+
+
+@MISSING_EOS.row("penalty")
+def penalty(scores: Tensor, ended: Tensor, *, value: NonNegative = 1.0) -> Tensor:
+    """Subtract `value` from the score of an answer without EOS. Arguments and result as `keep`."""
+    return torch.where(ended, scores, scores - value)
+
+
+def shape_scores(
+    scores: Tensor,
+    ended: Tensor,
+    *,
+    mean: float = 0.0,
+    std: float = 1.0,
+    clip: float | None = None,
+    missing_eos: Callable[[Tensor, Tensor], Tensor] = keep,
+) -> Tensor:
+    """Scores on a common scale: (score - mean) / std, then clipped, then the rule for answers without EOS.
+
+    The rule comes last, so that its numbers are in the final units and the clip cannot swallow a penalty.
+    Normalisation: Ziegler 2019 section 2 (mean 0 and variance 1 on the initial policy's answers).
+
+    Args:
+        scores: What the reward source gave, float32 [N].
+        ended: True where the answer ended by itself, bool [N].
+        mean: The source's mean score on its reference set.
+        std: The standard deviation there.
+        clip: Normalised scores are held within [-clip, clip]; None does not clip.
+        missing_eos: A row of MISSING_EOS (or its `Pick` with options).
+
+    Returns:
+        float32 [N].
+
+    Raises:
+        ValueError: `std` or `clip` is not above 0.
+    """
+    if not std > 0 or (clip is not None and not clip > 0):
+        raise ValueError(f"std and clip must be above 0, got std={std}, clip={clip}")
+    scores = (scores - mean) / std
+    if clip is not None:
+        scores = scores.clamp(-clip, clip)
+    return missing_eos(scores, ended)
+
+
+def shape_rewards(
+    scores: Tensor, kl_per_token: Tensor, response_mask: Tensor, coef: float, *, scale: bool = False
+) -> Tensor:
+    """Per-token rewards: -coef * KL at every response token, plus the score at the last one.
+
+    Ziegler 2019 eq. 2 (R = r - beta * log(pi/rho)) spread over the tokens as in
+    openai/lm-human-preferences@cbfd210 lm_human_preferences/train_policy.py:149-154; Stiennon 2020 section 3.4 and
+    InstructGPT eq. 2 use the same reward.
+
+    Args:
+        scores: float32 [N].
+        kl_per_token: A row of KL_ESTIMATORS applied to the sampled tokens, [N, T].
+        response_mask: bool [N, T].
+        coef: Coefficient of the KL penalty.
+        scale: Divide the rewards by their standard deviation over the batch, keeping the mean
+            (same file, lines 324-325).
+
+    Returns:
+        float32 [N, T], 0 at padding.
+
+    Raises:
+        ValueError: An episode has no response token, or padding stands before one.
+    """
+    last = answer_lengths(response_mask)[:, None] - 1
+    positions = torch.arange(response_mask.shape[1], device=response_mask.device)
+    rewards = zero_padding(-coef * kl_per_token, response_mask) + torch.where(positions == last, scores[:, None], 0.0)
+    return whiten(rewards, response_mask, shift_mean=False) if scale else rewards

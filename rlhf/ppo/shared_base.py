@@ -1,0 +1,289 @@
+"""One frozen base, four roles: policy, critic, reward model and reference are adapters over it, in one engine.
+
+    role        adapter             head
+    policy      trained             the base's own
+    critic      trained             values, trained
+    reward      frozen              scores, frozen
+    reference   none, or SFT's      the base's own
+
+Which adapter is at work is a property of each adapter layer; `SharedBase.acting` sets it and leaves requires_grad as
+it is, which an engine has fixed (PEFT's `set_adapter` changes it). A layer without an adapter of that name passes its
+input through the base alone. Outside of `acting` the policy's is at work, so that sampler, merging and saving need not
+know of the others.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import get_peft_model_state_dict, set_peft_model_state_dict
+from peft.tuners.tuners_utils import BaseTunerLayer
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForSequenceClassification
+
+from rlhf.config.base import ModelConfig
+from rlhf.core.console import is_main, say
+from rlhf.core.errors import UserError
+from rlhf.data.chat import ChatTokenizer
+from rlhf.models import merging
+from rlhf.models.load import compute_dtype, count_parameters, load_policy, recompute_activations
+from rlhf.models.logprobs import hidden_states, token_logprobs
+from rlhf.models.save import origin_of
+from rlhf.models.scalar import ScalarModel
+from rlhf.models.tuning import HEADS, TASKS, lora_config
+from rlhf.ppo.actor_critic import TokenOutputs
+from rlhf.ppo.config import PPOConfig
+from rlhf.ppo.frozen_layers import FrozenLayers
+from rlhf.ppo.shared_roles import Adapter, SharedRoles, recognise
+from rlhf.ppo.types import MicroBatch
+from rlhf.reward.sources import RewardInputs
+from rlhf.runs.run import resolve_model_path
+from rlhf.training.engine import Engine, make_engine
+
+POLICY = "default"
+"""PEFT's name for the policy's adapter, the one that is saved and merged; the other roles' are called as the roles."""
+HEADED = ("critic", "reward")
+HEAD_KEY = "base_model.model.score.weight"
+"""What PEFT calls the head of a reward model in a saved adapter."""
+
+
+class SharedBase(nn.Module):
+    """The base with all adapters and heads; takes the place of `rlhf.ppo.actor_critic.ActorCritic` and frozen models.
+
+    Args:
+        policy: PEFT's wrapper around the base, with the adapters of all roles.
+        scalars: Of `critic` and `reward` those that take part: scalar models whose body is the base's own.
+    """
+
+    def __init__(self, policy: Any, scalars: dict[str, ScalarModel]) -> None:
+        super().__init__()
+        self.policy = policy
+        self.heads = nn.ModuleDict({role: scalar.model.score for role, scalar in scalars.items()})
+        self.scalars = scalars  # in a plain dictionary: their bodies are in the tree once already
+        self.trunk = FrozenLayers(policy)
+        self.layers = [module for module in policy.modules() if isinstance(module, BaseTunerLayer)]
+
+    @property
+    def critic(self) -> ScalarModel | None:
+        return self.scalars.get("critic")
+
+    def forward(
+        self, batch: MicroBatch, temperature: float = 1.0, ptx: MicroBatch | None = None, role: str = "policy"
+    ) -> Any:
+        """What a role says of a micro-batch.
+
+        Args:
+            batch: Sequences; of `reward` the tokens and their mask alone are looked at.
+            temperature: Logits are divided by it.
+            ptx: Demonstrations, for the policy.
+            role: `policy` (with the critic's values beside), `reference`, `reward`, or `trunk`.
+
+        Returns:
+            `TokenOutputs`; of `reward` the scores, float32 [B]; of `trunk` the hidden states that enter the layers
+            with adapters, [B, L, H], which the other roles take from `batch.trunk` where they are given.
+        """
+        ids, mask, wanted = batch.input_ids, batch.attention_mask, batch.response_mask
+        positions = batch.position_ids
+        if role == "trunk":
+            return self.trunk.states(lambda: hidden_states(self.policy, ids, mask, positions))
+        with self.trunk.known(batch.trunk), self.acting(role):
+            if role == "reward":
+                return self.scalars["reward"](ids, mask)
+            logprobs, entropies = token_logprobs(self.policy, ids, mask, wanted, temperature, batch.chunks, positions)
+        values = None
+        if role == "policy" and self.critic is not None:
+            with self.trunk.known(batch.trunk), self.acting("critic"):
+                # The state in which token t is chosen ends at token t - 1.
+                values = self.critic.token_values(ids, mask, positions)[:, :-1][wanted[:, 1:]]
+        ptx_logprobs = None
+        if ptx is not None:
+            more = (ptx.input_ids, ptx.attention_mask, ptx.response_mask, 1.0, ptx.chunks, ptx.position_ids)
+            ptx_logprobs, _ = token_logprobs(self.policy, *more)
+        return TokenOutputs(logprobs, entropies, values, ptx_logprobs)
+
+    @contextmanager
+    def acting(self, role: str) -> Iterator[None]:
+        """Inside, the adapters of `role` are at work."""
+        before = [layer._active_adapter for layer in self.layers]
+        for layer in self.layers:
+            layer._active_adapter = _name(role)
+        try:
+            yield
+        finally:
+            for layer, name in zip(self.layers, before):
+                layer._active_adapter = name
+
+    def recompute(self) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+        """For gradient checkpointing: contexts of a forward pass and of its repetition, which comes in the backward
+        pass, when another role may be at work."""
+        name = self.layers[0].active_adapters[0]
+        return nullcontext(), self.acting("policy" if name == POLICY else name)
+
+    def adapter(self, role: str) -> list[nn.Parameter]:
+        """The weights of a role's adapter."""
+        name = _name(role)
+        parts: list[Any] = [getattr(layer, kind) for layer in self.layers for kind in layer.adapter_layer_names]
+        mine = [part[name] for part in parts if name in part]
+        return [p for part in mine for p in (part.parameters() if isinstance(part, nn.Module) else [part])]
+
+
+# ---- building ------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class SharedModels:
+    """The base in its engine, and what the stage asks of frozen models."""
+
+    engine: Engine
+    scorers: dict[str, Callable[[RewardInputs], Tensor]]
+    """Reward models that lie over the base, by the path that the config gives."""
+
+    def prepared(self, batch: MicroBatch) -> MicroBatch:
+        """The micro-batch with the frozen trunk's hidden states, where there is a trunk. Without gradients."""
+        trunk: Any = self.engine.module.trunk
+        return batch._replace(trunk=self.engine(batch, role="trunk")) if trunk.depth else batch
+
+    def reference(self, batch: MicroBatch, temperature: float) -> TokenOutputs:
+        """What the frozen reference says of a micro-batch; no values."""
+        found: TokenOutputs = self.engine(batch, temperature, role="reference")
+        return found
+
+
+def load_shared(config: PPOConfig, chat: ChatTokenizer) -> SharedModels:
+    """All models of a run with `model.sharing: shared`, in one engine.
+
+    Raises:
+        UserError: They have no base in common; see `rlhf.ppo.shared_roles`.
+    """
+    roles = recognise(config)
+    module, groups = build(config, roles, chat)
+    trained, total = count_parameters(module)
+    say(f"Models: {roles.described()}; {trained:,} of {total:,} parameters are trained")
+    if module.trunk.depth:
+        say(f"The first {module.trunk.depth} of {len(module.trunk.layers)} layers are computed once per rollout")
+    engine = make_engine(module, groups, config.optimizer, config.precision, config.deepspeed)
+
+    def score(finished: RewardInputs) -> Tensor:
+        ids, mask = finished.input_ids, finished.attention_mask
+        with torch.no_grad():
+            batch = MicroBatch([], ids, mask, None, mask.bool(), mask.sum(1), 1, finished.trunk)
+            return engine(batch, role="reward").float().cpu()
+
+    return SharedModels(engine, {config.reward_model: score} if config.reward_model else {})
+
+
+def build(config: PPOConfig, roles: SharedRoles, chat: ChatTokenizer) -> tuple[SharedBase, list[dict[str, Any]]]:
+    """The module, and the optimizer's groups of what is trained."""
+    base = load_policy(config.model, roles.base, compute_dtype(config.precision))
+    shapes = {role: _peft_config(base, adapter) for role, adapter in roles.adapters.items()}
+    policy = config.tuning(base, chat, "causal")
+    for role, adapter in roles.adapters.items():
+        if role != "policy":
+            policy.add_adapter(role, shapes[role])
+        if adapter.start is not None:
+            _start_from(policy, _name(role), adapter.start)
+    scalars = {role: _scalar(config.model, base, roles.adapters[role]) for role in HEADED if role in roles.adapters}
+    module = SharedBase(policy, scalars)
+    module.requires_grad_(False)
+    groups = []
+    for role, rate in (("policy", config.optimizer.policy_lr), ("critic", config.optimizer.critic_lr)):
+        trained = [*module.adapter(role), *(module.heads[role].parameters() if role in module.heads else [])]
+        groups.append({"params": [parameter.requires_grad_(True) for parameter in trained], "lr": rate})
+    if config.update.gradient_checkpointing:
+        policy.train()  # transformers recomputes in training mode alone; it changes nothing else, dropout is off
+        recompute_activations(policy, use_reentrant=False, context_fn=module.recompute)
+    return module, groups
+
+
+def _name(role: str) -> str:
+    return POLICY if role == "policy" else role
+
+
+def _peft_config(base: Any, adapter: Adapter) -> Any:
+    """PEFT's config of an adapter for the base, which carries none yet."""
+    found = lora_config(base, "causal", **adapter.tuning.options)
+    found.inference_mode = False
+    return found
+
+
+def _saved(run: str) -> dict[str, Tensor]:
+    """A run's adapter, with its head where it has one."""
+    return load_file(Path(run) / "adapter" / "adapter_model.safetensors")
+
+
+def _start_from(policy: Any, name: str, run: str) -> None:
+    """Put a run's adapter weights into the adapter `name`.
+
+    Raises:
+        UserError: They are of another shape.
+    """
+    saved = {key: value for key, value in _saved(run).items() if key != HEAD_KEY}
+    expected = get_peft_model_state_dict(policy, adapter_name=name, save_embedding_layers=False)
+    if {key: value.shape for key, value in saved.items()} != {key: value.shape for key, value in expected.items()}:
+        odd = sorted(set(saved) ^ set(expected))[:2]
+        raise UserError(
+            f"{run}/adapter: does not fit the base of this run",
+            f"Weights that only one of them has: {', '.join(odd) or 'none, but shapes differ'}.",
+            "Set model.sharing=separate.",
+        )
+    set_peft_model_state_dict(policy, saved, adapter_name=name)
+
+
+def _scalar(config: ModelConfig, base: Any, adapter: Adapter) -> ScalarModel:
+    """A scalar model around the base's own body, with the head of the run that the adapter starts from or a new one."""
+    head = None if adapter.start is None else _saved(adapter.start).get(HEAD_KEY)
+    remote = {"trust_remote_code": config.trust_remote_code}
+    if head is None:
+        settings = copy.deepcopy(base.config)
+        settings.num_labels = 1
+    else:
+        settings = AutoConfig.from_pretrained(resolve_model_path(str(adapter.start)), **remote)
+        settings._attn_implementation = base.config._attn_implementation
+    with torch.device("meta"):
+        model = AutoModelForSequenceClassification.from_config(settings, **remote)
+    prefix = base.base_model_prefix
+    if not hasattr(model, "score") or type(getattr(model, prefix)) is not type(getattr(base, prefix)):
+        raise UserError(
+            f"model.sharing: {type(model).__name__} is not {type(base).__name__} with another head",
+            remedy="Set model.sharing=separate.",
+        )
+    setattr(model, prefix, getattr(base, prefix))
+    model.score.to_empty(device="cpu")
+    with torch.no_grad():
+        if head is None:
+            model.score.weight.normal_(std=0.02)  # as `load_scalar` does for a critic
+        else:
+            model.score.weight.copy_(head)
+    return ScalarModel(model)
+
+
+# ---- the critic as a result ----------------------------------------------------------------------------------------
+
+
+def save_critic(path: Path, module: SharedBase) -> None:
+    """Write the critic's adapter and value head to `critic/` of a run folder, in PEFT's format for a sequence
+    classifier over the base, with that classifier's config. Every rank calls it."""
+    if module.critic is None:
+        return
+    parameters = [*module.adapter("critic"), *module.heads["critic"].parameters()]
+    with merging.gathered(parameters):
+        if is_main():
+            state = get_peft_model_state_dict(module.policy, adapter_name="critic", save_embedding_layers=False)
+            state[HEAD_KEY] = module.heads["critic"].weight
+            folder = path / "critic"
+            folder.mkdir(exist_ok=True)
+            save_file(
+                {k: v.detach().cpu().contiguous() for k, v in state.items()}, folder / "adapter_model.safetensors"
+            )
+            settings = copy.deepcopy(module.policy.peft_config["critic"])
+            settings.task_type, settings.modules_to_save = TASKS["scalar"], list(HEADS)
+            settings.inference_mode, settings.base_model_name_or_path = True, origin_of(module.policy)
+            settings.save_pretrained(str(folder))
+            module.critic.config.save_pretrained(folder)

@@ -1,0 +1,185 @@
+"""Which roles of PPO can lie over one base: told from run.json and config files, before any weights are loaded.
+
+A LoRA run is its base plus an adapter, so two LoRA runs over the same weights need those weights once. Weights are
+known by their fingerprints, hub models by their names.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from rlhf.core.errors import UserError
+from rlhf.core.table import Pick
+from rlhf.models.tuning import TUNING
+from rlhf.ppo.config import PPOConfig
+from rlhf.runs.run import fingerprint, is_run, read_run, resolve_model_path
+
+SEPARATE = "or set model.sharing=separate."
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """What one role adds to the base."""
+
+    tuning: Pick
+    """`lora` or `qlora` with its options, dropout 0."""
+    start: str | None
+    """The run whose adapter it begins as; None for a new one, which changes nothing yet."""
+
+
+@dataclass(frozen=True)
+class SharedRoles:
+    """One base, and the adapters of the roles over it."""
+
+    base: str
+    """Model folder or hub name."""
+    weights: str
+    """The base's fingerprint, or `hub:` and its name."""
+    adapters: Mapping[str, Adapter]
+    """Of `policy`, `critic`, `reward` and `reference`. A reference that is not there is the base alone; the others are
+    not there where nothing of the kind takes part."""
+
+    def described(self) -> str:
+        """For the plan."""
+        parts = [f"{role} {'new' if a.start is None else f'from {a.start}'}" for role, a in self.adapters.items()]
+        reference = [] if "reference" in self.adapters else ["reference without adapter"]
+        return f"one base {self.base} ({_short(self.weights)}): {', '.join(parts + reference)}"
+
+
+def recognise(config: PPOConfig) -> SharedRoles:
+    """The roles of a config with `model.sharing: shared`.
+
+    The base is the model that PPO starts from, where the reward run is an adapter over that one; or else the model
+    that both an SFT run and the reward run are adapters over: then the policy begins as SFT's adapter, and that same
+    adapter, frozen, is the reference.
+
+    Raises:
+        UserError: The models have no base in common, or a parent is no LoRA run with the options that go on.
+    """
+    start, reward = config.model.path, config.reward_model
+    mine = weights_of(start)
+    base, known, sft = start, mine, None
+    if reward is not None:
+        tuning = _lora_of(reward, "reward.path")
+        if any(term.get("retokenize") for term in _model_terms(config) if term["path"] == reward):
+            raise UserError(
+                "reward.retokenize: a reward model on the policy's base reads the policy's tokens",
+                remedy=f"Leave retokenize out, {SEPARATE}",
+            )
+        theirs = _base_of(reward)
+        if theirs["weights"] != mine:
+            sft = _sft_beside(start, mine, reward, theirs)
+            base, known = str(theirs["path"]), str(theirs["weights"])
+            if weights_of(base) != known:
+                raise UserError(
+                    f"model.sharing: {base} is not any more what {reward} was trained from",
+                    f"It is {_short(weights_of(base))} now, and was {_short(known)}.",
+                    f"Train the runs on it anew, {SEPARATE}",
+                )
+    adapters = {"policy": Adapter(config.tuning, sft)}
+    if config.needs_critic:
+        adapters["critic"] = Adapter(config.critic.tuning, reward if config.critic.init == "reward" else sft)
+    if reward is not None:
+        adapters["reward"] = Adapter(tuning, reward)
+    if sft is not None:
+        adapters["reference"] = Adapter(config.tuning, sft)
+    for role, key in (("policy", "tuning"), ("critic", "critic.tuning"), ("reward", "tuning")):
+        if role in adapters:
+            _check_options(key, adapters[role], config.tuning)
+    return SharedRoles(resolve_model_path(base), known, adapters)
+
+
+def weights_of(path: str) -> str:
+    """The fingerprint of the weights that a path stands for now; for a hub model, `hub:` and its name."""
+    if is_run(path):
+        return str(read_run(path).get("model_fingerprint"))
+    return fingerprint(Path(path)) if Path(path).is_dir() else f"hub:{path}"
+
+
+def _base_of(run: str) -> dict[str, str]:
+    """Path and weights of the model that a run was trained from, as it noted them."""
+    parent = read_run(run)["parents"][0]
+    return {"path": parent["path"], "weights": parent.get("fingerprint") or f"hub:{parent['path']}"}
+
+
+def _lora_of(run: str, key: str) -> Pick:
+    """The tuning of a LoRA run, without dropout.
+
+    Raises:
+        UserError: It is none.
+    """
+    tuning = _tuning_of(run)
+    if tuning is None or not tuning.row.traits["roles"]:
+        found = "a model without a run" if tuning is None else f"a run with `tuning: {tuning.name}`"
+        raise UserError(
+            f"{key}: {run} is {found}; model.sharing `shared` needs an adapter",
+            "What shares a base has the base's own weights and an adapter of its own.",
+            f"Train it with `tuning: lora`, {SEPARATE}",
+        )
+    return tuning
+
+
+def _tuning_of(run: str) -> Pick | None:
+    if not is_run(run):
+        return None
+    found = TUNING.pick(yaml.safe_load((Path(run) / "config.yaml").read_text("utf-8")).get("tuning", "full"))
+    return Pick(found.row, found.options | {"dropout": 0.0}) if "dropout" in found.options else found
+
+
+def _sft_beside(start: str, mine: str, reward: str, theirs: Mapping[str, str]) -> str:
+    """`start`, if it is a LoRA run of SFT over the base of the reward run.
+
+    Raises:
+        UserError: It is not, so the two have nothing in common.
+    """
+    tuning = _tuning_of(start)
+    why = f"{reward} is an adapter over {theirs['path']} ({_short(theirs['weights'])}). "
+    why += f"model.path {start} is {_short(mine)}"
+    if tuning is None or not tuning.row.traits["roles"] or read_run(start)["stage"] != "sft":
+        why += ", and no LoRA run of SFT."
+    else:
+        own = _base_of(start)
+        if own["weights"] == theirs["weights"]:
+            return start
+        why += f", an adapter over {own['path']} ({_short(own['weights'])})."
+    raise UserError(
+        "model.sharing: policy and reward model have no base in common",
+        why,
+        f"Train the reward model with `tuning: lora` from {start}, or SFT too with `tuning: lora` from "
+        f"{theirs['path']}; {SEPARATE}",
+    )
+
+
+def _check_options(key: str, adapter: Adapter, policy: Pick) -> None:
+    """An adapter that goes on from a run has that run's shape, and all of them the base's precision."""
+    if adapter.tuning.name != policy.name:
+        raise UserError(
+            f"tuning: {policy.name}, but {adapter.start} is a {adapter.tuning.name} run",
+            "The base is in 4 bits for all roles or for none.",
+            f"Set tuning to {adapter.tuning.name}, {SEPARATE}",
+        )
+    run = None if adapter.start is None else _lora_of(adapter.start, key)
+    if run is None or (run.name, run.options) == (adapter.tuning.name, adapter.tuning.options):
+        return
+    other = {name: value for name, value in run.options.items() if adapter.tuning.options.get(name) != value}
+    raise UserError(
+        f"{key}: differs from that of {adapter.start}, whose adapter it goes on with",
+        f"There: {', '.join(f'{name}: {value}' for name, value in other.items()) or run.name}.",
+        f"Set the same, {SEPARATE}",
+    )
+
+
+def _model_terms(config: PPOConfig) -> list[dict[str, Any]]:
+    """The reward models among the reward's terms."""
+    pick = config.reward
+    terms = pick.options["terms"] if pick.name == "sum" else [{"name": pick.name, **pick.options}]
+    return [term for term in terms if term["name"] == "model"]
+
+
+def _short(weights: str) -> str:
+    return weights.removeprefix("hub:") if weights.startswith("hub:") else f"fingerprint {weights[:12]}"

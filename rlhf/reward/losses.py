@@ -1,0 +1,293 @@
+"""Losses over whole rankings: K candidates of a prompt are scored once and compared with each other.
+
+A batch of rankings of unequal K is flat, all candidates of all rankings one after the other:
+
+- `scores` float [N]: the reward model's scalar per candidate.
+- `ranks` int64 [N]: 1 = best, equal ranks in a ranking = tie, none skipped (`rlhf.data.schema.dense_ranks`).
+- `ranking` int64 [N]: the ranking that each candidate belongs to, 0..B-1, ascending.
+- `ratings` float [N], optional: the annotator's rating of each candidate, higher = better, NaN where unknown.
+- `weights` float [B], optional: factor on each ranking's loss (how far its annotator is trusted, say).
+
+A loss is first averaged within a ranking, so that one with many candidates weighs no more than a binary comparison
+(InstructGPT, arXiv:2203.02155, eq. 1). The caller averages over rankings: `loss.sum() / counted.sum()`, or with
+weights `loss.sum() / (weights * counted).sum()`, both sums over all processes.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated, Literal, NamedTuple
+
+from pydantic import Field
+
+from rlhf.core.lazy import lazy
+from rlhf.core.table import Table
+
+if TYPE_CHECKING:
+    import torch
+    import torch.nn.functional as F
+    from torch import Tensor
+else:
+    torch, F = lazy("torch"), lazy("torch.nn.functional")
+
+RANKING_LOSSES = Table("ranking loss")
+"""Rows: `(scores, ranks, ranking, ratings=None, weights=None, *, options) -> RankingLoss`, shapes as in the module's
+docstring. Trait `uses_ties`: whether tied candidates teach the model anything. Half-precision scores are raised to
+float32 first. Every row raises ValueError where the shapes do not agree or `ranking` is not ascending."""
+
+
+class RankingLoss(NamedTuple):
+    """What every row returns."""
+
+    loss: Tensor
+    """Float [B]: the loss of each ranking, 0 (with zero gradient) where nothing in it could be compared."""
+    counted: Tensor
+    """Bool [B]: which rankings held something to compare."""
+
+
+# ---- from flat to padded -----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Layout:
+    """Where each flat candidate stands in a padded [B, K] tensor (K = the longest ranking of the batch)."""
+
+    row: Tensor
+    column: Tensor
+    valid: Tensor
+    """Bool [B, K], False on padding."""
+
+    @classmethod
+    def of(cls, ranking: Tensor, rankings: int | None = None) -> _Layout:
+        if ranking.numel() and (ranking[0] < 0 or (ranking.diff() < 0).any()):
+            raise ValueError("`ranking` must ascend from 0: the candidates of a ranking stand together, in order")
+        sizes = torch.bincount(ranking, minlength=rankings or 0)
+        if rankings is not None and len(sizes) > rankings:
+            raise ValueError(f"`ranking` names ranking {len(sizes) - 1}, but there are weights for {rankings} only")
+        starts = sizes.cumsum(0) - sizes
+        column = torch.arange(len(ranking), device=ranking.device) - starts[ranking]
+        longest = int(sizes.max()) if len(sizes) else 0
+        return cls(ranking, column, torch.arange(longest, device=ranking.device) < sizes[:, None])
+
+    def pad(self, values: Tensor) -> Tensor:
+        """[N] -> [B, K], zeros on padding; the gradient flows back to `values`."""
+        return values.new_zeros(self.valid.shape).index_put((self.row, self.column), values)
+
+
+@dataclass(frozen=True)
+class _Batch:
+    """A padded batch; `better` and `tied` are the pairs [B, K, K] of it, each pair once."""
+
+    scores: Tensor
+    ranks: Tensor
+    valid: Tensor
+    ratings: Tensor | None
+    better: Tensor
+    """Bool: [b, i, j] is True where candidate i is ranked above candidate j."""
+    tied: Tensor
+    """Bool: [b, i, j] is True where i < j share a rank."""
+
+    @property
+    def gaps(self) -> Tensor:
+        """Float [B, K, K]: score of i minus score of j."""
+        return _outer_difference(self.scores)
+
+
+def _outer_difference(values: Tensor) -> Tensor:
+    return values[:, :, None] - values[:, None, :]
+
+
+def _batch(
+    scores: Tensor, ranks: Tensor, ranking: Tensor, ratings: Tensor | None = None, weights: Tensor | None = None
+) -> _Batch:
+    shapes = {"scores": scores, "ranks": ranks, "ranking": ranking}
+    shapes |= {"ratings": ratings} if ratings is not None else {}
+    if scores.dim() != 1 or any(value.shape != scores.shape for value in shapes.values()):
+        found = ", ".join(f"{name} {list(value.shape)}" for name, value in shapes.items())
+        raise ValueError(f"expected one value per candidate, all of one shape [N]; got {found}")
+    scores = _at_least_float32(scores)
+    layout = _Layout.of(ranking, None if weights is None else len(weights))
+    padded, valid = layout.pad(ranks), layout.valid
+    both = valid[:, :, None] & valid[:, None, :]
+    return _Batch(
+        scores=layout.pad(scores),
+        ranks=padded,
+        valid=valid,
+        ratings=None if ratings is None else layout.pad(ratings.to(scores.dtype)),
+        better=both & (padded[:, :, None] < padded[:, None, :]),
+        tied=(both & (padded[:, :, None] == padded[:, None, :])).triu(1),
+    )
+
+
+def _at_least_float32(scores: Tensor) -> Tensor:
+    return scores.to(torch.promote_types(scores.dtype, torch.float32))
+
+
+def _result(total: Tensor, terms: Tensor, weights: Tensor | None) -> RankingLoss:
+    """Summed losses [B] and the number of terms in each [B] -> weighted means."""
+    loss = total / terms.clamp(min=1)
+    return RankingLoss(loss if weights is None else loss * weights, terms > 0)
+
+
+def _mean_over_pairs(batch: _Batch, strict: Tensor, tie: Tensor | None, weights: Tensor | None) -> RankingLoss:
+    """Average the losses [B, K, K] of strictly ordered pairs and, if given, of tied pairs."""
+    loss, used = strict.where(batch.better, 0.0), batch.better
+    if tie is not None:
+        loss, used = loss + tie.where(batch.tied, 0.0), used | batch.tied
+    return _result(loss.sum((1, 2)), used.sum((1, 2)), weights)
+
+
+# ---- the losses --------------------------------------------------------------------------------------------------
+
+
+@RANKING_LOSSES.row("bradley-terry", uses_ties=False)
+def bradley_terry(
+    scores: Tensor,
+    ranks: Tensor,
+    ranking: Tensor,
+    ratings: Tensor | None = None,
+    weights: Tensor | None = None,
+    *,
+    label_smoothing: Annotated[float, Field(ge=0, lt=0.5)] = 0.0,
+    margin: Literal["none", "rank", "rating"] = "none",
+    margin_scale: Annotated[float, Field(ge=0)] = 1.0,
+) -> RankingLoss:
+    """Bradley & Terry (1952) over strictly ordered pairs; tied pairs are left out.
+
+    -log sigmoid(s_i - s_j - m) for i ranked above j, averaged over such pairs of a ranking (InstructGPT eq. 1; the
+    margin m as in Llama 2, arXiv:2307.09288, eq. 2).
+
+    Args:
+        label_smoothing: Probability that an annotator's label is flipped: (1-e) of the loss above plus e of the loss
+            with the sign of its argument turned (Mitchell 2023, "A note on DPO with noisy preferences").
+        margin: `rank`: margin_scale * (rank_j - rank_i - 1), so neighbours, and with them binary comparisons, have
+            none. `rating`: margin_scale * (rating_i - rating_j), 0 where a rating is unknown or contradicts the ranks.
+        margin_scale: Score units per rank or per unit of rating.
+
+    Raises:
+        ValueError: margin `rating` without ratings.
+    """
+    batch = _batch(scores, ranks, ranking, ratings, weights)
+    gaps = batch.gaps
+    if margin == "rank":
+        gaps = gaps - margin_scale * (-_outer_difference(batch.ranks) - 1)
+    elif margin == "rating":
+        if batch.ratings is None:
+            raise ValueError("margin 'rating' needs the candidates' ratings, and the batch has none")
+        gaps = gaps - margin_scale * _outer_difference(batch.ratings).nan_to_num(0.0).clamp(min=0)
+    loss = -(1 - label_smoothing) * F.logsigmoid(gaps) - label_smoothing * F.logsigmoid(-gaps)
+    return _mean_over_pairs(batch, loss, None, weights)
+
+
+@RANKING_LOSSES.row("rao-kupper", uses_ties=True)
+def rao_kupper(
+    scores: Tensor,
+    ranks: Tensor,
+    ranking: Tensor,
+    ratings: Tensor | None = None,
+    weights: Tensor | None = None,
+    *,
+    tie_threshold: Annotated[float, Field(gt=0, le=20)] = 0.5,
+) -> RankingLoss:
+    """Rao & Kupper (1967): a pair is a tie where the annotator cannot tell the two apart by a threshold.
+
+    With theta = exp(tie_threshold):
+    p(i above j) = e^s_i / (e^s_i + theta e^s_j) = sigmoid(s_i - s_j - tie_threshold),
+    p(tie) = (theta^2 - 1) e^s_i e^s_j / ((e^s_i + theta e^s_j) (theta e^s_i + e^s_j)).
+    Averaged over all pairs of a ranking, tied ones included. `ratings` are not used.
+    J. Amer. Statist. Assoc. 62, 194-204.
+
+    Args:
+        tie_threshold: Score units, > 0. Equal scores are a tie with probability tanh(tie_threshold / 2), 0.24 by
+            default; choose it so that this comes near the share of ties in the data.
+    """
+    batch = _batch(scores, ranks, ranking, ratings, weights)
+    gaps = batch.gaps
+    above, below = -F.logsigmoid(gaps - tie_threshold), -F.logsigmoid(-gaps - tie_threshold)
+    return _mean_over_pairs(batch, above, above + below - math.log(math.expm1(2 * tie_threshold)), weights)
+
+
+@RANKING_LOSSES.row("davidson", uses_ties=True)
+def davidson(
+    scores: Tensor,
+    ranks: Tensor,
+    ranking: Tensor,
+    ratings: Tensor | None = None,
+    weights: Tensor | None = None,
+    *,
+    tie_prevalence: Annotated[float, Field(gt=0)] = 0.5,
+) -> RankingLoss:
+    """Davidson (1970): a tie is a third outcome, as likely as the geometric mean of the other two times a constant.
+
+    With nu = tie_prevalence and Z = e^s_i + e^s_j + nu e^((s_i + s_j) / 2): p(i above j) = e^s_i / Z,
+    p(tie) = nu e^((s_i + s_j) / 2) / Z. Averaged over all pairs of a ranking, tied ones included. `ratings` are not
+    used. J. Amer. Statist. Assoc. 65, 317-328.
+
+    Args:
+        tie_prevalence: > 0. Equal scores are a tie with probability nu / (2 + nu), 0.2 by default; choose it so
+            that this comes near the share of ties in the data.
+    """
+    batch = _batch(scores, ranks, ranking, ratings, weights)
+    gaps, log_nu = batch.gaps, math.log(tie_prevalence)
+    # Z divided by the outcome's own term: nothing overflows, whatever the scores.
+    strict = torch.stack((torch.zeros_like(gaps), -gaps, log_nu - gaps / 2)).logsumexp(0)
+    tie = torch.stack((torch.zeros_like(gaps), gaps / 2 - log_nu, -gaps / 2 - log_nu)).logsumexp(0)
+    return _mean_over_pairs(batch, strict, tie, weights)
+
+
+@RANKING_LOSSES.row("plackett-luce", uses_ties=True)
+def plackett_luce(
+    scores: Tensor,
+    ranks: Tensor,
+    ranking: Tensor,
+    ratings: Tensor | None = None,
+    weights: Tensor | None = None,
+) -> RankingLoss:
+    """Plackett (1975) and Luce (1959): the best is chosen from all, the next from the rest, and so on.
+
+    -log of the product over candidates of e^s_i / (sum of e^s_j over those not placed yet), divided by K - 1, the
+    number of choices that an order of K takes: for K = 2 this is Bradley-Terry.
+
+    A tie leaves the order of its m candidates open. The sum over its m! orders is taken by Efron's approximation
+    (J. Amer. Statist. Assoc. 72, 557-565, 1977): while l of them are placed, (m - l) / m of their summed e^s is left
+    in the denominator. It is exact where tied scores are equal, and it draws them together, which the exact sum would
+    not do for a tie at the bottom: two tied candidates alone have the loss of Rao-Kupper's tie at theta -> 1, up to a
+    constant. The loss is >= 0, and approaches 0 as ties become equal and groups far apart. `ratings` are not used.
+    """
+    batch = _batch(scores, ranks, ranking, ratings, weights)
+    either = batch.tied | batch.tied.mT
+    tied_with = either | torch.diag_embed(batch.valid)
+    group = tied_with.sum(2, keepdim=True).clamp(min=1).to(batch.scores.dtype)  # m; 1 on padding
+    unplaced = group - either.tril(-1).sum(2, keepdim=True)  # m - l
+    # The factor m! is folded in, stage by stage: (m - l) times e^s_i over the denominator.
+    terms = batch.scores[:, None, :] - torch.where(tied_with, group, unplaced).log()
+    remaining = tied_with | batch.better
+    log_denominator = terms.masked_fill(~remaining, torch.finfo(terms.dtype).min).logsumexp(2)
+    loss = (log_denominator - batch.scores).where(batch.valid, 0.0).sum(1)
+    return _result(loss, (batch.valid.sum(1) - 1).clamp(min=0), weights)
+
+
+def centering_penalty(scores: Tensor, ranking: Tensor) -> Tensor:
+    """Mean of (s_i + s_j)^2 over all pairs of a ranking, tied ones included: draws the scores towards 0.
+
+    A ranking loss fixes scores up to a constant per prompt only. For K = 2 this is the regulariser of Eisenstein et
+    al. (arXiv:2312.09244) that TRL multiplies by `center_rewards_coefficient`.
+
+    Args:
+        scores: Float [N].
+        ranking: Int64 [N], ascending.
+
+    Returns:
+        Float [B], 0 for a ranking of one candidate.
+
+    Raises:
+        ValueError: The shapes do not agree or `ranking` is not ascending.
+    """
+    if scores.shape != ranking.shape:
+        raise ValueError(f"scores {list(scores.shape)} and ranking {list(ranking.shape)} differ in shape")
+    layout = _Layout.of(ranking)
+    padded, size = layout.pad(_at_least_float32(scores)), layout.valid.sum(1)
+    # Over i < j, the sum of (s_i + s_j)^2 is (K - 2) sum(s^2) + (sum s)^2.
+    total = (size - 2).clamp(min=0) * padded.square().sum(1) + padded.sum(1).square()
+    return torch.where(size > 1, total / (size * (size - 1) / 2).clamp(min=1), 0.0)

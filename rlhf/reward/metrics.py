@@ -1,0 +1,315 @@
+"""How well scores agree with held-out human rankings, beside the rule that the longer answer wins.
+
+Pure functions over predictions: no model, no dataset. Unless said otherwise a figure is an average over *strict pairs*,
+pairs of candidates that the annotator ranked apart; figures named `macro_` average within each ranking first, so that
+one of many candidates weighs no more than a binary comparison. A figure that nothing defines is None, never NaN.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from rlhf.core.lazy import lazy
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+else:
+    np = lazy("numpy")
+
+Z_95 = 1.959963984540054
+"""The normal quantile of a two-sided 95% interval."""
+
+
+@dataclass(frozen=True)
+class ScoredRanking:
+    """One held-out ranking with the model's scores: one entry per candidate in each tuple.
+
+    Raises:
+        ValueError: The tuples differ in length, or a score is not finite.
+    """
+
+    ranks: tuple[int, ...]
+    """1 = best, equal = tie."""
+    scores: tuple[float, ...]
+    """Higher = better, on the scale of the training loss: before any normalisation that divides by a deviation, or
+    log loss and calibration speak of another model."""
+    lengths: tuple[int, ...]
+    """Characters or tokens of the answers."""
+    source: str = ""
+    annotator: str = ""
+    group: str | None = None
+
+    def __post_init__(self) -> None:
+        if not len(self.ranks) == len(self.scores) == len(self.lengths):
+            counts = f"{len(self.ranks)} ranks, {len(self.scores)} scores, {len(self.lengths)} lengths"
+            raise ValueError(f"expected one rank, score and length per candidate, got {counts}")
+        if not all(math.isfinite(score) for score in self.scores):
+            raise ValueError(f"scores are not finite: {self.scores}")
+
+
+def reward_metrics(items: Sequence[ScoredRanking], tie_band: float = 0.0) -> dict[str, Any]:
+    """All figures of a held-out set, ready for JSON.
+
+    Args:
+        items: The rankings with their scores.
+        tie_band: Score differences up to this size count as the model's ties, in score units, >= 0.
+
+    Returns:
+        Overall and in each entry of `by_distance`, `by_source`, `by_annotator` and `by_group` (label -> figures):
+
+        - `pairs`, `rankings`: strict pairs, and the rankings that hold at least one.
+        - `accuracy`, `macro_accuracy`: share of pairs whose better candidate has the higher score. A score tie (within
+          `tie_band`) counts half.
+        - `accuracy_interval`: [low, high], 95%, for `accuracy`; see `accuracy_interval`.
+        - `log_loss`, `macro_log_loss`: mean of -log sigmoid(s_better - s_worse), in nats; guessing gives 0.693.
+        - `longer_accuracy`, `macro_longer_accuracy`: the same for the rule "the longer answer wins"; equal lengths
+          count half.
+
+        A label of `by_distance` is the difference of the two ranks, as text. Items without a group are in no
+        `by_group` entry. Overall only:
+
+        - `score_ties`: strict pairs that the model ties.
+        - `tied_pairs`, `tied_rankings`: pairs that the annotator tied, and rankings that hold no other.
+        - `tie_agreement`: share of the tied pairs that the model ties too (`tie_band` decides).
+        - `calibration_error`: expected calibration error of the pairs' probabilities; see `calibration_error`.
+        - `top1_accuracy`: mean over rankings that are not all ties of whether the top-scored candidate has the best
+          rank; among several within `tie_band` of the top score, the share that has it.
+        - `kendall_tau_b`: mean over rankings of Kendall's tau-b between ranks and scores (ties exact), where it is
+          defined: some ranks and some scores differ.
+
+    Raises:
+        ValueError: `tie_band` is negative.
+    """
+    if not tie_band >= 0:
+        raise ValueError(f"tie_band {tie_band} is not >= 0")
+    compared = _compare(items)
+    strict = compared.where(compared.distance != 0).better_first()
+    tied = compared.where(compared.distance == 0)
+    metrics = _figures(strict, tie_band)
+    metrics |= {
+        "score_ties": int((np.abs(strict.gap) <= tie_band).sum()),
+        "tied_pairs": len(tied.gap),
+        "tied_rankings": len(np.setdiff1d(tied.ranking, strict.ranking)),
+        "tie_agreement": _mean(np.abs(tied.gap) <= tie_band),
+        "calibration_error": calibration_error(strict.gap),
+        "top1_accuracy": _top1_accuracy(items, tie_band),
+        "kendall_tau_b": _kendall_tau_b(compared),
+    }
+    distances = sorted(set(strict.distance.tolist()))
+    metrics["by_distance"] = {str(d): _figures(strict.where(strict.distance == d), tie_band) for d in distances}
+    labels: dict[str, Callable[[ScoredRanking], str | None]] = {
+        "by_source": lambda item: item.source,
+        "by_annotator": lambda item: item.annotator,
+        "by_group": lambda item: item.group,
+    }
+    for name, label in labels.items():
+        parts = _split(strict, [label(item) for item in items])
+        metrics[name] = {key: _figures(part, tie_band) for key, part in parts.items()}
+    return metrics
+
+
+def accuracy_interval(correct: NDArray[Any], pairs: NDArray[Any]) -> tuple[float, float] | None:
+    """95% interval for a pair accuracy, from the correct pairs (halves allowed) and the pairs of each ranking, [R].
+
+    The pairs of a ranking are not independent, rankings are taken to be. So Wilson's score interval (1927) is used
+    with the effective sample size n = p (1-p) / v, where v is the variance of the ratio sum(correct) / sum(pairs)
+    over rankings (Korn & Graubard 1998, Survey Methodology 24, 193-201), at most the number of pairs, and the number
+    of rankings where v is 0. Unlike a bootstrap over rankings it needs no seed, and keeps a width for few rankings or
+    an accuracy of 1. None without pairs.
+    """
+    total, rankings = int(pairs.sum()), len(pairs)
+    if total == 0:
+        return None
+    share = float(correct.sum()) / total
+    n = float(rankings)
+    if rankings > 1:
+        spread = float(np.square(correct - share * pairs).sum()) * rankings / (rankings - 1) / total**2
+        n = min(max(share * (1 - share) / spread, 1.0), total) if spread > 0 else n
+    centre, shrink = share + Z_95**2 / (2 * n), 1 + Z_95**2 / n
+    half = Z_95 * math.sqrt(share * (1 - share) / n + Z_95**2 / (4 * n**2))
+    return max(0.0, (centre - half) / shrink), min(1.0, (centre + half) / shrink)
+
+
+def calibration_error(gap: NDArray[Any], bins: int = 10) -> float | None:
+    """Expected calibration error of sigmoid(score difference) as the probability that a candidate is the better one.
+
+    A pair says the same in both orders, so each is taken in the order of confidence sigmoid(|gap|) >= 0.5. Over `bins`
+    equal bins of [0.5, 1]: the mean of |accuracy - mean confidence|, weighted by pairs (Guo et al. 2017,
+    arXiv:1706.04599, eq. 3).
+
+    Args:
+        gap: Score of the better-ranked minus that of the worse-ranked candidate, one per pair.
+        bins: How many.
+
+    Returns:
+        A share in [0, 1]; None without pairs.
+    """
+    if not len(gap):
+        return None
+    confidence = 1 / (1 + np.exp(-np.abs(gap)))
+    correct = _credit(gap, 0.0)
+    index = np.minimum(((confidence - 0.5) * 2 * bins).astype(np.int64), bins - 1)
+    return float(np.abs(np.bincount(index, correct - confidence)).sum() / len(gap))
+
+
+# ---- pairs -------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Pairs:
+    """Pairs of candidates (first, second), one entry each."""
+
+    ranking: NDArray[Any]
+    """Int: index of the ranking that the pair is from."""
+    distance: NDArray[Any]
+    """Int: rank of the second minus rank of the first, > 0 where the first is better."""
+    gap: NDArray[Any]
+    """Float: score of the first minus score of the second."""
+    longer: NDArray[Any]
+    """Int: length of the first minus length of the second."""
+
+    def where(self, chosen: NDArray[Any]) -> _Pairs:
+        """The pairs that a mask or an index picks."""
+        return _Pairs(self.ranking[chosen], self.distance[chosen], self.gap[chosen], self.longer[chosen])
+
+    def better_first(self) -> _Pairs:
+        """Strict pairs with the better-ranked candidate first."""
+        sign = np.sign(self.distance)
+        return _Pairs(self.ranking, self.distance * sign, self.gap * sign, self.longer * sign)
+
+
+def _compare(items: Sequence[ScoredRanking]) -> _Pairs:
+    """All pairs of all rankings, tied ones included; rankings of one size are handled together."""
+    of_size: dict[int, list[int]] = {}
+    for index, item in enumerate(items):
+        of_size.setdefault(len(item.ranks), []).append(index)
+    parts = []
+    for size, members in of_size.items():
+        first, second = np.triu_indices(size, 1)
+        ranks = np.array([items[i].ranks for i in members])
+        scores = np.array([items[i].scores for i in members])
+        lengths = np.array([items[i].lengths for i in members])
+        differences = (ranks[:, second] - ranks[:, first], scores[:, first] - scores[:, second])
+        columns = (*differences, lengths[:, first] - lengths[:, second])
+        parts.append((np.repeat(members, len(first)), *(column.ravel() for column in columns)))
+    kinds = (np.int64, np.int64, np.float64, np.int64)
+    fields = zip(*parts) if parts else [()] * len(kinds)
+    return _Pairs(*(np.concatenate([np.zeros(0, kind), *arrays]) for kind, arrays in zip(kinds, fields)))
+
+
+def _split(pairs: _Pairs, labels: list[str | None]) -> dict[str, _Pairs]:
+    """The pairs by the label of their ranking; rankings labelled None are left out."""
+    names = sorted({label for label in labels if label is not None})
+    number = {name: index for index, name in enumerate(names)}
+    codes = np.array([-1 if label is None else number[label] for label in labels], dtype=np.int64)[pairs.ranking]
+    order = np.argsort(codes, kind="stable")
+    starts = np.searchsorted(codes[order], np.arange(len(names) + 1))
+    return {name: pairs.where(order[starts[i] : starts[i + 1]]) for i, name in enumerate(names)}
+
+
+# ---- figures -----------------------------------------------------------------------------------------------------
+
+
+def _figures(strict: _Pairs, tie_band: float) -> dict[str, Any]:
+    """The figures that the whole set and each part of it have; pairs come with the better candidate first."""
+    _, ranking = np.unique(strict.ranking, return_inverse=True)
+    pairs = np.bincount(ranking)
+    measures = {
+        "accuracy": _credit(strict.gap, tie_band),
+        "log_loss": np.logaddexp(0, -strict.gap),
+        "longer_accuracy": _credit(strict.longer, 0),
+    }
+    figures: dict[str, Any] = {"pairs": len(strict.gap), "rankings": len(pairs)}
+    for name, values in measures.items():
+        figures |= {name: _mean(values), f"macro_{name}": _mean(np.bincount(ranking, values) / pairs)}
+    interval = accuracy_interval(np.bincount(ranking, measures["accuracy"]), pairs)
+    return figures | {"accuracy_interval": None if interval is None else list(interval)}
+
+
+def _credit(gap: NDArray[Any], band: float) -> NDArray[Any]:
+    """1 where the first of a pair wins, 0 where it loses, 0.5 where the two differ by `band` at most."""
+    return np.where(np.abs(gap) <= band, 0.5, (gap > 0).astype(np.float64))
+
+
+def _mean(values: NDArray[Any]) -> float | None:
+    return float(values.mean()) if len(values) else None
+
+
+def _top1_accuracy(items: Sequence[ScoredRanking], tie_band: float) -> float | None:
+    shares = []
+    for item in items:
+        if len(set(item.ranks)) > 1:
+            bar, best = max(item.scores) - tie_band, min(item.ranks)
+            hits = [rank == best for rank, score in zip(item.ranks, item.scores) if score >= bar]
+            shares.append(sum(hits) / len(hits))
+    return sum(shares) / len(shares) if shares else None
+
+
+def _kendall_tau_b(compared: _Pairs) -> float | None:
+    """Mean of (concordant - discordant) / sqrt(pairs untied in rank * pairs untied in score) over rankings."""
+    by_rank, by_score = np.sign(compared.distance), np.sign(compared.gap)
+    agreement = np.bincount(compared.ranking, by_rank * by_score)
+    scale = np.sqrt(np.bincount(compared.ranking, by_rank != 0) * np.bincount(compared.ranking, by_score != 0))
+    return _mean(agreement[scale > 0] / scale[scale > 0])
+
+
+# ---- for people --------------------------------------------------------------------------------------------------
+
+
+def metric_rows(metrics: dict[str, Any], top: int = 20) -> list[tuple[str, tuple[str, ...], list[tuple[Any, ...]]]]:
+    """The figures as small tables (title, columns, rows), each ready for `rlhf.core.console.table(*it)`.
+
+    The first holds the whole set. A breakdown follows where it has more than one part: by rank distance, then by
+    source, annotator and group, of which the `top` with the most pairs are shown. Figures of
+    `rlhf.reward.agreement.Agreement` among the metrics are shown below the accuracy.
+    """
+    low, high = metrics["accuracy_interval"] or (None, None)
+    overall = [
+        ("compared", metrics["pairs"], metrics["rankings"]),
+        ("tied by the annotator", metrics["tied_pairs"], metrics["tied_rankings"]),
+        ("accuracy", metrics["accuracy"], metrics["macro_accuracy"]),
+        ("  95% interval, low", low, None),
+        ("  95% interval, high", high, None),
+        *_agreement_rows(metrics),
+        ("longer answer wins", metrics["longer_accuracy"], metrics["macro_longer_accuracy"]),
+        ("log loss", metrics["log_loss"], metrics["macro_log_loss"]),
+        ("calibration error", metrics["calibration_error"], None),
+        ("agreement on ties", metrics["tie_agreement"], None),
+        ("top-1 accuracy", None, metrics["top1_accuracy"]),
+        ("Kendall tau-b", None, metrics["kendall_tau_b"]),
+    ]
+    tables: list[tuple[str, tuple[str, ...], list[tuple[Any, ...]]]]
+    tables = [("Held-out rankings", ("", "over pairs", "over rankings"), overall)]
+    for name in ("rank distance", "source", "annotator", "group"):
+        parts = list(metrics[f"by_{name.removeprefix('rank ')}"].items())
+        title = f"By {name}"
+        if name != "rank distance":
+            parts.sort(key=lambda part: -part[1]["pairs"])
+            title += f" ({top} of {len(parts)} with the most pairs)" if len(parts) > top else ""
+            parts = parts[:top]
+        if len(parts) > 1:
+            columns = (name, "pairs", "rankings", "accuracy", "95% low", "95% high", "log loss", "longer wins")
+            tables.append((title, columns, [_part_row(label, figures) for label, figures in parts]))
+    return tables
+
+
+def _agreement_rows(metrics: dict[str, Any]) -> list[tuple[Any, ...]]:
+    if "ceiling" not in metrics:
+        return []
+    low, high = metrics["ceiling_interval"]
+    return [
+        ("annotators agree", metrics["annotator_agreement"], None),
+        ("ceiling for accuracy", metrics["ceiling"], None),
+        ("  95% interval, low", low, None),
+        ("  95% interval, high", high, None),
+    ]
+
+
+def _part_row(label: str, figures: dict[str, Any]) -> tuple[Any, ...]:
+    low, high = figures["accuracy_interval"] or (None, None)
+    counts = label or "(not given)", figures["pairs"], figures["rankings"]
+    return (*counts, figures["accuracy"], low, high, figures["log_loss"], figures["longer_accuracy"])

@@ -1,0 +1,151 @@
+"""Scores of texts and of whole rankings by a scalar model, each text encoded once."""
+
+from __future__ import annotations
+
+import hashlib
+from array import array
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+
+from rlhf import distributed
+from rlhf.core.console import track
+from rlhf.data.chat import ChatTokenizer
+from rlhf.models.scalar import ScalarModel
+from rlhf.models.shared_prompt import Row, SharedPrompts, pad_rows
+from rlhf.reward.metrics import ScoredRanking
+
+
+def score_texts(
+    scalar: ScalarModel,
+    chat: ChatTokenizer,
+    read: Callable[[int], Sequence[int]],
+    lengths: Sequence[int],
+    batch_tokens: int,
+    bar: bool = False,
+) -> list[float]:
+    """Raw scores (the head's output, before `mean` and `std`) of tokenised texts. Every rank calls it together.
+
+    Texts of similar length are scored together, without dropout and without gradients, spread over the ranks.
+
+    Args:
+        read: Gives the token ids of a text by its number, when its turn comes.
+        lengths: Tokens of each text.
+        batch_tokens: Most tokens, padding included, in one forward pass; a longer text goes alone.
+        bar: Show a progress bar. Not where another one is shown.
+
+    Returns:
+        One score per text, the same on every rank.
+    """
+    members = [[number] for number in range(len(lengths))]
+    return _score_rows(scalar, chat, lambda number: ([], [read(number)]), lengths, members, batch_tokens, bar)
+
+
+def _score_rows(
+    scalar: ScalarModel,
+    chat: ChatTokenizer,
+    read: Callable[[int], Row],
+    lengths: Sequence[int],
+    members: Sequence[Sequence[int]],
+    batch_tokens: int,
+    bar: bool,
+) -> list[float]:
+    """`score_texts` of rows that hold the texts `members`, which are numbered from 0 without a gap."""
+    batches = list(_batches(lengths, batch_tokens))
+    ranks = distributed.world_size()
+    batches += [[]] * (-len(batches) % ranks)  # every rank makes the same number of calls
+    device = next(scalar.parameters()).device
+    training = scalar.training
+    scalar.eval()
+    found = [torch.zeros(0, 2, dtype=torch.float64, device=device)]
+    mine = batches[distributed.rank() :: ranks]
+    with torch.no_grad():
+        for batch in track(mine, "scoring", unit="batch") if bar else mine:
+            texts = [text for row in batch for text in members[row]]
+            inputs = pad_rows(chat, [read(row) for row in batch] or [([], [[chat.pad_id]])], device)
+            scores = (scalar(*inputs) * scalar.std + scalar.mean)[: len(texts)]
+            index = torch.tensor(texts, dtype=torch.float64, device=device)
+            found.append(torch.stack((index, scores.double()), 1))
+    scalar.train(training)
+    scored = distributed.all_gather_rows(torch.cat(found)).tolist()
+    by_text = {int(text): score for text, score in scored}
+    return [by_text[text] for text in range(len(by_text))]
+
+
+def _batches(lengths: Sequence[int], batch_tokens: int) -> Iterator[list[int]]:
+    """Indices by falling length, cut where the padded batch would pass `batch_tokens`."""
+    batch: list[int] = []
+    for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        if batch and (len(batch) + 1) * lengths[batch[0]] > batch_tokens:
+            yield batch
+            batch = []
+        batch.append(index)
+    if batch:
+        yield batch
+
+
+class _Answers:
+    """The distinct texts (prompt and candidate) of a table of rankings, in rows, read from it when asked for."""
+
+    def __init__(self, table: Sequence[dict[str, Any]], sharing: SharedPrompts, batch_tokens: int) -> None:
+        self.table = table
+        self.members: list[list[int]] = []
+        """Of each ranking, which text each of its candidates is."""
+        self.rows: list[list[int]] = []
+        """The texts of each row, of one prompt."""
+        self.lengths: list[int] = []
+        """Tokens of each row."""
+        self._places: list[tuple[int, int]] = []
+        known: dict[bytes, int] = {}
+        prompts: dict[bytes, tuple[int, dict[int, int]]] = {}  # distinct prompt: its tokens, text -> answer's tokens
+        longest = 0
+        for row, ranking in enumerate(table):
+            prompt, numbers = ranking["prompt"], []
+            _, alike = prompts.setdefault(_digest(prompt), (len(prompt), {}))
+            for column, answer in enumerate(ranking["candidates"]):
+                number = known.setdefault(_digest([*prompt, *answer]), len(known))
+                if number == len(self._places):
+                    self._places.append((row, column))
+                    alike[number] = len(answer)
+                    longest = max(longest, len(prompt) + len(answer))
+                numbers.append(number)
+            self.members.append(numbers)
+        for prompt_tokens, alike in prompts.values():
+            texts, tokens = list(alike), list(alike.values())
+            for part in sharing.within(longest).rows(prompt_tokens, tokens, batch_tokens):
+                self.rows.append([texts[i] for i in part])
+                self.lengths.append(prompt_tokens + sum(tokens[i] for i in part))
+
+    def read(self, row: int) -> Row:
+        """Token ids of a row's prompt and answers."""
+        places = [self._places[number] for number in self.rows[row]]
+        return self.table[places[0][0]]["prompt"], [self.table[i]["candidates"][column] for i, column in places]
+
+
+def _digest(tokens: Sequence[int]) -> bytes:
+    return hashlib.blake2b(array("i", tokens).tobytes(), digest_size=16).digest()
+
+
+def score_rankings(
+    scalar: ScalarModel, chat: ChatTokenizer, table: Sequence[dict[str, Any]], batch_tokens: int, bar: bool = False
+) -> list[ScoredRanking]:
+    """Raw scores of every ranking in a table of `rlhf.data.tables` (or a list of such rows). Every rank calls it
+    together.
+
+    A text that stands in several rankings is scored once, and a prompt is encoded once for several answers where the
+    model's `shared_prompts` allow. Lengths are in characters. See `score_texts`.
+    """
+    answers = _Answers(table, scalar.shared_prompts, batch_tokens)
+    scores = _score_rows(scalar, chat, answers.read, answers.lengths, answers.rows, batch_tokens, bar)
+    return [
+        ScoredRanking(
+            ranks=tuple(row["ranks"]),
+            scores=tuple(scores[number] for number in numbers),
+            lengths=tuple(row["characters"]),
+            source=row["source"],
+            annotator=row["annotator"],
+            group=row["group"],
+        )
+        for row, numbers in zip(table, answers.members)
+    ]

@@ -1,0 +1,150 @@
+"""Where PPO's scores come from: one table, REWARDS.
+
+A row makes a source; a source is called with a batch of finished episodes and gives one score each, higher = better.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Annotated, Any
+
+from pydantic import AfterValidator
+
+from rlhf.core.lazy import lazy
+from rlhf.core.table import Table
+
+if TYPE_CHECKING:
+    import torch
+
+    from rlhf.config.base import ModelConfig
+    from rlhf.data.chat import ChatTokenizer
+else:
+    torch = lazy("torch")
+
+REWARDS = Table("reward source")
+
+
+@dataclass(frozen=True)
+class RewardInputs:
+    """Finished episodes as a reward source sees them."""
+
+    messages: Sequence[list[dict[str, str]]]
+    """The prompts' messages."""
+    answers: Sequence[str]
+    """The answers' text."""
+    input_ids: torch.Tensor
+    """int64 [B, T], prompt and answer in the policy's tokens, padded on the right."""
+    attention_mask: torch.Tensor
+    """int64 [B, T], 1 where there is a token."""
+    trunk: torch.Tensor | None = None
+    """[B, T, H] what enters the layers with adapters of a base that the reward model shares, where that is known."""
+
+
+@dataclass(frozen=True)
+class RewardContext:
+    """What a source may need to be built."""
+
+    model: ModelConfig
+    chat: ChatTokenizer
+    place: Callable[[Any], Any]
+    """Freezes a model and puts it on this process's device (or spreads it over the ranks)."""
+    shared: Mapping[str, Source] = field(default_factory=dict)
+    """Sources that are there already, by the path of their reward model: those over the policy's base."""
+
+
+Source = Any
+"""A callable: Finished -> float32 [B] on the CPU."""
+
+
+@REWARDS.row("model")
+def model(context: RewardContext, *, path: str, retokenize: bool = False) -> Source:
+    """The trained reward model of a run, or any model folder with a score head.
+
+    `path` is a run or model folder. With `retokenize` a model with another tokenizer scores the text in its own.
+    """
+    from rlhf.data.chat import load_tokenizer
+    from rlhf.models.scalar import load_scalar
+    from rlhf.runs.run import resolve_model_path
+
+    if path in context.shared:
+        return context.shared[path]
+    folder = resolve_model_path(path)
+    config = context.model.model_copy(update={"path": path, "chat_template": "auto"})
+    scalar = context.place(load_scalar(config, folder, head="trained"))
+    own = load_tokenizer(config, folder) if retokenize else None
+
+    def score(finished: RewardInputs) -> torch.Tensor:
+        ids, mask = finished.input_ids, finished.attention_mask
+        if own is not None:
+            texts = [own.whole(m, a) for m, a in zip(finished.messages, finished.answers)]
+            ids, mask = own.pad(texts, ids.device)
+        with torch.no_grad():
+            return scalar(ids, mask).float().cpu()
+
+    return score
+
+
+def import_function(name: str) -> Callable[..., Any]:
+    """The function that `module:function` names.
+
+    Raises:
+        ValueError: It cannot be imported or called.
+    """
+    module, colon, attribute = name.partition(":")
+    if not colon:
+        raise ValueError(f"{name!r} is not of the form module:function")
+    try:
+        found = getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError) as error:
+        raise ValueError(f"{name!r} cannot be imported: {error}; the working folder is on the path") from None
+    if not callable(found):
+        raise ValueError(f"{name!r} is not a function")
+    return found
+
+
+def _importable(name: str) -> str:
+    import_function(name)
+    return name
+
+
+FunctionName = Annotated[str, AfterValidator(_importable)]
+
+
+@REWARDS.row("function")
+def function(context: RewardContext, *, function: FunctionName) -> Source:
+    """A Python function `module:function` of (prompt messages, answer text) that gives a number."""
+    call = import_function(function)
+
+    def score(finished: RewardInputs) -> torch.Tensor:
+        values = [float(call(m, a)) for m, a in zip(finished.messages, finished.answers)]
+        return torch.tensor(values, dtype=torch.float32)
+
+    return score
+
+
+def _terms(terms: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    if not terms:
+        raise ValueError("a sum needs at least one term")
+    for term in terms:
+        weight = term.get("weight", 1.0)
+        if isinstance(weight, bool) or not isinstance(weight, (int, float)):
+            raise ValueError(f"weight {weight!r} is not a number")
+        REWARDS.pick({key: value for key, value in term.items() if key != "weight"})
+    return terms
+
+
+Terms = Annotated[list[dict[str, Any]], AfterValidator(_terms)]
+
+
+@REWARDS.row("sum")
+def weighted_sum(context: RewardContext, *, terms: Terms) -> Source:
+    """A weighted sum of sources: `terms` is a list of rows, each with its options and a `weight` (1 by default)."""
+    parts = [(t.get("weight", 1.0), REWARDS.pick({k: v for k, v in t.items() if k != "weight"})) for t in terms]
+    sources = [(float(weight), pick(context)) for weight, pick in parts]
+
+    def score(finished: RewardInputs) -> torch.Tensor:
+        return torch.stack([weight * source(finished) for weight, source in sources]).sum(0)
+
+    return score

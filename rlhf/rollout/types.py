@@ -1,0 +1,45 @@
+"""What a sampler is asked for, and what it returns."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """How answers are drawn. Temperature 0 is greedy; top_k 0 and top_p 1 are off."""
+
+    max_new_tokens: int
+    min_new_tokens: int = 0
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    stop: tuple[str, ...] = ()
+    batch_size: int = 64
+
+    @property
+    def plain(self) -> bool:
+        """Whether tokens are drawn from the model's whole distribution at the temperature, nothing cut or barred."""
+        return self.temperature > 0 and self.top_k == 0 and self.top_p == 1 and self.min_new_tokens == 0
+
+
+@dataclass(frozen=True)
+class Completion:
+    """A sampled answer: its token ids, the end token included, and whether it ended by itself (or a stop string)."""
+
+    ids: list[int]
+    ended: bool
+    logprobs: list[float] | None = None
+    """Of each token at the sampling temperature, nothing cut, as the sampler saw it: nats. None where the sampler
+    reports none, or drew from something else (`Sampling.plain`)."""
+
+
+def stream_seed(*parts: int) -> int:
+    """A 63-bit seed from the parts (run seed, purpose, update, episode, ...), well mixed (splitmix64)."""
+    state = 0
+    for part in parts:
+        state = (state ^ part) + 0x9E3779B97F4A7C15 & 0xFFFFFFFFFFFFFFFF
+        state = (state ^ state >> 30) * 0xBF58476D1CE4E5B9 & 0xFFFFFFFFFFFFFFFF
+        state = (state ^ state >> 27) * 0x94D049BB133111EB & 0xFFFFFFFFFFFFFFFF
+        state ^= state >> 31
+    return state >> 1

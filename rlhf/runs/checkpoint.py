@@ -1,0 +1,147 @@
+"""Checkpoints that are whole or not there: written under a hidden name, flushed, sealed, renamed."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rlhf import distributed
+from rlhf.core.console import is_main, warn
+from rlhf.core.lazy import lazy
+from rlhf.core.files import sync, write_json
+
+if TYPE_CHECKING:
+    import numpy as np
+    import torch
+else:
+    np, torch = lazy("numpy"), lazy("torch")
+
+SEAL = "complete.json"
+
+
+@dataclass(frozen=True)
+class Checkpoints:
+    """The checkpoints of one run: `folder/step-00000100`, ... Every rank calls `write` together.
+
+    A checkpoint counts as whole when its seal, `complete.json`, is there and every file has the size that the seal
+    says. `keep` bounds how many stay on disk, besides `protect`ed ones.
+    """
+
+    folder: Path
+    keep: int
+
+    def path(self, step: int) -> Path:
+        return self.folder / f"step-{step:08d}"
+
+    @contextmanager
+    def write(self, step: int, protect: int | None = None) -> Iterator[Path]:
+        """Give a folder to write a checkpoint into; on leaving the block it is sealed and takes its name.
+
+        Args:
+            step: The step it belongs to.
+            protect: A step whose checkpoint must not be pruned (the best so far).
+        """
+        partial = self.folder / f".step-{step:08d}.partial"
+        if is_main():
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir(parents=True)
+        distributed.barrier()
+        yield partial
+        distributed.barrier()
+        if is_main():
+            self._seal(partial, step)
+            shutil.rmtree(self.path(step), ignore_errors=True)
+            os.rename(partial, self.path(step))
+            sync(self.folder)
+            self._prune({step, protect})
+        distributed.barrier()
+
+    def _seal(self, partial: Path, step: int) -> None:
+        files = sorted(path for path in partial.rglob("*") if path.is_file())
+        for file in files:
+            sync(file)
+        sizes = {str(file.relative_to(partial)): file.stat().st_size for file in files}
+        seal = {"step": step, "world_size": distributed.world_size(), "files": sizes}
+        write_json(partial / SEAL, seal)
+        sync(partial)
+
+    def _prune(self, protect: set[int | None]) -> None:
+        steps = self._steps()
+        for step in steps[: max(0, len(steps) - self.keep)]:
+            if step not in protect:
+                shutil.rmtree(self.path(step))
+        for leftover in self.folder.glob(".step-*.partial"):
+            shutil.rmtree(leftover)
+
+    def _steps(self) -> list[int]:
+        names = [path.name for path in self.folder.glob("step-*")]
+        return sorted(int(name[5:]) for name in names if name[5:].isdigit())
+
+    def newest(self) -> tuple[int, Path] | None:
+        """Step and folder of the newest whole checkpoint; damaged ones are named in a warning and passed over."""
+        for step in reversed(self._steps()):
+            fault = damage(self.path(step))
+            if fault is None:
+                return step, self.path(step)
+            warn(f"{self.path(step)}: {fault}; going back to an older checkpoint")
+        return None
+
+
+def damage(checkpoint: Path) -> str | None:
+    """What is wrong with a checkpoint folder, or None when it is whole."""
+    try:
+        files = json.loads((checkpoint / SEAL).read_text("utf-8"))["files"]
+    except (OSError, ValueError, KeyError):
+        return f"no valid {SEAL} (it was not finished)"
+    for name, size in files.items():
+        file = checkpoint / name
+        if not file.is_file():
+            return f"{name} is missing"
+        if file.stat().st_size != size:
+            return f"{name} has {file.stat().st_size} bytes, {size} were written"
+    return None
+
+
+def world_size_of(checkpoint: Path) -> int:
+    """How many processes wrote the checkpoint."""
+    return int(json.loads((checkpoint / SEAL).read_text("utf-8"))["world_size"])
+
+
+def rng_state() -> dict[str, Any]:
+    """The state of every global random generator of this process, loadable with `weights_only=True`."""
+    version, internal, gauss = random.getstate()
+    kind, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
+    state = {
+        "python": [version, list(internal), gauss],
+        "numpy": [kind, torch.from_numpy(np.asarray(keys, "int64")), position, has_gauss, cached],
+        "torch": torch.get_rng_state(),
+    }
+    if torch.cuda.is_available():
+        state["cuda"] = torch.cuda.get_rng_state()
+    return state
+
+
+def set_rng_state(state: dict[str, Any]) -> None:
+    """Put back what `rng_state` gave."""
+    version, internal, gauss = state["python"]
+    random.setstate((version, tuple(internal), gauss))
+    kind, keys, position, has_gauss, cached = state["numpy"]
+    np.random.set_state((kind, keys.numpy().astype("uint32"), position, has_gauss, cached))
+    torch.set_rng_state(state["torch"])
+    if "cuda" in state and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"])
+
+
+def seed_everything(seed: int) -> None:
+    """Seed Python, NumPy and torch on all devices, each rank apart."""
+    seed = seed + 1_000_003 * distributed.rank()
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)

@@ -1,0 +1,307 @@
+"""`rlhf plan`: whether a run fits into memory, before it runs; and if not, what is the cheapest change that makes it.
+
+Nothing is loaded and nothing downloaded: models are imagined from their config.json (see `rlhf.memory.predict`).
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from rlhf.cli.entry import ConfigFile, Overrides
+from rlhf.cli.stage_configs import STAGES
+from rlhf.config.base import StageConfig
+from rlhf.config.load import check_config, override_values, read_values
+from rlhf.core.console import say, table
+from rlhf.core.errors import UserError, nearest
+from rlhf.core.lazy import lazy
+from rlhf.distributed.deepspeed_config import read_deepspeed
+from rlhf.ppo.config import PPOConfig
+
+if TYPE_CHECKING:
+    from rlhf.memory import footprint, workload
+    from rlhf.memory import predict as memory
+else:
+    footprint, memory, workload = (
+        lazy("rlhf.memory.footprint"),
+        lazy("rlhf.memory.predict"),
+        lazy("rlhf.memory.workload"),
+    )
+
+GIB = 2**30
+MARGIN, CONTEXT = 0.08, 1.0 * GIB
+"""What an allocator rounds up, as a share; and what CUDA and NCCL take beside the tensors."""
+FILES = {
+    "0": None,
+    "1": "configs/deepspeed/zero1.json",
+    "2": "configs/deepspeed/zero2.json",
+    "2, offload": "configs/deepspeed/zero2-offload.json",
+    "3": "configs/deepspeed/zero3.json",
+    "3, offload": "configs/deepspeed/zero3-offload.json",
+}
+"""ZeRO stage -> the DeepSpeed JSON of the table. Stage 0 is what several processes without a file use."""
+
+
+def command(
+    config: ConfigFile,
+    gpus: Annotated[int, typer.Option("--gpus", min=1, help="GPUs on each host, a process for each.")],
+    gpu_memory: Annotated[str, typer.Option("--gpu-memory", metavar="GIB", help="Of one GPU, such as 80.")],
+    overrides: Overrides = None,
+    hosts: Annotated[int, typer.Option("--hosts", min=1, help="How many hosts.")] = 1,
+    stage: Annotated[
+        str | None, typer.Option("--stage", help="sft, reward or ppo, if the config does not tell.")
+    ] = None,
+    base: Annotated[
+        str | None, typer.Option("--base", help="Folder with the config.json of models that are still to be trained.")
+    ] = None,
+    longest: Annotated[
+        int | None, typer.Option("--longest", min=1, help="Tokens of the longest prompt (ppo) or row, if known.")
+    ] = None,
+    candidates: Annotated[int, typer.Option("--candidates", min=2, help="Answers of a ranking (reward).")] = 4,
+) -> None:
+    """Predict a run's peak memory on GPUs by phase, part and ZeRO stage; say what fits and the cheapest change."""
+    size = memory_of(gpu_memory)
+    values = read_values(config)
+    override_values(values, overrides or ())
+    plan = Plan(values, stage or stage_of(values, config), str(config), gpus * hosts, size, base, longest, candidates)
+    report(plan, gpus, hosts)
+
+
+def memory_of(text: str) -> float:
+    """Bytes from a number of GiB.
+
+    Raises:
+        UserError: Not a number, or none that a GPU could have.
+    """
+    try:
+        found = float(text)
+    except ValueError:
+        found = math.nan
+    if not 0 < found <= 1024:
+        raise UserError(
+            f"--gpu-memory {text}: expected a number of GiB between 0 and 1024, without a unit",
+            remedy="An 80 GB GPU: --gpu-memory 80.",
+        )
+    return found * GIB
+
+
+def stage_of(values: dict[str, Any], config: Path) -> str:
+    """Which stage's config this is, by its keys.
+
+    Raises:
+        UserError: They do not tell.
+    """
+    if "reward" in values or "rollout" in values:
+        return "ppo"
+    name = next((name for name in ("reward", "sft") if name in config.stem), None)
+    if name is None:
+        raise UserError(f"{config}: its keys and name do not tell its stage", remedy="Add --stage sft or reward.")
+    return name
+
+
+class Plan:
+    """A config with the machine that it is planned for; predictions with some keys changed.
+
+    Args:
+        values: The config's keys and values.
+        stage: sft, reward or ppo.
+        where: The config's file, for messages.
+        processes: One for each GPU.
+        size: Memory of a GPU in bytes.
+        base: Stands in for models that are still to be trained.
+        longest: Tokens of the longest prompt or row, where known.
+        candidates: Answers of a ranking.
+    """
+
+    def __init__(
+        self, values: dict[str, Any], stage: str, where: str, processes: int, size: float, base: str | None = None,
+        longest: int | None = None, candidates: int = 4,
+    ) -> None:  # fmt: skip
+        if stage not in STAGES:
+            raise UserError(f"--stage {stage}: {nearest(stage, STAGES)}")
+        self.values, self.stage, self.where = values, stage, where
+        self.processes, self.size, self.base, self.longest, self.candidates = processes, size, base, longest, candidates
+        self.config: Any = self.changed()
+        self.halves = self.config.precision != "float32"
+        self._traced: dict[Any, tuple[Any, Any]] = {}
+
+    @property
+    def budget_key(self) -> str:
+        return "update.micro_batch_tokens" if self.stage == "ppo" else "batch.micro_batch_size"
+
+    def changed(self, *changes: str) -> Any:
+        """The config with `key=value` changes."""
+        values = _copy(self.values)
+        override_values(values, changes)
+        return check_config(STAGES[self.stage], values, self.where)
+
+    def predict(self, *changes: str) -> Any:
+        """The prediction for one process, with `key=value` changes."""
+        config = self.changed(*changes)
+        settings = read_deepspeed(config.deepspeed) if config.deepspeed else None
+        if settings is None and self.processes > 1:
+            settings = {"zero_optimization": {"stage": 0}}
+        passes = self._passes(config, settings is not None)
+        return memory.predict(passes, memory.ZeroLayout.of(settings), self.processes, gpu=True)
+
+    def _passes(self, config: Any, divided: bool) -> Any:
+        """What the config's passes hold; traced for the fewest and the most sequences, between which lies a line."""
+        limit = workload.limit_of(config, self.base)
+        work = workload.batch_shape(config, limit, self.processes, self.longest, self.candidates)
+        kind = (divided, _recomputes(config), str(config.tuning), str(getattr(config, "critic", "")))
+        if kind not in self._traced:
+            ends = []
+            for budget, share in ((self.budgets()[0], 8), (self.budgets()[-1], 1)):
+                values = config.model_copy(update=_nested(config, self.budget_key, budget))
+                if isinstance(config, PPOConfig):
+                    few = max(1, config.rollout.batch_size // share)
+                    values = values.model_copy(update=_nested(config, "rollout.batch_size", few))
+                most = workload.batch_shape(values, limit, self.processes, self.longest, self.candidates)
+                ends.append(footprint.TracedModel(values, most, self.halves, divided, base=self.base))
+            self._traced[kind] = (ends[0], ends[1])
+        few, many = self._traced[kind]
+        return few.toward(many, work)
+
+    def needs(self, *changes: str) -> float:
+        """Bytes of a GPU that a run takes at its peak, margin and context included."""
+        return float(self.predict(*changes).peak * (1 + MARGIN) + CONTEXT)
+
+    def fits(self, *changes: str) -> bool:
+        return self.needs(*changes) <= self.size
+
+    def budgets(self) -> list[int]:
+        """Values of the budget key that differ in what a micro-batch holds, ascending: sequences 1, 2, 4, ..."""
+        config, limit = self.config, workload.limit_of(self.config, self.base)
+        one = workload.batch_shape(config, limit, self.processes, self.longest, self.candidates)
+        if isinstance(config, PPOConfig):
+            episodes = config.rollout.prompts_per_update * config.rollout.samples_per_prompt
+            most = math.ceil(episodes / config.update.minibatches / self.processes)
+            unit = one.width
+        else:
+            most, unit = max(1, config.batch.batch_size // self.processes), 1
+        return [unit * rows for rows in sorted({*itertools.takewhile(most.__gt__, _powers()), most})]
+
+    def largest_budget(self, *changes: str) -> int | None:
+        """The largest value of the budget key that fits; None where none does."""
+        found = None
+        for budget in self.budgets():
+            if not self.fits(*changes, f"{self.budget_key}={budget}"):
+                break
+            found = budget
+        return found
+
+    def cheapest(self) -> list[str] | None:
+        """The cheapest change of the config that makes it fit, as overrides; None where none of ours does.
+
+        From cheap to dear: smaller micro-batches and fewer sequences decoded together, then also recomputed
+        activations, a higher ZeRO stage, offload, and at last LoRA.
+        """
+        group = "update" if self.stage == "ppo" else "batch"
+        current = getattr(self.config, group).gradient_checkpointing
+        recompute: list[list[str]] = [[]] if current else [[], [f"{group}.gradient_checkpointing=true"]]
+        files: list[list[str]] = [[], *([f"deepspeed={file}"] for file in self._other_files())]
+        lora = ["tuning=lora", *(["critic.tuning=lora"] if getattr(self.config, "needs_critic", False) else [])]
+        adapters: list[list[str]] = [[]] if self.config.tuning.row.traits["adapter"] else [[], lora]
+        ways = list(itertools.product(enumerate(adapters), enumerate(files), enumerate(recompute)))
+        ways.sort(key=lambda way: 10 * way[0][0] + 2 * way[1][0] + way[2][0])
+        for way in ways:
+            changes = [change for _, part in way for change in part]
+            for smaller in ([], self._smaller_rollout(changes)):
+                if changes + smaller and self.fits(*changes, *smaller):
+                    return changes + smaller
+                budget = self.largest_budget(*changes, *smaller)
+                if budget is not None:
+                    return [*changes, *smaller, f"{self.budget_key}={budget}"]
+        return None
+
+    def _smaller_rollout(self, changes: list[str]) -> list[str]:
+        """Fewer sequences that are decoded together, as many as fit; nothing where the stage decodes none."""
+        if not isinstance(self.config, PPOConfig):
+            return []
+        sizes = [[f"rollout.batch_size={max(1, self.config.rollout.batch_size // share)}"] for share in (2, 4, 8)]
+        fitting = (way for way in sizes if self._rollout_fits([*changes, *way]))
+        return next(fitting, sizes[-1])
+
+    def _rollout_fits(self, changes: list[str]) -> bool:
+        return float(self.predict(*changes).phases["rollout"].total * (1 + MARGIN) + CONTEXT) <= self.size
+
+    def _other_files(self) -> list[str]:
+        """DeepSpeed files that divide more than the config's own."""
+        if self.processes == 1:
+            return []
+        names = [file for file in FILES.values() if file]
+        own = self.config.deepspeed
+        return names[names.index(own) + 1 :] if own in names else names
+
+
+def _powers() -> Iterator[int]:
+    return (2**n for n in itertools.count())
+
+
+def _recomputes(config: StageConfig) -> bool:
+    group: Any = getattr(config, "update", None) or getattr(config, "batch", None)
+    return bool(group.gradient_checkpointing)
+
+
+def _nested(config: Any, key: str, value: Any) -> dict[str, Any]:
+    """A change of a dotted key, as pydantic's `model_copy` takes it."""
+    group, _, name = key.partition(".")
+    return {group: getattr(config, group).model_copy(update={name: value})}
+
+
+def _copy(values: Any) -> Any:
+    return {key: _copy(value) for key, value in values.items()} if isinstance(values, dict) else values
+
+
+# ---- what is said ------------------------------------------------------------------------------------------------
+
+
+def report(plan: Plan, gpus: int, hosts: int) -> None:
+    """Print the tables and the advice."""
+    gib = lambda size: f"{size / GIB:.1f}"  # noqa: E731
+    own = plan.predict()
+    phases = list(own.phases)
+    parts = [part for part in memory.PARTS if any(moment.parts.get(part) for moment in own.phases.values())]
+    rows = [[phase, *(gib(own.phases[phase].parts.get(part, 0.0)) for part in parts), gib(own.phases[phase].total)]
+            for phase in phases]  # fmt: skip
+    table(f"{plan.where} as it stands: GiB on each GPU at each phase's peak", ["phase", *parts, "all"], rows)
+    ways: dict[str, list[str]] = {"as it stands": []}
+    if plan.processes > 1:
+        ways |= {f"ZeRO {name}": [f"deepspeed={file or 'null'}"] for name, file in FILES.items()}
+    rows = []
+    for name, changes in ways.items():
+        found = plan.predict(*changes)
+        needs = plan.needs(*changes)
+        budget = plan.largest_budget(*changes)
+        rows.append([
+            name, *(gib(found.phases[phase].total) for phase in phases), gib(needs),
+            "yes" if needs <= plan.size else "no", "-" if budget is None else f"{budget:,}", gib(found.host * gpus),
+        ])  # fmt: skip
+    title = f"{gpus * hosts} GPUs of {plan.size / GIB:g} GiB on {hosts} host{'s' * (hosts > 1)}: GiB on each GPU"
+    columns = ["", *phases, "needs", "fits", "budget", "host"]
+    table(title, columns, rows)
+    beside = f"{MARGIN:.0%} for what the allocator rounds up and {CONTEXT / GIB:g} GiB for CUDA itself"
+    say(f"needs: the highest phase with {beside}")
+    say(f"budget: the largest {plan.budget_key} that fits; host: GiB of a host's own memory")
+    for line in advice(plan):
+        say(line)
+
+
+def advice(plan: Plan) -> Iterator[str]:
+    """Whether it fits, and what to change."""
+    needs, peak = plan.needs(), plan.predict().peak_phase
+    told = f"{needs / GIB:.1f} of {plan.size / GIB:g} GiB on each GPU at the peak, in the phase {peak}"
+    if needs <= plan.size:
+        yield f"It fits: {told}."
+        return
+    yield f"It does not fit: it needs {told}."
+    changes = plan.cheapest()
+    if changes is None:
+        yield "No change of micro-batches, ZeRO stage, offload or LoRA makes it fit: use more or larger GPUs."
+    else:
+        yield f"The cheapest change: {' '.join(changes)}  ({plan.needs(*changes) / GIB:.1f} GiB)"
