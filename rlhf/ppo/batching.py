@@ -11,6 +11,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from rlhf import distributed
 from rlhf.models.logprobs import head_chunks
+from rlhf.ppo.masked import unflatten
 from rlhf.ppo.types import MicroBatch, Rollout
 from rlhf.rollout.types import Completion, stream_seed
 
