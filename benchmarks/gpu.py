@@ -225,7 +225,8 @@ def measure(
         "micro_batch_tokens": setting.micro_batch_tokens,
         "step": setting.step,
         "seconds": setting.seconds,
-        "update": {"compile": setting.compile, "gradient_checkpointing": setting.gradient_checkpointing},
+        "compile": setting.compile,
+        "gradient_checkpointing": setting.gradient_checkpointing,
         "profile": str(profile) if profile else None,
     }
     file, result = folder / "spec.json", folder / f"{side}.json"
@@ -342,7 +343,7 @@ def main() -> None:
     parser.add_argument("--micro-batch-tokens", type=int, help="Tokens of a pass in training, of either side.")
     parser.add_argument("--seconds", type=int, help="For each side.")
     parser.add_argument("--step", choices=("eager", "compiled", "cuda_graph"), help="Of our decoding, in the updates.")
-    parser.add_argument("--compile", action="store_true", help="Ours with update.compile.")
+    parser.add_argument("--compile", action="store_true", help="Ours with compile=true.")
     parser.add_argument("--gradient-checkpointing", action="store_true", help="Ours with it; TRL's default is its own.")
     parser.add_argument("--profile", action="store_true", help="Instead, write profile-PHASE.txt of a short update.")
     args = parser.parse_args()

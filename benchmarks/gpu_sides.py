@@ -133,7 +133,9 @@ def our_config(spec: dict[str, Any]) -> dict[str, Any]:
             "batch_size": spec["batch_size"],
             "sampler": {"name": "hf", "step": spec["step"]},
         },
-        "update": {"epochs": 1, "minibatches": 1, "micro_batch_tokens": spec["micro_batch_tokens"], **spec["update"]},
+        "batch": {"epochs": 1, "minibatches": 1, "micro_batch_tokens": spec["micro_batch_tokens"]},
+        "compile": spec["compile"],
+        "gradient_checkpointing": spec["gradient_checkpointing"],
     }
 
 

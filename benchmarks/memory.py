@@ -30,14 +30,14 @@ SMALL, MIDDLE, WIDE = (
 
 def ppo(tokens: int, prompt: int, new: int, episodes: int = 8, **more: Any) -> dict[str, Any]:
     """Values of a PPO config."""
-    update = {"epochs": 1, "minibatches": 2, "micro_batch_tokens": tokens} | more.pop("update", {})
+    batch = {"epochs": 1, "minibatches": 2, "micro_batch_tokens": tokens} | more.pop("batch", {})
     return {
         "updates": 2,
         "reward": {"name": "function", "function": "memory_side:reward"},
         "critic": {"init": "policy"} | more.pop("critic", {}),
         "data": {"max_prompt_tokens": prompt},
         "rollout": {"prompts_per_update": episodes, "max_new_tokens": new, "min_new_tokens": new},
-        "update": update,
+        "batch": batch,
         "eval": {"prompts": 0, "every": 2},
         "checkpoints": {"every": 2},
         **more,
@@ -47,7 +47,7 @@ def ppo(tokens: int, prompt: int, new: int, episodes: int = 8, **more: Any) -> d
 def trainer(rows: int, length: int, **more: Any) -> dict[str, Any]:
     """Values of an SFT or reward config."""
     batch = {"micro_batch_size": rows, "batch_size": 2 * rows, "max_steps": 2} | more.pop("batch", {})
-    return {"batch": batch, "length": length, "eval_every": 2, "checkpoints": {"every": 2}, **more}
+    return {"batch": batch, "length": length, "eval": {"every": 2}, "checkpoints": {"every": 2}, **more}
 
 
 LORA = {"name": "lora", "rank": 16}
@@ -55,12 +55,12 @@ ZERO2, ZERO3 = ({"deepspeed": f"configs/deepspeed/zero{stage}.json"} for stage i
 CONFIGS: dict[str, tuple[str, dict[str, int], int, int, dict[str, Any]]] = {
     "SFT, full": ("sft", MIDDLE, 32_000, 1, trainer(4, 256)),
     "SFT, lora, recomputing": (
-        "sft", MIDDLE, 32_000, 1, trainer(8, 256, tuning=LORA, batch={"gradient_checkpointing": True}),
+        "sft", MIDDLE, 32_000, 1, trainer(8, 256, tuning=LORA, gradient_checkpointing=True),
     ),
     "reward model": ("reward", MIDDLE, 32_000, 1, trainer(2, 256)),
     "PPO, full": ("ppo", SMALL, 32_000, 1, ppo(1024, 64, 192)),
     "PPO, short answers, two micro-batches": ("ppo", SMALL, 32_000, 1, ppo(1536, 64, 32, 64)),
-    "PPO, recomputing": ("ppo", SMALL, 32_000, 1, ppo(2048, 64, 192, update={"gradient_checkpointing": True})),
+    "PPO, recomputing": ("ppo", SMALL, 32_000, 1, ppo(2048, 64, 192, gradient_checkpointing=True)),
     "PPO, lora": ("ppo", MIDDLE, 32_000, 1, ppo(1024, 64, 192, tuning=LORA, critic={"tuning": LORA})),
     "PPO, vocabulary 150k": ("ppo", WIDE, 150_000, 1, ppo(1024, 64, 192)),
     "PPO, vocabulary 512": ("ppo", SMALL, 512, 1, ppo(2048, 64, 192, 16)),

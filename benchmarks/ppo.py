@@ -161,7 +161,7 @@ def main() -> None:
     parser.add_argument("--regimes", nargs="+", choices=REGIMES, default=REGIMES)
     parser.add_argument(
         "--sides", nargs="+", choices=SIDES, default=("ours", "trl"),
-        help="ours-compiled: with update.compile. ours-shared: one base with LoRA of rank 8 for policy and critic; "
+        help="ours-compiled: with compile=true. ours-shared: one base with LoRA of rank 8 for policy and critic; "
         "-last2: in the last two layers. trl-nogc: TRL without the gradient checkpointing that is its default.",
     )  # fmt: skip
     parser.add_argument("--episodes", type=int, default=64)

@@ -135,11 +135,11 @@ def our_config(spec: dict[str, Any]) -> dict[str, Any]:
         },
         "kl": {"controller": {"name": "fixed", "coef": 0.05}},
         "loss": {"value_coef": 0.1},
-        "update": {
+        "compile": spec["compile"],
+        "batch": {
             "epochs": spec["epochs"],
             "minibatches": spec["minibatches"],
             "micro_batch_tokens": spec["micro_batch_tokens"],
-            "compile": spec["compile"],
         },
         "optimizer": {
             "policy_lr": spec["lr"],

@@ -131,7 +131,7 @@ def measure(setting: Setting) -> list[dict[str, Any]]:
             "rollout": {
                 "prompts_per_update": job.episodes, "max_new_tokens": job.answer, "min_new_tokens": job.answer,
             },
-            "update": {
+            "batch": {
                 "epochs": job.epochs, "minibatches": job.minibatches, "micro_batch_tokens": job.micro_batch_tokens,
             },
             "eval": {"every": setting.updates, "prompts": 0},

@@ -77,7 +77,8 @@ def ours(spec: dict[str, Any], rows: Any) -> tuple[Any, Any, Any]:
         "model": {"path": str(MODEL), "chat_template": "plain"},
         "data": {"train": "rows of the benchmark"},
         "precision": "float32",
-        "batch": batch | {"gradient_checkpointing": spec["checkpointing"]},
+        "batch": batch,
+        "gradient_checkpointing": spec["checkpointing"],
         "optimizer": {"lr": LEARNING_RATE, "schedule": "linear", "warmup": 0.0},
     }
     config = check_config(SFTConfig, values, "benchmark")

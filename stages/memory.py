@@ -132,7 +132,7 @@ class Plan:
 
     @property
     def budget_key(self) -> str:
-        return "update.micro_batch_tokens" if self.stage == "ppo" else "batch.micro_batch_size"
+        return "batch.micro_batch_tokens" if self.stage == "ppo" else "batch.micro_batch_size"
 
     def changed(self, *changes: str) -> Any:
         """The config with `key=value` changes."""
@@ -153,7 +153,7 @@ class Plan:
         """What the config's passes hold; traced for the fewest and the most sequences, between which lies a line."""
         limit = workload.limit_of(config, self.base)
         work = workload.batch_shape(config, limit, self.processes, self.longest, self.candidates)
-        kind = (divided, _recomputes(config), str(config.tuning), str(getattr(config, "critic", "")))
+        kind = (divided, config.gradient_checkpointing, str(config.tuning), str(getattr(config, "critic", "")))
         if kind not in self._traced:
             ends = []
             for budget, share in ((self.budgets()[0], 8), (self.budgets()[-1], 1)):
@@ -180,7 +180,7 @@ class Plan:
         one = workload.batch_shape(config, limit, self.processes, self.longest, self.candidates)
         if isinstance(config, PPOConfig):
             episodes = config.rollout.prompts_per_update * config.rollout.samples_per_prompt
-            most = math.ceil(episodes / config.update.minibatches / self.processes)
+            most = math.ceil(episodes / config.batch.minibatches / self.processes)
             unit = one.width
         else:
             most, unit = max(1, config.batch.batch_size // self.processes), 1
@@ -201,9 +201,9 @@ class Plan:
         From cheap to dear: smaller micro-batches and fewer sequences decoded together, then also recomputed
         activations, a higher ZeRO stage, offload, and at last LoRA.
         """
-        group = "update" if self.stage == "ppo" else "batch"
-        current = getattr(self.config, group).gradient_checkpointing
-        recompute: list[list[str]] = [[]] if current else [[], [f"{group}.gradient_checkpointing=true"]]
+        recompute: list[list[str]] = (
+            [[]] if self.config.gradient_checkpointing else [[], ["gradient_checkpointing=true"]]
+        )
         files: list[list[str]] = [[], *([f"deepspeed={file}"] for file in self._other_files())]
         lora = ["tuning=lora", *(["critic.tuning=lora"] if getattr(self.config, "needs_critic", False) else [])]
         adapters: list[list[str]] = [[]] if self.config.tuning.row.traits["adapter"] else [[], lora]
@@ -241,11 +241,6 @@ class Plan:
 
 def _powers() -> Iterator[int]:
     return (2**n for n in itertools.count())
-
-
-def _recomputes(config: StageConfig) -> bool:
-    group: Any = getattr(config, "update", None) or getattr(config, "batch", None)
-    return bool(group.gradient_checkpointing)
 
 
 def _nested(config: Any, key: str, value: Any) -> dict[str, Any]:

@@ -84,7 +84,7 @@ class PPO:
         else:
             self.engine, self.reference = load_models(config, self.chat, path)
         self.vocab_size = load_hf_config(config.model, path).get_text_config().vocab_size
-        self.packed = packs(self.engine, self.reference, self.vocab_size, config.update.packing)
+        self.packed = packs(self.engine, self.reference, self.vocab_size, config.batch.packing)
         self.reward = config.reward(RewardContext(config.model, self.chat, self.engine.freeze, rewards))
         room = min(config.data.max_prompt_tokens, limit - config.rollout.max_new_tokens)
         if room < 1:
@@ -143,7 +143,7 @@ class PPO:
             rollout = self.rollout(prompts)
         # 3. policy, reference, values and scores, in the very batches that the first epoch trains on: the ratio of
         # the first minibatch is exactly 1
-        plans = [self.plan(rollout, number, epoch) for epoch in range(config.update.epochs)]
+        plans = [self.plan(rollout, number, epoch) for epoch in range(config.batch.epochs)]
         batcher = episode_batcher(rollout, self.chat.pad_id, self.vocab_size, self.packed)
         with clock("score"):
             experience = self.score(rollout, batcher, plans[0])
@@ -193,8 +193,8 @@ class PPO:
     def plan(self, rollout: Rollout, number: int, epoch: int) -> list[RankBatches]:
         """The minibatches of one epoch, shared out over the ranks."""
         order = permutation(len(rollout.answers), self.config.seed, EPOCH, number, epoch)
-        update = self.config.update
-        return plan_minibatches(rollout.totals, order, update.minibatches, update.micro_batch_tokens, self.packed)
+        batch = self.config.batch
+        return plan_minibatches(rollout.totals, order, batch.minibatches, batch.micro_batch_tokens, self.packed)
 
     @torch.no_grad()
     def score(self, rollout: Rollout, batcher: Batcher, plan: list[RankBatches]) -> Experience:
@@ -270,7 +270,7 @@ class PPO:
             return
         rollout = self.rollout(self._prompts(table, rows, 1, EVAL, 0))
         batcher = episode_batcher(rollout, self.chat.pad_id, self.vocab_size, self.packed)
-        plan = plan_minibatches(rollout.totals, list(rows), 1, self.config.update.micro_batch_tokens, self.packed)
+        plan = plan_minibatches(rollout.totals, list(rows), 1, self.config.batch.micro_batch_tokens, self.packed)
         self.reporter.evaluation(number, self.score(rollout, batcher, plan), self.chat)
 
     # ---- checkpoints ---------------------------------------------------------------------------------------------
@@ -323,14 +323,14 @@ def load_models(config: PPOConfig, chat: ChatTokenizer, path: str) -> tuple[Engi
         start = resolve_model_path(str(config.reward_model)) if config.critic.init == "reward" else path
         critic = load_scalar(config.model, start, head="small")
         critic.model = config.critic.tuning(critic.model, chat, "scalar")
-    if config.update.gradient_checkpointing:
+    if config.gradient_checkpointing:
         for part in [policy] if critic is None else [policy, critic.model]:
             recompute_activations(part, use_reentrant=False)
             part.train()  # transformers recomputes in training mode alone; it changes nothing else, dropout is off
     rates = ((policy, config.optimizer.policy_lr), (critic, config.optimizer.critic_lr))
     groups = [{"params": [p for p in m.parameters() if p.requires_grad], "lr": lr} for m, lr in rates if m is not None]
     module = ActorCritic(policy, critic)
-    if config.update.compile:
+    if config.compile:
         compile_layers(module)
     trained, total = count_parameters(module)
     say(f"Policy{' and critic' if critic else ', no critic'}: {trained:,} of {total:,} parameters are trained")

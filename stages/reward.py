@@ -58,7 +58,7 @@ def run(config: RewardConfig, resume: bool = False, overwrite: bool = False) -> 
     limit = sequence_limit(config.model, load_hf_config(config.model, path))
     data = open_all([*config.data.train, *config.data.eval], ["ranking"], "data")
     people = Agreement.of(data[len(config.data.train) :] or data)
-    data += open_all(config.reference, ["demonstration"], "reference")
+    data += open_all(config.data.demonstrations, ["demonstration"], "reference")
     facts = {"parents": [parent_facts(config.model.path)], "data": data_facts(data), **chat.fingerprints()}
     folder = open_run(config, "reward", resume, overwrite, facts)
     tables = tokenize(folder.path, chat, limit, config.data, "ranking")
@@ -83,7 +83,7 @@ def run(config: RewardConfig, resume: bool = False, overwrite: bool = False) -> 
     # 4. held-out metrics and the scale, from one set of scores
     scored = trainer.best_scored()
     headline = report(folder, scored, trainer.best_step, people) if scored else {}
-    if config.normalize == "answers":
+    if config.normalize == "completions":
         scalar.set_scale(*mean_and_std(scored or trainer.score(tables.train)))
     elif config.normalize == "demonstrations":
         scalar.set_scale(trainer.mean_score(reference), 1.0)
@@ -99,9 +99,11 @@ def run(config: RewardConfig, resume: bool = False, overwrite: bool = False) -> 
 
 def tokenize_reference(config: RewardConfig, run: Run, chat: ChatTokenizer, limit: int) -> Any:
     """The demonstrations whose mean score becomes 0; None where the config names none."""
-    if not config.reference:
+    if not config.data.demonstrations:
         return None
-    return tokenize(run.path, chat, limit, DataConfig(train=config.reference), "demonstration", name="reference").train
+    return tokenize(
+        run.path, chat, limit, DataConfig(train=config.data.demonstrations), "demonstration", name="reference"
+    ).train
 
 
 def comparable(rankings: Any, config: RewardConfig) -> Sequence[int]:
@@ -154,7 +156,7 @@ class RewardTrainer(StageTrainer):
             data_collator=RankingCollator(chat, config.data.weights == "use", scalar.shared_prompts),
         )
         self.chat, self.batch_tokens, self.people = chat, batch_tokens, people
-        self.ranking_loss, self.centering = config.loss, config.centering
+        self.ranking_loss, self.centering = config.loss, config.center_rewards_coefficient
         self._lowest = float("inf")
         self._seen: tuple[int, list[ScoredRanking]] | None = None
 

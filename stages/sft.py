@@ -52,7 +52,7 @@ def run(config: SFTConfig, resume: bool = False, overwrite: bool = False) -> Non
     model = config.tuning(load_policy(config.model, path), chat, "causal")
     say_trainable(config.tuning, model)
     # 3. training
-    train = pack(tables.train, limit, model) if config.packing else tables.train
+    train = pack(tables.train, limit, model) if config.batch.packing else tables.train
     trainer = PolicyTrainer(config, folder, chat, model, train, tables.eval)
     trainer.fit(resume)
     # 4. the result: the weights of the best checkpoint
@@ -60,7 +60,7 @@ def run(config: SFTConfig, resume: bool = False, overwrite: bool = False) -> Non
     best = trainer.state.best_metric
     metrics = {} if best is None else {"eval_loss": best, "eval_perplexity": perplexity(best)}
     finish(folder, step=trainer.best_step, metrics=metrics)
-    memory.report(config, limit if config.packing else max(tables.train["length"]))
+    memory.report(config, limit if config.batch.packing else max(tables.train["length"]))
 
 
 def pack(table: Any, limit: int, model: Any) -> Any:
@@ -95,7 +95,7 @@ class PolicyTrainer(StageTrainer, SFTTrainer):
             train_dataset=train,
             eval_dataset=held_out,
             processing_class=chat.tokenizer,
-            data_collator=DataCollatorForLanguageModeling(chat.pad_id, padding_free=config.packing),
+            data_collator=DataCollatorForLanguageModeling(chat.pad_id, padding_free=config.batch.packing),
         )
 
     def _send_telemetry(self) -> None:
@@ -114,12 +114,12 @@ class PolicyTrainer(StageTrainer, SFTTrainer):
 
     def after_evaluation(self, model: Any, step: int) -> None:
         """Answers to the first held-out prompts go to samples.jsonl."""
-        rows = [self.eval_dataset[i] for i in range(min(self.config.samples, len(self.eval_dataset)))]
+        rows = [self.eval_dataset[i] for i in range(min(self.config.eval.samples, len(self.eval_dataset)))]
         if not rows:
             return
         starts = [answer_start(row["labels"]) for row in rows]
         prompts = [row["input_ids"][:start] for row, start in zip(rows, starts)]
-        answers = sample_answers(self.model, self.chat, prompts, self.config.sample_tokens)
+        answers = sample_answers(self.model, self.chat, prompts, self.config.eval.sample_tokens)
         decode = self.chat.tokenizer.decode
         self.run.log(
             "samples.jsonl",

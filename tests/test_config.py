@@ -138,11 +138,11 @@ def test_ppo_names_every_contradiction_at_once():
         | {
             "reward": {"name": "function", "function": "math:sqrt"},
             "rollout": {"prompts_per_update": 2},
-            "update": {"minibatches": 4},
+            "batch": {"minibatches": 4},
             "loss": {"ptx_coef": 1.0},
         },
     )
-    assert "update.minibatches 4 is above the 2 episodes" in text
+    assert "batch.minibatches 4 is above the 2 episodes" in text
     assert "critic.init: `reward` needs a reward of kind `model`" in text
     assert "loss.ptx_coef and data.ptx: set both or neither" in text
 

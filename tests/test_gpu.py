@@ -137,7 +137,9 @@ def test_packed_demonstrations_train_as_those_that_stand_alone(tmp_path, demos):
     pytest.importorskip("flash_attn", reason="flash-attn is not installed")
     model = {"path": tiny.llama(), "attn_implementation": "flash_attention_2"}
     batch = {"batch_size": 2, "micro_batch_size": 2, "max_steps": 4}
-    values = test_sft.settings(demos, tmp_path / "run", model=model, packing=True, batch=batch, precision="bfloat16")
+    values = test_sft.settings(
+        demos, tmp_path / "run", model=model, batch={**batch, "packing": True}, precision="bfloat16"
+    )
     losses = test_sft.losses(test_sft.run(values))
     assert len(losses) == 4 and all(math.isfinite(loss) for loss in losses)
     assert losses[-1] < losses[0]

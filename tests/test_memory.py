@@ -142,7 +142,7 @@ def test_parameters_are_counted_from_the_config_alone(tmp_path):
 
 
 def test_the_work_of_a_micro_batch_follows_from_the_budget(tmp_path):
-    config = ppo(shape(tmp_path), update={"micro_batch_tokens": 200, "minibatches": 2})
+    config = ppo(shape(tmp_path), batch={"micro_batch_tokens": 200, "minibatches": 2})
     assert batch_shape(config, 512, 1) == BatchShape(
         3, 64, 96, 3, 16, 32, False
     )  # 200 // 64 rows; 16 / 2 episodes in 3 passes
@@ -151,7 +151,7 @@ def test_the_work_of_a_micro_batch_follows_from_the_budget(tmp_path):
 
 
 def test_a_deep_model_is_drawn_on_from_few_layers_as_if_it_were_traced_whole(tmp_path):
-    config = ppo(shape(tmp_path, layers=12), update={"gradient_checkpointing": False})
+    config = ppo(shape(tmp_path, layers=12), gradient_checkpointing=False)
     drawn, whole = passes_of(config), passes_of(config)
     whole._deep = lambda trace, deep: trace(None)
     for name in drawn.update:
@@ -163,7 +163,7 @@ def test_a_deep_model_is_drawn_on_from_few_layers_as_if_it_were_traced_whole(tmp
 
 def test_recomputed_activations_hold_less(tmp_path):
     path = shape(tmp_path, layers=6)
-    kept, again = (passes_of(ppo(path, update={"gradient_checkpointing": on})) for on in (False, True))
+    kept, again = (passes_of(ppo(path, gradient_checkpointing=on)) for on in (False, True))
     assert again.update["backward"].total < 0.6 * kept.update["backward"].total
 
 
@@ -251,30 +251,30 @@ def test_the_largest_budget_fits_and_the_next_does_not(tmp_path):
     path = shape(tmp_path, layers=4)
     plan = plan_of(path, 1000)
     few, many = plan.budgets()[0], plan.budgets()[-1]
-    need = [plan.needs(f"update.micro_batch_tokens={tokens}") for tokens in (few, many)]
+    need = [plan.needs(f"batch.micro_batch_tokens={tokens}") for tokens in (few, many)]
     tight = plan_of(path, (need[0] + need[1]) / 2 / GIB)
     best = tight.largest_budget()
-    assert few <= best < many and tight.fits(f"update.micro_batch_tokens={best}")
+    assert few <= best < many and tight.fits(f"batch.micro_batch_tokens={best}")
     after = tight.budgets()[tight.budgets().index(best) + 1]
-    assert not tight.fits(f"update.micro_batch_tokens={after}")
+    assert not tight.fits(f"batch.micro_batch_tokens={after}")
 
 
 def test_the_cheapest_change_is_smaller_micro_batches_where_they_suffice(tmp_path):
     path = shape(tmp_path, layers=4)
-    plan = plan_of(path, 1000, update={"micro_batch_tokens": 4096})
-    smallest, own = plan.needs(f"update.micro_batch_tokens={plan.budgets()[0]}"), plan.needs()
-    found = plan_of(path, (smallest + own) / 2 / GIB, update={"micro_batch_tokens": 4096}).cheapest()
-    assert found is not None and [change.split("=")[0] for change in found] == ["update.micro_batch_tokens"]
+    plan = plan_of(path, 1000, batch={"micro_batch_tokens": 4096})
+    smallest, own = plan.needs(f"batch.micro_batch_tokens={plan.budgets()[0]}"), plan.needs()
+    found = plan_of(path, (smallest + own) / 2 / GIB, batch={"micro_batch_tokens": 4096}).cheapest()
+    assert found is not None and [change.split("=")[0] for change in found] == ["batch.micro_batch_tokens"]
 
 
 @pytest.mark.slow
 def test_activations_are_recomputed_where_the_smallest_micro_batches_are_too_large(tmp_path):
     path = shape(tmp_path, layers=6)
-    least = [f"update.micro_batch_tokens={plan_of(path, 1000).budgets()[0]}"]
-    kept, again = (plan_of(path, 1000).needs(*least, *more) for more in ([], ["update.gradient_checkpointing=true"]))
+    least = [f"batch.micro_batch_tokens={plan_of(path, 1000).budgets()[0]}"]
+    kept, again = (plan_of(path, 1000).needs(*least, *more) for more in ([], ["gradient_checkpointing=true"]))
     tight = plan_of(path, (kept + again) / 2 / GIB)
     found = tight.cheapest()
-    assert found and "update.gradient_checkpointing=true" in found
+    assert found and "gradient_checkpointing=true" in found
     assert not tight.fits() and tight.fits(*found)
 
 

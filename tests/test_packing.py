@@ -80,7 +80,7 @@ def test_packed_sequences_give_the_numbers_and_gradients_of_padded_ones(name, at
 @pytest.mark.parametrize("name", MIXES)
 def test_a_model_that_mixes_packed_sequences_is_refused(name):
     engine = PlainEngine(MODELS[name], "eager")
-    with pytest.raises(UserError, match=r"(?s)packing.*see others.*Leave update.packing out"):
+    with pytest.raises(UserError, match=r"(?s)packing.*see others.*Leave batch.packing out"):
         packs(engine, None, VOCAB, True)
 
 

@@ -44,7 +44,7 @@ def place(tmp_path, monkeypatch):
             "reward": {"name": "model", "path": "runs/reward"},
             "updates": 2,
             "rollout": {"prompts_per_update": 4, "max_new_tokens": 8},
-            "update": {"epochs": 1, "minibatches": 1},
+            "batch": {"epochs": 1, "minibatches": 1},
             "eval": {"prompts": 2},
         },
     }

@@ -265,8 +265,8 @@ def test_a_tuning_method_whose_package_is_not_installed_is_refused(world):
 
 def test_compiled_layers_are_refused_under_zero_3_alone(world):
     files = {stage: str(tiny.REPOSITORY / "configs" / "deepspeed" / f"zero{stage}.json") for stage in (2, 3)}
-    plan("ppo", world, 2, update={"compile": True}, deepspeed=files[2])
-    assert "ZeRO stage 3" in refusal("ppo", world, 2, update={"compile": True}, deepspeed=files[3])
+    plan("ppo", world, 2, compile=True, deepspeed=files[2])
+    assert "ZeRO stage 3" in refusal("ppo", world, 2, compile=True, deepspeed=files[3])
     steps = {"sampler": {"name": "hf", "step": "compiled"}}
     assert plan("ppo", world, 2, rollout=steps, deepspeed=files[2])["sampler"] == "hf, step compiled"
     assert "step `compiled`: compiled or recorded" in refusal("ppo", world, 2, rollout=steps, deepspeed=files[3])

@@ -33,7 +33,7 @@ def config(folder, prompts, **changes):
         "critic": {"init": "policy"},
         "updates": 2,
         "rollout": {"prompts_per_update": 8, "max_new_tokens": 12},
-        "update": {"epochs": 2, "minibatches": 2, "micro_batch_tokens": 160},
+        "batch": {"epochs": 2, "minibatches": 2, "micro_batch_tokens": 160},
         "optimizer": {"policy_lr": 1e-3, "critic_lr": 1e-3, "schedule": "constant"},
         "eval": {"every": 2, "prompts": 3},
         "checkpoints": {"every": 1},
@@ -133,7 +133,7 @@ def test_with_adapters_the_policy_without_them_is_the_reference(tmp_path, prompt
 
 
 def test_while_the_critic_warms_up_only_it_learns(tmp_path, prompts):
-    stage = PPO(config(tmp_path / "run", prompts, update__critic_warmup=1), resume=False, overwrite=False)
+    stage = PPO(config(tmp_path / "run", prompts, critic__warmup_updates=1), resume=False, overwrite=False)
     policy = [p.clone() for p in stage.engine.module.policy.parameters()]
     critic = [p.clone() for p in stage.engine.module.critic.parameters()]
     stage.update(0)
@@ -152,8 +152,8 @@ def test_the_ptx_term_lowers_the_loss_on_demonstrations(tmp_path, prompts):
 
 
 def test_epochs_stop_early_at_the_kl_target(tmp_path, prompts):
-    free = PPO(config(tmp_path / "a", prompts, update__epochs=3), resume=False, overwrite=False).update(0)
-    bound = config(tmp_path / "b", prompts, update__epochs=3, update__target_kl=1e-9)
+    free = PPO(config(tmp_path / "a", prompts, batch__epochs=3), resume=False, overwrite=False).update(0)
+    bound = config(tmp_path / "b", prompts, batch__epochs=3, loss__target_kl=1e-9)
     assert free["epochs"] == 3 and free["optimizer_steps"] == 6
     assert PPO(bound, resume=False, overwrite=False).update(0)["epochs"] == 1
 
@@ -172,7 +172,7 @@ def test_micro_batches_do_not_change_what_is_learned(tmp_path, prompts):
     results = []
     for tokens, packing in ((64, False), (10_000, False), (100, True), (10_000, True)):
         folder = tmp_path / f"{tokens}-{packing}"
-        changes = {"update__micro_batch_tokens": tokens, "update__packing": packing, "optimizer__eps": 1e-3}
+        changes = {"batch__micro_batch_tokens": tokens, "batch__packing": packing, "optimizer__eps": 1e-3}
         c = config(folder, prompts, **changes)
         stage = PPO(c, resume=False, overwrite=False)
         stage.update(0)
@@ -188,14 +188,14 @@ def test_micro_batches_do_not_change_what_is_learned(tmp_path, prompts):
     [
         {},
         {"tuning": "lora", "rollout__sampler": "transformers"},
-        {"update__gradient_checkpointing": True, "advantage": "rloo", "rollout__samples_per_prompt": 2},
+        {"gradient_checkpointing": True, "advantage": "rloo", "rollout__samples_per_prompt": 2},
     ],
     ids=["full", "lora", "checkpointing"],
 )
 def test_compiled_layers_learn_the_same_under_the_same_names(changes, tmp_path, prompts):
     shaped = {"optimizer__policy_lr": 1e-4, "optimizer__critic_lr": 1e-4, "optimizer__eps": 1e-3, **changes}
     stages = {}
-    both = {"update__compile": True, "rollout__sampler": {"name": "hf", "step": "compiled"}}
+    both = {"compile": True, "rollout__sampler": {"name": "hf", "step": "compiled"}}
     for name, options in {"plain": shaped, "compiled": both | shaped}.items():
         stage = PPO(config(tmp_path / name, prompts, **options), False, False)
         figures = [stage.update(number) for number in range(2)]
@@ -245,7 +245,7 @@ def test_a_sum_of_rewards_is_weighted(tmp_path, prompts):
 
 def test_options_that_contradict_each_other_are_all_named(tmp_path, prompts):
     with pytest.raises(UserError) as caught:
-        config(tmp_path, prompts, advantage="rloo", update__minibatches=99, loss__ptx_coef=1.0)
+        config(tmp_path, prompts, advantage="rloo", batch__minibatches=99, loss__ptx_coef=1.0)
     for words in ("samples_per_prompt", "minibatches", "ptx"):
         assert words in str(caught.value)
 

@@ -85,7 +85,7 @@ def test_two_updates_give_the_weights_of_ppo_written_out_by_hand(tmp_path, promp
         scores = [ppo_rewards.letters([], stage.chat.decode(answer.ids)) for answer in rollout.answers]
         orders = [
             part
-            for epoch in range(config.update.epochs)
+            for epoch in range(config.batch.epochs)
             for part in torch.tensor(list(permutation(len(scores), config.seed, EPOCH, number, epoch))).tensor_split(2)
         ]
         learn(policy, critic, reference, optimizer, padded(rollout), scores, orders)

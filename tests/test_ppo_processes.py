@@ -50,7 +50,7 @@ def write_config(folder, prompts, reward_model, **more):
         "rollout": {"prompts_per_update": 7, "max_new_tokens": 14, "stop": ["e", "a"]},
         "kl": {"controller": {"name": "adaptive", "init_coef": 0.1, "target": 0.01, "horizon": 100}},
         "shaping": {"normalize_scores": True},
-        "update": {"epochs": 1, "minibatches": 2, "micro_batch_tokens": 120},
+        "batch": {"epochs": 1, "minibatches": 2, "micro_batch_tokens": 120},
         "optimizer": {"policy_lr": 1e-3, "critic_lr": 1e-3, "schedule": "constant", "eps": 1e-3},
         "eval": {"every": 3, "prompts": 3},
         "checkpoints": {"every": 1},
@@ -107,8 +107,8 @@ def single(tmp_path_factory, prompts, reward_model):
 def test_two_processes_give_the_single_process_metrics(stage, tokens, packing, single, tmp_path, prompts, reward_model):
     """With one sequence a pass, of minibatches of 3 and 4, one of the two runs out of passes before the other."""
     settings = str(tiny.REPOSITORY / "configs" / "deepspeed" / f"{stage}.json")
-    update = {"epochs": 1, "minibatches": 2, "micro_batch_tokens": tokens, "packing": packing}
-    complete(2, write_config(tmp_path, prompts, reward_model, deepspeed=settings, update=update))
+    batch = {"epochs": 1, "minibatches": 2, "micro_batch_tokens": tokens, "packing": packing}
+    complete(2, write_config(tmp_path, prompts, reward_model, deepspeed=settings, batch=batch))
     found, expected = metrics(tmp_path), metrics(single)
     lengths = [line["answer_tokens"] for line in expected if "kl_coef" in line]
     assert any(length != int(length) for length in lengths), "answers of unequal length are the point"
@@ -123,8 +123,7 @@ def test_two_processes_give_the_single_process_metrics(stage, tokens, packing, s
 
 def test_two_processes_with_compiled_layers_give_the_single_process_metrics(single, tmp_path, prompts, reward_model):
     settings = str(tiny.REPOSITORY / "configs" / "deepspeed" / "zero2.json")
-    update = {"epochs": 1, "minibatches": 2, "micro_batch_tokens": 120, "compile": True}
-    complete(2, write_config(tmp_path, prompts, reward_model, deepspeed=settings, update=update))
+    complete(2, write_config(tmp_path, prompts, reward_model, deepspeed=settings, compile=True))
     for mine, theirs in zip(metrics(tmp_path), metrics(single), strict=True):
         assert mine == pytest.approx(theirs, rel=2e-3, abs=2e-4)
 

@@ -13,8 +13,8 @@ import tiny
 pytestmark = [pytest.mark.real, pytest.mark.timeout(1500)]
 
 SHORT = {
-    "sft": ["batch.max_steps=16", "eval_every=8", "checkpoints.every=8", "data.max_eval_records=32"],
-    "reward": ["batch.max_steps=16", "eval_every=16", "checkpoints.every=8", "data.max_eval_records=100"],
+    "sft": ["batch.max_steps=16", "eval.every=8", "checkpoints.every=8", "data.max_eval_records=32"],
+    "reward": ["batch.max_steps=16", "eval.every=16", "checkpoints.every=8", "data.max_eval_records=100"],
     "ppo": ["updates=3", "rollout.prompts_per_update=16", "eval.every=3", "eval.prompts=8"],
 }
 

@@ -28,7 +28,7 @@ RECIPE: dict[str, Any] = {
     "tuning": {"name": "last-layers", "layers": 2},  # the whole model learns the 700 training texts by heart
     "batch": {"batch_size": 32, "micro_batch_size": 8, "max_steps": 80},
     "optimizer": {"lr": 2e-3, "warmup": 0.1},
-    "eval_every": 20,
+    "eval": {"every": 20},
 }
 
 

@@ -43,7 +43,7 @@ def story_config(shared: Path, folder: Path, seed: int, updates: int) -> PPOConf
         "updates": updates,
         "rollout": {"prompts_per_update": 64, "max_new_tokens": 96, "temperature": 0.7},
         "kl": {"controller": {"name": "fixed", "coef": 0.05}},
-        "update": {"epochs": 4, "minibatches": 4},
+        "batch": {"epochs": 4, "minibatches": 4},
         "optimizer": {"policy_lr": 3e-4, "critic_lr": 3e-4, "schedule": "linear"},
         "eval": {"every": updates, "prompts": 64},
         "checkpoints": {"every": updates},

@@ -163,7 +163,7 @@ def test_held_out_rankings_that_cannot_be_compared_are_no_measure(tmp_path: Path
 
 @pytest.mark.parametrize("row", RANKING_LOSSES, ids=lambda row: row.name)
 def test_every_ranking_loss_trains(row: Any, tmp_path: Path, rankings: str) -> None:
-    made = config(tmp_path, rankings, loss=row.name, centering=0.01)
+    made = config(tmp_path, rankings, loss=row.name, center_rewards_coefficient=0.01)
     reward.run(made)
     losses = [line["eval_loss"] for line in metrics_of(made.run) if "eval_loss" in line]
     assert losses[-1] < losses[0]
@@ -179,7 +179,7 @@ def test_margins_from_ratings_and_the_centring_penalty_reach_the_loss(tmp_path: 
     for name, values in {
         "plain": {},
         "margin": {"loss": {"name": "bradley-terry", "margin": "rating"}},
-        "centred": {"centering": 1.0},
+        "centred": {"center_rewards_coefficient": 1.0},
     }.items():
         folder = tmp_path / name
         made = config(folder, write(folder / "data", rated), batch={"batch_size": 8, "max_steps": 1}, **values)
@@ -253,7 +253,7 @@ def test_plain_transformers_loads_the_result_and_its_scores_give_the_figures(
 
 def test_demonstrations_are_put_at_zero_and_nothing_is_scaled(tmp_path: Path, rankings: str) -> None:
     demonstrations = tiny.write_demonstrations(tmp_path / "demonstrations", 12)
-    made = config(tmp_path, rankings, normalize="demonstrations", reference=demonstrations)
+    made = config(tmp_path, {"train": rankings, "demonstrations": demonstrations}, normalize="demonstrations")
     reward.run(made)
     chat = load_tokenizer(made.model, f"{made.run}/model")
     records = list(open_dataset(demonstrations).records("train"))
@@ -284,7 +284,7 @@ def test_a_resumed_run_reports_the_best_weights_although_it_has_not_seen_them_ev
     """At this rate the loss only climbs after the first steps."""
     wild = {
         "optimizer": {"lr": 0.3, "schedule": "constant", "warmup": 0.0},
-        "eval_every": 1,
+        "eval": {"every": 1},
         "checkpoints": {"every": 1},
     }
     made = config(tmp_path, rankings, **wild)

@@ -81,7 +81,9 @@ def test_the_loss_is_the_weighted_mean_by_plain_transformers(tmp_path: Path) -> 
     assert rows[0]["loss"] == pytest.approx(total / 24, rel=1e-5)
 
 
-@pytest.mark.parametrize("values", [{}, {"centering": 0.3}, {"loss": "davidson"}], ids=["plain", "centred", "ties"])
+@pytest.mark.parametrize(
+    "values", [{}, {"center_rewards_coefficient": 0.3}, {"loss": "davidson"}], ids=["plain", "centred", "ties"]
+)
 def test_a_ranking_of_weight_w_counts_as_w_rankings(values: dict[str, Any], tmp_path: Path) -> None:
     """In the loss, in the gradient, and in the held-out loss after it."""
     data = weighted() + weighted("eval", 100)

@@ -105,7 +105,7 @@ def test_dropout_in_adapters_is_refused_in_ppo(key, tmp_path):
 def test_recomputed_activations_change_no_number(tmp_path, prompts):
     passes, weights = [], []
     for recompute in (False, True):
-        c = test_ppo.config(tmp_path / str(recompute), prompts, update__gradient_checkpointing=recompute)
+        c = test_ppo.config(tmp_path / str(recompute), prompts, gradient_checkpointing=recompute)
         stage, seen = PPO(c, resume=False, overwrite=False), []
         layers = (stage.engine.module.policy.model.layers[0], stage.engine.module.critic.model.model.layers[0])
         for layer in layers:

@@ -152,7 +152,7 @@ def test_without_log_probs_or_weights_nothing_is_weighed(changes, tmp_path, prom
 
 
 def test_each_tokens_policy_loss_is_multiplied_by_its_weight(tmp_path, prompts):
-    stage = PPO(config(tmp_path / "run", prompts, update__minibatches=1, update__epochs=1), False, False)
+    stage = PPO(config(tmp_path / "run", prompts, batch__minibatches=1, batch__epochs=1), False, False)
     rollout = stage.rollout(stage.draw(0))
     plans = [stage.plan(rollout, 0, 0)]
     batcher = episode_batcher(rollout, stage.chat.pad_id, stage.vocab_size)

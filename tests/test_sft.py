@@ -48,9 +48,7 @@ def settings(demos: str, run: Path, **changes: Any) -> dict[str, Any]:
         "batch": {"batch_size": 8, "micro_batch_size": 4, "epochs": 2},
         "optimizer": {"lr": 3e-3, "warmup": 0.1},
         "checkpoints": {"every": 3},
-        "eval_every": 4,
-        "samples": 2,
-        "sample_tokens": 8,
+        "eval": {"every": 4, "samples": 2, "sample_tokens": 8},
         "timeout_seconds": 60,
         **changes,
     }
@@ -151,7 +149,7 @@ def test_only_assistant_tokens_give_a_gradient(demos: str, tmp_path: Path) -> No
 
 
 def test_held_out_loss_is_a_mean_over_tokens(demos: str, tmp_path: Path) -> None:
-    done = run(settings(demos, tmp_path / "run", eval_every=10))
+    done = run(settings(demos, tmp_path / "run", eval={"every": 10, "samples": 0}))
     last = lines(done)[-1]
     model = AutoModelForCausalLM.from_pretrained(done / "model")
     with torch.no_grad():
@@ -162,10 +160,12 @@ def test_held_out_loss_is_a_mean_over_tokens(demos: str, tmp_path: Path) -> None
 
 
 def test_evaluations_samples_and_log_intervals_change_no_step(demos: str, tmp_path: Path) -> None:
-    plain = run(settings(demos, tmp_path / "a", eval_every=100, samples=0))
-    busy = run(settings(demos, tmp_path / "b", eval_every=1, samples=4))
+    plain = run(settings(demos, tmp_path / "a", eval={"every": 100, "samples": 0}))
+    busy = run(settings(demos, tmp_path / "b", eval={"every": 1, "samples": 4}))
     assert losses(plain) == losses(busy)
-    sparse = run(settings(demos, tmp_path / "c", eval_every=100, samples=0, log={"every": 4}, checkpoints={"every": 5}))
+    sparse = run(
+        settings(demos, tmp_path / "c", eval={"every": 100, "samples": 0}, log={"every": 4}, checkpoints={"every": 5})
+    )
     logged = {row["step"]: row["loss"] for row in lines(sparse) if "loss" in row}
     assert list(logged) == [4, 5, 8, 10]  # also at checkpoints
     assert logged[4] == pytest.approx(sum(losses(plain)[:4]) / 4, abs=1e-5)
@@ -175,7 +175,7 @@ def test_evaluations_samples_and_log_intervals_change_no_step(demos: str, tmp_pa
 
 
 def test_the_best_checkpoint_is_the_result_and_is_kept(demos: str, tmp_path: Path) -> None:
-    values = settings(demos, tmp_path / "run", eval_every=1, checkpoints={"every": 2, "keep": 1})
+    values = settings(demos, tmp_path / "run", eval={"every": 1, "samples": 0}, checkpoints={"every": 2, "keep": 1})
     values["batch"] = {"batch_size": 8, "epochs": 6}
     values["optimizer"] = {"lr": 0.1, "schedule": "constant"}  # too much: the loss rises again
     done = run(values)
@@ -190,7 +190,7 @@ def test_the_best_checkpoint_is_the_result_and_is_kept(demos: str, tmp_path: Pat
 
 def test_the_result_loads_in_plain_transformers_and_answers(demos: str, tmp_path: Path) -> None:
     batch = {"batch_size": 8, "epochs": 12}
-    done = run(settings(demos, tmp_path / "run", eval_every=30, batch=batch, optimizer={"lr": 1e-2}))
+    done = run(settings(demos, tmp_path / "run", eval={"every": 30, "samples": 0}, batch=batch, optimizer={"lr": 1e-2}))
     tokenizer = AutoTokenizer.from_pretrained(done / "model")
     model = AutoModelForCausalLM.from_pretrained(done / "model")
     chat = [{"role": "user", "content": tiny.question(3)}]
@@ -227,7 +227,7 @@ def test_without_held_out_prompts_the_last_weights_are_the_result(tmp_path: Path
 def test_activation_checkpointing_changes_no_number(demos: str, tmp_path: Path) -> None:
     batch = {"batch_size": 8, "micro_batch_size": 4, "max_steps": 4}
     plain = run(settings(demos, tmp_path / "a", batch=batch))
-    spare = run(settings(demos, tmp_path / "b", batch={**batch, "gradient_checkpointing": True}))
+    spare = run(settings(demos, tmp_path / "b", batch=batch, gradient_checkpointing=True))
     assert losses(plain) == losses(spare)
 
 
@@ -235,8 +235,8 @@ def test_activation_checkpointing_changes_no_number(demos: str, tmp_path: Path) 
 
 
 def test_packing_is_refused_where_rows_would_see_each_other(demos: str, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="packing: the attention implementation is 'sdpa'"):
-        run(settings(demos, tmp_path / "run", packing=True))
+    with pytest.raises(UserError, match="batch.packing: the attention implementation is 'sdpa'"):
+        run(settings(demos, tmp_path / "run", batch={"packing": True}))
 
 
 def test_packed_rows_hold_whole_demonstrations(demos: str, tmp_path: Path) -> None:

@@ -65,7 +65,7 @@ def values_of(folder, prompts, model, reward, sharing="shared", tuning=LORA, **c
         "critic": {"init": "reward" if isinstance(reward, str) else "policy", "tuning": tuning},
         "updates": 2,
         "rollout": {"prompts_per_update": 7, "max_new_tokens": 12, "stop": ["e", "a"]},
-        "update": {"epochs": 2, "minibatches": 2, "micro_batch_tokens": 160},
+        "batch": {"epochs": 2, "minibatches": 2, "micro_batch_tokens": 160},
         "optimizer": {"policy_lr": 1e-3, "critic_lr": 1e-3, "schedule": "constant", "eps": 1e-3},
         "eval": {"every": 2, "prompts": 3},
         "checkpoints": {"every": 1},
@@ -217,7 +217,7 @@ def test_the_base_is_there_once(tmp_path, runs, prompts):
 def test_gradient_checkpointing_changes_nothing(tmp_path, runs, prompts):
     found = []
     for on in (False, True):
-        changes = {"update__gradient_checkpointing": on, "seed": 5, "updates": 1}
+        changes = {"gradient_checkpointing": on, "seed": 5, "updates": 1}
         train(config(tmp_path / str(on), prompts, runs["sft"], runs["over-sft"], **changes))
         found.append(adapters_of(tmp_path / str(on)))
     for name, weight in found[0].items():
@@ -317,7 +317,7 @@ def test_a_base_that_has_changed_since_is_refused(tmp_path, prompts):
         ({"tuning": {**LORA, "rank": 8}}, None),
         ({"tuning": "full"}, r"tuning: 'full' with model.sharing"),
         ({"critic__tuning": "full"}, r"critic.tuning: 'full' with model.sharing"),
-        ({"update__compile": True}, r"update.compile: not with"),
+        ({"compile": True}, r"compile: not with"),
         ({"rollout__merge_adapters": True, "tuning": "full"}, r"merge_adapters: tuning 'full' has no adapter"),
         ({"tuning": {**LORA, "dropout": 0.1}}, r"tuning.dropout: PPO's ratio needs the same numbers"),
         ({"tuning": {"name": "qlora", "rank": 4, "alpha": 8}}, r"critic.tuning: 'lora' beside tuning 'qlora'"),
@@ -342,7 +342,7 @@ def test_options_that_do_not_go_together_are_named(changes, words, tmp_path, run
 def test_reusing_the_trunk_changes_nothing(checkpointing, tmp_path, runs, prompts, monkeypatch):
     found = []
     for reuse in (True, False):
-        changes = {"update__gradient_checkpointing": checkpointing}
+        changes = {"gradient_checkpointing": checkpointing}
         made = config(tmp_path / str(reuse), prompts, runs["sft"], runs["last"], tuning=LAST, **changes)
         stage = PPO(made, resume=False, overwrite=False)
         if reuse:

@@ -41,10 +41,10 @@ def single(tmp_path_factory, runs, prompts):  # noqa: F811
 @pytest.mark.parametrize("layers", ["all", "last"])
 def test_two_processes_give_what_one_gives(stage, layers, single, tmp_path, runs, prompts):  # noqa: F811
     reward, tuning = ("over-sft", LORA) if layers == "all" else ("last", LAST)
-    changes = {"deepspeed": deepspeed(stage), "update__gradient_checkpointing": stage == 3}
+    changes = {"deepspeed": deepspeed(stage), "gradient_checkpointing": stage == 3}
     changes["rollout__merge_adapters"] = stage == 3
     # now and then one of the two has no sequence left for a pass
-    changes["update__micro_batch_tokens"] = 1 if stage % 2 else 160
+    changes["batch__micro_batch_tokens"] = 1 if stage % 2 else 160
     processes.complete(2, write(tmp_path, prompts, runs["sft"], runs[reward], tuning=tuning, **changes))
     found, expected = metrics(tmp_path / "run"), metrics(single[layers] / "run")
     assert any(line["answer_tokens"] % 1 for line in expected if "kl_coef" in line), "unequal lengths are the point"

@@ -277,13 +277,15 @@ def _reward(config: RewardConfig, world: int, coming: PendingRuns) -> Rows:
     ]
     rows += [("loss", config.loss.name)]
     rows += _data("data.train", config.data.train, config.data.eval, ("ranking",))
-    rows += [("reference", _described(d)) for d in open_all(config.reference, ("demonstration",), "reference")]
+    rows += [
+        ("reference", _described(d)) for d in open_all(config.data.demonstrations, ("demonstration",), "reference")
+    ]
     rows += [("steps", _steps(config.batch, config.data.train, ("ranking",)))]
     return [*rows, ("batch", _batch(config.batch, world))]
 
 
 def _ppo(config: PPOConfig, world: int, coming: PendingRuns) -> Rows:
-    rollout, update = config.rollout, config.update
+    rollout, batch = config.rollout, config.batch
     rows = [("policy", _model(config.model, ("sft", "ppo"), coming)), ("tuning", _tuning("tuning", config.tuning))]
     limit = config.model.max_length or _positions(config.model, coming)
     if limit is not None and rollout.max_new_tokens >= limit:
@@ -292,7 +294,7 @@ def _ppo(config: PPOConfig, world: int, coming: PendingRuns) -> Rows:
         )
     rows += [("sampler", _sampler(rollout.sampler))]
     step = rollout.sampler.options.get("step", "eager")
-    compiled = {"update.compile": update.compile, f"rollout.sampler: step `{step}`": step != "eager"}
+    compiled = {"compile": config.compile, f"rollout.sampler: step `{step}`": step != "eager"}
     stage_3 = config.deepspeed and _zero(config, world).startswith("ZeRO stage 3")
     for option in (name for name, given in compiled.items() if given and stage_3):
         raise UserError(
@@ -310,8 +312,8 @@ def _ppo(config: PPOConfig, world: int, coming: PendingRuns) -> Rows:
     rows.append(("updates", f"{config.updates:,}"))
     answers = f"{rollout.prompts_per_update:,} prompts x {rollout.samples_per_prompt} answers"
     rows.append(("episodes per update", f"{episodes:,} = {answers}"))
-    steps = update.epochs * update.minibatches
-    rows.append(("optimizer steps", f"{steps * config.updates:,} ({steps} an update, {update.epochs} epochs)"))
+    steps = batch.epochs * batch.minibatches
+    rows.append(("optimizer steps", f"{steps * config.updates:,} ({steps} an update, {batch.epochs} epochs)"))
     return rows
 
 

@@ -6,7 +6,7 @@ files; `rlhf.cli.preflight` checks what depends on the disk.
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
@@ -62,13 +62,11 @@ class LogConfig(Strict):
     """Where metrics go besides metrics.jsonl; each needs its own package."""
 
 
-class OptimizerConfig(Strict):
-    lr: Rate = 1e-5
-    """Peak learning rate."""
+class AdamWConfig(Strict):
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
-    """How the rate falls from its peak to zero (`constant` stays)."""
+    """How the learning rate falls from its peak to zero (`constant` stays)."""
     warmup: Fraction = 0.03
-    """Share of all steps over which the rate climbs to its peak."""
+    """Fraction of all steps (updates in PPO) over which the learning rate climbs to its peak."""
     weight_decay: Weight = 0.0
     """AdamW's decoupled weight decay."""
     betas: tuple[Fraction, Fraction] = (0.9, 0.999)
@@ -77,6 +75,11 @@ class OptimizerConfig(Strict):
     """AdamW's epsilon."""
     max_grad_norm: Rate = 1.0
     """Gradients are clipped to this global norm."""
+
+
+class OptimizerConfig(AdamWConfig):
+    lr: Rate = 1e-5
+    """Peak learning rate."""
 
 
 class BatchConfig(Strict):
@@ -90,21 +93,43 @@ class BatchConfig(Strict):
     """Records per forward pass and process; the rest of a batch is accumulated."""
     group_by_length: bool = True
     """Batch records of similar length, so that less is padded. The order stays random between groups."""
-    gradient_checkpointing: bool = False
-    """Recompute activations in the backward pass: less memory, about a third more time."""
+
+
+class EvalConfig(Strict):
+    every: Positive = 100
+    """Steps between evaluations on the held-out records; the checkpoint with the lowest loss becomes the result."""
 
 
 class StageConfig(Strict):
     run: Annotated[str, Field(min_length=1)]
     """The run folder to make."""
+    model: ModelConfig
     seed: Count = 0
     """Seeds every random choice."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Of the computation; `auto` is bfloat16 where the GPU has it, float32 elsewhere. Weights of the optimizer stay
+    """Compute dtype. `auto`: bfloat16 if the GPU supports it, else float32. Optimizer (master) weights are always
     float32."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, about a third more time."""
     deepspeed: str | None = None
     """A DeepSpeed JSON (see configs/deepspeed). Several processes without one use ZeRO stage 0."""
     timeout_seconds: Positive = 600
     """How long a collective operation waits for a rank that does not answer before the run ends."""
     checkpoints: CheckpointConfig = CheckpointConfig()
     log: LogConfig = LogConfig()
+
+    renamed_keys: ClassVar[dict[str, str]] = {}
+    """Old key -> new key, for the error that refuses the old one."""
+
+
+class SupervisedConfig(StageConfig):
+    """What SFT and the reward model share: epochs over a fixed table of records."""
+
+    batch: BatchConfig = BatchConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    eval: EvalConfig = EvalConfig()
+
+    renamed_keys: ClassVar[dict[str, str]] = {
+        "eval_every": "eval.every",
+        "batch.gradient_checkpointing": "gradient_checkpointing",
+    }

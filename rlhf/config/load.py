@@ -103,12 +103,25 @@ def _fault(kind: type[BaseModel], error: Any) -> str:
     if error["type"] == "extra_forbidden":
         parent = _model_at(kind, error["loc"][:-1])
         valid = parent.model_fields if parent else []
+        if (new := _new_key(kind, where, error["input"])) is not None:
+            return f"{where}: this key has a new name; {new}"
         return f"{where}: unknown key; {nearest(str(error['loc'][-1]), valid)}"
     if error["type"] == "missing":
         return f"{where}: missing; it has no default"
     text = error["msg"].removeprefix("Value error, ")
     got = "" if error["type"] == "value_error" else f", got {error['input']!r}"
     return f"{where + ': ' if where else ''}{text}{got}"
+
+
+def _new_key(kind: type[BaseModel], where: str, value: Any) -> str | None:
+    """What to write in the place of a key that was renamed, or of a group whose keys were; None for other keys."""
+    renamed: dict[str, str] = getattr(kind, "renamed_keys", {})
+    if where in renamed:
+        return f"write `{renamed[where]}`"
+    moved = {old: new for old, new in renamed.items() if old.startswith(f"{where}.")}
+    if isinstance(value, dict):
+        moved = {old: new for old, new in moved.items() if old.removeprefix(f"{where}.") in value} or moved
+    return "write " + ", ".join(f"`{new}` for `{old}`" for old, new in moved.items()) if moved else None
 
 
 def _model_at(kind: type[BaseModel] | None, location: tuple[Any, ...]) -> type[BaseModel] | None:

@@ -72,9 +72,8 @@ class TracedModel:
         self.autocast, self.divided = halves and not divided, divided
         self.roles = roles(config)
         self.shared = any(role.shares for role in self.roles)
-        self._found = {role.path: architecture(config.model, role.path, base) for role in self.roles}  # type: ignore[attr-defined]
-        group = getattr(config, "update", None) or getattr(config, "batch", None)
-        self.checkpointing = bool(group and group.gradient_checkpointing)
+        self._found = {role.path: architecture(config.model, role.path, base) for role in self.roles}
+        self.checkpointing = config.gradient_checkpointing
 
     def toward(self, other: TracedModel, work: BatchShape) -> TracedModel:
         """The passes for some other work, on the line to passes with more sequences in each batch."""
@@ -125,7 +124,7 @@ class TracedModel:
                 text.layer_types = text.layer_types[:depth]
         found.use_cache, found.num_labels = False, 1
         kind = transformers.AutoModelForSequenceClassification if role.scalar else transformers.AutoModelForCausalLM
-        wanted = self.config.model.attn_implementation  # type: ignore[attr-defined]
+        wanted = self.config.model.attn_implementation
         # What holds no matrix of weights between all tokens counts as sdpa does, whether it is installed here or not.
         options = {"attn_implementation": wanted if wanted in (None, "eager") else "sdpa"}
         with torch.device("meta"):

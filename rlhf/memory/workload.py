@@ -112,8 +112,8 @@ def batch_shape(
         new = config.rollout.max_new_tokens
         prompt = max(1, min(longest or config.data.max_prompt_tokens, limit - new))
         episodes = config.rollout.prompts_per_update * config.rollout.samples_per_prompt
-        share = math.ceil(math.ceil(episodes / config.update.minibatches) / processes)
-        rows = min(share, max(1, config.update.micro_batch_tokens // (prompt + new)))
+        share = math.ceil(math.ceil(episodes / config.batch.minibatches) / processes)
+        rows = min(share, max(1, config.batch.micro_batch_tokens // (prompt + new)))
         mine = math.ceil(episodes / processes)
         return BatchShape(
             rows, prompt + new, rows * new, math.ceil(share / rows), min(mine, config.rollout.batch_size), prompt,
@@ -129,5 +129,4 @@ def batch_shape(
 
 def limit_of(config: StageConfig, passes_base: str | None = None) -> int:
     """The longest sequence of a config's first model."""
-    model: ModelConfig = config.model  # type: ignore[attr-defined]
-    return sequence_limit(model, architecture(model, model.path, passes_base))
+    return sequence_limit(config.model, architecture(config.model, config.model.path, passes_base))

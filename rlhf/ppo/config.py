@@ -2,11 +2,22 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from rlhf.config.base import Count, Fraction, ModelConfig, Paths, Positive, Rate, StageConfig, Strict, Weight
+from rlhf.config.base import (
+    AdamWConfig,
+    Count,
+    Fraction,
+    ModelConfig,
+    Paths,
+    Positive,
+    Rate,
+    StageConfig,
+    Strict,
+    Weight,
+)
 from rlhf.core.table import Pick
 from rlhf.models.tuning import TUNING
 from rlhf.ppo.advantages import ADVANTAGES
@@ -37,6 +48,8 @@ class CriticConfig(Strict):
     """Start from the trained reward model, or from the policy with a new value head."""
     tuning: Annotated[Pick, TUNING] = TUNING.pick("full")
     """What is trained besides the value head."""
+    warmup_updates: Count = 0
+    """Updates at the start in which only the critic learns."""
 
 
 class RolloutConfig(Strict):
@@ -66,7 +79,7 @@ class RolloutConfig(Strict):
     max_importance_weight: Annotated[float, Field(ge=1)] | None = 2.0
     """Where a sampler reports its own log-probs (`transformers`, `vllm`), each token's policy loss is multiplied by
     exp(trainer's - sampler's log-prob), cut at this (truncated importance sampling, Yao et al. 2025); `null` is off.
-    Of no concern to `hf`, which computes as the trainer does."""
+    Unused by the `hf` sampler, whose log-probs equal the trainer's."""
 
     @model_validator(mode="after")
     def _parts_fit(self) -> RolloutConfig:
@@ -119,9 +132,11 @@ class PPOLossConfig(Strict):
     """Weight of the instruction-tuning loss (gamma in InstructGPT eq. 2)."""
     ptx_batch_size: Positive = 8
     """Demonstrations per optimizer step in the ptx term, over all processes."""
+    target_kl: Rate | None = None
+    """Stop the epochs of an update once the KL (k3) between the new policy and the rollout's exceeds this."""
 
 
-class PPOUpdateConfig(Strict):
+class PPOBatchConfig(Strict):
     epochs: Positive = 4
     """Passes over the episodes of one update."""
     minibatches: Positive = 4
@@ -129,37 +144,24 @@ class PPOUpdateConfig(Strict):
     micro_batch_tokens: Positive = 2048
     """Most tokens, padding included, in one forward pass of one process; longer sequences go alone."""
     packing: bool | None = None
-    """Put the sequences of a micro-batch into one row, without padding. When left out, wherever the attention has
+    """Put the sequences of a micro-batch into one row, without padding. When left out: on with an attention of
     variable lengths (`flash_attention_2`, ...), and with `sdpa` on a CPU, where it is called for each sequence. `eager`
-    keeps them apart too, but by a mask that costs more than padding of similar lengths does."""
-    target_kl: Rate | None = None
-    """Stop the epochs of an update once the KL (k3) between the new policy and the rollout's passes this."""
-    compile: bool = False
-    """Compile the layers of policy and critic (torch.compile, one graph for all lengths): up to a minute at the start,
-    then faster passes. The first ratio may then be 1 to rounding only. Not under ZeRO stage 3."""
-    critic_warmup: Count = 0
-    """Updates at the start in which only the critic learns."""
-    gradient_checkpointing: bool = False
-    """Recompute activations in the backward pass: less memory, about a third more time."""
+    can pack too, but its mask costs more than padding of similar lengths does."""
 
 
-class PPOOptimizerConfig(Strict):
+class PPOOptimizerConfig(AdamWConfig):
     policy_lr: Rate = 1e-6
     """The policy's peak learning rate."""
     critic_lr: Rate = 5e-6
     """The critic's peak learning rate."""
     schedule: Literal["cosine", "linear", "constant"] = "linear"
-    """How both rates fall to zero over the updates."""
+    """How both learning rates fall to zero over the updates (`constant` stays)."""
     warmup: Fraction = 0.0
-    """Share of the updates over which the rates climb to their peak."""
-    weight_decay: Weight = 0.0
-    """AdamW's decoupled weight decay."""
+    """Fraction of the updates over which the learning rates climb to their peak."""
     betas: tuple[Fraction, Fraction] = (0.9, 0.95)
     """AdamW's two decay rates."""
     eps: Rate = 1e-5
     """AdamW's epsilon (1e-5 in OpenAI's implementation)."""
-    max_grad_norm: Rate = 1.0
-    """Gradients of policy and critic together are clipped to this norm."""
 
 
 class PPOEvalConfig(Strict):
@@ -186,16 +188,30 @@ class PPOConfig(StageConfig):
     advantage: Annotated[Pick, ADVANTAGES] = ADVANTAGES.pick("gae")
     """A row of the table of advantage estimators with its options; those without a critic allocate none."""
     loss: PPOLossConfig = PPOLossConfig()
-    update: PPOUpdateConfig = PPOUpdateConfig()
+    batch: PPOBatchConfig = PPOBatchConfig()
     optimizer: PPOOptimizerConfig = PPOOptimizerConfig()
     eval: PPOEvalConfig = PPOEvalConfig()
+    compile: bool = False
+    """Compile the layers of policy and critic (torch.compile, one graph for all lengths): up to a minute at the start,
+    then faster passes. The first ratio may then be 1 to rounding only. Not under ZeRO stage 3."""
+
+    renamed_keys: ClassVar[dict[str, str]] = {
+        "update.epochs": "batch.epochs",
+        "update.minibatches": "batch.minibatches",
+        "update.micro_batch_tokens": "batch.micro_batch_tokens",
+        "update.packing": "batch.packing",
+        "update.target_kl": "loss.target_kl",
+        "update.compile": "compile",
+        "update.critic_warmup": "critic.warmup_updates",
+        "update.gradient_checkpointing": "gradient_checkpointing",
+    }
 
     @model_validator(mode="after")
     def _parts_fit(self) -> PPOConfig:
         faults = []
         episodes = self.rollout.prompts_per_update * self.rollout.samples_per_prompt
-        if self.update.minibatches > episodes:
-            faults.append(f"update.minibatches {self.update.minibatches} is above the {episodes} episodes")
+        if self.batch.minibatches > episodes:
+            faults.append(f"batch.minibatches {self.batch.minibatches} is above the {episodes} episodes")
         least = self.advantage.row.traits["min_group"]
         if self.rollout.samples_per_prompt < least:
             faults.append(f"advantage {self.advantage.name!r} needs rollout.samples_per_prompt >= {least}")
@@ -227,8 +243,8 @@ class PPOConfig(StageConfig):
                 faults.append(f"{key}: {pick.name!r} with model.sharing `shared`, which needs `lora` or `qlora`")
             elif pick.name != self.tuning.name:
                 faults.append(f"{key}: {pick.name!r} beside tuning {self.tuning.name!r}: they lie over one base")
-        if self.update.compile:
-            faults.append("update.compile: not with model.sharing `shared`, whose layers change their adapters")
+        if self.compile:
+            faults.append("compile: not with model.sharing `shared`, whose layers change their adapters")
         return faults
 
     @property

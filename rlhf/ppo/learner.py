@@ -94,7 +94,7 @@ class Learner:
         Raises:
             UserError: A loss or gradient is not finite. Nothing has been changed by that minibatch.
         """
-        warming = number < self.config.update.critic_warmup and self.config.needs_critic
+        warming = number < self.config.critic.warmup_updates and self.config.needs_critic
         steps: list[StepSums] = []
         norms: list[float] = []
         epochs = 0
@@ -110,7 +110,7 @@ class Learner:
                 norms.append(self.engine.step(rate))
             epochs += 1
             steps += StepSums.of(figures)
-            target = self.config.update.target_kl
+            target = self.config.loss.target_kl
             if target is not None and steps[-1].kl_k3 / steps[-1].tokens > target:
                 break
         return _figures(steps) | {"grad_norm": sum(norms) / len(norms), "epochs": epochs, "optimizer_steps": len(steps)}

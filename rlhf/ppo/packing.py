@@ -51,8 +51,8 @@ def packs(engine: Engine, reference: Any, vocab_size: int, wanted: bool | None) 
             switch(model, PACKED, "sdpa")
     if wanted and not apart:
         raise UserError(
-            f"update.packing: with attention {attention!r}, {type(policy).__name__} lets packed sequences see others",
-            remedy="Leave update.packing out: padding of similar lengths costs little.",
+            f"batch.packing: with attention {attention!r}, {type(policy).__name__} lets packed sequences see others",
+            remedy="Leave batch.packing out: padding of similar lengths costs little.",
         )
     return apart
 

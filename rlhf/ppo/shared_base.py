@@ -196,7 +196,7 @@ def build(config: PPOConfig, roles: SharedRoles, chat: ChatTokenizer) -> tuple[S
     for role, rate in (("policy", config.optimizer.policy_lr), ("critic", config.optimizer.critic_lr)):
         trained = [*module.adapter(role), *(module.heads[role].parameters() if role in module.heads else [])]
         groups.append({"params": [parameter.requires_grad_(True) for parameter in trained], "lr": rate})
-    if config.update.gradient_checkpointing:
+    if config.gradient_checkpointing:
         policy.train()  # transformers recomputes in training mode alone; it changes nothing else, dropout is off
         recompute_activations(policy, use_reentrant=False, context_fn=module.recompute)
     return module, groups

@@ -59,7 +59,7 @@ def _compiled() -> NextLogits:
 
 
 def _call_compiled(model: Any, ids: Tensor, mask: Tensor, positions: Tensor, cache: Any) -> Tensor:
-    # whoever keeps other compiled parts (`update.compile`) eager in a rollout does not mean this one
+    # whoever keeps other compiled parts (`compile`) eager in a rollout does not mean this one
     with torch.compiler.set_stance("default"), torch._dynamo.config.patch(recompile_limit=MOST_GRAPHS):
         return _compiled()(model, ids, mask, positions, cache)
 

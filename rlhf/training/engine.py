@@ -15,10 +15,10 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from rlhf import distributed
+from rlhf.config.base import AdamWConfig
 from rlhf.core.errors import UserError
 from rlhf.distributed.deepspeed_config import SET_BY_US, read_deepspeed
 from rlhf.models.load import compute_dtype
-from rlhf.ppo.config import PPOOptimizerConfig
 from rlhf.runs.checkpoint import world_size_of
 
 
@@ -57,7 +57,7 @@ class Engine:
 
     stage = 0
 
-    def __init__(self, module: nn.Module, groups: list[dict[str, Any]], config: PPOOptimizerConfig, precision: str):
+    def __init__(self, module: nn.Module, groups: list[dict[str, Any]], config: AdamWConfig, precision: str):
         self.module = self._placed(module)
         self.config = config
         self.dtype = compute_dtype(precision)
@@ -148,7 +148,7 @@ class DeepSpeedEngine(Engine):
         self,
         module: nn.Module,
         groups: list[dict[str, Any]],
-        config: PPOOptimizerConfig,
+        config: AdamWConfig,
         precision: str,
         settings: dict[str, Any],
     ) -> None:
@@ -257,7 +257,7 @@ class DeepSpeedEngine(Engine):
 
 
 def make_engine(
-    module: nn.Module, groups: Sequence[dict[str, Any]], config: PPOOptimizerConfig, precision: str, path: str | None
+    module: nn.Module, groups: Sequence[dict[str, Any]], config: AdamWConfig, precision: str, path: str | None
 ) -> Engine:
     """The engine for the DeepSpeed JSON at `path`; without one, plain torch for one process, ZeRO 0 for several."""
     kept = [group for group in groups if group["params"]]

@@ -20,20 +20,19 @@ from transformers import PrinterCallback, Trainer, TrainerState, TrainingArgumen
 from transformers.trainer_utils import IntervalStrategy
 
 from rlhf import distributed
+from rlhf.config.base import SupervisedConfig
 from rlhf.core.console import is_main, say
 from rlhf.core.errors import UserError
 from rlhf.distributed.deepspeed_config import read_deepspeed
 from rlhf.models.load import compute_dtype, recompute_activations
 from rlhf.models.merging import put_trained_state, trained_state
 from rlhf.models.scalar import ScalarModel
-from rlhf.reward.config import RewardConfig
 from rlhf.runs.checkpoint import rng_state, set_rng_state, world_size_of
 from rlhf.runs.run import Run
-from rlhf.sft.config import SFTConfig
 from rlhf.training.epoch_order import EpochSampler
 from rlhf.training.reporter import Reporter
 
-Config = SFTConfig | RewardConfig
+Config = SupervisedConfig
 A = TypeVar("A", bound=TrainingArguments)
 
 SCHEDULES = {"cosine": "cosine", "linear": "linear", "constant": "constant_with_warmup"}
@@ -88,7 +87,7 @@ def training_arguments(config: Config, run: Run, cls: type[A] = TrainingArgument
         "logging_steps": config.log.every,
         "logging_nan_inf_filter": False,
         "save_steps": config.checkpoints.every,
-        "eval_steps": config.eval_every,
+        "eval_steps": config.eval.every,
         "metric_for_best_model": "eval_loss",
         "greater_is_better": False,
         "report_to": list(config.log.report_to) or "none",
@@ -151,7 +150,7 @@ class StageTrainer(Trainer):
         steps = math.ceil(config.batch.epochs * math.ceil(len(parts["train_dataset"]) / config.batch.batch_size))
         args.max_steps = config.batch.max_steps or steps
         args.warmup_steps = int(config.optimizer.warmup * args.max_steps)
-        if config.batch.gradient_checkpointing:
+        if config.gradient_checkpointing:
             checkpoint_activations(parts["model"], _zero_stage(args) == 3)
         super().__init__(eval_dataset=held_out, **parts)
         args.eval_strategy = IntervalStrategy.STEPS if held_out is not None else IntervalStrategy.NO
