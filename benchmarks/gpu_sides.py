@@ -166,11 +166,11 @@ def ours(spec: dict[str, Any], notes: Notes) -> None:
     while notes.time_for_another():
         decoding.clear()
         figures = stage.update(len(notes.result["updates"]))
-        if figures["answer_tokens"] != spec["new_tokens"]:
-            raise SystemExit(f"answers of {figures['answer_tokens']} tokens, not {spec['new_tokens']}")
-        phases = {phase: figures[f"seconds_{phase}"] for phase in PHASES}
-        ratio = [figures["first_ratio_min"], figures["first_ratio_max"]]
-        notes.update(phases=phases, peak_gb=dict(peaks), ratio=ratio, kl=figures["kl"], **decoding.figures)
+        if figures["rollout/response_length"] != spec["new_tokens"]:
+            raise SystemExit(f"answers of {figures['rollout/response_length']} tokens, not {spec['new_tokens']}")
+        phases = {phase: figures[f"time/{phase}"] for phase in PHASES}
+        ratio = [figures["policy/first_ratio_min"], figures["policy/first_ratio_max"]]
+        notes.update(phases=phases, peak_gb=dict(peaks), ratio=ratio, kl=figures["objective/kl"], **decoding.figures)
 
 
 def steps(spec: dict[str, Any], notes: Notes) -> None:

@@ -99,12 +99,12 @@ def ours(spec: dict[str, Any]) -> dict[str, Any]:
     stage.train()
     distributed.stop()
     lines = [json.loads(line) for line in (Path(spec["run"]) / "metrics.jsonl").read_text("utf-8").splitlines()]
-    updates = [line for line in lines if "kl_coef" in line]
+    updates = [line for line in lines if "objective/kl_coef" in line]
     return watch.result(
-        phases={phase: [u[f"seconds_{phase}"] for u in updates][1:] for phase in ("rollout", "score", "learn")},
-        tokens=[u["answer_tokens"] * spec["episodes"] for u in updates][1:],
-        scores=[u["score"] for u in updates],
-        kl=[u["kl"] for u in updates],
+        phases={phase: [u[f"time/{phase}"] for u in updates][1:] for phase in ("rollout", "score", "learn")},
+        tokens=[u["rollout/response_length"] * spec["episodes"] for u in updates][1:],
+        scores=[u["objective/scores"] for u in updates],
+        kl=[u["objective/kl"] for u in updates],
     )
 
 

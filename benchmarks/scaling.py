@@ -161,7 +161,7 @@ def free_port() -> int:
 
 def seconds(found: dict[str, Any], phase: str) -> float:
     """Of the clock in a phase, median over the updates but the first."""
-    return statistics.median(update["figures"][f"seconds_{phase}"] for update in found["updates"][1:])
+    return statistics.median(update["figures"][f"time/{phase}"] for update in found["updates"][1:])
 
 
 # ---- processes -----------------------------------------------------------------------------------------------------

@@ -15,7 +15,6 @@ import typer
 
 from rlhf.cli.entry import ConfigFile, Overrides
 from rlhf.cli.stage_configs import STAGES
-from rlhf.config.base import StageConfig
 from rlhf.config.load import check_config, override_values, read_values
 from rlhf.core.console import say, table
 from rlhf.core.errors import UserError, nearest

@@ -159,8 +159,13 @@ class PPO:
         with clock("learn"):
             learned = self.learner.learn(experience, advantages, batcher.over(experience.trunk), plans, number, rate)
         figures = describe(experience, scores, rewards, advantages.returns)
-        self.controller.update(figures["kl"], len(mask))
-        return figures | {"kl_coef": coef, "lr": rate * config.optimizer.policy_lr} | learned | clock.figures(rollout)
+        self.controller.update(figures["objective/kl"], len(mask))
+        return (
+            figures
+            | {"objective/kl_coef": coef, "optimizer/lr": rate * config.optimizer.policy_lr}
+            | learned
+            | clock.figures(rollout)
+        )
 
     def draw(self, number: int) -> Prompts:
         """Phase 1: the table in a new random order each pass. Follows from seed and number, so it needs no state."""
@@ -345,25 +350,25 @@ def describe(experience: Experience, scores: Tensor, rewards: Tensor, returns: T
     mask, lengths = experience.rollout.response_mask, experience.rollout.lengths.float()
     pair = (experience.logprobs, experience.ref_logprobs)
     figures = {
-        "score": float(experience.scores.mean()),
-        "score_std": float(experience.scores.std(correction=0)),
-        "shaped_score": float(scores.mean()),
-        "reward": float(masked_sum(rewards, mask)) / len(mask),
-        "kl": float(masked_sum(kl.k1(*pair), mask)) / len(mask),
-        "kl_k3": float(masked_sum(kl.k3(*pair), mask)) / len(mask),
-        "rollout_entropy": experience.entropy,
-        "answer_tokens": float(lengths.mean()),
-        "eos_rate": float(experience.rollout.ended.float().mean()),
+        "objective/scores": float(experience.scores.mean()),
+        "objective/scores_std": float(experience.scores.std(correction=0)),
+        "objective/shaped_scores": float(scores.mean()),
+        "objective/rlhf_reward": float(masked_sum(rewards, mask)) / len(mask),
+        "objective/kl": float(masked_sum(kl.k1(*pair), mask)) / len(mask),
+        "objective/kl_k3": float(masked_sum(kl.k3(*pair), mask)) / len(mask),
+        "objective/entropy": experience.entropy,
+        "rollout/response_length": float(lengths.mean()),
+        "rollout/eos_rate": float(experience.rollout.ended.float().mean()),
     }
     if (importance := experience.importance) is not None:
         figures |= {
-            "sampler_gap_mean": float(importance.gap_mean),
-            "sampler_gap_max": float(importance.gap_max),
-            "importance_truncated": float(importance.truncated),
+            "rollout/sampler_gap_mean": float(importance.gap_mean),
+            "rollout/sampler_gap_max": float(importance.gap_max),
+            "rollout/importance_truncated": float(importance.truncated),
         }
     if experience.values is not None and returns is not None:
         explained = float(explained_variance(experience.values, returns, mask))
-        figures["explained_variance"] = explained if explained == explained else 0.0  # returns without variance
+        figures["val/explained_variance"] = explained if explained == explained else 0.0  # returns without variance
     return figures
 
 

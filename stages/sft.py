@@ -58,7 +58,7 @@ def run(config: SFTConfig, resume: bool = False, overwrite: bool = False) -> Non
     # 4. the result: the weights of the best checkpoint
     save_result(folder.path, trainer.model, chat, config.tuning)
     best = trainer.state.best_metric
-    metrics = {} if best is None else {"eval_loss": best, "eval_perplexity": perplexity(best)}
+    metrics = {} if best is None else {"eval/loss": best, "eval/perplexity": perplexity(best)}
     finish(folder, step=trainer.best_step, metrics=metrics)
     memory.report(config, limit if config.batch.packing else max(tables.train["length"]))
 
@@ -72,9 +72,9 @@ def pack(table: Any, limit: int, model: Any) -> Any:
     attention = model.config._attn_implementation
     if attention not in VARLEN:
         raise UserError(
-            f"packing: the attention implementation is {attention!r}",
+            f"batch.packing: the attention implementation is {attention!r}",
             "It would let the demonstrations that share a row see each other.",
-            "Set model.attn_implementation=flash_attention_2 (needs a GPU and flash-attn), or packing=false.",
+            "Set model.attn_implementation=flash_attention_2 (needs a GPU and flash-attn), or batch.packing=false.",
         )
     return pack_dataset(table.select_columns(["input_ids", "labels"]), limit, "bfd")
 

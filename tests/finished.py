@@ -60,7 +60,7 @@ def sft(path: Path, tuning: Any = "full", model: str | None = None, seed: int = 
     """A finished SFT run whose weights differ from the model it started from."""
     model = model or tiny.llama()
     config = SFTConfig(run=str(path), model={"path": model}, data={"train": "demos"}, tuning=tuning)
-    return _finish(config, "sft", [model], {"eval_loss": 1.25, "eval_perplexity": 3.5}, seed)
+    return _finish(config, "sft", [model], {"eval/loss": 1.25, "eval/perplexity": 3.5}, seed)
 
 
 def ppo(path: Path, parent: str, reward: str, seed: int = 2, **rollout: Any) -> str:
@@ -69,7 +69,7 @@ def ppo(path: Path, parent: str, reward: str, seed: int = 2, **rollout: Any) -> 
         run=str(path), model={"path": parent}, data={"prompts": "prompts"}, updates=1,
         reward={"name": "model", "path": reward}, rollout={"max_new_tokens": 12, **rollout},
     )  # fmt: skip
-    return _finish(config, "ppo", [parent, reward], {"eval_score": 0.5, "by_source": {"a": 1}}, seed)
+    return _finish(config, "ppo", [parent, reward], {"eval/scores": 0.5, "by_source": {"a": 1}}, seed)
 
 
 def reward(

@@ -15,7 +15,7 @@ from rlhf.data.encode import Counts, encode_ranking
 from rlhf.data.store import open_dataset
 from rlhf.reward.config import RewardConfig
 
-TIMES = ("seconds", "tokens_per_second")
+TIMES = ("time/step", "throughput/train")
 
 
 def config(path: Path, data: str | dict[str, str], **values: Any) -> RewardConfig:
@@ -34,7 +34,7 @@ def metrics_of(run: str | Path) -> list[dict[str, Any]]:
 
 def steps(rows: list[dict[str, Any]], *names: str) -> torch.Tensor:
     """[steps, names] of the training lines."""
-    return torch.tensor([[row[name] for name in names] for row in rows if "loss" in row])
+    return torch.tensor([[row[name] for name in names] for row in rows if "train/loss" in row])
 
 
 def encoded(data: str, chat: ChatTokenizer, split: str = "eval") -> list[dict[str, Any]]:

@@ -73,7 +73,7 @@ def test_the_reward_stage_says_it_wherever_it_says_the_accuracy(
     assert "ceiling for accuracy" in printed and "ceiling 0.83" in printed.split("held out:")[1].splitlines()[0]
     assert info["metrics"].items() >= FIGURES.items()
     assert json.loads((Path(made.run) / "reward_metrics.json").read_text()).items() >= FIGURES.items()
-    assert {row["eval_ceiling"] for row in metrics_of(made.run) if "eval_loss" in row} == {0.83}
+    assert {row["eval/ceiling"] for row in metrics_of(made.run) if "eval/loss" in row} == {0.83}
 
 
 def test_it_goes_into_the_model_card(tmp_path: Path) -> None:

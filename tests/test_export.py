@@ -350,7 +350,7 @@ def test_the_card_tells_the_lineage_with_data_metrics_and_packages(folders: dict
     stages = [line.split(" | ")[0] for line in card.split("## Lineage")[1].split("##")[0].splitlines() if "`" in line]
     assert stages == ["| start", "| sft", "| reward", "| ppo"]
     assert "| sft | `demos` | demonstration | `dddddddddddddddd` |" in card
-    assert "| ppo | eval_score | 0.5 |" in card and "| reward | accuracy | 0.75 |" in card
+    assert "| ppo | eval/scores | 0.5 |" in card and "| reward | accuracy | 0.75 |" in card
     assert f"| torch | {torch.__version__} |" in card
     assert "temperature=0.7" in finished.python_block(card) and "max_new_tokens=12" in finished.python_block(card)
 

@@ -50,9 +50,9 @@ def on_gpu(*words):
 
 def check_update(figures):
     assert all(math.isfinite(value) for value in figures.values())
-    assert figures["grad_norm"] > 0
-    assert figures["first_ratio_min"] == pytest.approx(1, abs=0.02)
-    assert figures["first_ratio_max"] == pytest.approx(1, abs=0.02)
+    assert figures["optimizer/grad_norm"] > 0
+    assert figures["policy/first_ratio_min"] == pytest.approx(1, abs=0.02)
+    assert figures["policy/first_ratio_max"] == pytest.approx(1, abs=0.02)
 
 
 @pytest.mark.parametrize("precision", ["bfloat16", "float32"])
@@ -61,9 +61,9 @@ def test_a_ppo_update_begins_with_a_ratio_of_one_and_without_divergence(precisio
     assert {p.device.type for p in stage.engine.module.parameters()} == {"cuda"}
     figures = stage.update(0)
     check_update(figures)
-    assert abs(figures["kl"]) < 0.02
-    assert stage.update(1)["kl_k3"] > 0
-    assert figures["peak_memory_gb"] > 0
+    assert abs(figures["objective/kl"]) < 0.02
+    assert stage.update(1)["objective/kl_k3"] > 0
+    assert figures["memory/peak_gb"] > 0
 
 
 @pytest.mark.parametrize("step", ["eager", "compiled", "cuda_graph"])
@@ -119,7 +119,7 @@ def test_ppo_runs_under_zero_on_one_gpu(stage, precision, tmp_path, demos):
         "-m", "stages.ppo", "--config", str(file), f"deepspeed=configs/deepspeed/{stage}.json", f"precision={precision}"
     )
     lines = [json.loads(line) for line in (file.parent / "run" / "metrics.jsonl").read_text().splitlines()]
-    updates = [line for line in lines if "kl_coef" in line]
+    updates = [line for line in lines if "objective/kl_coef" in line]
     assert len(updates) == 2
     for figures in updates:
         check_update(figures)

@@ -35,9 +35,9 @@ if sys.argv[1:]:
 
 LAUNCHER = """
 import sys
-from rlhf.cli.entry import told
+from rlhf.cli.entry import exit_on_error
 from rlhf.distributed.launch import launch
-with told("Continue with: this"):
+with exit_on_error("Continue with: this"):
     launch("toy", sys.argv[1:], 2)
 """
 

@@ -35,7 +35,13 @@ def place(tmp_path, monkeypatch):
     tiny.write_rankings(tmp_path / "rankings", 12, 4)
     batch = {"batch_size": 4, "micro_batch_size": 4, "max_steps": 2}
     configs = {
-        "sft": {"run": "runs/sft", "model": {"path": "base"}, "data": {"train": "demos"}, "batch": batch, "samples": 1},
+        "sft": {
+            "run": "runs/sft",
+            "model": {"path": "base"},
+            "data": {"train": "demos"},
+            "batch": batch,
+            "eval": {"samples": 1},
+        },
         "reward": {"run": "runs/reward", "model": {"path": "runs/sft"}, "data": {"train": "rankings"}, "batch": batch},
         "ppo": {
             "run": "runs/ppo",

@@ -89,7 +89,7 @@ def test_two_updates_give_the_weights_of_ppo_written_out_by_hand(tmp_path, promp
             for part in torch.tensor(list(permutation(len(scores), config.seed, EPOCH, number, epoch))).tensor_split(2)
         ]
         learn(policy, critic, reference, optimizer, padded(rollout), scores, orders)
-        assert stage.update(number)["score"] == pytest.approx(sum(scores) / len(scores))
+        assert stage.update(number)["objective/scores"] == pytest.approx(sum(scores) / len(scores))
         for mine, theirs in ((stage.engine.module.policy, policy), (stage.engine.module.critic.model, critic)):
             for found, expected in zip(mine.parameters(), theirs.parameters(), strict=True):
                 assert torch.allclose(found, expected, atol=2e-5), "our weights are not those of the formulas"

@@ -110,7 +110,7 @@ def test_two_processes_give_the_single_process_metrics(stage, tokens, packing, s
     batch = {"epochs": 1, "minibatches": 2, "micro_batch_tokens": tokens, "packing": packing}
     complete(2, write_config(tmp_path, prompts, reward_model, deepspeed=settings, batch=batch))
     found, expected = metrics(tmp_path), metrics(single)
-    lengths = [line["answer_tokens"] for line in expected if "kl_coef" in line]
+    lengths = [line["rollout/response_length"] for line in expected if "objective/kl_coef" in line]
     assert any(length != int(length) for length in lengths), "answers of unequal length are the point"
     assert [line["step"] for line in found] == [line["step"] for line in expected]
     for mine, theirs in zip(found, expected):
@@ -132,12 +132,12 @@ def test_two_processes_sample_by_continuous_batching_and_weigh_its_log_probs(tmp
     settings = str(tiny.REPOSITORY / "configs" / "deepspeed" / "zero3.json")
     rollout = {"prompts_per_update": 7, "max_new_tokens": 14, "sampler": "transformers", "temperature": 0.8}
     complete(2, write_config(tmp_path, prompts, reward_model, deepspeed=settings, rollout=rollout))
-    lines = [line for line in metrics(tmp_path) if "kl_coef" in line]
+    lines = [line for line in metrics(tmp_path) if "objective/kl_coef" in line]
     assert len(lines) == 3
     for line in lines:
         # a log-prob that came to another token on the way would lie whole nats off
-        assert 0 < line["sampler_gap_mean"] <= line["sampler_gap_max"] < 1e-4
-        assert line["importance_truncated"] == 0
+        assert 0 < line["rollout/sampler_gap_mean"] <= line["rollout/sampler_gap_max"] < 1e-4
+        assert line["rollout/importance_truncated"] == 0
 
 
 def kill_when(process, seen):

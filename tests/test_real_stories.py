@@ -56,11 +56,11 @@ def test_the_reward_rises_clearly_within_30_updates_at_bounded_kl(seed, shared, 
     config = story_config(shared, tmp_path, seed, updates=30)
     run(config)
     lines = [json.loads(line) for line in (Path(config.run) / "metrics.jsonl").read_text().splitlines()]
-    updates = [line for line in lines if "kl_coef" in line]
-    first, last = [sum(u["score"] for u in part) / len(part) for part in (updates[:2], updates[-5:])]
-    held_out = [line["eval_score"] for line in lines if "eval_score" in line]
+    updates = [line for line in lines if "objective/kl_coef" in line]
+    first, last = [sum(u["objective/scores"] for u in part) / len(part) for part in (updates[:2], updates[-5:])]
+    held_out = [line["eval/scores"] for line in lines if "eval/scores" in line]
     seconds = sum(u[f"seconds_{phase}"] for u in updates for phase in ("rollout", "score", "learn"))
-    reached = [next((u["step"] for u in updates if u["score"] >= bar), None) for bar in (0.6, 0.74)]
+    reached = [next((u["step"] for u in updates if u["objective/scores"] >= bar), None) for bar in (0.6, 0.74)]
     record_property(
         "figures",
         f"stories, seed {seed}: share of sentences that name an animal {first:.3f} -> {last:.3f} (held out "
@@ -70,4 +70,4 @@ def test_the_reward_rises_clearly_within_30_updates_at_bounded_kl(seed, shared, 
     assert first < 0.2
     assert last > 0.6
     assert held_out[-1] > held_out[0] + 0.3
-    assert updates[-1]["kl"] < 30
+    assert updates[-1]["objective/kl"] < 30

@@ -93,7 +93,7 @@ def test_two_processes_under_zero_do_what_one_does(stage: int, tmp_path: Path, r
     launch(one, kill="new")
     launch(two, 2, kill="new")
     assert read_run(two.run)["processes"] == 2
-    names = ("loss", "grad_norm", "learning_rate", "tokens")
+    names = ("train/loss", "optimizer/grad_norm", "optimizer/lr", "train/tokens")
     torch.testing.assert_close(
         steps(metrics_of(two.run), *names), steps(metrics_of(one.run), *names), rtol=1e-3, atol=1e-4
     )
@@ -117,7 +117,8 @@ def test_two_processes_divide_by_the_weights_of_all_rankings(tmp_path: Path) -> 
     launch(one, kill="new")
     launch(two, 2, kill="new")
     torch.testing.assert_close(
-        steps(metrics_of(two.run), "loss", "grad_norm"), steps(metrics_of(one.run), "loss", "grad_norm"),
+        steps(metrics_of(two.run), "train/loss", "optimizer/grad_norm"),
+        steps(metrics_of(one.run), "train/loss", "optimizer/grad_norm"),
         rtol=1e-3, atol=1e-4,
     )  # fmt: skip
 

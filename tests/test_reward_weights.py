@@ -78,7 +78,7 @@ def test_the_loss_is_the_weighted_mean_by_plain_transformers(tmp_path: Path) -> 
             a, b, c = (model(torch.tensor([row["prompt"] + answer])).logits[0, 0] for answer in row["candidates"])
         gaps = [a - b, a - c, b - c] if row["ranks"] == [1, 2, 3] else [b - a, c - a]
         total += row["weight"] * float(sum(-F.logsigmoid(gap) for gap in gaps)) / len(gaps)
-    assert rows[0]["loss"] == pytest.approx(total / 24, rel=1e-5)
+    assert rows[0]["train/loss"] == pytest.approx(total / 24, rel=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -88,10 +88,15 @@ def test_a_ranking_of_weight_w_counts_as_w_rankings(values: dict[str, Any], tmp_
     """In the loss, in the gradient, and in the held-out loss after it."""
     data = weighted() + weighted("eval", 100)
     once, many = trained(tmp_path / "once", data, **values)[1], trained(tmp_path / "many", copied(data), **values)[1]
-    torch.testing.assert_close(steps(once, "loss", "grad_norm"), steps(many, "loss", "grad_norm"), rtol=1e-4, atol=1e-6)
-    assert once[-1]["eval_loss"] == pytest.approx(many[-1]["eval_loss"], rel=1e-5)
+    torch.testing.assert_close(
+        steps(once, "train/loss", "optimizer/grad_norm"),
+        steps(many, "train/loss", "optimizer/grad_norm"),
+        rtol=1e-4,
+        atol=1e-6,
+    )
+    assert once[-1]["eval/loss"] == pytest.approx(many[-1]["eval/loss"], rel=1e-5)
     plain = trained(tmp_path / "plain", [replace(item, weight=1.0) for item in data], **values)[1]
-    assert abs(plain[0]["loss"] / once[0]["loss"] - 1) > 1e-3  # the weights do matter in this data
+    assert abs(plain[0]["train/loss"] / once[0]["train/loss"] - 1) > 1e-3  # the weights do matter in this data
 
 
 def test_the_size_of_all_weights_does_not_matter(tmp_path: Path) -> None:
@@ -100,13 +105,18 @@ def test_the_size_of_all_weights_does_not_matter(tmp_path: Path) -> None:
     for scale in (1.0, 1 / 1024):
         data = [replace(item, weight=item.weight * scale) for item in weighted()]
         rows.append(trained(tmp_path / str(scale), data)[1])
-    torch.testing.assert_close(steps(rows[0], "loss", "grad_norm"), steps(rows[1], "loss", "grad_norm"))
+    torch.testing.assert_close(
+        steps(rows[0], "train/loss", "optimizer/grad_norm"), steps(rows[1], "train/loss", "optimizer/grad_norm")
+    )
 
 
 def test_accumulated_micro_batches_give_the_weighted_mean_of_the_whole_batch(tmp_path: Path) -> None:
     whole, parts = trained(tmp_path / "whole", weighted(), micro=12)[1], trained(tmp_path / "parts", weighted(), 1)[1]
     torch.testing.assert_close(
-        steps(whole, "loss", "grad_norm"), steps(parts, "loss", "grad_norm"), rtol=2e-4, atol=1e-5
+        steps(whole, "train/loss", "optimizer/grad_norm"),
+        steps(parts, "train/loss", "optimizer/grad_norm"),
+        rtol=2e-4,
+        atol=1e-5,
     )
 
 

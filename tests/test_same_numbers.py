@@ -63,9 +63,9 @@ def test_a_frozen_copy_gives_the_very_logits_of_the_model_in_training(folder):
 def test_the_kl_is_exactly_zero_and_the_ratio_one_before_anything_was_learned(tmp_path, prompts):
     stage = PPO(test_ppo.config(tmp_path / "run", prompts, precision="bfloat16"), resume=False, overwrite=False)
     figures = stage.update(0)
-    assert figures["kl"] == figures["kl_k3"] == 0.0
-    assert figures["first_ratio_min"] == figures["first_ratio_max"] == 1.0
-    assert stage.update(1)["kl_k3"] > 0
+    assert figures["objective/kl"] == figures["objective/kl_k3"] == 0.0
+    assert figures["policy/first_ratio_min"] == figures["policy/first_ratio_max"] == 1.0
+    assert stage.update(1)["objective/kl_k3"] > 0
 
 
 @pytest.fixture(scope="module")
@@ -111,7 +111,7 @@ def test_recomputed_activations_change_no_number(tmp_path, prompts):
         for layer in layers:
             layer.self_attn.register_forward_pre_hook(lambda *_, seen=seen: seen.append(torch.is_grad_enabled()))
         figures = stage.update(0)
-        assert figures["first_ratio_min"] == figures["first_ratio_max"] == 1.0
+        assert figures["policy/first_ratio_min"] == figures["policy/first_ratio_max"] == 1.0
         passes.append(sum(seen))
         weights.append([p.detach().clone() for p in stage.engine.module.parameters()])
     assert passes[1] == 2 * passes[0]
@@ -168,7 +168,7 @@ def test_the_entropy_has_a_gradient_where_its_bonus_has_a_weight(tmp_path, promp
         changes = {"loss__entropy_coef": coef, "reward": nothing, "kl__controller": {"name": "fixed", "coef": 0.0}}
         stage = PPO(test_ppo.config(tmp_path / str(coef), prompts, **changes), resume=False, overwrite=False)
         found[coef] = [stage.update(number) for number in range(2)]
-    assert found[0.0][0]["rollout_entropy"] == found[10.0][0]["rollout_entropy"]
-    assert found[0.0][0]["entropy"] > 0
-    assert found[10.0][0]["entropy"] > found[0.0][0]["entropy"]
-    assert found[10.0][1]["rollout_entropy"] > found[0.0][1]["rollout_entropy"]
+    assert found[0.0][0]["objective/entropy"] == found[10.0][0]["objective/entropy"]
+    assert found[0.0][0]["policy/entropy"] > 0
+    assert found[10.0][0]["policy/entropy"] > found[0.0][0]["policy/entropy"]
+    assert found[10.0][1]["objective/entropy"] > found[0.0][1]["objective/entropy"]

@@ -140,15 +140,15 @@ def test_a_model_that_transformers_cannot_page_is_refused(chat):
 def test_a_run_logs_how_far_the_samplers_log_probs_lie_from_the_trainers(tmp_path, prompts):
     run(config(tmp_path / "run", prompts, rollout__sampler=CONTINUOUS, rollout__temperature=0.7))
     for line in updates(tmp_path / "run"):
-        assert 0 < line["sampler_gap_mean"] <= line["sampler_gap_max"] < 1e-4
-        assert line["importance_truncated"] == 0
-        assert line["first_ratio_min"] == line["first_ratio_max"] == 1.0
+        assert 0 < line["rollout/sampler_gap_mean"] <= line["rollout/sampler_gap_max"] < 1e-4
+        assert line["rollout/importance_truncated"] == 0
+        assert line["policy/first_ratio_min"] == line["policy/first_ratio_max"] == 1.0
 
 
 @pytest.mark.parametrize("changes", [{}, {"rollout__sampler": CONTINUOUS, "rollout__max_importance_weight": None}])
 def test_without_log_probs_or_weights_nothing_is_weighed(changes, tmp_path, prompts):
     run(config(tmp_path / "run", prompts, **changes))
-    assert not any("importance_truncated" in line for line in updates(tmp_path / "run"))
+    assert not any("rollout/importance_truncated" in line for line in updates(tmp_path / "run"))
 
 
 def test_each_tokens_policy_loss_is_multiplied_by_its_weight(tmp_path, prompts):
@@ -164,7 +164,7 @@ def test_each_tokens_policy_loss_is_multiplied_by_its_weight(tmp_path, prompts):
     advantages = stage.config.advantage(experience.scores[:, None] * mask, experience.values, mask, None)
     figures = stage.learner.learn(weighed, advantages, batcher, plans, 0, 0.0)
     expected = -(advantages.advantages * weights).sum() / mask.sum()  # the ratio is 1
-    assert figures["policy_loss"] == pytest.approx(expected.item(), rel=1e-5)
+    assert figures["loss/policy"] == pytest.approx(expected.item(), rel=1e-5)
 
 
 @pytest.mark.slow
@@ -175,8 +175,8 @@ def test_a_resumed_run_with_continuous_batching_equals_the_uninterrupted_one(tmp
     stage.done = 1
     stage.save()
     run(config(tmp_path / "cut", prompts, rollout__sampler=CONTINUOUS), resume=True)
-    whole = [line for line in metrics(tmp_path / "whole") if "eval_score" not in line]
-    cut = [line for line in metrics(tmp_path / "cut") if "eval_score" not in line]
+    whole = [line for line in metrics(tmp_path / "whole") if "eval/scores" not in line]
+    cut = [line for line in metrics(tmp_path / "cut") if "eval/scores" not in line]
     assert json.dumps(cut) == json.dumps(whole)
 
 

@@ -198,9 +198,11 @@ def test_an_estimator_without_a_critic_shares_the_rest(tmp_path, runs, prompts):
 def test_the_reward_is_a_term_of_a_sum_too(tmp_path, runs, prompts):
     terms = [{"name": "model", "path": runs["over-sft"], "weight": 2.0}, {**FUNCTION, "weight": -1.0}]
     both = config(tmp_path / "both", prompts, runs["sft"], {"name": "sum", "terms": terms})
-    found = PPO(both, resume=False, overwrite=False).update(0)["score"]
+    found = PPO(both, resume=False, overwrite=False).update(0)["objective/scores"]
     alone = [
-        PPO(config(tmp_path / str(i), prompts, runs["sft"], reward), resume=False, overwrite=False).update(0)["score"]
+        PPO(config(tmp_path / str(i), prompts, runs["sft"], reward), resume=False, overwrite=False).update(0)[
+            "objective/scores"
+        ]
         for i, reward in enumerate([runs["over-sft"], FUNCTION])
     ]
     assert found == pytest.approx(2 * alone[0] - alone[1], abs=1e-5)
@@ -253,7 +255,7 @@ def test_merging_for_the_rollout_samples_the_same_and_leaves_the_weights_as_they
         before = {name: p.detach().clone() for name, p in policy.named_parameters()}
         answers.append([answer.ids for answer in stage.rollout(stage.draw(0)).answers])
         assert all(torch.equal(p, before[name]) for name, p in policy.named_parameters())
-        assert stage.update(0)["first_ratio_min"] == 1.0
+        assert stage.update(0)["policy/first_ratio_min"] == 1.0
         weights.append(before)
     for name, weight in weights[0].items():
         torch.testing.assert_close(weights[1][name], weight)
@@ -350,7 +352,9 @@ def test_reusing_the_trunk_changes_nothing(checkpointing, tmp_path, runs, prompt
         else:
             stage.engine.module.trunk.depth = 0
         stage.train()
-        assert all(line["first_ratio_min"] == line["first_ratio_max"] == 1.0 for line in metrics(made.run)[1:3])
+        assert all(
+            line["policy/first_ratio_min"] == line["policy/first_ratio_max"] == 1.0 for line in metrics(made.run)[1:3]
+        )
         found.append((metrics(made.run), adapters_of(made.run)))
     for mine, theirs in zip(found[0][0], found[1][0], strict=True):
         assert mine == pytest.approx(theirs, rel=1e-4, abs=1e-5)
@@ -379,7 +383,7 @@ def test_demonstrations_of_the_ptx_term_pass_through_all_layers(tmp_path, runs, 
         made = config(tmp_path / str(reuse), prompts, runs["sft"], runs["last"], tuning=LAST, **changes)
         stage = PPO(made, resume=False, overwrite=False)
         stage.engine.module.trunk.depth *= reuse
-        losses.append(stage.update(0)["ptx_loss"])
+        losses.append(stage.update(0)["loss/ptx"])
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
 
 

@@ -47,7 +47,9 @@ def test_two_processes_give_what_one_gives(stage, layers, single, tmp_path, runs
     changes["batch__micro_batch_tokens"] = 1 if stage % 2 else 160
     processes.complete(2, write(tmp_path, prompts, runs["sft"], runs[reward], tuning=tuning, **changes))
     found, expected = metrics(tmp_path / "run"), metrics(single[layers] / "run")
-    assert any(line["answer_tokens"] % 1 for line in expected if "kl_coef" in line), "unequal lengths are the point"
+    assert any(line["rollout/response_length"] % 1 for line in expected if "objective/kl_coef" in line), (
+        "unequal lengths are the point"
+    )
     for mine, theirs in zip(found, expected, strict=True):
         assert mine == pytest.approx(theirs, rel=1e-4, abs=1e-5)
     plain = adapters_of(single[layers] / "run")

@@ -237,9 +237,12 @@ def test_a_run_with_shared_prompts_learns_the_same_from_fewer_tokens(
         reward.run(made)
         lines[shared] = metrics_of(made.run)
     torch.testing.assert_close(
-        steps(lines[True], "loss", "grad_norm"), steps(lines[False], "loss", "grad_norm"), rtol=2e-4, atol=1e-5
+        steps(lines[True], "train/loss", "optimizer/grad_norm"),
+        steps(lines[False], "train/loss", "optimizer/grad_norm"),
+        rtol=2e-4,
+        atol=1e-5,
     )
-    assert (steps(lines[True], "tokens") < 0.9 * steps(lines[False], "tokens")).all()
+    assert (steps(lines[True], "train/tokens") < 0.9 * steps(lines[False], "train/tokens")).all()
     assert "cannot share" not in capsys.readouterr().out
 
 

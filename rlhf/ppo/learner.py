@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -113,7 +113,11 @@ class Learner:
             target = self.config.loss.target_kl
             if target is not None and steps[-1].kl_k3 / steps[-1].tokens > target:
                 break
-        return _figures(steps) | {"grad_norm": sum(norms) / len(norms), "epochs": epochs, "optimizer_steps": len(steps)}
+        return _figures(steps) | {
+            "optimizer/grad_norm": sum(norms) / len(norms),
+            "optimizer/epochs": epochs,
+            "optimizer/steps": len(steps),
+        }
 
     def _minibatch(
         self,
@@ -188,11 +192,19 @@ def _figures(steps: Sequence[StepSums]) -> dict[str, float]:
     def mean(name: str) -> float:
         return sum(getattr(step, name) for step in steps) / tokens
 
-    names = {"kl_k1": "update_kl_k1", "kl_k3": "update_kl_k3", "clipped": "clip_fraction"}
-    summed = [f.name for f in fields(StepSums) if f.name not in ("tokens", "ratio_min", "ratio_max")]
-    figures = {names.get(name, name): mean(name) for name in summed}
-    figures |= {"ratio_min": min(s.ratio_min for s in steps), "ratio_max": max(s.ratio_max for s in steps)}
-    return figures | {"first_ratio_min": steps[0].ratio_min, "first_ratio_max": steps[0].ratio_max}
+    return {
+        "loss/policy": mean("policy_loss"),
+        "loss/value": mean("value_loss"),
+        "loss/ptx": mean("ptx_loss"),
+        "policy/entropy": mean("entropy"),
+        "policy/approx_kl": mean("kl_k3"),
+        "policy/approx_kl_k1": mean("kl_k1"),
+        "policy/clipfrac": mean("clipped"),
+        "policy/ratio_min": min(step.ratio_min for step in steps),
+        "policy/ratio_max": max(step.ratio_max for step in steps),
+        "policy/first_ratio_min": steps[0].ratio_min,
+        "policy/first_ratio_max": steps[0].ratio_max,
+    }
 
 
 def _not_finite(experience: Experience, share: RankBatches, where: str) -> UserError:

@@ -22,7 +22,7 @@ from rlhf.ppo.masked import masked_sum
 from rlhf.ppo.types import Experience, Rollout
 from rlhf.runs.run import Run
 
-TIMINGS = ("seconds_", "tokens_per_second_", "peak_memory_gb")
+TIMINGS = ("time/", "throughput/", "memory/")
 """Beginnings of the figures that differ between two runs of the same thing."""
 
 
@@ -71,9 +71,9 @@ class Clock:
     def figures(self, rollout: Rollout) -> dict[str, float]:
         """Seconds and tokens/s of each phase (answer tokens in the rollout, else all), peak memory in GB."""
         tokens = {phase: sum(rollout.totals) for phase in self.seconds} | {"rollout": int(rollout.lengths.sum())}
-        figures = {f"seconds_{phase}": seconds for phase, seconds in self.seconds.items()}
-        figures |= {f"tokens_per_second_{p}": tokens[p] / max(s, 1e-9) for p, s in self.seconds.items()}
-        return figures | {"peak_memory_gb": peak_memory_gb()}
+        figures = {f"time/{phase}": seconds for phase, seconds in self.seconds.items()}
+        figures |= {f"throughput/{p}": tokens[p] / max(s, 1e-9) for p, s in self.seconds.items()}
+        return figures | {"memory/peak_gb": peak_memory_gb()}
 
 
 def peak_memory_gb() -> float:
@@ -97,11 +97,19 @@ class Reporter:
         """Note the figures of an update; `done` counts it in."""
         if done % self.config.log.every == 0 or done == self.config.updates:
             self._log(done, figures)
-        shown = {"score": "score", "kl": "kl", "len": "answer_tokens", "eos": "eos_rate", "ent": "rollout_entropy"}
-        shown |= {"clip": "clip_fraction", "ev": "explained_variance", "grad": "grad_norm"}
+        shown = {
+            "score": "objective/scores",
+            "kl": "objective/kl",
+            "len": "rollout/response_length",
+            "eos": "rollout/eos_rate",
+            "ent": "objective/entropy",
+            "clip": "policy/clipfrac",
+            "ev": "val/explained_variance",
+            "grad": "optimizer/grad_norm",
+        }
         parts = [f"{short} {number(figures[name], 3)}" for short, name in shown.items() if name in figures]
-        seconds = sum(figures[f"seconds_{phase}"] for phase in ("rollout", "score", "learn"))
-        parts.append(f"{number(figures['tokens_per_second_rollout'], 3)} tok/s")
+        seconds = sum(figures[f"time/{phase}"] for phase in ("rollout", "score", "learn"))
+        parts.append(f"{number(figures['throughput/rollout'], 3)} tok/s")
         self.bar.step(done, "  ".join(parts), seconds)
 
     def evaluation(self, done: int, experience: Experience, chat: ChatTokenizer) -> None:
@@ -109,16 +117,16 @@ class Reporter:
         rollout = experience.rollout
         divergence = masked_sum(kl.k1(experience.logprobs, experience.ref_logprobs), rollout.response_mask)
         figures = {
-            "eval_score": float(experience.scores.mean()),
-            "eval_kl": float(divergence) / len(rollout.answers),
-            "eval_answer_tokens": float(rollout.lengths.float().mean()),
-            "eval_eos_rate": float(rollout.ended.float().mean()),
+            "eval/scores": float(experience.scores.mean()),
+            "eval/kl": float(divergence) / len(rollout.answers),
+            "eval/response_length": float(rollout.lengths.float().mean()),
+            "eval/eos_rate": float(rollout.ended.float().mean()),
         }
         self._first = self._first or figures
         self._last = figures
         self._log(done, figures)
-        score, length = number(figures["eval_score"], 3), number(figures["eval_answer_tokens"], 3)
-        self.bar.note(f"held out after update {done}: score {score}  kl {number(figures['eval_kl'], 3)}  len {length}")
+        score, length = number(figures["eval/scores"], 3), number(figures["eval/response_length"], 3)
+        self.bar.note(f"held out after update {done}: score {score}  kl {number(figures['eval/kl'], 3)}  len {length}")
         facts = zip(rollout.prompts.messages, rollout.answers, experience.scores.tolist())
         rows = [
             {"step": done, "messages": m, "answer": chat.decode(a.ids), "score": s, "ended": a.ended}
@@ -133,7 +141,7 @@ class Reporter:
 
     def headline(self) -> dict[str, float]:
         """What run.json keeps: the last evaluation, and the score before training where this process saw it."""
-        start = {"eval_score_at_start": self._first["eval_score"]} if self._first else {}
+        start = {"eval/scores_at_start": self._first["eval/scores"]} if self._first else {}
         return {**self._last, **start}
 
     def close(self) -> None:

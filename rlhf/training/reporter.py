@@ -10,8 +10,10 @@ from transformers import TrainerCallback, TrainerControl, TrainerState
 from rlhf.core.console import StepBar, number
 from rlhf.runs.run import Run
 
-RENAMED = {"mean_token_accuracy": "token_accuracy"}
-"""TRL's names of metrics -> ours."""
+RENAMED = {"loss": "train/loss", "grad_norm": "optimizer/grad_norm", "learning_rate": "optimizer/lr"}
+RENAMED |= {"epoch": "train/epoch", "tokens": "train/tokens", "mean_token_accuracy": "train/token_accuracy"}
+RENAMED |= {"entropy": "train/entropy"}
+"""The Trainer's and TRL's names of metrics -> ours."""
 
 
 class Reporter(TrainerCallback):
@@ -41,19 +43,19 @@ class Reporter(TrainerCallback):
         self, args: Any, state: TrainerState, control: TrainerControl, logs: dict[str, Any] | None = None, **kwargs: Any
     ) -> None:
         state.log_history.clear()  # metrics.jsonl is the history; this one would grow in every checkpoint
-        row = {RENAMED.get(key, key): value for key, value in (logs or {}).items() if key != "num_tokens"}
-        if "loss" in row:
+        row = {_renamed(key): value for key, value in (logs or {}).items() if key != "num_tokens"}
+        if "train/loss" in row:
             seconds = time.perf_counter() - self.since
             steps = max(state.global_step - self.logged, 1)
-            row |= {"tokens_per_second": row["tokens"] / seconds, "seconds": seconds / steps}
+            row |= {"throughput/train": row["train/tokens"] / seconds, "time/step": seconds / steps}
             self.run.log("metrics.jsonl", [{"step": state.global_step, **row}])
             if self.bar is not None:
                 self.bar.step(state.global_step, _line(row), seconds / steps)
             self._restart(state)
-        elif any(key.startswith("eval_") for key in row):
+        elif any(key.startswith("eval/") for key in row):
             self.run.log("metrics.jsonl", [{"step": state.global_step, **row}])
             if self.bar is not None:
-                told = {key[5:]: value for key, value in row.items() if key.startswith("eval_")}
+                told = {key[5:]: value for key, value in row.items() if key.startswith("eval/")}
                 self.bar.note("  held out: " + "  ".join(f"{k} {number(v)}" for k, v in told.items()))
 
     def on_evaluate(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
@@ -69,5 +71,9 @@ class Reporter(TrainerCallback):
 
 
 def _line(row: dict[str, Any]) -> str:
-    names = {"loss": "loss", "learning_rate": "lr", "grad_norm": "grad", "tokens_per_second": "tokens/s"}
+    names = {"train/loss": "loss", "optimizer/lr": "lr", "optimizer/grad_norm": "grad", "throughput/train": "tokens/s"}
     return "  ".join(f"{short} {number(float(row[key]))}" for key, short in names.items() if key in row)
+
+
+def _renamed(key: str) -> str:
+    return "eval/" + key.removeprefix("eval_") if key.startswith("eval_") else RENAMED.get(key, key)

@@ -395,7 +395,7 @@ def checkpoint_activations(model: Any, zero3: bool) -> None:
     adapted = hasattr(inner, "peft_config")
     if adapted and any(c.peft_type == "PREFIX_TUNING" for c in inner.peft_config.values()):
         raise UserError(
-            "batch.gradient_checkpointing: does not work with prefix-tuning",
+            "gradient_checkpointing: does not work with prefix-tuning",
             "transformers drops the cache, which holds the prefix, when it recomputes.",
             "Switch one of the two off.",
         )
