@@ -33,7 +33,7 @@ from rlhf.cli import entry
 from rlhf.config.base import ModelConfig
 from rlhf.core.console import say
 from rlhf.core.errors import UserError
-from rlhf.core.files import write_json
+from rlhf.core.files import whole_folder, write_json
 from rlhf.core.lazy import lazy
 from rlhf.data.chat import load_tokenizer
 from rlhf.data.encode import Counts, encode_ranking
@@ -176,11 +176,9 @@ class Demo:
     def make_base(self) -> None:
         """Train the base model."""
         text = list(documents(self.size.documents, self._random("documents")))
-        partial = self.out / ".base.partial"
-        shutil.rmtree(partial, ignore_errors=True)
-        facts = make_base_model(partial, text, self.size.base_steps, self.seed)
-        write_json(partial / "facts.json", facts)
-        os.replace(partial, self.out / "base")
+        with whole_folder(self.out / "base") as folder:
+            facts = make_base_model(folder, text, self.size.base_steps, self.seed)
+            write_json(folder / "facts.json", facts)
         say(f"{facts['parameters']:,} parameters, {facts['loss']:.3f} nats a token. It has read {text[0]!r} and so on.")
 
     def write_prompts(self) -> None:

@@ -11,7 +11,7 @@ import typer
 
 from rlhf.core.console import is_main
 from rlhf.core.errors import UserError
-from rlhf.core.files import sync
+from rlhf.core.files import write_text
 
 _AS_TRAINED = "As a PPO run sampled in training, else"
 
@@ -77,10 +77,7 @@ def write_whole(path: Path, text: str) -> None:
     Raises:
         UserError: It cannot be written.
     """
-    partial = path.with_name(f".{path.name}.partial")
     try:
-        partial.write_text(text, "utf-8")
-        sync(partial)
-        os.replace(partial, path)
+        write_text(path, text)
     except OSError as error:
         raise UserError(f"{path}: cannot be written: {error}") from None

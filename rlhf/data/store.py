@@ -7,12 +7,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import shutil
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from itertools import accumulate
 from operator import attrgetter
@@ -20,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from rlhf.core.errors import UserError, nearest
-from rlhf.core.files import sync, write_json
+from rlhf.core.files import partial_path, whole_folder, write_json
 from rlhf.core.lazy import lazy
 from rlhf.data.jsonl import OnReject, Reject, read_jsonl, read_rows
 from rlhf.data.schema import (
@@ -288,11 +286,10 @@ class DatasetWriter:
     def __init__(self, path: str | Path, kind: str | None, origin: Mapping[str, Any] | None = None) -> None:
         self.path, self.origin = Path(path), dict(origin or {})
         self.kind = None if kind is None else _known(kind)
-        place = self.path.resolve()
-        self.partial = place.parent / f".{place.name}.partial"
+        self.partial = partial_path(self.path.resolve())
         """The hidden folder; files put there before the block ends become part of the dataset folder."""
         self.count = 0
-        self._place, self._old = place, place.parent / f".{place.name}.old"
+        self._closing = ExitStack()
         self._splits: Counter[str] = Counter()
         self._records: list[Record] = []
         self._chars = 0
@@ -303,24 +300,22 @@ class DatasetWriter:
         self._in_shard = 0
 
     def __enter__(self) -> DatasetWriter:
-        with self._faults_told():
-            if self._old.exists() and not self._place.exists():
-                os.rename(self._old, self._place)  # a process died between the two renames of `_finish`
-            if self._place == Path.cwd():
+        with self._write_errors():
+            if self.path.resolve() == Path.cwd():
                 raise UserError(f"{self.path}: is the current folder", remedy="Choose another --out.")
-            whole, empty = (self._place / "manifest.json").is_file(), _is_empty_folder(self._place)
-            if self._place.exists() and not whole and not empty:
+            whole, empty = (self.path / "manifest.json").is_file(), _is_empty_folder(self.path)
+            if self.path.exists() and not whole and not empty:
                 raise UserError(f"{self.path}: exists and is not a dataset", remedy="Choose another --out.")
-            shutil.rmtree(self.partial, ignore_errors=True)
-            self.partial.mkdir(parents=True)
+            self._closing.enter_context(whole_folder(self.path))
+            self._closing.callback(self._thread.shutdown)
         return self
 
     @contextmanager
-    def _faults_told(self) -> Iterator[None]:
+    def _write_errors(self) -> Iterator[None]:
         try:
             yield
         except OSError as error:
-            remedy = "Free the disk, or choose another --out."
+            remedy = "Free disk space, or choose another --out."
             raise UserError(f"{self.path}: cannot be written: {error}", remedy=remedy) from None
 
     def write(self, record: Record) -> None:
@@ -341,7 +336,7 @@ class DatasetWriter:
             self._chars += len(record.answer)
         self.count += 1
         if len(self._records) >= ROWS_PER_GROUP or self._chars >= CHARS_PER_GROUP:
-            with self._faults_told():
+            with self._write_errors():
                 self._flush()
 
     def _flush(self) -> None:
@@ -367,19 +362,16 @@ class DatasetWriter:
         assert self._file is not None
         self._wait()
         self._file.close()
-        file = self.partial / self._shards[-1]["file"]
-        sync(file)
-        self._shards[-1] |= {"rows": self._in_shard, "sha256": file_hash(file)}
+        sha256 = file_hash(self.partial / self._shards[-1]["file"])
+        self._shards[-1] |= {"rows": self._in_shard, "sha256": sha256}
         self._file, self._in_shard = None, 0
 
-    def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
-        try:
-            if error is None:
-                with self._faults_told():
-                    self._finish()
-        finally:
-            self._thread.shutdown()
-            shutil.rmtree(self.partial, ignore_errors=True)
+    def __exit__(self, *error: Any) -> None:
+        with self._write_errors(), self._closing:
+            if error[0] is None:
+                self._finish()
+            else:
+                self._closing.__exit__(*error)
 
     def _finish(self) -> None:
         if self.kind is None:
@@ -391,14 +383,6 @@ class DatasetWriter:
         manifest = {"schema_version": SCHEMA_VERSION, "kind": self.kind, "count": self.count}
         manifest |= {"splits": self._splits, "shards": self._shards, "origin": self.origin}
         write_json(self.partial / "manifest.json", manifest)
-        sync(self.partial)
-        # The old dataset steps aside whole, so that a kill here never leaves half of it under the name.
-        shutil.rmtree(self._old, ignore_errors=True)
-        if self._place.exists():
-            os.rename(self._place, self._old)
-        os.rename(self.partial, self._place)
-        sync(self._place.parent)
-        shutil.rmtree(self._old, ignore_errors=True)
 
 
 def _is_empty_folder(path: Path) -> bool:

@@ -6,7 +6,6 @@ The folder appears under its name only when it is whole; it needs nothing of thi
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from rlhf.config.base import ModelConfig
 from rlhf.core.errors import UserError
-from rlhf.core.files import sync
+from rlhf.core.files import whole_folder
 from rlhf.core.lazy import lazy
 from rlhf.core.table import Pick, Table
 from rlhf.data.chat import ChatTokenizer, load_tokenizer
@@ -243,7 +242,7 @@ def export(
         stage, model = "critic", _critic_of(run)
     source = Source(run, stage, model, config, chat)
     tokens = source.chat.tokenizer.convert_ids_to_tokens
-    with _whole_folder(out) as folder:
+    with _writing(out), whole_folder(out) as folder:
         done = exporter(source, folder)
         if name is not None and done.adapter_base is not None and Path(done.adapter_base).is_dir():
             raise UserError(
@@ -256,6 +255,8 @@ def export(
             sampling_for(run), done.scale, done.folded, done.adapter_base, license, stage,
         )  # fmt: skip
         (folder / "README.md").write_text(render(card), "utf-8")
+        for file in folder.glob("*.safetensors"):
+            file.chmod(0o644)  # safetensors makes files that nobody else may read
         digest = fingerprint(folder)
     facts = {"path": str(out), "format": exporter.name, "stage": stage, "dtype": done.dtype}
     facts |= {"parameters": done.parameters, "stop_tokens": list(card.stop_tokens), "adapter_base": done.adapter_base}
@@ -310,26 +311,10 @@ def check_out(out: Path, run: Path, overwrite: bool) -> None:
 
 
 @contextmanager
-def _whole_folder(out: Path) -> Iterator[Path]:
-    """A hidden folder to write into; on leaving the block it is flushed and takes the name, an exception removes it."""
-    place = out.resolve()
-    partial, old = (place.parent / f".{place.name}.{suffix}" for suffix in ("partial", "old"))
+def _writing(out: Path) -> Iterator[None]:
     try:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-        yield partial
-        for file in partial.rglob("*"):
-            if file.is_file():
-                file.chmod(0o644)  # safetensors makes files that nobody else may read
-            sync(file)
-        sync(partial)
-        shutil.rmtree(old, ignore_errors=True)
-        if place.exists():  # steps aside whole, so that a kill here never leaves half of it under the name
-            os.rename(place, old)
-        os.rename(partial, place)
-        sync(place.parent)
-        shutil.rmtree(old, ignore_errors=True)
+        yield
     except OSError as error:
-        raise UserError(f"--out {out}: cannot be written: {error}", remedy="Free the disk, or name another.") from None
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        raise UserError(
+            f"--out {out}: cannot be written: {error}", remedy="Free disk space, or name another folder."
+        ) from None

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import json
-import os
 import random
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from rlhf import distributed
 from rlhf.core.console import is_main, warn
 from rlhf.core.lazy import lazy
-from rlhf.core.files import sync, write_json
+from rlhf.core.files import partial_path, whole_folder, write_json
 
 if TYPE_CHECKING:
     import numpy as np
@@ -48,36 +47,28 @@ class Checkpoints:
             step: The step it belongs to.
             protect: A step whose checkpoint must not be pruned (the best so far).
         """
-        partial = self.folder / f".step-{step:08d}.partial"
+        partial = partial_path(self.path(step))
+        with whole_folder(self.path(step)) if is_main() else nullcontext():
+            distributed.barrier()
+            yield partial
+            distributed.barrier()
+            if is_main():
+                self._seal(partial, step)
         if is_main():
-            shutil.rmtree(partial, ignore_errors=True)
-            partial.mkdir(parents=True)
-        distributed.barrier()
-        yield partial
-        distributed.barrier()
-        if is_main():
-            self._seal(partial, step)
-            shutil.rmtree(self.path(step), ignore_errors=True)
-            os.rename(partial, self.path(step))
-            sync(self.folder)
             self._prune({step, protect})
         distributed.barrier()
 
     def _seal(self, partial: Path, step: int) -> None:
         files = sorted(path for path in partial.rglob("*") if path.is_file())
-        for file in files:
-            sync(file)
         sizes = {str(file.relative_to(partial)): file.stat().st_size for file in files}
-        seal = {"step": step, "world_size": distributed.world_size(), "files": sizes}
-        write_json(partial / SEAL, seal)
-        sync(partial)
+        write_json(partial / SEAL, {"step": step, "world_size": distributed.world_size(), "files": sizes})
 
     def _prune(self, protect: set[int | None]) -> None:
         steps = self._steps()
         for step in steps[: max(0, len(steps) - self.keep)]:
             if step not in protect:
                 shutil.rmtree(self.path(step))
-        for leftover in self.folder.glob(".step-*.partial"):
+        for leftover in self.folder.glob(".step-*"):
             shutil.rmtree(leftover)
 
     def _steps(self) -> list[int]:

@@ -11,7 +11,6 @@ from __future__ import annotations
 import hashlib
 import importlib.metadata
 import json
-import os
 import shutil
 import subprocess
 from collections.abc import Iterable, Mapping
@@ -26,7 +25,7 @@ from rlhf.config.load import dump_config
 from rlhf.core.console import is_main, say
 from rlhf.core.errors import UserError
 from rlhf.data.schema import READABLE_VERSIONS, SCHEMA_VERSION
-from rlhf.core.files import append_jsonl, write_json
+from rlhf.core.files import append_jsonl, write_json, write_text
 from rlhf.data.store import Dataset
 
 PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "deepspeed", "datasets")
@@ -69,9 +68,7 @@ class Run:
             if not file.is_file():
                 continue
             kept = [line for line in file.read_text("utf-8").splitlines(keepends=True) if _step_of(line) <= step]
-            partial = file.with_name(f".{name}.partial")
-            partial.write_text("".join(kept), "utf-8")
-            os.replace(partial, file)
+            write_text(file, "".join(kept))
 
 
 def _step_of(line: str) -> float:
