@@ -13,7 +13,7 @@ FLOORS = {
         "inference", "export", "memory", "cli",
     ],
     "data_tools": [
-        "io", "curate", "statistics", "check", "reading", "importers", "aggregate", "annotate", "tasks", "demo_world",
+        "statistics", "io", "curate", "check", "reading", "importers", "aggregate", "annotate", "tasks", "demo_world",
         "commands",
     ],
 }  # fmt: skip
@@ -86,7 +86,7 @@ def test_packages_import_only_packages_below_them():
                 for name in imports(module)
                 if name.startswith(f"{root}.") and floors.index(package(name)) > floors.index(package(module))
             }
-    assert upward <= {("data_tools.io.derive", "data_tools.statistics.ceiling")}
+    assert not upward
 
 
 def test_no_modules_import_each_other_in_a_circle():

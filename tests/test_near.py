@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from data_tools.curate.near import near_groups, near_matches, similarity
+from data_tools.statistics.near import near_groups, near_matches, similarity
 from rlhf.core.errors import UserError
 
 WORDS = [f"word{i}" for i in range(2000)]

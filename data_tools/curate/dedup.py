@@ -8,9 +8,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from data_tools.curate.near import near_groups, near_matches, prompt_text
 from data_tools.io.derive import Derivation
 from data_tools.io.rejects import FILE_NAME, by_count
+from data_tools.statistics.near import near_groups, near_matches, prompt_text
 from rlhf.core import console
 from rlhf.core.errors import UserError, nearest
 from rlhf.data.schema import Demonstration, Proposal, Ranking, Record, content_hash
@@ -93,7 +93,7 @@ def dedup_dataset(
         by: What makes two records the same: `record` (all that its id is made of; rankings of one prompt by two
             annotators differ), `prompt`, or `answers` (prompt and answers, in any order).
         near: With `prompt` and `answers`, and for `against`: texts with this Jaccard similarity are the same too, as
-            `data_tools.curate.near` finds them; what is near to one that is near is the same as well.
+            `data_tools.statistics.near` finds them; what is near to one that is near is the same as well.
         keep: Which of them stays: the `first`, or the `best`, for rankings: the one of the highest weight, then the
             one that tells the most pairs apart, then the first.
         against: Evaluation sets, of any kind of record: a record whose prompt is in one of them is left out.

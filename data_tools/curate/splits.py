@@ -23,9 +23,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from data_tools.curate.near import Sets, near_groups, prompt_text
 from data_tools.io.derive import Derivation
 from data_tools.io.rejects import FILE_NAME, by_count
+from data_tools.statistics.near import Sets, near_groups, prompt_text
 from rlhf.core import console
 from rlhf.core.errors import UserError, nearest
 from rlhf.data.schema import SPLITS, Record
@@ -107,7 +107,7 @@ def split_dataset(
             is all train.
         hold_out: Groups that are exactly the eval split's, whatever `fractions` says. Needs by="group".
         seed: Another seed gives another split; datasets that are used together need the same.
-        near: Prompts of this Jaccard similarity or more (see `data_tools.curate.near`) stay in one split, with their
+        near: Prompts of this Jaccard similarity or more (see `data_tools.statistics.near`) stay in one split, with their
         groups. together: Datasets that are used together with this one; needs `near`. Split with each other, they get
             splits between which no near duplicates stand either.
         allow_empty: Accept that a split gets no record (another dataset split by the same seed may fill it).

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from data_tools.curate.near import DEFAULT_THRESHOLD, near_groups, near_matches, similarity
 from data_tools.statistics.columns import Columns, as_shards
 from data_tools.statistics.intervals import Estimate, clustered_share
 from data_tools.statistics.judgements import mixed
+from data_tools.statistics.near import DEFAULT_THRESHOLD, near_groups, near_matches, similarity
 from data_tools.statistics.sample import MOST_RECORDS, Texts, prompt_texts
 from rlhf.core.lazy import lazy
 from rlhf.data.schema import SPLITS
@@ -76,7 +76,7 @@ class NearPrompts:
 
 
 def near_prompts(columns: Columns, texts: Texts) -> NearPrompts:
-    """Find the near-duplicates among the sampled prompts, by `data_tools.curate.near.near_groups`."""
+    """Find the near-duplicates among the sampled prompts, by `data_tools.statistics.near.near_groups`."""
     rows = texts.prompts
     groups = near_groups((str(row), texts.prompt[row]) for row in rows.tolist())
     group = np.array([int(groups[str(row)]) for row in rows.tolist()], np.int64)
