@@ -107,9 +107,10 @@ def split_dataset(
             is all train.
         hold_out: Groups that are exactly the eval split's, whatever `fractions` says. Needs by="group".
         seed: Another seed gives another split; datasets that are used together need the same.
-        near: Prompts of this Jaccard similarity or more (see `data_tools.statistics.near`) stay in one split, with their
-        groups. together: Datasets that are used together with this one; needs `near`. Split with each other, they get
-            splits between which no near duplicates stand either.
+        near: Prompts of this Jaccard similarity or more (see `data_tools.statistics.near`) stay in one split, with
+            their groups.
+        together: Datasets that are used with this one; needs `near`. They are split jointly, so that no near
+            duplicates are in different splits.
         allow_empty: Accept that a split gets no record (another dataset split by the same seed may fill it).
 
     Returns:
