@@ -10,7 +10,8 @@ import pytest
 from check_rows import panel, ranking
 from rows import jsonl, tree, write
 
-from data_tools.statistics import ceiling as module
+from data_tools.statistics import accumulator
+from data_tools.statistics.accumulator import accumulated
 from data_tools.statistics.ceiling import agreement_of, ceiling, record_agreement
 from rlhf.core.errors import UserError
 from rlhf.data.schema import Candidate, Demonstration, Message, Proposal, to_dict
@@ -18,7 +19,7 @@ from rlhf.data.store import open_dataset
 
 
 def agreement(tmp_path, rows):
-    return agreement_of(write(tmp_path / "d", rows))
+    return agreement_of(accumulated(write(tmp_path / "d", rows)))
 
 
 def votes(prompt, ways):
@@ -105,7 +106,7 @@ def test_the_manifest_gets_the_agreement_and_nothing_else_changes(tmp_path):
     found = record_agreement(data.path)
     manifest = json.loads((data.path / "manifest.json").read_text())
     assert manifest == data.manifest | {"agreement": found}
-    assert found == agreement_of(data)
+    assert found == agreement_of(accumulated(data))
     before = tree(data.path)
     record_agreement(data.path)
     assert tree(data.path) == before
@@ -133,7 +134,7 @@ def test_other_kinds_and_files_are_left_as_they_are(tmp_path):
 def test_a_file_agrees_as_its_folder_does(tmp_path):
     rows = panel(30, dict.fromkeys("abc", 0.8), k=4)
     file = jsonl(tmp_path / "d.jsonl", [to_dict(row) for row in rows])
-    assert agreement_of(open_dataset(file)) == agreement(tmp_path, rows)
+    assert agreement_of(accumulated(open_dataset(file))) == agreement(tmp_path, rows)
 
 
 def test_a_dataset_of_the_first_schema_version_is_read(tmp_path):
@@ -155,6 +156,6 @@ def test_a_damaged_shard_is_told(tmp_path):
 
 
 def test_of_more_prompts_than_fit_some_are_used(tmp_path, monkeypatch):
-    monkeypatch.setattr(module, "MOST_PROMPTS", 10)
+    monkeypatch.setattr(accumulator, "MOST_PROMPTS", 10)
     found = agreement(tmp_path, [*panel(50, dict.fromkeys("abc", 0.9)), ranking("once", ["x", "y"], (1, 2), "a")])
     assert found["pairs"] == 10

@@ -5,22 +5,18 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from data_tools.statistics.columns import Collector, Columns, as_shards, column, hex_numbers, row_groups
+from data_tools.statistics.accumulator import Accumulator, accumulated
 from data_tools.statistics.intervals import bootstrapped, ratio
 from data_tools.statistics.judgements import Votes, pairs_of, votes_of
 from rlhf.core.files import write_json
 from rlhf.core.lazy import lazy
-from rlhf.data.store import Dataset, open_dataset
+from rlhf.data.store import open_dataset
 
 if TYPE_CHECKING:
     import numpy as np
-    import pyarrow as pa
-    import pyarrow.compute as pc
 else:
-    np, pa, pc = lazy("numpy"), lazy("pyarrow"), lazy("pyarrow.compute")
+    np = lazy("numpy")
 
-MOST_PROMPTS = 50_000
-"""Of more prompts than these that several people ranked, those of the smallest ids (hashes, so chance) are used."""
 DIGITS = 6
 
 
@@ -80,26 +76,19 @@ def agreement_facts(votes: Votes) -> dict[str, Any] | None:
     }
 
 
-def agreement_of(dataset: Dataset) -> dict[str, Any] | None:
+def agreement_of(gathered: Accumulator) -> dict[str, Any] | None:
     """How far the annotators of a dataset agree, and the ceiling that follows for a reward model.
 
     Rankings that name no annotator are left out, since two of them may be one person's; so are aggregated ones. The
-    first pass reads ids alone, 8 bytes a record, and only prompts that came more than once are read whole, so memory
-    stays small on millions of records that one person ranked each. The same dataset gives the same figures.
+    same records give the same metrics.
 
     Returns:
         `ceiling` with its 95 % `interval` (bootstrap over prompts), `agreement` (the probability that two people who
         ordered the same pair of answers ordered it alike, ties aside), `pairs` (of answers that two or more people
         ordered) and `annotators` (how many people that were). None where no pair was ordered by two people, and for a
         dataset of another kind than rankings.
-
-    Raises:
-        UserError: The dataset cannot be read.
     """
-    if dataset.kind != "ranking":
-        return None
-    with as_shards(dataset) as shards:
-        columns = several_times(shards)
+    columns = gathered.ranked_repeatedly()
     return None if columns is None else agreement_facts(votes_of(columns, pairs_of(columns)))
 
 
@@ -120,43 +109,6 @@ def record_agreement(path: str | Path, otherwise: dict[str, Any] | None = None) 
     dataset = open_dataset(path)
     if dataset.path.is_file() or dataset.kind != "ranking":
         return None
-    found = agreement_of(dataset) or otherwise
+    found = agreement_of(accumulated(dataset)) or otherwise
     write_json(dataset.path / "manifest.json", dataset.manifest | {"agreement": found})
     return found
-
-
-# ---- prompts that were ranked more than once ------------------------------------------------------------------------
-
-
-def several_times(shards: Dataset, named: bool = True) -> Columns | None:
-    """The rankings of prompts that have more than one; None without any.
-
-    Of more than `MOST_PROMPTS` such prompts, those of the smallest ids are taken.
-
-    Args:
-        named: Only rankings by named people count.
-    """
-    ids = [
-        hex_numbers(column(table, "prompt_id").filter(_counted(table, named)))
-        for group in row_groups(shards)
-        for table in [group.read(["prompt_id", "annotator", "merged"])]
-    ]
-    known = np.sort(np.concatenate(ids)) if ids else np.zeros(0, np.uint64)
-    wanted = np.unique(known[1:][known[1:] == known[:-1]])[:MOST_PROMPTS]
-    if not len(wanted):
-        return None
-    collector = Collector()
-    for group in row_groups(shards):
-        prompts = hex_numbers(column(group.read(["prompt_id"]), "prompt_id"))
-        chosen = wanted[np.searchsorted(wanted, prompts).clip(max=len(wanted) - 1)] == prompts
-        if chosen.any():
-            collector.add(group.read().filter(pa.array(chosen)).combine_chunks())
-    return collector.columns()
-
-
-def _counted(table: pa.Table, named: bool) -> pa.Array:
-    """Mask of the rankings that people made, and only of the named ones on demand."""
-    mask = pc.not_equal(column(table, "annotator"), "") if named else pa.array([True] * table.num_rows)
-    if "merged" not in table.column_names:
-        return mask
-    return pc.and_(mask, pc.equal(pc.fill_null(pc.list_value_length(column(table, "merged")), 0), 0))

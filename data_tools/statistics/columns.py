@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import hashlib
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -178,18 +178,35 @@ class Coder:
         return table[coded.indices.to_numpy()] if len(names) else np.zeros(0, np.int32)
 
 
+Part = dict[str, "np.ndarray"]
+"""Some records' arrays by the names that they have in `Columns`, with `size`, answers a record, for `start`."""
+PER_ANSWER = ("answer", "chars", "rank", "author", "author_kind")
+
+
 class Collector:
-    """Gathers `Columns` from tables of records that are handed in one after the other."""
+    """Turns tables of records into `Columns`, one table after the other."""
 
     def __init__(self) -> None:
-        self._parts: list[dict[str, np.ndarray]] = []
         self._annotators, self._authors = Coder(), Coder()
 
-    def add(self, table: pa.Table) -> None:
-        """Take the numbers of a table of records, as the shards hold them; `messages` may be left out (length 0)."""
+    def columns(self, parts: Iterable[Part]) -> Columns:
+        """The records of all parts.
+
+        Raises:
+            UserError: There are none.
+        """
+        parts = list(parts)
+        if not sum(len(part["id"]) for part in parts):
+            raise UserError("no record there", remedy="`rlhf data stats` shows what a dataset holds.")
+        whole: dict[str, Any] = {name: np.concatenate([part.pop(name) for part in parts]) for name in list(parts[0])}
+        whole["start"] = np.concatenate([[0], np.cumsum(whole.pop("size"))])
+        return Columns(**whole, annotators=list(self._annotators.numbers), authors=list(self._authors.numbers))
+
+    def part(self, table: pa.Table) -> Part:
+        """The arrays of a table of records as the shards hold them. A column that is left out counts as unknown."""
+        rows, names = table.num_rows, set(table.column_names)
         part = {"id": hex_numbers(column(table, "id")), "prompt": hex_numbers(column(table, "prompt_id"))}
         part["split"] = _positions(column(table, "split"), SPLITS)
-        rows, names = table.num_rows, set(table.column_names)
         part["prompt_chars"] = np.zeros(rows, np.int32)
         if "messages" in names:
             turns = column(table, "messages")
@@ -204,9 +221,9 @@ class Collector:
             part["shown"] = pc.fill_null(column(table, "shown"), False).to_numpy(zero_copy_only=False)
         if "merged" in names:
             part["merged"] = pc.fill_null(pc.list_value_length(column(table, "merged")), 0).to_numpy() > 0
-        self._parts.append(part | self._answers(table))
+        return part | self._answers(table)
 
-    def _answers(self, table: pa.Table) -> dict[str, np.ndarray]:
+    def _answers(self, table: pa.Table) -> Part:
         names, rows = set(table.column_names), table.num_rows
         if "candidates" in names:
             lists = column(table, "candidates")
@@ -225,17 +242,11 @@ class Collector:
             "author_kind": _positions(kinds, AUTHOR_KINDS),
         }  # fmt: skip
 
-    def columns(self) -> Columns:
-        """All that was added."""
-        whole: dict[str, Any] = {}
-        for name in list(self._parts[0]) if self._parts else ():
-            whole[name] = np.concatenate([part.pop(name) for part in self._parts])
-        if not whole:
-            raise UserError("no record there", remedy="`rlhf data stats` shows what a dataset holds.")
-        whole["start"] = np.concatenate([[0], np.cumsum(whole.pop("size"))])
-        whole |= {"annotators": list(self._annotators.numbers), "authors": list(self._authors.numbers)}
-        assert set(whole) == {field.name for field in fields(Columns)}
-        return Columns(**whole)
+
+def where(part: Part, chosen: np.ndarray) -> Part:
+    """The records of a part that a (N,) bool mask chooses."""
+    answers = np.repeat(chosen, part["size"])
+    return {name: values[answers if name in PER_ANSWER else chosen] for name, values in part.items()}
 
 
 def _or_empty(table: pa.Table, name: str) -> pa.Array:

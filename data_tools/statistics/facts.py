@@ -133,6 +133,5 @@ def gathered(path: str | Path, against: Sequence[Path] = (), near: bool = True) 
 
     with as_shards(dataset, count) as shards:
         collector = Collector()
-        for group in row_groups(shards):
-            collector.add(group.read())
-        yield Facts(dataset, shards, collector.columns(), near, sets, bad_rows)
+        columns = collector.columns(collector.part(group.read()) for group in row_groups(shards))
+        yield Facts(dataset, shards, columns, near, sets, bad_rows)

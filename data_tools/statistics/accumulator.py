@@ -1,0 +1,101 @@
+"""What the brief check and a manifest's agreement need of a dataset, gathered while it is written or read once."""
+
+from __future__ import annotations
+
+import tempfile
+import weakref
+from collections import Counter
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from data_tools.statistics.columns import Collector, Columns, Part, as_shards, row_groups, where
+from data_tools.statistics.judgements import pairs_of
+from rlhf.core.lazy import lazy
+from rlhf.data.store import Dataset
+
+if TYPE_CHECKING:
+    import numpy as np
+    import pyarrow as pa
+else:
+    np = lazy("numpy")
+
+READ = ["id", "prompt_id", "split", "candidates", "answer", "author", "ranks", "annotator", "merged"]
+MOST_PROMPTS = 50_000
+"""Of more prompts than these that were ranked repeatedly, those with the smallest ids (random hashes) are used."""
+
+
+class Accumulator:
+    """Counts of a dataset, and its rankings as numbers in a temporary file: 80 bytes a ranking of two answers."""
+
+    def __init__(self) -> None:
+        self.sizes: Counter[int] = Counter()
+        """Number of answers -> records."""
+        self.tied = self.pairs = self.longer = self.unequal = 0
+        """Pairs of different answers of a ranking: ranked equal, all, won by the longer answer, ordered and of unequal
+        length."""
+        self.columns: list[str] = []
+        """Names of the last table's columns; `ranks` is among them for rankings."""
+        self._collector = Collector()
+        self._parts: list[list[str]] = []
+        self._file = tempfile.TemporaryFile()  # noqa: SIM115 - closed with the accumulator
+        weakref.finalize(self, self._file.close)
+
+    def add(self, table: pa.Table) -> None:
+        """Take a table of records with the columns of a shard, each in one chunk."""
+        self.columns = table.column_names
+        part = self._collector.part(table.select([name for name in READ if name in self.columns]))
+        self.sizes.update(part["size"].tolist())
+        if len(part["id"]) and "ranks" in self.columns:
+            columns = self._collector.columns([dict(part)])
+            pairs = pairs_of(columns)
+            longer = np.sign(columns.chars[pairs.one] - columns.chars[pairs.other]) * pairs.order
+            self.tied, self.pairs = self.tied + int((pairs.order == 0).sum()), self.pairs + len(pairs)
+            self.longer, self.unequal = self.longer + int((longer > 0).sum()), self.unequal + int((longer != 0).sum())
+        self._parts.append(list(part))
+        for values in part.values():
+            np.save(self._file, values)
+
+    @property
+    def records(self) -> int:
+        return self.sizes.total()
+
+    def distinct(self, name: str) -> int:
+        """How many different values `id` or `prompt` has."""
+        return len(np.unique(np.concatenate([np.zeros(0, np.uint64), *(part[name] for part in self._read())])))
+
+    def ranked_repeatedly(self, named: bool = True) -> Columns | None:
+        """The rankings of prompts that have more than one; None without any, and for other kinds of records.
+
+        Of more than `MOST_PROMPTS` such prompts, those of the smallest ids are taken.
+
+        Args:
+            named: Only rankings by named people count. Aggregated rankings never do.
+        """
+        if not self.pairs:
+            return None
+        prompts = [np.zeros(0, np.uint64)]
+        for part in self._read():
+            columns = self._collector.columns([part])
+            prompts.append(columns.prompt[columns.by_named_person if named else ~columns.merged])
+        known = np.sort(np.concatenate(prompts))
+        wanted = np.unique(known[1:][known[1:] == known[:-1]])[:MOST_PROMPTS]
+        if not len(wanted):
+            return None
+        return self._collector.columns(where(part, np.isin(part["prompt"], wanted)) for part in self._read())
+
+    def _read(self) -> Iterator[Part]:
+        self._file.seek(0)
+        yield from ({name: np.load(self._file) for name in names} for names in self._parts)
+
+
+def accumulated(dataset: Dataset) -> Accumulator:
+    """The accumulator of a dataset on disk, in one pass.
+
+    Raises:
+        UserError: The dataset cannot be read.
+    """
+    gathered = Accumulator()
+    with as_shards(dataset) as shards:
+        for group in row_groups(shards):
+            gathered.add(group.read(READ))
+    return gathered
