@@ -30,6 +30,7 @@ from data_tools.demo_world.report import show, write_markdown
 from data_tools.demo_world.rules import ANNOTATORS, POINTS, Verdict, agreement, judge, rank
 from data_tools.demo_world.text import demonstrate, documents, prompts
 from rlhf.cli import entry
+from rlhf.cli.errors import exit_on_error
 from rlhf.config.base import ModelConfig
 from rlhf.core.console import say
 from rlhf.core.errors import UserError
@@ -97,7 +98,7 @@ def command(
 ) -> None:
     """Run all three stages in a miniature world, in minutes on a CPU, and measure what they gained."""
     again = ["rlhf", "demo", "--out", str(out), "--seed", str(seed)]
-    with entry.exit_on_error(f"Continue with: {shlex.join(again)}"):
+    with exit_on_error(f"Continue with: {shlex.join(again)}"):
         Demo(out, seed).run(overwrite)
 
 

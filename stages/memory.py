@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from rlhf.cli.entry import ConfigFile, Overrides
+from rlhf.cli.options import ConfigFile, Overrides
 from rlhf.cli.stage_configs import STAGES
 from rlhf.config.load import check_config, override_values, read_values
 from rlhf.core.console import say, table

@@ -16,10 +16,14 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+import typer
 
 from data_tools.annotate.rounds import Round, collect, is_dataset, sources, untaken
 from rlhf.cli import entry
+from rlhf.cli.errors import exit_on_error, resume_line
+from rlhf.cli.options import ConfigFile, DryRun, Hostfile, Processes
 from rlhf.cli.pipeline_config import PipelineConfig, RoundsConfig
 from rlhf.cli.preflight import check
 from rlhf.cli.stage_configs import STAGES
@@ -114,6 +118,32 @@ class How:
     """The options that start them."""
 
 
+def command(
+    config: ConfigFile,
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[KEY=VALUE]...", help="name=..., rounds.size=..., or a stage's: ppo.updates=3."),
+    ] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume/--no-resume", help="Skip complete runs and continue interrupted ones; or neither.")
+    ] = True,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Delete existing runs of those names first.")] = False,
+    dry_run: DryRun = False,
+    num_processes: Processes = None,
+    hostfile: Hostfile = None,
+) -> None:
+    """Run the stages and the export in a row, optionally in rounds with new rankings by people.
+
+    Exit status 3: the pipeline waits for people to rank.
+    """
+    launching = entry.launch_words(num_processes, hostfile)
+    again = ["rlhf", "pipeline", "--config", str(config), *(overrides or ()), *launching]
+    with exit_on_error(resume_line(shlex.join(again))):
+        count = entry.process_count(num_processes, hostfile)
+        if not run(config, overrides or (), resume, overwrite, dry_run, count, launching):
+            raise typer.Exit(WAITING)
+
+
 def run(
     file: str | Path,
     overrides: Sequence[str] = (),
@@ -145,7 +175,7 @@ def run(
         check_out(Path(config.export), Path(_policy_run(steps)), overwrite=True)
     if dry_run:
         if config.rounds is not None:
-            table("Plan: rounds", ("what", "how"), plan_of_rounds(config.rounds, steps))
+            table("Preflight: rounds", ("what", "how"), plan_of_rounds(config.rounds, steps))
         return True
     names = [step.stage for step in first]
     names += [f"{config.rounds.count} rounds"] if config.rounds is not None else []
@@ -180,16 +210,16 @@ def _train(step: Step, how: How) -> Row:
 
 def _check_all(steps: Sequence[Step], how: How) -> None:
     """Check every stage before the first one starts; parents that an earlier stage makes need not exist."""
-    coming: dict[str, str] = {}
+    pending: dict[str, str] = {}
     for step in steps:
         state = "new" if how.overwrite or not how.resume else step.state()
         again = state == "interrupted"
         if how.dry_run:
-            entry.prepare(step.stage, step.file, step.overrides, again, how.overwrite, True, how.processes, coming)
+            entry.prepare(step.stage, step.file, step.overrides, again, how.overwrite, True, how.processes, pending)
         elif state != "complete":
-            check(step.stage, step.config, again, how.overwrite, how.processes, coming)
+            check(step.stage, step.config, again, how.overwrite, how.processes, pending)
         if state != "complete":
-            coming[step.config.run] = step.stage
+            pending[step.config.run] = step.stage
 
 
 def _child(name: str, words: Sequence[str]) -> None:

@@ -185,7 +185,7 @@ def test_every_config_set_passes_its_dry_run_once_the_datasets_are_there(tmp_pat
     done = rlhf(work, *words, "--num-processes", PROCESSES.get(folder.name, "1"))
     assert done.returncode == 0, done.stderr
     assert light(done) == ""
-    assert all(f"Plan: {stage}" in done.stdout for stage in configs)
+    assert all(f"Preflight: {stage}" in done.stdout for stage in configs)
 
 
 # ---- how a run ends ----------------------------------------------------------------------------------------------

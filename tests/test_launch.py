@@ -35,7 +35,7 @@ if sys.argv[1:]:
 
 LAUNCHER = """
 import sys
-from rlhf.cli.entry import exit_on_error
+from rlhf.cli.errors import exit_on_error
 from rlhf.distributed.launch import launch
 with exit_on_error("Continue with: this"):
     launch("toy", sys.argv[1:], 2)

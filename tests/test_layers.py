@@ -32,7 +32,7 @@ FEWEST_FILES, MOST_FILES = 1, 14
 
 
 def imports(module: str) -> set[str]:
-    """The project's modules that a module imports: at the top, in functions, under TYPE_CHECKING and by `lazy`."""
+    """What a module imports: at the top, in functions, under TYPE_CHECKING, by `lazy` and by command tables."""
     return set(_imports(module)) - {module}
 
 
@@ -46,6 +46,8 @@ def _imports(module: str) -> Iterator[str]:
             names = [f"{base}.{alias.name}" if f"{base}.{alias.name}" in FILES else base for alias in node.names]
         elif isinstance(node, ast.Call) and ast.unparse(node.func).split(".")[-1] in ("lazy", "import_module"):
             names = [argument.value for argument in node.args if isinstance(argument, ast.Constant)]
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str):  # `module:function` in a command table
+            names = [node.value.partition(":")[0]] if ":" in node.value else []
         else:
             continue
         yield from (name for name in names if name in FILES)

@@ -307,9 +307,10 @@ import json, os, signal, sys
 import torch
 torch.set_num_threads(1)
 import stages.sft as sft
-from rlhf.config import SFTConfig
+from rlhf.sft.config import SFTConfig
 from rlhf.config.load import check_config
-from rlhf.cli.entry import run, told
+from rlhf.cli.entry import run
+from rlhf.cli.errors import exit_on_error
 from rlhf.training.trainer import StageTrainer
 
 KILL = sys.argv[2]  # "in-step 5", "in-write 6" or nothing
@@ -327,7 +328,7 @@ def die_at(name, when):
 if KILL:
     where, step = KILL.split()
     die_at({"in-step": "training_step", "in-write": "save_weights"}[where], int(step))
-with told():
+with exit_on_error():
     run(sft.run, check_config(SFTConfig, json.loads(sys.argv[1]), "the test"), sys.argv[3] == "1", False)
 """
 
@@ -414,8 +415,8 @@ usual = sft.PolicyTrainer.loss
 def spoiled(self, *args):
     return usual(self, *args) * (float("nan") if self.state.global_step == 4 and RANK else 1)
 sft.PolicyTrainer.loss = spoiled
-with told():"""
+with exit_on_error():"""
     values = settings(demos, tmp_path / "run")
-    done = tiny.launch(2, RUN.replace("with told():", spoil), json.dumps(values), "", "0")
+    done = tiny.launch(2, RUN.replace("with exit_on_error():", spoil), json.dumps(values), "", "0")
     assert done.returncode != 0 and "step 5: the loss is not finite" in done.stdout, done.stdout[-3000:]
     assert "lost contact" not in done.stdout

@@ -9,8 +9,10 @@ import typer
 
 from data_tools.annotate import label_studio
 from data_tools.commands.common import Json, Out, print_json
+from rlhf.core.lazy_group import OPTIONS
 
-app = typer.Typer(name="label-studio", help="Push proposals to Label Studio, pull the rankings.", no_args_is_help=True)
+HELP = "Push proposals to Label Studio, pull the rankings."
+app = typer.Typer(name="label-studio", help=HELP, no_args_is_help=True, **OPTIONS)
 
 Candidates = Annotated[Path, typer.Argument(metavar="CANDIDATES", help="A dataset of proposals.")]
 Url = Annotated[str, typer.Option("--url", help=f"Of the server; its key is read from {label_studio.KEY}.")]

@@ -1,4 +1,4 @@
-"""From a command line to a running stage: read the config, check everything, show the plan, run, tell what failed.
+"""From a command line to a running stage: read the config, check everything, print the checks, run.
 
 `rlhf sft` and `python -m stages.sft` (under torchrun, deepspeed or accelerate) both come through here.
 """
@@ -8,39 +8,25 @@ from __future__ import annotations
 import importlib
 import os
 import sys
-import traceback
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
 from rlhf import distributed
+from rlhf.cli.errors import exit_on_error, resume_line
+from rlhf.cli.options import ConfigFile, DryRun, Overrides, Overwrite, Resume
 from rlhf.cli.preflight import PendingRuns, check
 from rlhf.cli.stage_configs import STAGES
 from rlhf.config.base import StageConfig
 from rlhf.config.load import dump_config, load_stage_config
-from rlhf.core.console import err, is_main, say, table
+from rlhf.core.console import say, table
 from rlhf.core.errors import UserError
-from rlhf.core.lazy import lazy
-from rlhf.distributed.launch import PARENT
+from rlhf.distributed.launch import PARENT, read_hostfile
 from rlhf.runs.run import is_run, read_run
 
-if TYPE_CHECKING:
-    import torch
-else:
-    torch = lazy("torch")
-
-ConfigFile = Annotated[Path, typer.Option("--config", "-c", help="A YAML config, such as configs/0.5b/sft.yaml.")]
-Overrides = Annotated[
-    list[str] | None,
-    typer.Argument(metavar="[KEY=VALUE]...", help="Values in place of the file's: batch.max_steps=10 tuning=lora."),
-]
-Resume = Annotated[bool, typer.Option("--resume", help="Continue from the newest whole checkpoint.")]
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="Delete the run of that name first.")]
-DryRun = Annotated[bool, typer.Option("--dry-run", help="Check everything, print config and plan, load nothing.")]
 LocalRank = Annotated[int, typer.Option("--local_rank", "--local-rank", hidden=True)]
 
 
@@ -53,7 +39,7 @@ def main(stage: str) -> None:
         resume: Resume = False,
         overwrite: Overwrite = False,
         dry_run: DryRun = False,
-        local_rank: LocalRank = 0,  # the deepspeed launcher adds it; the environment says the same
+        local_rank: LocalRank = 0,  # added by the deepspeed launcher; LOCAL_RANK in the environment is what we read
     ) -> None:
         del local_rank
         with exit_on_error(resume_line(None)):
@@ -85,9 +71,11 @@ def prepare(
     overwrite: bool = False,
     dry_run: bool = False,
     processes: int | None = None,
-    coming: PendingRuns | None = None,
+    pending_runs: PendingRuns | None = None,
 ) -> StageConfig | None:
-    """Read and check a stage's config and show the plan; None where that was all. See `rlhf.cli.preflight.check`.
+    """Read and check a stage's config and print the checks; None if there is nothing to run.
+
+    The arguments are those of `rlhf.cli.preflight.check`.
 
     Raises:
         UserError: Whatever can be found wrong without loading weights.
@@ -97,11 +85,11 @@ def prepare(
     if (here := str(Path.cwd())) not in sys.path:
         sys.path.append(here)  # reward functions are found in the working folder, however we were started
     config = load_stage_config(STAGES[stage], file, overrides)
-    plan = check(stage, config, resume, overwrite, processes, coming)
+    rows = check(stage, config, resume, overwrite, processes, pending_runs)
     if dry_run:
         say(dump_config(config).rstrip())
     if os.environ.get(PARENT) != "launcher":
-        table(f"Plan: {stage}", ("what", "how"), plan)
+        table(f"Preflight: {stage}", ("what", "how"), rows)
     if dry_run:
         return None
     if resume and is_run(config.run) and read_run(config.run).get("status") == "complete":
@@ -112,6 +100,8 @@ def prepare(
 
 def run(function: Callable[..., None], config: Any, resume: bool, overwrite: bool) -> None:
     """Run a stage's `run` and leave the process group."""
+    import torch
+
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed looks for others and warns
     # DeepSpeed calls these by their old names thousands of times, and torch warns each time.
@@ -120,47 +110,24 @@ def run(function: Callable[..., None], config: Any, resume: bool, overwrite: boo
     distributed.stop()
 
 
-# ---- telling what failed -----------------------------------------------------------------------------------------
+def process_count(processes: int | None, hostfile: Path | None) -> int | None:
+    """How many processes to start; None if the stage runs in this process (one process, or a rank of a launcher).
 
-
-def resume_line(command: str | None) -> str | None:
-    """How to go on after Ctrl-C; None where the process above says it."""
-    if PARENT in os.environ:
-        return None
-    return f"Continue with: {command}" if command else "Continue with the same command and --resume."
-
-
-@contextmanager
-def exit_on_error(resume: str | None = None) -> Iterator[None]:
-    """Errors inside end the process as a person expects.
-
-    A UserError is printed without a traceback and exits with status 2. Ctrl-C prints `resume` and exits with 130.
-    Anything else keeps its traceback; on ranks other than 0 every line of it is prefixed with the rank.
+    Raises:
+        UserError: Processes are to be started from inside a launcher, or the host file has a fault.
     """
-    try:
-        yield
-    except UserError as error:
-        print_error(error)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        if is_main() and resume:
-            err().print(f"\nInterrupted. {resume}", markup=False, soft_wrap=True)
-        sys.exit(130)
-    except Exception:
-        if is_main():
-            raise
-        print_lines(traceback.format_exc())
-        sys.exit(1)
+    count = processes
+    if hostfile is not None:
+        count = sum(read_hostfile(hostfile, processes).values())
+    if count is not None and "RANK" in os.environ:
+        raise UserError(
+            "--num-processes: this process was started by a launcher already",
+            remedy="Leave the option out, or start `rlhf` without the launcher.",
+        )
+    return None if count == 1 and hostfile is None else count
 
 
-def print_error(error: UserError) -> None:
-    """What is wrong, why, and what to do, each on its own line of standard error."""
-    labels = (("error: ", error.what), ("  why: ", error.why), ("  fix: ", error.remedy))
-    print_lines("\n".join(label + text for label, text in labels if text), style="red")
-
-
-def print_lines(text: str, style: str | None = None) -> None:
-    """Print to standard error, each line prefixed with the rank unless this is rank 0."""
-    prefix = "" if is_main() else f"[rank {distributed.rank()}] "
-    for line in text.splitlines():
-        err().print(prefix + line, style=style, markup=False, soft_wrap=True)
+def launch_words(processes: int | None, hostfile: Path | None) -> list[str]:
+    """`--num-processes` and `--hostfile` as words of a command."""
+    words = ["--num-processes", str(processes)] if processes else []
+    return [*words, "--hostfile", str(hostfile)] if hostfile else words

@@ -13,6 +13,22 @@ from rlhf.core.console import is_main
 from rlhf.core.errors import UserError
 from rlhf.core.files import write_text
 
+ConfigFile = Annotated[Path, typer.Option("--config", "-c", help="A YAML config, such as configs/0.5b/sft.yaml.")]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="[KEY=VALUE]...", help="Values that replace the file's: batch.max_steps=10 tuning=lora."),
+]
+Resume = Annotated[bool, typer.Option("--resume", help="Continue from the newest complete checkpoint.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Delete an existing run of that name first.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Check everything and print the config; load nothing.")]
+Processes = Annotated[
+    int | None,
+    typer.Option("--num-processes", min=1, help="Number of processes to start here (with --hostfile: on each host)."),
+]
+Hostfile = Annotated[
+    Path | None, typer.Option("--hostfile", help="Start processes on the hosts in this file: lines `HOST slots=N`.")
+]
+
 _AS_TRAINED = "As a PPO run sampled in training, else"
 
 Temperature = Annotated[

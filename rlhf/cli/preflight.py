@@ -42,7 +42,7 @@ def check(
     resume: bool,
     overwrite: bool,
     processes: int | None = None,
-    coming: PendingRuns | None = None,
+    pending_runs: PendingRuns | None = None,
 ) -> Rows:
     """Check everything that needs no weights and imports no torch.
 
@@ -52,7 +52,7 @@ def check(
         resume: Continue the run in the folder.
         overwrite: The run in the folder is going to be deleted.
         processes: How many will work on it; what the launcher announced when left out.
-        coming: Parents that need not exist yet.
+        pending_runs: Parents that need not exist yet.
 
     Returns:
         The rows of the plan: what, and how it will be.
@@ -61,9 +61,9 @@ def check(
         UserError: The first fault found.
     """
     world = processes or distributed.world_size()
-    coming = {os.path.normpath(path): by for path, by in (coming or {}).items()}
+    pending_runs = {os.path.normpath(path): by for path, by in (pending_runs or {}).items()}
     rows = [("run", _run(stage, config, resume, overwrite, world))]
-    rows += STAGE_CHECKS[stage](config, world, coming)
+    rows += STAGE_CHECKS[stage](config, world, pending_runs)
     rows.append(("processes", f"{world}, {_zero(config, world)}"))
     for package in config.log.report_to:
         if importlib.util.find_spec(package) is None:
@@ -124,15 +124,15 @@ def _batch(batch: BatchConfig, world: int) -> str:
 # ---- models ------------------------------------------------------------------------------------------------------
 
 
-def _model(config: ModelConfig, stages: Sequence[str], coming: PendingRuns) -> str:
+def _model(config: ModelConfig, stages: Sequence[str], pending_runs: PendingRuns) -> str:
     """Where the weights come from; `stages` are the stages whose runs will do."""
     if config.chat_template not in ("auto", *TEMPLATES) and not Path(config.chat_template).is_file():
         raise UserError(
             f"model.chat_template: {config.chat_template!r} is neither auto, {', '.join(TEMPLATES)} nor a file",
             remedy="Give the path of a Jinja chat template.",
         )
-    told = _parent("model.path", config.path, stages, coming)
-    limit = _positions(config, coming)
+    told = _parent("model.path", config.path, stages, pending_runs)
+    limit = _positions(config, pending_runs)
     if limit is not None and config.max_length is not None and config.max_length > limit:
         raise UserError(
             f"model.max_length: {config.max_length} is more than the {limit} positions of {config.path}",
@@ -151,8 +151,8 @@ def _tuning(key: str, pick: Pick) -> str:
     return pick.name
 
 
-def _parent(key: str, path: str, stages: Sequence[str], coming: PendingRuns) -> str:
-    by = coming.get(os.path.normpath(path))
+def _parent(key: str, path: str, stages: Sequence[str], pending_runs: PendingRuns) -> str:
+    by = pending_runs.get(os.path.normpath(path))
     try:
         folder = Path(path if by else resolve_model_path(path))
     except UserError as error:
@@ -192,9 +192,9 @@ def _parameters(folder: Path) -> int | None:
     return total if files else None
 
 
-def _positions(config: ModelConfig, coming: PendingRuns) -> int | None:
+def _positions(config: ModelConfig, pending_runs: PendingRuns) -> int | None:
     """The longest sequence that a model on this disk takes; None where it is not known yet."""
-    if os.path.normpath(config.path) in coming:
+    if os.path.normpath(config.path) in pending_runs:
         return None
     file = Path(resolve_model_path(config.path)) / "config.json"
     if not file.is_file():
@@ -204,9 +204,9 @@ def _positions(config: ModelConfig, coming: PendingRuns) -> int | None:
     return int(limit) if limit else None
 
 
-def _same_text(config: PPOConfig, reward_path: str, coming: PendingRuns) -> None:
+def _same_text(config: PPOConfig, reward_path: str, pending_runs: PendingRuns) -> None:
     """Compare the policy's tokenizer and template with a reward run's, as far as run.json files tell."""
-    if os.path.normpath(config.model.path) in coming or not is_run(config.model.path):
+    if os.path.normpath(config.model.path) in pending_runs or not is_run(config.model.path):
         return
     mine = dict(read_run(config.model.path))
     template = config.model.chat_template
@@ -263,16 +263,16 @@ def _steps(batch: BatchConfig, paths: Sequence[str], kinds: Sequence[str]) -> st
 # ---- one for each stage ------------------------------------------------------------------------------------------
 
 
-def _sft(config: SFTConfig, world: int, coming: PendingRuns) -> Rows:
+def _sft(config: SFTConfig, world: int, pending_runs: PendingRuns) -> Rows:
     kinds = ("demonstration", "ranking")
-    rows = [("model", _model(config.model, ("sft", "ppo"), coming)), ("tuning", _tuning("tuning", config.tuning))]
+    rows = [("model", _model(config.model, ("sft", "ppo"), pending_runs)), ("tuning", _tuning("tuning", config.tuning))]
     rows += _data("data.train", config.data.train, config.data.eval, kinds)
     return [*rows, ("steps", _steps(config.batch, config.data.train, kinds)), ("batch", _batch(config.batch, world))]
 
 
-def _reward(config: RewardConfig, world: int, coming: PendingRuns) -> Rows:
+def _reward(config: RewardConfig, world: int, pending_runs: PendingRuns) -> Rows:
     rows = [
-        ("model", _model(config.model, ("sft", "ppo", "reward"), coming)),
+        ("model", _model(config.model, ("sft", "ppo", "reward"), pending_runs)),
         ("tuning", _tuning("tuning", config.tuning)),
     ]
     rows += [("loss", config.loss.name)]
@@ -284,10 +284,13 @@ def _reward(config: RewardConfig, world: int, coming: PendingRuns) -> Rows:
     return [*rows, ("batch", _batch(config.batch, world))]
 
 
-def _ppo(config: PPOConfig, world: int, coming: PendingRuns) -> Rows:
+def _ppo(config: PPOConfig, world: int, pending_runs: PendingRuns) -> Rows:
     rollout, batch = config.rollout, config.batch
-    rows = [("policy", _model(config.model, ("sft", "ppo"), coming)), ("tuning", _tuning("tuning", config.tuning))]
-    limit = config.model.max_length or _positions(config.model, coming)
+    rows = [
+        ("policy", _model(config.model, ("sft", "ppo"), pending_runs)),
+        ("tuning", _tuning("tuning", config.tuning)),
+    ]
+    limit = config.model.max_length or _positions(config.model, pending_runs)
     if limit is not None and rollout.max_new_tokens >= limit:
         raise UserError(
             f"rollout.max_new_tokens: {rollout.max_new_tokens} leaves no room for a prompt in {limit} tokens"
@@ -302,9 +305,9 @@ def _ppo(config: PPOConfig, world: int, coming: PendingRuns) -> Rows:
             "It takes the weights away and brings them back between the layers' own steps.",
             "Leave it out, or take a DeepSpeed file of a lower stage.",
         )
-    rows += _reward_sources(config, coming)
+    rows += _reward_sources(config, pending_runs)
     critic = f"from the {config.critic.init} model, {_tuning('critic.tuning', config.critic.tuning)}"
-    rows += [("critic", critic if config.needs_critic else "none"), *_sharing(config, coming)]
+    rows += [("critic", critic if config.needs_critic else "none"), *_sharing(config, pending_runs)]
     rows += [("advantage", config.advantage.name)]
     rows += _data("data.prompts", config.data.prompts, config.data.eval, tuple(KINDS))
     rows += [("ptx", _described(d)) for d in open_all(config.data.ptx, ("demonstration", "ranking"), "data.ptx")]
@@ -339,16 +342,16 @@ def _sampler(pick: Pick) -> str:
     return pick.name if step == "eager" else f"{pick.name}, step {step}"
 
 
-def _sharing(config: PPOConfig, coming: PendingRuns) -> Rows:
+def _sharing(config: PPOConfig, pending_runs: PendingRuns) -> Rows:
     """Which base the roles share, where they are to share one and the runs are there."""
     if config.model.sharing == "separate":
         return []
-    if any(os.path.normpath(path) in coming for path in (config.model.path, config.reward_model) if path):
+    if any(os.path.normpath(path) in pending_runs for path in (config.model.path, config.reward_model) if path):
         return [("sharing", "one base, known once the runs before are there")]
     return [("sharing", recognise(config).described())]
 
 
-def _reward_sources(config: PPOConfig, coming: PendingRuns) -> Rows:
+def _reward_sources(config: PPOConfig, pending_runs: PendingRuns) -> Rows:
     """A row for each source; reward models must be finished and, unless they retokenize, read the policy's tokens."""
     pick = config.reward
     terms = pick.options["terms"] if pick.name == "sum" else [{"name": pick.name, **pick.options}]
@@ -358,10 +361,10 @@ def _reward_sources(config: PPOConfig, coming: PendingRuns) -> Rows:
         if term["name"] != "model":
             rows.append(("reward", f"{term['name']} {term.get('function', '')}".strip() + weight))
             continue
-        rows.append(("reward", _parent("reward.path", term["path"], ("reward",), coming) + weight))
+        rows.append(("reward", _parent("reward.path", term["path"], ("reward",), pending_runs) + weight))
         starts_critic = config.needs_critic and config.critic.init == "reward" and term["path"] == config.reward_model
-        if os.path.normpath(term["path"]) not in coming and (starts_critic or not term.get("retokenize", False)):
-            _same_text(config, term["path"], coming)
+        if os.path.normpath(term["path"]) not in pending_runs and (starts_critic or not term.get("retokenize", False)):
+            _same_text(config, term["path"], pending_runs)
     return rows
 
 

@@ -1,0 +1,46 @@
+"""`rlhf sft`, `rlhf reward` and `rlhf ppo`: run a stage in this process, or start the processes that run it."""
+
+from __future__ import annotations
+
+import importlib
+import shlex
+from collections.abc import Callable
+
+from rlhf.cli import entry
+from rlhf.cli.errors import exit_on_error, resume_line
+from rlhf.cli.options import ConfigFile, DryRun, Hostfile, Overrides, Overwrite, Processes, Resume
+from rlhf.distributed.launch import launch, launch_on_hosts
+
+
+def _stage_command(stage: str) -> Callable[..., None]:
+    def command(
+        config: ConfigFile,
+        overrides: Overrides = None,
+        resume: Resume = False,
+        overwrite: Overwrite = False,
+        dry_run: DryRun = False,
+        num_processes: Processes = None,
+        hostfile: Hostfile = None,
+    ) -> None:
+        words = ["--config", str(config), *(overrides or ())]
+        again = ["rlhf", stage, *words, *entry.launch_words(num_processes, hostfile), "--resume"]
+        with exit_on_error(resume_line(shlex.join(again))):
+            count = entry.process_count(num_processes, hostfile)
+            checked = entry.prepare(stage, config, overrides or (), resume, overwrite, dry_run, count)
+            if checked is None:
+                return
+            if hostfile is None and count is None:
+                entry.run(importlib.import_module(f"stages.{stage}").run, checked, resume, overwrite)
+                return
+            words += ["--resume"] * resume + ["--overwrite"] * overwrite
+            if hostfile is not None:
+                launch_on_hosts(f"stages.{stage}", words, hostfile, num_processes)
+            else:
+                launch(f"stages.{stage}", words, count or 1)
+
+    return command
+
+
+sft = _stage_command("sft")
+reward = _stage_command("reward")
+ppo = _stage_command("ppo")
