@@ -56,7 +56,7 @@ def test_own_data_comes_from_the_readme_to_a_checked_pipeline(tmp_path: Path) ->
     section = (REPOSITORY / "README.md").read_text("utf-8").split("\n## Your own data\n")[1].split("\n## ")[0]
     (tmp_path / "section.md").write_text(section, "utf-8")
     printed = typed(tmp_path, "\n".join(blocks(tmp_path / "section.md", "bash")))
-    assert "no prompt is in more than one split" in printed and "Plan: ppo" in printed
+    assert "no prompt is in more than one split" in printed and "Preflight: ppo" in printed
 
 
 def test_the_commands_of_the_data_page_print_what_stands_there(data_page: str) -> None:

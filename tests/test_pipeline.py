@@ -114,7 +114,7 @@ def test_a_run_whose_parent_has_another_result_by_now_is_refused(place):
 def test_the_dry_run_takes_runs_to_come_as_given_and_shows_every_plan(place, capsys):
     pipeline.run("all.yaml", dry_run=True)
     text = capsys.readouterr().out
-    assert all(f"Plan: {stage}" in text for stage in ("sft", "reward", "ppo"))
+    assert all(f"Preflight: {stage}" in text for stage in ("sft", "reward", "ppo"))
     assert "to come: reward run" in text
     assert not (place / "runs").exists()
 
@@ -277,7 +277,7 @@ def test_without_any_rankings_the_first_training_is_instruction_tuning_alone(pla
     with_rounds(place)
     pipeline.run("all.yaml", dry_run=True)
     text = capsys.readouterr().out
-    assert "Plan: sft" in text and "Plan: reward" not in text and "sft trained" in text
+    assert "Preflight: sft" in text and "Preflight: reward" not in text and "sft trained" in text
 
 
 def rank_here(place: Path, turn: int, rankings: int) -> None:

@@ -34,19 +34,19 @@ HEAD = """# Config reference
 Generated from the config classes by `python -m rlhf.cli.config_docs > docs/config.md`; a test keeps it current.
 
 - A config is a YAML file. Paths in it are relative to the folder where the command is started.
-- `key=value` on the command line takes the place of a key of the file: `batch.max_steps=10 tuning=lora
-  tuning.rank=8`. Values are YAML.
-- An unknown key, a value out of range or of the wrong type is refused, all of a file at once.
+- `key=value` on the command line replaces a key of the file: `batch.max_steps=10 tuning=lora tuning.rank=8`. Values
+  are YAML.
+- Unknown keys, values out of range and values of the wrong type are refused, all faults of a file at once.
 - Where the type is a *table*, the value is the name of one of its rows, or a mapping of `name` and the row's options:
   `tuning: {name: lora, rank: 8}`. The tables are at the end.
-- `--dry-run` prints the config as it would be used, and the plan. It checks everything that needs no weights: run
-  folder, parents, datasets, DeepSpeed file. Names on the hub are not looked up (the plan says so). A pipeline's dry
-  run takes runs that its earlier stages are going to make as given.
+- `--dry-run` prints the resolved config and the preflight table. It checks everything that needs no weights: run
+  folder, parents, datasets, DeepSpeed file. Names on the hub are not looked up (the table says so). A pipeline's dry
+  run accepts runs that do not exist yet if an earlier stage of the pipeline makes them.
 """
 
 
 def document() -> str:
-    """The whole of docs/config.md."""
+    """The text of docs/config.md."""
     parts, tables = [HEAD], dict[int, Table]()
     for title, (kind, text) in SECTIONS.items():
         shared = StageConfig.model_fields if kind is not StageConfig else {}
@@ -58,7 +58,7 @@ def document() -> str:
 
 
 def _keys(kind: type[BaseModel], tables: dict[int, Table], prefix: str = "") -> Iterator[tuple[str, str, str, str]]:
-    """A line for each key, groups flattened to dotted keys; tables that are met are noted."""
+    """A line for each key, with groups flattened to dotted keys. Adds the tables it finds to `tables`."""
     for name, field in kind.model_fields.items():
         group, optional = _group(field)
         for found in field.metadata:
@@ -99,7 +99,7 @@ def _type(field: FieldInfo) -> str:
 
 
 def _kind(kind: Any) -> str:
-    """A type as a person writes it."""
+    """A type in words."""
     origin, parts = get_origin(kind), get_args(kind)
     if origin is Annotated:
         return _kind(parts[0]) + _bounds(parts[1:])
@@ -117,7 +117,7 @@ def _kind(kind: Any) -> str:
 
 
 def _bounds(metadata: Any) -> str:
-    """Ranges as pydantic keeps them: `Field(ge=0)` or the constraint itself."""
+    """The range of values; pydantic stores `Field(ge=0)` or the constraint itself."""
     flat = [part for found in metadata for part in (found.metadata if isinstance(found, FieldInfo) else [found])]
     signs = {Ge: ("ge", ">="), Gt: ("gt", ">"), Le: ("le", "<="), Lt: ("lt", "<")}
     found = [f"{signs[type(b)][1]} {getattr(b, signs[type(b)][0]):g}" for b in flat if type(b) in signs]
@@ -137,7 +137,7 @@ def _row(row: Row) -> str:
 
 
 def _prose(row: Row) -> str:
-    """The docstring without its sections on arguments and results, which are the programmer's."""
+    """The docstring without its sections on arguments and results, which are for programmers."""
     text = inspect.getdoc(row.fn) or ""
     text = re.split(r"\n\s*(?:Args|Returns|Raises|Attributes):\n", text)[0].strip()
     text = re.sub(r" Arguments and result as `\w+`\.", "", text).replace("::\n", ":\n")

@@ -1,4 +1,4 @@
-"""What a stage would do, and every fault that can be found without weights or torch: the plan.
+"""Preflight checks: every fault of a run that can be found without weights or torch.
 
 `check` runs before anything is loaded, at each start of a stage and for `--dry-run`.
 """
@@ -33,7 +33,7 @@ from rlhf.sft.config import SFTConfig
 
 Rows = list[tuple[str, str]]
 PendingRuns = Mapping[str, str]
-"""Run folders that a pipeline's earlier stages are going to make -> the stage that makes them."""
+"""Folders of runs that do not exist yet -> the earlier stage of the pipeline that makes them."""
 
 
 def check(
@@ -44,18 +44,18 @@ def check(
     processes: int | None = None,
     pending_runs: PendingRuns | None = None,
 ) -> Rows:
-    """Check everything that needs no weights and imports no torch.
+    """Check everything that needs neither weights nor torch.
 
     Args:
         stage: sft, reward or ppo.
         config: Its config.
         resume: Continue the run in the folder.
-        overwrite: The run in the folder is going to be deleted.
-        processes: How many will work on it; what the launcher announced when left out.
+        overwrite: Delete the run in the folder first.
+        processes: Number of processes of the run; the launcher's world size by default.
         pending_runs: Parents that need not exist yet.
 
     Returns:
-        The rows of the plan: what, and how it will be.
+        Rows of the preflight table: (what, how).
 
     Raises:
         UserError: The first fault found.
@@ -81,17 +81,17 @@ def _run(stage: str, config: StageConfig, resume: bool, overwrite: bool, world: 
     if not is_run(config.run):
         return f"{config.run} (new)"
     if overwrite:
-        return f"{config.run} (the run in it is deleted first)"
+        return f"{config.run} (the existing run is deleted first)"
     if read_run(config.run).get("status") == "complete":
-        return f"{config.run} (complete already)"
+        return f"{config.run} (already complete)"
     newest = Run(Path(config.run), stage).checkpoints(config.checkpoints.keep).newest()
     if newest is None:
-        return f"{config.run} (has no whole checkpoint yet: starts from the beginning)"
+        return f"{config.run} (no complete checkpoint yet: starts from the beginning)"
     wrote = world_size_of(newest[1])
     if wrote != world:
         raise UserError(
             f"{newest[1]}: written by {wrote} processes, this run has {world}",
-            "Each process keeps its share of the optimizer state and its own random numbers.",
+            "Each process keeps its part of the optimizer state and its own random state.",
             f"Resume with --num-processes {wrote}.",
         )
     return f"{config.run} (continues after step {newest[0]:,})"
@@ -125,20 +125,20 @@ def _batch(batch: BatchConfig, world: int) -> str:
 
 
 def _model(config: ModelConfig, stages: Sequence[str], pending_runs: PendingRuns) -> str:
-    """Where the weights come from; `stages` are the stages whose runs will do."""
+    """Where the weights come from. Only runs of `stages` are accepted."""
     if config.chat_template not in ("auto", *TEMPLATES) and not Path(config.chat_template).is_file():
         raise UserError(
             f"model.chat_template: {config.chat_template!r} is neither auto, {', '.join(TEMPLATES)} nor a file",
             remedy="Give the path of a Jinja chat template.",
         )
-    told = _parent("model.path", config.path, stages, pending_runs)
+    described = _parent("model.path", config.path, stages, pending_runs)
     limit = _positions(config, pending_runs)
     if limit is not None and config.max_length is not None and config.max_length > limit:
         raise UserError(
             f"model.max_length: {config.max_length} is more than the {limit} positions of {config.path}",
             remedy=f"Set model.max_length to {limit} or less.",
         )
-    return told
+    return described
 
 
 def _tuning(key: str, pick: Pick) -> str:
@@ -164,26 +164,26 @@ def _parent(key: str, path: str, stages: Sequence[str], pending_runs: PendingRun
             raise UserError(
                 f"{key}: {path} is a run of the {by} stage", remedy=f"Name a run of: {', '.join(stages)}; or a model."
             )
-        told = f"{path} ({'finished' if is_run(path) else 'to come:'} {by} run)"
+        described = f"{path} ({'finished' if is_run(path) else 'to come:'} {by} run)"
     else:
-        told = f"{path} (not checked: hub)"
+        described = f"{path} (not checked: hub)"
     if not folder.is_dir() or (by and not is_run(path)):
-        return told
+        return described
     if not (folder / "config.json").is_file():
         if (folder / "adapter_config.json").is_file():
             raise UserError(
                 f"{key}: {path} holds an adapter that cannot be merged, not a model of its own",
-                "Virtual tokens (prompt tuning and its kin) live outside the weights; a stage starts from weights.",
+                "Virtual tokens (prompt tuning and similar) are not part of the weights; a stage starts from weights.",
                 "Start from a run with `tuning: full` or `lora`.",
             )
         raise UserError(f"{key}: {path}: no model there (no run.json and no config.json)", remedy="Check the path.")
     if by is not None:
-        return told
+        return described
     return f"{path} (local model, {number(_parameters(folder))} parameters)"
 
 
 def _parameters(folder: Path) -> int | None:
-    """How many numbers the folder's safetensors files hold, from their headers; None where there are no such files."""
+    """The number of parameters in the folder's safetensors files, from their headers; None if there are none."""
     total, files = 0, sorted(folder.glob("*.safetensors"))
     for file in files:
         with open(file, "rb") as handle:
@@ -193,7 +193,7 @@ def _parameters(folder: Path) -> int | None:
 
 
 def _positions(config: ModelConfig, pending_runs: PendingRuns) -> int | None:
-    """The longest sequence that a model on this disk takes; None where it is not known yet."""
+    """The longest sequence that a model on this disk supports; None if it is not known yet."""
     if os.path.normpath(config.path) in pending_runs:
         return None
     file = Path(resolve_model_path(config.path)) / "config.json"
@@ -205,7 +205,7 @@ def _positions(config: ModelConfig, pending_runs: PendingRuns) -> int | None:
 
 
 def _same_text(config: PPOConfig, reward_path: str, pending_runs: PendingRuns) -> None:
-    """Compare the policy's tokenizer and template with a reward run's, as far as run.json files tell."""
+    """Compare the policy's tokenizer and chat template with a reward run's, if both have a run.json."""
     if os.path.normpath(config.model.path) in pending_runs or not is_run(config.model.path):
         return
     mine = dict(read_run(config.model.path))
@@ -257,10 +257,10 @@ def _steps(batch: BatchConfig, paths: Sequence[str], kinds: Sequence[str]) -> st
     if not all(d.manifest for d in datasets):
         return f"{batch.epochs:g} epochs"
     steps = math.ceil(batch.epochs * math.ceil(_train_count(datasets) / batch.batch_size))
-    return f"about {steps:,} ({batch.epochs:g} epochs; records that do not fit are set aside)"
+    return f"about {steps:,} ({batch.epochs:g} epochs; records that do not fit are skipped)"
 
 
-# ---- one for each stage ------------------------------------------------------------------------------------------
+# ---- the checks of each stage ------------------------------------------------------------------------------------
 
 
 def _sft(config: SFTConfig, world: int, pending_runs: PendingRuns) -> Rows:
@@ -302,8 +302,8 @@ def _ppo(config: PPOConfig, world: int, pending_runs: PendingRuns) -> Rows:
     for option in (name for name, given in compiled.items() if given and stage_3):
         raise UserError(
             f"{option}: compiled or recorded layers do not work under ZeRO stage 3",
-            "It takes the weights away and brings them back between the layers' own steps.",
-            "Leave it out, or take a DeepSpeed file of a lower stage.",
+            "Stage 3 gathers and releases the weights of each layer between its operations.",
+            "Leave it out, or use a DeepSpeed file of a lower stage.",
         )
     rows += _reward_sources(config, pending_runs)
     critic = f"from the {config.critic.init} model, {_tuning('critic.tuning', config.critic.tuning)}"
@@ -331,7 +331,7 @@ def _sampler(pick: Pick) -> str:
     step = pick.options.get("step", "eager")
     recorded = step == "cuda_graph"
     if on_gpu or recorded:
-        import torch  # only here: whoever has installed a GPU's sampler waits for it anyway
+        import torch  # slow, so only for configs that need a GPU
 
         if not torch.cuda.is_available():
             raise UserError(
@@ -343,11 +343,11 @@ def _sampler(pick: Pick) -> str:
 
 
 def _sharing(config: PPOConfig, pending_runs: PendingRuns) -> Rows:
-    """Which base the roles share, where they are to share one and the runs are there."""
+    """The base that the roles share, with model.sharing `shared`."""
     if config.model.sharing == "separate":
         return []
     if any(os.path.normpath(path) in pending_runs for path in (config.model.path, config.reward_model) if path):
-        return [("sharing", "one base, known once the runs before are there")]
+        return [("sharing", "one base, known once the earlier runs are finished")]
     return [("sharing", recognise(config).described())]
 
 

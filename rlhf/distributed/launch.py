@@ -22,7 +22,7 @@ from rlhf.core.console import say
 from rlhf.core.errors import UserError
 
 PARENT = "RLHF_PARENT"
-"""Names the process above a stage, where it speaks for it: `launcher` prints the plan and how to resume, `pipeline`
+"""Set by the parent process of a stage: a `launcher` prints the checks and how to resume, a `pipeline` prints only
 how to resume."""
 
 

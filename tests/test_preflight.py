@@ -1,4 +1,4 @@
-"""The plan: every fault that can be found without weights, and what `--dry-run` says."""
+"""Preflight: every fault that can be found without weights, and what `--dry-run` prints."""
 
 from __future__ import annotations
 
@@ -68,21 +68,21 @@ def config(stage: str, world: dict, **changes: object):
     return check_config(STAGES[stage], values | changes, "test")
 
 
-def plan(stage: str, world: dict, processes: int | None = None, **changes: object) -> dict[str, str]:
+def checks(stage: str, world: dict, processes: int | None = None, **changes: object) -> dict[str, str]:
     return dict(check(stage, config(stage, world, **changes), False, False, processes))
 
 
 def refusal(stage: str, world: dict, processes: int | None = None, **changes: object) -> str:
     with pytest.raises(UserError) as error:
-        plan(stage, world, processes, **changes)
+        checks(stage, world, processes, **changes)
     return str(error.value)
 
 
-# ---- what the plan says ------------------------------------------------------------------------------------------
+# ---- rows of the preflight table ---------------------------------------------------------------------------------
 
 
 def test_the_plan_of_sft_counts_records_and_steps_from_the_manifest(world):
-    rows = plan("sft", world, 2, batch={"batch_size": 8, "micro_batch_size": 2, "epochs": 3})
+    rows = checks("sft", world, 2, batch={"batch_size": 8, "micro_batch_size": 2, "epochs": 3})
     assert rows["data.train"].endswith("demonstrations: 40 train, 8 eval")
     assert rows["held out"].startswith("8 records")
     assert rows["steps"].startswith("about 15")
@@ -91,7 +91,7 @@ def test_the_plan_of_sft_counts_records_and_steps_from_the_manifest(world):
 
 
 def test_the_plan_of_ppo_names_parents_episodes_and_optimizer_steps(world):
-    rows = plan("ppo", world, updates=5, rollout={"prompts_per_update": 8, "samples_per_prompt": 2})
+    rows = checks("ppo", world, updates=5, rollout={"prompts_per_update": 8, "samples_per_prompt": 2})
     assert rows["policy"] == f"{world['sft']} (finished sft run)"
     assert rows["reward"] == f"{world['reward']} (finished reward run)"
     assert rows["critic"] == "from the reward model, full"
@@ -100,16 +100,16 @@ def test_the_plan_of_ppo_names_parents_episodes_and_optimizer_steps(world):
 
 
 def test_a_critic_free_estimator_plans_no_critic(world):
-    assert plan("ppo", world, advantage="rloo", rollout={"samples_per_prompt": 2})["critic"] == "none"
+    assert checks("ppo", world, advantage="rloo", rollout={"samples_per_prompt": 2})["critic"] == "none"
 
 
 def test_a_hub_name_is_said_to_be_unchecked(world):
-    assert plan("sft", world, model={"path": "org/name"})["model"] == "org/name (not checked: hub)"
+    assert checks("sft", world, model={"path": "org/name"})["model"] == "org/name (not checked: hub)"
 
 
 def test_the_parameters_of_a_local_model_are_counted_from_its_file_headers(world):
-    assert "320 parameters" not in plan("sft", world)["model"]
-    rows = plan("sft", world, model={"path": tiny.llama()})
+    assert "320 parameters" not in checks("sft", world)["model"]
+    rows = checks("sft", world, model={"path": tiny.llama()})
     # embeddings 320 x 32, two layers of attention, feed-forward and two norms, the last norm
     assert f"{320 * 32 + 2 * (32 * (32 + 16 + 16 + 32) + 3 * 32 * 64 + 2 * 32) + 32:,} parameters" in rows["model"]
 
@@ -117,12 +117,12 @@ def test_the_parameters_of_a_local_model_are_counted_from_its_file_headers(world
 def test_a_jsonl_dataset_is_taken_without_being_counted(world, tmp_path):
     file = tmp_path / "demos.jsonl"
     file.write_text('{"prompt": "Hello", "answer": "Good day."}\n', "utf-8")
-    rows = plan("sft", world, data={"train": str(file)})
+    rows = checks("sft", world, data={"train": str(file)})
     assert "counted when it is read" in rows["data.train"] and rows["steps"] == "1 epochs"
 
 
 def test_rankings_serve_sft_as_their_best_answers(world):
-    assert "rankings: 40 train" in plan("sft", world, data={"train": world["rankings"]})["data.train"]
+    assert "rankings: 40 train" in checks("sft", world, data={"train": world["rankings"]})["data.train"]
 
 
 # ---- run folder --------------------------------------------------------------------------------------------------
@@ -210,24 +210,24 @@ def test_a_reward_run_of_another_tokenizer_may_retokenize_but_not_start_the_crit
     other = make_run(tmp_path / "other", "reward", tokenizer="other")
     reward = {"name": "model", "path": other, "retokenize": True}
     assert "tokenizer" in refusal("ppo", world, reward=reward)
-    plan("ppo", world, reward=reward, critic={"init": "policy"})
+    checks("ppo", world, reward=reward, critic={"init": "policy"})
 
 
 def test_a_template_that_the_config_changes_is_compared_too(world, tmp_path):
     text = TEMPLATES["plain"]
     same = make_run(tmp_path / "same", "reward", chat_template=hashlib.sha256(text.encode()).hexdigest()[:16])
     model = {"path": world["sft"], "chat_template": "plain"}
-    plan("ppo", world, model=model, reward={"name": "model", "path": same})
+    checks("ppo", world, model=model, reward={"name": "model", "path": same})
     assert "chat template" in refusal("ppo", world, model=model)
 
 
 def test_parents_that_a_pipeline_is_going_to_make_need_not_exist(world):
-    coming = {"runs/one": "sft", "./runs/two": "reward"}
+    pending = {"runs/one": "sft", "./runs/two": "reward"}
     ppo = config("ppo", world, model={"path": "runs/one/"}, reward={"name": "model", "path": "runs/two"})
-    rows = dict(check("ppo", ppo, False, False, coming=coming))
+    rows = dict(check("ppo", ppo, False, False, pending_runs=pending))
     assert rows["policy"] == "runs/one/ (to come: sft run)" and rows["reward"] == "runs/two (to come: reward run)"
     with pytest.raises(UserError, match="run of the sft stage"):
-        check("ppo", ppo, False, False, coming=coming | {"runs/two": "sft"})
+        check("ppo", ppo, False, False, pending_runs=pending | {"runs/two": "sft"})
 
 
 # ---- data, batches, lengths, DeepSpeed ---------------------------------------------------------------------------
@@ -265,16 +265,16 @@ def test_a_tuning_method_whose_package_is_not_installed_is_refused(world):
 
 def test_compiled_layers_are_refused_under_zero_3_alone(world):
     files = {stage: str(tiny.REPOSITORY / "configs" / "deepspeed" / f"zero{stage}.json") for stage in (2, 3)}
-    plan("ppo", world, 2, compile=True, deepspeed=files[2])
+    checks("ppo", world, 2, compile=True, deepspeed=files[2])
     assert "ZeRO stage 3" in refusal("ppo", world, 2, compile=True, deepspeed=files[3])
     steps = {"sampler": {"name": "hf", "step": "compiled"}}
-    assert plan("ppo", world, 2, rollout=steps, deepspeed=files[2])["sampler"] == "hf, step compiled"
+    assert checks("ppo", world, 2, rollout=steps, deepspeed=files[2])["sampler"] == "hf, step compiled"
     assert "step `compiled`: compiled or recorded" in refusal("ppo", world, 2, rollout=steps, deepspeed=files[3])
 
 
 def test_a_sampler_whose_package_or_device_is_missing_is_refused(world):
-    assert plan("ppo", world)["sampler"] == "hf"
-    assert plan("ppo", world, rollout={"sampler": "transformers"})["sampler"] == "transformers"
+    assert checks("ppo", world)["sampler"] == "hf"
+    assert checks("ppo", world, rollout={"sampler": "transformers"})["sampler"] == "transformers"
     recorded = {"sampler": {"name": "hf", "step": "cuda_graph"}}
     if not torch.cuda.is_available():
         assert "step `cuda_graph` needs a CUDA device" in refusal("ppo", world, rollout=recorded)
@@ -294,7 +294,7 @@ def test_a_tracker_that_is_not_installed_is_refused(world):
 
 @pytest.mark.parametrize("file", sorted((REPOSITORY / "configs" / "deepspeed").glob("*.json")), ids=lambda f: f.stem)
 def test_every_deepspeed_file_that_comes_with_the_project_is_accepted(world, file):
-    assert plan("sft", world, 2, deepspeed=str(file))["processes"] == f"2, ZeRO stage {file.stem[4]} ({file})"
+    assert checks("sft", world, 2, deepspeed=str(file))["processes"] == f"2, ZeRO stage {file.stem[4]} ({file})"
 
 
 @pytest.mark.parametrize(
