@@ -8,6 +8,7 @@ minibatch updates. Each phase takes and returns a frozen value of `rlhf.ppo.type
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from contextlib import nullcontext
 from typing import Any
@@ -45,7 +46,7 @@ from rlhf.ppo.frozen_layers import gather_states, rows_of
 from rlhf.ppo.learner import Learner, PtxBatches
 from rlhf.ppo.losses import explained_variance, importance_weights
 from rlhf.ppo.masked import masked_mean, masked_sum
-from rlhf.ppo.metrics import Clock, Reporter, RunningMeanStd, rate_scale
+from rlhf.ppo.metrics import Clock, PPOReporter, RunningMeanStd
 from rlhf.ppo.packing import packs
 from rlhf.ppo.shared_base import load_shared, save_critic
 from rlhf.ppo.types import Experience, MicroBatch, Prompts, Rollout
@@ -53,7 +54,7 @@ from rlhf.reward.sources import RewardContext, RewardInputs
 from rlhf.rollout.types import SamplingParams, stream_seed
 from rlhf.runs.checkpoint import rng_state, seed_everything, set_rng_state
 from rlhf.runs.run import Run, check_same_text, data_facts, finish, open_run, parent_facts, resolve_model_path
-from rlhf.training.engine import Engine, make_engine
+from rlhf.training.engine import Engine, make_engine, rate_scale
 
 KINDS = ("prompt", "demonstration", "ranking")
 TRAIN, EVAL, ORDER, EPOCH, PTX = range(5)
@@ -98,7 +99,7 @@ class PPO:
         self.checkpoints = self.run.checkpoints(config.checkpoints.keep)
         if resume:
             self._resume()
-        self.reporter = Reporter(config, self.run, self.done)
+        self.reporter = PPOReporter(config, self.run, self.done)
 
     def _ptx(self, limit: int) -> PtxBatches | None:
         if not self.config.data.ptx:
@@ -155,7 +156,8 @@ class PPO:
         # 5. advantages and returns
         advantages = config.advantage(rewards, experience.values, mask, prompts.groups)
         # 6. minibatch updates
-        rate = rate_scale(config.optimizer, number, config.updates)
+        warmup = math.ceil(config.optimizer.warmup * config.updates)
+        rate = rate_scale(config.optimizer.schedule, number, config.updates, warmup, first=1)
         with clock("learn"):
             learned = self.learner.learn(experience, advantages, batcher.over(experience.trunk), plans, number, rate)
         figures = describe(experience, scores, rewards, advantages.returns)

@@ -23,9 +23,9 @@ from rlhf.data.tables import open_all, tokenize
 from rlhf.inference.policy import quiet
 from rlhf.memory.peak import PeakMemory
 from rlhf.models.load import load_hf_config, load_policy, sequence_limit
+from rlhf.models.packed_attention import VARLEN
 from rlhf.models.save import generation_config, save_result
 from rlhf.models.tuning import say_trainable, virtual_tokens
-from rlhf.ppo.packing import VARLEN
 from rlhf.runs.run import Run, data_facts, finish, open_run, parent_facts, resolve_model_path
 from rlhf.sft.config import SFTConfig
 from rlhf.training.trainer import StageTrainer, training_arguments

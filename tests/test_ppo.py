@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 from rlhf.config.load import check_config
 from rlhf.core.errors import UserError
 from rlhf.ppo.config import PPOConfig
-from rlhf.ppo.metrics import TIMINGS, RunningMeanStd, rate_scale
+from rlhf.ppo.metrics import TIMINGS, RunningMeanStd
 from stages.ppo import PPO, run
 
 REWARD = {"name": "function", "function": "ppo_rewards:letters"}
@@ -303,12 +303,3 @@ def test_moments_equal_those_of_all_values():
     assert (found.count, found.mean) == (5, pytest.approx(4.2))
     assert found.std == pytest.approx(float(both.std(correction=0)))
     assert RunningMeanStd().add(torch.ones(3)).std == 1.0
-
-
-def test_rates_climb_then_fall():
-    c = config("x", "x", optimizer__warmup=0.2, optimizer__schedule="linear").optimizer
-    assert [rate_scale(c, i, 10) for i in range(10)] == pytest.approx(
-        [0.5, 1, 1, 0.875, 0.75, 0.625, 0.5, 0.375, 0.25, 0.125]
-    )
-    cosine = config("x", "x", optimizer__schedule="cosine").optimizer
-    assert [rate_scale(cosine, i, 4) for i in range(4)] == pytest.approx([1, 0.8535534, 0.5, 0.1464466])

@@ -19,6 +19,13 @@ from transformers.masking_utils import sdpa_mask
 
 PACKED = "sdpa_packed"
 """Our attention implementation: `sdpa`, but where it is given lengths in the place of a mask."""
+VARLEN = (
+    "flash_attention_2",
+    "flash_attention_3",
+    "kernels-community/flash-attn2",
+    "kernels-community/vllm-flash-attn3",
+)
+"""Attention implementations that separate packed sequences by their lengths, without a mask."""
 KERNEL = "_scaled_dot_product_flash_attention_for_cpu"
 """What `scaled_dot_product_attention` calls on a CPU, by its name in torch.ops.aten."""
 

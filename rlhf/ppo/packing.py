@@ -9,17 +9,9 @@ from torch import nn
 
 from rlhf import distributed
 from rlhf.core.errors import UserError
-from rlhf.models.packed_attention import KERNEL, PACKED, switch
+from rlhf.models.packed_attention import KERNEL, PACKED, VARLEN, switch
 from rlhf.ppo.batching import Batcher
 from rlhf.training.engine import Engine
-
-VARLEN = (
-    "flash_attention_2",
-    "flash_attention_3",
-    "kernels-community/flash-attn2",
-    "kernels-community/vllm-flash-attn3",
-)
-"""Attention implementations that keep packed sequences apart by their lengths, without a mask."""
 
 
 def packs(engine: Engine, reference: Any, vocab_size: int, wanted: bool | None) -> bool:

@@ -5,6 +5,7 @@ The callers scale losses by the global number of tokens and the engine sums grad
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -20,6 +21,23 @@ from rlhf.core.errors import UserError
 from rlhf.distributed.deepspeed_config import SET_BY_US, read_deepspeed
 from rlhf.models.load import compute_dtype
 from rlhf.runs.checkpoint import world_size_of
+
+
+def rate_scale(schedule: str, step: int, steps: int, warmup: int, first: int = 0) -> float:
+    """The learning rate as a fraction of its peak: a linear climb, then the schedule, which falls to 0 at `steps`.
+
+    Args:
+        schedule: `constant`, `linear` or `cosine`.
+        step: From 0.
+        steps: Of the whole run.
+        warmup: Steps of the climb.
+        first: The climb starts at `first` / `warmup`: with 0 the first step has rate 0, with 1 the last step of the
+            climb has the peak rate.
+    """
+    if step < warmup:
+        return (step + first) / warmup
+    done = (step - warmup) / max(1, steps - warmup)
+    return {"constant": 1.0, "linear": 1 - done, "cosine": 0.5 * (1 + math.cos(math.pi * done))}[schedule]
 
 
 def cast_frozen_linears_(module: nn.Module, dtype: torch.dtype) -> list[tuple[nn.Module, Tensor]]:

@@ -1,79 +1,59 @@
-"""What the Trainer logs, as our metrics.jsonl and one readable line a step."""
+"""What a run reports while it trains: metrics.jsonl, samples.jsonl, trackers, one console line a step."""
 
 from __future__ import annotations
 
-import time
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from transformers import TrainerCallback, TrainerControl, TrainerState
-
-from rlhf.core.console import StepBar, number
+from rlhf.core.console import StepBar, is_main
+from rlhf.core.errors import UserError
 from rlhf.runs.run import Run
 
-RENAMED = {"loss": "train/loss", "grad_norm": "optimizer/grad_norm", "learning_rate": "optimizer/lr"}
-RENAMED |= {"epoch": "train/epoch", "tokens": "train/tokens", "mean_token_accuracy": "train/token_accuracy"}
-RENAMED |= {"entropy": "train/entropy"}
-"""The Trainer's and TRL's names of metrics -> ours."""
 
+class Reporter:
+    """The reporter of all three stages. Rank 0 writes and prints; the other ranks may call everything.
 
-class Reporter(TrainerCallback):
-    """Writes every logged step to metrics.jsonl and says it in a line. Logs at every checkpoint and evaluation too.
+    Args:
+        run: The run folder.
+        report_to: Trackers by name: `tensorboard`, `wandb`, `trackio`.
+        total: Steps (updates in PPO) of the whole run.
+        done: Steps that a resumed run has done already.
 
-    A log closes the window over which the loss is averaged; were a checkpoint to fall into a window, the resumed run
-    would average over a part of it only.
+    Raises:
+        UserError: A tracker's package is not installed.
     """
 
-    def __init__(self, run: Run) -> None:
+    def __init__(self, run: Run, report_to: Sequence[str], total: int, done: int = 0) -> None:
         self.run = run
-        self.bar: StepBar | None = None
-        self.since, self.logged = time.perf_counter(), 0
+        self.trackers = [_tracker(name, run) for name in report_to] if is_main() else []
+        self.bar = StepBar(run.stage, total, done)
 
-    def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        self.bar = StepBar(self.run.stage, state.max_steps, state.global_step)
-        self._restart(state)
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Write the metrics of a step to metrics.jsonl and the trackers."""
+        self.run.log("metrics.jsonl", [{"step": step, **metrics}])
+        for tracker in self.trackers:
+            tracker.log(dict(metrics), step=step)
 
-    def _restart(self, state: TrainerState) -> None:
-        self.since, self.logged = time.perf_counter(), state.global_step
-
-    def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        if control.should_save or control.should_evaluate:
-            control.should_log = True
-
-    def on_log(
-        self, args: Any, state: TrainerState, control: TrainerControl, logs: dict[str, Any] | None = None, **kwargs: Any
-    ) -> None:
-        state.log_history.clear()  # metrics.jsonl is the history; this one would grow in every checkpoint
-        row = {_renamed(key): value for key, value in (logs or {}).items() if key != "num_tokens"}
-        if "train/loss" in row:
-            seconds = time.perf_counter() - self.since
-            steps = max(state.global_step - self.logged, 1)
-            row |= {"throughput/train": row["train/tokens"] / seconds, "time/step": seconds / steps}
-            self.run.log("metrics.jsonl", [{"step": state.global_step, **row}])
-            if self.bar is not None:
-                self.bar.step(state.global_step, _line(row), seconds / steps)
-            self._restart(state)
-        elif any(key.startswith("eval/") for key in row):
-            self.run.log("metrics.jsonl", [{"step": state.global_step, **row}])
-            if self.bar is not None:
-                told = {key[5:]: value for key, value in row.items() if key.startswith("eval/")}
-                self.bar.note("  held out: " + "  ".join(f"{k} {number(v)}" for k, v in told.items()))
-
-    def on_evaluate(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        self._restart(state)
-
-    def on_save(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        self._restart(state)
+    def samples(self, step: int, rows: Iterable[Mapping[str, Any]]) -> None:
+        """Write completions to samples.jsonl."""
+        self.run.log("samples.jsonl", [{"step": step, **row} for row in rows])
 
     def close(self) -> None:
-        """Take the progress bar away."""
-        if self.bar is not None:
-            self.bar.close()
+        """Remove the progress bar and finish the trackers."""
+        self.bar.close()
+        for tracker in self.trackers:
+            tracker.finish()
 
 
-def _line(row: dict[str, Any]) -> str:
-    names = {"train/loss": "loss", "optimizer/lr": "lr", "optimizer/grad_norm": "grad", "throughput/train": "tokens/s"}
-    return "  ".join(f"{short} {number(float(row[key]))}" for key, short in names.items() if key in row)
+def _tracker(name: str, run: Run) -> Any:
+    from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 
-
-def _renamed(key: str) -> str:
-    return "eval/" + key.removeprefix("eval_") if key.startswith("eval_") else RENAMED.get(key, key)
+    kind = LOGGER_TYPE_TO_CLASS[name]
+    options = {"logging_dir": str(run.path / "tensorboard")} if kind.requires_logging_directory else {}
+    try:
+        tracker = kind(run.path.name, **options)
+        if hasattr(tracker, "start"):
+            tracker.start()
+    except ImportError as error:
+        raise UserError(f"log.report_to: {name} is not installed ({error})", remedy=f"pip install {name}") from None
+    return tracker

@@ -29,8 +29,8 @@ from rlhf.models.merging import put_trained_state, trained_state
 from rlhf.models.scalar import ScalarModel
 from rlhf.runs.checkpoint import rng_state, set_rng_state, world_size_of
 from rlhf.runs.run import Run
+from rlhf.training.callback import ReporterCallback
 from rlhf.training.epoch_order import EpochSampler
-from rlhf.training.reporter import Reporter
 
 Config = SupervisedConfig
 A = TypeVar("A", bound=TrainingArguments)
@@ -156,7 +156,7 @@ class StageTrainer(Trainer):
         args.eval_strategy = IntervalStrategy.STEPS if held_out is not None else IntervalStrategy.NO
         self.tokens = torch.zeros((), dtype=torch.int64, device=args.device)
         self.remove_callback(PrinterCallback)
-        self.reporter = Reporter(run)
+        self.reporter = ReporterCallback(run)
         self.add_callback(self.reporter)
         if self.accelerator.num_processes != distributed.world_size():
             raise UserError(
