@@ -115,7 +115,7 @@ import json, math, sys
 import torch
 from torch import nn
 from rlhf import distributed
-from rlhf.config import PPOOptimizerConfig
+from rlhf.ppo.config import PPOOptimizerConfig
 from rlhf.training.engine import make_engine
 
 path, folder = sys.argv[1:3]

@@ -32,8 +32,8 @@ import torch
 torch.set_num_threads(1)
 from rlhf import distributed
 from rlhf.runs.checkpoint import Checkpoints
-from rlhf.config import RewardConfig
-from rlhf.config.load import load_config
+from rlhf.reward.config import RewardConfig
+from rlhf.config.load import load_stage_config
 from stages import reward
 
 file, kill = sys.argv[1:3]
@@ -52,7 +52,7 @@ if where == "write":
             os.kill(os.getpid(), signal.SIGKILL)
         return seal(self, partial, step)
     Checkpoints._seal = killed
-distributed.name_lost_ranks(reward.run)(load_config(RewardConfig, file), resume=where != "new")
+distributed.name_lost_ranks(reward.run)(load_stage_config(RewardConfig, file), resume=where != "new")
 distributed.stop()
 """
 
