@@ -1,7 +1,7 @@
-"""Generation with unequal lengths: the samplers `hf` (eager or compiled) and `transformers`, and static `generate`.
+"""Generation with unequal lengths: the samplers `hf` and `transformers`, and static `generate`.
 
     OMP_NUM_THREADS=1 python benchmarks/generation.py ../shared/models/stories260K
-    OMP_NUM_THREADS=1 python benchmarks/generation.py ../shared/models/stories260K --samplers compiled hf
+    OMP_NUM_THREADS=1 python benchmarks/generation.py ../shared/models/stories260K --samplers transformers hf
 
 All sides sample at temperature 1 and are given the same prompts (8 to 40 random tokens) and the same lengths, drawn
 from a log-normal distribution with a mean of 40% of the maximum: before its length an answer cannot end, at its length
@@ -47,7 +47,7 @@ def draw_lengths(count: int, longest: int) -> list[int]:
 
 def impose_on_ours(lengths: Sequence[int]) -> None:
     """Seeds are the numbers of the answers here; their streams say where they end."""
-    plain_noise, plain_choose = decoding.gumbel_noise, decoding.choose
+    plain_noise, plain_choose = decoding.uniform_noise, decoding.choose
 
     def noise(seed: int, count: int) -> torch.Tensor:
         stream = plain_noise(seed, count)
@@ -58,7 +58,7 @@ def impose_on_ours(lengths: Sequence[int]) -> None:
         logits[:, END] = float("-inf")
         return torch.where(noise == NOW, END, plain_choose(logits, noise, sampling))
 
-    decoding.gumbel_noise, decoding.choose = noise, choose
+    decoding.uniform_noise, decoding.choose = noise, choose
 
 
 class ImposedLengths(transformers.LogitsProcessor):
@@ -116,7 +116,6 @@ def by_generate(model: Any, prompts: list[list[int]], lengths: list[int], longes
 
 SIDES: dict[str, Side] = {
     "hf": by_sampler("hf"),
-    "compiled": by_sampler("hf", step="compiled"),
     "transformers": by_sampler("transformers"),
     "generate": by_generate,
 }

@@ -342,7 +342,7 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, help="Sequences that we decode at a time.")
     parser.add_argument("--micro-batch-tokens", type=int, help="Tokens of a pass in training, of either side.")
     parser.add_argument("--seconds", type=int, help="For each side.")
-    parser.add_argument("--step", choices=("eager", "compiled", "cuda_graph"), help="Of our decoding, in the updates.")
+    parser.add_argument("--step", choices=("eager", "cuda_graph"), help="How our side decodes in the updates.")
     parser.add_argument("--compile", action="store_true", help="Ours with compile=true.")
     parser.add_argument("--gradient-checkpointing", action="store_true", help="Ours with it; TRL's default is its own.")
     parser.add_argument("--profile", action="store_true", help="Instead, write profile-PHASE.txt of a short update.")

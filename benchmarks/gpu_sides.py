@@ -93,11 +93,11 @@ class Decoding:
         from rlhf.rollout import decode_step, decoding
 
         self.clear()
-        enter, make_step = decoding.DecodingSlots._enter, decode_step.make_step
+        prefill, make_step = decoding.DecodingSlots._prefill_into_slots, decode_step.make_step
 
-        def timed_enter(decoding: Any) -> None:
+        def timed_prefill(decoding: Any) -> None:
             start = now()
-            enter(decoding)
+            prefill(decoding)
             self.figures["prefill_seconds"] += now() - start
 
         def make_counted_step(*arguments: Any) -> Any:
@@ -111,7 +111,7 @@ class Decoding:
 
             return counted
 
-        decoding.DecodingSlots._enter = timed_enter  # type: ignore[method-assign]
+        decoding.DecodingSlots._prefill_into_slots = timed_prefill  # type: ignore[method-assign]
         decode_step.make_step = make_counted_step
 
     def clear(self) -> None:
@@ -174,7 +174,7 @@ def ours(spec: dict[str, Any], notes: Notes) -> None:
 
 
 def steps(spec: dict[str, Any], notes: Notes) -> None:
-    """One batch of answers by each way of taking a decoding step, twice: the first time it is compiled or recorded."""
+    """One batch of answers by each way of taking a decoding step, twice: the first time it is recorded."""
     from types import SimpleNamespace
 
     from rlhf.config.base import ModelConfig
@@ -190,7 +190,7 @@ def steps(spec: dict[str, Any], notes: Notes) -> None:
     sampling = SamplingParams(spec["new_tokens"], min_new_tokens=spec["new_tokens"], batch_size=spec["batch_size"])
     prompts = torch.randint(4, model.config.vocab_size, (spec["batch_size"], spec["prompt_tokens"])).tolist()
     decoding = Decoding()
-    for step in ("eager", "compiled", "cuda_graph"):
+    for step in ("eager", "cuda_graph"):
         if step == "cuda_graph" and not cuda:
             continue
         took = []

@@ -165,7 +165,7 @@ def impose_on_ours(spec: dict[str, Any]) -> None:
     from rlhf.rollout.samplers import SAMPLERS, hf
 
     lengths: dict[int, int] = {}
-    noise, choose, ends = decoding.gumbel_noise, decoding.choose, list(spec["ends"])
+    noise, choose, ends = decoding.uniform_noise, decoding.choose, list(spec["ends"])
 
     @SAMPLERS.row("imposed")
     def sampler(model: Any, prompts: Any, seeds: Any, sampling: Any, chat: Any) -> Any:
@@ -183,7 +183,7 @@ def impose_on_ours(spec: dict[str, Any]) -> None:
         logits[:, ends] = float("-inf")
         return torch.where(uniform > 1, ends[0], choose(logits, uniform.clamp(max=1 - 1e-6), sampling))
 
-    decoding.gumbel_noise, decoding.choose = noise_with_end, choose_or_end
+    decoding.uniform_noise, decoding.choose = noise_with_end, choose_or_end
 
 
 # ---- TRL -----------------------------------------------------------------------------------------------------------

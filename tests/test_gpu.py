@@ -66,7 +66,7 @@ def test_a_ppo_update_begins_with_a_ratio_of_one_and_without_divergence(precisio
     assert figures["memory/peak_gb"] > 0
 
 
-@pytest.mark.parametrize("step", ["eager", "compiled", "cuda_graph"])
+@pytest.mark.parametrize("step", ["eager", "cuda_graph"])
 @pytest.mark.parametrize("batch_size", [64, 3])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_greedy_answers_are_those_of_generate(family, batch_size, step):
@@ -78,7 +78,6 @@ def test_greedy_answers_are_those_of_generate(family, batch_size, step):
         ids = model.generate(torch.tensor([prompt], device="cuda"), **options)[0, len(prompt) :].tolist()
         expected.append(ids[: ids.index(end) + 1] if end in ids else ids)
     sampling = SamplingParams(24, temperature=0, batch_size=batch_size)
-    torch._dynamo.reset()
     found = hf(model, test_rollout.PROMPTS, [0] * len(expected), sampling, test_rollout.chat_like(end), step=step)
     assert [answer.ids for answer in found] == expected
 

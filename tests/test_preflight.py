@@ -263,13 +263,14 @@ def test_a_tuning_method_whose_package_is_not_installed_is_refused(world):
     assert "needs bitsandbytes" in refusal("sft", world, tuning="qlora")
 
 
-def test_compiled_layers_are_refused_under_zero_3_alone(world):
+def test_compiled_layers_are_refused_under_zero_3_alone(world, monkeypatch):
     files = {stage: str(tiny.REPOSITORY / "configs" / "deepspeed" / f"zero{stage}.json") for stage in (2, 3)}
     checks("ppo", world, 2, compile=True, deepspeed=files[2])
     assert "ZeRO stage 3" in refusal("ppo", world, 2, compile=True, deepspeed=files[3])
-    steps = {"sampler": {"name": "hf", "step": "compiled"}}
-    assert checks("ppo", world, 2, rollout=steps, deepspeed=files[2])["sampler"] == "hf, step compiled"
-    assert "step `compiled`: compiled or recorded" in refusal("ppo", world, 2, rollout=steps, deepspeed=files[3])
+    steps = {"sampler": {"name": "hf", "step": "cuda_graph"}}
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert checks("ppo", world, 2, rollout=steps, deepspeed=files[2])["sampler"] == "hf, step cuda_graph"
+    assert "step `cuda_graph`: compiled or recorded" in refusal("ppo", world, 2, rollout=steps, deepspeed=files[3])
 
 
 def test_a_sampler_whose_package_or_device_is_missing_is_refused(world):

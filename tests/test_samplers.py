@@ -130,7 +130,7 @@ def test_a_model_that_transformers_cannot_page_is_refused(chat):
     shape = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
     layers = ["conv", "full_attention"]
     model = AutoModelForCausalLM.from_config(Lfm2Config(vocab_size=64, layer_types=layers, **shape))
-    with pytest.raises(UserError, match="kind lfm2"):
+    with pytest.raises(UserError, match="lfm2 models"):
         continuous_batching(model, [[1, 2]], [0], SamplingParams(3), chat)
 
 

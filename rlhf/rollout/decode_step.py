@@ -1,11 +1,7 @@
-"""One decoding step of a model: called as it is, compiled, or recorded as a CUDA graph and replayed. See `Step`.
-
-The last two run over a `kv_cache.FixedCache`: what they were made for is tensors of one size, in one place.
-"""
+"""One decoding step of a model: an ordinary forward pass, or the replay of a CUDA graph."""
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -14,16 +10,12 @@ from torch import Tensor
 
 from rlhf.core.errors import UserError
 
-Step = Literal["eager", "compiled", "cuda_graph"]
-"""`eager`: over a cache that grows with the answers. `compiled`: torch.compile over a cache of fixed size, for each
-number of sequences once. `cuda_graph`: over such a cache, recorded once per rollout and number of sequences, then
-replayed without launching each operation; on a GPU alone."""
-
+StepKind = Literal["eager", "cuda_graph"]
 NextLogits = Callable[[Any, Tensor, Tensor, Tensor, Any], Tensor]
 
 
 def next_logits(model: Any, ids: Tensor, mask: Tensor, positions: Tensor, cache: Any) -> Tensor:
-    """float32 [B, V]: the logits of the tokens after `ids`, int64 [B, T], over a transformers cache."""
+    """Logits float32 [B, V] of the token after `ids`, int64 [B, T], given a transformers cache."""
     logits: Tensor = model(
         input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True,
         logits_to_keep=1,
@@ -31,69 +23,53 @@ def next_logits(model: Any, ids: Tensor, mask: Tensor, positions: Tensor, cache:
     return logits
 
 
-MOST_GRAPHS = 64
-"""Beyond which torch goes on uncompiled; not reached, for rows come by halves and sizes of caches by 64."""
-
-
-def make_step(kind: Step, device: torch.device) -> NextLogits:
-    """How the steps of one rollout are taken.
+def make_step(kind: StepKind, device: torch.device) -> NextLogits:
+    """The decoding step of one rollout.
 
     Raises:
-        UserError: A CUDA graph on another device.
+        UserError: `cuda_graph` on a device other than CUDA.
     """
     if kind == "eager":
         return next_logits
-    if kind == "compiled":
-        return _call_compiled
     if device.type != "cuda":
         raise UserError(
             f"rollout.sampler: step `cuda_graph` needs a CUDA device, and the policy is on `{device.type}`",
-            remedy="Leave `step` out, or take `compiled`.",
+            remedy="Leave `step` out.",
         )
-    return Recorded()
+    return GraphStep()
 
 
-@functools.cache
-def _compiled() -> NextLogits:
-    return torch.compile(next_logits, dynamic=False)  # once it is asked for: the compiler takes 50 MB
+class GraphStep:
+    """`next_logits` as a CUDA graph, replayed without launching each operation.
 
-
-def _call_compiled(model: Any, ids: Tensor, mask: Tensor, positions: Tensor, cache: Any) -> Tensor:
-    # whoever keeps other compiled parts (`compile`) eager in a rollout does not mean this one
-    with torch.compiler.set_stance("default"), torch._dynamo.config.patch(recompile_limit=MOST_GRAPHS):
-        return _compiled()(model, ids, mask, positions, cache)
-
-
-class Recorded:
-    """Steps replayed from a CUDA graph, recorded anew when a tensor that it reads or writes has moved.
-
-    NOT YET RUN: no GPU was at hand.
+    The graph is recorded again whenever a tensor that it reads or writes has moved or changed shape, so the KV cache
+    must be a `kv_cache.FixedCache`. Not run on a GPU yet.
     """
 
     def __init__(self) -> None:
-        self.places: list[tuple[int, torch.Size]] = []
+        self.addresses: list[tuple[int, torch.Size]] = []
         self.graph: Any = None
         self.logits = torch.empty(0)
 
     def __call__(self, model: Any, ids: Tensor, mask: Tensor, positions: Tensor, cache: Any) -> Tensor:
-        """As `next_logits`; the result is overwritten by the next call."""
-        held = [ids, mask, positions, *(t for layer in cache.layers for t in (layer.keys, layer.values))]
-        places = [(tensor.data_ptr(), tensor.shape) for tensor in held]
-        if places != self.places:
+        """As `next_logits`; the next call overwrites the result."""
+        tensors = [ids, mask, positions, *(t for layer in cache.layers for t in (layer.keys, layer.values))]
+        addresses = [(tensor.data_ptr(), tensor.shape) for tensor in tensors]
+        if addresses != self.addresses:
             self._record(model, ids, mask, positions, cache)
-            self.places = places
+            self.addresses = addresses
         self.graph.replay()
         return self.logits
 
     def _record(self, *arguments: Any) -> None:
-        self.graph = None  # its memory first
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):  # libraries allocate at their first calls; a step may be repeated
+        self.graph = None  # frees its memory before the new graph needs some
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):  # libraries allocate memory in their first calls, which no graph may record
             for _ in range(2):
                 next_logits(*arguments)
-        torch.cuda.current_stream().wait_stream(side)
+        torch.cuda.current_stream().wait_stream(stream)
         self.graph = torch.cuda.CUDAGraph()
-        # other threads (NCCL's) may go on meanwhile
+        # `thread_local`: other threads (NCCL's) may use CUDA during the recording
         with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):
             self.logits = next_logits(*arguments)

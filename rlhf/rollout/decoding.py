@@ -1,118 +1,115 @@
-"""Decode completions in a fixed number of slots, with a KV cache that sequences join and leave."""
+"""Decode completions in a fixed number of slots over a KV cache that sequences join and leave."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from rlhf.core.lazy import lazy
-from rlhf.data.chat import stop_ids
+import torch
+import transformers
+from torch import Tensor
+
+from rlhf.data.chat import ChatTokenizer, stop_ids
+from rlhf.rollout import decode_step, kv_cache
 from rlhf.rollout.types import Completion, SamplingParams
-
-if TYPE_CHECKING:
-    import torch
-    import transformers
-
-    from rlhf.data.chat import ChatTokenizer
-    from rlhf.models import packed_attention
-    from rlhf.rollout import decode_step, kv_cache
-else:
-    torch, transformers, kv_cache = lazy("torch"), lazy("transformers"), lazy("rlhf.rollout.kv_cache")
-    decode_step, packed_attention = lazy("rlhf.rollout.decode_step"), lazy("rlhf.models.packed_attention")
 
 
 class DecodingSlots:
-    """A fixed number of places through which the answers pass.
+    """A fixed number of decoding slots.
 
-    What the model needs of a place is in tensors, one element or row a place; who stands there, and what was found so
-    far, is known to Python, so that a step asks the device once: for the tokens, and which answers are finished.
+    Per-slot model state is in tensors with one row a slot. Which request is in a slot, and its tokens, are Python
+    lists, so each step syncs with the GPU once: to read the new tokens and which completions are finished.
     """
 
     def __init__(
         self, model: Any, prompts: Sequence[list[int]], seeds: Sequence[int], sampling: SamplingParams,
-        chat: ChatTokenizer,
-        order: Sequence[int], joins: bool, step: decode_step.Step,
+        chat: ChatTokenizer, requests: Sequence[int], joins: bool, step: decode_step.StepKind,
     ) -> None:  # fmt: skip
+        """
+        Args:
+            requests: Which prompts to complete, in this order.
+            joins: Whether new sequences can join the cache while others are being decoded (`kv_cache.joinable`).
+        """
         self.model, self.prompts, self.seeds, self.sampling, self.chat = model, prompts, seeds, sampling, chat
-        self.waiting, self.joins, self.answers = list(order), joins, dict[int, Completion]()
+        self.waiting, self.joins, self.completions = list(requests), joins, dict[int, Completion]()
         self.forward, self.fixed = decode_step.make_step(step, model.device), step != "eager"
-        self.places: list[int | None] = [None] * min(len(order), sampling.batch_size)  # which answer stands there
-        self.found: list[list[int]] = [[] for _ in self.places]  # its tokens so far
+        self.slots: list[int | None] = [None] * min(len(requests), sampling.batch_size)
+        """The request in each slot; None where the slot is free."""
+        self.tokens: list[list[int]] = [[] for _ in self.slots]
         self.cache: Any = None
-        device, count = model.device, len(self.places)
+        device, count = model.device, len(self.slots)
         self.ends = torch.tensor(stop_ids(model, chat), device=device)
         self.end_set = set(self.ends.tolist())
         self.token, self.position, self.count, self.live = torch.zeros(4, count, dtype=torch.int64, device=device)
         self.noise = torch.zeros(count, sampling.max_new_tokens, device=device)
 
     def run(self) -> dict[int, Completion]:
-        """Everything in `order` answered."""
-        while self.waiting or len(self._free()) < len(self.places):
+        """Decode until every request has its completion."""
+        while self.waiting or len(self._free()) < len(self.slots):
             free = len(self._free())
-            # a prefill costs about as much as a step: it waits until an eighth of the places is free
-            if self.waiting and free >= min(len(self.waiting), max(1, len(self.places) // 8)):
-                self._enter()
-            elif not self.waiting and self._leaving(free):
-                self._leave()
+            # a prefill costs about as much as a step, so it waits until an eighth of the slots is free
+            if self.waiting and free >= min(len(self.waiting), max(1, len(self.slots) // 8)):
+                self._prefill_into_slots()
+            elif not self.waiting and self._compaction_pays(free):
+                self._compact()
             else:
                 self._step()
-        return self.answers
+        return self.completions
 
     def _free(self) -> list[int]:
-        return [place for place, answer in enumerate(self.places) if answer is None]
+        return [slot for slot, request in enumerate(self.slots) if request is None]
 
-    def _leaving(self, free: int) -> bool:
-        """Whether so much is idle that copying the cache pays."""
-        if self.fixed:  # every number of places is another graph: few, by halves
-            return len(self.places) >= 8 and free >= len(self.places) / 2
-        return free >= len(self.places) / 8
+    def _compaction_pays(self, free: int) -> bool:
+        """Whether enough slots are idle to pay for a copy of the cache."""
+        if self.fixed:  # each number of slots needs another CUDA graph, so they only ever halve
+            return len(self.slots) >= 8 and free >= len(self.slots) / 2
+        return free >= len(self.slots) / 8
 
-    def _enter(self) -> None:
-        """Prefill waiting prompts, each once, join them to the cache and draw their first tokens."""
-        places = self._free()[: len(self.waiting)]
-        coming, self.waiting = self.waiting[: len(places)], self.waiting[len(places) :]
-        number = {prompt: row for row, prompt in enumerate(dict.fromkeys(tuple(self.prompts[i]) for i in coming))}
-        rows, device = [list(prompt) for prompt in number], self.model.device
-        source = torch.tensor([number[tuple(self.prompts[i])] for i in coming], device=device)
+    def _prefill_into_slots(self) -> None:
+        """Prefill waiting prompts, each distinct one once, put them into free slots and sample their first tokens."""
+        slots = self._free()[: len(self.waiting)]
+        requests, self.waiting = self.waiting[: len(slots)], self.waiting[len(slots) :]
+        row_of = {prompt: row for row, prompt in enumerate(dict.fromkeys(tuple(self.prompts[i]) for i in requests))}
+        rows, device = [list(prompt) for prompt in row_of], self.model.device
+        source = torch.tensor([row_of[tuple(self.prompts[i])] for i in requests], device=device)
         lengths = torch.tensor([len(row) for row in rows], device=device)
         width = max(map(len, rows))
         ids = torch.tensor([[self.chat.pad_id] * (width - len(row)) + row for row in rows], device=device)
         mask = kv_cache.left_padded(lengths, width)
-        # Without a config all layers keep all tokens, sliding windows too: what can be joined.
+        # Without a config every layer keeps all tokens, those with a sliding window too: sequences can then join.
         cache = transformers.DynamicCache(config=None if self.joins else self.model.config)
         positions = (mask.cumsum(-1) - 1).clamp(min=0)
         logits = decode_step.next_logits(self.model, ids, mask, positions, cache)
         if self.cache is None:
-            self.cache = self._empty(cache)
-        where = torch.tensor(places, device=device)
-        self.cache.enter(cache, lengths[source], source, where)
-        for place, answer in zip(places, coming):
-            self.places[place], self.found[place] = answer, []
-        self.noise[where] = torch.stack([gumbel_noise(self.seeds[i], self.sampling.max_new_tokens) for i in coming]).to(
-            device
-        )
+            self.cache = self._empty_cache(cache)
+        where = torch.tensor(slots, device=device)
+        self.cache.insert(cache, lengths[source], source, where)
+        for slot, request in zip(slots, requests):
+            self.slots[slot], self.tokens[slot] = request, []
+        noise = [uniform_noise(self.seeds[i], self.sampling.max_new_tokens) for i in requests]
+        self.noise[where] = torch.stack(noise).to(device)
         self.position[where], self.count[where], self.live[where] = lengths[source] - 1, 0, 1
-        self._draw(logits[source], where)
+        self._sample(logits[source], where)
 
-    def _empty(self, prefill: Any) -> Any:
-        """A cache with a row for every place, of the form of a filled one."""
+    def _empty_cache(self, prefill: Any) -> Any:
+        """A cache with a row for every slot and the layer shapes of `prefill`."""
         if self.fixed:
             longest = max(len(prompt) for prompt in self.prompts) + self.sampling.max_new_tokens
-            return kv_cache.FixedCache(prefill, len(self.places), longest)
-        return kv_cache.JoinedCache(prefill, len(self.places)) if self.joins else kv_cache.BatchCache(prefill)
+            return kv_cache.FixedCache(prefill, len(self.slots), longest)
+        return kv_cache.JoinedCache(prefill, len(self.slots)) if self.joins else kv_cache.BatchCache(prefill)
 
     def _step(self) -> None:
-        """One token more for every place."""
-        standing = zip(self.places, self.found)
-        longest = max(len(self.prompts[answer]) + len(found) for answer, found in standing if answer is not None)
+        """Decode one more token in every slot."""
+        used = zip(self.slots, self.tokens)
+        longest = max(len(self.prompts[request]) + len(tokens) for request, tokens in used if request is not None)
         mask = self.cache.before_step(longest - 1)  # the newest token is not in the cache yet
         logits = self.forward(self.model, self.token[:, None], mask, self.position[:, None], self.cache.cache)
         self.cache.after_step()
-        self._draw(logits, slice(None))
+        self._sample(logits, slice(None))
 
-    def _draw(self, logits: torch.Tensor, where: Any) -> None:
-        """Choose a token for each of these places; those whose answers are now finished become free."""
+    def _sample(self, logits: Tensor, where: Any) -> None:
+        """Sample a token in each of the slots `where`; slots whose completion is finished become free."""
         count = self.count[where]
         if self.sampling.min_new_tokens:
             early = (count < self.sampling.min_new_tokens)[:, None]
@@ -121,43 +118,44 @@ class DecodingSlots:
         chosen = choose(logits, self.noise[where].gather(1, column).squeeze(1), self.sampling)
         done = torch.isin(chosen, self.ends) | (count + 1 == self.sampling.max_new_tokens)
         self.token[where] = chosen
-        self.count[where] += self.live[where]  # what stands in a free place stands still
+        self.count[where] += self.live[where]  # free slots do not advance
         self.position[where] += self.live[where]
-        places = range(len(self.places))[where] if isinstance(where, slice) else where.tolist()
-        for place, token, finished in zip(places, *torch.stack([chosen, done]).tolist()):
-            answer = self.places[place]
-            if answer is not None:
-                self.found[place].append(token)
+        slots = range(len(self.slots))[where] if isinstance(where, slice) else where.tolist()
+        for slot, token, finished in zip(slots, *torch.stack([chosen, done]).tolist()):
+            request = self.slots[slot]
+            if request is not None:
+                self.tokens[slot].append(token)
                 if finished or self.sampling.stop:
-                    self._finish(place, answer, bool(finished))
+                    self._finish(slot, request, bool(finished))
 
-    def _finish(self, place: int, answer: int, finished: bool) -> None:
-        """Note the answer and free its place, if it is finished or holds a stop string."""
-        found = self.found[place]
-        ended = found[-1] in self.end_set or ends_with_stop(found, self.sampling.stop, self.chat)
+    def _finish(self, slot: int, request: int, finished: bool) -> None:
+        """Store the completion and free its slot, if it is finished or contains a stop string."""
+        tokens = self.tokens[slot]
+        ended = tokens[-1] in self.end_set or ends_with_stop(tokens, self.sampling.stop, self.chat)
         if finished or ended:
-            self.answers[answer] = Completion(found, ended)
-            self.places[place] = None
-            self.live[place] = 0
+            self.completions[request] = Completion(tokens, ended)
+            self.slots[slot] = None
+            self.live[slot] = 0
 
-    def _leave(self) -> None:
-        """Give up the free places."""
-        kept = [place for place, answer in enumerate(self.places) if answer is not None]
-        if self.fixed:  # half of them, with some free ones among them
-            kept = sorted([*kept, *self._free()[: math.ceil(len(self.places) / 2) - len(kept)]])
+    def _compact(self) -> None:
+        """Drop the free slots."""
+        kept = [slot for slot, request in enumerate(self.slots) if request is not None]
+        if self.fixed:  # exactly half of the slots stay, some free ones among them
+            kept = sorted([*kept, *self._free()[: math.ceil(len(self.slots) / 2) - len(kept)]])
         keep = torch.tensor(kept, device=self.model.device)
-        self.places, self.found = [self.places[i] for i in kept], [self.found[i] for i in kept]
+        self.slots, self.tokens = [self.slots[i] for i in kept], [self.tokens[i] for i in kept]
         self.token, self.position, self.count = self.token[keep], self.position[keep], self.count[keep]
         self.live, self.noise = self.live[keep], self.noise[keep]
         self.cache.keep(keep)
 
 
-def gumbel_noise(seed: int, count: int) -> torch.Tensor:
+def uniform_noise(seed: int, count: int) -> Tensor:
+    """float32 [count], uniform in [0, 1), from a generator with that seed."""
     return torch.rand(count, generator=torch.Generator().manual_seed(seed))
 
 
-def choose(logits: torch.Tensor, noise: torch.Tensor, sampling: SamplingParams) -> torch.Tensor:
-    """One token a row by inverting the cumulative distribution at `noise`.
+def choose(logits: Tensor, noise: Tensor, sampling: SamplingParams) -> Tensor:
+    """Sample one token per row by inverting the cumulative distribution at `noise`.
 
     Args:
         logits: float32 [B, V].
@@ -180,7 +178,7 @@ def choose(logits: torch.Tensor, noise: torch.Tensor, sampling: SamplingParams) 
 
 
 def ends_with_stop(tokens: list[int], stop: tuple[str, ...], chat: ChatTokenizer) -> bool:
-    """True where the text so far holds a stop string. A stop string of n characters spans at most n + 8 tokens."""
+    """True if the last tokens contain a stop string. A stop string of n characters spans at most n + 8 tokens."""
     if not stop:
         return False
     text = chat.decode(tokens[-(max(map(len, stop)) + 8) :])

@@ -1,4 +1,4 @@
-"""What a sampler is asked for, and what it returns."""
+"""Input and output of the samplers."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """How answers are drawn. Temperature 0 is greedy; top_k 0 and top_p 1 are off."""
+    """How completions are sampled. Temperature 0 is greedy; top_k 0 and top_p 1 are off."""
 
     max_new_tokens: int
     min_new_tokens: int = 0
@@ -19,23 +19,25 @@ class SamplingParams:
 
     @property
     def plain(self) -> bool:
-        """Whether tokens are drawn from the model's whole distribution at the temperature, nothing cut or barred."""
+        """Whether tokens come from the model's whole distribution at the temperature, without any truncation."""
         return self.temperature > 0 and self.top_k == 0 and self.top_p == 1 and self.min_new_tokens == 0
 
 
 @dataclass(frozen=True)
 class Completion:
-    """A sampled answer: its token ids, the end token included, and whether it ended by itself (or a stop string)."""
+    """A sampled completion."""
 
     ids: list[int]
+    """Token ids, including the end token."""
     ended: bool
+    """True if an end token or a stop string ended it, False if it was cut off at max_new_tokens."""
     logprobs: list[float] | None = None
-    """Of each token at the sampling temperature, nothing cut, as the sampler saw it: nats. None where the sampler
-    reports none, or drew from something else (`Sampling.plain`)."""
+    """The sampler's log-prob of each token at the sampling temperature, in nats. None if the sampler reports none or
+    sampled from a truncated distribution (see `SamplingParams.plain`)."""
 
 
 def stream_seed(*parts: int) -> int:
-    """A 63-bit seed from the parts (run seed, purpose, update, episode, ...), well mixed (splitmix64)."""
+    """A 63-bit seed from the parts (run seed, purpose, update, episode, ...), mixed with splitmix64."""
     state = 0
     for part in parts:
         state = (state ^ part) + 0x9E3779B97F4A7C15 & 0xFFFFFFFFFFFFFFFF

@@ -1,6 +1,6 @@
-"""vLLM in the trainer's process, on its GPU: what the sampler `vllm` runs.
+"""The sampler `vllm`: a vLLM engine in the trainer's process, on its GPU.
 
-Written against vLLM 0.33 (LLM, SamplingParams, `reload_weights`, sleep mode), by reading; it has not been run yet.
+Written against the source of vLLM 0.33 (LLM, SamplingParams, `reload_weights`, sleep mode); it has not been run yet.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from rlhf.models.merging import merged_weights
 from rlhf.rollout.types import Completion, SamplingParams
 
 
-def answer(
+def sample(
     model: Any,
     prompts: Sequence[list[int]],
     seeds: Sequence[int],
@@ -27,54 +27,54 @@ def answer(
     ends: list[int],
     **options: Any,
 ) -> list[Completion]:
-    """As a row of SAMPLERS does. Every rank calls it, with the weights whole, prompts or not.
+    """A completion for each prompt, in order. Every rank calls it, even without prompts, with full weights.
 
     Args:
         model: A causal LM (PEFT wrappers allowed).
         prompts: Token ids.
         seeds: One for each prompt.
-        sampling: How to draw.
-        chat: Its tokenizer's folder is where vLLM finds the tokens of stop strings.
-        ends: Token ids that end an answer.
+        sampling: Length limits, temperature, top_k, top_p, stop strings, batch size.
+        chat: vLLM loads its tokenizer's folder to decode stop strings.
+        ends: Token ids that end a completion.
         options: For vLLM's `LLM`.
     """
     import vllm
 
     llm = _engine(model.config.name_or_path, chat.tokenizer.name_or_path, sampling.batch_size, **options)
-    # Level 2 of sleep has dropped the weights, so they are sent before each rollout, layer after layer.
+    # Sleep level 2 has dropped the weights, so they are sent again before each rollout, layer by layer.
     llm.wake_up(tags=["weights"])
     with torch.no_grad():
         llm.collective_rpc("reload_weights", kwargs={"weights_iterator": merged_weights(model)})
     llm.wake_up(tags=["kv_cache"])
     llm.reset_prefix_cache()
-    found: list[Any] = []
+    outputs: list[Any] = []
     if prompts:
-        found = llm.generate(
+        outputs = llm.generate(
             [vllm.TokensPrompt(prompt_token_ids=prompt) for prompt in prompts],
             [vllm.SamplingParams(**sampling_params(sampling, seed, ends)) for seed in seeds],
             use_tqdm=False,
         )
     llm.sleep(level=2)
-    return [_answer(request.outputs[0]) for request in found]
+    return [_completion(request.outputs[0]) for request in outputs]
 
 
 @functools.cache
 def _engine(path: str, tokenizer: str, sequences: int, **options: Any) -> Any:
-    """The engine of this process, asleep; made at the first rollout."""
-    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # in this process, where the weights are
+    """The sleeping engine of this process, made at the first rollout."""
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # the weights are in this process
     import vllm
 
-    with torch.random.fork_rng():  # vLLM seeds the whole process
+    with torch.random.fork_rng():  # vLLM seeds the global generator
         llm = vllm.LLM(
             model=path,
             tokenizer=tokenizer,
             load_format="dummy",  # the weights come from the trainer
             tensor_parallel_size=1,
-            # Under torchrun there is a process group already, in which each rank's engine is one of its own.
+            # Under torchrun a process group exists already; each rank has its own engine within it.
             distributed_executor_backend="external_launcher" if distributed.world_size() > 1 else "uni",
             enable_sleep_mode=True,
             max_num_seqs=sequences,
-            logprobs_mode="processed_logprobs",  # after the temperature; the raw ones are before it
+            logprobs_mode="processed_logprobs",  # after the temperature (raw log-probs are before it)
             **options,
         )
     llm.sleep(level=2)
@@ -82,7 +82,7 @@ def _engine(path: str, tokenizer: str, sequences: int, **options: Any) -> Any:
 
 
 def sampling_params(sampling: SamplingParams, seed: int, ends: list[int]) -> dict[str, Any]:
-    """vLLM's SamplingParams for one answer, as keywords."""
+    """Keyword arguments of vLLM's SamplingParams for one completion."""
     return {
         "max_tokens": sampling.max_new_tokens,
         "min_tokens": sampling.min_new_tokens,
@@ -94,11 +94,11 @@ def sampling_params(sampling: SamplingParams, seed: int, ends: list[int]) -> dic
         "stop": list(sampling.stop),
         "include_stop_str_in_output": True,
         "detokenize": bool(sampling.stop),
-        "logprobs": 0 if sampling.plain else None,  # 0: of the chosen token alone
+        "logprobs": 0 if sampling.plain else None,  # 0: of the sampled token only
     }
 
 
-def _answer(output: Any) -> Completion:
+def _completion(output: Any) -> Completion:
     ids = list(output.token_ids)
     logprobs = None
     if output.logprobs is not None:
