@@ -4,8 +4,13 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
+import tiny
+
+if TYPE_CHECKING:
+    from rlhf.data.chat import ChatTokenizer
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -27,6 +32,33 @@ def shared() -> Path:
     if not SHARED.is_dir():
         pytest.skip("../shared is absent")
     return SHARED
+
+
+@pytest.fixture(scope="session")
+def prompts(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A dataset of 24 demonstrations and 4 held out: what short PPO runs take their prompts from."""
+    return tiny.write_demonstrations(tmp_path_factory.mktemp("data") / "prompts", 24, held_out=4)
+
+
+@pytest.fixture(scope="session")
+def demos(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A dataset of 40 demonstrations and 8 held out."""
+    return tiny.write_demonstrations(tmp_path_factory.mktemp("data") / "demos", 40)
+
+
+@pytest.fixture(scope="session")
+def rankings(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A dataset of 36 rankings of 4 candidates and 8 held out."""
+    return tiny.write_rankings(tmp_path_factory.mktemp("data") / "rankings", 36, candidates=4)
+
+
+@pytest.fixture(scope="session")
+def chat() -> ChatTokenizer:
+    """The tiny Llama's tokenizer with its chat template."""
+    from rlhf.config.base import ModelConfig
+    from rlhf.data.chat import load_tokenizer
+
+    return load_tokenizer(ModelConfig(path=tiny.llama()), tiny.llama())
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+from types import SimpleNamespace
+
 import torch
 from transformers import (
     AutoModelForCausalLM,
@@ -53,6 +56,10 @@ OPT = OPTConfig(
 """OPT: learned positions that it counts from the mask where there is one."""
 
 
+PROMPTS = [[5, 6, 7, 8, 9, 10, 11, 12, 13, 14], [3], [20, 21, 22], [9, 8, 7, 6, 5]]
+PROMPTS += [[30, 31], [40 + i % 7 for i in range(17)], [17, 33, 50, 12]]
+
+
 def random_model(config):
     """With weights that are large enough for it not to repeat one token."""
     torch.manual_seed(1)
@@ -61,3 +68,27 @@ def random_model(config):
     for parameter in model.parameters():
         parameter.data.mul_(4)
     return model
+
+
+def chat_like(end):
+    """What the sampler needs of a ChatTokenizer, for models that have no tokenizer."""
+    return SimpleNamespace(end_id=end, pad_id=0, tokenizer=SimpleNamespace(eos_token_id=end), decode=str)
+
+
+@functools.cache
+def by_generate(family):
+    """The model, an end token, and what plain `generate` answers to each prompt alone, up to that token.
+
+    The end is the token for which the answers' lengths differ most: early ends and late ones.
+    """
+    model = random_model(FAMILIES.get(family) or HYBRID)
+    model.generation_config.eos_token_id = None
+    options = {"max_new_tokens": 24, "do_sample": False, "use_cache": True, "pad_token_id": 0}
+    whole = [model.generate(torch.tensor([p]), **options)[0, len(p) :].tolist() for p in PROMPTS]
+
+    def until(end):
+        return [ids[: ids.index(end) + 1] if end in ids else ids for ids in whole]
+
+    end = max(range(VOCAB), key=lambda token: len({len(ids) for ids in until(token)}))
+    assert len({len(ids) for ids in until(end)}) >= 3, "answers of unequal lengths are the point"
+    return model, end, until(end)

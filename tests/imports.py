@@ -12,6 +12,31 @@ from data_tools.importers import IMPORTERS
 DATA = Path(__file__).parents[2] / "shared" / "data"
 EXPORTS = DATA / "annotation_exports"
 real = pytest.mark.skipif(not DATA.exists(), reason="../shared is absent")
+AUTHENTIC = {
+    "alpaca": [EXPORTS / "alpaca" / "alpaca_demo.json", DATA / "instructions" / "flan_cot.jsonl.gz"],
+    "alpaca-ranked": [EXPORTS / "alpaca" / "ranked_output_list.json"],
+    "hh-rlhf": [
+        EXPORTS / "hh_rlhf" / "harmless_test.first20.jsonl", DATA / "preferences" / "hh_harmless_base_test.jsonl.gz",
+    ],
+    "jsonl": [DATA / "preferences" / "oasst1_en_validation_ranked.jsonl"],
+    "openai-chat": [
+        EXPORTS / "openai_chat" / "toy_chat_fine_tuning.first3.jsonl",
+        DATA / "instructions" / "oasst1_en_validation_sft.jsonl",
+    ],
+    "openai-preference": [EXPORTS / "openai_chat" / "preference_dpo.documented.json"],
+    "openassistant": [
+        EXPORTS / "openassistant" / "en_100_tree.first20.jsonl",
+        EXPORTS / "openassistant" / "en_100_message.first20.jsonl",
+    ],
+    "pandalm": [EXPORTS / "pandalm" / "testset_first10.json", DATA / "preferences" / "pandalm_human_test.jsonl"],
+    "sharegpt": [EXPORTS / "sharegpt" / "fastchat_dummy_conversation.json"],
+    "sharegpt-preference": [EXPORTS / "sharegpt" / "llamafactory_dpo_sharegpt.json"],
+    "shp": [EXPORTS / "shp" / "row.documented.json"],
+    "summarize-from-feedback": [EXPORTS / "summarize_from_feedback" / "comparison.json"],
+    "text": [DATA / "text" / "gutenberg_grimm.txt"],
+    "trl-preference": [DATA / "preferences" / "ukpconvarg1_strict_pairs.jsonl.gz"],
+}  # fmt: skip
+"""Format -> authentic or documented files of it."""
 
 
 def read(name, path, **options):

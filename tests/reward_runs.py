@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +14,6 @@ from rlhf.data.encode import Counts, encode_ranking
 from rlhf.data.store import open_dataset
 from rlhf.reward.config import RewardConfig
 
-TIMES = ("time/step", "throughput/train")
-
 
 def config(path: Path, data: str | dict[str, str], **values: Any) -> RewardConfig:
     """A short run on the tiny Llama: 5 steps of 8 rankings of a dataset, or of what `data` says."""
@@ -24,12 +21,6 @@ def config(path: Path, data: str | dict[str, str], **values: Any) -> RewardConfi
     base = {"run": str(path / "run"), "model": {"path": tiny.llama()}, "data": data, "eval": {"every": 2}}
     base |= {"batch": {"batch_size": 8, "micro_batch_size": 8, "max_steps": 5}, "optimizer": {"lr": 3e-3}}
     return check_config(RewardConfig, base | values, "test")
-
-
-def metrics_of(run: str | Path) -> list[dict[str, Any]]:
-    """The lines of metrics.jsonl, without what depends on the clock."""
-    rows = [json.loads(line) for line in (Path(run) / "metrics.jsonl").read_text("utf-8").splitlines()]
-    return [{key: value for key, value in row.items() if key not in TIMES} for row in rows]
 
 
 def steps(rows: list[dict[str, Any]], *names: str) -> torch.Tensor:

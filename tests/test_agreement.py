@@ -9,7 +9,8 @@ from typing import Any
 import finished
 import pytest
 import tiny
-from reward_runs import config, metrics_of
+from logged import lines as metrics_of
+from reward_runs import config
 from typer.testing import CliRunner
 
 from rlhf.core.errors import UserError

@@ -5,8 +5,7 @@ from __future__ import annotations
 import functools
 
 import pytest
-from families import FAMILIES, HYBRID, random_model
-from test_rollout import PROMPTS, by_generate, chat_like
+from families import FAMILIES, HYBRID, PROMPTS, by_generate, chat_like, random_model
 
 from rlhf.config.load import check_config
 from rlhf.core.errors import UserError

@@ -12,19 +12,12 @@ import time
 from pathlib import Path
 
 import pytest
+import small_demo
 
 from rlhf.core.errors import UserError
-from stages.demo import OVERRIDES, Demo, Size
+from stages.demo import OVERRIDES, Demo
 
 ROOT = Path(__file__).parents[1]
-SMALL = Size(
-    documents=2000, base_steps=60, demonstrated=64, ranked=64, held_out=8, tested=24,
-    overrides={
-        "sft": ("batch.epochs=1",),
-        "reward": ("batch.epochs=1",),
-        "ppo": ("updates=6", "rollout.prompts_per_update=16", "checkpoints.every=2", "eval.every=3", "eval.prompts=8"),
-    },
-)  # fmt: skip
 
 
 def command(*words: object) -> subprocess.CompletedProcess[str]:
@@ -74,14 +67,8 @@ def test_the_configs_name_the_demos_own_folders(stage):
 def small(tmp_path_factory):
     """A small demo that ran without interruption."""
     out = tmp_path_factory.mktemp("small") / "demo"
-    run_small(out).communicate()
+    small_demo.start(out).communicate()
     return out
-
-
-def run_small(out: Path) -> subprocess.Popen[str]:
-    code = f"import sys; sys.path.insert(0, 'tests'); from test_demo import *; Demo(Path({str(out)!r}), 5, SMALL).run()"
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True)
 
 
 def figures(out: Path) -> dict[str, object]:
@@ -103,14 +90,14 @@ def test_a_demo_given_again_says_that_it_is_complete(small):
 @pytest.mark.parametrize("sign", ["data/prompts/manifest.json", "sft/run.json", "ppo/checkpoints/step-00000002"])
 def test_a_killed_demo_goes_on_to_the_same_figures(small, tmp_path, sign):
     out = tmp_path / "demo"
-    child = run_small(out)
+    child = small_demo.start(out)
     while not (out / sign).exists():
         assert child.poll() is None, "the demo ended before it could be killed"
         time.sleep(0.01)
     child.send_signal(signal.SIGKILL)
     child.communicate()
     assert not (out / "summary.json").exists()
-    shown, _ = run_small(out).communicate()
+    shown, _ = small_demo.start(out).communicate()
     assert "holds this demo" not in shown
     assert figures(out) == figures(small)
 
@@ -125,7 +112,7 @@ def test_what_was_held_out_is_in_no_training_data(small):
         for record in open_dataset(small / "data" / name).records("train")
     }
     tested = {record.prompt_id for record in open_dataset(small / "data" / "prompts").records("test")}
-    assert len(tested) == SMALL.tested and not trained & tested
+    assert len(tested) == small_demo.SMALL.tested and not trained & tested
     assert not any(r.split == "test" for r in open_dataset(small / "data" / "demonstrations").records())
 
 

@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import copy
-import json
 import math
 import os
 import subprocess
 import sys
 
+import ppo_runs
 import pytest
-import test_ppo
-import test_ppo_processes
-import test_rollout
-import test_sft
+import sft_runs
 import tiny
 import torch
-from families import FAMILIES
+from families import FAMILIES, PROMPTS, by_generate, chat_like
+from logged import updates
+from ppo_processes import write_config
 
 from rlhf.config.base import ModelConfig
 from rlhf.models.load import load_policy
@@ -29,11 +28,6 @@ pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device"),
 ]
-
-
-@pytest.fixture(scope="module")
-def demos(tmp_path_factory):
-    return tiny.write_demonstrations(tmp_path_factory.mktemp("data") / "demos", 40)
 
 
 def on_gpu(*words):
@@ -57,7 +51,7 @@ def check_update(figures):
 
 @pytest.mark.parametrize("precision", ["bfloat16", "float32"])
 def test_a_ppo_update_begins_with_a_ratio_of_one_and_without_divergence(precision, tmp_path, demos):
-    stage = PPO(test_ppo.config(tmp_path / "run", demos, precision=precision), resume=False, overwrite=False)
+    stage = PPO(ppo_runs.config(tmp_path / "run", demos, precision=precision), resume=False, overwrite=False)
     assert {p.device.type for p in stage.engine.module.parameters()} == {"cuda"}
     figures = stage.update(0)
     check_update(figures)
@@ -70,15 +64,15 @@ def test_a_ppo_update_begins_with_a_ratio_of_one_and_without_divergence(precisio
 @pytest.mark.parametrize("batch_size", [64, 3])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_greedy_answers_are_those_of_generate(family, batch_size, step):
-    on_cpu, end, _ = test_rollout.by_generate(family)
+    on_cpu, end, _ = by_generate(family)
     model = copy.deepcopy(on_cpu).cuda()
     options = {"max_new_tokens": 24, "do_sample": False, "use_cache": True, "pad_token_id": 0}
     expected = []
-    for prompt in test_rollout.PROMPTS:
+    for prompt in PROMPTS:
         ids = model.generate(torch.tensor([prompt], device="cuda"), **options)[0, len(prompt) :].tolist()
         expected.append(ids[: ids.index(end) + 1] if end in ids else ids)
     sampling = SamplingParams(24, temperature=0, batch_size=batch_size)
-    found = hf(model, test_rollout.PROMPTS, [0] * len(expected), sampling, test_rollout.chat_like(end), step=step)
+    found = hf(model, PROMPTS, [0] * len(expected), sampling, chat_like(end), step=step)
     assert [answer.ids for answer in found] == expected
 
 
@@ -112,21 +106,20 @@ distributed.stop()
 @pytest.mark.parametrize("precision", ["bfloat16", "float32"])
 @pytest.mark.parametrize("stage", ["zero2", "zero3"])
 def test_ppo_runs_under_zero_on_one_gpu(stage, precision, tmp_path, demos):
-    function = {"reward": test_ppo.REWARD, "critic": {"init": "policy"}, "updates": 2}
-    file = test_ppo_processes.write_config(tmp_path / "ppo", demos, "", **function)
+    function = {"reward": ppo_runs.REWARD, "critic": {"init": "policy"}, "updates": 2}
+    file = write_config(tmp_path / "ppo", demos, "", **function)
     on_gpu(
         "-m", "stages.ppo", "--config", str(file), f"deepspeed=configs/deepspeed/{stage}.json", f"precision={precision}"
     )
-    lines = [json.loads(line) for line in (file.parent / "run" / "metrics.jsonl").read_text().splitlines()]
-    updates = [line for line in lines if "objective/kl_coef" in line]
-    assert len(updates) == 2
-    for figures in updates:
+    rows = updates(file.parent / "run")
+    assert len(rows) == 2
+    for figures in rows:
         check_update(figures)
 
 
 def test_ppo_trains_adapters_over_a_base_in_4_bits(tmp_path, demos):
     pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
-    c = test_ppo.config(tmp_path / "run", demos, tuning={"name": "qlora", "rank": 4}, precision="bfloat16")
+    c = ppo_runs.config(tmp_path / "run", demos, tuning={"name": "qlora", "rank": 4}, precision="bfloat16")
     stage = PPO(c, resume=False, overwrite=False)
     assert stage.reference is None
     check_update(stage.update(0))
@@ -136,9 +129,9 @@ def test_packed_demonstrations_train_as_those_that_stand_alone(tmp_path, demos):
     pytest.importorskip("flash_attn", reason="flash-attn is not installed")
     model = {"path": tiny.llama(), "attn_implementation": "flash_attention_2"}
     batch = {"batch_size": 2, "micro_batch_size": 2, "max_steps": 4}
-    values = test_sft.settings(
+    values = sft_runs.settings(
         demos, tmp_path / "run", model=model, batch={**batch, "packing": True}, precision="bfloat16"
     )
-    losses = test_sft.losses(test_sft.run(values))
+    losses = sft_runs.losses(sft_runs.run(values))
     assert len(losses) == 4 and all(math.isfinite(loss) for loss in losses)
     assert losses[-1] < losses[0]

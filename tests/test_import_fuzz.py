@@ -15,7 +15,7 @@ import pytest
 import zstandard
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from test_import_table import AUTHENTIC
+from imports import AUTHENTIC
 
 from data_tools.importers import IMPORTERS
 from data_tools.importers.run import NothingUsable, import_dataset

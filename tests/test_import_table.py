@@ -5,11 +5,11 @@ from __future__ import annotations
 import gzip
 import json
 from itertools import islice
-from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from imports import AUTHENTIC, DATA, EXPORTS
 from rows import tree
 
 from data_tools.importers import IMPORTERS
@@ -20,33 +20,6 @@ from rlhf.data.jsonl import open_bytes
 from rlhf.data.schema import from_dict, to_dict
 from rlhf.data.store import open_dataset
 
-DATA = Path(__file__).parents[2] / "shared" / "data"
-EXPORTS = DATA / "annotation_exports"
-AUTHENTIC = {
-    "alpaca": [EXPORTS / "alpaca" / "alpaca_demo.json", DATA / "instructions" / "flan_cot.jsonl.gz"],
-    "alpaca-ranked": [EXPORTS / "alpaca" / "ranked_output_list.json"],
-    "hh-rlhf": [
-        EXPORTS / "hh_rlhf" / "harmless_test.first20.jsonl", DATA / "preferences" / "hh_harmless_base_test.jsonl.gz",
-    ],
-    "jsonl": [DATA / "preferences" / "oasst1_en_validation_ranked.jsonl"],
-    "openai-chat": [
-        EXPORTS / "openai_chat" / "toy_chat_fine_tuning.first3.jsonl",
-        DATA / "instructions" / "oasst1_en_validation_sft.jsonl",
-    ],
-    "openai-preference": [EXPORTS / "openai_chat" / "preference_dpo.documented.json"],
-    "openassistant": [
-        EXPORTS / "openassistant" / "en_100_tree.first20.jsonl",
-        EXPORTS / "openassistant" / "en_100_message.first20.jsonl",
-    ],
-    "pandalm": [EXPORTS / "pandalm" / "testset_first10.json", DATA / "preferences" / "pandalm_human_test.jsonl"],
-    "sharegpt": [EXPORTS / "sharegpt" / "fastchat_dummy_conversation.json"],
-    "sharegpt-preference": [EXPORTS / "sharegpt" / "llamafactory_dpo_sharegpt.json"],
-    "shp": [EXPORTS / "shp" / "row.documented.json"],
-    "summarize-from-feedback": [EXPORTS / "summarize_from_feedback" / "comparison.json"],
-    "text": [DATA / "text" / "gutenberg_grimm.txt"],
-    "trl-preference": [DATA / "preferences" / "ukpconvarg1_strict_pairs.jsonl.gz"],
-}  # fmt: skip
-"""Format -> authentic or documented files of it."""
 UNKNOWN = [EXPORTS / "kto" / "kto_demo.json", EXPORTS / "summarize_from_feedback" / "axis_eval.json"]
 """Files that hold no ranking and no demonstration of any format."""
 

@@ -91,6 +91,14 @@ def test_packages_import_only_packages_below_them():
     assert not upward
 
 
+def test_test_files_import_helpers_and_not_each_other():
+    for file in (REPOSITORY / "tests").glob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text("utf-8"))):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            assert not [name for name in names if name.startswith("test_")], file.name
+
+
 def test_no_modules_import_each_other_in_a_circle():
     graph = {module: imports(module) for module in FILES}
     done: set[str] = set()

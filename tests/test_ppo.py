@@ -9,55 +9,16 @@ import re
 import pytest
 import tiny
 import torch
+from logged import lines as metrics
+from logged import updates
+from ppo_runs import REWARD, config
 from transformers import AutoModelForCausalLM
 
-from rlhf.config.load import check_config
 from rlhf.core.errors import UserError
-from rlhf.ppo.config import PPOConfig
 from rlhf.ppo.metrics import TIMINGS, RunningMeanStd
 from stages.ppo import PPO, run
 
-REWARD = {"name": "function", "function": "ppo_rewards:letters"}
-
-
-@pytest.fixture(scope="session")
-def prompts(tmp_path_factory):
-    return tiny.write_demonstrations(tmp_path_factory.mktemp("data") / "demos", 24, held_out=4)
-
-
-def config(folder, prompts, **changes):
-    values = {
-        "run": str(folder),
-        "model": {"path": tiny.llama()},
-        "data": {"prompts": prompts, "max_prompt_tokens": 48},
-        "reward": REWARD,
-        "critic": {"init": "policy"},
-        "updates": 2,
-        "rollout": {"prompts_per_update": 8, "max_new_tokens": 12},
-        "batch": {"epochs": 2, "minibatches": 2, "micro_batch_tokens": 160},
-        "optimizer": {"policy_lr": 1e-3, "critic_lr": 1e-3, "schedule": "constant"},
-        "eval": {"every": 2, "prompts": 3},
-        "checkpoints": {"every": 1},
-    }
-    for dotted, value in changes.items():
-        *parents, last = dotted.split("__")
-        part = values
-        for name in parents:
-            part = part.setdefault(name, {})
-        part[last] = value
-    return check_config(PPOConfig, values, "test")
-
-
-def metrics(folder):
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in line.items() if not k.startswith(TIMINGS)} for line in lines]
-
-
 NAME = re.compile(r"`([^`]+)`")
-
-
-def updates(folder):
-    return [line for line in metrics(folder) if "objective/kl_coef" in line]
 
 
 def test_the_first_minibatch_has_a_ratio_of_exactly_one(tmp_path, prompts):

@@ -5,14 +5,13 @@ from __future__ import annotations
 import copy
 
 import ppo_rewards
+import ppo_runs
 import pytest
-import test_ppo
 import torch
 
 from rlhf.ppo.batching import permutation
 from stages.ppo import EPOCH, PPO
 
-prompts = test_ppo.prompts
 TEMPERATURE, KL, RATE, GAMMA_LAM, CLIP = 0.7, 0.05, 1e-3, 0.95, 0.2
 
 
@@ -73,7 +72,7 @@ def learn(policy, critic, reference, optimizer, batch, scores, orders):
 
 def test_two_updates_give_the_weights_of_ppo_written_out_by_hand(tmp_path, prompts):
     changes = {"rollout__temperature": TEMPERATURE, "kl__controller": {"name": "fixed", "coef": KL}}
-    config = test_ppo.config(tmp_path / "run", prompts, **changes)
+    config = ppo_runs.config(tmp_path / "run", prompts, **changes)
     stage = PPO(config, resume=False, overwrite=False)
     policy, critic = copy.deepcopy(stage.engine.module.policy), copy.deepcopy(stage.engine.module.critic.model)
     reference = copy.deepcopy(policy)

@@ -3,26 +3,15 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
-import time
 
-import psutil
 import pytest
 import tiny
 import torch
-import yaml
+from logged import lines, updates
+from ppo_processes import complete, kill_when, start, write_config
 from safetensors.torch import load_file
 
-from rlhf.ppo.metrics import TIMINGS
-
 pytestmark = pytest.mark.slow
-
-
-@pytest.fixture(scope="module")
-def prompts(tmp_path_factory):
-    return tiny.write_demonstrations(tmp_path_factory.mktemp("data") / "demos", 24, held_out=3)
 
 
 @pytest.fixture(scope="module")
@@ -40,60 +29,6 @@ def reward_model(tmp_path_factory):
     return str(folder)
 
 
-def write_config(folder, prompts, reward_model, **more):
-    values = {
-        "run": str(folder / "run"),
-        "model": {"path": tiny.llama()},
-        "data": {"prompts": prompts, "max_prompt_tokens": 48},
-        "reward": {"name": "model", "path": reward_model},
-        "updates": 3,
-        "rollout": {"prompts_per_update": 7, "max_new_tokens": 14, "stop": ["e", "a"]},
-        "kl": {"controller": {"name": "adaptive", "init_coef": 0.1, "target": 0.01, "horizon": 100}},
-        "shaping": {"normalize_scores": True},
-        "batch": {"epochs": 1, "minibatches": 2, "micro_batch_tokens": 120},
-        "optimizer": {"policy_lr": 1e-3, "critic_lr": 1e-3, "schedule": "constant", "eps": 1e-3},
-        "eval": {"every": 3, "prompts": 3},
-        "checkpoints": {"every": 1},
-        "timeout_seconds": 60,
-        **more,
-    }
-    folder.mkdir(exist_ok=True)
-    (folder / "ppo.yaml").write_text(yaml.safe_dump(values))
-    return folder / "ppo.yaml"
-
-
-def command(processes, file, *words):
-    python = [sys.executable]
-    if processes > 1:
-        python += ["-m", "torch.distributed.run", "--nproc_per_node", str(processes)]
-        python += ["--master_addr", "127.0.0.1", "--master_port", str(tiny.free_port())]
-    return [*python, "-m", "stages.ppo", "--config", str(file), *words]
-
-
-def environment():
-    path = os.pathsep.join([str(tiny.REPOSITORY), str(tiny.REPOSITORY / "tests")])
-    return {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-
-
-def start(processes, file, *words):
-    return subprocess.Popen(
-        command(processes, file, *words), cwd=tiny.REPOSITORY, env=environment(), text=True,
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-    )  # fmt: skip
-
-
-def complete(processes, file, *words):
-    program = "from stages.ppo import main, run; main('ppo')"
-    done = tiny.launch(processes, program, "--config", str(file), *words)
-    assert done.returncode == 0, done.stdout
-    return done.stdout
-
-
-def metrics(folder):
-    lines = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in line.items() if not k.startswith(TIMINGS)} for line in lines]
-
-
 @pytest.fixture(scope="module")
 def single(tmp_path_factory, prompts, reward_model):
     folder = tmp_path_factory.mktemp("single")
@@ -109,7 +44,7 @@ def test_two_processes_give_the_single_process_metrics(stage, tokens, packing, s
     settings = str(tiny.REPOSITORY / "configs" / "deepspeed" / f"{stage}.json")
     batch = {"epochs": 1, "minibatches": 2, "micro_batch_tokens": tokens, "packing": packing}
     complete(2, write_config(tmp_path, prompts, reward_model, deepspeed=settings, batch=batch))
-    found, expected = metrics(tmp_path), metrics(single)
+    found, expected = lines(tmp_path / "run"), lines(single / "run")
     lengths = [line["rollout/response_length"] for line in expected if "objective/kl_coef" in line]
     assert any(length != int(length) for length in lengths), "answers of unequal length are the point"
     assert [line["step"] for line in found] == [line["step"] for line in expected]
@@ -124,7 +59,7 @@ def test_two_processes_give_the_single_process_metrics(stage, tokens, packing, s
 def test_two_processes_with_compiled_layers_give_the_single_process_metrics(single, tmp_path, prompts, reward_model):
     settings = str(tiny.REPOSITORY / "configs" / "deepspeed" / "zero2.json")
     complete(2, write_config(tmp_path, prompts, reward_model, deepspeed=settings, compile=True))
-    for mine, theirs in zip(metrics(tmp_path), metrics(single), strict=True):
+    for mine, theirs in zip(lines(tmp_path / "run"), lines(single / "run"), strict=True):
         assert mine == pytest.approx(theirs, rel=2e-3, abs=2e-4)
 
 
@@ -132,25 +67,12 @@ def test_two_processes_sample_by_continuous_batching_and_weigh_its_log_probs(tmp
     settings = str(tiny.REPOSITORY / "configs" / "deepspeed" / "zero3.json")
     rollout = {"prompts_per_update": 7, "max_new_tokens": 14, "sampler": "transformers", "temperature": 0.8}
     complete(2, write_config(tmp_path, prompts, reward_model, deepspeed=settings, rollout=rollout))
-    lines = [line for line in metrics(tmp_path) if "objective/kl_coef" in line]
-    assert len(lines) == 3
-    for line in lines:
+    rows = updates(tmp_path / "run")
+    assert len(rows) == 3
+    for line in rows:
         # a log-prob that came to another token on the way would lie whole nats off
         assert 0 < line["rollout/sampler_gap_mean"] <= line["rollout/sampler_gap_max"] < 1e-4
         assert line["rollout/importance_truncated"] == 0
-
-
-def kill_when(process, seen):
-    """SIGKILL the process and its ranks at the first moment that `seen()` is true."""
-    deadline = time.monotonic() + 120
-    while not seen():
-        assert process.poll() is None, process.stdout.read()
-        assert time.monotonic() < deadline
-        time.sleep(0.0005)
-    family = psutil.Process(process.pid)
-    for member in [*family.children(recursive=True), family]:  # ranks are not in torchrun's process group
-        member.kill()
-    process.communicate()
 
 
 @pytest.mark.parametrize("processes", [1, 2])
@@ -171,7 +93,7 @@ def test_a_killed_run_continues_bit_for_bit(processes, moment, tmp_path, prompts
     assert json.loads((tmp_path / "cut" / "run" / "run.json").read_text())["status"] == "running"
     output = complete(processes, files[1], "--resume")
     assert "Continuing after update" in output
-    assert metrics(tmp_path / "cut") == metrics(tmp_path / "whole")
+    assert lines(tmp_path / "cut" / "run") == lines(tmp_path / "whole" / "run")
     whole, cut = (load_file(tmp_path / n / "run" / "model" / "model.safetensors") for n in ("whole", "cut"))
     assert all(torch.equal(whole[name], cut[name]) for name in whole)
 

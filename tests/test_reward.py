@@ -10,7 +10,8 @@ import finished
 import pytest
 import tiny
 import torch
-from reward_runs import config, encoded, metrics_of, steps
+from logged import lines as metrics_of
+from reward_runs import config, encoded, steps
 from torch.nn import functional as F
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
@@ -40,16 +41,6 @@ def ranking(number: int, ranks: tuple[int, ...], split: str = "train", **more: A
     texts = [tiny.answer(number, len(ranks) - place) for place in range(len(ranks))]
     candidates = tuple(Candidate(text, **more) for text in texts)
     return Ranking((Message("user", tiny.question(number)),), split=split, candidates=candidates, ranks=ranks)
-
-
-@pytest.fixture(scope="module")
-def chat() -> ChatTokenizer:
-    return load_tokenizer(ModelConfig(path=tiny.llama()), tiny.llama())
-
-
-@pytest.fixture(scope="module")
-def rankings(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return tiny.write_rankings(tmp_path_factory.mktemp("data") / "rankings", 36, candidates=4)
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
-from reward_runs import config, metrics_of, steps
+from logged import lines as metrics_of
+from reward_runs import config, steps
 from transformers import AutoModelForSequenceClassification
 
 from rlhf.config.load import dump_config
@@ -19,11 +20,6 @@ from rlhf.reward.config import RewardConfig
 from rlhf.runs.run import read_run
 
 pytestmark = pytest.mark.slow
-
-
-@pytest.fixture(scope="module")
-def rankings(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return tiny.write_rankings(tmp_path_factory.mktemp("data") / "rankings", 36, candidates=4)
 
 
 PROGRAM = """

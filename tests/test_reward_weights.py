@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 import tiny
 import torch
-from reward_runs import config, encoded, metrics_of, steps
+from logged import lines as metrics_of
+from reward_runs import config, encoded, steps
 from torch.nn import functional as F
 
 from rlhf.config.base import ModelConfig

@@ -2,59 +2,26 @@
 
 from __future__ import annotations
 
-import functools
 from types import SimpleNamespace
 
 import pytest
 import tiny
 import torch
-from families import FAMILIES, HYBRID, VOCAB, random_model
+from families import FAMILIES, PROMPTS, by_generate, chat_like
 from transformers import AutoModelForCausalLM
 
 from rlhf.config.base import ModelConfig
-from rlhf.data.chat import load_tokenizer, stop_ids
+from rlhf.data.chat import stop_ids
 from rlhf.models.load import load_policy
 from rlhf.rollout import kv_cache
 from rlhf.rollout.decoding import choose
 from rlhf.rollout.samplers import SAMPLERS, continuous_batching, hf
 from rlhf.rollout.types import Completion, SamplingParams, stream_seed
 
-PROMPTS = [[5, 6, 7, 8, 9, 10, 11, 12, 13, 14], [3], [20, 21, 22], [9, 8, 7, 6, 5]]
-PROMPTS += [[30, 31], [40 + i % 7 for i in range(17)], [17, 33, 50, 12]]
-
-
-def chat_like(end):
-    """What the sampler needs of a ChatTokenizer, for models that have no tokenizer."""
-    return SimpleNamespace(end_id=end, pad_id=0, tokenizer=SimpleNamespace(eos_token_id=end), decode=str)
-
 
 @pytest.fixture(scope="module")
 def policy():
     return load_policy(ModelConfig(path=tiny.llama()), tiny.llama())
-
-
-@pytest.fixture(scope="module")
-def chat():
-    return load_tokenizer(ModelConfig(path=tiny.llama()), tiny.llama())
-
-
-@functools.cache
-def by_generate(family):
-    """The model, an end token, and what plain `generate` answers to each prompt alone, up to that token.
-
-    The end is the token for which the answers' lengths differ most: early ends and late ones.
-    """
-    model = random_model(FAMILIES.get(family) or HYBRID)
-    model.generation_config.eos_token_id = None
-    options = {"max_new_tokens": 24, "do_sample": False, "use_cache": True, "pad_token_id": 0}
-    whole = [model.generate(torch.tensor([p]), **options)[0, len(p) :].tolist() for p in PROMPTS]
-
-    def until(end):
-        return [ids[: ids.index(end) + 1] if end in ids else ids for ids in whole]
-
-    end = max(range(VOCAB), key=lambda token: len({len(ids) for ids in until(token)}))
-    assert len({len(ids) for ids in until(end)}) >= 3, "answers of unequal lengths are the point"
-    return model, end, until(end)
 
 
 @pytest.mark.parametrize("batch_size", [64, 3, 1])

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
+import ppo_runs
 import pytest
-import test_ppo
-import tiny
 import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, OPTConfig
@@ -61,16 +60,11 @@ def test_a_frozen_copy_gives_the_very_logits_of_the_model_in_training(folder):
 
 
 def test_the_kl_is_exactly_zero_and_the_ratio_one_before_anything_was_learned(tmp_path, prompts):
-    stage = PPO(test_ppo.config(tmp_path / "run", prompts, precision="bfloat16"), resume=False, overwrite=False)
+    stage = PPO(ppo_runs.config(tmp_path / "run", prompts, precision="bfloat16"), resume=False, overwrite=False)
     figures = stage.update(0)
     assert figures["objective/kl"] == figures["objective/kl_k3"] == 0.0
     assert figures["policy/first_ratio_min"] == figures["policy/first_ratio_max"] == 1.0
     assert stage.update(1)["objective/kl_k3"] > 0
-
-
-@pytest.fixture(scope="module")
-def prompts(tmp_path_factory):
-    return tiny.write_demonstrations(tmp_path_factory.mktemp("data") / "demos", 24, held_out=4)
 
 
 def test_a_rollout_rounds_frozen_weights_once_and_gives_them_back(tmp_path, prompts, monkeypatch):
@@ -79,7 +73,7 @@ def test_a_rollout_rounds_frozen_weights_once_and_gives_them_back(tmp_path, prom
     for rounds in (True, False):
         if not rounds:
             monkeypatch.setattr("rlhf.training.engine.cast_frozen_linears_", lambda module, dtype: [])
-        c = test_ppo.config(tmp_path / str(rounds), prompts, precision="bfloat16", tuning=tuning)
+        c = ppo_runs.config(tmp_path / str(rounds), prompts, precision="bfloat16", tuning=tuning)
         stage, seen = PPO(c, resume=False, overwrite=False), set()
         base = stage.engine.module.policy.get_base_model().model.layers[0].self_attn.q_proj.base_layer
         base.register_forward_pre_hook(lambda layer, _, seen=seen: seen.add(layer.weight.dtype))
@@ -99,13 +93,13 @@ def test_dropout_is_off_wherever_a_family_keeps_it(folder):
 @pytest.mark.parametrize("key", ["tuning", "critic__tuning"])
 def test_dropout_in_adapters_is_refused_in_ppo(key, tmp_path):
     with pytest.raises(UserError, match=r"tuning\.dropout: PPO's ratio"):
-        test_ppo.config(tmp_path / "run", "prompts", **{key: {"name": "lora", "dropout": 0.1}})
+        ppo_runs.config(tmp_path / "run", "prompts", **{key: {"name": "lora", "dropout": 0.1}})
 
 
 def test_recomputed_activations_change_no_number(tmp_path, prompts):
     passes, weights = [], []
     for recompute in (False, True):
-        c = test_ppo.config(tmp_path / str(recompute), prompts, gradient_checkpointing=recompute)
+        c = ppo_runs.config(tmp_path / str(recompute), prompts, gradient_checkpointing=recompute)
         stage, seen = PPO(c, resume=False, overwrite=False), []
         layers = (stage.engine.module.policy.model.layers[0], stage.engine.module.critic.model.model.layers[0])
         for layer in layers:
@@ -166,7 +160,7 @@ def test_the_entropy_has_a_gradient_where_its_bonus_has_a_weight(tmp_path, promp
     found = {}
     for coef in (0.0, 10.0):
         changes = {"loss__entropy_coef": coef, "reward": nothing, "kl__controller": {"name": "fixed", "coef": 0.0}}
-        stage = PPO(test_ppo.config(tmp_path / str(coef), prompts, **changes), resume=False, overwrite=False)
+        stage = PPO(ppo_runs.config(tmp_path / str(coef), prompts, **changes), resume=False, overwrite=False)
         found[coef] = [stage.update(number) for number in range(2)]
     assert found[0.0][0]["objective/entropy"] == found[10.0][0]["objective/entropy"]
     assert found[0.0][0]["policy/entropy"] > 0

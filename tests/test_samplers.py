@@ -9,12 +9,12 @@ import json
 import pytest
 import tiny
 import torch
-from test_ppo import config, metrics, updates
+from logged import lines, updates
+from ppo_runs import config
 from transformers import AutoModelForCausalLM, Lfm2Config
 
 from rlhf.config.base import ModelConfig
 from rlhf.core.errors import UserError
-from rlhf.data.chat import load_tokenizer
 from rlhf.data.schema import Message
 from rlhf.models.load import load_policy
 from rlhf.models.merging import merged_state, merged_weights
@@ -35,18 +35,8 @@ def policy():
 
 
 @pytest.fixture(scope="module")
-def chat():
-    return load_tokenizer(ModelConfig(path=tiny.llama()), tiny.llama())
-
-
-@pytest.fixture(scope="module")
 def questions(chat):
     return [chat.prompt((Message("user", tiny.question(i)),)) for i in range(6)]
-
-
-@pytest.fixture(scope="session")
-def prompts(tmp_path_factory):
-    return tiny.write_demonstrations(tmp_path_factory.mktemp("data") / "demos", 24, held_out=4)
 
 
 SEEDS = [stream_seed(0, i) for i in range(6)]
@@ -175,8 +165,8 @@ def test_a_resumed_run_with_continuous_batching_equals_the_uninterrupted_one(tmp
     stage.done = 1
     stage.save()
     run(config(tmp_path / "cut", prompts, rollout__sampler=CONTINUOUS), resume=True)
-    whole = [line for line in metrics(tmp_path / "whole") if "eval/scores" not in line]
-    cut = [line for line in metrics(tmp_path / "cut") if "eval/scores" not in line]
+    whole = [line for line in lines(tmp_path / "whole") if "eval/scores" not in line]
+    cut = [line for line in lines(tmp_path / "cut") if "eval/scores" not in line]
     assert json.dumps(cut) == json.dumps(whole)
 
 

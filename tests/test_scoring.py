@@ -11,20 +11,10 @@ from reward_runs import encoded
 
 from rlhf.config.base import ModelConfig
 from rlhf.core.errors import UserError
-from rlhf.data.chat import ChatTokenizer, load_tokenizer
+from rlhf.data.chat import ChatTokenizer
 from rlhf.models.load import POSITIONS_AFTER_PADDING, load_hf_config, sequence_limit
 from rlhf.models.scalar import ScalarModel, load_scalar
 from rlhf.reward.scoring import score_rankings, score_texts
-
-
-@pytest.fixture(scope="module")
-def chat() -> ChatTokenizer:
-    return load_tokenizer(ModelConfig(path=tiny.llama()), tiny.llama())
-
-
-@pytest.fixture(scope="module")
-def rankings(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return tiny.write_rankings(tmp_path_factory.mktemp("data") / "rankings", 36, candidates=4)
 
 
 class Counting(ScalarModel):

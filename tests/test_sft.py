@@ -15,7 +15,9 @@ import pytest
 import tiny
 import torch
 import transformers
+from logged import lines
 from safetensors.torch import load_file
+from sft_runs import losses, run, settings
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -32,44 +34,6 @@ from rlhf.training.epoch_order import epoch_order
 from stages import sft
 
 torch.set_num_threads(1)
-
-
-@pytest.fixture(scope="module")
-def demos(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return tiny.write_demonstrations(tmp_path_factory.mktemp("data") / "demos", 40)
-
-
-def settings(demos: str, run: Path, **changes: Any) -> dict[str, Any]:
-    """Ten steps in two epochs, two micro-batches each; evaluations and checkpoints at different steps."""
-    return {
-        "run": str(run),
-        "model": {"path": tiny.llama()},
-        "data": {"train": [demos]},
-        "batch": {"batch_size": 8, "micro_batch_size": 4, "epochs": 2},
-        "optimizer": {"lr": 3e-3, "warmup": 0.1},
-        "checkpoints": {"every": 3},
-        "eval": {"every": 4, "samples": 2, "sample_tokens": 8},
-        "timeout_seconds": 60,
-        **changes,
-    }
-
-
-def run(values: dict[str, Any], resume: bool = False) -> Path:
-    sft.run(check_config(SFTConfig, values, "the test"), resume=resume)
-    return Path(values["run"])
-
-
-TIMES = ("time/step", "throughput/train")
-
-
-def lines(run: Path, name: str = "metrics.jsonl") -> list[dict[str, Any]]:
-    """Logged rows without the timing fields, which alone may differ between runs."""
-    rows = [json.loads(line) for line in (run / name).read_text("utf-8").splitlines()]
-    return [{key: value for key, value in row.items() if key not in TIMES} for row in rows]
-
-
-def losses(run: Path) -> list[float]:
-    return [row["train/loss"] for row in lines(run) if "train/loss" in row]
 
 
 def weights(run: Path) -> dict[str, Tensor]:

@@ -12,8 +12,10 @@ import finished
 import pytest
 import tiny
 import torch
+from logged import lines as metrics
 from peft import PeftModel
-from safetensors.torch import load_file
+from ppo_runs import REWARD as FUNCTION
+from shared_base_runs import LAST, LORA, adapters_of, parents, values_of
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 import stages.ppo
@@ -25,7 +27,6 @@ from rlhf.models.logprobs import hidden_states
 from rlhf.models.scalar import ScalarModel
 from rlhf.ppo.actor_critic import ActorCritic
 from rlhf.ppo.config import PPOConfig
-from rlhf.ppo.metrics import TIMINGS
 from rlhf.ppo.shared_roles import recognise
 from rlhf.runs.run import resolve_model_path
 from rlhf.training.engine import make_engine
@@ -33,68 +34,14 @@ from stages.ppo import PPO
 
 torch.set_num_threads(1)
 
-LORA = {"name": "lora", "rank": 4, "alpha": 8}
-LAST = LORA | {"layers": 1}
-FUNCTION = {"name": "function", "function": "ppo_rewards:letters"}
-
 
 @pytest.fixture(scope="module")
-def prompts(tmp_path_factory):
-    return tiny.write_demonstrations(tmp_path_factory.mktemp("data") / "demos", 24, held_out=4)
-
-
-@pytest.fixture(scope="module")
-def runs(tmp_path_factory):
-    """SFT runs (full; LoRA), and LoRA reward runs over the first and over the base; `last` adapts the last layer."""
-    folder = tmp_path_factory.mktemp("runs")
-    made = {"sft": finished.sft(folder / "sft"), "sft-lora": finished.sft(folder / "sft-lora", tuning=LORA)}
-    made["over-sft"] = finished.reward(folder / "over-sft", made["sft"], LORA)
-    made["last"] = finished.reward(folder / "last", made["sft"], LAST)
-    made["over-base"] = finished.reward(folder / "over-base", tuning=LORA)
-    made["full"] = finished.reward(folder / "full", made["sft"])
-    return made
-
-
-def values_of(folder, prompts, model, reward, sharing="shared", tuning=LORA, **changes) -> dict[str, Any]:
-    values: dict[str, Any] = {
-        "run": str(folder),
-        "model": {"path": model, "sharing": sharing},
-        "data": {"prompts": prompts, "max_prompt_tokens": 48},
-        "reward": {"name": "model", "path": reward} if isinstance(reward, str) else reward,
-        "tuning": tuning,
-        "critic": {"init": "reward" if isinstance(reward, str) else "policy", "tuning": tuning},
-        "updates": 2,
-        "rollout": {"prompts_per_update": 7, "max_new_tokens": 12, "stop": ["e", "a"]},
-        "batch": {"epochs": 2, "minibatches": 2, "micro_batch_tokens": 160},
-        "optimizer": {"policy_lr": 1e-3, "critic_lr": 1e-3, "schedule": "constant", "eps": 1e-3},
-        "eval": {"every": 2, "prompts": 3},
-        "checkpoints": {"every": 1},
-    }
-    for dotted, value in changes.items():
-        *parents, last = dotted.split("__")
-        part = values
-        for name in parents:
-            part = part.setdefault(name, {})
-        part[last] = value
-    return values
+def runs():
+    return parents()
 
 
 def config(*args, **changes) -> PPOConfig:
     return check_config(PPOConfig, values_of(*args, **changes), "test")
-
-
-def metrics(folder) -> list[dict[str, float]]:
-    lines = [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in line.items() if not k.startswith(TIMINGS)} for line in lines]
-
-
-def adapters_of(folder) -> dict[str, torch.Tensor]:
-    """The trained weights of policy and critic that a run has left."""
-    return {
-        f"{part}.{name}": weight
-        for part in ("adapter", "critic")
-        for name, weight in load_file(Path(folder) / part / "adapter_model.safetensors").items()
-    }
 
 
 def train(made: PPOConfig, **how: Any) -> PPO:

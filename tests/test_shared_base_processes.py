@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 
+import ppo_processes as processes
 import pytest
-import test_ppo_processes as processes
 import tiny
 import torch
 import yaml
-from test_shared_base import LAST, LORA, adapters_of, metrics, prompts, runs, values_of  # noqa: F401 - fixtures
+from logged import lines as metrics
+from shared_base_runs import LAST, LORA, adapters_of, parents, values_of
 
 pytestmark = pytest.mark.slow
 
@@ -27,7 +28,12 @@ def deepspeed(stage: int) -> str:
 
 
 @pytest.fixture(scope="module")
-def single(tmp_path_factory, runs, prompts):  # noqa: F811
+def runs():
+    return parents()
+
+
+@pytest.fixture(scope="module")
+def single(tmp_path_factory, runs, prompts):
     """Runs of one process: adapters in all layers, and in the last one."""
     folders = {}
     for name, reward, tuning in (("all", "over-sft", LORA), ("last", "last", LAST)):
@@ -39,7 +45,7 @@ def single(tmp_path_factory, runs, prompts):  # noqa: F811
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 @pytest.mark.parametrize("layers", ["all", "last"])
-def test_two_processes_give_what_one_gives(stage, layers, single, tmp_path, runs, prompts):  # noqa: F811
+def test_two_processes_give_what_one_gives(stage, layers, single, tmp_path, runs, prompts):
     reward, tuning = ("over-sft", LORA) if layers == "all" else ("last", LAST)
     changes = {"deepspeed": deepspeed(stage), "gradient_checkpointing": stage == 3}
     changes["rollout__merge_adapters"] = stage == 3
@@ -58,7 +64,7 @@ def test_two_processes_give_what_one_gives(stage, layers, single, tmp_path, runs
 
 
 @pytest.mark.parametrize("stage", [1, 2, 3])
-def test_a_killed_run_continues_bit_for_bit(stage, tmp_path, runs, prompts):  # noqa: F811
+def test_a_killed_run_continues_bit_for_bit(stage, tmp_path, runs, prompts):
     files = [
         write(tmp_path / name, prompts, runs["sft"], runs["over-sft"], deepspeed=deepspeed(stage))
         for name in ("whole", "cut")

@@ -10,10 +10,11 @@ import pytest
 import tiny
 import torch
 import transformers
-from reward_runs import config, encoded, metrics_of, steps
+from logged import lines as metrics_of
+from reward_runs import config, encoded, steps
 
 from rlhf.config.base import ModelConfig
-from rlhf.data.chat import ChatTokenizer, load_tokenizer
+from rlhf.data.chat import ChatTokenizer
 from rlhf.models.scalar import ScalarModel, load_scalar
 from rlhf.models.shared_prompt import NO_SHARING, SharedPrompts, attention_of, ends_of, pad_rows, positions_of
 from rlhf.models.tuning import TUNING
@@ -100,16 +101,6 @@ def assert_same_as_separate(scalar: ScalarModel, chat: ChatTokenizer, rows: list
     assert expected.std() > 0.01 and expected_gradients.abs().max() > 0.01
     torch.testing.assert_close(scores, expected, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(gradients, expected_gradients, rtol=1e-5, atol=1e-5)
-
-
-@pytest.fixture(scope="module")
-def chat() -> ChatTokenizer:
-    return load_tokenizer(ModelConfig(path=tiny.llama()), tiny.llama())
-
-
-@pytest.fixture(scope="module")
-def rankings(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return tiny.write_rankings(tmp_path_factory.mktemp("data") / "rankings", 36, candidates=4)
 
 
 # ---- exactly the same ----------------------------------------------------------------------------------------------
