@@ -15,6 +15,7 @@ from rlhf.cli import options
 from rlhf.config.base import ModelConfig
 from rlhf.core.console import say, table, track, warn
 from rlhf.core.errors import UserError
+from rlhf.core.intervals import Z_95
 from rlhf.core.lazy import lazy
 from rlhf.data.chat import load_tokenizer
 from rlhf.data.encode import Counts, encode_demonstration, encode_ranking
@@ -24,7 +25,7 @@ from rlhf.inference.policy import Policy, model_kind, open_policy, quiet, sampli
 from rlhf.inference.sampling import sample
 from rlhf.inference.scorer import open_scorer
 from rlhf.reward.agreement import Agreement
-from rlhf.reward.metrics import Z_95, accuracy_interval, metric_rows, reward_metrics
+from rlhf.reward.metrics import accuracy_interval, metric_rows, reward_metrics
 from rlhf.rollout.types import SamplingParams
 from rlhf.runs.run import resolve_model_path
 

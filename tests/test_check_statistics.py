@@ -10,7 +10,8 @@ from scipy import stats
 
 from data_tools.statistics import agreement, biases, consistency
 from data_tools.statistics.facts import gathered
-from data_tools.statistics.intervals import bootstrapped, clustered_share, ratio, resampled_sums, wilson
+from data_tools.statistics.intervals import bootstrapped, clustered_fraction, fraction_of, ratio, resampled_sums
+from rlhf.core.intervals import wilson
 from rlhf.data.schema import Candidate
 
 
@@ -29,27 +30,27 @@ def facts(tmp_path):
 
 
 def test_wilson_is_that_of_the_literature():
-    assert wilson(81, 263) == pytest.approx((0.2553, 0.3662), abs=1e-4)  # Newcombe 1998, table I
+    assert wilson(81 / 263, 263) == pytest.approx((0.2553, 0.3662), abs=1e-4)  # Newcombe 1998, table I
     assert wilson(0, 20) == pytest.approx((0, 0.1611), abs=1e-4)
-    assert wilson(20, 20)[1] == 1
+    assert fraction_of(20, 20).high == 1
 
 
 def test_a_share_over_independent_trials_has_wilsons_interval():
     hits = np.array([1, 0] * 50)
-    found = clustered_share(hits, np.ones(100))
+    found = clustered_fraction(hits, np.ones(100))
     assert (found.value, found.n) == (0.5, 100)
-    assert (found.low, found.high) == pytest.approx(wilson(50, 100), abs=3e-3)
+    assert (found.low, found.high) == pytest.approx(wilson(0.5, 100), abs=3e-3)
 
 
 def test_trials_that_repeat_each_other_count_once():
-    apart = clustered_share(np.array([1.0, 0] * 50), np.ones(100))
-    together = clustered_share(np.array([10.0, 0] * 50), np.full(100, 10))
+    apart = clustered_fraction(np.array([1.0, 0] * 50), np.ones(100))
+    together = clustered_fraction(np.array([10.0, 0] * 50), np.full(100, 10))
     assert together.n == 1000
     assert (together.low, together.high) == pytest.approx((apart.low, apart.high), abs=1e-3)
 
 
 def test_a_share_of_nothing_is_none():
-    assert clustered_share(np.zeros(3), np.zeros(3)) is None
+    assert clustered_fraction(np.zeros(3), np.zeros(3)) is None
 
 
 def test_the_bootstrap_is_seeded_and_as_wide_as_the_normal_interval():
@@ -69,7 +70,7 @@ def test_intervals_hold_the_truth_about_as_often_as_they_say():
     held = 0
     for _ in range(300):
         chance = draw.beta(2, 2, 60)  # prompts of different hardness, five pairs each
-        found = clustered_share(draw.binomial(5, chance), np.full(60, 5))
+        found = clustered_fraction(draw.binomial(5, chance), np.full(60, 5))
         held += found.low <= 0.5 <= found.high
     assert 0.91 < held / 300 < 0.99
 

@@ -14,10 +14,10 @@ import torch
 
 from rlhf.config.base import ModelConfig
 from rlhf.core.errors import UserError
+from rlhf.core.intervals import Z_95
 from rlhf.data.chat import load_tokenizer
 from rlhf.data.encode import Counts, best_answer, encode_demonstration
 from rlhf.data.store import open_dataset
-from rlhf.reward.metrics import Z_95
 from rlhf.runs.run import resolve_model_path
 from stages.evaluate import command
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from data_tools.statistics.columns import Columns
-from data_tools.statistics.intervals import Estimate, wilson
+from data_tools.statistics.intervals import Estimate, fraction_of
 from data_tools.statistics.judgements import Pairs, Votes
 from rlhf.core.lazy import lazy
 
@@ -57,7 +57,7 @@ def annotators_of(columns: Columns, pairs: Pairs, votes: Votes) -> list[Annotato
     seconds = _median_seconds(columns, own)
     found = [
         Annotator(
-            columns.annotators[i], int(volume[i]), _share(hits[i], tries[i]), _share(firsts[i], shown[i]),
+            columns.annotators[i], int(volume[i]), fraction_of(hits[i], tries[i]), fraction_of(firsts[i], shown[i]),
             bool(sided[i]), seconds.get(i), verdicts[i],
         )
         for i in range(known)
@@ -65,10 +65,6 @@ def annotators_of(columns: Columns, pairs: Pairs, votes: Votes) -> list[Annotato
     ]  # fmt: skip
     order = ("reversed", "random", "weaker", "as the others", "unclear")
     return sorted(found, key=lambda one: (order.index(one.verdict), -one.rankings, one.name))
-
-
-def _share(hits: float, tries: float) -> Estimate | None:
-    return Estimate(float(hits / tries), *wilson(hits, tries), round(tries)) if tries > 0 else None
 
 
 def independent_pairs(sizes: np.ndarray) -> np.ndarray:

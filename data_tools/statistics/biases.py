@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, NamedTuple
 
 from data_tools.statistics.columns import Columns
-from data_tools.statistics.consistency import share_by_prompt
+from data_tools.statistics.consistency import fraction_by_prompt
 from data_tools.statistics.intervals import Estimate
 from data_tools.statistics.judgements import Pairs
 from rlhf.core.lazy import lazy
@@ -31,7 +31,7 @@ class Share(NamedTuple):
 def longer_wins(columns: Columns, pairs: Pairs) -> Estimate | None:
     """The share of pairs, ties and equal lengths aside, where the answer of more characters is better."""
     pairs, longer = _of_unequal_length(columns, pairs)
-    return share_by_prompt(columns.prompt[pairs.row], longer == pairs.order)
+    return fraction_by_prompt(columns.prompt[pairs.row], longer == pairs.order)
 
 
 def wins_by_length(columns: Columns, pairs: Pairs) -> list[Share]:
@@ -45,7 +45,7 @@ def wins_by_length(columns: Columns, pairs: Pairs) -> list[Share]:
         low = TIMES_LONGER[number - 1] if number else 1
         name = f"{low:g}-{TIMES_LONGER[number]:g}" if number < len(TIMES_LONGER) else f"over {low:g}"
         here = bins == number
-        share = share_by_prompt(columns.prompt[pairs.row[here]], (longer == pairs.order)[here])
+        share = fraction_by_prompt(columns.prompt[pairs.row[here]], (longer == pairs.order)[here])
         found += [Share(name, share)] if share else []
     return found
 
@@ -60,7 +60,7 @@ def _of_unequal_length(columns: Columns, pairs: Pairs) -> tuple[Pairs, np.ndarra
 def first_wins(columns: Columns, pairs: Pairs) -> Estimate | None:
     """The share of ordered pairs, of rankings that keep the order shown, where the answer shown earlier is better."""
     used = pairs.where((pairs.order != 0) & columns.shown[pairs.row])
-    return share_by_prompt(columns.prompt[used.row], used.order > 0)
+    return fraction_by_prompt(columns.prompt[used.row], used.order > 0)
 
 
 def person_wins(columns: Columns, pairs: Pairs) -> Estimate | None:
@@ -70,7 +70,7 @@ def person_wins(columns: Columns, pairs: Pairs) -> Estimate | None:
     mixed_pair = ((one == person) & (other == model)) | ((one == model) & (other == person))
     used = mixed_pair & (pairs.order != 0)
     wins = np.where(one == person, pairs.order > 0, pairs.order < 0)
-    return share_by_prompt(columns.prompt[pairs.row[used]], wins[used])
+    return fraction_by_prompt(columns.prompt[pairs.row[used]], wins[used])
 
 
 def author_wins(columns: Columns, pairs: Pairs) -> list[Share]:
@@ -87,6 +87,6 @@ def author_wins(columns: Columns, pairs: Pairs) -> list[Share]:
     for author in np.argsort(-times, kind="stable")[:MOST_AUTHORS]:
         here = (one == author) | (other == author)
         won = np.where(one == author, pairs.order > 0, pairs.order < 0)[here]
-        share = share_by_prompt(columns.prompt[pairs.row[here]], won)
+        share = fraction_by_prompt(columns.prompt[pairs.row[here]], won)
         found += [Share(columns.authors[author], share)] if share else []
     return sorted(found, key=lambda item: -item.share.value)

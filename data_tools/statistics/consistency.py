@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from data_tools.statistics.columns import Columns
-from data_tools.statistics.intervals import Estimate, clustered_share
+from data_tools.statistics.intervals import Estimate, clustered_fraction
 from data_tools.statistics.judgements import Pairs, Votes, mixed, oriented
 from rlhf.core.lazy import lazy
 
@@ -17,7 +17,7 @@ else:
     np, sparse, csgraph = lazy("numpy"), lazy("scipy.sparse"), lazy("scipy.sparse.csgraph")
 
 
-def share_by_prompt(prompt: np.ndarray, hit: np.ndarray) -> Estimate | None:
+def fraction_by_prompt(prompt: np.ndarray, hit: np.ndarray) -> Estimate | None:
     """The share of hits, with an interval that takes what belongs to one prompt as one cluster.
 
     Args:
@@ -25,12 +25,12 @@ def share_by_prompt(prompt: np.ndarray, hit: np.ndarray) -> Estimate | None:
         hit: (n,) bool.
     """
     _, cluster = np.unique(prompt, return_inverse=True)
-    return clustered_share(np.bincount(cluster, hit), np.bincount(cluster))
+    return clustered_fraction(np.bincount(cluster, hit), np.bincount(cluster))
 
 
 def ties(columns: Columns, pairs: Pairs) -> Estimate | None:
     """The share of all pairs of different answers that were ranked equal."""
-    return share_by_prompt(columns.prompt[pairs.row], pairs.order == 0)
+    return fraction_by_prompt(columns.prompt[pairs.row], pairs.order == 0)
 
 
 def contradictions(columns: Columns, pairs: Pairs) -> Estimate | None:
@@ -54,7 +54,7 @@ def contradictions_between(columns: Columns, votes: Votes) -> Estimate | None:
     """Of the pairs that two or more named people ordered, the share on which two of them differ."""
     counts = votes.counts()
     several = counts[:, 0] + counts[:, 2] > 1
-    return share_by_prompt(votes.prompt[several], ((counts[:, 0] > 0) & (counts[:, 2] > 0))[several])
+    return fraction_by_prompt(votes.prompt[several], ((counts[:, 0] > 0) & (counts[:, 2] > 0))[several])
 
 
 def contradicting(columns: Columns, pairs: Pairs, most: int = 5) -> list[tuple[int, int]]:
@@ -74,7 +74,7 @@ def _both_ways(columns: Columns, pairs: Pairs, name: np.ndarray, order: np.ndarr
     times = np.bincount(group)
     several = times > 1
     both = (more > 0) & (more < times)
-    return share_by_prompt(columns.prompt[pairs.row[first]][several], both[several])
+    return fraction_by_prompt(columns.prompt[pairs.row[first]][several], both[several])
 
 
 def cycles(columns: Columns, pairs: Pairs) -> Estimate | None:
@@ -105,4 +105,4 @@ def cycles(columns: Columns, pairs: Pairs) -> Estimate | None:
     _, owner, answers = np.unique(np.concatenate([prompt, prompt])[at], return_inverse=True, return_counts=True)
     circular = np.bincount(owner, (np.bincount(component) > 1)[component]) > 0
     counted = answers > 2
-    return clustered_share(circular[counted].astype(float), np.ones(counted.sum()))
+    return clustered_fraction(circular[counted].astype(float), np.ones(counted.sum()))

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from data_tools.statistics.columns import Columns, as_shards
-from data_tools.statistics.intervals import Estimate, clustered_share
+from data_tools.statistics.intervals import Estimate, clustered_fraction
 from data_tools.statistics.judgements import mixed
 from data_tools.statistics.near import DEFAULT_THRESHOLD, near_groups, near_matches, similarity
 from data_tools.statistics.sample import MOST_RECORDS, Texts, prompt_texts
@@ -89,7 +89,7 @@ def near_prompts(columns: Columns, texts: Texts) -> NearPrompts:
     known = split >= 0
     np.bitwise_or.at(bits, number[known], 1 << split[known])
     spread = ((bits & (bits - 1)) > 0)[number] & known
-    within = clustered_share(again.astype(float), np.ones(len(rows)))
+    within = clustered_fraction(again.astype(float), np.ones(len(rows)))
     several = len(np.unique(split[known])) > 1
     across = Estimate(float(spread.sum()), n=len(rows)) if several else None
     assert within is not None
@@ -120,7 +120,7 @@ def near_answers(columns: Columns, texts: Texts) -> Estimate | None:
     _, group = np.unique(number, return_inverse=True)
     _, first = np.unique(mixed(mixed(prompt) ^ group.astype(np.uint64)), return_index=True)
     prompts_of = np.bincount(group[first], minlength=group.max() + 1)
-    return clustered_share((prompts_of[group] > 1).astype(float), np.ones(len(group)))
+    return clustered_fraction((prompts_of[group] > 1).astype(float), np.ones(len(group)))
 
 
 def _answer_keys(columns: Columns, texts: Texts) -> Iterator[tuple[int, int, str]]:
@@ -146,7 +146,7 @@ def near_identical_pairs(columns: Columns, texts: Texts) -> Estimate | None:
         for row in texts.records.tolist()
         if len(texts.answers[row]) > 1 and columns.answer[columns.start[row]] != columns.answer[columns.start[row] + 1]
     ]
-    return clustered_share(np.array(hits, float), np.ones(len(hits))) if hits else None
+    return clustered_fraction(np.array(hits, float), np.ones(len(hits))) if hits else None
 
 
 # ---- evaluation sets ------------------------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from rlhf.core.intervals import effective_size, wilson
 from rlhf.core.lazy import lazy
 
 if TYPE_CHECKING:
@@ -13,7 +14,6 @@ if TYPE_CHECKING:
 else:
     np = lazy("numpy")
 
-Z = 1.959963984540054  # 95 %
 REPLICATES = 1000
 FEWEST_REPLICATES, MOST_DRAWS = 200, 50_000_000
 """Of the bootstrap of many rows, whose interval is narrow anyway, fewer replicates are taken."""
@@ -32,46 +32,26 @@ class Estimate:
     """What the figure alone does not say, such as names."""
 
 
-def wilson(successes: float, n: float) -> tuple[float, float]:
-    """95 % interval of a share (Wilson 1927): (p + z²/2n ± z·sqrt(p(1-p)/n + z²/4n²)) / (1 + z²/n).
+def fraction_of(successes: float, trials: float, size: float | None = None) -> Estimate | None:
+    """A fraction with Wilson's interval for `size` independent trials (all of them by default); None without trials."""
+    if not trials > 0:
+        return None
+    value = float(successes / trials)
+    low, high = wilson(value, size or trials)
+    return Estimate(value, min(low, value), max(high, value), round(trials))
+
+
+def clustered_fraction(successes: np.ndarray, trials: np.ndarray) -> Estimate | None:
+    """A fraction of trials that come in clusters (the pairs of one prompt), with Wilson's interval.
 
     Args:
-        successes: From 0 to `n`; need not be whole.
-        n: Independent trials, above 0.
-    """
-    share, square = successes / n, Z * Z
-    middle = share + square / (2 * n)
-    reach = Z * (share * (1 - share) / n + square / (4 * n * n)) ** 0.5
-    low, high = (float((middle + side) / (1 + square / n)) for side in (-reach, reach))
-    return low if successes > 0 else 0.0, high if successes < n else 1.0
-
-
-def clustered_share(successes: np.ndarray, trials: np.ndarray) -> Estimate | None:
-    """A share over trials that come in clusters (the pairs of one prompt), with Wilson's interval.
-
-    The number of trials is divided by the design effect, the ratio of the share's linearised between-cluster variance
-    c/(c-1) · Σ(s_i - p·t_i)² / (Σt_i)² to the variance p(1-p)/Σt_i of independent trials, where that is above 1
-    (Kish 1965; Wilson's interval on the effective size: Korn and Graubard 1998).
-
-    Args:
-        successes, trials: (clusters,) counts; clusters without trials are passed over.
+        successes, trials: (clusters,) counts; clusters without trials are skipped.
 
     Returns:
         None without any trial. `n` counts the trials.
     """
-    there = trials > 0
-    successes, trials = successes[there].astype(float), trials[there].astype(float)
-    total, clusters = trials.sum(), len(trials)
-    if not total:
-        return None
-    share = successes.sum() / total
-    independent = share * (1 - share) / total
-    effect = 1.0
-    if clusters > 1 and independent > 0:
-        between = clusters / (clusters - 1) * np.square(successes - share * trials).sum() / total**2
-        effect = max(1.0, between / independent)
-    low, high = wilson(share * total / effect, total / effect)
-    return Estimate(float(share), float(low), float(high), int(total))
+    successes, trials = successes[trials > 0].astype(float), trials[trials > 0].astype(float)
+    return fraction_of(successes.sum(), trials.sum(), effective_size(successes, trials))
 
 
 def resampled_sums(values: np.ndarray, replicates: int = REPLICATES, seed: int = SEED) -> np.ndarray:

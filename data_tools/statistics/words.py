@@ -6,7 +6,7 @@ from collections import Counter
 from typing import TYPE_CHECKING, NamedTuple
 
 from data_tools.statistics.columns import Columns
-from data_tools.statistics.consistency import share_by_prompt
+from data_tools.statistics.consistency import fraction_by_prompt
 from data_tools.statistics.intervals import SEED, Estimate
 from data_tools.statistics.judgements import Pairs
 from data_tools.statistics.sample import Texts
@@ -52,7 +52,7 @@ def bag_of_words(columns: Columns, pairs: Pairs, texts: Texts) -> Estimate | Non
     begin = columns.start[used.row]
     one = [texts.answers[row][at] for row, at in zip(used.row.tolist(), (used.one - begin).tolist())]
     other = [texts.answers[row][at] for row, at in zip(used.row.tolist(), (used.other - begin).tolist())]
-    return share_by_prompt(prompt, foretold(one, other, used.order, prompt))
+    return fraction_by_prompt(prompt, foretold(one, other, used.order, prompt))
 
 
 def foretold(one: list[str], other: list[str], order: np.ndarray, group: np.ndarray) -> np.ndarray:
@@ -110,7 +110,7 @@ def languages(columns: Columns, texts: Texts) -> Languages:
                 prompts.append(columns.prompt[row])
                 if other[-1] and len(examples) < 5:
                     examples.append((row, f"{language} -> {answered}"))
-    share = share_by_prompt(np.array(prompts, np.uint64), np.array(other, bool)) if other else None
+    share = fraction_by_prompt(np.array(prompts, np.uint64), np.array(other, bool)) if other else None
     return Languages(+found, share, examples)
 
 

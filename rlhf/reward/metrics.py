@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from rlhf.core.intervals import effective_size, wilson
 from rlhf.core.lazy import lazy
 
 if TYPE_CHECKING:
@@ -19,9 +20,6 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 else:
     np = lazy("numpy")
-
-Z_95 = 1.959963984540054
-"""The normal quantile of a two-sided 95% interval."""
 
 
 @dataclass(frozen=True)
@@ -113,25 +111,22 @@ def reward_metrics(items: Sequence[ScoredRanking], tie_band: float = 0.0) -> dic
 
 
 def accuracy_interval(correct: NDArray[Any], pairs: NDArray[Any]) -> tuple[float, float] | None:
-    """95% interval for a pair accuracy, from the correct pairs (halves allowed) and the pairs of each ranking, [R].
+    """95 % interval of a pair accuracy: Wilson's, with the effective size of pairs clustered in rankings.
 
-    The pairs of a ranking are not independent, rankings are taken to be. So Wilson's score interval (1927) is used
-    with the effective sample size n = p (1-p) / v, where v is the variance of the ratio sum(correct) / sum(pairs)
-    over rankings (Korn & Graubard 1998, Survey Methodology 24, 193-201), at most the number of pairs, and the number
-    of rankings where v is 0. Unlike a bootstrap over rankings it needs no seed, and keeps a width for few rankings or
-    an accuracy of 1. None without pairs.
+    Unlike a bootstrap over rankings it needs no seed, and it keeps a width for few rankings or an accuracy of 1: where
+    the variance between rankings is 0 or undefined, the number of rankings is used as the sample size.
+
+    Args:
+        correct: [R], the correct pairs of each ranking; halves are allowed.
+        pairs: [R], the pairs of each ranking.
+
+    Returns:
+        (low, high), or None without pairs.
     """
-    total, rankings = int(pairs.sum()), len(pairs)
+    total = int(pairs.sum())
     if total == 0:
         return None
-    share = float(correct.sum()) / total
-    n = float(rankings)
-    if rankings > 1:
-        spread = float(np.square(correct - share * pairs).sum()) * rankings / (rankings - 1) / total**2
-        n = min(max(share * (1 - share) / spread, 1.0), total) if spread > 0 else n
-    centre, shrink = share + Z_95**2 / (2 * n), 1 + Z_95**2 / n
-    half = Z_95 * math.sqrt(share * (1 - share) / n + Z_95**2 / (4 * n**2))
-    return max(0.0, (centre - half) / shrink), min(1.0, (centre + half) / shrink)
+    return wilson(float(correct.sum()) / total, effective_size(correct, pairs) or len(pairs))
 
 
 def calibration_error(gap: NDArray[Any], bins: int = 10) -> float | None:

@@ -1,0 +1,45 @@
+"""Wilson's confidence interval for a fraction, and the sample size to use with it when trials come in clusters."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+Z_95 = 1.959963984540054
+"""The normal quantile of a two-sided 95 % interval."""
+
+
+def wilson(fraction: float, n: float) -> tuple[float, float]:
+    """95 % score interval of a fraction: (p + z²/2n ± z·sqrt(p(1-p)/n + z²/4n²)) / (1 + z²/n) (Wilson 1927).
+
+    Args:
+        fraction: p, from 0 to 1.
+        n: Number of independent trials, above 0; need not be whole.
+    """
+    centre, shrink = fraction + Z_95**2 / (2 * n), 1 + Z_95**2 / n
+    half = Z_95 * math.sqrt(fraction * (1 - fraction) / n + Z_95**2 / (4 * n**2))
+    return max(0.0, (centre - half) / shrink), min(1.0, (centre + half) / shrink)
+
+
+def effective_size(successes: NDArray[Any], trials: NDArray[Any]) -> float | None:
+    """How many independent trials tell as much about a fraction as these trials, which come in clusters.
+
+    Trials of one cluster (the pairs of a ranking, say) are correlated; clusters are taken to be independent. The size
+    is n = p(1-p) / v, at least 1 and at most the number of trials, with p = Σs / Σt and v the linearised variance of
+    this ratio over clusters, c/(c-1) · Σ(s - p·t)² / (Σt)² (Korn and Graubard 1998, Survey Methodology 24, 193-201).
+
+    Args:
+        successes, trials: (clusters,) s and t of each cluster. Halves are allowed; every t is above 0.
+
+    Returns:
+        None where v is 0 or there are fewer than two clusters.
+    """
+    clusters, total = len(trials), int(trials.sum())
+    if clusters < 2:
+        return None
+    fraction = float(successes.sum()) / total
+    variance = float(((successes - fraction * trials) ** 2).sum()) * clusters / (clusters - 1) / total**2
+    return min(max(fraction * (1 - fraction) / variance, 1.0), total) if variance > 0 else None
