@@ -12,7 +12,7 @@ from typing import Annotated
 import typer
 
 from rlhf.cli import options
-from rlhf.core.console import err, number, printable, say
+from rlhf.core.console import err, format_number, printable, say
 from rlhf.core.errors import UserError, nearest
 from rlhf.data.schema import BadRecord, Demonstration, Message, to_dict
 from rlhf.inference.policy import Policy, open_policy, sampling_for
@@ -42,7 +42,10 @@ def command(
     chat = Chat(open_policy(model, chat_template, trust_remote_code), sampling, seed, system)
     chat.policy.room(sampling)
     if sys.stdin.isatty():
-        say(f"{model}, temperature {number(sampling.temperature)}. /help lists the commands, Ctrl-D leaves.", "dim")
+        say(
+            f"{model}, temperature {format_number(sampling.temperature)}. /help lists the commands, Ctrl-D leaves.",
+            "dim",
+        )
     while (line := _read_line()) is not None:
         if not line.strip():
             continue
@@ -174,7 +177,7 @@ class Chat:
         if not 0 <= value < float("inf"):
             raise UserError(f"temperature {words} is not a number from 0 (greedy) up")
         self.sampling = replace(self.sampling, temperature=value)
-        _note(f"(temperature {number(value)})")
+        _note(f"(temperature {format_number(value)})")
 
     def help(self, words: str) -> None:
         """List the commands."""

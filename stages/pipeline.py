@@ -29,7 +29,7 @@ from rlhf.cli.preflight import check
 from rlhf.cli.stage_configs import STAGES
 from rlhf.config.base import DataConfig, StageConfig
 from rlhf.config.load import load_stage_config
-from rlhf.core.console import number, say, table
+from rlhf.core.console import format_number, say, table
 from rlhf.core.errors import UserError
 from rlhf.data.schema import KINDS
 from rlhf.data.store import open_dataset
@@ -240,7 +240,7 @@ def headline(step: Step) -> str:
     """The first few figures of a finished run."""
     metrics: dict[str, Any] = read_run(step.config.run).get("metrics") or {}
     figures = [(key, value) for key, value in metrics.items() if isinstance(value, (int, float))]
-    return ", ".join(f"{key} {number(value)}" for key, value in figures[:3])
+    return ", ".join(f"{key} {format_number(value)}" for key, value in figures[:3])
 
 
 def _policy_run(steps: Sequence[Step]) -> str:

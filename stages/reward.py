@@ -72,7 +72,7 @@ def run(config: RewardConfig, resume: bool = False, overwrite: bool = False) -> 
     say_trainable(config.tuning, scalar.model)
     if not config.shared_prompts:
         scalar.shared_prompts = NO_SHARING
-    elif not scalar.shared_prompts.reach:
+    elif not scalar.shared_prompts.max_length:
         say(f"Prompts: encoded once for each answer, since {type(scalar.model).__name__} cannot share them")
     # 3. training
     train, held_out = learnable(tables.train, config), tables.eval if comparable(tables.eval, config) else None

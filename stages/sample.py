@@ -13,7 +13,7 @@ from rich.rule import Rule
 from rich.text import Text
 
 from rlhf.cli import options
-from rlhf.core.console import number, out, printable, say
+from rlhf.core.console import format_number, out, printable, say
 from rlhf.core.errors import UserError
 from rlhf.data.schema import BadRecord, Message, Prompt
 from rlhf.data.selection import chosen_prompts, with_system
@@ -112,6 +112,6 @@ def _show(prompt: Prompt, rows: list[dict[str, Any]]) -> None:
 def _facts(row: dict[str, Any], scores: list[float]) -> Iterator[str]:
     yield f"{row['tokens']} tokens" + ("" if row["ended"] else ", cut off")
     if scores:
-        yield f"score {number(row['score'])}"
+        yield f"score {format_number(row['score'])}"
     if len(scores) > 1:
-        yield f"best of {len(scores)}, whose mean is {number(sum(scores) / len(scores))}"
+        yield f"best of {len(scores)}, whose mean is {format_number(sum(scores) / len(scores))}"

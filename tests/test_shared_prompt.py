@@ -16,7 +16,14 @@ from reward_runs import config, encoded, steps
 from rlhf.config.base import ModelConfig
 from rlhf.data.chat import ChatTokenizer
 from rlhf.models.scalar import ScalarModel, load_scalar
-from rlhf.models.shared_prompt import NO_SHARING, SharedPrompts, attention_of, ends_of, pad_rows, positions_of
+from rlhf.models.shared_prompt import (
+    NO_SHARING,
+    SharedPrompts,
+    attention_mask_of,
+    completion_ends,
+    pad_rows,
+    position_ids_of,
+)
 from rlhf.models.tuning import TUNING
 from rlhf.reward.collator import RankingCollator
 from rlhf.reward.losses import RANKING_LOSSES
@@ -47,7 +54,7 @@ CANNOT = {
         **SIZES, intermediate_size=64, num_key_value_heads=2, head_dim=8, use_bidirectional_attention=True
     ),
 }
-EVERYTHING = SharedPrompts(reach=10**6, token_work=10**9)
+EVERYTHING = SharedPrompts(max_length=10**6, linear_cost=10**9)
 """All answers in one row, whatever it costs."""
 
 
@@ -111,11 +118,11 @@ def test_a_row_says_whose_each_token_is_where_it_stands_and_what_it_sees(chat: C
     assert ids.tolist() == [[7, 8, 3, 4, 5], [9, 6, 0, 0, 0]]
     assert mask.sum(1).tolist() == [5, 2]
     assert branches is not None and branches.tolist() == [[0, 0, 1, 1, 2], [0, 1, -1, -1, -1]]
-    assert positions_of(branches).tolist() == [[0, 1, 2, 3, 2], [0, 1, 0, 0, 0]]
-    assert ends_of(branches).nonzero().tolist() == [[0, 3], [0, 4], [1, 1]]
-    sees = attention_of(branches, "sdpa", torch.float32)[0, 0]
+    assert position_ids_of(branches).tolist() == [[0, 1, 2, 3, 2], [0, 1, 0, 0, 0]]
+    assert completion_ends(branches).nonzero().tolist() == [[0, 3], [0, 4], [1, 1]]
+    sees = attention_mask_of(branches, "sdpa", torch.float32)[0, 0]
     assert [row.nonzero().flatten().tolist() for row in sees] == [[0], [0, 1], [0, 1, 2], [0, 1, 2, 3], [0, 1, 4]]
-    added = attention_of(branches, "eager", torch.float32)[0, 0]
+    added = attention_mask_of(branches, "eager", torch.float32)[0, 0]
     assert torch.equal(added == 0, sees) and added.min() == torch.finfo(torch.float32).min
 
 
@@ -138,7 +145,7 @@ def test_every_number_of_answers_can_share_a_prompt(count: int, chat: ChatTokeni
 @pytest.mark.parametrize("name", FAMILIES)
 def test_families_that_can_share_prompts_are_recognised_and_exact(name: str, chat: ChatTokenizer) -> None:
     scalar = scalar_of(name).train()
-    assert scalar.shared_prompts.reach >= 4096 and scalar.training
+    assert scalar.shared_prompts.max_length >= 4096 and scalar.training
     assert_same_as_separate(scalar, chat, some_rankings(), RANKING_LOSSES.pick("bradley-terry"))
 
 
@@ -151,7 +158,7 @@ def test_adapters_and_recomputed_activations_change_nothing(chat: ChatTokenizer)
                 weight.normal_(std=0.1)
     checkpoint_activations(scalar, zero3=False)
     scalar.train()
-    assert scalar.shared_prompts.reach
+    assert scalar.shared_prompts.max_length
     assert_same_as_separate(scalar, chat, some_rankings(), RANKING_LOSSES.pick("bradley-terry"))
 
 
@@ -170,7 +177,7 @@ def test_where_a_text_is_longer_than_a_sliding_window_nothing_in_its_batch_is_sh
         **SIZES, intermediate_size=64, num_key_value_heads=2, head_dim=8, sliding_window=24
     )
     scalar = ScalarModel(transformers.AutoModelForSequenceClassification.from_config(made))
-    assert scalar.shared_prompts.reach == 24
+    assert scalar.shared_prompts.max_length == 24
     short, long = ([{**row, "prompt": [5] * size} for row in some_rankings()] for size in (12, 13))
     long[0]["candidates"][0] = [7] * 12
     collate = RankingCollator(chat, sharing=scalar.shared_prompts)
@@ -190,7 +197,7 @@ def test_an_attention_that_takes_no_such_mask_is_left_alone() -> None:
 
 
 def test_answers_share_a_row_only_while_that_is_less_work() -> None:
-    sharing = SharedPrompts(reach=1000, token_work=100)
+    sharing = SharedPrompts(max_length=1000, linear_cost=100)
     assert sharing.rows(200, [100] * 4) == [[0, 1, 2], [3]]
     assert sharing.rows(1, [500, 500]) == [[0], [1]]
     assert sharing.rows(200, [100] * 4, most=450) == [[0, 1], [2, 3]]

@@ -14,7 +14,7 @@ from data_tools.statistics import biases
 from data_tools.statistics.facts import Facts, gathered
 from data_tools.statistics.intervals import Estimate
 from rlhf.core.lazy import lazy
-from rlhf.core.table import Row
+from rlhf.core.table import TableRow
 from rlhf.data.schema import SPLITS
 
 if TYPE_CHECKING:
@@ -32,7 +32,7 @@ QUANTILES = (0.05, 0.5, 0.95)
 class Measured:
     """A metric's figure for this dataset."""
 
-    row: Row
+    row: TableRow
     found: Estimate | None
     why: str
     """Why there is no figure."""
@@ -153,7 +153,7 @@ def check(path: str | Path, *, against: Sequence[Path] = (), near: bool = True, 
         )  # fmt: skip
 
 
-def measure(row: Row, facts: Facts) -> Measured:
+def measure(row: TableRow, facts: Facts) -> Measured:
     """One metric of a dataset."""
     kinds = row.traits["kinds"]
     if facts.dataset.kind not in kinds:

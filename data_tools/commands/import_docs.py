@@ -8,7 +8,7 @@ from typing import get_origin
 
 from data_tools.importers import IMPORTERS
 from data_tools.reading.rows import JSON
-from rlhf.core.table import Row
+from rlhf.core.table import TableRow
 
 HEAD = """# Formats, and what their ranks mean
 
@@ -42,17 +42,17 @@ def page() -> str:
     return "\n\n".join([HEAD.rstrip(), "\n".join(listed), *(_section(row) for row in rows)]) + "\n"
 
 
-def _text(row: Row) -> str:
+def _text(row: TableRow) -> str:
     return inspect.getdoc(row.fn) or ""
 
 
-def _ranks(row: Row) -> str:
+def _ranks(row: TableRow) -> str:
     """The sentence on ranks, for the table."""
     found = re.search(r"\bRanks: (.*?)(?:[.;](?=\s)|\n\n|\n- |\Z)", _text(row), re.DOTALL)
     return " ".join(found[1].split()).replace("|", "\\|") if found else "none: demonstrations or prompts"
 
 
-def _section(row: Row) -> str:
+def _section(row: TableRow) -> str:
     text = _text(row).replace("``", "`")
     text = re.sub(r"^( +)(?=\S)", "", text, flags=re.MULTILINE)
     parts = [f"## {row.name}", text]

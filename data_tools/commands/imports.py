@@ -15,7 +15,7 @@ from data_tools.importers.run import NothingUsable, import_dataset, read_options
 from data_tools.reading.detect import AUTO
 from rlhf.core import console
 from rlhf.core.errors import UserError
-from rlhf.core.table import Row
+from rlhf.core.table import TableRow
 
 FORMAT = f"{AUTO}, or: {', '.join(row.name for row in IMPORTERS)}. `rlhf data formats` shows a sample of each."
 
@@ -77,7 +77,7 @@ def _short(sample: str) -> str:
     return line if len(line) <= 200 else f"{line[:200]}..."
 
 
-def _facts(row: Row) -> dict[str, Any]:
+def _facts(row: TableRow) -> dict[str, Any]:
     options = {
         name: {"type": str(field.annotation), "default": None if field.is_required() else field.default}
         for name, field in row.options.model_fields.items()
@@ -90,7 +90,7 @@ def _facts(row: Row) -> dict[str, Any]:
     }
 
 
-def _show(row: Row) -> None:
+def _show(row: TableRow) -> None:
     console.say(row.name, style="bold")
     console.say(inspect.getdoc(row.fn) or "")
     console.say(f"\nFiles of a folder: {' '.join(row.traits['suffixes'])}")

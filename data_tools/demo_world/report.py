@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from data_tools.demo_world.rules import BEST, POINTS
-from rlhf.core.console import number, say, table
+from rlhf.core.console import format_number, say, table
 
 RULE = {
     "answers": "states what was asked for, truly",
@@ -48,7 +48,7 @@ def _policies(summary: dict[str, Any]) -> Part:
     before, after, compared = summary["policies"]["sft"], summary["policies"]["ppo"], summary["comparison"]
     count = compared["wins"] + compared["losses"] + compared["ties"]
     rows: list[tuple[Any, ...]] = [
-        (f"points by the hidden rule, mean (at most {number(BEST)})", before["points"], after["points"]),
+        (f"points by the hidden rule, mean (at most {format_number(BEST)})", before["points"], after["points"]),
         ("score by the reward model, mean", before["score"], after["score"]),
         ("answer length, tokens", before["tokens"], after["tokens"]),
         ("answers that ended", _share(before["ended"]), _share(after["ended"])),
@@ -57,7 +57,9 @@ def _policies(summary: dict[str, Any]) -> Part:
         ("  tied", compared["ties"], compared["ties"]),
         ("  won among the decided, with 95% interval", "", _share(compared["win_rate"], compared["interval"])),
     ]
-    title = f"The policies on {count} prompts that no stage has read (temperature {number(summary['temperature'])})"
+    title = (
+        f"The policies on {count} prompts that no stage has read (temperature {format_number(summary['temperature'])})"
+    )
     return Part(title, ("", "SFT", "PPO"), rows)
 
 
@@ -84,7 +86,10 @@ def _reward_model(found: dict[str, Any]) -> Part:
 
 def _samples(summary: dict[str, Any]) -> Part:
     rows = [
-        (sample["prompt"], *(f"{sample[name]['answer']} ({number(sample[name]['points'])})" for name in ("sft", "ppo")))
+        (
+            sample["prompt"],
+            *(f"{sample[name]['answer']} ({format_number(sample[name]['points'])})" for name in ("sft", "ppo")),
+        )
         for sample in summary["samples"]
     ]
     return Part("The first prompt of each kind, and the points of its answers", ("prompt", "SFT", "PPO"), rows)
@@ -137,7 +142,7 @@ def write_markdown(summary: dict[str, Any], path: Path) -> None:
     lines = ["# rlhf demo", "", _intro(summary)]
     for part in parts(summary):
         lines += ["", f"## {part.title}", "", _row(part.columns), _row("---" for _ in part.columns)]
-        lines += [_row(map(number, row)) for row in part.rows]
+        lines += [_row(map(format_number, row)) for row in part.rows]
     path.write_text("\n".join([*lines, "", *_next(summary)]) + "\n", "utf-8")
 
 

@@ -16,7 +16,7 @@ from pydantic_core import PydanticUndefined
 
 from rlhf.cli.pipeline_config import PipelineConfig
 from rlhf.config.base import StageConfig
-from rlhf.core.table import Pick, Row, Table
+from rlhf.core.table import Pick, Table, TableRow
 from rlhf.ppo.config import PPOConfig
 from rlhf.reward.config import RewardConfig
 from rlhf.sft.config import SFTConfig
@@ -130,13 +130,13 @@ def _table(table: Table) -> str:
     return f'<a id="{_anchor(table.kind)}"></a>\n### {table.kind[0].upper()}{table.kind[1:]}\n\n{rows}'
 
 
-def _row(row: Row) -> str:
+def _row(row: TableRow) -> str:
     lines = [(f"`{name}`", _type(f), _default(f)) for name, f in row.options.model_fields.items()]
     grid = "\n\n" + _grid(("option", "type", "default"), lines) if lines else ""
     return f"#### `{row.name}`\n\n{_prose(row)}{grid}"
 
 
-def _prose(row: Row) -> str:
+def _prose(row: TableRow) -> str:
     """The docstring without its sections on arguments and results, which are for programmers."""
     text = inspect.getdoc(row.fn) or ""
     text = re.split(r"\n\s*(?:Args|Returns|Raises|Attributes):\n", text)[0].strip()

@@ -4,28 +4,28 @@ from __future__ import annotations
 
 from typing import Annotated
 
-from pydantic import Field, model_validator
+from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
-from rlhf.config.base import Positive, Rate, Strict
+from rlhf.config.base import Strict
 
 
 class RoundsConfig(Strict):
-    count: Positive
+    count: PositiveInt
     """Rounds after the first training: propose answers, wait until people have ranked them, train again."""
     folder: str
     """Where a round lies, with `{round}` for its number: `datasets/mine/round-{round}`. Its proposals are in
     `candidates`; rankings are awaited in `rankings*`, datasets or `.jsonl` files."""
     prompts: str
     """Dataset whose prompts are answered, each in one round only."""
-    size: Positive = 200
+    size: PositiveInt = 200
     """Prompts in a round."""
     k: Annotated[int, Field(ge=2)] = 4
     """Answers to each prompt, a person's included where `prompts` has one."""
-    min_rankings: Positive | None = None
+    min_rankings: PositiveInt | None = None
     """A round goes on once so many rankings have come; one for each proposal when left out."""
-    temperature: Rate | None = None
+    temperature: PositiveFloat | None = None
     """Of the proposed answers; as the policy sampled in PPO, else 1, when left out."""
-    max_new_tokens: Positive | None = None
+    max_new_tokens: PositiveInt | None = None
     """Longest proposed answer; as the policy sampled in PPO, else 128, when left out."""
 
     @model_validator(mode="after")

@@ -16,7 +16,7 @@ from typing import Any
 
 from rlhf import distributed
 from rlhf.config.base import BatchConfig, ModelConfig, StageConfig
-from rlhf.core.console import number
+from rlhf.core.console import format_number
 from rlhf.core.errors import UserError
 from rlhf.core.table import Pick
 from rlhf.data.chat import TEMPLATES
@@ -179,7 +179,7 @@ def _parent(key: str, path: str, stages: Sequence[str], pending_runs: PendingRun
         raise UserError(f"{key}: {path}: no model there (no run.json and no config.json)", remedy="Check the path.")
     if by is not None:
         return described
-    return f"{path} (local model, {number(_parameters(folder))} parameters)"
+    return f"{path} (local model, {format_number(_parameters(folder))} parameters)"
 
 
 def _parameters(folder: Path) -> int | None:

@@ -8,12 +8,17 @@ from __future__ import annotations
 
 from typing import Annotated, ClassVar, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+)
 
-Positive = Annotated[int, Field(ge=1)]
-Count = Annotated[int, Field(ge=0)]
-Rate = Annotated[float, Field(gt=0)]
-Weight = Annotated[float, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Paths = Annotated[list[str], BeforeValidator(lambda v: [v] if isinstance(v, str) else v)]
 
@@ -31,7 +36,7 @@ class ModelConfig(Strict):
     chat_template: str = "auto"
     """`auto` (the model's own, else `default`), `default`, `plain` (no roles: the answer continues the prompt's
     text), or the path of a Jinja file."""
-    max_length: Positive | None = None
+    max_length: PositiveInt | None = None
     """Longest sequence in tokens, prompt and answer together; the model's own limit when left out."""
     trust_remote_code: bool = False
     """Run Python code that comes with the model. Leave off unless you have read that code."""
@@ -44,19 +49,19 @@ class DataConfig(Strict):
     """Datasets (folders or JSONL files). Records of the splits `eval` and `test` are never trained on."""
     eval: Paths = []
     """Held-out datasets; when left out, the `eval` split of the training datasets."""
-    max_eval_records: Positive | None = None
+    max_eval_records: PositiveInt | None = None
     """At most so many held-out records, taken from the front."""
 
 
 class CheckpointConfig(Strict):
-    every: Positive = 100
+    every: PositiveInt = 100
     """Steps (updates in PPO) between checkpoints."""
-    keep: Positive = 2
+    keep: PositiveInt = 2
     """How many of the newest checkpoints stay on disk."""
 
 
 class LogConfig(Strict):
-    every: Positive = 1
+    every: PositiveInt = 1
     """Steps between lines in metrics.jsonl and on the console."""
     report_to: list[Literal["tensorboard", "wandb", "trackio"]] = []
     """Where metrics go besides metrics.jsonl; each needs its own package."""
@@ -67,36 +72,36 @@ class AdamWConfig(Strict):
     """How the learning rate falls from its peak to zero (`constant` stays)."""
     warmup: Fraction = 0.03
     """Fraction of all steps (updates in PPO) over which the learning rate climbs to its peak."""
-    weight_decay: Weight = 0.0
+    weight_decay: NonNegativeFloat = 0.0
     """AdamW's decoupled weight decay."""
     betas: tuple[Fraction, Fraction] = (0.9, 0.999)
     """AdamW's two decay rates."""
-    eps: Rate = 1e-8
+    eps: PositiveFloat = 1e-8
     """AdamW's epsilon."""
-    max_grad_norm: Rate = 1.0
+    max_grad_norm: PositiveFloat = 1.0
     """Gradients are clipped to this global norm."""
 
 
 class OptimizerConfig(AdamWConfig):
-    lr: Rate = 1e-5
+    lr: PositiveFloat = 1e-5
     """Peak learning rate."""
 
 
 class BatchConfig(Strict):
-    epochs: Rate = 1.0
+    epochs: PositiveFloat = 1.0
     """Passes over the training data."""
-    max_steps: Positive | None = None
+    max_steps: PositiveInt | None = None
     """Optimizer steps; takes precedence over `epochs`."""
-    batch_size: Positive = 32
+    batch_size: PositiveInt = 32
     """Records (demonstrations, or whole rankings) per optimizer step over all processes."""
-    micro_batch_size: Positive = 8
+    micro_batch_size: PositiveInt = 8
     """Records per forward pass and process; the rest of a batch is accumulated."""
     group_by_length: bool = True
     """Batch records of similar length, so that less is padded. The order stays random between groups."""
 
 
 class EvalConfig(Strict):
-    every: Positive = 100
+    every: PositiveInt = 100
     """Steps between evaluations on the held-out records; the checkpoint with the lowest loss becomes the result."""
 
 
@@ -104,7 +109,7 @@ class StageConfig(Strict):
     run: Annotated[str, Field(min_length=1)]
     """The run folder to make."""
     model: ModelConfig
-    seed: Count = 0
+    seed: NonNegativeInt = 0
     """Seeds every random choice."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     """Compute dtype. `auto`: bfloat16 if the GPU supports it, else float32. Optimizer (master) weights are always
@@ -113,7 +118,7 @@ class StageConfig(Strict):
     """Recompute activations in the backward pass: less memory, about a third more time."""
     deepspeed: str | None = None
     """A DeepSpeed JSON (see configs/deepspeed). Several processes without one use ZeRO stage 0."""
-    timeout_seconds: Positive = 600
+    timeout_seconds: PositiveInt = 600
     """How long a collective operation waits for a rank that does not answer before the run ends."""
     checkpoints: CheckpointConfig = CheckpointConfig()
     log: LogConfig = LogConfig()

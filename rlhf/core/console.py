@@ -41,7 +41,7 @@ def warn(text: str) -> None:
         err().print(f"warning: {text}", style="yellow", markup=False, soft_wrap=True)
 
 
-def number(value: Any, digits: int = 4) -> str:
+def format_number(value: Any, digits: int = 4) -> str:
     """A figure as people read it: 4 significant digits, thousands separated, a dash for None."""
     if value is None:
         return "-"
@@ -65,7 +65,7 @@ def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> 
         figures = bool(rows) and all(isinstance(r[index], (int, float, type(None))) for r in rows)
         view.add_column(column, justify="right" if figures else "left", overflow="fold")
     for row in rows:
-        view.add_row(*[_escape(number(cell)) for cell in row])
+        view.add_row(*[_escape(format_number(cell)) for cell in row])
     out().print(view)
     sys.stdout.flush()
 

@@ -19,7 +19,7 @@ from rlhf.core.errors import nearest
 
 
 @dataclass(frozen=True)
-class Row:
+class TableRow:
     """One implementation in a table. `traits` are facts about it that the callers need (such as needs_critic)."""
 
     name: str
@@ -42,7 +42,7 @@ class Row:
                 kind = eval(kind, scope) if isinstance(kind, str) else kind  # source code of ours, not user input
                 default = ... if parameter.default is parameter.empty else parameter.default
                 fields[parameter.name] = (kind, default)
-        config = ConfigDict(extra="forbid", arbitrary_types_allowed=True, protected_namespaces=())
+        config = ConfigDict(extra="forbid", arbitrary_types_allowed=True, protected_namespaces=(), allow_inf_nan=False)
         return create_model(f"{self.name}_options", __config__=config, **fields)
 
 
@@ -50,7 +50,7 @@ class Row:
 class Pick:
     """A row chosen by a config, with its checked options. Calling it calls the row with those options."""
 
-    row: Row
+    row: TableRow
     options: dict[str, Any]
 
     @property
@@ -66,7 +66,7 @@ class Table:
 
     def __init__(self, kind: str) -> None:
         self.kind = kind
-        self._rows: dict[str, Row] = {}
+        self._rows: dict[str, TableRow] = {}
 
     def row(self, name: str, **traits: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
         """Decorator that adds a function or class under `name`."""
@@ -74,17 +74,17 @@ class Table:
         def add(fn: Callable[..., Any]) -> Callable[..., Any]:
             if name in self._rows:
                 raise KeyError(f"{self.kind} {name!r} is in the table already")
-            self._rows[name] = Row(name, fn, traits)
+            self._rows[name] = TableRow(name, fn, traits)
             return fn
 
         return add
 
-    def __getitem__(self, name: str) -> Row:
+    def __getitem__(self, name: str) -> TableRow:
         if name not in self._rows:
             raise ValueError(f"unknown {self.kind} {name!r}; {nearest(name, self._rows)}")
         return self._rows[name]
 
-    def __iter__(self) -> Iterator[Row]:
+    def __iter__(self) -> Iterator[TableRow]:
         return iter(self._rows.values())
 
     def __len__(self) -> int:

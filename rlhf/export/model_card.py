@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from rlhf.core.console import number
+from rlhf.core.console import format_number
 from rlhf.core.lazy import lazy
 from rlhf.rollout.types import SamplingParams
 from rlhf.runs.run import is_run, read_run
@@ -278,7 +278,7 @@ def _data_table(ancestors: Sequence[Ancestor]) -> str:
 def _results_table(ancestors: Sequence[Ancestor]) -> str:
     """The figures that each stage kept in its run.json under `metrics`."""
     rows = [
-        (a.stage, name, number(value))
+        (a.stage, name, format_number(value))
         for a in ancestors
         for name, value in a.info.get("metrics", {}).items()
         if isinstance(value, (int, float)) and not isinstance(value, bool)

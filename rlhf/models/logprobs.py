@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from rlhf import distributed
 from rlhf.core.errors import UserError
-from rlhf.models.packed_attention import PACKED, sizes_of
+from rlhf.models.packed_attention import PACKED, sequence_lengths
 
 HEAD_CHUNK_ELEMENTS = 2**24
 """Most logits that are held at a time: 64 MiB in float32."""
@@ -43,7 +43,7 @@ def hidden_states(
     if position_ids is None and _is_causal(body):
         attention_mask = None  # tokens see only what stands before them, never the padding: faster without a mask
     elif position_ids is not None and attention_mask is None and body.config._attn_implementation == PACKED:
-        attention_mask = sizes_of(position_ids)[None, None, None]
+        attention_mask = sequence_lengths(position_ids)[None, None, None]
     output = body(input_ids=input_ids, attention_mask=attention_mask, use_cache=False, **positions)
     return output.last_hidden_state
 

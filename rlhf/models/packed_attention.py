@@ -30,7 +30,7 @@ KERNEL = "_scaled_dot_product_flash_attention_for_cpu"
 """What `scaled_dot_product_attention` calls on a CPU, by its name in torch.ops.aten."""
 
 
-def sizes_of(position_ids: Tensor) -> Tensor:
+def sequence_lengths(position_ids: Tensor) -> Tensor:
     """Lengths of packed sequences, int64 [N], from positions [1, L] that start at 0 in each of them."""
     starts = (position_ids[0] == 0).nonzero().flatten()
     return torch.diff(starts, append=starts.new_tensor([position_ids.shape[1]]))

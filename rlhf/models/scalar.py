@@ -16,7 +16,14 @@ from rlhf.config.base import ModelConfig
 from rlhf.core.errors import UserError
 from rlhf.models.load import _load
 from rlhf.models.logprobs import causal_lm, hidden_states
-from rlhf.models.shared_prompt import NO_SHARING, SharedPrompts, attention_of, ends_of, positions_of, sharing_of
+from rlhf.models.shared_prompt import (
+    NO_SHARING,
+    SharedPrompts,
+    attention_mask_of,
+    completion_ends,
+    detect_sharing,
+    position_ids_of,
+)
 
 # ---- scalar head -------------------------------------------------------------------------------------------------
 
@@ -66,8 +73,8 @@ class ScalarModel(nn.Module):
             last = hidden[torch.arange(len(hidden), device=hidden.device), attention_mask.sum(-1) - 1]
         else:
             weights = next(self.parameters())
-            sees = attention_of(branches, self.config._attn_implementation, weights.dtype)
-            last = hidden_states(self.model, input_ids, sees, positions_of(branches))[ends_of(branches)]
+            sees = attention_mask_of(branches, self.config._attn_implementation, weights.dtype)
+            last = hidden_states(self.model, input_ids, sees, position_ids_of(branches))[completion_ends(branches)]
         return self._scale(causal_lm(self.model).score(last).squeeze(-1).float())  # type: ignore[operator]
 
     @functools.cached_property
@@ -78,7 +85,7 @@ class ScalarModel(nn.Module):
         training = self.training
         self.eval()
         with torch.no_grad():
-            found = sharing_of(causal_lm(self.model), functools.partial(hidden_states, self.model))
+            found = detect_sharing(causal_lm(self.model), functools.partial(hidden_states, self.model))
         self.train(training)
         return found
 

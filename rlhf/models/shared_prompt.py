@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from rlhf.data.chat import ChatTokenizer
 from rlhf.models.packed_attention import PACKED
 
-Row = tuple[Sequence[int], Sequence[Sequence[int]]]
+PromptWithCompletions = tuple[Sequence[int], Sequence[Sequence[int]]]
 """Token ids of a prompt (may be empty) and of answers to it."""
 MASKED_ATTENTION = {"sdpa", PACKED, "eager"}
 """Attention implementations that take a mask of which token sees which."""
@@ -34,15 +34,15 @@ MASKED_ATTENTION = {"sdpa", PACKED, "eager"}
 class SharedPrompts:
     """Which answers go into one row with their prompt."""
 
-    reach: int
+    max_length: int
     """Longest text (prompt and answer, in tokens) in a batch with shared rows: a shorter sliding window would be lost
     in all of its rows. 0 where the model cannot share prompts at all."""
-    token_work: int = 0
+    linear_cost: int = 0
     """Work for a token apart from attention, in that of attending to one token."""
 
-    def within(self, longest: int) -> SharedPrompts:
+    def for_length(self, longest: int) -> SharedPrompts:
         """What is possible in batches whose longest text has so many tokens."""
-        return self if longest <= self.reach else NO_SHARING
+        return self if longest <= self.max_length else NO_SHARING
 
     def rows(self, prompt: int, answers: Sequence[int], most: int | None = None) -> list[list[int]]:
         """Numbers of the answers in each row, in order. No text may be longer than `reach`, but for `ALONE`.
@@ -58,7 +58,7 @@ class SharedPrompts:
         length = 0  # of the last row
         for number, answer in enumerate(answers):
             joined, alone = length + answer, prompt + answer
-            fits = bool(rows) and self.reach > 0 and (most is None or joined <= most)
+            fits = bool(rows) and self.max_length > 0 and (most is None or joined <= most)
             if fits and self._work(joined) - self._work(length) < self._work(alone):
                 rows[-1].append(number)
                 length = joined
@@ -68,14 +68,16 @@ class SharedPrompts:
         return rows
 
     def _work(self, tokens: int) -> int:
-        return tokens * (self.token_work + tokens)
+        return tokens * (self.linear_cost + tokens)
 
 
-NO_SHARING = SharedPrompts(reach=0)
+NO_SHARING = SharedPrompts(max_length=0)
 """Every answer in a row of its own."""
 
 
-def pad_rows(chat: ChatTokenizer, rows: Sequence[Row], device: Any = None) -> tuple[Tensor, Tensor, Tensor | None]:
+def pad_rows(
+    chat: ChatTokenizer, rows: Sequence[PromptWithCompletions], device: Any = None
+) -> tuple[Tensor, Tensor, Tensor | None]:
     """Rows as tensors, padded on the right.
 
     Returns:
@@ -95,7 +97,7 @@ def pad_rows(chat: ChatTokenizer, rows: Sequence[Row], device: Any = None) -> tu
 # ---- inside the model ----------------------------------------------------------------------------------------------
 
 
-def attention_of(branches: Tensor, implementation: str, dtype: torch.dtype) -> Tensor:
+def attention_mask_of(branches: Tensor, implementation: str, dtype: torch.dtype) -> Tensor:
     """Which token sees which, [B, 1, L, L], from `branches` [B, L], as the attention implementation wants it.
 
     Bool (True = sees); for `eager` a number of `dtype` that is added to the attention's logits. Padding sees the
@@ -108,7 +110,7 @@ def attention_of(branches: Tensor, implementation: str, dtype: torch.dtype) -> T
     return torch.zeros_like(sees, dtype=dtype).masked_fill(~sees, torch.finfo(dtype).min)
 
 
-def positions_of(branches: Tensor) -> Tensor:
+def position_ids_of(branches: Tensor) -> Tensor:
     """Position of each token in the text it belongs to, int64 [B, L]; 0 for padding."""
     place = torch.arange(branches.shape[1], device=branches.device).expand_as(branches)
     starts = torch.ones_like(branches, dtype=torch.bool)
@@ -118,7 +120,7 @@ def positions_of(branches: Tensor) -> Tensor:
     return torch.where(branches > 0, since + prompt, since).masked_fill(branches < 0, 0)
 
 
-def ends_of(branches: Tensor) -> Tensor:
+def completion_ends(branches: Tensor) -> Tensor:
     """True at the last token of each answer, bool [B, L]."""
     following = torch.nn.functional.pad(branches[:, 1:], (0, 1), value=-1)
     return (branches > 0) & (branches != following)
@@ -127,7 +129,7 @@ def ends_of(branches: Tensor) -> Tensor:
 # ---- which models can ----------------------------------------------------------------------------------------------
 
 
-def sharing_of(model: nn.Module, encode: Callable[..., Tensor]) -> SharedPrompts:
+def detect_sharing(model: nn.Module, encode: Callable[..., Tensor]) -> SharedPrompts:
     """What a decoder can share, found by trying: one short row against the same texts encoded separately.
 
     Args:
@@ -145,7 +147,7 @@ def sharing_of(model: nn.Module, encode: Callable[..., Tensor]) -> SharedPrompts
     windows = (getattr(text, name, None) for name in ("sliding_window", "attention_chunk_size"))
     reach = min((window for window in windows if window), default=sys.maxsize)
     # A layer has about 12 H^2 weights, each of which is two operations; attending to a token is 4 H.
-    return SharedPrompts(reach, token_work=6 * text.hidden_size)
+    return SharedPrompts(reach, linear_cost=6 * text.hidden_size)
 
 
 def _agrees(encode: Callable[..., Tensor], implementation: str, vocab_size: int, weights: Tensor) -> bool:
@@ -153,7 +155,7 @@ def _agrees(encode: Callable[..., Tensor], implementation: str, vocab_size: int,
     ids = (torch.arange(branches.shape[1], device=weights.device) * 37 + 11)[None] % vocab_size
     precision = max(1e-4, 8 * torch.finfo(weights.dtype).eps)
     try:
-        shared = encode(ids, attention_of(branches, implementation, weights.dtype), positions_of(branches))[0]
+        shared = encode(ids, attention_mask_of(branches, implementation, weights.dtype), position_ids_of(branches))[0]
         for branch in (1, 2):
             mine = ((branches == 0) | (branches == branch))[0]
             alone = encode(ids[:, mine], torch.ones_like(ids[:, mine]), None)[0]

@@ -14,7 +14,7 @@ import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import Field, PositiveInt
 
 from rlhf.core.console import say
 from rlhf.core.errors import UserError
@@ -33,9 +33,8 @@ else:
 
 TUNING = Table("tuning method")
 
-Positive = Annotated[int, Field(ge=1)]
 Dropout = Annotated[float, Field(ge=0, lt=1)]
-Names = Annotated[list[str], Field(min_length=1)]
+NameList = Annotated[list[str], Field(min_length=1)]
 
 WHOLE = {"adapter": False, "merges": True, "prompt_learning": False, "quantized": False, "roles": False}
 ADAPTER = WHOLE | {"adapter": True}
@@ -58,7 +57,7 @@ def full(model: Any, chat: Any, task: str) -> Any:
 
 @TUNING.row("last-layers", **WHOLE)
 def last_layers(
-    model: Any, chat: Any, task: str, *, layers: Positive, embeddings: bool = False, head: bool = True
+    model: Any, chat: Any, task: str, *, layers: PositiveInt, embeddings: bool = False, head: bool = True
 ) -> Any:
     """Train the last `layers` transformer layers, and by choice the head (with the final norm) and the embeddings.
 
@@ -96,7 +95,7 @@ def layers_of(model: Any) -> tuple[str, Any]:
 
 
 @TUNING.row("modules", **WHOLE)
-def modules(model: Any, chat: Any, task: str, *, names: Names) -> Any:
+def modules(model: Any, chat: Any, task: str, *, names: NameList) -> Any:
     """Train the parameters whose full name matches one of the regular expressions `names`."""
     model.requires_grad_(False)
     parameters = dict(model.named_parameters())
@@ -130,11 +129,11 @@ def lora(
     chat: Any,
     task: str,
     *,
-    rank: Positive = 16,
-    alpha: Positive = 32,
+    rank: PositiveInt = 16,
+    alpha: PositiveInt = 32,
     dropout: Dropout = 0.0,
-    target_modules: str | Names = "all-linear",
-    layers: Positive | None = None,
+    target_modules: str | NameList = "all-linear",
+    layers: PositiveInt | None = None,
     rslora: bool = False,
     dora: bool = False,
 ) -> Any:
@@ -185,8 +184,8 @@ def ia3(
     chat: Any,
     task: str,
     *,
-    target_modules: Names | None = None,
-    feedforward_modules: Names | None = None,
+    target_modules: NameList | None = None,
+    feedforward_modules: NameList | None = None,
 ) -> Any:
     """Learned scales on keys, values and feed-forward activations (Liu et al. 2022).
 
@@ -205,11 +204,11 @@ def qlora(
     chat: Any,
     task: str,
     *,
-    rank: Positive = 16,
-    alpha: Positive = 32,
+    rank: PositiveInt = 16,
+    alpha: PositiveInt = 32,
     dropout: Dropout = 0.0,
-    target_modules: str | Names = "all-linear",
-    layers: Positive | None = None,
+    target_modules: str | NameList = "all-linear",
+    layers: PositiveInt | None = None,
     rslora: bool = False,
 ) -> Any:
     """LoRA over a base in 4-bit NormalFloat with double quantisation (Dettmers et al. 2023). Needs a GPU.
@@ -281,10 +280,10 @@ def prompt_tuning(
     chat: Any,
     task: str,
     *,
-    tokens: Positive = 20,
+    tokens: PositiveInt = 20,
     init: Literal["random", "vocabulary", "text", "labels"] = "random",
     text: str | None = None,
-    labels: Names | None = None,
+    labels: NameList | None = None,
 ) -> Any:
     """Learned embeddings before the text (Lester et al. 2021).
 
@@ -329,9 +328,9 @@ def p_tuning(
     chat: Any,
     task: str,
     *,
-    tokens: Positive = 20,
+    tokens: PositiveInt = 20,
     encoder: Literal["mlp", "lstm"] = "mlp",
-    hidden: Positive | None = None,
+    hidden: PositiveInt | None = None,
 ) -> Any:
     """Virtual tokens that a small encoder of width `hidden` (the model's, when left out) makes (Liu et al. 2021)."""
     _refuse_scalar("p-tuning", task)
@@ -345,7 +344,13 @@ def p_tuning(
 
 @TUNING.row("prefix-tuning", **PROMPT)
 def prefix_tuning(
-    model: Any, chat: Any, task: str, *, tokens: Positive = 20, projection: bool = False, hidden: Positive | None = None
+    model: Any,
+    chat: Any,
+    task: str,
+    *,
+    tokens: PositiveInt = 20,
+    projection: bool = False,
+    hidden: PositiveInt | None = None,
 ) -> Any:
     """Learned keys and values before the text in every layer (Li & Liang 2021).
 

@@ -17,10 +17,9 @@ Traits of a row: `needs_critic`, and `min_group`, the fewest answers per prompt 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING
 
-from pydantic import Field
-
+from rlhf.config.base import Fraction
 from rlhf.core.lazy import lazy
 from rlhf.core.table import Table
 from rlhf.ppo import masked
@@ -31,7 +30,6 @@ if TYPE_CHECKING:
 else:
     torch = lazy("torch")
 
-Fraction = Annotated[float, Field(ge=0, le=1)]
 
 ADVANTAGES = Table("advantage estimator")
 

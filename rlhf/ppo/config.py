@@ -4,20 +4,9 @@ from __future__ import annotations
 
 from typing import Annotated, ClassVar, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
-from rlhf.config.base import (
-    AdamWConfig,
-    Count,
-    Fraction,
-    ModelConfig,
-    Paths,
-    Positive,
-    Rate,
-    StageConfig,
-    Strict,
-    Weight,
-)
+from rlhf.config.base import AdamWConfig, Fraction, ModelConfig, Paths, StageConfig, Strict
 from rlhf.core.table import Pick
 from rlhf.models.tuning import TUNING
 from rlhf.ppo.advantages import ADVANTAGES
@@ -39,7 +28,7 @@ class PPODataConfig(Strict):
     """Held-out datasets; when left out, the `eval` split of `prompts`."""
     ptx: Paths = []
     """Demonstrations for the PPO-ptx term (InstructGPT eq. 2); needs `loss.ptx_coef`."""
-    max_prompt_tokens: Positive = 256
+    max_prompt_tokens: PositiveInt = 256
     """Longer prompts keep their end: the oldest tokens are cut, and counted."""
 
 
@@ -48,30 +37,30 @@ class CriticConfig(Strict):
     """Start from the trained reward model, or from the policy with a new value head."""
     tuning: Annotated[Pick, TUNING] = TUNING.pick("full")
     """What is trained besides the value head."""
-    warmup_updates: Count = 0
+    warmup_updates: NonNegativeInt = 0
     """Updates at the start in which only the critic learns."""
 
 
 class RolloutConfig(Strict):
     sampler: Annotated[Pick, SAMPLERS] = SAMPLERS.pick("hf")
     """A row of the table of samplers."""
-    prompts_per_update: Positive = 64
+    prompts_per_update: PositiveInt = 64
     """Prompts per update over all processes."""
-    samples_per_prompt: Positive = 1
+    samples_per_prompt: PositiveInt = 1
     """Answers to each prompt; an update has prompts_per_update x samples_per_prompt episodes."""
-    max_new_tokens: Positive = 128
+    max_new_tokens: PositiveInt = 128
     """An answer is cut off after so many tokens."""
-    min_new_tokens: Count = 0
+    min_new_tokens: NonNegativeInt = 0
     """The end-of-answer tokens are barred until an answer has so many tokens."""
-    temperature: Rate = 1.0
+    temperature: PositiveFloat = 1.0
     """Logits are divided by it, when sampling and in every log-prob of the update."""
-    top_k: Count = 0
+    top_k: NonNegativeInt = 0
     """Sample among the k likeliest tokens; 0 is off."""
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
     """Sample among the likeliest tokens that hold this probability."""
     stop: list[str] = []
     """An answer also ends after any of these strings."""
-    batch_size: Positive = 64
+    batch_size: PositiveInt = 64
     """Sequences that are generated together on one process."""
     merge_adapters: bool = False
     """Merge the policy's adapter into its weights while it samples: as fast as without an adapter, for a second copy of
@@ -105,7 +94,7 @@ class KLConfig(Strict):
 
 
 class ShapingConfig(Strict):
-    clip_score: Rate | None = None
+    clip_score: PositiveFloat | None = None
     """Scores are clipped to +- this."""
     normalize_scores: bool = False
     """Scale scores by their running mean and standard deviation (saved in checkpoints)."""
@@ -116,32 +105,32 @@ class ShapingConfig(Strict):
 
 
 class PPOLossConfig(Strict):
-    clip_low: Rate = 0.2
+    clip_low: PositiveFloat = 0.2
     """The ratio is clipped below at 1 - clip_low."""
-    clip_high: Rate = 0.2
+    clip_high: PositiveFloat = 0.2
     """The ratio is clipped above at 1 + clip_high."""
     dual_clip: Annotated[float, Field(gt=1)] | None = None
     """Bound on ratio x |advantage| where the advantage is negative (Ye et al. 2020)."""
-    value_clip: Rate | None = 0.2
+    value_clip: PositiveFloat | None = 0.2
     """New values stay within this of the rollout's; `null` is off."""
-    value_coef: Weight = 0.5
+    value_coef: NonNegativeFloat = 0.5
     """Weight of the value loss in the sum."""
-    entropy_coef: Weight = 0.0
+    entropy_coef: NonNegativeFloat = 0.0
     """Weight of the entropy bonus."""
-    ptx_coef: Weight = 0.0
+    ptx_coef: NonNegativeFloat = 0.0
     """Weight of the instruction-tuning loss (gamma in InstructGPT eq. 2)."""
-    ptx_batch_size: Positive = 8
+    ptx_batch_size: PositiveInt = 8
     """Demonstrations per optimizer step in the ptx term, over all processes."""
-    target_kl: Rate | None = None
+    target_kl: PositiveFloat | None = None
     """Stop the epochs of an update once the KL (k3) between the new policy and the rollout's exceeds this."""
 
 
 class PPOBatchConfig(Strict):
-    epochs: Positive = 4
+    epochs: PositiveInt = 4
     """Passes over the episodes of one update."""
-    minibatches: Positive = 4
+    minibatches: PositiveInt = 4
     """Optimizer steps per epoch."""
-    micro_batch_tokens: Positive = 2048
+    micro_batch_tokens: PositiveInt = 2048
     """Most tokens, padding included, in one forward pass of one process; longer sequences go alone."""
     packing: bool | None = None
     """Put the sequences of a micro-batch into one row, without padding. When left out: on with an attention of
@@ -150,9 +139,9 @@ class PPOBatchConfig(Strict):
 
 
 class PPOOptimizerConfig(AdamWConfig):
-    policy_lr: Rate = 1e-6
+    policy_lr: PositiveFloat = 1e-6
     """The policy's peak learning rate."""
-    critic_lr: Rate = 5e-6
+    critic_lr: PositiveFloat = 5e-6
     """The critic's peak learning rate."""
     schedule: Literal["cosine", "linear", "constant"] = "linear"
     """How both learning rates fall to zero over the updates (`constant` stays)."""
@@ -160,14 +149,14 @@ class PPOOptimizerConfig(AdamWConfig):
     """Fraction of the updates over which the learning rates climb to their peak."""
     betas: tuple[Fraction, Fraction] = (0.9, 0.95)
     """AdamW's two decay rates."""
-    eps: Rate = 1e-5
+    eps: PositiveFloat = 1e-5
     """AdamW's epsilon (1e-5 in OpenAI's implementation)."""
 
 
 class PPOEvalConfig(Strict):
-    every: Positive = 10
+    every: PositiveInt = 10
     """Updates between evaluations on held-out prompts."""
-    prompts: Count = 32
+    prompts: NonNegativeInt = 32
     """How many held-out prompts are answered and scored; the answers go to samples.jsonl."""
 
 
@@ -177,7 +166,7 @@ class PPOConfig(StageConfig):
     data: PPODataConfig
     reward: Annotated[Pick, REWARDS]
     """Where scores come from: a row of the table of reward sources with its options."""
-    updates: Positive = 100
+    updates: PositiveInt = 100
     """Rollout-and-learn rounds."""
     tuning: Annotated[Pick, TUNING] = TUNING.pick("full")
     """What of the policy is trained. With an adapter, the policy without it is the reference."""

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from rlhf import distributed
 from rlhf.models.logprobs import causal_lm, hidden_states
-from rlhf.models.packed_attention import sizes_of
+from rlhf.models.packed_attention import sequence_lengths
 from rlhf.models.tuning import layers_of
 from rlhf.ppo.types import MicroBatch
 
@@ -117,7 +117,7 @@ def rows_of(batch: MicroBatch) -> list[Tensor]:
     if batch.attention_mask is not None:
         return [states[:size] for states, size in zip(batch.trunk, batch.attention_mask.sum(1).tolist())]
     assert batch.position_ids is not None
-    return list(batch.trunk[0].split(sizes_of(batch.position_ids).tolist()))
+    return list(batch.trunk[0].split(sequence_lengths(batch.position_ids).tolist()))
 
 
 def gather_states(batch: MicroBatch) -> dict[int, Tensor]:

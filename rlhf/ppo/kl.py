@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Annotated, Protocol
+from typing import TYPE_CHECKING, Protocol
 
-from pydantic import Field
+from pydantic import NonNegativeFloat, PositiveFloat
 
 from rlhf.core.lazy import lazy
 from rlhf.core.table import Table
@@ -21,9 +21,6 @@ if TYPE_CHECKING:
 else:
     torch = lazy("torch")
 
-Finite = Annotated[float, Field(allow_inf_nan=False)]
-NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
-Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 KL_ESTIMATORS = Table("KL estimator")
 KL_CONTROLLERS = Table("KL controller")
@@ -108,7 +105,7 @@ def _check_state(controller: KLController, state: dict[str, float]) -> None:
 class FixedKL:
     """The same coefficient throughout, as in Stiennon 2020 and InstructGPT (arXiv:2203.02155, eq. 2)."""
 
-    def __init__(self, *, coef: NonNegative = 0.05) -> None:
+    def __init__(self, *, coef: NonNegativeFloat = 0.05) -> None:
         self.coef = coef
 
     def update(self, kl_per_episode: float, episodes: int) -> None:
@@ -140,7 +137,9 @@ class AdaptiveKL:
         horizon: Episodes over which a full error of 0.2 moves the coefficient by 20%.
     """
 
-    def __init__(self, *, init_coef: Positive = 0.15, target: Positive = 6.0, horizon: Positive = 10_000) -> None:
+    def __init__(
+        self, *, init_coef: PositiveFloat = 0.15, target: PositiveFloat = 6.0, horizon: PositiveFloat = 10_000
+    ) -> None:
         self.coef, self.target, self.horizon = init_coef, target, horizon
 
     def update(self, kl_per_episode: float, episodes: int) -> None:
@@ -174,7 +173,7 @@ def keep(scores: Tensor, ended: Tensor) -> Tensor:
 
 
 @MISSING_EOS.row("score")
-def fixed_score(scores: Tensor, ended: Tensor, *, value: Finite = -1.0) -> Tensor:
+def fixed_score(scores: Tensor, ended: Tensor, *, value: float = -1.0) -> Tensor:
     """Give every answer without EOS the same score. Arguments and result as `keep`.
 
     "The N Implementation Details of RLHF with PPO" (rejection of answers without the end token, score -1);
@@ -184,7 +183,7 @@ def fixed_score(scores: Tensor, ended: Tensor, *, value: Finite = -1.0) -> Tenso
 
 
 @MISSING_EOS.row("penalty")
-def penalty(scores: Tensor, ended: Tensor, *, value: NonNegative = 1.0) -> Tensor:
+def penalty(scores: Tensor, ended: Tensor, *, value: NonNegativeFloat = 1.0) -> Tensor:
     """Subtract `value` from the score of an answer without EOS. Arguments and result as `keep`."""
     return torch.where(ended, scores, scores - value)
 

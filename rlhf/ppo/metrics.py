@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from rlhf.core.console import number
+from rlhf.core.console import format_number
 from rlhf.data.chat import ChatTokenizer
 from rlhf.ppo import kl
 from rlhf.ppo.config import PPOConfig
@@ -97,9 +97,9 @@ class PPOReporter(Reporter):
         """Report the metrics of an update, the `done`-th counted from 1."""
         if done % self.config.log.every == 0 or done == self.config.updates:
             self.log(done, metrics)
-        parts = [f"{short} {number(metrics[name], 3)}" for short, name in SHORT_NAMES.items() if name in metrics]
+        parts = [f"{short} {format_number(metrics[name], 3)}" for short, name in SHORT_NAMES.items() if name in metrics]
         seconds = sum(metrics[f"time/{phase}"] for phase in ("rollout", "score", "learn"))
-        parts.append(f"{number(metrics['throughput/rollout'], 3)} tok/s")
+        parts.append(f"{format_number(metrics['throughput/rollout'], 3)} tok/s")
         self.bar.step(done, "  ".join(parts), seconds)
 
     def evaluation(self, done: int, experience: Experience, chat: ChatTokenizer) -> None:
@@ -115,8 +115,10 @@ class PPOReporter(Reporter):
         self._first = self._first or metrics
         self._last = metrics
         self.log(done, metrics)
-        score, length = number(metrics["eval/scores"], 3), number(metrics["eval/response_length"], 3)
-        self.bar.note(f"held out after update {done}: score {score}  kl {number(metrics['eval/kl'], 3)}  len {length}")
+        score, length = format_number(metrics["eval/scores"], 3), format_number(metrics["eval/response_length"], 3)
+        self.bar.note(
+            f"held out after update {done}: score {score}  kl {format_number(metrics['eval/kl'], 3)}  len {length}"
+        )
         rows = zip(rollout.prompts.messages, rollout.answers, experience.scores.tolist())
         self.samples(
             done,

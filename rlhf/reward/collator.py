@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from rlhf.data.chat import ChatTokenizer
-from rlhf.models.shared_prompt import NO_SHARING, Row, SharedPrompts, pad_rows
+from rlhf.models.shared_prompt import NO_SHARING, PromptWithCompletions, SharedPrompts, pad_rows
 
 
 def informative(ranks: Iterable[Sequence[int]]) -> list[int]:
@@ -40,9 +40,9 @@ class RankingCollator:
     """Which candidates share a row: the model's `shared_prompts`."""
 
     def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
-        encoded: list[Row] = []
+        encoded: list[PromptWithCompletions] = []
         longest = max(len(row["prompt"]) + len(answer) for row in rows for answer in row["candidates"])
-        sharing = self.sharing.within(longest)
+        sharing = self.sharing.for_length(longest)
         for row in rows:
             prompt, answers = row["prompt"], row["candidates"]
             parts = sharing.rows(len(prompt), [len(answer) for answer in answers])

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Annotated, ClassVar, Literal
 
-from pydantic import model_validator
+from pydantic import NonNegativeFloat, model_validator
 
-from rlhf.config.base import DataConfig, Paths, SupervisedConfig, Weight
+from rlhf.config.base import DataConfig, Paths, SupervisedConfig
 from rlhf.core.table import Pick
 from rlhf.models.tuning import TUNING
 from rlhf.reward.losses import RANKING_LOSSES
@@ -27,7 +27,7 @@ class RewardConfig(SupervisedConfig):
     """What is trained besides the score head: a row of the tuning table with its options."""
     loss: Annotated[Pick, RANKING_LOSSES] = RANKING_LOSSES.pick("bradley-terry")
     """A row of the table of ranking losses with its options."""
-    center_rewards_coefficient: Weight = 0.0
+    center_rewards_coefficient: NonNegativeFloat = 0.0
     """Weight of the penalty that keeps scores near zero."""
     shared_prompts: bool = True
     """Encode a prompt once for several of its completions, wherever the model can and it is less work; the scores and

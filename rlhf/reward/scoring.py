@@ -13,7 +13,7 @@ from rlhf import distributed
 from rlhf.core.console import track
 from rlhf.data.chat import ChatTokenizer
 from rlhf.models.scalar import ScalarModel
-from rlhf.models.shared_prompt import Row, SharedPrompts, pad_rows
+from rlhf.models.shared_prompt import PromptWithCompletions, SharedPrompts, pad_rows
 from rlhf.reward.metrics import ScoredRanking
 
 
@@ -45,7 +45,7 @@ def score_texts(
 def _score_rows(
     scalar: ScalarModel,
     chat: ChatTokenizer,
-    read: Callable[[int], Row],
+    read: Callable[[int], PromptWithCompletions],
     lengths: Sequence[int],
     members: Sequence[Sequence[int]],
     batch_tokens: int,
@@ -113,11 +113,11 @@ class _Answers:
             self.members.append(numbers)
         for prompt_tokens, alike in prompts.values():
             texts, tokens = list(alike), list(alike.values())
-            for part in sharing.within(longest).rows(prompt_tokens, tokens, batch_tokens):
+            for part in sharing.for_length(longest).rows(prompt_tokens, tokens, batch_tokens):
                 self.rows.append([texts[i] for i in part])
                 self.lengths.append(prompt_tokens + sum(tokens[i] for i in part))
 
-    def read(self, row: int) -> Row:
+    def read(self, row: int) -> PromptWithCompletions:
         """Token ids of a row's prompt and answers."""
         places = [self._places[number] for number in self.rows[row]]
         return self.table[places[0][0]]["prompt"], [self.table[i]["candidates"][column] for i, column in places]

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from typing import Annotated, ClassVar
 
-from rlhf.config.base import BatchConfig, Count, DataConfig, EvalConfig, Positive, SupervisedConfig
+from pydantic import NonNegativeInt, PositiveInt
+
+from rlhf.config.base import BatchConfig, DataConfig, EvalConfig, SupervisedConfig
 from rlhf.core.table import Pick
 from rlhf.models.tuning import TUNING
 
@@ -16,9 +18,9 @@ class SFTBatchConfig(BatchConfig):
 
 
 class SFTEvalConfig(EvalConfig):
-    samples: Count = 4
+    samples: NonNegativeInt = 4
     """Held-out prompts that are answered and written to samples.jsonl at each evaluation."""
-    sample_tokens: Positive = 64
+    sample_tokens: PositiveInt = 64
     """Longest sample, in tokens."""
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState
 
-from rlhf.core.console import StepBar, number
+from rlhf.core.console import StepBar, format_number
 from rlhf.runs.run import Run
 
 RENAMED = {"loss": "train/loss", "grad_norm": "optimizer/grad_norm", "learning_rate": "optimizer/lr"}
@@ -56,7 +56,7 @@ class ReporterCallback(TrainerCallback):
             self.run.log("metrics.jsonl", [{"step": state.global_step, **row}])
             if self.bar is not None:
                 told = {key[5:]: value for key, value in row.items() if key.startswith("eval/")}
-                self.bar.note("  held out: " + "  ".join(f"{k} {number(v)}" for k, v in told.items()))
+                self.bar.note("  held out: " + "  ".join(f"{k} {format_number(v)}" for k, v in told.items()))
 
     def on_evaluate(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self._restart(state)
@@ -72,7 +72,7 @@ class ReporterCallback(TrainerCallback):
 
 def _line(row: dict[str, Any]) -> str:
     names = {"train/loss": "loss", "optimizer/lr": "lr", "optimizer/grad_norm": "grad", "throughput/train": "tokens/s"}
-    return "  ".join(f"{short} {number(float(row[key]))}" for key, short in names.items() if key in row)
+    return "  ".join(f"{short} {format_number(float(row[key]))}" for key, short in names.items() if key in row)
 
 
 def _renamed(key: str) -> str:
