@@ -262,6 +262,6 @@ def test_only_the_annotators_with_the_most_pairs_are_shown():
     assert len(rows) == 20 and rows[0][:2] == ("(not given)", 2)
 
 
-def test_importing_the_metrics_does_not_import_numpy_or_torch():
-    code = "import sys, rlhf.reward.metrics; assert not {'numpy', 'torch'} & set(sys.modules)"
+def test_importing_the_metrics_does_not_import_torch():
+    code = "import sys, rlhf.reward.metrics; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)

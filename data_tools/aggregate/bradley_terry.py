@@ -9,17 +9,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy import special
 
 from data_tools.aggregate.votes import Cells, Votes
-from rlhf.core.lazy import lazy
-
-if TYPE_CHECKING:
-    import numpy as np
-    from numpy.typing import NDArray
-    from scipy import special
-else:
-    np, special = lazy("numpy"), lazy("scipy.special")
 
 STEPS, TOLERANCE = 200, 1e-4
 """Iterations end when no score and no slope moves by more; ten or twenty do."""

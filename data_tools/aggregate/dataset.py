@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 from data_tools.aggregate.methods import AGGREGATORS, Verdict
 from data_tools.aggregate.votes import UNNAMED, Ballots, Votes, collect, distinct
@@ -13,16 +16,9 @@ from data_tools.io.rejects import FILE_NAME, by_count
 from rlhf.core import console
 from rlhf.core.errors import UserError
 from rlhf.core.files import write_json
-from rlhf.core.lazy import lazy
 from rlhf.core.table import Pick
 from rlhf.data.schema import SPLITS, Candidate, Ranking
 from rlhf.data.store import open_dataset
-
-if TYPE_CHECKING:
-    import numpy as np
-    from numpy.typing import NDArray
-else:
-    np = lazy("numpy")
 
 QUALITY_FILE = "annotators.json"
 """In the new dataset's folder: what the method found of each annotator."""

@@ -9,23 +9,18 @@ has in it.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
 from pydantic import Field
+from scipy import special
 
 from data_tools.aggregate.bradley_terry import Fit
 from data_tools.aggregate.votes import UNNAMED, Cells, Votes
 from rlhf.core.errors import UserError
-from rlhf.core.lazy import lazy
 from rlhf.core.table import Table
-
-if TYPE_CHECKING:
-    import numpy as np
-    import pandas as pd
-    from numpy.typing import NDArray
-    from scipy import special
-else:
-    np, pd, special = lazy("numpy"), lazy("pandas"), lazy("scipy.special")
 
 AGGREGATORS = Table("aggregation method")
 """Rows: `(votes, *, options) -> Verdict`, deterministic. Trait `quality`: estimates how good each annotator is, and so

@@ -11,18 +11,14 @@ import hashlib
 from array import array
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy import sparse
 
 from rlhf.core.errors import UserError
-from rlhf.core.lazy import lazy
 from rlhf.data.schema import SPLITS, Candidate, Ranking
-
-if TYPE_CHECKING:
-    import numpy as np
-    from numpy.typing import NDArray
-    from scipy import sparse
-else:
-    np, sparse = lazy("numpy"), lazy("scipy.sparse")
 
 UNNAMED = ""
 """The annotator of rankings that name none: any number of people."""

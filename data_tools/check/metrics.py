@@ -6,7 +6,7 @@ the metric's description. `data_tools.check.catalogue.metric` tells what else be
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import numpy as np
 
 from data_tools.check.catalogue import (
     ANY,
@@ -25,12 +25,6 @@ from data_tools.statistics import agreement, biases, consistency, duplicates, wo
 from data_tools.statistics.ceiling import agreement_sums, ceiling
 from data_tools.statistics.facts import Facts
 from data_tools.statistics.intervals import Estimate, bootstrapped, ratio
-from rlhf.core.lazy import lazy
-
-if TYPE_CHECKING:
-    import numpy as np
-else:
-    np = lazy("numpy")
 
 __all__ = ["METRICS"]
 

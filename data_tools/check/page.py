@@ -3,19 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import jinja2
+import markupsafe
 
 from data_tools.check import plots, show
 from data_tools.check.report import Measured, Report
 from data_tools.statistics.annotators import VERDICTS
 from rlhf.core.errors import UserError
-from rlhf.core.lazy import lazy
-
-if TYPE_CHECKING:
-    import jinja2
-    import markupsafe
-else:
-    jinja2, markupsafe = lazy("jinja2"), lazy("markupsafe")
 
 TEMPLATE = Path(__file__).with_name("page.html.jinja")
 SYMBOLS = {"bad": "✗", "look": "!", "good": "✓", "info": "", "none": ""}

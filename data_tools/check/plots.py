@@ -6,18 +6,14 @@ import io
 import re
 import warnings
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 from xml.sax.saxutils import escape
+
+import matplotlib
+from matplotlib import figure as mpl
 
 from data_tools.statistics.annotators import Annotator
 from data_tools.statistics.biases import Share
-from rlhf.core.lazy import lazy
-
-if TYPE_CHECKING:
-    import matplotlib
-    from matplotlib import figure as mpl
-else:
-    matplotlib, mpl = lazy("matplotlib"), lazy("matplotlib.figure")
 
 INK, FAINT = "#010203", "#010204"
 """Stand-ins for the page's text colour, replaced in the SVG: readable on light and dark."""

@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import numpy as np
 
 from data_tools.check.examples import Example, examples_of
 from data_tools.check.metrics import METRICS
@@ -13,14 +15,8 @@ from data_tools.check.rules import Rule, grade, parse_rules
 from data_tools.statistics import biases
 from data_tools.statistics.facts import Facts, gathered
 from data_tools.statistics.intervals import Estimate
-from rlhf.core.lazy import lazy
 from rlhf.core.table import TableRow
 from rlhf.data.schema import SPLITS
-
-if TYPE_CHECKING:
-    import numpy as np
-else:
-    np = lazy("numpy")
 
 GRADES = ("bad", "look", "good", "info", "none")
 """none: there is no figure, and `why` says so."""

@@ -6,18 +6,13 @@ import tempfile
 import weakref
 from collections import Counter
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+
+import numpy as np
+import pyarrow as pa
 
 from data_tools.statistics.columns import Collector, Columns, Part, as_shards, row_groups, where
 from data_tools.statistics.judgements import pairs_of
-from rlhf.core.lazy import lazy
 from rlhf.data.store import Dataset
-
-if TYPE_CHECKING:
-    import numpy as np
-    import pyarrow as pa
-else:
-    np = lazy("numpy")
 
 READ = ["id", "prompt_id", "split", "candidates", "answer", "author", "ranks", "annotator", "merged"]
 MOST_PROMPTS = 50_000

@@ -2,17 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import krippendorff
+import numpy as np
 
 from data_tools.statistics.columns import Columns
 from data_tools.statistics.judgements import Votes, mixed
-from rlhf.core.lazy import lazy
-
-if TYPE_CHECKING:
-    import krippendorff
-    import numpy as np
-else:
-    krippendorff, np = lazy("krippendorff"), lazy("numpy")
 
 # ---- pairs ----------------------------------------------------------------------------------------------------------
 

@@ -3,18 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+
+import numpy as np
+from scipy import stats
 
 from data_tools.statistics.columns import Columns
 from data_tools.statistics.intervals import Estimate, fraction_of
 from data_tools.statistics.judgements import Pairs, Votes
-from rlhf.core.lazy import lazy
-
-if TYPE_CHECKING:
-    import numpy as np
-    from scipy import stats
-else:
-    np, stats = lazy("numpy"), lazy("scipy.stats")
 
 LEVEL = 0.01
 """Of the tests: the share of false alarms among the alarms (Benjamini and Hochberg 1995)."""

@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
+
+import numpy as np
 
 from data_tools.statistics.columns import Columns
 from data_tools.statistics.consistency import fraction_by_prompt
 from data_tools.statistics.intervals import Estimate
 from data_tools.statistics.judgements import Pairs
-from rlhf.core.lazy import lazy
 from rlhf.data.schema import AUTHOR_KINDS
-
-if TYPE_CHECKING:
-    import numpy as np
-else:
-    np = lazy("numpy")
 
 TIMES_LONGER = (1.1, 1.25, 1.5, 2.0, 4.0)
 """Edges of the bins of `wins_by_length`."""

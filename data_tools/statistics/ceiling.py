@@ -3,19 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import numpy as np
 
 from data_tools.statistics.accumulator import Accumulator, accumulated
 from data_tools.statistics.intervals import bootstrapped, ratio
 from data_tools.statistics.judgements import Votes, pairs_of, votes_of
 from rlhf.core.files import write_json
-from rlhf.core.lazy import lazy
 from rlhf.data.store import open_dataset
-
-if TYPE_CHECKING:
-    import numpy as np
-else:
-    np = lazy("numpy")
 
 DIGITS = 6
 

@@ -11,20 +11,16 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
 
 from rlhf.core.errors import UserError
-from rlhf.core.lazy import lazy
 from rlhf.data.schema import AUTHOR_KINDS, SPLITS
 from rlhf.data.store import Dataset, DatasetWriter, OnReject, open_dataset
-
-if TYPE_CHECKING:
-    import numpy as np
-    import pyarrow as pa
-    import pyarrow.compute as pc
-    import pyarrow.parquet as pq
-else:
-    np, pa, pc, pq = lazy("numpy"), lazy("pyarrow"), lazy("pyarrow.compute"), lazy("pyarrow.parquet")
 
 
 @dataclass(frozen=True)

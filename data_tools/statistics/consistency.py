@@ -2,19 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import numpy as np
+from scipy import sparse
+from scipy.sparse import csgraph
 
 from data_tools.statistics.columns import Columns
 from data_tools.statistics.intervals import Estimate, clustered_fraction
 from data_tools.statistics.judgements import Pairs, Votes, mixed, oriented
-from rlhf.core.lazy import lazy
-
-if TYPE_CHECKING:
-    import numpy as np
-    from scipy import sparse
-    from scipy.sparse import csgraph
-else:
-    np, sparse, csgraph = lazy("numpy"), lazy("scipy.sparse"), lazy("scipy.sparse.csgraph")
 
 
 def fraction_by_prompt(prompt: np.ndarray, hit: np.ndarray) -> Estimate | None:

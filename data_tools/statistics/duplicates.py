@@ -5,21 +5,16 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+
+import numpy as np
 
 from data_tools.statistics.columns import Columns, as_shards
 from data_tools.statistics.intervals import Estimate, clustered_fraction
 from data_tools.statistics.judgements import mixed
 from data_tools.statistics.near import DEFAULT_THRESHOLD, near_groups, near_matches, similarity
 from data_tools.statistics.sample import MOST_RECORDS, Texts, prompt_texts
-from rlhf.core.lazy import lazy
 from rlhf.data.schema import SPLITS
 from rlhf.data.store import open_dataset
-
-if TYPE_CHECKING:
-    import numpy as np
-else:
-    np = lazy("numpy")
 
 TRAIN = SPLITS.index("train")
 

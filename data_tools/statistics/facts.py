@@ -8,7 +8,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
+
+import numpy as np
 
 from data_tools.statistics import biases, consistency, duplicates, words
 from data_tools.statistics.agreement import kendall_sums
@@ -18,13 +19,7 @@ from data_tools.statistics.duplicates import EvaluationSet, NearPrompts
 from data_tools.statistics.intervals import Estimate
 from data_tools.statistics.judgements import Pairs, Votes, pairs_of, votes_of
 from data_tools.statistics.sample import Texts, texts_of
-from rlhf.core.lazy import lazy
 from rlhf.data.store import Dataset, Reject, open_dataset
-
-if TYPE_CHECKING:
-    import numpy as np
-else:
-    np = lazy("numpy")
 
 
 @dataclass(frozen=True)

@@ -4,15 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+
+import numpy as np
 
 from rlhf.core.intervals import effective_size, wilson
-from rlhf.core.lazy import lazy
-
-if TYPE_CHECKING:
-    import numpy as np
-else:
-    np = lazy("numpy")
 
 REPLICATES = 1000
 FEWEST_REPLICATES, MOST_DRAWS = 200, 50_000_000

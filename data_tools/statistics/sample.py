@@ -4,19 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+
+import numpy as np
+import pyarrow as pa
 
 from data_tools.statistics.columns import Columns, column, hex_numbers, row_groups
 from data_tools.statistics.intervals import SEED
-from rlhf.core.lazy import lazy
 from rlhf.data.schema import SPLITS
 from rlhf.data.store import Dataset
-
-if TYPE_CHECKING:
-    import numpy as np
-    import pyarrow as pa
-else:
-    np, pa = lazy("numpy"), lazy("pyarrow")
 
 MOST_RECORDS = 20_000
 MOST_PROMPTS = 20_000

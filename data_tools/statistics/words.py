@@ -3,24 +3,18 @@
 from __future__ import annotations
 
 from collections import Counter
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
+
+import numpy as np
+import py3langid
+from sklearn import linear_model, model_selection
+from sklearn.feature_extraction import text as features
 
 from data_tools.statistics.columns import Columns
 from data_tools.statistics.consistency import fraction_by_prompt
 from data_tools.statistics.intervals import SEED, Estimate
 from data_tools.statistics.judgements import Pairs
 from data_tools.statistics.sample import Texts
-from rlhf.core.lazy import lazy
-
-if TYPE_CHECKING:
-    import numpy as np
-    import py3langid
-    from sklearn import linear_model, model_selection
-    from sklearn.feature_extraction import text as features
-else:
-    np, py3langid = lazy("numpy"), lazy("py3langid")
-    linear_model, model_selection = lazy("sklearn.linear_model"), lazy("sklearn.model_selection")
-    features = lazy("sklearn.feature_extraction.text")
 
 MOST_PAIRS = 10_000
 FEWEST_PROMPTS = 50
