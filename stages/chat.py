@@ -7,44 +7,31 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Annotated
-
-import typer
+from typing import TYPE_CHECKING
 
 from rlhf.cli import options
+from rlhf.cli.sampling_options import SamplingOptions, with_sampling
 from rlhf.core.console import err, format_number, printable, say
 from rlhf.core.errors import UserError, nearest
 from rlhf.data.schema import BadRecord, Demonstration, Message, to_dict
-from rlhf.inference.policy import Policy, open_policy, sampling_for
-from rlhf.inference.sampling import generate
 from rlhf.rollout.types import SamplingParams, stream_seed
 
+if TYPE_CHECKING:  # imports torch
+    from rlhf.inference.policy import Policy
+
 UNFINISHED = "\N{REPLACEMENT CHARACTER}"
-"""How a tokenizer shows a character of which only some bytes have come."""
+"""What a tokenizer decodes an incomplete character to."""
 
 
-def command(
-    model: Annotated[str, typer.Argument(metavar="RUN|MODEL", help="A run, a model folder, or a hub name.")],
-    system: options.System = None,
-    temperature: options.Temperature = None,
-    top_k: options.TopK = None,
-    top_p: options.TopP = None,
-    max_new_tokens: options.MaxNewTokens = None,
-    stop: options.Stop = None,
-    seed: options.Seed = 0,
-    chat_template: options.ChatTemplate = "auto",
-    trust_remote_code: options.TrustRemoteCode = False,
-) -> None:
+@with_sampling
+def command(model: options.Model, system: options.System = None, *, sampling: SamplingOptions) -> None:
     """Chat with a model. /help lists the commands; Ctrl-C stops an answer, Ctrl-D leaves."""
-    sampling = sampling_for(
-        model, temperature=temperature, top_k=top_k, top_p=top_p, max_new_tokens=max_new_tokens, stop=stop
-    )
-    chat = Chat(open_policy(model, chat_template, trust_remote_code), sampling, seed, system)
-    chat.policy.room(sampling)
+    params = sampling.params(model)
+    chat = Chat(sampling.open(model), params, sampling.seed, system)
+    chat.policy.prompt_limit(params)
     if sys.stdin.isatty():
         say(
-            f"{model}, temperature {format_number(sampling.temperature)}. /help lists the commands, Ctrl-D leaves.",
-            "dim",
+            f"{model}, temperature {format_number(params.temperature)}. /help lists the commands, Ctrl-D leaves.", "dim"
         )
     while (line := _read_line()) is not None:
         if not line.strip():
@@ -78,16 +65,16 @@ def _read_line() -> str | None:
 
 @dataclass
 class Chat:
-    """A conversation and the model that takes part in it."""
+    """A conversation with a model."""
 
     policy: Policy
     sampling: SamplingParams
     seed: int
     system: str | None = None
     messages: list[Message] = field(default_factory=list)
-    """User and assistant turns; the system message is kept apart."""
+    """User and assistant turns, without the system message."""
     answers: int = 0
-    """Answers so far, those that were undone included: each has a random stream of its own."""
+    """Number of answers so far, including undone ones: each has its own random stream."""
 
     @property
     def conversation(self) -> list[Message]:
@@ -96,7 +83,9 @@ class Chat:
     # ---- turns ---------------------------------------------------------------------------------------------------
 
     def turn(self, text: str) -> None:
-        """Answer a user message, printing the answer as it comes. Ctrl-C stops it and keeps what has come."""
+        """Answer a user message and print the answer token by token. Ctrl-C stops it; the answer so far is kept."""
+        from rlhf.inference.sampling import generate  # imports torch
+
         self.messages.append(Message("user", text))
         chat = self.policy.chat
         try:
@@ -104,15 +93,15 @@ class Chat:
         except UserError:
             self.messages.pop()
             raise
-        room = self.policy.room(self.sampling)
-        if len(prompt) > room:
-            _note(f"(the conversation is cut to its last {room:,} tokens)")
+        limit = self.policy.prompt_limit(self.sampling)
+        if len(prompt) > limit:
+            _note(f"(the conversation is cut to its last {limit:,} tokens)")
         printer = _Printer(chat.decode)
         self.answers += 1
         stopped = False
         try:
             seed = stream_seed(self.seed, self.answers)
-            ended = generate(self.policy, chat.cut_prompt(prompt, room), seed, self.sampling, printer.add).ended
+            ended = generate(self.policy, chat.cut_prompt(prompt, limit), seed, self.sampling, printer.add).ended
         except KeyboardInterrupt:
             stopped, ended = True, False
         answer = printer.finish()
@@ -127,7 +116,7 @@ class Chat:
     # ---- commands ------------------------------------------------------------------------------------------------
 
     def obey(self, line: str) -> bool:
-        """Carry out a command; False where the chat shall end."""
+        """Run a command; False if it ends the chat."""
         name, _, words = line[1:].partition(" ")
         if name in ("quit", "exit", "q"):
             return False
@@ -142,12 +131,12 @@ class Chat:
         _note("(new conversation)")
 
     def set_system(self, words: str) -> None:
-        """Set the system message; without words there is none."""
+        """Set the system message; empty words remove it."""
         self.system = words or None
         _note("(system message set)" if words else "(no system message)")
 
     def undo(self, words: str) -> None:
-        """Take back the last message and its answer."""
+        """Remove the last message and its answer."""
         if not self.messages:
             raise UserError("there is nothing to undo")
         del self.messages[-2:]
@@ -189,7 +178,7 @@ class Chat:
 COMMANDS: dict[str, tuple[Callable[[Chat, str], None], str, str]] = {
     "reset": (Chat.reset, "", "start a new conversation; the system message stays"),
     "system": (Chat.set_system, "TEXT", "set the system message; without TEXT there is none"),
-    "undo": (Chat.undo, "", "take back the last message and its answer"),
+    "undo": (Chat.undo, "", "remove the last message and its answer"),
     "save": (Chat.save, "FILE", "append the conversation to a JSONL file, as a demonstration of its last answer"),
     "temperature": (Chat.set_temperature, "X", "sample at this temperature from now on; 0 is greedy"),
     "help": (Chat.help, "", "list the commands"),
@@ -197,12 +186,12 @@ COMMANDS: dict[str, tuple[Callable[[Chat, str], None], str, str]] = {
 
 
 def _note(text: str, style: str = "dim") -> None:
-    """Say something that is not the model's, on standard error."""
+    """Print a message of the program, not the model, on standard error."""
     err().print(text, style=style, markup=False, soft_wrap=True)
 
 
 class _Printer:
-    """Prints an answer as its tokens come, holding back bytes that are not a whole character yet."""
+    """Prints an answer token by token. Bytes of an incomplete character wait for the rest of it."""
 
     def __init__(self, decode: Callable[[list[int]], str]) -> None:
         self._decode = decode
@@ -219,7 +208,7 @@ class _Printer:
         self._shown = max(self._shown, len(text))
 
     def finish(self) -> str:
-        """Print what was held back and end the line; gives the whole answer."""
+        """Print the remaining bytes and end the line; returns the whole answer."""
         text = self._decode(self._ids)
         self._show(text)
         print(flush=True)

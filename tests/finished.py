@@ -7,9 +7,11 @@ import functools
 import io
 import json
 import re
+import sys
 from pathlib import Path
 from typing import Any
 
+import pytest
 import tiny
 import torch
 import transformers
@@ -138,13 +140,16 @@ def scores(run: str, texts: list[list[int]]) -> torch.Tensor:
         return scalar(ids, mask)
 
 
-def invoke(command: Any, *words: Any, stdin: str = "") -> tuple[str, str]:
+def invoke(command: Any, *words: Any, stdin: str = "", program: str = "rlhf") -> tuple[str, str]:
     """Run a command function as Typer mounts it; gives standard output and error. What it raises comes through."""
     import typer
 
     app = typer.Typer()
     app.command()(command)
-    result = CliRunner().invoke(app, [str(word) for word in words], input=stdin)
+    given = [str(word) for word in words]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", [*program.split(), *given])
+        result = CliRunner().invoke(app, given, input=stdin)
     if result.exception is not None and not isinstance(result.exception, SystemExit):
         raise result.exception
     assert result.exit_code == 0, result.output

@@ -20,7 +20,8 @@ from rlhf.core.console import printable
 from rlhf.core.errors import UserError
 from rlhf.data.schema import Message
 from rlhf.data.store import open_dataset
-from rlhf.inference.policy import Policy, open_policy, sampling_for
+from rlhf.inference.policy import Policy, open_policy
+from rlhf.inference.sampling_params import sampling_params
 from stages.chat import COMMANDS, Chat, command
 
 
@@ -37,7 +38,7 @@ def policy(run: str) -> Policy:
 
 @pytest.fixture
 def chat(policy: Policy) -> Chat:
-    return Chat(policy, sampling_for(policy.path, max_new_tokens=8), seed=0)
+    return Chat(policy, sampling_params(policy.path, max_new_tokens=8), seed=0)
 
 
 def talk(run: str, *lines: str, words: tuple[object, ...] = ()) -> tuple[str, str]:

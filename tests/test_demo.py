@@ -81,7 +81,7 @@ def figures(out: Path) -> dict[str, object]:
 def test_a_demo_given_again_says_that_it_is_complete(small):
     before = (small / "summary.json").read_bytes()
     done = command("--out", small, "--seed", 5)
-    assert done.returncode == 0 and "complete; start anew with --overwrite" in done.stdout
+    assert done.returncode == 0 and "complete; start again with --overwrite" in done.stdout
     assert "prompts won" in done.stdout and "[1/" not in done.stdout
     assert (small / "summary.json").read_bytes() == before
 

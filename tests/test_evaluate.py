@@ -145,9 +145,9 @@ def test_policies_with_different_tokenizers_are_said_not_to_compare(runs: dict[s
 
 
 def test_the_interval_is_wilsons(runs: dict[str, str]) -> None:
-    from stages.evaluate import _compare
+    from rlhf.inference.evaluation import compare_scores
 
-    found = _compare([[1.0]] * 7 + [[0.0]] * 3, [[0.5]] * 10)
+    found = compare_scores([[1.0]] * 7 + [[0.0]] * 3, [[0.5]] * 10)
     p, n = 0.7, 9.0  # one answer a prompt: the effective size is R - 1
     centre, half = p + Z_95**2 / (2 * n), Z_95 * math.sqrt(p * (1 - p) / n + Z_95**2 / (4 * n**2))
     expected = [(centre - half) / (1 + Z_95**2 / n), (centre + half) / (1 + Z_95**2 / n)]

@@ -15,12 +15,12 @@ import tiny
 from rows import jsonl, tree, write
 
 from data_tools.annotate.candidates import alike, disagreement
+from data_tools.annotate.propose import OpenProposal, missing_answers
 from data_tools.curate.lineage import lineage
 from rlhf.core.errors import UserError
 from rlhf.data.schema import Candidate, Demonstration, Message, Prompt, Proposal, Ranking
 from rlhf.data.store import open_dataset
-from rlhf.rollout.types import SamplingParams
-from stages.propose import Asked, Task, choose, command, scores
+from stages.propose import choose, command, judge_scores
 
 # ---- pure parts --------------------------------------------------------------------------------------------------
 
@@ -58,13 +58,17 @@ def test_disagreement_is_the_variance_of_the_preference_averaged_over_pairs():
 
 
 def test_the_places_go_to_the_models_in_turn_beginning_with_the_next_one_at_the_next_prompt():
-    task = Task(["a", "b", "c"], [SamplingParams(8)] * 3, k=4, similar=0.9, tries=1, seed=0, chat_template="auto",
-                trust_remote_code=False)  # fmt: skip
-    prompt = Prompt((Message("user", "?"),))
-    bare, answered = Asked(prompt, 1, []), Asked(prompt, 1, [Candidate("x", "", "person")])
-    assert [task.due(0, bare, models) for models in (1, 2, 3)] == [2, 3, 4], "a b c a"
-    assert [task.due(1, bare, models) for models in (1, 2, 3)] == [1, 3, 4], "b c a b"
-    assert [task.due(0, answered, models) for models in (1, 2, 3)] == [2, 3, 4], "person a b c"
+    asked = Prompt((Message("user", "?"),))
+    bare, answered = OpenProposal(asked, 1, []), OpenProposal(asked, 1, [Candidate("x", "", "person")])
+
+    def due(one: OpenProposal, index: int) -> list[int]:
+        """Candidates that the prompt at `index` should have once one, two and three models have answered."""
+        opened = [bare] * index + [one]
+        return [list(missing_answers(opened, 4, 3, model))[index][1] + len(one.candidates) for model in range(3)]
+
+    assert due(bare, 0) == [2, 3, 4], "a b c a"
+    assert due(bare, 1) == [1, 3, 4], "b c a b"
+    assert due(answered, 0) == [2, 3, 4], "person a b c"
 
 
 def prompt(number: int) -> tuple[Message, ...]:
@@ -121,7 +125,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def propose(place: Path, out: Path, *words: Any, models: tuple[str, ...] = ("sft", "ppo")) -> dict[str, Any]:
     names = [place / model for model in models]
     given = ("--prompts", place / "demos", "--out", out, "--max-new-tokens", 10, "--json", *words)
-    said, _ = finished.invoke(command, *names, *given)
+    said, _ = finished.invoke(command, *names, *given, program="rlhf data propose")
     return finished.last_json(said)
 
 
@@ -231,8 +235,8 @@ def test_disagreement_keeps_the_prompts_that_the_judges_dispute_most_those_first
     propose(place, tmp_path / "all", "--count", 12)
     propose(place, tmp_path / "c", "--select", "disagreement", "--count", 3, "--pool", 12, *words)
     pool = proposals(tmp_path / "all")
-    asked = [Asked(Prompt(p.messages), 1, list(p.candidates)) for p in pool]
-    by_judge = [scores(judge, asked) for judge in judges]
+    asked = [OpenProposal(Prompt(p.messages), 1, list(p.candidates)) for p in pool]
+    by_judge = [judge_scores(judge, asked) for judge in judges]
     value = {p.id: disagreement([judged[i] for judged in by_judge]) for i, p in enumerate(pool)}
     assert [p.id for p in proposals(tmp_path / "c")] == sorted(value, key=lambda name: -value[name])[:3]
     told = json.loads((tmp_path / "c" / "manifest.json").read_text())["origin"]
@@ -241,8 +245,8 @@ def test_disagreement_keeps_the_prompts_that_the_judges_dispute_most_those_first
 
 
 def test_judges_score_on_the_scale_that_they_were_trained_on(place):
-    one = Asked(Prompt(prompt(0)), 1, [Candidate("Yes, it does."), Candidate("No.")])
-    (raw,) = scores(str(place / "reward-2"), [one])
+    one = OpenProposal(Prompt(prompt(0)), 1, [Candidate("Yes, it does."), Candidate("No.")])
+    (raw,) = judge_scores(str(place / "reward-2"), [one])
     from rlhf.config.base import ModelConfig
     from rlhf.data.chat import load_tokenizer
 
@@ -266,7 +270,7 @@ def test_judges_score_on_the_scale_that_they_were_trained_on(place):
     ],
 )
 def test_what_can_be_refused_is_refused_before_a_model_answers(place, tmp_path, words, models, fault, monkeypatch):
-    monkeypatch.setattr("stages.propose.open_policy", lambda *_: pytest.fail("a model was loaded"))
+    monkeypatch.setattr("rlhf.inference.policy.open_policy", lambda *_: pytest.fail("a model was loaded"))
     words = [str(w).format(reward=place / "reward", sft=place / "sft") for w in words]
     with pytest.raises(UserError, match=fault):
         propose(place, tmp_path / "c", *words, models=models)

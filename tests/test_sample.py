@@ -15,8 +15,9 @@ from rlhf.config.base import ModelConfig
 from rlhf.core.errors import UserError
 from rlhf.data.chat import load_tokenizer
 from rlhf.data.schema import Message, Prompt
-from rlhf.inference.policy import open_policy, sampling_for
+from rlhf.inference.policy import open_policy
 from rlhf.inference.sampling import sample
+from rlhf.inference.sampling_params import sampling_params
 from rlhf.rollout.types import SamplingParams
 from rlhf.runs.run import resolve_model_path
 from stages.sample import command
@@ -95,7 +96,7 @@ def test_scores_are_the_reward_models_of_the_very_tokens(runs: dict[str, str]) -
     prompt = Prompt((Message("user", "One?"),))
     (answers,) = sample(policy, [prompt], SamplingParams(8), seed=0, n=3)
     rows = lines(runs["sft"], "-p", "One?", "--n", 3, "--reward", runs["reward"])
-    expected = finished.scores(runs["reward"], [a.prompt_ids + a.answer.ids for a in answers])
+    expected = finished.scores(runs["reward"], [a.prompt_ids + a.completion.ids for a in answers])
     assert [row["score"] for row in rows] == pytest.approx(expected.tolist(), abs=1e-5)
     assert [row["best"] for row in rows] == (expected == expected.max()).tolist()
 
@@ -143,17 +144,17 @@ def test_waiting_prompts_take_the_places_of_finished_answers_and_results_come_ea
     hook.remove()
     assert prefilled < len(prompts)
     assert [answer.prompt for answer in found] == prompts
-    lengths = [len(answer.answer.ids) for answer in found]
+    lengths = [len(answer.completion.ids) for answer in found]
     in_pairs = sum(max(pair) for pair in zip(lengths[::2], lengths[1::2]))
     assert sum(columns == 1 for _, columns in shapes) < in_pairs
 
 
 def test_a_ppo_run_is_sampled_as_in_training_unless_told_otherwise(runs: dict[str, str]) -> None:
-    found = sampling_for(runs["ppo"])
+    found = sampling_params(runs["ppo"])
     assert (found.max_new_tokens, found.temperature, found.top_k, found.stop) == (12, 0.5, 7, ("zz",))
-    assert sampling_for(runs["ppo"], temperature=0, stop=["a"]).stop == ("a",)
-    assert sampling_for(runs["ppo"], temperature=0).temperature == 0
-    assert sampling_for(runs["sft"]) == SamplingParams(128, batch_size=32)
+    assert sampling_params(runs["ppo"], temperature=0, stop=["a"]).stop == ("a",)
+    assert sampling_params(runs["ppo"], temperature=0).temperature == 0
+    assert sampling_params(runs["sft"]) == SamplingParams(128, batch_size=32)
 
 
 def test_a_policy_of_virtual_tokens_uses_them_at_every_step(runs: dict[str, str]) -> None:

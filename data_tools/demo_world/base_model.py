@@ -4,21 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import tokenizers
+import torch
+import transformers
 
 from rlhf.core.console import track
-from rlhf.core.lazy import lazy
-
-if TYPE_CHECKING:
-    import tokenizers
-    import torch
-    import transformers
-else:
-    tokenizers, torch, transformers = lazy("tokenizers"), lazy("torch"), lazy("transformers")
 
 PAD, BOS, EOS = range(3)
 ROLES = "User:\nAssistant:\n"
-"""Words of the chat template, which the tokenizer shall know as well."""
+"""Words of the chat template, which the tokenizer should know too."""
 POSITIONS = 192
 WIDTH, LAYERS, HEADS = 64, 3, 4
 BATCH_SIZE = 32
@@ -29,13 +25,13 @@ def make_base_model(folder: Path, documents: Sequence[str], steps: int, seed: in
     """Train a base model on documents and save it in Hugging Face format, without a chat template.
 
     Args:
-        folder: Where to.
-        documents: One text each.
+        folder: The folder to write.
+        documents: The texts.
         steps: Optimizer steps of BATCH_SIZE documents.
-        seed: Of weights and order.
+        seed: Seed of the weights and of the order.
 
     Returns:
-        `parameters`, `vocabulary`, and `loss`: nats a token, mean over the last tenth of the steps.
+        `parameters`, `vocabulary`, and `loss`: nats per token, mean over the last tenth of the steps.
     """
     tokenizer = make_tokenizer(documents)
     torch.manual_seed(seed)
@@ -49,7 +45,7 @@ def make_base_model(folder: Path, documents: Sequence[str], steps: int, seed: in
 
 
 def make_tokenizer(documents: Sequence[str]) -> transformers.PreTrainedTokenizerFast:
-    """A byte-level BPE tokenizer that knows the documents' words whole and can spell any other text."""
+    """A byte-level BPE tokenizer with a token for each word of the documents; it can encode any other text."""
     bytes_ = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     found = tokenizers.Tokenizer(tokenizers.models.BPE())
     found.pre_tokenizer, found.decoder = bytes_, tokenizers.decoders.ByteLevel()
@@ -68,13 +64,13 @@ def _architecture(vocabulary: int) -> transformers.LlamaConfig:
         vocab_size=vocabulary, hidden_size=WIDTH, intermediate_size=WIDTH * 5 // 2, num_hidden_layers=LAYERS,
         num_attention_heads=HEADS, max_position_embeddings=POSITIONS, tie_word_embeddings=True, pad_token_id=PAD,
         bos_token_id=BOS, eos_token_id=EOS,
-        # The usual 0.02 suits wide models: at this width attention starts out flat and copying is learned late.
+        # The usual 0.02 is for wide models. At this width attention would start flat and copying be learned late.
         initializer_range=0.08,
     )  # fmt: skip
 
 
 def _train(model: Any, rows: list[list[int]], steps: int, generator: torch.Generator) -> list[float]:
-    """Plain language modelling, one document a row; gives the loss of each step."""
+    """Plain language modelling, one document per row; returns the loss of each step."""
     optimizer = torch.optim.AdamW(model.parameters(), LEARNING_RATE, betas=(0.9, 0.95), weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LEARNING_RATE, total_steps=steps, pct_start=0.1)
     batches = _batches(rows, generator)
@@ -94,7 +90,7 @@ def _train(model: Any, rows: list[list[int]], steps: int, generator: torch.Gener
 
 
 def _batches(rows: list[list[int]], generator: torch.Generator) -> Iterator[list[list[int]]]:
-    """Batches of rows of like length, in a new random order each pass, without end."""
+    """Endless batches of rows of similar length, in a new random order each pass."""
     while True:
         order = torch.randperm(len(rows), generator=generator).tolist()
         order.sort(key=lambda i: len(rows[i]))

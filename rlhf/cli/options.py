@@ -29,26 +29,7 @@ Hostfile = Annotated[
     Path | None, typer.Option("--hostfile", help="Start processes on the hosts in this file: lines `HOST slots=N`.")
 ]
 
-_AS_TRAINED = "As a PPO run sampled in training, else"
-
-Temperature = Annotated[
-    float | None, typer.Option(metavar="T", help=f"Logits are divided by it; 0 is greedy. {_AS_TRAINED} 1.")
-]
-TopK = Annotated[
-    int | None, typer.Option(min=0, help=f"Sample among the K likeliest tokens; 0 is off. {_AS_TRAINED} off.")
-]
-TopP = Annotated[
-    float | None, typer.Option(help=f"Sample among the likeliest tokens that hold this probability. {_AS_TRAINED} 1.")
-]
-MaxNewTokens = Annotated[int | None, typer.Option(min=1, help=f"Longest answer in tokens. {_AS_TRAINED} 128.")]
-MinNewTokens = Annotated[int | None, typer.Option(min=0, help=f"Shortest answer in tokens. {_AS_TRAINED} 0.")]
-Stop = Annotated[
-    list[str] | None, typer.Option(metavar="TEXT", help="An answer also ends after this text; may be repeated.")
-]
-Seed = Annotated[int, typer.Option(min=0, help="The same seed gives the same answers.")]
-ChatTemplate = Annotated[
-    str, typer.Option(help="auto (the model's own, else `default`), default, plain, or the path of a Jinja file.")
-]
+Model = Annotated[str, typer.Argument(metavar="RUN|MODEL", help="A run, a model folder, or a hub name.")]
 System = Annotated[
     str | None, typer.Option(metavar="TEXT", help="A system message for conversations that have none of their own.")
 ]
@@ -59,10 +40,10 @@ Split = Annotated[
     str | None,
     typer.Option(help="train, eval or test. When left out: eval, or everything where the dataset has no splits."),
 ]
-Limit = Annotated[int | None, typer.Option(min=1, help="At most so many records, taken from the front.")]
+Limit = Annotated[int | None, typer.Option(min=1, help="The largest number of records; the first ones are taken.")]
 Reward = Annotated[
     str | None,
-    typer.Option(metavar="RUN", help="Scores the answers: a reward run or model, or a function `module:function`."),
+    typer.Option(metavar="RUN", help="Scorer of the answers: a reward run or model, or a function `module:function`."),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as one JSON object in the last line.")]
 

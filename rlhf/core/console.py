@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 from rich.console import Console
@@ -74,20 +76,40 @@ def _escape(text: str) -> str:
     return text.replace("[", "\\[")
 
 
-def track(items: Iterable[T], what: str, total: int | None = None, unit: str = "it") -> Iterator[T]:
-    """Iterate with a progress bar (rate and time left) that vanishes when done; silent where nobody looks."""
+@contextmanager
+def progress(what: str, total: int | None, unit: str = "it") -> Iterator[Callable[..., None]]:
+    """A progress bar with rate and time left that vanishes at the end. Shown only on a terminal, by the main process.
+
+    Args:
+        what: What is done.
+        total: Number of items; None if unknown.
+        unit: What the rate counts.
+
+    Yields:
+        `advance(items=1, work=None)`: `items` more are done, which held `work` units (as many as items by default).
+    """
     console = err()
     columns = (
         TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(),
         TextColumn("{task.fields[rate]}"), TimeRemainingColumn(),
     )  # fmt: skip
     with Progress(*columns, console=console, transient=True, disable=not (is_main() and console.is_terminal)) as bar:
-        known = total if total is not None else getattr(items, "__len__", lambda: None)()
-        task = bar.add_task(what, total=known, rate="")
+        task, started, done = bar.add_task(what, total=total, rate=""), time.monotonic(), 0
+
+        def advance(items: int = 1, work: int | None = None) -> None:
+            nonlocal done
+            done += items if work is None else work
+            bar.update(task, advance=items, rate=f"{done / max(1e-9, time.monotonic() - started):,.0f} {unit}/s")
+
+        yield advance
+
+
+def track(items: Iterable[T], what: str, total: int | None = None, unit: str = "it") -> Iterator[T]:
+    """Iterate with a progress bar; see `progress`."""
+    with progress(what, total if total is not None else getattr(items, "__len__", lambda: None)(), unit) as advance:
         for item in items:
             yield item
-            speed = bar.tasks[0].speed
-            bar.update(task, advance=1, rate=f"{speed:,.0f} {unit}/s" if speed else "")
+            advance()
 
 
 class StepBar:

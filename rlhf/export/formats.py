@@ -20,7 +20,7 @@ from rlhf.core.lazy import lazy
 from rlhf.core.table import Pick, Table
 from rlhf.data.chat import ChatTokenizer, load_tokenizer
 from rlhf.export.model_card import MARK, Card, render
-from rlhf.inference.policy import quiet, sampling_for
+from rlhf.inference.sampling_params import sampling_params
 from rlhf.runs.run import fingerprint, is_run, read_run, resolve_model_path
 
 if TYPE_CHECKING:
@@ -235,6 +235,8 @@ def export(
         run = _parent_run(run, role)
     stage, model = read_run(run)["stage"], Path(resolve_model_path(run))
     check_out(out, run, overwrite)
+    from rlhf.inference.policy import quiet  # imports torch
+
     quiet()
     config = ModelConfig(path=str(run), trust_remote_code=trust_remote_code)
     chat = load_tokenizer(config, str(model))
@@ -252,7 +254,7 @@ def export(
             )
         card = Card(
             run, name or str(out), exporter.name, tokens(source.chat.end_id), tokens(list(done.stop_ids)),
-            sampling_for(run), done.scale, done.folded, done.adapter_base, license, stage,
+            sampling_params(run), done.scale, done.folded, done.adapter_base, license, stage,
         )  # fmt: skip
         (folder / "README.md").write_text(render(card), "utf-8")
         for file in folder.glob("*.safetensors"):

@@ -1,116 +1,112 @@
-"""Sample completions from a loaded policy, with progress on a terminal."""
+"""Sampling completions from a loaded policy, with a progress bar."""
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+import torch
+import transformers
 
-from rlhf.core.console import err, is_main, warn
-from rlhf.core.lazy import lazy
+from rlhf.core.console import progress, warn
 from rlhf.data.schema import Prompt
 from rlhf.inference.policy import Policy
 from rlhf.rollout.samplers import hf
 from rlhf.rollout.types import Completion, SamplingParams, stream_seed
 
-if TYPE_CHECKING:
-    import peft
-    import torch
-    import transformers
-else:
-    peft, torch, transformers = lazy("peft"), lazy("torch"), lazy("transformers")
-
 BATCHES_AT_ONCE = 8
-"""So many batches are handed to the sampler together: waiting prompts take the places of finished answers."""
+"""Batches that are given to the sampler at once, so that waiting prompts enter the slots of finished completions."""
 
 
 @dataclass(frozen=True)
 class Sampled:
-    """One answer to one prompt."""
+    """One completion of one prompt."""
 
     prompt: Prompt
     prompt_ids: list[int]
-    answer: Completion
+    completion: Completion
     text: str
-    """The answer as text; a stop string that ended it is its end."""
+    """The completion as text, including the stop string that ended it, if any."""
 
 
 def sample(
-    policy: Policy, prompts: Sequence[Prompt], sampling: SamplingParams, seed: int, n: int = 1, room: int | None = None
+    policy: Policy,
+    prompts: Sequence[Prompt],
+    params: SamplingParams,
+    seed: int,
+    n: int = 1,
+    prompt_limit: int | None = None,
 ) -> Iterator[list[Sampled]]:
-    """Sample `n` answers to each prompt, yielded prompt by prompt in order, with a progress bar.
+    """Sample `n` completions of each prompt. Yields the completions of one prompt at a time, in order.
 
-    The random stream of an answer follows from the seed, the prompt's content and the answer's number alone, so
-    other prompts beside it, or more answers, change nothing.
+    The random stream of a completion depends only on the seed, the prompt's content and the completion's index, so a
+    result does not change with the other prompts or with `n`.
 
     Args:
-        policy: Answers.
-        prompts: What is answered. A prompt longer than the room keeps its end; how many do is warned of.
-        sampling: How to draw.
-        seed: Of all random streams.
-        n: Answers to each prompt.
-        room: Tokens that a prompt may have; what the policy leaves when not given.
+        policy: The model to sample from.
+        prompts: The prompts. One that is longer than `prompt_limit` keeps its end; a warning counts them.
+        params: How to sample.
+        seed: Seed of all random streams.
+        n: Completions per prompt.
+        prompt_limit: Longest prompt in tokens; what the policy leaves beside the completion by default.
     """
-    room = room or policy.room(sampling)
+    prompt_limit = prompt_limit or policy.prompt_limit(params)
     batches = 1 if policy.prompt_learning else BATCHES_AT_ONCE
-    per_batch, cut = max(1, batches * sampling.batch_size // n), 0
-    with _token_meter(f"sampling from {policy.path}", len(prompts)) as advance:
+    per_batch, cut = max(1, batches * params.batch_size // n), 0
+    with progress(f"sampling from {policy.path}", len(prompts), "tokens") as advance:
         for start in range(0, len(prompts), per_batch):
             batch = prompts[start : start + per_batch]
             whole = [policy.chat.prompt(p.messages) for p in batch]
-            cut += sum(len(row) > room for row in whole)
-            ids = [policy.chat.cut_prompt(row, room) for row in whole]
+            cut += sum(len(row) > prompt_limit for row in whole)
+            ids = [policy.chat.cut_prompt(row, prompt_limit) for row in whole]
             seeds = [stream_seed(seed, int(p.prompt_id, 16), k) for p in batch for k in range(n)]
-            answers = draw(policy, [row for row in ids for _ in range(n)], seeds, sampling)
-            advance(len(batch), sum(len(answer.ids) for answer in answers))
+            completions = draw(policy, [row for row in ids for _ in range(n)], seeds, params)
+            advance(len(batch), sum(len(completion.ids) for completion in completions))
             for i, prompt in enumerate(batch):
-                mine = answers[i * n : (i + 1) * n]
-                yield [Sampled(prompt, ids[i], answer, policy.chat.decode(answer.ids)) for answer in mine]
+                mine = completions[i * n : (i + 1) * n]
+                yield [Sampled(prompt, ids[i], one, policy.chat.decode(one.ids)) for one in mine]
     if cut:
-        warn(f"{cut:,} prompts are longer than {room:,} tokens and were cut to their end")
+        warn(f"{cut:,} prompts are longer than {prompt_limit:,} tokens and were cut to their end")
 
 
 def draw(
-    policy: Policy, prompts: Sequence[list[int]], seeds: Sequence[int], sampling: SamplingParams
+    policy: Policy, prompts: Sequence[list[int]], seeds: Sequence[int], params: SamplingParams
 ) -> list[Completion]:
-    """One answer to each tokenised prompt, each from its own random stream; prompt-learning policies go one by one."""
+    """One completion of each tokenised prompt, each from its own random stream."""
     if policy.prompt_learning:
-        return [generate(policy, ids, seed, sampling) for ids, seed in zip(prompts, seeds)]
-    return hf(policy.model, prompts, seeds, sampling, policy.chat)
+        return [generate(policy, ids, seed, params) for ids, seed in zip(prompts, seeds)]
+    return hf(policy.model, prompts, seeds, params, policy.chat)
 
 
 def generate(
     policy: Policy,
     prompt: list[int],
     seed: int,
-    sampling: SamplingParams,
+    params: SamplingParams,
     on_token: Callable[[int], None] | None = None,
 ) -> Completion:
-    """One answer through transformers' `generate`, token by token.
+    """One completion by transformers' `generate`.
 
     Args:
-        policy: Answers.
+        policy: The model to sample from.
         prompt: Token ids.
-        seed: Of torch's generator.
-        sampling: How to draw.
-        on_token: Called with each token as it comes; what it raises ends the answer.
+        seed: Seed of torch's generator.
+        params: How to sample.
+        on_token: Called with each token when it is sampled; an exception raised in it ends the completion.
     """
     chat, ends = policy.chat, policy.model.generation_config.eos_token_id
     options: dict[str, Any] = {"do_sample": False}
-    if sampling.temperature > 0:
-        options = {"do_sample": True, "temperature": sampling.temperature, "top_k": sampling.top_k}
-        options["top_p"] = sampling.top_p
+    if params.temperature > 0:
+        options = {"do_sample": True, "temperature": params.temperature, "top_k": params.top_k}
+        options["top_p"] = params.top_p
 
     def stopped(ids: torch.Tensor, scores: Any = None) -> torch.Tensor:
-        """As `hf` sees it. (The option `stop_strings` would also find a stop string that begins in the prompt.)"""
+        # The option `stop_strings` would also match a stop string that begins in the prompt.
         text = chat.decode(ids[0, len(prompt) :].tolist())
-        return torch.tensor([any(string in text for string in sampling.stop)], device=ids.device)
+        return torch.tensor([any(string in text for string in params.stop)], device=ids.device)
 
-    if sampling.stop:
+    if params.stop:
         options["stopping_criteria"] = transformers.StoppingCriteriaList([stopped])
     if on_token is not None:
         options["streamer"] = _TokenStream(on_token)
@@ -119,14 +115,14 @@ def generate(
     with torch.no_grad():
         output = policy.model.generate(
             input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=True,
-            max_new_tokens=sampling.max_new_tokens, min_new_tokens=sampling.min_new_tokens or None, **options,
+            max_new_tokens=params.max_new_tokens, min_new_tokens=params.min_new_tokens or None, **options,
         )  # fmt: skip
-    answer = output[0, len(prompt) :].tolist()
-    return Completion(answer, ended=answer[-1] in ends or bool(stopped(output)))
+    new = output[0, len(prompt) :].tolist()
+    return Completion(new, ended=new[-1] in ends or bool(stopped(output)))
 
 
 class _TokenStream:
-    """What `generate` calls a streamer: first put the prompt, then each new token."""
+    """A streamer of `generate`, which first puts the prompt, then each new token."""
 
     def __init__(self, on_token: Callable[[int], None]) -> None:
         self._on_token, self._prompt_seen = on_token, False
@@ -137,24 +133,4 @@ class _TokenStream:
         self._prompt_seen = True
 
     def end(self) -> None:
-        """Nothing is held back."""
-
-
-@contextmanager
-def _token_meter(what: str, total: int) -> Iterator[Callable[[int, int], None]]:
-    """A progress bar over prompts that shows tokens a second; silent where nobody looks."""
-    console = err()
-    columns = (
-        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(),
-        TextColumn("{task.fields[rate]}"), TimeRemainingColumn(),
-    )  # fmt: skip
-    with Progress(*columns, console=console, transient=True, disable=not (is_main() and console.is_terminal)) as bar:
-        task = bar.add_task(what, total=total, rate="")
-        started, tokens = time.monotonic(), 0
-
-        def advance(prompts: int, new_tokens: int) -> None:
-            nonlocal tokens
-            tokens += new_tokens
-            bar.update(task, advance=prompts, rate=f"{tokens / (time.monotonic() - started):,.0f} tokens/s")
-
-        yield advance
+        """Called by `generate` after the last token."""
