@@ -8,14 +8,14 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 from check_rows import panel, ranking
-from rows import jsonl, tree, write
+from rows import jsonl, write
 
 from data_tools.statistics import accumulator
 from data_tools.statistics.accumulator import accumulated
-from data_tools.statistics.ceiling import agreement_of, ceiling, record_agreement
+from data_tools.statistics.ceiling import AgreementObserver, agreement_of, ceiling
 from rlhf.core.errors import UserError
 from rlhf.data.schema import Candidate, Demonstration, Message, Proposal, to_dict
-from rlhf.data.store import open_dataset
+from rlhf.data.store import DatasetWriter, open_dataset
 
 
 def agreement(tmp_path, rows):
@@ -101,34 +101,39 @@ def test_the_ceiling_of_simulated_annotators_is_their_accuracy(tmp_path):
     assert high - low < 0.06
 
 
+def observed(folder, records, origin=None):
+    """A dataset whose agreement was recorded while it was written."""
+    with DatasetWriter(folder, None, origin, AgreementObserver(accumulator.Accumulator(brief=False))) as writer:
+        for record in records:
+            writer.write(record)
+    return open_dataset(folder)
+
+
 def test_the_manifest_gets_the_agreement_and_nothing_else_changes(tmp_path):
-    data = write(tmp_path / "d", panel(20, dict.fromkeys("abc", 0.9)), origin={"from": "here"})
-    found = record_agreement(data.path)
-    manifest = json.loads((data.path / "manifest.json").read_text())
-    assert manifest == data.manifest | {"agreement": found}
-    assert found == agreement_of(accumulated(data))
-    before = tree(data.path)
-    record_agreement(data.path)
-    assert tree(data.path) == before
+    rows = panel(20, dict.fromkeys("abc", 0.9))
+    data = write(tmp_path / "d", rows, origin={"from": "here"})
+    found = observed(tmp_path / "n", rows, {"from": "here"}).manifest
+    assert found == data.manifest | {"agreement": agreement_of(accumulated(data))}
+
+
+@pytest.mark.parametrize("prompts", [3, 6000])
+def test_what_is_gathered_for_the_agreement_alone_gives_the_same_agreement(tmp_path, prompts):
+    rows = panel(prompts, dict.fromkeys("abcdef", 0.8), k=3, each=2)
+    rows += [ranking(f"Question {i}?", ["x", "y"], (1, 2), merged=("i", "j")) for i in range(9)]
+    rows += [ranking(f"Question {i}?", [f"answer 0 to {i}", f"answer 1 to {i}"], (1, 2)) for i in range(9)]
+    data = observed(tmp_path / "n", rows)
+    assert data.manifest["agreement"] is not None
+    assert data.manifest["agreement"] == agreement_of(accumulated(data))
 
 
 def test_the_manifest_says_null_where_nobody_agreed_or_disagreed(tmp_path):
-    data = write(tmp_path / "d", votes("p", ">"))
-    assert record_agreement(data.path) is None
-    assert json.loads((data.path / "manifest.json").read_text())["agreement"] is None
+    assert observed(tmp_path / "d", votes("p", ">")).manifest["agreement"] is None
 
 
-def test_other_kinds_and_files_are_left_as_they_are(tmp_path):
+def test_other_kinds_have_no_agreement(tmp_path):
     turn, two = (Message("user", "Hm?"),), (Candidate("x"), Candidate("y"))
     for record in (Demonstration(turn, answer="x"), Proposal(turn, candidates=two)):
-        data = write(tmp_path / record.kind, [record])
-        assert record_agreement(data.path) is None
-        assert "agreement" not in json.loads((data.path / "manifest.json").read_text())
-    rows = panel(9, dict.fromkeys("abc", 0.9))
-    file = jsonl(tmp_path / "d.jsonl", [to_dict(row) for row in rows])
-    whole = file.read_bytes()
-    assert record_agreement(file) is None
-    assert file.read_bytes() == whole
+        assert "agreement" not in observed(tmp_path / record.kind, [record]).manifest
 
 
 def test_a_file_agrees_as_its_folder_does(tmp_path):
@@ -142,7 +147,7 @@ def test_a_dataset_of_the_first_schema_version_is_read(tmp_path):
     shard = data.path / "shard-00000.parquet"
     pq.write_table(pq.read_table(shard).drop_columns(["seconds", "shown", "weight", "merged"]), shard)
     (data.path / "manifest.json").write_text(json.dumps(data.manifest | {"schema_version": 1}))
-    assert record_agreement(data.path)["pairs"] == 30
+    assert agreement_of(accumulated(open_dataset(data.path)))["pairs"] == 30
 
 
 def test_a_damaged_shard_is_told(tmp_path):
@@ -152,7 +157,7 @@ def test_a_damaged_shard_is_told(tmp_path):
     for damaged in (whole[:500], whole[:200] + bytes(2000) + whole[2200:]):
         shard.write_bytes(damaged)
         with pytest.raises(UserError, match=r"shard-00000.parquet: damaged"):
-            record_agreement(data.path)
+            accumulated(data)
 
 
 def test_of_more_prompts_than_fit_some_are_used(tmp_path, monkeypatch):

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import pytest
-from rows import RANKING, dataset, run
+from rows import RANKING, jsonl, run
 
 from data_tools.io.derive import Derivation
-from data_tools.statistics.ceiling import record_agreement
 from rlhf.core.errors import UserError
 from rlhf.data.schema import from_dict
 from rlhf.data.store import open_dataset
@@ -15,9 +14,11 @@ from rlhf.data.store import open_dataset
 def judged_twice(folder):
     """A dataset in which two people ranked each of 30 prompts, with their agreement in its manifest."""
     rows = [{**RANKING, "prompt": f"Question {i}?", "annotator": who} for i in range(30) for who in ("ann", "ben")]
-    path = dataset(folder, rows)
-    assert record_agreement(path)["annotators"] == 2
-    return path
+    file = jsonl(folder.with_suffix(".jsonl"), rows)
+    assert run("import", "jsonl", file, "--out", folder).exit_code == 0
+    file.unlink()
+    assert open_dataset(folder).manifest["agreement"]["annotators"] == 2
+    return folder
 
 
 @pytest.mark.parametrize(

@@ -8,11 +8,12 @@ from typing import Annotated, Any
 
 import typer
 
-from data_tools.check.brief import brief
+from data_tools.check.brief import show_brief
 from data_tools.commands.common import Json, Out, print_json
 from data_tools.importers import IMPORTERS
 from data_tools.importers.run import NothingUsable, import_dataset, read_options
 from data_tools.reading.detect import AUTO
+from data_tools.statistics.accumulator import Accumulator
 from rlhf.core import console
 from rlhf.core.errors import UserError
 from rlhf.core.table import TableRow
@@ -38,15 +39,18 @@ def import_command(
 ) -> None:
     """Import files of one format into a dataset. Rows that cannot be used go to OUT/rejected.jsonl, by reason."""
     given = read_options(options, option or ())
+    gathered = Accumulator()
     try:
-        summary = import_dataset(importer, paths, out, options=given, split=split_name, source=source, strict=strict)
+        summary = import_dataset(
+            importer, paths, out, options=given, split=split_name, source=source, strict=strict, gathered=gathered
+        )
     except NothingUsable as error:
         error.summary.show()
         if as_json:
             print_json(error.summary.as_dict())
         raise
     summary.show()
-    brief(out)
+    show_brief(gathered, out)
     if as_json:
         print_json(summary.as_dict())
 

@@ -18,7 +18,8 @@ import yaml
 from data_tools.importers import IMPORTERS
 from data_tools.io.rejects import FILE_NAME, Rejects, by_count, print_reasons
 from data_tools.reading.detect import AUTO, detect
-from data_tools.statistics.ceiling import record_agreement
+from data_tools.statistics.accumulator import Accumulator
+from data_tools.statistics.ceiling import AgreementObserver
 from rlhf.core import console
 from rlhf.core.errors import UserError, nearest
 from rlhf.core.table import Pick
@@ -78,6 +79,7 @@ def import_dataset(
     split: str | None = None,
     source: str | None = None,
     strict: bool = False,
+    gathered: Accumulator | None = None,
 ) -> ImportSummary:
     """Import files of one format into a dataset folder, streaming.
 
@@ -92,6 +94,7 @@ def import_dataset(
         split: Put every record in this split (train, eval or test), whatever the files say.
         source: Give every record this source, whatever the files say.
         strict: Raise at the first row that cannot be used, and write nothing.
+        gathered: Takes the records while they are written, for the brief check.
 
     Raises:
         NothingUsable: Not one row could be used.
@@ -111,7 +114,8 @@ def import_dataset(
         "files": [{"path": str(file), "sha256": file_hash(file)} for file in files],
     }
     changes = {name: value for name, value in (("split", split), ("source", source)) if value is not None}
-    with DatasetWriter(out, None, origin) as writer, Rejects(writer.partial / FILE_NAME, strict) as rejects:
+    observer = AgreementObserver(gathered or Accumulator(brief=False))
+    with DatasetWriter(out, None, origin, observer) as writer, Rejects(writer.partial / FILE_NAME, strict) as rejects:
         if options:
             header = f"# rlhf data import {pick.name} FILES --options {OPTIONS_FILE} --out DATASET\n"
             text = header + yaml.safe_dump(dict(options), allow_unicode=True, sort_keys=False)
@@ -124,7 +128,6 @@ def import_dataset(
         if not writer.count:
             raise NothingUsable(summary)
         writer.origin |= {**counts, "reasons": reasons}
-    record_agreement(out)
     return summary
 
 

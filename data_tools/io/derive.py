@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from data_tools.io.rejects import FILE_NAME, Rejects, by_count
-from data_tools.statistics.ceiling import record_agreement
+from data_tools.statistics.accumulator import Accumulator
+from data_tools.statistics.ceiling import AgreementObserver
 from rlhf.core.errors import UserError
 from rlhf.data.schema import Record
 from rlhf.data.store import Dataset, DatasetWriter
@@ -53,10 +54,11 @@ class Derivation:
             "parents": [{"path": str(parent.path), "fingerprint": parent.fingerprint} for parent in parents],
             **(facts or {}),
         }
-        self._writer = DatasetWriter(out, kind, origin)
+        known = parents[0].manifest.get("agreement") if judgements else None
+        observer = AgreementObserver(Accumulator(brief=False), otherwise=known)
+        self._writer = DatasetWriter(out, kind, origin, observer)
         self.rejects = Rejects(self._writer.partial / FILE_NAME)
         self.origin = self._writer.origin
-        self._agreement = parents[0].manifest.get("agreement") if judgements else None
 
     @property
     def written(self) -> int:
@@ -81,5 +83,3 @@ class Derivation:
         self.origin |= {"written": self.written, "rejected": self.rejects.count}
         self.origin |= {"reasons": by_count(self.rejects.reasons)} if self.rejects.count else {}
         self._writer.__exit__(error, *rest)
-        if error is None:
-            record_agreement(self._writer.path, self._agreement)

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from data_tools.statistics.accumulator import Accumulator, accumulated
+from data_tools.statistics.accumulator import Accumulator
 from data_tools.statistics.intervals import bootstrapped, ratio
 from data_tools.statistics.judgements import Votes, pairs_of, votes_of
-from rlhf.core.files import write_json
-from rlhf.data.store import open_dataset
 
 DIGITS = 6
 
@@ -88,23 +85,22 @@ def agreement_of(gathered: Accumulator) -> dict[str, Any] | None:
     return None if columns is None else agreement_facts(votes_of(columns, pairs_of(columns)))
 
 
-def record_agreement(path: str | Path, otherwise: dict[str, Any] | None = None) -> dict[str, Any] | None:
-    """Write a dataset's agreement into its manifest, under `agreement`; null where it has none.
+class AgreementObserver:
+    """Writes the agreement of a dataset of rankings into its manifest while the dataset is written.
 
-    A .jsonl file has no manifest, and demonstrations, prompts and proposals no agreement: nothing is written for them.
+    It is under `agreement`: what `agreement_of` gives, or null. Other kinds of records get no such entry.
 
     Args:
-        otherwise: What is known of the annotators from elsewhere, where the dataset itself does not tell.
-
-    Returns:
-        What was written.
-
-    Raises:
-        UserError: Not a dataset, or it cannot be read.
+        gathered: Takes the records.
+        otherwise: What is known of the annotators from elsewhere, for records that show no agreement themselves.
     """
-    dataset = open_dataset(path)
-    if dataset.path.is_file() or dataset.kind != "ranking":
-        return None
-    found = agreement_of(accumulated(dataset)) or otherwise
-    write_json(dataset.path / "manifest.json", dataset.manifest | {"agreement": found})
-    return found
+
+    def __init__(self, gathered: Accumulator, otherwise: dict[str, Any] | None = None) -> None:
+        self._gathered, self._otherwise = gathered, otherwise
+        self.add = gathered.add
+
+    def facts(self) -> dict[str, Any]:
+        """The manifest's entry."""
+        if "ranks" not in self._gathered.columns:
+            return {}
+        return {"agreement": agreement_of(self._gathered) or self._otherwise}

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field, replace
 from itertools import accumulate
 from operator import attrgetter
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn, Protocol
 
 from rlhf.core.errors import UserError, nearest
 from rlhf.core.files import partial_path, whole_folder, write_json
@@ -33,8 +33,8 @@ from rlhf.data.schema import (
 )
 
 __all__ = [
-    "Dataset", "DatasetWriter", "OnReject", "Reject", "file_hash", "open_dataset", "read_jsonl", "read_rows",
-    "read_shard", "shard_faults",
+    "Dataset", "DatasetWriter", "Observer", "OnReject", "Reject", "file_hash", "open_dataset", "read_jsonl",
+    "read_rows", "read_shard", "shard_faults",
 ]  # fmt: skip
 
 if TYPE_CHECKING:
@@ -266,6 +266,16 @@ def file_hash(path: Path) -> str:
 # ---- writing -----------------------------------------------------------------------------------------------------
 
 
+class Observer(Protocol):
+    """Sees a dataset's tables while they are written, and adds what it found to the manifest."""
+
+    def add(self, table: pa.Table) -> None:
+        """Take the next records, with the columns of a shard, each in one chunk."""
+
+    def facts(self) -> dict[str, Any]:
+        """Entries for the manifest, after the last table."""
+
+
 class DatasetWriter:
     """Write a dataset folder in a stream; it appears under its name only when whole.
 
@@ -278,12 +288,20 @@ class DatasetWriter:
         kind: prompt, demonstration, proposal or ranking; None takes the kind of the first record.
         origin: Where the records came from (any JSON), kept in the manifest under `origin`; may be added to until
             the block ends.
+        observer: Is given every table of records once, so that nothing needs to read the dataset again.
 
     Raises:
         UserError: The folder holds something else, cannot be written, or no record came and `kind` is None.
     """
 
-    def __init__(self, path: str | Path, kind: str | None, origin: Mapping[str, Any] | None = None) -> None:
+    def __init__(
+        self,
+        path: str | Path,
+        kind: str | None,
+        origin: Mapping[str, Any] | None = None,
+        observer: Observer | None = None,
+    ) -> None:
+        self._observer = observer
         self.path, self.origin = Path(path), dict(origin or {})
         self.kind = None if kind is None else _known(kind)
         self.partial = partial_path(self.path.resolve())
@@ -329,9 +347,11 @@ class DatasetWriter:
                 raise BadRecord(f"a {record.kind} in a dataset of {self.kind}s")
             self.kind = record.kind
         self._records.append(record)
-        self._chars += sum([len(message.content) for message in record.messages])
+        for message in record.messages:
+            self._chars += len(message.content)
         if isinstance(record, Proposal):
-            self._chars += sum([len(candidate.text) for candidate in record.candidates])
+            for candidate in record.candidates:
+                self._chars += len(candidate.text)
         elif isinstance(record, Demonstration):
             self._chars += len(record.answer)
         self.count += 1
@@ -347,6 +367,8 @@ class DatasetWriter:
             self._shards.append({"file": name})
         self._splits.update([record.split or "none" for record in self._records])
         table = _columns(self._records, self.kind)
+        if self._observer is not None:
+            self._observer.add(table)
         self._wait()
         self._writing = self._thread.submit(self._file.write_table, table)
         self._in_shard += len(self._records)
@@ -382,6 +404,7 @@ class DatasetWriter:
             self._close_shard()
         manifest = {"schema_version": SCHEMA_VERSION, "kind": self.kind, "count": self.count}
         manifest |= {"splits": self._splits, "shards": self._shards, "origin": self.origin}
+        manifest |= {} if self._observer is None else self._observer.facts()
         write_json(self.partial / "manifest.json", manifest)
 
 
