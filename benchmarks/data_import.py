@@ -3,10 +3,10 @@
     python benchmarks/hh_rows.py --rows 1000000 --out /tmp/hh-1m.jsonl
     python benchmarks/data_import.py /tmp/hh-1m.jsonl --repeats 3
 
-Each measurement is a process of its own, bound to one core: seconds of wall clock from the first row to the last byte
-(imports of modules are left out), and the peak of its resident memory. `datasets` reads the same file with
-`load_dataset("json")` and maps it, batched, to messages, candidates, ranks and ids by the same functions that split
-transcripts and hash; it checks no record, compresses nothing and writes no account of rejects.
+Each measurement is a separate process bound to one core. It reports wall-clock seconds from the first row to the last
+byte (without module imports), and peak resident memory. `datasets` reads the same file with `load_dataset("json")` and
+maps it, batched, to messages, candidates, ranks and ids with the same functions for splitting transcripts and hashing.
+It checks no record, compresses nothing and records no rejected rows.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ print(json.dumps({"rows": rows, "seconds": seconds, "peak_mb": peak}))
 
 
 def measure(code: str, source: Path, out: Path, one_core: bool = True) -> dict[str, float]:
-    """Run it in a process of its own, bound to one core unless told otherwise."""
+    """Run the code in a new process, bound to one core by default."""
     shutil.rmtree(out, ignore_errors=True)
     core = str(min(os.sched_getaffinity(0)))
     program = f"source, out = {str(source)!r}, {str(out)!r}\n{code}\n{RUN}"
@@ -81,17 +81,17 @@ def measure(code: str, source: Path, out: Path, one_core: bool = True) -> dict[s
 
 
 def main() -> None:
-    """Print the medians and the ratio, as one table."""
+    """Print the medians and the ratio."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("source", type=Path)
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--ours-only", action="store_true", help="Leave `datasets` out.")
+    parser.add_argument("--ours-only", action="store_true", help="Skip `datasets`.")
     args = parser.parse_args()
     jobs = {"ours": OURS} | ({} if args.ours_only else {"datasets": THEIRS})
     found: dict[str, list[dict[str, float]]] = {name: [] for name in jobs}
     with tempfile.TemporaryDirectory(dir=args.source.parent) as place:
         for _ in range(args.repeats):
-            for name, code in jobs.items():  # side by side, so that a busy machine slows both
+            for name, code in jobs.items():  # alternate the sides, so that a busy machine slows both
                 found[name].append(measure(code, args.source, Path(place) / name))
         print(f"{args.source}: {time.strftime('%Y-%m-%d %H:%M')}, median of {args.repeats}")
         for name, runs in found.items():

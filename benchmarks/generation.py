@@ -3,11 +3,11 @@
     OMP_NUM_THREADS=1 python benchmarks/generation.py ../shared/models/stories260K
     OMP_NUM_THREADS=1 python benchmarks/generation.py ../shared/models/stories260K --samplers transformers hf
 
-All sides sample at temperature 1 and are given the same prompts (8 to 40 random tokens) and the same lengths, drawn
-from a log-normal distribution with a mean of 40% of the maximum: before its length an answer cannot end, at its length
-it must (`transformers` is told the lengths). `generate` runs batch after batch, each until its longest answer ends, as
-a trainer calls it. The sides take turns, so that a busy machine slows all; ratios are to the last one. Tokens are those
-of answers; what `generate` computes past an end is lost.
+All sides sample at temperature 1 with the same prompts (8 to 40 random tokens) and the same completion lengths, drawn
+from a log-normal distribution with a mean of 40% of the maximum. A completion cannot end before its length and must end
+at it (`transformers` gets the lengths as limits). `generate` runs one batch after another, each until its longest
+completion ends, as a trainer would call it. The sides alternate, so that a busy machine slows all; ratios are to the
+last one. Only completion tokens count; tokens that `generate` computes after an end do not.
 """
 
 from __future__ import annotations
@@ -32,21 +32,21 @@ Side = Callable[[Any, list[list[int]], list[int], int, int], int]
 
 END, PAD = 2, 0
 NOW = 2.0
-"""In the place of a uniform number: the answer ends here."""
+"""Takes the place of a uniform number: the completion ends here."""
 
 
 def draw_lengths(count: int, longest: int) -> list[int]:
     """Log-normal, sigma 0.8, cut to 1..longest, scaled so that their mean is 40% of the longest."""
     shape = torch.randn(count, generator=torch.Generator().manual_seed(0)).mul(0.8).exp()
     scale = 0.4 * longest
-    for _ in range(50):  # the cut lowers the mean
+    for _ in range(50):  # clipping lowers the mean
         lengths = (shape * scale).clamp(1, longest)
         scale *= 0.4 * longest / float(lengths.mean())
     return lengths.round().int().tolist()
 
 
 def impose_on_ours(lengths: Sequence[int]) -> None:
-    """Seeds are the numbers of the answers here; their streams say where they end."""
+    """Seeds are completion indices here; their random streams encode where they end."""
     plain_noise, plain_choose = decoding.uniform_noise, decoding.choose
 
     def noise(seed: int, count: int) -> torch.Tensor:
@@ -68,14 +68,14 @@ class ImposedLengths(transformers.LogitsProcessor):
         self.last = torch.tensor(lengths) + width - 1
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        """The end and nothing else at an answer's length, anything but the end before it."""
+        """Allows only the end token at a completion's length, and every other token before it."""
         ends = (input_ids.shape[1] == self.last)[:, None]
         is_end = torch.arange(scores.shape[1]) == END
         return scores.masked_fill(ends ^ is_end, float("-inf"))
 
 
 def impose_on_transformers(lengths: Sequence[int]) -> None:
-    """For the sampler `transformers`: each request has a length of its own and no end token."""
+    """For the sampler `transformers`: each request has its own length limit and no end token."""
     plain = ContinuousBatchingManager.add_request
 
     def add_request(manager: Any, prompt: list[int], request_id: str) -> Any:
@@ -86,7 +86,7 @@ def impose_on_transformers(lengths: Sequence[int]) -> None:
 
 
 def by_sampler(name: str, **options: Any) -> Side:
-    """A row of SAMPLERS."""
+    """Wraps a row of SAMPLERS."""
 
     def side(model: Any, prompts: list[list[int]], lengths: list[int], longest: int, batch: int) -> int:
         chat: Any = SimpleNamespace(end_id=END, pad_id=PAD, tokenizer=SimpleNamespace(eos_token_id=END))
@@ -99,7 +99,7 @@ def by_sampler(name: str, **options: Any) -> Side:
 
 
 def by_generate(model: Any, prompts: list[list[int]], lengths: list[int], longest: int, batch: int) -> int:
-    """Tokens that were generated, not counting the padding after an end."""
+    """Number of generated tokens, without the padding after an end."""
     for start in range(0, len(prompts), batch):
         rows = prompts[start : start + batch]
         width = max(map(len, rows))
@@ -122,14 +122,14 @@ SIDES: dict[str, Side] = {
 
 
 def main() -> None:
-    """Print tokens a second of each side, the ratios of runs of one turn, and their medians."""
+    """Print tokens per second of each side, the ratios within a turn, and their medians."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model")
     parser.add_argument("--samplers", nargs="+", choices=SIDES, default=["hf", "generate"])
     parser.add_argument("--episodes", type=int, default=256)
     parser.add_argument("--batch", type=int, default=64, help="Sequences at a time, on all sides.")
     parser.add_argument("--max-new-tokens", type=int, default=256)
-    parser.add_argument("--same", type=int, default=1, help="Answers to each prompt.")
+    parser.add_argument("--same", type=int, default=1, help="Completions of each prompt.")
     parser.add_argument("--repeats", type=int, default=5)
     args = parser.parse_args()
     transformers.utils.logging.set_verbosity_error()
@@ -148,9 +148,9 @@ def main() -> None:
         for name in args.samplers:
             start, worked = time.perf_counter(), time.process_time()
             tokens = SIDES[name](model, prompts, lengths, args.max_new_tokens, args.batch)
-            if turn:  # the first warms up
+            if turn:  # the first is a warm-up
                 rates[name].append((tokens / (time.perf_counter() - start), time.process_time() - worked))
-    print(f"{len(prompts)} answers, {args.same} to a prompt, {sum(lengths) / len(lengths):.0f} tokens on average\n")
+    print(f"{len(prompts)} completions, {args.same} per prompt, {sum(lengths) / len(lengths):.0f} tokens on average\n")
     last = args.samplers[-1]
     print(f"| sampler | tokens/s | processor seconds | times {last} |\n| --- | --- | --- | --- |")
     for name, found in rates.items():

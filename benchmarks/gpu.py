@@ -1,23 +1,23 @@
-"""PPO at the size of OPT-1.3B on one GPU: seconds, share of what the machine can do, and hours for 131,900 prompts.
+"""PPO at the size of OPT-1.3B on one GPU: seconds, fraction of the hardware's limits, and hours for 131,900 prompts.
 
     bash benchmarks/gpu.sh                    # finds or makes the environment, then runs this program
     python benchmarks/gpu.py --trl DIR        # DIR: pip install --no-deps --target DIR trl==1.12.0
 
 The setting is the one for which DeepSpeed-Chat published 11.7 hours on one A100-80G (README, table 1, and
-BenckmarkSetting.md): actor OPT-1.3B, critic and reward model of OPT-350M's size, 256 tokens of prompt and 256 of
-answer, whose full length is forced, steps of 1,024 prompts with one optimizer step each, one pass. Weights are random
-and made here: they cost the same time. The critic's size is kept, not OPT-350M's projection of its embeddings.
+BenckmarkSetting.md): actor OPT-1.3B, critic and reward model of OPT-350M's size, prompts of 256 tokens and completions
+of exactly 256, steps of 1,024 prompts with one optimizer step each, one epoch. Weights are random, which costs the same
+time. The critic has OPT-350M's size, but not its projection of the embeddings.
 
-Without a GPU everything is small, so that the program itself is tested; its figures then mean nothing.
+Without a GPU all sizes are small, to test the program itself; the timings then mean nothing.
 
-What the machine can do is measured first: bytes read and written by a large copy, and a large matrix product.
+The hardware's limits are measured first: bytes read and written by a large copy, and a large matrix product.
 Decoding must read, at every step, the weights once and the keys and values of all tokens so far:
-    steps x 2 bytes x weights + columns x layers x 2 x width x 2 bytes,   over the copy's rate.
-Training must compute, for T tokens of which A are the answers', on sequences of S tokens:
+    steps x 2 bytes x weights + columns x layers x 2 x width x 2 bytes,   divided by the copy's rate.
+Training must compute, for T tokens, A of them completion tokens, on sequences of S tokens:
     6 x T x weights of the linear layers + 6 x A x (vocabulary x width) + 6 x T x S x width x layers,
-the last for causal attention, half of the square. What is computed twice to save memory is not work that had to be
-done, so it is told apart: always the head's logits, 2 x A x (vocabulary x width); with gradient checkpointing a whole
-forward pass.
+the last term for causal attention, half of the square. Recomputation that saves memory is not required work, so it is
+reported separately: always the head's logits, 2 x A x (vocabulary x width); with gradient checkpointing a whole forward
+pass.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ PHASES = ("rollout", "score", "learn")
 PROMPTS = 131_900
 PUBLISHED = "DeepSpeed-Chat published 11.7 h on one A100-80G"
 DATASHEETS = {"H200": (989e12, 4.8e12), "H100": (989e12, 3.35e12), "A100": (312e12, 2.0e12)}
-"""Dense bf16 operations/s and bytes/s of the SXM boards, by the vendor's data sheets."""
+"""Dense bf16 operations/s and bytes/s of the SXM boards, from the vendor's data sheets."""
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ class Shape:
 
 @dataclass(frozen=True)
 class Setting:
-    """Models and amounts of one measurement."""
+    """Models and sizes of one measurement."""
 
     policy: Shape
     critic: Shape
@@ -85,17 +85,17 @@ class Setting:
     new_tokens: int
     episodes: int
     trl_episodes: int
-    """TRL keeps the logits of a whole rollout, so it gets smaller steps."""
+    """Episodes per step for TRL: fewer, because it keeps the logits of a whole rollout."""
     batch_size: int
     micro_batch_tokens: int
     seconds: int
-    """For each side, the models' loading included."""
+    """Time limit of each side, including loading."""
     step: str = "eager"
     compile: bool = False
     gradient_checkpointing: bool = False
 
     def update_flops(self, episodes: int) -> dict[str, float]:
-        """Operations that scoring and learning need in one update, and those that learning does twice."""
+        """Operations that scoring and learning require in one update, and those that learning repeats."""
         length, answers = self.prompt_tokens + self.new_tokens, episodes * self.new_tokens
         tokens = episodes * length
         policy = self.policy.forward_flops(tokens, length, answers)
@@ -104,13 +104,13 @@ class Setting:
         return {"score": 2 * policy + 2 * critic, "learn": 3 * (policy + critic), "twice": twice}
 
     def decode_bytes(self, steps: int, columns: int, element: int) -> float:
-        """Bytes that decoding must read: weights at every step, keys and values of so many row-columns."""
+        """Bytes that decoding must read: the weights at every step, and the keys and values of all row-columns."""
         weights = self.policy.linear + self.policy.head
         return float(element) * (steps * weights + 2 * columns * self.policy.layers * self.policy.width)
 
 
 def setting_for(gpu_bytes: int, flops: float) -> Setting:
-    """The large setting, cut to the GPU's memory and, by smaller steps, to its speed; the small one without a GPU."""
+    """The large setting, reduced to the GPU's memory and, by smaller steps, to its speed; a small one without a GPU."""
     if not gpu_bytes:
         tiny = Shape(layers=2, width=64, heads=4, inner=256, vocab=512)
         return Setting(tiny, tiny, 16, 16, 8, 8, batch_size=8, micro_batch_tokens=128, seconds=1)
@@ -119,7 +119,7 @@ def setting_for(gpu_bytes: int, flops: float) -> Setting:
     free = max(4e9, gpu_bytes - 45e9)  # weights, gradients and AdamW's moments of both take about 30 GB
     rows = _power_of_two(free / (1.15 * 512 * 4 * policy.layers * policy.width))  # keys and values of 512 tokens
     tokens = _power_of_two(free / 4e6)  # activations: about 3 MB a token of policy and critic together
-    episodes = min(1024, max(64, _power_of_two(1024 * flops / 500e12)))  # DeepSpeed-Chat's steps are of at most 1,024
+    episodes = min(1024, max(64, _power_of_two(1024 * flops / 500e12)))  # at most the 1,024 of DeepSpeed-Chat
     batch, micro_batch = min(episodes, rows), min(32768, max(1024, tokens))
     return Setting(policy, critic, 256, 256, episodes, episodes // 4, batch, micro_batch, seconds=190)
 
@@ -128,11 +128,11 @@ def _power_of_two(most: float) -> int:
     return 1 << max(0, int(most).bit_length() - 1)
 
 
-# ---- what is put in ------------------------------------------------------------------------------------------------
+# ---- inputs --------------------------------------------------------------------------------------------------------
 
 
 def make_models(setting: Setting, folder: Path) -> None:
-    """Random weights as two model folders, with a tokenizer of one word a token, and prompts of the exact length."""
+    """Random weights as two model folders, with a tokenizer of one word per token, and prompts of the exact length."""
     from tokenizers import Tokenizer, models, pre_tokenizers
 
     special = ["<s>", "<pad>", "</s>", "<unk>"]
@@ -167,11 +167,11 @@ def make_models(setting: Setting, folder: Path) -> None:
     (folder / "prompts.jsonl").write_text("\n".join(lines) + "\n", "utf-8")
 
 
-# ---- what the machine can do ---------------------------------------------------------------------------------------
+# ---- hardware limits -----------------------------------------------------------------------------------------------
 
 
 def seconds_of(work: Callable[[], Any]) -> float:
-    """Median seconds of a piece of work after three warm-ups."""
+    """Median seconds of a function after three warm-ups."""
     times = []
     for _ in range(13):
         start = _now()
@@ -187,9 +187,9 @@ def _now() -> float:
 
 
 def ceilings() -> dict[str, float]:
-    """Operations/s of a matrix product in the dtype of the computation, bytes/s of a copy (read and written).
+    """Operations/s of a matrix product in the compute dtype, bytes/s of a copy (read and written), data-sheet values.
 
-    And what the data sheet says, where it is known.
+    Data-sheet values are given only for known GPUs.
     """
     cuda = torch.cuda.is_available()
     device, size, side = ("cuda", 2**32, 8192) if cuda else ("cpu", 2**26, 512)
@@ -206,13 +206,13 @@ def ceilings() -> dict[str, float]:
     return found
 
 
-# ---- one side after the other --------------------------------------------------------------------------------------
+# ---- the sides, in turn --------------------------------------------------------------------------------------------
 
 
 def measure(
     side: str, setting: Setting, folder: Path, trl: Path | None = None, profile: Path | None = None
 ) -> dict[str, Any]:
-    """One side in a process of its own; what it had written, if it runs longer than it may."""
+    """Run one side in a new process; on a timeout, return what it had written."""
     spec = {
         "run": str(folder / f"run-{side}"),
         "policy": str(folder / "policy"),
@@ -246,17 +246,17 @@ def measure(
 
 
 def profile(setting: Setting, out: Path) -> None:
-    """Where the time of each phase goes, in a warm update with few tokens."""
+    """Profile the phases of a warm update with few tokens."""
     with tempfile.TemporaryDirectory() as name:
         make_models(setting, Path(name))
         found = measure("ours", setting, Path(name), profile=out)
     if found["failed"]:
-        raise SystemExit("the profile is not whole; see above")
+        raise SystemExit("the profile is incomplete; see above")
     print(f"{out}/profile-PHASE.txt: the operations that take most time in {', '.join(PHASES)}", flush=True)
 
 
-def figures(found: dict[str, Any], setting: Setting, limits: dict[str, float], element: int) -> dict[str, Any]:
-    """What the table shows of a side: medians over its updates, the first left out where there are more."""
+def measurements(found: dict[str, Any], setting: Setting, limits: dict[str, float], element: int) -> dict[str, Any]:
+    """The table's values for a side: medians over its updates, without the first if there are more."""
     updates = found["updates"][1:] or found["updates"]
     episodes, medians = found["episodes"], {p: statistics.median(u["phases"][p] for u in updates) for p in PHASES}
     seconds = statistics.median(update["seconds"] for update in updates)
@@ -270,11 +270,11 @@ def figures(found: dict[str, Any], setting: Setting, limits: dict[str, float], e
         **{f"seconds in {phase}": medians[phase] for phase in PHASES},
         "answer tokens/s in rollout": episodes * setting.new_tokens / medians["rollout"],
         **{f"tokens/s in {phase}": tokens / medians[phase] for phase in ("score", "learn")},
-        "share of the matrix rate in score": work["score"] / medians["score"] / limits["flops"],
-        "share of the matrix rate in learn": work["learn"] / medians["learn"] / limits["flops"],
+        "fraction of the matrix rate in score": work["score"] / medians["score"] / limits["flops"],
+        "fraction of the matrix rate in learn": work["learn"] / medians["learn"] / limits["flops"],
         "the same, with what is computed twice": None,
         "the same, of the data sheet's matrix rate": None,
-        "share of the bandwidth limit in decoding": None,
+        "fraction of the bandwidth limit in decoding": None,
         "the same, of the data sheet's bandwidth": None,
         "peak GB, loaded": found["loaded_gb"],
         **{f"peak GB in {phase}": max(u["peak_gb"][phase] for u in updates) for phase in PHASES},
@@ -282,14 +282,19 @@ def figures(found: dict[str, Any], setting: Setting, limits: dict[str, float], e
     if "decode_steps" in updates[-1]:  # ours
         both = work["learn"] + work["twice"]
         shown["the same, with what is computed twice"] = both / medians["learn"] / limits["flops"]
-        shares = []
+        fractions = []
         for u in updates:
             moved = setting.decode_bytes(u["decode_steps"], u["decode_columns"], element)
-            shares.append(moved / (u["phases"]["rollout"] - u["prefill_seconds"]) / limits["bytes"])
-        shown["share of the bandwidth limit in decoding"] = statistics.median(shares)
+            fractions.append(moved / (u["phases"]["rollout"] - u["prefill_seconds"]) / limits["bytes"])
+        shown["fraction of the bandwidth limit in decoding"] = statistics.median(fractions)
     for ours, theirs, limit, sheet in (
-        ("share of the matrix rate in learn", "the same, of the data sheet's matrix rate", "flops", "sheet_flops"),
-        ("share of the bandwidth limit in decoding", "the same, of the data sheet's bandwidth", "bytes", "sheet_bytes"),
+        ("fraction of the matrix rate in learn", "the same, of the data sheet's matrix rate", "flops", "sheet_flops"),
+        (
+            "fraction of the bandwidth limit in decoding",
+            "the same, of the data sheet's bandwidth",
+            "bytes",
+            "sheet_bytes",
+        ),
     ):
         if shown[ours] is not None and sheet in limits:
             shown[theirs] = shown[ours] * limits[limit] / limits[sheet]
@@ -297,14 +302,17 @@ def figures(found: dict[str, Any], setting: Setting, limits: dict[str, float], e
 
 
 def step_table(found: dict[str, Any], setting: Setting, limits: dict[str, float], element: int) -> str:
-    """Markdown: each way of taking a decoding step, over one batch of answers that was answered once before."""
-    lines = ["| decoding step | ms | share of the bandwidth limit | first batch, s | second, s |", f"|{' --- |' * 5}"]
+    """Markdown table of the decoding steps, over one batch of completions after a warm-up batch."""
+    lines = [
+        "| decoding step | ms | fraction of the bandwidth limit | first batch, s | second, s |",
+        f"|{' --- |' * 5}",
+    ]
     for update in found["updates"]:
         seconds = update["took"][1] - update["prefill_seconds"]
-        share = setting.decode_bytes(update["decode_steps"], update["decode_columns"], element) / seconds
+        fraction = setting.decode_bytes(update["decode_steps"], update["decode_columns"], element) / seconds
         first, second = update["took"]
         ms = 1000 * seconds / update["decode_steps"]
-        lines.append(f"| {update['step']} | {ms:.2f} | {share / limits['bytes']:.1%} | {first:.2f} | {second:.2f} |")
+        lines.append(f"| {update['step']} | {ms:.2f} | {fraction / limits['bytes']:.1%} | {first:.2f} | {second:.2f} |")
     return "\n".join(lines)
 
 
@@ -320,16 +328,16 @@ def table(sides: dict[str, dict[str, Any]]) -> str:
 def _cell(name: str, value: float | None) -> str:
     if value is None:
         return "-"
-    if name.startswith(("share", "the same")):
+    if name.startswith(("fraction", "the same")):
         return f"{value:.1%}"
     return f"{value:,.0f}" if isinstance(value, int) or value >= 100 else f"{value:,.2f}"
 
 
 def machine() -> dict[str, Any]:
-    """Where this runs, and with what."""
+    """The device and the package versions."""
     versions = {name: version(name) for name in ("torch", "transformers")}
     if not torch.cuda.is_available():
-        return {"device": "CPU (small mode: the figures mean nothing)", "gpu_bytes": 0, "versions": versions}
+        return {"device": "CPU (small mode: the timings mean nothing)", "gpu_bytes": 0, "versions": versions}
     properties = torch.cuda.get_device_properties(0)
     return {"device": properties.name, "gpu_bytes": properties.total_memory, "versions": versions}
 
@@ -338,13 +346,17 @@ def main() -> None:
     """Measure, print the table, write gpu.json."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--trl", type=Path, help="Folder with TRL 1.12.0; without it only ours is measured.")
-    parser.add_argument("--out", type=Path, default=Path(os.environ.get("OUT", ROOT / ".gpu")), help="For gpu.json.")
-    parser.add_argument("--batch-size", type=int, help="Sequences that we decode at a time.")
-    parser.add_argument("--micro-batch-tokens", type=int, help="Tokens of a pass in training, of either side.")
-    parser.add_argument("--seconds", type=int, help="For each side.")
+    parser.add_argument(
+        "--out", type=Path, default=Path(os.environ.get("OUT", ROOT / ".gpu")), help="Folder for gpu.json."
+    )
+    parser.add_argument("--batch-size", type=int, help="Sequences that our side decodes together.")
+    parser.add_argument("--micro-batch-tokens", type=int, help="Tokens per training pass, on both sides.")
+    parser.add_argument("--seconds", type=int, help="Time limit of each side.")
     parser.add_argument("--step", choices=("eager", "cuda_graph"), help="How our side decodes in the updates.")
-    parser.add_argument("--compile", action="store_true", help="Ours with compile=true.")
-    parser.add_argument("--gradient-checkpointing", action="store_true", help="Ours with it; TRL's default is its own.")
+    parser.add_argument("--compile", action="store_true", help="Run our side with compile=true.")
+    parser.add_argument(
+        "--gradient-checkpointing", action="store_true", help="Turn it on for our side; TRL keeps its default."
+    )
     parser.add_argument("--profile", action="store_true", help="Instead, write profile-PHASE.txt of a short update.")
     args = parser.parse_args()
     here = machine()
@@ -375,18 +387,18 @@ def main() -> None:
             found["TRL 1.12.0"] = measure("trl", setting, Path(name), args.trl)
         else:
             where = f"{args.trl} holds no package trl" if args.trl else "no folder was named with --trl"
-            print(f"TRL is left out: {where}", flush=True)
+            print(f"TRL is skipped: {where}", flush=True)
     element = 2 if here["gpu_bytes"] else 4
     for side, result in found.items():
         if result["updates"] and side != "steps":
-            sides[side] = figures(result, setting, limits, element)
+            sides[side] = measurements(result, setting, limits, element)
     everything = {"machine": here, "limits": limits, "setting": asdict(setting), "sides": sides, "raw": found}
     (args.out / "gpu.json").write_text(json.dumps(everything, indent=1), "utf-8")
     if sides:
         print(f"\n{table(sides)}", flush=True)
     print(f"\n{step_table(found['steps'], setting, limits, element)}", flush=True)
     if any(result["failed"] for result in found.values()):
-        raise SystemExit("a side did not end by itself; see above")
+        raise SystemExit("a side failed or timed out; see above")
 
 
 if __name__ == "__main__":

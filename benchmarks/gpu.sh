@@ -1,15 +1,15 @@
 #!/usr/bin/env bash
-# PPO at the size of OPT-1.3B on one GPU, in under 10 minutes; without a GPU the same in miniature, in under 1 minute.
+# PPO at the size of OPT-1.3B on one GPU, in under 10 minutes; without a GPU a miniature, in under 1 minute.
 #
 #   bash benchmarks/gpu.sh                  prints the table and writes gpu.json to .gpu/, to $OUT if that is set,
 #                                           or to the folder of --out; other options: see benchmarks/gpu.py
 #   bash benchmarks/gpu.sh --tests          runs the tests that need a GPU instead
 #   bash benchmarks/gpu.sh --pack [3.12]    gathers in .gpu/ what a GPU machine without a package index may lack, for
-#                                           that Python: bring .gpu/ there beside the repository (about 25 MB)
+#                                           that Python: copy .gpu/ into the repository there (about 25 MB)
 #
-# The Python is $PYTHON, or the first of .venv, .gpu/venv and python3 whose torch sees a GPU. Packages that it lacks are
-# taken from .gpu/wheels, else from the package index into .gpu/venv. TRL 1.12.0, the last with PPO, is measured as well
-# where it is in .gpu/trl (or the folder of --trl), or can be fetched.
+# The Python is $PYTHON, or the first of .venv, .gpu/venv and python3 whose torch sees a GPU. Missing packages are taken
+# from .gpu/wheels, else from the package index into .gpu/venv. TRL 1.12.0, the last with PPO, is measured too if it is
+# in .gpu/trl (or the folder of --trl), or can be downloaded.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 wheels=.gpu/wheels trl=.gpu/trl
@@ -21,7 +21,7 @@ fail() {
   exit 1
 }
 
-pack() { # what the image of our GPU machine lacks, besides torch, numpy, pyarrow, pandas, rich, typer and the like
+pack() { # what our GPU machine's image lacks; it has torch, numpy, pyarrow, pandas, rich, typer
   local platforms=() python=${PYTHON:-python3}
   for name in _2_28 _2_27 _2_24 _2_17 2014 2010 1; do
     platforms+=(--platform "manylinux${name}_x86_64")
@@ -30,7 +30,7 @@ pack() { # what the image of our GPU machine lacks, besides torch, numpy, pyarro
   # shellcheck disable=SC2086
   "$python" -m pip download -q --no-deps --only-binary=:all: --implementation cp --python-version "$1" \
     "${platforms[@]}" --constraint constraints.txt -d "$wheels" $packed
-  "$python" -m pip wheel -q --no-deps --constraint constraints.txt -w "$wheels" deepspeed # it comes as source alone
+  "$python" -m pip wheel -q --no-deps --constraint constraints.txt -w "$wheels" deepspeed # there is no wheel of it
   "$python" -m pip install -q --no-deps --target "$trl" trl==1.12.0
   du -sh .gpu
 }
@@ -39,7 +39,7 @@ sees_gpu() {
   "$1" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' 2> /dev/null
 }
 
-lacks() { # the packages of pyproject.toml that a PPO run needs and this Python has not, or has too old
+lacks() { # packages of pyproject.toml for a PPO run that this Python lacks or has in a wrong version
   "$1" - << 'END'
 import importlib.metadata, tomllib
 try:
@@ -59,8 +59,8 @@ for line in tomllib.load(open("pyproject.toml", "rb"))["project"]["dependencies"
 END
 }
 
-make_venv() { # $1 with the project's packages; with "keep", what $1 has already stays, its torch above all
-  echo "Installing into .gpu/venv what $1 lacks" >&2
+make_venv() { # from $1, with the project's packages; with "keep", $1's own packages (its torch) stay visible
+  echo "Installing into .gpu/venv the packages that $1 lacks" >&2
   [ "$1" = .gpu/venv/bin/python ] || "$1" -m venv --clear .gpu/venv || return 1
   if [ "${2:-}" = keep ] && [ "$1" != .gpu/venv/bin/python ]; then
     "$1" -c 'import site; print("\n".join(site.getsitepackages()))' \
@@ -84,11 +84,11 @@ if [ -z "$python" ]; then
   for candidate in ${PYTHON:-.venv/bin/python .gpu/venv/bin/python python3}; do
     command -v "$candidate" > /dev/null && python=$candidate && break
   done
-  [ -n "$python" ] || fail "there is no Python: set PYTHON"
+  [ -n "$python" ] || fail "no Python found: set PYTHON"
   if nvidia-smi -L > /dev/null 2>&1; then
-    make_venv "$python" || fail "there is a GPU but no torch that sees it, and none can be installed"
+    make_venv "$python" || fail "no torch sees the GPU, and none can be installed"
     python=.gpu/venv/bin/python
-    sees_gpu "$python" || fail "there is a GPU, and torch does not see it: install a torch for its driver"
+    sees_gpu "$python" || fail "torch does not see the GPU: install a torch for its driver"
   fi
 fi
 
@@ -104,7 +104,7 @@ if [ -n "$(lacks "$python")" ]; then
 fi
 missing=$(lacks "$python")
 [ -z "$missing" ] || fail "$python lacks: $missing
-Without a package index: run 'bash benchmarks/gpu.sh --pack' where there is one, and bring the folder .gpu here."
+Without a package index: run 'bash benchmarks/gpu.sh --pack' on a machine that has one, and copy the folder .gpu here."
 
 export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH}
 if [ "${1:-}" = --tests ]; then
@@ -114,7 +114,7 @@ fi
 
 if [[ " $* " != *" --trl"* ]]; then
   if [ ! -d $trl/trl ] && sees_gpu "$python"; then
-    "$python" -m pip install -q --no-deps --target $trl trl==1.12.0 || echo "TRL 1.12.0 cannot be fetched" >&2
+    "$python" -m pip install -q --no-deps --target $trl trl==1.12.0 || echo "TRL 1.12.0 cannot be downloaded" >&2
   fi
   [ ! -d $trl/trl ] || set -- --trl $trl "$@"
 fi

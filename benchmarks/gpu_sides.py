@@ -1,7 +1,7 @@
-"""The sides of `benchmarks/gpu.py`, each a process of its own: `gpu_sides.py ours|steps|trl SPEC.json RESULT.json`.
+"""The sides of `benchmarks/gpu.py`, each a separate process: `gpu_sides.py ours|steps|trl SPEC.json RESULT.json`.
 
-Both get the same weights, prompts and lengths, and one optimizer step an update, as DeepSpeed-Chat had it. The result
-is written again after every update, so that what a time limit cuts off is not lost.
+Both get the same weights, prompts and lengths, and one optimizer step per update, as in DeepSpeed-Chat. The result is
+rewritten after every update, so that a timeout loses only the current one.
 """
 
 from __future__ import annotations
@@ -22,18 +22,18 @@ PHASES = ("rollout", "score", "learn")
 
 
 def now() -> float:
-    """Seconds, once the GPU has done what it was given."""
+    """Seconds, after the GPU has finished its queued work."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
     return time.perf_counter()
 
 
 def reset_peak() -> None:
-    """Forget the peak of memory so far."""
+    """Reset the peak of memory."""
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
         return
-    with contextlib.suppress(OSError):  # where the kernel forbids it, the peak is the one of all phases so far
+    with contextlib.suppress(OSError):  # if the kernel forbids it, the peak covers all phases so far
         Path("/proc/self/clear_refs").write_text("5")
 
 
@@ -46,7 +46,7 @@ def peak_gb() -> float:
 
 
 class Notes:
-    """What an update took; the first one is marked as the warm-up."""
+    """Time and memory of each update; the first is marked as the warm-up."""
 
     def __init__(self, spec: dict[str, Any], path: Path) -> None:
         self.spec, self.path = spec, path
@@ -54,18 +54,18 @@ class Notes:
         self.result: dict[str, Any] = {"loaded_gb": 0.0, "load_seconds": 0.0, "updates": []}
 
     def loaded(self) -> None:
-        """The models stand where they will work."""
+        """Call when the models are on their device."""
         self.result |= {"load_seconds": now() - self.mark, "loaded_gb": peak_gb()}
         self.mark = now()
 
     def update(self, **figures: Any) -> None:
-        """An update ended."""
+        """Call at the end of an update."""
         self.result["updates"].append({"seconds": now() - self.mark, **figures})
         self.path.write_text(json.dumps(self.result), "utf-8")
         self.mark = now()
 
     def time_for_another(self) -> bool:
-        """Whether one more update fits into the seconds given; there are at least two, the first of them to warm up."""
+        """Whether another update fits into the time limit; there are at least two, the first of them a warm-up."""
         updates = self.result["updates"]
         if len(updates) < 2 or self.spec["profile"]:
             return len(updates) < 2
@@ -77,7 +77,7 @@ class Notes:
 
 @contextlib.contextmanager
 def profiled(file: Path) -> Iterator[None]:
-    """Write the operations that take most time, those of the GPU where there is one."""
+    """Write the operations that take most time, on the GPU if there is one."""
     cuda = torch.cuda.is_available()
     kinds = [torch.profiler.ProfilerActivity.CPU, *([torch.profiler.ProfilerActivity.CUDA] if cuda else [])]
     with torch.profiler.profile(activities=kinds) as profile:
@@ -87,7 +87,7 @@ def profiled(file: Path) -> Iterator[None]:
 
 
 class Decoding:
-    """Counts the steps of a rollout and takes the time of its prefills, from outside."""
+    """Counts the decoding steps of a rollout and times its prefills, by wrapping the sampler."""
 
     def __init__(self) -> None:
         from rlhf.rollout import decode_step, decoding
@@ -119,7 +119,7 @@ class Decoding:
 
 
 def our_config(spec: dict[str, Any]) -> dict[str, Any]:
-    """What a user would write."""
+    """A user's config."""
     return {
         "run": spec["run"],
         "model": {"path": spec["policy"], "chat_template": "plain"},
@@ -129,7 +129,7 @@ def our_config(spec: dict[str, Any]) -> dict[str, Any]:
         "rollout": {
             "prompts_per_update": spec["episodes"],
             "max_new_tokens": spec["new_tokens"],
-            "min_new_tokens": spec["new_tokens"],  # every answer has its full length
+            "min_new_tokens": spec["new_tokens"],  # every completion has its full length
             "batch_size": spec["batch_size"],
             "sampler": {"name": "hf", "step": spec["step"]},
         },
@@ -140,7 +140,7 @@ def our_config(spec: dict[str, Any]) -> dict[str, Any]:
 
 
 def ours(spec: dict[str, Any], notes: Notes) -> None:
-    """Updates of stages.ppo.PPO, without the evaluations and checkpoints that stand between them in a run."""
+    """Updates of stages.ppo.PPO, without the evaluations and checkpoints of a run."""
     import stages.ppo
     from rlhf.config.load import check_config
     from rlhf.ppo.config import PPOConfig
@@ -167,14 +167,14 @@ def ours(spec: dict[str, Any], notes: Notes) -> None:
         decoding.clear()
         figures = stage.update(len(notes.result["updates"]))
         if figures["rollout/response_length"] != spec["new_tokens"]:
-            raise SystemExit(f"answers of {figures['rollout/response_length']} tokens, not {spec['new_tokens']}")
+            raise SystemExit(f"completions of {figures['rollout/response_length']} tokens, not {spec['new_tokens']}")
         phases = {phase: figures[f"time/{phase}"] for phase in PHASES}
         ratio = [figures["policy/first_ratio_min"], figures["policy/first_ratio_max"]]
         notes.update(phases=phases, peak_gb=dict(peaks), ratio=ratio, kl=figures["objective/kl"], **decoding.figures)
 
 
 def steps(spec: dict[str, Any], notes: Notes) -> None:
-    """One batch of answers by each way of taking a decoding step, twice: the first time it is recorded."""
+    """One batch of completions with each kind of decoding step, twice: the first time the step is recorded."""
     from types import SimpleNamespace
 
     from rlhf.config.base import ModelConfig
@@ -206,7 +206,7 @@ def steps(spec: dict[str, Any], notes: Notes) -> None:
 
 
 class Phases:
-    """Phases of TRL's updates, told from outside: by its calls of `generate` and its first pass in training."""
+    """Detects the phases of TRL's updates from its calls of `generate` and its first training pass."""
 
     def __init__(self, policy: Any, notes: Notes, autocast: Any) -> None:
         self.notes, self.autocast = notes, autocast
@@ -215,7 +215,7 @@ class Phases:
         self.peaks: dict[str, float] = {}
 
     def answer(self, *inputs: Any, **options: Any) -> Any:
-        """One of several batches of a rollout."""
+        """Called for each batch of a rollout."""
         if not self.marks:
             reset_peak()
         self.marks.setdefault("start", now())
@@ -238,10 +238,10 @@ class Phases:
 
 
 def trl(spec: dict[str, Any], notes: Notes) -> None:
-    """Updates of TRL's PPOTrainer. What is trained has float32 weights under bf16 autocast, generation too, which TRL
-    by itself would do in float32; reference and reward model are bf16, as they are on our side."""
+    """Updates of TRL's PPOTrainer. Trained models have float32 weights under bf16 autocast, in generation too, where
+    TRL would use float32 by default; reference and reward model are bf16, as on our side."""
     if torch.cuda.is_available():
-        os.environ["ACCELERATE_MIXED_PRECISION"] = "bf16"  # its own Accelerator does not read `bf16=True`
+        os.environ["ACCELERATE_MIXED_PRECISION"] = "bf16"  # its Accelerator ignores `bf16=True`
     import transformers
     from datasets import Dataset
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
@@ -254,7 +254,7 @@ def trl(spec: dict[str, Any], notes: Notes) -> None:
         def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
             phases.update_ends()
             if not notes.time_for_another():
-                sys.exit(0)  # PPOTrainer reads no `should_training_stop`
+                sys.exit(0)  # PPOTrainer ignores `should_training_stop`
 
     tokenizer = AutoTokenizer.from_pretrained(spec["policy"])
     lines = Path(spec["prompts"]).read_text("utf-8").splitlines()
@@ -278,7 +278,7 @@ def trl(spec: dict[str, Any], notes: Notes) -> None:
             num_mini_batches=1,
             num_ppo_epochs=1,
             total_episodes=spec["episodes"] * 1000,
-            response_length=spec["new_tokens"],  # no stop token: every answer has its full length
+            response_length=spec["new_tokens"],  # no stop token: every completion has its full length
             temperature=1.0,
             num_sample_generations=0,
             save_strategy="no",

@@ -1,9 +1,9 @@
-"""Make HH-style pairs, as many as wanted, by variation of the real ones.
+"""Make any number of HH-style pairs by varying the real ones.
 
     python benchmarks/hh_rows.py --rows 1000000 --out /tmp/hh-1m.jsonl
 
-Each row is a real pair in which a seeded choice of words is replaced by words of the same length class from other
-rows, so that lengths, turns and bytes are those of the real data and no two prompts need be the same.
+Each row is a real pair in which randomly chosen words (by the seed) are replaced by words of similar length from other
+rows. So lengths, turns and bytes are those of the real data, and prompts need not repeat.
 """
 
 from __future__ import annotations

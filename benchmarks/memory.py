@@ -1,8 +1,8 @@
-"""Peak memory: what `rlhf plan` predicts against what is measured, and PPO's against TRL 1.12.0's.
+"""Peak memory: the prediction of `rlhf plan` against measurement, and PPO's peak against TRL 1.12.0's.
 
 python benchmarks/memory.py --plan                       # predicted and measured peaks by phase
 pip install --no-deps --target /tmp/trl112 trl==1.12.0
-python benchmarks/memory.py --trl /tmp/trl112            # against TRL's
+python benchmarks/memory.py --trl /tmp/trl112            # PPO's peak against TRL's
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ CONFIGS: dict[str, tuple[str, dict[str, int], int, int, dict[str, Any]]] = {
 
 
 def make_model(folder: Path, shape: dict[str, int], vocabulary: int) -> int:
-    """A Llama with random weights, heads of 64, tied embeddings and the tokenizer of stories260K; its parameters."""
+    """Write a random Llama with heads of 64, tied embeddings, stories260K's tokenizer; return its parameter count."""
     import shutil
 
     from transformers import LlamaConfig, LlamaForCausalLM
@@ -97,7 +97,7 @@ def make_model(folder: Path, shape: dict[str, int], vocabulary: int) -> int:
 
 
 def text_of(tokens: int, number: int) -> str:
-    """A text of so many tokens or a few less, other ones for other numbers."""
+    """A text of at most this many tokens, and only a few less; it differs by index."""
     lines = (SHARED / "data" / "text" / "tinystories_1000.jsonl").read_text("utf-8").splitlines()
     text = " ".join(json.loads(line)["text"] for line in lines[number % 900 : number % 900 + 12])
     words = text[: tokenizer_of().encode(text).offsets[tokens - 1][0]].split()
@@ -112,7 +112,7 @@ def tokenizer_of() -> Any:
 
 
 def write_data(stage: str, values: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """Rows as long as the config lets them be; the values that name them."""
+    """Write rows as long as the config allows; return the config values that name them."""
     file = folder / f"{stage}.jsonl"
     rows: list[dict[str, Any]] = []
     if stage == "ppo":
@@ -160,7 +160,7 @@ def measure(stage: str, config: dict[str, Any], processes: int, folder: Path, gi
 
 
 def predicted(stage: str, config: dict[str, Any], processes: int, longest: int) -> dict[str, float]:
-    """The same as `rlhf plan` reckons it, without a GPU."""
+    """The prediction of `rlhf plan`, without a GPU."""
     from rlhf.cli.stage_configs import STAGES
     from rlhf.config.load import check_config
     from rlhf.distributed.deepspeed_config import read_deepspeed
@@ -177,7 +177,7 @@ def predicted(stage: str, config: dict[str, Any], processes: int, longest: int) 
 
 
 def both(name: str, folder: Path) -> tuple[dict[str, float], dict[str, int], int]:
-    """Predicted and measured peaks of a config by phase, bytes; and the model's parameters."""
+    """Predicted and measured peaks of a config by phase, bytes; and the model's parameter count."""
     stage, shape, vocabulary, processes, values = CONFIGS[name]
     count = make_model(folder / "model", shape, vocabulary)
     values = json.loads(json.dumps(values))
@@ -188,7 +188,7 @@ def both(name: str, folder: Path) -> tuple[dict[str, float], dict[str, int], int
 
 
 def compare(names: list[str], folder: Path) -> None:
-    """The table: for each config the highest phase, then all of them."""
+    """Print for each config the highest phase, then all phases."""
     print("| run | parameters | phase | predicted MB | measured MB | error |\n|---|---|---|---|---|---|")
     for name in names:
         guess, found, count = both(name, Path(tempfile.mkdtemp(dir=folder)))
@@ -203,7 +203,7 @@ def compare(names: list[str], folder: Path) -> None:
 
 
 def vocabularies(folder: Path) -> None:
-    """One body with two vocabularies and two budgets: what phases take above weights, optimizer and gradients."""
+    """Print the phases' memory above weights, optimizer and gradients by vocabulary and micro-batch size."""
     head = ("vocabulary", "micro_batch_tokens", "logits in full, MB", "rollout MB", "scoring MB", "update MB")
     print(f"| {' | '.join(head)} |\n|{' --- |' * len(head)}")
     for vocabulary in (32_000, 150_000):
@@ -214,7 +214,7 @@ def vocabularies(folder: Path) -> None:
                 "run": str(place / "run"), "model": {"path": str(place / "model"), "chat_template": "plain"}
             }  # fmt: skip
             found = measure("ppo", config, 1, place)
-            states = 4 * 3 * count + 8 * 2 * count  # policy, critic and reference; two moments of what is trained
+            states = 4 * 3 * count + 8 * 2 * count  # policy, critic and reference; two moments of the trained weights
             above = [found["rollout"] - states, found["scoring"] - states, found["update"] - states - 8 * count]
             full = vocabulary * tokens * 4 * 192 // 256
             cells = [f"{vocabulary:,}", f"{tokens:,}", *(f"{size / 1e6:,.0f}" for size in (full, *above))]
@@ -224,11 +224,11 @@ def vocabularies(folder: Path) -> None:
 # ---- against TRL -----------------------------------------------------------------------------------------------------
 
 LARGE = {"hidden_size": 384, "intermediate_size": 1024, "layers": 10, "heads": 6}
-"""With 32,000 tokens: 30 million parameters."""
+"""With a vocabulary of 32,000: 30 million parameters."""
 
 
 def compare_sides(args: argparse.Namespace, folder: Path) -> None:
-    """PPO's peak above the imports on each side, a process each: the same weights, prompts, lengths and minibatches."""
+    """Print PPO's peak above the imports; the sides have the same weights, prompts, lengths and minibatches."""
     from ppo import measure, write_prompts
 
     count = make_model(folder / "model", LARGE, 32_000)
@@ -247,20 +247,20 @@ def main() -> None:
     """Print the tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--plan", action="store_true", help="Compare predictions with measurements.")
-    parser.add_argument(
-        "--only", nargs="+", choices=CONFIGS, default=list(CONFIGS), help="Of the predictions' configs."
-    )
+    parser.add_argument("--only", nargs="+", choices=CONFIGS, default=list(CONFIGS), help="Which configs to predict.")
     parser.add_argument("--vocabulary", action="store_true", help="Peaks at vocabularies of 32k and 150k.")
-    parser.add_argument("--trl", type=Path, help="Folder with TRL 1.12.0: compare with it.")
+    parser.add_argument("--trl", type=Path, help="Folder with TRL 1.12.0, to compare with.")
     parser.add_argument(
         "--sides", nargs="+", choices=("trl", "trl-nogc", "ours", "ours-shared"), default=("trl", "ours", "ours-shared")
     )
     parser.add_argument("--episodes", type=int, default=64)
     parser.add_argument("--new-tokens", type=int, default=256)
-    parser.add_argument("--epochs", type=int, default=1, help="Peaks do not depend on their number.")
+    parser.add_argument("--epochs", type=int, default=1, help="Epochs; they do not change the peak.")
     parser.add_argument("--updates", type=int, default=1)
-    parser.add_argument("--micro-batch-tokens", type=int, default=2048, help="Ours, as by default.")
-    parser.add_argument("--ours", nargs="+", default=[], metavar="KEY=VALUE", help="Other options of ours.")
+    parser.add_argument("--micro-batch-tokens", type=int, default=2048, help="Our batch.micro_batch_tokens.")
+    parser.add_argument(
+        "--ours", nargs="+", default=[], metavar="KEY=VALUE", help="Further config overrides for our side."
+    )
     parser.add_argument("--threads", type=int, default=2)
     parser.set_defaults(processes=1, seed=0, minibatches=4)
     args = parser.parse_args()

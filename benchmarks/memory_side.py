@@ -1,7 +1,7 @@
-"""One measured run of `benchmarks/memory.py`, a process of its own: `python memory_side.py SPEC.json`.
+"""One measured run of `benchmarks/memory.py`, started as a separate process: `python memory_side.py SPEC.json`.
 
-Memory is what is resident above what was resident after the imports, by phase: at the beginning of a phase the
-kernel's mark of the highest is set back (`/proc/self/clear_refs`), at its end it is read (`VmHWM`).
+Memory is resident memory minus that after the imports, by phase. At the start of a phase the kernel's peak counter is
+reset (`/proc/self/clear_refs`), at its end it is read (`VmHWM`).
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ def reward(messages: list[dict[str, str]], answer: str) -> float:
 
 
 def resident(field: str) -> int:
-    """`VmRSS` (now) or `VmHWM` (highest) of this process, bytes."""
+    """`VmRSS` (current) or `VmHWM` (peak) of this process, bytes."""
     found = re.search(rf"{field}:\s+(\d+)", Path("/proc/self/status").read_text())
     assert found is not None
     return int(found[1]) * 1024
 
 
 class Phases:
-    """Peaks by phase; what belongs to no phase counts to the one around it."""
+    """Peaks by phase. Work outside a nested phase counts for the phase around it."""
 
     def __init__(self) -> None:
         for library in LIBRARIES:
@@ -49,7 +49,7 @@ class Phases:
         Path("/proc/self/clear_refs").write_text("5")
 
     def switch(self, name: str) -> str:
-        """The phase that was on until now."""
+        """Record the peak of the phase that ends now."""
         before, peak = self.now, resident("VmHWM") - self.base
         self.peaks[before] = max(peak, self.peaks.get(before, 0))
         self.now = name
@@ -63,7 +63,7 @@ class Phases:
         self.switch("between" if before == "load" else before)
 
     def wrap(self, owner: Any, method: str, name: str) -> None:
-        """Make a method of a class, or a function of a module, a phase."""
+        """Wrap a method or a module's function as a phase."""
         inner: Callable[..., Any] = getattr(owner, method)
 
         @functools.wraps(inner)
@@ -75,7 +75,7 @@ class Phases:
 
 
 def main() -> None:
-    """Run the stage of the spec and write its peaks, a file for each rank."""
+    """Run the stage of the spec and write its peaks, one file per rank."""
     spec = json.loads(Path(sys.argv[1]).read_text("utf-8"))
     phases = Phases()
     import rlhf.ppo.learner

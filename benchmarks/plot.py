@@ -1,8 +1,8 @@
-"""Figures of the rows that `ppo.py --json FILE` and `scaling.py cost --json FILE` append to a file.
+"""Plot the rows that `ppo.py --json FILE` and `scaling.py cost --json FILE` append to a file.
 
-    python benchmarks/plot.py rows.jsonl --out docs/images    # ppo-against-trl.svg, cost.svg: those it has rows for
+    python benchmarks/plot.py rows.jsonl --out docs/images    # ppo-against-trl.svg, cost.svg if they have rows
 
-Of rows with the same names the last counts. White behind the figures, so that they read on any page.
+The last of several rows with the same name is used. Plots have a white background, so they are readable on any page.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ SIDES = {
 
 
 def ratios(rows: list[dict[str, Any]]) -> Figure:
-    """How many times less time and memory each side of `ppo.py` takes than TRL in its faster way, by regime of lengths.
+    """Plot time and memory of each side of `ppo.py` as a ratio to TRL's faster variant, for each length regime.
 
-    All rows are of the same number of cores, in one process (`1x2`) or several (`2x1`).
+    All rows use the same number of cores, in one process (`1x2`) or several (`2x1`).
     """
     found = {(row["regime"], row["side"], row["cores"]): row for row in rows}
     best: dict[str, dict[str, Any]] = {}
@@ -63,7 +63,7 @@ def _label(regime: str, side: str, cores: str) -> str:
 
 
 def costs(rows: list[dict[str, Any]]) -> Figure:
-    """Time and memory against each size of `scaling.py cost`, both as multiples of the smallest size's."""
+    """Plot time and memory against each size of `scaling.py cost`, as multiples of the smallest size's."""
     found = {(row["axis"], row["size"]): row for row in rows}
     names = list(dict.fromkeys(axis for axis, _ in found))
     figure = Figure(figsize=(7.2, 5.4), layout="constrained")
@@ -93,11 +93,11 @@ FIGURES: dict[str, tuple[str, Callable[[list[dict[str, Any]]], Figure]]] = {
     "ppo": ("ppo-against-trl.svg", ratios),
     "scaling": ("cost.svg", costs),
 }
-"""Benchmark -> its file and what draws it."""
+"""Benchmark -> file name and plot function."""
 
 
 def main() -> None:
-    """Draw what there are rows for."""
+    """Draw every plot that there are rows for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("rows", type=Path, nargs="+", help="Files of rows.")
     parser.add_argument("--out", type=Path, default=Path("docs/images"))

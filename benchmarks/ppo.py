@@ -1,14 +1,14 @@
-"""PPO, ours against TRL 1.12.0 (the last with PPO): seconds and memory an update, and whether both learn alike.
+"""PPO, ours against TRL 1.12.0 (the last with PPO): time and memory per update, and whether both learn equally fast.
 
     pip install --no-deps --target /tmp/trl112 trl==1.12.0
-    python benchmarks/ppo.py --trl /tmp/trl112                      # three regimes of answer lengths
+    python benchmarks/ppo.py --trl /tmp/trl112                      # three regimes of completion lengths
     python benchmarks/ppo.py --trl /tmp/trl112 --learn --updates 20  # the reward over 20 updates
 
-Each run is a process of its own, one after the other. Same weights (stories260K), story openings as prompts, reward
-(share of sentences that name an animal), temperature 0.7, 64 episodes, 4 epochs of 4 minibatches, learning rate 3e-4,
-KL coefficient 0.05, AdamW as TRL sets it, float32. TRL's trainer is left at its defaults otherwise, with the stop
-token set. Seconds are from the end of one update to the end of the next; the first update is left out. Processor
-seconds are of all threads. Peak memory is above the imports, which are the same libraries on both sides.
+Each run is a separate process; runs do not overlap. Both sides have the same weights (stories260K), story openings as
+prompts, reward (fraction of sentences that name an animal), temperature 0.7, 64 episodes, 4 epochs of 4 minibatches,
+learning rate 3e-4, KL coefficient 0.05, AdamW as TRL sets it, float32. TRL's trainer has its defaults otherwise, with
+the stop token set. Seconds count from the end of one update to the end of the next, without the first update.
+Processor seconds are the sum over all threads. Peak memory is above the imports, the same libraries on both sides.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ ADAPTERS = {
     "ours-shared": {"name": "lora", "rank": 8, "alpha": 16},
     "ours-shared-last2": {"name": "lora", "rank": 8, "alpha": 16, "layers": 2},
 }
-"""Ours with one base for all roles: the adapters of policy and critic."""
+"""The adapters of policy and critic on our sides with one base for all roles."""
 SIDES = ("ours", "ours-compiled", *ADAPTERS, "trl", "trl-nogc")
 COLUMNS = ("run", "s an update, median (range)", "processor s", *PHASES)
 COLUMNS += ("answer tokens", "tokens/s", "peak MB", "time", "memory")
@@ -48,7 +48,7 @@ def write_prompts(path: Path) -> None:
 
 
 def measure(side: str, regime: str, args: argparse.Namespace, folder: Path, **changes: Any) -> dict[str, Any]:
-    """Some updates of one side, with changes to the setting. Peak memory and processor time of all processes."""
+    """Run some updates of one side with a changed setting. Memory and processor time are sums over all processes."""
     spec = {
         "run": str(folder / f"{side}-{regime}"),
         "prompts": str(folder / "prompts.jsonl"),
@@ -89,20 +89,20 @@ def measure(side: str, regime: str, args: argparse.Namespace, folder: Path, **ch
     found: dict[str, Any] = results[0]
     found["processor"] = [sum(seconds) for seconds in zip(*(r["processor"] for r in results))]
     found["peak_mb"] = sum(r["peak_mb"] for r in results)
-    if side.startswith("trl"):  # each process counts its own
+    if side.startswith("trl"):  # each process counts its own tokens
         found["tokens"] = [sum(tokens) for tokens in zip(*(r["tokens"] for r in results))]
     return found
 
 
 def free_port() -> str:
-    """A port that nobody listens on."""
+    """A free port."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return str(probe.getsockname()[1])
 
 
 def row(name: str, found: dict[str, Any], first: dict[str, Any] | None) -> str:
-    """A line of the table; ratios are to `first`."""
+    """One line of the table; ratios are to `first`."""
     median = statistics.median(found["seconds"])
     phases = [statistics.median(found["phases"][phase]) for phase in PHASES]
     rate = sum(found["tokens"]) / sum(found["seconds"])
@@ -115,7 +115,7 @@ def row(name: str, found: dict[str, Any], first: dict[str, Any] | None) -> str:
 
 
 def compare_speed(args: argparse.Namespace, folder: Path) -> None:
-    """The three regimes, side by side."""
+    """Compare the sides in the three length regimes."""
     print(f"| {' | '.join(COLUMNS)} |\n|{' --- |' * len(COLUMNS)}")
     for regime in args.regimes:
         first = None
@@ -141,14 +141,14 @@ def compare_speed(args: argparse.Namespace, folder: Path) -> None:
 
 
 def compare_learning(args: argparse.Namespace, folder: Path) -> None:
-    """The reward over the updates, the ends drawn by the policies."""
+    """Compare the reward over the updates; completions end by themselves."""
     for side in args.sides:
         found = measure(side, "natural", args, folder)
         scores = found["scores"]
         reached = next((i + 1 for i, score in enumerate(scores) if score >= 0.6), None)
         median, kl = statistics.median(found["seconds"]), found["kl"][-1]
         print(f"{side}: {sum(scores[:2]) / 2:.3f} -> {sum(scores[-3:]) / 3:.3f} in {len(scores)} updates")
-        print(f"   0.60 first reached at update {reached}; KL {kl:.1f} at the end; {median:.2f} s an update")
+        print(f"   0.60 first reached at update {reached}; KL {kl:.1f} at the end; {median:.2f} s per update")
         print("   " + " ".join(f"{score:.2f}" for score in scores), flush=True)
 
 
@@ -157,7 +157,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--trl", type=Path, required=True, help="Folder with TRL 1.12.0.")
     parser.add_argument("--learn", action="store_true", help="Compare what they learn instead of how fast they are.")
-    parser.add_argument("--updates", type=int, default=5, help="Measured updates; one more warms up.")
+    parser.add_argument("--updates", type=int, default=5, help="Measured updates, after one warm-up update.")
     parser.add_argument("--regimes", nargs="+", choices=REGIMES, default=REGIMES)
     parser.add_argument(
         "--sides", nargs="+", choices=SIDES, default=("ours", "trl"),
@@ -165,18 +165,20 @@ def main() -> None:
         "-last2: in the last two layers. trl-nogc: TRL without the gradient checkpointing that is its default.",
     )  # fmt: skip
     parser.add_argument("--episodes", type=int, default=64)
-    parser.add_argument("--minibatches", type=int, default=4, help="Of an epoch: 4 in ours by default, 1 in TRL's.")
-    parser.add_argument("--new-tokens", type=int, help="Longest answer; 256, with --learn 96.")
-    parser.add_argument("--ours", nargs="+", default=[], metavar="KEY=VALUE", help="Other options of ours.")
-    parser.add_argument("--micro-batch-tokens", type=int, default=2048, help="Ours, as by default.")
+    parser.add_argument("--minibatches", type=int, default=4, help="Minibatches per epoch; our default is 4, TRL's 1.")
+    parser.add_argument("--new-tokens", type=int, help="Longest completion in tokens; 256, with --learn 96.")
+    parser.add_argument(
+        "--ours", nargs="+", default=[], metavar="KEY=VALUE", help="Further config overrides for our side."
+    )
+    parser.add_argument("--micro-batch-tokens", type=int, default=2048, help="Our batch.micro_batch_tokens.")
     parser.add_argument("--processes", type=int, default=1)
-    parser.add_argument("--threads", type=int, default=2, help="Of each process.")
+    parser.add_argument("--threads", type=int, default=2, help="Threads of each process.")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path, help="File that the rows are appended to, for plot.py.")
     args = parser.parse_args()
     args.new_tokens = args.new_tokens or (96 if args.learn else 256)
     cores = f"{args.processes} x {args.threads} threads"
-    print(f"{time.strftime('%Y-%m-%d %H:%M')}, {cores}, answers of up to {args.new_tokens} tokens")
+    print(f"{time.strftime('%Y-%m-%d %H:%M')}, {cores}, completions of up to {args.new_tokens} tokens")
     with tempfile.TemporaryDirectory() as folder:
         write_prompts(Path(folder) / "prompts.jsonl")
         (compare_learning if args.learn else compare_speed)(args, Path(folder))

@@ -1,9 +1,9 @@
-"""The two sides of `benchmarks/ppo.py`, each run as a process of its own: `python ppo_sides.py ours|trl SPEC.json`.
+"""The two sides of `benchmarks/ppo.py`, each run as a separate process: `python ppo_sides.py ours|trl SPEC.json`.
 
-Several processes of a side share its work out as their launchers would have them do (RANK and WORLD_SIZE are set).
-Both get the same weights, prompts, reward and settings. Where the ends of answers are imposed, the lengths of an
-update follow from (regime, update) alone; the end token is barred before and forced at the chosen place: here by the
-uniform noise that our sampler inverts, there by a logits processor, so that neither side's loop is touched.
+Several processes of a side divide its work as under their launchers (RANK and WORLD_SIZE are set). Both sides get the
+same weights, prompts, reward and settings. If completion lengths are imposed, they depend only on (regime, update). The
+end token is forbidden before that length and forced at it: on our side through the uniform noise that our sampler
+inverts, on TRL's through a logits processor, so neither side's loop changes.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ SCHEDULE = {"update": 0}
 
 
 def answer_lengths(regime: str, update: int, count: int, longest: int) -> list[int]:
-    """Tokens of each answer, the end token included; `longest` means cut off without one.
+    """Tokens of each completion, including the end token; `longest` means cut off without one.
 
     `realistic` is log-normal, mean about 0.4 x longest; `long-tailed` is Pareto with exponent 1 from longest / 16 on.
     """
@@ -47,7 +47,7 @@ def resident(field: str) -> float:
 
 
 def mine(lengths: list[int]) -> list[int]:
-    """This process's part of an update's answers."""
+    """This process's part of an update's completion lengths."""
     count, rank = len(lengths) // int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
     return lengths[rank * count : (rank + 1) * count]
 
@@ -56,7 +56,7 @@ class Stopwatch:
     """Seconds from the end of one update to the end of the next; the first update is the warm-up."""
 
     def __init__(self) -> None:
-        for library in LIBRARIES:  # both sides load these sooner or later; memory is counted above them
+        for library in LIBRARIES:  # both sides import these libraries; memory is counted above them
             importlib.import_module(library)
         self.ends: list[float] = []
         self.processor: list[float] = []
@@ -67,7 +67,7 @@ class Stopwatch:
         self.processor.append(time.process_time())
 
     def result(self, **figures: Any) -> dict[str, Any]:
-        """The figures, with seconds of every update but the first, and the peak above the imports in MB."""
+        """The measurements, with seconds of every update except the first, and the peak above the imports in MB."""
         times = {"seconds": self.ends, "processor": self.processor}
         passed = {name: [b - a for a, b in zip(at, at[1:])] for name, at in times.items()}
         return {**passed, "base_mb": self.base, "peak_mb": resident("VmHWM") - self.base, **figures}
@@ -109,7 +109,7 @@ def ours(spec: dict[str, Any]) -> dict[str, Any]:
 
 
 def our_config(spec: dict[str, Any]) -> dict[str, Any]:
-    """What a user would write; what differs from our defaults is there to have TRL's update rule."""
+    """A user's config; where it differs from our defaults it reproduces TRL's update rule."""
     from rlhf.config.load import override_values
 
     tuning = spec["tuning"] or "full"
@@ -157,10 +157,7 @@ def our_config(spec: dict[str, Any]) -> dict[str, Any]:
 
 
 def impose_on_ours(spec: dict[str, Any]) -> None:
-    """Bar the end tokens, and end each answer where the noise of its stream says so: by a value that is no noise.
-
-    Adds a sampler `imposed` to the table, which is `hf` otherwise.
-    """
+    """Add a sampler `imposed`: `hf` without end tokens, where a special value in a completion's noise ends it."""
     from rlhf.rollout import decoding
     from rlhf.rollout.samplers import SAMPLERS, hf
 
@@ -190,7 +187,7 @@ def impose_on_ours(spec: dict[str, Any]) -> None:
 
 
 class ProgrammaticReward(torch.nn.Module):
-    """The reward function in the dress of a sequence classifier, as TRL's `get_reward` calls it."""
+    """The reward function as a sequence classifier, which TRL's `get_reward` calls."""
 
     base_model_prefix = "body"
 
@@ -211,7 +208,7 @@ class ProgrammaticReward(torch.nn.Module):
 
 
 class ImposedEnd(transformers.LogitsProcessor):
-    """Bars the end tokens, and forces the first of them where each answer is to end."""
+    """Forbids the end tokens, and forces the first of them at each completion's length."""
 
     def __init__(self, spec: dict[str, Any], context: int) -> None:
         lengths = mine(answer_lengths(spec["regime"], SCHEDULE["update"], spec["episodes"], spec["new_tokens"]))
@@ -229,7 +226,7 @@ class ImposedEnd(transformers.LogitsProcessor):
 
 
 class Watched:
-    """Phases of TRL's updates, told from outside: by its calls of `generate` and its first pass in training."""
+    """Detects the phases of TRL's updates from its calls of `generate` and its first training pass."""
 
     def __init__(self, spec: dict[str, Any], policy: Any, reward: ProgrammaticReward, watch: Stopwatch) -> None:
         self.spec, self.reward, self.watch = spec, reward, watch
@@ -334,6 +331,6 @@ def trl(spec: dict[str, Any]) -> dict[str, Any]:
 
 if __name__ == "__main__":
     given = json.loads(Path(sys.argv[2]).read_text("utf-8"))
-    sys.path.append(given["tests"])  # where the reward function stands
+    sys.path.append(given["tests"])  # for the reward function
     found = {"ours": ours, "trl": trl}[sys.argv[1]](given)
     Path(sys.argv[3]).with_suffix(f".{os.environ.get('RANK', '0')}").write_text(json.dumps(found), "utf-8")

@@ -2,10 +2,10 @@
 
     python benchmarks/reward.py --repeats 3
 
-Both train the same random Llama (4 layers, 3.5M parameters) on the same rankings of K answers without ties, float32, no
-recomputation, one optimizer step for 4 rankings. TRL sees a ranking as K (K - 1) / 2 pairs, 8 in a forward pass; ours
-takes as many rankings as have no more tokens than that. The learning rate is next to 0, so that the mean losses of the
-two must be the same. Each run is a process of its own; the two take turns, so that a busy machine slows both.
+Both train the same random Llama (4 layers, 3.5M parameters) on the same rankings of K candidates without ties, in
+float32, without recomputation, with one optimizer step per 4 rankings. TRL sees a ranking as K (K - 1) / 2 pairs, 8 in
+a forward pass; ours takes as many rankings as have no more tokens than that. The learning rate is almost 0, so both
+must have the same mean loss. Each run is a separate process; the sides alternate, so that a busy machine slows both.
 """
 
 from __future__ import annotations
@@ -24,15 +24,15 @@ import time
 from typing import Any
 
 RANKINGS = 4
-"""In an optimizer step."""
+"""Rankings per optimizer step."""
 PAIRS = 8
-"""In a forward pass of TRL: its default."""
+"""Pairs per forward pass of TRL, its default."""
 VOCABULARY = 320
 LEARNING_RATE = 1e-12
 
 
 def rankings(candidates: int, prompt: int, answer: int, steps: int) -> list[dict[str, Any]]:
-    """Tokenised rankings, best answer first; lengths are uniform between half and one and a half times the mean."""
+    """Tokenised rankings, best candidate first; lengths are uniform between half and one and a half times the mean."""
     draw = random.Random(0)
 
     def text(mean: int) -> list[int]:
@@ -125,8 +125,8 @@ def run(side: str, place: str, candidates: int, prompt: int, answer: int, steps:
     """Train and measure.
 
     Returns:
-        `seconds` and `cpu`, by the clock and of the processor, for a ranking: medians over the steps but the first.
-        `mb` is the peak above that before training, `loss` the mean over all steps.
+        `seconds` (wall clock) and `cpu` (processor) per ranking, medians over all steps except the first; `mb`, the
+        peak memory above that before training; `loss`, the mean over all steps.
     """
     import torch
     from transformers import TrainerCallback
@@ -156,7 +156,7 @@ def run(side: str, place: str, candidates: int, prompt: int, answer: int, steps:
     return {"seconds": seconds, "cpu": cpu, "mb": peak / 1024, "loss": loss}
 
 
-# ---- all of them ---------------------------------------------------------------------------------------------------
+# ---- all runs ---------------------------------------------------------------------------------------------------
 
 
 def measure(side: str, *sizes: int) -> dict[str, float]:
@@ -176,8 +176,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--candidates", type=int, nargs="+", default=[2, 4, 9])
-    parser.add_argument("--prompts", type=int, nargs="+", default=[1, 2, 4], help="In lengths of an answer.")
-    parser.add_argument("--answer", type=int, default=32, help="Mean tokens of an answer.")
+    parser.add_argument(
+        "--prompts", type=int, nargs="+", default=[1, 2, 4], help="Prompt lengths as multiples of the answer length."
+    )
+    parser.add_argument("--answer", type=int, default=32, help="Mean tokens per answer.")
     parser.add_argument("--steps", type=int, default=4, help="Optimizer steps; the first is not measured.")
     parser.add_argument("--one", nargs=6, help=argparse.SUPPRESS)
     args = parser.parse_args()

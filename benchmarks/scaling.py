@@ -1,15 +1,15 @@
-"""How PPO grows: 2 processes against 1 at every ZeRO stage, cost against size, and the model of docs/scaling.md.
+"""How PPO scales: 2 processes against 1 at every ZeRO stage, cost against size, and the model of docs/scaling.md.
 
     python benchmarks/scaling.py                        # both measurements
-    python benchmarks/scaling.py processes              # time, memory and bytes sent by ZeRO stage, and as predicted
+    python benchmarks/scaling.py processes              # time, memory, bytes sent and predicted, by ZeRO stage
     python benchmarks/scaling.py cost --json rows.jsonl # answer length, batch, K, vocabulary; rows for plot.py
-    python benchmarks/scaling.py --model-table          # the table of docs/scaling.md (--machine h200: of an H200)
+    python benchmarks/scaling.py --model-table          # the table of docs/scaling.md (--machine h200: for an H200)
 
-A random Llama (4 layers, 3.4M parameters, 512 tokens) is policy, critic, reference and reward model; answers have a
-fixed length; float32, one thread a process. DeepSpeed's buffers and thresholds are shrunk as the model is, so that it
-gathers and releases weights as it does for a large one. Each run is a process (or two) of its own; its first update
-is not measured. As root on Linux the processes run in a network namespace of their own, and the bytes through its
-loopback device check those that are counted.
+A random Llama (4 layers, 3.4M parameters, 512 tokens) is policy, critic, reference and reward model. Completions have a
+fixed length; float32, one thread per process. DeepSpeed's buffers and thresholds are reduced in proportion to the
+model, so that it gathers and releases weights as it does for a large one. Each run is one or two separate processes;
+its first update is not measured. As root on Linux the processes run in a separate network namespace, and the traffic
+on its loopback device is compared with the counted bytes.
 """
 
 from __future__ import annotations
@@ -35,18 +35,18 @@ SHARED = ROOT.parent / "shared"
 FLOAT32 = 4
 TINY = Model("tiny", layers=4, hidden=256, ffn=688, heads=4, kv_heads=4, vocab=512)
 JOB = Job(episodes=32, prompt=8, answer=64, minibatches=2, micro_batch_tokens=400)
-"""Four micro-batches on each of two ranks, so that what is sent once in a micro-batch differs from once in a step."""
+"""Four micro-batches on each of two ranks, to distinguish what is sent per micro-batch from what is sent per step."""
 AXES = {
     "answer length": (32, 64, 128, 256),
     "episodes": (16, 32, 64, 128),
     "vocabulary": (512, 4096, 32768),
     "K": (2, 4, 8, 16),
 }
-"""What grows in `cost`: the first three in PPO, K in the reward model, per ranking."""
+"""The sizes that `cost` varies: the first three in PPO; K in the reward model, per ranking."""
 
 
 TIDY = {"MALLOC_MMAP_THRESHOLD_": "262144", "MALLOC_TRIM_THRESHOLD_": "262144"}
-"""The C library gives freed tensors back to the system at once, so that the peaks of the phases are their own."""
+"""Makes glibc return freed tensors at once, so that each phase has its own peak."""
 
 
 @dataclass(frozen=True)
@@ -82,14 +82,14 @@ def save_models(model: Model, place: Path) -> None:
 
 
 def write_prompts(path: Path) -> None:
-    """The beginnings of stories; the config cuts them to one length."""
+    """Story openings; the config cuts them to one length."""
     lines = (SHARED / "data" / "text" / "tinystories_1000.jsonl").read_text("utf-8").splitlines()
     openings = sorted({" ".join(json.loads(line)["text"].split()[:8]) for line in lines})
     path.write_text("\n".join(json.dumps({"prompt": text, "split": "train"}) for text in openings), "utf-8")
 
 
 def zero_settings(stage: int, parameters: int) -> dict[str, Any]:
-    """configs/deepspeed's file for a stage; buffers and thresholds are to the model what the defaults are to 8B."""
+    """The file of configs/deepspeed for a stage, with buffers and thresholds scaled from 8B to this model."""
     file = ROOT / "configs" / "deepspeed" / f"zero{stage}.json"
     settings: dict[str, Any] = json.loads(file.read_text("utf-8"))
     zero, billion = settings["zero_optimization"], parameters // 8
@@ -101,7 +101,7 @@ def zero_settings(stage: int, parameters: int) -> dict[str, Any]:
 
 
 def own_network() -> list[str]:
-    """The words that run a command in a network namespace of its own; none where that is not allowed."""
+    """The command prefix that starts a new network namespace; empty where that is not allowed."""
     words = ["unshare", "-n", "sh", "-c", 'ip link set lo up && exec "$@"', "sh"]
     try:
         return words if subprocess.run([*words, "true"], capture_output=True).returncode == 0 else []
@@ -111,7 +111,7 @@ def own_network() -> list[str]:
 
 @functools.cache
 def measure(setting: Setting) -> list[dict[str, Any]]:
-    """What each rank of a run found; see scaling_run.py."""
+    """The measurements of each rank of a run; see scaling_run.py."""
     job = setting.job
     with tempfile.TemporaryDirectory() as folder:
         place = Path(folder)
@@ -153,14 +153,14 @@ def measure(setting: Setting) -> list[dict[str, Any]]:
 
 
 def free_port() -> int:
-    """A TCP port that nobody listens on."""
+    """A free TCP port."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
 
 
 def seconds(found: dict[str, Any], phase: str) -> float:
-    """Of the clock in a phase, median over the updates but the first."""
+    """Wall-clock seconds of a phase, median over the updates except the first."""
     return statistics.median(update["figures"][f"time/{phase}"] for update in found["updates"][1:])
 
 
@@ -168,7 +168,7 @@ def seconds(found: dict[str, Any], phase: str) -> float:
 
 
 def predicted(setting: Setting) -> dict[str, float]:
-    """Bytes that each rank sends in an update, by phase, as docs/scaling.md reckons."""
+    """Bytes that each rank sends in an update, by phase, as docs/scaling.md calculates."""
     policy, scalar = FLOAT32 * setting.model.policy, FLOAT32 * setting.model.scalar
     _, passes = micro_batches(setting.job, setting.processes)
     weights = Weights(policy, scalar, policy, scalar)
@@ -177,10 +177,10 @@ def predicted(setting: Setting) -> dict[str, float]:
 
 
 def compare_processes(hidden: int, episodes: int, updates: int) -> None:
-    """Print time and memory, then bytes as predicted, counted and seen on the loopback device."""
+    """Print time and memory, then bytes as predicted, as counted, and on the loopback device."""
     os.environ |= TIDY
     print(
-        "| run | s an update | speed-up | rollout, score, learn | peak MB a rank: load, rollout, score, learn, save |"
+        "| run | s per update | speed-up | rollout, score, learn | peak MB per rank: load, rollout, score, learn, save|"
     )
     print("|" + " --- |" * 5)
     model, job = replace(TINY, hidden=hidden, ffn=TINY.ffn * hidden // TINY.hidden), replace(JOB, episodes=episodes)
@@ -192,8 +192,8 @@ def compare_processes(hidden: int, episodes: int, updates: int) -> None:
         base = base or sum(phases)
         name = "1 process" if stage is None else f"2 processes, ZeRO {stage}"
         peaks = [max(rank["peak_mb"][phase] for rank in found) for phase in ("load", *PHASES, "save")]
-        told = ", ".join(f"{phase:.2f}" for phase in phases), ", ".join(f"{peak:,.0f}" for peak in peaks)
-        print(f"| {name} | {sum(phases):.2f} | {base / sum(phases):.2f}x | {' | '.join(told)} |", flush=True)
+        shown = ", ".join(f"{phase:.2f}" for phase in phases), ", ".join(f"{peak:,.0f}" for peak in peaks)
+        print(f"| {name} | {sum(phases):.2f} | {base / sum(phases):.2f}x | {' | '.join(shown)} |", flush=True)
         if stage is not None:
             traffic += byte_rows(setting, found[0]["updates"][-1])
     print("\n| ZeRO | phase | MB a rank sends, predicted | counted | predicted / counted | on the loopback device |")
@@ -244,7 +244,7 @@ def compare_costs(axes: Sequence[str], updates: int, file: Path | None) -> None:
 
 
 def report(rows: list[dict[str, Any]], file: Path | None) -> None:
-    """Print the last of the rows, compared with the first, and append it to the file."""
+    """Print the last row, compared with the first, and append it to the file."""
     first, last = rows[0], rows[-1]
     parts = ", ".join(f"{phase:.2f}" for phase in last["phases"]) if len(last["phases"]) > 1 else ""
     times = f"{sum(last['phases']) / sum(first['phases']):.2f} | {last['size'] / first['size']:.0f}"
@@ -258,14 +258,14 @@ def report(rows: list[dict[str, Any]], file: Path | None) -> None:
 def main() -> None:
     """Print the tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", nargs="*", choices=("processes", "cost", []), help="Both when left out.")
-    parser.add_argument("--updates", type=int, default=3, help="Of each run; the first is not measured.")
+    parser.add_argument("what", nargs="*", choices=("processes", "cost", []), help="Both by default.")
+    parser.add_argument("--updates", type=int, default=3, help="Updates of each run; the first is not measured.")
     parser.add_argument("--hidden", type=int, default=TINY.hidden, help="Width of the model, for `processes`.")
-    parser.add_argument("--episodes", type=int, default=JOB.episodes, help="Of an update, for `processes`.")
-    parser.add_argument("--axes", nargs="+", choices=AXES, default=list(AXES), help="What grows in `cost`.")
+    parser.add_argument("--episodes", type=int, default=JOB.episodes, help="Episodes per update, for `processes`.")
+    parser.add_argument("--axes", nargs="+", choices=AXES, default=list(AXES), help="The sizes that `cost` varies.")
     parser.add_argument("--json", type=Path, help="File that the rows of `cost` are appended to.")
-    parser.add_argument("--model-table", action="store_true", help="Print the table of docs/scaling.md and end.")
-    parser.add_argument("--machine", choices=MACHINES, default="h100", help="For --model-table.")
+    parser.add_argument("--model-table", action="store_true", help="Print the table of docs/scaling.md and exit.")
+    parser.add_argument("--machine", choices=MACHINES, default="h100", help="The machine of --model-table.")
     args = parser.parse_args()
     if args.model_table:
         print(table(MACHINES[args.machine]))

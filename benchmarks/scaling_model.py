@@ -1,4 +1,4 @@
-"""What PPO sends between GPUs and how long its phases take, from first principles: the arithmetic of docs/scaling.md.
+"""What PPO sends between GPUs and how long its phases take, calculated from first principles for docs/scaling.md.
 
 `sent` counts bytes; `benchmarks/scaling.py` checks it against what two processes send. `update` turns bytes, floating
 point operations and memory traffic into seconds on an assumed machine. Nothing here has been timed on a GPU.
@@ -32,7 +32,7 @@ class Model:
 
     @property
     def policy(self) -> int:
-        """Parameters with input embedding and head, which are not shared."""
+        """Parameters including input embedding and head, which are not tied."""
         return self.body + self.hidden + 2 * self.vocab * self.hidden
 
     @property
@@ -41,11 +41,11 @@ class Model:
         return self.body + 2 * self.hidden + self.vocab * self.hidden
 
     def kv_bytes(self) -> int:
-        """Of keys and values of one token, 2 bytes a number."""
+        """Bytes of one token's keys and values, 2 bytes per number."""
         return 2 * 2 * self.layers * self.hidden // self.heads * self.kv_heads
 
     def forward(self, sequences: float, length: int) -> float:
-        """Floating-point operations of a forward pass of the layers; attention is the part with length squared."""
+        """Floating-point operations of a forward pass of the layers; attention is the term with length squared."""
         return sequences * length * (2 * self.body + 2 * self.layers * self.hidden * length)
 
     def head(self, tokens: float) -> float:
@@ -55,7 +55,7 @@ class Model:
 
 @dataclass(frozen=True)
 class Machine:
-    """Hosts of 8 GPUs. Bytes, bytes/s and operations/s, of one GPU and in one direction, by the data sheet."""
+    """Hosts of 8 GPUs. Bytes, bytes/s and operations/s of one GPU, in one direction, from the data sheet."""
 
     name: str
     memory: float
@@ -68,7 +68,7 @@ class Machine:
 
 @dataclass(frozen=True)
 class Job:
-    """One update. The defaults are those of configs/8b-full/ppo.yaml, with answers as long as prompts."""
+    """One update. The defaults are those of configs/8b-full/ppo.yaml, with completions as long as prompts."""
 
     episodes: int
     prompt: int = 512
@@ -84,12 +84,12 @@ MODELS = {
 }
 MACHINES = {"h100": Machine("H100", 80e9, 3.35e12), "h200": Machine("H200", 141e9, 4.8e12)}
 """SXM. Matrix rate: bfloat16 without sparsity. https://www.nvidia.com/en-us/data-center/h100/ and .../h200/ (NVLink's
-900 GB/s are both directions), one 400 Gb/s adapter a GPU: https://docs.nvidia.com/dgx/dgxh100-user-guide/"""
+900 GB/s are both directions), one 400 Gb/s adapter per GPU: https://docs.nvidia.com/dgx/dgxh100-user-guide/"""
 REACHED = {"matrix": 0.4, "hbm": 0.4, "link": 0.8}
-"""Assumed shares of the data sheet that a well-tuned program reaches."""
+"""Assumed fractions of the data-sheet values that a well-tuned program reaches."""
 HELD = 18
-"""Bytes held for a parameter of policy and critic under ZeRO-3, over all GPUs: weight and gradient in bfloat16, a
-float32 copy and AdamW's two moments; and 2 for its counterpart in the frozen reference or reward model."""
+"""Bytes per parameter of policy and critic under ZeRO-3, summed over all GPUs: weight and gradient in bfloat16, a
+float32 copy and AdamW's two moments; plus 2 for the same parameter in the frozen reference or reward model."""
 
 
 # ---- bytes ---------------------------------------------------------------------------------------------------------
@@ -97,7 +97,7 @@ float32 copy and AdamW's two moments; and 2 for its counterpart in the frozen re
 
 @dataclass(frozen=True)
 class Weights:
-    """Bytes of the weights of each model as they are sent; 0 where there is none."""
+    """Bytes of each model's weights as they are sent; 0 if there is no such model."""
 
     policy: float
     critic: float
@@ -106,25 +106,25 @@ class Weights:
 
     @property
     def trained(self) -> float:
-        """Policy and critic."""
+        """Bytes of policy and critic together."""
         return self.policy + self.critic
 
 
 def sent(stage: int, ranks: int, weights: Weights, passes: int, steps: int, epochs: int = 1) -> dict[str, float]:
-    """Bytes that each rank sends in one update, by phase, over rings: (N - 1) / N of a whole to gather or reduce it.
+    """Bytes that each rank sends in one update, by phase, over rings: (N - 1) / N of a tensor to gather or reduce it.
 
-    Stages 0 to 2 send gradients alone. DeepSpeed sums them with an all-reduce (twice a ring) in each of the three: at
-    the end of a minibatch in 0 and 1, after every micro-batch in 2; then 1 and 2 gather the new weights. Stage 3
-    gathers the weights of each model for each of its passes, once more for the backward pass, and reduce-scatters
-    gradients after every micro-batch. Tokens and figures of the answers, some dozen bytes a token, are left out.
+    In stages 0 to 2 DeepSpeed sums gradients with an all-reduce (two rings): at the end of a minibatch in 0 and 1,
+    after every micro-batch in 2; then 1 and 2 gather the new weights. Stage 3 gathers the weights of each model for
+    each forward pass, once more for the backward pass, and reduce-scatters gradients after every micro-batch. The
+    rollout's tokens, log-probs and scores, a few dozen bytes per token, are not counted.
 
     Args:
-        stage: Of ZeRO.
-        ranks: How many.
-        weights: Of the models.
+        stage: ZeRO stage.
+        ranks: Number of ranks.
+        weights: Bytes of the models' weights.
         passes: Micro-batches of each rank in one epoch; scoring makes as many.
-        steps: Optimizer steps of one epoch: minibatches.
-        epochs: Of learning.
+        steps: Optimizer steps (minibatches) per epoch.
+        epochs: Epochs of learning.
     """
     ring = (ranks - 1) / ranks
     if stage == 3:
@@ -136,7 +136,7 @@ def sent(stage: int, ranks: int, weights: Weights, passes: int, steps: int, epoc
 
 
 def micro_batches(job: Job, ranks: int) -> tuple[int, int]:
-    """Of each rank in an epoch: episodes of the fullest rank and micro-batches, which every rank makes alike."""
+    """Per epoch: episodes of the fullest rank, and micro-batches, the same number on every rank."""
     mine = math.ceil(job.episodes / job.minibatches / ranks)
     rows = max(1, job.micro_batch_tokens // (job.prompt + job.answer))
     return job.minibatches * mine, job.minibatches * math.ceil(mine / rows)
@@ -147,7 +147,7 @@ def micro_batches(job: Job, ranks: int) -> tuple[int, int]:
 
 @dataclass(frozen=True)
 class Cost:
-    """Of one phase on one GPU: bytes sent, seconds on the links, seconds of work, and what each of them waits for."""
+    """One phase on one GPU: bytes sent, seconds on the links, seconds of computation, and the limit of each."""
 
     sent: float
     link: str
@@ -157,20 +157,20 @@ class Cost:
 
     @property
     def seconds(self) -> float:
-        """At least, since sending and work may overlap."""
+        """Lower bound: communication and computation overlap completely."""
         return max(self.link_seconds, self.work_seconds)
 
     @property
     def limit(self) -> str:
-        """What takes longer."""
+        """The limit that takes longer."""
         return self.link if self.link_seconds > self.work_seconds else self.work
 
 
 def links(sent_bytes: float, ranks: int, machine: Machine) -> tuple[str, float]:
     """The slower kind of link, and its seconds for what each rank sends over rings.
 
-    NVLink carries all of it. The part of a whole that other hosts have, (H - 1) / H, enters each host once, through
-    all of its network adapters together.
+    NVLink carries all of it. The fraction of a tensor that other hosts hold, (H - 1) / H, enters each host once,
+    through all of its network adapters together.
     """
     hosts = math.ceil(ranks / machine.per_host)
     whole = sent_bytes * ranks / (ranks - 1)
@@ -179,37 +179,37 @@ def links(sent_bytes: float, ranks: int, machine: Machine) -> tuple[str, float]:
     return max(("NVLink", inside), ("network", between), key=lambda found: found[1])
 
 
-def decoding(model: Model, machine: Machine, job: Job, ranks: int, share: int) -> tuple[str, float] | None:
-    """What sampling waits for, and its seconds: prompts in one pass, then each token reads the weights and the cache.
+def decoding(model: Model, machine: Machine, job: Job, ranks: int, split: int) -> tuple[str, float] | None:
+    """The limit of sampling, and its seconds: one prefill, then each token reads the weights and the cache.
 
     Args:
-        share: GPUs that the model, and so a sequence's cache and work, are divided over.
+        split: GPUs over which the model is partitioned, and with it a sequence's cache and work.
 
     Returns:
-        None where the training state, the policy and the cache of one sequence exceed 90% of the memory.
+        None if training state, policy and the cache of one sequence exceed 90% of the memory.
     """
-    weights, length = 2 * model.policy / share, job.prompt + job.answer
+    weights, length = 2 * model.policy / split, job.prompt + job.answer
     room = 0.9 * machine.memory - HELD * (model.policy + model.scalar) / ranks - weights
-    cache = model.kv_bytes() / share
-    mine = math.ceil(job.episodes * share / ranks)
+    cache = model.kv_bytes() / split
+    mine = math.ceil(job.episodes * split / ranks)
     if room < cache * length:
         return None
     waves = math.ceil(mine / min(mine, int(room / (cache * length))))
     read = job.answer * (waves * weights + mine * cache * (job.prompt + job.answer / 2))
-    work = (model.forward(mine, length) + model.head(mine * job.answer)) / share
+    work = (model.forward(mine, length) + model.head(mine * job.answer)) / split
     found = ("memory bandwidth", read / machine.hbm / REACHED["hbm"]), ("matrix rate", matrix_seconds(work, machine))
     return max(found, key=lambda one: one[1])
 
 
 def matrix_seconds(operations: float, machine: Machine) -> float:
-    """Of so many floating-point operations."""
+    """Seconds for this many floating-point operations."""
     return operations / machine.matrix / REACHED["matrix"]
 
 
-def update(model: Model, machine: Machine, job: Job, ranks: int, share: int = 1) -> dict[str, Cost | None]:
-    """The phases of one update under ZeRO-3 with recomputed activations; None where a phase does not fit.
+def update(model: Model, machine: Machine, job: Job, ranks: int, split: int = 1) -> dict[str, Cost | None]:
+    """The phases of one update under ZeRO-3 with recomputed activations; None if a phase does not fit.
 
-    `share` is 1 for our sampler; more for one that divides the model over so many GPUs.
+    `split` is 1 for our samplers; n for a sampler that partitions the model over n GPUs.
     """
     episodes, passes = micro_batches(job, ranks)
     length, answers = job.prompt + job.answer, episodes * job.answer
@@ -220,7 +220,7 @@ def update(model: Model, machine: Machine, job: Job, ranks: int, share: int = 1)
     learn = 4 * job.epochs * (2 * model.forward(episodes, length) + model.head(answers))
     fits = HELD * (model.policy + model.scalar) / ranks < 0.9 * machine.memory
     work = {
-        "rollout": decoding(model, machine, job, ranks, share),
+        "rollout": decoding(model, machine, job, ranks, split),
         "score": ("matrix rate", matrix_seconds(score, machine)) if fits else None,
         "learn": ("matrix rate", matrix_seconds(learn, machine)) if fits else None,
     }
@@ -236,19 +236,19 @@ COLUMNS = ("model", "GPUs", "episodes", "busy", *PHASES, "update, s", "longest p
 
 
 def table(machine: Machine) -> str:
-    """The table of docs/scaling.md, in markdown: of each phase GB sent / seconds on links / seconds of work."""
+    """The table of docs/scaling.md, in markdown: for each phase GB sent / seconds on links / seconds of computation."""
     lines = ["| " + " | ".join(COLUMNS) + " |", "|" + " --- |" * len(COLUMNS)]
     rows = [("8B", 1, ranks) for ranks in (8, 64, 512)] + [("70B", 1, ranks) for ranks in (8, 64, 512)]
-    for name, share, ranks in [*rows, ("70B", machine.per_host, 64), ("70B", machine.per_host, 512)]:
+    for name, split, ranks in [*rows, ("70B", machine.per_host, 64), ("70B", machine.per_host, 512)]:
         for episodes in (1024, 4096):
-            lines.append(_row(name, machine, Job(episodes), ranks, share))
+            lines.append(_row(name, machine, Job(episodes), ranks, split))
     return "\n".join(lines)
 
 
-def _row(name: str, machine: Machine, job: Job, ranks: int, share: int) -> str:
-    costs = update(MODELS[name], machine, job, ranks, share)
+def _row(name: str, machine: Machine, job: Job, ranks: int, split: int) -> str:
+    costs = update(MODELS[name], machine, job, ranks, split)
     busy = job.episodes / ranks / micro_batches(job, ranks)[0]
-    cells = [name + (", served" if share > 1 else ""), f"{ranks}", f"{job.episodes:,}", f"{busy:.0%}"]
+    cells = [name + (", served" if split > 1 else ""), f"{ranks}", f"{job.episodes:,}", f"{busy:.0%}"]
     for cost in costs.values():
         parts = cost and f"{cost.sent / 1e9:,.0f} GB / {cost.link_seconds:.1f} / {cost.work_seconds:.1f}"
         cells.append(parts or "does not fit")

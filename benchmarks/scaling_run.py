@@ -1,7 +1,7 @@
 """One PPO run of `benchmarks/scaling.py` on one or several processes: `python scaling_run.py SPEC.json RESULT`.
 
-Counts what the collectives of torch.distributed are handed, phase by phase, as the bytes that a ring sends from each
-rank. The functions are wrapped before DeepSpeed is imported, so that its calls are counted too.
+Counts the input of torch.distributed's collectives by phase, as the bytes that a ring sends from each rank. The
+functions are wrapped before DeepSpeed is imported, so that its calls are counted too.
 """
 
 from __future__ import annotations
@@ -29,18 +29,18 @@ WIRE: dict[str, tuple[str, float]] = {
     "reduce_scatter": ("input_list", 1),
     "reduce_scatter_tensor": ("input", 1),
 }
-"""Collective -> its argument that holds the whole, and how often a ring of N ranks sends (N - 1) / N of that from each
-rank: once to reduce-scatter, once to gather, and an all-reduce does both (Patarasuk and Yuan 2009, section 3)."""
+"""Collective -> its argument that holds the whole tensor, and how often a ring of N ranks sends (N - 1) / N of it from
+each rank: once to reduce-scatter, once to gather; an all-reduce does both (Patarasuk and Yuan 2009, section 3)."""
 
 
 def loopback_bytes() -> int:
-    """What went over the loopback device since the system started; all of it is ours in a namespace of our own."""
+    """Bytes over the loopback device since it exists; in a private namespace all of them are ours."""
     found = re.search(r"lo:((?:\s+\d+)+)", Path("/proc/net/dev").read_text("ascii"))
     return int(found.group(1).split()[8]) if found else 0
 
 
 def resident_peak() -> float:
-    """Most memory that this process had since the last call, MB; since its start where that cannot be reset."""
+    """Peak memory of this process since the last call, MB; since its start if the counter cannot be reset."""
     status = Path("/proc/self/status").read_text("ascii")
     with suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5", "ascii")
@@ -48,7 +48,7 @@ def resident_peak() -> float:
 
 
 class Traffic:
-    """Bytes, processor seconds and peak memory by phase of the update that is under way."""
+    """Bytes, processor seconds and peak memory by phase of the current update."""
 
     def __init__(self) -> None:
         self.phase = "other"
@@ -76,7 +76,7 @@ class Traffic:
 
     @contextmanager
     def during(self, phase: str) -> Iterator[None]:
-        """Count under this name."""
+        """Start counting under this name."""
         resident_peak()
         self.phase, before, begun = phase, loopback_bytes(), time.process_time()
         yield
@@ -86,7 +86,7 @@ class Traffic:
         self.phase = "other"
 
     def take(self) -> dict[str, dict[str, float]]:
-        """What was counted since the last call."""
+        """The counts since the last call."""
         names = ("sent", "calls", "loopback", "processor", "peak")
         found = {name: dict(getattr(self, name)) for name in names}
         for name in names:
@@ -95,7 +95,7 @@ class Traffic:
 
 
 def main(spec: dict[str, Any], result: Path) -> None:
-    """Train on the spec's config; every rank writes `result` with its number behind it."""
+    """Train on the spec's config; every rank writes `result` with its rank appended."""
     traffic = Traffic()
     import stages.ppo
     from rlhf.config.load import check_config

@@ -4,10 +4,10 @@
 
 Both train stories260K on the same token rows (stories: the first eight words are the prompt, the rest is the answer) in
 the same order, all weights, float32, with the same AdamW, schedule, clipping, batch and micro-batch; recomputation of
-activations is on or off on both sides. Ours also counts tokens over ranks, checks each loss and gradient, writes
-metrics.jsonl and a checkpoint that training can go on from; TRL writes its own checkpoint. "Whole" is from the making
-of the trainer to the saved model. The losses of every step must agree, or the program stops. Each run is a process of
-its own; the two take turns, so that a busy machine slows both. Peak memory is above the imports.
+activations is on or off on both sides. Ours also counts tokens over ranks, checks each loss and gradient, and writes
+metrics.jsonl and a checkpoint for exact resume; TRL writes its own checkpoint. "Whole" is the time from creating the
+trainer to the saved model. The program stops if the losses of a step differ. Each run is a separate process; the sides
+alternate, so that a busy machine slows both. Peak memory is above the imports.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ SHARED = ROOT.parent / "shared"
 MODEL = SHARED / "models" / "stories260K"
 LEARNING_RATE, SEED, PROMPT_WORDS = 3e-4, 0, 8
 SAME = 1e-3
-"""Most that the two losses of a step may differ, nats: they are summed in another order."""
+"""Largest allowed difference of the two losses of a step, nats: they are summed in a different order."""
 
 
 def token_rows(count: int, batch: int) -> list[dict[str, Any]]:
-    """Demonstrations as our stage encodes them, in the order that it trains on them."""
+    """Demonstrations as our stage encodes them, in its training order."""
     import transformers
 
     from rlhf.config.base import ModelConfig
@@ -41,7 +41,7 @@ def token_rows(count: int, batch: int) -> list[dict[str, Any]]:
     from rlhf.data.schema import Demonstration, Message
     from rlhf.training.epoch_order import epoch_order
 
-    transformers.utils.logging.set_verbosity_error()  # longer stories than the model takes are cut, as in the stage
+    transformers.utils.logging.set_verbosity_error()  # stories longer than the model's limit are cut, as in the stage
     chat = load_tokenizer(ModelConfig(path=str(MODEL), chat_template="plain"), str(MODEL))
     stories = (SHARED / "data" / "text" / "tinystories_1000.jsonl").read_text("utf-8").splitlines()
     rows = []
@@ -53,7 +53,7 @@ def token_rows(count: int, batch: int) -> list[dict[str, Any]]:
         rows += [row] if row else []
     rows = rows[:count]
     if len(rows) < count:
-        raise SystemExit(f"{count} rows are asked for, there are {len(rows)}: lower --steps or --batch")
+        raise SystemExit(f"{count} rows are needed, but there are only {len(rows)}: lower --steps or --batch")
     return [rows[i] for i in epoch_order(SEED, 0, count, batch, None)]
 
 
@@ -61,7 +61,7 @@ def token_rows(count: int, batch: int) -> list[dict[str, Any]]:
 
 
 def ours(spec: dict[str, Any], rows: Any) -> tuple[Any, Any, Any]:
-    """Our trainer, what trains it, and what saves its result."""
+    """Our trainer, a function that trains it, and a function that saves its result."""
     from rlhf.config.load import check_config
     from rlhf.data.chat import load_tokenizer
     from rlhf.models.load import load_policy
@@ -93,7 +93,7 @@ def ours(spec: dict[str, Any], rows: Any) -> tuple[Any, Any, Any]:
 
 
 def trl(spec: dict[str, Any], rows: Any) -> tuple[Any, Any, Any]:
-    """TRL's trainer, what trains it, and what saves its result."""
+    """TRL's trainer, a function that trains it, and a function that saves its result."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from trl import SFTConfig, SFTTrainer
 
@@ -111,9 +111,9 @@ def trl(spec: dict[str, Any], rows: Any) -> tuple[Any, Any, Any]:
 
 
 def run(side: str, spec: dict[str, Any]) -> dict[str, Any]:
-    """Train and measure: seconds of the clock and of the processor a step (the first left out), whole, MB, losses."""
+    """Train and measure: wall-clock and processor seconds per step (without the first), whole, MB, losses."""
     import datasets
-    import deepspeed  # noqa: F401  both sides load these sooner or later; memory is counted above them
+    import deepspeed  # noqa: F401  both sides import these libraries; memory is counted above them
     import peft  # noqa: F401
     import transformers.models.llama.modeling_llama  # noqa: F401
     import trl.trainer.sft_trainer
@@ -146,7 +146,7 @@ def run(side: str, spec: dict[str, Any]) -> dict[str, Any]:
     return {"seconds": seconds, "cpu": cpu, "whole": whole, "mb": resident("VmHWM") - base, "losses": losses}
 
 
-# ---- all of them ---------------------------------------------------------------------------------------------------
+# ---- all runs ---------------------------------------------------------------------------------------------------
 
 
 def measure(side: str, spec: dict[str, Any]) -> dict[str, Any]:
@@ -167,7 +167,7 @@ def compare(spec: dict[str, Any], repeats: int) -> None:
     pairs = [(measure("ours", spec), measure("trl", spec)) for _ in range(repeats)]
     apart = max(abs(a - b) for mine, theirs in pairs for a, b in zip(mine["losses"], theirs["losses"], strict=True))
     if apart > SAME:
-        raise SystemExit(f"the losses of a step differ by {apart:.5f}, so this was not the same work")
+        raise SystemExit(f"the losses of a step differ by {apart:.5f}, so the two did not do the same work")
     name = "recomputed" if spec["checkpointing"] else "kept"
     columns = (("seconds", 1000), ("cpu", 1000), ("whole", 1), ("mb", 1))
     for i, side in enumerate(("ours", "TRL")):
@@ -178,7 +178,7 @@ def compare(spec: dict[str, Any], repeats: int) -> None:
     for key, _ in columns:
         ratios = [mine[key] / theirs[key] for mine, theirs in pairs]
         cells.append(f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})")
-    print(f"| {name} | ours / TRL | {' | '.join(cells)} | apart by {apart:.1e} at most |", flush=True)
+    print(f"| {name} | ours / TRL | {' | '.join(cells)} | differ by at most {apart:.1e} |", flush=True)
 
 
 def main() -> None:
@@ -186,8 +186,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--steps", type=int, default=10, help="Optimizer steps; the first is not measured.")
-    parser.add_argument("--batch", type=int, default=16, help="Demonstrations in a step.")
-    parser.add_argument("--micro", type=int, default=8, help="Demonstrations in a forward pass.")
+    parser.add_argument("--batch", type=int, default=16, help="Demonstrations per optimizer step.")
+    parser.add_argument("--micro", type=int, default=8, help="Demonstrations per forward pass.")
     parser.add_argument("--activations", nargs="+", choices=("kept", "recomputed"), default=("kept", "recomputed"))
     parser.add_argument("--one", nargs=2, help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -195,7 +195,7 @@ def main() -> None:
         print(json.dumps(run(args.one[0], json.loads(args.one[1]))))
         return
     sys.path.insert(0, str(ROOT))
-    print("| activations | | ms a step | processor ms | whole, s | peak MB | loss, first -> last step |")
+    print("| activations | | ms per step | processor ms | whole, s | peak MB | loss, first -> last step |")
     print("| --- | --- | --- | --- | --- | --- | --- |")
     with tempfile.NamedTemporaryFile("w", suffix=".json") as file:
         json.dump(token_rows(args.steps * args.batch, args.batch), file)

@@ -68,17 +68,17 @@ def test_the_first_update_warms_up_and_shares_are_of_what_was_measured():
     slow = update | {"seconds": 99.0}
     counts = {"prefill_seconds": 0.5, "decode_steps": 15, "decode_columns": 1000}
     limits = {"flops": 1e9, "bytes": 1e9, "sheet_flops": 2e9}
-    ours = gpu.figures(SIDE | {"updates": [slow | counts, update | counts]}, setting, limits, 4)
+    ours = gpu.measurements(SIDE | {"updates": [slow | counts, update | counts]}, setting, limits, 4)
     assert ours["seconds an update"] == 8.0 and ours["updates measured"] == 1
     assert ours["hours for 131,900 prompts"] == pytest.approx(131_900 / 4 * 8 / 3600)
     assert ours["answer tokens/s in rollout"] == 4 * 16 / 2
-    assert ours["share of the matrix rate in learn"] == pytest.approx(setting.update_flops(4)["learn"] / 4e9)
-    assert ours["the same, of the data sheet's matrix rate"] * 2 == ours["share of the matrix rate in learn"]
+    assert ours["fraction of the matrix rate in learn"] == pytest.approx(setting.update_flops(4)["learn"] / 4e9)
+    assert ours["the same, of the data sheet's matrix rate"] * 2 == ours["fraction of the matrix rate in learn"]
     assert ours["the same, of the data sheet's bandwidth"] is None
     moved = setting.decode_bytes(15, 1000, 4)
-    assert ours["share of the bandwidth limit in decoding"] == pytest.approx(moved / 1.5 / 1e9)
-    theirs = gpu.figures(SIDE | {"updates": [update]}, setting, limits, 4)
-    assert theirs["share of the bandwidth limit in decoding"] is None
+    assert ours["fraction of the bandwidth limit in decoding"] == pytest.approx(moved / 1.5 / 1e9)
+    theirs = gpu.measurements(SIDE | {"updates": [update]}, setting, limits, 4)
+    assert theirs["fraction of the bandwidth limit in decoding"] is None
     assert "| seconds an update | 8.00 | 8.00 |" in gpu.table({"ours": ours, "TRL": theirs})
 
 

@@ -60,7 +60,7 @@ def test_between_hosts_a_whole_enters_each_host_once_over_all_adapters():
 def test_a_policy_of_70b_fits_no_gpu_whole_and_a_host_together():
     for machine in model.MACHINES.values():
         assert model.update(LLAMA["70B"], machine, model.Job(1024), 64)["rollout"] is None
-        assert model.update(LLAMA["70B"], machine, model.Job(1024), 64, share=8)["rollout"] is not None
+        assert model.update(LLAMA["70B"], machine, model.Job(1024), 64, split=8)["rollout"] is not None
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 8, 512])
