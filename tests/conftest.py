@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -24,6 +26,15 @@ def one_thread() -> None:
     import torch
 
     torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def quick_memory_line(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Tracing a model takes half the time of a tiny run: only runs in test_memory.py end with predicted memory."""
+    with pytest.MonkeyPatch.context() as patch:
+        if request.path.name != "test_memory.py":
+            patch.setattr("rlhf.memory.peak._predicted", lambda *_: "not in tests")
+        yield
 
 
 @pytest.fixture(scope="session")
@@ -64,6 +75,12 @@ def chat() -> ChatTokenizer:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The longest first, those on real data: else a worker is alone with them at the end."""
     items.sort(key=lambda item: item.get_closest_marker("real") is None)
+
+
+def pytest_collection_finish() -> None:
+    """What the imports left is there to stay: runs collect garbage, which would go through all of it every time."""
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
