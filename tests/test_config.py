@@ -91,7 +91,7 @@ def test_yaml_numbers_like_1e_5_are_numbers(tmp_path):
     [
         ("run: [", "not valid YAML"),
         ("- a\n- b", "expected a mapping of keys, got list"),
-        ("run: a\nseed: 1\nrun: b", "key 'run' stands there twice"),
+        ("run: a\nseed: 1\nrun: b", "duplicate key 'run'"),
         ("1: 2", "Keys should be strings|unknown key"),
         ("", "missing"),
     ],
@@ -102,7 +102,7 @@ def test_a_file_that_is_no_config_is_refused_readably(tmp_path, text, message):
 
 
 def test_a_missing_file_is_named(tmp_path):
-    with pytest.raises(UserError, match=r"nope\.yaml: no config file there"):
+    with pytest.raises(UserError, match=r"nope\.yaml: there is no such config file"):
         load_stage_config(SFTConfig, tmp_path / "nope.yaml")
 
 
@@ -142,8 +142,8 @@ def test_ppo_names_every_contradiction_at_once():
             "loss": {"ptx_coef": 1.0},
         },
     )
-    assert "batch.minibatches 4 is above the 2 episodes" in text
-    assert "critic.init: `reward` needs a reward of kind `model`" in text
+    assert "batch.minibatches 4 is more than the 2 episodes" in text
+    assert "critic.init: `reward` needs the reward source `model`" in text
     assert "loss.ptx_coef and data.ptx: set both or neither" in text
 
 
@@ -154,7 +154,7 @@ def test_a_group_baseline_needs_several_answers_to_a_prompt():
 @pytest.mark.parametrize(("kind", "values"), [(RewardConfig, REWARD), (PPOConfig, PPO)])
 def test_virtual_tokens_are_for_sft_alone(kind, values):
     assert check_config(SFTConfig, SFT | {"tuning": "prompt-tuning"}, "x").tuning.name == "prompt-tuning"
-    assert "is for SFT alone" in faults(kind, values | {"tuning": "prompt-tuning"})
+    assert "works in SFT only" in faults(kind, values | {"tuning": "prompt-tuning"})
 
 
 def test_the_reward_model_is_found_inside_a_sum():

@@ -112,7 +112,7 @@ def test_options_that_it_cannot_follow_are_refused(option, policy, chat, questio
     (name,) = option
     with pytest.raises(UserError, match=name):
         continuous_batching(policy, questions, SEEDS, SamplingParams(5, **option), chat)
-    with pytest.raises(UserError, match=f"cannot do {name}"):
+    with pytest.raises(UserError, match=f"does not support {name}"):
         config(tmp_path, prompts, rollout__sampler="transformers", **{f"rollout__{name}": next(iter(option.values()))})
 
 

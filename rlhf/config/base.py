@@ -1,7 +1,7 @@
-"""The configs of the stages, typed and checked.
+"""Config groups that several stages share.
 
 The text under each field is its documentation: docs/config.md is generated from it. `rlhf.config.load` reads the
-files; `rlhf.cli.preflight` checks what depends on the disk.
+files; `rlhf.cli.preflight` checks paths, datasets and devices.
 """
 
 from __future__ import annotations
@@ -32,46 +32,47 @@ class Strict(BaseModel):
 
 class ModelConfig(Strict):
     path: Annotated[str, Field(min_length=1)]
-    """A run folder of an earlier stage, a Hugging Face model folder, or a hub name."""
+    """The run folder of an earlier stage, a Hugging Face model folder, or the name of a model on the Hub."""
     chat_template: str = "auto"
-    """`auto` (the model's own, else `default`), `default`, `plain` (no roles: the answer continues the prompt's
-    text), or the path of a Jinja file."""
+    """`auto` (the model's own template if it has one, else `default`), `default`, `plain` (no roles: the completion
+    continues the text of the prompt), or the path of a Jinja file."""
     max_length: PositiveInt | None = None
-    """Longest sequence in tokens, prompt and answer together; the model's own limit when left out."""
+    """Longest sequence in tokens, prompt and completion together. The default is the model's own limit."""
     trust_remote_code: bool = False
-    """Run Python code that comes with the model. Leave off unless you have read that code."""
+    """Run Python code that comes with the model. Leave it off unless you have read that code."""
     attn_implementation: str | None = None
-    """What transformers calls so: `sdpa`, `eager`, `flash_attention_2`, ...; its own choice when left out."""
+    """The attention implementation of transformers: `sdpa`, `eager`, `flash_attention_2`, ... By default transformers
+    chooses."""
 
 
 class DataConfig(Strict):
     train: Paths
-    """Datasets (folders or JSONL files). Records of the splits `eval` and `test` are never trained on."""
+    """Training datasets (folders or JSONL files). Their `eval` and `test` splits are never trained on."""
     eval: Paths = []
-    """Held-out datasets; when left out, the `eval` split of the training datasets."""
+    """Held-out datasets. The default is the `eval` split of the training datasets."""
     max_eval_records: PositiveInt | None = None
-    """At most so many held-out records, taken from the front."""
+    """Use only the first this many held-out records."""
 
 
 class CheckpointConfig(Strict):
     every: PositiveInt = 100
-    """Steps (updates in PPO) between checkpoints."""
+    """Optimizer steps (PPO: updates) between checkpoints."""
     keep: PositiveInt = 2
-    """How many of the newest checkpoints stay on disk."""
+    """How many checkpoints to keep on disk; older ones are deleted."""
 
 
 class LogConfig(Strict):
     every: PositiveInt = 1
-    """Steps between lines in metrics.jsonl and on the console."""
+    """Optimizer steps (PPO: updates) between lines in metrics.jsonl and on the console."""
     report_to: list[Literal["tensorboard", "wandb", "trackio"]] = []
-    """Where metrics go besides metrics.jsonl; each needs its own package."""
+    """Trackers that also receive the metrics. Each needs its Python package."""
 
 
 class AdamWConfig(Strict):
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
-    """How the learning rate falls from its peak to zero (`constant` stays)."""
+    """How the learning rate falls from its peak to zero; `constant` keeps the peak."""
     warmup: Fraction = 0.03
-    """Fraction of all steps (updates in PPO) over which the learning rate climbs to its peak."""
+    """Fraction of all steps (PPO: updates) in which the learning rate rises linearly to its peak."""
     weight_decay: NonNegativeFloat = 0.0
     """AdamW's decoupled weight decay."""
     betas: tuple[Fraction, Fraction] = (0.9, 0.999)
@@ -79,7 +80,7 @@ class AdamWConfig(Strict):
     eps: PositiveFloat = 1e-8
     """AdamW's epsilon."""
     max_grad_norm: PositiveFloat = 1.0
-    """Gradients are clipped to this global norm."""
+    """Maximum global norm of the gradient; larger gradients are scaled down."""
 
 
 class OptimizerConfig(AdamWConfig):
@@ -91,35 +92,35 @@ class BatchConfig(Strict):
     epochs: PositiveFloat = 1.0
     """Passes over the training data."""
     max_steps: PositiveInt | None = None
-    """Optimizer steps; takes precedence over `epochs`."""
+    """Stop after this many optimizer steps, whatever `epochs` says."""
     batch_size: PositiveInt = 32
-    """Records (demonstrations, or whole rankings) per optimizer step over all processes."""
+    """Records (demonstrations, or whole rankings) per optimizer step, summed over all processes."""
     micro_batch_size: PositiveInt = 8
-    """Records per forward pass and process; the rest of a batch is accumulated."""
+    """Records per forward pass of one process. Gradients are accumulated until `batch_size` is reached."""
     group_by_length: bool = True
-    """Batch records of similar length, so that less is padded. The order stays random between groups."""
+    """Put records of similar length into one batch, which saves padding. The order of the batches is still random."""
 
 
 class EvalConfig(Strict):
     every: PositiveInt = 100
-    """Steps between evaluations on the held-out records; the checkpoint with the lowest loss becomes the result."""
+    """Optimizer steps between evaluations on the held-out records. The checkpoint with the lowest held-out loss becomes
+    the result."""
 
 
 class StageConfig(Strict):
     run: Annotated[str, Field(min_length=1)]
-    """The run folder to make."""
+    """The run folder to create."""
     model: ModelConfig
     seed: NonNegativeInt = 0
-    """Seeds every random choice."""
+    """Seed of all random choices."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Compute dtype. `auto`: bfloat16 if the GPU supports it, else float32. Optimizer (master) weights are always
-    float32."""
+    """Compute dtype. `auto` is bfloat16 if the GPU supports it, else float32. Master weights are always float32."""
     gradient_checkpointing: bool = False
-    """Recompute activations in the backward pass: less memory, about a third more time."""
+    """Recompute activations in the backward pass: uses less memory, takes about a third more time."""
     deepspeed: str | None = None
-    """A DeepSpeed JSON (see configs/deepspeed). Several processes without one use ZeRO stage 0."""
+    """Path of a DeepSpeed JSON file (see configs/deepspeed). Without one, several processes use ZeRO stage 0."""
     timeout_seconds: PositiveInt = 600
-    """How long a collective operation waits for a rank that does not answer before the run ends."""
+    """How long a collective operation waits for an unresponsive rank before the run fails."""
     checkpoints: CheckpointConfig = CheckpointConfig()
     log: LogConfig = LogConfig()
 
@@ -128,7 +129,7 @@ class StageConfig(Strict):
 
 
 class SupervisedConfig(StageConfig):
-    """What SFT and the reward model share: epochs over a fixed table of records."""
+    """Shared by SFT and the reward model: epochs over a fixed table of records."""
 
     batch: BatchConfig = BatchConfig()
     optimizer: OptimizerConfig = OptimizerConfig()

@@ -1,4 +1,4 @@
-"""Reading configs: YAML and dotted overrides to a checked config, with all faults of a file in one error."""
+"""Read configs: from YAML and dotted overrides to a checked config. One error lists all problems of a file."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def load_stage_config(kind: type[C], path: str | Path, overrides: Sequence[str] 
     """Read a YAML config and apply `dotted.key=value` overrides (values are YAML).
 
     Raises:
-        UserError: No such file, not YAML, or anything in it does not fit; all faults are listed at once.
+        UserError: No such file, not YAML, or invalid keys or values; all problems are listed at once.
     """
     values = read_values(path)
     override_values(values, overrides)
@@ -26,14 +26,14 @@ def load_stage_config(kind: type[C], path: str | Path, overrides: Sequence[str] 
 
 
 def read_values(path: str | Path) -> dict[str, Any]:
-    """The keys and values of a YAML file, as they stand there.
+    """The keys and values of a YAML file, unchecked.
 
     Raises:
-        UserError: No such file, not YAML, a key that stands there twice, or not a mapping.
+        UserError: No such file, not YAML, a duplicate key, or not a mapping.
     """
     path = Path(path)
     if not path.is_file():
-        raise UserError(f"{path}: no config file there", remedy="Ready-made ones lie under configs/.")
+        raise UserError(f"{path}: there is no such config file", remedy="Examples to copy are in configs/.")
     try:
         values = yaml.load(path.read_text("utf-8"), _UniqueKeyLoader)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -46,19 +46,23 @@ def read_values(path: str | Path) -> dict[str, Any]:
 
 
 class _UniqueKeyLoader(yaml.SafeLoader):
-    """YAML that refuses a key given twice, where PyYAML silently takes the last."""
+    """YAML that refuses duplicate keys, of which PyYAML silently takes the last."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen = set()
         for key, _ in node.value:
             if key.value in seen:
-                raise yaml.MarkedYAMLError(problem=f"key {key.value!r} stands there twice", problem_mark=key.start_mark)
+                raise yaml.MarkedYAMLError(problem=f"duplicate key {key.value!r}", problem_mark=key.start_mark)
             seen.add(key.value)
         return super().construct_mapping(node, deep)
 
 
 def check_config(kind: type[C], values: dict[str, Any], where: str) -> C:
-    """Validate already parsed values; `where` names their origin in the error."""
+    """Validate parsed values. `where` is their origin, for the error.
+
+    Raises:
+        UserError: Invalid keys or values; all problems are listed at once.
+    """
     try:
         return kind.model_validate(values)
     except ValidationError as error:
@@ -86,7 +90,7 @@ def _override(values: dict[str, Any], override: str) -> None:
         child = values.get(name)
         if child is None:
             child = values[name] = {}
-        if isinstance(child, str):  # a table row named without options: `tuning: lora` + tuning.rank=8
+        if isinstance(child, str):  # `tuning: lora` plus the override tuning.rank=8
             child = values[name] = {"name": child}
         if not isinstance(child, dict):
             raise UserError(f"override {override!r}: {name} is not a group of keys")
@@ -98,23 +102,23 @@ def _override(values: dict[str, Any], override: str) -> None:
 
 
 def _fault(kind: type[BaseModel], error: Any) -> str:
-    """One validation error as a person would say it: key, what is wrong, nearest valid key."""
+    """One validation error in words: key, what is wrong, nearest valid key."""
     where = ".".join(str(part) for part in error["loc"])
     if error["type"] == "extra_forbidden":
         parent = _model_at(kind, error["loc"][:-1])
         valid = parent.model_fields if parent else []
         if (new := _new_key(kind, where, error["input"])) is not None:
-            return f"{where}: this key has a new name; {new}"
+            return f"{where}: this key was renamed; {new}"
         return f"{where}: unknown key; {nearest(str(error['loc'][-1]), valid)}"
     if error["type"] == "missing":
-        return f"{where}: missing; it has no default"
+        return f"{where}: missing; this key is required"
     text = error["msg"].removeprefix("Value error, ")
     got = "" if error["type"] == "value_error" else f", got {error['input']!r}"
     return f"{where + ': ' if where else ''}{text}{got}"
 
 
 def _new_key(kind: type[BaseModel], where: str, value: Any) -> str | None:
-    """What to write in the place of a key that was renamed, or of a group whose keys were; None for other keys."""
+    """What to write instead of a renamed key, or of a group with renamed keys; None for other keys."""
     renamed: dict[str, str] = getattr(kind, "renamed_keys", {})
     if where in renamed:
         return f"write `{renamed[where]}`"

@@ -14,28 +14,29 @@ from rlhf.reward.losses import RANKING_LOSSES
 
 class RewardDataConfig(DataConfig):
     weights: Literal["use", "ignore"] = "use"
-    """Whether a ranking's `weight` (its confidence, where it was aggregated) multiplies its loss: one of weight 2
-    counts as two, in training and in the held-out loss. Accuracy and the other metrics ignore weights."""
+    """Whether the `weight` of a ranking multiplies its loss, in training and in the held-out loss: a ranking of weight
+    2 counts as two. (For an aggregated ranking, the weight is its confidence.) Accuracy and the other metrics ignore
+    weights."""
     demonstrations: Paths = []
-    """Datasets of demonstrations whose mean score becomes 0, for `normalize: demonstrations`."""
+    """Datasets of demonstrations for `normalize: demonstrations`, which shifts their mean score to 0."""
 
 
 class RewardConfig(SupervisedConfig):
     data: RewardDataConfig
     """Datasets of rankings."""
     tuning: Annotated[Pick, TUNING] = TUNING.pick("full")
-    """What is trained besides the score head: a row of the tuning table with its options."""
+    """Which weights to train besides the score head: a row of the tuning table with its options."""
     loss: Annotated[Pick, RANKING_LOSSES] = RANKING_LOSSES.pick("bradley-terry")
-    """A row of the table of ranking losses with its options."""
+    """The training loss: a row of the table of ranking losses with its options."""
     center_rewards_coefficient: NonNegativeFloat = 0.0
-    """Weight of the penalty that keeps scores near zero."""
+    """Weight of a penalty that keeps scores near zero: the mean of (s_i + s_j)^2 over the pairs of a ranking."""
     shared_prompts: bool = True
-    """Encode a prompt once for several of its completions, wherever the model can and it is less work; the scores and
+    """Encode a prompt once for several of its candidates, if the model supports it and it is less work. Scores and
     gradients are the same."""
     normalize: Literal["none", "demonstrations", "completions"] = "completions"
-    """After training, scores are shifted and scaled: `demonstrations` puts the mean over `data.demonstrations` at 0
-    (InstructGPT), `completions` gives mean 0 and standard deviation 1 over the held-out completions (the training
-    completions where nothing is held out)."""
+    """How scores are normalised after training. `demonstrations` shifts the mean over `data.demonstrations` to 0
+    (InstructGPT). `completions` shifts and scales to mean 0 and standard deviation 1 over the held-out candidates, or
+    over the training candidates if nothing is held out."""
 
     renamed_keys: ClassVar[dict[str, str]] = SupervisedConfig.renamed_keys | {
         "centering": "center_rewards_coefficient",
@@ -49,7 +50,7 @@ class RewardConfig(SupervisedConfig):
         if (self.normalize == "demonstrations") != bool(self.data.demonstrations):
             faults.append("data.demonstrations: name datasets exactly when `normalize: demonstrations` is set")
         if self.tuning.row.traits["prompt_learning"]:
-            faults.append(f"tuning: {self.tuning.name!r} is for SFT alone: scores do not see virtual tokens")
+            faults.append(f"tuning: {self.tuning.name!r} works in SFT only: scores ignore virtual tokens")
         if faults:
             raise ValueError("; ".join(faults))
         return self

@@ -13,22 +13,22 @@ from rlhf.models.tuning import TUNING
 
 class SFTBatchConfig(BatchConfig):
     packing: bool = False
-    """Fill every row of a batch with several demonstrations, which do not see each other (needs an attention
-    implementation with variable lengths, such as flash_attention_2)."""
+    """Concatenate demonstrations into rows without padding; they do not attend to each other. Needs an attention
+    implementation for variable lengths, such as flash_attention_2."""
 
 
 class SFTEvalConfig(EvalConfig):
     samples: NonNegativeInt = 4
-    """Held-out prompts that are answered and written to samples.jsonl at each evaluation."""
+    """Held-out prompts to complete at each evaluation; the completions go to samples.jsonl."""
     sample_tokens: PositiveInt = 64
-    """Longest sample, in tokens."""
+    """Longest of these completions, in tokens."""
 
 
 class SFTConfig(SupervisedConfig):
     data: DataConfig
-    """Datasets of demonstrations; of rankings, the best completions serve."""
+    """Datasets of demonstrations. In datasets of rankings, the best candidate of each is the demonstration."""
     tuning: Annotated[Pick, TUNING] = TUNING.pick("full")
-    """What is trained: a row of the tuning table (`full`, `last-layers`, `lora`, ...) with its options."""
+    """Which weights to train: a row of the tuning table (`full`, `last-layers`, `lora`, ...) with its options."""
     batch: SFTBatchConfig = SFTBatchConfig()
     eval: SFTEvalConfig = SFTEvalConfig()
 
