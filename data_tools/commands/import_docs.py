@@ -12,25 +12,26 @@ from rlhf.core.table import TableRow
 
 HEAD = """# Formats, and what their ranks mean
 
-`rlhf data import FORMAT FILES --out DATASET` reads the formats below. `auto` in place of FORMAT tells it by the first
-rows, and says why. `rlhf data formats` prints this list, `rlhf data formats FORMAT` all about one. This page is made
-from the importers by `python -m data_tools.commands.import_docs > docs/formats.md`; a test compares them.
+This page lists every format that `rlhf data import FORMAT FILES --out DATASET` reads, and what its ranks mean. With
+`auto` in place of FORMAT the command recognises the format by the first rows, and says why. `rlhf data formats` prints
+this list, and `rlhf data formats FORMAT` everything about one format. The page is generated from the importers by
+`python -m data_tools.commands.import_docs > docs/formats.md`; a test keeps it current.
 
-In the schema rank 1 is the best, and equal ranks are a tie. The formats have other conventions, and taking one for
-another reverses what is learned:
+In the schema rank 1 is the best, and equal ranks are a tie. Formats have different conventions, and to confuse two of
+them reverses what is learned:
 
 - 0 is the best reply in OpenAssistant, and the worst rating in HelpSteer.
-- 0 chooses the first summary in summarize-from-feedback, the second answer in SHP, and neither in PandaLM.
-- In Label Studio and Argilla 2 the place in the list is the rank; in Argilla 1 a number beside the item is.
-- A negative preference means the first response in HelpSteer3; ratings, as in UltraFeedback, are the better the higher.
+- 0 means the first summary in summarize-from-feedback, the second answer in SHP, and neither in PandaLM.
+- In Label Studio and Argilla 2 the position in the list is the rank; in Argilla 1 it is a number next to the item.
+- A negative preference means the first response in HelpSteer3. In ratings, as in UltraFeedback, higher is better.
 
-After an import, look at one record whose winner you know: `rlhf data check` also says how often the longer answer and
-the one shown first wins, which a reversed ranking turns round.
+After an import, look at a record whose winner you know. `rlhf data check` also says how often the longer answer and the
+answer shown first win; with reversed ranks these fractions are reversed too.
 
-Files are read plain, gzipped or compressed by zstd, whatever they are called: JSON lines, JSON arrays of any size (they
-are streamed), JSON values one after the other, and Parquet. Folders stand for all files in them with the suffixes of
-the format; glob patterns go in quotes. Options are given by `--option NAME=VALUE` or in a YAML file by `--options`;
-they are kept as `import.yaml` in the dataset's folder, to repeat the import.
+Files can be plain, gzipped or compressed with zstd, whatever their names: JSON lines, JSON arrays of any size (they are
+streamed), concatenated JSON values, and Parquet. A folder stands for all files in it with the suffixes of the format.
+Put glob patterns in quotes. Give options with `--option NAME=VALUE`, or in a YAML file with `--options`; they are stored
+as `import.yaml` in the dataset's folder, so that you can repeat the import.
 """
 
 
