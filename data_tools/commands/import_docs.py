@@ -30,8 +30,8 @@ answer shown first win; with reversed ranks these fractions are reversed too.
 
 Files can be plain, gzipped or compressed with zstd, whatever their names: JSON lines, JSON arrays of any size (they are
 streamed), concatenated JSON values, and Parquet. A folder stands for all files in it with the suffixes of the format.
-Put glob patterns in quotes. Give options with `--option NAME=VALUE`, or in a YAML file with `--options`; they are stored
-as `import.yaml` in the dataset's folder, so that you can repeat the import.
+Put glob patterns in quotes. Give options with `--option NAME=VALUE`, or in a YAML file with `--options`; they are
+stored as `import.yaml` in the dataset's folder, so that you can repeat the import.
 """
 
 
