@@ -13,25 +13,7 @@ from pathlib import Path
 import pytest
 import tiny
 import yaml
-
-REPOSITORY = Path(__file__).resolve().parents[1]
-HEAVY = ("torch", "transformers", "deepspeed", "trl", "peft", "datasets", "accelerate")
-
-COMMAND = f"""
-import sys
-from stages.cli import main
-try:
-    main()
-finally:
-    sys.stderr.write("HEAVY " + " ".join(name for name in {HEAVY} if name in sys.modules))
-"""
-
-
-def rlhf(folder: Path, *words: str, **more: str) -> subprocess.CompletedProcess[str]:
-    """Run the command in a process of its own; the last line on standard error names the heavy modules imported."""
-    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1", **more}
-    command = [sys.executable, "-c", COMMAND, *words]
-    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=120)
+from light_commands import REPOSITORY, rlhf
 
 
 def light(done: subprocess.CompletedProcess[str]) -> str:
