@@ -6,18 +6,9 @@ import pytest
 import torch
 
 from rlhf import distributed
-from rlhf.ppo.batching import (
-    PASS_TOKENS,
-    Batcher,
-    endless,
-    episode_batcher,
-    gather_completions,
-    gather_tokens,
-    permutation,
-    plan_minibatches,
-)
+from rlhf.ppo.batching import PASS_TOKENS, TokenRows, divide, endless, permutation
 from rlhf.ppo.masked import unflatten
-from rlhf.ppo.types import Prompts, Rollout
+from rlhf.ppo.types import Prompts, Rollout, gather_completions, gather_episodes, gather_tokens
 from rlhf.rollout.types import Completion
 
 TOTALS = [10, 3, 7, 7, 2, 9, 4, 1, 30, 5]
@@ -30,13 +21,13 @@ def world(request, monkeypatch):
 
 
 def test_every_episode_is_in_exactly_one_micro_batch_of_one_rank(world):
-    plan = plan_minibatches(TOTALS, permutation(10, 1), 3, budget=20)
+    plan = divide(TOTALS, permutation(10, 1), 3, budget=20)
     found = [episode for share in plan for rank in share for batch in rank for episode in batch]
     assert sorted(found) == list(range(10))
 
 
 def test_every_rank_has_the_same_number_of_micro_batches(world):
-    for share in plan_minibatches(TOTALS, permutation(10, 1), 3, budget=20):
+    for share in divide(TOTALS, permutation(10, 1), 3, budget=20):
         assert len(share) == world
         assert len({len(rank) for rank in share}) == 1
 
@@ -44,14 +35,14 @@ def test_every_rank_has_the_same_number_of_micro_batches(world):
 def test_minibatches_hold_the_same_episodes_for_any_number_of_ranks(monkeypatch):
     def episodes(size):
         monkeypatch.setenv("WORLD_SIZE", str(size))
-        plan = plan_minibatches(TOTALS, permutation(10, 1), 3, budget=20)
+        plan = divide(TOTALS, permutation(10, 1), 3, budget=20)
         return [sorted(e for rank in share for batch in rank for e in batch) for share in plan]
 
     assert episodes(1) == episodes(2) == episodes(4)
 
 
 def test_no_micro_batch_passes_the_budget_unless_one_episode_does(world):
-    for share in plan_minibatches(TOTALS, permutation(10, 1), 2, budget=20):
+    for share in divide(TOTALS, permutation(10, 1), 2, budget=20):
         for batch in (batch for rank in share for batch in rank if batch):
             longest = max(TOTALS[e] for e in batch)
             assert len(batch) * longest <= 20 or len(batch) == 1
@@ -60,7 +51,7 @@ def test_no_micro_batch_passes_the_budget_unless_one_episode_does(world):
 def test_micro_batches_cost_least_of_all_ways_to_cut(monkeypatch):
     monkeypatch.setitem(PASS_TOKENS, "cpu", 6)
     totals = [int(t) for t in torch.randint(1, 30, (9,), generator=torch.Generator().manual_seed(2))]
-    (share,) = plan_minibatches(totals, range(9), 1, budget=60)
+    (share,) = divide(totals, range(9), 1, budget=60)
     order = sorted(range(9), key=lambda e: (-totals[e], e))
 
     def cost(batches):
@@ -79,18 +70,18 @@ def test_micro_batches_cost_least_of_all_ways_to_cut(monkeypatch):
 
 
 def test_packed_micro_batches_are_filled_by_tokens_without_padding(world):
-    (share,) = plan_minibatches(TOTALS, permutation(10, 1), 1, budget=20, packed=True)
+    (share,) = divide(TOTALS, permutation(10, 1), 1, budget=20, packed=True)
     batches = [batch for rank in share for batch in rank if batch]
     assert sorted(e for batch in batches for e in batch) == list(range(10))
     assert all(sum(TOTALS[e] for e in batch) <= 20 or len(batch) == 1 for batch in batches)
-    padded = [b for rank in plan_minibatches(TOTALS, permutation(10, 1), 1, 20)[0] for b in rank if b]
+    padded = [b for rank in divide(TOTALS, permutation(10, 1), 1, 20)[0] for b in rank if b]
     assert len(batches) <= len(padded)
 
 
 def test_a_packed_micro_batch_holds_the_tokens_of_the_padded_one():
     rows = [([5, 6, 7], [False, False, True]), ([8, 9], [False, True]), ([4] * 5, [False] + [True] * 4)]
-    (packed,) = Batcher(rows, 0, 10, packed=True).share([[[2, 0, 1]]])
-    (padded,) = Batcher(rows, 0, 10).share([[[2, 0, 1]]])
+    (packed,) = TokenRows(rows, 0, 10, packed=True).micro_batches([[[2, 0, 1]]])
+    (padded,) = TokenRows(rows, 0, 10).micro_batches([[[2, 0, 1]]])
     assert packed.input_ids.tolist() == [[4, 4, 4, 4, 4, 5, 6, 7, 8, 9]]
     assert packed.position_ids.tolist() == [[0, 1, 2, 3, 4, 0, 1, 2, 0, 1]]
     assert packed.attention_mask is None and padded.position_ids is None
@@ -101,7 +92,7 @@ def test_a_packed_micro_batch_holds_the_tokens_of_the_padded_one():
 def test_ranks_get_about_the_same_number_of_tokens(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     totals = [int(t) for t in torch.randint(1, 100, (64,), generator=torch.Generator().manual_seed(0))]
-    (share,) = plan_minibatches(totals, range(64), 1, budget=10**6)
+    (share,) = divide(totals, range(64), 1, budget=10**6)
     loads = [sum(totals[e] for batch in rank for e in batch) for rank in share]
     assert abs(loads[0] - loads[1]) <= max(totals)
 
@@ -127,7 +118,7 @@ def rollout():
 def test_a_rollout_describes_its_answers():
     r = rollout()
     assert r.lengths.tolist() == [3, 1, 2]
-    assert r.totals == [5, 2, 5]
+    assert r.total_lengths == [5, 2, 5]
     assert r.ended.tolist() == [True, False, True]
     assert r.response_mask.tolist() == [[True, True, True], [True, False, False], [True, True, False]]
 
@@ -139,16 +130,16 @@ def test_a_rollout_pads_the_log_probs_of_a_sampler_that_tells_them_for_all_answe
 
 
 def test_a_micro_batch_marks_the_answers_tokens_and_pads_on_the_right():
-    batch = episode_batcher(rollout(), pad_id=0, vocab_size=16).share([[[0, 1]]])[0]
+    batch = TokenRows.of_rollout(rollout(), pad_id=0, vocab_size=16).micro_batches([[[0, 1]]])[0]
     assert batch.input_ids.tolist() == [[5, 6, 11, 12, 2], [7, 13, 0, 0, 0]]
     assert batch.attention_mask.tolist() == [[1, 1, 1, 1, 1], [1, 1, 0, 0, 0]]
     assert batch.response_mask.tolist() == [[False, False, True, True, True], [False, True, False, False, False]]
-    assert batch.rows == [0, 1]
+    assert batch.episodes == [0, 1]
 
 
 def test_a_filler_asks_for_no_token():
-    batch = episode_batcher(rollout(), pad_id=0, vocab_size=16).share([[[]]])[0]
-    assert batch.rows == []
+    batch = TokenRows.of_rollout(rollout(), pad_id=0, vocab_size=16).micro_batches([[[]]])[0]
+    assert batch.episodes == []
     assert not batch.response_mask.any()
     assert batch.input_ids.shape == (1, 2)  # the shortest episode
 
@@ -159,7 +150,7 @@ def test_the_head_works_in_the_same_number_of_parts_on_every_rank(monkeypatch):
     parts = []
     for rank in (0, 1):
         monkeypatch.setenv("RANK", str(rank))
-        parts.append(Batcher(rows, 0, vocab_size=2**16).share([[[0]], [[1]]])[0].chunks)
+        parts.append(TokenRows(rows, 0, vocab_size=2**16).micro_batches([[[0]], [[1]]])[0].chunks)
     assert parts == [4, 4]  # 1000 tokens x 65536 = 62.5 Mi logits, 16 Mi at a time
 
 
@@ -173,11 +164,11 @@ def test_unflatten_pads_each_row_with_zeros_and_keeps_gradients():
 
 def test_gathered_figures_come_in_the_order_of_the_episodes():
     columns = torch.tensor([[30.0, 3], [31, 3], [10, 1], [20, 2], [21, 2], [22, 2]])
-    first, second = gather_tokens(columns, [2, 0, 1], torch.tensor([1, 3, 2]))
+    first, second = gather_tokens(columns, gather_episodes([2, 0, 1]), torch.tensor([1, 3, 2]))
     assert first.tolist() == [[10, 0, 0], [20, 21, 22], [30, 31, 0]]
     assert second.tolist() == [[1, 0, 0], [2, 2, 2], [3, 3, 0]]
 
 
 def test_answers_of_one_process_are_gathered_as_they_are():
     assert distributed.world_size() == 1
-    assert gather_completions(rollout().answers, 0) == rollout().answers
+    assert gather_completions(rollout().completions, 0) == rollout().completions

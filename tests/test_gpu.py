@@ -52,7 +52,7 @@ def check_update(figures):
 @pytest.mark.parametrize("precision", ["bfloat16", "float32"])
 def test_a_ppo_update_begins_with_a_ratio_of_one_and_without_divergence(precision, tmp_path, demos):
     stage = PPO(ppo_runs.config(tmp_path / "run", demos, precision=precision), resume=False, overwrite=False)
-    assert {p.device.type for p in stage.engine.module.parameters()} == {"cuda"}
+    assert {p.device.type for p in stage.models.engine.module.parameters()} == {"cuda"}
     figures = stage.update(0)
     check_update(figures)
     assert abs(figures["objective/kl"]) < 0.02
@@ -121,7 +121,7 @@ def test_ppo_trains_adapters_over_a_base_in_4_bits(tmp_path, demos):
     pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
     c = ppo_runs.config(tmp_path / "run", demos, tuning={"name": "qlora", "rank": 4}, precision="bfloat16")
     stage = PPO(c, resume=False, overwrite=False)
-    assert stage.reference is None
+    assert not stage.models.frozen
     check_update(stage.update(0))
 
 

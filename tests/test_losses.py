@@ -7,15 +7,7 @@ from dataclasses import astuple
 import pytest
 import torch
 
-from rlhf.ppo.losses import (
-    PolicyStats,
-    ValueStats,
-    explained_variance,
-    importance_weights,
-    normalised,
-    policy_loss,
-    value_loss,
-)
+from rlhf.ppo.losses import PolicyStats, explained_variance, importance_weights, policy_loss, value_loss
 
 NAN = float("nan")
 ONE = torch.ones(1, 1, dtype=torch.bool)
@@ -23,8 +15,8 @@ ONE = torch.ones(1, 1, dtype=torch.bool)
 
 def one_token(ratio: float, advantage: float, **options) -> tuple[float, float, PolicyStats]:
     """Loss, its gradient with respect to the log-probability, and the statistics for a single token."""
-    logprob = torch.tensor([[ratio]]).log().requires_grad_()
-    loss, stats = policy_loss(logprob, torch.zeros(1, 1), torch.tensor([[advantage]]), ONE, **options)
+    logprob = torch.tensor([ratio]).log().requires_grad_()
+    loss, stats = policy_loss(logprob, torch.zeros(1), torch.tensor([advantage]), **options)
     loss.sum().backward()
     return loss.item(), logprob.grad.item(), stats
 
@@ -74,41 +66,38 @@ def test_a_dual_clip_that_would_cut_ordinary_gradients_is_refused(dual_clip):
 
 
 def test_at_ratio_1_the_loss_is_minus_a_and_its_gradient_the_policy_gradient():
-    logits = torch.randn(2, 3, 7, generator=torch.Generator().manual_seed(1), requires_grad=True)
-    tokens = torch.tensor([[1, 4, 6], [0, 2, 3]])
-    advantages = torch.tensor([[0.5, -1.0, 2.0], [3.0, 0.0, -0.25]])
-    mask = torch.tensor([[True, True, True], [True, True, False]])
+    logits = torch.randn(5, 7, generator=torch.Generator().manual_seed(1), requires_grad=True)
+    tokens = torch.tensor([1, 4, 6, 0, 2])
+    advantages = torch.tensor([0.5, -1.0, 2.0, 3.0, 0.0])
 
     def logprobs():
         return logits.log_softmax(-1).gather(-1, tokens[..., None]).squeeze(-1)
 
-    loss, stats = policy_loss(logprobs(), logprobs().detach(), advantages, mask)
-    assert torch.equal(loss.detach(), -advantages * mask)
+    loss, stats = policy_loss(logprobs(), logprobs().detach(), advantages)
+    assert torch.equal(loss.detach(), -advantages)
     assert (stats.ratio_min, stats.ratio_max, stats.clipped, stats.kl_k1, stats.kl_k3) == (1, 1, 0, 0, 0)
     (surrogate,) = torch.autograd.grad(loss.sum(), logits)
-    (policy_gradient,) = torch.autograd.grad(-(advantages * logprobs() * mask).sum(), logits)
+    (policy_gradient,) = torch.autograd.grad(-(advantages * logprobs()).sum(), logits)
     torch.testing.assert_close(surrogate, policy_gradient)
 
 
-def test_a_micro_batch_without_tokens_changes_no_statistic():
-    nothing = torch.zeros(1, 0)
-    loss, stats = policy_loss(nothing, nothing, nothing, nothing.bool())
-    assert loss.shape == (1, 0) and stats.tokens == 0 and stats.kl_k3 == 0
+def test_a_micro_batch_without_tokens_has_neutral_statistics():
+    nothing = torch.zeros(0)
+    loss, stats = policy_loss(nothing, nothing, nothing)
+    assert loss.shape == (0,) and stats.clipped == 0 and stats.kl_k3 == 0
     assert stats.ratio_min == torch.inf and stats.ratio_max == -torch.inf
 
 
 def test_policy_statistics_match_hand_numbers():
-    # ratios 2, 0.5 and 1 (and garbage): log ratios 0.6931472, -0.6931472, 0
+    # ratios 2, 0.5 and 1: log ratios 0.6931472, -0.6931472, 0
     # k1 = -log ratio: -0.6931472 + 0.6931472 + 0 = 0
     # k3 = ratio - 1 - log ratio: 0.3068528 + 0.1931472 + 0 = 0.5
     # clipped with A > 0: the ratio 2 alone
-    logprobs = torch.tensor([[2.0, 0.5], [1.0, NAN]]).log()
-    mask = torch.tensor([[True, True], [True, False]])
-    _, stats = policy_loss(logprobs, torch.zeros(2, 2), torch.ones(2, 2), mask)
-    assert stats.tokens == 3 and stats.clipped == 1
+    _, stats = policy_loss(torch.tensor([2.0, 0.5, 1.0]).log(), torch.zeros(3), torch.ones(3))
+    assert stats.clipped == 1
     assert stats.kl_k1.item() == pytest.approx(0, abs=1e-6) and stats.kl_k3.item() == pytest.approx(0.5)
     assert stats.ratio_min.item() == pytest.approx(0.5) and stats.ratio_max.item() == pytest.approx(2)
-    assert all(figure.ndim == 0 and not figure.requires_grad for figure in astuple(stats))
+    assert all(value.ndim == 0 and not value.requires_grad for value in astuple(stats))
 
 
 # ---- value
@@ -130,82 +119,22 @@ def test_policy_statistics_match_hand_numbers():
     ],
 )
 def test_value_clipping_in_every_case(value, old, target, loss, gradient, held):
-    values = torch.tensor([[value]], requires_grad=True)
-    got, stats = value_loss(values, torch.tensor([[old]]), torch.tensor([[target]]), ONE, clip=0.2)
+    values = torch.tensor([value], requires_grad=True)
+    got, clipped = value_loss(values, torch.tensor([old]), torch.tensor([target]), clip=0.2)
     got.sum().backward()
     assert got.item() == pytest.approx(loss, rel=1e-5)
     assert values.grad.item() == pytest.approx(gradient, abs=1e-6)
-    assert stats.clipped == float(held)
+    assert clipped == float(held)
 
 
 def test_without_a_clip_the_value_loss_is_half_the_squared_error():
-    loss, stats = value_loss(torch.tensor([[1.9]]), torch.tensor([[1.0]]), torch.tensor([[2.5]]), ONE, clip=None)
-    assert loss.item() == pytest.approx(0.18) and stats.clipped == 0
+    loss, clipped = value_loss(torch.tensor([1.9]), torch.tensor([1.0]), torch.tensor([2.5]), clip=None)
+    assert loss.item() == pytest.approx(0.18) and clipped == 0
 
 
 def test_a_value_clip_that_is_not_positive_is_refused():
     with pytest.raises(ValueError, match="clip must be above 0"):
-        value_loss(torch.zeros(1, 1), torch.zeros(1, 1), torch.zeros(1, 1), ONE, clip=0.0)
-
-
-# ---- padding, micro-batches, normalisation
-
-
-def inputs() -> tuple[list[torch.Tensor], torch.Tensor]:
-    """Four [4, 5] tensors with NaN, infinities and large numbers at padding, and the mask."""
-    generator = torch.Generator().manual_seed(2)
-    mask = torch.arange(5) < torch.tensor([5, 1, 3, 4])[:, None]
-    garbage = torch.tensor([NAN, float("inf"), -float("inf"), 1e30, NAN])
-    return [tensor.where(mask, garbage) for tensor in torch.randn(4, 4, 5, generator=generator)], mask
-
-
-@pytest.mark.parametrize("loss_of", [policy_loss, value_loss])
-def test_garbage_in_padding_reaches_neither_loss_nor_gradient_nor_statistics(loss_of):
-    (trained, old, target, _), mask = inputs()
-    clean = [tensor.where(mask, 0.0).requires_grad_() for tensor in (trained, old, target)]
-    trained = trained.requires_grad_()
-    loss, stats = loss_of(trained, old, target, mask)
-    expected, expected_stats = loss_of(*clean, mask)
-    loss.sum().backward()
-    expected.sum().backward()
-    assert torch.equal(loss, expected) and (loss[mask.logical_not()] == 0).all()
-    assert torch.equal(trained.grad, clean[0].grad) and (trained.grad[mask.logical_not()] == 0).all()
-    assert astuple(stats) == astuple(expected_stats)
-
-
-@pytest.mark.parametrize("loss_of, kind", [(policy_loss, PolicyStats), (value_loss, ValueStats)])
-def test_micro_batches_add_up_to_the_minibatch(loss_of, kind):
-    (trained, old, target, _), mask = inputs()
-    whole, whole_stats = loss_of(trained, old, target, mask)
-    count = mask.sum()
-    parts, stats = torch.tensor(0.0), None
-    for rows in (slice(0, 1), slice(1, 4)):
-        loss, found = loss_of(trained[rows], old[rows], target[rows], mask[rows])
-        parts = parts + normalised(loss, mask[rows], count)
-        stats = found if stats is None else stats + found
-    torch.testing.assert_close(parts, normalised(whole, mask, count))
-    torch.testing.assert_close(parts, whole[mask].mean())
-    assert isinstance(stats, kind)
-    torch.testing.assert_close(torch.stack(astuple(stats)), torch.stack(astuple(whole_stats)))
-
-
-def test_a_micro_batch_without_tokens_adds_nothing():
-    (trained, old, target, _), mask = inputs()
-    trained = trained.requires_grad_()
-    _, stats = policy_loss(trained, old, target, mask)
-    empty_loss, empty = policy_loss(trained, old, target, torch.zeros_like(mask))
-    assert astuple(stats + empty) == astuple(stats)
-    normalised(empty_loss, torch.zeros_like(mask), 7).backward()
-    assert (trained.grad == 0).all()
-
-
-def test_normalised_divides_by_the_count_that_it_is_given():
-    per_token = torch.tensor([[1.0, 2.0], [3.0, NAN]])
-    mask = torch.tensor([[True, True], [True, False]])
-    assert normalised(per_token, mask, 12) == 0.5
-    for count in (0, torch.tensor(0)):
-        with pytest.raises(ValueError, match=r"by 0\.0 tokens"):
-            normalised(per_token, mask, count)
+        value_loss(torch.zeros(1), torch.zeros(1), torch.zeros(1), clip=0.0)
 
 
 # ---- explained variance

@@ -14,8 +14,9 @@ from rlhf.models import packed_attention
 from rlhf.models.packed_attention import PACKED, attend_each
 from rlhf.models.scalar import ScalarModel
 from rlhf.ppo.actor_critic import ActorCritic
-from rlhf.ppo.batching import Batcher
-from rlhf.ppo.packing import packs
+from rlhf.ppo.batching import TokenRows
+from rlhf.ppo.models import SeparateModels
+from rlhf.ppo.packing import can_pack
 
 MODELS = {**FAMILIES, "opt": OPT, "bloom": ALIBI, "lfm2": HYBRID}
 MIXES = ("bloom", "lfm2", "opt")
@@ -29,7 +30,7 @@ ROWS = [
 
 
 class PlainEngine:
-    """What `packs` needs of an engine."""
+    """What `can_pack` needs of an engine."""
 
     dtype = torch.float32
 
@@ -48,7 +49,7 @@ class PlainEngine:
 def results(engine, packed, shares):
     """Log-probs, values and gradients of a loss that weighs every token differently."""
     engine.module.zero_grad()
-    batches = [Batcher(ROWS, 0, VOCAB, packed).share([[share]])[0] for share in shares]
+    batches = [TokenRows(ROWS, 0, VOCAB, packed).micro_batches([[share]])[0] for share in shares]
     outputs = [engine(batch, 0.7) for batch in batches]
     logprobs = torch.cat([o.logprobs for o in outputs])
     values = torch.zeros(()) if outputs[0].values is None else torch.cat([o.values for o in outputs])
@@ -73,35 +74,35 @@ def test_padded_rows_give_the_numbers_and_gradients_of_each_sequence_alone(name,
 @pytest.mark.parametrize(("name", "attention"), [way for way in WAYS if way[0] not in MIXES or way == ("opt", "sdpa")])
 def test_packed_sequences_give_the_numbers_and_gradients_of_padded_ones(name, attention):
     engine = PlainEngine(MODELS[name], attention)
-    assert packs(engine, None, VOCAB, True)
+    assert can_pack(SeparateModels(engine), VOCAB, True)
     assert_equal(results(engine, True, [[0, 1, 2, 3]]), results(engine, False, [[0, 1, 2, 3]]))
 
 
 @pytest.mark.parametrize("name", MIXES)
 def test_a_model_that_mixes_packed_sequences_is_refused(name):
     engine = PlainEngine(MODELS[name], "eager")
-    with pytest.raises(UserError, match=r"(?s)packing.*see others.*Leave batch.packing out"):
-        packs(engine, None, VOCAB, True)
+    with pytest.raises(UserError, match=r"(?s)packing.*attend to each.*Leave batch.packing out"):
+        can_pack(SeparateModels(engine), VOCAB, True)
 
 
 @pytest.mark.parametrize(("attention", "packed"), [("sdpa", True), ("eager", False)])
 def test_packing_is_chosen_on_a_cpu_where_it_needs_no_mask(attention, packed):
     engine = PlainEngine(FAMILIES["llama"], attention)
-    assert not packs(engine, None, VOCAB, False)
-    assert packs(engine, None, VOCAB, None) is packed
+    assert not can_pack(SeparateModels(engine), VOCAB, False)
+    assert can_pack(SeparateModels(engine), VOCAB, None) is packed
     assert engine.module.policy.config._attn_implementation == (PACKED if packed else attention)
 
 
 def test_a_model_that_cannot_be_packed_keeps_its_attention():
     engine = PlainEngine(HYBRID, "sdpa")
-    assert not packs(engine, None, VOCAB, None)
+    assert not can_pack(SeparateModels(engine), VOCAB, None)
     assert engine.module.policy.config._attn_implementation == "sdpa"
 
 
 @pytest.mark.parametrize("name", ["llama", "mistral", "gemma3"])
 def test_a_packed_sequence_is_never_a_matrix_of_all_tokens(name, monkeypatch):
     engine = PlainEngine(MODELS[name], "sdpa")
-    packs(engine, None, VOCAB, None)
+    can_pack(SeparateModels(engine), VOCAB, None)
     critic = engine.module.critic.model
     critic.config = copy.deepcopy(critic.config)  # as where roles share a base: a body's attention is the body's own
     critic.config._attn_implementation = "sdpa"
@@ -129,5 +130,5 @@ def test_an_ordinary_call_of_a_packed_model_is_unchanged():
     ids, mask = torch.arange(22).view(2, 11) + 3, torch.ones(2, 11, dtype=torch.int64)
     mask[1, :4] = 0
     before = engine.module.policy(input_ids=ids, attention_mask=mask).logits
-    assert packs(engine, None, VOCAB, True)
+    assert can_pack(SeparateModels(engine), VOCAB, True)
     torch.testing.assert_close(engine.module.policy(input_ids=ids, attention_mask=mask).logits, before, rtol=0, atol=0)

@@ -17,7 +17,7 @@ TEMPERATURE, KL, RATE, GAMMA_LAM, CLIP = 0.7, 0.05, 1e-3, 0.95, 0.2
 
 def padded(rollout):
     """Tokens int64 [N, L], mask, and bool [N, L - 1]: where the next token is an answer's."""
-    rows = [p + a.ids for p, a in zip(rollout.prompts.ids, rollout.answers)]
+    rows = [p + a.ids for p, a in zip(rollout.prompts.ids, rollout.completions)]
     width = max(map(len, rows))
     ids = torch.tensor([row + [0] * (width - len(row)) for row in rows])
     column, starts = torch.arange(width), torch.tensor([[len(p)] for p in rollout.prompts.ids])
@@ -74,14 +74,17 @@ def test_two_updates_give_the_weights_of_ppo_written_out_by_hand(tmp_path, promp
     changes = {"rollout__temperature": TEMPERATURE, "kl__controller": {"name": "fixed", "coef": KL}}
     config = ppo_runs.config(tmp_path / "run", prompts, **changes)
     stage = PPO(config, resume=False, overwrite=False)
-    policy, critic = copy.deepcopy(stage.engine.module.policy), copy.deepcopy(stage.engine.module.critic.model)
+    policy, critic = (
+        copy.deepcopy(stage.models.engine.module.policy),
+        copy.deepcopy(stage.models.engine.module.critic.model),
+    )
     reference = copy.deepcopy(policy)
     optimizer = torch.optim.AdamW(
         [*policy.parameters(), *critic.parameters()], lr=RATE, betas=(0.9, 0.95), eps=1e-5, weight_decay=0.0
     )
     for number in range(2):
-        rollout = stage.rollout(stage.draw(number))
-        scores = [ppo_rewards.letters([], stage.chat.decode(answer.ids)) for answer in rollout.answers]
+        rollout = stage.rollout(stage.draw_prompts(number))
+        scores = [ppo_rewards.letters([], stage.chat.decode(answer.ids)) for answer in rollout.completions]
         orders = [
             part
             for epoch in range(config.batch.epochs)
@@ -89,7 +92,10 @@ def test_two_updates_give_the_weights_of_ppo_written_out_by_hand(tmp_path, promp
         ]
         learn(policy, critic, reference, optimizer, padded(rollout), scores, orders)
         assert stage.update(number)["objective/scores"] == pytest.approx(sum(scores) / len(scores))
-        for mine, theirs in ((stage.engine.module.policy, policy), (stage.engine.module.critic.model, critic)):
+        for mine, theirs in (
+            (stage.models.engine.module.policy, policy),
+            (stage.models.engine.module.critic.model, critic),
+        ):
             for found, expected in zip(mine.parameters(), theirs.parameters(), strict=True):
                 assert torch.allclose(found, expected, atol=2e-5), "our weights are not those of the formulas"
             theirs.load_state_dict(mine.state_dict())  # AdamW makes much of rounding where gradients are next to none

@@ -75,10 +75,10 @@ def test_a_rollout_rounds_frozen_weights_once_and_gives_them_back(tmp_path, prom
             monkeypatch.setattr("rlhf.training.engine.cast_frozen_linears_", lambda module, dtype: [])
         c = ppo_runs.config(tmp_path / str(rounds), prompts, precision="bfloat16", tuning=tuning)
         stage, seen = PPO(c, resume=False, overwrite=False), set()
-        base = stage.engine.module.policy.get_base_model().model.layers[0].self_attn.q_proj.base_layer
+        base = stage.models.engine.module.policy.get_base_model().model.layers[0].self_attn.q_proj.base_layer
         base.register_forward_pre_hook(lambda layer, _, seen=seen: seen.add(layer.weight.dtype))
         weight = base.weight
-        answers.append(stage.rollout(stage.draw(0)).answers)
+        answers.append(stage.rollout(stage.draw_prompts(0)).completions)
         assert seen == {torch.bfloat16 if rounds else torch.float32}
         assert base.weight is weight and weight.dtype == torch.float32
     assert answers[0] == answers[1]
@@ -101,13 +101,16 @@ def test_recomputed_activations_change_no_number(tmp_path, prompts):
     for recompute in (False, True):
         c = ppo_runs.config(tmp_path / str(recompute), prompts, gradient_checkpointing=recompute)
         stage, seen = PPO(c, resume=False, overwrite=False), []
-        layers = (stage.engine.module.policy.model.layers[0], stage.engine.module.critic.model.model.layers[0])
+        layers = (
+            stage.models.engine.module.policy.model.layers[0],
+            stage.models.engine.module.critic.model.model.layers[0],
+        )
         for layer in layers:
             layer.self_attn.register_forward_pre_hook(lambda *_, seen=seen: seen.append(torch.is_grad_enabled()))
         figures = stage.update(0)
         assert figures["policy/first_ratio_min"] == figures["policy/first_ratio_max"] == 1.0
         passes.append(sum(seen))
-        weights.append([p.detach().clone() for p in stage.engine.module.parameters()])
+        weights.append([p.detach().clone() for p in stage.models.engine.module.parameters()])
     assert passes[1] == 2 * passes[0]
     for kept, recomputed in zip(*weights):
         torch.testing.assert_close(kept, recomputed, atol=1e-5, rtol=1e-5)

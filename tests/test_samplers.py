@@ -20,7 +20,6 @@ from rlhf.models.load import load_policy
 from rlhf.models.merging import merged_state, merged_weights
 from rlhf.models.packed_attention import PACKED, switch
 from rlhf.models.tuning import TUNING
-from rlhf.ppo.batching import episode_batcher
 from rlhf.ppo.losses import Importance
 from rlhf.rollout.samplers import continuous_batching, hf
 from rlhf.rollout.types import SamplingParams, stream_seed
@@ -143,16 +142,15 @@ def test_without_log_probs_or_weights_nothing_is_weighed(changes, tmp_path, prom
 
 def test_each_tokens_policy_loss_is_multiplied_by_its_weight(tmp_path, prompts):
     stage = PPO(config(tmp_path / "run", prompts, batch__minibatches=1, batch__epochs=1), False, False)
-    rollout = stage.rollout(stage.draw(0))
-    plans = [stage.plan(rollout, 0, 0)]
-    batcher = episode_batcher(rollout, stage.chat.pad_id, stage.vocab_size)
-    experience = stage.score(rollout, batcher, plans[0])
+    rollout = stage.rollout(stage.draw_prompts(0))
+    minibatches = stage.minibatches(rollout, 0)
+    experience = stage.score(rollout, minibatches.epoch(0))
     mask = rollout.response_mask
     weights = torch.rand(mask.shape, generator=torch.Generator().manual_seed(0)) * mask
     nothing = torch.zeros(())
     weighed = dataclasses.replace(experience, importance=Importance(weights, nothing, nothing, nothing))
     advantages = stage.config.advantage(experience.scores[:, None] * mask, experience.values, mask, None)
-    figures = stage.learner.learn(weighed, advantages, batcher, plans, 0, 0.0)
+    figures = stage.learner.learn(weighed, advantages, minibatches, 0, 0.0)
     expected = -(advantages.advantages * weights).sum() / mask.sum()  # the ratio is 1
     assert figures["loss/policy"] == pytest.approx(expected.item(), rel=1e-5)
 

@@ -7,7 +7,7 @@ import sys
 import pytest
 import tiny
 
-from rlhf.ppo.batching import plan_minibatches
+from rlhf.ppo.batching import divide
 
 sys.path.append(str(tiny.REPOSITORY / "benchmarks"))
 
@@ -68,7 +68,7 @@ def test_a_policy_of_70b_fits_no_gpu_whole_and_a_host_together():
 def test_micro_batches_are_those_of_the_learner(monkeypatch, ranks, episodes):
     monkeypatch.setenv("WORLD_SIZE", str(ranks))
     job = model.Job(episodes)
-    plan = plan_minibatches([1024] * episodes, range(episodes), job.minibatches, job.micro_batch_tokens)
+    plan = divide([1024] * episodes, range(episodes), job.minibatches, job.micro_batch_tokens)
     found, expected = sum(len(share[0]) for share in plan), model.micro_batches(job, ranks)[1]
     assert expected - job.minibatches <= found <= expected
     if episodes % (job.minibatches * ranks) == 0:

@@ -27,6 +27,7 @@ from rlhf.models.logprobs import hidden_states
 from rlhf.models.scalar import ScalarModel
 from rlhf.ppo.actor_critic import ActorCritic
 from rlhf.ppo.config import PPOConfig
+from rlhf.ppo.models import SeparateModels
 from rlhf.ppo.shared_roles import recognise
 from rlhf.runs.run import resolve_model_path
 from rlhf.training.engine import make_engine
@@ -54,9 +55,9 @@ def train(made: PPOConfig, **how: Any) -> PPO:
 
 
 def four_models(base: str, policy: dict[str, torch.Tensor], sft: str | None, reward: str):
-    """What `load_models` gives: policy, critic and reference as models of their own, with the given adapters."""
+    """What `load_separate` gives: policy, critic and reference as models of their own, with the given adapters."""
 
-    def load_models(config, chat, path):
+    def load_separate(config, chat):
         lm = config.tuning(AutoModelForCausalLM.from_pretrained(base), chat, "causal")
         missing = lm.load_state_dict(policy, strict=False)
         assert not missing.unexpected_keys
@@ -70,15 +71,17 @@ def four_models(base: str, policy: dict[str, torch.Tensor], sft: str | None, rew
         rates = ((lm, config.optimizer.policy_lr), (critic, config.optimizer.critic_lr))
         groups = [{"params": [p for p in m.parameters() if p.requires_grad], "lr": lr} for m, lr in rates]
         engine = make_engine(ActorCritic(lm, critic), groups, config.optimizer, config.precision, config.deepspeed)
-        return engine, engine.freeze(ActorCritic(reference, None))
+        return SeparateModels(engine, engine.freeze(ActorCritic(reference, None)))
 
-    return load_models
+    return load_separate
 
 
 def train_separately(monkeypatch, shared: PPO, folder, base, sft, reward) -> PPO:
     """The same run with four models; the policy's adapter begins as that of `shared`, which is not trained yet."""
-    begin = {n: p.detach().clone() for n, p in shared.engine.module.policy.named_parameters() if ".default." in n}
-    monkeypatch.setattr(stages.ppo, "load_models", four_models(base, begin, sft, reward))
+    begin = {
+        n: p.detach().clone() for n, p in shared.models.engine.module.policy.named_parameters() if ".default." in n
+    }
+    monkeypatch.setattr(stages.ppo, "load_separate", four_models(base, begin, sft, reward))
     changes = {"run": str(folder), "model": shared.config.model.model_copy(update={"sharing": "separate"})}
     return train(shared.config.model_copy(update=changes))
 
@@ -87,7 +90,7 @@ def assert_alike(shared: PPO, separate: PPO) -> None:
     """Metrics, adapters and value head of the two agree."""
     for mine, theirs in zip(metrics(shared.run.path), metrics(separate.run.path), strict=True):
         assert mine == pytest.approx(theirs, rel=1e-4, abs=1e-5)
-    module = separate.engine.module
+    module = separate.models.engine.module
     found = adapters_of(shared.run.path)
     expected = {f"adapter.{n}": p for n, p in module.policy.named_parameters() if p.requires_grad}
     expected |= {f"critic.{n}": p for n, p in module.critic.model.named_parameters() if p.requires_grad}
@@ -106,11 +109,11 @@ def test_one_base_gives_what_four_models_give(case, tmp_path, runs, prompts, mon
     }[case]
     base = tiny.llama() if sft else resolve_model_path(model)
     shared = PPO(config(tmp_path / "shared", prompts, model, reward, tuning=tuning), resume=False, overwrite=False)
-    begin = {n: p.detach().clone() for n, p in shared.engine.module.policy.named_parameters()}
+    begin = {n: p.detach().clone() for n, p in shared.models.engine.module.policy.named_parameters()}
     separate = train_separately(monkeypatch, shared, tmp_path / "separate", base, sft, reward)
     shared.train()
     assert_alike(shared, separate)
-    for name, weight in shared.engine.module.policy.named_parameters():
+    for name, weight in shared.models.engine.module.policy.named_parameters():
         trained = ".default." in name or ".critic." in name
         assert torch.equal(weight, begin[name]) != trained, name
 
@@ -120,16 +123,16 @@ def test_without_a_reward_model_policy_critic_and_reference_share(tmp_path, prom
     shared = PPO(config(tmp_path / "shared", prompts, tiny.llama(), FUNCTION), resume=False, overwrite=False)
     plain = config(tmp_path / "plain", prompts, tiny.llama(), FUNCTION, sharing="separate")
     separate = PPO(plain, resume=False, overwrite=False)
-    theirs = separate.engine.module
+    theirs = separate.models.engine.module
     with torch.no_grad():
-        begin = dict(shared.engine.module.policy.named_parameters())
+        begin = dict(shared.models.engine.module.policy.named_parameters())
         for name, weight in theirs.policy.named_parameters():
             weight.copy_(begin[name])
         for name, weight in theirs.critic.model.named_parameters():
             if "lora_" in name:
                 weight.copy_(begin[name.replace(".default.", ".critic.")])
         score = theirs.critic.model.get_base_model().score
-        score.modules_to_save["default"].weight.copy_(shared.engine.module.heads["critic"].weight)
+        score.modules_to_save["default"].weight.copy_(shared.models.engine.module.heads["critic"].weight)
     separate.train()
     shared.train()
     assert_alike(shared, separate)
@@ -138,7 +141,7 @@ def test_without_a_reward_model_policy_critic_and_reference_share(tmp_path, prom
 def test_an_estimator_without_a_critic_shares_the_rest(tmp_path, runs, prompts):
     changes = {"advantage": "rloo", "rollout__samples_per_prompt": 2, "updates": 1}
     stage = train(config(tmp_path / "run", prompts, runs["sft"], runs["over-sft"], **changes))
-    assert stage.engine.module.critic is None and set(stage.engine.module.heads) == {"reward"}
+    assert stage.models.engine.module.critic is None and set(stage.models.engine.module.heads) == {"reward"}
     assert not (tmp_path / "run" / "critic").exists()
 
 
@@ -158,8 +161,8 @@ def test_the_reward_is_a_term_of_a_sum_too(tmp_path, runs, prompts):
 def test_the_base_is_there_once(tmp_path, runs, prompts):
     stage = PPO(config(tmp_path / "run", prompts, runs["sft"], runs["over-sft"]), resume=False, overwrite=False)
     base = AutoModelForCausalLM.from_pretrained(resolve_model_path(runs["sft"])).num_parameters()
-    total = sum(p.numel() for p in stage.engine.module.parameters())
-    adapter = sum(p.numel() for p in stage.engine.module.adapter("policy"))
+    total = sum(p.numel() for p in stage.models.engine.module.parameters())
+    adapter = sum(p.numel() for p in stage.models.engine.module.adapter("policy"))
     assert total == base + 3 * adapter + 2 * 32  # policy, critic and reward; the reference is the base alone
 
 
@@ -180,7 +183,7 @@ def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(tuning, reward, 
 
     train(made("whole"))
     cut = PPO(made("cut"), resume=False, overwrite=False)
-    cut.evaluate(0)
+    cut.evaluate()
     for number in range(2):  # stops after update 2, with the checkpoint of update 1
         cut.reporter.update(number + 1, cut.update(number))
         cut.done = number + 1
@@ -198,9 +201,9 @@ def test_merging_for_the_rollout_samples_the_same_and_leaves_the_weights_as_they
         changes = {"rollout__merge_adapters": merge, "rollout__stop": []}
         made = config(tmp_path / str(merge), prompts, runs["sft-lora"], runs["over-base"], **changes)
         stage = PPO(made, resume=False, overwrite=False)
-        policy = stage.engine.module.policy
+        policy = stage.models.engine.module.policy
         before = {name: p.detach().clone() for name, p in policy.named_parameters()}
-        answers.append([answer.ids for answer in stage.rollout(stage.draw(0)).answers])
+        answers.append([answer.ids for answer in stage.rollout(stage.draw_prompts(0)).completions])
         assert all(torch.equal(p, before[name]) for name, p in policy.named_parameters())
         assert stage.update(0)["policy/first_ratio_min"] == 1.0
         weights.append(before)
@@ -298,9 +301,9 @@ def test_reusing_the_trunk_changes_nothing(checkpointing, tmp_path, runs, prompt
         made = config(tmp_path / str(reuse), prompts, runs["sft"], runs["last"], tuning=LAST, **changes)
         stage = PPO(made, resume=False, overwrite=False)
         if reuse:
-            assert stage.engine.module.trunk.depth == 1
+            assert stage.models.engine.module.frozen_layers.depth == 1
         else:
-            stage.engine.module.trunk.depth = 0
+            stage.models.engine.module.frozen_layers.depth = 0
         stage.train()
         assert all(
             line["policy/first_ratio_min"] == line["policy/first_ratio_max"] == 1.0 for line in metrics(made.run)[1:3]
@@ -315,12 +318,13 @@ def test_reusing_the_trunk_changes_nothing(checkpointing, tmp_path, runs, prompt
 def test_the_trunk_runs_once_per_micro_batch_of_scoring_and_not_in_learning(tmp_path, runs, prompts):
     made = config(tmp_path / "run", prompts, runs["sft"], runs["last"], tuning=LAST)
     stage = PPO(made, resume=False, overwrite=False)
-    rollout = stage.rollout(stage.draw(0))
+    rollout = stage.rollout(stage.draw_prompts(0))
     stage.rollout = lambda prompts: rollout
     ran = {0: 0, 1: 0}
-    for number, layer in enumerate(stage.engine.module.trunk.layers):
+    for number, layer in enumerate(stage.models.engine.module.frozen_layers.layers):
         layer.register_forward_hook(lambda *_, number=number: ran.update({number: ran[number] + 1}))
-    first, second = (sum(len(share[0]) for share in stage.plan(rollout, 0, epoch)) for epoch in range(2))
+    minibatches = stage.minibatches(rollout, 0)
+    first, second = (sum(len(part.per_rank[0]) for part in minibatches.epoch(epoch)) for epoch in range(2))
     stage.update(0)
     assert ran[0] == first
     assert ran[1] == 4 * first + 2 * (first + second)  # four roles; then policy and critic in two epochs
@@ -332,7 +336,7 @@ def test_demonstrations_of_the_ptx_term_pass_through_all_layers(tmp_path, runs, 
     for reuse in (True, False):
         made = config(tmp_path / str(reuse), prompts, runs["sft"], runs["last"], tuning=LAST, **changes)
         stage = PPO(made, resume=False, overwrite=False)
-        stage.engine.module.trunk.depth *= reuse
+        stage.models.engine.module.frozen_layers.depth *= reuse
         losses.append(stage.update(0)["loss/ptx"])
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
 
@@ -354,7 +358,7 @@ MASK = torch.ones_like(IDS)
 @pytest.mark.parametrize("role", ROLES)
 def test_each_role_is_exported_for_plain_transformers(role, trained, tmp_path):
     export(trained.run.path, tmp_path / "out", EXPORTERS.pick("hf"), role=role)
-    module = trained.engine.module
+    module = trained.models.engine.module
     with torch.no_grad(), module.acting(role):
         if role in ("policy", "reference"):
             expected = module.policy(IDS).logits
@@ -373,7 +377,7 @@ def test_the_critic_is_exported_as_an_adapter_too(trained, tmp_path):
     base = AutoModelForSequenceClassification.from_pretrained(tiny.llama(), num_labels=1)
     base.config.pad_token_id = None
     model = PeftModel.from_pretrained(base, tmp_path / "out").eval()
-    module = trained.engine.module
+    module = trained.models.engine.module
     with torch.no_grad(), module.acting("critic"):
         expected = module.heads["critic"](hidden_states(module.policy, IDS, MASK))[:, -1, 0]
         torch.testing.assert_close(model(IDS).logits[:, 0], expected, atol=1e-5, rtol=0)

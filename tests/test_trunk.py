@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import nn
@@ -9,7 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from rlhf.models.logprobs import hidden_states
 from rlhf.models.tuning import TUNING
-from rlhf.ppo.batching import Batcher
+from rlhf.ppo.batching import TokenRows
 from rlhf.ppo.frozen_layers import FrozenLayers, gather_states
 
 SIZES = {
@@ -51,7 +53,7 @@ def test_a_pass_from_the_middle_gives_the_same_hidden_states(family):
     with torch.no_grad():
         whole = hidden_states(model, IDS, MASK)[MASK.bool()]
         states = trunk.states(lambda: hidden_states(model, IDS, MASK))
-        with trunk.known(states.masked_fill(MASK[..., None] == 0, 0)):
+        with trunk.starting_from(states.masked_fill(MASK[..., None] == 0, 0)):
             upper = hidden_states(model, IDS, MASK)[MASK.bool()]
     torch.testing.assert_close(upper, whole, atol=1e-6, rtol=0)
 
@@ -64,7 +66,7 @@ def test_lower_layers_run_for_the_trunk_alone_and_upper_layers_for_all_else():
     with torch.no_grad():
         states = trunk.states(lambda: hidden_states(model, IDS, MASK))
         assert ran == [0, 1]
-        with trunk.known(states):
+        with trunk.starting_from(states):
             hidden_states(model, IDS, MASK)
     assert ran == [0, 1, 2]
 
@@ -96,15 +98,15 @@ def test_a_model_that_cannot_go_on_from_the_middle_has_no_trunk():
 @pytest.mark.parametrize("packed", [False, True])
 def test_states_come_back_row_by_row_into_other_batches(packed):
     rows = [([5, 6, 7, 8], [False, False, True, True]), ([9, 10], [False, True]), ([3, 4, 5], [False, True, True])]
-    batcher = Batcher(rows, pad_id=0, vocab_size=64, packed=packed)
-    (batch,) = batcher.share([[[0, 1, 2]]])
+    token_rows = TokenRows(rows, pad_id=0, vocab_size=64, packed=packed)
+    (batch,) = token_rows.micro_batches([[[0, 1, 2]]])
     states = torch.arange(batch.input_ids.numel() * 2.0).view(*batch.input_ids.shape, 2)
-    kept = gather_states(batch._replace(trunk=states))
+    kept = gather_states(batch._replace(frozen_states=states))
     whole = states[0].split([4, 2, 3]) if packed else [states[0], states[1, :2], states[2, :3]]
     assert all(torch.equal(kept[row], part) for row, part in enumerate(whole))
-    (other,) = batcher.over(kept).share([[[2, 1]]])
+    (other,) = replace(token_rows, frozen_states=kept).micro_batches([[[2, 1]]])
     padded = torch.stack([whole[2], torch.cat([whole[1], torch.zeros(1, 2)])])
-    assert torch.equal(other.trunk, torch.cat([whole[2], whole[1]])[None] if packed else padded)
-    (filler,) = batcher.over(kept).share([[[]]])
-    assert torch.equal(filler.trunk, whole[1][None])
+    assert torch.equal(other.frozen_states, torch.cat([whole[2], whole[1]])[None] if packed else padded)
+    (filler,) = replace(token_rows, frozen_states=kept).micro_batches([[[]]])
+    assert torch.equal(filler.frozen_states, whole[1][None])
     assert gather_states(filler) == {}

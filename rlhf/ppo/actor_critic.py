@@ -1,4 +1,4 @@
-"""Policy and critic as one module: one engine, one forward, one summed loss."""
+"""Policy and critic as one module: one engine, one forward pass, one summed loss."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ from rlhf.ppo.types import MicroBatch
 
 
 class TokenOutputs(NamedTuple):
-    """What a forward pass says of the asked-for tokens, row after row. float32 [n]. (ZeRO-3 looks into tuples.)"""
+    """Outputs for the tokens that a micro-batch asks for, row after row. float32 [n]. (ZeRO-3 looks into tuples.)"""
 
     logprobs: Tensor
     entropies: Tensor
     values: Tensor | None
-    """None where there is no critic."""
+    """None without a critic."""
     ptx_logprobs: Tensor | None
     """[m] log-probs of the demonstrations' tokens at temperature 1, where demonstrations were given."""
 
 
 class ActorCritic(nn.Module):
-    """The policy, and beside it the critic where the advantage estimator needs one.
+    """The policy, and the critic where the advantage estimator needs one.
 
-    One backward pass through one engine serves both: alternating backward passes over parts of one ZeRO-3 engine
+    One backward pass through one engine serves both: alternating backward passes through parts of one ZeRO-3 engine
     would train on stale gradients. With `critic=None` it also serves as the frozen reference.
     """
 
@@ -37,37 +37,44 @@ class ActorCritic(nn.Module):
         self.policy = policy
         self.critic = critic
 
-    def forward(self, batch: MicroBatch, temperature: float, ptx: MicroBatch | None = None) -> TokenOutputs:
-        """Log-probs, entropies and values of the response tokens of a micro-batch; log-probs of a ptx batch."""
-        ids, mask, wanted = batch.input_ids, batch.attention_mask, batch.response_mask
-        positions = batch.position_ids
-        logprobs, entropies = token_logprobs(self.policy, ids, mask, wanted, temperature, batch.chunks, positions)
-        values = None
-        if self.critic is not None:
-            # The state in which token t is chosen ends at token t - 1.
-            values = self.critic.token_values(ids, mask, positions)[:, :-1][wanted[:, 1:]]
-        ptx_logprobs = None
-        if ptx is not None:
-            more = (ptx.input_ids, ptx.attention_mask, ptx.response_mask, 1.0, ptx.chunks, ptx.position_ids)
-            ptx_logprobs, _ = token_logprobs(self.policy, *more)
-        return TokenOutputs(logprobs, entropies, values, ptx_logprobs)
+    def forward(
+        self, batch: MicroBatch, temperature: float, ptx: MicroBatch | None = None, values: bool = True
+    ) -> TokenOutputs:
+        """Log-probs, entropies and (with `values`) values of a micro-batch's response tokens; log-probs of `ptx`."""
+        logprobs, entropies = policy_logprobs(self.policy, batch, temperature)
+        found = critic_values(self.critic, batch) if values and self.critic is not None else None
+        ptx_logprobs = None if ptx is None else policy_logprobs(self.policy, ptx, temperature=1.0)[0]
+        return TokenOutputs(logprobs, entropies, found, ptx_logprobs)
+
+
+def policy_logprobs(policy: nn.Module, batch: MicroBatch, temperature: float) -> tuple[Tensor, Tensor]:
+    """Log-probs and entropies (nats) of the response tokens of a micro-batch, float32 [n] each."""
+    ids, mask, wanted = batch.input_ids, batch.attention_mask, batch.response_mask
+    return token_logprobs(policy, ids, mask, wanted, temperature, batch.chunks, batch.position_ids)
+
+
+def critic_values(critic: ScalarModel, batch: MicroBatch) -> Tensor:
+    """Values of the states in which the response tokens of a micro-batch were chosen, float32 [n]."""
+    values = critic.token_values(batch.input_ids, batch.attention_mask, batch.position_ids)
+    # The state in which token t is chosen ends at token t - 1.
+    return values[:, :-1][batch.response_mask[:, 1:]]
 
 
 def compile_layers(module: nn.Module) -> None:
-    """Compile each decoder layer where it stands, for any batch and length; names of weights stay as they are.
+    """Compile each decoder layer in place, for any batch and length; names of weights stay as they are.
 
-    Rollouts must run in `torch.compiler.set_stance("force_eager")`: a cache that grows would be compiled anew.
+    Rollouts must run in `torch.compiler.set_stance("force_eager")`: a growing cache would be compiled again and again.
     """
     for layer in module.modules():
-        if isinstance(layer, GradientCheckpointingLayer):  # what transformers makes its models of
+        if isinstance(layer, GradientCheckpointingLayer):  # the base class of transformers' decoder layers
             layer.compile(dynamic=True)
 
 
 @contextmanager
 def adapters_off(model: nn.Module) -> Iterator[None]:
-    """Inside, adapter layers pass their input through the base alone: the policy is its own reference.
+    """Within this context adapter layers pass their input through the base alone: the policy is its own reference.
 
-    Unlike PEFT's `disable_adapter` this leaves requires_grad as it is, which an engine has fixed.
+    Unlike PEFT's `disable_adapter` this leaves requires_grad unchanged, because an engine depends on it.
     """
     from peft.tuners.tuners_utils import BaseTunerLayer
 

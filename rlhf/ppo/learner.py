@@ -1,4 +1,4 @@
-"""PPO's learning phase: epochs of minibatches over one experience, one optimizer step each, one summed loss."""
+"""PPO's learning phase: epochs of minibatches from one experience, one optimizer step and one summed loss for each."""
 
 from __future__ import annotations
 
@@ -11,22 +11,24 @@ from torch import Tensor
 from rlhf import distributed
 from rlhf.core.errors import UserError
 from rlhf.ppo.advantages import Advantages
-from rlhf.ppo.batching import Batcher, RankBatches, endless
+from rlhf.ppo.batching import Minibatch, Minibatches, RankBatches, TokenRows, endless
 from rlhf.ppo.config import PPOConfig
-from rlhf.ppo.losses import normalised, policy_loss, value_loss
-from rlhf.ppo.masked import unflatten
+from rlhf.ppo.losses import policy_loss, value_loss
 from rlhf.ppo.types import Experience, MicroBatch
 from rlhf.training.engine import Engine
+
+SUMS = ("tokens", "kl_k1", "kl_k3", "clipped", "values_clipped", "policy_loss", "value_loss", "entropy", "ptx_loss")
 
 
 @dataclass(frozen=True)
 class StepSums:
-    """Sums over the answer tokens of one minibatch (all ranks), and extremes of the ratio."""
+    """Sums over the response tokens of one minibatch on all ranks, and extremes of the ratio."""
 
     tokens: float
     kl_k1: float
     kl_k3: float
     clipped: float
+    values_clipped: float
     policy_loss: float
     value_loss: float
     entropy: float
@@ -35,35 +37,36 @@ class StepSums:
     ratio_max: float
 
     @classmethod
-    def of(cls, figures: Sequence[tuple[Tensor, Tensor]]) -> list[StepSums]:
-        """Of some steps, in two collectives: this rank's eight sums, and minus the smallest and the largest ratio."""
-        sums, extremes = (torch.stack(parts) for parts in zip(*figures))
-        lows, highs = distributed.all_max(extremes).T.tolist()
-        columns = [*distributed.all_sum(sums).T.tolist(), [-low for low in lows], highs]
-        return [cls(**dict(zip(cls.__dataclass_fields__, step))) for step in zip(*columns)]
+    def reduced(cls, steps: Sequence[tuple[Tensor, Tensor]]) -> list[StepSums]:
+        """Reduce several steps in two collectives: per step this rank's `SUMS` and [-smallest, largest ratio]."""
+        sums, extremes = (torch.stack(parts) for parts in zip(*steps))
+        negative_lows, highs = distributed.all_max(extremes).T.tolist()
+        columns = [*distributed.all_sum(sums).T.tolist(), [-low for low in negative_lows], highs]
+        return [cls(**dict(zip((*SUMS, "ratio_min", "ratio_max"), step))) for step in zip(*columns)]
 
 
 @dataclass(frozen=True)
 class PtxBatches:
-    """The demonstrations of the ptx term (InstructGPT eq. 2): some for each optimizer step, in random passes."""
+    """The demonstrations of the ptx term (InstructGPT eq. 2): a batch per optimizer step, in endless random passes."""
 
-    batcher: Batcher
+    rows: TokenRows
     batch_size: int
     seed: tuple[int, ...]
 
-    def take(self, step: int, micro_batches: int) -> tuple[list[MicroBatch], int]:
-        """This rank's demonstrations for an optimizer step, one micro-batch each, and their tokens on all ranks."""
-        rows = endless(len(self.batcher.rows), step * self.batch_size, self.batch_size, *self.seed)
+    def batch(self, step: int, micro_batches: int) -> tuple[list[MicroBatch], int]:
+        """This rank's demonstrations for an optimizer step in `micro_batches` parts, and their tokens on all ranks."""
+        chosen = endless(len(self.rows.rows), step * self.batch_size, self.batch_size, *self.seed)
         ranks = distributed.world_size()
-        share: RankBatches = [
-            [rows[r + ranks * m :: ranks * micro_batches] for m in range(micro_batches)] for r in range(ranks)
+        per_rank: RankBatches = [
+            [chosen[rank + ranks * part :: ranks * micro_batches] for part in range(micro_batches)]
+            for rank in range(ranks)
         ]
-        return self.batcher.share(share), sum(self.batcher.counts[row] for row in rows)
+        return self.rows.micro_batches(per_rank), sum(self.rows.flagged[row] for row in chosen)
 
 
 @dataclass(frozen=True)
 class Learner:
-    """Learns from one experience after another. `ptx` is None without the ptx term."""
+    """Trains policy and critic on one experience after another. `ptx` is None without the ptx term."""
 
     engine: Engine
     config: PPOConfig
@@ -73,69 +76,61 @@ class Learner:
         self,
         experience: Experience,
         advantages: Advantages,
-        batcher: Batcher,
-        plans: Sequence[list[RankBatches]],
-        number: int,
-        rate: float,
+        minibatches: Minibatches,
+        update_index: int,
+        lr_scale: float,
     ) -> dict[str, float]:
-        """Run the epochs of update `number`.
+        """Run the epochs of one update.
 
         Args:
             experience: What was computed before learning.
             advantages: Weights of the policy gradient, and the critic's targets.
-            batcher: Builds micro-batches of the experience's episodes.
-            plans: The minibatches of each epoch.
-            number: Of the update, from 0.
-            rate: Learning rates as a share of their peak.
+            minibatches: The minibatches of each epoch.
+            update_index: Counts updates from 0.
+            lr_scale: Learning rates as a fraction of their peak.
 
         Returns:
-            The figures to log, means over all optimizer steps.
+            Metrics, means over all optimizer steps.
 
         Raises:
-            UserError: A loss or gradient is not finite. Nothing has been changed by that minibatch.
+            UserError: A loss or gradient is not finite. That minibatch has changed nothing.
         """
-        warming = number < self.config.critic.warmup_updates and self.config.needs_critic
+        minibatches = minibatches.with_frozen_states(experience.frozen_states)
+        target_kl, epochs = self.config.loss.target_kl, len(minibatches.epochs)
+        critic_only = update_index < self.config.critic.warmup_updates and self.config.needs_critic
         steps: list[StepSums] = []
         norms: list[float] = []
-        epochs = 0
-        for epoch, plan in enumerate(plans):
-            figures = []
-            for index, share in enumerate(plan):
-                step = (number * len(plans) + epoch) * len(plan) + index
-                figures.append(self._minibatch(experience, advantages, batcher, share, step, warming))
+        done = 0
+        for epoch in range(epochs):
+            sums = []
+            parts = minibatches.epoch(epoch)
+            for index, minibatch in enumerate(parts):
+                step = (update_index * epochs + epoch) * len(parts) + index
+                sums.append(self._backward(experience, advantages, minibatch, step, critic_only))
                 if not self.engine.gradients_are_finite():
-                    raise _not_finite(
-                        experience, share, f"update {number + 1}, epoch {epoch + 1}, minibatch {index + 1}"
-                    )
-                norms.append(self.engine.step(rate))
-            epochs += 1
-            steps += StepSums.of(figures)
-            target = self.config.loss.target_kl
-            if target is not None and steps[-1].kl_k3 / steps[-1].tokens > target:
+                    where = f"update {update_index + 1}, epoch {epoch + 1}, minibatch {index + 1}"
+                    raise _not_finite(experience, minibatch, where)
+                norms.append(self.engine.step(lr_scale))
+            done += 1
+            steps += StepSums.reduced(sums)
+            if target_kl is not None and steps[-1].kl_k3 / steps[-1].tokens > target_kl:
                 break
-        return _figures(steps) | {
+        return _metrics(steps) | {
             "optimizer/grad_norm": sum(norms) / len(norms),
-            "optimizer/epochs": epochs,
+            "optimizer/epochs": done,
             "optimizer/steps": len(steps),
         }
 
-    def _minibatch(
-        self,
-        experience: Experience,
-        advantages: Advantages,
-        batcher: Batcher,
-        share: RankBatches,
-        step: int,
-        warming: bool,
+    def _backward(
+        self, experience: Experience, advantages: Advantages, minibatch: Minibatch, step: int, critic_only: bool
     ) -> tuple[Tensor, Tensor]:
-        """Gradients of one minibatch, normalised by its answer tokens on all ranks; this rank's figures to log."""
+        """Accumulate the gradient of one minibatch. Gives this rank's `SUMS` and [-smallest, largest ratio]."""
         device = distributed.device()
-        batches = batcher.share(share)
-        tokens = sum(batcher.counts[episode] for rank in share for rows in rank for episode in rows)
-        ptx, ptx_tokens = self.ptx.take(step, len(batches)) if self.ptx else ([None] * len(batches), 1)
-        sums, extremes = torch.zeros(8, device=device), torch.full((2,), -torch.inf, device=device)
-        for i, (batch, demonstrations) in enumerate(zip(batches, ptx)):
-            loss, parts, ratios = self._loss(experience, advantages, batch, tokens, demonstrations, ptx_tokens, warming)
+        batches, tokens = minibatch.micro_batches(), minibatch.tokens
+        demonstrations, ptx_tokens = self.ptx.batch(step, len(batches)) if self.ptx else ([None] * len(batches), 1)
+        sums, extremes = torch.zeros(len(SUMS), device=device), torch.full((2,), -torch.inf, device=device)
+        for i, (batch, ptx) in enumerate(zip(batches, demonstrations)):
+            loss, parts, ratios = self._loss(experience, advantages, batch, tokens, ptx, ptx_tokens, critic_only)
             self.engine.backward(loss, last=i == len(batches) - 1)
             sums, extremes = sums + parts, torch.maximum(extremes, ratios)
         return sums, extremes
@@ -146,47 +141,53 @@ class Learner:
         advantages: Advantages,
         batch: MicroBatch,
         tokens: int,
-        demonstrations: MicroBatch | None,
+        ptx: MicroBatch | None,
         ptx_tokens: int,
-        warming: bool,
+        critic_only: bool,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """The summed loss of a micro-batch (its share of the minibatch's mean), sums and ratio extremes to log."""
-        c = self.config.loss
-        out = self.engine(batch, self.config.rollout.temperature, demonstrations)
-        lengths = batch.lengths
-        width = int(lengths.max())
-        mask = torch.arange(width, device=lengths.device) < lengths[:, None]
+        """The loss of a micro-batch as its part of the minibatch's token mean, and what `_backward` sums up.
 
-        def before(column: Tensor) -> Tensor:
-            return column[batch.rows or [0], :width].to(lengths.device)
+        Args:
+            tokens: Response tokens of the minibatch on all ranks.
+            ptx: Demonstrations that go with this micro-batch.
+            ptx_tokens: Tokens of the step's demonstrations on all ranks.
+            critic_only: The policy does not learn yet.
+        """
+        c = self.config.loss
+        out = self.engine(batch, self.config.rollout.temperature, ptx)
+        mask = experience.rollout.response_mask[batch.episodes]
+
+        def old(column: Tensor) -> Tensor:
+            """The micro-batch's response tokens of a column [N, T], in the order of the model's outputs [n]."""
+            return column[batch.episodes][mask].to(out.logprobs.device)
 
         per_token, stats = policy_loss(
-            unflatten(out.logprobs, lengths), before(experience.logprobs), before(advantages.advantages), mask,
+            out.logprobs, old(experience.logprobs), old(advantages.advantages),
             clip_low=c.clip_low, clip_high=c.clip_high, dual_clip=c.dual_clip,
         )  # fmt: skip
         if experience.importance is not None:
-            per_token = per_token * before(experience.importance.weights)
-        policy = normalised(per_token, mask, tokens)
-        # Logged in any case, but only a bonus needs its gradient, which goes through all logits.
+            per_token = per_token * old(experience.importance.weights)
+        policy = per_token.sum() / tokens
+        # Always logged; its gradient, which goes through all logits, is computed only for an entropy bonus.
         entropy = (out.entropies if c.entropy_coef else out.entropies.detach()).sum() / tokens
-        ptx = policy.new_zeros(()) if out.ptx_logprobs is None else -out.ptx_logprobs.sum() / ptx_tokens
-        value = policy.new_zeros(())
+        ptx_loss = policy.new_zeros(()) if out.ptx_logprobs is None else -out.ptx_logprobs.sum() / ptx_tokens
+        value, values_clipped = policy.new_zeros(()), policy.new_zeros(())
         if out.values is not None:
             assert experience.values is not None and advantages.returns is not None
-            values = unflatten(out.values, lengths)
-            per_token, _ = value_loss(
-                values, before(experience.values), before(advantages.returns), mask, clip=c.value_clip
+            per_token, values_clipped = value_loss(
+                out.values, old(experience.values), old(advantages.returns), clip=c.value_clip
             )
-            value = normalised(per_token, mask, tokens)
-        # While the critic warms up, the policy's gradient is zero, not absent: see rlhf.ppo.actor_critic.
-        mine = policy - c.entropy_coef * entropy + c.ptx_coef * ptx
-        loss = mine * (0.0 if warming else 1.0) + c.value_coef * value
-        parts = torch.stack([stats.tokens, stats.kl_k1, stats.kl_k3, stats.clipped])
-        means = torch.stack([policy, value, entropy, ptx]).detach() * tokens
-        return loss, torch.cat([parts, means]), torch.stack([-stats.ratio_min, stats.ratio_max])
+            value = per_token.sum() / tokens
+        # While only the critic learns, the policy's gradient is zero, not absent: see rlhf.ppo.actor_critic.
+        policy_part = policy - c.entropy_coef * entropy + c.ptx_coef * ptx_loss
+        loss = policy_part * (0.0 if critic_only else 1.0) + c.value_coef * value
+        count = policy.new_tensor(float(len(out.logprobs)))
+        counted = torch.stack([count, stats.kl_k1, stats.kl_k3, stats.clipped, values_clipped])
+        means = torch.stack([policy, value, entropy, ptx_loss]).detach() * tokens
+        return loss, torch.cat([counted, means]), torch.stack([-stats.ratio_min, stats.ratio_max])
 
 
-def _figures(steps: Sequence[StepSums]) -> dict[str, float]:
+def _metrics(steps: Sequence[StepSums]) -> dict[str, float]:
     tokens = sum(step.tokens for step in steps)
 
     def mean(name: str) -> float:
@@ -204,14 +205,15 @@ def _figures(steps: Sequence[StepSums]) -> dict[str, float]:
         "policy/ratio_max": max(step.ratio_max for step in steps),
         "policy/first_ratio_min": steps[0].ratio_min,
         "policy/first_ratio_max": steps[0].ratio_max,
+        "val/clipfrac": mean("values_clipped"),
     }
 
 
-def _not_finite(experience: Experience, share: RankBatches, where: str) -> UserError:
-    episodes = sorted(e for rank in share for rows in rank for e in rows)
+def _not_finite(experience: Experience, minibatch: Minibatch, where: str) -> UserError:
+    episodes = minibatch.episodes
     scores = [f"{e} (score {experience.scores[e]:.3g})" for e in episodes[:8]]
     return UserError(
-        f"{where}: the gradient is not finite, so nothing was changed",
+        f"{where}: the gradient is not finite, so the step was not applied",
         f"The minibatch holds episodes {', '.join(scores)}{' ...' if len(episodes) > 8 else ''}.",
         "The last checkpoint is usable. Look at these scores first; then try a lower learning rate in a new run.",
     )

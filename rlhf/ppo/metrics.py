@@ -16,6 +16,7 @@ from rlhf.core.console import format_number
 from rlhf.data.chat import ChatTokenizer
 from rlhf.ppo import kl
 from rlhf.ppo.config import PPOConfig
+from rlhf.ppo.losses import explained_variance
 from rlhf.ppo.masked import masked_sum
 from rlhf.ppo.types import Experience, Rollout
 from rlhf.runs.run import Run
@@ -69,9 +70,9 @@ class Clock:
             torch.cuda.synchronize()
         return time.perf_counter()
 
-    def figures(self, rollout: Rollout) -> dict[str, float]:
+    def metrics(self, rollout: Rollout) -> dict[str, float]:
         """Seconds and tokens/s of each phase (completion tokens in the rollout, else all), peak memory in GB."""
-        tokens = {phase: sum(rollout.totals) for phase in self.seconds} | {"rollout": int(rollout.lengths.sum())}
+        tokens = {phase: sum(rollout.total_lengths) for phase in self.seconds} | {"rollout": int(rollout.lengths.sum())}
         metrics = {f"time/{phase}": seconds for phase, seconds in self.seconds.items()}
         metrics |= {f"throughput/{p}": tokens[p] / max(s, 1e-9) for p, s in self.seconds.items()}
         return metrics | {"memory/peak_gb": peak_memory_gb()}
@@ -108,7 +109,7 @@ class PPOReporter(Reporter):
         divergence = masked_sum(kl.k1(experience.logprobs, experience.ref_logprobs), rollout.response_mask)
         metrics = {
             "eval/scores": float(experience.scores.mean()),
-            "eval/kl": float(divergence) / len(rollout.answers),
+            "eval/kl": float(divergence) / len(rollout.completions),
             "eval/response_length": float(rollout.lengths.float().mean()),
             "eval/eos_rate": float(rollout.ended.float().mean()),
         }
@@ -119,7 +120,7 @@ class PPOReporter(Reporter):
         self.bar.note(
             f"held out after update {done}: score {score}  kl {format_number(metrics['eval/kl'], 3)}  len {length}"
         )
-        rows = zip(rollout.prompts.messages, rollout.answers, experience.scores.tolist())
+        rows = zip(rollout.prompts.messages, rollout.completions, experience.scores.tolist())
         self.samples(
             done,
             [{"messages": m, "answer": chat.decode(a.ids), "score": score, "ended": a.ended} for m, a, score in rows],
@@ -129,3 +130,32 @@ class PPOReporter(Reporter):
         """What run.json keeps: the last evaluation, and the score before training where this process measured it."""
         start = {"eval/scores_at_start": self._first["eval/scores"]} if self._first else {}
         return {**self._last, **start}
+
+
+def experience_metrics(
+    experience: Experience, scores: Tensor, rewards: Tensor, returns: Tensor | None
+) -> dict[str, float]:
+    """Metrics of one update's experience: scores, KL per completion (nats), lengths, ends, explained variance."""
+    mask, lengths = experience.rollout.response_mask, experience.rollout.lengths.float()
+    pair = (experience.logprobs, experience.ref_logprobs)
+    metrics = {
+        "objective/scores": float(experience.scores.mean()),
+        "objective/scores_std": float(experience.scores.std(correction=0)),
+        "objective/shaped_scores": float(scores.mean()),
+        "objective/rlhf_reward": float(masked_sum(rewards, mask)) / len(mask),
+        "objective/kl": float(masked_sum(kl.k1(*pair), mask)) / len(mask),
+        "objective/kl_k3": float(masked_sum(kl.k3(*pair), mask)) / len(mask),
+        "objective/entropy": experience.entropy,
+        "rollout/response_length": float(lengths.mean()),
+        "rollout/eos_rate": float(experience.rollout.ended.float().mean()),
+    }
+    if (importance := experience.importance) is not None:
+        metrics |= {
+            "rollout/sampler_gap_mean": float(importance.gap_mean),
+            "rollout/sampler_gap_max": float(importance.gap_max),
+            "rollout/importance_truncated": float(importance.truncated),
+        }
+    if experience.values is not None and returns is not None:
+        explained = float(explained_variance(experience.values, returns, mask))
+        metrics["val/explained_variance"] = explained if explained == explained else 0.0  # the returns do not vary
+    return metrics

@@ -1,65 +1,63 @@
-"""Sequences in one row without padding: which models keep them apart."""
+"""Whether a run's models can have several sequences in one row without padding."""
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
-from torch import nn
 
 from rlhf import distributed
 from rlhf.core.errors import UserError
 from rlhf.models.packed_attention import KERNEL, PACKED, VARLEN, switch
-from rlhf.ppo.batching import Batcher
+from rlhf.ppo.batching import TokenRows
+from rlhf.ppo.models import Models
 from rlhf.training.engine import Engine
 
 
-def packs(engine: Engine, reference: Any, vocab_size: int, wanted: bool | None) -> bool:
-    """Whether micro-batches are to be packed; tried out on two short sequences. Every rank asks together.
+def can_pack(models: Models, vocab_size: int, wanted: bool | None) -> bool:
+    """Whether micro-batches are packed; tested on two short sequences. Every rank calls it together.
 
-    Where they are, models with the attention `sdpa` get `sdpa_packed` on a CPU.
+    If so, models with the attention `sdpa` get `sdpa_packed` on a CPU.
 
     Args:
-        engine: Of policy and critic.
-        reference: What gives the reference's log-probs: a frozen model, or something that asks the engine.
-        vocab_size: Of the policy.
-        wanted: True, False, or None for wherever that is known to pay: an attention with variable lengths, or `sdpa`
+        models: The models of the run.
+        vocab_size: The policy's vocabulary size.
+        wanted: True, False, or None for where it is known to be faster: an attention with variable lengths, or `sdpa`
             on a CPU.
 
     Raises:
-        UserError: Packing is wanted, and the model lets packed sequences see each other.
+        UserError: Packing is wanted, but packed sequences attend to each other in this model.
     """
-    policy: Any = engine.module.policy
+    policy, engine = models.policy, models.engine
     attention = policy.config._attn_implementation
     one_by_one = attention == "sdpa" and distributed.device().type == "cpu" and hasattr(torch.ops.aten, KERNEL)
     if wanted is False or (wanted is None and not one_by_one and attention not in VARLEN):
         return False
-    models = [model for model in (engine.module, reference) if one_by_one and isinstance(model, nn.Module)]
-    for model in models:
+    switched = [engine.module, *models.frozen] if one_by_one else []
+    for model in switched:
         switch(model, "sdpa", PACKED)
-    apart = _apart(engine, vocab_size)
-    if not apart:
-        for model in models:
+    separated = _separated(engine, vocab_size)
+    if not separated:
+        for model in switched:
             switch(model, PACKED, "sdpa")
-    if wanted and not apart:
+    if wanted and not separated:
         raise UserError(
-            f"batch.packing: with attention {attention!r}, {type(policy).__name__} lets packed sequences see others",
+            f"batch.packing: with attention {attention!r}, packed sequences of {type(policy).__name__} attend to each"
+            " other",
             remedy="Leave batch.packing out: padding of similar lengths costs little.",
         )
-    return apart
+    return separated
 
 
 @torch.no_grad()
-def _apart(engine: Engine, vocab_size: int) -> bool:
-    """Whether two packed sequences get the same log-probs and values as in rows of their own."""
+def _separated(engine: Engine, vocab_size: int) -> bool:
+    """Whether two packed sequences get the same log-probs and values as one sequence per row."""
     ids = [(place * 37 + 11) % vocab_size for place in range(9)]
     rows = [(ids[:4], [False, True, True, True]), (ids[4:], [False, True, True, True, True])]
     try:
         packed, padded = (
-            engine(*Batcher(rows, 0, vocab_size, packed).share([[[0, 1]]] * distributed.world_size()), 1.0)
+            engine(*TokenRows(rows, 0, vocab_size, packed).micro_batches([[[0, 1]]] * distributed.world_size()), 1.0)
             for packed in (True, False)
         )
-    except Exception:  # each family refuses lengths in the place of a mask with an error of its own
+    except Exception:  # families raise different errors for lengths in place of a mask
         return False
     precision = max(1e-5, 8 * torch.finfo(engine.dtype).eps)
     pairs = [(packed.logprobs, padded.logprobs), (packed.values, padded.values)]

@@ -1,4 +1,4 @@
-"""One frozen base, four roles: policy, critic, reward model and reference are adapters over it, in one engine.
+"""One frozen base for four roles: policy, critic, reward model and reference are adapters on it, in one engine.
 
     role        adapter             head
     policy      trained             the base's own
@@ -6,10 +6,10 @@
     reward      frozen              scores, frozen
     reference   none, or SFT's      the base's own
 
-Which adapter is at work is a property of each adapter layer; `SharedBase.acting` sets it and leaves requires_grad as
-it is, which an engine has fixed (PEFT's `set_adapter` changes it). A layer without an adapter of that name passes its
-input through the base alone. Outside of `acting` the policy's is at work, so that sampler, merging and saving need not
-know of the others.
+Each adapter layer has a property that names its active adapter; `SharedBase.acting` sets it and leaves requires_grad
+unchanged, because an engine depends on it (PEFT's `set_adapter` changes it). A layer without an adapter of that name
+passes its input through the base alone. Outside of `acting` the policy's adapter is active, so sampler, merging and
+saving need no knowledge of the other roles.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -34,13 +33,14 @@ from rlhf.core.errors import UserError
 from rlhf.data.chat import ChatTokenizer
 from rlhf.models import merging
 from rlhf.models.load import compute_dtype, count_parameters, load_policy, recompute_activations
-from rlhf.models.logprobs import hidden_states, token_logprobs
+from rlhf.models.logprobs import hidden_states
 from rlhf.models.save import origin_of
 from rlhf.models.scalar import ScalarModel
 from rlhf.models.tuning import HEADS, TASKS, lora_config
-from rlhf.ppo.actor_critic import TokenOutputs
+from rlhf.ppo.actor_critic import TokenOutputs, critic_values, policy_logprobs
 from rlhf.ppo.config import PPOConfig
 from rlhf.ppo.frozen_layers import FrozenLayers
+from rlhf.ppo.models import Models
 from rlhf.ppo.shared_roles import Adapter, SharedRoles, recognise
 from rlhf.ppo.types import MicroBatch
 from rlhf.reward.sources import RewardInputs
@@ -48,26 +48,26 @@ from rlhf.runs.run import resolve_model_path
 from rlhf.training.engine import Engine, make_engine
 
 POLICY = "default"
-"""PEFT's name for the policy's adapter, the one that is saved and merged; the other roles' are called as the roles."""
+"""PEFT's name for the policy's adapter, which is saved and merged; other adapters have the name of their role."""
 HEADED = ("critic", "reward")
 HEAD_KEY = "base_model.model.score.weight"
 """What PEFT calls the head of a reward model in a saved adapter."""
 
 
 class SharedBase(nn.Module):
-    """The base with all adapters and heads; takes the place of `rlhf.ppo.actor_critic.ActorCritic` and frozen models.
+    """The base with all adapters and heads; replaces `rlhf.ppo.actor_critic.ActorCritic` and frozen models.
 
     Args:
         policy: PEFT's wrapper around the base, with the adapters of all roles.
-        scalars: Of `critic` and `reward` those that take part: scalar models whose body is the base's own.
+        scalars: The scalar models of `critic` and `reward`, as far as the run has them; their body is the base's own.
     """
 
     def __init__(self, policy: Any, scalars: dict[str, ScalarModel]) -> None:
         super().__init__()
         self.policy = policy
         self.heads = nn.ModuleDict({role: scalar.model.score for role, scalar in scalars.items()})
-        self.scalars = scalars  # in a plain dictionary: their bodies are in the tree once already
-        self.trunk = FrozenLayers(policy)
+        self.scalars = scalars  # in a plain dictionary: their bodies are registered as the policy's already
+        self.frozen_layers = FrozenLayers(policy)
         self.layers = [module for module in policy.modules() if isinstance(module, BaseTunerLayer)]
 
     @property
@@ -77,40 +77,37 @@ class SharedBase(nn.Module):
     def forward(
         self, batch: MicroBatch, temperature: float = 1.0, ptx: MicroBatch | None = None, role: str = "policy"
     ) -> Any:
-        """What a role says of a micro-batch.
+        """The outputs of a role for a micro-batch.
 
         Args:
-            batch: Sequences; of `reward` the tokens and their mask alone are looked at.
+            batch: Sequences; role `reward` reads the tokens and their mask alone. With `frozen_states` every role but
+                `frozen_layers` starts from them.
             temperature: Logits are divided by it.
             ptx: Demonstrations, for the policy.
-            role: `policy` (with the critic's values beside), `reference`, `reward`, or `trunk`.
+            role: `policy` (with the critic's values), `reference`, `reward`, or `frozen_layers`.
 
         Returns:
-            `TokenOutputs`; of `reward` the scores, float32 [B]; of `trunk` the hidden states that enter the layers
-            with adapters, [B, L, H], which the other roles take from `batch.trunk` where they are given.
+            `TokenOutputs`; for `reward` the scores, float32 [B]; for `frozen_layers` the hidden states that enter the
+            first layer with adapters, [B, L, H].
         """
-        ids, mask, wanted = batch.input_ids, batch.attention_mask, batch.response_mask
-        positions = batch.position_ids
-        if role == "trunk":
-            return self.trunk.states(lambda: hidden_states(self.policy, ids, mask, positions))
-        with self.trunk.known(batch.trunk), self.acting(role):
+        if role == "frozen_layers":
+            ids, mask, positions = batch.input_ids, batch.attention_mask, batch.position_ids
+            return self.frozen_layers.states(lambda: hidden_states(self.policy, ids, mask, positions))
+        start = self.frozen_layers.starting_from
+        with start(batch.frozen_states), self.acting(role):
             if role == "reward":
-                return self.scalars["reward"](ids, mask)
-            logprobs, entropies = token_logprobs(self.policy, ids, mask, wanted, temperature, batch.chunks, positions)
+                return self.scalars["reward"](batch.input_ids, batch.attention_mask)
+            logprobs, entropies = policy_logprobs(self.policy, batch, temperature)
         values = None
         if role == "policy" and self.critic is not None:
-            with self.trunk.known(batch.trunk), self.acting("critic"):
-                # The state in which token t is chosen ends at token t - 1.
-                values = self.critic.token_values(ids, mask, positions)[:, :-1][wanted[:, 1:]]
-        ptx_logprobs = None
-        if ptx is not None:
-            more = (ptx.input_ids, ptx.attention_mask, ptx.response_mask, 1.0, ptx.chunks, ptx.position_ids)
-            ptx_logprobs, _ = token_logprobs(self.policy, *more)
+            with start(batch.frozen_states), self.acting("critic"):
+                values = critic_values(self.critic, batch)
+        ptx_logprobs = None if ptx is None else policy_logprobs(self.policy, ptx, temperature=1.0)[0]
         return TokenOutputs(logprobs, entropies, values, ptx_logprobs)
 
     @contextmanager
     def acting(self, role: str) -> Iterator[None]:
-        """Inside, the adapters of `role` are at work."""
+        """Within this context the adapters of `role` are active."""
         before = [layer._active_adapter for layer in self.layers]
         for layer in self.layers:
             layer._active_adapter = _name(role)
@@ -121,8 +118,8 @@ class SharedBase(nn.Module):
                 layer._active_adapter = name
 
     def recompute(self) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
-        """For gradient checkpointing: contexts of a forward pass and of its repetition, which comes in the backward
-        pass, when another role may be at work."""
+        """For gradient checkpointing: contexts of a forward pass and of its recomputation. That happens in the backward
+        pass, when another role may be active."""
         name = self.layers[0].active_adapters[0]
         return nullcontext(), self.acting("policy" if name == POLICY else name)
 
@@ -137,23 +134,37 @@ class SharedBase(nn.Module):
 # ---- building ------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class SharedModels:
-    """The base in its engine, and what the stage asks of frozen models."""
+class SharedModels(Models):
+    """The roles of `SharedBase` as the PPO stage asks for them."""
 
-    engine: Engine
-    scorers: dict[str, Callable[[RewardInputs], Tensor]]
-    """Reward models that lie over the base, by the path that the config gives."""
+    def __init__(self, engine: Engine, reward_model: str | None) -> None:
+        super().__init__(engine)
+        self._reward_model = reward_model
 
-    def prepared(self, batch: MicroBatch) -> MicroBatch:
-        """The micro-batch with the frozen trunk's hidden states, where there is a trunk. Without gradients."""
-        trunk: Any = self.engine.module.trunk
-        return batch._replace(trunk=self.engine(batch, role="trunk")) if trunk.depth else batch
+    @property
+    def scorers(self) -> dict[str, Callable[[RewardInputs], Tensor]]:
+        return {} if self._reward_model is None else {self._reward_model: self._scores}
+
+    @torch.no_grad()
+    def _scores(self, inputs: RewardInputs) -> Tensor:
+        ids, mask = inputs.input_ids, inputs.attention_mask
+        batch = MicroBatch([], ids, mask, None, mask.bool(), mask.sum(1), 1, inputs.frozen_states)
+        scores: Tensor = self.engine(batch, role="reward")
+        return scores.float().cpu()
+
+    def with_frozen_states(self, batch: MicroBatch) -> MicroBatch:
+        module: Any = self.engine.module
+        if not module.frozen_layers.depth:
+            return batch
+        return batch._replace(frozen_states=self.engine(batch, role="frozen_layers"))
 
     def reference(self, batch: MicroBatch, temperature: float) -> TokenOutputs:
-        """What the frozen reference says of a micro-batch; no values."""
-        found: TokenOutputs = self.engine(batch, temperature, role="reference")
-        return found
+        outputs: TokenOutputs = self.engine(batch, temperature, role="reference")
+        return outputs
+
+    def save(self, run: Path, chat: ChatTokenizer, config: PPOConfig) -> None:
+        super().save(run, chat, config)
+        save_critic(run, self.engine.module)
 
 
 def load_shared(config: PPOConfig, chat: ChatTokenizer) -> SharedModels:
@@ -166,17 +177,11 @@ def load_shared(config: PPOConfig, chat: ChatTokenizer) -> SharedModels:
     module, groups = build(config, roles, chat)
     trained, total = count_parameters(module)
     say(f"Models: {roles.described()}; {trained:,} of {total:,} parameters are trained")
-    if module.trunk.depth:
-        say(f"The first {module.trunk.depth} of {len(module.trunk.layers)} layers are computed once per rollout")
+    frozen = module.frozen_layers
+    if frozen.depth:
+        say(f"The first {frozen.depth} of {len(frozen.layers)} layers are computed once per rollout")
     engine = make_engine(module, groups, config.optimizer, config.precision, config.deepspeed)
-
-    def score(finished: RewardInputs) -> Tensor:
-        ids, mask = finished.input_ids, finished.attention_mask
-        with torch.no_grad():
-            batch = MicroBatch([], ids, mask, None, mask.bool(), mask.sum(1), 1, finished.trunk)
-            return engine(batch, role="reward").float().cpu()
-
-    return SharedModels(engine, {config.reward_model: score} if config.reward_model else {})
+    return SharedModels(engine, config.reward_model)
 
 
 def build(config: PPOConfig, roles: SharedRoles, chat: ChatTokenizer) -> tuple[SharedBase, list[dict[str, Any]]]:
@@ -197,7 +202,7 @@ def build(config: PPOConfig, roles: SharedRoles, chat: ChatTokenizer) -> tuple[S
         trained = [*module.adapter(role), *(module.heads[role].parameters() if role in module.heads else [])]
         groups.append({"params": [parameter.requires_grad_(True) for parameter in trained], "lr": rate})
     if config.gradient_checkpointing:
-        policy.train()  # transformers recomputes in training mode alone; it changes nothing else, dropout is off
+        policy.train()  # transformers recomputes in training mode alone; dropout is off, so nothing else changes
         recompute_activations(policy, use_reentrant=False, context_fn=module.recompute)
     return module, groups
 
@@ -207,22 +212,22 @@ def _name(role: str) -> str:
 
 
 def _peft_config(base: Any, adapter: Adapter) -> Any:
-    """PEFT's config of an adapter for the base, which carries none yet."""
+    """PEFT's config of an adapter for the base, which has none yet."""
     found = lora_config(base, "causal", **adapter.tuning.options)
     found.inference_mode = False
     return found
 
 
 def _saved(run: str) -> dict[str, Tensor]:
-    """A run's adapter, with its head where it has one."""
+    """The weights of a run's adapter, and of its head if it has one."""
     return load_file(Path(run) / "adapter" / "adapter_model.safetensors")
 
 
 def _start_from(policy: Any, name: str, run: str) -> None:
-    """Put a run's adapter weights into the adapter `name`.
+    """Load a run's adapter weights into the adapter `name`.
 
     Raises:
-        UserError: They are of another shape.
+        UserError: Their shapes differ.
     """
     saved = {key: value for key, value in _saved(run).items() if key != HEAD_KEY}
     expected = get_peft_model_state_dict(policy, adapter_name=name, save_embedding_layers=False)
@@ -230,14 +235,14 @@ def _start_from(policy: Any, name: str, run: str) -> None:
         odd = sorted(set(saved) ^ set(expected))[:2]
         raise UserError(
             f"{run}/adapter: does not fit the base of this run",
-            f"Weights that only one of them has: {', '.join(odd) or 'none, but shapes differ'}.",
+            f"Weights that only one of the two has: {', '.join(odd) or 'none, but shapes differ'}.",
             "Set model.sharing=separate.",
         )
     set_peft_model_state_dict(policy, saved, adapter_name=name)
 
 
 def _scalar(config: ModelConfig, base: Any, adapter: Adapter) -> ScalarModel:
-    """A scalar model around the base's own body, with the head of the run that the adapter starts from or a new one."""
+    """A scalar model around the base's own body. Its head is that of the run the adapter starts from, or a new one."""
     head = None if adapter.start is None else _saved(adapter.start).get(HEAD_KEY)
     remote = {"trust_remote_code": config.trust_remote_code}
     if head is None:

@@ -1,13 +1,13 @@
-"""What passes between PPO's phases: prompts, rollout, minibatch plan, experience. Frozen, typed, complete at birth.
+"""The values that pass between PPO's phases: prompts, rollout, micro-batches, experience. Frozen, typed, complete.
 
-Every rank holds the rollout and the experience of the whole batch (a few dozen bytes a token), so whitening, group
-baselines and minibatches are the same on every rank and for any number of ranks; only the passes through models are
-shared out. Episodes are numbered 0..N-1 over the whole batch; answers to one prompt follow one another.
+Every rank holds the rollout and the experience of the whole batch (a few dozen bytes per token), so whitening, group
+baselines and minibatches are the same on every rank and for any number of ranks; only the forward passes are divided.
+Episodes are numbered 0..N-1 over the whole batch; completions of one prompt follow one another.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
@@ -15,6 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from rlhf import distributed
 from rlhf.ppo.losses import Importance
 from rlhf.ppo.masked import unflatten
 from rlhf.rollout.types import Completion
@@ -22,52 +23,90 @@ from rlhf.rollout.types import Completion
 
 @dataclass(frozen=True)
 class Prompts:
-    """The prompts of one update, each repeated once for every answer to it."""
+    """The prompts of one update, each repeated once for every completion of it."""
 
     ids: list[list[int]]
     """Token ids, N lists."""
     messages: list[list[dict[str, str]]]
     """The same as chat messages."""
     groups: Tensor
-    """int64 [N]: equal for answers to one prompt."""
+    """int64 [N]: equal for completions of one prompt."""
     seeds: list[int]
     """The random stream of each episode."""
 
 
 @dataclass(frozen=True)
 class Rollout:
-    """Prompts with the answers that the policy gave, of all ranks."""
+    """Prompts with the completions that the policy sampled, of all ranks."""
 
     prompts: Prompts
-    answers: list[Completion]
+    completions: list[Completion]
 
     @cached_property
     def lengths(self) -> Tensor:
-        """int64 [N]: tokens of each answer."""
-        return torch.tensor([len(answer.ids) for answer in self.answers])
+        """int64 [N]: tokens of each completion."""
+        return torch.tensor([len(completion.ids) for completion in self.completions])
 
     @cached_property
-    def totals(self) -> list[int]:
-        """Tokens of prompt and answer together, N numbers."""
-        return [len(p) + len(a.ids) for p, a in zip(self.prompts.ids, self.answers)]
+    def total_lengths(self) -> list[int]:
+        """Tokens of prompt and completion together, N numbers."""
+        return [len(prompt) + len(c.ids) for prompt, c in zip(self.prompts.ids, self.completions)]
 
     @cached_property
     def ended(self) -> Tensor:
-        """bool [N]: whether the answer ended by itself."""
-        return torch.tensor([answer.ended for answer in self.answers])
+        """bool [N]: whether the completion ended by itself."""
+        return torch.tensor([completion.ended for completion in self.completions])
 
     @cached_property
     def response_mask(self) -> Tensor:
-        """bool [N, T]: True at the tokens of each answer, T being the longest one's."""
+        """bool [N, T]: True at the tokens of each completion; T is the longest one's length."""
         return torch.arange(int(self.lengths.max()))[None] < self.lengths[:, None]
 
     @cached_property
     def sampler_logprobs(self) -> Tensor | None:
         """float32 [N, T], 0 at padding: as the sampler reported them; None where it reports none."""
-        found = [answer.logprobs for answer in self.answers if answer.logprobs is not None]
-        if len(found) < len(self.answers):
+        reported = [c.logprobs for c in self.completions if c.logprobs is not None]
+        if len(reported) < len(self.completions):
             return None
-        return unflatten(torch.tensor([value for row in found for value in row]), self.lengths)
+        return unflatten(torch.tensor([value for row in reported for value in row]), self.lengths)
+
+
+class MicroBatch(NamedTuple):
+    """Sequences for one forward pass of one rank, on its device. (A tuple, because ZeRO-3 looks into tuples.)
+
+    Either one sequence per row, padded on the right; or packed: all in one row [1, L], one after the other.
+    A rank that has fewer micro-batches than the others gets fillers: `episodes` is empty, `response_mask` all False.
+    """
+
+    episodes: list[int]
+    """Which episodes (or demonstrations) these are, N numbers."""
+    input_ids: Tensor
+    """int64 [B, L]."""
+    attention_mask: Tensor | None
+    """int64 [B, L], 1 at tokens; None where packed."""
+    position_ids: Tensor | None
+    """int64 [1, L], from 0 in each sequence, which separates them; None where not packed."""
+    response_mask: Tensor
+    """bool [B, L], True at the tokens whose log-probs are asked for."""
+    lengths: Tensor
+    """int64 [N], the number of these tokens per sequence; [0] for a filler."""
+    chunks: int
+    """Chunks that the language model's head works in, the same on every rank."""
+    frozen_states: Tensor | None = None
+    """[B, L, H] hidden states that enter the first layer with adapters, where they are cached."""
+
+
+class TokenScores(NamedTuple):
+    """What the models compute for the response tokens of a micro-batch, row after row. float32 [n]."""
+
+    logprobs: Tensor
+    """Log-probs under the policy."""
+    ref_logprobs: Tensor
+    """Log-probs under the reference."""
+    entropies: Tensor
+    """Entropies of the policy, nats."""
+    values: Tensor | None
+    """The critic's values; None without a critic."""
 
 
 @dataclass(frozen=True)
@@ -82,36 +121,59 @@ class Experience:
     values: Tensor | None
     """[N, T]: the critic's value of the state in which each token was chosen; None without a critic."""
     scores: Tensor
-    """[N]: from the reward source, as it gave them."""
+    """[N]: raw scores of the reward source."""
     entropy: float
-    """Mean entropy of the policy over answer tokens, nats."""
+    """Mean entropy of the policy over response tokens, nats."""
     importance: Importance | None = None
-    """What a sampler that sees other log-probs than the trainer calls for; None where none are reported."""
-    trunk: Mapping[int, Tensor] | None = None
-    """Episode -> [tokens, H], hidden states that enter the layers with adapters, where roles share a frozen trunk; see
-    `rlhf.ppo.frozen_layers`."""
+    """Weights for a sampler whose log-probs differ from the trainer's; None where none are reported."""
+    frozen_states: Mapping[int, Tensor] | None = None
+    """Episode -> [tokens, H], hidden states that enter the first layer with adapters; see `rlhf.ppo.frozen_layers`."""
 
 
-class MicroBatch(NamedTuple):
-    """Sequences for one forward pass of one rank, on its device. (ZeRO-3 looks into tuples.)
+# ---- from one rank's part to the whole -----------------------------------------------------------------------------
 
-    Either one in each row, padded on the right; or packed: all in one row [1, L], one after the other.
-    A rank that has fewer micro-batches than the others gets fillers: `rows` is empty, nothing in `response_mask`.
+
+def gather_completions(mine: Sequence[Completion], first: int) -> list[Completion]:
+    """The completions of all ranks in the order of their episodes; `mine` are this rank's, from episode `first` on."""
+    if distributed.world_size() == 1:
+        return list(mine)
+    device = distributed.device()
+    facts = [[first + i, len(c.ids), c.ended, c.logprobs is not None] for i, c in enumerate(mine)]
+    ids = [token for completion in mine for token in completion.ids]
+    logprobs = [value for completion in mine for value in completion.logprobs or ()]
+    all_facts = distributed.all_gather_rows(torch.tensor(facts, dtype=torch.int64, device=device).view(-1, 4)).tolist()
+    all_ids = distributed.all_gather_rows(torch.tensor(ids, dtype=torch.int64, device=device)).tolist()
+    all_logprobs = distributed.all_gather_rows(torch.tensor(logprobs, dtype=torch.float32, device=device)).tolist()
+    gathered: list[Completion | None] = [None] * len(all_facts)
+    token, value = 0, 0
+    for episode, length, ended, has_logprobs in all_facts:
+        row = all_logprobs[value : value + length] if has_logprobs else None
+        gathered[episode] = Completion(all_ids[token : token + length], bool(ended), row)
+        token += length
+        value += length if has_logprobs else 0
+    return [completion for completion in gathered if completion is not None]
+
+
+def gather_episodes(mine: Sequence[int]) -> Tensor:
+    """Episode numbers in the order in which the ranks' parts are gathered: this rank's `mine` -> int64 [N], CPU."""
+    return distributed.all_gather_rows(torch.tensor(list(mine), dtype=torch.int64, device=distributed.device())).cpu()
+
+
+def gather_tokens(columns: Tensor, order: Tensor, lengths: Tensor) -> list[Tensor]:
+    """Per-token columns of this rank's episodes -> those of all episodes, a float32 [N, T] on the CPU per column.
+
+    Args:
+        columns: float32 [n, C], the response tokens of this rank's episodes, one episode after the other.
+        order: What `gather_episodes` returned.
+        lengths: int64 [N], response tokens of each episode.
     """
+    flat = distributed.all_gather_rows(columns).cpu()
+    padded = [unflatten(column, lengths[order]) for column in flat.unbind(1)]
+    width = int(lengths.max())
+    return [torch.zeros(len(lengths), width).index_copy(0, order, column) for column in padded]
 
-    rows: list[int]
-    """Which episodes (or demonstrations) these are, N numbers."""
-    input_ids: Tensor
-    """int64 [B, L]."""
-    attention_mask: Tensor | None
-    """int64 [B, L], 1 where there is a token; None where packed."""
-    position_ids: Tensor | None
-    """int64 [1, L], from 0 in each sequence, which keeps them apart; None where not packed."""
-    response_mask: Tensor
-    """bool [B, L], True at the tokens whose log-probs are asked for."""
-    lengths: Tensor
-    """int64 [N], how many these are in each sequence; [0] for a filler."""
-    chunks: int
-    """Parts that the language model's head works in, the same on every rank."""
-    trunk: Tensor | None = None
-    """[B, L, H] what enters the layers with adapters, where that is known."""
+
+def gather_scores(scores: Tensor, order: Tensor) -> Tensor:
+    """Scores of this rank's episodes -> those of all episodes, float32 [N] on the CPU; `order` as above."""
+    found = distributed.all_gather_rows(scores.to(distributed.device())).cpu()
+    return torch.zeros_like(found).index_copy(0, order, found)

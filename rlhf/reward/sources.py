@@ -1,6 +1,7 @@
-"""Where PPO's scores come from: one table, REWARDS.
+"""The sources of PPO's scores: one table, REWARDS.
 
-A row makes a source; a source is called with a batch of finished episodes and gives one score each, higher = better.
+A row builds a source. A source is called with a batch of completed episodes and returns one score for each; higher is
+better.
 """
 
 from __future__ import annotations
@@ -28,30 +29,30 @@ REWARDS = Table("reward source")
 
 @dataclass(frozen=True)
 class RewardInputs:
-    """Finished episodes as a reward source sees them."""
+    """Completed episodes as a reward source gets them."""
 
     messages: Sequence[list[dict[str, str]]]
     """The prompts' messages."""
-    answers: Sequence[str]
-    """The answers' text."""
+    completions: Sequence[str]
+    """The completions' text."""
     input_ids: torch.Tensor
-    """int64 [B, T], prompt and answer in the policy's tokens, padded on the right."""
+    """int64 [B, T], prompt and completion in the policy's tokens, padded on the right."""
     attention_mask: torch.Tensor
-    """int64 [B, T], 1 where there is a token."""
-    trunk: torch.Tensor | None = None
-    """[B, T, H] what enters the layers with adapters of a base that the reward model shares, where that is known."""
+    """int64 [B, T], 1 at tokens."""
+    frozen_states: torch.Tensor | None = None
+    """[B, T, H] cached hidden states that enter the first layer with adapters, if the reward model shares the base."""
 
 
 @dataclass(frozen=True)
 class RewardContext:
-    """What a source may need to be built."""
+    """What is needed to build a source."""
 
     model: ModelConfig
     chat: ChatTokenizer
-    place: Callable[[Any], Any]
-    """Freezes a model and puts it on this process's device (or spreads it over the ranks)."""
+    freeze: Callable[[Any], Any]
+    """Freezes a model and moves it to this process's device (or divides it among the ranks)."""
     shared: Mapping[str, Source] = field(default_factory=dict)
-    """Sources that are there already, by the path of their reward model: those over the policy's base."""
+    """Reward models on the policy's base, which exist already, by their path."""
 
 
 Source = Any
@@ -72,13 +73,13 @@ def model(context: RewardContext, *, path: str, retokenize: bool = False) -> Sou
         return context.shared[path]
     folder = resolve_model_path(path)
     config = context.model.model_copy(update={"path": path, "chat_template": "auto"})
-    scalar = context.place(load_scalar(config, folder, head="trained"))
+    scalar = context.freeze(load_scalar(config, folder, head="trained"))
     own = load_tokenizer(config, folder) if retokenize else None
 
-    def score(finished: RewardInputs) -> torch.Tensor:
-        ids, mask = finished.input_ids, finished.attention_mask
+    def score(inputs: RewardInputs) -> torch.Tensor:
+        ids, mask = inputs.input_ids, inputs.attention_mask
         if own is not None:
-            texts = [own.whole(m, a) for m, a in zip(finished.messages, finished.answers)]
+            texts = [own.whole(m, a) for m, a in zip(inputs.messages, inputs.completions)]
             ids, mask = own.pad(texts, ids.device)
         with torch.no_grad():
             return scalar(ids, mask).float().cpu()
@@ -114,11 +115,11 @@ FunctionName = Annotated[str, AfterValidator(_importable)]
 
 @REWARDS.row("function")
 def function(context: RewardContext, *, function: FunctionName) -> Source:
-    """A Python function `module:function` of (prompt messages, answer text) that gives a number."""
+    """A Python function `module:function` of (prompt messages, completion text) that returns a number."""
     call = import_function(function)
 
-    def score(finished: RewardInputs) -> torch.Tensor:
-        values = [float(call(m, a)) for m, a in zip(finished.messages, finished.answers)]
+    def score(inputs: RewardInputs) -> torch.Tensor:
+        values = [float(call(m, a)) for m, a in zip(inputs.messages, inputs.completions)]
         return torch.tensor(values, dtype=torch.float32)
 
     return score
@@ -144,7 +145,7 @@ def weighted_sum(context: RewardContext, *, terms: Terms) -> Source:
     parts = [(t.get("weight", 1.0), REWARDS.pick({k: v for k, v in t.items() if k != "weight"})) for t in terms]
     sources = [(float(weight), pick(context)) for weight, pick in parts]
 
-    def score(finished: RewardInputs) -> torch.Tensor:
-        return torch.stack([weight * source(finished) for weight, source in sources]).sum(0)
+    def score(inputs: RewardInputs) -> torch.Tensor:
+        return torch.stack([weight * source(inputs) for weight, source in sources]).sum(0)
 
     return score

@@ -1,0 +1,107 @@
+"""The models of a PPO run behind one interface: policy and critic in one engine, and the frozen reference."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from rlhf.core.console import say
+from rlhf.data.chat import ChatTokenizer
+from rlhf.models.load import count_parameters, load_policy, recompute_activations
+from rlhf.models.save import save_result
+from rlhf.models.scalar import ScalarModel, load_scalar
+from rlhf.ppo.actor_critic import ActorCritic, TokenOutputs, adapters_off, compile_layers
+from rlhf.ppo.config import PPOConfig
+from rlhf.ppo.types import MicroBatch, TokenScores
+from rlhf.reward.sources import RewardInputs
+from rlhf.runs.run import resolve_model_path
+from rlhf.training.engine import Engine, make_engine
+
+
+class Models(ABC):
+    """What the PPO stage asks of its models. `SeparateModels` holds one model per role, `SharedModels`
+    (`rlhf.ppo.shared_base`) one base with an adapter per role."""
+
+    def __init__(self, engine: Engine) -> None:
+        self.engine = engine
+        module: Any = engine.module
+        self.policy: Any = module.policy
+        self.critic: ScalarModel | None = module.critic
+
+    @property
+    def scorers(self) -> Mapping[str, Callable[[RewardInputs], Tensor]]:
+        """Reward models that are part of these models, by the path that the config gives."""
+        return {}
+
+    @property
+    def frozen(self) -> list[nn.Module]:
+        """Models outside of the engine."""
+        return []
+
+    def with_frozen_states(self, batch: MicroBatch) -> MicroBatch:
+        """The micro-batch with the hidden states of the frozen lower layers, where these can be shared."""
+        return batch
+
+    @abstractmethod
+    def reference(self, batch: MicroBatch, temperature: float) -> TokenOutputs:
+        """Outputs of the frozen reference; no values."""
+
+    def token_scores(self, batch: MicroBatch, temperature: float) -> TokenScores:
+        """Policy, critic and reference on a micro-batch."""
+        mine = self.engine(batch, temperature)
+        return TokenScores(mine.logprobs, self.reference(batch, temperature).logprobs, mine.entropies, mine.values)
+
+    def save(self, run: Path, chat: ChatTokenizer, config: PPOConfig) -> None:
+        """Write the result into the run folder; every rank calls it."""
+        save_result(run, self.policy, chat, config.tuning)
+
+
+class SeparateModels(Models):
+    """A model per role. Without `frozen_reference` the policy with its adapters off is the reference."""
+
+    def __init__(self, engine: Engine, frozen_reference: Any = None) -> None:
+        super().__init__(engine)
+        self._frozen_reference = frozen_reference
+
+    @property
+    def frozen(self) -> list[nn.Module]:
+        return [] if self._frozen_reference is None else [self._frozen_reference]
+
+    def reference(self, batch: MicroBatch, temperature: float) -> TokenOutputs:
+        outputs: TokenOutputs
+        if self._frozen_reference is not None:
+            outputs = self._frozen_reference(batch, temperature)
+        else:
+            with adapters_off(self.policy):
+                outputs = self.engine(batch, temperature, values=False)
+        return outputs
+
+
+def load_separate(config: PPOConfig, chat: ChatTokenizer) -> SeparateModels:
+    """Policy and critic in one engine, and the frozen reference."""
+    path = resolve_model_path(config.model.path)
+    policy = config.tuning(load_policy(config.model, path), chat, "causal")
+    critic: ScalarModel | None = None
+    if config.needs_critic:
+        start = resolve_model_path(str(config.reward_model)) if config.critic.init == "reward" else path
+        critic = load_scalar(config.model, start, head="small")
+        critic.model = config.critic.tuning(critic.model, chat, "scalar")
+    if config.gradient_checkpointing:
+        for part in [policy] if critic is None else [policy, critic.model]:
+            recompute_activations(part, use_reentrant=False)
+            part.train()  # transformers recomputes in training mode alone; dropout is off, so nothing else changes
+    rates = ((policy, config.optimizer.policy_lr), (critic, config.optimizer.critic_lr))
+    groups = [{"params": [p for p in m.parameters() if p.requires_grad], "lr": lr} for m, lr in rates if m is not None]
+    module = ActorCritic(policy, critic)
+    if config.compile:
+        compile_layers(module)
+    trained, total = count_parameters(module)
+    say(f"Policy{' and critic' if critic else ', no critic'}: {trained:,} of {total:,} parameters are trained")
+    engine = make_engine(module, groups, config.optimizer, config.precision, config.deepspeed)
+    if config.tuning.row.traits["adapter"]:
+        return SeparateModels(engine)
+    return SeparateModels(engine, engine.freeze(ActorCritic(load_policy(config.model, path), None)))
