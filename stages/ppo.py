@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import math
-import math
 from collections.abc import Sequence
 from contextlib import nullcontext
 from typing import Any
@@ -36,8 +35,7 @@ from rlhf.ppo.learner import Learner, PtxBatches
 from rlhf.ppo.losses import importance_weights
 from rlhf.ppo.masked import masked_mean
 from rlhf.ppo.metrics import Clock, PPOReporter, RunningMeanStd, experience_metrics
-from rlhf.ppo.models import load_separate
-from rlhf.ppo.packing import can_pack
+from rlhf.ppo.models import can_pack, load_separate
 from rlhf.ppo.shared_base import load_shared
 from rlhf.ppo.types import (
     Experience,

@@ -15,8 +15,7 @@ from rlhf.models.packed_attention import PACKED, attend_each
 from rlhf.models.scalar import ScalarModel
 from rlhf.ppo.actor_critic import ActorCritic
 from rlhf.ppo.batching import TokenRows
-from rlhf.ppo.models import SeparateModels
-from rlhf.ppo.packing import can_pack
+from rlhf.ppo.models import SeparateModels, can_pack
 
 MODELS = {**FAMILIES, "opt": OPT, "bloom": ALIBI, "lfm2": HYBRID}
 MIXES = ("bloom", "lfm2", "opt")

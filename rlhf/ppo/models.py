@@ -10,11 +10,14 @@ from typing import Any
 from torch import Tensor, nn
 
 from rlhf.core.console import say
+from rlhf.core.errors import UserError
 from rlhf.data.chat import ChatTokenizer
 from rlhf.models.load import count_parameters, load_policy, recompute_activations
+from rlhf.models.packed_attention import KERNEL, PACKED, VARLEN, switch
 from rlhf.models.save import save_result
 from rlhf.models.scalar import ScalarModel, load_scalar
 from rlhf.ppo.actor_critic import ActorCritic, TokenOutputs, adapters_off, compile_layers
+from rlhf.ppo.batching import TokenRows
 from rlhf.ppo.config import PPOConfig
 from rlhf.ppo.types import MicroBatch, TokenScores
 from rlhf.reward.sources import RewardInputs
@@ -105,3 +108,58 @@ def load_separate(config: PPOConfig, chat: ChatTokenizer) -> SeparateModels:
     if config.tuning.row.traits["adapter"]:
         return SeparateModels(engine)
     return SeparateModels(engine, engine.freeze(ActorCritic(load_policy(config.model, path), None)))
+
+
+# ---- packing -------------------------------------------------------------------------------------------------------
+
+
+def can_pack(models: Models, vocab_size: int, wanted: bool | None) -> bool:
+    """Whether micro-batches are packed; tested on two short sequences. Every rank calls it together.
+
+    If so, models with the attention `sdpa` get `sdpa_packed` on a CPU.
+
+    Args:
+        models: The models of the run.
+        vocab_size: The policy's vocabulary size.
+        wanted: True, False, or None for where it is known to be faster: an attention with variable lengths, or `sdpa`
+            on a CPU.
+
+    Raises:
+        UserError: Packing is wanted, but packed sequences attend to each other in this model.
+    """
+    policy, engine = models.policy, models.engine
+    attention = policy.config._attn_implementation
+    one_by_one = attention == "sdpa" and distributed.device().type == "cpu" and hasattr(torch.ops.aten, KERNEL)
+    if wanted is False or (wanted is None and not one_by_one and attention not in VARLEN):
+        return False
+    switched = [engine.module, *models.frozen] if one_by_one else []
+    for model in switched:
+        switch(model, "sdpa", PACKED)
+    separated = _separated(engine, vocab_size)
+    if not separated:
+        for model in switched:
+            switch(model, PACKED, "sdpa")
+    if wanted and not separated:
+        raise UserError(
+            f"batch.packing: with attention {attention!r}, packed sequences of {type(policy).__name__} attend to each"
+            " other",
+            remedy="Leave batch.packing out: padding of similar lengths costs little.",
+        )
+    return separated
+
+
+@torch.no_grad()
+def _separated(engine: Engine, vocab_size: int) -> bool:
+    """Whether two packed sequences get the same log-probs and values as one sequence per row."""
+    ids = [(place * 37 + 11) % vocab_size for place in range(9)]
+    rows = [(ids[:4], [False, True, True, True]), (ids[4:], [False, True, True, True, True])]
+    try:
+        packed, padded = (
+            engine(*TokenRows(rows, 0, vocab_size, packed).micro_batches([[[0, 1]]] * distributed.world_size()), 1.0)
+            for packed in (True, False)
+        )
+    except Exception:  # families raise different errors for lengths in place of a mask
+        return False
+    precision = max(1e-5, 8 * torch.finfo(engine.dtype).eps)
+    pairs = [(packed.logprobs, padded.logprobs), (packed.values, padded.values)]
+    return all(torch.allclose(a, b, rtol=0, atol=precision * float(b.abs().max())) for a, b in pairs if b is not None)

@@ -164,7 +164,8 @@ class SharedModels(Models):
 
     def save(self, run: Path, chat: ChatTokenizer, config: PPOConfig) -> None:
         super().save(run, chat, config)
-        save_critic(run, self.engine.module)
+        module: Any = self.engine.module
+        save_critic(run, module)
 
 
 def load_shared(config: PPOConfig, chat: ChatTokenizer) -> SharedModels:
