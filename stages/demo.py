@@ -168,7 +168,8 @@ class Demo:
 
     def export(self) -> None:
         """Export the policy for plain transformers."""
-        from rlhf.export.formats import EXPORTERS, export
+        from rlhf.export.export import export
+        from rlhf.export.formats import EXPORTERS
 
         run, out = self.out / "ppo", self.out / "export"
         say(f"$ {shlex.join(['rlhf', 'export', str(run), '--out', str(out)])}", style="cyan")

@@ -17,7 +17,6 @@ from rlhf.data.encode import Counts
 from rlhf.data.selection import chosen_prompts, chosen_records, with_system
 from rlhf.data.store import Dataset, open_dataset
 from rlhf.reward.agreement import Agreement
-from rlhf.reward.metrics import metric_rows, reward_metrics
 from rlhf.rollout.types import SamplingParams
 
 
@@ -154,6 +153,7 @@ def _evaluate_reward(
     if data.kind != "ranking":
         raise UserError(f"{data.path}: holds {data.kind}s; a reward model is measured on rankings")
     from rlhf.inference.reward_model import open_reward_model  # imports torch
+    from rlhf.reward.metrics import metric_rows, reward_metrics
 
     reward, counts = open_reward_model(model, trust_remote_code), Counts()
     rows = [row for row in reward.encode(chosen_records(data, split, limit), counts) if row is not None]

@@ -10,7 +10,8 @@ import typer
 from rlhf.cli import options
 from rlhf.core.console import say, warn
 from rlhf.core.errors import UserError
-from rlhf.export.formats import EXPORTERS, ROLES, export
+from rlhf.export.export import ROLES, export
+from rlhf.export.formats import EXPORTERS
 from rlhf.export.hub import check_hub, push
 
 FORMATS = "; ".join(f"{row.name}: {row.summary.rstrip('.')}" for row in EXPORTERS)

@@ -36,7 +36,7 @@ from rlhf.data.schema import KINDS
 from rlhf.data.store import open_dataset
 from rlhf.data.tables import eval_records, open_all, train_records
 from rlhf.distributed.launch import PARENT, run_child
-from rlhf.export.formats import check_out
+from rlhf.export.export import check_out
 from rlhf.runs.run import check_run_folder, is_run, read_run
 
 WAITING = 3

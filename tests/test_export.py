@@ -22,8 +22,9 @@ from rlhf.config.base import ModelConfig
 from rlhf.core.errors import UserError
 from rlhf.core.files import write_json
 from rlhf.data.chat import load_tokenizer
-from rlhf.export.formats import EXPORTERS, export
-from rlhf.export.model_card import lineage
+from rlhf.export.export import export
+from rlhf.export.formats import EXPORTERS
+from rlhf.export.lineage import lineage
 from rlhf.runs.run import resolve_model_path
 from stages.export import command
 
@@ -206,7 +207,7 @@ def test_a_scale_is_folded_into_a_head_with_a_bias(
     expected = finished.scores(runs["reward-bert"], texts(runs["reward-bert"]))
     torch.testing.assert_close(plain["reward-bert"]["logits"], expected, atol=1e-6, rtol=1e-5)
     assert plain["reward-bert"]["config"]["reward_std"] == 1.0
-    assert "is in the weights" in (folders["reward-bert"] / "README.md").read_text()
+    assert "The weights include the normalisation" in (folders["reward-bert"] / "README.md").read_text()
 
 
 def test_padding_of_a_reward_model_is_never_the_end_of_an_answer(folders: dict[str, Path]) -> None:
@@ -380,11 +381,11 @@ def test_lineage_finds_parents_that_moved_along_and_tells_of_those_that_changed(
     info = json.loads((moved / "parent" / "run.json").read_text())
     write_json(moved / "parent" / "run.json", info | {"model_fingerprint": "0" * 64})
     assert [(a.stage, a.note) for a in lineage(moved / "child")] == [
-        ("sft", "has been trained anew since"),
+        ("sft", "was trained again since"),
         ("sft", ""),
     ]
     (moved / "parent").rename(tmp_path / "elsewhere")
-    assert lineage(moved / "child")[0].note == "not there any more"
+    assert lineage(moved / "child")[0].note == "no longer exists"
 
 
 # ---- the hub -----------------------------------------------------------------------------------------------------

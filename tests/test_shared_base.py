@@ -22,7 +22,8 @@ import stages.ppo
 from rlhf.cli.preflight import check
 from rlhf.config.load import check_config
 from rlhf.core.errors import UserError
-from rlhf.export.formats import EXPORTERS, ROLES, export
+from rlhf.export.export import ROLES, export
+from rlhf.export.formats import EXPORTERS
 from rlhf.models.logprobs import hidden_states
 from rlhf.models.scalar import ScalarModel
 from rlhf.ppo.actor_critic import ActorCritic
@@ -385,17 +386,17 @@ def test_the_critic_is_exported_as_an_adapter_too(trained, tmp_path):
 
 def test_roles_that_a_run_does_not_have_are_refused(tmp_path, trained, runs):
     plain = finished.ppo(tmp_path / "plain", runs["sft"], runs["full"])
-    with pytest.raises(UserError, match="has kept none"):
+    with pytest.raises(UserError, match="has no critic"):
         export(plain, tmp_path / "a", EXPORTERS.pick("hf"), role="critic")
     with pytest.raises(UserError, match="has no reward model"):
         export(runs["sft"], tmp_path / "a", EXPORTERS.pick("hf"), role="reward")
     alone = finished.ppo(tmp_path / "alone", tiny.llama(), runs["full"])
-    with pytest.raises(UserError, match="which is no run"):
+    with pytest.raises(UserError, match="is not a run"):
         export(alone, tmp_path / "a", EXPORTERS.pick("hf"), role="reference")
     finished.sft(tmp_path / "sft")
     child = finished.ppo(tmp_path / "child", str(tmp_path / "sft"), runs["full"])
     shutil.rmtree(tmp_path / "sft")
     finished.sft(tmp_path / "sft", seed=9)
-    with pytest.raises(UserError, match="trained anew"):
+    with pytest.raises(UserError, match="trained again"):
         export(child, tmp_path / "a", EXPORTERS.pick("hf"), role="reference")
     assert not (tmp_path / "a").exists()

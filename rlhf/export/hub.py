@@ -5,26 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from rlhf.core.errors import UserError
-from rlhf.core.lazy import lazy
-
-if TYPE_CHECKING:
-    import torch
-    from torch import nn
-else:
-    torch, nn = lazy("torch"), lazy("torch.nn")
-
-
-# ---- the hub -----------------------------------------------------------------------------------------------------
 
 
 def check_hub(name: str) -> None:
     """Refuse a hub name or login that cannot work, before anything is loaded.
 
     Raises:
-        UserError: The name is not of the form `user/model`, nobody is logged in, or the hub cannot be reached.
+        UserError: The name is not of the form `user/model`, not logged in, or the hub cannot be reached.
     """
     import huggingface_hub
     from huggingface_hub.errors import HFValidationError
@@ -39,7 +28,7 @@ def check_hub(name: str) -> None:
 
 
 def push(folder: str | Path, name: str, private: bool = False) -> str:
-    """Upload an exported folder to the hub; gives its address.
+    """Upload an exported folder to the hub; returns its address.
 
     Raises:
         UserError: It failed; the folder stays as it is.
@@ -60,7 +49,7 @@ def _hub_faults(name: str) -> Iterator[None]:
     try:
         yield
     except LocalTokenNotFoundError:
-        raise UserError(f"--push-to-hub {name}: nobody is logged in", remedy="Log in with `hf auth login`.") from None
+        raise UserError(f"--push-to-hub {name}: not logged in", remedy="Log in with `hf auth login`.") from None
     except (HTTPError, OSError) as error:
         why = str(error).split("\n")[0]
         raise UserError(f"--push-to-hub {name}: the hub refused or cannot be reached", why) from None
