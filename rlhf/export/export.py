@@ -12,8 +12,8 @@ from rlhf.core.errors import UserError
 from rlhf.core.files import whole_folder
 from rlhf.core.table import Pick
 from rlhf.data.chat import load_tokenizer
-from rlhf.export.formats import Source
 from rlhf.export.model_card import MARK, CardFacts, model_card
+from rlhf.export.types import Source
 from rlhf.inference.sampling_params import sampling_params
 from rlhf.runs.run import fingerprint, is_run, read_run, resolve_model_path
 

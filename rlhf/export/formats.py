@@ -2,44 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import shutil
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from rlhf.config.base import ModelConfig
 from rlhf.core.errors import UserError
 from rlhf.core.table import Table
-from rlhf.data.chat import ChatTokenizer
+from rlhf.export.types import Exported, Source, base_of
 
 EXPORTERS = Table("export format")
-
-
-@dataclass(frozen=True)
-class Source:
-    """A finished run that is exported."""
-
-    run: Path
-    stage: str
-    """sft, reward or ppo; `critic` for the critic of a PPO run."""
-    model: Path
-    config: ModelConfig
-    chat: ChatTokenizer
-
-
-@dataclass(frozen=True)
-class Exported:
-    """What an exporter has written."""
-
-    dtype: str
-    parameters: int
-    stop_ids: tuple[int, ...] = ()
-    scale: tuple[float, float] = (0.0, 1.0)
-    """Mean and standard deviation of a reward model's raw scores."""
-    folded: bool = False
-    """Whether the weights include the scale."""
-    adapter_base: str | None = None
 
 
 @EXPORTERS.row("hf")
@@ -89,8 +60,3 @@ def adapter(source: Source, folder: Path) -> Exported:
         scale=reward_scale(source.model) if source.stage in ("reward", "critic") else (0.0, 1.0),
         adapter_base=base_of(folder),
     )
-
-
-def base_of(adapter: Path) -> str:
-    """The model that a PEFT adapter was trained on."""
-    return str(json.loads((adapter / "adapter_config.json").read_text("utf-8"))["base_model_name_or_path"])

@@ -13,7 +13,7 @@ def check_hub(name: str) -> None:
     """Refuse a hub name or login that cannot work, before anything is loaded.
 
     Raises:
-        UserError: The name is not of the form `user/model`, not logged in, or the hub cannot be reached.
+        UserError: The name is not of the form `user/model`, nobody is logged in, or the hub cannot be reached.
     """
     import huggingface_hub
     from huggingface_hub.errors import HFValidationError

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from rlhf.export.formats import Exported, Source, base_of
+from rlhf.export.types import Exported, Source, base_of
 from rlhf.models.load import load_policy
 from rlhf.models.save import generation_config
 from rlhf.models.scalar import ScalarModel, load_scalar, reward_scale
