@@ -7,18 +7,14 @@ import json
 import re
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
-from rlhf.core.lazy import lazy
+import pyarrow as pa
+import pyarrow.parquet as pq
+
 from rlhf.core.table import Table
 from rlhf.data.jsonl import DAMAGES, OnReject, Reject, cut_off, open_bytes, read_rows
 from rlhf.data.schema import BadRecord, Prompt, Record
-
-if TYPE_CHECKING:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-else:
-    pa, pq = lazy("pyarrow"), lazy("pyarrow.parquet")
 
 IMPORTERS = Table("format")
 

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
-from itertools import accumulate
+from itertools import accumulate, chain
 from operator import attrgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, Protocol
@@ -74,7 +74,7 @@ def _columns(records: list[Record], kind: str) -> pa.Table:
         values = list(map(attrgetter(column.name), records))
         if pa.types.is_list(column.type) and pa.types.is_struct(column.type.value_type):
             struct = column.type.value_type
-            items = [item for value in values for item in value]
+            items = list(chain.from_iterable(values))
             children = [_array(map(attrgetter(part.name), items), part.type) for part in struct]
             offsets = pa.array([0, *accumulate(map(len, values))], pa.int32())
             columns.append(pa.ListArray.from_arrays(offsets, pa.StructArray.from_arrays(children, fields=list(struct))))
@@ -347,13 +347,15 @@ class DatasetWriter:
                 raise BadRecord(f"a {record.kind} in a dataset of {self.kind}s")
             self.kind = record.kind
         self._records.append(record)
+        chars = 0
         for message in record.messages:
-            self._chars += len(message.content)
+            chars += len(message.content)
         if isinstance(record, Proposal):
             for candidate in record.candidates:
-                self._chars += len(candidate.text)
+                chars += len(candidate.text)
         elif isinstance(record, Demonstration):
-            self._chars += len(record.answer)
+            chars += len(record.answer)
+        self._chars += chars
         self.count += 1
         if len(self._records) >= ROWS_PER_GROUP or self._chars >= CHARS_PER_GROUP:
             with self._write_errors():
