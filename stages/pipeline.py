@@ -29,7 +29,6 @@ from rlhf.cli.preflight import check
 from rlhf.cli.stage_configs import STAGES
 from rlhf.config.base import DataConfig, StageConfig
 from rlhf.config.load import load_stage_config
-from rlhf.core.command_line import command_line
 from rlhf.core.console import format_number, say, table
 from rlhf.core.errors import UserError
 from rlhf.data.schema import KINDS
@@ -330,7 +329,7 @@ def _run_rounds(
             if come < wanted:
                 rows.append((f"round {turn}", str(last.folder), "waiting", f"{come:,} of {wanted:,} rankings", None))
                 return waiting_for(last, config.count, come, wanted, again), now
-            collect(rounds, command_line())
+            collect(rounds)
         learned = int(open_dataset(last.collected).manifest["count"])
         rows.append((f"round {turn}", str(last.folder), "ranked", f"{learned:,} rankings", time.monotonic() - begun))
         now = [step if step.stage == "sft" else in_round(step, steps, rounds) for step in steps]

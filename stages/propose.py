@@ -29,7 +29,6 @@ from data_tools.annotate.propose import (
 from data_tools.io.derive import Derivation
 from rlhf.cli import options
 from rlhf.cli.sampling_options import SamplingOptions, with_sampling
-from rlhf.core.command_line import command_line
 from rlhf.core.errors import UserError
 from rlhf.data.encode import Counts
 from rlhf.data.schema import Ranking
@@ -80,8 +79,8 @@ def command(
     _check(models, judges, select, count, pool)
     params = {model: sampling.params(model) for model in models}
     data, skipped = open_dataset(prompts), [open_dataset(path) for path in skip or ()]
-    facts = {"command": command_line(), "sampling": {model: asdict(one) for model, one in params.items()}}
-    with Derivation(out, "proposal", [data, *skipped], [], facts) as made:
+    facts = {"sampling": {model: asdict(one) for model, one in params.items()}}
+    with Derivation(out, "proposal", [data, *skipped], facts) as made:
         made.origin["parents"] += [_model_facts(path) for path in (*models, *judges)]
         opened = choose(data, skipped, split, pool or count, seed, human)
         for reject in data.rejects:

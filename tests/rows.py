@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import sys
+from unittest.mock import patch
 
 from hypothesis import strategies as st
 from typer.testing import CliRunner
@@ -53,7 +55,9 @@ def run(*args):
     """The result of `rlhf data` with these words."""
     from data_tools.commands.cli import app
 
-    return CliRunner().invoke(app, [str(arg) for arg in args])
+    words = [str(arg) for arg in args]
+    with patch.object(sys, "argv", ["rlhf", "data", *words]):
+        return CliRunner().invoke(app, words)
 
 
 def last_line(result):

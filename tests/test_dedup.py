@@ -95,7 +95,7 @@ def test_prompts_of_an_evaluation_set_are_left_out_whatever_its_kind(tmp_path):
     assert sources(tmp_path / "n") == ["0", "2", "4"]
     origin = open_dataset(tmp_path / "n", verify=True).manifest["origin"]
     assert [p["path"] for p in origin["parents"]] == [str(parent), str(evaluation), str(more)]
-    expected = f"rlhf data dedup {parent} --by record --near 0.8 --keep first --against {evaluation} --against {more}"
+    expected = f"rlhf data dedup {parent} --against {evaluation} --against {more} --near 0.8"
     assert origin["command"] == expected
     assert origin["dropped"] == {"against": 3, "duplicate": 1}
 

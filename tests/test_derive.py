@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import pytest
 from rows import RANKING, jsonl, run
 
@@ -38,9 +40,10 @@ def test_what_is_known_of_annotators_holds_for_their_judgements_and_not_for_a_ma
     assert agreement == (open_dataset(parent).manifest["agreement"] if told else None)
 
 
-def test_the_manifest_names_parents_command_and_counts(tmp_path):
+def test_the_manifest_names_parents_command_and_counts(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["rlhf", "data", "some", "a b", "--out", "n"])
     parent = open_dataset(judged_twice(tmp_path / "d"))
-    with Derivation(tmp_path / "n", None, [parent], ["some", "a b"], {"more": 1}) as made:
+    with Derivation(tmp_path / "n", None, [parent], {"more": 1}) as made:
         made.write(from_dict(RANKING))
     origin = open_dataset(tmp_path / "n", verify=True).manifest["origin"]
     assert origin["command"] == "rlhf data some 'a b'"
@@ -50,9 +53,9 @@ def test_the_manifest_names_parents_command_and_counts(tmp_path):
 
 def test_a_failure_leaves_no_dataset_and_a_parent_is_never_overwritten(tmp_path):
     parent = open_dataset(judged_twice(tmp_path / "d"))
-    with pytest.raises(RuntimeError), Derivation(tmp_path / "n", "ranking", [parent], []) as made:
+    with pytest.raises(RuntimeError), Derivation(tmp_path / "n", "ranking", [parent]) as made:
         made.write(from_dict(RANKING))
         raise RuntimeError
     assert sorted(path.name for path in tmp_path.iterdir()) == ["d"]
     with pytest.raises(UserError, match="is the dataset itself"):
-        Derivation(parent.path, "ranking", [parent], [])
+        Derivation(parent.path, "ranking", [parent])

@@ -5,12 +5,8 @@ from __future__ import annotations
 import pytest
 from rows import dataset, jsonl, last_line, prompts, run
 
-from data_tools.curate.dedup import dedup_dataset
 from data_tools.curate.filter import filter_dataset
 from data_tools.curate.lineage import faults, lineage
-from data_tools.curate.mix import mix_datasets
-from data_tools.curate.splits import split_dataset
-from data_tools.importers.run import import_dataset
 from rlhf.core.errors import UserError
 from rlhf.data.store import open_dataset
 
@@ -21,10 +17,10 @@ def chain(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     jsonl(tmp_path / "rows.jsonl", [*prompts(20), *prompts(3), {"prompt": ""}])
     jsonl(tmp_path / "other.jsonl", [{"prompt": f"Other {i}?"} for i in range(10)])
-    import_dataset("jsonl", ["rows.jsonl"], "imported")
-    dedup_dataset("imported", "clean")
-    mix_datasets(["clean", "other.jsonl"], "mixed")
-    split_dataset("mixed", "split")
+    run("import", "jsonl", "rows.jsonl", "--out", "imported")
+    run("dedup", "imported", "--out", "clean")
+    run("mix", "clean", "other.jsonl", "--out", "mixed")
+    run("split", "mixed", "--out", "split", "--seed", 0)
     return tmp_path
 
 
@@ -35,7 +31,7 @@ def test_the_tree_goes_back_to_the_files(chain):
     prints = {name: open_dataset(name).fingerprint[:12] for name in names if name != "rows.jsonl"}
     lines = result.stdout.splitlines()[:-1]
     assert lines[0] == f"split  {prints['split']}  30 prompts"
-    assert lines[1].startswith("│ rlhf data split mixed --by prompt --fractions train=0.8,eval=0.1,test=0.1")
+    assert lines[1] == "│ rlhf data split mixed --seed 0"
     assert lines[2] == "│ written 30"
     assert lines[3] == f"└─ mixed  {prints['mixed']}  30 prompts"
     assert f"   ├─ clean  {prints['clean']}  20 prompts" in lines

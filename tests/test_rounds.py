@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -58,16 +59,16 @@ def test_a_dataset_of_another_kind_among_the_rankings_is_told(rounds):
 def test_the_same_ranking_from_two_places_counts_once_and_two_annotators_count_twice(rounds):
     jsonl(rounds[0].folder / "rankings-1.jsonl", [row(0), row(1)])
     jsonl(rounds[0].folder / "rankings-2.jsonl", [row(1), row(1, "bob")])
-    assert collect(rounds[:1], "rlhf pipeline") == 3
+    assert collect(rounds[:1]) == 3
 
 
 def test_what_comes_after_a_round_went_on_counts_in_the_next_and_nothing_twice(rounds):
     file = rounds[0].folder / "rankings.jsonl"
     jsonl(file, [row(0)])
-    collect(rounds[:1], "rlhf pipeline")
+    collect(rounds[:1])
     jsonl(file, [row(0), row(1)])
     jsonl(rounds[1].folder / "rankings.jsonl", [row(4)])
-    assert collect(rounds, "rlhf pipeline") == 2
+    assert collect(rounds) == 2
     taken = [list(open_dataset(one.collected, "ranking").records()) for one in rounds]
     assert [[r.messages[0].content for r in found] for found in taken] == [
         ["Question 0?"],
@@ -77,20 +78,21 @@ def test_what_comes_after_a_round_went_on_counts_in_the_next_and_nothing_twice(r
 
 def test_bad_rows_of_what_came_are_set_aside_with_the_reason(rounds):
     jsonl(rounds[0].folder / "rankings.jsonl", [row(0), {**row(1), "ranks": [1, 2, 3]}])
-    assert collect(rounds[:1], "rlhf pipeline") == 1
+    assert collect(rounds[:1]) == 1
     (rejected,) = (rounds[0].collected / "rejected.jsonl").read_text("utf-8").splitlines()
     assert json.loads(rejected)["line"] == 2
 
 
 def test_nothing_is_made_of_nothing(rounds):
     with pytest.raises(UserError, match="no ranking has come"):
-        collect(rounds[:1], "rlhf pipeline")
+        collect(rounds[:1])
     assert not rounds[0].collected.exists()
 
 
-def test_a_round_is_a_dataset_with_parents_and_the_lineage_tells_when_they_changed(rounds):
+def test_a_round_is_a_dataset_with_parents_and_the_lineage_tells_when_they_changed(rounds, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["rlhf", "pipeline", "--config", "x.yaml"])
     jsonl(rounds[0].folder / "rankings.jsonl", [row(0)])
-    collect(rounds[:1], "rlhf pipeline --config x.yaml")
+    collect(rounds[:1])
     told = lineage(rounds[0].collected)
     assert told["command"] == "rlhf pipeline --config x.yaml" and faults(told) == 0
     assert [Path(p["path"]).name for p in told["parents"]] == ["candidates", "rankings.jsonl"]

@@ -374,8 +374,7 @@ def test_the_dataset_keeps_its_templates_and_the_command_that_makes_it_again(tmp
     assert (tmp_path / "d" / "templates.yaml").read_bytes() == mine.read_bytes()
     origin = open_dataset(tmp_path / "d", verify=True).manifest["origin"]
     assert origin["command"] == (
-        f"rlhf data tasks {file} --templates {mine} --choices sad,glad --task t --template how --all-templates "
-        "--shots 0 --cot auto --seed 3"
+        f"rlhf data tasks {file} --templates {mine} --choices sad,glad --task t --template how --all-templates --seed 3"
     )
     assert [row["path"] for row in origin["files"]] == [str(file)] and origin["written"] == 1
 

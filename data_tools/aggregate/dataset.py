@@ -67,9 +67,8 @@ def aggregate_dataset(
     ballots = collect(console.track(records, "reading rankings", count, "rankings"))
     verdict = pick(ballots.votes)
     annotators = annotator_figures(ballots, verdict)
-    words = [word for name, value in (options or {}).items() for word in ("--option", f"{name}={value}")]
     facts = {"method": pick.name, "options": pick.options}
-    with Derivation(out, "ranking", [parent], ["aggregate", str(path), "--method", pick.name, *words], facts) as made:
+    with Derivation(out, "ranking", [parent], facts) as made:
         for ranking in _merged(parent.records(on_reject=made.rejects), ballots, verdict, pick):
             made.write(ranking)
         write_json(made.folder / QUALITY_FILE, {"method": pick.name, "annotators": annotators})

@@ -227,8 +227,7 @@ def pull(path: str | Path, url: str, out: str | Path, *, project: int | None = N
         people = {user.id: user.email for user in client.users.list()}
     tasks = sorted((each for each in tasks if each["data"].get("proposal") in proposals), key=lambda each: each["id"])
     before, homes = _state(Path(out) / STATE), _homes(proposals)
-    words = ["label-studio", "pull", str(path), "--url", url, "--project", str(found.id)]
-    with Derivation(out, "ranking", [dataset], words) as made:
+    with Derivation(out, "ranking", [dataset]) as made:
         place = made.folder / EXPORT
         redone = [gone for each in tasks for gone in _keep_latest(each, people)]
         place.write_text("".join(json.dumps(each, ensure_ascii=False) + "\n" for each in tasks), "utf-8")

@@ -73,12 +73,11 @@ def untaken(rounds: Sequence[Round], come: Sequence[Dataset]) -> list[Ranking]:
     return [record for name, record in found.items() if name not in taken]
 
 
-def collect(rounds: Sequence[Round], command: str) -> int:
+def collect(rounds: Sequence[Round]) -> int:
     """Write what the last of the rounds trains on; its parents are the candidates and all that has come.
 
     Args:
         rounds: All rounds up to the one that is collected.
-        command: What the manifest says that it was made by.
 
     Returns:
         How many rankings it holds. Bad rows of what has come lie in `rejected.jsonl` beside them.
@@ -91,7 +90,7 @@ def collect(rounds: Sequence[Round], command: str) -> int:
     if not rankings:
         raise UserError(f"{last.pattern}: no ranking has come")
     parents = [open_dataset(last.candidates, "proposal"), *come]
-    with Derivation(last.collected, "ranking", parents, [], {"command": command, "round": last.number}) as made:
+    with Derivation(last.collected, "ranking", parents, {"round": last.number}) as made:
         for reject in (reject for dataset in come for reject in dataset.rejects):
             made.rejects(reject)
         for ranking in rankings:

@@ -115,11 +115,9 @@ def dedup_dataset(
     parent, others = open_dataset(path), [open_dataset(other) for other in against]
     if keep == "best" and parent.kind != "ranking":
         raise UserError(f"--keep best: {parent.kind}s have nothing to tell a better one by", remedy="Use --keep first.")
-    options = [("--by", by), ("--near", near), ("--keep", keep), *(("--against", other) for other in against)]
-    words = [str(word) for name, value in options if value is not None for word in (name, value)]
     fates = _fates(parent, others, by, near, keep)
     dropped: Counter[str] = Counter()
-    with Derivation(out, parent.kind, [parent, *others], ["dedup", str(path), *words], judgements=True) as made:
+    with Derivation(out, parent.kind, [parent, *others], judgements=True) as made:
         with open(made.folder / DROPPED_FILE, "w", encoding="utf-8") as file:
             for position, record in enumerate(parent.records(on_reject=made.rejects)):
                 if position not in fates:

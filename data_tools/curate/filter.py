@@ -168,9 +168,7 @@ def filter_dataset(
     condition = _Condition(
         parent.kind, where, token_counter(tokenizer) if tokenizer is not None else None, min_tokens, max_tokens
     )
-    options: Mapping[str, Any] = {"--where": where, "--tokenizer": tokenizer, **given}
-    words = [str(word) for name, value in options.items() if value is not None for word in (name, value)]
-    with Derivation(out, parent.kind, [parent], ["filter", str(path), *words], judgements=True) as made:
+    with Derivation(out, parent.kind, [parent], judgements=True) as made:
         filtered = _write(parent, made, condition, where)
         if not made.written:
             raise UserError(f"{path}: no record is left of {filtered:,}", remedy="Loosen the condition.")

@@ -156,11 +156,8 @@ def mix_datasets(
         {"path": str(part.path), "share": float(share), "available": have, "taken": count}
         for part, share, have, count in zip(parts, wanted, available, taken)
     ]
-    options = [word for cap in caps for word in ("--cap", cap)]
-    options += [] if size is None else ["--size", str(size)]
-    command = ["mix", *words, *options, "--seed", str(seed)]
     leaks = _Leaks()
-    with Derivation(out, parents[0].kind, parents, command, {"parts": told}) as made:
+    with Derivation(out, parents[0].kind, parents, {"parts": told}) as made:
         for record in _woven(parents, held, taken, seed, made.rejects):
             leaks.add(record)
             made.write(record)

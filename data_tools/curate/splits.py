@@ -134,8 +134,7 @@ def split_dataset(
     plan = _plan(parent, by, shares, hold_out, seed, deciding)
     if not allow_empty:
         _refuse_empty(path, plan, {*shares, *(["eval"] if hold_out else [])}, by)
-    words = _words(by, shares, seed, hold_out, near, together)
-    with Derivation(out, parent.kind, [parent, *others], ["split", str(path), *words], judgements=True) as made:
+    with Derivation(out, parent.kind, [parent, *others], judgements=True) as made:
         for record in parent.records(on_reject=made.rejects):
             made.write(record.with_split(plan[_key(record, by)]))
     rejected, reasons = made.rejects.count, by_count(made.rejects.reasons)
@@ -158,22 +157,6 @@ def _refuse_empty(path: str | Path, plan: Mapping[str, str], wanted: set[str], b
             "The rule looks at each of them alone, so that it holds across datasets.",
             "Name groups of eval by --hold-out, choose another --seed, fewer splits, or --allow-empty.",
         )
-
-
-def _words(
-    by: str,
-    shares: Mapping[str, float],
-    seed: int,
-    hold_out: Sequence[str],
-    near: float | None,
-    together: Sequence[str | Path],
-) -> list[str]:
-    """The options as they stand on the command line."""
-    fractions = ",".join(f"{name}={share}" for name, share in shares.items())
-    words = ["--by", by, "--fractions", fractions, "--seed", str(seed)]
-    words += [word for group in hold_out for word in ("--hold-out", group)]
-    words += [] if near is None else ["--near", str(near)]
-    return words + [word for other in together for word in ("--with", str(other))]
 
 
 def _key(record: Record, by: str) -> str:

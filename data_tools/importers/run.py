@@ -5,7 +5,6 @@ from __future__ import annotations
 import gc
 import glob
 import json
-import shlex
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
@@ -21,6 +20,7 @@ from data_tools.reading.detect import AUTO, detect
 from data_tools.statistics.accumulator import Accumulator
 from data_tools.statistics.ceiling import AgreementObserver
 from rlhf.core import console
+from rlhf.core.command_line import command_line
 from rlhf.core.errors import UserError, nearest
 from rlhf.core.table import Pick
 from rlhf.data.schema import SPLITS, BadRecord, Record
@@ -104,12 +104,8 @@ def import_dataset(
     if split is not None and split not in SPLITS:
         raise UserError(f"--split-name: no split is called {split!r}", remedy=nearest(split, SPLITS))
     pick, files = _choose(importer, paths, options or {})
-    words = [word for name, value in (options or {}).items() for word in ("--option", f"{name}={_flat(value)}")]
-    words += [
-        word for name, value in (("--split-name", split), ("--source", source)) if value for word in (name, value)
-    ]
     origin = {
-        "command": shlex.join(["rlhf", "data", "import", pick.name, *map(str, paths), *words]),
+        "command": command_line(),
         "importer": pick.name,
         "files": [{"path": str(file), "sha256": file_hash(file)} for file in files],
     }
@@ -143,11 +139,6 @@ def _choose(importer: str, paths: Sequence[str | Path], options: Mapping[str, An
         return IMPORTERS.pick({**options, "name": name}), files
     except ValueError as error:
         raise UserError(str(error), remedy="`rlhf data formats` lists the formats, with FORMAT its options.") from None
-
-
-def _flat(value: Any) -> str:
-    """An option's value as `--option` reads it."""
-    return json.dumps(value, ensure_ascii=False) if isinstance(value, (list, dict)) else str(value)
 
 
 def read_options(file: Path | None, pairs: Sequence[str]) -> dict[str, Any]:

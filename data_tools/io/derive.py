@@ -6,7 +6,6 @@ can say where it came from (`rlhf data lineage`).
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from typing import Any
 from data_tools.io.rejects import FILE_NAME, Rejects, by_count
 from data_tools.statistics.accumulator import Accumulator
 from data_tools.statistics.ceiling import AgreementObserver
+from rlhf.core.command_line import command_line
 from rlhf.core.errors import UserError
 from rlhf.data.schema import Record
 from rlhf.data.store import Dataset, DatasetWriter
@@ -28,7 +28,6 @@ class Derivation:
         out: The folder to make.
         kind: The kind of its records; None takes the kind of the first.
         parents: The opened datasets that it is made from.
-        words: The command's words after ``rlhf data`` without ``--out``, which is where the dataset stands.
         facts: More for the manifest's `origin`; `origin` may be added to until the block ends.
         judgements: The records are judgements of the first parent, unchanged: what is known of how far its annotators
             agree holds for them too where they cannot be compared any more (each prompt kept once, say).
@@ -42,7 +41,6 @@ class Derivation:
         out: str | Path,
         kind: str | None,
         parents: Sequence[Dataset],
-        words: Sequence[str],
         facts: dict[str, Any] | None = None,
         judgements: bool = False,
     ) -> None:
@@ -50,7 +48,7 @@ class Derivation:
             if Path(out).resolve() == parent.path.resolve():
                 raise UserError(f"--out {out}: is the dataset itself", "The parent is kept.", "Choose another --out.")
         origin = {
-            "command": shlex.join(["rlhf", "data", *words]),
+            "command": command_line(),
             "parents": [{"path": str(parent.path), "fingerprint": parent.fingerprint} for parent in parents],
             **(facts or {}),
         }

@@ -5,7 +5,6 @@ et al. 2023) and T0 (Sanh et al. 2021): several templates a task, answer choices
 from __future__ import annotations
 
 import random
-import shlex
 import shutil
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
@@ -21,6 +20,7 @@ from data_tools.reading.rows import JSON, Item, rows
 from data_tools.tasks.families import Family, TaskTemplate, load_family, read_family
 from data_tools.tasks.rows import MOST_LETTERS, Example, Mapper, parse_choices
 from rlhf.core import console
+from rlhf.core.command_line import command_line
 from rlhf.core.errors import UserError, nearest
 from rlhf.data.schema import BadRecord, Demonstration, Message
 from rlhf.data.store import DatasetWriter, OnReject, Reject, file_hash
@@ -226,9 +226,8 @@ def make_tasks(
     pools = Pools(_examples(mappers, lambda _: None), chosen, options.seed) if options.shots else None
     if pools and not pools.split:
         console.warn("no row has a split: exemplars are of all rows, also of those that you may hold out later")
-    words = _words(paths, family, templates, fields, choices, task, options)
     origin = {
-        "command": shlex.join(["rlhf", "data", "tasks", *words]),
+        "command": command_line(),
         "files": [{"path": str(file), "sha256": file_hash(file)} for file in files],
     }
     return _write(out, origin, mappers, Writer(chosen, options, pools), chosen.file, strict)
@@ -287,22 +286,3 @@ def _read(mappers: dict[Path, Mapper], reject: OnReject) -> Iterator[tuple[Path,
 
 def _examples(mappers: dict[Path, Mapper], reject: OnReject) -> Iterator[Example]:
     return (example for _, _, example in _read(mappers, reject))
-
-
-def _words(
-    paths: Sequence[str | Path],
-    family: str | None,
-    templates: str | Path | None,
-    fields: Sequence[str],
-    choices: str | None,
-    task: str | None,
-    options: Options,
-) -> list[str]:
-    """The command line without ``--out``, after ``rlhf data tasks``."""
-    words = [*map(str, paths)]
-    for name, value in (("--family", family), ("--templates", templates), ("--choices", choices), ("--task", task)):
-        words += [] if value is None else [name, str(value)]
-    words += [word for field in fields for word in ("--field", field)]
-    words += [word for name in options.templates for word in ("--template", name)]
-    words += ["--all-templates"] if options.all_templates else []
-    return [*words, "--shots", str(options.shots), "--cot", options.cot, "--seed", str(options.seed)]

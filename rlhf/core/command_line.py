@@ -8,11 +8,19 @@ from pathlib import Path
 
 
 def command_line() -> str:
-    """The command line in shell syntax, such as `rlhf data split stories --out split --seed 3`.
+    """The command line in shell syntax, such as `rlhf data split stories --seed 3`.
+
+    `--out` with its value and `--json` are left out: they say where the record is, not what made it.
 
     `python -m stages.cli`, which starts the steps of a pipeline, is written `rlhf`. In a program that calls this
     library, the command line is that program's own.
     """
     program = Path(sys.argv[0])
     name = "rlhf" if program.parts[-2:] == ("stages", "cli.py") else program.name
-    return shlex.join([name, *sys.argv[1:]])
+    words, rest = [name], iter(sys.argv[1:])
+    for word in rest:
+        if word == "--out":
+            next(rest, None)
+        elif word != "--json" and not word.startswith("--out="):
+            words.append(word)
+    return shlex.join(words)
