@@ -53,6 +53,11 @@ class TokenRows:
         """The number of flagged tokens of each row."""
         return [sum(flags) for _, flags in self.rows]
 
+    @cached_property
+    def device(self) -> torch.device:
+        """Where micro-batches are built."""
+        return distributed.device()
+
     def micro_batches(self, per_rank: RankBatches) -> list[MicroBatch]:
         """This rank's micro-batches of one minibatch."""
         batches = []
@@ -65,13 +70,13 @@ class TokenRows:
     def padded(self, rows: Sequence[int]) -> tuple[Tensor, Tensor]:
         """One sequence per row, and a mask with 1 at tokens: int64 [B, L] both. A filler where `rows` is empty."""
         ids = [self.rows[row][0] for row in self._or_filler(rows)]
-        width, device = max(map(len, ids)), distributed.device()
+        width, device = max(map(len, ids)), self.device
         padded = [row + [self.pad_id] * (width - len(row)) for row in ids]
         mask = [[1] * len(row) + [0] * (width - len(row)) for row in ids]
         return torch.tensor(padded, device=device), torch.tensor(mask, device=device)
 
     def _build(self, rows: list[int], chunks: int) -> MicroBatch:
-        device, used = distributed.device(), self._or_filler(rows)
+        device, used = self.device, self._or_filler(rows)
         flags = [self.rows[row][1] if rows else [False] * len(self.rows[row][1]) for row in used]
         lengths = torch.tensor([sum(row) for row in flags], device=device)
         states = None if self.frozen_states is None else [self.frozen_states[row] for row in used]

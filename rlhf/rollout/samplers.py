@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from contextlib import nullcontext
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field
@@ -80,12 +79,11 @@ def hf(
             f"rollout.sampler: step `{step}` needs a cache with a key and a value per token",
             f"The cache of a {model.config.model_type} model is different.", "Leave `step` out.",
         )  # fmt: skip
-    plain = nullcontext() if step == "eager" else packed_attention.plain_attention(model)
     at_once = len(order) if joins else sampling.batch_size
     completions: dict[int, Completion] = {}
     was_training = model.training
     model.eval()
-    with torch.inference_mode(), plain:
+    with torch.inference_mode(), packed_attention.plain_attention(model):
         for start in range(0, len(order), max(at_once, 1)):
             requests = order[start : start + at_once]
             slots = decoding.DecodingSlots(model, prompts, seeds, sampling, chat, requests, joins, step)
