@@ -37,7 +37,7 @@ def token_rows(count: int, batch: int) -> list[dict[str, Any]]:
 
     from rlhf.config.base import ModelConfig
     from rlhf.data.chat import load_tokenizer
-    from rlhf.data.encode import Counts, encode_demonstration
+    from rlhf.data.encode import EncodingCounts, encode_demonstration
     from rlhf.data.schema import Demonstration, Message
     from rlhf.training.epoch_order import epoch_order
 
@@ -49,7 +49,7 @@ def token_rows(count: int, batch: int) -> list[dict[str, Any]]:
         if len(words) < 2 * PROMPT_WORDS:
             continue
         prompt, answer = (Message("user", " ".join(words[:PROMPT_WORDS])),), " " + " ".join(words[PROMPT_WORDS:])
-        row = encode_demonstration(Demonstration(prompt, answer=answer), chat, 512, Counts())
+        row = encode_demonstration(Demonstration(prompt, answer=answer), chat, 512, EncodingCounts())
         rows += [row] if row else []
     rows = rows[:count]
     if len(rows) < count:

@@ -101,7 +101,7 @@ class Chat:
         stopped = False
         try:
             seed = stream_seed(self.seed, self.answers)
-            ended = generate(self.policy, chat.cut_prompt(prompt, limit), seed, self.sampling, printer.add).ended
+            ended = generate(self.policy, chat.truncate_prompt(prompt, limit), seed, self.sampling, printer.add).ended
         except KeyboardInterrupt:
             stopped, ended = True, False
         answer = printer.finish()

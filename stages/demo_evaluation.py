@@ -14,7 +14,7 @@ import torch
 
 from data_tools.demo_world.datasets import WorldDatasets
 from data_tools.demo_world.rules import POINTS, Verdict, agreement, judge
-from rlhf.data.encode import Counts
+from rlhf.data.encode import EncodingCounts
 from rlhf.data.schema import Ranking, dense_ranks
 from rlhf.data.store import open_dataset
 from rlhf.inference.policy import Policy, open_policy
@@ -63,7 +63,7 @@ def evaluate(out: Path, data: WorldDatasets, params: SamplingParams) -> dict[str
 def _reward_model_metrics(path: Path, rankings: Sequence[Ranking]) -> dict[str, Any]:
     """The reward model on rankings of test prompts, and what annotator noise allows at most."""
     reward = open_reward_model(path)
-    by_model = reward.score([row for row in reward.encode(rankings, Counts()) if row is not None])
+    by_model = reward.score([row for row in reward.encode(rankings, EncodingCounts()) if row is not None])
     points = [tuple(judge(r, c.text).points for c in r.candidates) for r in rankings]
     by_rule = [replace(item, scores=seen) for item, seen in zip(by_model, points)]
     true = [replace(item, ranks=dense_ranks(-p for p in seen)) for item, seen in zip(by_model, points)]

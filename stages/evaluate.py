@@ -13,7 +13,7 @@ from rlhf.cli import options
 from rlhf.cli.sampling_options import SamplingOptions, with_sampling
 from rlhf.core.console import say, table, warn
 from rlhf.core.errors import UserError
-from rlhf.data.encode import Counts
+from rlhf.data.encode import EncodingCounts
 from rlhf.data.selection import chosen_prompts, chosen_records, with_system
 from rlhf.data.store import Dataset, open_dataset
 from rlhf.reward.agreement import Agreement
@@ -155,7 +155,7 @@ def _evaluate_reward(
     from rlhf.inference.reward_model import open_reward_model  # imports torch
     from rlhf.reward.metrics import metric_rows, reward_metrics
 
-    reward, counts = open_reward_model(model, trust_remote_code), Counts()
+    reward, counts = open_reward_model(model, trust_remote_code), EncodingCounts()
     rows = [row for row in reward.encode(chosen_records(data, split, limit), counts) if row is not None]
     if not rows:
         raise UserError(f"no ranking fits in the {reward.limit:,} tokens of {model}")
@@ -168,4 +168,4 @@ def _evaluate_reward(
         table(*part)
     if humans:
         say(humans.beside(metrics["accuracy"]))
-    return {"rankings": len(rows), "set_aside": dict(counts.aside), "metrics": metrics}
+    return {"rankings": len(rows), "set_aside": dict(counts.skipped), "metrics": metrics}

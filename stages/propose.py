@@ -30,7 +30,7 @@ from data_tools.io.derive import Derivation
 from rlhf.cli import options
 from rlhf.cli.sampling_options import SamplingOptions, with_sampling
 from rlhf.core.errors import UserError
-from rlhf.data.encode import Counts
+from rlhf.data.encode import EncodingCounts
 from rlhf.data.schema import Ranking
 from rlhf.data.selection import chosen_records
 from rlhf.data.store import Dataset, open_dataset
@@ -172,7 +172,7 @@ def judge_scores(
     reward = open_reward_model(judge, trust_remote_code)
     tied = [Ranking(one.prompt.messages, candidates=tuple(one.candidates), ranks=(1,) * len(one.candidates))
             for one in opened]  # fmt: skip
-    rows = enumerate(reward.encode(tied, Counts()))
+    rows = enumerate(reward.encode(tied, EncodingCounts()))
     whole = {i: row for i, row in rows if row and len(row["candidates"]) == len(opened[i].candidates)}
     found: list[tuple[float, ...]] = [()] * len(opened)
     for i, scored in zip(whole, reward.score(list(whole.values()))):

@@ -10,7 +10,7 @@ import torch
 
 from rlhf.config.load import check_config
 from rlhf.data.chat import ChatTokenizer
-from rlhf.data.encode import Counts, encode_ranking
+from rlhf.data.encode import EncodingCounts, encode_ranking
 from rlhf.data.store import open_dataset
 from rlhf.reward.config import RewardConfig
 
@@ -30,5 +30,5 @@ def steps(rows: list[dict[str, Any]], *names: str) -> torch.Tensor:
 
 def encoded(data: str, chat: ChatTokenizer, split: str = "eval") -> list[dict[str, Any]]:
     """The rows of a dataset's split."""
-    rows = [encode_ranking(record, chat, 128, Counts()) for record in open_dataset(data).records(split)]
+    rows = [encode_ranking(record, chat, 128, EncodingCounts()) for record in open_dataset(data).records(split)]
     return [row for row in rows if row is not None]

@@ -443,7 +443,7 @@ def test_a_method_or_option_that_is_not_there_is_refused(words: list[str], messa
 def test_only_rankings_can_be_aggregated(tmp_path: Path) -> None:
     given = dataset(tmp_path / "given", [{"prompt": "?", "answer": "A"}])
     result = run("aggregate", given, "--out", tmp_path / "new", "--method", "majority")
-    assert isinstance(result.exception, UserError) and "holds demonstrations where rankings are needed" in str(
+    assert isinstance(result.exception, UserError) and "contains demonstrations, but rankings are needed" in str(
         result.exception
     )
 

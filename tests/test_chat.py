@@ -89,7 +89,7 @@ def test_a_character_of_several_bytes_is_shown_whole(policy: Policy, capsys: pyt
     from stages.chat import _Printer
 
     printer = _Printer(policy.chat.decode)
-    for token in policy.chat.answer("owl \N{OWL} \N{SNOWMAN}")[:-1]:
+    for token in policy.chat.response("owl \N{OWL} \N{SNOWMAN}")[:-1]:
         printer.add(token)
     assert "\N{REPLACEMENT CHARACTER}" not in capsys.readouterr().out
     assert printer.finish() == "owl \N{OWL} \N{SNOWMAN}"

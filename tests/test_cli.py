@@ -86,14 +86,14 @@ def test_an_unknown_command_or_option_is_refused_with_the_nearest(tmp_path):
     [
         (["sft", "--config", "nope.yaml"], "nope.yaml: there is no such config file"),
         (["sft", "--config", "sft.yaml", "batch.bach_size=3"], "did you mean 'batch_size'?"),
-        (["sft", "--config", "sft.yaml", "data.train=nowhere"], "data.train: nowhere: no dataset there"),
+        (["sft", "--config", "sft.yaml", "data.train=nowhere"], "data.train: nowhere: there is no dataset"),
         (
             ["reward", "--config", "reward.yaml", "run=runs/new", "data.train=demos"],
-            "holds demonstrations; rankings are needed",
+            "contains demonstrations, but rankings are needed",
         ),
-        (["sft", "--config", "sft.yaml", "run=runs/taken"], "holds a run already"),
+        (["sft", "--config", "sft.yaml", "run=runs/taken"], "already holds a run"),
         (["sft", "--config", "sft.yaml", "model.path=runs/half"], "not finished"),
-        (["ppo", "--config", "ppo.yaml", "model.path=runs/taken"], "has another tokenizer than the policy"),
+        (["ppo", "--config", "ppo.yaml", "model.path=runs/taken"], "its tokenizer differs from that of the policy"),
         (["sft", "--config", "sft.yaml", "--num-processes", "3"], "does not divide by 3 processes"),
         (["sft", "--config", "sft.yaml", "--hostfile", "nope"], "--hostfile: no file nope"),
         (["sft", "--config", "sft.yaml", "--resume", "--overwrite"], "Choose one."),

@@ -16,7 +16,7 @@ from rlhf.config.base import ModelConfig
 from rlhf.core.errors import UserError
 from rlhf.core.intervals import Z_95
 from rlhf.data.chat import load_tokenizer
-from rlhf.data.encode import Counts, best_answer, encode_demonstration
+from rlhf.data.encode import EncodingCounts, best_response, encode_demonstration
 from rlhf.data.store import open_dataset
 from rlhf.runs.run import resolve_model_path
 from stages.evaluate import command
@@ -79,7 +79,7 @@ def token_losses(run: str, records: list[Any]) -> list[float]:
     policy, losses = open_policy(run), []
     for record in records:
         chat = policy.chat
-        prompt, answer = chat.prompt(record.messages), chat.answer(best_answer(record))
+        prompt, answer = chat.prompt(record.messages), chat.response(best_response(record))
         with torch.no_grad():
             logits = policy.model(input_ids=torch.tensor([prompt + answer])).logits[0]
         for i, token in enumerate(answer):
@@ -175,7 +175,7 @@ def test_a_reward_run_is_measured_on_rankings(runs: dict[str, str], data: dict[s
     chat = load_tokenizer(config, resolve_model_path(runs["reward"]))
     right = pairs = 0.0
     for record in open_dataset(data["ranking"]).records("eval"):
-        texts = [chat.prompt(record.messages) + chat.answer(c.text) for c in record.candidates]
+        texts = [chat.prompt(record.messages) + chat.response(c.text) for c in record.candidates]
         scores = finished.scores(runs["reward"], texts).tolist()
         for i, better in enumerate(record.ranks):
             for j, worse in enumerate(record.ranks):
@@ -196,7 +196,7 @@ def test_a_reward_run_is_measured_on_rankings(runs: dict[str, str], data: dict[s
         ("sft", "prompt", ["--against", "sft"], "nothing to measure a policy by"),
         ("sft", "demonstration", ["--against", "reward"], "gives no answers"),
         ("sft", "demonstration", ["--reward", "sft"], "not a reward model"),
-        ("sft", "demonstration", ["--split", "test"], "no record of the split 'test'"),
+        ("sft", "demonstration", ["--split", "test"], "no records in the split 'test'"),
         ("reward", "demonstration", [], "measured on rankings"),
         ("reward", "ranking", ["--against", "sft"], "are for policies"),
         ("reward", "ranking", ["--reward", "reward"], "are for policies"),
@@ -216,7 +216,7 @@ def test_the_loss_counts_every_assistant_turn(runs: dict[str, str], tmp_path: Pa
     row = {"messages": [{"role": role, "content": text} for role, text in messages], "answer": "No."}
     (tmp_path / "data.jsonl").write_text(json.dumps(row) + "\n")
     (record,) = open_dataset(tmp_path / "data.jsonl").records()
-    encoded = encode_demonstration(record, chat, 128, Counts())
+    encoded = encode_demonstration(record, chat, 128, EncodingCounts())
     assert encoded is not None
     found = figures(runs["sft"], "--dataset", tmp_path / "data.jsonl")["policy"]
-    assert found["tokens"] == sum(label != -100 for label in encoded["labels"]) > len(chat.answer("No."))
+    assert found["tokens"] == sum(label != -100 for label in encoded["labels"]) > len(chat.response("No."))

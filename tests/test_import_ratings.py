@@ -199,8 +199,8 @@ def test_an_alpaca_list_with_a_repeated_answer_or_of_one_is_set_aside(tmp_path):
     rows = [{**row, "output": output} for output in (["a"], ["a", "b", "a"], ["a", ""], "a", ["a", 1])]
     _, reasons = made(tmp_path, "alpaca-ranked", *rows)
     assert reasons == [
-        "candidates: fewer than two answers", "ranks: identical candidates are ranked apart", "candidates.text: empty",
-        "output: not a list", "candidates.text: not text",
+        "candidates: fewer than two answers", "ranks: identical candidates have different ranks",
+        "candidates.text: empty", "output: not a list", "candidates.text: not text",
     ]  # fmt: skip
     assert best(one(tmp_path, "alpaca-ranked", {**row, "chosen": "a", "rejected": "b"})) == "a"
 
@@ -211,7 +211,7 @@ def test_candidates_with_ranks_are_read_as_the_schema_s_own_rows():
     records, rejects = read("jsonl", path)
     assert (len(records), [reject.reason for reject in rejects]) == (
         415,
-        ["ranks: identical candidates are ranked apart"],
+        ["ranks: identical candidates have different ranks"],
     )
     first = json.loads(path.open(encoding="utf-8").readline())
     assert best(records[0]) == min(first["candidates"], key=lambda candidate: candidate["rank"])["text"]

@@ -272,9 +272,9 @@ def test_a_killed_import_leaves_no_dataset_that_looks_whole(tmp_path, existing):
     if existing:
         assert open_dataset(out, verify=True).kind == "ranking", "the old dataset is still whole"
     else:
-        with pytest.raises(UserError, match="no dataset there"):
+        with pytest.raises(UserError, match="there is no dataset"):
             open_dataset(out)
-    with pytest.raises(UserError, match="not a whole dataset"):
+    with pytest.raises(UserError, match="not a complete dataset"):
         open_dataset(tmp_path / ".d.partial")
     import_dataset("jsonl", [jsonl(source, prompts(3))], out)
     assert open_dataset(out, verify=True).manifest["count"] == 3

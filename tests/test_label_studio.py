@@ -116,7 +116,7 @@ def test_without_a_key_or_a_server_the_command_says_what_to_do(candidates, monke
 def test_only_proposals_are_pushed(tmp_path):
     rankings = tmp_path / "r.jsonl"
     rankings.write_text('{"prompt": "a", "candidates": ["b", "c"], "ranks": [1, 2]}\n')
-    with pytest.raises(UserError, match="holds rankings where proposals are needed"):
+    with pytest.raises(UserError, match="contains rankings, but proposals are needed"):
         push(rankings, "http://127.0.0.1:1")
 
 

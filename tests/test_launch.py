@@ -174,7 +174,7 @@ def test_a_survivor_without_a_launcher_says_which_rank_is_gone(stage):
         ("", "names no host"),
         ("# all\n\none slots=2\ntwo", r"hosts:4: 'two' is not of the form"),
         ("one slots=0", "not of the form"),
-        ("one slots=2\none slots=2", r"hosts:2: .* is there already"),
+        ("one slots=2\none slots=2", r"hosts:2: .* names a host twice"),
     ],
 )
 def test_a_faulty_hostfile_is_refused_with_its_line(tmp_path, text, message):

@@ -78,5 +78,5 @@ def test_a_dataset_that_was_written_over_its_own_parent_ends_the_chain(tmp_path,
 def test_a_file_has_no_parents_and_nothing_is_an_error(tmp_path):
     found = lineage(jsonl(tmp_path / "d.jsonl", prompts(2)))
     assert found["parents"] == found["files"] == [] and found["command"] is None
-    with pytest.raises(UserError, match="no dataset there"):
+    with pytest.raises(UserError, match="there is no dataset"):
         lineage(tmp_path / "nowhere")

@@ -112,7 +112,7 @@ def test_the_command_tells_and_the_manifest_keeps_what_was_taken(folder):
         (["a", "b"], {"caps": ["a"]}, "is not PATH=COUNT"),
         (["a", "b"], {"caps": ["a=0"]}, "is not PATH=COUNT"),
         (["a", "b"], {"size": 0}, "is not above 0"),
-        (["a", "nowhere"], {}, "no dataset there"),
+        (["a", "nowhere"], {}, "there is no dataset"),
         (["a", "rankings"], {}, "a holds prompts, rankings holds rankings"),
     ],
 )

@@ -120,14 +120,14 @@ def test_the_dry_run_takes_runs_to_come_as_given_and_shows_every_plan(place, cap
 
 
 def test_a_fault_of_the_last_stage_is_found_before_the_first_one_starts(place):
-    with pytest.raises(UserError, match="nowhere: no dataset there"):
+    with pytest.raises(UserError, match="nowhere: there is no dataset"):
         pipeline.run("all.yaml", ["ppo.data.prompts=nowhere"])
     assert not (place / "runs").exists()
 
 
 def test_without_resume_a_run_that_is_there_is_refused(place):
     pretend(place, "sft")
-    with pytest.raises(UserError, match="holds a run already"):
+    with pytest.raises(UserError, match="already holds a run"):
         pipeline.run("all.yaml", resume=False)
 
 
@@ -213,7 +213,7 @@ def test_prompts_in_another_split_than_in_the_rankings_are_refused_before_people
         ({"folder": "data/round"}, "every round needs its own; put {round} into 'data/round'"),
         ({"k": 1}, "rounds.k: Input should be greater than or equal to 2"),
         ({"siez": 3}, "rounds.siez: unknown key; did you mean 'size'?"),
-        ({"prompts": "nowhere"}, "rounds.prompts: nowhere: no dataset there"),
+        ({"prompts": "nowhere"}, "rounds.prompts: nowhere: there is no dataset"),
     ],
 )
 def test_faults_of_the_rounds_are_found_before_the_first_stage(place, changes, fault):

@@ -141,7 +141,7 @@ def interrupted(world: dict, step: int | None = None) -> None:
 def test_a_taken_run_folder_is_refused_and_both_ways_on_are_named(world):
     interrupted(world)
     text = refusal("sft", world)
-    assert "holds a run already" in text and "--resume" in text and "--overwrite" in text
+    assert "already holds a run" in text and "--resume" in text and "--overwrite" in text
 
 
 @pytest.mark.parametrize(("step", "told"), [(None, "starts from the beginning"), (30, "continues after step 30")])
@@ -235,7 +235,7 @@ def test_parents_that_a_pipeline_is_going_to_make_need_not_exist(world):
 
 def test_a_dataset_of_the_wrong_kind_is_refused(world):
     text = refusal("reward", world, data={"train": world["demonstrations"]})
-    assert text.startswith("data.train: ") and "holds demonstrations; rankings are needed" in text
+    assert text.startswith("data.train: ") and "contains demonstrations, but rankings are needed" in text
 
 
 def test_a_missing_dataset_is_refused_with_its_key(world):

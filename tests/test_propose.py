@@ -104,7 +104,7 @@ def test_skipped_prompts_are_left_out_and_a_split_is_kept_to(tmp_path):
     assert len(choose(data, [skip], None, None, 0, True)) == 4
     with pytest.raises(UserError, match="no prompt is left"):
         choose(data, [data], None, None, 0, True)
-    with pytest.raises(UserError, match="no record of the split 'test'"):
+    with pytest.raises(UserError, match="no records in the split 'test'"):
         choose(data, [], "test", None, 0, True)
 
 
@@ -265,7 +265,7 @@ def test_judges_score_on_the_scale_that_they_were_trained_on(place):
         (["--select", "disagreement", "--judge", "{sft}", "--judge", "{reward}", "--count", 2], ("sft",), "not of rew"),
         ([], ("reward",), "is a run of the reward stage"),
         ([], ("nowhere/at/all",), "no model there"),
-        (["--split", "test"], ("sft",), "no record of the split"),
+        (["--split", "test"], ("sft",), "no records in the split"),
         (["--temperature", -1], ("sft",), "--temperature -1"),
     ],
 )

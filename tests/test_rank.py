@@ -178,7 +178,7 @@ def test_identical_answers_ranked_apart_are_refused_with_the_reason(tmp_path):
     same = replace(proposal(0, 3), candidates=(Candidate("A"), Candidate("B"), Candidate("A")))
     write(tmp_path / "candidates", [same])
     found = told(tmp_path / "candidates", "123", "1=3>2")
-    assert "identical candidates are ranked apart" in found.stdout and last_line(found)["ranked"] == 1
+    assert "identical candidates have different ranks" in found.stdout and last_line(found)["ranked"] == 1
 
 
 def test_escape_sequences_in_texts_do_not_reach_the_terminal(tmp_path):

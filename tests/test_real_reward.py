@@ -16,7 +16,7 @@ from ukp import rebuild_rankings, write_ukp
 from rlhf.config.base import ModelConfig
 from rlhf.config.load import check_config
 from rlhf.data.chat import load_tokenizer
-from rlhf.data.encode import Counts, encode_ranking
+from rlhf.data.encode import EncodingCounts, encode_ranking
 from rlhf.data.store import open_dataset
 from rlhf.models.scalar import load_scalar
 from rlhf.reward.config import RewardConfig
@@ -84,6 +84,6 @@ def unseen(run: Path, data: Path) -> dict[str, Any]:
     torch.manual_seed(0)
     config = ModelConfig(path=str(run))
     chat = load_tokenizer(config, f"{run}/model")
-    found = [encode_ranking(ranking, chat, 512, Counts()) for ranking in open_dataset(data).records("test")]
+    found = [encode_ranking(ranking, chat, 512, EncodingCounts()) for ranking in open_dataset(data).records("test")]
     scalar = load_scalar(config, f"{run}/model", head="trained")
     return reward_metrics(score_rankings(scalar, chat, [row for row in found if row is not None], 8192))

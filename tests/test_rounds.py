@@ -52,7 +52,7 @@ def test_rankings_come_as_datasets_and_as_jsonl_files_and_nothing_else_counts(ro
 
 def test_a_dataset_of_another_kind_among_the_rankings_is_told(rounds):
     write(rounds[0].folder / "rankings", [proposal(0)])
-    with pytest.raises(UserError, match="holds proposals where rankings are needed"):
+    with pytest.raises(UserError, match="contains proposals, but rankings are needed"):
         rounds[0].sources()
 
 

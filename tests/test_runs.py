@@ -40,7 +40,7 @@ def test_a_run_notes_config_stage_versions_and_commit(tmp_path):
 
 def test_a_taken_folder_is_refused_with_the_ways_out(tmp_path):
     opened(tmp_path / "run")
-    with pytest.raises(UserError, match=r"(?s)holds a run already.*--resume.*--overwrite"):
+    with pytest.raises(UserError, match=r"(?s)already holds a run.*--resume.*--overwrite"):
         opened(tmp_path / "run")
 
 
@@ -62,7 +62,7 @@ def test_overwrite_starts_from_an_empty_folder(tmp_path):
 def test_resuming_with_another_config_names_the_lines_that_differ(tmp_path):
     opened(tmp_path / "run")
     opened(tmp_path / "run", resume=True)
-    with pytest.raises(UserError, match=r"(?s)another config.*seed: 3"):
+    with pytest.raises(UserError, match=r"(?s)a different config.*seed: 3"):
         opened(tmp_path / "run", resume=True, seed=3)
 
 

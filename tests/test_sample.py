@@ -198,7 +198,7 @@ def test_a_long_prompt_keeps_its_end(runs: dict[str, str], capsys: pytest.Captur
         ([], "--prompt and --dataset"),
         (["-p", "One?", "--dataset", "x"], "--prompt and --dataset"),
         (["-p", " "], "--prompt: messages.content: empty"),
-        (["--dataset", "nowhere"], "no dataset there"),
+        (["--dataset", "nowhere"], "there is no dataset"),
         (["-p", "One?", "--temperature", -1], "--temperature"),
         (["-p", "One?", "--temperature", "nan"], "--temperature"),
         (["-p", "One?", "--top-p", 0], "--top-p"),
@@ -227,7 +227,7 @@ def test_models_that_cannot_answer_or_score_are_refused(runs: dict[str, str]) ->
 
 def test_a_split_that_is_not_there_is_refused(runs: dict[str, str], tmp_path: Path) -> None:
     data = tiny.write_demonstrations(tmp_path / "demos", 4, held_out=0)
-    with pytest.raises(UserError, match=r"no record of the split 'eval'\nIt holds: train \(4\)"):
+    with pytest.raises(UserError, match=r"no records in the split 'eval'\nIt contains: train \(4\)"):
         finished.invoke(command, runs["sft"], "--dataset", data)
 
 

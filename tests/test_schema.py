@@ -140,7 +140,7 @@ FAULTS = [
     ({**RANKING, "candidates": ["a", 3], "ranks": [1, 2]}, "candidates: not text or an object"),
     ({**RANKING, "candidates": ["a", " "], "ranks": [1, 2]}, "candidates.text: empty"),
     ({**RANKING, "candidates": ["a", "a"], "ranks": [1, 1]}, "fewer than two distinct"),
-    ({**RANKING, "candidates": ["a", "b", "a"], "ranks": [1, 2, 2]}, "identical candidates are ranked apart"),
+    ({**RANKING, "candidates": ["a", "b", "a"], "ranks": [1, 2, 2]}, "identical candidates have different ranks"),
     ({**RANKING, "candidates": ["a", {"text": "b", "author_kind": "robot"}], "ranks": [1, 2]}, "author_kind"),
     ({**RANKING, "candidates": ["a", {"text": "b", "score": float("nan")}], "ranks": [1, 2]}, "not a finite number"),
     ({**RANKING, "candidates": ["a", {"text": "b", "score": 1e999}], "ranks": [1, 2]}, "not a finite number"),

@@ -130,7 +130,7 @@ def test_splits_that_would_leak_or_make_no_sense_are_refused(tmp_path):
         (ungrouped, {"by": "group"}, "has no group"),
         (shared, {"by": "group", "hold_out": ["a"]}, "is in group 'a' .eval. and in group 'b' .train."),
         (parent, {"fractions": {"train": 0.5}}, "sum to 0.5, not to 1"),
-        (tmp_path / "nowhere", {}, "no dataset there"),
+        (tmp_path / "nowhere", {}, "there is no dataset"),
     ]:
         with pytest.raises(UserError, match=message):
             split_dataset(path, tmp_path / "s", **options)

@@ -152,7 +152,7 @@ def test_a_writer_takes_one_kind(tmp_path):
     with pytest.raises(BadRecord, match="a ranking in a dataset of prompts"), DatasetWriter(tmp_path / "d", None) as w:
         w.write(prompts(1)[0])
         w.write(from_dict(RANKING))
-    with pytest.raises(UserError, match="no record to write"), DatasetWriter(tmp_path / "d", None):
+    with pytest.raises(UserError, match="there are no records to write"), DatasetWriter(tmp_path / "d", None):
         pass
     assert list(tmp_path.iterdir()) == []
 
@@ -180,7 +180,7 @@ def test_a_damaged_or_missing_shard_is_told_before_training(tmp_path, monkeypatc
     whole = shard.read_bytes()
     shard.write_bytes(whole[:-20] + bytes(20))
     open_dataset(tmp_path / "d")
-    with pytest.raises(UserError, match="not the bytes that were written"):
+    with pytest.raises(UserError, match="its SHA-256 differs"):
         open_dataset(tmp_path / "d", verify=True)
     shard.unlink()
     with pytest.raises(UserError, match="missing"):
@@ -227,12 +227,12 @@ def test_a_manifest_that_cannot_be_trusted_is_refused(tmp_path, manifest, messag
 
 
 def test_what_is_not_a_dataset_is_refused_with_the_way_out(tmp_path):
-    with pytest.raises(UserError, match="is not a whole dataset"):
+    with pytest.raises(UserError, match="not a complete dataset"):
         open_dataset(tmp_path)
-    with pytest.raises(UserError, match="no dataset there"):
+    with pytest.raises(UserError, match="there is no dataset"):
         open_dataset(tmp_path / "nowhere")
     write(tmp_path / "d", prompts(1))
-    with pytest.raises(UserError, match="holds prompts where rankings are needed"):
+    with pytest.raises(UserError, match="contains prompts, but rankings are needed"):
         open_dataset(tmp_path / "d", "ranking")
     with pytest.raises(UserError, match="unknown kind of record 'rank'"):
         open_dataset(tmp_path / "d", "rank")
@@ -291,7 +291,7 @@ def test_the_first_usable_row_decides_the_kind(tmp_path):
     for _ in range(2):  # a second pass does not count the rejects twice
         assert len(list(dataset.records())) == 2
         assert [row.line for row in dataset.rejects] == [1, 3, 4]
-    with pytest.raises(UserError, match="holds demonstrations where rankings"):
+    with pytest.raises(UserError, match="contains demonstrations, but rankings"):
         open_dataset(file, "ranking")
 
 
@@ -318,7 +318,7 @@ def test_damaged_gzip_and_empty_files_are_refused(tmp_path):
     file = tmp_path / "d.jsonl.gz"
     whole = gzip.compress(b"".join(b'{"prompt": "%d"}\n' % i for i in range(20_000)))
     for content, message in [
-        (b'{"prompt": "a"}\n', "named .gz and is not gzip"),
+        (b'{"prompt": "a"}\n', "the name ends in .gz but the content is not gzip"),
         (whole[: len(whole) // 2], "damaged after line"),
         (whole[:-8] + bytes(8), "damaged after line"),
         (whole[:200] + bytes(200) + whole[400:], "damaged after line"),
@@ -342,7 +342,7 @@ def test_zstd_is_read_whole_and_a_stream_that_is_cut_off_is_refused(tmp_path):
         with pytest.raises(UserError, match=r"damaged after line .*cut off"):
             list(open_dataset(file).records())
     file.write_bytes(b'{"prompt": "a"}\n')
-    with pytest.raises(UserError, match=r"named \.zst and is not zstd"):
+    with pytest.raises(UserError, match=r"ends in \.zst but the content is not zstd"):
         open_dataset(file)
 
 

@@ -49,7 +49,7 @@ def test_options_are_converted_to_the_signatures_types():
         ("aple", ["unknown fruit 'aple'", "did you mean 'apple'", "pear"]),
         ({"name": "apple", "wieght": 1}, ["no option 'wieght'", "did you mean 'weight'"]),
         ({"name": "apple", "weight": -1}, ["weight", "greater than 0"]),
-        ({"name": "pear", "weight": 1}, ["no option 'weight'", "takes none"]),
+        ({"name": "pear", "weight": 1}, ["no option 'weight'", "it has no options"]),
         ({"weight": 1}, ["mapping with `name`"]),
         (3, ["expected the name of a fruit"]),
     ],

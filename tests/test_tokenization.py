@@ -8,7 +8,7 @@ import tiny
 from rlhf.config.base import ModelConfig
 from rlhf.core.errors import UserError
 from rlhf.data.chat import ChatTokenizer, load_tokenizer
-from rlhf.data.encode import Counts, encode_demonstration, encode_prompt, encode_ranking
+from rlhf.data.encode import EncodingCounts, encode_demonstration, encode_prompt, encode_ranking
 from rlhf.data.schema import Candidate, Demonstration, Message, Ranking
 
 CHATML = (
@@ -48,18 +48,18 @@ def chat(request, path, tmp_path):
 def test_the_prompt_is_the_beginning_of_every_conversation_that_continues_it(chat):
     for answer in ("I am a test.", " starts with a space", "Zwei\nZeilen, 日本"):
         ids, mine = chat.conversation([*DIALOGUE, Message("assistant", answer)])
-        prompt, tail = chat.prompt(DIALOGUE), chat.answer(answer)
+        prompt, tail = chat.prompt(DIALOGUE), chat.response(answer)
         assert ids == prompt + tail
         assert mine[len(prompt) :] == [True] * len(tail)
 
 
 def test_an_answer_survives_encoding_and_decoding(chat):
     for answer in ("I am a test.", "Zwei\nZeilen, 日本", "a"):
-        assert chat.decode(chat.answer(answer)) == answer
+        assert chat.decode(chat.response(answer)) == answer
 
 
 def test_every_answer_ends_with_the_end_token_and_only_there(chat):
-    ids = chat.answer("I am a test.")
+    ids = chat.response("I am a test.")
     assert ids[-1] == chat.end_id
     assert chat.end_id not in ids[:-1]
 
@@ -120,50 +120,50 @@ def tiny_chat():
 
 
 def test_a_long_prompt_keeps_bos_and_its_end(tiny_chat):
-    counts = Counts()
+    counts = EncodingCounts()
     record = Demonstration((Message("user", "word " * 50),), answer="Yes.")
     row = encode_demonstration(record, tiny_chat, 40, counts)
     whole, _ = tiny_chat.conversation([*record.messages, Message("assistant", "Yes.")])
     assert len(row["input_ids"]) == 40
     assert row["input_ids"][0] == tiny_chat.tokenizer.bos_token_id
     assert row["input_ids"][1:] == whole[-39:]
-    assert [t for t in row["labels"] if t != -100] == tiny_chat.answer("Yes.")
-    assert counts.cut_prompts == 1
+    assert [t for t in row["labels"] if t != -100] == tiny_chat.response("Yes.")
+    assert counts.truncated_prompts == 1
 
 
 def test_an_answer_that_does_not_fit_is_set_aside_and_counted(tiny_chat):
-    counts = Counts()
+    counts = EncodingCounts()
     record = Demonstration((Message("user", "Count."),), answer="one two three " * 20)
     assert encode_demonstration(record, tiny_chat, 40, counts) is None
-    assert sum(counts.aside.values()) == 1
+    assert sum(counts.skipped.values()) == 1
 
 
 def test_a_ranking_keeps_the_candidates_that_fit_with_their_order(tiny_chat):
-    counts = Counts()
+    counts = EncodingCounts()
     candidates = (Candidate("Yes."), Candidate("long " * 60), Candidate("No."))
     row = encode_ranking(
         Ranking((Message("user", "Ok?"),), candidates=candidates, ranks=(3, 2, 1)), tiny_chat, 40, counts
     )
-    assert row["candidates"] == [tiny_chat.answer("Yes."), tiny_chat.answer("No.")]
+    assert row["candidates"] == [tiny_chat.response("Yes."), tiny_chat.response("No.")]
     assert row["ranks"] == [2, 1]
-    assert sum(counts.aside.values()) == 1
+    assert sum(counts.skipped.values()) == 1
 
 
 def test_a_ranking_gives_its_best_answer_as_demonstration(tiny_chat):
     ranking = Ranking((Message("user", "Ok?"),), candidates=(Candidate("No."), Candidate("Yes.")), ranks=(2, 1))
-    row = encode_demonstration(ranking, tiny_chat, 40, Counts())
-    assert [t for t in row["labels"] if t != -100] == tiny_chat.answer("Yes.")
+    row = encode_demonstration(ranking, tiny_chat, 40, EncodingCounts())
+    assert [t for t in row["labels"] if t != -100] == tiny_chat.response("Yes.")
 
 
 def test_a_prompt_row_holds_the_end_of_a_long_prompt(tiny_chat):
-    counts = Counts()
+    counts = EncodingCounts()
     messages = (Message("user", "word " * 50),)
     row = encode_prompt(
         Ranking(messages, candidates=(Candidate("a"), Candidate("b")), ranks=(1, 2)), tiny_chat, 16, counts
     )
     assert len(row["prompt"]) == 16
     assert row["prompt"][1:] == tiny_chat.prompt(messages)[-15:]
-    assert counts.cut_prompts == 1
+    assert counts.truncated_prompts == 1
 
 
 def test_fingerprints_tell_tokenizers_and_templates_apart():

@@ -9,7 +9,7 @@ from typing import Any, Literal
 from data_tools.importers.pairs import sharegpt_chat
 from data_tools.reading.fields import RIGHT_FORMAT, alpaca_prompt, as_jsonl, chat, joined, need, text
 from data_tools.reading.rows import IMPORTERS, JSON, Head, convert_rows
-from rlhf.data.jsonl import DAMAGES, Reject, open_bytes
+from rlhf.data.jsonl import READ_ERRORS, Reject, open_bytes
 from rlhf.data.schema import BadRecord, Demonstration, Message, Prompt, Record
 from rlhf.data.store import OnReject
 
@@ -264,8 +264,8 @@ def plain_text(path: Path, reject: OnReject, *, unit: Literal["line", "paragraph
                     reject(Reject.of(path, line, fault, raw))
                 except BadRecord as fault:
                     reject(Reject.of(path, line, fault, raw))
-    except DAMAGES as error:
-        remedy = "Fetch the file again; what stands before the damage was read."
+    except READ_ERRORS as error:
+        remedy = "Download the file again; what stands before the damage was read."
         fault = BadRecord("damaged: the rest of the file cannot be read", str(error), remedy)
         reject(Reject.of(path, line + 1, fault, ""))
 

@@ -11,7 +11,7 @@ from typing import BinaryIO, NamedTuple
 
 from data_tools.reading.rows import Item
 from rlhf.core.errors import UserError, nearest
-from rlhf.data.jsonl import DAMAGES, OnReject, Reject, cut_off, open_bytes
+from rlhf.data.jsonl import READ_ERRORS, OnReject, Reject, cut_off_fault, open_bytes
 from rlhf.data.schema import BadRecord
 
 CSV = tuple(f".{name}{zipped}" for name in ("csv", "tsv") for zipped in ("", ".gz", ".zst"))
@@ -62,7 +62,7 @@ def csv_rows(
     for number, raw, fields, fault in lines:
         if fault is None and len(fields) != len(header):
             fault = BadRecord("not as many fields as columns", f"{len(fields)} fields, {len(header)} columns")
-            fault = fault if raw.endswith(("\n", "\r")) else cut_off(fault)
+            fault = fault if raw.endswith(("\n", "\r")) else cut_off_fault(fault)
         if fault is None:
             yield Item(number, raw, dict(zip(header, fields)))
         else:
@@ -111,8 +111,8 @@ def _lines(path: Path, reject: OnReject, delimiter: str | None, encoding: str) -
         text = _Text(file, encoding)
         try:
             yield from _parsed(text, delimiter, encoding)
-        except (*DAMAGES, UnicodeError) as error:
-            remedy = "Fetch the file again; what stands before the damage was read."
+        except (*READ_ERRORS, UnicodeError) as error:
+            remedy = "Download the file again; what stands before the damage was read."
             fault = BadRecord("damaged: the rest of the file cannot be read", str(error), remedy)
             reject(Reject.of(path, text.count + 1, fault, ""))
 
@@ -145,7 +145,7 @@ def _parsed(text: _Text, delimiter: str, encoding: str) -> Iterator[_Line]:
             remedy = 'A field with quotes stands in quotes, and they are doubled: "say ""hello""".'
             fields, fault = [], BadRecord("not valid CSV", str(error), remedy)
             if str(error) == "unexpected end of data":
-                fault = cut_off(BadRecord("a quote is not closed"))
+                fault = cut_off_fault(BadRecord("a quote is not closed"))
         if fields is None:
             return
         raw = "".join(text.taken)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from data_tools.reading.rows import IMPORTERS, Head, rows
 from rlhf.core.errors import UserError
-from rlhf.data.jsonl import DAMAGES, open_bytes
+from rlhf.data.jsonl import READ_ERRORS, open_bytes
 
 AUTO = "auto"
 
@@ -22,8 +22,8 @@ def read_head(path: Path) -> Head:
     try:
         with open_bytes(path) as file:
             text = file.read(4096).decode("utf-8-sig", "replace")
-    except DAMAGES as error:
-        raise UserError(f"{path}: cannot be read: {error}", remedy="Fetch the file again.") from None
+    except READ_ERRORS as error:
+        raise UserError(f"{path}: cannot be read: {error}", remedy="Download the file again.") from None
     structured = text.lstrip().startswith(("[", "{", "PAR1"))
     first = islice(rows(path, lambda _: None), 20) if structured else ()
     return Head(path, text, [item.value for item in first])

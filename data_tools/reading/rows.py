@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from rlhf.core.table import Table
-from rlhf.data.jsonl import DAMAGES, OnReject, Reject, cut_off, open_bytes, read_rows
+from rlhf.data.jsonl import READ_ERRORS, OnReject, Reject, cut_off_fault, open_bytes, read_rows
 from rlhf.data.schema import BadRecord, Prompt, Record
 
 IMPORTERS = Table("format")
@@ -84,8 +84,8 @@ def rows(path: Path, reject: OnReject) -> Iterator[Item]:
             for item in _rows(path, file, reject):
                 last = item.line
                 yield item
-    except DAMAGES as error:
-        remedy = "Fetch the file again; what stands before the damage was read."
+    except READ_ERRORS as error:
+        remedy = "Download the file again; what stands before the damage was read."
         reject(
             Reject.of(path, last + 1, BadRecord("damaged: the rest of the file cannot be read", str(error), remedy), "")
         )
@@ -148,7 +148,7 @@ class _Stream:
                 yield Item(line, raw, value)
         else:
             if array:
-                self._refuse(cut_off(BadRecord("the array is not closed")), self._at)
+                self._refuse(cut_off_fault(BadRecord("the array is not closed")), self._at)
         self._file.detach()  # whoever opened the bytes closes them
 
     def _next(self, passed: str = "") -> str:
@@ -196,7 +196,7 @@ class _Stream:
             if not self._more() and self._ended:
                 if end is not None:
                     return value, end
-                return cut_off(BadRecord("not closed")), len(self._text)
+                return cut_off_fault(BadRecord("not closed")), len(self._text)
 
 
 def _no_constant(name: str) -> None:

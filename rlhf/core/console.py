@@ -1,4 +1,4 @@
-"""What a person sees: tables, one line a step, progress bars with rate and time left. Rank 0 alone speaks."""
+"""Console output: tables, one line per step, progress bars with rate and time left. Only rank 0 prints."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ T = TypeVar("T")
 
 
 def is_main() -> bool:
-    """True on the one process that prints and writes shared files."""
+    """True on rank 0, the process that prints and writes shared files."""
     return int(os.environ.get("RANK", "0")) == 0
 
 
 def out() -> Console:
-    """The console for results, on standard output (100 columns when it is not a terminal)."""
+    """The console for results, on standard output (110 columns if that is not a terminal)."""
     return Console(file=sys.stdout, width=None if sys.stdout.isatty() else 110, highlight=False, quiet=not is_main())
 
 
 def err() -> Console:
-    """The console for errors, on standard error; every rank may speak there."""
+    """The console for errors, on standard error; every rank prints there."""
     return Console(file=sys.stderr, width=None if sys.stderr.isatty() else 110, highlight=False)
 
 
@@ -44,7 +44,7 @@ def warn(text: str) -> None:
 
 
 def format_number(value: Any, digits: int = 4) -> str:
-    """A figure as people read it: 4 significant digits, thousands separated, a dash for None."""
+    """A number with 4 significant digits and thousands separators; a dash for None."""
     if value is None:
         return "-"
     if isinstance(value, bool) or not isinstance(value, (int, float)):
@@ -55,17 +55,17 @@ def format_number(value: Any, digits: int = 4) -> str:
 
 
 def printable(text: str) -> str:
-    """Text that is safe to show: control characters (a terminal's escape sequences) become a replacement mark."""
+    """Text that is safe to print: control characters (such as escape sequences) become a replacement character."""
     return "".join(c if c.isprintable() or c in "\n\t" else "\N{REPLACEMENT CHARACTER}" for c in text)
 
 
 def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
-    """Print a table; columns after the first are right-aligned when they hold figures."""
+    """Print a table; columns of numbers are right-aligned."""
     rows = [list(row) for row in rows]
     view = Table(title=title, title_justify="left", title_style="bold")
     for index, column in enumerate(columns):
-        figures = bool(rows) and all(isinstance(r[index], (int, float, type(None))) for r in rows)
-        view.add_column(column, justify="right" if figures else "left", overflow="fold")
+        numeric = bool(rows) and all(isinstance(r[index], (int, float, type(None))) for r in rows)
+        view.add_column(column, justify="right" if numeric else "left", overflow="fold")
     for row in rows:
         view.add_row(*[_escape(format_number(cell)) for cell in row])
     out().print(view)
@@ -113,7 +113,7 @@ def track(items: Iterable[T], what: str, total: int | None = None, unit: str = "
 
 
 class StepBar:
-    """One readable line a step, with a progress bar below it on a terminal. Only the main process shows it."""
+    """One line per step, with a progress bar below it on a terminal. Only rank 0 prints."""
 
     def __init__(self, what: str, total: int, done: int = 0) -> None:
         self.total, self._digits = total, len(str(total))
@@ -144,5 +144,5 @@ class StepBar:
         sys.stdout.flush()
 
     def close(self) -> None:
-        """Take the bar away."""
+        """Remove the bar."""
         self._bar.stop()

@@ -1,4 +1,4 @@
-"""The one error that users are meant to see, and nearest-match hints."""
+"""The error class for users, and nearest-match hints."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from collections.abc import Iterable
 
 
 class UserError(Exception):
-    """Something the user can mend. Printed without a traceback; the process exits with status 2.
+    """An error that the user can fix. Printed without a traceback; the process exits with status 2.
 
     Args:
-        what: What is wrong, with the value and where it stands (file:line or config key).
+        what: What is wrong, with the value and its place (file:line or config key).
         why: Why that is a problem.
         remedy: What to do about it.
     """

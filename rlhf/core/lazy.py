@@ -1,4 +1,4 @@
-"""Imports that wait until the module is used, so that `rlhf --help` and config errors stay under a second.
+"""Imports that are delayed until first use, so that `rlhf --help` and config errors take under a second.
 
 Use it as below; the type checker sees the real module::
 
@@ -18,10 +18,10 @@ from typing import Any
 class _Lazy(ModuleType):
     def __getattr__(self, name: str) -> Any:
         value = getattr(importlib.import_module(self.__name__), name)
-        setattr(self, name, value)  # the next access costs a dictionary look-up
+        setattr(self, name, value)  # so the next access is a dictionary lookup
         return value
 
 
 def lazy(name: str) -> Any:
-    """A stand-in for module `name` that imports it at the first attribute access."""
+    """A placeholder for module `name` that imports it at the first attribute access."""
     return _Lazy(name)

@@ -20,7 +20,7 @@ from rlhf.core.errors import nearest
 
 @dataclass(frozen=True)
 class TableRow:
-    """One implementation in a table. `traits` are facts about it that the callers need (such as needs_critic)."""
+    """One implementation in a table. `traits` are facts that callers need, such as `needs_critic`."""
 
     name: str
     fn: Callable[..., Any]
@@ -39,7 +39,7 @@ class TableRow:
         for parameter in inspect.signature(self.fn).parameters.values():
             if parameter.kind is parameter.KEYWORD_ONLY:
                 kind = parameter.annotation
-                kind = eval(kind, scope) if isinstance(kind, str) else kind  # source code of ours, not user input
+                kind = eval(kind, scope) if isinstance(kind, str) else kind  # our source code, not user input
                 default = ... if parameter.default is parameter.empty else parameter.default
                 fields[parameter.name] = (kind, default)
         config = ConfigDict(extra="forbid", arbitrary_types_allowed=True, protected_namespaces=(), allow_inf_nan=False)
@@ -62,7 +62,7 @@ class Pick:
 
 
 class Table:
-    """A named set of rows. `kind` is the word for one of them in messages ("advantage estimator")."""
+    """A named set of rows. `kind` is what messages call one of them ("advantage estimator")."""
 
     def __init__(self, kind: str) -> None:
         self.kind = kind
@@ -73,7 +73,7 @@ class Table:
 
         def add(fn: Callable[..., Any]) -> Callable[..., Any]:
             if name in self._rows:
-                raise KeyError(f"{self.kind} {name!r} is in the table already")
+                raise KeyError(f"{self.kind} {name!r} is already in the table")
             self._rows[name] = TableRow(name, fn, traits)
             return fn
 
@@ -94,7 +94,7 @@ class Table:
         """Choose a row from a config value: a name, or a mapping with `name` and the row's options.
 
         Raises:
-            ValueError: The name or an option is unknown (with the nearest match), or a value does not fit.
+            ValueError: The name or an option is unknown (the nearest match is named), or a value is invalid.
         """
         if isinstance(spec, Pick):
             return spec
@@ -106,17 +106,19 @@ class Table:
         given = {key: value for key, value in spec.items() if key != "name"}
         unknown = [key for key in given if key not in row.options.model_fields]
         if unknown:
-            hint = nearest(unknown[0], row.options.model_fields) if row.options.model_fields else "It takes none"
+            hint = nearest(unknown[0], row.options.model_fields) if row.options.model_fields else "it has no options"
             raise ValueError(f"{self.kind} {row.name!r} has no option {unknown[0]!r}; {hint}")
         try:
             checked = row.options(**given)
         except ValidationError as error:
-            faults = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
+            faults = "; ".join(
+                f"{'.'.join(map(str, e['loc']))}: {e['msg'].removeprefix('Value error, ')}" for e in error.errors()
+            )
             raise ValueError(f"{self.kind} {row.name!r}: {faults}") from None
         return Pick(row, {name: getattr(checked, name) for name in row.options.model_fields})
 
     def __get_pydantic_core_schema__(self, source: Any, handler: Any) -> core_schema.CoreSchema:
-        """Makes `Annotated[Pick, TABLE]` the type of a config field that picks from this table."""
+        """Make `Annotated[Pick, TABLE]` the type of a config field that picks from this table."""
 
         def plain(pick: Pick) -> Any:
             return {"name": pick.name, **pick.options} if pick.options else pick.name

@@ -1,10 +1,10 @@
-"""Text to tokens: chat template, masks, truncation. The only home of all three.
+"""Text to tokens with the chat template.
 
-A conversation is encoded piece by piece (everything up to a generation prompt, then the answer, ...), so the prompt's
-tokens are the same in every stage, whatever answer follows.
+A conversation is encoded piece by piece (everything up to a generation prompt, then the response, ...), so the prompt
+has the same tokens in every stage, whatever response follows.
 
-Truncation: a prompt keeps its end (and its first token where that is BOS). An answer is never cut: where it leaves
-less than a quarter of the room for the prompt, the demonstration or candidate is set aside and counted.
+Truncation: a prompt keeps its end, and its first token if that is BOS. A response is never truncated; see
+`rlhf.data.encode`.
 """
 
 from __future__ import annotations
@@ -38,18 +38,18 @@ TEMPLATES = {
     ),
     "plain": "{{ bos_token }}{% for m in messages %}{{ m.content }}{% endfor %}",
 }
-"""Templates for models without one: `default` names the roles, `plain` lets the answer continue the prompt's text."""
+"""Templates for models without one. `default` names the roles; in `plain` the response continues the prompt."""
 
 PROBE = "\N{BLACK STAR}"
 
 
 def load_tokenizer(config: ModelConfig, path: str) -> ChatTokenizer:
-    """The tokenizer of a model folder or hub name, with the chat template that the config chooses.
+    """The tokenizer of a model folder or a model on the Hub, with the chat template that the config selects.
 
-    An encoder's CLS and SEP serve as the BOS and EOS that templates name.
+    For an encoder, CLS and SEP are used as BOS and EOS.
 
     Raises:
-        UserError: No tokenizer there, no end-of-sequence token, or a chat template that cannot be used.
+        UserError: No tokenizer found, no end-of-sequence token, or an unusable chat template.
     """
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(path, trust_remote_code=config.trust_remote_code)
@@ -69,11 +69,11 @@ def load_tokenizer(config: ModelConfig, path: str) -> ChatTokenizer:
 
 
 class ChatTokenizer:
-    """A tokenizer with its chat template: prompts, answers and conversations to token ids, and answers back.
+    """A tokenizer with its chat template: encodes prompts, responses and conversations, and decodes responses.
 
     Attributes:
-        end_id: The token that ends an answer (the template's end of turn, else EOS).
-        pad_id: A token to fill rows with; masks hide it everywhere.
+        end_id: The token that ends a response: the template's end of turn, else EOS.
+        pad_id: The padding token (PAD, else `end_id`); masks hide it everywhere.
     """
 
     def __init__(self, tokenizer: Any) -> None:
@@ -82,8 +82,8 @@ class ChatTokenizer:
         before, full = self._render(probe[:1], True), self._render(probe, False)
         if not full.startswith(before) or PROBE not in full:
             raise UserError(
-                "model.chat_template: the text with an answer does not begin with the text that asks for it",
-                f"{full[:120]!r} does not start with {before[:120]!r}, so the answer's tokens cannot be told apart.",
+                "model.chat_template: a conversation with a response does not start with its generation prompt",
+                f"{full[:120]!r} does not start with {before[:120]!r}, so the tokens of the response are unknown.",
                 "Use a template whose generation prompt is the start of the assistant turn.",
             )
         self._lead, tail = full[len(before) :].split(PROBE)
@@ -91,7 +91,7 @@ class ChatTokenizer:
         if not ends and tokenizer.eos_token_id is None:
             raise UserError("the tokenizer has no EOS token and the chat template has no end of turn")
         self.end_id: int = ends[0] if ends else tokenizer.eos_token_id
-        # Where the template writes an end of turn, the text after it (often a newline) belongs to the next piece.
+        # If the template writes an end of turn, the text after it (often a newline) belongs to the next piece.
         end_text = tokenizer.convert_ids_to_tokens(self.end_id)
         self._tail, self._after_end = tail, tail.split(end_text, 1)[1] if ends else ""
         pad = tokenizer.pad_token_id
@@ -103,7 +103,7 @@ class ChatTokenizer:
 
     @cached_property
     def _anchor(self) -> list[int]:
-        """Tokens put before a continuation where the tokenizer would begin any text with a space of its own."""
+        """Tokens to put before a continuation if the tokenizer adds a space at the start of any text; else none."""
         newline, joined = self._encode("\n"), self._encode("\na")
         return [] if joined == newline + self._encode("a") else newline
 
@@ -113,8 +113,8 @@ class ChatTokenizer:
             text: str = self.tokenizer.apply_chat_template(
                 chat, tokenize=False, add_generation_prompt=generation_prompt
             )
-        except Exception as error:  # templates raise what they like
-            raise UserError(f"model.chat_template: fails on a conversation: {error}") from error
+        except Exception as error:  # templates may raise anything
+            raise UserError(f"model.chat_template: failed on a conversation: {error}") from error
         return text
 
     def _encode(self, text: str) -> list[int]:
@@ -122,59 +122,58 @@ class ChatTokenizer:
         return ids
 
     def _encode_next(self, text: str) -> list[int]:
-        """Tokens of text that continues other text."""
+        """Token ids of text that continues other text."""
         anchored = self._encode("\n" + text) if self._anchor else []
         if anchored[: len(self._anchor)] == self._anchor and self._anchor:
             return anchored[len(self._anchor) :]
         return self._encode(text)
 
     def _pieces(self, messages: Sequence[Message]) -> list[tuple[list[int], bool]]:
-        """Alternating (tokens, is an answer) pieces of a conversation, up to its last message or its last prompt."""
+        """The pieces (token ids, is a response) of a conversation, up to its last message or its generation prompt."""
         pieces: list[tuple[list[int], bool]] = []
         done = ""
         turns = [i for i, m in enumerate(messages) if m.role == "assistant"]
         stops = turns if messages[-1].role == "assistant" else [*turns, len(messages)]
         for i in stops:
             before = self._render(messages[:i], True)
-            if not before.startswith(done):  # a template that rewrites earlier turns: they are prompt text only
+            if not before.startswith(done):  # the template rewrites earlier turns, so they count as prompt text
                 pieces, done = [], ""
             encode = self._encode_next if done else self._encode
             pieces.append((encode(before[len(done) :]), False))
             if i == len(messages):
                 break
-            answer = self._encode_next(self._lead + messages[i].content)
-            pieces.append(([*answer, self.end_id], True))
+            pieces.append((self.response(messages[i].content), True))
             full = self._render(messages[: i + 1], False)
             done = full[: len(full) - len(self._after_end)] if self._after_end else full
         return pieces
 
     def prompt(self, messages: Sequence[Message]) -> list[int]:
-        """Token ids of a conversation that waits for an answer, generation prompt included."""
+        """Token ids of a conversation that ends with a user turn, including the generation prompt."""
         return [token for piece, _ in self._pieces(messages) for token in piece]
 
-    def answer(self, text: str) -> list[int]:
-        """Token ids of an answer, with the token that ends it."""
+    def response(self, text: str) -> list[int]:
+        """Token ids of a response, including `end_id`."""
         return [*self._encode_next(self._lead + text), self.end_id]
 
     def conversation(self, messages: Sequence[Message]) -> tuple[list[int], list[bool]]:
-        """Token ids of a whole conversation, and which of them an assistant said (ends of turns included)."""
+        """Token ids of a whole conversation, and for each whether the assistant said it (ends of turns included)."""
         pieces = self._pieces(messages)
         ids = [token for piece, _ in pieces for token in piece]
-        return ids, [mine for piece, mine in pieces for _ in piece]
+        return ids, [is_response for piece, is_response in pieces for _ in piece]
 
-    def whole(self, chat: Sequence[dict[str, str]], answer: str) -> list[int]:
-        """Token ids of a prompt, given as {role, content} mappings, with its answer."""
-        return self.prompt([Message(**m) for m in chat]) + self.answer(answer)  # type: ignore[arg-type]
+    def whole(self, chat: Sequence[dict[str, str]], response: str) -> list[int]:
+        """Token ids of a prompt, given as {role, content} mappings, followed by its response."""
+        return self.prompt([Message(**m) for m in chat]) + self.response(response)  # type: ignore[arg-type]
 
     def pad(self, rows: Sequence[Sequence[int]], device: Any = None) -> tuple[torch.Tensor, torch.Tensor]:
-        """Rows of token ids padded on the right: int64 ids [B, T] and attention mask [B, T], 1 = a token."""
+        """Pad rows of token ids on the right: int64 ids [B, T] and attention mask [B, T], 1 = a token."""
         width = max(map(len, rows))
         ids = torch.tensor([[*row, *[self.pad_id] * (width - len(row))] for row in rows], device=device)
         mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in rows], device=device)
         return ids, mask
 
     def decode(self, ids: Sequence[int]) -> str:
-        """An answer's tokens back to text, without special tokens and without the template's leading text."""
+        """The text of a response, without special tokens and without the template's leading text."""
         text = self._decode([*self._anchor, *ids])[len(self._decode(self._anchor)) :]
         return text.removeprefix(self._lead)
 
@@ -182,8 +181,8 @@ class ChatTokenizer:
         text: str = self.tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
         return text
 
-    def cut_prompt(self, ids: list[int], room: int) -> list[int]:
-        """The end of a prompt that has more than `room` tokens, after its first token where that is BOS."""
+    def truncate_prompt(self, ids: list[int], room: int) -> list[int]:
+        """The last `room` tokens of a prompt; its first token is kept if that is BOS."""
         if len(ids) <= room:
             return ids
         if ids[0] == self.tokenizer.bos_token_id:
@@ -191,14 +190,14 @@ class ChatTokenizer:
         return ids[len(ids) - room :]
 
     def fingerprints(self) -> dict[str, str]:
-        """SHA-256 (16 hex digits) of the vocabulary with its special tokens, and of the chat template."""
+        """SHA-256 (16 hex digits) of the vocabulary with special tokens (`tokenizer`) and of the `chat_template`."""
         vocabulary = json.dumps([self.tokenizer.get_vocab(), self.tokenizer.special_tokens_map], sort_keys=True)
         parts = {"tokenizer": vocabulary, "chat_template": self.tokenizer.chat_template}
         return {key: hashlib.sha256(text.encode()).hexdigest()[:16] for key, text in parts.items()}
 
 
 def stop_ids(model: Any, chat: ChatTokenizer) -> list[int]:
-    """The tokens that end an answer: the chat template's first, then the tokenizer's and the generation config's."""
+    """The tokens that end a response: the chat template's first, then those of the tokenizer and generation config."""
     listed = getattr(model.generation_config, "eos_token_id", None)
     listed = listed if isinstance(listed, list) else [listed]
     others = {chat.tokenizer.eos_token_id, *listed} - {None, chat.end_id}

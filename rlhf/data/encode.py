@@ -1,93 +1,89 @@
-"""Records to token rows: demonstrations, rankings, prompts."""
+"""Records to rows of token ids: demonstrations, rankings, prompts.
+
+A response is never truncated. If it leaves the prompt less than a quarter of max_length (and less than the prompt
+needs), the demonstration or candidate is skipped and counted. A prompt that is too long keeps its end.
+"""
 
 from __future__ import annotations
 
 import json
 from collections import Counter
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from rlhf.core.console import say
-from rlhf.core.lazy import lazy
 from rlhf.data.chat import ChatTokenizer
 from rlhf.data.schema import Demonstration, Message, Prompt, Ranking, dense_ranks
 
-if TYPE_CHECKING:
-    import torch
-    import transformers
-else:
-    torch, transformers = lazy("torch"), lazy("transformers")
-
-
-# ---- records to rows ----------------------------------------------------------------------------------------------
-
 
 @dataclass
-class Counts:
-    """What became of the records: kept, cut, set aside by reason."""
+class EncodingCounts:
+    """How many records were kept, truncated, and skipped by reason."""
 
     kept: int = 0
-    cut_prompts: int = 0
-    aside: Counter[str] = field(default_factory=Counter)
+    truncated_prompts: int = 0
+    skipped: Counter[str] = field(default_factory=Counter)
 
     def report(self, what: str) -> None:
-        """Say it in a line."""
+        """Print the counts in one line."""
         parts = [f"{self.kept:,} {what}"]
-        if self.cut_prompts:
-            parts.append(f"{self.cut_prompts:,} prompts cut to their end")
-        parts += [f"{count:,} set aside: {reason}" for reason, count in sorted(self.aside.items())]
+        if self.truncated_prompts:
+            parts.append(f"{self.truncated_prompts:,} prompts truncated to their end")
+        parts += [f"{count:,} skipped: {reason}" for reason, count in sorted(self.skipped.items())]
         say("  ".join(("Data:", *parts)))
 
 
-def _fits(answer: int, prompt: int, max_length: int) -> bool:
-    return answer <= max_length - min(prompt, max_length // 4)
+def _fits(response: int, prompt: int, max_length: int) -> bool:
+    return response <= max_length - min(prompt, max_length // 4)
 
 
-def best_answer(record: Demonstration | Ranking) -> str:
-    """A demonstration's answer; of a ranking, the best-ranked candidate (the first of several)."""
+def best_response(record: Demonstration | Ranking) -> str:
+    """The response of a demonstration, or the best-ranked candidate of a ranking (the first of several)."""
     if isinstance(record, Ranking):
         return record.candidates[record.ranks.index(min(record.ranks))].text
     return record.answer
 
 
 def encode_demonstration(
-    record: Demonstration | Ranking, chat: ChatTokenizer, max_length: int, counts: Counts
+    record: Demonstration | Ranking, chat: ChatTokenizer, max_length: int, counts: EncodingCounts
 ) -> dict[str, Any] | None:
-    """A demonstration's row: every assistant turn is trained on. None when its answer does not fit.
+    """The row of a demonstration, or of a ranking's best response. None if the response does not fit.
 
-    Of a ranking, the best answer is the demonstration.
+    Labels are -100 except at the tokens of every assistant turn.
     """
-    ids, mine = chat.conversation([*record.messages, Message("assistant", best_answer(record))])
-    answer = next((i for i, flag in enumerate(reversed(mine)) if not flag), len(mine))
-    if not _fits(answer, len(ids) - answer, max_length):
-        counts.aside[f"answer does not fit in {max_length} tokens"] += 1
+    ids, is_response = chat.conversation([*record.messages, Message("assistant", best_response(record))])
+    response = next((i for i, flag in enumerate(reversed(is_response)) if not flag), len(is_response))
+    if not _fits(response, len(ids) - response, max_length):
+        counts.skipped[f"response does not fit in {max_length} tokens"] += 1
         return None
-    labels = [token if flag else -100 for token, flag in zip(ids, mine)]
+    labels = [token if flag else -100 for token, flag in zip(ids, is_response)]
     if len(ids) > max_length:
-        counts.cut_prompts += 1
+        counts.truncated_prompts += 1
         labels = labels[len(ids) - max_length :]
-        ids = chat.cut_prompt(ids, max_length)
+        ids = chat.truncate_prompt(ids, max_length)
         labels[0] = -100
     return {"input_ids": ids, "labels": labels, "length": len(ids)}
 
 
-def encode_ranking(record: Ranking, chat: ChatTokenizer, max_length: int, counts: Counts) -> dict[str, Any] | None:
-    """A ranking's row: one prompt and its K candidates, K being what fits. None when fewer than two are left."""
+def encode_ranking(
+    record: Ranking, chat: ChatTokenizer, max_length: int, counts: EncodingCounts
+) -> dict[str, Any] | None:
+    """The row of a ranking: one prompt and the candidates that fit. None if fewer than two fit."""
     prompt = chat.prompt(record.messages)
-    answers = [chat.answer(candidate.text) for candidate in record.candidates]
-    fit = [i for i, answer in enumerate(answers) if _fits(len(answer), len(prompt), max_length)]
-    if len(fit) < len(answers):
-        counts.aside[f"candidates that do not fit in {max_length} tokens"] += len(answers) - len(fit)
+    responses = [chat.response(candidate.text) for candidate in record.candidates]
+    fit = [i for i, response in enumerate(responses) if _fits(len(response), len(prompt), max_length)]
+    if len(fit) < len(responses):
+        counts.skipped[f"candidates that do not fit in {max_length} tokens"] += len(responses) - len(fit)
     if len(fit) < 2:
-        counts.aside["rankings with fewer than two candidates that fit"] += 1
+        counts.skipped["rankings with fewer than two candidates that fit"] += 1
         return None
-    room = max_length - max(len(answers[i]) for i in fit)
-    counts.cut_prompts += len(prompt) > room
-    prompt = chat.cut_prompt(prompt, room)
+    longest = max(len(responses[i]) for i in fit)
+    counts.truncated_prompts += len(prompt) > max_length - longest
+    prompt = chat.truncate_prompt(prompt, max_length - longest)
     kept = [record.candidates[i] for i in fit]
     return {
         "prompt": prompt,
-        "candidates": [answers[i] for i in fit],
+        "candidates": [responses[i] for i in fit],
         "ranks": list(dense_ranks(record.ranks[i] for i in fit)),
         "ratings": [candidate.score for candidate in kept],
         "characters": [len(candidate.text) for candidate in kept],
@@ -95,12 +91,16 @@ def encode_ranking(record: Ranking, chat: ChatTokenizer, max_length: int, counts
         "annotator": record.annotator,
         "group": record.group,
         "weight": record.weight,
-        "length": len(prompt) + max(len(answers[i]) for i in fit),
+        "length": len(prompt) + longest,
     }
 
 
-def encode_prompt(record: Prompt, chat: ChatTokenizer, max_length: int, counts: Counts) -> dict[str, Any]:
-    """A prompt's row for PPO: its tokens (at most `max_length`, the end) and its messages as JSON."""
+def encode_prompt(record: Prompt, chat: ChatTokenizer, max_length: int, counts: EncodingCounts) -> dict[str, Any]:
+    """The row of a prompt: its id, its last `max_length` tokens, and its messages as JSON."""
     ids = chat.prompt(record.messages)
-    counts.cut_prompts += len(ids) > max_length
-    return {"id": record.prompt_id, "prompt": chat.cut_prompt(ids, max_length), "messages": json.dumps(record.chat)}
+    counts.truncated_prompts += len(ids) > max_length
+    return {
+        "id": record.prompt_id,
+        "prompt": chat.truncate_prompt(ids, max_length),
+        "messages": json.dumps(record.chat),
+    }

@@ -1,4 +1,4 @@
-"""Rows of JSONL files, and the account of those that are set aside: where each stands, why, and what to do about it."""
+"""Read JSONL files, and report rejected rows with their line, the reason and what to do."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ else:
 
 @dataclass(frozen=True)
 class Reject:
-    """A row set aside: where it stands, why, the row as it was read, and what to do about it.
+    """A rejected row: its file and line, the reason, the raw row, and what to do.
 
-    `reason` is the same words for every row with that fault; `detail` is particular to this one.
+    `reason` has the same words for every row with that fault; `detail` is specific to this one.
     """
 
     file: str
@@ -40,7 +40,7 @@ class Reject:
 
     @classmethod
     def of(cls, path: Path, line: int, fault: BadRecord, raw: str | bytes) -> Reject:
-        """The row on that line, set aside for that fault."""
+        """The reject for the row on that line."""
         text = raw.decode("utf-8", "backslashreplace") if isinstance(raw, bytes) else raw
         return cls(str(path), line, fault.reason, text.rstrip("\r\n"), fault.detail, fault.remedy)
 
@@ -52,13 +52,13 @@ OnReject = Callable[[Reject], None]
 
 
 def read_jsonl(path: Path, kind: str | None, on_reject: OnReject) -> Iterator[Record]:
-    """Stream records from a JSONL file (gzip or zstd allowed); a bad line is handed to `on_reject` with its number.
+    """Stream records from a JSONL file, also gzip or zstd. Bad lines go to `on_reject`.
 
     Args:
-        kind: The kind of every record; None lets the first usable row decide.
+        kind: The kind of every record. None means the kind of the first valid row.
 
     Raises:
-        UserError: The file cannot be read, or its compressed stream is damaged.
+        UserError: The file cannot be read, or its compressed data is damaged.
     """
     line = 0
     try:
@@ -71,18 +71,18 @@ def read_jsonl(path: Path, kind: str | None, on_reject: OnReject) -> Iterator[Re
                 else:
                     kind = record.kind
                     yield record
-    except DAMAGES as error:
-        raise UserError(f"{path}: damaged after line {line}: {error}", remedy="Fetch the file again.") from None
+    except READ_ERRORS as error:
+        raise UserError(f"{path}: damaged after line {line}: {error}", remedy="Download the file again.") from None
 
 
 def read_rows(path: Path, file: BinaryIO, on_reject: OnReject) -> Iterator[tuple[int, bytes, Any]]:
-    """Stream (line number, raw line, parsed value) from a file of one JSON value a line.
+    """Stream (line number, raw line, parsed value) from a file with one JSON value per line.
 
-    Blank lines are passed over. A line that is not UTF-8 or not JSON is handed to `on_reject`, as is one that the end
-    of the file cuts off.
+    Blank lines are skipped. Lines that are not UTF-8 or not JSON, or that the end of the file cuts off, go to
+    `on_reject`.
 
     Raises:
-        EOFError, zlib.error, OSError: `DAMAGES`: the compressed stream is damaged, or the file cannot be read.
+        EOFError, zlib.error, OSError: The `READ_ERRORS`: damaged compressed data, or an unreadable file.
     """
     for line, raw in enumerate(file, 1):
         if raw.isspace():
@@ -90,21 +90,21 @@ def read_rows(path: Path, file: BinaryIO, on_reject: OnReject) -> Iterator[tuple
         try:
             row = parse(raw)
         except BadRecord as error:
-            on_reject(Reject.of(path, line, error if raw.endswith(b"\n") else cut_off(error), raw))
+            on_reject(Reject.of(path, line, error if raw.endswith(b"\n") else cut_off_fault(error), raw))
         else:
             yield line, raw, row
 
 
 def parse(raw: bytes) -> Any:
-    """The value of a JSON text. NaN and Infinity are refused: JSON has no such numbers.
+    """The value of a JSON text. NaN and Infinity are refused, because JSON does not have them.
 
     Raises:
-        BadRecord: It is not UTF-8, not JSON, or nested too deeply.
+        BadRecord: The text is not UTF-8, not JSON, or nested too deeply.
     """
     try:
         return orjson.loads(raw)
     except orjson.JSONDecodeError:
-        pass  # the slower decoder says where, and lets the schema tell about a lone surrogate
+        pass  # the slower decoder below says where, and accepts lone surrogates, which the schema reports
     try:
         return _json.decode(raw.decode("utf-8-sig"))
     except UnicodeDecodeError as error:
@@ -113,14 +113,14 @@ def parse(raw: bytes) -> Any:
         detail = f"{error.msg} at character {error.pos + 1}"
         raise BadRecord("not valid JSON", detail, "Put one JSON object on each line.") from None
     except ValueError as error:
-        raise BadRecord("not valid JSON", str(error), "Leave the value out, or write a number or null.") from None
+        raise BadRecord("not valid JSON", str(error), "Omit the value, or write a number or null.") from None
     except RecursionError:
-        raise BadRecord("not valid JSON", "nested too deeply", "A record needs three levels.") from None
+        raise BadRecord("not valid JSON", "nested too deeply", "A record has three levels.") from None
 
 
-def cut_off(fault: BadRecord) -> BadRecord:
-    """The fault of a row with which the file ends, where the row does not."""
-    remedy = "The download or export may have been interrupted: fetch the file again."
+def cut_off_fault(fault: BadRecord) -> BadRecord:
+    """The fault of an incomplete row at the end of a file."""
+    remedy = "The download or export may have been interrupted; download the file again."
     return BadRecord("the file ends in the middle of a record", str(fault), remedy)
 
 
@@ -131,16 +131,16 @@ def _no_constant(name: str) -> NoReturn:
 _json = json.JSONDecoder(parse_constant=_no_constant)
 
 GZIP, ZSTD = b"\x1f\x8b", b"\x28\xb5\x2f\xfd"
-DAMAGES = (EOFError, zlib.error, OSError)
-"""What reading raises where a compressed stream is damaged (`zstandard.ZstdError` becomes an OSError) or the disk."""
+READ_ERRORS = (EOFError, zlib.error, OSError)
+"""Exceptions from damaged compressed data or an unreadable file (`zstandard.ZstdError` becomes an OSError)."""
 
 
 @contextmanager
 def open_bytes(path: Path) -> Iterator[BinaryIO]:
-    """A file's bytes, decompressed: gzip and zstd are recognised by their first bytes, whatever the name.
+    """Open a file for reading, decompressed. gzip and zstd are recognised by their first bytes, not by the name.
 
     Raises:
-        UserError: The file cannot be opened, or is named .gz or .zst and is neither.
+        UserError: The file cannot be opened, or is named .gz or .zst but is not compressed.
     """
     try:
         plain = open(path, "rb")  # noqa: SIM115  # closed below
@@ -155,16 +155,17 @@ def open_bytes(path: Path) -> Iterator[BinaryIO]:
         elif head and path.suffix in (".gz", ".zst"):
             name = "gzip" if path.suffix == ".gz" else "zstd"
             raise UserError(
-                f"{path}: named {path.suffix} and is not {name}", remedy="Rename it, or fetch the file again."
+                f"{path}: the name ends in {path.suffix} but the content is not {name}",
+                remedy="Rename it, or download the file again.",
             )
         else:
             yield plain
 
 
 class _Zstd(io.RawIOBase):
-    """A zstd stream, of one or several frames; damage raises as it does for gzip: OSError, or EOFError where it ends.
+    """A zstd stream of one or more frames. Damage raises OSError, a cut-off stream EOFError, as gzip does.
 
-    (`zstandard`'s own stream reader takes a stream that is cut off for its end.)
+    (`zstandard`'s own stream reader does not notice that a stream is cut off.)
     """
 
     def __init__(self, file: BinaryIO) -> None:

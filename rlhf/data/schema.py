@@ -1,7 +1,7 @@
-"""The one data schema that runs through all stages: Prompt, Demonstration, Proposal, Ranking.
+"""The data schema of all stages: Prompt, Demonstration, Proposal, Ranking.
 
-Ids are content hashes, so the same prompt is the same prompt in every file and stage. `rlhf.data.store` keeps datasets
-of these records on disk.
+Ids are content hashes, so a prompt has the same id in every file and stage. `rlhf.data.store` reads and writes datasets
+of these records.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import orjson
 
 SCHEMA_VERSION = 2
 READABLE_VERSIONS = (1, 2)
-"""Version 1 lacks a ranking's `seconds`, `shown`, `weight` and `merged`, which have defaults, and proposals."""
+"""Version 1 has no proposals, and no `seconds`, `shown`, `weight` and `merged` in rankings (defaults apply)."""
 ROLES = ("system", "user", "assistant")
 SPLITS = ("train", "eval", "test")
 AUTHOR_KINDS = ("model", "person", "unknown")
@@ -29,12 +29,12 @@ class BadRecord(ValueError):
     """Data that does not fit the schema. The message is the reason, with the detail in brackets.
 
     Args:
-        reason: Which field and what is wrong, the same words for every such row, so that rows are counted by it.
+        reason: Which field and what is wrong, in the same words for every such row, so that rows can be counted by it.
         detail: The value or the position in this row.
-        remedy: What to do about it.
+        remedy: What to do.
     """
 
-    def __init__(self, reason: str, detail: str = "", remedy: str = "Mend the field, or leave the row out.") -> None:
+    def __init__(self, reason: str, detail: str = "", remedy: str = "Correct the field, or remove the row.") -> None:
         self.reason, self.detail, self.remedy = reason, detail, remedy
         super().__init__(f"{reason} ({detail})" if detail else reason)
 
@@ -44,7 +44,7 @@ def content_hash(*parts: Any) -> str:
     return hashlib.sha256(orjson.dumps(parts, option=orjson.OPT_SORT_KEYS)).hexdigest()[:16]
 
 
-# ---- records: checked when made, so that one that exists is valid ------------------------------------------------
+# ---- records: checked when created, so every existing record is valid ------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,13 +57,13 @@ class Message:
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """A conversation that waits for an answer: it ends with a user turn.
+    """A conversation that ends with a user turn.
 
-    `source` says where it came from, `group` (a topic, say) what a split may hold together, and `split` is
-    train, eval, test or None while no split has been made.
+    `source` says where it came from. `group`, such as a topic, can be held out as a whole. `split` is train, eval,
+    test, or None before splits are made.
 
     Raises:
-        BadRecord: A field is of the wrong type, empty, or contradicts another.
+        BadRecord: A field has the wrong type, is empty, or contradicts another.
     """
 
     messages: tuple[Message, ...]
@@ -83,19 +83,19 @@ class Prompt:
 
     @property
     def prompt_id(self) -> str:
-        """Hash of the messages alone: the same prompt in every file and stage."""
+        """Hash of the messages only, so it is the same in every file and stage."""
         if not self._prompt_id:
             object.__setattr__(self, "_prompt_id", content_hash([[m.role, m.content] for m in self.messages]))
         return self._prompt_id
 
     @property
     def id(self) -> str:
-        """Hash of what makes this record; `source`, `group` and `split` are no part of it."""
+        """Hash of the record without `source`, `group` and `split`."""
         return self.prompt_id
 
     @property
     def chat(self) -> list[dict[str, str]]:
-        """The messages as `transformers` chat templates take them."""
+        """The messages in the form that chat templates of `transformers` take."""
         return [{"role": m.role, "content": m.content} for m in self.messages]
 
     def with_split(self, split: str) -> Any:
@@ -104,7 +104,7 @@ class Prompt:
 
 @dataclass(frozen=True, slots=True)
 class Demonstration(Prompt):
-    """A prompt plus the answer that a person wrote (`author` names the person, where known)."""
+    """A prompt plus the answer that a person wrote. `author` names the person, if known."""
 
     answer: str = ""
     author: str = ""
@@ -123,7 +123,7 @@ class Demonstration(Prompt):
 
 @dataclass(frozen=True, slots=True)
 class Candidate:
-    """One answer of a ranking. `author` names the model or person; `score` is an optional rating, higher = better."""
+    """One answer of a ranking. `author` names the model or person; `score` is an optional rating, higher is better."""
 
     text: str
     author: str = ""
@@ -133,7 +133,7 @@ class Candidate:
 
 @dataclass(frozen=True, slots=True)
 class Proposal(Prompt):
-    """A prompt plus K >= 2 candidates that wait for a ranking, in the order in which to show them."""
+    """A prompt plus K >= 2 candidates that are not ranked yet, in the order in which to show them."""
 
     candidates: tuple[Candidate, ...] = ()
 
@@ -150,23 +150,23 @@ class Proposal(Prompt):
 
 @dataclass(frozen=True, slots=True)
 class Ranking(Proposal):
-    """A prompt plus K >= 2 candidates and one rank each: 1 = best, equal ranks = tie. Pairs are never stored.
+    """A prompt plus K >= 2 candidates with one rank each: 1 = best, equal ranks = tie. Pairs are never stored.
 
-    Ranks are kept dense: 1, 3, 3 becomes 1, 2, 2.
+    Ranks are stored dense: 1, 3, 3 becomes 1, 2, 2.
     """
 
     ranks: tuple[int, ...] = ()
     annotator: str = ""
     time: str | None = None
-    """When it was made, ISO 8601."""
+    """When the annotator made the ranking, ISO 8601."""
     seconds: float | None = None
     """How long the annotator took."""
     shown: bool = False
-    """The candidates stand in the order in which the annotator saw them, first = top or left."""
+    """True if the candidates are in the order in which the annotator saw them, first = top or left."""
     weight: float = 1.0
-    """How much it counts in training; an aggregated ranking's confidence."""
+    """Weight of its loss in training. In an aggregated ranking, its confidence."""
     merged: tuple[str, ...] = ()
-    """Ids of the rankings that this one was aggregated from; none for a ranking that a person made."""
+    """Ids of the rankings that this one was aggregated from; empty if a person made it."""
 
     kind: ClassVar[str] = "ranking"
 
@@ -200,7 +200,7 @@ KINDS: dict[str, type[Prompt]] = {kind.kind: kind for kind in (Prompt, Demonstra
 
 
 def dense_ranks(values: Iterable[float]) -> tuple[int, ...]:
-    """Ranks 1, 2, ... from any numbers where smaller = better; equal numbers share a rank and none is skipped."""
+    """Ranks 1, 2, ... of numbers, smaller = better. Equal numbers get equal ranks, and no rank is skipped."""
     return _dense_ranks(tuple(values))
 
 
@@ -211,11 +211,11 @@ def _dense_ranks(values: tuple[float, ...]) -> tuple[int, ...]:
 
 
 def unchecked(kind: type[Prompt], **given: Any) -> Any:
-    """A record without the checks, five times as fast: only for fields that hold by the way they were made.
+    """A record without the checks, which is five times as fast. Only for fields that are known to be valid.
 
     Args:
         kind: The class of the record.
-        given: Its fields; the others have their defaults. Ranks are dense.
+        given: Its fields; the others get their defaults. Ranks must be dense.
     """
     record = object.__new__(kind)
     for name, default in _DEFAULTS[kind]:
@@ -231,7 +231,7 @@ _DEFAULTS = {kind: [(part.name, part.default) for part in fields(kind)] for kind
 
 def _check_text(value: Any, name: str, index: int | None = None, empty_ok: bool = False, none_ok: bool = False) -> None:
     if type(value) is str and value.isascii() and (empty_ok or (value and not value.isspace())):
-        return  # the usual case, told quickly
+        return  # fast path for the usual case
     if none_ok and value is None:
         return
     where = "" if index is None else f"at index {index}"
@@ -291,7 +291,7 @@ def _check_ranks(ranks: Any, candidates: tuple[Candidate, ...]) -> None:
         raise BadRecord("ranks: not whole numbers from 1 (best)", _brief(ranks))
     texts = {candidate.text for candidate in candidates}
     if len(texts) < len(ranks) and len({(c.text, rank) for c, rank in zip(candidates, ranks)}) > len(texts):
-        raise BadRecord("ranks: identical candidates are ranked apart")
+        raise BadRecord("ranks: identical candidates have different ranks")
 
 
 def _check_time(time: Any) -> None:
@@ -310,7 +310,7 @@ def _is_finite(value: Any) -> bool:
 
 
 def _brief(value: Any) -> str:
-    """The value as a message shows it. `reprlib` bounds length and depth: rows may be huge or deeply nested."""
+    """The value for a message. `reprlib` bounds length and depth, because rows may be huge or deeply nested."""
     return reprlib.repr(value)
 
 
@@ -318,21 +318,21 @@ def _brief(value: Any) -> str:
 
 
 def from_dict(row: Any, kind: str | None = None) -> Record:
-    """A record from its JSON form. Fields that the schema does not know are left out.
+    """A record from its JSON form. Unknown fields are ignored.
 
     Args:
         row: A mapping with the record's fields. `messages` may also be called `prompt` and be a plain string; a
-            candidate may be a plain string; in place of `ranks`, each candidate may hold its `rank`.
-        kind: prompt, demonstration, proposal or ranking: a row of another kind is refused. None takes any.
+            candidate may be a plain string; instead of `ranks`, each candidate may have a `rank`.
+        kind: prompt, demonstration, proposal or ranking; rows of another kind are refused. None allows any.
 
     Raises:
-        BadRecord: A field is missing, of the wrong type, or contradicts another.
+        BadRecord: A field is missing, has the wrong type, or contradicts another.
     """
     if not isinstance(row, Mapping):
         raise BadRecord("not an object", type(row).__name__)
     found = _kind(row)
     if kind is not None and found != kind:
-        remedy = "Rankings have `candidates` and `ranks`, proposals `candidates` alone, demonstrations `answer`."
+        remedy = "Rankings have `candidates` and `ranks`, proposals only `candidates`, demonstrations `answer`."
         raise BadRecord(f"a {found} where a {kind} is needed", remedy=remedy)
     values: dict[str, Any] = {
         "messages": _messages(row.get("messages", row.get("prompt"))),
@@ -354,7 +354,7 @@ def from_dict(row: Any, kind: str | None = None) -> Record:
     for name in ("id", "prompt_id"):
         if row.get(name) is not None and row[name] != getattr(record, name):
             detail = f"{_brief(row[name])}, the content gives {getattr(record, name)!r}"
-            raise BadRecord(f"{name}: not the content hash", detail, f"Leave `{name}` out; it is computed.")
+            raise BadRecord(f"{name}: not the content hash", detail, f"Omit `{name}`; it is computed.")
     return record
 
 
@@ -388,7 +388,7 @@ def _messages(value: Any) -> Any:
 def _message(value: Any) -> Any:
     if not isinstance(value, Mapping):
         return value
-    role: Any = value.get("role")  # the record checks the fields
+    role: Any = value.get("role")  # checked by the record
     content: Any = value.get("content")
     return Message(role, content)
 
@@ -402,12 +402,12 @@ def _candidate(value: Any) -> Any:
         return Candidate(value)
     if not isinstance(value, Mapping):
         return value
-    text: Any = value.get("text")  # the record checks the fields
+    text: Any = value.get("text")  # checked by the record
     return Candidate(text, _or(value.get("author"), ""), _or(value.get("author_kind"), "unknown"), value.get("score"))
 
 
 def to_dict(record: Record) -> dict[str, Any]:
-    """The record's JSON form, with its ids; `from_dict` reads it back."""
+    """The JSON form of a record, including its ids; `from_dict` reads it back."""
     row: dict[str, Any] = {"id": record.id, "prompt_id": record.prompt_id, "messages": record.chat}
     row |= {"source": record.source, "group": record.group, "split": record.split}
     if isinstance(record, Demonstration):

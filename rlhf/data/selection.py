@@ -1,4 +1,4 @@
-"""Which records of a dataset a command works on."""
+"""Select the records of a dataset that a command works on."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from rlhf.data.store import Dataset
 
 
 def chosen_records(dataset: Dataset, split: str | None, limit: int | None = None) -> Iterator[Any]:
-    """The records of a split, at most `limit`. Without a split: `eval`, or all where the dataset has no splits.
+    """The first `limit` records of a split. The default split is `eval`, or everything if the dataset has no splits.
 
     Raises:
-        UserError: The dataset holds none of that split.
+        UserError: The dataset has no records of that split.
     """
     splits = dataset.splits()
     if split is None:
@@ -22,9 +22,9 @@ def chosen_records(dataset: Dataset, split: str | None, limit: int | None = None
     if split is not None and split not in splits:
         held = ", ".join(f"{name or 'none'} ({count:,})" for name, count in splits.items())
         raise UserError(
-            f"{dataset.path}: no record of the split {split!r}",
-            f"It holds: {held}.",
-            "Name another --split, or make splits with `rlhf data split`.",
+            f"{dataset.path}: no records in the split {split!r}",
+            f"It contains: {held}.",
+            "Choose another --split, or make splits with `rlhf data split`.",
         )
     for index, record in enumerate(dataset.records(split)):
         if limit is not None and index >= limit:
@@ -33,7 +33,7 @@ def chosen_records(dataset: Dataset, split: str | None, limit: int | None = None
 
 
 def chosen_prompts(dataset: Dataset, split: str | None, limit: int | None = None) -> list[Prompt]:
-    """The prompts of a split, each once, at most `limit`; see `chosen_records`."""
+    """The first `limit` distinct prompts of a split; see `chosen_records`."""
     prompts: dict[str, Prompt] = {}
     for record in chosen_records(dataset, split):
         prompts.setdefault(record.prompt_id, record)
@@ -43,7 +43,7 @@ def chosen_prompts(dataset: Dataset, split: str | None, limit: int | None = None
 
 
 def with_system(prompt: Prompt, system: str | None) -> Prompt:
-    """The prompt with a system message before it, where it has none of its own."""
+    """The prompt with a system message, unless it already has one."""
     if system is None or prompt.messages[0].role == "system":
         return prompt
     return Prompt((Message("system", system), *prompt.messages))

@@ -1,6 +1,6 @@
 """Datasets on disk: a folder of Parquet shards with a `manifest.json`, or a `.jsonl` (`.jsonl.gz`) file.
 
-Both are streamed, so a dataset may be larger than memory; a folder appears under its name only when it is whole.
+Both are streamed, so a dataset may be larger than memory. A folder appears under its name only when it is complete.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ else:
 
 ROWS_PER_SHARD = 200_000
 ROWS_PER_GROUP = 5_000
-CHARS_PER_GROUP = 32_000_000  # bounds memory, and keeps a column below Arrow's 2 GiB, whatever the answers' lengths
+CHARS_PER_GROUP = 32_000_000  # bounds memory, and keeps columns of long texts below Arrow's 2 GiB
 RAW_KEPT = 10_000
 
 
@@ -67,7 +67,7 @@ def _arrow_schema(kind: str) -> pa.Schema:
 
 
 def _columns(records: list[Record], kind: str) -> pa.Table:
-    """The records as an Arrow table. Nested lists are flattened by hand: ten times faster than `Table.from_pylist`."""
+    """The records as an Arrow table. Flattening nested lists here is ten times faster than `Table.from_pylist`."""
     schema = _arrow_schema(kind)
     columns = []
     for column in schema:
@@ -84,7 +84,7 @@ def _columns(records: list[Record], kind: str) -> pa.Table:
 
 
 def _array(values: Iterable[Any], kind: pa.DataType) -> pa.Array:
-    if pa.types.is_floating(kind):  # a whole number may be beyond Arrow's 64 bits
+    if pa.types.is_floating(kind):  # an integer may be too large for Arrow's 64 bits
         values = [None if value is None else float(value) for value in values]
     return pa.array(list(values), kind)
 
@@ -94,23 +94,23 @@ def _array(values: Iterable[Any], kind: pa.DataType) -> pa.Array:
 
 @dataclass(frozen=True)
 class Dataset:
-    """An opened dataset: a folder with a manifest, or a JSONL file. Records are streamed, never all in memory."""
+    """An opened dataset: a folder with a manifest, or a JSONL file. Records are streamed."""
 
     path: Path
     kind: str
     fingerprint: str
-    """SHA-256 (64 hex digits) over the content."""
+    """SHA-256 (64 hex digits) of the content."""
     manifest: dict[str, Any] = field(default_factory=dict)
     rejects: list[Reject] = field(default_factory=list)
-    """Bad rows met by the last full pass over a JSONL file, the raw text cut to 10,000 characters."""
+    """Bad rows in the last full pass over a JSONL file; their raw text is cut to 10,000 characters."""
 
     def records(self, split: str | None = None, on_reject: OnReject | None = None) -> Iterator[Any]:
-        """Stream the records, optionally of one split only.
+        """Stream the records, of one split or of all.
 
-        Bad rows of a JSONL file are handed to `on_reject`, or kept in `rejects` without one.
+        Bad rows of a JSONL file go to `on_reject`; without it, they are kept in `rejects`.
 
         Raises:
-            UserError: A shard, or a gzip file, is damaged.
+            UserError: A shard or a compressed file is damaged.
         """
         rows = self._jsonl_records(on_reject) if self.path.is_file() else self._parquet_records()
         return (record for record in rows if split is None or record.split == split)
@@ -128,7 +128,7 @@ class Dataset:
         self.rejects.append(replace(reject, raw=reject.raw[:RAW_KEPT]))
 
     def splits(self) -> dict[str | None, int]:
-        """How many records each split holds."""
+        """Number of records in each split; the key None is for records without a split."""
         if "splits" in self.manifest:
             return {None if key == "none" else key: count for key, count in self.manifest["splits"].items()}
         counts: dict[str | None, int] = {}
@@ -140,17 +140,17 @@ class Dataset:
 def _refuse_shard(reject: Reject) -> NoReturn:
     raise UserError(
         str(reject),
-        "A record in a shard does not fit the schema; shards hold checked records only.",
-        "Import the data again; `rlhf data validate` lists every fault.",
+        "A record in a shard does not fit the schema, although records are checked before they are written.",
+        "Import the data again. `rlhf data validate` lists all faults.",
     )
 
 
 def read_shard(path: Path, kind: str, on_reject: OnReject, check_ids: bool = False) -> Iterator[Record]:
-    """Stream the records of one Parquet shard; a row that does not fit is handed to `on_reject` with its number.
+    """Stream the records of one Parquet shard. Rows that do not fit the schema go to `on_reject`.
 
     Args:
-        check_ids: Also compare the stored ids with the content. They are derived, and the shard's checksum guards
-            them, so reading for training does without.
+        check_ids: Also compare the stored ids with the content. Training does not need this, because ids are derived
+            from the content and the shard has a checksum.
 
     Raises:
         UserError: The file is not readable Parquet.
@@ -170,23 +170,23 @@ def read_shard(path: Path, kind: str, on_reject: OnReject, check_ids: bool = Fal
                     else:
                         yield record
     except (pa.ArrowException, OSError) as error:
-        raise UserError(f"{path}: damaged after row {line}: {error}", remedy=_BRING_BACK) from None
+        raise UserError(f"{path}: damaged after row {line}: {error}", remedy=_RESTORE) from None
 
 
-_BRING_BACK = "Import the data again, or bring the file back from a copy."
+_RESTORE = "Import the data again, or restore the file from a copy."
 
 
 def open_dataset(path: str | Path, kind: str | None = None, verify: bool = False, damaged_ok: bool = False) -> Dataset:
     """Open a dataset folder or a JSONL file.
 
     Args:
-        path: Folder with `manifest.json`, or `.jsonl` / `.jsonl.gz`.
-        kind: The kind that the caller needs; another is refused.
+        path: Folder with `manifest.json`, or a `.jsonl` / `.jsonl.gz` file.
+        kind: The kind that the caller needs.
         verify: Also compare every shard with its recorded SHA-256.
-        damaged_ok: Open it although shards are missing or damaged; `shard_faults` tells which.
+        damaged_ok: Open the dataset even if shards are missing or damaged; see `shard_faults`.
 
     Raises:
-        UserError: Nothing there, not a whole dataset, another schema version, another kind, or a damaged shard.
+        UserError: There is no complete dataset, its schema version or kind is wrong, or a shard is damaged.
     """
     path = Path(path)
     if path.is_file():
@@ -194,19 +194,19 @@ def open_dataset(path: str | Path, kind: str | None = None, verify: bool = False
     elif (path / "manifest.json").is_file():
         dataset = _open_folder(path)
         for file, fault in [] if damaged_ok else shard_faults(dataset, verify):
-            raise UserError(f"{path / file}: {fault}", remedy=_BRING_BACK)
+            raise UserError(f"{path / file}: {fault}", remedy=_RESTORE)
     elif path.is_dir():
         raise UserError(
-            f"{path}: a folder without manifest.json is not a whole dataset",
+            f"{path}: not a complete dataset, because it has no manifest.json",
             "The manifest is written last, so an import or split may have been interrupted.",
             "Run the command that writes it again, or name a .jsonl file.",
         )
     else:
-        raise UserError(f"{path}: no dataset there", remedy="Check the path; make one with `rlhf data import`.")
+        raise UserError(f"{path}: there is no dataset", remedy="Check the path, or make one with `rlhf data import`.")
     if kind is not None and dataset.kind != _known(kind):
         raise UserError(
-            f"{path}: holds {dataset.kind}s where {kind}s are needed",
-            remedy=f"Name a dataset of {kind}s; `rlhf data stats {path}` shows what this one holds.",
+            f"{path}: contains {dataset.kind}s, but {kind}s are needed",
+            remedy=f"Name a dataset of {kind}s; `rlhf data stats {path}` shows what this one contains.",
         )
     return dataset
 
@@ -227,7 +227,7 @@ def _open_jsonl(path: Path) -> Dataset:
     first = next(read_jsonl(path, None, keep_first), None)
     if first is None:
         why = f"First fault: {bad}" if bad else "The file is empty."
-        raise UserError(f"{path}: no usable record", why, "See README, 'Your own data', for the fields.")
+        raise UserError(f"{path}: no valid record", why, "See README, 'Your own data', for the fields.")
     return Dataset(path, first.kind, file_hash(path))
 
 
@@ -248,17 +248,17 @@ def _open_folder(path: Path) -> Dataset:
 
 
 def shard_faults(dataset: Dataset, verify: bool = True) -> Iterator[tuple[str, str]]:
-    """(file name, fault) of every shard that is missing or, with `verify`, not the bytes that were written."""
+    """(file name, fault) of every shard that is missing or, with `verify`, has the wrong SHA-256."""
     for shard in dataset.manifest.get("shards", []):
         file = dataset.path / shard["file"]
         if not file.is_file():
             yield shard["file"], "missing"
         elif verify and file_hash(file) != shard["sha256"]:
-            yield shard["file"], "damaged: not the bytes that were written"
+            yield shard["file"], "damaged: its SHA-256 differs from the manifest"
 
 
 def file_hash(path: Path) -> str:
-    """SHA-256 of the file, 64 hex digits."""
+    """SHA-256 (64 hex digits) of a file."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -277,21 +277,22 @@ class Observer(Protocol):
 
 
 class DatasetWriter:
-    """Write a dataset folder in a stream; it appears under its name only when whole.
+    """Write a dataset folder as a stream. It appears under its name only when it is complete.
 
-    Used as a context manager. Records go to Parquet shards in a hidden neighbour folder, the manifest last; leaving
-    the block renames it. An exception leaves nothing behind. An existing dataset of that name is replaced. The same
+    A context manager. Records go to Parquet shards in a hidden folder, the manifest is written last, and leaving the
+    block renames the folder. An exception leaves nothing behind. An existing dataset of that name is replaced. The same
     records and origin give the same bytes.
 
     Args:
-        path: The folder to make.
-        kind: prompt, demonstration, proposal or ranking; None takes the kind of the first record.
-        origin: Where the records came from (any JSON), kept in the manifest under `origin`; may be added to until
-            the block ends.
-        observer: Is given every table of records once, so that nothing needs to read the dataset again.
+        path: The folder to create.
+        kind: prompt, demonstration, proposal or ranking. None means the kind of the first record.
+        origin: Where the records came from (any JSON), saved in the manifest under `origin`. More may be added to
+            `self.origin` until the block ends.
+        observer: Receives every Arrow table of records once, so that nobody has to read the dataset again.
 
     Raises:
-        UserError: The folder holds something else, cannot be written, or no record came and `kind` is None.
+        UserError: The folder exists and is not a dataset, cannot be written, or `kind` is None and no record was
+            written.
     """
 
     def __init__(
@@ -305,7 +306,7 @@ class DatasetWriter:
         self.path, self.origin = Path(path), dict(origin or {})
         self.kind = None if kind is None else _known(kind)
         self.partial = partial_path(self.path.resolve())
-        """The hidden folder; files put there before the block ends become part of the dataset folder."""
+        """The hidden folder. Files written there before the block ends become part of the dataset folder."""
         self.count = 0
         self._closing = ExitStack()
         self._splits: Counter[str] = Counter()
@@ -313,7 +314,7 @@ class DatasetWriter:
         self._chars = 0
         self._shards: list[dict[str, Any]] = []
         self._file: pq.ParquetWriter | None = None
-        self._thread = ThreadPoolExecutor(1)  # compresses one group while the next is read
+        self._thread = ThreadPoolExecutor(1)  # compresses one row group while the next is read
         self._writing: Future[None] | None = None
         self._in_shard = 0
 
@@ -340,7 +341,7 @@ class DatasetWriter:
         """Add one record of the writer's kind.
 
         Raises:
-            BadRecord: It is of another kind.
+            BadRecord: The record is of another kind.
         """
         if record.kind != self.kind:
             if self.kind is not None:
@@ -399,7 +400,7 @@ class DatasetWriter:
 
     def _finish(self) -> None:
         if self.kind is None:
-            raise UserError(f"{self.path}: no record to write")
+            raise UserError(f"{self.path}: there are no records to write")
         if self._records or not self._shards:
             self._flush()
         if self._file is not None:

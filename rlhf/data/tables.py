@@ -1,4 +1,4 @@
-"""Tokenised tables that the stages read: streamed into Arrow files once, memory-mapped by every rank."""
+"""Tokenised training data: written to Arrow files once, memory-mapped by every rank."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from rlhf.core.errors import UserError
 from rlhf.core.files import append_jsonl
 from rlhf.core.lazy import lazy
 from rlhf.data.chat import ChatTokenizer
-from rlhf.data.encode import Counts, encode_demonstration, encode_prompt, encode_ranking
+from rlhf.data.encode import EncodingCounts, encode_demonstration, encode_prompt, encode_ranking
 from rlhf.data.store import Dataset, open_dataset
 
 if TYPE_CHECKING:
@@ -33,11 +33,15 @@ ENCODERS: dict[str, tuple[Callable[..., dict[str, Any] | None], dict[str, str]]]
     ),
     "prompt": (encode_prompt, {"id": "text", "prompt": "ids", "messages": "text"}),
 }
-"""How a record of each kind becomes a row, and the types of the row's columns."""
+"""For each kind of row: the function that encodes a record, and the types of the columns."""
 
 
 def open_all(paths: Sequence[str], kinds: Sequence[str], key: str) -> list[Dataset]:
-    """Open datasets of the kinds that a stage reads. `key` is the config key, for the error."""
+    """Open the datasets of a config key.
+
+    Raises:
+        UserError: A dataset cannot be opened, or is not of one of `kinds`. The message starts with `key`.
+    """
     found = []
     for path in paths:
         try:
@@ -45,18 +49,18 @@ def open_all(paths: Sequence[str], kinds: Sequence[str], key: str) -> list[Datas
         except UserError as error:
             raise UserError(f"{key}: {error.what}", error.why, error.remedy) from None
         if dataset.kind not in kinds:
-            raise UserError(f"{key}: {path} holds {dataset.kind}s; {' or '.join(kinds)}s are needed here")
+            raise UserError(f"{key}: {path} contains {dataset.kind}s, but {' or '.join(kinds)}s are needed")
         found.append(dataset)
     return found
 
 
 def train_records(data: Sequence[Dataset]) -> Iterator[Any]:
-    """Records to train on: those of no split or of `train`."""
+    """The training records: those without a split or in the split `train`."""
     return (r for d in data for r in d.records() if r.split in (None, "train"))
 
 
 def eval_records(data: Sequence[Dataset], named: bool, limit: int | None = None) -> Iterator[Any]:
-    """Held-out records: all but the `train` split of datasets named for evaluation, else the `eval` split."""
+    """The held-out records: all but the `train` split of evaluation datasets (`named`), else the split `eval`."""
     count = 0
     for dataset in data:
         for record in dataset.records():
@@ -84,20 +88,20 @@ def tokenize(
     accept: Sequence[str] = (),
     name: str = "data",
 ) -> Tables:
-    """Tokenise a stage's records into `folder`/cache, streaming, once for all ranks.
+    """Tokenise the records of a stage into `folder`/cache, as a stream, once for all ranks. Every rank calls it.
 
-    The columns are those of `ENCODERS[kind]`. Bad and unfit rows go to `folder`/rejected.jsonl. Of the kind
-    `prompt` every prompt is kept once, from records of any kind in `accept`.
+    The columns are those of `ENCODERS[kind]`. Rejected rows and counts of skipped ones go to `folder`/rejected.jsonl.
+    With the kind `prompt`, each distinct prompt is kept once.
 
     Args:
         folder: The run folder.
-        max_length: Tokens, of a whole record or of a prompt alone.
+        max_length: Most tokens of a record, or of a prompt with the kind `prompt`.
         kind: demonstration, ranking or prompt.
-        accept: The kinds of dataset to take; only `kind` when left out.
-        name: Config key in messages, and prefix of the files.
+        accept: The kinds of dataset to read. The default is `kind` only.
+        name: The config key in messages, and the prefix of the files.
 
     Raises:
-        UserError: Nothing to train on, or a held-out prompt is also trained on.
+        UserError: There is nothing to train on, or a held-out prompt is also in the training data.
     """
     train = open_all(config.train, accept or [kind], f"{name}.train")
     held_out = open_all(config.eval, accept or [kind], f"{name}.eval")
@@ -111,32 +115,32 @@ def tokenize(
             append_jsonl(folder / "rejected.jsonl", [vars(reject) for reject in dataset.rejects])
         if seen & unseen:
             raise UserError(
-                f"{name}: {len(seen & unseen):,} prompts are both trained on and held out",
-                "Metrics on them would say nothing about new prompts.",
+                f"{name}: {len(seen & unseen):,} prompts are in both the training and the held-out data",
+                "Metrics on them would not show how the model does on new prompts.",
                 "Split by prompt: rlhf data split DATASET --by prompt --out ...",
             )
     distributed.barrier()
     tables = Tables(*(hf_datasets.Dataset.from_file(str(file)) for file in files.values()))
     if not len(tables.train):
         raise UserError(
-            f"{name}.train: no {kind} is left to train on in {', '.join(config.train)}",
-            f"See {folder}/rejected.jsonl for rows that were set aside.",
-            "Check the splits with `rlhf data stats`, and model.max_length.",
+            f"{name}.train: {', '.join(config.train)} has no {kind} to train on",
+            f"{folder}/rejected.jsonl lists the rejected and skipped rows.",
+            "Check the splits with `rlhf data stats`, and check model.max_length.",
         )
     return tables
 
 
 def longest_prompt(table: Any) -> int:
-    """Tokens of the longest prompt in a table of prompts."""
+    """Length in tokens of the longest prompt in a table."""
     return int(pc.max(pc.list_value_length(table.data.column("prompt"))).as_py())
 
 
 def _write_table(
     folder: Path, path: Path, records: Iterable[Any], kind: str, chat: ChatTokenizer, max_length: int, what: str
 ) -> set[str]:
-    """Encode records into an Arrow stream file; gives the ids of the prompts in it."""
+    """Encode records into an Arrow stream file; return the ids of their prompts."""
     encode, columns = ENCODERS[kind]
-    schema, counts = _arrow_schema(columns), Counts()
+    schema, counts = _arrow_schema(columns), EncodingCounts()
     prompts: set[str] = set()
     rows: list[dict[str, Any]] = []
     with pa.OSFile(str(path), "wb") as file, pa.ipc.new_stream(file, schema) as writer:
@@ -154,7 +158,7 @@ def _write_table(
         writer.write_table(pa.Table.from_pylist(rows, schema))
     counts.report(what)
     append_jsonl(
-        folder / "rejected.jsonl", [{"reason": reason, "count": count} for reason, count in counts.aside.items()]
+        folder / "rejected.jsonl", [{"reason": reason, "count": count} for reason, count in counts.skipped.items()]
     )
     return prompts
 

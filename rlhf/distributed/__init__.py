@@ -1,4 +1,4 @@
-"""Several processes as one: the process group and its collectives, launching, DeepSpeed files."""
+"""Several processes: the process group and its collectives, launching, DeepSpeed files."""
 
 from rlhf.distributed.process_group import (
     all_gather_rows,

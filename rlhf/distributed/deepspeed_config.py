@@ -18,20 +18,20 @@ SET_BY_US = {
     "bf16": "precision",
     "fp16": "precision",
 }
-"""Keys of a DeepSpeed JSON that follow from our config -> the config key that says it."""
+"""DeepSpeed keys that the stages set -> the config key to use instead."""
 
 
 def read_deepspeed(path: str | Path) -> dict[str, Any]:
     """The settings in a DeepSpeed JSON.
 
     Raises:
-        UserError: No such file, not a JSON object, no ZeRO stage 0 to 3, a key that the stages set themselves with a
-            value other than `auto`, or an offload that DeepSpeed refuses with our optimizer.
+        UserError: No such file, not a JSON object, no ZeRO stage from 0 to 3, a value other than `auto` for a key that
+            the stages set, or an offload that DeepSpeed does not support with our optimizer.
     """
     try:
         settings = json.loads(Path(path).read_text("utf-8"))
     except (OSError, ValueError) as error:
-        raise UserError(f"deepspeed: {path}: {error}", remedy="Files to copy are under configs/deepspeed.") from None
+        raise UserError(f"deepspeed: {path}: {error}", remedy="Files to copy are in configs/deepspeed.") from None
     if not isinstance(settings, dict):
         raise UserError(f"deepspeed: {path}: expected a JSON object, got {type(settings).__name__}")
     zero = settings.get("zero_optimization", {})
@@ -43,13 +43,13 @@ def read_deepspeed(path: str | Path) -> dict[str, Any]:
         if value != "auto" and (key, value) != ("fp16", False):
             raise UserError(
                 f"deepspeed: {path}: {key} is {value!r}",
-                "The stages set it from their own config, so the two could contradict each other.",
-                f'Remove it or make it "auto", and set `{ours}` in the stage\'s config.',
+                "The stages set it from their own config, and the two could contradict each other.",
+                f'Remove it or set it to "auto", and set `{ours}` in the config of the stage.',
             )
     if "offload_optimizer" in zero and settings.get("zero_force_ds_cpu_optimizer", True):
         raise UserError(
             f"deepspeed: {path}: offload_optimizer without zero_force_ds_cpu_optimizer: false",
-            "DeepSpeed then insists on its own compiled Adam; the stages use torch's AdamW.",
+            "Without it DeepSpeed requires its own compiled Adam; the stages use torch's AdamW.",
             'Add "zero_force_ds_cpu_optimizer": false at the top level of the file.',
         )
     return settings

@@ -1,7 +1,4 @@
-"""Several processes from one command: torch's elastic launcher on this machine, DeepSpeed's over the hosts of a file.
-
-Everything has been checked by then, so torch may be imported here.
-"""
+"""Start several processes: with torch's elastic launcher on this machine, with DeepSpeed's on several hosts."""
 
 from __future__ import annotations
 
@@ -27,11 +24,11 @@ how to resume."""
 
 
 def launch(module: str, arguments: Sequence[str], processes: int) -> None:
-    """Run `python -m MODULE ARGUMENTS` as so many ranks on this machine and wait for them; a free port is found.
+    """Run `python -m MODULE ARGUMENTS` as this many ranks on this machine, on a free port, and wait for them.
 
     Raises:
-        UserError: More processes than GPUs, or a rank failed or was killed; says which, how, and where.
-        KeyboardInterrupt: Ctrl-C; it has been passed on to the ranks, and they have ended.
+        UserError: More processes than GPUs, or a rank failed or was killed; says which rank, how, and where.
+        KeyboardInterrupt: Ctrl-C was pressed, and the ranks have ended.
     """
     import torch
     from torch.distributed.elastic.multiprocessing import SignalException
@@ -40,8 +37,10 @@ def launch(module: str, arguments: Sequence[str], processes: int) -> None:
 
     gpus = torch.cuda.device_count()
     if 0 < gpus < processes:
-        raise UserError(f"--num-processes {processes}: this machine has {gpus} GPUs", "Every process needs its own.")
-    # torch's own account of a failure is a page; ours, below, says the same in three lines.
+        raise UserError(
+            f"--num-processes {processes}: this machine has {gpus} GPUs", "Every process needs its own GPU."
+        )
+    # torch logs a page about a failed rank; `_failure` says the same in three lines
     logging.disable(logging.CRITICAL)
     os.environ[PARENT] = "launcher"
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // processes)))
@@ -53,29 +52,29 @@ def launch(module: str, arguments: Sequence[str], processes: int) -> None:
     try:
         elastic_launch(config, sys.executable)("-u", "-m", module, *arguments)
     except ChildFailedError as error:
-        raise _failed(error.failures, processes) from None
+        raise _failure(error.failures, processes) from None
     except SignalException as stopped:
         if stopped.sigval.name == "SIGINT":
             raise KeyboardInterrupt from None
         sys.exit(128 + stopped.sigval)
 
 
-def _failed(failures: Mapping[int, Any], processes: int) -> UserError:
-    """The error for ranks that failed. One that a signal killed comes first: the others fail because it is gone."""
+def _failure(failures: Mapping[int, Any], processes: int) -> UserError:
+    """The error for failed ranks. Killed ranks come first, because the others fail when they lose contact with them."""
 
     def how(failure: Any) -> str:
         code = failure.exitcode
         return f"was killed by {failure.signal_name()}" if code < 0 else f"ended with exit status {code}"
 
     host = socket.gethostname()
-    # SIGTERM is what the launcher ends the others with.
-    own = {rank: f for rank, f in failures.items() if f.signal_name() != "SIGTERM"} or dict(failures)
-    told = sorted(own.items(), key=lambda item: (item[1].exitcode >= 0, item[0]))
-    faults = [f"rank {rank} of {processes} on {host} (pid {f.pid}) {how(f)}" for rank, f in told]
-    memory = " SIGKILL is mostly the system, out of memory: see `dmesg`." if "SIGKILL" in faults[0] else ""
+    # the launcher ends the remaining ranks with SIGTERM
+    causes = {rank: f for rank, f in failures.items() if f.signal_name() != "SIGTERM"} or dict(failures)
+    causes = dict(sorted(causes.items(), key=lambda item: (item[1].exitcode >= 0, item[0])))
+    faults = [f"rank {rank} of {processes} on {host} (pid {f.pid}) {how(f)}" for rank, f in causes.items()]
+    memory = " SIGKILL usually means out of memory: see `dmesg`." if "SIGKILL" in faults[0] else ""
     return UserError(
         "; ".join(faults),
-        "The other ranks have been stopped: none can go on alone." + memory,
+        "The other ranks were stopped, because they cannot continue without it." + memory,
         "See the ranks' own output above. Continue from the last checkpoint with --resume.",
     )
 
@@ -84,14 +83,14 @@ def _failed(failures: Mapping[int, Any], processes: int) -> UserError:
 
 
 def read_hostfile(path: str | Path, processes: int | None = None) -> dict[str, int]:
-    """Host -> number of processes, from lines `HOST slots=N`; empty lines and # comments are skipped.
+    """Read host -> number of processes from lines `HOST slots=N`. Empty lines and # comments are skipped.
 
     Args:
         path: The file.
-        processes: At most so many on each host.
+        processes: Upper limit for each host.
 
     Raises:
-        UserError: No such file, no host in it, or a line that cannot be read.
+        UserError: No such file, no host in it, or an invalid line.
     """
     path = Path(path)
     if not path.is_file():
@@ -103,7 +102,7 @@ def read_hostfile(path: str | Path, processes: int | None = None) -> dict[str, i
             continue
         found = re.fullmatch(r"(\S+)\s+slots=([1-9]\d*)", entry)
         if not found or found[1] in hosts:
-            fault = "is there already" if found else "is not of the form `HOST slots=N`"
+            fault = "names a host twice" if found else "is not of the form `HOST slots=N`"
             raise UserError(f"{path}:{number}: {entry!r} {fault}")
         hosts[found[1]] = min(int(found[2]), processes or int(found[2]))
     if not hosts:
@@ -112,14 +111,14 @@ def read_hostfile(path: str | Path, processes: int | None = None) -> dict[str, i
 
 
 def is_here(hosts: Mapping[str, int]) -> bool:
-    """True where this machine is the only host."""
+    """True if this machine is the only host."""
     return set(hosts) <= {"localhost", "127.0.0.1", socket.gethostname()} and len(hosts) == 1
 
 
 def launch_on_hosts(module: str, arguments: Sequence[str], hostfile: str | Path, processes: int | None) -> None:
-    """Run `python -m MODULE ARGUMENTS` on every host of the file through DeepSpeed's launcher (pdsh over ssh).
+    """Run `python -m MODULE ARGUMENTS` on every host of the file with DeepSpeed's launcher (pdsh over ssh).
 
-    The project, the working folder and the data must be at the same path on every host.
+    The project, the working folder and the data must have the same paths on every host.
 
     Raises:
         UserError: pdsh is not installed, or a rank failed.
@@ -130,8 +129,8 @@ def launch_on_hosts(module: str, arguments: Sequence[str], hostfile: str | Path,
     if shutil.which("pdsh") is None:
         raise UserError(
             "--hostfile: pdsh is not installed",
-            "DeepSpeed's launcher starts the other hosts' processes through it.",
-            f"Install pdsh, or start on every host, with R = 0, 1, ...: torchrun --nnodes {len(hosts)} --node_rank R "
+            "DeepSpeed's launcher uses it to start processes on the other hosts.",
+            f"Install pdsh, or run on every host, with R = 0, 1, ...: torchrun --nnodes {len(hosts)} --node_rank R "
             f"--nproc_per_node {max(hosts.values())} --master_addr {next(iter(hosts))} --master_port 29500 -m {module}",
         )
     command = [sys.executable, "-m", "deepspeed.launcher.runner", "--hostfile", str(hostfile)]
@@ -142,18 +141,18 @@ def launch_on_hosts(module: str, arguments: Sequence[str], hostfile: str | Path,
     if status:
         raise UserError(
             f"a rank on one of {', '.join(hosts)} failed (the launcher ended with exit status {status})",
-            "The other ranks have been stopped: none can go on alone.",
+            "The other ranks were stopped, because they cannot continue without it.",
             "See the ranks' own output above. Continue from the last checkpoint with --resume.",
         )
 
 
 def run_child(command: Sequence[str], environment: Mapping[str, str]) -> int:
-    """Run a command that shares our terminal and wait for it; gives its exit status, below 0 for a signal's number.
+    """Run a command on our terminal and wait for it. Return its exit status; -N means that signal N killed it.
 
-    Ctrl-C and SIGTERM end the child before they end us, so that it is never left behind.
+    Ctrl-C and SIGTERM end the child first, so that it never outlives this process.
 
     Raises:
-        KeyboardInterrupt: Ctrl-C, once the child has ended.
+        KeyboardInterrupt: Ctrl-C was pressed, and the child has ended.
     """
     with subprocess.Popen(command, env=environment) as child:
         before = signal.signal(signal.SIGTERM, lambda *_: child.terminate())
@@ -161,7 +160,7 @@ def run_child(command: Sequence[str], environment: Mapping[str, str]) -> int:
             return child.wait()
         except KeyboardInterrupt:
             try:
-                child.wait(timeout=5)  # a terminal sends Ctrl-C to the child as well
+                child.wait(timeout=5)  # the terminal sends Ctrl-C to the child too
             except subprocess.TimeoutExpired:
                 child.send_signal(signal.SIGINT)
                 child.wait()

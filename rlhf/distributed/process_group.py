@@ -1,6 +1,6 @@
-"""Several processes: who we are, how we start and stop, and which rank is to blame when one is gone.
+"""The process group: ranks, collectives, start and stop, and naming the rank that is lost.
 
-Ranks are started by torchrun, the deepspeed launcher or accelerate; all set RANK, WORLD_SIZE and LOCAL_RANK.
+Ranks are started by torchrun, the deepspeed launcher or accelerate, which all set RANK, WORLD_SIZE and LOCAL_RANK.
 """
 
 from __future__ import annotations
@@ -25,34 +25,34 @@ else:
 
 
 def rank() -> int:
-    """This process's number, 0 when there is one process."""
+    """The rank of this process; 0 if there is one process."""
     return int(os.environ.get("RANK", "0"))
 
 
 def world_size() -> int:
-    """How many processes work on this run."""
+    """The number of processes of this run."""
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def device() -> torch.device:
-    """This process's GPU, or the CPU."""
+    """The GPU of this process, or the CPU."""
     if torch.cuda.is_available():
         return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
     return torch.device("cpu")
 
 
 def start(timeout_seconds: int, deepspeed_alone: bool = False) -> None:
-    """Ready this process, and join the process group through DeepSpeed: gloo on CPU and nccl on GPU.
+    """Set up this process and join the process group, through DeepSpeed: gloo on CPU, nccl on GPU.
 
     Args:
         timeout_seconds: How long a collective operation waits for a rank.
-        deepspeed_alone: Form a group even of one process, which DeepSpeed asks for; else there is nothing to do then.
+        deepspeed_alone: Form a group of one process too, which DeepSpeed needs.
 
     Raises:
-        UserError: The group has another size than the launcher announced.
+        UserError: The group has a different size than the launcher announced.
     """
-    # Attention's far probabilities and what is multiplied by them fall below 1e-38, where a CPU takes a hundred times
-    # as long for each product. Before torch makes its threads, which inherit this.
+    # Small attention probabilities become denormal (below 1e-38), which CPUs multiply a hundred times more slowly. Set
+    # before torch starts its threads, which inherit it.
     torch.set_flush_denormal(True)
     if torch.cuda.is_available():
         torch.cuda.set_device(device())
@@ -68,7 +68,7 @@ def start(timeout_seconds: int, deepspeed_alone: bool = False) -> None:
 
     backend = "nccl" if torch.cuda.is_available() else "gloo"
     if backend == "gloo":
-        # Otherwise DeepSpeed compiles an operator for a minute that nothing here calls.
+        # else DeepSpeed spends a minute compiling an operator that nothing here uses
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(dist_backend=backend, timeout=timedelta(seconds=timeout_seconds), verbose=False)
     if dist.get_world_size() != world_size():
@@ -122,7 +122,7 @@ def all_gather_rows(rows: torch.Tensor) -> torch.Tensor:
 
 
 class _Heartbeat:
-    """Every rank notes each second in the group's store that it lives, so that the others can tell who is gone."""
+    """Every rank increments a counter in a shared store each second, so that the others can see which rank is lost."""
 
     interval = 1.0
     _thread: threading.Thread | None = None
@@ -133,7 +133,7 @@ class _Heartbeat:
     def begin(cls, timeout_seconds: int) -> None:
         host = os.environ["MASTER_ADDR"]
         wait = timedelta(seconds=min(timeout_seconds, 30))
-        if rank() == 0:  # its own store: the group's is busy while a collective waits
+        if rank() == 0:  # a separate store, because the group's is blocked while a collective waits
             cls._store = dist.TCPStore(host, 0, world_size(), is_master=True, timeout=wait, wait_for_workers=False)
         address = [cls._store.port if rank() == 0 else None]
         dist.broadcast_object_list(address, src=0, device=device() if torch.cuda.is_available() else None)
@@ -155,7 +155,7 @@ class _Heartbeat:
             try:
                 cls._beat()
             except RuntimeError:
-                return  # rank 0 is gone; the next collective of the main thread says so
+                return  # rank 0 is lost; the next collective of the main thread raises an error
 
     @classmethod
     def end(cls) -> None:
@@ -166,34 +166,34 @@ class _Heartbeat:
 
     @classmethod
     def silent_ranks(cls) -> str:
-        """Which ranks have stopped beating, in words."""
+        """The ranks whose counters have stopped, in words."""
         if cls._store is None:
-            return "a rank (which one is not known)"
+            return "an unknown rank"
         try:
             before = [cls._store.add(f"beat/{r}", 0) for r in range(world_size())]
             time.sleep(3 * cls.interval)
             after = [cls._store.add(f"beat/{r}", 0) for r in range(world_size())]
-            gone = [r for r in range(world_size()) if r != rank() and after[r] == before[r]]
-            names = [f"rank {r} (host {cls._store.get(f'host/{r}').decode()})" for r in gone]
+            lost = [r for r in range(world_size()) if r != rank() and after[r] == before[r]]
+            names = [f"rank {r} (host {cls._store.get(f'host/{r}').decode()})" for r in lost]
         except RuntimeError:
             return f"rank 0 (host {os.environ['MASTER_ADDR']})"
-        return " and ".join(names) or "no rank in particular: all still answer, so one is stuck or far behind"
+        return " and ".join(names) or "another rank, which is still alive but stuck or far behind"
 
 
 def name_lost_ranks(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Decorator for a stage: a collective that failed because a rank is gone becomes an error that says which."""
+    """Decorator for a stage: if a collective fails because a rank is lost, raise an error that names the rank."""
 
     @wraps(function)
     def guarded(*args: Any, **kwargs: Any) -> Any:
         try:
             return function(*args, **kwargs)
         except RuntimeError as error:
-            words = ("connection closed", "connection reset", "timed out", "timeout", "broken pipe", "socket")
-            if world_size() > 1 and any(word in str(error).lower() for word in words):
+            signs = ("connection closed", "connection reset", "timed out", "timeout", "broken pipe", "socket")
+            if world_size() > 1 and any(sign in str(error).lower() for sign in signs):
                 raise UserError(
                     f"rank {rank()} lost contact with {_Heartbeat.silent_ranks()}",
                     f"A collective operation failed: {str(error).splitlines()[0][:200]}",
-                    "Look at that rank's own output first. Then continue from the last checkpoint with --resume.",
+                    "Look at the output of that rank first. Then continue from the last checkpoint with --resume.",
                 ) from error
             raise
 

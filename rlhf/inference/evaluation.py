@@ -12,7 +12,7 @@ import torch
 from rlhf.core.console import track
 from rlhf.core.errors import UserError
 from rlhf.core.intervals import Z_95
-from rlhf.data.encode import Counts, encode_demonstration
+from rlhf.data.encode import EncodingCounts, encode_demonstration
 from rlhf.data.schema import Prompt
 from rlhf.inference.policy import Policy
 from rlhf.inference.sampling import sample
@@ -34,7 +34,7 @@ def demonstration_loss(policy: Policy, records: Sequence[Any]) -> dict[str, Any]
     Raises:
         UserError: No record fits.
     """
-    counts = Counts()
+    counts = EncodingCounts()
     found = [encode_demonstration(record, policy.chat, policy.limit, counts) for record in records]
     rows = sorted((row for row in found if row is not None), key=lambda row: row["length"])
     if not rows:

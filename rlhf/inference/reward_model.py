@@ -10,7 +10,7 @@ from typing import Any
 from rlhf import distributed
 from rlhf.config.base import ModelConfig
 from rlhf.data.chat import ChatTokenizer, load_tokenizer
-from rlhf.data.encode import Counts, encode_ranking
+from rlhf.data.encode import EncodingCounts, encode_ranking
 from rlhf.data.schema import Ranking
 from rlhf.inference.policy import quiet
 from rlhf.models.load import compute_dtype, load_hf_config, sequence_limit
@@ -32,7 +32,7 @@ class RewardModel:
     limit: int
     """Longest sequence in tokens."""
 
-    def encode(self, rankings: Iterable[Ranking], counts: Counts) -> list[dict[str, Any] | None]:
+    def encode(self, rankings: Iterable[Ranking], counts: EncodingCounts) -> list[dict[str, Any] | None]:
         """A row for each ranking, None for one that does not fit; `counts` counts the reasons."""
         return [encode_ranking(ranking, self.chat, self.limit, counts) for ranking in rankings]
 

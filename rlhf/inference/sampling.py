@@ -59,7 +59,7 @@ def sample(
             batch = prompts[start : start + per_batch]
             whole = [policy.chat.prompt(p.messages) for p in batch]
             cut += sum(len(row) > prompt_limit for row in whole)
-            ids = [policy.chat.cut_prompt(row, prompt_limit) for row in whole]
+            ids = [policy.chat.truncate_prompt(row, prompt_limit) for row in whole]
             seeds = [stream_seed(seed, int(p.prompt_id, 16), k) for p in batch for k in range(n)]
             completions = draw(policy, [row for row in ids for _ in range(n)], seeds, params)
             advance(len(batch), sum(len(completion.ids) for completion in completions))

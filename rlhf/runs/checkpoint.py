@@ -1,4 +1,4 @@
-"""Checkpoints that are whole or not there: written under a hidden name, flushed, sealed, renamed."""
+"""Checkpoints that are complete or absent: written under a hidden name, sealed, flushed, renamed."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ SEAL = "complete.json"
 
 @dataclass(frozen=True)
 class Checkpoints:
-    """The checkpoints of one run: `folder/step-00000100`, ... Every rank calls `write` together.
+    """The checkpoints of one run: `folder/step-00000100`, ...
 
-    A checkpoint counts as whole when its seal, `complete.json`, is there and every file has the size that the seal
-    says. `keep` bounds how many stay on disk, besides `protect`ed ones.
+    A checkpoint is complete if it has a seal, `complete.json`, and every file has the size that the seal records. The
+    newest `keep` checkpoints stay on disk.
     """
 
     folder: Path
@@ -41,11 +41,11 @@ class Checkpoints:
 
     @contextmanager
     def write(self, step: int, protect: int | None = None) -> Iterator[Path]:
-        """Give a folder to write a checkpoint into; on leaving the block it is sealed and takes its name.
+        """Yield a hidden folder to write a checkpoint into; leaving the block seals and renames it. Every rank calls it.
 
         Args:
-            step: The step it belongs to.
-            protect: A step whose checkpoint must not be pruned (the best so far).
+            step: The step of the checkpoint.
+            protect: A step whose checkpoint must not be deleted (the best so far).
         """
         partial = partial_path(self.path(step))
         with whole_folder(self.path(step)) if is_main() else nullcontext():
@@ -76,21 +76,21 @@ class Checkpoints:
         return sorted(int(name[5:]) for name in names if name[5:].isdigit())
 
     def newest(self) -> tuple[int, Path] | None:
-        """Step and folder of the newest whole checkpoint; damaged ones are named in a warning and passed over."""
+        """Step and folder of the newest complete checkpoint. Damaged ones are skipped with a warning."""
         for step in reversed(self._steps()):
             fault = damage(self.path(step))
             if fault is None:
                 return step, self.path(step)
-            warn(f"{self.path(step)}: {fault}; going back to an older checkpoint")
+            warn(f"{self.path(step)}: {fault}; falling back to an older checkpoint")
         return None
 
 
 def damage(checkpoint: Path) -> str | None:
-    """What is wrong with a checkpoint folder, or None when it is whole."""
+    """What is wrong with a checkpoint folder; None if it is complete."""
     try:
         files = json.loads((checkpoint / SEAL).read_text("utf-8"))["files"]
     except (OSError, ValueError, KeyError):
-        return f"no valid {SEAL} (it was not finished)"
+        return f"no valid {SEAL}, so it was not finished"
     for name, size in files.items():
         file = checkpoint / name
         if not file.is_file():
@@ -101,12 +101,12 @@ def damage(checkpoint: Path) -> str | None:
 
 
 def world_size_of(checkpoint: Path) -> int:
-    """How many processes wrote the checkpoint."""
+    """The number of processes that wrote the checkpoint."""
     return int(json.loads((checkpoint / SEAL).read_text("utf-8"))["world_size"])
 
 
 def rng_state() -> dict[str, Any]:
-    """The state of every global random generator of this process, loadable with `weights_only=True`."""
+    """The state of all global random generators of this process, loadable with `weights_only=True`."""
     version, internal, gauss = random.getstate()
     kind, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
     state = {
@@ -120,7 +120,7 @@ def rng_state() -> dict[str, Any]:
 
 
 def set_rng_state(state: dict[str, Any]) -> None:
-    """Put back what `rng_state` gave."""
+    """Restore a state from `rng_state`."""
     version, internal, gauss = state["python"]
     random.setstate((version, tuple(internal), gauss))
     kind, keys, position, has_gauss, cached = state["numpy"]
@@ -131,7 +131,7 @@ def set_rng_state(state: dict[str, Any]) -> None:
 
 
 def seed_everything(seed: int) -> None:
-    """Seed Python, NumPy and torch on all devices, each rank apart."""
+    """Seed Python, NumPy and torch on all devices, differently on each rank."""
     seed = seed + 1_000_003 * distributed.rank()
     random.seed(seed)
     np.random.seed(seed % 2**32)

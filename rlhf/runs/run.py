@@ -1,9 +1,9 @@
-"""The run folder, the same for every stage.
+"""The run folder, which is the same for every stage.
 
 runs/NAME/
   config.yaml     the resolved config            run.json        stage, status, parents, data, versions
-  metrics.jsonl   one line a logged step         samples.jsonl   what the model said, with scores
-  checkpoints/    everything to continue from    model/          the result in Hugging Face format
+  metrics.jsonl   one line per logged step       samples.jsonl   completions with their scores
+  checkpoints/    for --resume                   model/          the result in Hugging Face format
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "deepspeed", "
 
 @dataclass(frozen=True)
 class Run:
-    """An open run folder. Only rank 0 writes; the other ranks may call everything."""
+    """An open run folder. Every rank may call the methods; only rank 0 writes."""
 
     path: Path
     stage: str
@@ -46,7 +46,7 @@ class Run:
         return Checkpoints(self.path / "checkpoints", keep)
 
     def info(self) -> dict[str, Any]:
-        """What run.json says."""
+        """The content of run.json."""
         return read_run(self.path)
 
     def update(self, **values: Any) -> None:
@@ -60,7 +60,7 @@ class Run:
             append_jsonl(self.path / name, rows)
 
     def rewind(self, step: int) -> None:
-        """Drop the logged lines after `step`: the run continues from there and writes them again."""
+        """Delete the logged lines after `step`; the run continues from there and logs them again."""
         if not is_main():
             return
         for name in ("metrics.jsonl", "samples.jsonl"):
@@ -75,21 +75,21 @@ def _step_of(line: str) -> float:
     try:
         return float(json.loads(line)["step"])
     except (ValueError, KeyError, TypeError):
-        return float("inf")  # a line cut off by the crash
+        return float("inf")  # a line that a crash cut off
 
 
 def open_run(config: StageConfig, stage: str, resume: bool, overwrite: bool, facts: Mapping[str, Any]) -> Run:
-    """Make the run folder, or reopen it with `resume`. Called by all ranks after everything has been checked.
+    """Create the run folder, or reopen it with `resume`. Every rank calls it.
 
     Args:
-        config: The stage's resolved config; on resume it must be the one the run was started with.
+        config: The resolved config; with `resume` it must be the one that the run was started with.
         stage: sft, reward or ppo.
-        resume: Continue the newest whole checkpoint (from the start where there is none yet).
-        overwrite: Delete a run of that name first.
-        facts: What run.json shall say besides: parents, data, tokenizer and template fingerprints.
+        resume: Continue from the newest complete checkpoint, or from the start if there is none.
+        overwrite: Delete an existing run of that name first.
+        facts: More for run.json: parents, data, fingerprints of tokenizer and chat template.
 
     Raises:
-        UserError: The folder is taken, or holds another stage or config.
+        UserError: The folder is in use, or holds a run of another stage or config.
     """
     run = Run(Path(config.run), stage)
     check_run_folder(config, stage, resume, overwrite)
@@ -108,38 +108,38 @@ def open_run(config: StageConfig, stage: str, resume: bool, overwrite: bool, fac
 
 
 def check_run_folder(config: StageConfig, stage: str, resume: bool, overwrite: bool) -> None:
-    """Refuse a run folder that is taken, before anything is loaded. See `open_run`."""
+    """Refuse a run folder that is in use, before anything is loaded. See `open_run`."""
     path = Path(config.run)
     if path.exists() and not path.is_dir():
         raise UserError(f"run: {path} is a file", remedy="Name a folder.")
     if not path.is_dir() or not any(path.iterdir()):
         return
     if not (path / "run.json").is_file():
-        raise UserError(f"run: {path} exists and is not a run", remedy="Name another folder; nothing is deleted there.")
+        raise UserError(f"run: {path} exists and is not a run", remedy="Name another folder. Nothing was deleted.")
     if overwrite:
         return
     if not resume:
         raise UserError(
-            f"run: {path} holds a run already (status: {read_run(path).get('status')})",
-            remedy="Continue it with --resume, start anew with --overwrite, or name another folder: run=...",
+            f"run: {path} already holds a run (status: {read_run(path).get('status')})",
+            remedy="Continue it with --resume, replace it with --overwrite, or name another folder: run=...",
         )
     if read_run(path)["stage"] != stage:
-        raise UserError(f"run: {path} is a {read_run(path)['stage']} run, not {stage}")
+        raise UserError(f"run: {path} is a {read_run(path)['stage']} run, not a {stage} run")
     old = (path / "config.yaml").read_text("utf-8")
     changed = sorted(set(old.splitlines()) ^ set(dump_config(config).splitlines()))
     if changed:
         raise UserError(
-            f"run: {path} was started with another config; --resume would not continue the same run",
+            f"run: {path} was started with a different config, so --resume would not continue the same run",
             "Lines that differ: " + "; ".join(line.strip() for line in changed[:6]),
-            f"Resume with --config {path}/config.yaml, or start anew under another name.",
+            f"Resume with --config {path}/config.yaml, or start a new run under another name.",
         )
 
 
 def read_run(path: str | Path) -> dict[str, Any]:
-    """The run.json of a run folder.
+    """The content of run.json in a run folder.
 
     Raises:
-        UserError: There is none, or it is damaged.
+        UserError: It does not exist, or is damaged.
     """
     file = Path(path) / "run.json"
     if not file.is_file():
@@ -152,15 +152,15 @@ def read_run(path: str | Path) -> dict[str, Any]:
 
 
 def is_run(path: str | Path) -> bool:
-    """True for the folder of a run."""
+    """True for a run folder."""
     return (Path(path) / "run.json").is_file()
 
 
 def resolve_model_path(path: str | Path) -> str:
-    """Where the weights are: `model/` of a finished run, or `path` itself for any other model folder or hub name.
+    """The model folder: `model/` of a finished run; `path` itself for a model folder or a name on the Hub.
 
     Raises:
-        UserError: A run without a result, or a local path with nothing there.
+        UserError: The run is not finished, or there is no model at a local path.
     """
     if is_run(path):
         info = read_run(path)
@@ -170,7 +170,7 @@ def resolve_model_path(path: str | Path) -> str:
                 remedy="Finish it with --resume first.",
             )
         if info.get("schema_version") not in READABLE_VERSIONS:
-            raise UserError(f"{path}: made with schema version {info.get('schema_version')}, this is {SCHEMA_VERSION}")
+            raise UserError(f"{path}: has schema version {info.get('schema_version')}; this version reads up to {SCHEMA_VERSION}")
         return str(Path(path) / "model")
     text = str(path)
     looks_local = text.startswith((".", "/", "~", "runs/")) or text.count("/") > 1
@@ -180,24 +180,24 @@ def resolve_model_path(path: str | Path) -> str:
 
 
 def parent_facts(path: str | Path) -> dict[str, Any]:
-    """What a child run notes about a parent: its path, the fingerprint of its weights, and a run's stage.
+    """What run.json records about a parent: its path, the fingerprint of its weights, and its stage if it is a run.
 
-    What stands on the hub has no fingerprint.
+    Models on the Hub have no fingerprint.
     """
     if not is_run(path):
-        local = Path(path).is_dir() and is_main()  # hashed once, by the rank that writes run.json
+        local = Path(path).is_dir() and is_main()  # only rank 0 writes run.json, so only it hashes
         return {"path": str(path)} | ({"fingerprint": fingerprint(Path(path))} if local else {})
     info = read_run(path)
     return {"path": str(path), "stage": info["stage"], "fingerprint": info.get("model_fingerprint")}
 
 
 def check_same_text(child: str, mine: Mapping[str, Any], parent: str | Path) -> None:
-    """Refuse a parent run whose tokenizer or chat template is not ours.
+    """Refuse a parent run with a different tokenizer or chat template (fingerprint mismatch).
 
     Args:
-        child: What we call ourselves in the message, such as "the policy".
-        mine: `tokenizer` and `chat_template` fingerprints.
-        parent: The parent's path; anything but a run passes.
+        child: What the message calls this model, such as "the policy".
+        mine: Fingerprints `tokenizer` and `chat_template` of this model.
+        parent: Path of the parent. Parents that are not runs are not checked.
     """
     if not is_run(parent):
         return
@@ -205,20 +205,20 @@ def check_same_text(child: str, mine: Mapping[str, Any], parent: str | Path) -> 
     for key, word in (("tokenizer", "tokenizer"), ("chat_template", "chat template")):
         if theirs.get(key) != mine.get(key):
             raise UserError(
-                f"{parent}: has another {word} than {child}",
-                "The same text would become other tokens, so its scores and weights would not mean the same.",
+                f"{parent}: its {word} differs from that of {child} (fingerprint mismatch)",
+                "The same text would become different tokens, so its scores and weights would be wrong for them.",
                 "Train both stages from the same base model with the same model.chat_template, "
                 "or for a reward model set reward.retokenize=true with critic.init=policy.",
             )
 
 
 def data_facts(datasets: Iterable[Dataset]) -> list[dict[str, Any]]:
-    """What run.json notes about the data."""
+    """What run.json records about the datasets."""
     return [{"path": str(d.path), "kind": d.kind, "fingerprint": d.fingerprint} for d in datasets]
 
 
 def fingerprint(folder: Path) -> str:
-    """SHA-256 (64 hex digits) over the weights and config of a model folder."""
+    """SHA-256 (64 hex digits) of the weights and config of a model folder."""
     digest = hashlib.sha256()
     for file in sorted([*folder.glob("*.safetensors"), *folder.glob("*config.json")]):
         with open(file, "rb") as handle:
@@ -227,7 +227,7 @@ def fingerprint(folder: Path) -> str:
 
 
 def finish(run: Run, **values: Any) -> None:
-    """Mark the run complete and note the fingerprint of its result."""
+    """Mark the run complete and record the fingerprint of its result. Every rank calls it."""
     if is_main():
         run.update(status="complete", model_fingerprint=fingerprint(run.model), **values)
         say(f"Done: {run.model}")
@@ -235,7 +235,7 @@ def finish(run: Run, **values: Any) -> None:
 
 
 def git_commit() -> str | None:
-    """The commit of the code, with '+changes' where the tree differs; None outside a checkout."""
+    """The git commit of the code, with '+changes' if files were changed; None outside a checkout."""
     folder = Path(__file__).parent
     try:
         commit = _git(folder, "rev-parse", "HEAD")
