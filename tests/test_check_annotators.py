@@ -1,4 +1,4 @@
-"""Who is told apart: clickers, honest people, those whose ranks run the wrong way, and those who click on a side."""
+"""Verdicts on annotators: random clickers, honest ones, reversed ranks, and a preference for one side."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from data_tools.statistics.facts import gathered
 HONEST = {f"honest {i}": accuracy for i, accuracy in enumerate((0.75, 0.75, 0.8, 0.8, 0.8, 0.85, 0.85, 0.9))}
 
 
-def people(tmp_path, rows):
+def annotators(tmp_path, rows):
     """Annotator -> what is found of them."""
     with gathered(write(tmp_path / "d", rows).path, near=False) as facts:
         return {one.name: one for one in facts.annotators}
@@ -27,31 +27,31 @@ def people(tmp_path, rows):
 
 @pytest.mark.parametrize("k", [2, 4])
 @pytest.mark.parametrize("seed", range(5))
-def test_clickers_are_found_and_honest_people_are_not(tmp_path, seed, k):
-    found = people(tmp_path, panel(400, {**HONEST, "click 1": 0.5, "click 2": 0.5}, k, each=4, seed=seed))
+def test_random_clickers_are_found_and_honest_annotators_are_not(tmp_path, seed, k):
+    found = annotators(tmp_path, panel(400, {**HONEST, "click 1": 0.5, "click 2": 0.5}, k, each=4, seed=seed))
     assert {name for name, one in found.items() if one.verdict == "random"} == {"click 1", "click 2"}
     assert not any(one.one_sided for one in found.values())
 
 
 @pytest.mark.parametrize("seed", range(3))
 def test_someone_whose_ranks_run_the_other_way_is_reversed(tmp_path, seed):
-    found = people(tmp_path, panel(200, {**HONEST, "five is best": 0.0}, k=3, each=3, seed=seed))
+    found = annotators(tmp_path, panel(200, {**HONEST, "five is best": 0.0}, k=3, each=3, seed=seed))
     assert [name for name, one in found.items() if one.verdict == "reversed"] == ["five is best"]
     assert "random" not in {one.verdict for one in found.values()}
 
 
-def test_two_people_who_disagree_are_not_told_apart(tmp_path):
-    found = people(tmp_path, panel(300, {"honest": 0.9, "click": 0.5}, seed=2))
+def test_two_annotators_who_disagree_are_undecided(tmp_path):
+    found = annotators(tmp_path, panel(300, {"honest": 0.9, "click": 0.5}, seed=2))
     assert {one.verdict for one in found.values()} == {"unclear"}
 
 
 def test_a_few_judgements_are_too_few(tmp_path):
-    found = people(tmp_path, panel(8, {**HONEST, "click": 0.5}, each=3))
+    found = annotators(tmp_path, panel(8, {**HONEST, "click": 0.5}, each=3))
     assert {one.verdict for one in found.values()} == {"unclear"}
 
 
 def test_nobody_is_judged_where_nobody_else_judged(tmp_path):
-    found = people(tmp_path, [ranking(f"q{i}", "xy", (1, 2), "alone") for i in range(50)])
+    found = annotators(tmp_path, [ranking(f"q{i}", "xy", (1, 2), "alone") for i in range(50)])
     assert (found["alone"].agreement, found["alone"].verdict, found["alone"].rankings) == (None, "unclear", 50)
 
 
@@ -87,7 +87,7 @@ def test_pairs_of_a_longer_ranking_count_less():
 def test_someone_who_clicks_on_a_side_is_one_sided(tmp_path):
     rows = panel(100, HONEST, each=3)
     rows += [ranking(f"Question {i}?", "xy", (1, 2), "left", shown=True, seconds=i) for i in range(41)]
-    found = people(tmp_path, rows)
+    found = annotators(tmp_path, rows)
     assert [name for name, one in found.items() if one.one_sided] == ["left"]
     assert (found["left"].first.value, found["left"].seconds, found["honest 1"].seconds) == (1, 20, None)
 

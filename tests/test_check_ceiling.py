@@ -28,7 +28,7 @@ def votes(prompt, ways):
     return [ranking(prompt, ["x", "y"], ranks[way], name) for way, name in zip(ways, "abcdefgh")]
 
 
-def test_the_ceiling_of_equally_hard_pairs_is_the_share_that_prefers_the_better_answer():
+def test_the_ceiling_of_equally_hard_pairs_is_the_fraction_that_prefers_the_better_answer():
     share = np.array([0.5, 0.6, 0.9, 1.0])
     assert ceiling(share**2 + (1 - share) ** 2) == pytest.approx(share)
 
@@ -90,7 +90,7 @@ def test_someone_who_judged_a_pair_again_has_the_vote_they_gave_most_often(tmp_p
         pytest.param(votes("p", ">=="), id="ties"),
     ],
 )
-def test_there_is_none_where_no_two_people_ordered_a_pair(tmp_path, rows):
+def test_there_is_none_if_no_two_annotators_ordered_a_pair(tmp_path, rows):
     assert agreement(tmp_path, rows) is None
 
 
@@ -150,7 +150,7 @@ def test_a_dataset_of_the_first_schema_version_is_read(tmp_path):
     assert agreement_of(accumulated(open_dataset(data.path)))["pairs"] == 30
 
 
-def test_a_damaged_shard_is_told(tmp_path):
+def test_a_damaged_shard_is_an_error(tmp_path):
     data = write(tmp_path / "d", panel(30, dict.fromkeys("abc", 0.9)))
     shard = data.path / "shard-00000.parquet"
     whole = shard.read_bytes()

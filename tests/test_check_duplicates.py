@@ -7,7 +7,7 @@ import pytest
 from check_rows import ranking
 from rows import dataset, jsonl, prompts, write
 
-from data_tools.check.metrics import NO_NEAR
+from data_tools.check.metrics import NO_NEAR, NO_SPLITS
 from data_tools.check.report import check
 from data_tools.statistics import duplicates, sample
 from data_tools.statistics.facts import gathered
@@ -35,10 +35,10 @@ def test_prompts_in_two_splits_are_counted_and_shown(tmp_path):
 
 def test_one_split_has_no_leaks_to_look_for(tmp_path):
     report = check(write(tmp_path / "d", [ranking("p", "xy", (1, 2), split="train")]).path)
-    assert report["prompts-across-splits"].why == report["near-duplicates-across-splits"].why == "fewer than two splits"
+    assert report["prompts-across-splits"].why == report["near-duplicates-across-splits"].why == NO_SPLITS
 
 
-def test_near_duplicates_are_told_within_and_across_splits(tmp_path):
+def test_near_duplicates_are_found_within_and_across_splits(tmp_path):
     texts = [
         (LONG.format("oven"), "train"),
         (LONG.format("oven").upper() + "!", "train"),
@@ -91,7 +91,7 @@ def test_demonstrations_and_prompts_are_checked_for_what_they_have(tmp_path):
     turn = (Message("user", "Hm?"),)
     report = check(write(tmp_path / "d", [Demonstration(turn, answer="x"), Demonstration(turn, answer="x")]).path)
     assert value(report, "duplicate-records") == 1 / 2
-    assert report["agreement"].why == "a dataset of demonstrations, not of rankings"
+    assert report["agreement"].why == "only datasets of rankings have this metric"
     report = check(dataset(tmp_path / "p", prompts(4)))
     assert report["answer-length"].found is None
     assert value(report, "near-duplicates-within-splits") == 0

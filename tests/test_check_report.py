@@ -73,7 +73,7 @@ def test_every_metric_has_a_value_a_meaning_and_a_place_on_the_page(row, whole, 
     assert measured.found is not None, measured.why
     assert measured.grade in GRADES
     assert measured.found.n > 0
-    if row.traits["unit"] == "share":
+    if row.traits["unit"] == "fraction":
         assert 0 <= measured.found.value <= 1
     if measured.found.low is not None:
         assert measured.found.low <= measured.found.value <= measured.found.high
@@ -85,9 +85,9 @@ def test_every_metric_has_a_value_a_meaning_and_a_place_on_the_page(row, whole, 
     assert f"{row.name}:" in run("check", "--help").output
 
 
-def test_estimates_of_shares_have_intervals(whole):
+def test_fractions_have_intervals(whole):
     exact = {"duplicate-records", "repeated-answers", "busiest-annotator"}  # counted over all there is
-    shares = {m.name for m in whole.measured if m.row.traits["unit"] == "share" and m.found.low is None}
+    shares = {m.name for m in whole.measured if m.row.traits["unit"] == "fraction" and m.found.low is None}
     assert shares == exact
 
 
@@ -162,7 +162,7 @@ def test_a_rule_that_cannot_be_tried_is_said_so(tmp_path):
     )
     assert result.exit_code == 0
     assert last_line(result)["without_value"] == ["agreement<0.6"]
-    assert "not tried: no pair of answers was ordered by two named people" in result.output
+    assert "not checked: no pair of answers was ordered by two named annotators" in result.output
 
 
 # ---- the page -------------------------------------------------------------------------------------------------------

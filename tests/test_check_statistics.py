@@ -35,7 +35,7 @@ def test_wilson_is_that_of_the_literature():
     assert fraction_of(20, 20).high == 1
 
 
-def test_a_share_over_independent_trials_has_wilsons_interval():
+def test_a_fraction_over_independent_trials_has_wilsons_interval():
     hits = np.array([1, 0] * 50)
     found = clustered_fraction(hits, np.ones(100))
     assert (found.value, found.n) == (0.5, 100)
@@ -49,7 +49,7 @@ def test_trials_that_repeat_each_other_count_once():
     assert (together.low, together.high) == pytest.approx((apart.low, apart.high), abs=1e-3)
 
 
-def test_a_share_of_nothing_is_none():
+def test_a_fraction_of_nothing_is_none():
     assert clustered_fraction(np.zeros(3), np.zeros(3)) is None
 
 
@@ -98,12 +98,12 @@ def test_contradictions_are_pairs_ranked_both_ways_whatever_the_order_they_stand
     ]  # fmt: skip
     found = facts(rows)
     assert (consistency.contradictions(found.columns, found.pairs).value) == 1 / 2
-    assert consistency.contradictions_between(found.columns, found.votes).value == 1 / 2
+    assert consistency.contradictions_between(found.votes).value == 1 / 2
     assert consistency.self_contradictions(found.columns, found.pairs) is None
     assert len(found.contradicting) == 1
 
 
-def test_someone_who_contradicts_themselves_is_told_from_two_who_differ(facts):
+def test_self_contradictions_are_separate_from_those_between_annotators(facts):
     rows = [
         ranking("p", ["x", "y"], (1, 2), "a", time="2024-01-01"),
         ranking("p", ["x", "y"], (2, 1), "a", time="2024-01-02"),
@@ -112,7 +112,7 @@ def test_someone_who_contradicts_themselves_is_told_from_two_who_differ(facts):
     ]
     found = facts(rows)
     assert consistency.self_contradictions(found.columns, found.pairs).value == 1 / 2
-    assert consistency.contradictions_between(found.columns, found.votes) is None
+    assert consistency.contradictions_between(found.votes) is None
 
 
 def test_unnamed_rankings_contradict_each_other_too(facts):
@@ -147,14 +147,14 @@ def test_the_longer_answer_wins_so_often(facts):
         ranking("s", ["same!", "equal"], (1, 2)), ranking("t", ["tie", "longer tie"], (1, 1)),
     ]  # fmt: skip
     found = facts(rows)
-    longer = biases.longer_wins(found.columns, found.pairs)
+    longer = biases.longer_win_rate(found.columns, found.pairs)
     assert (longer.value, longer.n) == (3 / 4, 4)
-    assert sum(one.share.n for one in biases.wins_by_length(found.columns, found.pairs)) == 4
+    assert sum(one.rate.n for one in biases.win_rates_by_length(found.columns, found.pairs)) == 4
 
 
 def test_length_is_counted_in_characters_not_bytes(facts):
     found = facts([ranking("p", ["ééé", "four"], (1, 2))])
-    assert biases.longer_wins(found.columns, found.pairs).value == 0
+    assert biases.longer_win_rate(found.columns, found.pairs).value == 0
 
 
 def test_first_wins_is_taken_of_rankings_that_keep_the_order_shown(facts):
@@ -163,8 +163,8 @@ def test_first_wins_is_taken_of_rankings_that_keep_the_order_shown(facts):
         ranking("r", ["x", "y"], (1, 2), shown=True), ranking("s", ["x", "y"], (1, 2)),
     ]  # fmt: skip
     found = facts(rows)
-    assert biases.first_wins(found.columns, found.pairs).value == pytest.approx(2 / 3)
-    assert biases.first_wins(facts(rows[-1:]).columns, found.pairs.where(found.pairs.row < 0)) is None
+    assert biases.first_win_rate(found.columns, found.pairs).value == pytest.approx(2 / 3)
+    assert biases.first_win_rate(facts(rows[-1:]).columns, found.pairs.where(found.pairs.row < 0)) is None
 
 
 def test_authors_and_persons_win_so_often(facts):
@@ -178,8 +178,8 @@ def test_authors_and_persons_win_so_often(facts):
         ranking("s", [Candidate("u"), big], (1, 2)), ranking("t", [big, Candidate("b2", "big", "model")], (1, 2)),
     ]  # fmt: skip
     found = facts(rows)
-    assert biases.person_wins(found.columns, found.pairs).value == 1 / 2
-    wins = {one.name: (one.share.value, one.share.n) for one in found.authors}
+    assert biases.person_win_rate(found.columns, found.pairs).value == 1 / 2
+    wins = {one.name: (one.rate.value, one.rate.n) for one in found.authors}
     assert wins == {"big": (1, 2), "ann": (1 / 2, 2), "small": (0, 2)}
 
 

@@ -1,4 +1,4 @@
-"""The check in brief, after each import: a few lines, from one pass in bounded memory."""
+"""The brief check after each import: a few lines, from what was gathered while the dataset was written."""
 
 from __future__ import annotations
 
@@ -27,20 +27,19 @@ def show_brief(gathered: Accumulator, path: str | Path) -> None:
     lines = _counts(gathered)
     if "ranks" in gathered.columns:
         lines += _repeated_rankings(gathered)
-    for line in lines:
+    for line in [*lines, f"more: rlhf data check {path} --html check.html"]:
         console.say(f"  {line}")
-    console.say(f"  more: rlhf data check {path} --html check.html")
 
 
 def _counts(gathered: Accumulator) -> list[str]:
     records, repeats = gathered.records, gathered.records - gathered.distinct("id")
     lines = [f"{gathered.distinct('prompt'):,} prompts"]
     if max(gathered.sizes) > 1:
-        shares = ", ".join(f"{size} in {times / records:.1%}" for size, times in sorted(gathered.sizes.items())[:6])
+        sizes = ", ".join(f"{size} in {times / records:.1%}" for size, times in sorted(gathered.sizes.items())[:6])
         tied = f"; {gathered.tied / gathered.pairs:.1%} of pairs tied" if gathered.pairs else ""
-        lines[0] += f"; answers to rank: {shares}{tied}"
+        lines[0] += f"; answers to rank: {sizes}{tied}"
     if repeats:
-        lines.append(f"{repeats:,} records ({repeats / records:.1%}) repeat an earlier one in everything")
+        lines.append(f"{repeats:,} records ({repeats / records:.1%}) repeat an earlier one exactly")
     if gathered.unequal:
         lines.append(f"the longer answer wins {gathered.longer / gathered.unequal:.1%} of the pairs")
     return lines
@@ -50,7 +49,7 @@ def _repeated_rankings(gathered: Accumulator) -> list[str]:
     """Lines on prompts that were ranked more than once."""
     columns = gathered.ranked_repeatedly(named=False)
     if columns is None:
-        return ["no prompt was ranked twice: nothing is known of agreement, and the ceiling of a reward model is open"]
+        return ["no prompt was ranked twice, so the agreement and the ceiling of a reward model are unknown"]
     pairs = pairs_of(columns)
     votes = votes_of(columns, pairs)
     lines = []
@@ -59,13 +58,15 @@ def _repeated_rankings(gathered: Accumulator) -> list[str]:
         lines.append(f"{both.value:.1%} of {both.n:,} pairs that were ordered more than once were ordered both ways")
     facts = agreement_facts(votes)
     if facts is None:
-        lines.append("no pair was ordered by two named people: the ceiling of a reward model is open")
+        lines.append("no two named annotators ordered the same pair, so the ceiling of a reward model is unknown")
     else:
         low, high = facts["interval"]
-        told = f"two people agree on {facts['agreement']:.1%} of pairs: a reward model's accuracy on single judgements"
-        lines.append(f"{told} is at most {facts['ceiling']:.1%} [{low:.1%}, {high:.1%}]")
+        lines.append(
+            f"two annotators agree on {facts['agreement']:.1%} of pairs: a reward model's accuracy on single "
+            f"judgements is at most {facts['ceiling']:.1%} [{low:.1%}, {high:.1%}]"
+        )
     doubtful = [one for one in annotators_of(columns, pairs, votes) if one.verdict in ("random", "reversed")]
     if doubtful:
         names = ", ".join(f"{one.name} ({one.verdict}, {one.agreement.value:.0%})" for one in doubtful[:3])
-        console.warn(f"{len(doubtful)} annotators do not agree with the others beyond chance: {names}")
+        console.warn(f"{len(doubtful)} annotators agree with the others no more than chance would: {names}")
     return lines

@@ -1,4 +1,4 @@
-"""A few records for each fault, so that the reader sees what a figure is about."""
+"""A few records as examples of each fault."""
 
 from __future__ import annotations
 
@@ -14,53 +14,53 @@ MOST = 3
 
 
 @dataclass(frozen=True)
-class Example:
+class FaultExample:
     """Texts that show a fault."""
 
     metric: str
     texts: list[tuple[str, str]]
-    """(what it is, text)."""
+    """(label, text)."""
 
 
-def examples_of(facts: Facts) -> list[Example]:
-    """Up to `MOST` examples for each metric that has any."""
+def examples_of(facts: Facts) -> list[FaultExample]:
+    """Up to `MOST` examples of each metric that has any."""
     kinds = {"ranking": (_prompts, _answers, _contradictions), "demonstration": (_prompts, _answers)}
     kinds["proposal"] = kinds["demonstration"]
     return [one for make in kinds.get(facts.dataset.kind, (_prompts,)) for one in make(facts)]
 
 
-def _prompts(facts: Facts) -> Iterator[Example]:
+def _prompts(facts: Facts) -> Iterator[FaultExample]:
     prompt = facts.texts.prompt
     for row in facts.repeats[1][:MOST].tolist():
-        yield Example("duplicate-records", [("prompt", _short(prompt[row]))])
+        yield FaultExample("duplicate-records", [("prompt", _short(prompt[row]))])
     for row in facts.split_leaks[1][:MOST].tolist() if facts.split_leaks else ():
-        yield Example("prompts-across-splits", [("prompt", _short(prompt[row]))])
+        yield FaultExample("prompts-across-splits", [("prompt", _short(prompt[row]))])
     for row in facts.contaminated[1][:MOST].tolist() if facts.evaluation else ():
-        yield Example("contaminated-prompts", [("prompt", _short(prompt[row]))])
+        yield FaultExample("contaminated-prompts", [("prompt", _short(prompt[row]))])
     if facts.near:
         near = facts.near_prompts
         name = "across" if near.across is not None and near.across.value else "within"
         for rows in near.examples[:MOST]:
             texts = [(f"prompt ({_split(facts, row)})", _short(prompt[row])) for row in rows]
-            yield Example(f"near-duplicates-{name}-splits", texts)
+            yield FaultExample(f"near-duplicates-{name}-splits", texts)
     for row, other in facts.near_contaminated[1][:MOST] if facts.near and facts.evaluation else ():
         texts = [("prompt", _short(prompt[row])), ("prompt of an evaluation set", _short(other))]
-        yield Example("near-contaminated-prompts", texts)
+        yield FaultExample("near-contaminated-prompts", texts)
 
 
-def _answers(facts: Facts) -> Iterator[Example]:
+def _answers(facts: Facts) -> Iterator[FaultExample]:
     for at in facts.repeated_answers[1][:MOST].tolist() if facts.repeated_answers else ():
         row = facts.row_of(at)
         times = int((facts.columns.answer == facts.columns.answer[at]).sum())
         answer = facts.texts.answers[row][at - int(facts.columns.start[row])]
-        yield Example("repeated-answers", [(f"answer, {times:,} times", _short(answer))])
+        yield FaultExample("repeated-answers", [(f"answer, {times:,} times", _short(answer))])
     for row, ways in facts.languages.examples[:MOST]:
         best = facts.texts.answers[row][best_answer(facts.columns, row)]
         texts = [(f"prompt ({ways})", _short(facts.texts.prompt[row])), ("answer", _short(best))]
-        yield Example("answers-in-another-language", texts)
+        yield FaultExample("answers-in-another-language", texts)
 
 
-def _contradictions(facts: Facts) -> Iterator[Example]:
+def _contradictions(facts: Facts) -> Iterator[FaultExample]:
     columns, pairs = facts.columns, facts.pairs
     for up, down in facts.contradicting[:MOST]:
         row = int(pairs.row[up])
@@ -68,10 +68,10 @@ def _contradictions(facts: Facts) -> Iterator[Example]:
         for pair in (up, down):
             better = int(pairs.one[pair] if pairs.order[pair] > 0 else pairs.other[pair])
             record = int(pairs.row[pair])
-            who = columns.annotators[columns.annotator[record]] or "someone unnamed"
+            who = columns.annotators[columns.annotator[record]] or "an unnamed annotator"
             answer = facts.texts.answers[record][better - int(columns.start[record])]
-            texts.append((f"better for {who}", _short(answer)))
-        yield Example("contradictions", texts)
+            texts.append((f"preferred by {who}", _short(answer)))
+        yield FaultExample("contradictions", texts)
 
 
 def _split(facts: Facts, row: int) -> str:

@@ -1,4 +1,4 @@
-"""Check a dataset: every metric, with what it is made of, as one report."""
+"""Check a dataset: the values of all metrics, and tables and examples, as one report."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from data_tools.check.examples import Example, examples_of
+from data_tools.check.examples import FaultExample, examples_of
 from data_tools.check.metrics import METRICS
 from data_tools.check.rules import Rule, grade, parse_rules
 from data_tools.statistics import biases
@@ -19,46 +19,40 @@ from rlhf.core.table import TableRow
 from rlhf.data.schema import SPLITS
 
 GRADES = ("bad", "look", "good", "info", "none")
-"""none: there is no figure, and `why` says so."""
+"""none: the metric has no value, and `why` gives the reason."""
 MOST_ANNOTATORS = 1_000
 QUANTILES = (0.05, 0.5, 0.95)
 
 
 @dataclass(frozen=True)
 class Measured:
-    """A metric's figure for this dataset."""
+    """A metric's value for this dataset."""
 
     row: TableRow
     found: Estimate | None
     why: str
-    """Why there is no figure."""
+    """Why there is no value."""
     grade: str
     """One of `GRADES`."""
     sampled: bool
-    """It rests on a sample of the dataset."""
+    """It was computed from a sample of the dataset."""
 
     @property
     def name(self) -> str:
         return self.row.name
 
     def as_dict(self) -> dict[str, Any]:
-        found = self.found
-        rounded = {
-            name: None if found is None or getattr(found, name) is None else round(getattr(found, name), 6)
-            for name in ("value", "low", "high", "n")
-        }
-        facts = {
-            "note": found.note if found else "",
-            "basis": self.row.traits["basis"],
-            "sampled": self.sampled,
-            "grade": self.grade,
-        }
-        return rounded | facts | ({"why": self.why} if self.why else {})
+        numbers = {name: getattr(self.found, name, None) for name in ("value", "low", "high", "n")}
+        return {
+            **{name: None if number is None else round(number, 6) for name, number in numbers.items()},
+            "note": self.found.note if self.found else "", "basis": self.row.traits["basis"], "sampled": self.sampled,
+            "grade": self.grade, **({"why": self.why} if self.why else {}),
+        }  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Report:
-    """What a check found. Plain values only; the dataset is not needed any more."""
+    """What a check found, as plain values."""
 
     path: Path
     kind: str
@@ -67,20 +61,20 @@ class Report:
     prompts: int
     splits: dict[str, int]
     bad_rows: dict[str, int]
-    """Rows of a JSONL file that could not be used, by reason."""
+    """Unusable rows of a JSONL file by reason."""
     measured: list[Measured]
     k: dict[int, int]
     """Number of answers -> records."""
     lengths: dict[str, dict[str, float]]
-    """prompt, answer, best answer, worst answer -> mean, p5, p50, p95, max, in characters."""
+    """prompt, answer, better answer, worse answer -> mean, p5, p50, p95, max, in characters."""
     length_histograms: dict[str, tuple[list[float], list[float]]]
-    """best answer, worst answer -> share in each bin, edges of the bins."""
+    """better answer, worse answer -> fraction in each bin, edges of the bins."""
     languages: dict[str, int]
-    authors: list[biases.Share]
-    wins_by_length: list[biases.Share]
+    authors: list[biases.WinRate]
+    wins_by_length: list[biases.WinRate]
     annotators: list[Any]
-    """`data_tools.statistics.annotators.Annotator`, those in doubt first; the first `MOST_ANNOTATORS`."""
-    examples: list[Example]
+    """`data_tools.statistics.annotators.Annotator`, the doubtful ones first; at most `MOST_ANNOTATORS`."""
+    examples: list[FaultExample]
     rules: list[Rule]
 
     def __getitem__(self, name: str) -> Measured:
@@ -92,12 +86,12 @@ class Report:
     @property
     def fired(self) -> list[Rule]:
         """The rules that hold."""
-        found = [(rule, self[rule.metric].found) for rule in self.rules]
-        return [rule for rule, figure in found if figure is not None and rule.holds(figure.value)]
+        values = [(rule, self[rule.metric].found) for rule in self.rules]
+        return [rule for rule, found in values if found is not None and rule.holds(found.value)]
 
     @property
     def without_value(self) -> list[Rule]:
-        """The rules whose metric has no figure here: they could not be tried."""
+        """The rules whose metric has no value, so that they cannot be checked."""
         return [rule for rule in self.rules if self[rule.metric].found is None]
 
     def as_dict(self) -> dict[str, Any]:
@@ -107,8 +101,8 @@ class Report:
         return {
             "path": str(self.path), **facts,
             "metrics": {one.name: one.as_dict() for one in self.measured},
-            "authors": [{"author": one.name, **asdict(one.share)} for one in self.authors],
-            "wins_by_length": [{"times_longer": one.name, **asdict(one.share)} for one in self.wins_by_length],
+            "authors": [{"author": one.name, **asdict(one.rate)} for one in self.authors],
+            "wins_by_length": [{"times_longer": one.name, **asdict(one.rate)} for one in self.wins_by_length],
             "annotators": [asdict(one) for one in self.annotators],
             "rules": [str(rule) for rule in self.rules],
             "fired": [str(rule) for rule in self.fired],
@@ -120,16 +114,16 @@ class Report:
 def check(path: str | Path, *, against: Sequence[Path] = (), near: bool = True, fail_on: Sequence[str] = ()) -> Report:
     """Measure a dataset.
 
-    Numbers are taken of all records; statistics of texts, of large datasets, of a seeded sample (`data_tools.check.
-    sample`). The same dataset and options give the same figures.
+    Metrics of numbers use all records. Metrics of texts use a seeded sample of a large dataset (see
+    `data_tools.statistics.sample`). The same dataset and options give the same values.
 
     Args:
         against: Datasets whose prompts must not be in this one.
-        near: Look for near-duplicates, which takes most of the time.
-        fail_on: Rules such as ``agreement<0.6``; `Report.fired` has those that hold.
+        near: Search for near-duplicates, which takes most of the time.
+        fail_on: Rules such as ``agreement<0.6``; `Report.fired` lists those that hold.
 
     Raises:
-        UserError: A dataset cannot be read, or a rule names no metric.
+        UserError: A dataset cannot be read, or a rule is malformed or names an unknown metric.
     """
     rules = parse_rules(fail_on, near, bool(against))
     with gathered(path, against, near) as facts:
@@ -143,17 +137,17 @@ def check(path: str | Path, *, against: Sequence[Path] = (), near: bool = True, 
             k=dict(zip(sizes.tolist(), times.tolist())) if len(columns.answer) else {},
             lengths=_lengths(facts), length_histograms=_histograms(facts) if ranked else {},
             languages=dict(facts.languages.prompts.most_common()), authors=facts.authors if ranked else [],
-            wins_by_length=biases.wins_by_length(columns, facts.pairs) if ranked else [],
+            wins_by_length=biases.win_rates_by_length(columns, facts.pairs) if ranked else [],
             annotators=facts.annotators[:MOST_ANNOTATORS] if ranked else [],
             examples=examples_of(facts), rules=rules,
         )  # fmt: skip
 
 
 def measure(row: TableRow, facts: Facts) -> Measured:
-    """One metric of a dataset."""
+    """Compute one metric of a dataset."""
     kinds = row.traits["kinds"]
     if facts.dataset.kind not in kinds:
-        why = f"a dataset of {facts.dataset.kind}s, not of {' or '.join(f'{kind}s' for kind in kinds)}"
+        why = f"only datasets of {' or '.join(f'{kind}s' for kind in kinds)} have this metric"
         return Measured(row, None, why, "none", False)
     found = row.fn(facts)
     if isinstance(found, str):
@@ -167,8 +161,8 @@ def _splits(facts: Facts) -> dict[str, int]:
     return {SPLITS[i] if i >= 0 else "none": times for i, times in zip(numbers.tolist(), times.tolist())}
 
 
-def _best_and_worst(facts: Facts) -> dict[str, np.ndarray]:
-    """Characters of the winner and the loser of every ordered pair."""
+def _better_and_worse(facts: Facts) -> dict[str, np.ndarray]:
+    """Characters of the better and the worse answer of every ordered pair."""
     pairs = facts.pairs.where(facts.pairs.order != 0)
     one, other = facts.columns.chars[pairs.one], facts.columns.chars[pairs.other]
     return {
@@ -179,18 +173,18 @@ def _best_and_worst(facts: Facts) -> dict[str, np.ndarray]:
 
 def _lengths(facts: Facts) -> dict[str, dict[str, float]]:
     groups = {"prompt": facts.columns.prompt_chars, "answer": facts.columns.chars}
-    groups |= _best_and_worst(facts) if facts.dataset.kind == "ranking" else {}
+    groups |= _better_and_worse(facts) if facts.dataset.kind == "ranking" else {}
     return {name: _spread(chars) for name, chars in groups.items() if len(chars)}
 
 
 def _spread(chars: np.ndarray) -> dict[str, float]:
-    quantiles = {f"p{share * 100:g}": float(value) for share, value in zip(QUANTILES, np.quantile(chars, QUANTILES))}
+    quantiles = {f"p{q * 100:g}": float(value) for q, value in zip(QUANTILES, np.quantile(chars, QUANTILES))}
     return {"mean": round(float(chars.mean()), 1), **quantiles, "max": float(chars.max())}
 
 
 def _histograms(facts: Facts) -> dict[str, tuple[list[float], list[float]]]:
-    groups = _best_and_worst(facts)
+    groups = _better_and_worse(facts)
     longest = max((int(chars.max()) for chars in groups.values() if len(chars)), default=1)
     edges = np.geomspace(1, longest + 1, 31)
     found = {name: np.histogram(chars, edges)[0] / max(1, len(chars)) for name, chars in groups.items()}
-    return {name: (shares.tolist(), edges.tolist()) for name, shares in found.items()}
+    return {name: (fractions.tolist(), edges.tolist()) for name, fractions in found.items()}

@@ -1,4 +1,4 @@
-"""Conditions on metrics: when a figure is good, needs a look or is bad, and the rules of `--fail-on`."""
+"""Conditions on metrics: when a metric is good, needs a look or is bad, and the rules of `--fail-on`."""
 
 from __future__ import annotations
 
@@ -14,16 +14,27 @@ from rlhf.core.errors import UserError, nearest
 OPERATORS: dict[str, Callable[[float, float], bool]] = {
     ">=": operator.ge, "<=": operator.le, "==": operator.eq, ">": operator.gt, "<": operator.lt,
 }  # fmt: skip
-_CONDITION = re.compile(r"\s*([a-z-]*)\s*(>=|<=|==|>|<)\s*(\S+)\s*")
 
 
 @dataclass(frozen=True)
 class Rule:
-    """A condition on a metric, such as ``agreement<0.6``: it fires where the condition holds."""
+    """A condition on a metric, such as ``agreement<0.6``. The rule fires if it holds."""
 
     metric: str
     operator: str
     number: float
+
+    @classmethod
+    def parse(cls, text: str) -> Rule:
+        """From text: a metric's name (or none), an operator and a number.
+
+        Raises:
+            ValueError: The text has another form.
+        """
+        match = re.fullmatch(r"\s*([a-z-]*)\s*(>=|<=|==|>|<)\s*(\S+)\s*", text)
+        if match is None:
+            raise ValueError(text)
+        return cls(match[1], match[2], float(match[3]))
 
     def holds(self, value: float) -> bool:
         return OPERATORS[self.operator](value, self.number)
@@ -33,17 +44,15 @@ class Rule:
 
 
 def parse_rule(text: str) -> Rule:
-    """A rule from its words: the name of a metric, an operator (> >= < <= ==) and a number.
+    """A rule of `--fail-on`: the name of a metric, an operator (> >= < <= ==) and a number.
 
     Raises:
-        UserError: Another form, or an unknown metric (with the nearest).
+        UserError: The text has another form, or the metric is unknown (with the nearest name).
     """
-    match = _CONDITION.fullmatch(text)
     try:
-        name, sign, number = match.groups() if match else ("", "", "")
-        rule = Rule(name, sign, float(number))
+        rule = Rule.parse(text)
     except ValueError:
-        why = "A rule is the name of a metric, one of > >= < <= ==, and a number (a share from 0 to 1)."
+        why = "A rule is the name of a metric, one of > >= < <= ==, and a number (a fraction is from 0 to 1)."
         raise UserError(f"--fail-on {text!r}: not a rule", why, "Write, for instance, 'agreement<0.6'.") from None
     names = [row.name for row in METRICS]
     if rule.metric not in names:
@@ -55,38 +64,29 @@ def parse_rules(texts: Iterable[str], near: bool, against: bool) -> list[Rule]:
     """The rules of `--fail-on`.
 
     Args:
-        near: Near-duplicates are looked for.
+        near: Near-duplicates are searched for.
         against: Evaluation sets are given.
 
     Raises:
-        UserError: Not a rule, an unknown metric, or one that these options switch off.
+        UserError: A text is not a rule, its metric is unknown, or these options switch the metric off.
     """
     rules = [parse_rule(text) for text in texts]
     for rule in rules:
         if not near and rule.metric.startswith("near-") and rule.metric != "near-identical-pairs":
-            raise UserError(f"--fail-on {rule}: --no-near switches that search off", remedy="Leave one of them out.")
+            raise UserError(f"--fail-on {rule}: --no-near switches this metric off", remedy="Remove one of the two.")
         if not against and rule.metric.endswith("contaminated-prompts"):
-            raise UserError(f"--fail-on {rule}: needs evaluation sets", remedy="Name them with --against.")
+            raise UserError(f"--fail-on {rule}: needs evaluation sets", remedy="Give them with --against.")
     return rules
 
 
 def grade(found: Estimate, look: tuple[str, ...], bad: tuple[str, ...]) -> str:
-    """good, look or bad; or info where nothing is good or bad.
+    """good, look or bad; info for a metric without conditions.
 
-    It is bad only where the whole interval is: a figure that may be bad, and may not, needs a look.
+    It is bad only if its whole interval is. If the interval contains values that are not bad, it needs a look.
     """
     if not look and not bad:
         return "info"
-    if any(_surely(found, _condition(text)) for text in bad):
+    bounds = [value for value in (found.value, found.low, found.high) if value is not None]
+    if any(all(map(Rule.parse(text).holds, bounds)) for text in bad):
         return "bad"
-    return "look" if any(_condition(text).holds(found.value) for text in (*look, *bad)) else "good"
-
-
-def _condition(text: str) -> Rule:
-    match = _CONDITION.fullmatch(text)
-    assert match, text
-    return Rule("", match[2], float(match[3]))
-
-
-def _surely(found: Estimate, rule: Rule) -> bool:
-    return all(rule.holds(value) for value in (found.value, found.low, found.high) if value is not None)
+    return "look" if any(Rule.parse(text).holds(found.value) for text in (*look, *bad)) else "good"

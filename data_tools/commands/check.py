@@ -13,7 +13,7 @@ from rlhf.core import console
 from rlhf.core.lazy_group import OPTIONS
 
 RULES = "Exit with status 1 if this holds of a metric: 'agreement<0.6', 'random-annotators>0'; may be repeated."
-METRICS_HELP = "\b\nMetrics (shares are from 0 to 1):\n" + "\n".join(f"  {row.name}: {row.summary}" for row in METRICS)
+METRICS_HELP = "\b\nMetrics (fractions from 0 to 1):\n" + "\n".join(f"  {row.name}: {row.summary}" for row in METRICS)
 
 app = typer.Typer(**OPTIONS)
 

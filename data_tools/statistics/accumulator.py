@@ -1,4 +1,4 @@
-"""What the brief check and a manifest's agreement need of a dataset, gathered while it is written or read once."""
+"""What the brief check and a manifest's agreement need from a dataset, gathered while it is written or read once."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from data_tools.statistics.columns import Collector, Columns, Part, as_shards, column, row_groups, where
+from data_tools.statistics.columns import Collector, ColumnArrays, Columns, as_shards, column, row_groups, where
 from data_tools.statistics.judgements import pairs_of
 from rlhf.data.store import Dataset
 
@@ -21,11 +21,11 @@ MOST_PROMPTS = 50_000
 
 
 class Accumulator:
-    """Counts of a dataset, and its rankings as numbers in a temporary file: 80 bytes a ranking of two answers.
+    """Counts of a dataset, and its rankings as arrays in a temporary file, 80 bytes for a ranking of two answers.
 
     Args:
-        brief: Gather what the brief check needs. Without it, only rankings by named people are kept and nothing is
-            counted: enough for the agreement, and almost free where nobody is named.
+        brief: Gather what the brief check needs. Without it only rankings by named annotators are kept, which is
+            enough for the agreement and costs almost nothing if no annotator is named.
     """
 
     def __init__(self, brief: bool = True) -> None:
@@ -33,8 +33,7 @@ class Accumulator:
         self.sizes: Counter[int] = Counter()
         """Number of answers -> records."""
         self.tied = self.pairs = self.longer = self.unequal = 0
-        """Pairs of different answers of a ranking: ranked equal, all, won by the longer answer, ordered and of unequal
-        length."""
+        """Pairs of different answers: ranked equal, all, won by the longer answer, ordered and of unequal length."""
         self.columns: list[str] = []
         """Names of the last table's columns; `ranks` is among them for rankings."""
         self._collector = Collector()
@@ -43,13 +42,13 @@ class Accumulator:
         weakref.finalize(self, self._file.close)
 
     def add(self, table: pa.Table) -> None:
-        """Take a table of records with the columns of a shard, each in one chunk."""
+        """Add a table of records with the columns of a shard, each in one chunk."""
         self.columns = table.column_names
         if not self.brief:
             if "ranks" not in self.columns or not (named := _named(table)).true_count:
                 return
             table = table.filter(named).combine_chunks()
-        part = self._collector.part(table.select([name for name in READ if name in self.columns]))
+        part = self._collector.arrays(table.select([name for name in READ if name in self.columns]))
         self.sizes.update(part["size"].tolist())
         if self.brief and len(part["id"]) and "ranks" in self.columns:
             columns = self._collector.columns([dict(part)])
@@ -66,36 +65,36 @@ class Accumulator:
         return self.sizes.total()
 
     def distinct(self, name: str) -> int:
-        """How many different values `id` or `prompt` has."""
+        """The number of different values of `id` or `prompt`."""
         return len(np.unique(np.concatenate([np.zeros(0, np.uint64), *(part[name] for part in self._read())])))
 
     def ranked_repeatedly(self, named: bool = True) -> Columns | None:
-        """The rankings of prompts that have more than one; None without any, and for other kinds of records.
+        """The rankings of prompts that have more than one; None if there are none, and for other kinds of records.
 
-        Of more than `MOST_PROMPTS` such prompts, those of the smallest ids are taken.
+        Of more than `MOST_PROMPTS` such prompts, those with the smallest ids are used.
 
         Args:
-            named: Only rankings by named people count. Aggregated rankings never do.
+            named: Count only rankings by named annotators. Aggregated rankings never count.
         """
         if "ranks" not in self.columns or not self._parts:
             return None
         prompts = [np.zeros(0, np.uint64)]
         for part in self._read():
             columns = self._collector.columns([part])
-            prompts.append(columns.prompt[columns.by_named_person if named else ~columns.merged])
+            prompts.append(columns.prompt[columns.by_named_annotator if named else ~columns.merged])
         known = np.sort(np.concatenate(prompts))
         wanted = np.unique(known[1:][known[1:] == known[:-1]])[:MOST_PROMPTS]
         if not len(wanted):
             return None
         return self._collector.columns(where(part, np.isin(part["prompt"], wanted)) for part in self._read())
 
-    def _read(self) -> Iterator[Part]:
+    def _read(self) -> Iterator[ColumnArrays]:
         self._file.seek(0)
         yield from ({name: np.load(self._file) for name in names} for names in self._parts)
 
 
 def _named(table: pa.Table) -> pa.BooleanArray:
-    """(N,) bool: rankings that a person made whose name is known."""
+    """(N,) bool: rankings by one annotator whose name is known."""
     named = pc.not_equal(column(table, "annotator"), "")
     if "merged" not in table.column_names:
         return named

@@ -1,4 +1,4 @@
-"""Who annotated, and does each of them know what they do? Pure functions of numbers."""
+"""What each annotator did, with tests for random and one-sided clicking. Pure functions of arrays."""
 
 from __future__ import annotations
 
@@ -9,41 +9,41 @@ from scipy import stats
 
 from data_tools.statistics.columns import Columns
 from data_tools.statistics.intervals import Estimate, fraction_of
-from data_tools.statistics.judgements import Pairs, Votes
+from data_tools.statistics.judgements import AnnotatorVotes, AnswerPairs
 
 LEVEL = 0.01
-"""Of the tests: the share of false alarms among the alarms (Benjamini and Hochberg 1995)."""
+"""False discovery rate of the tests (Benjamini and Hochberg 1995)."""
 VERDICTS = {
     "as the others": "agrees with the majority of the others about as often as they do, and more often than chance",
-    "weaker": "agrees less often than the others do, and more often than chance",
+    "weaker": "agrees less often than the others do, but more often than chance",
     "random": "agrees less often than the others do, and no more often than someone who clicks at random",
-    "reversed": "disagrees more often than chance would: the ranks may be the wrong way round",
-    "unclear": "too few judgements beside those of others, or others who agree too little among themselves, to tell",
+    "reversed": "disagrees more often than chance would: the ranks may be reversed",
+    "unclear": "undecided: too few pairs were also judged by others, or the others agree too little with each other",
 }
 
 
 @dataclass(frozen=True)
 class Annotator:
-    """What is known of one person. Shares are None where there is nothing to take them of."""
+    """One annotator. A fraction is None if there is no pair to compute it from."""
 
     name: str
     rankings: int
     agreement: Estimate | None
-    """How often they order a pair as the majority of the others does, ties aside."""
+    """How often they order a pair as the majority of the others does, without ties."""
     first: Estimate | None
     """How often they prefer the answer shown earlier."""
     one_sided: bool
     """`first` is not one half (two-sided binomial test, corrected for the number of annotators)."""
     seconds: float | None
-    """Median time a ranking."""
+    """Median time per ranking."""
     verdict: str
     """One of `VERDICTS`."""
 
 
-def annotators_of(columns: Columns, pairs: Pairs, votes: Votes) -> list[Annotator]:
-    """A report on every named annotator: those in doubt first, then by how much they ranked."""
+def annotators_of(columns: Columns, pairs: AnswerPairs, votes: AnnotatorVotes) -> list[Annotator]:
+    """Every named annotator: the doubtful ones first, then by the number of rankings."""
     known = len(columns.annotators)
-    own = columns.by_named_person
+    own = columns.by_named_annotator
     volume = np.bincount(columns.annotator[own], minlength=known)
     hits, tries = agreement_with_others(columns, votes)
     verdicts = random_clicker_test(hits, tries)
@@ -63,19 +63,19 @@ def annotators_of(columns: Columns, pairs: Pairs, votes: Votes) -> list[Annotato
 
 
 def independent_pairs(sizes: np.ndarray) -> np.ndarray:
-    """What a pair out of a ranking of K answers counts beside one out of K = 2: 9 / (2K + 5).
+    """The weight of a pair of a ranking of K answers, as a number of independent pairs: 9 / (2K + 5).
 
-    The pairs of a ranking hang together. Of K(K-1)/2 pairs in a random order, the number that agree with a given order
+    The pairs of a ranking are correlated. Of K(K-1)/2 pairs in a random order, the number that agree with a given order
     has the variance K(K-1)(2K+5)/72 (Kendall 1938), which is (2K + 5) / 9 times that of as many coin tosses.
     """
     return 9 / (2 * sizes + 5)
 
 
-def agreement_with_others(columns: Columns, votes: Votes) -> tuple[np.ndarray, np.ndarray]:
+def agreement_with_others(columns: Columns, votes: AnnotatorVotes) -> tuple[np.ndarray, np.ndarray]:
     """How often each annotator orders a pair as the majority of all others who judged it does.
 
-    Pairs on which the others are even, and the annotator's own ties, are left out; a pair of a ranking of K answers
-    counts `independent_pairs(K)`.
+    Pairs on which the others are even and the annotator's own ties are left out. A pair of a ranking of K answers has
+    the weight `independent_pairs(K)`.
 
     Returns:
         Two (annotators,) float arrays: weighted agreements, weighted pairs.
@@ -91,13 +91,13 @@ def agreement_with_others(columns: Columns, votes: Votes) -> tuple[np.ndarray, n
 
 
 def random_clicker_test(hits: np.ndarray, tries: np.ndarray) -> list[str]:
-    """Which annotators click at random: one of `VERDICTS` for each.
+    """Which annotators click at random, as one of `VERDICTS` for each.
 
     Two exact binomial tests. *As good as the others?* P(X <= hits) for X ~ Binomial(tries, p), p the rate at which all
     others agree with their majorities, corrected for the number of annotators (Benjamini and Hochberg 1995), at 1 %.
-    *Better than chance?* P(X >= hits) for p = 1/2, at 1 %. Who fails both is called random, who fails the first alone
-    is weaker, who fails the second alone cannot be told from a random clicker (unclear). Who agrees less often than
-    chance, P(X <= hits) for p = 1/2 at 1 % after the same correction, is reversed.
+    *Better than chance?* P(X >= hits) for p = 1/2, at 1 %. An annotator who fails both is random; one who fails only
+    the first is weaker; one who fails only the second is unclear. An annotator who agrees less often than chance,
+    P(X <= hits) for p = 1/2 at 1 % after the same correction, is reversed.
 
     Args:
         hits, tries: (annotators,) as `agreement_with_others` gives them; rounded to whole trials.
@@ -117,7 +117,7 @@ def random_clicker_test(hits: np.ndarray, tries: np.ndarray) -> list[str]:
 
 
 def one_sided_test(firsts: np.ndarray, shown: np.ndarray) -> np.ndarray:
-    """(annotators,) bool: whose share of preferred first answers is not 1/2, by an exact two-sided binomial test.
+    """(annotators,) bool: the preference for the first answer is not 1/2, by an exact two-sided binomial test.
 
     Corrected for the number of annotators (Benjamini and Hochberg 1995), at 1 %.
     """
@@ -129,16 +129,16 @@ def one_sided_test(firsts: np.ndarray, shown: np.ndarray) -> np.ndarray:
     return found
 
 
-def _first_preferred(columns: Columns, pairs: Pairs) -> tuple[np.ndarray, np.ndarray]:
-    """(annotators,) weighted: ordered pairs where the answer shown earlier is better, ordered pairs; where shown."""
-    used = pairs.where((pairs.order != 0) & (columns.shown & columns.by_named_person)[pairs.row])
+def _first_preferred(columns: Columns, pairs: AnswerPairs) -> tuple[np.ndarray, np.ndarray]:
+    """(annotators,) weights of ordered pairs with a known display order: those whose first answer is better, all."""
+    used = pairs.where((pairs.order != 0) & (columns.shown & columns.by_named_annotator)[pairs.row])
     weight = independent_pairs(columns.sizes[used.row])
     who, known = columns.annotator[used.row], len(columns.annotators)
     return np.bincount(who, weight * (used.order > 0), known), np.bincount(who, weight, known)
 
 
 def _median_seconds(columns: Columns, own: np.ndarray) -> dict[int, float]:
-    """Annotator -> median of the seconds that are known."""
+    """Annotator -> median of the known seconds."""
     timed = np.flatnonzero(own & ~np.isnan(columns.seconds))
     order = timed[np.argsort(columns.annotator[timed], kind="stable")]
     who, starts = np.unique(columns.annotator[order], return_index=True)

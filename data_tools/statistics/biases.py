@@ -1,4 +1,4 @@
-"""What wins that should not: length, place, who wrote it. Pure functions of numbers."""
+"""Win rates that should be one half: of the longer answer, the first one shown, human answers, each author."""
 
 from __future__ import annotations
 
@@ -9,80 +9,82 @@ import numpy as np
 from data_tools.statistics.columns import Columns
 from data_tools.statistics.consistency import fraction_by_prompt
 from data_tools.statistics.intervals import Estimate
-from data_tools.statistics.judgements import Pairs
+from data_tools.statistics.judgements import AnswerPairs
 from rlhf.data.schema import AUTHOR_KINDS
 
-TIMES_LONGER = (1.1, 1.25, 1.5, 2.0, 4.0)
-"""Edges of the bins of `wins_by_length`."""
+LENGTH_RATIOS = (1.1, 1.25, 1.5, 2.0, 4.0)
+"""Edges of the bins of `win_rates_by_length`."""
 MOST_AUTHORS = 30
 
 
-class Share(NamedTuple):
-    """A share for one of several groups."""
+class WinRate(NamedTuple):
+    """The win rate of one of several groups."""
 
     name: str
-    share: Estimate
+    rate: Estimate
 
 
-def longer_wins(columns: Columns, pairs: Pairs) -> Estimate | None:
-    """The share of pairs, ties and equal lengths aside, where the answer of more characters is better."""
+def longer_win_rate(columns: Columns, pairs: AnswerPairs) -> Estimate | None:
+    """The fraction of pairs in which the answer with more characters is better, without ties and equal lengths."""
     pairs, longer = _of_unequal_length(columns, pairs)
     return fraction_by_prompt(columns.prompt[pairs.row], longer == pairs.order)
 
 
-def wins_by_length(columns: Columns, pairs: Pairs) -> list[Share]:
-    """`longer_wins` by how many times the characters of the shorter answer the longer one has."""
+def win_rates_by_length(columns: Columns, pairs: AnswerPairs) -> list[WinRate]:
+    """`longer_win_rate` by the ratio of the longer answer's characters to the shorter one's."""
     pairs, longer = _of_unequal_length(columns, pairs)
     one, other = columns.chars[pairs.one], columns.chars[pairs.other]
-    times = np.maximum(one, other) / np.minimum(one, other)
-    bins = np.digitize(times, TIMES_LONGER)
-    found = []
-    for number in range(len(TIMES_LONGER) + 1):
-        low = TIMES_LONGER[number - 1] if number else 1
-        name = f"{low:g}-{TIMES_LONGER[number]:g}" if number < len(TIMES_LONGER) else f"over {low:g}"
-        here = bins == number
-        share = fraction_by_prompt(columns.prompt[pairs.row[here]], (longer == pairs.order)[here])
-        found += [Share(name, share)] if share else []
-    return found
+    bins = np.digitize(np.maximum(one, other) / np.minimum(one, other), LENGTH_RATIOS)
+    edges = ["1", *(f"{edge:g}" for edge in LENGTH_RATIOS)]
+    names = [*map("-".join, zip(edges, edges[1:])), f"over {edges[-1]}"]
+    return _win_rates(
+        names, [bins == i for i in range(len(names))], columns, pairs, [longer == pairs.order] * len(names)
+    )
 
 
-def _of_unequal_length(columns: Columns, pairs: Pairs) -> tuple[Pairs, np.ndarray]:
-    """The ordered pairs of unequal length, and 1 where `one` is longer, -1 where `other` is."""
+def _of_unequal_length(columns: Columns, pairs: AnswerPairs) -> tuple[AnswerPairs, np.ndarray]:
+    """The ordered pairs of unequal length, and 1 if `one` is longer, -1 if `other` is."""
     longer = np.sign(columns.chars[pairs.one] - columns.chars[pairs.other])
     used = (pairs.order != 0) & (longer != 0)
     return pairs.where(used), longer[used]
 
 
-def first_wins(columns: Columns, pairs: Pairs) -> Estimate | None:
-    """The share of ordered pairs, of rankings that keep the order shown, where the answer shown earlier is better."""
+def _win_rates(
+    names: list[str], groups: list[np.ndarray], columns: Columns, pairs: AnswerPairs, wins: list[np.ndarray]
+) -> list[WinRate]:
+    """The win rate of each group of pairs (a mask) that is not empty."""
+    prompt = columns.prompt[pairs.row]
+    rates = [fraction_by_prompt(prompt[group], win[group]) for group, win in zip(groups, wins)]
+    return [WinRate(name, rate) for name, rate in zip(names, rates) if rate is not None]
+
+
+def first_win_rate(columns: Columns, pairs: AnswerPairs) -> Estimate | None:
+    """The fraction of ordered pairs with a known display order in which the answer shown earlier is better."""
     used = pairs.where((pairs.order != 0) & columns.shown[pairs.row])
     return fraction_by_prompt(columns.prompt[used.row], used.order > 0)
 
 
-def person_wins(columns: Columns, pairs: Pairs) -> Estimate | None:
-    """The share of ordered pairs of a person's and a model's answer where the person's is better."""
+def person_win_rate(columns: Columns, pairs: AnswerPairs) -> Estimate | None:
+    """The fraction of ordered pairs of a human and a model answer in which the human answer is better."""
     person, model = AUTHOR_KINDS.index("person"), AUTHOR_KINDS.index("model")
     one, other = columns.author_kind[pairs.one], columns.author_kind[pairs.other]
-    mixed_pair = ((one == person) & (other == model)) | ((one == model) & (other == person))
-    used = mixed_pair & (pairs.order != 0)
+    used = (((one == person) & (other == model)) | ((one == model) & (other == person))) & (pairs.order != 0)
     wins = np.where(one == person, pairs.order > 0, pairs.order < 0)
     return fraction_by_prompt(columns.prompt[pairs.row[used]], wins[used])
 
 
-def author_wins(columns: Columns, pairs: Pairs) -> list[Share]:
-    """The share of ordered pairs with another author's answer that each author won, best first.
+def author_win_rates(columns: Columns, pairs: AnswerPairs) -> list[WinRate]:
+    """The win rate of each author against other authors, the best first.
 
-    The `MOST_AUTHORS` with most pairs; answers whose author has no name are left out.
+    The `MOST_AUTHORS` with most pairs; answers without an author's name are left out.
     """
     named = np.array([name != "" for name in columns.authors], bool)
     one, other = columns.author[pairs.one], columns.author[pairs.other]
     used = (pairs.order != 0) & (one != other) & named[one] & named[other]
     pairs, one, other = pairs.where(used), one[used], other[used]
     times = np.bincount(one, minlength=len(named)) + np.bincount(other, minlength=len(named))
-    found = []
-    for author in np.argsort(-times, kind="stable")[:MOST_AUTHORS]:
-        here = (one == author) | (other == author)
-        won = np.where(one == author, pairs.order > 0, pairs.order < 0)[here]
-        share = fraction_by_prompt(columns.prompt[pairs.row[here]], won)
-        found += [Share(columns.authors[author], share)] if share else []
-    return sorted(found, key=lambda item: -item.share.value)
+    authors = np.argsort(-times, kind="stable")[:MOST_AUTHORS].tolist()
+    groups = [(one == author) | (other == author) for author in authors]
+    wins = [np.where(one == author, pairs.order > 0, pairs.order < 0) for author in authors]
+    rates = _win_rates([columns.authors[author] for author in authors], groups, columns, pairs, wins)
+    return sorted(rates, key=lambda item: -item.rate.value)

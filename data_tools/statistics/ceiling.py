@@ -1,4 +1,4 @@
-"""The agreement ceiling: how well a reward model can do at best on a choice that one annotator made."""
+"""The agreement of annotators, and the ceiling that it sets for the accuracy of a reward model on single choices."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import numpy as np
 
 from data_tools.statistics.accumulator import Accumulator
 from data_tools.statistics.intervals import bootstrapped, ratio
-from data_tools.statistics.judgements import Votes, pairs_of, votes_of
+from data_tools.statistics.judgements import AnnotatorVotes, pairs_of, votes_of
 
 DIGITS = 6
 
@@ -16,41 +16,41 @@ DIGITS = 6
 def ceiling(agreement: np.ndarray) -> np.ndarray:
     """The best accuracy that any model can have against the choice of a single annotator: (1 + sqrt(2A - 1)) / 2.
 
-    A is the probability that two annotators order a pair alike, ties aside. Let a random annotator prefer the first
-    answer of pair i with probability p_i, independently of the others. Two order it alike with probability
-    A_i = p_i² + (1 - p_i)², and the best that a model can do is to name the answer that most prefer, which is right
-    with probability q_i = max(p_i, 1 - p_i). From A_i = 1 - 2 q_i (1 - q_i) follows q_i = f(A_i) with
-    f(A) = (1 + sqrt(2A - 1)) / 2. Where all pairs are equally hard, the accuracy over pairs is f(A) exactly; else,
+    A is the probability that two annotators order a pair in the same way, without ties. Let a random annotator prefer
+    the first answer of pair i with probability p_i, independently of the others. Two of them agree with probability
+    A_i = p_i² + (1 - p_i)². The best that a model can do is to choose the answer that most prefer, which is right with
+    probability q_i = max(p_i, 1 - p_i). From A_i = 1 - 2 q_i (1 - q_i) follows q_i = f(A_i) with
+    f(A) = (1 + sqrt(2A - 1)) / 2. If all pairs are equally hard, the accuracy over pairs is f(A) exactly. Otherwise,
     since f is concave, E[q] = E[f(A_i)] <= f(E[A_i]) = f(A) (Jensen): f(A) is an upper bound.
 
     Args:
-        agreement: A, any shape. At or below 0.5, what chance gives, the ceiling is 0.5.
+        agreement: A, any shape. At or below 0.5 (chance) the ceiling is 0.5.
     """
     return (1 + np.sqrt(np.maximum(2 * agreement - 1, 0))) / 2
 
 
-def agreement_sums(votes: Votes) -> np.ndarray:
-    """Each prompt's share in the pairwise agreement A = (sum of the first column) / (sum of the second).
+def agreement_sums(votes: AnnotatorVotes) -> np.ndarray:
+    """Each prompt's part in the pairwise agreement A = (sum of the first column) / (sum of the second).
 
-    Of a pair of answers with a votes one way and b the other, a vote has the company of another one, drawn at random,
-    with probability (a(a-1) + b(b-1)) / ((a+b)(a+b-1)); pairs weigh as many votes as they have (as the units of
-    Krippendorff's alpha do), so that an answer pair that fifty people judged does not drown the others. Ties, on
-    either side, are left out.
+    For a pair of answers with a votes one way and b the other, a vote agrees with another one, drawn at random, with
+    probability (a(a-1) + b(b-1)) / ((a+b)(a+b-1)). A pair weighs as much as it has votes (like the units of
+    Krippendorff's alpha), not pairs of votes, so that one pair of answers that fifty annotators judged does not
+    dominate. Ties are left out.
 
     Returns:
-        (prompts, 2) float: votes in company, votes with at least one other beside them.
+        (prompts, 2) float: expected agreeing votes; votes on pairs that have at least two.
     """
     counts = votes.counts()
     less, more = counts[:, 0], counts[:, 2]
     total = less + more
     with np.errstate(divide="ignore", invalid="ignore"):
-        company = (less * (less - 1) + more * (more - 1)) / (total - 1)
+        agreeing = (less * (less - 1) + more * (more - 1)) / (total - 1)
     several = total > 1
-    return votes.per_prompt(np.stack([np.where(several, company, 0), np.where(several, total, 0)], axis=1))
+    return votes.per_prompt(np.stack([np.where(several, agreeing, 0), np.where(several, total, 0)], axis=1))
 
 
-def agreement_facts(votes: Votes) -> dict[str, Any] | None:
-    """The value of `agreement` in a manifest, from the votes: None where no pair was ordered by two people."""
+def agreement_facts(votes: AnnotatorVotes) -> dict[str, Any] | None:
+    """The value of `agreement` in a manifest; see `agreement_of`."""
     sums = agreement_sums(votes)
     sums = sums[sums[:, 1] > 0]
     found = bootstrapped(sums, ratio)
@@ -59,27 +59,27 @@ def agreement_facts(votes: Votes) -> dict[str, Any] | None:
     bounds = [found.value if bound is None else bound for bound in (found.low, found.high)]
     counts = votes.counts()
     ordered = counts[:, 0] + counts[:, 2] > 1
-    people = np.unique(votes.annotator[ordered[votes.pair] & (votes.order != 0)])
+    annotators = np.unique(votes.annotator[ordered[votes.pair] & (votes.order != 0)])
     return {
         "ceiling": round(float(ceiling(np.array(found.value))), DIGITS),
         "interval": [round(float(bound), DIGITS) for bound in ceiling(np.array(bounds))],
         "pairs": int(ordered.sum()),
-        "annotators": len(people),
+        "annotators": len(annotators),
         "agreement": round(found.value, DIGITS),
     }
 
 
 def agreement_of(gathered: Accumulator) -> dict[str, Any] | None:
-    """How far the annotators of a dataset agree, and the ceiling that follows for a reward model.
+    """How often the annotators of a dataset agree, and the ceiling that follows for a reward model.
 
-    Rankings that name no annotator are left out, since two of them may be one person's; so are aggregated ones. The
-    same records give the same metrics.
+    Rankings without an annotator's name are left out, since two of them may be by one person; so are aggregated ones.
+    The same records give the same result.
 
     Returns:
-        `ceiling` with its 95 % `interval` (bootstrap over prompts), `agreement` (the probability that two people who
-        ordered the same pair of answers ordered it alike, ties aside), `pairs` (of answers that two or more people
-        ordered) and `annotators` (how many people that were). None where no pair was ordered by two people, and for a
-        dataset of another kind than rankings.
+        `ceiling` with its 95 % `interval` (bootstrap over prompts), `agreement` (the probability that two annotators
+        who ordered a pair of answers ordered it in the same way, without ties), `pairs` (of answers that two or more
+        annotators ordered) and `annotators` (their number). None if no two annotators ordered the same pair, and for
+        other kinds of records than rankings.
     """
     columns = gathered.ranked_repeatedly()
     return None if columns is None else agreement_facts(votes_of(columns, pairs_of(columns)))
@@ -88,11 +88,11 @@ def agreement_of(gathered: Accumulator) -> dict[str, Any] | None:
 class AgreementObserver:
     """Writes the agreement of a dataset of rankings into its manifest while the dataset is written.
 
-    It is under `agreement`: what `agreement_of` gives, or null. Other kinds of records get no such entry.
+    The entry `agreement` is what `agreement_of` returns, or null. Other kinds of records get no entry.
 
     Args:
         gathered: Takes the records.
-        otherwise: What is known of the annotators from elsewhere, for records that show no agreement themselves.
+        otherwise: The entry if the records themselves show no agreement, such as that of the parent dataset.
     """
 
     def __init__(self, gathered: Accumulator, otherwise: dict[str, Any] | None = None) -> None:

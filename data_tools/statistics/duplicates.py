@@ -1,4 +1,4 @@
-"""The same again: records, prompts and answers, exactly or nearly, within and across splits and evaluation sets."""
+"""Exact and near duplicates of records, prompts and answers, within and across splits and evaluation sets."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ TRAIN = SPLITS.index("train")
 
 
 def repeats(ids: np.ndarray) -> tuple[Estimate, np.ndarray]:
-    """The share of records whose id an earlier one has, and the numbers of these records."""
+    """The fraction of records whose id an earlier record has, and the indices of these records."""
     _, first = np.unique(ids, return_index=True)
     again = np.ones(len(ids), bool)
     again[first] = False
@@ -30,7 +30,7 @@ def repeats(ids: np.ndarray) -> tuple[Estimate, np.ndarray]:
 
 
 def prompts_across_splits(columns: Columns) -> tuple[Estimate, np.ndarray] | None:
-    """How many prompts stand in more than one split, and a record of each; None with fewer than two splits."""
+    """The number of prompts in more than one split, and a record of each; None with fewer than two splits."""
     known = np.flatnonzero(columns.split >= 0)
     if len(np.unique(columns.split[known])) < 2:
         return None
@@ -42,13 +42,13 @@ def prompts_across_splits(columns: Columns) -> tuple[Estimate, np.ndarray] | Non
 
 
 def repeated_answers(columns: Columns) -> tuple[Estimate, np.ndarray] | None:
-    """The share of answers whose text answers another prompt too, and the numbers of the most frequent such answers."""
+    """The fraction of answers whose text also answers another prompt, and the indices of the most frequent ones."""
     if not len(columns.answer):
         return None
     prompt = np.repeat(columns.prompt, columns.sizes)
     texts, number = np.unique(columns.answer, return_inverse=True)
-    _, place = np.unique(mixed(mixed(columns.answer) ^ prompt), return_index=True)
-    prompts_of = np.bincount(number[place], minlength=len(texts))
+    _, at = np.unique(mixed(mixed(columns.answer) ^ prompt), return_index=True)
+    prompts_of = np.bincount(number[at], minlength=len(texts))
     hit = prompts_of[number] > 1
     _, first = np.unique(number, return_index=True)
     most = np.argsort(-prompts_of, kind="stable")[:5]
@@ -60,14 +60,14 @@ def repeated_answers(columns: Columns) -> tuple[Estimate, np.ndarray] | None:
 
 @dataclass(frozen=True)
 class NearPrompts:
-    """Sampled prompts in groups of near ones."""
+    """Near-duplicates among the sampled prompts."""
 
     within: Estimate
-    """Share of the prompts with a near one before them in the same split."""
+    """Fraction of the prompts with an earlier near-duplicate in the same split."""
     across: Estimate | None
-    """How many prompts have a near, not equal one in another split; None with fewer than two splits."""
+    """Number of prompts with a near-duplicate in another split; None with fewer than two splits."""
     examples: list[tuple[int, int]]
-    """Records of near prompts, of different splits first."""
+    """Two records with near prompts each, in different splits if there are any."""
 
 
 def near_prompts(columns: Columns, texts: Texts) -> NearPrompts:
@@ -92,20 +92,20 @@ def near_prompts(columns: Columns, texts: Texts) -> NearPrompts:
 
 
 def _examples(rows: np.ndarray, group: np.ndarray, split: np.ndarray, spread: np.ndarray, again: np.ndarray) -> list:
-    """Up to five pairs of records of one group, of different splits where there are such."""
-    found = []
-    for place in np.flatnonzero(spread if spread.any() else again):
-        mates = np.flatnonzero((group == group[place]) & ((split != split[place]) | ~spread.any()))
-        mates = mates[mates != place]
-        if len(mates) and group[place] not in [one for one, _ in found]:
-            found.append((group[place], (int(rows[place]), int(rows[mates[0]]))))
+    """Up to five pairs of records of one group, in different splits if there are any."""
+    found: dict[int, tuple[int, int]] = {}
+    for index in np.flatnonzero(spread if spread.any() else again):
+        others = np.flatnonzero((group == group[index]) & ((split != split[index]) | ~spread.any()))
+        others = others[others != index]
+        if len(others) and group[index] not in found:
+            found[group[index]] = (int(rows[index]), int(rows[others[0]]))
         if len(found) == 5:
             break
-    return [pair for _, pair in found]
+    return list(found.values())
 
 
 def near_answers(columns: Columns, texts: Texts) -> Estimate | None:
-    """The share of sampled answers that are near to, or the same as, an answer to another sampled prompt."""
+    """The fraction of sampled answers that are near to, or equal to, an answer to another sampled prompt."""
     keys = list(_answer_keys(columns, texts))
     if not keys:
         return None
@@ -119,7 +119,7 @@ def near_answers(columns: Columns, texts: Texts) -> Estimate | None:
 
 
 def _answer_keys(columns: Columns, texts: Texts) -> Iterator[tuple[int, int, str]]:
-    """(place among all answers, prompt, text) of up to `MOST_RECORDS` sampled answers, each text of a prompt once."""
+    """(index, prompt, text) of up to `MOST_RECORDS` sampled answers, each text of a prompt once."""
     seen: set[tuple[int, int]] = set()
     for row in texts.records.tolist():
         for at, text in enumerate(texts.answers[row], int(columns.start[row])):
@@ -132,10 +132,7 @@ def _answer_keys(columns: Columns, texts: Texts) -> Iterator[tuple[int, int, str
 
 
 def near_identical_pairs(columns: Columns, texts: Texts) -> Estimate | None:
-    """The share of sampled pairs of different answers to one prompt that are near, so that there is little to rank.
-
-    Of each sampled ranking the first two answers are compared.
-    """
+    """The fraction of sampled rankings whose first two answers are near-duplicates, among those that have two."""
     hits = [
         similarity(*texts.answers[row][:2]) >= DEFAULT_THRESHOLD
         for row in texts.records.tolist()
@@ -149,13 +146,13 @@ def near_identical_pairs(columns: Columns, texts: Texts) -> Estimate | None:
 
 @dataclass(frozen=True)
 class EvaluationSet:
-    """The prompts of a dataset that a model is to be judged on."""
+    """The prompts of a dataset that models are evaluated on."""
 
     path: Path
     prompts: np.ndarray
-    """Ascending distinct ids, uint64."""
+    """Distinct ids, ascending, uint64."""
     texts: dict[str, str]
-    """Id -> text, of the first prompts only where there are many."""
+    """Id -> text; only of the first prompts if there are many."""
 
     @classmethod
     def read(cls, path: Path) -> EvaluationSet:
@@ -165,7 +162,7 @@ class EvaluationSet:
 
 
 def contaminated(columns: Columns, sets: list[EvaluationSet]) -> tuple[Estimate, np.ndarray]:
-    """How many prompts of train, or of no split, stand in the evaluation sets too, and a record of each."""
+    """The number of prompts of train, or of no split, that are also in an evaluation set, and a record of each."""
     rows = np.flatnonzero(columns.split <= TRAIN)
     _, first = np.unique(columns.prompt[rows], return_index=True)
     rows = rows[first]
@@ -177,7 +174,7 @@ def contaminated(columns: Columns, sets: list[EvaluationSet]) -> tuple[Estimate,
 def near_contaminated(
     columns: Columns, texts: Texts, sets: list[EvaluationSet]
 ) -> tuple[Estimate, list[tuple[int, str]]]:
-    """How many sampled prompts of train, or of no split, are near to one of the evaluation sets, and not equal to it.
+    """The number of sampled prompts of train, or of no split, that are near to, not equal to, an evaluation prompt.
 
     Returns:
         The number, and for up to five of them a record and the text that it is near to.

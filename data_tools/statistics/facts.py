@@ -1,4 +1,4 @@
-"""What all metrics are computed from: a dataset's columns, its pairs and votes, and sampled texts; each made once."""
+"""What the metrics are computed from: a dataset's columns, pairs, votes and sampled texts, each computed once."""
 
 from __future__ import annotations
 
@@ -17,31 +17,31 @@ from data_tools.statistics.annotators import Annotator, annotators_of
 from data_tools.statistics.columns import Collector, Columns, as_shards, row_groups
 from data_tools.statistics.duplicates import EvaluationSet, NearPrompts
 from data_tools.statistics.intervals import Estimate
-from data_tools.statistics.judgements import Pairs, Votes, pairs_of, votes_of
+from data_tools.statistics.judgements import AnnotatorVotes, AnswerPairs, pairs_of, votes_of
 from data_tools.statistics.sample import Texts, texts_of
 from rlhf.data.store import Dataset, Reject, open_dataset
 
 
 @dataclass(frozen=True)
 class Facts:
-    """A dataset, read once. Whatever several metrics need is computed at its first use and kept."""
+    """A dataset. What several metrics need is computed at its first use and kept."""
 
     dataset: Dataset
     shards: Dataset
-    """The dataset itself, or the folder that a JSONL file was converted to."""
+    """The dataset, or the folder that a JSONL file was converted to."""
     columns: Columns
     near: bool
-    """Near-duplicates are looked for."""
+    """Near-duplicates are searched for."""
     evaluation: list[EvaluationSet]
     bad_rows: Counter[str] = field(default_factory=Counter)
     """Rows of a JSONL file that could not be used, by reason."""
 
     @cached_property
-    def pairs(self) -> Pairs:
+    def pairs(self) -> AnswerPairs:
         return pairs_of(self.columns)
 
     @cached_property
-    def votes(self) -> Votes:
+    def votes(self) -> AnnotatorVotes:
         return votes_of(self.columns, self.pairs)
 
     @cached_property
@@ -53,8 +53,8 @@ class Facts:
         return annotators_of(self.columns, self.pairs, self.votes)
 
     @cached_property
-    def authors(self) -> list[biases.Share]:
-        return biases.author_wins(self.columns, self.pairs)
+    def authors(self) -> list[biases.WinRate]:
+        return biases.author_win_rates(self.columns, self.pairs)
 
     @cached_property
     def repeats(self) -> tuple[Estimate, np.ndarray]:
@@ -78,7 +78,7 @@ class Facts:
 
     @cached_property
     def texts(self) -> Texts:
-        """The sampled texts, and those of the records that examples are shown of."""
+        """The sampled texts, and those of the records that are shown as examples."""
         also = set(self.repeats[1][:5].tolist())
         also |= set(self.split_leaks[1][:5].tolist()) if self.split_leaks else set()
         also |= set(self.contaminated[1][:5].tolist()) if self.evaluation else set()
@@ -99,7 +99,7 @@ class Facts:
         return words.languages(self.columns, self.texts)
 
     def is_sample(self, what: str) -> bool:
-        """Whether texts of prompts, records, pairs or languages come from a sample of the dataset."""
+        """Whether the texts of prompts, records, pairs or languages are from a sample of the dataset."""
         return {
             "prompts": lambda: not self.texts.all_prompts,
             "records": lambda: not self.texts.all_records,
@@ -114,7 +114,7 @@ class Facts:
 
 @contextmanager
 def gathered(path: str | Path, against: Sequence[Path] = (), near: bool = True) -> Iterator[Facts]:
-    """Read a dataset's columns; its texts are read later, when a metric needs them, so within the block.
+    """Read a dataset's columns. Its texts are read when a metric needs them, so use the facts within the block.
 
     Raises:
         UserError: A dataset cannot be opened or read.
@@ -128,5 +128,5 @@ def gathered(path: str | Path, against: Sequence[Path] = (), near: bool = True) 
 
     with as_shards(dataset, count) as shards:
         collector = Collector()
-        columns = collector.columns(collector.part(group.read()) for group in row_groups(shards))
+        columns = collector.columns(collector.arrays(group.read()) for group in row_groups(shards))
         yield Facts(dataset, shards, columns, near, sets, bad_rows)

@@ -1,4 +1,4 @@
-"""Intervals: how far a figure may be off, given how many prompts it rests on. Pure functions of numbers."""
+"""Estimates with 95 % intervals, by Wilson's formula or by the bootstrap over prompts. Pure functions of arrays."""
 
 from __future__ import annotations
 
@@ -11,20 +11,21 @@ from rlhf.core.intervals import effective_size, wilson
 
 REPLICATES = 1000
 FEWEST_REPLICATES, MOST_DRAWS = 200, 50_000_000
-"""Of the bootstrap of many rows, whose interval is narrow anyway, fewer replicates are taken."""
+"""Fewer replicates are drawn for many rows, whose interval is narrow."""
 SEED = 0
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """A figure with its 95 % interval (None where it has none), and how many units it rests on."""
+    """A metric's value with its 95 % interval (None if it has none)."""
 
     value: float
     low: float | None = None
     high: float | None = None
     n: int | None = None
+    """Number of units that the value is computed from."""
     note: str = ""
-    """What the figure alone does not say, such as names."""
+    """What the value does not say, such as names."""
 
 
 def fraction_of(successes: float, trials: float, size: float | None = None) -> Estimate | None:
@@ -50,14 +51,15 @@ def clustered_fraction(successes: np.ndarray, trials: np.ndarray) -> Estimate | 
 
 
 def resampled_sums(values: np.ndarray, replicates: int = REPLICATES, seed: int = SEED) -> np.ndarray:
-    """Column sums under the bootstrap (Efron 1979): as many rows drawn with replacement as there are, again and again.
+    """Column sums of bootstrap replicates (Efron 1979): as many rows as there are, drawn with replacement.
 
     Args:
-        values: (rows, columns), a row for each prompt, so that whole prompts are resampled.
+        values: (rows, columns), a row per prompt, so that whole prompts are resampled.
 
     Returns:
-        (replicates, columns). Any statistic of the column sums can be taken of each.
+        (replicates, columns).
     """
+    # scipy.stats.bootstrap takes as long (75 ms for 9,000 prompts), but its bounds are NaN if one replicate is NaN.
     generator = np.random.default_rng(seed)
     rows = len(values)
     sums = np.empty((replicates, values.shape[1]))
@@ -73,10 +75,10 @@ def bootstrapped(
 
     Args:
         values: (rows, columns) float.
-        statistic: (any, columns) sums -> (any,) figures; NaN where it has none.
+        statistic: (any, columns) sums -> (any,) values; NaN if undefined.
 
     Returns:
-        None without rows, or where the statistic is NaN.
+        None without rows, or if the statistic is NaN.
     """
     if not len(values):
         return None
@@ -86,12 +88,12 @@ def bootstrapped(
     if len(values) == 1:
         return Estimate(value, n=n)
     replicates = max(FEWEST_REPLICATES, min(REPLICATES, MOST_DRAWS // len(values)))
-    figures = statistic(resampled_sums(values, replicates))
-    low, high = np.nanquantile(figures, [0.025, 0.975])
+    values_drawn = statistic(resampled_sums(values, replicates))
+    low, high = np.nanquantile(values_drawn, [0.025, 0.975])
     return Estimate(value, float(low), float(high), n)
 
 
 def ratio(sums: np.ndarray) -> np.ndarray:
-    """First column divided by the second; NaN where that is 0."""
+    """First column divided by the second; NaN if that is 0."""
     with np.errstate(divide="ignore", invalid="ignore"):
         return np.where(sums[:, 1] > 0, sums[:, 0] / sums[:, 1], np.nan)

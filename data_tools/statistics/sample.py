@@ -1,4 +1,4 @@
-"""The texts that the costly statistics read: of all records of a small dataset, of a seeded sample of a large one."""
+"""Texts for the metrics that are slow: of all records of a small dataset, of a seeded sample of a large one."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from rlhf.data.store import Dataset
 MOST_RECORDS = 20_000
 MOST_PROMPTS = 20_000
 CUT = 8_000
-"""Characters of a text that are kept: so many, of a longer one half from its beginning and half from its end."""
+"""Maximum characters of a text; a longer one is cut to half from its beginning and half from its end."""
 
 
 @dataclass(frozen=True)
@@ -24,9 +24,9 @@ class Texts:
     """The texts of some records."""
 
     records: np.ndarray
-    """Numbers of the sampled records, ascending; a fair sample."""
+    """Indices of the sampled records, ascending, drawn uniformly."""
     prompts: np.ndarray
-    """Numbers of records with the sampled prompts, one for each prompt, ascending; evaluation splits first served."""
+    """Indices of records with the sampled prompts, one per prompt, ascending; see `sampled_prompts`."""
     prompt: dict[int, str]
     """Record -> its turns, joined by blank lines."""
     answers: dict[int, list[str]]
@@ -37,17 +37,16 @@ class Texts:
 
 
 def sampled_records(total: int, seed: int = SEED) -> np.ndarray:
-    """Up to `MOST_RECORDS` record numbers, drawn without replacement, ascending."""
+    """Up to `MOST_RECORDS` record indices, drawn without replacement, ascending."""
     if total <= MOST_RECORDS:
         return np.arange(total)
     return np.sort(np.random.default_rng(seed).choice(total, MOST_RECORDS, replace=False))
 
 
 def sampled_prompts(columns: Columns, seed: int = SEED) -> tuple[np.ndarray, bool]:
-    """One record for each of up to `MOST_PROMPTS` distinct prompts, ascending, and whether that is all of them.
+    """One record for each of up to `MOST_PROMPTS` distinct prompts, ascending, and whether these are all prompts.
 
-    Leaks are sought between training and evaluation prompts, and the latter are few: up to half of the sample is of
-    prompts outside `train`, where there are such.
+    Evaluation prompts are few, but leaks can only be found with them: up to half of the sample is outside `train`.
     """
     _, first = np.unique(columns.prompt, return_index=True)
     if len(first) <= MOST_PROMPTS:
@@ -61,10 +60,10 @@ def sampled_prompts(columns: Columns, seed: int = SEED) -> tuple[np.ndarray, boo
 
 
 def texts_of(shards: Dataset, columns: Columns, near: bool, also: Iterable[int] = ()) -> Texts:
-    """Read the texts of the samples and of the records `also`, in one pass.
+    """Read the texts of the samples and of the records in `also`, in one pass.
 
     Args:
-        near: Sample prompts too, for the near-duplicate search.
+        near: Also sample prompts, for the near-duplicate search.
     """
     records = sampled_records(len(columns))
     prompts, whole = sampled_prompts(columns) if near else (np.zeros(0, np.int64), False)
