@@ -249,6 +249,7 @@ class Terminal:
         os.waitpid(self.pid, 0)
 
 
+@pytest.mark.slow
 def test_in_a_terminal_ctrl_c_clears_the_line_and_ctrl_d_leaves(terminal: Terminal) -> None:
     assert "/help" in terminal.until("> ")
     terminal.type("half a li")

@@ -192,6 +192,7 @@ def stage_module(place: Path, *words: str) -> list[str]:
     return [sys.executable, "-m", "sleeper", "--config", "sft.yaml", *words]
 
 
+@pytest.mark.slow
 def test_ctrl_c_says_how_to_continue_and_exits_with_130(place):
     pipe = subprocess.PIPE
     environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}

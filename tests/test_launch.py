@@ -99,6 +99,7 @@ def stage(tmp_path):
 # ---- one machine -------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_every_rank_gets_the_arguments_and_its_share_of_the_cores(bare):
     done = python(bare, "-c", LAUNCHER)
     threads = max(1, len(os.sched_getaffinity(0)) // 2)
@@ -107,6 +108,7 @@ def test_every_rank_gets_the_arguments_and_its_share_of_the_cores(bare):
         assert f"rank {rank} of 2 threads {threads} []" in done.stdout
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("word", "how"), [("kill", "was killed by SIGKILL"), ("fail", "ended with exit status 3")])
 def test_a_rank_that_fails_is_named_with_its_host_and_how_and_the_others_are_stopped(bare, word, how):
     begun = time.monotonic()
@@ -118,6 +120,7 @@ def test_a_rank_that_fails_is_named_with_its_host_and_how_and_the_others_are_sto
     assert time.monotonic() - begun < 40  # rank 0 would have slept for a minute
 
 
+@pytest.mark.slow
 def test_ctrl_c_ends_the_ranks_and_says_how_to_continue(bare):
     command = [sys.executable, "-c", LAUNCHER, "sleep"]
     pipe = subprocess.PIPE

@@ -221,7 +221,13 @@ def test_options_that_contradict_each_other_are_all_named(tmp_path, prompts):
 
 
 @pytest.mark.parametrize(
-    "changes", [{}, {"tuning": {"name": "lora", "rank": 2}}, {"advantage": "rloo", "rollout__samples_per_prompt": 2}]
+    "changes",
+    [
+        {},
+        pytest.param({"tuning": {"name": "lora", "rank": 2}}, marks=pytest.mark.slow),
+        pytest.param({"advantage": "rloo", "rollout__samples_per_prompt": 2}, marks=pytest.mark.slow),
+    ],
+    ids=["full", "lora", "rloo"],
 )
 def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(changes, tmp_path, prompts):
     changes = {**changes, "kl__controller": {"name": "adaptive", "init_coef": 0.1, "target": 0.01, "horizon": 100}}

@@ -177,6 +177,7 @@ def test_gradient_checkpointing_changes_nothing(tmp_path, runs, prompts):
         torch.testing.assert_close(found[1][name], weight, atol=1e-5, rtol=0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tuning, reward", [(LORA, "over-sft"), (LAST, "last")])
 def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(tuning, reward, tmp_path, runs, prompts):
     def made(name):
