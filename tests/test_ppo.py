@@ -14,7 +14,9 @@ from logged import updates
 from ppo_runs import REWARD, config
 from transformers import AutoModelForCausalLM
 
+from rlhf.config.base import DataConfig
 from rlhf.core.errors import UserError
+from rlhf.data.tables import tokenize
 from rlhf.ppo.metrics import TIMINGS, RunningMeanStd
 from stages.ppo import PPO, run
 
@@ -111,19 +113,40 @@ def test_while_the_critic_warms_up_only_it_learns(tmp_path, prompts):
     assert not all(torch.equal(a, b) for a, b in zip(policy, stage.models.engine.module.policy.parameters()))
 
 
-def test_the_ptx_term_lowers_the_loss_on_demonstrations(tmp_path, prompts):
-    nothing = {"name": "function", "function": "ppo_rewards:nothing"}
-    changes = {"data__ptx": prompts, "loss__ptx_coef": 10.0, "reward": nothing}
-    stage = PPO(config(tmp_path / "run", prompts, updates=6, **changes), resume=False, overwrite=False)
-    losses = [stage.update(i)["loss/ptx"] for i in range(6)]
-    assert losses[-1] < losses[0] - 0.1
+def test_the_ptx_term_adds_ptx_coef_times_the_mean_loss_on_demonstrations(tmp_path, prompts):
+    """Equal rewards leave RLOO no advantage, so the gradient is that of the ptx term alone."""
+    changes = {"advantage": "rloo", "rollout__samples_per_prompt": 2, "batch__epochs": 1, "batch__minibatches": 1}
+    changes |= {"reward": {"name": "function", "function": "ppo_rewards:nothing"}}
+    changes |= {"data__ptx": prompts, "loss__ptx_coef": 3.0, "loss__ptx_batch_size": 24}  # all of them
+    c = config(tmp_path / "run", prompts, **changes)
+    stage = PPO(c, resume=False, overwrite=False)
+    model = AutoModelForCausalLM.from_pretrained(tiny.llama())
+    total, count = torch.zeros(()), 0
+    for row in tokenize(tmp_path, stage.chat, 128, DataConfig(train=[prompts]), "demonstration").train:
+        logprobs = model(torch.tensor([row["input_ids"]])).logits[0, :-1].log_softmax(-1)
+        answered = torch.tensor(row["labels"])[1:] != -100
+        total = total - logprobs.gather(-1, torch.tensor(row["input_ids"])[1:, None])[answered].sum()
+        count += int(answered.sum())
+    (3 * total / count).backward()
+    norm = torch.stack([p.grad.norm() for p in model.parameters()]).norm()
+    found = stage.update(0)
+    assert found["loss/ptx"] == pytest.approx(float(total) / count, rel=1e-4)
+    assert found["optimizer/grad_norm"] == pytest.approx(float(norm), rel=1e-4)
 
 
-def test_epochs_stop_early_at_the_kl_target(tmp_path, prompts):
-    free = PPO(config(tmp_path / "a", prompts, batch__epochs=3), resume=False, overwrite=False).update(0)
-    bound = config(tmp_path / "b", prompts, batch__epochs=3, loss__target_kl=1e-9)
-    assert free["optimizer/epochs"] == 3 and free["optimizer/steps"] == 6
-    assert PPO(bound, resume=False, overwrite=False).update(0)["optimizer/epochs"] == 1
+def test_epochs_stop_after_the_first_whose_kl_is_above_the_target(tmp_path, prompts):
+    def update(epochs, **more):
+        folder = tmp_path / f"{epochs}-{more}"
+        c = config(folder, prompts, batch__epochs=epochs, batch__minibatches=1, **more)
+        return PPO(c, resume=False, overwrite=False).update(0)
+
+    free = update(2)
+    assert free["optimizer/epochs"] == free["optimizer/steps"] == 2
+    second = 2 * free["policy/approx_kl"]  # a mean over two epochs, of which the first has a KL of 0
+    assert second > 0
+    assert update(3, loss__target_kl=0.99 * second)["optimizer/epochs"] == 2
+    assert update(3, loss__target_kl=1.01 * second)["optimizer/epochs"] == 3
+    assert update(3, loss__target_kl=1e-9)["optimizer/epochs"] == 2
 
 
 def test_the_adaptive_controller_moves_the_coefficient(tmp_path, prompts):

@@ -135,6 +135,18 @@ def test_evaluations_samples_and_log_intervals_change_no_step(demos: str, tmp_pa
     assert logged[4] == pytest.approx(sum(losses(plain)[:4]) / 4, abs=1e-5)
 
 
+@pytest.mark.parametrize(
+    "schedule, falls", [("constant", [1.0] * 6), ("linear", [1, 5 / 6, 4 / 6, 3 / 6, 2 / 6, 1 / 6])]
+)
+def test_the_learning_rate_climbs_over_the_warm_up_and_then_follows_the_schedule(
+    schedule: str, falls: list[float], demos: str, tmp_path: Path
+) -> None:
+    optimizer = {"lr": 1e-3, "warmup": 0.4, "schedule": schedule}
+    done = run(settings(demos, tmp_path / "run", optimizer=optimizer, eval={"every": 100, "samples": 0}))
+    rates = [row["optimizer/lr"] for row in lines(done) if "optimizer/lr" in row]
+    assert rates == pytest.approx([1e-3 * scale for scale in (0, 0.25, 0.5, 0.75, *falls)])
+
+
 # ---- the result ----------------------------------------------------------------------------------------------------
 
 
