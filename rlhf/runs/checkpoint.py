@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 from rlhf import distributed
 from rlhf.core.console import is_main, warn
-from rlhf.core.lazy import lazy
 from rlhf.core.files import partial_path, whole_folder, write_json
+from rlhf.core.lazy import lazy
 
 if TYPE_CHECKING:
     import numpy as np
@@ -41,7 +41,7 @@ class Checkpoints:
 
     @contextmanager
     def write(self, step: int, protect: int | None = None) -> Iterator[Path]:
-        """Yield a hidden folder to write a checkpoint into; leaving the block seals and renames it. Every rank calls it.
+        """Yield a hidden folder for a checkpoint; leaving the block seals and renames it. Every rank calls it.
 
         Args:
             step: The step of the checkpoint.

@@ -19,14 +19,14 @@ from pathlib import Path
 from typing import Any
 
 from rlhf import distributed
-from rlhf.runs.checkpoint import Checkpoints
 from rlhf.config.base import StageConfig
 from rlhf.config.load import dump_config
 from rlhf.core.console import is_main, say
 from rlhf.core.errors import UserError
-from rlhf.data.schema import READABLE_VERSIONS, SCHEMA_VERSION
 from rlhf.core.files import append_jsonl, write_json, write_text
+from rlhf.data.schema import READABLE_VERSIONS, SCHEMA_VERSION
 from rlhf.data.store import Dataset
+from rlhf.runs.checkpoint import Checkpoints
 
 PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "deepspeed", "datasets")
 
@@ -170,7 +170,9 @@ def resolve_model_path(path: str | Path) -> str:
                 remedy="Finish it with --resume first.",
             )
         if info.get("schema_version") not in READABLE_VERSIONS:
-            raise UserError(f"{path}: has schema version {info.get('schema_version')}; this version reads up to {SCHEMA_VERSION}")
+            raise UserError(
+                f"{path}: has schema version {info.get('schema_version')}; this version reads up to {SCHEMA_VERSION}"
+            )
         return str(Path(path) / "model")
     text = str(path)
     looks_local = text.startswith((".", "/", "~", "runs/")) or text.count("/") > 1
