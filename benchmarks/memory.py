@@ -169,11 +169,11 @@ def predicted(stage: str, config: dict[str, Any], processes: int, longest: int) 
     from rlhf.memory.workload import batch_shape, limit_of
 
     checked = check_config(STAGES[stage], config, "benchmark")
-    division = ZeroLayout.of(read_deepspeed(checked.deepspeed) if checked.deepspeed else None)
+    layout = ZeroLayout.of(read_deepspeed(checked.deepspeed) if checked.deepspeed else None)
     work = batch_shape(checked, limit_of(checked), processes, longest)
-    passes = TracedModel(checked, work, halves=False, divided=division.stage is not None)
-    found = predict(passes, division, processes, gpu=False)
-    return {phase: moment.total for phase, moment in found.phases.items()}
+    passes = TracedModel(checked, work, bfloat16=False, deepspeed=layout.stage is not None)
+    found = predict(passes, layout, processes, gpu=False)
+    return {phase: snapshot.total for phase, snapshot in found.phases.items()}
 
 
 def both(name: str, folder: Path) -> tuple[dict[str, float], dict[str, int], int]:
@@ -214,7 +214,7 @@ def vocabularies(folder: Path) -> None:
                 "run": str(place / "run"), "model": {"path": str(place / "model"), "chat_template": "plain"}
             }  # fmt: skip
             found = measure("ppo", config, 1, place)
-            states = 4 * 3 * count + 8 * 2 * count  # policy, critic and reference; two moments of the trained weights
+            states = 4 * 3 * count + 8 * 2 * count  # policy, critic and reference; two snapshots of the trained weights
             above = [found["rollout"] - states, found["scoring"] - states, found["update"] - states - 8 * count]
             full = vocabulary * tokens * 4 * 192 // 256
             cells = [f"{vocabulary:,}", f"{tokens:,}", *(f"{size / 1e6:,.0f}" for size in (full, *above))]

@@ -1,6 +1,6 @@
-"""`rlhf plan`: whether a run fits into memory, before it runs; and if not, what is the cheapest change that makes it.
+"""`rlhf plan`: whether a run fits into memory, before it runs, and the cheapest change that makes it fit.
 
-Nothing is loaded and nothing downloaded: models are imagined from their config.json (see `rlhf.memory.predict`).
+Nothing is loaded or downloaded: models are built on fake tensors from their config.json (see `rlhf.memory.predict`).
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ import itertools
 import math
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
@@ -18,23 +18,12 @@ from rlhf.cli.stage_configs import STAGES
 from rlhf.config.load import check_config, override_values, read_values
 from rlhf.core.console import say, table
 from rlhf.core.errors import UserError, nearest
-from rlhf.core.lazy import lazy
 from rlhf.distributed.deepspeed_config import read_deepspeed
 from rlhf.ppo.config import PPOConfig
 
-if TYPE_CHECKING:
-    from rlhf.memory import footprint, workload
-    from rlhf.memory import predict as memory
-else:
-    footprint, memory, workload = (
-        lazy("rlhf.memory.footprint"),
-        lazy("rlhf.memory.predict"),
-        lazy("rlhf.memory.workload"),
-    )
-
 GIB = 2**30
 MARGIN, CONTEXT = 0.08, 1.0 * GIB
-"""What an allocator rounds up, as a share; and what CUDA and NCCL take beside the tensors."""
+"""Fraction that an allocator adds by rounding, and bytes that CUDA and NCCL use besides tensors."""
 FILES = {
     "0": None,
     "1": "configs/deepspeed/zero1.json",
@@ -48,26 +37,28 @@ FILES = {
 
 def command(
     config: ConfigFile,
-    gpus: Annotated[int, typer.Option("--gpus", min=1, help="GPUs on each host, a process for each.")],
-    gpu_memory: Annotated[str, typer.Option("--gpu-memory", metavar="GIB", help="Of one GPU, such as 80.")],
+    gpus: Annotated[int, typer.Option("--gpus", min=1, help="GPUs on each host, one process per GPU.")],
+    gpu_memory: Annotated[str, typer.Option("--gpu-memory", metavar="GIB", help="Memory of a GPU, such as 80.")],
     overrides: Overrides = None,
-    hosts: Annotated[int, typer.Option("--hosts", min=1, help="How many hosts.")] = 1,
+    hosts: Annotated[int, typer.Option("--hosts", min=1, help="Number of hosts.")] = 1,
     stage: Annotated[
-        str | None, typer.Option("--stage", help="sft, reward or ppo, if the config does not tell.")
+        str | None, typer.Option("--stage", help="sft, reward or ppo, if it is not clear from the config.")
     ] = None,
     base: Annotated[
-        str | None, typer.Option("--base", help="Folder with the config.json of models that are still to be trained.")
+        str | None, typer.Option("--base", help="Folder with the config.json of models that are not trained yet.")
     ] = None,
     longest: Annotated[
-        int | None, typer.Option("--longest", min=1, help="Tokens of the longest prompt (ppo) or row, if known.")
+        int | None, typer.Option("--longest", min=1, help="Longest prompt (ppo) or row in tokens, if known.")
     ] = None,
-    candidates: Annotated[int, typer.Option("--candidates", min=2, help="Answers of a ranking (reward).")] = 4,
+    candidates: Annotated[int, typer.Option("--candidates", min=2, help="Answers in a ranking (reward).")] = 4,
 ) -> None:
     """Predict a run's peak memory on GPUs by phase, part and ZeRO stage; say what fits and the cheapest change."""
     size = memory_of(gpu_memory)
     values = read_values(config)
     override_values(values, overrides or ())
-    plan = Plan(values, stage or stage_of(values, config), str(config), gpus * hosts, size, base, longest, candidates)
+    plan = MemoryPlan(
+        values, stage or stage_of(values, config), str(config), gpus * hosts, size, base, longest, candidates
+    )
     report(plan, gpus, hosts)
 
 
@@ -75,7 +66,7 @@ def memory_of(text: str) -> float:
     """Bytes from a number of GiB.
 
     Raises:
-        UserError: Not a number, or none that a GPU could have.
+        UserError: Not a number of GiB that a GPU could have.
     """
     try:
         found = float(text)
@@ -90,31 +81,31 @@ def memory_of(text: str) -> float:
 
 
 def stage_of(values: dict[str, Any], config: Path) -> str:
-    """Which stage's config this is, by its keys.
+    """The stage of a config, by its keys or its file name.
 
     Raises:
-        UserError: They do not tell.
+        UserError: Neither shows it.
     """
     if "reward" in values or "rollout" in values:
         return "ppo"
     name = next((name for name in ("reward", "sft") if name in config.stem), None)
     if name is None:
-        raise UserError(f"{config}: its keys and name do not tell its stage", remedy="Add --stage sft or reward.")
+        raise UserError(f"{config}: its stage is not clear from its keys or name", remedy="Add --stage sft or reward.")
     return name
 
 
-class Plan:
-    """A config with the machine that it is planned for; predictions with some keys changed.
+class MemoryPlan:
+    """Predictions for a config on a machine, also with some keys changed.
 
     Args:
         values: The config's keys and values.
         stage: sft, reward or ppo.
         where: The config's file, for messages.
-        processes: One for each GPU.
+        processes: Number of processes, one per GPU.
         size: Memory of a GPU in bytes.
-        base: Stands in for models that are still to be trained.
-        longest: Tokens of the longest prompt or row, where known.
-        candidates: Answers of a ranking.
+        base: Folder with the config.json of models that are not trained yet.
+        longest: Longest prompt or row in tokens, if known.
+        candidates: Number of answers in a ranking.
     """
 
     def __init__(
@@ -126,7 +117,7 @@ class Plan:
         self.values, self.stage, self.where = values, stage, where
         self.processes, self.size, self.base, self.longest, self.candidates = processes, size, base, longest, candidates
         self.config: Any = self.changed()
-        self.halves = self.config.precision != "float32"
+        self.bfloat16 = self.config.precision != "float32"
         self._traced: dict[Any, tuple[Any, Any]] = {}
 
     @property
@@ -145,14 +136,16 @@ class Plan:
         settings = read_deepspeed(config.deepspeed) if config.deepspeed else None
         if settings is None and self.processes > 1:
             settings = {"zero_optimization": {"stage": 0}}
-        passes = self._passes(config, settings is not None)
-        return memory.predict(passes, memory.ZeroLayout.of(settings), self.processes, gpu=True)
+        from rlhf.memory.predict import ZeroLayout, predict  # imports torch
 
-    def _passes(self, config: Any, divided: bool) -> Any:
-        """What the config's passes hold; traced for the fewest and the most sequences, between which lies a line."""
-        limit = workload.limit_of(config, self.base)
-        work = workload.batch_shape(config, limit, self.processes, self.longest, self.candidates)
-        kind = (divided, config.gradient_checkpointing, str(config.tuning), str(getattr(config, "critic", "")))
+        return predict(self._trace(config, settings is not None), ZeroLayout.of(settings), self.processes, gpu=True)
+
+    def _trace(self, config: Any, deepspeed: bool) -> Any:
+        """The config's traced model; traced for the fewest and the most sequences and interpolated between them."""
+        from rlhf.memory.footprint import TracedModel  # imports torch
+
+        shape = self._batch_shape(config)
+        kind = (deepspeed, config.gradient_checkpointing, str(config.tuning), str(getattr(config, "critic", "")))
         if kind not in self._traced:
             ends = []
             for budget, share in ((self.budgets()[0], 8), (self.budgets()[-1], 1)):
@@ -160,33 +153,37 @@ class Plan:
                 if isinstance(config, PPOConfig):
                     few = max(1, config.rollout.batch_size // share)
                     values = values.model_copy(update=_nested(config, "rollout.batch_size", few))
-                most = workload.batch_shape(values, limit, self.processes, self.longest, self.candidates)
-                ends.append(footprint.TracedModel(values, most, self.halves, divided, base=self.base))
+                ends.append(TracedModel(values, self._batch_shape(values), self.bfloat16, deepspeed, base=self.base))
             self._traced[kind] = (ends[0], ends[1])
         few, many = self._traced[kind]
-        return few.toward(many, work)
+        return few.extrapolate_to(many, shape)
+
+    def _batch_shape(self, config: Any) -> Any:
+        from rlhf.memory.workload import batch_shape, limit_of  # imports torch
+
+        limit = limit_of(config, self.base)
+        return batch_shape(config, limit, self.processes, self.longest, self.candidates)
 
     def needs(self, *changes: str) -> float:
-        """Bytes of a GPU that a run takes at its peak, margin and context included."""
+        """Peak bytes on a GPU, including margin and CUDA context."""
         return float(self.predict(*changes).peak * (1 + MARGIN) + CONTEXT)
 
     def fits(self, *changes: str) -> bool:
         return self.needs(*changes) <= self.size
 
     def budgets(self) -> list[int]:
-        """Values of the budget key that differ in what a micro-batch holds, ascending: sequences 1, 2, 4, ..."""
-        config, limit = self.config, workload.limit_of(self.config, self.base)
-        one = workload.batch_shape(config, limit, self.processes, self.longest, self.candidates)
+        """Values of the budget key for micro-batches of 1, 2, 4, ... sequences, ascending."""
+        config = self.config
         if isinstance(config, PPOConfig):
             episodes = config.rollout.prompts_per_update * config.rollout.samples_per_prompt
             most = math.ceil(episodes / config.batch.minibatches / self.processes)
-            unit = one.width
+            unit = self._batch_shape(config).width
         else:
             most, unit = max(1, config.batch.batch_size // self.processes), 1
         return [unit * rows for rows in sorted({*itertools.takewhile(most.__gt__, _powers()), most})]
 
     def largest_budget(self, *changes: str) -> int | None:
-        """The largest value of the budget key that fits; None where none does."""
+        """The largest value of the budget key that fits; None if none does."""
         found = None
         for budget in self.budgets():
             if not self.fits(*changes, f"{self.budget_key}={budget}"):
@@ -195,10 +192,10 @@ class Plan:
         return found
 
     def cheapest(self) -> list[str] | None:
-        """The cheapest change of the config that makes it fit, as overrides; None where none of ours does.
+        """The cheapest change of the config that makes it fit, as overrides; None if none is known.
 
-        From cheap to dear: smaller micro-batches and fewer sequences decoded together, then also recomputed
-        activations, a higher ZeRO stage, offload, and at last LoRA.
+        From cheap to expensive: smaller micro-batches and fewer sequences decoded together, then also recomputed
+        activations, a higher ZeRO stage, offload, and LoRA.
         """
         recompute: list[list[str]] = (
             [[]] if self.config.gradient_checkpointing else [[], ["gradient_checkpointing=true"]]
@@ -219,7 +216,7 @@ class Plan:
         return None
 
     def _smaller_rollout(self, changes: list[str]) -> list[str]:
-        """Fewer sequences that are decoded together, as many as fit; nothing where the stage decodes none."""
+        """The most sequences decoded together that fit, as an override; nothing if the stage decodes none."""
         if not isinstance(self.config, PPOConfig):
             return []
         sizes = [[f"rollout.batch_size={max(1, self.config.rollout.batch_size // share)}"] for share in (2, 4, 8)]
@@ -230,7 +227,7 @@ class Plan:
         return float(self.predict(*changes).phases["rollout"].total * (1 + MARGIN) + CONTEXT) <= self.size
 
     def _other_files(self) -> list[str]:
-        """DeepSpeed files that divide more than the config's own."""
+        """DeepSpeed files that partition more than the config's own."""
         if self.processes == 1:
             return []
         names = [file for file in FILES.values() if file]
@@ -243,7 +240,7 @@ def _powers() -> Iterator[int]:
 
 
 def _nested(config: Any, key: str, value: Any) -> dict[str, Any]:
-    """A change of a dotted key, as pydantic's `model_copy` takes it."""
+    """A change of a dotted key in the form of pydantic's `model_copy(update=...)`."""
     group, _, name = key.partition(".")
     return {group: getattr(config, group).model_copy(update={name: value})}
 
@@ -252,19 +249,21 @@ def _copy(values: Any) -> Any:
     return {key: _copy(value) for key, value in values.items()} if isinstance(values, dict) else values
 
 
-# ---- what is said ------------------------------------------------------------------------------------------------
+# ---- output ------------------------------------------------------------------------------------------------------
 
 
-def report(plan: Plan, gpus: int, hosts: int) -> None:
+def report(plan: MemoryPlan, gpus: int, hosts: int) -> None:
     """Print the tables and the advice."""
     gib = lambda size: f"{size / GIB:.1f}"  # noqa: E731
     own = plan.predict()
     phases = list(own.phases)
-    parts = [part for part in memory.PARTS if any(moment.parts.get(part) for moment in own.phases.values())]
+    from rlhf.memory.predict import PARTS  # imports torch
+
+    parts = [part for part in PARTS if any(snapshot.parts.get(part) for snapshot in own.phases.values())]
     rows = [[phase, *(gib(own.phases[phase].parts.get(part, 0.0)) for part in parts), gib(own.phases[phase].total)]
             for phase in phases]  # fmt: skip
-    table(f"{plan.where} as it stands: GiB on each GPU at each phase's peak", ["phase", *parts, "all"], rows)
-    ways: dict[str, list[str]] = {"as it stands": []}
+    table(f"{plan.where} as configured: GiB on each GPU at each phase's peak", ["phase", *parts, "all"], rows)
+    ways: dict[str, list[str]] = {"as configured": []}
     if plan.processes > 1:
         ways |= {f"ZeRO {name}": [f"deepspeed={file or 'null'}"] for name, file in FILES.items()}
     rows = []
@@ -279,21 +278,20 @@ def report(plan: Plan, gpus: int, hosts: int) -> None:
     title = f"{gpus * hosts} GPUs of {plan.size / GIB:g} GiB on {hosts} host{'s' * (hosts > 1)}: GiB on each GPU"
     columns = ["", *phases, "needs", "fits", "budget", "host"]
     table(title, columns, rows)
-    beside = f"{MARGIN:.0%} for what the allocator rounds up and {CONTEXT / GIB:g} GiB for CUDA itself"
-    say(f"needs: the highest phase with {beside}")
-    say(f"budget: the largest {plan.budget_key} that fits; host: GiB of a host's own memory")
+    say(f"needs: the highest phase, plus {MARGIN:.0%} for the allocator and {CONTEXT / GIB:g} GiB for CUDA itself")
+    say(f"budget: the largest {plan.budget_key} that fits; host: GiB of a host's main memory")
     for line in advice(plan):
         say(line)
 
 
-def advice(plan: Plan) -> Iterator[str]:
+def advice(plan: MemoryPlan) -> Iterator[str]:
     """Whether it fits, and what to change."""
     needs, peak = plan.needs(), plan.predict().peak_phase
-    told = f"{needs / GIB:.1f} of {plan.size / GIB:g} GiB on each GPU at the peak, in the phase {peak}"
+    usage = f"{needs / GIB:.1f} of {plan.size / GIB:g} GiB on each GPU at the peak, in the phase {peak}"
     if needs <= plan.size:
-        yield f"It fits: {told}."
+        yield f"It fits: {usage}."
         return
-    yield f"It does not fit: it needs {told}."
+    yield f"It does not fit: it needs {usage}."
     changes = plan.cheapest()
     if changes is None:
         yield "No change of micro-batches, ZeRO stage, offload or LoRA makes it fit: use more or larger GPUs."

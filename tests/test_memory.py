@@ -1,4 +1,4 @@
-"""Predicted memory: bytes worked by hand, ZeRO's division, the command, and one run measured beside its prediction."""
+"""Predicted memory: bytes worked by hand, ZeRO's layout, the command, and one run measured beside its prediction."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from rlhf.memory import predict as memory
 from rlhf.memory.footprint import TracedModel
 from rlhf.memory.peak import PeakMemory
 from rlhf.memory.predict import ZeroLayout, predict
-from rlhf.memory.tracer import GRADIENTS, LOGITS, MemorySnapshot, Meter, fake_tensors, materialise
+from rlhf.memory.tracer import GRADIENTS, LOGITS, MemorySnapshot, MemoryTracer, fake_tensors, use_fake_weights
 from rlhf.memory.workload import BatchShape, batch_shape, limit_of, roles
 from rlhf.models.logprobs import head_logprobs
 from stages.cli import app
-from stages.memory import GIB, Plan, memory_of
+from stages.memory import GIB, MemoryPlan, memory_of
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 SHAPE = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "vocab_size": 1000, "hidden_size": 64}
@@ -49,38 +49,40 @@ def sft(path: str, **more: object):
     return check_config(STAGES["sft"], values | more, "test")
 
 
-def passes_of(config, processes: int = 1, divided: bool = False, halves: bool = False, **more: object) -> TracedModel:
+def passes_of(
+    config, processes: int = 1, deepspeed: bool = False, bfloat16: bool = False, **more: object
+) -> TracedModel:
     work = batch_shape(config, limit_of(config), processes, **more)
-    return TracedModel(config, work, halves, divided)
+    return TracedModel(config, work, bfloat16, deepspeed)
 
 
-# ---- the meter ---------------------------------------------------------------------------------------------------
+# ---- the tracer ---------------------------------------------------------------------------------------------------
 
 
 def test_a_meter_counts_what_a_linear_layer_holds_by_hand():
     with torch.device("meta"):
         layer = nn.Linear(8, 16, bias=False)
     with fake_tensors():
-        materialise(layer)
-        with Meter([layer], vocab_size=16) as meter:
+        use_fake_weights(layer)
+        with MemoryTracer([layer], vocab_size=16) as tracer:
             x = torch.ones(4, 8, requires_grad=True)  # 128 bytes
             y = layer(x)  # 4 x 16 float32: 256 bytes, and its last dimension is the vocabulary
             y.sum().backward()
-            meter.call(GRADIENTS, [layer.weight.grad, x.grad])
-    assert meter.highest(without=GRADIENTS).parts[LOGITS] >= 256
-    assert sum(size for number, size in meter.events if size > 0 and meter.kinds[number] == GRADIENTS) == 512 + 128
+            tracer.label(GRADIENTS, [layer.weight.grad, x.grad])
+    assert tracer.highest(without=GRADIENTS).parts[LOGITS] >= 256
+    assert sum(size for number, size in tracer.events if size > 0 and tracer.kinds[number] == GRADIENTS) == 512 + 128
 
 
 def test_a_meter_forgets_what_is_given_up():
-    with fake_tensors(), Meter() as meter:
+    with fake_tensors(), MemoryTracer() as tracer:
         for _ in range(10):
             torch.ones(256)  # 1 KiB, one after the other
-    assert meter.highest().total <= 2048
-    assert sum(size for _, size in meter.events) == 0
+    assert tracer.highest().total <= 2048
+    assert sum(size for _, size in tracer.events) == 0
 
 
 def test_a_mask_as_an_index_selects_as_many_as_were_announced():
-    with fake_tensors(), Meter(wanted=5):
+    with fake_tensors(), MemoryTracer(selected=5):
         table, mask = torch.zeros(4, 6, 3, requires_grad=True), torch.zeros(4, 6, dtype=torch.bool)
         chosen = table[mask]
         chosen.sum().backward()
@@ -98,12 +100,12 @@ def test_the_heads_logits_do_not_grow_with_the_number_of_tokens():
         with torch.device("meta"):
             lm = LlamaForCausalLM(LlamaConfig(**sizes, num_hidden_layers=1, num_key_value_heads=2))
         with fake_tensors():
-            materialise(lm)
-            with Meter([lm], vocab_size=150_000) as meter:
+            use_fake_weights(lm)
+            with MemoryTracer([lm], vocab_size=150_000) as tracer:
                 hidden = torch.zeros(tokens, 16, requires_grad=True)
                 logprobs, entropies = head_logprobs(lm, hidden, torch.zeros(tokens, dtype=torch.int64), 1.0)
                 (logprobs.sum() + entropies.sum()).backward()
-        return meter.highest().parts[LOGITS]
+        return tracer.highest().parts[LOGITS]
 
     few, many = logits(2048), logits(8192)
     assert many <= 1.05 * few
@@ -146,7 +148,7 @@ def test_the_work_of_a_micro_batch_follows_from_the_budget(tmp_path):
     assert batch_shape(config, 512, 1) == BatchShape(
         3, 64, 96, 3, 16, 32, False
     )  # 200 // 64 rows; 16 / 2 episodes in 3 passes
-    assert batch_shape(config, 512, 2).passes == 2
+    assert batch_shape(config, 512, 2).micro_batches == 2
     assert batch_shape(config, 512, 1, longest=8).width == 40
 
 
@@ -190,10 +192,10 @@ def test_families_are_predicted_from_their_own_code(tmp_path, family):
         names = {"vocab_size": 300, "n_embd": 32, "n_layer": 2, "n_head": 4}
     AutoConfig.for_model(family, **names).save_pretrained(tmp_path)
     found = predict(passes_of(ppo(str(tmp_path))), ZeroLayout(), 1, gpu=True)
-    assert all(moment.total > 0 for moment in found.phases.values())
+    assert all(snapshot.total > 0 for snapshot in found.phases.values())
 
 
-# ---- states and their division -------------------------------------------------------------------------------------
+# ---- states and their layout -------------------------------------------------------------------------------------
 
 
 def test_states_in_plain_torch_by_hand(tmp_path):
@@ -207,17 +209,17 @@ def test_states_in_plain_torch_by_hand(tmp_path):
 
 @pytest.mark.parametrize(("stage", "weights", "optimizer"), [(1, 2, 12 / 4), (2, 2, 12 / 4), (3, 2 / 4, 12 / 4)])
 def test_zero_divides_states_over_four_processes(tmp_path, stage, weights, optimizer):
-    passes = passes_of(sft(shape(tmp_path)), 4, divided=True, halves=True)
+    passes = passes_of(sft(shape(tmp_path)), 4, deepspeed=True, bfloat16=True)
     gathered = {"stage3_max_live_parameters": 0, "stage3_prefetch_bucket_size": 0}
-    division = ZeroLayout.of({"zero_optimization": {"stage": stage, "reduce_bucket_size": 1, **gathered}})
-    found, total = predict(passes, division, 4, gpu=True), passes.sizes[0].total
+    layout = ZeroLayout.of({"zero_optimization": {"stage": stage, "reduce_bucket_size": 1, **gathered}})
+    found, total = predict(passes, layout, 4, gpu=True), passes.sizes[0].total
     assert found.phases["checkpoint"].parts["weights"] == pytest.approx(weights * total)
     assert found.phases["checkpoint"].parts["optimizer"] == pytest.approx(optimizer * total)
     assert found.host == 4 * total  # loaded whole in float32 by every process
 
 
 def test_offload_moves_states_to_the_host(tmp_path):
-    passes = passes_of(sft(shape(tmp_path)), 4, divided=True, halves=True)
+    passes = passes_of(sft(shape(tmp_path)), 4, deepspeed=True, bfloat16=True)
     total = passes.sizes[0].total
     settings = read_deepspeed(REPOSITORY / "configs" / "deepspeed" / "zero3-offload.json")
     found = predict(passes, replace(ZeroLayout.of(settings), bucket=0, live=0), 4, gpu=True)
@@ -226,25 +228,25 @@ def test_offload_moves_states_to_the_host(tmp_path):
 
 
 def test_higher_stages_need_less(tmp_path):
-    passes = passes_of(sft(shape(tmp_path)), 8, divided=True, halves=True)
+    passes = passes_of(sft(shape(tmp_path)), 8, deepspeed=True, bfloat16=True)
     zero = [ZeroLayout(stage, bucket=0, live=0) for stage in (1, 2, 3)]
-    found = [predict(passes, division, 8, gpu=True).phases for division in zero]
+    found = [predict(passes, layout, 8, gpu=True).phases for layout in zero]
     assert found[0]["update"].total > found[1]["update"].total > found[2]["update"].total
     assert found[1]["checkpoint"].total > found[2]["checkpoint"].total
 
 
 def test_a_moment_on_a_line_is_never_below_nothing():
-    line = MemorySnapshot({"a": 4.0, "b": 1.0}).along(MemorySnapshot({"a": 6.0}), 3)
+    line = MemorySnapshot({"a": 4.0, "b": 1.0}).extrapolate(MemorySnapshot({"a": 6.0}), 3)
     assert line.parts == {"a": 10.0, "b": 0.0}
 
 
 # ---- what fits -----------------------------------------------------------------------------------------------------
 
 
-def plan_of(path: str, gib: float, processes: int = 2, **more: object) -> Plan:
+def plan_of(path: str, gib: float, processes: int = 2, **more: object) -> MemoryPlan:
     values = {"run": "runs/x", "model": {"path": path}, "data": {"prompts": "x", "max_prompt_tokens": 64}}
     values |= {"reward": {"name": "model", "path": path}, "rollout": {"max_new_tokens": 64}, **more}
-    return Plan(values, "ppo", "test", processes, gib * GIB)
+    return MemoryPlan(values, "ppo", "test", processes, gib * GIB)
 
 
 def test_the_largest_budget_fits_and_the_next_does_not(tmp_path):

@@ -1,6 +1,6 @@
-"""What the passes of a config hold beside weights and optimizer: the real modules run on imagined tensors.
+"""The memory of forward, backward and decoding beyond weights and optimizer state: the real modules on fake tensors.
 
-A deep model is imagined twice with few of its layers, since they are alike, and the line is drawn on from there.
+A deep model is traced at two small depths, and memory is extrapolated linearly in depth.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from rlhf.config.base import StageConfig
 from rlhf.core.table import Pick
-from rlhf.memory.tracer import CACHE, GRADIENTS, MemorySnapshot, Meter, fake_tensors, materialise
+from rlhf.memory.tracer import CACHE, GRADIENTS, MemorySnapshot, MemoryTracer, fake_tensors, use_fake_weights
 from rlhf.memory.workload import BatchShape, Role, architecture, roles
 from rlhf.models.load import recompute_activations
 from rlhf.models.logprobs import causal_lm, head_chunks
@@ -36,87 +36,89 @@ from rlhf.rollout.types import SamplingParams
 from rlhf.sft.config import SFTConfig
 from rlhf.training.engine import cast_frozen_linears_
 
-Moments = dict[str, MemorySnapshot]
+Snapshots = dict[str, MemorySnapshot]
 
 
-# ---- imagined models ---------------------------------------------------------------------------------------------
+# ---- traced models -----------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
-class Size:
-    """Numbers of parameters."""
+class ParameterCounts:
+    """Parameters of one model."""
 
     total: int
     trained: int
     held: int
-    """Bytes of all of them, undivided, between the passes."""
+    """Bytes of all of them on one process, between the passes."""
 
 
 class TracedModel:
-    """What the passes of a config hold beside weights and optimizer, in bytes by part. Everything is computed once.
+    """The memory of a config's passes beyond weights and optimizer state, in bytes by part. Results are cached.
 
     Args:
         config: A stage's config.
-        work: Its largest batches.
-        halves: The computation is in bfloat16.
-        divided: DeepSpeed runs it, which casts the trained weights too; plain torch keeps them in float32.
-        base: Stands in for runs that are still to come.
+        batch: Its largest batches.
+        bfloat16: Whether the compute dtype is bfloat16.
+        deepspeed: Whether DeepSpeed runs it. It casts trained weights too; plain torch keeps them in float32.
+        base: Folder with the config.json of models whose runs do not exist yet.
     """
 
     def __init__(
-        self, config: StageConfig, work: BatchShape, halves: bool, divided: bool, base: str | None = None
+        self, config: StageConfig, batch: BatchShape, bfloat16: bool, deepspeed: bool, base: str | None = None
     ) -> None:
-        self.config, self.work, self.base = config, work, base
-        self.compute = torch.bfloat16 if halves else torch.float32
-        self.weights = self.compute if divided else torch.float32
-        self.autocast, self.divided = halves and not divided, divided
+        self.config, self.batch, self.base = config, batch, base
+        self.compute = torch.bfloat16 if bfloat16 else torch.float32
+        self.weights = self.compute if deepspeed else torch.float32
+        self.autocast, self.deepspeed = bfloat16 and not deepspeed, deepspeed
         self.roles = roles(config)
         self.shared = any(role.shares for role in self.roles)
-        self._found = {role.path: architecture(config.model, role.path, base) for role in self.roles}
+        self._architectures = {role.path: architecture(config.model, role.path, base) for role in self.roles}
         self.checkpointing = config.gradient_checkpointing
 
-    def toward(self, other: TracedModel, work: BatchShape) -> TracedModel:
-        """The passes for some other work, on the line to passes with more sequences in each batch."""
+    def extrapolate_to(self, other: TracedModel, batch: BatchShape) -> TracedModel:
+        """The memory for another batch shape, extrapolated from this model and `other`, which has larger batches."""
 
         def steps(name: str) -> float:
-            mine, theirs, wanted = (getattr(w, name) for w in (self.work, other.work, work))
-            return (wanted - mine) / max(1, theirs - mine)
+            mine, larger, target = (getattr(shape, name) for shape in (self.batch, other.batch, batch))
+            return (target - mine) / max(1, larger - mine)
 
         made, rows = copy.copy(self), steps("rows")
-        made.work = work
-        found: dict[str, Any] = {"sizes": self.sizes, "scoring": self.scoring.along(other.scoring, rows)}
-        found["update"] = {name: self.update[name].along(other.update[name], rows) for name in self.update}
-        if work.sequences:
-            beside = steps("sequences")
-            found["rollout"] = {name: self.rollout[name].along(other.rollout[name], beside) for name in self.rollout}
+        made.batch = batch
+        found: dict[str, Any] = {"sizes": self.sizes, "scoring": self.scoring.extrapolate(other.scoring, rows)}
+        found["update"] = {name: self.update[name].extrapolate(other.update[name], rows) for name in self.update}
+        if batch.sequences:
+            sequences = steps("sequences")
+            found["rollout"] = {
+                name: self.rollout[name].extrapolate(other.rollout[name], sequences) for name in self.rollout
+            }
         made.__dict__ |= found
         return made
 
     def layers(self, role: Role) -> int:
-        """How many the model has."""
-        return int(self._found[role.path].get_text_config().num_hidden_layers)
+        """The number of layers of a role's model."""
+        return int(self._architectures[role.path].get_text_config().num_hidden_layers)
 
     @cached_property
     def vocab_size(self) -> int:
-        return int(self._found[self.roles[0].path].get_text_config().vocab_size)
+        return int(self._architectures[self.roles[0].path].get_text_config().vocab_size)
 
     @cached_property
-    def sizes(self) -> list[Size]:
-        """Of each role."""
+    def sizes(self) -> list[ParameterCounts]:
+        """Parameter counts of each role."""
         found = []
         for role in self.roles:
             weights = list(self._shaped(role, None).parameters())
             trained = [p.numel() for p in weights if p.requires_grad]
             held = sum(p.numel() * p.itemsize for p in weights)
-            found.append(Size(sum(p.numel() for p in weights), sum(trained), held))
+            found.append(ParameterCounts(sum(p.numel() for p in weights), sum(trained), held))
             if role.shares:  # a frozen adapter counts as large as the policy's
                 own = sum(trained) or found[0].trained
-                found[-1] = Size(own, sum(trained), 4 * own)
+                found[-1] = ParameterCounts(own, sum(trained), 4 * own)
         return found
 
     def _shaped(self, role: Role, depth: int | None) -> Any:
         """The role's model on the meta device, with `depth` of its layers."""
-        found = copy.deepcopy(self._found[role.path])
+        found = copy.deepcopy(self._architectures[role.path])
         if depth is not None:
             text = found.get_text_config()
             text.num_hidden_layers = depth
@@ -124,9 +126,9 @@ class TracedModel:
                 text.layer_types = text.layer_types[:depth]
         found.use_cache, found.num_labels = False, 1
         kind = transformers.AutoModelForSequenceClassification if role.scalar else transformers.AutoModelForCausalLM
-        wanted = self.config.model.attn_implementation
-        # What holds no matrix of weights between all tokens counts as sdpa does, whether it is installed here or not.
-        options = {"attn_implementation": wanted if wanted in (None, "eager") else "sdpa"}
+        attention = self.config.model.attn_implementation
+        # Every attention without a tokens x tokens matrix counts like sdpa, whether it is installed here or not.
+        options = {"attn_implementation": attention if attention in (None, "eager") else "sdpa"}
         with torch.device("meta"):
             model = kind.from_config(found, dtype=torch.float32, **options)
             for module in model.modules():
@@ -135,23 +137,23 @@ class TracedModel:
             if role.tuning is None:
                 model.requires_grad_(False)
             else:
-                model = _plannable(role.tuning)(model, None, "scalar" if role.scalar else "causal")
+                model = _traceable(role.tuning)(model, None, "scalar" if role.scalar else "causal")
         if role.tuning is not None and self.checkpointing:
             recompute_activations(model, use_reentrant=False)
         model = ScalarModel(model) if role.scalar else model
-        if role.tuning is None and not self.divided:
+        if role.tuning is None and not self.deepspeed:
             cast_frozen_linears_(model, self.compute)
             return model
-        if self.shared and not self.divided:  # the base is loaded so, adapters are in float32
+        if self.shared and not self.deepspeed:  # the base is loaded in the compute dtype, adapters are float32
             for weight in model.parameters():
                 weight.data = weight.data if weight.requires_grad else weight.data.to(self.compute)
             return model
         return model.to(self.compute if role.tuning is None else self.weights)
 
-    def _deep(self, trace: Callable[[int | None], Moments], deep: list[Role]) -> Moments:
-        """`trace` of the whole depth, or drawn on from two small depths where layers are alike."""
+    def _by_depth(self, trace: Callable[[int | None], Snapshots], deep: list[Role]) -> Snapshots:
+        """`trace` at full depth, or extrapolated from two small depths if all models have the same repeating layers."""
         counts = {self.layers(role) for role in deep}
-        types = [getattr(self._found[role.path].get_text_config(), "layer_types", None) for role in deep]
+        types = [getattr(self._architectures[role.path].get_text_config(), "layer_types", None) for role in deep]
         period = max(_period(t) for t in types)
         tuned = [role.tuning for role in deep if role.tuning is not None]
         if len(counts) > 1 or any(pick.name == "modules" for pick in tuned):
@@ -163,80 +165,83 @@ class TracedModel:
         if layers <= second + 2:
             return trace(None)
         near, far = trace(first), trace(second)
-        return {name: near[name].along(far[name], (layers - first) / (second - first)) for name in near}
+        return {name: near[name].extrapolate(far[name], (layers - first) / (second - first)) for name in near}
 
     # ---- passes
 
     @contextmanager
-    def _metered(self, *models: nn.Module, wanted: int | None = None) -> Iterator[Meter]:
-        """Inside, models of the meta device have imagined weights, and what is done with them is counted."""
+    def _tracing(self, *models: nn.Module, selected: int | None = None) -> Iterator[MemoryTracer]:
+        """Trace the block; the models, on the meta device, get fake weights."""
         autocast = torch.autocast("cpu", dtype=self.compute) if self.autocast else nullcontext()
         with fake_tensors():
             for model in models:
-                materialise(model)
-            with Meter(models, self.work.wanted if wanted is None else wanted, self.vocab_size) as meter, autocast:
-                yield meter
+                use_fake_weights(model)
+            with (
+                MemoryTracer(models, self.batch.selected if selected is None else selected, self.vocab_size) as tracer,
+                autocast,
+            ):
+                yield tracer
 
-    def _batch(self) -> MicroBatch:
-        rows, width = self.work.rows, self.work.width
+    def _micro_batch(self) -> MicroBatch:
+        rows, width = self.batch.rows, self.batch.width
         ids = torch.zeros(rows, width, dtype=torch.int64)
         flags = torch.zeros(rows, width, dtype=torch.bool)
         lengths = torch.zeros(rows, dtype=torch.int64)
-        chunks = head_chunks(self.work.wanted, self.vocab_size)
+        chunks = head_chunks(self.batch.selected, self.vocab_size)
         return MicroBatch([], ids, torch.ones_like(ids), None, flags, lengths, chunks)
 
     @cached_property
-    def update(self) -> Moments:
-        """The pass of a micro-batch, with the gradients that are there: its highest moments, a line drawn through each.
+    def update(self) -> Snapshots:
+        """The peaks of a micro-batch's forward and backward, with its gradients.
 
-        Which of them is the highest of all depends on the depth, so each part of the pass has its own: `forward`, the
-        `critic`'s after the policy's, `backward`, and the `policy`'s after the critic's; gradients do not decide. Plain
-        torch has more: `late`, when most of the gradients have come, and all parts of a second micro-batch (`more
+        Which part of the pass has the highest peak depends on the depth, so each is extrapolated on its own: `forward`,
+        the `critic`'s forward, `backward`, and the `policy`'s backward; gradients do not count when a peak is chosen.
+        Plain torch has more parts: `late`, when most gradients exist, and all parts of a second micro-batch (`more
         forward`, ...), which adds to the gradients of the first.
         """
         tuned = [role for role in self.roles if role.tuning is not None]
 
-        def trace(depth: int | None) -> Moments:
+        def trace(depth: int | None) -> Snapshots:
             models = [self._shaped(role, depth) for role in tuned]
             embeddings = causal_lm(models[1].model).get_input_embeddings() if models[1:] else None
             head = causal_lm(models[0]).get_output_embeddings() if models[1:] else None
-            with self._metered(*models) as meter:
+            with self._tracing(*models) as tracer:
                 loss = self._loss(models)
                 parameters = [p for model in models for p in model.parameters() if p.requires_grad]
-                for name in ("",) if self.divided else ("", "more "):
-                    meter.mark(f"{name}forward")
-                    with _marking(meter, f"{name}critic", embeddings):
+                for name in ("",) if self.deepspeed else ("", "more "):
+                    tracer.mark(f"{name}forward")
+                    with _marking(tracer, f"{name}critic", embeddings):
                         value = loss()
-                    meter.mark(f"{name}backward")
-                    # The critic's comes first; then the policy's head computes its logits again.
-                    with _marking(meter, f"{name}policy", head):
+                    tracer.mark(f"{name}backward")
+                    # The critic's backward comes first; then the policy's head computes its logits again.
+                    with _marking(tracer, f"{name}policy", head):
                         value.backward()
-                    meter.call(GRADIENTS, [p.grad for p in parameters])
-                    meter.mark(f"{name}end")
-            parts = itertools.pairwise(meter.marks)
-            found = {a: meter.highest(a, b, None if a.startswith("more") else GRADIENTS) for a, b in parts}
-            if not self.divided:
-                turn, end = meter.marks["backward"], meter.marks["end"]
-                meter.marks["late"] = turn + 3 * (end - turn) // 4
-                found["late"] = meter.highest("late", "end")
+                    tracer.label(GRADIENTS, [p.grad for p in parameters])
+                    tracer.mark(f"{name}end")
+            parts = itertools.pairwise(tracer.marks)
+            found = {a: tracer.highest(a, b, None if a.startswith("more") else GRADIENTS) for a, b in parts}
+            if not self.deepspeed:
+                turn, end = tracer.marks["backward"], tracer.marks["end"]
+                tracer.marks["late"] = turn + 3 * (end - turn) // 4
+                found["late"] = tracer.highest("late", "end")
             return found
 
-        return self._deep(trace, tuned)
+        return self._by_depth(trace, tuned)
 
     def _loss(self, models: list[Any]) -> Callable[[], Tensor]:
-        """The stage's loss of one micro-batch, but for what is done with a number a token."""
+        """The stage's loss of one micro-batch, without the arithmetic on one number per token."""
         if isinstance(self.config, PPOConfig):
             both = ActorCritic(models[0], models[1] if len(models) > 1 else None)
 
             def ppo() -> Tensor:
-                out = both(self._batch(), self.config.rollout.temperature)  # type: ignore[attr-defined]
+                out = both(self._micro_batch(), self.config.rollout.temperature)  # type: ignore[attr-defined]
                 total = out.logprobs.sum()
                 if self.config.loss.entropy_coef:  # type: ignore[attr-defined]
                     total = total + out.entropies.sum()
                 return total if out.values is None else total + out.values.sum()
 
             return ppo
-        batch = self._batch()
+        batch = self._micro_batch()
         if isinstance(self.config, RewardConfig):
             return lambda: models[0](batch.input_ids, batch.attention_mask).sum()
         from trl.trainer.utils import add_fused_lm_head
@@ -249,13 +254,13 @@ class TracedModel:
 
     @cached_property
     def scoring(self) -> MemorySnapshot:
-        """The largest of the passes without gradients."""
+        """The largest peak of the forward passes without gradients."""
 
-        def trace_of(role: Role) -> Callable[[int | None], Moments]:
-            def trace(depth: int | None) -> Moments:
+        def trace_of(role: Role) -> Callable[[int | None], Snapshots]:
+            def trace(depth: int | None) -> Snapshots:
                 model = self._shaped(role, depth)
-                with self._metered(model) as meter, torch.no_grad():
-                    batch = self._batch()
+                with self._tracing(model) as tracer, torch.no_grad():
+                    batch = self._micro_batch()
                     if isinstance(self.config, SFTConfig):
                         self._loss([model])()
                     elif not role.scalar:
@@ -264,65 +269,66 @@ class TracedModel:
                         model.token_values(batch.input_ids, batch.attention_mask)
                     else:
                         model(batch.input_ids, batch.attention_mask)
-                return {"pass": meter.highest()}
+                return {"pass": tracer.highest()}
 
             return trace
 
-        unlike = {
+        distinct = {
             (role.path, role.scalar, role.tuning is None): role for role in self.roles if role.name != "reference"
         }
-        found = [self._deep(trace_of(role), [role])["pass"] for role in unlike.values()]
-        return max(found, key=lambda moment: moment.total)
+        found = [self._by_depth(trace_of(role), [role])["pass"] for role in distinct.values()]
+        return max(found, key=lambda snapshot: snapshot.total)
 
     @cached_property
-    def rollout(self) -> Moments:
-        """Prefill, `join` of the prompts to the cache, `decode` until it is longest, and `wait`: prompts that enter."""
-        work = self.work
+    def rollout(self) -> Snapshots:
+        """Peaks of prefill, `join` (prompts enter the cache), `decode` to full length and `wait` (more enter)."""
+        batch = self.batch
         assert isinstance(self.config, PPOConfig)
-        new, how = self.config.rollout.max_new_tokens, self.config.rollout
-        sampling = SamplingParams(new, how.min_new_tokens, how.temperature, how.top_k, how.top_p)
+        rollout = self.config.rollout
+        new = rollout.max_new_tokens
+        sampling = SamplingParams(new, rollout.min_new_tokens, rollout.temperature, rollout.top_k, rollout.top_p)
 
-        def trace(depth: int | None) -> Moments:
+        def trace(depth: int | None) -> Snapshots:
             policy = self._shaped(self.roles[0], depth).eval()
-            with self._metered(policy, wanted=work.sequences) as meter, torch.no_grad():
-                prompts = _prefill(policy, work.sequences, work.prompt)
-                _call_cache(meter, prompts)
-                meter.mark("join")
-                cache = kv_cache.JoinedCache(prompts, work.sequences)
-                _enter(cache, prompts, work)
+            with self._tracing(policy, selected=batch.sequences) as tracer, torch.no_grad():
+                prompts = _prefill(policy, batch.sequences, batch.prompt)
+                _label_cache(tracer, prompts)
+                tracer.mark("join")
+                cache = kv_cache.JoinedCache(prompts, batch.sequences)
+                _copy_prompts(cache, prompts, batch)
                 del prompts
-                meter.mark("decode")
+                tracer.mark("decode")
                 for _ in range(math.ceil((new - 1) / kv_cache.SPARE)):
-                    _call_cache(meter, cache)
-                    cache.columns.end = min(cache.mask.shape[1], work.prompt + new - 1)
+                    _label_cache(tracer, cache)
+                    cache.columns.end = min(cache.mask.shape[1], batch.prompt + new - 1)
                     cache.before_step(cache.columns.end)
-                _call_cache(meter, cache)
-                step, ones = torch.zeros(work.sequences, 1, dtype=torch.int64), cache.before_step(work.width - 1)
+                _label_cache(tracer, cache)
+                step, ones = torch.zeros(batch.sequences, 1, dtype=torch.int64), cache.before_step(batch.width - 1)
                 logits = policy(
                     input_ids=step, attention_mask=ones, position_ids=step, past_key_values=cache.cache,
                     use_cache=True, logits_to_keep=1,
                 ).logits[:, -1].float()  # fmt: skip
-                choose(logits, torch.zeros(work.sequences), sampling)
+                choose(logits, torch.zeros(batch.sequences), sampling)
                 del logits
-                meter.mark("wait")
-                if work.joins:
-                    coming = _prefill(policy, work.sequences, work.prompt)
-                    _call_cache(meter, coming)
-                    _enter(cache, coming, work)
-                meter.mark("end")
+                tracer.mark("wait")
+                if batch.joins:
+                    waiting = _prefill(policy, batch.sequences, batch.prompt)
+                    _label_cache(tracer, waiting)
+                    _copy_prompts(cache, waiting, batch)
+                tracer.mark("end")
             marks = (None, "join", "decode", "wait", "end")
-            return {start or "prefill": meter.highest(start, end) for start, end in itertools.pairwise(marks)}
+            return {start or "prefill": tracer.highest(start, end) for start, end in itertools.pairwise(marks)}
 
-        return self._deep(trace, [self.roles[0]])
+        return self._by_depth(trace, [self.roles[0]])
 
 
 @contextmanager
-def _marking(meter: Meter, name: str, module: Any) -> Iterator[None]:
-    """Inside, the moment at which the module is first called gets a name; none where there is no module."""
+def _marking(tracer: MemoryTracer, name: str, module: Any) -> Iterator[None]:
+    """Within this context, mark the first call of the module; do nothing without a module."""
     if module is None:
         yield
         return
-    hook = module.register_forward_pre_hook(lambda *_: None if name in meter.marks else meter.mark(name))
+    hook = module.register_forward_pre_hook(lambda *_: None if name in tracer.marks else tracer.mark(name))
     try:
         yield
     finally:
@@ -337,20 +343,20 @@ def _prefill(policy: Any, rows: int, width: int) -> Any:
     return cache
 
 
-def _enter(cache: kv_cache.JoinedCache, prompts: Any, work: BatchShape) -> None:
-    places = torch.zeros(work.sequences, dtype=torch.int64)
-    cache.columns.end = max(cache.columns.end, work.prompt)
+def _copy_prompts(cache: kv_cache.JoinedCache, prompts: Any, batch: BatchShape) -> None:
+    slots = torch.zeros(batch.sequences, dtype=torch.int64)
+    cache.columns.end = max(cache.columns.end, batch.prompt)
     for mine, new in zip(cache.layers, prompts.layers):
-        mine.keys[places, :, : work.prompt] = new.keys[places]
-        mine.values[places, :, : work.prompt] = new.values[places]
+        mine.keys[slots, :, : batch.prompt] = new.keys[slots]
+        mine.values[slots, :, : batch.prompt] = new.values[slots]
 
 
-def _call_cache(meter: Meter, cache: Any) -> None:
-    meter.call(CACHE, [tensor for layer in cache.layers for tensor in (layer.keys, layer.values)])
+def _label_cache(tracer: MemoryTracer, cache: Any) -> None:
+    tracer.label(CACHE, [tensor for layer in cache.layers for tensor in (layer.keys, layer.values)])
 
 
-def _plannable(pick: Pick) -> Pick:
-    """A tuning method that needs neither tokenizer nor GPU and has the same shapes."""
+def _traceable(pick: Pick) -> Pick:
+    """A tuning method with the same shapes that needs neither tokenizer nor GPU."""
     if pick.name == "prompt-tuning":
         return TUNING.pick({"name": pick.name, "tokens": pick.options["tokens"]})
     if pick.name == "qlora":
@@ -359,12 +365,12 @@ def _plannable(pick: Pick) -> Pick:
 
 
 def _layers_option(pick: Pick) -> int:
-    """In how many of the last layers something is trained; 0 where in all of them."""
+    """The number of last layers that are trained; 0 for all layers."""
     return int(pick.options.get("layers") or 0)
 
 
 def _period(types: list[str] | None) -> int:
-    """After how many layers their kinds repeat."""
+    """The number of layers after which their types repeat."""
     if not types:
         return 1
     return next(p for p in range(1, len(types) + 1) if all(types[i] == types[i % p] for i in range(len(types))))

@@ -1,4 +1,4 @@
-"""The peak memory of this process, measured, beside the predicted one; said at the end of a run."""
+"""The measured and the predicted peak memory of this process, printed at the end of a run."""
 
 from __future__ import annotations
 
@@ -17,23 +17,23 @@ STATUS = Path("/proc/self/status")
 
 
 class PeakMemory:
-    """Measures from its making on: what torch allocated on the GPU, or what became resident on the CPU."""
+    """Measures from its creation on: memory that torch allocated on the GPU, or resident memory without a GPU."""
 
     def __init__(self) -> None:
         self._base = 0.0 if torch.cuda.is_available() else _resident("VmRSS")
 
     def measured(self) -> float | None:
-        """Bytes; None where the system does not tell."""
+        """Bytes; None if the system does not report it."""
         if torch.cuda.is_available():
             return float(torch.cuda.max_memory_allocated())
         highest = _resident("VmHWM")
         return highest - self._base if highest else None
 
     def report(self, config: Any, longest: int | None = None, candidates: int = 2) -> None:
-        """Say both in a line. What cannot be predicted is left out: a run never ends for it.
+        """Print both in a line. A failed prediction is left out and never ends a run.
 
         Args:
-            config: The stage's.
+            config: The stage's config.
             longest: Tokens of the longest prompt (PPO) or row.
             candidates: Most answers of a ranking.
         """
@@ -43,7 +43,7 @@ class PeakMemory:
         parts = [] if measured is None else [f"measured {_gb(measured)}"]
         try:
             parts.insert(0, f"predicted {_predicted(config, longest, candidates)}")
-        except Exception:  # whatever a family does not like about imagined tensors
+        except Exception:  # some model families do not run on fake tensors
             parts.insert(0, "not predicted for this model")
         say(f"Peak memory of a process: {', '.join(parts)}")
 
@@ -56,10 +56,10 @@ def _predicted(config: Any, longest: int | None, candidates: int) -> str:
     settings = read_deepspeed(config.deepspeed) if config.deepspeed else None
     if settings is None and distributed.world_size() > 1:
         settings = {"zero_optimization": {"stage": 0}}
-    halves, gpu = compute_dtype(config.precision) == torch.bfloat16, torch.cuda.is_available()
+    bfloat16, gpu = compute_dtype(config.precision) == torch.bfloat16, torch.cuda.is_available()
     work = batch_shape(config, limit_of(config), distributed.world_size(), longest, candidates)
-    passes = TracedModel(config, work, halves, divided=settings is not None)
-    found = predict(passes, ZeroLayout.of(settings), distributed.world_size(), gpu)
+    traced = TracedModel(config, work, bfloat16, deepspeed=settings is not None)
+    found = predict(traced, ZeroLayout.of(settings), distributed.world_size(), gpu)
     return f"{_gb(found.peak)} ({found.peak_phase})"
 
 

@@ -1,7 +1,7 @@
-"""Peak memory of a run before it runs: by phase, by part, for each process, however DeepSpeed divides the states.
+"""The predicted peak memory of a run: by phase and part, for each process, under any ZeRO stage.
 
-What passes hold comes from `rlhf.memory.footprint`, which runs the real modules on imagined tensors. States are
-arithmetic: weights, gradients, AdamW's two moments and float32 masters, divided as each ZeRO stage does, and
+The memory of the passes comes from `rlhf.memory.footprint`, which traces the real modules on fake tensors. The rest is
+arithmetic: weights, gradients, AdamW's two moments and float32 masters, partitioned as each ZeRO stage does, and
 DeepSpeed's buffers (deepspeed 0.19, runtime/zero/stage_1_and_2.py and stage3.py, runtime/bf16_optimizer.py).
 """
 
@@ -17,15 +17,14 @@ from rlhf.ppo.config import PPOConfig
 
 WEIGHTS, BUFFERS, PROCESS = "weights", "DeepSpeed's buffers", "libraries at work"
 PARTS = (WEIGHTS, GRADIENTS, OPTIMIZER, ACTIVATIONS, LOGITS, CACHE, BUFFERS, PROCESS)
-LIBRARIES, LIBRARIES_DIVIDED = 40e6, 90e6
-"""What a process on a CPU takes beside tensors once it works, measured: code and tables that are read when first used;
-gloo's and DeepSpeed's beside."""
+LIBRARIES, LIBRARIES_DEEPSPEED = 40e6, 90e6
+"""Bytes of a process on a CPU besides tensors, measured: code that is loaded when first used; with DeepSpeed."""
 PHASES = ("load", "rollout", "scoring", "update", "checkpoint")
 
 
 @dataclass(frozen=True)
 class ZeroLayout:
-    """What DeepSpeed divides over the processes, and what lies in the host's memory; sizes in elements."""
+    """What DeepSpeed partitions over the processes and what it offloads to host memory; sizes in elements."""
 
     stage: int | None = None
     """ZeRO stage; None for plain torch in one process."""
@@ -34,9 +33,9 @@ class ZeroLayout:
     bucket: float = 5e8
     """Gradients that are reduced together."""
     buckets: int = 1
-    """How many of them are filled in turn."""
+    """Number of buckets that are filled in turn."""
     live: float = 1e9
-    """Weights that stage 3 keeps gathered at most."""
+    """The most weights that stage 3 keeps gathered."""
 
     @classmethod
     def of(cls, settings: Mapping[str, Any] | None) -> ZeroLayout:
@@ -61,9 +60,9 @@ class Prediction:
     """Bytes of one process."""
 
     phases: dict[str, MemorySnapshot]
-    """Phase -> what its highest moment holds, on the GPU (in the host's memory, where there is none)."""
+    """Phase -> memory at its peak, on the GPU, or in host memory without a GPU."""
     host: float
-    """The most that it holds in the host's memory, where there is a GPU beside it."""
+    """Peak host memory of a process with a GPU."""
 
     @property
     def peak_phase(self) -> str:
@@ -76,21 +75,21 @@ class Prediction:
 
 @dataclass(frozen=True)
 class _Counts:
-    """Numbers of weights."""
+    """Numbers of parameters of the engine (the trained models) and of the frozen models."""
 
     engine: float
     trained: float
     group: float
-    """Trained ones of the largest optimizer group."""
+    """Trained parameters of the largest optimizer group."""
     policy: float
     frozen: float
-    """Bytes of the models beside the engine."""
+    """Bytes of the frozen models."""
     engines: tuple[float, ...]
-    """Of each engine under stage 3: the trained models' and one for each frozen model."""
+    """Parameters of each DeepSpeed engine under stage 3: one for the trained models and one per frozen model."""
 
 
-def _counts(passes: TracedModel) -> _Counts:
-    sizes = list(zip(passes.roles, passes.sizes))
+def _counts(traced: TracedModel) -> _Counts:
+    sizes = list(zip(traced.roles, traced.sizes))
     engine = [size for role, size in sizes if role.tuning is not None]
     frozen = [size for role, size in sizes if role.tuning is None]
     return _Counts(
@@ -99,37 +98,40 @@ def _counts(passes: TracedModel) -> _Counts:
     )  # fmt: skip
 
 
-def _quantized_share(passes: TracedModel) -> float:
-    """What a frozen weight of the engine takes beside one of 2 bytes: about a quarter in 4 bits."""
-    picks = [role.tuning for role in passes.roles if role.tuning is not None]
+def _quantized_fraction(traced: TracedModel) -> float:
+    """Size of a frozen weight of the engine relative to 2 bytes: about a quarter with 4 bits."""
+    picks = [role.tuning for role in traced.roles if role.tuning is not None]
     return 0.28 if any(pick.row.traits["quantized"] for pick in picks) else 1.0
 
 
-def predict(passes: TracedModel, division: ZeroLayout, processes: int, gpu: bool) -> Prediction:
-    """The peaks of a run on so many processes."""
-    count = _counts(passes)
-    width = passes.weights.itemsize
-    states = _plain(passes, count) if division.stage is None else _divided(passes, count, division, processes, gpu)
-    states.weights += count.frozen / (processes if division.stage == 3 else 1)
-    beside = {} if gpu else {PROCESS: LIBRARIES if division.stage is None else LIBRARIES_DIVIDED}
-    kept = {GRADIENTS: states.gradients} if division.stage == 3 else {}  # and its buffers, once they are in use
+def predict(traced: TracedModel, layout: ZeroLayout, processes: int, gpu: bool) -> Prediction:
+    """The peaks of a run on `processes` processes."""
+    count = _counts(traced)
+    width = traced.weights.itemsize
+    if layout.stage is None:
+        states = _plain_states(traced, count)
+    else:
+        states = _deepspeed_states(traced, count, layout, processes, gpu)
+    states.weights += count.frozen / (processes if layout.stage == 3 else 1)
+    process = {} if gpu else {PROCESS: LIBRARIES if layout.stage is None else LIBRARIES_DEEPSPEED}
+    kept = {GRADIENTS: states.gradients} if layout.stage == 3 else {}  # its buffers are added once they are in use
     phases = {
-        "load": MemorySnapshot(beside | kept | {WEIGHTS: states.weights + states.load, OPTIMIZER: states.masters})
+        "load": MemorySnapshot(process | kept | {WEIGHTS: states.weights + states.load, OPTIMIZER: states.masters})
     }
-    held = beside | kept | {WEIGHTS: states.weights, OPTIMIZER: states.optimizer}
-    held |= {BUFFERS: states.buffers} if division.stage == 3 else {}
-    # Stage 3 gathers the weights that a pass needs, of one engine after the other where several are asked.
+    held = process | kept | {WEIGHTS: states.weights, OPTIMIZER: states.optimizer}
+    held |= {BUFFERS: states.buffers} if layout.stage == 3 else {}
+    # Stage 3 gathers the weights of a pass, of one engine after the other if several are used.
     gathered = [min(size, states.live) * width for size in count.engines]
-    if isinstance(passes.config, PPOConfig):
-        whole = count.policy * width if division.stage == 3 else 0.0
-        if passes.autocast:  # its frozen weights, rounded while it samples
-            whole += passes.compute.itemsize * (passes.sizes[0].total - passes.sizes[0].trained)
+    if isinstance(traced.config, PPOConfig):
+        whole = count.policy * width if layout.stage == 3 else 0.0
+        if traced.autocast:  # its frozen weights, cast while it samples
+            whole += traced.compute.itemsize * (traced.sizes[0].total - traced.sizes[0].trained)
         phases["rollout"] = _sum(
-            held | {WEIGHTS: held[WEIGHTS] + whole}, max(passes.rollout.values(), key=lambda moment: moment.total)
+            held | {WEIGHTS: held[WEIGHTS] + whole}, max(traced.rollout.values(), key=lambda snapshot: snapshot.total)
         )
-    phases["scoring"] = _sum(held | {WEIGHTS: states.weights + sum(gathered)}, passes.scoring)
+    phases["scoring"] = _sum(held | {WEIGHTS: states.weights + sum(gathered)}, traced.scoring)
     learning = held | {WEIGHTS: states.weights + gathered[0]}
-    phases["update"] = _update(passes, states, division, learning, lazily=not gpu)
+    phases["update"] = _update(traced, states, layout, learning, lazily=not gpu)
     merged = 0.0 if gpu else count.policy * width
     phases["checkpoint"] = MemorySnapshot(held | {WEIGHTS: held[WEIGHTS] + merged})
     return Prediction(phases, states.host + 4 * count.engine if gpu else 0.0)
@@ -137,38 +139,39 @@ def predict(passes: TracedModel, division: ZeroLayout, processes: int, gpu: bool
 
 @dataclass
 class _States:
-    """Bytes that lie there between the passes, and what comes on top of them in an update."""
+    """Bytes of one process between the passes, and the additional bytes of an update."""
 
     weights: float
     optimizer: float
     gradients: float
     masters: float = 0.0
-    """The part of `optimizer` that is made with the engine; the moments come with the first step."""
+    """The part of `optimizer` that exists from the start; AdamW's moments are allocated in the first step."""
     load: float = 0.0
-    """On top while the engine is made."""
+    """Additional bytes while the engine is initialised."""
     buffers: float = 0.0
     step: float = 0.0
-    """Gradients in AdamW's dtype."""
+    """Gradients in AdamW's dtype, during the optimizer step."""
     host: float = 0.0
     live: float = 0.0
-    """Stage 3: elements that an engine keeps gathered at most."""
+    """Stage 3: the most elements that an engine keeps gathered."""
 
 
-def _plain(passes: TracedModel, count: _Counts) -> _States:
-    share = _quantized_share(passes)
-    width = passes.compute.itemsize if passes.shared else 4  # of the frozen ones
-    weights = (width if share == 1.0 else 2 * share) * (count.engine - count.trained) + 4 * count.trained
+def _plain_states(traced: TracedModel, count: _Counts) -> _States:
+    fraction = _quantized_fraction(traced)
+    width = traced.compute.itemsize if traced.shared else 4  # of the frozen ones
+    weights = (width if fraction == 1.0 else 2 * fraction) * (count.engine - count.trained) + 4 * count.trained
     return _States(weights, 8 * count.trained, 4 * count.trained)
 
 
-def _divided(passes: TracedModel, count: _Counts, division: ZeroLayout, processes: int, gpu: bool) -> _States:
-    """States under DeepSpeed. Its offload leaves on the GPU what a pass needs."""
-    n, width, stage = processes, passes.weights.itemsize, division.stage or 0
+def _deepspeed_states(traced: TracedModel, count: _Counts, layout: ZeroLayout, processes: int, gpu: bool) -> _States:
+    """States under DeepSpeed. With offload, the GPU holds what a pass needs."""
+    n, width, stage = processes, traced.weights.itemsize, layout.stage or 0
     mixed = width < 4
-    bucket = division.bucket if gpu else min(division.bucket, count.trained)  # untouched pages are not resident
+    # On a CPU, memory that was never written is not resident.
+    bucket = layout.bucket if gpu else min(layout.bucket, count.trained)
     if stage == 0:
-        # float32: the module as it is, and a flat copy of a bucket; bfloat16: BF16_Optimizer, masters divided
-        buffers = min(division.bucket, count.trained) * 4.0
+        # float32: the module and a flat copy of a bucket; bfloat16: BF16_Optimizer, which partitions the masters
+        buffers = min(layout.bucket, count.trained) * 4.0
         if not mixed:
             return _States(4 * count.engine, 8 * count.trained, 4 * count.trained, buffers=buffers)
         return _States(
@@ -180,7 +183,7 @@ def _divided(passes: TracedModel, count: _Counts, division: ZeroLayout, processe
             12 * count.trained / n,
             width * (count.trained / n if stage == 2 else count.trained),
             masters=4 * count.trained / n,
-            buffers=bucket * width * (division.buckets if gpu else 1),
+            buffers=bucket * width * (layout.buckets if gpu else 1),
             step=4 * count.group / n,
         )
     else:
@@ -189,52 +192,54 @@ def _divided(passes: TracedModel, count: _Counts, division: ZeroLayout, processe
             12 * count.trained / n,
             width * count.trained / n,
             masters=4 * count.trained / n,
-            # its optimizer's first gradients, of a whole sub-group; without a GPU, the weights before they are divided
+            # its optimizer's first gradients, of a whole sub-group; without a GPU, the weights before partitioning
             load=4 * min(count.trained, 1e9) + (0 if gpu else 4 * count.engine * (1 - 1 / n)),
             buffers=bucket * width,
             step=4 * min(count.trained, 1e9) / n if mixed else 0.0,
-            live=division.live,
+            live=layout.live,
         )
-    if gpu and division.optimizer_on_host:
+    if gpu and layout.optimizer_on_host:
         states.host += states.optimizer + 4 * count.trained / n
         states.optimizer = states.masters = states.load = 0.0
         states.step, states.gradients = 0.0, 0.0 if stage == 3 else states.gradients
-    if gpu and division.weights_on_host and stage == 3:
+    if gpu and layout.weights_on_host and stage == 3:
         states.host += states.weights
         states.weights = 0.0
     return states
 
 
 def _update(
-    passes: TracedModel, states: _States, division: ZeroLayout, held: dict[str, float], lazily: bool
+    traced: TracedModel, states: _States, layout: ZeroLayout, held: dict[str, float], lazily: bool
 ) -> MemorySnapshot:
-    """The highest of the moments of an optimizer step.
+    """The highest peak of an optimizer step.
 
     Args:
-        passes: Of the config.
-        states: Of the process.
-        division: How DeepSpeed divides them.
-        held: What is there before and after.
-        lazily: A buffer takes memory only as far as it has been filled, as on a CPU.
+        traced: The config's traced model.
+        states: The states of the process.
+        layout: How DeepSpeed partitions them.
+        held: Memory in use before and after the step.
+        lazily: Whether a buffer takes memory only as far as it has been filled, as on a CPU.
     """
-    again = passes.work.passes > 1
-    moments = {name: moment for name, moment in passes.update.items() if not name.startswith("more") or again}
+    accumulates = traced.batch.micro_batches > 1
+    snapshots = {
+        name: snapshot for name, snapshot in traced.update.items() if not name.startswith("more") or accumulates
+    }
     base = {name: size for name, size in held.items() if name != GRADIENTS} | {BUFFERS: states.buffers}
-    if division.stage is not None:  # the gradients that a pass has made so far are in a bucket, or divided
-        coming = lazily and division.stage in (1, 2) and not again
+    if layout.stage is not None:  # the gradients so far are in a bucket, or partitioned
+        filling = lazily and layout.stage in (1, 2) and not accumulates
         found = []
-        for moment in moments.values():
-            filled = {BUFFERS: min(states.buffers, moment.parts.get(GRADIENTS, 0.0))} if coming else {}
-            gradients = {GRADIENTS: 0.0 if coming else states.gradients}
-            found.append(_sum(base | filled, MemorySnapshot(moment.parts | gradients)))
+        for snapshot in snapshots.values():
+            filled = {BUFFERS: min(states.buffers, snapshot.parts.get(GRADIENTS, 0.0))} if filling else {}
+            gradients = {GRADIENTS: 0.0 if filling else states.gradients}
+            found.append(_sum(base | filled, MemorySnapshot(snapshot.parts | gradients)))
     else:
-        found = [_sum(base, moment) for moment in moments.values()]
+        found = [_sum(base, snapshot) for snapshot in snapshots.values()]
     found.append(MemorySnapshot(base | {GRADIENTS: states.gradients, OPTIMIZER: states.optimizer + states.step}))
-    return max(found, key=lambda moment: moment.total)
+    return max(found, key=lambda snapshot: snapshot.total)
 
 
-def _sum(base: Mapping[str, float], moment: MemorySnapshot) -> MemorySnapshot:
+def _sum(base: Mapping[str, float], snapshot: MemorySnapshot) -> MemorySnapshot:
     parts = dict(base)
-    for name, size in moment.parts.items():
+    for name, size in snapshot.parts.items():
         parts[name] = parts.get(name, 0.0) + size
     return MemorySnapshot(parts)

@@ -1,4 +1,4 @@
-"""Which models a config brings together, and how large its largest batches are, before anything is loaded."""
+"""The models of a config and the shapes of its largest batches, before anything is loaded."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from rlhf.reward.config import RewardConfig
 from rlhf.runs.run import resolve_model_path
 from rlhf.sft.config import SFTConfig
 
-# ---- who is there ------------------------------------------------------------------------------------------------
+# ---- models ------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -26,15 +26,15 @@ class Role:
     name: str
     path: str
     scalar: bool
-    """It has a scalar head in place of the language model's."""
+    """Whether it has a scalar head instead of the language model's head."""
     tuning: Pick | None
-    """What of it is trained; None for a frozen one, which stands beside the engine in the computation's dtype."""
+    """How it is trained; None for a frozen model, which is kept outside the engine in the compute dtype."""
     shares: bool = False
-    """Its weights are the policy's, but for an adapter and a head of its own."""
+    """Whether it shares the policy's weights and has only an adapter and a head of its own."""
 
 
 def roles(config: StageConfig) -> list[Role]:
-    """The models that a stage holds at the same time. Those that are trained come first."""
+    """The models that a stage holds at the same time, trained models first."""
     if isinstance(config, SFTConfig):
         return [Role("policy", config.model.path, False, config.tuning)]
     if isinstance(config, RewardConfig):
@@ -53,7 +53,7 @@ def roles(config: StageConfig) -> list[Role]:
 
 
 def architecture(config: ModelConfig, path: str, base: str | None = None) -> Any:
-    """The Hugging Face config of a model on this disk; of `base` where `path` is a run that is still to come.
+    """The Hugging Face config of a model on this disk; that of `base` if `path` is a run that does not exist yet.
 
     Raises:
         UserError: No config.json there. Nothing is downloaded for a prediction.
@@ -61,7 +61,7 @@ def architecture(config: ModelConfig, path: str, base: str | None = None) -> Any
     for place in (path, base):
         try:
             folder = Path(resolve_model_path(place)) if place else None
-        except UserError:  # a run of an earlier stage, not made or not finished yet
+        except UserError:  # a run of an earlier stage that does not exist or is not finished
             folder = None
         if folder is not None and (folder / "config.json").is_file():
             return load_hf_config(config, str(folder))
@@ -73,39 +73,39 @@ def architecture(config: ModelConfig, path: str, base: str | None = None) -> Any
     )
 
 
-# ---- how much work -----------------------------------------------------------------------------------------------
+# ---- batches -----------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class BatchShape:
-    """The largest batches of one process, as far as the config bounds them. Lengths are in tokens."""
+    """The largest batches of one process within the limits of the config. Lengths are in tokens."""
 
     rows: int
-    """Sequences of a micro-batch."""
+    """Sequences in a micro-batch."""
     width: int
-    """Of the longest sequence."""
-    wanted: int
-    """Tokens of a micro-batch whose log-probs are asked for."""
-    passes: int
-    """Micro-batches of an optimizer step."""
+    """Length of the longest sequence."""
+    selected: int
+    """Tokens in a micro-batch whose log-probs are computed."""
+    micro_batches: int
+    """Micro-batches in an optimizer step."""
     sequences: int = 0
-    """Decoded together in a rollout."""
+    """Sequences that are decoded together in a rollout."""
     prompt: int = 0
-    """Longest prompt."""
+    """Length of the longest prompt."""
     joins: bool = False
-    """Whether further prompts enter while others are decoded."""
+    """Whether more prompts enter while others are decoded."""
 
 
 def batch_shape(
     config: StageConfig, limit: int, processes: int, longest: int | None = None, answers: int = 2
 ) -> BatchShape:
-    """The work of a config.
+    """The largest batches of a config.
 
     Args:
         config: A stage's config.
-        limit: Longest sequence that the model takes.
-        processes: How many share the work.
-        longest: Tokens of the longest prompt (PPO) or row (other stages), where the data are known.
+        limit: The longest sequence of the model.
+        processes: Number of processes.
+        longest: Tokens of the longest prompt (PPO) or row (other stages), if known.
         answers: Candidates of a ranking (reward model).
     """
     if isinstance(config, PPOConfig):
@@ -123,10 +123,10 @@ def batch_shape(
     share = max(1, config.batch.batch_size // processes)
     micro, width = min(config.batch.micro_batch_size, share), min(longest or limit, limit)
     rows = micro * answers if isinstance(config, RewardConfig) else micro
-    wanted = rows if isinstance(config, RewardConfig) else rows * (width - 1)
-    return BatchShape(rows, width, wanted, math.ceil(share / micro))
+    selected = rows if isinstance(config, RewardConfig) else rows * (width - 1)
+    return BatchShape(rows, width, selected, math.ceil(share / micro))
 
 
-def limit_of(config: StageConfig, passes_base: str | None = None) -> int:
+def limit_of(config: StageConfig, base: str | None = None) -> int:
     """The longest sequence of a config's first model."""
-    return sequence_limit(config.model, architecture(config.model, config.model.path, passes_base))
+    return sequence_limit(config.model, architecture(config.model, config.model.path, base))
