@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from rlhf.ppo.masked import answer_lengths, masked_mean, masked_sum, masked_var, whiten
+from rlhf.ppo.masked import completion_lengths, masked_mean, masked_sum, masked_var, whiten
 
 NAN = float("nan")
 MASK = torch.tensor([[True, True, True], [True, False, False]])
@@ -53,11 +53,11 @@ def test_garbage_in_padding_leaves_gradients_clean():
     assert values.grad.tolist() == [[0.25, 0.25, 0.25], [0.25, 0, 0]]
 
 
-def test_answer_lengths_count_response_tokens():
-    assert answer_lengths(MASK).tolist() == [3, 1]
+def test_completion_lengths_count_response_tokens():
+    assert completion_lengths(MASK).tolist() == [3, 1]
 
 
 @pytest.mark.parametrize("row", [[False, False, False], [False, True, True], [True, False, True]])
 def test_masks_that_are_not_right_padded_answers_are_refused_by_row(row):
     with pytest.raises(ValueError, match=r"response_mask\[1\].*padding on the right"):
-        answer_lengths(torch.tensor([[True, True, False], row]))
+        completion_lengths(torch.tensor([[True, True, False], row]))

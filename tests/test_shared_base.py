@@ -240,8 +240,8 @@ def test_the_base_is_known_by_its_weights_and_not_by_its_path(tmp_path, runs, pr
 @pytest.mark.parametrize(
     "model, reward, words",
     [
-        ("sft", "over-base", r"(?s)no base in common.*fingerprint.*is fingerprint.*no LoRA run.*tuning: lora"),
-        ("sft-lora", "over-sft", r"(?s)no base in common.*fingerprint.*an adapter over.*model.sharing=separate"),
+        ("sft", "over-base", r"(?s)no base in common.*fingerprint.*is fingerprint.*not an SFT LoRA run.*tuning: lora"),
+        ("sft-lora", "over-sft", r"(?s)no base in common.*fingerprint.*an adapter on.*model.sharing=separate"),
         ("sft", "full", r"(?s)reward.path.*tuning: full.*needs an adapter.*Train it with `tuning: lora`"),
     ],
 )

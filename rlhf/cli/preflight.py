@@ -348,7 +348,7 @@ def _sharing(config: PPOConfig, pending_runs: PendingRuns) -> Rows:
         return []
     if any(os.path.normpath(path) in pending_runs for path in (config.model.path, config.reward_model) if path):
         return [("sharing", "one base, known once the earlier runs are finished")]
-    return [("sharing", recognise(config).described())]
+    return [("sharing", recognise(config).describe())]
 
 
 def _reward_sources(config: PPOConfig, pending_runs: PendingRuns) -> Rows:

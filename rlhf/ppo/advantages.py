@@ -1,17 +1,17 @@
 """Advantage estimators: how much better each sampled token was than expected.
 
-Shapes and the one mask are as `rlhf.ppo.masked` says. Every row takes the same four tensors and returns `Advantages`:
+`rlhf.ppo.masked` describes shapes and the mask. Every row takes the same four tensors and returns `Advantages`:
 
 - rewards: float32 [N, T], from `rlhf.ppo.kl.shape_rewards`: the KL penalty is inside them for every estimator. (Shao
   2024 puts GRPO's penalty into the loss instead; here GRPO too sees the shaped rewards, as RLOO and REINFORCE++ do.)
 - values: the critic's float32 [N, T] before the update, values[:, t] for the state in which token t was chosen; None
   for the rows that need no critic.
 - response_mask: bool [N, T].
-- groups: int64 [N], equal for the answers sampled for one draw of a prompt.
+- groups: int64 [N], equal for the completions of one draw of a prompt.
 
-The end of an answer is terminal: nothing is expected after its last token, whether it ended by EOS or by length.
+The end of a completion is terminal: the value after its last token is 0, whether it ended by EOS or by length.
 
-Traits of a row: `needs_critic`, and `min_group`, the fewest answers per prompt that it can work with.
+Traits of a row: `needs_critic`, and `min_group`, the fewest completions per prompt that it needs.
 """
 
 from __future__ import annotations
@@ -36,9 +36,9 @@ ADVANTAGES = Table("advantage estimator")
 
 @dataclass(frozen=True)
 class Advantages:
-    """What the update needs of the rewards.
+    """What the update needs from the rewards.
 
-    `advantages` weighs each token's policy gradient, float32 [N, T]; `returns` is the critic's target, float32
+    `advantages` weights each token's policy gradient, float32 [N, T]; `returns` is the critic's target, float32
     [N, T], or None where there is no critic. Both are 0 at padding.
     """
 
@@ -69,7 +69,7 @@ def gae(
     """
     if values is None:
         raise ValueError("gae needs the critic's values")
-    masked.answer_lengths(response_mask)
+    masked.completion_lengths(response_mask)
     rewards, values = masked.zero_padding(rewards, response_mask), masked.zero_padding(values, response_mask)
     # Zeros at padding make the value after the last token 0 and keep every term beyond it at 0.
     next_values = torch.nn.functional.pad(values[:, 1:], (0, 1))
@@ -80,11 +80,11 @@ def gae(
 
 @ADVANTAGES.row("rloo", needs_critic=False, min_group=2)
 def rloo(rewards: Tensor, values: Tensor | None, response_mask: Tensor, groups: Tensor) -> Advantages:
-    """Total reward minus the mean total of the prompt's other answers, the same at every token. No critic.
+    """Total reward minus the mean total of the prompt's other completions, the same at every token. No critic.
 
     Ahmadian 2024 (arXiv:2402.14740), the RLOO estimator: A_i = R_i - sum_{j != i} R_j / (k - 1), with R the score
-    minus the KL penalty over the whole answer. That paper takes the answer as one action; here each token carries A_i
-    and PPO's ratio is per token, which is the same gradient while the ratio is 1.
+    minus the KL penalty over the whole completion. That paper treats the completion as one action; here each token has
+    A_i and PPO's ratio is per token, which is the same gradient while the ratio is 1.
 
     Raises:
         ValueError: A group of one.
@@ -104,7 +104,7 @@ def grpo(
     *,
     normalize_std: bool = True,
 ) -> Advantages:
-    """Total reward normalised within the prompt's answers, the same at every token. No critic.
+    """Total reward normalised within the prompt's completions, the same at every token. No critic.
 
     Shao 2024 (arXiv:2402.03300) section 4.1.2, outcome supervision: A_i = (R_i - mean(R)) / std(R). The paper does not
     say which std; this is the sample one (divisor k - 1) plus 1e-4, as in huggingface/trl v1.16.0
@@ -120,7 +120,7 @@ def grpo(
     centred = total - _group_sum(total, member) / size
     if normalize_std:
         std = (_group_sum(centred**2, member) / (size - 1)).sqrt()
-        # 1e-4, not less: answers that differ by rounding alone must not get advantages of size 1.
+        # 1e-4, not less: completions that differ by rounding alone must not get advantages of size 1.
         centred = centred / (std + 1e-4)
     return Advantages(_at_every_token(centred, response_mask), None)
 
@@ -138,12 +138,12 @@ def reinforce_plus_plus(
 
     Hu 2025 (arXiv:2501.03262): A_t = score - beta * sum_{i >= t} KL_i (the sum of the shaped rewards from t on; its
     gamma is 1), then (A - mean) / std over the global batch. The paper's second variant, with a baseline from the
-    prompt's answers, is not this row.
+    prompt's completions, is not this row.
 
     Raises:
         ValueError: A mask that is not padded on the right only.
     """
-    masked.answer_lengths(response_mask)
+    masked.completion_lengths(response_mask)
     to_go = _discounted_sum(masked.zero_padding(rewards, response_mask), gamma)
     return Advantages(masked.whiten(to_go, response_mask, shift_mean=True), None)
 
@@ -167,8 +167,8 @@ def _membership(groups: Tensor, at_least: int) -> Tensor:
     if counts.min() < at_least:
         small = int(counts.argmin())
         raise ValueError(
-            f"group {int(names[small])} holds {int(counts[small])} answer, and a baseline from the group needs at "
-            f"least {at_least}: sample more answers per prompt"
+            f"group {int(names[small])} holds {int(counts[small])} completion, and a baseline from the group needs at "
+            f"least {at_least}: sample more completions per prompt"
         )
     return groups[:, None] == names
 

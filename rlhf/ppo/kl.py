@@ -1,6 +1,6 @@
-"""Distance from the reference: KL estimators, KL coefficients, and the rewards that they shape.
+"""The KL penalty: estimators of the KL to the reference, controllers of its coefficient, and the shaped rewards.
 
-Shapes and the one mask are as `rlhf.ppo.masked` says.
+`rlhf.ppo.masked` describes shapes and the mask.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from pydantic import NonNegativeFloat, PositiveFloat
 
 from rlhf.core.lazy import lazy
 from rlhf.core.table import Table
-from rlhf.ppo.masked import answer_lengths, whiten, zero_padding
+from rlhf.ppo.masked import completion_lengths, whiten, zero_padding
 
 if TYPE_CHECKING:
     import torch
@@ -24,23 +24,23 @@ else:
 
 KL_ESTIMATORS = Table("KL estimator")
 KL_CONTROLLERS = Table("KL controller")
-MISSING_EOS = Table("rule for answers without EOS")
+MISSING_EOS = Table("rule for completions without EOS")
 
 
 # ---- estimators --------------------------------------------------------------------------------------------------
 #
 # J. Schulman, "Approximating KL Divergence", 2020, joschu.net/blog/kl-approx.html. There x ~ q and r = p(x)/q(x); here
 # q is the policy that sampled the tokens and p the reference, so log r = ref_logprobs - logprobs, and each row
-# estimates KL(policy || reference). All are elementwise: what stands at padding stays there, and `shape_rewards` and
-# the masked sums pass over it.
+# estimates KL(policy || reference). All are elementwise: values at padding stay there, and `shape_rewards` and the
+# masked sums ignore them.
 
 
 @KL_ESTIMATORS.row("k1")
 def k1(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
-    """-log r: unbiased, and negative on about half of the tokens; what the papers put into the reward.
+    """-log r: unbiased, and negative on about half of the tokens; the papers use it in the reward.
 
     Args:
-        logprobs: Log-probabilities (nats) of the sampled tokens under the policy that sampled them, [N, T].
+        logprobs: Log-probs (nats) of the sampled tokens under the policy that sampled them, [N, T].
         ref_logprobs: The same tokens under the reference, [N, T].
 
     Returns:
@@ -66,31 +66,35 @@ def k3(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
 
 
 class KLController(Protocol):
-    """Holds the coefficient of the KL penalty and moves it after every batch of episodes."""
+    """Holds the coefficient of the KL penalty and adjusts it after every batch of episodes."""
 
     coef: float
 
     def update(self, kl_per_episode: float, episodes: int) -> None:
-        """Take note of a batch: the mean over its episodes of the summed per-token KL (nats), and how many they are.
+        """Adjust the coefficient after a batch.
+
+        Args:
+            kl_per_episode: Mean over the episodes of the summed per-token KL, nats.
+            episodes: Their number.
 
         Raises:
-            ValueError: The KL is not finite; the coefficient stays as it was.
+            ValueError: The KL is not finite; the coefficient is unchanged.
         """
 
     def state_dict(self) -> dict[str, float]:
-        """What a checkpoint must hold to continue exactly."""
+        """The state that a checkpoint needs to continue exactly."""
 
     def load_state_dict(self, state: dict[str, float]) -> None:
         """Continue from `state_dict()` of a controller of the same kind.
 
         Raises:
-            ValueError: The state is another kind's.
+            ValueError: The state belongs to another kind of controller.
         """
 
 
 def _check_kl(kl_per_episode: float) -> None:
     if not math.isfinite(kl_per_episode):
-        raise ValueError(f"the batch's KL is {kl_per_episode}: the KL coefficient cannot follow it")
+        raise ValueError(f"the batch's KL is {kl_per_episode}: the KL coefficient cannot be adjusted")
 
 
 def _check_state(controller: KLController, state: dict[str, float]) -> None:
@@ -112,7 +116,7 @@ class FixedKL:
         _check_kl(kl_per_episode)
 
     def state_dict(self) -> dict[str, float]:
-        return {}  # the coefficient is the config's
+        return {}  # the coefficient comes from the config
 
     def load_state_dict(self, state: dict[str, float]) -> None:
         _check_state(self, state)
@@ -129,11 +133,11 @@ class AdaptiveKL:
         coef <- coef * (1 + error * episodes / horizon)
 
     The defaults are that repository's (launch.py:129-131, train_policy.py:28). A batch of more episodes than the
-    horizon counts as `horizon` episodes, without which a low KL could turn the coefficient to 0 or below for good.
+    horizon counts as `horizon` episodes; otherwise a low KL could set the coefficient to 0 or below for good.
 
     Args:
         init_coef: The coefficient before the first update.
-        target: The KL per episode to hold, in nats.
+        target: The KL per episode to reach and keep, in nats.
         horizon: Episodes over which a full error of 0.2 moves the coefficient by 20%.
     """
 
@@ -160,11 +164,11 @@ class AdaptiveKL:
 
 @MISSING_EOS.row("keep")
 def keep(scores: Tensor, ended: Tensor) -> Tensor:
-    """Leave the score of an answer without EOS as it is.
+    """Leave the score of a completion without EOS unchanged.
 
     Args:
         scores: One per episode, [N].
-        ended: True where the answer ended by itself (EOS or a stop string), bool [N].
+        ended: True where the completion ended by itself (EOS or a stop string), bool [N].
 
     Returns:
         [N].
@@ -174,7 +178,7 @@ def keep(scores: Tensor, ended: Tensor) -> Tensor:
 
 @MISSING_EOS.row("score")
 def fixed_score(scores: Tensor, ended: Tensor, *, value: float = -1.0) -> Tensor:
-    """Give every answer without EOS the same score. Arguments and result as `keep`.
+    """Give every completion without EOS the same score. Arguments and result as `keep`.
 
     "The N Implementation Details of RLHF with PPO" (rejection of answers without the end token, score -1);
     vwxyzjn/lm-human-preference-details@ccc1953 lm_human_preference_details/train_policy_accelerate.py:616-625.
@@ -184,7 +188,7 @@ def fixed_score(scores: Tensor, ended: Tensor, *, value: float = -1.0) -> Tensor
 
 @MISSING_EOS.row("penalty")
 def penalty(scores: Tensor, ended: Tensor, *, value: NonNegativeFloat = 1.0) -> Tensor:
-    """Subtract `value` from the score of an answer without EOS. Arguments and result as `keep`."""
+    """Subtract `value` from the score of a completion without EOS. Arguments and result as `keep`."""
     return torch.where(ended, scores, scores - value)
 
 
@@ -197,17 +201,17 @@ def shape_scores(
     clip: float | None = None,
     missing_eos: Callable[[Tensor, Tensor], Tensor] = keep,
 ) -> Tensor:
-    """Scores on a common scale: (score - mean) / std, then clipped, then the rule for answers without EOS.
+    """Scores on a common scale: (score - mean) / std, then clipped, then the rule for completions without EOS.
 
-    The rule comes last, so that its numbers are in the final units and the clip cannot swallow a penalty.
-    Normalisation: Ziegler 2019 section 2 (mean 0 and variance 1 on the initial policy's answers).
+    The rule comes last, so that its numbers are in the final units and the clip cannot remove a penalty.
+    Normalisation: Ziegler 2019 section 2 (mean 0 and variance 1 on the initial policy's completions).
 
     Args:
-        scores: What the reward source gave, float32 [N].
-        ended: True where the answer ended by itself, bool [N].
-        mean: The source's mean score on its reference set.
-        std: The standard deviation there.
-        clip: Normalised scores are held within [-clip, clip]; None does not clip.
+        scores: Raw scores of the reward source, float32 [N].
+        ended: True where the completion ended by itself, bool [N].
+        mean: The source's mean score.
+        std: The standard deviation of its scores.
+        clip: Normalised scores are clipped to [-clip, clip]; None does not clip.
         missing_eos: A row of MISSING_EOS (or its `Pick` with options).
 
     Returns:
@@ -245,9 +249,9 @@ def shape_rewards(
         float32 [N, T], 0 at padding.
 
     Raises:
-        ValueError: An episode has no response token, or padding stands before one.
+        ValueError: An episode has no response token, or padding before one.
     """
-    last = answer_lengths(response_mask)[:, None] - 1
+    last = completion_lengths(response_mask)[:, None] - 1
     positions = torch.arange(response_mask.shape[1], device=response_mask.device)
     rewards = zero_padding(-coef * kl_per_token, response_mask) + torch.where(positions == last, scores[:, None], 0.0)
     return whiten(rewards, response_mask, shift_mean=False) if scale else rewards

@@ -1,9 +1,9 @@
-"""Statistics over the response tokens of a batch, blind to its padding.
+"""Statistics over the response tokens of a batch; padding never enters them.
 
 Shared conventions of `rlhf.ppo.masked`, `rlhf.ppo.kl`, `rlhf.ppo.advantages` and `rlhf.ppo.losses`:
 
-- A batch is float32 [N, T]: N episodes, each answer padded on the right to T tokens.
-- `response_mask` is bool [N, T], True = counts. There is no mask of the other polarity.
+- A batch is float32 [N, T]: N episodes, each completion padded on the right to T tokens.
+- `response_mask` is bool [N, T], True at response tokens. There is no mask of the other polarity.
 - Padding may hold anything, NaN included: it never reaches a result or a gradient, and outputs there are 0.
 - Every rank holds the whole global batch where a statistic is taken, so nothing here communicates.
 """
@@ -27,17 +27,17 @@ def zero_padding(values: Tensor, mask: Tensor) -> Tensor:
 
 
 def masked_sum(values: Tensor, mask: Tensor, dim: int | None = None) -> Tensor:
-    """Sum of the values that count: over everything (0-d), or along `dim`."""
+    """Sum of the unmasked values: over everything (0-d), or along `dim`."""
     return zero_padding(values, mask).sum(dim)
 
 
 def masked_mean(values: Tensor, mask: Tensor, dim: int | None = None) -> Tensor:
-    """Mean of the values that count: over everything (0-d), or along `dim`. NaN where nothing counts."""
+    """Mean of the unmasked values: over everything (0-d), or along `dim`. NaN where all are masked."""
     return masked_sum(values, mask, dim) / mask.sum(dim)
 
 
 def masked_var(values: Tensor, mask: Tensor) -> Tensor:
-    """Population variance (divisor n, as TensorFlow's `moments`) of the values that count, 0-d."""
+    """Population variance (divisor n, as TensorFlow's `moments`) of the unmasked values, 0-d."""
     return masked_mean((values - masked_mean(values, mask)) ** 2, mask)
 
 
@@ -61,11 +61,11 @@ def whiten(values: Tensor, mask: Tensor, shift_mean: bool) -> Tensor:
     return zero_padding(whitened if shift_mean else whitened + mean, mask)
 
 
-def answer_lengths(response_mask: Tensor) -> Tensor:
+def completion_lengths(response_mask: Tensor) -> Tensor:
     """Number of response tokens of every episode, int64 [N].
 
     Raises:
-        ValueError: An episode has no response token, or padding stands before one of its tokens.
+        ValueError: An episode has no response token, or padding before one of its tokens.
     """
     lengths = response_mask.sum(1)
     positions = torch.arange(response_mask.shape[1], device=response_mask.device)

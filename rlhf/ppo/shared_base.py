@@ -177,7 +177,7 @@ def load_shared(config: PPOConfig, chat: ChatTokenizer) -> SharedModels:
     roles = recognise(config)
     module, groups = build(config, roles, chat)
     trained, total = count_parameters(module)
-    say(f"Models: {roles.described()}; {trained:,} of {total:,} parameters are trained")
+    say(f"Models: {roles.describe()}; {trained:,} of {total:,} parameters are trained")
     frozen = module.frozen_layers
     if frozen.depth:
         say(f"The first {frozen.depth} of {len(frozen.layers)} layers are computed once per rollout")

@@ -1,7 +1,7 @@
-"""Which roles of PPO can lie over one base: told from run.json and config files, before any weights are loaded.
+"""Which roles of PPO can share one base, found from run.json and config files before any weights are loaded.
 
-A LoRA run is its base plus an adapter, so two LoRA runs over the same weights need those weights once. Weights are
-known by their fingerprints, hub models by their names.
+A LoRA run is its base plus an adapter, so two LoRA runs on the same base need its weights only once. Local weights are
+identified by their fingerprints, hub models by their names.
 """
 
 from __future__ import annotations
@@ -24,28 +24,28 @@ SEPARATE = "or set model.sharing=separate."
 
 @dataclass(frozen=True)
 class Adapter:
-    """What one role adds to the base."""
+    """The adapter that one role adds to the base."""
 
     tuning: Pick
     """`lora` or `qlora` with its options, dropout 0."""
     start: str | None
-    """The run whose adapter it begins as; None for a new one, which changes nothing yet."""
+    """The run whose adapter it starts from; None for a new one, which leaves the outputs unchanged."""
 
 
 @dataclass(frozen=True)
 class SharedRoles:
-    """One base, and the adapters of the roles over it."""
+    """One base, and the adapters of the roles on it."""
 
     base: str
     """Model folder or hub name."""
     weights: str
     """The base's fingerprint, or `hub:` and its name."""
     adapters: Mapping[str, Adapter]
-    """Of `policy`, `critic`, `reward` and `reference`. A reference that is not there is the base alone; the others are
-    not there where nothing of the kind takes part."""
+    """Adapters of `policy`, `critic`, `reward` and `reference`. Without an adapter the reference is the base alone;
+    other roles without one do not exist in this run."""
 
-    def described(self) -> str:
-        """For the plan."""
+    def describe(self) -> str:
+        """One line for the table that is printed before a run."""
         parts = [f"{role} {'new' if a.start is None else f'from {a.start}'}" for role, a in self.adapters.items()]
         reference = [] if "reference" in self.adapters else ["reference without adapter"]
         return f"one base {self.base} ({_short(self.weights)}): {', '.join(parts + reference)}"
@@ -54,12 +54,12 @@ class SharedRoles:
 def recognise(config: PPOConfig) -> SharedRoles:
     """The roles of a config with `model.sharing: shared`.
 
-    The base is the model that PPO starts from, where the reward run is an adapter over that one; or else the model
-    that both an SFT run and the reward run are adapters over: then the policy begins as SFT's adapter, and that same
-    adapter, frozen, is the reference.
+    The base is the model that PPO starts from, if the reward run is an adapter on it. Otherwise the base is the model
+    that both the SFT run and the reward run are adapters on: the policy then starts from SFT's adapter, and a frozen
+    copy of that adapter is the reference.
 
     Raises:
-        UserError: The models have no base in common, or a parent is no LoRA run with the options that go on.
+        UserError: The models have no base in common, or a parent is not a LoRA run with matching options.
     """
     start, reward = config.model.path, config.reward_model
     mine = weights_of(start)
@@ -68,8 +68,9 @@ def recognise(config: PPOConfig) -> SharedRoles:
         tuning = _lora_of(reward, "reward.path")
         if any(term.get("retokenize") for term in _model_terms(config) if term["path"] == reward):
             raise UserError(
-                "reward.retokenize: a reward model on the policy's base reads the policy's tokens",
-                remedy=f"Leave retokenize out, {SEPARATE}",
+                "reward.retokenize is not supported with model.sharing `shared`",
+                "Both models use the policy's tokenizer.",
+                f"Leave retokenize out, {SEPARATE}",
             )
         theirs = _base_of(reward)
         if theirs["weights"] != mine:
@@ -77,9 +78,9 @@ def recognise(config: PPOConfig) -> SharedRoles:
             base, known = str(theirs["path"]), str(theirs["weights"])
             if weights_of(base) != known:
                 raise UserError(
-                    f"model.sharing: {base} is not any more what {reward} was trained from",
-                    f"It is {_short(weights_of(base))} now, and was {_short(known)}.",
-                    f"Train the runs on it anew, {SEPARATE}",
+                    f"model.sharing: {base} has changed since {reward} was trained on it (fingerprint mismatch)",
+                    f"It is {_short(weights_of(base))} now and was {_short(known)}.",
+                    f"Train these runs again, {SEPARATE}",
                 )
     adapters = {"policy": Adapter(config.tuning, sft)}
     if config.needs_critic:
@@ -95,14 +96,14 @@ def recognise(config: PPOConfig) -> SharedRoles:
 
 
 def weights_of(path: str) -> str:
-    """The fingerprint of the weights that a path stands for now; for a hub model, `hub:` and its name."""
+    """The current fingerprint of a path's weights; for a hub model, `hub:` and its name."""
     if is_run(path):
         return str(read_run(path).get("model_fingerprint"))
     return fingerprint(Path(path)) if Path(path).is_dir() else f"hub:{path}"
 
 
 def _base_of(run: str) -> dict[str, str]:
-    """Path and weights of the model that a run was trained from, as it noted them."""
+    """Path and weights of the model that a run was trained from, as its run.json records them."""
     parent = read_run(run)["parents"][0]
     return {"path": parent["path"], "weights": parent.get("fingerprint") or f"hub:{parent['path']}"}
 
@@ -111,14 +112,14 @@ def _lora_of(run: str, key: str) -> Pick:
     """The tuning of a LoRA run, without dropout.
 
     Raises:
-        UserError: It is none.
+        UserError: It is not a LoRA run.
     """
     tuning = _tuning_of(run)
     if tuning is None or not tuning.row.traits["roles"]:
-        found = "a model without a run" if tuning is None else f"a run with `tuning: {tuning.name}`"
+        found = "a model without a run folder" if tuning is None else f"a run with `tuning: {tuning.name}`"
         raise UserError(
             f"{key}: {run} is {found}; model.sharing `shared` needs an adapter",
-            "What shares a base has the base's own weights and an adapter of its own.",
+            "With model.sharing `shared` every role must be a LoRA adapter on the same base model.",
             f"Train it with `tuning: lora`, {SEPARATE}",
         )
     return tuning
@@ -132,21 +133,21 @@ def _tuning_of(run: str) -> Pick | None:
 
 
 def _sft_beside(start: str, mine: str, reward: str, theirs: Mapping[str, str]) -> str:
-    """`start`, if it is a LoRA run of SFT over the base of the reward run.
+    """`start`, if it is an SFT LoRA run on the base of the reward run.
 
     Raises:
-        UserError: It is not, so the two have nothing in common.
+        UserError: It is not, so the two have no base in common.
     """
     tuning = _tuning_of(start)
-    why = f"{reward} is an adapter over {theirs['path']} ({_short(theirs['weights'])}). "
+    why = f"{reward} is an adapter on {theirs['path']} ({_short(theirs['weights'])}). "
     why += f"model.path {start} is {_short(mine)}"
     if tuning is None or not tuning.row.traits["roles"] or read_run(start)["stage"] != "sft":
-        why += ", and no LoRA run of SFT."
+        why += ", which is not an SFT LoRA run."
     else:
         own = _base_of(start)
         if own["weights"] == theirs["weights"]:
             return start
-        why += f", an adapter over {own['path']} ({_short(own['weights'])})."
+        why += f", an adapter on {own['path']} ({_short(own['weights'])})."
     raise UserError(
         "model.sharing: policy and reward model have no base in common",
         why,
@@ -156,11 +157,11 @@ def _sft_beside(start: str, mine: str, reward: str, theirs: Mapping[str, str]) -
 
 
 def _check_options(key: str, adapter: Adapter, policy: Pick) -> None:
-    """An adapter that goes on from a run has that run's shape, and all of them the base's precision."""
+    """Refuse an adapter whose options differ from those of the run it starts from."""
     if adapter.tuning.name != policy.name:
         raise UserError(
             f"tuning: {policy.name}, but {adapter.start} is a {adapter.tuning.name} run",
-            "The base is in 4 bits for all roles or for none.",
+            "The base is quantised for all roles or for none.",
             f"Set tuning to {adapter.tuning.name}, {SEPARATE}",
         )
     run = None if adapter.start is None else _lora_of(adapter.start, key)
@@ -168,8 +169,8 @@ def _check_options(key: str, adapter: Adapter, policy: Pick) -> None:
         return
     other = {name: value for name, value in run.options.items() if adapter.tuning.options.get(name) != value}
     raise UserError(
-        f"{key}: differs from that of {adapter.start}, whose adapter it goes on with",
-        f"There: {', '.join(f'{name}: {value}' for name, value in other.items()) or run.name}.",
+        f"{key}: differs from the tuning of {adapter.start}, whose adapter it starts from",
+        f"That run has {', '.join(f'{name}: {value}' for name, value in other.items()) or run.name}.",
         f"Set the same, {SEPARATE}",
     )
 
