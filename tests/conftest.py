@@ -1,4 +1,4 @@
-"""One thread, and no silent skip in CI of what needs the shared data."""
+"""Few threads, datasets that tests share, and no silent skip in CI of what needs the shared data."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ SHARED = Path(__file__).resolve().parents[2] / "shared"
 
 
 @pytest.fixture(autouse=True, scope="session")
-def one_thread() -> None:
+def few_threads() -> None:
     import torch
 
-    torch.set_num_threads(1)
+    torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -29,7 +29,7 @@ def typed(folder: Path, script: str) -> str:
     shell = f'rlhf() {{ "{sys.executable}" -m stages.cli "$@"; }}\n{script}'
     environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
     done = subprocess.run(
-        ["bash", "-e", "-c", shell], cwd=folder, env=environment, text=True, capture_output=True, timeout=120
+        ["bash", "-e", "-c", shell], cwd=folder, env=environment, text=True, capture_output=True, timeout=600
     )
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout

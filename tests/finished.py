@@ -31,7 +31,6 @@ from rlhf.reward.config import RewardConfig
 from rlhf.runs.run import finish, open_run, parent_facts, resolve_model_path
 from rlhf.sft.config import SFTConfig
 
-torch.set_num_threads(1)
 quiet()
 
 DATA = [{"path": "demos", "kind": "demonstration", "fingerprint": "d" * 64}]

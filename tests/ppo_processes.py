@@ -26,7 +26,7 @@ def write_config(folder, prompts, reward_model, **more):
         "optimizer": {"policy_lr": 1e-3, "critic_lr": 1e-3, "schedule": "constant", "eps": 1e-3},
         "eval": {"every": 3, "prompts": 3},
         "checkpoints": {"every": 1},
-        "timeout_seconds": 60,
+        "timeout_seconds": 240,
         **more,
     }
     folder.mkdir(exist_ok=True)
@@ -63,7 +63,7 @@ def complete(processes, file, *words):
 
 def kill_when(process, seen):
     """SIGKILL the process and its ranks at the first moment that `seen()` is true."""
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 480
     while not seen():
         assert process.poll() is None, process.stdout.read()
         assert time.monotonic() < deadline

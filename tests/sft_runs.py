@@ -23,7 +23,7 @@ def settings(demos: str, run: Path, **changes: Any) -> dict[str, Any]:
         "optimizer": {"lr": 3e-3, "warmup": 0.1},
         "checkpoints": {"every": 3},
         "eval": {"every": 4, "samples": 2, "sample_tokens": 8},
-        "timeout_seconds": 60,
+        "timeout_seconds": 240,
         **changes,
     }
 

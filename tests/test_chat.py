@@ -218,7 +218,7 @@ class Terminal:
             os.environ |= {"CUDA_VISIBLE_DEVICES": "", "TERM": "xterm", "OMP_NUM_THREADS": "1"}
             os.execv(sys.executable, [sys.executable, "-c", code, run, "--max-new-tokens", "60"])
 
-    def until(self, text: str, seconds: float = 60) -> str:
+    def until(self, text: str, seconds: float = 240) -> str:
         """What is shown until `text` comes."""
         shown, end = "", time.monotonic() + seconds
         while text not in shown:
@@ -230,7 +230,7 @@ class Terminal:
                     raise AssertionError(f"ended before {text!r}: {shown}") from None
         return shown
 
-    def ended(self, seconds: float = 10) -> bool:
+    def ended(self, seconds: float = 60) -> bool:
         """Whether the program ends by itself."""
         end = time.monotonic() + seconds
         while time.monotonic() < end:

@@ -180,7 +180,7 @@ def run(config, resume=False, overwrite=False):
     if config.seed:
         raise ZeroDivisionError("a fault of ours")
     print("running", __name__, flush=True)
-    time.sleep(60)
+    time.sleep(600)
 
 if __name__ == "__main__":
     main("sft")
@@ -201,7 +201,7 @@ def test_ctrl_c_says_how_to_continue_and_exits_with_130(place):
         assert process.stdout is not None
         assert any(line.startswith("running sleeper") for line in process.stdout)  # imported under its own name
         process.send_signal(signal.SIGINT)
-        _, errors = process.communicate(timeout=60)
+        _, errors = process.communicate(timeout=240)
     assert process.returncode == 130
     assert errors.strip() == "Interrupted. Continue with the same command and --resume."
 

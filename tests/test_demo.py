@@ -128,7 +128,7 @@ def test_people_and_the_policy_wrote_the_candidates(small):
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(1800)
+@pytest.mark.timeout(3600)
 def test_ppo_wins_by_the_hidden_rule_at_a_bounded_kl(tmp_path):
     out = Path(os.environ.get("FINISHED_DEMO", tmp_path / "demo"))  # what `make demo` has left, in CI
     if "FINISHED_DEMO" not in os.environ:

@@ -102,7 +102,7 @@ def test_every_example_row_passes_the_tests_of_its_table(tmp_path: Path) -> None
     tests = [f"tests/test_{name}.py" for name in ("advantages", "import_table", "tuning", "table", "rollout")]
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-rA", "-p", "no:cacheprovider", *tests, "-k", every],
-        cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(tmp_path)}, text=True, capture_output=True, timeout=280,
+        cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(tmp_path)}, text=True, capture_output=True, timeout=1100,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     passed = [line for line in done.stdout.splitlines() if line.startswith("PASSED")]

@@ -44,7 +44,6 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
-torch.set_num_threads(1)
 given = torch.load(sys.argv[1])
 found = {}
 for name, (path, base, ids) in given["policies"].items():

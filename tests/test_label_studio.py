@@ -157,11 +157,11 @@ def server(environment, tmp_path_factory):
         yield url
     finally:
         process.terminate()
-        process.wait(30)
+        process.wait(120)
 
 
 def _wait(url, process, log):
-    for _ in range(360):
+    for _ in range(1440):
         assert process.poll() is None, log.read_text()
         try:
             urllib.request.urlopen(f"{url}/api/version", timeout=5).close()
@@ -194,7 +194,6 @@ def texts_by_rank(record):
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(900)
 def test_the_rankings_that_are_made_through_the_api_come_home(server, client, candidates, tmp_path):
     first = run("label-studio", "push", candidates, "--url", server, "--json")
     assert first.exit_code == 0, first.output
@@ -233,7 +232,6 @@ def test_the_rankings_that_are_made_through_the_api_come_home(server, client, ca
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(900)
 def test_ties_are_places_and_an_interface_with_annotations_is_not_changed(server, client, candidates, tmp_path):
     number = push(candidates, server, title="ties", ties=True, project=_fresh(client, "ties"))["project"]
     fruit = min(each.id for each in client.tasks.list(project=number))
@@ -256,7 +254,6 @@ def _fresh(client, title):
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(900)
 def test_a_wrong_key_is_told_without_showing_it(server, candidates, monkeypatch):
     monkeypatch.setenv(label_studio.KEY, "f" * 40)
     with pytest.raises(UserError, match="refuses the key") as error:
@@ -265,7 +262,6 @@ def test_a_wrong_key_is_told_without_showing_it(server, candidates, monkeypatch)
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(900)
 @pytest.mark.skipif(shutil.which("chromium") is None, reason="chromium is not installed")
 def test_the_ranking_that_is_dragged_in_a_browser_comes_home(server, client, environment, candidates, tmp_path):
     rows = [to_dict(record) for record in open_dataset(candidates).records()][:1]
@@ -274,7 +270,7 @@ def test_the_ranking_that_is_dragged_in_a_browser_comes_home(server, client, env
     script = Path(__file__).with_name("label_studio_browser.py")
     words = [server, EMAIL, PASSWORD, number, tmp_path / "screen.png", 3, 1, 2]
     command = [environment / "bin" / "python", script, *words]
-    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=300)
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=1100)
     assert done.returncode == 0, done.stdout + done.stderr
     shown, title = done.stdout.splitlines()[-2:]
     assert (shown, title) == ("3 1 2", "Label Studio"), "answers are text: no script in them may run"

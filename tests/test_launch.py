@@ -30,7 +30,7 @@ if sys.argv[1:] == ["kill"] and rank == "1":
 if sys.argv[1:] == ["fail"] and rank == "1":
     sys.exit(3)
 if sys.argv[1:]:
-    time.sleep(60)
+    time.sleep(600)
 """
 
 LAUNCHER = """
@@ -59,7 +59,7 @@ def run(config, resume=False, overwrite=False):
         raise ValueError("a fault of rank one")
     if os.environ.get("TOY"):
         distributed.all_sum(torch.ones(1))
-        time.sleep(60)
+        time.sleep(600)
 
 if __name__ == "__main__":
     main("sft")
@@ -74,7 +74,7 @@ def environment(folder: Path, **more: str) -> dict[str, str]:
 def python(folder: Path, *words: str, **more: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, *words]
     return subprocess.run(
-        command, cwd=folder, env=environment(folder, **more), capture_output=True, text=True, timeout=200
+        command, cwd=folder, env=environment(folder, **more), capture_output=True, text=True, timeout=500
     )
 
 
@@ -91,7 +91,7 @@ def stage(tmp_path):
     (tmp_path / "toy.py").write_text(STAGE, "utf-8")
     data = tiny.write_demonstrations(tmp_path / "data", 8, 2)
     (tmp_path / "toy.yaml").write_text(
-        f"run: runs/toy\nmodel: {{path: org/name}}\ndata: {{train: {data}}}\ntimeout_seconds: 60\n", "utf-8"
+        f"run: runs/toy\nmodel: {{path: org/name}}\ndata: {{train: {data}}}\ntimeout_seconds: 240\n", "utf-8"
     )
     return tmp_path
 
@@ -117,7 +117,7 @@ def test_a_rank_that_fails_is_named_with_its_host_and_how_and_the_others_are_sto
     assert f"error: rank 1 of 2 on {os.uname().nodename} (pid " in done.stderr and how in done.stderr
     assert "--resume" in done.stderr and "Traceback" not in done.stderr
     assert ("out of memory" in done.stderr) == (word == "kill")
-    assert time.monotonic() - begun < 40  # rank 0 would have slept for a minute
+    assert time.monotonic() - begun < 300  # rank 0 would have slept for ten minutes
 
 
 @pytest.mark.slow
@@ -128,7 +128,7 @@ def test_ctrl_c_ends_the_ranks_and_says_how_to_continue(bare):
         assert process.stdout is not None
         seen = [process.stdout.readline() for _ in range(3)]
         process.send_signal(signal.SIGINT)
-        _, errors = process.communicate(timeout=60)
+        _, errors = process.communicate(timeout=240)
     assert sum(line.startswith("rank") for line in seen) == 2
     assert process.returncode == 130
     assert "Interrupted. Continue with: this" in errors
@@ -161,8 +161,8 @@ def test_a_survivor_without_a_launcher_says_which_rank_is_gone(stage):
 
     port = tiny.free_port()
     ranks = [rank(0), rank(1)]
-    _, errors = ranks[0].communicate(timeout=90)
-    ranks[1].communicate(timeout=10)
+    _, errors = ranks[0].communicate(timeout=360)
+    ranks[1].communicate(timeout=60)
     assert ranks[1].returncode == -signal.SIGKILL
     assert ranks[0].returncode == 2, errors
     assert f"rank 0 lost contact with rank 1 (host {os.uname().nodename})" in errors and "--resume" in errors
@@ -260,7 +260,7 @@ def test_two_hosts_train_together_under_torchrun(stage, two_hosts):
         ours = environment(stage, GLOO_SOCKET_IFNAME=device, OMP_NUM_THREADS="1")
         hosts.append(subprocess.Popen(command, cwd=stage, env=ours, stdout=pipe, stderr=pipe, text=True))
     for number, host in enumerate(hosts):
-        output, errors = host.communicate(timeout=150)
+        output, errors = host.communicate(timeout=600)
         assert host.returncode == 0, errors
         assert f"rank {number} sum 11.0" in output
 
@@ -274,7 +274,7 @@ from rlhf import distributed
 from rlhf.distributed.deepspeed_config import read_deepspeed
 
 torch.set_num_threads(1)
-distributed.start(60)
+distributed.start(240)
 import deepspeed
 
 def train(path):

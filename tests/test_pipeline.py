@@ -141,7 +141,9 @@ def test_an_export_folder_that_holds_something_else_is_refused_at_once(place):
 def rlhf(place: Path, *words: str, stdin: str = "") -> subprocess.CompletedProcess[str]:
     environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "stages.cli", *words]
-    return subprocess.run(command, cwd=place, env=environment, input=stdin, capture_output=True, text=True, timeout=280)
+    return subprocess.run(
+        command, cwd=place, env=environment, input=stdin, capture_output=True, text=True, timeout=1100
+    )
 
 
 @pytest.mark.slow

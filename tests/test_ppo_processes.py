@@ -103,6 +103,6 @@ def test_resuming_with_another_number_of_processes_says_what_to_do(tmp_path, pro
     file = write_config(tmp_path, prompts, reward_model, deepspeed=settings)
     kill_when(start(2, file), (tmp_path / "run" / "checkpoints" / "step-00000001").is_dir)
     process = start(1, file, "--resume")
-    output, _ = process.communicate(timeout=120)
+    output, _ = process.communicate(timeout=480)
     assert process.returncode == 2
     assert "written by 2 processes" in output and "Resume with --num-processes 2" in output

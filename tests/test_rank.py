@@ -309,7 +309,7 @@ class Terminal:
         os.close(side)
         self.unread = ""
 
-    def until(self, text: str, seconds: float = 60) -> str:
+    def until(self, text: str, seconds: float = 240) -> str:
         """What is shown up to the next `text`."""
         end = time.monotonic() + seconds
         while text not in self.unread:
@@ -323,7 +323,7 @@ class Terminal:
         os.write(self.handle, text.encode())
 
     def end(self) -> int:
-        status = self.process.wait(30)
+        status = self.process.wait(120)
         os.close(self.handle)
         return status
 

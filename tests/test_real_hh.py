@@ -10,7 +10,7 @@ import sys
 import pytest
 import tiny
 
-pytestmark = [pytest.mark.real, pytest.mark.timeout(1500)]
+pytestmark = [pytest.mark.real, pytest.mark.timeout(3600)]
 
 SHORT = {
     "sft": ["batch.max_steps=16", "eval.every=8", "checkpoints.every=8", "data.max_eval_records=32"],
@@ -32,7 +32,7 @@ def place(tmp_path_factory):
 def rlhf(place, *words):
     environment = {**os.environ, "PYTHONPATH": str(tiny.REPOSITORY), "OMP_NUM_THREADS": "1", "COLUMNS": "120"}
     done = subprocess.run(
-        [sys.executable, "-m", "stages.cli", *words], cwd=place, env=environment, text=True, timeout=900,
+        [sys.executable, "-m", "stages.cli", *words], cwd=place, env=environment, text=True, timeout=3000,
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout

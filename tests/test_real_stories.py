@@ -13,7 +13,7 @@ from rlhf.data.store import DatasetWriter
 from rlhf.ppo.config import PPOConfig
 from stages.ppo import run
 
-pytestmark = [pytest.mark.real, pytest.mark.timeout(1200)]
+pytestmark = [pytest.mark.real, pytest.mark.timeout(3600)]
 
 
 def write_openings(shared: Path, folder: Path) -> str:

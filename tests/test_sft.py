@@ -33,8 +33,6 @@ from rlhf.sft.config import SFTConfig
 from rlhf.training.epoch_order import epoch_order
 from stages import sft
 
-torch.set_num_threads(1)
-
 
 def weights(run: Path) -> dict[str, Tensor]:
     return load_file(run / "model" / "model.safetensors")
@@ -322,7 +320,6 @@ def zero(tmp_path: Path, stage: int) -> str:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(900)
 @pytest.mark.parametrize("processes, stage, log_every", [(1, None, 1), (1, None, 4), (2, 2, 1), (2, 3, 4)])
 def test_a_killed_run_resumes_bit_for_bit(
     processes: int, stage: int | None, log_every: int, demos: str, tmp_path: Path

@@ -34,8 +34,6 @@ from rlhf.runs.run import resolve_model_path
 from rlhf.training.engine import make_engine
 from stages.ppo import PPO
 
-torch.set_num_threads(1)
-
 
 @pytest.fixture(scope="module")
 def runs():

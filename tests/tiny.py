@@ -159,7 +159,7 @@ def free_port() -> int:
         return port
 
 
-def launch(processes: int, code: str, *words: str, timeout: int = 240) -> subprocess.CompletedProcess[str]:
+def launch(processes: int, code: str, *words: str, timeout: int = 900) -> subprocess.CompletedProcess[str]:
     """Run Python source on `processes` ranks, as torchrun starts them, one thread each, from the repository root.
 
     `words` are the program's arguments (`sys.argv[1:]`); `tests` is importable. Standard output and error come back
