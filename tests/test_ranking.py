@@ -14,7 +14,6 @@ import torch.nn.functional as F
 
 from rlhf.reward.losses import RANKING_LOSSES, RankingLoss, centering_penalty
 
-
 # Every row with its defaults, and the options that change the formula.
 SPECS: list[dict[str, Any]] = [
     *({"name": row.name} for row in RANKING_LOSSES),

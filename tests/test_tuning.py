@@ -23,7 +23,6 @@ from rlhf.models.save import save_result
 from rlhf.models.scalar import load_scalar
 from rlhf.models.tuning import TUNING, quantize, say_trainable, virtual_tokens
 
-
 NEEDED: dict[str, dict[str, Any]] = {"last-layers": {"layers": 1}, "modules": {"names": [r"q_proj", r"layers\.1\.mlp"]}}
 """Options without a default; a new row with such options is added here."""
 
