@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 LIBRARIES = (
-    "torch", "transformers", "datasets", "peft", "deepspeed", "trl.trainer.sft_trainer", "pandas", "torch._dynamo",
+    "torch", "transformers", "datasets", "peft", "deepspeed", "pandas", "torch._dynamo",
     "transformers.models.llama.modeling_llama", "stages.sft", "stages.reward", "stages.ppo",
 )  # fmt: skip
 
@@ -79,7 +79,7 @@ def main() -> None:
     spec = json.loads(Path(sys.argv[1]).read_text("utf-8"))
     phases = Phases()
     import rlhf.ppo.learner
-    import rlhf.training.trainer
+    import rlhf.training.loop
     import stages.ppo
     from rlhf.cli.stage_configs import STAGES
     from rlhf.config.load import check_config
@@ -88,9 +88,9 @@ def main() -> None:
     phases.wrap(stages.ppo.PPO, "score", "scoring")
     phases.wrap(rlhf.ppo.learner.Learner, "learn", "update")
     phases.wrap(stages.ppo.PPO, "save", "checkpoint")
-    phases.wrap(rlhf.training.trainer.StageTrainer, "train", "update")
-    phases.wrap(rlhf.training.trainer.StageTrainer, "evaluate", "scoring")
-    phases.wrap(rlhf.training.trainer.StageTrainer, "_save_checkpoint", "checkpoint")
+    phases.wrap(rlhf.training.loop.Loop, "_train_step", "update")
+    phases.wrap(rlhf.training.loop.Loop, "_evaluate", "scoring")
+    phases.wrap(rlhf.training.loop.Loop, "_save", "checkpoint")
     for module in ("stages.ppo", "stages.sft", "stages.reward"):
         phases.wrap(importlib.import_module(module), "save_result", "checkpoint")
     config = check_config(STAGES[spec["stage"]], spec["config"], "benchmark")

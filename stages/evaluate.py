@@ -163,9 +163,9 @@ def _evaluate_reward(
     counts.report("rankings")
     humans = Agreement.of([data])
     metrics = reward_metrics(reward.score(rows))
-    metrics |= humans.figures() if humans else {}
+    metrics |= humans.metrics() if humans else {}
     for part in metric_rows(metrics):
         table(*part)
     if humans:
-        say(humans.beside(metrics["accuracy"]))
+        say(humans.compared_with(metrics["accuracy"]))
     return {"rankings": len(rows), "set_aside": dict(counts.skipped), "metrics": metrics}

@@ -1,17 +1,18 @@
 """Stage 2: a reward model from human rankings.
 
 A batch element is a whole ranking: a prompt and its K candidates. Every candidate is encoded and scored once, behind a
-prompt that they share where the model can, and the loss compares the K scores with each other, so no pair is ever
-written down. The loop is transformers' Trainer.
+prompt that they share where the model allows it, and the loss compares the K scores with each other, so no pair is ever
+written down.
 
-rankings -> token rows (rlhf.data.tables) -> flat batches -> scores -> ranking loss -> best weights -> metrics, scale ->
-model
+rankings -> token rows (rlhf.data.tables) -> batches (rlhf.reward.collator) -> scores (rlhf.models.scalar)
+-> ranking loss (rlhf.reward.losses) -> best weights -> metrics, scale -> model
 """
 
 from __future__ import annotations
 
 import statistics
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -29,20 +30,21 @@ from rlhf.data.tables import open_all, tokenize
 from rlhf.memory.peak import PeakMemory
 from rlhf.models.load import load_hf_config, sequence_limit
 from rlhf.models.save import save_result
-from rlhf.models.scalar import load_scalar
+from rlhf.models.scalar import ScalarModel, load_scalar
 from rlhf.models.shared_prompt import NO_SHARING
 from rlhf.models.tuning import say_trainable
 from rlhf.reward.agreement import Agreement
-from rlhf.reward.collator import RankingCollator, informative
+from rlhf.reward.collator import RankingCollator, RewardBatch, informative
 from rlhf.reward.config import RewardConfig
-from rlhf.reward.losses import centering_penalty
+from rlhf.reward.losses import RankingBatch, centering_penalty
 from rlhf.reward.metrics import ScoredRanking, metric_rows, reward_metrics
 from rlhf.reward.scoring import score_rankings, score_texts
 from rlhf.runs.run import Run, data_facts, finish, open_run, parent_facts, resolve_model_path
-from rlhf.training.trainer import StageTrainer, training_arguments
+from rlhf.training.engine import Engine
+from rlhf.training.loop import Loop, Objective, supervised_engine
 
 HEADLINE = ("accuracy", "accuracy_interval", "longer_accuracy", "log_loss", "calibration_error", "pairs", "rankings")
-"""The held-out figures that go to run.json; all of them are in reward_metrics.json."""
+"""The held-out metrics that go to run.json; all of them are in reward_metrics.json."""
 LOSS_CHUNK = 256
 """Held-out rankings whose loss is computed together."""
 
@@ -57,7 +59,7 @@ def run(config: RewardConfig, resume: bool = False, overwrite: bool = False) -> 
     chat = load_tokenizer(config.model, path)
     limit = sequence_limit(config.model, load_hf_config(config.model, path))
     data = open_all([*config.data.train, *config.data.eval], ["ranking"], "data")
-    people = Agreement.of(data[len(config.data.train) :] or data)
+    human_agreement = Agreement.of(data[len(config.data.train) :] or data)
     data += open_all(config.data.demonstrations, ["demonstration"], "reference")
     facts = {"parents": [parent_facts(config.model.path)], "data": data_facts(data), **chat.fingerprints()}
     folder = open_run(config, "reward", resume, overwrite, facts)
@@ -76,21 +78,22 @@ def run(config: RewardConfig, resume: bool = False, overwrite: bool = False) -> 
         say(f"Prompts: encoded once for each answer, since {type(scalar.model).__name__} cannot share them")
     # 3. training
     train, held_out = learnable(tables.train, config), tables.eval if comparable(tables.eval, config) else None
-    trainer = RewardTrainer(
-        config, folder, chat, scalar, train, held_out, config.batch.micro_batch_size * limit, people
-    )
-    trainer.fit(resume)
+    engine = supervised_engine(config, scalar)
+    tokens = config.batch.micro_batch_size * limit
+    objective = RewardObjective(config, chat, scalar, held_out, tokens, human_agreement)
+    loop = Loop(config, folder, engine, objective, train, held_out is not None)
+    loop.fit(resume)
     # 4. held-out metrics and the scale, from one set of scores
-    scored = trainer.best_scored()
-    headline = report(folder, scored, trainer.best_step, people) if scored else {}
+    scored = objective.scored_at(engine, loop.best_step)
+    headline = report(folder, scored, loop.best_step, human_agreement) if scored else {}
     if config.normalize == "completions":
-        scalar.set_scale(*mean_and_std(scored or trainer.score(tables.train)))
+        scalar.set_scale(*mean_and_std(scored or objective.score(engine, tables.train)))
     elif config.normalize == "demonstrations":
-        scalar.set_scale(trainer.mean_score(reference), 1.0)
+        scalar.set_scale(objective.mean_score(engine, reference), 1.0)
     # 5. the result: the weights of the best checkpoint
     scalar.config.get_text_config().pad_token_id = padding_that_ends_nothing(chat)
     save_result(folder.path, scalar.model, chat, config.tuning)
-    finish(folder, step=trainer.best_step, metrics=headline, scale={"mean": scalar.mean, "std": scalar.std})
+    finish(folder, step=loop.best_step, metrics=headline, scale={"mean": scalar.mean, "std": scalar.std})
     memory.report(config, max(train["length"]), max(map(len, train["ranks"])))
 
 
@@ -112,7 +115,7 @@ def comparable(rankings: Any, config: RewardConfig) -> Sequence[int]:
 
 
 def learnable(rankings: Any, config: RewardConfig) -> Any:
-    """The comparable rankings of a table; the others are set aside and counted.
+    """The comparable rankings of a table; the others are skipped and counted.
 
     Raises:
         UserError: Nothing is left.
@@ -121,131 +124,131 @@ def learnable(rankings: Any, config: RewardConfig) -> Any:
     if not kept:
         raise UserError(
             f"data.train: all candidates are tied in each of the {len(rankings):,} rankings",
-            f"The loss {config.loss.name!r} learns from candidates that are ranked apart.",
+            f"The loss {config.loss.name!r} learns from candidates of different ranks.",
             "Use a loss that learns from ties (rao-kupper, davidson), or other data.",
         )
     if len(kept) == len(rankings):
         return rankings
-    aside = len(rankings) - len(kept)
-    say(f"Data: {aside:,} rankings set aside: all their candidates are tied, and {config.loss.name} ignores ties")
+    skipped = len(rankings) - len(kept)
+    say(f"Data: {skipped:,} rankings skipped: all their candidates are tied, and {config.loss.name} ignores ties")
     return rankings.select(kept)
 
 
 # ---- training ------------------------------------------------------------------------------------------------------
 
 
-class RewardTrainer(StageTrainer):
-    """The Trainer over batches of whole rankings, with loss and pair accuracy on held-out ones.
+class RewardObjective(Objective[RewardBatch]):
+    """The ranking loss over batches of whole rankings, with loss and pair metrics on held-out ones.
 
     Args:
-        batch_tokens: Most tokens, padding included, in a forward pass that scores held-out answers.
-        people: How far the annotators of the held-out rankings agree, where that is known.
+        held_out: A table of rankings, or None.
+        batch_tokens: Most tokens, padding included, in a forward pass that scores held-out candidates.
+        human_agreement: How far the annotators of the held-out rankings agree, where that is known.
     """
 
     def __init__(
-        self, config: RewardConfig, run: Run, chat: ChatTokenizer, scalar: Any, train: Any, held_out: Any,
-        batch_tokens: int, people: Agreement | None = None,
+        self, config: RewardConfig, chat: ChatTokenizer, scalar: ScalarModel, held_out: Any, batch_tokens: int,
+        human_agreement: Agreement | None = None,
     ) -> None:  # fmt: skip
-        super().__init__(
-            config,
-            run,
-            args=training_arguments(config, run),
-            model=scalar,
-            train_dataset=train,
-            eval_dataset=held_out,
-            data_collator=RankingCollator(chat, config.data.weights == "use", scalar.shared_prompts),
-        )
-        self.chat, self.batch_tokens, self.people = chat, batch_tokens, people
+        self.chat, self.scalar, self.held_out = chat, scalar, held_out
+        self.batch_tokens, self.human_agreement = batch_tokens, human_agreement
         self.ranking_loss, self.centering = config.loss, config.center_rewards_coefficient
+        self.collator = RankingCollator(chat, config.data.weights == "use", scalar.shared_prompts, distributed.device())
         self._lowest = float("inf")
-        self._seen: tuple[int, list[ScoredRanking]] | None = None
+        self._best: tuple[int, list[ScoredRanking]] | None = None
 
-    def loss(self, model: Any, inputs: dict[str, Tensor], items: Tensor) -> Tensor:
-        """The micro-batch's share of the weighted mean over all rankings of the step."""
-        scores = model(inputs["input_ids"], inputs["attention_mask"], inputs.get("branches"))
-        losses, _ = self.losses(scores, inputs)
-        return losses.sum() / items
+    def batch(self, rows: list[dict[str, Any]]) -> RewardBatch:
+        return self.collator(rows)
 
-    def losses(self, scores: Tensor, rankings: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+    def items(self, batch: RewardBatch) -> Tensor:
+        """Summed weights of the rankings. All of them count: those that would not were skipped before training."""
+        return batch.rankings.weights.sum()
+
+    def tokens(self, batch: RewardBatch) -> Tensor:
+        return batch.attention_mask.sum()
+
+    def loss(self, engine: Engine, batch: RewardBatch) -> tuple[Tensor, list[Tensor]]:
+        scores = engine(batch.input_ids, batch.attention_mask, batch.branches)
+        return self.losses(scores, batch.rankings)[0].sum(), []
+
+    def losses(self, scores: Tensor, rankings: RankingBatch) -> tuple[Tensor, Tensor]:
         """The loss [B] of each ranking times its weight, penalty included, and whether it could be compared.
 
         Args:
-            scores: Float [N], of flat candidates.
-            rankings: Their `ranks`, `ranking`, `ratings` [N] and `weights` [B]; see `RankingCollator`.
+            scores: Float [N], one for each candidate.
+            rankings: How the candidates were ranked.
         """
-        ranks, ranking, weights = rankings["ranks"], rankings["ranking"], rankings["weights"]
-        losses, counted = self.ranking_loss(scores, ranks, ranking, rankings["ratings"], weights)
+        losses, counted = self.ranking_loss(scores, rankings)
         if self.centering:
-            losses = losses + self.centering * weights * centering_penalty(scores, ranking)
+            losses = losses + self.centering * rankings.weights * centering_penalty(scores, rankings.ranking)
         return losses, counted
 
-    def count_items(self, inputs: dict[str, Tensor]) -> Tensor:
-        """Summed weights of a micro-batch's rankings. All of them count: those that would not have been set aside."""
-        return inputs["weights"].sum()
-
-    def evaluate_records(self, model: Any) -> dict[str, float]:
+    def evaluate(self, engine: Engine, step: int) -> dict[str, float]:
         """Loss and pair metrics on the held-out rankings."""
-        scored = self.score(self.eval_dataset)
+        scored = self.score(engine, self.held_out)
         loss = self.held_out_loss(scored)
         if loss < self._lowest:
-            self._lowest, self._seen = loss, (self.state.global_step, scored)
-        metrics = reward_metrics(scored)
-        figures = {name: metrics[name] for name in ("accuracy", "log_loss", "calibration_error")}
-        figures |= {"ceiling": self.people.ceiling} if self.people else {}
-        return {"loss": loss} | {name: value for name, value in figures.items() if value is not None}
+            self._lowest, self._best = loss, (step, scored)
+        found = reward_metrics(scored)
+        metrics = {name: found[name] for name in ("accuracy", "log_loss", "calibration_error")}
+        metrics |= {"ceiling": self.human_agreement.ceiling} if self.human_agreement else {}
+        return {"loss": loss} | {name: value for name, value in metrics.items() if value is not None}
 
     def held_out_loss(self, scored: Sequence[ScoredRanking]) -> float:
         """Weighted mean over the held-out rankings that can be compared."""
-        columns = self.eval_dataset.select_columns(["ranks", "ratings", "weight"])
+        columns = self.held_out.select_columns(["ranks", "ratings", "weight"])
         total = weight = 0.0
         for start in range(0, len(scored), LOSS_CHUNK):
             items = scored[start : start + LOSS_CHUNK]
-            rankings = self.data_collator.rankings(columns[start : start + len(items)])
+            rankings = replace(self.collator, device=None).rankings(columns[start : start + len(items)])
             scores = torch.tensor([score for item in items for score in item.scores])
             losses, counted = self.losses(scores, rankings)
             total += float(losses[counted].sum())
-            weight += float(rankings["weights"][counted].sum())
+            weight += float(rankings.weights[counted].sum())
         return total / weight
 
     # ---- scores, before any normalisation
 
-    def score(self, rankings: Any) -> list[ScoredRanking]:
+    def score(self, engine: Engine, rankings: Any) -> list[ScoredRanking]:
         """Raw scores of a table of rankings. Every rank calls it."""
-        return score_rankings(self.model, self.chat, rankings, self.batch_tokens)
+        with engine.autocast():
+            return score_rankings(self.scalar, self.chat, rankings, self.batch_tokens)
 
-    def best_scored(self) -> list[ScoredRanking]:
-        """The held-out rankings as the best weights score them; not scored again where training has just done so."""
-        if self.eval_dataset is None:
+    def scored_at(self, engine: Engine, step: int) -> list[ScoredRanking]:
+        """The held-out rankings with the scores of the weights of a step, which the engine holds; reused where that
+        step's evaluation was the best of this process."""
+        if self.held_out is None:
             return []
-        if self._seen is not None and self._seen[0] == self.best_step:
-            return self._seen[1]
-        return self.score(self.eval_dataset)
+        if self._best is not None and self._best[0] == step:
+            return self._best[1]
+        return self.score(engine, self.held_out)
 
-    def mean_score(self, demonstrations: Any) -> float:
+    def mean_score(self, engine: Engine, demonstrations: Any) -> float:
         """Mean raw score of a table of demonstrations. Every rank calls it."""
         read = lambda row: demonstrations[row]["input_ids"]  # noqa: E731
-        scores = score_texts(self.model, self.chat, read, demonstrations["length"][:], self.batch_tokens)
+        with engine.autocast():
+            scores = score_texts(self.scalar, self.chat, read, demonstrations["length"][:], self.batch_tokens)
         return statistics.fmean(scores)
 
 
 # ---- the result ----------------------------------------------------------------------------------------------------
 
 
-def report(run: Run, scored: Sequence[ScoredRanking], step: int, people: Agreement | None) -> dict[str, Any]:
-    """Show the held-out metrics beside people's agreement, write them to reward_metrics.json, give the headline."""
-    ceiling = people.figures() if people else {}
+def report(run: Run, scored: Sequence[ScoredRanking], step: int, human: Agreement | None) -> dict[str, Any]:
+    """Show the held-out metrics next to human agreement, write them to reward_metrics.json, give the headline."""
+    ceiling = human.metrics() if human else {}
     metrics = reward_metrics(scored) | ceiling
     for part in metric_rows(metrics):
         table(*part)
-    if people:
-        say(people.beside(metrics["accuracy"]))
+    if human:
+        say(human.compared_with(metrics["accuracy"]))
     if is_main():
         write_json(run.path / "reward_metrics.json", {"step": step, **metrics})
     return {name: metrics[name] for name in HEADLINE} | ceiling
 
 
 def mean_and_std(scored: Sequence[ScoredRanking]) -> tuple[float, float]:
-    """Of all answers' raw scores. A deviation of 0 (all alike) becomes 1."""
+    """Mean and standard deviation of the raw scores of all candidates; a deviation of 0 becomes 1."""
     scores = [score for item in scored for score in item.scores]
     return statistics.fmean(scores), statistics.pstdev(scores) or 1.0
 

@@ -1,19 +1,18 @@
-"""Stage 1: instruction tuning on demonstrations, over TRL's SFTTrainer. The loss is over assistant tokens alone.
+"""Stage 1: instruction tuning on demonstrations. The loss is the negative log-likelihood of the assistant's tokens.
 
-demonstrations -> token rows (rlhf.data.tables) -> batches -> SFTTrainer -> best weights -> runs/NAME/model
+demonstrations -> token rows (rlhf.data.tables) -> token batches -> log-probs -> loss -> best weights -> runs/NAME/model
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 import transformers
-from torch import Tensor
-from trl import SFTConfig as SFTArguments
-from trl import SFTTrainer, pack_dataset
-from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
+from torch import Tensor, nn
 
 from rlhf import distributed
 from rlhf.cli.entry import main
@@ -23,12 +22,14 @@ from rlhf.data.tables import open_all, tokenize
 from rlhf.inference.policy import quiet
 from rlhf.memory.peak import PeakMemory
 from rlhf.models.load import load_hf_config, load_policy, sequence_limit
+from rlhf.models.logprobs import TokenPredictions, has_virtual_tokens, head_chunks, token_predictions
 from rlhf.models.packed_attention import VARLEN
 from rlhf.models.save import generation_config, save_result
 from rlhf.models.tuning import say_trainable, virtual_tokens
-from rlhf.runs.run import Run, data_facts, finish, open_run, parent_facts, resolve_model_path
+from rlhf.runs.run import data_facts, finish, open_run, parent_facts, resolve_model_path
 from rlhf.sft.config import SFTConfig
-from rlhf.training.trainer import StageTrainer, training_arguments
+from rlhf.training.engine import Engine
+from rlhf.training.loop import Loop, Objective, supervised_engine
 
 KINDS = ("demonstration", "ranking")
 """What can be learned from: of a ranking, its best answer is the demonstration."""
@@ -53,22 +54,33 @@ def run(config: SFTConfig, resume: bool = False, overwrite: bool = False) -> Non
     say_trainable(config.tuning, model)
     # 3. training
     train = pack(tables.train, limit, model) if config.batch.packing else tables.train
-    trainer = PolicyTrainer(config, folder, chat, model, train, tables.eval)
-    trainer.fit(resume)
+    engine = supervised_engine(config, TokenPredictor(model))
+    objective = SFTObjective(config, chat, model, tables.eval)
+    loop = Loop(config, folder, engine, objective, train, held_out=len(tables.eval) > 0)
+    loop.fit(resume)
     # 4. the result: the weights of the best checkpoint
-    save_result(folder.path, trainer.model, chat, config.tuning)
-    best = trainer.state.best_metric
-    metrics = {} if best is None else {"eval/loss": best, "eval/perplexity": perplexity(best)}
-    finish(folder, step=trainer.best_step, metrics=metrics)
+    save_result(folder.path, model, chat, config.tuning)
+    loss = loop.best[1] if loop.best else None
+    metrics = {} if loss is None else {"eval/loss": loss, "eval/perplexity": perplexity(loss)}
+    finish(folder, step=loop.best_step, metrics=metrics)
     memory.report(config, limit if config.batch.packing else max(tables.train["length"]))
+
+
+# ---- batches -------------------------------------------------------------------------------------------------------
 
 
 def pack(table: Any, limit: int, model: Any) -> Any:
     """Rows of up to `limit` tokens with several demonstrations each, by best-fit decreasing (TRL's `bfd`).
 
     Raises:
-        UserError: The model's attention would let the demonstrations of a row see each other.
+        UserError: The demonstrations of a row would see each other, or share virtual tokens.
     """
+    if has_virtual_tokens(model):
+        raise UserError(
+            "batch.packing: does not work with virtual tokens",
+            "Only the first demonstration of a row would see them.",
+            "Set batch.packing=false, or use another row of `tuning`.",
+        )
     attention = model.config._attn_implementation
     if attention not in VARLEN:
         raise UserError(
@@ -76,64 +88,126 @@ def pack(table: Any, limit: int, model: Any) -> Any:
             "It would let the demonstrations that share a row see each other.",
             "Set model.attn_implementation=flash_attention_2 (needs a GPU and flash-attn), or batch.packing=false.",
         )
+    from trl import pack_dataset
+
     return pack_dataset(table.select_columns(["input_ids", "labels"]), limit, "bfd")
 
 
-class PolicyTrainer(StageTrainer, SFTTrainer):
-    """TRL's loss on our token rows, with held-out loss, perplexity and sample answers."""
+@dataclass(frozen=True)
+class TokenBatch:
+    """Demonstrations as token rows, padded on the right, or packed one after the other into a single row."""
 
-    def __init__(self, config: SFTConfig, run: Run, chat: ChatTokenizer, model: Any, train: Any, held_out: Any) -> None:
-        self.chat = chat
-        arguments = training_arguments(
-            config, run, SFTArguments, dataset_kwargs={"skip_prepare_dataset": True}, max_length=None
+    input_ids: Tensor
+    """int64 [B, T]; packed [1, T]."""
+    attention_mask: Tensor | None
+    """int64 [B, T], 1 where there is a token; None where packed."""
+    position_ids: Tensor | None
+    """int64 [1, T], from 0 in each packed demonstration; None where padded."""
+    labelled: Tensor
+    """bool [B, T], True at the assistant's tokens, which the loss is summed over; never at the first of a sequence."""
+
+
+def token_batch(rows: list[dict[str, Any]], chat: ChatTokenizer, packing: bool) -> TokenBatch:
+    """Rows with `input_ids` and `labels` (and `seq_lengths` where rows were packed) as a batch on this device."""
+    device = distributed.device()
+    if not packing:
+        ids, mask = chat.pad([row["input_ids"] for row in rows], device)
+        labels, _ = chat.pad([row["labels"] for row in rows], device)
+        labelled = (labels != -100) & mask.bool()
+        labelled[:, 0] = False
+        return TokenBatch(ids, mask, None, labelled)
+    lengths = [length for row in rows for length in row.get("seq_lengths", [len(row["input_ids"])])]
+    positions = torch.cat([torch.arange(length) for length in lengths])[None].to(device)
+    ids, labels = (
+        torch.tensor([[token for row in rows for token in row[name]]], device=device)
+        for name in ("input_ids", "labels")
+    )
+    return TokenBatch(ids, None, positions, (labels != -100) & (positions > 0))
+
+
+# ---- the loss ------------------------------------------------------------------------------------------------------
+
+
+class TokenPredictor(nn.Module):
+    """The policy as the engine calls it."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, batch: TokenBatch, chunks: int) -> TokenPredictions:
+        """Predictions for the labelled tokens."""
+        return token_predictions(
+            self.model, batch.input_ids, batch.attention_mask, batch.labelled, chunks, batch.position_ids
         )
-        super().__init__(
-            config,
-            run,
-            args=arguments,
-            model=model,
-            train_dataset=train,
-            eval_dataset=held_out,
-            processing_class=chat.tokenizer,
-            data_collator=DataCollatorForLanguageModeling(chat.pad_id, padding_free=config.batch.packing),
-        )
 
-    def _send_telemetry(self) -> None:
-        """Nothing about a run leaves the machine."""
 
-    def evaluate_records(self, model: Any) -> dict[str, float]:
-        """Mean negative log-likelihood in nats per assistant token, perplexity, and the share of tokens foretold."""
-        sums = torch.zeros(3, dtype=torch.float64, device=self.args.device)
-        for inputs, rows in self.held_out_batches():
-            inputs["labels"][rows:] = -100
-            out = model(**inputs, use_cache=False, fused_lm_head=True)
-            sums += torch.stack([-out.log_probs.double().sum(), out.is_top1.double().sum(), out.label_mask.sum()])
+class SFTObjective(Objective[TokenBatch]):
+    """The negative log-likelihood of the assistant's tokens; on held-out demonstrations also sample completions."""
+
+    means = ("train/entropy", "train/token_accuracy")
+
+    def __init__(self, config: SFTConfig, chat: ChatTokenizer, model: Any, held_out: Any) -> None:
+        self.config, self.chat, self.model, self.held_out = config, chat, model, held_out
+        self.vocab_size = model.config.get_text_config().vocab_size
+
+    def batch(self, rows: list[dict[str, Any]]) -> TokenBatch:
+        return token_batch(rows, self.chat, self.config.batch.packing)
+
+    def items(self, batch: TokenBatch) -> Tensor:
+        return batch.labelled.sum()
+
+    def tokens(self, batch: TokenBatch) -> Tensor:
+        return torch.ones_like(batch.input_ids).sum() if batch.attention_mask is None else batch.attention_mask.sum()
+
+    def loss(self, engine: Engine, batch: TokenBatch) -> tuple[Tensor, list[Tensor]]:
+        logprobs, entropies, top1 = self._predict(engine, batch)
+        return -logprobs.sum(), [entropies.sum(), top1.sum()]
+
+    def _predict(self, engine: Engine, batch: TokenBatch) -> TokenPredictions:
+        most = distributed.all_max(batch.labelled.sum())  # ZeRO-3 needs the same number of chunks on all ranks
+        found: TokenPredictions = engine(batch, head_chunks(int(most), self.vocab_size))
+        return found
+
+    def evaluate(self, engine: Engine, step: int) -> dict[str, float]:
+        """Mean negative log-likelihood in nats per assistant token, perplexity, and the fraction ranked first."""
+        sums = torch.zeros(3, dtype=torch.float64, device=distributed.device())
+        for batch in self._held_out_batches():
+            logprobs, _, top1 = self._predict(engine, batch)
+            sums += torch.stack([-logprobs.double().sum(), top1.double().sum(), batch.labelled.sum().double()])
         loss, right, tokens = distributed.all_sum(sums).tolist()
         loss /= max(tokens, 1)
         return {"loss": loss, "perplexity": perplexity(loss), "token_accuracy": right / max(tokens, 1)}
 
-    def after_evaluation(self, model: Any, step: int) -> None:
-        """Answers to the first held-out prompts go to samples.jsonl."""
-        rows = [self.eval_dataset[i] for i in range(min(self.config.eval.samples, len(self.eval_dataset)))]
+    def _held_out_batches(self) -> Iterator[TokenBatch]:
+        """This rank's part of the held-out rows; every rank gets the same number of batches, some without labels."""
+        micro, ranks = self.config.batch.micro_batches(distributed.world_size())[0], distributed.world_size()
+        lengths = self.held_out["length"][:]
+        order = sorted(range(len(lengths)), key=lengths.__getitem__)
+        for start in range(0, len(order), micro * ranks):
+            mine = order[start : start + micro * ranks][distributed.rank() :: ranks]
+            batch = self.batch([self.held_out[row] for row in mine or order[:1]])
+            yield batch if mine else replace(batch, labelled=torch.zeros_like(batch.labelled))
+
+    def samples(self, engine: Engine) -> list[dict[str, Any]]:
+        """Completions of the first held-out prompts."""
+        rows = [self.held_out[i] for i in range(min(self.config.eval.samples, len(self.held_out)))]
         if not rows:
-            return
+            return []
         starts = [answer_start(row["labels"]) for row in rows]
         prompts = [row["input_ids"][:start] for row, start in zip(rows, starts)]
-        answers = sample_answers(self.model, self.chat, prompts, self.config.eval.sample_tokens)
+        with engine.autocast():
+            answers = sample_answers(self.model, self.chat, prompts, self.config.eval.sample_tokens)
         decode = self.chat.tokenizer.decode
-        self.run.log(
-            "samples.jsonl",
-            [
-                {
-                    "step": step,
-                    "prompt": decode(prompt),
-                    "answer": self.chat.decode(answer),
-                    "ended": self.chat.end_id in answer,
-                    "demonstration": self.chat.decode(row["input_ids"][start:]),
-                }
-                for prompt, answer, row, start in zip(prompts, answers, rows, starts)
-            ],
-        )
+        return [
+            {
+                "prompt": decode(prompt),
+                "answer": self.chat.decode(answer),
+                "ended": self.chat.end_id in answer,
+                "demonstration": self.chat.decode(row["input_ids"][start:]),
+            }
+            for prompt, answer, row, start in zip(prompts, answers, rows, starts)
+        ]
 
 
 def perplexity(loss: float) -> float:
@@ -142,12 +216,12 @@ def perplexity(loss: float) -> float:
 
 
 def answer_start(labels: list[int]) -> int:
-    """Where the last answer begins in a row of labels: after the last token that is not trained on."""
+    """Where the last completion begins in a row of labels: after the last token that is not trained on."""
     return max((i + 1 for i, label in enumerate(labels) if label == -100), default=0)
 
 
 def sample_answers(model: Any, chat: ChatTokenizer, prompts: list[list[int]], max_new_tokens: int) -> list[list[int]]:
-    """The likeliest answers to token prompts, cut after the token that ends them. Every rank calls it alike."""
+    """Greedy completions of token prompts, cut after the token that ends them. Every rank calls it with the same."""
     width = max(map(len, prompts))
     ids = torch.tensor([[chat.pad_id] * (width - len(prompt)) + prompt for prompt in prompts], device=model.device)
     mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=model.device)

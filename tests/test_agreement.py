@@ -37,9 +37,9 @@ def dataset(path: Path, agreement: Any, count: int = 12, held_out: int = 8) -> s
 def test_the_figures_of_a_manifest_are_read(tmp_path: Path) -> None:
     found = Agreement.of([open_dataset(dataset(tmp_path / "data", KNOWN))])
     assert found == Agreement(0.71, 0.83, (0.8, 0.86))
-    assert found.figures() == FIGURES
-    assert found.beside(0.744) == f"accuracy 0.74 {PEOPLE}"
-    assert found.beside(None) == f"accuracy - {PEOPLE}"
+    assert found.metrics() == FIGURES
+    assert found.compared_with(0.744) == f"accuracy 0.74 {PEOPLE}"
+    assert found.compared_with(None) == f"accuracy - {PEOPLE}"
 
 
 def test_nothing_is_known_without_a_note_or_of_several_datasets(tmp_path: Path) -> None:

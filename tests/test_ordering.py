@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from rlhf.training.epoch_order import EpochSampler, epoch_order
+from rlhf.training.epoch_order import StepRows, epoch_order
 
 LENGTHS = [random.Random(i).randrange(5, 500) for i in range(1000)]
 
@@ -42,13 +42,10 @@ def test_grouping_by_length_saves_padding_but_not_always_in_the_same_batches() -
     assert means != sorted(means) and means != sorted(means, reverse=True)
 
 
-def test_the_sampler_goes_on_in_the_epoch_that_the_step_is_in() -> None:
-    step = 0
-    sampler = EpochSampler(5, 20, 8, None, lambda: step)
-    assert len(sampler) == 24
-    epochs = []
-    for step in (0, 2, 3, 5, 6):  # noqa: B007 - the sampler reads it
-        epochs.append(list(sampler))
-    assert epochs[0] == epochs[1] == epoch_order(5, 0, 20, 8, None)
-    assert epochs[2] == epochs[3] == epoch_order(5, 1, 20, 8, None)
-    assert epochs[4] == epoch_order(5, 2, 20, 8, None)
+def test_a_step_has_the_rows_of_its_epoch_whatever_was_asked_before() -> None:
+    rows = StepRows(5, 20, 8, None)
+    assert rows.steps == 3
+    orders = [epoch_order(5, epoch, 20, 8, None) for epoch in range(3)]
+    for step in (0, 2, 3, 5, 6, 1):
+        epoch, place = divmod(step, 3)
+        assert rows[step] == orders[epoch][8 * place : 8 * place + 8]

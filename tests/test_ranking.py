@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from rlhf.reward.losses import RANKING_LOSSES, RankingLoss, centering_penalty
+from rlhf.reward.losses import RANKING_LOSSES, RankingBatch, RankingLoss, centering_penalty
 
 # Every row with its defaults, and the options that change the formula.
 SPECS: list[dict[str, Any]] = [
@@ -39,9 +39,14 @@ def flat(*rankings: tuple[list[float], list[int]], dtype: torch.dtype = torch.fl
     return scores, ranks, torch.tensor([b for b, ranking in enumerate(rankings) for _ in ranking[0]])
 
 
+def run(spec: Any, scores: torch.Tensor, *judged: torch.Tensor, **more: torch.Tensor) -> RankingLoss:
+    """The loss of flat scores; the rest are the fields of a `RankingBatch`."""
+    return RANKING_LOSSES.pick(spec)(scores, RankingBatch(*judged, **more))
+
+
 def loss_of(spec: Any, scores: list[float], ranks: list[int], **inputs: Any) -> float:
     """The loss of one ranking."""
-    result = RANKING_LOSSES.pick(spec)(*flat((scores, ranks)), **inputs)
+    result = run(spec, *flat((scores, ranks)), **inputs)
     assert result.counted.tolist() == [True]
     return result.loss.item()
 
@@ -158,7 +163,7 @@ def pair_loss(spec: dict[str, Any], gap: float, distance: int, rating_gap: float
 def test_pairwise_losses_equal_a_loop_over_pairs(spec: dict[str, Any]):
     for seed in range(5):
         scores, ranks, ranking, ratings = random_batch(seed)
-        loss, counted = RANKING_LOSSES.pick(spec)(scores, ranks, ranking, ratings)
+        loss, counted = run(spec, scores, ranks, ranking, ratings)
         for b in range(int(ranking.max()) + 1):
             s, r, q = (values[ranking == b].tolist() for values in (scores, ranks, ratings))
             pairs = [(i, j) for i in range(len(s)) for j in range(len(s)) if r[i] < r[j] or (r[i] == r[j] and i < j)]
@@ -171,7 +176,7 @@ def test_pairwise_losses_equal_a_loop_over_pairs(spec: dict[str, Any]):
 def test_plackett_luce_equals_a_loop_over_stages():
     for seed in range(5):
         scores, ranks, ranking, _ = random_batch(seed)
-        loss = RANKING_LOSSES.pick("plackett-luce")(scores, ranks, ranking).loss
+        loss = run("plackett-luce", scores, ranks, ranking).loss
         for b in range(int(ranking.max()) + 1):
             weight, r = scores[ranking == b].exp().tolist(), ranks[ranking == b].tolist()
             chance = 1.0
@@ -204,7 +209,7 @@ def test_plackett_luce_tie_is_rao_kuppers_at_a_vanishing_threshold():
 def test_binary_comparisons_have_trls_reward_loss(name: str):
     chosen, rejected = torch.randn(8), torch.randn(8)
     ranks, ranking = torch.tensor([1, 2]).repeat(8), torch.arange(8).repeat_interleave(2)
-    loss, counted = RANKING_LOSSES.pick(name)(torch.stack((chosen, rejected), 1).flatten(), ranks, ranking)
+    loss, counted = run(name, torch.stack((chosen, rejected), 1).flatten(), ranks, ranking)
     torch.testing.assert_close(loss.sum() / counted.sum(), -F.logsigmoid(chosen - rejected).mean())
 
 
@@ -243,10 +248,6 @@ def test_plackett_luce_over_all_orders_of_four_sums_to_one():
 
 
 # ---- the contract of every row -----------------------------------------------------------------------------------
-
-
-def run(spec: dict[str, Any], *batch: torch.Tensor) -> RankingLoss:
-    return RANKING_LOSSES.pick(spec)(*batch)
 
 
 @every_spec

@@ -26,6 +26,7 @@ from rlhf.reward.losses import RANKING_LOSSES
 from rlhf.reward.metrics import reward_metrics
 from rlhf.reward.scoring import score_rankings
 from rlhf.runs.run import read_run
+from rlhf.training.loop import Loop
 from stages import reward
 
 
@@ -60,14 +61,15 @@ def test_a_batch_holds_every_candidate_once_and_says_whose_it_is(chat: ChatToken
         {"prompt": [1], "candidates": [[3, 2], [4], [8]], "ranks": [1, 2, 2], "ratings": [None] * 3, "weight": 1.0},
     ]
     batch = RankingCollator(chat)(rows)
-    assert batch["input_ids"].tolist() == [
+    judged = batch.rankings
+    assert batch.input_ids.tolist() == [
         [1, 9, 5, 0, 0], [1, 9, 6, 7, 2], [1, 3, 2, 0, 0], [1, 4, 0, 0, 0], [1, 8, 0, 0, 0]
     ]  # fmt: skip
-    assert batch["attention_mask"].sum(1).tolist() == [3, 5, 3, 2, 2]
-    assert batch["ranks"].tolist() == [2, 1, 1, 2, 2]
-    assert batch["ranking"].tolist() == [0, 0, 1, 1, 1]
-    assert batch["ratings"][0] == 0.5 and batch["ratings"][1:].isnan().all()
-    assert batch["ratings"].dtype == torch.float32 and batch["ranks"].dtype == torch.int64
+    assert batch.attention_mask.sum(1).tolist() == [3, 5, 3, 2, 2]
+    assert judged.ranks.tolist() == [2, 1, 1, 2, 2]
+    assert judged.ranking.tolist() == [0, 0, 1, 1, 1]
+    assert judged.ratings[0] == 0.5 and judged.ratings[1:].isnan().all()
+    assert judged.ratings.dtype == torch.float32 and judged.ranks.dtype == torch.int64
 
 
 def test_the_first_loss_is_the_mean_over_rankings_of_the_mean_over_pairs_by_plain_transformers(
@@ -122,7 +124,7 @@ def test_no_candidate_is_encoded_twice_and_a_prompt_once_for_each_row(
 # ---- ties ----------------------------------------------------------------------------------------------------------
 
 
-def test_rankings_of_ties_alone_are_set_aside_and_counted_where_the_loss_ignores_ties(
+def test_rankings_of_ties_alone_are_skipped_and_counted_where_the_loss_ignores_ties(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     some = [ranking(i, (1, 1) if i % 3 == 0 else (1, 2)) for i in range(12)]
@@ -133,8 +135,8 @@ def test_rankings_of_ties_alone_are_set_aside_and_counted_where_the_loss_ignores
         made = config(tmp_path / loss, data, batch=batch, loss=loss, normalize="none")
         reward.run(made)
         seen[loss] = len(metrics_of(made.run)), capsys.readouterr().out
-    assert "4 rankings set aside: all their candidates are tied" in seen["bradley-terry"][1]
-    assert "set aside" not in seen["rao-kupper"][1]
+    assert "4 rankings skipped: all their candidates are tied" in seen["bradley-terry"][1]
+    assert "skipped" not in seen["rao-kupper"][1]
     assert seen["bradley-terry"][0] == 1 and seen["rao-kupper"][0] == 2  # batches of 8 rankings, or of 12
 
 
@@ -287,18 +289,23 @@ def test_a_resumed_run_reports_the_best_weights_although_it_has_not_seen_them_ev
     tmp_path: Path, rankings: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     best = 2
-    away = lambda trainer, scored: 1.0 + abs(trainer.state.global_step - best)  # noqa: E731
-    monkeypatch.setattr(reward.RewardTrainer, "held_out_loss", away)
-    made = config(tmp_path, rankings, eval={"every": 1}, checkpoints={"every": 1})
-    step = reward.RewardTrainer.training_step
+    evaluate = reward.RewardObjective.evaluate
 
-    def interrupted(self: Any, *words: Any) -> Any:
-        if self.state.global_step == 4:
+    def away(self: Any, engine: Any, step: int) -> dict[str, float]:
+        monkeypatch.setattr(self, "held_out_loss", lambda scored: 1.0 + abs(step - best))
+        return evaluate(self, engine, step)
+
+    monkeypatch.setattr(reward.RewardObjective, "evaluate", away)
+    made = config(tmp_path, rankings, eval={"every": 1}, checkpoints={"every": 1})
+    step = Loop._train_step
+
+    def interrupted(self: Any) -> Any:
+        if self.step == 4:
             raise KeyboardInterrupt
-        return step(self, *words)
+        return step(self)
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(reward.RewardTrainer, "training_step", interrupted)
+        patch.setattr(Loop, "_train_step", interrupted)
         reward.run(made)
     reward.run(made, resume=True)
     row = next(row for row in metrics_of(made.run) if "eval/loss" in row and row["step"] == best)

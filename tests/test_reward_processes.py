@@ -35,12 +35,12 @@ from stages import reward
 file, kill = sys.argv[1:3]
 where, _, when = kill.partition(":")
 if where == "step":
-    step = reward.RewardTrainer.training_step
-    def killed(self, *words):
-        if self.state.global_step == int(when):
+    step = reward.Loop._train_step
+    def killed(self):
+        if self.step == int(when):
             os.kill(os.getpid(), signal.SIGKILL)
-        return step(self, *words)
-    reward.RewardTrainer.training_step = killed
+        return step(self)
+    reward.Loop._train_step = killed
 if where == "write":
     seal = Checkpoints._seal
     def killed(self, partial, step):

@@ -63,9 +63,9 @@ def trained(path: Path, rankings: list[Ranking], micro: int = 4, **values: Any) 
 def test_a_batch_holds_the_weights_or_ones() -> None:
     chat = load_tokenizer(ModelConfig(path=tiny.llama()), tiny.llama())
     rows = [{"prompt": [1], "candidates": [[3], [4]], "ranks": [1, 2], "ratings": [None] * 2, "weight": 0.25}] * 2
-    assert RankingCollator(chat)(rows)["weights"].tolist() == [0.25, 0.25]
-    assert RankingCollator(chat, weighted=False)(rows)["weights"].tolist() == [1, 1]
-    assert RankingCollator(chat)(rows)["weights"].dtype == torch.float32
+    assert RankingCollator(chat)(rows).rankings.weights.tolist() == [0.25, 0.25]
+    assert RankingCollator(chat, weighted=False)(rows).rankings.weights.tolist() == [1, 1]
+    assert RankingCollator(chat)(rows).rankings.weights.dtype == torch.float32
 
 
 def test_the_loss_is_the_weighted_mean_by_plain_transformers(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ The slow tests kill runs with SIGKILL, resume them, and compare ZeRO on two proc
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 from pathlib import Path
@@ -28,9 +29,10 @@ from rlhf.data.chat import load_tokenizer
 from rlhf.data.tables import tokenize
 from rlhf.models.load import load_policy
 from rlhf.runs.checkpoint import SEAL
-from rlhf.runs.run import Run, read_run
+from rlhf.runs.run import read_run
 from rlhf.sft.config import SFTConfig
 from rlhf.training.epoch_order import epoch_order
+from rlhf.training.loop import supervised_engine
 from stages import sft
 
 
@@ -88,11 +90,10 @@ def test_training_equals_plain_torch(demos: str, tmp_path: Path) -> None:
 
 
 def test_only_assistant_tokens_give_a_gradient(demos: str, tmp_path: Path) -> None:
-    chat = load_tokenizer(check_config(SFTConfig, settings(demos, tmp_path / "r"), "t").model, tiny.llama())
     config = check_config(SFTConfig, settings(demos, tmp_path / "run"), "the test")
+    chat = load_tokenizer(config.model, tiny.llama())
     table = rows(demos, tmp_path / "rows").train
     model = load_policy(config.model, tiny.llama())
-    trainer = sft.PolicyTrainer(config, Run(tmp_path / "run", "sft"), chat, model, table, None)
     states: list[Tensor] = []
 
     def keep(module: Any, inputs: Any, output: Any) -> None:
@@ -100,14 +101,52 @@ def test_only_assistant_tokens_give_a_gradient(demos: str, tmp_path: Path) -> No
         states.append(output)
 
     model.model.norm.register_forward_hook(keep)
-    batch = trainer.data_collator([table[i] for i in range(4)])
-    trainer.loss(model, dict(batch), trainer.count_items(batch)).backward()
+    objective = sft.SFTObjective(config, chat, model, None)
+    batch = objective.batch([table[i] for i in range(4)])
+    objective.loss(supervised_engine(config, sft.TokenPredictor(model)), batch)[0].backward()
     gradient = states[0].grad.abs().sum(-1)[:, :-1]
-    asked = batch["labels"][:, 1:] != -100
+    asked = batch.labelled[:, 1:]
     assert (gradient[asked] > 0).all() and (gradient[~asked] == 0).all()
     for record in table.select(range(4)):
         said = [token for token, label in zip(record["input_ids"], record["labels"]) if label != -100]
         assert chat.decode(said).startswith("It goes to the") and said[-1] == chat.end_id
+
+
+@pytest.mark.parametrize("tuning", ["prompt-tuning", "p-tuning", "prefix-tuning"])
+def test_virtual_tokens_have_the_loss_and_gradient_of_pefts_own_forward(
+    tuning: str, demos: str, tmp_path: Path
+) -> None:
+    config = check_config(SFTConfig, settings(demos, tmp_path / "run", tuning=tuning), "the test")
+    chat = load_tokenizer(config.model, tiny.llama())
+    table = rows(demos, tmp_path / "rows").train
+    model = config.tuning(load_policy(config.model, tiny.llama()), chat, "causal")
+    trained = [p for p in model.parameters() if p.requires_grad]
+    objective = sft.SFTObjective(config, chat, model, None)
+    batch = objective.batch([table[i] for i in range(4)])
+    total, _ = objective.loss(supervised_engine(config, sft.TokenPredictor(model)), batch)
+    loss = total / objective.items(batch)
+    found = torch.autograd.grad(loss, trained)
+    labels = batch.input_ids.masked_fill(~batch.labelled, -100)
+    theirs = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, labels=labels, use_cache=False).loss
+    torch.testing.assert_close(loss, theirs)
+    for mine, other in zip(found, torch.autograd.grad(theirs, trained)):
+        torch.testing.assert_close(mine, other, rtol=1e-4, atol=1e-6)
+
+
+def test_accuracy_and_entropy_of_training_are_those_of_full_logits(demos: str, tmp_path: Path) -> None:
+    done = run(settings(demos, tmp_path / "run", eval={"every": 100, "samples": 0}, batch={"batch_size": 40}))
+    first, count, right, entropy = lines(done)[0], 0, 0, 0.0
+    model = load_policy(check_config(SFTConfig, settings(demos, tmp_path), "the test").model, tiny.llama())
+    with torch.no_grad():
+        for record in rows(demos, tmp_path / "rows").train:
+            logits = model(torch.tensor([record["input_ids"]])).logits[0, :-1]
+            labels = torch.tensor(record["labels"])[1:]
+            kept = labels != -100
+            right += int((logits.argmax(-1) == labels)[kept].sum())
+            entropy += float(torch.distributions.Categorical(logits=logits[kept]).entropy().sum())
+            count += int(kept.sum())
+    assert first["train/token_accuracy"] == right / count
+    assert first["train/entropy"] == pytest.approx(entropy / count, rel=1e-6)
 
 
 def test_held_out_loss_is_a_mean_over_tokens(demos: str, tmp_path: Path) -> None:
@@ -152,14 +191,14 @@ def test_the_best_checkpoint_is_the_result_and_is_kept(
     demos: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     best = 3
-    held_out = lambda trainer, model: {"loss": 1.0 + abs(trainer.state.global_step - best)}  # noqa: E731
-    monkeypatch.setattr(sft.PolicyTrainer, "evaluate_records", held_out)
+    held_out = lambda objective, engine, step: {"loss": 1.0 + abs(step - best)}  # noqa: E731
+    monkeypatch.setattr(sft.SFTObjective, "evaluate", held_out)
     done = run(settings(demos, tmp_path / "run", eval={"every": 1, "samples": 0}, checkpoints={"every": 2, "keep": 1}))
     assert read_run(done)["step"] == best and read_run(done)["metrics"]["eval/loss"] == 1.0
     kept = sorted(path.name for path in (done / "checkpoints").iterdir())
     assert kept == [f"step-{best:08d}", "step-00000010"]
-    saved = load_file(done / "checkpoints" / f"step-{best:08d}" / "weights.safetensors")
-    assert all(torch.equal(value, saved[name]) for name, value in weights(done).items())
+    saved = torch.load(done / "checkpoints" / f"step-{best:08d}" / "engine.pt", weights_only=True)["weights"]
+    assert all(torch.equal(value, saved[f"model.{name}"]) for name, value in weights(done).items())
 
 
 def test_the_result_loads_in_plain_transformers_and_answers(demos: str, tmp_path: Path) -> None:
@@ -236,23 +275,23 @@ def test_a_learned_prefix_with_activation_checkpointing_is_refused(demos: str, t
 def test_a_loss_or_gradient_that_is_not_finite_stops_before_the_weights_move(
     fault: str, demos: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    usual = sft.PolicyTrainer.loss
+    usual, calls = sft.SFTObjective.loss, itertools.count()
 
-    def spoiled(self: Any, model: Any, inputs: Any, items: Tensor) -> Tensor:
-        loss = usual(self, model, inputs, items)
-        if self.state.global_step != 7:
-            return loss
+    def spoiled(self: Any, engine: Any, batch: Any) -> tuple[Tensor, list[Tensor]]:
+        loss, sums = usual(self, engine, batch)
+        if next(calls) // 2 != 7:  # two micro-batches a step
+            return loss, sums
         if fault == "loss":
-            return loss * math.nan
+            return loss * math.nan, sums
         loss.register_hook(lambda gradient: gradient * math.inf)
-        return loss
+        return loss, sums
 
-    monkeypatch.setattr(sft.PolicyTrainer, "loss", spoiled)
+    monkeypatch.setattr(sft.SFTObjective, "loss", spoiled)
     with pytest.raises(UserError) as error:
         run(settings(demos, tmp_path / "run"))
     assert f"step 8: the {fault} is not finite" in str(error.value)
     assert f"{tmp_path}/run/checkpoints/step-00000006" in str(error.value)
-    monkeypatch.setattr(sft.PolicyTrainer, "loss", usual)
+    monkeypatch.setattr(sft.SFTObjective, "loss", usual)
     resumed, whole = run(settings(demos, tmp_path / "run"), resume=True), run(settings(demos, tmp_path / "whole"))
     assert lines(resumed) == lines(whole) and same_weights(resumed, whole)
 
@@ -285,23 +324,33 @@ from rlhf.sft.config import SFTConfig
 from rlhf.config.load import check_config
 from rlhf.cli.entry import run
 from rlhf.cli.errors import exit_on_error
-from rlhf.training.trainer import StageTrainer
+from rlhf.training import engine
+from rlhf.training.loop import Loop
 
 KILL = sys.argv[2]  # "in-step 5", "in-write 6" or nothing
 RANK = int(os.environ.get("RANK", "0"))
+STEP = [0]  # that the loop is in, from 0
 
-def die_at(name, when):
-    usual = getattr(StageTrainer, name)
-    def dying(self, *args, **kwargs):
-        result = usual(self, *args, **kwargs)
-        if self.state.global_step == when and RANK == 0:
+def follow(self, train_step=Loop._train_step):
+    STEP[0] = self.step
+    return train_step(self)
+Loop._train_step = follow
+
+def die_at(owner, name, when):
+    usual = getattr(owner, name)
+    def dying(*args, **kwargs):
+        result = usual(*args, **kwargs)
+        if STEP[0] == when and RANK == 0:
             os.kill(os.getpid(), signal.SIGKILL)
         return result
-    setattr(StageTrainer, name, dying)
+    setattr(owner, name, dying)
 
 if KILL:
     where, step = KILL.split()
-    die_at({"in-step": "training_step", "in-write": "save_weights"}[where], int(step))
+    if where == "in-step":
+        die_at(sft.SFTObjective, "loss", int(step))
+    for kind in (engine.Engine, engine.DeepSpeedEngine) if where == "in-write" else ():
+        die_at(kind, "save", int(step) - 1)
 with exit_on_error():
     run(sft.run, check_config(SFTConfig, json.loads(sys.argv[1]), "the test"), sys.argv[3] == "1", False)
 """
@@ -333,7 +382,7 @@ def test_a_killed_run_resumes_bit_for_bit(
         killed = launch(processes, values, kill)
         assert not (killed / "model").exists()
         if kill.startswith("in-write"):
-            assert list((killed / "checkpoints").glob(".step-*.partial/weights.safetensors"))
+            assert list((killed / "checkpoints").glob(".step-*.partial/engine*"))
         launch(processes, values, resume=True)
         assert lines(killed) == lines(whole)
         assert lines(killed, "samples.jsonl") == lines(whole, "samples.jsonl")
@@ -384,10 +433,11 @@ def test_a_deepspeed_file_works_on_one_process(demos: str, tmp_path: Path) -> No
 @pytest.mark.slow
 def test_a_loss_that_is_not_finite_on_one_rank_stops_all(demos: str, tmp_path: Path) -> None:
     spoil = """
-usual = sft.PolicyTrainer.loss
-def spoiled(self, *args):
-    return usual(self, *args) * (float("nan") if self.state.global_step == 4 and RANK else 1)
-sft.PolicyTrainer.loss = spoiled
+usual = sft.SFTObjective.loss
+def spoiled(*args):
+    loss, sums = usual(*args)
+    return loss * (float("nan") if STEP[0] == 4 and RANK else 1), sums
+sft.SFTObjective.loss = spoiled
 with exit_on_error():"""
     values = settings(demos, tmp_path / "run")
     done = tiny.launch(2, RUN.replace("with exit_on_error():", spoil), json.dumps(values), "", "0")

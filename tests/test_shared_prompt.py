@@ -15,6 +15,7 @@ from reward_runs import config, encoded, steps
 
 from rlhf.config.base import ModelConfig
 from rlhf.data.chat import ChatTokenizer
+from rlhf.models.load import recompute_activations
 from rlhf.models.scalar import ScalarModel, load_scalar
 from rlhf.models.shared_prompt import (
     NO_SHARING,
@@ -25,10 +26,9 @@ from rlhf.models.shared_prompt import (
     position_ids_of,
 )
 from rlhf.models.tuning import TUNING
-from rlhf.reward.collator import RankingCollator
+from rlhf.reward.collator import RankingCollator, RewardBatch
 from rlhf.reward.losses import RANKING_LOSSES
 from rlhf.reward.scoring import score_rankings
-from rlhf.training.trainer import checkpoint_activations
 from stages import reward
 
 SIZES: dict[str, Any] = {
@@ -90,11 +90,11 @@ def some_rankings(counts: tuple[int, ...] = (2, 4, 9, 3)) -> list[dict[str, Any]
     ]
 
 
-def loss_of(scalar: ScalarModel, batch: dict[str, torch.Tensor], loss: Any) -> tuple[torch.Tensor, torch.Tensor]:
+def loss_of(scalar: ScalarModel, batch: RewardBatch, loss: Any) -> tuple[torch.Tensor, torch.Tensor]:
     """Scores [N] and gradients, end to end, of a batch."""
     scalar.zero_grad()
-    scores = scalar(batch["input_ids"], batch["attention_mask"], batch.get("branches"))
-    losses, _ = loss(scores, batch["ranks"], batch["ranking"], batch["ratings"], batch["weights"])
+    scores = scalar(batch.input_ids, batch.attention_mask, batch.branches)
+    losses, _ = loss(scores, batch.rankings)
     losses.sum().backward()
     gradients = [w.grad.flatten() for w in scalar.parameters() if w.grad is not None]
     return scores.detach(), torch.cat(gradients)
@@ -102,7 +102,7 @@ def loss_of(scalar: ScalarModel, batch: dict[str, torch.Tensor], loss: Any) -> t
 
 def assert_same_as_separate(scalar: ScalarModel, chat: ChatTokenizer, rows: list[Any], loss: Any) -> None:
     together, apart = RankingCollator(chat, sharing=EVERYTHING)(rows), RankingCollator(chat)(rows)
-    assert len(together["input_ids"]) == len(rows) and "branches" not in apart
+    assert len(together.input_ids) == len(rows) and apart.branches is None
     scores, gradients = loss_of(scalar, together, loss)
     expected, expected_gradients = loss_of(scalar, apart, loss)
     assert expected.std() > 0.01 and expected_gradients.abs().max() > 0.01
@@ -156,7 +156,7 @@ def test_adapters_and_recomputed_activations_change_nothing(chat: ChatTokenizer)
         for name, weight in scalar.named_parameters():
             if "lora_B" in name:
                 weight.normal_(std=0.1)
-    checkpoint_activations(scalar, zero3=False)
+    recompute_activations(scalar.model, use_reentrant=False)
     scalar.train()
     assert scalar.shared_prompts.max_length
     assert_same_as_separate(scalar, chat, some_rankings(), RANKING_LOSSES.pick("bradley-terry"))
@@ -169,7 +169,7 @@ def test_adapters_and_recomputed_activations_change_nothing(chat: ChatTokenizer)
 def test_a_model_that_cannot_share_prompts_encodes_them_for_each_answer(name: str, chat: ChatTokenizer) -> None:
     scalar = scalar_of(name)
     assert scalar.shared_prompts == NO_SHARING
-    assert "branches" not in RankingCollator(chat, sharing=scalar.shared_prompts)(some_rankings())
+    assert RankingCollator(chat, sharing=scalar.shared_prompts)(some_rankings()).branches is None
 
 
 def test_where_a_text_is_longer_than_a_sliding_window_nothing_in_its_batch_is_shared(chat: ChatTokenizer) -> None:
@@ -181,7 +181,7 @@ def test_where_a_text_is_longer_than_a_sliding_window_nothing_in_its_batch_is_sh
     short, long = ([{**row, "prompt": [5] * size} for row in some_rankings()] for size in (12, 13))
     long[0]["candidates"][0] = [7] * 12
     collate = RankingCollator(chat, sharing=scalar.shared_prompts)
-    assert "branches" in collate(short) and "branches" not in collate(long)
+    assert collate(short).branches is not None and collate(long).branches is None
     for rows in (short, long, short + long):
         rows = [row | {"characters": row["ranks"], "source": "", "annotator": "", "group": None} for row in rows]
         together = score_rankings(scalar, chat, rows, 4096)

@@ -27,7 +27,6 @@ from rlhf.distributed.deepspeed_config import read_deepspeed
 from rlhf.ppo.config import PPOConfig
 from rlhf.ppo.shared_roles import recognise
 from rlhf.reward.config import RewardConfig
-from rlhf.runs.checkpoint import world_size_of
 from rlhf.runs.run import Run, check_run_folder, check_same_text, is_run, read_run, resolve_model_path
 from rlhf.sft.config import SFTConfig
 
@@ -84,16 +83,9 @@ def _run(stage: str, config: StageConfig, resume: bool, overwrite: bool, world: 
         return f"{config.run} (the existing run is deleted first)"
     if read_run(config.run).get("status") == "complete":
         return f"{config.run} (already complete)"
-    newest = Run(Path(config.run), stage).checkpoints(config.checkpoints.keep).newest()
+    newest = Run(Path(config.run), stage).checkpoints(config.checkpoints.keep).newest(world)
     if newest is None:
         return f"{config.run} (no complete checkpoint yet: starts from the beginning)"
-    wrote = world_size_of(newest[1])
-    if wrote != world:
-        raise UserError(
-            f"{newest[1]}: written by {wrote} processes, this run has {world}",
-            "Each process keeps its part of the optimizer state and its own random state.",
-            f"Resume with --num-processes {wrote}.",
-        )
     return f"{config.run} (continues after step {newest[0]:,})"
 
 
@@ -106,19 +98,8 @@ def _zero(config: StageConfig, world: int) -> str:
 
 def _batch(batch: BatchConfig, world: int) -> str:
     """Records per step, process and forward pass."""
-    share, rest = divmod(batch.batch_size, world)
-    if rest:
-        raise UserError(
-            f"batch.batch_size: {batch.batch_size} does not divide by {world} processes",
-            remedy=f"Set batch.batch_size={max(share, 1) * world}.",
-        )
-    micro = min(batch.micro_batch_size, share)
-    if share % micro:
-        raise UserError(
-            f"batch.micro_batch_size: {share} records per process and step are no multiple of {micro}",
-            remedy=f"Set batch.micro_batch_size={math.gcd(share, micro)}.",
-        )
-    return f"{batch.batch_size} records a step = {world} x {share // micro} x {micro} (processes x passes x records)"
+    micro, passes = batch.micro_batches(world)
+    return f"{batch.batch_size} records a step = {world} x {passes} x {micro} (processes x passes x records)"
 
 
 # ---- models ------------------------------------------------------------------------------------------------------

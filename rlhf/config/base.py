@@ -6,6 +6,7 @@ files; `rlhf.cli.preflight` checks paths, datasets and devices.
 
 from __future__ import annotations
 
+import math
 from typing import Annotated, ClassVar, Literal
 
 from pydantic import (
@@ -18,6 +19,8 @@ from pydantic import (
     PositiveFloat,
     PositiveInt,
 )
+
+from rlhf.core.errors import UserError
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Paths = Annotated[list[str], BeforeValidator(lambda v: [v] if isinstance(v, str) else v)]
@@ -99,6 +102,26 @@ class BatchConfig(Strict):
     """Records per forward pass of one process. Gradients are accumulated until `batch_size` is reached."""
     group_by_length: bool = True
     """Put records of similar length into one batch, which saves padding. The order of the batches is still random."""
+
+    def micro_batches(self, processes: int) -> tuple[int, int]:
+        """Records of a micro-batch, and micro-batches of an optimizer step on each process.
+
+        Raises:
+            UserError: The batch does not divide evenly.
+        """
+        share, rest = divmod(self.batch_size, processes)
+        if rest:
+            raise UserError(
+                f"batch.batch_size: {self.batch_size} does not divide by {processes} processes",
+                remedy=f"Set batch.batch_size={max(share, 1) * processes}.",
+            )
+        micro = min(self.micro_batch_size, share)
+        if share % micro:
+            raise UserError(
+                f"batch.micro_batch_size: {share} records per process and step are no multiple of {micro}",
+                remedy=f"Set batch.micro_batch_size={math.gcd(share, micro)}.",
+            )
+        return micro, share // micro
 
 
 class EvalConfig(Strict):

@@ -33,7 +33,6 @@ from rlhf.reward.config import RewardConfig
 from rlhf.rollout import kv_cache
 from rlhf.rollout.decoding import choose
 from rlhf.rollout.types import SamplingParams
-from rlhf.sft.config import SFTConfig
 from rlhf.training.engine import cast_frozen_linears_
 
 Snapshots = dict[str, MemorySnapshot]
@@ -244,13 +243,7 @@ class TracedModel:
         batch = self._micro_batch()
         if isinstance(self.config, RewardConfig):
             return lambda: models[0](batch.input_ids, batch.attention_mask).sum()
-        from trl.trainer.utils import add_fused_lm_head
-
-        add_fused_lm_head(causal_lm(models[0]), outputs=("log_probs", "entropy", "is_top1"))
-        options = {"labels": batch.input_ids, "use_cache": False, "fused_lm_head": True}
-        return lambda: (
-            -models[0](input_ids=batch.input_ids, attention_mask=batch.attention_mask, **options).log_probs.sum()
-        )
+        return lambda: -ActorCritic(models[0], None)(batch, 1.0).logprobs.sum()
 
     @cached_property
     def scoring(self) -> MemorySnapshot:
@@ -261,9 +254,7 @@ class TracedModel:
                 model = self._shaped(role, depth)
                 with self._tracing(model) as tracer, torch.no_grad():
                     batch = self._micro_batch()
-                    if isinstance(self.config, SFTConfig):
-                        self._loss([model])()
-                    elif not role.scalar:
+                    if not role.scalar:
                         ActorCritic(model, None)(batch, 1.0)
                     elif role.name == "critic":
                         model.token_values(batch.input_ids, batch.attention_mask)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -31,7 +31,7 @@ def causal_lm(model: nn.Module) -> PreTrainedModel:
 def hidden_states(
     model: nn.Module, input_ids: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None = None
 ) -> Tensor:
-    """Last hidden states [B, T, H] of a causal LM (adapters included), without its logits.
+    """Last hidden states [B, T, H] of a causal LM (adapters and virtual tokens included), without its logits.
 
     Rows are padded on the right. Where `position_ids` [B, T] are given, `attention_mask` says which token sees which
     (see `rlhf.models.shared_prompt`), or is None where positions from 0 keep packed sequences apart (see
@@ -39,6 +39,8 @@ def hidden_states(
     """
     lm = causal_lm(model)
     body = getattr(lm, lm.base_model_prefix)
+    if has_virtual_tokens(model):
+        return _behind_virtual_tokens(model, body, input_ids, attention_mask)
     positions = {} if position_ids is None else {"position_ids": position_ids}
     if position_ids is None and _is_causal(body):
         attention_mask = None  # tokens see only what stands before them, never the padding: faster without a mask
@@ -46,6 +48,24 @@ def hidden_states(
         attention_mask = sequence_lengths(position_ids)[None, None, None]
     output = body(input_ids=input_ids, attention_mask=attention_mask, use_cache=False, **positions)
     return output.last_hidden_state
+
+
+def has_virtual_tokens(model: Any) -> bool:
+    """Whether the model is PEFT's wrapper of a prompt-learning method, which works in the wrapper's forward alone."""
+    return hasattr(model, "active_peft_config") and bool(model.active_peft_config.is_prompt_learning)
+
+
+def _behind_virtual_tokens(
+    model: nn.Module, body: nn.Module, input_ids: Tensor, attention_mask: Tensor | None
+) -> Tensor:
+    """Hidden states [B, T, H] of the text alone, from PEFT's own forward with logits for one position."""
+    found: list[Tensor] = []
+    hook = body.register_forward_hook(lambda _, inputs, output: found.append(output.last_hidden_state))
+    try:
+        model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False, logits_to_keep=1)
+    finally:
+        hook.remove()
+    return found[0][:, -input_ids.shape[1] :]
 
 
 def _is_causal(body: nn.Module) -> bool:
@@ -82,19 +102,56 @@ def token_logprobs(
     Returns:
         float32 [n] log-probs and [n] entropies in nats, n = response_mask.sum(), row by row.
     """
+    states, targets = _predicting(model, input_ids, attention_mask, response_mask, position_ids)
+    return head_logprobs(causal_lm(model), states, targets, temperature, chunks)
+
+
+class TokenPredictions(NamedTuple):
+    """What a model predicts for chosen tokens, row by row."""
+
+    logprobs: Tensor
+    """float32 [n]."""
+    entropies: Tensor
+    """float32 [n], nats."""
+    top1: Tensor
+    """bool [n], whether the token is the likeliest one."""
+
+
+def token_predictions(
+    model: nn.Module, input_ids: Tensor, attention_mask: Tensor | None, response_mask: Tensor,
+    chunks: int | None = None, position_ids: Tensor | None = None,
+) -> TokenPredictions:  # fmt: skip
+    """As `token_logprobs` at temperature 1, and whether each token is the likeliest one."""
+    states, targets = _predicting(model, input_ids, attention_mask, response_mask, position_ids)
+    return TokenPredictions(*_head(causal_lm(model), states, targets, 1.0, chunks, top1=True))
+
+
+def _predicting(
+    model: nn.Module, input_ids: Tensor, attention_mask: Tensor | None, response_mask: Tensor,
+    position_ids: Tensor | None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Hidden states [n, H] that predict the response tokens, and these tokens [n]."""
     hidden = hidden_states(model, input_ids, attention_mask, position_ids)
     predicts = response_mask[:, 1:]
-    return head_logprobs(causal_lm(model), hidden[:, :-1][predicts], input_ids[:, 1:][predicts], temperature, chunks)
+    return hidden[:, :-1][predicts], input_ids[:, 1:][predicts]
 
 
 def head_logprobs(
     lm: PreTrainedModel, hidden: Tensor, targets: Tensor, temperature: float, chunks: int | None = None
 ) -> tuple[Tensor, Tensor]:
     """Log-probs [n] of `targets` [n] and entropies [n] from hidden states [n, H]; see `token_logprobs`."""
+    logprobs, entropies = _head(lm, hidden, targets, temperature, chunks, top1=False)
+    return logprobs, entropies
+
+
+def _head(
+    lm: PreTrainedModel, hidden: Tensor, targets: Tensor, temperature: float, chunks: int | None, top1: bool
+) -> tuple[Tensor, ...]:
     chunks = chunks or head_chunks(len(targets), lm.config.get_text_config().vocab_size)
 
-    def part(states: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
-        return SelectiveLogSoftmax.apply(_logits(lm, states), wanted, temperature)
+    def part(states: Tensor, wanted: Tensor) -> tuple[Tensor, ...]:
+        found = SelectiveLogSoftmax.apply(_logits(lm, states), wanted, temperature, top1)
+        return found if top1 else found[:2]
 
     parts = []
     for states, wanted in zip(hidden.tensor_split(chunks), targets.tensor_split(chunks)):
@@ -102,20 +159,21 @@ def head_logprobs(
             parts.append(checkpoint(part, states, wanted, use_reentrant=False, preserve_rng_state=False))
         else:
             parts.append(part(states, wanted))
-    logprobs, entropies = zip(*parts)
-    return torch.cat(logprobs), torch.cat(entropies)
+    return tuple(torch.cat(column) for column in zip(*parts))
 
 
 class SelectiveLogSoftmax(torch.autograd.Function):
-    """Log-probs of tokens, and entropies, from logits [n, V], which it overwrites: with them, forward and backward hold
-    two such matrices at a time, three where the loss has an entropy bonus.
+    """Log-probs of tokens, entropies and on request top-1 flags from logits [n, V], which it overwrites: with them,
+    forward and backward hold two such matrices at a time, three where the loss has an entropy bonus.
 
     With log-probs l, p = exp(l), temperature T and entropy H: d l_i / d logit_j = (1[i=j] - p_j) / T and
     d H / d logit_j = -p_j (l_j + H) / T.
     """
 
     @staticmethod
-    def forward(ctx: Any, logits: Tensor, wanted: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    def forward(
+        ctx: Any, logits: Tensor, wanted: Tensor, temperature: float, top1: bool
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
         if temperature != 1:
             logits /= temperature
         logprobs = torch.log_softmax(logits, -1, out=logits)
@@ -124,10 +182,13 @@ class SelectiveLogSoftmax(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         ctx.temperature = temperature
         ctx.save_for_backward(logprobs, wanted, entropies)
-        return chosen, entropies
+        likeliest = chosen == logprobs.amax(-1) if top1 else None
+        if likeliest is not None:
+            ctx.mark_non_differentiable(likeliest)
+        return chosen, entropies, likeliest
 
     @staticmethod
-    def backward(ctx: Any, chosen: Tensor | None, entropies: Tensor | None) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, chosen: Tensor | None, entropies: Tensor | None, _: None) -> tuple[Tensor, None, None, None]:
         logprobs, wanted, entropy = ctx.saved_tensors
         gradient = logprobs.exp()
         weight = gradient.new_zeros(len(gradient)) if chosen is None else chosen / ctx.temperature
@@ -136,7 +197,7 @@ class SelectiveLogSoftmax(torch.autograd.Function):
         else:
             bonus = (logprobs + entropy[:, None]).mul_((entropies / ctx.temperature)[:, None])
             gradient *= bonus.add_(weight[:, None]).neg_()
-        return gradient.scatter_add_(-1, wanted[:, None], weight[:, None]), None, None
+        return gradient.scatter_add_(-1, wanted[:, None], weight[:, None]), None, None, None
 
 
 def _logits(lm: PreTrainedModel, states: Tensor) -> Tensor:

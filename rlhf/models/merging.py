@@ -15,40 +15,16 @@ from rlhf.core.console import is_main
 
 
 @contextmanager
-def gathered(parameters: Iterable[Any], write: bool = False) -> Iterator[None]:
-    """Inside, parameters that ZeRO-3 has partitioned are whole. Every rank calls it.
-
-    Args:
-        write: What rank 0 has written into them holds on all ranks afterwards; without it, changes are dropped.
-    """
+def gathered(parameters: Iterable[Any]) -> Iterator[None]:
+    """Inside, parameters that ZeRO-3 has partitioned are whole; changes to them are dropped. Every rank calls it."""
     sharded = [parameter for parameter in parameters if hasattr(parameter, "ds_id")]
     if not sharded:
         yield
         return
     import deepspeed
 
-    with deepspeed.zero.GatheredParameters(sharded, modifier_rank=0 if write else None):
+    with deepspeed.zero.GatheredParameters(sharded):
         yield
-
-
-def trained_state(model: Any) -> dict[str, Tensor]:
-    """The weights that are trained, by name, as copies on rank 0's CPU; nothing on the others. Every rank calls it."""
-    state = {}
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            with gathered([parameter]):
-                if is_main():
-                    state[name] = parameter.detach().to("cpu", copy=True).contiguous()
-    return state
-
-
-def put_trained_state(model: Any, state: dict[str, Tensor]) -> None:
-    """Put what `trained_state` gave back into the model. Every rank calls it, all with the weights."""
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            with gathered([parameter], write=True), torch.no_grad():
-                if is_main() or not hasattr(parameter, "ds_id"):
-                    parameter.copy_(state[name])
 
 
 def merged_state(model: Any) -> dict[str, Tensor]:

@@ -1,6 +1,6 @@
-"""How far the people who ranked a dataset agree, and so how accurate a reward model can be on it.
+"""Human agreement: how far the annotators of a dataset agree, and so how accurate a reward model can be on it.
 
-`rlhf data check` leaves the figures in the dataset's manifest, under `agreement`.
+`rlhf data check` writes the numbers into the dataset's manifest, under `agreement`.
 """
 
 from __future__ import annotations
@@ -15,18 +15,18 @@ from rlhf.data.store import Dataset
 
 @dataclass(frozen=True)
 class Agreement:
-    """Shares of pairs, in [0, 1]."""
+    """Fractions of pairs, in [0, 1]."""
 
     agreement: float
-    """How often two annotators order a pair alike."""
+    """How often two annotators order a pair the same way."""
     ceiling: float
-    """The accuracy that a reward model can reach on rankings by such people."""
+    """The accuracy that a reward model can reach on rankings by these annotators."""
     interval: tuple[float, float]
-    """95%, of the ceiling."""
+    """The 95% interval of the ceiling."""
 
     @classmethod
     def of(cls, datasets: Sequence[Dataset]) -> Agreement | None:
-        """What is known of the datasets that a model is measured on: of one. Of several together nothing is known.
+        """The agreement that the manifest of a single dataset notes; None where there is none, or for several datasets.
 
         Raises:
             UserError: The manifest's entry is not what `rlhf data check` writes.
@@ -40,20 +40,20 @@ class Agreement:
         except (KeyError, TypeError, ValueError) as error:
             raise UserError(
                 f"{datasets[0].path}/manifest.json: `agreement` is damaged ({error!r})",
-                remedy=f"Write it anew: rlhf data check {datasets[0].path}",
+                remedy=f"Write it again: rlhf data check {datasets[0].path}",
             ) from None
 
-    def figures(self) -> dict[str, Any]:
-        """For JSON, beside a model's figures."""
+    def metrics(self) -> dict[str, Any]:
+        """For JSON, next to the metrics of a model."""
         return {
             "annotator_agreement": self.agreement,
             "ceiling": self.ceiling,
             "ceiling_interval": list(self.interval),
         }
 
-    def beside(self, accuracy: float | None) -> str:
-        """The line that puts a model's accuracy beside people's."""
+    def compared_with(self, accuracy: float | None) -> str:
+        """The line that shows the accuracy of a model next to human agreement."""
         low, high = self.interval
         shown = "-" if accuracy is None else f"{accuracy:.2f}"
-        people = f"annotators agree {self.agreement:.2f}; ceiling {self.ceiling:.2f}, {low:.2f} to {high:.2f}"
-        return f"accuracy {shown} ({people})"
+        human = f"annotators agree {self.agreement:.2f}; ceiling {self.ceiling:.2f}, {low:.2f} to {high:.2f}"
+        return f"accuracy {shown} ({human})"

@@ -11,6 +11,7 @@ import torch
 
 from rlhf.data.chat import ChatTokenizer
 from rlhf.models.shared_prompt import NO_SHARING, PromptWithCompletions, SharedPrompts, pad_rows
+from rlhf.reward.losses import RankingBatch
 
 
 def informative(ranks: Iterable[Sequence[int]]) -> list[int]:
@@ -19,45 +20,52 @@ def informative(ranks: Iterable[Sequence[int]]) -> list[int]:
 
 
 @dataclass(frozen=True)
+class RewardBatch:
+    """B rankings with N candidates: every candidate is encoded once, however many pairs it is in."""
+
+    input_ids: torch.Tensor
+    """int64 [R, T], prompt and candidates, padded on the right; R = N rows of one candidate each, or fewer where
+    candidates share their prompt."""
+    attention_mask: torch.Tensor
+    """int64 [R, T], 1 where there is a token."""
+    branches: torch.Tensor | None
+    """int64 [R, T], which token belongs to which candidate of its row (see `rlhf.models.shared_prompt`); None where no
+    row has several."""
+    rankings: RankingBatch
+    """How the candidates were ranked, in the order in which the rows hold them."""
+
+
+@dataclass(frozen=True)
 class RankingCollator:
-    """Rows of a table of rankings to one flat batch: every candidate is encoded once, however many pairs it is in.
-
-    The batch of B rankings, with N candidates altogether:
-
-    - `input_ids`, `attention_mask`: int64 [R, T], prompt and candidates, padded on the right; R = N rows of one
-      candidate each, or fewer where candidates share their prompt.
-    - `branches`: int64 [R, T], which token belongs to which candidate of its row (see `rlhf.models.shared_prompt`);
-      only where some row has several.
-    - `ranks`: int64 [N], 1 = best. `ratings`: float32 [N], NaN where there is none.
-    - `ranking`: int64 [N], the ranking of each candidate, 0..B-1, ascending.
-    - `weights`: float32 [B], how much each ranking counts.
-    """
+    """Makes a batch from rows of a table of rankings, on `device`."""
 
     chat: ChatTokenizer
     weighted: bool = True
-    """Take the rankings' weights; all count alike otherwise."""
+    """Take the rankings' weights; all count the same otherwise."""
     sharing: SharedPrompts = NO_SHARING
     """Which candidates share a row: the model's `shared_prompts`."""
+    device: Any = None
 
-    def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
+    def __call__(self, rows: Sequence[dict[str, Any]]) -> RewardBatch:
         encoded: list[PromptWithCompletions] = []
-        longest = max(len(row["prompt"]) + len(answer) for row in rows for answer in row["candidates"])
+        longest = max(len(row["prompt"]) + len(candidate) for row in rows for candidate in row["candidates"])
         sharing = self.sharing.for_length(longest)
         for row in rows:
-            prompt, answers = row["prompt"], row["candidates"]
-            parts = sharing.rows(len(prompt), [len(answer) for answer in answers])
-            encoded += [(prompt, [answers[i] for i in part]) for part in parts]
-        input_ids, attention_mask, branches = pad_rows(self.chat, encoded)
+            prompt, candidates = row["prompt"], row["candidates"]
+            parts = sharing.rows(len(prompt), [len(candidate) for candidate in candidates])
+            encoded += [(prompt, [candidates[i] for i in part]) for part in parts]
         columns = {name: [row[name] for row in rows] for name in ("ranks", "ratings", "weight")}
-        batch = {"input_ids": input_ids, "attention_mask": attention_mask, **self.rankings(columns)}
-        return batch if branches is None else batch | {"branches": branches}
+        return RewardBatch(*pad_rows(self.chat, encoded, self.device), self.rankings(columns))
 
-    def rankings(self, columns: Mapping[str, Sequence[Any]]) -> dict[str, torch.Tensor]:
+    def rankings(self, columns: Mapping[str, Sequence[Any]]) -> RankingBatch:
         """The batch without its texts, from the columns `ranks`, `ratings` and `weight` of the rows."""
         ranks, weights = columns["ranks"], columns["weight"]
-        return {
-            "ranks": torch.tensor([rank for row in ranks for rank in row]),
-            "ratings": torch.tensor([math.nan if r is None else r for row in columns["ratings"] for r in row]),
-            "ranking": torch.tensor([index for index, row in enumerate(ranks) for _ in row]),
-            "weights": torch.tensor(weights if self.weighted else [1.0] * len(weights), dtype=torch.float32),
-        }
+        ratings = [math.nan if rating is None else rating for row in columns["ratings"] for rating in row]
+        return RankingBatch(
+            ranks=torch.tensor([rank for row in ranks for rank in row], device=self.device),
+            ranking=torch.tensor([index for index, row in enumerate(ranks) for _ in row], device=self.device),
+            ratings=torch.tensor(ratings, device=self.device),
+            weights=torch.tensor(
+                weights if self.weighted else [1.0] * len(weights), dtype=torch.float32, device=self.device
+            ),
+        )

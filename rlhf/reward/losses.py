@@ -1,16 +1,9 @@
 """Losses over whole rankings: K candidates of a prompt are scored once and compared with each other.
 
-A batch of rankings of unequal K is flat, all candidates of all rankings one after the other:
-
-- `scores` float [N]: the reward model's scalar per candidate.
-- `ranks` int64 [N]: 1 = best, equal ranks in a ranking = tie, none skipped (`rlhf.data.schema.dense_ranks`).
-- `ranking` int64 [N]: the ranking that each candidate belongs to, 0..B-1, ascending.
-- `ratings` float [N], optional: the annotator's rating of each candidate, higher = better, NaN where unknown.
-- `weights` float [B], optional: factor on each ranking's loss (how far its annotator is trusted, say).
-
-A loss is first averaged within a ranking, so that one with many candidates weighs no more than a binary comparison
-(InstructGPT, arXiv:2203.02155, eq. 1). The caller averages over rankings: `loss.sum() / counted.sum()`, or with
-weights `loss.sum() / (weights * counted).sum()`, both sums over all processes.
+A loss takes the scores float [N] of the candidates and the `RankingBatch` that says how they were ranked. It is first
+averaged within a ranking, so that one with many candidates weighs no more than a binary comparison (InstructGPT,
+arXiv:2203.02155, eq. 1). The caller averages over rankings: `loss.sum() / counted.sum()`, or with weights
+`loss.sum() / (weights * counted).sum()`, both sums over all processes.
 """
 
 from __future__ import annotations
@@ -32,9 +25,23 @@ else:
     torch, F = lazy("torch"), lazy("torch.nn.functional")
 
 RANKING_LOSSES = Table("ranking loss")
-"""Rows: `(scores, ranks, ranking, ratings=None, weights=None, *, options) -> RankingLoss`, shapes as in the module's
-docstring. Trait `uses_ties`: whether tied candidates teach the model anything. Half-precision scores are raised to
-float32 first. Every row raises ValueError where the shapes do not agree or `ranking` is not ascending."""
+"""Rows: `(scores, batch, *, options) -> RankingLoss`, with `scores` float [N] and `batch` a `RankingBatch`. Trait
+`uses_ties`: whether tied candidates teach the model anything. Half-precision scores are raised to float32 first. Every
+row raises ValueError where the shapes do not agree or `ranking` is not ascending."""
+
+
+@dataclass(frozen=True)
+class RankingBatch:
+    """How the N candidates of B rankings of unequal size were ranked, all rankings one after the other."""
+
+    ranks: Tensor
+    """int64 [N], 1 = best, equal ranks in a ranking = tie, none skipped (`rlhf.data.schema.dense_ranks`)."""
+    ranking: Tensor
+    """int64 [N], the ranking that each candidate belongs to, 0..B-1, ascending."""
+    ratings: Tensor | None = None
+    """Float [N], the annotator's rating of each candidate, higher = better, NaN where unknown."""
+    weights: Tensor | None = None
+    """Float [B], a factor on each ranking's loss; all 1 when left out."""
 
 
 class RankingLoss(NamedTuple):
@@ -76,7 +83,7 @@ class _Layout:
 
 
 @dataclass(frozen=True)
-class _Batch:
+class _Padded:
     """A padded batch; `better` and `tied` are the pairs [B, K, K] of it, each pair once."""
 
     scores: Tensor
@@ -87,6 +94,7 @@ class _Batch:
     """Bool: [b, i, j] is True where candidate i is ranked above candidate j."""
     tied: Tensor
     """Bool: [b, i, j] is True where i < j share a rank."""
+    weights: Tensor | None
 
     @property
     def gaps(self) -> Tensor:
@@ -98,25 +106,24 @@ def _outer_difference(values: Tensor) -> Tensor:
     return values[:, :, None] - values[:, None, :]
 
 
-def _batch(
-    scores: Tensor, ranks: Tensor, ranking: Tensor, ratings: Tensor | None = None, weights: Tensor | None = None
-) -> _Batch:
-    shapes = {"scores": scores, "ranks": ranks, "ranking": ranking}
-    shapes |= {"ratings": ratings} if ratings is not None else {}
-    if scores.dim() != 1 or any(value.shape != scores.shape for value in shapes.values()):
-        found = ", ".join(f"{name} {list(value.shape)}" for name, value in shapes.items())
+def _pad(scores: Tensor, batch: RankingBatch) -> _Padded:
+    columns = {"scores": scores, "ranks": batch.ranks, "ranking": batch.ranking}
+    columns |= {"ratings": batch.ratings} if batch.ratings is not None else {}
+    if scores.dim() != 1 or any(value.shape != scores.shape for value in columns.values()):
+        found = ", ".join(f"{name} {list(value.shape)}" for name, value in columns.items())
         raise ValueError(f"expected one value per candidate, all of one shape [N]; got {found}")
     scores = _at_least_float32(scores)
-    layout = _Layout.of(ranking, None if weights is None else len(weights))
-    padded, valid = layout.pad(ranks), layout.valid
+    layout = _Layout.of(batch.ranking, None if batch.weights is None else len(batch.weights))
+    ranks, valid = layout.pad(batch.ranks), layout.valid
     both = valid[:, :, None] & valid[:, None, :]
-    return _Batch(
+    return _Padded(
         scores=layout.pad(scores),
-        ranks=padded,
+        ranks=ranks,
         valid=valid,
-        ratings=None if ratings is None else layout.pad(ratings.to(scores.dtype)),
-        better=both & (padded[:, :, None] < padded[:, None, :]),
-        tied=(both & (padded[:, :, None] == padded[:, None, :])).triu(1),
+        ratings=None if batch.ratings is None else layout.pad(batch.ratings.to(scores.dtype)),
+        better=both & (ranks[:, :, None] < ranks[:, None, :]),
+        tied=(both & (ranks[:, :, None] == ranks[:, None, :])).triu(1),
+        weights=batch.weights,
     )
 
 
@@ -124,18 +131,18 @@ def _at_least_float32(scores: Tensor) -> Tensor:
     return scores.to(torch.promote_types(scores.dtype, torch.float32))
 
 
-def _result(total: Tensor, terms: Tensor, weights: Tensor | None) -> RankingLoss:
+def _result(padded: _Padded, total: Tensor, terms: Tensor) -> RankingLoss:
     """Summed losses [B] and the number of terms in each [B] -> weighted means."""
     loss = total / terms.clamp(min=1)
-    return RankingLoss(loss if weights is None else loss * weights, terms > 0)
+    return RankingLoss(loss if padded.weights is None else loss * padded.weights, terms > 0)
 
 
-def _mean_over_pairs(batch: _Batch, strict: Tensor, tie: Tensor | None, weights: Tensor | None) -> RankingLoss:
+def _mean_over_pairs(padded: _Padded, strict: Tensor, tie: Tensor | None) -> RankingLoss:
     """Average the losses [B, K, K] of strictly ordered pairs and, if given, of tied pairs."""
-    loss, used = strict.where(batch.better, 0.0), batch.better
+    loss, used = strict.where(padded.better, 0.0), padded.better
     if tie is not None:
-        loss, used = loss + tie.where(batch.tied, 0.0), used | batch.tied
-    return _result(loss.sum((1, 2)), used.sum((1, 2)), weights)
+        loss, used = loss + tie.where(padded.tied, 0.0), used | padded.tied
+    return _result(padded, loss.sum((1, 2)), used.sum((1, 2)))
 
 
 # ---- the losses --------------------------------------------------------------------------------------------------
@@ -144,10 +151,7 @@ def _mean_over_pairs(batch: _Batch, strict: Tensor, tie: Tensor | None, weights:
 @RANKING_LOSSES.row("bradley-terry", uses_ties=False)
 def bradley_terry(
     scores: Tensor,
-    ranks: Tensor,
-    ranking: Tensor,
-    ratings: Tensor | None = None,
-    weights: Tensor | None = None,
+    batch: RankingBatch,
     *,
     label_smoothing: Annotated[float, Field(ge=0, lt=0.5)] = 0.0,
     margin: Literal["none", "rank", "rating"] = "none",
@@ -168,25 +172,22 @@ def bradley_terry(
     Raises:
         ValueError: margin `rating` without ratings.
     """
-    batch = _batch(scores, ranks, ranking, ratings, weights)
-    gaps = batch.gaps
+    padded = _pad(scores, batch)
+    gaps = padded.gaps
     if margin == "rank":
-        gaps = gaps - margin_scale * (-_outer_difference(batch.ranks) - 1)
+        gaps = gaps - margin_scale * (-_outer_difference(padded.ranks) - 1)
     elif margin == "rating":
-        if batch.ratings is None:
+        if padded.ratings is None:
             raise ValueError("margin 'rating' needs the candidates' ratings, and the batch has none")
-        gaps = gaps - margin_scale * _outer_difference(batch.ratings).nan_to_num(0.0).clamp(min=0)
+        gaps = gaps - margin_scale * _outer_difference(padded.ratings).nan_to_num(0.0).clamp(min=0)
     loss = -(1 - label_smoothing) * F.logsigmoid(gaps) - label_smoothing * F.logsigmoid(-gaps)
-    return _mean_over_pairs(batch, loss, None, weights)
+    return _mean_over_pairs(padded, loss, None)
 
 
 @RANKING_LOSSES.row("rao-kupper", uses_ties=True)
 def rao_kupper(
     scores: Tensor,
-    ranks: Tensor,
-    ranking: Tensor,
-    ratings: Tensor | None = None,
-    weights: Tensor | None = None,
+    batch: RankingBatch,
     *,
     tie_threshold: Annotated[float, Field(gt=0, le=20)] = 0.5,
 ) -> RankingLoss:
@@ -202,19 +203,16 @@ def rao_kupper(
         tie_threshold: Score units, > 0. Equal scores are a tie with probability tanh(tie_threshold / 2), 0.24 by
             default; choose it so that this comes near the share of ties in the data.
     """
-    batch = _batch(scores, ranks, ranking, ratings, weights)
-    gaps = batch.gaps
+    padded = _pad(scores, batch)
+    gaps = padded.gaps
     above, below = -F.logsigmoid(gaps - tie_threshold), -F.logsigmoid(-gaps - tie_threshold)
-    return _mean_over_pairs(batch, above, above + below - math.log(math.expm1(2 * tie_threshold)), weights)
+    return _mean_over_pairs(padded, above, above + below - math.log(math.expm1(2 * tie_threshold)))
 
 
 @RANKING_LOSSES.row("davidson", uses_ties=True)
 def davidson(
     scores: Tensor,
-    ranks: Tensor,
-    ranking: Tensor,
-    ratings: Tensor | None = None,
-    weights: Tensor | None = None,
+    batch: RankingBatch,
     *,
     tie_prevalence: Annotated[float, Field(gt=0)] = 0.5,
 ) -> RankingLoss:
@@ -228,21 +226,18 @@ def davidson(
         tie_prevalence: > 0. Equal scores are a tie with probability nu / (2 + nu), 0.2 by default; choose it so
             that this comes near the share of ties in the data.
     """
-    batch = _batch(scores, ranks, ranking, ratings, weights)
-    gaps, log_nu = batch.gaps, math.log(tie_prevalence)
+    padded = _pad(scores, batch)
+    gaps, log_nu = padded.gaps, math.log(tie_prevalence)
     # Z divided by the outcome's own term: nothing overflows, whatever the scores.
     strict = torch.stack((torch.zeros_like(gaps), -gaps, log_nu - gaps / 2)).logsumexp(0)
     tie = torch.stack((torch.zeros_like(gaps), gaps / 2 - log_nu, -gaps / 2 - log_nu)).logsumexp(0)
-    return _mean_over_pairs(batch, strict, tie, weights)
+    return _mean_over_pairs(padded, strict, tie)
 
 
 @RANKING_LOSSES.row("plackett-luce", uses_ties=True)
 def plackett_luce(
     scores: Tensor,
-    ranks: Tensor,
-    ranking: Tensor,
-    ratings: Tensor | None = None,
-    weights: Tensor | None = None,
+    batch: RankingBatch,
 ) -> RankingLoss:
     """Plackett (1975) and Luce (1959): the best is chosen from all, the next from the rest, and so on.
 
@@ -255,17 +250,17 @@ def plackett_luce(
     not do for a tie at the bottom: two tied candidates alone have the loss of Rao-Kupper's tie at theta -> 1, up to a
     constant. The loss is >= 0, and approaches 0 as ties become equal and groups far apart. `ratings` are not used.
     """
-    batch = _batch(scores, ranks, ranking, ratings, weights)
-    either = batch.tied | batch.tied.mT
-    tied_with = either | torch.diag_embed(batch.valid)
-    group = tied_with.sum(2, keepdim=True).clamp(min=1).to(batch.scores.dtype)  # m; 1 on padding
+    padded = _pad(scores, batch)
+    either = padded.tied | padded.tied.mT
+    tied_with = either | torch.diag_embed(padded.valid)
+    group = tied_with.sum(2, keepdim=True).clamp(min=1).to(padded.scores.dtype)  # m; 1 on padding
     unplaced = group - either.tril(-1).sum(2, keepdim=True)  # m - l
     # The factor m! is folded in, stage by stage: (m - l) times e^s_i over the denominator.
-    terms = batch.scores[:, None, :] - torch.where(tied_with, group, unplaced).log()
-    remaining = tied_with | batch.better
+    terms = padded.scores[:, None, :] - torch.where(tied_with, group, unplaced).log()
+    remaining = tied_with | padded.better
     log_denominator = terms.masked_fill(~remaining, torch.finfo(terms.dtype).min).logsumexp(2)
-    loss = (log_denominator - batch.scores).where(batch.valid, 0.0).sum(1)
-    return _result(loss, (batch.valid.sum(1) - 1).clamp(min=0), weights)
+    loss = (log_denominator - padded.scores).where(padded.valid, 0.0).sum(1)
+    return _result(padded, loss, (padded.valid.sum(1) - 1).clamp(min=0))
 
 
 def centering_penalty(scores: Tensor, ranking: Tensor) -> Tensor:

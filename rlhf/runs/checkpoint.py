@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from rlhf import distributed
 from rlhf.core.console import is_main, warn
+from rlhf.core.errors import UserError
 from rlhf.core.files import partial_path, whole_folder, write_json
 from rlhf.core.lazy import lazy
 
@@ -75,11 +76,19 @@ class Checkpoints:
         names = [path.name for path in self.folder.glob("step-*")]
         return sorted(int(name[5:]) for name in names if name[5:].isdigit())
 
-    def newest(self) -> tuple[int, Path] | None:
-        """Step and folder of the newest complete checkpoint. Damaged ones are skipped with a warning."""
+    def newest(self, processes: int | None = None) -> tuple[int, Path] | None:
+        """Step and folder of the newest complete checkpoint. Damaged ones are skipped with a warning.
+
+        Args:
+            processes: How many are to continue from it; this run's when left out.
+
+        Raises:
+            UserError: It was written by another number of processes.
+        """
         for step in reversed(self._steps()):
             fault = damage(self.path(step))
             if fault is None:
+                _check_processes(self.path(step), processes or distributed.world_size())
                 return step, self.path(step)
             warn(f"{self.path(step)}: {fault}; falling back to an older checkpoint")
         return None
@@ -100,9 +109,14 @@ def damage(checkpoint: Path) -> str | None:
     return None
 
 
-def world_size_of(checkpoint: Path) -> int:
-    """The number of processes that wrote the checkpoint."""
-    return int(json.loads((checkpoint / SEAL).read_text("utf-8"))["world_size"])
+def _check_processes(checkpoint: Path, processes: int) -> None:
+    wrote = int(json.loads((checkpoint / SEAL).read_text("utf-8"))["world_size"])
+    if wrote != processes:
+        raise UserError(
+            f"{checkpoint}: written by {wrote} processes, this run has {processes}",
+            "Each process keeps its part of the optimizer state and its own random state.",
+            f"Resume with --num-processes {wrote}.",
+        )
 
 
 def rng_state() -> dict[str, Any]:

@@ -20,7 +20,6 @@ from rlhf.config.base import AdamWConfig
 from rlhf.core.errors import UserError
 from rlhf.distributed.deepspeed_config import SET_BY_US, read_deepspeed
 from rlhf.models.load import compute_dtype
-from rlhf.runs.checkpoint import world_size_of
 
 
 def rate_scale(schedule: str, step: int, steps: int, warmup: int, first: int = 0) -> float:
@@ -90,10 +89,11 @@ class Engine:
         return module.to(distributed.device())
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        with self._autocast():
+        with self.autocast():
             return self.module(*args, **kwargs)
 
-    def _autocast(self) -> Any:
+    def autocast(self) -> Any:
+        """A context in which parts of the module that are called directly compute in the engine's precision."""
         if self.dtype == torch.float32:
             return nullcontext()
         return torch.autocast(distributed.device().type, dtype=self.dtype)
@@ -125,7 +125,7 @@ class Engine:
         """Inside, `part` of the module has its whole weights on this process and may be called by itself."""
         before = cast_frozen_linears_(part, self.dtype)
         try:
-            with self._autocast():
+            with self.autocast():
                 yield
         finally:
             for layer, weight in before:
@@ -136,13 +136,21 @@ class Engine:
         trainable = {n: p.detach() for n, p in self.module.named_parameters() if p.requires_grad}
         torch.save({"weights": trainable, "optimizer": self.optimizer.state_dict()}, folder / "engine.pt")
 
-    def load(self, folder: Path) -> None:
-        """Read back what `save` wrote."""
-        state = torch.load(folder / "engine.pt", map_location=distributed.device(), weights_only=True)
-        missing = self.module.load_state_dict(state["weights"], strict=False).unexpected_keys
-        if missing:
-            raise UserError(f"{folder}/engine.pt: holds weights that this model has not: {missing[:3]}")
-        self.optimizer.load_state_dict(state["optimizer"])
+    def load(self, folder: Path, optimizer: bool = True) -> None:
+        """Read back what `save` wrote; without `optimizer` only the weights matter afterwards.
+
+        Raises:
+            UserError: The checkpoint does not fit the model.
+        """
+        # Mapped, not read, where the optimizer state would only take memory.
+        state = torch.load(
+            folder / "engine.pt", map_location=distributed.device(), weights_only=True, mmap=not optimizer
+        )
+        unknown = self.module.load_state_dict(state["weights"], strict=False).unexpected_keys
+        if unknown:
+            raise UserError(f"{folder}/engine.pt: contains parameters that the model does not have: {unknown[:3]}")
+        if optimizer:
+            self.optimizer.load_state_dict(state["optimizer"])
 
     def freeze(self, model: nn.Module) -> Any:
         """A frozen model on this process's device, which computes what an equal one in training computes.
@@ -152,7 +160,7 @@ class Engine:
         """
         cast_frozen_linears_(model.requires_grad_(False).eval(), self.dtype)
         if self.dtype != torch.float32:
-            model.forward = self._autocast()(model.forward)
+            model.forward = self.autocast()(model.forward)
         return self._placed(model)
 
 
@@ -212,7 +220,7 @@ class DeepSpeedEngine(Engine):
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self.deepspeed(*args, **kwargs)
 
-    def _autocast(self) -> Any:
+    def autocast(self) -> Any:
         return nullcontext()
 
     def backward(self, loss: Tensor, last: bool) -> None:
@@ -248,15 +256,10 @@ class DeepSpeedEngine(Engine):
         # Frozen weights are read from where the run has them; a base under adapters is most of the model.
         self.deepspeed.save_checkpoint(str(folder), tag="engine", exclude_frozen_parameters=True)
 
-    def load(self, folder: Path) -> None:
-        wrote = world_size_of(folder)
-        if wrote != distributed.world_size():
-            raise UserError(
-                f"{folder}: written by {wrote} processes, this run has {distributed.world_size()}",
-                "Each process keeps its share of the optimizer state.",
-                f"Resume with {wrote} processes.",
-            )
-        self.deepspeed.load_checkpoint(str(folder), tag="engine", load_module_strict=False)
+    def load(self, folder: Path, optimizer: bool = True) -> None:
+        found, _ = self.deepspeed.load_checkpoint(str(folder), tag="engine", load_module_strict=False)
+        if found is None:
+            raise UserError(f"{folder}: DeepSpeed finds no state of its own there", "Was the JSON changed?")
 
     def freeze(self, model: nn.Module) -> Any:
         # DeepSpeed trains a policy whose weights are all in the computation's dtype; so is what is frozen beside it.

@@ -3,44 +3,42 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 
 import torch
-from torch.utils.data import Sampler
 
 POOL_BATCHES = 50
-"""Batches of similar length are cut from random pools of at most so many batches; an epoch has at least four pools, so
-that the same rows do not meet each time."""
+"""Batches of similar length are cut from random pools of at most so many batches. An epoch has at least four pools, so
+that the same rows do not meet in every epoch."""
 
 
-class EpochSampler(Sampler[int]):
-    """Row numbers of one epoch in an order that follows from seed and epoch alone, whatever the number of processes.
+class StepRows:
+    """The rows of each optimizer step, whatever the number of processes; `steps` is the number of steps in an epoch.
 
-    The last batch is filled up from the epoch's beginning, so that every optimizer step has the same number of rows.
+    The last batch of an epoch is filled up from the epoch's beginning, so that every step has the same number of rows.
 
     Args:
         seed: The run's.
         rows: How many there are.
         batch: Rows per optimizer step over all processes.
         lengths: Of the rows, to batch those of similar length together; None for a plain random order.
-        step: Gives the optimizer steps done so far. They tell the epoch, so a resumed run goes on in the one it left.
     """
 
-    def __init__(
-        self, seed: int, rows: int, batch: int, lengths: Sequence[int] | None, step: Callable[[], int]
-    ) -> None:
-        self.seed, self.rows, self.batch, self.lengths, self.step = seed, rows, batch, lengths, step
+    def __init__(self, seed: int, rows: int, batch: int, lengths: Sequence[int] | None) -> None:
+        self.seed, self.rows, self.batch, self.lengths = seed, rows, batch, lengths
+        self.steps = math.ceil(rows / batch)
+        self._epoch, self._order = -1, [0]
 
-    def __len__(self) -> int:
-        return math.ceil(self.rows / self.batch) * self.batch
-
-    def __iter__(self) -> Iterator[int]:
-        epoch = self.step() * self.batch // len(self)
-        return iter(epoch_order(self.seed, epoch, self.rows, self.batch, self.lengths))
+    def __getitem__(self, step: int) -> list[int]:
+        """The row numbers of a step, which is counted from 0 over all epochs."""
+        epoch, place = divmod(step, self.steps)
+        if epoch != self._epoch:
+            self._epoch, self._order = epoch, epoch_order(self.seed, epoch, self.rows, self.batch, self.lengths)
+        return self._order[place * self.batch :][: self.batch]
 
 
 def epoch_order(seed: int, epoch: int, rows: int, batch: int, lengths: Sequence[int] | None) -> list[int]:
-    """The order of an epoch: whole batches of `batch` rows; see `EpochSampler`."""
+    """The order of an epoch: whole batches of `batch` rows; see `StepRows`."""
     generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
     order = torch.randperm(rows, generator=generator).tolist()
     while len(order) % batch:
