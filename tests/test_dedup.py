@@ -89,7 +89,7 @@ def test_prompts_of_an_evaluation_set_are_left_out_whatever_its_kind(tmp_path):
     said = last_line(result)
     assert (said["read"], said["written"], said["dropped"]) == (7, 4, {"against": 2, "duplicate": 1})
     assert sources(tmp_path / "n") == ["0", "2", "4", "5"]
-    assert "1 bad rows of it were not compared with" in result.output
+    assert "1 bad rows in it were not compared" in result.output
     result = run(*words, "--near", 0.8)
     assert last_line(result)["dropped"] == {"against": 3, "duplicate": 1}
     assert sources(tmp_path / "n") == ["0", "2", "4"]
@@ -122,7 +122,7 @@ def test_the_same_records_give_the_same_bytes_and_bad_rows_are_counted(tmp_path)
     [
         ({"by": "prompts"}, "cannot compare by 'prompts'"),
         ({"keep": "last"}, "'last' is not a rule"),
-        ({"keep": "best"}, "prompts have nothing to tell a better one by"),
+        ({"keep": "best"}, "prompts have no quality to compare"),
         ({"near": 0.8}, "--near: compares prompts or answers"),
         ({"near": 0.1, "by": "prompt"}, r"not from 0\.5 to 1"),
         ({"against": ["d"]}, "no record is left of 3"),

@@ -92,7 +92,7 @@ def test_an_expression_that_fails_on_records_writes_nothing_and_names_the_first(
         ({"where": "k >"}, "not an expression"),
         ({"where": "tokens < 10"}, "`tokens` needs --tokenizer"),
         ({"max_tokens": 10}, "--max-tokens: needs --tokenizer"),
-        ({}, "no condition"),
+        ({}, "nothing to filter by"),
         ({"where": "k == 17"}, "no record is left of 3"),
         ({"where": "k == 2", "tokenizer": "nowhere"}, "no tokenizer there"),
     ],

@@ -52,7 +52,7 @@ def test_flan_rows_go_by_several_names(tmp_path, fields):
 
 
 def test_a_thumb_down_is_no_demonstration(tmp_path):
-    reason = ["a thumb up or down for one answer"]
+    reason = ["a thumbs up or down for one answer"]
     assert made(tmp_path, "flan", {"prompt": "a", "completion": "b", "label": False})[1] == reason
     assert made(tmp_path, "openai-chat", {"messages": [user("a"), assistant("b")], "label": True})[1] == reason
     assert made(tmp_path, "sharegpt", {"conversations": [human("a"), gpt("b")], "label": False})[1] == reason
@@ -77,7 +77,7 @@ def test_a_chat_that_begins_or_ends_at_the_wrong_turn_keeps_its_good_answers(tmp
     assert [record.answer for record in records] == ["one"]
     assert said(records[0]) == [("assistant", "zero"), ("user", "a")]
     assert reasons == [
-        "an answer to nothing: no user's turn before it",
+        "an answer with no user turn before it",
         "answer: empty",
         "the chat ends without an answer",
     ]
@@ -86,7 +86,7 @@ def test_a_chat_that_begins_or_ends_at_the_wrong_turn_keeps_its_good_answers(tmp
 @pytest.mark.parametrize(
     ("turns", "reason"),
     [
-        ([human("a"), {"from": "observation", "value": "b"}], "conversations: a turn that calls a tool or is one's"),
+        ([human("a"), {"from": "observation", "value": "b"}], "conversations: a tool call or a tool's turn"),
         ([human("a"), {"from": "cat", "value": "b"}], "conversations: a role that is not one of"),
         ([human("a"), {"from": ["gpt"], "value": "b"}], "conversations: a role that is not one of"),
         ([human("a"), gpt(5)], "conversations: a turn that is not text"),

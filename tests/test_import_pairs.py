@@ -89,7 +89,7 @@ def test_a_text_is_not_cut_inside_a_word(tmp_path):
             {"prompt": "a", "chosen": [assistant("b"), user("c")], "rejected": [assistant("d")]},
             "chosen: not one answer",
         ),
-        ({"prompt": "a", "chosen": [assistant(None, tool_calls=[{}])], "rejected": [assistant("d")]}, "calls a tool"),
+        ({"prompt": "a", "chosen": [assistant(None, tool_calls=[{}])], "rejected": [assistant("d")]}, "a tool call or"),
     ],
 )
 def test_a_trl_row_that_is_no_pair_is_set_aside(tmp_path, row, reason):
@@ -137,7 +137,7 @@ def test_a_tool_in_a_sharegpt_pair_is_set_aside(tmp_path):
         "chosen": gpt("b"),
         "rejected": gpt("c"),
     }
-    assert made(tmp_path, "sharegpt-preference", row)[1] == ["conversations: a turn that calls a tool or is one's"]
+    assert made(tmp_path, "sharegpt-preference", row)[1] == ["conversations: a tool call or a tool's turn"]
 
 
 # ---- published comparisons -------------------------------------------------------------------------------------------

@@ -93,7 +93,7 @@ def test_the_command_tells_and_the_manifest_keeps_what_was_taken(folder):
     assert result.exit_code == 0, result.output
     said = last_line(result)
     assert [said[name] for name in ("read", "written", "left", "rejected", "leaks")] == [25, 6, 17, 2, 1]
-    assert "1 prompts stand in more than one split" in result.output
+    assert "1 prompts are in more than one split" in result.output
     origin = open_dataset("m", verify=True).manifest["origin"]
     assert origin["command"] == "rlhf data mix b=0.5 e.jsonl s --cap e.jsonl=2 --seed 3"
     assert [parent["path"] for parent in origin["parents"]] == ["b", "e.jsonl", "s"]

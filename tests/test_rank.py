@@ -53,7 +53,7 @@ def test_with_ten_answers_numbers_stand_apart():
     ("text", "fault"),
     [
         ("2 > 1", "missing: 3, 4"),
-        ("2 > 1 > 2 > 3", "answer 2 stands there twice"),
+        ("2 > 1 > 2 > 3", "answer 2 appears twice"),
         ("5 1 2 3", "there is no answer 5; they are numbered 1 to 4"),
         ("0123", "there is no answer 0"),
         ("2 < 1 3 4", "'<' is neither"),

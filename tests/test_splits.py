@@ -146,11 +146,11 @@ def test_splits_that_would_leak_or_make_no_sense_are_refused(tmp_path):
         ("train=0.8,eval=0.3", "sum to 1.1"),
         ("train=1,dev=0", "no split is called 'dev'"),
         ("train=0.5,train=0.5", "names a split twice"),
-        ("0.8,0.1,0.1", "is not split=share"),
+        ("0.8,0.1,0.1", "is not split=fraction"),
         ("train=most,eval=0.1", "'most' is not a number"),
         ("train=1.5,eval=-0.5", "is not from 0 to 1"),
         ("train=nan,eval=1", "is not from 0 to 1"),
-        ("", "is not split=share"),
+        ("", "is not split=fraction"),
     ],
 )
 def test_fractions_that_do_not_make_a_whole_are_refused(text, message):
@@ -193,10 +193,7 @@ def test_near_prompts_stay_together_and_leak_without_it(tmp_path):
     found = near_splits(tmp_path / "near")
     assert len(found) == 60 and all(len(splits) == 1 for splits in found.values())
     assert set.union(*found.values()) == {"train", "eval", "test"}
-    assert (
-        last_line(result)["joined"] == 120
-        and "prompts that went with another that they are near to: 120" in result.stdout
-    )
+    assert last_line(result)["joined"] == 120 and "prompts assigned with a near duplicate: 120" in result.stdout
     assert open_dataset(tmp_path / "near").manifest["origin"]["command"].endswith(" --near 0.8")
 
 

@@ -1,7 +1,7 @@
 """Label Studio: proposals out to the annotators, their rankings back, through label-studio-sdk.
 
-One task holds one proposal. Its answers stand in the proposal's order, without a word on who wrote them; authors, split
-and group are put back from the candidates when the rankings come home. The key is read from the environment only.
+One task holds one proposal. Its answers are in the proposal's order and do not show who wrote them; authors, split and
+group are restored from the proposals when the rankings are pulled. The key is read from the environment only.
 """
 
 from __future__ import annotations
@@ -61,10 +61,10 @@ def label_config(places: int | None = None) -> str:
     )
     prompt = ET.SubElement(view, "View", className="rank-prompt")
     ET.SubElement(prompt, "Text", name="prompt", value="$prompt")
-    told = "Drag every answer from the left into the ranking on the right, best on top."
+    instruction = "Drag every answer from the left into the ranking on the right, best on top."
     if places is not None:
-        told = "Drag every answer from the left to its place on the right. Equally good answers share a place."
-    ET.SubElement(view, "Header", value=told, size="5")
+        instruction = "Drag every answer from the left to its place on the right. Equally good answers share a place."
+    ET.SubElement(view, "Header", value=instruction, size="5")
     ET.SubElement(view, "List", name="answers", value="$items", title="Answers")
     ranker = ET.SubElement(view, "Ranker", name=CONTROL, toName="answers")
     if places is None:
@@ -89,7 +89,7 @@ def _buckets(config: str) -> list[str]:
 
 @contextmanager
 def _server(url: str) -> Iterator[Any]:
-    """A client of the server; what goes wrong while talking to it becomes a UserError."""
+    """A client of the server; its errors become UserErrors."""
     try:
         import httpx
         from label_studio_sdk import LabelStudio
@@ -116,7 +116,7 @@ def _server(url: str) -> Iterator[Any]:
 
 
 def _mark(dataset: Dataset) -> str:
-    """By what a project is known as that of these candidates, in its description."""
+    """The mark in a project's description that says that it was made for these candidates."""
     return f"rlhf candidates {dataset.fingerprint[:16]}"
 
 
@@ -150,11 +150,11 @@ def push(
 
     Args:
         path: A dataset of proposals.
-        url: Of the server.
+        url: The server's address.
         project: Its number; None takes the one made for these candidates by an earlier push, or makes one.
-        title: Of a new project.
-        ties: Several answers may share a place.
-        annotators: How many people are to rank each task.
+        title: The name of a new project.
+        ties: Let several answers share a place.
+        annotators: How many people rank each task.
 
     Returns:
         project, url, pushed, already (proposals that were there), proposals.
@@ -193,14 +193,14 @@ def _change(client: Any, project: Any, config: str) -> None:
     client.projects.update(project.id, label_config=config)
 
 
-# ---- the way home ------------------------------------------------------------------------------------------------
+# ---- pulling rankings ------------------------------------------------------------------------------------------------
 
 
 def pull(path: str | Path, url: str, out: str | Path, *, project: int | None = None) -> dict[str, Any]:
-    """Bring the rankings of the proposals home, as a dataset that replaces the one of the last pull.
+    """Pull the rankings of the proposals, as a dataset that replaces the one of the last pull.
 
-    It holds all rankings as they stand now: one that was redone counts once, as it is now, and one that was deleted or
-    cancelled is gone. Tasks without an annotation and cancelled annotations are counted as rejected.
+    It holds all rankings in their present state: one that was redone counts once, in its last form; one that was
+    deleted or cancelled is gone. Tasks without an annotation and cancelled annotations are counted as rejected.
 
     Args:
         path: The dataset of proposals that was pushed.
@@ -226,7 +226,7 @@ def pull(path: str | Path, url: str, out: str | Path, *, project: int | None = N
         tasks = client.projects.exports.as_json(found.id)
         people = {user.id: user.email for user in client.users.list()}
     tasks = sorted((each for each in tasks if each["data"].get("proposal") in proposals), key=lambda each: each["id"])
-    before, homes = _state(Path(out) / STATE), _homes(proposals)
+    before, originals = _state(Path(out) / STATE), _originals(proposals)
     with Derivation(out, "ranking", [dataset]) as made:
         place = made.folder / EXPORT
         redone = [gone for each in tasks for gone in _keep_latest(each, people)]
@@ -236,7 +236,7 @@ def pull(path: str | Path, url: str, out: str | Path, *, project: int | None = N
             made.rejects(replace(row, file=str(Path(out) / EXPORT)))
 
         for record in _rankings(place, _buckets(found.label_config or ""), reject):
-            made.write(_restored(record, *homes[record.prompt_id]))
+            made.write(_restored(record, *originals[record.prompt_id]))
         for gone in redone:
             fault = BadRecord("a later annotation by the same person counts", f"annotation {gone['id']}")
             reject(Reject.of(place, 0, fault, json.dumps(gone, ensure_ascii=False)))
@@ -262,7 +262,7 @@ def _state(path: Path) -> dict[str, str]:
 
 
 def _keep_latest(each: dict[str, Any], people: dict[int, str]) -> list[dict[str, Any]]:
-    """Leave in a task each person's last ranking (and what they cancelled), naming them; the others are returned."""
+    """Keep each person's last ranking (and what they cancelled) in a task, with their name; return the others."""
     latest: dict[Any, dict[str, Any]] = {}
     annotations = sorted(each["annotations"], key=lambda one: (one["updated_at"], one["id"]))
     for annotation in annotations:
@@ -286,19 +286,19 @@ def _rankings(export: Path, buckets: list[str], reject: Any) -> Iterator[Ranking
     yield from IMPORTERS.pick({"name": "label-studio", **options})(export, reject)
 
 
-def _homes(proposals: dict[str, Proposal]) -> dict[str, tuple[Proposal, dict[str, Candidate]]]:
+def _originals(proposals: dict[str, Proposal]) -> dict[str, tuple[Proposal, dict[str, Candidate]]]:
     """Prompt -> its first proposal, and all its candidates by their text."""
-    homes: dict[str, tuple[Proposal, dict[str, Candidate]]] = {}
+    originals: dict[str, tuple[Proposal, dict[str, Candidate]]] = {}
     for proposal in proposals.values():
-        _, known = homes.setdefault(proposal.prompt_id, (proposal, {}))
+        _, known = originals.setdefault(proposal.prompt_id, (proposal, {}))
         known |= {candidate.text: candidate for candidate in proposal.candidates}
-    return homes
+    return originals
 
 
-def _restored(record: Ranking, home: Proposal, known: dict[str, Candidate]) -> Ranking:
-    """With what annotators were not shown: who wrote the answers, and where the prompt belongs."""
+def _restored(record: Ranking, original: Proposal, known: dict[str, Candidate]) -> Ranking:
+    """The ranking with what annotators were not shown: who wrote the answers, source, group and split of the prompt."""
     candidates = tuple(known.get(candidate.text, candidate) for candidate in record.candidates)
-    kept = {"source": home.source or record.source, "group": home.group, "split": home.split}
+    kept = {"source": original.source or record.source, "group": original.group, "split": original.split}
     return replace(record, candidates=candidates, **kept)
 
 
@@ -307,16 +307,16 @@ def _restored(record: Ranking, home: Proposal, known: dict[str, Candidate]) -> R
 
 def show_push(summary: dict[str, Any]) -> None:
     """Print what `push` returns."""
-    told = f"pushed {summary['pushed']:,} proposals; {summary['already']:,} were there already"
-    console.say(f"{told} -> project {summary['project']}: {summary['url']}")
+    line = f"pushed {summary['pushed']:,} proposals; {summary['already']:,} were there already"
+    console.say(f"{line} -> project {summary['project']}: {summary['url']}")
 
 
 def show_pull(summary: dict[str, Any]) -> None:
     """Print what `pull` returns."""
     for reason, count in summary["reasons"].items():
         console.say(f"  {count:,} x {reason}")
-    told = f"read {summary['read']:,} = written {summary['written']:,} + rejected {summary['rejected']:,}"
-    console.say(f"{told} -> {summary['out']} (rankings) from {summary['url']}")
+    line = f"read {summary['read']:,} = written {summary['written']:,} + rejected {summary['rejected']:,}"
+    console.say(f"{line} -> {summary['out']} (rankings) from {summary['url']}")
     console.say(
         f"since the last pull: {summary['new']:,} new, {summary['changed']:,} changed, {summary['gone']:,} gone"
     )

@@ -80,7 +80,7 @@ def collect(rounds: Sequence[Round]) -> int:
         rounds: All rounds up to the one that is collected.
 
     Returns:
-        How many rankings it holds. Bad rows of what has come lie in `rejected.jsonl` beside them.
+        How many rankings it holds. Bad rows of the sources are in its `rejected.jsonl`.
 
     Raises:
         UserError: Nothing has come, or it cannot be written.

@@ -55,7 +55,7 @@ def parse_order(text: str, count: int) -> tuple[int, ...]:
     Spaces and commas count as ``>``. With fewer than ten answers every digit is an answer, so ``2143`` will do.
 
     Raises:
-        ValueError: Not every answer stands there exactly once, or something else does; the message is for the person.
+        ValueError: An answer is missing, appears twice or is unknown; the message is for the annotator.
     """
     number = r"\d" if count < 10 else r"\d+"
     ranks: dict[int, int] = {}
@@ -70,7 +70,7 @@ def parse_order(text: str, count: int) -> tuple[int, ...]:
         elif not 1 <= int(token) <= count:
             raise ValueError(f"there is no answer {token}; they are numbered 1 to {count}")
         elif int(token) in ranks:
-            raise ValueError(f"answer {token} stands there twice")
+            raise ValueError(f"answer {token} appears twice")
         else:
             rank += sign != "="
             ranks[int(token)] = rank
@@ -79,7 +79,7 @@ def parse_order(text: str, count: int) -> tuple[int, ...]:
         raise ValueError(f"{sign} needs an answer on both sides")
     missing = [str(answer) for answer in range(1, count + 1) if answer not in ranks]
     if missing:
-        raise ValueError(f"missing: {', '.join(missing)}; every answer stands there once")
+        raise ValueError(f"missing: {', '.join(missing)}; every answer must appear once")
     return tuple(ranks[answer] for answer in range(1, count + 1))
 
 
@@ -97,8 +97,8 @@ def show_order(ranks: Sequence[int]) -> str:
 class RankingsFile:
     """A JSONL file of rankings that is added to; a context manager. One process at a time may hold it.
 
-    A line is written in one piece and flushed to the disk. Taking the last one back cuts the file at its beginning. A
-    last line that a crash of the machine left half written is cut off when the file is opened, and told of.
+    A line is written in one piece and flushed to the disk; taking the last one back truncates the file. A last line
+    that a crash left half written is cut off when the file is opened, with a warning.
 
     Raises:
         UserError: It cannot be written, another process holds it, or it holds something else than rankings.
@@ -120,13 +120,13 @@ class RankingsFile:
         except OSError as error:
             raise UserError(f"--out {path}: cannot be written: {error}") from None
         sync(path.parent)
-        self._mend()
+        self._cut_half_line()
         self.rankings: list[Ranking] = list(read_jsonl(path, "ranking", self._refuse))
 
     def _refuse(self, reject: Reject) -> None:
         raise UserError(str(reject), "New rankings would be added to this file.", "Name another --out.")
 
-    def _mend(self) -> None:
+    def _cut_half_line(self) -> None:
         data = self._read()
         tail = data[data.rfind(b"\n") + 1 :]
         if not tail:
@@ -165,7 +165,7 @@ class RankingsFile:
             os.fsync(self._file.fileno())
         except OSError as error:
             self._file.truncate(size)
-            raise UserError(f"{self.path}: cannot be written: {error}", remedy="Free the disk and go on.") from None
+            raise UserError(f"{self.path}: cannot be written: {error}", remedy="Free disk space.") from None
 
     def take_back(self) -> Ranking:
         """Remove the last ranking of the file, and return it."""
@@ -179,7 +179,7 @@ class RankingsFile:
 
 
 def default_out(candidates: Path, annotator: str) -> Path:
-    """`rankings-NAME.jsonl` beside the candidates; what cannot stand in a file's name becomes a hyphen."""
+    """`rankings-NAME.jsonl` in the candidates' folder; characters that a file name cannot have become a hyphen."""
     name = re.sub(r"[^\w.-]+", "-", annotator)
     return candidates.parent / f"rankings-{name}.jsonl"
 
@@ -206,7 +206,7 @@ def rank(candidates: str | Path, annotator: str, out: str | Path | None = None) 
     if dataset.rejects:
         console.warn(f"{dataset.path}: {len(dataset.rejects)} bad rows are left out; see `rlhf data validate`")
     if hasattr(sys.stdin, "reconfigure"):
-        sys.stdin.reconfigure(errors="replace")  # a byte that is no text is a typing error, not the end
+        sys.stdin.reconfigure(errors="replace")  # an invalid byte is a typing error, not the end of the session
     if sys.stdin.isatty():
         import readline  # noqa: F401  # line editing for input()
     path = default_out(dataset.path, annotator) if out is None else Path(out)
@@ -246,8 +246,8 @@ class Session:
 
     def run(self) -> None:
         """Ask until nothing is left or the person quits."""
-        told = f"Order the answers from best to worst. Each ranking is saved at once, to {self.file.path}"
-        self.console.print(console.printable(told), markup=False)
+        line = f"Order the answers from best to worst. Each ranking is saved at once, to {self.file.path}"
+        self.console.print(console.printable(line), markup=False)
         self.console.print(HELP, markup=False)
         while self.waiting:
             proposal = self.proposals[self.waiting[0]]
@@ -319,7 +319,7 @@ class Session:
                 annotator=self.annotator, time=datetime.now(UTC).isoformat(timespec="milliseconds"),
                 seconds=round(seconds, 1), shown=True,
             )  # fmt: skip
-        except ValueError as fault:  # BadRecord is one: identical answers that are ranked apart
+        except ValueError as fault:  # BadRecord is one: identical answers with different ranks
             self.console.print(f"Not taken: {console.printable(str(fault))}. h shows how.", style="red", markup=False)
             return False
         self.file.add(ranking)
@@ -353,12 +353,12 @@ class Session:
         return {"out": str(self.file.path), "annotator": self.annotator, **counts, "skipped": self._skips()}
 
     def close(self) -> None:
-        """Say where it stands."""
+        """Print the summary."""
         found = self.summary()
-        told = f"{found['ranked']} of {found['proposals']} ranked -> {found['out']}"
+        line = f"{found['ranked']} of {found['proposals']} ranked -> {found['out']}"
         if found["left"]:
-            told += f"; {found['left']} left ({found['skipped']} skipped). The same command continues."
-        self.console.print(told, markup=False, soft_wrap=True)
+            line += f"; {found['left']} left ({found['skipped']} skipped). The same command continues."
+        self.console.print(line, markup=False, soft_wrap=True)
 
 
 def _safe(text: str) -> Text:

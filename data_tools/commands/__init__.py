@@ -1,1 +1,1 @@
-"""The commands of `rlhf data`: options only; what they do lies in the modules that they call."""
+"""The commands of `rlhf data`: options only; the modules that they call do the work."""

@@ -8,6 +8,9 @@ from typing import Annotated
 import typer
 
 from data_tools.check.metrics import METRICS
+from data_tools.check.page import write_page
+from data_tools.check.report import check
+from data_tools.check.show import show, show_rules
 from data_tools.commands.common import DatasetPath, Json, print_json
 from rlhf.core import console
 from rlhf.core.lazy_group import OPTIONS
@@ -26,15 +29,11 @@ def check_command(
         typer.Option(metavar="EVALSET", help="A dataset whose prompts must not be in this one; may be repeated."),
     ] = None,
     html: Annotated[Path | None, typer.Option(metavar="PAGE", help="Write a page with plots and examples.")] = None,
-    no_near: Annotated[bool, typer.Option("--no-near", help="Do not look for near-duplicates: much quicker.")] = False,
+    no_near: Annotated[bool, typer.Option("--no-near", help="Skip the (slow) search for near-duplicates.")] = False,
     fail_on: Annotated[list[str] | None, typer.Option(metavar="RULE", help=RULES)] = None,
     as_json: Json = False,
 ) -> None:
     """Measure duplicates, leaks, contradictions, biases, agreement and annotators, with intervals and a verdict."""
-    from data_tools.check.page import write_page
-    from data_tools.check.report import check
-    from data_tools.check.show import show, show_rules
-
     report = check(path, against=against or (), near=not no_near, fail_on=fail_on or ())
     show(report)
     if html is not None:

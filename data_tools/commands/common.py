@@ -11,7 +11,7 @@ import typer
 from rlhf.core import console
 
 Out = Annotated[Path, typer.Option("--out", help="The dataset folder to make.")]
-Json = Annotated[bool, typer.Option("--json", help="Print the result as one JSON object in the last line.")]
+Json = Annotated[bool, typer.Option("--json", help="Print the result as one JSON object on the last line.")]
 DatasetPath = Annotated[Path, typer.Argument(metavar="DATASET", help="A dataset folder or a .jsonl file.")]
 
 

@@ -29,7 +29,7 @@ After an import, look at a record whose winner you know. `rlhf data check` also 
 answer shown first win; with reversed ranks these fractions are reversed too.
 
 Files can be plain, gzipped or compressed with zstd, whatever their names: JSON lines, JSON arrays of any size (they are
-streamed), concatenated JSON values, and Parquet. A folder stands for all files in it with the suffixes of the format.
+streamed), concatenated JSON values, and Parquet. A folder means all files in it with the suffixes of the format.
 Put glob patterns in quotes. Give options with `--option NAME=VALUE`, or in a YAML file with `--options`; they are
 stored as `import.yaml` in the dataset's folder, so that you can repeat the import.
 """
@@ -62,10 +62,10 @@ def _section(row: TableRow) -> str:
         options = ["| option | type | default |", "| --- | --- | --- |"]
         for name, field in fields.items():
             kind = field.annotation
-            told = str(kind).replace("typing.", "") if get_origin(kind) else getattr(kind, "__name__", str(kind))
+            type_name = str(kind).replace("typing.", "") if get_origin(kind) else getattr(kind, "__name__", str(kind))
             default = "required" if field.is_required() else f"`{field.default!r}`"
             options.append(
-                f"| `{name}` | {told} | {default} |".replace(" | None", " or None").replace("str | ", "str or ")
+                f"| `{name}` | {type_name} | {default} |".replace(" | None", " or None").replace("str | ", "str or ")
             )
         parts.append("\n".join(options))
     suffixes = row.traits["suffixes"]

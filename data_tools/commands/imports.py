@@ -30,14 +30,14 @@ def import_command(
         typer.Option(metavar="NAME=VALUE", help="An option of the format, such as a column; may be repeated."),
     ] = None,
     options: Annotated[
-        Path | None, typer.Option(help="A YAML file of such options; import.yaml of a dataset repeats its import.")
+        Path | None, typer.Option(help="A YAML file of such options; a dataset's import.yaml repeats its import.")
     ] = None,
     split_name: Annotated[str | None, typer.Option(help="Put every record in this split: train, eval or test.")] = None,
     source: Annotated[str | None, typer.Option(help="Give every record this source.")] = None,
     strict: Annotated[bool, typer.Option("--strict", help="Stop at the first row that cannot be used.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Import files of one format into a dataset. Rows that cannot be used go to OUT/rejected.jsonl, by reason."""
+    """Import files of one format into a dataset. Rows that cannot be used go to OUT/rejected.jsonl with the reason."""
     given = read_options(options, option or ())
     gathered = Accumulator()
     try:
@@ -56,10 +56,10 @@ def import_command(
 
 
 def formats_command(
-    name: Annotated[str | None, typer.Argument(metavar="[FORMAT]", help="Tell all about this one.")] = None,
+    name: Annotated[str | None, typer.Argument(metavar="[FORMAT]", help="Show everything about this format.")] = None,
     as_json: Json = False,
 ) -> None:
-    """List the formats that `import` reads, one line and a sample each; or all about one."""
+    """List the formats that `import` reads, with a line and a sample each; or show one in full."""
     try:
         rows = list(IMPORTERS) if name is None else [IMPORTERS[name]]
     except ValueError as error:
@@ -69,7 +69,7 @@ def formats_command(
             console.say(row.name, style="bold")
             console.say(f"  {row.summary}")
             console.say(f"  {_short(row.traits['sample'])}", style="dim")
-        console.say("`rlhf data formats FORMAT` tells how ranks are read, and the options.")
+        console.say("`rlhf data formats FORMAT` shows how ranks are read, and the options.")
     else:
         _show(rows[0])
     if as_json:

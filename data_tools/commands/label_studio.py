@@ -15,9 +15,9 @@ HELP = "Push proposals to Label Studio, pull the rankings."
 app = typer.Typer(name="label-studio", help=HELP, no_args_is_help=True, **OPTIONS)
 
 Candidates = Annotated[Path, typer.Argument(metavar="CANDIDATES", help="A dataset of proposals.")]
-Url = Annotated[str, typer.Option("--url", help=f"Of the server; its key is read from {label_studio.KEY}.")]
+Url = Annotated[str, typer.Option("--url", help=f"Address of the server; its key is read from {label_studio.KEY}.")]
 Project = Annotated[
-    int | None, typer.Option(help="The project's number; otherwise the one that was made for these candidates.")
+    int | None, typer.Option(help="The project's number; by default the project that was made for these candidates.")
 ]
 
 
@@ -26,9 +26,9 @@ def push_command(
     candidates: Candidates,
     url: Url,
     project: Project = None,
-    title: Annotated[str | None, typer.Option(help="Of a new project.")] = None,
-    ties: Annotated[bool, typer.Option("--ties", help="Several answers may share a place.")] = False,
-    annotators: Annotated[int, typer.Option(min=1, help="How many people are to rank each task.")] = 1,
+    title: Annotated[str | None, typer.Option(help="Title of a new project.")] = None,
+    ties: Annotated[bool, typer.Option("--ties", help="Let several answers share a place.")] = False,
+    annotators: Annotated[int, typer.Option(min=1, help="How many people rank each task.")] = 1,
     as_json: Json = False,
 ) -> None:
     """Create or update a project in which people rank the proposals; answers do not say who wrote them."""
@@ -40,7 +40,7 @@ def push_command(
 
 @app.command("pull")
 def pull_command(candidates: Candidates, url: Url, out: Out, project: Project = None, as_json: Json = False) -> None:
-    """Bring the rankings home; the dataset of an earlier pull is replaced, and what is new or changed is counted."""
+    """Pull the rankings; the dataset of an earlier pull is replaced, and what is new or changed is counted."""
     summary = label_studio.pull(candidates, url, out, project=project)
     label_studio.show_pull(summary)
     if as_json:

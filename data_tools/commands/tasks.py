@@ -8,32 +8,32 @@ from typing import Annotated
 import typer
 
 from data_tools.commands.common import Json, Out, print_json
+from data_tools.importers.run import NothingUsable
+from data_tools.tasks import families as having
+from data_tools.tasks import make as making
 from rlhf.core import console
 
 
 def tasks_command(
     paths: Annotated[list[str], typer.Argument(metavar="ROWS", help="Files of labelled rows: CSV, JSON or Parquet.")],
     out: Out,
-    family: Annotated[str | None, typer.Option(help="Whose templates: see `rlhf data families`.")] = None,
-    templates: Annotated[Path | None, typer.Option(help="Or a YAML file of your own templates.")] = None,
+    family: Annotated[str | None, typer.Option(help="The family of templates; see `rlhf data families`.")] = None,
+    templates: Annotated[Path | None, typer.Option(help="A YAML file of your own templates instead.")] = None,
     field: Annotated[
         list[str] | None,
-        typer.Option(metavar="FIELD=COLUMN", help="Where a field stands, or {{ an expression }}; may be repeated."),
+        typer.Option(metavar="FIELD=COLUMN", help="The column of a field, or {{ an expression }}; may be repeated."),
     ] = None,
-    choices: Annotated[str | None, typer.Option(help="Such as no,yes: the choices, in the order of labels.")] = None,
-    task: Annotated[str | None, typer.Option(help="The task's name, for rows without one; else the file's.")] = None,
+    choices: Annotated[str | None, typer.Option(help="The choices in label order, such as no,yes.")] = None,
+    task: Annotated[str | None, typer.Option(help="Task of rows that name none; default: the file's name.")] = None,
     template: Annotated[list[str] | None, typer.Option(help="Use this template only; may be repeated.")] = None,
-    all_templates: Annotated[bool, typer.Option("--all-templates", help="Each row through each that fits.")] = False,
-    shots: Annotated[int, typer.Option(help="Exemplars of other rows before each question.")] = 0,
-    cot: Annotated[str, typer.Option(help="Reasons before the answer: auto (where given), never, or both.")] = "auto",
-    seed: Annotated[int, typer.Option(help="Chooses templates and exemplars.")] = 0,
+    all_templates: Annotated[bool, typer.Option("--all-templates", help="Use every template that fits.")] = False,
+    shots: Annotated[int, typer.Option(help="Number of exemplars before each question.")] = 0,
+    cot: Annotated[str, typer.Option(help="Reasoning first: auto (where a row has it), never or both.")] = "auto",
+    seed: Annotated[int, typer.Option(help="Seed of the choice of templates and exemplars.")] = 0,
     strict: Annotated[bool, typer.Option("--strict", help="Stop at the first row that cannot be used.")] = False,
     as_json: Json = False,
 ) -> None:
     """Turn labelled rows into demonstrations through templates, as FLAN does."""
-    from data_tools.importers.run import NothingUsable
-    from data_tools.tasks import make as making
-
     options = making.Options(tuple(template or ()), all_templates, shots, cot, seed)
     try:
         summary = making.make_tasks(
@@ -51,12 +51,10 @@ def tasks_command(
 
 
 def families_command(
-    name: Annotated[str | None, typer.Argument(metavar="FAMILY", help="Show this one with its templates.")] = None,
+    name: Annotated[str | None, typer.Argument(metavar="FAMILY", help="Show this family with its templates.")] = None,
     as_json: Json = False,
 ) -> None:
-    """List the families of tasks that there are templates for, or one with its fields and templates."""
-    from data_tools.tasks import families as having
-
+    """List the families of tasks that have templates, or show one with its fields and templates."""
     found = [having.load_family(each) for each in (having.families() if name is None else [name])]
     if name is None:
         rows = [[each.name, ", ".join((*each.fields, *each.optional)), each.about] for each in found]

@@ -1,4 +1,4 @@
-"""Dedup: one record of those that say the same, and none that also stands in an evaluation set."""
+"""Dedup: one record of each group of duplicates, and no prompt of an evaluation set."""
 
 from __future__ import annotations
 
@@ -40,12 +40,12 @@ def _text(record: Record, by: str) -> str:
 
 
 def _worth(record: Record) -> tuple[float, ...]:
-    """Higher is better: the weight, then the pairs that a ranking tells apart."""
+    """Higher is better: the weight, then the pairs with different ranks."""
     return (record.weight, record.informative_pairs) if isinstance(record, Ranking) else ()
 
 
 class _Pass:
-    """What a pass over the dataset tells of its records, by their position. Memory grows with records, not texts."""
+    """Facts about the records from one pass, by position. Memory grows with the number of records, not with texts."""
 
     def __init__(self, parent: Dataset, by: str) -> None:
         self._parent, self._by = parent, by
@@ -75,7 +75,7 @@ def _texts_of_others(others: Sequence[Dataset]) -> Iterator[tuple[str, str]]:
         for record in dataset.records(on_reject=lambda row: bad.update([row.reason])):  # noqa: B023
             yield record.prompt_id, prompt_text(record)
         if bad:
-            console.warn(f"{dataset.path}: {bad.total():,} bad rows of it were not compared with")
+            console.warn(f"{dataset.path}: {bad.total():,} bad rows in it were not compared")
 
 
 def dedup_dataset(
@@ -95,7 +95,7 @@ def dedup_dataset(
         near: With `prompt` and `answers`, and for `against`: texts with this Jaccard similarity are the same too, as
             `data_tools.statistics.near` finds them; what is near to one that is near is the same as well.
         keep: Which of them stays: the `first`, or the `best`, for rankings: the one of the highest weight, then the
-            one that tells the most pairs apart, then the first.
+            one with the most untied pairs, then the first.
         against: Evaluation sets, of any kind of record: a record whose prompt is in one of them is left out.
 
     Returns:
@@ -114,7 +114,7 @@ def dedup_dataset(
         raise UserError("--near: compares prompts or answers", why, "Add --by prompt or --by answers.")
     parent, others = open_dataset(path), [open_dataset(other) for other in against]
     if keep == "best" and parent.kind != "ranking":
-        raise UserError(f"--keep best: {parent.kind}s have nothing to tell a better one by", remedy="Use --keep first.")
+        raise UserError(f"--keep best: {parent.kind}s have no quality to compare", remedy="Use --keep first.")
     fates = _fates(parent, others, by, near, keep)
     dropped: Counter[str] = Counter()
     with Derivation(out, parent.kind, [parent, *others], judgements=True) as made:
@@ -133,8 +133,8 @@ def dedup_dataset(
         made.origin["dropped"] = counts = by_count(dropped)
     rejected, reasons = made.rejects.count, by_count(made.rejects.reasons)
     read = made.written + dropped.total() + rejected
-    told = {"read": read, "written": made.written, "dropped": counts, "rejected": rejected, "reasons": reasons}
-    return {"out": str(out), "kind": parent.kind, "by": by, **told}
+    totals = {"read": read, "written": made.written, "dropped": counts, "rejected": rejected, "reasons": reasons}
+    return {"out": str(out), "kind": parent.kind, "by": by, **totals}
 
 
 def _fates(
@@ -165,7 +165,7 @@ def _fates(
 
 
 def _matches(parent: Dataset, others: Sequence[Dataset], near: float | None) -> dict[str, str]:
-    """Id of every prompt that stands in `others`, exactly or nearly -> the id of that prompt there."""
+    """Id of every prompt that is in `others`, exactly or nearly -> the id of that prompt there."""
     if not others:
         return {}
     if near is not None:
@@ -181,9 +181,9 @@ def show(summary: Mapping[str, Any]) -> None:
     if rows:
         console.table("left out", ["why", "records"], rows)
     left_out = sum(summary["dropped"].values())
-    told = f"read {summary['read']:,} = written {summary['written']:,} + left out {left_out:,}"
-    told += f" + rejected {summary['rejected']:,}" if summary["rejected"] else ""
+    line = f"read {summary['read']:,} = written {summary['written']:,} + left out {left_out:,}"
+    line += f" + rejected {summary['rejected']:,}" if summary["rejected"] else ""
     listed = f"; what was left out is listed in {folder / DROPPED_FILE}" if left_out else ""
-    console.say(f"{told} -> {summary['out']} ({summary['kind']}s){listed}")
+    console.say(f"{line} -> {summary['out']} ({summary['kind']}s){listed}")
     if summary["rejected"]:
-        console.warn(f"{summary['rejected']} bad rows of the parent were set aside: {folder / FILE_NAME}")
+        console.warn(f"{summary['rejected']} bad rows of the parent were rejected: {folder / FILE_NAME}")

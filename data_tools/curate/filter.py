@@ -94,8 +94,8 @@ def token_counter(path: str | Path) -> CountTokens:
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False, local_files_only=True)
     except (OSError, ValueError, KeyError) as error:
-        told = str(error).split("\n")[0]
-        raise UserError(f"--tokenizer {path}: no tokenizer there: {told}", remedy="Name a model's folder.") from None
+        reason = str(error).split("\n")[0]
+        raise UserError(f"--tokenizer {path}: no tokenizer there: {reason}", remedy="Name a model's folder.") from None
     return lambda texts: [len(ids) for ids in tokenizer(list(texts), add_special_tokens=False)["input_ids"]]
 
 
@@ -161,7 +161,7 @@ def filter_dataset(
     limits = {"--min-tokens": min_tokens, "--max-tokens": max_tokens}
     given = {name: value for name, value in limits.items() if value is not None}
     if where is None and not given:
-        raise UserError("filter: no condition", remedy="Give --where, or --tokenizer with --max-tokens.")
+        raise UserError("filter: nothing to filter by", remedy="Give --where, or --tokenizer with --max-tokens.")
     if given and tokenizer is None:
         raise UserError(f"{next(iter(given))}: needs --tokenizer", "Tokens are counted by a model's tokenizer.")
     parent = open_dataset(path)
@@ -203,8 +203,8 @@ def _write(parent: Dataset, made: Derivation, condition: _Condition, where: str 
 
 def show(summary: Mapping[str, Any]) -> None:
     """Print what `filter_dataset` returns."""
-    told = f"read {summary['read']:,} = written {summary['written']:,} + left out {summary['filtered']:,}"
-    told += f" + rejected {summary['rejected']:,}" if summary["rejected"] else ""
-    console.say(f"{told} -> {summary['out']} ({summary['kind']}s)")
+    line = f"read {summary['read']:,} = written {summary['written']:,} + left out {summary['filtered']:,}"
+    line += f" + rejected {summary['rejected']:,}" if summary["rejected"] else ""
+    console.say(f"{line} -> {summary['out']} ({summary['kind']}s)")
     if summary["rejected"]:
-        console.warn(f"{summary['rejected']} bad rows of the parent were set aside: {Path(summary['out']) / FILE_NAME}")
+        console.warn(f"{summary['rejected']} bad rows of the parent were rejected: {Path(summary['out']) / FILE_NAME}")

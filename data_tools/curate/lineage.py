@@ -1,4 +1,4 @@
-"""Lineage: where a dataset came from, as the manifests of it and its parents, and the runs among them, tell."""
+"""Lineage: where a dataset came from, read from its manifest and those of its parents and runs."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ def lineage(path: str | Path) -> dict[str, Any]:
     Returns:
         path, state, fingerprint, kind, count (records), command, counts (read, written, ...), `parents` (the same
         of each) and `files` (path, state and sha256 of the files that it was imported from). `state` is `ok`;
-        `missing`; `changed`: what stands there now is not what the dataset was made from (`fingerprint` is that of
-        then); `unreadable` (`fault` says why); or `again`: it stands further up in this chain already. A model
+        `missing`; `changed`: the content there now is not what the dataset was made from (`fingerprint` is the
+        earlier one); `unreadable` (`fault` says why); or `again`: it is listed earlier in this chain. A model
         among the parents has `model` (such as "sft run") in place of kind and count, and of a run of ours the parents
         are the models and datasets that it was trained from.
 
@@ -38,7 +38,7 @@ def lineage(path: str | Path) -> dict[str, Any]:
 
 
 def _node(dataset: Dataset, below: tuple[tuple[Path, str], ...], runs: set[tuple[str, str]]) -> dict[str, Any]:
-    """What `lineage` returns; `below` are the datasets that lead here, `runs` those that were told of already."""
+    """What `lineage` returns; `below` are the datasets that lead here, `runs` those that were listed already."""
     origin = dataset.manifest.get("origin") or {}
     place = (dataset.path.resolve(), dataset.fingerprint)
     parents = origin.get("parents") or []
@@ -55,10 +55,12 @@ def _node(dataset: Dataset, below: tuple[tuple[Path, str], ...], runs: set[tuple
     }
 
 
-def _parent(told: Mapping[str, Any], below: tuple[tuple[Path, str], ...], runs: set[tuple[str, str]]) -> dict[str, Any]:
-    if told.get("kind") == "model":
-        return _model(told, below, runs)
-    path, fingerprint = Path(told["path"]), told.get("fingerprint")
+def _parent(
+    entry: Mapping[str, Any], below: tuple[tuple[Path, str], ...], runs: set[tuple[str, str]]
+) -> dict[str, Any]:
+    if entry.get("kind") == "model":
+        return _model(entry, below, runs)
+    path, fingerprint = Path(entry["path"]), entry.get("fingerprint")
     then = {"path": str(path), "fingerprint": fingerprint}
     if not path.exists():
         return {**then, "state": "missing"}
@@ -73,15 +75,15 @@ def _parent(told: Mapping[str, Any], below: tuple[tuple[Path, str], ...], runs: 
     return _node(dataset, below, runs)
 
 
-def _model(told: Mapping[str, Any], below: tuple[tuple[Path, str], ...], runs: set[tuple[str, str]]) -> dict[str, Any]:
+def _model(entry: Mapping[str, Any], below: tuple[tuple[Path, str], ...], runs: set[tuple[str, str]]) -> dict[str, Any]:
     """A model whose answers are in a dataset. Of a run of ours, its run.json says what it was trained from: once.
 
     Rounds of training lead to the same runs again and again.
     """
-    path, fingerprint = Path(told["path"]), told.get("fingerprint")
-    what = f"{told['stage']} run" if "stage" in told else "model"
+    path, fingerprint = Path(entry["path"]), entry.get("fingerprint")
+    what = f"{entry['stage']} run" if "stage" in entry else "model"
     node = {"path": str(path), "fingerprint": fingerprint, "model": what}
-    if "stage" not in told or not path.exists():
+    if "stage" not in entry or not path.exists():
         return {**node, "state": "missing" if fingerprint and not path.exists() else "ok"}
     try:
         run = json.loads((path / "run.json").read_text("utf-8"))
@@ -96,12 +98,12 @@ def _model(told: Mapping[str, Any], below: tuple[tuple[Path, str], ...], runs: s
     return {**node, "state": "ok", "parents": models + [_parent(data, below, runs) for data in run.get("data") or []]}
 
 
-def _file(told: Mapping[str, Any]) -> dict[str, Any]:
-    path = Path(told["path"])
+def _file(entry: Mapping[str, Any]) -> dict[str, Any]:
+    path = Path(entry["path"])
     state = "missing"
     if path.is_file():
-        state = "ok" if file_hash(path) == told.get("sha256") else "changed"
-    return {"path": str(path), "state": state, "sha256": told.get("sha256")}
+        state = "ok" if file_hash(path) == entry.get("sha256") else "changed"
+    return {"path": str(path), "state": state, "sha256": entry.get("sha256")}
 
 
 def faults(node: Mapping[str, Any]) -> int:
@@ -115,8 +117,8 @@ def show(node: Mapping[str, Any]) -> None:
     for line in _lines(node):
         console.say(line)
     if wrong := faults(node):
-        told = "paths are as they were given to the commands: is this the folder that they were run in?"
-        console.warn(f"{wrong} of what it was made from is missing or has changed; {told}")
+        hint = "paths are as they were given to the commands: is this the folder that they were run in?"
+        console.warn(f"{wrong} of what it was made from is missing or has changed; {hint}")
 
 
 def _lines(node: Mapping[str, Any]) -> list[str]:
@@ -130,9 +132,9 @@ def _lines(node: Mapping[str, Any]) -> list[str]:
     bar = "│ " if below else "  "
     if node.get("command"):
         lines.append(f"{bar}{node['command']}")
-    figures = {name: _figure(value) for name, value in node.get("counts", {}).items()}
-    if told := ", ".join(f"{name} {figure:,}" for name, figure in figures.items() if figure):
-        lines.append(bar + told)
+    counts = {name: _total(value) for name, value in node.get("counts", {}).items()}
+    if listed := ", ".join(f"{name} {total:,}" for name, total in counts.items() if total):
+        lines.append(bar + listed)
     for index, child in enumerate(below):
         last = index == len(below) - 1
         first, *rest = _lines(child)
@@ -140,5 +142,5 @@ def _lines(node: Mapping[str, Any]) -> list[str]:
     return lines
 
 
-def _figure(value: Any) -> int:
+def _total(value: Any) -> int:
     return sum(value.values()) if isinstance(value, Mapping) else int(value)

@@ -27,7 +27,7 @@ class Part:
 
 
 def parse_parts(words: Sequence[str]) -> list[Part]:
-    """``PATH`` or ``PATH=WEIGHT`` words. A word that is a path as it stands is one.
+    """``PATH`` or ``PATH=WEIGHT`` words. A word that is an existing path is read as a path.
 
     Raises:
         UserError: A dataset that is named twice, or a weight that is not above 0.
@@ -133,7 +133,7 @@ def mix_datasets(
 
     Returns:
         out, kind, seed, read, written, left (not sampled), rejected, reasons, `parts` (path, share, available, taken
-        of each), and `leaks` (prompts that stand in more than one split of the result).
+        of each), and `leaks` (prompts that are in more than one split of the result).
 
     Raises:
         UserError: Words or a size that make no sense, datasets of different kinds or one without records, or one
@@ -146,25 +146,25 @@ def mix_datasets(
     parents = [open_dataset(part.path) for part in parts]
     kinds = {parent.kind: parent.path for parent in parents}
     if len(kinds) > 1:
-        told = ", ".join(f"{path} holds {kind}s" for kind, path in kinds.items())
-        raise UserError(f"mix: {told}", "A dataset holds one kind of record.", "Mix each kind to its own --out.")
+        listed = ", ".join(f"{path} holds {kind}s" for kind, path in kinds.items())
+        raise UserError(f"mix: {listed}", "A dataset holds one kind of record.", "Mix each kind to its own --out.")
     held = [_count(parent) for parent in parents]
     available = [min(count, limits.get(part.path, count)) for count, part in zip(held, parts)]
     wanted = shares([part.weight for part in parts], available)
     taken = counts(wanted, available, size)
-    told = [
+    taken_parts = [
         {"path": str(part.path), "share": float(share), "available": have, "taken": count}
         for part, share, have, count in zip(parts, wanted, available, taken)
     ]
     leaks = _Leaks()
-    with Derivation(out, parents[0].kind, parents, {"parts": told}) as made:
+    with Derivation(out, parents[0].kind, parents, {"parts": taken_parts}) as made:
         for record in _woven(parents, held, taken, seed, made.rejects):
             leaks.add(record)
             made.write(record)
         made.origin["left"] = left = sum(held) - made.written
     rejected, reasons = made.rejects.count, by_count(made.rejects.reasons)
     summed = {"read": sum(held) + rejected, "written": made.written, "left": left}
-    summed |= {"rejected": rejected, "reasons": reasons, "parts": told, "leaks": leaks.count}
+    summed |= {"rejected": rejected, "reasons": reasons, "parts": taken_parts, "leaks": leaks.count}
     return {"out": str(out), "kind": parents[0].kind, "seed": seed, **summed}
 
 
@@ -201,7 +201,7 @@ def _chosen(parent: Dataset, chosen: set[int], reject: OnReject) -> Iterator[Rec
 
 
 class _Leaks:
-    """Counts prompts that stand in more than one split."""
+    """Counts prompts that are in more than one split."""
 
     def __init__(self) -> None:
         self._splits: dict[str, str] = {}
@@ -220,11 +220,11 @@ def show(summary: Mapping[str, Any]) -> None:
     """Print what `mix_datasets` returns."""
     rows = [[part["path"], f"{part['share']:.1%}", part["available"], part["taken"]] for part in summary["parts"]]
     console.table(f"{summary['out']}: {summary['kind']}s", ["dataset", "share", "available", "taken"], rows)
-    told = f"read {summary['read']:,} = written {summary['written']:,} + left {summary['left']:,}"
-    told += f" + rejected {summary['rejected']:,}" if summary["rejected"] else ""
-    console.say(f"{told} -> {summary['out']}")
+    line = f"read {summary['read']:,} = written {summary['written']:,} + left {summary['left']:,}"
+    line += f" + rejected {summary['rejected']:,}" if summary["rejected"] else ""
+    console.say(f"{line} -> {summary['out']}")
     if summary["rejected"]:
-        console.warn(f"{summary['rejected']} bad rows were set aside: {Path(summary['out']) / FILE_NAME}")
+        console.warn(f"{summary['rejected']} bad rows were rejected: {Path(summary['out']) / FILE_NAME}")
     if summary["leaks"]:
-        again = "split the mixture anew with `rlhf data split`"
-        console.warn(f"{summary['leaks']:,} prompts stand in more than one split; {again}")
+        again = "split the mixture again with `rlhf data split`"
+        console.warn(f"{summary['leaks']:,} prompts are in more than one split; {again}")

@@ -1,17 +1,16 @@
 """Split a dataset by prompt or by group, by a rule that holds across datasets, files and stages.
 
-The rule: ``u = int(first 16 hex digits of sha256(f"{seed}:{key}"), 16) / 2**64`` lies in [0, 1); the splits stand in
-the order train, eval, test, each as wide as its fraction, and `u` falls into one of them. The key is the prompt's id
-(the hash of its messages) or its group. Nothing else enters: not the file, the order or the other records. So with
-one seed and the same fractions a prompt is in the same split everywhere, and a prompt that the reward model was
-evaluated on is not in its, or any other stage's, training set.
+The rule: ``u = int(first 16 hex digits of sha256(f"{seed}:{key}"), 16) / 2**64`` is a number in [0, 1). The splits
+divide that interval in the order train, eval, test, each as wide as its fraction, and `u` is in one of them. The key is
+the prompt's id (the hash of its messages) or its group. The file, the order and the other records have no influence:
+with one seed and the same fractions a prompt is in the same split everywhere, and a prompt that the reward model was
+evaluated on is in no training set of any stage.
 
-Groups go by the same rule rather than by quota, since a quota would move a group when another dataset lacks some.
-With few groups a split may come out empty; that is refused, and `hold_out` names the groups of eval exactly.
+Groups follow the same rule instead of a quota, since a quota would move a group when another dataset lacks some.
+With few groups a split may come out empty; that is an error, and `hold_out` names the groups of eval exactly.
 
-With `near`, keys whose prompts are near duplicates go together: the smallest key of those that are near decides for
-all. What is near to what depends on the records at hand, so datasets that are used together must be looked at
-together: each is split `together` with the others.
+With `near`, keys whose prompts are near duplicates share a split: the smallest of these keys decides for all. Which
+prompts are near depends on the records, so datasets that are used together are split jointly (`together`).
 """
 
 from __future__ import annotations
@@ -40,7 +39,7 @@ def assign(key: str, fractions: Mapping[str, float], seed: int = 0) -> str:
 
     Args:
         key: A prompt's id, or a group.
-        fractions: Split -> share; the shares sum to 1.
+        fractions: Split -> fraction; the fractions sum to 1.
     """
     draw = int(hashlib.sha256(f"{seed}:{key}".encode()).hexdigest()[:16], 16)
     used = [split for split in SPLITS if fractions.get(split)]
@@ -49,38 +48,38 @@ def assign(key: str, fractions: Mapping[str, float], seed: int = 0) -> str:
         edge += fractions[split]
         if draw < int(edge * 2**64):
             return split
-    return used[-1]  # not compared with 1, which the shares may miss by rounding
+    return used[-1]  # not compared with 1, which the sum may miss by rounding
 
 
 def parse_fractions(text: str) -> dict[str, float]:
     """``train=0.8,eval=0.1,test=0.1`` as a mapping.
 
     Raises:
-        UserError: Another form, an unknown split, a share that is no number from 0 to 1, or a sum that is not 1.
+        UserError: Another form, an unknown split, a fraction outside 0 to 1, or a sum that is not 1.
     """
     remedy = "Write, for instance, --fractions train=0.8,eval=0.1,test=0.1"
     fractions: dict[str, float] = {}
     for part in text.split(","):
-        name, equals, share = (piece.strip() for piece in part.partition("="))
+        name, equals, fraction = (piece.strip() for piece in part.partition("="))
         if not equals or name in fractions:
-            what = "names a split twice" if equals else "is not split=share"
+            what = "names a split twice" if equals else "is not split=fraction"
             raise UserError(f"--fractions {text}: {part!r} {what}", remedy=remedy)
         try:
-            fractions[name] = float(share)
+            fractions[name] = float(fraction)
         except ValueError:
-            raise UserError(f"--fractions {text}: {share!r} is not a number", remedy=remedy) from None
+            raise UserError(f"--fractions {text}: {fraction!r} is not a number", remedy=remedy) from None
     return _checked(fractions)
 
 
 def _checked(fractions: Mapping[str, float]) -> dict[str, float]:
-    for name, share in fractions.items():
+    for name, fraction in fractions.items():
         if name not in SPLITS:
             raise UserError(f"--fractions: no split is called {name!r}", remedy=nearest(name, SPLITS))
-        if not 0 <= share <= 1:
-            raise UserError(f"--fractions: {name}={share} is not from 0 to 1")
+        if not 0 <= fraction <= 1:
+            raise UserError(f"--fractions: {name}={fraction} is not from 0 to 1")
     total = math.fsum(fractions.values())
     if abs(total - 1) > 1e-6:
-        raise UserError(f"--fractions: the shares sum to {total:.6g}, not to 1", remedy="Change one of them.")
+        raise UserError(f"--fractions: the fractions sum to {total:.6g}, not to 1", remedy="Change one of them.")
     return {split: fractions[split] for split in SPLITS if fractions.get(split)}
 
 
@@ -96,14 +95,14 @@ def split_dataset(
     together: Sequence[str | Path] = (),
     allow_empty: bool = False,
 ) -> dict[str, Any]:
-    """Write the dataset anew with every record in a split; splits that the records have already are replaced.
+    """Write a copy of the dataset with every record in a split; splits that the records have already are replaced.
 
     Two passes over the data; memory grows with the number of distinct prompts or groups, not of records. The new
     manifest's origin names the parent (path and fingerprint) and the command.
 
     Args:
         by: prompt or group.
-        fractions: Split -> share, summing to 1. By default 0.8 train, 0.1 eval, 0.1 test; with `hold_out`, the rest
+        fractions: Split -> fraction, summing to 1. By default 0.8 train, 0.1 eval, 0.1 test; with `hold_out`, the rest
             is all train.
         hold_out: Groups that are exactly the eval split's, whatever `fractions` says. Needs by="group".
         seed: Another seed gives another split; datasets that are used together need the same.
@@ -128,12 +127,12 @@ def split_dataset(
     if together and near is None:
         why = "Prompts that are equal are in one split in every dataset; only near ones are not."
         raise UserError("--with: works with --near only", why, "Leave it out, or add --near 0.8.")
-    shares = _checked(fractions or ({"train": 1.0} if hold_out else DEFAULT_FRACTIONS))
+    checked = _checked(fractions or ({"train": 1.0} if hold_out else DEFAULT_FRACTIONS))
     parent, others = open_dataset(path), [open_dataset(other) for other in together]
     deciding = {} if near is None else _deciding([parent, *others], by, near)
-    plan = _plan(parent, by, shares, hold_out, seed, deciding)
+    plan = _plan(parent, by, checked, hold_out, seed, deciding)
     if not allow_empty:
-        _refuse_empty(path, plan, {*shares, *(["eval"] if hold_out else [])}, by)
+        _refuse_empty(path, plan, {*checked, *(["eval"] if hold_out else [])}, by)
     with Derivation(out, parent.kind, [parent, *others], judgements=True) as made:
         for record in parent.records(on_reject=made.rejects):
             made.write(record.with_split(plan[_key(record, by)]))
@@ -153,8 +152,8 @@ def _refuse_empty(path: str | Path, plan: Mapping[str, str], wanted: set[str], b
     empty = [split for split in SPLITS if split in wanted and split not in plan.values()]
     if empty:
         raise UserError(
-            f"{path}: {' and '.join(empty)} would be empty: {len(plan)} {by}s fall by chance",
-            "The rule looks at each of them alone, so that it holds across datasets.",
+            f"{path}: {' and '.join(empty)} would be empty: {len(plan)} {by}s are assigned by their hashes",
+            "Each is assigned on its own, so that the rule holds across datasets.",
             "Name groups of eval by --hold-out, choose another --seed, fewer splits, or --allow-empty.",
         )
 
@@ -164,7 +163,7 @@ def _key(record: Record, by: str) -> str:
 
 
 def _deciding(datasets: Sequence[Dataset], by: str, near: float) -> dict[str, str]:
-    """Key -> the key that decides for it: the smallest of those whose prompts are the same or near, step by step."""
+    """Key -> the key that decides for it: the smallest of those that near or equal prompts connect."""
     pairs: dict[tuple[str, str], None] = {}
 
     def texts() -> Iterator[tuple[str, str]]:
@@ -184,7 +183,7 @@ def _deciding(datasets: Sequence[Dataset], by: str, near: float) -> dict[str, st
 def _plan(
     parent: Dataset,
     by: str,
-    shares: dict[str, float],
+    checked: dict[str, float],
     hold_out: Sequence[str],
     seed: int,
     deciding: Mapping[str, str],
@@ -209,7 +208,7 @@ def _plan(
                 "That one is held out, and this one would be trained on.",
                 f"Add --hold-out {key}, leave out near duplicates with `rlhf data dedup`, or raise --near.",
             )
-        plan[key] = plan.get(key) or ("eval" if key in held_out else assign(decides, shares, seed))
+        plan[key] = plan.get(key) or ("eval" if key in held_out else assign(decides, checked, seed))
         if by == "group":
             first = home.setdefault(record.prompt_id, key)
             if plan[first] != plan[key]:
@@ -230,6 +229,6 @@ def show(summary: Mapping[str, Any]) -> None:
     rows = [[split, summary["splits"][split], summary["keys"][split]] for split in SPLITS]
     console.table(f"{summary['out']}: {summary['kind']}s", ["split", "records", f"{summary['by']}s"], rows)
     if summary["joined"]:
-        console.say(f"{summary['by']}s that went with another that they are near to: {summary['joined']:,}")
+        console.say(f"{summary['by']}s assigned with a near duplicate: {summary['joined']:,}")
     if summary["rejected"]:
-        console.warn(f"{summary['rejected']} bad rows of the parent were set aside: {Path(summary['out']) / FILE_NAME}")
+        console.warn(f"{summary['rejected']} bad rows of the parent were rejected: {Path(summary['out']) / FILE_NAME}")

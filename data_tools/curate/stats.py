@@ -72,7 +72,7 @@ def stats(paths: Sequence[str | Path]) -> dict[str, Any]:
         counts by `kind`, `split`, `source`, `group`, `annotator` (of demonstrations: who wrote them) and
         `author_kind` (of candidates), `k` (number of candidates -> rankings and proposals), `ties` (`pairs`,
         `tied_pairs`, `tied_share` of the pairs, `rankings_with_tie`), `lengths` in characters (`prompt`: all turns;
-        `answer`: mean, p50, p95, max), `seconds` (of the rankings that tell them) and `weights` (of rankings) in the
+        `answer`: mean, p50, p95, max), `seconds` (of the rankings that have them) and `weights` (of rankings) in the
         same way, `duplicates` (`records`: records beyond the first of the same content; `prompts`: beyond the first
         of the same prompt), and `leaks` (prompts in more than one split: count, and up to 20 ids).
 

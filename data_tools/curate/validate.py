@@ -82,9 +82,9 @@ def _until_damaged(records: Iterator[Record], fault: Callable[[str], None]) -> I
 
 
 def _check_counts(dataset: Dataset, good: int, splits: Counter[str], fault: Callable[[str], None]) -> None:
-    told = dataset.manifest.get("count")
-    if told != good:
-        fault(f"{dataset.path}/manifest.json: count is {told}, the shards hold {good} good records")
+    stated = dataset.manifest.get("count")
+    if stated != good:
+        fault(f"{dataset.path}/manifest.json: count is {stated}, the shards hold {good} good records")
     if dataset.manifest.get("splits") != splits:
         fault(f"{dataset.path}/manifest.json: splits are {dataset.manifest.get('splits')}, counted {dict(splits)}")
 
@@ -94,6 +94,6 @@ def show(summary: dict[str, Any]) -> None:
     if summary["reasons"]:
         console.table("bad rows", ["reason", "rows"], summary["reasons"].items())
     verdict = "good" if summary["ok"] else "BAD"
-    told = f"{summary['read']:,} rows: {summary['good']:,} good, {summary['bad']:,} bad"
+    counted = f"{summary['read']:,} rows: {summary['good']:,} good, {summary['bad']:,} bad"
     more = f", {len(summary['faults'])} faults in its files" if summary["faults"] else ""
-    console.say(f"{summary['path']}: {verdict}: {told}{more}")
+    console.say(f"{summary['path']}: {verdict}: {counted}{more}")

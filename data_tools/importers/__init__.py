@@ -7,7 +7,7 @@ each gives one record or one reject. Keyword-only parameters are options of ``rl
 their annotations are what values are checked against.
 
 The docstring's first line is the format's description, and it states what the format's order or numbers mean as ranks
-(1 = best), and whether the candidates stand in the order in which the annotator saw them. Traits:
+(1 = best), and whether the candidates are in the order in which the annotator saw them. Traits:
 
 - `suffixes`: which files of a folder belong to the format.
 - `sample`: the text of a short file of the format, as `rlhf data formats` shows it; it imports without a reject.

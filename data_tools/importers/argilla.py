@@ -90,7 +90,7 @@ def argilla(
     Options: `question` names the ranking question, or the rating questions, one an answer; `prompt` and `answers` the
     fields. `answers` may be a mapping OPTION=FIELD,... where the options are not called like the fields; without it, an
     option or rating question belongs to the field of its name, or to the one that ends in the same number. The
-    candidates stand in the order of `answers`, which is taken for the order shown, else in the record's order.
+    candidates are in the order of `answers`, which is taken for the order shown, else in the record's order.
     """
     mapping = answers if isinstance(answers, dict) else _mapping(names(answers))
     reader = _Reader(names(question), prompt, mapping, without_status)

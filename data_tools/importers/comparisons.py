@@ -1,4 +1,4 @@
-"""Importers of published comparisons of two answers, told by a label or by scores."""
+"""Importers of published comparisons of two answers, with a label or scores."""
 
 from __future__ import annotations
 
@@ -40,8 +40,8 @@ SUMMARIZE_SAMPLE = as_jsonl(
 def summarize_from_feedback(path: Path, reject: OnReject) -> Iterator[Record]:
     """OpenAI summarize-from-feedback comparisons: rows {info, summaries[2], choice, worker, split}.
 
-    Ranks: `choice` 0 = summaries[0] is the better, 1 = summaries[1]; the format knows no ties, and does not tell
-    whether the summaries stand in the order shown. `worker` is the annotator, `policy` the author ("ref" is the person
+    Ranks: `choice` 0 = summaries[0] is the better, 1 = summaries[1]; the format has no ties, and does not say
+    whether the summaries are in the order shown. `worker` is the annotator, `policy` the author ("ref" is the person
     who wrote the post). `extra.confidence` is not used: its scale is not documented.
 
     The prompt is as Stiennon et al. 2020 gave it to their models: ``SUBREDDIT: r/...``, ``TITLE: ...``, ``POST: ...``,
@@ -105,7 +105,7 @@ def webgpt(path: Path, reject: OnReject) -> Iterator[Record]:
     """WebGPT comparisons: rows {question{full_text}, answer_0, answer_1, score_0, score_1}.
 
     Ranks: the higher score is the better answer, equal scores are a tie. Scores go from -1 to 1 and sum to 0 (dataset
-    card of openai/webgpt_comparisons). The format does not tell the order shown, nor who judged or wrote.
+    card of openai/webgpt_comparisons). The format says neither the order shown nor who judged or wrote.
     The prompt is the question; `quotes` differ between the answers and are left out, marks such as [1] stay.
 
     Rejected: a score outside -1 to 1, equal or empty answers.
@@ -153,7 +153,7 @@ SHP_SAMPLE = as_jsonl(
 def shp(path: Path, reject: OnReject) -> Iterator[Record]:
     """Stanford Human Preferences (SHP, SHP-2): rows {history, human_ref_A, human_ref_B, labels, score_A, score_B}.
 
-    Ranks: `labels` 1 = human_ref_A is the better, 0 = human_ref_B (dataset card); the format knows no ties. The
+    Ranks: `labels` 1 = human_ref_A is the better, 0 = human_ref_B (dataset card); the format has no ties. The
     preference is that of all voters: there is no annotator and no order shown. People wrote both answers. The scores
     (votes) are kept with the candidates. `domain` is the group, and gives the split where it ends in one:
     askculinary_train.

@@ -62,12 +62,12 @@ def csv_table(
 ) -> Iterator[Record]:
     """CSV or TSV: any table with a row an annotation (MTurk, Surge, Scale), its columns named by options.
 
-    Ranks: one of three options says where they stand.
+    Ranks: one of three options says where they are.
     - `ranks`: a column for each of `answers`, in their order, with its number; `rank_order` says whether the lowest
       number is the best (1 = best) or the highest (ratings). Equal numbers are ties; true counts as 1, false as 0.
     - `choice`: a column that says which answer is the best; the others share rank 2. It holds the name of the answer's
       column, its letter (A = the first) or ``tie``, unless `choice_values` says what its values mean:
-      ``left=answer_1,right=answer_2,same=tie``. Numbers have to be told so, for some tools count from 0.
+      ``left=answer_1,right=answer_2,same=tie``. Numbers need such a mapping, since some tools count from 0.
     - `ranking`: a column that lists the answers, best first, by letter, number from 1, or column: ``B,A,C`` or
       ``2>1=3``, where = is a tie.
     With none of the three, `answers` become proposals, which wait for a ranking; `answer`, one column, gives
@@ -76,7 +76,7 @@ def csv_table(
 
     The prompt is the column `prompt`, or is made by `prompt_template` from several: each {COLUMN} in it is replaced by
     the row's text, and by nothing else. An empty answer that nothing ranks is left out: a row may have fewer answers.
-    `shown` says that the answers stand in the order in which annotators saw them, `authors` names a column for each
+    `shown` says that the answers are in the order in which annotators saw them, `authors` names a column for each
     answer with its model. `seconds` are what the annotation took; `time` is ISO 8601, a date as mail and MTurk write
     it (Mon Feb 03 10:11:12 PST 2020; of zones by name only UTC and those of the USA are known), or as `time_format`
     says in the signs of strptime. Rows whose `status` is not among `accepted` are rejected, as is a time that cannot be
@@ -116,7 +116,7 @@ def csv_table(
 class _Judge(Protocol):
     @property
     def columns(self) -> list[str]:
-        """The columns that it reads, besides the answers."""
+        """The columns that it reads, other than the answers."""
 
     def ranks(self, row: Mapping[str, str], there: list[str]) -> dict[str, float]:
         """A number for each answer that is ranked, the lowest = the best; `there` are those that are not empty."""
@@ -200,19 +200,19 @@ def _judge(
             )
         return _Ranks(answers, ranks, highest_best)
     if choice:
-        told = _choice_values(choice_values, answers) if choice_values else {**by_letter, TIE: TIE}
-        return _Choice([choice], told)
+        meanings = _choice_values(choice_values, answers) if choice_values else {**by_letter, TIE: TIE}
+        return _Choice([choice], meanings)
     by_number = {str(index + 1): name for index, name in enumerate(answers)}
     return _Order([ranking], by_number | by_letter) if ranking else None
 
 
-def _choice_values(told: str | dict[str | int, str], answers: list[str]) -> dict[str, str]:
-    if isinstance(told, str):
-        pairs = [part.partition("=") for part in names(told)]
+def _choice_values(meanings: str | dict[str | int, str], answers: list[str]) -> dict[str, str]:
+    if isinstance(meanings, str):
+        pairs = [part.partition("=") for part in names(meanings)]
         if wrong := [value for value, equals, _ in pairs if not equals]:
             raise UserError(f"choice_values: {wrong[0]!r} is not VALUE=ANSWER")
-        told = {value: meant for value, _, meant in pairs}
-    values = {str(value).strip().lower(): meant.strip() for value, meant in told.items()}
+        meanings = {value: meant for value, _, meant in pairs}
+    values = {str(value).strip().lower(): meant.strip() for value, meant in meanings.items()}
     if wrong := [meant for meant in values.values() if meant not in (*answers, TIE)]:
         raise UserError(
             f"choice_values: {wrong[0]!r} is none of the answers", remedy=nearest(wrong[0], [*answers, TIE])

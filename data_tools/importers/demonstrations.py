@@ -113,7 +113,7 @@ def flan(path: Path, reject: OnReject) -> Iterator[Record]:
 def _refuse_thumbs(row: dict[str, Any]) -> None:
     if isinstance(row.get("label"), bool):
         remedy = "Rankings need two answers to one prompt. To learn from the good ones, keep rows with label = true "
-        raise BadRecord("a thumb up or down for one answer", remedy=remedy + "and drop the field.")
+        raise BadRecord("a thumbs up or down for one answer", remedy=remedy + "and drop the field.")
 
 
 # ---- chats -----------------------------------------------------------------------------------------------------------
@@ -136,9 +136,7 @@ def _demonstrations(
     for i in answers:
         try:
             if not any(turn.role == "user" for turn in turns[:i]):
-                raise BadRecord(
-                    "an answer to nothing: no user's turn before it", f"turn {i}", "Cut the chat's beginning."
-                )
+                raise BadRecord("an answer with no user turn before it", f"turn {i}", "Cut the chat's beginning.")
             yield Demonstration(tuple(turns[:i]), source=source, answer=turns[i].content)
         except BadRecord as fault:
             yield fault
@@ -265,7 +263,7 @@ def plain_text(path: Path, reject: OnReject, *, unit: Literal["line", "paragraph
                 except BadRecord as fault:
                     reject(Reject.of(path, line, fault, raw))
     except READ_ERRORS as error:
-        remedy = "Download the file again; what stands before the damage was read."
+        remedy = "Download the file again; the rows before the damage were read."
         fault = BadRecord("damaged: the rest of the file cannot be read", str(error), remedy)
         reject(Reject.of(path, line + 1, fault, ""))
 

@@ -30,7 +30,7 @@ def _detect(head: Head) -> str | None:
 def doccano(path: Path, reject: OnReject) -> Iterator[Record]:
     """doccano: sequence-to-sequence exports (JSON or JSONL), {text, label: [answers]}, as demonstrations.
 
-    doccano knows no ranks: each answer of `label` becomes a demonstration of its own. A text without an answer is one
+    doccano has no ranks: each answer of `label` becomes a demonstration of its own. A text without an answer is one
     reject. Exports of classification projects look the same, with labels in place of answers: `auto` takes only files
     whose answers are mostly of four words or more. A CSV export is read by
     `csv --option prompt=text --option answer=label`.

@@ -41,8 +41,8 @@ SAMPLE = as_jsonl(
 def hh_rlhf(path: Path, reject: OnReject) -> Iterator[Record]:
     """Anthropic HH-RLHF: rows {chosen, rejected} of whole transcripts that share all but the last answer.
 
-    Ranks: chosen 1, rejected 2; the format knows no ties. The candidates do not stand in the order shown, which the
-    format does not tell. The prompt is the turns before the last answer. A model wrote both answers, a crowdworker
+    Ranks: chosen 1, rejected 2; the format has no ties. The format does not say in which order the
+    answers were shown. The prompt is the turns before the last answer. A model wrote both answers, a crowdworker
     chose; the format names neither.
 
     Turns are marked by a blank line and ``Human:`` or ``Assistant:``. Two marks of one speaker in a row are one turn,

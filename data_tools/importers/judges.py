@@ -104,7 +104,7 @@ def pandalm(path: Path, reject: OnReject) -> Iterator[Record]:
 
     Ranks: a judgement of 1 = response1 is the better, 2 = response2, 0 = a tie. Every judgement is a record, by the
     annotator "annotator1", "annotator2", ...; a list `annotators` of judgements, with `prompt` in place of
-    `instruction`, is read too. The format does not tell the order shown. `cmp_key` or `models` ("opt-7b_llama-7b")
+    `instruction`, is read too. The format does not say the order shown. `cmp_key` or `models` ("opt-7b_llama-7b")
     names the models that wrote the answers.
 
     Rejected, each judgement for itself: another number, none. A pair without judgements is one unannotated record.

@@ -72,12 +72,12 @@ def label_studio(
     """Label Studio: exports as JSON or JSON_MIN of projects with a Ranker or Pairwise control.
 
     Ranks: a Ranker without buckets lists the ids of the items, best first: ranks 1, 2, ... Pairwise holds the side that
-    was chosen: it gets rank 1, the other 2; the control knows no ties. The candidates stand in the order in which the
+    was chosen: it gets rank 1, the other 2; the control has no ties. The candidates are in the order in which the
     annotator first saw them (ids that are whole numbers by size, as the browser sorts them, before all others).
 
     Ranker with buckets: `buckets` names them, best first; the export does not keep their order. Items of one bucket
-    are tied, or ranked as they lie in it under `within_bucket=ranked`. An item that was left in the list was not judged
-    and is no part of the ranking, unless `_`, which stands for the list, is named among the buckets.
+    are tied, or ranked in their order under `within_bucket=ranked`. An item that was left in the list was not judged
+    and is not part of the ranking, unless `_`, the name of the list, is among the buckets.
 
     Every annotation of a task is a record. Rejected: a task without any, a cancelled (skipped) annotation, one without
     a ranking, a ranking of ids that the task does not have, or that leaves ids out. JSON_MIN does not hold cancelled
@@ -221,7 +221,7 @@ class _Reader:
         return items
 
     def _candidate(self, item: dict[str, Any]) -> dict[str, Any]:
-        # An empty body is an empty answer: the title beside it is only a label, such as "Answer 1".
+        # An empty body is an empty answer: its title is only a label, such as "Answer 1".
         texts = [item[name] for name in ("text", "body", "html") if item.get(name) is not None] or [item.get("title")]
         return {
             "text": next(filter(None, texts), texts[0]),

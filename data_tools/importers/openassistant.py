@@ -51,7 +51,7 @@ def openassistant(path: Path, reject: OnReject) -> Iterator[Record]:
 
     Ranks: 0 is the best reply, equal ranks are ties. Every message with two or more ranked replies of the assistant
     becomes one ranking of them; the prompt is the conversation from the first message to this one. The ranks come
-    from several people, merged by the project, so no annotator is known; replies stand in the file's order, which is
+    from several people, merged by the project, so no annotator is known; replies are in the file's order, which is
     not the order shown. A synthetic reply's author is its `model_name`, another's the id of the person, where the file
     has it. The group is the tree, so that a split holds it together.
 
@@ -60,8 +60,8 @@ def openassistant(path: Path, reject: OnReject) -> Iterator[Record]:
     missing message before it), and so is a tree in which the assistant says nothing; its raw text is the message
     with these replies, not the tree.
 
-    A tree is read whole. Flat messages may stand in any order; the file is read twice, first to count the messages of
-    every `message_tree_id`: as long as each tree's messages stand together, as in the published files, one tree is held
+    A tree is read whole. Flat messages may come in any order; the file is read twice, first to count the messages of
+    every `message_tree_id`: as long as each tree's messages are adjacent, as in the published files, one tree is held
     in memory at a time. Without that field all messages are one tree.
     """
     sizes: Counter[Any] = Counter()
@@ -86,7 +86,7 @@ def openassistant(path: Path, reject: OnReject) -> Iterator[Record]:
 
 
 def _ignore(reject: Reject) -> None:
-    """The second reading tells."""
+    """Rejects are reported by the second reading."""
 
 
 def _is_flat(row: Any) -> bool:

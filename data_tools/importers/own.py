@@ -39,7 +39,7 @@ def jsonl(path: Path, reject: OnReject) -> Iterator[Record]:
     """The schema's own records, one JSON object a line.
 
     Ranks: 1 is the best, equal ranks are a tie. Rankings have `candidates` and `ranks`, proposals `candidates` alone,
-    demonstrations `answer`, prompts none of them. Candidates stand in the order shown where the row says so (`shown`).
+    demonstrations `answer`, prompts none of them. Candidates are in the order shown where the row says so (`shown`).
     In place of `ranks`, each candidate may have its `rank`; a prompt or a candidate may be plain text. The first usable
     row decides the kind of the file; a row of another is rejected.
     """

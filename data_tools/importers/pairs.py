@@ -37,7 +37,7 @@ TRL_SAMPLE = as_jsonl(
 def trl_preference(path: Path, reject: OnReject) -> Iterator[Record]:
     """TRL preference rows {prompt, chosen, rejected}: text or messages, with the prompt given or left in the answers.
 
-    Ranks: chosen 1, rejected 2; the format knows no ties, and does not tell in which order the answers were shown nor
+    Ranks: chosen 1, rejected 2; the format has no ties, and does not say in which order the answers were shown or
     who wrote them (https://huggingface.co/docs/trl/dataset_formats).
 
     The prompt is `prompt`, a text (a user's turn) or a list of messages. Messages with which `chosen` and `rejected`
@@ -108,7 +108,7 @@ OPENAI_SAMPLE = as_jsonl(
 def openai_preference(path: Path, reject: OnReject) -> Iterator[Record]:
     """OpenAI preference fine-tuning (DPO): rows {input: {messages}, preferred_output, non_preferred_output}.
 
-    Ranks: preferred_output 1, non_preferred_output 2; the format knows no ties, and does not tell in which order the
+    Ranks: preferred_output 1, non_preferred_output 2; the format has no ties, and does not say in which order the
     answers were shown nor who wrote them (https://developers.openai.com/api/docs/guides/direct-preference-optimization).
     Each output is a list of one message of the assistant. A `developer` message is a system turn.
 
@@ -147,7 +147,7 @@ SHAREGPT_SAMPLE = as_jsonl(
 def sharegpt_preference(path: Path, reject: OnReject) -> Iterator[Record]:
     """ShareGPT-style pairs (LLaMA-Factory): rows {conversations, chosen, rejected} of turns {from, value}.
 
-    Ranks: chosen 1, rejected 2; the format knows no ties, and does not tell in which order the answers were shown nor
+    Ranks: chosen 1, rejected 2; the format has no ties, and does not say in which order the answers were shown or
     who wrote them. The prompt is `conversations`, after `system` where the row has one.
 
     Rejected: turns of tools (`function_call`, `observation`), an answer that is not the assistant's, identical or

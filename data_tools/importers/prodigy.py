@@ -38,7 +38,7 @@ def _detect(head: Head) -> str | None:
 def prodigy(path: Path, reject: OnReject, *, prompt: str = "text") -> Iterator[Record]:
     """Prodigy: `choice` tasks as `db-out` writes them, whose options are the answers.
 
-    Ranks: the accepted options 1, all others 2: ties within each. The candidates stand in the order of the options, in
+    Ranks: the accepted options 1, all others 2: ties within each. The candidates are in the order of the options, in
     which the annotator saw them. The annotator is `_annotator_id`, or `_session_id`; the time `_timestamp`, as UTC.
 
     Rejected: tasks answered with reject or ignore, tasks in which no option was accepted, accepted ids that are no

@@ -53,7 +53,7 @@ ULTRAFEEDBACK_SAMPLE = as_jsonl(
 def ultrafeedback(path: Path, reject: OnReject, *, aspect: FeedbackAspect = "mean") -> Iterator[Record]:
     """UltraFeedback: rows {instruction, completions[{model, response, annotations{aspect: {Rating}}}]}, rated by GPT-4.
 
-    Ranks: the highest rating is rank 1, equal ratings are a tie. The order shown is not told; `model` is the author,
+    Ranks: the highest rating is rank 1, equal ratings are a tie. The order shown is unknown; `model` is the author,
     and the annotator is "gpt-4". The rating stays with the candidate as its score. System prompts
     (`custom_system_prompt`) differ between the completions and are left out of the prompt.
 
@@ -63,7 +63,7 @@ def ultrafeedback(path: Path, reject: OnReject, *, aspect: FeedbackAspect = "mea
             see the data card of argilla/ultrafeedback-binarized-preferences).
 
     Rejected: a completion without that rating (also "N/A", where the aspect did not apply), fewer than two distinct
-    completions, an empty one, identical completions rated apart.
+    completions, an empty one, identical completions with different ratings.
     """
     return convert_rows(path, reject, lambda row: _ultrafeedback(row, aspect))
 
@@ -98,7 +98,7 @@ def _rating(value: Any, name: str, highest: int) -> float:
         remedy = "Choose another --option aspect=..., or leave the row out."
         raise BadRecord(f"{name}: a completion has no rating", repr(value), remedy)
     if isinstance(value, str):
-        with suppress(ValueError):  # `number` tells of it
+        with suppress(ValueError):  # `number` reports it
             value = float(value)
     return number(value, name, 1, highest)
 
@@ -132,7 +132,7 @@ def helpsteer(path: Path, reject: OnReject, *, aspect: HelpAspect = "helpfulness
         aspect: The rating that is ranked by.
 
     Rejected: a row that is not such an answer, for itself; then a prompt with fewer than two distinct answers, an
-    empty answer, identical answers rated apart.
+    empty answer, identical answers with different ratings.
     """
     group: list[tuple[Item, Candidate]] = []
     prompt: str | None = None
@@ -207,7 +207,7 @@ def stack_exchange(path: Path, reject: OnReject, *, bodies: Literal["text", "htm
     shown. People wrote the answers; `author` names them.
 
     Args:
-        bodies: text: tags are dropped, code stands between backticks, list items begin with a dash. html: as it is.
+        bodies: text: tags are dropped, code is between backticks, list items begin with a dash. html: as it is.
 
     Rejected: fewer than two distinct answers, an empty one, identical answers with different scores, no score.
     """
@@ -247,7 +247,7 @@ ALPACA_RANKED_SAMPLE = as_jsonl({"instruction": "Name a fruit.", "input": "", "o
 def alpaca_ranked(path: Path, reject: OnReject) -> Iterator[Record]:
     """Alpaca-style rankings (LLaMA-Factory): rows {instruction, input, output} with a list of answers, best first.
 
-    Ranks: the place in the list, first = 1; the format knows no ties, and tells neither the order shown nor who judged
+    Ranks: the place in the list, first = 1; the format has no ties, and says neither the order shown nor who judged
     or wrote. Rows {instruction, input, chosen, rejected} are read as a list of two. The prompt is `instruction` and,
     after a blank line, `input`, after `system` and `history` where the row has them.
 

@@ -52,11 +52,11 @@ class ImportSummary:
     def show(self) -> None:
         """Print the table of reasons and the sum."""
         print_reasons(self.reasons, self.first)
-        told = f"read {self.read:,} = written {self.written:,} + rejected {self.rejected:,}"
+        line = f"read {self.read:,} = written {self.written:,} + rejected {self.rejected:,}"
         if self.kind is not None:
-            beside = f"; the rejected rows lie in {self.out / FILE_NAME}" if self.rejected else ""
-            told += f" -> {self.out} ({self.kind}s){beside}"
-        console.say(told)
+            where = f"; rejected rows: {self.out / FILE_NAME}" if self.rejected else ""
+            line += f" -> {self.out} ({self.kind}s){where}"
+        console.say(line)
 
 
 class NothingUsable(UserError):
@@ -87,7 +87,7 @@ def import_dataset(
     used, nothing is written, and what stood under the name stays. The same files and options give the same bytes.
 
     Args:
-        importer: A row of `IMPORTERS`, or `auto` to tell it by the files.
+        importer: A row of `IMPORTERS`, or `auto` to recognise it from the files.
         paths: Files (gzip allowed), folders (all files of the format's suffixes in them) and glob patterns.
         out: The dataset folder to make.
         options: Options of the importer, checked against its signature.
@@ -204,7 +204,7 @@ def _chunks(records: Iterable[Record], size: int) -> Iterator[list[Record]]:
 def find_files(paths: Sequence[str | Path], suffixes: tuple[str, ...]) -> list[Path]:
     """The files that the paths name, in a fixed order, each once.
 
-    A folder stands for all files in it, at any depth, whose names end in one of the suffixes and do not begin with a
+    A folder means all files in it, at any depth, whose names end in one of the suffixes and do not begin with a
     dot; what names no file is taken as a glob pattern (``**`` for any depth).
 
     Raises:

@@ -79,7 +79,7 @@ class Expression:
 
     Args:
         source: The expression.
-        where: What stands before it in messages, such as ``--where``.
+        where: The prefix of error messages, such as ``--where``.
         known: The names that it may use; None where they are known only when it is computed.
 
     Raises:

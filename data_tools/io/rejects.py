@@ -1,4 +1,4 @@
-"""The account of rows set aside: counted by reason, written beside the dataset, told to the user."""
+"""Rejected rows: counted by reason, written to a file of the dataset, and reported to the user."""
 
 from __future__ import annotations
 

@@ -112,7 +112,7 @@ def _lines(path: Path, reject: OnReject, delimiter: str | None, encoding: str) -
         try:
             yield from _parsed(text, delimiter, encoding)
         except (*READ_ERRORS, UnicodeError) as error:
-            remedy = "Download the file again; what stands before the damage was read."
+            remedy = "Download the file again; the rows before the damage were read."
             fault = BadRecord("damaged: the rest of the file cannot be read", str(error), remedy)
             reject(Reject.of(path, text.count + 1, fault, ""))
 
@@ -142,7 +142,7 @@ def _parsed(text: _Text, delimiter: str, encoding: str) -> Iterator[_Line]:
         try:
             fields = next(reader, None)
         except csv.Error as error:
-            remedy = 'A field with quotes stands in quotes, and they are doubled: "say ""hello""".'
+            remedy = 'Put a field with quotes in quotes, and double them inside: "say ""hello""".'
             fields, fault = [], BadRecord("not valid CSV", str(error), remedy)
             if str(error) == "unexpected end of data":
                 fault = cut_off_fault(BadRecord("a quote is not closed"))

@@ -40,9 +40,9 @@ def detect(files: Sequence[Path]) -> tuple[str, str]:
         name, why = _one(file)
         found.setdefault(name, (file, why))
     if len(found) > 1:
-        told = "; ".join(f"{file} is {name} because {why}" for name, (file, why) in found.items())
+        reasons = "; ".join(f"{file} is {name} because {why}" for name, (file, why) in found.items())
         raise UserError(
-            f"auto: the files are of different formats: {told}", remedy="Import each format to its own --out."
+            f"auto: the files are of different formats: {reasons}", remedy="Import each format to its own --out."
         )
     ((name, (_, why)),) = found.items()
     return name, why
@@ -54,8 +54,8 @@ def _one(file: Path) -> tuple[str, str]:
     if len(fits) == 1:
         return next(iter(fits.items()))
     if fits:
-        told = "; ".join(f"{name}, because {why}" for name, why in fits.items())
-        raise UserError(f"{file}: auto: several formats fit: {told}", remedy="Name one of them in place of `auto`.")
+        reasons = "; ".join(f"{name}, because {why}" for name, why in fits.items())
+        raise UserError(f"{file}: auto: several formats fit: {reasons}", remedy="Name one of them in place of `auto`.")
     row = head.rows[0] if head.rows else None
     seen = f"its first row has the fields {', '.join(map(repr, list(row)[:12]))}" if isinstance(row, dict) else (
         f"it begins with {head.text[:60]!r}"

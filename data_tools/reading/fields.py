@@ -113,7 +113,7 @@ def _turn(turn: dict[str, Any], where: str, name: str, roles: Mapping[str, Role]
     speaker, said = turn.get(role), turn.get(content)
     if speaker in TOOL_ROLES or turn.get("tool_calls") or turn.get("function_call"):
         remedy = "Only text can be learned from; leave such chats out."
-        raise BadRecord(f"{name}: a turn that calls a tool or is one's", where, remedy)
+        raise BadRecord(f"{name}: a tool call or a tool's turn", where, remedy)
     if not isinstance(speaker, str) or speaker not in roles:
         raise BadRecord(f"{name}: a role that is not one of {', '.join(roles)}", f"{where}: {reprlib.repr(speaker)}")
     if isinstance(said, list) and said and all(isinstance(part, dict) and part.get("type") == "text" for part in said):

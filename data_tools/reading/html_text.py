@@ -16,7 +16,7 @@ def html_text(html: str) -> str:
     """What a reader of the page sees: tags dropped, entities resolved, a blank line between blocks.
 
     List items begin with ``- ``. Code blocks stand between lines of three backticks, their white space as it is; inline
-    code stands between backticks. Links leave their text, images nothing.
+    code is between backticks. Links leave their text, images nothing.
 
     Raises:
         BadRecord: The HTML cannot be parsed.
@@ -25,7 +25,7 @@ def html_text(html: str) -> str:
     try:
         parser.feed(html)
         parser.close()
-    except AssertionError as error:  # how html.parser tells of a declaration that it does not know
+    except AssertionError as error:  # raised by html.parser for an unknown declaration
         raise BadRecord("HTML that cannot be parsed", str(error)) from None
     return re.sub(r"\n{3,}", "\n\n", "".join(parser.parts)).strip()
 

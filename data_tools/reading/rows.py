@@ -1,4 +1,4 @@
-"""The table of importers, and what every one of them stands on: the rows of a file, each turned into records."""
+"""The table of importers, and what they share: the rows of a JSON or Parquet file, each turned into records."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Item(NamedTuple):
 
 
 class Head(NamedTuple):
-    """The beginning of a file, by which `auto` tells its format."""
+    """The beginning of a file, from which `auto` recognises its format."""
 
     path: Path
     text: str
@@ -85,7 +85,7 @@ def rows(path: Path, reject: OnReject) -> Iterator[Item]:
                 last = item.line
                 yield item
     except READ_ERRORS as error:
-        remedy = "Download the file again; what stands before the damage was read."
+        remedy = "Download the file again; the rows before the damage were read."
         reject(
             Reject.of(path, last + 1, BadRecord("damaged: the rest of the file cannot be read", str(error), remedy), "")
         )
@@ -119,8 +119,8 @@ def _parquet(path: Path) -> Iterator[Item]:
 class _Stream:
     """JSON values of a text that is never whole in memory: an array's elements, or values one after the other.
 
-    The decoder tells where a value ends; where it fails, brackets are counted to tell a value that is broken from one
-    of which more is to be read.
+    The decoder finds where a value ends. Where it fails, brackets are counted to distinguish a broken value from one
+    that continues beyond the buffer.
     """
 
     def __init__(self, path: Path, file: BinaryIO, reject: OnReject) -> None:
@@ -141,7 +141,7 @@ class _Stream:
             raw, line = self._text[self._at : end], self._line
             fault = value if isinstance(value, BadRecord) else _not_utf8(raw)
             if fault:
-                array = array and not fault.reason.startswith("the file ends")  # told once
+                array = array and not fault.reason.startswith("the file ends")  # reported once
                 self._refuse(fault, end)
             else:
                 self._pass(end)
@@ -178,7 +178,7 @@ class _Stream:
         self._pass(end)
 
     def _value(self) -> tuple[Any, int]:
-        """The value that begins here, or the BadRecord that tells why there is none, and where it ends."""
+        """The value that begins here, or the BadRecord that says why there is none, and where it ends."""
         while True:
             try:
                 value, end = _DECODER.raw_decode(self._text, self._at)

@@ -1,6 +1,6 @@
 """Families of tasks: which fields a row has, and the templates that turn it into an instruction and its answer.
 
-Ours lie in `data_tools/templates/`, one YAML file each; `docs/tasks.md` describes the form for your own.
+Built-in families are YAML files in `data_tools/tasks/templates/`; `docs/tasks.md` describes the form for your own.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ ALWAYS = {
 }
 """Fields that rows of every family may have."""
 MADE = ("options", "lettered", "letter", "answer")
-"""Values that templates may use besides the fields; `letter` and `answer` only in a target."""
+"""Values that templates may use in addition to the fields; `letter` and `answer` only in a target."""
 COT_PROMPT = "Reason step by step, then answer.\n{{ prompt }}"
 COT_TARGET = "{{ rationale }}\nThe answer is {{ answer.removesuffix('.') }}."
 

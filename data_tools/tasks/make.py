@@ -171,7 +171,9 @@ class Writer:
                 except BadRecord as fault:
                     yield fault
                 except Failed as error:
-                    yield BadRecord("a template cannot be rendered", f"{template.name}: {error}", "Mend the template.")
+                    yield BadRecord(
+                        "a template cannot be rendered", f"{template.name}: {error}", "Correct the template."
+                    )
 
     def _record(self, example: Example, template: TaskTemplate, cot: bool, rng: random.Random) -> Demonstration:
         shown = self._pools.take(example, self._options.shots, rng) if self._pools else []

@@ -1,4 +1,4 @@
-"""Rows of labelled tasks: which column is which field, and what answer a label stands for."""
+"""Rows of labelled tasks: which column is which field, and which answer a label means."""
 
 from __future__ import annotations
 
@@ -97,7 +97,7 @@ class Mapper:
         try:
             return source({**row, "row": row})
         except Failed as error:
-            raise BadRecord(f"{name}: cannot be computed", str(error), "Mend the expression, or the row.") from None
+            raise BadRecord(f"{name}: cannot be computed", str(error), "Correct the expression or the row.") from None
 
     def _told(self, row: Mapping[str, Any], name: str) -> str:
         source = self._sources[name]
@@ -109,7 +109,7 @@ class Mapper:
         return f"no column {source!r} among {columns}"
 
     def _answer(self, label: Any, choices: tuple[str, ...]) -> str:
-        """The choice that a label stands for: by its text, else by its number from 0. Without choices, its text."""
+        """The choice that a label means: by its text, else by its number from 0. Without choices, its text."""
         text = _text(int(label) if isinstance(label, bool) and choices else label, self._family.answer)
         if not text:
             raise BadRecord(f"{self._family.answer}: missing or empty", remedy=_MAP)
