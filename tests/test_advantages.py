@@ -140,7 +140,7 @@ def test_groups_smaller_than_a_row_can_use_are_refused_by_name(row, batch):
     if row.traits["min_group"] == 1:
         row.fn(rewards, values, mask, alone)
     else:
-        with pytest.raises(ValueError, match="group 99 holds 1 answer"):
+        with pytest.raises(ValueError, match="group 99 holds 1 completion"):
             row.fn(rewards, values, mask, alone)
 
 
