@@ -1,9 +1,9 @@
 """`rlhf pipeline`: the stages of a pipeline file one after the other, each in a process of its own, then the export.
 
-A run that is complete with the same config and the same parents is skipped, one that was interrupted continues; so
-the same command may be given until all is done. With `rounds` that includes the times when people rank:
+A run that is complete with the same config and the same parents is skipped, and an interrupted one continues, so the
+same command can be repeated until everything is complete. With `rounds` the pipeline stops while people rank:
 
-stages -> (answers proposed -> people rank them -> reward model and PPO anew) x rounds -> export
+stages -> (propose answers -> people rank them -> train reward model and PPO again) x rounds -> export
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ WAITING = 3
 
 @dataclass(frozen=True)
 class Step:
-    """One stage of the pipeline: its config file and the overrides that are meant for it."""
+    """One stage of the pipeline: its config file and the overrides for it."""
 
     stage: str
     file: str
@@ -55,8 +55,7 @@ class Step:
         """`new`, `interrupted` or `complete`.
 
         Raises:
-            UserError: The folder holds something else: another stage, another config, or a result that was made from
-                other parents than the ones there now.
+            UserError: The folder holds a run of another stage or config, or one whose parents were trained again.
         """
         check_run_folder(self.config, self.stage, resume=True, overwrite=False)
         if not is_run(self.config.run):
@@ -66,25 +65,25 @@ class Step:
             path = parent["path"]
             if is_run(path) and read_run(path).get("model_fingerprint") != parent.get("fingerprint"):
                 raise UserError(
-                    f"{self.config.run}: was made from another result of {path} than the one there now",
+                    f"{self.config.run}: was trained from an earlier result of {path}",
                     "Continuing would mix the two.",
-                    "Give --overwrite to run the whole pipeline anew, or another name: " + f"{self.stage}.run=...",
+                    "Give --overwrite to run the whole pipeline again, or another name: " + f"{self.stage}.run=...",
                 )
         return "complete" if info.get("status") == "complete" else "interrupted"
 
 
 def read_pipeline(file: str | Path, overrides: Sequence[str]) -> tuple[PipelineConfig, list[Step]]:
-    """A pipeline file and the configs that it names. Overrides such as `ppo.updates=3` go to that stage's config.
+    """Read a pipeline file and the configs that it names. An override such as `ppo.updates=3` goes to that stage.
 
     Raises:
         UserError: A fault in any of the files.
     """
-    apart: dict[str, list[str]] = {stage: [] for stage in STAGES}
+    by_stage: dict[str, list[str]] = {stage: [] for stage in STAGES}
     own = []
     for override in overrides:
         stage, dot, _ = override.partition("=")[0].partition(".")
-        if dot and stage in apart:
-            apart[stage].append(override[len(stage) + 1 :])
+        if dot and stage in by_stage:
+            by_stage[stage].append(override[len(stage) + 1 :])
         else:
             own.append(override)
     config = load_stage_config(PipelineConfig, file, own)
@@ -92,30 +91,30 @@ def read_pipeline(file: str | Path, overrides: Sequence[str]) -> tuple[PipelineC
     for stage, kind in STAGES.items():
         path = getattr(config, stage)
         if path is not None:
-            steps.append(Step(stage, path, apart[stage], load_stage_config(kind, path, apart[stage])))
-        elif apart[stage]:
-            raise UserError(f"override {stage}.{apart[stage][0]}: {file} has no {stage} stage")
+            steps.append(Step(stage, path, by_stage[stage], load_stage_config(kind, path, by_stage[stage])))
+        elif by_stage[stage]:
+            raise UserError(f"override {stage}.{by_stage[stage][0]}: {file} has no {stage} stage")
     return config, steps
 
 
-Row = tuple[str, str, str, str, float | None]
-"""Of the summary: stage, folder, status, result, seconds."""
+TableRow = tuple[str, str, str, str, float | None]
+"""A row of the summary: stage, folder, status, result, seconds."""
 
 
 @dataclass(frozen=True)
-class How:
+class StartOptions:
     """How the stages are started."""
 
-    resume: bool
-    """Skip complete runs and continue interrupted ones; else any run that is there is refused."""
-    overwrite: bool
-    """Start all runs anew."""
-    dry_run: bool
-    """Check everything and print configs and plans."""
-    processes: int | None
-    """How many each stage is going to have, for the checks."""
-    launch_words: Sequence[str]
-    """The options that start them."""
+    resume: bool = True
+    """Skip complete runs and continue interrupted ones; otherwise an existing run is refused."""
+    overwrite: bool = False
+    """Delete existing runs."""
+    dry_run: bool = False
+    """Check everything and print configs and checks."""
+    processes: int | None = None
+    """Number of processes of each stage, for the checks."""
+    words: Sequence[str] = ()
+    """The options that start these processes."""
 
 
 def command(
@@ -136,56 +135,51 @@ def command(
 
     Exit status 3: the pipeline waits for people to rank.
     """
-    launching = entry.launch_words(num_processes, hostfile)
-    again = ["rlhf", "pipeline", "--config", str(config), *(overrides or ()), *launching]
-    with exit_on_error(resume_line(shlex.join(again))):
+    words = entry.launch_words(num_processes, hostfile)
+    with exit_on_error(resume_line(_again(config, overrides or (), words))):
         count = entry.process_count(num_processes, hostfile)
-        if not run(config, overrides or (), resume, overwrite, dry_run, count, launching):
+        if not run(config, overrides or (), StartOptions(resume, overwrite, dry_run, count, words)):
             raise typer.Exit(WAITING)
 
 
-def run(
-    file: str | Path,
-    overrides: Sequence[str] = (),
-    resume: bool = True,
-    overwrite: bool = False,
-    dry_run: bool = False,
-    processes: int | None = None,
-    launch_words: Sequence[str] = (),
-) -> bool:
-    """Run a pipeline and print a summary; see `How`.
+def _again(file: str | Path, overrides: Sequence[str], words: Sequence[str]) -> str:
+    """The command that continues the pipeline: as it was given, but without --overwrite."""
+    return shlex.join(["rlhf", "pipeline", "--config", str(file), *overrides, *words])
+
+
+def run(file: str | Path, overrides: Sequence[str] = (), start: StartOptions = StartOptions()) -> bool:
+    """Run a pipeline and print a summary.
 
     Args:
         file: The pipeline's YAML file.
         overrides: `name=...`, `export=...`, `rounds....`, or a stage's: `ppo.updates=3`.
+        start: How the stages are started.
 
     Returns:
-        False where it stopped because a round waits for people's rankings; it has said how to go on.
+        False if a round waits for people's rankings; the way to continue has been printed.
 
     Raises:
         UserError: A fault in a config, found before the first stage starts, or a stage that failed.
     """
     config, steps = read_pipeline(file, overrides)
-    how = How(resume, overwrite, dry_run, processes, launch_words)
     first = steps if config.rounds is None else before_rankings(steps)
-    _check_all(first, how)
+    _check_all(first, start)
     if config.rounds is not None:
         check_rounds(config.rounds, steps)
     if config.export is not None:
         check_out(Path(config.export), Path(_policy_run(steps)), overwrite=True)
-    if dry_run:
+    if start.dry_run:
         if config.rounds is not None:
-            table("Preflight: rounds", ("what", "how"), plan_of_rounds(config.rounds, steps))
+            table("Preflight: rounds", ("what", "how"), rounds_table(config.rounds, steps))
         return True
     names = [step.stage for step in first]
     names += [f"{config.rounds.count} rounds"] if config.rounds is not None else []
     names += ["export"] if config.export is not None else []
     say(f"Pipeline {config.name}: {' -> '.join(names)}")
-    rows = [_train(step, how) for step in first]
+    rows = [_train(step, start) for step in first]
     waiting = None
     if config.rounds is not None:
-        again = shlex.join(["rlhf", "pipeline", "--config", str(file), *overrides, *launch_words])
-        waiting, steps = _run_rounds(config.rounds, steps, how, again, rows)
+        waiting, steps = _run_rounds(config.rounds, steps, start, rows)
     if waiting is None and config.export is not None:
         begun, source = time.monotonic(), _policy_run(steps)
         _child("export", ["export", source, "--out", config.export, "--overwrite"])
@@ -193,37 +187,37 @@ def run(
     shown = [(*row[:-1], "-" if row[-1] is None else _clock(row[-1])) for row in rows]
     table(f"Pipeline {config.name}", ("stage", "folder", "status", "result", "time"), shown)
     if waiting is not None:
-        say(waiting)
+        say(f"{waiting}\n  then continue          {_again(file, overrides, start.words)}")
     return waiting is None
 
 
-def _train(step: Step, how: How) -> Row:
+def _train(step: Step, start: StartOptions) -> TableRow:
     """Run a stage, unless it is complete."""
     begun = time.monotonic()
-    state = "overwritten" if how.overwrite else step.state()
+    state = "overwritten" if start.overwrite else step.state()
     if state == "complete":
         return (step.stage, step.config.run, "complete already", headline(step), None)
     words = {"new": [], "interrupted": ["--resume"], "overwritten": ["--overwrite"]}[state]
-    _child(step.stage, [step.stage, "--config", step.file, *step.overrides, *words, *how.launch_words])
+    _child(step.stage, [step.stage, "--config", step.file, *step.overrides, *words, *start.words])
     return (step.stage, step.config.run, "done", headline(step), time.monotonic() - begun)
 
 
-def _check_all(steps: Sequence[Step], how: How) -> None:
+def _check_all(steps: Sequence[Step], start: StartOptions) -> None:
     """Check every stage before the first one starts; parents that an earlier stage makes need not exist."""
     pending: dict[str, str] = {}
     for step in steps:
-        state = "new" if how.overwrite or not how.resume else step.state()
+        state = "new" if start.overwrite or not start.resume else step.state()
         again = state == "interrupted"
-        if how.dry_run:
-            entry.prepare(step.stage, step.file, step.overrides, again, how.overwrite, True, how.processes, pending)
+        if start.dry_run:
+            entry.prepare(step.stage, step.file, step.overrides, again, start.overwrite, True, start.processes, pending)
         elif state != "complete":
-            check(step.stage, step.config, again, how.overwrite, how.processes, pending)
+            check(step.stage, step.config, again, start.overwrite, start.processes, pending)
         if state != "complete":
             pending[step.config.run] = step.stage
 
 
 def _child(name: str, words: Sequence[str]) -> None:
-    """Run `rlhf WORDS` in a process of its own, so that its memory is given back at its end."""
+    """Run `rlhf WORDS` in a process of its own, so that its memory is freed at the end."""
     status = run_child([sys.executable, "-m", "stages.cli", *words], {**os.environ, PARENT: "pipeline"})
     if status == 130:
         raise KeyboardInterrupt
@@ -231,16 +225,16 @@ def _child(name: str, words: Sequence[str]) -> None:
         how = f"was killed by signal {-status}" if status < 0 else f"ended with exit status {status}"
         raise UserError(
             f"the pipeline stopped: {name} {how}",
-            "Its own message stands above.",
-            "Mend it and give the command again, without --overwrite: complete stages are skipped, others continue.",
+            "Its own message is above.",
+            "Fix it and repeat the command without --overwrite: complete stages are skipped, others continue.",
         )
 
 
 def headline(step: Step) -> str:
-    """The first few figures of a finished run."""
+    """The first three metrics of a finished run."""
     metrics: dict[str, Any] = read_run(step.config.run).get("metrics") or {}
-    figures = [(key, value) for key, value in metrics.items() if isinstance(value, (int, float))]
-    return ", ".join(f"{key} {format_number(value)}" for key, value in figures[:3])
+    numbers = [(key, value) for key, value in metrics.items() if isinstance(value, (int, float))]
+    return ", ".join(f"{key} {format_number(value)}" for key, value in numbers[:3])
 
 
 def _policy_run(steps: Sequence[Step]) -> str:
@@ -257,29 +251,29 @@ def _clock(seconds: float) -> str:
 
 
 def before_rankings(steps: Sequence[Step]) -> list[Step]:
-    """The stages of the first training: without the reward model and PPO where there are no rankings to begin with."""
+    """The stages of the first training: only SFT if the reward model has no rankings yet."""
     reward = next(step for step in steps if step.stage == "reward")
     return list(steps) if reward.config.data.train else [step for step in steps if step.stage == "sft"]
 
 
 def check_rounds(config: RoundsConfig, steps: Sequence[Step]) -> None:
-    """Find what would be wrong with the rounds before the first stage starts.
+    """Find faults of the rounds before the first stage starts.
 
     Raises:
-        UserError: The prompts are no dataset or leak, or PPO would not see the new reward models.
+        UserError: The prompts are not a dataset or leak between splits, or PPO would not use the new reward models.
     """
     of = {step.stage: step.config for step in steps}
     _check_splits(config, of["reward"].data)
     if "ppo" in of and _with_path(_reward(of["ppo"]), of["reward"].run, "another") == _reward(of["ppo"]):
         raise UserError(
             f"rounds: the reward of PPO does not name the run {of['reward'].run}",
-            "What people say in the rounds would never reach the policy.",
+            "The rankings of the rounds would never reach the policy.",
             "Set reward.path in its config to that run.",
         )
 
 
 def _check_splits(config: RoundsConfig, data: DataConfig) -> None:
-    """Refuse prompts that the reward model would both train on and be measured on: best before people rank them."""
+    """Refuse prompts that the reward model would both train on and be evaluated on, before people rank them."""
     (prompts,) = open_all([config.prompts], list(KINDS), "rounds.prompts")
     base, held_out = open_all(data.train, ["ranking"], "data.train"), open_all(data.eval, ["ranking"], "data.eval")
     trained = {r.prompt_id for r in train_records(base)} if not held_out else set()
@@ -289,13 +283,13 @@ def _check_splits(config: RoundsConfig, data: DataConfig) -> None:
     if leaks:
         raise UserError(
             f"rounds.prompts: {len(leaks):,} prompts of {config.prompts} are in another split of reward's data",
-            "The model would train on them and be measured on them.",
+            "The model would train on them and be evaluated on them.",
             "Split both by prompt, with the same seed: rlhf data split DATASET --by prompt --out ...",
         )
 
 
-def plan_of_rounds(config: RoundsConfig, steps: Sequence[Step]) -> list[tuple[str, str]]:
-    """What the rounds would do, for the dry run."""
+def rounds_table(config: RoundsConfig, steps: Sequence[Step]) -> list[tuple[str, str]]:
+    """The preflight table of the rounds."""
     first = before_rankings(steps)
     trained = ", ".join(step.stage for step in first) or "nothing"
     wanted = "one of each prompt" if config.min_rankings is None else f"{config.min_rankings:,}"
@@ -310,12 +304,12 @@ def plan_of_rounds(config: RoundsConfig, steps: Sequence[Step]) -> list[tuple[st
 
 
 def _run_rounds(
-    config: RoundsConfig, steps: list[Step], how: How, again: str, rows: list[Row]
+    config: RoundsConfig, steps: list[Step], start: StartOptions, rows: list[TableRow]
 ) -> tuple[str | None, list[Step]]:
-    """Rank and train round after round, adding to the rows of the summary.
+    """Rank and train in rounds; adds rows to the summary.
 
     Returns:
-        What it waits for, None where all rounds are done; and the steps of the last training.
+        What the pipeline waits for, None if all rounds are done; and the steps of the last training.
     """
     now = before_rankings(steps)
     for turn in range(1, config.count + 1):
@@ -328,18 +322,18 @@ def _run_rounds(
             wanted = config.min_rankings or int(open_dataset(last.candidates).manifest["count"])
             if come < wanted:
                 rows.append((f"round {turn}", str(last.folder), "waiting", f"{come:,} of {wanted:,} rankings", None))
-                return waiting_for(last, config.count, come, wanted, again), now
+                return waiting_for(last, config.count, come, wanted), now
             collect(rounds)
         learned = int(open_dataset(last.collected).manifest["count"])
         rows.append((f"round {turn}", str(last.folder), "ranked", f"{learned:,} rankings", time.monotonic() - begun))
         now = [step if step.stage == "sft" else in_round(step, steps, rounds) for step in steps]
-        _check_all(now, how)
-        rows += [_train(step, how) for step in now if step.stage != "sft"]
+        _check_all(now, start)
+        rows += [_train(step, start) for step in now if step.stage != "sft"]
     return None, now
 
 
 def policies(steps: Sequence[Step], trained: Sequence[Step]) -> list[str]:
-    """Whose answers are proposed: the newest PPO run's and the SFT run's; before either, the model PPO starts from."""
+    """The models whose answers are proposed: the newest PPO run and the SFT run, or the model that PPO starts from."""
     runs = [step.config.run for step in reversed(trained) if step.stage != "reward"]
     return runs or [step.config.model.path for step in steps if step.stage == "ppo"]
 
@@ -353,9 +347,9 @@ def _propose_words(config: RoundsConfig, rounds: Sequence[Round], models: Sequen
 
 
 def in_round(step: Step, steps: Sequence[Step], rounds: Sequence[Round]) -> Step:
-    """The reward or PPO stage as it is trained in the last of the rounds: into a run of its own, from the same start.
+    """The reward or PPO stage of the last of the rounds: a new run, from the same initial model.
 
-    The reward model is trained on its own data and all rounds' rankings, PPO against that reward model.
+    The reward model is trained on its own data and all rounds' rankings, and PPO against that reward model.
     """
     suffix = f"-round-{rounds[-1].number}"
     changes: dict[str, Any] = {"run": step.config.run + suffix}
@@ -369,12 +363,12 @@ def in_round(step: Step, steps: Sequence[Step], rounds: Sequence[Round]) -> Step
 
 
 def _reward(config: StageConfig) -> Any:
-    """PPO's reward as it stands in its config."""
+    """PPO's reward as in its config file."""
     return config.model_dump(mode="json")["reward"]
 
 
 def _with_path(value: Any, old: str, new: str) -> Any:
-    """The value with another path in place of `old`, wherever it stands in it."""
+    """A config value in which every path `old` is replaced by `new`."""
     if isinstance(value, dict):
         return {key: _with_path(part, old, new) for key, part in value.items()}
     if isinstance(value, list):
@@ -382,14 +376,13 @@ def _with_path(value: Any, old: str, new: str) -> Any:
     return new if isinstance(value, str) and os.path.normpath(value) == os.path.normpath(old) else value
 
 
-def waiting_for(last: Round, count: int, come: int, wanted: int, again: str) -> str:
-    """What a round waits for, and the commands that bring it."""
+def waiting_for(last: Round, count: int, come: int, wanted: int) -> str:
+    """What a round waits for, and the commands that collect it."""
     candidates, pulled = shlex.quote(str(last.candidates)), shlex.quote(str(last.folder / "rankings-label-studio"))
     so_far = f"{come:,} of {wanted:,} rankings have come to {last.pattern}"
     return (
         f"Round {last.number} of {count} waits for people: {so_far}\n"
         f"  at a terminal          rlhf data rank {candidates} --annotator NAME\n"
         f"  or in Label Studio     rlhf data label-studio push {candidates} --url URL\n"
-        f"    and what was ranked  rlhf data label-studio pull {candidates} --url URL --out {pulled}\n"
-        f"  then go on             {again}"
+        f"    and what was ranked  rlhf data label-studio pull {candidates} --url URL --out {pulled}"
     )

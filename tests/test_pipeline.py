@@ -26,6 +26,8 @@ from stages import pipeline
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 
+DRY_RUN = pipeline.StartOptions(dry_run=True)
+
 
 @pytest.fixture
 def place(tmp_path, monkeypatch):
@@ -107,12 +109,12 @@ def test_a_run_with_another_config_is_refused_with_the_lines_that_differ(place):
 def test_a_run_whose_parent_has_another_result_by_now_is_refused(place):
     pretend(place, "sft")
     pretend(place, "reward", parents=[{"path": "runs/sft", "fingerprint": "an earlier one"}])
-    with pytest.raises(UserError, match="made from another result of runs/sft"):
+    with pytest.raises(UserError, match="was trained from an earlier result of runs/sft"):
         states()
 
 
 def test_the_dry_run_takes_runs_to_come_as_given_and_shows_every_plan(place, capsys):
-    pipeline.run("all.yaml", dry_run=True)
+    pipeline.run("all.yaml", start=DRY_RUN)
     text = capsys.readouterr().out
     assert all(f"Preflight: {stage}" in text for stage in ("sft", "reward", "ppo"))
     assert "to come: reward run" in text
@@ -128,14 +130,14 @@ def test_a_fault_of_the_last_stage_is_found_before_the_first_one_starts(place):
 def test_without_resume_a_run_that_is_there_is_refused(place):
     pretend(place, "sft")
     with pytest.raises(UserError, match="already holds a run"):
-        pipeline.run("all.yaml", resume=False)
+        pipeline.run("all.yaml", start=pipeline.StartOptions(resume=False))
 
 
 def test_an_export_folder_that_holds_something_else_is_refused_at_once(place):
     (place / "out").mkdir()
     (place / "out" / "thesis.tex").write_text("x", "utf-8")
     with pytest.raises(UserError, match="is not an export"):
-        pipeline.run("all.yaml", dry_run=True)
+        pipeline.run("all.yaml", start=DRY_RUN)
 
 
 def rlhf(place: Path, *words: str, stdin: str = "") -> subprocess.CompletedProcess[str]:
@@ -206,7 +208,7 @@ def test_prompts_in_another_split_than_in_the_rankings_are_refused_before_people
     with_rounds(place, prompts="prompts.jsonl")
     words = ["reward.data.train=base.jsonl"]
     with pytest.raises(UserError, match="1 prompts of prompts") if leaks else contextlib.nullcontext():
-        pipeline.run("all.yaml", words, dry_run=True)
+        pipeline.run("all.yaml", words, DRY_RUN)
 
 
 @pytest.mark.parametrize(
@@ -275,9 +277,9 @@ def test_the_newest_policies_answer_and_without_any_the_model_that_ppo_starts_fr
 def test_without_any_rankings_the_first_training_is_instruction_tuning_alone(place, capsys):
     without_rankings(place)
     with pytest.raises(UserError, match="no record to train on"):
-        pipeline.run("all.yaml", dry_run=True)
+        pipeline.run("all.yaml", start=DRY_RUN)
     with_rounds(place)
-    pipeline.run("all.yaml", dry_run=True)
+    pipeline.run("all.yaml", start=DRY_RUN)
     text = capsys.readouterr().out
     assert "Preflight: sft" in text and "Preflight: reward" not in text and "sft trained" in text
 

@@ -1,4 +1,4 @@
-"""The config of a pipeline: the stages in a row, and rounds of new rankings. Read as those of `rlhf.config`."""
+"""The config of a pipeline: the stages in a row, and rounds of new rankings."""
 
 from __future__ import annotations
 
@@ -11,25 +11,25 @@ from rlhf.config.base import Strict
 
 class RoundsConfig(Strict):
     count: PositiveInt
-    """Rounds after the first training: propose answers, wait until people have ranked them, train again."""
+    """Number of rounds after the first training: propose answers, wait until people have ranked them, train again."""
     folder: str
-    """Where a round lies, with `{round}` for its number: `datasets/mine/round-{round}`. Its proposals are in
-    `candidates`; rankings are awaited in `rankings*`, datasets or `.jsonl` files."""
+    """Folder of a round, with `{round}` for its number: `datasets/mine/round-{round}`. The proposals are written to
+    `candidates` in it; rankings are read from `rankings*`, datasets or `.jsonl` files."""
     prompts: str
-    """Dataset whose prompts are answered, each in one round only."""
+    """Dataset of prompts. Each is answered in one round only."""
     size: PositiveInt = 200
-    """Prompts in a round."""
+    """Number of prompts in a round."""
     k: Annotated[int, Field(ge=2)] = 4
-    """Answers to each prompt, a person's included where `prompts` has one."""
+    """Answers to each prompt, including a person's if `prompts` has one."""
     min_rankings: PositiveInt | None = None
-    """A round goes on once so many rankings have come; one for each proposal when left out."""
+    """Number of rankings after which a round continues; by default one for each proposal."""
     temperature: PositiveFloat | None = None
-    """Of the proposed answers; as the policy sampled in PPO, else 1, when left out."""
+    """Sampling temperature of the proposed answers; by default that of the PPO run, else 1."""
     max_new_tokens: PositiveInt | None = None
-    """Longest proposed answer; as the policy sampled in PPO, else 128, when left out."""
+    """Longest proposed answer in tokens; by default that of the PPO run, else 128."""
 
     @model_validator(mode="after")
-    def _rounds_apart(self) -> RoundsConfig:
+    def _folder_per_round(self) -> RoundsConfig:
         if "{round}" not in self.folder:
             raise ValueError(f"folder: every round needs its own; put {{round}} into {self.folder!r}")
         return self
@@ -37,7 +37,7 @@ class RoundsConfig(Strict):
 
 class PipelineConfig(Strict):
     name: str
-    """What the pipeline's output calls it."""
+    """Name of the pipeline in its output."""
     sft: str | None = None
     """Config file of the instruction-tuning stage; a stage that is left out is skipped."""
     reward: str | None = None
@@ -45,7 +45,7 @@ class PipelineConfig(Strict):
     ppo: str | None = None
     """Config file of the PPO stage."""
     export: str | None = None
-    """Folder for the policy in Hugging Face format: PPO's, or SFT's where there is no PPO."""
+    """Folder for the policy in Hugging Face format: PPO's, or SFT's if there is no PPO."""
     rounds: RoundsConfig | None = None
     """Further rounds with new rankings of the policy's own answers; see docs/rounds.md."""
 
