@@ -32,8 +32,8 @@ from rlhf.config.load import load_stage_config
 from rlhf.core.console import format_number, say, table
 from rlhf.core.errors import UserError
 from rlhf.data.schema import KINDS
+from rlhf.data.selection import eval_records, open_datasets, train_records
 from rlhf.data.store import open_dataset
-from rlhf.data.tables import eval_records, open_all, train_records
 from rlhf.distributed.launch import PARENT, run_child
 from rlhf.export.export import check_out
 from rlhf.runs.run import check_run_folder, is_run, read_run
@@ -274,8 +274,11 @@ def check_rounds(config: RoundsConfig, steps: Sequence[Step]) -> None:
 
 def _check_splits(config: RoundsConfig, data: DataConfig) -> None:
     """Refuse prompts that the reward model would both train on and be evaluated on, before people rank them."""
-    (prompts,) = open_all([config.prompts], list(KINDS), "rounds.prompts")
-    base, held_out = open_all(data.train, ["ranking"], "data.train"), open_all(data.eval, ["ranking"], "data.eval")
+    (prompts,) = open_datasets([config.prompts], list(KINDS), "rounds.prompts")
+    base, held_out = (
+        open_datasets(data.train, ["ranking"], "data.train"),
+        open_datasets(data.eval, ["ranking"], "data.eval"),
+    )
     trained = {r.prompt_id for r in train_records(base)} if not held_out else set()
     held = {r.prompt_id for r in eval_records(held_out or base, bool(held_out))}
     against = {None: held, "train": held, "eval": trained}

@@ -23,7 +23,8 @@ from rlhf.config.base import DataConfig
 from rlhf.core.console import is_main, say
 from rlhf.core.errors import UserError
 from rlhf.data.chat import ChatTokenizer, load_tokenizer
-from rlhf.data.tables import longest_prompt, open_all, tokenize
+from rlhf.data.selection import open_datasets
+from rlhf.data.tables import longest_prompt, tokenize
 from rlhf.memory.peak import PeakMemory
 from rlhf.models.load import load_hf_config, sequence_limit
 from rlhf.models.merging import adapters_merged
@@ -49,7 +50,7 @@ from rlhf.ppo.types import (
 )
 from rlhf.reward.sources import RewardContext, RewardInputs
 from rlhf.rollout.types import SamplingParams, stream_seed
-from rlhf.runs.checkpoint import rng_state, seed_everything, set_rng_state
+from rlhf.runs.random_state import rng_state, seed_everything, set_rng_state
 from rlhf.runs.run import Run, check_same_text, data_facts, finish, open_run, parent_facts, resolve_model_path
 from rlhf.training.engine import rate_scale
 
@@ -294,7 +295,10 @@ class PPO:
 
 def open_ppo_run(config: PPOConfig, chat: ChatTokenizer, resume: bool, overwrite: bool) -> Run:
     """The run folder, with parents and data recorded; refuses a reward model with another tokenizer."""
-    data = [*open_all(config.data.prompts, KINDS, "data.prompts"), *open_all(config.data.ptx, KINDS[1:], "data.ptx")]
+    data = [
+        *open_datasets(config.data.prompts, KINDS, "data.prompts"),
+        *open_datasets(config.data.ptx, KINDS[1:], "data.ptx"),
+    ]
     if config.needs_critic and config.critic.init == "reward":
         check_same_text("the policy", chat.fingerprints(), str(config.reward_model))
     parents = [parent_facts(path) for path in (config.model.path, config.reward_model) if path]

@@ -26,7 +26,8 @@ from rlhf.core.console import is_main, say, table
 from rlhf.core.errors import UserError
 from rlhf.core.files import write_json
 from rlhf.data.chat import ChatTokenizer, load_tokenizer
-from rlhf.data.tables import open_all, tokenize
+from rlhf.data.selection import open_datasets
+from rlhf.data.tables import tokenize
 from rlhf.memory.peak import PeakMemory
 from rlhf.models.load import load_hf_config, sequence_limit
 from rlhf.models.save import save_result
@@ -58,9 +59,9 @@ def run(config: RewardConfig, resume: bool = False, overwrite: bool = False) -> 
     # 1. tokenizer, run folder, rows
     chat = load_tokenizer(config.model, path)
     limit = sequence_limit(config.model, load_hf_config(config.model, path))
-    data = open_all([*config.data.train, *config.data.eval], ["ranking"], "data")
+    data = open_datasets([*config.data.train, *config.data.eval], ["ranking"], "data")
     human_agreement = Agreement.of(data[len(config.data.train) :] or data)
-    data += open_all(config.data.demonstrations, ["demonstration"], "reference")
+    data += open_datasets(config.data.demonstrations, ["demonstration"], "reference")
     facts = {"parents": [parent_facts(config.model.path)], "data": data_facts(data), **chat.fingerprints()}
     folder = open_run(config, "reward", resume, overwrite, facts)
     tables = tokenize(folder.path, chat, limit, config.data, "ranking")

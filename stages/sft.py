@@ -18,7 +18,8 @@ from rlhf import distributed
 from rlhf.cli.entry import main
 from rlhf.core.errors import UserError
 from rlhf.data.chat import ChatTokenizer, load_tokenizer
-from rlhf.data.tables import open_all, tokenize
+from rlhf.data.selection import open_datasets
+from rlhf.data.tables import tokenize
 from rlhf.inference.policy import quiet
 from rlhf.memory.peak import PeakMemory
 from rlhf.models.load import load_hf_config, load_policy, sequence_limit
@@ -43,7 +44,7 @@ def run(config: SFTConfig, resume: bool = False, overwrite: bool = False) -> Non
     # 1. tokenizer, run folder, rows
     chat = load_tokenizer(config.model, path)
     limit = sequence_limit(config.model, load_hf_config(config.model, path)) - virtual_tokens(config.tuning)
-    data = open_all([*config.data.train, *config.data.eval], KINDS, "data")
+    data = open_datasets([*config.data.train, *config.data.eval], KINDS, "data")
     facts = {"parents": [parent_facts(config.model.path)], "data": data_facts(data), **chat.fingerprints()}
     folder = open_run(config, "sft", resume, overwrite, facts)
     tables = tokenize(folder.path, chat, limit, config.data, "demonstration", KINDS)

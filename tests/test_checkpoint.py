@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from rlhf.runs.checkpoint import SEAL, Checkpoints, damage, rng_state, seed_everything, set_rng_state
+from rlhf.runs.checkpoint import SEAL, Checkpoints, damage
+from rlhf.runs.random_state import rng_state, seed_everything, set_rng_state
 
 
 def write(checkpoints, step, protect=None):

@@ -14,7 +14,7 @@ from rlhf.cli.preflight import check
 from rlhf.cli.stage_configs import STAGES
 from rlhf.config.load import check_config, dump_config
 from rlhf.core.errors import UserError
-from rlhf.data.chat import TEMPLATES
+from rlhf.data.chat_templates import TEMPLATES
 from rlhf.data.schema import SCHEMA_VERSION
 from rlhf.distributed.deepspeed_config import read_deepspeed
 from rlhf.runs.checkpoint import Checkpoints

@@ -200,7 +200,7 @@ def test_answers_share_a_row_only_while_that_is_less_work() -> None:
     sharing = SharedPrompts(max_length=1000, linear_cost=100)
     assert sharing.rows(200, [100] * 4) == [[0, 1, 2], [3]]
     assert sharing.rows(1, [500, 500]) == [[0], [1]]
-    assert sharing.rows(200, [100] * 4, most=450) == [[0, 1], [2, 3]]
+    assert sharing.rows(200, [100] * 4, max_tokens=450) == [[0, 1], [2, 3]]
     assert NO_SHARING.rows(200, [1, 1]) == [[0], [1]]
     assert sharing.rows(5, []) == []
 

@@ -34,7 +34,7 @@ def prompts(count, **fields):
 @settings(max_examples=25, deadline=None, database=None)
 @given(data=st.data())
 def test_any_records_come_back_from_parquet_and_from_jsonl(tmp_path_factory, kind, data):
-    items = data.draw_prompts(st.lists(records(kind), min_size=1, max_size=5))
+    items = data.draw(st.lists(records(kind), min_size=1, max_size=5))
     folder = tmp_path_factory.mktemp("round")
     assert list(write(folder / "d", items).records()) == items
     lines = folder / "d.jsonl"

@@ -19,10 +19,10 @@ from rlhf.config.base import BatchConfig, ModelConfig, StageConfig
 from rlhf.core.console import format_number
 from rlhf.core.errors import UserError
 from rlhf.core.table import Pick
-from rlhf.data.chat import TEMPLATES
+from rlhf.data.chat_templates import read_template
 from rlhf.data.schema import KINDS
+from rlhf.data.selection import open_datasets
 from rlhf.data.store import Dataset
-from rlhf.data.tables import open_all
 from rlhf.distributed.deepspeed_config import read_deepspeed
 from rlhf.ppo.config import PPOConfig
 from rlhf.ppo.shared_roles import recognise
@@ -107,11 +107,8 @@ def _batch(batch: BatchConfig, world: int) -> str:
 
 def _model(config: ModelConfig, stages: Sequence[str], pending_runs: PendingRuns) -> str:
     """Where the weights come from. Only runs of `stages` are accepted."""
-    if config.chat_template not in ("auto", *TEMPLATES) and not Path(config.chat_template).is_file():
-        raise UserError(
-            f"model.chat_template: {config.chat_template!r} is neither auto, {', '.join(TEMPLATES)} nor a file",
-            remedy="Give the path of a Jinja chat template.",
-        )
+    if config.chat_template != "auto":
+        read_template(config.chat_template)
     described = _parent("model.path", config.path, stages, pending_runs)
     limit = _positions(config, pending_runs)
     if limit is not None and config.max_length is not None and config.max_length > limit:
@@ -192,8 +189,7 @@ def _same_text(config: PPOConfig, reward_path: str, pending_runs: PendingRuns) -
     mine = dict(read_run(config.model.path))
     template = config.model.chat_template
     if template != "auto":
-        text = TEMPLATES.get(template) or Path(template).read_text("utf-8")
-        mine["chat_template"] = hashlib.sha256(text.encode()).hexdigest()[:16]
+        mine["chat_template"] = hashlib.sha256(read_template(template).encode()).hexdigest()[:16]
     check_same_text("the policy", mine, reward_path)
 
 
@@ -204,7 +200,7 @@ def _data(
     key: str, train: Sequence[str], held_out: Sequence[str], kinds: Sequence[str], eval_key: str = "eval"
 ) -> Rows:
     """Open the datasets of a stage and count their records, from the manifests alone."""
-    datasets = open_all(train, kinds, key)
+    datasets = open_datasets(train, kinds, key)
     rows = [(key, _described(dataset)) for dataset in datasets]
     if all(d.manifest for d in datasets) and not _train_count(datasets):
         raise UserError(
@@ -212,7 +208,7 @@ def _data(
             "All of them are in the splits `eval` and `test`.",
             "See `rlhf data stats`.",
         )
-    named = open_all(held_out, kinds, f"{key.split('.')[0]}.{eval_key}")
+    named = open_datasets(held_out, kinds, f"{key.split('.')[0]}.{eval_key}")
     rows += [(f"{key.split('.')[0]}.{eval_key}", _described(dataset)) for dataset in named]
     if not named and all(d.manifest for d in datasets):
         rows.append(("held out", f"{sum(d.splits().get('eval', 0) for d in datasets):,} records of the split eval"))
@@ -234,7 +230,7 @@ def _train_count(datasets: Sequence[Dataset]) -> int:
 def _steps(batch: BatchConfig, paths: Sequence[str], kinds: Sequence[str]) -> str:
     if batch.max_steps is not None:
         return f"{batch.max_steps:,} (batch.max_steps)"
-    datasets = open_all(paths, kinds, "data.train")
+    datasets = open_datasets(paths, kinds, "data.train")
     if not all(d.manifest for d in datasets):
         return f"{batch.epochs:g} epochs"
     steps = math.ceil(batch.epochs * math.ceil(_train_count(datasets) / batch.batch_size))
@@ -259,7 +255,7 @@ def _reward(config: RewardConfig, world: int, pending_runs: PendingRuns) -> Rows
     rows += [("loss", config.loss.name)]
     rows += _data("data.train", config.data.train, config.data.eval, ("ranking",))
     rows += [
-        ("reference", _described(d)) for d in open_all(config.data.demonstrations, ("demonstration",), "reference")
+        ("reference", _described(d)) for d in open_datasets(config.data.demonstrations, ("demonstration",), "reference")
     ]
     rows += [("steps", _steps(config.batch, config.data.train, ("ranking",)))]
     return [*rows, ("batch", _batch(config.batch, world))]
@@ -291,7 +287,7 @@ def _ppo(config: PPOConfig, world: int, pending_runs: PendingRuns) -> Rows:
     rows += [("critic", critic if config.needs_critic else "none"), *_sharing(config, pending_runs)]
     rows += [("advantage", config.advantage.name)]
     rows += _data("data.prompts", config.data.prompts, config.data.eval, tuple(KINDS))
-    rows += [("ptx", _described(d)) for d in open_all(config.data.ptx, ("demonstration", "ranking"), "data.ptx")]
+    rows += [("ptx", _described(d)) for d in open_datasets(config.data.ptx, ("demonstration", "ranking"), "data.ptx")]
     episodes = rollout.prompts_per_update * rollout.samples_per_prompt
     rows.append(("updates", f"{config.updates:,}"))
     answers = f"{rollout.prompts_per_update:,} prompts x {rollout.samples_per_prompt} answers"

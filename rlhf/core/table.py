@@ -46,6 +46,19 @@ class TableRow:
         return create_model(f"{self.name}_options", __config__=config, **fields)
 
 
+def options_of(function: Callable[..., Any], without: tuple[str, ...] = ()) -> Callable[[Any], Any]:
+    """Decorator for a row that passes `**options` on to `function`: its options are that function's, but `without`."""
+
+    def decorate(row: Any) -> Any:
+        own = inspect.signature(row).parameters.values()
+        more = [p for p in inspect.signature(function).parameters.values() if p.kind is p.KEYWORD_ONLY]
+        parameters = [p for p in own if p.kind is not p.VAR_KEYWORD] + [p for p in more if p.name not in without]
+        row.__signature__ = inspect.Signature(parameters)
+        return row
+
+    return decorate
+
+
 @dataclass(frozen=True)
 class Pick:
     """A row chosen by a config, with its checked options. Calling it calls the row with those options."""

@@ -13,12 +13,12 @@ import hashlib
 import json
 from collections.abc import Sequence
 from functools import cached_property
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rlhf.config.base import ModelConfig
 from rlhf.core.errors import UserError
 from rlhf.core.lazy import lazy
+from rlhf.data.chat_templates import read_template
 from rlhf.data.schema import Message
 
 if TYPE_CHECKING:
@@ -27,20 +27,8 @@ if TYPE_CHECKING:
 else:
     torch, transformers = lazy("torch"), lazy("transformers")
 
-
-TEMPLATES = {
-    "default": (
-        "{{ bos_token }}{% for m in messages %}"
-        "{% if m.role == 'system' %}{{ m.content }}\n\n"
-        "{% elif m.role == 'user' %}User: {{ m.content }}\n"
-        "{% else %}Assistant: {{ m.content }}{{ eos_token }}\n{% endif %}"
-        "{% endfor %}{% if add_generation_prompt %}Assistant:{% endif %}"
-    ),
-    "plain": "{{ bos_token }}{% for m in messages %}{{ m.content }}{% endfor %}",
-}
-"""Templates for models without one. `default` names the roles; in `plain` the response continues the prompt."""
-
 PROBE = "\N{BLACK STAR}"
+"""A response that shows where the template puts responses."""
 
 
 def load_tokenizer(config: ModelConfig, path: str) -> ChatTokenizer:
@@ -59,12 +47,7 @@ def load_tokenizer(config: ModelConfig, path: str) -> ChatTokenizer:
         tokenizer.bos_token, tokenizer.eos_token = tokenizer.cls_token, tokenizer.sep_token
     if config.chat_template != "auto" or not tokenizer.chat_template:
         name = "default" if config.chat_template == "auto" else config.chat_template
-        if name not in TEMPLATES and not Path(name).is_file():
-            raise UserError(
-                f"model.chat_template: {name!r} is neither auto, {', '.join(TEMPLATES)} nor a file",
-                remedy="Give the path of a Jinja chat template.",
-            )
-        tokenizer.chat_template = TEMPLATES.get(name) or Path(name).read_text("utf-8")
+        tokenizer.chat_template = read_template(name)
     return ChatTokenizer(tokenizer)
 
 

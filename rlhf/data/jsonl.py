@@ -10,18 +10,13 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO, NoReturn
+from typing import Any, BinaryIO, NoReturn
 
 import orjson
+import zstandard
 
 from rlhf.core.errors import UserError
-from rlhf.core.lazy import lazy
 from rlhf.data.schema import BadRecord, Record, from_dict
-
-if TYPE_CHECKING:
-    import zstandard
-else:
-    zstandard = lazy("zstandard")
 
 
 @dataclass(frozen=True)

@@ -1,13 +1,48 @@
-"""Select the records of a dataset that a command works on."""
+"""Open the datasets that a stage reads, and select the records that a command works on."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from rlhf.core.errors import UserError
 from rlhf.data.schema import Message, Prompt
-from rlhf.data.store import Dataset
+from rlhf.data.store import Dataset, open_dataset
+
+
+def open_datasets(paths: Sequence[str], kinds: Sequence[str], key: str) -> list[Dataset]:
+    """Open the datasets of a config key.
+
+    Raises:
+        UserError: A dataset cannot be opened, or is not of one of `kinds`. The message starts with `key`.
+    """
+    found = []
+    for path in paths:
+        try:
+            dataset = open_dataset(path)
+        except UserError as error:
+            raise UserError(f"{key}: {error.what}", error.why, error.remedy) from None
+        if dataset.kind not in kinds:
+            raise UserError(f"{key}: {path} contains {dataset.kind}s, but {' or '.join(kinds)}s are needed")
+        found.append(dataset)
+    return found
+
+
+def train_records(data: Sequence[Dataset]) -> Iterator[Any]:
+    """The training records: those without a split or in the split `train`."""
+    return (r for d in data for r in d.records() if r.split in (None, "train"))
+
+
+def eval_records(data: Sequence[Dataset], named: bool, limit: int | None = None) -> Iterator[Any]:
+    """The held-out records: all but the `train` split of evaluation datasets (`named`), else the split `eval`."""
+    count = 0
+    for dataset in data:
+        for record in dataset.records():
+            if (record.split != "train") if named else (record.split == "eval"):
+                if limit is not None and count >= limit:
+                    return
+                count += 1
+                yield record
 
 
 def chosen_records(dataset: Dataset, split: str | None, limit: int | None = None) -> Iterator[Any]:

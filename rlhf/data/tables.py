@@ -2,27 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import datasets as hf_datasets
+import pyarrow as pa
+import pyarrow.compute as pc
 
 from rlhf import distributed
 from rlhf.config.base import DataConfig
 from rlhf.core.console import is_main, track
 from rlhf.core.errors import UserError
 from rlhf.core.files import append_jsonl
-from rlhf.core.lazy import lazy
 from rlhf.data.chat import ChatTokenizer
 from rlhf.data.encode import EncodingCounts, encode_demonstration, encode_prompt, encode_ranking
-from rlhf.data.store import Dataset, open_dataset
-
-if TYPE_CHECKING:
-    import datasets as hf_datasets
-    import pyarrow as pa
-    import pyarrow.compute as pc
-else:
-    hf_datasets, pa, pc = lazy("datasets"), lazy("pyarrow"), lazy("pyarrow.compute")
+from rlhf.data.selection import eval_records, open_datasets, train_records
 
 ENCODERS: dict[str, tuple[Callable[..., dict[str, Any] | None], dict[str, str]]] = {
     "demonstration": (encode_demonstration, {"input_ids": "ids", "labels": "ids", "length": "int"}),
@@ -34,41 +30,6 @@ ENCODERS: dict[str, tuple[Callable[..., dict[str, Any] | None], dict[str, str]]]
     "prompt": (encode_prompt, {"id": "text", "prompt": "ids", "messages": "text"}),
 }
 """For each kind of row: the function that encodes a record, and the types of the columns."""
-
-
-def open_all(paths: Sequence[str], kinds: Sequence[str], key: str) -> list[Dataset]:
-    """Open the datasets of a config key.
-
-    Raises:
-        UserError: A dataset cannot be opened, or is not of one of `kinds`. The message starts with `key`.
-    """
-    found = []
-    for path in paths:
-        try:
-            dataset = open_dataset(path)
-        except UserError as error:
-            raise UserError(f"{key}: {error.what}", error.why, error.remedy) from None
-        if dataset.kind not in kinds:
-            raise UserError(f"{key}: {path} contains {dataset.kind}s, but {' or '.join(kinds)}s are needed")
-        found.append(dataset)
-    return found
-
-
-def train_records(data: Sequence[Dataset]) -> Iterator[Any]:
-    """The training records: those without a split or in the split `train`."""
-    return (r for d in data for r in d.records() if r.split in (None, "train"))
-
-
-def eval_records(data: Sequence[Dataset], named: bool, limit: int | None = None) -> Iterator[Any]:
-    """The held-out records: all but the `train` split of evaluation datasets (`named`), else the split `eval`."""
-    count = 0
-    for dataset in data:
-        for record in dataset.records():
-            if (record.split != "train") if named else (record.split == "eval"):
-                if limit is not None and count >= limit:
-                    return
-                count += 1
-                yield record
 
 
 @dataclass(frozen=True)
@@ -103,8 +64,8 @@ def tokenize(
     Raises:
         UserError: There is nothing to train on, or a held-out prompt is also in the training data.
     """
-    train = open_all(config.train, accept or [kind], f"{name}.train")
-    held_out = open_all(config.eval, accept or [kind], f"{name}.eval")
+    train = open_datasets(config.train, accept or [kind], f"{name}.train")
+    held_out = open_datasets(config.eval, accept or [kind], f"{name}.eval")
     files = {part: folder / "cache" / f"{name}-{part}.arrow" for part in ("train", "eval")}
     if is_main():
         files["train"].parent.mkdir(exist_ok=True)

@@ -1,4 +1,4 @@
-"""Models: loading, the scalar head that reward model and critic share, and log-probs without full logits."""
+"""Load models, without dropout, and read their limits from their configs."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from rlhf.core.errors import UserError
 from rlhf.models.logprobs import check_head
 
 POSITIONS_AFTER_PADDING = {"roberta", "xlm-roberta", "xlm-roberta-xl", "camembert", "roberta-prelayernorm", "xmod"}
-"""Families whose first token has the position after that of padding, so that fewer positions are left."""
+"""Model families whose first token has position pad_token_id + 1, which leaves fewer positions."""
 
 
 def compute_dtype(precision: str) -> torch.dtype:
-    """The dtype of the computation for `auto`, `float32` or `bfloat16`."""
+    """The compute dtype for `auto`, `float32` or `bfloat16`."""
     if precision == "auto":
         bf16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
         return torch.bfloat16 if bf16 else torch.float32
@@ -30,12 +30,12 @@ def load_hf_config(config: ModelConfig, path: str) -> transformers.PretrainedCon
     """The Hugging Face config of a model, without its weights.
 
     Raises:
-        UserError: No model there, or one that needs its own code while trust_remote_code is off.
+        UserError: There is no model, or it needs its own code while trust_remote_code is off.
     """
     if (Path(path) / "adapter_config.json").is_file() and not (Path(path) / "config.json").is_file():
         raise UserError(
-            f"model.path: {path} is an adapter that cannot be merged, not a model of its own",
-            "Virtual tokens (prompt tuning and its kin) live outside the weights; the next stages train weights.",
+            f"model.path: {path} is an adapter that cannot be merged, not a model",
+            "Virtual tokens (of prompt tuning and similar) are not weights, but the next stages train weights.",
             "Start from an SFT run with `tuning: full` or `lora`.",
         )
     try:
@@ -46,10 +46,10 @@ def load_hf_config(config: ModelConfig, path: str) -> transformers.PretrainedCon
 
 
 def sequence_limit(config: ModelConfig, found: transformers.PretrainedConfig) -> int:
-    """The longest sequence in tokens: the config's, bounded by the model's positions.
+    """The longest sequence in tokens: max_length of the config, or else the positions of the model.
 
     Raises:
-        UserError: The config asks for more than the model has.
+        UserError: max_length is more than the positions of the model.
     """
     positions = getattr(found, "max_position_embeddings", None) or getattr(found, "n_positions", None) or 2**20
     if found.model_type in POSITIONS_AFTER_PADDING:
@@ -71,7 +71,7 @@ def load_policy(config: ModelConfig, path: str, dtype: torch.dtype = torch.float
 
 def _load(kind: Any, config: ModelConfig, path: str, dtype: torch.dtype, **more: Any) -> Any:
     transformers.utils.logging.disable_progress_bar()
-    transformers.utils.logging.set_verbosity_error()  # or it warns at length of every new head
+    transformers.utils.logging.set_verbosity_error()  # else it warns at length about every new head
     load_hf_config(config, path)
     options = {"trust_remote_code": config.trust_remote_code, "use_safetensors": True, "dtype": dtype, **more}
     if config.attn_implementation:
@@ -83,8 +83,8 @@ def _load(kind: Any, config: ModelConfig, path: str, dtype: torch.dtype, **more:
     model = loaded[0] if isinstance(loaded, tuple) else loaded
     model.config.use_cache = False
     for module in model.modules():
-        # Dropout off: the same input gives the same log-probs, so the PPO ratio starts at 1. Some families (OPT) keep
-        # its probability as a number and call the function.
+        # Without dropout the same input gives the same log-probs, so the first PPO ratio is 1. Some families (OPT) keep
+        # the dropout probability as an attribute and call the function.
         names = ["p"] if isinstance(module, nn.Dropout) else [name for name in vars(module) if "drop" in name]
         for name in names:
             if isinstance(getattr(module, name), float):
@@ -93,12 +93,12 @@ def _load(kind: Any, config: ModelConfig, path: str, dtype: torch.dtype, **more:
 
 
 def recompute_activations(model: Any, **options: Any) -> None:
-    """Gradient checkpointing of a transformers model, whatever its version calls it, with torch's options."""
+    """Turn on gradient checkpointing with torch's options, in old and new versions of transformers."""
     enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
     enable(options)
 
 
 def count_parameters(model: nn.Module) -> tuple[int, int]:
-    """Trainable and total parameters; parameters that ZeRO-3 has partitioned count in full."""
+    """Numbers of trainable and of all parameters. Parameters partitioned by ZeRO-3 count in full."""
     sizes = [(p, getattr(p, "ds_numel", p.numel())) for p in model.parameters()]
     return sum(n for p, n in sizes if p.requires_grad), sum(n for _, n in sizes)

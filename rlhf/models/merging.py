@@ -1,4 +1,4 @@
-"""Weights as they are meant: whole where ZeRO-3 has partitioned them, adapters merged in, 4 bits dequantised."""
+"""Full weights of a model: gathered under ZeRO-3, adapters merged, 4-bit weights dequantised."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from rlhf.core.console import is_main
 
 @contextmanager
 def gathered(parameters: Iterable[Any]) -> Iterator[None]:
-    """Inside, parameters that ZeRO-3 has partitioned are whole; changes to them are dropped. Every rank calls it."""
+    """Within this context, parameters partitioned by ZeRO-3 are complete. Changes are lost. Every rank calls it."""
     sharded = [parameter for parameter in parameters if hasattr(parameter, "ds_id")]
     if not sharded:
         yield
@@ -28,14 +28,14 @@ def gathered(parameters: Iterable[Any]) -> Iterator[None]:
 
 
 def merged_state(model: Any) -> dict[str, Tensor]:
-    """The whole weights with adapters merged in, under transformers' names. The live weights stay untouched.
+    """The full weights with adapters merged, under transformers' names. The live weights do not change.
 
-    Every rank calls it. Rank 0 gets copies on the CPU in the weights' own dtype (what was in 4 bits, dequantised),
-    the others get nothing. Tied weights are one tensor.
+    Every rank calls it. Rank 0 gets copies on the CPU in the dtype of the weights (4-bit weights dequantised); other
+    ranks get nothing. Tied weights are one tensor.
     """
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     state: dict[str, Tensor] = {}
-    copies: dict[int, Tensor] = {}  # what each parameter has become
+    copies: dict[int, Tensor] = {}  # id of a parameter -> its copy
     with torch.no_grad():
         for prefix, module in _layers(base, ""):
             _collect(module, prefix, state, copies)
@@ -43,22 +43,22 @@ def merged_state(model: Any) -> dict[str, Tensor]:
 
 
 def merged_weights(model: Any) -> Iterator[tuple[str, Tensor]]:
-    """The weights with adapters merged in, under transformers' names, one layer's at a time, where they lie.
+    """The weights with adapters merged, under transformers' names, layer by layer on the device of the model.
 
-    On every rank; under ZeRO-3 inside `engine.gathered`. Tied weights come under each of their names. What has nothing
-    to merge is the live weight itself, to be copied and not written into.
+    Every rank gets them; under ZeRO-3, call it within `engine.gathered`. Tied weights come under each of their names. A
+    weight without an adapter is the live weight itself: copy it, do not write to it.
     """
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     for prefix, module in _layers(base, ""):
         if isinstance(module, BaseTunerLayer):
             found = _merged_layer(module)
         else:
-            found = {name: _plain(parameter) for name, parameter in module.named_parameters(recurse=False)}
+            found = {name: _dequantised(p) for name, p in module.named_parameters(recurse=False)}
         yield from ((prefix + name, weight) for name, weight in found.items())
 
 
 def _layers(module: Any, prefix: str) -> Iterator[tuple[str, Any]]:
-    """The modules that may own weights, adapter layers as one, each with what stands before its weights' names."""
+    """(Name prefix, module) of the modules that may own weights; an adapter layer counts as one module."""
     if isinstance(module, ModulesToSaveWrapper):
         module = module.modules_to_save[module.active_adapters[0]]
     yield prefix, module
@@ -80,7 +80,7 @@ def _collect(module: Any, prefix: str, state: dict[str, Tensor], copies: dict[in
         if is_main():
             for name, parameter in own.items():
                 if id(parameter) not in copies:
-                    copies[id(parameter)] = _plain(parameter).to("cpu", copy=True)
+                    copies[id(parameter)] = _dequantised(parameter).to("cpu", copy=True)
                 state[prefix + name] = copies[id(parameter)]
             for name, buffer in module.named_buffers(recurse=False):
                 if name not in module._non_persistent_buffers_set:
@@ -88,15 +88,15 @@ def _collect(module: Any, prefix: str, state: dict[str, Tensor], copies: dict[in
 
 
 def _merged_layer(layer: Any) -> dict[str, Tensor]:
-    """Weight and bias of an adapter layer with the adapter merged in."""
+    """Weight and bias of an adapter layer with its adapter merged."""
     base = layer.get_base_layer()
     if quant_state(base.weight) is not None:
         rest = {name: p.detach().clone() for name, p in base.named_parameters() if name != "weight"}
-        weight = _plain(base.weight)
+        weight = _dequantised(base.weight)
         return {"weight": weight + layer.get_delta_weight(layer.active_adapters[0]).to(weight), **rest}
     before = {name: parameter.data for name, parameter in base.named_parameters()}
     try:
-        layer.merge(safe_merge=True)  # PEFT then works on a copy and puts it in place of the tensor
+        layer.merge(safe_merge=True)  # `safe_merge`: PEFT replaces the tensor by a merged copy
         return {name: parameter.data.clone() for name, parameter in base.named_parameters()}
     finally:
         for name, parameter in base.named_parameters():
@@ -106,25 +106,25 @@ def _merged_layer(layer: Any) -> dict[str, Tensor]:
 
 @contextmanager
 def adapters_merged(model: Any) -> Iterator[None]:
-    """Inside, the adapters at work are merged into the weights and their layers step aside: a pass is the base's.
+    """Within this context the active adapters are merged into the base weights and the LoRA layers are bypassed.
 
-    Afterwards the weights are bit for bit what they were. Costs a second copy of the adapted weights, which must be
-    whole on this process. Layers in 4 bits stay as they are.
+    Afterwards the weights are restored bit for bit. This costs a second copy of the adapted weights, which must be
+    complete on this process. Adapters of 4-bit layers are not merged.
     """
     layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
     layers = [layer for layer in layers if quant_state(layer.get_base_layer().weight) is None]
     before = [(p, p.data) for layer in layers for p in layer.get_base_layer().parameters()]
-    own = set(layers)
-    places = [(m._modules, name, child) for m in model.modules() for name, child in m._modules.items() if child in own]
+    adapted = set(layers)
+    children = [(m._modules, name, x) for m in model.modules() for name, x in m._modules.items() if x in adapted]
     try:
         for layer in layers:
-            layer.merge(safe_merge=True)  # PEFT then works on a copy and puts it in place of the tensor
-        for children, name, layer in places:
-            children[name] = layer.get_base_layer()
+            layer.merge(safe_merge=True)  # `safe_merge`: PEFT replaces the tensor by a merged copy
+        for siblings, name, layer in children:
+            siblings[name] = layer.get_base_layer()
         yield
     finally:
-        for children, name, layer in places:
-            children[name] = layer
+        for siblings, name, layer in children:
+            siblings[name] = layer
         for parameter, data in before:
             parameter.data = data
         for layer in layers:
@@ -132,12 +132,12 @@ def adapters_merged(model: Any) -> Iterator[None]:
 
 
 def quant_state(parameter: Any) -> Any:
-    """How bitsandbytes packed a weight into 4 bits; None for any other."""
+    """How bitsandbytes packed a 4-bit weight; None for any other weight."""
     return getattr(parameter, "quant_state", None)
 
 
-def _plain(parameter: Any) -> Tensor:
-    """The weight as a plain tensor, dequantised where it is in 4 bits."""
+def _dequantised(parameter: Any) -> Tensor:
+    """The weight as a plain tensor, dequantised if it is in 4 bits."""
     if quant_state(parameter) is None:
         return parameter.detach()
     from bitsandbytes.functional import dequantize_4bit

@@ -1,8 +1,8 @@
-"""Attention over packed sequences one after the other, on a CPU, where torch has no kernel of variable lengths.
+"""Attention over packed sequences on a CPU, where torch has no kernel for variable lengths.
 
-Instead of a mask [1, 1, L, L], the model is called with the sequences' lengths [1, 1, 1, N], which transformers hands
-through to the attention like any mask of four dimensions. Each sequence is then a call of torch's kernel, causal and
-without a mask; all other layers work on the whole row.
+Instead of a mask [1, 1, L, L], the model gets the lengths of the sequences [1, 1, 1, N], which transformers passes to
+the attention like any four-dimensional mask. torch's causal kernel is then called once per sequence, without a mask;
+all other layers work on the whole row.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 PACKED = "sdpa_packed"
-"""Our attention implementation: `sdpa`, but where it is given lengths in the place of a mask."""
+"""Our attention implementation. It is `sdpa` unless it gets lengths instead of a mask."""
 VARLEN = (
     "flash_attention_2",
     "flash_attention_3",
@@ -27,16 +27,16 @@ VARLEN = (
 )
 """Attention implementations that separate packed sequences by their lengths, without a mask."""
 KERNEL = "_scaled_dot_product_flash_attention_for_cpu"
-"""What `scaled_dot_product_attention` calls on a CPU, by its name in torch.ops.aten."""
+"""Name in torch.ops.aten of the kernel that `scaled_dot_product_attention` calls on a CPU."""
 
 
 def sequence_lengths(position_ids: Tensor) -> Tensor:
-    """Lengths of packed sequences, int64 [N], from positions [1, L] that start at 0 in each of them."""
+    """Lengths int64 [N] of packed sequences, from position ids [1, L] that start at 0 in each sequence."""
     starts = (position_ids[0] == 0).nonzero().flatten()
     return torch.diff(starts, append=starts.new_tensor([position_ids.shape[1]]))
 
 
-# ---- the operator: one for torch, so that it is one node of a graph, and torch.compile keeps layers whole -----------
+# ---- a custom operator, so that torch.compile sees one node and does not break the graph of a layer -----------------
 
 
 @torch.library.custom_op("rlhf::attend_each", mutates_args=())
@@ -46,13 +46,13 @@ def attend_each(
     """Causal attention within each of the packed sequences.
 
     Args:
-        query: [1, heads, L, D]; `key` and `value` may have fewer heads, by a whole factor.
-        sizes: int64 [N], L being their sum.
-        scale: Of the products.
-        window: How many tokens back a token sees, itself included; 0 for all.
+        query: [1, heads, L, D]; `key` and `value` may have fewer heads (an integer fraction).
+        sizes: int64 [N], lengths that sum to L.
+        scale: Factor for the dot products.
+        window: Sliding window: number of tokens that a token attends to, including itself; 0 for all.
 
     Returns:
-        [1, L, heads, D] and the log-sums of the softmax, float32 [1, heads, L], for the backward pass.
+        [1, L, heads, D], and float32 [1, heads, L] log-sum-exps of the softmax for the backward pass.
     """
     kernel = getattr(torch.ops.aten, KERNEL)
     found = query.new_empty(query.transpose(1, 2).shape)
@@ -102,7 +102,7 @@ attend_each.register_autograd(_backward, setup_context=_keep)
 
 
 def _parts(sizes: Tensor, window: int, like: Tensor) -> Iterator[tuple[slice, Tensor | None]]:
-    """Where each sequence stands, and the mask [L, L] that it needs where it is longer than the window."""
+    """The slice of each sequence, and its mask [L, L] if it is longer than the window, else None."""
     start = 0
     for size in sizes.tolist():
         mask = None
@@ -120,7 +120,7 @@ def _attention(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None,
     scaling: float | None = None, sliding_window: int | None = None, **options: Any,
 ) -> tuple[Tensor, None]:  # fmt: skip
-    """As transformers asks of an attention function: [B, heads, L, D] in, [B, L, heads, D] out."""
+    """The attention function for transformers: [B, heads, L, D] in, [B, L, heads, D] out."""
     if attention_mask is None or attention_mask.dtype != torch.int64:
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **options)
     if options.get("softcap") is not None:
@@ -134,7 +134,7 @@ AttentionMaskInterface.register(PACKED, sdpa_mask)
 
 
 def switch(module: nn.Module, before: str, after: str) -> None:
-    """Set the attention of all transformers models within `module` that have `before` to `after`."""
+    """Change the attention implementation of all transformers models in `module` from `before` to `after`."""
     for part in module.modules():
         if isinstance(part, PreTrainedModel) and part.config._attn_implementation == before:
             part.set_attn_implementation(after)
@@ -142,7 +142,7 @@ def switch(module: nn.Module, before: str, after: str) -> None:
 
 @contextmanager
 def plain_attention(model: Any) -> Iterator[None]:
-    """Inside, a model has the implementation that transformers knows, which does the same unless it packs."""
+    """Within this context, use transformers' `sdpa` instead of ours; without packing the two are the same."""
     packed = model.config._attn_implementation == PACKED
     if packed:
         switch(model, PACKED, "sdpa")

@@ -1,34 +1,28 @@
-"""Write a run's result: merged weights, tokenizer, generation config, adapter."""
+"""Save the result of a run: merged weights, tokenizer, generation config, adapter."""
 
 from __future__ import annotations
 
 import shutil
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from transformers import GenerationConfig
 
 from rlhf.core.console import is_main
-from rlhf.core.lazy import lazy
 from rlhf.core.table import Pick
-
-if TYPE_CHECKING:
-    import peft
-    import torch
-    from torch import nn
-
-    from rlhf.models import merging
-else:
-    peft, torch, nn, merging = lazy("peft"), lazy("torch"), lazy("torch.nn"), lazy("rlhf.models.merging")
+from rlhf.data.chat import stop_ids
+from rlhf.models import merging
 
 
 def save_result(path: Path, model: Any, chat: Any, tuning: Pick) -> None:
-    """Write a run's result under `path`, the run folder; every rank calls it.
+    """Save the result of a run in `path`, the run folder. Every rank calls it.
 
-    `model/` is the merged model in Hugging Face format with tokenizer, chat template and a generation config that
-    stops where an answer ends. An adapter that can be merged also stands by itself in `adapter/`; virtual tokens
-    cannot, so `model/` then holds the PEFT adapter.
+    `model/` is the merged model in Hugging Face format with tokenizer, chat template, and a generation config with the
+    end tokens. A mergeable adapter is also saved separately, in `adapter/`. Virtual tokens cannot be merged, so then
+    `model/` is the PEFT adapter.
 
     Args:
-        model: A transformers model as a row of the table gave it back.
+        model: A transformers model, wrapped by PEFT if `tuning` is an adapter.
     """
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     folder = path / "model"
@@ -40,7 +34,7 @@ def save_result(path: Path, model: Any, chat: Any, tuning: Pick) -> None:
     if tuning.row.traits["merges"]:
         state = merging.merged_state(model)
         if is_main():
-            base.config.use_cache = True  # it is off for training only
+            base.config.use_cache = True  # it is off only during training
             base.save_pretrained(folder, state_dict=state)
             base.config.use_cache = False
     if is_main():
@@ -57,18 +51,14 @@ def _save_adapter(folder: Path, model: Any) -> None:
 
 
 def origin_of(model: Any) -> str:
-    """Where the base under an adapter was loaded from: an absolute path, or a hub name."""
+    """Where the base model of an adapter was loaded from: an absolute path, or a name on the Hub."""
     source = Path(str(model.get_base_model().name_or_path))
     return str(source.resolve()) if source.is_dir() else str(source)
 
 
 def generation_config(model: Any, chat: Any) -> Any:
-    """The model's generation config, with the tokens that end an answer in a rollout and the chat's padding."""
-    from transformers import GenerationConfig
-
-    from rlhf.data.chat import stop_ids
-
+    """The model's generation config with the end tokens of rollouts and the padding token of `chat`."""
     config = GenerationConfig.from_dict(model.generation_config.to_dict())
     config.eos_token_id, config.pad_token_id = stop_ids(model, chat), chat.pad_id
-    config._from_model_config = False  # else loading it takes the stop token from config.json again
+    config._from_model_config = False  # else loading it takes the end token from config.json
     return config

@@ -1,4 +1,4 @@
-"""The scalar-head model that reward model and critic share."""
+"""The scalar-head model for reward model and critic."""
 
 from __future__ import annotations
 
@@ -25,14 +25,12 @@ from rlhf.models.shared_prompt import (
     position_ids_of,
 )
 
-# ---- scalar head -------------------------------------------------------------------------------------------------
-
 
 class ScalarModel(nn.Module):
     """One number per text (reward model) or per token (critic), from any transformers sequence classifier.
 
-    Decoders are read at the last real token, whatever the padding token is; encoders through their own pooling. The
-    number is `(head - mean) / std`, `mean` and `std` being constants of the checkpoint.
+    A decoder is read at the last token that is not padding, an encoder through its own pooling. The number is
+    `(head - mean) / std`, where `mean` and `std` are constants in the model's config.
     """
 
     def __init__(self, model: Any) -> None:
@@ -48,13 +46,13 @@ class ScalarModel(nn.Module):
 
     @property
     def is_decoder(self) -> bool:
-        """True where every token has a value of its own."""
+        """True if the model gives a value for every token."""
         return hasattr(causal_lm(self.model), "score")
 
     def token_values(
         self, input_ids: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None = None
     ) -> Tensor:
-        """Values float32 [B, T] of every token of int64 [B, T]. Needs a decoder. Arguments of `hidden_states`."""
+        """Values float32 [B, T] of the tokens int64 [B, T]. Needs a decoder. For the arguments see `hidden_states`."""
         head = causal_lm(self.model).score
         hidden = hidden_states(self.model, input_ids, attention_mask, position_ids)
         return self._scale(head(hidden).squeeze(-1).float())  # type: ignore[operator]
@@ -62,8 +60,8 @@ class ScalarModel(nn.Module):
     def forward(self, input_ids: Tensor, attention_mask: Tensor, branches: Tensor | None = None) -> Tensor:
         """Scores float32 [B] of the texts int64 [B, T], padded on the right.
 
-        Where rows hold several answers to a prompt, `branches` [B, T] says so (see `rlhf.models.shared_prompt`), and
-        the scores are those [N] of the answers, row by row. Needs a model that has `shared_prompts`.
+        If rows contain several completions of a prompt, `branches` [B, T] marks them (see `rlhf.models.shared_prompt`).
+        The scores are then those of the completions, [N], row by row. The model must support `shared_prompts`.
         """
         if not self.is_decoder:
             output = self.model(input_ids=input_ids, attention_mask=attention_mask)
@@ -79,9 +77,9 @@ class ScalarModel(nn.Module):
 
     @functools.cached_property
     def shared_prompts(self) -> SharedPrompts:
-        """Whether several answers can share a row with their prompt; tried out once. Every rank asks together."""
+        """Which completions can share a row with their prompt; tested on the model once. Every rank calls it."""
         if not self.is_decoder:
-            return NO_SHARING  # an encoder's prompt looks at the answer
+            return NO_SHARING  # in an encoder the prompt attends to the completion
         training = self.training
         self.eval()
         with torch.no_grad():
@@ -93,7 +91,7 @@ class ScalarModel(nn.Module):
         return (raw - self.mean) / self.std
 
     def set_scale(self, mean: float, std: float) -> None:
-        """Change the constants, here and in the config that is saved with the model."""
+        """Set the constants, here and in the config that is saved with the model."""
         self.mean, self.std = mean, std
         self.config.reward_mean, self.config.reward_std = mean, std
 
@@ -102,15 +100,15 @@ def load_scalar(config: ModelConfig, path: str, head: Literal["random", "small",
     """A scalar model in float32 from a reward model, a causal LM or an encoder.
 
     Args:
-        config: How to load it.
-        path: Model folder or hub name.
-        head: What a missing head becomes. `random` is normal with standard deviation 1 / sqrt(H + 1) from torch's
-            generator (Stiennon 2020, B.1), bias zero. `small`, of standard deviation 0.02, is for a
-            critic: its first values are near 0, so they are little noise in the first advantages, and yet its body
-            gets a gradient from the first step. `trained` refuses.
+        config: Loading options.
+        path: Model folder or a name on the Hub.
+        head: How to initialise a missing head; its bias is zero. `random` is normal with standard deviation
+            1 / sqrt(H + 1) (Stiennon et al. 2020, B.1). `small` is normal with standard deviation 0.02, for a critic:
+            its first values are near 0, so they add little noise to the first advantages, but its body gets a gradient
+            from the first step. `trained` refuses a model without a head.
 
     Raises:
-        UserError: No such model, or one without a head that gives a score.
+        UserError: The model cannot be loaded, or has no score head.
     """
     model, loading = _load(
         AutoModelForSequenceClassification, config, path, torch.float32, num_labels=1, output_loading_info=True
@@ -118,10 +116,10 @@ def load_scalar(config: ModelConfig, path: str, head: Literal["random", "small",
     scalar = ScalarModel(model)
     layer = model.score if scalar.is_decoder else getattr(model, "classifier", None)
     if layer is None:
-        raise UserError(f"{path}: {type(model).__name__} has no head that gives a score; use another model")
+        raise UserError(f"{path}: {type(model).__name__} has no score head; use another model")
     new = any(key.split(".")[0] in ("score", "classifier") for key in loading["missing_keys"])
     if new and head == "trained":
-        raise UserError(f"{path}: has no trained score head", "Its scores would be random.", "Name a reward model.")
+        raise UserError(f"{path}: has no trained score head", "Its scores would be random.", "Use a reward model.")
     if new and isinstance(layer, nn.Linear):
         with torch.no_grad():
             layer.weight.normal_(std=0.02 if head == "small" else 1 / math.sqrt(layer.in_features + 1))

@@ -1,11 +1,11 @@
-"""K answers to one prompt in one row, so that the prompt is encoded once: the same scores and gradients for less work.
+"""K completions of one prompt in one row: the prompt is encoded once, for the same scores and gradients with less work.
 
     tokens     p p p p  a a a  b b  -
     branches   0 0 0 0  1 1 1  2 2  -1
     positions  0 1 2 3  4 5 6  4 5  0
 
-A token of an answer sees the prompt and the earlier tokens of its own answer, at the positions that it would have in a
-row of its own. Nothing of another answer reaches it, so a causal model computes the same numbers.
+A token of a completion attends to the prompt and to earlier tokens of its own completion, at the positions that it
+would have in a separate row. It never attends to another completion, so a causal model computes the same numbers.
 """
 
 from __future__ import annotations
@@ -22,48 +22,48 @@ from rlhf.data.chat import ChatTokenizer
 from rlhf.models.packed_attention import PACKED
 
 PromptWithCompletions = tuple[Sequence[int], Sequence[Sequence[int]]]
-"""Token ids of a prompt (may be empty) and of answers to it."""
+"""Token ids of a prompt (may be empty) and of its completions."""
 MASKED_ATTENTION = {"sdpa", PACKED, "eager"}
-"""Attention implementations that take a mask of which token sees which."""
+"""Attention implementations that accept a mask [B, 1, L, L]."""
 
 
-# ---- which answers share a row -------------------------------------------------------------------------------------
+# ---- which completions share a row -----------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class SharedPrompts:
-    """Which answers go into one row with their prompt."""
+    """Decides which completions share a row with their prompt."""
 
     max_length: int
-    """Longest text (prompt and answer, in tokens) in a batch with shared rows: a shorter sliding window would be lost
-    in all of its rows. 0 where the model cannot share prompts at all."""
+    """Longest text (prompt and completion, in tokens) in a batch with shared rows: the sliding window of the model,
+    because masks of shared rows have no window. 0 if the model cannot share prompts."""
     linear_cost: int = 0
-    """Work for a token apart from attention, in that of attending to one token."""
+    """Cost of one token outside attention. The unit is the cost of attending to one token."""
 
     def for_length(self, longest: int) -> SharedPrompts:
-        """What is possible in batches whose longest text has so many tokens."""
+        """The sharing for a batch whose longest text has `longest` tokens."""
         return self if longest <= self.max_length else NO_SHARING
 
-    def rows(self, prompt: int, answers: Sequence[int], most: int | None = None) -> list[list[int]]:
-        """Numbers of the answers in each row, in order. No text may be longer than `reach`, but for `ALONE`.
+    def rows(self, prompt: int, completions: Sequence[int], max_tokens: int | None = None) -> list[list[int]]:
+        """Indices of the completions in each row, in order.
 
-        An answer joins the row before it where that is less work than a row of its own, which repeats the prompt.
+        A completion joins the previous row if that costs less than a separate row, which repeats the prompt.
 
         Args:
-            prompt: Its tokens.
-            answers: Tokens of each answer.
-            most: Most tokens in a row that has several answers.
+            prompt: Number of tokens of the prompt.
+            completions: Number of tokens of each completion; no text may be longer than `max_length`.
+            max_tokens: Most tokens in a row with several completions.
         """
         rows: list[list[int]] = []
         length = 0  # of the last row
-        for number, answer in enumerate(answers):
-            joined, alone = length + answer, prompt + answer
-            fits = bool(rows) and self.max_length > 0 and (most is None or joined <= most)
+        for index, completion in enumerate(completions):
+            joined, alone = length + completion, prompt + completion
+            fits = bool(rows) and self.max_length > 0 and (max_tokens is None or joined <= max_tokens)
             if fits and self._work(joined) - self._work(length) < self._work(alone):
-                rows[-1].append(number)
+                rows[-1].append(index)
                 length = joined
             else:
-                rows.append([number])
+                rows.append([index])
                 length = alone
         return rows
 
@@ -72,7 +72,7 @@ class SharedPrompts:
 
 
 NO_SHARING = SharedPrompts(max_length=0)
-"""Every answer in a row of its own."""
+"""Every completion in a separate row."""
 
 
 def pad_rows(
@@ -81,15 +81,17 @@ def pad_rows(
     """Rows as tensors, padded on the right.
 
     Returns:
-        int64 `input_ids` and `attention_mask` [B, L], and `branches` [B, L], 0 for a prompt, k for its k-th answer,
-        -1 for padding; None where no row has several answers.
+        int64 `input_ids` and `attention_mask` [B, L], and `branches` [B, L]: 0 for a prompt, k for its k-th completion,
+        -1 for padding. `branches` is None if no row has several completions.
     """
-    ids, mask = chat.pad([[*prompt, *(token for answer in answers for token in answer)] for prompt, answers in rows])
-    if all(len(answers) == 1 for _, answers in rows):
+    ids, mask = chat.pad(
+        [[*prompt, *(token for completion in completions for token in completion)] for prompt, completions in rows]
+    )
+    if all(len(completions) == 1 for _, completions in rows):
         return ids.to(device), mask.to(device), None
     branches = torch.full_like(ids, -1)
-    for row, (prompt, answers) in zip(branches, rows):
-        sizes = torch.tensor([len(prompt), *map(len, answers)])
+    for row, (prompt, completions) in zip(branches, rows):
+        sizes = torch.tensor([len(prompt), *map(len, completions)])
         row[: int(sizes.sum())] = torch.arange(len(sizes)).repeat_interleave(sizes)
     return ids.to(device), mask.to(device), branches.to(device)
 
@@ -98,10 +100,10 @@ def pad_rows(
 
 
 def attention_mask_of(branches: Tensor, implementation: str, dtype: torch.dtype) -> Tensor:
-    """Which token sees which, [B, 1, L, L], from `branches` [B, L], as the attention implementation wants it.
+    """The attention mask [B, 1, L, L] for `branches` [B, L].
 
-    Bool (True = sees); for `eager` a number of `dtype` that is added to the attention's logits. Padding sees the
-    prompt and itself, so that no row of the softmax is empty.
+    Bool, True = attends; for `eager`, values of `dtype` to add to the attention logits. Padding attends to the prompt
+    and to itself, so that no row of the softmax is empty.
     """
     same = branches[:, :, None] == branches[:, None, :]
     sees = (same | (branches[:, None, :] == 0)).tril()[:, None]
@@ -111,43 +113,43 @@ def attention_mask_of(branches: Tensor, implementation: str, dtype: torch.dtype)
 
 
 def position_ids_of(branches: Tensor) -> Tensor:
-    """Position of each token in the text it belongs to, int64 [B, L]; 0 for padding."""
-    place = torch.arange(branches.shape[1], device=branches.device).expand_as(branches)
+    """Position of each token in its text (prompt and completion), int64 [B, L]; 0 for padding."""
+    column = torch.arange(branches.shape[1], device=branches.device).expand_as(branches)
     starts = torch.ones_like(branches, dtype=torch.bool)
     starts[:, 1:] = branches[:, 1:] != branches[:, :-1]
-    since = place - place.where(starts, 0).cummax(1).values
+    since = column - column.where(starts, 0).cummax(1).values
     prompt = (branches == 0).sum(1, keepdim=True)
     return torch.where(branches > 0, since + prompt, since).masked_fill(branches < 0, 0)
 
 
 def completion_ends(branches: Tensor) -> Tensor:
-    """True at the last token of each answer, bool [B, L]."""
+    """bool [B, L], True at the last token of each completion."""
     following = torch.nn.functional.pad(branches[:, 1:], (0, 1), value=-1)
     return (branches > 0) & (branches != following)
 
 
-# ---- which models can ----------------------------------------------------------------------------------------------
+# ---- which models support it ----------------------------------------------------------------------------------------
 
 
 def detect_sharing(model: nn.Module, encode: Callable[..., Tensor]) -> SharedPrompts:
-    """What a decoder can share, found by trying: one short row against the same texts encoded separately.
+    """The sharing that a decoder supports, tested by encoding one shared row and the same texts separately.
 
     Args:
         model: The transformers model.
-        encode: (input_ids, attention_mask, position_ids) -> hidden states [B, L, H] by it, without dropout.
+        encode: (input_ids, attention_mask, position_ids) -> hidden states [B, L, H] of the model, without dropout.
     """
     config: Any = model.config
     text = config.get_text_config()
-    # A causal mask in a buffer is as long as a text may be, and a row may be longer.
+    # A model with a causal mask in a buffer cannot encode rows longer than that mask.
     masks = any(buffer.dim() > 1 and buffer.shape[-1] == buffer.shape[-2] > 1 for buffer in model.buffers())
     if masks or config._attn_implementation not in MASKED_ATTENTION:
         return NO_SHARING
     if not _agrees(encode, config._attn_implementation, text.vocab_size, next(model.parameters())):
         return NO_SHARING
     windows = (getattr(text, name, None) for name in ("sliding_window", "attention_chunk_size"))
-    reach = min((window for window in windows if window), default=sys.maxsize)
-    # A layer has about 12 H^2 weights, each of which is two operations; attending to a token is 4 H.
-    return SharedPrompts(reach, linear_cost=6 * text.hidden_size)
+    window = min((w for w in windows if w), default=sys.maxsize)
+    # A layer has about 12 H^2 weights with two operations each; attending to one token costs 4 H operations.
+    return SharedPrompts(window, linear_cost=6 * text.hidden_size)
 
 
 def _agrees(encode: Callable[..., Tensor], implementation: str, vocab_size: int, weights: Tensor) -> bool:
@@ -161,6 +163,6 @@ def _agrees(encode: Callable[..., Tensor], implementation: str, vocab_size: int,
             alone = encode(ids[:, mine], torch.ones_like(ids[:, mine]), None)[0]
             if not torch.allclose(shared[mine], alone, rtol=0, atol=precision * float(alone.abs().max())):
                 return False
-    except Exception:  # each family refuses such a mask or such positions with an error of its own
+    except Exception:  # model families raise different errors for masks or positions that they do not support
         return False
     return True

@@ -1,11 +1,11 @@
-"""What of a model is trained: all of it, part of it, or an adapter over PEFT. One table, TUNING.
+"""Which weights to train: all of them, some of them, or a PEFT adapter. One table, TUNING.
 
-A row takes (model, chat, task): a transformers model, its `ChatTokenizer`, and `causal` or `scalar`; it gives back
-the model with `requires_grad` set, wrapped where PEFT wraps. The head of a scalar model is trained by every row.
+A row takes (model, chat, task): a transformers model, its `ChatTokenizer`, and `causal` or `scalar`. It returns the
+model with `requires_grad` set, wrapped by PEFT for adapters. Every row trains the head of a scalar model.
 
-Traits: `adapter` (the base stays as it was, so switching the adapter off gives it back), `merges` (the result is a
-plain model), `prompt_learning` (virtual tokens before the text, seen only by PEFT's own forward), `quantized`, `roles`
-(adapters of several roles can lie over one base; see `rlhf.ppo.shared_base`).
+Traits: `adapter` (the base does not change, so switching the adapter off restores it), `merges` (the result is a plain
+model), `prompt_learning` (virtual tokens before the text, which only PEFT's forward adds), `quantized`, `roles`
+(adapters of several roles can share one base; see `rlhf.ppo.shared_base`).
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from pydantic import Field, PositiveInt
 from rlhf.core.console import say
 from rlhf.core.errors import UserError
 from rlhf.core.lazy import lazy
-from rlhf.core.table import Pick, Table
+from rlhf.core.table import Pick, Table, options_of
 
 if TYPE_CHECKING:
     import peft
@@ -41,9 +41,9 @@ ADAPTER = WHOLE | {"adapter": True}
 LORA = ADAPTER | {"roles": True}
 PROMPT = ADAPTER | {"merges": False, "prompt_learning": True}
 TASKS = {"causal": "CAUSAL_LM", "scalar": "SEQ_CLS"}
-"""What PEFT calls our tasks."""
+"""Our task -> PEFT's task type."""
 HEADS = ("score", "classifier")
-"""What transformers calls the head of a sequence classifier."""
+"""Names of the head of a sequence classifier in transformers."""
 
 
 # ---- the model's own weights --------------------------------------------------------------------------------------
@@ -51,7 +51,7 @@ HEADS = ("score", "classifier")
 
 @TUNING.row("full", **WHOLE)
 def full(model: Any, chat: Any, task: str) -> Any:
-    """Train every weight."""
+    """Train all weights."""
     return model.requires_grad_(True)
 
 
@@ -59,9 +59,9 @@ def full(model: Any, chat: Any, task: str) -> Any:
 def last_layers(
     model: Any, chat: Any, task: str, *, layers: PositiveInt, embeddings: bool = False, head: bool = True
 ) -> Any:
-    """Train the last `layers` transformer layers, and by choice the head (with the final norm) and the embeddings.
+    """Train the last `layers` transformer layers, and optionally the head (with the final norm) and the embeddings.
 
-    A head that is tied to the embeddings trains them too.
+    If the head is tied to the embeddings, training the head trains both.
     """
     model.requires_grad_(False)
     name, last = _last(model, layers)
@@ -70,15 +70,15 @@ def last_layers(
     if embeddings:
         model.get_input_embeddings().requires_grad_(True)
     if head:
-        beside = model.get_submodule(name.rpartition(".")[0]).children()
-        norms = [module for module in beside if "norm" in type(module).__name__.lower()]
+        siblings = model.get_submodule(name.rpartition(".")[0]).children()
+        norms = [module for module in siblings if "norm" in type(module).__name__.lower()]
         for module in filter(None, [*norms, model.get_output_embeddings()]):
             module.requires_grad_(True)
     return _train_head(model, task)
 
 
 def _last(model: Any, count: int) -> tuple[str, Any]:
-    """Path of the list of transformer layers, and the last `count` of them."""
+    """Name of the list of transformer layers, and the last `count` layers."""
     name, stack = layers_of(model)
     if count > len(stack):
         raise UserError(f"tuning.layers: {count} is more than the {len(stack)} layers of {type(model).__name__}")
@@ -86,11 +86,11 @@ def _last(model: Any, count: int) -> tuple[str, Any]:
 
 
 def layers_of(model: Any) -> tuple[str, Any]:
-    """Path and content of the longest list of modules that is in no other list: the transformer layers."""
+    """Name and content of the list of transformer layers: the longest ModuleList outside any other."""
     lists = [(path, module) for path, module in model.named_modules() if isinstance(module, nn.ModuleList)]
     lists = [found for found in lists if not any(found[0].startswith(f"{path}.") for path, _ in lists)]
     if not lists:
-        raise UserError(f"tuning: {type(model).__name__} has no list of layers", remedy="Use `modules` with names.")
+        raise UserError(f"tuning: {type(model).__name__} has no list of layers", remedy="Use `modules` with `names`.")
     return max(lists, key=lambda found: len(found[1]))
 
 
@@ -106,7 +106,7 @@ def modules(model: Any, chat: Any, task: str, *, names: NameList) -> Any:
             raise UserError(f"tuning.names: {pattern!r} is not a regular expression: {error}") from None
         if not matches:
             some = ", ".join(list(parameters)[:: max(1, len(parameters) // 6)][:6])
-            raise UserError(f"tuning.names: {pattern!r} matches no parameter", f"Some of their names: {some}")
+            raise UserError(f"tuning.names: {pattern!r} matches no parameter", f"Some parameter names: {some}")
         for name in matches:
             parameters[name].requires_grad_(True)
     return _train_head(model, task)
@@ -123,10 +123,8 @@ def _train_head(model: Any, task: str) -> Any:
 # ---- adapters in the layers ----------------------------------------------------------------------------------------
 
 
-@TUNING.row("lora", **LORA)
-def lora(
+def lora_config(
     model: Any,
-    chat: Any,
     task: str,
     *,
     rank: PositiveInt = 16,
@@ -137,34 +135,30 @@ def lora(
     rslora: bool = False,
     dora: bool = False,
 ) -> Any:
-    """Low-rank updates beside linear layers (Hu et al. 2021); `rslora` scales by 1/sqrt(rank), `dora` adds magnitudes.
-
-    `target_modules` is `all-linear` (the head excepted), a regular expression, or a list of names. With `layers`, those
-    of the last so many transformer layers alone are adapted.
-    """
-    config = lora_config(
-        model, task, rank=rank, alpha=alpha, dropout=dropout, target_modules=target_modules, layers=layers,
-        rslora=rslora, dora=dora,
-    )  # fmt: skip
-    return _wrap("lora", model, config)
-
-
-def lora_config(
-    model: Any, task: str, *, rank: int, alpha: int, dropout: float, target_modules: str | list[str],
-    layers: int | None, rslora: bool, dora: bool = False,
-) -> Any:  # fmt: skip
-    """The options of `lora` or `qlora` as PEFT's config for a model that carries no adapter yet."""
+    """PEFT's config for the options of `lora` or `qlora`, for a model without adapters."""
     return peft.LoraConfig(
         task_type=TASKS[task], r=rank, lora_alpha=alpha, lora_dropout=dropout, use_rslora=rslora, use_dora=dora,
         target_modules=target_modules if layers is None else _targets_in_last(model, layers, target_modules),
     )  # fmt: skip
 
 
+@TUNING.row("lora", **LORA)
+@options_of(lora_config)
+def lora(model: Any, chat: Any, task: str, **options: Any) -> Any:
+    """Low-rank updates of linear layers (Hu et al. 2021).
+
+    `target_modules` is `all-linear` (all but the head), a regular expression, or a list of names. `layers` restricts
+    the adapter to that many of the last transformer layers. `rslora` scales updates by 1/sqrt(rank), `dora` also trains
+    magnitudes.
+    """
+    return _wrap("lora", model, lora_config(model, task, **options))
+
+
 def _targets_in_last(model: Any, layers: int, targets: str | list[str]) -> list[str]:
-    """Full names of the modules of the last layers that `target_modules` means. (PEFT cannot combine the two.)"""
+    """Full names of the target modules in the last layers. (PEFT cannot combine the two options.)"""
     from transformers.pytorch_utils import Conv1D
 
-    def meant(path: str, module: Any) -> bool:
+    def is_target(path: str, module: Any) -> bool:
         if targets == "all-linear":
             return isinstance(module, (nn.Linear, Conv1D))
         if isinstance(targets, str):
@@ -172,7 +166,7 @@ def _targets_in_last(model: Any, layers: int, targets: str | list[str]) -> list[
         return any(path == name or path.endswith(f".{name}") for name in targets)
 
     inside = {module for layer in _last(model, layers)[1] for module in layer.modules()}
-    found = [path for path, module in model.named_modules() if module in inside and meant(path, module)]
+    found = [path for path, module in model.named_modules() if module in inside and is_target(path, module)]
     if not found:
         raise UserError(f"tuning.target_modules: {targets!r} matches nothing in the last {layers} layers")
     return found
@@ -189,8 +183,8 @@ def ia3(
 ) -> Any:
     """Learned scales on keys, values and feed-forward activations (Liu et al. 2022).
 
-    Which modules these are is known for the usual families; for others name `target_modules`, and those of them
-    whose input is scaled instead of the output as `feedforward_modules`.
+    PEFT knows the modules of common model families. For others, list them in `target_modules`, and list those whose
+    input is scaled (instead of the output) in `feedforward_modules` too.
     """
     config = peft.IA3Config(
         task_type=TASKS[task], target_modules=target_modules, feedforward_modules=feedforward_modules
@@ -199,35 +193,22 @@ def ia3(
 
 
 @TUNING.row("qlora", **LORA | {"quantized": True})
-def qlora(
-    model: Any,
-    chat: Any,
-    task: str,
-    *,
-    rank: PositiveInt = 16,
-    alpha: PositiveInt = 32,
-    dropout: Dropout = 0.0,
-    target_modules: str | NameList = "all-linear",
-    layers: PositiveInt | None = None,
-    rslora: bool = False,
-) -> Any:
-    """LoRA over a base in 4-bit NormalFloat with double quantisation (Dettmers et al. 2023). Needs a GPU.
+@options_of(lora_config, without=("dora",))
+def qlora(model: Any, chat: Any, task: str, **options: Any) -> Any:
+    """LoRA on a base in 4-bit NormalFloat with double quantisation (Dettmers et al. 2023). Needs a GPU.
 
-    The merged result is the dequantised base plus the update, the very function that was trained.
+    The merged result is the dequantised base plus the update, the same function that was trained.
     """
     if not torch.cuda.is_available():
-        raise UserError("tuning: qlora needs a CUDA device", "Its 4-bit kernels run there.", "Use `lora`.")
+        raise UserError("tuning: qlora needs a CUDA device", "Its 4-bit kernels run there only.", "Use `lora`.")
     quantize(model, torch.device("cuda"), torch.bfloat16)
-    return lora(
-        model, chat, task, rank=rank, alpha=alpha, dropout=dropout, target_modules=target_modules, layers=layers,
-        rslora=rslora,
-    )  # fmt: skip
+    return lora(model, chat, task, **options)
 
 
 def quantize(model: Any, device: torch.device, dtype: torch.dtype) -> None:
-    """Put the layers' linear weights into 4 bits, in place and on `device`; they compute in `dtype`.
+    """Quantise the linear weights of the layers to 4 bits, in place and on `device`; they compute in `dtype`.
 
-    Heads and embeddings stay as they are.
+    Heads and embeddings are not quantised.
     """
     try:
         import bitsandbytes as bnb
@@ -243,7 +224,7 @@ def quantize(model: Any, device: torch.device, dtype: torch.dtype) -> None:
             small = bnb.nn.Linear4bit(*shape, bias is not None, compute_dtype=dtype, **kind)
             small.weight, small.bias = bnb.nn.Params4bit(linear.weight.data, requires_grad=False, **kind), bias
             layer.set_submodule(path, small.to(device))
-    model.is_loaded_in_4bit = True  # tells PEFT which kind of LoRA layer to put there
+    model.is_loaded_in_4bit = True  # tells PEFT which kind of LoRA layer to use
     model.to(device)
 
 
@@ -251,18 +232,20 @@ def _wrap(name: str, model: Any, config: Any) -> Any:
     try:
         wrapped = peft.get_peft_model(model, config)
     except ValueError as error:
-        raise UserError(f"tuning: {name} does not fit {type(model).__name__}", str(error).split("\n")[0]) from None
+        raise UserError(
+            f"tuning: {name} does not work with {type(model).__name__}", str(error).split("\n")[0]
+        ) from None
     if config.task_type == "CAUSAL_LM" and _is_adapted(wrapped.get_output_embeddings()):
         raise UserError(
-            "tuning.target_modules: the head cannot carry an adapter",
-            "Log-probs are computed from the head's weight, so the adapter would be passed over.",
-            "Leave it out; `all-linear` does.",
+            "tuning.target_modules: the head cannot have an adapter",
+            "Log-probs are computed from the weight of the head, so the adapter would be ignored.",
+            "Leave it out, as `all-linear` does.",
         )
     if model.config.get_text_config().tie_word_embeddings and _is_adapted(wrapped.get_input_embeddings()):
         raise UserError(
-            "tuning.target_modules: the embeddings of this model are its head too",
-            "A merged model could not hold the changed embeddings and the unchanged head.",
-            "Leave them out; `all-linear` does.",
+            "tuning.target_modules: the embeddings of this model are tied to its head",
+            "A merged model cannot have changed embeddings and an unchanged head.",
+            "Leave them out, as `all-linear` does.",
         )
     return wrapped
 
@@ -287,14 +270,14 @@ def prompt_tuning(
 ) -> Any:
     """Learned embeddings before the text (Lester et al. 2021).
 
-    They start `random` (normal, with mean and deviation of the word embeddings), from tokens drawn from the
-    `vocabulary`, from the tokens of `text` (repeated to fill), or from class `labels`: one virtual token per label,
-    the mean of its tokens, further ones from the vocabulary (section 3.2).
+    `init` is how they start: `random` (normal, with mean and standard deviation of the word embeddings), from random
+    tokens of the `vocabulary`, from the tokens of `text` (repeated if too short), or from class `labels`: one virtual
+    token per label, the mean of its tokens, and the rest from the vocabulary (section 3.2).
     """
     _refuse_scalar("prompt-tuning", task)
     for option, value in (("text", text), ("labels", labels)):
         if (init == option) != (value is not None):
-            raise UserError(f"tuning.{option}: give it exactly when init is `{option}` (init is `{init}`)")
+            raise UserError(f"tuning.{option}: set it if and only if init is `{option}` (init is `{init}`)")
     words = model.get_input_embeddings().weight.detach()
     with torch.no_grad():
         start = _start(words, chat, tokens, init, text, labels)
@@ -305,14 +288,14 @@ def prompt_tuning(
 
 
 def _start(words: Tensor, chat: Any, tokens: int, init: str, text: str | None, labels: Sequence[str] | None) -> Tensor:
-    """The first virtual tokens [tokens, H] from the word embeddings [V, H]."""
+    """Initial virtual tokens [tokens, H] from the word embeddings [V, H]."""
     if init == "random":
         return words.mean(0) + words.std(0) * torch.randn(tokens, words.shape[1], dtype=words.dtype)
     encode = lambda piece: chat.tokenizer.encode(piece, add_special_tokens=False)  # noqa: E731
     if text is not None:
         ids = encode(text)
         if not ids:
-            raise UserError("tuning.text: it has no tokens")
+            raise UserError("tuning.text: the text has no tokens")
         return words[torch.tensor(ids * (tokens // len(ids) + 1))[:tokens]]
     special = set(chat.tokenizer.all_special_ids)
     ordinary = torch.tensor([i for i in range(len(chat.tokenizer)) if i not in special])
@@ -332,7 +315,7 @@ def p_tuning(
     encoder: Literal["mlp", "lstm"] = "mlp",
     hidden: PositiveInt | None = None,
 ) -> Any:
-    """Virtual tokens that a small encoder of width `hidden` (the model's, when left out) makes (Liu et al. 2021)."""
+    """Virtual tokens from a small encoder of width `hidden`, by default the model's width (Liu et al. 2021)."""
     _refuse_scalar("p-tuning", task)
     config = peft.PromptEncoderConfig(
         task_type="CAUSAL_LM", num_virtual_tokens=tokens, encoder_reparameterization_type=encoder.upper(),
@@ -354,7 +337,7 @@ def prefix_tuning(
 ) -> Any:
     """Learned keys and values before the text in every layer (Li & Liang 2021).
 
-    Without `projection` this is P-tuning v2 (Liu et al. 2022); with it an MLP of width `hidden` makes them.
+    Without `projection` this is P-tuning v2 (Liu et al. 2022); with it they come from an MLP of width `hidden`.
     """
     _refuse_scalar("prefix-tuning", task)
     config = peft.PrefixTuningConfig(
@@ -370,25 +353,25 @@ def _refuse_scalar(name: str, task: str) -> None:
     if task == "scalar":
         raise UserError(
             f"tuning: {name} does not work for a reward model or critic",
-            "Their scores are read from the model's body, which the virtual tokens do not reach.",
+            "Scores are computed without PEFT's forward, so the virtual tokens would be ignored.",
             "Use lora, ia3, last-layers or full.",
         )
 
 
 def virtual_tokens(tuning: Pick) -> int:
-    """How many positions of the model a tuning method takes for itself."""
+    """The number of positions of the model that the virtual tokens of a tuning method use."""
     return int(tuning.options["tokens"]) if tuning.row.traits["prompt_learning"] else 0
 
 
-# ---- what it comes to ----------------------------------------------------------------------------------------------
+# ---- report --------------------------------------------------------------------------------------------------------
 
 
 def say_trainable(tuning: Pick, model: Any) -> None:
-    """Print the trainable and total parameters in one line; those in 4 bits or partitioned count in full."""
+    """Print the numbers of trainable and of all parameters. 4-bit and partitioned parameters count in full."""
     trained = total = 0
     for parameter in model.parameters():
         size = getattr(parameter, "ds_numel", parameter.numel())
-        size *= 2 if merging.quant_state(parameter) is not None else 1  # two weights in a byte
+        size *= 2 if merging.quant_state(parameter) is not None else 1  # a byte holds two weights
         total += size
         trained += size if parameter.requires_grad else 0
     options = ", ".join(f"{key} {value}" for key, value in tuning.options.items() if value not in (None, False))

@@ -3,25 +3,16 @@
 from __future__ import annotations
 
 import json
-import random
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 from rlhf import distributed
 from rlhf.core.console import is_main, warn
 from rlhf.core.errors import UserError
 from rlhf.core.files import partial_path, whole_folder, write_json
-from rlhf.core.lazy import lazy
-
-if TYPE_CHECKING:
-    import numpy as np
-    import torch
-else:
-    np, torch = lazy("numpy"), lazy("torch")
 
 SEAL = "complete.json"
 
@@ -117,36 +108,3 @@ def _check_processes(checkpoint: Path, processes: int) -> None:
             "Each process keeps its part of the optimizer state and its own random state.",
             f"Resume with --num-processes {wrote}.",
         )
-
-
-def rng_state() -> dict[str, Any]:
-    """The state of all global random generators of this process, loadable with `weights_only=True`."""
-    version, internal, gauss = random.getstate()
-    kind, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
-    state = {
-        "python": [version, list(internal), gauss],
-        "numpy": [kind, torch.from_numpy(np.asarray(keys, "int64")), position, has_gauss, cached],
-        "torch": torch.get_rng_state(),
-    }
-    if torch.cuda.is_available():
-        state["cuda"] = torch.cuda.get_rng_state()
-    return state
-
-
-def set_rng_state(state: dict[str, Any]) -> None:
-    """Restore a state from `rng_state`."""
-    version, internal, gauss = state["python"]
-    random.setstate((version, tuple(internal), gauss))
-    kind, keys, position, has_gauss, cached = state["numpy"]
-    np.random.set_state((kind, keys.numpy().astype("uint32"), position, has_gauss, cached))
-    torch.set_rng_state(state["torch"])
-    if "cuda" in state and torch.cuda.is_available():
-        torch.cuda.set_rng_state(state["cuda"])
-
-
-def seed_everything(seed: int) -> None:
-    """Seed Python, NumPy and torch on all devices, differently on each rank."""
-    seed = seed + 1_000_003 * distributed.rank()
-    random.seed(seed)
-    np.random.seed(seed % 2**32)
-    torch.manual_seed(seed)

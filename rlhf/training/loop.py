@@ -17,7 +17,7 @@ from rlhf.core.console import format_number, is_main, say
 from rlhf.core.errors import UserError
 from rlhf.core.files import write_json
 from rlhf.models.load import recompute_activations
-from rlhf.runs.checkpoint import rng_state, set_rng_state
+from rlhf.runs.random_state import rng_state, set_rng_state
 from rlhf.runs.run import Run
 from rlhf.training.engine import Engine, make_engine, rate_scale
 from rlhf.training.epoch_order import StepRows
