@@ -131,7 +131,7 @@ class Chat:
         _note("(new conversation)")
 
     def set_system(self, words: str) -> None:
-        """Set the system message; empty words remove it."""
+        """Set the system message; without TEXT there is none."""
         self.system = words or None
         _note("(system message set)" if words else "(no system message)")
 
@@ -143,7 +143,7 @@ class Chat:
         _note("(taken back)")
 
     def save(self, words: str) -> None:
-        """Append the conversation to a JSONL file, as a demonstration whose answer is the last one."""
+        """Append the conversation to a JSONL file, as a demonstration of its last answer."""
         if not words:
             raise UserError("/save needs a file name", remedy="/save chat.jsonl")
         if not self.messages:
@@ -158,7 +158,7 @@ class Chat:
         _note(f"(saved to {words})")
 
     def set_temperature(self, words: str) -> None:
-        """Sample at this temperature from now on."""
+        """Sample at this temperature from now on; 0 is greedy."""
         try:
             value = float(words)
         except ValueError:
@@ -170,19 +170,20 @@ class Chat:
 
     def help(self, words: str) -> None:
         """List the commands."""
-        for name, (_, argument, meaning) in COMMANDS.items():
-            _note(f"{f'/{name} {argument}':<16} {meaning}")
-        _note(f"{'/quit':<16} leave, as Ctrl-D does; Ctrl-C stops an answer")
+        for name, (method, argument) in COMMANDS.items():
+            _note(f"{f'/{name} {argument}':<16} {method.__doc__}")
+        _note(f"{'/quit':<16} Leave, as Ctrl-D does; Ctrl-C stops an answer.")
 
 
-COMMANDS: dict[str, tuple[Callable[[Chat, str], None], str, str]] = {
-    "reset": (Chat.reset, "", "start a new conversation; the system message stays"),
-    "system": (Chat.set_system, "TEXT", "set the system message; without TEXT there is none"),
-    "undo": (Chat.undo, "", "remove the last message and its answer"),
-    "save": (Chat.save, "FILE", "append the conversation to a JSONL file, as a demonstration of its last answer"),
-    "temperature": (Chat.set_temperature, "X", "sample at this temperature from now on; 0 is greedy"),
-    "help": (Chat.help, "", "list the commands"),
+COMMANDS: dict[str, tuple[Callable[[Chat, str], None], str]] = {
+    "reset": (Chat.reset, ""),
+    "system": (Chat.set_system, "TEXT"),
+    "undo": (Chat.undo, ""),
+    "save": (Chat.save, "FILE"),
+    "temperature": (Chat.set_temperature, "X"),
+    "help": (Chat.help, ""),
 }
+"""Command -> method, whose docstring is its help, and the name of its argument."""
 
 
 def _note(text: str, style: str = "dim") -> None:

@@ -22,10 +22,10 @@ def command(
     out: Annotated[Path, typer.Option("--out", help="The folder to make.")],
     format: Annotated[str, typer.Option(help=FORMATS)] = "hf",
     role: Annotated[
-        str, typer.Option(metavar="|".join(ROLES), help="Which model of a PPO run; its critic where the roles share.")
+        str, typer.Option(metavar="|".join(ROLES), help="Which model of a PPO run; critic only with model.sharing.")
     ] = "policy",
     dtype: Annotated[
-        str | None, typer.Option(help="float32, bfloat16 or float16, of the weights; as the run has them by default.")
+        str | None, typer.Option(help="float32, bfloat16 or float16, of the weights; by default as in the run.")
     ] = None,
     license: Annotated[
         str | None, typer.Option(metavar="ID", help="The model's licence, such as apache-2.0, for the card.")

@@ -20,7 +20,7 @@ from typing import Annotated, Any
 
 import typer
 
-from data_tools.annotate.rounds import Round, collect, is_dataset, sources, untaken
+from data_tools.annotate.rounds import Round, collect, is_dataset, new_rankings, sources
 from rlhf.cli import entry
 from rlhf.cli.errors import exit_on_error, resume_line
 from rlhf.cli.options import ConfigFile, DryRun, Hostfile, Processes
@@ -321,11 +321,11 @@ def _run_rounds(
         if not is_dataset(last.candidates):
             _child("propose", _propose_words(config, rounds, policies(steps, now)))
         if not is_dataset(last.collected):
-            come = len(untaken(rounds, sources(rounds)))
+            arrived = len(new_rankings(rounds, sources(rounds)))
             wanted = config.min_rankings or int(open_dataset(last.candidates).manifest["count"])
-            if come < wanted:
-                rows.append((f"round {turn}", str(last.folder), "waiting", f"{come:,} of {wanted:,} rankings", None))
-                return waiting_for(last, config.count, come, wanted), now
+            if arrived < wanted:
+                rows.append((f"round {turn}", str(last.folder), "waiting", f"{arrived:,} of {wanted:,} rankings", None))
+                return waiting_for(last, config.count, arrived, wanted), now
             collect(rounds)
         learned = int(open_dataset(last.collected).manifest["count"])
         rows.append((f"round {turn}", str(last.folder), "ranked", f"{learned:,} rankings", time.monotonic() - begun))
@@ -379,10 +379,10 @@ def _with_path(value: Any, old: str, new: str) -> Any:
     return new if isinstance(value, str) and os.path.normpath(value) == os.path.normpath(old) else value
 
 
-def waiting_for(last: Round, count: int, come: int, wanted: int) -> str:
+def waiting_for(last: Round, count: int, arrived: int, wanted: int) -> str:
     """What a round waits for, and the commands that collect it."""
     candidates, pulled = shlex.quote(str(last.candidates)), shlex.quote(str(last.folder / "rankings-label-studio"))
-    so_far = f"{come:,} of {wanted:,} rankings have come to {last.pattern}"
+    so_far = f"{arrived:,} of {wanted:,} rankings have arrived in {last.pattern}"
     return (
         f"Round {last.number} of {count} waits for people: {so_far}\n"
         f"  at a terminal          rlhf data rank {candidates} --annotator NAME\n"

@@ -304,7 +304,7 @@ def test_two_rounds_from_no_rankings_at_all_wait_for_people_and_end_with_the_exp
 
     waits = rlhf(place, *command)
     assert waits.returncode == pipeline.WAITING, waits.stdout + waits.stderr
-    assert "Round 1 of 2 waits for people: 0 of 4 rankings have come to data/round-1/rankings*" in waits.stdout
+    assert "Round 1 of 2 waits for people: 0 of 4 rankings have arrived in data/round-1/rankings*" in waits.stdout
     assert "rlhf data rank data/round-1/candidates --annotator NAME" in waits.stdout
     assert f"rlhf pipeline --config all.yaml {model}" in waits.stdout
     assert not (place / "runs" / "reward").exists()

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from rows import jsonl, write
 
-from data_tools.annotate.rounds import Round, collect, sources, untaken
+from data_tools.annotate.rounds import Round, collect, new_rankings, sources
 from data_tools.curate.lineage import faults, lineage
 from rlhf.core.errors import UserError
 from rlhf.data.schema import Candidate, Message, Proposal, Ranking
@@ -47,7 +47,7 @@ def test_rankings_come_as_datasets_and_as_jsonl_files_and_nothing_else_counts(ro
     (folder / "rankings-anna.jsonl~").write_text("an editor's copy")
     (folder / "rankings-half").mkdir()
     assert [d.path.name for d in rounds[0].sources()] == ["rankings-anna.jsonl", "rankings-tool"]
-    assert len(untaken(rounds[:1], sources(rounds[:1]))) == 2
+    assert len(new_rankings(rounds[:1], sources(rounds[:1]))) == 2
 
 
 def test_a_dataset_of_another_kind_among_the_rankings_is_told(rounds):
@@ -84,7 +84,7 @@ def test_bad_rows_of_what_came_are_set_aside_with_the_reason(rounds):
 
 
 def test_nothing_is_made_of_nothing(rounds):
-    with pytest.raises(UserError, match="no ranking has come"):
+    with pytest.raises(UserError, match="no ranking yet"):
         collect(rounds[:1])
     assert not rounds[0].collected.exists()
 

@@ -1,4 +1,4 @@
-"""Answers that wait for a ranking: which of them are too alike, and on which of them reward models disagree."""
+"""Comparing candidates: whether two are too similar to rank, and how far reward models disagree on them."""
 
 from __future__ import annotations
 
@@ -12,17 +12,16 @@ from itertools import combinations
 
 
 def normalised(text: str) -> str:
-    """The text without what a reader hardly sees: letter case, runs of white space, compatibility forms (NFKC)."""
+    """The text without differences in letter case, white space and compatibility forms (NFKC)."""
     return " ".join(unicodedata.normalize("NFKC", text).casefold().split())
 
 
 def alike(one: str, other: str, threshold: float) -> bool:
-    """Whether two answers are too alike to be worth ranking against each other.
+    """Whether two answers are too similar to be worth ranking against each other.
 
-    They are where they are equal after `normalised`, or where their similarity as sequences of words reaches the
-    threshold. The similarity is 2 M / T (Ratcliff and Obershelp, `difflib`): M words in matching blocks, T words in
-    both answers together. Words are runs of letters, digits and underscores; answers without any (emoji) are alike
-    only when equal.
+    They are if they are equal after `normalised`, or if their similarity as sequences of words reaches the threshold.
+    The similarity is 2 M / T (Ratcliff and Obershelp, `difflib`): M words in matching blocks, T words in both answers
+    together. Words are runs of letters, digits and underscores; answers without any (emoji) are similar only if equal.
 
     Args:
         threshold: From 0 (any shared word will do) to 1 (the same words in the same order).

@@ -1,8 +1,8 @@
-"""Rounds of ranking on disk: what was proposed, what people have said of it, and what is learned from.
+"""Rounds of ranking on disk.
 
 FOLDER/candidates/    the proposals of the round
-FOLDER/rankings*      what people say, as it comes: `rlhf data rank` and `rlhf data label-studio pull` write here
-FOLDER/collected/     the rankings that the round trains on, fixed once there were enough of them
+FOLDER/rankings*      people's rankings so far: `rlhf data rank` and `rlhf data label-studio pull` write here
+FOLDER/collected/     the rankings that the round trains on, written once there are enough of them
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from rlhf.data.store import Dataset, open_dataset
 
 
 def is_dataset(path: Path) -> bool:
-    """Whether a whole dataset folder is there."""
+    """Whether a path is a complete dataset folder."""
     return (path / "manifest.json").is_file()
 
 
@@ -36,7 +36,7 @@ class Round:
 
     @property
     def pattern(self) -> Path:
-        """Where rankings are looked for."""
+        """The pattern of the paths that rankings are read from."""
         return self.folder / "rankings*"
 
     @property
@@ -45,7 +45,7 @@ class Round:
         return self.folder / "collected"
 
     def sources(self) -> list[Dataset]:
-        """The datasets of rankings that have come: folders, and JSONL files that are not empty.
+        """The datasets of rankings so far: folders, and JSONL files that are not empty.
 
         Raises:
             UserError: One of them holds something else.
@@ -59,39 +59,39 @@ def _is_jsonl(path: Path) -> bool:
 
 
 def sources(rounds: Sequence[Round]) -> list[Dataset]:
-    """The datasets of rankings that have come to any of the rounds."""
+    """The datasets of rankings of all the rounds so far."""
     return [dataset for one in rounds for dataset in one.sources()]
 
 
-def untaken(rounds: Sequence[Round], come: Sequence[Dataset]) -> list[Ranking]:
-    """The rankings for the last of the rounds: all that have come, each once, without those that an earlier one took.
+def new_rankings(rounds: Sequence[Round], datasets: Sequence[Dataset]) -> list[Ranking]:
+    """The rankings for the last of the rounds: all rankings, each once, except those that an earlier round trained on.
 
-    So a ranking that comes after its own round went on counts in the next.
+    A ranking that arrives after its own round has continued therefore counts in the next round.
     """
-    taken = {record.id for one in rounds[:-1] for record in open_dataset(one.collected, "ranking").records()}
-    found = {record.id: record for dataset in come for record in dataset.records()}
-    return [record for name, record in found.items() if name not in taken]
+    used = {record.id for one in rounds[:-1] for record in open_dataset(one.collected, "ranking").records()}
+    found = {record.id: record for dataset in datasets for record in dataset.records()}
+    return [record for name, record in found.items() if name not in used]
 
 
 def collect(rounds: Sequence[Round]) -> int:
-    """Write what the last of the rounds trains on; its parents are the candidates and all that has come.
+    """Write the dataset that the last of the rounds trains on. Its parents are the candidates and all rankings so far.
 
     Args:
         rounds: All rounds up to the one that is collected.
 
     Returns:
-        How many rankings it holds. Bad rows of the sources are in its `rejected.jsonl`.
+        The number of rankings. Bad rows of the sources are in its `rejected.jsonl`.
 
     Raises:
-        UserError: Nothing has come, or it cannot be written.
+        UserError: There is no ranking, or the dataset cannot be written.
     """
-    last, come = rounds[-1], sources(rounds)
-    rankings = untaken(rounds, come)
+    last, datasets = rounds[-1], sources(rounds)
+    rankings = new_rankings(rounds, datasets)
     if not rankings:
-        raise UserError(f"{last.pattern}: no ranking has come")
-    parents = [open_dataset(last.candidates, "proposal"), *come]
+        raise UserError(f"{last.pattern}: no ranking yet")
+    parents = [open_dataset(last.candidates, "proposal"), *datasets]
     with Derivation(last.collected, "ranking", parents, {"round": last.number}) as made:
-        for reject in (reject for dataset in come for reject in dataset.rejects):
+        for reject in (reject for dataset in datasets for reject in dataset.rejects):
             made.rejects(reject)
         for ranking in rankings:
             made.write(ranking)

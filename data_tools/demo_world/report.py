@@ -1,4 +1,4 @@
-"""What `rlhf demo` found, as tables on the console and as Markdown."""
+"""The summary of `rlhf demo`, as tables on the console and as Markdown."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ RULE = {
     "unfinished": "breaks off",
     "surplus": "sentences too many",
 }
-"""What the hidden rule looks at, in words."""
+"""What the hidden rule checks, in words."""
 
 
 class Part(NamedTuple):
@@ -51,11 +51,11 @@ def _policies(summary: dict[str, Any]) -> Part:
         (f"points by the hidden rule, mean (at most {format_number(BEST)})", before["points"], after["points"]),
         ("score by the reward model, mean", before["score"], after["score"]),
         ("answer length, tokens", before["tokens"], after["tokens"]),
-        ("answers that ended", _share(before["ended"]), _share(after["ended"])),
+        ("answers that ended", _percent(before["ended"]), _percent(after["ended"])),
         ("KL from the SFT policy, nats an answer", 0.0, summary["kl"]),
         ("prompts won", compared["losses"], compared["wins"]),
         ("  tied", compared["ties"], compared["ties"]),
-        ("  won among the decided, with 95% interval", "", _share(compared["win_rate"], compared["interval"])),
+        ("  won among the decided, with 95% interval", "", _percent(compared["win_rate"], compared["interval"])),
     ]
     title = (
         f"The policies on {count} prompts that no stage has read (temperature {format_number(summary['temperature'])})"
@@ -71,15 +71,15 @@ def _rule(summary: dict[str, Any]) -> Part:
 
 def _reward_model(found: dict[str, Any]) -> Part:
     rows: list[tuple[Any, ...]] = [
-        ("the reward model, against an annotator", _share(found["accuracy"], found["accuracy_interval"])),
-        ("one annotator, against another", _share(found["agreement"], found["agreement_interval"])),
-        ("most that anyone can reach, by their agreement", _share(found["ceiling"])),
-        ("the hidden rule itself, against an annotator", _share(found["rule_accuracy"])),
-        ("the longer answer, against an annotator", _share(found["longer_accuracy"])),
-        ("the reward model, against the hidden rule", _share(found["accuracy_by_rule"])),
+        ("the reward model, against an annotator", _percent(found["accuracy"], found["accuracy_interval"])),
+        ("one annotator, against another", _percent(found["agreement"], found["agreement_interval"])),
+        ("most that anyone can reach, by their agreement", _percent(found["ceiling"])),
+        ("the hidden rule itself, against an annotator", _percent(found["rule_accuracy"])),
+        ("the longer answer, against an annotator", _percent(found["longer_accuracy"])),
+        ("the reward model, against the hidden rule", _percent(found["accuracy_by_rule"])),
     ]
     title = (
-        f"Which of two answers is better: {found['pairs']:,} held-out pairs, {_share(found['tied_share'])} more tied"
+        f"Which of two answers is better: {found['pairs']:,} held-out pairs, {_percent(found['tied_share'])} more tied"
     )
     return Part(title, ("who says it", "right, with 95% interval"), rows)
 
@@ -100,8 +100,8 @@ def _time(summary: dict[str, Any]) -> Part:
     return Part("Time", ("step", "seconds"), [*rows, ("in all", round(sum(seconds for _, seconds in rows), 1))])
 
 
-def _share(value: float | None, interval: Sequence[float] | None = None) -> str:
-    """A share in per cent, with its interval."""
+def _percent(value: float | None, interval: Sequence[float] | None = None) -> str:
+    """A fraction in per cent, with its interval."""
     if value is None:
         return "-"
     return f"{value:.1%}" + (f" ({interval[0]:.1%} to {interval[1]:.1%})" if interval else "")

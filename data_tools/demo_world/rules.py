@@ -1,8 +1,8 @@
 """The miniature world of `rlhf demo`: its language, its hidden rule and its annotators.
 
-In it animals live in places. Every animal eats one thing and has one habit (ANIMALS). A request asks about one animal:
-where it lives, what it eats, or what it does. All text is made of the same few sentences (SENTENCES), so that every
-answer can be judged; `data_tools.demo_world.text` writes it.
+Animals live in places. Every animal eats one thing and has one habit (ANIMALS). A request asks about one animal: where
+it lives, what it eats, or what it does. All text consists of the same few sentences (SENTENCES), so that every answer
+can be judged; `data_tools.demo_world.text` writes it.
 
 The hidden rule (`judge`) gives an answer points for its request:
 
@@ -12,14 +12,13 @@ The hidden rule (`judge`) gives an answer points for its request:
     +2    it is courteous (an opening or closing line; more of them earn nothing)
     -2    it is rude (once)
     -1    each statement that is false, or about another animal or place than asked for
-    -1    each sentence that says what was said before
+    -1    each repeated sentence or statement
     -0.5  each sentence that is beside the point
-    -1    each sentence that is no sentence of this world
+    -1    each sentence that is not in SENTENCES
     -1    it breaks off
     -0.5  each sentence after the fourth
 
-Annotators see these points through noise of their own and rank by what they see. Nothing else uses the rule, except
-the demo's evaluation.
+Annotators add noise to these points and rank by the result. Nothing else uses the rule, except the demo's evaluation.
 """
 
 from __future__ import annotations
@@ -92,7 +91,7 @@ SENTENCES = {
 """Kind of sentence -> its wordings."""
 
 STATEMENTS = {"home": "place", "food": "food", "habit": "habit"}
-"""The kinds that are statements about an animal -> the slot that holds what they state."""
+"""Kind of statement about an animal -> the slot of what it states."""
 SLOTS = {
     "look": LOOKS,
     "animal": tuple(ANIMALS),
@@ -131,7 +130,7 @@ def read_request(prompt: Prompt) -> Request:
     """What a prompt asks for.
 
     Raises:
-        ValueError: It is no request of this world.
+        ValueError: The prompt is not a request of this world.
     """
     text = prompt.messages[-1].content
     for asked, pattern in _REQUESTS:
@@ -145,7 +144,7 @@ def read_request(prompt: Prompt) -> Request:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What the hidden rule finds in an answer: flags, and counts of sentences."""
+    """Findings of the hidden rule in an answer: flags, and counts of sentences."""
 
     answers: bool
     names: bool
@@ -161,7 +160,7 @@ class Verdict:
 
     @property
     def points(self) -> float:
-        """The score, higher = better; `BEST` is the best there is."""
+        """The score, higher = better, at most `BEST`."""
         return sum(weight * getattr(self, name) for name, weight in POINTS.items())
 
 
@@ -177,7 +176,7 @@ def judge(prompt: Prompt, answer: str) -> Verdict:
     """The hidden rule (see the module's text) applied to an answer.
 
     Raises:
-        ValueError: The prompt is no request of this world.
+        ValueError: The prompt is not a request of this world.
     """
     request = read_request(prompt)
     sentences = [sentence.strip() for sentence in re.findall(r"[^.!?]+[.!?]?", answer.strip())]
@@ -222,7 +221,7 @@ def _is_true(request: Request, slots: dict[str, str]) -> bool:
 
 @dataclass(frozen=True)
 class Annotator:
-    """Someone who ranks answers by the hidden rule, seen through noise."""
+    """A person who ranks answers by the hidden rule plus noise."""
 
     name: str
     noise: float
@@ -231,14 +230,14 @@ class Annotator:
 
 ANNOTATORS = (Annotator("ines", 0.9), Annotator("jon", 1.1), Annotator("kim", 1.3), Annotator("lee", 1.5))
 TIE = 0.4
-"""Answers whose points look closer than this share a rank."""
+"""Answers whose noisy points differ by less than this get the same rank."""
 
 
 def rank(annotator: Annotator, prompt: Prompt, candidates: Sequence[Candidate], rng: random.Random) -> Ranking:
     """The annotator's ranking of distinct candidates."""
     seen = [judge(prompt, c.text).points - annotator.noise * math.log(rng.expovariate(1)) for c in candidates]
     order = sorted(seen, reverse=True)
-    # A step down begins a new rank; what lies within TIE of the answer above it shares that answer's rank.
+    # A gap of at least TIE to the answer above begins a new rank.
     steps = list(itertools.accumulate((a - b >= TIE for a, b in itertools.pairwise(order)), initial=0))
     ranks = tuple(steps[order.index(points)] + 1 for points in seen)
     where = prompt.messages, prompt.source, prompt.group, prompt.split
@@ -246,11 +245,11 @@ def rank(annotator: Annotator, prompt: Prompt, candidates: Sequence[Candidate], 
 
 
 def agreement(rankings: Iterable[Ranking]) -> list[tuple[int, int]]:
-    """How far annotators agree who ranked the same candidates.
+    """Agreement of annotators who ranked the same candidates.
 
     Returns:
-        For every two such rankings: of how many pairs of candidates both give the same order, and how many pairs both
-        rank apart. Pairs that either of them ties count in neither.
+        For every two such rankings: the number of candidate pairs that both put in the same order, and the number of
+        pairs that neither ties.
     """
     together: dict[tuple[Any, ...], list[Ranking]] = {}
     for ranking in rankings:

@@ -17,7 +17,7 @@ MOODS = ("courteous", "rude", "beside")
 
 
 def prompts(counts: Mapping[str, int], rng: random.Random) -> list[Prompt]:
-    """So many prompts of each split. No two ask the same about the same look, animal and place.
+    """Prompts of each split, in the given numbers. No two ask the same about the same look, animal and place.
 
     Raises:
         ValueError: The world has fewer things to ask.
@@ -36,7 +36,7 @@ def prompts(counts: Mapping[str, int], rng: random.Random) -> list[Prompt]:
 
 @dataclass(frozen=True)
 class Writer:
-    """A person who writes demonstrations. Every number is the probability of that habit in an answer."""
+    """A person who writes demonstrations. Each number is the probability of a habit in an answer."""
 
     name: str
     courteous: float
@@ -85,7 +85,7 @@ def demonstrate(prompt: Prompt, rng: random.Random) -> Demonstration:
 
 
 def _confused(request: Request, rng: random.Random) -> Request:
-    """The request with one thing taken for another."""
+    """The request with its look, animal or place replaced by a random one."""
     other, name = _some_request(rng), rng.choice(("look", "animal", "place"))
     return replace(request, **{name: getattr(other, name)})
 
@@ -123,7 +123,7 @@ def _play(about: Request, rng: random.Random) -> list[str]:
 
 
 def _wondering(about: Request, rng: random.Random) -> list[str]:
-    """Someone wonders about an animal; the first statement meets that."""
+    """A question about an animal, then statements, the first of which answers it."""
     others = rng.sample([kind for kind in STATEMENTS if kind != about.asked], rng.randint(0, 2))
     return [about.fill(rng.choice(_WONDER[about.asked])), *_statements(about, [about.asked, *others], rng)]
 
@@ -142,7 +142,7 @@ def _gossip(about: Request, rng: random.Random) -> list[str]:
 
 
 def _quiz(about: Request, rng: random.Random) -> list[str]:
-    """Statements and whether they hold, so that the base model gets a notion of right and wrong."""
+    """Statements and whether they are true, so that the base model learns about right and wrong."""
     lines = [about.fill("A school quiz on the {look} {animal} in {place}.")]
     for kind in rng.choices(list(STATEMENTS), k=rng.randint(2, 4)):
         said = rng.choice((about, _confused(about, rng)))

@@ -22,7 +22,7 @@ def hf(source: Source, folder: Path, *, dtype: Literal["auto", "float32", "bfloa
     if source.stage != "critic" and (source.model / "adapter_config.json").is_file():
         raise UserError(
             f"{source.run}: learned virtual tokens cannot be merged into a model's weights",
-            "They stand before every prompt and are seen by PEFT alone.",
+            "They precede every prompt, and only PEFT adds them.",
             "Export the adapter: --format adapter.",
         )
     import torch  # slow; the table is read for the help of `rlhf export`

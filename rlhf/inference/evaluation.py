@@ -55,7 +55,7 @@ def demonstration_loss(policy: Policy, records: Sequence[Any]) -> dict[str, Any]
 
 
 def _negative_log_likelihood(policy: Policy, ids: torch.Tensor, mask: torch.Tensor, labels: torch.Tensor) -> float:
-    """Summed over the tokens whose label is not -100, nats."""
+    """Negative log-likelihood in nats, summed over the tokens whose label is not -100."""
     wanted = labels != -100
     with torch.no_grad():
         if policy.prompt_learning:  # only PEFT's own forward pass adds the virtual tokens

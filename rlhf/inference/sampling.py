@@ -49,7 +49,7 @@ def sample(
         params: How to sample.
         seed: Seed of all random streams.
         n: Completions per prompt.
-        prompt_limit: Longest prompt in tokens; what the policy leaves beside the completion by default.
+        prompt_limit: Longest prompt in tokens; by default what the completion leaves of the sequence.
     """
     prompt_limit = prompt_limit or policy.prompt_limit(params)
     batches = 1 if policy.prompt_learning else BATCHES_AT_ONCE
