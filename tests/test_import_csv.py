@@ -14,8 +14,8 @@ from imports import EXPORTS, by_rank, read, real, said
 from rows import last_line, run
 
 from data_tools.importers import IMPORTERS
+from data_tools.importers.table import read_head
 from data_tools.reading.csv_rows import LONGEST_FIELD, csv_columns, csv_rows
-from data_tools.reading.detect import read_head
 from rlhf.core.errors import UserError
 from rlhf.data.schema import Demonstration, Proposal, Ranking
 from rlhf.data.store import open_dataset

@@ -19,8 +19,8 @@ from imports import AUTHENTIC
 
 from data_tools.importers import IMPORTERS
 from data_tools.importers.run import NothingUsable, import_dataset
+from data_tools.importers.table import detect
 from data_tools.io.rejects import FILE_NAME
-from data_tools.reading.detect import detect
 from rlhf.core.errors import UserError
 from rlhf.data.jsonl import open_bytes
 from rlhf.data.store import open_dataset

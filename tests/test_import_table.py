@@ -14,7 +14,7 @@ from rows import tree
 
 from data_tools.importers import IMPORTERS
 from data_tools.importers.run import NothingUsable, import_dataset
-from data_tools.reading.detect import read_head
+from data_tools.importers.table import read_head
 from rlhf.core.errors import UserError
 from rlhf.data.jsonl import open_bytes
 from rlhf.data.schema import from_dict, to_dict

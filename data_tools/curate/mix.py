@@ -19,24 +19,24 @@ from rlhf.data.store import Dataset, OnReject, open_dataset
 
 
 @dataclass(frozen=True)
-class Part:
+class MixPart:
     """One input of a mixture. `weight` is its share of the result; None: what the others leave, or its size."""
 
     path: Path
     weight: Fraction | None = None
 
 
-def parse_parts(words: Sequence[str]) -> list[Part]:
+def parse_parts(words: Sequence[str]) -> list[MixPart]:
     """``PATH`` or ``PATH=WEIGHT`` words. A word that is an existing path is read as a path.
 
     Raises:
         UserError: A dataset that is named twice, or a weight that is not above 0.
     """
-    parts: list[Part] = []
+    parts: list[MixPart] = []
     for word in words:
         path, equals, tail = word.rpartition("=")
         weight = None if not equals or Path(word).exists() else _number(tail, f"{word}: the weight")
-        part = Part(Path(word if weight is None else path), weight)
+        part = MixPart(Path(word if weight is None else path), weight)
         if part.path in [other.path for other in parts]:
             raise UserError(f"{part.path}: is named twice", remedy="Name each dataset once, with its whole weight.")
         if weight is not None and weight <= 0:
@@ -52,7 +52,7 @@ def _number(text: str, what: str) -> Fraction:
         raise UserError(f"{what} is not a number: {text!r}", remedy="Write, for instance, data/a=0.5") from None
 
 
-def parse_caps(words: Sequence[str], parts: Sequence[Part]) -> dict[Path, int]:
+def parse_caps(words: Sequence[str], parts: Sequence[MixPart]) -> dict[Path, int]:
     """``PATH=COUNT`` words.
 
     Raises:

@@ -20,13 +20,12 @@ from data_tools.importers import (  # noqa: F401  # the modules add their rows
     comparisons,
     csv_mapping,
     demonstrations,
-    doccano,
     judges,
     label_studio,
     openassistant,
-    own,
     pairs,
     prodigy,
     rated,
+    schema_records,
 )
-from data_tools.reading.rows import IMPORTERS as IMPORTERS
+from data_tools.importers.table import IMPORTERS as IMPORTERS

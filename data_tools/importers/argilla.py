@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from data_tools.reading.rows import IMPORTERS, JSON, Head, rows
-from data_tools.reading.tools import Names, as_raw, brief, names, person, prompt_of, stem_and_ending
+from data_tools.importers.table import IMPORTERS, Head
+from data_tools.reading.annotation_exports import Names, as_raw, brief, names, person, prompt_of, stem_and_ending
+from data_tools.reading.rows import JSON, rows
 from rlhf.data.jsonl import Reject
 from rlhf.data.schema import BadRecord, Record, dense_ranks, from_dict
 from rlhf.data.store import OnReject

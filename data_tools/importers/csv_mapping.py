@@ -11,9 +11,9 @@ from email.utils import parsedate_to_datetime
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
+from data_tools.importers.table import IMPORTERS, Head
+from data_tools.reading.annotation_exports import Names, brief, names
 from data_tools.reading.csv_rows import CSV, csv_columns, csv_rows
-from data_tools.reading.rows import IMPORTERS, Head
-from data_tools.reading.tools import Names, brief, names
 from rlhf.core.errors import UserError, nearest
 from rlhf.data.jsonl import Reject
 from rlhf.data.schema import BadRecord, Record, dense_ranks, from_dict

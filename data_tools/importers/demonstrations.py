@@ -1,4 +1,4 @@
-"""Importers of demonstrations and of prompts: Alpaca, Dolly, ShareGPT, OpenAI chats, FLAN, plain text."""
+"""Importers of demonstrations and of prompts: Alpaca, Dolly, ShareGPT, OpenAI chats, FLAN, doccano, plain text."""
 
 from __future__ import annotations
 
@@ -7,8 +7,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 from data_tools.importers.pairs import sharegpt_chat
+from data_tools.importers.table import IMPORTERS, Head, convert_rows
+from data_tools.reading.annotation_exports import brief
 from data_tools.reading.fields import RIGHT_FORMAT, alpaca_prompt, as_jsonl, chat, joined, need, text
-from data_tools.reading.rows import IMPORTERS, JSON, Head, convert_rows
+from data_tools.reading.rows import JSON
 from rlhf.data.jsonl import READ_ERRORS, Reject, open_bytes
 from rlhf.data.schema import BadRecord, Demonstration, Message, Prompt, Record
 from rlhf.data.store import OnReject
@@ -229,6 +231,46 @@ def openai_chat(path: Path, reject: OnReject, *, turns: Turns = "all") -> Iterat
         return _demonstrations(said, turns, "openai-chat", unlearned)
 
     return convert_rows(path, reject, convert)
+
+
+# ---- doccano ---------------------------------------------------------------------------------------------------------
+
+
+def _detect_doccano(head: Head) -> str | None:
+    if not head.all_have("text", "label") or not all(isinstance(row["label"], list) for row in head.rows):
+        return None
+    labels = [label for row in head.rows for label in row["label"]]
+    long = [label for label in labels if isinstance(label, str) and len(label.split()) > 3]
+    return "its rows have a `text`, and `label` lists whole sentences" if 2 * len(long) > len(labels) else None
+
+
+@IMPORTERS.row(
+    "doccano",
+    suffixes=JSON,
+    sample=as_jsonl({"id": 1, "text": "Name a fruit.", "label": ["A pear is a fruit."]}),
+    detect=_detect_doccano,
+)
+def doccano(path: Path, reject: OnReject) -> Iterator[Record]:
+    """doccano: sequence-to-sequence exports (JSON or JSONL), {text, label: [answers]}, as demonstrations.
+
+    doccano has no ranks: each answer of `label` becomes a demonstration of its own. A text without an answer is one
+    reject. Exports of classification projects look the same, with labels in place of answers: `auto` takes only files
+    whose answers are mostly of four words or more. A CSV export is read by
+    `csv --option prompt=text --option answer=label`.
+    """
+    return convert_rows(path, reject, _doccano)
+
+
+def _doccano(row: Any) -> Iterator[Record | BadRecord]:
+    if not isinstance(row, dict) or not isinstance(row.get("label", []), list):
+        raise BadRecord("not an object with a text and a list of answers", brief(row))
+    if not row.get("label"):
+        raise BadRecord("the text has no answer", remedy="Nothing is wrong: nobody has written one yet.")
+    for answer in row["label"]:
+        try:
+            yield Demonstration((Message("user", row.get("text")),), source="doccano", answer=answer)  # type: ignore[arg-type]
+        except BadRecord as fault:
+            yield fault
 
 
 # ---- plain text ------------------------------------------------------------------------------------------------------

@@ -8,8 +8,9 @@ from itertools import cycle
 from pathlib import Path
 from typing import Any, Literal
 
+from data_tools.importers.table import IMPORTERS, Head, convert_rows
 from data_tools.reading.fields import as_jsonl
-from data_tools.reading.rows import IMPORTERS, JSON, Head, convert_rows
+from data_tools.reading.rows import JSON
 from rlhf.data.schema import BadRecord, Candidate, Message, Ranking, Record, unchecked
 from rlhf.data.store import OnReject
 

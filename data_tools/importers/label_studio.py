@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from data_tools.reading.rows import IMPORTERS, JSON, Head, convert_rows
-from data_tools.reading.tools import Names, brief, names, pair_of, person, prompt_of
+from data_tools.importers.table import IMPORTERS, Head, convert_rows
+from data_tools.reading.annotation_exports import Names, brief, names, pair_of, person, prompt_of
+from data_tools.reading.rows import JSON
 from rlhf.core.errors import UserError
 from rlhf.data.schema import BadRecord, Record, from_dict
 from rlhf.data.store import OnReject

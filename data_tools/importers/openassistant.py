@@ -8,8 +8,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from data_tools.reading.rows import IMPORTERS, JSON, Head, rows
-from data_tools.reading.tools import as_raw, brief, person
+from data_tools.importers.table import IMPORTERS, Head
+from data_tools.reading.annotation_exports import as_raw, brief, person
+from data_tools.reading.rows import JSON, rows
 from rlhf.data.jsonl import Reject
 from rlhf.data.schema import BadRecord, Record, from_dict
 from rlhf.data.store import OnReject

@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from data_tools.importers import hh
+from data_tools.importers.table import IMPORTERS, Head, convert_rows
 from data_tools.reading.fields import SHAREGPT_ROLES, answer, as_jsonl, chat, need, text
-from data_tools.reading.rows import IMPORTERS, JSON, Head, convert_rows
+from data_tools.reading.rows import JSON
 from rlhf.data.schema import BadRecord, Candidate, Message, Ranking, Record
 from rlhf.data.store import OnReject
 

@@ -9,8 +9,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from data_tools.reading.rows import IMPORTERS, JSON, Head, convert_rows
-from data_tools.reading.tools import brief, person
+from data_tools.importers.table import IMPORTERS, Head, convert_rows
+from data_tools.reading.annotation_exports import brief, person
+from data_tools.reading.rows import JSON
 from rlhf.data.schema import BadRecord, Ranking, Record, from_dict
 from rlhf.data.store import OnReject
 

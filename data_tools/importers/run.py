@@ -15,8 +15,8 @@ from typing import Any
 import yaml
 
 from data_tools.importers import IMPORTERS
+from data_tools.importers.table import AUTO, detect
 from data_tools.io.rejects import FILE_NAME, Rejects, by_count, print_reasons
-from data_tools.reading.detect import AUTO, detect
 from data_tools.statistics.accumulator import Accumulator
 from data_tools.statistics.ceiling import AgreementObserver
 from rlhf.core import console

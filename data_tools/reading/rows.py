@@ -1,22 +1,19 @@
-"""The table of importers, and what they share: the rows of a JSON or Parquet file, each turned into records."""
+"""Rows of JSON and Parquet files, streamed, with the line and the text of each."""
 
 from __future__ import annotations
 
 import io
 import json
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from rlhf.core.table import Table
 from rlhf.data.jsonl import READ_ERRORS, OnReject, Reject, cut_off_fault, open_bytes, read_rows
-from rlhf.data.schema import BadRecord, Prompt, Record
-
-IMPORTERS = Table("format")
+from rlhf.data.schema import BadRecord
 
 JSON = (*(f".{name}{zipped}" for name in ("jsonl", "json", "ndjson") for zipped in ("", ".gz", ".zst")), ".parquet")
 """Suffixes of the files that `rows` reads."""
@@ -29,44 +26,6 @@ class Item(NamedTuple):
     line: int
     raw: str | bytes
     value: Any
-
-
-class Head(NamedTuple):
-    """The beginning of a file, from which `auto` recognises its format."""
-
-    path: Path
-    text: str
-    """The first 4,096 characters."""
-    rows: list[Any]
-    """The values of the first rows, at most 20; none where the file is neither JSON nor Parquet."""
-
-    def all_have(self, *fields: str) -> bool:
-        """Whether there are rows, and each is an object with these fields."""
-        return bool(self.rows) and all(isinstance(row, dict) and row.keys() >= set(fields) for row in self.rows)
-
-
-def convert_rows(
-    path: Path, reject: OnReject, convert: Callable[[Any], Record | Iterable[Record | BadRecord]]
-) -> Iterator[Record]:
-    """Records from the rows of a file.
-
-    Args:
-        convert: Gives the record of one row, or raises BadRecord. For a row of several records (a task with several
-            annotations), it gives an iterable of records and BadRecords, each BadRecord one that cannot be used.
-    """
-    for line, raw, value in rows(path, reject):
-        try:
-            made = convert(value)
-            if isinstance(made, Prompt):
-                yield made
-                continue
-            for record in made:
-                if isinstance(record, BadRecord):
-                    reject(Reject.of(path, line, record, raw))
-                else:
-                    yield record
-        except BadRecord as fault:
-            reject(Reject.of(path, line, fault, raw))
 
 
 def rows(path: Path, reject: OnReject) -> Iterator[Item]:

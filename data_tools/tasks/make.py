@@ -149,7 +149,7 @@ class Options:
     seed: int = 0
 
 
-class Writer:
+class TaskWriter:
     """Turns examples into demonstrations."""
 
     def __init__(self, family: Family, options: Options, pools: Pools | None) -> None:
@@ -232,16 +232,21 @@ def make_tasks(
         "command": command_line(),
         "files": [{"path": str(file), "sha256": file_hash(file)} for file in files],
     }
-    return _write(out, origin, mappers, Writer(chosen, options, pools), chosen.file, strict)
+    return _write(out, origin, mappers, TaskWriter(chosen, options, pools), chosen.file, strict)
 
 
 def _write(
-    out: str | Path, origin: dict[str, Any], mappers: dict[Path, Mapper], writer: Writer, templates: Path, strict: bool
+    out: str | Path,
+    origin: dict[str, Any],
+    mappers: dict[Path, Mapper],
+    writer: TaskWriter,
+    templates: Path,
+    strict: bool,
 ) -> ImportSummary:
     with DatasetWriter(out, "demonstration", origin) as made, Rejects(made.partial / FILE_NAME, strict) as rejects:
         shutil.copyfile(templates, made.partial / TEMPLATES_FILE)
         for file, item, example in _read(mappers, rejects):
-            for record in writer.records(example):
+            for record in makes.records(example):
                 if isinstance(record, BadRecord):
                     rejects(Reject.of(file, item.line, record, item.raw))
                 else:

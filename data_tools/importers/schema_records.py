@@ -6,8 +6,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from data_tools.importers.table import IMPORTERS, Head, convert_rows
 from data_tools.reading.fields import as_jsonl
-from data_tools.reading.rows import IMPORTERS, JSON, Head, convert_rows
+from data_tools.reading.rows import JSON
 from rlhf.data.schema import Record, from_dict
 from rlhf.data.store import OnReject
 

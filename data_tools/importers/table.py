@@ -1,14 +1,58 @@
-"""`auto`: which format a file is of, and why."""
+"""The table of importers, and `auto`: which of them reads a file, and why."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
+from typing import Any, NamedTuple
 
-from data_tools.reading.rows import IMPORTERS, Head, rows
+from data_tools.reading.rows import rows
 from rlhf.core.errors import UserError
-from rlhf.data.jsonl import READ_ERRORS, open_bytes
+from rlhf.core.table import Table
+from rlhf.data.jsonl import READ_ERRORS, OnReject, Reject, open_bytes
+from rlhf.data.schema import BadRecord, Prompt, Record
+
+IMPORTERS = Table("format")
+
+
+class Head(NamedTuple):
+    """The beginning of a file, from which `auto` recognises its format."""
+
+    path: Path
+    text: str
+    """The first 4,096 characters."""
+    rows: list[Any]
+    """The values of the first rows, at most 20; none where the file is neither JSON nor Parquet."""
+
+    def all_have(self, *fields: str) -> bool:
+        """Whether there are rows, and each is an object with these fields."""
+        return bool(self.rows) and all(isinstance(row, dict) and row.keys() >= set(fields) for row in self.rows)
+
+
+def convert_rows(
+    path: Path, reject: OnReject, convert: Callable[[Any], Record | Iterable[Record | BadRecord]]
+) -> Iterator[Record]:
+    """Records from the rows of a file.
+
+    Args:
+        convert: Gives the record of one row, or raises BadRecord. For a row of several records (a task with several
+            annotations), it gives an iterable of records and BadRecords, each BadRecord one that cannot be used.
+    """
+    for line, raw, value in rows(path, reject):
+        try:
+            made = convert(value)
+            if isinstance(made, Prompt):
+                yield made
+                continue
+            for record in made:
+                if isinstance(record, BadRecord):
+                    reject(Reject.of(path, line, record, raw))
+                else:
+                    yield record
+        except BadRecord as fault:
+            reject(Reject.of(path, line, fault, raw))
+
 
 AUTO = "auto"
 
