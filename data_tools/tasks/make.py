@@ -239,7 +239,7 @@ def _write(
     out: str | Path,
     origin: dict[str, Any],
     mappers: dict[Path, Mapper],
-    writer: TaskWriter,
+    makes: TaskWriter,
     templates: Path,
     strict: bool,
 ) -> ImportSummary:
