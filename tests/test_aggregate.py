@@ -261,7 +261,7 @@ def test_a_method_that_weighs_annotators_refuses_rankings_that_name_none(method:
     given = write(tmp_path / "given", [ranked("B>A", ""), ranked("A>B", "")])
     result = run("aggregate", given, "--out", tmp_path / "new", "--method", method)
     assert isinstance(result.exception, UserError)
-    for words in (f"--method {method}: no ranking names its annotator", "who ranked what", "--method majority"):
+    for words in (f"--method {method}: no ranking names its annotator", "who made which ranking", "--method majority"):
         assert words in str(result.exception)
     assert not (tmp_path / "new").exists()
 
@@ -408,7 +408,7 @@ def test_the_command_prints_the_annotators_and_keeps_them_in_the_dataset(tmp_pat
     assert {row["annotator"] for row in noted["annotators"][:2]} == {"00", "01"}
     assert sum(row["rankings"] for row in noted["annotators"]) == 300
     assert sum(row["votes"] for row in noted["annotators"]) == 1800
-    assert "annotators, the worst first" in result.stdout and "0.5 is guessing" in result.stdout
+    assert "annotators, the worst first" in result.stdout and "0.5 is chance" in result.stdout
     origin = open_dataset(new).manifest["origin"]
     assert origin["command"] == f"rlhf data aggregate {given} --method crowd-bradley-terry --option prior=2"
     assert origin["parents"] == [{"path": str(given), "fingerprint": open_dataset(given).fingerprint}]

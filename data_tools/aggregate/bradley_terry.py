@@ -1,8 +1,11 @@
-"""Bradley-Terry scores of the answers of many pools at once, and how reliable each annotator is.
+"""Bradley-Terry scores of the answers of many pools at once, and the reliability of each annotator.
 
-P(annotator a puts i above j) = sigmoid(b_a (s_i - s_j)): s are scores, b slopes. A slope of 0 is voting at random,
-below 0 upside down (BT+G of Raman & Joachims, "Methods for ordinal peer grading", KDD 2014, arXiv:1404.3656). With
-all slopes at 1 it is Bradley & Terry (1952). A tie is half a vote for either.
+P(annotator a ranks i above j) = sigmoid(b_a (s_i - s_j)) with scores s and slopes b. A slope of 0 means random votes,
+below 0 reversed ones (BT+G of Raman & Joachims, "Methods for ordinal peer grading", KDD 2014, arXiv:1404.3656). With
+all slopes at 1 it is Bradley & Terry (1952). A tie is half a vote for each answer.
+
+crowd-kit 1.4 was tried: BradleyTerry has no prior or ties and takes 1 ms a pool, 9 s for 9,000 pools of 4 answers and
+162,000 votes (here 0.07 s); NoisyBradleyTerry takes 50 us a vote and iteration, 80 s in 10 iterations (here 1.8 s).
 """
 
 from __future__ import annotations
@@ -18,24 +21,24 @@ from scipy import special
 from data_tools.aggregate.votes import Cells, Votes
 
 STEPS, TOLERANCE = 200, 1e-4
-"""Iterations end when no score and no slope moves by more; ten or twenty do."""
+"""Iterations end when no score and no slope moves by more than this; ten or twenty are typical."""
 SLOPE_SPREAD = 0.5
-"""Standard deviation of slopes around 1, which says which of two mirrored solutions is meant: most people are better
-than chance."""
+"""Standard deviation of the slopes' prior around 1. It selects one of two mirrored solutions: the one in which most
+annotators are better than chance."""
 FARTHEST_SCORE, FARTHEST_SLOPE = 1.0, 0.5
-"""The longest step of one iteration, so that the first ones do not overshoot."""
+"""The longest step of one iteration, so that the first iterations do not overshoot."""
 
 
 @dataclass
-class _Pairs:
-    """Votes within groups of items, and the normal equations that they give."""
+class _VotePairs:
+    """The pairs of the votes within groups of items, and their terms of the normal equations."""
 
     cells: Cells
     first: NDArray[Any]
     second: NDArray[Any]
 
     def force(self, values: NDArray[Any]) -> NDArray[Any]:
-        """[I]: each vote's value pulls its first item up and its second down."""
+        """[I]: the sum over votes of value x (e_first - e_second)."""
         count = self.cells.items
         return np.bincount(self.first, values, count) - np.bincount(self.second, values, count)
 
@@ -47,7 +50,7 @@ class _Pairs:
         return flat
 
     def variance(self, covariance: NDArray[Any]) -> NDArray[Any]:
-        """[V]: of the difference of each vote's two items, from a flat covariance."""
+        """[V]: variance of the difference of each vote's two items, from a flat covariance."""
         return sum(sign * covariance[self.cells.of(row, column)] for row, column, sign in self._corners)  # type: ignore
 
     @property
@@ -57,12 +60,12 @@ class _Pairs:
 
 
 class Fit:
-    """Scores and slopes at the maximum of their posterior, by Fisher scoring. Deterministic.
+    """Scores and slopes that maximise the posterior, by Fisher scoring. Deterministic.
 
     Args:
-        votes: What to explain.
-        prior: Standard deviation of scores, normal around 0, so that they exist with a single vote.
-        slopes: Fit a slope for each annotator; all are 1 otherwise.
+        votes: The votes to fit.
+        prior: Standard deviation of the scores' normal prior around 0; with it, scores exist for a single vote.
+        slopes: Fit a slope for each annotator; without it all slopes are 1.
     """
 
     def __init__(self, votes: Votes, prior: float, slopes: bool) -> None:
@@ -73,9 +76,9 @@ class Fit:
         self.slopes = np.ones(len(votes.annotators))
         """[A]"""
         self.covariance = np.zeros(self.cells.count)
-        """Flat [cells]: of the scores of each pool, by Laplace's approximation."""
-        self._pairs = _Pairs(self.cells, votes.first, votes.second)
-        self._share = (1 + votes.outcome) / 2
+        """Flat [cells]: covariance of the scores of each pool, by Laplace's approximation."""
+        self._pairs = _VotePairs(self.cells, votes.first, votes.second)
+        self._preference = (1 + votes.outcome) / 2
         for _ in range(STEPS):
             moved = self._step_scores()
             if slopes:
@@ -91,10 +94,10 @@ class Fit:
         return special.ndtr((self.scores[items][:, :, None] - self.scores[items][:, None, :]) / spread)
 
     def _pull(self) -> tuple[NDArray[Any], NDArray[Any]]:
-        """First derivative of each vote's log-likelihood by its score difference, and the Fisher information."""
+        """[V]: the derivative of each vote's log-likelihood by its score difference, and the Fisher information."""
         slope = self.slopes[self.votes.annotator]
         p = special.expit(slope * (self.scores[self.votes.first] - self.scores[self.votes.second]))
-        return slope * (self._share - p), slope**2 * p * (1 - p)
+        return slope * (self._preference - p), slope**2 * p * (1 - p)
 
     def _invert(self, cells: Cells, stiffness: NDArray[Any]) -> NDArray[Any]:
         """Flat covariance from the votes' flat stiffness and the prior."""
@@ -104,7 +107,7 @@ class Fit:
         return flat
 
     def _step_scores(self) -> float:
-        """One step; gives the largest move."""
+        """One step for all scores; returns the largest change."""
         force, information = self._pull()
         gradient = self._pairs.force(force) - self.precision * self.scores
         self.covariance = self._invert(self.cells, self._pairs.stiffness(information))
@@ -115,22 +118,22 @@ class Fit:
     # ---- slopes
 
     @cached_property
-    def _voices(self) -> tuple[NDArray[Any], _Pairs]:
-        """Every annotator of a pool gets a copy of its items: the item of each copy, and the votes on copies."""
-        votes, people = self.votes, len(self.votes.annotators)
+    def _voices(self) -> tuple[NDArray[Any], _VotePairs]:
+        """Copies of a pool's items for each of its annotators: the item of each copy, and the votes on copies."""
+        votes, annotators = self.votes, len(self.votes.annotators)
         pool = votes.pool[votes.first]
-        voice, of = np.unique(pool * people + votes.annotator, return_inverse=True)
-        size = self.cells.size[voice // people]
+        voice, of = np.unique(pool * annotators + votes.annotator, return_inverse=True)
+        size = self.cells.size[voice // annotators]
         copies = Cells(np.repeat(np.arange(len(voice)), size))
-        shift = copies.start - self.cells.start[voice // people]
+        shift = copies.start - self.cells.start[voice // annotators]
         item = np.arange(copies.items) - np.repeat(shift, size)
-        return item, _Pairs(copies, votes.first + shift[of], votes.second + shift[of])
+        return item, _VotePairs(copies, votes.first + shift[of], votes.second + shift[of])
 
     def _step_slopes(self) -> float:
-        """One step for each slope, on scores that leave the annotator's own votes out; gives the largest move.
+        """One step for each slope, on scores without the annotator's own votes; returns the largest change.
 
-        Someone who ranks at random agrees with scores that the same ranking has shaped. Leaving votes out takes one
-        Newton step from the maximum, where the gradient of the rest is minus that of what is left out.
+        A random ranking agrees with scores that were fitted to it, so an annotator's own votes are left out. That takes
+        one Newton step from the maximum, where the gradient of the remaining votes is minus that of the omitted ones.
         """
         item, own = self._voices
         force, information = self._pull()
@@ -145,14 +148,14 @@ class Fit:
         gap /= np.sqrt(1 + np.pi / 8 * own.variance(covariance))  # MacKay 1992: the sigmoid's mean over the posterior
         annotator, count = self.votes.annotator, len(self.slopes)
         p = special.expit(self.slopes[annotator] * gap)
-        gradient = np.bincount(annotator, gap * (self._share - p), count) + (1 - self.slopes) / SLOPE_SPREAD**2
+        gradient = np.bincount(annotator, gap * (self._preference - p), count) + (1 - self.slopes) / SLOPE_SPREAD**2
         information = np.bincount(annotator, gap**2 * p * (1 - p), count) + 1 / SLOPE_SPREAD**2
         step = (gradient / information).clip(-FARTHEST_SLOPE, FARTHEST_SLOPE)
         self.slopes = self.slopes + step
         return float(np.abs(step).max())
 
     def quality(self) -> NDArray[Any]:
-        """[A]: the mean of sigmoid(b |s_i - s_j|) over the votes of all: a pair's chance to be ordered right."""
+        """[A]: the probability of ordering a pair right, the mean of sigmoid(b |s_i - s_j|) over all votes."""
         gaps = np.abs(self.scores[self.votes.first] - self.scores[self.votes.second])
         return np.array([special.expit(slope * gaps).mean() for slope in self.slopes])
 

@@ -1,8 +1,7 @@
-"""Rankings as pairwise votes on answers: integers in arrays, whatever the length of the texts.
+"""Rankings as votes on pairs of answers, in integer arrays whose size does not depend on the length of the texts.
 
-Answers to a prompt are told apart by their text, so rankings of the same answers in another order meet. Rankings of a
-prompt that share an answer form one *pool*, whose answers can be put into one order; rankings that share none cannot
-be compared and stay in pools of their own.
+Answers to a prompt are identified by their text, so their order in a ranking does not matter. Rankings of a prompt that
+share an answer form one *pool*, whose answers can be ordered together; rankings that share none are in separate pools.
 """
 
 from __future__ import annotations
@@ -21,39 +20,39 @@ from rlhf.core.errors import UserError
 from rlhf.data.schema import SPLITS, Candidate, Ranking
 
 UNNAMED = ""
-"""The annotator of rankings that name none: any number of people."""
+"""The annotator of rankings that name none; it stands for any number of people."""
 
 
 @dataclass(frozen=True)
 class Votes:
     """V votes by A annotators on the answers (I items) of P pools.
 
-    A ranking of K answers gives a vote on each of its K (K - 1) / 2 pairs. On a pair, a named annotator has one vote:
-    the last one of the data. Of UNNAMED, every vote counts.
+    A ranking of K answers gives a vote on each of its K (K - 1) / 2 pairs. On a pair, a named annotator has one vote,
+    the last one in the data; every vote of UNNAMED counts.
     """
 
     pool: NDArray[Any]
-    """Int [I], ascending: items of a pool stand together, in an order that has nothing to do with their ranks."""
+    """Int [I], ascending: the pool of each item. Within a pool, items are ordered by hash, not by rank."""
     first: NDArray[Any]
     """Int [V]: an item."""
     second: NDArray[Any]
-    """Int [V]: another item of the same pool, always the greater number."""
+    """Int [V]: another item of the same pool, always the greater index."""
     outcome: NDArray[Any]
-    """Int [V]: 1 where the first is better, -1 where the second is, 0 for a tie."""
+    """Int [V]: 1 if the first is better, -1 if the second is, 0 for a tie."""
     annotator: NDArray[Any]
     """Int [V]: index in `annotators`."""
     annotators: tuple[str, ...]
     alone: NDArray[Any]
-    """Int [I]: the item's rank where its pool holds a single ranking, 0 elsewhere."""
+    """Int [I]: the item's rank if its pool has a single ranking, else 0."""
 
 
 @dataclass(frozen=True)
 class Ballots:
-    """R rankings in the order of the data: the votes, and what it takes to write one ranking per pool."""
+    """R rankings in the order of the data: their votes, and what is needed to write one ranking per pool."""
 
     votes: Votes
     start: NDArray[Any]
-    """Int [R + 1]: ranking r holds the entries start[r] to start[r + 1] of `item`, one per distinct answer."""
+    """Int [R + 1]: ranking r has the entries start[r] to start[r + 1] of `item`, one per distinct answer."""
     item: NDArray[Any]
     """Int: an item of `votes`."""
     ids: NDArray[Any]
@@ -61,11 +60,11 @@ class Ballots:
     annotator: NDArray[Any]
     """Int [R]."""
     prompt: NDArray[Any]
-    """Int [R]: the number of its prompt, in the order of appearance."""
+    """Int [R]: the index of its prompt, in the order of appearance."""
     split: NDArray[Any]
-    """Int [R]: 0 for none, 1 and up for an index of `rlhf.data.schema.SPLITS` plus one."""
+    """Int [R]: 0 for none, else the index in `rlhf.data.schema.SPLITS` plus one."""
     rating: NDArray[Any]
-    """Float [I]: mean of the item's ratings, NaN where it has none."""
+    """Float [I]: mean of the item's ratings, NaN without any."""
 
     @property
     def pool(self) -> NDArray[Any]:
@@ -74,7 +73,7 @@ class Ballots:
 
 
 def distinct(record: Ranking) -> dict[str, tuple[Candidate, int]]:
-    """Text -> candidate and rank, each text once. (The schema ranks equal texts alike.)"""
+    """Text -> candidate and rank, each text once. (The schema gives equal texts equal ranks.)"""
     found: dict[str, tuple[Candidate, int]] = {}
     for candidate, rank in zip(record.candidates, record.ranks):
         found.setdefault(candidate.text, (candidate, rank))
@@ -105,7 +104,8 @@ def collect(records: Iterator[Ranking]) -> Ballots:
         split.append(0 if record.split is None else 1 + SPLITS.index(record.split))
     if not ids:
         raise UserError("no ranking to aggregate", remedy="`rlhf data stats` shows what a dataset holds.")
-    order = np.frombuffer(b"".join(key[:8] for key in items), np.uint64)  # by hash: no matter who came or ranked first
+    # Items are ordered by hash, so that the order of the data does not matter.
+    order = np.frombuffer(b"".join(key[:8] for key in items), np.uint64)
     held = {name: np.array(values) for name, values in (("start", start), ("ids", ids), ("annotator", annotator))}
     pool, item = _pools(np.array(slots), held["start"], order)
     votes = _votes(item, held["start"], np.array(ranks), held["annotator"], pool, tuple(names))
@@ -116,7 +116,7 @@ def collect(records: Iterator[Ranking]) -> Ballots:
 
 
 def _pools(slots: NDArray[Any], start: NDArray[Any], order: NDArray[Any]) -> tuple[NDArray[Any], NDArray[Any]]:
-    """The pool of each item, pools numbered by their first appearance, and `slots` with the items' new numbers."""
+    """The pool of each item, pools in the order of their first appearance, and `slots` with the items' new indices."""
     count = len(order)
     sizes = np.diff(start)
     edges = (np.ones(len(slots)), (np.repeat(slots[start[:-1]], sizes), slots))
@@ -145,7 +145,7 @@ def _votes(
     first, second, outcome, ranking = (np.concatenate(column) for column in zip(*parts))
     by = annotator[ranking]
     order = np.lexsort((ranking, by, second, first))
-    again = np.zeros(len(order), bool)  # a later vote of the same annotator on the pair follows
+    again = np.zeros(len(order), bool)  # followed by a later vote of the same annotator on the pair
     again[:-1] = np.all([np.diff(column[order]) == 0 for column in (first, second, by)], axis=0)
     named = np.array([name != UNNAMED for name in names])
     kept = order[~(again & named[by[order]])]
@@ -160,7 +160,7 @@ def _votes(
 
 
 class Cells:
-    """The K x K matrices of all pools, one after the other in a flat array; pools of one size K are handled together.
+    """The K x K matrices of all pools in one flat array; pools of the same size K are processed together.
 
     Args:
         pool: The pool of each item, ascending.
@@ -169,26 +169,23 @@ class Cells:
     def __init__(self, pool: NDArray[Any]) -> None:
         self._pool = pool
         self.items = len(pool)
-        """Items of all pools."""
+        """Number of items of all pools."""
         self.size = np.bincount(pool)
-        """Int [P]: the items of each pool."""
+        """Int [P]: number of items of each pool."""
         self.start = np.cumsum(self.size) - self.size
         """Int [P]: the first item of each pool."""
         self.count = int((self.size**2).sum())
-        """Cells in all."""
+        """Number of cells of all matrices."""
         self._offset = np.cumsum(self.size**2) - self.size**2
 
     def of(self, row: NDArray[Any], column: NDArray[Any]) -> NDArray[Any]:
-        """Where the cell (row, column) of two items of a pool stands in the flat array."""
+        """Index of the cell (row, column) of two items of a pool in the flat array."""
         pool = self._pool[row]
         start = self.start[pool]
         return self._offset[pool] + (row - start) * self.size[pool] + column - start
 
     def blocks(self) -> Iterator[tuple[NDArray[Any], NDArray[Any]]]:
-        """Of the pools of each size K: their items [B, K], and where their matrices stand in the flat array [B, K, K].
-
-        `flat[cells]` reads and writes the matrices, `values[items]` the values of the items.
-        """
+        """For each size K, the items [B, K] of the pools and the flat indices [B, K, K] of their matrices."""
         for size in np.unique(self.size):
             pools = np.flatnonzero(self.size == size)
             inner = np.arange(size * size).reshape(size, size)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from data_tools.io.derive import Derivation
-from data_tools.io.rejects import FILE_NAME, by_count
+from data_tools.io.rejects import by_count, warn_rejected
 from data_tools.statistics.near import near_groups, near_matches, prompt_text
 from rlhf.core import console
 from rlhf.core.errors import UserError, nearest
@@ -185,5 +185,4 @@ def show(summary: Mapping[str, Any]) -> None:
     line += f" + rejected {summary['rejected']:,}" if summary["rejected"] else ""
     listed = f"; what was left out is listed in {folder / DROPPED_FILE}" if left_out else ""
     console.say(f"{line} -> {summary['out']} ({summary['kind']}s){listed}")
-    if summary["rejected"]:
-        console.warn(f"{summary['rejected']} bad rows of the parent were rejected: {folder / FILE_NAME}")
+    warn_rejected(summary)

@@ -8,7 +8,7 @@ from typing import Any
 
 from data_tools.io.derive import Derivation
 from data_tools.io.expressions import Expression, Failed
-from data_tools.io.rejects import FILE_NAME, by_count
+from data_tools.io.rejects import by_count, warn_rejected
 from rlhf.core import console
 from rlhf.core.errors import UserError
 from rlhf.data.schema import KINDS, Demonstration, Proposal, Ranking, Record
@@ -206,5 +206,4 @@ def show(summary: Mapping[str, Any]) -> None:
     line = f"read {summary['read']:,} = written {summary['written']:,} + left out {summary['filtered']:,}"
     line += f" + rejected {summary['rejected']:,}" if summary["rejected"] else ""
     console.say(f"{line} -> {summary['out']} ({summary['kind']}s)")
-    if summary["rejected"]:
-        console.warn(f"{summary['rejected']} bad rows of the parent were rejected: {Path(summary['out']) / FILE_NAME}")
+    warn_rejected(summary)

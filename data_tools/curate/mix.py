@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from data_tools.io.derive import Derivation
-from data_tools.io.rejects import FILE_NAME, by_count
+from data_tools.io.rejects import by_count, warn_rejected
 from rlhf.core import console
 from rlhf.core.errors import UserError, nearest
 from rlhf.data.schema import Record
@@ -223,8 +223,7 @@ def show(summary: Mapping[str, Any]) -> None:
     line = f"read {summary['read']:,} = written {summary['written']:,} + left {summary['left']:,}"
     line += f" + rejected {summary['rejected']:,}" if summary["rejected"] else ""
     console.say(f"{line} -> {summary['out']}")
-    if summary["rejected"]:
-        console.warn(f"{summary['rejected']} bad rows were rejected: {Path(summary['out']) / FILE_NAME}")
+    warn_rejected(summary)
     if summary["leaks"]:
         again = "split the mixture again with `rlhf data split`"
         console.warn(f"{summary['leaks']:,} prompts are in more than one split; {again}")

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from data_tools.io.derive import Derivation
-from data_tools.io.rejects import FILE_NAME, by_count
+from data_tools.io.rejects import by_count, warn_rejected
 from data_tools.statistics.near import Sets, near_groups, prompt_text
 from rlhf.core import console
 from rlhf.core.errors import UserError, nearest
@@ -230,5 +230,4 @@ def show(summary: Mapping[str, Any]) -> None:
     console.table(f"{summary['out']}: {summary['kind']}s", ["split", "records", f"{summary['by']}s"], rows)
     if summary["joined"]:
         console.say(f"{summary['by']}s assigned with a near duplicate: {summary['joined']:,}")
-    if summary["rejected"]:
-        console.warn(f"{summary['rejected']} bad rows of the parent were rejected: {Path(summary['out']) / FILE_NAME}")
+    warn_rejected(summary)

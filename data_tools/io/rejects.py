@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import IO, Any
@@ -54,6 +55,12 @@ class Rejects:
 def by_count(reasons: dict[str, int]) -> dict[str, int]:
     """The reasons, most frequent first; equal ones by name, so that the order is always the same."""
     return dict(sorted(reasons.items(), key=lambda item: (-item[1], item[0])))
+
+
+def warn_rejected(summary: Mapping[str, Any]) -> None:
+    """Warn if a command skipped bad rows: its summary has `rejected`, their number, and `out`, the new dataset."""
+    if summary["rejected"]:
+        console.warn(f"{summary['rejected']:,} bad rows were rejected; see {Path(summary['out']) / FILE_NAME}")
 
 
 def print_reasons(reasons: dict[str, int], first: dict[str, Reject]) -> None:
