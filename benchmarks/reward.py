@@ -1,4 +1,4 @@
-"""The reward stage's trainer against TRL's RewardTrainer on the expanded pairs: time per ranking and peak memory.
+"""The loop of the reward stage against TRL's RewardTrainer on the expanded pairs: time per ranking and peak memory.
 
     python benchmarks/reward.py --repeats 3
 
@@ -20,8 +20,10 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import time
+from collections.abc import Callable
 from typing import Any
+
+from sft import Timed
 
 RANKINGS = 4
 """Rankings per optimizer step."""
@@ -65,8 +67,8 @@ def save_model(place: str) -> None:
 # ---- one run, in a process of its own ------------------------------------------------------------------------------
 
 
-def our_trainer(place: str, rows: list[dict[str, Any]], micro: int) -> Any:
-    """The trainer of `rlhf reward` on whole rankings."""
+def train_ours(place: str, rows: list[dict[str, Any]], micro: int, timed: Timed) -> Callable[[], float]:
+    """A function that trains with the loop of `rlhf reward` on whole rankings and gives the mean loss."""
     import datasets
 
     from rlhf.config.load import check_config
@@ -74,7 +76,8 @@ def our_trainer(place: str, rows: list[dict[str, Any]], micro: int) -> Any:
     from rlhf.models.scalar import load_scalar
     from rlhf.reward.config import RewardConfig
     from rlhf.runs.run import open_run
-    from stages.reward import RewardTrainer
+    from rlhf.training.loop import Loop, supervised_engine
+    from stages.reward import RewardObjective
 
     batch = {"batch_size": RANKINGS, "micro_batch_size": micro}
     values = {"run": f"{place}/run", "model": {"path": place}, "data": {"train": "unused"}, "precision": "float32"}
@@ -92,13 +95,23 @@ def our_trainer(place: str, rows: list[dict[str, Any]], micro: int) -> Any:
     ]
     chat, run = load_tokenizer(config.model, place), open_run(config, "reward", False, False, {})
     scalar = load_scalar(config.model, place)
-    return RewardTrainer(config, run, chat, scalar, datasets.Dataset.from_list(table), None, batch_tokens=2**14)
+    engine = supervised_engine(config, scalar)
+    objective = RewardObjective(config, chat, scalar, None, batch_tokens=2**14)
+    loop = Loop(config, run, engine, objective, datasets.Dataset.from_list(table), held_out=False)
+    loop._train_step = timed.wrap(loop._train_step)  # type: ignore[method-assign]
+
+    def train() -> float:
+        loop.fit(False)
+        lines = (run.path / "metrics.jsonl").read_text("utf-8").splitlines()
+        return statistics.fmean(json.loads(line)["train/loss"] for line in lines)
+
+    return train
 
 
-def their_trainer(place: str, rows: list[dict[str, Any]]) -> Any:
-    """TRL's trainer on all pairs."""
+def train_theirs(place: str, rows: list[dict[str, Any]], timed: Timed) -> Callable[[], float]:
+    """The same for TRL's trainer on all pairs."""
     import datasets
-    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer, TrainerCallback
     from trl import RewardConfig, RewardTrainer
 
     pairs = [
@@ -116,9 +129,19 @@ def their_trainer(place: str, rows: list[dict[str, Any]]) -> Any:
     )  # fmt: skip
     model = AutoModelForSequenceClassification.from_pretrained(place)
     tokenizer = AutoTokenizer.from_pretrained(place)
-    return RewardTrainer(
-        model=model, args=args, train_dataset=datasets.Dataset.from_list(pairs), processing_class=tokenizer
-    )
+
+    class Clock(TrainerCallback):  # type: ignore[misc]
+        def on_step_begin(self, *words: Any, **more: Any) -> None:
+            timed.begin()
+
+        def on_step_end(self, *words: Any, **more: Any) -> None:
+            timed.end()
+
+    trainer = RewardTrainer(
+        model=model, args=args, train_dataset=datasets.Dataset.from_list(pairs), processing_class=tokenizer,
+        callbacks=[Clock()],
+    )  # fmt: skip
+    return lambda: float(trainer.train().training_loss)
 
 
 def run(side: str, place: str, candidates: int, prompt: int, answer: int, steps: int) -> dict[str, float]:
@@ -129,31 +152,18 @@ def run(side: str, place: str, candidates: int, prompt: int, answer: int, steps:
         peak memory above that before training; `loss`, the mean over all steps.
     """
     import torch
-    from transformers import TrainerCallback
 
     rows = rankings(candidates, prompt, answer, steps)
     tokens = 2 * PAIRS * (prompt + answer)
     micro = max(n for n in (1, 2, 4) if n == 1 or n * (prompt + candidates * answer) <= tokens)
-    trainer = our_trainer(place, rows, micro) if side == "ours" else their_trainer(place, rows)
-    begun: list[tuple[float, float]] = []
-    ended: list[tuple[float, float]] = []
-
-    class Clock(TrainerCallback):  # type: ignore[misc]
-        def on_step_begin(self, *words: Any, **more: Any) -> None:
-            begun.append((time.perf_counter(), time.process_time()))
-
-        def on_step_end(self, *words: Any, **more: Any) -> None:
-            ended.append((time.perf_counter(), time.process_time()))
-
-    trainer.add_callback(Clock())
+    timed = Timed()
+    train = train_ours(place, rows, micro, timed) if side == "ours" else train_theirs(place, rows, timed)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     torch.manual_seed(0)
-    loss = trainer.train().training_loss
+    loss = train()
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
-    seconds, cpu = (
-        statistics.median(end[i] - begin[i] for begin, end in list(zip(begun, ended))[1:]) / RANKINGS for i in (0, 1)
-    )
-    return {"seconds": seconds, "cpu": cpu, "mb": peak / 1024, "loss": loss}
+    seconds, cpu = timed.medians()
+    return {"seconds": seconds / RANKINGS, "cpu": cpu / RANKINGS, "mb": peak / 1024, "loss": loss}
 
 
 # ---- all runs ---------------------------------------------------------------------------------------------------

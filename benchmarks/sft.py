@@ -1,4 +1,4 @@
-"""The SFT stage's trainer against TRL's SFTTrainer used plainly: time and peak memory, to show that we add no cost.
+"""The loop of the SFT stage against TRL's SFTTrainer used plainly: time and peak memory, to show that we add no cost.
 
     python benchmarks/sft.py
 
@@ -20,9 +20,12 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+T = TypeVar("T")
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = ROOT.parent / "shared"
 MODEL = SHARED / "models" / "stories260K"
@@ -60,15 +63,48 @@ def token_rows(count: int, batch: int) -> list[dict[str, Any]]:
 # ---- one run, in a process of its own ------------------------------------------------------------------------------
 
 
-def ours(spec: dict[str, Any], rows: Any) -> tuple[Any, Any, Any]:
-    """Our trainer, a function that trains it, and a function that saves its result."""
+class Timed:
+    """Wall-clock and processor seconds of each step."""
+
+    def __init__(self) -> None:
+        self.begun: list[tuple[float, float]] = []
+        self.ended: list[tuple[float, float]] = []
+
+    def begin(self) -> None:
+        self.begun.append((time.perf_counter(), time.process_time()))
+
+    def end(self) -> None:
+        self.ended.append((time.perf_counter(), time.process_time()))
+
+    def wrap(self, step: Callable[[], T]) -> Callable[[], T]:
+        """The same function, timed."""
+
+        def timed() -> T:
+            self.begin()
+            found = step()
+            self.end()
+            return found
+
+        return timed
+
+    def medians(self) -> tuple[float, float]:
+        """Of all steps except the first."""
+        steps = list(zip(self.begun, self.ended))[1:]
+        seconds, cpu = (statistics.median(end[i] - begin[i] for begin, end in steps) for i in (0, 1))
+        return seconds, cpu
+
+
+def ours(spec: dict[str, Any], rows: Any, timed: Timed) -> tuple[Any, Any, Any]:
+    """Functions that train with our loop, save its result, and give the losses of the steps."""
     from rlhf.config.load import check_config
     from rlhf.data.chat import load_tokenizer
     from rlhf.models.load import load_policy
     from rlhf.models.save import save_result
     from rlhf.runs.run import open_run
     from rlhf.sft.config import SFTConfig
-    from stages.sft import PolicyTrainer
+    from rlhf.training.epoch_order import StepRows
+    from rlhf.training.loop import Loop, supervised_engine
+    from stages.sft import SFTObjective, TokenPredictor
 
     batch = {"batch_size": spec["batch"], "micro_batch_size": spec["micro"], "group_by_length": False}
     values = {
@@ -84,17 +120,26 @@ def ours(spec: dict[str, Any], rows: Any) -> tuple[Any, Any, Any]:
     config = check_config(SFTConfig, values, "benchmark")
     chat, run = load_tokenizer(config.model, str(MODEL)), open_run(config, "sft", False, False, {})
 
-    class InOrder(PolicyTrainer):
-        def _get_train_sampler(self, train_dataset: Any = None) -> Any:
-            return range(len(self.train_dataset))
+    class InOrder(StepRows):
+        def __getitem__(self, step: int) -> list[int]:
+            return list(range(step * self.batch, (step + 1) * self.batch))
 
-    trainer = InOrder(config, run, chat, load_policy(config.model, str(MODEL)), rows, None)
-    return trainer, lambda: trainer.fit(False), lambda: save_result(run.path, trainer.model, chat, config.tuning)
+    model = load_policy(config.model, str(MODEL))
+    engine = supervised_engine(config, TokenPredictor(model))
+    loop = Loop(config, run, engine, SFTObjective(config, chat, model, None), rows, held_out=False)
+    loop.rows = InOrder(SEED, len(rows), spec["batch"], None)
+    loop._train_step = timed.wrap(loop._train_step)  # type: ignore[method-assign]
+
+    def losses() -> list[float]:
+        lines = (run.path / "metrics.jsonl").read_text("utf-8").splitlines()
+        return [json.loads(line)["train/loss"] for line in lines]
+
+    return lambda: loop.fit(False), lambda: save_result(run.path, model, chat, config.tuning), losses
 
 
-def trl(spec: dict[str, Any], rows: Any) -> tuple[Any, Any, Any]:
-    """TRL's trainer, a function that trains it, and a function that saves its result."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+def trl(spec: dict[str, Any], rows: Any, timed: Timed) -> tuple[Any, Any, Any]:
+    """The same functions for TRL's trainer."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
     from trl import SFTConfig, SFTTrainer
 
     args = SFTConfig(
@@ -106,8 +151,20 @@ def trl(spec: dict[str, Any], rows: Any) -> tuple[Any, Any, Any]:
     )  # fmt: skip
     model = AutoModelForCausalLM.from_pretrained(MODEL)
     tokenizer = AutoTokenizer.from_pretrained(MODEL)
-    trainer = SFTTrainer(model=model, args=args, train_dataset=rows, processing_class=tokenizer)
-    return trainer, trainer.train, lambda: trainer.save_model(f"{spec['place']}/model")
+    losses: list[float] = []
+
+    class Clock(TrainerCallback):  # type: ignore[misc]
+        def on_step_begin(self, *words: Any, **more: Any) -> None:
+            timed.begin()
+
+        def on_step_end(self, *words: Any, **more: Any) -> None:
+            timed.end()
+
+        def on_log(self, *words: Any, logs: Any = None, **more: Any) -> None:
+            losses.extend([logs["loss"]] if "loss" in logs else [])
+
+    trainer = SFTTrainer(model=model, args=args, train_dataset=rows, processing_class=tokenizer, callbacks=[Clock()])
+    return trainer.train, lambda: trainer.save_model(f"{spec['place']}/model"), lambda: losses
 
 
 def run(side: str, spec: dict[str, Any]) -> dict[str, Any]:
@@ -116,34 +173,21 @@ def run(side: str, spec: dict[str, Any]) -> dict[str, Any]:
     import deepspeed  # noqa: F401  both sides import these libraries; memory is counted above them
     import peft  # noqa: F401
     import transformers.models.llama.modeling_llama  # noqa: F401
-    import trl.trainer.sft_trainer
+
+    import_module("trl.trainer.sft_trainer")
     from ppo_sides import resident
 
     import stages.sft  # noqa: F401
 
     rows = datasets.Dataset.from_list(json.loads(Path(spec["rows"]).read_text("utf-8")))
-    begun: list[tuple[float, float]] = []
-    ended: list[tuple[float, float]] = []
-    losses: list[float] = []
-
-    class Clock(trl.trainer.sft_trainer.TrainerCallback):  # type: ignore[misc]
-        def on_step_begin(self, *words: Any, **more: Any) -> None:
-            begun.append((time.perf_counter(), time.process_time()))
-
-        def on_step_end(self, *words: Any, **more: Any) -> None:
-            ended.append((time.perf_counter(), time.process_time()))
-
-        def on_log(self, *words: Any, logs: Any = None, **more: Any) -> None:
-            losses.extend([logs["loss"]] if "loss" in logs else [])
-
     base, start = resident("VmRSS"), time.perf_counter()
-    trainer, train, save = {"ours": ours, "trl": globals()["trl"]}[side](spec, rows)
-    trainer.add_callback(Clock())
+    timed = Timed()
+    train, save, losses = {"ours": ours, "trl": trl}[side](spec, rows, timed)
     train()
     save()
     whole = time.perf_counter() - start
-    seconds, cpu = (statistics.median(b[i] - a[i] for a, b in list(zip(begun, ended))[1:]) for i in (0, 1))
-    return {"seconds": seconds, "cpu": cpu, "whole": whole, "mb": resident("VmHWM") - base, "losses": losses}
+    seconds, cpu = timed.medians()
+    return {"seconds": seconds, "cpu": cpu, "whole": whole, "mb": resident("VmHWM") - base, "losses": losses()}
 
 
 # ---- all runs ---------------------------------------------------------------------------------------------------
