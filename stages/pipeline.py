@@ -97,7 +97,7 @@ def read_pipeline(file: str | Path, overrides: Sequence[str]) -> tuple[PipelineC
     return config, steps
 
 
-TableRow = tuple[str, str, str, str, float | None]
+SummaryRow = tuple[str, str, str, str, float | None]
 """A row of the summary: stage, folder, status, result, seconds."""
 
 
@@ -191,7 +191,7 @@ def run(file: str | Path, overrides: Sequence[str] = (), start: StartOptions = S
     return waiting is None
 
 
-def _train(step: Step, start: StartOptions) -> TableRow:
+def _train(step: Step, start: StartOptions) -> SummaryRow:
     """Run a stage, unless it is complete."""
     begun = time.monotonic()
     state = "overwritten" if start.overwrite else step.state()
@@ -307,7 +307,7 @@ def rounds_table(config: RoundsConfig, steps: Sequence[Step]) -> list[tuple[str,
 
 
 def _run_rounds(
-    config: RoundsConfig, steps: list[Step], start: StartOptions, rows: list[TableRow]
+    config: RoundsConfig, steps: list[Step], start: StartOptions, rows: list[SummaryRow]
 ) -> tuple[str | None, list[Step]]:
     """Rank and train in rounds; adds rows to the summary.
 

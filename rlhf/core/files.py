@@ -1,6 +1,6 @@
 """Files and folders that appear under their name only when they are complete, even after a kill or a power cut.
 
-Each is written under a hidden name beside its place, flushed to the disk, and renamed.
+Each is written under a hidden name in the same folder, flushed to the disk, and renamed.
 """
 
 from __future__ import annotations

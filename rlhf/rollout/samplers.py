@@ -40,13 +40,13 @@ def _refuse_compiled(step: Any) -> Any:
     return step
 
 
-Step = Annotated[Literal["eager", "cuda_graph"], BeforeValidator(_refuse_compiled)]
+StepOption = Annotated[Literal["eager", "cuda_graph"], BeforeValidator(_refuse_compiled)]
 
 
 @SAMPLERS.row("hf")
 def hf(
     model: Any, prompts: Sequence[list[int]], seeds: Sequence[int], sampling: SamplingParams, chat: ChatTokenizer, *,
-    step: Step = "eager",
+    step: StepOption = "eager",
 ) -> list[Completion]:  # fmt: skip
     """The transformers model in this process, with continuous batching: waiting prompts replace finished completions.
 
