@@ -241,11 +241,11 @@ def test_the_result_stops_where_an_answer_ends(chat: ChatTokenizer, tmp_path: Pa
         ({"name": "last-layers", "layers": 3}, "3 is more than the 2 layers"),
         ({"name": "modules", "names": ["nowhere"]}, "'nowhere' matches no parameter"),
         ({"name": "modules", "names": ["("]}, "not a regular expression"),
-        ({"name": "lora", "target_modules": ["nowhere"]}, "lora does not fit LlamaForCausalLM"),
-        ({"name": "lora", "target_modules": ["lm_head"]}, "the head cannot carry an adapter"),
-        ({"name": "lora", "target_modules": ["embed_tokens"]}, "the embeddings of this model are its head too"),
-        ({"name": "prompt-tuning", "init": "text"}, "tuning.text: give it exactly when init is `text`"),
-        ({"name": "prompt-tuning", "labels": ["a"]}, "tuning.labels: give it exactly when init is `labels`"),
+        ({"name": "lora", "target_modules": ["nowhere"]}, "lora does not work with LlamaForCausalLM"),
+        ({"name": "lora", "target_modules": ["lm_head"]}, "the head cannot have an adapter"),
+        ({"name": "lora", "target_modules": ["embed_tokens"]}, "the embeddings of this model are tied to its head"),
+        ({"name": "prompt-tuning", "init": "text"}, "tuning.text: set it if and only if init is `text`"),
+        ({"name": "prompt-tuning", "labels": ["a"]}, "tuning.labels: set it if and only if init is `labels`"),
     ],
 )
 def test_what_does_not_fit_the_model_is_refused(spec: dict[str, Any], words: str, chat: ChatTokenizer) -> None:
