@@ -19,8 +19,8 @@ def command_group(name: str, help: str, commands: Mapping[str, tuple[str, str]])
         name: The group's name on the command line.
         help: A sentence about the group.
         commands: Command name -> (`module:attribute`, help line). The attribute is a command function or a
-            `typer.Typer`. The help line is shown in the list of commands, which is printed without importing them; it is
-            also the help of a function without a docstring.
+            `typer.Typer`. The help line is shown in the list of commands, which imports none of them; it is also
+            the help of a function without a docstring.
     """
     kind = type("LazyGroup", (_LazyGroup,), {"table": commands})
     app = typer.Typer(name=name, help=help, cls=kind, no_args_is_help=True, **OPTIONS)
