@@ -25,7 +25,7 @@ QUALITY = [row.name for row in AGGREGATORS if row.traits["quality"]]
 
 
 def ranked(order: str, annotator: str = "ann", prompt: str = "Which letter?", **more) -> Ranking:
-    """`B>A=C` as a ranking of answers A, B and C, which stand in the order of the alphabet."""
+    """`B>A=C` as a ranking of answers A, B and C, in alphabetical order."""
     groups = [group.split("=") for group in order.split(">")]
     rank = {text: place for place, group in enumerate(groups, 1) for text in group}
     candidates = tuple(Candidate(text) for text in sorted(rank))
@@ -78,7 +78,7 @@ def crowd(*orders: str) -> list[Ranking]:
 def test_two_of_three_decide_and_even_votes_and_even_cycles_are_ties(
     method: str, orders: list[str], expected: str, tmp_path: Path
 ) -> None:
-    """Orders given from both ends of the alphabet, since nothing may hang on how answers are named or stand."""
+    """Orders given from both ends of the alphabet, since the names and the order of answers must not matter."""
     (found,) = aggregate(tmp_path, crowd(*orders), method)
     assert order(found) == expected
     turned = str.maketrans("ABCDEFGH", "HGFEDCBA")
@@ -138,7 +138,7 @@ def test_answers_in_another_order_are_the_same_answers(method: str, tmp_path: Pa
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_overlapping_rankings_become_one_and_unconnected_ones_stay_apart(method: str, tmp_path: Path) -> None:
+def test_overlapping_rankings_become_one_and_unconnected_ones_stay_separate(method: str, tmp_path: Path) -> None:
     rankings = [ranked("A>B", "a"), ranked("X>Y", "a"), ranked("B>C", "b"), ranked("C>D", "c"), ranked("A>C", "d")]
     found = aggregate(tmp_path, rankings, method)
     assert [order(one) for one in found] == ["X>Y", "A>B>C>D"]
@@ -146,7 +146,7 @@ def test_overlapping_rankings_become_one_and_unconnected_ones_stay_apart(method:
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_an_answer_that_stands_twice_in_a_ranking_stands_once_in_the_new_one(method: str, tmp_path: Path) -> None:
+def test_an_answer_that_is_twice_in_a_ranking_is_once_in_the_new_one(method: str, tmp_path: Path) -> None:
     twice = Ranking((Message("user", "?"),), candidates=tuple(map(Candidate, "ABA")), ranks=(1, 2, 1), annotator="a")
     (found,) = aggregate(tmp_path, [twice, ranked("A>B", "b", "?")], method)
     assert [c.text for c in found.candidates] == ["A", "B"] and order(found) == "A>B"
@@ -202,7 +202,7 @@ def test_bradley_terry_balances_votes_and_prior(tmp_path: Path) -> None:
     assert wide.weight > found.weight
 
 
-def test_scores_that_cannot_be_told_apart_are_a_tie_by_the_option(tmp_path: Path) -> None:
+def test_scores_with_an_uncertain_order_are_a_tie_by_the_option(tmp_path: Path) -> None:
     votes = crowd("A>B", "A>B", "B>A")  # 0.67 by bradley-terry
     assert order(aggregate(tmp_path / "a", votes, "bradley-terry", tie_below=0.66)[0]) == "A>B"
     (tied,) = aggregate(tmp_path / "b", votes, "bradley-terry", tie_below=0.68)
@@ -347,7 +347,7 @@ def test_upside_down_annotators_are_turned_round_where_the_majority_gives_way(me
 
 
 @pytest.mark.parametrize("method", QUALITY)
-def test_those_who_click_at_random_stand_out(method: str) -> None:
+def test_random_clickers_have_the_lowest_quality(method: str) -> None:
     for seed in SEEDS:
         quality = recovered(method, seed)[2]
         assert all(0.42 < quality[who] < 0.58 for who in ("00", "01"))
@@ -415,7 +415,7 @@ def test_the_command_prints_the_annotators_and_keeps_them_in_the_dataset(tmp_pat
     assert (origin["method"], origin["written"]) == ("crowd-bradley-terry", 60)
 
 
-def test_bad_rows_of_a_jsonl_file_are_set_aside_and_counted(tmp_path: Path) -> None:
+def test_bad_rows_of_a_jsonl_file_are_rejected_and_counted(tmp_path: Path) -> None:
     good = {"prompt": "?", "candidates": ["A", "B"], "ranks": [1, 2], "annotator": "a"}
     given = jsonl(tmp_path / "given.jsonl", [good, {**good, "ranks": [1]}, {**good, "annotator": "b"}])
     summary = aggregate_dataset(given, tmp_path / "new", "majority")

@@ -57,7 +57,7 @@ def test_ties_are_left_out(tmp_path):
     assert (found["agreement"], found["pairs"], found["annotators"]) == (0.5, 2, 2)
 
 
-def test_the_order_in_which_answers_stand_does_not_matter(tmp_path):
+def test_the_order_of_the_answers_does_not_matter(tmp_path):
     rows = [ranking("p", ["x", "y"], (1, 2), "a"), ranking("p", ["y", "x"], (2, 1), "b")]
     assert agreement(tmp_path, rows)["agreement"] == 1
 

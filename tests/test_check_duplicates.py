@@ -1,4 +1,4 @@
-"""What stands twice: records, prompts over splits, near-duplicates, evaluation prompts, stock answers."""
+"""Duplicates: records, prompts across splits, near-duplicates, evaluation prompts, stock answers."""
 
 from __future__ import annotations
 

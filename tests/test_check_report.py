@@ -182,7 +182,7 @@ class Tags(HTMLParser):
         self.ids += [value for name, value in attrs if name == "id"]
 
 
-def test_the_page_stands_alone(page):
+def test_the_page_is_self_contained(page):
     found = Tags(page)
     assert not {"script", "img", "iframe", "object", "link", "base", "form"} & set(found.tags)
     assert all(link.startswith("#") for link in found.links)
@@ -246,7 +246,7 @@ def test_small_datasets_of_every_kind_have_a_page(tmp_path, rows):
 # ---- in brief -------------------------------------------------------------------------------------------------------
 
 
-def test_the_brief_names_what_stands_out_in_a_few_lines(tmp_path, capsys):
+def test_the_brief_names_the_faults_in_a_few_lines(tmp_path, capsys):
     people = dict.fromkeys("abcdef", 0.9) | {"click": 0.5}
     rows = panel(150, people, k=3, each=4)
     brief(write(tmp_path / "d", [*rows, rows[0]]).path)

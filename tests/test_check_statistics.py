@@ -89,7 +89,7 @@ def test_two_answers_of_the_same_text_are_no_pair(facts):
     assert consistency.ties(found.columns, found.pairs).value == 0
 
 
-def test_contradictions_are_pairs_ranked_both_ways_whatever_the_order_they_stand_in(facts):
+def test_contradictions_are_pairs_ranked_both_ways_whatever_the_order_of_the_answers(facts):
     rows = [
         ranking("p", ["x", "y"], (1, 2), "a"), ranking("p", ["y", "x"], (1, 2), "b"),  # both ways
         ranking("q", ["x", "y"], (1, 2), "a"), ranking("q", ["y", "x"], (2, 1), "b"),  # alike

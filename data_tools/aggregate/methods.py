@@ -118,8 +118,8 @@ class _Builder:
 def _tally(votes: Votes, cells: Cells) -> NDArray[Any]:
     """Flat [cells]: votes for row over column; a tie is half a vote for each."""
     ahead, behind = cells.of(votes.first, votes.second), cells.of(votes.second, votes.first)
-    share = (1 + votes.outcome) / 2
-    return np.bincount(ahead, share, cells.count) + np.bincount(behind, 1 - share, cells.count)
+    first = (1 + votes.outcome) / 2
+    return np.bincount(ahead, first, cells.count) + np.bincount(behind, 1 - first, cells.count)
 
 
 def _need_names(votes: Votes, method: str) -> None:

@@ -20,7 +20,7 @@ from rlhf.core.errors import UserError
 from rlhf.data.schema import SPLITS, Candidate, Ranking
 
 UNNAMED = ""
-"""The annotator of rankings that name none; it stands for any number of people."""
+"""The annotator of rankings that name none; any number of annotators."""
 
 
 @dataclass(frozen=True)

@@ -47,14 +47,10 @@ def metric(
         look, bad: It needs a look, or is bad, if any of these conditions holds. Without any it is for information.
         advice: What to do then.
     """
-
-    def row(facts: Facts) -> Found:
-        return measure(facts)
-
-    row.__doc__ = summary
+    measure.__doc__ = summary  # `TableRow.summary` is the first line of the docstring
     METRICS.row(
         name, part=part, unit=unit, basis=basis, kinds=kinds, sampled=sampled, look=look, bad=bad, advice=advice
-    )(row)
+    )(measure)
 
 
 def if_near(measure: Callable[[Facts], Found]) -> Callable[[Facts], Found]:
@@ -169,12 +165,13 @@ metric("first-wins", "biases", "fraction", "ordered pairs with a known display o
        "matter.",
        lambda facts: biases.first_win_rate(facts.columns, facts.pairs) or "no ranking records the display order",
        look=(">0.55", "<0.45"), bad=(">0.65", "<0.35"),
-       advice="Shuffle the answers before they are shown, and tell the annotators. The table of annotators shows who "
+       advice="Shuffle the answers before they are shown, and inform the annotators. The table of annotators shows who "
               "prefers a position.")
 
 metric("person-wins", "biases", "fraction", "ordered pairs of a human and a model answer",
        "Win rate of human answers against model answers.",
-       lambda facts: biases.person_win_rate(facts.columns, facts.pairs) or "no pair of a human and a model answer",
+       lambda facts: (biases.person_win_rate(facts.columns, facts.pairs)
+                      or "no ranking has both human and model answers"),
        advice="If human answers nearly always win, the reward model may learn to recognise the author.")
 
 metric("bag-of-words", "biases", "fraction", "ordered pairs",

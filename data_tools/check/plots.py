@@ -12,7 +12,7 @@ from xml.sax.saxutils import escape
 import matplotlib
 from matplotlib import figure as mpl
 
-from data_tools.statistics.annotators import Annotator
+from data_tools.statistics.annotators import AnnotatorReport
 from data_tools.statistics.biases import WinRate
 
 INK, FAINT = "#010203", "#010204"
@@ -103,7 +103,7 @@ def authors_plot(authors: Sequence[WinRate]) -> str:
     return _svg("authors", f"Win rate of each author, the best first: {words}", 0.9 + 0.28 * len(authors), draw)
 
 
-def annotators_plot(annotators: Sequence[Annotator]) -> str:
+def annotators_plot(annotators: Sequence[AnnotatorReport]) -> str:
     """Agreement of each annotator with the others; doubtful ones are drawn as squares."""
     annotators = [one for one in annotators if one.agreement is not None][:MOST_ANNOTATORS]
 

@@ -73,7 +73,7 @@ class Report:
     authors: list[biases.WinRate]
     wins_by_length: list[biases.WinRate]
     annotators: list[Any]
-    """`data_tools.statistics.annotators.Annotator`, the doubtful ones first; at most `MOST_ANNOTATORS`."""
+    """`data_tools.statistics.annotators.AnnotatorReport`, the doubtful ones first; at most `MOST_ANNOTATORS`."""
     examples: list[FaultExample]
     rules: list[Rule]
 

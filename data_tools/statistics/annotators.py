@@ -23,7 +23,7 @@ VERDICTS = {
 
 
 @dataclass(frozen=True)
-class Annotator:
+class AnnotatorReport:
     """One annotator. A fraction is None if there is no pair to compute it from."""
 
     name: str
@@ -40,7 +40,7 @@ class Annotator:
     """One of `VERDICTS`."""
 
 
-def annotators_of(columns: Columns, pairs: AnswerPairs, votes: AnnotatorVotes) -> list[Annotator]:
+def annotators_of(columns: Columns, pairs: AnswerPairs, votes: AnnotatorVotes) -> list[AnnotatorReport]:
     """Every named annotator: the doubtful ones first, then by the number of rankings."""
     known = len(columns.annotators)
     own = columns.by_named_annotator
@@ -51,7 +51,7 @@ def annotators_of(columns: Columns, pairs: AnswerPairs, votes: AnnotatorVotes) -
     sided = one_sided_test(firsts, shown)
     seconds = _median_seconds(columns, own)
     found = [
-        Annotator(
+        AnnotatorReport(
             columns.annotators[i], int(volume[i]), fraction_of(hits[i], tries[i]), fraction_of(firsts[i], shown[i]),
             bool(sided[i]), seconds.get(i), verdicts[i],
         )

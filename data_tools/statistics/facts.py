@@ -13,7 +13,7 @@ import numpy as np
 
 from data_tools.statistics import biases, consistency, duplicates, words
 from data_tools.statistics.agreement import kendall_sums
-from data_tools.statistics.annotators import Annotator, annotators_of
+from data_tools.statistics.annotators import AnnotatorReport, annotators_of
 from data_tools.statistics.columns import Collector, Columns, as_shards, row_groups
 from data_tools.statistics.duplicates import EvaluationSet, NearPrompts
 from data_tools.statistics.intervals import Estimate
@@ -49,7 +49,7 @@ class Facts:
         return kendall_sums(self.columns)
 
     @cached_property
-    def annotators(self) -> list[Annotator]:
+    def annotators(self) -> list[AnnotatorReport]:
         return annotators_of(self.columns, self.pairs, self.votes)
 
     @cached_property

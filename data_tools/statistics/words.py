@@ -54,7 +54,7 @@ def predicted_correctly(one: list[str], other: list[str], order: np.ndarray, gro
 
     Args:
         one, other: The two texts of each pair.
-        order: (n,) 1 where `one` is better, -1 where `other` is.
+        order: (n,) 1 if `one` is better, -1 if `other` is.
         group: (n,) any integers; five or more different ones.
 
     Returns:
@@ -104,8 +104,8 @@ def languages(columns: Columns, texts: Texts) -> Languages:
                 prompts.append(columns.prompt[row])
                 if other[-1] and len(examples) < 5:
                     examples.append((row, f"{language} -> {answered}"))
-    share = fraction_by_prompt(np.array(prompts, np.uint64), np.array(other, bool)) if other else None
-    return Languages(+found, share, examples)
+    fraction = fraction_by_prompt(np.array(prompts, np.uint64), np.array(other, bool)) if other else None
+    return Languages(+found, fraction, examples)
 
 
 def best_answer(columns: Columns, row: int) -> int:
