@@ -82,7 +82,7 @@ class Demo:
         self._open(overwrite)
         import torch  # slow, so after the checks
 
-        from rlhf.inference.policy import quiet
+        from rlhf.models.load import quiet
 
         quiet()
         torch.set_num_threads(THREADS)

@@ -20,9 +20,8 @@ from rlhf.core.errors import UserError
 from rlhf.data.chat import ChatTokenizer, load_tokenizer
 from rlhf.data.selection import open_datasets
 from rlhf.data.tables import tokenize
-from rlhf.inference.policy import quiet
 from rlhf.memory.peak import PeakMemory
-from rlhf.models.load import load_hf_config, load_policy, sequence_limit
+from rlhf.models.load import load_hf_config, load_policy, quiet, sequence_limit
 from rlhf.models.logprobs import TokenPredictions, has_virtual_tokens, head_chunks, token_predictions
 from rlhf.models.packed_attention import VARLEN
 from rlhf.models.save import generation_config, save_result

@@ -21,8 +21,7 @@ from typer.testing import CliRunner
 from rlhf.config.base import ModelConfig
 from rlhf.data.chat import load_tokenizer
 from rlhf.data.schema import Message
-from rlhf.inference.policy import quiet
-from rlhf.models.load import load_policy
+from rlhf.models.load import load_policy, quiet
 from rlhf.models.logprobs import hidden_states
 from rlhf.models.save import save_result
 from rlhf.models.scalar import load_scalar

@@ -24,7 +24,7 @@ from rlhf.core.files import write_json
 from rlhf.data.chat import load_tokenizer
 from rlhf.export.export import export
 from rlhf.export.formats import EXPORTERS
-from rlhf.export.lineage import lineage
+from rlhf.export.model_card import lineage
 from rlhf.runs.run import resolve_model_path
 from stages.export import command
 

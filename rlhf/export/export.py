@@ -12,9 +12,8 @@ from rlhf.core.errors import UserError
 from rlhf.core.files import whole_folder
 from rlhf.core.table import Pick
 from rlhf.data.chat import load_tokenizer
+from rlhf.export.formats import Source
 from rlhf.export.model_card import MARK, CardFacts, model_card
-from rlhf.export.types import Source
-from rlhf.inference.sampling_params import sampling_params
 from rlhf.runs.run import fingerprint, is_run, read_run, resolve_model_path
 
 ROLES = ("policy", "critic", "reward", "reference")
@@ -55,7 +54,7 @@ def export(
         run = _parent_run(run, role)
     stage, model = read_run(run)["stage"], Path(resolve_model_path(run))
     check_out(out, run, overwrite)
-    from rlhf.inference.policy import quiet  # imports torch
+    from rlhf.models.load import quiet  # imports torch
 
     quiet()
     config = ModelConfig(path=str(run), trust_remote_code=trust_remote_code)
@@ -73,7 +72,7 @@ def export(
                 "Push the whole model: --format hf.",
             )
         card = CardFacts(
-            run, name or str(out), tokens(source.chat.end_id), tokens(list(done.stop_ids)), sampling_params(run),
+            run, name or str(out), tokens(source.chat.end_id), tokens(list(done.stop_ids)),
             done.scale, done.folded, done.adapter_base, license, stage,
         )  # fmt: skip
         (folder / "README.md").write_text(model_card(card), "utf-8")

@@ -1,16 +1,52 @@
-"""The formats of an export: one table, EXPORTERS. Imports no torch until a model is written."""
+"""The formats of an export: one table, EXPORTERS. `rlhf export --help` reads it, so torch is imported late."""
 
 from __future__ import annotations
 
+import json
 import shutil
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Any, Literal
 
+from rlhf.config.base import ModelConfig
 from rlhf.core.errors import UserError
+from rlhf.core.lazy import lazy
 from rlhf.core.table import Table
-from rlhf.export.types import Exported, Source, base_of
+from rlhf.data.chat import ChatTokenizer
+
+if TYPE_CHECKING:
+    import torch
+else:
+    torch = lazy("torch")
 
 EXPORTERS = Table("export format")
+PAD = "<|pad|>"
+
+
+@dataclass(frozen=True)
+class Source:
+    """A finished run that is exported."""
+
+    run: Path
+    stage: str
+    """sft, reward or ppo; `critic` for the critic of a PPO run."""
+    model: Path
+    config: ModelConfig
+    chat: ChatTokenizer
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What an exporter has written."""
+
+    dtype: str
+    parameters: int
+    stop_ids: tuple[int, ...] = ()
+    scale: tuple[float, float] = (0.0, 1.0)
+    """Mean and standard deviation of a reward model's raw scores."""
+    folded: bool = False
+    """Whether the weights include the scale."""
+    adapter_base: str | None = None
 
 
 @EXPORTERS.row("hf")
@@ -25,11 +61,7 @@ def hf(source: Source, folder: Path, *, dtype: Literal["auto", "float32", "bfloa
             "They precede every prompt, and only PEFT adds them.",
             "Export the adapter: --format adapter.",
         )
-    import torch  # slow; the table is read for the help of `rlhf export`
-
-    from rlhf.export.weights import write_policy, write_reward
-
-    write = write_reward if source.stage in ("reward", "critic") else write_policy
+    write = _write_reward if source.stage in ("reward", "critic") else _write_policy
     return write(source, folder, None if dtype == "auto" else getattr(torch, dtype))
 
 
@@ -38,7 +70,7 @@ def adapter(source: Source, folder: Path) -> Exported:
     """The PEFT adapter alone, for `PeftModel.from_pretrained` on the model that it was trained on."""
     from safetensors import safe_open
 
-    from rlhf.models.scalar import reward_scale  # imports torch
+    from rlhf.models.scalar import reward_scale
 
     places = [source.model] if source.stage == "critic" else [source.run / "adapter", source.model]
     found = next((place for place in places if (place / "adapter_config.json").is_file()), None)
@@ -60,3 +92,92 @@ def adapter(source: Source, folder: Path) -> Exported:
         scale=reward_scale(source.model) if source.stage in ("reward", "critic") else (0.0, 1.0),
         adapter_base=base_of(folder),
     )
+
+
+# ---- whole models ------------------------------------------------------------------------------------------------
+
+
+def _write_policy(source: Source, folder: Path, dtype: torch.dtype | None) -> Exported:
+    """Write a causal language model with its generation config and tokenizer."""
+    from rlhf.models.load import load_policy
+    from rlhf.models.save import generation_config
+
+    tokenizer = source.chat.tokenizer
+    model = load_policy(source.config, str(source.model), dtype or _stored_dtype(source.model))
+    model.config.use_cache = True  # it is off for training only
+    model.generation_config = generation_config(model, source.chat)
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.convert_ids_to_tokens(source.chat.pad_id)
+    tokenizer.padding_side = "left"  # for generation, answers follow the prompts directly
+    _save(model, tokenizer, folder)
+    stops = tuple(model.generation_config.eos_token_id)
+    return Exported(_name(model.dtype), model.num_parameters(), stop_ids=stops)
+
+
+def _write_reward(source: Source, folder: Path, dtype: torch.dtype | None) -> Exported:
+    """Write a sequence classifier with one label and its tokenizer."""
+    from rlhf.models.scalar import load_scalar
+
+    tokenizer = source.chat.tokenizer
+    critic = source.stage == "critic"
+    scalar = _merged_critic(source) if critic else load_scalar(source.config, str(source.model), head="trained")
+    model, scale = scalar.model, (scalar.mean, scalar.std)
+    head = _biased_head(model)
+    if head is not None:  # in float32, before the cast to the dtype of the export
+        with torch.no_grad():
+            head.weight.div_(scalar.std)
+            head.bias.sub_(scalar.mean).div_(scalar.std)
+        scalar.set_scale(0.0, 1.0)
+    if source.chat.pad_id == source.chat.end_id:
+        # transformers reads a decoder at the last token that is not padding, which must not be the end of the answer.
+        tokenizer.add_special_tokens({"pad_token": PAD})
+        if len(tokenizer) > model.get_input_embeddings().weight.shape[0]:
+            model.resize_token_embeddings(len(tokenizer))
+    else:
+        tokenizer.pad_token = tokenizer.convert_ids_to_tokens(source.chat.pad_id)
+    model.config.pad_token_id = tokenizer.pad_token_id
+    model.config.use_cache = True  # it is off for training only
+    model.config.problem_type = "regression"  # pipelines then leave the number as it is
+    model.config.id2label, model.config.label2id = {0: "reward"}, {"reward": 0}
+    model.to(dtype or _stored_dtype(source.model))
+    _save(model, tokenizer, folder)
+    return Exported(_name(model.dtype), model.num_parameters(), scale=scale, folded=head is not None)
+
+
+def _merged_critic(source: Source) -> Any:
+    """The critic's adapter and value head in the base that it was trained on, float32."""
+    from peft import PeftModel
+
+    from rlhf.models.scalar import ScalarModel, load_scalar, reward_scale
+
+    base = load_scalar(source.config, base_of(source.model)).model
+    scalar = ScalarModel(PeftModel.from_pretrained(base, source.model).merge_and_unload())
+    scalar.set_scale(*reward_scale(source.model))
+    return scalar
+
+
+def _biased_head(model: Any) -> Any:
+    """The last linear layer of a classifier if it has a bias, which can include the mean; otherwise None."""
+    head = model.score if hasattr(model, "score") else model.classifier
+    linear = [m for m in head.modules() if isinstance(m, torch.nn.Linear) and m.out_features == 1]
+    return linear[-1] if linear and linear[-1].bias is not None else None
+
+
+def _save(model: Any, tokenizer: Any, folder: Path) -> None:
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def _stored_dtype(folder: Path) -> torch.dtype:
+    config = json.loads((folder / "config.json").read_text("utf-8"))
+    found: torch.dtype = getattr(torch, config.get("dtype") or config.get("torch_dtype") or "float32")
+    return found
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def base_of(adapter: Path) -> str:
+    """The model that a PEFT adapter was trained on."""
+    return str(json.loads((adapter / "adapter_config.json").read_text("utf-8"))["base_model_name_or_path"])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -11,8 +11,7 @@ from typing import Any
 import yaml
 
 from rlhf.core.console import format_number
-from rlhf.export.lineage import base_model, lineage, public_path
-from rlhf.rollout.types import SamplingParams
+from rlhf.runs.run import is_run, read_run
 
 MARK = "Made with rlhf-rankings"
 """Part of every card. A folder whose card lacks it is not an export of this project and is never replaced."""
@@ -37,8 +36,6 @@ class CardFacts:
     end_token: str
     """The token that ends an answer."""
     stop_tokens: Sequence[str]
-    sampling: SamplingParams
-    """How the policy was sampled in training, or the plain distribution."""
     scale: tuple[float, float] = (0.0, 1.0)
     """Mean and standard deviation: score = (logit - mean) / std."""
     folded: bool = False
@@ -57,10 +54,14 @@ def model_card(facts: CardFacts) -> str:
     ancestors, scalar = lineage(facts.run), facts.stage in ("reward", "critic")
     mean, std = facts.scale
     plain = facts.folded or facts.scale == (0.0, 1.0)
-    local_base = facts.adapter_base is None or Path(facts.adapter_base).exists()
+    adapter_base = facts.adapter_base or "."
+    local_base = adapter_base.startswith((".", "/", "~")) or Path(adapter_base).exists()
     config = yaml.safe_load((facts.run / "config.yaml").read_text("utf-8"))
     kept = {key: _without_folders(value) for key, value in config.items() if key not in BOOKKEEPING}
     # The hub's EvalResult is not used: it must name a dataset of the hub, and the data of a run are local.
+    sampling = {"max_new_tokens": 128, "temperature": 1.0, "top_k": 0, "top_p": 1.0, "stop": []} | config.get(
+        "rollout", {}
+    )
     header = ModelCardData(
         license=facts.license or "unknown",
         base_model=base_model(ancestors) if local_base else facts.adapter_base,
@@ -77,7 +78,7 @@ def model_card(facts: CardFacts) -> str:
         model_class="AutoModelForSequenceClassification" if scalar else "AutoModelForCausalLM",
         path=repr(facts.path), adapter_base=repr(facts.adapter_base) if facts.adapter_base else None,
         end_token=repr(facts.end_token), score="logit" if plain else f"(logit - {mean!r}) / {std!r}",
-        stop_tokens=facts.stop_tokens, sampling=facts.sampling,
+        stop_tokens=facts.stop_tokens, sampling=sampling,
         lineage=[
             (a.stage or "start", f"`{a.name}`", _short(a.fingerprint) or a.note, _short(a.info.get("git"), 12))
             for a in ancestors
@@ -109,3 +110,69 @@ def _without_folders(value: Any) -> Any:
 
 def _short(digest: str | None, digits: int = 16) -> str:
     return f"`{digest[:digits]}`" if digest else ""
+
+
+# ---- lineage -----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Ancestor:
+    """One stage of a run's lineage, or the model at its beginning."""
+
+    name: str
+    """The path of the run or model without the folders above it, or a hub name."""
+    stage: str | None = None
+    """None for a model that is not a run of this project."""
+    info: dict[str, Any] = field(default_factory=dict)
+    """Its run.json; empty if the run is not available."""
+    fingerprint: str | None = None
+    """SHA-256 of its result, as recorded by the child."""
+    folder: Path | None = None
+    note: str = ""
+    """Why the run is not available."""
+
+
+def lineage(run: Path) -> list[Ancestor]:
+    """A run and all its ancestors, parents before children, each once.
+
+    A parent is looked for at the path in the child's run.json, then in the child's folder. A parent whose result has
+    another fingerprint than the child recorded is not followed: it was trained again.
+    """
+    info = read_run(run)
+    found: dict[str, Ancestor] = {}
+    _walk(Ancestor(public_path(str(run)), info["stage"], info, info.get("model_fingerprint"), run), found)
+    return list(found.values())
+
+
+def _walk(child: Ancestor, found: dict[str, Ancestor]) -> None:
+    for recorded in child.info.get("parents", []):
+        parent = _parent(recorded, child.folder)
+        if parent.name not in found:
+            _walk(parent, found)
+    found[child.name] = child
+
+
+def _parent(recorded: dict[str, Any], child: Path | None) -> Ancestor:
+    path, stage, fingerprint = recorded["path"], recorded.get("stage"), recorded.get("fingerprint")
+    name = public_path(path)
+    if stage is None:
+        return Ancestor(name)
+    places = [Path(path), *([child.resolve().parent / Path(path).name] if child else [])]
+    runs = [place for place in places if is_run(place)]
+    for place in runs:
+        info = read_run(place)
+        if info.get("model_fingerprint") == fingerprint:
+            return Ancestor(name, stage, info, fingerprint, place)
+    note = "was trained again since" if runs else "no longer exists"
+    return Ancestor(name, stage, fingerprint=fingerprint, note=note)
+
+
+def public_path(path: str) -> str:
+    """The last part of a path outside the working folder, to keep private folder names out of a card."""
+    return Path(path).name if path.startswith(("/", "~", "..")) else path
+
+
+def base_model(ancestors: Sequence[Ancestor]) -> str | None:
+    """The hub name of the model that the first stage started from; None if it is a local folder."""
+    name = next((a.name for a in ancestors if a.stage is None), "")
+    return name if name.count("/") == 1 and not name.startswith(".") and not Path(name).exists() else None

@@ -3,32 +3,19 @@
 from __future__ import annotations
 
 import json
-import os
-import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 import transformers
 
 from rlhf import distributed
 from rlhf.config.base import ModelConfig
 from rlhf.core.errors import UserError
 from rlhf.data.chat import ChatTokenizer, load_tokenizer, stop_ids
-from rlhf.models.load import compute_dtype, load_hf_config, load_policy, sequence_limit
+from rlhf.models.load import compute_dtype, load_hf_config, load_policy, quiet, sequence_limit
 from rlhf.rollout.types import SamplingParams
 from rlhf.runs.run import is_run, read_run, resolve_model_path
-
-
-def quiet() -> None:
-    """Silence the libraries' loading messages, so that standard output holds only results."""
-    transformers.utils.logging.disable_progress_bar()
-    transformers.utils.logging.set_verbosity_error()
-    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
-    warnings.filterwarnings("ignore", "Position ids are not supported")  # prompt tuning: virtual tokens have none
-    if not torch.cuda.is_available():  # DeepSpeed, which transformers imports, would print that it found no GPU
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 
 @dataclass(frozen=True)

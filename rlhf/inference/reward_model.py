@@ -12,8 +12,7 @@ from rlhf.config.base import ModelConfig
 from rlhf.data.chat import ChatTokenizer, load_tokenizer
 from rlhf.data.encode import EncodingCounts, encode_ranking
 from rlhf.data.schema import Ranking
-from rlhf.inference.policy import quiet
-from rlhf.models.load import compute_dtype, load_hf_config, sequence_limit
+from rlhf.models.load import compute_dtype, load_hf_config, quiet, sequence_limit
 from rlhf.models.scalar import ScalarModel, load_scalar
 from rlhf.reward.metrics import ScoredRanking
 from rlhf.reward.scoring import score_rankings

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,16 @@ from rlhf.models.logprobs import check_head
 
 POSITIONS_AFTER_PADDING = {"roberta", "xlm-roberta", "xlm-roberta-xl", "camembert", "roberta-prelayernorm", "xmod"}
 """Model families whose first token has position pad_token_id + 1, which leaves fewer positions."""
+
+
+def quiet() -> None:
+    """Silence the libraries' loading messages, so that standard output holds only results."""
+    transformers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.set_verbosity_error()
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
+    warnings.filterwarnings("ignore", "Position ids are not supported")  # prompt tuning: virtual tokens have none
+    if not torch.cuda.is_available():  # DeepSpeed, which transformers imports, would print that it found no GPU
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 
 def compute_dtype(precision: str) -> torch.dtype:
