@@ -13,6 +13,7 @@ import argparse
 import ast
 import contextlib
 import copy
+import gc
 import importlib
 import os
 import random
@@ -178,6 +179,7 @@ def main() -> None:
     os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     for name in IMPORTED:
         importlib.import_module(name)
+    gc.freeze()
     file = REPOSITORY / options.module
     source = file.read_text("utf-8")
     if not survives(file, source, options.tests, options.seconds):
