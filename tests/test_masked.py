@@ -47,6 +47,13 @@ def test_whitening_equal_values_gives_zeros_not_nan():
     assert whiten(torch.full((2, 3), 5.0), MASK, shift_mean=True).tolist() == [[0, 0, 0], [0, 0, 0]]
 
 
+def test_whitening_adds_1e_8_to_the_variance():
+    # +-1e-4 have variance 1e-8, so the divisor is sqrt(2e-8)
+    tiny = torch.tensor([[1e-4, -1e-4]])
+    whitened = whiten(tiny, torch.ones(1, 2, dtype=torch.bool), shift_mean=True)
+    torch.testing.assert_close(whitened, torch.tensor([[0.70710678, -0.70710678]]))
+
+
 def test_garbage_in_padding_leaves_gradients_clean():
     values = VALUES.clone().requires_grad_()
     masked_mean(values, MASK).backward()
