@@ -1,4 +1,4 @@
-"""rlhf.reward.metrics against figures worked by hand, and what they say where there is nothing to say."""
+"""rlhf.reward.metrics against values worked by hand, and undefined metrics."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def approx(value: float) -> Any:
     return pytest.approx(value, abs=2e-6)
 
 
-# ---- figures worked by hand --------------------------------------------------------------------------------------
+# ---- metrics worked by hand --------------------------------------------------------------------------------------
 
 
 def test_pairs_rankings_and_ties_are_counted():
@@ -51,7 +51,7 @@ def test_a_tie_band_makes_near_scores_ties():
     assert metrics["log_loss"] == reward_metrics(ITEMS)["log_loss"]
 
 
-def test_tie_agreement_is_the_share_of_tied_pairs_that_the_model_ties():
+def test_tie_agreement_is_the_fraction_of_tied_pairs_that_the_model_ties():
     assert reward_metrics(ITEMS)["tie_agreement"] == 0
     assert reward_metrics(ITEMS, tie_band=0.25)["tie_agreement"] == 0.5  # C's scores differ by 0.2, D's by 2
 
@@ -72,7 +72,7 @@ def test_the_longer_answer_wins_counts_equal_lengths_half():
 def test_top1_asks_whether_the_best_is_scored_highest():
     # A yes, B one of two at the top, C has no order, D yes
     assert reward_metrics(ITEMS)["top1_accuracy"] == approx(2.5 / 3)
-    # within 1 of A's top stand ranks 1 and 3
+    # ranks 1 and 3 are within 1 of the top of A
     assert reward_metrics([A], tie_band=1.0)["top1_accuracy"] == 0.5
 
 

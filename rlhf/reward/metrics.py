@@ -1,8 +1,8 @@
-"""How well scores agree with held-out human rankings, beside the rule that the longer answer wins.
+"""Agreement of a reward model's scores with held-out human rankings, compared with "the longer answer wins".
 
-Pure functions over predictions: no model, no dataset. Unless said otherwise a figure is an average over *strict pairs*,
-pairs of candidates that the annotator ranked apart; figures named `macro_` average within each ranking first, so that
-one of many candidates weighs no more than a binary comparison. A figure that nothing defines is None, never NaN.
+Pure functions of predictions: no model, no dataset. Unless stated otherwise a metric is an average over *strict pairs*,
+pairs of candidates with different ranks. Metrics named `macro_` average within each ranking first, so that a ranking of
+many candidates has the weight of a binary comparison. An undefined metric is None, never NaN.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ class ScoredRanking:
     ranks: tuple[int, ...]
     """1 = best, equal = tie."""
     scores: tuple[float, ...]
-    """Higher = better, on the scale of the training loss: before any normalisation that divides by a deviation, or
-    log loss and calibration speak of another model."""
+    """Higher = better, on the scale of the training loss. Scores must not be divided by a standard deviation, since log
+    loss and calibration depend on their scale."""
     lengths: tuple[int, ...]
     """Characters or tokens of the answers."""
     source: str = ""
@@ -46,20 +46,20 @@ class ScoredRanking:
 
 
 def reward_metrics(items: Sequence[ScoredRanking], tie_band: float = 0.0) -> dict[str, Any]:
-    """All figures of a held-out set, ready for JSON.
+    """All metrics of a held-out set, ready for JSON.
 
     Args:
         items: The rankings with their scores.
         tie_band: Score differences up to this size count as the model's ties, in score units, >= 0.
 
     Returns:
-        Overall and in each entry of `by_distance`, `by_source`, `by_annotator` and `by_group` (label -> figures):
+        Overall and in each entry of `by_distance`, `by_source`, `by_annotator` and `by_group` (label -> metrics):
 
-        - `pairs`, `rankings`: strict pairs, and the rankings that hold at least one.
-        - `accuracy`, `macro_accuracy`: share of pairs whose better candidate has the higher score. A score tie (within
-          `tie_band`) counts half.
+        - `pairs`, `rankings`: strict pairs, and the rankings that have at least one.
+        - `accuracy`, `macro_accuracy`: fraction of pairs whose better candidate has the higher score. A score tie
+          (within `tie_band`) counts half.
         - `accuracy_interval`: [low, high], 95%, for `accuracy`; see `accuracy_interval`.
-        - `log_loss`, `macro_log_loss`: mean of -log sigmoid(s_better - s_worse), in nats; guessing gives 0.693.
+        - `log_loss`, `macro_log_loss`: mean of -log sigmoid(s_better - s_worse), in nats; 0.693 at chance.
         - `longer_accuracy`, `macro_longer_accuracy`: the same for the rule "the longer answer wins"; equal lengths
           count half.
 
@@ -67,13 +67,13 @@ def reward_metrics(items: Sequence[ScoredRanking], tie_band: float = 0.0) -> dic
         `by_group` entry. Overall only:
 
         - `score_ties`: strict pairs that the model ties.
-        - `tied_pairs`, `tied_rankings`: pairs that the annotator tied, and rankings that hold no other.
-        - `tie_agreement`: share of the tied pairs that the model ties too (`tie_band` decides).
+        - `tied_pairs`, `tied_rankings`: pairs that the annotator tied, and rankings that have no other.
+        - `tie_agreement`: fraction of the tied pairs that the model ties too (within `tie_band`).
         - `calibration_error`: expected calibration error of the pairs' probabilities; see `calibration_error`.
         - `top1_accuracy`: mean over rankings that are not all ties of whether the top-scored candidate has the best
-          rank; among several within `tie_band` of the top score, the share that has it.
-        - `kendall_tau_b`: mean over rankings of Kendall's tau-b between ranks and scores (ties exact), where it is
-          defined: some ranks and some scores differ.
+          rank; if several are within `tie_band` of the top score, the fraction of them that has it.
+        - `kendall_tau_b`: mean over rankings of Kendall's tau-b between ranks and scores (exact ties only), of
+          the rankings in which some ranks and some scores differ.
 
     Raises:
         ValueError: `tie_band` is negative.
@@ -83,7 +83,7 @@ def reward_metrics(items: Sequence[ScoredRanking], tie_band: float = 0.0) -> dic
     compared = _compare(items)
     strict = compared.where(compared.distance != 0).better_first()
     tied = compared.where(compared.distance == 0)
-    metrics = _figures(strict, tie_band)
+    metrics = _pair_metrics(strict, tie_band)
     metrics |= {
         "score_ties": int((np.abs(strict.gap) <= tie_band).sum()),
         "tied_pairs": len(tied.gap),
@@ -94,7 +94,7 @@ def reward_metrics(items: Sequence[ScoredRanking], tie_band: float = 0.0) -> dic
         "kendall_tau_b": _kendall_tau_b(compared),
     }
     distances = sorted(set(strict.distance.tolist()))
-    metrics["by_distance"] = {str(d): _figures(strict.where(strict.distance == d), tie_band) for d in distances}
+    metrics["by_distance"] = {str(d): _pair_metrics(strict.where(strict.distance == d), tie_band) for d in distances}
     labels: dict[str, Callable[[ScoredRanking], str | None]] = {
         "by_source": lambda item: item.source,
         "by_annotator": lambda item: item.annotator,
@@ -102,7 +102,7 @@ def reward_metrics(items: Sequence[ScoredRanking], tie_band: float = 0.0) -> dic
     }
     for name, label in labels.items():
         parts = _split(strict, [label(item) for item in items])
-        metrics[name] = {key: _figures(part, tie_band) for key, part in parts.items()}
+        metrics[name] = {key: _pair_metrics(part, tie_band) for key, part in parts.items()}
     return metrics
 
 
@@ -128,16 +128,16 @@ def accuracy_interval(correct: NDArray[Any], pairs: NDArray[Any]) -> tuple[float
 def calibration_error(gap: NDArray[Any], bins: int = 10) -> float | None:
     """Expected calibration error of sigmoid(score difference) as the probability that a candidate is the better one.
 
-    A pair says the same in both orders, so each is taken in the order of confidence sigmoid(|gap|) >= 0.5. Over `bins`
+    Each pair is used in the order of confidence sigmoid(|gap|) >= 0.5, since its two orders are equivalent. Over `bins`
     equal bins of [0.5, 1]: the mean of |accuracy - mean confidence|, weighted by pairs (Guo et al. 2017,
     arXiv:1706.04599, eq. 3).
 
     Args:
         gap: Score of the better-ranked minus that of the worse-ranked candidate, one per pair.
-        bins: How many.
+        bins: Number of bins.
 
     Returns:
-        A share in [0, 1]; None without pairs.
+        A value in [0, 1]; None without pairs.
     """
     if not len(gap):
         return None
@@ -151,30 +151,30 @@ def calibration_error(gap: NDArray[Any], bins: int = 10) -> float | None:
 
 
 @dataclass(frozen=True)
-class _Pairs:
+class _ScoredPairs:
     """Pairs of candidates (first, second), one entry each."""
 
     ranking: NDArray[Any]
-    """Int: index of the ranking that the pair is from."""
+    """Int: index of the pair's ranking."""
     distance: NDArray[Any]
-    """Int: rank of the second minus rank of the first, > 0 where the first is better."""
+    """Int: rank of the second minus rank of the first, > 0 if the first is better."""
     gap: NDArray[Any]
     """Float: score of the first minus score of the second."""
     longer: NDArray[Any]
     """Int: length of the first minus length of the second."""
 
-    def where(self, chosen: NDArray[Any]) -> _Pairs:
-        """The pairs that a mask or an index picks."""
-        return _Pairs(self.ranking[chosen], self.distance[chosen], self.gap[chosen], self.longer[chosen])
+    def where(self, chosen: NDArray[Any]) -> _ScoredPairs:
+        """The pairs that a mask or an index array selects."""
+        return _ScoredPairs(self.ranking[chosen], self.distance[chosen], self.gap[chosen], self.longer[chosen])
 
-    def better_first(self) -> _Pairs:
+    def better_first(self) -> _ScoredPairs:
         """Strict pairs with the better-ranked candidate first."""
         sign = np.sign(self.distance)
-        return _Pairs(self.ranking, self.distance * sign, self.gap * sign, self.longer * sign)
+        return _ScoredPairs(self.ranking, self.distance * sign, self.gap * sign, self.longer * sign)
 
 
-def _compare(items: Sequence[ScoredRanking]) -> _Pairs:
-    """All pairs of all rankings, tied ones included; rankings of one size are handled together."""
+def _compare(items: Sequence[ScoredRanking]) -> _ScoredPairs:
+    """All pairs of all rankings, with ties; rankings of the same size are processed together."""
     of_size: dict[int, list[int]] = {}
     for index, item in enumerate(items):
         of_size.setdefault(len(item.ranks), []).append(index)
@@ -189,24 +189,24 @@ def _compare(items: Sequence[ScoredRanking]) -> _Pairs:
         parts.append((np.repeat(members, len(first)), *(column.ravel() for column in columns)))
     kinds = (np.int64, np.int64, np.float64, np.int64)
     fields = zip(*parts) if parts else [()] * len(kinds)
-    return _Pairs(*(np.concatenate([np.zeros(0, kind), *arrays]) for kind, arrays in zip(kinds, fields)))
+    return _ScoredPairs(*(np.concatenate([np.zeros(0, kind), *arrays]) for kind, arrays in zip(kinds, fields)))
 
 
-def _split(pairs: _Pairs, labels: list[str | None]) -> dict[str, _Pairs]:
-    """The pairs by the label of their ranking; rankings labelled None are left out."""
+def _split(pairs: _ScoredPairs, labels: list[str | None]) -> dict[str, _ScoredPairs]:
+    """The pairs by the label of their ranking, without rankings labelled None."""
     names = sorted({label for label in labels if label is not None})
-    number = {name: index for index, name in enumerate(names)}
-    codes = np.array([-1 if label is None else number[label] for label in labels], dtype=np.int64)[pairs.ranking]
+    codes_of = {name: index for index, name in enumerate(names)}
+    codes = np.array([-1 if label is None else codes_of[label] for label in labels], dtype=np.int64)[pairs.ranking]
     order = np.argsort(codes, kind="stable")
     starts = np.searchsorted(codes[order], np.arange(len(names) + 1))
     return {name: pairs.where(order[starts[i] : starts[i + 1]]) for i, name in enumerate(names)}
 
 
-# ---- figures -----------------------------------------------------------------------------------------------------
+# ---- metrics -----------------------------------------------------------------------------------------------------
 
 
-def _figures(strict: _Pairs, tie_band: float) -> dict[str, Any]:
-    """The figures that the whole set and each part of it have; pairs come with the better candidate first."""
+def _pair_metrics(strict: _ScoredPairs, tie_band: float) -> dict[str, Any]:
+    """The metrics of a set of strict pairs with the better candidate first."""
     _, ranking = np.unique(strict.ranking, return_inverse=True)
     pairs = np.bincount(ranking)
     measures = {
@@ -214,15 +214,15 @@ def _figures(strict: _Pairs, tie_band: float) -> dict[str, Any]:
         "log_loss": np.logaddexp(0, -strict.gap),
         "longer_accuracy": _credit(strict.longer, 0),
     }
-    figures: dict[str, Any] = {"pairs": len(strict.gap), "rankings": len(pairs)}
+    metrics: dict[str, Any] = {"pairs": len(strict.gap), "rankings": len(pairs)}
     for name, values in measures.items():
-        figures |= {name: _mean(values), f"macro_{name}": _mean(np.bincount(ranking, values) / pairs)}
+        metrics |= {name: _mean(values), f"macro_{name}": _mean(np.bincount(ranking, values) / pairs)}
     interval = accuracy_interval(np.bincount(ranking, measures["accuracy"]), pairs)
-    return figures | {"accuracy_interval": None if interval is None else list(interval)}
+    return metrics | {"accuracy_interval": None if interval is None else list(interval)}
 
 
 def _credit(gap: NDArray[Any], band: float) -> NDArray[Any]:
-    """1 where the first of a pair wins, 0 where it loses, 0.5 where the two differ by `band` at most."""
+    """1 if the first of a pair wins, 0 if it loses, 0.5 if the two differ by at most `band`."""
     return np.where(np.abs(gap) <= band, 0.5, (gap > 0).astype(np.float64))
 
 
@@ -231,16 +231,16 @@ def _mean(values: NDArray[Any]) -> float | None:
 
 
 def _top1_accuracy(items: Sequence[ScoredRanking], tie_band: float) -> float | None:
-    shares = []
+    fractions = []
     for item in items:
         if len(set(item.ranks)) > 1:
             bar, best = max(item.scores) - tie_band, min(item.ranks)
             hits = [rank == best for rank, score in zip(item.ranks, item.scores) if score >= bar]
-            shares.append(sum(hits) / len(hits))
-    return sum(shares) / len(shares) if shares else None
+            fractions.append(sum(hits) / len(hits))
+    return sum(fractions) / len(fractions) if fractions else None
 
 
-def _kendall_tau_b(compared: _Pairs) -> float | None:
+def _kendall_tau_b(compared: _ScoredPairs) -> float | None:
     """Mean of (concordant - discordant) / sqrt(pairs untied in rank * pairs untied in score) over rankings."""
     by_rank, by_score = np.sign(compared.distance), np.sign(compared.gap)
     agreement = np.bincount(compared.ranking, by_rank * by_score)
@@ -248,15 +248,15 @@ def _kendall_tau_b(compared: _Pairs) -> float | None:
     return _mean(agreement[scale > 0] / scale[scale > 0])
 
 
-# ---- for people --------------------------------------------------------------------------------------------------
+# ---- tables --------------------------------------------------------------------------------------------------
 
 
 def metric_rows(metrics: dict[str, Any], top: int = 20) -> list[tuple[str, tuple[str, ...], list[tuple[Any, ...]]]]:
-    """The figures as small tables (title, columns, rows), each ready for `rlhf.core.console.table(*it)`.
+    """The metrics as tables (title, columns, rows), the arguments of `rlhf.core.console.table`.
 
-    The first holds the whole set. A breakdown follows where it has more than one part: by rank distance, then by
-    source, annotator and group, of which the `top` with the most pairs are shown. Figures of
-    `rlhf.reward.agreement.Agreement` among the metrics are shown below the accuracy.
+    The first table has the whole set. Then come those breakdowns that have more than one part: by rank distance, and
+    by source, annotator and group, each with the `top` parts with the most pairs. The metrics of
+    `rlhf.reward.agreement.Agreement`, if present, follow the accuracy.
     """
     low, high = metrics["accuracy_interval"] or (None, None)
     overall = [
@@ -284,7 +284,7 @@ def metric_rows(metrics: dict[str, Any], top: int = 20) -> list[tuple[str, tuple
             parts = parts[:top]
         if len(parts) > 1:
             columns = (name, "pairs", "rankings", "accuracy", "95% low", "95% high", "log loss", "longer wins")
-            tables.append((title, columns, [_part_row(label, figures) for label, figures in parts]))
+            tables.append((title, columns, [_part_row(label, part) for label, part in parts]))
     return tables
 
 
@@ -300,7 +300,7 @@ def _agreement_rows(metrics: dict[str, Any]) -> list[tuple[Any, ...]]:
     ]
 
 
-def _part_row(label: str, figures: dict[str, Any]) -> tuple[Any, ...]:
-    low, high = figures["accuracy_interval"] or (None, None)
-    counts = label or "(not given)", figures["pairs"], figures["rankings"]
-    return (*counts, figures["accuracy"], low, high, figures["log_loss"], figures["longer_accuracy"])
+def _part_row(label: str, metrics: dict[str, Any]) -> tuple[Any, ...]:
+    low, high = metrics["accuracy_interval"] or (None, None)
+    counts = label or "(not given)", metrics["pairs"], metrics["rankings"]
+    return (*counts, metrics["accuracy"], low, high, metrics["log_loss"], metrics["longer_accuracy"])
