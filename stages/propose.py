@@ -1,6 +1,6 @@
 """`rlhf data propose`: K distinct answers to each prompt, for people to rank.
 
-prompts -> a person's answer, where there is one -> answers of each model in turn, sampled again where two are alike
+prompts -> a person's answer, if any -> answers of each model in turn, sampled again where two are too similar
 -> (the prompts on which reward models disagree most) -> the order shuffled -> a dataset of proposals
 """
 
@@ -65,9 +65,9 @@ def command(
         bool, typer.Option("--human/--no-human", help="Include a person's answer where PROMPTS has one.")
     ] = True,
     similar: Annotated[
-        float, typer.Option(min=0, max=1, help="Answers are alike if they share this fraction of their words.")
+        float, typer.Option(min=0, max=1, help="Answers that share this fraction of their words are too similar.")
     ] = 0.9,
-    tries: Annotated[int, typer.Option(min=1, help="Further samples of a model where answers are alike.")] = 4,
+    tries: Annotated[int, typer.Option(min=1, help="Further samples of a model where answers are too similar.")] = 4,
     as_json: options.Json = False,
     *,
     sampling: SamplingOptions,

@@ -456,5 +456,5 @@ def test_a_dataset_without_rankings_is_refused(tmp_path: Path) -> None:
 def test_a_dataset_is_not_written_over_itself(tmp_path: Path) -> None:
     given = write(tmp_path / "given", [ranked("A>B")])
     result = run("aggregate", given, "--out", given, "--method", "majority")
-    assert isinstance(result.exception, UserError) and "is the dataset itself" in str(result.exception)
+    assert isinstance(result.exception, UserError) and "is the parent dataset itself" in str(result.exception)
     assert open_dataset(given).manifest["count"] == 1

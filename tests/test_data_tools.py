@@ -42,7 +42,7 @@ def test_validate_lists_every_bad_row_with_line_and_reason(tmp_path):
         assert f"d.jsonl:{line}: " in result.stdout
 
 
-def test_validate_finds_damage_in_shards_and_lies_in_the_manifest(tmp_path):
+def test_validate_finds_damage_in_shards_and_wrong_counts_in_the_manifest(tmp_path):
     folder = dataset(tmp_path / "d", prompts(50))
     shard = folder / "shard-00000.parquet"
     whole = shard.read_bytes()
@@ -109,7 +109,7 @@ def test_stats_print_tables_and_json_for_every_kind(tmp_path):
         assert "length in characters" in result.stdout
 
 
-def test_stats_of_an_empty_dataset_have_no_figures_made_up(tmp_path):
+def test_stats_of_an_empty_dataset_invent_no_numbers(tmp_path):
     with DatasetWriter(tmp_path / "d", "ranking"):
         pass
     result = run("stats", tmp_path / "d", "--json")

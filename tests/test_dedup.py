@@ -125,7 +125,7 @@ def test_the_same_records_give_the_same_bytes_and_bad_rows_are_counted(tmp_path)
         ({"keep": "best"}, "prompts have no quality to compare"),
         ({"near": 0.8}, "--near: compares prompts or answers"),
         ({"near": 0.1, "by": "prompt"}, r"not from 0\.5 to 1"),
-        ({"against": ["d"]}, "no record is left of 3"),
+        ({"against": ["d"]}, "no record is left out of 3"),
     ],
 )
 def test_options_that_make_no_sense_are_refused_and_nothing_is_written(tmp_path, monkeypatch, options, message):

@@ -57,5 +57,5 @@ def test_a_failure_leaves_no_dataset_and_a_parent_is_never_overwritten(tmp_path)
         made.write(from_dict(RANKING))
         raise RuntimeError
     assert sorted(path.name for path in tmp_path.iterdir()) == ["d"]
-    with pytest.raises(UserError, match="is the dataset itself"):
+    with pytest.raises(UserError, match="is the parent dataset itself"):
         Derivation(parent.path, "ranking", [parent])

@@ -59,7 +59,7 @@ def test_every_kind_has_its_fields(tmp_path):
     assert all(fields(kind) for kind in KINDS)
 
 
-def test_what_is_left_out_is_counted_and_told_in_the_manifest(tmp_path):
+def test_what_is_left_out_is_counted_in_the_manifest(tmp_path):
     parent = jsonl(tmp_path / "d.jsonl", [*prompts(5), {"prompt": ""}])
     result = run("filter", parent, "--where", "prompt != 'Question 3?'", "--out", tmp_path / "f", "--json")
     assert result.exit_code == 0, result.output
@@ -76,7 +76,7 @@ def test_what_is_left_out_is_counted_and_told_in_the_manifest(tmp_path):
 
 def test_an_expression_that_fails_on_records_writes_nothing_and_names_the_first(tmp_path):
     parent = dataset(tmp_path / "d", RANKINGS)
-    with pytest.raises(UserError, match="fails on 2 records, and nothing was written") as caught:
+    with pytest.raises(UserError, match="fails on 2 records; nothing was written") as caught:
         filter_dataset(parent, tmp_path / "f", where="seconds < 5")
     second = list(open_dataset(parent).records())[1]
     assert f"First: record {second.id}: '<' not supported" in caught.value.why
@@ -93,7 +93,7 @@ def test_an_expression_that_fails_on_records_writes_nothing_and_names_the_first(
         ({"where": "tokens < 10"}, "`tokens` needs --tokenizer"),
         ({"max_tokens": 10}, "--max-tokens: needs --tokenizer"),
         ({}, "nothing to filter by"),
-        ({"where": "k == 17"}, "no record is left of 3"),
+        ({"where": "k == 17"}, "no record is left out of 3"),
         ({"where": "k == 2", "tokenizer": "nowhere"}, "no tokenizer there"),
     ],
 )

@@ -69,7 +69,7 @@ def test_the_documented_values_mean_what_the_tests_of_argilla_say(tmp_path):
     assert made(tmp_path, "argilla", documented["rows"][0])[1] == ["no question ranks or rates the record's answers"]
 
 
-def test_ranks_beside_the_options_win_over_their_order_and_may_tie(tmp_path):
+def test_explicit_ranks_of_the_options_win_over_their_order_and_may_tie(tmp_path):
     ranks = {"reply-1": 2, "reply-2": 1, "reply-3": 2}
     items = [{"value": name, "rank": rank} for name, rank in ranks.items()]
     hub = {"value": list(ranks), "rank": list(ranks.values())}

@@ -108,7 +108,7 @@ def test_a_choice_names_the_column_the_letter_or_a_tie(tmp_path, value, ranks):
 
 
 @pytest.mark.parametrize("value", ["0", "1", "2", "", "c", "both"])
-def test_other_choices_have_to_be_told(tmp_path, value):
+def test_other_choices_need_a_mapping(tmp_path, value):
     text = written([["q", "a", "b", "pick"], ["Q?", "x", "y", value]])
     assert made(tmp_path, text, **PAIR, choice="pick") == ([], [(2, "choice: an unknown value")])
 
@@ -304,7 +304,7 @@ def test_mistakes_in_the_mapping_stop_before_anything_is_written(tmp_path, optio
         read("csv", path, **{"prompt": "question", **options} if "prompt_template" not in options else options)
 
 
-def test_a_table_that_is_cut_at_another_character_is_told(tmp_path):
+def test_a_table_that_is_cut_at_another_character_is_reported(tmp_path):
     path = table(tmp_path, "q;a;b\nQ?;x;y\n")
     with pytest.raises(UserError, match="--option delimiter=';'"):
         read("csv", path, **PAIR)
@@ -397,7 +397,7 @@ def test_tables_without_a_row(tmp_path, text):
     assert made(tmp_path, text, **PAIR) == ([], [])
 
 
-def test_a_header_that_is_no_csv_is_told(tmp_path):
+def test_a_header_that_is_no_csv_is_reported(tmp_path):
     with pytest.raises(UserError, match=r"in\.csv:1: the names of the columns"):
         made(tmp_path, '"q,a,b\nQ?,x,y\n', **PAIR)
     assert csv_columns(table(tmp_path, "\n\n")) == []
@@ -417,7 +417,7 @@ def test_a_table_is_detected_by_its_name(tmp_path):
 # ---- the command -----------------------------------------------------------------------------------------------------
 
 
-def test_the_command_takes_the_mapping_by_words_and_by_yaml_alike(tmp_path):
+def test_the_command_takes_the_mapping_from_words_and_from_yaml(tmp_path):
     path = table(tmp_path, written([MTURK_HEADER, mturk(), mturk("Rejected"), mturk(best="left")]))
     words = [word for name, value in MTURK.items() for word in ("--option", f"{name}={value}")]
     result = run("import", "csv", path, *words, "--out", tmp_path / "a", "--json")

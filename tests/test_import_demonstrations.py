@@ -95,7 +95,7 @@ def test_a_chat_that_begins_or_ends_at_the_wrong_turn_keeps_its_good_answers(tmp
         ([human("a")], "no turn of the assistant to learn"),
     ],
 )
-def test_a_chat_that_cannot_be_read_is_set_aside_as_a_whole(tmp_path, turns, reason):
+def test_a_chat_that_cannot_be_read_is_rejected_as_a_whole(tmp_path, turns, reason):
     records, reasons = made(tmp_path, "sharegpt", {"conversations": turns})
     assert records == []
     assert [told.startswith(reason) for told in reasons] == [True]

@@ -82,7 +82,7 @@ def test_who_when_and_how_long(tmp_path):
     assert (record.annotator, record.time, record.seconds) == ("5", "2022-10-31", None)
 
 
-def test_ids_that_are_numbers_stand_as_the_browser_sorts_them(tmp_path):
+def test_ids_that_are_numbers_are_in_the_browser_s_order(tmp_path):
     items = [
         {"id": "b", "body": "b"},
         {"id": 10, "body": "ten"},
@@ -120,8 +120,8 @@ def test_what_was_left_in_the_list_is_ranked_only_if_the_list_has_a_place(tmp_pa
         (task(ranked(["mdn", "wiki"])), {}, "the ranking leaves candidates out"),
         (task(ranked(["mdn", "wiki", "blog", "ghost"])), {}, "the ranking names an unknown candidate"),
         (task(ranked(["mdn", "wiki", "blog", "mdn"])), {}, "the ranking names a candidate twice"),
-        (task(ranked(["mdn", {}, None])), {}, "ids are neither text nor numbers"),
-        (task(ranked("mdn")), {}, "ranker: neither a list of ids nor an object of buckets"),
+        (task(ranked(["mdn", {}, None])), {}, "ids are not text or numbers"),
+        (task(ranked("mdn")), {}, "ranker: not a list of ids or an object of buckets"),
         (task(ranked({"_": ["mdn", "wiki", "blog"]})), {}, "no candidate was put into a bucket"),
         (task(ranked({"good": ["mdn"]})), {"buckets": "good"}, "candidates: fewer than two answers"),
         (task(ranked(["mdn"]), items=[{"id": "mdn", "body": "x"}]), {}, "candidates: fewer than two answers"),
@@ -132,7 +132,7 @@ def test_what_was_left_in_the_list_is_ranked_only_if_the_list_has_a_place(tmp_pa
         (task(ranked(["mdn", "wiki", "blog"])), {"prompt": "question"}, "no prompt is found"),
         (task(ranked(["mdn", "wiki", "blog"], lead_time=-1)), {}, "seconds: not a number from 0"),
         (task(ranked(["mdn", "wiki", "blog"], created_at="yesterday")), {}, "time: not ISO 8601"),
-        (task(ranked(["mdn", "wiki", "blog"], completed_by=[1])), {}, "annotator: neither text nor a number"),
+        (task(ranked(["mdn", "wiki", "blog"], completed_by=[1])), {}, "annotator: not text or a number"),
         (
             task(ranked(["a", "b"]), items=[{"id": "a", "title": "A", "body": ""}, {"id": "b", "body": "B"}]),
             {},
@@ -276,7 +276,7 @@ def minimal(control, value, **fields):
     return {**row, "updated_at": "2024-01-02T00:00:00Z", "lead_time": 3.5, **fields}
 
 
-def test_json_min_tells_the_same_winners(tmp_path):
+def test_json_min_has_the_same_winners(tmp_path):
     record = one(tmp_path, LS, minimal("best", [{"selected": "right"}], annotator="ann@example.org"))
     assert by_rank(record) == {1: ["two"], 2: ["one"]}
     assert (record.annotator, record.time, record.seconds) == ("ann@example.org", "2024-01-01T00:00:00Z", 3.5)

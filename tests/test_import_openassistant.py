@@ -213,7 +213,7 @@ def test_flat_trees_come_as_soon_as_they_are_whole(tmp_path):
     assert [(reject.line, reject.reason) for reject in told] == [(10, "fewer than two replies")]
 
 
-def test_lines_that_are_not_json_are_told_once(tmp_path):
+def test_lines_that_are_not_json_are_reported_once(tmp_path):
     path = tmp_path / "in.jsonl"
     lines = [json.dumps(row) for row in flattened(tree(message("p1", *answers(1, 0))))]
     path.write_text("\n".join([*lines, "{", "null"]) + "\n", "utf-8")

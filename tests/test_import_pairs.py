@@ -92,7 +92,7 @@ def test_a_text_is_not_cut_inside_a_word(tmp_path):
         ({"prompt": "a", "chosen": [assistant(None, tool_calls=[{}])], "rejected": [assistant("d")]}, "a tool call or"),
     ],
 )
-def test_a_trl_row_that_is_no_pair_is_set_aside(tmp_path, row, reason):
+def test_a_trl_row_that_is_no_pair_is_rejected(tmp_path, row, reason):
     records, reasons = made(tmp_path, "trl-preference", row)
     assert records == []
     assert [reason in told for told in reasons] == [True]
@@ -108,7 +108,7 @@ def test_in_openai_preferences_the_preferred_output_wins():
     assert said(record) == [("user", "What is Einstein famous for?")]
 
 
-def test_an_openai_output_of_several_messages_is_set_aside(tmp_path):
+def test_an_openai_output_of_several_messages_is_rejected(tmp_path):
     row = {"input": {"messages": [user("a")]}, "preferred_output": [assistant("b"), assistant("c")]}
     _, reasons = made(tmp_path, "openai-preference", {**row, "non_preferred_output": [assistant("d")]})
     assert reasons == ["preferred_output: not one answer of the assistant"]
@@ -131,7 +131,7 @@ def test_in_llama_factory_pairs_the_chosen_answer_wins():
     assert [role for role, _ in said(records[1])] == ["system", "user"]
 
 
-def test_a_tool_in_a_sharegpt_pair_is_set_aside(tmp_path):
+def test_a_tool_in_a_sharegpt_pair_is_rejected(tmp_path):
     row = {
         "conversations": [human("a"), {"from": "function_call", "value": "{}"}],
         "chosen": gpt("b"),
@@ -203,6 +203,6 @@ def test_in_helpsteer3_a_negative_preference_is_for_the_first(tmp_path, preferen
     assert one(tmp_path, "helpsteer3", row).ranks == ranks
 
 
-def test_a_preference_beyond_3_is_set_aside(tmp_path):
+def test_a_preference_beyond_3_is_rejected(tmp_path):
     row = {"context": [user("Why?")], "response1": "a", "response2": "b", "overall_preference": -100}
     assert made(tmp_path, "helpsteer3", row)[1] == ["overall_preference: not a number from -3 to 3"]

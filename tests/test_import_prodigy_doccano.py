@@ -48,7 +48,7 @@ def test_several_accepted_options_are_tied(tmp_path):
         (choice([]), "no option was accepted"),
         (choice(None), "no option was accepted"),
         (choice([5]), "an accepted id is none of the options"),
-        (choice([[]]), "accept: ids are neither text nor numbers"),
+        (choice([[]]), "accept: ids are not text or numbers"),
         (choice([1], options=[1, 2]), "options: not a list of {id, text}"),
         (choice([1], options=[{"id": 1, "text": "a"}] * 2), "two options have one id"),
         (choice([1], options=[{"id": 1, "text": "a"}]), "candidates: fewer than two answers"),
@@ -56,7 +56,7 @@ def test_several_accepted_options_are_tied(tmp_path):
         (choice([1], text=""), "no prompt is found"),
         (choice([1], _timestamp="now"), "_timestamp: not seconds since 1970"),
         (choice([1], _timestamp=1e300), "_timestamp: not seconds since 1970"),
-        (choice([1], _annotator_id={"a": 1}), "annotator: neither text nor a number"),
+        (choice([1], _annotator_id={"a": 1}), "annotator: not text or a number"),
     ],
 )
 def test_tasks_without_a_preference(tmp_path, row, reason):

@@ -28,7 +28,7 @@ def test_in_alpaca_eval_1_is_the_first_2_the_second_and_between_is_a_probability
     assert said(record) == [("user", "Do it.\n\nnow")]
 
 
-def test_a_failed_annotation_of_alpaca_eval_is_set_aside(tmp_path):
+def test_a_failed_annotation_of_alpaca_eval_is_rejected(tmp_path):
     row = {"instruction": "Do it.", "output_1": "a", "output_2": "b"}
     _, reasons = made(
         tmp_path, "alpaca-eval", row, *({**row, "preference": value} for value in (None, -1, 0.5, 3, False))
@@ -102,7 +102,7 @@ def test_in_ultrafeedback_the_highest_rating_wins_by_the_aspect_that_was_chosen(
     ]
 
 
-def test_an_aspect_that_did_not_apply_is_told(tmp_path):
+def test_an_aspect_that_did_not_apply_is_reported(tmp_path):
     row = {
         "instruction": "Do it.",
         "completions": [completion("a", "5", "N/A", "4", "1"), completion("b", "4", "4", "4", "4")],
@@ -194,7 +194,7 @@ def test_in_a_ranked_alpaca_list_the_first_wins_and_the_last_loses():
     assert by_rank(records[0])[4] == ["能吃"]
 
 
-def test_an_alpaca_list_with_a_repeated_answer_or_of_one_is_set_aside(tmp_path):
+def test_an_alpaca_list_with_a_repeated_answer_or_of_one_is_rejected(tmp_path):
     row = {"instruction": "Do it."}
     rows = [{**row, "output": output} for output in (["a"], ["a", "b", "a"], ["a", ""], "a", ["a", 1])]
     _, reasons = made(tmp_path, "alpaca-ranked", *rows)

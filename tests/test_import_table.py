@@ -95,7 +95,7 @@ class TestEveryImporter:
     "row", [row for row in IMPORTERS if ".jsonl" in row.traits["suffixes"]], ids=lambda row: row.name
 )
 class TestEveryImporterOfJSONLines:
-    def test_bad_rows_after_good_ones_are_set_aside_with_line_and_remedy(self, row, tmp_path):
+    def test_bad_rows_after_good_ones_are_rejected_with_line_and_remedy(self, row, tmp_path):
         good = sample_file(row, tmp_path, "good")
         values = [json.dumps(value) for value in _values(good)]
         path = tmp_path / "in.jsonl"
@@ -111,7 +111,7 @@ class TestEveryImporterOfJSONLines:
             imported(row, path, tmp_path / "c", strict=True)
         assert not (tmp_path / "c").exists()
 
-    def test_a_file_of_something_else_is_told_row_by_row(self, row, tmp_path):
+    def test_a_file_of_something_else_is_reported_row_by_row(self, row, tmp_path):
         awkward = [
             None,
             1,

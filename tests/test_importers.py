@@ -103,14 +103,14 @@ def test_a_mark_inside_a_line_is_text(tmp_path):
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
-def test_a_row_without_two_answers_to_one_prompt_is_set_aside(tmp_path, row, reason):
+def test_a_row_without_two_answers_to_one_prompt_is_rejected(tmp_path, row, reason):
     found, reasons = hh(tmp_path, row)
     assert found == []
     assert [reason in key for key in reasons] == [True]
 
 
 @pytest.mark.skipif(not HH.exists(), reason="../shared is absent")
-def test_of_the_real_2312_rows_the_four_with_an_empty_answer_are_set_aside(tmp_path):
+def test_of_the_real_2312_rows_the_four_with_an_empty_answer_are_rejected(tmp_path):
     summary = import_dataset("hh-rlhf", [HH], tmp_path / "d")
     assert (summary.read, summary.written, summary.rejected) == (2312, 2308, 4)
     assert summary.reasons == {"an answer is empty": 4}
@@ -152,7 +152,7 @@ def test_nearly_all_real_transcripts_are_usual_and_come_out_as_by_the_slow_way()
 # ---- files, output, command line -------------------------------------------------------------------------------------
 
 
-def test_folders_and_patterns_stand_for_their_files_in_a_fixed_order(tmp_path):
+def test_folders_and_patterns_mean_their_files_in_a_fixed_order(tmp_path):
     for name in ("b.jsonl", "a.jsonl.gz", "deep/c.jsonl", ".hidden.jsonl", "notes.txt"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text("x")
@@ -168,7 +168,7 @@ def test_folders_and_patterns_stand_for_their_files_in_a_fixed_order(tmp_path):
     assert names(tmp_path / "odd[1].jsonl") == ["odd[1].jsonl"]
 
 
-def test_wrong_input_is_told_before_anything_is_written(tmp_path):
+def test_wrong_input_is_reported_before_anything_is_written(tmp_path):
     good = jsonl(tmp_path / "good.jsonl", [RANKING])
     (tmp_path / "empty.jsonl").write_bytes(b"")
     (tmp_path / "blank.jsonl").write_bytes(b"\n \n")

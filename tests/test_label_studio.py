@@ -194,7 +194,7 @@ def texts_by_rank(record):
 
 
 @pytest.mark.slow
-def test_the_rankings_that_are_made_through_the_api_come_home(server, client, candidates, tmp_path):
+def test_the_rankings_made_through_the_api_are_pulled(server, client, candidates, tmp_path):
     first = run("label-studio", "push", candidates, "--url", server, "--json")
     assert first.exit_code == 0, first.output
     again = last_line(run("label-studio", "push", candidates, "--url", server, "--json"))
@@ -254,7 +254,7 @@ def _fresh(client, title):
 
 
 @pytest.mark.slow
-def test_a_wrong_key_is_told_without_showing_it(server, candidates, monkeypatch):
+def test_a_wrong_key_is_reported_without_showing_it(server, candidates, monkeypatch):
     monkeypatch.setenv(label_studio.KEY, "f" * 40)
     with pytest.raises(UserError, match="refuses the key") as error:
         push(candidates, server)
@@ -263,7 +263,7 @@ def test_a_wrong_key_is_told_without_showing_it(server, candidates, monkeypatch)
 
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("chromium") is None, reason="chromium is not installed")
-def test_the_ranking_that_is_dragged_in_a_browser_comes_home(server, client, environment, candidates, tmp_path):
+def test_the_ranking_dragged_in_a_browser_is_pulled(server, client, environment, candidates, tmp_path):
     rows = [to_dict(record) for record in open_dataset(candidates).records()][:1]
     (tmp_path / "one.jsonl").write_text(json.dumps(rows[0]) + "\n")
     number = push(tmp_path / "one.jsonl", server, title="by hand")["project"]

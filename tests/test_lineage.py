@@ -53,7 +53,7 @@ def test_parents_and_files_that_changed_or_are_gone_are_marked(chain):
     assert other["state"] == "missing" and clean["parents"][0]["files"][0]["state"] == "changed"
     result = run("lineage", "split")
     assert "other.jsonl" in result.output and "MISSING" in result.output and "CHANGED since" in result.output
-    assert "2 of what it was made from is missing or has changed" in result.output
+    assert "2 of the inputs are missing or have changed" in result.output
     dataset(chain / "imported", prompts(5))
     (chain / "other.jsonl").mkdir()
     clean, other = lineage("split")["parents"][0]["parents"]

@@ -85,7 +85,7 @@ def test_records_keep_their_source_or_get_their_datasets_name(folder):
     assert {record.source for record in open_dataset("m").records()} == {"c", "forum"}
 
 
-def test_the_command_tells_and_the_manifest_keeps_what_was_taken(folder):
+def test_the_command_prints_and_the_manifest_keeps_what_was_taken(folder):
     rows = [{"prompt": "e 1?", "split": "train"}, {"prompt": ""}, {"prompt": "c 1?", "split": "eval"}, {"prompt": 3}]
     jsonl(folder / "e.jsonl", rows)
     dataset(folder / "s", [{"prompt": "c 1?", "split": "train"}])
@@ -107,7 +107,7 @@ def test_the_command_tells_and_the_manifest_keeps_what_was_taken(folder):
         (["a=x", "b"], {}, "the weight is not a number: 'x'"),
         (["a=0", "b"], {}, "the weight is not above 0"),
         (["a=0.7", "b=0.3", "c"], {}, "leave nothing for the dataset without one"),
-        (["a=0.5", "c=0.5"], {"size": 30}, "too few records for its share"),
+        (["a=0.5", "c=0.5"], {"size": 30}, "too few records for its fraction"),
         (["a", "b"], {"caps": ["d=3"]}, "d is not in the mixture"),
         (["a", "b"], {"caps": ["a"]}, "is not PATH=COUNT"),
         (["a", "b"], {"caps": ["a=0"]}, "is not PATH=COUNT"),
@@ -123,7 +123,7 @@ def test_mixtures_that_make_no_sense_are_refused(folder, words, options, message
     assert not (folder / "m").exists()
 
 
-def test_the_largest_size_is_told_when_a_record_would_have_to_repeat(folder):
+def test_the_largest_size_is_reported_when_a_record_would_have_to_repeat(folder):
     with pytest.raises(UserError) as caught:
         mix_datasets(["a=0.5", "c=0.5"], "m", size=30)
     assert caught.value.remedy == "The largest size with these weights and caps is 20."

@@ -14,7 +14,7 @@ import pytest
 import tiny
 from rows import jsonl, tree, write
 
-from data_tools.annotate.candidates import alike, disagreement
+from data_tools.annotate.candidates import disagreement, too_similar
 from data_tools.annotate.propose import OpenProposal, missing_answers
 from data_tools.curate.lineage import lineage
 from rlhf.core.errors import UserError
@@ -39,13 +39,13 @@ from stages.propose import choose, command, judge_scores
         ("👍", "yes", False),
     ],
 )
-def test_answers_are_alike_when_equal_but_for_case_and_space_or_when_most_words_match(one, other, same):
-    assert alike(one, other, 0.9) is same
+def test_answers_are_too_similar_when_equal_but_for_case_and_space_or_when_most_words_match(one, other, same):
+    assert too_similar(one, other, 0.9) is same
 
 
-def test_with_a_threshold_of_one_only_the_same_words_are_alike():
-    assert not alike("a b c d e f g h i j k l m n o p", "a b c d e f g h i j k l m n o q", 1.0)
-    assert alike("A, b!", "a b", 1.0)
+def test_with_a_threshold_of_one_only_the_same_words_are_too_similar():
+    assert not too_similar("a b c d e f g h i j k l m n o p", "a b c d e f g h i j k l m n o q", 1.0)
+    assert too_similar("A, b!", "a b", 1.0)
 
 
 def test_disagreement_is_the_variance_of_the_preference_averaged_over_pairs():
@@ -139,7 +139,9 @@ def test_each_prompt_gets_k_distinct_answers_of_a_person_and_of_all_models(place
     assert len(found) == summary["written"] == 12 and summary["set_aside"] == 0
     for proposal in found:
         assert len(proposal.candidates) == 4
-        assert not any(alike(a.text, b.text, 0.9) for a in proposal.candidates for b in proposal.candidates if a != b)
+        assert not any(
+            too_similar(a.text, b.text, 0.9) for a in proposal.candidates for b in proposal.candidates if a != b
+        )
         assert [c.author_kind for c in proposal.candidates].count("person") == 1
     by = Counter(c.author for p in found for c in p.candidates if c.author_kind == "model")
     assert by == {str(place / "sft"): 18, str(place / "ppo"): 18}

@@ -45,7 +45,7 @@ def test_an_order_names_the_best_answer_first_and_ties_by_the_equals_sign(text, 
     assert parse_order(text, 4) == ranks
 
 
-def test_with_ten_answers_numbers_stand_apart():
+def test_with_ten_answers_numbers_need_separators():
     assert parse_order("10 > 1 2 3 4 5 6 7 8 = 9", 10) == (2, 3, 4, 5, 6, 7, 8, 9, 9, 1)
 
 
@@ -65,7 +65,7 @@ def test_with_ten_answers_numbers_stand_apart():
         ("", "missing: 1, 2, 3, 4"),
     ],
 )
-def test_what_is_no_order_is_told_as_what_is_wrong_with_it(text, fault):
+def test_what_is_no_order_is_reported_with_the_fault(text, fault):
     with pytest.raises(ValueError, match=fault):
         parse_order(text, 4)
 
@@ -174,7 +174,7 @@ def test_what_is_no_ranking_is_asked_again(candidates):
     assert last_line(found)["ranked"] == 1
 
 
-def test_identical_answers_ranked_apart_are_refused_with_the_reason(tmp_path):
+def test_identical_answers_with_different_ranks_are_refused_with_the_reason(tmp_path):
     same = replace(proposal(0, 3), candidates=(Candidate("A"), Candidate("B"), Candidate("A")))
     write(tmp_path / "candidates", [same])
     found = told(tmp_path / "candidates", "123", "1=3>2")
@@ -202,7 +202,7 @@ def test_long_answers_are_wrapped_and_nothing_of_them_is_left_out(tmp_path):
 # ---- refusals ----------------------------------------------------------------------------------------------------
 
 
-def test_the_default_file_is_named_after_the_annotator_and_stays_beside_the_candidates():
+def test_the_default_file_is_named_after_the_annotator_and_is_in_the_folder_of_the_candidates():
     assert default_out(Path("data/r1/candidates"), "Anna B.") == Path("data/r1/rankings-Anna-B..jsonl")
     assert default_out(Path("c"), "../../etc/x").parent == Path(".")
 
@@ -223,7 +223,7 @@ def test_a_file_of_something_else_is_not_added_to(candidates):
         (("--annotator", "a", "--out", "."), "JSON lines"),
     ],
 )
-def test_faults_of_the_command_are_told(candidates, words, fault):
+def test_faults_of_the_command_are_reported(candidates, words, fault):
     assert fault in str(run("rank", candidates, *words).exception)
 
 
@@ -242,7 +242,7 @@ def test_two_sessions_cannot_write_one_file(candidates):
 # ---- what a crash leaves -----------------------------------------------------------------------------------------
 
 
-def test_a_line_that_was_cut_off_is_told_of_and_asked_again(candidates):
+def test_a_line_that_was_cut_off_is_reported_and_asked_again(candidates):
     told(candidates, "1234", "2134", "q")
     out = candidates.parent / "rankings-anna.jsonl"
     whole = out.read_bytes()
@@ -283,7 +283,7 @@ def test_a_kill_in_the_middle_loses_only_the_prompt_that_was_on_the_screen(candi
     assert "3 of 4" in told(candidates, "q").stdout
 
 
-def test_a_full_disk_is_told_and_leaves_whole_lines(candidates, monkeypatch):
+def test_a_full_disk_is_reported_and_leaves_whole_lines(candidates, monkeypatch):
     out = candidates.parent / "rankings-anna.jsonl"
     told(candidates, "1234", "q")
 

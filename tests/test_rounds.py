@@ -50,7 +50,7 @@ def test_rankings_come_as_datasets_and_as_jsonl_files_and_nothing_else_counts(ro
     assert len(new_rankings(rounds[:1], sources(rounds[:1]))) == 2
 
 
-def test_a_dataset_of_another_kind_among_the_rankings_is_told(rounds):
+def test_a_dataset_of_another_kind_among_the_rankings_is_reported(rounds):
     write(rounds[0].folder / "rankings", [proposal(0)])
     with pytest.raises(UserError, match="contains proposals, but rankings are needed"):
         rounds[0].sources()
@@ -76,7 +76,7 @@ def test_what_comes_after_a_round_went_on_counts_in_the_next_and_nothing_twice(r
     ]
 
 
-def test_bad_rows_of_what_came_are_set_aside_with_the_reason(rounds):
+def test_bad_rows_of_what_came_are_rejected_with_the_reason(rounds):
     jsonl(rounds[0].folder / "rankings.jsonl", [row(0), {**row(1), "ranks": [1, 2, 3]}])
     assert collect(rounds[:1]) == 1
     (rejected,) = (rounds[0].collected / "rejected.jsonl").read_text("utf-8").splitlines()
@@ -89,7 +89,7 @@ def test_nothing_is_made_of_nothing(rounds):
     assert not rounds[0].collected.exists()
 
 
-def test_a_round_is_a_dataset_with_parents_and_the_lineage_tells_when_they_changed(rounds, monkeypatch):
+def test_a_round_is_a_dataset_with_parents_and_the_lineage_shows_when_they_changed(rounds, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["rlhf", "pipeline", "--config", "x.yaml"])
     jsonl(rounds[0].folder / "rankings.jsonl", [row(0)])
     collect(rounds[:1])

@@ -69,7 +69,7 @@ def test_what_would_fill_the_memory_or_never_end_is_refused(source):
         ("n > 1 and ties", "there is no field 'ties'"),
     ],
 )
-def test_what_is_no_expression_is_told_before_any_value_is_seen(source, message):
+def test_what_is_no_expression_is_reported_before_any_value_is_seen(source, message):
     with pytest.raises(UserError, match=message):
         Expression(source, "--where", known=["n", "tied"])
 
@@ -85,7 +85,7 @@ def test_an_unknown_field_gets_the_nearest_name():
     [("none < 3", "'<' not supported"), ("items[9]", "no element 9"), ("1 / 0", "division by zero"), ("ties", "ties"),
      ("text is search('(')", "unterminated subpattern"), ("items[0].k", "no attribute 'k'")],
 )  # fmt: skip
-def test_values_with_which_it_cannot_be_computed_are_told(source, message):
+def test_values_with_which_it_cannot_be_computed_are_reported(source, message):
     with pytest.raises(Failed, match=message):
         Expression(source, "--where")(VALUES)
 
@@ -107,7 +107,7 @@ def test_templates_render_text_as_it_is():
         ("{{ txt }}", "there is no field 'txt'"),
     ],
 )
-def test_what_is_no_template_is_told_with_its_place(source, message):
+def test_what_is_no_template_is_reported_with_its_place(source, message):
     with pytest.raises(UserError, match=message):
         Template(source, "t.yaml, one", known=VALUES)
 

@@ -79,7 +79,7 @@ def test_the_new_dataset_names_its_parent_and_the_command(tmp_path):
     assert tree(tmp_path / "again") == tree(tmp_path / "s")
 
 
-def test_bad_rows_of_the_parent_are_set_aside_and_counted(tmp_path):
+def test_bad_rows_of_the_parent_are_rejected_and_counted(tmp_path):
     parent = jsonl(tmp_path / "d.jsonl", [*prompts(40), {"prompt": ""}])
     said = split_dataset(parent, tmp_path / "s")
     assert (said["read"], said["written"], said["rejected"]) == (41, 40, 1)
@@ -134,7 +134,7 @@ def test_splits_that_would_leak_or_make_no_sense_are_refused(tmp_path):
     ]:
         with pytest.raises(UserError, match=message):
             split_dataset(path, tmp_path / "s", **options)
-    with pytest.raises(UserError, match="is the dataset itself"):
+    with pytest.raises(UserError, match="is the parent dataset itself"):
         split_dataset(parent, tmp_path / "x" / ".." / "d")
     assert not (tmp_path / "s").exists()
 
@@ -158,7 +158,7 @@ def test_fractions_that_do_not_make_a_whole_are_refused(text, message):
         parse_fractions(text)
 
 
-def test_fractions_may_stand_in_any_order_and_be_zero():
+def test_fractions_may_be_in_any_order_and_be_zero():
     assert parse_fractions(" test=0, eval=0.3 ,train=0.7") == {"train": 0.7, "eval": 0.3}
     assert list(parse_fractions("test=0.1,eval=0.1,train=0.8")) == ["train", "eval", "test"]
     assert DEFAULT_FRACTIONS == FRACTIONS
@@ -197,7 +197,7 @@ def test_near_prompts_stay_together_and_leak_without_it(tmp_path):
     assert open_dataset(tmp_path / "near").manifest["origin"]["command"].endswith(" --near 0.8")
 
 
-def test_a_prompt_that_is_near_to_none_stands_where_it_stands_without_near(tmp_path):
+def test_a_prompt_that_is_near_to_none_keeps_its_split_without_near(tmp_path):
     parent = dataset(tmp_path / "d", [*prompts(80), edited(0, 0), edited(0, 1)])
     split_dataset(parent, tmp_path / "plain")
     split_dataset(parent, tmp_path / "near", near=0.8)
@@ -239,7 +239,7 @@ def test_near_prompts_join_their_groups(tmp_path):
     assert all(len(splits) == 1 for splits in near_splits(tmp_path / "s").values())
 
 
-def test_a_group_that_is_near_to_a_held_out_one_is_told(tmp_path):
+def test_a_group_that_is_near_to_a_held_out_one_is_reported(tmp_path):
     rows = [{**edited(0, 0), "group": "a"}, {**edited(0, 1), "group": "b"}, {**edited(1, 0), "group": "c"}]
     parent = dataset(tmp_path / "d", rows)
     with pytest.raises(UserError, match="group 'b' has a prompt near to one of group 'a'") as caught:

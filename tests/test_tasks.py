@@ -129,7 +129,7 @@ def test_reasons_come_before_the_answer_where_there_are_some(tmp_path):
 # ---- exemplars -----------------------------------------------------------------------------------------------------
 
 
-def test_exemplars_stand_before_the_question_and_are_other_rows(tmp_path):
+def test_exemplars_come_before_the_question_and_are_other_rows(tmp_path):
     rows = [{"question": f"q{i}?", "answer": f"a{i}"} for i in range(5)] + [{"question": "q0?", "answer": "a0"}]
     file = jsonl(tmp_path / "r.jsonl", rows)
     make_tasks([file], tmp_path / "d", family="qa", options=Options(("question-answer",), shots=2))
@@ -250,7 +250,7 @@ def test_true_and_false_are_the_choices_0_and_1(tmp_path):
     assert [answer for _, answer in made(tmp_path / "d")] == ["yes", "no", "no", "yes"]
 
 
-def test_no_usable_row_writes_nothing_and_tells_the_columns(tmp_path):
+def test_no_usable_row_writes_nothing_and_the_error_names_the_columns(tmp_path):
     file = jsonl(tmp_path / "r.jsonl", [{"Frage": "a?", "Antwort": "b"}] * 2)
     with pytest.raises(NothingUsable, match="none of 2 rows could be used") as caught:
         make_tasks([file], tmp_path / "d", family="qa")
@@ -338,14 +338,14 @@ def test_options_that_make_no_sense_are_refused(tmp_path, options, message):
         ({"colour": "red"}, "colour: Extra inputs are not permitted"),
     ],
 )
-def test_templates_of_ones_own_that_are_wrong_are_told_with_file_and_name(tmp_path, changes, message):
+def test_templates_of_ones_own_that_are_wrong_are_reported_with_file_and_name(tmp_path, changes, message):
     with pytest.raises(UserError, match=message) as caught:
         read_family(own(tmp_path / "m.yaml", **changes))
     assert caught.value.what.startswith(f"{tmp_path / 'm.yaml'}: ")
 
 
 @pytest.mark.parametrize("text", ["", "- a", "a: [", "!!python/object/apply:os.system ['true']", "\x00"])
-def test_a_file_that_is_not_of_the_form_is_told(tmp_path, text):
+def test_a_file_that_is_not_of_the_form_is_reported(tmp_path, text):
     (tmp_path / "m.yaml").write_text(text)
     with pytest.raises(UserError, match=r"m\.yaml: "):
         read_family(tmp_path / "m.yaml")

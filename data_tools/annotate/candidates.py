@@ -16,7 +16,7 @@ def normalised(text: str) -> str:
     return " ".join(unicodedata.normalize("NFKC", text).casefold().split())
 
 
-def alike(one: str, other: str, threshold: float) -> bool:
+def too_similar(one: str, other: str, threshold: float) -> bool:
     """Whether two answers are too similar to be worth ranking against each other.
 
     They are if they are equal after `normalised`, or if their similarity as sequences of words reaches the threshold.

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from data_tools.annotate.candidates import alike, disagreement
+from data_tools.annotate.candidates import disagreement, too_similar
 from data_tools.io.derive import Derivation
 from data_tools.io.rejects import print_reasons
 from rlhf.core.console import say, table
@@ -117,7 +117,7 @@ def missing_answers(
     """Each proposal, with the number of answers that it still needs from the models up to `model` (from 0).
 
     A person's answer takes one of the K places. The others go to the models in turn, beginning with the next model at
-    the next prompt. What an earlier model could not give, because its answers are alike, falls to the next one.
+    the next prompt. What an earlier model could not give, because its answers are too similar, falls to the next one.
     """
     for index, one in enumerate(opened):
         turns = sum((index + place) % models <= model for place in range(k - one.has_human))
@@ -129,7 +129,7 @@ def add_answer(one: OpenProposal, text: str, author: str, ended: bool, most_simi
     tally.drawn += 1
     if not text.strip():
         tally.empty += 1
-    elif any(alike(text, other.text, most_similar) for other in one.candidates):
+    elif any(too_similar(text, other.text, most_similar) for other in one.candidates):
         tally.alike += 1
     else:
         tally.cut_off += not ended

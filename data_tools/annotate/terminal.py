@@ -46,7 +46,7 @@ def key(record: Proposal) -> str:
     return content_hash(record.prompt_id, [candidate.text for candidate in record.candidates])
 
 
-# ---- an order as people type it ----------------------------------------------------------------------------------
+# ---- parsing an order ----------------------------------------------------------------------------------
 
 
 def parse_order(text: str, count: int) -> tuple[int, ...]:
@@ -221,16 +221,16 @@ def rank(candidates: str | Path, annotator: str, out: str | Path | None = None) 
 
 @dataclass(frozen=True)
 class Skipped:
-    """A proposal that was passed over in this session."""
+    """A proposal that was skipped in this session."""
 
     key: str
 
 
 class Session:
-    """One sitting of one annotator.
+    """One session of one annotator.
 
     Args:
-        proposals: Those to rank, by their key, in the order to ask.
+        proposals: Proposals to rank by their key, in the order of the questions.
         annotator: Who ranks.
         file: Takes the rankings.
     """
@@ -255,7 +255,7 @@ class Session:
             if not self.ask(proposal):
                 return
 
-    # ---- what the person sees
+    # ---- output
 
     def show(self, proposal: Proposal) -> None:
         """The prompt and its answers, without saying who wrote them."""
@@ -283,10 +283,10 @@ class Session:
         minutes = statistics.median(took) * len(self.waiting) / 60
         return f"{minutes / 60:.1f} h" if minutes >= 90 else f"{max(1, round(minutes))} min"
 
-    # ---- what the person says
+    # ---- input
 
     def ask(self, proposal: Proposal) -> bool:
-        """Take commands until one moves on to another proposal; False when the person quits."""
+        """Read commands until the next proposal; False when the annotator quits."""
         begun = time.monotonic()
         while True:
             try:
@@ -311,7 +311,7 @@ class Session:
                 return True
 
     def take(self, proposal: Proposal, said: str, seconds: float) -> bool:
-        """Save what was said as a ranking; False, after saying why, where it is none."""
+        """Save the typed order as a ranking; False, after an error message, where it is invalid."""
         try:
             ranks = parse_order(said, len(proposal.candidates))
             ranking = Ranking(
@@ -329,7 +329,7 @@ class Session:
         return True
 
     def undo(self) -> bool:
-        """Take the last ranking or skip back and ask for it again; False where there is none."""
+        """Undo the last ranking or skip and ask again; False where there is none."""
         last = self.history[-1] if self.history else None
         if isinstance(last, Skipped):
             name = last.key

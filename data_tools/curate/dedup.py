@@ -129,7 +129,7 @@ def dedup_dataset(
                 row = {"id": record.id, "why": why, "same_as": same, "prompt": shown}
                 file.write(json.dumps(row, ensure_ascii=False) + "\n")
         if not made.written:
-            raise UserError(f"{path}: no record is left of {dropped.total():,}", remedy="Is it the set itself?")
+            raise UserError(f"{path}: no record is left out of {dropped.total():,}", remedy="Is it the set itself?")
         made.origin["dropped"] = counts = by_count(dropped)
     rejected, reasons = made.rejects.count, by_count(made.rejects.reasons)
     read = made.written + dropped.total() + rejected
@@ -176,7 +176,7 @@ def _matches(parent: Dataset, others: Sequence[Dataset], near: float | None) -> 
 def show(summary: Mapping[str, Any]) -> None:
     """Print what `dedup_dataset` returns."""
     folder = Path(summary["out"])
-    whys = {"duplicate": "the same as another", "near": "nearly the same as another", "against": "in the other sets"}
+    whys = {"duplicate": "the same as another", "near": "a near duplicate of another", "against": "in the other sets"}
     rows = [[whys[why], count] for why, count in summary["dropped"].items()]
     if rows:
         console.table("left out", ["why", "records"], rows)

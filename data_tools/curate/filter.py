@@ -108,7 +108,7 @@ def _token_fields(record: Record, count: CountTokens) -> dict[str, int]:
 
 
 class _Condition:
-    """Whether a record is kept."""
+    """Decides whether a record is kept."""
 
     def __init__(
         self, kind: str, where: str | None, count: CountTokens | None, least: int | None, most: int | None
@@ -155,7 +155,7 @@ def filter_dataset(
         `read` is the sum of the other three.
 
     Raises:
-        UserError: Nothing to filter by, an expression that is none or names an unknown field, one that fails on a
+        UserError: Nothing to filter by, an invalid expression or unknown field, an expression that fails on a
             record (nothing is written then), no record left, or a dataset that cannot be read or written.
     """
     limits = {"--min-tokens": min_tokens, "--max-tokens": max_tokens}
@@ -171,7 +171,7 @@ def filter_dataset(
     with Derivation(out, parent.kind, [parent], judgements=True) as made:
         filtered = _write(parent, made, condition, where)
         if not made.written:
-            raise UserError(f"{path}: no record is left of {filtered:,}", remedy="Loosen the condition.")
+            raise UserError(f"{path}: no record is left out of {filtered:,}", remedy="Loosen the condition.")
         made.origin["filtered"] = filtered
     rejected, reasons = made.rejects.count, by_count(made.rejects.reasons)
     counts = {"read": made.written + filtered + rejected, "written": made.written, "filtered": filtered}
@@ -194,9 +194,9 @@ def _write(parent: Dataset, made: Derivation, condition: _Condition, where: str 
         filtered += not keep
     if failed:
         raise UserError(
-            f"--where {where!r}: fails on {failed:,} records, and nothing was written",
+            f"--where {where!r}: fails on {failed:,} records; nothing was written",
             first,
-            "Say what is to happen to them, such as `seconds is none or seconds > 3`.",
+            "Handle them in the expression, such as `seconds is none or seconds > 3`.",
         )
     return filtered
 

@@ -117,8 +117,8 @@ def show(node: Mapping[str, Any]) -> None:
     for line in _lines(node):
         console.say(line)
     if wrong := faults(node):
-        hint = "paths are as they were given to the commands: is this the folder that they were run in?"
-        console.warn(f"{wrong} of what it was made from is missing or has changed; {hint}")
+        hint = "paths are as they were typed; is this the folder in which the commands were run?"
+        console.warn(f"{wrong} of the inputs are missing or have changed; {hint}")
 
 
 def _lines(node: Mapping[str, Any]) -> list[str]:

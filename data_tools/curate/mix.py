@@ -1,4 +1,4 @@
-"""Mix: a sample of several datasets with given shares, without repeating a record."""
+"""Mix: a sample of several datasets in given fractions, without repeating a record."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from rlhf.data.store import Dataset, OnReject, open_dataset
 
 @dataclass(frozen=True)
 class MixPart:
-    """One input of a mixture. `weight` is its share of the result; None: what the others leave, or its size."""
+    """One input of a mixture. `weight` is its fraction of the result; None: a fraction of the rest by size."""
 
     path: Path
     weight: Fraction | None = None
@@ -71,10 +71,10 @@ def parse_caps(words: Sequence[str], parts: Sequence[MixPart]) -> dict[Path, int
 
 
 def shares(weights: Sequence[Fraction | None], available: Sequence[int]) -> list[Fraction]:
-    """The share of each input in the result; they sum to 1.
+    """The fraction of each input in the result; they sum to 1.
 
-    Without any weight the shares are as the sizes. With all, as the weights. With some, these are shares of the
-    whole, and the inputs without one divide the rest by their sizes.
+    Without weights the fractions are proportional to the sizes. With all weights they are proportional to these. With
+    some, these are fractions of the whole, and the inputs without one divide the rest in proportion to their sizes.
 
     Raises:
         UserError: Weights that leave nothing for the inputs without one.
@@ -93,10 +93,10 @@ def shares(weights: Sequence[Fraction | None], available: Sequence[int]) -> list
 
 
 def counts(wanted: Sequence[Fraction], available: Sequence[int], size: int | None) -> list[int]:
-    """How many records to take of each input: the shares of `size`, rounded by largest remainders.
+    """How many records to take of each input: the fractions of `size`, rounded by largest remainders.
 
     Args:
-        size: Records of the result; None for the most that the shares allow.
+        size: Records of the result; None for the most that the fractions allow.
 
     Raises:
         UserError: An input has too few records for the size. None is ever repeated.
@@ -110,8 +110,8 @@ def counts(wanted: Sequence[Fraction], available: Sequence[int], size: int | Non
         taken[index] += 1
     if any(count > have for count, have in zip(taken, available)):
         raise UserError(
-            f"--size {total}: a dataset has too few records for its share of it",
-            "No record is repeated: to see one more often is for the number of epochs.",
+            f"--size {total}: a dataset has too few records for its fraction of it",
+            "No record is repeated; to train on records more often, use more epochs.",
             f"The largest size with these weights and caps is {most:,}.",
         )
     return taken
@@ -122,21 +122,21 @@ def mix_datasets(
 ) -> dict[str, Any]:
     """Write a mixture of datasets of one kind. The records are sampled without repetition, by the seed.
 
-    The inputs are read in their order and woven together at random, so memory grows with the number of records, not
+    The inputs are read in their order and interleaved at random, so memory grows with the number of records, not
     with texts. A record without a `source` gets its dataset's name as one.
 
     Args:
         words: The inputs as `parse_parts` takes them.
-        caps: The most records of an input, as `parse_caps` takes them; they come before the shares.
-        size: Records of the result; by default the most that the shares allow.
-        seed: Another seed takes other records.
+        caps: The most records of an input, as `parse_caps` takes them; they are applied before the fractions.
+        size: Records of the result; by default the most that the fractions allow.
+        seed: Seed of the sample.
 
     Returns:
         out, kind, seed, read, written, left (not sampled), rejected, reasons, `parts` (path, share, available, taken
         of each), and `leaks` (prompts that are in more than one split of the result).
 
     Raises:
-        UserError: Words or a size that make no sense, datasets of different kinds or one without records, or one
+        UserError: Invalid words or size, datasets of different kinds or one without records, or one
             that cannot be read or written.
     """
     parts = parse_parts(words)
@@ -158,7 +158,7 @@ def mix_datasets(
     ]
     leaks = _Leaks()
     with Derivation(out, parents[0].kind, parents, {"parts": taken_parts}) as made:
-        for record in _woven(parents, held, taken, seed, made.rejects):
+        for record in _interleaved(parents, held, taken, seed, made.rejects):
             leaks.add(record)
             made.write(record)
         made.origin["left"] = left = sum(held) - made.written
@@ -177,7 +177,7 @@ def _count(dataset: Dataset) -> int:
     return count
 
 
-def _woven(
+def _interleaved(
     parents: Sequence[Dataset], held: Sequence[int], taken: Sequence[int], seed: int, reject: OnReject
 ) -> Iterator[Record]:
     """The sampled records of all datasets, each dataset's in its own order."""

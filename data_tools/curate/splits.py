@@ -192,7 +192,7 @@ def _plan(
     held_out = set(hold_out)
     near_held = {deciding.get(group, group): group for group in hold_out}
     plan: dict[str, str] = {}
-    home: dict[str, str] = {}  # prompt id -> group
+    group_of: dict[str, str] = {}  # by prompt id
     for record in parent.records(on_reject=lambda _: None):  # counted when the records are written
         if by == "group" and not record.group:
             raise UserError(
@@ -210,7 +210,7 @@ def _plan(
             )
         plan[key] = plan.get(key) or ("eval" if key in held_out else assign(decides, checked, seed))
         if by == "group":
-            first = home.setdefault(record.prompt_id, key)
+            first = group_of.setdefault(record.prompt_id, key)
             if plan[first] != plan[key]:
                 raise UserError(
                     f"{parent.path}: prompt {record.prompt_id} is in group {first!r} ({plan[first]}) and in group "

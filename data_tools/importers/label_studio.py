@@ -199,7 +199,7 @@ class _Reader:
                 raise BadRecord("the ranking leaves candidates out", f"without {brief(missing)}")
             return [[item] for item in order]
         if not isinstance(value, dict):
-            raise BadRecord("ranker: neither a list of ids nor an object of buckets", brief(value))
+            raise BadRecord("ranker: not a list of ids or an object of buckets", brief(value))
         filled = {name: _ids(ids) for name, ids in value.items() if ids}
         if unknown := [name for name in filled if name not in (*self.buckets, LEFT_IN_LIST)]:
             remedy = "Name all buckets, best first: --option buckets=BEST,MIDDLE,WORST"
@@ -248,7 +248,7 @@ def _is_item_list(value: Any) -> bool:
 
 def _ids(value: Any) -> list[str]:
     if not isinstance(value, list) or not all(isinstance(item, (str, int)) for item in value):
-        raise BadRecord("ids are neither text nor numbers", brief(value))
+        raise BadRecord("ids are not text or numbers", brief(value))
     return list(map(str, value))
 
 

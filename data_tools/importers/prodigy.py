@@ -88,7 +88,7 @@ def _shown(option: Any) -> str | None:
 
 def _ids(values: list[Any], name: str) -> list[str]:
     if not all(isinstance(value, (str, int)) for value in values):
-        raise BadRecord(f"{name}: ids are neither text nor numbers", brief(values))
+        raise BadRecord(f"{name}: ids are not text or numbers", brief(values))
     return list(map(str, values))
 
 

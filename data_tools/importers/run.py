@@ -32,11 +32,11 @@ OPTIONS_FILE = "import.yaml"
 
 @dataclass(frozen=True)
 class ImportSummary:
-    """What an import did. `read` = `written` + `rejected`, always."""
+    """The counts of an import: `read` = `written` + `rejected`."""
 
     out: Path
     kind: str | None
-    """None where nothing was written: there is no dataset then."""
+    """None where nothing was written."""
     read: int
     written: int
     rejected: int
@@ -60,14 +60,14 @@ class ImportSummary:
 
 
 class NothingUsable(UserError):
-    """No row of the files could be used. `summary` says why, row by row; nothing was written."""
+    """No row could be used, and nothing was written; `summary` has the reasons."""
 
     def __init__(self, summary: ImportSummary) -> None:
         self.summary = summary
         first = next(iter(summary.first.values()), None)
         why = f"First: {first}" if first else "The files hold no row."
         remedy = first.remedy if first else ""
-        super().__init__(f"{summary.out}: not made: none of {summary.read:,} rows could be used", why, remedy)
+        super().__init__(f"{summary.out}: not written: none of {summary.read:,} rows could be used", why, remedy)
 
 
 def import_dataset(
@@ -84,7 +84,7 @@ def import_dataset(
     """Import files of one format into a dataset folder, streaming.
 
     Rows that cannot be used are counted by reason and kept in `rejected.jsonl` in the folder. Where no row can be
-    used, nothing is written, and what stood under the name stays. The same files and options give the same bytes.
+    used, nothing is written, and an existing dataset stays. The same files and options give the same bytes.
 
     Args:
         importer: A row of `IMPORTERS`, or `auto` to recognise it from the files.
@@ -99,7 +99,7 @@ def import_dataset(
     Raises:
         NothingUsable: Not one row could be used.
         UserError: An unknown importer or split, no such file, an empty or damaged file, files of different kinds, an
-            `out` that is something else than a dataset, or a bad row under `strict`.
+            `out` that is not a dataset, or a bad row under `strict`.
     """
     if split is not None and split not in SPLITS:
         raise UserError(f"--split-name: no split is called {split!r}", remedy=nearest(split, SPLITS))
@@ -142,7 +142,7 @@ def _choose(importer: str, paths: Sequence[str | Path], options: Mapping[str, An
 
 
 def read_options(file: Path | None, pairs: Sequence[str]) -> dict[str, Any]:
-    """Options from a YAML file and from NAME=VALUE words, which win. A value that is a JSON list or object is one.
+    """Options from a YAML file and from NAME=VALUE words, which take precedence. JSON lists and objects are parsed.
 
     Raises:
         UserError: The file is not a YAML mapping of names, or a word has no equals sign.
@@ -165,14 +165,14 @@ def read_options(file: Path | None, pairs: Sequence[str]) -> dict[str, Any]:
 
 def _list_or_object(text: str) -> Any:
     if text[:1] in ("[", "{"):
-        with suppress(ValueError, RecursionError):  # a template in braces, say, is text
+        with suppress(ValueError, RecursionError):  # other text in braces, such as a template, stays text
             return json.loads(text)
     return text
 
 
 @contextmanager
 def _no_collector() -> Iterator[None]:
-    """Without the cyclic garbage collector: records hold no cycles, and walking them again and again costs a third."""
+    """Switch off the cyclic garbage collector: records have no cycles, and scanning them takes a third of the time."""
     was = gc.isenabled()
     gc.disable()
     try:
@@ -208,7 +208,7 @@ def find_files(paths: Sequence[str | Path], suffixes: tuple[str, ...]) -> list[P
     dot; what names no file is taken as a glob pattern (``**`` for any depth).
 
     Raises:
-        UserError: Nothing there, an empty file, or a folder that is a dataset already.
+        UserError: No such file, an empty file, or a folder that is a dataset.
     """
     found: dict[Path, None] = {}
     for path in map(Path, paths):

@@ -1,7 +1,7 @@
-"""Datasets made from datasets: what every command that writes one has in common.
+"""Datasets derived from datasets: what all commands that write one share.
 
-The new manifest's `origin` names the parents (path and fingerprint), the command, and the counts, so that a dataset
-can say where it came from (`rlhf data lineage`).
+The new manifest's `origin` names the parents (path and fingerprint), the command and the counts, for
+`rlhf data lineage`.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from rlhf.data.store import Dataset, DatasetWriter
 
 
 class Derivation:
-    """Write a dataset made from others; a context manager, and whole or absent like every dataset.
+    """Context manager that writes a dataset made from others; after an error nothing is left.
 
     Bad rows of a JSONL parent go to `rejects`: read the parents with ``parent.records(on_reject=made.rejects)``.
 
@@ -29,8 +29,8 @@ class Derivation:
         kind: The kind of its records; None takes the kind of the first.
         parents: The opened datasets that it is made from.
         facts: More for the manifest's `origin`; `origin` may be added to until the block ends.
-        judgements: The records are judgements of the first parent, unchanged: what is known of how far its annotators
-            agree holds for them too where they cannot be compared any more (each prompt kept once, say).
+        judgements: The records are unchanged judgements of the first parent. Its agreement is copied where the new
+            records show none (for instance because each prompt is kept once).
 
     Raises:
         UserError: `out` is one of the parents, or cannot be written.
@@ -46,7 +46,11 @@ class Derivation:
     ) -> None:
         for parent in parents:
             if Path(out).resolve() == parent.path.resolve():
-                raise UserError(f"--out {out}: is the dataset itself", "The parent is kept.", "Choose another --out.")
+                raise UserError(
+                    f"--out {out}: is the parent dataset itself",
+                    "It is kept.",
+                    "Choose another --out.",
+                )
         origin = {
             "command": command_line(),
             "parents": [{"path": str(parent.path), "fingerprint": parent.fingerprint} for parent in parents],

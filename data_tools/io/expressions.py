@@ -1,7 +1,7 @@
 """Expressions and templates that users write, in Jinja's sandbox: they compute with the values that they are given.
 
-They cannot import, read files, reach Python's internals, call anything but a few methods of text, or multiply a text
-into one that fills the memory. What a value holds is never taken as a template.
+They cannot import, read files, reach Python's internals, call anything but a few methods of text, or build a text
+that fills the memory. The content of a value is never read as a template.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ METHODS = frozenset(
         "startswith", "strip", "title", "upper",
     )
 )  # fmt: skip
-"""Methods of text that may be called; nothing else may."""
+"""The only methods that may be called: those of text."""
 LONGEST_SOURCE = 20_000
 LARGEST_POWER = 64
 
@@ -83,7 +83,7 @@ class Expression:
         known: The names that it may use; None where they are known only when it is computed.
 
     Raises:
-        UserError: It is not an expression, or uses an unknown name.
+        UserError: It is invalid, or uses an unknown name.
     """
 
     def __init__(self, source: str, where: str, known: Collection[str] | None = None) -> None:
@@ -106,7 +106,7 @@ class Expression:
         """
         try:
             value = self._compute(values)
-        except Exception as error:  # whatever it is, this expression raised it
+        except Exception as error:  # any error is the expression's
             raise Failed(_message(error)) from None
         if isinstance(value, StrictUndefined):
             raise Failed(_undefined(value))
@@ -143,7 +143,7 @@ class Template:
         """
         try:
             return self._template.render(values)
-        except Exception as error:  # whatever it is, this template raised it
+        except Exception as error:  # any error is the template's
             raise Failed(_message(error)) from None
 
 
@@ -169,7 +169,7 @@ def _check_names(names: frozenset[str], where: str, known: Collection[str] | Non
 def _undefined(value: StrictUndefined) -> str:
     try:
         return str(value)
-    except Exception as error:  # a strict undefined value raises what it has to say
+    except Exception as error:  # a strict undefined value raises its message
         return _message(error)
 
 

@@ -16,11 +16,11 @@ FILE_NAME = "rejected.jsonl"
 
 
 class Rejects:
-    """Takes every rejected row; a context manager that holds the file open.
+    """Collects rejected rows; a context manager that holds the file open.
 
     Args:
-        path: JSONL file with one object a row: file, line, reason, detail, remedy, raw. It is made when the first row
-            comes, so a dataset without rejected rows has none.
+        path: JSONL file with one object a row: file, line, reason, detail, remedy, raw. It is created with the first
+            row, so a dataset without rejected rows has none.
         strict: Raise a `UserError` at the first row instead.
     """
 
@@ -53,7 +53,7 @@ class Rejects:
 
 
 def by_count(reasons: dict[str, int]) -> dict[str, int]:
-    """The reasons, most frequent first; equal ones by name, so that the order is always the same."""
+    """The reasons, most frequent first, then by name."""
     return dict(sorted(reasons.items(), key=lambda item: (-item[1], item[0])))
 
 
@@ -64,11 +64,11 @@ def warn_rejected(summary: Mapping[str, Any]) -> None:
 
 
 def print_reasons(reasons: dict[str, int], first: dict[str, Reject]) -> None:
-    """Print the table of reasons with the place of the first such row; nothing when there are none."""
+    """Print the reasons with the place of the first row of each."""
     if not reasons:
         return
     rows: list[list[Any]] = []
     for reason, count in by_count(reasons).items():
         row = first[reason]
         rows.append([reason, count, f"{Path(row.file).name}:{row.line}", row.detail, row.remedy])
-    console.table("rejected rows", ["reason", "rows", "first at", "there", "what to do"], rows)
+    console.table("rejected rows", ["reason", "rows", "first at", "detail", "what to do"], rows)

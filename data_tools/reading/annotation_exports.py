@@ -45,7 +45,7 @@ def person(value: Any) -> str:
     if value is None:
         return ""
     if isinstance(value, bool) or not isinstance(value, (str, int)):
-        raise BadRecord("annotator: neither text nor a number", brief(value))
+        raise BadRecord("annotator: not text or a number", brief(value))
     return str(value)
 
 

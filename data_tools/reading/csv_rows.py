@@ -17,14 +17,14 @@ from rlhf.data.schema import BadRecord
 CSV = tuple(f".{name}{zipped}" for name in ("csv", "tsv") for zipped in ("", ".gz", ".zst"))
 """Suffixes of the files that `csv_rows` reads."""
 LONGEST_FIELD = 1 << 26
-"""Characters of a field; more of them are a quote that is not closed."""
+"""Most characters of a field; a longer one means a quote that is not closed."""
 _DELIMITERS = {";": ";", "tab": "\t", "|": "|", ",": ","}
-"""Those that tables are usually cut at, by the word for them."""
+"""Usual delimiters by their names in options."""
 _UNDECODED = re.compile("[\udc80-\udcff]")
 
 
 class _Line(NamedTuple):
-    """What the CSV reader took for one row: where it begins, its text, its fields, and why it is none."""
+    """One row of the CSV reader: the line it begins on, its text, its fields, and its fault."""
 
     number: int
     raw: str
@@ -42,9 +42,9 @@ def csv_rows(
 ) -> Iterator[Item]:
     """Stream the rows of a CSV or TSV file as {column: text}, each with the line on which it begins.
 
-    The first line names the columns; quoted fields may hold line breaks, blank lines are passed over. Gzip and zstd
+    The first line names the columns; quoted fields may hold line breaks, blank lines are skipped. Gzip and zstd
     are recognised by their first bytes. To `reject` go rows with more or fewer fields than there are columns, bytes
-    that are not of the encoding, quotes out of place, and what the end of the file cuts off.
+    that are not of the encoding, quotes out of place, and rows that the end of the file cuts off.
 
     Args:
         columns: Names of columns that must be there.
@@ -52,7 +52,7 @@ def csv_rows(
         encoding: As Python names it; a byte order mark is dropped.
 
     Raises:
-        UserError: The file cannot be opened, a column is missing or there twice, or the delimiter or encoding is none.
+        UserError: The file cannot be opened, a column is missing or duplicate, or the delimiter or encoding is unknown.
     """
     lines = _lines(path, reject, delimiter, encoding)
     first = next(lines, None)
@@ -95,7 +95,7 @@ def _header(path: Path, line: _Line, columns: Collection[str]) -> list[str]:
 
 
 def _lines(path: Path, reject: OnReject, delimiter: str | None, encoding: str) -> Iterator[_Line]:
-    """What the CSV reader takes for rows, without blank lines; damage goes to `reject`."""
+    """The rows of the CSV reader without blank lines; damage goes to `reject`."""
     if delimiter is None:
         delimiter = "\t" if ".tsv" in path.suffixes else ","
     delimiter = _DELIMITERS.get(delimiter, delimiter)
@@ -106,7 +106,7 @@ def _lines(path: Path, reject: OnReject, delimiter: str | None, encoding: str) -
         io.TextIOWrapper(io.BytesIO(), encoding)
     except (LookupError, ValueError):
         raise UserError(f"encoding: none is called {encoding!r}", remedy="Write utf-8, cp1252 or utf-16.") from None
-    csv.field_size_limit(LONGEST_FIELD)  # the whole process's; Python's own is too low for long answers
+    csv.field_size_limit(LONGEST_FIELD)  # for the whole process; Python's default is too low for long answers
     with open_bytes(path) as file:
         text = _Text(file, encoding)
         try:
@@ -118,7 +118,7 @@ def _lines(path: Path, reject: OnReject, delimiter: str | None, encoding: str) -
 
 
 class _Text:
-    """The lines of a text, one at a time; keeps those that the CSV reader took for the row that it is at."""
+    """The lines of a text; `taken` has those of the CSV reader's current row."""
 
     def __init__(self, file: BinaryIO, encoding: str) -> None:
         self._text = io.TextIOWrapper(file, encoding, errors="surrogateescape", newline="")
@@ -130,7 +130,7 @@ class _Text:
             self.count += 1
             self.taken.append(line)
             yield line
-        self._text.detach()  # whoever opened the bytes closes them
+        self._text.detach()  # the caller closes the bytes
 
 
 def _parsed(text: _Text, delimiter: str, encoding: str) -> Iterator[_Line]:

@@ -13,7 +13,7 @@ UNSEEN = {"script", "style"}
 
 
 def html_text(html: str) -> str:
-    """What a reader of the page sees: tags dropped, entities resolved, a blank line between blocks.
+    """The visible text: without tags, with entities resolved and a blank line between blocks.
 
     List items begin with ``- ``. Code blocks stand between lines of three backticks, their white space as it is; inline
     code is between backticks. Links leave their text, images nothing.
@@ -67,5 +67,5 @@ class _Parser(HTMLParser):
 
 
 def _in_line(text: str) -> str:
-    """White space as a browser shows it; that between blocks is nothing."""
+    """White space as a browser shows it; between blocks there is none."""
     return "" if text.isspace() and "\n" in text else re.sub(r"\s+", " ", text)

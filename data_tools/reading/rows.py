@@ -29,7 +29,7 @@ class Item(NamedTuple):
 
 
 def rows(path: Path, reject: OnReject) -> Iterator[Item]:
-    """Stream the rows of a file: JSON lines, a JSON array, JSON values one after the other, or Parquet.
+    """Stream the rows of a file: JSON lines, a JSON array, concatenated JSON values, or Parquet.
 
     Gzip and zstd are recognised by their first bytes, and the form by its first character, whatever the name. A row
     that is not JSON, or that the end of the file cuts off, goes to `reject`; damaged compression is one such row.
@@ -76,7 +76,7 @@ def _parquet(path: Path) -> Iterator[Item]:
 
 
 class _Stream:
-    """JSON values of a text that is never whole in memory: an array's elements, or values one after the other.
+    """JSON values of a streamed text: an array's elements, or concatenated values.
 
     The decoder finds where a value ends. Where it fails, brackets are counted to distinguish a broken value from one
     that continues beyond the buffer.
@@ -108,10 +108,10 @@ class _Stream:
         else:
             if array:
                 self._refuse(cut_off_fault(BadRecord("the array is not closed")), self._at)
-        self._file.detach()  # whoever opened the bytes closes them
+        self._file.detach()  # the caller closes the bytes
 
     def _next(self, passed: str = "") -> str:
-        """Go to the next character that is neither white space nor among `passed`; empty at the end."""
+        """Move to the next character that is not white space or in `passed`; empty at the end."""
         while True:
             while self._at < len(self._text):
                 if self._text[self._at] not in " \t\r\n" + passed:
@@ -121,7 +121,7 @@ class _Stream:
                 return ""
 
     def _more(self) -> bool:
-        """Read on; what has been passed is forgotten. Twice as much each time, so that one huge value is not costly."""
+        """Read more and drop the text before `_at`. Reads double, so that one huge value takes linear time."""
         read = self._file.read(max(CHUNK, len(self._text) - self._at))
         self._text, self._at = self._text[self._at :] + read, 0
         self._ended = not read
@@ -167,7 +167,7 @@ _TOKEN = re.compile(r'"[^"\\]*(?:\\.[^"\\]*)*"|["\[\]{},]', re.DOTALL)
 
 
 def _end_of_value(text: str, at: int) -> int | None:
-    """Where a value that the decoder refuses ends: at its closing bracket, or before a comma or bracket outside it.
+    """Where a value that the decoder refuses ends: at its closing bracket, or before the next comma or bracket.
 
     None where the text ends before it does.
     """
