@@ -57,12 +57,12 @@ def test_parents_and_files_that_changed_or_are_gone_are_marked(chain):
     dataset(chain / "imported", prompts(5))
     (chain / "other.jsonl").mkdir()
     clean, other = lineage("split")["parents"][0]["parents"]
-    assert other["state"] == "unreadable" and "without manifest.json" in other["fault"]
+    assert other["state"] == "unreadable" and "no manifest.json" in other["fault"]
     before, now = clean["parents"][0]["fingerprint"], clean["parents"][0]["now"]
     assert clean["parents"][0]["state"] == "changed" and "parents" not in clean["parents"][0]
     assert now == open_dataset("imported").fingerprint != before
     assert f"imported  {before[:12]}  CHANGED since: now {now[:12]}" in run("lineage", "split").output
-    assert "UNREADABLE: other.jsonl: a folder without" in run("lineage", "split").output
+    assert "UNREADABLE: other.jsonl: not a complete dataset" in run("lineage", "split").output
 
 
 def test_a_dataset_that_was_written_over_its_own_parent_ends_the_chain(tmp_path, monkeypatch):
