@@ -126,7 +126,7 @@ def test_a_long_conversation_keeps_its_end(chat: Chat, capsys: pytest.CaptureFix
 # ---- commands ----------------------------------------------------------------------------------------------------
 
 
-def test_every_command_is_told_by_help(run: str) -> None:
+def test_help_lists_every_command(run: str) -> None:
     _, notes = talk(run, "/help")
     assert all(f"/{name}" in notes for name in [*COMMANDS, "quit"])
 
@@ -185,13 +185,13 @@ def test_temperature_holds_from_now_on(chat: Chat) -> None:
         ("/undo", "nothing to undo"),
     ],
 )
-def test_a_mistyped_command_is_told_and_the_chat_goes_on(line: str, message: str, run: str) -> None:
+def test_a_mistyped_command_is_refused_and_the_chat_continues(line: str, message: str, run: str) -> None:
     said, notes = talk(run, line, "One?", "/quit", "Two?")
     assert message in notes
     assert said.count("\n") >= 1 and said == talk(run, "One?")[0]
 
 
-def test_a_conversation_that_cannot_be_saved_is_told(chat: Chat, tmp_path: Path) -> None:
+def test_a_conversation_that_cannot_be_saved_is_refused(chat: Chat, tmp_path: Path) -> None:
     chat.turn("One?")
     with pytest.raises(UserError, match="cannot be saved"):
         chat.obey(f"/save {tmp_path / 'nowhere' / 'chat.jsonl'}")

@@ -65,7 +65,7 @@ def test_help_of_every_command_comes_without_heavy_imports(tmp_path, command):
     assert done.stdout.startswith(f"Usage: rlhf {command} ")
 
 
-def test_the_version_is_told(tmp_path):
+def test_the_version_is_printed(tmp_path):
     from rlhf import __version__
 
     assert rlhf(tmp_path, "--version").stdout.strip() == f"rlhf {__version__}"
@@ -104,7 +104,7 @@ def test_an_unknown_command_or_option_is_refused_with_the_nearest(tmp_path):
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
-def test_what_can_be_found_before_loading_is_told_without_heavy_imports(place, words, message):
+def test_errors_found_before_loading_come_without_heavy_imports(place, words, message):
     pretend(place / "runs" / "taken", "sft", "complete")
     pretend(place / "runs" / "half", "sft", "running")
     pretend(place / "runs" / "rm", "reward", "complete", tokenizer="another")

@@ -310,7 +310,7 @@ def test_the_command_shows_stages_phases_and_what_fits(tmp_path):
         assert word in text
 
 
-def test_a_model_without_its_config_is_refused_and_base_stands_in(tmp_path):
+def test_a_model_without_its_config_is_refused_unless_base_is_given(tmp_path):
     file = config_file(tmp_path, str(tmp_path / "runs" / "sft"))
     status, text = said("--config", file, "--gpus", "1", "--gpu-memory", "80")
     assert status and "config.json" in text
@@ -325,7 +325,7 @@ def test_memory_that_is_no_number_of_gib_is_refused(text):
         memory_of(text)
 
 
-def test_a_config_whose_stage_cannot_be_told_is_refused(tmp_path):
+def test_a_config_without_a_recognisable_stage_is_refused(tmp_path):
     file = tmp_path / "x.yaml"
     file.write_text("run: r\nmodel: {path: x}\ndata: {train: y}\n")
     status, text = said("--config", str(file), "--gpus", "1", "--gpu-memory", "80")

@@ -144,10 +144,10 @@ def test_a_taken_run_folder_is_refused_and_both_ways_on_are_named(world):
     assert "already holds a run" in text and "--resume" in text and "--overwrite" in text
 
 
-@pytest.mark.parametrize(("step", "told"), [(None, "starts from the beginning"), (30, "continues after step 30")])
-def test_resume_says_from_where_it_continues(world, step, told):
+@pytest.mark.parametrize(("step", "expected"), [(None, "starts from the beginning"), (30, "continues after step 30")])
+def test_resume_says_from_where_it_continues(world, step, expected):
     interrupted(world, step)
-    assert told in dict(check("sft", config("sft", world), True, False))["run"]
+    assert expected in dict(check("sft", config("sft", world), True, False))["run"]
 
 
 def test_resume_with_another_config_is_refused_with_the_lines_that_differ(world):

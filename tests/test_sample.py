@@ -149,7 +149,7 @@ def test_waiting_prompts_take_the_places_of_finished_answers_and_results_come_ea
     assert sum(columns == 1 for _, columns in shapes) < in_pairs
 
 
-def test_a_ppo_run_is_sampled_as_in_training_unless_told_otherwise(runs: dict[str, str]) -> None:
+def test_a_ppo_run_is_sampled_as_in_training_by_default(runs: dict[str, str]) -> None:
     found = sampling_params(runs["ppo"])
     assert (found.max_new_tokens, found.temperature, found.top_k, found.stop) == (12, 0.5, 7, ("zz",))
     assert sampling_params(runs["ppo"], temperature=0, stop=["a"]).stop == ("a",)

@@ -186,7 +186,7 @@ def test_noise_makes_annotators_disagree_as_often_as_people_do():
     assert 0.72 < agreed / pairs < 0.82
 
 
-def test_agreement_counts_pairs_that_both_rank_apart():
+def test_agreement_counts_pairs_that_neither_ties():
     candidates = tuple(map(Candidate, "abc"))
     one, other = (Ranking(FOOD.messages, candidates=candidates, ranks=r) for r in ((1, 2, 3), (1, 3, 3)))
     alone = Ranking(FOOD.messages, candidates=candidates[:2], ranks=(1, 2))
