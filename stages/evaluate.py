@@ -11,7 +11,7 @@ import typer
 
 from rlhf.cli import options
 from rlhf.cli.sampling_options import SamplingOptions, with_sampling
-from rlhf.core.console import say, table, warn
+from rlhf.core.console import print_json, say, table, warn
 from rlhf.core.errors import UserError
 from rlhf.data.encode import EncodingCounts
 from rlhf.data.selection import chosen_prompts, chosen_records, with_system
@@ -65,7 +65,7 @@ def command(
     if output is not None:
         options.write_whole(output, json.dumps(result, indent=2, ensure_ascii=False) + "\n")
     if as_json:
-        options.print_json(result)
+        print_json(result)
 
 
 # ---- policies ----------------------------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from rlhf.cli import options
-from rlhf.core.console import say, warn
+from rlhf.core.console import print_json, say, warn
 from rlhf.core.errors import UserError
 from rlhf.export.export import ROLES, export
 from rlhf.export.formats import EXPORTERS
@@ -63,4 +63,4 @@ def command(
         facts["pushed"] = push(out, push_to_hub, private)
         say(f"Pushed: {facts['pushed']}")
     if as_json:
-        options.print_json(facts)
+        print_json(facts)

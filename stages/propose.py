@@ -29,6 +29,7 @@ from data_tools.annotate.propose import (
 from data_tools.io.derive import Derivation
 from rlhf.cli import options
 from rlhf.cli.sampling_options import SamplingOptions, with_sampling
+from rlhf.core.console import print_json
 from rlhf.core.errors import UserError
 from rlhf.data.encode import EncodingCounts
 from rlhf.data.schema import Ranking
@@ -100,7 +101,7 @@ def command(
         made.origin |= {"answers": summary["answers"], **asdict(tally)}
     show(summary, proposals, made, k)
     if as_json:
-        options.print_json(summary)
+        print_json(summary)
 
 
 def _check(models: Sequence[str], judges: Sequence[str], select: str, count: int | None, pool: int | None) -> None:

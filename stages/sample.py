@@ -14,7 +14,7 @@ from rich.text import Text
 
 from rlhf.cli import options
 from rlhf.cli.sampling_options import SamplingOptions, with_sampling
-from rlhf.core.console import format_number, out, printable, say
+from rlhf.core.console import format_number, out, print_json, printable, say
 from rlhf.core.errors import UserError
 from rlhf.data.schema import BadRecord, Message, Prompt
 from rlhf.data.selection import chosen_prompts, with_system
@@ -58,7 +58,7 @@ def command(
         if not as_json:
             _show(samples[0].prompt, rows)
         for row in rows if as_json else ():
-            options.print_json(row)
+            print_json(row)
     if output is not None:
         options.write_whole(output, "".join(line + "\n" for line in lines))
     if not as_json:

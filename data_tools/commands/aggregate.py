@@ -8,8 +8,9 @@ import typer
 
 from data_tools.aggregate import dataset as aggregating
 from data_tools.aggregate.methods import AGGREGATORS
-from data_tools.commands.common import DatasetPath, Json, Out, print_json
+from data_tools.commands.common import DatasetPath, Json, Out
 from data_tools.importers.run import read_options
+from rlhf.core.console import print_json
 
 METHODS = "; ".join(
     f"{row.name} ({', '.join(row.options.model_fields) or 'no options'}): {row.summary.rstrip('.')}"

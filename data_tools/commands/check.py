@@ -11,8 +11,9 @@ from data_tools.check.metrics import METRICS
 from data_tools.check.page import write_page
 from data_tools.check.report import check
 from data_tools.check.show import show, show_rules
-from data_tools.commands.common import DatasetPath, Json, print_json
+from data_tools.commands.common import DatasetPath, Json
 from rlhf.core import console
+from rlhf.core.console import print_json
 from rlhf.core.lazy_group import OPTIONS
 
 RULES = "Exit with status 1 if this holds of a metric: 'agreement<0.6', 'random-annotators>0'; may be repeated."

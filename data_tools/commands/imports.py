@@ -9,12 +9,13 @@ from typing import Annotated, Any
 import typer
 
 from data_tools.check.brief import show_brief
-from data_tools.commands.common import Json, Out, print_json
+from data_tools.commands.common import Json, Out
 from data_tools.importers import IMPORTERS
 from data_tools.importers.run import NothingUsable, import_dataset, read_options
 from data_tools.importers.table import AUTO
 from data_tools.statistics.accumulator import Accumulator
 from rlhf.core import console
+from rlhf.core.console import print_json
 from rlhf.core.errors import UserError
 from rlhf.core.table import TableRow
 

@@ -8,7 +8,8 @@ from typing import Annotated
 import typer
 
 from data_tools.annotate import label_studio
-from data_tools.commands.common import Json, Out, print_json
+from data_tools.commands.common import Json, Out
+from rlhf.core.console import print_json
 from rlhf.core.lazy_group import OPTIONS
 
 HELP = "Push proposals to Label Studio, pull the rankings."

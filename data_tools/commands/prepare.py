@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from data_tools.commands.common import DatasetPath, Json, Out, print_json
+from data_tools.commands.common import DatasetPath, Json, Out
 from data_tools.curate import dedup as deduping
 from data_tools.curate import filter as filtering
 from data_tools.curate import lineage as tracing
@@ -16,6 +16,7 @@ from data_tools.curate import splits as splitting
 from data_tools.curate import stats as counting
 from data_tools.curate import validate as validating
 from rlhf.core import console
+from rlhf.core.console import print_json
 
 Near = Annotated[
     float | None,

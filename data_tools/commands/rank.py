@@ -8,7 +8,8 @@ from typing import Annotated
 import typer
 
 from data_tools.annotate import terminal as ranking
-from data_tools.commands.common import Json, print_json
+from data_tools.commands.common import Json
+from rlhf.core.console import print_json
 
 
 def rank_command(

@@ -7,11 +7,12 @@ from typing import Annotated
 
 import typer
 
-from data_tools.commands.common import Json, Out, print_json
+from data_tools.commands.common import Json, Out
 from data_tools.importers.run import NothingUsable
 from data_tools.tasks import families as having
 from data_tools.tasks import make as making
 from rlhf.core import console
+from rlhf.core.console import print_json
 
 
 def tasks_command(

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import os
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
-from rlhf.core.console import is_main
 from rlhf.core.errors import UserError
 from rlhf.core.files import write_text
 
@@ -46,12 +44,6 @@ Reward = Annotated[
     typer.Option(metavar="RUN", help="Scorer of the answers: a reward run or model, or a function `module:function`."),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as one JSON object in the last line.")]
-
-
-def print_json(value: Any) -> None:
-    """One line of JSON on standard output, from the main process."""
-    if is_main():
-        print(json.dumps(value, ensure_ascii=False), flush=True)
 
 
 def check_writable(path: Path | None, option: str) -> None:

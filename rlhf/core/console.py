@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 import time
@@ -35,6 +36,12 @@ def say(text: str, style: str | None = None) -> None:
     """Print one line on the main process. `text` is literal: square brackets are not markup."""
     out().print(text, style=style, markup=False, soft_wrap=True)
     sys.stdout.flush()
+
+
+def print_json(value: Any) -> None:
+    """Print a value as one line of JSON on standard output, on the main process."""
+    if is_main():
+        print(json.dumps(value, ensure_ascii=False), flush=True)
 
 
 def warn(text: str) -> None:
