@@ -95,7 +95,7 @@ class BatchConfig(Strict):
     epochs: PositiveFloat = 1.0
     """Passes over the training data."""
     max_steps: PositiveInt | None = None
-    """Stop after this many optimizer steps, whatever `epochs` says."""
+    """Stop after this many optimizer steps. Takes precedence over `epochs`."""
     batch_size: PositiveInt = 32
     """Records (demonstrations, or whole rankings) per optimizer step, summed over all processes."""
     micro_batch_size: PositiveInt = 8

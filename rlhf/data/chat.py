@@ -1,7 +1,7 @@
 """Text to tokens with the chat template.
 
 A conversation is encoded piece by piece (everything up to a generation prompt, then the response, ...), so the prompt
-has the same tokens in every stage, whatever response follows.
+has the same tokens in every stage and before every response.
 
 Truncation: a prompt keeps its end, and its first token if that is BOS. A response is never truncated; see
 `rlhf.data.encode`.

@@ -288,7 +288,7 @@ class DatasetWriter:
         kind: prompt, demonstration, proposal or ranking. None means the kind of the first record.
         origin: Where the records came from (any JSON), saved in the manifest under `origin`. More may be added to
             `self.origin` until the block ends.
-        observer: Receives every Arrow table of records once, so that nobody has to read the dataset again.
+        observer: Receives every Arrow table of records once, so that the dataset need not be read again.
 
     Raises:
         UserError: The folder exists and is not a dataset, cannot be written, or `kind` is None and no record was
