@@ -58,7 +58,7 @@ class RankingLoss(NamedTuple):
 
 @dataclass(frozen=True)
 class _Layout:
-    """Where each flat candidate stands in a padded [B, K] tensor (K = the longest ranking of the batch)."""
+    """The place of each flat candidate in a padded [B, K] tensor (K = the longest ranking of the batch)."""
 
     row: Tensor
     column: Tensor
@@ -68,7 +68,7 @@ class _Layout:
     @classmethod
     def of(cls, ranking: Tensor, rankings: int | None = None) -> _Layout:
         if ranking.numel() and (ranking[0] < 0 or (ranking.diff() < 0).any()):
-            raise ValueError("`ranking` must ascend from 0: the candidates of a ranking stand together, in order")
+            raise ValueError("`ranking` must ascend from 0: the candidates of a ranking follow each other")
         sizes = torch.bincount(ranking, minlength=rankings or 0)
         if rankings is not None and len(sizes) > rankings:
             raise ValueError(f"`ranking` names ranking {len(sizes) - 1}, but there are weights for {rankings} only")
@@ -201,7 +201,7 @@ def rao_kupper(
 
     Args:
         tie_threshold: Score units, > 0. Equal scores are a tie with probability tanh(tie_threshold / 2), 0.24 by
-            default; choose it so that this comes near the share of ties in the data.
+            default; choose it so that this is near the fraction of ties in the data.
     """
     padded = _pad(scores, batch)
     gaps = padded.gaps
@@ -224,7 +224,7 @@ def davidson(
 
     Args:
         tie_prevalence: > 0. Equal scores are a tie with probability nu / (2 + nu), 0.2 by default; choose it so
-            that this comes near the share of ties in the data.
+            that this is near the fraction of ties in the data.
     """
     padded = _pad(scores, batch)
     gaps, log_nu = padded.gaps, math.log(tie_prevalence)

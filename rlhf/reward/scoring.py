@@ -1,4 +1,4 @@
-"""Scores of texts and of whole rankings by a scalar model, each text encoded once."""
+"""Scores of texts and of whole rankings by a scalar model. Each distinct text is encoded once."""
 
 from __future__ import annotations
 
@@ -25,15 +25,15 @@ def score_texts(
     batch_tokens: int,
     bar: bool = False,
 ) -> list[float]:
-    """Raw scores (the head's output, before `mean` and `std`) of tokenised texts. Every rank calls it together.
+    """Raw scores (the head's output, before `mean` and `std`) of tokenised texts. Every rank calls it.
 
-    Texts of similar length are scored together, without dropout and without gradients, spread over the ranks.
+    Texts of similar length are scored together, without dropout and without gradients, distributed over the ranks.
 
     Args:
-        read: Gives the token ids of a text by its number, when its turn comes.
+        read: Gives the token ids of a text by its index.
         lengths: Tokens of each text.
-        batch_tokens: Most tokens, padding included, in one forward pass; a longer text goes alone.
-        bar: Show a progress bar. Not where another one is shown.
+        batch_tokens: Most tokens, padding included, in one forward pass; a longer text is scored alone.
+        bar: Show a progress bar. Leave it off while another one is shown.
 
     Returns:
         One score per text, the same on every rank.
@@ -51,7 +51,7 @@ def _score_rows(
     batch_tokens: int,
     bar: bool,
 ) -> list[float]:
-    """`score_texts` of rows that hold the texts `members`, which are numbered from 0 without a gap."""
+    """`score_texts` of rows with several texts: row i holds the texts `members[i]`, numbered from 0 without gaps."""
     batches = list(_batches(lengths, batch_tokens))
     ranks = distributed.world_size()
     batches += [[]] * (-len(batches) % ranks)  # every rank makes the same number of calls
@@ -74,7 +74,7 @@ def _score_rows(
 
 
 def _batches(lengths: Sequence[int], batch_tokens: int) -> Iterator[list[int]]:
-    """Indices by falling length, cut where the padded batch would pass `batch_tokens`."""
+    """Indices by decreasing length, in batches of at most `batch_tokens` tokens with padding."""
     batch: list[int] = []
     for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
         if batch and (len(batch) + 1) * lengths[batch[0]] > batch_tokens:
@@ -85,40 +85,42 @@ def _batches(lengths: Sequence[int], batch_tokens: int) -> Iterator[list[int]]:
         yield batch
 
 
-class _Answers:
-    """The distinct texts (prompt and candidate) of a table of rankings, in rows, read from it when asked for."""
+class _DistinctTexts:
+    """The distinct texts (prompt and candidate) of a table of rankings, arranged in rows that are read on demand."""
 
     def __init__(self, table: Sequence[dict[str, Any]], sharing: SharedPrompts, batch_tokens: int) -> None:
         self.table = table
         self.members: list[list[int]] = []
-        """Of each ranking, which text each of its candidates is."""
+        """For each ranking, the text of each of its candidates."""
         self.rows: list[list[int]] = []
-        """The texts of each row, of one prompt."""
+        """The texts of each row, which share one prompt."""
         self.lengths: list[int] = []
         """Tokens of each row."""
         self._places: list[tuple[int, int]] = []
         known: dict[bytes, int] = {}
-        prompts: dict[bytes, tuple[int, dict[int, int]]] = {}  # distinct prompt: its tokens, text -> answer's tokens
+        prompts: dict[
+            bytes, tuple[int, dict[int, int]]
+        ] = {}  # distinct prompt: its tokens, text -> tokens of the candidate
         longest = 0
         for row, ranking in enumerate(table):
             prompt, numbers = ranking["prompt"], []
-            _, alike = prompts.setdefault(_digest(prompt), (len(prompt), {}))
-            for column, answer in enumerate(ranking["candidates"]):
-                number = known.setdefault(_digest([*prompt, *answer]), len(known))
+            _, of_prompt = prompts.setdefault(_digest(prompt), (len(prompt), {}))
+            for column, candidate in enumerate(ranking["candidates"]):
+                number = known.setdefault(_digest([*prompt, *candidate]), len(known))
                 if number == len(self._places):
                     self._places.append((row, column))
-                    alike[number] = len(answer)
-                    longest = max(longest, len(prompt) + len(answer))
+                    of_prompt[number] = len(candidate)
+                    longest = max(longest, len(prompt) + len(candidate))
                 numbers.append(number)
             self.members.append(numbers)
-        for prompt_tokens, alike in prompts.values():
-            texts, tokens = list(alike), list(alike.values())
+        for prompt_tokens, of_prompt in prompts.values():
+            texts, tokens = list(of_prompt), list(of_prompt.values())
             for part in sharing.for_length(longest).rows(prompt_tokens, tokens, batch_tokens):
                 self.rows.append([texts[i] for i in part])
                 self.lengths.append(prompt_tokens + sum(tokens[i] for i in part))
 
     def read(self, row: int) -> PromptWithCompletions:
-        """Token ids of a row's prompt and answers."""
+        """Token ids of a row's prompt and candidates."""
         places = [self._places[number] for number in self.rows[row]]
         return self.table[places[0][0]]["prompt"], [self.table[i]["candidates"][column] for i, column in places]
 
@@ -130,14 +132,13 @@ def _digest(tokens: Sequence[int]) -> bytes:
 def score_rankings(
     scalar: ScalarModel, chat: ChatTokenizer, table: Sequence[dict[str, Any]], batch_tokens: int, bar: bool = False
 ) -> list[ScoredRanking]:
-    """Raw scores of every ranking in a table of `rlhf.data.tables` (or a list of such rows). Every rank calls it
-    together.
+    """Raw scores of every ranking in a table of `rlhf.data.tables` (or a list of such rows). Every rank calls it.
 
-    A text that stands in several rankings is scored once, and a prompt is encoded once for several answers where the
-    model's `shared_prompts` allow. Lengths are in characters. See `score_texts`.
+    A text that is in several rankings is scored once, and a prompt is encoded once for several candidates if the
+    model's `shared_prompts` allow it. Lengths are in characters. See `score_texts`.
     """
-    answers = _Answers(table, scalar.shared_prompts, batch_tokens)
-    scores = _score_rows(scalar, chat, answers.read, answers.lengths, answers.rows, batch_tokens, bar)
+    texts = _DistinctTexts(table, scalar.shared_prompts, batch_tokens)
+    scores = _score_rows(scalar, chat, texts.read, texts.lengths, texts.rows, batch_tokens, bar)
     return [
         ScoredRanking(
             ranks=tuple(row["ranks"]),
@@ -147,5 +148,5 @@ def score_rankings(
             annotator=row["annotator"],
             group=row["group"],
         )
-        for row, numbers in zip(table, answers.members)
+        for row, numbers in zip(table, texts.members)
     ]

@@ -1,6 +1,6 @@
-"""The engine: one optimizer over one module, on one process or under DeepSpeed, with the same few calls.
+"""The engine of all three stages: one optimizer over one module, with plain torch or DeepSpeed behind the same calls.
 
-The callers scale losses by the global number of tokens and the engine sums gradients over micro-batches and ranks.
+Callers divide a loss by the global number of its items; the engine sums gradients over micro-batches and ranks.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ def rate_scale(schedule: str, step: int, steps: int, warmup: int, first: int = 0
 
     Args:
         schedule: `constant`, `linear` or `cosine`.
-        step: From 0.
-        steps: Of the whole run.
-        warmup: Steps of the climb.
+        step: Counted from 0.
+        steps: Number of steps in the whole run.
+        warmup: Number of steps of the climb.
         first: The climb starts at `first` / `warmup`: with 0 the first step has rate 0, with 1 the last step of the
             climb has the peak rate.
     """
@@ -40,14 +40,13 @@ def rate_scale(schedule: str, step: int, steps: int, warmup: int, first: int = 0
 
 
 def cast_frozen_linears_(module: nn.Module, dtype: torch.dtype) -> list[tuple[nn.Module, Tensor]]:
-    """Put the frozen float32 weights of matrix products into `dtype`.
+    """Cast the frozen float32 weights of linear layers to `dtype`, in place; weights tied to an embedding stay.
 
-    Autocast does the same, and keeps what it has rounded until it ends, but only of weights that are trained: frozen
-    ones it would read whole and round again in every pass, for every token of a rollout. A weight that an embedding
-    shares stays as it is.
+    Autocast caches the casts of trained weights only. It would cast frozen ones again in every forward pass, so for
+    every token of a rollout.
 
     Returns:
-        The layers, with the weights that they had.
+        The changed layers with their float32 weights.
     """
     before: list[tuple[nn.Module, Tensor]] = []
     if dtype == torch.float32:
@@ -78,7 +77,7 @@ class Engine:
         self.module = self._placed(module)
         self.config = config
         self.dtype = compute_dtype(precision)
-        # fused: without temporaries as large as the weights, and in fewer operations
+        # The fused kernel needs no temporary tensors of the size of the weights.
         self.optimizer = torch.optim.AdamW(
             groups, betas=config.betas, eps=config.eps, weight_decay=config.weight_decay, fused=True
         )
@@ -105,11 +104,11 @@ class Engine:
 
     def gradients_are_finite(self) -> bool:
         """False if the gradient since the last step is infinite or NaN on any rank. Call it before `step`."""
-        # once a step, not once a micro-batch: what is not finite stays so in the sum
+        # One check a step suffices: a gradient that is not finite stays so when others are added.
         return bool(nn.utils.get_total_norm([p.grad for p in self._parameters if p.grad is not None]).isfinite())
 
     def step(self, scale: float) -> float:
-        """Clip, move the weights at `scale` times the peak rates, clear gradients; gives the norm before clipping."""
+        """Clip, update the weights at `scale` times the peak rates, clear gradients; gives the norm before clipping."""
         for group, rate in zip(self.optimizer.param_groups, self.rates):
             group["lr"] = rate * scale
         return self._step()
@@ -122,7 +121,7 @@ class Engine:
 
     @contextmanager
     def gathered(self, part: nn.Module) -> Iterator[None]:
-        """Inside, `part` of the module has its whole weights on this process and may be called by itself."""
+        """Within this context `part` of the module has its whole weights on this process and may be called directly."""
         before = cast_frozen_linears_(part, self.dtype)
         try:
             with self.autocast():
@@ -153,10 +152,10 @@ class Engine:
             self.optimizer.load_state_dict(state["optimizer"])
 
     def freeze(self, model: nn.Module) -> Any:
-        """A frozen model on this process's device, which computes what an equal one in training computes.
+        """Put a frozen model on this process's device, in the precision of a trained one: equal weights, equal outputs.
 
-        Autocast rounds the weights of matrix products alone. So these are kept rounded and all else in float32: the
-        reference then gives the very log-probs of the policy that is its equal, in bfloat16 too.
+        Autocast casts the weights of linear layers only. So these are stored in bfloat16 and all others in float32:
+        the reference then gives exactly the log-probs of a policy with the same weights.
         """
         cast_frozen_linears_(model.requires_grad_(False).eval(), self.dtype)
         if self.dtype != torch.float32:
@@ -165,9 +164,9 @@ class Engine:
 
 
 class DeepSpeedEngine(Engine):
-    """The same over DeepSpeed, ZeRO stage 0 to 3 as its JSON says.
+    """The same with DeepSpeed, at the ZeRO stage of its JSON.
 
-    `settings` are the JSON's; batch sizes, clipping and bfloat16 are set here, since they follow from our config.
+    `settings` are those of the JSON. Batch sizes, clipping and bfloat16 are set here, because our config decides them.
     """
 
     def __init__(
@@ -182,7 +181,7 @@ class DeepSpeedEngine(Engine):
 
         self.stage = settings.get("zero_optimization", {}).get("stage", 0)
         super().__init__(module, groups, config, precision)
-        # Stage 0 in float32 leaves whole, summed gradients to the optimizer: looked at and clipped as by plain torch.
+        # Stage 0 in float32 has whole, summed gradients, which are checked and clipped as with plain torch.
         self._whole = self.stage == 0 and self.dtype == torch.float32
         self._finite = torch.ones((), device=distributed.device())
         for parameter in self._parameters if not self._whole else ():
@@ -203,11 +202,11 @@ class DeepSpeedEngine(Engine):
         self.module = self.deepspeed.module
 
     def _placed(self, module: nn.Module) -> nn.Module:
-        # ZeRO-3 moves one parameter at a time, so that no device has to hold the whole.
+        # ZeRO-3 moves one parameter at a time, so that no device has to hold the whole model.
         return module if self.stage == 3 else super()._placed(module)
 
     def _watch(self, gradient: Tensor) -> None:
-        # The sum is infinite or NaN if any element is; it sees the gradient before any rank or optimizer does.
+        # The sum is infinite or NaN if any element is. Hooks run before gradients are reduced over ranks.
         self._finite = self._finite * torch.isfinite(gradient.float().sum())
 
     def gradients_are_finite(self) -> bool:
@@ -225,7 +224,7 @@ class DeepSpeedEngine(Engine):
 
     def backward(self, loss: Tensor, last: bool) -> None:
         self.deepspeed.set_gradient_accumulation_boundary(last)
-        # DeepSpeed averages over ranks; the callers' losses are shares of a global mean, to be summed.
+        # DeepSpeed averages over ranks, but the losses of the ranks are parts of a global mean, to be summed.
         self.deepspeed.backward(loss * distributed.world_size())
         if not last:
             self.deepspeed.step()  # counts the micro-step; weights move at the boundary only
@@ -246,14 +245,14 @@ class DeepSpeedEngine(Engine):
         from trl.models.utils import add_hooks, remove_hooks
 
         with deepspeed.zero.GatheredParameters(list(part.parameters())):
-            remove_hooks(self.deepspeed)  # ranks stop generating at different lengths; hooks would wait for each other
+            remove_hooks(self.deepspeed)  # ranks generate different lengths, and hooks would wait for each other
             try:
                 yield
             finally:
                 add_hooks(self.deepspeed)
 
     def save(self, folder: Path) -> None:
-        # Frozen weights are read from where the run has them; a base under adapters is most of the model.
+        # A resumed run reads frozen weights from its parent; the base of an adapter is most of the model.
         self.deepspeed.save_checkpoint(str(folder), tag="engine", exclude_frozen_parameters=True)
 
     def load(self, folder: Path, optimizer: bool = True) -> None:
@@ -262,7 +261,7 @@ class DeepSpeedEngine(Engine):
             raise UserError(f"{folder}: DeepSpeed finds no state of its own there", "Was the JSON changed?")
 
     def freeze(self, model: nn.Module) -> Any:
-        # DeepSpeed trains a policy whose weights are all in the computation's dtype; so is what is frozen beside it.
+        # DeepSpeed trains a policy whose weights are all in the compute dtype, so frozen models are too.
         model = self._placed(model.requires_grad_(False).eval().to(self.dtype))
         if self.stage < 3:
             return model
@@ -280,7 +279,7 @@ class DeepSpeedEngine(Engine):
 def make_engine(
     module: nn.Module, groups: Sequence[dict[str, Any]], config: AdamWConfig, precision: str, path: str | None
 ) -> Engine:
-    """The engine for the DeepSpeed JSON at `path`; without one, plain torch for one process, ZeRO 0 for several."""
+    """The engine for the DeepSpeed JSON at `path`; without one, plain torch for one process, ZeRO-0 for several."""
     kept = [group for group in groups if group["params"]]
     if path is None and distributed.world_size() == 1:
         return Engine(module, kept, config, precision)
