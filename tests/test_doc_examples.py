@@ -102,8 +102,9 @@ def test_every_example_row_passes_the_tests_of_its_table(tmp_path: Path) -> None
     tests = [
         f"tests/test_{name}.py" for name in ("advantages", "ranking", "import_table", "tuning", "table", "rollout")
     ]
+    selected = f"({every}) and not loop_over_pairs"  # that test needs a formula written by hand for each row
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-rA", "-p", "no:cacheprovider", *tests, "-k", f"({every}) and not loop_over_pairs"],
+        [sys.executable, "-m", "pytest", "-q", "-rA", "-p", "no:cacheprovider", *tests, "-k", selected],
         cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(tmp_path)}, text=True, capture_output=True, timeout=1100,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
