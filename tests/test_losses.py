@@ -59,6 +59,11 @@ def test_dual_clip_bounds_the_loss_of_bad_tokens_with_large_ratios(ratio, advant
     assert stats.clipped == float(held)
 
 
+def test_a_dual_clip_just_above_1_is_one():
+    got, gradient, _ = one_token(2.0, -2.0, dual_clip=1.5)
+    assert got == pytest.approx(3.0) and gradient == 0  # 1.5 * 2 instead of 2 * 2
+
+
 @pytest.mark.parametrize("dual_clip", [1.0, 0.5, NAN])
 def test_a_dual_clip_that_would_cut_ordinary_gradients_is_refused(dual_clip):
     with pytest.raises(ValueError, match="above 1"):
