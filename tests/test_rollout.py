@@ -181,6 +181,7 @@ def test_seeds_are_spread_and_fixed():
     assert len(seeds) == 3000
     assert all(0 <= seed < 2**63 for seed in seeds)
     assert stream_seed(1, 2, 3) == stream_seed(1, 2, 3) != stream_seed(3, 2, 1)
+    assert len({stream_seed(1), stream_seed(1, 0), stream_seed(1, 0, 0), stream_seed(2**63 + 1, 0)}) == 4
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from rlhf.core.lazy import lazy
+
+if TYPE_CHECKING:
+    import numpy as np
+else:
+    np = lazy("numpy")
 
 
 @dataclass(frozen=True)
@@ -37,11 +45,7 @@ class Completion:
 
 
 def stream_seed(*parts: int) -> int:
-    """A 63-bit seed from the parts (run seed, purpose, update, episode, ...), mixed with splitmix64."""
-    state = 0
-    for part in parts:
-        state = (state ^ part) + 0x9E3779B97F4A7C15 & 0xFFFFFFFFFFFFFFFF
-        state = (state ^ state >> 30) * 0xBF58476D1CE4E5B9 & 0xFFFFFFFFFFFFFFFF
-        state = (state ^ state >> 27) * 0x94D049BB133111EB & 0xFFFFFFFFFFFFFFFF
-        state ^= state >> 31
-    return state >> 1
+    """A 63-bit seed from non-negative parts (run seed, purpose, update, episode, ...), mixed by SeedSequence."""
+    # `spawn_key` pads the first part, so that (1,) and (1, 0) differ
+    sequence = np.random.SeedSequence(parts[0], spawn_key=parts[1:])
+    return int(sequence.generate_state(1, np.uint64)[0]) >> 1
