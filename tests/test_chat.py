@@ -10,6 +10,7 @@ import signal
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import finished
@@ -96,6 +97,7 @@ def test_a_character_of_several_bytes_is_shown_whole(policy: Policy, capsys: pyt
 
 
 def test_ctrl_c_stops_an_answer_and_keeps_what_has_come(chat: Chat, monkeypatch: pytest.MonkeyPatch) -> None:
+    chat.sampling = replace(chat.sampling, min_new_tokens=16)
     chat.turn("One?")
     whole = chat.messages[-1].content
 
