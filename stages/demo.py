@@ -42,7 +42,7 @@ OVERRIDES = {
 }
 """Stage -> config keys that name a folder of the demo."""
 SAMPLED = 6
-"""Answers that are sampled for each prompt to rank; some are alike."""
+"""Answers that are sampled for each prompt to rank; some are duplicates."""
 SAMPLED_TOGETHER = 192
 """Answers in a batch."""
 THREADS = 1

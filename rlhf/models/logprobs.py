@@ -34,8 +34,7 @@ def hidden_states(
     """Last hidden states [B, T, H] of a causal LM (adapters and virtual tokens included), without its logits.
 
     Rows are padded on the right. Where `position_ids` [B, T] are given, `attention_mask` says which token sees which
-    (see `rlhf.models.shared_prompt`), or is None where positions from 0 keep packed sequences apart (see
-    `rlhf.ppo.packing`).
+    (see `rlhf.models.shared_prompt`), or is None where packed sequences are separated by positions that start from 0.
     """
     lm = causal_lm(model)
     body = getattr(lm, lm.base_model_prefix)
@@ -43,7 +42,7 @@ def hidden_states(
         return _behind_virtual_tokens(model, body, input_ids, attention_mask)
     positions = {} if position_ids is None else {"position_ids": position_ids}
     if position_ids is None and _is_causal(body):
-        attention_mask = None  # tokens see only what stands before them, never the padding: faster without a mask
+        attention_mask = None  # causal attention never reaches padding on the right, and is faster without a mask
     elif position_ids is not None and attention_mask is None and body.config._attn_implementation == PACKED:
         attention_mask = sequence_lengths(position_ids)[None, None, None]
     output = body(input_ids=input_ids, attention_mask=attention_mask, use_cache=False, **positions)

@@ -191,7 +191,7 @@ def rao_kupper(
     *,
     tie_threshold: Annotated[float, Field(gt=0, le=20)] = 0.5,
 ) -> RankingLoss:
-    """Rao & Kupper (1967): a pair is a tie where the annotator cannot tell the two apart by a threshold.
+    """Rao & Kupper (1967): a pair is a tie where the annotator sees a difference below a threshold.
 
     With theta = exp(tie_threshold):
     p(i above j) = e^s_i / (e^s_i + theta e^s_j) = sigmoid(s_i - s_j - tie_threshold),
