@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -16,17 +16,16 @@ from torch import Tensor, nn
 
 from rlhf import distributed
 from rlhf.cli.entry import main
-from rlhf.core.errors import UserError
 from rlhf.data.chat import ChatTokenizer, load_tokenizer
 from rlhf.data.selection import open_datasets
 from rlhf.data.tables import tokenize
 from rlhf.memory.peak import PeakMemory
 from rlhf.models.load import load_hf_config, load_policy, quiet, sequence_limit
-from rlhf.models.logprobs import TokenPredictions, has_virtual_tokens, head_chunks, token_predictions
-from rlhf.models.packed_attention import VARLEN
+from rlhf.models.logprobs import TokenPredictions, head_chunks, token_predictions
 from rlhf.models.save import generation_config, save_result
 from rlhf.models.tuning import say_trainable, virtual_tokens
 from rlhf.runs.run import data_facts, finish, open_run, parent_facts, resolve_model_path
+from rlhf.sft.batches import TokenBatch, pack, token_batch
 from rlhf.sft.config import SFTConfig
 from rlhf.training.engine import Engine
 from rlhf.training.loop import Loop, Objective, supervised_engine
@@ -64,65 +63,6 @@ def run(config: SFTConfig, resume: bool = False, overwrite: bool = False) -> Non
     metrics = {} if loss is None else {"eval/loss": loss, "eval/perplexity": perplexity(loss)}
     finish(folder, step=loop.best_step, metrics=metrics)
     memory.report(config, limit if config.batch.packing else max(tables.train["length"]))
-
-
-# ---- batches -------------------------------------------------------------------------------------------------------
-
-
-def pack(table: Any, limit: int, model: Any) -> Any:
-    """Rows of up to `limit` tokens with several demonstrations each, by best-fit decreasing (TRL's `bfd`).
-
-    Raises:
-        UserError: The demonstrations of a row would see each other, or share virtual tokens.
-    """
-    if has_virtual_tokens(model):
-        raise UserError(
-            "batch.packing: does not work with virtual tokens",
-            "Only the first demonstration of a row would see them.",
-            "Set batch.packing=false, or use another row of `tuning`.",
-        )
-    attention = model.config._attn_implementation
-    if attention not in VARLEN:
-        raise UserError(
-            f"batch.packing: the attention implementation is {attention!r}",
-            "It would let the demonstrations that share a row see each other.",
-            "Set model.attn_implementation=flash_attention_2 (needs a GPU and flash-attn), or batch.packing=false.",
-        )
-    from trl import pack_dataset
-
-    return pack_dataset(table.select_columns(["input_ids", "labels"]), limit, "bfd")
-
-
-@dataclass(frozen=True)
-class TokenBatch:
-    """Demonstrations as token rows, padded on the right, or packed one after the other into a single row."""
-
-    input_ids: Tensor
-    """int64 [B, T]; packed [1, T]."""
-    attention_mask: Tensor | None
-    """int64 [B, T], 1 where there is a token; None where packed."""
-    position_ids: Tensor | None
-    """int64 [1, T], from 0 in each packed demonstration; None where padded."""
-    labelled: Tensor
-    """bool [B, T], True at the assistant's tokens, which the loss is summed over; never at the first of a sequence."""
-
-
-def token_batch(rows: list[dict[str, Any]], chat: ChatTokenizer, packing: bool) -> TokenBatch:
-    """Rows with `input_ids` and `labels` (and `seq_lengths` where rows were packed) as a batch on this device."""
-    device = distributed.device()
-    if not packing:
-        ids, mask = chat.pad([row["input_ids"] for row in rows], device)
-        labels, _ = chat.pad([row["labels"] for row in rows], device)
-        labelled = (labels != -100) & mask.bool()
-        labelled[:, 0] = False
-        return TokenBatch(ids, mask, None, labelled)
-    lengths = [length for row in rows for length in row.get("seq_lengths", [len(row["input_ids"])])]
-    positions = torch.cat([torch.arange(length) for length in lengths])[None].to(device)
-    ids, labels = (
-        torch.tensor([[token for row in rows for token in row[name]]], device=device)
-        for name in ("input_ids", "labels")
-    )
-    return TokenBatch(ids, None, positions, (labels != -100) & (positions > 0))
 
 
 # ---- the loss ------------------------------------------------------------------------------------------------------
