@@ -163,9 +163,9 @@ def predicted(stage: str, config: dict[str, Any], processes: int, longest: int) 
     """The prediction of `rlhf plan`, without a GPU."""
     from rlhf.cli.stage_configs import STAGES
     from rlhf.config.load import check_config
-    from rlhf.distributed.deepspeed_config import read_deepspeed
-    from rlhf.memory.footprint import TracedModel
+    from rlhf.distributed.deepspeed_json import read_deepspeed
     from rlhf.memory.predict import ZeroLayout, predict
+    from rlhf.memory.traced_model import TracedModel
     from rlhf.memory.workload import batch_shape, limit_of
 
     checked = check_config(STAGES[stage], config, "benchmark")

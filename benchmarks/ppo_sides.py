@@ -265,7 +265,7 @@ def trl(spec: dict[str, Any]) -> dict[str, Any]:
     from trl.experimental.ppo import PPOConfig, PPOTrainer
 
     from rlhf.config.base import ModelConfig
-    from rlhf.data.chat import load_tokenizer
+    from rlhf.data.chat_tokenizer import load_tokenizer
     from rlhf.data.schema import Message
 
     torch.manual_seed(spec["seed"])

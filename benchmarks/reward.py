@@ -72,7 +72,7 @@ def train_ours(place: str, rows: list[dict[str, Any]], micro: int, timed: Timed)
     import datasets
 
     from rlhf.config.load import check_config
-    from rlhf.data.chat import load_tokenizer
+    from rlhf.data.chat_tokenizer import load_tokenizer
     from rlhf.models.scalar import load_scalar
     from rlhf.reward.config import RewardConfig
     from rlhf.runs.run import open_run

@@ -39,8 +39,8 @@ def token_rows(count: int, batch: int) -> list[dict[str, Any]]:
     import transformers
 
     from rlhf.config.base import ModelConfig
-    from rlhf.data.chat import load_tokenizer
-    from rlhf.data.encode import EncodingCounts, encode_demonstration
+    from rlhf.data.chat_tokenizer import load_tokenizer
+    from rlhf.data.encode_records import EncodingCounts, encode_demonstration
     from rlhf.data.schema import Demonstration, Message
     from rlhf.training.epoch_order import epoch_order
 
@@ -97,7 +97,7 @@ class Timed:
 def ours(spec: dict[str, Any], rows: Any, timed: Timed) -> tuple[Any, Any, Any]:
     """Functions that train with our loop, save its result, and give the losses of the steps."""
     from rlhf.config.load import check_config
-    from rlhf.data.chat import load_tokenizer
+    from rlhf.data.chat_tokenizer import load_tokenizer
     from rlhf.models.load import load_policy
     from rlhf.models.save import save_result
     from rlhf.runs.run import open_run

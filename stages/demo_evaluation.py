@@ -14,7 +14,7 @@ import torch
 
 from data_tools.demo_world.datasets import WorldDatasets
 from data_tools.demo_world.rules import POINTS, Verdict, agreement, judge
-from rlhf.data.encode import EncodingCounts
+from rlhf.data.encode_records import EncodingCounts
 from rlhf.data.schema import Ranking, dense_ranks
 from rlhf.data.store import open_dataset
 from rlhf.inference.policy import Policy, open_policy

@@ -13,7 +13,7 @@ from rlhf.cli import options
 from rlhf.cli.sampling_options import SamplingOptions, with_sampling
 from rlhf.core.console import print_json, say, table, warn
 from rlhf.core.errors import UserError
-from rlhf.data.encode import EncodingCounts
+from rlhf.data.encode_records import EncodingCounts
 from rlhf.data.selection import chosen_prompts, chosen_records, with_system
 from rlhf.data.store import Dataset, open_dataset
 from rlhf.reward.agreement import Agreement

@@ -18,7 +18,7 @@ from rlhf.cli.stage_configs import STAGES
 from rlhf.config.load import check_config, override_values, read_values
 from rlhf.core.console import say, table
 from rlhf.core.errors import UserError, nearest
-from rlhf.distributed.deepspeed_config import read_deepspeed
+from rlhf.distributed.deepspeed_json import read_deepspeed
 from rlhf.ppo.config import PPOConfig
 
 GIB = 2**30
@@ -142,7 +142,7 @@ class MemoryPlan:
 
     def _trace(self, config: Any, deepspeed: bool) -> Any:
         """The config's traced model; traced for the fewest and the most sequences and interpolated between them."""
-        from rlhf.memory.footprint import TracedModel  # imports torch
+        from rlhf.memory.traced_model import TracedModel  # imports torch
 
         shape = self._batch_shape(config)
         kind = (deepspeed, config.gradient_checkpointing, str(config.tuning), str(getattr(config, "critic", "")))

@@ -22,7 +22,7 @@ from rlhf.cli.entry import main
 from rlhf.config.base import DataConfig
 from rlhf.core.console import is_main, say
 from rlhf.core.errors import UserError
-from rlhf.data.chat import ChatTokenizer, load_tokenizer
+from rlhf.data.chat_tokenizer import ChatTokenizer, load_tokenizer
 from rlhf.data.selection import open_datasets
 from rlhf.data.tables import longest_prompt, tokenize
 from rlhf.memory.peak import PeakMemory
@@ -52,7 +52,7 @@ from rlhf.reward.sources import RewardContext, RewardInputs
 from rlhf.rollout.types import SamplingParams, stream_seed
 from rlhf.runs.random_state import rng_state, seed_everything, set_rng_state
 from rlhf.runs.run import Run, check_same_text, data_facts, finish, open_run, parent_facts, resolve_model_path
-from rlhf.training.engine import rate_scale
+from rlhf.training.schedule import lr_scale
 
 KINDS = ("prompt", "demonstration", "ranking")
 TRAIN, EVAL, ORDER, EPOCH, PTX = range(5)
@@ -66,7 +66,7 @@ def run(config: PPOConfig, resume: bool = False, overwrite: bool = False) -> Non
 
 
 class PPO:
-    """The stage: models in one engine, reward, tables, and what changes from update to update."""
+    """Holds the models, the reward source, tokenised tables, and the state that changes with each update."""
 
     def __init__(self, config: PPOConfig, resume: bool, overwrite: bool) -> None:
         self.config = config
@@ -131,11 +131,11 @@ class PPO:
         config, clock = self.config, Clock()
         # 1. prompts
         prompts = self.draw_prompts(index)
-        # 2. rollout; a sampler with a copy of the weights takes the new ones when it is called
+        # 2. rollout; a sampler with its own copy of the weights (vLLM) reloads them here
         with clock("rollout"):
             rollout = self.rollout(prompts)
         minibatches = self.minibatches(rollout, index)
-        # 3. log-probs of policy and reference, values, scores: in the batches of the first epoch, so its ratio is 1
+        # 3. log-probs, values and scores, in the micro-batches of epoch 0: the ratio at the first step is exactly 1
         with clock("score"):
             experience = self.score(rollout, minibatches.epoch(0))
         # 4. rewards: the score at the last token, the KL penalty at every token
@@ -199,14 +199,14 @@ class PPO:
         for batch in (batch for minibatch in minibatches for batch in minibatch.micro_batches()):
             batch = self.models.with_frozen_states(batch)
             tokens = self.models.token_scores(batch, self.config.rollout.temperature)
-            values = tokens.logprobs if tokens.values is None else tokens.values
+            values = tokens.logprobs if tokens.values is None else tokens.values  # a placeholder, dropped below
             columns.append(torch.stack([tokens.logprobs, tokens.ref_logprobs, values, tokens.entropies], dim=1))
             scores.append(self._scores(rollout, minibatches[0].rows, batch)[: len(batch.episodes)])
             episodes += batch.episodes
             states |= gather_states(batch) if batch.frozen_states is not None else {}
         order, mask = gather_episodes(episodes), rollout.response_mask
         logprobs, ref_logprobs, values, entropies = gather_tokens(torch.cat(columns), order, rollout.lengths)
-        most, sampled = self.config.rollout.max_importance_weight, rollout.sampler_logprobs
+        max_weight, sampled = self.config.rollout.max_importance_weight, rollout.sampler_logprobs
         return Experience(
             rollout,
             logprobs,
@@ -214,12 +214,15 @@ class PPO:
             values=None if self.models.critic is None else values,
             scores=gather_scores(torch.cat(scores), order),
             entropy=float(masked_mean(entropies, mask)),
-            importance=None if most is None or sampled is None else importance_weights(logprobs, sampled, mask, most),
+            importance=None
+            if max_weight is None or sampled is None
+            else importance_weights(logprobs, sampled, mask, max_weight),
             frozen_states=states or None,
         )
 
     def _scores(self, rollout: Rollout, token_rows: TokenRows, batch: MicroBatch) -> Tensor:
-        """Scores [N] of a micro-batch's episodes; of one episode for a filler: ZeRO-3 needs the pass on every rank."""
+        """Scores [N] of a micro-batch's episodes. A filler scores one episode, which the caller drops: under ZeRO-3
+        every rank must make the pass."""
         episodes = batch.episodes or [0]
         completions = [self.chat.decode(rollout.completions[i].ids) for i in episodes]
         messages = [rollout.prompts.messages[i] for i in episodes]
@@ -252,7 +255,7 @@ class PPO:
     def lr_scale(self, index: int) -> float:
         """Learning rates of an update as a fraction of their peak."""
         optimizer, updates = self.config.optimizer, self.config.updates
-        return rate_scale(optimizer.schedule, index, updates, math.ceil(optimizer.warmup * updates), first=1)
+        return lr_scale(optimizer.schedule, index, updates, math.ceil(optimizer.warmup * updates), first=1)
 
     def evaluate(self) -> None:
         """Sample and score completions of held-out prompts, with the same random streams every time."""
@@ -273,7 +276,7 @@ class PPO:
             torch.save(rng_state(), folder / f"rng-{distributed.rank()}.pt")
             if is_main():
                 controller, stats = self.kl_controller.state_dict(), vars(self.score_stats)
-                state = {"done": self.done, "controller": controller, "moments": stats}
+                state = {"done": self.done, "controller": controller, "score_stats": stats}
                 (folder / "ppo.json").write_text(json.dumps(state), "utf-8")
 
     def _resume(self) -> None:
@@ -287,7 +290,7 @@ class PPO:
         state = json.loads((folder / "ppo.json").read_text("utf-8"))
         self.done = state["done"]
         self.kl_controller.load_state_dict(state["controller"])
-        self.score_stats = RunningMeanStd(**state["moments"])
+        self.score_stats = RunningMeanStd(**state["score_stats"])
         set_rng_state(torch.load(folder / f"rng-{distributed.rank()}.pt", weights_only=True))
         self.run.rewind(step)
         say(f"Continuing after update {step}")

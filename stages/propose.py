@@ -31,7 +31,7 @@ from rlhf.cli import options
 from rlhf.cli.sampling_options import SamplingOptions, with_sampling
 from rlhf.core.console import print_json
 from rlhf.core.errors import UserError
-from rlhf.data.encode import EncodingCounts
+from rlhf.data.encode_records import EncodingCounts
 from rlhf.data.schema import Ranking
 from rlhf.data.selection import chosen_records
 from rlhf.data.store import Dataset, open_dataset

@@ -1,8 +1,8 @@
 """Stage 2: a reward model from human rankings.
 
 A batch element is a whole ranking: a prompt and its K candidates. Every candidate is encoded and scored once, behind a
-prompt that they share where the model allows it, and the loss compares the K scores with each other, so no pair is ever
-written down.
+prompt that they share where the model allows it, and the loss compares the K scores with each other, so pairs are
+never stored.
 
 rankings -> token rows (rlhf.data.tables) -> batches (rlhf.reward.collator) -> scores (rlhf.models.scalar)
 -> ranking loss (rlhf.reward.losses) -> best weights -> metrics, scale -> model
@@ -25,7 +25,7 @@ from rlhf.config.base import DataConfig
 from rlhf.core.console import is_main, say, table
 from rlhf.core.errors import UserError
 from rlhf.core.files import write_json
-from rlhf.data.chat import ChatTokenizer, load_tokenizer
+from rlhf.data.chat_tokenizer import ChatTokenizer, load_tokenizer
 from rlhf.data.selection import open_datasets
 from rlhf.data.tables import tokenize
 from rlhf.memory.peak import PeakMemory
@@ -51,7 +51,7 @@ LOSS_CHUNK = 256
 
 
 def run(config: RewardConfig, resume: bool = False, overwrite: bool = False) -> None:
-    """Train, measure on the held-out rankings, normalise, and leave the result in the run folder's model/."""
+    """Train, measure on the held-out rankings, normalise, and save the result in the run folder's model/."""
     distributed.start(config.timeout_seconds, config.deepspeed is not None)
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()  # or it warns of the new head
@@ -66,7 +66,7 @@ def run(config: RewardConfig, resume: bool = False, overwrite: bool = False) -> 
     folder = open_run(config, "reward", resume, overwrite, facts)
     tables = tokenize(folder.path, chat, limit, config.data, "ranking")
     reference = tokenize_reference(config, folder, chat, limit)
-    # 2. the model, and what of it is trained; the same first weights, a new head included, on every rank
+    # 2. the model and its trainable weights; the seed gives all ranks the same initial weights, new head included
     transformers.set_seed(config.seed)
     memory = PeakMemory()
     scalar = load_scalar(config.model, path)
@@ -92,7 +92,7 @@ def run(config: RewardConfig, resume: bool = False, overwrite: bool = False) -> 
     elif config.normalize == "demonstrations":
         scalar.set_scale(objective.mean_score(engine, reference), 1.0)
     # 5. the result: the weights of the best checkpoint
-    scalar.config.get_text_config().pad_token_id = padding_that_ends_nothing(chat)
+    scalar.config.get_text_config().pad_token_id = pad_id_unless_end(chat)
     save_result(folder.path, scalar.model, chat, config.tuning)
     finish(folder, step=loop.best_step, metrics=headline, scale={"mean": scalar.mean, "std": scalar.std})
     memory.report(config, max(train["length"]), max(map(len, train["ranks"])))
@@ -111,7 +111,7 @@ def tokenize_reference(config: RewardConfig, run: Run, chat: ChatTokenizer, limi
 
 
 def comparable(rankings: Any, config: RewardConfig) -> Sequence[int]:
-    """Indices of the rankings that the loss learns from: not those that are all ties, where it ignores ties."""
+    """Indices of the rankings to learn from: all, or if the loss ignores ties those with two different ranks."""
     return range(len(rankings)) if config.loss.row.traits["uses_ties"] else informative(rankings["ranks"][:])
 
 
@@ -162,7 +162,7 @@ class RewardObjective(Objective[RewardBatch]):
         return self.collator(rows)
 
     def items(self, batch: RewardBatch) -> Tensor:
-        """Summed weights of the rankings. All of them count: those that would not were skipped before training."""
+        """Summed weights of the rankings. Rankings without a comparable pair were removed before training."""
         return batch.rankings.weights.sum()
 
     def tokens(self, batch: RewardBatch) -> Tensor:
@@ -173,7 +173,7 @@ class RewardObjective(Objective[RewardBatch]):
         return self.losses(scores, batch.rankings)[0].sum(), []
 
     def losses(self, scores: Tensor, rankings: RankingBatch) -> tuple[Tensor, Tensor]:
-        """The loss [B] of each ranking times its weight, penalty included, and whether it could be compared.
+        """The weighted loss [B] of each ranking, centering penalty included; and which rankings have a loss [B].
 
         Args:
             scores: Float [N], one for each candidate.
@@ -216,8 +216,9 @@ class RewardObjective(Objective[RewardBatch]):
             return score_rankings(self.scalar, self.chat, rankings, self.batch_tokens)
 
     def scored_at(self, engine: Engine, step: int) -> list[ScoredRanking]:
-        """The held-out rankings with the scores of the weights of a step, which the engine holds; reused where that
-        step's evaluation was the best of this process."""
+        """The held-out rankings, scored with the weights of `step`, which the engine has loaded.
+
+        The scores of the best evaluation are reused if it was at that step."""
         if self.held_out is None:
             return []
         if self._best is not None and self._best[0] == step:
@@ -236,7 +237,7 @@ class RewardObjective(Objective[RewardBatch]):
 
 
 def report(run: Run, scored: Sequence[ScoredRanking], step: int, human: Agreement | None) -> dict[str, Any]:
-    """Show the held-out metrics next to human agreement, write them to reward_metrics.json, give the headline."""
+    """Show the held-out metrics with human agreement, write them to reward_metrics.json; returns those for run.json."""
     ceiling = human.metrics() if human else {}
     metrics = reward_metrics(scored) | ceiling
     for part in metric_rows(metrics):
@@ -254,11 +255,11 @@ def mean_and_std(scored: Sequence[ScoredRanking]) -> tuple[float, float]:
     return statistics.fmean(scores), statistics.pstdev(scores) or 1.0
 
 
-def padding_that_ends_nothing(chat: ChatTokenizer) -> int | None:
+def pad_id_unless_end(chat: ChatTokenizer) -> int | None:
     """The padding token for the saved config, by which plain transformers finds the last token of an answer.
 
-    It takes the last one that is not padding. Where padding is also what ends an answer it would take the one before,
-    and the score would be another; without a padding token it scores texts one by one and refuses batches.
+    transformers scores at the last token that is not padding. If padding and end token are the same id, it would score
+    one token too early; without a padding token it scores texts one by one and refuses batches.
     """
     return chat.pad_id if chat.pad_id != chat.end_id else None
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from rlhf import distributed
 from rlhf.cli.entry import main
-from rlhf.data.chat import ChatTokenizer, load_tokenizer
+from rlhf.data.chat_tokenizer import ChatTokenizer, load_tokenizer
 from rlhf.data.selection import open_datasets
 from rlhf.data.tables import tokenize
 from rlhf.memory.peak import PeakMemory

@@ -12,7 +12,7 @@ import pytest
 import tiny
 
 if TYPE_CHECKING:
-    from rlhf.data.chat import ChatTokenizer
+    from rlhf.data.chat_tokenizer import ChatTokenizer
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -67,7 +67,7 @@ def rankings(tmp_path_factory: pytest.TempPathFactory) -> str:
 def chat() -> ChatTokenizer:
     """The tiny Llama's tokenizer with its chat template."""
     from rlhf.config.base import ModelConfig
-    from rlhf.data.chat import load_tokenizer
+    from rlhf.data.chat_tokenizer import load_tokenizer
 
     return load_tokenizer(ModelConfig(path=tiny.llama()), tiny.llama())
 

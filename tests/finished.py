@@ -19,7 +19,7 @@ from tokenizers import AddedToken
 from typer.testing import CliRunner
 
 from rlhf.config.base import ModelConfig
-from rlhf.data.chat import load_tokenizer
+from rlhf.data.chat_tokenizer import load_tokenizer
 from rlhf.data.schema import Message
 from rlhf.models.load import load_policy, quiet
 from rlhf.models.logprobs import hidden_states

@@ -9,8 +9,8 @@ import tiny
 import torch
 
 from rlhf.config.load import check_config
-from rlhf.data.chat import ChatTokenizer
-from rlhf.data.encode import EncodingCounts, encode_ranking
+from rlhf.data.chat_tokenizer import ChatTokenizer
+from rlhf.data.encode_records import EncodingCounts, encode_ranking
 from rlhf.data.store import open_dataset
 from rlhf.reward.config import RewardConfig
 

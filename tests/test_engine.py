@@ -13,7 +13,8 @@ from torch import nn
 
 from rlhf import distributed
 from rlhf.ppo.config import PPOOptimizerConfig
-from rlhf.training.engine import make_engine, rate_scale
+from rlhf.training.engine import make_engine
+from rlhf.training.schedule import lr_scale
 
 CONFIG = PPOOptimizerConfig(max_grad_norm=0.5, weight_decay=0.1)
 
@@ -78,10 +79,10 @@ def test_a_loaded_engine_continues_exactly(tmp_path):
 
 
 def test_rates_climb_from_the_first_step_then_fall():
-    assert [rate_scale("linear", step, 10, 2, first=1) for step in range(10)] == pytest.approx(
+    assert [lr_scale("linear", step, 10, 2, first=1) for step in range(10)] == pytest.approx(
         [0.5, 1, 1, 0.875, 0.75, 0.625, 0.5, 0.375, 0.25, 0.125]
     )
-    assert [rate_scale("cosine", step, 4, 0, first=1) for step in range(4)] == pytest.approx(
+    assert [lr_scale("cosine", step, 4, 0, first=1) for step in range(4)] == pytest.approx(
         [1, 0.8535534, 0.5, 0.1464466]
     )
 
@@ -93,7 +94,7 @@ def test_rates_are_those_of_transformers(schedule, warmup):
     optimizer = torch.optim.AdamW([nn.Parameter(torch.zeros(1))], lr=1.0)
     scheduler = transformers.get_scheduler(name, optimizer, num_warmup_steps=warmup, num_training_steps=10)
     for step in range(10):
-        assert rate_scale(schedule, step, 10, warmup) == pytest.approx(scheduler.get_last_lr()[0], abs=1e-15)
+        assert lr_scale(schedule, step, 10, warmup) == pytest.approx(scheduler.get_last_lr()[0], abs=1e-15)
         optimizer.step()
         scheduler.step()
 

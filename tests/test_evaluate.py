@@ -15,8 +15,8 @@ import torch
 from rlhf.config.base import ModelConfig
 from rlhf.core.errors import UserError
 from rlhf.core.intervals import Z_95
-from rlhf.data.chat import load_tokenizer
-from rlhf.data.encode import EncodingCounts, best_response, encode_demonstration
+from rlhf.data.chat_tokenizer import load_tokenizer
+from rlhf.data.encode_records import EncodingCounts, best_response, encode_demonstration
 from rlhf.data.store import open_dataset
 from rlhf.runs.run import resolve_model_path
 from stages.evaluate import command

@@ -21,7 +21,7 @@ import torch
 from rlhf.config.base import ModelConfig
 from rlhf.core.errors import UserError
 from rlhf.core.files import write_json
-from rlhf.data.chat import load_tokenizer
+from rlhf.data.chat_tokenizer import load_tokenizer
 from rlhf.export.export import export
 from rlhf.export.formats import EXPORTERS
 from rlhf.export.model_card import lineage

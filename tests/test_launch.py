@@ -271,7 +271,7 @@ ZERO = """
 import json, sys
 import torch
 from rlhf import distributed
-from rlhf.distributed.deepspeed_config import read_deepspeed
+from rlhf.distributed.deepspeed_json import read_deepspeed
 
 torch.set_num_threads(1)
 distributed.start(240)

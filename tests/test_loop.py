@@ -17,7 +17,7 @@ from transformers import BertConfig, BertModel, GPT2Config, GPT2LMHeadModel, Lla
 from rlhf.config.base import BatchConfig
 from rlhf.config.load import check_config
 from rlhf.core.errors import UserError
-from rlhf.data.chat import load_tokenizer
+from rlhf.data.chat_tokenizer import load_tokenizer
 from rlhf.models.load import load_policy
 from rlhf.runs.run import Run
 from rlhf.sft.config import SFTConfig

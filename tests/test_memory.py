@@ -15,11 +15,11 @@ from typer.testing import CliRunner
 
 from rlhf.cli.stage_configs import STAGES
 from rlhf.config.load import check_config
-from rlhf.distributed.deepspeed_config import read_deepspeed
+from rlhf.distributed.deepspeed_json import read_deepspeed
 from rlhf.memory import predict as memory
-from rlhf.memory.footprint import TracedModel
 from rlhf.memory.peak import PeakMemory
 from rlhf.memory.predict import ZeroLayout, predict
+from rlhf.memory.traced_model import TracedModel
 from rlhf.memory.tracer import GRADIENTS, LOGITS, MemorySnapshot, MemoryTracer, fake_tensors, use_fake_weights
 from rlhf.memory.workload import BatchShape, batch_shape, limit_of, roles
 from rlhf.models.logprobs import head_logprobs

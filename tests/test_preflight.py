@@ -16,7 +16,7 @@ from rlhf.config.load import check_config, dump_config
 from rlhf.core.errors import UserError
 from rlhf.data.chat_templates import TEMPLATES
 from rlhf.data.schema import SCHEMA_VERSION
-from rlhf.distributed.deepspeed_config import read_deepspeed
+from rlhf.distributed.deepspeed_json import read_deepspeed
 from rlhf.runs.checkpoint import Checkpoints
 
 REPOSITORY = Path(__file__).resolve().parents[1]

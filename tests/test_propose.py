@@ -250,7 +250,7 @@ def test_judges_score_on_the_scale_that_they_were_trained_on(place):
     one = OpenProposal(Prompt(prompt(0)), 1, [Candidate("Yes, it does."), Candidate("No.")])
     (raw,) = judge_scores(str(place / "reward-2"), [one])
     from rlhf.config.base import ModelConfig
-    from rlhf.data.chat import load_tokenizer
+    from rlhf.data.chat_tokenizer import load_tokenizer
 
     chat = load_tokenizer(ModelConfig(path=str(place / "reward-2")), str(place / "reward-2" / "model"))
     texts = [chat.whole(one.prompt.chat, candidate.text) for candidate in one.candidates]

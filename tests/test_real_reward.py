@@ -15,8 +15,8 @@ from ukp import rebuild_rankings, write_ukp
 
 from rlhf.config.base import ModelConfig
 from rlhf.config.load import check_config
-from rlhf.data.chat import load_tokenizer
-from rlhf.data.encode import EncodingCounts, encode_ranking
+from rlhf.data.chat_tokenizer import load_tokenizer
+from rlhf.data.encode_records import EncodingCounts, encode_ranking
 from rlhf.data.store import open_dataset
 from rlhf.models.scalar import load_scalar
 from rlhf.reward.config import RewardConfig

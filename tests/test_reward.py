@@ -17,7 +17,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from rlhf.config.base import ModelConfig
 from rlhf.core.errors import UserError
-from rlhf.data.chat import ChatTokenizer, load_tokenizer
+from rlhf.data.chat_tokenizer import ChatTokenizer, load_tokenizer
 from rlhf.data.schema import Candidate, Message, Ranking
 from rlhf.data.store import DatasetWriter, open_dataset
 from rlhf.models.scalar import ScalarModel, load_scalar

@@ -14,7 +14,7 @@ from reward_runs import config, encoded, steps
 from torch.nn import functional as F
 
 from rlhf.config.base import ModelConfig
-from rlhf.data.chat import load_tokenizer
+from rlhf.data.chat_tokenizer import load_tokenizer
 from rlhf.data.schema import Candidate, Message, Ranking
 from rlhf.data.store import DatasetWriter
 from rlhf.models.scalar import load_scalar

@@ -11,7 +11,7 @@ from families import FAMILIES, PROMPTS, by_generate, chat_like
 from transformers import AutoModelForCausalLM
 
 from rlhf.config.base import ModelConfig
-from rlhf.data.chat import stop_ids
+from rlhf.data.chat_tokenizer import stop_ids
 from rlhf.models.load import load_policy
 from rlhf.rollout import kv_cache
 from rlhf.rollout.decoding import choose

@@ -13,7 +13,7 @@ import torch
 
 from rlhf.config.base import ModelConfig
 from rlhf.core.errors import UserError
-from rlhf.data.chat import load_tokenizer
+from rlhf.data.chat_tokenizer import load_tokenizer
 from rlhf.data.schema import Message, Prompt
 from rlhf.inference.policy import open_policy
 from rlhf.inference.sampling import sample

@@ -11,7 +11,7 @@ from reward_runs import encoded
 
 from rlhf.config.base import ModelConfig
 from rlhf.core.errors import UserError
-from rlhf.data.chat import ChatTokenizer
+from rlhf.data.chat_tokenizer import ChatTokenizer
 from rlhf.models.load import POSITIONS_AFTER_PADDING, load_hf_config, sequence_limit
 from rlhf.models.scalar import ScalarModel, load_scalar
 from rlhf.reward.scoring import score_rankings, score_texts

@@ -25,7 +25,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rlhf.config.load import check_config
 from rlhf.core.errors import UserError
-from rlhf.data.chat import load_tokenizer
+from rlhf.data.chat_tokenizer import load_tokenizer
 from rlhf.data.tables import tokenize
 from rlhf.models.load import load_policy
 from rlhf.runs.checkpoint import SEAL

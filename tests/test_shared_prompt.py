@@ -14,7 +14,7 @@ from logged import lines as metrics_of
 from reward_runs import config, encoded, steps
 
 from rlhf.config.base import ModelConfig
-from rlhf.data.chat import ChatTokenizer
+from rlhf.data.chat_tokenizer import ChatTokenizer
 from rlhf.models.load import recompute_activations
 from rlhf.models.scalar import ScalarModel, load_scalar
 from rlhf.models.shared_prompt import (

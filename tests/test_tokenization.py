@@ -7,8 +7,8 @@ import tiny
 
 from rlhf.config.base import ModelConfig
 from rlhf.core.errors import UserError
-from rlhf.data.chat import ChatTokenizer, load_tokenizer
-from rlhf.data.encode import EncodingCounts, encode_demonstration, encode_prompt, encode_ranking
+from rlhf.data.chat_tokenizer import ChatTokenizer, load_tokenizer
+from rlhf.data.encode_records import EncodingCounts, encode_demonstration, encode_prompt, encode_ranking
 from rlhf.data.schema import Candidate, Demonstration, Message, Ranking
 
 CHATML = (

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, GenerationConfig
 from rlhf.config.base import ModelConfig
 from rlhf.core.errors import UserError
 from rlhf.core.table import Pick
-from rlhf.data.chat import ChatTokenizer, load_tokenizer
+from rlhf.data.chat_tokenizer import ChatTokenizer, load_tokenizer
 from rlhf.models.load import load_policy
 from rlhf.models.merging import merged_state
 from rlhf.models.save import save_result

@@ -23,7 +23,7 @@ from rlhf.data.chat_templates import read_template
 from rlhf.data.schema import KINDS
 from rlhf.data.selection import open_datasets
 from rlhf.data.store import Dataset
-from rlhf.distributed.deepspeed_config import read_deepspeed
+from rlhf.distributed.deepspeed_json import read_deepspeed
 from rlhf.ppo.config import PPOConfig
 from rlhf.ppo.shared_roles import recognise
 from rlhf.reward.config import RewardConfig

@@ -16,8 +16,8 @@ from rlhf.config.base import DataConfig
 from rlhf.core.console import is_main, track
 from rlhf.core.errors import UserError
 from rlhf.core.files import append_jsonl
-from rlhf.data.chat import ChatTokenizer
-from rlhf.data.encode import EncodingCounts, encode_demonstration, encode_prompt, encode_ranking
+from rlhf.data.chat_tokenizer import ChatTokenizer
+from rlhf.data.encode_records import EncodingCounts, encode_demonstration, encode_prompt, encode_ranking
 from rlhf.data.selection import eval_records, open_datasets, train_records
 
 ENCODERS: dict[str, tuple[Callable[..., dict[str, Any] | None], dict[str, str]]] = {

@@ -11,7 +11,7 @@ from rlhf.config.base import ModelConfig
 from rlhf.core.errors import UserError
 from rlhf.core.files import whole_folder
 from rlhf.core.table import Pick
-from rlhf.data.chat import load_tokenizer
+from rlhf.data.chat_tokenizer import load_tokenizer
 from rlhf.export.formats import Source
 from rlhf.export.model_card import MARK, CardFacts, model_card
 from rlhf.runs.run import fingerprint, is_run, read_run, resolve_model_path

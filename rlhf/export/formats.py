@@ -12,7 +12,7 @@ from rlhf.config.base import ModelConfig
 from rlhf.core.errors import UserError
 from rlhf.core.lazy import lazy
 from rlhf.core.table import Table
-from rlhf.data.chat import ChatTokenizer
+from rlhf.data.chat_tokenizer import ChatTokenizer
 
 if TYPE_CHECKING:
     import torch

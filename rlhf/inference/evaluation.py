@@ -12,7 +12,7 @@ import torch
 from rlhf.core.console import track
 from rlhf.core.errors import UserError
 from rlhf.core.intervals import Z_95
-from rlhf.data.encode import EncodingCounts, encode_demonstration
+from rlhf.data.encode_records import EncodingCounts, encode_demonstration
 from rlhf.data.schema import Prompt
 from rlhf.inference.policy import Policy
 from rlhf.inference.sampling import sample

@@ -12,7 +12,7 @@ import transformers
 from rlhf import distributed
 from rlhf.config.base import ModelConfig
 from rlhf.core.errors import UserError
-from rlhf.data.chat import ChatTokenizer, load_tokenizer, stop_ids
+from rlhf.data.chat_tokenizer import ChatTokenizer, load_tokenizer, stop_ids
 from rlhf.models.load import compute_dtype, load_hf_config, load_policy, quiet, sequence_limit
 from rlhf.rollout.types import SamplingParams
 from rlhf.runs.run import is_run, read_run, resolve_model_path

@@ -9,8 +9,8 @@ from typing import Any
 
 from rlhf import distributed
 from rlhf.config.base import ModelConfig
-from rlhf.data.chat import ChatTokenizer, load_tokenizer
-from rlhf.data.encode import EncodingCounts, encode_ranking
+from rlhf.data.chat_tokenizer import ChatTokenizer, load_tokenizer
+from rlhf.data.encode_records import EncodingCounts, encode_ranking
 from rlhf.data.schema import Ranking
 from rlhf.models.load import compute_dtype, load_hf_config, quiet, sequence_limit
 from rlhf.models.scalar import ScalarModel, load_scalar

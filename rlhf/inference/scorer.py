@@ -15,7 +15,7 @@ import torch
 from rlhf import distributed
 from rlhf.config.base import ModelConfig
 from rlhf.core.errors import UserError
-from rlhf.data.chat import ChatTokenizer, load_tokenizer
+from rlhf.data.chat_tokenizer import ChatTokenizer, load_tokenizer
 from rlhf.inference.policy import Policy, model_kind
 from rlhf.inference.sampling import Sampled
 from rlhf.models.load import load_hf_config, sequence_limit

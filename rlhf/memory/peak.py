@@ -10,7 +10,7 @@ import torch
 
 from rlhf import distributed
 from rlhf.core.console import is_main, say
-from rlhf.distributed.deepspeed_config import read_deepspeed
+from rlhf.distributed.deepspeed_json import read_deepspeed
 from rlhf.models.load import compute_dtype
 
 STATUS = Path("/proc/self/status")
@@ -49,8 +49,8 @@ class PeakMemory:
 
 
 def _predicted(config: Any, longest: int | None, candidates: int) -> str:
-    from rlhf.memory.footprint import TracedModel
     from rlhf.memory.predict import ZeroLayout, predict
+    from rlhf.memory.traced_model import TracedModel
     from rlhf.memory.workload import batch_shape, limit_of
 
     settings = read_deepspeed(config.deepspeed) if config.deepspeed else None

@@ -1,7 +1,7 @@
 """The predicted peak memory of a run: by phase and part, for each process, under any ZeRO stage.
 
-The memory of the passes comes from `rlhf.memory.footprint`, which traces the real modules on fake tensors. The rest is
-arithmetic: weights, gradients, AdamW's two moments and float32 masters, partitioned as each ZeRO stage does, and
+The memory of the passes comes from `rlhf.memory.traced_model`, which traces the real modules on fake tensors. The rest
+is arithmetic: weights, gradients, AdamW's two moments and float32 masters, partitioned as each ZeRO stage does, and
 DeepSpeed's buffers (deepspeed 0.19, runtime/zero/stage_1_and_2.py and stage3.py, runtime/bf16_optimizer.py).
 """
 
@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from rlhf.memory.footprint import TracedModel
+from rlhf.memory.traced_model import TracedModel
 from rlhf.memory.tracer import ACTIVATIONS, CACHE, GRADIENTS, LOGITS, OPTIMIZER, MemorySnapshot
 from rlhf.ppo.config import PPOConfig
 

@@ -68,12 +68,12 @@ def _behind_virtual_tokens(
 
 
 def _is_causal(body: nn.Module) -> bool:
-    """What the model's attention says of itself; False where it says nothing."""
+    """The attention's `is_causal` flag; False if it has none."""
     return next((bool(module.is_causal) for module in body.modules() if hasattr(module, "is_causal")), False)
 
 
 def head_chunks(tokens: int, vocab_size: int) -> int:
-    """In how many parts the head works on so many tokens. Under ZeRO-3 all ranks must use the same number."""
+    """The number of chunks in which the head processes `tokens` tokens; under ZeRO-3 all ranks must use the same."""
     elements = HEAD_CHUNK_ELEMENTS_GPU if distributed.device().type == "cuda" else HEAD_CHUNK_ELEMENTS
     return max(1, math.ceil(tokens * vocab_size / elements))
 

@@ -10,7 +10,7 @@ from transformers import GenerationConfig
 
 from rlhf.core.console import is_main
 from rlhf.core.table import Pick
-from rlhf.data.chat import stop_ids
+from rlhf.data.chat_tokenizer import stop_ids
 from rlhf.models import merging
 
 

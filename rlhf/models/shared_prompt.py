@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rlhf.data.chat import ChatTokenizer
+from rlhf.data.chat_tokenizer import ChatTokenizer
 from rlhf.models.packed_attention import PACKED
 
 PromptWithCompletions = tuple[Sequence[int], Sequence[Sequence[int]]]

@@ -15,7 +15,7 @@ from rlhf.ppo.types import MicroBatch
 
 
 class TokenOutputs(NamedTuple):
-    """Outputs for the tokens that a micro-batch asks for, row after row. float32 [n]. (ZeRO-3 looks into tuples.)"""
+    """Outputs for the tokens that a micro-batch asks for, row after row. float32 [n]."""
 
     logprobs: Tensor
     entropies: Tensor

@@ -2,7 +2,7 @@
 
 `rlhf.ppo.masked` describes shapes and the mask. Every row takes the same four tensors and returns `Advantages`:
 
-- rewards: float32 [N, T], from `rlhf.ppo.kl.shape_rewards`: the KL penalty is inside them for every estimator. (Shao
+- rewards: float32 [N, T], from `rlhf.ppo.kl.shape_rewards`: they already contain the KL penalty. (Shao
   2024 puts GRPO's penalty into the loss instead; here GRPO too sees the shaped rewards, as RLOO and REINFORCE++ do.)
 - values: the critic's float32 [N, T] before the update, values[:, t] for the state in which token t was chosen; None
   for the rows that need no critic.

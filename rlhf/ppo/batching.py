@@ -17,7 +17,7 @@ from rlhf.ppo.types import MicroBatch, Rollout
 from rlhf.rollout.types import stream_seed
 
 PASS_TOKENS = {"cpu": 128, "cuda": 1024}
-"""Cost of a forward and backward pass besides its tokens, in tokens: mostly kernel launches."""
+"""Fixed cost of one forward and backward pass (mostly kernel launches), as a number of tokens."""
 
 RankBatches = list[list[list[int]]]
 """[rank][micro-batch] -> episodes; every rank has the same number of micro-batches, some of them empty."""
@@ -62,7 +62,7 @@ class TokenRows:
         """This rank's micro-batches of one minibatch."""
         batches = []
         for number, rows in enumerate(per_rank[distributed.rank()]):
-            # Under ZeRO-3 every chunk of the head is a collective operation, so all ranks use as many as the fullest.
+            # Under ZeRO-3 every chunk of the head is a collective operation: all ranks take the count of the fullest.
             most = max(sum(self.flagged[row] for row in rank[number]) for rank in per_rank)
             batches.append(self._build(rows, head_chunks(most, self.vocab_size)))
         return batches
@@ -153,7 +153,7 @@ def permutation(count: int, *seed: int) -> list[int]:
 
 
 def endless(count: int, first: int, number: int, *seed: int) -> list[int]:
-    """Elements `first`, `first + 1`, ... of endless passes through 0..count-1, each pass in a random order of its own.
+    """Elements `first`, `first + 1`, ... of repeated passes through 0..count-1, reshuffled for each pass.
 
     They follow from the arguments alone, so the position in the data needs no saved state.
     """
@@ -195,19 +195,19 @@ def divide(
 
 
 def _cut_padded(episodes: list[int], totals: Sequence[int], budget: int) -> list[list[int]]:
-    """Cut episodes, sorted from long to short, where padding and passes together cost least.
+    """Cut episodes, sorted from long to short, into the micro-batches with the lowest total cost.
 
     A micro-batch costs rows x longest tokens, and `PASS_TOKENS` for the pass. Dynamic programming over the cuts.
     """
-    own = PASS_TOKENS[distributed.device().type]
+    pass_cost = PASS_TOKENS[distributed.device().type]
     least, starts = [0], [0]  # for the first 0, 1, 2, ... episodes: their cost, and where their last micro-batch starts
     for end in range(1, len(episodes) + 1):
-        best = (least[end - 1] + own + totals[episodes[end - 1]], end - 1)
+        best = (least[end - 1] + pass_cost + totals[episodes[end - 1]], end - 1)
         for start in range(end - 2, -1, -1):
             padded = (end - start) * totals[episodes[start]]
             if padded > budget:
                 break
-            best = min(best, (least[start] + own + padded, start))
+            best = min(best, (least[start] + pass_cost + padded, start))
         least.append(best[0])
         starts.append(best[1])
     batches, end = [], len(episodes)

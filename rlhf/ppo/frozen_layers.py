@@ -53,7 +53,7 @@ class FrozenLayers:
             self.depth = 0
 
     depth: int
-    """Their number; 0 if the first layer has an adapter, or if the model cannot start from the middle."""
+    """The number of frozen layers; 0 if the first has an adapter, or if the model cannot start from the middle."""
 
     def states(self, encode: Callable[[], Any]) -> Tensor:
         """The hidden states [B, L, H] that enter the first layer with an adapter when `encode` calls the model."""

@@ -133,7 +133,7 @@ class AdaptiveKL:
         coef <- coef * (1 + error * episodes / horizon)
 
     The defaults are that repository's (launch.py:129-131, train_policy.py:28). A batch of more episodes than the
-    horizon counts as `horizon` episodes; otherwise a low KL could set the coefficient to 0 or below for good.
+    horizon counts as `horizon` episodes; otherwise a low KL could set the coefficient to 0 or below, where it stays.
 
     Args:
         init_coef: The coefficient before the first update.

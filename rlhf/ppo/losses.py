@@ -51,7 +51,7 @@ def policy_loss(
     PPO (Schulman 2017, arXiv:1707.06347) eq. 7: -min(ratio A, clip(ratio, 1 - clip_low, 1 + clip_high) A), with
     ratio = exp(logprobs - old_logprobs); openai/lm-human-preferences@cbfd210
     lm_human_preferences/train_policy.py:351-355. Different bounds are DAPO's Clip-Higher (Yu 2025, arXiv:2503.14476,
-    section 3.1). `dual_clip` is Ye 2020 (arXiv:1912.09729) eq. 5: where A < 0 the objective stays above dual_clip * A,
+    section 3.1). `dual_clip` is Ye 2020 (arXiv:1912.09729) eq. 5: where A < 0 the objective is at least dual_clip * A,
     however large the ratio is.
 
     Args:

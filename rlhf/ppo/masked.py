@@ -3,7 +3,7 @@
 Shared conventions of `rlhf.ppo.masked`, `rlhf.ppo.kl`, `rlhf.ppo.advantages` and `rlhf.ppo.losses`:
 
 - A batch is float32 [N, T]: N episodes, each completion padded on the right to T tokens.
-- `response_mask` is bool [N, T], True at response tokens. There is no mask of the other polarity.
+- `response_mask` is bool [N, T], True at response tokens. No mask is True at padding.
 - Padding may hold anything, NaN included: it never reaches a result or a gradient, and outputs there are 0.
 - Every rank holds the whole global batch where a statistic is taken, so nothing here communicates.
 """

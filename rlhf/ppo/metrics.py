@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from rlhf.core.console import format_number
-from rlhf.data.chat import ChatTokenizer
+from rlhf.data.chat_tokenizer import ChatTokenizer
 from rlhf.ppo import kl
 from rlhf.ppo.config import PPOConfig
 from rlhf.ppo.losses import explained_variance
@@ -46,7 +46,7 @@ class RunningMeanStd:
     std: float = 1.0
 
     def add(self, values: Tensor) -> RunningMeanStd:
-        """With more values; the standard deviation is the population's, 1 while there is no spread."""
+        """A copy that also counts `values`. The standard deviation is the population's; 1 if all values are equal."""
         new, mean, variance = len(values), float(values.mean()), float(values.var(correction=0))
         total, gap = self.count + new, mean - self.mean
         spread = (self.std**2 * self.count if self.count else 0.0) + variance * new + gap**2 * self.count * new / total

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from rlhf import distributed
 from rlhf.core.console import say
 from rlhf.core.errors import UserError
-from rlhf.data.chat import ChatTokenizer
+from rlhf.data.chat_tokenizer import ChatTokenizer
 from rlhf.models.load import count_parameters, load_policy, recompute_activations
 from rlhf.models.packed_attention import KERNEL, PACKED, VARLEN, switch
 from rlhf.models.save import save_result
@@ -28,7 +28,7 @@ from rlhf.training.engine import Engine, make_engine
 
 
 class Models(ABC):
-    """What the PPO stage asks of its models. `SeparateModels` holds one model per role, `SharedModels`
+    """The interface between the PPO stage and its models. `SeparateModels` holds one model per role, `SharedModels`
     (`rlhf.ppo.shared_base`) one base with an adapter per role."""
 
     def __init__(self, engine: Engine) -> None:

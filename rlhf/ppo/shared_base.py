@@ -30,7 +30,7 @@ from transformers import AutoConfig, AutoModelForSequenceClassification
 from rlhf.config.base import ModelConfig
 from rlhf.core.console import is_main, say
 from rlhf.core.errors import UserError
-from rlhf.data.chat import ChatTokenizer
+from rlhf.data.chat_tokenizer import ChatTokenizer
 from rlhf.models import merging
 from rlhf.models.load import compute_dtype, count_parameters, load_policy, recompute_activations
 from rlhf.models.logprobs import hidden_states
@@ -59,7 +59,7 @@ class SharedBase(nn.Module):
 
     Args:
         policy: PEFT's wrapper around the base, with the adapters of all roles.
-        scalars: The scalar models of `critic` and `reward`, as far as the run has them; their body is the base's own.
+        scalars: The scalar models of `critic` and `reward`, if present; they use the base's body.
     """
 
     def __init__(self, policy: Any, scalars: dict[str, ScalarModel]) -> None:
@@ -135,7 +135,7 @@ class SharedBase(nn.Module):
 
 
 class SharedModels(Models):
-    """The roles of `SharedBase` as the PPO stage asks for them."""
+    """`SharedBase` behind the interface of the PPO stage."""
 
     def __init__(self, engine: Engine, reward_model: str | None) -> None:
         super().__init__(engine)

@@ -28,7 +28,7 @@ class Prompts:
     ids: list[list[int]]
     """Token ids, N lists."""
     messages: list[list[dict[str, str]]]
-    """The same as chat messages."""
+    """The prompts as chat messages, N lists."""
     groups: Tensor
     """int64 [N]: equal for completions of one prompt."""
     seeds: list[int]
@@ -72,7 +72,8 @@ class Rollout:
 
 
 class MicroBatch(NamedTuple):
-    """Sequences for one forward pass of one rank, on its device. (A tuple, because ZeRO-3 looks into tuples.)
+    """Sequences for one forward pass of one rank, on its device. (NamedTuple: ZeRO-3 finds tensors
+    in tuples, not in dataclasses.)
 
     Either one sequence per row, padded on the right; or packed: all in one row [1, L], one after the other.
     A rank that has fewer micro-batches than the others gets fillers: `episodes` is empty, `response_mask` all False.
@@ -91,7 +92,7 @@ class MicroBatch(NamedTuple):
     lengths: Tensor
     """int64 [N], the number of these tokens per sequence; [0] for a filler."""
     chunks: int
-    """Chunks that the language model's head works in, the same on every rank."""
+    """Number of chunks in which the LM head computes logits, the same on every rank."""
     frozen_states: Tensor | None = None
     """[B, L, H] hidden states that enter the first layer with adapters, where they are cached."""
 

@@ -26,7 +26,7 @@ class Agreement:
 
     @classmethod
     def of(cls, datasets: Sequence[Dataset]) -> Agreement | None:
-        """The agreement that the manifest of a single dataset notes; None where there is none, or for several datasets.
+        """The agreement recorded in the manifest of a single dataset; None without one, or for several datasets.
 
         Raises:
             UserError: The manifest's entry is not what `rlhf data check` writes.

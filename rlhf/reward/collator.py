@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from rlhf.data.chat import ChatTokenizer
+from rlhf.data.chat_tokenizer import ChatTokenizer
 from rlhf.models.shared_prompt import NO_SHARING, PromptWithCompletions, SharedPrompts, pad_rows
 from rlhf.reward.losses import RankingBatch
 
@@ -29,8 +29,8 @@ class RewardBatch:
     attention_mask: torch.Tensor
     """int64 [R, T], 1 where there is a token."""
     branches: torch.Tensor | None
-    """int64 [R, T], which token belongs to which candidate of its row (see `rlhf.models.shared_prompt`); None where no
-    row has several."""
+    """int64 [R, T], which token belongs to which candidate of its row (see `rlhf.models.shared_prompt`); None if
+    every row has one candidate."""
     rankings: RankingBatch
     """How the candidates were ranked, in the order in which the rows hold them."""
 
@@ -41,7 +41,7 @@ class RankingCollator:
 
     chat: ChatTokenizer
     weighted: bool = True
-    """Take the rankings' weights; all count the same otherwise."""
+    """Use the rankings' weights; otherwise every weight is 1."""
     sharing: SharedPrompts = NO_SHARING
     """Which candidates share a row: the model's `shared_prompts`."""
     device: Any = None

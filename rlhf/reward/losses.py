@@ -35,7 +35,7 @@ class RankingBatch:
     """How the N candidates of B rankings of unequal size were ranked, all rankings one after the other."""
 
     ranks: Tensor
-    """int64 [N], 1 = best, equal ranks in a ranking = tie, none skipped (`rlhf.data.schema.dense_ranks`)."""
+    """int64 [N], 1 = best, equal ranks in a ranking = tie, dense: 1, 2, 2, 3 (`rlhf.data.schema.dense_ranks`)."""
     ranking: Tensor
     """int64 [N], the ranking that each candidate belongs to, 0..B-1, ascending."""
     ratings: Tensor | None = None
@@ -45,7 +45,7 @@ class RankingBatch:
 
 
 class RankingLoss(NamedTuple):
-    """What every row returns."""
+    """What every ranking loss returns."""
 
     loss: Tensor
     """Float [B]: the loss of each ranking, 0 (with zero gradient) where nothing in it could be compared."""
@@ -164,9 +164,10 @@ def bradley_terry(
 
     Args:
         label_smoothing: Probability that an annotator's label is flipped: (1-e) of the loss above plus e of the loss
-            with the sign of its argument turned (Mitchell 2023, "A note on DPO with noisy preferences").
-        margin: `rank`: margin_scale * (rank_j - rank_i - 1), so neighbours, and with them binary comparisons, have
-            none. `rating`: margin_scale * (rating_i - rating_j), 0 where a rating is unknown or contradicts the ranks.
+            with its argument negated (Mitchell 2023, "A note on DPO with noisy preferences").
+        margin: `rank`: margin_scale * (rank_j - rank_i - 1), so adjacent ranks, and therefore binary comparisons,
+            have margin 0. `rating`: margin_scale * (rating_i - rating_j), 0 where a rating is unknown or contradicts the
+            ranks.
         margin_scale: Score units per rank or per unit of rating.
 
     Raises:
@@ -228,7 +229,7 @@ def davidson(
     """
     padded = _pad(scores, batch)
     gaps, log_nu = padded.gaps, math.log(tie_prevalence)
-    # Z divided by the outcome's own term: nothing overflows, whatever the scores.
+    # -log p = log(Z / numerator) as a logsumexp of differences, which cannot overflow.
     strict = torch.stack((torch.zeros_like(gaps), -gaps, log_nu - gaps / 2)).logsumexp(0)
     tie = torch.stack((torch.zeros_like(gaps), gaps / 2 - log_nu, -gaps / 2 - log_nu)).logsumexp(0)
     return _mean_over_pairs(padded, strict, tie)
@@ -244,7 +245,7 @@ def plackett_luce(
     -log of the product over candidates of e^s_i / (sum of e^s_j over those not placed yet), divided by K - 1, the
     number of choices that an order of K takes: for K = 2 this is Bradley-Terry.
 
-    A tie leaves the order of its m candidates open. The sum over its m! orders is taken by Efron's approximation
+    A tie leaves the order of its m candidates open. The sum over its m! orders is approximated by Efron's method
     (J. Amer. Statist. Assoc. 72, 557-565, 1977): while l of them are placed, (m - l) / m of their summed e^s is left
     in the denominator. It is exact where tied scores are equal, and it draws them together, which the exact sum would
     not do for a tie at the bottom: two tied candidates alone have the loss of Rao-Kupper's tie at theta -> 1, up to a
@@ -255,7 +256,7 @@ def plackett_luce(
     tied_with = either | torch.diag_embed(padded.valid)
     group = tied_with.sum(2, keepdim=True).clamp(min=1).to(padded.scores.dtype)  # m; 1 on padding
     unplaced = group - either.tril(-1).sum(2, keepdim=True)  # m - l
-    # The factor m! is folded in, stage by stage: (m - l) times e^s_i over the denominator.
+    # log m! is included term by term: stage l contributes log(m - l).
     terms = padded.scores[:, None, :] - torch.where(tied_with, group, unplaced).log()
     remaining = tied_with | padded.better
     log_denominator = terms.masked_fill(~remaining, torch.finfo(terms.dtype).min).logsumexp(2)

@@ -11,7 +11,7 @@ import torch
 
 from rlhf import distributed
 from rlhf.core.console import track
-from rlhf.data.chat import ChatTokenizer
+from rlhf.data.chat_tokenizer import ChatTokenizer
 from rlhf.models.scalar import ScalarModel
 from rlhf.models.shared_prompt import PromptWithCompletions, SharedPrompts, pad_rows
 from rlhf.reward.metrics import ScoredRanking
@@ -51,7 +51,7 @@ def _score_rows(
     batch_tokens: int,
     bar: bool,
 ) -> list[float]:
-    """`score_texts` of rows with several texts: row i holds the texts `members[i]`, numbered from 0 without gaps."""
+    """`score_texts` of rows with several texts: `members[i]` are the numbers of the texts in row i, 0..n-1 over all."""
     batches = list(_batches(lengths, batch_tokens))
     ranks = distributed.world_size()
     batches += [[]] * (-len(batches) % ranks)  # every rank makes the same number of calls

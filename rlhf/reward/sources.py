@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     import torch
 
     from rlhf.config.base import ModelConfig
-    from rlhf.data.chat import ChatTokenizer
+    from rlhf.data.chat_tokenizer import ChatTokenizer
 else:
     torch = lazy("torch")
 
@@ -56,7 +56,7 @@ class RewardContext:
 
 
 Source = Any
-"""A callable: Finished -> float32 [B] on the CPU."""
+"""A callable: RewardInputs -> float32 [B] on the CPU."""
 
 
 @REWARDS.row("model")
@@ -65,7 +65,7 @@ def model(context: RewardContext, *, path: str, retokenize: bool = False) -> Sou
 
     `path` is a run or model folder. With `retokenize` a model with another tokenizer scores the text in its own.
     """
-    from rlhf.data.chat import load_tokenizer
+    from rlhf.data.chat_tokenizer import load_tokenizer
     from rlhf.models.scalar import load_scalar
     from rlhf.runs.run import resolve_model_path
 

@@ -10,7 +10,7 @@ import torch
 import transformers
 from torch import Tensor
 
-from rlhf.data.chat import ChatTokenizer, stop_ids
+from rlhf.data.chat_tokenizer import ChatTokenizer, stop_ids
 from rlhf.rollout import decode_step, kv_cache
 from rlhf.rollout.types import Completion, SamplingParams
 

@@ -21,14 +21,14 @@ if TYPE_CHECKING:
     import torch
     import transformers
 
-    from rlhf.data import chat as chat_module
-    from rlhf.data.chat import ChatTokenizer
+    from rlhf.data import chat_tokenizer
+    from rlhf.data.chat_tokenizer import ChatTokenizer
     from rlhf.models import packed_attention
     from rlhf.rollout import decoding, kv_cache
     from rlhf.rollout import vllm as vllm_engine
 else:
     torch, transformers, packed_attention = lazy("torch"), lazy("transformers"), lazy("rlhf.models.packed_attention")
-    chat_module, decoding = lazy("rlhf.data.chat"), lazy("rlhf.rollout.decoding")
+    chat_tokenizer, decoding = lazy("rlhf.data.chat_tokenizer"), lazy("rlhf.rollout.decoding")
     kv_cache, vllm_engine = lazy("rlhf.rollout.kv_cache"), lazy("rlhf.rollout.vllm")
 
 SAMPLERS = Table("sampler")
@@ -120,7 +120,7 @@ def continuous_batching(
         auto_switch_to_flash=False,  # keep the model's own attention even if flash-attn is installed
         disable_nccl_graph_mixing=False,  # no tensor parallelism here
     )
-    ends = chat_module.stop_ids(model, chat)
+    ends = chat_tokenizer.stop_ids(model, chat)
     drawn = {"temperature": sampling.temperature, "top_k": sampling.top_k, "top_p": sampling.top_p}
     generation = transformers.GenerationConfig(
         max_new_tokens=sampling.max_new_tokens, eos_token_id=ends, pad_token_id=chat.pad_id,
@@ -183,7 +183,7 @@ def vllm(
     for it. `enforce_eager` turns CUDA graphs off.
     """
     return vllm_engine.sample(
-        model, prompts, seeds, sampling, chat, chat_module.stop_ids(model, chat),
+        model, prompts, seeds, sampling, chat, chat_tokenizer.stop_ids(model, chat),
         gpu_memory_utilization=gpu_memory_utilization, max_model_len=max_model_len, enforce_eager=enforce_eager,
     )  # fmt: skip
 

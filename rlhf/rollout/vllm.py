@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from rlhf import distributed
-from rlhf.data.chat import ChatTokenizer
+from rlhf.data.chat_tokenizer import ChatTokenizer
 from rlhf.models.merging import merged_weights
 from rlhf.rollout.types import Completion, SamplingParams
 

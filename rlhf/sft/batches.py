@@ -11,7 +11,7 @@ from trl import pack_dataset
 
 from rlhf import distributed
 from rlhf.core.errors import UserError
-from rlhf.data.chat import ChatTokenizer
+from rlhf.data.chat_tokenizer import ChatTokenizer
 from rlhf.models.logprobs import has_virtual_tokens
 from rlhf.models.packed_attention import VARLEN
 

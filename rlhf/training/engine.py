@@ -5,7 +5,6 @@ Callers divide a loss by the global number of its items; the engine sums gradien
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -18,25 +17,8 @@ from transformers.pytorch_utils import Conv1D
 from rlhf import distributed
 from rlhf.config.base import AdamWConfig
 from rlhf.core.errors import UserError
-from rlhf.distributed.deepspeed_config import SET_BY_US, read_deepspeed
+from rlhf.distributed.deepspeed_json import SET_BY_US, read_deepspeed
 from rlhf.models.load import compute_dtype
-
-
-def rate_scale(schedule: str, step: int, steps: int, warmup: int, first: int = 0) -> float:
-    """The learning rate as a fraction of its peak: a linear climb, then the schedule, which falls to 0 at `steps`.
-
-    Args:
-        schedule: `constant`, `linear` or `cosine`.
-        step: Counted from 0.
-        steps: Number of steps in the whole run.
-        warmup: Number of steps of the climb.
-        first: The climb starts at `first` / `warmup`: with 0 the first step has rate 0, with 1 the last step of the
-            climb has the peak rate.
-    """
-    if step < warmup:
-        return (step + first) / warmup
-    done = (step - warmup) / max(1, steps - warmup)
-    return {"constant": 1.0, "linear": 1 - done, "cosine": 0.5 * (1 + math.cos(math.pi * done))}[schedule]
 
 
 def cast_frozen_linears_(module: nn.Module, dtype: torch.dtype) -> list[tuple[nn.Module, Tensor]]:

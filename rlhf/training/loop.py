@@ -19,9 +19,10 @@ from rlhf.core.files import write_json
 from rlhf.models.load import recompute_activations
 from rlhf.runs.random_state import rng_state, set_rng_state
 from rlhf.runs.run import Run
-from rlhf.training.engine import Engine, make_engine, rate_scale
+from rlhf.training.engine import Engine, make_engine
 from rlhf.training.epoch_order import StepRows
 from rlhf.training.reporter import Reporter
+from rlhf.training.schedule import lr_scale
 
 Batch = TypeVar("Batch")
 SHORT_NAMES = {
@@ -141,7 +142,7 @@ class Loop(Generic[Batch]):
         if not self.engine.gradients_are_finite():
             raise self._not_finite()
         optimizer = self.config.optimizer
-        scale = rate_scale(optimizer.schedule, self.step, self.steps, int(optimizer.warmup * self.steps))
+        scale = lr_scale(optimizer.schedule, self.step, self.steps, int(optimizer.warmup * self.steps))
         norm = self.engine.step(scale)
         self.step += 1
         return {"optimizer/grad_norm": norm, "optimizer/lr": scale * optimizer.lr}

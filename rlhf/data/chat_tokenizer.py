@@ -4,7 +4,7 @@ A conversation is encoded piece by piece (everything up to a generation prompt, 
 has the same tokens in every stage and before every response.
 
 Truncation: a prompt keeps its end, and its first token if that is BOS. A response is never truncated; see
-`rlhf.data.encode`.
+`rlhf.data.encode_records`.
 """
 
 from __future__ import annotations
