@@ -179,8 +179,8 @@ class Learner:
                 out.values, old(experience.values), old(advantages.returns), clip=c.value_clip
             )
             value = per_token.sum() / tokens
-        # While only the critic learns, the policy's loss is multiplied by 0 instead of left out, so that every parameter
-        # of the engine gets a gradient in every step.
+        # While only the critic learns, the policy's loss is multiplied by 0 instead of left out, so that every
+        # parameter of the engine gets a gradient in every step.
         policy_part = policy - c.entropy_coef * entropy + c.ptx_coef * ptx_loss
         loss = policy_part * (0.0 if critic_only else 1.0) + c.value_coef * value
         count = policy.new_tensor(float(len(out.logprobs)))

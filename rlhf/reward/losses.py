@@ -166,8 +166,8 @@ def bradley_terry(
         label_smoothing: Probability that an annotator's label is flipped: (1-e) of the loss above plus e of the loss
             with its argument negated (Mitchell 2023, "A note on DPO with noisy preferences").
         margin: `rank`: margin_scale * (rank_j - rank_i - 1), so adjacent ranks, and therefore binary comparisons,
-            have margin 0. `rating`: margin_scale * (rating_i - rating_j), 0 where a rating is unknown or contradicts the
-            ranks.
+            have margin 0. `rating`: margin_scale * (rating_i - rating_j), 0 where a rating is unknown or contradicts
+            the ranks.
         margin_scale: Score units per rank or per unit of rating.
 
     Raises:
