@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -106,7 +105,7 @@ def _merged(records: Iterator[Ranking], ballots: Ballots, result: Aggregation, p
         items = ballots.item[ballots.start[index] : ballots.start[index + 1]].tolist()
         for item, (candidate, _) in zip(items, distinct(record).values()):
             rating = float(ballots.rating[item])
-            answers.setdefault(item, replace(candidate, score=None if np.isnan(rating) else rating))
+            answers.setdefault(item, candidate._replace(score=None if np.isnan(rating) else rating))
         if len(answers) < size[pool]:
             continue
         done[pool] = True

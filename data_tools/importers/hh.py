@@ -86,7 +86,7 @@ def _usual(chosen: str, rejected: str) -> Ranking | None:
     """
     end = chosen.rfind(_ANSWER)
     start = end + len(_ANSWER)
-    if end < 0 or chosen[:start] != rejected[:start]:
+    if end < 0 or not rejected.startswith(chosen[:start]):
         return None
     head, *exchanges = chosen[:end].split(_QUESTION)
     parts = [exchange.split(_ANSWER) for exchange in exchanges]

@@ -11,8 +11,8 @@ from data_tools.importers.comparisons import marked_prompt
 from data_tools.importers.table import IMPORTERS, Head, convert_rows
 from data_tools.reading.fields import alpaca_prompt, as_jsonl, elements, need, number, text
 from data_tools.reading.html_text import html_text
-from data_tools.reading.rows import JSON, Item, rows
-from rlhf.data.jsonl import Reject
+from data_tools.reading.rows import JSON, rows
+from rlhf.data.jsonl import Item, Reject
 from rlhf.data.schema import BadRecord, Candidate, Message, Ranking, Record, dense_ranks
 from rlhf.data.store import OnReject
 

@@ -24,7 +24,7 @@ from rlhf.core.command_line import command_line
 from rlhf.core.errors import UserError, nearest
 from rlhf.core.table import Pick
 from rlhf.data.schema import SPLITS, BadRecord, Record
-from rlhf.data.store import DatasetWriter, Reject, file_hash
+from rlhf.data.store import ROWS_PER_TABLE, DatasetWriter, Reject, file_hash
 
 OPTIONS_FILE = "import.yaml"
 """In the dataset folder: the options of its import, as `--options` reads them."""
@@ -184,15 +184,15 @@ def _no_collector() -> Iterator[None]:
 
 def _write(writer: DatasetWriter, read: Any, files: list[Path], reject: Rejects, changes: dict[str, Any]) -> None:
     for file in files:
-        chunks = _chunks(read(file, reject), 1000)
-        for chunk in console.track(chunks, f"importing {file.name}", unit="thousand rows"):
-            for record in chunk:
-                try:
-                    writer.write(replace(record, **changes) if changes else record)
-                except BadRecord as fault:
-                    raise UserError(
-                        f"{file}: {fault}", "A dataset holds one kind of record.", "Import each kind to its own --out."
-                    ) from None
+        with console.progress(f"importing {file.name}", None, "rows") as advance:
+            for chunk in _chunks(read(file, reject), ROWS_PER_TABLE):
+                for record in chunk:
+                    try:
+                        writer.write(replace(record, **changes) if changes else record)
+                    except BadRecord as fault:
+                        remedy = "Import each kind to its own --out."
+                        raise UserError(f"{file}: {fault}", "A dataset holds one kind of record.", remedy) from None
+                advance(len(chunk))
 
 
 def _chunks(records: Iterable[Record], size: int) -> Iterator[list[Record]]:

@@ -9,9 +9,8 @@ from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
-from data_tools.reading.rows import Item
 from rlhf.core.errors import UserError, nearest
-from rlhf.data.jsonl import READ_ERRORS, OnReject, Reject, cut_off_fault, open_bytes
+from rlhf.data.jsonl import READ_ERRORS, Item, OnReject, Reject, cut_off_fault, open_bytes
 from rlhf.data.schema import BadRecord
 
 CSV = tuple(f".{name}{zipped}" for name in ("csv", "tsv") for zipped in ("", ".gz", ".zst"))

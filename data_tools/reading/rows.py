@@ -7,25 +7,17 @@ import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, BinaryIO
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from rlhf.data.jsonl import READ_ERRORS, OnReject, Reject, cut_off_fault, open_bytes, read_rows
+from rlhf.data.jsonl import READ_ERRORS, Item, OnReject, Reject, cut_off_fault, open_bytes, read_rows
 from rlhf.data.schema import BadRecord
 
 JSON = (*(f".{name}{zipped}" for name in ("jsonl", "json", "ndjson") for zipped in ("", ".gz", ".zst")), ".parquet")
 """Suffixes of the files that `rows` reads."""
 CHUNK = 1 << 20
-
-
-class Item(NamedTuple):
-    """One row of a file: the line it begins on (its number from 1, in Parquet), its text, its value."""
-
-    line: int
-    raw: str | bytes
-    value: Any
 
 
 def rows(path: Path, reject: OnReject) -> Iterator[Item]:
@@ -60,7 +52,7 @@ def _rows(path: Path, file: BinaryIO, reject: OnReject) -> Iterator[Item]:
     if head.startswith(b"[") or pretty:
         yield from _Stream(path, file, reject)
     else:
-        yield from map(Item._make, read_rows(path, file, reject))
+        yield from read_rows(path, file, reject)
 
 
 def _parquet(path: Path) -> Iterator[Item]:

@@ -16,12 +16,13 @@ from data_tools.importers.run import ImportSummary, NothingUsable, find_files
 from data_tools.io.expressions import Failed
 from data_tools.io.rejects import FILE_NAME, Rejects, by_count
 from data_tools.reading.csv_rows import CSV, csv_rows
-from data_tools.reading.rows import JSON, Item, rows
+from data_tools.reading.rows import JSON, rows
 from data_tools.tasks.families import Family, TaskTemplate, load_family, read_family
 from data_tools.tasks.rows import MOST_LETTERS, Example, Mapper, parse_choices
 from rlhf.core import console
 from rlhf.core.command_line import command_line
 from rlhf.core.errors import UserError, nearest
+from rlhf.data.jsonl import Item
 from rlhf.data.schema import BadRecord, Demonstration, Message
 from rlhf.data.store import DatasetWriter, OnReject, Reject, file_hash
 

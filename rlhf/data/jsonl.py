@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, NoReturn
+from typing import Any, BinaryIO, NamedTuple, NoReturn
 
 import orjson
 import zstandard
@@ -43,6 +43,14 @@ class Reject:
         return f"{self.file}:{self.line}: {self.reason}{f' ({self.detail})' if self.detail else ''}"
 
 
+class Item(NamedTuple):
+    """One row of a file: the line it begins on (its number from 1, in Parquet), its text, its value."""
+
+    line: int
+    raw: str | bytes
+    value: Any
+
+
 OnReject = Callable[[Reject], None]
 
 
@@ -70,8 +78,8 @@ def read_jsonl(path: Path, kind: str | None, on_reject: OnReject) -> Iterator[Re
         raise UserError(f"{path}: damaged after line {line}: {error}", remedy="Download the file again.") from None
 
 
-def read_rows(path: Path, file: BinaryIO, on_reject: OnReject) -> Iterator[tuple[int, bytes, Any]]:
-    """Stream (line number, raw line, parsed value) from a file with one JSON value per line.
+def read_rows(path: Path, file: BinaryIO, on_reject: OnReject) -> Iterator[Item]:
+    """Stream the rows of a file with one JSON value per line.
 
     Blank lines are skipped. Lines that are not UTF-8 or not JSON, or that the end of the file cuts off, go to
     `on_reject`.
@@ -87,7 +95,7 @@ def read_rows(path: Path, file: BinaryIO, on_reject: OnReject) -> Iterator[tuple
         except BadRecord as error:
             on_reject(Reject.of(path, line, error if raw.endswith(b"\n") else cut_off_fault(error), raw))
         else:
-            yield line, raw, row
+            yield Item(line, raw, row)
 
 
 def parse(raw: bytes) -> Any:
