@@ -59,7 +59,7 @@ def test_the_reward_rises_clearly_within_30_updates_at_bounded_kl(seed, shared, 
     updates = [line for line in lines if "objective/kl_coef" in line]
     first, last = [sum(u["objective/scores"] for u in part) / len(part) for part in (updates[:2], updates[-5:])]
     held_out = [line["eval/scores"] for line in lines if "eval/scores" in line]
-    seconds = sum(u[f"seconds_{phase}"] for u in updates for phase in ("rollout", "score", "learn"))
+    seconds = sum(u[f"time/{phase}"] for u in updates for phase in ("rollout", "score", "learn"))
     reached = [next((u["step"] for u in updates if u["objective/scores"] >= bar), None) for bar in (0.6, 0.74)]
     record_property(
         "figures",
