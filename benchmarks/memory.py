@@ -19,7 +19,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = ROOT.parent / "shared"
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]  # the second holds the reward function
 PHASES = ("load", "rollout", "scoring", "update", "checkpoint")
 SMALL, MIDDLE, WIDE = (
     {"hidden_size": 320, "intermediate_size": 864, "layers": 6, "heads": 5},
