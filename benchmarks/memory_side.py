@@ -91,7 +91,7 @@ def main() -> None:
     phases.wrap(rlhf.training.loop.Loop, "_train_step", "update")
     phases.wrap(rlhf.training.loop.Loop, "_evaluate", "scoring")
     phases.wrap(rlhf.training.loop.Loop, "_save", "checkpoint")
-    for module in ("stages.ppo", "stages.sft", "stages.reward"):
+    for module in ("rlhf.ppo.models", "stages.sft", "stages.reward"):
         phases.wrap(importlib.import_module(module), "save_result", "checkpoint")
     config = check_config(STAGES[spec["stage"]], spec["config"], "benchmark")
     importlib.import_module(f"stages.{spec['stage']}").run(config)

@@ -58,6 +58,6 @@ def test_three_stages_from_human_pairs_to_an_exported_policy(shared, place, reco
         "figures",
         f"HH harmless: {told['written']} of {told['read']} pairs, set aside: {told['reasons']}; held-out pair accuracy "
         f"{judged['accuracy']:.3f} (longer wins: {judged['longer_accuracy']:.3f}); score "
-        f"{policy['eval_score_at_start']:.2f} -> {policy['eval_score']:.2f} in three short updates",
+        f"{policy['eval/scores_at_start']:.2f} -> {policy['eval/scores']:.2f} in three short updates",
     )
     assert judged["pairs"] > 50

@@ -64,7 +64,7 @@ def test_the_reward_rises_clearly_within_30_updates_at_bounded_kl(seed, shared, 
     record_property(
         "figures",
         f"stories, seed {seed}: share of sentences that name an animal {first:.3f} -> {last:.3f} (held out "
-        f"{held_out[0]:.3f} -> {held_out[-1]:.3f}), KL {updates[-1]['kl']:.1f}, {seconds:.0f} s; "
+        f"{held_out[0]:.3f} -> {held_out[-1]:.3f}), KL {updates[-1]['objective/kl']:.1f}, {seconds:.0f} s; "
         f"0.60 and 0.74 first reached at updates {reached}",
     )
     assert first < 0.2
