@@ -47,7 +47,7 @@ def content_hash(*parts: Any) -> str:
 # ---- records: checked when created, so every existing record is valid ------------------------------------------------
 
 
-class Message(NamedTuple):  # half the time of a dataclass to make, and a million records have six million of these
+class Message(NamedTuple):  # quicker to construct than a frozen dataclass; an import makes several per record
     """One turn of a chat."""
 
     role: Literal["system", "user", "assistant"]
@@ -209,7 +209,7 @@ def _dense_ranks(values: tuple[float, ...]) -> tuple[int, ...]:
 
 
 def unchecked(kind: type[Prompt], **given: Any) -> Any:
-    """A record without the checks, which is ten times as fast. Only for fields that are known to be valid.
+    """A record without the checks, which take most of the time. Only for fields that are known to be valid.
 
     Args:
         kind: The class of the record.

@@ -45,7 +45,7 @@ else:
 
 ROWS_PER_SHARD = 200_000
 ROWS_PER_GROUP = 5_000
-ROWS_PER_TABLE = 200  # records that still lie in the processor's cache are a tenth faster to convert, and are few
+ROWS_PER_TABLE = 200  # records that are converted to Arrow together; larger tables were not faster
 CHARS_PER_GROUP = 32_000_000  # bounds memory, and keeps columns of long texts below Arrow's 2 GiB
 RAW_KEPT = 10_000
 
