@@ -168,4 +168,4 @@ def _evaluate_reward(
         table(*part)
     if humans:
         say(humans.compared_with(metrics["accuracy"]))
-    return {"rankings": len(rows), "set_aside": dict(counts.skipped), "metrics": metrics}
+    return {"rankings": len(rows), "skipped": dict(counts.skipped), "metrics": metrics}

@@ -67,7 +67,7 @@ def constant(messages: list[dict[str, str]], answer: str) -> float:
 def test_loss_is_the_mean_over_answer_tokens(kind: str, name: str, runs: dict[str, str], data: dict[str, str]) -> None:
     found = figures(runs[name], "--dataset", data[kind])["policy"]
     losses = token_losses(runs[name], list(open_dataset(data[kind]).records("eval")))
-    assert (found["records"], found["tokens"], found["set_aside"]) == (10, len(losses), 0)
+    assert (found["records"], found["tokens"], found["skipped"]) == (10, len(losses), 0)
     assert found["loss"] == pytest.approx(sum(losses) / len(losses), rel=1e-5)
     assert found["perplexity"] == pytest.approx(math.exp(found["loss"]))
 
@@ -91,7 +91,7 @@ def test_answers_that_do_not_fit_are_counted(runs: dict[str, str], tmp_path: Pat
     rows = [{"prompt": "One?", "answer": answer} for answer in ("Yes.", "word " * 300)]
     (tmp_path / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     found = figures(runs["sft"], "--dataset", tmp_path / "data.jsonl")["policy"]
-    assert (found["records"], found["set_aside"]) == (1, 1)
+    assert (found["records"], found["skipped"]) == (1, 1)
     (tmp_path / "data.jsonl").write_text(json.dumps(rows[1]) + "\n")
     with pytest.raises(UserError, match="no answer fits in the 128 tokens"):
         figures(runs["sft"], "--dataset", tmp_path / "data.jsonl")

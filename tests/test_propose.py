@@ -136,7 +136,7 @@ def proposals(path: Path) -> list[Proposal]:
 def test_each_prompt_gets_k_distinct_answers_of_a_person_and_of_all_models(place, tmp_path):
     summary = propose(place, tmp_path / "c", "--count", 12, "--min-new-tokens", 10)  # long enough to differ
     found = proposals(tmp_path / "c")
-    assert len(found) == summary["written"] == 12 and summary["set_aside"] == 0
+    assert len(found) == summary["written"] == 12 and summary["rejected"] == 0
     for proposal in found:
         assert len(proposal.candidates) == 4
         assert not any(

@@ -105,7 +105,7 @@ class Tally:
 
     drawn: int = 0
     empty: int = 0
-    alike: int = 0
+    similar: int = 0
     """Skipped, because another answer to the prompt says nearly the same."""
     cut_off: int = 0
     """Kept, although the model did not end before --max-new-tokens."""
@@ -130,7 +130,7 @@ def add_answer(one: OpenProposal, text: str, author: str, ended: bool, most_simi
     if not text.strip():
         tally.empty += 1
     elif any(too_similar(text, other.text, most_similar) for other in one.candidates):
-        tally.alike += 1
+        tally.similar += 1
     else:
         tally.cut_off += not ended
         one.candidates.append(Candidate(text, author, "model"))
@@ -197,10 +197,10 @@ def show(summary: dict[str, Any], proposals: Sequence[Proposal], made: Derivatio
     table("prompts", ["answers", "prompts"], sorted(sizes.items(), reverse=True))
     print_reasons(made.rejects.reasons, made.rejects.first)
     say(
-        f"{summary['drawn']:,} answers sampled; skipped: {summary['alike']:,} similar, {summary['empty']:,} empty; "
+        f"{summary['drawn']:,} answers sampled; skipped: {summary['similar']:,} similar, {summary['empty']:,} empty; "
         f"{summary['cut_off']:,} of those kept are cut off at --max-new-tokens"
     )
     short = sum(n for size, n in sizes.items() if size < k)
     fewer = f" ({short:,} with fewer than {k} answers)" if short else ""
-    say(f"proposed {summary['written']:,}{fewer} -> {summary['out']} (proposals); rejected {summary['set_aside']:,}")
+    say(f"proposed {summary['written']:,}{fewer} -> {summary['out']} (proposals); rejected {summary['rejected']:,}")
     say(f"Rank them: rlhf data rank {summary['out']} --annotator NAME")

@@ -41,15 +41,15 @@ _MULTIPLIER = 0x9E3779B97F4A7C15  # odd, so that multiplying by it modulo 2**64 
 
 
 def prompt_text(record: Prompt) -> str:
-    """What stands for a record's prompt when prompts are compared: all turns."""
+    """The text by which prompts are compared: all turns."""
     return "\n".join(message.content for message in record.messages)
 
 
 def near_groups(texts: Iterable[tuple[str, str]], threshold: float = DEFAULT_THRESHOLD) -> dict[str, str]:
-    """Put near texts together; what is near to one of a group is in it, so two of a group may be further apart.
+    """Group near texts. A text joins a group if it is near to one member, so two members may be less similar.
 
     Args:
-        texts: (key, text) pairs, streamed; a key that comes again is passed over.
+        texts: (key, text) pairs, streamed; a repeated key is skipped.
         threshold: Jaccard similarity from which two texts are near, 0.5 to 1.
 
     Returns:
@@ -183,7 +183,10 @@ def _same(value: Any) -> Any:
 
 
 class Sets:
-    """Disjoint sets of comparable items (union-find). Every item begins alone; the smallest of a set stands for it."""
+    """Disjoint sets of comparable items (union-find).
+
+    Every item starts as its own set; a set is represented by its smallest item.
+    """
 
     def __init__(self) -> None:
         self._above: dict[Any, Any] = {}

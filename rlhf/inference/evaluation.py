@@ -29,7 +29,7 @@ def demonstration_loss(policy: Policy, records: Sequence[Any]) -> dict[str, Any]
 
     Returns:
         `loss`: mean negative log-likelihood in nats over all assistant tokens of all records, including ends of turns,
-        at temperature 1; `perplexity`: its exponential; `tokens`, `records`, and `set_aside`: records that do not fit.
+        at temperature 1; `perplexity`: its exponential; `tokens`, `records`, and `skipped`: records that do not fit.
 
     Raises:
         UserError: No record fits.
@@ -50,7 +50,7 @@ def demonstration_loss(policy: Policy, records: Sequence[Any]) -> dict[str, Any]
     loss = total / tokens
     return {
         "loss": loss, "perplexity": math.exp(loss), "tokens": tokens, "records": len(rows),
-        "set_aside": len(records) - len(rows),
+        "skipped": len(records) - len(rows),
     }  # fmt: skip
 
 

@@ -107,10 +107,11 @@ class Learner:
             for index, minibatch in enumerate(parts):
                 step = (update_index * epochs + epoch) * len(parts) + index
                 sums.append(self._backward(experience, advantages, minibatch, step, critic_only))
-                if not self.engine.gradients_are_finite():
+                norm = self.engine.step(lr_scale)
+                if norm is None:
                     where = f"update {update_index + 1}, epoch {epoch + 1}, minibatch {index + 1}"
                     raise _not_finite(experience, minibatch, where)
-                norms.append(self.engine.step(lr_scale))
+                norms.append(norm)
             done += 1
             steps += StepSums.reduced(sums)
             if target_kl is not None and steps[-1].kl_k3 / steps[-1].tokens > target_kl:

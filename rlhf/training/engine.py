@@ -84,21 +84,27 @@ class Engine:
         del last
         loss.backward()
 
-    def gradients_are_finite(self) -> bool:
-        """False if the gradient since the last step is infinite or NaN on any rank. Call it before `step`."""
-        # One check a step suffices: a gradient that is not finite stays so when others are added.
-        return bool(nn.utils.get_total_norm([p.grad for p in self._parameters if p.grad is not None]).isfinite())
+    def step(self, scale: float) -> float | None:
+        """Clip the gradient, update the weights at `scale` times the peak rates, clear the gradient.
 
-    def step(self, scale: float) -> float:
-        """Clip, update the weights at `scale` times the peak rates, clear gradients; gives the norm before clipping."""
-        for group, rate in zip(self.optimizer.param_groups, self.rates):
-            group["lr"] = rate * scale
-        return self._step()
+        Returns:
+            The gradient's norm before clipping. None, on all ranks, if it is infinite or NaN on any rank: then nothing
+            was updated. One check a step suffices: a gradient that is not finite stays so when others are added.
+        """
+        norm = self._clip()
+        if norm is not None:
+            for group, rate in zip(self.optimizer.param_groups, self.rates):
+                group["lr"] = rate * scale
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+        return norm
 
-    def _step(self) -> float:
-        norm = nn.utils.clip_grad_norm_(self._parameters, self.config.max_grad_norm)
-        self.optimizer.step()
-        self.optimizer.zero_grad()
+    def _clip(self) -> float | None:
+        """Clip the gradient to the largest norm; gives its norm before, None if that is not finite."""
+        norm = nn.utils.get_total_norm([p.grad for p in self._parameters if p.grad is not None])
+        if not norm.isfinite():
+            return None
+        nn.utils.clip_grads_with_norm_(self._parameters, self.config.max_grad_norm, norm)
         return float(norm)
 
     @contextmanager
@@ -191,13 +197,6 @@ class DeepSpeedEngine(Engine):
         # The sum is infinite or NaN if any element is. Hooks run before gradients are reduced over ranks.
         self._finite = self._finite * torch.isfinite(gradient.float().sum())
 
-    def gradients_are_finite(self) -> bool:
-        if self._whole:
-            return super().gradients_are_finite()
-        ok = distributed.all_sum(1 - self._finite).item() == 0
-        self._finite = torch.ones_like(self._finite)
-        return ok
-
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self.deepspeed(*args, **kwargs)
 
@@ -211,12 +210,19 @@ class DeepSpeedEngine(Engine):
         if not last:
             self.deepspeed.step()  # counts the micro-step; weights move at the boundary only
 
-    def step(self, scale: float) -> float:
+    def step(self, scale: float) -> float | None:
+        norm = self._clip() if self._whole else None  # elsewhere DeepSpeed clips in its own step
+        if norm is None if self._whole else self._some_rank_is_not_finite():
+            return None
         for group, rate in zip(self.deepspeed.optimizer.param_groups, self.rates):
             group["lr"] = rate * scale
-        norm = nn.utils.clip_grad_norm_(self._parameters, self.config.max_grad_norm) if self._whole else None
         self.deepspeed.step()
-        return float(self.deepspeed.get_global_grad_norm() if norm is None else norm)
+        return float(self.deepspeed.get_global_grad_norm()) if norm is None else norm
+
+    def _some_rank_is_not_finite(self) -> bool:
+        count = distributed.all_sum(1 - self._finite).item()
+        self._finite = torch.ones_like(self._finite)
+        return count > 0
 
     @contextmanager
     def gathered(self, part: nn.Module) -> Iterator[None]:

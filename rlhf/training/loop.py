@@ -139,11 +139,11 @@ class Loop(Generic[Batch]):
             self.engine.backward(loss, last=i == len(batches) - 1)
             noted = (loss, *sums, count, self.objective.tokens(batch))
             self._window += torch.stack([value.detach().double() for value in noted])
-        if not self.engine.gradients_are_finite():
-            raise self._not_finite()
         optimizer = self.config.optimizer
         scale = lr_scale(optimizer.schedule, self.step, self.steps, int(optimizer.warmup * self.steps))
         norm = self.engine.step(scale)
+        if norm is None:
+            raise self._not_finite()
         self.step += 1
         return {"optimizer/grad_norm": norm, "optimizer/lr": scale * optimizer.lr}
 
