@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 
 def letters(messages, answer):
     """The share of letters e in the answer."""
@@ -18,3 +20,7 @@ def nothing(messages, answer):
 
 def broken(messages, answer):
     return float("nan")
+
+
+def hangs(messages, answer):
+    time.sleep(600)

@@ -6,15 +6,15 @@ better.
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Annotated, Any
 
-from pydantic import AfterValidator
+from pydantic import AfterValidator, PositiveFloat
 
 from rlhf.core.lazy import lazy
 from rlhf.core.table import Table
+from rlhf.reward.functions import FunctionName, call_reward_function, import_function
 
 if TYPE_CHECKING:
     import torch
@@ -87,39 +87,19 @@ def model(context: RewardContext, *, path: str, retokenize: bool = False) -> Sou
     return score
 
 
-def import_function(name: str) -> Callable[..., Any]:
-    """The function that `module:function` names.
-
-    Raises:
-        ValueError: It cannot be imported or called.
-    """
-    module, colon, attribute = name.partition(":")
-    if not colon:
-        raise ValueError(f"{name!r} is not of the form module:function")
-    try:
-        found = getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError) as error:
-        raise ValueError(f"{name!r} cannot be imported: {error}; the working folder is on the path") from None
-    if not callable(found):
-        raise ValueError(f"{name!r} is not a function")
-    return found
-
-
-def _importable(name: str) -> str:
-    import_function(name)
-    return name
-
-
-FunctionName = Annotated[str, AfterValidator(_importable)]
-
-
 @REWARDS.row("function")
-def function(context: RewardContext, *, function: FunctionName) -> Source:
-    """A Python function `module:function` of (prompt messages, completion text) that returns a number."""
+def function(context: RewardContext, *, function: FunctionName, timeout_seconds: PositiveFloat = 300.0) -> Source:
+    """A Python function `module:function` of (prompt messages, completion text) that returns a number.
+
+    A call that takes longer than `timeout_seconds` stops the run.
+    """
     call = import_function(function)
 
     def score(inputs: RewardInputs) -> torch.Tensor:
-        values = [float(call(m, a)) for m, a in zip(inputs.messages, inputs.completions)]
+        values = [
+            call_reward_function(call, function, messages, answer, timeout_seconds)
+            for messages, answer in zip(inputs.messages, inputs.completions)
+        ]
         return torch.tensor(values, dtype=torch.float32)
 
     return score

@@ -1,0 +1,146 @@
+"""Calls of a user's reward function: its value is checked and its time is limited."""
+
+from __future__ import annotations
+
+import importlib
+import math
+import signal
+import threading
+import traceback
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from numbers import Real
+from types import FrameType
+from typing import Annotated, Any
+
+from pydantic import AfterValidator
+
+from rlhf.core.errors import UserError
+
+
+def import_function(name: str) -> Callable[..., Any]:
+    """The function that `module:function` names.
+
+    Raises:
+        ValueError: It cannot be imported or called.
+    """
+    module, colon, attribute = name.partition(":")
+    if not colon:
+        raise ValueError(f"{name!r} is not of the form module:function")
+    try:
+        found = getattr(importlib.import_module(module), attribute)
+    except Exception as error:  # importing runs the user's module, which may raise anything
+        fault = f"{type(error).__name__}: {error}"
+        raise ValueError(f"{name!r} cannot be imported: {fault}; the working folder is on the path") from None
+    if not callable(found):
+        raise ValueError(f"{name!r} is not a function")
+    return found
+
+
+def _importable(name: str) -> str:
+    import_function(name)
+    return name
+
+
+FunctionName = Annotated[str, AfterValidator(_importable)]
+
+LARGEST = 3.4028234663852886e38
+"""The largest float32; scores are float32."""
+
+
+def call_reward_function(
+    function: Callable[..., Any], name: str, messages: Sequence[Mapping[str, str]], answer: str, seconds: float
+) -> float:
+    """The score that a reward function gives one completion.
+
+    Args:
+        function: Called with (prompt messages, answer). It gets a copy of the messages, which it may change.
+        name: What messages call it.
+        seconds: How long the call may take; see `time_limit`.
+
+    Raises:
+        UserError: It raised an exception, took too long, or returned anything but one finite number. Names the prompt
+            and the answer.
+    """
+    try:
+        with time_limit(seconds):
+            value = function([dict(message) for message in messages], answer)
+    except _TimeIsUp as error:
+        fault = f"did not return within {seconds:g} s{_place(error)}"
+        remedy = "Make it faster or give its own calls a time limit, or raise the reward's `timeout_seconds`."
+    except (Exception, SystemExit) as error:
+        fault = f"raised {type(error).__name__}: {error}{_place(error)}"
+        remedy = "Correct the function; the last checkpoint is usable."
+    else:
+        score = _number(value)
+        if score is not None and abs(score) <= LARGEST:  # NaN is not
+            return score
+        fault = f"returned {_short(value)}, not {'a finite' if score is not None else 'one'} number"
+        remedy = "Return one number (int, float, or a tensor of one element); the last checkpoint is usable."
+    prompt = messages[-1]["content"] if messages else ""
+    raise UserError(
+        f"reward function {name} {fault}", f"Prompt: ...{prompt[-80:]!r}; answer: {answer[:80]!r}.", remedy
+    ) from None
+
+
+def _number(value: Any) -> float | None:
+    """A number, or the one element of an array or tensor, as a float; None for anything else.
+
+    Text is refused even if it reads as a number: a function that returns it has most likely not parsed what it meant
+    to.
+    """
+    shape = getattr(value, "shape", None)
+    if isinstance(shape, tuple) and math.prod(shape) == 1:
+        value = value.item()
+    if not isinstance(value, Real):
+        return None
+    try:
+        return float(value)
+    except OverflowError:
+        return math.inf
+
+
+def _short(value: Any) -> str:
+    try:
+        text = " ".join(repr(value).split())
+    except Exception:  # a __repr__ of the user's
+        text = "?"
+    return f"{text[:60]}{'...' if len(text) > 60 else ''} ({type(value).__name__})"
+
+
+def _place(error: BaseException) -> str:
+    """The last line of the function's own file that an exception passed: ` at FILE:LINE`."""
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if f.filename != __file__]
+    lines = [f.lineno for f in frames if f.filename == frames[0].filename]
+    return f" at {frames[0].filename}:{lines[-1]}" if frames else ""
+
+
+class _TimeIsUp(BaseException):
+    """Not an Exception, so that `except Exception` in the function does not swallow it."""
+
+
+@contextmanager
+def time_limit(seconds: float) -> Iterator[None]:
+    """Interrupt the block with `_TimeIsUp` after this many seconds, and again each second if it goes on.
+
+    The interruption is a signal (SIGALRM), which reaches Python code, sleeps, locks, sockets and regular expressions,
+    in the same thread: nothing is left running. It does not reach compiled code that never returns to Python, and
+    there is no limit outside of the main thread, where Python has no signals.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        raise _TimeIsUp
+
+    before = signal.signal(signal.SIGALRM, interrupt)
+    try:
+        try:
+            signal.setitimer(signal.ITIMER_REAL, seconds, 1.0)
+            yield
+        finally:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+    finally:  # also if the signal arrives in the line above
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
