@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 import signal
 import sys
@@ -76,10 +77,8 @@ def test_ctrl_c_in_a_function_is_not_its_fault():
 
 def stubborn():
     while True:
-        try:
+        with contextlib.suppress(Exception):
             time.sleep(600)
-        except Exception:
-            pass
 
 
 def backtracking():
