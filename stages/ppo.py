@@ -247,7 +247,7 @@ class PPO:
             experience.scores,
             experience.rollout.ended,
             mean=stats.mean,
-            std=stats.std,
+            std=stats.scale,
             clip=rule.clip_score,
             missing_eos=rule.missing_eos,
         )

@@ -60,6 +60,13 @@ def test_k3_keeps_its_digits_for_nearly_equal_policies():
 
 
 @rows(KL_ESTIMATORS)
+@pytest.mark.parametrize("log_ratio", [-1000.0, 1000.0])
+def test_every_estimator_is_finite_for_policies_far_from_each_other(row, log_ratio):
+    estimate = row.fn(torch.tensor([[-1000.0]]), torch.tensor([[-1000.0 + log_ratio]]))
+    assert torch.isfinite(estimate).all() and torch.isfinite(estimate.var(correction=0))
+
+
+@rows(KL_ESTIMATORS)
 def test_every_estimator_is_elementwise_and_zero_for_equal_policies(row):
     logprobs, reference = -torch.rand(3, 4) - 0.1, -torch.rand(3, 4) - 0.1
     estimate = row.fn(logprobs, reference)

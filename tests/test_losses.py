@@ -59,6 +59,28 @@ def test_dual_clip_bounds_the_loss_of_bad_tokens_with_large_ratios(ratio, advant
     assert stats.clipped == float(held)
 
 
+@pytest.mark.parametrize("log_ratio", [80.0, 89.0, 1000.0])
+@pytest.mark.parametrize(
+    "advantage, dual_clip, loss, clipped", [(1.0, None, -1.2, 1), (0.0, None, 0.0, 0), (-1.0, 3.0, 3.0, 1)]
+)
+def test_a_token_that_a_clip_holds_has_no_gradient_however_large_its_ratio(
+    log_ratio, advantage, dual_clip, loss, clipped
+):
+    logprob = torch.zeros(1, requires_grad=True)
+    got, stats = policy_loss(logprob, torch.tensor([-log_ratio]), torch.tensor([advantage]), dual_clip=dual_clip)
+    got.sum().backward()
+    assert got.item() == pytest.approx(loss)
+    assert (logprob.grad.item(), stats.clipped) == (0.0, clipped)
+    assert stats.kl_k1.isfinite() and stats.kl_k3.isfinite()
+
+
+def test_a_token_that_no_clip_holds_has_an_infinite_gradient_where_its_ratio_is_infinite():
+    logprob = torch.zeros(1, requires_grad=True)
+    got, _ = policy_loss(logprob, torch.tensor([-89.0]), torch.tensor([-1.0]))
+    got.sum().backward()
+    assert got.item() == logprob.grad.item() == float("inf")
+
+
 def test_a_dual_clip_just_above_1_is_one():
     got, gradient, _ = one_token(2.0, -2.0, dual_clip=1.5)
     assert got == pytest.approx(3.0) and gradient == 0  # 1.5 * 2 instead of 2 * 2

@@ -287,4 +287,14 @@ def test_moments_equal_those_of_all_values():
     both = torch.cat([a, b])
     assert (found.count, found.mean) == (5, pytest.approx(4.2))
     assert found.std == pytest.approx(float(both.std(correction=0)))
-    assert RunningMeanStd().add(torch.ones(3)).std == 1.0
+
+
+def test_scores_without_spread_count_as_such_once_others_follow():
+    first, second = torch.full((16,), 0.1), torch.tensor([0.0, 1.0] * 8)
+    found = RunningMeanStd().add(first).add(first)
+    assert (found.std, found.scale) == (0.0, 1.0)
+    every = torch.cat([first, first, second])
+    found = found.add(second)
+    assert found.mean == pytest.approx(float(every.mean()))
+    assert found.std == found.scale == pytest.approx(float(every.std(correction=0)))
+    assert RunningMeanStd().scale == 1.0

@@ -25,6 +25,8 @@ else:
 KL_ESTIMATORS = Table("KL estimator")
 KL_CONTROLLERS = Table("KL controller")
 MISSING_EOS = Table("rule for completions without EOS")
+LARGEST_LOG_RATIO = 20.0
+"""Largest log-ratio, in nats, whose exponential enters the estimator k3."""
 
 
 # ---- estimators --------------------------------------------------------------------------------------------------
@@ -57,8 +59,11 @@ def k2(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
 
 @KL_ESTIMATORS.row("k3")
 def k3(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
-    """(r - 1) - log r: unbiased, low variance, never negative. Arguments and result as `k1`."""
-    log_ratio = ref_logprobs - logprobs
+    """(r - 1) - log r: unbiased, low variance, never negative. Arguments and result as `k1`.
+
+    A log r above 20 counts as 20, as in verl: e^89 overflows float32, and a variance of rewards overflows from e^45 on.
+    """
+    log_ratio = (ref_logprobs - logprobs).clamp(max=LARGEST_LOG_RATIO)
     return torch.expm1(log_ratio) - log_ratio  # expm1 keeps the digits that r - 1 loses near r = 1
 
 

@@ -52,7 +52,7 @@ def policy_loss(
     ratio = exp(logprobs - old_logprobs); openai/lm-human-preferences@cbfd210
     lm_human_preferences/train_policy.py:351-355. Different bounds are DAPO's Clip-Higher (Yu 2025, arXiv:2503.14476,
     section 3.1). `dual_clip` is Ye 2020 (arXiv:1912.09729) eq. 5: where A < 0 the objective is at least dual_clip * A,
-    however large the ratio is.
+    however large the ratio is. Tokens that a clip holds, and those with A = 0, have the gradient 0 at any ratio.
 
     Args:
         logprobs: Log-probs of the sampled tokens under the policy that is trained, at the sampling temperature, nats,
@@ -72,16 +72,16 @@ def policy_loss(
     if dual_clip is not None and not dual_clip > 1:
         raise ValueError(f"dual_clip must be above 1, got {dual_clip}: at or below 1 it would cut ordinary gradients")
     log_ratio = logprobs - old_logprobs
-    ratio = log_ratio.exp()
-    unclipped = -advantages * ratio
-    clipped = -advantages * ratio.clamp(1 - clip_low, 1 + clip_high)
-    loss = torch.maximum(unclipped, clipped)
-    without_gradient = clipped > unclipped
+    ratio = log_ratio.detach().exp()  # infinite above 88.7 nats
+    bound = ratio.clamp(1 - clip_low, 1 + clip_high)
+    clipped = torch.where(advantages > 0, ratio > bound, (advantages < 0) & (ratio < bound))
     if dual_clip is not None:
-        bound = -dual_clip * advantages
-        bounded = (advantages < 0) & (loss > bound)
-        loss, without_gradient = torch.where(bounded, bound, loss), without_gradient | bounded
-    return loss, _policy_stats(log_ratio.detach(), ratio.detach(), without_gradient)
+        too_large = (advantages < 0) & (ratio > dual_clip)
+        clipped, bound = clipped | too_large, torch.where(too_large, dual_clip, bound)
+    # Chosen before exp, not after: the gradient of an exp that overflows is inf, and 0 * inf is NaN.
+    without_gradient = clipped | (advantages == 0)
+    loss = -advantages * torch.where(without_gradient, bound, torch.where(without_gradient, 0.0, log_ratio).exp())
+    return loss, _policy_stats(log_ratio.detach(), ratio, clipped)
 
 
 def _policy_stats(log_ratio: Tensor, ratio: Tensor, clipped: Tensor) -> PolicyStats:

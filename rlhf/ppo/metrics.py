@@ -43,14 +43,21 @@ class RunningMeanStd:
 
     count: int = 0
     mean: float = 0.0
-    std: float = 1.0
+    std: float = 0.0
+    """The population's standard deviation; 0 while all scores were equal."""
+
+    @property
+    def scale(self) -> float:
+        """What centred scores are divided by: `std`, or 1 while all scores were equal."""
+        return self.std or 1.0
 
     def add(self, values: Tensor) -> RunningMeanStd:
-        """A copy that also counts `values`. The standard deviation is the population's; 1 if all values are equal."""
+        """A copy that also counts `values`."""
+        values = values.double()  # equal float32 scores then have the deviation 0 exactly
         new, mean, variance = len(values), float(values.mean()), float(values.var(correction=0))
         total, gap = self.count + new, mean - self.mean
-        spread = (self.std**2 * self.count if self.count else 0.0) + variance * new + gap**2 * self.count * new / total
-        return RunningMeanStd(total, self.mean + gap * new / total, math.sqrt(spread / total) or 1.0)
+        spread = self.std**2 * self.count + variance * new + gap**2 * self.count * new / total
+        return RunningMeanStd(total, self.mean + gap * new / total, math.sqrt(spread / total))
 
 
 class Clock:
