@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import json
+
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from imports import DATA, EXPORTS, assistant, best, by_rank, gpt, human, made, one, read, real, said, user
 
@@ -65,9 +69,9 @@ def test_every_form_of_a_trl_row_gives_the_same_pair(tmp_path, row, prompt):
 
 
 def test_a_text_is_not_cut_inside_a_word(tmp_path):
-    record = one(tmp_path, "trl-preference", {"chosen": "It is blue", "rejected": "It is black"})
-    assert (said(record), by_rank(record)) == ([("user", "It is")], {1: ["blue"], 2: ["black"]})
-    record = one(tmp_path, "trl-preference", {"chosen": "It is blue", "rejected": "It is blue today"})
+    record = one(tmp_path, "trl-preference", {"chosen": "The sky is blue", "rejected": "The sky is black"})
+    assert (said(record), by_rank(record)) == ([("user", "The sky is")], {1: ["blue"], 2: ["black"]})
+    record = one(tmp_path, "trl-preference", {"chosen": "The sky is blue", "rejected": "The sky is blue today"})
     assert by_rank(record) == {1: ["blue"], 2: ["blue today"]}
 
 
@@ -78,7 +82,16 @@ def test_a_text_is_not_cut_inside_a_word(tmp_path):
             {"chosen": "\n\nHuman: a\n\nAssistant: b", "rejected": "\n\nHuman: a\n\nAssistant: c"},
             "transcript of HH-RLHF",
         ),
-        ({"chosen": "Blue.", "rejected": "Green."}, "messages.content: empty"),
+        ({"chosen": "Blue.", "rejected": "Green."}, "no prompt is found"),
+        ({"chosen": "It is blue.", "rejected": "It is green."}, "no prompt is found"),
+        ({"chosen": '{"a": {"b": 1}}', "rejected": '{"a": {"b": 2}}'}, "JSON that is no chat"),
+        ({"chosen": '["to", "be", "or", 1]', "rejected": '["to", "be", "or", 2]'}, "JSON that is no chat"),
+        ({"prompt": "", "question": "a", "query": "b", "chosen": "c", "rejected": "d"}, "which is the prompt?"),
+        (
+            {"prompt": [{"role": "system", "content": "a"}, user("b")], "system": "c", "chosen": "d", "rejected": "e"},
+            "two system turns",
+        ),
+        ({"prompt": "\n\nHuman: a", "chosen": "b\n\nHuman: c", "rejected": "d"}, "an answer with a transcript inside"),
         ({"prompt": "a", "chosen": "b", "rejected": "b"}, "fewer than two distinct answers"),
         ({"prompt": "a", "chosen": "b", "rejected": " "}, "candidates.text: empty"),
         ({"prompt": "a", "chosen": "b"}, "rejected: missing"),
@@ -96,6 +109,57 @@ def test_a_trl_row_that_is_no_pair_is_rejected(tmp_path, row, reason):
     records, reasons = made(tmp_path, "trl-preference", row)
     assert records == []
     assert [reason in told for told in reasons] == [True]
+
+
+@pytest.mark.parametrize("asked", ["question", "query", "input", "instruction", "prompt"])
+def test_the_prompt_is_read_from_the_field_that_holds_it_with_the_system_turn(tmp_path, asked):
+    answers = {"chosen": "To sort them, compare them.", "rejected": "To sort them, look."}
+    row = {"system": "Be careful.", asked: "Sort 3, 1, 2.", **answers}
+    record = one(tmp_path, "trl-preference", row)
+    assert said(record) == [("system", "Be careful."), ("user", "Sort 3, 1, 2.")]
+    assert by_rank(record) == {1: [answers["chosen"]], 2: [answers["rejected"]]}
+    assert said(one(tmp_path, "trl-preference", {**row, "system": ""})) == [("user", "Sort 3, 1, 2.")]
+
+
+def test_instruction_and_input_are_one_prompt_after_the_history(tmp_path):
+    row = {"history": [["a", "b"]], "instruction": "Sort.", "input": "3, 1", "chosen": "1, 3", "rejected": "3, 1"}
+    assert said(one(tmp_path, "trl-preference", row)) == [("user", "a"), ("assistant", "b"), ("user", "Sort.\n\n3, 1")]
+
+
+def test_a_chat_as_json_text_is_read_and_never_cut(tmp_path):
+    chats = {name: json.dumps({"messages": [user("Name a fruit."), assistant(text)]})
+             for name, text in (("chosen", "A pear."), ("rejected", "A bus."))}  # fmt: skip
+    record = one(tmp_path, "trl-preference", chats)
+    assert (said(record), by_rank(record)) == ([("user", "Name a fruit.")], {1: ["A pear."], 2: ["A bus."]})
+
+
+@pytest.mark.parametrize(
+    ("row", "prompt"),
+    [
+        (
+            {
+                "prompt": "\n\nHuman: A fruit?\n\nAssistant: Which colour?\n\nHuman: Green.\n\nAssistant:",
+                "response": " A lime.", "chosen": " A lime.", "rejected": " A bus.",
+            },
+            [("user", "A fruit?"), ("assistant", "Which colour?"), ("user", "Green.")],
+        ),
+        (
+            {"prompt": "\n\nHuman: A fruit?\n\n", "chosen": "Assistant: A lime.", "rejected": "Assistant: A bus."},
+            [("user", "A fruit?")],
+        ),
+    ],
+    ids=["rm-static", "marked answers"],
+)  # fmt: skip
+def test_human_and_assistant_marks_in_a_prompt_are_turns(tmp_path, row, prompt):
+    record = one(tmp_path, "trl-preference", row)
+    assert (said(record), by_rank(record)) == (prompt, {1: ["A lime."], 2: ["A bus."]})
+
+
+def test_a_transcript_inside_one_text_is_rejected_by_that_name(tmp_path):
+    marked = "\n\nHuman: Name a fruit.\n\nAssistant: A pear."
+    row = {"question": {"full_text": marked}, "answer_0": "a", "answer_1": "b", "score_0": 1, "score_1": -1}
+    assert made(tmp_path, "webgpt", row)[1] == ["a transcript inside one text"]
+    assert made(tmp_path, "flan", {"prompt": "Why?", "completion": marked})[1] == ["a transcript inside one text"]
 
 
 # ---- OpenAI and ShareGPT pairs ---------------------------------------------------------------------------------------
@@ -154,6 +218,20 @@ def test_in_summaries_the_choice_wins_as_an_index_from_0():
     assert prompt.startswith("SUBREDDIT: r/legaladvice\n\nTITLE: Anybody with knowledge")
     assert "\n\nPOST: I had a car accident" in prompt
     assert prompt.endswith("\n\nTL;DR:")
+
+
+def test_a_field_that_is_null_is_absent(tmp_path):
+    summaries = [{"text": "A.", "policy": "ref", "note": None}, {"text": "B.", "policy": None}]
+    post = {"info": {"subreddit": "a", "title": "t", "post": "p", "article": None}, "summaries": summaries, "choice": 0}
+    news = {**post, "info": {"article": "News.", "post": None, "title": None, "subreddit": None}, "worker": None}
+    records, reasons = made(tmp_path, "summarize-from-feedback", post, news)
+    assert reasons == []
+    assert [said(record)[0][1] for record in records] == [
+        "SUBREDDIT: r/a\n\nTITLE: t\n\nPOST: p\n\nTL;DR:", "Article: News.\n\nTL;DR:",
+    ]  # fmt: skip
+    pq.write_table(pa.Table.from_pylist([post, news]), tmp_path / "in.parquet")
+    from_arrow, rejects = read("summarize-from-feedback", tmp_path / "in.parquet")
+    assert (from_arrow, rejects) == (records, [])
 
 
 @real

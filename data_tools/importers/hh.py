@@ -11,17 +11,13 @@ from typing import Any, Literal
 from data_tools.importers.table import IMPORTERS, Head, convert_rows
 from data_tools.reading.fields import as_jsonl
 from data_tools.reading.rows import JSON
+from data_tools.reading.turns import is_transcript
 from rlhf.data.schema import BadRecord, Candidate, Message, Ranking, Record, unchecked
 from rlhf.data.store import OnReject
 
 _QUESTION, _ANSWER = "\n\nHuman:", "\n\nAssistant:"
 _TURN = re.compile(r"\n\n(Human|Assistant):")
 _ROLES: dict[str, Literal["user", "assistant"]] = {"Human": "user", "Assistant": "assistant"}
-
-
-def is_transcript(value: Any) -> bool:
-    """Whether it is text that begins with a turn of a transcript."""
-    return isinstance(value, str) and value.lstrip().startswith(("Human:", "Assistant:"))
 
 
 def detect(head: Head) -> str | None:

@@ -108,7 +108,7 @@ def pandalm(path: Path, reject: OnReject) -> Iterator[Record]:
     `instruction`, is read too. The format does not say the order shown. `cmp_key` or `models` ("opt-7b_llama-7b")
     names the models that wrote the answers.
 
-    Rejected, each judgement for itself: another number, none. A pair without judgements is one unannotated record.
+    Rejected, each judgement for itself: another number. A null is no judgement; a pair without any is one reject.
     """
     return convert_rows(path, reject, _pandalm)
 
@@ -126,8 +126,6 @@ def _pandalm(row: Any) -> Iterator[Record | BadRecord]:
 
 
 def _pandalm_ranking(row: dict[str, Any], annotator: str, value: Any) -> Ranking:
-    if value is None:
-        raise BadRecord("an annotator gave no judgement", annotator, "Have the pair judged, or leave it so.")
     models = text(row, "models" if "models" in row else "cmp_key", optional=True).split("_")
     authors = models if len(models) == 2 else ["", ""]
     answers = [text(row, name) for name in ("response1", "response2")]
@@ -143,6 +141,6 @@ def _pandalm_ranking(row: dict[str, Any], annotator: str, value: Any) -> Ranking
 def _judgements(row: dict[str, Any]) -> dict[str, Any]:
     """Annotator -> judgement, in the annotators' order."""
     if "annotators" in row:
-        return {f"annotator{i}": value for i, value in enumerate(elements(row, "annotators"), 1)}
+        return {f"annotator{i}": value for i, value in enumerate(elements(row, "annotators"), 1) if value is not None}
     found = (re.fullmatch(r"annotator([0-9]{1,4})", name) for name in row)
     return {match.string: row[match.string] for match in sorted(filter(None, found), key=lambda m: int(m[1]))}

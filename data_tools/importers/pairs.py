@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from data_tools.importers import hh
 from data_tools.importers.table import IMPORTERS, Head, convert_rows
-from data_tools.reading.fields import SHAREGPT_ROLES, answer, as_jsonl, chat, need, text
+from data_tools.reading.annotation_exports import brief
+from data_tools.reading.fields import SHAREGPT_ROLES, answer, as_jsonl, before_prompt, chat, need, text
 from data_tools.reading.rows import JSON
+from data_tools.reading.turns import has_later_marks, is_transcript, prompt_turns, shared_turns, turns_of
 from rlhf.data.schema import BadRecord, Candidate, Message, Ranking, Record
 from rlhf.data.store import OnReject
 
@@ -41,46 +43,67 @@ def trl_preference(path: Path, reject: OnReject) -> Iterator[Record]:
     Ranks: chosen 1, rejected 2; the format has no ties, and does not say in which order the answers were shown or
     who wrote them (https://huggingface.co/docs/trl/dataset_formats).
 
-    The prompt is `prompt`, a text (a user's turn) or a list of messages. Messages with which `chosen` and `rejected`
-    both begin belong to it, whether or not `prompt` repeats them (as UltraFeedback-binarized does). Without `prompt`,
-    texts are cut where they first differ, at the white space before that word (TRL cuts inside a word), and the white
-    space at the cut is dropped.
+    The prompt is `prompt`, or else `question`, `instruction` (followed by `input`), `query` or `input`: a text (a
+    user's turn), a list of messages, JSON text of such a list, or text in which ``Human:`` and ``Assistant:`` mark the
+    turns (as rm-static has them). `system` and `history` come before it. Messages with which `chosen` and `rejected`
+    both begin belong to it, whether or not `prompt` repeats them (as UltraFeedback-binarized does). Where no field can
+    be the prompt, texts are cut where they first differ, at the white space before that word (TRL cuts inside a word),
+    and the white space at the cut is dropped; they must share three words, and JSON is never cut.
 
-    Rejected: an HH-RLHF transcript (import it as hh-rlhf), answers of several turns, identical or empty answers, no
-    common beginning, turns of tools.
+    Rejected: two fields that could be the prompt, an HH-RLHF transcript without a prompt (import it as hh-rlhf),
+    answers of several turns, identical or empty answers, no prompt, turns of tools.
     """
     return convert_rows(path, reject, _trl_ranking)
 
 
+FEWEST_WORDS = 3
+"""Two texts that share fewer words at their beginning do not hold a prompt."""
+
+
 def _trl_ranking(row: Any) -> Ranking:
     need(row, "chosen", "rejected")
-    prompt, chosen, rejected = row.get("prompt"), row["chosen"], row["rejected"]
-    if isinstance(chosen, str) and isinstance(rejected, str):
-        if prompt is None:
-            if hh.is_transcript(chosen):
-                raise BadRecord("a transcript of HH-RLHF", remedy="Import the file as hh-rlhf.")
-            prompt, chosen, rejected = _cut_where_they_differ(chosen, rejected)
-        return _preference(_trl_prompt(prompt), chosen, rejected, "trl-preference")
-    if isinstance(chosen, str) or isinstance(rejected, str):
+    chosen, rejected = row["chosen"], row["rejected"]
+    if isinstance(chosen, str) != isinstance(rejected, str):
         raise BadRecord("chosen and rejected: one is text, the other is not", remedy="Write both the same way.")
-    better, worse = chat(chosen, "chosen"), chat(rejected, "rejected")
-    same = 0
-    while same < min(len(better), len(worse)) - 1 and better[same] == worse[same]:
-        same += 1
-    turns = [] if prompt is None else _trl_prompt(prompt)
+    asked = _trl_prompt(row)
+    if not asked and is_transcript(chosen):
+        raise BadRecord("a transcript of HH-RLHF", remedy="Import the file as hh-rlhf.")
+    better, worse = turns_of(chosen, "chosen", "assistant"), turns_of(rejected, "rejected", "assistant")
+    if not asked and len(better) == len(worse) == 1 and isinstance(chosen, str):
+        return _preference(*_cut_where_they_differ(chosen, rejected), "trl-preference")
+    same = shared_turns([better, worse])
     shared = better[:same]
-    turns = shared if all(turn in shared for turn in turns) else turns + shared
-    return _preference(turns, answer(better[same:], "chosen"), answer(worse[same:], "rejected"), "trl-preference")
+    if all(turn in shared for turn in asked):
+        asked = shared
+    elif asked[-same:] != shared:
+        asked = asked + shared
+    best, other = answer(better[same:], "chosen"), answer(worse[same:], "rejected")
+    if is_transcript(row.get("prompt")):
+        if has_later_marks(best) or has_later_marks(other):
+            raise BadRecord("an answer with a transcript inside", brief(best), "Cut it after its first turn.")
+        best, other = best.strip(), other.strip()
+    return _preference(asked, best, other, "trl-preference")
 
 
-def _trl_prompt(prompt: Any) -> list[Message]:
-    return [Message("user", prompt)] if isinstance(prompt, str) else chat(prompt, "prompt")
+def _trl_prompt(row: Mapping[str, Any]) -> list[Message]:
+    """The turns of `prompt`, or of the field that takes its place."""
+    if row.get("prompt") in (None, "", []):
+        return prompt_turns({name: value for name, value in row.items() if value != row["chosen"]})
+    said = turns_of(row["prompt"], "prompt", "user")
+    return [*before_prompt(row, said), *said]
 
 
-def _cut_where_they_differ(one: str, other: str) -> tuple[str, str, str]:
+def _cut_where_they_differ(one: str, other: str) -> tuple[list[Message], str, str]:
+    """The prompt with which both texts begin, and the two answers."""
+    if one.lstrip()[:1] in ("{", "["):
+        remedy = "Give the rows a prompt, or import by the mapping: csv --option answers=chosen,rejected ..."
+        raise BadRecord("chosen: JSON that is no chat, and no prompt is found", brief(one), remedy)
     same = next((i for i, (a, b) in enumerate(zip(one, other)) if a != b), min(len(one), len(other)))
     at = same - len(re.split(r"\s", one[:same])[-1])
-    return one[:at].strip(), one[at:].strip(), other[at:].strip()
+    if len(one[:at].split()) < FEWEST_WORDS:
+        seen = f"chosen and rejected both begin with {brief(one[:at])}"
+        raise BadRecord("no prompt is found", seen, "Give the rows a `prompt`.")
+    return [Message("user", one[:at].strip())], one[at:].strip(), other[at:].strip()
 
 
 def _preference(prompt: list[Message], chosen: str, rejected: str, source: str) -> Ranking:

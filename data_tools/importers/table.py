@@ -7,11 +7,14 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from data_tools.reading.annotation_exports import brief
+from data_tools.reading.fields import without_nulls
 from data_tools.reading.rows import rows
+from data_tools.reading.turns import has_later_marks, is_transcript
 from rlhf.core.errors import UserError
 from rlhf.core.table import Table
 from rlhf.data.jsonl import READ_ERRORS, OnReject, Reject, open_bytes
-from rlhf.data.schema import BadRecord, Prompt, Record
+from rlhf.data.schema import BadRecord, Demonstration, Prompt, Record
 
 IMPORTERS = Table("format")
 
@@ -33,7 +36,7 @@ class Head(NamedTuple):
 def convert_rows(
     path: Path, reject: OnReject, convert: Callable[[Any], Record | Iterable[Record | BadRecord]]
 ) -> Iterator[Record]:
-    """Records from the rows of a file.
+    """Records from the rows of a file. A field that is null is absent.
 
     Args:
         convert: Gives the record of one row, or raises BadRecord. For a row of several records (a task with several
@@ -41,17 +44,26 @@ def convert_rows(
     """
     for line, raw, value in rows(path, reject):
         try:
-            made = convert(value)
-            if isinstance(made, Prompt):
-                yield made
-                continue
-            for record in made:
-                if isinstance(record, BadRecord):
-                    reject(Reject.of(path, line, record, raw))
+            made = convert(without_nulls(value) if (b"null" if isinstance(raw, bytes) else "null") in raw else value)
+            for record in (made,) if isinstance(made, Prompt) else made:
+                fault = record if isinstance(record, BadRecord) else _transcript_fault(record)
+                if fault is None:
+                    yield record  # type: ignore[misc]  # no fault, so no BadRecord
                 else:
-                    yield record
+                    reject(Reject.of(path, line, fault, raw))
         except BadRecord as fault:
             reject(Reject.of(path, line, fault, raw))
+
+
+def _transcript_fault(record: Record) -> BadRecord | None:
+    """The fault of a record whose prompt or answer holds the turns of a whole chat as one text."""
+    said = [message.content for message in record.messages]
+    said += [record.answer] if isinstance(record, Demonstration) else []
+    marked = next((text for text in said if is_transcript(text) and has_later_marks(text)), None)
+    if marked is None:
+        return None
+    remedy = "Write its turns as a list of {role, content}, or import the rows as trl-preference or hh-rlhf."
+    return BadRecord("a transcript inside one text", brief(marked), remedy)
 
 
 AUTO = "auto"

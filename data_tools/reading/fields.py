@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import reprlib
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, Literal
 
 from rlhf.data.schema import BadRecord, Message
@@ -16,12 +16,26 @@ SHAREGPT_ROLES: dict[str, Role] = {
     "chatgpt": "assistant", "bing": "assistant", "bard": "assistant",
 }  # fmt: skip
 TOOL_ROLES = ("tool", "function", "function_call", "observation", "ipython")
+SYSTEM_FIELDS = ("system", "system_prompt", "system_message")
+"""What the field of a system turn is called."""
 RIGHT_FORMAT = "Is this the right format name? `rlhf data formats` shows a sample of each."
 
 
 def as_jsonl(*rows: Any) -> str:
     """The rows as the text of a JSONL file."""
     return "".join(json.dumps(row) + "\n" for row in rows)
+
+
+def without_nulls(value: Any, depth: int = 10) -> Any:
+    """The value, without the fields of its objects that are null: Arrow gives every row all fields of all rows.
+
+    Objects deeper than `depth` stay as they are.
+    """
+    if isinstance(value, dict) and depth:
+        return {name: without_nulls(inner, depth - 1) for name, inner in value.items() if inner is not None}
+    if isinstance(value, list) and depth:
+        return [without_nulls(inner, depth - 1) for inner in value]
+    return value
 
 
 def need(row: Any, *names: str) -> dict[str, Any]:
@@ -138,18 +152,34 @@ def answer(turns: list[Message], name: str) -> str:
 def alpaca_prompt(row: Mapping[str, Any]) -> tuple[Message, ...]:
     """The prompt of an Alpaca row: `instruction` and, after a blank line, `input`; before it `system` and `history`.
 
-    `history` is a list of [what the user said, what the assistant said].
-
     Raises:
         BadRecord: A field is of the wrong type.
     """
-    system, history = text(row, "system", optional=True), row.get("history") or []
-    said = [Message("system", system)] if system else []
+    said = Message("user", joined(text(row, "instruction"), text(row, "input", optional=True)))
+    return (*before_prompt(row, [said]), said)
+
+
+def before_prompt(row: Mapping[str, Any], said: Sequence[Message]) -> list[Message]:
+    """The turns of a row's `SYSTEM_FIELDS` and `history`, a list of [user, assistant], which come before its prompt.
+
+    Args:
+        said: The prompt. A system turn with which it begins is not repeated.
+
+    Raises:
+        BadRecord: `history` is no such list, or there are two system turns.
+    """
+    given = {value.strip(): value for name in SYSTEM_FIELDS if (value := text(row, name, optional=True)).strip()}
+    if said and said[0].role == "system":
+        given.setdefault(said[0].content.strip(), said[0].content)
+    if len(given) > 1:
+        raise BadRecord("two system turns", reprlib.repr(list(given.values())), "Keep one of them.")
+    turns = [] if said and said[0].role == "system" else [Message("system", value) for value in given.values()]
+    history = row.get("history") or []
     if not isinstance(history, list) or not all(isinstance(turn, list) and len(turn) == 2 for turn in history):
         raise BadRecord("history: not a list of [user, assistant]", reprlib.repr(history))
     for user, assistant in history:
-        said += [Message("user", user), Message("assistant", assistant)]
-    return (*said, Message("user", joined(text(row, "instruction"), text(row, "input", optional=True))))
+        turns += [Message("user", user), Message("assistant", assistant)]
+    return turns
 
 
 def joined(*parts: str) -> str:
