@@ -23,6 +23,7 @@ app = command_group(
         "pipeline": ("stages.pipeline:command", "Run the stages and the export in a row, optionally in rounds."),
         "plan": ("stages.memory:command", "Predict a run's peak memory on GPUs by phase, part and ZeRO stage."),
         "sample": ("stages.sample:command", "Print a model's answers to prompts."),
+        "score": ("stages.score:command", "Print a reward model's scores of answers."),
         "evaluate": ("stages.evaluate:command", "Measure a model on held-out data."),
         "export": ("stages.export:command", "Export a finished run in Hugging Face format."),
         "chat": ("stages.chat:command", "Chat with a model."),

@@ -23,7 +23,7 @@ FILES = {
     for package in ("rlhf", "stages", "data_tools")
     for file in sorted((REPOSITORY / package).rglob("*.py"))
 }
-COMBINING = {"stages.cli", "stages.pipeline", "stages.demo", "stages.__main__"}
+COMBINING = {"stages.cli", "stages.library", "stages.pipeline", "stages.demo", "stages.__main__"}
 """Modules that put stages together; all others in stages/ stand alone."""
 OPEN_TO_DATA_TOOLS = ("rlhf.core.", "rlhf.data.schema", "rlhf.data.jsonl", "rlhf.data.store")
 """What data_tools may import of the library."""
@@ -47,7 +47,7 @@ def _imports(module: str) -> Iterator[str]:
         elif isinstance(node, ast.Call) and ast.unparse(node.func).split(".")[-1] in ("lazy", "import_module"):
             names = [argument.value for argument in node.args if isinstance(argument, ast.Constant)]
         elif isinstance(node, ast.Constant) and isinstance(node.value, str):  # `module:function` in a command table
-            names = [node.value.partition(":")[0]] if ":" in node.value else []
+            names = [node.value.partition(":")[0]] if node.value.count(":") == 1 else []
         else:
             continue
         yield from (name for name in names if name in FILES)
@@ -64,7 +64,8 @@ def of(root: str) -> list[str]:
 
 
 def test_the_library_imports_neither_stages_nor_data_tools():
-    assert not {(m, name) for m in of("rlhf") for name in imports(m) if not name.startswith("rlhf")}
+    inner = [module for module in of("rlhf") if module != "rlhf"]  # its front page names functions of all floors
+    assert not {(m, name) for m in inner for name in imports(m) if not name.startswith("rlhf")}
 
 
 def test_stages_never_import_each_other():

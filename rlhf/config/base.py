@@ -23,7 +23,9 @@ from pydantic import (
 from rlhf.core.errors import UserError
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
-Paths = Annotated[list[str], BeforeValidator(lambda v: [v] if isinstance(v, str) else v)]
+_OneOrMore = BeforeValidator(lambda value: [value] if isinstance(value, str) else value)
+Paths = Annotated[list[str], _OneOrMore]
+Trackers = Annotated[list[Literal["tensorboard", "wandb", "trackio"]], _OneOrMore]
 
 
 class Strict(BaseModel):
@@ -67,8 +69,9 @@ class CheckpointConfig(Strict):
 class LogConfig(Strict):
     every: PositiveInt = 1
     """Optimizer steps (PPO: updates) between lines in metrics.jsonl and on the console."""
-    report_to: list[Literal["tensorboard", "wandb", "trackio"]] = []
-    """Trackers that also receive the metrics. Each needs its Python package."""
+    report_to: Trackers = []
+    """Trackers that also receive the metrics: one or a list. Each needs its Python package. TensorBoard's files are
+    in the run's `tensorboard/`."""
 
 
 class AdamWConfig(Strict):

@@ -33,7 +33,8 @@ class EncodingCounts:
         say("  ".join(("Data:", *parts)))
 
 
-def _fits(response: int, prompt: int, max_length: int) -> bool:
+def fits(response: int, prompt: int, max_length: int) -> bool:
+    """Whether a response leaves enough room: at least a quarter of `max_length`, or as much as the prompt needs."""
     return response <= max_length - min(prompt, max_length // 4)
 
 
@@ -53,7 +54,7 @@ def encode_demonstration(
     """
     ids, is_response = chat.conversation([*record.messages, Message("assistant", best_response(record))])
     response = next((i for i, flag in enumerate(reversed(is_response)) if not flag), len(is_response))
-    if not _fits(response, len(ids) - response, max_length):
+    if not fits(response, len(ids) - response, max_length):
         counts.skipped[f"response does not fit in {max_length} tokens"] += 1
         return None
     labels = [token if flag else -100 for token, flag in zip(ids, is_response)]
@@ -71,7 +72,7 @@ def encode_ranking(
     """The row of a ranking: one prompt and the candidates that fit. None if fewer than two fit."""
     prompt = chat.prompt(record.messages)
     responses = [chat.response(candidate.text) for candidate in record.candidates]
-    fit = [i for i, response in enumerate(responses) if _fits(len(response), len(prompt), max_length)]
+    fit = [i for i, response in enumerate(responses) if fits(len(response), len(prompt), max_length)]
     if len(fit) < len(responses):
         counts.skipped[f"candidates that do not fit in {max_length} tokens"] += len(responses) - len(fit)
     if len(fit) < 2:

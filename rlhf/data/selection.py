@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from rlhf.core.errors import UserError
-from rlhf.data.schema import Message, Prompt
+from rlhf.data.schema import BadRecord, Message, Prompt
 from rlhf.data.store import Dataset, open_dataset
 
 
@@ -75,6 +75,25 @@ def chosen_prompts(dataset: Dataset, split: str | None, limit: int | None = None
         if limit is not None and len(prompts) >= limit:
             break
     return list(prompts.values())
+
+
+def as_prompt(value: str | Sequence[Mapping[str, str]] | Prompt) -> Prompt:
+    """A prompt from a user message, from {role, content} mappings that end with a user turn, or as it is.
+
+    Raises:
+        UserError: It is none of these.
+    """
+    if isinstance(value, Prompt):
+        return value
+    try:
+        if isinstance(value, str):
+            return Prompt((Message("user", value),))
+        return Prompt(tuple(Message(turn["role"], turn["content"]) for turn in value))  # type: ignore[arg-type]
+    except (BadRecord, KeyError, TypeError) as fault:
+        raise UserError(
+            f"not a prompt: {str(value)[:80]!r} ({fault})",
+            remedy='Give a text, or a list of {"role": ..., "content": ...} that ends with a user turn.',
+        ) from None
 
 
 def with_system(prompt: Prompt, system: str | None) -> Prompt:

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from rlhf import distributed
 from rlhf.config.base import ModelConfig
+from rlhf.core.errors import UserError
 from rlhf.data.chat_tokenizer import ChatTokenizer, load_tokenizer
-from rlhf.data.encode_records import EncodingCounts, encode_ranking
-from rlhf.data.schema import Ranking
+from rlhf.data.encode_records import EncodingCounts, encode_ranking, fits
+from rlhf.data.schema import Prompt, Ranking
+from rlhf.data.selection import as_prompt
 from rlhf.models.load import compute_dtype, load_hf_config, quiet, sequence_limit
 from rlhf.models.scalar import ScalarModel, load_scalar
 from rlhf.reward.metrics import ScoredRanking
-from rlhf.reward.scoring import score_rankings
+from rlhf.reward.scoring import score_rankings, score_texts
 from rlhf.runs.run import resolve_model_path
 
 BATCH_TOKENS = 16384
@@ -38,6 +40,36 @@ class RewardModel:
     def score(self, rows: Sequence[dict[str, Any]]) -> list[ScoredRanking]:
         """The raw scores of encoded rankings, in order."""
         return score_rankings(self.scalar, self.chat, rows, BATCH_TOKENS, bar=True)
+
+    def score_answers(
+        self, prompts: Sequence[str | Sequence[Mapping[str, str]] | Prompt], answers: Sequence[str]
+    ) -> list[float | None]:
+        """The normalised scores of answers, as PPO gets them; higher is better.
+
+        As in training, a long prompt keeps its end, and an answer that leaves it too little room is not cut.
+
+        Args:
+            prompts: One for each answer: a user message, {role, content} mappings, or a `Prompt`.
+            answers: Texts.
+
+        Returns:
+            One score for each answer, in order; None where the answer does not fit in `limit` tokens.
+
+        Raises:
+            UserError: There are not as many prompts as answers, or one is not a prompt.
+        """
+        if isinstance(prompts, str) or len(prompts) != len(answers):
+            raise UserError(f"{len(prompts):,} prompts for {len(answers):,} answers", remedy="Give a list of each.")
+        rows = [self._tokens(as_prompt(prompt), answer) for prompt, answer in zip(prompts, answers)]
+        fit = [row for row in rows if row is not None]
+        raw = iter(score_texts(self.scalar, self.chat, fit.__getitem__, list(map(len, fit)), BATCH_TOKENS, bar=True))
+        return [None if row is None else (next(raw) - self.scalar.mean) / self.scalar.std for row in rows]
+
+    def _tokens(self, prompt: Prompt, answer: str) -> list[int] | None:
+        start, end = self.chat.prompt(prompt.messages), self.chat.response(answer)
+        if not fits(len(end), len(start), self.limit):
+            return None
+        return self.chat.truncate_prompt(start, self.limit - len(end)) + end
 
 
 def open_reward_model(path: str | Path, trust_remote_code: bool = False) -> RewardModel:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +11,9 @@ import transformers
 
 from rlhf.core.console import progress, warn
 from rlhf.data.schema import Prompt
+from rlhf.data.selection import as_prompt
 from rlhf.inference.policy import Policy
+from rlhf.inference.sampling_params import sampling_params
 from rlhf.rollout.samplers import hf
 from rlhf.rollout.types import Completion, SamplingParams, stream_seed
 
@@ -68,6 +70,42 @@ def sample(
                 yield [Sampled(prompt, ids[i], one, policy.chat.decode(one.ids)) for one in mine]
     if cut:
         warn(f"{cut:,} prompts are longer than {prompt_limit:,} tokens and were cut to their end")
+
+
+def complete(
+    policy: Policy,
+    prompts: Sequence[str | Sequence[Mapping[str, str]] | Prompt],
+    n: int = 1,
+    seed: int = 0,
+    *,
+    max_new_tokens: int | None = None,
+    temperature: float | None = None,
+    top_p: float | None = None,
+    top_k: int | None = None,
+    stop: Sequence[str] = (),
+) -> list[list[str]]:
+    """`n` completions of each prompt as text. Options left out are as a PPO run sampled in training, else 128 tokens
+    from the plain distribution.
+
+    Args:
+        policy: The model to sample from.
+        prompts: User messages, {role, content} mappings, or `Prompt`s.
+        n: Completions per prompt.
+        seed: Seed of all random streams.
+        max_new_tokens: Longest completion in tokens.
+        temperature: 0 is greedy.
+        top_p: Sample from the most probable tokens with this total probability.
+        top_k: Sample from this many most probable tokens; 0 is off.
+        stop: Texts that end a completion.
+
+    Raises:
+        UserError: An option is out of its range, or one of `prompts` is not a prompt.
+    """
+    params = sampling_params(
+        policy.path, max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, top_k=top_k, stop=stop
+    )
+    wanted = [as_prompt(prompt) for prompt in ([prompts] if isinstance(prompts, str) else prompts)]
+    return [[one.text for one in row] for row in sample(policy, wanted, params, seed, n)]
 
 
 def draw(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -25,7 +26,7 @@ class Reporter:
 
     def __init__(self, run: Run, report_to: Sequence[str], total: int, done: int = 0) -> None:
         self.run = run
-        self.trackers = [_tracker(name, run) for name in report_to] if is_main() else []
+        self.trackers = [_tracker(name, run, done) for name in report_to] if is_main() else []
         self.bar = StepBar(run.stage, total, done)
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
@@ -35,8 +36,12 @@ class Reporter:
             tracker.log(dict(metrics), step=step)
 
     def samples(self, step: int, rows: Iterable[Mapping[str, Any]]) -> None:
-        """Write completions to samples.jsonl."""
+        """Write completions to samples.jsonl, and to TensorBoard as text."""
+        rows = list(rows)
         self.run.log("samples.jsonl", [{"step": step, **row} for row in rows])
+        for tracker in self.trackers:
+            if isinstance(tracker, TensorBoard):
+                tracker.samples(rows, step)
 
     def close(self) -> None:
         """Remove the progress bar and finish the trackers."""
@@ -45,13 +50,45 @@ class Reporter:
             tracker.finish()
 
 
-def _tracker(name: str, run: Run) -> Any:
-    from accelerate.tracking import LOGGER_TYPE_TO_CLASS
+class TensorBoard:
+    """Event files in the run's `tensorboard/`: a chart per metric, grouped by the word before the slash, and texts.
 
-    kind = LOGGER_TYPE_TO_CLASS[name]
-    options = {"logging_dir": str(run.path / "tensorboard")} if kind.requires_logging_directory else {}
+    Args:
+        run: The run folder.
+        done: The last step of a resumed run. What an earlier process logged after it is hidden, because the run logs
+            these steps again.
+    """
+
+    def __init__(self, run: Run, done: int = 0) -> None:
+        from torch.utils.tensorboard import SummaryWriter  # needs the package tensorboard
+
+        self._writer = SummaryWriter(str(run.path / "tensorboard"), purge_step=done + 1)
+
+    def log(self, metrics: Mapping[str, float], step: int) -> None:
+        """One point in the chart of each metric."""
+        for name, value in metrics.items():
+            self._writer.add_scalar(name, value, step)
+        self._writer.flush()
+
+    def samples(self, rows: Sequence[Mapping[str, Any]], step: int) -> None:
+        """The rows of samples.jsonl as indented JSON, which the page shows verbatim: no Markdown, no HTML."""
+        for index, row in enumerate(rows):
+            text = json.dumps(row, ensure_ascii=False, indent=2)
+            self._writer.add_text(f"samples/{index}", "    " + text.replace("\n", "\n    "), step)
+        self._writer.flush()
+
+    def finish(self) -> None:
+        """Close the event file."""
+        self._writer.close()
+
+
+def _tracker(name: str, run: Run, done: int) -> Any:
     try:
-        tracker = kind(run.path.name, **options)
+        if name == "tensorboard":
+            return TensorBoard(run, done)
+        from accelerate.tracking import LOGGER_TYPE_TO_CLASS
+
+        tracker = LOGGER_TYPE_TO_CLASS[name](run.path.name)
         if hasattr(tracker, "start"):
             tracker.start()
     except ImportError as error:

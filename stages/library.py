@@ -1,0 +1,132 @@
+"""The stages as functions, for notebooks and scripts: `from rlhf import train_sft, train_reward, train_ppo`."""
+
+from __future__ import annotations
+
+import copy
+import importlib
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rlhf.cli import entry
+from rlhf.cli.preflight import check
+from rlhf.cli.stage_configs import STAGES
+from rlhf.config.load import check_config, read_values
+from rlhf.core.errors import UserError
+from rlhf.data.schema import Record
+from rlhf.data.store import DatasetWriter
+from rlhf.reward.sources import import_function
+from rlhf.runs.run import is_run, read_run
+
+Config = Mapping[str, Any] | str | Path
+"""The keys of docs/config.md as nested mappings, or the path of a YAML file."""
+RewardFunction = Callable[[list[dict[str, str]], str], float]
+"""(prompt messages, completion text) -> score."""
+
+
+def train_sft(
+    config: Config, data: Sequence[Record] | None = None, *, resume: bool = False, overwrite: bool = False
+) -> Path:
+    """Instruction tuning, as `rlhf sft`.
+
+    Args:
+        config: The keys of the SFT stage.
+        data: Demonstrations or rankings, in place of `data.train`. Records of the split `eval` are held out. They are
+            saved as a dataset next to the run, in `RUN-data`, so that the run can be continued and repeated.
+        resume: Continue the run in the folder.
+        overwrite: Delete the run in the folder first.
+
+    Returns:
+        The run folder; its `model` folder holds the result.
+
+    Raises:
+        UserError: As on the command line: what is wrong, and what to do.
+    """
+    return _train("sft", config, {"train": data}, None, resume, overwrite)
+
+
+def train_reward(
+    config: Config, data: Sequence[Record] | None = None, *, resume: bool = False, overwrite: bool = False
+) -> Path:
+    """A reward model from rankings, as `rlhf reward`. For the arguments see `train_sft`."""
+    return _train("reward", config, {"train": data}, None, resume, overwrite)
+
+
+def train_ppo(
+    config: Config,
+    prompts: Sequence[Record] | None = None,
+    reward: RewardFunction | None = None,
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+) -> Path:
+    """PPO against a reward, as `rlhf ppo`.
+
+    Args:
+        config: The keys of the PPO stage.
+        prompts: Records whose prompts are used, in place of `data.prompts`.
+        reward: A function in place of the key `reward`. It must be defined at the top of a module or in a cell of a
+            notebook, so that the run knows it by its name.
+        resume: Continue the run in the folder.
+        overwrite: Delete the run in the folder first.
+
+    Returns:
+        The run folder; its `model` folder holds the policy.
+
+    Raises:
+        UserError: As on the command line: what is wrong, and what to do.
+    """
+    return _train("ppo", config, {"prompts": prompts}, reward, resume, overwrite)
+
+
+def _train(
+    stage: str,
+    config: Config,
+    data: Mapping[str, Sequence[Record] | None],
+    reward: RewardFunction | None,
+    resume: bool,
+    overwrite: bool,
+) -> Path:
+    values = read_values(config) if isinstance(config, (str, Path)) else copy.deepcopy(dict(config))
+    where = str(config) if isinstance(config, (str, Path)) else f"train_{stage}"
+    for key, records in data.items():
+        if records is not None:
+            values["data"] = {
+                **values.get("data", {}),
+                key: _saved(records, values.get("run"), key, resume or overwrite),
+            }
+    if reward is not None:
+        values["reward"] = {"name": "function", "function": _name(reward)}
+    checked = check_config(STAGES[stage], values, where)
+    check(stage, checked, resume, overwrite)
+    folder = Path(checked.run)
+    if not (resume and is_run(folder) and read_run(folder).get("status") == "complete"):
+        entry.run(importlib.import_module(f"stages.{stage}").run, checked, resume, overwrite)
+    return folder
+
+
+def _saved(records: Sequence[Record], run: Any, key: str, replace: bool) -> str:
+    """The path of a dataset of these records. The same records give the same bytes, so the run can be continued."""
+    if not isinstance(run, str) or not run:
+        raise UserError("run: missing; this key is required", remedy="Name the run folder, such as runs/my-sft.")
+    folder = Path(f"{run.rstrip('/')}-data") / key
+    if replace or not is_run(run):  # else the run is refused, and its data stays
+        with DatasetWriter(folder, None, {"function": f"train, {key}"}) as writer:
+            for record in records:
+                writer.write(record)
+    return str(folder)
+
+
+def _name(function: Callable[..., Any]) -> str:
+    name = f"{function.__module__}:{function.__qualname__}"
+    try:
+        found = import_function(name)
+    except ValueError:
+        found = None
+    if found is not function:
+        raise UserError(
+            f"reward: {function.__qualname__} is not known by a name",
+            "A run is continued by the name of its reward function; a lambda or an inner function has none.",
+            "Define it at the top of a module, or in a cell of a notebook.",
+        )
+    return name

@@ -1,0 +1,107 @@
+"""`rlhf score`: a reward model's scores of answers, to read or as JSON lines."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Iterator, Sequence
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from rlhf.cli import options
+from rlhf.core.console import format_number, print_json, printable, say, table, warn
+from rlhf.core.errors import UserError
+from rlhf.data.schema import Demonstration, Prompt, Proposal, Ranking
+from rlhf.data.selection import as_prompt, chosen_records, with_system
+from rlhf.data.store import open_dataset
+
+if TYPE_CHECKING:  # imports torch
+    from rlhf.inference.reward_model import RewardModel
+
+RECORDS_AT_ONCE = 1_000
+Group = tuple[Prompt, list[dict[str, Any]]]
+"""A prompt, and a row with `answer` (in a ranking also its `rank`) for each of its answers."""
+
+
+def command(
+    model: options.Model,
+    prompt: Annotated[str | None, typer.Option("--prompt", "-p", help="A user message.")] = None,
+    answer: Annotated[
+        list[str] | None, typer.Option("--answer", "-a", help="An answer to it; may be repeated.")
+    ] = None,
+    dataset: Annotated[
+        Path | None, typer.Option(help="Score the answers of demonstrations, proposals or rankings.")
+    ] = None,
+    split: options.Split = None,
+    limit: options.Limit = None,
+    system: options.System = None,
+    output: Annotated[Path | None, typer.Option("--out", help="Also write the scores as JSON lines here.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print only JSON lines, one per answer.")] = False,
+    trust_remote_code: options.TrustRemoteCode = False,
+) -> None:
+    """Score answers with a reward model, as PPO does."""
+    options.check_writable(output, "--out")
+    groups = _groups(prompt, answer, dataset, split, limit)
+    from rlhf.inference.policy import model_kind  # imports torch
+    from rlhf.inference.reward_model import open_reward_model
+
+    if model_kind(model, trust_remote_code) != "reward":
+        raise UserError(f"{model}: is not a reward model", remedy="Name a run of the reward stage.")
+    reward = open_reward_model(model, trust_remote_code)
+    lines: list[str] = []
+    scores: list[float] = []
+    skipped = 0
+    while chunk := [(with_system(one, system), rows) for one, rows in islice(groups, RECORDS_AT_ONCE)]:
+        for row in _scored(reward, chunk):
+            skipped += row["score"] is None
+            scores += [] if row["score"] is None else [row["score"]]
+            lines.append(json.dumps(row, ensure_ascii=False))
+            if as_json:
+                print_json(row)
+            elif dataset is None:
+                say(f"{format_number(row['score']):>10}  {printable(row['answer'])}")
+    if output is not None:
+        options.write_whole(output, "".join(line + "\n" for line in lines))
+    if skipped:
+        warn(f"{skipped:,} answers do not fit in the {reward.limit:,} tokens of {model} and have no score")
+    if not as_json and dataset is not None and scores:
+        spread = statistics.pstdev(scores)
+        row = (len(scores), statistics.fmean(scores), spread, min(scores), max(scores))
+        table(f"Scores of {model}", ("answers", "mean", "standard deviation", "lowest", "highest"), [row])
+
+
+def _groups(
+    prompt: str | None, answers: list[str] | None, dataset: Path | None, split: str | None, limit: int | None
+) -> Iterator[Group]:
+    """What is to be scored; whatever is wrong with the options is found before the first group.
+
+    Raises:
+        UserError: Neither --dataset nor --prompt with --answer, both, or a dataset without answers.
+    """
+    if (prompt is None) == (dataset is None) or (prompt is None) != (not answers):
+        raise UserError("give answers to score", "Either --dataset, or --prompt and at least one --answer.")
+    if dataset is None:
+        return iter([(as_prompt(prompt or ""), [{"answer": answer} for answer in answers or ()])])
+    data = open_dataset(dataset)
+    if data.kind == "prompt":
+        raise UserError(f"{dataset}: holds prompts without answers", remedy="Use `rlhf sample --reward` to write some.")
+    return ((record, list(_answers(record))) for record in chosen_records(data, split, limit))
+
+
+def _answers(record: Prompt) -> Iterator[dict[str, Any]]:
+    if isinstance(record, Demonstration):
+        yield {"answer": record.answer}
+    if isinstance(record, Proposal):
+        for index, candidate in enumerate(record.candidates):
+            rank = {"rank": record.ranks[index]} if isinstance(record, Ranking) else {}
+            yield {"answer": candidate.text, **rank}
+
+
+def _scored(reward: RewardModel, groups: Sequence[Group]) -> Iterator[dict[str, Any]]:
+    pairs = [(prompt, row) for prompt, rows in groups for row in rows]
+    scores = reward.score_answers([prompt for prompt, _ in pairs], [row["answer"] for _, row in pairs])
+    for (prompt, row), score in zip(pairs, scores):
+        yield {"prompt_id": prompt.prompt_id, "messages": prompt.chat, **row, "score": score}
