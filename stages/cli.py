@@ -12,6 +12,7 @@ from rlhf import __version__
 from rlhf.cli.errors import exit_on_error
 from rlhf.core.console import say
 from rlhf.core.lazy_group import command_group
+from rlhf.distributed.launch import end_with_parent
 
 app = command_group(
     "rlhf",
@@ -47,6 +48,7 @@ def top(version: Annotated[bool, typer.Option("--version", help="Print the versi
 
 def main() -> None:
     """The console script `rlhf`; never returns."""
+    end_with_parent()
     with exit_on_error():
         app(prog_name="rlhf")
 

@@ -34,7 +34,7 @@ from rlhf.core.errors import UserError
 from rlhf.data.schema import KINDS
 from rlhf.data.selection import eval_records, open_datasets, train_records
 from rlhf.data.store import open_dataset
-from rlhf.distributed.launch import PARENT, run_child
+from rlhf.distributed.launch import PARENT, PARENT_PID, run_child
 from rlhf.export.export import check_out
 from rlhf.runs.run import check_run_folder, is_run, read_run
 
@@ -218,7 +218,8 @@ def _check_all(steps: Sequence[Step], start: StartOptions) -> None:
 
 def _child(name: str, words: Sequence[str]) -> None:
     """Run `rlhf WORDS` in a process of its own, so that its memory is freed at the end."""
-    status = run_child([sys.executable, "-m", "stages.cli", *words], {**os.environ, PARENT: "pipeline"})
+    environment = {**os.environ, PARENT: "pipeline", PARENT_PID: str(os.getpid())}
+    status = run_child([sys.executable, "-m", "stages.cli", *words], environment)
     if status == 130:
         raise KeyboardInterrupt
     if status:

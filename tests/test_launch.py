@@ -11,6 +11,7 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 import tiny
 
@@ -57,6 +58,8 @@ def run(config, resume=False, overwrite=False):
         os.kill(os.getpid(), signal.SIGKILL)
     if os.environ.get("TOY") == "raise" and me == 1:
         raise ValueError("a fault of rank one")
+    if os.environ.get("TOY") == f"stop {me}":
+        os.kill(os.getpid(), signal.SIGSTOP)
     if os.environ.get("TOY"):
         distributed.all_sum(torch.ones(1))
         time.sleep(600)
@@ -149,6 +152,69 @@ def test_the_traceback_of_another_rank_is_prefixed_with_the_rank(stage):
     assert done.returncode == 2
     assert "[rank 1] ValueError: a fault of rank one" in done.stderr
     assert "rank 1 of 2" in done.stderr
+
+
+TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "toy"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("words", [["-c", LAUNCHER], TORCHRUN], ids=["rlhf", "torchrun"])
+def test_ranks_end_with_a_launcher_that_is_killed(stage, words):
+    command = [sys.executable, *words, "--config", "toy.yaml"]
+    ours = environment(stage, TOY="sleep", OMP_NUM_THREADS="1")
+    with subprocess.Popen(command, cwd=stage, env=ours, stdout=subprocess.PIPE, text=True) as launcher:
+        assert launcher.stdout is not None
+        summed = (line for line in launcher.stdout if "sum 11.0" in line)
+        next(summed), next(summed)
+        ranks = psutil.Process(launcher.pid).children(recursive=True)
+        assert len(ranks) >= 2
+        launcher.kill()
+        _, alive = psutil.wait_procs(ranks, timeout=120)
+        assert not alive
+
+
+CHILD = """
+import time
+from rlhf.distributed.launch import end_with_parent
+end_with_parent()
+print("ready", flush=True)
+time.sleep(600)
+"""
+
+PARENT_OF_CHILD = """
+import os, subprocess, sys
+from rlhf.distributed.launch import PARENT_PID
+subprocess.run([sys.executable, "-c", sys.argv[1]], env={**os.environ, PARENT_PID: str(os.getpid() + int(sys.argv[2]))})
+"""
+
+
+def test_a_stage_ends_with_a_pipeline_that_is_killed(tmp_path):
+    command = [sys.executable, "-c", PARENT_OF_CHILD, CHILD, "0"]
+    with subprocess.Popen(command, env=environment(tmp_path), stdout=subprocess.PIPE, text=True) as parent:
+        assert parent.stdout is not None and parent.stdout.readline() == "ready\n"
+        children = psutil.Process(parent.pid).children()
+        assert len(children) == 1
+        parent.kill()
+        _, alive = psutil.wait_procs(children, timeout=120)
+        assert not alive
+
+
+def test_a_stage_whose_pipeline_ended_before_it_began_does_not_start(tmp_path):
+    done = python(tmp_path, "-c", PARENT_OF_CHILD, CHILD, "1")  # the process id of no parent
+    assert "ready" not in done.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stopped", [0, 1])
+def test_a_stopped_rank_is_named_after_the_timeout_and_not_taken_for_out_of_memory(stage, stopped):
+    other = 1 - stopped
+    words = ("--config", "toy.yaml", "timeout_seconds=5")
+    done = python(stage, "-c", LAUNCHER, *words, TOY=f"stop {stopped}")
+    assert done.returncode == 2
+    assert f"rank {other} lost contact with rank {stopped} (host " in done.stderr
+    assert f"error: rank {other} of 2 on {os.uname().nodename} (pid " in done.stderr
+    assert f"Rank {stopped} of 2 did not end on SIGTERM and was killed by the launcher" in " ".join(done.stderr.split())
+    assert "out of memory" not in done.stderr and "Traceback" not in done.stderr
 
 
 @pytest.mark.slow

@@ -22,6 +22,7 @@ from data_tools.statistics.ceiling import AgreementObserver
 from rlhf.core import console
 from rlhf.core.command_line import command_line
 from rlhf.core.errors import UserError, nearest
+from rlhf.core.limits import read_yaml
 from rlhf.core.table import Pick
 from rlhf.data.schema import SPLITS, BadRecord, Record
 from rlhf.data.store import ROWS_PER_TABLE, DatasetWriter, Reject, file_hash
@@ -150,8 +151,8 @@ def read_options(file: Path | None, pairs: Sequence[str]) -> dict[str, Any]:
     options: dict[str, Any] = {}
     if file is not None:
         try:
-            options = yaml.safe_load(file.read_text("utf-8")) or {}
-        except (OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError) as error:
+            options = read_yaml(file) or {}
+        except (OSError, ValueError) as error:
             raise UserError(f"--options {file}: {error}") from None
         if not isinstance(options, dict) or not all(isinstance(name, str) for name in options):
             raise UserError(f"--options {file}: not a mapping of option: value")

@@ -10,12 +10,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from data_tools.io.expressions import Template
 from rlhf.core import console
 from rlhf.core.errors import UserError, nearest
+from rlhf.core.limits import read_yaml
 
 FOLDER = Path(__file__).resolve().parent / "templates"
 ALWAYS = {
@@ -127,12 +127,12 @@ def read_family(file: Path) -> Family:
             named.
     """
     try:
-        values = yaml.safe_load(file.read_text("utf-8"))
+        values = read_yaml(file)
         form = _FamilyForm.model_validate(values)
-    except (OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError) as error:
-        raise UserError(f"{file}: cannot be read: {error}") from None
     except ValidationError as error:
         raise UserError(f"{file}: {_fault(error.errors()[0], values)}", remedy=_FORM) from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{file}: cannot be read: {error}") from None
     _check_fields(file, form)
     content = [*form.fields, *form.optional]
     open_names = [name for name in content if name != form.answer] + ["choices", "options", "lettered"]

@@ -24,7 +24,7 @@ from rlhf.config.base import StageConfig
 from rlhf.config.load import dump_config, load_stage_config
 from rlhf.core.console import say, table
 from rlhf.core.errors import UserError
-from rlhf.distributed.launch import PARENT, read_hostfile
+from rlhf.distributed.launch import PARENT, end_with_parent, read_hostfile
 from rlhf.runs.run import is_run, read_run
 
 LocalRank = Annotated[int, typer.Option("--local_rank", "--local-rank", hidden=True)]
@@ -47,6 +47,7 @@ def main(stage: str) -> None:
             if checked is not None:
                 run(stage_function(), checked, resume, overwrite)
 
+    end_with_parent()
     app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
     app.command(help=f"Run the {stage} stage in this process, one of several under a launcher.")(command)
     app()

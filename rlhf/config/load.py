@@ -10,6 +10,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from rlhf.core.errors import UserError, nearest
+from rlhf.core.limits import parse_yaml, read_yaml
 
 C = TypeVar("C", bound=BaseModel)
 
@@ -35,26 +36,14 @@ def read_values(path: str | Path) -> dict[str, Any]:
     if not path.is_file():
         raise UserError(f"{path}: there is no such config file", remedy="Examples to copy are in configs/.")
     try:
-        values = yaml.load(path.read_text("utf-8"), _UniqueKeyLoader)
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: not valid YAML: {error}") from None
+        values = read_yaml(path)
+    except (ValueError, OSError) as error:
+        raise UserError(f"{path}: {error}") from None
     if values is None:
         return {}
     if not isinstance(values, dict):
         raise UserError(f"{path}: expected a mapping of keys, got {type(values).__name__}")
     return values
-
-
-class _UniqueKeyLoader(yaml.SafeLoader):
-    """YAML that refuses duplicate keys, of which PyYAML silently takes the last."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen = set()
-        for key, _ in node.value:
-            if key.value in seen:
-                raise yaml.MarkedYAMLError(problem=f"duplicate key {key.value!r}", problem_mark=key.start_mark)
-            seen.add(key.value)
-        return super().construct_mapping(node, deep)
 
 
 def check_config(kind: type[C], values: dict[str, Any], where: str) -> C:
@@ -96,9 +85,9 @@ def _override(values: dict[str, Any], override: str) -> None:
             raise UserError(f"override {override!r}: {name} is not a group of keys")
         values = child
     try:
-        values[last] = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise UserError(f"override {override!r}: the value is not valid YAML: {error}") from None
+        values[last] = parse_yaml(text)
+    except ValueError as error:
+        raise UserError(f"override {override!r}: the value is {error}") from None
 
 
 def _fault(kind: type[BaseModel], error: Any) -> str:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 from rlhf.core.errors import UserError
+from rlhf.core.limits import read_json_object
 
 SET_BY_US = {
     "train_batch_size": "batch.batch_size",
@@ -29,11 +29,9 @@ def read_deepspeed(path: str | Path) -> dict[str, Any]:
             the stages set, or an offload that DeepSpeed does not support with our optimizer.
     """
     try:
-        settings = json.loads(Path(path).read_text("utf-8"))
+        settings = read_json_object(path)
     except (OSError, ValueError) as error:
         raise UserError(f"deepspeed: {path}: {error}", remedy="Files to copy are in configs/deepspeed.") from None
-    if not isinstance(settings, dict):
-        raise UserError(f"deepspeed: {path}: expected a JSON object, got {type(settings).__name__}")
     zero = settings.get("zero_optimization", {})
     if not isinstance(zero, dict) or zero.get("stage", 0) not in (0, 1, 2, 3):
         raise UserError(f"deepspeed: {path}: zero_optimization needs a `stage` of 0, 1, 2 or 3, got {zero!r}")

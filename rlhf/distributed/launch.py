@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import logging
 import os
 import re
@@ -21,6 +22,15 @@ from rlhf.core.errors import UserError
 PARENT = "RLHF_PARENT"
 """Set by the parent process of a stage: a `launcher` prints the checks and how to resume, a `pipeline` prints only
 how to resume."""
+
+PARENT_PID = "RLHF_PARENT_PID"
+"""Set with PARENT: the process id of the parent, for `end_with_parent`."""
+
+PR_SET_PDEATHSIG = 1
+"""From linux/prctl.h: the signal that a process gets when its parent ends."""
+
+STUCK_SECONDS = 15
+"""A SIGKILL that comes this much later than the first failure is the launcher's own, which waits for 30 s."""
 
 
 def launch(module: str, arguments: Sequence[str], processes: int) -> None:
@@ -42,7 +52,7 @@ def launch(module: str, arguments: Sequence[str], processes: int) -> None:
         )
     # torch logs a page about a failed rank; `_failure` says the same in three lines
     logging.disable(logging.CRITICAL)
-    os.environ[PARENT] = "launcher"
+    os.environ |= {PARENT: "launcher", PARENT_PID: str(os.getpid())}
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // processes)))
     config = LaunchConfig(
         min_nodes=1, max_nodes=1, nproc_per_node=processes, run_id=uuid.uuid4().hex, max_restarts=0,
@@ -59,6 +69,21 @@ def launch(module: str, arguments: Sequence[str], processes: int) -> None:
         sys.exit(128 + stopped.sigval)
 
 
+def end_with_parent() -> None:
+    """Have the kernel kill this process when the launcher or pipeline that started it ends, however that ends.
+
+    Else ranks would go on training in a run folder that the next start also writes to. Only on Linux. A process that
+    was started by hand or by a scheduler is left alone: it may outlive its shell.
+    """
+    parent = os.environ.pop(PARENT_PID, None)  # removed, because it is wrong for processes that this one starts
+    launchers = {"TORCHELASTIC_RUN_ID", "CROSS_SIZE"}  # set by torchrun and by DeepSpeed's launcher
+    if sys.platform != "linux" or not (parent or launchers & os.environ.keys()):
+        return
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if parent and os.getppid() != int(parent):
+        os._exit(1)  # the parent ended before the line above
+
+
 def _failure(failures: Mapping[int, Any], processes: int) -> UserError:
     """The error for failed ranks. Killed ranks come first, because the others fail when they lose contact with them."""
 
@@ -67,14 +92,21 @@ def _failure(failures: Mapping[int, Any], processes: int) -> UserError:
         return f"was killed by {failure.signal_name()}" if code < 0 else f"ended with exit status {code}"
 
     host = socket.gethostname()
-    # the launcher ends the remaining ranks with SIGTERM
-    causes = {rank: f for rank, f in failures.items() if f.signal_name() != "SIGTERM"} or dict(failures)
+    first = min(f.timestamp for f in failures.values())
+    # After the first failure the launcher ends the remaining ranks with SIGTERM, and with SIGKILL those that are still
+    # there after 30 seconds: neither is a cause.
+    stuck = [r for r, f in failures.items() if f.signal_name() == "SIGKILL" and f.timestamp > first + STUCK_SECONDS]
+    causes = {r: f for r, f in failures.items() if r not in stuck and f.signal_name() != "SIGTERM"} or dict(failures)
     causes = dict(sorted(causes.items(), key=lambda item: (item[1].exitcode >= 0, item[0])))
     faults = [f"rank {rank} of {processes} on {host} (pid {f.pid}) {how(f)}" for rank, f in causes.items()]
     memory = " SIGKILL usually means out of memory: see `dmesg`." if "SIGKILL" in faults[0] else ""
+    ended = [
+        f" Rank {rank} of {processes} did not end on SIGTERM and was killed by the launcher: it was stopped or stuck."
+        for rank in stuck
+    ]
     return UserError(
         "; ".join(faults),
-        "The other ranks were stopped, because they cannot continue without it." + memory,
+        "The other ranks were stopped, because they cannot continue without it." + memory + "".join(ended),
         "See the ranks' own output above. Continue from the last checkpoint with --resume.",
     )
 

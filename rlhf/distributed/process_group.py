@@ -125,6 +125,8 @@ class _Heartbeat:
     """Every rank increments a counter in a shared store each second, so that the others can see which rank is lost."""
 
     interval = 1.0
+    patience = 5.0
+    """How long rank 0 may take to answer, in seconds, before it counts as lost."""
     _thread: threading.Thread | None = None
     _stopped = threading.Event()
     _store: Any = None
@@ -169,6 +171,16 @@ class _Heartbeat:
         """The ranks whose counters have stopped, in words."""
         if cls._store is None:
             return "an unknown rank"
+        found: list[str] = []
+        # Rank 0 serves the store. If it is stopped or its host is gone, a request never returns, whatever the store's
+        # timeout is; so a thread asks.
+        asking = threading.Thread(target=lambda: found.append(cls._compare_counters()), daemon=True)
+        asking.start()
+        asking.join(timeout=6 * cls.interval + cls.patience)
+        return found[0] if found else cls._rank_zero()
+
+    @classmethod
+    def _compare_counters(cls) -> str:
         try:
             before = [cls._store.add(f"beat/{r}", 0) for r in range(world_size())]
             time.sleep(3 * cls.interval)
@@ -176,8 +188,12 @@ class _Heartbeat:
             lost = [r for r in range(world_size()) if r != rank() and after[r] == before[r]]
             names = [f"rank {r} (host {cls._store.get(f'host/{r}').decode()})" for r in lost]
         except RuntimeError:
-            return f"rank 0 (host {os.environ['MASTER_ADDR']})"
+            return cls._rank_zero()
         return " and ".join(names) or "another rank, which is still alive but stuck or far behind"
+
+    @staticmethod
+    def _rank_zero() -> str:
+        return f"rank 0 (host {os.environ['MASTER_ADDR']})"
 
 
 def name_lost_ranks(function: Callable[..., Any]) -> Callable[..., Any]:
