@@ -79,12 +79,13 @@ class PPO:
         self.memory = PeakMemory()
         load = load_shared if config.model.sharing == "shared" else load_separate
         self.models = load(config, self.chat)
-        self.packed = can_pack(self.models, self.vocab_size, config.batch.packing)
         context = RewardContext(config.model, self.chat, self.models.engine.freeze, self.models.scorers)
         self.reward = config.reward(context)
         room = min(config.data.max_prompt_tokens, limit - config.rollout.max_new_tokens)
         if room < 1:
             raise UserError(f"rollout.max_new_tokens leaves no room for a prompt in the model's {limit} tokens")
+        longest = limit if config.data.ptx else room + config.rollout.max_new_tokens
+        self.packed = can_pack(self.models, self.vocab_size, longest, config.batch.packing)
         prompts = DataConfig(train=config.data.prompts, eval=config.data.eval)
         self.tables = tokenize(self.run.path, self.chat, room, prompts, "prompt", KINDS, "prompts")
         self.learner = Learner(self.models.engine, config, self._ptx(limit))

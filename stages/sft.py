@@ -25,7 +25,7 @@ from rlhf.models.logprobs import TokenPredictions, head_chunks, token_prediction
 from rlhf.models.save import generation_config, save_result
 from rlhf.models.tuning import say_trainable, virtual_tokens
 from rlhf.runs.run import data_facts, finish, open_run, parent_facts, resolve_model_path
-from rlhf.sft.batches import TokenBatch, pack, token_batch
+from rlhf.sft.batches import TokenBatch, check_packing, pack, token_batch
 from rlhf.sft.config import SFTConfig
 from rlhf.training.engine import Engine
 from rlhf.training.loop import Loop, Objective, supervised_engine
@@ -54,6 +54,8 @@ def run(config: SFTConfig, resume: bool = False, overwrite: bool = False) -> Non
     # 3. training
     train = pack(tables.train, limit, model) if config.batch.packing else tables.train
     engine = supervised_engine(config, TokenPredictor(model))
+    if config.batch.packing:
+        check_packing(engine, model, chat, max(tables.train["length"]))
     objective = SFTObjective(config, chat, model, tables.eval)
     loop = Loop(config, folder, engine, objective, train, held_out=len(tables.eval) > 0)
     loop.fit(resume)

@@ -5,12 +5,15 @@ from __future__ import annotations
 import copy
 
 import pytest
+import tiny
 import torch
-from families import ALIBI, FAMILIES, HYBRID, OPT, VOCAB, random_model
-from transformers import AutoModelForSequenceClassification
+from families import ALIBI, FAMILIES, HYBRID, OPT, SMALL, VOCAB, random_model
+from sft_runs import run, settings
+from transformers import AutoModelForSequenceClassification, FalconConfig, PhimoeConfig
 
 from rlhf.core.errors import UserError
 from rlhf.models import packed_attention
+from rlhf.models.isolation import packing_fault
 from rlhf.models.packed_attention import PACKED, attend_each
 from rlhf.models.scalar import ScalarModel
 from rlhf.ppo.actor_critic import ActorCritic
@@ -31,9 +34,8 @@ ROWS = [
 class PlainEngine:
     """What `can_pack` needs of an engine."""
 
-    dtype = torch.float32
-
-    def __init__(self, config, attention):
+    def __init__(self, config, attention, dtype=torch.float32):
+        self.dtype = dtype
         config = copy.deepcopy(config)
         config._attn_implementation, config.num_labels = attention, 1
         policy = random_model(config)
@@ -42,7 +44,8 @@ class PlainEngine:
         self.module = ActorCritic(policy, critic).eval().requires_grad_(True)
 
     def __call__(self, batch, temperature):
-        return self.module(batch, temperature)
+        with torch.autocast("cpu", self.dtype, enabled=self.dtype != torch.float32):
+            return self.module(batch, temperature)
 
 
 def results(engine, packed, shares):
@@ -73,35 +76,76 @@ def test_padded_rows_give_the_numbers_and_gradients_of_each_sequence_alone(name,
 @pytest.mark.parametrize(("name", "attention"), [way for way in WAYS if way[0] not in MIXES or way == ("opt", "sdpa")])
 def test_packed_sequences_give_the_numbers_and_gradients_of_padded_ones(name, attention):
     engine = PlainEngine(MODELS[name], attention)
-    assert can_pack(SeparateModels(engine), VOCAB, True)
+    assert can_pack(SeparateModels(engine), VOCAB, 32, True)
     assert_equal(results(engine, True, [[0, 1, 2, 3]]), results(engine, False, [[0, 1, 2, 3]]))
 
 
 @pytest.mark.parametrize("name", MIXES)
 def test_a_model_that_mixes_packed_sequences_is_refused(name):
     engine = PlainEngine(MODELS[name], "eager")
-    with pytest.raises(UserError, match=r"(?s)packing.*attend to each.*Leave batch.packing out"):
-        can_pack(SeparateModels(engine), VOCAB, True)
+    with pytest.raises(UserError, match=r"(?s)packing.*(attend to each|other numbers).*Leave batch.packing out"):
+        can_pack(SeparateModels(engine), VOCAB, 32, True)
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@pytest.mark.parametrize("std", [0.05, 0.25])
+def test_rounding_does_not_hide_that_packed_sequences_see_each_other(std, attention):
+    # Falcon's leak is smaller than 6% of a log-prob, and bfloat16 rounds.
+    config = FalconConfig(vocab_size=VOCAB, hidden_size=32, num_hidden_layers=2, num_attention_heads=4)
+    engine = PlainEngine(config, attention, torch.bfloat16)
+    for parameter in engine.module.policy.parameters():
+        if parameter.dim() > 1:
+            parameter.data.normal_(std=std)
+    assert not can_pack(SeparateModels(engine), VOCAB, 32, None)
+    with pytest.raises(UserError, match="FalconForCausalLM attend to each other"):
+        can_pack(SeparateModels(engine), VOCAB, 32, True)
+
+
+@pytest.mark.parametrize("name", ["llama", "mistral", "gemma3"])
+def test_sequences_are_packed_in_bfloat16_on_a_cpu(name):
+    engine = PlainEngine(FAMILIES[name], "sdpa", torch.bfloat16)
+    alone = results(engine, False, [[0], [1], [2], [3]])
+    assert can_pack(SeparateModels(engine), VOCAB, 32, None)
+    packed = results(engine, True, [[0, 1, 2, 3]])
+    torch.testing.assert_close(packed[0], alone[0], rtol=0, atol=0.01 * float(alone[0].abs().max()))
+
+
+def test_a_sliding_window_that_packing_would_lose_is_found_where_sequences_are_longer():
+    # PhiMoE passes its window to the attention in the mask alone, which packing on a CPU replaces.
+    config = PhimoeConfig(**SMALL, num_key_value_heads=2, num_local_experts=4, num_experts_per_tok=2, sliding_window=16)
+    engine = PlainEngine(config, "sdpa")
+    with pytest.raises(UserError, match=r"get other numbers than alone \(a probe of 28 tokens\)"):
+        can_pack(SeparateModels(engine), VOCAB, 200, True)
+    assert engine.module.policy.config._attn_implementation == "sdpa"
+    assert can_pack(SeparateModels(engine), VOCAB, 16, True)
+
+
+def test_a_model_that_cannot_compute_a_packed_row_is_refused_with_the_error_that_it_raises():
+    def outputs(texts, packed):
+        raise ValueError("softcap is not supported\nin this attention")
+
+    fault = packing_fault(outputs, VOCAB, 32, [], torch.float32)
+    assert fault == "cannot be computed (ValueError: softcap is not supported)"
 
 
 @pytest.mark.parametrize(("attention", "packed"), [("sdpa", True), ("eager", False)])
 def test_packing_is_chosen_on_a_cpu_where_it_needs_no_mask(attention, packed):
     engine = PlainEngine(FAMILIES["llama"], attention)
-    assert not can_pack(SeparateModels(engine), VOCAB, False)
-    assert can_pack(SeparateModels(engine), VOCAB, None) is packed
+    assert not can_pack(SeparateModels(engine), VOCAB, 32, False)
+    assert can_pack(SeparateModels(engine), VOCAB, 32, None) is packed
     assert engine.module.policy.config._attn_implementation == (PACKED if packed else attention)
 
 
 def test_a_model_that_cannot_be_packed_keeps_its_attention():
     engine = PlainEngine(HYBRID, "sdpa")
-    assert not can_pack(SeparateModels(engine), VOCAB, None)
+    assert not can_pack(SeparateModels(engine), VOCAB, 32, None)
     assert engine.module.policy.config._attn_implementation == "sdpa"
 
 
 @pytest.mark.parametrize("name", ["llama", "mistral", "gemma3"])
 def test_a_packed_sequence_is_never_a_matrix_of_all_tokens(name, monkeypatch):
     engine = PlainEngine(MODELS[name], "sdpa")
-    can_pack(SeparateModels(engine), VOCAB, None)
+    can_pack(SeparateModels(engine), VOCAB, 32, None)
     critic = engine.module.critic.model
     critic.config = copy.deepcopy(critic.config)  # as where roles share a base: a body's attention is the body's own
     critic.config._attn_implementation = "sdpa"
@@ -129,5 +173,23 @@ def test_an_ordinary_call_of_a_packed_model_is_unchanged():
     ids, mask = torch.arange(22).view(2, 11) + 3, torch.ones(2, 11, dtype=torch.int64)
     mask[1, :4] = 0
     before = engine.module.policy(input_ids=ids, attention_mask=mask).logits
-    assert can_pack(SeparateModels(engine), VOCAB, True)
+    assert can_pack(SeparateModels(engine), VOCAB, 32, True)
     torch.testing.assert_close(engine.module.policy(input_ids=ids, attention_mask=mask).logits, before, rtol=0, atol=0)
+
+
+# ---- in the stage SFT ----------------------------------------------------------------------------------------------
+
+
+def test_sft_packs_only_models_that_isolate_packed_demonstrations(tmp_path, monkeypatch):
+    # Flash attention needs a GPU; with eager attention, Llama isolates packed rows and LFM2's convolutions do not.
+    monkeypatch.setattr("rlhf.sft.batches.VARLEN", ("eager",))
+    config = copy.deepcopy(HYBRID)
+    config.vocab_size = len(tiny.tokenizer())
+    random_model(config).save_pretrained(tmp_path / "lfm2")
+    tiny.tokenizer().save_pretrained(tmp_path / "lfm2")
+    demos = tiny.write_demonstrations(tmp_path / "demos", 16)
+    model = {"attn_implementation": "eager", "max_length": 128}
+    wanted = {"packing": True, "max_steps": 1, "batch_size": 8}
+    with pytest.raises(UserError, match=r"packed demonstrations of Lfm2ForCausalLM (attend|get)"):
+        run(settings(demos, tmp_path / "a", model={"path": str(tmp_path / "lfm2"), **model}, batch=wanted))
+    run(settings(demos, tmp_path / "b", model={"path": tiny.llama(), **model}, batch=wanted))

@@ -22,6 +22,7 @@ from rlhf.models.shared_prompt import (
     SharedPrompts,
     attention_mask_of,
     completion_ends,
+    detect_sharing,
     pad_rows,
     position_ids_of,
 )
@@ -170,6 +171,25 @@ def test_a_model_that_cannot_share_prompts_encodes_them_for_each_answer(name: st
     scalar = scalar_of(name)
     assert scalar.shared_prompts == NO_SHARING
     assert RankingCollator(chat, sharing=scalar.shared_prompts)(some_rankings()).branches is None
+
+
+@pytest.mark.parametrize("std", [0.05, 0.25])
+def test_rounding_does_not_hide_that_completions_see_each_other(std: float) -> None:
+    # LFM2's convolution carries the end of a completion into the start of the next one, whatever the mask says.
+    made = transformers.Lfm2Config(
+        **SIZES, intermediate_size=64, num_key_value_heads=2, layer_types=["conv", "full_attention"]
+    )
+    torch.manual_seed(0)
+    body = transformers.AutoModel.from_config(made).to(torch.bfloat16)
+    with torch.no_grad():
+        for weight in body.parameters():
+            if weight.dim() > 1:
+                weight.normal_(std=std)
+
+        def encode(ids: torch.Tensor, mask: torch.Tensor, positions: torch.Tensor | None) -> torch.Tensor:
+            return body(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=False).last_hidden_state
+
+        assert detect_sharing(body, encode) == NO_SHARING
 
 
 def test_where_a_text_is_longer_than_a_sliding_window_nothing_in_its_batch_is_shared(chat: ChatTokenizer) -> None:

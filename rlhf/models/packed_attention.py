@@ -126,6 +126,8 @@ def _attention(
     if options.get("softcap") is not None:
         raise ValueError("softcap is not supported")
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    if torch.is_autocast_enabled(query.device.type):  # torch casts the inputs of its own attention, not of an operator
+        query, key, value = (x.to(torch.get_autocast_dtype(x.device.type)) for x in (query, key, value))
     return attend_each(query, key, value, attention_mask.flatten(), scale, sliding_window or 0)[0], None
 
 

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from rlhf.data.chat_tokenizer import ChatTokenizer
+from rlhf.models.isolation import agree, unmoved, windows
 from rlhf.models.packed_attention import PACKED
 
 PromptWithCompletions = tuple[Sequence[int], Sequence[Sequence[int]]]
@@ -144,24 +145,30 @@ def detect_sharing(model: nn.Module, encode: Callable[..., Tensor]) -> SharedPro
     masks = any(buffer.dim() > 1 and buffer.shape[-1] == buffer.shape[-2] > 1 for buffer in model.buffers())
     if masks or config._attn_implementation not in MASKED_ATTENTION:
         return NO_SHARING
-    if not _agrees(encode, config._attn_implementation, text.vocab_size, next(model.parameters())):
+    window = min(windows(config), default=sys.maxsize)
+    if not _isolated(encode, config._attn_implementation, text.vocab_size, window, next(model.parameters())):
         return NO_SHARING
-    windows = (getattr(text, name, None) for name in ("sliding_window", "attention_chunk_size"))
-    window = min((w for w in windows if w), default=sys.maxsize)
     # A layer has about 12 H^2 weights with two operations each; attending to one token costs 4 H operations.
     return SharedPrompts(window, linear_cost=6 * text.hidden_size)
 
 
-def _agrees(encode: Callable[..., Tensor], implementation: str, vocab_size: int, weights: Tensor) -> bool:
-    branches = torch.tensor([[0] * 5 + [1] * 4 + [2] * 3 + [-1] * 2], device=weights.device)
+def _isolated(
+    encode: Callable[..., Tensor], implementation: str, vocab_size: int, window: int, weights: Tensor
+) -> bool:
+    """Whether a completion has the hidden states of a row of its own, whatever the other completion of its row is."""
+    half = max(1, min(16, window // 2))  # a text fits into the window, the row does not if the window is small
+    branches = torch.tensor([[0] * half + [1] * half + [2] * half + [-1] * 2], device=weights.device)
     ids = (torch.arange(branches.shape[1], device=weights.device) * 37 + 11)[None] % vocab_size
-    precision = max(1e-4, 8 * torch.finfo(weights.dtype).eps)
+    mask, positions = attention_mask_of(branches, implementation, weights.dtype), position_ids_of(branches)
     try:
-        shared = encode(ids, attention_mask_of(branches, implementation, weights.dtype), position_ids_of(branches))[0]
-        for branch in (1, 2):
+        shared = encode(ids, mask, positions)[0]
+        for branch, other in ((1, 2), (2, 1)):
             mine = ((branches == 0) | (branches == branch))[0]
+            changed = encode(torch.where(branches == other, (ids + 17) % vocab_size, ids), mask, positions)[0]
             alone = encode(ids[:, mine], torch.ones_like(ids[:, mine]), None)[0]
-            if not torch.allclose(shared[mine], alone, rtol=0, atol=precision * float(alone.abs().max())):
+            if not unmoved(shared[mine], changed[mine], weights.dtype):
+                return False
+            if not agree(shared[mine], alone, weights.dtype):
                 return False
     except Exception:  # model families raise different errors for masks or positions that they do not support
         return False

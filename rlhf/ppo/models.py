@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from rlhf import distributed
 from rlhf.core.console import say
 from rlhf.core.errors import UserError
 from rlhf.data.chat_tokenizer import ChatTokenizer
+from rlhf.models.isolation import Text, packing_fault, windows
 from rlhf.models.load import count_parameters, load_policy, recompute_activations
 from rlhf.models.packed_attention import KERNEL, PACKED, VARLEN, switch
 from rlhf.models.save import save_result
@@ -115,19 +116,20 @@ def load_separate(config: PPOConfig, chat: ChatTokenizer) -> SeparateModels:
 # ---- packing -------------------------------------------------------------------------------------------------------
 
 
-def can_pack(models: Models, vocab_size: int, wanted: bool | None) -> bool:
-    """Whether micro-batches are packed; tested on two short sequences. Every rank calls it together.
+def can_pack(models: Models, vocab_size: int, longest: int, wanted: bool | None) -> bool:
+    """Whether micro-batches are packed; tested on the models (see `rlhf.models.isolation`). Every rank calls it.
 
     If so, models with the attention `sdpa` get `sdpa_packed` on a CPU.
 
     Args:
         models: The models of the run.
         vocab_size: The policy's vocabulary size.
+        longest: Tokens of the longest sequence of the run.
         wanted: True, False, or None for where it is known to be faster: an attention with variable lengths, or `sdpa`
             on a CPU.
 
     Raises:
-        UserError: Packing is wanted, but packed sequences attend to each other in this model.
+        UserError: Packing is wanted, but packed sequences of this model are not isolated.
     """
     policy, engine = models.policy, models.engine
     attention = policy.config._attn_implementation
@@ -137,31 +139,38 @@ def can_pack(models: Models, vocab_size: int, wanted: bool | None) -> bool:
     switched = [engine.module, *models.frozen] if one_by_one else []
     for model in switched:
         switch(model, "sdpa", PACKED)
-    separated = _separated(engine, vocab_size)
-    if not separated:
+    fault = _packing_fault(models, vocab_size, longest)
+    faults = distributed.all_max(torch.tensor(float(fault is not None), device=distributed.device()))
+    packed = not faults.item()  # the same on every rank
+    if not packed:
         for model in switched:
             switch(model, PACKED, "sdpa")
-    if wanted and not separated:
+    if wanted and not packed:
         raise UserError(
-            f"batch.packing: with attention {attention!r}, packed sequences of {type(policy).__name__} attend to each"
-            " other",
+            f"batch.packing: with attention {attention!r}, packed sequences of {type(policy).__name__}"
+            f" {fault or 'are not isolated on another process'}",
             remedy="Leave batch.packing out: padding of similar lengths costs little.",
         )
-    return separated
+    return packed
 
 
-@torch.no_grad()
-def _separated(engine: Engine, vocab_size: int) -> bool:
-    """Whether two packed sequences get the same log-probs and values as one sequence per row."""
-    ids = [(place * 37 + 11) % vocab_size for place in range(9)]
-    rows = [(ids[:4], [False, True, True, True]), (ids[4:], [False, True, True, True, True])]
-    try:
-        packed, padded = (
-            engine(*TokenRows(rows, 0, vocab_size, packed).micro_batches([[[0, 1]]] * distributed.world_size()), 1.0)
-            for packed in (True, False)
-        )
-    except Exception:  # families raise different errors for lengths in place of a mask
-        return False
-    precision = max(1e-5, 8 * torch.finfo(engine.dtype).eps)
-    pairs = [(packed.logprobs, padded.logprobs), (packed.values, padded.values)]
-    return all(torch.allclose(a, b, rtol=0, atol=precision * float(b.abs().max())) for a, b in pairs if b is not None)
+def _packing_fault(models: Models, vocab_size: int, longest: int) -> str | None:
+    """Why the trained models cannot pack; see `packing_fault`."""
+    engine: Any = models.engine
+    configs = [models.policy.config, *([] if models.critic is None else [models.critic.config])]
+    sizes = [size for config in configs for size in windows(config)]
+    whole = {p.dtype for p in engine.module.parameters() if p.is_floating_point()} == {torch.float32}
+    calls = [(engine, engine.dtype)]
+    if engine.dtype != torch.float32 and whole and configs[0]._attn_implementation not in VARLEN:
+        calls.append((engine.module, torch.float32))  # without autocast: its rounding hides small faults
+    for call, dtype in calls:
+
+        def outputs(texts: Sequence[Text], packed: bool, call: Any = call) -> list[Tensor]:
+            rows, everything = TokenRows(texts, 0, vocab_size, packed), list(range(len(texts)))
+            found: TokenOutputs = call(*rows.micro_batches([[everything]] * distributed.world_size()), 1.0)
+            return [found.logprobs, *([] if found.values is None else [found.values])]
+
+        fault = packing_fault(outputs, vocab_size, longest, sizes, dtype)
+        if fault is not None:
+            return fault
+    return None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,8 +13,10 @@ from trl import pack_dataset
 from rlhf import distributed
 from rlhf.core.errors import UserError
 from rlhf.data.chat_tokenizer import ChatTokenizer
-from rlhf.models.logprobs import has_virtual_tokens
+from rlhf.models.isolation import Text, packing_fault, windows
+from rlhf.models.logprobs import causal_lm, has_virtual_tokens
 from rlhf.models.packed_attention import VARLEN
+from rlhf.training.engine import Engine
 
 
 def pack(table: Any, limit: int, model: Any) -> Any:
@@ -36,6 +39,27 @@ def pack(table: Any, limit: int, model: Any) -> Any:
             "Set model.attn_implementation=flash_attention_2 (needs a GPU and flash-attn), or batch.packing=false.",
         )
     return pack_dataset(table.select_columns(["input_ids", "labels"]), limit, "bfd")
+
+
+def check_packing(engine: Engine, model: Any, chat: ChatTokenizer, longest: int) -> None:
+    """Test on the model that packed demonstrations of up to `longest` tokens are isolated. Every rank calls it.
+
+    Raises:
+        UserError: They are not; see `rlhf.models.isolation`.
+    """
+
+    def outputs(texts: Sequence[Text], packed: bool) -> list[Tensor]:
+        labels = [[token if flag else -100 for token, flag in zip(ids, flags)] for ids, flags in texts]
+        rows = [{"input_ids": ids, "labels": wanted} for (ids, _), wanted in zip(texts, labels)]
+        return [engine(token_batch(rows, chat, packed), 1).logprobs]
+
+    vocab_size = model.config.get_text_config().vocab_size
+    fault = packing_fault(outputs, vocab_size, longest, windows(model.config), engine.dtype)
+    if fault is not None:
+        raise UserError(
+            f"batch.packing: packed demonstrations of {type(causal_lm(model)).__name__} {fault}",
+            remedy="Set batch.packing=false.",
+        )
 
 
 @dataclass(frozen=True)
