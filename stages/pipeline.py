@@ -207,7 +207,7 @@ def _check_all(steps: Sequence[Step], start: StartOptions) -> None:
     pending: dict[str, str] = {}
     for step in steps:
         state = "new" if start.overwrite or not start.resume else step.state()
-        again = state == "interrupted"
+        again = state != "new"
         if start.dry_run:
             entry.prepare(step.stage, step.file, step.overrides, again, start.overwrite, True, start.processes, pending)
         elif state != "complete":

@@ -121,6 +121,37 @@ def test_the_dry_run_takes_runs_to_come_as_given_and_shows_every_plan(place, cap
     assert not (place / "runs").exists()
 
 
+def pretend_all(place: Path, **statuses: str) -> None:
+    """Runs of all three stages, complete unless `statuses` says otherwise."""
+    sft = {"path": "runs/sft", "fingerprint": "sft"}
+    parents = {"sft": [], "reward": [sft], "ppo": [sft, {"path": "runs/reward", "fingerprint": "reward"}]}
+    for stage, found in parents.items():
+        pretend(place, stage, statuses.get(stage, "complete"), parents=found)
+
+
+@pytest.mark.parametrize("stages", [("sft",), ("sft", "reward")])
+def test_a_pipeline_killed_in_a_stage_passes_its_checks_again(place, stages, capsys):
+    for stage in stages:
+        pretend(place, stage, "running" if stage == stages[-1] else "complete")
+    pipeline.run("all.yaml", start=DRY_RUN)
+    text = capsys.readouterr().out
+    assert "no complete checkpoint yet: starts from the beginning" in text
+    assert f"to come: {stages[-1]} run" in text
+
+
+def test_the_dry_run_of_a_complete_pipeline_says_that_it_is_complete(place, capsys):
+    pretend_all(place)
+    pipeline.run("all.yaml", start=DRY_RUN)
+    assert capsys.readouterr().out.count("already complete") == 3
+
+
+def test_a_complete_pipeline_can_be_overwritten(place, capsys):
+    pretend_all(place)
+    pipeline.run("all.yaml", start=pipeline.StartOptions(dry_run=True, overwrite=True))
+    text = capsys.readouterr().out
+    assert text.count("the existing run is deleted first") == 3 and "to come: reward run" in text
+
+
 def test_a_fault_of_the_last_stage_is_found_before_the_first_one_starts(place):
     with pytest.raises(UserError, match="nowhere: there is no dataset"):
         pipeline.run("all.yaml", ["ppo.data.prompts=nowhere"])

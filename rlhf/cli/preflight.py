@@ -131,21 +131,24 @@ def _tuning(key: str, pick: Pick) -> str:
 
 def _parent(key: str, path: str, stages: Sequence[str], pending_runs: PendingRuns) -> str:
     by = pending_runs.get(os.path.normpath(path))
+    pending = by is not None
     try:
-        folder = Path(path if by else resolve_model_path(path))
+        folder = Path(path if pending else resolve_model_path(path))
     except UserError as error:
         raise UserError(f"{key}: {error.what}", error.why, error.remedy) from None
-    if by is None and is_run(path):
+    if not pending and is_run(path):
         by = read_run(path)["stage"]
     if by is not None:
         if by not in stages:
             raise UserError(
                 f"{key}: {path} is a run of the {by} stage", remedy=f"Name a run of: {', '.join(stages)}; or a model."
             )
-        described = f"{path} ({'finished' if is_run(path) else 'to come:'} {by} run)"
+        if pending:  # what is in the folder now, half a run or one that is replaced, says nothing about its result
+            return f"{path} (to come: {by} run)"
+        described = f"{path} (finished {by} run)"
     else:
         described = f"{path} (not checked: hub)"
-    if not folder.is_dir() or (by and not is_run(path)):
+    if not folder.is_dir():
         return described
     if not (folder / "config.json").is_file():
         if (folder / "adapter_config.json").is_file():
