@@ -108,6 +108,9 @@ def test_without_a_key_or_a_server_the_command_says_what_to_do(candidates, monke
     with pytest.raises(UserError, match="no answer from a Label Studio server") as error:
         push(candidates, "http://127.0.0.1:1")
     assert "xxxx" not in str(error.value)
+    with pytest.raises(UserError, match=r"http://127\.0\.0\.1:1: no answer from a Label Studio server") as error:
+        push(candidates, "http://me:secret@127.0.0.1:1")
+    assert "secret" not in str(error.value)
     with pytest.raises(UserError, match="no answer from a Label Studio server"):
         pull(candidates, "no url", candidates.parent / "r")
     assert not (candidates.parent / "r").exists()

@@ -244,6 +244,16 @@ def test_a_missing_dataset_is_refused_with_its_key(world):
     assert text.startswith("data.eval: datasets/nope")
 
 
+@pytest.mark.parametrize("key", ["train", "eval"])
+def test_a_dataset_with_a_flipped_bit_is_refused(world, tmp_path, key):
+    shard = Path(tiny.write_demonstrations(tmp_path / "flipped", 8)) / "shard-00000.parquet"
+    content = bytearray(shard.read_bytes())
+    content[len(content) // 3] ^= 1
+    shard.write_bytes(content)
+    text = refusal("sft", world, data={"train": world["demonstrations"], key: str(shard.parent)})
+    assert text.startswith(f"data.{key}: {shard}: damaged: its SHA-256 differs")
+
+
 def test_a_dataset_with_nothing_to_train_on_is_refused(world, tmp_path):
     empty = tiny.write_demonstrations(tmp_path / "held-out", 0)
     assert "no record to train on" in refusal("sft", world, data={"train": empty})

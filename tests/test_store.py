@@ -6,6 +6,8 @@ import gzip
 import hashlib
 import json
 import os
+import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -17,6 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from rows import DEMONSTRATION, RANKING, records, tree, write
 
+from rlhf.core import limits
 from rlhf.core.errors import UserError
 from rlhf.data import store
 from rlhf.data.schema import KINDS, BadRecord, from_dict, to_dict
@@ -204,6 +207,9 @@ def test_a_shard_made_by_hand_is_checked_row_by_row(tmp_path):
     assert [(row.line, row.reason) for row in found] == [(2, "id: not the content hash")]
     rows[1]["messages"][0]["content"] = ""
     pq.write_table(pa.Table.from_pylist(rows), shard)
+    manifest = json.loads((tmp_path / "d" / "manifest.json").read_text())
+    manifest["shards"][0]["sha256"] = hashlib.sha256(shard.read_bytes()).hexdigest()
+    (tmp_path / "d" / "manifest.json").write_text(json.dumps(manifest))
     with pytest.raises(UserError, match=r"shard-00000\.parquet:2: messages\.content: empty"):
         list(open_dataset(tmp_path / "d").records())
 
@@ -216,6 +222,10 @@ def test_a_shard_made_by_hand_is_checked_row_by_row(tmp_path):
         ("{}", "not a dataset manifest"),
         ('{"schema_version": 1, "kind": "prompt", "shards": [3]}', "not a dataset manifest"),
         ('{"schema_version": 1, "kind": "prompt", "shards": [{"file": "a"}]}', "not a dataset manifest"),
+        ('{"schema_version": [1], "kind": "prompt", "shards": []}', "not a dataset manifest"),
+        ('{"schema_version": 1, "kind": ["prompt"], "shards": []}', "kind"),
+        ('{"schema_version": 1, "kind": "prompt", "shards": [], "splits": 3}', "not a dataset manifest"),
+        ("[" * 100_000, "not a dataset manifest"),
         ('{"schema_version": 99, "kind": "prompt", "shards": []}', "schema version 99"),
         ('{"schema_version": 1, "kind": "poem", "shards": []}', "kind 'poem'"),
     ],
@@ -224,6 +234,48 @@ def test_a_manifest_that_cannot_be_trusted_is_refused(tmp_path, manifest, messag
     (tmp_path / "manifest.json").write_text(manifest)
     with pytest.raises(UserError, match=message):
         open_dataset(tmp_path)
+
+
+def with_shard_named(folder, name):
+    """A dataset of three prompts whose manifest calls its shard `name`."""
+    write(folder, prompts(3))
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest["shards"][0]["file"] = name
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    return folder
+
+
+@pytest.mark.parametrize("name", ["../outside.parquet", "{folder}/outside.parquet", "d/../../outside.parquet", ".", ""])
+@pytest.mark.parametrize("damaged_ok", [False, True])
+def test_a_shard_outside_of_the_folder_is_not_read(tmp_path, name, damaged_ok):
+    name = name.format(folder=tmp_path)
+    folder = with_shard_named(tmp_path / "d", name)
+    shutil.copy(folder / "shard-00000.parquet", tmp_path / "outside.parquet")
+    with pytest.raises(UserError, match=f"the shard {re.escape(repr(name))} is not a file of this folder"):
+        open_dataset(folder, damaged_ok=damaged_ok)
+
+
+def test_a_shard_that_is_a_link_to_the_outside_is_not_read(tmp_path):
+    shard = write(tmp_path / "d", prompts(3)).path / "shard-00000.parquet"
+    shard.rename(tmp_path / "outside.parquet")
+    shard.symlink_to(tmp_path / "outside.parquet")
+    with pytest.raises(UserError, match="is not a file of this folder"):
+        open_dataset(tmp_path / "d")
+    shard.unlink()
+    shard.symlink_to("inside.parquet")
+    (tmp_path / "outside.parquet").rename(tmp_path / "d" / "inside.parquet")
+    (tmp_path / "link").symlink_to("d")
+    assert len(list(open_dataset(tmp_path / "link").records())) == 3
+
+
+def test_every_flipped_byte_of_a_shard_is_found_when_it_is_read(tmp_path):
+    shard = write(tmp_path / "d", prompts(3)).path / "shard-00000.parquet"
+    whole = shard.read_bytes()
+    for place in range(0, len(whole), len(whole) // 60):
+        shard.write_bytes(whole[:place] + bytes([whole[place] ^ 4]) + whole[place + 1 :])
+        with pytest.raises(UserError, match=r"shard-00000\.parquet: damaged: its SHA-256 differs"):
+            list(open_dataset(tmp_path / "d").records())
+        assert dict(shard_faults(open_dataset(tmp_path / "d")))
 
 
 def test_what_is_not_a_dataset_is_refused_with_the_way_out(tmp_path):
@@ -344,6 +396,36 @@ def test_zstd_is_read_whole_and_a_stream_that_is_cut_off_is_refused(tmp_path):
     file.write_bytes(b'{"prompt": "a"}\n')
     with pytest.raises(UserError, match=r"ends in \.zst but the content is not zstd"):
         open_dataset(file)
+
+
+ROW = b'{"prompt": "a"}\n'
+
+
+@pytest.mark.parametrize("pack", [gzip.compress, zstandard.compress])
+def test_a_file_that_unpacks_to_hundreds_of_times_its_size_is_left(tmp_path, monkeypatch, pack):
+    monkeypatch.setattr(limits, "UNPACKED_BYTES", 1 << 20)
+    file = tmp_path / "d.jsonl.packed"
+    for content in (bytes(1 << 23), ROW * 9 + b" " * (1 << 23), b"\n" * (1 << 23) + ROW):
+        file.write_bytes(pack(content))
+        with pytest.raises(UserError, match=r"it unpacks to more than 250 times its size"):
+            list(open_dataset(file).records())
+    text = b"".join(b'{"prompt": "%d"}\n' % i for i in range(100_000))
+    file.write_bytes(pack(text))
+    assert len(text) > 1 << 20 and len(list(open_dataset(file).records())) == 100_000
+
+
+def test_a_line_that_is_too_long_is_rejected_and_the_next_ones_are_read(tmp_path, monkeypatch):
+    monkeypatch.setattr(limits, "ROW_BYTES", 1000)
+    file = tmp_path / "d.jsonl"
+    long = b'{"prompt": "' + b"a" * 5000 + b'"}'
+    file.write_bytes(ROW + long + b"\n" + ROW + long)
+    good, bad = read(file)
+    assert len(good) == 2
+    assert [(row.line, row.reason, row.detail) for row in bad] == [
+        (line, "a line that is too long", "more than 1,000 bytes") for line in (2, 4)
+    ]
+    file.write_bytes(ROW[:-1].ljust(999) + b"\n" + ROW)
+    assert [len(found) for found in read(file)] == [2, 0]
 
 
 def test_importing_the_store_does_not_load_pyarrow():

@@ -19,6 +19,7 @@ from typing import Any
 from data_tools.importers import IMPORTERS
 from data_tools.io.derive import Derivation
 from rlhf.core import console
+from rlhf.core.command_line import without_credentials
 from rlhf.core.errors import UserError
 from rlhf.core.files import write_json
 from rlhf.data.schema import BadRecord, Candidate, Proposal, Ranking
@@ -89,7 +90,8 @@ def _buckets(config: str) -> list[str]:
 
 @contextmanager
 def _server(url: str) -> Iterator[Any]:
-    """A client of the server; its errors become UserErrors."""
+    """A client of the server; its errors become UserErrors, without the credentials that the URL may hold."""
+    shown = without_credentials(url)
     try:
         import httpx
         from label_studio_sdk import LabelStudio
@@ -106,13 +108,17 @@ def _server(url: str) -> Iterator[Any]:
         yield LabelStudio(base_url=url.rstrip("/"), api_key=key)
     except ApiError as error:
         if error.status_code in (401, 403):
-            raise UserError(f"{url}: the server refuses the key in {KEY}", remedy="Take a new key from it.") from None
+            raise UserError(f"{shown}: the server refuses the key in {KEY}", remedy="Take a new key from it.") from None
         if error.status_code == 404:
-            raise UserError(f"{url}: no such project", remedy="Leave --project out to find that of a push.") from None
-        raise UserError(f"{url}: the server answers {error.status_code}: {str(error.body)[:500]}") from None
+            raise UserError(f"{shown}: no such project", remedy="Leave --project out to find that of a push.") from None
+        raise UserError(
+            f"{shown}: the server answers {error.status_code}: {without_credentials(str(error.body))[:500]}"
+        ) from None
     except (httpx.HTTPError, httpx.InvalidURL) as error:
         remedy = "Check --url; start a server with: label-studio start"
-        raise UserError(f"{url}: no answer from a Label Studio server: {error}", remedy=remedy) from None
+        raise UserError(
+            f"{shown}: no answer from a Label Studio server: {without_credentials(str(error))}", remedy=remedy
+        ) from None
 
 
 def _mark(dataset: Dataset) -> str:
@@ -132,7 +138,7 @@ def _find(client: Any, dataset: Dataset, project: int | None) -> Any | None:
 
 
 def _place(url: str, project: int) -> str:
-    return f"{url.rstrip('/')}/projects/{project}/data"
+    return f"{without_credentials(url).rstrip('/')}/projects/{project}/data"
 
 
 def push(
@@ -219,9 +225,10 @@ def pull(path: str | Path, url: str, out: str | Path, *, project: int | None = N
     with _server(url) as client:
         found = _find(client, dataset, project)
         if found is None:
+            shown = without_credentials(url)
             raise UserError(
-                f"{url}: no project was made for {path}",
-                remedy=f"Push them first: rlhf data label-studio push {path} --url {url}; or name it: --project ID",
+                f"{shown}: no project was made for {path}",
+                remedy=f"Push them first: rlhf data label-studio push {path} --url {shown}; or name it: --project ID",
             )
         tasks = client.projects.exports.as_json(found.id)
         people = {user.id: user.email for user in client.users.list()}

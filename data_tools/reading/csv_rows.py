@@ -9,6 +9,7 @@ from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
+from rlhf.core import limits
 from rlhf.core.errors import UserError, nearest
 from rlhf.data.jsonl import READ_ERRORS, Item, OnReject, Reject, cut_off_fault, open_bytes
 from rlhf.data.schema import BadRecord
@@ -125,7 +126,9 @@ class _Text:
         self.taken: list[str] = []
 
     def __iter__(self) -> Iterator[str]:
-        for line in self._text:
+        while line := self._text.readline(limits.ROW_BYTES):
+            if len(line) == limits.ROW_BYTES:
+                raise OSError(f"a line of more than {limits.ROW_BYTES:,} characters")
             self.count += 1
             self.taken.append(line)
             yield line

@@ -12,6 +12,7 @@ from typing import Any, BinaryIO
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from rlhf.core import limits
 from rlhf.data.jsonl import READ_ERRORS, Item, OnReject, Reject, cut_off_fault, open_bytes, read_rows
 from rlhf.data.schema import BadRecord
 
@@ -113,7 +114,13 @@ class _Stream:
                 return ""
 
     def _more(self) -> bool:
-        """Read more and drop the text before `_at`. Reads double, so that one huge value takes linear time."""
+        """Read more and drop the text before `_at`. Reads double, so that one huge value takes linear time.
+
+        Raises:
+            OSError: One value is longer than a row may be.
+        """
+        if len(self._text) - self._at > limits.ROW_BYTES:
+            raise OSError(f"a value of more than {limits.ROW_BYTES:,} characters")
         read = self._file.read(max(CHUNK, len(self._text) - self._at))
         self._text, self._at = self._text[self._at :] + read, 0
         self._ended = not read

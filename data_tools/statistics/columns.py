@@ -121,10 +121,11 @@ def row_groups(dataset: Dataset) -> Iterator[RowGroup]:
     """Every row group of a dataset folder, in order.
 
     Raises:
-        UserError: A shard is damaged.
+        UserError: A shard is damaged or differs from the manifest.
     """
     for shard in dataset.manifest["shards"]:
         path = dataset.path / shard["file"]
+        dataset.verify(shard)
         try:
             file = pq.ParquetFile(path, memory_map=True)
         except (pa.ArrowException, OSError) as error:

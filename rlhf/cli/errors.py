@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from rlhf import distributed
+from rlhf.core.command_line import without_credentials
 from rlhf.core.console import err, is_main
 from rlhf.core.errors import UserError
 from rlhf.distributed.launch import PARENT
@@ -47,7 +48,7 @@ def exit_on_error(resume: str | None = None) -> Iterator[None]:
 def print_error(error: UserError) -> None:
     """What is wrong, why, and what to do, each on its own line of standard error."""
     labels = (("error: ", error.what), ("  why: ", error.why), ("  fix: ", error.remedy))
-    print_lines("\n".join(label + text for label, text in labels if text), style="red")
+    print_lines(without_credentials("\n".join(label + text for label, text in labels if text)), style="red")
 
 
 def print_lines(text: str, style: str | None = None) -> None:

@@ -16,7 +16,7 @@ from typing import Any
 
 from rlhf import distributed
 from rlhf.config.base import BatchConfig, ModelConfig, StageConfig
-from rlhf.core.console import format_number
+from rlhf.core.console import format_number, is_main
 from rlhf.core.errors import UserError
 from rlhf.core.table import Pick
 from rlhf.data.chat_templates import read_template
@@ -199,11 +199,16 @@ def _same_text(config: PPOConfig, reward_path: str, pending_runs: PendingRuns) -
 # ---- data --------------------------------------------------------------------------------------------------------
 
 
+def _open(paths: Sequence[str], kinds: Sequence[str], key: str) -> list[Dataset]:
+    """Open datasets, and compare them with their hashes, so that a damaged one is found before weights are loaded."""
+    return open_datasets(paths, kinds, key, verify=is_main())
+
+
 def _data(
     key: str, train: Sequence[str], held_out: Sequence[str], kinds: Sequence[str], eval_key: str = "eval"
 ) -> Rows:
     """Open the datasets of a stage and count their records, from the manifests alone."""
-    datasets = open_datasets(train, kinds, key)
+    datasets = _open(train, kinds, key)
     rows = [(key, _described(dataset)) for dataset in datasets]
     if all(d.manifest for d in datasets) and not _train_count(datasets):
         raise UserError(
@@ -211,7 +216,7 @@ def _data(
             "All of them are in the splits `eval` and `test`.",
             "See `rlhf data stats`.",
         )
-    named = open_datasets(held_out, kinds, f"{key.split('.')[0]}.{eval_key}")
+    named = _open(held_out, kinds, f"{key.split('.')[0]}.{eval_key}")
     rows += [(f"{key.split('.')[0]}.{eval_key}", _described(dataset)) for dataset in named]
     if not named and all(d.manifest for d in datasets):
         rows.append(("held out", f"{sum(d.splits().get('eval', 0) for d in datasets):,} records of the split eval"))
@@ -233,7 +238,7 @@ def _train_count(datasets: Sequence[Dataset]) -> int:
 def _steps(batch: BatchConfig, paths: Sequence[str], kinds: Sequence[str]) -> str:
     if batch.max_steps is not None:
         return f"{batch.max_steps:,} (batch.max_steps)"
-    datasets = open_datasets(paths, kinds, "data.train")
+    datasets = _open(paths, kinds, "data.train")
     if not all(d.manifest for d in datasets):
         return f"{batch.epochs:g} epochs"
     steps = math.ceil(batch.epochs * math.ceil(_train_count(datasets) / batch.batch_size))
@@ -257,9 +262,7 @@ def _reward(config: RewardConfig, world: int, pending_runs: PendingRuns) -> Rows
     ]
     rows += [("loss", config.loss.name)]
     rows += _data("data.train", config.data.train, config.data.eval, ("ranking",))
-    rows += [
-        ("reference", _described(d)) for d in open_datasets(config.data.demonstrations, ("demonstration",), "reference")
-    ]
+    rows += [("reference", _described(d)) for d in _open(config.data.demonstrations, ("demonstration",), "reference")]
     rows += [("steps", _steps(config.batch, config.data.train, ("ranking",)))]
     return [*rows, ("batch", _batch(config.batch, world))]
 
@@ -290,7 +293,7 @@ def _ppo(config: PPOConfig, world: int, pending_runs: PendingRuns) -> Rows:
     rows += [("critic", critic if config.needs_critic else "none"), *_sharing(config, pending_runs)]
     rows += [("advantage", config.advantage.name)]
     rows += _data("data.prompts", config.data.prompts, config.data.eval, tuple(KINDS))
-    rows += [("ptx", _described(d)) for d in open_datasets(config.data.ptx, ("demonstration", "ranking"), "data.ptx")]
+    rows += [("ptx", _described(d)) for d in _open(config.data.ptx, ("demonstration", "ranking"), "data.ptx")]
     episodes = rollout.prompts_per_update * rollout.samples_per_prompt
     rows.append(("updates", f"{config.updates:,}"))
     answers = f"{rollout.prompts_per_update:,} prompts x {rollout.samples_per_prompt} answers"

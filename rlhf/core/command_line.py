@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 import sys
 from pathlib import Path
@@ -11,6 +12,8 @@ def command_line() -> str:
     """The command line in shell syntax, such as `rlhf data split stories --seed 3`.
 
     `--out` with its value and `--json` are left out: they say where the record is, not what made it.
+
+    Credentials in URLs are left out as well.
 
     `python -m stages.cli`, which starts the steps of a pipeline, is written `rlhf`. In a program that calls this
     library, the command line is that program's own.
@@ -23,4 +26,9 @@ def command_line() -> str:
             next(rest, None)
         elif word != "--json" and not word.startswith("--out="):
             words.append(word)
-    return shlex.join(words)
+    return shlex.join(map(without_credentials, words))
+
+
+def without_credentials(text: str) -> str:
+    """A text without the user names and passwords in its URLs: `http://me:secret@host` becomes `http://host`."""
+    return re.sub(r"([A-Za-z][A-Za-z0-9+.-]*://)[^/?#\s]*@", r"\1", text)

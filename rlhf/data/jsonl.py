@@ -15,6 +15,7 @@ from typing import Any, BinaryIO, NamedTuple, NoReturn
 import orjson
 import zstandard
 
+from rlhf.core import limits
 from rlhf.core.errors import UserError
 from rlhf.data.schema import BadRecord, Record, from_dict
 
@@ -87,7 +88,13 @@ def read_rows(path: Path, file: BinaryIO, on_reject: OnReject) -> Iterator[Item]
     Raises:
         EOFError, zlib.error, OSError: The `READ_ERRORS`: damaged compressed data, or an unreadable file.
     """
-    for line, raw in enumerate(file, 1):
+    for line, raw in enumerate(iter(lambda: file.readline(limits.ROW_BYTES), b""), 1):
+        if len(raw) == limits.ROW_BYTES and not raw.endswith(b"\n"):
+            while (rest := file.readline(limits.ROW_BYTES)) and not rest.endswith(b"\n"):
+                pass
+            fault = BadRecord("a line that is too long", f"more than {limits.ROW_BYTES:,} bytes", "Shorten the texts.")
+            on_reject(Reject.of(path, line, fault, raw[:RAW_KEPT]))
+            continue
         if raw.isspace():
             continue
         try:
@@ -133,6 +140,9 @@ def _no_constant(name: str) -> NoReturn:
 
 _json = json.JSONDecoder(parse_constant=_no_constant)
 
+RAW_KEPT = 10_000
+"""Most bytes that are kept of a line that is too long."""
+UNPACKED_BUFFER = 1 << 17
 GZIP, ZSTD = b"\x1f\x8b", b"\x28\xb5\x2f\xfd"
 READ_ERRORS = (EOFError, zlib.error, OSError)
 """Exceptions from damaged compressed data or an unreadable file (`zstandard.ZstdError` becomes an OSError)."""
@@ -152,9 +162,9 @@ def open_bytes(path: Path) -> Iterator[BinaryIO]:
     with plain:
         head = plain.peek(4)[:4]
         if head.startswith(GZIP):
-            yield io.BufferedReader(gzip.GzipFile(fileobj=plain))
+            yield io.BufferedReader(_Unpacked(gzip.GzipFile(fileobj=plain), plain), UNPACKED_BUFFER)
         elif head == ZSTD:
-            yield io.BufferedReader(_Zstd(plain))
+            yield io.BufferedReader(_Unpacked(_Zstd(plain), plain), UNPACKED_BUFFER)
         elif head and path.suffix in (".gz", ".zst"):
             name = "gzip" if path.suffix == ".gz" else "zstd"
             raise UserError(
@@ -163,6 +173,26 @@ def open_bytes(path: Path) -> Iterator[BinaryIO]:
             )
         else:
             yield plain
+
+
+class _Unpacked(io.RawIOBase):
+    """The content of a compressed file. Raises OSError where it is far longer than the file; see `limits`."""
+
+    def __init__(self, content: Any, packed: BinaryIO) -> None:
+        self._content, self._packed, self._count = content, packed, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        size = int(self._content.readinto(buffer))
+        self._count += size
+        if self._count > limits.UNPACKED_BYTES and self._count > limits.UNPACKED_RATIO * self._packed.tell():
+            raise OSError(
+                f"it unpacks to more than {limits.UNPACKED_RATIO} times its size, as files do that are made to fill "
+                "the memory; if it is right, unpack it before"
+            )
+        return size
 
 
 class _Zstd(io.RawIOBase):

@@ -10,16 +10,19 @@ from rlhf.data.schema import BadRecord, Message, Prompt
 from rlhf.data.store import Dataset, open_dataset
 
 
-def open_datasets(paths: Sequence[str], kinds: Sequence[str], key: str) -> list[Dataset]:
+def open_datasets(paths: Sequence[str], kinds: Sequence[str], key: str, verify: bool = False) -> list[Dataset]:
     """Open the datasets of a config key.
 
+    Args:
+        verify: Compare every shard with its SHA-256 now, not when it is read.
+
     Raises:
-        UserError: A dataset cannot be opened, or is not of one of `kinds`. The message starts with `key`.
+        UserError: A dataset is damaged, cannot be opened, or is not of one of `kinds`. The message starts with `key`.
     """
     found = []
     for path in paths:
         try:
-            dataset = open_dataset(path)
+            dataset = open_dataset(path, verify=verify)
         except UserError as error:
             raise UserError(f"{key}: {error.what}", error.why, error.remedy) from None
         if dataset.kind not in kinds:
