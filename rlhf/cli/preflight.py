@@ -18,6 +18,7 @@ from rlhf import distributed
 from rlhf.config.base import BatchConfig, ModelConfig, StageConfig
 from rlhf.core.console import format_number, is_main
 from rlhf.core.errors import UserError
+from rlhf.core.limits import read_json_object
 from rlhf.core.table import Pick
 from rlhf.data.chat_templates import read_template
 from rlhf.data.schema import KINDS
@@ -180,9 +181,9 @@ def _positions(config: ModelConfig, pending_runs: PendingRuns) -> int | None:
     file = Path(resolve_model_path(config.path)) / "config.json"
     if not file.is_file():
         return None
-    found = json.loads(file.read_text("utf-8"))
+    found = read_json_object(file)  # `resolve_model_path` has checked it
     limit = found.get("max_position_embeddings") or found.get("n_positions")
-    return int(limit) if limit else None
+    return limit if isinstance(limit, int) and limit > 0 else None
 
 
 def _same_text(config: PPOConfig, reward_path: str, pending_runs: PendingRuns) -> None:

@@ -52,7 +52,7 @@ def load_hf_config(config: ModelConfig, path: str) -> transformers.PretrainedCon
         )
     try:
         found = AutoConfig.from_pretrained(path, trust_remote_code=config.trust_remote_code)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # a value of the wrong type in config.json raises whatever the family's code runs into
         raise UserError(f"model.path: no model can be loaded from {path}", str(error).split("\n")[0]) from None
     return found
 

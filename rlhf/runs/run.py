@@ -27,6 +27,7 @@ from rlhf.core.files import append_jsonl, write_json, write_text
 from rlhf.data.schema import READABLE_VERSIONS, SCHEMA_VERSION
 from rlhf.data.store import Dataset
 from rlhf.runs.checkpoint import Checkpoints
+from rlhf.runs.model_folder import check_model_folder
 
 PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "deepspeed", "datasets")
 
@@ -160,7 +161,7 @@ def resolve_model_path(path: str | Path) -> str:
     """The model folder: `model/` of a finished run; `path` itself for a model folder or a name on the Hub.
 
     Raises:
-        UserError: The run is not finished, or there is no model at a local path.
+        UserError: The run is not finished, there is no model at a local path, or `check_model_folder` refuses it.
     """
     if is_run(path):
         info = read_run(path)
@@ -173,11 +174,13 @@ def resolve_model_path(path: str | Path) -> str:
             raise UserError(
                 f"{path}: has schema version {info.get('schema_version')}; this version reads up to {SCHEMA_VERSION}"
             )
+        check_model_folder(Path(path) / "model")
         return str(Path(path) / "model")
     text = str(path)
     looks_local = text.startswith((".", "/", "~", "runs/")) or text.count("/") > 1
     if looks_local and not (Path(path) / "config.json").is_file():
         raise UserError(f"{path}: no model there (no run.json and no config.json)", remedy="Check the path.")
+    check_model_folder(Path(path))
     return text
 
 

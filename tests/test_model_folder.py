@@ -1,0 +1,78 @@
+"""Model folders whose JSON files are damaged or made to do harm give one error in moments."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import tiny
+
+from rlhf.config.base import ModelConfig
+from rlhf.core.errors import UserError
+from rlhf.data.chat_tokenizer import load_tokenizer
+from rlhf.inference.policy import open_policy
+from rlhf.models.load import load_hf_config
+from rlhf.runs.model_folder import FILES, check_model_folder
+from rlhf.runs.run import resolve_model_path
+
+DEEP = '{"a":' * 100_000 + "1" + "}" * 100_000
+
+
+@pytest.fixture
+def model(tmp_path) -> Path:
+    return Path(shutil.copytree(tiny.llama(), tmp_path / "model"))
+
+
+def change(file: Path, **values: object) -> None:
+    file.write_text(json.dumps({**json.loads(file.read_text()), **values}))
+
+
+@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize("content", [DEEP, "[1]", "{", "null", ""], ids=["deep", "list", "cut", "null", "empty"])
+def test_a_json_file_that_is_no_object_of_moderate_depth_is_refused_by_its_name(model, name, content):
+    (model / name).write_text(content)
+    with pytest.raises(UserError, match=rf"{name}: cannot be read: "):
+        open_policy(model)
+
+
+PARTS = ["num_hidden_layers", "n_layer", "n_layers", "encoder_layers", "num_experts", "n_routed_experts", "num_blocks"]
+
+
+@pytest.mark.parametrize("key", PARTS)
+def test_a_config_of_a_billion_layers_or_experts_is_refused(model, key):
+    change(model / "config.json", **{key: 10**9})
+    with pytest.raises(UserError, match=rf"config\.json: {key} is 1,000,000,000; the limit is 10,000"):
+        resolve_model_path(model)
+
+
+def test_the_config_of_a_part_is_checked_too(model):
+    change(model / "config.json", text_config={"num_hidden_layers": 10**9})
+    with pytest.raises(UserError, match=r"text_config\.num_hidden_layers is"):
+        resolve_model_path(model)
+
+
+def test_large_numbers_that_count_no_parts_are_fine(model):
+    more = {"vocab_size_of_layers_note": "x", "max_position_embeddings": 10**7, "player_count": 10**6}
+    change(model / "config.json", **more)
+    check_model_folder(model)
+
+
+@pytest.mark.parametrize("values", [{"hidden_size": "many"}, {"model_type": ["llama"]}, {"rope_parameters": 3}])
+def test_a_config_with_a_value_of_another_type_is_one_error(model, values):
+    change(model / "config.json", **values)
+    with pytest.raises(UserError, match=r"model\.path: "):
+        open_policy(model)
+
+
+@pytest.mark.parametrize("content", [DEEP, "[" * 100_000, "{}", "null", "{"], ids=lambda text: text[:3])
+def test_a_tokenizer_that_cannot_be_read_is_one_error(model, content):
+    (model / "tokenizer.json").write_text(content)
+    with pytest.raises(UserError, match=r"model\.path: no tokenizer can be loaded from "):
+        load_tokenizer(ModelConfig(path=str(model)), str(model))
+
+
+def test_an_intact_folder_is_read(model):
+    assert resolve_model_path(model) == str(model)
+    assert load_hf_config(ModelConfig(path=str(model)), str(model)).model_type == "llama"
