@@ -82,7 +82,7 @@ def test_ratings_and_ticks_are_numbers(tmp_path):
         (["Q?", "x", "y", "1", "first"], "ranks: not a number"),
         (["Q?", "x", "y", "1", "nan"], "ranks: not a number"),
         (["Q?", "x", "y", "1", "inf"], "ranks: not a number"),
-        (["", "x", "y", "1", "2"], "messages.content: empty"),
+        (["", "x", "y", "1", "2"], "the prompt is empty"),
         (["Q?", "x", "x", "1", "2"], "candidates: fewer than two distinct answers"),
     ],
 )

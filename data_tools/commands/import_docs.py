@@ -29,7 +29,9 @@ After an import, look at a record whose winner you know. `rlhf data check` also 
 answer shown first win; with reversed ranks these fractions are reversed too.
 
 Files can be plain, gzipped or compressed with zstd, whatever their names: JSON lines, JSON arrays of any size (they are
-streamed), concatenated JSON values, and Parquet. A folder means all files in it with the suffixes of the format.
+streamed), concatenated JSON values, Parquet, and Arrow as `save_to_disk` writes it. A folder means all files in it with
+the suffixes of the format. Where no format fits, [csv](#csv) reads rows of any of these containers, and of CSV, TSV and
+Excel, by the names of their fields; `auto` types the command out for your file. A field that is null is absent.
 Put glob patterns in quotes. Give options with `--option NAME=VALUE`, or in a YAML file with `--options`; they are
 stored as `import.yaml` in the dataset's folder, so that you can repeat the import.
 """

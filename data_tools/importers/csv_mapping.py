@@ -1,10 +1,10 @@
-"""The importer of tables: CSV or TSV files through a mapping of columns."""
+"""The importer of rows of any container through a mapping of columns: CSV, TSV, JSON, Parquet, Arrow, Excel."""
 
 from __future__ import annotations
 
 import re
 import string
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from email.utils import parsedate_to_datetime
@@ -13,7 +13,14 @@ from typing import Any, Literal, Protocol
 
 from data_tools.importers.table import IMPORTERS, Head
 from data_tools.reading.annotation_exports import Names, brief, names
-from data_tools.reading.csv_rows import CSV, csv_columns, csv_rows
+from data_tools.reading.cells import TABLES, Cells, cell_columns, cell_rows
+from data_tools.reading.csv_rows import CSV
+from data_tools.reading.fields import SYSTEM_FIELDS, before_prompt, without_nulls
+from data_tools.reading.roles import role_of, says_something
+from data_tools.reading.route import Columns, route
+from data_tools.reading.sheets import EXCEL
+from data_tools.reading.turns import exchange, from_json_text, is_conversation
+from rlhf.core import console
 from rlhf.core.errors import UserError, nearest
 from rlhf.data.jsonl import Reject
 from rlhf.data.schema import BadRecord, Record, dense_ranks, from_dict
@@ -28,18 +35,22 @@ you!",Bye.,1,1,ben
 
 
 def _detect(head: Head) -> str | None:
+    if str(head.path).endswith(EXCEL):
+        return "it is a workbook"
     if not str(head.path).endswith(CSV) or head.text.lstrip().startswith(("[", "{")):
         return None
     return f"it is a table that begins with {head.text.strip()[:60]!r}"
 
 
-@IMPORTERS.row("csv", suffixes=CSV, sample=SAMPLE, detect=_detect)
+@IMPORTERS.row("csv", suffixes=TABLES, sample=SAMPLE, detect=_detect)
 def csv_table(
     path: Path,
     reject: OnReject,
     *,
     prompt: str | None = None,
     prompt_template: str | None = None,
+    system: str | None = None,
+    history: str | None = None,
     answers: Names | None = None,
     answer: str | None = None,
     ranks: Names | None = None,
@@ -47,6 +58,7 @@ def csv_table(
     choice: str | None = None,
     choice_values: str | dict[str | int, str] | None = None,
     ranking: str | None = None,
+    best_first: bool = False,
     shown: bool = False,
     authors: Names | None = None,
     annotator: str | None = None,
@@ -57,12 +69,18 @@ def csv_table(
     group: str | None = None,
     status: str | None = None,
     accepted: Names = "approved,submitted,accepted",
+    json_cells: bool = True,
     delimiter: str | None = None,
     encoding: str = "utf-8",
+    sheet: str | None = None,
 ) -> Iterator[Record]:
-    """CSV or TSV: any table with a row an annotation (MTurk, Surge, Scale), its columns named by options.
+    """Any table with a row an annotation (MTurk, Surge, Scale), its columns named by options: CSV, JSON, Excel.
 
-    Ranks: one of three options says where they are.
+    Read are CSV and TSV, JSON lines and arrays, Parquet, Arrow (a folder of `save_to_disk`), and .xlsx (a `sheet` of
+    it; needs openpyxl). Where rows are nested, a dotted path is a column: ``info.title``, ``answers.0.text``. A null
+    and a field that a row lacks are empty.
+
+    Ranks: one of four options says where they are.
     - `ranks`: a column for each of `answers`, in their order, with its number; `rank_order` says whether the lowest
       number is the best (1 = best) or the highest (ratings). Equal numbers are ties; true counts as 1, false as 0.
     - `choice`: a column that says which answer is the best; the others share rank 2. It holds the name of the answer's
@@ -70,12 +88,20 @@ def csv_table(
       ``left=answer_1,right=answer_2,same=tie``. Numbers need such a mapping, since some tools count from 0.
     - `ranking`: a column that lists the answers, best first, by letter, number from 1, or column: ``B,A,C`` or
       ``2>1=3``, where = is a tie.
-    With none of the three, `answers` become proposals, which wait for a ranking; `answer`, one column, gives
+    - `best_first=true`: `answers` are named best first, such as chosen,rejected.
+    With none of them, `answers` become proposals, which wait for a ranking; `answer`, one column, gives
     demonstrations by `annotator`; with neither `answers` nor `answer` a row is a prompt. Where no option names any of
-    them, the columns answer_1, answer_2, ... and rank_1, rank_2, ... count, or `answer`, as far as the table has them.
+    them, the columns answer_1, answer_2, ... and rank_1, rank_2, ... count, or `answer`, or `chosen` and `rejected`;
+    a table with other columns that could be answers, judgements, a system turn or media is then refused, and the
+    message types out the options for it. Such columns that a given mapping leaves out are named in a warning.
 
     The prompt is the column `prompt`, or is made by `prompt_template` from several: each {COLUMN} in it is replaced by
-    the row's text, and by nothing else. An empty answer that nothing ranks is left out: a row may have fewer answers.
+    the row's text, and by nothing else. `system` is the column of a system turn, `history`
+    that of earlier turns, a list of [user, assistant]. Prompts and answers may be turns: text
+    in which ``Human:`` and ``Assistant:`` mark them, lists of {role, content}, or JSON text of such lists
+    (`json_cells=false` keeps JSON as text). A list of texts is what the user asked in turn, and then each answer lists
+    the replies. Answers that are whole conversations must share all but their last turn, which is the answer; the rest
+    is the prompt. An empty answer that nothing ranks is left out: a row may have fewer answers.
     `shown` says that the answers are in the order in which annotators saw them, `authors` names a column for each
     answer with its model. `seconds` are what the annotation took; `time` is ISO 8601, a date as mail and MTurk write
     it (Mon Feb 03 10:11:12 PST 2020; of zones by name only UTC and those of the USA are known), or as `time_format`
@@ -86,36 +112,69 @@ def csv_table(
     of JSON: export JSON from there and import `label-studio`. Values of several columns may be lists in YAML.
     """
     listed, numbers = names(answers), names(ranks)
-    if not (listed or answer or numbers or choice or ranking):
-        there = csv_columns(path, delimiter=delimiter, encoding=encoding)
+    there = cell_columns(path, delimiter=delimiter, encoding=encoding, sheet=sheet)
+    guessed = not (listed or answer or numbers or choice or ranking)
+    if guessed:
         listed, numbers = _numbered(there, "answer"), _numbered(there, "rank")
         answer = "answer" if "answer" in there and not listed else None
+        if not listed and not answer and {"chosen", "rejected"} <= there.keys():
+            listed, best_first = ["chosen", "rejected"], True
+        system = system or next((name for name in SYSTEM_FIELDS if name in there), None)
     facts = {"annotator": annotator, "time": time, "seconds": seconds, "source": source, "group": group}
     table = _Table(
-        prompt=_template(prompt, prompt_template),
+        prompt=_template(prompt, prompt_template, listed, there),
+        before={name: column for name, column in (("system", system), ("history", history)) if column},
         answers=listed,
         answer=answer,
-        judge=_judge(listed, numbers, rank_order == "highest-best", choice, choice_values, ranking),
+        judge=_judge(listed, numbers, rank_order == "highest-best", choice, choice_values, ranking, best_first),
         authors=names(authors),
         facts={name: column for name, column in facts.items() if column},
         time_format=time_format,
         shown=shown,
         status=status,
         accepted={value.lower() for value in names(accepted)},
+        json_cells=json_cells,
     )
-    for line, raw, row in csv_rows(path, reject, columns=table.columns, delimiter=delimiter, encoding=encoding):
+    _check_unread(path, there, table.columns, guessed and prompt is None and prompt_template is None)
+    cells = cell_rows(path, reject, table.columns, delimiter=delimiter, encoding=encoding, sheet=sheet)
+    for line, raw, row in cells:
         try:
             yield table.record(row)
         except BadRecord as fault:
             reject(Reject.of(path, line, fault, raw))
 
 
-# ---- who won: three ways to say it -----------------------------------------------------------------------------------
+def _check_unread(path: Path, there: Columns, read: list[str], guessed: bool) -> None:
+    """Refuse or warn of columns that could matter and are not read.
+
+    Raises:
+        UserError: There are such columns, or none is the prompt, and the user named none (`guessed`).
+    """
+    tops = {name.split(".")[0] for name in read} | set(read)
+    unread = [name for name in there if name not in tops and (role := role_of(name)) and _filled(there[name], role)]
+    if guessed and there and not tops <= there.keys():
+        missing = next(name for name in read if name not in there)
+        remedy = f"Name the columns: {route(path, there)}"
+        raise UserError(f"{path}: no column is called {missing!r}, and no option names another", remedy=remedy)
+    if not unread:
+        return
+    listed = ", ".join(f"{name!r} ({role_of(name)})" for name in unread[:12])
+    if guessed:
+        why = "By their names they could hold what matters."
+        raise UserError(f"{path}: columns that would not be read: {listed}", why, f"Name them: {route(path, there)}")
+    console.warn(f"{path}: columns that are not read: {listed}")
+
+
+def _filled(values: list[Any], role: str) -> bool:
+    return not values or any(says_something(value, role) for value in values)
+
+
+# ---- who won: four ways to say it ------------------------------------------------------------------------------------
 
 
 class _Judge(Protocol):
     @property
-    def columns(self) -> list[str]:
+    def columns(self) -> Sequence[str]:
         """The columns that it reads, other than the answers."""
 
     def ranks(self, row: Mapping[str, str], there: list[str]) -> dict[str, float]:
@@ -177,6 +236,17 @@ class _Order:
         return ranks
 
 
+@dataclass(frozen=True)
+class _BestFirst:
+    """The answers are named best first."""
+
+    answers: list[str]
+    columns: tuple[str, ...] = ()
+
+    def ranks(self, row: Mapping[str, str], there: list[str]) -> dict[str, float]:
+        return {name: index for index, name in enumerate(self.answers) if name in there}
+
+
 def _judge(
     answers: list[str],
     ranks: list[str],
@@ -184,8 +254,10 @@ def _judge(
     choice: str | None,
     choice_values: str | dict[str | int, str] | None,
     ranking: str | None,
+    best_first: bool,
 ) -> _Judge | None:
-    given = [name for name, value in (("ranks", ranks), ("choice", choice), ("ranking", ranking)) if value]
+    options = (("ranks", ranks), ("choice", choice), ("ranking", ranking), ("best_first", best_first))
+    given = [name for name, value in options if value]
     if len(given) > 1:
         raise UserError(f"{' and '.join(given)}: only one of them can say who won")
     if given and not answers:
@@ -202,6 +274,8 @@ def _judge(
     if choice:
         meanings = _choice_values(choice_values, answers) if choice_values else {**by_letter, TIE: TIE}
         return _Choice([choice], meanings)
+    if best_first:
+        return _BestFirst(answers)
     by_number = {str(index + 1): name for index, name in enumerate(answers)}
     return _Order([ranking], by_number | by_letter) if ranking else None
 
@@ -228,7 +302,9 @@ class _Table:
     """Turns rows into records by the options of the import."""
 
     prompt: list[str]
-    """Text and columns by turns, text first."""
+    """Text and columns by turns, text first; empty where the answers hold the prompt."""
+    before: dict[str, str]
+    """`system` and `history` -> their columns."""
     answers: list[str]
     answer: str | None
     judge: _Judge | None
@@ -239,6 +315,7 @@ class _Table:
     shown: bool
     status: str | None
     accepted: set[str]
+    json_cells: bool
 
     def __post_init__(self) -> None:
         if self.answers and self.answer:
@@ -254,12 +331,12 @@ class _Table:
     def columns(self) -> list[str]:
         """Every column that is read, each once."""
         judged = self.judge.columns if self.judge else []
-        single = [name for name in (self.answer, self.status) if name]
+        single = [name for name in (*self.before.values(), self.answer, self.status) if name]
         return list(
             dict.fromkeys([*self.prompt[1::2], *self.answers, *judged, *self.authors, *self.facts.values(), *single])
         )
 
-    def record(self, row: Mapping[str, str]) -> Record:
+    def record(self, row: Cells) -> Record:
         if self.status and row[self.status].strip().lower() not in self.accepted:
             remedy = f"Only {', '.join(sorted(self.accepted))} count; --option accepted=VALUE,VALUE names others."
             raise BadRecord("status: not accepted", brief(row[self.status]), remedy)
@@ -268,14 +345,21 @@ class _Table:
             fields["time"] = _when(fields["time"], self.time_format)
         if fields.get("seconds"):
             fields["seconds"] = _number(fields["seconds"], "seconds")
-        fields["messages"] = "".join(row[part] if index % 2 else part for index, part in enumerate(self.prompt))
+        names = [self.answer] if self.answer else self.answers
+        asked, said = exchange(self._prompt(row), {name: self._cell(row, name) for name in names}, self.json_cells)
+        if not asked:
+            raise BadRecord("the prompt is empty", brief(self._prompt(row)))
+        before = {name: self._cell(row, column) for name, column in self.before.items()}
+        before["history"] = from_json_text(before.get("history"))
+        fields["messages"] = [*before_prompt(before, asked), *asked]
         if self.answer:
-            return from_dict({**fields, "answer": row[self.answer], "author": fields.get("annotator")}, "demonstration")
+            answer = said.get(self.answer, "")
+            return from_dict({**fields, "answer": answer, "author": fields.get("annotator")}, "demonstration")
         if not self.answers:
             return from_dict(fields, "prompt")
-        there = [name for name in self.answers if row[name].strip()]
+        there = list(said)
         author = dict(zip(self.answers, self.authors))
-        candidates = [{"text": row[name], "author": row[author[name]].strip() if author else ""} for name in there]
+        candidates = [{"text": said[name], "author": row[author[name]].strip() if author else ""} for name in there]
         fields |= {"candidates": candidates, "shown": self.shown}
         if self.judge is None:
             return from_dict(fields, "proposal")
@@ -286,11 +370,22 @@ class _Table:
             raise BadRecord("an answer has no rank", brief(missing))
         return from_dict({**fields, "ranks": dense_ranks(numbers[name] for name in there)}, "ranking")
 
+    def _prompt(self, row: Cells) -> Any:
+        if len(self.prompt) == 2 and not self.prompt[0]:
+            return self._cell(row, self.prompt[1])
+        return "".join(row[part] if index % 2 else part for index, part in enumerate(self.prompt))
 
-def _template(prompt: str | None, template: str | None) -> list[str]:
+    def _cell(self, row: Cells, column: str) -> Any:
+        """What a column holds: text, or a list or object."""
+        value = row.value(column)
+        return without_nulls(value) if isinstance(value, (list, dict)) else row[column]
+
+
+def _template(prompt: str | None, template: str | None, answers: list[str], there: Columns) -> list[str]:
     """Text and columns by turns. Braces with a name between them are all that a template knows."""
     if template is None:
-        return ["", prompt or "prompt"]
+        whole = prompt is None and "prompt" not in there and any(is_conversation(there.get(name)) for name in answers)
+        return [] if whole else ["", prompt or "prompt"]
     if prompt is not None:
         raise UserError("prompt and prompt_template: only one of them can be the prompt")
     parts = re.split(r"\{([^{}]+)\}", template)
@@ -299,7 +394,7 @@ def _template(prompt: str | None, template: str | None) -> list[str]:
     return parts
 
 
-def _numbered(columns: list[str], stem: str) -> list[str]:
+def _numbered(columns: Iterable[str], stem: str) -> list[str]:
     """The columns STEM_1, STEM_2, ... in the order of their numbers."""
     found = {int(match[1]): name for name in columns if (match := re.fullmatch(rf"{stem}_([0-9]{{1,4}})", name))}
     return [found[number] for number in sorted(found)]

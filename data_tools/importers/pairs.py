@@ -12,7 +12,7 @@ from data_tools.importers.table import IMPORTERS, Head, convert_rows
 from data_tools.reading.annotation_exports import brief
 from data_tools.reading.fields import SHAREGPT_ROLES, answer, as_jsonl, before_prompt, chat, need, text
 from data_tools.reading.rows import JSON
-from data_tools.reading.turns import has_later_marks, is_transcript, prompt_turns, shared_turns, turns_of
+from data_tools.reading.turns import has_later_marks, is_transcript, join_prompt, prompt_turns, shared_turns, turns_of
 from rlhf.data.schema import BadRecord, Candidate, Message, Ranking, Record
 from rlhf.data.store import OnReject
 
@@ -72,11 +72,7 @@ def _trl_ranking(row: Any) -> Ranking:
     if not asked and len(better) == len(worse) == 1 and isinstance(chosen, str):
         return _preference(*_cut_where_they_differ(chosen, rejected), "trl-preference")
     same = shared_turns([better, worse])
-    shared = better[:same]
-    if all(turn in shared for turn in asked):
-        asked = shared
-    elif asked[-same:] != shared:
-        asked = asked + shared
+    asked = join_prompt(asked, better[:same])
     best, other = answer(better[same:], "chosen"), answer(worse[same:], "rejected")
     if is_transcript(row.get("prompt")):
         if has_later_marks(best) or has_later_marks(other):

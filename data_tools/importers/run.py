@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import glob
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from itertools import islice
@@ -232,5 +232,13 @@ def find_files(paths: Sequence[str | Path], suffixes: tuple[str, ...]) -> list[P
 def _in_folder(folder: Path, suffixes: tuple[str, ...]) -> list[Path]:
     if (folder / "manifest.json").exists():
         raise UserError(f"{folder}: is a dataset already", remedy="Use it as it is, or name the files to import.")
+    saved = {file.parent for file in folder.rglob("state.json") if (file.parent / "dataset_info.json").exists()}
     names = (file for file in folder.rglob("*") if file.is_file() and not file.name.startswith("."))
-    return sorted(file for file in names if file.name.endswith(suffixes))
+    return sorted(file for file in names if file.name.endswith(suffixes) and not _is_of_save_to_disk(file, saved))
+
+
+def _is_of_save_to_disk(file: Path, saved: Collection[Path]) -> bool:
+    """Whether a file beside the rows in a folder that `Dataset.save_to_disk` wrote holds none of its rows."""
+    if file.name == "dataset_dict.json":
+        return any(folder.parent == file.parent for folder in saved)
+    return file.parent in saved and (file.suffix == ".json" or file.name.startswith("cache-"))

@@ -8,8 +8,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from data_tools.reading.annotation_exports import brief
+from data_tools.reading.cells import columns_of
 from data_tools.reading.fields import without_nulls
-from data_tools.reading.rows import rows
+from data_tools.reading.route import route
+from data_tools.reading.rows import is_binary, rows
 from data_tools.reading.turns import has_later_marks, is_transcript
 from rlhf.core.errors import UserError
 from rlhf.core.table import Table
@@ -26,7 +28,7 @@ class Head(NamedTuple):
     text: str
     """The first 4,096 characters."""
     rows: list[Any]
-    """The values of the first rows, at most 20; none where the file is neither JSON nor Parquet."""
+    """The values of the first rows, at most 20; none where the file is none of JSON, Parquet and Arrow."""
 
     def all_have(self, *fields: str) -> bool:
         """Whether there are rows, and each is an object with these fields."""
@@ -77,10 +79,11 @@ def read_head(path: Path) -> Head:
     """
     try:
         with open_bytes(path) as file:
-            text = file.read(4096).decode("utf-8-sig", "replace")
+            head = file.read(4096)
     except READ_ERRORS as error:
         raise UserError(f"{path}: cannot be read: {error}", remedy="Download the file again.") from None
-    structured = text.lstrip().startswith(("[", "{", "PAR1"))
+    text = head.decode("utf-8-sig", "replace")
+    structured = text.lstrip().startswith(("[", "{")) or is_binary(head)
     first = islice(rows(path, lambda _: None), 20) if structured else ()
     return Head(path, text, [item.value for item in first])
 
@@ -116,8 +119,7 @@ def _one(file: Path) -> tuple[str, str]:
     seen = f"its first row has the fields {', '.join(map(repr, list(row)[:12]))}" if isinstance(row, dict) else (
         f"it begins with {head.text[:60]!r}"
     )  # fmt: skip
-    raise UserError(
-        f"{file}: auto: no format is recognised",
-        f"Here {seen}.",
-        "Name the format in place of `auto`; `rlhf data formats` shows a sample of each.",
-    )
+    remedy = "Name the format in place of `auto`; `rlhf data formats` shows a sample of each."
+    if columns := columns_of(head.rows):
+        remedy = f"{remedy} Or name its fields: {route(file, columns)}"
+    raise UserError(f"{file}: auto: no format is recognised", f"Here {seen}.", remedy)

@@ -1,4 +1,4 @@
-"""Rows of JSON and Parquet files, streamed, with the line and the text of each."""
+"""Rows of JSON, Parquet and Arrow files, streamed, with the line and the text of each."""
 
 from __future__ import annotations
 
@@ -10,19 +10,24 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import pyarrow as pa
+import pyarrow.ipc
 import pyarrow.parquet as pq
 
 from rlhf.core import limits
 from rlhf.data.jsonl import READ_ERRORS, Item, OnReject, Reject, cut_off_fault, open_bytes, read_rows
 from rlhf.data.schema import BadRecord
 
-JSON = (*(f".{name}{zipped}" for name in ("jsonl", "json", "ndjson") for zipped in ("", ".gz", ".zst")), ".parquet")
+JSON = (
+    *(f".{name}{zipped}" for name in ("jsonl", "json", "ndjson") for zipped in ("", ".gz", ".zst")),
+    ".parquet", ".arrow",
+)  # fmt: skip
 """Suffixes of the files that `rows` reads."""
+_PARQUET, _ARROW_FILE, _ARROW_STREAM = b"PAR1", b"ARROW1", b"\xff\xff\xff\xff"
 CHUNK = 1 << 20
 
 
 def rows(path: Path, reject: OnReject) -> Iterator[Item]:
-    """Stream the rows of a file: JSON lines, a JSON array, concatenated JSON values, or Parquet.
+    """Stream the rows of a file: JSON lines, a JSON array, concatenated JSON values, Parquet or Arrow.
 
     Gzip and zstd are recognised by their first bytes, and the form by its first character, whatever the name. A row
     that is not JSON, or that the end of the file cuts off, goes to `reject`; damaged compression is one such row.
@@ -43,10 +48,15 @@ def rows(path: Path, reject: OnReject) -> Iterator[Item]:
         )
 
 
+def is_binary(head: bytes) -> bool:
+    """Whether a file that begins so is Parquet or Arrow."""
+    return head.startswith((_PARQUET, _ARROW_FILE, _ARROW_STREAM))
+
+
 def _rows(path: Path, file: BinaryIO, reject: OnReject) -> Iterator[Item]:
     head: bytes = file.peek(4)  # type: ignore[attr-defined]
-    if head.startswith(b"PAR1"):
-        yield from _parquet(path)
+    if is_binary(head):
+        yield from _binary(_parquet(path) if head.startswith(_PARQUET) else _arrow(file, head))
         return
     head = head.lstrip(b"\xef\xbb\xbf \t\r\n")
     pretty = head.startswith(b"{") and head.split(b"\n")[0].rstrip().endswith((b"{", b"[", b",", b":"))
@@ -56,12 +66,26 @@ def _rows(path: Path, file: BinaryIO, reject: OnReject) -> Iterator[Item]:
         yield from read_rows(path, file, reject)
 
 
-def _parquet(path: Path) -> Iterator[Item]:
+def _parquet(path: Path) -> Iterator[pa.RecordBatch]:
+    with pq.ParquetFile(path) as file:
+        yield from file.iter_batches(batch_size=1000)
+
+
+def _arrow(file: BinaryIO, head: bytes) -> Iterator[pa.RecordBatch]:
+    """The batches of an Arrow file or stream; `datasets` saves streams."""
+    if head.startswith(_ARROW_FILE):
+        reader = pa.ipc.open_file(pa.PythonFile(file, "r"))
+        yield from (reader.get_batch(index) for index in range(reader.num_record_batches))
+    else:
+        yield from pa.ipc.open_stream(pa.PythonFile(file, "r"))
+
+
+def _binary(batches: Iterator[pa.RecordBatch]) -> Iterator[Item]:
     line = 0
     try:
-        with pq.ParquetFile(path) as file:
-            for batch in file.iter_batches(batch_size=1000):
-                for value in batch.to_pylist():
+        for batch in batches:
+            for start in range(0, batch.num_rows, 1000):
+                for value in batch.slice(start, 1000).to_pylist():
                     line += 1
                     yield Item(line, json.dumps(value, ensure_ascii=False, default=str), value)
     except pa.ArrowException as error:

@@ -63,7 +63,7 @@ def is_chat(value: Any) -> bool:
     return _is_turn(value) or (isinstance(value, list) and bool(value) and all(map(_is_turn, value)))
 
 
-def turns_of(value: Any, name: str, role: Role) -> list[Message]:
+def turns_of(value: Any, name: str, role: Role, json_text: bool = True) -> list[Message]:
     """The turns that a field holds.
 
     Args:
@@ -71,11 +71,12 @@ def turns_of(value: Any, name: str, role: Role) -> list[Message]:
             {messages: list}, or text that is the JSON of one of them.
         name: The field, for messages.
         role: Whose turn plain text is.
+        json_text: Whether text that is JSON is read; else it is text like any other.
 
     Raises:
         BadRecord: It is something else, or a turn is a tool's or holds more than text.
     """
-    read = from_json_text(value)
+    read = from_json_text(value) if json_text else value
     if is_chat(read):
         read = read["messages"] if isinstance(read, dict) and "messages" in read else read
         read = read if isinstance(read, list) else [read]
@@ -93,6 +94,82 @@ def shared_turns(chats: Sequence[Sequence[Message]]) -> int:
     while same < min(map(len, chats)) - 1 and len({said[same] for said in chats}) == 1:
         same += 1
     return same
+
+
+def is_conversation(values: Sequence[Any] | None) -> bool:
+    """Whether the first of these values is a chat of several turns, or JSON text of one."""
+    read = from_json_text(values[0]) if values else None
+    read = read["messages"] if is_chat(read) and isinstance(read, dict) and "messages" in read else read
+    return isinstance(read, list) and len(read) > 1 and is_chat(read)
+
+
+def exchange(prompt: Any, answers: Mapping[str, Any], json_text: bool = True) -> tuple[list[Message], dict[str, str]]:
+    """The turns of the prompt, and the text of each answer that says something.
+
+    Args:
+        prompt: What `turns_of` takes; a list of texts, what the user said in turn; or empty text, where the answers
+            are whole conversations.
+        answers: Name -> what `turns_of` takes. To a list of texts each is a list of the replies, null = none.
+        json_text: Whether text that is JSON is read.
+
+    Raises:
+        BadRecord: A value is none of these, or the answers are conversations that differ before their last turn.
+    """
+    said_in_turn = from_json_text(prompt) if json_text else prompt
+    if _is_texts(said_in_turn):
+        chats = {name: _replies(said_in_turn, value, name) for name, value in answers.items()}
+        asked = [Message("user", said_in_turn[0])] if len(said_in_turn) == 1 else []
+    else:
+        there = {name: value for name, value in answers.items() if not _is_empty(value)}
+        chats = {name: turns_of(value, name, "assistant", json_text) for name, value in there.items()}
+        asked = [] if _is_empty(prompt) else turns_of(prompt, "prompt", "user", json_text)
+    marked = is_transcript(prompt)
+    chats = {name: said for name, said in chats.items() if said and said[-1].content.strip()}
+    if not chats:
+        return asked, {}
+    same = shared_turns(list(chats.values()))
+    shared = next(iter(chats.values()))[:same]
+    asked = join_prompt(asked, shared)
+    rest = {name: said[same:] for name, said in chats.items()}
+    for name, said in rest.items():
+        if len(said) != 1 or said[0].role != "assistant":
+            raise BadRecord("the answers differ before their last turn", name, "One prompt is needed: cut them there.")
+        if marked and has_later_marks(said[0].content):
+            raise BadRecord("an answer with a transcript inside", name, "Cut it after its first turn.")
+    return asked, {name: said[0].content.strip() if marked else said[0].content for name, said in rest.items()}
+
+
+def join_prompt(asked: list[Message], shared: list[Message]) -> list[Message]:
+    """The prompt of answers that all begin with the turns `shared`, whether or not these repeat `asked`."""
+    if all(turn in shared for turn in asked):
+        return shared
+    return asked if asked[-len(shared) :] == shared else asked + shared
+
+
+def _is_empty(value: Any) -> bool:
+    return value is None or value == [] or value == {} or (isinstance(value, str) and not value.strip())
+
+
+def _is_texts(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and all(isinstance(text, str) for text in value)
+
+
+def _replies(asked: list[str], value: Any, name: str) -> list[Message]:
+    """The chat in which a list of replies answers a list of questions; empty where the last reply is missing."""
+    replies = from_json_text(value)
+    replies = [replies] if isinstance(replies, str) and len(asked) == 1 else replies
+    if not isinstance(replies, list) or len(replies) != len(asked):
+        raise BadRecord(
+            "not as many replies as questions", f"{name}: {brief(value)}", "Write a list of the same length."
+        )
+    if not isinstance(replies[-1], str):
+        return []
+    said: list[Message] = []
+    for question, reply in zip(asked, replies):
+        if not isinstance(reply, str):
+            raise BadRecord("a reply is no text", f"{name}: {brief(reply)}")
+        said += [Message("user", question), Message("assistant", reply)]
+    return said
 
 
 def prompt_turns(row: Mapping[str, Any]) -> list[Message]:
