@@ -16,7 +16,8 @@ from rlhf.core.errors import UserError
 from rlhf.data.schema import Record
 from rlhf.data.store import DatasetWriter
 from rlhf.reward.sources import import_function
-from rlhf.runs.run import is_run, read_run
+from rlhf.runs.lock import unlock
+from rlhf.runs.run import is_complete, is_run
 
 Config = Mapping[str, Any] | str | Path
 """The keys of docs/config.md as nested mappings, or the path of a YAML file."""
@@ -100,8 +101,11 @@ def _train(
     checked = check_config(STAGES[stage], values, where)
     check(stage, checked, resume, overwrite)
     folder = Path(checked.run)
-    if not (resume and is_run(folder) and read_run(folder).get("status") == "complete"):
-        entry.run(importlib.import_module(f"stages.{stage}").run, checked, resume, overwrite)
+    if not (resume and is_complete(checked)):
+        try:
+            entry.run(importlib.import_module(f"stages.{stage}").run, checked, resume, overwrite)
+        finally:
+            unlock(folder)  # a notebook lives on after an error
     return folder
 
 

@@ -14,7 +14,7 @@ import shlex
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -36,7 +36,7 @@ from rlhf.data.selection import eval_records, open_datasets, train_records
 from rlhf.data.store import open_dataset
 from rlhf.distributed.launch import PARENT, PARENT_PID, run_child
 from rlhf.export.export import check_out
-from rlhf.runs.run import check_run_folder, is_run, read_run
+from rlhf.runs.run import check_run_folder, delete_run, is_complete, is_run, read_run
 
 WAITING = 3
 """Exit status of a pipeline that waits for people to rank."""
@@ -57,8 +57,9 @@ class Step:
         Raises:
             UserError: The folder holds a run of another stage or config, or one whose parents were trained again.
         """
-        check_run_folder(self.config, self.stage, resume=True, overwrite=False)
-        if not is_run(self.config.run):
+        again = is_run(self.config.run)
+        check_run_folder(self.config, self.stage, resume=again, overwrite=False)
+        if not again:
             return "new"
         info = read_run(self.config.run)
         for parent in info.get("parents", []):
@@ -69,7 +70,7 @@ class Step:
                     "Continuing would mix the two.",
                     "Give --overwrite to run the whole pipeline again, or another name: " + f"{self.stage}.run=...",
                 )
-        return "complete" if info.get("status") == "complete" else "interrupted"
+        return "complete" if is_complete(self.config) else "interrupted"
 
 
 def read_pipeline(file: str | Path, overrides: Sequence[str]) -> tuple[PipelineConfig, list[Step]]:
@@ -176,6 +177,9 @@ def run(file: str | Path, overrides: Sequence[str] = (), start: StartOptions = S
     names += [f"{config.rounds.count} rounds"] if config.rounds is not None else []
     names += ["export"] if config.export is not None else []
     say(f"Pipeline {config.name}: {' -> '.join(names)}")
+    if start.overwrite:
+        _delete_runs(config, steps)
+        start = replace(start, overwrite=False, resume=True)
     rows = [_train(step, start) for step in first]
     waiting = None
     if config.rounds is not None:
@@ -191,13 +195,24 @@ def run(file: str | Path, overrides: Sequence[str] = (), start: StartOptions = S
     return waiting is None
 
 
+def _delete_runs(config: PipelineConfig, steps: Sequence[Step]) -> None:
+    """Delete the runs of all stages and rounds before the first stage starts.
+
+    If they were deleted one by one, a killed pipeline would leave runs whose parents were trained again.
+    """
+    rounds = config.rounds.count if config.rounds is not None else 0
+    for step in reversed(steps):
+        for suffix in ("", *(f"-round-{number}" for number in range(1, rounds + 1))):
+            delete_run(step.config.run + suffix)
+
+
 def _train(step: Step, start: StartOptions) -> SummaryRow:
     """Run a stage, unless it is complete."""
     begun = time.monotonic()
-    state = "overwritten" if start.overwrite else step.state()
+    state = step.state()
     if state == "complete":
         return (step.stage, step.config.run, "complete already", headline(step), None)
-    words = {"new": [], "interrupted": ["--resume"], "overwritten": ["--overwrite"]}[state]
+    words = {"new": [], "interrupted": ["--resume"]}[state]
     _child(step.stage, [step.stage, "--config", step.file, *step.overrides, *words, *start.words])
     return (step.stage, step.config.run, "done", headline(step), time.monotonic() - begun)
 

@@ -93,9 +93,8 @@ class PPO:
         self.score_stats = RunningMeanStd()
         self.done = 0
         self.checkpoints = self.run.checkpoints(config.checkpoints.keep)
-        if resume:
-            self._resume()
-        self.reporter = PPOReporter(config, self.run, self.done)
+        evaluations = self._resume() if resume else []
+        self.reporter = PPOReporter(config, self.run, self.done, evaluations)
 
     def _ptx(self, limit: int) -> PtxBatches | None:
         if not self.config.data.ptx:
@@ -278,14 +277,16 @@ class PPO:
             if is_main():
                 controller, stats = self.kl_controller.state_dict(), vars(self.score_stats)
                 state = {"done": self.done, "controller": controller, "score_stats": stats}
+                state["evaluations"] = self.reporter.evaluations
                 (folder / "ppo.json").write_text(json.dumps(state), "utf-8")
 
-    def _resume(self) -> None:
+    def _resume(self) -> list[dict[str, float]]:
+        """Continue from the newest checkpoint; gives the metrics of the first and the last evaluation so far."""
         newest = self.checkpoints.newest()
         if newest is None:
             say(f"No checkpoint in {self.checkpoints.folder}: starting from the beginning")
             self.run.rewind(-1)
-            return
+            return []
         step, folder = newest
         self.models.engine.load(folder)
         state = json.loads((folder / "ppo.json").read_text("utf-8"))
@@ -295,6 +296,8 @@ class PPO:
         set_rng_state(torch.load(folder / f"rng-{distributed.rank()}.pt", weights_only=True))
         self.run.rewind(step)
         say(f"Continuing after update {step}")
+        found: list[dict[str, float]] = state.get("evaluations", [])
+        return found
 
 
 def open_ppo_run(config: PPOConfig, chat: ChatTokenizer, resume: bool, overwrite: bool) -> Run:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import random
 
@@ -45,7 +46,10 @@ def test_an_exception_while_writing_leaves_no_checkpoint_of_that_name(checkpoint
     assert names(checkpoints) == ["step-00000001", "step-00000003"]  # what the failure left is cleared away
 
 
-@pytest.mark.parametrize("harm", ["cut", "missing", "no seal", "bad seal"])
+SEALS = ["no seal", "half a seal", "[]", "3", '"text"', "null", '{"files": 3}', '{"files": [1]}', '{"files": {}}']
+
+
+@pytest.mark.parametrize("harm", ["cut", "missing", "other bytes", *SEALS])
 def test_a_damaged_checkpoint_is_never_taken_for_a_whole_one(harm, checkpoints, capsys):
     write(checkpoints, 1)
     write(checkpoints, 2)
@@ -53,18 +57,20 @@ def test_a_damaged_checkpoint_is_never_taken_for_a_whole_one(harm, checkpoints, 
     {
         "cut": lambda: weights.write_bytes(b"short"),
         "missing": weights.unlink,
+        "other bytes": lambda: weights.write_bytes(b"x" * 102),
         "no seal": seal.unlink,
-        "bad seal": lambda: seal.write_text(seal.read_text()[:20]),
-    }[harm]()
+        "half a seal": lambda: seal.write_text(seal.read_text()[:20]),
+    }.get(harm, lambda: seal.write_text(harm))()
     assert damage(checkpoints.path(2)) is not None
     assert checkpoints.newest() == (1, checkpoints.path(1))
     assert "step-00000002" in capsys.readouterr().err
 
 
-def test_the_seal_lists_every_file_with_its_size(checkpoints):
+def test_the_seal_lists_every_file_with_its_size_and_small_ones_with_their_hash(checkpoints):
     write(checkpoints, 5)
     seal = json.loads((checkpoints.path(5) / SEAL).read_text())
-    assert seal == {"step": 5, "world_size": 1, "files": {"part/weights": 105}}
+    digest = hashlib.sha256(bytes(105)).hexdigest()
+    assert seal == {"step": 5, "world_size": 1, "files": {"part/weights": 105}, "sha256": {"part/weights": digest}}
 
 
 def test_without_checkpoints_there_is_no_newest(checkpoints):

@@ -171,7 +171,7 @@ def test_completions_follow_from_the_seed_and_are_what_the_model_says():
 
 
 def test_metrics_are_a_table_with_training_and_evaluation_of_a_step_in_one_row(tmp_path: Path):
-    (tmp_path / "run.json").write_text("{}")
+    (tmp_path / "run.json").write_text(json.dumps({"stage": "sft", "status": "running"}))
     lines = [{"step": 1, "train/loss": 2.0}, {"step": 2, "train/loss": 1.0}, {"step": 2, "eval/loss": 1.5}]
     text = "".join(json.dumps(line) + "\n" for line in lines)
     (tmp_path / "metrics.jsonl").write_text(text + '{"step": 3, "trai')

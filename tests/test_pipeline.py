@@ -100,9 +100,9 @@ def test_complete_runs_are_skipped_and_interrupted_ones_continued(place):
     assert states() == ["complete", "interrupted", "new"]
 
 
-def test_a_run_with_another_config_is_refused_with_the_lines_that_differ(place):
+def test_a_run_with_another_config_is_refused_with_the_keys_that_differ(place):
     pretend(place, "sft")
-    with pytest.raises(UserError, match="seed: 5"):
+    with pytest.raises(UserError, match="seed: was 0, now 5"):
         states(("sft.seed=5",))
 
 

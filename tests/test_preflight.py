@@ -150,9 +150,9 @@ def test_resume_says_from_where_it_continues(world, step, expected):
     assert expected in dict(check("sft", config("sft", world), True, False))["run"]
 
 
-def test_resume_with_another_config_is_refused_with_the_lines_that_differ(world):
+def test_resume_with_another_config_is_refused_with_the_keys_that_differ(world):
     interrupted(world)
-    with pytest.raises(UserError, match="seed: 7"):
+    with pytest.raises(UserError, match="seed: was 0, now 7"):
         check("sft", config("sft", world, seed=7), True, False)
 
 

@@ -25,7 +25,7 @@ from rlhf.config.load import dump_config, load_stage_config
 from rlhf.core.console import say, table
 from rlhf.core.errors import UserError
 from rlhf.distributed.launch import PARENT, end_with_parent, read_hostfile
-from rlhf.runs.run import is_run, read_run
+from rlhf.runs.run import is_complete
 
 LocalRank = Annotated[int, typer.Option("--local_rank", "--local-rank", hidden=True)]
 
@@ -93,7 +93,7 @@ def prepare(
         table(f"Preflight: {stage}", ("what", "how"), rows)
     if dry_run:
         return None
-    if resume and is_run(config.run) and read_run(config.run).get("status") == "complete":
+    if resume and is_complete(config):
         say(f"{config.run} is complete: there is nothing to continue")
         return None
     return config

@@ -28,7 +28,7 @@ from rlhf.distributed.deepspeed_json import read_deepspeed
 from rlhf.ppo.config import PPOConfig
 from rlhf.ppo.shared_roles import recognise
 from rlhf.reward.config import RewardConfig
-from rlhf.runs.run import Run, check_run_folder, check_same_text, is_run, read_run, resolve_model_path
+from rlhf.runs.run import Run, check_run_folder, check_same_text, is_complete, is_run, read_run, resolve_model_path
 from rlhf.sft.config import SFTConfig
 
 Rows = list[tuple[str, str]]
@@ -82,7 +82,7 @@ def _run(stage: str, config: StageConfig, resume: bool, overwrite: bool, world: 
         return f"{config.run} (new)"
     if overwrite:
         return f"{config.run} (the existing run is deleted first)"
-    if read_run(config.run).get("status") == "complete":
+    if is_complete(config):
         return f"{config.run} (already complete)"
     newest = Run(Path(config.run), stage).checkpoints(config.checkpoints.keep).newest(world)
     if newest is None:

@@ -55,12 +55,17 @@ def whole_folder(path: Path) -> Iterator[Path]:
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def write_text(path: Path, text: str) -> None:
-    """Write a UTF-8 text file under a hidden name, flush it, rename it."""
+def write_bytes(path: Path, content: bytes) -> None:
+    """Write a file under a hidden name, flush it, rename it."""
     partial = partial_path(path)
-    partial.write_text(text, "utf-8")
+    partial.write_bytes(content)
     sync(partial)
     os.replace(partial, path)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a UTF-8 text file; see `write_bytes`."""
+    write_bytes(path, text.encode("utf-8"))
 
 
 def write_json(path: Path, value: Any) -> None:

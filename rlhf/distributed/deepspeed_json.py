@@ -51,3 +51,8 @@ def read_deepspeed(path: str | Path) -> dict[str, Any]:
             'Add "zero_force_ds_cpu_optimizer": false at the top level of the file.',
         )
     return settings
+
+
+def zero_stage(path: str | Path) -> int:
+    """The ZeRO stage of a DeepSpeed JSON, 0 to 3. Raises what `read_deepspeed` raises."""
+    return int(read_deepspeed(path).get("zero_optimization", {}).get("stage", 0))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import resource
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -93,13 +93,20 @@ def peak_memory_gb() -> float:
 
 
 class PPOReporter(Reporter):
-    """The reporter of a PPO run: its console line, its evaluations, and what run.json keeps of them."""
+    """The reporter of a PPO run: its console line, its evaluations, and what run.json keeps of them.
 
-    def __init__(self, config: PPOConfig, run: Run, done: int) -> None:
+    Args:
+        config: The stage's config.
+        run: The run folder.
+        done: Updates that a resumed run has done already.
+        evaluations: `evaluations` of the reporter that reported these.
+    """
+
+    def __init__(self, config: PPOConfig, run: Run, done: int, evaluations: Sequence[dict[str, float]] = ()) -> None:
         super().__init__(run, config.log.report_to, config.updates, done)
         self.config = config
-        self._first: dict[str, float] = {}
-        self._last: dict[str, float] = {}
+        self.evaluations = list(evaluations)
+        """The metrics of the first and the last evaluation of the run so far."""
 
     def update(self, done: int, metrics: dict[str, float]) -> None:
         """Report the metrics of an update, the `done`-th counted from 1."""
@@ -120,8 +127,7 @@ class PPOReporter(Reporter):
             "eval/response_length": float(rollout.lengths.float().mean()),
             "eval/eos_rate": float(rollout.ended.float().mean()),
         }
-        self._first = self._first or metrics
-        self._last = metrics
+        self.evaluations = [*self.evaluations[:1], metrics]
         self.log(done, metrics)
         score, length = format_number(metrics["eval/scores"], 3), format_number(metrics["eval/response_length"], 3)
         self.bar.note(
@@ -134,9 +140,10 @@ class PPOReporter(Reporter):
         )
 
     def headline(self) -> dict[str, float]:
-        """What run.json keeps: the last evaluation, and the score before training where this process measured it."""
-        start = {"eval/scores_at_start": self._first["eval/scores"]} if self._first else {}
-        return {**self._last, **start}
+        """What run.json keeps: the last evaluation, and the score before training."""
+        if not self.evaluations:
+            return {}
+        return {**self.evaluations[-1], "eval/scores_at_start": self.evaluations[0]["eval/scores"]}
 
 
 def experience_metrics(

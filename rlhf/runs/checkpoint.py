@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import hashlib
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -13,16 +13,19 @@ from rlhf import distributed
 from rlhf.core.console import is_main, warn
 from rlhf.core.errors import UserError
 from rlhf.core.files import partial_path, whole_folder, write_json
+from rlhf.core.limits import read_json_object
 
 SEAL = "complete.json"
+SMALL = 2**16
+"""Up to this size in bytes, the seal holds a file's SHA-256 too."""
 
 
 @dataclass(frozen=True)
 class Checkpoints:
     """The checkpoints of one run: `folder/step-00000100`, ...
 
-    A checkpoint is complete if it has a seal, `complete.json`, and every file has the size that the seal records. The
-    newest `keep` checkpoints stay on disk.
+    A checkpoint is complete if it has a seal, `complete.json`, and every file has the size that the seal records, and
+    small files also the hash. The newest `keep` checkpoints stay on disk.
     """
 
     folder: Path
@@ -53,7 +56,9 @@ class Checkpoints:
     def _seal(self, partial: Path, step: int) -> None:
         files = sorted(path for path in partial.rglob("*") if path.is_file())
         sizes = {str(file.relative_to(partial)): file.stat().st_size for file in files}
-        write_json(partial / SEAL, {"step": step, "world_size": distributed.world_size(), "files": sizes})
+        hashes = {name: _sha256(partial / name) for name, size in sizes.items() if size <= SMALL}
+        seal = {"step": step, "world_size": distributed.world_size(), "files": sizes, "sha256": hashes}
+        write_json(partial / SEAL, seal)
 
     def _prune(self, protect: set[int | None]) -> None:
         steps = self._steps()
@@ -88,8 +93,10 @@ class Checkpoints:
 def damage(checkpoint: Path) -> str | None:
     """What is wrong with a checkpoint folder; None if it is complete."""
     try:
-        files = json.loads((checkpoint / SEAL).read_text("utf-8"))["files"]
-    except (OSError, ValueError, KeyError):
+        seal = read_json_object(checkpoint / SEAL)
+        files, hashes = dict(seal["files"]), dict(seal.get("sha256", {}))
+        int(seal["world_size"])
+    except (OSError, ValueError, KeyError, TypeError):
         return f"no valid {SEAL}, so it was not finished"
     for name, size in files.items():
         file = checkpoint / name
@@ -97,11 +104,17 @@ def damage(checkpoint: Path) -> str | None:
             return f"{name} is missing"
         if file.stat().st_size != size:
             return f"{name} has {file.stat().st_size} bytes, {size} were written"
+        if name in hashes and _sha256(file) != hashes[name]:
+            return f"{name} is damaged: its SHA-256 differs from the seal"
     return None
 
 
+def _sha256(file: Path) -> str:
+    return hashlib.sha256(file.read_bytes()).hexdigest()
+
+
 def _check_processes(checkpoint: Path, processes: int) -> None:
-    wrote = int(json.loads((checkpoint / SEAL).read_text("utf-8"))["world_size"])
+    wrote = int(read_json_object(checkpoint / SEAL)["world_size"])
     if wrote != processes:
         raise UserError(
             f"{checkpoint}: written by {wrote} processes, this run has {processes}",

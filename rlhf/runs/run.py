@@ -13,7 +13,7 @@ import importlib.metadata
 import json
 import shutil
 import subprocess
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,12 +23,20 @@ from rlhf.config.base import StageConfig
 from rlhf.config.load import dump_config
 from rlhf.core.console import is_main, say
 from rlhf.core.errors import UserError
-from rlhf.core.files import append_jsonl, write_json, write_text
+from rlhf.core.files import append_jsonl, write_bytes, write_json, write_text
+from rlhf.core.limits import read_json_object
 from rlhf.data.schema import READABLE_VERSIONS, SCHEMA_VERSION
 from rlhf.data.store import Dataset
+from rlhf.distributed.deepspeed_json import zero_stage
+from rlhf.runs.changes import check_inputs, check_zero_stage, extension
 from rlhf.runs.checkpoint import Checkpoints
+from rlhf.runs.lock import LOCK, check_free, lock, unlock
 from rlhf.runs.model_folder import check_model_folder
 
+REQUIRED = {"stage": str, "status": str}
+"""Keys that every run.json has, and their types."""
+LISTS = ("parents", "data", "extended")
+"""Keys of run.json that are lists of objects, where they are given."""
 PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "deepspeed", "datasets")
 
 
@@ -61,79 +69,171 @@ class Run:
             append_jsonl(self.path / name, rows)
 
     def rewind(self, step: int) -> None:
-        """Delete the logged lines after `step`; the run continues from there and logs them again."""
+        """Delete the logged lines after `step`; the run continues from there and logs them again.
+
+        Raises:
+            UserError: A line up to `step` is damaged.
+        """
         if not is_main():
             return
         for name in ("metrics.jsonl", "samples.jsonl"):
             file = self.path / name
-            if not file.is_file():
-                continue
-            kept = [line for line in file.read_text("utf-8").splitlines(keepends=True) if _step_of(line) <= step]
-            write_text(file, "".join(kept))
+            if file.is_file():
+                lines = file.read_bytes().splitlines(keepends=True)
+                write_bytes(file, b"".join(_lines_until(step, lines, file)))
 
 
-def _step_of(line: str) -> float:
+def _lines_until(step: int, lines: Sequence[bytes], file: Path) -> list[bytes]:
+    """The lines up to `step`. Damaged ones after the last of these are what a crash left, and are dropped too."""
+    steps = [_step_of(line) for line in lines]
+    kept = [index for index, at in enumerate(steps) if at is not None and at <= step]
+    for index in range(kept[-1] if kept else 0):
+        if steps[index] is None:
+            raise UserError(
+                f"{file}: line {index + 1} is damaged",
+                "Continuing would leave a hole in what the run has logged.",
+                "Repair or delete that line, then use --resume again.",
+            )
+    return [lines[index] for index in kept]
+
+
+def _step_of(line: bytes) -> float | None:
+    """The step of a logged line; None if it is damaged or was cut off."""
     try:
-        return float(json.loads(line)["step"])
-    except (ValueError, KeyError, TypeError):
-        return float("inf")  # a line that a crash cut off
+        return float(json.loads(line)["step"]) if line.endswith(b"\n") else None
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return None
+
+
+RUN_FILES = {
+    "config.yaml", "run.json", "metrics.jsonl", "samples.jsonl", "rejected.jsonl", "reward_metrics.json", "cache",
+    "checkpoints", "tensorboard", "model", "adapter", "critic", LOCK, ".config.yaml.partial", ".run.json.partial",
+    ".metrics.jsonl.partial", ".samples.jsonl.partial", ".reward_metrics.json.partial",
+}  # fmt: skip
+"""What stages write into a run folder."""
 
 
 def open_run(config: StageConfig, stage: str, resume: bool, overwrite: bool, facts: Mapping[str, Any]) -> Run:
-    """Create the run folder, or reopen it with `resume`. Every rank calls it.
+    """Create the run folder, or reopen it with `resume`, and lock it for this process. Every rank calls it.
 
     Args:
-        config: The resolved config; with `resume` it must be the one that the run was started with.
+        config: The resolved config; with `resume` it must be the one that the run was started with, or make a complete
+            run longer.
         stage: sft, reward or ppo.
         resume: Continue from the newest complete checkpoint, or from the start if there is none.
         overwrite: Delete an existing run of that name first.
         facts: More for run.json: parents, data, fingerprints of tokenizer and chat template.
 
     Raises:
-        UserError: The folder is in use, or holds a run of another stage or config.
+        UserError: The folder is in use, or holds a run of another stage, config or other inputs.
     """
     run = Run(Path(config.run), stage)
     check_run_folder(config, stage, resume, overwrite)
     distributed.barrier()
     if is_main():
-        if overwrite:
-            shutil.rmtree(run.path, ignore_errors=True)
         run.path.mkdir(parents=True, exist_ok=True)
+        lock(run.path)
+        before = _checked_again(config, stage, resume, overwrite, facts)
         (run.path / "rejected.jsonl").unlink(missing_ok=True)
-        (run.path / "config.yaml").write_text(dump_config(config), "utf-8")
-        base = {"stage": stage, "status": "running", "schema_version": SCHEMA_VERSION}
+        (run.path / "metrics.jsonl").touch()
+        base: dict[str, Any] = {"stage": stage, "status": "running", "schema_version": SCHEMA_VERSION}
         base |= {"packages": {name: importlib.metadata.version(name) for name in PACKAGES}, "git": git_commit()}
-        write_json(run.path / "run.json", {**base, "processes": distributed.world_size(), **facts})
+        base |= {"processes": distributed.world_size(), **facts, **before}
+        if config.deepspeed is not None:
+            base["zero_stage"] = zero_stage(config.deepspeed)
+        write_json(run.path / "run.json", base)  # before config.yaml: see `extension`
+        write_text(run.path / "config.yaml", dump_config(config))
     distributed.barrier()
     return run
+
+
+def _checked_again(
+    config: StageConfig, stage: str, resume: bool, overwrite: bool, facts: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Check the locked folder, since another process may have used it until now, and clear it for a new run.
+
+    Returns:
+        What run.json keeps of an earlier start: notes of how the run was extended.
+    """
+    path = Path(config.run)
+    check_run_folder(config, stage, resume, overwrite)
+    if overwrite or not is_run(path):
+        _clear(path)
+        return {}
+    info = read_run(path)
+    check_inputs(path, info, facts)
+    if not (path / "metrics.jsonl").is_file():
+        raise UserError(
+            f"{path}/metrics.jsonl: deleted, so the metrics of the run would have a hole",
+            remedy="Put it back, or make an empty file of that name to continue without the earlier metrics.",
+        )
+    notes, note = list(info.get("extended", [])), extension(path, info, config)
+    if note is not None and note not in notes:
+        notes.append(note)
+        say(f"{path} is complete; it is made longer: {note}")
+    return {"extended": notes} if notes else {}
 
 
 def check_run_folder(config: StageConfig, stage: str, resume: bool, overwrite: bool) -> None:
     """Refuse a run folder that is in use, before anything is loaded. See `open_run`."""
     path = Path(config.run)
+    if path.is_symlink() and not path.exists():
+        raise UserError(f"run: {path} is a link to {path.readlink()}, which does not exist", remedy="Remove the link.")
     if path.exists() and not path.is_dir():
         raise UserError(f"run: {path} is a file", remedy="Name a folder.")
-    if not path.is_dir() or not any(path.iterdir()):
+    if path.is_dir():
+        check_free(path)
+    if not is_run(path):
+        _check_no_run(path, resume)
         return
-    if not (path / "run.json").is_file():
-        raise UserError(f"run: {path} exists and is not a run", remedy="Name another folder. Nothing was deleted.")
     if overwrite:
         return
+    info = read_run(path)
     if not resume:
         raise UserError(
-            f"run: {path} already holds a run (status: {read_run(path).get('status')})",
+            f"run: {path} already holds a run (status: {info['status']})",
             remedy="Continue it with --resume, replace it with --overwrite, or name another folder: run=...",
         )
-    if read_run(path)["stage"] != stage:
-        raise UserError(f"run: {path} is a {read_run(path)['stage']} run, not a {stage} run")
-    old = (path / "config.yaml").read_text("utf-8")
-    changed = sorted(set(old.splitlines()) ^ set(dump_config(config).splitlines()))
-    if changed:
-        raise UserError(
-            f"run: {path} was started with a different config, so --resume would not continue the same run",
-            "Lines that differ: " + "; ".join(line.strip() for line in changed[:6]),
-            f"Resume with --config {path}/config.yaml, or start a new run under another name.",
-        )
+    if info["stage"] != stage:
+        raise UserError(f"run: {path} is a {info['stage']} run, not a {stage} run", remedy="Name another folder.")
+    extension(path, info, config)
+    check_zero_stage(path, info, config)
+
+
+def _check_no_run(path: Path, resume: bool) -> None:
+    """A folder without run.json must be absent, empty, or what a start or a deletion left that did not end."""
+    names = {inner.name for inner in path.iterdir()} if path.is_dir() else set()
+    started = RUN_FILES if LOCK in names else {"config.yaml", "rejected.jsonl", ".run.json.partial"}
+    if names - started:
+        raise UserError(f"run: {path} exists and is not a run", remedy="Name another folder. Nothing was deleted.")
+    if resume and not names:
+        raise UserError(f"run: there is no run in {path} to continue", remedy="Leave out --resume to start it.")
+
+
+def delete_run(path: str | Path) -> None:
+    """Delete what is in a run folder; the folder stays, also where it is a link.
+
+    Raises:
+        UserError: Another process uses it, or something in it cannot be deleted.
+    """
+    path = Path(path)
+    if is_run(path):
+        lock(path)
+        try:
+            _clear(path)
+        finally:
+            unlock(path)
+
+
+def _clear(path: Path) -> None:
+    """Delete what is in a locked run folder: run.json first, since what is left without it is not taken for a run."""
+    for inner in sorted(path.iterdir(), key=lambda inner: inner.name != "run.json"):
+        if inner.name == LOCK:
+            continue
+        try:
+            shutil.rmtree(inner) if inner.is_dir() and not inner.is_symlink() else inner.unlink()
+        except OSError as error:
+            raise UserError(f"run: {inner} cannot be deleted: {error.strerror}", remedy="Delete it by hand.") from None
 
 
 def read_run(path: str | Path) -> dict[str, Any]:
@@ -146,15 +246,35 @@ def read_run(path: str | Path) -> dict[str, Any]:
     if not file.is_file():
         raise UserError(f"{path}: not a run folder (no run.json)", remedy="Name the folder of a finished stage.")
     try:
-        info: dict[str, Any] = json.loads(file.read_text("utf-8"))
-    except ValueError as error:
-        raise UserError(f"{file}: damaged: {error}") from None
+        info = read_json_object(file)
+        wrong = [key for key, kind in REQUIRED.items() if not isinstance(info.get(key), kind)]
+        for key in LISTS:
+            value = info.get(key, [])
+            wrong += [] if isinstance(value, list) and all(isinstance(one, dict) for one in value) else [key]
+        if wrong:
+            raise ValueError(f"no valid {', '.join(wrong)}")
+    except (ValueError, OSError) as error:
+        raise UserError(
+            f"{file}: damaged: {error}", remedy="Put the file back, or start the run again with --overwrite."
+        ) from None
     return info
 
 
 def is_run(path: str | Path) -> bool:
     """True for a run folder."""
     return (Path(path) / "run.json").is_file()
+
+
+def is_complete(config: StageConfig) -> bool:
+    """True if the run of this config is finished, and the config does not make it longer.
+
+    Raises:
+        UserError: The folder holds the run of another config.
+    """
+    if not is_run(config.run):
+        return False
+    info = read_run(config.run)
+    return info["status"] == "complete" and extension(Path(config.run), info, config) is None
 
 
 def resolve_model_path(path: str | Path) -> str:
@@ -222,19 +342,35 @@ def data_facts(datasets: Iterable[Dataset]) -> list[dict[str, Any]]:
     return [{"path": str(d.path), "kind": d.kind, "fingerprint": d.fingerprint} for d in datasets]
 
 
+ENVIRONMENT_KEYS = {"local_files_only", "transformers_version", "name_or_path", "_name_or_path"}
+"""Keys of a model's config files that say how and where it was saved, which does not change the model."""
+
+
 def fingerprint(folder: Path) -> str:
-    """SHA-256 (64 hex digits) of the weights and config of a model folder."""
+    """SHA-256 (64 hex digits) of the weights and config files of a model folder, without ENVIRONMENT_KEYS."""
     digest = hashlib.sha256()
-    for file in sorted([*folder.glob("*.safetensors"), *folder.glob("*config.json")]):
+    for file in sorted(folder.glob("*.safetensors")):
         with open(file, "rb") as handle:
             digest.update(file.name.encode() + hashlib.file_digest(handle, "sha256").digest())
+    for file in sorted(folder.glob("*config.json")):
+        digest.update(file.name.encode() + hashlib.sha256(_config_content(file)).digest())
     return digest.hexdigest()
+
+
+def _config_content(file: Path) -> bytes:
+    try:
+        values = read_json_object(file)
+    except ValueError:
+        return file.read_bytes()
+    kept = {key: value for key, value in values.items() if key not in ENVIRONMENT_KEYS}
+    return json.dumps(kept, sort_keys=True).encode()
 
 
 def finish(run: Run, **values: Any) -> None:
     """Mark the run complete and record the fingerprint of its result. Every rank calls it."""
     if is_main():
         run.update(status="complete", model_fingerprint=fingerprint(run.model), **values)
+        unlock(run.path)
         say(f"Done: {run.model}")
     distributed.barrier()
 

@@ -1,0 +1,131 @@
+"""What may differ when a run is continued: nothing, except that a finished run may be made longer."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from rlhf.config.base import StageConfig
+from rlhf.config.load import dump_config
+from rlhf.core.errors import UserError
+from rlhf.core.limits import read_yaml
+from rlhf.distributed.deepspeed_json import zero_stage
+
+LENGTHS = ("updates", "batch.epochs", "batch.max_steps")
+"""The keys that say how long a run trains."""
+MISSING = "(not set)"
+
+
+def extension(path: Path, info: Mapping[str, Any], config: StageConfig) -> dict[str, Any] | None:
+    """Compare the config of a run with the one that is to continue it.
+
+    Args:
+        path: The run folder.
+        info: Its run.json.
+        config: The config that is to continue it.
+
+    Returns:
+        None if the two are equal. If the run is complete and `config` only makes it longer, the note for run.json:
+        `{"updates": {"from": 40, "to": 60}}`.
+
+    Raises:
+        UserError: They differ in anything else, or config.yaml cannot be read.
+    """
+    changed = _changes(path, config)
+    if not changed:
+        return None
+    note = {key: {"from": old, "to": new} for key, (old, new) in changed.items()}
+    longer = all(key in LENGTHS and _longer(old, new) for key, (old, new) in changed.items())
+    # A process that was killed between writing run.json and config.yaml has noted the extension in the first only.
+    if longer and (info.get("status") == "complete" or note in info.get("extended", [])):
+        return note
+    remedy = f"Resume with --config {path}/config.yaml, or start a new run under another name."
+    if longer:
+        remedy = f"Finish it first with --config {path}/config.yaml --resume; a complete run can be made longer."
+    raise UserError(
+        f"run: {path} was started with a different config, so --resume would not continue the same run",
+        "Keys that differ: " + "; ".join(f"{key}: was {old}, now {new}" for key, (old, new) in changed.items()),
+        remedy,
+    )
+
+
+def _changes(path: Path, config: StageConfig) -> dict[str, tuple[Any, Any]]:
+    """Dotted key -> (value in config.yaml, value in `config`) of all keys that differ."""
+    file = path / "config.yaml"
+    try:
+        if file.read_text("utf-8") == dump_config(config):
+            return {}
+        before = read_yaml(file)
+        if not isinstance(before, dict):
+            raise ValueError(f"expected a mapping of keys, got {type(before).__name__}")
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"{file}: cannot be read: {error}",
+            "So it is not known whether this config is the one that the run was started with.",
+            "Put the file back, or start again with --overwrite.",
+        ) from None
+    old, new = _flat(before), _flat(config.model_dump(mode="json"))
+    keys = [*new, *(key for key in old if key not in new)]
+    pairs = {key: (old.get(key, MISSING), new.get(key, MISSING)) for key in keys}
+    return {key: pair for key, pair in pairs.items() if pair[0] != pair[1]}
+
+
+def _flat(value: Any, name: str = "") -> dict[str, Any]:
+    if not isinstance(value, dict) or not value:
+        return {name: value}
+    found: dict[str, Any] = {}
+    for key, part in value.items():
+        found |= _flat(part, f"{name}.{key}" if name else str(key))
+    return found
+
+
+def _longer(old: Any, new: Any) -> bool:
+    numbers = all(isinstance(value, (int, float)) for value in (old, new))
+    return numbers and new > old
+
+
+def check_zero_stage(path: Path, info: Mapping[str, Any], config: StageConfig) -> None:
+    """Refuse to continue a run under another ZeRO stage, even if the path of the DeepSpeed file is the same.
+
+    Raises:
+        UserError: The stages differ.
+    """
+    if config.deepspeed is None or "zero_stage" not in info:
+        return
+    before, now = info["zero_stage"], zero_stage(config.deepspeed)
+    if before != now:
+        raise UserError(
+            f"deepspeed: {config.deepspeed} says ZeRO stage {now}, but {path} was started with stage {before}",
+            "Each stage has its own format of checkpoint.",
+            f"Set the stage in that file back to {before}, or start again with --overwrite.",
+        )
+
+
+def check_inputs(path: Path, info: Mapping[str, Any], facts: Mapping[str, Any]) -> None:
+    """Refuse to continue a run whose datasets, parents, tokenizer or chat template are others by now.
+
+    Args:
+        path: The run folder.
+        info: Its run.json.
+        facts: What run.json would record now: `data`, `parents`, `tokenizer`, `chat_template`.
+
+    Raises:
+        UserError: A fingerprint differs; names what it is of.
+    """
+    changed = []
+    for key, what in (("data", "dataset"), ("parents", "model")):
+        before = {one.get("path"): one.get("fingerprint") for one in info.get(key, [])}
+        for one in facts.get(key, []):
+            old, new = before.get(one["path"]), one.get("fingerprint")
+            if old is not None and new is not None and old != new:
+                changed.append(f"the {what} {one['path']}")
+    for key, what in (("tokenizer", "the tokenizer"), ("chat_template", "the chat template")):
+        if key in info and key in facts and info[key] != facts[key]:
+            changed.append(what)
+    if changed:
+        raise UserError(
+            f"run: {path} was started with other inputs (fingerprint mismatch): {', '.join(changed)} changed since",
+            "Continuing would mix the two.",
+            "Put back what was there, start again with --overwrite, or name another folder: run=...",
+        )

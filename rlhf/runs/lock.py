@@ -1,0 +1,97 @@
+"""A lock on a run folder, so that two processes never train into it.
+
+The lock is the operating system's (flock), which ends with the process that holds it, even after SIGKILL. The file also
+names that process for the error.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import socket
+import time
+from pathlib import Path
+from typing import IO
+
+from rlhf.core.console import warn
+from rlhf.core.errors import UserError
+
+LOCK = ".lock"
+"""The lock's file in the run folder. It stays there; only a process that runs holds the lock itself."""
+PATIENCE = 1.0
+"""Seconds in which a lock may become free: `check_free` of another process holds it for an instant."""
+_held: dict[Path, IO[str]] = {}
+
+
+def lock(folder: Path) -> None:
+    """Lock a folder for this process, until `unlock` or the end of the process. It may hold the lock already.
+
+    Raises:
+        UserError: Another process holds it; names its host and process id.
+    """
+    folder = folder.resolve()
+    if folder in _held:
+        return
+    file = open(folder / LOCK, "a+", encoding="utf-8")  # noqa: SIM115 (open for as long as the lock is held)
+    if not _locked(file, fcntl.LOCK_EX):
+        holder = _holder(folder)
+        file.close()
+        raise _in_use(folder, holder)
+    file.truncate(0)
+    json.dump({"host": socket.gethostname(), "pid": os.getpid()}, file)
+    file.flush()
+    _held[folder] = file
+
+
+def unlock(folder: Path) -> None:
+    """Give the lock back, if this process holds it."""
+    file = _held.pop(folder.resolve(), None)
+    if file is not None:
+        file.close()
+
+
+def check_free(folder: Path) -> None:
+    """Refuse a folder that another process has locked; creates nothing.
+
+    Raises:
+        UserError: Another process holds the lock; names its host and process id.
+    """
+    if folder.resolve() in _held or not (folder / LOCK).is_file():
+        return
+    with open(folder / LOCK, encoding="utf-8") as file:
+        if not _locked(file, fcntl.LOCK_SH):
+            raise _in_use(folder, _holder(folder))
+
+
+def _locked(file: IO[str], kind: int) -> bool:
+    """Take the lock; False if another process keeps it."""
+    end = time.monotonic() + PATIENCE
+    while True:
+        try:
+            fcntl.flock(file, kind | fcntl.LOCK_NB)
+            return True
+        except BlockingIOError:
+            if time.monotonic() > end:
+                return False
+            time.sleep(0.02)
+        except OSError as error:
+            warn(f"{file.name}: no lock ({error.strerror}); make sure that no other process uses this run folder")
+            return True
+
+
+def _holder(folder: Path) -> str:
+    """The process that has the lock, in words."""
+    try:
+        found = json.loads((folder / LOCK).read_text("utf-8"))
+        return f"process {int(found['pid'])} on {found['host']}"
+    except (OSError, ValueError, KeyError, TypeError):
+        return "another process"
+
+
+def _in_use(folder: Path, holder: str) -> UserError:
+    return UserError(
+        f"run: {folder} is in use by {holder}",
+        "Two processes that train into one folder would mix their checkpoints and metrics.",
+        "Wait until it ends or stop it, or name another folder: run=...",
+    )

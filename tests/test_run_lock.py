@@ -1,0 +1,90 @@
+"""One process at a time in a run folder: the second is refused and names the first."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import tiny
+from run_folders import finished, opened
+
+from rlhf.core.errors import UserError
+from rlhf.runs.lock import LOCK, check_free, lock, unlock
+
+HOLD = """
+import sys
+from pathlib import Path
+from rlhf.runs.lock import lock
+lock(Path(sys.argv[1]))
+print("locked", flush=True)
+sys.stdin.read()
+"""
+
+
+@contextmanager
+def another(folder: Path) -> Iterator[subprocess.Popen[str]]:
+    """Another process that holds the lock of a folder."""
+    environment = {**os.environ, "PYTHONPATH": str(tiny.REPOSITORY)}
+    command = [sys.executable, "-c", HOLD, str(folder)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment) as one:
+        try:
+            assert one.stdout is not None and one.stdout.readline() == "locked\n"
+            yield one
+        finally:
+            one.kill()
+
+
+@pytest.mark.parametrize("how", ["fresh", "resume", "overwrite"])
+def test_the_second_process_is_refused_and_names_the_first(how: str, tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    if how != "fresh":
+        finished(tmp_path / "run")
+    before = {path for path in (tmp_path / "run").rglob("*") if path.name != LOCK}
+    with another(tmp_path / "run") as first, pytest.raises(UserError) as error:
+        opened(tmp_path / "run", **({} if how == "fresh" else {how: True}))
+    assert f"in use by process {first.pid} on {socket.gethostname()}" in str(error.value)
+    assert {path for path in (tmp_path / "run").rglob("*") if path.name != LOCK} == before
+
+
+def test_a_lock_ends_with_its_process_even_when_that_is_killed(tmp_path: Path) -> None:
+    with another(tmp_path) as first:
+        with pytest.raises(UserError, match="in use"):
+            check_free(tmp_path)
+        first.send_signal(signal.SIGKILL)
+        first.wait()
+        check_free(tmp_path)
+        lock(tmp_path)
+    assert json.loads((tmp_path / LOCK).read_text())["pid"] == os.getpid()
+    unlock(tmp_path)
+
+
+def test_the_lock_holds_through_a_link_to_the_folder(tmp_path: Path) -> None:
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "run").symlink_to(tmp_path / "disk")
+    with another(tmp_path / "disk"), pytest.raises(UserError, match="in use"):
+        lock(tmp_path / "run")
+
+
+def test_a_damaged_lock_file_still_locks(tmp_path: Path) -> None:
+    with another(tmp_path):
+        (tmp_path / LOCK).write_text("[3]")
+        with pytest.raises(UserError, match="in use by another process"):
+            lock(tmp_path)
+    lock(tmp_path)
+    unlock(tmp_path)
+
+
+def test_a_finished_run_is_not_locked_and_the_same_process_may_go_on(tmp_path: Path) -> None:
+    opened(tmp_path / "run")
+    opened(tmp_path / "run", resume=True)  # after an error in a notebook
+    finished(tmp_path / "done")
+    with another(tmp_path / "done"):
+        pass
