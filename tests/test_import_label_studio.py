@@ -162,7 +162,9 @@ def test_fields_of_any_name(tmp_path):
 def test_a_task_of_our_own_keeps_its_conversation(tmp_path):
     chat = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}, {"role": "user", "content": "c"}]
     items = [{"id": str(i), "title": f"Answer {i + 1}", "body": text} for i, text in enumerate(("no", "yes"))]
-    row = task(ranked(["1", "0"]), proposal="0123", messages=chat, prompt="User: a ...", items=items)
+    row = task(
+        ranked(["1", "0"]), proposal="0123", messages=chat, prompt="User: a\n\nAssistant: b\n\nUser: c", items=items
+    )
     record = one(tmp_path, LS, row)
     assert said(record) == [("user", "a"), ("assistant", "b"), ("user", "c")]
     assert by_rank(record)[1] == ["yes"]

@@ -10,11 +10,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from imports import AUTHENTIC, DATA, EXPORTS
-from rows import tree
+from rows import jsonl, tree
 
 from data_tools.importers import IMPORTERS
 from data_tools.importers.run import NothingUsable, import_dataset
 from data_tools.importers.table import read_head
+from data_tools.io.rejects import Rejects
 from rlhf.core.errors import UserError
 from rlhf.data.jsonl import open_bytes
 from rlhf.data.schema import from_dict, to_dict
@@ -141,6 +142,40 @@ class TestEveryImporterOfJSONLines:
         for name, file in (("a", plain), ("b", tmp_path / "in.parquet")):
             imported(row, file, tmp_path / name)
         assert open_dataset(tmp_path / "a").fingerprint == open_dataset(tmp_path / "b").fingerprint
+
+
+UNREAD = {
+    "prompt": ("second_question", "And what else?"),
+    "system turn": ("other_system_prompt", "Speak like a pirate."),
+    "answer": ("third_response", "Neither of them."),
+    "judgement": ("expert_preference", 1),
+    "media": ("image", "pear.png"),
+}
+"""Role -> a field that no format has, and its value."""
+WHOLE_ROWS = {"openassistant", "label-studio", "argilla"}
+"""Formats whose rows hold records, which have the fields."""
+
+
+@pytest.mark.parametrize(
+    "row",
+    [row for row in IMPORTERS if row.traits["suffixes"][0] == ".jsonl" and row.name not in WHOLE_ROWS],
+    ids=lambda row: row.name,
+)
+def test_no_importer_loses_a_field_that_could_matter(row, tmp_path):
+    values = _values(sample_file(row, tmp_path))
+    importer = IMPORTERS.pick({"name": row.name, **row.traits.get("sample_options", {})})
+
+    def reasons(ignored=(), **more):
+        path = jsonl(tmp_path / "in.jsonl", [{**value, **more} for value in values])
+        with Rejects(tmp_path / "rejected.jsonl", ignored_fields=ignored) as rejects:
+            records = list(importer(path, rejects))
+        assert bool(records) != bool(rejects.reasons)
+        return list(rejects.reasons)
+
+    for role, (name, value) in UNREAD.items():
+        assert reasons(**{name: value}) == [f"{name}: a field that could be a {role} and is not read"]
+        assert reasons([name], **{name: value}) == []
+        assert reasons(**{name: "", f"{name}_source": "a"}) == []
 
 
 def _values(path):

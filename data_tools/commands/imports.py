@@ -35,6 +35,10 @@ def import_command(
     ] = None,
     split_name: Annotated[str | None, typer.Option(help="Put every record in this split: train, eval or test.")] = None,
     source: Annotated[str | None, typer.Option(help="Give every record this source.")] = None,
+    ignore: Annotated[
+        list[str] | None,
+        typer.Option(metavar="FIELD", help="A field of the rows that does not matter; may be repeated."),
+    ] = None,
     strict: Annotated[bool, typer.Option("--strict", help="Stop at the first row that cannot be used.")] = False,
     as_json: Json = False,
 ) -> None:
@@ -43,8 +47,9 @@ def import_command(
     gathered = Accumulator()
     try:
         summary = import_dataset(
-            importer, paths, out, options=given, split=split_name, source=source, strict=strict, gathered=gathered
-        )
+            importer, paths, out, options=given, split=split_name, source=source, strict=strict,
+            ignored_fields=ignore or (), gathered=gathered,
+        )  # fmt: skip
     except NothingUsable as error:
         error.summary.show()
         if as_json:

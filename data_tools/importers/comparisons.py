@@ -209,6 +209,12 @@ HELPSTEER3_SAMPLE = as_jsonl(
 )
 
 
+HELPSTEER3_LEFT_OUT = (
+    "individual_preference", "preference_statement", "preference_elaboration", "three_most_similar_preferences",
+    "all_preferences_unprocessed",
+)  # fmt: skip
+
+
 @IMPORTERS.row("helpsteer3", suffixes=JSON, sample=HELPSTEER3_SAMPLE, detect=_detect_helpsteer3)
 def helpsteer3(path: Path, reject: OnReject) -> Iterator[Record]:
     """HelpSteer3 preferences: rows {context, response1, response2, overall_preference}; also HelpSteer2's.
@@ -216,11 +222,12 @@ def helpsteer3(path: Path, reject: OnReject) -> Iterator[Record]:
     Ranks: a negative preference (from -3) = response1 is the better, a positive one (to 3) = response2, 0 = a tie
     (dataset card of nvidia/HelpSteer3). It is aggregated from several annotators. The format names neither them nor the
     order shown; models wrote the answers. HelpSteer2's preference.jsonl has `prompt`, `response_1`, `response_2` and
-    `preference_strength` with the same meaning. `domain` is the group.
+    `preference_strength` with the same meaning. `domain` is the group. Left out are the preferences before the
+    aggregation (`individual_preference`, `all_preferences_unprocessed`, ...) and the words that explain them.
 
     Rejected: a preference outside -3 to 3, equal or empty answers, a context that does not end with the user.
     """
-    return convert_rows(path, reject, _helpsteer3)
+    return convert_rows(path, reject, _helpsteer3, HELPSTEER3_LEFT_OUT)
 
 
 def _helpsteer3(row: Any) -> Ranking:

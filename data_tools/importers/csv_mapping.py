@@ -15,8 +15,8 @@ from data_tools.importers.table import IMPORTERS, Head
 from data_tools.reading.annotation_exports import Names, brief, names
 from data_tools.reading.cells import TABLES, Cells, cell_columns, cell_rows
 from data_tools.reading.csv_rows import CSV
-from data_tools.reading.fields import SYSTEM_FIELDS, before_prompt, without_nulls
-from data_tools.reading.roles import role_of, says_something
+from data_tools.reading.fields import before_prompt, without_nulls
+from data_tools.reading.roles import SYSTEM_FIELDS, role_of, says_something
 from data_tools.reading.route import Columns, route
 from data_tools.reading.sheets import EXCEL
 from data_tools.reading.turns import exchange, from_json_text, is_conversation

@@ -34,7 +34,8 @@ def alpaca(path: Path, reject: OnReject) -> Iterator[Record]:
     """Alpaca demonstrations: rows {instruction, input, output}.
 
     The prompt is `instruction` and, after a blank line, `input`, after `system` and `history` where the row has them
-    (LLaMA-Factory); the answers in `history` are no demonstrations. Nothing is ranked.
+    (LLaMA-Factory); the answers in `history` are no demonstrations. `text`, which repeats all of it in the template of
+    Stanford's Alpaca, is left out. Nothing is ranked.
 
     Rejected: an empty output, an output that is a list (import it as alpaca-ranked), a missing field.
     """
@@ -45,7 +46,7 @@ def alpaca(path: Path, reject: OnReject) -> Iterator[Record]:
             raise BadRecord("output: a list", remedy="Rows of ranked answers are imported as alpaca-ranked.")
         return Demonstration(alpaca_prompt(row), source="alpaca", answer=text(row, "output"))
 
-    return convert_rows(path, reject, convert)
+    return convert_rows(path, reject, convert, left_out=("text",))
 
 
 def _detect_dolly(head: Head) -> str | None:

@@ -44,12 +44,12 @@ def alpaca_eval(path: Path, reject: OnReject) -> Iterator[Record]:
     in a random order that is not kept.
 
     The prompt is `instruction` and, after a blank line, `input`. `generator_1` and `generator_2` are the authors,
-    `annotator` (or `annotator_index`) the annotator.
+    `annotator` (or `annotator_index`) the annotator. `raw_completion`, the annotator's words, is left out.
 
     Rejected: no preference (null, or -1: the annotator's answer was not understood), another number, equal or empty
     outputs.
     """
-    return convert_rows(path, reject, _alpaca_eval)
+    return convert_rows(path, reject, _alpaca_eval, left_out=("raw_completion",))
 
 
 def _alpaca_eval(row: Any) -> Ranking:
@@ -106,11 +106,11 @@ def pandalm(path: Path, reject: OnReject) -> Iterator[Record]:
     Ranks: a judgement of 1 = response1 is the better, 2 = response2, 0 = a tie. Every judgement is a record, by the
     annotator "annotator1", "annotator2", ...; a list `annotators` of judgements, with `prompt` in place of
     `instruction`, is read too. The format does not say the order shown. `cmp_key` or `models` ("opt-7b_llama-7b")
-    names the models that wrote the answers.
+    names the models that wrote the answers. `label`, the majority of the judgements, is left out.
 
     Rejected, each judgement for itself: another number. A null is no judgement; a pair without any is one reject.
     """
-    return convert_rows(path, reject, _pandalm)
+    return convert_rows(path, reject, _pandalm, left_out=("label",))
 
 
 def _pandalm(row: Any) -> Iterator[Record | BadRecord]:

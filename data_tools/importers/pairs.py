@@ -84,7 +84,7 @@ def _trl_ranking(row: Any) -> Ranking:
 def _trl_prompt(row: Mapping[str, Any]) -> list[Message]:
     """The turns of `prompt`, or of the field that takes its place."""
     if row.get("prompt") in (None, "", []):
-        return prompt_turns({name: value for name, value in row.items() if value != row["chosen"]})
+        return prompt_turns(row, (row["chosen"], row["rejected"]))
     said = turns_of(row["prompt"], "prompt", "user")
     return [*before_prompt(row, said), *said]
 

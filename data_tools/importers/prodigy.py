@@ -48,7 +48,7 @@ def prodigy(path: Path, reject: OnReject, *, prompt: str = "text") -> Iterator[R
 
     Options: `prompt`, the field that holds the prompt (text, or messages with role and content).
     """
-    return convert_rows(path, reject, partial(_ranking, prompt))
+    return convert_rows(path, reject, partial(_ranking, prompt), () if prompt == "text" else ("text",))
 
 
 def _ranking(prompt: str, row: Any) -> Ranking:

@@ -12,6 +12,7 @@ from data_tools.importers.table import IMPORTERS, Head, convert_rows
 from data_tools.reading.fields import alpaca_prompt, as_jsonl, elements, need, number, text
 from data_tools.reading.html_text import html_text
 from data_tools.reading.rows import JSON, rows
+from data_tools.reading.unread import ReadFields, unread_fault
 from rlhf.data.jsonl import Item, Reject
 from rlhf.data.schema import BadRecord, Candidate, Message, Ranking, Record, dense_ranks
 from rlhf.data.store import OnReject
@@ -28,6 +29,10 @@ Four = ("instruction_following", "honesty", "truthfulness", "helpfulness")
 FeedbackAspect = Literal[
     "mean", "instruction_following", "honesty", "truthfulness", "helpfulness", "fine-grained_score", "overall_score"
 ]
+
+
+KNOWN_ANSWERS = ("correct_answers", "incorrect_answers")
+"""Of TruthfulQA's questions, for the raters; other rows have ["None"]."""
 
 
 def _detect_ultrafeedback(head: Head) -> str | None:
@@ -56,7 +61,8 @@ def ultrafeedback(path: Path, reject: OnReject, *, aspect: FeedbackAspect = "mea
 
     Ranks: the highest rating is rank 1, equal ratings are a tie. The order shown is unknown; `model` is the author,
     and the annotator is "gpt-4". The rating stays with the candidate as its score. System prompts
-    (`custom_system_prompt`) differ between the completions and are left out of the prompt.
+    (`custom_system_prompt`) differ between the completions and are left out of the prompt, and so are the
+    `correct_answers` and `incorrect_answers` that raters had for some questions.
 
     Args:
         aspect: What is ranked by: the mean of the four ratings (1 to 5), one of them, or a field that the published
@@ -66,7 +72,7 @@ def ultrafeedback(path: Path, reject: OnReject, *, aspect: FeedbackAspect = "mea
     Rejected: a completion without that rating (also "N/A", where the aspect did not apply), fewer than two distinct
     completions, an empty one, identical completions with different ratings.
     """
-    return convert_rows(path, reject, lambda row: _ultrafeedback(row, aspect))
+    return convert_rows(path, reject, lambda row: _ultrafeedback(row, aspect), KNOWN_ANSWERS)
 
 
 def _ultrafeedback(row: Any, aspect: FeedbackAspect) -> Ranking:
@@ -139,9 +145,11 @@ def helpsteer(path: Path, reject: OnReject, *, aspect: HelpAspect = "helpfulness
     prompt: str | None = None
     for item in rows(path, reject):
         try:
-            row = need(item.value, "prompt", "response", aspect)
+            row = need(ReadFields(item.value) if isinstance(item.value, dict) else None, "prompt", "response", aspect)
             asked, rating = text(row, "prompt"), number(row[aspect], aspect, 0, 4)
             candidate = Candidate(text(row, "response"), author_kind="model", score=rating)
+            if fault := unread_fault(row, getattr(reject, "ignored_fields", ())):
+                raise fault
         except BadRecord as fault:
             reject(Reject.of(path, item.line, fault, item.raw))
             continue

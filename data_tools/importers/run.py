@@ -80,6 +80,7 @@ def import_dataset(
     split: str | None = None,
     source: str | None = None,
     strict: bool = False,
+    ignored_fields: Collection[str] = (),
     gathered: Accumulator | None = None,
 ) -> ImportSummary:
     """Import files of one format into a dataset folder, streaming.
@@ -95,6 +96,7 @@ def import_dataset(
         split: Put every record in this split (train, eval or test), whatever the files say.
         source: Give every record this source, whatever the files say.
         strict: Raise at the first row that cannot be used, and write nothing.
+        ignored_fields: Fields of rows that need not be read, although they could hold a prompt, an answer or the like.
         gathered: Takes the records while they are written, for the brief check.
 
     Raises:
@@ -112,7 +114,8 @@ def import_dataset(
     }
     changes = {name: value for name, value in (("split", split), ("source", source)) if value is not None}
     observer = AgreementObserver(gathered or Accumulator(brief=False))
-    with DatasetWriter(out, None, origin, observer) as writer, Rejects(writer.partial / FILE_NAME, strict) as rejects:
+    writer = DatasetWriter(out, None, origin, observer)
+    with writer, Rejects(writer.partial / FILE_NAME, strict, ignored_fields) as rejects:
         if options:
             header = f"# rlhf data import {pick.name} FILES --options {OPTIONS_FILE} --out DATASET\n"
             text = header + yaml.safe_dump(dict(options), allow_unicode=True, sort_keys=False)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,6 +13,7 @@ from data_tools.reading.fields import without_nulls
 from data_tools.reading.route import route
 from data_tools.reading.rows import is_binary, rows
 from data_tools.reading.turns import has_later_marks, is_transcript
+from data_tools.reading.unread import ReadFields, unread_fault
 from rlhf.core.errors import UserError
 from rlhf.core.table import Table
 from rlhf.data.jsonl import READ_ERRORS, OnReject, Reject, open_bytes
@@ -36,25 +37,38 @@ class Head(NamedTuple):
 
 
 def convert_rows(
-    path: Path, reject: OnReject, convert: Callable[[Any], Record | Iterable[Record | BadRecord]]
+    path: Path,
+    reject: OnReject,
+    convert: Callable[[Any], Record | Iterable[Record | BadRecord]],
+    left_out: Collection[str] = (),
 ) -> Iterator[Record]:
     """Records from the rows of a file. A field that is null is absent.
+
+    A row is rejected where `convert` does not read a field that could matter (`unread_fault`).
 
     Args:
         convert: Gives the record of one row, or raises BadRecord. For a row of several records (a task with several
             annotations), it gives an iterable of records and BadRecords, each BadRecord one that cannot be used.
+        left_out: Fields that the format's docstring says are left out.
     """
+    ignored = {*left_out, *getattr(reject, "ignored_fields", ())}
     for line, raw, value in rows(path, reject):
         try:
-            made = convert(without_nulls(value) if (b"null" if isinstance(raw, bytes) else "null") in raw else value)
-            for record in (made,) if isinstance(made, Prompt) else made:
-                fault = record if isinstance(record, BadRecord) else _transcript_fault(record)
-                if fault is None:
-                    yield record  # type: ignore[misc]  # no fault, so no BadRecord
-                else:
-                    reject(Reject.of(path, line, fault, raw))
-        except BadRecord as fault:
-            reject(Reject.of(path, line, fault, raw))
+            value = without_nulls(value) if (b"null" if isinstance(raw, bytes) else "null") in raw else value
+            row = ReadFields(value) if isinstance(value, dict) else value
+            converted = convert(row)
+            made = [converted] if isinstance(converted, Prompt) else list(converted)
+            if (fault := unread_fault(row, ignored)) and any(isinstance(record, Prompt) for record in made):
+                raise fault
+        except BadRecord as error:
+            reject(Reject.of(path, line, error, raw))
+            continue
+        for record in made:
+            fault = record if isinstance(record, BadRecord) else _transcript_fault(record)
+            if fault is None:
+                yield record  # type: ignore[misc]  # no fault, so no BadRecord
+            else:
+                reject(Reject.of(path, line, fault, raw))
 
 
 def _transcript_fault(record: Record) -> BadRecord | None:

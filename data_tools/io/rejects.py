@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import IO, Any
@@ -22,10 +22,11 @@ class Rejects:
         path: JSONL file with one object a row: file, line, reason, detail, remedy, raw. It is created with the first
             row, so a dataset without rejected rows has none.
         strict: Raise a `UserError` at the first row instead.
+        ignored_fields: Fields of rows that importers may leave unread, because the user says so.
     """
 
-    def __init__(self, path: Path, strict: bool = False) -> None:
-        self.path, self.strict = path, strict
+    def __init__(self, path: Path, strict: bool = False, ignored_fields: Collection[str] = ()) -> None:
+        self.path, self.strict, self.ignored_fields = path, strict, ignored_fields
         self.count = 0
         self.reasons: dict[str, int] = {}
         self.first: dict[str, Reject] = {}

@@ -8,6 +8,7 @@ import reprlib
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from data_tools.reading.roles import SYSTEM_FIELDS, role_of
 from rlhf.data.schema import BadRecord
 
 Names = str | list[str]
@@ -52,15 +53,35 @@ def person(value: Any) -> str:
 def prompt_of(fields: Mapping[str, Any], option: str | None) -> Any:
     """The value of the field that holds the prompt: the one that the option names, or of `PROMPT_FIELDS`.
 
+    A system turn in a field of its own (`SYSTEM_FIELDS`) comes before it.
+
     Raises:
-        BadRecord: There is no such field.
+        BadRecord: There is no such field, or without the option several, or media that cannot be read.
     """
     found = {name.lower(): name for name in fields if fields[name] not in (None, "", [])}
-    for name in PROMPT_FIELDS if option is None else (option.lower(),):
-        if name in found:
-            return fields[found[name]]
-    seen = f"there are {', '.join(map(brief, list(fields)[:12]))}"
-    raise BadRecord("no prompt is found", seen, "Name the field that holds it: --option prompt=FIELD")
+    known = [found[name] for name in (PROMPT_FIELDS if option is None else (option.lower(),)) if name in found]
+    if not known:
+        seen = f"there are {', '.join(map(brief, list(fields)[:12]))}"
+        raise BadRecord("no prompt is found", seen, "Name the field that holds it: --option prompt=FIELD")
+    if option is None:
+        media = [name for name in found.values() if role_of(name) == "media"]
+        other = [name for name in known[1:] if not _repeats(fields[name], fields[known[0]])]
+        if media or other:
+            remedy = "If it is not a part of the prompt, name the field that is: --option prompt=FIELD"
+            reason = f"{(media or other)[0]}: a field that could be a part of the prompt and is not read"
+            raise BadRecord(reason, brief(fields[(media or other)[0]]), remedy)
+    system = [fields[found[name]] for name in SYSTEM_FIELDS if name in found and found[name] != known[0]]
+    asked = fields[known[0]]
+    if not system:
+        return asked
+    turns = [{"role": "user", "content": asked}] if isinstance(asked, str) else asked
+    return [{"role": "system", "content": system[0]}, *turns] if isinstance(turns, list) else turns
+
+
+def _repeats(value: Any, prompt: Any) -> bool:
+    """Whether it is the prompt once more: the same value, or text that shows the last of its turns."""
+    last = prompt[-1].get("content") if isinstance(prompt, list) and isinstance(prompt[-1], dict) else None
+    return value == prompt or (isinstance(value, str) and isinstance(last, str) and last in value)
 
 
 _ENDING = re.compile(r"^(.*?)[\s_.-]*([0-9]+|[a-z]|left|right)$", re.IGNORECASE)

@@ -7,6 +7,7 @@ import reprlib
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any, Literal
 
+from data_tools.reading.roles import SYSTEM_FIELDS
 from rlhf.data.schema import BadRecord, Message
 
 Role = Literal["system", "user", "assistant"]
@@ -16,8 +17,6 @@ SHAREGPT_ROLES: dict[str, Role] = {
     "chatgpt": "assistant", "bing": "assistant", "bard": "assistant",
 }  # fmt: skip
 TOOL_ROLES = ("tool", "function", "function_call", "observation", "ipython")
-SYSTEM_FIELDS = ("system", "system_prompt", "system_message")
-"""What the field of a system turn is called."""
 RIGHT_FORMAT = "Is this the right format name? `rlhf data formats` shows a sample of each."
 
 

@@ -9,6 +9,8 @@ import re
 from functools import lru_cache
 from typing import Any
 
+SYSTEM_FIELDS = ("system", "system_prompt", "system_message")
+"""What the field of a system turn is called, where an importer reads it."""
 SYSTEM = {"system", "sysprompt"}
 WINNERS = {
     "better",
@@ -23,12 +25,15 @@ WINNERS = {
     "tie",
     "verdict",
 }
-"""Words that make a name a judgement wherever they are in it: better_response_id, winner_model_a."""
+"""Words that make a name a judgement wherever they are in it, such as better_response_id and winner_model."""
 METADATA = {
     "id", "ids", "uid", "uuid", "model", "models", "name", "source", "type", "category", "language", "lang", "time",
-    "date", "timestamp", "tokens", "length", "len", "url", "hash", "index", "idx", "count", "by", "author", "metadata",
+    "date", "timestamp", "tokens", "length", "len", "url", "hash", "index", "idx", "count", "by", "author", "ratio",
+    "metadata",
 }  # fmt: skip
 """Last words of names that hold facts about something else: prompt_id, chosen_model."""
+NAMES = {"id", "ids", "index", "idx", "model", "by"}
+"""Last words that can name a winner."""
 COUNTS = {"num", "number", "count", "has"}
 WORDS = {
     "prompt": {
@@ -61,12 +66,13 @@ def role_of(name: str) -> str | None:
     words = [word for word in words_of(name[:200]) if len(word) > 1]
     if not words:
         return None
+    facts = words[-1] in METADATA
+    if WINNERS & set(words) and (not facts or words[-1] in NAMES):
+        return "judgement"
+    if facts or words[0] in COUNTS:
+        return None
     if SYSTEM & set(words):
         return "system turn"
-    if WINNERS & set(words):
-        return "judgement"
-    if words[-1] in METADATA or words[0] in COUNTS:
-        return None
     return next((role for word in reversed(words) for role, known in WORDS.items() if word in known), None)
 
 

@@ -9,8 +9,7 @@ from typing import Any
 
 from data_tools.reading.annotation_exports import PROMPT_FIELDS, stem_and_ending
 from data_tools.reading.cells import as_text
-from data_tools.reading.fields import SYSTEM_FIELDS
-from data_tools.reading.roles import WINNERS, role_of, words_of
+from data_tools.reading.roles import SYSTEM_FIELDS, WINNERS, role_of, words_of
 
 BEST_AND_WORST = (
     ("chosen", "rejected"), ("preferred", "nonpreferred"), ("preferred", "dispreferred"), ("better", "worse"),

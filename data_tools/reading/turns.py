@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from data_tools.reading.annotation_exports import PROMPT_FIELDS, brief
@@ -172,16 +172,20 @@ def _replies(asked: list[str], value: Any, name: str) -> list[Message]:
     return said
 
 
-def prompt_turns(row: Mapping[str, Any]) -> list[Message]:
+def prompt_turns(row: Mapping[str, Any], other: Collection[Any] = ()) -> list[Message]:
     """The prompt of a row in whatever field it is: the first of `PROMPT_FIELDS` that says something.
 
     `instruction` is followed by `input`, after a blank line. Before it come the system turn (`SYSTEM_FIELDS`) and
     `history`, a list of [user, assistant]. None of them: an empty list.
 
+    Args:
+        other: Chats that are no prompt, such as the answers, in whatever field they are repeated.
+
     Raises:
         BadRecord: Two fields could be the prompt and differ, or one has another type.
     """
-    there = [name for name in PROMPT_FIELDS if row.get(name) not in (None, "", [])]
+    chats = [chat for chat in other if isinstance(chat, list)]
+    there = [name for name in PROMPT_FIELDS if row.get(name) not in (None, "", [], *chats)]
     if not there:
         return []
     first, *others = there
