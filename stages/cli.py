@@ -28,6 +28,10 @@ app = command_group(
         "evaluate": ("stages.evaluate:command", "Measure a model on held-out data."),
         "export": ("stages.export:command", "Export a finished run in Hugging Face format."),
         "chat": ("stages.chat:command", "Chat with a model."),
+        "check-model": (
+            "stages.check_model:command",
+            "Try all stages on a model, or a tiny copy of it.",
+        ),
         "demo": ("stages.demo:command", "Run all three stages in a miniature world, in minutes on a CPU."),
         "data": ("stages.cli:data_app", DATA_HELP),
     },

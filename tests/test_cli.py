@@ -48,7 +48,7 @@ def pretend(folder: Path, stage: str, status: str, **values: str) -> None:
 
 # ---- help --------------------------------------------------------------------------------------------------------
 
-COMMANDS = ("sft", "reward", "ppo", "pipeline", "sample", "evaluate", "export", "chat", "demo", "data")
+COMMANDS = ("sft", "reward", "ppo", "pipeline", "sample", "evaluate", "export", "chat", "check-model", "demo", "data")
 
 
 def test_help_lists_every_command_without_heavy_imports(tmp_path):

@@ -1,0 +1,261 @@
+"""`rlhf check-model`: what of this stack works with a model, tried out on it or on a tiny copy of its architecture.
+
+model -> prompt tokens -> sft -> reward -> ppo -> export -> plain transformers, with all weights and with LoRA
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+
+from rlhf.cli import options
+from rlhf.cli.preflight import check
+from rlhf.cli.stage_configs import STAGES
+from rlhf.config.base import ModelConfig
+from rlhf.config.load import check_config
+from rlhf.core.console import print_json, say, table
+from rlhf.core.errors import UserError
+from rlhf.data.chat_tokenizer import load_tokenizer
+from rlhf.data.schema import Candidate, Demonstration, Message, Ranking
+from rlhf.data.store import DatasetWriter
+from rlhf.export.export import export
+from rlhf.export.formats import EXPORTERS
+from rlhf.runs.run import resolve_model_path
+
+Result = Literal["works", "no", "refused", "failed"]
+"""`no`: not possible with this model, and not needed. `refused`: an error that says why. `failed`: a bug, here or in
+the model's code."""
+MAX_LENGTH = 512
+ANSWERS = (
+    "It sleeps.",
+    "It goes to the house and sleeps there.",
+    "It goes to the river, then to the garden, and sleeps.",
+)
+
+
+@dataclass(frozen=True)
+class Step:
+    """One row of the table."""
+
+    step: str
+    result: Result
+    detail: str
+    """What was found, or what is wrong."""
+    remedy: str = ""
+    """Why that is so, and what to do about it."""
+
+
+@dataclass
+class Check:
+    """The steps of one model, in one folder.
+
+    Args:
+        model: A model folder, a run, or a hub name.
+        folder: Where data, runs and exports are written.
+        tunings: Rows of the tuning table that are tried one after the other.
+        trust_remote_code: Run Python code that comes with the model.
+    """
+
+    model: str
+    folder: Path
+    tunings: tuple[str, ...] = ("full", "lora")
+    trust_remote_code: bool = False
+    steps: list[Step] = field(default_factory=list)
+
+    def run(self) -> list[Step]:
+        """Try everything; a step that fails is a row of the result, and steps that need it are left out."""
+        from rlhf.inference import model_checks
+
+        if self._attempt("prompt tokens", lambda: model_checks.prompt_tokens(self._chat())):
+            self._write_data()
+            for tuning in self.tunings:
+                self._try(tuning)
+        return self.steps
+
+    def _try(self, tuning: str) -> None:
+        """The stages and exports with one tuning method; with the first, also how rows are shared."""
+        from rlhf.inference import model_checks
+
+        trust, suffix = self.trust_remote_code, "" if tuning == "full" else f", {tuning}"
+        sft, reward, ppo = (str(self.folder / f"{stage}-{tuning}") for stage in ("sft", "reward", "ppo"))
+        if not self._attempt(f"sft{suffix}", lambda: self._stage("sft", self.model, sft, tuning)):
+            return
+        rewarded = self._attempt(f"reward{suffix}", lambda: self._stage("reward", sft, reward, tuning))
+        if rewarded:
+            self._attempt(f"ppo{suffix}", lambda: self._stage("ppo", sft, ppo, tuning, reward))
+        policy = ppo if Path(ppo, "model").is_dir() else sft
+        self._attempt(
+            f"exported policy{suffix}", lambda: model_checks.policy_logits(policy, self._export(policy), trust)
+        )
+        if rewarded:
+            self._attempt(
+                f"exported reward{suffix}", lambda: model_checks.reward_scores(reward, self._export(reward), trust)
+            )
+        if tuning == self.tunings[0]:
+            critic = reward if rewarded else None
+            self._attempt("packing", lambda: model_checks.packing(policy, critic, trust), needed=False)
+            if rewarded:
+                self._attempt("shared prompts", lambda: model_checks.shared_prompts(reward, trust), needed=False)
+
+    def _attempt(self, step: str, do: Callable[[], str], needed: bool = True) -> bool:
+        """Do one step and note its result. What stages print goes to `log.txt`."""
+        try:
+            with self._quiet():
+                found = Step(step, "works", do())
+        except UserError as error:
+            result: Result = "refused" if needed else "no"
+            found = Step(step, result, error.what, f"{error.why} {error.remedy}".strip())
+        except Exception as error:  # the table shows a bug in any family as a row
+            found = Step(step, "failed", f"{type(error).__name__}: {str(error).strip().split(chr(10))[0]}"[:300])
+        self.steps.append(found)
+        return found.result == "works"
+
+    @contextmanager
+    def _quiet(self) -> Iterator[None]:
+        with open(self.folder / "log.txt", "a", encoding="utf-8") as log, redirect_stdout(log), redirect_stderr(log):
+            yield
+
+    def _chat(self) -> Any:
+        return load_tokenizer(self._model_config(self.model), resolve_model_path(self.model))
+
+    def _model_config(self, path: str) -> ModelConfig:
+        return ModelConfig(path=path, trust_remote_code=self.trust_remote_code)
+
+    def _write_data(self) -> None:
+        animals = ("cat", "dog", "owl", "fox", "hen", "cow", "bee", "ant")
+        for kind in ("demonstration", "ranking"):
+            with DatasetWriter(self.folder / f"{kind}s", kind) as writer:
+                for number, animal in enumerate(animals):
+                    prompt = (Message("user", f"What does the {animal} do?"),)
+                    split = "eval" if number >= 6 else "train"
+                    if kind == "demonstration":
+                        writer.write(Demonstration(prompt, split=split, answer=ANSWERS[number % 3]))
+                    else:
+                        candidates = tuple(Candidate(answer, f"writer {k}") for k, answer in enumerate(ANSWERS))
+                        writer.write(Ranking(prompt, split=split, candidates=candidates, ranks=(1, 2, 3)))
+
+    def _stage(self, stage: str, model: str, run: str, tuning: str, reward: str | None = None) -> str:
+        """Run a stage for two steps; gives its first and last loss, or PPO's first ratio."""
+        from rlhf.models.load import load_hf_config, sequence_limit
+
+        path = self._model_config(model)
+        limit = sequence_limit(path, load_hf_config(path, resolve_model_path(model)))
+        settings: dict[str, Any] = {"path": model, "max_length": min(limit, MAX_LENGTH)}
+        settings["trust_remote_code"] = self.trust_remote_code
+        values: dict[str, Any] = {"run": run, "model": settings, "tuning": tuning}
+        if stage == "ppo":
+            values |= {"data": {"prompts": str(self.folder / "demonstrations")}, "updates": 2}
+            values |= {"reward": {"name": "model", "path": reward}, "critic": {"tuning": tuning}}
+            values["rollout"] = {"prompts_per_update": 4, "max_new_tokens": 16}
+            values |= {"batch": {"epochs": 2, "minibatches": 2}, "eval": {"every": 2, "prompts": 2}}
+        else:
+            kind = "demonstrations" if stage == "sft" else "rankings"
+            values["data"] = {"train": str(self.folder / kind)}
+            values["batch"] = {"batch_size": 4, "micro_batch_size": 2, "max_steps": 2}
+        config = check_config(STAGES[stage], values, f"check-model, {stage}")
+        check(stage, config, resume=False, overwrite=False)
+        importlib.import_module(f"stages.{stage}").run(config)
+        lines = [json.loads(line) for line in Path(run, "metrics.jsonl").read_text("utf-8").splitlines()]
+        return self._ratio(lines) if stage == "ppo" else self._losses(lines)
+
+    def _losses(self, lines: list[dict[str, Any]]) -> str:
+        losses = [line["train/loss"] for line in lines if "train/loss" in line]
+        return f"loss {losses[0]:.4g}, then {losses[-1]:.4g}"
+
+    def _ratio(self, lines: list[dict[str, Any]]) -> str:
+        from rlhf.inference.model_checks import Different
+
+        low, high = (
+            pick(line[f"policy/first_ratio_{name}"] for line in lines if f"policy/first_ratio_{name}" in line)
+            for name, pick in (("min", min), ("max", max))
+        )
+        if max(high - 1, 1 - low) > 1e-4:
+            raise Different(f"the first ratio of an update is {low:.6g} to {high:.6g}, not 1")
+        return (
+            "the first ratio is 1" if low == high == 1 else f"the first ratio is 1 within {max(high - 1, 1 - low):.1g}"
+        )
+
+    def _export(self, run: str) -> Path:
+        out = Path(f"{run}-exported")
+        export(run, out, EXPORTERS.pick("hf"), trust_remote_code=self.trust_remote_code)
+        return out
+
+
+def passed(steps: list[Step]) -> bool:
+    """Whether everything that a run needs works."""
+    return all(step.result in ("works", "no") for step in steps)
+
+
+def make_tiny_copy(model: str, folder: Path, trust_remote_code: bool = False) -> str:
+    """Write a model with the config of `model` in small, random weights, and its tokenizer; describes it.
+
+    Raises:
+        UserError: The model's config cannot be read or made small.
+    """
+    from transformers import AutoTokenizer
+    from transformers.utils import cached_file
+
+    from rlhf.models.load import load_hf_config, quiet
+    from rlhf.models.tiny_copy import random_model, tiny_config
+
+    quiet()
+    path = resolve_model_path(model)
+    config = load_hf_config(ModelConfig(path=model, trust_remote_code=trust_remote_code), path)
+    try:
+        made = random_model(tiny_config(config))
+    except Exception as error:  # the rules do not fit every family
+        raise UserError(
+            f"{model}: no tiny copy can be made of this {config.model_type} ({type(error).__name__}: {error})",
+            remedy="Check the model itself with --whole.",
+        ) from error
+    made.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code).save_pretrained(folder)
+    own = cached_file(path, "generation_config.json", _raise_exceptions_for_missing_entries=False)
+    if own is not None:
+        shutil.copyfile(own, folder / "generation_config.json")
+    return f"{type(made).__name__}, a random copy of {made.num_parameters():,} parameters"
+
+
+def command(
+    model: options.Model,
+    whole: Annotated[
+        bool, typer.Option("--whole", help="Train the model itself, which needs the memory of its PPO run.")
+    ] = False,
+    keep: Annotated[
+        Path | None, typer.Option(help="A new folder for runs, exports and log.txt; otherwise they are deleted.")
+    ] = None,
+    as_json: options.Json = False,
+    trust_remote_code: options.TrustRemoteCode = False,
+) -> None:
+    """Try all stages and the export on a model for two steps, by default on a tiny random copy of its architecture."""
+    if keep is not None and keep.exists():
+        raise UserError(f"--keep {keep}: exists", remedy="Name a new folder.")
+    folder = Path(tempfile.mkdtemp(prefix="check-model-")) if keep is None else keep
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        what, path = f"{model} itself", model
+        if not whole:
+            path = str(folder / "model")
+            what = make_tiny_copy(model, Path(path), trust_remote_code)
+        steps = Check(path, folder.resolve(), trust_remote_code=trust_remote_code).run()
+    finally:
+        if keep is None:
+            shutil.rmtree(folder, ignore_errors=True)
+    table(
+        f"{model}: {what}",
+        ["step", "result", "detail"],
+        [(s.step, s.result, f"{s.detail}\n{s.remedy}".strip()) for s in steps],
+    )
+    say("Everything that a run needs works." if passed(steps) else "Not everything works; see the table.")
+    if as_json:
+        print_json({"model": model, "checked": what, "works": passed(steps), "steps": [asdict(s) for s in steps]})
+    raise typer.Exit(0 if passed(steps) else 1)
