@@ -68,6 +68,36 @@ def test_every_form_of_a_trl_row_gives_the_same_pair(tmp_path, row, prompt):
     assert by_rank(record) == {1: ["Blue."], 2: ["Green."]}
 
 
+@pytest.mark.parametrize(
+    ("one_score", "other_score"), [("score_chosen", "score_rejected"), ("chosen-rating", "rejected-rating")]
+)
+def test_scores_stay_with_the_pair_and_equal_ones_are_a_tie(tmp_path, one_score, other_score):
+    pair = {"prompt": "Sky?", "chosen": "Blue.", "rejected": "Green."}
+    for name, row in (
+        ("trl-preference", pair),
+        ("alpaca-ranked", {"instruction": "Sky?", **pair}),
+        ("sharegpt-preference", {
+            "conversations": [{"from": "human", "value": "Sky?"}],
+            **{side: {"from": "gpt", "value": pair[side]} for side in ("chosen", "rejected")},
+        }),
+    ):  # fmt: skip
+        won = one(tmp_path, name, {**row, one_score: 9.0, other_score: "2"})
+        assert (won.ranks, [candidate.score for candidate in won.candidates]) == ((1, 2), [9, 2]), name
+        tied = one(tmp_path, name, {**row, one_score: 8, other_score: 8.0})
+        assert (tied.ranks, [candidate.score for candidate in tied.candidates]) == ((1, 1), [8, 8]), name
+        assert one(tmp_path, name, {**row, one_score: 1, other_score: None}).ranks == (1, 2), name
+        assert made(tmp_path, name, {**row, one_score: 2, other_score: 9}, {**row, one_score: "high"}) == (
+            [], ["the scores contradict who won", f"{one_score}: not a number"],
+        ), name  # fmt: skip
+
+
+def test_a_prompt_that_the_answers_repeat_may_differ_in_outer_white_space(tmp_path):
+    row = {"prompt": "Sky? ", "chosen": [user("Sky?"), assistant("Blue.")]}
+    record = one(tmp_path, "trl-preference", {**row, "rejected": [user("Sky?\n"), assistant("Green.")]})
+    assert said(record) == [("user", "Sky?")]
+    assert record.ranks == (1, 2)
+
+
 def test_a_text_is_not_cut_inside_a_word(tmp_path):
     record = one(tmp_path, "trl-preference", {"chosen": "The sky is blue", "rejected": "The sky is black"})
     assert (said(record), by_rank(record)) == ([("user", "The sky is")], {1: ["blue"], 2: ["black"]})
@@ -269,7 +299,8 @@ def test_in_shp_a_label_of_1_means_that_a_won_and_must_agree_with_the_votes(tmp_
     record = one(tmp_path, "shp", row)
     assert (best(record), record.group, record.split) == ("a", "ask_science", None)
     votes = {"score_A": 3, "score_B": 9}
-    assert made(tmp_path, "shp", {**row, **votes})[1] == ["labels: contradict score_A and score_B"]
+    assert made(tmp_path, "shp", {**row, **votes})[1] == ["the scores contradict who won"]
+    assert one(tmp_path, "shp", {**row, "score_A": 3, "score_B": 3}).ranks == (1, 1)
     assert made(tmp_path, "shp", {**row, "labels": 2}, {**row, "labels": "1"})[1] == ["labels: not one of 0, 1"] * 2
 
 

@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from data_tools.importers.table import IMPORTERS, Head, convert_rows
 from data_tools.reading.fields import as_jsonl, chat, elements, need, number, one_of, ranks_of_two, text
+from data_tools.reading.pair_scores import ranks_with_scores
 from data_tools.reading.rows import JSON
 from rlhf.data.schema import BadRecord, Candidate, Message, Ranking, Record
 from rlhf.data.store import OnReject
@@ -154,7 +155,7 @@ SHP_SAMPLE = as_jsonl(
 def shp(path: Path, reject: OnReject) -> Iterator[Record]:
     """Stanford Human Preferences (SHP, SHP-2): rows {history, human_ref_A, human_ref_B, labels, score_A, score_B}.
 
-    Ranks: `labels` 1 = human_ref_A is the better, 0 = human_ref_B (dataset card); the format has no ties. The
+    Ranks: `labels` 1 = human_ref_A is the better, 0 = human_ref_B (dataset card); equal scores are a tie. The
     preference is that of all voters: there is no annotator and no order shown. People wrote both answers. The scores
     (votes) are kept with the candidates. `domain` is the group, and gives the split where it ends in one:
     askculinary_train.
@@ -168,9 +169,7 @@ def _shp(row: Any) -> Ranking:
     need(row, "history", "human_ref_A", "human_ref_B", "labels")
     a_is_better = one_of(row["labels"], "labels", (0, 1))
     votes = [None if row.get(name) is None else number(row[name], name, -1e9, 1e9) for name in ("score_A", "score_B")]
-    if None not in votes and votes[0] != votes[1] and (votes[0] > votes[1]) != bool(a_is_better):  # type: ignore[operator]
-        remedy = "1 means that human_ref_A is preferred: were the labels turned around?"
-        raise BadRecord("labels: contradict score_A and score_B", f"{a_is_better}: {votes[0]}, {votes[1]}", remedy)
+    ranks = ranks_with_scores(ranks_of_two(1 - 2 * a_is_better), votes, ("human_ref_A", "human_ref_B"))
     domain = text(row, "domain", optional=True)
     name, _, split = domain.rpartition("_")
     return Ranking(
@@ -182,7 +181,7 @@ def _shp(row: Any) -> Ranking:
             Candidate(text(row, field), author_kind="person", score=score)
             for field, score in zip(("human_ref_A", "human_ref_B"), votes)
         ),
-        ranks=ranks_of_two(1 - 2 * a_is_better),
+        ranks=ranks,
     )
 
 

@@ -11,6 +11,7 @@ from data_tools.importers import hh
 from data_tools.importers.table import IMPORTERS, Head, convert_rows
 from data_tools.reading.annotation_exports import brief
 from data_tools.reading.fields import SHAREGPT_ROLES, answer, as_jsonl, before_prompt, chat, need, text
+from data_tools.reading.pair_scores import chosen_and_rejected, ranks_with_scores
 from data_tools.reading.rows import JSON
 from data_tools.reading.turns import has_later_marks, is_transcript, join_prompt, prompt_turns, shared_turns, turns_of
 from rlhf.data.schema import BadRecord, Candidate, Message, Ranking, Record
@@ -40,8 +41,9 @@ TRL_SAMPLE = as_jsonl(
 def trl_preference(path: Path, reject: OnReject) -> Iterator[Record]:
     """TRL preference rows {prompt, chosen, rejected}: text or messages, with the prompt given or left in the answers.
 
-    Ranks: chosen 1, rejected 2; the format has no ties, and does not say in which order the answers were shown or
-    who wrote them (https://huggingface.co/docs/trl/dataset_formats).
+    Ranks: chosen 1, rejected 2, unless their scores are equal, which is a tie. `score_chosen` and `score_rejected`
+    (also `chosen_score`, `chosen-rating` and the like) stay with the candidates. The format does not say in which order
+    the answers were shown or who wrote them (https://huggingface.co/docs/trl/dataset_formats).
 
     The prompt is `prompt`, or else `question`, `instruction` (followed by `input`), `query` or `input`: a text (a
     user's turn), a list of messages, JSON text of such a list, or text in which ``Human:`` and ``Assistant:`` mark the
@@ -51,7 +53,8 @@ def trl_preference(path: Path, reject: OnReject) -> Iterator[Record]:
     and the white space at the cut is dropped; they must share three words, and JSON is never cut.
 
     Rejected: two fields that could be the prompt, an HH-RLHF transcript without a prompt (import it as hh-rlhf),
-    answers of several turns, identical or empty answers, no prompt, turns of tools.
+    answers of several turns, identical or empty answers, no prompt, turns of tools, a rejected answer with the higher
+    score.
     """
     return convert_rows(path, reject, _trl_ranking)
 
@@ -70,7 +73,7 @@ def _trl_ranking(row: Any) -> Ranking:
         raise BadRecord("a transcript of HH-RLHF", remedy="Import the file as hh-rlhf.")
     better, worse = turns_of(chosen, "chosen", "assistant"), turns_of(rejected, "rejected", "assistant")
     if not asked and len(better) == len(worse) == 1 and isinstance(chosen, str):
-        return _preference(*_cut_where_they_differ(chosen, rejected), "trl-preference")
+        return _preference(row, *_cut_where_they_differ(chosen, rejected), "trl-preference")
     same = shared_turns([better, worse])
     asked = join_prompt(asked, better[:same])
     best, other = answer(better[same:], "chosen"), answer(worse[same:], "rejected")
@@ -78,7 +81,7 @@ def _trl_ranking(row: Any) -> Ranking:
         if has_later_marks(best) or has_later_marks(other):
             raise BadRecord("an answer with a transcript inside", brief(best), "Cut it after its first turn.")
         best, other = best.strip(), other.strip()
-    return _preference(asked, best, other, "trl-preference")
+    return _preference(row, asked, best, other, "trl-preference")
 
 
 def _trl_prompt(row: Mapping[str, Any]) -> list[Message]:
@@ -102,8 +105,11 @@ def _cut_where_they_differ(one: str, other: str) -> tuple[list[Message], str, st
     return [Message("user", one[:at].strip())], one[at:].strip(), other[at:].strip()
 
 
-def _preference(prompt: list[Message], chosen: str, rejected: str, source: str) -> Ranking:
-    return Ranking(tuple(prompt), source=source, candidates=(Candidate(chosen), Candidate(rejected)), ranks=(1, 2))
+def _preference(row: Mapping[str, Any], prompt: list[Message], chosen: str, rejected: str, source: str) -> Ranking:
+    scores = chosen_and_rejected(row)
+    candidates = tuple(Candidate(text, score=score) for text, score in zip((chosen, rejected), scores))
+    ranks = ranks_with_scores((1, 2), scores, ("chosen", "rejected"))
+    return Ranking(tuple(prompt), source=source, candidates=candidates, ranks=ranks)
 
 
 # ---- OpenAI ----------------------------------------------------------------------------------------------------------
@@ -142,7 +148,7 @@ def _openai_ranking(row: Any) -> Ranking:
     asked = row["input"]
     prompt = chat(asked.get("messages") if isinstance(asked, dict) else asked, "input.messages")
     better, worse = (answer(chat(row[name], name), name) for name in ("preferred_output", "non_preferred_output"))
-    return _preference(prompt, better, worse, "openai-preference")
+    return _preference({}, prompt, better, worse, "openai-preference")
 
 
 # ---- ShareGPT --------------------------------------------------------------------------------------------------------
@@ -167,11 +173,12 @@ SHAREGPT_SAMPLE = as_jsonl(
 def sharegpt_preference(path: Path, reject: OnReject) -> Iterator[Record]:
     """ShareGPT-style pairs (LLaMA-Factory): rows {conversations, chosen, rejected} of turns {from, value}.
 
-    Ranks: chosen 1, rejected 2; the format has no ties, and does not say in which order the answers were shown or
-    who wrote them. The prompt is `conversations`, after `system` where the row has one.
+    Ranks: chosen 1, rejected 2, unless `score_chosen` and `score_rejected` are equal, which is a tie; scores stay with
+    the candidates. The format does not say in which order the answers were shown or who wrote them. The prompt is
+    `conversations`, after `system` where the row has one.
 
     Rejected: turns of tools (`function_call`, `observation`), an answer that is not the assistant's, identical or
-    empty answers.
+    empty answers, a rejected answer with the higher score.
     """
     return convert_rows(path, reject, _sharegpt_ranking)
 
@@ -182,7 +189,7 @@ def _sharegpt_ranking(row: Any) -> Ranking:
     better, worse = (
         answer(chat([row[name]], name, SHAREGPT_ROLES, "from", "value"), name) for name in ("chosen", "rejected")
     )
-    return _preference(prompt, better, worse, "sharegpt-preference")
+    return _preference(row, prompt, better, worse, "sharegpt-preference")
 
 
 def sharegpt_chat(row: dict[str, Any]) -> list[Message]:

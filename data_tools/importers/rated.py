@@ -11,6 +11,7 @@ from data_tools.importers.comparisons import marked_prompt
 from data_tools.importers.table import IMPORTERS, Head, convert_rows
 from data_tools.reading.fields import alpaca_prompt, as_jsonl, elements, need, number, text
 from data_tools.reading.html_text import html_text
+from data_tools.reading.pair_scores import chosen_and_rejected, ranks_with_scores
 from data_tools.reading.rows import JSON, rows
 from data_tools.reading.unread import ReadFields, unread_fault
 from rlhf.data.jsonl import Item, Reject
@@ -257,11 +258,12 @@ def alpaca_ranked(path: Path, reject: OnReject) -> Iterator[Record]:
     """Alpaca-style rankings (LLaMA-Factory): rows {instruction, input, output} with a list of answers, best first.
 
     Ranks: the place in the list, first = 1; the format has no ties, and says neither the order shown nor who judged
-    or wrote. Rows {instruction, input, chosen, rejected} are read as a list of two. The prompt is `instruction` and,
+    or wrote. Rows {instruction, input, chosen, rejected} are read as a list of two; their scores (`score_chosen` and
+    the like) stay with them, and equal scores are a tie. The prompt is `instruction` and,
     after a blank line, `input`, after `system` and `history` where the row has them.
 
     Rejected: an `output` that is no list (import it as alpaca), fewer than two distinct answers, an empty one, the same
-    answer at two places.
+    answer at two places, a rejected answer with the higher score.
     """
     return convert_rows(path, reject, _alpaca_ranked)
 
@@ -270,12 +272,15 @@ def _alpaca_ranked(row: Any) -> Ranking:
     need(row, "instruction")
     if row.get("output") is None:
         need(row, "chosen", "rejected")
-    answers = [row["chosen"], row["rejected"]] if row.get("output") is None else row["output"]
+    pair = row.get("output") is None
+    answers = [row["chosen"], row["rejected"]] if pair else row["output"]
     if not isinstance(answers, list):
         raise BadRecord("output: not a list", type(answers).__name__, "Rows of one answer are imported as alpaca.")
+    scores = chosen_and_rejected(row) if pair else [None] * len(answers)
+    ranks = tuple(range(1, len(answers) + 1))
     return Ranking(
         alpaca_prompt(row),
         source="alpaca-ranked",
-        candidates=tuple(map(Candidate, answers)),
-        ranks=tuple(range(1, len(answers) + 1)),
+        candidates=tuple(Candidate(text, score=score) for text, score in zip(answers, scores)),
+        ranks=ranks_with_scores(ranks, scores, ("chosen", "rejected")) if pair else ranks,
     )

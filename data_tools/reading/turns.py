@@ -89,9 +89,9 @@ def turns_of(value: Any, name: str, role: Role, json_text: bool = True) -> list[
 
 
 def shared_turns(chats: Sequence[Sequence[Message]]) -> int:
-    """Number of turns with which all chats begin, the last turn of each left out."""
+    """Number of turns with which all chats begin, the last turn of each left out; outer white space may differ."""
     same = 0
-    while same < min(map(len, chats)) - 1 and len({said[same] for said in chats}) == 1:
+    while same < min(map(len, chats)) - 1 and len({_trimmed(said[same]) for said in chats}) == 1:
         same += 1
     return same
 
@@ -140,10 +140,18 @@ def exchange(prompt: Any, answers: Mapping[str, Any], json_text: bool = True) ->
 
 
 def join_prompt(asked: list[Message], shared: list[Message]) -> list[Message]:
-    """The prompt of answers that all begin with the turns `shared`, whether or not these repeat `asked`."""
-    if all(turn in shared for turn in asked):
+    """The prompt of answers that all begin with the turns `shared`, whether or not these repeat `asked`.
+
+    Turns that differ in outer white space only are the same.
+    """
+    given, repeated = [list(map(_trimmed, turns)) for turns in (asked, shared)]
+    if all(turn in repeated for turn in given):
         return shared
-    return asked if asked[-len(shared) :] == shared else asked + shared
+    return asked if given[-len(shared) :] == repeated else asked + shared
+
+
+def _trimmed(turn: Message) -> tuple[str, str]:
+    return turn.role, turn.content.strip()
 
 
 def _is_empty(value: Any) -> bool:
