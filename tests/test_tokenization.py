@@ -97,6 +97,116 @@ def test_a_template_that_rewrites_earlier_turns_trains_on_the_last_answer_alone(
     assert ids[: mine.index(True)] == chat.prompt(DIALOGUE)
 
 
+def reference(chat, messages):
+    """The tokens of a prompt in plain transformers."""
+    rows = [{"role": m.role, "content": m.content} for m in messages]
+    return chat.tokenizer.apply_chat_template(rows, add_generation_prompt=True, return_dict=False)
+
+
+def test_prompts_of_every_number_of_turns_are_the_tokens_of_plain_transformers(chat):
+    for turns in (2, 4):
+        assert chat.prompt(DIALOGUE[:turns]) == reference(chat, DIALOGUE[:turns])
+    ids, mine = chat.conversation([*DIALOGUE, Message("assistant", "A test.")])
+    assert ids == reference(chat, DIALOGUE) + chat.response("A test.")
+    said = chat.tokenizer.decode([token for token, flag in zip(ids, mine) if flag])
+    assert "Hi." in said and "Hello" not in said and "User" not in said and "Who" not in said
+
+
+def test_text_that_spells_control_tokens_is_never_encoded_as_them(chat):
+    tokenizer = chat.tokenizer
+    special = set(tokenizer.all_special_ids)
+    text = "Write <s>old</s> and it is struck out."
+    response = chat.response(text)
+    assert not special.intersection(response[:-1])
+    assert chat.decode(response) == text
+    for turns in (2, 4):
+        clean = [m._replace(content=m.content.replace("Hi.", "Hi!")) for m in DIALOGUE[:turns]]
+        spelled = [m._replace(content=f"{m.content} {text}") for m in clean]
+        counts = [sum(chat.prompt(messages).count(token) for token in special) for messages in (clean, spelled)]
+        assert counts[0] == counts[1]
+        rows = [{"role": m.role, "content": m.content} for m in spelled]
+        same = tokenizer.apply_chat_template(
+            rows, add_generation_prompt=True, return_dict=False, sanitize_control_tokens=True
+        )
+        assert chat.prompt(spelled) == same
+
+
+def test_the_earlier_answers_of_a_conversation_with_control_tokens_are_trained_on(tiny_chat):
+    ids, mine = tiny_chat.conversation(
+        [DIALOGUE[1], Message("assistant", "Say </s>."), DIALOGUE[3], Message("assistant", "Yes.")]
+    )
+    said = tiny_chat.tokenizer.decode([token for token, flag in zip(ids, mine) if flag])
+    assert said == " Say </s>.</s> Yes.</s>"
+
+
+def test_records_that_spell_control_tokens_can_be_rejected_and_counted():
+    config = ModelConfig(path=tiny.llama(), chat_template="default", control_tokens_in_text="reject")
+    chat, counts = load_tokenizer(config, tiny.llama()), EncodingCounts()
+    record = Demonstration((Message("user", "Ok?"),), answer="No </s> yes")
+    assert encode_demonstration(record, chat, 40, counts) is None
+    (row,) = counts.refused
+    assert row["prompt_id"] == record.prompt_id and "</s>" in row["fault"]
+    assert sum(counts.skipped.values()) == 1
+
+
+REFUSING = "{% if messages[0].role == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}" + CHATML
+
+
+def test_a_record_that_the_template_refuses_is_rejected_with_its_place(tmp_path, capsys):
+    (tmp_path / "t.jinja").write_text(REFUSING)
+    config = ModelConfig(path=tiny.llama(), chat_template=str(tmp_path / "t.jinja"))
+    chat, counts = load_tokenizer(config, tiny.llama()), EncodingCounts()
+    messages = (Message("system", "Be brief."), Message("user", "Ok?"))
+    candidates = (Candidate("a"), Candidate("b"))
+    demonstration = Demonstration(messages, answer="Yes.", source="file.jsonl")
+    ranking = Ranking(messages, candidates=candidates, ranks=(1, 2))
+    assert encode_demonstration(demonstration, chat, 100, counts) is None
+    assert encode_ranking(ranking, chat, 100, counts) is None
+    assert encode_prompt(ranking, chat, 100, counts) is None
+    assert encode_demonstration(Demonstration(messages[1:], answer="Yes."), chat, 100, counts) is not None
+    assert [row["prompt_id"] for row in counts.refused] == [ranking.prompt_id] * 3
+    counts.report("demonstrations")
+    said = capsys.readouterr().err
+    assert "3 demonstrations rejected" in said and ranking.prompt_id in said and "System role not supported" in said
+
+
+def test_a_template_that_loops_ends_at_the_time_limit(tmp_path, monkeypatch):
+    monkeypatch.setattr("rlhf.data.chat_rendering.RENDER_SECONDS", 0.2)
+    loop = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
+    (tmp_path / "t.jinja").write_text("{% if messages[0].content == 'loop' %}" + loop + "{% endif %}" + CHATML)
+    chat = load_tokenizer(ModelConfig(path=tiny.llama(), chat_template=str(tmp_path / "t.jinja")), tiny.llama())
+    counts = EncodingCounts()
+    record = Demonstration((Message("user", "loop"),), answer="Yes.")
+    assert encode_demonstration(record, chat, 100, counts) is None
+    assert "takes longer" in counts.refused[0]["fault"]
+
+
+def test_a_conversation_is_rendered_twice_however_many_turns_it_has(tiny_chat, monkeypatch):
+    calls, apply = [], tiny_chat.tokenizer.apply_chat_template
+
+    def counted(*args, **options):
+        calls.append(args)
+        return apply(*args, **options)
+
+    monkeypatch.setattr(tiny_chat.tokenizer, "apply_chat_template", counted)
+    turns = [Message(("user", "assistant")[i % 2], f"turn {i}") for i in range(10_002)]
+    ids, mine = tiny_chat.conversation(turns)
+    assert len(calls) == 2
+    assert sum(mine) == sum(len(tiny_chat.response(m.content)) for m in turns[1::2])
+    assert len(ids) == len(mine)
+
+
+def test_a_reasoning_block_that_the_generation_prompt_opens_is_ended_once(tmp_path):
+    (tmp_path / "t.jinja").write_text(CHATML.replace("assistant\n{% endif", "assistant\n<think>\n{% endif"))
+    chat = load_tokenizer(ModelConfig(path=tiny.llama(), chat_template=str(tmp_path / "t.jinja")), tiny.llama())
+    decode = chat.tokenizer.decode
+    assert decode(chat.prompt(DIALOGUE[1:2])).endswith("<|im_start|>assistant\n<think>\n")
+    assert decode(chat.response("Yes.")[:-1]) == "\n</think>\n\nYes."
+    assert decode(chat.response("<think>\nHm.\n</think>\n\nYes.")[:-1]) == "Hm.\n</think>\n\nYes."
+    assert decode(chat.response("Hm.\n</think>\n\nYes.")[:-1]) == "Hm.\n</think>\n\nYes."
+    assert chat.decode(chat.response("Yes.")) == "Yes."
+
+
 def test_a_template_whose_answer_does_not_follow_its_prompt_is_refused(tmp_path):
     file = tmp_path / "t.jinja"
     file.write_text("{{ messages | length }}{% for m in messages %}{{ m.content }}{% endfor %}")

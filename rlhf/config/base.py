@@ -41,6 +41,9 @@ class ModelConfig(Strict):
     chat_template: str = "auto"
     """`auto` (the model's own template if it has one, else `default`), `default`, `plain` (no roles: the completion
     continues the text of the prompt), or the path of a Jinja file."""
+    control_tokens_in_text: Literal["as_text", "reject"] = "as_text"
+    """What happens to text of records that spells a control token, such as `</s>`. It never becomes that token: it is
+    encoded as the characters that it is (`as_text`), or the record is rejected and counted (`reject`)."""
     max_length: PositiveInt | None = None
     """Longest sequence in tokens, prompt and completion together. The default is the model's own limit."""
     trust_remote_code: bool = False

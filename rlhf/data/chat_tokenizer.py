@@ -1,7 +1,8 @@
 """Text to tokens with the chat template.
 
-A conversation is encoded piece by piece (everything up to a generation prompt, then the response, ...), so the prompt
-has the same tokens in every stage and before every response.
+A prompt is rendered and encoded as a whole, as `apply_chat_template` of plain transformers does, so a served model
+reads the tokens that it was trained on. A response is encoded on its own, as a continuation: it is generated after
+the prompt's tokens.
 
 Truncation: a prompt keeps its end, and its first token if that is BOS. A response is never truncated; see
 `rlhf.data.encode_records`.
@@ -11,14 +12,16 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from datetime import datetime
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from rlhf.config.base import ModelConfig
 from rlhf.core.errors import UserError
 from rlhf.core.lazy import lazy
-from rlhf.data.chat_templates import read_template
+from rlhf.data.chat_rendering import MARK, InText, RefusedText, Renderer
+from rlhf.data.chat_templates import freeze_clock, read_template, reads_clock
 from rlhf.data.schema import Message
 
 if TYPE_CHECKING:
@@ -31,24 +34,65 @@ PROBE = "\N{BLACK STAR}"
 """A response that shows where the template puts responses."""
 
 
-def load_tokenizer(config: ModelConfig, path: str) -> ChatTokenizer:
+def load_tokenizer(config: ModelConfig, path: str, frozen_at: str | None = None) -> ChatTokenizer:
     """The tokenizer of a model folder or a model on the Hub, with the chat template that the config selects.
 
-    For an encoder, CLS and SEP are used as BOS and EOS.
+    For an encoder, CLS and SEP are used as BOS and EOS. A template that reads the clock is frozen.
+
+    Args:
+        config: Which chat template, and what happens to control tokens in text.
+        path: Where the tokenizer is.
+        frozen_at: The time that the template's `strftime_now` gives, in ISO format; by default the present.
 
     Raises:
         UserError: No tokenizer found, no end-of-sequence token, or an unusable chat template.
     """
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(path, trust_remote_code=config.trust_remote_code)
-    except Exception as error:  # the tokenizers library raises Exception itself, for instance at JSON nested too deeply
+    except (OSError, ValueError) as error:
         raise UserError(f"model.path: no tokenizer can be loaded from {path}", str(error).split("\n")[0]) from None
     if tokenizer.bos_token is None and tokenizer.eos_token is None and tokenizer.cls_token and tokenizer.sep_token:
         tokenizer.bos_token, tokenizer.eos_token = tokenizer.cls_token, tokenizer.sep_token
     if config.chat_template != "auto" or not tokenizer.chat_template:
         name = "default" if config.chat_template == "auto" else config.chat_template
         tokenizer.chat_template = read_template(name)
-    return ChatTokenizer(tokenizer)
+    template = tokenizer.get_chat_template()
+    if not reads_clock(template):
+        return ChatTokenizer(tokenizer, config.control_tokens_in_text)
+    frozen_at = frozen_at or datetime.now().isoformat(timespec="seconds")
+    tokenizer.chat_template = freeze_clock(template, datetime.fromisoformat(frozen_at))
+    return ChatTokenizer(tokenizer, config.control_tokens_in_text, frozen_at)
+
+
+def _around_response(before: str, full: str) -> tuple[str, str]:
+    """What a template writes between its generation prompt and a response, and after a response.
+
+    A generation prompt may open a reasoning block (`<think>`) that a finished turn does not show, or shows empty in
+    another form. The text before the response then ends that block.
+
+    Args:
+        before: A user turn with the generation prompt.
+        full: The same turn and PROBE as its response.
+
+    Raises:
+        UserError: The response does not follow the generation prompt.
+    """
+    same = _shared_start(before, full)
+    rest, (lead, *tail) = before[same:], full[same:].split(PROBE)
+    if len(tail) == 1 and not rest:
+        return lead, tail[0]
+    if len(tail) == 1 and before.rstrip().endswith("<think>"):
+        return lead if "</think>" in lead else "\n</think>\n\n", tail[0]
+    raise UserError(
+        "model.chat_template: a conversation with a response does not start with its generation prompt",
+        f"{full[:120]!r} does not start with {before[:120]!r}, so the tokens of the response are unknown.",
+        "Use a template whose generation prompt is the start of the assistant turn, and which writes text content.",
+    )
+
+
+def _shared_start(one: str, other: str) -> int:
+    """The number of characters that two texts share at their start."""
+    return next((i for i, (a, b) in enumerate(zip(one, other)) if a != b), min(len(one), len(other)))
 
 
 class ChatTokenizer:
@@ -57,32 +101,28 @@ class ChatTokenizer:
     Attributes:
         end_id: The token that ends a response: the template's end of turn, else EOS.
         pad_id: The padding token (PAD, else `end_id`); masks hide it everywhere.
+        lead: What the template writes between the generation prompt and a response: a space, or the end of a reasoning
+            block that is empty.
+        frozen_at: The time that the template's `strftime_now` gives, in ISO format; None if it does not read the clock.
     """
 
-    def __init__(self, tokenizer: Any) -> None:
-        self.tokenizer = tokenizer
+    def __init__(self, tokenizer: Any, in_text: InText = "as_text", frozen_at: str | None = None) -> None:
+        self.tokenizer, self.frozen_at = tokenizer, frozen_at
+        self.renderer = Renderer(tokenizer, in_text)
         probe = [Message("user", "hello"), Message("assistant", PROBE)]
-        before, full = self._render(probe[:1], True), self._render(probe, False)
-        if not full.startswith(before) or PROBE not in full:
-            raise UserError(
-                "model.chat_template: a conversation with a response does not start with its generation prompt",
-                f"{full[:120]!r} does not start with {before[:120]!r}, so the tokens of the response are unknown.",
-                "Use a template whose generation prompt is the start of the assistant turn.",
-            )
-        self._lead, tail = full[len(before) :].split(PROBE)
-        ends = [token for token in self._encode(tail) if token in self._special]
+        question, before, full = self._probe(probe[:1], False), self._probe(probe[:1], True), self._probe(probe, False)
+        self._generation_prompt = before[_shared_start(question, before) :]
+        self.lead, tail = _around_response(before, full)
+        self.renderer.add_control(before + full)
+        added = set(tokenizer.all_special_ids) | set(tokenizer.added_tokens_decoder)
+        ends = [token for token in self._encode(tail) if token in added]
         if not ends and tokenizer.eos_token_id is None:
             raise UserError("the tokenizer has no EOS token and the chat template has no end of turn")
         self.end_id: int = ends[0] if ends else tokenizer.eos_token_id
-        # If the template writes an end of turn, the text after it (often a newline) belongs to the next piece.
         end_text = tokenizer.convert_ids_to_tokens(self.end_id)
-        self._tail, self._after_end = tail, tail.split(end_text, 1)[1] if ends else ""
+        self._end = tail[: tail.index(end_text) + len(end_text)] if ends else ""
         pad = tokenizer.pad_token_id
         self.pad_id: int = pad if pad is not None else self.end_id
-
-    @cached_property
-    def _special(self) -> set[int]:
-        return set(self.tokenizer.all_special_ids) | set(self.tokenizer.added_tokens_decoder)
 
     @cached_property
     def _anchor(self) -> list[int]:
@@ -90,19 +130,15 @@ class ChatTokenizer:
         newline, joined = self._encode("\n"), self._encode("\na")
         return [] if joined == newline + self._encode("a") else newline
 
-    def _render(self, messages: Sequence[Message], generation_prompt: bool) -> str:
-        chat = [{"role": m.role, "content": m.content} for m in messages]
+    def _probe(self, messages: Sequence[Message], generation_prompt: bool) -> str:
+        """Render a conversation that every template must accept."""
         try:
-            text: str = self.tokenizer.apply_chat_template(
-                chat, tokenize=False, add_generation_prompt=generation_prompt
-            )
-        except Exception as error:  # templates may raise anything
-            raise UserError(f"model.chat_template: failed on a conversation: {error}") from error
-        return text
+            return self.renderer.render(messages, generation_prompt)
+        except RefusedText as error:
+            raise UserError(f"model.chat_template: {error.what}, one user turn and its answer", error.why) from None
 
     def _encode(self, text: str) -> list[int]:
-        ids: list[int] = self.tokenizer.encode(text, add_special_tokens=False)
-        return ids
+        return self.renderer.encode(text)
 
     def _encode_next(self, text: str) -> list[int]:
         """Token ids of text that continues other text."""
@@ -111,40 +147,86 @@ class ChatTokenizer:
             return anchored[len(self._anchor) :]
         return self._encode(text)
 
-    def _pieces(self, messages: Sequence[Message]) -> list[tuple[list[int], bool]]:
-        """The pieces (token ids, is a response) of a conversation, up to its last message or its generation prompt."""
-        pieces: list[tuple[list[int], bool]] = []
-        done = ""
-        turns = [i for i, m in enumerate(messages) if m.role == "assistant"]
-        stops = turns if messages[-1].role == "assistant" else [*turns, len(messages)]
-        for i in stops:
-            before = self._render(messages[:i], True)
-            if not before.startswith(done):  # the template rewrites earlier turns, so they count as prompt text
-                pieces, done = [], ""
-            encode = self._encode_next if done else self._encode
-            pieces.append((encode(before[len(done) :]), False))
-            if i == len(messages):
-                break
-            pieces.append((self.response(messages[i].content), True))
-            full = self._render(messages[: i + 1], False)
-            done = full[: len(full) - len(self._after_end)] if self._after_end else full
-        return pieces
-
     def prompt(self, messages: Sequence[Message]) -> list[int]:
-        """Token ids of a conversation that ends with a user turn, including the generation prompt."""
-        return [token for piece, _ in self._pieces(messages) for token in piece]
+        """Token ids of a conversation that ends with a user turn, including the generation prompt.
+
+        Raises:
+            RefusedText: The template refuses the conversation, or see `model.control_tokens_in_text`.
+        """
+        return self._encode(self.renderer.render(messages, True))
 
     def response(self, text: str) -> list[int]:
-        """Token ids of a response, including `end_id`."""
-        return [*self._encode_next(self._lead + text), self.end_id]
+        """Token ids of a response, including `end_id`.
+
+        Where the template ends an empty reasoning block before the response, a response with a reasoning block of its
+        own ("... </think> ...") does without.
+
+        Raises:
+            RefusedText: See `model.control_tokens_in_text`.
+        """
+        lead = self.lead
+        if "</think>" in text and "<think>" in self._generation_prompt + lead:
+            opened = "<think>" in self._generation_prompt
+            lead, text = "", text.removeprefix("<think>").removeprefix("\n") if opened else text
+        ids = self._encode_next(lead + self.renderer.marked(text))
+        return [*ids, self.end_id]
 
     def conversation(self, messages: Sequence[Message]) -> tuple[list[int], list[bool]]:
-        """Token ids of a whole conversation, and for each whether the assistant said it (ends of turns included)."""
-        pieces = self._pieces(messages)
-        ids = [token for piece, _ in pieces for token in piece]
-        return ids, [is_response for piece, is_response in pieces for _ in piece]
+        """Token ids of a conversation that ends with a response, and for each whether the assistant said it.
 
-    def whole(self, chat: Sequence[dict[str, str]], response: str) -> list[int]:
+        The assistant's tokens are those of its last response, and of earlier ones that the template writes as it
+        writes the last one: after the generation prompt. They include ends of turns.
+
+        Raises:
+            RefusedText: See `prompt`.
+        """
+        before, response = messages[:-1], self.response(messages[-1].content)
+        text = self.renderer.render(before, True)
+        ids, flags = self._encode(text), None
+        if any(m.role == "assistant" for m in before):
+            flags = self._flags(ids, text, self._earlier_responses(before, text))
+        return ids + response, (flags or [False] * len(ids)) + [True] * len(response)
+
+    def _earlier_responses(self, messages: Sequence[Message], text: str) -> list[tuple[int, int]]:
+        """Where in `text` the responses are that follow a generation prompt: (start after it, end with its end)."""
+        found = []
+        for start, end in self.renderer.response_spans(messages, text):
+            while start and text[start - 1].isspace() and not text.endswith(self._headers, 0, start):
+                start -= 1
+            while self._end and end < len(text) and text[end].isspace() and not text.startswith(self._end, end):
+                end += 1
+            if text.endswith(self._headers, 0, start) and text.startswith(self._end, end):
+                lead = text.endswith(self._headers[0], 0, start) * len(self.lead)
+                found.append((start - lead, end + len(self._end)))
+        return found
+
+    @cached_property
+    def _headers(self) -> tuple[str, str]:
+        return self._generation_prompt + self.lead, self._generation_prompt
+
+    def _flags(self, ids: list[int], text: str, spans: Sequence[tuple[int, int]]) -> list[bool] | None:
+        """For each token of `text`, whether it lies in one of the spans; None if the tokenizer gives no positions."""
+        if not self.tokenizer.is_fast or MARK in text:
+            return self._flags_by_pieces(ids, text, spans)
+        positions = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
+        flags, waiting = [], iter([*spans, (len(text) + 1, len(text) + 1)])
+        first, last = next(waiting)
+        for start, end in positions:
+            while start >= last:
+                first, last = next(waiting)
+            flags.append(first <= start and end <= last)
+        return flags
+
+    def _flags_by_pieces(self, ids: list[int], text: str, spans: Sequence[tuple[int, int]]) -> list[bool] | None:
+        """`_flags` without positions: the text is encoded in pieces, which must give the tokens of the whole."""
+        cuts = [0, *(place for span in spans for place in span), len(text)]
+        pieces = [text[a:b] for a, b in zip(cuts, cuts[1:])]
+        encoded = [self._encode_next(piece) if i else self._encode(piece) for i, piece in enumerate(pieces)]
+        if [token for piece in encoded for token in piece] != ids:
+            return None
+        return [i % 2 == 1 for i, piece in enumerate(encoded) for _ in piece]
+
+    def whole(self, chat: Sequence[Mapping[str, str]], response: str) -> list[int]:
         """Token ids of a prompt, given as {role, content} mappings, followed by its response."""
         return self.prompt([Message(**m) for m in chat]) + self.response(response)  # type: ignore[arg-type]
 
@@ -157,8 +239,14 @@ class ChatTokenizer:
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of a response, without special tokens and without the template's leading text."""
+        ids = ids[:-1] if ids and ids[-1] == self.end_id else ids  # an end of turn need not be a special token
         text = self._decode([*self._anchor, *ids])[len(self._decode(self._anchor)) :]
-        return text.removeprefix(self._lead)
+        return text.removeprefix(self._decoded_lead)
+
+    @cached_property
+    def _decoded_lead(self) -> str:
+        """`lead` as `decode` gives it: without special tokens."""
+        return self._decode([*self._anchor, *self._encode_next(self.lead)])[len(self._decode(self._anchor)) :]
 
     def _decode(self, ids: Sequence[int]) -> str:
         text: str = self.tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)

@@ -1,7 +1,8 @@
 """Records to rows of token ids: demonstrations, rankings, prompts.
 
 A response is never truncated. If it leaves the prompt less than a quarter of max_length (and less than the prompt
-needs), the demonstration or candidate is skipped and counted. A prompt that is too long keeps its end.
+needs), the demonstration or candidate is skipped and counted. A prompt that is too long keeps its end. A record that
+the chat template refuses is rejected and counted.
 """
 
 from __future__ import annotations
@@ -11,7 +12,8 @@ from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
 
-from rlhf.core.console import say
+from rlhf.core.console import say, warn
+from rlhf.data.chat_rendering import RefusedText
 from rlhf.data.chat_tokenizer import ChatTokenizer
 from rlhf.data.schema import Demonstration, Message, Prompt, Ranking, dense_ranks
 
@@ -23,6 +25,14 @@ class EncodingCounts:
     kept: int = 0
     truncated_prompts: int = 0
     skipped: Counter[str] = field(default_factory=Counter)
+    refused: list[dict[str, str]] = field(default_factory=list)
+    """Records that cannot become tokens: `reason`, `prompt_id`, `source` and `fault` of each; also in `skipped`."""
+
+    def refuse(self, record: Prompt, error: RefusedText) -> None:
+        """Count a record that cannot become tokens."""
+        self.skipped[error.reason] += 1
+        place = {"prompt_id": record.prompt_id, "source": record.source}
+        self.refused.append({"reason": error.reason, **place, "fault": error.what, "remedy": error.remedy})
 
     def report(self, what: str) -> None:
         """Print the counts in one line."""
@@ -31,6 +41,14 @@ class EncodingCounts:
             parts.append(f"{self.truncated_prompts:,} prompts truncated to their end")
         parts += [f"{count:,} skipped: {reason}" for reason, count in sorted(self.skipped.items())]
         say("  ".join(("Data:", *parts)))
+        by_reason: dict[str, list[dict[str, str]]] = {}
+        for row in self.refused:
+            by_reason.setdefault(row["reason"], []).append(row)
+        for rows in by_reason.values():
+            first = rows[0]
+            source = f" ({first['source']})" if first["source"] else ""
+            count = f"{len(rows):,} {what} rejected, the first is prompt {first['prompt_id']}{source}"
+            warn(f"{count}: {first['fault']}. {first['remedy']}")
 
 
 def fits(response: int, prompt: int, max_length: int) -> bool:
@@ -48,11 +66,16 @@ def best_response(record: Demonstration | Ranking) -> str:
 def encode_demonstration(
     record: Demonstration | Ranking, chat: ChatTokenizer, max_length: int, counts: EncodingCounts
 ) -> dict[str, Any] | None:
-    """The row of a demonstration, or of a ranking's best response. None if the response does not fit.
+    """The row of a demonstration, or of a ranking's best response. None if the response does not fit or the
+    template refuses the conversation.
 
     Labels are -100 except at the tokens of every assistant turn.
     """
-    ids, is_response = chat.conversation([*record.messages, Message("assistant", best_response(record))])
+    try:
+        ids, is_response = chat.conversation([*record.messages, Message("assistant", best_response(record))])
+    except RefusedText as error:
+        counts.refuse(record, error)
+        return None
     response = next((i for i, flag in enumerate(reversed(is_response)) if not flag), len(is_response))
     if not fits(response, len(ids) - response, max_length):
         counts.skipped[f"response does not fit in {max_length} tokens"] += 1
@@ -69,9 +92,13 @@ def encode_demonstration(
 def encode_ranking(
     record: Ranking, chat: ChatTokenizer, max_length: int, counts: EncodingCounts
 ) -> dict[str, Any] | None:
-    """The row of a ranking: one prompt and the candidates that fit. None if fewer than two fit."""
-    prompt = chat.prompt(record.messages)
-    responses = [chat.response(candidate.text) for candidate in record.candidates]
+    """The row of a ranking: one prompt and the candidates that fit. None if fewer than two fit or it is refused."""
+    try:
+        prompt = chat.prompt(record.messages)
+        responses = [chat.response(candidate.text) for candidate in record.candidates]
+    except RefusedText as error:
+        counts.refuse(record, error)
+        return None
     fit = [i for i, response in enumerate(responses) if fits(len(response), len(prompt), max_length)]
     if len(fit) < len(responses):
         counts.skipped[f"candidates that do not fit in {max_length} tokens"] += len(responses) - len(fit)
@@ -96,9 +123,15 @@ def encode_ranking(
     }
 
 
-def encode_prompt(record: Prompt, chat: ChatTokenizer, max_length: int, counts: EncodingCounts) -> dict[str, Any]:
-    """The row of a prompt: its id, its last `max_length` tokens, and its messages as JSON."""
-    ids = chat.prompt(record.messages)
+def encode_prompt(
+    record: Prompt, chat: ChatTokenizer, max_length: int, counts: EncodingCounts
+) -> dict[str, Any] | None:
+    """The row of a prompt: its id, its last `max_length` tokens, and its messages as JSON. None if it is refused."""
+    try:
+        ids = chat.prompt(record.messages)
+    except RefusedText as error:
+        counts.refuse(record, error)
+        return None
     counts.truncated_prompts += len(ids) > max_length
     return {
         "id": record.prompt_id,

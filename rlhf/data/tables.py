@@ -118,9 +118,8 @@ def _write_table(
                 rows = []
         writer.write_table(pa.Table.from_pylist(rows, schema))
     counts.report(what)
-    append_jsonl(
-        folder / "rejected.jsonl", [{"reason": reason, "count": count} for reason, count in counts.skipped.items()]
-    )
+    skipped = [{"reason": reason, "count": count} for reason, count in counts.skipped.items()]
+    append_jsonl(folder / "rejected.jsonl", [*skipped, *counts.refused])
     return prompts
 
 

@@ -4,18 +4,15 @@ from __future__ import annotations
 
 import importlib
 import math
-import signal
-import threading
 import traceback
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from numbers import Real
-from types import FrameType
 from typing import Annotated, Any
 
 from pydantic import AfterValidator
 
 from rlhf.core.errors import UserError
+from rlhf.core.time_limit import TimeIsUp, time_limit
 
 
 def import_function(name: str) -> Callable[..., Any]:
@@ -65,7 +62,7 @@ def call_reward_function(
     try:
         with time_limit(seconds):
             value = function([dict(message) for message in messages], answer)
-    except _TimeIsUp as error:
+    except TimeIsUp as error:
         fault = f"did not return within {seconds:g} s{_place(error)}"
         remedy = "Make it faster or give its own calls a time limit, or raise the reward's `timeout_seconds`."
     except (Exception, SystemExit) as error:
@@ -113,34 +110,3 @@ def _place(error: BaseException) -> str:
     frames = [f for f in traceback.extract_tb(error.__traceback__) if f.filename != __file__]
     lines = [f.lineno for f in frames if f.filename == frames[0].filename]
     return f" at {frames[0].filename}:{lines[-1]}" if frames else ""
-
-
-class _TimeIsUp(BaseException):
-    """Not an Exception, so that `except Exception` in the function does not swallow it."""
-
-
-@contextmanager
-def time_limit(seconds: float) -> Iterator[None]:
-    """Interrupt the block with `_TimeIsUp` after this many seconds, and again each second if it goes on.
-
-    The interruption is a signal (SIGALRM), which reaches Python code, sleeps, locks, sockets and regular expressions,
-    in the same thread: nothing is left running. It does not reach compiled code that never returns to Python, and
-    there is no limit outside of the main thread, where Python has no signals.
-    """
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def interrupt(number: int, frame: FrameType | None) -> None:
-        raise _TimeIsUp
-
-    before = signal.signal(signal.SIGALRM, interrupt)
-    try:
-        try:
-            signal.setitimer(signal.ITIMER_REAL, seconds, 1.0)
-            yield
-        finally:
-            signal.setitimer(signal.ITIMER_REAL, 0)
-    finally:  # also if the signal arrives in the line above
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
