@@ -37,6 +37,33 @@ def test_a_json_file_that_is_no_object_of_moderate_depth_is_refused_by_its_name(
         open_policy(model)
 
 
+def damaged_weights(whole: bytes) -> dict[str, tuple[bytes, str]]:
+    """Contents of model.safetensors that no library loads, and what the error says of each."""
+    length = int.from_bytes(whole[:8], "little")
+    return {
+        "header": (whole[:8] + b"x" * length + whole[8 + length :], "not a safetensors file"),
+        "not UTF-8": (whole[:8] + b"\xff" * length + whole[8 + length :], "not a safetensors file"),
+        "other JSON": ((2).to_bytes(8, "little") + b"[]", "its header does not describe tensors"),
+        "other tensors": ((7).to_bytes(8, "little") + b'{"a":3}', "its header does not describe tensors"),
+        "length": (b"\xff" * 8 + whole[8:], "its header is damaged"),
+        "empty": (b"", "its header is damaged"),
+        "cut": (whole[:-1], "It was cut off or damaged"),
+        "pointer": (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 3\n", "Git LFS pointer"),
+        "zip": (b"PK\x03\x04" + bytes(100), "it is a pickle"),
+        "pickle": (b"\x80\x04\x95" + b"x" * 100, "it is a pickle"),
+    }
+
+
+@pytest.mark.parametrize("harm", damaged_weights(bytes(8)))
+def test_weights_that_no_library_loads_are_refused_by_name(model, harm):
+    file = model / "model.safetensors"
+    content, said = damaged_weights(file.read_bytes())[harm]
+    file.write_bytes(content)
+    with pytest.raises(UserError, match=r"model\.safetensors: ") as error:
+        resolve_model_path(model)
+    assert said in str(error.value)
+
+
 PARTS = ["num_hidden_layers", "n_layer", "n_layers", "encoder_layers", "num_experts", "n_routed_experts", "num_blocks"]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 import traceback
@@ -26,8 +27,9 @@ def resume_line(command: str | None) -> str | None:
 def exit_on_error(resume: str | None = None) -> Iterator[None]:
     """Turn exceptions into messages and exit statuses.
 
-    A UserError is printed without a traceback and exits with status 2. Ctrl-C prints `resume` and exits with 130.
-    Anything else keeps its traceback; on ranks other than 0 every line of it is prefixed with the rank.
+    A UserError is printed without a traceback and exits with status 2, and so is a full disk. Ctrl-C prints `resume`
+    and exits with 130. Anything else keeps its traceback; on ranks other than 0 every line of it is prefixed with the
+    rank.
     """
     try:
         yield
@@ -38,11 +40,38 @@ def exit_on_error(resume: str | None = None) -> Iterator[None]:
         if is_main() and resume:
             err().print(f"\nInterrupted. {resume}", markup=False, soft_wrap=True)
         sys.exit(130)
-    except Exception:
+    except Exception as error:
+        if (full := full_disk(error)) is not None:
+            print_error(full)
+            sys.exit(2)
         if is_main():
             raise
         print_lines(traceback.format_exc())
         sys.exit(1)
+
+
+FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+FULL_TEXTS = (
+    "No space left on device", "Disk quota exceeded", "File too large", "PytorchStreamWriter failed writing",
+    " . unexpected pos ",
+)  # fmt: skip
+"""What torch and safetensors say in their own exceptions, which carry no error number."""
+
+
+def full_disk(error: BaseException) -> UserError | None:
+    """The error for the user if an exception, or one that led to it, comes from a full disk; None for any other."""
+    found: BaseException | None = error
+    while found is not None:
+        by_number = isinstance(found, OSError) and found.errno in FULL
+        if by_number or any(text in str(found) for text in FULL_TEXTS):
+            file = getattr(found, "filename", None) or "a file"
+            return UserError(
+                f"{file}: cannot be written: the disk is full, or a quota or limit of file sizes is reached",
+                "Nothing that was complete is lost: checkpoints, results and datasets appear only when they are whole.",
+                "Free disk space and repeat the command; a training run continues with --resume.",
+            )
+        found = found.__cause__ or found.__context__
+    return None
 
 
 def print_error(error: UserError) -> None:

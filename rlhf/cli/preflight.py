@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
-import json
 import math
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -28,6 +27,7 @@ from rlhf.distributed.deepspeed_json import read_deepspeed
 from rlhf.ppo.config import PPOConfig
 from rlhf.ppo.shared_roles import recognise
 from rlhf.reward.config import RewardConfig
+from rlhf.runs.model_folder import read_safetensors_header
 from rlhf.runs.run import Run, check_run_folder, check_same_text, is_complete, is_run, read_run, resolve_model_path
 from rlhf.sft.config import SFTConfig
 
@@ -166,11 +166,8 @@ def _parent(key: str, path: str, stages: Sequence[str], pending_runs: PendingRun
 
 def _parameters(folder: Path) -> int | None:
     """The number of parameters in the folder's safetensors files, from their headers; None if there are none."""
-    total, files = 0, sorted(folder.glob("*.safetensors"))
-    for file in files:
-        with open(file, "rb") as handle:
-            header = json.loads(handle.read(int.from_bytes(handle.read(8), "little")))
-        total += sum(math.prod(tensor["shape"]) for name, tensor in header.items() if name != "__metadata__")
+    files = sorted(folder.glob("*.safetensors"))
+    total = sum(math.prod(tensor["shape"]) for file in files for tensor in read_safetensors_header(file).values())
     return total if files else None
 
 

@@ -1,13 +1,14 @@
-"""The JSON files of a model folder, checked before a library reads them."""
+"""The JSON files and safetensors headers of a model folder, checked before a library reads them."""
 
 from __future__ import annotations
 
+import math
 import re
 from pathlib import Path
 from typing import Any
 
 from rlhf.core.errors import UserError
-from rlhf.core.limits import MODEL_PARTS, read_json_object
+from rlhf.core.limits import MODEL_PARTS, parse_json, read_json_object
 
 FILES = (
     "config.json", "generation_config.json", "tokenizer_config.json", "special_tokens_map.json", "adapter_config.json",
@@ -17,14 +18,14 @@ _PARTS = re.compile(r"(^|_)(layers?|blocks?|experts?)(_|$)|^depth$")
 
 
 def check_model_folder(folder: Path) -> None:
-    """Refuse a model folder whose JSON files no library could read, or could not read in finite time.
+    """Refuse a model folder whose JSON files or weights no library could read, or could not read in finite time.
 
     transformers makes lists as long as the number of layers while it reads a config, and ends in a traceback at JSON
     that is nested deeply.
 
     Raises:
-        UserError: A file is not a JSON object, is nested too deeply, or names more layers or experts than any model
-            has.
+        UserError: A file is not a JSON object, is nested too deeply, names more layers or experts than any model
+            has, or is no whole safetensors file.
     """
     for name in FILES:
         file = folder / name
@@ -38,6 +39,46 @@ def check_model_folder(folder: Path) -> None:
             ) from None
         if name == "config.json":
             _check_size(file, values)
+    for file in sorted(folder.glob("*.safetensors")):
+        read_safetensors_header(file)
+
+
+def read_safetensors_header(file: Path) -> dict[str, dict[str, Any]]:
+    """Tensor name -> `{"dtype": ..., "shape": [...], "data_offsets": [...]}` of a safetensors file.
+
+    Raises:
+        UserError: It is no safetensors file, or a part of it is missing.
+    """
+    size = file.stat().st_size
+    try:
+        with open(file, "rb") as handle:
+            start = handle.read(8)
+            length = int.from_bytes(start, "little")
+            if size < 8 or length > size - 8:
+                raise ValueError(_what_else(start))
+            header = parse_json(handle.read(length).decode("utf-8"))
+        header.pop("__metadata__", None)
+        end = max((tensor["data_offsets"][1] for tensor in header.values()), default=0)
+        for tensor in header.values():
+            math.prod(tensor["shape"])
+    except (ValueError, KeyError, TypeError, AttributeError, LookupError) as error:
+        what = str(error) if isinstance(error, ValueError) else "its header does not describe tensors"
+        raise UserError(f"{file}: not a safetensors file: {what}", remedy="Download or copy the model again.") from None
+    if end != size - 8 - length:
+        raise UserError(
+            f"{file}: has {size:,} bytes, its header describes {end + 8 + length:,}",
+            "It was cut off or damaged.",
+            "Download or copy the model again.",
+        )
+    return dict(header)
+
+
+def _what_else(start: bytes) -> str:
+    if start.startswith(b"version "):
+        return "it is a Git LFS pointer; `git lfs pull` downloads the file"
+    if start.startswith((b"PK", b"\x80")):
+        return "it is a pickle, which is never loaded"
+    return "its header is damaged"
 
 
 def _check_size(file: Path, values: Any, inside: str = "") -> None:
