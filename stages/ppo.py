@@ -36,7 +36,7 @@ from rlhf.ppo.learner import Learner, PtxBatches
 from rlhf.ppo.losses import importance_weights
 from rlhf.ppo.masked import masked_mean
 from rlhf.ppo.metrics import Clock, PPOReporter, RunningMeanStd, experience_metrics
-from rlhf.ppo.models import can_pack, load_separate
+from rlhf.ppo.models import can_pack, check_vocabularies, load_separate
 from rlhf.ppo.shared_base import load_shared
 from rlhf.ppo.types import (
     Experience,
@@ -75,6 +75,7 @@ class PPO:
         self.chat = load_tokenizer(config.model, path)
         model_config = load_hf_config(config.model, path)
         limit, self.vocab_size = sequence_limit(config.model, model_config), model_config.get_text_config().vocab_size
+        check_vocabularies(config, self.chat)
         self.run = open_ppo_run(config, self.chat, resume, overwrite)
         self.memory = PeakMemory()
         load = load_shared if config.model.sharing == "shared" else load_separate

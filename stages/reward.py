@@ -34,6 +34,7 @@ from rlhf.models.save import save_result
 from rlhf.models.scalar import ScalarModel, load_scalar
 from rlhf.models.shared_prompt import NO_SHARING
 from rlhf.models.tuning import say_trainable
+from rlhf.models.vocabulary import token_count
 from rlhf.reward.agreement import Agreement
 from rlhf.reward.collator import RankingCollator, RewardBatch, informative
 from rlhf.reward.config import RewardConfig
@@ -69,7 +70,7 @@ def run(config: RewardConfig, resume: bool = False, overwrite: bool = False) -> 
     # 2. the model and its trainable weights; the seed gives all ranks the same initial weights, new head included
     transformers.set_seed(config.seed)
     memory = PeakMemory()
-    scalar = load_scalar(config.model, path)
+    scalar = load_scalar(config.model, path, tokens=token_count(chat.tokenizer))
     scalar.set_scale(0.0, 1.0)
     scalar.model = config.tuning(scalar.model, chat, "scalar")
     say_trainable(config.tuning, scalar.model)

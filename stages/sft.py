@@ -24,6 +24,7 @@ from rlhf.models.load import load_hf_config, load_policy, quiet, sequence_limit
 from rlhf.models.logprobs import TokenPredictions, head_chunks, token_predictions
 from rlhf.models.save import generation_config, save_result
 from rlhf.models.tuning import say_trainable, virtual_tokens
+from rlhf.models.vocabulary import token_count
 from rlhf.runs.run import data_facts, finish, open_run, parent_facts, resolve_model_path
 from rlhf.sft.batches import TokenBatch, check_packing, pack, token_batch
 from rlhf.sft.config import SFTConfig
@@ -49,7 +50,7 @@ def run(config: SFTConfig, resume: bool = False, overwrite: bool = False) -> Non
     # 2. the model, and what of it is trained; the same first weights on every rank
     transformers.set_seed(config.seed)
     memory = PeakMemory()
-    model = config.tuning(load_policy(config.model, path), chat, "causal")
+    model = config.tuning(load_policy(config.model, path, tokens=token_count(chat.tokenizer)), chat, "causal")
     say_trainable(config.tuning, model)
     # 3. training
     train = pack(tables.train, limit, model) if config.batch.packing else tables.train

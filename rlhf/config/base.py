@@ -18,6 +18,7 @@ from pydantic import (
     NonNegativeInt,
     PositiveFloat,
     PositiveInt,
+    model_validator,
 )
 
 from rlhf.core.errors import UserError
@@ -46,6 +47,9 @@ class ModelConfig(Strict):
     encoded as the characters that it is (`as_text`), or the record is rejected and counted (`reject`)."""
     max_length: PositiveInt | None = None
     """Longest sequence in tokens, prompt and completion together. The default is the model's own limit."""
+    resize_embeddings: bool = False
+    """Add rows to an embedding that has fewer than the tokenizer has ids; they start at the mean of the others. Without
+    it such a model is refused. Rows beyond the tokenizer's ids need no option: their ids are never sampled."""
     trust_remote_code: bool = False
     """Run Python code that comes with the model. Leave it off unless you have read that code."""
     attn_implementation: str | None = None
@@ -155,6 +159,16 @@ class StageConfig(Strict):
 
     renamed_keys: ClassVar[dict[str, str]] = {}
     """Old key -> new key, for the error that refuses the old one."""
+
+    @model_validator(mode="after")
+    def _new_rows_are_trained(self) -> StageConfig:
+        tuning = getattr(self, "tuning", None)
+        if self.model.resize_embeddings and tuning is not None and tuning.row.traits["adapter"]:
+            raise ValueError(
+                f"model.resize_embeddings: {tuning.name} would not train the new rows, and its adapter would not fit "
+                "the original model; use `tuning: full`"
+            )
+        return self
 
 
 class SupervisedConfig(StageConfig):

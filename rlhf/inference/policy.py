@@ -14,6 +14,7 @@ from rlhf.config.base import ModelConfig
 from rlhf.core.errors import UserError
 from rlhf.data.chat_tokenizer import ChatTokenizer, load_tokenizer, stop_ids
 from rlhf.models.load import compute_dtype, load_hf_config, load_policy, quiet, sequence_limit
+from rlhf.models.vocabulary import mask_unknown_ids, token_count
 from rlhf.rollout.types import SamplingParams
 from rlhf.runs.run import is_run, read_run, resolve_model_path
 
@@ -81,6 +82,7 @@ def open_policy(path: str | Path, chat_template: str = "auto", trust_remote_code
     chat = load_tokenizer(config, folder)
     base = adapter_base(Path(folder)) or folder
     model: Any = load_policy(config, base, compute_dtype("auto"))
+    mask_unknown_ids(model, token_count(chat.tokenizer))
     limit = sequence_limit(config, load_hf_config(config, base))
     # Only the command's options decide how to sample, not the generation config of the model's author (top_k 50, ...).
     model.generation_config = transformers.GenerationConfig(

@@ -15,6 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from rlhf.config.base import ModelConfig
 from rlhf.core.errors import UserError
 from rlhf.models.logprobs import check_head
+from rlhf.models.vocabulary import add_rows, check_vocabulary
 
 POSITIONS_AFTER_PADDING = {"roberta", "xlm-roberta", "xlm-roberta-xl", "camembert", "roberta-prelayernorm", "xmod"}
 """Model families whose first token has position pad_token_id + 1, which leaves fewer positions."""
@@ -74,17 +75,25 @@ def sequence_limit(config: ModelConfig, found: transformers.PretrainedConfig) ->
     return config.max_length or positions
 
 
-def load_policy(config: ModelConfig, path: str, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
-    """A causal language model in `dtype`, dropout off."""
-    model = _load(AutoModelForCausalLM, config, path, dtype)
+def load_policy(
+    config: ModelConfig, path: str, dtype: torch.dtype = torch.float32, tokens: int | None = None
+) -> PreTrainedModel:
+    """A causal language model in `dtype`, dropout off, that encodes `tokens` ids (see `rlhf.models.vocabulary`).
+
+    Raises:
+        UserError: It cannot be loaded, its log-probs would be wrong, or it lacks embedding rows for the ids.
+    """
+    model = _load(AutoModelForCausalLM, config, path, dtype, tokens)
     check_head(model)
     return model
 
 
-def _load(kind: Any, config: ModelConfig, path: str, dtype: torch.dtype, **more: Any) -> Any:
+def _load(kind: Any, config: ModelConfig, path: str, dtype: torch.dtype, tokens: int | None, **more: Any) -> Any:
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()  # else it warns at length about every new head
-    load_hf_config(config, path)
+    found = load_hf_config(config, path)
+    if tokens is not None:
+        check_vocabulary(config, found, path, tokens)
     options = {"trust_remote_code": config.trust_remote_code, "use_safetensors": True, "dtype": dtype, **more}
     if config.attn_implementation:
         options["attn_implementation"] = config.attn_implementation
@@ -94,6 +103,8 @@ def _load(kind: Any, config: ModelConfig, path: str, dtype: torch.dtype, **more:
         raise UserError(f"model.path: {path} cannot be loaded", str(error).split("\n")[0]) from None
     model = loaded[0] if isinstance(loaded, tuple) else loaded
     model.config.use_cache = False
+    if tokens is not None:
+        add_rows(model, tokens)
     for module in model.modules():
         # Without dropout the same input gives the same log-probs, so the first PPO ratio is 1. Some families (OPT) keep
         # the dropout probability as an attribute and call the function.

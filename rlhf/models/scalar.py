@@ -96,7 +96,9 @@ class ScalarModel(nn.Module):
         self.config.reward_mean, self.config.reward_std = mean, std
 
 
-def load_scalar(config: ModelConfig, path: str, head: Literal["random", "small", "trained"] = "random") -> ScalarModel:
+def load_scalar(
+    config: ModelConfig, path: str, head: Literal["random", "small", "trained"] = "random", tokens: int | None = None
+) -> ScalarModel:
     """A scalar model in float32 from a reward model, a causal LM or an encoder.
 
     Args:
@@ -106,12 +108,13 @@ def load_scalar(config: ModelConfig, path: str, head: Literal["random", "small",
             1 / sqrt(H + 1) (Stiennon et al. 2020, B.1). `small` is normal with standard deviation 0.02, for a critic:
             its first values are near 0, so they add little noise to the first advantages, but its body gets a gradient
             from the first step. `trained` refuses a model without a head.
+        tokens: How many ids the model must encode; see `rlhf.models.vocabulary`.
 
     Raises:
-        UserError: The model cannot be loaded, or has no score head.
+        UserError: The model cannot be loaded, has no score head, or lacks embedding rows for the ids.
     """
     model, loading = _load(
-        AutoModelForSequenceClassification, config, path, torch.float32, num_labels=1, output_loading_info=True
+        AutoModelForSequenceClassification, config, path, torch.float32, tokens, num_labels=1, output_loading_info=True
     )
     scalar = ScalarModel(model)
     layer = model.score if scalar.is_decoder else getattr(model, "classifier", None)

@@ -15,10 +15,11 @@ from rlhf.core.console import say
 from rlhf.core.errors import UserError
 from rlhf.data.chat_tokenizer import ChatTokenizer
 from rlhf.models.isolation import Text, packing_fault, windows
-from rlhf.models.load import count_parameters, load_policy, recompute_activations
+from rlhf.models.load import count_parameters, load_hf_config, load_policy, recompute_activations
 from rlhf.models.packed_attention import KERNEL, PACKED, VARLEN, switch
 from rlhf.models.save import save_result
 from rlhf.models.scalar import ScalarModel, load_scalar
+from rlhf.models.vocabulary import check_vocabulary, mask_unknown_ids, token_count
 from rlhf.ppo.actor_critic import ActorCritic, TokenOutputs, adapters_off, compile_layers
 from rlhf.ppo.batching import TokenRows
 from rlhf.ppo.config import PPOConfig
@@ -87,14 +88,32 @@ class SeparateModels(Models):
         return outputs
 
 
+def check_vocabularies(config: PPOConfig, chat: ChatTokenizer) -> None:
+    """Check every model that gets the policy's token ids, before any weights are loaded.
+
+    Raises:
+        UserError: A model's embedding lacks rows for some of the tokenizer's ids.
+    """
+    options = config.reward.options
+    terms = options["terms"] if config.reward.name == "sum" else [{"name": config.reward.name, **options}]
+    scorers = [term["path"] for term in terms if term["name"] == "model" and not term.get("retokenize")]
+    if config.needs_critic and config.critic.init == "reward":
+        scorers.append(str(config.reward_model))
+    fixed = config.model.model_copy(update={"resize_embeddings": False})
+    for path, settings in ((config.model.path, config.model), *((path, fixed) for path in dict.fromkeys(scorers))):
+        folder = resolve_model_path(path)
+        check_vocabulary(settings, load_hf_config(settings, folder), path, token_count(chat.tokenizer))
+
+
 def load_separate(config: PPOConfig, chat: ChatTokenizer) -> SeparateModels:
     """Policy and critic in one engine, and the frozen reference."""
     path = resolve_model_path(config.model.path)
-    policy = config.tuning(load_policy(config.model, path), chat, "causal")
+    tokens = token_count(chat.tokenizer)
+    policy = config.tuning(_masked_policy(config, path, tokens), chat, "causal")
     critic: ScalarModel | None = None
     if config.needs_critic:
         start = resolve_model_path(str(config.reward_model)) if config.critic.init == "reward" else path
-        critic = load_scalar(config.model, start, head="small")
+        critic = load_scalar(config.model, start, head="small", tokens=tokens)
         critic.model = config.critic.tuning(critic.model, chat, "scalar")
     if config.gradient_checkpointing:
         for part in [policy] if critic is None else [policy, critic.model]:
@@ -110,7 +129,13 @@ def load_separate(config: PPOConfig, chat: ChatTokenizer) -> SeparateModels:
     engine = make_engine(module, groups, config.optimizer, config.precision, config.deepspeed)
     if config.tuning.row.traits["adapter"]:
         return SeparateModels(engine)
-    return SeparateModels(engine, engine.freeze(ActorCritic(load_policy(config.model, path), None)))
+    return SeparateModels(engine, engine.freeze(ActorCritic(_masked_policy(config, path, tokens), None)))
+
+
+def _masked_policy(config: PPOConfig, path: str, tokens: int) -> Any:
+    policy = load_policy(config.model, path, tokens=tokens)
+    mask_unknown_ids(policy, tokens)
+    return policy
 
 
 # ---- packing -------------------------------------------------------------------------------------------------------

@@ -37,6 +37,7 @@ from rlhf.models.logprobs import hidden_states
 from rlhf.models.save import origin_of
 from rlhf.models.scalar import ScalarModel
 from rlhf.models.tuning import HEADS, TASKS, lora_config
+from rlhf.models.vocabulary import mask_unknown_ids, token_count
 from rlhf.ppo.actor_critic import TokenOutputs, critic_values, policy_logprobs
 from rlhf.ppo.config import PPOConfig
 from rlhf.ppo.frozen_layers import FrozenLayers
@@ -187,7 +188,9 @@ def load_shared(config: PPOConfig, chat: ChatTokenizer) -> SharedModels:
 
 def build(config: PPOConfig, roles: SharedRoles, chat: ChatTokenizer) -> tuple[SharedBase, list[dict[str, Any]]]:
     """The module, and the optimizer's groups of what is trained."""
-    base = load_policy(config.model, roles.base, compute_dtype(config.precision))
+    tokens = token_count(chat.tokenizer)
+    base = load_policy(config.model, roles.base, compute_dtype(config.precision), tokens)
+    mask_unknown_ids(base, tokens)
     shapes = {role: _peft_config(base, adapter) for role, adapter in roles.adapters.items()}
     policy = config.tuning(base, chat, "causal")
     for role, adapter in roles.adapters.items():

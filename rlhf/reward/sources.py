@@ -67,14 +67,16 @@ def model(context: RewardContext, *, path: str, retokenize: bool = False) -> Sou
     """
     from rlhf.data.chat_tokenizer import load_tokenizer
     from rlhf.models.scalar import load_scalar
+    from rlhf.models.vocabulary import token_count
     from rlhf.runs.run import resolve_model_path
 
     if path in context.shared:
         return context.shared[path]
     folder = resolve_model_path(path)
-    config = context.model.model_copy(update={"path": path, "chat_template": "auto"})
-    scalar = context.freeze(load_scalar(config, folder, head="trained"))
+    config = context.model.model_copy(update={"path": path, "chat_template": "auto", "resize_embeddings": False})
     own = load_tokenizer(config, folder) if retokenize else None
+    tokens = token_count((own or context.chat).tokenizer)
+    scalar = context.freeze(load_scalar(config, folder, head="trained", tokens=tokens))
 
     def score(inputs: RewardInputs) -> torch.Tensor:
         ids, mask = inputs.input_ids, inputs.attention_mask

@@ -15,6 +15,7 @@ import torch
 from rlhf import distributed
 from rlhf.data.chat_tokenizer import ChatTokenizer
 from rlhf.models.merging import merged_weights
+from rlhf.models.vocabulary import token_count
 from rlhf.rollout.types import Completion, SamplingParams
 
 
@@ -48,10 +49,13 @@ def sample(
     llm.wake_up(tags=["kv_cache"])
     llm.reset_prefix_cache()
     outputs: list[Any] = []
+    # the head's own mask of ids beyond the tokenizer is no weight, so vLLM does not get it
+    tokens, rows = token_count(chat.tokenizer), model.config.get_text_config().vocab_size
+    known: dict[str, Any] = {"allowed_token_ids": list(range(tokens))} if rows > tokens else {}
     if prompts:
         outputs = llm.generate(
             [vllm.TokensPrompt(prompt_token_ids=prompt) for prompt in prompts],
-            [vllm.SamplingParams(**sampling_params(sampling, seed, ends)) for seed in seeds],
+            [vllm.SamplingParams(**sampling_params(sampling, seed, ends), **known) for seed in seeds],
             use_tqdm=False,
         )
     llm.sleep(level=2)

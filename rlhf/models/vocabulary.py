@@ -1,0 +1,73 @@
+"""The tokenizer's ids against the rows of a model's embedding, which need not be as many.
+
+More rows than ids (Qwen2.5: 152,064 rows, 151,665 tokens) are padding: nothing decodes them, so they are never sampled.
+Fewer rows than ids cannot encode every text.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rlhf.config.base import ModelConfig
+from rlhf.core.errors import UserError
+
+MASKED_LOGIT = -1e9
+"""Finite, so that the entropy's p log p is 0 and not NaN."""
+
+
+def token_count(tokenizer: Any) -> int:
+    """One more than the tokenizer's highest id."""
+    return max(tokenizer.get_vocab().values()) + 1
+
+
+def check_vocabulary(config: ModelConfig, found: Any, path: str, tokens: int) -> None:
+    """Refuse a model that lacks embedding rows for some of `tokens` ids, unless the config says to add them.
+
+    Args:
+        config: Loading options.
+        found: The model's Hugging Face config.
+        path: Where the model is.
+        tokens: `token_count` of the tokenizer whose ids the model gets.
+
+    Raises:
+        UserError: Rows are missing.
+    """
+    rows = getattr(found.get_text_config(), "vocab_size", None)
+    if rows is None or rows >= tokens or config.resize_embeddings:
+        return
+    raise UserError(
+        f"{path}: the model's embedding has {rows:,} rows, but the tokenizer has ids up to {tokens - 1:,}",
+        "A text with one of the higher ids cannot be encoded.",
+        "Use the tokenizer that belongs to the model; or, to train new rows that start at the mean of the others, "
+        "set model.resize_embeddings=true in the stage that introduces the tokens (SFT).",
+    )
+
+
+@torch.no_grad()
+def add_rows(model: Any, tokens: int) -> None:
+    """Give the embedding and the head at least `tokens` rows. New ones are the mean of the others, so that every model
+    loaded from the same folder gets the same ones."""
+    before = model.get_input_embeddings().weight.shape[0]
+    if before >= tokens:
+        return
+    model.resize_token_embeddings(tokens, mean_resizing=False)
+    for layer in filter(None, (model.get_input_embeddings(), model.get_output_embeddings())):
+        for values in filter(lambda p: p is not None, (layer.weight, getattr(layer, "bias", None))):
+            values[before:] = values[:before].mean(0)
+
+
+def mask_unknown_ids(model: Any, tokens: int) -> None:
+    """From now on ids from `tokens` on have probability 0, in sampling and in all log-probs and entropies.
+
+    The head itself masks their logits, since everything that computes logits calls it.
+    """
+    head = model.get_output_embeddings()
+    if head.weight.shape[0] > tokens:
+
+        def mask(module: nn.Module, inputs: Any, logits: Tensor) -> None:
+            logits[..., tokens:] = max(MASKED_LOGIT, torch.finfo(logits.dtype).min)
+
+        head.register_forward_hook(mask)
