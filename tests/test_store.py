@@ -407,7 +407,7 @@ def test_a_file_that_unpacks_to_hundreds_of_times_its_size_is_left(tmp_path, mon
     file = tmp_path / "d.jsonl.packed"
     for content in (bytes(1 << 23), ROW * 9 + b" " * (1 << 23), b"\n" * (1 << 23) + ROW):
         file.write_bytes(pack(content))
-        with pytest.raises(UserError, match=r"it unpacks to more than 250 times its size"):
+        with pytest.raises(UserError, match=r"it unpacks to more than 200 times its size"):
             list(open_dataset(file).records())
     text = b"".join(b'{"prompt": "%d"}\n' % i for i in range(100_000))
     file.write_bytes(pack(text))

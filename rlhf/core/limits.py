@@ -21,9 +21,9 @@ DEPTH = 50
 ROW_BYTES = 1 << 28
 """Most bytes of one line in a JSON lines file."""
 UNPACKED_BYTES = 1 << 28
-UNPACKED_RATIO = 250
+UNPACKED_RATIO = 200
 """A gzip or zstd file with more than UNPACKED_BYTES of content may unpack to at most UNPACKED_RATIO times its size.
-Text packs to a tenth; zeros pack to a thousandth."""
+Text packs to a tenth; zeros to a thousandth."""
 MODEL_PARTS = 10_000
 """Most layers, and most experts of a layer, in the config of a model."""
 
