@@ -29,3 +29,9 @@ from data_tools.importers import (  # noqa: F401  # the modules add their rows
     schema_records,
 )
 from data_tools.importers.table import IMPORTERS as IMPORTERS
+from data_tools.importers.table import importer_of
+from data_tools.published import PUBLISHED
+
+for _row in PUBLISHED:
+    _traits = {name: value for name, value in _row.traits.items() if name != "left_out"}
+    IMPORTERS.row(_row.name, **_traits)(importer_of(_row.fn, _row.traits.get("left_out", ())))

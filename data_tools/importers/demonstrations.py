@@ -214,7 +214,8 @@ def openai_chat(path: Path, reject: OnReject, *, turns: Turns = "all") -> Iterat
     """OpenAI fine-tuning chats: rows {messages[{role, content}]}, each turn of the assistant a demonstration.
 
     A `developer` message is a system turn. An assistant's message with `weight` 0 is part of the prompt of later ones
-    and no demonstration, as it is for OpenAI. Nothing is ranked.
+    and no demonstration, as it is for OpenAI; so is one with `loss_weight` 0 of LLaMA-Factory v1, whose contents are
+    lists of {type: text, value}. Nothing is ranked.
 
     Args:
         turns: all: every turn of the assistant is a demonstration, with what was said before as its prompt, as OpenAI
@@ -228,10 +229,15 @@ def openai_chat(path: Path, reject: OnReject, *, turns: Turns = "all") -> Iterat
     def convert(row: Any) -> Iterator[Record | BadRecord]:
         _refuse_thumbs(need(row, "messages"))
         said = chat(row["messages"], "messages")
-        unlearned = frozenset(i for i, turn in enumerate(row["messages"]) if turn.get("weight") == 0)
+        unlearned = frozenset(i for i, turn in enumerate(row["messages"]) if _weight(turn) == 0)
         return _demonstrations(said, turns, "openai-chat", unlearned)
 
     return convert_rows(path, reject, convert)
+
+
+def _weight(turn: dict[str, Any]) -> Any:
+    """What a message's answer counts in the loss: `weight` of OpenAI, `loss_weight` of LLaMA-Factory v1."""
+    return turn.get("weight", turn.get("loss_weight"))
 
 
 # ---- doccano ---------------------------------------------------------------------------------------------------------

@@ -26,7 +26,7 @@ def _detect_trl(head: Head) -> str | None:
     pairs = [(row["chosen"], row["rejected"]) for row in head.rows]
     if all(isinstance(one, str) and isinstance(other, str) for one, other in pairs):
         return "its rows have `chosen` and `rejected` text"
-    if all(isinstance(one, list) and isinstance(other, list) for one, other in pairs):
+    if all(isinstance(side, list) and all(isinstance(turn, dict) for turn in side) for pair in pairs for side in pair):
         return "its rows have `chosen` and `rejected` lists of messages"
     return None
 

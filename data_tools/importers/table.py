@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from functools import partial, wraps
 from itertools import islice
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_type_hints
 
 from data_tools.reading.annotation_exports import brief
 from data_tools.reading.cells import columns_of
@@ -69,6 +71,28 @@ def convert_rows(
                 yield record  # type: ignore[misc]  # no fault, so no BadRecord
             else:
                 reject(Reject.of(path, line, fault, raw))
+
+
+def importer_of(convert: Callable[..., Any], left_out: Collection[str] = ()) -> Callable[..., Iterator[Record]]:
+    """The importer of a format whose rows are converted one by one, with the converter's docstring and options.
+
+    Args:
+        left_out: As for `convert_rows`.
+    """
+
+    @wraps(convert)
+    def importer(path: Path, reject: OnReject, **options: Any) -> Iterator[Record]:
+        return convert_rows(path, reject, partial(convert, **options), left_out)
+
+    hints = get_type_hints(convert)  # the names in its annotations are those of its module
+    options = [
+        parameter.replace(annotation=hints[parameter.name])
+        for parameter in inspect.signature(convert).parameters.values()
+        if parameter.kind is parameter.KEYWORD_ONLY
+    ]
+    first = [inspect.Parameter(name, inspect.Parameter.POSITIONAL_OR_KEYWORD) for name in ("path", "reject")]
+    importer.__signature__ = inspect.Signature([*first, *options])  # type: ignore[attr-defined]
+    return importer
 
 
 def _transcript_fault(record: Record) -> BadRecord | None:

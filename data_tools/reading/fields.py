@@ -17,6 +17,9 @@ SHAREGPT_ROLES: dict[str, Role] = {
     "chatgpt": "assistant", "bing": "assistant", "bard": "assistant",
 }  # fmt: skip
 TOOL_ROLES = ("tool", "function", "function_call", "observation", "ipython")
+TOOL_PARTS = ("tool_call", "tool_calls", "tool_use", "tool_result", "tools")
+"""Types of a turn's parts that call a tool or give what it returned."""
+TOOL_REMEDY = "Only text can be learned from; leave such chats out."
 RIGHT_FORMAT = "Is this the right format name? `rlhf data formats` shows a sample of each."
 
 
@@ -125,12 +128,14 @@ def chat(
 def _turn(turn: dict[str, Any], where: str, name: str, roles: Mapping[str, Role], role: str, content: str) -> Message:
     speaker, said = turn.get(role), turn.get(content)
     if speaker in TOOL_ROLES or turn.get("tool_calls") or turn.get("function_call"):
-        remedy = "Only text can be learned from; leave such chats out."
-        raise BadRecord(f"{name}: a tool call or a tool's turn", where, remedy)
+        raise BadRecord(f"{name}: a tool call or a tool's turn", where, TOOL_REMEDY)
     if not isinstance(speaker, str) or speaker not in roles:
         raise BadRecord(f"{name}: a role that is not one of {', '.join(roles)}", f"{where}: {reprlib.repr(speaker)}")
-    if isinstance(said, list) and said and all(isinstance(part, dict) and part.get("type") == "text" for part in said):
-        said = "\n".join(text(part, "text") for part in said)
+    if isinstance(said, list) and said and all(isinstance(part, dict) for part in said):
+        if any(part.get("type") in TOOL_PARTS for part in said):
+            raise BadRecord(f"{name}: a tool call or a tool's turn", where, TOOL_REMEDY)
+        if all(part.get("type") == "text" for part in said):  # LLaMA-Factory v1 has the text under `value`
+            said = "\n".join(text(part, "text" if "text" in part else "value") for part in said)
     if not isinstance(said, str):
         raise BadRecord(f"{name}: a turn that is not text", f"{where}: {type(said).__name__}")
     return Message(roles[speaker], said)

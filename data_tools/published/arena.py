@@ -1,0 +1,142 @@
+"""Votes on two models' conversations: Chatbot Arena, LMArena, MT-Bench."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+from typing import Any, Literal
+
+from data_tools.published.table import PUBLISHED, Beginning
+from data_tools.reading.annotation_exports import brief, person
+from data_tools.reading.fields import as_jsonl, chat, elements, need, number, ranks_of_two, text
+from data_tools.reading.rows import JSON
+from data_tools.reading.turns import from_json_text, shared_turns
+from rlhf.data.schema import BadRecord, Candidate, Message, Ranking
+
+TIE, BOTH_BAD = ("tie",), ("tie (bothbad)", "tie (both bad)", "bothbad", "both_bad", "both bad")
+WINNERS = {"model_a": -1, "model_b": 1, **dict.fromkeys(TIE + BOTH_BAD, 0)}
+VOTES = {"winner_model_a": "model_a", "winner_model_b": "model_b", "winner_tie": "tie"}
+"""The three columns of 0 and 1 of the competition's files -> the winner."""
+
+
+def _detect_arena(head: Beginning) -> str | None:
+    for fields in (("conversation_a", "conversation_b", "winner"), ("response_a", "response_b", *VOTES)):
+        if head.all_have(*fields):
+            return f"its rows have {', '.join(f'`{name}`' for name in fields)}"
+    return None
+
+
+def _sample_conversation(said: str) -> list[dict[str, str]]:
+    return [{"role": "user", "content": "Name a fruit."}, {"role": "assistant", "content": said}]
+
+
+_ARENA_SAMPLE = as_jsonl(
+    {
+        "question_id": "q1",
+        "model_a": "alpha",
+        "model_b": "beta",
+        "winner": "model_b",
+        "judge": "arena_user_1",
+        "conversation_a": _sample_conversation("A car."),
+        "conversation_b": _sample_conversation("A pear."),
+        "turn": 1,
+        "tstamp": 1682351591.1,
+    }
+)
+
+
+@PUBLISHED.row("chatbot-arena", suffixes=JSON, sample=_ARENA_SAMPLE, detect=_detect_arena)
+def chatbot_arena(
+    row: Any, *, turns: Literal["reject", "first"] = "reject", both_bad: Literal["tie", "reject"] = "tie"
+) -> Ranking:
+    """Chatbot Arena, LMArena and MT-Bench votes: rows {conversation_a, conversation_b, winner, model_a, model_b, ...}.
+
+    Ranks: `winner` model_a or model_b names the better conversation; tie is a tie, and so are tie (bothbad) and
+    both_bad. Also read are the rows of the Kaggle competition (lmsys-arena-human-preference-55k: `prompt`, `response_a`
+    and `response_b`, each the JSON of a list, and `winner_model_a`, `winner_model_b`, `winner_tie`).
+
+    The prompt is the turns with which both conversations begin, up to the `turn` that was judged. `judge` is the
+    annotator, `model_a` and `model_b` are the authors, `tstamp` is the time, `language` the group. Arena shows model_a
+    on the left; MT-Bench, whose rows have no `tstamp`, does not keep the order shown.
+
+    Args:
+        turns: What becomes of a vote on several turns, where the models' earlier answers differ, so that the last
+            answers have no common prompt. reject: a reject. first: the vote counts for the first answers that differ,
+            though the person judged the whole.
+        both_bad: What becomes of tie (bothbad). tie: neither answer is better, which is a tie. reject: a reject, so that
+            ties are between answers that may both be good.
+
+    Rejected: another winner, conversations with different questions, a vote whose earlier turns are only in
+    `full_conversation`, equal or empty answers, images.
+    """
+    winner = _winner(row)
+    if winner in BOTH_BAD and both_bad == "reject":
+        raise BadRecord("winner: both are bad", winner, "Nothing is wrong: --option both_bad=tie keeps such votes.")
+    conversations = [_conversation(row, side) for side in ("a", "b")]
+    same = shared_turns(conversations)
+    first, second = (said[same:] for said in conversations)
+    if [turn for turn in first if turn.role != "assistant"] != [turn for turn in second if turn.role != "assistant"]:
+        raise BadRecord("the conversations have different questions", remedy="Leave the row out.")
+    context = sum(turn.role == "user" for turn in conversations[0])
+    if len(first) > 1 and turns == "reject":
+        remedy = "Leave it out, or let the vote count for the first answers: --option turns=first"
+        raise BadRecord("a vote on several turns: the earlier answers differ", f"{context} questions", remedy)
+    whole = row.get("full_conversation")
+    if isinstance(whole, list) and len(whole) > context:
+        remedy = "Nothing is wrong: such a vote has no common prompt."
+        raise BadRecord("a vote after others: the turns before differ", f"{len(whole)} questions", remedy)
+    for said in (first, second):
+        if not said or said[0].role != "assistant":
+            raise BadRecord("a conversation does not end with an answer", brief(said[:1]))
+    return Ranking(
+        tuple(conversations[0][:same]),
+        source="chatbot-arena",
+        group=text(row, "language", optional=True) or None,
+        candidates=tuple(
+            Candidate(said[0].content, text(row, name, optional=True), "model")
+            for said, name in ((first, "model_a"), (second, "model_b"))
+        ),
+        ranks=ranks_of_two(WINNERS[winner]),
+        annotator=person(row.get("judge")),
+        time=_time(row.get("tstamp")),
+        shown="tstamp" in row,
+    )
+
+
+def _winner(row: Any) -> str:
+    need(row)
+    if "winner" in row:
+        winner = text(row, "winner").strip().lower()
+        if winner not in WINNERS:
+            raise BadRecord(f"winner: not one of {', '.join(WINNERS)}", brief(row["winner"]))
+        return winner
+    need(row, "response_a", "response_b", *VOTES)
+    ticked = [winner for name, winner in VOTES.items() if number(row[name], name, 0, 1) == 1]
+    if len(ticked) != 1:
+        raise BadRecord("winner_model_a, winner_model_b, winner_tie: not one of them is 1", brief(ticked))
+    return ticked[0]
+
+
+def _conversation(row: dict[str, Any], side: str) -> list[Message]:
+    """The turns of one side, up to the answer that was judged."""
+    if f"conversation_{side}" in row:
+        name = f"conversation_{side}"
+        said = chat(from_json_text(row[name]), name)
+        judged = row.get("turn")
+        ends = [at for at, turn in enumerate(said, 1) if turn.role == "assistant"]
+        if isinstance(judged, int) and 0 < judged < len(ends):
+            said = said[: ends[judged - 1]]
+        return said
+    parts = {name: from_json_text(row.get(name)) for name in ("prompt", f"response_{side}")}
+    lists = {name: [value] if isinstance(value, str) else value for name, value in parts.items()}
+    asked, answered = (elements(lists, name) for name in lists)
+    if len(asked) != len(answered) or not all(isinstance(part, str) for part in asked + answered):
+        raise BadRecord(f"prompt and response_{side}: not as many texts", f"{len(asked)} and {len(answered)}")
+    pairs = zip(asked, answered)
+    return [turn for user, said in pairs for turn in (Message("user", user), Message("assistant", said))]
+
+
+def _time(stamp: Any) -> str | None:
+    """Seconds since 1970 as ISO 8601."""
+    if stamp is None:
+        return None
+    return datetime.fromtimestamp(number(stamp, "tstamp", 0, 1e11), UTC).isoformat()
