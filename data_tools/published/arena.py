@@ -62,8 +62,8 @@ def chatbot_arena(
         turns: What becomes of a vote on several turns, where the models' earlier answers differ, so that the last
             answers have no common prompt. reject: a reject. first: the vote counts for the first answers that differ,
             though the person judged the whole.
-        both_bad: What becomes of tie (bothbad). tie: neither answer is better, which is a tie. reject: a reject, so that
-            ties are between answers that may both be good.
+        both_bad: What becomes of tie (bothbad). tie: neither answer is better, which is a tie. reject: a reject, so
+            that ties are between answers that may both be good.
 
     Rejected: another winner, conversations with different questions, a vote whose earlier turns are only in
     `full_conversation`, equal or empty answers, images.

@@ -1,0 +1,286 @@
+"""Importers of `data_tools/published`: who won, what became the prompt, what each option does, what is rejected."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from imports import assistant, by_rank, made, one, said, user
+from rows import jsonl
+
+from data_tools.importers.table import detect
+from rlhf.core.errors import UserError
+
+
+def parts(role, text, **more):
+    """A turn of LLaMA-Factory v1."""
+    return {"role": role, "content": [{"type": "text", "value": text}], **more}
+
+
+# ---- pairs whose field names say which is the better -----------------------------------------------------------------
+
+PAIRS = {
+    "llamafactory-preference": {
+        "chosen_messages": [parts("user", "Fruit?"), parts("assistant", "Pear.", loss_weight=1.0)],
+        "rejected_messages": [parts("user", "Fruit?"), parts("assistant", "Car.", loss_weight=1.0)],
+    },
+    "axolotl-preference": {"messages": [user("Fruit?")], "chosen": assistant("Pear."), "rejected": assistant("Car.")},
+    "medicalgpt": {"question": "Fruit?", "response_rejected": "Car.", "response_chosen": "Pear."},
+    "cvalues": {"prompt": "Fruit?", "neg_resp": "Car.", "pos_resp": "Pear.", "pos_type": "a", "neg_type": "b"},
+    "stack-exchange-paired": {"qid": 1, "question": "Fruit?", "response_j": "Pear.", "response_k": "Car."},
+}
+
+
+@pytest.mark.parametrize("name", PAIRS)
+def test_the_pair_is_detected_and_the_better_answer_wins(tmp_path, name):
+    assert detect([jsonl(tmp_path / "in.jsonl", [PAIRS[name]])])[0] == name
+    record = one(tmp_path, name, PAIRS[name])
+    assert by_rank(record) == {1: ["Pear."], 2: ["Car."]}
+    assert said(record) == [("user", "Fruit?")]
+
+
+def test_axolotls_argilla_type_has_its_system_turn_before_the_instruction(tmp_path):
+    row = {"system": "Be brief.", "instruction": "Fruit?", "chosen_response": "Pear.", "rejected_response": "Car."}
+    assert detect([jsonl(tmp_path / "in.jsonl", [row])])[0] == "axolotl-preference"
+    record = one(tmp_path, "axolotl-preference", row)
+    assert (said(record), by_rank(record)[1]) == ([("system", "Be brief."), ("user", "Fruit?")], ["Pear."])
+
+
+@pytest.mark.parametrize("field", ["question", "input", "prompt"])
+def test_axolotls_types_with_chosen_and_rejected_text_are_trl_rows(tmp_path, field):
+    row = {"system": "Be brief.", field: "Fruit?", "chosen": "Pear.", "rejected": "Car."}
+    assert detect([jsonl(tmp_path / "in.jsonl", [row])])[0] == "trl-preference"
+    record = one(tmp_path, "trl-preference", row)
+    assert (said(record), by_rank(record)[1]) == ([("system", "Be brief."), ("user", "Fruit?")], ["Pear."])
+
+
+def test_the_history_of_medicalgpt_is_part_of_the_prompt(tmp_path):
+    row = {**PAIRS["medicalgpt"], "system": "Be brief.", "history": [["Hi", "Hello"]]}
+    assert said(one(tmp_path, "medicalgpt", row)) == [
+        ("system", "Be brief."), ("user", "Hi"), ("assistant", "Hello"), ("user", "Fruit?"),
+    ]  # fmt: skip
+
+
+def test_demonstrations_of_llamafactory_v1_are_read_by_their_loss_weights(tmp_path):
+    turns = [
+        parts("user", "Fruit?", loss_weight=0.0), parts("assistant", "Pear.", loss_weight=0.0),
+        parts("user", "Another?", loss_weight=0.0), parts("assistant", "Plum.", loss_weight=1.0),
+    ]  # fmt: skip
+    assert detect([jsonl(tmp_path / "in.jsonl", [{"messages": turns}])])[0] == "openai-chat"
+    record = one(tmp_path, "openai-chat", {"messages": turns})
+    assert (len(record.messages), record.answer) == (3, "Plum.")
+
+
+def test_a_tool_call_among_the_parts_of_llamafactory_v1_is_rejected_by_that_name(tmp_path):
+    call = {"role": "assistant", "content": [{"type": "tool_call", "value": "{}"}]}
+    row = {**PAIRS["llamafactory-preference"], "chosen_messages": [parts("user", "Fruit?"), call]}
+    assert made(tmp_path, "llamafactory-preference", row)[1] == ["chosen_messages: a tool call or a tool's turn"]
+
+
+SAFE = {
+    "prompt": "Jar?", "response_0": "Hammer.", "response_1": "Hot water.", "response_0_source": "m0",
+    "is_response_0_safe": False, "is_response_1_safe": True, "better_response_id": 0, "safer_response_id": 1,
+}  # fmt: skip
+
+
+def test_in_saferlhf_the_better_and_the_safer_response_are_two_judgements(tmp_path):
+    assert by_rank(one(tmp_path, "pku-saferlhf", SAFE)) == {1: ["Hammer."], 2: ["Hot water."]}
+    record = one(tmp_path, "pku-saferlhf", SAFE, by="safer")
+    assert by_rank(record) == {1: ["Hot water."], 2: ["Hammer."]}
+    assert [candidate.author for candidate in record.candidates] == ["m0", ""]
+    contradiction = {**SAFE, "safer_response_id": 0}
+    reasons = made(tmp_path, "pku-saferlhf", contradiction, {**SAFE, "safer_response_id": -1}, by="safer")[1]
+    assert ["contradicts" in reasons[0], reasons[1]] == [True, "safer_response_id: not one of 0, 1"]
+    single = {name: SAFE[name] for name in ("prompt", "response_0", "response_1", "better_response_id")}
+    assert made(tmp_path, "pku-saferlhf", single, by="safer")[1] == ["safer_response_id: missing"]
+
+
+# ---- K answers -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("group", ["subset", "domain"])
+def test_lists_of_chosen_and_rejected_are_one_ranking_with_ties(tmp_path, group):
+    row = {"id": "1", "prompt": "Colour?", "chosen": ["Red.", "Blue."], "rejected": ["Pi.", "No.", "Car."], group: "g"}
+    assert detect([jsonl(tmp_path / "in.jsonl", [row])])[0] == "reward-bench-2"
+    record = one(tmp_path, "reward-bench-2", row)
+    assert by_rank(record) == {1: ["Red.", "Blue."], 2: ["Pi.", "No.", "Car."]}
+    assert (record.informative_pairs, record.group) == (6, "g")
+    wrong = [{**row, "num_correct": 1}, {**row, "chosen": []}, {**row, "rejected": ["Red."]}]
+    assert made(tmp_path, "reward-bench-2", *wrong)[1] == [
+        "num_correct: not the number of answers", "chosen: no answer in the list",
+        "ranks: identical candidates have different ranks",
+    ]  # fmt: skip
+
+
+def test_the_seven_answers_of_nectar_are_one_ranking(tmp_path):
+    answers = [{"answer": f"a{rank}", "model": f"m{rank}", "rank": float(rank)} for rank in (3, 1, 2, 5, 4, 7, 5)]
+    answers[-1]["answer"] = "another a5"
+    row = {"prompt": "\n\nHuman: Hi\n\nAssistant: Hello\n\nHuman: Fruit?\n\nAssistant: ", "answers": answers}
+    assert detect([jsonl(tmp_path / "in.jsonl", [row])])[0] == "nectar"
+    record = one(tmp_path, "nectar", row)
+    assert record.ranks == (3, 1, 2, 5, 4, 6, 5)
+    assert said(record) == [("user", "Hi"), ("assistant", "Hello"), ("user", "Fruit?")]
+    assert (record.candidates[1].author, record.annotator) == ("m1", "gpt-4")
+    assert made(tmp_path, "nectar", {**row, "answers": [{"answer": "a", "rank": 0}]})[1] == [
+        "rank: not a number from 1 to 1000"
+    ]
+
+
+def model(turn, text, score=None, chosen=False):
+    return {"turn": turn, "role": "model", "content": text, "model_name": "m", "score": score, "if_chosen": chosen}
+
+
+def asked(turn, text):
+    return {"turn": turn, "role": "user", "content": text}
+
+
+PRISM = {
+    "user_id": "u1",
+    "conversation_history": [
+        asked(0, "Fruit?"), model(0, "Car.", 10), model(0, "Pear.", 90, True), model(0, "Plum.", 90),
+        asked(1, "Another?"), model(1, "Apple.", 50, True), model(1, "Bus.", 20),
+    ],
+}  # fmt: skip
+
+
+def test_each_turn_of_prism_is_a_ranking_after_the_chosen_answers(tmp_path):
+    (first, second), reasons = made(tmp_path, "prism", PRISM)
+    assert (by_rank(first), by_rank(second)) == (
+        {1: ["Pear.", "Plum."], 2: ["Car."]}, {1: ["Apple."], 2: ["Bus."]},
+    )  # fmt: skip
+    assert said(second) == [("user", "Fruit?"), ("assistant", "Pear."), ("user", "Another?")]
+    assert ([c.score for c in first.candidates], first.annotator, reasons) == ([10, 90, 90], "u1", [])
+    (first, _), _ = made(tmp_path, "prism", PRISM, by="chosen")
+    assert by_rank(first) == {1: ["Pear."], 2: ["Car.", "Plum."]}
+
+
+def test_turns_of_prism_without_a_usable_choice_are_rejected_one_by_one(tmp_path):
+    history = PRISM["conversation_history"]
+    contradiction = {**PRISM, "conversation_history": [history[0], model(0, "Car.", 95), *history[2:]]}
+    unchosen = {**PRISM, "conversation_history": [*history[:2], model(0, "Pear.", 90), *history[4:]]}
+    utterance = {"interaction_id": "i", "user_prompt": "Fruit?", "model_response": "Pear.", "if_chosen": True}
+    records, reasons = made(tmp_path, "prism", contradiction, unchosen, utterance)
+    assert [len(record.messages) for record in records] == [3, 1]
+    assert [reason.split(":")[0] for reason in reasons] == [
+        "if_chosen", "the turn before has no answer, or several, to go on with", "a row of utterances.jsonl",
+    ]  # fmt: skip
+
+
+# ---- Chatbot Arena ---------------------------------------------------------------------------------------------------
+
+
+def vote(winner, a="Car.", b="Pear.", **more):
+    sides = {f"conversation_{side}": [user("Fruit?"), assistant(text)] for side, text in (("a", a), ("b", b))}
+    return {"model_a": "ma", "model_b": "mb", "winner": winner, **sides, **more}
+
+
+@pytest.mark.parametrize(
+    ("winner", "ranks"),
+    [("model_a", (1, 2)), ("model_b", (2, 1)), ("tie", (1, 1)), ("tie (bothbad)", (1, 1)), ("both_bad", (1, 1))],
+)
+def test_the_winner_of_an_arena_vote_is_named_or_there_is_a_tie(tmp_path, winner, ranks):
+    row = vote(winner, judge="u1", tstamp=0.0, turn=1)
+    assert detect([jsonl(tmp_path / "in.jsonl", [row])])[0] == "chatbot-arena"
+    record = one(tmp_path, "chatbot-arena", row)
+    assert (record.ranks, [c.text for c in record.candidates]) == (ranks, ["Car.", "Pear."])
+    assert [candidate.author for candidate in record.candidates] == ["ma", "mb"]
+    assert (record.annotator, record.time, record.shown) == ("u1", "1970-01-01T00:00:00+00:00", True)
+
+
+def test_both_bad_is_a_tie_or_a_reject_by_choice_and_an_unknown_winner_a_reject(tmp_path):
+    rows = [vote("both_bad"), vote("tie (bothbad)"), vote("tie"), vote("model_c"), vote("")]
+    records, reasons = made(tmp_path, "chatbot-arena", *rows, both_bad="reject")
+    assert [record.ranks for record in records] == [(1, 1)]
+    assert reasons[:2] == ["winner: both are bad"] * 2
+    assert all(reason.startswith("winner: not one of") for reason in reasons[2:])
+
+
+def test_a_vote_on_several_turns_is_rejected_or_counts_for_the_first_answers_by_choice(tmp_path):
+    row = vote("model_b", turn=2)
+    for side, text in (("a", "Bus."), ("b", "Plum.")):
+        row[f"conversation_{side}"] = [*row[f"conversation_{side}"], user("Another?"), assistant(text)]
+    assert made(tmp_path, "chatbot-arena", row)[1] == ["a vote on several turns: the earlier answers differ"]
+    assert by_rank(one(tmp_path, "chatbot-arena", row, turns="first")) == {1: ["Pear."], 2: ["Car."]}
+    assert by_rank(one(tmp_path, "chatbot-arena", {**row, "turn": 1})) == {1: ["Pear."], 2: ["Car."]}
+    same = {**row, "conversation_a": [*row["conversation_b"][:3], assistant("Bus.")]}
+    record = one(tmp_path, "chatbot-arena", same)
+    assert (len(record.messages), by_rank(record)) == (3, {1: ["Plum."], 2: ["Bus."]})
+
+
+def test_lmarena_has_text_parts_and_votes_after_others_are_rejected(tmp_path):
+    row = vote("model_a")
+    for side in "ab":
+        row[f"conversation_{side}"] = [
+            {**turn, "content": [{"type": "text", "text": turn["content"], "image": None}]}
+            for turn in row[f"conversation_{side}"]
+        ]
+    assert by_rank(one(tmp_path, "chatbot-arena", {**row, "full_conversation": [{}]})) == {1: ["Car."], 2: ["Pear."]}
+    assert made(tmp_path, "chatbot-arena", {**row, "full_conversation": [{}, {}]})[1] == [
+        "a vote after others: the turns before differ"
+    ]
+
+
+def test_the_competitions_rows_hold_lists_in_json_and_three_columns(tmp_path):
+    row = {
+        "model_a": "ma", "model_b": "mb", "prompt": '["Fruit?"]', "response_a": '["Car."]', "response_b": '["Pear."]',
+        "winner_model_a": 0, "winner_model_b": 1, "winner_tie": 0,
+    }  # fmt: skip
+    assert detect([jsonl(tmp_path / "in.jsonl", [row])])[0] == "chatbot-arena"
+    assert by_rank(one(tmp_path, "chatbot-arena", row)) == {1: ["Pear."], 2: ["Car."]}
+    tie = {**row, "winner_model_b": 0, "winner_tie": 1}
+    assert one(tmp_path, "chatbot-arena", tie).ranks == (1, 1)
+    assert made(tmp_path, "chatbot-arena", {**row, "winner_tie": 1}, {**row, "response_a": "[null]"})[1] == [
+        "winner_model_a, winner_model_b, winner_tie: not one of them is 1", "prompt and response_a: not as many texts",
+    ]  # fmt: skip
+
+
+# ---- Potato ----------------------------------------------------------------------------------------------------------
+
+ITEM = {"id": "i1", "prompt": "Fruit?", "responses": ["Car.", "Pear."]}
+ITEM4 = {"id": "i4", "prompt": "Fruit?", "responses": ["a", "b", "c", "d"]}
+
+
+@pytest.mark.parametrize(
+    ("item", "judgement", "ranks"),
+    [
+        (ITEM, {"selection": "B"}, (2, 1)), (ITEM, {"selection": "tie"}, (1, 1)), (ITEM, {"scale_value": "-2"}, (1, 2)),
+        (ITEM, {"scale_value": "0"}, (1, 1)), (ITEM, {"scale_value": 3}, (2, 1)),
+        (ITEM4, {"rank_order": "B,D=A,C"}, (2, 1, 3, 2)), (ITEM4, {"best": "B", "worst": "D"}, (2, 1, 2, 3)),
+    ],
+)  # fmt: skip
+def test_every_kind_of_comparison_of_potato_names_its_winner(tmp_path, item, judgement, ranks):
+    items = jsonl(tmp_path / "items.jsonl", [ITEM, ITEM4])
+    row = {"instance_id": item["id"], "user_id": "ann", "labels": {"preference": judgement}, "spans": {}}
+    record = one(tmp_path, "potato", row, items=str(items))
+    assert (record.ranks, record.annotator, record.shown) == (ranks, "ann", True)
+    assert (said(record), len(record.candidates)) == ([("user", "Fruit?")], len(item["responses"]))
+
+
+def test_a_user_state_of_potato_gives_one_ranking_for_each_item(tmp_path):
+    items = jsonl(tmp_path / "items.jsonl", [ITEM, {"id": 2, "prompt": "Tree?", "left": "Oak.", "right": "Bus."}])
+    listed = [[{"schema": "preference", "name": "selection"}, "A"]]
+    state = {"i1": {"preference": {"selection": "B"}}, "2": listed, "9": listed, "i2": {"mood": {"happy": "true"}}}
+    row = {"user_id": "ann", "instance_id_to_label_to_value": state}
+    assert detect([jsonl(tmp_path / "in.jsonl", [row])])[0] == "potato"
+    records, reasons = made(tmp_path, "potato", row, items=str(items))
+    assert [by_rank(record)[1] for record in records] == [["Pear."], ["Oak."]]
+    assert reasons == ["instance_id: not in the data file"] * 2
+
+
+def test_what_potato_leaves_open_is_asked_for_by_name(tmp_path):
+    labels = {"fluency": {"selection": "A"}, "overall": {"selection": "B"}}
+    row = {**ITEM, "instance_id": "i1", "user_id": "ann", "labels": labels}
+    assert made(tmp_path, "potato", row)[1] == ["several questions"]
+    assert by_rank(one(tmp_path, "potato", row, question="overall"))[1] == ["Pear."]
+    bare = {"instance_id": "i1", "user_id": "ann", "labels": {"overall": {"selection": "B"}}}
+    assert made(tmp_path, "potato", bare)[1] == ["no field 'responses' with the answers"]
+    bad = [
+        {"selection": "C"}, {"scale_value": "much"}, {"rank_order": "A"}, {"best": "A", "worst": "A"}, {"best": "A"},
+    ]  # fmt: skip
+    rows = [{**row, "labels": {"overall": judgement}} for judgement in bad]
+    assert [reason.split(":")[0] for reason in made(tmp_path, "potato", *rows)[1]] == [
+        "a label that names no answer", "scale_value", "rank_order", "best and worst", "no judgement",
+    ]  # fmt: skip
+    (tmp_path / "broken.jsonl").write_text(json.dumps(ITEM) + "\n{", "utf-8")
+    with pytest.raises(UserError, match=r"option items: .*broken\.jsonl:2"):
+        made(tmp_path, "potato", bare, items=str(tmp_path / "broken.jsonl"))
