@@ -50,7 +50,7 @@ def chatbot_arena(
 ) -> Ranking:
     """Chatbot Arena, LMArena and MT-Bench votes: rows {conversation_a, conversation_b, winner, model_a, model_b, ...}.
 
-    Ranks: `winner` model_a or model_b names the better conversation; tie is a tie, and so are tie (bothbad) and
+    Ranks: `winner` model_a or model_b names the better conversation, tie is a tie, and so are tie (bothbad) and
     both_bad. Also read are the rows of the Kaggle competition (lmsys-arena-human-preference-55k: `prompt`, `response_a`
     and `response_b`, each the JSON of a list, and `winner_model_a`, `winner_model_b`, `winner_tie`).
 

@@ -143,13 +143,13 @@ _PRISM_SAMPLE = as_jsonl(
 def prism(row: Any, *, by: Literal["score", "chosen"] = "score") -> Iterator[Record | BadRecord]:
     """PRISM conversations.jsonl: rows {user_id, conversation_history[{turn, role, content, score, if_chosen}]}.
 
-    Each turn is a ranking of the answers that several models gave to it; its prompt goes on with the chosen answer of
+    Ranks: the highest `score` is rank 1 and equal scores are a tie, or by choice the answer with which the person went
+    on is 1 and all others are 2. Each turn is a ranking of the answers that several models gave to it; its prompt goes on with the chosen answer of
     each turn before. `user_id` is the annotator, `model_name` the author, and `score` (1 to 100) stays with the answer.
     The order shown is not kept.
 
     Args:
-        by: score: Ranks by `score`, the highest is 1 and equal scores are a tie. chosen: Ranks by `if_chosen`, the
-            answer with which the person went on 1, all others 2: ties.
+        by: score: the ranks follow `score`. chosen: they follow `if_chosen`.
 
     Rejected, each turn for itself: a chosen answer that scores below another, a missing score, fewer than two distinct
     answers; turns after one without a chosen answer. Rows of utterances.jsonl lack the turns before: import

@@ -53,7 +53,7 @@ def potato(
 ) -> Iterator[Record | BadRecord]:
     """Potato: annotations.jsonl of `potato.export`, or a user_state.json, with judgements by question and item.
 
-    Ranks: of a pairwise question, `selection` A or B is the better and tie a tie; on its scale a negative
+    Ranks: of a pairwise question, `selection` A or B is the better and tie a tie, and on its scale a negative
     `scale_value` prefers A, a positive one B, and 0 is a tie. `rank_order` "B,D=A,C" lists the best first, with ``=``
     between ties. `best` and `worst` are ranks 1 and 3, and 2 for the others. A is the first of the answers, B the
     second, which is the order shown. `user_id` is the annotator.
