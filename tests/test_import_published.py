@@ -91,6 +91,8 @@ def test_in_saferlhf_the_better_and_the_safer_response_are_two_judgements(tmp_pa
     contradiction = {**SAFE, "safer_response_id": 0}
     reasons = made(tmp_path, "pku-saferlhf", contradiction, {**SAFE, "safer_response_id": -1}, by="safer")[1]
     assert ["contradicts" in reasons[0], reasons[1]] == [True, "safer_response_id: not one of 0, 1"]
+    more = {"prompt_source": "p", "response_0_severity_level": 2, "response_0_sha256": "ab", "response_1_sha256": "cd"}
+    assert by_rank(one(tmp_path, "pku-saferlhf", {**SAFE, **more}))[1] == ["Hammer."], "as the published files have it"
     single = {name: SAFE[name] for name in ("prompt", "response_0", "response_1", "better_response_id")}
     assert made(tmp_path, "pku-saferlhf", single, by="safer")[1] == ["safer_response_id: missing"]
 
@@ -136,6 +138,9 @@ def asked(turn, text):
 
 PRISM = {
     "user_id": "u1",
+    "opening_prompt": "Fruit?",
+    "choice_attributes": {"fluency": 80},
+    "open_feedback": "Fine.",
     "conversation_history": [
         asked(0, "Fruit?"), model(0, "Car.", 10), model(0, "Pear.", 90, True), model(0, "Plum.", 90),
         asked(1, "Another?"), model(1, "Apple.", 50, True), model(1, "Bus.", 20),
@@ -179,7 +184,7 @@ def vote(winner, a="Car.", b="Pear.", **more):
     [("model_a", (1, 2)), ("model_b", (2, 1)), ("tie", (1, 1)), ("tie (bothbad)", (1, 1)), ("both_bad", (1, 1))],
 )
 def test_the_winner_of_an_arena_vote_is_named_or_there_is_a_tie(tmp_path, winner, ranks):
-    row = vote(winner, judge="u1", tstamp=0.0, turn=1)
+    row = vote(winner, judge="u1", tstamp=0.0, turn=1, toxic_chat_tag={"roberta-large": {"flagged": False}})
     assert detect([jsonl(tmp_path / "in.jsonl", [row])])[0] == "chatbot-arena"
     record = one(tmp_path, "chatbot-arena", row)
     assert (record.ranks, [c.text for c in record.candidates]) == (ranks, ["Car.", "Pear."])

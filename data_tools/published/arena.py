@@ -44,7 +44,7 @@ _ARENA_SAMPLE = as_jsonl(
 )
 
 
-@PUBLISHED.row("chatbot-arena", suffixes=JSON, sample=_ARENA_SAMPLE, detect=_detect_arena)
+@PUBLISHED.row("chatbot-arena", suffixes=JSON, sample=_ARENA_SAMPLE, detect=_detect_arena, left_out=("toxic_chat_tag",))
 def chatbot_arena(
     row: Any, *, turns: Literal["reject", "first"] = "reject", both_bad: Literal["tie", "reject"] = "tie"
 ) -> Ranking:
@@ -56,7 +56,7 @@ def chatbot_arena(
 
     The prompt is the turns with which both conversations begin, up to the `turn` that was judged. `judge` is the
     annotator, `model_a` and `model_b` are the authors, `tstamp` is the time, `language` the group. Arena shows model_a
-    on the left; MT-Bench, whose rows have no `tstamp`, does not keep the order shown.
+    on the left; MT-Bench, whose rows have no `tstamp`, does not keep the order shown. Moderation tags are left out.
 
     Args:
         turns: What becomes of a vote on several turns, where the models' earlier answers differ, so that the last

@@ -139,14 +139,18 @@ _PRISM_SAMPLE = as_jsonl(
 )
 
 
-@PUBLISHED.row("prism", suffixes=JSON, sample=_PRISM_SAMPLE, detect=_detect_prism)
+_PRISM_LEFT_OUT = ("opening_prompt", "performance_attributes", "choice_attributes", "open_feedback")
+
+
+@PUBLISHED.row("prism", suffixes=JSON, sample=_PRISM_SAMPLE, detect=_detect_prism, left_out=_PRISM_LEFT_OUT)
 def prism(row: Any, *, by: Literal["score", "chosen"] = "score") -> Iterator[Record | BadRecord]:
     """PRISM conversations.jsonl: rows {user_id, conversation_history[{turn, role, content, score, if_chosen}]}.
 
     Ranks: the highest `score` is rank 1 and equal scores are a tie, or by choice the answer with which the person went
-    on is 1 and all others are 2. Each turn is a ranking of the answers that several models gave to it; its prompt goes on with the chosen answer of
-    each turn before. `user_id` is the annotator, `model_name` the author, and `score` (1 to 100) stays with the answer.
-    The order shown is not kept.
+    on is 1 and all others are 2. Each turn is a ranking of the answers that several models gave to it; its prompt goes
+    on with the chosen answer of each turn before. `user_id` is the annotator, `model_name` the author, and `score` (1
+    to 100) stays with the answer. The order shown is not kept. The questions after the conversation
+    (`performance_attributes`, `choice_attributes`, `open_feedback`) are left out.
 
     Args:
         by: score: the ranks follow `score`. chosen: they follow `if_chosen`.

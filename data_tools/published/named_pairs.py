@@ -207,13 +207,22 @@ _SAFERLHF_SAMPLE = as_jsonl(
 )
 
 
-@PUBLISHED.row("pku-saferlhf", suffixes=JSON, sample=_SAFERLHF_SAMPLE, detect=_detect_saferlhf)
+_SAFERLHF_LEFT_OUT = ("better_response_id", "safer_response_id", "response_0_sha256", "response_1_sha256")
+
+
+@PUBLISHED.row(
+    "pku-saferlhf",
+    suffixes=JSON,
+    sample=_SAFERLHF_SAMPLE,
+    detect=_detect_saferlhf,
+    left_out=_SAFERLHF_LEFT_OUT,
+)
 def pku_saferlhf(row: Any, *, by: Literal["better", "safer"] = "better") -> Ranking:
     """PKU-SafeRLHF: rows {prompt, response_0, response_1, better_response_id, safer_response_id}.
 
     Ranks: the response with the number in `better_response_id` (or `safer_response_id`) 1, the other 2; the format has
     no ties, and names neither annotators nor the order shown. Models wrote the answers; `response_0_source` and
-    `response_1_source` name them.
+    `response_1_source` name them. The judgement that is not chosen is left out, and so are hashes.
 
     Args:
         by: better: the more helpful response wins. safer: the less harmful one. The two often disagree; import the

@@ -41,7 +41,10 @@ _POTATO_SAMPLE = as_jsonl(
 )
 
 
-@PUBLISHED.row("potato", suffixes=JSON, sample=_POTATO_SAMPLE, detect=_detect_potato)
+_POTATO_LEFT_OUT = ("displayed_text", "phase_to_page_to_label_to_value", "training_instance_id_to_label_to_value")
+
+
+@PUBLISHED.row("potato", suffixes=JSON, sample=_POTATO_SAMPLE, detect=_detect_potato, left_out=_POTATO_LEFT_OUT)
 def potato(
     row: Any,
     *,
@@ -59,7 +62,7 @@ def potato(
     second, which is the order shown. `user_id` is the annotator.
 
     Potato's files hold no texts: name the project's data file with `items`. Rows into which its fields were merged
-    need none.
+    need none. `displayed_text`, which is HTML, and answers of surveys and training phases are left out.
 
     Args:
         items: The data file of the project, JSON lines or an array, held in memory.
