@@ -36,7 +36,8 @@ from rlhf.data.selection import eval_records, open_datasets, train_records
 from rlhf.data.store import open_dataset
 from rlhf.distributed.launch import PARENT, PARENT_PID, run_child
 from rlhf.export.export import check_out
-from rlhf.runs.run import check_run_folder, delete_run, is_complete, is_run, read_run
+from rlhf.runs.changes import check_inputs
+from rlhf.runs.run import check_run_folder, data_facts, delete_run, is_complete, is_run, read_run
 
 WAITING = 3
 """Exit status of a pipeline that waits for people to rank."""
@@ -70,7 +71,14 @@ class Step:
                     "Continuing would mix the two.",
                     "Give --overwrite to run the whole pipeline again, or another name: " + f"{self.stage}.run=...",
                 )
+        check_inputs(Path(self.config.run), info, {"data": self._data_now(info)})
         return "complete" if is_complete(self.config) else "interrupted"
+
+    @staticmethod
+    def _data_now(info: dict[str, Any]) -> list[dict[str, Any]]:
+        """The datasets of a run with their fingerprints of now. One that was deleted since has nothing to compare."""
+        paths = [str(one["path"]) for one in info.get("data", []) if "path" in one and Path(one["path"]).exists()]
+        return data_facts(open_dataset(path) for path in paths)
 
 
 def read_pipeline(file: str | Path, overrides: Sequence[str]) -> tuple[PipelineConfig, list[Step]]:
@@ -87,11 +95,13 @@ def read_pipeline(file: str | Path, overrides: Sequence[str]) -> tuple[PipelineC
             by_stage[stage].append(override[len(stage) + 1 :])
         else:
             own.append(override)
+    entry.refuse_other_stage("pipeline", file)
     config = load_stage_config(PipelineConfig, file, own)
     steps = []
     for stage, kind in STAGES.items():
         path = getattr(config, stage)
         if path is not None:
+            entry.refuse_other_stage(stage, path)
             steps.append(Step(stage, path, by_stage[stage], load_stage_config(kind, path, by_stage[stage])))
         elif by_stage[stage]:
             raise UserError(f"override {stage}.{by_stage[stage][0]}: {file} has no {stage} stage")

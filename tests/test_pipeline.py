@@ -6,8 +6,12 @@ import contextlib
 import json
 import os
 import re
+import shutil
+import signal
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,6 +21,7 @@ import yaml
 from rows import jsonl
 
 from data_tools.annotate.rounds import Round
+from rlhf.cli import entry
 from rlhf.cli.pipeline_config import PipelineConfig
 from rlhf.config.load import check_config, dump_config
 from rlhf.core.errors import UserError
@@ -158,6 +163,38 @@ def test_a_fault_of_the_last_stage_is_found_before_the_first_one_starts(place):
     assert not (place / "runs").exists()
 
 
+def test_a_complete_run_whose_dataset_changed_is_refused(place):
+    pretend_all(place)
+    data = open_dataset(place / "demos")
+    info = json.loads((place / "runs/sft/run.json").read_text("utf-8"))
+    info["data"] = [{"path": "demos", "kind": "demonstration", "fingerprint": data.fingerprint}]
+    (place / "runs/sft/run.json").write_text(json.dumps(info), "utf-8")
+    assert states()[0] == "complete"
+    with pytest.raises(UserError, match="the dataset demos changed since"):
+        shutil.rmtree(place / "demos")
+        tiny.write_demonstrations(place / "demos", 13, 4)
+        states()
+
+
+@pytest.mark.parametrize("given", ["sft", "reward", "ppo", "all"])
+@pytest.mark.parametrize("wanted", ["sft", "reward", "ppo", "pipeline"])
+def test_a_config_of_another_stage_is_recognised(given, wanted, place):
+    values = yaml.safe_load((place / "reward.yaml").read_text("utf-8"))
+    (place / "reward.yaml").write_text(yaml.safe_dump({**values, "loss": "bradley-terry"}), "utf-8")
+    values = yaml.safe_load((place / "sft.yaml").read_text("utf-8"))
+    (place / "sft.yaml").write_text(yaml.safe_dump({**values, "eval": {"samples": 1}}), "utf-8")
+    name = "pipeline" if given == "all" else given
+    if name == wanted:
+        entry.refuse_other_stage(wanted, f"{given}.yaml")
+        return
+    said = rf"{given}\.yaml: is a config of {name}, not of {wanted}\n.*rlhf {name}"
+    with pytest.raises(UserError, match=said):
+        if wanted == "pipeline":
+            pipeline.read_pipeline(f"{given}.yaml", [])
+        else:
+            entry.prepare(wanted, f"{given}.yaml", dry_run=True)
+
+
 def test_without_resume_a_run_that_is_there_is_refused(place):
     pretend(place, "sft")
     with pytest.raises(UserError, match="already holds a run"):
@@ -190,6 +227,41 @@ def test_the_three_stages_and_the_export_run_from_one_command_and_are_skipped_th
     again = rlhf(place, "pipeline", "--config", "all.yaml", model)
     assert again.returncode == 0, again.stdout + again.stderr
     assert again.stdout.count("complete already") == 3
+
+
+def kill_when(place: Path, moment: Callable[[], bool], *words: str) -> None:
+    """Start a command and kill it, with its child, as soon as `moment` is true."""
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "stages.cli", *words]
+    process = subprocess.Popen(
+        command, cwd=place, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    while not moment():
+        assert process.poll() is None, f"ended with {process.returncode} before the moment came"
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("overwrite", [False, True], ids=["fresh", "overwritten"])
+def test_a_pipeline_killed_in_each_stage_goes_on_with_the_same_command(overwrite, place):
+    command = ("pipeline", "--config", "all.yaml", f"sft.model.path={tiny.llama()}", "sft.checkpoints.every=1")
+    if overwrite:
+        done = rlhf(place, *command)
+        assert done.returncode == 0, done.stdout + done.stderr
+        before = json.loads((place / "runs/ppo/run.json").read_text("utf-8"))
+        kill_when(place, lambda: not (place / "runs/sft/run.json").exists(), *command, "--overwrite")
+        assert not (place / "runs/ppo/run.json").exists()
+    for stage in ("sft", "reward", "ppo"):
+        kill_when(place, (place / "runs" / stage / "run.json").exists, *command)
+        kill_when(place, (place / "runs" / stage / "checkpoints").exists, *command)
+    done = rlhf(place, *command)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.count("complete already") == 2 and (place / "out" / "model.safetensors").is_file()
+    if overwrite:
+        after = json.loads((place / "runs/ppo/run.json").read_text("utf-8"))
+        assert after["metrics"] == before["metrics"] and after["model_fingerprint"] == before["model_fingerprint"]
 
 
 @pytest.mark.slow

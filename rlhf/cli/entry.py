@@ -14,14 +14,16 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from pydantic import BaseModel
 
 from rlhf import distributed
 from rlhf.cli.errors import exit_on_error, resume_line
 from rlhf.cli.options import ConfigFile, DryRun, Overrides, Overwrite, Resume
+from rlhf.cli.pipeline_config import PipelineConfig
 from rlhf.cli.preflight import PendingRuns, check
 from rlhf.cli.stage_configs import STAGES
 from rlhf.config.base import StageConfig
-from rlhf.config.load import dump_config, load_stage_config
+from rlhf.config.load import dump_config, fits, load_stage_config, read_values
 from rlhf.core.console import say, table
 from rlhf.core.errors import UserError
 from rlhf.distributed.launch import PARENT, end_with_parent, read_hostfile
@@ -85,6 +87,7 @@ def prepare(
         raise UserError("--resume and --overwrite: one continues the run, the other deletes it", remedy="Choose one.")
     if (here := str(Path.cwd())) not in sys.path:
         sys.path.append(here)  # reward functions are found in the working folder, however we were started
+    refuse_other_stage(stage, file)
     config = load_stage_config(STAGES[stage], file, overrides)
     rows = check(stage, config, resume, overwrite, processes, pending_runs)
     if dry_run:
@@ -97,6 +100,22 @@ def prepare(
         say(f"{config.run} is complete: there is nothing to continue")
         return None
     return config
+
+
+def refuse_other_stage(stage: str, file: str | Path) -> None:
+    """Refuse a config file that is none of this stage's, but a valid one of another stage or of a pipeline.
+
+    Raises:
+        UserError: Names the stage that the file is for, and its command.
+    """
+    values = read_values(file)
+    kinds: dict[str, type[BaseModel]] = {**STAGES, "pipeline": PipelineConfig}
+    fitting = [name for name, kind in kinds.items() if fits(kind, values)]
+    if fitting and stage not in fitting:
+        raise UserError(
+            f"{file}: is a config of {' or '.join(fitting)}, not of {stage}",
+            remedy=f"Start it with: rlhf {fitting[0]} --config {file}",
+        )
 
 
 def run(function: Callable[..., None], config: Any, resume: bool, overwrite: bool) -> None:

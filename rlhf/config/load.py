@@ -60,6 +60,15 @@ def check_config(kind: type[C], values: dict[str, Any], where: str) -> C:
         raise UserError(f"{where}: {count} in the config\n" + "\n".join(f"  - {f}" for f in faults)) from None
 
 
+def fits(kind: type[BaseModel], values: dict[str, Any]) -> bool:
+    """True if parsed values are a valid config of this kind."""
+    try:
+        kind.model_validate(values)
+    except (ValidationError, UserError):
+        return False
+    return True
+
+
 def override_values(values: dict[str, Any], overrides: Sequence[str]) -> None:
     """Apply `dotted.key=value` overrides to a config's values, in place.
 
