@@ -41,6 +41,8 @@ def of_server(value, status="submitted", **more):
     return {"fields": dict(FIELDS), "responses": [{"values": values, "status": status, "user_id": "user-0", **more}]}
 
 
+WHICH = "which answers does the question compare?"
+NO_ANSWER = "the response names none of the answers and no tie"
 ORDER = ["reply-2", "reply-3", "reply-1"]
 BY_RANK = {1: ["Pear."], 2: ["Plum."], 3: ["Car."]}
 
@@ -149,7 +151,11 @@ def test_records_that_nobody_answered(tmp_path):
         (flat([["reply-2", "option 2"]]), {}, "two options of the question are one answer"),
         (flat([ORDER[:2]]), {"answers": "reply-1,reply-2,reply-3"}, "the ranking leaves answers out"),
         (flat([ORDER[:1]]), {}, "candidates: fewer than two answers"),
-        (flat(["best"]), {"question": "rank"}, "the response is neither a ranking nor a rating"),
+        (flat(["best"], **{"other 1": "x", "other 2": "y", "other 3": "z"}), {"question": "rank"}, WHICH),
+        (flat([{}]), {"question": "rank", "answers": "reply-1,reply-2"}, NO_ANSWER),
+        (flat(["unsure"]), {"question": "rank", "answers": "reply-1,reply-2"}, NO_ANSWER),
+        (flat([3]), {"question": "rank", "answers": "reply-1,reply-2"}, NO_ANSWER),
+        (flat([0]), {"question": "rank", "answers": "reply-1,reply-2"}, NO_ANSWER),
         (flat([ORDER]), {"question": "other"}, "the record has no response to the question"),
         (flat([ORDER]), {"prompt": "question"}, "no prompt is found"),
         (flat([ORDER], ["submitted", "submitted"]), {}, "the lists of responses, users and status differ in length"),
@@ -163,6 +169,35 @@ def test_records_that_nobody_answered(tmp_path):
 )
 def test_responses_that_cannot_be_used(tmp_path, row, options, reason):
     assert made(tmp_path, "argilla", row, **options) == ([], [reason])
+
+
+# ---- questions "which is better" -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("value", "ranks"),
+    [
+        ("reply-2", (2, 1)), ("Reply 2", (2, 1)), ("Response A", (1, 2)), ("Pear.", (2, 1)), ("B is better", (2, 1)),
+        ("tie", (1, 1)), ("Both are bad", (1, 1)), (1, (1, 2)), (2, (2, 1)), ("2", (2, 1)),
+    ],
+)  # fmt: skip
+def test_a_value_names_the_better_answer_or_a_tie(tmp_path, value, ranks):
+    record = one(tmp_path, "argilla", flat([value]), question="rank", answers="reply-1,reply-2")
+    assert record.ranks == ranks
+    assert [candidate.text for candidate in record.candidates] == ["Car.", "Pear."]
+
+
+def test_a_label_question_is_found_where_it_names_answers(tmp_path):
+    row = flat(["reply-2", "tie"], question="preference")
+    del row["reply-3"]
+    records, reasons = made(tmp_path, "argilla", row)
+    assert ([record.ranks for record in records], reasons) == ([(2, 1), (1, 1)], [])
+
+
+def test_labels_are_given_a_meaning(tmp_path):
+    options = {"question": "rank", "answers": "reply-1,reply-2", "choice_values": "first=reply-1,0=tie"}
+    records, _ = made(tmp_path, "argilla", flat(["First", 0]), **options)
+    assert [record.ranks for record in records] == [(1, 2), (1, 1)]
 
 
 # ---- options and forms -----------------------------------------------------------------------------------------------

@@ -97,6 +97,47 @@ def test_a_row_may_have_fewer_answers(tmp_path):
     assert by_rank(record) == {1: ["three"], 2: ["one"]}
 
 
+@pytest.mark.parametrize(
+    ("one_box", "other", "ranks"), [("true", "", (1, 2)), ("", "x", (2, 1)), ("yes", "YES", (1, 1))]
+)
+def test_a_ticked_box_wins_whatever_the_order_of_numbers(tmp_path, one_box, other, ranks):
+    for order in ("lowest-best", "highest-best"):
+        row = ["Q?", "x", "y", one_box, other]
+        found = one(tmp_path, "q,a,b,ra,rb", row, **PAIR, ranks="ra,rb", rank_order=order)
+        assert (found.ranks, found.candidates[0].score) == (ranks, None)
+
+
+def test_no_ticked_box_is_no_answer(tmp_path):
+    text = "q,a,b,ra,rb\nQ?,x,y,false,FALSE\nQ?,x,y,,\n"
+    reasons = [(2, "ranks: no answer is ticked"), (3, "ranks: no answer is ticked")]
+    assert made(tmp_path, text, **PAIR, ranks="ra,rb") == ([], reasons)
+
+
+def test_scores_stay_with_the_answers_and_must_agree_with_who_won(tmp_path):
+    rated = one(tmp_path, "q,a,b,ra,rb", ["Q?", "x", "y", "2", "5"], **PAIR, ranks="ra,rb", rank_order="highest-best")
+    assert [candidate.score for candidate in rated.candidates] == [2, 5]
+    options = {**PAIR, "best_first": True, "scores": "sa,sb"}
+    text = "q,a,b,sa,sb\nQ?,x,y,8,2\nQ?,x,y,8,8\nQ?,x,y,2,\nQ?,x,y,2,9\nQ?,x,y,high,9\n"
+    records, rejects = made(tmp_path, text, **options)
+    assert [(found.ranks, found.candidates[0].score) for found in records] == [((1, 2), 8), ((1, 1), 8), ((1, 2), 2)]
+    assert rejects == [(5, "the scores contradict who won"), (6, "sa: not a number")]
+
+
+def test_best_and_worst_columns(tmp_path):
+    text = "q,a,b,c,best,worst\nQ?,x,y,z,B,a\nQ?,x,y,z,b,b\nQ?,x,y,z,tie,a\nQ?,x,y,z,c,\n"
+    records, rejects = made(tmp_path, text, prompt="q", answers="a,b,c", choice="best", worst="worst")
+    assert [found.ranks for found in records] == [(3, 1, 2)]
+    contradict = "choice and worst: contradict each other"
+    assert rejects == [(3, contradict), (4, contradict), (5, "worst: no answer was given")]
+
+
+def test_a_choice_may_be_the_answer_s_own_text_or_a_tie_in_words(tmp_path):
+    text = "q,a,b,pick\nQ?,Pear.,Car.,Car.\nQ?,Pear.,Car.,Both are bad\nQ?,Pear.,Car.,Response A\nQ?,Pear.,Car.,\n"
+    records, rejects = made(tmp_path, text, **PAIR, choice="pick")
+    assert [found.ranks for found in records] == [(2, 1), (1, 1), (1, 2)]
+    assert rejects == [(5, "choice: no answer was given")]
+
+
 # ---- who won: choice -------------------------------------------------------------------------------------------------
 
 
@@ -107,7 +148,7 @@ def test_a_choice_names_the_column_the_letter_or_a_tie(tmp_path, value, ranks):
     assert one(tmp_path, "q,a,b,pick", ["Q?", "x", "y", value], **PAIR, choice="pick").ranks == ranks
 
 
-@pytest.mark.parametrize("value", ["0", "1", "2", "", "c", "both"])
+@pytest.mark.parametrize("value", ["0", "1", "2", "c", "both"])
 def test_other_choices_need_a_mapping(tmp_path, value):
     text = written([["q", "a", "b", "pick"], ["Q?", "x", "y", value]])
     assert made(tmp_path, text, **PAIR, choice="pick") == ([], [(2, "choice: an unknown value")])

@@ -209,13 +209,94 @@ def test_a_pair_that_is_not_clear_is_named(tmp_path):
     assert made(tmp_path, LS, pairwise("left", **data))[1] == ["the two answers are not found"]
     assert by_rank(one(tmp_path, LS, pairwise("left", **data), answers="b2, b1")) == {1: ["two"], 2: ["one"]}
     assert made(tmp_path, LS, pairwise("left", **data), answers="b2,c")[1] == ["the two answers are not found"]
-    with pytest.raises(UserError, match="Pairwise control has 2, got 3"):
-        made(tmp_path, LS, pairwise("left"), answers="a,b,c")
+    with pytest.raises(UserError, match="answers: one field, b1"):
+        made(tmp_path, LS, pairwise("left"), answers="b1")
 
 
 @pytest.mark.parametrize("selected", ["none", "", 1, ["left"]])
 def test_no_side_is_no_tie(tmp_path, selected):
     assert made(tmp_path, LS, pairwise(selected)) == ([], ["no side was chosen"])
+
+
+# ---- Choices and Ratings ---------------------------------------------------------------------------------------------
+
+
+def chosen(*choices, name="better"):
+    return result({"choices": list(choices)}, name, "choices")
+
+
+def rated(number, name, to="list"):
+    return {**result({"rating": number}, name, "rating"), "to_name": to}
+
+
+def of_two(*results):
+    return {"data": {"prompt": "Which?", "answer1": "one", "answer2": "two"}, "annotations": [annotation(*results)]}
+
+
+SIDE = result({"selected": "right"}, "pw", "pairwise")
+
+
+@pytest.mark.parametrize(
+    ("results", "ranks"),
+    [
+        ([chosen("Both are equal")], (1, 1)),
+        ([chosen("Both bad")], (1, 1)),
+        ([chosen("answer2")], (2, 1)),
+        ([chosen("Answer 1 is better"), chosen("Accuracy", name="reason")], (1, 2)),
+        ([chosen("B")], (2, 1)),
+        ([chosen("two")], (2, 1)),
+        ([SIDE, chosen("Accuracy")], (2, 1)),
+        ([SIDE, chosen("right")], (2, 1)),
+        ([result({"selected": None}, "pw", "pairwise"), chosen("Tie")], (1, 1)),
+    ],
+)
+def test_choices_name_an_answer_or_a_tie(tmp_path, results, ranks):
+    assert one(tmp_path, LS, of_two(*results)).ranks == ranks
+
+
+@pytest.mark.parametrize(
+    ("results", "reason"),
+    [
+        ([SIDE, chosen("Both are equal")], "the annotation contradicts itself"),
+        ([SIDE, chosen("Answer 1")], "the annotation contradicts itself"),
+        ([chosen("A", "B")], "the annotation contradicts itself"),
+        ([SIDE, rated(5, "rating1"), rated(2, "rating2")], "the annotation contradicts itself"),
+        ([chosen()], "the annotation holds no ranking"),
+        ([chosen("Accuracy")], "the annotation holds no ranking"),
+        ([chosen("Not sure")], "the annotation holds no ranking"),
+        ([rated(5, "rating1")], "candidates: fewer than two answers"),
+        ([rated(5, "rating1"), rated(5, "style1"), rated(1, "rating2")], "an answer has several ratings"),
+    ],
+)
+def test_a_contradiction_and_no_answer_are_no_tie(tmp_path, results, reason):
+    assert made(tmp_path, LS, of_two(*results)) == ([], [reason])
+
+
+def test_values_of_choices_are_given_a_meaning(tmp_path):
+    rows = [of_two(chosen("Undecided")), of_two(chosen("Upper")), of_two(chosen("both are equal"))]
+    options = {"choice_values": "Undecided=tie,Upper=answer1"}
+    records, reasons = made(tmp_path, LS, *rows, **options)
+    assert ([record.ranks for record in records], reasons) == ([(1, 1), (1, 2), (1, 1)], [])
+    with pytest.raises(UserError, match="none of the answers"):
+        made(tmp_path, LS, rows[0], choice_values="Upper=top", answers="answer1,answer2")
+
+
+def test_ratings_rank_by_stars_and_stay_as_scores(tmp_path):
+    stars = [rated(2, "rating1"), rated(5, "quality", "answer2"), rated(3, "overall")]
+    record = one(tmp_path, LS, of_two(*stars))
+    assert (record.ranks, [candidate.score for candidate in record.candidates]) == ((2, 1), [2, 5])
+    assert one(tmp_path, LS, of_two(rated(4, "rating1"), rated(4, "rating2"))).ranks == (1, 1)
+    record = one(tmp_path, LS, of_two(SIDE, rated(4, "rating1"), rated(4, "rating2")))
+    assert (record.ranks, [candidate.score for candidate in record.candidates]) == ((2, 1), [4, 4])
+    data = {"prompt": "Which?", **{f"answer{i}": f"text {i}" for i in (1, 2, 3)}}
+    three = {"data": data, "annotations": [annotation(*(rated(i, f"rating{i}") for i in (1, 2, 3)))]}
+    assert one(tmp_path, LS, three).ranks == (3, 2, 1)
+
+
+def test_json_min_has_choices_and_ratings_as_bare_values(tmp_path):
+    assert one(tmp_path, LS, minimal("better", "Both are equal"), control="better").ranks == (1, 1)
+    row = minimal("rating1", 2, rating2=5)
+    assert one(tmp_path, LS, row, control="rating1,rating2").ranks == (2, 1)
 
 
 # ---- annotations -----------------------------------------------------------------------------------------------------

@@ -92,7 +92,7 @@ def test_the_same_options_read_the_same_rows_from_every_container(tmp_path, name
         ([("user", "A fruit?")], {1: ["A pear."], 2: ["A bus."]}),
         ([("user", "A colour?")], {1: ["Green."], 2: ["A van."]}),
     ]
-    assert [reject.reason for reject in rejects] == ["choice: an unknown value"]
+    assert [reject.reason for reject in rejects] == ["choice: no answer was given"]
 
 
 def test_a_folder_of_save_to_disk_is_its_rows(tmp_path):

@@ -9,7 +9,19 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from data_tools.importers.table import IMPORTERS, Head
-from data_tools.reading.annotation_exports import Names, as_raw, brief, names, person, prompt_of, stem_and_ending
+from data_tools.reading.annotation_exports import (
+    Names,
+    as_raw,
+    brief,
+    names,
+    numbered,
+    pair_of,
+    person,
+    prompt_of,
+    stem_and_ending,
+)
+from data_tools.reading.judgements import TIE, ChoiceValues, choice_meanings, named_answer
+from data_tools.reading.roles import role_of
 from data_tools.reading.rows import JSON, rows
 from rlhf.data.jsonl import Reject
 from rlhf.data.schema import BadRecord, Record, dense_ranks, from_dict
@@ -71,14 +83,19 @@ def argilla(
     question: Names | None = None,
     prompt: str | None = None,
     answers: str | list[str] | dict[str, str] | None = None,
+    choice_values: ChoiceValues | None = None,
     without_status: bool = False,
 ) -> Iterator[Record]:
-    """Argilla: records of 2.x (to_list, to_dict, to_json, the Hub) and 1.x with a ranking question or rating questions.
+    """Argilla: records of 2.x (to_list, to_dict, to_json, the Hub) and 1.x with ranking, rating or label questions.
 
     Ranks: a ranking response lists the names of its options, best first: ranks 1, 2, ...; where the items are
     {value, rank}, 1 is the best rank and equal ranks are ties (without any rank, the order counts). Of ratings the
     higher is the better: each answer's rating becomes its score, and the ranks follow. An answer that a person did not
-    rate is no part of that person's ranking.
+    rate is no part of that person's ranking. The label of a question "which is better" names the answer that gets rank
+    1, the others share 2: by the field's name, its letter or number ("Response 2"), or the answer's own text; ``tie``,
+    ``equal``, ``both bad`` and the like are a tie. A rating question counts as such (1 = the first answer) only where
+    `question` names it and `answers` its answers. `choice_values` says what other values mean:
+    ``good=response_1,unsure=tie``. A value that means neither an answer nor a tie is rejected.
 
     Read are flat records (``QUESTION.responses`` with parallel lists of users and status), nested ones (`fields` and
     `responses` by question, or by person as the server and 1.x have them), 1.x columns of {user_id, value, status}, and
@@ -94,7 +111,8 @@ def argilla(
     candidates are in the order of `answers`, which is taken for the order shown, else in the record's order.
     """
     mapping = answers if isinstance(answers, dict) else _mapping(names(answers))
-    reader = _Reader(names(question), prompt, mapping, without_status)
+    meanings = choice_meanings(choice_values, list(mapping.values()))
+    reader = _Reader(names(question), prompt, mapping, meanings, without_status)
     for line, raw, row in rows(path, reject):
         try:
             records = _records(row)
@@ -121,6 +139,7 @@ class _Reader:
     questions: list[str]
     prompt: str | None
     answers: Mapping[str, str]
+    meanings: Mapping[str, str]
     without_status: bool
 
     def read(self, record: Mapping[str, Any]) -> Iterator[Record | BadRecord]:
@@ -162,6 +181,9 @@ class _Reader:
         ratings = {r.question for r in responses if _is_number(r.value) and self._field(r.question, fields)}
         if len({self._field(question, fields) for question in ratings}) == len(ratings) > 1:
             return sorted(ratings)
+        chosen = {r.question for r in responses if self._chooses(r, fields)}
+        if len(chosen) == 1:
+            return list(chosen)
         remedy = "Name the question (or the rating questions) and the answers: --option question=NAME"
         seen = f"questions {brief(sorted({r.question for r in responses}))}"
         raise BadRecord("no question ranks or rates the record's answers", seen, remedy)
@@ -173,6 +195,8 @@ class _Reader:
         scores: dict[str, float] = {}
         if len(given) == 1 and _is_ranking(given[0].value):
             by_option = _order(given[0].value)
+        elif len(given) == 1 and not self._field(given[0].question, fields):
+            by_option = self._choice(given[0].value, fields)
         else:
             by_option = {response.question: -_rating(response.value) for response in given}
             if len(by_option) < len(given):
@@ -190,6 +214,38 @@ class _Reader:
         row |= {"ranks": dense_ranks(by_field[name] for name in order), "annotator": given[0].user}
         row |= {"time": given[0].time, "shown": bool(self.answers), "source": "argilla"}
         return from_dict(row, "ranking")
+
+    # ---- questions "which is better" ----
+
+    def _compared(self, fields: Mapping[str, Any]) -> dict[str, Any]:
+        """The answers between which a question chooses: those of the options, else the one group of fields."""
+        texts = [name for name, value in fields.items() if isinstance(value, str)]
+        among = self.answers.values() or numbered(texts) or pair_of(texts) or ()
+        return {name: fields[name] for name in among if name in fields}
+
+    def _named(self, value: Any, answers: Mapping[str, Any]) -> str | None:
+        if isinstance(value, str) and value in self.answers:
+            return self.answers[value]
+        return named_answer(value, answers, self.meanings)
+
+    def _chooses(self, response: _Response, fields: Mapping[str, Any]) -> bool:
+        """Whether a response chooses between the answers, where no option names the question."""
+        named = self._named(response.value, self._compared(fields)) if isinstance(response.value, str) else None
+        return named is not None and (named != TIE or role_of(response.question) == "judgement")
+
+    def _choice(self, value: Any, fields: Mapping[str, Any]) -> dict[str, float]:
+        """Rank of each answer, by the value of a question that names the best or says that there is none."""
+        answers = self._compared(fields)
+        if len(answers) < 2:
+            seen = f"{brief(value)}; fields {', '.join(map(brief, list(fields)[:12]))}"
+            raise BadRecord("which answers does the question compare?", seen, "Name them: --option answers=FIELD,FIELD")
+        best = None if _is_number(value) and not self.answers else self._named(value, answers)
+        if best is None or best not in (*answers, TIE):
+            remedy = "Say what it means: --option choice_values=VALUE=FIELD,VALUE=tie"
+            raise BadRecord("the response names none of the answers and no tie", brief(value), remedy)
+        return {name: 1 if best in (name, TIE) else 2 for name in answers}
+
+    # ---- options and fields ----
 
     def _all_found(self, value: Any, fields: Mapping[str, Any]) -> bool:
         return all(self._field(option, fields) for option in _options(value))

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from data_tools.importers.table import IMPORTERS, Head, convert_rows
 from data_tools.reading.fields import as_jsonl, chat, elements, need, number, one_of, ranks_of_two, text
-from data_tools.reading.pair_scores import ranks_with_scores
+from data_tools.reading.judgements import ranks_with_scores
 from data_tools.reading.rows import JSON
 from rlhf.data.schema import BadRecord, Candidate, Message, Ranking, Record
 from rlhf.data.store import OnReject

@@ -3,30 +3,31 @@
 from __future__ import annotations
 
 import re
-import string
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from datetime import datetime
 from email.utils import parsedate_to_datetime
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 from data_tools.importers.table import IMPORTERS, Head
 from data_tools.reading.annotation_exports import Names, brief, names
 from data_tools.reading.cells import TABLES, Cells, cell_columns, cell_rows
 from data_tools.reading.csv_rows import CSV
 from data_tools.reading.fields import before_prompt, without_nulls
+from data_tools.reading.judgements import ranks_with_scores
+from data_tools.reading.judgements import score as given_score
 from data_tools.reading.roles import SYSTEM_FIELDS, role_of, says_something
 from data_tools.reading.route import Columns, route
 from data_tools.reading.sheets import EXCEL
+from data_tools.reading.table_judges import BOXES, Judge, judge_of, number_in
 from data_tools.reading.turns import exchange, from_json_text, is_conversation
 from rlhf.core import console
-from rlhf.core.errors import UserError, nearest
+from rlhf.core.errors import UserError
 from rlhf.data.jsonl import Reject
 from rlhf.data.schema import BadRecord, Record, dense_ranks, from_dict
 from rlhf.data.store import OnReject
 
-TIE = "tie"
 SAMPLE = """prompt,answer_1,answer_2,rank_1,rank_2,annotator
 Name a fruit.,Pear.,Car.,1,2,ann
 Say hello.,"Hello,
@@ -57,6 +58,8 @@ def csv_table(
     rank_order: Literal["lowest-best", "highest-best"] = "lowest-best",
     choice: str | None = None,
     choice_values: str | dict[str | int, str] | None = None,
+    worst: str | None = None,
+    scores: Names | None = None,
     ranking: str | None = None,
     best_first: bool = False,
     shown: bool = False,
@@ -82,13 +85,17 @@ def csv_table(
 
     Ranks: one of four options says where they are.
     - `ranks`: a column for each of `answers`, in their order, with its number; `rank_order` says whether the lowest
-      number is the best (1 = best) or the highest (ratings). Equal numbers are ties; true counts as 1, false as 0.
+      number is the best (1 = best) or the highest (ratings, which stay as the candidates' scores). Equal numbers are
+      ties. Boxes (true and false, yes and no, x and empty) rank ticked answers 1, the others 2; no tick is no answer.
     - `choice`: a column that says which answer is the best; the others share rank 2. It holds the name of the answer's
-      column, its letter (A = the first) or ``tie``, unless `choice_values` says what its values mean:
-      ``left=answer_1,right=answer_2,same=tie``. Numbers need such a mapping, since some tools count from 0.
+      column, its letter (A = the first), its own text or a tie (``tie``, ``both are equal``, ``both bad``), unless
+      `choice_values` says what its values mean: ``left=answer_1,right=answer_2,same=tie``. Numbers need such a
+      mapping, since some tools count from 0. `worst` may name a second column, of the worst answer: rank 3.
     - `ranking`: a column that lists the answers, best first, by letter, number from 1, or column: ``B,A,C`` or
       ``2>1=3``, where = is a tie.
     - `best_first=true`: `answers` are named best first, such as chosen,rejected.
+    `scores`, a column for each answer (higher = better), stay with the candidates: two answers of equal score are a
+    tie, and a row whose loser has the higher score is rejected.
     With none of them, `answers` become proposals, which wait for a ranking; `answer`, one column, gives
     demonstrations by `annotator`; with neither `answers` nor `answer` a row is a prompt. Where no option names any of
     them, the columns answer_1, answer_2, ... and rank_1, rank_2, ... count, or `answer`, or `chosen` and `rejected`;
@@ -119,6 +126,7 @@ def csv_table(
         answer = "answer" if "answer" in there and not listed else None
         if not listed and not answer and {"chosen", "rejected"} <= there.keys():
             listed, best_first = ["chosen", "rejected"], True
+            scores = scores or [name for name in ("score_chosen", "score_rejected") if name in there]
         system = system or next((name for name in SYSTEM_FIELDS if name in there), None)
     facts = {"annotator": annotator, "time": time, "seconds": seconds, "source": source, "group": group}
     table = _Table(
@@ -126,11 +134,14 @@ def csv_table(
         before={name: column for name, column in (("system", system), ("history", history)) if column},
         answers=listed,
         answer=answer,
-        judge=_judge(listed, numbers, rank_order == "highest-best", choice, choice_values, ranking, best_first),
+        judge=judge_of(
+            listed, numbers, rank_order == "highest-best", choice, choice_values, worst, ranking, best_first
+        ),
         authors=names(authors),
         facts={name: column for name, column in facts.items() if column},
         time_format=time_format,
         shown=shown,
+        scores=names(scores) or (numbers if rank_order == "highest-best" else []),
         status=status,
         accepted={value.lower() for value in names(accepted)},
         json_cells=json_cells,
@@ -169,131 +180,6 @@ def _filled(values: list[Any], role: str) -> bool:
     return not values or any(says_something(value, role) for value in values)
 
 
-# ---- who won: four ways to say it ------------------------------------------------------------------------------------
-
-
-class _Judge(Protocol):
-    @property
-    def columns(self) -> Sequence[str]:
-        """The columns that it reads, other than the answers."""
-
-    def ranks(self, row: Mapping[str, str], there: list[str]) -> dict[str, float]:
-        """A number for each answer that is ranked, the lowest = the best; `there` are those that are not empty."""
-
-
-@dataclass(frozen=True)
-class _Ranks:
-    """A column of each answer holds its number."""
-
-    answers: list[str]
-    columns: list[str]
-    highest_best: bool
-
-    def ranks(self, row: Mapping[str, str], there: list[str]) -> dict[str, float]:
-        given = {name: row[column].strip() for name, column in zip(self.answers, self.columns)}
-        sign = -1 if self.highest_best else 1
-        return {name: sign * _number(text, "ranks") for name, text in given.items() if text}
-
-
-@dataclass(frozen=True)
-class _Choice:
-    """A column holds which answer is the best."""
-
-    columns: list[str]
-    values: dict[str, str]
-    """What a value of the column means: an answer's column, or a tie."""
-
-    def ranks(self, row: Mapping[str, str], there: list[str]) -> dict[str, float]:
-        value = row[self.columns[0]].strip()
-        best = self.values.get(value.lower())
-        if best is None:
-            known = f"{brief(value)}; known are {', '.join(map(brief, self.values))}"
-            raise BadRecord(
-                "choice: an unknown value", known, "Say what it means: --option choice_values=VALUE=ANSWER,..."
-            )
-        return {name: 1 if best in (name, TIE) else 2 for name in ([] if best == TIE else [best]) + there}
-
-
-@dataclass(frozen=True)
-class _Order:
-    """A column lists the answers, best first."""
-
-    columns: list[str]
-    known: dict[str, str]
-
-    def ranks(self, row: Mapping[str, str], there: list[str]) -> dict[str, float]:
-        text = row[self.columns[0]].strip().strip("[]()")
-        groups = [re.split("=", group) for group in re.split("[>,;]", text)]
-        ranks: dict[str, float] = {}
-        for index, group in enumerate(groups):
-            for part in group:
-                name = self.known.get(part.strip().strip("\"'").lower())
-                if name is None:
-                    raise BadRecord("ranking: names an unknown answer", f"{brief(part)} in {brief(text)}")
-                if name in ranks:
-                    raise BadRecord("ranking: names an answer twice", brief(text))
-                ranks[name] = index
-        return ranks
-
-
-@dataclass(frozen=True)
-class _BestFirst:
-    """The answers are named best first."""
-
-    answers: list[str]
-    columns: tuple[str, ...] = ()
-
-    def ranks(self, row: Mapping[str, str], there: list[str]) -> dict[str, float]:
-        return {name: index for index, name in enumerate(self.answers) if name in there}
-
-
-def _judge(
-    answers: list[str],
-    ranks: list[str],
-    highest_best: bool,
-    choice: str | None,
-    choice_values: str | dict[str | int, str] | None,
-    ranking: str | None,
-    best_first: bool,
-) -> _Judge | None:
-    options = (("ranks", ranks), ("choice", choice), ("ranking", ranking), ("best_first", best_first))
-    given = [name for name, value in options if value]
-    if len(given) > 1:
-        raise UserError(f"{' and '.join(given)}: only one of them can say who won")
-    if given and not answers:
-        raise UserError(f"{given[0]}: of which answers?", remedy="Name their columns: --option answers=COLUMN,COLUMN")
-    if choice_values and not choice:
-        raise UserError("choice_values: of which column?", remedy="Name it: --option choice=COLUMN")
-    by_letter = dict(zip(string.ascii_lowercase, answers)) | {name.lower(): name for name in answers}
-    if ranks:
-        if len(ranks) != len(answers):
-            raise UserError(
-                f"ranks: {len(ranks)} columns for {len(answers)} answers", remedy="Name one for each answer."
-            )
-        return _Ranks(answers, ranks, highest_best)
-    if choice:
-        meanings = _choice_values(choice_values, answers) if choice_values else {**by_letter, TIE: TIE}
-        return _Choice([choice], meanings)
-    if best_first:
-        return _BestFirst(answers)
-    by_number = {str(index + 1): name for index, name in enumerate(answers)}
-    return _Order([ranking], by_number | by_letter) if ranking else None
-
-
-def _choice_values(meanings: str | dict[str | int, str], answers: list[str]) -> dict[str, str]:
-    if isinstance(meanings, str):
-        pairs = [part.partition("=") for part in names(meanings)]
-        if wrong := [value for value, equals, _ in pairs if not equals]:
-            raise UserError(f"choice_values: {wrong[0]!r} is not VALUE=ANSWER")
-        meanings = {value: meant for value, _, meant in pairs}
-    values = {str(value).strip().lower(): meant.strip() for value, meant in meanings.items()}
-    if wrong := [meant for meant in values.values() if meant not in (*answers, TIE)]:
-        raise UserError(
-            f"choice_values: {wrong[0]!r} is none of the answers", remedy=nearest(wrong[0], [*answers, TIE])
-        )
-    return values
-
-
 # ---- rows ------------------------------------------------------------------------------------------------------------
 
 
@@ -307,8 +193,9 @@ class _Table:
     """`system` and `history` -> their columns."""
     answers: list[str]
     answer: str | None
-    judge: _Judge | None
+    judge: Judge | None
     authors: list[str]
+    scores: list[str]
     facts: dict[str, str]
     """Field of a record -> its column."""
     time_format: str | None
@@ -324,6 +211,8 @@ class _Table:
             )
         if self.authors and len(self.authors) != len(self.answers):
             raise UserError(f"authors: {len(self.authors)} columns for {len(self.answers)} answers")
+        if self.scores and len(self.scores) != len(self.answers):
+            raise UserError(f"scores: {len(self.scores)} columns for {len(self.answers)} answers")
         if self.time_format and "time" not in self.facts:
             raise UserError("time_format: of which column?", remedy="Name it: --option time=COLUMN")
 
@@ -333,7 +222,9 @@ class _Table:
         judged = self.judge.columns if self.judge else []
         single = [name for name in (*self.before.values(), self.answer, self.status) if name]
         return list(
-            dict.fromkeys([*self.prompt[1::2], *self.answers, *judged, *self.authors, *self.facts.values(), *single])
+            dict.fromkeys(
+                [*self.prompt[1::2], *self.answers, *judged, *self.authors, *self.scores, *self.facts.values(), *single]
+            )
         )
 
     def record(self, row: Cells) -> Record:
@@ -344,7 +235,7 @@ class _Table:
         if fields.get("time"):
             fields["time"] = _when(fields["time"], self.time_format)
         if fields.get("seconds"):
-            fields["seconds"] = _number(fields["seconds"], "seconds")
+            fields["seconds"] = number_in(fields["seconds"], "seconds")
         names = [self.answer] if self.answer else self.answers
         asked, said = exchange(self._prompt(row), {name: self._cell(row, name) for name in names}, self.json_cells)
         if not asked:
@@ -359,7 +250,14 @@ class _Table:
             return from_dict(fields, "prompt")
         there = list(said)
         author = dict(zip(self.answers, self.authors))
-        candidates = [{"text": said[name], "author": row[author[name]].strip() if author else ""} for name in there]
+        scores = {
+            name: None if row[column].strip().lower() in BOXES else given_score(row[column], column)
+            for name, column in zip(self.answers, self.scores)
+        }
+        candidates = [
+            {"text": said[name], "author": row[author[name]].strip() if author else "", "score": scores.get(name)}
+            for name in there
+        ]
         fields |= {"candidates": candidates, "shown": self.shown}
         if self.judge is None:
             return from_dict(fields, "proposal")
@@ -368,7 +266,8 @@ class _Table:
             raise BadRecord("an answer that is ranked is empty", brief(empty))
         if missing := [name for name in there if name not in numbers]:
             raise BadRecord("an answer has no rank", brief(missing))
-        return from_dict({**fields, "ranks": dense_ranks(numbers[name] for name in there)}, "ranking")
+        ranks = ranks_with_scores(dense_ranks(numbers[name] for name in there), [scores.get(n) for n in there], there)
+        return from_dict({**fields, "ranks": ranks}, "ranking")
 
     def _prompt(self, row: Cells) -> Any:
         if len(self.prompt) == 2 and not self.prompt[0]:
@@ -398,17 +297,6 @@ def _numbered(columns: Iterable[str], stem: str) -> list[str]:
     """The columns STEM_1, STEM_2, ... in the order of their numbers."""
     found = {int(match[1]): name for name in columns if (match := re.fullmatch(rf"{stem}_([0-9]{{1,4}})", name))}
     return [found[number] for number in sorted(found)]
-
-
-def _number(text: str, name: str) -> float:
-    word = {"true": 1.0, "false": 0.0}.get(text.lower())
-    try:
-        number = float(text) if word is None else word
-    except ValueError:
-        raise BadRecord(f"{name}: not a number", brief(text)) from None
-    if not abs(number) < 1e300:
-        raise BadRecord(f"{name}: not a number", brief(text))
-    return number
 
 
 def _when(text: str, form: str | None) -> str:

@@ -3,16 +3,26 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from data_tools.importers.table import IMPORTERS, Head, convert_rows
-from data_tools.reading.annotation_exports import Names, brief, names, pair_of, person, prompt_of
+from data_tools.reading.annotation_exports import (
+    Names,
+    brief,
+    names,
+    numbered,
+    pair_of,
+    person,
+    prompt_of,
+    stem_and_ending,
+)
+from data_tools.reading.judgements import TIE, ChoiceValues, choice_meanings, named_answer, score
 from data_tools.reading.rows import JSON
 from rlhf.core.errors import UserError
-from rlhf.data.schema import BadRecord, Record, from_dict
+from rlhf.data.schema import BadRecord, Record, dense_ranks, from_dict
 from rlhf.data.store import OnReject
 
 LEFT_IN_LIST = "_"
@@ -65,15 +75,21 @@ def label_studio(
     prompt: str | None = None,
     items: str | None = None,
     answers: Names | None = None,
-    control: str | None = None,
+    control: Names | None = None,
+    choice_values: ChoiceValues | None = None,
     buckets: Names | None = None,
     within_bucket: Literal["tied", "ranked"] = "tied",
     author: str | None = None,
 ) -> Iterator[Record]:
-    """Label Studio: exports as JSON or JSON_MIN of projects with a Ranker or Pairwise control.
+    """Label Studio: exports as JSON or JSON_MIN of projects with a Ranker, Pairwise, Choices or Ratings.
 
     Ranks: a Ranker without buckets lists the ids of the items, best first: ranks 1, 2, ... Pairwise holds the side that
-    was chosen: it gets rank 1, the other 2; the control has no ties. The candidates are in the order in which the
+    was chosen: it gets rank 1, the other 2. Choices of an answer ("Answer 2", "B is better", its own text) or of a tie
+    ("Both are equal") say it too; other choices, such as reasons, are not read. `choice_values` says what other values
+    mean: ``Undecided=tie,Upper=answer1``. Ratings, a control an answer (`rating1` or its object `text1` belongs to the
+    answer that ends in 1), rank by stars: the higher is the better, equal ones tie, and an answer without stars is no
+    part of the ranking. They are the candidates' scores, also with a Pairwise. A side and a tie, two sides, or a side
+    with the fewer stars contradict each other: rejected. The candidates are in the order in which the
     annotator first saw them (ids that are whole numbers by size, as the browser sorts them, before all others).
 
     Ranker with buckets: `buckets` names them, best first; the export does not keep their order. Items of one bucket
@@ -93,10 +109,11 @@ def label_studio(
     several, `author` the field of an item that names its model. An item's text is its `text`, `body` or `html`: the
     first that it has; its `title` where it has none of them.
     """
-    sides = names(answers)
-    if sides and len(sides) != 2:
-        raise UserError(f"answers: a Pairwise control has 2, got {len(sides)}: {', '.join(sides)}")
-    reader = _Reader(prompt, items, sides, control, names(buckets), within_bucket == "ranked", author)
+    sides, meanings = names(answers), choice_meanings(choice_values, names(answers))
+    if len(sides) == 1:
+        raise UserError(f"answers: one field, {sides[0]}", remedy="Name all of them, left to right.")
+    ranked_within = within_bucket == "ranked"
+    reader = _Reader(prompt, items, sides, names(control), meanings, names(buckets), ranked_within, author)
     return convert_rows(path, reject, reader.read)
 
 
@@ -107,7 +124,8 @@ class _Reader:
     prompt: str | None
     items: str | None
     sides: list[str]
-    control: str | None
+    controls: list[str]
+    meanings: dict[str, str]
     buckets: list[str]
     ranked_within: bool
     author: str | None
@@ -127,12 +145,18 @@ class _Reader:
         elif isinstance(row, dict) and "annotation_id" in row:
             if row["annotation_id"] is None:
                 raise _unannotated()
-            found = [(name, result) for name, value in row.items() for result in _as_list(value)]
+            found = [(name, result) for name, value in row.items() for result in self._minimal(name, value)]
             yield self._ranking(row, row, row.get("annotator"), found)
         elif isinstance(row, dict) and row and not row.keys() & {"data", "annotations", "completions", "result"}:
             raise _unannotated()  # a task as it was brought into Label Studio: its data alone
         else:
             raise BadRecord("not a task of a Label Studio export", remedy="Export the project as JSON or JSON_MIN.")
+
+    def _minimal(self, name: str, value: Any) -> list[Any]:
+        """What a column of JSON_MIN holds; a choice or rating is a bare text or number there, so `control` names it."""
+        if name in self.controls and isinstance(value, (str, int, float)):
+            return [{"choices": [value]} if isinstance(value, str) else {"rating": value}]
+        return _as_list(value)
 
     def _of_annotation(self, data: dict[str, Any], annotation: Any) -> Record:
         if not isinstance(annotation, dict) or not isinstance(annotation.get("result") or [], list):
@@ -142,36 +166,90 @@ class _Reader:
         by = annotation.get("completed_by")
         by = (by.get("email") or by.get("id")) if isinstance(by, dict) else by
         results = [part for part in annotation.get("result") or [] if isinstance(part, dict)]
-        return self._ranking(data, annotation, by, [(part.get("from_name"), part.get("value")) for part in results])
+        found = [(part.get("from_name"), part.get("value"), part.get("to_name")) for part in results]
+        values = [(name, {**value, _OBJECT: to} if isinstance(value, dict) else value) for name, value, to in found]
+        return self._ranking(data, annotation, by, values)
 
     def _ranking(self, data: dict[str, Any], facts: dict[str, Any], by: Any, results: list[tuple[Any, Any]]) -> Record:
         """The ranking among the results of one annotation: pairs of a control's name and what it holds."""
-        found = [(name, value) for name, value in results if isinstance(value, dict) and value.keys() & _RANKING_KEYS]
-        if self.control is not None:
-            found = [(name, value) for name, value in found if name == self.control]
-        if len(found) != 1:
-            seen = f"controls {', '.join(brief(name) for name, _ in found or results)}" if results else "no result"
-            if not found:
-                raise BadRecord("the annotation holds no ranking", seen, "It needs a Ranker or Pairwise control.")
+        there = [(name, value) for name, value in results if isinstance(value, dict)]
+        if self.controls:
+            there = [(name, value) for name, value in there if name in self.controls]
+        found = [(name, value) for name, value in there if value.keys() & _RANKING_KEYS]
+        if len(found) > 1:
+            seen = f"controls {', '.join(brief(name) for name, _ in found)}"
             raise BadRecord("the annotation holds several rankings", seen, "Name one: --option control=NAME")
-        name, value = found[0]
-        candidates, ranks = self._ranked(data, name, value) if "ranker" in value else self._chosen(data, value)
+        if found and "ranker" in found[0][1]:
+            candidates, ranks = self._ranked(data, *found[0])
+        elif judged := self._judged(data, found[0][1] if found else None, there):
+            candidates, ranks = judged
+        else:
+            seen = f"controls {', '.join(brief(name) for name, _ in there or results)}" if results else "no result"
+            remedy = "It needs a Ranker, Pairwise, Choices (--option choice_values=VALUE=ANSWER,VALUE=tie) or Ratings."
+            raise BadRecord("the annotation holds no ranking", seen, remedy)
         fields = {"messages": prompt_of(data, self.prompt), "candidates": candidates, "ranks": ranks}
         facts = {"time": facts.get("created_at") or facts.get("updated_at"), "seconds": facts.get("lead_time")}
         return from_dict(
             {**fields, **facts, "annotator": person(by), "shown": True, "source": "label-studio"}, "ranking"
         )
 
-    # ---- Pairwise ----
+    # ---- Pairwise, Choices and Ratings ----
 
-    def _chosen(self, data: dict[str, Any], value: dict[str, Any]) -> tuple[list[Any], list[int]]:
-        sides = self.sides or pair_of(name for name, text in data.items() if isinstance(text, str))
-        if not sides or not all(side in data for side in sides):
-            seen = f"there are {', '.join(map(brief, list(data)[:12]))}"
-            raise BadRecord("the two answers are not found", seen, "Name them: --option answers=LEFT,RIGHT")
-        if value["selected"] not in ("left", "right"):
-            raise BadRecord("no side was chosen", brief(value["selected"]), "Nothing was preferred; leave it out.")
-        return [data[side] for side in sides], [1, 2] if value["selected"] == "left" else [2, 1]
+    def _judged(
+        self, data: dict[str, Any], pairwise: dict[str, Any] | None, controls: list[tuple[Any, dict[str, Any]]]
+    ) -> tuple[list[Any], Sequence[int]] | None:
+        """Candidates and ranks by what was chosen and by stars; None where nothing was said."""
+        answers = self._answers(data)
+        ticked = [choice for _, value in controls for choice in _as_list(value.get("choices"))]
+        said = {meant for choice in ticked if (meant := named_answer(choice, answers, self.meanings)) is not None}
+        if pairwise is not None:
+            if len(answers) != 2:
+                seen = f"there are {', '.join(map(brief, list(data)[:12]))}"
+                raise BadRecord("the two answers are not found", seen, "Name them: --option answers=LEFT,RIGHT")
+            if pairwise["selected"] in ("left", "right"):
+                said.add(list(answers)[pairwise["selected"] == "right"])
+            elif not said:
+                raise BadRecord(
+                    "no side was chosen", brief(pairwise["selected"]), "Nothing was preferred; leave it out."
+                )
+        if len(said) > 1:
+            raise BadRecord("the annotation contradicts itself", f"chosen are {brief(sorted(said))}")
+        stars = self._stars(answers, controls)
+        if not said:
+            rated = [name for name in answers if name in stars]
+            ranks = dense_ranks(-stars[name] for name in rated)
+            return ([{"text": data[name], "score": stars[name]} for name in rated], ranks) if rated else None
+        (best,) = said
+        if best not in (*answers, TIE):
+            remedy = "Correct --option choice_values, or name the answers: --option answers=FIELD,FIELD"
+            raise BadRecord("what was chosen is none of the task's answers", brief(best), remedy)
+        if len(answers) < 2:
+            raise BadRecord("the two answers are not found", brief(best), "Name them: --option answers=LEFT,RIGHT")
+        ranks = [1 if best in (name, TIE) else 2 for name in answers]
+        # Equal stars do not deny a side: stars are coarse. More stars for the side that lost do.
+        if any(stars[name] > stars.get(best, stars[name]) for name in stars):
+            raise BadRecord("the annotation contradicts itself", f"{brief(best)} was chosen with fewer stars")
+        return [{"text": data[name], "score": stars.get(name)} for name in answers], ranks
+
+    def _answers(self, data: dict[str, Any]) -> dict[str, Any]:
+        """Field -> text of the answers, left to right."""
+        texts = [name for name, text in data.items() if isinstance(text, str)]
+        return {name: data[name] for name in self.sides or numbered(texts) or pair_of(texts) or () if name in data}
+
+    def _stars(self, answers: dict[str, Any], controls: list[tuple[Any, dict[str, Any]]]) -> dict[str, float]:
+        """Answer -> its rating; ratings that belong to no answer, such as of the whole task, are not read."""
+        stars: dict[str, float] = {}
+        for name, value in controls:
+            number = score(value.get("rating"), "rating")
+            ends = [stem_and_ending(text)[1] for text in (name, value.get(_OBJECT)) if isinstance(text, str)]
+            owners = [answer for end in ends if end for answer in answers if stem_and_ending(answer)[1] == end]
+            if number is None or not owners:
+                continue
+            if owners[0] in stars:
+                remedy = "Name the controls that count: --option control=NAME,NAME"
+                raise BadRecord("an answer has several ratings", brief(owners[0]), remedy)
+            stars[owners[0]] = number
+        return stars
 
     # ---- Ranker ----
 
@@ -231,6 +309,8 @@ class _Reader:
 
 
 _RANKING_KEYS = {"ranker", "selected"}
+_OBJECT = "to_name"
+"""Key under which a control's value carries the object tag that it is about."""
 
 
 def _unannotated() -> BadRecord:
@@ -239,7 +319,7 @@ def _unannotated() -> BadRecord:
 
 
 def _as_list(value: Any) -> list[Any]:
-    return value if isinstance(value, list) else [value]
+    return value if isinstance(value, list) else [] if value is None else [value]
 
 
 def _is_item_list(value: Any) -> bool:

@@ -11,7 +11,7 @@ from data_tools.importers import hh
 from data_tools.importers.table import IMPORTERS, Head, convert_rows
 from data_tools.reading.annotation_exports import brief
 from data_tools.reading.fields import SHAREGPT_ROLES, answer, as_jsonl, before_prompt, chat, need, text
-from data_tools.reading.pair_scores import chosen_and_rejected, ranks_with_scores
+from data_tools.reading.judgements import chosen_and_rejected, ranks_with_scores
 from data_tools.reading.rows import JSON
 from data_tools.reading.turns import has_later_marks, is_transcript, join_prompt, prompt_turns, shared_turns, turns_of
 from rlhf.data.schema import BadRecord, Candidate, Message, Ranking, Record

@@ -11,7 +11,7 @@ from data_tools.importers.comparisons import marked_prompt
 from data_tools.importers.table import IMPORTERS, Head, convert_rows
 from data_tools.reading.fields import alpaca_prompt, as_jsonl, elements, need, number, text
 from data_tools.reading.html_text import html_text
-from data_tools.reading.pair_scores import chosen_and_rejected, ranks_with_scores
+from data_tools.reading.judgements import chosen_and_rejected, ranks_with_scores
 from data_tools.reading.rows import JSON, rows
 from data_tools.reading.unread import ReadFields, unread_fault
 from rlhf.data.jsonl import Item, Reject

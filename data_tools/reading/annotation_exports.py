@@ -105,3 +105,14 @@ def pair_of(fields: Iterable[str]) -> tuple[str, str] | None:
     ]
     unique = list(dict.fromkeys(pairs))
     return unique[0] if len(unique) == 1 else None
+
+
+def numbered(fields: Iterable[str]) -> list[str]:
+    """The one group of three or more names that differ only in their number, by the number: answer1, answer2, ..."""
+    groups: dict[str, dict[int, str]] = {}
+    for name in fields:
+        stem, ending = stem_and_ending(name)
+        if ending.isdecimal() and len(ending) < 4:
+            groups.setdefault(stem, {})[int(ending)] = name
+    long = [group for group in groups.values() if len(group) > 2]
+    return [long[0][number] for number in sorted(long[0])] if len(long) == 1 else []
