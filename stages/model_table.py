@@ -1,4 +1,4 @@
-"""docs/models.md from runs of tiny random models: `python -m stages.model_table > docs/models.md`, in ten minutes.
+"""docs/models.md from runs of tiny random models: `python -m stages.model_table > docs/models.md` (ten minutes).
 
 `python -m stages.model_table FAMILY ...` prints the rows of some families alone.
 """
@@ -22,6 +22,9 @@ FAMILIES = (
     "lfm2", "qwen3_next", "mamba", "falcon_mamba", "mamba2", "jamba", "rwkv",
 )  # fmt: skip
 """Names of model types in transformers, those of a config's `model_type`."""
+
+SETTINGS = {"lfm2": {"layer_types": ["conv", "full_attention"] * 8, "num_hidden_layers": 16}}
+"""Settings of families whose default config leaves out what the family is known for."""
 
 HEAD = """# Model families
 
@@ -69,7 +72,7 @@ def make_family(family: str, folder: Path) -> str:
 
     quiet()
     words = tokenizer()
-    config = tiny_config(AutoConfig.for_model(family), len(words))
+    config = tiny_config(AutoConfig.for_model(family, **SETTINGS.get(family, {})), len(words))
     for part in (config, config.get_text_config()):
         part.pad_token_id, part.bos_token_id, part.eos_token_id = 0, 1, 2
     model = random_model(config)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
 import tiny
 import torch
+from documentation import DOCS
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 from typer.testing import CliRunner
@@ -18,7 +20,7 @@ from rlhf.inference.model_checks import Different, policy_logits, prompt_tokens
 from rlhf.models.tiny_copy import random_model, tiny_config
 from stages.check_model import Check, make_tiny_copy
 from stages.cli import app
-from stages.model_table import FAMILIES
+from stages.model_table import FAMILIES, check_family, row
 
 STEPS = ["prompt tokens", "sft", "reward", "ppo", "exported policy", "exported reward", "packing", "shared prompts"]
 
@@ -94,3 +96,10 @@ def test_a_tiny_copy_of_every_family_computes(family: str) -> None:
     with torch.no_grad():
         logits = model(input_ids=torch.arange(3, 43)[None]).logits
     assert logits.shape == (1, 40, 259) and logits.isfinite().all()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_page_shows_what_works_with_every_family(family: str, tmp_path: Path) -> None:
+    page = (DOCS / "models.md").read_text("utf-8")
+    assert re.search(rf"^\| `{family}` .*", page, re.MULTILINE)[0] == row(family, *check_family(family, tmp_path))

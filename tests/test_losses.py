@@ -154,6 +154,13 @@ def test_value_clipping_in_every_case(value, old, target, loss, gradient, held):
     assert clipped == float(held)
 
 
+def test_a_value_that_moved_less_than_the_clip_is_not_counted_whatever_the_rounding():
+    old, new = torch.full((1000,), 0.1), torch.linspace(-0.09, 0.29, 1000)
+    assert (old + (new - old) != new).any(), "rounding is the point"
+    _, held = value_loss(new, old, torch.full((1000,), 0.7))
+    assert held == 0
+
+
 def test_without_a_clip_the_value_loss_is_half_the_squared_error():
     loss, clipped = value_loss(torch.tensor([1.9]), torch.tensor([1.0]), torch.tensor([2.5]), clip=None)
     assert loss.item() == pytest.approx(0.18) and clipped == 0

@@ -103,6 +103,10 @@ def _fewer_layers(config: Any, known: dict[str, Any]) -> None:
         kept = list(range(min(2, count)))
     for name, value in lists.items():
         setattr(config, name, [value[layer] for layer in kept])
+    for name, value in known.items():  # settings by the number of a layer
+        if isinstance(value, dict) and value and all(str(key).isdigit() for key in value):
+            settings = {int(key): setting for key, setting in value.items()}
+            setattr(config, name, {at: settings[layer] for at, layer in enumerate(kept) if layer in settings})
     for name in LAYERS:
         if _is_size(known.get(name)):
             setattr(config, name, len(kept))

@@ -121,8 +121,11 @@ def value_loss(
     error = (values - returns) ** 2
     if clip is None:
         return 0.5 * error, error.new_zeros(())
-    clipped = (old_values + (values - old_values).clamp(-clip, clip) - returns) ** 2
-    return 0.5 * torch.maximum(error, clipped), (clipped > error).sum().float()
+    change = values - old_values
+    clipped = (old_values + change.clamp(-clip, clip) - returns) ** 2
+    # A smaller change is not clipped, but old + (new - old) may round to a larger error.
+    held = (change.abs() > clip) & (clipped > error)
+    return 0.5 * torch.maximum(error, clipped), held.sum().float()
 
 
 @dataclass(frozen=True)
