@@ -47,7 +47,7 @@ SCRAPS = [
     b"\\",
     b"\r",
 ]
-GROUPING = {"helpsteer", "openassistant"}
+GROUPING = {"helpsteer", "kto", "openassistant"}
 """Formats in which several rows make one record."""
 
 

@@ -1,11 +1,11 @@
-"""Importers of `data_tools/published`: who won, what became the prompt, what each option does, what is rejected."""
+"""Importers of published formats and of thumbs: who won, what became the prompt, what options do, what is rejected."""
 
 from __future__ import annotations
 
 import json
 
 import pytest
-from imports import assistant, by_rank, made, one, said, user
+from imports import EXPORTS, assistant, by_rank, gpt, human, made, one, read, real, said, user
 from rows import jsonl
 
 from data_tools.importers.table import detect
@@ -289,3 +289,95 @@ def test_what_potato_leaves_open_is_asked_for_by_name(tmp_path):
     (tmp_path / "broken.jsonl").write_text(json.dumps(ITEM) + "\n{", "utf-8")
     with pytest.raises(UserError, match=r"option items: .*broken\.jsonl:2"):
         made(tmp_path, "potato", bare, items=str(tmp_path / "broken.jsonl"))
+
+
+# ---- thumbs ----------------------------------------------------------------------------------------------------------
+
+
+def test_thumbs_for_one_prompt_are_one_ranking_wherever_in_the_file_they_are(tmp_path):
+    rows = [
+        {"prompt": "Fruit?", "completion": "Pear.", "label": True},
+        {"prompt": "Tree?", "completion": "Oak.", "label": True},
+        {"prompt": "Fruit?", "completion": "Car.", "label": False},
+        {"prompt": [user("Fruit?")], "completion": [assistant("Plum.")], "label": True},
+        {"prompt": "Fruit?", "completion": "Car.", "label": False},
+    ]
+    assert detect([jsonl(tmp_path / "in.jsonl", rows)])[0] == "kto"
+    record, reasons = made(tmp_path, "kto", *rows)
+    assert [by_rank(ranking) for ranking in record] == [{1: ["Pear.", "Plum."], 2: ["Car."]}]
+    assert reasons == ["all thumbs for this prompt point in one direction"]
+    records, reasons = made(tmp_path, "kto", *rows, become="demonstrations")
+    assert [record.answer for record in records] == ["Pear.", "Oak.", "Plum."]
+    assert reasons == ["a thumbs down is no demonstration"] * 2
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"messages": [user("Fruit?"), assistant("Pear.")], "label": True},
+        {"conversations": [human("Fruit?"), gpt("Pear.")], "kto_tag": True},
+        {"instruction": "Fruit?", "input": "", "output": "Pear.", "kto_tag": True},
+        {"question": "Fruit?", "completion": "Pear.", "label": True},
+    ],
+    ids=lambda row: next(iter(row)),
+)
+def test_every_form_of_thumbs_is_recognised_and_read(tmp_path, row):
+    assert detect([jsonl(tmp_path / "in.jsonl", [row])])[0] == "kto"
+    record = one(tmp_path, "kto", row, become="demonstrations")
+    assert (said(record), record.answer) == ([("user", "Fruit?")], "Pear.")
+
+
+def test_an_answer_with_both_thumbs_contradicts_itself(tmp_path):
+    row = {"prompt": "Fruit?", "completion": "Pear."}
+    rows = [{**row, "label": True}, {**row, "label": False}, {**row, "label": "yes"}]
+    assert made(tmp_path, "kto", *rows) == (
+        [], ["label: not true or false", *["candidates: fewer than two distinct answers"] * 2],
+    )  # fmt: skip
+
+
+@real
+def test_the_demonstration_file_of_llamafactorys_thumbs_is_read():
+    records, rejects = read("kto", EXPORTS / "kto" / "kto_demo.json", become="demonstrations")
+    assert records
+    assert {reject.reason for reject in rejects} == {"a thumbs down is no demonstration"}
+
+
+# ---- turns of tools --------------------------------------------------------------------------------------------------
+
+CALL = {"role": "assistant", "content": None, "tool_calls": [{"id": "1"}]}
+
+
+@pytest.mark.parametrize(
+    ("name", "row"),
+    [
+        (
+            "openai-chat",
+            {
+                "messages": [
+                    user("Hi"), assistant("Hello"), user("Weather?"), CALL, {"role": "tool", "content": "Rain"},
+                    assistant("It rains."),
+                ],
+                "tools": [{"name": "weather"}],
+            },
+        ),
+        (
+            "sharegpt",
+            {
+                "conversations": [
+                    human("Hi"), gpt("Hello"), human("Weather?"), {"from": "function_call", "value": "{}"},
+                    {"from": "observation", "value": "Rain"}, gpt("It rains."),
+                ],
+                "tools": "[]",
+            },
+        ),
+    ],
+)  # fmt: skip
+def test_a_chat_with_a_tools_turn_is_rejected_or_cut_before_it_by_choice(tmp_path, name, row):
+    records, reasons = made(tmp_path, name, row)
+    assert (records, ["a tool call or a tool's turn" in reason for reason in reasons]) == ([], [True])
+    record = one(tmp_path, name, row, tools="cut")
+    assert (said(record), record.answer) == ([("user", "Hi")], "Hello")
+    field = next(iter(row))
+    assert made(tmp_path, name, {field: row[field][2:]}, tools="cut")[1] == [
+        "no answer before the first turn of a tool"
+    ]

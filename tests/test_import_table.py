@@ -21,7 +21,7 @@ from rlhf.data.jsonl import open_bytes
 from rlhf.data.schema import from_dict, to_dict
 from rlhf.data.store import open_dataset
 
-UNKNOWN = [EXPORTS / "kto" / "kto_demo.json", EXPORTS / "summarize_from_feedback" / "axis_eval.json"]
+UNKNOWN = [EXPORTS / "summarize_from_feedback" / "axis_eval.json"]
 """Files that hold no ranking and no demonstration of any format."""
 
 
@@ -203,5 +203,5 @@ def test_it_alone_recognises_its_authentic_files_and_can_use_them(name, tmp_path
 
 @pytest.mark.skipif(not DATA.exists(), reason="../shared is absent")
 @pytest.mark.parametrize("file", UNKNOWN, ids=lambda file: file.name)
-def test_thumbs_and_ratings_of_one_answer_are_of_no_format(file):
+def test_ratings_of_one_answer_are_of_no_format(file):
     assert detected(file) == {}

@@ -9,7 +9,17 @@ from typing import Any, Literal
 from data_tools.importers.pairs import sharegpt_chat
 from data_tools.importers.table import IMPORTERS, Head, convert_rows
 from data_tools.reading.annotation_exports import brief
-from data_tools.reading.fields import RIGHT_FORMAT, alpaca_prompt, as_jsonl, chat, joined, need, text
+from data_tools.reading.fields import (
+    RIGHT_FORMAT,
+    SHAREGPT_ROLES,
+    alpaca_prompt,
+    as_jsonl,
+    chat,
+    is_tool_turn,
+    joined,
+    need,
+    text,
+)
 from data_tools.reading.rows import JSON
 from rlhf.data.jsonl import READ_ERRORS, Reject, open_bytes
 from rlhf.data.schema import BadRecord, Demonstration, Message, Prompt, Record
@@ -23,7 +33,8 @@ def _all_text(head: Head, *names: str) -> bool:
 
 
 def _detect_alpaca(head: Head) -> str | None:
-    return "its rows have `instruction` and `output` text" if _all_text(head, "instruction", "output") else None
+    found = _all_text(head, "instruction", "output") and not any(map(has_thumb, head.rows))
+    return "its rows have `instruction` and `output` text" if found else None
 
 
 ALPACA_SAMPLE = as_jsonl({"instruction": "Translate into German.", "input": "a pear", "output": "eine Birne"})
@@ -41,7 +52,7 @@ def alpaca(path: Path, reject: OnReject) -> Iterator[Record]:
     """
 
     def convert(row: Any) -> Record:
-        need(row, "instruction", "output")
+        _refuse_thumbs(need(row, "instruction", "output"))
         if isinstance(row["output"], list):
             raise BadRecord("output: a list", remedy="Rows of ranked answers are imported as alpaca-ranked.")
         return Demonstration(alpaca_prompt(row), source="alpaca", answer=text(row, "output"))
@@ -82,7 +93,7 @@ FLAN_FIELDS = (("inputs", "targets"), ("input", "target"), ("prompt", "completio
 
 def _detect_flan(head: Head) -> str | None:
     for prompt, answer in FLAN_FIELDS:
-        if _all_text(head, prompt, answer) and not any("label" in row for row in head.rows):
+        if _all_text(head, prompt, answer) and not any({"label", "kto_tag"} & row.keys() for row in head.rows):
             return f"its rows have `{prompt}` and `{answer}` text"
     return None
 
@@ -113,15 +124,40 @@ def flan(path: Path, reject: OnReject) -> Iterator[Record]:
     return convert_rows(path, reject, convert)
 
 
+THUMBS = ("label", "kto_tag")
+"""What the field of a thumbs up (true) or down (false) is called."""
+
+
+def has_thumb(row: dict[str, Any]) -> bool:
+    """Whether the row is a thumbs up or down for one answer."""
+    return any(isinstance(dict.get(row, name), bool) for name in THUMBS)
+
+
 def _refuse_thumbs(row: dict[str, Any]) -> None:
-    if isinstance(row.get("label"), bool):
-        remedy = "Rankings need two answers to one prompt. To learn from the good ones, keep rows with label = true "
-        raise BadRecord("a thumbs up or down for one answer", remedy=remedy + "and drop the field.")
+    if has_thumb(row):
+        raise BadRecord("a thumbs up or down for one answer", remedy="Import the file as kto.")
 
 
 # ---- chats -----------------------------------------------------------------------------------------------------------
 
 Turns = Literal["all", "last"]
+Tools = Literal["reject", "cut"]
+ANSWERING = {name for name, role in SHAREGPT_ROLES.items() if role == "assistant"}
+TOOL_FIELDS = ("tools", "functions")
+"""What the field with the definitions of a chat's tools is called."""
+
+
+def _up_to_tools(turns: Any, tools: Tools, role: str = "role", content: str = "content") -> Any:
+    """The turns, or by choice those up to the last answer before the first turn that calls a tool or is one's."""
+    if tools == "reject" or not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
+        return turns
+    at = next((i for i, turn in enumerate(turns) if is_tool_turn(turn, role, content)), None)
+    if at is None:
+        return turns
+    answered = [i for i, turn in enumerate(turns[:at], 1) if turn.get(role) in ANSWERING]
+    if not answered:
+        raise BadRecord("no answer before the first turn of a tool", f"turn {at}", "Leave the chat out.")
+    return turns[: answered[-1]]
 
 
 def _demonstrations(
@@ -150,7 +186,8 @@ def _demonstrations(
 
 
 def _detect_sharegpt(head: Head) -> str | None:
-    if head.all_have("conversations") and not any({"chosen", "rejected", "label"} & row.keys() for row in head.rows):
+    other = {"chosen", "rejected", *THUMBS}
+    if head.all_have("conversations") and not any(other & row.keys() for row in head.rows):
         return "its rows have `conversations`"
     return None
 
@@ -167,7 +204,7 @@ SHAREGPT_SAMPLE = as_jsonl(
 
 
 @IMPORTERS.row("sharegpt", suffixes=JSON, sample=SHAREGPT_SAMPLE, detect=_detect_sharegpt)
-def sharegpt(path: Path, reject: OnReject, *, turns: Turns = "all") -> Iterator[Record]:
+def sharegpt(path: Path, reject: OnReject, *, turns: Turns = "all", tools: Tools = "reject") -> Iterator[Record]:
     """ShareGPT and Vicuna chats: rows {conversations[{from: human | gpt, value}]}, each gpt turn a demonstration.
 
     `system` is a first turn where the row has one. Nothing is ranked.
@@ -175,6 +212,9 @@ def sharegpt(path: Path, reject: OnReject, *, turns: Turns = "all") -> Iterator[
     Args:
         turns: all: every turn of the assistant is a demonstration, with what was said before as its prompt, as those
             who train on such chats learn from all of them. last: only the last one.
+        tools: What becomes of a chat with a turn that calls a tool or is a tool's, which the schema does not have.
+            reject: it is a reject as a whole. cut: the chat ends with its last answer before that turn, and the
+            definitions of its tools are left out.
 
     Rejected: a chat with a tool's turn or an unknown role, as a whole; else each answer for itself: an empty one, one
     with no user's turn before it, one after two turns of one speaker; a last turn without an answer.
@@ -182,13 +222,14 @@ def sharegpt(path: Path, reject: OnReject, *, turns: Turns = "all") -> Iterator[
 
     def convert(row: Any) -> Iterator[Record | BadRecord]:
         _refuse_thumbs(need(row, "conversations"))
+        row["conversations"] = _up_to_tools(row["conversations"], tools, "from", "value")
         return _demonstrations(sharegpt_chat(row), turns, "sharegpt")
 
-    return convert_rows(path, reject, convert)
+    return convert_rows(path, reject, convert, left_out=TOOL_FIELDS if tools == "cut" else ())
 
 
 def _detect_openai_chat(head: Head) -> str | None:
-    other = {"chosen", "candidates", "answer", "label"}
+    other = {"chosen", "candidates", "answer", *THUMBS}
     if head.all_have("messages") and all(
         isinstance(row["messages"], list)
         and any(isinstance(turn, dict) and turn.get("role") == "assistant" for turn in row["messages"][-1:])
@@ -210,7 +251,7 @@ OPENAI_SAMPLE = as_jsonl(
 
 
 @IMPORTERS.row("openai-chat", suffixes=JSON, sample=OPENAI_SAMPLE, detect=_detect_openai_chat)
-def openai_chat(path: Path, reject: OnReject, *, turns: Turns = "all") -> Iterator[Record]:
+def openai_chat(path: Path, reject: OnReject, *, turns: Turns = "all", tools: Tools = "reject") -> Iterator[Record]:
     """OpenAI fine-tuning chats: rows {messages[{role, content}]}, each turn of the assistant a demonstration.
 
     A `developer` message is a system turn. An assistant's message with `weight` 0 is part of the prompt of later ones
@@ -220,6 +261,9 @@ def openai_chat(path: Path, reject: OnReject, *, turns: Turns = "all") -> Iterat
     Args:
         turns: all: every turn of the assistant is a demonstration, with what was said before as its prompt, as OpenAI
             learns from all of them. last: only the last one; for files that hold a row for each turn already.
+        tools: What becomes of a chat with a turn that calls a tool or is a tool's, which the schema does not have.
+            reject: it is a reject as a whole. cut: the chat ends with its last answer before that turn, and the
+            definitions of its tools are left out.
 
     Rejected: a chat with a tool's turn or call, an unknown role or something else than text, as a whole; else each
     answer for itself: an empty one, one with no user's turn before it, one after two turns of one speaker; a last turn
@@ -228,11 +272,12 @@ def openai_chat(path: Path, reject: OnReject, *, turns: Turns = "all") -> Iterat
 
     def convert(row: Any) -> Iterator[Record | BadRecord]:
         _refuse_thumbs(need(row, "messages"))
-        said = chat(row["messages"], "messages")
-        unlearned = frozenset(i for i, turn in enumerate(row["messages"]) if _weight(turn) == 0)
+        given = _up_to_tools(row["messages"], tools)
+        said = chat(given, "messages")
+        unlearned = frozenset(i for i, turn in enumerate(given) if _weight(turn) == 0)
         return _demonstrations(said, turns, "openai-chat", unlearned)
 
-    return convert_rows(path, reject, convert)
+    return convert_rows(path, reject, convert, left_out=TOOL_FIELDS if tools == "cut" else ())
 
 
 def _weight(turn: dict[str, Any]) -> Any:

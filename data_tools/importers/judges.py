@@ -1,16 +1,33 @@
-"""Importers of two answers judged by somebody whom the format names: AlpacaEval, PandaLM."""
+"""Importers of judged answers: AlpacaEval and PandaLM (two answers, by whom the format names), thumbs (KTO)."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+from data_tools.importers.demonstrations import THUMBS, has_thumb
 from data_tools.importers.table import IMPORTERS, Head, convert_rows
-from data_tools.reading.fields import alpaca_prompt, as_jsonl, elements, need, number, one_of, ranks_of_two, text
-from data_tools.reading.rows import JSON
-from rlhf.data.schema import BadRecord, Candidate, Message, Ranking, Record
+from data_tools.reading.annotation_exports import brief
+from data_tools.reading.fields import (
+    alpaca_prompt,
+    answer,
+    as_jsonl,
+    before_prompt,
+    elements,
+    need,
+    number,
+    one_of,
+    ranks_of_two,
+    text,
+    without_nulls,
+)
+from data_tools.reading.rows import JSON, rows
+from data_tools.reading.turns import prompt_turns, turns_of
+from data_tools.reading.unread import ReadFields, unread_fault
+from rlhf.data.jsonl import Item, Reject
+from rlhf.data.schema import BadRecord, Candidate, Demonstration, Message, Ranking, Record
 from rlhf.data.store import OnReject
 
 # ---- AlpacaEval ------------------------------------------------------------------------------------------------------
@@ -144,3 +161,99 @@ def _judgements(row: dict[str, Any]) -> dict[str, Any]:
         return {f"annotator{i}": value for i, value in enumerate(elements(row, "annotators"), 1) if value is not None}
     found = (re.fullmatch(r"annotator([0-9]{1,4})", name) for name in row)
     return {match.string: row[match.string] for match in sorted(filter(None, found), key=lambda m: int(m[1]))}
+
+
+# ---- thumbs ----------------------------------------------------------------------------------------------------------
+
+THUMB_ANSWERS = ("completion", "output", "response", "answer")
+
+
+def _detect_kto(head: Head) -> str | None:
+    answers = {*THUMB_ANSWERS, "messages", "conversations"}
+    found = bool(head.rows) and all(
+        isinstance(row, dict) and has_thumb(row) and len(answers & row.keys()) == 1 for row in head.rows
+    )
+    return "its rows are one answer each, with a `label` (or `kto_tag`) of true or false" if found else None
+
+
+KTO_SAMPLE = as_jsonl(
+    {"prompt": "Name a fruit.", "completion": "Pear.", "label": True},
+    {"prompt": "Name a fruit.", "completion": "Car.", "label": False},
+)
+
+
+@IMPORTERS.row("kto", suffixes=JSON, sample=KTO_SAMPLE, detect=_detect_kto)
+def kto(
+    path: Path, reject: OnReject, *, become: Literal["rankings", "demonstrations"] = "rankings"
+) -> Iterator[Record]:
+    """Thumbs up or down (KTO): rows of one answer with a `label` (or `kto_tag`) of true or false.
+
+    Ranks: of all answers to one prompt, those with a thumbs up 1, those with a thumbs down 2: ties within each. The
+    answers to a prompt may be anywhere in the file, so the file is held in memory. The format names neither annotators
+    nor authors nor the order shown.
+
+    Read are TRL's {prompt, completion, label}, {messages, label} and {conversations, kto_tag}, where the last turn is
+    the answer, and {instruction, input, output, kto_tag} (LLaMA-Factory). The prompt may be in `question`, `query` or
+    `instruction` too, after `system` and `history`; the answer in `completion`, `output`, `response` or `answer`.
+
+    Args:
+        become: rankings: one for each prompt with thumbs in both directions. demonstrations: each answer with a thumbs
+            up is one; those with a thumbs down are rejects.
+
+    Rejected: a prompt whose thumbs all point in one direction, which states no order (each of its rows is a reject),
+    the same answer with both thumbs, a label that is not true or false.
+    """
+    if become == "demonstrations":
+        return convert_rows(path, reject, _thumbs_up)
+    return _thumb_rankings(path, reject)
+
+
+def _thumbs_up(row: Any) -> Demonstration:
+    prompt, said, up = _thumb(row)
+    if not up:
+        raise BadRecord("a thumbs down is no demonstration", remedy="Nothing is wrong: only good answers are learned.")
+    return Demonstration(prompt, source="kto", answer=said)
+
+
+def _thumb_rankings(path: Path, reject: OnReject) -> Iterator[Record]:
+    judged: dict[tuple[Message, ...], list[tuple[Item, tuple[str, bool]]]] = {}
+    for item in rows(path, reject):
+        try:
+            row = ReadFields(without_nulls(item.value)) if isinstance(item.value, dict) else item.value
+            prompt, said, up = _thumb(row)
+            if fault := unread_fault(row, getattr(reject, "ignored_fields", ())):
+                raise fault
+            judged.setdefault(prompt, []).append((item, (said, up)))
+        except BadRecord as fault:
+            reject(Reject.of(path, item.line, fault, item.raw))
+    for prompt, found in judged.items():
+        try:
+            answers = list(dict.fromkeys(answer for _, answer in found))
+            if len({up for _, up in answers}) == 1:
+                remedy = "They state no order; --option become=demonstrations keeps the answers with a thumbs up."
+                raise BadRecord("all thumbs for this prompt point in one direction", f"{len(found)}", remedy)
+            yield Ranking(
+                prompt,
+                source="kto",
+                candidates=tuple(Candidate(said) for said, _ in answers),
+                ranks=tuple(1 if up else 2 for _, up in answers),
+            )
+        except BadRecord as fault:
+            for item, _ in found:
+                reject(Reject.of(path, item.line, fault, item.raw))
+
+
+def _thumb(row: Any) -> tuple[tuple[Message, ...], str, bool]:
+    """The prompt, the answer, and whether it has a thumbs up."""
+    need(row)
+    label = next((row[name] for name in THUMBS if name in row), None)
+    if not isinstance(label, bool):
+        raise BadRecord("label: not true or false", brief(label))
+    for name in ("messages", "conversations"):
+        if name in row:
+            said = turns_of(row[name], name, "user")
+            turns = [*before_prompt(row, said), *said]
+            return tuple(turns[:-1]), answer(turns[-1:], name), label
+    name = next((name for name in THUMB_ANSWERS if row.get(name) is not None), "completion")
+    need(row, name)
+    return tuple(prompt_turns(row)), answer(turns_of(row[name], name, "assistant"), name), label

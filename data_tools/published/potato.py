@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from data_tools.published.table import PUBLISHED, Beginning
-from data_tools.reading.annotation_exports import brief, person, prompt_of
+from data_tools.reading.annotation_exports import brief, person
 from data_tools.reading.fields import as_jsonl, elements, need
 from data_tools.reading.rows import JSON, rows
-from data_tools.reading.turns import turns_of
+from data_tools.reading.turns import prompt_turns, turns_of
 from rlhf.core.errors import UserError
 from rlhf.data.schema import BadRecord, Candidate, Ranking, Record, dense_ranks
 
@@ -67,8 +67,8 @@ def potato(
     Args:
         items: The data file of the project, JSON lines or an array, held in memory.
         item_id: The field of the data file that `instance_id` refers to, as `id_key` in the project's config.
-        prompt: The item's field with the prompt; without it, the first of messages, conversation, prompt, instruction,
-            question, ... that is there.
+        prompt: The item's field with the prompt; without it, the one of messages, conversation, prompt, instruction,
+            question, ... that is there, after `system` and `history`.
         answers: The item's field with the list of answers, as `items_key` in the project's config; an item with `left`
             and `right` needs none.
         question: The question whose judgements count, where an item has several.
@@ -83,7 +83,9 @@ def potato(
                 raise BadRecord("instance_id: not in the data file", brief(instance), "Check --option item_id=FIELD.")
             texts = _answers(item, answers, items)
             ranks = _ranks(_judgement(labels, question), texts)
-            asked = turns_of(prompt_of(item, prompt), prompt or "prompt", "user")
+            asked = turns_of(need(item, prompt)[prompt], prompt, "user") if prompt else prompt_turns(item)
+            if not asked:
+                raise BadRecord("no prompt is found", brief(list(item)), "Name its field: --option prompt=FIELD")
             candidates = tuple(map(Candidate, texts))
             annotator = person(row.get("user_id"))
             yield Ranking(

@@ -19,7 +19,7 @@ SHAREGPT_ROLES: dict[str, Role] = {
 TOOL_ROLES = ("tool", "function", "function_call", "observation", "ipython")
 TOOL_PARTS = ("tool_call", "tool_calls", "tool_use", "tool_result", "tools")
 """Types of a turn's parts that call a tool or give what it returned."""
-TOOL_REMEDY = "Only text can be learned from; leave such chats out."
+TOOL_REMEDY = "Only text can be learned from; leave such chats out, or (openai-chat, sharegpt) --option tools=cut."
 RIGHT_FORMAT = "Is this the right format name? `rlhf data formats` shows a sample of each."
 
 
@@ -125,17 +125,26 @@ def chat(
     return [_turn(turn, f"at index {index}", name, roles, role, content) for index, turn in enumerate(value)]
 
 
+def is_tool_turn(turn: Mapping[str, Any], role: str = "role", content: str = "content") -> bool:
+    """Whether a turn of a chat calls a tool, or is what the tool returned."""
+    parts = turn.get(content)
+    return (
+        turn.get(role) in TOOL_ROLES
+        or bool(turn.get("tool_calls") or turn.get("function_call"))
+        or (
+            isinstance(parts, list) and any(isinstance(part, dict) and part.get("type") in TOOL_PARTS for part in parts)
+        )
+    )
+
+
 def _turn(turn: dict[str, Any], where: str, name: str, roles: Mapping[str, Role], role: str, content: str) -> Message:
     speaker, said = turn.get(role), turn.get(content)
-    if speaker in TOOL_ROLES or turn.get("tool_calls") or turn.get("function_call"):
+    if is_tool_turn(turn, role, content):
         raise BadRecord(f"{name}: a tool call or a tool's turn", where, TOOL_REMEDY)
     if not isinstance(speaker, str) or speaker not in roles:
         raise BadRecord(f"{name}: a role that is not one of {', '.join(roles)}", f"{where}: {reprlib.repr(speaker)}")
-    if isinstance(said, list) and said and all(isinstance(part, dict) for part in said):
-        if any(part.get("type") in TOOL_PARTS for part in said):
-            raise BadRecord(f"{name}: a tool call or a tool's turn", where, TOOL_REMEDY)
-        if all(part.get("type") == "text" for part in said):  # LLaMA-Factory v1 has the text under `value`
-            said = "\n".join(text(part, "text" if "text" in part else "value") for part in said)
+    if isinstance(said, list) and said and all(isinstance(part, dict) and part.get("type") == "text" for part in said):
+        said = "\n".join(text(part, "text" if "text" in part else "value") for part in said)  # LLaMA-Factory v1: value
     if not isinstance(said, str):
         raise BadRecord(f"{name}: a turn that is not text", f"{where}: {type(said).__name__}")
     return Message(roles[speaker], said)
