@@ -9,7 +9,7 @@ import tiny
 from run_folders import finished, opened
 
 from rlhf.core.errors import UserError
-from rlhf.runs.run import check_same_text, fingerprint, parent_facts, read_run, resolve_model_path
+from rlhf.runs.run import check_same_text, fingerprint, is_run, parent_facts, read_run, resolve_model_path
 
 
 def test_a_run_notes_config_stage_versions_and_commit(tmp_path):
@@ -132,6 +132,18 @@ def test_what_a_killed_start_or_deletion_left_is_started_again(left, how, tmp_pa
     opened(tmp_path / "run", **how)
     assert read_run(tmp_path / "run")["status"] == "running"
     assert not (tmp_path / "run" / "checkpoints").exists() and not (tmp_path / "run" / "model").exists()
+
+
+@pytest.mark.parametrize("moment", ["write_text", "write_json", "git_commit"])
+def test_a_start_killed_before_any_of_its_files_is_repeated(moment, tmp_path, monkeypatch):
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(f"rlhf.runs.run.{moment}", killed)
+        opened(tmp_path / "run")
+    opened(tmp_path / "run", resume=is_run(tmp_path / "run"))
+    assert read_run(tmp_path / "run")["status"] == "running" and (tmp_path / "run" / "config.yaml").is_file()
 
 
 def test_files_of_others_next_to_a_killed_start_are_kept(tmp_path):

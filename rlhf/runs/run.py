@@ -141,8 +141,12 @@ def open_run(config: StageConfig, stage: str, resume: bool, overwrite: bool, fac
         base |= {"processes": distributed.world_size(), **facts, **before}
         if config.deepspeed is not None:
             base["zero_stage"] = zero_stage(config.deepspeed)
-        write_json(run.path / "run.json", base)  # before config.yaml: see `extension`
-        write_text(run.path / "config.yaml", dump_config(config))
+        new = not is_run(run.path)
+        if new:  # first, since a folder with run.json is a run and must have its config, whenever a kill comes
+            write_text(run.path / "config.yaml", dump_config(config))
+        write_json(run.path / "run.json", base)
+        if not new:  # last, since `extension` needs the note in run.json
+            write_text(run.path / "config.yaml", dump_config(config))
     distributed.barrier()
     return run
 
