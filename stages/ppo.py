@@ -24,7 +24,7 @@ from rlhf.core.console import is_main, say
 from rlhf.core.errors import UserError
 from rlhf.data.chat_tokenizer import ChatTokenizer, load_tokenizer
 from rlhf.data.selection import open_datasets
-from rlhf.data.tables import longest_prompt, tokenize
+from rlhf.data.tables import prompt_lengths, tokenize
 from rlhf.memory.peak import PeakMemory
 from rlhf.models.load import load_hf_config, sequence_limit
 from rlhf.models.merging import adapters_merged
@@ -123,7 +123,7 @@ class PPO:
         self.models.save(self.run.path, self.chat, config)
         finish(self.run, metrics=self.reporter.headline())
         self.reporter.close()
-        self.memory.report(config, longest_prompt(self.tables.train))
+        self.memory.report(config, *prompt_lengths(self.tables.train))
 
     # ---- one update ----------------------------------------------------------------------------------------------
 

@@ -96,7 +96,8 @@ def run(config: RewardConfig, resume: bool = False, overwrite: bool = False) -> 
     scalar.config.get_text_config().pad_token_id = pad_id_unless_end(chat)
     save_result(folder.path, scalar.model, chat, config.tuning)
     finish(folder, step=loop.best_step, metrics=headline, scale={"mean": scalar.mean, "std": scalar.std})
-    memory.report(config, max(train["length"]), max(map(len, train["ranks"])))
+    lengths = train["length"]
+    memory.report(config, max(lengths), sum(lengths) / len(lengths), max(map(len, train["ranks"])))
 
 
 # ---- data ----------------------------------------------------------------------------------------------------------

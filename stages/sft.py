@@ -65,7 +65,8 @@ def run(config: SFTConfig, resume: bool = False, overwrite: bool = False) -> Non
     loss = loop.best[1] if loop.best else None
     metrics = {} if loss is None else {"eval/loss": loss, "eval/perplexity": perplexity(loss)}
     finish(folder, step=loop.best_step, metrics=metrics)
-    memory.report(config, limit if config.batch.packing else max(tables.train["length"]))
+    lengths = tables.train["length"]
+    memory.report(config, limit if config.batch.packing else max(lengths), sum(lengths) / len(lengths))
 
 
 # ---- the loss ------------------------------------------------------------------------------------------------------

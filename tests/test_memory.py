@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
+import re
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import tiny
 import torch
+import yaml
 from torch import nn
 from typer.testing import CliRunner
 
@@ -342,7 +347,34 @@ def test_a_failed_prediction_is_said_and_ends_nothing(capsys, tmp_path):
 
 def test_the_line_at_the_end_names_both_peaks(capsys):
     PeakMemory().report(sft(tiny.llama()))
-    assert "predicted" in (told := capsys.readouterr().out) and "measured" in told and "(update)" in told
+    assert re.search(
+        r"predicted [\d.]+ [MG]B to [\d.]+ [MG]B \(update\), measured [\d.]+ [MG]B", capsys.readouterr().out
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", ["sft", "ppo"])
+def test_the_range_at_the_end_of_a_small_run_on_a_cpu_holds(tmp_path, stage):
+    data = tiny.write_demonstrations(tmp_path / "data", 60, 4)
+    values = {"run": str(tmp_path / "run"), "model": {"path": tiny.llama()}}
+    if stage == "sft":
+        values |= {"data": {"train": data}, "batch": {"batch_size": 16, "micro_batch_size": 16}}
+    else:
+        values |= {"data": {"prompts": data}, "updates": 2, "critic": {"init": "policy"}}
+        values |= {"reward": {"name": "function", "function": "ppo_rewards:letters"}}
+        values |= {"rollout": {"prompts_per_update": 16, "max_new_tokens": 24}}
+    (tmp_path / "stage.yaml").write_text(yaml.safe_dump(values), "utf-8")
+    path = os.pathsep.join([str(REPOSITORY), str(REPOSITORY / "tests")])
+    done = subprocess.run(
+        [sys.executable, "-m", f"stages.{stage}", "--config", str(tmp_path / "stage.yaml")], capture_output=True,
+        text=True, env=os.environ | {"PYTHONPATH": path, "CUDA_VISIBLE_DEVICES": ""}, timeout=500,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    found = re.search(r"predicted ([\d.]+) (.B) to ([\d.]+) (.B) \(\w+\), measured ([\d.]+) (.B)", done.stdout)
+    assert found, done.stdout[-500:]
+    size = {"MB": 1e6, "GB": 1e9}
+    low, high, measured = (float(found[i]) * size[found[i + 1]] for i in (1, 3, 5))
+    assert low <= measured <= high
 
 
 @pytest.mark.slow

@@ -91,9 +91,10 @@ def tokenize(
     return tables
 
 
-def longest_prompt(table: Any) -> int:
-    """Length in tokens of the longest prompt in a table."""
-    return int(pc.max(pc.list_value_length(table.data.column("prompt"))).as_py())
+def prompt_lengths(table: Any) -> tuple[int, float]:
+    """Lengths in tokens of the longest and of the mean prompt in a table."""
+    lengths = pc.list_value_length(table.data.column("prompt"))
+    return int(pc.max(lengths).as_py()), float(pc.mean(lengths).as_py())
 
 
 def _write_table(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -13,7 +13,14 @@ from rlhf.core.console import is_main, say
 from rlhf.distributed.deepspeed_json import read_deepspeed
 from rlhf.models.load import compute_dtype
 
+if TYPE_CHECKING:
+    from rlhf.memory.predict import Prediction
+
 STATUS = Path("/proc/self/status")
+UNKNOWN_CODE = {False: 150e6, True: 200e6}
+"""Bytes of a process on a CPU, at most, for code and tables that libraries load at first use; with DeepSpeed (True)."""
+KEPT_BY_MALLOC = 1.4
+"""Resident memory over live memory, at most: glibc keeps what was freed."""
 
 
 class PeakMemory:
@@ -29,12 +36,13 @@ class PeakMemory:
         highest = _resident("VmHWM")
         return highest - self._base if highest else None
 
-    def report(self, config: Any, longest: int | None = None, candidates: int = 2) -> None:
+    def report(self, config: Any, longest: int | None = None, mean: float | None = None, candidates: int = 2) -> None:
         """Print both in a line. A failed prediction is left out and never ends a run.
 
         Args:
             config: The stage's config.
             longest: Tokens of the longest prompt (PPO) or row.
+            mean: The same of the mean one.
             candidates: Most answers of a ranking.
         """
         if not is_main():
@@ -42,13 +50,35 @@ class PeakMemory:
         measured = self.measured()
         parts = [] if measured is None else [f"measured {_gb(measured)}"]
         try:
-            parts.insert(0, f"predicted {_predicted(config, longest, candidates)}")
+            parts.insert(0, f"predicted {_predicted(config, longest, mean, candidates)}")
         except Exception:  # some model families do not run on fake tensors
             parts.insert(0, "not predicted for this model")
         say(f"Peak memory of a process: {', '.join(parts)}")
 
 
-def _predicted(config: Any, longest: int | None, candidates: int) -> str:
+def _predicted(config: Any, longest: int | None, mean: float | None, candidates: int) -> str:
+    """The prediction in words: a number for a GPU, a range for a CPU.
+
+    What a process on a CPU holds besides tensors differs by more than the tensors of a small model: see UNKNOWN_CODE
+    and KEPT_BY_MALLOC. The low end has batches of mean length (of completions: half of the longest) and neither of the
+    two; the high end has the longest batches and both.
+    """
+    from rlhf.memory.predict import PROCESS
+
+    high = _prediction(config, longest, candidates)
+    if torch.cuda.is_available():
+        return f"{_gb(high.peak)} ({high.peak_phase})"
+    typical = config
+    if hasattr(config, "rollout"):
+        half = {"max_new_tokens": max(1, config.rollout.max_new_tokens // 2)}
+        typical = config.model_copy(update={"rollout": config.rollout.model_copy(update=half)})
+    low = _prediction(typical, longest if mean is None else max(1, round(mean)), 2)
+    least, most = (max(one.total - one.parts[PROCESS] for one in found.phases.values()) for found in (low, high))
+    code = UNKNOWN_CODE[config.deepspeed is not None or distributed.world_size() > 1]
+    return f"{_gb(least)} to {_gb(KEPT_BY_MALLOC * most + code)} ({high.peak_phase})"
+
+
+def _prediction(config: Any, longest: int | None, candidates: int) -> Prediction:
     from rlhf.memory.predict import ZeroLayout, predict
     from rlhf.memory.traced_model import TracedModel
     from rlhf.memory.workload import batch_shape, limit_of
@@ -59,8 +89,7 @@ def _predicted(config: Any, longest: int | None, candidates: int) -> str:
     bfloat16, gpu = compute_dtype(config.precision) == torch.bfloat16, torch.cuda.is_available()
     work = batch_shape(config, limit_of(config), distributed.world_size(), longest, candidates)
     traced = TracedModel(config, work, bfloat16, deepspeed=settings is not None)
-    found = predict(traced, ZeroLayout.of(settings), distributed.world_size(), gpu)
-    return f"{_gb(found.peak)} ({found.peak_phase})"
+    return predict(traced, ZeroLayout.of(settings), distributed.world_size(), gpu)
 
 
 def _gb(size: float) -> str:
