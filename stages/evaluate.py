@@ -129,6 +129,7 @@ LABELS = {
     "loss": "loss, nats a token",
     "perplexity": "perplexity",
     "prompts": "prompts",
+    "refused": "prompts refused by the chat template",
     "score": "mean score",
     "score_low": "  95% interval, low",
     "score_high": "  95% interval, high",

@@ -51,7 +51,16 @@ from rlhf.ppo.types import (
 from rlhf.reward.sources import RewardContext, RewardInputs
 from rlhf.rollout.types import SamplingParams, stream_seed
 from rlhf.runs.random_state import rng_state, seed_everything, set_rng_state
-from rlhf.runs.run import Run, check_same_text, data_facts, finish, open_run, parent_facts, resolve_model_path
+from rlhf.runs.run import (
+    Run,
+    check_same_text,
+    data_facts,
+    finish,
+    open_run,
+    parent_facts,
+    resolve_model_path,
+    template_time,
+)
 from rlhf.training.schedule import lr_scale
 
 KINDS = ("prompt", "demonstration", "ranking")
@@ -72,7 +81,7 @@ class PPO:
         self.config = config
         seed_everything(config.seed)
         path = resolve_model_path(config.model.path)
-        self.chat = load_tokenizer(config.model, path)
+        self.chat = load_tokenizer(config.model, path, template_time(config, resume))
         model_config = load_hf_config(config.model, path)
         limit, self.vocab_size = sequence_limit(config.model, model_config), model_config.get_text_config().vocab_size
         check_vocabularies(config, self.chat)
@@ -310,7 +319,7 @@ def open_ppo_run(config: PPOConfig, chat: ChatTokenizer, resume: bool, overwrite
     if config.needs_critic and config.critic.init == "reward":
         check_same_text("the policy", chat.fingerprints(), str(config.reward_model))
     parents = [parent_facts(path) for path in (config.model.path, config.reward_model) if path]
-    facts = {"parents": parents, "data": data_facts(data), **chat.fingerprints()}
+    facts = {"parents": parents, "data": data_facts(data), **chat.facts()}
     return open_run(config, "ppo", resume, overwrite, facts)
 
 

@@ -145,14 +145,16 @@ def answer(
     """
     import torch  # slow, so after everything that can be refused without it
 
-    from rlhf.inference.sampling import sample
+    from rlhf.inference.sampling import accepted, sample
 
     tally = Tally()
     for number, path in enumerate(models):
         policy, params = sampling.open(path), sampling.params(path)
+        usable = {prompt.prompt_id for prompt in accepted(policy, [one.prompt for one in opened])}
         most = max(missing for _, missing in missing_answers(opened, k, len(models), number))
         for attempt in range(most + tries if params.temperature else 1):  # greedy completions are the same each time
             rows = [one for one, missing in missing_answers(opened, k, len(models), number) if missing > 0]
+            rows = [one for one in rows if one.prompt.prompt_id in usable]
             if not rows:
                 break
             seed = stream_seed(sampling.seed, number, attempt)
@@ -173,7 +175,9 @@ def judge_scores(
     reward = open_reward_model(judge, trust_remote_code)
     tied = [Ranking(one.prompt.messages, candidates=tuple(one.candidates), ranks=(1,) * len(one.candidates))
             for one in opened]  # fmt: skip
-    rows = enumerate(reward.encode(tied, EncodingCounts()))
+    counts = EncodingCounts()
+    rows = enumerate(reward.encode(tied, counts))
+    counts.report_refused("proposals")
     whole = {i: row for i, row in rows if row and len(row["candidates"]) == len(opened[i].candidates)}
     found: list[tuple[float, ...]] = [()] * len(opened)
     for i, scored in zip(whole, reward.score(list(whole.values()))):

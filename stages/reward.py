@@ -41,7 +41,7 @@ from rlhf.reward.config import RewardConfig
 from rlhf.reward.losses import RankingBatch, centering_penalty
 from rlhf.reward.metrics import ScoredRanking, metric_rows, reward_metrics
 from rlhf.reward.scoring import score_rankings, score_texts
-from rlhf.runs.run import Run, data_facts, finish, open_run, parent_facts, resolve_model_path
+from rlhf.runs.run import Run, data_facts, finish, open_run, parent_facts, resolve_model_path, template_time
 from rlhf.training.engine import Engine
 from rlhf.training.loop import Loop, Objective, supervised_engine
 
@@ -58,12 +58,12 @@ def run(config: RewardConfig, resume: bool = False, overwrite: bool = False) -> 
     transformers.utils.logging.set_verbosity_error()  # or it warns of the new head
     path = resolve_model_path(config.model.path)
     # 1. tokenizer, run folder, rows
-    chat = load_tokenizer(config.model, path)
+    chat = load_tokenizer(config.model, path, template_time(config, resume))
     limit = sequence_limit(config.model, load_hf_config(config.model, path))
     data = open_datasets([*config.data.train, *config.data.eval], ["ranking"], "data")
     human_agreement = Agreement.of(data[len(config.data.train) :] or data)
     data += open_datasets(config.data.demonstrations, ["demonstration"], "reference")
-    facts = {"parents": [parent_facts(config.model.path)], "data": data_facts(data), **chat.fingerprints()}
+    facts = {"parents": [parent_facts(config.model.path)], "data": data_facts(data), **chat.facts()}
     folder = open_run(config, "reward", resume, overwrite, facts)
     tables = tokenize(folder.path, chat, limit, config.data, "ranking")
     reference = tokenize_reference(config, folder, chat, limit)

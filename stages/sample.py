@@ -43,9 +43,10 @@ def command(
     options.check_writable(output, "--out")
     prompts = [with_system(found, system) for found in _prompts(prompt, dataset, split, limit)]
     params, policy = sampling.params(model), sampling.open(model)
-    from rlhf.inference.sampling import sample  # imports torch
+    from rlhf.inference.sampling import accepted, sample  # imports torch
     from rlhf.inference.scorer import open_scorer
 
+    prompts = accepted(policy, prompts)
     scorer = open_scorer(reward, policy) if reward else None
     prompt_limit = policy.prompt_limit(params, scorer.limit if scorer else None)
     started, tokens, lines = time.monotonic(), 0, []

@@ -66,7 +66,7 @@ def command(
     if output is not None:
         options.write_whole(output, "".join(line + "\n" for line in lines))
     if skipped:
-        warn(f"{skipped:,} answers do not fit in the {reward.limit:,} tokens of {model} and have no score")
+        warn(f"{skipped:,} answers do not fit in the {reward.limit:,} tokens of {model}, or are refused: no score")
     if not as_json and dataset is not None and scores:
         spread = statistics.pstdev(scores)
         row = (len(scores), statistics.fmean(scores), spread, min(scores), max(scores))

@@ -25,7 +25,7 @@ from rlhf.models.logprobs import TokenPredictions, head_chunks, token_prediction
 from rlhf.models.save import generation_config, save_result
 from rlhf.models.tuning import say_trainable, virtual_tokens
 from rlhf.models.vocabulary import token_count
-from rlhf.runs.run import data_facts, finish, open_run, parent_facts, resolve_model_path
+from rlhf.runs.run import data_facts, finish, open_run, parent_facts, resolve_model_path, template_time
 from rlhf.sft.batches import TokenBatch, check_packing, pack, token_batch
 from rlhf.sft.config import SFTConfig
 from rlhf.training.engine import Engine
@@ -41,10 +41,10 @@ def run(config: SFTConfig, resume: bool = False, overwrite: bool = False) -> Non
     quiet()
     path = resolve_model_path(config.model.path)
     # 1. tokenizer, run folder, rows
-    chat = load_tokenizer(config.model, path)
+    chat = load_tokenizer(config.model, path, template_time(config, resume))
     limit = sequence_limit(config.model, load_hf_config(config.model, path)) - virtual_tokens(config.tuning)
     data = open_datasets([*config.data.train, *config.data.eval], KINDS, "data")
-    facts = {"parents": [parent_facts(config.model.path)], "data": data_facts(data), **chat.fingerprints()}
+    facts = {"parents": [parent_facts(config.model.path)], "data": data_facts(data), **chat.facts()}
     folder = open_run(config, "sft", resume, overwrite, facts)
     tables = tokenize(folder.path, chat, limit, config.data, "demonstration", KINDS)
     # 2. the model, and what of it is trained; the same first weights on every rank

@@ -42,13 +42,16 @@ CHATML = (
 
 
 @functools.cache
-def chatml() -> str:
-    """The tiny Llama with a ChatML template, whose end of turn is not EOS, and without a padding token."""
-    folder = Path(tiny.llama()).with_name("chatml")
+def chatml(ending: str = "") -> str:
+    """The tiny Llama with a ChatML template, whose end of turn is not EOS, and without a padding token.
+
+    `ending` is more of the template, after the last turn.
+    """
+    folder = Path(tiny.llama()).with_name(f"chatml{len(ending)}")
     model = load_policy(ModelConfig(path=tiny.llama()), tiny.llama())
     tokenizer = transformers.AutoTokenizer.from_pretrained(tiny.llama())
     tokenizer.add_tokens([AddedToken(text, special=True) for text in ("<|im_start|>", "<|im_end|>")])
-    tokenizer.pad_token, tokenizer.chat_template = None, CHATML
+    tokenizer.pad_token, tokenizer.chat_template = None, CHATML + ending
     model.resize_token_embeddings(len(tokenizer))
     model.config.pad_token_id = model.generation_config.pad_token_id = None
     model.save_pretrained(folder)

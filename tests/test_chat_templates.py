@@ -4,13 +4,20 @@ from __future__ import annotations
 
 import importlib.util
 import re
+from datetime import datetime
 from pathlib import Path
 
 import pytest
 import tiny
 
-from rlhf.data.chat_tokenizer import ChatTokenizer
+from rlhf.config.base import ModelConfig
+from rlhf.core.errors import UserError
+from rlhf.data.chat_templates import freeze_clock
+from rlhf.data.chat_tokenizer import ChatTokenizer, load_tokenizer
 from rlhf.data.schema import Message
+from rlhf.runs.run import read_run, template_time
+from rlhf.sft.config import SFTConfig
+from stages import sft
 
 FOLDER = Path(next(iter(importlib.util.find_spec("trl").submodule_search_locations))) / "chat_templates"
 PICTURES = ("idefics3", "llava_next", "smolvlm")
@@ -75,3 +82,46 @@ def test_control_tokens_in_text_are_encoded_as_text(chat: ChatTokenizer) -> None
     assert count(chat.prompt(spelled)) == count(chat.prompt(clean))
     assert count(chat.response(f"Say {token} now")) == count(chat.response("Say  now"))
     assert chat.decode(chat.response(f"Say {token} now")) == f"Say {token} now"
+
+
+# ---- the clock -----------------------------------------------------------------------------------------------------
+
+DATED = (
+    '{{ bos_token }}Today: {{ strftime_now("%d %b %Y") }}\n{% for m in messages %}{{ m.role }}: {{ m.content }}'
+    "{{ eos_token }}\n{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}"
+)
+
+
+def test_a_date_that_the_template_takes_from_the_clock_is_frozen(tmp_path: Path) -> None:
+    (tmp_path / "dated.jinja").write_text(DATED)
+    config = ModelConfig(path=tiny.llama(), chat_template=str(tmp_path / "dated.jinja"))
+    chat = load_tokenizer(config, tiny.llama(), "2024-02-29T12:00:00")
+    assert "Today: 29 Feb 2024" in chat.tokenizer.decode(chat.prompt(DIALOGUE[:1]))
+    assert chat.facts()["template_time"] == "2024-02-29T12:00:00"
+    chat.tokenizer.save_pretrained(tmp_path / "model")
+    again = load_tokenizer(ModelConfig(path=str(tmp_path / "model")), str(tmp_path / "model"))
+    assert again.prompt(DIALOGUE[:1]) == plain(again, DIALOGUE[:1]) == chat.prompt(DIALOGUE[:1])
+    assert again.fingerprints() == chat.fingerprints() and "template_time" not in again.facts()
+
+
+def test_a_format_that_is_not_written_in_the_template_is_refused() -> None:
+    with pytest.raises(UserError, match="strftime_now"):
+        freeze_clock("{% set f = '%Y' %}{{ strftime_now(f) }}", datetime(2024, 2, 29))
+    assert freeze_clock("{{ strftime_now('%Y') }}", datetime(2024, 2, 29)) == '{{ "2024" }}'
+
+
+def test_a_run_keeps_the_time_of_its_template_on_resume_and_hands_it_on(tmp_path: Path) -> None:
+    (tmp_path / "dated.jinja").write_text(DATED)
+    tiny.write_demonstrations(tmp_path / "demos", 8)
+    model = {"path": tiny.llama(), "chat_template": str(tmp_path / "dated.jinja")}
+    values = {"run": str(tmp_path / "sft"), "model": model, "data": {"train": str(tmp_path / "demos")}}
+    config = SFTConfig.model_validate(values | {"batch": {"max_steps": 1, "batch_size": 2, "micro_batch_size": 2}})
+    sft.run(config)
+    kept = read_run(tmp_path / "sft")["template_time"]
+    template = (tmp_path / "sft" / "model" / "chat_template.jinja").read_text()
+    assert template == freeze_clock(DATED, datetime.fromisoformat(kept))
+    later = config.model_copy(
+        update={"run": str(tmp_path / "next"), "model": ModelConfig(**model | {"path": values["run"]})}
+    )
+    assert template_time(config, resume=True) == template_time(later, resume=False) == kept
+    assert template_time(config, resume=False) is None

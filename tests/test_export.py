@@ -88,9 +88,14 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
         "reward": reward,
         "reward-lora": finished.reward(folder / "reward-lora", sft, "lora"),
         "reward-chatml": finished.reward(folder / "reward-chatml", chatml),
+        "reward-phi": finished.reward(folder / "reward-phi", finished.chatml(AS_PHI)),
         "reward-bert": finished.reward(folder / "reward-bert", tiny.bert()),
         "ppo": finished.ppo(folder / "ppo", sft, reward, temperature=0.7),
     }
+
+
+AS_PHI = "{% if not add_generation_prompt %}{{ eos_token }}{% endif %}"
+"""Phi's template writes EOS after a conversation, behind the end of the last turn."""
 
 
 def exported(run: str, out: Path, name: str = "hf", **options: Any) -> dict[str, Any]:
@@ -215,7 +220,7 @@ def test_padding_of_a_reward_model_is_never_the_end_of_an_answer(folders: dict[s
     assert json.loads((folder / "config.json").read_text())["pad_token_id"] == chat.pad_id != chat.end_id
 
 
-@pytest.mark.parametrize("name", ["reward", "reward-lora-adapter", "reward-chatml", "reward-bert"])
+@pytest.mark.parametrize("name", ["reward", "reward-lora-adapter", "reward-chatml", "reward-phi", "reward-bert"])
 def test_the_cards_snippet_prints_the_score(name: str, runs: dict[str, str], plain: dict[str, Any]) -> None:
     run = runs[name.removesuffix("-adapter")]
     chat = load_tokenizer(ModelConfig(path=run), resolve_model_path(run))

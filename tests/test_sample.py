@@ -205,7 +205,7 @@ def test_a_long_prompt_keeps_its_end(runs: dict[str, str], capsys: pytest.Captur
         (["-p", "One?", "--min-new-tokens", 9, "--max-new-tokens", 8], "above --max-new-tokens"),
         (["-p", "One?", "--max-new-tokens", 128], "leaves no room"),
         (["-p", "One?", "--reward", "test_sample:nothing"], "cannot be imported"),
-        (["-p", "One?", "--reward", "test_sample:not_a_number", "--max-new-tokens", 8], "gave nan"),
+        (["-p", "One?", "--reward", "test_sample:not_a_number", "--max-new-tokens", 8], "returned nan"),
         (["-p", "One?", "--out", "nowhere/answers.jsonl"], "--out"),
     ],
 )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -15,6 +15,7 @@ from data_tools.commands.common import DatasetPath, Json
 from rlhf.core import console
 from rlhf.core.console import print_json
 from rlhf.core.lazy_group import OPTIONS
+from rlhf.data.store import open_dataset
 
 RULES = "Exit with status 1 if this holds of a metric: 'agreement<0.6', 'random-annotators>0'; may be repeated."
 METRICS_HELP = "\b\nMetrics (fractions from 0 to 1):\n" + "\n".join(f"  {row.name}: {row.summary}" for row in METRICS)
@@ -31,12 +32,17 @@ def check_command(
     ] = None,
     html: Annotated[Path | None, typer.Option(metavar="PAGE", help="Write a page with plots and examples.")] = None,
     no_near: Annotated[bool, typer.Option("--no-near", help="Skip the (slow) search for near-duplicates.")] = False,
+    model: Annotated[
+        str | None,
+        typer.Option(metavar="RUN|MODEL", help="Also find the records that this model's chat template refuses."),
+    ] = None,
     fail_on: Annotated[list[str] | None, typer.Option(metavar="RULE", help=RULES)] = None,
     as_json: Json = False,
 ) -> None:
     """Measure duplicates, leaks, contradictions, biases, agreement and annotators, with intervals and a verdict."""
     report = check(path, against=against or (), near=not no_near, fail_on=fail_on or ())
     show(report)
+    found = _against_template(path, model) if model else {}
     if html is not None:
         write_page(report, html)
         console.say(f"page: {html}")
@@ -44,6 +50,16 @@ def check_command(
         console.say("--html PAGE writes this with plots and examples")
     show_rules(report)
     if as_json:
-        print_json(report.as_dict())
+        print_json(report.as_dict() | found)
     if report.fired:
         raise typer.Exit(1)
+
+
+def _against_template(path: Path, model: str) -> dict[str, Any]:
+    """Print which records the model's chat template refuses; returns them as plain JSON."""
+    from rlhf.data.row_check import row_check  # slow: it loads the tokenizer
+
+    check = row_check(model)
+    check.add(open_dataset(path).records(), str(path))
+    console.say(f"chat template of {model}: {check.describe()}")
+    return {"chat_template": check.as_dict()}

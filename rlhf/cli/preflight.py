@@ -10,6 +10,7 @@ import importlib.util
 import math
 import os
 from collections.abc import Callable, Mapping, Sequence
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from rlhf.core.console import format_number, is_main
 from rlhf.core.errors import UserError
 from rlhf.core.limits import read_json_object
 from rlhf.core.table import Pick
-from rlhf.data.chat_templates import read_template
+from rlhf.data.chat_templates import freeze_clock, read_template, reads_clock
 from rlhf.data.schema import KINDS
 from rlhf.data.selection import open_datasets
 from rlhf.data.store import Dataset
@@ -190,7 +191,13 @@ def _same_text(config: PPOConfig, reward_path: str, pending_runs: PendingRuns) -
     mine = dict(read_run(config.model.path))
     template = config.model.chat_template
     if template != "auto":
-        mine["chat_template"] = hashlib.sha256(read_template(template).encode()).hexdigest()[:16]
+        text = read_template(template)
+        if reads_clock(text):
+            frozen_at = mine.get("template_time")
+            if frozen_at is None:
+                return  # it is compared when the run starts, which freezes the template
+            text = freeze_clock(text, datetime.fromisoformat(frozen_at))
+        mine["chat_template"] = hashlib.sha256(text.encode()).hexdigest()[:16]
     check_same_text("the policy", mine, reward_path)
 
 

@@ -266,6 +266,10 @@ class ChatTokenizer:
         parts = {"tokenizer": vocabulary, "chat_template": self.tokenizer.chat_template}
         return {key: hashlib.sha256(text.encode()).hexdigest()[:16] for key, text in parts.items()}
 
+    def facts(self) -> dict[str, str]:
+        """What run.json records: the fingerprints, and of a template that reads the clock `template_time`."""
+        return self.fingerprints() | ({"template_time": self.frozen_at} if self.frozen_at else {})
+
 
 def stop_ids(model: Any, chat: ChatTokenizer) -> list[int]:
     """The tokens that end a response: the chat template's first, then those of the tokenizer and generation config."""

@@ -41,6 +41,10 @@ class EncodingCounts:
             parts.append(f"{self.truncated_prompts:,} prompts truncated to their end")
         parts += [f"{count:,} skipped: {reason}" for reason, count in sorted(self.skipped.items())]
         say("  ".join(("Data:", *parts)))
+        self.report_refused(what)
+
+    def report_refused(self, what: str) -> None:
+        """Print how many were refused, the first of each kind with its place, and what to do."""
         by_reason: dict[str, list[dict[str, str]]] = {}
         for row in self.refused:
             by_reason.setdefault(row["reason"], []).append(row)

@@ -72,7 +72,7 @@ def export(
                 "Push the whole model: --format hf.",
             )
         card = CardFacts(
-            run, name or str(out), tokens(source.chat.end_id), tokens(list(done.stop_ids)),
+            run, name or str(out), source.chat.lead, tokens(source.chat.end_id), tokens(list(done.stop_ids)),
             done.scale, done.folded, done.adapter_base, license, stage,
         )  # fmt: skip
         (folder / "README.md").write_text(model_card(card), "utf-8")

@@ -33,6 +33,8 @@ class CardFacts:
     run: Path
     path: str
     """The path in the loading snippet: the hub name, or the folder."""
+    lead: str
+    """What the chat template writes between the generation prompt and an answer."""
     end_token: str
     """The token that ends an answer."""
     stop_tokens: Sequence[str]
@@ -77,6 +79,7 @@ def model_card(facts: CardFacts) -> str:
         scalar=scalar, stage=facts.stage, folded=facts.folded, mean=mean, std=std,
         model_class="AutoModelForSequenceClassification" if scalar else "AutoModelForCausalLM",
         path=repr(facts.path), adapter_base=repr(facts.adapter_base) if facts.adapter_base else None,
+        lead=f"{facts.lead!r} + " if facts.lead else "", template_time=read_run(facts.run).get("template_time"),
         end_token=repr(facts.end_token), score="logit" if plain else f"(logit - {mean!r}) / {std!r}",
         stop_tokens=facts.stop_tokens, sampling=sampling,
         lineage=[

@@ -10,6 +10,7 @@ from typing import Any
 from rlhf import distributed
 from rlhf.config.base import ModelConfig
 from rlhf.core.errors import UserError
+from rlhf.data.chat_rendering import RefusedText
 from rlhf.data.chat_tokenizer import ChatTokenizer, load_tokenizer
 from rlhf.data.encode_records import EncodingCounts, encode_ranking, fits
 from rlhf.data.schema import Prompt, Ranking
@@ -53,20 +54,27 @@ class RewardModel:
             answers: Texts.
 
         Returns:
-            One score for each answer, in order; None where the answer does not fit in `limit` tokens.
+            One score for each answer, in order; None where the answer does not fit in `limit` tokens,
+            or the chat template refuses its prompt.
 
         Raises:
             UserError: There are not as many prompts as answers, or one is not a prompt.
         """
         if isinstance(prompts, str) or len(prompts) != len(answers):
             raise UserError(f"{len(prompts):,} prompts for {len(answers):,} answers", remedy="Give a list of each.")
-        rows = [self._tokens(as_prompt(prompt), answer) for prompt, answer in zip(prompts, answers)]
+        counts = EncodingCounts()
+        rows = [self._tokens(as_prompt(prompt), answer, counts) for prompt, answer in zip(prompts, answers)]
+        counts.report_refused("answers")
         fit = [row for row in rows if row is not None]
         raw = iter(score_texts(self.scalar, self.chat, fit.__getitem__, list(map(len, fit)), BATCH_TOKENS, bar=True))
         return [None if row is None else (next(raw) - self.scalar.mean) / self.scalar.std for row in rows]
 
-    def _tokens(self, prompt: Prompt, answer: str) -> list[int] | None:
-        start, end = self.chat.prompt(prompt.messages), self.chat.response(answer)
+    def _tokens(self, prompt: Prompt, answer: str, counts: EncodingCounts) -> list[int] | None:
+        try:
+            start, end = self.chat.prompt(prompt.messages), self.chat.response(answer)
+        except RefusedText as error:
+            counts.refuse(prompt, error)
+            return None
         if not fits(len(end), len(start), self.limit):
             return None
         return self.chat.truncate_prompt(start, self.limit - len(end)) + end

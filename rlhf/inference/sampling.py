@@ -10,6 +10,9 @@ import torch
 import transformers
 
 from rlhf.core.console import progress, warn
+from rlhf.core.errors import UserError
+from rlhf.data.chat_rendering import RefusedText
+from rlhf.data.encode_records import EncodingCounts
 from rlhf.data.schema import Prompt
 from rlhf.data.selection import as_prompt
 from rlhf.inference.policy import Policy
@@ -70,6 +73,27 @@ def sample(
                 yield [Sampled(prompt, ids[i], one, policy.chat.decode(one.ids)) for one in mine]
     if cut:
         warn(f"{cut:,} prompts are longer than {prompt_limit:,} tokens and were cut to their end")
+
+
+def accepted(policy: Policy, prompts: Sequence[Prompt]) -> list[Prompt]:
+    """The prompts that the policy's chat template accepts; a warning counts the others and names the first.
+
+    Raises:
+        UserError: It accepts none of them.
+    """
+    kept, counts = [], EncodingCounts()
+    for prompt in prompts:
+        try:
+            policy.chat.prompt(prompt.messages)
+        except RefusedText as error:
+            counts.refuse(prompt, error)
+        else:
+            kept.append(prompt)
+    if counts.refused and not kept:
+        first = counts.refused[0]
+        raise UserError(f"{policy.path}: no prompt can be used: {first['fault']}", remedy=first["remedy"])
+    counts.report_refused("prompts")
+    return kept
 
 
 def complete(

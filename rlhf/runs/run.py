@@ -320,6 +320,16 @@ def parent_facts(path: str | Path) -> dict[str, Any]:
     return {"path": str(path), "stage": info["stage"], "fingerprint": info.get("model_fingerprint")}
 
 
+def template_time(config: StageConfig, resume: bool) -> str | None:
+    """The time at which the chat template of a run is frozen: that of the run itself with `resume`, or of its parent.
+
+    None if neither has one; the template is then frozen at the present time.
+    """
+    places = [config.run] * resume + [config.model.path]
+    found = [read_run(place).get("template_time") for place in places if is_run(place)]
+    return next((time for time in found if time), None)
+
+
 def check_same_text(child: str, mine: Mapping[str, Any], parent: str | Path) -> None:
     """Refuse a parent run with a different tokenizer or chat template (fingerprint mismatch).
 

@@ -1,0 +1,88 @@
+"""`--dry-run` and `rlhf data check --model` find the records that a chat template refuses; stages reject them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import finished
+import pytest
+import tiny
+from transformers import AutoTokenizer
+
+from rlhf.cli import entry
+from rlhf.core.errors import UserError
+from rlhf.data.row_check import row_check
+from rlhf.data.schema import Demonstration, Message
+from rlhf.inference.policy import open_policy
+from rlhf.inference.sampling import accepted
+from rlhf.runs.run import read_run
+from rlhf.sft.config import SFTConfig
+from stages import sft
+
+REFUSING = "{% if messages[0].role == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
+OK = Demonstration((Message("user", "Name a fruit."),), answer="A pear.", split="train")
+SPELLED = Demonstration((Message("user", "Strike it out."),), answer="<s>it</s>", split="train")
+SYSTEM = Demonstration((Message("system", "Be brief."), Message("user", "Hello.")), answer="Hi.", split="train")
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> str:
+    """The tiny model with a template that refuses system turns."""
+    folder = tmp_path / "gemma"
+    _copy(tiny.llama(), folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.chat_template = REFUSING + finished.CHATML
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+def _copy(source: str, folder: Path) -> None:
+    folder.mkdir()
+    for file in Path(source).iterdir():
+        (folder / file.name).write_bytes(file.read_bytes())
+
+
+@pytest.fixture
+def rows(tmp_path: Path) -> str:
+    file = tmp_path / "rows.jsonl"
+    lines = [{"messages": [m._asdict() for m in r.messages], "answer": r.answer} for r in (OK, SPELLED, SYSTEM)]
+    file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return str(file)
+
+
+def test_refused_records_are_counted_with_their_place(model: str) -> None:
+    check = row_check(model)
+    check.add([OK, SPELLED, SYSTEM, SYSTEM], "rows")
+    assert (check.records, check.spelled, len(check.counts.refused)) == (4, 1, 2)
+    said = check.describe()
+    assert "accepts 2 of 4" in said and SYSTEM.prompt_id in said and "System role not supported" in said
+    strict = row_check(model, control_tokens_in_text="reject")
+    strict.add([OK, SPELLED], "rows")
+    assert strict.counts.refused[0]["prompt_id"] == SPELLED.prompt_id
+
+
+def test_a_dry_run_finds_the_records_that_training_rejects(
+    model: str, rows: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    values = {"run": str(tmp_path / "run"), "model": {"path": model}, "data": {"train": rows}}
+    values |= {"batch": {"max_steps": 1, "batch_size": 1, "micro_batch_size": 1}}
+    (tmp_path / "sft.yaml").write_text(json.dumps(values))
+    assert entry.prepare("sft", tmp_path / "sft.yaml", dry_run=True) is None
+    assert "accepts 2 of 3 records" in " ".join(capsys.readouterr().out.split())
+    sft.run(SFTConfig.model_validate(values))
+    warned = capsys.readouterr().err
+    assert "1 demonstrations rejected" in warned and SYSTEM.prompt_id in warned
+    rejected = [json.loads(line) for line in (tmp_path / "run" / "rejected.jsonl").read_text().splitlines()]
+    assert SYSTEM.prompt_id in [row.get("prompt_id") for row in rejected]
+    assert read_run(tmp_path / "run")["status"] == "complete"
+
+
+def test_prompts_that_the_template_refuses_are_left_out_of_sampling(
+    model: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    policy = open_policy(model)
+    assert accepted(policy, [OK, SYSTEM]) == [OK]
+    assert SYSTEM.prompt_id in capsys.readouterr().err
+    with pytest.raises(UserError, match="System role not supported"):
+        accepted(policy, [SYSTEM])
