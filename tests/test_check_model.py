@@ -17,6 +17,7 @@ from typer.testing import CliRunner
 from rlhf.config.base import ModelConfig
 from rlhf.data.chat_tokenizer import ChatTokenizer, load_tokenizer
 from rlhf.inference.model_checks import Different, policy_logits, prompt_tokens
+from rlhf.models.logprobs import check_head
 from rlhf.models.tiny_copy import random_model, tiny_config
 from stages.check_model import Check, make_tiny_copy
 from stages.cli import app
@@ -87,7 +88,7 @@ def test_a_tiny_copy_has_the_models_tokenizer_and_architecture_and_random_weight
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_tiny_copy_of_every_family_computes(family: str) -> None:
+def test_a_tiny_copy_of_every_family_has_logits_that_are_its_head_on_its_hidden_states(family: str) -> None:
     config = tiny_config(AutoConfig.for_model(family), 259)
     for part in (config, config.get_text_config()):
         part.pad_token_id, part.bos_token_id, part.eos_token_id = 0, 1, 2
@@ -96,6 +97,7 @@ def test_a_tiny_copy_of_every_family_computes(family: str) -> None:
     with torch.no_grad():
         logits = model(input_ids=torch.arange(3, 43)[None]).logits
     assert logits.shape == (1, 40, 259) and logits.isfinite().all()
+    check_head(model)
 
 
 @pytest.mark.slow

@@ -28,6 +28,23 @@ def causal_lm(model: nn.Module) -> PreTrainedModel:
     return model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator, return-value]
 
 
+def body_of(lm: PreTrainedModel) -> Any:
+    """The part of a causal LM that gives hidden states.
+
+    Raises:
+        UserError: It has none under transformers' names.
+    """
+    for name in (lm.base_model_prefix, "model"):  # Llama 4's text model has a prefix that is another class's
+        body = getattr(lm, name, None)
+        if isinstance(body, nn.Module):
+            return body
+    raise UserError(
+        f"model.path: {type(lm).__name__} has no body that gives hidden states",
+        "Log-probs and values are computed from hidden states.",
+        "Use a decoder of another family, such as Llama, Qwen or Gemma.",
+    )
+
+
 def hidden_states(
     model: nn.Module, input_ids: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None = None
 ) -> Tensor:
@@ -37,7 +54,7 @@ def hidden_states(
     (see `rlhf.models.shared_prompt`), or is None where packed sequences are separated by positions that start from 0.
     """
     lm = causal_lm(model)
-    body = getattr(lm, lm.base_model_prefix)
+    body = body_of(lm)
     if has_virtual_tokens(model):
         return _behind_virtual_tokens(model, body, input_ids, attention_mask)
     positions = {} if position_ids is None else {"position_ids": position_ids}
