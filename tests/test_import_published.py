@@ -381,3 +381,69 @@ def test_a_chat_with_a_tools_turn_is_rejected_or_cut_before_it_by_choice(tmp_pat
     assert made(tmp_path, name, {field: row[field][2:]}, tools="cut")[1] == [
         "no answer before the first turn of a tool"
     ]
+
+
+# ---- the columns of the published files ------------------------------------------------------------------------------
+
+ARENA = vote("model_a", turn=1, language="English")
+COLUMNS = {
+    "chatbot_arena_conversations": (
+        ARENA,
+        {
+            "question_id": "q", "judge": "u", "anony": True, "tstamp": 1.5,
+            "toxic_chat_tag": {"t5": {"flagged": False}}, "openai_moderation": {"categories": {"hate": False}, "flagged": False},
+        },
+    ),
+    "arena-human-preference-140k": (
+        vote("both_bad", language="en"),
+        {
+            "id": "1", "evaluation_session_id": "s", "evaluation_order": 1,
+            "full_conversation": [{"user": user("Fruit?")}],
+            "conv_metadata": {"sum_assistant_a_tokens": 3}, "category_tag": {"math_v0.1": {"math": False}},
+            "is_code": False, "timestamp": "2025-06-01",
+        },
+    ),
+    "PKU-SafeRLHF": (
+        SAFE,
+        {
+            "prompt_source": "p", "response_1_source": "m1", "response_0_harm_category": {"Violence": True},
+            "response_1_harm_category": {"Violence": False}, "response_0_severity_level": 3,
+            "response_1_severity_level": 0, "response_0_sha256": "ab", "response_1_sha256": "cd",
+        },
+    ),
+    "prism-alignment": (
+        PRISM,
+        {
+            "conversation_id": "c1", "survey_only": False, "conversation_type": "unguided", "conversation_turns": 2,
+            "included_in_US_REP": True, "included_in_balanced_subset": False, "generated_datetime": "2023-12-02",
+            "performance_attributes": {"fluency": 90}, "timing_duration_s": 20.5, "timing_duration_mins": 0.3,
+        },
+    ),
+    "reward-bench-2": (
+        {"prompt": "Colour?", "chosen": ["Red."], "rejected": ["Pi.", "No.", "Car."], "subset": "Focus"},
+        {
+            "id": "1", "num_correct": 1, "num_incorrect": 3, "total_completions": 4, "models": ["m", "m", "m", "m"],
+            "additional_metadata": {"category": "c", "correct": None, "label": "l"},
+        },
+    ),
+    "Nectar": (
+        {
+            "prompt": "\n\nHuman: Fruit?\n\nAssistant: ",
+            "answers": [{"answer": "a", "rank": 1}, {"answer": "b", "rank": 2}],
+        },
+        {"turns": 1, "num_responses": 2, "source": ["lmsys-chat-1m"], "good_natured": True},
+    ),
+    "stack-exchange-paired": (
+        PAIRS["stack-exchange-paired"],
+        {"date": "2016/08/05", "metadata": ["https://stackoverflow.com/questions/1", "", ""]},
+    ),
+}  # fmt: skip
+"""Dataset -> a row, and the columns that its files have besides (from its card)."""
+
+
+@pytest.mark.parametrize("dataset", COLUMNS)
+def test_the_other_columns_of_a_published_file_cost_no_row(tmp_path, dataset):
+    row, more = COLUMNS[dataset]
+    name = detect([jsonl(tmp_path / "in.jsonl", [{**row, **more}])])[0]
+    (plain, _), (records, reasons) = made(tmp_path, name, row), made(tmp_path, name, {**row, **more})
+    assert ([record.ranks for record in records], reasons) == ([record.ranks for record in plain], [])
