@@ -391,7 +391,8 @@ COLUMNS = {
         ARENA,
         {
             "question_id": "q", "judge": "u", "anony": True, "tstamp": 1.5,
-            "toxic_chat_tag": {"t5": {"flagged": False}}, "openai_moderation": {"categories": {"hate": False}, "flagged": False},
+            "toxic_chat_tag": {"t5": {"flagged": False}},
+            "openai_moderation": {"categories": {"hate": False}, "flagged": False},
         },
     ),
     "arena-human-preference-140k": (
