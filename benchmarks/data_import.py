@@ -25,7 +25,7 @@ from pathlib import Path
 OURS = """
 from data_tools.importers.run import import_dataset
 import pyarrow.parquet
-def work(): return import_dataset("hh-rlhf", [source], out).read
+def work(): return import_dataset("hh-rlhf", [source], out, overwrite=True).read
 """
 THEIRS = """
 import datasets

@@ -115,7 +115,7 @@ def _saved(records: Sequence[Record], run: Any, key: str, replace: bool) -> str:
         raise UserError("run: missing; this key is required", remedy="Name the run folder, such as runs/my-sft.")
     folder = Path(f"{run.rstrip('/')}-data") / key
     if replace or not is_run(run):  # else the run is refused, and its data stays
-        with DatasetWriter(folder, None, {"function": f"train, {key}"}) as writer:
+        with DatasetWriter(folder, None, {"function": f"train, {key}"}, overwrite=True) as writer:
             for record in records:
                 writer.write(record)
     return str(folder)

@@ -38,6 +38,7 @@ from rlhf.data.store import Dataset, open_dataset
 from rlhf.rollout.types import stream_seed
 from rlhf.runs.run import fingerprint, is_run, parent_facts, read_run, resolve_model_path
 
+REPLACE = "Replace an existing dataset of that name."
 POOL = 4
 """Prompts that are answered for each one that is kept, with --select disagreement."""
 
@@ -69,6 +70,7 @@ def command(
         float, typer.Option(min=0, max=1, help="Answers that share this fraction of their words are too similar.")
     ] = 0.9,
     tries: Annotated[int, typer.Option(min=1, help="Further samples of a model where answers are too similar.")] = 4,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help=REPLACE)] = False,
     as_json: options.Json = False,
     *,
     sampling: SamplingOptions,
@@ -81,7 +83,7 @@ def command(
     params = {model: sampling.params(model) for model in models}
     data, skipped = open_dataset(prompts), [open_dataset(path) for path in skip or ()]
     facts = {"sampling": {model: asdict(one) for model, one in params.items()}}
-    with Derivation(out, "proposal", [data, *skipped], facts) as made:
+    with Derivation(out, "proposal", [data, *skipped], facts, overwrite=overwrite) as made:
         made.origin["parents"] += [_model_facts(path) for path in (*models, *judges)]
         opened = choose(data, skipped, split, pool or count, seed, human)
         for reject in data.rejects:

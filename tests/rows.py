@@ -32,7 +32,7 @@ def jsonl(path, rows):
 
 def write(path, items, kind=None, origin=None):
     """Write records as a dataset folder, and open it."""
-    with DatasetWriter(path, kind or items[0].kind, origin) as writer:
+    with DatasetWriter(path, kind or items[0].kind, origin, overwrite=True) as writer:
         for item in items:
             writer.write(item)
     return open_dataset(path)

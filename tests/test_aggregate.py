@@ -42,14 +42,14 @@ def order(ranking: Ranking) -> str:
 
 
 def write(path: Path, rankings: list[Ranking]) -> Path:
-    with DatasetWriter(path, "ranking") as writer:
+    with DatasetWriter(path, "ranking", overwrite=True) as writer:
         for item in rankings:
             writer.write(item)
     return path
 
 
 def aggregate(tmp_path: Path, rankings: list[Ranking], method: str, **options) -> list[Ranking]:
-    aggregate_dataset(write(tmp_path / "given", rankings), tmp_path / method, method, options)
+    aggregate_dataset(write(tmp_path / "given", rankings), tmp_path / method, method, options, overwrite=True)
     return list(open_dataset(tmp_path / method, "ranking").records())
 
 
@@ -455,6 +455,6 @@ def test_a_dataset_without_rankings_is_refused(tmp_path: Path) -> None:
 
 def test_a_dataset_is_not_written_over_itself(tmp_path: Path) -> None:
     given = write(tmp_path / "given", [ranked("A>B")])
-    result = run("aggregate", given, "--out", given, "--method", "majority")
+    result = run("aggregate", given, "--out", given, "--method", "majority", "--overwrite")
     assert isinstance(result.exception, UserError) and "is the parent dataset itself" in str(result.exception)
     assert open_dataset(given).manifest["count"] == 1

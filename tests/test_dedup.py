@@ -65,7 +65,7 @@ def test_near_prompts_are_the_same_when_asked_for(tmp_path):
     near = f"  {LONG.upper()}?? "
     parent = dataset(tmp_path / "d", numbered([{"prompt": LONG}, {"prompt": "Why?"}, {"prompt": near}]))
     assert dedup_dataset(parent, tmp_path / "n", by="prompt")["written"] == 3
-    said = dedup_dataset(parent, tmp_path / "n", by="prompt", near=0.8)
+    said = dedup_dataset(parent, tmp_path / "n", by="prompt", near=0.8, overwrite=True)
     assert (said["written"], said["dropped"]) == (2, {"near": 1})
     assert sources(tmp_path / "n") == ["0", "1"]
     ids = [record.id for record in open_dataset(parent).records()]
@@ -90,7 +90,7 @@ def test_prompts_of_an_evaluation_set_are_left_out_whatever_its_kind(tmp_path):
     assert (said["read"], said["written"], said["dropped"]) == (7, 4, {"against": 2, "duplicate": 1})
     assert sources(tmp_path / "n") == ["0", "2", "4", "5"]
     assert "1 bad rows in it were not compared" in result.output
-    result = run(*words, "--near", 0.8)
+    result = run(*words, "--near", 0.8, "--overwrite")
     assert last_line(result)["dropped"] == {"against": 3, "duplicate": 1}
     assert sources(tmp_path / "n") == ["0", "2", "4"]
     origin = open_dataset(tmp_path / "n", verify=True).manifest["origin"]

@@ -17,7 +17,7 @@ def judged_twice(folder):
     """A dataset in which two people ranked each of 30 prompts, with their agreement in its manifest."""
     rows = [{**RANKING, "prompt": f"Question {i}?", "annotator": who} for i in range(30) for who in ("ann", "ben")]
     file = jsonl(folder.with_suffix(".jsonl"), rows)
-    assert run("import", "jsonl", file, "--out", folder).exit_code == 0
+    assert run("import", "jsonl", file, "--out", folder, "--overwrite").exit_code == 0
     file.unlink()
     assert open_dataset(folder).manifest["agreement"]["annotators"] == 2
     return folder

@@ -24,7 +24,7 @@ RANKINGS = [
 def kept(folder, rows, where):
     """Positions of the rows that are kept."""
     rows = [{**row, "source": str(index)} for index, row in enumerate(rows)]
-    filter_dataset(dataset(folder / "parent", rows), folder / "kept", where=where)
+    filter_dataset(dataset(folder / "parent", rows), folder / "kept", where=where, overwrite=True)
     return sorted(int(record.source) for record in open_dataset(folder / "kept").records())
 
 
@@ -128,15 +128,17 @@ def test_tokens_are_those_of_the_tokenizer_without_a_template(tmp_path):
     prompt, answer = sum(count(turn["content"]) for turn in chat), count("a cat and a dog in the garden")
     options = {"tokenizer": tmp_path / "t"}
     where = f"prompt_tokens == {prompt} and answer_tokens == {answer} and tokens == {prompt + answer}"
-    assert filter_dataset(parent, tmp_path / "f", where=where, **options)["written"] == 1
+    assert filter_dataset(parent, tmp_path / "f", where=where, **options, overwrite=True)["written"] == 1
     for limits, written in [
         ({"max_tokens": prompt + answer}, 2),
         ({"max_tokens": prompt + answer - 1}, 1),
         ({"min_tokens": prompt + answer}, 1),
         ({"min_tokens": 1, "max_tokens": prompt + answer - 1, "where": "k == 2"}, 1),
     ]:
-        assert filter_dataset(parent, tmp_path / "f", **options, **limits)["written"] == written
-    result = run("filter", parent, "--out", tmp_path / "f", "--tokenizer", tmp_path / "t", "--max-tokens", 99)
+        assert filter_dataset(parent, tmp_path / "f", **options, **limits, overwrite=True)["written"] == written
+    result = run(
+        "filter", parent, "--out", tmp_path / "f", "--tokenizer", tmp_path / "t", "--max-tokens", 99, "--overwrite"
+    )
     assert result.exit_code == 0, result.output
     command = open_dataset(tmp_path / "f").manifest["origin"]["command"]
     assert command == f"rlhf data filter {parent} --tokenizer {tmp_path / 't'} --max-tokens 99"

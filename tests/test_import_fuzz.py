@@ -144,7 +144,7 @@ def account(row, data, options):
         with suppress(UserError):
             detect([path])
         try:
-            summary = import_dataset(row.name, [path], out, options=options)
+            summary = import_dataset(row.name, [path], out, options=options, overwrite=True)
         except NothingUsable as error:
             summary = error.summary
             assert not out.exists()

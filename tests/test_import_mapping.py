@@ -234,13 +234,11 @@ def test_columns_that_a_mapping_leaves_out_are_named_in_a_warning(tmp_path):
 
 
 JSON_ROWS = [
-    {"question": "A fruit?", "response_j": "A pear.", "response_k": "A bus."},
-    {"prompt": "A fruit?", "pos_resp": "A pear.", "neg_resp": "A bus.", "pos_type": "x"},
-    {"system": "", "history": [["Hi", "Hello"]], "question": "A fruit?", "response_chosen": "A pear.",
-     "response_rejected": "A bus."},
+    {"question": "A fruit?", "output_j": "A pear.", "output_k": "A bus."},
+    {"task_prompt": "A fruit?", "good_answer": "A pear.", "bad_answer": "A bus.", "good_source": "x"},
+    {"system": "", "history": [["Hi", "Hello"]], "query": "A fruit?", "good_reply": "A pear.", "bad_reply": "A bus."},
     {"prompt": "A fruit?", "replies": [{"text": "A bus.", "rank": 2.0}, {"text": "A pear.", "rank": 1.0}]},
-    {"prompt": "A fruit?", "response_0": "A bus.", "response_1": "A pear.", "is_response_0_safe": True,
-     "better_response_id": 1},
+    {"prompt": "A fruit?", "reply_0": "A bus.", "reply_1": "A pear.", "is_reply_0_safe": True, "best_reply_id": 1},
 ]  # fmt: skip
 
 

@@ -34,7 +34,9 @@ def sample_file(row, folder, name="sample"):
 
 def imported(row, path, out, **options):
     """The summary of an import with the options that the row's sample needs."""
-    return import_dataset(row.name, [path], out, options=row.traits.get("sample_options", {}), **options)
+    return import_dataset(
+        row.name, [path], out, options=row.traits.get("sample_options", {}), **options, overwrite=True
+    )
 
 
 def detected(path):
@@ -74,7 +76,9 @@ class TestEveryImporter:
             with pytest.raises(UserError, match=required[0]):
                 import_dataset(row.name, [sample_file(row, tmp_path)], tmp_path / "d")
         with pytest.raises(UserError, match="has no option 'no_such_option'"):
-            import_dataset(row.name, [sample_file(row, tmp_path)], tmp_path / "d", options={"no_such_option": 1})
+            import_dataset(
+                row.name, [sample_file(row, tmp_path)], tmp_path / "d", options={"no_such_option": 1}, overwrite=True
+            )
 
     def test_the_same_input_gives_the_same_bytes(self, row, tmp_path):
         path = sample_file(row, tmp_path)

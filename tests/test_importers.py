@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -21,6 +22,7 @@ from data_tools.curate.validate import validate
 from data_tools.importers import hh as hh_module
 from data_tools.importers.run import NothingUsable, find_files, import_dataset
 from rlhf.core.errors import UserError
+from rlhf.core.files import whole_folder
 from rlhf.data.store import open_dataset
 
 ROOT = Path(__file__).parents[1]
@@ -51,7 +53,7 @@ SAMPLES = {
 def hh(tmp_path, *rows):
     """(records, reasons) of an import."""
     try:
-        summary = import_dataset("hh-rlhf", [jsonl(tmp_path / "in.jsonl", rows)], tmp_path / "d")
+        summary = import_dataset("hh-rlhf", [jsonl(tmp_path / "in.jsonl", rows)], tmp_path / "d", overwrite=True)
     except NothingUsable as error:
         return [], error.summary.reasons
     return list(open_dataset(tmp_path / "d").records()), summary.reasons
@@ -187,9 +189,9 @@ def test_wrong_input_is_reported_before_anything_is_written(tmp_path):
         ("jsonl", "plain.jsonl.gz", "is not gzip"),
     ]:
         with pytest.raises(UserError, match=message):
-            import_dataset(importer, [tmp_path / name], tmp_path / "d")
+            import_dataset(importer, [tmp_path / name], tmp_path / "d", overwrite=True)
     with pytest.raises(UserError, match="no split is called 'dev'"):
-        import_dataset("jsonl", [good], tmp_path / "d", split="dev")
+        import_dataset("jsonl", [good], tmp_path / "d", split="dev", overwrite=True)
     with pytest.raises(UserError, match="exists and is not a dataset"):
         import_dataset("jsonl", [good], good)
     assert sorted(p.name for p in tmp_path.iterdir()) == before
@@ -207,13 +209,13 @@ def test_an_import_of_nothing_keeps_the_dataset_that_stood_there(tmp_path):
     dataset(tmp_path / "d", [RANKING])
     before = tree(tmp_path / "d")
     with pytest.raises(NothingUsable):
-        import_dataset("hh-rlhf", [jsonl(tmp_path / "in.jsonl", [RANKING])], tmp_path / "d")
+        import_dataset("hh-rlhf", [jsonl(tmp_path / "in.jsonl", [RANKING])], tmp_path / "d", overwrite=True)
     assert tree(tmp_path / "d") == before
 
 
 def test_a_new_import_takes_the_old_rejects_away(tmp_path):
     import_dataset("jsonl", [jsonl(tmp_path / "in.jsonl", SAMPLES["jsonl"])], tmp_path / "d")
-    import_dataset("jsonl", [jsonl(tmp_path / "in.jsonl", [RANKING])], tmp_path / "d")
+    import_dataset("jsonl", [jsonl(tmp_path / "in.jsonl", [RANKING])], tmp_path / "d", overwrite=True)
     assert not (tmp_path / "d" / "rejected.jsonl").exists()
 
 
@@ -246,13 +248,77 @@ def test_importing_the_cli_loads_no_heavy_library():
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
 
 
+def test_every_command_that_writes_a_dataset_refuses_one_that_is_there_without_overwrite(tmp_path):
+    source, out = jsonl(tmp_path / "in.jsonl", [RANKING, {**RANKING, "prompt": "Another?"}]), tmp_path / "d"
+    parent = dataset(tmp_path / "parent", [RANKING])
+    rows = jsonl(tmp_path / "tasks.jsonl", [{"text": "Good.", "label": "yes"}])
+    fields = ["--field", "text=text", "--field", "label=label"]
+    for words in (
+        ["import", "jsonl", source],
+        ["filter", parent, "--where", "k > 1"],
+        ["dedup", parent],
+        ["split", parent, "--allow-empty"],
+        ["mix", parent],
+        ["aggregate", parent, "--method", "majority"],
+        ["tasks", rows, "--family", "classification", *fields, "--choices", "no,yes"],
+    ):
+        first = run(*words, "--out", out)
+        assert first.exit_code == 0, (words, first.output)
+        before = tree(out)
+        again = run(*words, "--out", out)
+        assert isinstance(again.exception, UserError), words
+        assert "a dataset is there already" in str(again.exception)
+        assert "--overwrite" in str(again.exception)
+        assert tree(out) == before
+        result = run(*words, "--out", out, "--overwrite")
+        assert result.exit_code == 0, (words, result.output)
+        shutil.rmtree(out)
+
+
+TWO_IMPORTS = """
+import sys
+from data_tools.importers.run import import_dataset
+print("ready", flush=True)
+sys.stdin.readline()
+import_dataset("jsonl", [sys.argv[1]], sys.argv[2], overwrite=True)
+"""
+
+
+def test_of_two_imports_into_one_place_one_wins_whole_and_the_other_is_refused(tmp_path):
+    out = tmp_path / "d"
+    sources = [jsonl(tmp_path / f"{n}.jsonl", prompts(n)) for n in (15_000, 20_000)]
+    command = [sys.executable, "-c", TWO_IMPORTS]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    both = [subprocess.Popen([*command, source, out], cwd=ROOT, **pipes) for source in sources]
+    for process in both:
+        assert process.stdout.readline() == "ready\n"
+    for process in both:
+        process.stdin.write("go\n")
+        process.stdin.flush()
+    errors = [process.communicate()[1] for process in both]
+    for process, error in zip(both, errors):
+        assert process.returncode == 0 or "another process is writing it" in error
+    assert 0 in [process.returncode for process in both]
+    made = open_dataset(out, verify=True)
+    assert sum(1 for _ in made.records()) == made.manifest["count"] in (15_000, 20_000)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["15000.jsonl", "20000.jsonl", "d"]
+
+
+def test_a_folder_that_is_being_written_is_refused_and_stays(tmp_path):
+    with whole_folder(tmp_path / "d") as folder:
+        (folder / "first").write_text("1")
+        with pytest.raises(UserError, match="another process is writing it"), whole_folder(tmp_path / "d"):
+            pass
+    assert [p.name for p in (tmp_path / "d").iterdir()] == ["first"]
+
+
 SLOW_IMPORT = """
 import sys
 import rlhf.data.store
 from data_tools.importers.run import import_dataset
 rlhf.data.store.ROWS_PER_GROUP = 1  # so slow that the kill always falls into the middle
 print("ready", flush=True)
-import_dataset("jsonl", [sys.argv[1]], sys.argv[2])
+import_dataset("jsonl", [sys.argv[1]], sys.argv[2], overwrite=True)
 """
 
 
@@ -276,6 +342,6 @@ def test_a_killed_import_leaves_no_dataset_that_looks_whole(tmp_path, existing):
             open_dataset(out)
     with pytest.raises(UserError, match="not a complete dataset"):
         open_dataset(tmp_path / ".d.partial")
-    import_dataset("jsonl", [jsonl(source, prompts(3))], out)
+    import_dataset("jsonl", [jsonl(source, prompts(3))], out, overwrite=True)
     assert open_dataset(out, verify=True).manifest["count"] == 3
     assert sorted(p.name for p in tmp_path.iterdir()) == ["d", "in.jsonl"]

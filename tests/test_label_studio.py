@@ -52,7 +52,7 @@ ROWS = [
 @pytest.fixture
 def candidates(tmp_path):
     """A dataset of four proposals."""
-    with DatasetWriter(tmp_path / "candidates", "proposal") as writer:
+    with DatasetWriter(tmp_path / "candidates", "proposal", overwrite=True) as writer:
         for row in ROWS:
             writer.write(from_dict(row))
     return tmp_path / "candidates"

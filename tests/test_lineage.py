@@ -17,10 +17,10 @@ def chain(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     jsonl(tmp_path / "rows.jsonl", [*prompts(20), *prompts(3), {"prompt": ""}])
     jsonl(tmp_path / "other.jsonl", [{"prompt": f"Other {i}?"} for i in range(10)])
-    run("import", "jsonl", "rows.jsonl", "--out", "imported")
-    run("dedup", "imported", "--out", "clean")
-    run("mix", "clean", "other.jsonl", "--out", "mixed")
-    run("split", "mixed", "--out", "split", "--seed", 0)
+    run("import", "jsonl", "rows.jsonl", "--out", "imported", "--overwrite")
+    run("dedup", "imported", "--out", "clean", "--overwrite")
+    run("mix", "clean", "other.jsonl", "--out", "mixed", "--overwrite")
+    run("split", "mixed", "--out", "split", "--seed", 0, "--overwrite")
     return tmp_path
 
 
@@ -69,7 +69,7 @@ def test_a_dataset_that_was_written_over_its_own_parent_ends_the_chain(tmp_path,
     monkeypatch.chdir(tmp_path)
     dataset(tmp_path / "a", prompts(3))
     filter_dataset("a", "b", where="turns == 1")
-    filter_dataset("b", "a", where="turns == 1")  # the same records, so the same fingerprint
+    filter_dataset("b", "a", where="turns == 1", overwrite=True)  # the same records, so the same fingerprint
     found = lineage("b")
     assert found["parents"][0]["parents"][0]["state"] == "again"
     assert faults(found) == 0

@@ -127,7 +127,7 @@ def test_the_largest_size_is_reported_when_a_record_would_have_to_repeat(folder)
     with pytest.raises(UserError) as caught:
         mix_datasets(["a=0.5", "c=0.5"], "m", size=30)
     assert caught.value.remedy == "The largest size with these weights and caps is 20."
-    assert mix_datasets(["a=0.5", "c=0.5"], "m", size=20)["written"] == 20
+    assert mix_datasets(["a=0.5", "c=0.5"], "m", size=20, overwrite=True)["written"] == 20
 
 
 def test_a_path_with_an_equals_sign_is_a_path_where_it_exists(folder):

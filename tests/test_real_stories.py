@@ -20,7 +20,7 @@ def write_openings(shared: Path, folder: Path) -> str:
     """The first eight words of each story, every tenth one held out."""
     lines = (shared / "data" / "text" / "tinystories_1000.jsonl").read_text("utf-8").splitlines()
     openings = sorted({" ".join(json.loads(line)["text"].split()[:8]) for line in lines})
-    with DatasetWriter(folder / "openings", "prompt") as writer:
+    with DatasetWriter(folder / "openings", "prompt", overwrite=True) as writer:
         for i, opening in enumerate(openings):
             writer.write(
                 from_dict({"prompt": opening, "source": "tinystories", "split": "train" if i % 10 else "eval"})

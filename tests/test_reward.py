@@ -31,7 +31,7 @@ from stages import reward
 
 
 def write(path: Path, rankings: list[Ranking]) -> str:
-    with DatasetWriter(path, "ranking") as writer:
+    with DatasetWriter(path, "ranking", overwrite=True) as writer:
         for ranking in rankings:
             writer.write(ranking)
     return str(path)

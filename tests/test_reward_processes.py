@@ -104,7 +104,7 @@ def test_two_processes_under_zero_do_what_one_does(stage: int, tmp_path: Path, r
 def test_two_processes_divide_by_the_weights_of_all_rankings(tmp_path: Path) -> None:
     """Rankings of weight 5 fall on the processes unevenly, so a mean within each would be another number."""
     plain = tiny.write_rankings(tmp_path / "plain", 24, candidates=3)
-    with DatasetWriter(tmp_path / "weighted", "ranking") as writer:
+    with DatasetWriter(tmp_path / "weighted", "ranking", overwrite=True) as writer:
         for number, record in enumerate(open_dataset(plain).records()):
             writer.write(replace(record, weight=5.0 if number % 3 == 0 else 0.1))
     values = {"batch": {"batch_size": 8, "micro_batch_size": 2, "max_steps": 3}}

@@ -35,7 +35,7 @@ def ranking(number: int, weight: float = 1.0, split: str = "train") -> Ranking:
 
 
 def write(path: Path, rankings: list[Ranking]) -> str:
-    with DatasetWriter(path, "ranking") as writer:
+    with DatasetWriter(path, "ranking", overwrite=True) as writer:
         for item in rankings:
             writer.write(item)
     return str(path)

@@ -116,7 +116,7 @@ def test_an_empty_split_is_refused_unless_allowed(tmp_path):
         split_dataset(parent, tmp_path / "s", by="group")
     assert "--hold-out" in caught.value.remedy
     assert not (tmp_path / "s").exists()
-    assert split_dataset(parent, tmp_path / "s", by="group", allow_empty=True)["written"] == 10
+    assert split_dataset(parent, tmp_path / "s", by="group", allow_empty=True, overwrite=True)["written"] == 10
 
 
 def test_splits_that_would_leak_or_make_no_sense_are_refused(tmp_path):
@@ -133,7 +133,7 @@ def test_splits_that_would_leak_or_make_no_sense_are_refused(tmp_path):
         (tmp_path / "nowhere", {}, "there is no dataset"),
     ]:
         with pytest.raises(UserError, match=message):
-            split_dataset(path, tmp_path / "s", **options)
+            split_dataset(path, tmp_path / "s", **options, overwrite=True)
     with pytest.raises(UserError, match="is the parent dataset itself"):
         split_dataset(parent, tmp_path / "x" / ".." / "d")
     assert not (tmp_path / "s").exists()
@@ -245,8 +245,13 @@ def test_a_group_that_is_near_to_a_held_out_one_is_reported(tmp_path):
     with pytest.raises(UserError, match="group 'b' has a prompt near to one of group 'a'") as caught:
         split_dataset(parent, tmp_path / "s", by="group", hold_out=["a"], near=0.8)
     assert "--hold-out b" in caught.value.remedy
-    assert split_dataset(parent, tmp_path / "s", by="group", hold_out=["a"])["splits"]["eval"] == 1
-    assert split_dataset(parent, tmp_path / "s", by="group", hold_out=["a", "b"], near=0.8)["splits"]["eval"] == 2
+    assert split_dataset(parent, tmp_path / "s", by="group", hold_out=["a"], overwrite=True)["splits"]["eval"] == 1
+    assert (
+        split_dataset(parent, tmp_path / "s", by="group", hold_out=["a", "b"], near=0.8, overwrite=True)["splits"][
+            "eval"
+        ]
+        == 2
+    )
 
 
 def test_options_of_near_that_make_no_sense_are_refused(tmp_path):
@@ -254,6 +259,6 @@ def test_options_of_near_that_make_no_sense_are_refused(tmp_path):
     with pytest.raises(UserError, match="--with: works with --near only"):
         split_dataset(parent, tmp_path / "s", together=[parent])
     with pytest.raises(UserError, match=r"not from 0\.5 to 1"):
-        split_dataset(parent, tmp_path / "s", near=80)
+        split_dataset(parent, tmp_path / "s", near=80, overwrite=True)
     with pytest.raises(UserError, match="has no group"):
-        split_dataset(parent, tmp_path / "s", by="group", near=0.8)
+        split_dataset(parent, tmp_path / "s", by="group", near=0.8, overwrite=True)

@@ -99,9 +99,11 @@ def test_the_same_records_give_the_same_bytes(tmp_path):
 def test_an_exception_leaves_nothing_and_keeps_what_stood_there(tmp_path):
     write(tmp_path / "d", prompts(2))
     before = tree(tmp_path / "d")
-    with pytest.raises(RuntimeError), DatasetWriter(tmp_path / "d", "prompt") as writer:
+    with pytest.raises(RuntimeError), DatasetWriter(tmp_path / "d", "prompt", overwrite=True) as writer:
         writer.write(prompts(1)[0])
         raise RuntimeError
+    with pytest.raises(UserError, match="a dataset is there already"), DatasetWriter(tmp_path / "d", "prompt"):
+        pass
     assert tree(tmp_path / "d") == before
     assert [p.name for p in tmp_path.iterdir()] == ["d"]
 
@@ -115,8 +117,8 @@ def test_a_dataset_of_the_name_is_replaced(tmp_path):
 def test_a_dataset_that_stepped_aside_comes_back_at_the_next_write(tmp_path):
     write(tmp_path / "d", prompts(5))
     os.rename(tmp_path / "d", tmp_path / ".d.old")  # as after a kill between the two renames
-    with pytest.raises(RuntimeError), DatasetWriter(tmp_path / "d", "prompt"):
-        raise RuntimeError
+    with pytest.raises(UserError, match="a dataset is there already"), DatasetWriter(tmp_path / "d", "prompt"):
+        pass
     assert open_dataset(tmp_path / "d").manifest["count"] == 5
 
 

@@ -255,11 +255,13 @@ def test_no_usable_row_writes_nothing_and_the_error_names_the_columns(tmp_path):
     with pytest.raises(NothingUsable, match="none of 2 rows could be used") as caught:
         make_tasks([file], tmp_path / "d", family="qa")
     assert "no column 'question' among 'Frage', 'Antwort'" in caught.value.why
-    result = run("tasks", file, "--family", "qa", "--out", tmp_path / "d", "--json")
+    result = run("tasks", file, "--family", "qa", "--out", tmp_path / "d", "--json", "--overwrite")
     assert result.exit_code != 0 and last_line(result)["rejected"] == 2
     assert not (tmp_path / "d").exists()
     words = ("--field", "question=Frage", "--field", "answer = Antwort")
-    result = run("tasks", file, "--family", "qa", *words, "--template", "ask", "--out", tmp_path / "d", "--json")
+    result = run(
+        "tasks", file, "--family", "qa", *words, "--template", "ask", "--out", tmp_path / "d", "--json", "--overwrite"
+    )
     assert result.exit_code == 0 and made(tmp_path / "d") == [("a?", "b")] * 2
     assert last_line(result) == {
         "out": str(tmp_path / "d"), "kind": "demonstration", "read": 2, "written": 2, "rejected": 0, "reasons": {},
@@ -276,7 +278,7 @@ def test_columns_are_computed_with(tmp_path):
     assert made(tmp_path / "d") == [("Ja 4\nPick one of these:\n- no\n- yes", "yes")]
     assert next(iter(open_dataset(tmp_path / "d").records())).group == "my task"
     rows = jsonl(tmp_path / "r.jsonl", [row, {"opts": 3}])
-    summary = make_tasks([rows], tmp_path / "d", family="qa", fields=words)
+    summary = make_tasks([rows], tmp_path / "d", family="qa", fields=words, overwrite=True)
     assert summary.reasons == {"question: cannot be computed": 1}
 
 
@@ -313,7 +315,7 @@ def test_options_that_make_no_sense_are_refused(tmp_path, options, message):
         make_tasks([file], tmp_path / "d", **options)
         return
     with pytest.raises(UserError, match=message):
-        make_tasks([file], tmp_path / "d", **options)
+        make_tasks([file], tmp_path / "d", **options, overwrite=True)
     assert not (tmp_path / "d").exists()
 
 
@@ -459,7 +461,8 @@ def test_whatever_a_row_holds_it_is_written_or_rejected(tmp_path, rows, shots):
     file = jsonl(tmp_path / "r.jsonl", [{"question": "Why?", "answer": "So."}, *rows])
     words = ["question={{ question.split('x')[0] }}"] if shots else []
     try:
-        said = make_tasks([file], tmp_path / "d", family="qa", fields=words, options=Options(shots=shots)).as_dict()
+        options = Options(shots=shots)
+        said = make_tasks([file], tmp_path / "d", family="qa", fields=words, options=options, overwrite=True).as_dict()
     except NothingUsable as error:
         said = error.summary.as_dict()
     assert said["read"] == said["written"] + said["rejected"] == 1 + len(rows)

@@ -117,7 +117,7 @@ def write_demonstrations(path: Path, count: int, held_out: int = 8) -> str:
     from rlhf.data.schema import Demonstration, Message
     from rlhf.data.store import DatasetWriter
 
-    with DatasetWriter(path, "demonstration") as writer:
+    with DatasetWriter(path, "demonstration", overwrite=True) as writer:
         for i in range(count + held_out):
             messages = (Message("user", question(i)),)
             split = "train" if i < count else "eval"
@@ -130,7 +130,7 @@ def write_rankings(path: Path, count: int, held_out: int = 8, candidates: int = 
     from rlhf.data.schema import Candidate, Message, Ranking
     from rlhf.data.store import DatasetWriter
 
-    with DatasetWriter(path, "ranking") as writer:
+    with DatasetWriter(path, "ranking", overwrite=True) as writer:
         for i in range(count + held_out):
             lengths = random.Random(i).sample(range(candidates + 1), candidates)
             ranks = [1 + sorted(lengths).index(length) for length in lengths]

@@ -74,7 +74,7 @@ def write_ukp(path: Path, seed: int = 0, largest: int = 6) -> Counter[str]:
     random.Random(seed).shuffle(order)
     split_of = dict(zip(order, ["test"] * 6 + ["eval"] * 4 + ["train"] * 22))
     pairs: Counter[str] = Counter()
-    with DatasetWriter(path, "ranking") as writer:
+    with DatasetWriter(path, "ranking", overwrite=True) as writer:
         for topic, rows in topics.items():
             for texts in rebuild_rankings([(row["chosen"], row["rejected"]) for row in rows], largest):
                 ranking = Ranking(

@@ -18,7 +18,7 @@ from rlhf.core.errors import UserError
 from rlhf.core.files import write_json
 from rlhf.core.table import Pick
 from rlhf.data.schema import SPLITS, Candidate, Ranking
-from rlhf.data.store import open_dataset
+from rlhf.data.store import check_new, open_dataset
 
 QUALITY_FILE = "annotators.json"
 """File in the new dataset's folder with the method's estimates for each annotator."""
@@ -26,7 +26,11 @@ SHOWN = 30
 
 
 def aggregate_dataset(
-    path: str | Path, out: str | Path, method: str, options: Mapping[str, Any] | None = None
+    path: str | Path,
+    out: str | Path,
+    method: str,
+    options: Mapping[str, Any] | None = None,
+    overwrite: bool = False,
 ) -> dict[str, Any]:
     """Write a dataset with one ranking per prompt, aggregated from all rankings of that prompt.
 
@@ -43,6 +47,7 @@ def aggregate_dataset(
     Args:
         method: A row of `AGGREGATORS`.
         options: Its options, as `--option` gives them.
+        overwrite: Replace a dataset of that name.
 
     Returns:
         out, method, options, read, written, rejected, reasons, prompts; `rankings`: usable ones; `merged`: those that
@@ -62,13 +67,14 @@ def aggregate_dataset(
             f"--method {method}: {error}", remedy="`rlhf data aggregate --help` lists the methods."
         ) from None
     parent = open_dataset(path, "ranking")
+    check_new(out, overwrite)
     records = parent.records(on_reject=lambda _: None)  # the second pass keeps them
     count = parent.manifest.get("count")
     ballots = collect(console.track(records, "reading rankings", count, "rankings"))
     result = pick(ballots.votes)
     annotators = annotator_metrics(ballots, result)
     facts = {"method": pick.name, "options": pick.options}
-    with Derivation(out, "ranking", [parent], facts) as made:
+    with Derivation(out, "ranking", [parent], facts, overwrite=overwrite) as made:
         for ranking in _merged(parent.records(on_reject=made.rejects), ballots, result, pick):
             made.write(ranking)
         write_json(made.folder / QUALITY_FILE, {"method": pick.name, "annotators": annotators})

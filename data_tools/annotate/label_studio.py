@@ -23,7 +23,7 @@ from rlhf.core.command_line import without_credentials
 from rlhf.core.errors import UserError
 from rlhf.core.files import write_json
 from rlhf.data.schema import BadRecord, Candidate, Proposal, Ranking
-from rlhf.data.store import Dataset, Reject, open_dataset
+from rlhf.data.store import Dataset, Reject, check_new, open_dataset
 
 KEY = "LABEL_STUDIO_API_KEY"
 CONTROL, RANKED = "ranking", "ranked"
@@ -202,7 +202,9 @@ def _change(client: Any, project: Any, config: str) -> None:
 # ---- pulling rankings ------------------------------------------------------------------------------------------------
 
 
-def pull(path: str | Path, url: str, out: str | Path, *, project: int | None = None) -> dict[str, Any]:
+def pull(
+    path: str | Path, url: str, out: str | Path, *, project: int | None = None, overwrite: bool = False
+) -> dict[str, Any]:
     """Pull the rankings of the proposals, as a dataset that replaces the one of the last pull.
 
     It holds all rankings in their present state: one that was redone counts once, in its last form; one that was
@@ -212,6 +214,7 @@ def pull(path: str | Path, url: str, out: str | Path, *, project: int | None = N
         path: The dataset of proposals that was pushed.
         out: The dataset of rankings to make.
         project: Its number; None takes the one made for these candidates.
+        overwrite: Replace a dataset in `out` that is not of an earlier pull.
 
     Returns:
         project, url, out, read, written, rejected, reasons; and since the last pull into `out`: `new`, `changed`,
@@ -220,6 +223,8 @@ def pull(path: str | Path, url: str, out: str | Path, *, project: int | None = N
     Raises:
         UserError: No such dataset, server, project or key, or `out` cannot be written.
     """
+    if not (Path(out) / STATE).is_file():
+        check_new(out, overwrite)
     dataset = open_dataset(path, "proposal")
     proposals = {proposal.id: proposal for proposal in dataset.records()}
     with _server(url) as client:
@@ -234,7 +239,7 @@ def pull(path: str | Path, url: str, out: str | Path, *, project: int | None = N
         people = {user.id: user.email for user in client.users.list()}
     tasks = sorted((each for each in tasks if each["data"].get("proposal") in proposals), key=lambda each: each["id"])
     before, originals = _state(Path(out) / STATE), _originals(proposals)
-    with Derivation(out, "ranking", [dataset]) as made:
+    with Derivation(out, "ranking", [dataset], overwrite=True) as made:
         place = made.folder / EXPORT
         redone = [gone for each in tasks for gone in _keep_latest(each, people)]
         place.write_text("".join(json.dumps(each, ensure_ascii=False) + "\n" for each in tasks), "utf-8")

@@ -90,7 +90,7 @@ def collect(rounds: Sequence[Round]) -> int:
     if not rankings:
         raise UserError(f"{last.pattern}: no ranking yet")
     parents = [open_dataset(last.candidates, "proposal"), *datasets]
-    with Derivation(last.collected, "ranking", parents, {"round": last.number}) as made:
+    with Derivation(last.collected, "ranking", parents, {"round": last.number}, overwrite=True) as made:
         for reject in (reject for dataset in datasets for reject in dataset.rejects):
             made.rejects(reject)
         for ranking in rankings:

@@ -8,5 +8,6 @@ from typing import Annotated
 import typer
 
 Out = Annotated[Path, typer.Option("--out", help="The dataset folder to make.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an existing dataset of that name.")]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as one JSON object on the last line.")]
 DatasetPath = Annotated[Path, typer.Argument(metavar="DATASET", help="A dataset folder or a .jsonl file.")]

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from data_tools.check.brief import show_brief
-from data_tools.commands.common import Json, Out
+from data_tools.commands.common import Json, Out, Overwrite
 from data_tools.importers import IMPORTERS
 from data_tools.importers.run import NothingUsable, import_dataset, read_options
 from data_tools.importers.table import AUTO
@@ -40,6 +40,7 @@ def import_command(
         typer.Option(metavar="FIELD", help="A field of the rows that does not matter; may be repeated."),
     ] = None,
     strict: Annotated[bool, typer.Option("--strict", help="Stop at the first row that cannot be used.")] = False,
+    overwrite: Overwrite = False,
     as_json: Json = False,
 ) -> None:
     """Import files of one format into a dataset. Rows that cannot be used go to OUT/rejected.jsonl with the reason."""
@@ -48,7 +49,7 @@ def import_command(
     try:
         summary = import_dataset(
             importer, paths, out, options=given, split=split_name, source=source, strict=strict,
-            ignored_fields=ignore or (), gathered=gathered,
+            ignored_fields=ignore or (), overwrite=overwrite, gathered=gathered,
         )  # fmt: skip
     except NothingUsable as error:
         error.summary.show()

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from data_tools.annotate import label_studio
-from data_tools.commands.common import Json, Out
+from data_tools.commands.common import Json, Out, Overwrite
 from rlhf.core.console import print_json
 from rlhf.core.lazy_group import OPTIONS
 
@@ -40,9 +40,16 @@ def push_command(
 
 
 @app.command("pull")
-def pull_command(candidates: Candidates, url: Url, out: Out, project: Project = None, as_json: Json = False) -> None:
-    """Pull the rankings; the dataset of an earlier pull is replaced, and what is new or changed is counted."""
-    summary = label_studio.pull(candidates, url, out, project=project)
+def pull_command(
+    candidates: Candidates,
+    url: Url,
+    out: Out,
+    project: Project = None,
+    overwrite: Overwrite = False,
+    as_json: Json = False,
+) -> None:
+    """Pull the rankings; a dataset of an earlier pull is replaced, and what is new or changed is counted."""
+    summary = label_studio.pull(candidates, url, out, project=project, overwrite=overwrite)
     label_studio.show_pull(summary)
     if as_json:
         print_json(summary)

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from data_tools.commands.common import DatasetPath, Json, Out
+from data_tools.commands.common import DatasetPath, Json, Out, Overwrite
 from data_tools.curate import dedup as deduping
 from data_tools.curate import filter as filtering
 from data_tools.curate import lineage as tracing
@@ -43,11 +43,12 @@ def filter_command(
     tokenizer: Annotated[str | None, typer.Option(help="A model's folder, whose tokenizer counts tokens.")] = None,
     min_tokens: Annotated[int | None, typer.Option(help="Fewest tokens of the prompt with the longest answer.")] = None,
     max_tokens: Annotated[int | None, typer.Option(help="Most tokens of the prompt with the longest answer.")] = None,
+    overwrite: Overwrite = False,
     as_json: Json = False,
 ) -> None:
     """Keep the records for which an expression is true, or whose length is within limits."""
     summary = filtering.filter_dataset(
-        path, out, where=where, tokenizer=tokenizer, min_tokens=min_tokens, max_tokens=max_tokens
+        path, out, where=where, tokenizer=tokenizer, min_tokens=min_tokens, max_tokens=max_tokens, overwrite=overwrite
     )
     filtering.show(summary)
     if as_json:
@@ -63,10 +64,11 @@ def dedup_command(
     against: Annotated[
         list[Path] | None, typer.Option(metavar="DATASET", help="Leave out prompts that are in it; may be repeated.")
     ] = None,
+    overwrite: Overwrite = False,
     as_json: Json = False,
 ) -> None:
     """Keep one record of each group of duplicates, and no prompt of an evaluation set."""
-    summary = deduping.dedup_dataset(path, out, by=by, near=near, keep=keep, against=against or ())
+    summary = deduping.dedup_dataset(path, out, by=by, near=near, keep=keep, against=against or (), overwrite=overwrite)
     deduping.show(summary)
     if as_json:
         print_json(summary)
@@ -89,6 +91,7 @@ def split_command(
         typer.Option("--with", metavar="DATASET", help="A dataset used with this one, for --near; may be repeated."),
     ] = None,
     allow_empty: Annotated[bool, typer.Option("--allow-empty", help="Accept a split without records.")] = False,
+    overwrite: Overwrite = False,
     as_json: Json = False,
 ) -> None:
     """Write a copy with every record in a split: the same prompt is in the same split in every dataset."""
@@ -102,6 +105,7 @@ def split_command(
         near=near,
         together=together or (),
         allow_empty=allow_empty,
+        overwrite=overwrite,
     )
     splitting.show(summary)
     if as_json:
@@ -119,10 +123,11 @@ def mix_command(
         int | None, typer.Option(help="Records in the result; default: all that the weights allow.")
     ] = None,
     seed: Annotated[int, typer.Option(help="Seed of the sample.")] = 0,
+    overwrite: Overwrite = False,
     as_json: Json = False,
 ) -> None:
     """Sample several datasets into one, by weights and caps. No record is repeated."""
-    summary = mixing.mix_datasets(parts, out, caps=cap or (), size=size, seed=seed)
+    summary = mixing.mix_datasets(parts, out, caps=cap or (), size=size, seed=seed, overwrite=overwrite)
     mixing.show(summary)
     if as_json:
         print_json(summary)

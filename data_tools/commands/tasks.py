@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from data_tools.commands.common import Json, Out
+from data_tools.commands.common import Json, Out, Overwrite
 from data_tools.importers.run import NothingUsable
 from data_tools.tasks import families as having
 from data_tools.tasks import make as making
@@ -32,6 +32,7 @@ def tasks_command(
     cot: Annotated[str, typer.Option(help="Reasoning first: auto (where a row has it), never or both.")] = "auto",
     seed: Annotated[int, typer.Option(help="Seed of the choice of templates and exemplars.")] = 0,
     strict: Annotated[bool, typer.Option("--strict", help="Stop at the first row that cannot be used.")] = False,
+    overwrite: Overwrite = False,
     as_json: Json = False,
 ) -> None:
     """Turn labelled rows into demonstrations through templates, as FLAN does."""
@@ -39,7 +40,7 @@ def tasks_command(
     try:
         summary = making.make_tasks(
             paths, out, family=family, templates=templates, fields=field or (), choices=choices, task=task,
-            options=options, strict=strict,
+            options=options, strict=strict, overwrite=overwrite,
         )  # fmt: skip
     except NothingUsable as error:
         error.summary.show()

@@ -14,7 +14,7 @@ from data_tools.statistics.near import near_groups, near_matches, prompt_text
 from rlhf.core import console
 from rlhf.core.errors import UserError, nearest
 from rlhf.data.schema import Demonstration, Proposal, Ranking, Record, content_hash
-from rlhf.data.store import Dataset, open_dataset
+from rlhf.data.store import Dataset, check_new, open_dataset
 
 BY = ("record", "prompt", "answers")
 KEEP = ("first", "best")
@@ -86,6 +86,7 @@ def dedup_dataset(
     near: float | None = None,
     keep: str = "first",
     against: Sequence[str | Path] = (),
+    overwrite: bool = False,
 ) -> dict[str, Any]:
     """Write one record of those that are the same; the others are listed in the new dataset's `dropped.jsonl`.
 
@@ -97,6 +98,7 @@ def dedup_dataset(
         keep: Which of them stays: the `first`, or the `best`, for rankings: the one of the highest weight, then the
             one with the most untied pairs, then the first.
         against: Evaluation sets, of any kind of record: a record whose prompt is in one of them is left out.
+        overwrite: Replace a dataset of that name.
 
     Returns:
         out, kind, by, read, written, dropped (by why: duplicate, near, against), rejected and reasons (bad rows of a
@@ -115,9 +117,10 @@ def dedup_dataset(
     parent, others = open_dataset(path), [open_dataset(other) for other in against]
     if keep == "best" and parent.kind != "ranking":
         raise UserError(f"--keep best: {parent.kind}s have no quality to compare", remedy="Use --keep first.")
+    check_new(out, overwrite)
     fates = _fates(parent, others, by, near, keep)
     dropped: Counter[str] = Counter()
-    with Derivation(out, parent.kind, [parent, *others], judgements=True) as made:
+    with Derivation(out, parent.kind, [parent, *others], judgements=True, overwrite=overwrite) as made:
         with open(made.folder / DROPPED_FILE, "w", encoding="utf-8") as file:
             for position, record in enumerate(parent.records(on_reject=made.rejects)):
                 if position not in fates:

@@ -140,6 +140,7 @@ def filter_dataset(
     tokenizer: str | Path | None = None,
     min_tokens: int | None = None,
     max_tokens: int | None = None,
+    overwrite: bool = False,
 ) -> dict[str, Any]:
     """Write the records for which the expression holds and whose length is within the limits.
 
@@ -149,6 +150,7 @@ def filter_dataset(
             answer) and `tokens` (their sum), all without a chat template.
         min_tokens: The fewest `tokens` of a record that is kept.
         max_tokens: The most.
+        overwrite: Replace a dataset of that name.
 
     Returns:
         out, kind, read, written, filtered (records left out), rejected and reasons (bad rows of a JSONL dataset);
@@ -168,7 +170,7 @@ def filter_dataset(
     condition = _Condition(
         parent.kind, where, token_counter(tokenizer) if tokenizer is not None else None, min_tokens, max_tokens
     )
-    with Derivation(out, parent.kind, [parent], judgements=True) as made:
+    with Derivation(out, parent.kind, [parent], judgements=True, overwrite=overwrite) as made:
         filtered = _write(parent, made, condition, where)
         if not made.written:
             raise UserError(f"{path}: no record is left out of {filtered:,}", remedy="Loosen the condition.")

@@ -15,7 +15,7 @@ from data_tools.io.rejects import by_count, warn_rejected
 from rlhf.core import console
 from rlhf.core.errors import UserError, nearest
 from rlhf.data.schema import Record
-from rlhf.data.store import Dataset, OnReject, open_dataset
+from rlhf.data.store import Dataset, OnReject, check_new, open_dataset
 
 
 @dataclass(frozen=True)
@@ -118,7 +118,13 @@ def counts(wanted: Sequence[Fraction], available: Sequence[int], size: int | Non
 
 
 def mix_datasets(
-    words: Sequence[str], out: str | Path, *, caps: Sequence[str] = (), size: int | None = None, seed: int = 0
+    words: Sequence[str],
+    out: str | Path,
+    *,
+    caps: Sequence[str] = (),
+    size: int | None = None,
+    seed: int = 0,
+    overwrite: bool = False,
 ) -> dict[str, Any]:
     """Write a mixture of datasets of one kind. The records are sampled without repetition, by the seed.
 
@@ -130,6 +136,7 @@ def mix_datasets(
         caps: The most records of an input, as `parse_caps` takes them; they are applied before the fractions.
         size: Records of the result; by default the most that the fractions allow.
         seed: Seed of the sample.
+        overwrite: Replace a dataset of that name.
 
     Returns:
         out, kind, seed, read, written, left (not sampled), rejected, reasons, `parts` (path, share, available, taken
@@ -148,6 +155,7 @@ def mix_datasets(
     if len(kinds) > 1:
         listed = ", ".join(f"{path} holds {kind}s" for kind, path in kinds.items())
         raise UserError(f"mix: {listed}", "A dataset holds one kind of record.", "Mix each kind to its own --out.")
+    check_new(out, overwrite)
     held = [_count(parent) for parent in parents]
     available = [min(count, limits.get(part.path, count)) for count, part in zip(held, parts)]
     wanted = shares([part.weight for part in parts], available)
@@ -157,7 +165,7 @@ def mix_datasets(
         for part, share, have, count in zip(parts, wanted, available, taken)
     ]
     leaks = _Leaks()
-    with Derivation(out, parents[0].kind, parents, {"parts": taken_parts}) as made:
+    with Derivation(out, parents[0].kind, parents, {"parts": taken_parts}, overwrite=overwrite) as made:
         for record in _interleaved(parents, held, taken, seed, made.rejects):
             leaks.add(record)
             made.write(record)

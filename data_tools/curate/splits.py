@@ -28,7 +28,7 @@ from data_tools.statistics.near import Sets, near_groups, prompt_text
 from rlhf.core import console
 from rlhf.core.errors import UserError, nearest
 from rlhf.data.schema import SPLITS, Record
-from rlhf.data.store import Dataset, open_dataset
+from rlhf.data.store import Dataset, check_new, open_dataset
 
 DEFAULT_FRACTIONS = {"train": 0.8, "eval": 0.1, "test": 0.1}
 BY = ("prompt", "group")
@@ -94,6 +94,7 @@ def split_dataset(
     near: float | None = None,
     together: Sequence[str | Path] = (),
     allow_empty: bool = False,
+    overwrite: bool = False,
 ) -> dict[str, Any]:
     """Write a copy of the dataset with every record in a split; splits that the records have already are replaced.
 
@@ -111,6 +112,7 @@ def split_dataset(
         together: Datasets that are used with this one; needs `near`. They are split jointly, so that no near
             duplicates are in different splits.
         allow_empty: Accept that a split gets no record (another dataset split by the same seed may fill it).
+        overwrite: Replace a dataset of that name.
 
     Returns:
         out, kind, by, seed, read, written, rejected, reasons (bad rows of a JSONL dataset), for each split `splits`
@@ -129,11 +131,12 @@ def split_dataset(
         raise UserError("--with: works with --near only", why, "Leave it out, or add --near 0.8.")
     checked = _checked(fractions or ({"train": 1.0} if hold_out else DEFAULT_FRACTIONS))
     parent, others = open_dataset(path), [open_dataset(other) for other in together]
+    check_new(out, overwrite)
     deciding = {} if near is None else _deciding([parent, *others], by, near)
     plan = _plan(parent, by, checked, hold_out, seed, deciding)
     if not allow_empty:
         _refuse_empty(path, plan, {*checked, *(["eval"] if hold_out else [])}, by)
-    with Derivation(out, parent.kind, [parent, *others], judgements=True) as made:
+    with Derivation(out, parent.kind, [parent, *others], judgements=True, overwrite=overwrite) as made:
         for record in parent.records(on_reject=made.rejects):
             made.write(record.with_split(plan[_key(record, by)]))
     rejected, reasons = made.rejects.count, by_count(made.rejects.reasons)

@@ -88,7 +88,8 @@ class WorldDatasets:
         self._write("rankings", "ranking", rankings)
 
     def _write(self, name: str, kind: str, records: Sequence[Any]) -> None:
-        with DatasetWriter(self.folder / name, kind, {"made_by": "rlhf demo", "seed": self.seed}) as writer:
+        origin = {"made_by": "rlhf demo", "seed": self.seed}
+        with DatasetWriter(self.folder / name, kind, origin, overwrite=True) as writer:
             for record in records:
                 writer.write(record)
         say(f"{len(records):,} {name}, the first: {records[0].messages[-1].content!r}")

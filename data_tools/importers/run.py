@@ -25,7 +25,7 @@ from rlhf.core.errors import UserError, nearest
 from rlhf.core.limits import read_yaml
 from rlhf.core.table import Pick
 from rlhf.data.schema import SPLITS, BadRecord, Record
-from rlhf.data.store import ROWS_PER_TABLE, DatasetWriter, Reject, file_hash
+from rlhf.data.store import ROWS_PER_TABLE, DatasetWriter, Reject, check_new, file_hash
 
 OPTIONS_FILE = "import.yaml"
 """In the dataset folder: the options of its import, as `--options` reads them."""
@@ -81,6 +81,7 @@ def import_dataset(
     source: str | None = None,
     strict: bool = False,
     ignored_fields: Collection[str] = (),
+    overwrite: bool = False,
     gathered: Accumulator | None = None,
 ) -> ImportSummary:
     """Import files of one format into a dataset folder, streaming.
@@ -97,15 +98,17 @@ def import_dataset(
         source: Give every record this source, whatever the files say.
         strict: Raise at the first row that cannot be used, and write nothing.
         ignored_fields: Fields of rows that need not be read, although they could hold a prompt, an answer or the like.
+        overwrite: Replace a dataset of that name.
         gathered: Takes the records while they are written, for the brief check.
 
     Raises:
         NothingUsable: Not one row could be used.
         UserError: An unknown importer or split, no such file, an empty or damaged file, files of different kinds, an
-            `out` that is not a dataset, or a bad row under `strict`.
+            `out` that is there already, or a bad row under `strict`.
     """
     if split is not None and split not in SPLITS:
         raise UserError(f"--split-name: no split is called {split!r}", remedy=nearest(split, SPLITS))
+    check_new(out, overwrite)
     pick, files = _choose(importer, paths, options or {})
     origin = {
         "command": command_line(),
@@ -114,7 +117,7 @@ def import_dataset(
     }
     changes = {name: value for name, value in (("split", split), ("source", source)) if value is not None}
     observer = AgreementObserver(gathered or Accumulator(brief=False))
-    writer = DatasetWriter(out, None, origin, observer)
+    writer = DatasetWriter(out, None, origin, observer, overwrite)
     with writer, Rejects(writer.partial / FILE_NAME, strict, ignored_fields) as rejects:
         if options:
             header = f"# rlhf data import {pick.name} FILES --options {OPTIONS_FILE} --out DATASET\n"

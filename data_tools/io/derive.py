@@ -16,7 +16,7 @@ from data_tools.statistics.ceiling import AgreementObserver
 from rlhf.core.command_line import command_line
 from rlhf.core.errors import UserError
 from rlhf.data.schema import Record
-from rlhf.data.store import Dataset, DatasetWriter
+from rlhf.data.store import Dataset, DatasetWriter, check_new
 
 
 class Derivation:
@@ -31,9 +31,10 @@ class Derivation:
         facts: More for the manifest's `origin`; `origin` may be added to until the block ends.
         judgements: The records are unchanged judgements of the first parent. Its agreement is copied where the new
             records show none (for instance because each prompt is kept once).
+        overwrite: Replace a dataset of that name.
 
     Raises:
-        UserError: `out` is one of the parents, or cannot be written.
+        UserError: `out` is one of the parents, is there already, or cannot be written.
     """
 
     def __init__(
@@ -43,6 +44,7 @@ class Derivation:
         parents: Sequence[Dataset],
         facts: dict[str, Any] | None = None,
         judgements: bool = False,
+        overwrite: bool = False,
     ) -> None:
         for parent in parents:
             if Path(out).resolve() == parent.path.resolve():
@@ -51,6 +53,7 @@ class Derivation:
                     "It is kept.",
                     "Choose another --out.",
                 )
+        check_new(out, overwrite)
         origin = {
             "command": command_line(),
             "parents": [{"path": str(parent.path), "fingerprint": parent.fingerprint} for parent in parents],
@@ -58,7 +61,7 @@ class Derivation:
         }
         known = parents[0].manifest.get("agreement") if judgements else None
         observer = AgreementObserver(Accumulator(brief=False), otherwise=known)
-        self._writer = DatasetWriter(out, kind, origin, observer)
+        self._writer = DatasetWriter(out, kind, origin, observer, overwrite)
         self.rejects = Rejects(self._writer.partial / FILE_NAME)
         self.origin = self._writer.origin
 

@@ -12,7 +12,7 @@ from data_tools.reading.cells import as_text
 from data_tools.reading.roles import SYSTEM_FIELDS, WINNERS, role_of, words_of
 
 BEST_AND_WORST = (
-    ("chosen", "rejected"), ("preferred", "nonpreferred"), ("preferred", "dispreferred"), ("better", "worse"),
+    ("chosen", "rejected"), ("preferred", "nonpreferred"), ("preferred", "dispreferred"),
     ("pos", "neg"), ("positive", "negative"), ("good", "bad"), ("j", "k"),
 )  # fmt: skip
 """Words that distinguish the name of the better answer from the name of the worse one."""
@@ -50,7 +50,6 @@ def mapping_words(columns: Columns) -> list[str]:
 def best_and_worst(columns: Columns) -> list[str]:
     """The columns of a better and a worse answer, such as chosen and rejected; an empty list where there are none."""
     by_words = {tuple(words_of(name)): name for name in columns if role_of(name) != "judgement"}
-    by_words |= {tuple(words_of(name)): name for name in columns if "better" in words_of(name) and name[-2:] != "id"}
     for best, worst in BEST_AND_WORST:
         for words, name in by_words.items():
             other = by_words.get(tuple(worst if word == best else word for word in words))

@@ -24,7 +24,7 @@ from rlhf.core.command_line import command_line
 from rlhf.core.errors import UserError, nearest
 from rlhf.data.jsonl import Item
 from rlhf.data.schema import BadRecord, Demonstration, Message
-from rlhf.data.store import DatasetWriter, OnReject, Reject, file_hash
+from rlhf.data.store import DatasetWriter, OnReject, Reject, check_new, file_hash
 
 COT = ("auto", "never", "both")
 POOL = 500
@@ -197,6 +197,7 @@ def make_tasks(
     task: str | None = None,
     options: Options | None = None,
     strict: bool = False,
+    overwrite: bool = False,
 ) -> ImportSummary:
     """Turn labelled rows into a dataset of demonstrations, streaming; the same rows and options give the same bytes.
 
@@ -225,6 +226,7 @@ def make_tasks(
     _check(options, chosen)
     given = None if choices is None else parse_choices(choices)
     files = find_files(paths, (*CSV, *JSON))
+    check_new(out, overwrite)
     mappers = {file: Mapper(chosen, fields, given, task or file.name.split(".")[0]) for file in files}
     pools = Pools(_examples(mappers, lambda _: None), chosen, options.seed) if options.shots else None
     if pools and not pools.split:
@@ -233,7 +235,7 @@ def make_tasks(
         "command": command_line(),
         "files": [{"path": str(file), "sha256": file_hash(file)} for file in files],
     }
-    return _write(out, origin, mappers, TaskWriter(chosen, options, pools), chosen.file, strict)
+    return _write(out, origin, mappers, TaskWriter(chosen, options, pools), chosen.file, strict, overwrite)
 
 
 def _write(
@@ -243,8 +245,10 @@ def _write(
     makes: TaskWriter,
     templates: Path,
     strict: bool,
+    overwrite: bool,
 ) -> ImportSummary:
-    with DatasetWriter(out, "demonstration", origin) as made, Rejects(made.partial / FILE_NAME, strict) as rejects:
+    writer = DatasetWriter(out, "demonstration", origin, overwrite=overwrite)
+    with writer as made, Rejects(made.partial / FILE_NAME, strict) as rejects:
         shutil.copyfile(templates, made.partial / TEMPLATES_FILE)
         for file, item, example in _read(mappers, rejects):
             for record in makes.records(example):

@@ -11,7 +11,7 @@ from pathlib import Path
 def command_line() -> str:
     """The command line in shell syntax, such as `rlhf data split stories --seed 3`.
 
-    `--out` with its value and `--json` are left out: they say where the record is, not what made it.
+    `--out` with its value, `--overwrite` and `--json` are left out: they say where the record is, not what made it.
 
     Credentials in URLs are left out as well.
 
@@ -24,7 +24,7 @@ def command_line() -> str:
     for word in rest:
         if word == "--out":
             next(rest, None)
-        elif word != "--json" and not word.startswith("--out="):
+        elif word not in ("--json", "--overwrite") and not word.startswith("--out="):
             words.append(word)
     return shlex.join(map(without_credentials, words))
 

@@ -5,6 +5,7 @@ Each is written under a hidden name in the same folder, flushed to the disk, and
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import shutil
@@ -12,6 +13,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from rlhf.core.errors import UserError
 
 
 def sync(path: Path) -> None:
@@ -34,14 +37,19 @@ def whole_folder(path: Path) -> Iterator[Path]:
 
     A folder that is already there is replaced. An exception in the block removes the hidden folder and leaves `path`
     as it was.
+
+    Raises:
+        UserError: Another process is writing the folder.
     """
     path = path.resolve()
     partial, old = partial_path(path), path.with_name(f".{path.name}.old")
-    if old.exists() and not path.exists():
-        os.rename(old, path)  # an earlier process died between the two renames below
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
+    partial.parent.mkdir(parents=True, exist_ok=True)
+    handle = _locked_folder(partial, path)
     try:
+        if old.exists() and not path.exists():
+            os.rename(old, path)  # an earlier process died between the two renames below
+        for left in partial.iterdir():  # by a process that was killed
+            shutil.rmtree(left) if left.is_dir() and not left.is_symlink() else left.unlink()
         yield partial
         for inner in (*partial.rglob("*"), partial):
             sync(inner)
@@ -51,8 +59,38 @@ def whole_folder(path: Path) -> Iterator[Path]:
         os.rename(partial, path)
         sync(path.parent)
         shutil.rmtree(old, ignore_errors=True)
-    finally:
+    except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
+        raise
+    finally:
+        os.close(handle)
+
+
+def _locked_folder(partial: Path, path: Path) -> int:
+    """A handle of the hidden folder, made if it is missing, which keeps it locked until it is closed.
+
+    The operating system ends the lock with the process, so a killed one leaves a folder that the next may take.
+    """
+    while True:
+        partial.mkdir(exist_ok=True)
+        try:
+            handle = os.open(partial, os.O_RDONLY)
+        except FileNotFoundError:
+            continue  # another process ended between the two lines
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(handle)
+            remedy = "Wait until it has ended, or name another folder."
+            raise UserError(f"{path}: another process is writing it", remedy=remedy) from None
+        except OSError:
+            return handle  # a file system without locks
+        try:
+            if os.path.samestat(os.fstat(handle), os.stat(partial)):
+                return handle
+        except FileNotFoundError:
+            pass
+        os.close(handle)  # the folder got its final name, or was removed, before it was locked
 
 
 def write_bytes(path: Path, content: bytes) -> None:

@@ -6,6 +6,7 @@ Both are streamed, so a dataset may be larger than memory. A folder appears unde
 from __future__ import annotations
 
 import json
+import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -32,8 +33,8 @@ from rlhf.data.schema import (
 )
 
 __all__ = [
-    "Dataset", "DatasetWriter", "Observer", "OnReject", "Reject", "file_hash", "open_dataset", "read_jsonl",
-    "read_rows", "read_shard", "shard_faults",
+    "Dataset", "DatasetWriter", "Observer", "OnReject", "Reject", "check_new", "file_hash", "open_dataset",
+    "read_jsonl", "read_rows", "read_shard", "shard_faults",
 ]  # fmt: skip
 
 if TYPE_CHECKING:
@@ -268,8 +269,7 @@ class DatasetWriter:
     """Write a dataset folder as a stream. It appears under its name only when it is complete.
 
     A context manager. Records go to Parquet shards in a hidden folder, the manifest is written last, and leaving the
-    block renames the folder. An exception leaves nothing behind. An existing dataset of that name is replaced. The same
-    records and origin give the same bytes.
+    block renames the folder. An exception leaves nothing behind. The same records and origin give the same bytes.
 
     Args:
         path: The folder to create.
@@ -277,10 +277,11 @@ class DatasetWriter:
         origin: Where the records came from (any JSON), saved in the manifest under `origin`. More may be added to
             `self.origin` until the block ends.
         observer: Receives every Arrow table of records once, so that the dataset need not be read again.
+        overwrite: Replace a dataset of that name.
 
     Raises:
-        UserError: The folder exists and is not a dataset, cannot be written, or `kind` is None and no record was
-            written.
+        UserError: The folder exists, another process is writing it, it cannot be written, or `kind` is None and no
+            record was written.
     """
 
     def __init__(
@@ -289,8 +290,9 @@ class DatasetWriter:
         kind: str | None,
         origin: Mapping[str, Any] | None = None,
         observer: Observer | None = None,
+        overwrite: bool = False,
     ) -> None:
-        self._observer = observer
+        self._observer, self._overwrite = observer, overwrite
         self.path, self.origin = Path(path), dict(origin or {})
         self.kind = None if kind is None else _known(kind)
         self.partial = partial_path(self.path.resolve())
@@ -311,11 +313,17 @@ class DatasetWriter:
         with self._write_errors():
             if self.path.resolve() == Path.cwd():
                 raise UserError(f"{self.path}: is the current folder", remedy="Choose another --out.")
+            check_new(self.path, self._overwrite)
             whole, empty = (self.path / "manifest.json").is_file(), _is_empty_folder(self.path)
             if self.path.exists() and not whole and not empty:
                 raise UserError(f"{self.path}: exists and is not a dataset", remedy="Choose another --out.")
             self._closing.enter_context(whole_folder(self.path))
             self._closing.callback(self._thread.shutdown)
+            try:
+                check_new(self.path, self._overwrite)  # another process may have made it since
+            except UserError:
+                self._closing.__exit__(*sys.exc_info())
+                raise
         return self
 
     @contextmanager
@@ -411,6 +419,17 @@ class DatasetWriter:
         manifest |= {"splits": self._splits, "shards": self._shards, "origin": self.origin}
         manifest |= {} if self._observer is None else self._observer.facts()
         write_json(self.partial / "manifest.json", manifest)
+
+
+def check_new(path: str | Path, overwrite: bool) -> None:
+    """Refuse to replace a dataset, unless `overwrite`.
+
+    Raises:
+        UserError: There is a dataset of that name.
+    """
+    if not overwrite and (Path(path) / "manifest.json").is_file():
+        remedy = "Replace it with --overwrite, or choose another --out."
+        raise UserError(f"{path}: a dataset is there already", remedy=remedy)
 
 
 def _is_empty_folder(path: Path) -> bool:
