@@ -49,7 +49,7 @@ def load_tokenizer(config: ModelConfig, path: str, frozen_at: str | None = None)
     """
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(path, trust_remote_code=config.trust_remote_code)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # the tokenizers library raises Exception itself, for instance at JSON nested too deeply
         raise UserError(f"model.path: no tokenizer can be loaded from {path}", str(error).split("\n")[0]) from None
     if tokenizer.bos_token is None and tokenizer.eos_token is None and tokenizer.cls_token and tokenizer.sep_token:
         tokenizer.bos_token, tokenizer.eos_token = tokenizer.cls_token, tokenizer.sep_token
