@@ -8,12 +8,15 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+import sft_runs
 import tiny
+import yaml
 from run_folders import finished, opened
 
 from rlhf.core.errors import UserError
@@ -88,3 +91,23 @@ def test_a_finished_run_is_not_locked_and_the_same_process_may_go_on(tmp_path: P
     finished(tmp_path / "done")
     with another(tmp_path / "done"):
         pass
+
+
+@pytest.mark.slow
+def test_a_run_that_is_training_is_neither_resumed_nor_overwritten(tmp_path: Path) -> None:
+    values = sft_runs.settings(tiny.write_demonstrations(tmp_path / "demos", 40), tmp_path / "run")
+    values |= {"batch": {"batch_size": 4, "max_steps": 100_000}, "optimizer": {"lr": 1e-6}}
+    (tmp_path / "sft.yaml").write_text(yaml.safe_dump(values))
+    environment = {**os.environ, "PYTHONPATH": str(tiny.REPOSITORY), "CUDA_VISIBLE_DEVICES": ""}
+    command = [sys.executable, "-m", "stages.cli", "sft", "--config", str(tmp_path / "sft.yaml")]
+    with subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as first:
+        try:
+            while not (tmp_path / "run" / "checkpoints").exists():
+                assert first.poll() is None
+                time.sleep(0.05)
+            for words in (["--resume"], ["--overwrite"], []):
+                second = subprocess.run([*command, *words], env=environment, capture_output=True, text=True)
+                assert second.returncode == 2 and f"in use by process {first.pid} on" in second.stderr, second.stderr
+            assert first.poll() is None
+        finally:
+            first.kill()
