@@ -170,6 +170,19 @@ def test_a_record_that_the_template_refuses_is_rejected_with_its_place(tmp_path,
     assert "3 demonstrations rejected" in said and ranking.prompt_id in said and "System role not supported" in said
 
 
+def test_what_a_template_says_of_a_row_is_printed_without_control_characters(tmp_path, capsys):
+    (tmp_path / "t.jinja").write_text(
+        "{% if messages[0].role == 'system' %}{{ raise_exception(messages[0].content) }}{% endif %}" + CHATML
+    )
+    chat = load_tokenizer(ModelConfig(path=tiny.llama(), chat_template=str(tmp_path / "t.jinja")), tiny.llama())
+    counts = EncodingCounts()
+    messages = (Message("system", "\x1b[31mred"), Message("user", "Ok?"))
+    assert encode_demonstration(Demonstration(messages, source="a\x1b[2J", answer="Yes."), chat, 100, counts) is None
+    counts.report("demonstrations")
+    captured = capsys.readouterr()
+    assert "red" in captured.err and "\x1b" not in captured.err + captured.out
+
+
 def test_a_template_that_loops_ends_at_the_time_limit(tmp_path, monkeypatch):
     monkeypatch.setattr("rlhf.data.chat_rendering.RENDER_SECONDS", 0.2)
     loop = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"

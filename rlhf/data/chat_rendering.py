@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from functools import cached_property
 from typing import Any, Literal
 
+from rlhf.core.console import printable
 from rlhf.core.errors import UserError
 from rlhf.core.time_limit import TimeIsUp, time_limit
 from rlhf.data.schema import Message
@@ -33,8 +34,8 @@ class RefusedText(UserError):
     """
 
     def __init__(self, reason: str, detail: str, remedy: str) -> None:
-        self.reason = reason
-        super().__init__(f"{reason}: {detail}" if detail else reason, remedy=remedy)
+        self.reason = printable(reason)  # a template's message may quote the row
+        super().__init__(printable(f"{reason}: {detail}" if detail else reason), remedy=remedy)
 
 
 class Renderer:

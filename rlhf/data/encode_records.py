@@ -12,7 +12,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
 
-from rlhf.core.console import say, warn
+from rlhf.core.console import printable, say, warn
 from rlhf.data.chat_rendering import RefusedText
 from rlhf.data.chat_tokenizer import ChatTokenizer
 from rlhf.data.schema import Demonstration, Message, Prompt, Ranking, dense_ranks
@@ -31,7 +31,7 @@ class EncodingCounts:
     def refuse(self, record: Prompt, error: RefusedText) -> None:
         """Count a record that cannot become tokens."""
         self.skipped[error.reason] += 1
-        place = {"prompt_id": record.prompt_id, "source": record.source}
+        place = {"prompt_id": record.prompt_id, "source": printable(record.source)}
         self.refused.append({"reason": error.reason, **place, "fault": error.what, "remedy": error.remedy})
 
     def report(self, what: str) -> None:
