@@ -124,7 +124,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def propose(place: Path, out: Path, *words: Any, models: tuple[str, ...] = ("sft", "ppo")) -> dict[str, Any]:
     names = [place / model for model in models]
-    given = ("--prompts", place / "demos", "--out", out, "--max-new-tokens", 10, "--json", *words)
+    given = ("--prompts", place / "demos", "--out", out, "--max-new-tokens", 10, "--overwrite", "--json", *words)
     said, _ = finished.invoke(command, *names, *given, program="rlhf data propose")
     return finished.last_json(said)
 
