@@ -15,7 +15,7 @@ from data_tools.check.metrics import METRICS
 from data_tools.check.page import render
 from data_tools.check.report import GRADES, check
 from data_tools.check.rules import grade, parse_rule, parse_rules
-from data_tools.check.show import PARTS
+from data_tools.check.show import PARTS, advice
 from data_tools.statistics.intervals import Estimate
 from rlhf.core.errors import UserError
 from rlhf.data.schema import Candidate, Message, Ranking, to_dict
@@ -115,9 +115,26 @@ def test_a_figure_is_bad_only_where_its_whole_interval_is():
     assert grade(Estimate(0.8, 0.75, 0.85), look, bad) == "bad"
     assert grade(Estimate(0.8, 0.65, 0.95), look, bad) == "look"
     assert grade(Estimate(0.3, 0.2, 0.5), look, bad) == "look"
-    assert grade(Estimate(0.5, 0.2, 0.9), look, bad) == "good"
+    assert grade(Estimate(0.5, 0.2, 0.9), look, bad) == "look", "the interval reaches what is bad"
+    assert grade(Estimate(0.5, 0.2, 0.9), look, bad, census=True) == "good", "a count of what is there has no doubt"
+    assert grade(Estimate(0.5, 0.45, 0.55), look, bad) == "good"
     assert grade(Estimate(0.8), look, bad) == "bad"
     assert grade(Estimate(0.8), (), ()) == "info"
+
+
+def test_a_handful_of_judgements_is_not_good(tmp_path):
+    rows = [ranking(p, ["x", "y", "z"], (1, 2, 3), by) for p in "pq" for by in ("ann", "ben")]
+    report = check(write(tmp_path / "d", rows).path, near=False)
+    for name, n in (("agreement", 6), ("ceiling", 6), ("contradictions", 6), ("cycles", 2)):
+        found = report[name].found
+        assert (found.n, found.high > found.low) == (n, True), name
+        assert report[name].grade != "good", name
+    assert report["agreement"].found.value == 1
+    assert report["agreement"].found.low < 0.5, "two prompts that agree do not show that annotators do"
+    assert report["kendall-tau"].found.low is None, "a bootstrap of two prompts has no honest interval"
+    assert report["duplicate-records"].grade == "good", "a count of what is there has no doubt"
+    assert "too little to be sure" in advice(report["agreement"])
+    assert "too little to be sure" not in advice(report["duplicate-records"])
 
 
 @pytest.mark.parametrize("sign, fires", [(">", False), (">=", True), ("==", True), ("<=", True), ("<", False)])

@@ -55,15 +55,18 @@ def _repeated_rankings(gathered: Accumulator) -> list[str]:
     lines = []
     both = consistency.contradictions(columns, pairs)
     if both is not None:
-        lines.append(f"{both.value:.1%} of {both.n:,} pairs that were ordered more than once were ordered both ways")
+        lines.append(
+            f"{both.value:.1%} [{both.low:.1%}, {both.high:.1%}] of {both.n:,} pairs that were ordered more than once "
+            "were ordered both ways"
+        )
     facts = agreement_facts(votes)
     if facts is None:
         lines.append("no two named annotators ordered the same pair, so the ceiling of a reward model is unknown")
     else:
         low, high = facts["interval"]
         lines.append(
-            f"two annotators agree on {facts['agreement']:.1%} of pairs: a reward model's accuracy on single "
-            f"judgements is at most {facts['ceiling']:.1%} [{low:.1%}, {high:.1%}]"
+            f"two annotators agree on {facts['agreement']:.1%} of {facts['pairs']:,} pairs: a reward model's accuracy "
+            f"on single judgements is at most {facts['ceiling']:.1%} [{low:.1%}, {high:.1%}]"
         )
     doubtful = [one for one in annotators_of(columns, pairs, votes) if one.verdict in ("random", "reversed")]
     if doubtful:

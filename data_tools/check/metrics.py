@@ -7,7 +7,7 @@ from collections.abc import Callable
 import numpy as np
 
 from data_tools.statistics import agreement, biases, consistency, duplicates, words
-from data_tools.statistics.ceiling import agreement_sums, ceiling
+from data_tools.statistics.ceiling import agreement_estimate, ceiling_estimate
 from data_tools.statistics.facts import Facts
 from data_tools.statistics.intervals import Estimate, bootstrapped, ratio
 from rlhf.core.table import Table
@@ -184,12 +184,6 @@ metric("bag-of-words", "biases", "fraction", "ordered pairs",
 
 # ---- agreement ------------------------------------------------------------------------------------------------------
 
-def _agreement(facts: Facts, statistic: Callable[[np.ndarray], np.ndarray]) -> Found:
-    sums = agreement_sums(facts.votes)
-    ordered = facts.votes.counts()[:, [0, 2]].sum(axis=1) > 1
-    return bootstrapped(sums[sums[:, 1] > 0], statistic, int(ordered.sum())) or NO_TWO
-
-
 def _alpha(facts: Facts) -> Found:
     if not len(facts.votes.prompt):
         return NO_TWO
@@ -203,7 +197,7 @@ def _alpha(facts: Facts) -> Found:
 metric("agreement", "agreement", "fraction", SHARED_PAIRS,
        "Probability that two annotators who ordered a pair ordered it in the same way; ties do not count, chance is "
        "one half.",
-       lambda facts: _agreement(facts, ratio),
+       lambda facts: agreement_estimate(facts.votes) or NO_TWO,
        look=("<0.7",), bad=("<0.6",),
        advice="Write a more precise guideline with examples, train the annotators on it, and collect a new sample. "
               "OpenAI's labellers agree on 73 % (Ouyang et al. 2022).")
@@ -211,8 +205,7 @@ metric("agreement", "agreement", "fraction", SHARED_PAIRS,
 metric("agreement-with-ties", "agreement", "fraction", JUDGED_PAIRS,
        "Like `agreement`, with a tie as a third outcome that agrees with ties only; chance depends on the number of "
        "ties.",
-       lambda facts: (bootstrapped(agreement.agreement_with_ties_sums(facts.votes), ratio, len(facts.votes.prompt))
-                      or NO_TWO),
+       lambda facts: agreement.with_ties_estimate(facts.votes) or NO_TWO,
        advice="If this is far below `agreement`, annotators disagree on what counts as a tie: define it in the "
               "guideline.")
 
@@ -235,7 +228,7 @@ metric("kendall-w", "agreement", "number", "prompts with K >= 3 answers ranked b
 
 metric("ceiling", "agreement", "fraction", SHARED_PAIRS,
        "Upper bound on the accuracy of a reward model against the choice of a single annotator.",
-       lambda facts: _agreement(facts, lambda sums: ceiling(ratio(sums))),
+       lambda facts: ceiling_estimate(facts.votes) or NO_TWO,
        advice="Expect no higher accuracy on single judgements; aggregate several judgements per pair for a cleaner "
               "test set.")
 

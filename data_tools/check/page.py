@@ -11,6 +11,7 @@ import markupsafe
 from data_tools.check import plots, show
 from data_tools.check.report import Report
 from data_tools.statistics.annotators import VERDICTS
+from rlhf.core.console import printable
 from rlhf.core.errors import UserError
 
 TEMPLATE = Path(__file__).with_name("page.html.jinja")
@@ -18,7 +19,7 @@ SYMBOLS = {"bad": "✗", "look": "!", "good": "✓", "info": "", "none": ""}
 
 
 def render(report: Report) -> str:
-    """The page's HTML. All texts of the dataset are escaped."""
+    """The page's HTML. All texts of the dataset are escaped, and control characters replaced."""
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
     environment.globals |= {"show": show, "symbols": SYMBOLS, "verdicts": VERDICTS}
     environment.filters["code"] = _code
@@ -26,7 +27,8 @@ def render(report: Report) -> str:
     for one in report.examples:
         examples.setdefault(one.metric, []).append(one)
     drawn = {name: markupsafe.Markup(svg) for name, svg in _plots(report).items()}
-    return environment.from_string(TEMPLATE.read_text("utf-8")).render(report=report, examples=examples, drawn=drawn)
+    page = environment.from_string(TEMPLATE.read_text("utf-8"))
+    return printable(page.render(report=report, examples=examples, drawn=drawn))
 
 
 def _code(text: str) -> str:

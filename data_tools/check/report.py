@@ -153,7 +153,8 @@ def measure(row: TableRow, facts: Facts) -> Measured:
     if isinstance(found, str):
         return Measured(row, None, found, "none", False)
     sampled = row.traits["sampled"] != "" and facts.is_sample(row.traits["sampled"])
-    return Measured(row, found, "", grade(found, row.traits["look"], row.traits["bad"]), sampled)
+    census = row.traits["part"] in ("duplicates", "texts") and not sampled
+    return Measured(row, found, "", grade(found, row.traits["look"], row.traits["bad"], census), sampled)
 
 
 def _splits(facts: Facts) -> dict[str, int]:

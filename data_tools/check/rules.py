@@ -79,14 +79,19 @@ def parse_rules(texts: Iterable[str], near: bool, against: bool) -> list[Rule]:
     return rules
 
 
-def grade(found: Estimate, look: tuple[str, ...], bad: tuple[str, ...]) -> str:
+def grade(found: Estimate, look: tuple[str, ...], bad: tuple[str, ...], census: bool = False) -> str:
     """good, look or bad; info for a metric without conditions.
 
-    It is bad only if its whole interval is. If the interval contains values that are not bad, it needs a look.
+    It is bad only if its whole interval is, and good only if no value of the interval needs a look or is bad: a handful
+    of judgements cannot show that all is well. What is between needs a look.
+
+    Args:
+        census: The metric counts a fact of this very dataset, such as its duplicates: it is good by its value.
     """
     if not look and not bad:
         return "info"
     bounds = [value for value in (found.value, found.low, found.high) if value is not None]
     if any(all(map(Rule.parse(text).holds, bounds)) for text in bad):
         return "bad"
-    return "look" if any(Rule.parse(text).holds(found.value) for text in (*look, *bad)) else "good"
+    judged = [found.value] if census else bounds
+    return "look" if any(Rule.parse(text).holds(value) for text in (*look, *bad) for value in judged) else "good"

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from data_tools.check.report import Measured, Report
+from data_tools.check.rules import Rule
 from data_tools.statistics.intervals import Estimate
 from rlhf.core import console
 
@@ -61,6 +62,15 @@ def conditions(one: Measured) -> str:
     return "; ".join(parts)
 
 
+def advice(one: Measured) -> str:
+    """What to do: the metric's advice, or more judgements where only the interval reaches a threshold."""
+    rules = (*one.row.traits["look"], *one.row.traits["bad"])
+    value = one.found and one.found.value
+    if one.grade != "look" or value is None or any(Rule.parse(text).holds(value) for text in rules):
+        return str(one.row.traits["advice"])
+    return "Collect more: the value is good, but its interval reaches a threshold, so this is too little to be sure."
+
+
 def ceiling_line(report: Report) -> str:
     """The accuracy that a reward model can reach, or why it is unknown; empty for other kinds than rankings."""
     one = report["ceiling"]
@@ -74,7 +84,7 @@ def ceiling_line(report: Report) -> str:
     bounds = f" ({interval(one.found, 'fraction')})" if one.found.low is not None else ""
     return (
         f"Agreement ceiling: a reward model cannot predict the choice of a single annotator more often than "
-        f"{value_of(one)}{bounds}."
+        f"{value_of(one)}{bounds}, by {basis(one)}."
     )
 
 
@@ -121,7 +131,7 @@ def show(report: Report) -> None:
     if ceiling_line(report):
         console.say(ceiling_line(report))
     for one in [*report.of_grade("bad"), *report.of_grade("look")]:
-        words = f"{one.row.summary} {one.row.traits['advice']}"
+        words = f"{one.row.summary} {advice(one)}"
         console.say(f"{GRADE_WORDS[one.grade]}: {one.name} {value_of(one)}: {words}")
     if report.bad_rows:
         console.warn(f"{sum(report.bad_rows.values()):,} bad rows were skipped: {report.bad_rows}")

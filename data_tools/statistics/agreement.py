@@ -6,6 +6,7 @@ import krippendorff
 import numpy as np
 
 from data_tools.statistics.columns import Columns
+from data_tools.statistics.intervals import Estimate, clustered_fraction
 from data_tools.statistics.judgements import AnnotatorVotes, mixed
 
 # ---- pairs ----------------------------------------------------------------------------------------------------------
@@ -21,6 +22,12 @@ def agreement_with_ties_sums(votes: AnnotatorVotes) -> np.ndarray:
     total = counts.sum(axis=1)
     agreeing = (counts * (counts - 1)).sum(axis=1) / (total - 1)
     return votes.per_prompt(np.stack([agreeing, total], axis=1))
+
+
+def with_ties_estimate(votes: AnnotatorVotes) -> Estimate | None:
+    """The agreement of `agreement_with_ties_sums`, as `ceiling.agreement_estimate`; `n` counts the judged pairs."""
+    sums, pairs = agreement_with_ties_sums(votes), len(votes.prompt)
+    return clustered_fraction(sums[:, 0], sums[:, 1], pairs, float(sums[:, 1].sum()) - pairs) if pairs else None
 
 
 def krippendorff_alpha(counts: np.ndarray) -> float:

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from data_tools.statistics.accumulator import Accumulator
-from data_tools.statistics.intervals import bootstrapped, ratio
+from data_tools.statistics.intervals import Estimate, clustered_fraction
 from data_tools.statistics.judgements import AnnotatorVotes, pairs_of, votes_of
 
 DIGITS = 6
@@ -49,21 +49,38 @@ def agreement_sums(votes: AnnotatorVotes) -> np.ndarray:
     return votes.per_prompt(np.stack([np.where(several, agreeing, 0), np.where(several, total, 0)], axis=1))
 
 
-def agreement_facts(votes: AnnotatorVotes) -> dict[str, Any] | None:
-    """The value of `agreement` in a manifest; see `agreement_of`."""
-    sums = agreement_sums(votes)
-    sums = sums[sums[:, 1] > 0]
-    found = bootstrapped(sums, ratio)
+def agreement_estimate(votes: AnnotatorVotes) -> Estimate | None:
+    """The pairwise agreement of `agreement_sums` with Wilson's interval, by prompt; None where no pair has two votes.
+
+    `n` is the number of pairs that two or more annotators ordered. Of m votes on a pair the interval counts at most
+    m - 1 trials: two votes are one comparison.
+    """
+    sums, counts = agreement_sums(votes), votes.counts()
+    pairs = int((counts[:, 0] + counts[:, 2] > 1).sum())
+    return clustered_fraction(sums[:, 0], sums[:, 1], pairs, float(sums[:, 1].sum()) - pairs) if pairs else None
+
+
+def ceiling_estimate(votes: AnnotatorVotes) -> Estimate | None:
+    """The ceiling that `agreement_estimate` sets, with its interval."""
+    found = agreement_estimate(votes)
     if found is None:
         return None
-    bounds = [found.value if bound is None else bound for bound in (found.low, found.high)]
+    value, low, high = ceiling(np.array([found.value, found.low, found.high], float)).tolist()
+    return Estimate(value, low, high, found.n)
+
+
+def agreement_facts(votes: AnnotatorVotes) -> dict[str, Any] | None:
+    """The value of `agreement` in a manifest; see `agreement_of`."""
+    found, best = agreement_estimate(votes), ceiling_estimate(votes)
+    if found is None or best is None:
+        return None
     counts = votes.counts()
     ordered = counts[:, 0] + counts[:, 2] > 1
     annotators = np.unique(votes.annotator[ordered[votes.pair] & (votes.order != 0)])
     return {
-        "ceiling": round(float(ceiling(np.array(found.value))), DIGITS),
-        "interval": [round(float(bound), DIGITS) for bound in ceiling(np.array(bounds))],
-        "pairs": int(ordered.sum()),
+        "ceiling": round(best.value, DIGITS),
+        "interval": [round(bound, DIGITS) for bound in (best.low, best.high) if bound is not None],
+        "pairs": found.n,
         "annotators": len(annotators),
         "agreement": round(found.value, DIGITS),
     }
@@ -76,7 +93,7 @@ def agreement_of(gathered: Accumulator) -> dict[str, Any] | None:
     The same records give the same result.
 
     Returns:
-        `ceiling` with its 95 % `interval` (bootstrap over prompts), `agreement` (the probability that two annotators
+        `ceiling` with its 95 % `interval` (Wilson, by prompt), `agreement` (the probability that two annotators
         who ordered a pair of answers ordered it in the same way, without ties), `pairs` (of answers that two or more
         annotators ordered) and `annotators` (their number). None if no two annotators ordered the same pair, and for
         other kinds of records than rankings.

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
+from scipy import stats
 
-from rlhf.core.intervals import effective_size, wilson
+from rlhf.core.intervals import Z_95, effective_size, wilson
 
 REPLICATES = 1000
 FEWEST_REPLICATES, MOST_DRAWS = 200, 50_000_000
 """Fewer replicates are drawn for many rows, whose interval is narrow."""
+FEWEST_ROWS = 10
+"""Of fewer rows the bootstrap's interval is too narrow: rows that happen to be equal give one of width 0."""
 SEED = 0
 
 
@@ -37,17 +40,31 @@ def fraction_of(successes: float, trials: float, size: float | None = None) -> E
     return Estimate(value, min(low, value), max(high, value), round(trials))
 
 
-def clustered_fraction(successes: np.ndarray, trials: np.ndarray) -> Estimate | None:
+def clustered_fraction(
+    successes: np.ndarray, trials: np.ndarray, n: int | None = None, most: float | None = None
+) -> Estimate | None:
     """A fraction of trials that come in clusters (the pairs of one prompt), with Wilson's interval.
+
+    The interval's sample size is `effective_size`, times (z / t)² with the 97.5 % quantiles of the normal distribution
+    and of Student's t with clusters - 1 degrees of freedom, since few clusters say little about their own variance
+    (Korn and Graubard 1998). Where they show no variance at all, each cluster counts as one trial.
 
     Args:
         successes, trials: (clusters,) counts; clusters without trials are skipped.
+        n: What the estimate reports as its number of units; by default the number of trials.
+        most: The interval's sample size is at most this; by default the number of trials.
 
     Returns:
-        None without any trial. `n` counts the trials.
+        None without any trial.
     """
     successes, trials = successes[trials > 0].astype(float), trials[trials > 0].astype(float)
-    return fraction_of(successes.sum(), trials.sum(), effective_size(successes, trials))
+    clusters, size = len(trials), effective_size(successes, trials)
+    if size is None:
+        size = float(clusters)
+    elif (trials > 1).any():
+        size = max(1.0, size * (Z_95 / float(stats.t.ppf(0.975, clusters - 1))) ** 2)
+    found = fraction_of(successes.sum(), trials.sum(), min(size, most or size))
+    return found and replace(found, n=found.n if n is None else n)
 
 
 def resampled_sums(values: np.ndarray, replicates: int = REPLICATES, seed: int = SEED) -> np.ndarray:
@@ -78,14 +95,14 @@ def bootstrapped(
         statistic: (any, columns) sums -> (any,) values; NaN if undefined.
 
     Returns:
-        None without rows, or if the statistic is NaN.
+        None without rows, or if the statistic is NaN. Of fewer than `FEWEST_ROWS` rows there is no interval.
     """
     if not len(values):
         return None
     value = float(statistic(values.sum(axis=0, keepdims=True))[0])
     if np.isnan(value):
         return None
-    if len(values) == 1:
+    if len(values) < FEWEST_ROWS:
         return Estimate(value, n=n)
     replicates = max(FEWEST_REPLICATES, min(REPLICATES, MOST_DRAWS // len(values)))
     values_drawn = statistic(resampled_sums(values, replicates))

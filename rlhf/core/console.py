@@ -6,13 +6,15 @@ import json
 import os
 import sys
 import time
+import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, TypeVar
+from typing import Any, TextIO, TypeVar
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
+from rich.text import Text
 
 T = TypeVar("T")
 
@@ -22,32 +24,48 @@ def is_main() -> bool:
     return int(os.environ.get("RANK", "0")) == 0
 
 
+class _Console(Console):
+    """A console for which every text is data: brackets are not markup, and control characters never reach it."""
+
+    def __init__(self, file: TextIO, quiet: bool = False) -> None:
+        width = None if file.isatty() else 110
+        super().__init__(file=file, width=width, highlight=False, markup=False, emoji=False, quiet=quiet)
+
+    def render_str(self, text: str, **options: Any) -> Text:  # type: ignore[override]
+        """Every text that is printed, and every cell and title of a table, is rendered here."""
+        return super().render_str(printable(text), **options)
+
+
 def out() -> Console:
     """The console for results, on standard output (110 columns if that is not a terminal)."""
-    return Console(file=sys.stdout, width=None if sys.stdout.isatty() else 110, highlight=False, quiet=not is_main())
+    return _Console(sys.stdout, quiet=not is_main())
 
 
 def err() -> Console:
     """The console for errors, on standard error; every rank prints there."""
-    return Console(file=sys.stderr, width=None if sys.stderr.isatty() else 110, highlight=False)
+    return _Console(sys.stderr)
 
 
 def say(text: str, style: str | None = None) -> None:
-    """Print one line on the main process. `text` is literal: square brackets are not markup."""
-    out().print(text, style=style, markup=False, soft_wrap=True)
+    """Print one line on the main process."""
+    out().print(text, style=style, soft_wrap=True)
     sys.stdout.flush()
 
 
 def print_json(value: Any) -> None:
-    """Print a value as one line of JSON on standard output, on the main process."""
+    """Print a value as one line of JSON on standard output, on the main process.
+
+    Characters that a terminal could obey are written as JSON escapes.
+    """
     if is_main():
-        print(json.dumps(value, ensure_ascii=False), flush=True)
+        text = json.dumps(value, ensure_ascii=False)
+        print("".join(c if _is_safe(c) else json.dumps(c)[1:-1] for c in text), flush=True)
 
 
 def warn(text: str) -> None:
     """Print a warning on the main process."""
     if is_main():
-        err().print(f"warning: {text}", style="yellow", markup=False, soft_wrap=True)
+        err().print(f"warning: {text}", style="yellow", soft_wrap=True)
 
 
 def format_number(value: Any, digits: int = 4) -> str:
@@ -62,8 +80,21 @@ def format_number(value: Any, digits: int = 4) -> str:
 
 
 def printable(text: str) -> str:
-    """Text that is safe to print: control characters (such as escape sequences) become a replacement character."""
-    return "".join(c if c.isprintable() or c in "\n\t" else "\N{REPLACEMENT CHARACTER}" for c in text)
+    """Text that is safe to print: control characters (such as escape sequences) become a replacement character.
+
+    So do characters that turn the direction of writing, and halves of surrogate pairs.
+    """
+    if text.isprintable():
+        return text
+    return "".join(c if _is_safe(c) or c in "\n\t" else "\N{REPLACEMENT CHARACTER}" for c in text)
+
+
+def _is_safe(letter: str) -> bool:
+    """Whether a character is shown. Spaces of any width are, and the joiners that Persian and emoji need."""
+    return letter.isprintable() or letter in _JOINERS or unicodedata.category(letter) == "Zs"
+
+
+_JOINERS = "\u200c\u200d"
 
 
 def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
@@ -74,13 +105,9 @@ def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> 
         numeric = bool(rows) and all(isinstance(r[index], (int, float, type(None))) for r in rows)
         view.add_column(column, justify="right" if numeric else "left", overflow="fold")
     for row in rows:
-        view.add_row(*[_escape(format_number(cell)) for cell in row])
+        view.add_row(*[format_number(cell) for cell in row])
     out().print(view)
     sys.stdout.flush()
-
-
-def _escape(text: str) -> str:
-    return text.replace("[", "\\[")
 
 
 @contextmanager
@@ -97,8 +124,8 @@ def progress(what: str, total: int | None, unit: str = "it") -> Iterator[Callabl
     """
     console = err()
     columns = (
-        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(),
-        TextColumn("{task.fields[rate]}"), TimeRemainingColumn(),
+        TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(),
+        TextColumn("{task.fields[rate]}", markup=False), TimeRemainingColumn(),
     )  # fmt: skip
     with Progress(*columns, console=console, transient=True, disable=not (is_main() and console.is_terminal)) as bar:
         task, started, done = bar.add_task(what, total=total, rate=""), time.monotonic(), 0
@@ -127,7 +154,7 @@ class StepBar:
         self._pace: float | None = None
         console = out()
         self._bar = Progress(
-            TextColumn(what), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
+            TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
             console=console, transient=True, disable=not (is_main() and console.is_terminal),
         )  # fmt: skip
         self._task = self._bar.add_task(what, total=total, completed=done)
@@ -147,7 +174,7 @@ class StepBar:
 
     def note(self, text: str) -> None:
         """Print a line above the bar."""
-        self._bar.console.print(text, markup=False, soft_wrap=True)
+        self._bar.console.print(text, soft_wrap=True)
         sys.stdout.flush()
 
     def close(self) -> None:
