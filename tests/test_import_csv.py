@@ -109,7 +109,7 @@ def test_a_ticked_box_wins_whatever_the_order_of_numbers(tmp_path, one_box, othe
 
 def test_no_ticked_box_is_no_answer(tmp_path):
     text = "q,a,b,ra,rb\nQ?,x,y,false,FALSE\nQ?,x,y,,\n"
-    reasons = [(2, "ranks: no answer is ticked"), (3, "ranks: no answer is ticked")]
+    reasons = [(2, "ranks: no answer is ticked"), (3, "ranks: no answer was given")]
     assert made(tmp_path, text, **PAIR, ranks="ra,rb") == ([], reasons)
 
 
@@ -121,6 +121,13 @@ def test_scores_stay_with_the_answers_and_must_agree_with_who_won(tmp_path):
     records, rejects = made(tmp_path, text, **options)
     assert [(found.ranks, found.candidates[0].score) for found in records] == [((1, 2), 8), ((1, 1), 8), ((1, 2), 2)]
     assert rejects == [(5, "the scores contradict who won"), (6, "sa: not a number")]
+
+
+def test_a_listed_order_may_be_a_tie_in_words_or_empty(tmp_path):
+    text = "q,a,b,order\nQ?,x,y,B>A\nQ?,x,y,Equal\nQ?,x,y,\n"
+    records, rejects = made(tmp_path, text, **PAIR, ranking="order")
+    assert [found.ranks for found in records] == [(2, 1), (1, 1)]
+    assert rejects == [(4, "ranking: no answer was given")]
 
 
 def test_best_and_worst_columns(tmp_path):
@@ -193,7 +200,7 @@ def test_an_order_lists_the_best_first(tmp_path, order, ranks):
     ("order", "reason"),
     [
         ("0>1", "ranking: names an unknown answer"),
-        ("", "ranking: names an unknown answer"),
+        ("", "ranking: no answer was given"),
         ("1<2", "ranking: names an unknown answer"),
         ("1>1", "ranking: names an answer twice"),
         ("A,1", "ranking: names an answer twice"),

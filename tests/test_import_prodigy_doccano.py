@@ -33,6 +33,16 @@ def test_the_accepted_option_wins_over_all_others(tmp_path):
     assert (record.annotator, record.time, record.shown) == ("ann", "2024-05-02T10:11:12+00:00", True)
 
 
+def test_an_option_that_means_a_tie_is_no_answer(tmp_path):
+    options = [{"id": 0, "text": "Car."}, {"id": 1, "text": "Pear."}, {"id": "tie", "text": "Both are equal"}]
+    assert one(tmp_path, "prodigy", choice(["tie"], options=options)).ranks == (1, 1)
+    record = one(tmp_path, "prodigy", choice([1], options=options))
+    assert by_rank(record) == {1: ["Pear."], 2: ["Car."]}
+    assert made(tmp_path, "prodigy", choice([1, "tie"], options=options)) == ([], ["a tie and an answer were accepted"])
+    two = [{"id": 0, "text": "They are not."}, {"id": 1, "text": "Both are equal"}]
+    assert one(tmp_path, "prodigy", choice([1], options=two)).ranks == (2, 1), "of two options it is an answer"
+
+
 def test_several_accepted_options_are_tied(tmp_path):
     assert one(tmp_path, "prodigy", choice([2, 1], _session_id="set-ben")).ranks == (2, 1, 1)
     assert one(tmp_path, "prodigy", choice([2, 1], _session_id="set-ben")).annotator == "set-ben"

@@ -11,6 +11,7 @@ from typing import Any
 
 from data_tools.importers.table import IMPORTERS, Head, convert_rows
 from data_tools.reading.annotation_exports import brief, person
+from data_tools.reading.judgements import means_tie
 from data_tools.reading.rows import JSON
 from rlhf.data.schema import BadRecord, Ranking, Record, from_dict
 from rlhf.data.store import OnReject
@@ -39,11 +40,14 @@ def _detect(head: Head) -> str | None:
 def prodigy(path: Path, reject: OnReject, *, prompt: str = "text") -> Iterator[Record]:
     """Prodigy: `choice` tasks as `db-out` writes them, whose options are the answers.
 
-    Ranks: the accepted options 1, all others 2: ties within each. The candidates are in the order of the options, in
-    which the annotator saw them. The annotator is `_annotator_id`, or `_session_id`; the time `_timestamp`, as UTC.
+    Ranks: the accepted options 1, all others 2: ties within each. An option next to two or more others whose text or
+    id says that no answer is better (``tie``, ``Both are equal``) is no answer: accepted, all answers tie. The
+    candidates are in the order of the options, in which the annotator saw them. The annotator is `_annotator_id`, or
+    `_session_id`; the time `_timestamp`, as UTC.
 
     Rejected: tasks answered with reject or ignore, tasks in which no option was accepted, accepted ids that are no
-    option, and tasks without options: a text with a label (textcat, ner and the like) ranks no answers.
+    option, a tie accepted together with an answer, and tasks without options: a text with a label (textcat, ner and the
+    like) ranks no answers.
     `auto` takes no file in which all tasks have the same options, for these are labels.
 
     Options: `prompt`, the field that holds the prompt (text, or messages with role and content).
@@ -74,9 +78,15 @@ def _ranking(prompt: str, row: Any) -> Ranking:
         raise BadRecord("an accepted id is none of the options", brief(unknown))
     if row.get(prompt) in (None, ""):
         raise BadRecord("no prompt is found", brief(prompt), "Name the field that holds it: --option prompt=FIELD")
-    candidates = [{"text": option.get("text", option.get("html"))} for option in options]
+    ties = {id for id, option in zip(ids, options) if means_tie(id) or means_tie(option.get("text"))}
+    ties = ties if len(ids) - len(ties) > 1 else set()
+    answers = [(id, option) for id, option in zip(ids, options) if id not in ties]
+    if chosen & ties and chosen - ties:
+        raise BadRecord("a tie and an answer were accepted", brief(sorted(chosen)), "They contradict each other.")
+    candidates = [{"text": option.get("text", option.get("html"))} for _, option in answers]
+    ranks = [1 if id in chosen or chosen & ties else 2 for id, _ in answers]
     by = row.get("_annotator_id") or row.get("_session_id")
-    ranking = {"messages": row[prompt], "candidates": candidates, "ranks": [1 if id in chosen else 2 for id in ids]}
+    ranking = {"messages": row[prompt], "candidates": candidates, "ranks": ranks}
     facts = {"annotator": person(by), "time": _time(row.get("_timestamp")), "shown": True, "source": "prodigy"}
     return from_dict({**ranking, **facts}, "ranking")  # type: ignore[return-value]
 

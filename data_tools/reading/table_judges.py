@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from data_tools.reading.annotation_exports import brief
-from data_tools.reading.judgements import TIE, ChoiceValues, choice_meanings, named_answer
+from data_tools.reading.judgements import TIE, ChoiceValues, choice_meanings, means_tie, named_answer
 from rlhf.core.errors import UserError
 from rlhf.data.schema import BadRecord
 
@@ -35,7 +35,9 @@ class _Ranks:
 
     def ranks(self, row: Mapping[str, str], there: list[str]) -> dict[str, float]:
         given = {name: row[column].strip() for name, column in zip(self.answers, self.columns)}
-        if given and set(map(str.lower, given.values())) - {""} <= BOXES.keys():
+        if not any(given.values()):
+            raise BadRecord("ranks: no answer was given", brief(given), "Nothing was preferred; leave it out.")
+        if set(map(str.lower, given.values())) - {""} <= BOXES.keys():
             return _ticked(given, there)
         sign = -1 if self.highest_best else 1
         return {name: sign * number_in(text, "ranks") for name, text in given.items() if text}
@@ -96,6 +98,10 @@ class _Order:
 
     def ranks(self, row: Mapping[str, str], there: list[str]) -> dict[str, float]:
         text = row[self.columns[0]].strip().strip("[]()")
+        if not text:
+            raise BadRecord("ranking: no answer was given", remedy="Nothing was preferred; leave it out.")
+        if means_tie(text):
+            return dict.fromkeys(there, 1)
         groups = [re.split("=", group) for group in re.split("[>,;]", text)]
         ranks: dict[str, float] = {}
         for index, group in enumerate(groups):

@@ -31,7 +31,7 @@ class _Console(Console):
         width = None if file.isatty() else 110
         super().__init__(file=file, width=width, highlight=False, markup=False, emoji=False, quiet=quiet)
 
-    def render_str(self, text: str, **options: Any) -> Text:  # type: ignore[override]
+    def render_str(self, text: str, **options: Any) -> Text:
         """Every text that is printed, and every cell and title of a table, is rendered here."""
         return super().render_str(printable(text), **options)
 
