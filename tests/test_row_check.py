@@ -10,6 +10,7 @@ import pytest
 import tiny
 from transformers import AutoTokenizer
 
+from data_tools.commands.check import check_command
 from rlhf.cli import entry
 from rlhf.core.errors import UserError
 from rlhf.data.row_check import row_check
@@ -86,3 +87,14 @@ def test_prompts_that_the_template_refuses_are_left_out_of_sampling(
     assert SYSTEM.prompt_id in capsys.readouterr().err
     with pytest.raises(UserError, match="System role not supported"):
         accepted(policy, [SYSTEM])
+
+
+def test_data_check_names_the_records_that_the_template_of_a_model_refuses(
+    model: str, rows: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    check_command(Path(rows), no_near=True, model=model, as_json=True)
+    said = capsys.readouterr().out
+    found = json.loads(said.splitlines()[-1])["chat_template"]
+    assert (found["records"], found["spelled"]) == (3, 1)
+    assert [row["prompt_id"] for row in found["refused"]] == [SYSTEM.prompt_id]
+    assert "accepts 2 of 3 records" in said
