@@ -9,6 +9,8 @@ import pyarrow.parquet as pq
 import pytest
 from imports import DATA, EXPORTS, assistant, best, by_rank, gpt, human, made, one, read, real, said, user
 
+from data_tools.reading.roles import role_of
+
 # ---- HH-RLHF and TRL -------------------------------------------------------------------------------------------------
 
 
@@ -190,6 +192,18 @@ def test_a_transcript_inside_one_text_is_rejected_by_that_name(tmp_path):
     row = {"question": {"full_text": marked}, "answer_0": "a", "answer_1": "b", "score_0": 1, "score_1": -1}
     assert made(tmp_path, "webgpt", row)[1] == ["a transcript inside one text"]
     assert made(tmp_path, "flan", {"prompt": "Why?", "completion": marked})[1] == ["a transcript inside one text"]
+
+
+@pytest.mark.parametrize(
+    ("name", "role"),
+    [
+        ("system_prompt", "system turn"), ("userQuestion", "prompt"), ("response_a", "answer"), ("images", "media"),
+        ("better_response_id", "judgement"), ("winner_model_a", "judgement"), ("score_chosen", "judgement"),
+        ("prompt_id", None), ("chosen_model", None), ("num_responses", None), ("source", None), ("language", None),
+    ],
+)  # fmt: skip
+def test_the_name_of_a_field_says_what_it_could_hold(name, role):
+    assert role_of(name) == role
 
 
 # ---- OpenAI and ShareGPT pairs ---------------------------------------------------------------------------------------

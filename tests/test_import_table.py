@@ -16,6 +16,7 @@ from data_tools.importers import IMPORTERS
 from data_tools.importers.run import NothingUsable, import_dataset
 from data_tools.importers.table import read_head
 from data_tools.io.rejects import Rejects
+from data_tools.reading.unread import HOLDS
 from rlhf.core.errors import UserError
 from rlhf.data.jsonl import open_bytes
 from rlhf.data.schema import from_dict, to_dict
@@ -177,7 +178,7 @@ def test_no_importer_loses_a_field_that_could_matter(row, tmp_path):
         return list(rejects.reasons)
 
     for role, (name, value) in UNREAD.items():
-        assert reasons(**{name: value}) == [f"{name}: a field that could be a {role} and is not read"]
+        assert reasons(**{name: value}) == [f"{name}: not read, and by its name it could hold {HOLDS[role]}"]
         assert reasons([name], **{name: value}) == []
         assert reasons(**{name: "", f"{name}_source": "a"}) == []
 

@@ -68,7 +68,7 @@ def prompt_of(fields: Mapping[str, Any], option: str | None) -> Any:
         other = [name for name in known[1:] if not _repeats(fields[name], fields[known[0]])]
         if media or other:
             remedy = "If it is not a part of the prompt, name the field that is: --option prompt=FIELD"
-            reason = f"{(media or other)[0]}: a field that could be a part of the prompt and is not read"
+            reason = f"{(media or other)[0]}: not read, and by its name it could be a part of the prompt"
             raise BadRecord(reason, brief(fields[(media or other)[0]]), remedy)
     system = [fields[found[name]] for name in SYSTEM_FIELDS if name in found and found[name] != known[0]]
     asked = fields[known[0]]

@@ -52,7 +52,7 @@ WORDS = {
     },
     "media": {"image", "images", "audio", "audios", "video", "videos", "picture", "photo", "screenshot", "media"},
 }  # fmt: skip
-"""Role -> words of a name that give it that role; the last such word counts."""
+"""Role -> words of a name that give it that role: a word of a judgement, else the last such word counts."""
 
 
 def words_of(name: str) -> list[str]:
@@ -73,6 +73,8 @@ def role_of(name: str) -> str | None:
         return None
     if SYSTEM & set(words):
         return "system turn"
+    if WORDS["judgement"] & set(words):
+        return "judgement"
     return next((role for word in reversed(words) for role, known in WORDS.items() if word in known), None)
 
 

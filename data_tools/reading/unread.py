@@ -9,6 +9,12 @@ from data_tools.reading.annotation_exports import brief
 from data_tools.reading.roles import role_of, says_something
 from rlhf.data.schema import BadRecord
 
+HOLDS = {
+    "prompt": "a prompt", "system turn": "a system turn", "answer": "an answer", "judgement": "a judgement",
+    "media": "media",
+}  # fmt: skip
+"""Role -> how a message says it."""
+
 
 class ReadFields(dict[str, Any]):
     """A row that remembers which of its fields were read: asked for by name, or all by `items` or `values`."""
@@ -51,13 +57,19 @@ def unread_fault(row: Any, ignored: Collection[str] = ()) -> BadRecord | None:
     if not found:
         return None
     known = [_plain(dict.__getitem__(row, name)) for name in row.read if name in row]
+    lost = {}
     for name, role in found:
         value = dict.__getitem__(row, name)
         repeats = role not in ("judgement", "media") and _plain(value) in known
         if says_something(value, role) and not repeats:
-            remedy = f"If it does not matter, leave it out: --ignore {name}. Else import by the mapping `csv`."
-            return BadRecord(f"{name}: a field that could be a {role} and is not read", brief(value), remedy)
-    return None
+            lost[name] = role
+    if not lost:
+        return None
+    name, role = next(iter(lost.items()))
+    words = " ".join(f"--ignore {each}" for each in lost)
+    remedy = f"If it does not matter, leave it out: {words}. Else import by the mapping `csv`."
+    value = brief(dict.__getitem__(row, name))
+    return BadRecord(f"{name}: not read, and by its name it could hold {HOLDS[role]}", value, remedy)
 
 
 def _plain(value: Any) -> Any:
