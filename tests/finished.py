@@ -167,3 +167,16 @@ def python_block(card: str) -> str:
     found = re.search(r"```python\n(.*?)```", card, re.S)
     assert found is not None
     return found[1]
+
+
+def run_snippet(code: str) -> str:
+    """What a Python snippet prints."""
+    with contextlib.redirect_stdout(io.StringIO()) as said:
+        exec(code, {})
+    return said.getvalue()
+
+
+def score_of_answer(run: str, messages: list[dict[str, str]], answer: str) -> float:
+    """The run's normalised score of an answer."""
+    chat = load_tokenizer(ModelConfig(path=run), resolve_model_path(run))
+    return float(scores(run, [chat.whole(messages, answer)])[0])

@@ -73,7 +73,7 @@ def export(
             )
         card = CardFacts(
             run, name or str(out), source.chat.lead, tokens(source.chat.end_id), tokens(list(done.stop_ids)),
-            done.scale, done.folded, done.adapter_base, license, stage,
+            done.scale, done.folded, done.adapter_base, license, stage, done.own_class,
         )  # fmt: skip
         (folder / "README.md").write_text(model_card(card), "utf-8")
         for file in folder.glob("*.safetensors"):

@@ -47,11 +47,15 @@ class Exported:
     folded: bool = False
     """Whether the weights include the scale."""
     adapter_base: str | None = None
+    own_class: bool = False
+    """Whether the scalar model's family has no sequence classifier in transformers: body and head load separately."""
 
 
 @EXPORTERS.row("hf")
 def hf(source: Source, folder: Path, *, dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto") -> Exported:
-    """The whole model, adapters merged, for `AutoModelForCausalLM` or `AutoModelForSequenceClassification`.
+    """The whole model, adapters merged, for `AutoModelForCausalLM` or `AutoModelForSequenceClassification`. Where
+    transformers has no sequence classifier of the family, `AutoModel` loads the body, and the card says how to add the
+    head.
 
     `dtype` is that of the weights; `auto` leaves them as the run has them.
     """
@@ -70,6 +74,8 @@ def adapter(source: Source, folder: Path) -> Exported:
     """The PEFT adapter alone, for `PeftModel.from_pretrained` on the model that it was trained on."""
     from safetensors import safe_open
 
+    from rlhf.models.classifiers import has_classifier
+    from rlhf.models.load import load_hf_config
     from rlhf.models.scalar import reward_scale
 
     places = [source.model] if source.stage == "critic" else [source.run / "adapter", source.model]
@@ -80,6 +86,12 @@ def adapter(source: Source, folder: Path) -> Exported:
             "Its tuning method changed the model's own weights.",
             "Export the whole model: --format hf.",
         )
+    scalar = source.stage in ("reward", "critic")
+    if scalar and not has_classifier(load_hf_config(source.config, base_of(found))):
+        raise UserError(
+            f"{source.run}: transformers has no sequence classifier that this adapter could be loaded into",
+            remedy="Export the whole model: --format hf.",
+        )
     for name in ("adapter_config.json", "adapter_model.safetensors"):
         shutil.copyfile(found / name, folder / name)
     source.chat.tokenizer.save_pretrained(folder)
@@ -89,7 +101,7 @@ def adapter(source: Source, folder: Path) -> Exported:
         dtype=str(tensors[0].dtype).removeprefix("torch."),
         parameters=sum(tensor.numel() for tensor in tensors),
         stop_ids=(source.chat.end_id,),
-        scale=reward_scale(source.model) if source.stage in ("reward", "critic") else (0.0, 1.0),
+        scale=reward_scale(source.model) if scalar else (0.0, 1.0),
         adapter_base=base_of(folder),
     )
 
@@ -116,6 +128,9 @@ def _write_policy(source: Source, folder: Path, dtype: torch.dtype | None) -> Ex
 
 def _write_reward(source: Source, folder: Path, dtype: torch.dtype | None) -> Exported:
     """Write a sequence classifier with one label and its tokenizer."""
+    from safetensors.torch import save_file
+
+    from rlhf.models.classifiers import HEAD_FILE, has_classifier
     from rlhf.models.scalar import load_scalar
 
     tokenizer = source.chat.tokenizer
@@ -141,7 +156,12 @@ def _write_reward(source: Source, folder: Path, dtype: torch.dtype | None) -> Ex
     model.config.id2label, model.config.label2id = {0: "reward"}, {"reward": 0}
     model.to(dtype or _stored_dtype(source.model))
     _save(model, tokenizer, folder)
-    return Exported(_name(model.dtype), model.num_parameters(), scale=scale, folded=head is not None)
+    own_class = not has_classifier(model.config)
+    if own_class:
+        save_file({"score.weight": model.score.weight.detach().cpu().contiguous()}, folder / HEAD_FILE)
+    return Exported(
+        _name(model.dtype), model.num_parameters(), scale=scale, folded=head is not None, own_class=own_class
+    )
 
 
 def _merged_critic(source: Source) -> Any:

@@ -47,6 +47,8 @@ class CardFacts:
     license: str | None = None
     stage: str = "ppo"
     """sft, reward, ppo or critic."""
+    own_class: bool = False
+    """Whether body and head of a scalar model load separately."""
 
 
 def model_card(facts: CardFacts) -> str:
@@ -77,7 +79,7 @@ def model_card(facts: CardFacts) -> str:
         name=facts.path.rstrip("/").split("/")[-1],
         summary=SUMMARIES[facts.stage], mark=MARK, version=version("rlhf-rankings"), run=public_path(str(facts.run)),
         scalar=scalar, stage=facts.stage, folded=facts.folded, mean=mean, std=std,
-        model_class="AutoModelForSequenceClassification" if scalar else "AutoModelForCausalLM",
+        model_class=_model_class(facts, scalar), own_class=facts.own_class,
         path=repr(facts.path), adapter_base=repr(facts.adapter_base) if facts.adapter_base else None,
         lead=f"{facts.lead!r} + " if facts.lead else "", template_time=read_run(facts.run).get("template_time"),
         end_token=repr(facts.end_token), score="logit" if plain else f"(logit - {mean!r}) / {std!r}",
@@ -100,6 +102,13 @@ def model_card(facts: CardFacts) -> str:
         packages=list(ancestors[-1].info["packages"].items()),
     )  # fmt: skip
     return f"{card}\n"
+
+
+def _model_class(facts: CardFacts, scalar: bool) -> str:
+    """The auto class of transformers that loads the export."""
+    if facts.own_class:
+        return "AutoModel"
+    return "AutoModelForSequenceClassification" if scalar else "AutoModelForCausalLM"
 
 
 def _without_folders(value: Any) -> Any:

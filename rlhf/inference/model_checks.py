@@ -7,13 +7,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from rlhf.config.base import ModelConfig
 from rlhf.core.errors import UserError
 from rlhf.data.chat_tokenizer import ChatTokenizer, load_tokenizer
 from rlhf.data.schema import Message
+from rlhf.models.classifiers import HEAD_FILE
 from rlhf.models.load import load_policy
 from rlhf.models.scalar import ScalarModel, load_scalar, reward_scale
 from rlhf.ppo.actor_critic import ActorCritic
@@ -94,15 +96,21 @@ def reward_scores(run: str, exported: Path, trust_remote_code: bool = False) -> 
     config = ModelConfig(path=run, trust_remote_code=trust_remote_code)
     scalar = load_scalar(config, resolve_model_path(run), head="trained").eval()
     chat = load_tokenizer(config, resolve_model_path(run))
-    plain = AutoModelForSequenceClassification.from_pretrained(
-        exported, trust_remote_code=trust_remote_code, dtype=torch.float32
-    )
+    options = {"trust_remote_code": trust_remote_code, "dtype": torch.float32}
+    head = exported / HEAD_FILE
+    kind = AutoModel if head.is_file() else AutoModelForSequenceClassification
+    plain = kind.from_pretrained(exported, **options).eval()
     mean, std = reward_scale(exported)
     special = {chat.pad_id, plain.config.get_text_config().pad_token_id}
     texts = [[i + 1 if i in special else i for i in ids] for ids, _ in _rows(len(chat.tokenizer))]
     with torch.no_grad():
         found = scalar(*chat.pad(texts))
-        logits = torch.cat([plain.eval()(input_ids=torch.tensor([ids])).logits[0].float() for ids in texts])
+        outputs = [plain(input_ids=torch.tensor([ids])) for ids in texts]
+        if head.is_file():
+            weight = load_file(head)["score.weight"][0].float()
+            logits = torch.stack([output.last_hidden_state[0, -1].float() @ weight for output in outputs])
+        else:
+            logits = torch.cat([output.logits[0].float() for output in outputs])
     return _same("scores", found, (logits - mean) / std)
 
 

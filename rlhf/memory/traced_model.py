@@ -22,6 +22,7 @@ from rlhf.config.base import StageConfig
 from rlhf.core.table import Pick
 from rlhf.memory.tracer import CACHE, GRADIENTS, MemorySnapshot, MemoryTracer, fake_tensors, use_fake_weights
 from rlhf.memory.workload import BatchShape, Role, architecture, roles
+from rlhf.models.classifiers import new_classifier
 from rlhf.models.load import recompute_activations
 from rlhf.models.logprobs import causal_lm, head_chunks
 from rlhf.models.scalar import ScalarModel
@@ -124,12 +125,12 @@ class TracedModel:
             if getattr(text, "layer_types", None):
                 text.layer_types = text.layer_types[:depth]
         found.use_cache, found.num_labels = False, 1
-        kind = transformers.AutoModelForSequenceClassification if role.scalar else transformers.AutoModelForCausalLM
+        build = new_classifier if role.scalar else transformers.AutoModelForCausalLM.from_config
         attention = self.config.model.attn_implementation
         # Every attention without a tokens x tokens matrix counts like sdpa, whether it is installed here or not.
         options = {"attn_implementation": attention if attention in (None, "eager") else "sdpa"}
         with torch.device("meta"):
-            model = kind.from_config(found, dtype=torch.float32, **options)
+            model = build(found, dtype=torch.float32, **options)
             for module in model.modules():
                 if isinstance(module, nn.Dropout):
                     module.p = 0.0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import types
 import warnings
 from pathlib import Path
 from typing import Any
@@ -112,7 +113,14 @@ def _load(kind: Any, config: ModelConfig, path: str, dtype: torch.dtype, tokens:
         for name in names:
             if isinstance(getattr(module, name), float):
                 setattr(module, name, 0.0)
+        if any("jitter" in name for name in vars(module)):  # routers that draw noise in training mode (PhiMoE, Mixtral)
+            module.eval()
+            module.train = types.MethodType(_stay_in_eval, module)  # type: ignore[method-assign]
     return loaded
+
+
+def _stay_in_eval(module: nn.Module, mode: bool = True) -> nn.Module:
+    return module
 
 
 def recompute_activations(model: Any, **options: Any) -> None:

@@ -10,11 +10,11 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForSequenceClassification
 
 from rlhf.config.base import ModelConfig
 from rlhf.core.errors import UserError
-from rlhf.models.load import _load
+from rlhf.models.classifiers import classifier_class
+from rlhf.models.load import _load, load_hf_config
 from rlhf.models.logprobs import causal_lm, hidden_states
 from rlhf.models.shared_prompt import (
     NO_SHARING,
@@ -114,7 +114,13 @@ def load_scalar(
         UserError: The model cannot be loaded, has no score head, or lacks embedding rows for the ids.
     """
     model, loading = _load(
-        AutoModelForSequenceClassification, config, path, torch.float32, tokens, num_labels=1, output_loading_info=True
+        classifier_class(load_hf_config(config, path)),
+        config,
+        path,
+        torch.float32,
+        tokens,
+        num_labels=1,
+        output_loading_info=True,
     )
     scalar = ScalarModel(model)
     layer = model.score if scalar.is_decoder else getattr(model, "classifier", None)

@@ -136,7 +136,13 @@ def lora_config(
     dora: bool = False,
 ) -> Any:
     """PEFT's config for the options of `lora` or `qlora`, for a model without adapters."""
+    # A router is a linear layer that returns several tensors in some families (PhiMoE), which LoRA cannot extend.
+    routers = [
+        name for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and type(module).__module__.startswith("transformers.models.")
+    ]  # fmt: skip
     return peft.LoraConfig(
+        exclude_modules=routers or None,
         task_type=TASKS[task], r=rank, lora_alpha=alpha, lora_dropout=dropout, use_rslora=rslora, use_dora=dora,
         target_modules=target_modules if layers is None else _targets_in_last(model, layers, target_modules),
     )  # fmt: skip

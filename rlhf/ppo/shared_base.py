@@ -25,13 +25,14 @@ from peft import get_peft_model_state_dict, set_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForSequenceClassification
+from transformers import AutoConfig
 
 from rlhf.config.base import ModelConfig
 from rlhf.core.console import is_main, say
 from rlhf.core.errors import UserError
 from rlhf.data.chat_tokenizer import ChatTokenizer
 from rlhf.models import merging
+from rlhf.models.classifiers import new_classifier
 from rlhf.models.load import compute_dtype, count_parameters, load_policy, recompute_activations
 from rlhf.models.logprobs import hidden_states
 from rlhf.models.save import origin_of
@@ -256,7 +257,7 @@ def _scalar(config: ModelConfig, base: Any, adapter: Adapter) -> ScalarModel:
         settings = AutoConfig.from_pretrained(resolve_model_path(str(adapter.start)), **remote)
         settings._attn_implementation = base.config._attn_implementation
     with torch.device("meta"):
-        model = AutoModelForSequenceClassification.from_config(settings, **remote)
+        model = new_classifier(settings, **remote)
     prefix = base.base_model_prefix
     if not hasattr(model, "score") or type(getattr(model, prefix)) is not type(getattr(base, prefix)):
         raise UserError(
