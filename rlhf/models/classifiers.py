@@ -37,7 +37,7 @@ def classifier_class(config: Any) -> Any:
             "A score head needs hidden states.",
             "Use a model of another family.",
         )
-    body = MODEL_MAPPING[type(config)]
+    body: Any = MODEL_MAPPING[type(config)]
     return _over(body[0] if isinstance(body, tuple) else body)
 
 
