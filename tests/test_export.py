@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -57,7 +58,7 @@ for name, (path, base, ids) in given["policies"].items():
     torch.manual_seed(0)
     with torch.no_grad():
         logits = model(input_ids=ids).logits
-        answers = model.generate(**inputs, max_new_tokens=100, do_sample=True)[:, inputs["input_ids"].shape[1]:]
+        answers = model.generate(**inputs, max_new_tokens=100, do_sample=True, top_k=50)[:, inputs["input_ids"].shape[1]:]
     found[name] = {"logits": logits, "text": text, "answers": answers}
 for name, (path, texts) in given["rewards"].items():
     model = AutoModelForSequenceClassification.from_pretrained(path)
@@ -232,6 +233,26 @@ def test_the_cards_snippet_prints_the_score(name: str, runs: dict[str, str], pla
 @pytest.mark.parametrize("name", ["sft", "chatml", "lora", "lora-adapter", "prompt-tuning-adapter", "ppo"])
 def test_the_cards_snippet_prints_an_answer(name: str, plain: dict[str, Any]) -> None:
     assert plain[f"snippet of {name}"].strip()
+
+
+@pytest.mark.parametrize(
+    "given", [{"repetition_penalty": 5.0, "temperature": 0.01, "top_k": 1}, {"do_sample": False, "temperature": 0.3}]
+)
+def test_an_exports_generation_config_has_the_runs_sampling_and_nothing_of_the_bases(
+    given: dict[str, Any], tmp_path: Path
+) -> None:
+    base = tmp_path / "base"  # the second config is one that transformers loads but refuses to save
+    shutil.copytree(tiny.llama(), base)
+    (base / "generation_config.json").write_text(json.dumps({"eos_token_id": [2, 7], **given}))
+    sft = finished.sft(tmp_path / "sft", model=str(base))
+    ppo = finished.ppo(tmp_path / "ppo", sft, finished.reward(tmp_path / "reward"), temperature=0.7, top_k=5)
+    export(ppo, tmp_path / "out", EXPORTERS.pick("hf"))
+    found = json.loads((tmp_path / "out" / "generation_config.json").read_text())
+    sampling = {"do_sample": True, "temperature": 0.7, "top_k": 5, "top_p": 1.0}
+    ids = {"eos_token_id": [2, 7], "pad_token_id": 0, "bos_token_id": 1}
+    assert {
+        key: value for key, value in found.items() if key not in ("transformers_version", "_from_model_config")
+    } == sampling | ids
 
 
 # ---- options -----------------------------------------------------------------------------------------------------

@@ -111,13 +111,16 @@ def adapter(source: Source, folder: Path) -> Exported:
 
 def _write_policy(source: Source, folder: Path, dtype: torch.dtype | None) -> Exported:
     """Write a causal language model with its generation config and tokenizer."""
+    from rlhf.inference.sampling_params import sampling_params
     from rlhf.models.load import load_policy
     from rlhf.models.save import generation_config
 
     tokenizer = source.chat.tokenizer
     model = load_policy(source.config, str(source.model), dtype or _stored_dtype(source.model))
     model.config.use_cache = True  # it is off for training only
-    model.generation_config = generation_config(model, source.chat)
+    own = sampling_params(source.run)
+    drawn = {"temperature": own.temperature, "top_k": own.top_k, "top_p": own.top_p}
+    model.generation_config = generation_config(model, source.chat, do_sample=True, **drawn)
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.convert_ids_to_tokens(source.chat.pad_id)
     tokenizer.padding_side = "left"  # for generation, answers follow the prompts directly

@@ -104,6 +104,9 @@ def _load(kind: Any, config: ModelConfig, path: str, dtype: torch.dtype, tokens:
         raise UserError(f"model.path: {path} cannot be loaded", str(error).split("\n")[0]) from None
     model = loaded[0] if isinstance(loaded, tuple) else loaded
     model.config.use_cache = False
+    text = model.config.get_text_config()
+    if getattr(text, "output_router_logits", False):  # an auxiliary loss that no stage uses, and a forward that fails
+        text.output_router_logits = False
     if tokens is not None:
         add_rows(model, tokens)
     for module in model.modules():
@@ -115,7 +118,7 @@ def _load(kind: Any, config: ModelConfig, path: str, dtype: torch.dtype, tokens:
                 setattr(module, name, 0.0)
         if any("jitter" in name for name in vars(module)):  # routers that draw noise in training mode (PhiMoE, Mixtral)
             module.eval()
-            module.train = types.MethodType(_stay_in_eval, module)  # type: ignore[method-assign]
+            module.train = types.MethodType(_stay_in_eval, module)
     return loaded
 
 

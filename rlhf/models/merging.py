@@ -90,18 +90,21 @@ def _collect(module: Any, prefix: str, state: dict[str, Tensor], copies: dict[in
 def _merged_layer(layer: Any) -> dict[str, Tensor]:
     """Weight and bias of an adapter layer with its adapter merged."""
     base = layer.get_base_layer()
-    if quant_state(base.weight) is not None:
+    if _is_quantised(layer):
         rest = {name: p.detach().clone() for name, p in base.named_parameters() if name != "weight"}
         weight = _dequantised(base.weight)
         return {"weight": weight + layer.get_delta_weight(layer.active_adapters[0]).to(weight), **rest}
     before = {name: parameter.data for name, parameter in base.named_parameters()}
+    wrappers = [module for module in layer.modules() if isinstance(module, BaseTunerLayer)]
     try:
-        layer.merge(safe_merge=True)  # `safe_merge`: PEFT replaces the tensor by a merged copy
+        for wrapper in wrappers:  # one for each weight of a module of experts, nested
+            wrapper.merge(safe_merge=True)  # `safe_merge`: PEFT replaces the tensor by a merged copy
         return {name: parameter.data.clone() for name, parameter in base.named_parameters()}
     finally:
         for name, parameter in base.named_parameters():
             parameter.data = before[name]
-        layer.merged_adapters.clear()
+        for wrapper in wrappers:
+            wrapper.merged_adapters.clear()
 
 
 @contextmanager
@@ -112,7 +115,7 @@ def adapters_merged(model: Any) -> Iterator[None]:
     complete on this process. Adapters of 4-bit layers are not merged.
     """
     layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
-    layers = [layer for layer in layers if quant_state(layer.get_base_layer().weight) is None]
+    layers = [layer for layer in layers if not _is_quantised(layer)]
     before = [(p, p.data) for layer in layers for p in layer.get_base_layer().parameters()]
     adapted = set(layers)
     children = [(m._modules, name, x) for m in model.modules() for name, x in m._modules.items() if x in adapted]
@@ -134,6 +137,11 @@ def adapters_merged(model: Any) -> Iterator[None]:
 def quant_state(parameter: Any) -> Any:
     """How bitsandbytes packed a 4-bit weight; None for any other weight."""
     return getattr(parameter, "quant_state", None)
+
+
+def _is_quantised(layer: Any) -> bool:
+    """Whether an adapter layer's base is in 4 bits. A module of experts has no `weight`, and never is."""
+    return quant_state(getattr(layer.get_base_layer(), "weight", None)) is not None
 
 
 def _dequantised(parameter: Any) -> Tensor:

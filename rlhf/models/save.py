@@ -26,6 +26,8 @@ def save_result(path: Path, model: Any, chat: Any, tuning: Pick) -> None:
     """
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     folder = path / "model"
+    if base.can_generate():
+        base.generation_config = generation_config(base, chat)  # the base's own may be one that cannot be saved
     if is_main():
         for old in (folder, path / "adapter"):
             shutil.rmtree(old, ignore_errors=True)
@@ -40,7 +42,7 @@ def save_result(path: Path, model: Any, chat: Any, tuning: Pick) -> None:
     if is_main():
         chat.tokenizer.save_pretrained(folder)
         if base.can_generate():
-            generation_config(base, chat).save_pretrained(folder)
+            base.generation_config.save_pretrained(folder)
 
 
 def _save_adapter(folder: Path, model: Any) -> None:
@@ -56,9 +58,12 @@ def origin_of(model: Any) -> str:
     return str(source.resolve()) if source.is_dir() else str(source)
 
 
-def generation_config(model: Any, chat: Any) -> Any:
-    """The model's generation config with the end tokens of rollouts and the padding token of `chat`."""
-    config = GenerationConfig.from_dict(model.generation_config.to_dict())
-    config.eos_token_id, config.pad_token_id = stop_ids(model, chat), chat.pad_id
+def generation_config(model: Any, chat: Any, **sampling: Any) -> Any:
+    """A generation config with the end tokens of rollouts, the padding token of `chat` and these sampling options.
+
+    Nothing of the base's own config is kept but its end tokens: no stage samples with its temperature or penalties.
+    """
+    ends, bos = stop_ids(model, chat), chat.tokenizer.bos_token_id
+    config = GenerationConfig(eos_token_id=ends, pad_token_id=chat.pad_id, bos_token_id=bos, **sampling)
     config._from_model_config = False  # else loading it takes the end token from config.json
     return config
