@@ -58,7 +58,8 @@ for name, (path, base, ids) in given["policies"].items():
     torch.manual_seed(0)
     with torch.no_grad():
         logits = model(input_ids=ids).logits
-        answers = model.generate(**inputs, max_new_tokens=100, do_sample=True, top_k=50)[:, inputs["input_ids"].shape[1]:]
+        answers = model.generate(**inputs, max_new_tokens=100, do_sample=True, top_k=50)
+        answers = answers[:, inputs["input_ids"].shape[1]:]
     found[name] = {"logits": logits, "text": text, "answers": answers}
 for name, (path, texts) in given["rewards"].items():
     model = AutoModelForSequenceClassification.from_pretrained(path)
