@@ -13,7 +13,7 @@ from data_tools.reading.csv_rows import CSV, csv_columns, csv_rows
 from data_tools.reading.rows import JSON, is_binary, rows
 from data_tools.reading.sheets import EXCEL, is_workbook, sheet_rows
 from rlhf.core.errors import UserError, nearest
-from rlhf.data.jsonl import Item, OnReject, open_bytes
+from rlhf.data.jsonl import READ_ERRORS, Item, OnReject, open_bytes
 
 TABLES = (*CSV, *EXCEL, *JSON)
 """Suffixes of the files that `cell_rows` reads."""
@@ -120,16 +120,23 @@ def columns_of(found: Collection[Any], names: Collection[str] = ()) -> dict[str,
 
 def is_table_text(path: Path) -> bool:
     """Whether the file is CSV or TSV rather than JSON, Parquet, Arrow or a workbook."""
-    with open_bytes(path) as file:
-        head: bytes = file.peek(64)  # type: ignore[attr-defined]
+    head = _head(path)
     if is_binary(head) or is_workbook(head):
         return False
     return path.name.lower().endswith(CSV) or not head.lstrip(b"\xef\xbb\xbf \t\r\n").startswith((b"[", b"{"))
 
 
+def _head(path: Path) -> bytes:
+    """The first bytes of a file, unpacked; none where it is damaged, which reading its rows reports."""
+    try:
+        with open_bytes(path) as file:
+            return bytes(file.peek(64))  # type: ignore[attr-defined]
+    except READ_ERRORS:
+        return b""
+
+
 def _objects(path: Path, reject: OnReject, sheet: str | None) -> Iterator[Item]:
-    with open_bytes(path) as file:
-        workbook = is_workbook(file.peek(4))  # type: ignore[attr-defined]
+    workbook = is_workbook(_head(path))
     for line, raw, value in sheet_rows(path, sheet) if workbook else rows(path, reject):
         yield Item(line, raw, value if isinstance(value, dict) else {})
 
