@@ -93,6 +93,18 @@ def _load(kind: Any, config: ModelConfig, path: str, dtype: torch.dtype, tokens:
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()  # else it warns at length about every new head
     found = load_hf_config(config, path)
+    if found.is_encoder_decoder:
+        raise UserError(
+            f"model.path: {path} is an encoder-decoder ({found.model_type})",
+            "Its prompt and answer go through different halves, which no stage supports.",
+            "Use a decoder (Llama, Qwen, ...), or for a reward model also an encoder (BERT, ...).",
+        )
+    if (Path(path) / "adapter_config.json").is_file():
+        raise UserError(
+            f"model.path: {path} holds a model and an adapter (adapter_config.json)",
+            "transformers would take the weights from the adapter's base, not from this folder.",
+            "Remove adapter_config.json to use the folder's own weights, or merge the adapter first.",
+        )
     if tokens is not None:
         check_vocabulary(config, found, path, tokens)
     options = {"trust_remote_code": config.trust_remote_code, "use_safetensors": True, "dtype": dtype, **more}

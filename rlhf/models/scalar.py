@@ -113,8 +113,15 @@ def load_scalar(
     Raises:
         UserError: The model cannot be loaded, has no score head, or lacks embedding rows for the ids.
     """
+    found = load_hf_config(config, path)
+    if found.num_labels != 1 and any(name.endswith("ForSequenceClassification") for name in found.architectures or []):
+        raise UserError(
+            f"{path}: a classifier with {found.num_labels} labels, not a reward model",
+            "A score is one number.",
+            "Use the model that it was made from, or a classifier with one label.",
+        )
     model, loading = _load(
-        classifier_class(load_hf_config(config, path)),
+        classifier_class(found),
         config,
         path,
         torch.float32,

@@ -1,0 +1,39 @@
+"""Models that cannot be used, and what the refusal says to do."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+import tiny
+import transformers
+
+from rlhf.config.base import ModelConfig
+from rlhf.core.errors import UserError
+from rlhf.models.load import load_policy
+from rlhf.models.scalar import load_scalar
+
+
+def test_a_classifier_with_two_labels_is_no_reward_model(tmp_path):
+    model = transformers.AutoModelForSequenceClassification.from_pretrained(tiny.llama(), num_labels=2)
+    model.save_pretrained(tmp_path)
+    with pytest.raises(UserError, match="a classifier with 2 labels"):
+        load_scalar(ModelConfig(path=str(tmp_path)), str(tmp_path))
+
+
+def test_an_encoder_decoder_is_refused(tmp_path):
+    size = {"d_model": 16, "encoder_layers": 1, "decoder_layers": 1, "encoder_ffn_dim": 16, "decoder_ffn_dim": 16}
+    transformers.BartConfig(vocab_size=320, **size).save_pretrained(tmp_path)
+    for load in (load_policy, load_scalar):
+        with pytest.raises(UserError, match="is an encoder-decoder"):
+            load(ModelConfig(path=str(tmp_path)), str(tmp_path))
+
+
+def test_a_model_folder_whose_adapter_config_points_elsewhere_is_refused(tmp_path):
+    folder = shutil.copytree(tiny.llama(), tmp_path / "model")
+    (folder / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "base_model_name_or_path": "other/x"}))
+    for load in (load_policy, load_scalar):
+        with pytest.raises(UserError, match="holds a model and an adapter") as refused:
+            load(ModelConfig(path=str(folder)), str(folder))
+        assert "Remove adapter_config.json" in str(refused.value.remedy)
