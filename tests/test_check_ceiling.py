@@ -15,7 +15,7 @@ from data_tools.statistics.accumulator import accumulated
 from data_tools.statistics.ceiling import AgreementObserver, agreement_of, ceiling
 from rlhf.core.errors import UserError
 from rlhf.data.schema import Candidate, Demonstration, Message, Proposal, to_dict
-from rlhf.data.store import DatasetWriter, open_dataset
+from rlhf.data.store import DatasetWriter, file_hash, open_dataset
 
 
 def agreement(tmp_path, rows):
@@ -146,7 +146,8 @@ def test_a_dataset_of_the_first_schema_version_is_read(tmp_path):
     data = write(tmp_path / "d", panel(30, dict.fromkeys("abc", 0.9)))
     shard = data.path / "shard-00000.parquet"
     pq.write_table(pq.read_table(shard).drop_columns(["seconds", "shown", "weight", "merged"]), shard)
-    (data.path / "manifest.json").write_text(json.dumps(data.manifest | {"schema_version": 1}))
+    shards = [data.manifest["shards"][0] | {"sha256": file_hash(shard)}]
+    (data.path / "manifest.json").write_text(json.dumps(data.manifest | {"schema_version": 1, "shards": shards}))
     assert agreement_of(accumulated(open_dataset(data.path)))["pairs"] == 30
 
 

@@ -455,7 +455,9 @@ values = st.recursive(
 any_rows = st.lists(st.dictionaries(st.sampled_from(["question", "answer", "context", *ALWAYS]), values), max_size=6)
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
+)
 @given(rows=any_rows, shots=st.integers(0, 2))
 def test_whatever_a_row_holds_it_is_written_or_rejected(tmp_path, rows, shots):
     file = jsonl(tmp_path / "r.jsonl", [{"question": "Why?", "answer": "So."}, *rows])
