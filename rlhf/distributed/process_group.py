@@ -77,8 +77,9 @@ def start(timeout_seconds: int, deepspeed_alone: bool = False) -> None:
 
 
 def stop() -> None:
-    """Leave the process group."""
+    """Leave the process group, and let this process (a notebook, perhaps) calculate with denormal numbers again."""
     _Heartbeat.end()
+    torch.set_flush_denormal(False)
     if dist.is_initialized():
         dist.destroy_process_group()
 
