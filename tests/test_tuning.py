@@ -11,7 +11,7 @@ import peft
 import pytest
 import tiny
 import torch
-from transformers import AutoModelForCausalLM, GenerationConfig
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
 from rlhf.config.base import ModelConfig
 from rlhf.core.errors import UserError
@@ -21,6 +21,7 @@ from rlhf.models.load import load_policy
 from rlhf.models.merging import merged_state
 from rlhf.models.save import save_result
 from rlhf.models.scalar import load_scalar
+from rlhf.models.tiny_copy import random_model, tiny_config
 from rlhf.models.tuning import TUNING, quantize, say_trainable, virtual_tokens
 
 NEEDED: dict[str, dict[str, Any]] = {"last-layers": {"layers": 1}, "modules": {"names": [r"q_proj", r"layers\.1\.mlp"]}}
@@ -281,3 +282,11 @@ def test_an_adapter_over_4_bits_merges_to_the_function_that_was_trained(
 def test_the_table_is_known_without_importing_torch() -> None:
     code = "import sys, rlhf.models.tuning; sys.exit('torch' in sys.modules or 'peft' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=tiny.REPOSITORY).returncode == 0
+
+
+def test_lora_extends_a_familys_own_linear_layers():
+    """Falcon's are a subclass of nn.Linear, as routers are, which alone are left out."""
+    config = tiny_config(AutoConfig.for_model("falcon"), 259)
+    model = TUNING.pick({"name": "lora", "rank": 2})(random_model(config), None, "causal")
+    extended = {name.split(".")[-4] for name, _ in model.named_parameters() if "lora_A" in name}
+    assert extended == {"query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h"}

@@ -139,7 +139,7 @@ def lora_config(
     # A router is a linear layer that returns several tensors in some families (PhiMoE), which LoRA cannot extend.
     routers = [
         name for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and type(module).__module__.startswith("transformers.models.")
+        if isinstance(module, nn.Linear) and "Router" in type(module).__name__
     ]  # fmt: skip
     return peft.LoraConfig(
         exclude_modules=routers or None,
