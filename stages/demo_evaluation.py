@@ -96,7 +96,7 @@ def _policy_metrics(
 
 
 def _compare(after: Sequence[Verdict], before: Sequence[Verdict]) -> dict[str, Any]:
-    """How often the first policy's completion has more points than the other's for the same prompt; ties aside."""
+    """How often the first policy's completion has more points than the other's for the same prompt, without ties."""
     gaps = np.array([a.points - b.points for a, b in zip(after, before)])
     decided = gaps[gaps != 0]
     return {

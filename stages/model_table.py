@@ -72,7 +72,8 @@ def make_family(family: str, folder: Path) -> str:
 
     quiet()
     words = tokenizer()
-    config = tiny_config(AutoConfig.for_model(family, **SETTINGS.get(family, {})), len(words))
+    # One row more than ids, because the tokenizer class that transformers loads for Qwen2 adds an id of its own.
+    config = tiny_config(AutoConfig.for_model(family, **SETTINGS.get(family, {})), len(words) + 1)
     for part in (config, config.get_text_config()):
         part.pad_token_id, part.bos_token_id, part.eos_token_id = 0, 1, 2
     model = random_model(config)

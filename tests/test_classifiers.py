@@ -23,39 +23,26 @@ from rlhf.models.load import load_hf_config
 from rlhf.models.scalar import load_scalar
 from stages import ppo, reward
 
-SMALL = {
-    "vocab_size": 320, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "max_position_embeddings": 128, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
-}  # fmt: skip
-STATES = {key: SMALL[key] for key in SMALL if key.endswith("_id") or key in ("vocab_size", "hidden_size")}
+STATES = {
+    key: value for key, value in tiny.SMALL.items() if key.endswith("_id") or key in ("vocab_size", "hidden_size")
+}
 FAMILIES = {
-    "granite": {**SMALL, "logits_scaling": 2.0},
-    "cohere": SMALL,
-    "gemma4_text": {**SMALL, "head_dim": 8, "hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": 320},
-    "lfm2": {**SMALL, "layer_types": ["conv", "full_attention"]},
-    "olmoe": {**SMALL, "num_experts": 4, "num_experts_per_tok": 2},
+    "granite": {**tiny.SMALL, "logits_scaling": 2.0},
+    "cohere": tiny.SMALL,
+    "gemma4_text": {**tiny.SMALL, "head_dim": 8, "hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": 320},
+    "lfm2": {**tiny.SMALL, "layer_types": ["conv", "full_attention"]},
+    "olmoe": {**tiny.SMALL, "num_experts": 4, "num_experts_per_tok": 2},
     "mamba": {**STATES, "num_hidden_layers": 2, "state_size": 4},
 }
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    """family -> folder of a random model with the tokenizer of `tiny`."""
-
-    def make(family):
-        path = tmp_path_factory.getbasetemp() / f"headless-{family}"
-        if not path.exists():
-            torch.manual_seed(0)
-            model_config = transformers.AutoConfig.for_model(family, **FAMILIES[family])
-            transformers.AutoModelForCausalLM.from_config(model_config).save_pretrained(path)
-            tiny.tokenizer().save_pretrained(path)
-        return str(path)
-
-    return make
+def folder(family: str) -> str:
+    """A random model of the family, with the tokenizer of `tiny`."""
+    return tiny.of_family(family, FAMILIES[family])
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_the_head_is_on_the_language_models_own_body(family, folder, tmp_path):
+def test_the_head_is_on_the_language_models_own_body(family, tmp_path):
     path = folder(family)
     scalar = load_scalar(ModelConfig(path=path), path).eval()
     scalar.model.save_pretrained(tmp_path)
@@ -81,7 +68,7 @@ def test_the_head_is_on_the_language_models_own_body(family, folder, tmp_path):
         pytest.param("mamba", "full", marks=pytest.mark.slow),
     ],
 )
-def test_reward_stage_ppo_and_the_cards_code_work(family, tuning, folder, rankings, prompts, tmp_path):
+def test_reward_stage_ppo_and_the_cards_code_work(family, tuning, rankings, prompts, tmp_path):
     path = folder(family)
     batch = {"batch_size": 4, "micro_batch_size": 4, "max_steps": 2}
     made = reward_runs.config(tmp_path, rankings, model={"path": path}, batch=batch, tuning=tuning)
@@ -109,13 +96,13 @@ def test_the_pages_code_is_the_cards():
         assert line.split(" = ")[1] in card
 
 
-def test_a_shared_base_holds_the_critic_of_such_a_family(folder, prompts, tmp_path):
+def test_a_shared_base_holds_the_critic_of_such_a_family(prompts, tmp_path):
     values = {"model__path": folder("granite"), "model__sharing": "shared", "updates": 1}
     ppo.run(config(tmp_path / "run", prompts, tuning="lora", critic__tuning="lora", **values))
     export(tmp_path / "run", tmp_path / "critic", EXPORTERS.pick("hf"), role="critic")
     assert (tmp_path / "critic" / "score.safetensors").is_file()
 
 
-def test_families_with_a_classifier_use_transformers_own(folder):
+def test_families_with_a_classifier_use_transformers_own():
     found = load_hf_config(ModelConfig(path=tiny.llama()), tiny.llama())
     assert classifier_class(found) is transformers.AutoModelForSequenceClassification

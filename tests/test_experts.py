@@ -17,16 +17,12 @@ from rlhf.export.formats import EXPORTERS
 from rlhf.models.load import load_policy
 from stages import ppo, reward
 
-SMALL = {
-    "vocab_size": 320, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "max_position_embeddings": 128, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
-}  # fmt: skip
-LOCAL = {**SMALL, "num_local_experts": 4, "num_experts_per_tok": 2}
+LOCAL = {**tiny.SMALL, "num_local_experts": 4, "num_experts_per_tok": 2}
 FAMILIES = {
     "phimoe": LOCAL,
     "mixtral": {**LOCAL, "router_jitter_noise": 0.1, "output_router_logits": True},
     "qwen3_moe": {
-        **SMALL, "head_dim": 8, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16,
+        **tiny.SMALL, "head_dim": 8, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16,
         "output_router_logits": True,
     },
     "gpt_oss": {
@@ -36,24 +32,13 @@ FAMILIES = {
 }  # fmt: skip
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    """family -> folder of a random model with the tokenizer of `tiny`."""
-
-    def make(family):
-        path = tmp_path_factory.getbasetemp() / f"experts-{family}"
-        if not path.exists():
-            torch.manual_seed(0)
-            model_config = transformers.AutoConfig.for_model(family, **FAMILIES[family])
-            transformers.AutoModelForCausalLM.from_config(model_config).save_pretrained(path)
-            tiny.tokenizer().save_pretrained(path)
-        return str(path)
-
-    return make
+def folder(family: str) -> str:
+    """A random model of the family, with the tokenizer of `tiny`."""
+    return tiny.of_family(family, FAMILIES[family])
 
 
 @pytest.mark.parametrize("family", ["phimoe", "mixtral"])
-def test_a_router_draws_no_noise_in_training_mode(family, folder):
+def test_a_router_draws_no_noise_in_training_mode(family):
     policy = load_policy(ModelConfig(path=folder(family)), folder(family)).train()
     ids = torch.randint(3, 320, (4, 20), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
@@ -65,7 +50,7 @@ def test_a_router_draws_no_noise_in_training_mode(family, folder):
 @pytest.mark.slow
 @pytest.mark.parametrize("tuning", ["full", "lora"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_all_stages_run_and_plain_transformers_loads_the_export(family, tuning, folder, demos, rankings, tmp_path):
+def test_all_stages_run_and_plain_transformers_loads_the_export(family, tuning, demos, rankings, tmp_path):
     batch = {"batch_size": 4, "micro_batch_size": 4, "max_steps": 2}
     settings = sft_runs.settings(demos, tmp_path / "sft", model={"path": folder(family)}, batch=batch, tuning=tuning)
     sft = str(sft_runs.run(settings))

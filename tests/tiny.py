@@ -88,6 +88,26 @@ def bert() -> str:
         return _save(BertModel(config), "bert")
 
 
+SMALL = {
+    "vocab_size": 320, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "max_position_embeddings": 128, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
+}  # fmt: skip
+"""Sizes for `of_family`."""
+
+
+def of_family(family: str, settings: dict[str, Any]) -> str:
+    """Folder of a random causal model of a family of transformers, made once for each family, with `tokenizer`."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    folder = _folder() / f"family-{family}"
+    if folder.exists():
+        return str(folder)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return _save(AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **settings)), folder.name)
+
+
 def _save(model: Any, name: str) -> str:
     folder = _folder() / name
     model.save_pretrained(folder)

@@ -244,7 +244,7 @@ def _in_folder(folder: Path, suffixes: tuple[str, ...]) -> list[Path]:
 
 
 def _is_of_save_to_disk(file: Path, saved: Collection[Path]) -> bool:
-    """Whether a file beside the rows in a folder that `Dataset.save_to_disk` wrote holds none of its rows."""
+    """Whether a file next to the rows in a folder that `Dataset.save_to_disk` wrote holds none of its rows."""
     if file.name == "dataset_dict.json":
         return any(folder.parent == file.parent for folder in saved)
     return file.parent in saved and (file.suffix == ".json" or file.name.startswith("cache-"))

@@ -15,8 +15,8 @@ UNSEEN = {"script", "style"}
 def html_text(html: str) -> str:
     """The visible text: without tags, with entities resolved and a blank line between blocks.
 
-    List items begin with ``- ``. Code blocks stand between lines of three backticks, their white space as it is; inline
-    code is between backticks. Links leave their text, images nothing.
+    List items begin with ``- ``. Code blocks are put between lines of three backticks with their white space as it is,
+    inline code between backticks. Links leave their text, images nothing.
 
     Raises:
         BadRecord: The HTML cannot be parsed.

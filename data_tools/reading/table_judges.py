@@ -47,7 +47,7 @@ BOXES = {"true": True, "yes": True, "x": True, "on": True, "false": False, "no":
 
 
 def _ticked(given: dict[str, str], there: list[str]) -> dict[str, float]:
-    """Rank 1 for answers whose box is ticked, 2 for the others; an empty cell beside a tick is an unticked box."""
+    """Rank 1 for answers whose box is ticked, 2 for the others. If any box is ticked, an empty cell is unticked."""
     ticked = {name: BOXES.get(text.lower(), False) for name, text in given.items() if text or name in there}
     if not any(ticked.values()):
         raise BadRecord("ranks: no answer is ticked", brief(given), "Nothing was preferred; leave it out.")

@@ -10,7 +10,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -85,12 +85,10 @@ def _locked_folder(partial: Path, path: Path) -> int:
             raise UserError(f"{path}: another process is writing it", remedy=remedy) from None
         except OSError:
             return handle  # a file system without locks
-        try:
+        with suppress(FileNotFoundError):  # the folder got its final name, or was removed, before it was locked
             if os.path.samestat(os.fstat(handle), os.stat(partial)):
                 return handle
-        except FileNotFoundError:
-            pass
-        os.close(handle)  # the folder got its final name, or was removed, before it was locked
+        os.close(handle)
 
 
 def write_bytes(path: Path, content: bytes) -> None:

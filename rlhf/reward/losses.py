@@ -249,7 +249,8 @@ def plackett_luce(
     (J. Amer. Statist. Assoc. 72, 557-565, 1977): while l of them are placed, (m - l) / m of their summed e^s is left
     in the denominator. It is exact where tied scores are equal, and it draws them together, which the exact sum would
     not do for a tie at the bottom: two tied candidates alone have the loss of Rao-Kupper's tie at theta -> 1, up to a
-    constant. The loss is >= 0, and approaches 0 as ties become equal and groups far apart. `ratings` are not used.
+    constant. The loss is >= 0, and approaches 0 as ties become equal and the gaps
+    between groups grow. `ratings` are not used.
     """
     padded = _pad(scores, batch)
     either = padded.tied | padded.tied.mT
