@@ -48,7 +48,7 @@ if where == "write":
             os.kill(os.getpid(), signal.SIGKILL)
         return seal(self, partial, step)
     Checkpoints._seal = killed
-distributed.name_lost_ranks(reward.run)(load_stage_config(RewardConfig, file), resume=where != "new")
+distributed.name_lost_ranks(reward.run)(load_stage_config(RewardConfig, file), resume=where == "none")
 distributed.stop()
 """
 
