@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import importlib
+import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from rlhf.cli.stage_configs import STAGES
 from rlhf.config.load import check_config, read_values
 from rlhf.core.errors import UserError
 from rlhf.data.schema import Record
-from rlhf.data.store import DatasetWriter
+from rlhf.data.store import DatasetWriter, open_dataset
 from rlhf.reward.sources import import_function
 from rlhf.runs.lock import unlock
 from rlhf.runs.run import is_complete, is_run
@@ -90,15 +91,16 @@ def _train(
 ) -> Path:
     values = read_values(config) if isinstance(config, (str, Path)) else copy.deepcopy(dict(config))
     where = str(config) if isinstance(config, (str, Path)) else f"train_{stage}"
-    for key, records in data.items():
-        if records is not None:
-            values["data"] = {
-                **values.get("data", {}),
-                key: _saved(records, values.get("run"), key, resume or overwrite),
-            }
+    given = {key: records for key, records in data.items() if records is not None}
+    paths = {key: f"{str(values.get('run')).rstrip('/')}-data/{key}" for key in given}
+    if given:
+        values["data"] = {**values.get("data", {}), **paths}
     if reward is not None:
         values["reward"] = {"name": "function", "function": _name(reward)}
     checked = check_config(STAGES[stage], values, where)
+    for key, records in given.items():
+        if resume or overwrite or not is_run(checked.run):  # else the run is refused below, and its data stays
+            _save(records, Path(paths[key]), known=resume and is_run(checked.run))
     check(stage, checked, resume, overwrite)
     folder = Path(checked.run)
     if not (resume and is_complete(checked)):
@@ -109,16 +111,32 @@ def _train(
     return folder
 
 
-def _saved(records: Sequence[Record], run: Any, key: str, replace: bool) -> str:
-    """The path of a dataset of these records. The same records give the same bytes, so the run can be continued."""
-    if not isinstance(run, str) or not run:
-        raise UserError("run: missing; this key is required", remedy="Name the run folder, such as runs/my-sft.")
-    folder = Path(f"{run.rstrip('/')}-data") / key
-    if replace or not is_run(run):  # else the run is refused, and its data stays
-        with DatasetWriter(folder, None, {"function": f"train, {key}"}, overwrite=True) as writer:
-            for record in records:
-                writer.write(record)
-    return str(folder)
+def _save(records: Sequence[Record], folder: Path, known: bool) -> None:
+    """Write a dataset; the same records give the same bytes.
+
+    Args:
+        records: Its records.
+        folder: Where it is, or shall be.
+        known: A run that was started with the dataset in `folder` goes on, so the records must be the same.
+
+    Raises:
+        UserError: They are not.
+    """
+    new = folder.with_name(f"{folder.name}.new") if known else folder
+    with DatasetWriter(new, None, {"function": f"train, {folder.name}"}, overwrite=True) as writer:
+        for record in records:
+            writer.write(record)
+    if not known:
+        return
+    try:
+        same = open_dataset(new).fingerprint == open_dataset(folder).fingerprint
+    finally:
+        shutil.rmtree(new)
+    if not same:
+        raise UserError(
+            f"{folder}: the run was started with other records, so resume=True would not continue the same run",
+            remedy="Give the same records in the same order, or start again with overwrite=True.",
+        )
 
 
 def _name(function: Callable[..., Any]) -> str:

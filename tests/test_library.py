@@ -68,6 +68,10 @@ def test_records_are_saved_next_to_the_run_which_goes_on_with_them(tmp_path, dem
     assert train_sft(config, demonstrations, resume=True) == run
     assert open_dataset(f"{run}-data/train").fingerprint == saved.fingerprint
     assert (run / "model" / "model.safetensors").read_bytes() == weights
+    with pytest.raises(UserError, match="started with other records"):
+        train_sft(config, demonstrations[:2], resume=True)
+    assert open_dataset(f"{run}-data/train").fingerprint == saved.fingerprint
+    assert [path.name for path in Path(f"{run}-data").iterdir()] == ["train"]
 
 
 @pytest.fixture(scope="module")
@@ -78,6 +82,13 @@ def demonstrations(tmp_path_factory):
 def test_a_reward_without_a_name_is_refused_before_anything_is_loaded(tmp_path, demonstrations):
     with pytest.raises(UserError, match="not known by a name"):
         train_ppo({"run": str(tmp_path / "run")}, demonstrations, reward=lambda messages, text: 0.0)
+
+
+def test_without_a_run_folder_nothing_is_written(tmp_path, demonstrations, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match="run: missing"):
+        train_sft({"model": {"path": tiny.llama()}}, demonstrations)
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_typo_in_a_config_names_the_function(tmp_path, demonstrations):
