@@ -49,7 +49,7 @@ def hh_rlhf(path: Path, reject: OnReject) -> Iterator[Record]:
     Rejected: an empty or missing answer, two identical answers, transcripts that differ before the last answer (what
     was preferred is then not an answer to one prompt), and text that does not begin and end with a turn.
     """
-    return convert_rows(path, reject, _ranking)
+    return convert_rows(path, reject, _ranking, always_read={"chosen", "rejected"})
 
 
 def _ranking(row: Any) -> Ranking:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence, Set
 from functools import partial, wraps
 from itertools import islice
 from pathlib import Path
@@ -14,7 +14,7 @@ from data_tools.reading.cells import columns_of
 from data_tools.reading.fields import without_nulls
 from data_tools.reading.route import route
 from data_tools.reading.rows import is_binary, rows
-from data_tools.reading.turns import has_later_marks, is_transcript
+from data_tools.reading.turns import begins_with_mark, has_later_marks
 from data_tools.reading.unread import ReadFields, unread_fault
 from rlhf.core.errors import UserError
 from rlhf.core.table import Table
@@ -43,6 +43,7 @@ def convert_rows(
     reject: OnReject,
     convert: Callable[[Any], Record | Iterable[Record | BadRecord]],
     left_out: Collection[str] = (),
+    always_read: Set[str] = frozenset(),
 ) -> Iterator[Record]:
     """Records from the rows of a file. A field that is null is absent.
 
@@ -52,12 +53,15 @@ def convert_rows(
         convert: Gives the record of one row, or raises BadRecord. For a row of several records (a task with several
             annotations), it gives an iterable of records and BadRecords, each BadRecord one that cannot be used.
         left_out: Fields that the format's docstring says are left out.
+        always_read: Fields that `convert` reads in every row. What it reads is not recorded for rows without others,
+            which is quicker.
     """
     ignored = {*left_out, *getattr(reject, "ignored_fields", ())}
     for line, raw, value in rows(path, reject):
         try:
             value = without_nulls(value) if (b"null" if isinstance(raw, bytes) else "null") in raw else value
-            row = ReadFields(value) if isinstance(value, dict) else value
+            recorded = isinstance(value, dict) and not value.keys() <= always_read
+            row = ReadFields(value) if recorded else value
             converted = convert(row)
             made = [converted] if isinstance(converted, Prompt) else list(converted)
             if (fault := unread_fault(row, ignored)) and any(isinstance(record, Prompt) for record in made):
@@ -98,8 +102,11 @@ def importer_of(convert: Callable[..., Any], left_out: Collection[str] = ()) -> 
 def _transcript_fault(record: Record) -> BadRecord | None:
     """The fault of a record whose prompt or answer holds the turns of a whole chat as one text."""
     said = [message.content for message in record.messages]
-    said += [record.answer] if isinstance(record, Demonstration) else []
-    marked = next((text for text in said if is_transcript(text) and has_later_marks(text)), None)
+    if isinstance(record, Demonstration):
+        said.append(record.answer)
+    if not any(map(begins_with_mark, said)):  # a loop in C: every row of every import comes here
+        return None
+    marked = next((text for text in said if begins_with_mark(text) and has_later_marks(text)), None)
     if marked is None:
         return None
     remedy = "Write its turns as a list of {role, content}, or import the rows as trl-preference or hh-rlhf."

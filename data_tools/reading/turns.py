@@ -13,12 +13,14 @@ from rlhf.data.schema import BadRecord, Message
 
 _MARK = re.compile(r"(?:^|\n\n)\s*(Human|Assistant):")
 _LATER = re.compile(r"\n\n(?:Human|Assistant):")
+begins_with_mark = re.compile(r"\s*(?:Human|Assistant):").match
+"""Whether text begins with a turn of a transcript in the marks of HH-RLHF: a match, or None."""
 _MARK_ROLES: dict[str, Role] = {"Human": "user", "Assistant": "assistant"}
 
 
 def is_transcript(value: Any) -> bool:
     """Whether it is text that begins with a turn of a transcript in the marks of HH-RLHF."""
-    return isinstance(value, str) and value.lstrip().startswith(("Human:", "Assistant:"))
+    return isinstance(value, str) and begins_with_mark(value) is not None
 
 
 def has_later_marks(value: str) -> bool:
