@@ -3,11 +3,18 @@
 from __future__ import annotations
 
 import json
+import shlex
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
+import peft
 import pytest
 import tiny
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
 
 from rlhf.config.base import ModelConfig
 from rlhf.core.errors import UserError
@@ -103,3 +110,39 @@ def test_a_tokenizer_that_cannot_be_read_is_one_error(model, content):
 def test_an_intact_folder_is_read(model):
     assert resolve_model_path(model) == str(model)
     assert load_hf_config(ModelConfig(path=str(model)), str(model)).model_type == "llama"
+
+
+def test_a_pickled_model_is_refused_with_the_command_that_converts_it(model):
+    whole = AutoModelForCausalLM.from_pretrained(model).state_dict()
+    torch.save(whole, model / "pytorch_model.bin")
+    (model / "model.safetensors").unlink()
+    with pytest.raises(UserError, match=r"are a pickle \(pytorch_model.bin\), which is never loaded") as caught:
+        resolve_model_path(str(model))
+    convert(caught.value.remedy)
+    assert resolve_model_path(str(model)) == str(model)
+    assert torch.equal(load_file(model / "model.safetensors")["model.norm.weight"], whole["model.norm.weight"])
+
+
+def test_an_adapter_of_another_tool_is_refused_with_the_command_that_merges_it(model, tmp_path):
+    adapted = peft.get_peft_model(AutoModelForCausalLM.from_pretrained(model), peft.LoraConfig(r=2))
+    adapted.save_pretrained(tmp_path / "adapter")
+    with pytest.raises(UserError, match=r"is an adapter \(LORA\) for ") as caught:
+        resolve_model_path(str(tmp_path / "adapter"))
+    convert(caught.value.remedy.split("; then copy")[0])
+    assert resolve_model_path(f"{tmp_path}/adapter-merged") == f"{tmp_path}/adapter-merged"
+    change(tmp_path / "adapter" / "adapter_config.json", peft_type="PREFIX_TUNING")
+    with pytest.raises(UserError, match="no weights that could be merged"):
+        resolve_model_path(str(tmp_path / "adapter"))
+
+
+def convert(remedy: str) -> None:
+    """Run the `python -c` command of a remedy."""
+    program, option, code = shlex.split(remedy[remedy.index("python -c") :])
+    assert (program, option) == ("python", "-c")
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+
+
+def test_a_name_that_the_hub_does_not_give_is_refused_with_the_way_to_bring_the_model():
+    with pytest.raises(UserError, match="no model can be loaded from nobody/nothing") as caught:
+        load_hf_config(ModelConfig(path="nobody/nothing"), "nobody/nothing")
+    assert "hf download NAME --local-dir FOLDER" in caught.value.remedy

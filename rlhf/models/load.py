@@ -55,8 +55,18 @@ def load_hf_config(config: ModelConfig, path: str) -> transformers.PretrainedCon
     try:
         found = AutoConfig.from_pretrained(path, trust_remote_code=config.trust_remote_code)
     except Exception as error:  # a value of the wrong type in config.json raises whatever the family's code runs into
-        raise UserError(f"model.path: no model can be loaded from {path}", str(error).split("\n")[0]) from None
+        why = str(error).split("\n")[0]
+        raise UserError(f"model.path: no model can be loaded from {path}", why, _hub_remedy(path)) from None
     return found
+
+
+def _hub_remedy(path: str) -> str:
+    if Path(path).exists():
+        return ""
+    return (
+        "Check the name. Where the hub cannot be reached: `hf download NAME --local-dir FOLDER` on a machine that"
+        " reaches it, copy the folder here, and name it."
+    )
 
 
 def sequence_limit(config: ModelConfig, found: transformers.PretrainedConfig) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,9 @@ FILES = (
     "config.json", "generation_config.json", "tokenizer_config.json", "special_tokens_map.json", "adapter_config.json",
     "model.safetensors.index.json",
 )  # fmt: skip
+PICKLES = (".bin", ".pt", ".pth", ".ckpt")
+MERGEABLE = ("LORA", "ADALORA", "LOHA", "LOKR", "IA3", "OFT", "BOFT", "VERA")
+"""Kinds of PEFT adapters whose weights can be merged into the model's."""
 _PARTS = re.compile(r"(^|_)(layers?|blocks?|experts?)(_|$)|^depth$")
 
 
@@ -25,7 +29,7 @@ def check_model_folder(folder: Path) -> None:
 
     Raises:
         UserError: A file is not a JSON object, is nested too deeply, names more layers or experts than any model
-            has, or is no whole safetensors file.
+            has, or is no whole safetensors file; or the weights are a pickle.
     """
     for name in FILES:
         file = folder / name
@@ -39,8 +43,52 @@ def check_model_folder(folder: Path) -> None:
             ) from None
         if name == "config.json":
             _check_size(file, values)
-    for file in sorted(folder.glob("*.safetensors")):
+    weights = sorted(folder.glob("*.safetensors"))
+    for file in weights:
         read_safetensors_header(file)
+    pickles = [file for suffix in PICKLES for file in sorted(folder.glob(f"*{suffix}"))]
+    if pickles and not weights and (folder / "config.json").is_file():
+        raise UserError(
+            f"{folder}: its weights are a pickle ({pickles[0].name}), which is never loaded",
+            "A pickle can run any code when it is read.",
+            f"If you trust its author, convert it once, for instance with: {_conversion(folder)}",
+        )
+
+
+def _conversion(folder: Path) -> str:
+    """The command that writes the folder's weights as safetensors."""
+    names = read_json_object(folder / "config.json").get("architectures")
+    name = names[0] if isinstance(names, list) and names and str(names[0]).isidentifier() else "AutoModelForCausalLM"
+    path = str(folder)
+    code = f"from transformers import {name} as M; M.from_pretrained({path!r}).save_pretrained({path!r})"
+    return shlex.join(["python", "-c", code])
+
+
+def no_model(path: str | Path) -> UserError:
+    """The error for a local path without a model; says what to do with an adapter that another tool has saved."""
+    file = Path(path) / "adapter_config.json"
+    if not file.is_file():
+        return UserError(f"{path}: no model there (no run.json and no config.json)", remedy="Check the path.")
+    try:
+        values = read_json_object(file)
+    except (ValueError, OSError) as error:
+        return UserError(f"{file}: cannot be read: {error}", remedy="Restore the folder from a copy.")
+    kind, base = values.get("peft_type"), values.get("base_model_name_or_path")
+    if kind not in MERGEABLE:
+        return UserError(
+            f"{path}: is an adapter ({kind}) for {base}, not a model",
+            "An adapter of this kind has no weights that could be merged into the model.",
+            "Start from a model, and train such an adapter with `tuning`.",
+        )
+    code = (
+        f"from peft import AutoPeftModelForCausalLM as M; m = M.from_pretrained({str(path)!r}).merge_and_unload(); "
+        f"m.save_pretrained({str(path) + '-merged'!r})"
+    )
+    return UserError(
+        f"{path}: is an adapter ({kind}) for {base}, not a model",
+        "It has to be merged into that model first.",
+        f"{shlex.join(['python', '-c', code])}; then copy the tokenizer's files to {path}-merged and name that folder.",
+    )
 
 
 def read_safetensors_header(file: Path) -> dict[str, dict[str, Any]]:

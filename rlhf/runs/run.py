@@ -31,7 +31,7 @@ from rlhf.distributed.deepspeed_json import zero_stage
 from rlhf.runs.changes import check_inputs, check_zero_stage, extension
 from rlhf.runs.checkpoint import Checkpoints
 from rlhf.runs.lock import LOCK, check_free, lock, unlock
-from rlhf.runs.model_folder import check_model_folder
+from rlhf.runs.model_folder import check_model_folder, no_model
 
 REQUIRED = {"stage": str, "status": str}
 """Keys that every run.json has, and their types."""
@@ -303,7 +303,7 @@ def resolve_model_path(path: str | Path) -> str:
     text = str(path)
     looks_local = text.startswith((".", "/", "~", "runs/")) or text.count("/") > 1
     if looks_local and not (Path(path) / "config.json").is_file():
-        raise UserError(f"{path}: no model there (no run.json and no config.json)", remedy="Check the path.")
+        raise no_model(path)
     check_model_folder(Path(path))
     return text
 
