@@ -2,52 +2,14 @@
 
 from __future__ import annotations
 
-import io
-import re
-import warnings
 from collections.abc import Sequence
 from typing import Any
-from xml.sax.saxutils import escape
-
-import matplotlib
-from matplotlib import figure as mpl
 
 from data_tools.statistics.annotators import AnnotatorReport
 from data_tools.statistics.biases import WinRate
+from rlhf.core.plot import BLUE, FAINT, INK, ORANGE, RED, svg_plot
 
-INK, FAINT = "#010203", "#010204"
-"""Placeholders that are replaced in the SVG by the page's colours, which depend on its light or dark mode."""
-BLUE, ORANGE, RED = "#3d85c6", "#d9822b", "#d64545"
-STYLE = {
-    "svg.fonttype": "none", "text.parse_math": False, "font.size": 10, "font.family": "sans-serif",
-    "text.color": INK, "axes.labelcolor": INK, "xtick.color": INK, "ytick.color": INK, "axes.edgecolor": FAINT,
-    "axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False,
-}  # fmt: skip
 MOST_ANNOTATORS = 40
-
-
-def _svg(name: str, title: str, height: float, draw: Any) -> str:
-    """An inline SVG, 640 wide, of what `draw(axes)` draws.
-
-    Args:
-        name: Letters; a prefix that makes the ids of several plots on one page unique.
-        title: What the plot shows, for screen readers.
-    """
-    with matplotlib.rc_context(STYLE | {"svg.hashsalt": name}), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Glyph")  # the page's font draws the text, not matplotlib's
-        figure = mpl.Figure(figsize=(6.4, height), layout="constrained")
-        draw(figure.add_subplot())
-        file = io.StringIO()
-        figure.savefig(
-            file, format="svg", transparent=True, metadata=dict.fromkeys(("Date", "Creator", "Format", "Type"))
-        )
-    svg = file.getvalue()[file.getvalue().index("<svg") :]
-    svg = svg.replace(INK, "currentColor").replace(FAINT, "var(--faint)")
-    svg = re.sub(r'\bid="', f'id="{name}-', svg)
-    svg = re.sub(r'(href="#|url\(#)', rf"\g<1>{name}-", svg)
-    svg = re.sub(r' width="[\d.]+pt" height="[\d.]+pt"| height="[\d.]+pt"| width="[\d.]+pt"', "", svg, count=2)
-    label = escape(title, {'"': "&quot;"})
-    return svg.replace("<svg ", f'<svg class="plot" role="img" aria-label="{label}" ', 1)
 
 
 def answers_plot(k: dict[int, int]) -> str:
@@ -60,7 +22,7 @@ def answers_plot(k: dict[int, int]) -> str:
         axes.margins(y=0.15)
 
     words = ", ".join(f"{times:,} with {size}" for size, times in k.items())
-    return _svg("answers", f"Rankings by number of answers: {words}", 2.4, draw)
+    return svg_plot("answers", f"Rankings by number of answers: {words}", 2.4, draw)
 
 
 def lengths_plot(histograms: dict[str, tuple[list[float], list[float]]]) -> str:
@@ -74,7 +36,7 @@ def lengths_plot(histograms: dict[str, tuple[list[float], list[float]]]) -> str:
         axes.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
         axes.legend(loc="upper left")
 
-    return _svg("lengths", "Length of the better and of the worse answer of each pair", 2.6, draw)
+    return svg_plot("lengths", "Length of the better and of the worse answer of each pair", 2.6, draw)
 
 
 def length_bias_plot(rates: Sequence[WinRate]) -> str:
@@ -88,7 +50,7 @@ def length_bias_plot(rates: Sequence[WinRate]) -> str:
         axes.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
 
     words = ", ".join(f"{one.name} times: {one.rate.value:.0%}" for one in rates)
-    return _svg("longer", f"Win rate of the longer answer by the ratio of the lengths: {words}", 2.8, draw)
+    return svg_plot("longer", f"Win rate of the longer answer by the ratio of the lengths: {words}", 2.8, draw)
 
 
 def authors_plot(authors: Sequence[WinRate]) -> str:
@@ -100,7 +62,7 @@ def authors_plot(authors: Sequence[WinRate]) -> str:
         axes.set(xlabel="win rate against other authors, without ties (dotted: one half)", xlim=(0, 1.02))
 
     words = ", ".join(f"{one.name} {one.rate.value:.0%}" for one in authors[:5])
-    return _svg("authors", f"Win rate of each author, the best first: {words}", 0.9 + 0.28 * len(authors), draw)
+    return svg_plot("authors", f"Win rate of each author, the best first: {words}", 0.9 + 0.28 * len(authors), draw)
 
 
 def annotators_plot(annotators: Sequence[AnnotatorReport]) -> str:
@@ -115,7 +77,7 @@ def annotators_plot(annotators: Sequence[AnnotatorReport]) -> str:
         axes.set(xlabel="agrees with the majority of the others (dotted: chance)", xlim=(0, 1.02))
 
     words = ", ".join(f"{one.name} {one.agreement.value:.0%}" for one in annotators[:5] if one.agreement)
-    return _svg(
+    return svg_plot(
         "annotators", f"Agreement of each annotator with the others: {words}", 0.9 + 0.28 * len(annotators), draw
     )
 

@@ -1,0 +1,51 @@
+"""Self-contained HTML pages: no script, font or image from another place."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import markupsafe
+
+from rlhf.core.console import printable
+from rlhf.core.errors import UserError
+
+STYLE = Path(__file__).with_name("page.css")
+
+
+def render_page(template: Path, **values: Any) -> str:
+    """A page from a Jinja template. All texts are escaped, and control characters replaced.
+
+    Args:
+        template: The file. `style` is the common CSS; the filter `code` shows words in backticks as code.
+        values: What the template uses.
+    """
+    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
+    environment.filters["code"] = _code
+    style = markupsafe.Markup(STYLE.read_text("utf-8"))
+    return printable(environment.from_string(template.read_text("utf-8")).render(style=style, **values))
+
+
+def drawings(plots: Mapping[str, str]) -> dict[str, markupsafe.Markup]:
+    """Plots of `rlhf.core.plot` as values that a template shows unescaped, without the empty ones."""
+    return {name: markupsafe.Markup(svg) for name, svg in plots.items() if svg}
+
+
+def write_page(text: str, path: Path, option: str) -> None:
+    """Write a page.
+
+    Raises:
+        UserError: The file cannot be written.
+    """
+    try:
+        path.write_text(text, "utf-8")
+    except OSError as error:
+        raise UserError(f"{option} {path}: cannot be written: {error}") from None
+
+
+def _code(text: str) -> markupsafe.Markup:
+    """The text escaped, with words in backticks as code."""
+    parts = [str(markupsafe.escape(part)) for part in text.split("`")]
+    return markupsafe.Markup("".join(f"<code>{part}</code>" if i % 2 else part for i, part in enumerate(parts)))
