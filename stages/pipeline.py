@@ -11,7 +11,6 @@ from __future__ import annotations
 import json
 import os
 import shlex
-import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -22,6 +21,7 @@ import typer
 
 from data_tools.annotate.rounds import Round, collect, is_dataset, new_rankings, sources
 from rlhf.cli import entry
+from rlhf.cli.child import run_command
 from rlhf.cli.errors import exit_on_error, resume_line
 from rlhf.cli.options import ConfigFile, DryRun, Hostfile, Processes
 from rlhf.cli.pipeline_config import PipelineConfig, RoundsConfig
@@ -34,7 +34,6 @@ from rlhf.core.errors import UserError
 from rlhf.data.schema import KINDS
 from rlhf.data.selection import eval_records, open_datasets, train_records
 from rlhf.data.store import open_dataset
-from rlhf.distributed.launch import PARENT, PARENT_PID, run_child
 from rlhf.export.export import check_out
 from rlhf.runs.changes import check_inputs
 from rlhf.runs.run import check_run_folder, data_facts, delete_run, is_complete, is_run, read_run
@@ -242,18 +241,8 @@ def _check_all(steps: Sequence[Step], start: StartOptions) -> None:
 
 
 def _child(name: str, words: Sequence[str]) -> None:
-    """Run `rlhf WORDS` in a process of its own, so that its memory is freed at the end."""
-    environment = {**os.environ, PARENT: "pipeline", PARENT_PID: str(os.getpid())}
-    status = run_child([sys.executable, "-m", "stages.cli", *words], environment)
-    if status == 130:
-        raise KeyboardInterrupt
-    if status:
-        how = f"was killed by signal {-status}" if status < 0 else f"ended with exit status {status}"
-        raise UserError(
-            f"the pipeline stopped: {name} {how}",
-            "Its own message is above.",
-            "Fix it and repeat the command without --overwrite: complete stages are skipped, others continue.",
-        )
+    remedy = "Fix it and repeat the command without --overwrite: complete stages are skipped, others continue."
+    run_command(words, f"the pipeline stopped: {name}", remedy)
 
 
 def headline(step: Step) -> str:

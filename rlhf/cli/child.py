@@ -1,0 +1,31 @@
+"""A command of `rlhf` in a process of its own, so that its memory is freed at the end."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+
+from rlhf.core.errors import UserError
+from rlhf.distributed.launch import PARENT, PARENT_PID, run_child
+
+
+def run_command(words: Sequence[str], what: str, remedy: str) -> None:
+    """Run `rlhf WORDS` on our terminal and wait for it.
+
+    Args:
+        words: The command and its arguments.
+        what: What ends if it fails, such as "the pipeline stopped: sft".
+        remedy: What to do then.
+
+    Raises:
+        UserError: It failed or was killed.
+        KeyboardInterrupt: Ctrl-C was pressed.
+    """
+    environment = {**os.environ, PARENT: "pipeline", PARENT_PID: str(os.getpid())}
+    status = run_child([sys.executable, "-m", "stages.cli", *words], environment)
+    if status == 130:
+        raise KeyboardInterrupt
+    if status:
+        how = f"was killed by signal {-status}" if status < 0 else f"ended with exit status {status}"
+        raise UserError(f"{what} {how}", "Its own message is above.", remedy)
