@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any
 
@@ -48,7 +48,7 @@ from rlhf.ppo.types import (
     gather_scores,
     gather_tokens,
 )
-from rlhf.reward.sources import RewardContext, RewardInputs
+from rlhf.reward.sources import RewardContext, RewardInputs, own_chats
 from rlhf.rollout.types import SamplingParams, stream_seed
 from rlhf.runs.random_state import rng_state, seed_everything, set_rng_state
 from rlhf.runs.run import (
@@ -81,15 +81,17 @@ class PPO:
         self.config = config
         seed_everything(config.seed)
         path = resolve_model_path(config.model.path)
-        self.chat = load_tokenizer(config.model, path, template_time(config, resume))
+        time = template_time(config, resume)
+        self.chat = load_tokenizer(config.model, path, time)
+        own = own_chats(config.reward, config.model, time)
         model_config = load_hf_config(config.model, path)
         limit, self.vocab_size = sequence_limit(config.model, model_config), model_config.get_text_config().vocab_size
         check_vocabularies(config, self.chat)
-        self.run = open_ppo_run(config, self.chat, resume, overwrite)
+        self.run = open_ppo_run(config, self.chat, own, resume, overwrite)
         self.memory = PeakMemory()
         load = load_shared if config.model.sharing == "shared" else load_separate
         self.models = load(config, self.chat)
-        context = RewardContext(config.model, self.chat, self.models.engine.freeze, self.models.scorers)
+        context = RewardContext(config.model, self.chat, self.models.engine.freeze, self.models.scorers, own)
         self.reward = config.reward(context)
         room = min(config.data.max_prompt_tokens, limit - config.rollout.max_new_tokens)
         if room < 1:
@@ -97,7 +99,8 @@ class PPO:
         longest = limit if config.data.ptx else room + config.rollout.max_new_tokens
         self.packed = can_pack(self.models, self.vocab_size, longest, config.batch.packing)
         prompts = DataConfig(train=config.data.prompts, eval=config.data.eval)
-        self.tables = tokenize(self.run.path, self.chat, room, prompts, "prompt", KINDS, "prompts")
+        others = list(own.values())
+        self.tables = tokenize(self.run.path, self.chat, room, prompts, "prompt", KINDS, "prompts", others)
         self.learner = Learner(self.models.engine, config, self._ptx(limit))
         self.kl_controller = config.kl.controller()
         self.score_stats = RunningMeanStd()
@@ -310,7 +313,9 @@ class PPO:
         return found
 
 
-def open_ppo_run(config: PPOConfig, chat: ChatTokenizer, resume: bool, overwrite: bool) -> Run:
+def open_ppo_run(
+    config: PPOConfig, chat: ChatTokenizer, own: Mapping[str, ChatTokenizer], resume: bool, overwrite: bool
+) -> Run:
     """The run folder, with parents and data recorded; refuses a reward model with another tokenizer."""
     data = [
         *open_datasets(config.data.prompts, KINDS, "data.prompts"),
@@ -320,6 +325,8 @@ def open_ppo_run(config: PPOConfig, chat: ChatTokenizer, resume: bool, overwrite
         check_same_text("the policy", chat.fingerprints(), str(config.reward_model))
     parents = [parent_facts(path) for path in (config.model.path, config.reward_model) if path]
     facts = {"parents": parents, "data": data_facts(data), **chat.facts()}
+    if times := [one.frozen_at for one in own.values() if one.frozen_at]:
+        facts["reward_template_time"] = times[0]  # the same for all, for --resume
     return open_run(config, "ppo", resume, overwrite, facts)
 
 

@@ -46,8 +46,8 @@ def command(
     from rlhf.inference.sampling import accepted, sample  # imports torch
     from rlhf.inference.scorer import open_scorer
 
-    prompts = accepted(policy, prompts)
     scorer = open_scorer(reward, policy) if reward else None
+    prompts = accepted(policy, prompts, scorer.own_chat if scorer else None)
     prompt_limit = policy.prompt_limit(params, scorer.limit if scorer else None)
     started, tokens, lines = time.monotonic(), 0, []
     for samples in sample(policy, prompts, params, sampling.seed, n, prompt_limit):

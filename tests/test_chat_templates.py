@@ -124,4 +124,45 @@ def test_a_run_keeps_the_time_of_its_template_on_resume_and_hands_it_on(tmp_path
         update={"run": str(tmp_path / "next"), "model": ModelConfig(**model | {"path": values["run"]})}
     )
     assert template_time(config, resume=True) == template_time(later, resume=False) == kept
-    assert template_time(config, resume=False) is None
+    assert template_time(config, resume=False) >= kept
+
+
+@pytest.mark.slow
+def test_ranks_with_different_clocks_freeze_the_template_at_the_time_of_rank_0(tmp_path: Path) -> None:
+    (tmp_path / "dated.jinja").write_text(DATED)
+    words = (str(tmp_path / "sft"), tiny.llama(), str(tmp_path / "dated.jinja"))
+    done = tiny.launch(2, CLOCKS, *words)
+    assert done.returncode == 0, done.stdout
+    times = [tmp_path / f"time-{rank}" for rank in (0, 1)]
+    assert {file.read_text() for file in times} == {"2024-01-30T10:00:00 " + "30 Jan 2024"}
+
+
+CLOCKS = """
+import sys
+from datetime import datetime
+from pathlib import Path
+
+from rlhf import distributed
+from rlhf.config.base import ModelConfig
+from rlhf.data.chat_tokenizer import load_tokenizer
+from rlhf.data.schema import Message
+from rlhf.runs import run
+from rlhf.sft.config import SFTConfig
+
+class Clock(datetime):
+    @classmethod
+    def now(cls):
+        return cls(2024, 1, 30 + distributed.rank(), 10)
+
+run.datetime = Clock
+folder, model, template = sys.argv[1:]
+config = SFTConfig.model_validate(
+    {"run": folder, "model": {"path": model, "chat_template": template}, "data": {"train": "rows"}}
+)
+distributed.start(60)
+chat = load_tokenizer(config.model, model, run.template_time(config, resume=False))
+text = chat.tokenizer.decode(chat.prompt([Message("user", "Hello.")]))
+date = next(day for day in ("30 Jan 2024", "31 Jan 2024") if day in text)
+(Path(folder).parent / f"time-{distributed.rank()}").write_text(f"{chat.frozen_at} {date}")
+distributed.stop()
+"""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shlex
 import shutil
 import subprocess
@@ -133,6 +134,20 @@ def test_an_adapter_of_another_tool_is_refused_with_the_command_that_merges_it(m
     change(tmp_path / "adapter" / "adapter_config.json", peft_type="PREFIX_TUNING")
     with pytest.raises(UserError, match="no weights that could be merged"):
         resolve_model_path(str(tmp_path / "adapter"))
+
+
+def test_a_pickled_adapter_is_refused_with_the_command_that_converts_it(model, tmp_path):
+    adapted = peft.get_peft_model(AutoModelForCausalLM.from_pretrained(model), peft.LoraConfig(r=2))
+    adapted.save_pretrained(tmp_path / "adapter")
+    weights = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    torch.save(weights, tmp_path / "adapter" / "adapter_model.bin")
+    (tmp_path / "adapter" / "adapter_model.safetensors").unlink()
+    for name in (tmp_path / "adapter", Path(os.path.relpath(tmp_path / "adapter"))):
+        with pytest.raises(UserError, match=r"adapter's weights are a pickle \(adapter_model.bin\)") as caught:
+            open_policy(name)
+    convert(caught.value.remedy)
+    found = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    assert found.keys() == weights.keys() and all(found[name].equal(weights[name]) for name in weights)
 
 
 def convert(remedy: str) -> None:

@@ -6,20 +6,25 @@ import json
 from pathlib import Path
 
 import finished
+import ppo_runs
 import pytest
 import tiny
 from transformers import AutoTokenizer
 
 from data_tools.commands.check import check_command
 from rlhf.cli import entry
+from rlhf.config.base import ModelConfig
 from rlhf.core.errors import UserError
 from rlhf.data.row_check import row_check
 from rlhf.data.schema import Demonstration, Message
+from rlhf.data.store import DatasetWriter, open_dataset
 from rlhf.inference.policy import open_policy
 from rlhf.inference.sampling import accepted
+from rlhf.inference.scorer import open_scorer
+from rlhf.models.scalar import load_scalar
 from rlhf.runs.run import read_run
 from rlhf.sft.config import SFTConfig
-from stages import sft
+from stages import ppo, sft
 
 REFUSING = "{% if messages[0].role == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
 OK = Demonstration((Message("user", "Name a fruit."),), answer="A pear.", split="train")
@@ -77,6 +82,44 @@ def test_a_dry_run_finds_the_records_that_training_rejects(
     rejected = [json.loads(line) for line in (tmp_path / "run" / "rejected.jsonl").read_text().splitlines()]
     assert SYSTEM.prompt_id in [row.get("prompt_id") for row in rejected]
     assert read_run(tmp_path / "run")["status"] == "complete"
+
+
+def test_a_refused_record_is_named_by_its_line_or_its_row(model: str, rows: str, tmp_path: Path) -> None:
+    check = row_check(model)
+    check.add(open_dataset(rows).records(), "rows")
+    assert f"the first at {rows}:3, record {SYSTEM.id}, prompt {SYSTEM.prompt_id}: " in check.describe()
+    with DatasetWriter(tmp_path / "data", "demonstration") as writer:
+        for record in (OK, SYSTEM):
+            writer.write(record)
+    whole = row_check(model)
+    whole.add(open_dataset(tmp_path / "data").records("train"), "rows")
+    assert whole.counts.refused[0]["place"].endswith(".parquet:2")
+    assert whole.counts.refused[0]["id"] == SYSTEM.id
+
+
+def test_prompts_that_a_retokenizing_reward_models_template_refuses_are_rejected_before_the_training(
+    model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    scalar = load_scalar(ModelConfig(path=model), model)
+    scalar.set_scale(0.0, 1.0)
+    scalar.model.save_pretrained(tmp_path / "scorer")
+    AutoTokenizer.from_pretrained(model).save_pretrained(tmp_path / "scorer")
+    prompts = tmp_path / "prompts.jsonl"
+    records = [OK, SYSTEM, *(Demonstration((Message("user", f"Name {i} fruits."),), answer="No.") for i in range(3))]
+    prompts.write_text("".join(json.dumps({"messages": r.chat, "split": "train"}) + "\n" for r in records))
+    scorer = {"name": "model", "path": str(tmp_path / "scorer"), "retokenize": True}
+    reward = {"name": "sum", "terms": [scorer, ppo_runs.REWARD]}
+    made = ppo_runs.config(tmp_path / "ppo", str(prompts), reward=reward, rollout__prompts_per_update=4, updates=1)
+    (tmp_path / "ppo.yaml").write_text(json.dumps(made.model_dump(mode="json")))
+    assert entry.prepare("ppo", tmp_path / "ppo.yaml", dry_run=True) is None
+    said = " ".join(capsys.readouterr().out.split())
+    assert "accepts 5 of 5 records" in said and "accepts 4 of 5 records" in said
+    ppo.run(made)
+    assert f"1 prompts rejected, the first at {prompts}:2, record {SYSTEM.prompt_id}: " in capsys.readouterr().err
+    rejected = [json.loads(line) for line in (tmp_path / "ppo" / "rejected.jsonl").read_text().splitlines()]
+    assert [row["place"] for row in rejected if "place" in row] == [f"{prompts}:2"]
+    policy = open_policy(tiny.llama())
+    assert accepted(policy, [OK, SYSTEM], open_scorer(scorer["path"], policy).own_chat) == [OK]
 
 
 def test_prompts_that_the_template_refuses_are_left_out_of_sampling(

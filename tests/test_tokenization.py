@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import shlex
+import shutil
+import subprocess
+import sys
+
 import pytest
 import tiny
+from transformers import AutoTokenizer
 
 from rlhf.config.base import ModelConfig
 from rlhf.core.errors import UserError
@@ -168,6 +174,20 @@ def test_a_record_that_the_template_refuses_is_rejected_with_its_place(tmp_path,
     counts.report("demonstrations")
     said = capsys.readouterr().err
     assert "3 demonstrations rejected" in said and ranking.prompt_id in said and "System role not supported" in said
+
+
+def test_a_tokenizer_without_an_end_token_is_refused_with_the_command_that_names_one(tmp_path):
+    shutil.copytree(tiny.llama(), tmp_path / "model")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "model")
+    tokenizer.eos_token = None
+    tokenizer.save_pretrained(tmp_path / "model")
+    config = ModelConfig(path=str(tmp_path / "model"))
+    with pytest.raises(UserError, match="has no EOS token, and the chat template writes no end of turn") as caught:
+        load_tokenizer(config, config.path)
+    command = caught.value.remedy.partition("name the token once: ")[2].partition(". Or set")[0]
+    program, option, code = shlex.split(command)
+    subprocess.run([sys.executable, option, code], check=True)
+    assert program == "python" and load_tokenizer(config, config.path).end_id == tokenizer.convert_tokens_to_ids("</s>")
 
 
 def test_what_a_template_says_of_a_row_is_printed_without_control_characters(tmp_path, capsys):

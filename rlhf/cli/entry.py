@@ -91,9 +91,9 @@ def prepare(
     config = load_stage_config(STAGES[stage], file, overrides)
     rows = check(stage, config, resume, overwrite, processes, pending_runs)
     if dry_run:
-        from rlhf.cli.dry_run import template_row  # slow: it loads the tokenizer
+        from rlhf.cli.dry_run import template_rows  # slow: it loads the tokenizer
 
-        rows += template_row(config, pending_runs)
+        rows += template_rows(config, pending_runs)
         say(dump_config(config).rstrip())
     if os.environ.get(PARENT) != "launcher":
         table(f"Preflight: {stage}", ("what", "how"), rows)

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shlex
 from collections.abc import Mapping, Sequence
 from datetime import datetime
 from functools import cached_property
@@ -62,6 +63,26 @@ def load_tokenizer(config: ModelConfig, path: str, frozen_at: str | None = None)
     frozen_at = frozen_at or datetime.now().isoformat(timespec="seconds")
     tokenizer.chat_template = freeze_clock(template, datetime.fromisoformat(frozen_at))
     return ChatTokenizer(tokenizer, config.control_tokens_in_text, frozen_at)
+
+
+END_TOKENS = ("<|im_end|>", "<|eot_id|>", "<|end|>", "</s>", "<|endoftext|>", "<eos>", "<|end_of_text|>", "[EOS]")
+"""What model families call the token that ends an answer."""
+
+
+def _no_end(tokenizer: Any) -> UserError:
+    """The error for a tokenizer without EOS and a template without an end of turn, with the command that names one."""
+    vocabulary, path = tokenizer.get_vocab(), str(tokenizer.name_or_path)
+    found = next((token for token in END_TOKENS if token in vocabulary), None)
+    code = f"from transformers import AutoTokenizer as A; t = A.from_pretrained({path!r}); "
+    code += f"t.eos_token = {found or END_TOKENS[3]!r}; t.save_pretrained({path!r})"
+    known = f"Its vocabulary has {found}" if found else "Its vocabulary has none of the usual ones"
+    grow = "" if found else ", and set model.resize_embeddings=true, since the model has no row for a new token"
+    return UserError(
+        f"model.path: the tokenizer of {path} has no EOS token, and the chat template writes no end of turn",
+        "Nothing would end an answer, neither in training nor in sampling.",
+        f"{known}; name the token once: {shlex.join(['python', '-c', code])}{grow}. Or set model.chat_template to a "
+        "template that writes one of the added tokens after an answer.",
+    )
 
 
 def _around_response(before: str, full: str) -> tuple[str, str]:
@@ -117,7 +138,7 @@ class ChatTokenizer:
         added = set(tokenizer.all_special_ids) | set(tokenizer.added_tokens_decoder)
         ends = [token for token in self._encode(tail) if token in added]
         if not ends and tokenizer.eos_token_id is None:
-            raise UserError("the tokenizer has no EOS token and the chat template has no end of turn")
+            raise _no_end(tokenizer)
         self.end_id: int = ends[0] if ends else tokenizer.eos_token_id
         end_text = tokenizer.convert_ids_to_tokens(self.end_id)
         self._end = tail[: tail.index(end_text) + len(end_text)] if ends else ""

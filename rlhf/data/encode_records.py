@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -26,12 +27,14 @@ class EncodingCounts:
     truncated_prompts: int = 0
     skipped: Counter[str] = field(default_factory=Counter)
     refused: list[dict[str, str]] = field(default_factory=list)
-    """Records that cannot become tokens: `reason`, `prompt_id`, `source` and `fault` of each; also in `skipped`."""
+    """Records that cannot become tokens: `reason`, `place` (FILE:LINE where it is known), `id`, `prompt_id`, `source`,
+    `fault` and `remedy` of each; also in `skipped`."""
 
     def refuse(self, record: Prompt, error: RefusedText) -> None:
         """Count a record that cannot become tokens."""
         self.skipped[error.reason] += 1
-        place = {"prompt_id": record.prompt_id, "source": printable(record.source)}
+        ids = {"id": record.id, "prompt_id": record.prompt_id}
+        place = {"place": printable(record.place), **ids, "source": printable(record.source)}
         self.refused.append({"reason": error.reason, **place, "fault": error.what, "remedy": error.remedy})
 
     def report(self, what: str) -> None:
@@ -49,10 +52,16 @@ class EncodingCounts:
         for row in self.refused:
             by_reason.setdefault(row["reason"], []).append(row)
         for rows in by_reason.values():
-            first = rows[0]
-            source = f" ({first['source']})" if first["source"] else ""
-            count = f"{len(rows):,} {what} rejected, the first is prompt {first['prompt_id']}{source}"
-            warn(f"{count}: {first['fault']}. {first['remedy']}")
+            warn(f"{len(rows):,} {what} rejected, {first_refused(rows)}")
+
+
+def first_refused(rows: Sequence[Mapping[str, str]]) -> str:
+    """The place, fault and remedy of the first of `EncodingCounts.refused`, as the end of a sentence."""
+    first = rows[0]
+    where = f"the first at {first['place']}, record" if first["place"] else "the first is record"
+    ids = f"{first['id']}, prompt {first['prompt_id']}" if first["id"] != first["prompt_id"] else first["id"]
+    source = f" ({first['source']})" if first["source"] else ""
+    return f"{where} {ids}{source}: {first['fault']}. {first['remedy']}"
 
 
 def fits(response: int, prompt: int, max_length: int) -> bool:
@@ -128,11 +137,16 @@ def encode_ranking(
 
 
 def encode_prompt(
-    record: Prompt, chat: ChatTokenizer, max_length: int, counts: EncodingCounts
+    record: Prompt, chat: ChatTokenizer, max_length: int, counts: EncodingCounts, others: Sequence[ChatTokenizer] = ()
 ) -> dict[str, Any] | None:
-    """The row of a prompt: its id, its last `max_length` tokens, and its messages as JSON. None if it is refused."""
+    """The row of a prompt: its id, its last `max_length` tokens, and its messages as JSON. None if it is refused.
+
+    `others` are tokenizers that must accept it too: those of reward models that read text in their own tokens.
+    """
     try:
         ids = chat.prompt(record.messages)
+        for other in others:
+            other.prompt(record.messages)
     except RefusedText as error:
         counts.refuse(record, error)
         return None

@@ -74,6 +74,7 @@ def read_jsonl(path: Path, kind: str | None, on_reject: OnReject) -> Iterator[Re
                     on_reject(Reject.of(path, line, fault, raw))
                 else:
                     kind = record.kind
+                    record.read_from(path, line)
                     yield record
     except READ_ERRORS as error:
         raise UserError(f"{path}: damaged after line {line}: {error}", remedy="Download the file again.") from None

@@ -11,7 +11,7 @@ from rlhf.config.base import ModelConfig
 from rlhf.core.console import track
 from rlhf.data.chat_rendering import RefusedText
 from rlhf.data.chat_tokenizer import ChatTokenizer, load_tokenizer
-from rlhf.data.encode_records import EncodingCounts
+from rlhf.data.encode_records import EncodingCounts, first_refused
 from rlhf.data.schema import Demonstration, Proposal
 
 
@@ -61,12 +61,7 @@ class RowCheck:
         refused = self.counts.refused
         parts = [f"accepts {self.records - len(refused):,} of {self.records:,} records"]
         if refused:
-            first = refused[0]
-            source = f" ({first['source']})" if first["source"] else ""
-            fault = f"{first['fault']}. {first['remedy']}"
-            parts.append(
-                f"{len(refused):,} would be rejected, the first is prompt {first['prompt_id']}{source}: {fault}"
-            )
+            parts.append(f"{len(refused):,} would be rejected, {first_refused(refused)}")
         if self.spelled:
             parts.append(f"{self.spelled:,} spell a control token, which is encoded as text")
         return "; ".join(parts)

@@ -70,6 +70,7 @@ class Prompt:
     group: str | None = None
     split: str | None = None
     _prompt_id: str = field(default="", init=False, repr=False, compare=False)
+    _place: tuple[Any, int] | None = field(default=None, init=False, repr=False, compare=False)
 
     kind: ClassVar[str] = "prompt"
 
@@ -91,6 +92,15 @@ class Prompt:
     def id(self) -> str:
         """Hash of the record without `source`, `group` and `split`."""
         return self.prompt_id
+
+    @property
+    def place(self) -> str:
+        """The file and line (in Parquet: the row) that the record was read from, as FILE:LINE; empty if it was not."""
+        return "" if self._place is None else f"{self._place[0]}:{self._place[1]}"
+
+    def read_from(self, file: Any, line: int) -> None:
+        """Note where the record was read. A changed copy has no place."""
+        object.__setattr__(self, "_place", (file, line))
 
     @property
     def chat(self) -> list[dict[str, str]]:

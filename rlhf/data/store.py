@@ -185,6 +185,7 @@ def read_shard(path: Path, kind: str, on_reject: OnReject, check_ids: bool = Fal
                     except BadRecord as fault:
                         on_reject(Reject.of(path, line, fault, json.dumps(row, ensure_ascii=False, default=str)))
                     else:
+                        record.read_from(path, line)
                         yield record
     except (pa.ArrowException, OSError) as error:
         raise UserError(f"{path}: damaged after row {line}: {error}", remedy=RESTORE) from None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +49,7 @@ def tokenize(
     kind: str,
     accept: Sequence[str] = (),
     name: str = "data",
+    others: Sequence[ChatTokenizer] = (),
 ) -> Tables:
     """Tokenise the records of a stage into `folder`/cache, as a stream, once for all ranks. Every rank calls it.
 
@@ -60,6 +62,7 @@ def tokenize(
         kind: demonstration, ranking or prompt.
         accept: The kinds of dataset to read. The default is `kind` only.
         name: The config key in messages, and the prefix of the files.
+        others: With the kind `prompt`: more tokenizers whose templates must accept a prompt.
 
     Raises:
         UserError: There is nothing to train on, or a held-out prompt is also in the training data.
@@ -70,8 +73,11 @@ def tokenize(
     if is_main():
         files["train"].parent.mkdir(exist_ok=True)
         evals = eval_records(held_out or train, bool(held_out), config.max_eval_records)
-        seen = _write_table(folder, files["train"], train_records(train), kind, chat, max_length, f"{kind}s")
-        unseen = _write_table(folder, files["eval"], evals, kind, chat, max_length, f"held-out {kind}s")
+        more = {"others": others} if kind == "prompt" else {}
+        encode = partial(ENCODERS[kind][0], chat=chat, max_length=max_length, **more)
+        write = partial(_write_table, folder, kind=kind, encode=encode)
+        seen = write(files["train"], train_records(train), what=f"{kind}s")
+        unseen = write(files["eval"], evals, what=f"held-out {kind}s")
         for dataset in (*train, *held_out):
             append_jsonl(folder / "rejected.jsonl", [vars(reject) for reject in dataset.rejects])
         if seen & unseen:
@@ -98,17 +104,17 @@ def prompt_lengths(table: Any) -> tuple[int, float]:
 
 
 def _write_table(
-    folder: Path, path: Path, records: Iterable[Any], kind: str, chat: ChatTokenizer, max_length: int, what: str
-) -> set[str]:
+    folder: Path, path: Path, records: Iterable[Any], *, kind: str, encode: Callable[..., dict[str, Any] | None],
+    what: str,
+) -> set[str]:  # fmt: skip
     """Encode records into an Arrow stream file; return the ids of their prompts."""
-    encode, columns = ENCODERS[kind]
-    schema, counts = _arrow_schema(columns), EncodingCounts()
+    schema, counts = _arrow_schema(ENCODERS[kind][1]), EncodingCounts()
     prompts: set[str] = set()
     rows: list[dict[str, Any]] = []
     with pa.OSFile(str(path), "wb") as file, pa.ipc.new_stream(file, schema) as writer:
         for record in track(records, f"tokenising {what}"):
             prompt = record.prompt_id
-            row = None if kind == "prompt" and prompt in prompts else encode(record, chat, max_length, counts)
+            row = None if kind == "prompt" and prompt in prompts else encode(record, counts=counts)
             if row is None:
                 continue
             prompts.add(prompt)

@@ -6,6 +6,7 @@ from rlhf.distributed.process_group import (
     all_sum,
     barrier,
     device,
+    from_main,
     name_lost_ranks,
     rank,
     start,
@@ -14,6 +15,6 @@ from rlhf.distributed.process_group import (
 )
 
 __all__ = [
-    "all_gather_rows", "all_max", "all_sum", "barrier", "device", "name_lost_ranks", "rank", "start", "stop",
-    "world_size",
+    "all_gather_rows", "all_max", "all_sum", "barrier", "device", "from_main", "name_lost_ranks", "rank", "start",
+    "stop", "world_size",
 ]  # fmt: skip

@@ -90,6 +90,15 @@ def barrier() -> None:
         dist.barrier()
 
 
+def from_main(value: Any) -> Any:
+    """The `value` of rank 0 on every rank. One collective."""
+    if world_size() == 1:
+        return value
+    found = [value]
+    dist.broadcast_object_list(found, src=0, device=device() if torch.cuda.is_available() else None)
+    return found[0]
+
+
 def all_sum(value: torch.Tensor) -> torch.Tensor:
     """The sum of `value` over ranks, in place."""
     if world_size() > 1:

@@ -12,6 +12,7 @@ import transformers
 from rlhf.core.console import progress, warn
 from rlhf.core.errors import UserError
 from rlhf.data.chat_rendering import RefusedText
+from rlhf.data.chat_tokenizer import ChatTokenizer
 from rlhf.data.encode_records import EncodingCounts
 from rlhf.data.schema import Prompt
 from rlhf.data.selection import as_prompt
@@ -75,8 +76,10 @@ def sample(
         warn(f"{cut:,} prompts are longer than {prompt_limit:,} tokens and were cut to their end")
 
 
-def accepted(policy: Policy, prompts: Sequence[Prompt]) -> list[Prompt]:
+def accepted(policy: Policy, prompts: Sequence[Prompt], scorer: ChatTokenizer | None = None) -> list[Prompt]:
     """The prompts that the policy's chat template accepts; a warning counts the others and names the first.
+
+    With `scorer`, the tokenizer of a reward model that reads text in its own tokens, its template must accept them too.
 
     Raises:
         UserError: It accepts none of them.
@@ -84,7 +87,8 @@ def accepted(policy: Policy, prompts: Sequence[Prompt]) -> list[Prompt]:
     kept, counts = [], EncodingCounts()
     for prompt in prompts:
         try:
-            policy.chat.prompt(prompt.messages)
+            for chat in filter(None, (policy.chat, scorer)):
+                chat.prompt(prompt.messages)
         except RefusedText as error:
             counts.refuse(prompt, error)
         else:

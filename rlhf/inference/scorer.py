@@ -19,7 +19,7 @@ from rlhf.data.chat_tokenizer import ChatTokenizer, load_tokenizer
 from rlhf.inference.policy import Policy, model_kind
 from rlhf.inference.sampling import Sampled
 from rlhf.models.load import load_hf_config, sequence_limit
-from rlhf.reward.sources import REWARDS, RewardContext, RewardInputs
+from rlhf.reward.sources import REWARDS, RewardContext, RewardInputs, own_chats
 from rlhf.runs.run import resolve_model_path
 
 
@@ -32,6 +32,8 @@ class Scorer:
     """Longest sequence in tokens; None for a function."""
     chat: ChatTokenizer
     source: Callable[[RewardInputs], torch.Tensor]
+    own_chat: ChatTokenizer | None = None
+    """The reward model's tokenizer, if it is another than the policy's."""
 
     def __call__(self, samples: Sequence[Sampled]) -> list[float]:
         """One score for each completion, higher = better.
@@ -71,10 +73,12 @@ def open_scorer(spec: str, policy: Policy) -> Scorer:
         same = load_tokenizer(config, folder).fingerprints() == policy.chat.fingerprints()
         options = {"name": "model", "path": spec, "retokenize": not same}
     try:
-        source = REWARDS.pick(options)(RewardContext(config, policy.chat, _on_device))
+        pick = REWARDS.pick(options)
+        own = own_chats(pick, config)
+        source = pick(RewardContext(config, policy.chat, _on_device, own_chats=own))
     except ValueError as error:
         raise UserError(f"--reward: {error}") from None
-    return Scorer(spec, limit, policy.chat, source)
+    return Scorer(spec, limit, policy.chat, source, own.get(spec))
 
 
 def _on_device(model: Any) -> Any:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from pydantic import AfterValidator, PositiveFloat
 
 from rlhf.core.lazy import lazy
-from rlhf.core.table import Table
+from rlhf.core.table import Pick, Table
 from rlhf.reward.functions import FunctionName, call_reward_function, import_function
 
 if TYPE_CHECKING:
@@ -53,6 +53,8 @@ class RewardContext:
     """Freezes a model and moves it to this process's device (or divides it among the ranks)."""
     shared: Mapping[str, Source] = field(default_factory=dict)
     """Reward models on the policy's base, which exist already, by their path."""
+    own_chats: Mapping[str, ChatTokenizer] = field(default_factory=dict)
+    """The tokenizers of reward models with `retokenize`, by their path; see `own_chats`."""
 
 
 Source = Any
@@ -65,7 +67,6 @@ def model(context: RewardContext, *, path: str, retokenize: bool = False) -> Sou
 
     `path` is a run or model folder. With `retokenize` a model with another tokenizer scores the text in its own.
     """
-    from rlhf.data.chat_tokenizer import load_tokenizer
     from rlhf.models.scalar import load_scalar
     from rlhf.models.vocabulary import token_count
     from rlhf.runs.run import resolve_model_path
@@ -74,7 +75,7 @@ def model(context: RewardContext, *, path: str, retokenize: bool = False) -> Sou
         return context.shared[path]
     folder = resolve_model_path(path)
     config = context.model.model_copy(update={"path": path, "chat_template": "auto", "resize_embeddings": False})
-    own = load_tokenizer(config, folder) if retokenize else None
+    own = context.own_chats[path] if retokenize else None
     tokens = token_count((own or context.chat).tokenizer)
     scalar = context.freeze(load_scalar(config, folder, head="trained", tokens=tokens))
 
@@ -105,6 +106,39 @@ def function(context: RewardContext, *, function: FunctionName, timeout_seconds:
         return torch.tensor(values, dtype=torch.float32)
 
     return score
+
+
+def model_terms(reward: Pick) -> list[dict[str, Any]]:
+    """The options of each reward model in a reward source, also in sums of sums."""
+    if reward.name == "sum":
+        picks = [REWARDS.pick({k: v for k, v in t.items() if k != "weight"}) for t in reward.options["terms"]]
+        return [term for pick in picks for term in model_terms(pick)]
+    return [reward.options] if reward.name == "model" else []
+
+
+def own_chats(reward: Pick, model: ModelConfig, frozen_at: str | None = None) -> dict[str, ChatTokenizer]:
+    """The tokenizers of the reward models that read text in their own tokens, by the path in the config.
+
+    Their templates may refuse prompts that the policy's accepts. A completion that spells one of their control tokens
+    is scored as that text.
+
+    Args:
+        reward: The reward source.
+        model: The policy's config.
+        frozen_at: The time that their templates' `strftime_now` gives.
+
+    Raises:
+        UserError: See `load_tokenizer`.
+    """
+    from rlhf.data.chat_tokenizer import load_tokenizer
+    from rlhf.runs.run import resolve_model_path
+
+    paths = [term["path"] for term in model_terms(reward) if term.get("retokenize")]
+    config = model.model_copy(update={"chat_template": "auto", "control_tokens_in_text": "as_text"})
+    return {
+        path: load_tokenizer(config.model_copy(update={"path": path}), resolve_model_path(path), frozen_at)
+        for path in dict.fromkeys(paths)
+    }
 
 
 def _terms(terms: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -46,12 +46,34 @@ def check_model_folder(folder: Path) -> None:
     weights = sorted(folder.glob("*.safetensors"))
     for file in weights:
         read_safetensors_header(file)
+    check_adapter_weights(folder)
     pickles = [file for suffix in PICKLES for file in sorted(folder.glob(f"*{suffix}"))]
     if pickles and not weights and (folder / "config.json").is_file():
         raise UserError(
             f"{folder}: its weights are a pickle ({pickles[0].name}), which is never loaded",
             "A pickle can run any code when it is read.",
             f"If you trust its author, convert it once, for instance with: {_conversion(folder)}",
+        )
+
+
+def check_adapter_weights(folder: Path) -> None:
+    """Refuse an adapter whose weights are a pickle, which PEFT would load.
+
+    Raises:
+        UserError: The folder has adapter_model.bin and no adapter_model.safetensors.
+    """
+    file = folder / "adapter_model.bin"
+    whole = file.with_suffix(".safetensors")
+    if file.is_file() and not whole.is_file():
+        code = (
+            "import torch, safetensors.torch as s; "
+            f"s.save_file({{k: v.contiguous() for k, v in torch.load({str(file)!r}, weights_only=True).items()}}, "
+            f"{str(whole)!r})"
+        )
+        raise UserError(
+            f"{folder}: the adapter's weights are a pickle ({file.name}), which is never loaded",
+            "A pickle can run any code when it is read.",
+            f"Convert it once, which reads tensors alone: {shlex.join(['python', '-c', code])}",
         )
 
 
@@ -73,6 +95,10 @@ def no_model(path: str | Path) -> UserError:
         values = read_json_object(file)
     except (ValueError, OSError) as error:
         return UserError(f"{file}: cannot be read: {error}", remedy="Restore the folder from a copy.")
+    try:
+        check_adapter_weights(Path(path))
+    except UserError as error:
+        return error
     kind, base = values.get("peft_type"), values.get("base_model_name_or_path")
     if kind not in MERGEABLE:
         return UserError(

@@ -15,6 +15,7 @@ import shutil
 import subprocess
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -320,14 +321,18 @@ def parent_facts(path: str | Path) -> dict[str, Any]:
     return {"path": str(path), "stage": info["stage"], "fingerprint": info.get("model_fingerprint")}
 
 
-def template_time(config: StageConfig, resume: bool) -> str | None:
-    """The time at which the chat template of a run is frozen: that of the run itself with `resume`, or of its parent.
+def template_time(config: StageConfig, resume: bool) -> str:
+    """The time at which the chat templates of a run are frozen, in ISO format. Every rank calls it.
 
-    None if neither has one; the template is then frozen at the present time.
+    That of the run itself with `resume`, or of its parent, else the present on rank 0: clocks of ranks that start at
+    midnight, or on several hosts, would give them other tokens.
     """
     places = [config.run] * resume + [config.model.path]
-    found = [read_run(place).get("template_time") for place in places if is_run(place)]
-    return next((time for time in found if time), None)
+    infos = [read_run(place) for place in places if is_run(place)]
+    keys = ("template_time", "reward_template_time")
+    found = [info[key] for info in infos for key in keys if info.get(key)]
+    time: str = distributed.from_main(found[0] if found else datetime.now().isoformat(timespec="seconds"))
+    return time
 
 
 def check_same_text(child: str, mine: Mapping[str, Any], parent: str | Path) -> None:
