@@ -9,8 +9,8 @@ from pathlib import Path
 REPOSITORY = Path(__file__).resolve().parents[1]
 FLOORS = {
     "rlhf": [
-        "core", "config", "distributed", "data", "runs", "models", "rollout", "reward", "training", "sft", "ppo",
-        "inference", "export", "memory", "cli",
+        "core", "config", "distributed", "data", "tasks", "runs", "models", "rollout", "reward", "training", "sft",
+        "ppo", "inference", "export", "memory", "cli",
     ],
     "data_tools": [
         "statistics", "io", "curate", "check", "reading", "published", "importers", "aggregate", "annotate", "tasks",

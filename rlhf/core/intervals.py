@@ -1,12 +1,17 @@
-"""Wilson's confidence interval for a fraction, and the sample size to use with it when trials come in clusters."""
+"""Wilson's interval for a fraction, the sample size to use with it for clusters, and replicates of the bootstrap."""
 
 from __future__ import annotations
 
 import math
 from typing import TYPE_CHECKING, Any
 
+from rlhf.core.lazy import lazy
+
 if TYPE_CHECKING:
+    import numpy as np
     from numpy.typing import NDArray
+else:
+    np = lazy("numpy")
 
 Z_95 = 1.959963984540054
 """The normal quantile of a two-sided 95 % interval."""
@@ -43,3 +48,21 @@ def effective_size(successes: NDArray[Any], trials: NDArray[Any]) -> float | Non
     fraction = float(successes.sum()) / total
     variance = float(((successes - fraction * trials) ** 2).sum()) * clusters / (clusters - 1) / total**2
     return min(max(fraction * (1 - fraction) / variance, 1.0), total) if variance > 0 else None
+
+
+def resampled_sums(values: NDArray[Any], replicates: int = 1000, seed: int = 0) -> NDArray[Any]:
+    """Column sums of bootstrap replicates (Efron 1979): as many rows as there are, drawn with replacement.
+
+    Args:
+        values: (rows, columns), a row per prompt, so that whole prompts are resampled.
+
+    Returns:
+        (replicates, columns).
+    """
+    # scipy.stats.bootstrap takes as long (75 ms for 9,000 prompts), but its bounds are NaN if one replicate is NaN.
+    generator = np.random.default_rng(seed)
+    rows = len(values)
+    sums = np.empty((replicates, values.shape[1]))
+    for index in range(replicates):
+        sums[index] = np.bincount(generator.integers(0, rows, rows), minlength=rows) @ values
+    return sums

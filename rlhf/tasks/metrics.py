@@ -1,0 +1,226 @@
+"""Metrics of a labelled task. One table, METRICS.
+
+Each row turns outcomes into numbers per record, and a statistic of their sums over records. So the interval of every
+metric comes from the same bootstrap over records (Efron 1979), or from Wilson's formula where a record is right or
+wrong.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+from rlhf.core.errors import UserError
+from rlhf.core.intervals import resampled_sums, wilson
+from rlhf.core.lazy import lazy
+from rlhf.core.table import Pick, Table
+from rlhf.tasks.answers import Normalise, normalised
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from rlhf.tasks import text_overlap
+else:
+    np, text_overlap = lazy("numpy"), lazy("rlhf.tasks.text_overlap")
+
+METRICS = Table("metric")
+FEWEST_RECORDS = 10
+"""Of fewer records a bootstrap's interval is too narrow, so there is none."""
+REPLICATES, MOST_DRAWS = 1000, 50_000_000
+
+
+@dataclass(frozen=True)
+class Outcomes:
+    """What a model answered to the records of a task, in the order of the records."""
+
+    references: Sequence[str]
+    """The right answers."""
+    predictions: Sequence[str | None] = ()
+    """The model's answers; None where its text held none, which counts as wrong."""
+    labels: Sequence[str] = ()
+    """The labels of a classification task; empty for other tasks."""
+    logprobs: Sequence[float] = ()
+    """Log-prob of the right answer after the prompt, in nats, summed over its tokens."""
+    tokens: Sequence[int] = ()
+    """Number of tokens of the right answer."""
+
+    def __len__(self) -> int:
+        return len(self.references)
+
+
+@dataclass(frozen=True)
+class Columns:
+    """A metric as numbers per record and a statistic of their sums."""
+
+    values: NDArray[Any]
+    """float64 [records, columns]."""
+    statistic: Callable[[NDArray[Any]], NDArray[Any]]
+    """Sums of columns [any, columns] -> values [any]."""
+    per_record: NDArray[Any] | None
+    """float64 [records]: each record's own value; None if a record has none (F1, BLEU)."""
+    is_fraction: bool = False
+    """Whether each record is right (1) or wrong (0), so that Wilson's interval applies."""
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A metric's value with its 95 % interval (None for fewer than ten records, where it needs a bootstrap)."""
+
+    metric: str
+    value: float
+    low: float | None
+    high: float | None
+    n: int
+    """Number of records."""
+    per_record: list[float] | None = None
+
+    def as_dict(self) -> dict[str, Any]:
+        """All but the numbers per record."""
+        found = asdict(self)
+        del found["per_record"]
+        return found
+
+
+def measure(metric: Pick, outcomes: Outcomes, seed: int = 0) -> Measured:
+    """A metric of outcomes, with its interval.
+
+    Args:
+        metric: A pick of METRICS.
+        outcomes: At least one record.
+        seed: Seed of the bootstrap.
+
+    Raises:
+        UserError: There are no records, or they lack what the metric needs.
+    """
+    if not len(outcomes):
+        raise UserError(f"metric {metric.name}: there is no record to measure")
+    needs = metric.row.traits["needs"]
+    if len(getattr(outcomes, needs)) not in ((len(outcomes),) if needs != "labels" else range(1, 10**9)):
+        raise UserError(f"metric {metric.name}: {NEEDS[needs]}")
+    columns: Columns = metric(outcomes)
+    n = len(outcomes)
+    value = float(columns.statistic(columns.values.sum(0, keepdims=True))[0])
+    low: float | None = None
+    high: float | None = None
+    if columns.is_fraction:
+        bounds = wilson(value, n)
+        low, high = min(bounds[0], value), max(bounds[1], value)
+    elif n >= FEWEST_RECORDS:
+        replicates = max(200, min(REPLICATES, MOST_DRAWS // n))
+        drawn = columns.statistic(resampled_sums(columns.values, replicates, seed))
+        low, high = (float(bound) for bound in np.quantile(drawn, [0.025, 0.975]))
+    per_record = None if columns.per_record is None else [float(one) for one in columns.per_record]
+    return Measured(metric.name, value, low, high, n, per_record)
+
+
+NEEDS = {
+    "predictions": "needs an answer of the model for each record",
+    "labels": "needs the labels of the task",
+    "logprobs": "needs the log-prob of each right answer",
+}
+
+
+def needs(metric: Pick) -> str:
+    """What a metric is computed from: `predictions`, `labels` (and predictions), or `logprobs`."""
+    return str(metric.row.traits["needs"])
+
+
+# ---- rows ----------------------------------------------------------------------------------------------------------
+
+
+@METRICS.row("exact_match", needs="predictions")
+def exact_match(outcomes: Outcomes, *, normalise: Normalise = "text") -> Columns:
+    """Fraction of answers that equal the right one; see `rlhf.tasks.answers.normalised`."""
+    return _fraction([_same(p, r, normalise) for p, r in zip(outcomes.predictions, outcomes.references)])
+
+
+@METRICS.row("accuracy", needs="labels")
+def accuracy(outcomes: Outcomes, *, normalise: Normalise = "text") -> Columns:
+    """Fraction of records whose right label was given; an answer that is no label is wrong."""
+    gold, given = _label_numbers(outcomes, normalise)
+    return _fraction((gold == given).tolist())
+
+
+@METRICS.row("f1", needs="labels")
+def f1(
+    outcomes: Outcomes, *, normalise: Normalise = "text", average: Literal["macro", "micro", "weighted"] = "macro"
+) -> Columns:
+    """F1 over labels: `macro` is their plain mean, as scikit-learn's `f1_score(..., labels=, zero_division=0)`."""
+    gold, given = _label_numbers(outcomes, normalise)
+    every = np.arange(len(outcomes.labels))
+    is_gold, is_given = gold[:, None] == every, given[:, None] == every
+    values = np.concatenate([is_gold & is_given, is_gold, is_given], 1).astype(float)
+
+    def statistic(sums: NDArray[Any]) -> NDArray[Any]:
+        hits, golds, givens = np.split(sums, 3, axis=1)
+        if average == "micro":
+            hits, golds, givens = (part.sum(1, keepdims=True) for part in (hits, golds, givens))
+        each = 2 * hits / np.maximum(golds + givens, 1)  # F1 = 2 TP / (2 TP + FP + FN)
+        if average == "weighted":
+            return (each * golds).sum(1) / np.maximum(golds.sum(1), 1)
+        return each.mean(1)
+
+    return Columns(values, statistic, None)
+
+
+@METRICS.row("rouge1", needs="predictions", package="rouge-score")
+def rouge1(outcomes: Outcomes, *, stem: bool = False, words: Literal["ascii", "unicode"] = "ascii") -> Columns:
+    """ROUGE-1: F-measure of shared words (Lin 2004), from rouge-score; `words: unicode` for other than English."""
+    return _mean(text_overlap.rouge("rouge1", outcomes.predictions, outcomes.references, stem, words))
+
+
+@METRICS.row("rouge2", needs="predictions", package="rouge-score")
+def rouge2(outcomes: Outcomes, *, stem: bool = False, words: Literal["ascii", "unicode"] = "ascii") -> Columns:
+    """ROUGE-2: F-measure of shared pairs of words, from rouge-score."""
+    return _mean(text_overlap.rouge("rouge2", outcomes.predictions, outcomes.references, stem, words))
+
+
+@METRICS.row("rougeL", needs="predictions", package="rouge-score")
+def rouge_l(outcomes: Outcomes, *, stem: bool = False, words: Literal["ascii", "unicode"] = "ascii") -> Columns:
+    """ROUGE-L: F-measure of the longest common subsequence of words, from rouge-score."""
+    return _mean(text_overlap.rouge("rougeL", outcomes.predictions, outcomes.references, stem, words))
+
+
+@METRICS.row("bleu", needs="predictions", package="sacrebleu")
+def bleu(outcomes: Outcomes, *, tokenize: Literal["13a", "intl", "char", "none"] = "13a") -> Columns:
+    """BLEU of the whole corpus, 0 to 100, from sacrebleu."""
+    values, statistic = text_overlap.bleu(outcomes.predictions, outcomes.references, tokenize)
+    return Columns(values, statistic, None)
+
+
+@METRICS.row("log_likelihood", needs="logprobs")
+def log_likelihood(outcomes: Outcomes, *, per: Literal["answer", "token"] = "answer") -> Columns:
+    """Log-prob of the right answer in nats: the mean over answers, or over all of their tokens."""
+    logprobs = np.array(outcomes.logprobs, float)
+    sizes = np.ones(len(logprobs)) if per == "answer" else np.array(outcomes.tokens, float)
+    return Columns(np.stack([logprobs, sizes], 1), lambda sums: sums[:, 0] / sums[:, 1], logprobs / sizes)
+
+
+def _same(prediction: str | None, reference: str, how: Normalise) -> bool:
+    return prediction is not None and normalised(prediction, how) == normalised(reference, how)
+
+
+def _fraction(right: Sequence[bool]) -> Columns:
+    values = np.array(right, float)
+    return Columns(values[:, None], lambda sums: sums[:, 0] / len(values), values, is_fraction=True)
+
+
+def _mean(values: NDArray[Any]) -> Columns:
+    return Columns(values[:, None], lambda sums: sums[:, 0] / len(values), values)
+
+
+def _label_numbers(outcomes: Outcomes, how: Normalise) -> tuple[NDArray[Any], NDArray[Any]]:
+    """The index of the right and of the given label per record; -1 for an answer that is no label.
+
+    Raises:
+        UserError: A right answer is no label.
+    """
+    index = {normalised(label, how): number for number, label in enumerate(outcomes.labels)}
+    gold = [index.get(normalised(reference, how), -1) for reference in outcomes.references]
+    if -1 in gold:
+        wrong = outcomes.references[gold.index(-1)]
+        raise UserError(f"the right answer {wrong[:80]!r} is none of the labels {', '.join(outcomes.labels)}"[:1000])
+    given = [-1 if p is None else index.get(normalised(p, how), -1) for p in outcomes.predictions]
+    return np.array(gold), np.array(given)

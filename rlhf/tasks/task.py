@@ -1,0 +1,153 @@
+"""A labelled task: records whose answers are known, and how a model's answers to them are measured.
+
+The records are demonstrations of our schema, as `rlhf data tasks` or an import of demonstrations makes them.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from rlhf.core.console import warn
+from rlhf.core.errors import UserError, nearest
+from rlhf.core.table import Pick
+from rlhf.data.schema import Demonstration
+from rlhf.data.selection import chosen_records
+from rlhf.data.store import Dataset, open_dataset
+from rlhf.tasks.answers import AnswerPattern, normalised
+from rlhf.tasks.config import TaskConfig
+from rlhf.tasks.metrics import METRICS, Measured, Outcomes, measure, needs
+
+MOST_LABELS = 100
+"""More different answers than this are not taken for labels, unless they are listed."""
+
+
+@dataclass(frozen=True)
+class Task:
+    """A task whose data has been read and checked."""
+
+    data: Dataset
+    records: list[Demonstration]
+    """The records that are measured."""
+    references: list[str]
+    """The right answer of each record: its answer, or the part that the pattern finds in it."""
+    labels: tuple[str, ...]
+    """Empty if the task is not a classification."""
+    metrics: tuple[Pick, ...]
+    pattern: AnswerPattern | None
+    rejected: dict[str, int] = field(default_factory=dict)
+    """Reason -> number of records that cannot be measured."""
+
+    def answer(self, text: str) -> str | None:
+        """The answer in a text of a model; None if it holds none."""
+        return text.strip() if self.pattern is None else self.pattern(text)
+
+    def reference(self, record: Demonstration) -> str:
+        """The right answer of a record of this task's data; the whole text where the pattern does not match."""
+        return self.answer(record.answer) or record.answer.strip()
+
+    def label_of(self, answer: str) -> str | None:
+        """The label that an answer names, by `normalised`; None if it is no label."""
+        return {normalised(label): label for label in self.labels}.get(normalised(answer))
+
+    def measure(self, outcomes: Outcomes, seed: int = 0) -> list[Measured]:
+        """All metrics that the outcomes allow: those of log-probs need `logprobs`, the others `predictions`."""
+        have = {"predictions": bool(outcomes.predictions), "logprobs": bool(outcomes.logprobs)}
+        have["labels"] = have["predictions"]
+        return [measure(metric, outcomes, seed) for metric in self.metrics if have[needs(metric)]]
+
+    def facts(self) -> dict[str, Any]:
+        """What a result says about the task."""
+        return {
+            "dataset": str(self.data.path), "fingerprint": self.data.fingerprint, "records": len(self.records),
+            "rejected": self.rejected, "labels": list(self.labels),
+            "pattern": self.pattern and self.pattern.pattern, "take": self.pattern and self.pattern.take,
+            "metrics": [{"name": metric.name, **metric.options} for metric in self.metrics],
+        }  # fmt: skip
+
+
+def load_task(config: TaskConfig) -> Task:
+    """Read and check the data of a task.
+
+    A record whose answer the pattern does not match, or is none of the labels, is rejected and counted.
+
+    Raises:
+        UserError: The data are no demonstrations, a label occurs nowhere in them, or no record can be measured.
+    """
+    pattern = config.pattern_or_none()
+    data = open_dataset(config.dataset)
+    if data.kind != "demonstration":
+        raise UserError(
+            f"{data.path}: contains {data.kind}s; a task needs demonstrations, whose answers are the right ones",
+            remedy="Make them with `rlhf data tasks` or an import of demonstrations.",
+        )
+    metrics = tuple(config.metrics) or _default_metrics(config)
+    labels: tuple[str, ...] = ()
+    if config.labels or any(needs(metric) == "labels" for metric in metrics):
+        labels = _labels(data, config.labels, pattern)
+    names = {normalised(label) for label in labels}
+    records, references, rejected = [], [], Counter[str]()
+    first: dict[str, str] = {}
+    for record in chosen_records(data, config.split, config.limit):
+        reference = record.answer.strip() if pattern is None else pattern(record.answer)
+        reason = ""
+        if reference is None:
+            reason = "the pattern finds no answer in it"
+        elif names and normalised(reference) not in names:
+            reason = "its answer is none of the labels"
+        if reason or reference is None:
+            rejected[reason] += 1
+            first.setdefault(reason, f"prompt {record.prompt_id}, answer {record.answer[:60]!r}")
+            continue
+        records.append(record)
+        references.append(reference)
+    for reason, count in rejected.items():
+        warn(f"{data.path}: {count:,} records rejected: {reason}; the first is {first[reason]}")
+    if not records:
+        raise UserError(
+            f"{data.path}: no record can be measured",
+            "; ".join(f"{count:,} rejected: {reason}" for reason, count in rejected.items()),
+            "Correct the pattern or the labels.",
+        )
+    return Task(data, records, references, labels, metrics, pattern, dict(rejected))
+
+
+def _default_metrics(config: TaskConfig) -> tuple[Pick, ...]:
+    return tuple(METRICS.pick(name) for name in (("accuracy", "f1") if config.labels else ("exact_match",)))
+
+
+def _labels(data: Dataset, listed: Sequence[str], pattern: AnswerPattern | None) -> tuple[str, ...]:
+    """The labels, checked against all answers of the data.
+
+    Raises:
+        UserError: Two are the same, one occurs in no answer, or there are too many or too few to be labels.
+    """
+    answers = Counter(_answers(data.records(), pattern))
+    found = {normalised(answer): answer for answer in answers}
+    if not listed:
+        if not 2 <= len(found) <= MOST_LABELS:
+            raise UserError(
+                f"{data.path}: has {len(found):,} different answers, which are no labels",
+                "The metrics accuracy and f1 are for a few labels that many records share.",
+                "Use exact_match, or list the labels.",
+            )
+        return tuple(sorted(found.values()))
+    names = [normalised(label) for label in listed]
+    for label, name in zip(listed, names):
+        if names.count(name) > 1:
+            raise UserError(f"labels: {label!r} is there twice", remedy="Case and punctuation around it do not count.")
+        if name not in found:
+            known = nearest(name, found) if len(found) <= MOST_LABELS else f"It has {len(found):,} different answers."
+            raise UserError(f"labels: no record of {data.path} has the answer {label!r}", remedy=known)
+    if len(listed) < 2:
+        raise UserError(f"labels: {listed[0]!r} alone is nothing to choose from")
+    return tuple(listed)
+
+
+def _answers(records: Iterable[Any], pattern: AnswerPattern | None) -> Iterable[str]:
+    for record in records:
+        answer = record.answer.strip() if pattern is None else pattern(record.answer)
+        if answer:
+            yield answer
