@@ -49,6 +49,7 @@ from rlhf.ppo.types import (
     gather_tokens,
 )
 from rlhf.reward.sources import RewardContext, RewardInputs, own_chats
+from rlhf.rollout.decode_step import check_family
 from rlhf.rollout.types import SamplingParams, stream_seed
 from rlhf.runs.random_state import rng_state, seed_everything, set_rng_state
 from rlhf.runs.run import (
@@ -86,6 +87,7 @@ class PPO:
         own = own_chats(config.reward, config.model, time)
         model_config = load_hf_config(config.model, path)
         limit, self.vocab_size = sequence_limit(config.model, model_config), model_config.get_text_config().vocab_size
+        check_family(model_config)
         check_vocabularies(config, self.chat)
         self.run = open_ppo_run(config, self.chat, own, resume, overwrite)
         self.memory = PeakMemory()

@@ -9,12 +9,15 @@ import torch
 from transformers import (
     AutoModelForCausalLM,
     BloomConfig,
+    FalconMambaConfig,
     Gemma2Config,
     Gemma3TextConfig,
     GemmaConfig,
     GPT2Config,
     Lfm2Config,
     LlamaConfig,
+    Mamba2Config,
+    MambaConfig,
     MistralConfig,
     OPTConfig,
     Qwen2Config,
@@ -45,8 +48,15 @@ FAMILIES = {
     ),
     "gpt2": GPT2Config(vocab_size=VOCAB, n_embd=32, n_layer=2, n_head=4, n_positions=128),
 }
-HYBRID = Lfm2Config(**SMALL, num_key_value_heads=2, layer_types=["conv", "full_attention"])
-"""Of "lfm2": convolutions remember something else than keys and values."""
+STATES = {"vocab_size": VOCAB, "hidden_size": 32, "num_hidden_layers": 2, "state_size": 8}
+RECURRENT = {
+    "lfm2": Lfm2Config(**SMALL, num_key_value_heads=2, layer_types=["conv", "full_attention"]),
+    "mamba": MambaConfig(**STATES),
+    "falcon_mamba": FalconMambaConfig(**STATES),
+    "mamba2": Mamba2Config(**STATES, num_heads=8, head_dim=8, n_groups=2, chunk_size=8),
+}
+"""Families whose layers remember something else than keys and values."""
+HYBRID = RECURRENT["lfm2"]
 ALIBI = BloomConfig(vocab_size=VOCAB, hidden_size=32, n_layer=2, n_head=4)
 """Bloom: distances instead of positions, so it keeps no packed sequences apart."""
 OPT = OPTConfig(
@@ -81,7 +91,7 @@ def by_generate(family):
 
     The end is the token for which the answers' lengths differ most: early ends and late ones.
     """
-    model = random_model(FAMILIES.get(family) or HYBRID)
+    model = random_model((FAMILIES | RECURRENT)[family])
     model.generation_config.eos_token_id = None
     options = {"max_new_tokens": 24, "do_sample": False, "use_cache": True, "pad_token_id": 0}
     whole = [model.generate(torch.tensor([p]), **options)[0, len(p) :].tolist() for p in PROMPTS]

@@ -15,6 +15,8 @@ from rlhf.config.base import ModelConfig
 from rlhf.export.export import export
 from rlhf.export.formats import EXPORTERS
 from rlhf.models.load import load_policy
+from rlhf.models.merging import adapters_merged, merged_weights
+from rlhf.models.tuning import TUNING
 from stages import ppo, reward
 
 LOCAL = {**tiny.SMALL, "num_local_experts": 4, "num_experts_per_tok": 2}
@@ -45,6 +47,26 @@ def test_a_router_draws_no_noise_in_training_mode(family):
         first, second = (policy(ids).logits for _ in range(2))
         assert first.equal(second)
         torch.testing.assert_close(first, policy.eval()(ids).logits)
+
+
+def test_merged_weights_of_experts_give_the_logits_of_the_adapter():
+    path = folder("mixtral")
+    policy = TUNING.pick("lora")(load_policy(ModelConfig(path=path), path), None, "causal").eval()
+    draw = torch.Generator().manual_seed(0)
+    adapters = {name: p for name, p in policy.named_parameters() if "lora_" in name}
+    assert {part for part in ("q_proj", "experts") for name in adapters if part in name} == {"q_proj", "experts"}
+    for parameter in adapters.values():
+        parameter.data = 0.2 * torch.randn(parameter.shape, generator=draw)
+    ids = torch.randint(3, 320, (4, 20), generator=draw)
+    plain = load_policy(ModelConfig(path=path), path).eval()
+    with torch.no_grad():
+        expected = policy(ids).logits
+        with adapters_merged(policy):
+            torch.testing.assert_close(policy(ids).logits, expected, rtol=0, atol=1e-4)
+        assert (expected - plain(ids).logits).abs().max() > 0.1
+        plain.load_state_dict(dict(merged_weights(policy)))
+        torch.testing.assert_close(plain(ids).logits, expected, rtol=0, atol=1e-4)
+        assert policy(ids).logits.equal(expected)
 
 
 @pytest.mark.slow

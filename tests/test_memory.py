@@ -117,6 +117,18 @@ def test_the_heads_logits_do_not_grow_with_the_number_of_tokens():
     assert few < 2048 * 150_000 * 4 / 2
 
 
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_experts_are_counted_on_a_cpu_and_nothing_is_logged(tmp_path, capfd, precision):
+    experts = {"model_type": "mixtral", "num_local_experts": 4, "num_experts_per_tok": 2}
+    wide = sft(shape(tmp_path / "wide", **experts, architectures=["MixtralForCausalLM"]))
+    narrow = sft(shape(tmp_path / "narrow", **experts, intermediate_size=64, architectures=["MixtralForCausalLM"]))
+    traced = [passes_of(config, bfloat16=precision == "bfloat16") for config in (wide, narrow)]
+    peaks = [passes.update["backward"].parts["activations"] for passes in traced]
+    tokens = 64 * wide.batch.micro_batch_size * 2  # two experts for each
+    assert peaks[0] - peaks[1] >= 2 * 64 * tokens * (4 if precision == "float32" else 2)  # gate and up, 64 wider
+    assert capfd.readouterr() == ("", "")
+
+
 # ---- models and work ---------------------------------------------------------------------------------------------
 
 

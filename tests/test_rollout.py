@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 import tiny
 import torch
-from families import FAMILIES, PROMPTS, by_generate, chat_like
+from families import FAMILIES, PROMPTS, RECURRENT, by_generate, chat_like
 from transformers import AutoModelForCausalLM
 
 from rlhf.config.base import ModelConfig
@@ -38,8 +38,9 @@ def test_greedy_answers_are_those_of_generate_to_the_token(sampler, family, batc
 
 
 @pytest.mark.parametrize("batch_size", [64, 3])
-def test_a_model_whose_cache_cannot_be_joined_answers_batch_after_batch(batch_size):
-    model, end, expected = by_generate("lfm2")
+@pytest.mark.parametrize("family", RECURRENT)
+def test_a_model_whose_cache_cannot_be_joined_answers_batch_after_batch(family, batch_size):
+    model, end, expected = by_generate(family)
     assert not kv_cache.joinable(model)
     prompts = [prompt for prompt in PROMPTS for _ in range(2)]
     found = hf(

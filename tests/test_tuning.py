@@ -11,7 +11,7 @@ import peft
 import pytest
 import tiny
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, MambaConfig
 
 from rlhf.config.base import ModelConfig
 from rlhf.core.errors import UserError
@@ -290,3 +290,17 @@ def test_lora_extends_a_familys_own_linear_layers():
     model = TUNING.pick({"name": "lora", "rank": 2})(random_model(config), None, "causal")
     extended = {name.split(".")[-4] for name, _ in model.named_parameters() if "lora_A" in name}
     assert extended == {"query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h"}
+
+
+@pytest.mark.parametrize("layers", [None, 1])
+def test_lora_leaves_out_the_layers_whose_weights_a_family_reads_without_calling_them(layers):
+    config = MambaConfig(vocab_size=64, hidden_size=16, num_hidden_layers=2, state_size=4)
+    model = AutoModelForCausalLM.from_config(config)
+    wrapped = TUNING.pick({"name": "lora", "layers": layers})(model, None, "causal")
+    names = [name for name, p in wrapped.named_parameters() if p.requires_grad]
+    assert any("in_proj" in name for name in names) and not any("out_proj" in name for name in names)
+    assert any("layers.0" in name for name in names) == (layers is None)
+    with pytest.raises(UserError, match="lora does not work with MambaForCausalLM"):
+        TUNING.pick({"name": "lora", "target_modules": ["out_proj"]})(
+            AutoModelForCausalLM.from_config(config), None, "causal"
+        )

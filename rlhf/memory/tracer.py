@@ -14,6 +14,7 @@ are traced as on a CPU. The scratch memory of kernels and the rounding of alloca
 
 from __future__ import annotations
 
+import logging
 import weakref
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -35,9 +36,18 @@ INDEXED = {aten.index.Tensor, aten.index_put.default, aten.index_put_.default, a
 
 @contextmanager
 def fake_tensors() -> Iterator[None]:
-    """Within this context, new tensors have a shape, a dtype and a device, but no storage."""
-    with FakeTensorMode(allow_non_fake_inputs=True):
-        yield
+    """Within this context, new tensors have a shape, a dtype and a device, but no storage.
+
+    torch logs a traceback before it raises the error of a kernel that has no fake form; the error is enough.
+    """
+    log = logging.getLogger("torch._subclasses.fake_tensor")
+    level = log.level
+    log.setLevel(logging.CRITICAL)
+    try:
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            yield
+    finally:
+        log.setLevel(level)
 
 
 def use_fake_weights(model: nn.Module) -> nn.Module:
@@ -84,6 +94,19 @@ class MemorySnapshot:
         )
 
 
+def _grouped_shape(left: Tensor, right: Tensor, ends: Tensor | None) -> tuple[int, ...]:
+    """The shape of torch's `_grouped_mm`: matrices [T, K] x [E, K, N] of T tokens and E experts, or their gradients.
+
+    A two-dimensional factor holds the groups one after the other, each up to its place in `ends`, int64 [E].
+    """
+    if left.dim() == right.dim() == 2:
+        assert ends is not None
+        return (ends.shape[0], left.shape[0], right.shape[1])
+    if left.dim() == right.dim() == 3:
+        return (left.shape[0], left.shape[1], right.shape[2])
+    return (left.shape[-2], right.shape[-1])
+
+
 class MemoryTracer(TorchDispatchMode):
     """Records when operations allocate storages and when these are freed.
 
@@ -107,6 +130,8 @@ class MemoryTracer(TorchDispatchMode):
             return False if args[0].dtype == torch.bool else 1
         if func is aten.nonzero.default:
             return self._note(args[0].new_empty((self.selected, args[0].dim()), dtype=torch.int64))
+        if func is aten._grouped_mm.default:  # experts; torch's fake kernel takes bfloat16 alone, a CPU's float32 too
+            return self._note(args[0].new_empty(_grouped_shape(*args[:2], args[2] if args[2:] else kwargs["offs"])))
         if func in INDEXED:
             args = (args[0], self._without_masks(args[1]), *args[2:])
         out = func(*args, **(kwargs or {}))

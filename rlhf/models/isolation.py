@@ -58,7 +58,7 @@ def packing_fault(
             one, two = (outputs([before, mine, after], True) for before, after in neighbours)
             alone = outputs([mine], False)
     except Exception as error:  # families raise different errors for lengths in place of a mask
-        return f"cannot be computed ({type(error).__name__}: {str(error).strip().split(chr(10))[0]})"
+        return f"cannot be computed: {str(error).strip().split(chr(10))[0] or type(error).__name__}"
     if not all(unmoved(a, b, dtype) for a, b in zip(one, two)):
         return "attend to each other"
     if not all(agree(a, b, dtype) for a, b in zip(one, alone)):

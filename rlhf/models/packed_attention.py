@@ -128,7 +128,11 @@ def _attention(
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     if torch.is_autocast_enabled(query.device.type):  # torch casts the inputs of its own attention, not of an operator
         query, key, value = (x.to(torch.get_autocast_dtype(x.device.type)) for x in (query, key, value))
-    return attend_each(query, key, value, attention_mask.flatten(), scale, sliding_window or 0)[0], None
+    wide, width = query.shape[-1], value.shape[-1]
+    if width < wide:  # torch's kernel wants one size; zeros add nothing (DeepSeek-V3: keys of 192, values of 128)
+        value = nn.functional.pad(value, (0, wide - width))
+    found = attend_each(query, key, value, attention_mask.flatten(), scale, sliding_window or 0)[0]
+    return found[..., :width], None
 
 
 AttentionInterface.register(PACKED, _attention)

@@ -42,6 +42,9 @@ LORA = ADAPTER | {"roles": True}
 PROMPT = ADAPTER | {"merges": False, "prompt_learning": True}
 TASKS = {"causal": "CAUSAL_LM", "scalar": "SEQ_CLS"}
 """Our task -> PEFT's task type."""
+WEIGHTS_READ = ("falcon_h1", "mamba", "mamba2", "falcon_mamba", "nemotron_h")
+"""Families whose kernels read the weight of `out_proj` instead of calling the layer, so an adapter would be ignored;
+PEFT refuses them by this list."""
 HEADS = ("score", "classifier")
 """Names of the head of a sequence classifier in transformers."""
 
@@ -136,16 +139,23 @@ def lora_config(
     dora: bool = False,
 ) -> Any:
     """PEFT's config for the options of `lora` or `qlora`, for a model without adapters."""
-    # A router is a linear layer that returns several tensors in some families (PhiMoE), which LoRA cannot extend.
-    routers = [
-        name for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and "Router" in type(module).__name__
-    ]  # fmt: skip
     return peft.LoraConfig(
-        exclude_modules=routers or None,
+        exclude_modules=_left_out(model, target_modules) or None,
         task_type=TASKS[task], r=rank, lora_alpha=alpha, lora_dropout=dropout, use_rslora=rslora, use_dora=dora,
         target_modules=target_modules if layers is None else _targets_in_last(model, layers, target_modules),
     )  # fmt: skip
+
+
+def _left_out(model: Any, targets: str | list[str]) -> list[str]:
+    """Names of the linear layers that `all-linear` leaves out."""
+    # A router is a linear layer that returns several tensors in some families (PhiMoE), which LoRA cannot extend.
+    found = [
+        name for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and "Router" in type(module).__name__
+    ]  # fmt: skip
+    if targets == "all-linear" and model.config.model_type in WEIGHTS_READ:
+        found += ["out_proj", "conv1d"]
+    return found
 
 
 @TUNING.row("lora", **LORA)
@@ -153,9 +163,9 @@ def lora_config(
 def lora(model: Any, chat: Any, task: str, **options: Any) -> Any:
     """Low-rank updates of linear layers (Hu et al. 2021).
 
-    `target_modules` is `all-linear` (all but the head), a regular expression, or a list of names. `layers` restricts
-    the adapter to that many of the last transformer layers. `rslora` scales updates by 1/sqrt(rank), `dora` also trains
-    magnitudes.
+    `target_modules` is `all-linear` (all but the head, and but `out_proj` of Mamba's families), a regular expression,
+    or a list of names. `layers` restricts the adapter to that many of the last transformer layers. `rslora` scales
+    updates by 1/sqrt(rank), `dora` also trains magnitudes.
     """
     return _wrap("lora", model, lora_config(model, task, **options))
 
@@ -239,7 +249,9 @@ def _wrap(name: str, model: Any, config: Any) -> Any:
         wrapped = peft.get_peft_model(model, config)
     except ValueError as error:
         raise UserError(
-            f"tuning: {name} does not work with {type(model).__name__}", str(error).split("\n")[0]
+            f"tuning: {name} does not work with {type(model).__name__}",
+            str(error).split("\n")[0],
+            "Name other layers in tuning.target_modules, or use `full` or `last-layers`.",
         ) from None
     if config.task_type == "CAUSAL_LM" and _is_adapted(wrapped.get_output_embeddings()):
         raise UserError(
