@@ -131,7 +131,8 @@ class MemoryTracer(TorchDispatchMode):
         if func is aten.nonzero.default:
             return self._note(args[0].new_empty((self.selected, args[0].dim()), dtype=torch.int64))
         if func is aten._grouped_mm.default:  # experts; torch's fake kernel takes bfloat16 alone, a CPU's float32 too
-            return self._note(args[0].new_empty(_grouped_shape(*args[:2], args[2] if args[2:] else kwargs["offs"])))
+            ends = args[2] if args[2:] else (kwargs or {}).get("offs")
+            return self._note(args[0].new_empty(_grouped_shape(args[0], args[1], ends)))
         if func in INDEXED:
             args = (args[0], self._without_masks(args[1]), *args[2:])
         out = func(*args, **(kwargs or {}))

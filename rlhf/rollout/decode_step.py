@@ -37,7 +37,7 @@ def cache_name(model: Any) -> str:
         UserError: It takes no cache of transformers.
     """
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model
-    return cache_of(type(inner))
+    return cache_of(type(inner))  # type: ignore[arg-type]
 
 
 def check_family(config: Any) -> None:
@@ -52,9 +52,9 @@ def check_family(config: Any) -> None:
 
 
 @cache
-def cache_of(kind: type) -> str:
+def cache_of(kind: Any) -> str:
     """`cache_name` of a class of models."""
-    parameters = inspect.signature(kind.forward).parameters  # type: ignore[attr-defined]
+    parameters = inspect.signature(kind.forward).parameters
     found = next((name for name in (KEYS, STATE) if name in parameters), None)
     if found is None:
         raise UserError(
