@@ -9,15 +9,19 @@ from typing import Annotated, Any
 
 import typer
 
-from rlhf.cli import options
+from rlhf.cli import options, task_options
 from rlhf.cli.sampling_options import SamplingOptions, with_sampling
 from rlhf.core.console import print_json, say, table, warn
 from rlhf.core.errors import UserError
 from rlhf.data.encode_records import EncodingCounts
 from rlhf.data.selection import chosen_prompts, chosen_records, with_system
 from rlhf.data.store import Dataset, open_dataset
+from rlhf.prompting.ways import parse_shots, read_prompting
 from rlhf.reward.agreement import Agreement
 from rlhf.rollout.types import SamplingParams
+from rlhf.tasks.config import TaskConfig
+from rlhf.tasks.metrics import METRICS
+from rlhf.tasks.task import load_task
 
 
 @with_sampling
@@ -37,6 +41,23 @@ def command(
     ] = None,
     n: Annotated[int, typer.Option("--n", "-n", min=1, help="Number of answers to each prompt, with --reward.")] = 1,
     system: options.System = None,
+    prompting: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="WAY|FILE|{...}",
+            help="Measure answers to prompts made in this way: zero-shot, few-shot, cloze, chain-of-thought, a YAML"
+            " file, or '{name: few-shot, shots: 8}'. May be repeated.",
+        ),
+    ] = None,
+    shots: Annotated[
+        str | None, typer.Option(metavar="N,N,...", help="With --prompting: numbers of examples, each in its own line.")
+    ] = None,
+    metric: task_options.Metric = None,
+    labels: task_options.Labels = None,
+    pattern: task_options.Pattern = None,
+    answers: Annotated[
+        Path | None, typer.Option(help="With --prompting: write each answer here, as JSON lines.")
+    ] = None,
     output: Annotated[Path | None, typer.Option("--out", help="Write the metrics here, as JSON.")] = None,
     as_json: options.Json = False,
     *,
@@ -44,6 +65,16 @@ def command(
 ) -> None:
     """Measure a model on held-out data."""
     options.check_writable(output, "--out")
+    options.check_writable(answers, "--answers")
+    if not prompting and (shots or metric or labels or pattern or answers):
+        raise UserError("--shots, --metric, --labels, --pattern and --answers are for --prompting", remedy="Give it.")
+    if prompting:
+        if reward or against:
+            raise UserError("--reward and --against are not for --prompting, whose answers have a right one")
+        task = task_options.task_config(str(dataset), split, limit, metric, labels, pattern)
+        result = _evaluate_prompting(model, prompting, shots, task, sampling, system, answers)
+        _finish(result, output, as_json)
+        return
     data = open_dataset(dataset)
     from rlhf.inference.policy import model_kind  # imports torch
 
@@ -62,10 +93,43 @@ def command(
             raise UserError(f"--against {against}: a reward model gives no answers", remedy="Name an SFT or PPO run.")
         test = PolicyTest(data, split, limit, reward, n, sampling.params(model), sampling, system)
         result |= _evaluate_policies(model, against, test)
+    _finish(result, output, as_json)
+
+
+def _finish(result: dict[str, Any], output: Path | None, as_json: bool) -> None:
     if output is not None:
         options.write_whole(output, json.dumps(result, indent=2, ensure_ascii=False) + "\n")
     if as_json:
         print_json(result)
+
+
+# ---- prompting ---------------------------------------------------------------------------------------------------
+
+
+def _evaluate_prompting(
+    model: str, prompting: list[str], shots: str | None, config: TaskConfig, sampling: SamplingOptions,
+    system: str | None, answers: Path | None,
+) -> dict[str, Any]:  # fmt: skip
+    """Each way of prompting measured on a task, printed and returned."""
+    ways, counts = [read_prompting(spec) for spec in prompting], parse_shots(shots)
+    ways = [way.with_shots(count) for way in ways for count in counts] if counts else ways
+    if any(way.label_words and not way.label_words.verbaliser for way in ways) and not (
+        config.metrics or config.labels
+    ):
+        config = config.model_copy(update={"metrics": [METRICS.pick("accuracy"), METRICS.pick("f1")]})
+    task, params = load_task(config), sampling.params(model)
+    from rlhf.prompting.evaluation import answer_rows, evaluate_prompting, show  # imports torch
+    from rlhf.prompting.masked import open_prompted
+
+    opened = open_prompted(model, sampling.chat_template, sampling.trust_remote_code)
+    given = (params, sampling.temperature, sampling.seed, system)
+    cells = [evaluate_prompting(opened, task, way, *given) for way in ways]
+    show(cells, task, model)
+    if answers is not None:
+        lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in answer_rows(cells)]
+        options.write_whole(answers, "".join(lines))
+    facts = {"model": model, "split": config.split, "seed": sampling.seed, "sampling": asdict(params), **task.facts()}
+    return facts | {"prompting": [cell.as_dict() for cell in cells]}
 
 
 # ---- policies ----------------------------------------------------------------------------------------------------

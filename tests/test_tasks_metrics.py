@@ -190,8 +190,8 @@ def write(path: Path, answers: list[str], split: str | None = None) -> str:
 def test_a_task_has_the_labels_of_its_data(tmp_path):
     data = write(tmp_path / "data.jsonl", ["good", "bad", "good."])
     task = load_task(TaskConfig(dataset=data, metrics=["accuracy", "f1"]))
-    assert [task.label_of(label) for label in ("Good", "bad", "ugly")] == ["good.", "bad", None]
-    found = task.measure(Outcomes(task.references, ["good", "good", "good"], task.labels))
+    assert [task.rules.label(label) for label in ("Good", "bad", "ugly")] == ["good.", "bad", None]
+    found = task.measure(Outcomes(task.references, ["good", "good", "good"], task.rules.labels))
     assert [(one.metric, one.value) for one in found] == [
         ("accuracy", pytest.approx(2 / 3)),
         ("f1", pytest.approx(0.4)),
@@ -201,9 +201,23 @@ def test_a_task_has_the_labels_of_its_data(tmp_path):
 def test_the_pattern_is_applied_to_the_data_and_records_without_an_answer_are_counted(tmp_path, capsys):
     data = write(tmp_path / "data.jsonl", ["1 + 1\n#### 2", "so\n#### 3", "I do not know"])
     task = load_task(TaskConfig(dataset=data, pattern="gsm8k"))
-    assert task.references == ["2", "3"] and task.answer("2 + 2\n#### 4") == "4"
-    assert task.rejected == {"the pattern finds no answer in it": 1}
-    assert "1 records rejected: the pattern finds no answer in it; the first is prompt" in capsys.readouterr().err
+    assert task.references == ["2", "3"] and task.rules.answer("2 + 2\n#### 4") == "4"
+    assert task.rejected == {"no answer in it by the pattern": 1}
+    assert "1 records rejected: no answer in it by the pattern; the first is prompt" in capsys.readouterr().err
+
+
+def test_answers_that_no_pattern_matches_are_right_answers_as_a_whole(tmp_path):
+    task = load_task(TaskConfig(dataset=write(tmp_path / "data.jsonl", ["72", "3"]), pattern="the-answer-is"))
+    assert task.references == ["72", "3"] and not task.facts()["pattern_in_data"]
+    assert task.rules.answer("It is 70 + 2. The answer is 72.") == "72"
+
+
+def test_the_sentence_of_an_answer_is_shown_without_its_reasoning():
+    pattern = answer_pattern("the-answer-is")
+    assert pattern is not None
+    assert pattern.sentence("70 + 2 = 72. The answer is 72.") == "The answer is 72."
+    assert pattern.sentence("70 + 2 = 72.\nThe answer is 72.", "no") == "The answer is no."
+    assert pattern.sentence("72") is None
 
 
 @pytest.mark.parametrize(
@@ -213,7 +227,7 @@ def test_the_pattern_is_applied_to_the_data_and_records_without_an_answer_are_co
         (["good", "bad"], {"labels": ["good"]}, "nothing to choose from"),
         (["good", "bad"], {"labels": ["good", "Good."]}, "there twice"),
         (["one", "one"], {"metrics": ["accuracy"]}, "1 different answers"),
-        (["one", "two"], {"pattern": "gsm8k"}, "no record can be measured"),
+        (["#### 1", "two"], {"pattern": "gsm8k", "split": "test"}, "no records in the split 'test'"),
         (["one", "two"], {"pattern": "(one"}, "not a regular expression"),
     ],
 )

@@ -54,15 +54,16 @@ def load_tokenizer(config: ModelConfig, path: str, frozen_at: str | None = None)
         raise UserError(f"model.path: no tokenizer can be loaded from {path}", str(error).split("\n")[0]) from None
     if tokenizer.bos_token is None and tokenizer.eos_token is None and tokenizer.cls_token and tokenizer.sep_token:
         tokenizer.bos_token, tokenizer.eos_token = tokenizer.cls_token, tokenizer.sep_token
+    own_template = config.chat_template != "auto" or bool(tokenizer.chat_template)
     if config.chat_template != "auto" or not tokenizer.chat_template:
         name = "default" if config.chat_template == "auto" else config.chat_template
         tokenizer.chat_template = read_template(name)
     template = tokenizer.get_chat_template()
     if not reads_clock(template):
-        return ChatTokenizer(tokenizer, config.control_tokens_in_text)
+        return ChatTokenizer(tokenizer, config.control_tokens_in_text, own_template=own_template)
     frozen_at = frozen_at or datetime.now().isoformat(timespec="seconds")
     tokenizer.chat_template = freeze_clock(template, datetime.fromisoformat(frozen_at))
-    return ChatTokenizer(tokenizer, config.control_tokens_in_text, frozen_at)
+    return ChatTokenizer(tokenizer, config.control_tokens_in_text, frozen_at, own_template)
 
 
 END_TOKENS = ("<|im_end|>", "<|eot_id|>", "<|end|>", "</s>", "<|endoftext|>", "<eos>", "<|end_of_text|>", "[EOS]")
@@ -125,10 +126,13 @@ class ChatTokenizer:
         lead: What the template writes between the generation prompt and a response: a space, or the end of a reasoning
             block that is empty.
         frozen_at: The time that the template's `strftime_now` gives, in ISO format; None if it does not read the clock.
+        own_template: False if `default` stands in, because the model has no template and none was chosen.
     """
 
-    def __init__(self, tokenizer: Any, in_text: InText = "as_text", frozen_at: str | None = None) -> None:
-        self.tokenizer, self.frozen_at = tokenizer, frozen_at
+    def __init__(
+        self, tokenizer: Any, in_text: InText = "as_text", frozen_at: str | None = None, own_template: bool = True
+    ) -> None:
+        self.tokenizer, self.frozen_at, self.own_template = tokenizer, frozen_at, own_template
         self.renderer = Renderer(tokenizer, in_text)
         probe = [Message("user", "hello"), Message("assistant", PROBE)]
         question, before, full = self._probe(probe[:1], False), self._probe(probe[:1], True), self._probe(probe, False)

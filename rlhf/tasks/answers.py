@@ -41,7 +41,7 @@ class AnswerPattern:
         """Check the pattern.
 
         Raises:
-            UserError: It does not compile, or matches the empty text.
+            UserError: It does not compile, or it is not clear which group is the answer.
         """
         try:
             found = re.compile(self.pattern)
@@ -62,23 +62,49 @@ class AnswerPattern:
         Raises:
             UserError: The pattern takes longer than `SECONDS` for this text.
         """
-        matches = re.compile(self.pattern).finditer(text)
+        found = self._match(text)
+        return None if found is None else found[self._group(found)].strip()
+
+    def sentence(self, text: str, answer: str | None = None) -> str | None:
+        """The sentence or line that holds the answer, without the reasoning before it; None without a match.
+
+        Args:
+            text: Reasoning and answer.
+            answer: Written in place of the answer that is there.
+
+        Raises:
+            UserError: See `__call__`.
+        """
+        found = self._match(text)
+        if found is None:
+            return None
+        start, end = found.span(self._group(found))
+        ends = [match.end() for match in re.finditer(r"\n|[.!?]\s", text[: found.start()])]
+        begin = ends[-1] if ends else 0
+        stop = text.find("\n", end)
+        stop = len(text) if stop < 0 else stop
+        return (text[begin:start] + (text[start:end] if answer is None else answer) + text[end:stop]).strip()
+
+    def _group(self, found: re.Match[str]) -> str | int:
+        return "answer" if "answer" in found.re.groupindex else min(1, found.re.groups)
+
+    def _match(self, text: str) -> re.Match[str] | None:
+        """The match that counts, among those whose answer is not empty."""
+        chosen = None
         try:
             with time_limit(SECONDS):
-                found = next(matches, None)
-                for later in matches if self.take == "last" else ():
-                    found = later
+                for match in re.compile(self.pattern).finditer(text):
+                    if (match[self._group(match)] or "").strip():
+                        chosen = match
+                        if self.take == "first":
+                            break
         except TimeIsUp:
             raise UserError(
                 f"pattern {self.pattern!r}: takes longer than {SECONDS:g} s for a text of {len(text):,} characters",
                 "Nested repetitions such as (a+)+ take exponential time.",
                 "Write it without them.",
             ) from None
-        if found is None:
-            return None
-        groups = found.re.groups
-        part = found["answer"] if "answer" in found.re.groupindex else found[1] if groups else found[0]
-        return (part or "").strip() or None
+        return chosen
 
 
 def answer_pattern(given: str | None, take: Take = "last") -> AnswerPattern | None:

@@ -6,8 +6,8 @@ The records are demonstrations of our schema, as `rlhf data tasks` or an import 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from rlhf.core.console import warn
@@ -16,12 +16,43 @@ from rlhf.core.table import Pick
 from rlhf.data.schema import Demonstration
 from rlhf.data.selection import chosen_records
 from rlhf.data.store import Dataset, open_dataset
-from rlhf.tasks.answers import AnswerPattern, normalised
+from rlhf.tasks.answers import AnswerPattern, Normalise, normalised
 from rlhf.tasks.config import TaskConfig
 from rlhf.tasks.metrics import METRICS, Measured, Outcomes, measure, needs
 
 MOST_LABELS = 100
 """More different answers than this are not taken for labels, unless they are listed."""
+
+
+@dataclass(frozen=True)
+class AnswerRules:
+    """How the answer is read from a text, and when two answers are the same."""
+
+    pattern: AnswerPattern | None = None
+    labels: tuple[str, ...] = ()
+    """Empty if the task is not a classification."""
+    normalise: Normalise = "text"
+    in_data: bool = True
+    """Whether the pattern applies to the answers of the data; else they are right answers as a whole."""
+
+    def answer(self, text: str) -> str | None:
+        """The answer in a model's text: of a classification the label, or the text itself if it is no label."""
+        found = (text.strip() or None) if self.pattern is None else self.pattern(text)
+        return found if found is None else self.label(found) or found
+
+    def label(self, answer: str) -> str | None:
+        """The label that an answer names; None if it is no label."""
+        return {normalised(label): label for label in self.labels}.get(normalised(answer))
+
+    def same(self, one: str, other: str) -> bool:
+        """Whether two answers are the same."""
+        return normalised(one, self.normalise) == normalised(other, self.normalise)
+
+    def reference(self, text: str) -> str | None:
+        """The right answer in a record's answer; None if it holds none, or none of the labels."""
+        whole = self.pattern is None or not self.in_data
+        found = text.strip() if whole else self.pattern(text)  # type: ignore[misc]
+        return found if found is None or not self.labels else self.label(found)
 
 
 @dataclass(frozen=True)
@@ -32,25 +63,11 @@ class Task:
     records: list[Demonstration]
     """The records that are measured."""
     references: list[str]
-    """The right answer of each record: its answer, or the part that the pattern finds in it."""
-    labels: tuple[str, ...]
-    """Empty if the task is not a classification."""
+    """The right answer of each record."""
+    rules: AnswerRules
     metrics: tuple[Pick, ...]
-    pattern: AnswerPattern | None
     rejected: dict[str, int] = field(default_factory=dict)
     """Reason -> number of records that cannot be measured."""
-
-    def answer(self, text: str) -> str | None:
-        """The answer in a text of a model; None if it holds none."""
-        return text.strip() if self.pattern is None else self.pattern(text)
-
-    def reference(self, record: Demonstration) -> str:
-        """The right answer of a record of this task's data; the whole text where the pattern does not match."""
-        return self.answer(record.answer) or record.answer.strip()
-
-    def label_of(self, answer: str) -> str | None:
-        """The label that an answer names, by `normalised`; None if it is no label."""
-        return {normalised(label): label for label in self.labels}.get(normalised(answer))
 
     def measure(self, outcomes: Outcomes, seed: int = 0) -> list[Measured]:
         """All metrics that the outcomes allow: those of log-probs need `logprobs`, the others `predictions`."""
@@ -62,8 +79,9 @@ class Task:
         """What a result says about the task."""
         return {
             "dataset": str(self.data.path), "fingerprint": self.data.fingerprint, "records": len(self.records),
-            "rejected": self.rejected, "labels": list(self.labels),
-            "pattern": self.pattern and self.pattern.pattern, "take": self.pattern and self.pattern.take,
+            "rejected": self.rejected, "labels": list(self.rules.labels),
+            "pattern": self.rules.pattern and self.rules.pattern.pattern,
+            "take": self.rules.pattern and self.rules.pattern.take, "pattern_in_data": self.rules.in_data,
             "metrics": [{"name": metric.name, **metric.options} for metric in self.metrics],
         }  # fmt: skip
 
@@ -84,25 +102,23 @@ def load_task(config: TaskConfig) -> Task:
             remedy="Make them with `rlhf data tasks` or an import of demonstrations.",
         )
     metrics = tuple(config.metrics) or _default_metrics(config)
-    labels: tuple[str, ...] = ()
+    in_data = pattern is None or any(pattern(record.answer) for record in data.records())
+    normalise: Normalise = next((m.options["normalise"] for m in metrics if "normalise" in m.options), "text")
+    rules = AnswerRules(pattern, (), normalise, in_data)
     if config.labels or any(needs(metric) == "labels" for metric in metrics):
-        labels = _labels(data, config.labels, pattern)
-    names = {normalised(label) for label in labels}
+        rules = replace(rules, labels=_labels(data, config.labels, rules))
     records, references, rejected = [], [], Counter[str]()
     first: dict[str, str] = {}
     for record in chosen_records(data, config.split, config.limit):
-        reference = record.answer.strip() if pattern is None else pattern(record.answer)
-        reason = ""
+        reference = rules.reference(record.answer)
         if reference is None:
-            reason = "the pattern finds no answer in it"
-        elif names and normalised(reference) not in names:
-            reason = "its answer is none of the labels"
-        if reason or reference is None:
+            reason = "no answer in it by the pattern" + (", or none of the labels" if rules.labels else "")
+            reason = reason if pattern else "its answer is none of the labels"
             rejected[reason] += 1
             first.setdefault(reason, f"prompt {record.prompt_id}, answer {record.answer[:60]!r}")
-            continue
-        records.append(record)
-        references.append(reference)
+        else:
+            records.append(record)
+            references.append(reference)
     for reason, count in rejected.items():
         warn(f"{data.path}: {count:,} records rejected: {reason}; the first is {first[reason]}")
     if not records:
@@ -111,20 +127,20 @@ def load_task(config: TaskConfig) -> Task:
             "; ".join(f"{count:,} rejected: {reason}" for reason, count in rejected.items()),
             "Correct the pattern or the labels.",
         )
-    return Task(data, records, references, labels, metrics, pattern, dict(rejected))
+    return Task(data, records, references, rules, metrics, dict(rejected))
 
 
 def _default_metrics(config: TaskConfig) -> tuple[Pick, ...]:
     return tuple(METRICS.pick(name) for name in (("accuracy", "f1") if config.labels else ("exact_match",)))
 
 
-def _labels(data: Dataset, listed: Sequence[str], pattern: AnswerPattern | None) -> tuple[str, ...]:
+def _labels(data: Dataset, listed: Sequence[str], rules: AnswerRules) -> tuple[str, ...]:
     """The labels, checked against all answers of the data.
 
     Raises:
         UserError: Two are the same, one occurs in no answer, or there are too many or too few to be labels.
     """
-    answers = Counter(_answers(data.records(), pattern))
+    answers = filter(None, (rules.reference(record.answer) for record in data.records()))
     found = {normalised(answer): answer for answer in answers}
     if not listed:
         if not 2 <= len(found) <= MOST_LABELS:
@@ -144,10 +160,3 @@ def _labels(data: Dataset, listed: Sequence[str], pattern: AnswerPattern | None)
     if len(listed) < 2:
         raise UserError(f"labels: {listed[0]!r} alone is nothing to choose from")
     return tuple(listed)
-
-
-def _answers(records: Iterable[Any], pattern: AnswerPattern | None) -> Iterable[str]:
-    for record in records:
-        answer = record.answer.strip() if pattern is None else pattern(record.answer)
-        if answer:
-            yield answer

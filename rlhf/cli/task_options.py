@@ -1,0 +1,52 @@
+"""The options of commands that measure answers on a labelled task."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import typer
+
+from rlhf.config.load import check_config
+from rlhf.core.errors import UserError
+from rlhf.core.limits import parse_yaml
+from rlhf.tasks.config import TaskConfig
+
+Metric = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="METRIC",
+        help="exact_match, accuracy, f1, rouge1, rouge2, rougeL, bleu, log_likelihood, or '{name: ..., OPTION: ...}'."
+        " May be repeated. By default accuracy and f1 with --labels, else exact_match.",
+    ),
+]
+Labels = Annotated[
+    str | None, typer.Option(metavar="A,B,...", help="The labels of a classification; by default the data's answers.")
+]
+Pattern = Annotated[
+    str | None,
+    typer.Option(
+        metavar="NAME|REGEX",
+        help="Which part of a text is the answer: gsm8k, the-answer-is, number, letter, boxed, last-line, or a regular"
+        " expression. By default the whole text.",
+    ),
+]
+
+
+def task_config(
+    dataset: str, split: str | None, limit: int | None, metric: list[str] | None, labels: str | None,
+    pattern: str | None,
+) -> TaskConfig:  # fmt: skip
+    """The task that options describe.
+
+    Raises:
+        UserError: A value is wrong; the pattern does not compile.
+    """
+    values: dict[str, Any] = {"dataset": dataset, "split": split, "limit": limit, "pattern": pattern or ""}
+    values["labels"] = [label.strip() for label in labels.split(",")] if labels else []
+    try:
+        values["metrics"] = [parse_yaml(one) if one.lstrip().startswith("{") else one for one in metric or []]
+    except ValueError as error:
+        raise UserError(f"--metric: {error}") from None
+    found = check_config(TaskConfig, values, "the options")
+    found.pattern_or_none()
+    return found

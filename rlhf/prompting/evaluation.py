@@ -1,0 +1,124 @@
+"""Ways of prompting measured on a task: one line of a table for each way and number of shots."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from rlhf.core.console import format_number, say, table
+from rlhf.data.schema import Demonstration, Prompt
+from rlhf.data.selection import with_system
+from rlhf.inference.policy import Policy
+from rlhf.prompting.masked import MaskedModel
+from rlhf.prompting.run import Answered, Prompter, generation_params
+from rlhf.prompting.ways import Prompting
+from rlhf.rollout.types import SamplingParams
+from rlhf.tasks.metrics import Measured, Outcomes, needs
+from rlhf.tasks.task import Task
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One way of prompting, with one number of shots, on one task."""
+
+    prompting: Prompting
+    answered: Answered
+    measured: list[Measured]
+
+    def as_dict(self) -> dict[str, Any]:
+        """The metrics and facts of the cell."""
+        return {
+            "way": self.prompting.name, "title": self.prompting.title, "shots": self.prompting.count,
+            "samples": self.prompting.samples,
+            "instruction": self.prompting.wording.instruction,
+            "metrics": [one.as_dict() for one in self.measured], **self.answered.facts(),
+        }  # fmt: skip
+
+
+def example_records(task: Task) -> list[Demonstration]:
+    """The solved records that examples are chosen from: the train split, or everything where there are no splits."""
+    return [record for record in task.data.records() if record.split in (None, "train")]
+
+
+def evaluate_prompting(
+    model: Policy | MaskedModel, task: Task, prompting: Prompting, params: SamplingParams,
+    temperature: float | None = None, seed: int = 0, system: str | None = None,
+) -> Cell:  # fmt: skip
+    """Measure one way of prompting on a task.
+
+    Args:
+        model: A policy, or a masked language model for `cloze`.
+        task: The records, and what is measured.
+        prompting: The way.
+        params: Sampling options; the temperature is replaced.
+        temperature: By default greedy, or where answers are voted on 0.7.
+        seed: Seed of examples, samples and bootstraps.
+        system: A system message for questions that have none.
+
+    Raises:
+        UserError: See `Prompter` and `generation_params`.
+    """
+    examples = example_records(task) if prompting.count and not (prompting.shots and prompting.shots.dataset) else []
+    prompter = Prompter(model, prompting, task.rules, seed, examples)
+    questions: Sequence[Prompt] = [with_system(record, system) for record in task.records]
+    answered = prompter.answer(questions, generation_params(params, temperature, prompting, prompter.builder.layout))
+    for record, right, row in zip(task.records, task.references, answered.rows):
+        if row is not None:
+            row["reference"] = right
+            row["right"] = row["answer"] is not None and task.rules.same(row["answer"], right)
+            row["prompt_id"] = record.prompt_id  # also where a system message was added
+    return Cell(prompting, answered, _measured(prompter, task, answered, seed))
+
+
+def _measured(prompter: Prompter, task: Task, answered: Answered, seed: int) -> list[Measured]:
+    kept = [i for i, row in enumerate(answered.rows) if row is not None]
+    rows = [answered.rows[i] or {} for i in kept]
+    found = Outcomes([row["reference"] for row in rows], [row["answer"] for row in rows], prompter.rules.labels)
+    if any(needs(metric) == "logprobs" for metric in task.metrics):
+        if prompter.prompting.label_words:  # of the label, among the labels
+            values = [row["probabilities"][prompter.rules.label(row["reference"])] for row in rows]
+            found = replace(found, logprobs=[math.log(max(p, 1e-300)) for p in values], tokens=[1] * len(rows))
+        else:
+            pairs = [pair for pair in prompter.reference_logprobs([task.records[i] for i in kept]) if pair is not None]
+            found = replace(found, logprobs=[total for total, _ in pairs], tokens=[size for _, size in pairs])
+    return task.measure(found, seed)
+
+
+def show(cells: Sequence[Cell], task: Task, model: str) -> None:
+    """Print the table, and what pattern the answers were taken by."""
+    names = [one.metric for one in cells[0].measured]
+    rows = []
+    for cell in cells:
+        facts = cell.answered.facts()
+        rows.append([
+            cell.prompting.title, cell.prompting.count,
+            *(_with_interval(next(m for m in cell.measured if m.metric == name)) for name in names),
+            facts["unanswered"], round(facts["prompt_tokens"]), facts["examples_left_out"],
+        ])  # fmt: skip
+    table(
+        f"{model} on {task.data.path}: {len(task.records):,} records, with 95% intervals",
+        ["way", "shots", *names, "no answer", "prompt", "left out"], rows,
+    )  # fmt: skip
+    say("prompt: mean tokens; left out: examples that did not fit in the context")
+    pattern = task.rules.pattern
+    if pattern is not None:
+        where = "" if task.rules.in_data else "; answers of the data are right answers as a whole"
+        say(f"answer: the {pattern.take} match of {pattern.pattern}{where}")
+    if task.rules.labels:
+        say(f"labels: {', '.join(task.rules.labels)}")
+
+
+def _with_interval(one: Measured) -> str:
+    if one.low is None or one.high is None:
+        return format_number(one.value, 3)
+    return f"{format_number(one.value, 3)} [{format_number(one.low, 3)}, {format_number(one.high, 3)}]"
+
+
+def answer_rows(cells: Sequence[Cell]) -> list[dict[str, Any]]:
+    """The answers of all cells, for JSON lines."""
+    return [
+        {"way": cell.prompting.title, "shots": cell.prompting.count, **row}
+        for cell in cells for row in cell.answered.rows if row is not None
+    ]  # fmt: skip

@@ -1,0 +1,330 @@
+"""One way of prompting on one task: prompts, answers, and what metrics need."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+
+from rlhf.core.errors import UserError, nearest
+from rlhf.data.chat_rendering import RefusedText
+from rlhf.data.encode_records import EncodingCounts
+from rlhf.data.schema import Demonstration, Message, Prompt
+from rlhf.data.store import open_dataset
+from rlhf.inference.policy import Policy
+from rlhf.inference.sampling import sample
+from rlhf.prompting.continuations import continuation_logprobs, embeddings
+from rlhf.prompting.examples import Example, ExamplePool
+from rlhf.prompting.label_words import calibrated, label_logprobs, word_scores
+from rlhf.prompting.masked import MaskedModel
+from rlhf.prompting.prompts import PromptBuilder
+from rlhf.prompting.vote import vote
+from rlhf.prompting.ways import VOTE_TEMPERATURE, Prompting
+from rlhf.rollout.types import SamplingParams
+from rlhf.tasks.task import AnswerRules
+
+
+@dataclass
+class Answered:
+    """A model's answers to questions, in their order."""
+
+    rows: list[dict[str, Any] | None]
+    """For each question what was answered; None if the chat template refuses it."""
+    layout: str = ""
+    """See `PromptBuilder`."""
+    left_out: int = 0
+    """Examples that did not fit."""
+    shortened: int = 0
+    """Questions with fewer examples than asked for."""
+    prompt_tokens: float = 0.0
+    """Mean tokens of a prompt."""
+    generated_tokens: int = 0
+    refused: dict[str, int] = field(default_factory=dict)
+
+    def facts(self) -> dict[str, Any]:
+        """What a result says about the prompts."""
+        return {
+            "layout": self.layout, "prompt_tokens": self.prompt_tokens, "generated_tokens": self.generated_tokens,
+            "examples_left_out": self.left_out, "questions_with_fewer_examples": self.shortened,
+            "unanswered": sum(row is not None and row["answer"] is None for row in self.rows), "refused": self.refused,
+        }  # fmt: skip
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """A question with its examples as they fit."""
+
+    place: int
+    record: Prompt
+    messages: tuple[Message, ...]
+    ids: list[int]
+    examples: list[Example]
+
+
+class Prompter:
+    """Answers questions in one way.
+
+    Args:
+        model: A policy, or a masked language model for `cloze`.
+        prompting: The way.
+        rules: How answers are read.
+        seed: Seed of all choices.
+        examples: Solved records to choose examples from, unless the way names a dataset.
+
+    Raises:
+        UserError: The way does not suit the model, its label words do not suit the labels or the vocabulary, or there
+            are no examples.
+    """
+
+    def __init__(
+        self, model: Policy | MaskedModel, prompting: Prompting, rules: AnswerRules, seed: int,
+        examples: Sequence[Demonstration] = (),
+    ) -> None:  # fmt: skip
+        self.model, self.prompting, self.seed = model, prompting, seed
+        if isinstance(model, MaskedModel) and prompting.label_words is None:
+            raise UserError(
+                f"{model.path}: is a masked language model, which writes no text; {prompting.name} needs one that does",
+                remedy="Use cloze, which fills its mask.",
+            )
+        words = prompting.label_words
+        if words is not None and not rules.labels:
+            rules = replace(rules, labels=tuple(words.verbaliser))
+        self.rules = rules
+        self.builder = PromptBuilder(prompting, model.chat)
+        if isinstance(model, MaskedModel) and self.builder.layout != "plain":
+            raise UserError(f"layout: {self.builder.layout} is for chat models; a masked model reads plain text")
+        self._words = _label_words(words.verbaliser, rules.labels) if words else []
+        self._word_ids = [self._ids_of(word) for _, word in self._words]
+        self.pool = self._pool(examples) if prompting.count else None
+
+    def _ids_of(self, word: str) -> list[int]:
+        """Tokens of a label word.
+
+        Raises:
+            UserError: The vocabulary cannot spell it.
+        """
+        masked = isinstance(self.model, MaskedModel)
+        ids = self.model.word_ids(self.builder.gap, word) if masked else self.builder.answer_ids(word)  # type: ignore[union-attr]
+        unknown = self.model.chat.tokenizer.unk_token_id
+        if not ids or (unknown is not None and unknown in ids):
+            raise UserError(
+                f"verbaliser: {word!r} is not in the vocabulary of {self.model.path}",
+                "It becomes the unknown token, whose probability says nothing about the word.",
+                "Name another word for this label.",
+            )
+        return ids
+
+    def _pool(self, records: Sequence[Demonstration]) -> ExamplePool:
+        shots, rules = self.prompting.shots, self.rules
+        assert shots is not None
+        if shots.dataset:
+            data = open_dataset(shots.dataset)
+            if data.kind != "demonstration":
+                raise UserError(f"examples_from: {data.path} contains {data.kind}s; examples need answers")
+            records = [record for record in data.records() if record.split in (None, "train")]
+        if not records:
+            raise UserError(
+                f"{self.prompting.name}: there are no examples to show",
+                remedy="Name solved records with `examples_from`, or make a train split with `rlhf data split`.",
+            )
+        # Examples of another domain have other labels, which are shown as they are.
+        own = rules if not shots.dataset else replace(rules, labels=())
+        first_word = {label: next(word for name, word in self._words if name == label) for label, _ in self._words}
+
+        def shown(record: Demonstration, label: str) -> str | None:
+            if self._words:
+                return first_word.get(label, label)
+            sentence = None if rules.pattern is None else rules.pattern.sentence(record.answer, label)
+            if not shots.rationales:
+                return sentence or label
+            plain = None if rules.pattern is None else rules.pattern.sentence(record.answer)
+            if plain is None or plain == record.answer.strip() or sentence is None:
+                return None  # without a rationale
+            return record.answer.strip()[: -len(plain)] + sentence if shots.random_labels else record.answer.strip()
+
+        return ExamplePool(
+            records, shots, lambda record: own.reference(record.answer), shown, rules.labels, self.seed, self._embed
+        )
+
+    def _embed(self, texts: Sequence[str]) -> Any:
+        if isinstance(self.model, MaskedModel):
+            raise UserError("similarity: embedding needs a causal language model", remedy="Use tfidf.")
+        chat = self.builder.chat
+        encoded = chat.tokenizer(list(texts), add_special_tokens=False, truncation=True, max_length=self.model.limit)
+        return embeddings(self.model.model, chat, [ids or [chat.end_id] for ids in encoded["input_ids"]])
+
+    # ---- prompts -----------------------------------------------------------------------------------------------------
+
+    def _ask(self, questions: Sequence[Prompt], room: int, found: Answered) -> list[_Asked]:
+        """The questions that the chat template accepts, with as many examples as fit in `room` tokens."""
+        asked, counts = [], EncodingCounts()
+        for place, record in enumerate(questions):
+            examples = self.pool.take(record, self.prompting.count) if self.pool else []
+            try:
+                messages, ids, kept = self.builder.fitting(record.messages, examples, room)
+            except RefusedText as error:
+                counts.refuse(record, error)
+                continue
+            found.left_out += len(examples) - kept
+            found.shortened += kept < self.prompting.count
+            asked.append(_Asked(place, record, messages, ids, examples[len(examples) - kept :]))
+        counts.report_refused("questions")
+        found.refused = dict(counts.skipped)
+        if not asked:
+            what = f"{self.model.path}: no question can be used"
+            raise UserError(what, counts.refused[0]["fault"] if counts.refused else "")
+        found.prompt_tokens = sum(len(one.ids) for one in asked) / len(asked)
+        found.layout = self.builder.layout
+        return asked
+
+    # ---- answers -----------------------------------------------------------------------------------------------------
+
+    def answer(self, questions: Sequence[Prompt], params: SamplingParams) -> Answered:
+        """Answer questions. Rows have `prompt_id`, `answer`, `confidence`, `examples` (prompt ids) and more.
+
+        Args:
+            questions: At least one.
+            params: How answers are generated; see `generation_params`.
+        """
+        found = Answered([None] * len(questions))
+        if self.prompting.label_words is not None:
+            self._choose(questions, found)
+        else:
+            self._generate(questions, params, found)
+        return found
+
+    def _generate(self, questions: Sequence[Prompt], params: SamplingParams, found: Answered) -> None:
+        assert isinstance(self.model, Policy)
+        room, n = self.model.prompt_limit(params), self.prompting.samples
+        asked = self._ask(questions, room, found)
+        policy = replace(self.model, chat=self.builder.chat)
+        prompts = [Prompt(one.messages) for one in asked]
+        for one, samples in zip(asked, sample(policy, prompts, params, self.seed, n, room)):
+            texts = [self.builder.answer_text(each.text) for each in samples]
+            answers = [self.rules.answer(text) for text in texts]
+            row = _row(one) | {"answer": answers[0], "confidence": None, "text": texts[0]}
+            if n > 1:
+                result = vote(answers, self.rules.normalise)
+                row |= {"answer": result.answer, "confidence": result.margin, "votes": result.votes}
+                row |= {"answers": answers, "texts": texts}
+            found.generated_tokens += sum(len(each.completion.ids) for each in samples)
+            found.rows[one.place] = row
+
+    def _choose(self, questions: Sequence[Prompt], found: Answered) -> None:
+        words = self.prompting.label_words
+        assert words is not None
+        longest = max(map(len, self._word_ids))
+        asked = self._ask(questions, self.model.limit - longest, found)
+        logprobs = self._label_logprobs([(one.record.messages, one.examples) for one in asked])
+        if words.content_free:
+            logprobs = calibrated(logprobs, self._content_free(asked, words.content_free))
+        for one, values in zip(asked, logprobs):
+            best = int(values.argmax())
+            probabilities = {label: float(p) for label, p in zip(self.rules.labels, np.exp(values))}
+            order = np.sort(np.exp(values))
+            margin = float(order[-1] - order[-2]) if len(order) > 1 else 1.0
+            answer = self.rules.labels[best]
+            found.rows[one.place] = _row(one) | {
+                "answer": answer, "confidence": margin, "probabilities": probabilities,
+            }  # fmt: skip
+
+    def _content_free(self, asked: Sequence[_Asked], inputs: Sequence[str]) -> np.ndarray:
+        """Log-probs [records, inputs, labels] of inputs without content, after the examples of each question."""
+        contexts = list(dict.fromkeys(map(_context, asked)))
+        pairs = [((*system, Message("user", text)), examples) for system, examples in contexts for text in inputs]
+        logprobs = self._label_logprobs(pairs).reshape(len(contexts), len(inputs), -1)
+        place = {context: i for i, context in enumerate(contexts)}
+        return logprobs[[place[_context(one)] for one in asked]]
+
+    def _label_logprobs(self, pairs: Sequence[tuple[Sequence[Message], Sequence[Example]]]) -> np.ndarray:
+        """Log-probs [pairs, labels], normalised over the labels."""
+        conversations = [self.builder.messages(question, examples) for question, examples in pairs]
+        if isinstance(self.model, MaskedModel):
+            gap, after = self.builder.gap, self.builder.after
+            texts = [(messages[-1].content + gap, after) for messages in conversations]
+            totals = self.model.logprobs(texts, self._word_ids)
+        else:
+            chat, room = self.builder.chat, self.model.limit - max(map(len, self._word_ids))
+            prompts = [chat.truncate_prompt(chat.prompt(messages), room) for messages in conversations]
+            totals = continuation_logprobs(self.model.model, chat, prompts, [self._word_ids] * len(prompts))
+        words = self.prompting.label_words
+        assert words is not None
+        scores = word_scores(np.array(totals), [len(ids) for ids in self._word_ids], words.normalise)
+        numbers = [self.rules.labels.index(label) for label, _ in self._words]
+        return label_logprobs(scores, numbers, len(self.rules.labels))
+
+    def reference_logprobs(self, records: Sequence[Demonstration]) -> list[tuple[float, int] | None]:
+        """Log-prob of each record's answer after its prompt in nats, and the answer's number of tokens.
+
+        None where the chat template refuses the record. The end of the answer's turn counts, except in the plain
+        layout, where an answer has no end.
+        """
+        assert isinstance(self.model, Policy)
+        chat, ending = self.builder.chat, None if self.builder.layout != "plain" else -1
+        answers = [chat.response(self.builder.gap + record.answer.strip())[:ending] for record in records]
+        room = max(1, self.model.limit - max(map(len, answers)))
+        asked = self._ask(records, room, Answered([None] * len(records)))
+        prompts, wanted = [chat.truncate_prompt(one.ids, room) for one in asked], [answers[one.place] for one in asked]
+        totals = continuation_logprobs(self.model.model, chat, prompts, [[ids] for ids in wanted])
+        found: list[tuple[float, int] | None] = [None] * len(records)
+        for one, (total,), ids in zip(asked, totals, wanted):
+            found[one.place] = (total, len(ids))
+        return found
+
+
+def generation_params(given: SamplingParams, temperature: float | None, prompting: Prompting, layout: str) -> Any:
+    """How a way generates: greedy by default, at a temperature where answers are voted on.
+
+    Args:
+        given: The command's sampling options.
+        temperature: The temperature if the user gave one.
+        prompting: The way.
+        layout: In the layout `plain` an answer also ends at the separator.
+
+    Raises:
+        UserError: Greedy answers were to be voted on.
+    """
+    if temperature is None:
+        temperature = VOTE_TEMPERATURE if prompting.samples > 1 else 0.0
+    if prompting.samples > 1 and temperature == 0:
+        raise UserError(
+            f"--temperature 0: the {prompting.samples} answers to a question would all be the same",
+            remedy=f"Use --temperature {VOTE_TEMPERATURE}, or samples: 1.",
+        )
+    stop = given.stop
+    if layout == "plain" and prompting.wording.separator:
+        stop = (*stop, prompting.wording.separator)
+    return replace(given, temperature=temperature, stop=stop)
+
+
+def _context(one: _Asked) -> tuple[tuple[Message, ...], tuple[Example, ...]]:
+    """What precedes a question: its system message, and the examples."""
+    return tuple(m for m in one.record.messages if m.role == "system"), tuple(one.examples)
+
+
+def _row(one: _Asked) -> dict[str, Any]:
+    return {"prompt_id": one.record.prompt_id, "examples": [example.prompt_id for example in one.examples]}
+
+
+def _label_words(verbaliser: dict[str, list[str]], labels: Sequence[str]) -> list[tuple[str, str]]:
+    """(label, word) pairs; without a verbaliser each label is its own word.
+
+    Raises:
+        UserError: A label has no words, or words are for no label.
+    """
+    if len(labels) < 2:
+        raise UserError(
+            "cloze: needs the labels to choose from",
+            remedy="Give --labels, or a verbaliser: {positive: happy, negative: [sad, angry]}",
+        )
+    if not verbaliser:
+        return [(label, label) for label in labels]
+    for name in verbaliser:
+        if name not in labels:
+            raise UserError(f"verbaliser: the task has no label {name!r}", remedy=nearest(name, labels))
+    for label in labels:
+        if label not in verbaliser:
+            raise UserError(f"verbaliser: the label {label!r} has no word", remedy="Each label needs one.")
+    return [(label, word) for label in labels for word in verbaliser[label]]
