@@ -12,13 +12,14 @@ import typer
 from rich.rule import Rule
 from rich.text import Text
 
-from rlhf.cli import options
+from rlhf.cli import options, task_options
 from rlhf.cli.sampling_options import SamplingOptions, with_sampling
 from rlhf.core.console import format_number, out, print_json, printable, say
 from rlhf.core.errors import UserError
 from rlhf.data.schema import BadRecord, Message, Prompt
-from rlhf.data.selection import chosen_prompts, with_system
+from rlhf.data.selection import chosen_prompts, train_demonstrations, with_system
 from rlhf.data.store import open_dataset
+from rlhf.prompting.ways import read_prompting
 
 if TYPE_CHECKING:  # imports torch
     from rlhf.inference.sampling import Sampled
@@ -34,6 +35,16 @@ def command(
     n: Annotated[int, typer.Option("--n", "-n", min=1, help="Number of answers to each prompt.")] = 1,
     reward: options.Reward = None,
     system: options.System = None,
+    prompting: Annotated[
+        str | None,
+        typer.Option(
+            metavar="WAY|FILE|{...}",
+            help="Make prompts in this way: few-shot, cloze, chain-of-thought, a YAML file, or"
+            " '{name: few-shot, shots: 8}'.",
+        ),
+    ] = None,
+    labels: task_options.Labels = None,
+    pattern: task_options.Pattern = None,
     output: Annotated[Path | None, typer.Option("--out", help="Also write the answers as JSON lines here.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print only JSON lines, one per answer.")] = False,
     *,
@@ -42,6 +53,9 @@ def command(
     """Print a model's answers to prompts. With --reward, answers are scored, and of several the best is shown."""
     options.check_writable(output, "--out")
     prompts = [with_system(found, system) for found in _prompts(prompt, dataset, split, limit)]
+    if prompting or labels or pattern:
+        _sample_prompted(model, prompts, prompting, labels, pattern, dataset, (n, reward), sampling, output, as_json)
+        return
     params, policy = sampling.params(model), sampling.open(model)
     from rlhf.inference.sampling import accepted, sample  # imports torch
     from rlhf.inference.scorer import open_scorer
@@ -65,6 +79,47 @@ def command(
     if not as_json:
         seconds = time.monotonic() - started
         say(f"{len(lines):,} answers, {tokens:,} tokens, {tokens / seconds:,.0f} tokens/s", style="dim")
+
+
+def _sample_prompted(
+    model: str, questions: list[Prompt], spec: str | None, labels: str | None, pattern: str | None,
+    dataset: Path | None, other: tuple[int, str | None], sampling: SamplingOptions, output: Path | None, as_json: bool,
+) -> None:  # fmt: skip
+    """Answers to questions that are prompted in a way, printed with what they were taken by."""
+    if spec is None:
+        raise UserError(
+            "--labels and --pattern are for --prompting", remedy="Give --prompting zero-shot, for instance."
+        )
+    if other != (1, None):
+        raise UserError("--n and --reward are not for --prompting", remedy="Use `samples` of chain-of-thought.")
+    way, rules = read_prompting(spec), task_options.answer_rules(labels, pattern)
+    params = sampling.params(model)
+    examples = list(train_demonstrations(dataset)) if way.count and dataset is not None else []
+    from rlhf.prompting.masked import open_prompted  # imports torch
+    from rlhf.prompting.run import Prompter, generation_params
+
+    opened = open_prompted(model, sampling.chat_template, sampling.trust_remote_code)
+    prompter = Prompter(opened, way, rules, sampling.seed, examples)
+    generation = generation_params(params, sampling.temperature, way, prompter.builder.layout)
+    answered = prompter.answer(questions, generation)
+    rows = [
+        {"prompt_id": question.prompt_id, "messages": question.chat, "way": way.title, "shots": way.count, **row}
+        for question, row in zip(questions, answered.rows) if row is not None
+    ]  # fmt: skip
+    if output is not None:
+        options.write_whole(output, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    for row in rows:
+        if as_json:
+            print_json(row)
+        else:
+            _show_prompted(row)
+    if not as_json:
+        fit = f", {answered.left_out:,} examples left out" if answered.left_out else ""
+        found = f", answer: {rules.pattern.take} match of {rules.pattern.pattern}" if rules.pattern else ""
+        say(
+            f"{way.title}: {len(rows):,} answers, {answered.prompt_tokens:,.0f} tokens a prompt{fit}{found}",
+            style="dim",
+        )
 
 
 def _prompts(texts: list[str] | None, dataset: Path | None, split: str | None, limit: int | None) -> list[Prompt]:
@@ -101,6 +156,25 @@ def _show(prompt: Prompt, rows: list[dict[str, Any]]) -> None:
         console.print(Text("answer: ", "bold green"), end="")
         console.print(printable(row["answer"].strip()), markup=False)
         console.print(Text(" · ".join(_facts(row, scored)), "dim"))
+
+
+def _show_prompted(row: dict[str, Any]) -> None:
+    """Print a question, what the model wrote, and the answer in it."""
+    console = out()
+    console.print(Rule(style="dim"))
+    for message in row["messages"]:
+        console.print(Text(f"{message['role']}: ", "bold cyan"), end="")
+        console.print(printable(message["content"]), markup=False)
+    for text in row.get("texts", [row["text"]] if "text" in row else []):
+        console.print(Text("text: ", "cyan"), end="")
+        console.print(printable(text), markup=False)
+    console.print(Text("answer: ", "bold green"), end="")
+    console.print("none found" if row["answer"] is None else printable(row["answer"]), markup=False)
+    facts = [f"{len(row['examples'])} examples"]
+    facts += [f"{row['votes']} of {len(row['answers'])} votes"] if "votes" in row else []
+    facts += [f"{label} {p:.1%}" for label, p in row.get("probabilities", {}).items()]
+    facts += [] if row["confidence"] is None else [f"margin {row['confidence']:.2f}"]
+    console.print(Text(" · ".join(facts), "dim"))
 
 
 def _facts(row: dict[str, Any], scores: list[float]) -> Iterator[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ from rlhf.rollout.types import SamplingParams
 from rlhf.tasks.answers import answer_pattern
 from rlhf.tasks.task import AnswerRules
 from stages.evaluate import command
+from stages.sample import command as sample_command
 
 
 @pytest.fixture(scope="module")
@@ -314,6 +316,8 @@ def test_the_most_similar_example_is_next_to_the_question():
 def test_no_question_is_its_own_example():
     found = pool().take(ask("red cat 0", "warm"), 20)
     assert len(found) == 19 and "red cat 0" not in [e.messages[0].content for e in found]
+    with_system = Prompt((Message("system", "Be brief."), Message("user", "red cat 0")))
+    assert pool().take(with_system, 20) == found
 
 
 def test_random_labels_are_of_the_task_and_seeded():
@@ -398,6 +402,56 @@ def test_a_file_holds_a_way(tmp_path):
     (tmp_path / "mine.yaml").write_text('name: zero-shot\ninstruction: "Answer yes or no."\n')
     found = read_prompting(str(tmp_path / "mine.yaml"))
     assert (found.title, found.wording.instruction) == ("mine", "Answer yes or no.")
+
+
+def test_sample_shows_the_answer_and_what_it_was_taken_by(colours, tmp_path):
+    words = (tiny.llama(), "-p", "red?", "--prompting", "{name: chain-of-thought, samples: 3, cue: Look.}")
+    said, _ = finished.invoke(sample_command, *words, "--pattern", r"\w", "--max-new-tokens", 6)
+    assert said.count("text: ") == 3 and "of 3 votes" in said and r"answer: last match of \w" in said
+    out = tmp_path / "out.jsonl"
+    words = (tiny.llama(), "--dataset", colours, "--limit", 2, "--labels", "warm,cold", "--out", out)
+    said, _ = finished.invoke(sample_command, *words, "--prompting", "{name: cloze, shots: 2}", "--json")
+    rows = [json.loads(line) for line in said.splitlines()]
+    assert [json.loads(line) for line in out.read_text().splitlines()] == rows and len(rows) == 2
+    for row in rows:
+        assert sum(row["probabilities"].values()) == pytest.approx(1) and len(row["examples"]) == 2
+        assert row["answer"] == max(row["probabilities"], key=row["probabilities"].get)
+        text = row["messages"][-1]["content"]
+        said, _ = finished.invoke(sample_command, tiny.llama(), "-p", text, "--labels", "warm,cold", "--json",
+                                  "--prompting", f"{{name: cloze, shots: 2, examples_from: {colours}}}")  # fmt: skip
+        assert json.loads(said)["probabilities"] == pytest.approx(row["probabilities"], rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--prompting", "few-shot"], "no examples to show"),
+        (["--prompting", "cloze"], "needs the labels"),
+        (["--prompting", "zero-shot", "-n", 2], "--n and --reward are not for --prompting"),
+        (["--pattern", "number"], "are for --prompting"),
+    ],
+)
+def test_what_sample_cannot_prompt_is_refused(words, message):
+    with pytest.raises(UserError, match=message):
+        finished.invoke(sample_command, tiny.llama(), "-p", "red?", *words)
+
+
+@pytest.mark.real
+def test_label_words_beat_free_text_on_pronouns_of_stories(tmp_path):
+    """Which pronoun begins the next sentence of a story? The 260K model knows, but does not just say so."""
+    rows = []
+    for line in (tiny.STORIES.parents[1] / "data" / "text" / "tinystories_1000.jsonl").read_text().splitlines():
+        text = json.loads(line)["text"]
+        found = re.search(r"(?<=[.!?] )(She|He)\b", text)
+        before = text[: found.start()].strip() if found else ""
+        if found and 40 < len(before) < 400 and not re.search(r"\b(she|he|her|him|his)\b", before, re.IGNORECASE):
+            rows.append((before, found[1].lower(), "eval" if len(rows) % 3 == 0 else "train"))
+    data = write(tmp_path / "pronouns.jsonl", rows)
+    spec = '{name: cloze, template: "{prompt} {answer}", verbaliser: {she: She, he: He}}'
+    said, _ = finished.invoke(command, tiny.STORIES, "--dataset", data, "--prompting", "zero-shot", "--prompting", spec,
+                              "--labels", "she,he", "--max-new-tokens", 8, "--json")  # fmt: skip
+    zero_shot, cloze = (cell["metrics"][0] for cell in finished.last_json(said)["prompting"])
+    assert cloze["value"] > 0.9 and cloze["low"] > zero_shot["high"]
 
 
 @pytest.mark.parametrize("row", list(PROMPTING), ids=lambda row: row.name)

@@ -9,7 +9,9 @@ import typer
 from rlhf.config.load import check_config
 from rlhf.core.errors import UserError
 from rlhf.core.limits import parse_yaml
+from rlhf.tasks.answers import answer_pattern
 from rlhf.tasks.config import TaskConfig
+from rlhf.tasks.task import AnswerRules
 
 Metric = Annotated[
     list[str] | None,
@@ -42,7 +44,7 @@ def task_config(
         UserError: A value is wrong; the pattern does not compile.
     """
     values: dict[str, Any] = {"dataset": dataset, "split": split, "limit": limit, "pattern": pattern or ""}
-    values["labels"] = [label.strip() for label in labels.split(",")] if labels else []
+    values["labels"] = _names(labels)
     try:
         values["metrics"] = [parse_yaml(one) if one.lstrip().startswith("{") else one for one in metric or []]
     except ValueError as error:
@@ -50,3 +52,17 @@ def task_config(
     found = check_config(TaskConfig, values, "the options")
     found.pattern_or_none()
     return found
+
+
+def answer_rules(labels: str | None, pattern: str | None) -> AnswerRules:
+    """How answers are read, without data to check the labels by.
+
+    Raises:
+        UserError: The pattern does not compile.
+    """
+    found = answer_pattern(pattern)
+    return AnswerRules(found, tuple(_names(labels)))
+
+
+def _names(labels: str | None) -> list[str]:
+    return [label.strip() for label in labels.split(",")] if labels else []

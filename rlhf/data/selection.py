@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from rlhf.core.errors import UserError
-from rlhf.data.schema import BadRecord, Message, Prompt
+from rlhf.data.schema import BadRecord, Demonstration, Message, Prompt
 from rlhf.data.store import Dataset, open_dataset
 
 
@@ -78,6 +79,20 @@ def chosen_prompts(dataset: Dataset, split: str | None, limit: int | None = None
         if limit is not None and len(prompts) >= limit:
             break
     return list(prompts.values())
+
+
+def train_demonstrations(path: str | Path) -> Iterator[Demonstration]:
+    """The demonstrations of a dataset that are for training, or have no split: what examples are chosen from.
+
+    Raises:
+        UserError: The dataset contains other records.
+    """
+    data = open_dataset(path)
+    if data.kind != "demonstration":
+        raise UserError(
+            f"{data.path}: contains {data.kind}s; examples need answers", remedy="Name a dataset of demonstrations."
+        )
+    return train_records([data])
 
 
 def as_prompt(value: str | Sequence[Mapping[str, str]] | Prompt) -> Prompt:

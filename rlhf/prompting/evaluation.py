@@ -8,8 +8,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from rlhf.core.console import format_number, say, table
-from rlhf.data.schema import Demonstration, Prompt
-from rlhf.data.selection import with_system
+from rlhf.data.schema import Prompt
+from rlhf.data.selection import train_records, with_system
 from rlhf.inference.policy import Policy
 from rlhf.prompting.masked import MaskedModel
 from rlhf.prompting.run import Answered, Prompter, generation_params
@@ -37,11 +37,6 @@ class Cell:
         }  # fmt: skip
 
 
-def example_records(task: Task) -> list[Demonstration]:
-    """The solved records that examples are chosen from: the train split, or everything where there are no splits."""
-    return [record for record in task.data.records() if record.split in (None, "train")]
-
-
 def evaluate_prompting(
     model: Policy | MaskedModel, task: Task, prompting: Prompting, params: SamplingParams,
     temperature: float | None = None, seed: int = 0, system: str | None = None,
@@ -60,7 +55,8 @@ def evaluate_prompting(
     Raises:
         UserError: See `Prompter` and `generation_params`.
     """
-    examples = example_records(task) if prompting.count and not (prompting.shots and prompting.shots.dataset) else []
+    own = prompting.count and not (prompting.shots and prompting.shots.dataset)
+    examples = list(train_records([task.data])) if own else []
     prompter = Prompter(model, prompting, task.rules, seed, examples)
     questions: Sequence[Prompt] = [with_system(record, system) for record in task.records]
     answered = prompter.answer(questions, generation_params(params, temperature, prompting, prompter.builder.layout))

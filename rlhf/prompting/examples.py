@@ -37,6 +37,11 @@ def question_text(record: Prompt) -> str:
     return record.messages[-1].content
 
 
+def without_system(messages: Sequence[Message]) -> list[Message]:
+    """The turns of a conversation, without its system message."""
+    return [message for message in messages if message.role != "system"]
+
+
 class ExamplePool:
     """Records from which examples are chosen. The choice depends on the seed and the question alone.
 
@@ -92,7 +97,8 @@ class ExamplePool:
             ranked = iter(self._by_similarity(record))
         else:
             ranked = iter(self._order_of(record.prompt_id if self._shots.redraw else ""))
-        others = (self._examples[i] for i in ranked if self._examples[i].prompt_id != record.prompt_id)
+        asked = without_system(record.messages)
+        others = (self._examples[i] for i in ranked if without_system(self._examples[i].messages) != asked)
         if self._shots.choose == "balanced":
             found = self._balanced(list(others), count)
         else:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from rlhf.data.chat_templates import TEMPLATES
 from rlhf.data.chat_tokenizer import ChatTokenizer
 from rlhf.data.schema import Message
-from rlhf.prompting.examples import Example
+from rlhf.prompting.examples import Example, without_system
 from rlhf.prompting.ways import Prompting
 
 
@@ -40,7 +40,8 @@ class PromptBuilder:
 
     def messages(self, question: Sequence[Message], examples: Sequence[Example]) -> tuple[Message, ...]:
         """The conversation that ends with the question."""
-        system, turns = _split(question)
+        system = [message for message in question if message.role == "system"]
+        turns = without_system(question)
         instruction, separator = self.prompting.wording.instruction, self.prompting.wording.separator
         cue = self.prompting.cue if not examples or self.prompting.cue_with_shots else ""
         if self.layout == "turns":
@@ -64,12 +65,12 @@ class PromptBuilder:
         return self._before + content + self._between.rstrip() + (f"\n{cue}" if cue else "")
 
     def _turns(self, example: Example) -> list[Message]:
-        turns = _split(example.messages)[1]
+        turns = without_system(example.messages)
         asked = Message("user", self._asked(turns[-1].content, ""))
         return [*turns[:-1], asked, Message("assistant", example.answer + self.after)]
 
     def _solved(self, example: Example) -> str:
-        return self._before + _as_text(_split(example.messages)[1]) + self._between + example.answer + self.after
+        return self._before + _as_text(without_system(example.messages)) + self._between + example.answer + self.after
 
     def fitting(
         self, question: Sequence[Message], examples: Sequence[Example], room: int
@@ -97,11 +98,6 @@ class PromptBuilder:
         """The answer in a generated text: in the plain layout it ends where the next example would begin."""
         separator = self.prompting.wording.separator
         return text.strip().split(separator)[0].strip() if self.layout == "plain" and separator else text.strip()
-
-
-def _split(messages: Sequence[Message]) -> tuple[list[Message], list[Message]]:
-    """The system message, if there is one, and the other turns."""
-    return ([messages[0]], list(messages[1:])) if messages[0].role == "system" else ([], list(messages))
 
 
 def _as_text(turns: Sequence[Message]) -> str:

@@ -12,7 +12,7 @@ from rlhf.core.errors import UserError, nearest
 from rlhf.data.chat_rendering import RefusedText
 from rlhf.data.encode_records import EncodingCounts
 from rlhf.data.schema import Demonstration, Message, Prompt
-from rlhf.data.store import open_dataset
+from rlhf.data.selection import train_demonstrations
 from rlhf.inference.policy import Policy
 from rlhf.inference.sampling import sample
 from rlhf.prompting.continuations import continuation_logprobs, embeddings
@@ -120,10 +120,7 @@ class Prompter:
         shots, rules = self.prompting.shots, self.rules
         assert shots is not None
         if shots.dataset:
-            data = open_dataset(shots.dataset)
-            if data.kind != "demonstration":
-                raise UserError(f"examples_from: {data.path} contains {data.kind}s; examples need answers")
-            records = [record for record in data.records() if record.split in (None, "train")]
+            records = list(train_demonstrations(shots.dataset))
         if not records:
             raise UserError(
                 f"{self.prompting.name}: there are no examples to show",
