@@ -1,4 +1,4 @@
-"""`rlhf sft`, `rlhf reward` and `rlhf ppo`: run a stage in this process, or start the processes that run it."""
+"""`rlhf sft`, `reward`, `ppo` and `specialist`: run a stage in this process, or start the processes that run it."""
 
 from __future__ import annotations
 
@@ -28,6 +28,8 @@ def _stage_command(stage: str) -> Callable[..., None]:
             count = entry.process_count(num_processes, hostfile)
             checked = entry.prepare(stage, config, overrides or (), resume, overwrite, dry_run, count)
             if checked is None:
+                if dry_run and stage == "specialist":  # its rows are files, which only their reader can check
+                    importlib.import_module(f"stages.{stage}").check_rows(config, overrides or ())
                 return
             if hostfile is None and count is None:
                 entry.run(importlib.import_module(f"stages.{stage}").run, checked, resume, overwrite)
@@ -44,3 +46,4 @@ def _stage_command(stage: str) -> Callable[..., None]:
 sft = _stage_command("sft")
 reward = _stage_command("reward")
 ppo = _stage_command("ppo")
+specialist = _stage_command("specialist")

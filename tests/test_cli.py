@@ -48,7 +48,10 @@ def pretend(folder: Path, stage: str, status: str, **values: str) -> None:
 
 # ---- help --------------------------------------------------------------------------------------------------------
 
-COMMANDS = ("sft", "reward", "ppo", "pipeline", "sample", "evaluate", "export", "chat", "check-model", "demo", "data")
+COMMANDS = (
+    "sft", "reward", "ppo", "specialist", "pipeline", "sample", "evaluate", "export", "chat",
+    "check-model", "demo", "data",
+)  # fmt: skip
 
 
 def test_help_lists_every_command_without_heavy_imports(tmp_path):

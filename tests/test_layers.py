@@ -10,7 +10,7 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 FLOORS = {
     "rlhf": [
         "core", "config", "distributed", "data", "tasks", "runs", "models", "rollout", "reward", "training", "sft",
-        "ppo", "inference", "prompting", "export", "memory", "cli",
+        "specialist", "ppo", "inference", "prompting", "export", "memory", "cli",
     ],
     "data_tools": [
         "statistics", "io", "curate", "check", "reading", "published", "importers", "aggregate", "annotate", "tasks",

@@ -87,7 +87,7 @@ class Mapper:
         universal = {name: _text(self._value(row, name), name) for name in ALWAYS if name != "choices"}
         return Example(
             {name: text for name, text in fields.items() if text}, answer, choices, universal["rationale"],
-            universal["task"] or self._task, _split(universal["split"]), universal["author"],
+            universal["task"] or self._task, parse_split(universal["split"]), universal["author"],
         )  # fmt: skip
 
     def _value(self, row: Mapping[str, Any], name: str) -> Any:
@@ -148,7 +148,12 @@ def _checked_choices(values: Any) -> tuple[str, ...]:
     return choices
 
 
-def _split(text: str) -> str | None:
+def parse_split(text: str) -> str | None:
+    """train, eval or test of a word for a split (dev, validation, ...); None for an empty one.
+
+    Raises:
+        BadRecord: It is another word.
+    """
     name = text.strip().lower()
     name = SPLIT_NAMES.get(name, name)
     if name and name not in SPLITS:

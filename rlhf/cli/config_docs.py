@@ -20,12 +20,14 @@ from rlhf.core.table import Pick, Table, TableRow
 from rlhf.ppo.config import PPOConfig
 from rlhf.reward.config import RewardConfig
 from rlhf.sft.config import SFTConfig
+from rlhf.specialist.config import SpecialistConfig
 
 SECTIONS: dict[str, tuple[type[BaseModel], str]] = {
-    "Every stage": (StageConfig, "The keys that the three stages share."),
+    "Every stage": (StageConfig, "The keys that all stages share."),
     "SFT": (SFTConfig, "`rlhf sft --config FILE`: instruction tuning on demonstrations."),
     "Reward model": (RewardConfig, "`rlhf reward --config FILE`: a reward model from rankings."),
     "PPO": (PPOConfig, "`rlhf ppo --config FILE`: PPO against the reward."),
+    "Specialist": (SpecialistConfig, "`rlhf specialist --config FILE`: a head for one labelled task."),
     "Pipeline": (PipelineConfig, "`rlhf pipeline --config FILE`: the stages in a row, then the export."),
 }
 

@@ -21,7 +21,7 @@ from rlhf.cli.errors import exit_on_error, resume_line
 from rlhf.cli.options import ConfigFile, DryRun, Overrides, Overwrite, Resume
 from rlhf.cli.pipeline_config import PipelineConfig
 from rlhf.cli.preflight import PendingRuns, check
-from rlhf.cli.stage_configs import STAGES
+from rlhf.cli.stage_configs import TRAINING
 from rlhf.config.base import StageConfig
 from rlhf.config.load import dump_config, fits, load_stage_config, read_values
 from rlhf.core.console import say, table
@@ -88,7 +88,7 @@ def prepare(
     if (here := str(Path.cwd())) not in sys.path:
         sys.path.append(here)  # reward functions are found in the working folder, however we were started
     refuse_other_stage(stage, file)
-    config = load_stage_config(STAGES[stage], file, overrides)
+    config = load_stage_config(TRAINING[stage], file, overrides)
     rows = check(stage, config, resume, overwrite, processes, pending_runs)
     if dry_run:
         from rlhf.cli.dry_run import template_rows  # slow: it loads the tokenizer
@@ -112,7 +112,7 @@ def refuse_other_stage(stage: str, file: str | Path) -> None:
         UserError: Names the stage that the file is for, and its command.
     """
     values = read_values(file)
-    kinds: dict[str, type[BaseModel]] = {**STAGES, "pipeline": PipelineConfig}
+    kinds: dict[str, type[BaseModel]] = {**TRAINING, "pipeline": PipelineConfig}
     fitting = [name for name, kind in kinds.items() if fits(kind, values)]
     if fitting and stage not in fitting:
         raise UserError(

@@ -31,6 +31,7 @@ from rlhf.reward.config import RewardConfig
 from rlhf.runs.model_folder import read_safetensors_header
 from rlhf.runs.run import Run, check_run_folder, check_same_text, is_complete, is_run, read_run, resolve_model_path
 from rlhf.sft.config import SFTConfig
+from rlhf.specialist.config import SpecialistConfig
 
 Rows = list[tuple[str, str]]
 PendingRuns = Mapping[str, str]
@@ -48,7 +49,7 @@ def check(
     """Check everything that needs neither weights nor torch.
 
     Args:
-        stage: sft, reward or ppo.
+        stage: sft, reward, ppo or specialist.
         config: Its config.
         resume: Continue the run in the folder.
         overwrite: Delete the run in the folder first.
@@ -308,6 +309,19 @@ def _ppo(config: PPOConfig, world: int, pending_runs: PendingRuns) -> Rows:
     return rows
 
 
+def _specialist(config: SpecialistConfig, world: int, pending_runs: PendingRuns) -> Rows:
+    if config.task.name == "tags" and importlib.util.find_spec("seqeval") is None:
+        raise UserError("task: tags needs seqeval, which is not installed", remedy="pip install 'rlhf-rankings[tasks]'")
+    rows = [
+        ("model", _model(config.model, ("specialist",), pending_runs)),
+        ("task", config.task.name),
+        ("tuning", _tuning("tuning", config.tuning)),
+    ]
+    steps = config.batch.max_steps
+    rows += [("steps", f"{config.batch.epochs:g} epochs" if steps is None else f"{steps:,} (batch.max_steps)")]
+    return [*rows, ("batch", _batch(config.batch, world))]
+
+
 def _sampler(pick: Pick) -> str:
     """The sampler's name; one that needs a GPU must have it."""
     on_gpu = pick.row.traits.get("gpu", False)
@@ -356,4 +370,4 @@ def _reward_sources(config: PPOConfig, pending_runs: PendingRuns) -> Rows:
     return rows
 
 
-STAGE_CHECKS: dict[str, Callable[..., Rows]] = {"sft": _sft, "reward": _reward, "ppo": _ppo}
+STAGE_CHECKS: dict[str, Callable[..., Rows]] = {"sft": _sft, "reward": _reward, "ppo": _ppo, "specialist": _specialist}

@@ -1,7 +1,8 @@
 """Which weights to train: all of them, some of them, or a PEFT adapter. One table, TUNING.
 
-A row takes (model, chat, task): a transformers model, its `ChatTokenizer`, and `causal` or `scalar`. It returns the
-model with `requires_grad` set, wrapped by PEFT for adapters. Every row trains the head of a scalar model.
+A row takes (model, chat, task): a transformers model, its `ChatTokenizer`, and `causal`, `scalar` (one score,
+or a label), `tokens` or `span`. It returns the model with `requires_grad` set, wrapped by PEFT for adapters. Every row
+trains the head of a model that is not causal.
 
 Traits: `adapter` (the base does not change, so switching the adapter off restores it), `merges` (the result is a plain
 model), `prompt_learning` (virtual tokens before the text, which only PEFT's forward adds), `quantized`, `roles`
@@ -40,13 +41,13 @@ WHOLE = {"adapter": False, "merges": True, "prompt_learning": False, "quantized"
 ADAPTER = WHOLE | {"adapter": True}
 LORA = ADAPTER | {"roles": True}
 PROMPT = ADAPTER | {"merges": False, "prompt_learning": True}
-TASKS = {"causal": "CAUSAL_LM", "scalar": "SEQ_CLS"}
+TASKS = {"causal": "CAUSAL_LM", "scalar": "SEQ_CLS", "tokens": "TOKEN_CLS", "span": "QUESTION_ANS"}
 """Our task -> PEFT's task type."""
 WEIGHTS_READ = ("falcon_h1", "mamba", "mamba2", "falcon_mamba", "nemotron_h")
 """Families whose kernels read the weight of `out_proj` instead of calling the layer, so an adapter would be ignored;
 PEFT refuses them by this list."""
-HEADS = ("score", "classifier")
-"""Names of the head of a sequence classifier in transformers."""
+HEADS = ("score", "classifier", "qa_outputs")
+"""Names of the heads of classifiers, taggers and span extractors in transformers."""
 
 
 # ---- the model's own weights --------------------------------------------------------------------------------------
@@ -116,7 +117,7 @@ def modules(model: Any, chat: Any, task: str, *, names: NameList) -> Any:
 
 
 def _train_head(model: Any, task: str) -> Any:
-    if task == "scalar":
+    if task != "causal":
         for name in HEADS:
             if hasattr(model, name):
                 getattr(model, name).requires_grad_(True)
@@ -139,8 +140,10 @@ def lora_config(
     dora: bool = False,
 ) -> Any:
     """PEFT's config for the options of `lora` or `qlora`, for a model without adapters."""
+    # PEFT leaves the heads of `scalar` out by itself.
+    heads = [name for name in HEADS if task in ("tokens", "span") and hasattr(model, name)]
     return peft.LoraConfig(
-        exclude_modules=_left_out(model, target_modules) or None,
+        exclude_modules=[*_left_out(model, target_modules), *heads] or None,
         task_type=TASKS[task], r=rank, lora_alpha=alpha, lora_dropout=dropout, use_rslora=rslora, use_dora=dora,
         target_modules=target_modules if layers is None else _targets_in_last(model, layers, target_modules),
     )  # fmt: skip

@@ -107,9 +107,11 @@ def _step_of(line: bytes) -> float | None:
 
 
 RUN_FILES = {
-    "config.yaml", "run.json", "metrics.jsonl", "samples.jsonl", "rejected.jsonl", "reward_metrics.json", "cache",
+    "config.yaml", "run.json", "metrics.jsonl", "samples.jsonl", "rejected.jsonl", "reward_metrics.json",
+    "specialist_metrics.json", "cache",
     "checkpoints", "tensorboard", "model", "adapter", "critic", LOCK, ".config.yaml.partial", ".run.json.partial",
     ".metrics.jsonl.partial", ".samples.jsonl.partial", ".reward_metrics.json.partial",
+    ".specialist_metrics.json.partial",
 }  # fmt: skip
 """What stages write into a run folder."""
 
@@ -120,7 +122,7 @@ def open_run(config: StageConfig, stage: str, resume: bool, overwrite: bool, fac
     Args:
         config: The resolved config; with `resume` it must be the one that the run was started with, or make a complete
             run longer.
-        stage: sft, reward or ppo.
+        stage: sft, reward, ppo or specialist.
         resume: Continue from the newest complete checkpoint, or from the start if there is none.
         overwrite: Delete an existing run of that name first.
         facts: More for run.json: parents, data, fingerprints of tokenizer and chat template.

@@ -100,7 +100,12 @@ def measure(metric: Pick, outcomes: Outcomes, seed: int = 0) -> Measured:
     if len(getattr(outcomes, needs)) not in ((len(outcomes),) if needs != "labels" else range(1, 10**9)):
         raise UserError(f"metric {metric.name}: {NEEDS[needs]}")
     columns: Columns = metric(outcomes)
-    n = len(outcomes)
+    return measure_columns(metric.name, columns, seed)
+
+
+def measure_columns(name: str, columns: Columns, seed: int = 0) -> Measured:
+    """A metric called `name` from its numbers per record, with its interval; `seed` is that of the bootstrap."""
+    n = len(columns.values)
     value = float(columns.statistic(columns.values.sum(0, keepdims=True))[0])
     low: float | None = None
     high: float | None = None
@@ -112,7 +117,7 @@ def measure(metric: Pick, outcomes: Outcomes, seed: int = 0) -> Measured:
         drawn = columns.statistic(resampled_sums(columns.values, replicates, seed))
         low, high = (float(bound) for bound in np.quantile(drawn, [0.025, 0.975]))
     per_record = None if columns.per_record is None else [float(one) for one in columns.per_record]
-    return Measured(metric.name, value, low, high, n, per_record)
+    return Measured(name, value, low, high, n, per_record)
 
 
 NEEDS = {
