@@ -25,6 +25,10 @@ if TYPE_CHECKING:  # imports torch
     from rlhf.inference.sampling import Sampled
 
 
+ROUTES = ("group", "source")
+"""Fields of a record that may name its task."""
+
+
 @with_sampling
 def command(
     model: options.Model,
@@ -45,6 +49,14 @@ def command(
     ] = None,
     labels: task_options.Labels = None,
     pattern: task_options.Pattern = None,
+    adapter: Annotated[
+        list[str] | None,
+        typer.Option(metavar="TASK=RUN", help="Answer a task's prompts with this adapter on MODEL; may be repeated."),
+    ] = None,
+    route: Annotated[
+        str | None,
+        typer.Option(metavar="FIELD", help="The field that names the task: group or source."),
+    ] = None,
     output: Annotated[Path | None, typer.Option("--out", help="Also write the answers as JSON lines here.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print only JSON lines, one per answer.")] = False,
     *,
@@ -53,19 +65,31 @@ def command(
     """Print a model's answers to prompts. With --reward, answers are scored, and of several the best is shown."""
     options.check_writable(output, "--out")
     prompts = [with_system(found, system) for found in _prompts(prompt, dataset, split, limit)]
+    paths = adapter_paths(adapter, route)
     if prompting or labels or pattern:
+        if paths:
+            raise UserError("--adapter and --prompting cannot be combined", remedy="Leave one of them out.")
         _sample_prompted(model, prompts, prompting, labels, pattern, dataset, (n, reward), sampling, output, as_json)
         return
     params, policy = sampling.params(model), sampling.open(model)
-    from rlhf.inference.sampling import accepted, sample  # imports torch
+    from rlhf.inference import task_adapters  # imports torch
+    from rlhf.inference.sampling import accepted, sample
     from rlhf.inference.scorer import open_scorer
 
+    routed = None
+    if paths:
+        adapters = task_adapters.TaskAdapters(policy, paths)
+        prompts, routed = task_adapters.route(adapters, prompts, route)
+        policy = adapters.routed_policy
     scorer = open_scorer(reward, policy) if reward else None
     prompts = accepted(policy, prompts, scorer.own_chat if scorer else None)
     prompt_limit = policy.prompt_limit(params, scorer.limit if scorer else None)
     started, tokens, lines = time.monotonic(), 0, []
-    for samples in sample(policy, prompts, params, sampling.seed, n, prompt_limit):
+    for samples in sample(policy, prompts, params, sampling.seed, n, prompt_limit, routed):
         rows = [_row(one, index) for index, one in enumerate(samples)]
+        if routed is not None:
+            task = routed.adapters.names[routed.tasks[samples[0].prompt.prompt_id]]
+            rows = [row | {"task": task} for row in rows]
         if scorer is not None:
             _add_scores(rows, scorer(samples))
         tokens += sum(row["tokens"] for row in rows)
@@ -120,6 +144,27 @@ def _sample_prompted(
             f"{way.title}: {len(rows):,} answers, {answered.prompt_tokens:,.0f} tokens a prompt{fit}{found}",
             style="dim",
         )
+def adapter_paths(words: list[str] | None, route: str | None) -> dict[str, str]:
+    """Task -> run or folder, from the words TASK=PATH of --adapter.
+
+    Raises:
+        UserError: A word is not of that form, a task is named twice, or it is not clear which adapter answers.
+    """
+    paths: dict[str, str] = {}
+    for word in words or ():
+        task, equals, path = word.partition("=")
+        if not equals or not task or not path:
+            raise UserError(f"--adapter {word!r}: expected TASK=PATH", remedy="PATH is a run, a folder, or `none`.")
+        if task in paths:
+            raise UserError(f"--adapter {word!r}: the task {task} is named twice")
+        paths[task] = path
+    if route is not None and route not in ROUTES:
+        raise UserError(f"--route {route}: is none of {', '.join(ROUTES)}", "Records have these fields.")
+    if len(paths) > 1 and route is None:
+        raise UserError("--adapter: there are several tasks", remedy="Say which field names the task: --route group.")
+    if route is not None and not paths:
+        raise UserError("--route: there is no --adapter to choose")
+    return paths
 
 
 def _prompts(texts: list[str] | None, dataset: Path | None, split: str | None, limit: int | None) -> list[Prompt]:

@@ -15,6 +15,7 @@ from rlhf.config.base import ModelConfig
 from rlhf.core.errors import UserError
 from rlhf.data.chat_tokenizer import load_tokenizer
 from rlhf.data.schema import Message, Prompt
+from rlhf.data.store import DatasetWriter
 from rlhf.inference.policy import open_policy
 from rlhf.inference.sampling import sample
 from rlhf.inference.sampling_params import sampling_params
@@ -235,3 +236,39 @@ def test_control_characters_of_an_answer_do_not_reach_the_terminal() -> None:
     from rlhf.core.console import printable
 
     assert printable("a\x1b[2Jb\n\tc\r") == "a\N{REPLACEMENT CHARACTER}[2Jb\n\tc\N{REPLACEMENT CHARACTER}"
+
+
+def test_each_prompt_is_answered_by_the_adapter_of_its_task(runs: dict[str, str], tmp_path: Path) -> None:
+    base = tiny.llama()
+    tuned = {"rivers": finished.sft(tmp_path / "a", "lora", model=base), "trees": runs["prompt-tuning"], "rest": "none"}
+    with DatasetWriter(tmp_path / "prompts", "prompt") as writer:
+        for number in range(8):
+            group = ["rivers", "trees", "rest", "?"][number % 4]
+            writer.write(Prompt((Message("user", tiny.question(number)),), group=group))
+    words = [word for task, path in tuned.items() for word in ("--adapter", f"{task}={path}")]
+    said, warned = finished.invoke(
+        command, base, "--dataset", tmp_path / "prompts", *words, "--route", "group", "--temperature", 0,
+        "--max-new-tokens", 8, "--json",
+    )  # fmt: skip
+    rows = [json.loads(line) for line in said.splitlines()]
+    assert [row["task"] for row in rows] == ["rivers", "trees", "rest"] * 2
+    assert "2 prompts are rejected, since no adapter was given for their group: ? 2" in " ".join(warned.split())
+    for row in rows:
+        alone = base if tuned[row["task"]] == "none" else tuned[row["task"]]
+        (expected,) = lines(alone, "-p", row["messages"][-1]["content"], "--temperature", 0)
+        assert row["answer"] == expected["answer"], row["task"]
+
+
+@pytest.mark.parametrize(
+    ("words", "fault"),
+    [
+        (["--adapter", "a"], "expected TASK=PATH"),
+        (["--adapter", "a=x", "--adapter", "a=y"], "named twice"),
+        (["--adapter", "a=x", "--adapter", "b=y"], "there are several tasks"),
+        (["--adapter", "a=x", "--route", "topic"], "is none of group, source"),
+        (["--route", "group"], "there is no --adapter to choose"),
+    ],
+)
+def test_unclear_adapters_are_refused_before_the_model_is_loaded(words: list[str], fault: str) -> None:
+    with pytest.raises(UserError, match=fault):
+        finished.invoke(command, "no/such/model", "-p", "One?", *words)

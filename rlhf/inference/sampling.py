@@ -18,6 +18,7 @@ from rlhf.data.schema import Prompt
 from rlhf.data.selection import as_prompt
 from rlhf.inference.policy import Policy
 from rlhf.inference.sampling_params import sampling_params
+from rlhf.inference.task_adapters import RoutedPrompts
 from rlhf.rollout.samplers import hf
 from rlhf.rollout.types import Completion, SamplingParams, stream_seed
 
@@ -43,6 +44,7 @@ def sample(
     seed: int,
     n: int = 1,
     prompt_limit: int | None = None,
+    routed: RoutedPrompts | None = None,
 ) -> Iterator[list[Sampled]]:
     """Sample `n` completions of each prompt. Yields the completions of one prompt at a time, in order.
 
@@ -56,6 +58,7 @@ def sample(
         seed: Seed of all random streams.
         n: Completions per prompt.
         prompt_limit: Longest prompt in tokens; by default what the completion leaves of the sequence.
+        routed: Which adapter answers each of the prompts.
     """
     prompt_limit = prompt_limit or policy.prompt_limit(params)
     batches = 1 if policy.prompt_learning else BATCHES_AT_ONCE
@@ -67,7 +70,12 @@ def sample(
             cut += sum(len(row) > prompt_limit for row in whole)
             ids = [policy.chat.truncate_prompt(row, prompt_limit) for row in whole]
             seeds = [stream_seed(seed, int(p.prompt_id, 16), k) for p in batch for k in range(n)]
-            completions = draw(policy, [row for row in ids for _ in range(n)], seeds, params)
+            rows = [row for row in ids for _ in range(n)]
+            if routed is None:
+                completions = draw(policy, rows, seeds, params)
+            else:
+                tasks = [routed.tasks[p.prompt_id] for p in batch for _ in range(n)]
+                completions = routed.adapters.sample(rows, tasks, seeds, params)
             advance(len(batch), sum(len(completion.ids) for completion in completions))
             for i, prompt in enumerate(batch):
                 mine = completions[i * n : (i + 1) * n]

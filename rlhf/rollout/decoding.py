@@ -3,16 +3,42 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Hashable, Sequence
+from typing import Any, Protocol
 
 import torch
 import transformers
 from torch import Tensor
 
+from rlhf.core.errors import UserError
 from rlhf.data.chat_tokenizer import ChatTokenizer, stop_ids
+from rlhf.models.packed_attention import plain_attention
 from rlhf.rollout import decode_step, kv_cache
 from rlhf.rollout.types import Completion, SamplingParams
+
+
+class RowAdapters(Protocol):
+    """Adapters of the model that differ from row to row; see `rlhf.inference.task_adapters`."""
+
+    def key(self, request: int) -> Hashable:
+        """Equal for requests whose equal prompts may share a prefill."""
+        ...
+
+    def virtual_tokens(self, request: int) -> int:
+        """Number of virtual tokens before a request's prompt."""
+        ...
+
+    def select(self, requests: Sequence[int | None]) -> None:
+        """Have the rows of the next forward passes use the adapters of these requests; None is any."""
+        ...
+
+    def fill(self, cache: Any, requests: Sequence[int]) -> int:
+        """Write the virtual tokens of these requests into an empty cache, one row each, padded on the left.
+
+        Returns:
+            The columns written.
+        """
+        ...
 
 
 class DecodingSlots:
@@ -25,12 +51,15 @@ class DecodingSlots:
     def __init__(
         self, model: Any, prompts: Sequence[list[int]], seeds: Sequence[int], sampling: SamplingParams,
         chat: ChatTokenizer, requests: Sequence[int], joins: bool, step: decode_step.StepKind,
+        adapters: RowAdapters | None = None,
     ) -> None:  # fmt: skip
         """
         Args:
             requests: Which prompts to complete, in this order.
             joins: Whether new sequences can join the cache while others are being decoded (`kv_cache.joinable`).
+            adapters: Of models whose rows have adapters of their own.
         """
+        self.adapters, self.windowed = adapters, kv_cache.windowed(model)
         self.model, self.prompts, self.seeds, self.sampling, self.chat = model, prompts, seeds, sampling, chat
         self.waiting, self.joins, self.completions = list(requests), joins, dict[int, Completion]()
         self.forward, self.fixed = decode_step.make_step(step, model.device), step != "eager"
@@ -68,19 +97,15 @@ class DecodingSlots:
 
     def _prefill_into_slots(self) -> None:
         """Prefill waiting prompts, each distinct one once, put them into free slots and sample their first tokens."""
-        slots = self._free()[: len(self.waiting)]
+        slots = self._free()[: self._next_count()]
         requests, self.waiting = self.waiting[: len(slots)], self.waiting[len(slots) :]
-        row_of = {prompt: row for row, prompt in enumerate(dict.fromkeys(tuple(self.prompts[i]) for i in requests))}
-        rows, device = [list(prompt) for prompt in row_of], self.model.device
-        source = torch.tensor([row_of[tuple(self.prompts[i])] for i in requests], device=device)
-        lengths = torch.tensor([len(row) for row in rows], device=device)
-        width = max(map(len, rows))
-        ids = torch.tensor([[self.chat.pad_id] * (width - len(row)) + row for row in rows], device=device)
-        mask = kv_cache.left_padded(lengths, width)
-        # Without a config every layer keeps all tokens, those with a sliding window too: sequences can then join.
-        cache = transformers.DynamicCache(config=None if self.joins else self.model.config)
-        positions = (mask.cumsum(-1) - 1).clamp(min=0)
-        logits = decode_step.next_logits(self.model, ids, mask, positions, cache)
+        first: dict[Hashable, int] = {}  # distinct prompt -> a request that has it
+        for request in requests:
+            first.setdefault(self._key(request), request)
+        row_of, prefilled = {key: row for row, key in enumerate(first)}, list(first.values())
+        source = torch.tensor([row_of[self._key(i)] for i in requests], device=self.model.device)
+        logits, cache, lengths = self._prefill(prefilled)
+        device = self.model.device
         if self.cache is None:
             self.cache = self._empty_cache(cache)
         where = torch.tensor(slots, device=device)
@@ -92,17 +117,55 @@ class DecodingSlots:
         self.position[where], self.count[where], self.live[where] = lengths[source] - 1, 0, 1
         self._sample(logits[source], where)
 
+    def _next_count(self) -> int:
+        """How many of the waiting requests can be prefilled together."""
+        if self.adapters is None or not self.windowed:
+            return len(self.waiting)
+        # Padding between virtual tokens and prompt would count as distance in the mask of a sliding window.
+        shortest = len(self.prompts[self.waiting[0]])
+        return next((i for i, one in enumerate(self.waiting) if len(self.prompts[one]) != shortest), len(self.waiting))
+
+    def _key(self, request: int) -> Hashable:
+        prompt = tuple(self.prompts[request])
+        return prompt if self.adapters is None else (self.adapters.key(request), prompt)
+
+    def _length(self, request: int) -> int:
+        """Tokens of a request's prompt, virtual ones included."""
+        return len(self.prompts[request]) + (self.adapters.virtual_tokens(request) if self.adapters else 0)
+
+    def _prefill(self, requests: Sequence[int]) -> tuple[Tensor, Any, Tensor]:
+        """Logits [B, V] after the prompts of these requests, their cache padded on the left, and their lengths [B]."""
+        rows, device = [self.prompts[request] for request in requests], self.model.device
+        lengths = torch.tensor([self._length(request) for request in requests], device=device)
+        width = max(map(len, rows))
+        ids = torch.tensor([[self.chat.pad_id] * (width - len(row)) + row for row in rows], device=device)
+        mask = kv_cache.left_padded(torch.tensor([len(row) for row in rows], device=device), width)
+        # Without a config every layer keeps all tokens, those with a sliding window too: sequences can then join.
+        cache = transformers.DynamicCache(config=None if self.joins else self.model.config)
+        positions = (mask.cumsum(-1) - 1).clamp(min=0)
+        if self.adapters is None:
+            return decode_step.next_logits(self.model, ids, mask, positions, cache), cache, lengths
+        self.adapters.select(requests)
+        virtual = self.adapters.fill(cache, requests)
+        before = lengths - mask.sum(1)
+        mask = torch.cat([kv_cache.left_padded(before, virtual), mask], dim=1)
+        logits = decode_step.next_logits(self.model, ids, mask, positions + before[:, None], cache)
+        kv_cache.close_gaps(cache, mask)
+        return logits, cache, lengths
+
     def _empty_cache(self, prefill: Any) -> Any:
         """A cache with a row for every slot and the layer shapes of `prefill`."""
         if self.fixed:
-            longest = max(len(prompt) for prompt in self.prompts) + self.sampling.max_new_tokens
+            longest = max(map(len, self.prompts)) + self.sampling.max_new_tokens
             return kv_cache.FixedCache(prefill, len(self.slots), longest)
         return kv_cache.JoinedCache(prefill, len(self.slots)) if self.joins else kv_cache.BatchCache(prefill)
 
     def _step(self) -> None:
         """Decode one more token in every slot."""
         used = zip(self.slots, self.tokens)
-        longest = max(len(self.prompts[request]) + len(tokens) for request, tokens in used if request is not None)
+        longest = max(self._length(request) + len(tokens) for request, tokens in used if request is not None)
+        if self.adapters is not None:
+            self.adapters.select(self.slots)
         mask = self.cache.before_step(longest - 1)  # the newest token is not in the cache yet
         logits = self.forward(self.model, self.token[:, None], mask, self.position[:, None], self.cache.cache)
         self.cache.after_step()
@@ -147,6 +210,38 @@ class DecodingSlots:
         self.token, self.position, self.count = self.token[keep], self.position[keep], self.count[keep]
         self.live, self.noise = self.live[keep], self.noise[keep]
         self.cache.keep(keep)
+
+
+def decode(
+    model: Any, prompts: Sequence[list[int]], seeds: Sequence[int], sampling: SamplingParams, chat: ChatTokenizer,
+    step: decode_step.StepKind = "eager", adapters: RowAdapters | None = None,
+) -> list[Completion]:  # fmt: skip
+    """One completion of each prompt, in order; see `rlhf.rollout.samplers.hf`.
+
+    Args:
+        adapters: Of a model whose rows have adapters of their own.
+
+    Raises:
+        UserError: This device or the model's cache does not support `step`.
+    """
+    order = sorted(range(len(prompts)), key=lambda i: (len(prompts[i]), prompts[i]))
+    joins = kv_cache.joinable(model)
+    if step != "eager" and not joins:
+        raise UserError(
+            f"rollout.sampler: step `{step}` needs a cache with a key and a value per token",
+            f"The cache of a {model.config.model_type} model is different.", "Leave `step` out.",
+        )  # fmt: skip
+    at_once = len(order) if joins else sampling.batch_size
+    completions: dict[int, Completion] = {}
+    was_training = model.training
+    model.eval()
+    with torch.inference_mode(), plain_attention(model):
+        for start in range(0, len(order), max(at_once, 1)):
+            requests = order[start : start + at_once]
+            slots = DecodingSlots(model, prompts, seeds, sampling, chat, requests, joins, step, adapters)
+            completions |= slots.run()
+    model.train(was_training)
+    return [completions[i] for i in range(len(prompts))]
 
 
 def uniform_noise(seed: int, count: int) -> Tensor:

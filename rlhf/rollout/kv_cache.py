@@ -33,9 +33,31 @@ def joinable(model: Any) -> bool:
     return not chunked and all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in layers)
 
 
+def windowed(model: Any) -> bool:
+    """True if a layer of the model attends to a sliding window only."""
+    layers = transformers.DynamicCache(config=model.config.get_text_config(decoder=True)).layers
+    return any(isinstance(layer, DynamicSlidingWindowLayer) for layer in layers)
+
+
 def left_padded(lengths: Tensor, width: int) -> Tensor:
     """int64 [B, width]: the mask of rows with `lengths` tokens, int64 [B], padded on the left."""
     return (torch.arange(width, 0, -1, device=lengths.device) <= lengths[:, None]).long()
+
+
+def close_gaps(cache: Any, mask: Tensor) -> None:
+    """Move the tokens of each row of a transformers cache to its last columns, in their order.
+
+    Args:
+        cache: Every layer keeps all columns.
+        mask: [B, columns], 1 at tokens.
+    """
+    order = mask.argsort(dim=1, stable=True)  # padding first
+    if bool((order == torch.arange(mask.shape[1], device=mask.device)).all()):
+        return
+    for layer in cache.layers:
+        index = order[:, None, :, None].expand(-1, layer.keys.shape[1], -1, 1)
+        layer.keys = layer.keys.gather(2, index.expand(-1, -1, -1, layer.keys.shape[3]))
+        layer.values = layer.values.gather(2, index.expand(-1, -1, -1, layer.values.shape[3]))
 
 
 class ColumnRange:

@@ -24,12 +24,12 @@ if TYPE_CHECKING:
     from rlhf.data import chat_tokenizer
     from rlhf.data.chat_tokenizer import ChatTokenizer
     from rlhf.models import packed_attention
-    from rlhf.rollout import decoding, kv_cache
+    from rlhf.rollout import decoding
     from rlhf.rollout import vllm as vllm_engine
 else:
     torch, transformers, packed_attention = lazy("torch"), lazy("transformers"), lazy("rlhf.models.packed_attention")
     chat_tokenizer, decoding = lazy("rlhf.data.chat_tokenizer"), lazy("rlhf.rollout.decoding")
-    kv_cache, vllm_engine = lazy("rlhf.rollout.kv_cache"), lazy("rlhf.rollout.vllm")
+    vllm_engine = lazy("rlhf.rollout.vllm")
 
 SAMPLERS = Table("sampler")
 
@@ -72,24 +72,7 @@ def hf(
     Raises:
         UserError: This device or the model's cache does not support `step`.
     """
-    order = sorted(range(len(prompts)), key=lambda i: (len(prompts[i]), prompts[i]))
-    joins = kv_cache.joinable(model)
-    if step != "eager" and not joins:
-        raise UserError(
-            f"rollout.sampler: step `{step}` needs a cache with a key and a value per token",
-            f"The cache of a {model.config.model_type} model is different.", "Leave `step` out.",
-        )  # fmt: skip
-    at_once = len(order) if joins else sampling.batch_size
-    completions: dict[int, Completion] = {}
-    was_training = model.training
-    model.eval()
-    with torch.inference_mode(), packed_attention.plain_attention(model):
-        for start in range(0, len(order), max(at_once, 1)):
-            requests = order[start : start + at_once]
-            slots = decoding.DecodingSlots(model, prompts, seeds, sampling, chat, requests, joins, step)
-            completions |= slots.run()
-    model.train(was_training)
-    return [completions[i] for i in range(len(prompts))]
+    return decoding.decode(model, prompts, seeds, sampling, chat, step)
 
 
 @SAMPLERS.row("transformers", lacks=("stop", "min_new_tokens"), logprobs=True)

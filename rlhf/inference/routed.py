@@ -1,0 +1,129 @@
+"""Adapters in the layers of a model, chosen row by row: each row of a batch passes through its own task's adapter.
+
+The rows of a task are brought together, so a layer applies all adapters in two batched matrix products, and reads the
+weights of each adapter once, however many tasks are in the batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from rlhf.core.errors import UserError
+
+
+class Rows:
+    """Which task each row of the next forward pass belongs to. Shared by all routed layers of a model."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.tasks: list[int] = []
+        self.index = self.gather = self.scatter = self.present = torch.empty(0, dtype=torch.int64, device=device)
+        """The task of each row [rows]; rows of each present task in blocks of equal size [present x size]; where each
+        row is in them [rows]; the tasks [present]."""
+
+    def select(self, tasks: Sequence[int]) -> None:
+        """Set the task of each row."""
+        if list(tasks) == self.tasks:
+            return
+        self.tasks = list(tasks)
+        present = sorted(set(self.tasks))
+        members = {task: [row for row, one in enumerate(self.tasks) if one == task] for task in present}
+        size = max(map(len, members.values()))
+        blocks = [rows + rows[-1:] * (size - len(rows)) for rows in members.values()]
+        place = {row: index * size + at for index, rows in enumerate(members.values()) for at, row in enumerate(rows)}
+        self.gather = torch.tensor(blocks, device=self.device).flatten()
+        self.scatter = torch.tensor([place[row] for row in range(len(self.tasks))], device=self.device)
+        self.present = torch.tensor(present, device=self.device)
+        self.index = torch.tensor(self.tasks, device=self.device)
+
+    def of(self, values: Tensor) -> Tensor:
+        """The slices [present, ...] of values [tasks, ...] for the present tasks."""
+        return values if len(self.present) == len(values) else values.index_select(0, self.present)
+
+    def check(self, x: Tensor, name: str) -> None:
+        """Refuse a layer whose input has lost the rows of the batch, such as an expert's."""
+        if x.shape[0] != len(self.tasks):
+            raise UserError(
+                f"--adapter: the layer {name} gets {x.shape[0]:,} rows for a batch of {len(self.tasks):,}",
+                "Adapters of a layer that mixes the rows of a batch (an expert) cannot be chosen row by row.",
+                "Use one adapter at a time: the run folder in place of MODEL.",
+            )
+
+
+class Change(Protocol):
+    """What a task's adapter does to one module of the base."""
+
+    def before(self, x: Tensor) -> Tensor:
+        """The module's input, changed."""
+        ...
+
+    def after(self, x: Tensor, out: Tensor) -> Tensor:
+        """The module's output, changed."""
+        ...
+
+
+class LowRank:
+    """LoRA: out + x A_t' B_t' (Hu et al. 2021, eq. 3), with the scale in B."""
+
+    def __init__(self, rows: Rows, name: str, a: Tensor, b: Tensor) -> None:
+        """
+        Args:
+            rows: Which task each row belongs to.
+            name: The module.
+            a: [tasks, rank, in]; zeros for tasks without it.
+            b: [tasks, out, rank].
+        """
+        self.rows, self.name = rows, name
+        self.a, self.b = a.transpose(1, 2).contiguous(), b.transpose(1, 2).contiguous()
+
+    def before(self, x: Tensor) -> Tensor:
+        return x
+
+    def after(self, x: Tensor, out: Tensor) -> Tensor:
+        rows = self.rows
+        rows.check(x, self.name)
+        blocks = x.index_select(0, rows.gather).reshape(len(rows.present), -1, x.shape[-1])
+        change = torch.bmm(torch.bmm(blocks, rows.of(self.a)), rows.of(self.b))
+        return out + change.reshape(-1, *out.shape[1:]).index_select(0, rows.scatter)
+
+
+class Scale:
+    """IA3: the module's input or output times a learned vector (Liu et al. 2022)."""
+
+    def __init__(self, rows: Rows, name: str, scales: Tensor, on_input: bool) -> None:
+        """
+        Args:
+            rows: Which task each row belongs to.
+            name: The module.
+            scales: [tasks, width]; ones for tasks without it.
+            on_input: Whether the input is scaled, not the output.
+        """
+        self.rows, self.name, self.scales, self.on_input = rows, name, scales, on_input
+
+    def _scaled(self, x: Tensor) -> Tensor:
+        self.rows.check(x, self.name)
+        chosen = self.scales[self.rows.index]
+        return x * chosen[(slice(None), *[None] * (x.dim() - 2))]
+
+    def before(self, x: Tensor) -> Tensor:
+        return self._scaled(x) if self.on_input else x
+
+    def after(self, x: Tensor, out: Tensor) -> Tensor:
+        return out if self.on_input else self._scaled(out)
+
+
+def attach(module: nn.Module, change: Change) -> None:
+    """Have a module's forward pass use `change`."""
+
+    def before(_: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+        return (change.before(arguments[0]), *arguments[1:])
+
+    def after(_: nn.Module, arguments: tuple[Any, ...], out: Tensor) -> Tensor:
+        return change.after(arguments[0], out)
+
+    module.register_forward_pre_hook(before)
+    module.register_forward_hook(after)

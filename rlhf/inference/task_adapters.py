@@ -1,0 +1,369 @@
+"""One frozen base with an adapter per task. The rows of a batch belong to different tasks and share its forward pass.
+
+LoRA and IA3 act in the layers, row by row (`rlhf.inference.routed`). The virtual tokens of prompt tuning, P-tuning and
+prefix tuning are keys and values before the prompt: they do not depend on it, so they are computed once per task and
+copied into the KV cache.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from rlhf.core.console import warn
+from rlhf.core.errors import UserError
+from rlhf.data.schema import Prompt
+from rlhf.inference.policy import Policy
+from rlhf.inference.routed import LowRank, Rows, Scale, attach
+from rlhf.models.packed_attention import plain_attention
+from rlhf.rollout.decoding import decode
+from rlhf.rollout.kv_cache import joinable, left_padded
+from rlhf.rollout.types import Completion, SamplingParams
+from rlhf.runs.run import fingerprint, is_run
+
+NO_ADAPTER = "none"
+"""Stands for the plain base in place of an adapter's path."""
+PREFIX = "base_model.model."
+NOT_BY_ROW = ("use_dora", "use_bdlora", "target_parameters", "trainable_token_indices", "modules_to_save")
+"""Options of PEFT whose weights cannot be chosen row by row."""
+Virtual = list[tuple[Tensor, Tensor]]
+"""Keys and values [heads, tokens, head size] of virtual tokens, per layer."""
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """An adapter folder, read."""
+
+    task: str
+    folder: Path
+    config: dict[str, Any]
+    weights: dict[str, Tensor]
+
+    @property
+    def kind(self) -> str:
+        """PEFT's type: LORA, IA3, PROMPT_TUNING, P_TUNING, PREFIX_TUNING."""
+        return str(self.config.get("peft_type"))
+
+
+def read_adapter(task: str, path: str | Path) -> Adapter:
+    """Read the adapter of a task.
+
+    Args:
+        task: Its name.
+        path: A run whose result is an adapter or that saved one beside the merged model, or an adapter folder.
+
+    Raises:
+        UserError: There is no adapter, or it is of a kind that cannot be chosen row by row.
+    """
+    path = Path(path)
+    places = [path / "adapter", path / "model"] if is_run(path) else [path]
+    folder = next((one for one in places if (one / "adapter_config.json").is_file()), None)
+    if folder is None:
+        raise UserError(
+            f"--adapter {task}={path}: there is no adapter (no adapter_config.json)",
+            remedy="Name a run that trained an adapter (`tuning: lora`, `prompt-tuning`, ...), or an adapter folder.",
+        )
+    file = folder / "adapter_model.safetensors"
+    if not file.is_file():
+        raise UserError(f"--adapter {task}={path}: {file.name} is missing", remedy="Only safetensors are read.")
+    config = json.loads((folder / "adapter_config.json").read_text("utf-8"))
+    adapter = Adapter(task, folder, config, load_file(file))
+    unusable = [
+        key for key in ("use_dora", "use_bdlora", "target_parameters", "trainable_token_indices") if config.get(key)
+    ]
+    if adapter.kind not in KINDS or unusable:
+        what = f"is {adapter.kind}" if adapter.kind not in KINDS else f"uses {', '.join(unusable)}"
+        raise UserError(
+            f"--adapter {task}={path}: {what}, which cannot be chosen row by row",
+            remedy=f"Supported are {', '.join(KINDS)}. Use one adapter at a time: its run in place of MODEL.",
+        )
+    return adapter
+
+
+class TaskAdapters:
+    """A base model whose rows use the adapters of their tasks."""
+
+    def __init__(self, policy: Policy, paths: Mapping[str, str | Path]) -> None:
+        """
+        Args:
+            policy: The base. Its modules are changed, so it is not usable without the adapters afterwards.
+            paths: Task -> run, adapter folder, or `none` for the plain base.
+
+        Raises:
+            UserError: An adapter does not fit the base, or is of an unsupported kind.
+        """
+        self.policy, self.model, self.names = policy, policy.model, list(paths)
+        adapters = [None if path == NO_ADAPTER else read_adapter(task, path) for task, path in paths.items()]
+        for adapter in adapters:
+            if adapter is not None:
+                _check_base(adapter, policy)
+        self.rows = Rows(self.model.device)
+        self.virtual: list[Virtual | None] = [None] * len(adapters)
+        with torch.inference_mode(), plain_attention(self.model):
+            for index, adapter in enumerate(adapters):
+                if adapter is not None and adapter.kind in VIRTUAL:
+                    self.virtual[index] = VIRTUAL[adapter.kind](self.model, adapter)
+        self._attach("LORA", adapters, _low_rank)
+        self._attach("IA3", adapters, _scale)
+
+    def _attach(self, kind: str, adapters: Sequence[Adapter | None], make: Callable[..., Any]) -> None:
+        """Attach the adapters of one kind to the modules that any of them changes."""
+        of_kind = [None if one is None or one.kind != kind else _by_module(one) for one in adapters]
+        modules = dict(self.model.named_modules())
+        for name in dict.fromkeys(name for found in of_kind for name in found or ()):
+            module = modules.get(name)
+            if module is None:
+                task = next(self.names[i] for i, found in enumerate(of_kind) if found and name in found)
+                raise UserError(
+                    f"--adapter {task}: its weights are for a module {name}, which {self.policy.path} does not have",
+                    remedy="Name the base that the adapter was trained on as MODEL.",
+                )
+            parts = [None if found is None else found.get(name) for found in of_kind]
+            configs = [None if one is None else one.config for one in adapters]
+            attach(module, make(self.rows, name, module, parts, configs, self.model))
+
+    # ---- sampling and log-probs --------------------------------------------------------------------------------------
+
+    @property
+    def routed_policy(self) -> Policy:
+        """The base as a policy whose limit leaves room for the virtual tokens of any task."""
+        most = max(map(self.virtual_tokens, range(len(self.names))))
+        return replace(self.policy, limit=self.policy.limit - most)
+
+    def virtual_tokens(self, task: int) -> int:
+        """Number of virtual tokens before the prompts of a task."""
+        found = self.virtual[task]
+        return found[0][0].shape[1] if found else 0
+
+    def sample(
+        self, prompts: Sequence[list[int]], tasks: Sequence[int], seeds: Sequence[int], params: SamplingParams,
+    ) -> list[Completion]:  # fmt: skip
+        """One completion of each prompt by its task's adapter; the same tokens as with that adapter alone.
+
+        Args:
+            prompts: Token ids.
+            tasks: Index into `names` for each prompt.
+            seeds: Random stream of each completion.
+            params: How to sample.
+
+        Raises:
+            UserError: Virtual tokens, and a model that keeps no key and value per token.
+        """
+        if any(self.virtual) and not joinable(self.model):
+            raise UserError(
+                f"{self.policy.path}: a {self.model.config.model_type} model keeps no key and value per token",
+                "Virtual tokens are put there.",
+                "Use LoRA adapters, or one adapter at a time.",
+            )
+        return decode(self.model, prompts, seeds, params, self.policy.chat, adapters=_Requests(self, tasks))
+
+    @torch.inference_mode()
+    def logits(self, ids: Tensor, mask: Tensor, tasks: Sequence[int]) -> Tensor:
+        """One forward pass of rows that belong to different tasks.
+
+        Args:
+            ids: int64 [B, T], padded on either side.
+            mask: int64 [B, T], 1 at tokens.
+            tasks: Index into `names` for each row.
+
+        Returns:
+            float32 [B, T, V]; without the virtual tokens.
+        """
+        self.rows.select(tasks)
+        positions = (mask.cumsum(-1) - 1).clamp(min=0)
+        with plain_attention(self.model):
+            if not any(self.virtual[task] for task in tasks):
+                return self.model(input_ids=ids, attention_mask=mask, position_ids=positions).logits.float()
+            cache = transformers.DynamicCache()
+            before = torch.tensor([self.virtual_tokens(task) for task in tasks], device=ids.device)
+            width = self.fill(cache, tasks)
+            out = self.model(
+                input_ids=ids, attention_mask=torch.cat([left_padded(before, width), mask], 1),
+                position_ids=positions + before[:, None], past_key_values=cache, use_cache=True,
+            )  # fmt: skip
+        return out.logits.float()
+
+    def fill(self, cache: Any, tasks: Sequence[int]) -> int:
+        """Write the virtual tokens of a task per row into an empty cache, padded on the left; returns the columns."""
+        width = max(map(self.virtual_tokens, tasks))
+        if not width:
+            return 0
+        shapes = next(found for found in self.virtual if found)
+        for layer, (key, value) in enumerate(shapes):
+            sides = []
+            for side, like in enumerate((key, value)):
+                rows = like.new_zeros(len(tasks), like.shape[0], width, like.shape[2])
+                for row, task in enumerate(tasks):
+                    if (found := self.virtual[task]) is not None:
+                        rows[row, :, width - found[layer][side].shape[1] :] = found[layer][side]
+                sides.append(rows)
+            cache.update(*sides, layer)
+        return width
+
+
+@dataclass(frozen=True)
+class RoutedPrompts:
+    """Prompts whose adapters are known."""
+
+    adapters: TaskAdapters
+    tasks: dict[str, int]
+    """Id of a prompt -> index of its task."""
+
+
+def route(adapters: TaskAdapters, prompts: Sequence[Prompt], field: str | None) -> tuple[list[Prompt], RoutedPrompts]:
+    """Find the adapter of each prompt by a field of its record.
+
+    Args:
+        adapters: Of all tasks.
+        prompts: Records of any kind.
+        field: `group` or `source`; None if there is one task for all.
+
+    Returns:
+        The prompts that have an adapter, and their tasks. A warning counts the others by their value of the field.
+
+    Raises:
+        UserError: No prompt has one.
+    """
+    if field is None:
+        return list(prompts), RoutedPrompts(adapters, {prompt.prompt_id: 0 for prompt in prompts})
+    index = {name: number for number, name in enumerate(adapters.names)}
+    kept = [prompt for prompt in prompts if getattr(prompt, field) in index]
+    missing = Counter(getattr(prompt, field) or "(empty)" for prompt in prompts if getattr(prompt, field) not in index)
+    named = ", ".join(f"{value} {count:,}" for value, count in missing.most_common(8))
+    if not kept:
+        raise UserError(
+            f"--route {field}: none of the {len(prompts):,} prompts belongs to a task that has an adapter",
+            f"Their {field} is: {named}. Adapters were given for: {', '.join(adapters.names)}.",
+            "Name the adapters after these values: --adapter VALUE=PATH.",
+        )
+    if missing:
+        warn(f"{missing.total():,} prompts are rejected, since no adapter was given for their {field}: {named}")
+    return kept, RoutedPrompts(adapters, {prompt.prompt_id: index[getattr(prompt, field)] for prompt in kept})
+
+
+class _Requests:
+    """The adapters of a call of `sample`, as its slots ask for them (`rlhf.rollout.decoding.RowAdapters`)."""
+
+    def __init__(self, adapters: TaskAdapters, tasks: Sequence[int]) -> None:
+        self.adapters, self.tasks = adapters, tasks
+
+    def key(self, request: int) -> int:
+        return self.tasks[request]
+
+    def virtual_tokens(self, request: int) -> int:
+        return self.adapters.virtual_tokens(self.tasks[request])
+
+    def select(self, requests: Sequence[int | None]) -> None:
+        rows = self.adapters.rows
+        # a free slot keeps the task that it had, so that nothing is computed anew when a completion ends
+        before = rows.tasks if len(rows.tasks) == len(requests) else [self.tasks[0]] * len(requests)
+        rows.select([before[i] if one is None else self.tasks[one] for i, one in enumerate(requests)])
+
+    def fill(self, cache: Any, requests: Sequence[int]) -> int:
+        return self.adapters.fill(cache, [self.tasks[request] for request in requests])
+
+
+# ---- weights in the layers -----------------------------------------------------------------------------------------
+
+
+def _by_module(adapter: Adapter) -> dict[str, dict[str, Tensor]]:
+    """Module of the base -> the adapter's tensors for it."""
+    found: dict[str, dict[str, Tensor]] = {}
+    for key, tensor in adapter.weights.items():
+        path, _, name = key.removeprefix(PREFIX).removesuffix(".weight").rpartition(".")
+        found.setdefault(path, {})[name] = tensor
+    return found
+
+
+def _low_rank(
+    rows: Rows, name: str, module: nn.Module, parts: Sequence[Any], configs: Sequence[Any], model: Any
+) -> LowRank:
+    """A LoRA layer of all tasks: ranks are filled up with zeros, and the scale is in B."""
+    some = next(part for part in parts if part)
+    rank = max(part["lora_A"].shape[0] for part in parts if part)
+    a = torch.zeros(len(parts), rank, some["lora_A"].shape[1], dtype=model.dtype, device=model.device)
+    b = torch.zeros(len(parts), some["lora_B"].shape[0], rank, dtype=model.dtype, device=model.device)
+    for index, (part, config) in enumerate(zip(parts, configs)):
+        if part:
+            own = part["lora_A"].shape[0]
+            alpha = (config.get("alpha_pattern") or {}).get(name, config["lora_alpha"])
+            scale = alpha / (math.sqrt(own) if config.get("use_rslora") else own)
+            a[index, :own], b[index, :, :own] = part["lora_A"], part["lora_B"] * scale
+    return LowRank(rows, name, a, b)
+
+
+def _scale(rows: Rows, name: str, module: nn.Module, parts: Sequence[Any], configs: Sequence[Any], model: Any) -> Scale:
+    """An IA3 layer of all tasks."""
+    width = next(part["ia3_l"].numel() for part in parts if part)
+    # PEFT stores [out, 1] where the output is scaled, and [1, in] where the input is
+    kinds = {part["ia3_l"].shape[0] == 1 for part in parts if part}
+    if len(kinds) > 1:
+        raise UserError(
+            f"--adapter: some tasks scale the input of {name} and others its output", remedy="Use one kind."
+        )
+    scales = torch.ones(len(parts), width, dtype=model.dtype, device=model.device)
+    for index, part in enumerate(parts):
+        if part:
+            scales[index] = part["ia3_l"].flatten()
+    return Scale(rows, name, scales, on_input=kinds.pop())
+
+
+# ---- virtual tokens ------------------------------------------------------------------------------------------------
+
+
+def _embedded(model: Any, adapter: Adapter) -> Virtual:
+    """Keys and values of learned embeddings: what the base makes of them, before any prompt."""
+    words = adapter.weights["prompt_embeddings"].to(model.device, model.dtype)[None]
+    if words.shape[2] != model.get_input_embeddings().weight.shape[1]:
+        raise _other_shape(adapter)
+    cache: Any = transformers.DynamicCache()
+    model(inputs_embeds=words, past_key_values=cache, use_cache=True, logits_to_keep=1)
+    return [(layer.keys[0], layer.values[0]) for layer in cache.layers]
+
+
+def _prefix(model: Any, adapter: Adapter) -> Virtual:
+    """Keys and values that were learned themselves; PEFT stores [tokens, layers x 2 x heads x head size]."""
+    probe: Any = transformers.DynamicCache()
+    first = torch.zeros(1, 1, dtype=torch.int64, device=model.device)
+    model(input_ids=first, past_key_values=probe, use_cache=True, logits_to_keep=1)
+    layers, (_, heads, _, size) = len(probe.layers), probe.layers[0].keys.shape
+    learned = adapter.weights["prompt_embeddings"].to(model.device, model.dtype)
+    if learned.shape[1] != layers * 2 * heads * size:
+        raise _other_shape(adapter)
+    parts = learned.view(-1, layers, 2, heads, size).permute(1, 2, 3, 0, 4)
+    return [(part[0].contiguous(), part[1].contiguous()) for part in parts]
+
+
+def _other_shape(adapter: Adapter) -> UserError:
+    return UserError(
+        f"--adapter {adapter.task}={adapter.folder}: its virtual tokens have another width than this model's",
+        remedy="Name the base that the adapter was trained on as MODEL.",
+    )
+
+
+VIRTUAL: dict[str, Callable[[Any, Adapter], Virtual]] = {
+    "PROMPT_TUNING": _embedded, "P_TUNING": _embedded, "PREFIX_TUNING": _prefix,
+}  # fmt: skip
+KINDS = ("LORA", "IA3", *VIRTUAL)
+
+
+def _check_base(adapter: Adapter, policy: Policy) -> None:
+    """Refuse an adapter that was trained on another base, where both are folders here."""
+    own, trained = Path(str(policy.model.name_or_path)), Path(str(adapter.config.get("base_model_name_or_path")))
+    both_here = own.is_dir() and trained.is_dir() and own.resolve() != trained.resolve()
+    if both_here and fingerprint(own) != fingerprint(trained):
+        raise UserError(
+            f"--adapter {adapter.task}={adapter.folder}: was trained on {trained}, not on {own}",
+            "Its weights are changes to that model.",
+            f"Name {trained} as MODEL.",
+        )
