@@ -144,6 +144,8 @@ def _sample_prompted(
             f"{way.title}: {len(rows):,} answers, {answered.prompt_tokens:,.0f} tokens a prompt{fit}{found}",
             style="dim",
         )
+
+
 def adapter_paths(words: list[str] | None, route: str | None) -> dict[str, str]:
     """Task -> run or folder, from the words TASK=PATH of --adapter.
 
