@@ -18,6 +18,7 @@ import huggingface_hub
 import pytest
 import tiny
 import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rlhf.config.base import ModelConfig
 from rlhf.core.errors import UserError
@@ -91,6 +92,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
         "reward-lora": finished.reward(folder / "reward-lora", sft, "lora"),
         "reward-chatml": finished.reward(folder / "reward-chatml", chatml),
         "reward-phi": finished.reward(folder / "reward-phi", finished.chatml(AS_PHI)),
+        "reward-text": finished.reward(folder / "reward-text", as_text()),
         "reward-bert": finished.reward(folder / "reward-bert", tiny.bert()),
         "ppo": finished.ppo(folder / "ppo", sft, reward, temperature=0.7),
     }
@@ -98,6 +100,25 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 
 AS_PHI = "{% if not add_generation_prompt %}{{ eos_token }}{% endif %}"
 """Phi's template writes EOS after a conversation, behind the end of the last turn."""
+
+
+AS_TEXT = (
+    "{% for m in messages %}{% if m.role == 'user' %}<|Ask|>{{ m.content }}{% else %}Say{{ m.content }} Over.\n"
+    "{% endif %}{% endfor %}{% if add_generation_prompt %}Say{% endif %}"
+)
+"""A template with a control token that is not a special one, an answer that continues a word, and text behind it."""
+
+
+def as_text() -> str:
+    """The tiny Llama with AS_TEXT."""
+    folder = Path(tiny.llama()).with_name("as-text")
+    model, tokenizer = (kind.from_pretrained(tiny.llama()) for kind in (AutoModelForCausalLM, AutoTokenizer))
+    tokenizer.add_tokens(["<|Ask|>", "yOn"])  # the second would join the prompt's end with "Once upon a time"
+    tokenizer.chat_template = AS_TEXT
+    model.resize_token_embeddings(len(tokenizer))
+    for part in (model, tokenizer):
+        part.save_pretrained(folder)
+    return str(folder)
 
 
 def exported(run: str, out: Path, name: str = "hf", **options: Any) -> dict[str, Any]:
@@ -222,13 +243,22 @@ def test_padding_of_a_reward_model_is_never_the_end_of_an_answer(folders: dict[s
     assert json.loads((folder / "config.json").read_text())["pad_token_id"] == chat.pad_id != chat.end_id
 
 
-@pytest.mark.parametrize("name", ["reward", "reward-lora-adapter", "reward-chatml", "reward-phi", "reward-bert"])
+@pytest.mark.parametrize(
+    "name", ["reward", "reward-lora-adapter", "reward-chatml", "reward-phi", "reward-text", "reward-bert"]
+)
 def test_the_cards_snippet_prints_the_score(name: str, runs: dict[str, str], plain: dict[str, Any]) -> None:
     run = runs[name.removesuffix("-adapter")]
     chat = load_tokenizer(ModelConfig(path=run), resolve_model_path(run))
     story = [{"role": "user", "content": "Tell me a story."}]
     expected = finished.scores(run, [chat.whole(story, "Once upon a time there was an owl.")])
     assert float(plain[f"snippet of {name}"]) == pytest.approx(float(expected), abs=1e-4)
+
+
+def test_the_cards_snippet_refuses_messages_that_spell_a_control_token(folders: dict[str, Path]) -> None:
+    code = finished.python_block((folders["reward-text"] / "README.md").read_text())
+    for token in ("<|Ask|>", "</s>"):
+        with pytest.raises(ValueError, match="spells a control token"):
+            exec(code.replace("there was an owl", f"there was {token}"), {})
 
 
 @pytest.mark.parametrize("name", ["sft", "chatml", "lora", "lora-adapter", "prompt-tuning-adapter", "ppo"])

@@ -59,6 +59,11 @@ class Renderer:
         self.control = {token for token in self.control if token.strip() and token not in REASONING}
         self.__dict__.pop("_pattern", None)
 
+    def other_than_special(self) -> tuple[list[str], list[str]]:
+        """Control tokens that are not special tokens, and special tokens that are no control tokens."""
+        special = {token.content for token in self.tokenizer.added_tokens_decoder.values() if token.special}
+        return sorted(self.control - special), sorted(special - self.control)
+
     @cached_property
     def _pattern(self) -> re.Pattern[str]:
         longest_first = sorted(self.control, key=len, reverse=True)

@@ -155,6 +155,11 @@ class ChatTokenizer:
         newline, joined = self._encode("\n"), self._encode("\na")
         return [] if joined == newline + self._encode("a") else newline
 
+    @property
+    def anchored(self) -> bool:
+        """Whether the tokenizer adds a space at the start of any text."""
+        return bool(self._anchor)
+
     def _probe(self, messages: Sequence[Message], generation_prompt: bool) -> str:
         """Render a conversation that every template must accept."""
         try:

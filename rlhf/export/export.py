@@ -74,6 +74,7 @@ def export(
         card = CardFacts(
             run, name or str(out), source.chat.lead, tokens(source.chat.end_id), tokens(list(done.stop_ids)),
             done.scale, done.folded, done.adapter_base, license, stage, done.own_class,
+            chat.renderer.other_than_special(), chat.anchored,
         )  # fmt: skip
         (folder / "README.md").write_text(model_card(card), "utf-8")
         for file in folder.glob("*.safetensors"):

@@ -49,6 +49,10 @@ class CardFacts:
     """sft, reward, ppo or critic."""
     own_class: bool = False
     """Whether body and head of a scalar model load separately."""
+    control: tuple[Sequence[str], Sequence[str]] = ((), ())
+    """Control tokens that are not special, and special tokens that text may spell."""
+    anchored: bool = False
+    """Whether the tokenizer begins any text with a space."""
 
 
 def model_card(facts: CardFacts) -> str:
@@ -82,7 +86,8 @@ def model_card(facts: CardFacts) -> str:
         model_class=_model_class(facts, scalar), own_class=facts.own_class,
         path=repr(facts.path), adapter_base=repr(facts.adapter_base) if facts.adapter_base else None,
         lead=f"{facts.lead!r} + " if facts.lead else "", template_time=read_run(facts.run).get("template_time"),
-        end_token=repr(facts.end_token), score="logit" if plain else f"(logit - {mean!r}) / {std!r}",
+        control=_set_changes(*facts.control), anchored=facts.anchored, end_token=repr(facts.end_token),
+        score="logit" if plain else f"(logit - {mean!r}) / {std!r}",
         stop_tokens=facts.stop_tokens, sampling=sampling,
         lineage=[
             (a.stage or "start", f"`{a.name}`", _short(a.fingerprint) or a.note, _short(a.info.get("git"), 12))
@@ -109,6 +114,13 @@ def _model_class(facts: CardFacts, scalar: bool) -> str:
     if facts.own_class:
         return "AutoModel"
     return "AutoModelForSequenceClassification" if scalar else "AutoModelForCausalLM"
+
+
+def _set_changes(more: Sequence[str], less: Sequence[str]) -> str:
+    """Python code that adds tokens to a set and takes some out."""
+    return "".join(
+        f" {sign} {{{', '.join(map(repr, tokens))}}}" for sign, tokens in (("|", more), ("-", less)) if tokens
+    )
 
 
 def _without_folders(value: Any) -> Any:
