@@ -27,6 +27,10 @@ app = command_group(
         "sample": ("stages.sample:command", "Print a model's answers to prompts."),
         "score": ("stages.score:command", "Print a reward model's scores of answers."),
         "evaluate": ("stages.evaluate:command", "Measure a model on held-out data."),
+        "prompt-search": (
+            "stages.prompt_search:command",
+            "Search for an instruction that makes a model answer better.",
+        ),
         "export": ("stages.export:command", "Export a finished run in Hugging Face format."),
         "chat": ("stages.chat:command", "Chat with a model."),
         "check-model": (

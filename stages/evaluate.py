@@ -20,7 +20,6 @@ from rlhf.prompting.ways import parse_shots, read_prompting
 from rlhf.reward.agreement import Agreement
 from rlhf.rollout.types import SamplingParams
 from rlhf.tasks.config import TaskConfig
-from rlhf.tasks.metrics import METRICS
 from rlhf.tasks.task import load_task
 
 
@@ -113,10 +112,7 @@ def _evaluate_prompting(
     """Each way of prompting measured on a task, printed and returned."""
     ways, counts = [read_prompting(spec) for spec in prompting], parse_shots(shots)
     ways = [way.with_shots(count) for way in ways for count in counts] if counts else ways
-    if any(way.label_words and not way.label_words.verbaliser for way in ways) and not (
-        config.metrics or config.labels
-    ):
-        config = config.model_copy(update={"metrics": [METRICS.pick("accuracy"), METRICS.pick("f1")]})
+    config = task_options.with_label_metrics(config, ways)
     task, params = load_task(config), sampling.params(model)
     from rlhf.prompting.evaluation import answer_rows, evaluate_prompting, show  # imports torch
     from rlhf.prompting.masked import open_prompted

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Annotated, Any
 
 import typer
@@ -9,8 +10,10 @@ import typer
 from rlhf.config.load import check_config
 from rlhf.core.errors import UserError
 from rlhf.core.limits import parse_yaml
+from rlhf.prompting.ways import Prompting
 from rlhf.tasks.answers import answer_pattern
 from rlhf.tasks.config import TaskConfig
+from rlhf.tasks.metrics import METRICS
 from rlhf.tasks.task import AnswerRules
 
 Metric = Annotated[
@@ -52,6 +55,13 @@ def task_config(
     found = check_config(TaskConfig, values, "the options")
     found.pattern_or_none()
     return found
+
+
+def with_label_metrics(config: TaskConfig, ways: Sequence[Prompting]) -> TaskConfig:
+    """The task, measured by accuracy and F1 if a way chooses among the labels of the data and no metric is named."""
+    if config.metrics or config.labels or not any(way.label_words and not way.label_words.verbaliser for way in ways):
+        return config
+    return config.model_copy(update={"metrics": [METRICS.pick("accuracy"), METRICS.pick("f1")]})
 
 
 def answer_rules(labels: str | None, pattern: str | None) -> AnswerRules:

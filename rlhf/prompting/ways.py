@@ -113,30 +113,40 @@ class Prompting:
         return self.shots.count if self.shots else 0
 
 
-def read_prompting(spec: str) -> Prompting:
-    """A way of prompting from its name, a YAML mapping such as ``{name: few-shot, shots: 4}``, or a YAML file of one.
+def read_way(spec: str) -> dict[str, Any]:
+    """The values of a way of prompting, `name` among them, unchecked.
+
+    Args:
+        spec: Its name, a YAML mapping such as ``{name: few-shot, shots: 4}``, or a YAML file of one.
 
     Raises:
-        UserError: It is none of these, or an option is wrong.
+        UserError: It is none of these.
     """
+    if spec.lstrip().startswith("{"):
+        try:
+            return dict(parse_yaml(spec))
+        except ValueError as error:
+            raise UserError(f"--prompting {spec}: {error}") from None
+    is_file = spec.endswith((".yaml", ".yml")) or Path(spec).is_file()
+    return read_values(spec) if is_file else {"name": spec}
+
+
+def read_prompting(spec: str) -> Prompting:
+    """A way of prompting; see `read_way`.
+
+    Raises:
+        UserError: There is no such way, or an option is wrong.
+    """
+    values = read_way(spec)
     try:
-        if spec.lstrip().startswith("{"):
-            values: Any = parse_yaml(spec)
-        elif spec.endswith((".yaml", ".yml")) or Path(spec).is_file():
-            values = read_values(spec)
-        else:
-            values = spec
         found: Prompting = PROMPTING.pick(values)()
     except ValueError as error:
         raise UserError(f"--prompting {spec}: {error}", remedy="docs/prompting.md describes them.") from None
-    return replace(found, title=_title(spec, values))
+    is_file = not spec.lstrip().startswith("{") and spec != values["name"]
+    return replace(found, title=Path(spec).stem if is_file else _title(values))
 
 
-def _title(spec: str, values: Any) -> str:
-    if not isinstance(values, dict):
-        return str(values)
-    if not spec.lstrip().startswith("{"):
-        return Path(spec).stem
+def _title(values: dict[str, Any]) -> str:
     short = [f"{key}={value}" for key, value in values.items() if key not in ("name", "shots", *_LONG)]
     return " ".join([values["name"], *short])
 

@@ -1,0 +1,108 @@
+"""`rlhf prompt-search`: a model proposes instructions; they are scored on one part of the data, reported on another.
+
+See `rlhf.prompting.search` for the steps and the folder.
+"""
+
+from __future__ import annotations
+
+import functools
+import shutil
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from rlhf.cli import options, task_options
+from rlhf.cli.sampling_options import SamplingOptions, with_sampling
+from rlhf.core.console import print_json, say, table
+from rlhf.core.errors import UserError
+from rlhf.data.selection import train_records
+from rlhf.prompting.ways import Prompting, read_prompting, read_way
+from rlhf.runs.run import parent_facts
+from rlhf.tasks.metrics import Measured
+from rlhf.tasks.task import Task, load_task
+
+PROPOSAL_TEMPERATURE = 0.9
+"""High, because proposals shall differ."""
+
+
+@with_sampling
+def command(
+    model: options.Model,
+    dataset: Annotated[Path, typer.Option(help="Demonstrations with a train split, whose answers are the right ones.")],
+    out: Annotated[Path, typer.Option("--out", help="The folder to make; a search that is there goes on.")],
+    prompting: Annotated[
+        str, typer.Option(metavar="WAY|FILE|{...}", help="The way of prompting that gets the instruction.")
+    ] = "zero-shot",
+    proposer: Annotated[
+        str | None,
+        typer.Option(
+            metavar="RUN|MODEL|URL", help="Who proposes: a model, or a server with OpenAI's API. By default the model."
+        ),
+    ] = None,
+    candidates: Annotated[int, typer.Option(min=1, help="Instructions that are asked for in each round.")] = 16,
+    rounds: Annotated[int, typer.Option(min=0, help="Rounds in which the best are reworded.")] = 2,
+    keep: Annotated[int, typer.Option(min=1, help="How many of the best are reworded.")] = 4,
+    records: Annotated[int, typer.Option(min=1, help="Training records that each instruction is scored on.")] = 100,
+    split: options.Split = None,
+    limit: options.Limit = None,
+    metric: task_options.Metric = None,
+    labels: task_options.Labels = None,
+    pattern: task_options.Pattern = None,
+    instruction_tokens: Annotated[int, typer.Option(min=1, help="Longest instruction in tokens.")] = 64,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Delete an earlier search there first.")] = False,
+    as_json: options.Json = False,
+    *,
+    sampling: SamplingOptions,
+) -> None:
+    """Search for an instruction that makes a model answer better, without training."""
+    way, params = read_prompting(prompting), sampling.params(model)
+    config = task_options.task_config(str(dataset), split, limit, metric, labels, pattern)
+    task = load_task(task_options.with_label_metrics(config, [way]))
+    if overwrite and (out / "search.json").is_file():
+        shutil.rmtree(out)
+    from rlhf.inference.policy import Policy  # imports torch
+    from rlhf.prompting.evaluation import evaluate_prompting
+    from rlhf.prompting.masked import MaskedModel, open_prompted
+    from rlhf.prompting.proposals import LocalProposer, Proposer
+    from rlhf.prompting.search import PromptSearch, SearchPlan, split_parts
+
+    @functools.cache  # opened when they are needed: a search of other options is refused before
+    def opened(path: str, chat_template: str) -> Policy | MaskedModel:
+        return open_prompted(path, chat_template, sampling.trust_remote_code)
+
+    def propose() -> Proposer:
+        writer = opened(proposer or model, sampling.chat_template if proposer in (None, model) else "auto")
+        if isinstance(writer, MaskedModel):
+            raise UserError(f"{writer.path}: a masked language model writes no text", remedy="Name a --proposer.")
+        return LocalProposer(writer, PROPOSAL_TEMPERATURE, instruction_tokens)
+
+    def measure(part: Task, way: Prompting) -> Measured:
+        scored = opened(model, sampling.chat_template)
+        return evaluate_prompting(scored, part, way, params, sampling.temperature, sampling.seed).measured[0]
+
+    plan = SearchPlan(candidates, rounds, keep, records, sampling.seed)
+    parts = split_parts(task, list(train_records([task.data])), plan)
+    facts: dict[str, Any] = {
+        "model": parent_facts(model), "proposer": parent_facts(proposer or model), "way": read_way(prompting),
+        "split": split, "instruction_tokens": instruction_tokens, "temperature": sampling.temperature,
+        **task.facts(), **asdict(params), **asdict(plan),
+    }  # fmt: skip
+    result = PromptSearch(out, facts, plan, parts, (way, read_way(prompting)), measure, propose).run()
+    _show(result)
+    if as_json:
+        print_json(result)
+
+
+def _show(result: dict[str, Any]) -> None:
+    """Print the best instructions, and what the best one does on the records that the search never saw."""
+    rows = [(row["score"], row["round"], row["instruction"] or "(no instruction)") for row in result["best"]]
+    title = f"The best of {result['candidates']:,} instructions, on the records that they were chosen by"
+    table(title, [result["winner"]["metric"], "round", "instruction"], rows)
+    report = result["report"]
+    rows = [(label, found["value"], found["low"], found["high"]) for label, found in
+            (("the best", report["winner"]), ("before the search", report["without_search"]))]  # fmt: skip
+    title = f"On {report['records']:,} records that the search never saw"
+    table(title, ["instruction", report["winner"]["metric"], "95% low", "high"], rows)
+    say(f"Use it with --prompting {result['file']}")
