@@ -99,11 +99,11 @@ def ours(spec: dict[str, Any], rows: Any, timed: Timed) -> tuple[Any, Any, Any]:
     from rlhf.config.load import check_config
     from rlhf.data.chat_tokenizer import load_tokenizer
     from rlhf.models.load import load_policy
-    from rlhf.models.save import save_result
     from rlhf.runs.run import open_run
     from rlhf.sft.config import SFTConfig
     from rlhf.training.epoch_order import StepRows
     from rlhf.training.loop import Loop, supervised_engine
+    from rlhf.tuning.save import save_result
     from stages.sft import SFTObjective, TokenPredictor
 
     batch = {"batch_size": spec["batch"], "micro_batch_size": spec["micro"], "group_by_length": False}

@@ -27,7 +27,6 @@ from rlhf.data.selection import open_datasets
 from rlhf.data.tables import prompt_lengths, tokenize
 from rlhf.memory.peak import PeakMemory
 from rlhf.models.load import load_hf_config, sequence_limit
-from rlhf.models.merging import adapters_merged
 from rlhf.ppo import kl
 from rlhf.ppo.batching import Minibatch, Minibatches, TokenRows, endless, permutation
 from rlhf.ppo.config import PPOConfig
@@ -63,6 +62,7 @@ from rlhf.runs.run import (
     template_time,
 )
 from rlhf.training.schedule import lr_scale
+from rlhf.tuning.merging import adapters_merged
 
 KINDS = ("prompt", "demonstration", "ranking")
 TRAIN, EVAL, ORDER, EPOCH, PTX = range(5)

@@ -30,10 +30,8 @@ from rlhf.data.selection import open_datasets
 from rlhf.data.tables import tokenize
 from rlhf.memory.peak import PeakMemory
 from rlhf.models.load import load_hf_config, sequence_limit
-from rlhf.models.save import save_result
 from rlhf.models.scalar import ScalarModel, load_scalar
 from rlhf.models.shared_prompt import NO_SHARING
-from rlhf.models.tuning import say_trainable
 from rlhf.models.vocabulary import token_count
 from rlhf.reward.agreement import Agreement
 from rlhf.reward.collator import RankingCollator, RewardBatch, informative
@@ -44,6 +42,8 @@ from rlhf.reward.scoring import score_rankings, score_texts
 from rlhf.runs.run import Run, data_facts, finish, open_run, parent_facts, resolve_model_path, template_time
 from rlhf.training.engine import Engine
 from rlhf.training.loop import Loop, Objective, supervised_engine
+from rlhf.tuning.methods import say_trainable
+from rlhf.tuning.save import save_result
 
 HEADLINE = ("accuracy", "accuracy_interval", "longer_accuracy", "log_loss", "calibration_error", "pairs", "rankings")
 """The held-out metrics that go to run.json; all of them are in reward_metrics.json."""

@@ -22,14 +22,14 @@ from rlhf.data.tables import tokenize
 from rlhf.memory.peak import PeakMemory
 from rlhf.models.load import load_hf_config, load_policy, quiet, sequence_limit
 from rlhf.models.logprobs import TokenPredictions, head_chunks, token_predictions
-from rlhf.models.save import generation_config, save_result
-from rlhf.models.tuning import say_trainable, virtual_tokens
 from rlhf.models.vocabulary import token_count
 from rlhf.runs.run import data_facts, finish, open_run, parent_facts, resolve_model_path, template_time
 from rlhf.sft.batches import TokenBatch, check_packing, pack, token_batch
 from rlhf.sft.config import SFTConfig
 from rlhf.training.engine import Engine
 from rlhf.training.loop import Loop, Objective, supervised_engine
+from rlhf.tuning.methods import say_trainable, virtual_tokens
+from rlhf.tuning.save import generation_config, save_result
 
 KINDS = ("demonstration", "ranking")
 """What can be learned from: of a ranking, its best answer is the demonstration."""

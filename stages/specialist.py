@@ -30,14 +30,14 @@ from rlhf.data.jsonl import Reject
 from rlhf.data.schema import BadRecord
 from rlhf.data.store import file_hash
 from rlhf.models.load import load_hf_config, quiet, sequence_limit
-from rlhf.models.merging import merged_state
-from rlhf.models.tuning import say_trainable
 from rlhf.runs.run import Run, finish, open_run, parent_facts, resolve_model_path
 from rlhf.specialist.config import LabelledData, SpecialistConfig
 from rlhf.specialist.head import Batch, Example, Head
 from rlhf.specialist.model import Specialist, load_specialist, load_text_tokenizer, train_new_weights
 from rlhf.training.engine import Engine
 from rlhf.training.loop import Loop, Objective, supervised_engine
+from rlhf.tuning.merging import merged_state
+from rlhf.tuning.methods import say_trainable
 
 
 def run(config: SpecialistConfig, resume: bool = False, overwrite: bool = False) -> None:

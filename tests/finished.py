@@ -23,12 +23,12 @@ from rlhf.data.chat_tokenizer import load_tokenizer
 from rlhf.data.schema import Message
 from rlhf.models.load import load_policy, quiet
 from rlhf.models.logprobs import hidden_states
-from rlhf.models.save import save_result
 from rlhf.models.scalar import load_scalar
 from rlhf.ppo.config import PPOConfig
 from rlhf.reward.config import RewardConfig
 from rlhf.runs.run import finish, open_run, parent_facts, resolve_model_path
 from rlhf.sft.config import SFTConfig
+from rlhf.tuning.save import save_result
 
 quiet()
 

@@ -15,8 +15,8 @@ from rlhf.config.base import ModelConfig
 from rlhf.export.export import export
 from rlhf.export.formats import EXPORTERS
 from rlhf.models.load import load_policy
-from rlhf.models.merging import adapters_merged, merged_weights
-from rlhf.models.tuning import TUNING
+from rlhf.tuning.merging import adapters_merged, merged_weights
+from rlhf.tuning.methods import TUNING
 from stages import ppo, reward
 
 LOCAL = {**tiny.SMALL, "num_local_experts": 4, "num_experts_per_tok": 2}

@@ -9,8 +9,8 @@ from pathlib import Path
 REPOSITORY = Path(__file__).resolve().parents[1]
 FLOORS = {
     "rlhf": [
-        "core", "config", "servers", "distributed", "data", "tasks", "runs", "models", "rollout", "reward", "training",
-        "sft", "specialist", "ppo", "inference", "prompting", "export", "memory", "cli",
+        "core", "config", "servers", "distributed", "data", "tasks", "runs", "models", "tuning", "rollout", "reward",
+        "training", "sft", "specialist", "ppo", "inference", "prompting", "export", "memory", "cli",
     ],
     "data_tools": [
         "statistics", "io", "curate", "check", "reading", "published", "importers", "aggregate", "annotate", "tasks",

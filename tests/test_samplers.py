@@ -17,12 +17,12 @@ from rlhf.config.base import ModelConfig
 from rlhf.core.errors import UserError
 from rlhf.data.schema import Message
 from rlhf.models.load import load_policy
-from rlhf.models.merging import merged_state, merged_weights
 from rlhf.models.packed_attention import PACKED, switch
-from rlhf.models.tuning import TUNING
 from rlhf.ppo.losses import Importance
 from rlhf.rollout.samplers import continuous_batching, hf
 from rlhf.rollout.types import SamplingParams, stream_seed
+from rlhf.tuning.merging import merged_state, merged_weights
+from rlhf.tuning.methods import TUNING
 from stages.ppo import PPO, run
 
 CONTINUOUS = {"name": "transformers", "page_size": 8}

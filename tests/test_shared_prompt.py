@@ -26,10 +26,10 @@ from rlhf.models.shared_prompt import (
     pad_rows,
     position_ids_of,
 )
-from rlhf.models.tuning import TUNING
 from rlhf.reward.collator import RankingCollator, RewardBatch
 from rlhf.reward.losses import RANKING_LOSSES
 from rlhf.reward.scoring import score_rankings
+from rlhf.tuning.methods import TUNING
 from stages import reward
 
 SIZES: dict[str, Any] = {

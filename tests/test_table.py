@@ -8,12 +8,12 @@ import pytest
 from pydantic import BaseModel, Field
 
 from rlhf.core.table import Pick, Table
-from rlhf.models.tuning import TUNING
 from rlhf.ppo.advantages import ADVANTAGES
 from rlhf.ppo.kl import KL_CONTROLLERS, KL_ESTIMATORS, MISSING_EOS
 from rlhf.reward.losses import RANKING_LOSSES
 from rlhf.reward.sources import REWARDS
 from rlhf.rollout.samplers import SAMPLERS
+from rlhf.tuning.methods import TUNING
 
 FRUIT = Table("fruit")
 

@@ -10,9 +10,9 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from rlhf.models.logprobs import hidden_states
-from rlhf.models.tuning import TUNING
 from rlhf.ppo.batching import TokenRows
 from rlhf.ppo.frozen_layers import FrozenLayers, gather_states
+from rlhf.tuning.methods import TUNING
 
 SIZES = {
     "vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4,

@@ -18,11 +18,11 @@ from rlhf.core.errors import UserError
 from rlhf.core.table import Pick
 from rlhf.data.chat_tokenizer import ChatTokenizer, load_tokenizer
 from rlhf.models.load import load_policy
-from rlhf.models.merging import merged_state
-from rlhf.models.save import save_result
 from rlhf.models.scalar import load_scalar
 from rlhf.models.tiny_copy import random_model, tiny_config
-from rlhf.models.tuning import TUNING, quantize, say_trainable, virtual_tokens
+from rlhf.tuning.merging import merged_state
+from rlhf.tuning.methods import TUNING, quantize, say_trainable, virtual_tokens
+from rlhf.tuning.save import save_result
 
 NEEDED: dict[str, dict[str, Any]] = {"last-layers": {"layers": 1}, "modules": {"names": [r"q_proj", r"layers\.1\.mlp"]}}
 """Options without a default; a new row with such options is added here."""
@@ -280,7 +280,7 @@ def test_an_adapter_over_4_bits_merges_to_the_function_that_was_trained(
 
 
 def test_the_table_is_known_without_importing_torch() -> None:
-    code = "import sys, rlhf.models.tuning; sys.exit('torch' in sys.modules or 'peft' in sys.modules)"
+    code = "import sys, rlhf.tuning.methods; sys.exit('torch' in sys.modules or 'peft' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=tiny.REPOSITORY).returncode == 0
 
 

@@ -15,10 +15,10 @@ from rlhf.core.errors import UserError
 from rlhf.data.schema import Message
 from rlhf.models.load import load_policy
 from rlhf.models.logprobs import token_logprobs
-from rlhf.models.tuning import TUNING
 from rlhf.models.vocabulary import mask_unknown_ids, token_count
 from rlhf.rollout.samplers import continuous_batching, hf
 from rlhf.rollout.types import SamplingParams
+from rlhf.tuning.methods import TUNING
 from stages import ppo
 
 IDS = 320

@@ -113,7 +113,7 @@ def _write_policy(source: Source, folder: Path, dtype: torch.dtype | None) -> Ex
     """Write a causal language model with its generation config and tokenizer."""
     from rlhf.inference.sampling_params import sampling_params
     from rlhf.models.load import load_policy
-    from rlhf.models.save import generation_config
+    from rlhf.tuning.save import generation_config
 
     tokenizer = source.chat.tokenizer
     model = load_policy(source.config, str(source.model), dtype or _stored_dtype(source.model))

@@ -26,7 +26,6 @@ from rlhf.models.classifiers import new_classifier
 from rlhf.models.load import recompute_activations
 from rlhf.models.logprobs import causal_lm, head_chunks
 from rlhf.models.scalar import ScalarModel
-from rlhf.models.tuning import TUNING
 from rlhf.ppo.actor_critic import ActorCritic
 from rlhf.ppo.config import PPOConfig
 from rlhf.ppo.types import MicroBatch
@@ -35,6 +34,7 @@ from rlhf.rollout import kv_cache
 from rlhf.rollout.decoding import choose
 from rlhf.rollout.types import SamplingParams
 from rlhf.training.engine import cast_frozen_linears_
+from rlhf.tuning.methods import TUNING
 
 Snapshots = dict[str, MemorySnapshot]
 

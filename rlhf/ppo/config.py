@@ -8,11 +8,11 @@ from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, Pos
 
 from rlhf.config.base import AdamWConfig, Fraction, ModelConfig, Paths, StageConfig, Strict
 from rlhf.core.table import Pick
-from rlhf.models.tuning import TUNING
 from rlhf.ppo.advantages import ADVANTAGES
 from rlhf.ppo.kl import KL_CONTROLLERS, KL_ESTIMATORS, MISSING_EOS
 from rlhf.reward.sources import REWARDS
 from rlhf.rollout.samplers import SAMPLERS, unsupported_options
+from rlhf.tuning.methods import TUNING
 
 
 class PPOModelConfig(ModelConfig):

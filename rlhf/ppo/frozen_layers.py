@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from rlhf import distributed
 from rlhf.models.logprobs import causal_lm, hidden_states
 from rlhf.models.packed_attention import sequence_lengths
-from rlhf.models.tuning import layers_of
 from rlhf.ppo.types import MicroBatch
+from rlhf.tuning.methods import layers_of
 
 
 class _Placeholder(nn.Module):

@@ -17,7 +17,6 @@ from rlhf.data.chat_tokenizer import ChatTokenizer
 from rlhf.models.isolation import Text, packing_fault, windows
 from rlhf.models.load import count_parameters, load_hf_config, load_policy, recompute_activations
 from rlhf.models.packed_attention import KERNEL, PACKED, VARLEN, switch
-from rlhf.models.save import save_result
 from rlhf.models.scalar import ScalarModel, load_scalar
 from rlhf.models.vocabulary import check_vocabulary, mask_unknown_ids, token_count
 from rlhf.ppo.actor_critic import ActorCritic, TokenOutputs, adapters_off, compile_layers
@@ -27,6 +26,7 @@ from rlhf.ppo.types import MicroBatch, TokenScores
 from rlhf.reward.sources import RewardInputs
 from rlhf.runs.run import resolve_model_path
 from rlhf.training.engine import Engine, make_engine
+from rlhf.tuning.save import save_result
 
 
 class Models(ABC):

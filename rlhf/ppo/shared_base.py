@@ -31,13 +31,10 @@ from rlhf.config.base import ModelConfig
 from rlhf.core.console import is_main, say
 from rlhf.core.errors import UserError
 from rlhf.data.chat_tokenizer import ChatTokenizer
-from rlhf.models import merging
 from rlhf.models.classifiers import new_classifier
 from rlhf.models.load import compute_dtype, count_parameters, load_policy, recompute_activations
 from rlhf.models.logprobs import hidden_states
-from rlhf.models.save import origin_of
 from rlhf.models.scalar import ScalarModel
-from rlhf.models.tuning import HEADS, TASKS, lora_config
 from rlhf.models.vocabulary import mask_unknown_ids, token_count
 from rlhf.ppo.actor_critic import TokenOutputs, critic_values, policy_logprobs
 from rlhf.ppo.config import PPOConfig
@@ -48,6 +45,9 @@ from rlhf.ppo.types import MicroBatch
 from rlhf.reward.sources import RewardInputs
 from rlhf.runs.run import resolve_model_path
 from rlhf.training.engine import Engine, make_engine
+from rlhf.tuning import merging
+from rlhf.tuning.methods import HEADS, TASKS, lora_config
+from rlhf.tuning.save import origin_of
 
 POLICY = "default"
 """PEFT's name for the policy's adapter, which is saved and merged; other adapters have the name of their role."""

@@ -15,9 +15,9 @@ import yaml
 
 from rlhf.core.errors import UserError
 from rlhf.core.table import Pick
-from rlhf.models.tuning import TUNING
 from rlhf.ppo.config import PPOConfig
 from rlhf.runs.run import fingerprint, is_run, read_run, resolve_model_path
+from rlhf.tuning.methods import TUNING
 
 SEPARATE = "or set model.sharing=separate."
 

@@ -8,8 +8,8 @@ from pydantic import NonNegativeFloat, model_validator
 
 from rlhf.config.base import DataConfig, Paths, SupervisedConfig
 from rlhf.core.table import Pick
-from rlhf.models.tuning import TUNING
 from rlhf.reward.losses import RANKING_LOSSES
+from rlhf.tuning.methods import TUNING
 
 
 class RewardDataConfig(DataConfig):

@@ -14,9 +14,9 @@ import torch
 
 from rlhf import distributed
 from rlhf.data.chat_tokenizer import ChatTokenizer
-from rlhf.models.merging import merged_weights
 from rlhf.models.vocabulary import token_count
 from rlhf.rollout.types import Completion, SamplingParams
+from rlhf.tuning.merging import merged_weights
 
 
 def sample(

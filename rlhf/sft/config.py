@@ -8,7 +8,7 @@ from pydantic import NonNegativeInt, PositiveInt, model_validator
 
 from rlhf.config.base import BatchConfig, DataConfig, EvalConfig, SupervisedConfig
 from rlhf.core.table import Pick
-from rlhf.models.tuning import TUNING
+from rlhf.tuning.methods import TUNING
 
 
 class SFTBatchConfig(BatchConfig):

@@ -8,8 +8,8 @@ from pydantic import Field, model_validator
 
 from rlhf.config.base import ModelConfig, Paths, Strict, SupervisedConfig
 from rlhf.core.table import Pick
-from rlhf.models.tuning import TUNING
 from rlhf.specialist.heads import HEADS
+from rlhf.tuning.methods import TUNING
 
 
 class LabelledData(Strict):

@@ -11,7 +11,7 @@ from transformers import GenerationConfig
 from rlhf.core.console import is_main
 from rlhf.core.table import Pick
 from rlhf.data.chat_tokenizer import stop_ids
-from rlhf.models import merging
+from rlhf.tuning import merging
 
 
 def save_result(path: Path, model: Any, chat: Any, tuning: Pick) -> None:

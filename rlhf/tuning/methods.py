@@ -27,9 +27,9 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
 
-    from rlhf.models import merging
+    from rlhf.tuning import merging
 else:
-    peft, torch, nn, merging = lazy("peft"), lazy("torch"), lazy("torch.nn"), lazy("rlhf.models.merging")
+    peft, torch, nn, merging = lazy("peft"), lazy("torch"), lazy("torch.nn"), lazy("rlhf.tuning.merging")
 
 
 TUNING = Table("tuning method")
