@@ -15,11 +15,15 @@ import typer
 
 from rlhf.cli import options, task_options
 from rlhf.cli.sampling_options import SamplingOptions, with_sampling
+from rlhf.config.load import check_config
 from rlhf.core.console import print_json, say, table
 from rlhf.core.errors import UserError
+from rlhf.core.limits import parse_yaml
 from rlhf.data.selection import train_records
 from rlhf.prompting.ways import Prompting, read_prompting, read_way
 from rlhf.runs.run import parent_facts
+from rlhf.servers.cache import ReplyCache
+from rlhf.servers.config import ServerConfig
 from rlhf.tasks.metrics import Measured
 from rlhf.tasks.task import Task, load_task
 
@@ -38,7 +42,9 @@ def command(
     proposer: Annotated[
         str | None,
         typer.Option(
-            metavar="RUN|MODEL|URL", help="Who proposes: a model, or a server with OpenAI's API. By default the model."
+            metavar="RUN|MODEL|URL|{...}",
+            help="Who proposes: a model, a server with OpenAI's API, or '{url: ..., model: ..., key_env: ...}'. By"
+            " default the model itself.",
         ),
     ] = None,
     candidates: Annotated[int, typer.Option(min=1, help="Instructions that are asked for in each round.")] = 16,
@@ -58,6 +64,7 @@ def command(
 ) -> None:
     """Search for an instruction that makes a model answer better, without training."""
     way, params = read_prompting(prompting), sampling.params(model)
+    server = _server(proposer or "")
     config = task_options.task_config(str(dataset), split, limit, metric, labels, pattern)
     task = load_task(task_options.with_label_metrics(config, [way]))
     if overwrite and (out / "search.json").is_file():
@@ -65,7 +72,7 @@ def command(
     from rlhf.inference.policy import Policy  # imports torch
     from rlhf.prompting.evaluation import evaluate_prompting
     from rlhf.prompting.masked import MaskedModel, open_prompted
-    from rlhf.prompting.proposals import LocalProposer, Proposer
+    from rlhf.prompting.proposals import LocalProposer, Proposer, ServerProposer
     from rlhf.prompting.search import PromptSearch, SearchPlan, split_parts
 
     @functools.cache  # opened when they are needed: a search of other options is refused before
@@ -73,6 +80,9 @@ def command(
         return open_prompted(path, chat_template, sampling.trust_remote_code)
 
     def propose() -> Proposer:
+        if server is not None:
+            cache = ReplyCache(out / "replies")
+            return ServerProposer(server, cache, PROPOSAL_TEMPERATURE, instruction_tokens)
         writer = opened(proposer or model, sampling.chat_template if proposer in (None, model) else "auto")
         if isinstance(writer, MaskedModel):
             raise UserError(f"{writer.path}: a masked language model writes no text", remedy="Name a --proposer.")
@@ -85,7 +95,8 @@ def command(
     plan = SearchPlan(candidates, rounds, keep, records, sampling.seed)
     parts = split_parts(task, list(train_records([task.data])), plan)
     facts: dict[str, Any] = {
-        "model": parent_facts(model), "proposer": parent_facts(proposer or model), "way": read_way(prompting),
+        "model": parent_facts(model), "way": read_way(prompting),
+        "proposer": {"url": server.url, "model": server.model} if server else parent_facts(proposer or model),
         "split": split, "instruction_tokens": instruction_tokens, "temperature": sampling.temperature,
         **task.facts(), **asdict(params), **asdict(plan),
     }  # fmt: skip
@@ -93,6 +104,23 @@ def command(
     _show(result)
     if as_json:
         print_json(result)
+
+
+def _server(proposer: str) -> ServerConfig | None:
+    """The server that proposes; None if a model does.
+
+    Raises:
+        UserError: Its address or an option is wrong, or its key is not in the environment.
+    """
+    if not proposer.startswith(("http://", "https://", "{")):
+        return None
+    try:
+        values = parse_yaml(proposer) if proposer.startswith("{") else {"url": proposer}
+    except ValueError as error:
+        raise UserError(f"--proposer {proposer}: {error}") from None
+    found = check_config(ServerConfig, values, "--proposer")
+    found.key()
+    return found
 
 
 def _show(result: dict[str, Any]) -> None:

@@ -17,6 +17,7 @@ import pytest
 import tiny
 import torch
 import transformers
+from chat_servers import Response, chat_server, completion
 
 from rlhf.core.errors import UserError
 from rlhf.data.store import open_dataset
@@ -63,7 +64,7 @@ def complete(model: str, colours: str, tmp_path_factory: pytest.TempPathFactory)
 
 
 def content(folder: Path) -> dict[str, str]:
-    files = {file.name: file.read_text() for file in sorted(folder.iterdir())}
+    files = {file.name: file.read_text() for file in sorted(folder.iterdir()) if file.is_file()}
     return {name: text.replace(str(folder), "OUT") for name, text in files.items()}
 
 
@@ -149,6 +150,40 @@ def test_evaluate_and_sample_take_the_winners_file(complete, model, colours):
     assert json.loads(said)["answer"] in ("warm", "cold")
 
 
+def test_a_server_proposes_and_is_not_asked_again(model, colours, tmp_path):
+    def answer(body: dict[str, Any], number: int) -> Response:
+        text = body["messages"][0]["content"]
+        if "other words" in text:
+            return completion(f"Reworded {body['seed']}.")
+        return completion("Never ends", "length") if number == 0 else completion(f'"Name the colour {number}."')
+
+    given = ["--candidates", 3, "--rounds", 1, "--keep", 1, "--records", 4, "--metric", "log_likelihood"]
+    out = tmp_path / "search"
+    with chat_server(answer) as server:
+        words = (
+            model,
+            "--dataset",
+            colours,
+            "--out",
+            out,
+            "--proposer",
+            f"{{url: '{server.url}', concurrency: 1}}",
+            *given,
+        )
+        _, err = finished.invoke(command, *words)
+        assert "1 proposals lost: cut off (length)" in err
+        asked = len(server.asked)
+        assert asked >= 4 and len({body["seed"] for body in server.asked[3:]}) == asked - 3
+        before = content(out)
+        for name in ("round-0.json", "round-1.json", "result.json", "winner.yaml", "candidates.jsonl"):
+            (out / name).unlink()
+        finished.invoke(command, *words)
+        assert len(server.asked) == asked
+    assert content(out) == before
+    rows = [json.loads(line) for line in (out / "candidates.jsonl").read_text().splitlines()]
+    assert {"Name the colour 1.", "Name the colour 2."} <= {row["instruction"] for row in rows}
+
+
 @pytest.mark.parametrize("missing", ["a line", "a round", "the report", "all but the first line"])
 def test_a_search_goes_on_from_what_is_there_and_ends_the_same(missing, complete, model, colours, tmp_path):
     out = tmp_path / "search"
@@ -194,6 +229,10 @@ def test_a_complete_search_is_shown_again_without_work(complete, model, colours)
 def test_another_search_in_the_folder_is_refused(complete, model, colours, tmp_path):
     with pytest.raises(UserError, match=r"holds another search\nseed: 0 there, 1 here"):
         finished.invoke(command, *words(model, colours, complete), "--seed", 1)
+    with pytest.raises(UserError, match="not an http or https address"):
+        finished.invoke(command, *words(model, colours, tmp_path / "new"), "--proposer", "http:///v1")
+    with pytest.raises(UserError, match="OPENAI_API_KEY, which should hold the key, is not set"):
+        finished.invoke(command, *words(model, colours, tmp_path / "new"), "--proposer", "https://api.openai.com/v1")
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="exists and is not a search"):
         finished.invoke(command, *words(model, colours, tmp_path))

@@ -6,17 +6,23 @@ The two requests are those of automatic prompt engineering (Zhou et al. 2022, se
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
+from rlhf.core.console import warn
 from rlhf.core.errors import UserError
 from rlhf.data.schema import Message, Prompt
 from rlhf.inference.policy import Policy
 from rlhf.inference.sampling import sample
 from rlhf.prompting.prompts import PromptBuilder
 from rlhf.prompting.ways import Prompting
-from rlhf.rollout.types import SamplingParams
+from rlhf.rollout.types import SamplingParams, stream_seed
+from rlhf.servers.cache import ReplyCache
+from rlhf.servers.client import Server
+from rlhf.servers.config import ServerConfig
+from rlhf.servers.replies import ChatRequest, Reply
 
 FROM_EXAMPLES = """\
 Someone was given an instruction and answered these inputs as it says.
@@ -81,6 +87,55 @@ class LocalProposer:
             found += [
                 [one.text for one in samples] for samples in sample(policy, prompts, params, seed, request.samples)
             ]
+        return found
+
+
+@dataclass(frozen=True)
+class ServerProposer:
+    """A server with OpenAI's chat API that proposes instructions. Its replies are kept, and not paid for twice."""
+
+    config: ServerConfig
+    cache: ReplyCache
+    temperature: float
+    tokens: int
+    """Longest instruction in tokens."""
+
+    def fits(self, text: str) -> bool:
+        """Whether a request leaves room for its answer; a server's context is taken to be large."""
+        return True
+
+    def write(self, requests: Sequence[Asked], seed: int) -> list[list[str]]:
+        """The texts that answer each request, without those that failed or were cut off, which a warning counts.
+
+        Raises:
+            UserError: No request got an answer, or see `Server`.
+        """
+        with Server(self.config, self.cache) as server:
+            base = {**server.request_options(self.tokens), "temperature": self.temperature}
+            asked = []
+            for request in requests:
+                messages = [{"role": "user", "content": request.text}]
+                for number in range(request.samples):
+                    # a server that keeps to the seed would give equal samples for equal seeds
+                    own = {"seed": stream_seed(seed, number) % 2**31}
+                    asked.append(ChatRequest(messages, base | own, number))
+            replies = iter(list(server.ask(asked)))
+        found, lost = [], Counter[str]()
+        for request in requests:
+            texts = []
+            for reply in (next(replies) for _ in range(request.samples)):
+                if isinstance(reply, Reply) and reply.finish_reason == "stop":
+                    texts.append(reply.text)
+                else:
+                    cut = f"cut off ({reply.finish_reason})" if isinstance(reply, Reply) else reply.reason
+                    lost[cut] += 1
+            found.append(texts)
+        for reason, count in lost.items():
+            warn(f"{self.config.url}: {count:,} proposals lost: {reason}")
+        if not any(found):
+            raise UserError(
+                f"{self.config.url}: proposed nothing", remedy="Raise --instruction-tokens, or name another."
+            )
         return found
 
 
