@@ -44,7 +44,11 @@ app = command_group(
 data_app = command_group(
     "data",
     DATA_HELP,
-    {**DATA_COMMANDS, "propose": ("stages.propose:command", "Write K distinct answers to each prompt, for ranking.")},
+    {
+        **DATA_COMMANDS,
+        "propose": ("stages.propose:command", "Write K distinct answers to each prompt, for ranking."),
+        "distill": ("stages.distill:command", "Write a teacher's answers to prompts as demonstrations or candidates."),
+    },
 )
 
 

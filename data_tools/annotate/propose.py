@@ -17,7 +17,7 @@ from data_tools.io.derive import Derivation
 from data_tools.io.rejects import print_reasons
 from rlhf.core.console import say, table
 from rlhf.core.errors import UserError
-from rlhf.data.schema import BadRecord, Candidate, Demonstration, Prompt, Proposal, Ranking, to_dict
+from rlhf.data.schema import MODEL_AUTHOR, BadRecord, Candidate, Demonstration, Prompt, Proposal, Ranking, to_dict
 from rlhf.data.store import Dataset, Reject
 
 TOO_FEW = "Raise --temperature or --tries, or name more models."
@@ -89,7 +89,7 @@ def choose_prompts(
 
 def _human_answer(record: Prompt) -> list[Candidate]:
     """A demonstration's answer, or the first candidate of rank 1 in a ranking that a person wrote."""
-    if isinstance(record, Demonstration):
+    if isinstance(record, Demonstration) and not record.author.startswith(MODEL_AUTHOR):
         return [Candidate(record.answer, record.author, "person")]
     if isinstance(record, Ranking):
         return [c for c, rank in zip(record.candidates, record.ranks) if rank == 1 and c.author_kind == "person"][:1]

@@ -68,20 +68,29 @@ class SamplingOptions:
 
 def with_sampling(command: Callable[..., None]) -> Callable[..., None]:
     """Decorator of a command: its keyword `sampling: SamplingOptions` becomes one option for each field."""
-    hints = get_type_hints(SamplingOptions, include_extras=True)
-    signature = inspect.signature(command, eval_str=True)
-    kept = [parameter for name, parameter in signature.parameters.items() if name != "sampling"]
-    options = [
-        inspect.Parameter(
-            field.name, inspect.Parameter.KEYWORD_ONLY, default=field.default, annotation=hints[field.name]
-        )
-        for field in fields(SamplingOptions)
-    ]
+    return with_options("sampling", SamplingOptions)(command)
 
-    @functools.wraps(command)
-    def wrapper(**given: Any) -> None:
-        chosen = {option.name: given.pop(option.name) for option in options}
-        command(sampling=SamplingOptions(**chosen), **given)
 
-    wrapper.__signature__ = signature.replace(parameters=[*kept, *options])  # type: ignore[attr-defined]
-    return wrapper
+def with_options(keyword: str, group: type[Any]) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Decorator of a command: its keyword, an instance of the dataclass `group`, becomes one option for each field."""
+
+    def decorate(command: Callable[..., None]) -> Callable[..., None]:
+        hints = get_type_hints(group, include_extras=True)
+        signature = inspect.signature(command, eval_str=True)
+        kept = [parameter for name, parameter in signature.parameters.items() if name != keyword]
+        options = [
+            inspect.Parameter(
+                field.name, inspect.Parameter.KEYWORD_ONLY, default=field.default, annotation=hints[field.name]
+            )
+            for field in fields(group)
+        ]
+
+        @functools.wraps(command)
+        def wrapper(**given: Any) -> None:
+            chosen = {option.name: given.pop(option.name) for option in options}
+            command(**{keyword: group(**chosen)}, **given)
+
+        wrapper.__signature__ = signature.replace(parameters=[*kept, *options])  # type: ignore[attr-defined]
+        return wrapper
+
+    return decorate

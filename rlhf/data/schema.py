@@ -22,6 +22,8 @@ READABLE_VERSIONS = (1, 2)
 """Version 1 has no proposals, and no `seconds`, `shown`, `weight` and `merged` in rankings (defaults apply)."""
 ROLES = ("system", "user", "assistant")
 SPLITS = ("train", "eval", "test")
+MODEL_AUTHOR = "model:"
+"""How the author of a demonstration begins that a model wrote."""
 AUTHOR_KINDS = ("model", "person", "unknown")
 
 
@@ -113,7 +115,8 @@ class Prompt:
 
 @dataclass(frozen=True)
 class Demonstration(Prompt):
-    """A prompt plus the answer that a person wrote. `author` names the person, if known."""
+    """A prompt plus the answer that a person wrote, or a teacher. `author` names the person, if known, or the teacher
+    as `model:NAME`."""
 
     answer: str = ""
     author: str = ""

@@ -38,6 +38,8 @@ class ServerConfig(Strict):
     """Price of a million completion tokens."""
     max_cost: PositiveFloat | None = None
     """Send no further request when this process has paid this much; needs the prices. No limit by default."""
+    send_seed: bool = True
+    """Send a seed with each request. Turn it off for a server that refuses the field."""
     extra_body: dict[str, Any] = {}
     """More fields of every request, such as {"reasoning_effort": "low"}."""
 

@@ -1,0 +1,216 @@
+"""`rlhf data distill`: a teacher's answers to prompts, as demonstrations to learn from or candidates to rank.
+
+prompts -> asked of the teacher, each n times, with or without a cue to think aloud -> replies kept on disk
+-> cut-off, empty, refusing and repeating ones rejected -> a dataset of demonstrations or proposals
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+
+from data_tools.annotate.teacher_answers import fault
+from data_tools.io.derive import Derivation
+from data_tools.io.rejects import print_reasons
+from rlhf.cli import options, task_options
+from rlhf.cli.sampling_options import SamplingOptions, with_options, with_sampling
+from rlhf.cli.teacher_options import ServerOptions, open_teacher
+from rlhf.core.console import print_json, say
+from rlhf.core.errors import UserError
+from rlhf.data.schema import MODEL_AUTHOR, BadRecord, Candidate, Demonstration, Message, Prompt, Proposal, to_dict
+from rlhf.data.selection import chosen_records, with_system
+from rlhf.data.store import Dataset, Reject, check_new, open_dataset
+from rlhf.inference.teacher import Teacher, is_server
+from rlhf.servers.replies import Failure, Reply
+from rlhf.tasks.answers import AnswerPattern, answer_pattern, normalised
+
+CUE = "Let's think step by step. End with one line: The answer is ..."
+"""What is added to a prompt with --rationales (Kojima et al. 2022, with a form that the answer can be read from)."""
+Kind = Literal["demonstrations", "candidates"]
+
+
+@with_sampling
+@with_options("server", ServerOptions)
+def command(
+    prompts: Annotated[
+        Path, typer.Argument(metavar="DATASET", help="A dataset of any kind; its prompts are answered.")
+    ],
+    teacher: Annotated[
+        str, typer.Option(metavar="RUN|MODEL|URL", help="A run, a model, or a server such as http://localhost:8000/v1.")
+    ],
+    out: Annotated[Path, typer.Option("--out", help="The dataset to make.")],
+    become: Annotated[Kind, typer.Option("--as", help="Demonstrations for SFT, or candidates for ranking.")] = (
+        "demonstrations"
+    ),
+    n: Annotated[
+        int | None, typer.Option("--n", "-n", min=1, help="Answers to each prompt; 1, or 4 candidates.")
+    ] = None,
+    rationales: Annotated[
+        bool, typer.Option("--rationales", help="Ask the teacher to think step by step before it answers.")
+    ] = False,
+    cue: Annotated[str, typer.Option(metavar="TEXT", help="What --rationales adds to each prompt.")] = CUE,
+    pattern: task_options.Pattern = None,
+    check: Annotated[
+        bool, typer.Option("--check", help="Keep only answers that equal the demonstration's; see --pattern.")
+    ] = False,
+    system: options.System = None,
+    split: options.Split = None,
+    count: Annotated[int | None, typer.Option(min=1, help="Number of prompts; the first ones, all by default.")] = None,
+    cache: Annotated[
+        Path | None, typer.Option(metavar="FOLDER", help="Where replies are kept; OUT.replies by default.")
+    ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing dataset of that name.")] = False,
+    as_json: options.Json = False,
+    *,
+    sampling: SamplingOptions,
+    server: ServerOptions,
+) -> None:
+    """Write a teacher's answers to prompts as demonstrations, or as candidates for ranking.
+
+    A killed command goes on where it was when it is typed again: replies are kept on disk, and none is paid for twice.
+    """
+    n = n or (4 if become == "candidates" else 1)
+    found = answer_pattern(pattern or ("the-answer-is" if rationales else None))
+    data = open_dataset(prompts)
+    _check(data, become, n, check, found)
+    check_new(out, overwrite)
+    with open_teacher(teacher, sampling, server, cache or Path(f"{out}.replies")) as opened:
+        kind = "demonstration" if become == "demonstrations" else "proposal"
+        facts: dict[str, Any] = {"teacher": opened.facts(), "answers": n}
+        facts |= {"cue": cue} if rationales else {}
+        with Derivation(out, kind, [data], facts, overwrite=overwrite) as made:
+            if not is_server(teacher):  # a server's model is not on this disk, so it cannot be looked up again
+                made.origin["parents"] += [{k: v for k, v in opened.facts().items() if k != "sampling"}]
+            chosen = _distinct(chosen_records(data, split), count)
+            asked = [_asked(one, cue if rationales else None, system) for one in chosen]
+            writer = _Writer(made, data, opened.name, found, check)
+            for record, question, replies in zip(chosen, asked, opened.answers(asked, n)):
+                writer.add(record, question, replies, become)
+            for reject in data.rejects:
+                made.rejects(reject)
+            if not made.written:
+                reasons = ", ".join(f"{reason} ({rows:,})" for reason, rows in made.rejects.reasons.items())
+                raise UserError(
+                    f"{out}: not made: the teacher gave no answer that can be used", reasons,
+                    "Try a few prompts with --count 5, and another teacher, --pattern or --max-new-tokens.",
+                )  # fmt: skip
+            tokens = _tokens(opened)
+            made.origin["tokens"] = tokens
+        summary = {"out": str(out), "written": made.written, "rejected": made.rejects.count}
+        summary |= {"reasons": made.rejects.reasons, "tokens": tokens, "usage": opened.usage.as_dict()}
+        if prices := server.given().keys() & {"price_input", "price_output"}:
+            config = server.config(teacher)
+            summary["cost"] = config.cost(opened.usage.prompt_tokens, opened.usage.completion_tokens)
+            summary["cost_in_all"] = config.cost(tokens["prompt"], tokens["completion"])
+    _show(summary, made, bool(prices))
+    if as_json:
+        print_json(summary)
+
+
+def _check(data: Dataset, become: Kind, n: int, check: bool, pattern: AnswerPattern | None) -> None:
+    """Refuse what can be refused before the teacher is asked."""
+    if become == "candidates" and n < 2:
+        raise UserError("--as candidates: needs two answers or more to a prompt", remedy="Give --n 4.")
+    if check and data.kind != "demonstration":
+        raise UserError(
+            f"--check: compares with the answers of demonstrations, and {data.path} contains {data.kind}s",
+            remedy="Leave out --check, or name a dataset of demonstrations.",
+        )
+    if check and pattern is None:
+        raise UserError(
+            "--check: needs to know which part of a text is the answer", remedy="Give --pattern, or --rationales."
+        )
+
+
+def _distinct(records: Iterator[Any], count: int | None) -> list[Any]:
+    """The first records of distinct prompts."""
+    found: dict[str, Any] = {}
+    for record in records:
+        found.setdefault(record.prompt_id, record)
+        if count is not None and len(found) == count:
+            break
+    return list(found.values())
+
+
+def _asked(record: Any, cue: str | None, system: str | None) -> Prompt:
+    """The prompt as the teacher reads it. The cue is not part of the record that is made."""
+    messages = record.messages
+    if cue is not None:
+        messages = (*messages[:-1], Message("user", f"{messages[-1].content}\n\n{cue}"))
+    return with_system(Prompt(messages, record.source, record.group, record.split), system)
+
+
+class _Writer:
+    """Turns the replies to a prompt into records and rejects."""
+
+    def __init__(self, made: Derivation, data: Dataset, name: str, pattern: AnswerPattern | None, check: bool) -> None:
+        self._made, self._data, self._name, self._pattern, self._check = made, data, name, pattern, check
+
+    def add(self, record: Any, asked: Prompt, replies: list[Reply | Failure], become: Kind) -> None:
+        texts: list[str] = []
+        for reply in replies:
+            bad = self._fault(record, asked, reply, texts)
+            if bad is None and isinstance(reply, Reply):
+                texts.append(reply.text.strip())
+            elif bad is not None:
+                self._reject(record, bad, "" if isinstance(reply, Failure) else reply.text)
+        about = (record.messages, record.source, record.group, record.split)
+        if become == "demonstrations":
+            for text in texts:
+                self._made.write(Demonstration(*about, answer=text, author=MODEL_AUTHOR + self._name))
+        elif len(texts) > 1:
+            self._made.write(Proposal(*about, tuple(Candidate(text, self._name, "model") for text in texts)))
+        elif texts:
+            self._reject(record, BadRecord("only one answer is left to rank", remedy="Raise --n."), texts[0])
+
+    def _fault(self, record: Any, asked: Prompt, reply: Reply | Failure, earlier: list[str]) -> BadRecord | None:
+        if isinstance(reply, Failure):
+            return BadRecord(
+                reply.reason, reply.detail, "Start the command again with --overwrite; it asks only for these."
+            )
+        bad = fault(reply.text, reply.finish_reason, reply.refusal, asked.messages[-1].content, earlier)
+        if bad is not None or self._pattern is None:
+            return bad
+        given = self._pattern(reply.text)
+        if given is None:
+            return BadRecord(
+                "no answer is found in the text", f"pattern {self._pattern.pattern}", "Change --pattern or --cue."
+            )
+        if self._check:
+            right = self._pattern(record.answer) or record.answer
+            if normalised(given, "number") != normalised(right, "number"):
+                return BadRecord("another answer than the demonstration's", f"{given!r}, not {right!r}", "Raise --n.")
+        return None
+
+    def _reject(self, record: Any, bad: BadRecord, text: str) -> None:
+        """A reply of no use, with its prompt's place in the dataset."""
+        raw = json.dumps({**to_dict(record), "reply": text}, ensure_ascii=False)
+        file, _, line = record.place.rpartition(":")
+        self._made.rejects(Reject.of(Path(file or self._data.path), int(line or 0), bad, raw))
+
+
+def _tokens(teacher: Teacher) -> dict[str, int]:
+    """Tokens of all replies, read from the disk or not, so that a resumed command writes the same manifest."""
+    usage = teacher.usage
+    return {
+        "prompt": usage.prompt_tokens + usage.cached_prompt_tokens,
+        "completion": usage.completion_tokens + usage.cached_completion_tokens,
+    }
+
+
+def _show(summary: dict[str, Any], made: Derivation, priced: bool) -> None:
+    """Print the rejects, the tokens and the cost."""
+    print_reasons(made.rejects.reasons, made.rejects.first)
+    usage, tokens = summary["usage"], summary["tokens"]
+    say(
+        f"{usage['requests']:,} replies made, {usage['cached']:,} read from the disk, {usage['retries']:,} retries; "
+        f"{tokens['prompt']:,} prompt tokens, {tokens['completion']:,} completion tokens"
+        + (f", {usage['uncounted']:,} replies without counts" if usage["uncounted"] else "")
+    )
+    if priced:
+        say(f"cost {summary['cost']:.4g} now, {summary['cost_in_all']:.4g} with the replies from the disk")
+    say(f"distilled {summary['written']:,} records -> {summary['out']}; rejected {summary['rejected']:,} replies")
