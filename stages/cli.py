@@ -31,6 +31,7 @@ app = command_group(
             "stages.prompt_search:command",
             "Search for an instruction that makes a model answer better.",
         ),
+        "compare": ("stages.compare:command", "Compare prompting, tuning, DPO and PPO on your own tasks."),
         "export": ("stages.export:command", "Export a finished run in Hugging Face format."),
         "chat": ("stages.chat:command", "Chat with a model."),
         "check-model": (

@@ -135,7 +135,7 @@ class PPO:
             if self.done % config.checkpoints.every == 0 or last:
                 self.save()
         self.models.save(self.run.path, self.chat, config)
-        finish(self.run, metrics=self.reporter.headline())
+        finish(self.run, metrics=self.reporter.headline(), peak_memory=self.memory.measured())
         self.reporter.close()
         self.memory.report(config, *prompt_lengths(self.tables.train))
 

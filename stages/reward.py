@@ -95,7 +95,8 @@ def run(config: RewardConfig, resume: bool = False, overwrite: bool = False) -> 
     # 5. the result: the weights of the best checkpoint
     scalar.config.get_text_config().pad_token_id = pad_id_unless_end(chat)
     save_result(folder.path, scalar.model, chat, config.tuning)
-    finish(folder, step=loop.best_step, metrics=headline, scale={"mean": scalar.mean, "std": scalar.std})
+    scale = {"mean": scalar.mean, "std": scalar.std}
+    finish(folder, step=loop.best_step, metrics=headline, scale=scale, peak_memory=memory.measured())
     lengths = train["length"]
     memory.report(config, max(lengths), sum(lengths) / len(lengths), max(map(len, train["ranks"])))
 

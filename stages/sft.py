@@ -64,7 +64,7 @@ def run(config: SFTConfig, resume: bool = False, overwrite: bool = False) -> Non
     save_result(folder.path, model, chat, config.tuning)
     loss = loop.best[1] if loop.best else None
     metrics = {} if loss is None else {"eval/loss": loss, "eval/perplexity": perplexity(loss)}
-    finish(folder, step=loop.best_step, metrics=metrics)
+    finish(folder, step=loop.best_step, metrics=metrics, peak_memory=memory.measured())
     lengths = tables.train["length"]
     memory.report(config, limit if config.batch.packing else max(lengths), sum(lengths) / len(lengths))
 

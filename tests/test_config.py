@@ -8,6 +8,7 @@ import pytest
 import yaml
 
 from rlhf.cli import config_docs
+from rlhf.cli.compare_config import CompareConfig, ComparedTask, WayConfig
 from rlhf.cli.pipeline_config import PipelineConfig
 from rlhf.cli.stage_configs import STAGES, TRAINING
 from rlhf.config.load import check_config, dump_config, load_stage_config
@@ -173,7 +174,8 @@ def test_a_pipeline_has_something_to_do():
 @pytest.mark.parametrize("file", CONFIGS, ids=lambda file: str(file.relative_to(REPOSITORY)))
 def test_every_config_that_comes_with_the_project_reads(file):
     stage = file.stem.partition("-")[0]  # ppo-shared.yaml; pipelines: pipeline.yaml, rounds.yaml
-    load_stage_config(STAGES.get(stage, PipelineConfig), file)
+    kind = CompareConfig if file.parent.name == "compare" else STAGES.get(stage, PipelineConfig)
+    load_stage_config(kind, file)
 
 
 def test_the_config_reference_is_current():
@@ -181,6 +183,6 @@ def test_the_config_reference_is_current():
     assert written == config_docs.document(), "run: python -m rlhf.cli.config_docs > docs/config.md"
 
 
-@pytest.mark.parametrize("kind", [*TRAINING.values(), PipelineConfig])
+@pytest.mark.parametrize("kind", [*TRAINING.values(), PipelineConfig, CompareConfig, ComparedTask, WayConfig])
 def test_every_key_has_a_meaning(kind):
     assert [key for key, _, _, meaning in config_docs._keys(kind, {}) if not meaning] == []

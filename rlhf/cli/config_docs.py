@@ -14,6 +14,7 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
+from rlhf.cli.compare_config import CompareConfig, ComparedTask, WayConfig
 from rlhf.cli.pipeline_config import PipelineConfig
 from rlhf.config.base import StageConfig
 from rlhf.core.table import Pick, Table, TableRow
@@ -29,6 +30,9 @@ SECTIONS: dict[str, tuple[type[BaseModel], str]] = {
     "PPO": (PPOConfig, "`rlhf ppo --config FILE`: PPO against the reward."),
     "Specialist": (SpecialistConfig, "`rlhf specialist --config FILE`: a head for one labelled task."),
     "Pipeline": (PipelineConfig, "`rlhf pipeline --config FILE`: the stages in a row, then the export."),
+    "Comparison": (CompareConfig, "`rlhf compare --config FILE`: ways to put a model to work, side by side."),
+    "A task of a comparison": (ComparedTask, "A value of `tasks`."),
+    "A way of a comparison": (WayConfig, "A value of `ways`."),
 }
 
 HEAD = """# Config reference

@@ -17,6 +17,7 @@ import typer
 from pydantic import BaseModel
 
 from rlhf import distributed
+from rlhf.cli.compare_config import CompareConfig
 from rlhf.cli.errors import exit_on_error, resume_line
 from rlhf.cli.options import ConfigFile, DryRun, Overrides, Overwrite, Resume
 from rlhf.cli.pipeline_config import PipelineConfig
@@ -112,7 +113,7 @@ def refuse_other_stage(stage: str, file: str | Path) -> None:
         UserError: Names the stage that the file is for, and its command.
     """
     values = read_values(file)
-    kinds: dict[str, type[BaseModel]] = {**TRAINING, "pipeline": PipelineConfig}
+    kinds: dict[str, type[BaseModel]] = {**TRAINING, "pipeline": PipelineConfig, "compare": CompareConfig}
     fitting = [name for name, kind in kinds.items() if fits(kind, values)]
     if fitting and stage not in fitting:
         raise UserError(

@@ -13,7 +13,7 @@ from rlhf.core.limits import parse_yaml
 from rlhf.prompting.ways import Prompting
 from rlhf.tasks.answers import answer_pattern
 from rlhf.tasks.config import TaskConfig
-from rlhf.tasks.metrics import METRICS
+from rlhf.tasks.metrics import METRICS, needs
 from rlhf.tasks.task import AnswerRules
 
 Metric = Annotated[
@@ -53,6 +53,12 @@ def task_config(
     except ValueError as error:
         raise UserError(f"--metric: {error}") from None
     found = check_config(TaskConfig, values, "the options")
+    for one in found.metrics:
+        if needs(one) in ("scores", "rival_scores"):
+            raise UserError(
+                f"--metric {one.name}: needs a reward, which --prompting does not have",
+                remedy="Leave out --prompting and give --reward (and --against), or use `rlhf compare`.",
+            )
     found.pattern_or_none()
     return found
 

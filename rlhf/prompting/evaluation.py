@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from rlhf.core.console import format_number, say, table
+from rlhf.core.table import Pick
 from rlhf.data.schema import Prompt
 from rlhf.data.selection import train_records, with_system
 from rlhf.inference.policy import Policy
@@ -65,21 +66,30 @@ def evaluate_prompting(
             row["reference"] = right
             row["right"] = row["answer"] is not None and task.rules.same(row["answer"], right)
             row["prompt_id"] = record.prompt_id  # also where a system message was added
-    return Cell(prompting, answered, _measured(prompter, task, answered, seed))
+    found = outcomes(prompter, task, task.metrics, answered)
+    return Cell(prompting, answered, task.measure(found, seed))
 
 
-def _measured(prompter: Prompter, task: Task, answered: Answered, seed: int) -> list[Measured]:
+def outcomes(prompter: Prompter, task: Task, metrics: Sequence[Pick], answered: Answered) -> Outcomes:
+    """What metrics are computed from: the answers to the task's records that the chat template accepts.
+
+    Args:
+        prompter: The way of prompting.
+        task: The records.
+        metrics: Which metrics; log-probs are only computed for those that need them.
+        answered: The answers to the records.
+    """
     kept = [i for i, row in enumerate(answered.rows) if row is not None]
-    rows = [answered.rows[i] or {} for i in kept]
-    found = Outcomes([row["reference"] for row in rows], [row["answer"] for row in rows], prompter.rules.labels)
-    if any(needs(metric) == "logprobs" for metric in task.metrics):
+    rows, right = [answered.rows[i] or {} for i in kept], [task.references[i] for i in kept]
+    found = Outcomes(right, [row["answer"] for row in rows], prompter.rules.labels)
+    if any(needs(metric) == "logprobs" for metric in metrics):
         if prompter.prompting.label_words:  # of the label, among the labels
-            values = [row["probabilities"][prompter.rules.label(row["reference"])] for row in rows]
+            values = [row["probabilities"][prompter.rules.label(one)] for row, one in zip(rows, right)]
             found = replace(found, logprobs=[math.log(max(p, 1e-300)) for p in values], tokens=[1] * len(rows))
         else:
             pairs = [pair for pair in prompter.reference_logprobs([task.records[i] for i in kept]) if pair is not None]
             found = replace(found, logprobs=[total for total, _ in pairs], tokens=[size for _, size in pairs])
-    return task.measure(found, seed)
+    return found
 
 
 def show(cells: Sequence[Cell], task: Task, model: str) -> None:

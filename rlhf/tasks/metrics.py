@@ -45,6 +45,10 @@ class Outcomes:
     """Log-prob of the right answer after the prompt, in nats, summed over its tokens."""
     tokens: Sequence[int] = ()
     """Number of tokens of the right answer."""
+    scores: Sequence[float] = ()
+    """Score of each answer by a reward."""
+    rival_scores: Sequence[float] = ()
+    """Score of the answer that it is compared with."""
 
     def __len__(self) -> int:
         return len(self.references)
@@ -124,11 +128,13 @@ NEEDS = {
     "predictions": "needs an answer of the model for each record",
     "labels": "needs the labels of the task",
     "logprobs": "needs the log-prob of each right answer",
+    "scores": "needs the score of each answer by a reward",
+    "rival_scores": "needs scores of two answers to each record",
 }
 
 
 def needs(metric: Pick) -> str:
-    """What a metric is computed from: `predictions`, `labels` (and predictions), or `logprobs`."""
+    """What a metric is computed from: a field of `Outcomes`."""
     return str(metric.row.traits["needs"])
 
 
@@ -201,6 +207,19 @@ def log_likelihood(outcomes: Outcomes, *, per: Literal["answer", "token"] = "ans
     logprobs = np.array(outcomes.logprobs, float)
     sizes = np.ones(len(logprobs)) if per == "answer" else np.array(outcomes.tokens, float)
     return Columns(np.stack([logprobs, sizes], 1), lambda sums: sums[:, 0] / sums[:, 1], logprobs / sizes)
+
+
+@METRICS.row("score", needs="scores")
+def score(outcomes: Outcomes) -> Columns:
+    """Mean score of the answers by a reward; in `rlhf compare`, with `reward`."""
+    return _mean(np.array(outcomes.scores, float))
+
+
+@METRICS.row("win_rate", needs="rival_scores")
+def win_rate(outcomes: Outcomes) -> Columns:
+    """How often an answer scores higher than the baseline's, a tie counting half; in `rlhf compare`, with `reward`."""
+    gap = np.array(outcomes.scores, float) - np.array(outcomes.rival_scores, float)
+    return _mean(np.where(gap == 0, 0.5, gap > 0))
 
 
 def _same(prediction: str | None, reference: str, how: Normalise) -> bool:

@@ -71,9 +71,9 @@ class Task:
 
     def measure(self, outcomes: Outcomes, seed: int = 0) -> list[Measured]:
         """All metrics that the outcomes allow: those of log-probs need `logprobs`, the others `predictions`."""
-        have = {"predictions": bool(outcomes.predictions), "logprobs": bool(outcomes.logprobs)}
-        have["labels"] = have["predictions"]
-        return [measure(metric, outcomes, seed) for metric in self.metrics if have[needs(metric)]]
+        have = {name for name in ("predictions", "logprobs", "scores", "rival_scores") if getattr(outcomes, name)}
+        have |= {"labels"} if outcomes.predictions else set()
+        return [measure(metric, outcomes, seed) for metric in self.metrics if needs(metric) in have]
 
     def facts(self) -> dict[str, Any]:
         """What a result says about the task."""

@@ -1,0 +1,132 @@
+"""Which way is best, and how sure that is: paired bootstraps of the quality of ways on the same records.
+
+All ways answer the same records, so differences are resampled record by record: the interval of a difference is much
+narrower than those of the two values (Efron & Tibshirani 1993, chapter 8; Koehn 2004 for paired tests of systems).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from rlhf.core.intervals import resampled_sums
+from rlhf.tasks.metrics import Columns
+
+RESAMPLES = 2000
+
+
+@dataclass(frozen=True)
+class Quality:
+    """A way's metric over the records, resampled."""
+
+    value: float
+    resampled: NDArray[np.float64]
+    """The metric on each of the resamples of records; the resamples are the same for all ways. [RESAMPLES]"""
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """95% percentile interval."""
+        low, high = np.percentile(self.resampled, [2.5, 97.5])
+        return float(low), float(high)
+
+
+def quality(repeats: Sequence[Columns]) -> Quality:
+    """The metric over the records, and over resamples of them; means over repetitions with other seeds.
+
+    Args:
+        repeats: The metric's columns of the same records, one per repetition.
+    """
+    values = [float(one.statistic(one.values.sum(0, keepdims=True))[0]) for one in repeats]
+    # the drawn records follow from their number and the seed alone, so they are the same for all ways
+    drawn = [one.statistic(resampled_sums(one.values, RESAMPLES, 0)) for one in repeats]
+    return Quality(float(np.mean(values)), np.mean(drawn, axis=0))
+
+
+def difference(one: Quality, other: Quality) -> tuple[float, float, float]:
+    """`one` minus `other`, and its paired 95% interval (low, high)."""
+    low, high = np.percentile(one.resampled - other.resampled, [2.5, 97.5])
+    return one.value - other.value, float(low), float(high)
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a way costs, in the order in which `recommend` compares."""
+
+    trained_parameters: int
+    stored_bytes: int
+    """What has to be kept for the task, besides the base."""
+    training_seconds: float
+    prompt_tokens: float
+    """Mean tokens of a request's prompt, examples and virtual tokens included."""
+
+
+@dataclass(frozen=True)
+class Recommendation:
+    """The way to take, and why."""
+
+    way: str
+    best: str
+    """The way with the best value."""
+    equals: list[str]
+    """Ways that are not measurably worse than the best, itself included; the cheapest first."""
+    confidence: float
+    """Fraction of the resamples in which no way beats the recommended one by more than `margin`."""
+    margin: float
+    text: str
+
+
+def recommend(found: Mapping[str, Quality], costs: Mapping[str, Cost], baseline: str) -> Recommendation:
+    """Recommend the cheapest of the ways that are not measurably worse than the best.
+
+    A way is measurably worse if the paired 95% interval of its difference to the best excludes zero. Cheaper is: fewer
+    trained parameters, then fewer stored bytes, then less training time, then shorter prompts.
+
+    Args:
+        found: Way -> quality; all on the same records.
+        costs: Way -> cost.
+        baseline: The way that needs nothing, such as the untrained base with the plain prompt.
+    """
+    best = max(found, key=lambda way: found[way].value)
+    as_good = [way for way in found if way == best or difference(found[way], found[best])[2] >= 0]
+    equals = sorted(as_good, key=lambda way: _order(costs[way]))
+    chosen = equals[0]
+    margin = abs(found[best].value - found[chosen].value)
+    others = np.max([one.resampled for one in found.values()], axis=0)
+    # ways within the difference that is accepted for the lower cost do not count against the recommendation
+    confidence = float((found[chosen].resampled >= others - margin - 1e-12).mean())
+    text = _words(found, chosen, best, equals, baseline)
+    return Recommendation(chosen, best, equals, confidence, margin, f"{text} {_sure(confidence, margin)}")
+
+
+def _order(cost: Cost) -> tuple[float, ...]:
+    return cost.trained_parameters, cost.stored_bytes, cost.training_seconds, cost.prompt_tokens
+
+
+def _words(found: Mapping[str, Quality], chosen: str, best: str, equals: Sequence[str], baseline: str) -> str:
+    low, high = found[chosen].interval
+    parts = [f"Take {chosen}: {found[chosen].value:.3f} ({low:.3f} to {high:.3f})."]
+    if chosen != best:
+        gap, gap_low, gap_high = difference(found[chosen], found[best])
+        parts.append(
+            f"{best} has the best value, {found[best].value:.3f}, but the difference of {gap:+.3f} "
+            f"({gap_low:+.3f} to {gap_high:+.3f}) may be chance, and {chosen} costs less."
+        )
+    elif len(equals) == 1:
+        parts.append("Every other way is measurably worse.")
+    else:
+        parts.append(f"It is also the cheapest of those that may be as good: {', '.join(equals)}.")
+    if chosen != baseline and baseline in found:
+        gap, gap_low, gap_high = difference(found[chosen], found[baseline])
+        verdict = "better than" if gap_low > 0 else "not measurably better than"
+        parts.append(f"It is {verdict} {baseline} ({gap:+.3f}; {gap_low:+.3f} to {gap_high:+.3f}).")
+    return " ".join(parts)
+
+
+def _sure(confidence: float, margin: float) -> str:
+    within = f" by more than {margin:.3f}" if margin else ""
+    how = "Sure" if confidence >= 0.95 else "Fairly sure" if confidence >= 0.8 else "Not sure"
+    more = "" if confidence >= 0.8 else " Measure on more records, or with more seeds."
+    return f"{how}: in {confidence:.0%} of the resamples no way beats it{within}.{more}"

@@ -1,0 +1,285 @@
+"""`rlhf compare`: which way of putting a model to work suits a task? Prompting, tuning, DPO, PPO under one budget.
+
+tasks x ways -> stage runs, each in a process of its own -> answers to held-out records -> one table, plots, a page
+
+Finished stage runs and measured cells are kept, so the same command continues a comparison that was stopped.
+"""
+
+from __future__ import annotations
+
+import json
+import shlex
+import shutil
+import statistics
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+import yaml
+
+from rlhf.cli.child import run_command
+from rlhf.cli.compare_config import CompareConfig
+from rlhf.cli.errors import exit_on_error
+from rlhf.cli.options import ConfigFile, Overrides
+from rlhf.cli.preflight import check
+from rlhf.comparison.cells import Cell, StageRun, cells, stage_runs
+from rlhf.comparison.data import open_task, training_data
+from rlhf.comparison.results import CellResult, collect, read_result
+from rlhf.comparison.show import COLUMNS, LEGEND, TaskResult, markdown
+from rlhf.config.load import dump_config, load_stage_config
+from rlhf.core.console import say, table
+from rlhf.core.errors import UserError
+from rlhf.core.files import write_json, write_text
+from rlhf.data.selection import train_records
+from rlhf.data.store import open_dataset
+from rlhf.runs.run import is_run, read_run, resolve_model_path
+from rlhf.tasks.task import Task
+
+PROBE_STEPS = 6
+"""Steps that are timed for a budget in seconds; the first two are left out as warm-up."""
+
+
+def command(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Delete an earlier comparison first.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything, list the cells, and stop.")] = False,
+) -> None:
+    """Compare ways to put a model to work on your own tasks: a table of quality and cost, plots, a recommendation.
+
+    A comparison that was stopped continues with the same command.
+    """
+    again = shlex.join(["rlhf", "compare", "--config", str(config), *(overrides or ())])
+    with exit_on_error(f"Continue with: {again}"):
+        compare(load_stage_config(CompareConfig, config, overrides or ()), overwrite, dry_run)
+
+
+def compare(config: CompareConfig, overwrite: bool = False, dry_run: bool = False) -> list[TaskResult]:
+    """Run what is missing of a comparison, and show the whole.
+
+    Args:
+        config: The comparison.
+        overwrite: Delete an earlier comparison in the folder first.
+        dry_run: Only check, and list the cells.
+
+    Returns:
+        The results by task.
+
+    Raises:
+        UserError: A fault in the config or data, found before anything is trained; or a stage failed.
+    """
+    folder = Path(config.run)
+    _check_folder(folder, config, overwrite)
+    new, work = not folder.exists(), Comparison(config, folder)
+    try:
+        work.check()
+        if dry_run:
+            work.list_cells()
+    finally:
+        if new and (dry_run or sys.exc_info()[0] is not None):
+            shutil.rmtree(folder, ignore_errors=True)  # the data that was drawn for the check
+    if dry_run:
+        return []
+    write_text(folder / "config.yaml", dump_config(config))
+    todo = list(cells(config))
+    for number, cell in enumerate(todo, 1):
+        if read_result(work.result_file(cell)) is None:
+            say(f"\n[{number}/{len(todo)}] {cell.task}: {cell.way}{cell.detail}", style="bold")
+            work.run_cell(cell)
+            work.write_tables()
+    results = work.write_tables()
+    show(results)
+    say(f"Table: {folder / 'table.md'}; page: {folder / 'compare.html'}")
+    return results
+
+
+def _check_folder(folder: Path, config: CompareConfig, overwrite: bool) -> None:
+    """Refuse a folder that holds something else; with `overwrite`, delete an earlier comparison.
+
+    Raises:
+        UserError: As said.
+    """
+    file = folder / "config.yaml"
+    if not folder.exists() or not any(folder.iterdir()):
+        return
+    if not file.is_file() or is_run(folder):
+        raise UserError(f"run: {folder} exists and is not a comparison", remedy="Name another folder: run=...")
+    if overwrite:
+        shutil.rmtree(folder)
+        return
+    before, now = (yaml.safe_load(text) for text in (file.read_text("utf-8"), dump_config(config)))
+    # more tasks, ways, examples and seeds extend a comparison; what was measured stays right
+    for key in ("model", "budget"):
+        if before.get(key) != now[key]:
+            raise UserError(
+                f"run: {folder} holds a comparison with another {key}",
+                "Its cells cannot be compared with new ones.",
+                "Use --overwrite to start again, or another folder: run=...",
+            )
+    for key in ("tasks", "ways"):
+        for name, values in before.get(key, {}).items():
+            if name in now[key] and values != now[key][name]:
+                raise UserError(
+                    f"run: {folder} holds a comparison in which {key}.{name} is another",
+                    remedy="Give the changed one a new name, use --overwrite, or another folder: run=...",
+                )
+
+
+class Comparison:
+    """The cells of a comparison in its folder."""
+
+    def __init__(self, config: CompareConfig, folder: Path) -> None:
+        self.config, self.folder = config, folder
+        self.base = resolve_model_path(config.model.path)
+        self.tasks: dict[str, Task] = {name: open_task(task) for name, task in config.tasks.items()}
+
+    def check(self) -> None:
+        """Check the configs of all stages before the first one starts.
+
+        Raises:
+            UserError: Names the way.
+        """
+        for cell in cells(self.config):
+            if cell.examples is not None or cell.seed != self.config.seeds[0]:
+                continue
+            self._data(cell)
+            pending: dict[str, str] = {}
+            for stage in self.stage_runs(cell):
+                try:
+                    check(stage.stage, stage.with_steps(1).config(), is_run(stage.folder), False, None, pending)
+                except UserError as error:
+                    raise UserError(f"ways.{cell.way}.{error.what}", error.why, error.remedy) from None
+                pending[stage.folder] = stage.stage
+
+    def list_cells(self) -> None:
+        """Print what would be run."""
+        rows = []
+        for cell in cells(self.config):
+            done = "measured" if read_result(self.result_file(cell)) is not None else "to do"
+            stages = " -> ".join(stage.stage for stage in self.stage_runs(cell)) or "no training"
+            rows.append(
+                (cell.task, cell.way, "all" if cell.examples is None else cell.examples, cell.seed, stages, done)
+            )
+        table("Cells", ("task", "way", "training prompts", "seed", "stages", "state"), rows)
+
+    def result_file(self, cell: Cell) -> Path:
+        return self.folder / "results" / f"{cell.name}.json"
+
+    def _data(self, cell: Cell) -> dict[str, str]:
+        way = self.config.ways[cell.way]
+        rankings = way.dpo is not None or way.reward is not None
+        place = self.folder / "data" / cell.task
+        task = self.config.tasks[cell.task]
+        return training_data(task, self.tasks[cell.task], place, rankings, cell.examples, cell.seed)
+
+    def stage_runs(self, cell: Cell) -> list[StageRun]:
+        return stage_runs(self.config, cell, self._data(cell))
+
+    def run_cell(self, cell: Cell) -> None:
+        """Train and measure one cell."""
+        from rlhf.comparison.measure import answer_task, stored  # imports torch
+
+        settings, config = self.config.ways[cell.way], self.config.tasks[cell.task]
+        stages = [self._trained(stage, len(settings.stages)) for stage in self.stage_runs(cell)]
+        policies = [stage.folder for stage in stages if stage.stage != "reward"]
+        examples = list(train_records([open_dataset(self._data(cell)["train"])]))
+        outcomes, prompt_tokens, latency = answer_task(
+            policies[-1] if policies else self.config.model.path, settings, config, self.tasks[cell.task], examples,
+            cell.seed,
+        )  # fmt: skip
+        parameters, size = stored(policies[-1], self.base) if policies else (0, 0)
+        infos = [read_run(stage.folder) for stage in stages]
+        peaks = [info["peak_memory"] for info in infos if info.get("peak_memory")]
+        CellResult(
+            outcomes, len({record.prompt_id for record in examples}), parameters, size,
+            sum(training_seconds(Path(stage.folder)) for stage in stages), max(peaks, default=None), prompt_tokens,
+            latency,
+        ).write(self.result_file(cell))  # fmt: skip
+
+    def _trained(self, stage: StageRun, stages: int) -> StageRun:
+        """Run a stage, unless it is complete. Returns it with its number of steps."""
+        if self.config.budget.seconds is not None:
+            stage = stage.with_steps(self._steps(stage, self.config.budget.seconds / stages))
+        if not (is_run(stage.folder) and read_run(stage.folder)["status"] == "complete"):
+            self._start(stage)
+        return stage
+
+    def _start(self, stage: StageRun) -> None:
+        file = Path(f"{stage.folder}.yaml")
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_text(file, yaml.safe_dump(stage.values, sort_keys=False))
+        words = [stage.stage, "--config", str(file), *(["--resume"] if is_run(stage.folder) else [])]
+        remedy = "Fix it and repeat the command: what is complete is kept."
+        run_command(words, f"the comparison stopped: {stage.stage}", remedy)
+
+    def _steps(self, stage: StageRun, seconds: float) -> int:
+        """Steps that fit into a time, by a few steps of a run of its own; stored, so it is measured once."""
+        file = self.folder / "steps.json"
+        known: dict[str, int] = json.loads(file.read_text("utf-8")) if file.is_file() else {}
+        name = Path(stage.folder).name
+        if name not in known:
+            probe = stage.with_steps(PROBE_STEPS, folder=f"{self.folder}/probes/{name}")
+            if not (is_run(probe.folder) and read_run(probe.folder)["status"] == "complete"):
+                self._start(probe)
+            typical = statistics.median(step_seconds(Path(probe.folder))[2:])
+            known[name] = max(1, int(seconds / typical))
+            write_json(file, known)
+            shutil.rmtree(probe.folder)
+        return known[name]
+
+    # ---- tables ---------------------------------------------------------------------------------------------------
+
+    def results(self) -> list[TaskResult]:
+        """What is measured so far."""
+        found = {}
+        for cell in cells(self.config):
+            result = read_result(self.result_file(cell))
+            if result is not None:
+                found[cell] = result
+        return collect(self.config, found)
+
+    def write_tables(self) -> list[TaskResult]:
+        """Write `table.md` and `compare.html` of what is measured so far."""
+        from rlhf.comparison.page import render  # imports matplotlib
+
+        results, title = self.results(), f"Comparison {self.folder.name}"
+        write_text(self.folder / "table.md", markdown(title, self.facts(), results))
+        write_text(self.folder / "compare.html", render(title, self.facts(), results))
+        return results
+
+    def facts(self) -> str:
+        """What all ways share, in a sentence."""
+        budget = {key: value for key, value in self.config.budget.model_dump().items() if value is not None}
+        (unit, amount), seeds = next(iter(budget.items())), len(self.config.seeds)
+        return (
+            f"Base: {self.config.model.path}. Budget of each trained way: {amount:,} {unit}. "
+            f"{seeds} seed{'s' if seeds > 1 else ''}."
+        )
+
+
+def step_seconds(run: Path) -> list[float]:
+    """Seconds of each optimizer step or update of a run, from its metrics."""
+    found = []
+    for line in (run / "metrics.jsonl").read_text("utf-8").splitlines():
+        row: Mapping[str, Any] = json.loads(line)
+        if "time/step" in row:
+            found.append(float(row["time/step"]))
+        elif "time/learn" in row:
+            found.append(sum(float(row[f"time/{phase}"]) for phase in ("rollout", "score", "learn")))
+    return found
+
+
+def training_seconds(run: Path) -> float:
+    """Seconds of training of a run, without start-up, evaluations and checkpoints."""
+    return sum(step_seconds(run))
+
+
+def show(results: list[TaskResult]) -> None:
+    """Print the tables and recommendations."""
+    for result in results:
+        table(f"{result.name}: {result.metric}", COLUMNS, [row.cells() for row in result.rows])
+        if result.recommendation is not None:
+            say(result.recommendation.text)
+    say(LEGEND, style="dim")
