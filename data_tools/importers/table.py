@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence, Set
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from functools import partial, wraps
 from itertools import islice
 from pathlib import Path
@@ -43,7 +43,7 @@ def convert_rows(
     reject: OnReject,
     convert: Callable[[Any], Record | Iterable[Record | BadRecord]],
     left_out: Collection[str] = (),
-    always_read: Set[str] = frozenset(),
+    usual: Callable[[Any], Record | None] | None = None,
 ) -> Iterator[Record]:
     """Records from the rows of a file. A field that is null is absent.
 
@@ -53,15 +53,17 @@ def convert_rows(
         convert: Gives the record of one row, or raises BadRecord. For a row of several records (a task with several
             annotations), it gives an iterable of records and BadRecords, each BadRecord one that cannot be used.
         left_out: Fields that the format's docstring says are left out.
-        always_read: Fields that `convert` reads in every row. What it reads is not recorded for rows without others,
-            which is quicker.
+        usual: Tried first, for speed: gives the record of a row that has no other fields than those it reads and needs
+            none of the checks here, or None.
     """
     ignored = {*left_out, *getattr(reject, "ignored_fields", ())}
     for line, raw, value in rows(path, reject):
+        if usual is not None and (record := usual(value)) is not None:
+            yield record
+            continue
         try:
             value = without_nulls(value) if (b"null" if isinstance(raw, bytes) else "null") in raw else value
-            recorded = isinstance(value, dict) and not value.keys() <= always_read
-            row = ReadFields(value) if recorded else value
+            row = ReadFields(value) if isinstance(value, dict) else value
             converted = convert(row)
             made = [converted] if isinstance(converted, Prompt) else list(converted)
             if (fault := unread_fault(row, ignored)) and any(isinstance(record, Prompt) for record in made):

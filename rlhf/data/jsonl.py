@@ -89,11 +89,13 @@ def read_rows(path: Path, file: BinaryIO, on_reject: OnReject) -> Iterator[Item]
     Raises:
         EOFError, zlib.error, OSError: The `READ_ERRORS`: damaged compressed data, or an unreadable file.
     """
-    for line, raw in enumerate(iter(lambda: file.readline(limits.ROW_BYTES), b""), 1):
-        if len(raw) == limits.ROW_BYTES and not raw.endswith(b"\n"):
-            while (rest := file.readline(limits.ROW_BYTES)) and not rest.endswith(b"\n"):
+    line, longest = 0, limits.ROW_BYTES
+    while raw := file.readline(longest):
+        line += 1
+        if len(raw) == longest and not raw.endswith(b"\n"):
+            while (rest := file.readline(longest)) and not rest.endswith(b"\n"):
                 pass
-            fault = BadRecord("a line that is too long", f"more than {limits.ROW_BYTES:,} bytes", "Shorten the texts.")
+            fault = BadRecord("a line that is too long", f"more than {longest:,} bytes", "Shorten the texts.")
             on_reject(Reject.of(path, line, fault, raw[:RAW_KEPT]))
             continue
         if raw.isspace():
@@ -143,7 +145,7 @@ _json = json.JSONDecoder(parse_constant=_no_constant)
 
 RAW_KEPT = 10_000
 """Most bytes that are kept of a line that is too long."""
-UNPACKED_BUFFER = 1 << 17
+READ_BUFFER = 1 << 17
 GZIP, ZSTD = b"\x1f\x8b", b"\x28\xb5\x2f\xfd"
 READ_ERRORS = (EOFError, zlib.error, OSError)
 """Exceptions from damaged compressed data or an unreadable file (`zstandard.ZstdError` becomes an OSError)."""
@@ -157,15 +159,15 @@ def open_bytes(path: Path) -> Iterator[BinaryIO]:
         UserError: The file cannot be opened, or is named .gz or .zst but is not compressed.
     """
     try:
-        plain = open(path, "rb")  # noqa: SIM115  # closed below
+        plain = io.BufferedReader(io.FileIO(path), READ_BUFFER)
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error}") from None
     with plain:
         head = plain.peek(4)[:4]
         if head.startswith(GZIP):
-            yield io.BufferedReader(_Unpacked(gzip.GzipFile(fileobj=plain), plain), UNPACKED_BUFFER)
+            yield io.BufferedReader(_Unpacked(gzip.GzipFile(fileobj=plain), plain), READ_BUFFER)
         elif head == ZSTD:
-            yield io.BufferedReader(_Unpacked(_Zstd(plain), plain), UNPACKED_BUFFER)
+            yield io.BufferedReader(_Unpacked(_Zstd(plain), plain), READ_BUFFER)
         elif head and path.suffix in (".gz", ".zst"):
             name = "gzip" if path.suffix == ".gz" else "zstd"
             raise UserError(

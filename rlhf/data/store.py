@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
-from itertools import accumulate, chain
+from itertools import accumulate, chain, repeat
 from operator import attrgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, Protocol
@@ -70,8 +70,8 @@ def _columns(records: list[Record], kind: str) -> pa.Table:
     """The records as an Arrow table. Flattening nested lists here is ten times faster than `Table.from_pylist`."""
     schema = _arrow_schema(kind)
     columns = []
-    for column in schema:
-        values = list(map(attrgetter(column.name), records))
+    by_column = zip(*map(attrgetter(*schema.names), records)) if records else repeat(())
+    for column, values in zip(schema, by_column):
         if pa.types.is_list(column.type) and pa.types.is_struct(column.type.value_type):
             struct = column.type.value_type  # with the fields of Message or Candidate, in their order
             parts = zip(*chain.from_iterable(values)) if records else [()] * struct.num_fields
