@@ -20,6 +20,7 @@ from rlhf.data.chat_tokenizer import ChatTokenizer, load_tokenizer
 from rlhf.data.selection import open_datasets
 from rlhf.data.tables import tokenize
 from rlhf.memory.peak import PeakMemory
+from rlhf.models.encoder_decoder import is_encoder_decoder
 from rlhf.models.load import load_hf_config, load_policy, quiet, sequence_limit
 from rlhf.models.logprobs import TokenPredictions, head_chunks, token_predictions
 from rlhf.models.vocabulary import token_count
@@ -172,7 +173,8 @@ def sample_answers(model: Any, chat: ChatTokenizer, prompts: list[list[int]], ma
     config = generation_config(model, chat)
     config.update(do_sample=False, max_new_tokens=max_new_tokens, max_length=None, use_cache=True)
     out = model.generate(input_ids=ids, attention_mask=mask, generation_config=config)
-    return [_until_end(row, config.eos_token_id) for row in out[:, width:]]
+    before = 1 if is_encoder_decoder(model) else width  # the decoder's start token, or the prompt
+    return [_until_end(row, config.eos_token_id) for row in out[:, before:]]
 
 
 def _until_end(row: Tensor, ends: list[int]) -> list[int]:

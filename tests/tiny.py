@@ -88,6 +88,28 @@ def bert() -> str:
         return _save(BertModel(config), "bert")
 
 
+@functools.cache
+def encoder_decoder(family: str) -> str:
+    """Folder of a random t5, mt5 or bart with `tokenizer`: hidden 32, 2 layers in each half, 128 positions (BART)."""
+    import torch
+    from transformers import AutoConfig, AutoModelForSeq2SeqLM
+
+    sizes: dict[str, Any] = {"d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4}
+    start = 0
+    if family == "bart":
+        halves = ("encoder", "decoder")
+        sizes = {"d_model": 32, "max_position_embeddings": 128, "forced_eos_token_id": None}
+        sizes |= {f"{half}_{name}": size for half in halves for name, size in BART.items()}
+        start = 2
+    config = AutoConfig.for_model(
+        family, vocab_size=320, pad_token_id=0, bos_token_id=1, eos_token_id=2, decoder_start_token_id=start, **sizes
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return _save(AutoModelForSeq2SeqLM.from_config(config), family)
+
+
+BART = {"layers": 2, "ffn_dim": 48, "attention_heads": 4}
 SMALL = {
     "vocab_size": 320, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
     "num_key_value_heads": 2, "max_position_embeddings": 128, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,

@@ -17,8 +17,15 @@ TEMPLATES = {
         "{% endfor %}{% if add_generation_prompt %}Assistant:{% endif %}"
     ),
     "plain": "{{ bos_token }}{% for m in messages %}{{ m.content }}{% endfor %}",
+    "encoder-decoder": (
+        "{{ bos_token }}{% for m in messages %}"
+        "{% if m.role == 'assistant' %}{{ eos_token }}{{ m.content }}{{ eos_token }}"
+        "{% else %}{{ m.content }}{% if m.role == 'system' %} {% endif %}{% endif %}"
+        "{% endfor %}{% if add_generation_prompt %}{{ eos_token }}{% endif %}"
+    ),
 }
-"""`default` names the roles; in `plain` the response continues the prompt."""
+"""`default` names the roles; in `plain` the response continues the prompt; `encoder-decoder` gives the tokens that T5
+and BART were trained on: text and end token."""
 
 _CLOCK = re.compile(r"""strftime_now\(\s*(?:"([^"\\]*)"|'([^'\\]*)')\s*\)""")
 

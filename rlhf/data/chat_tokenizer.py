@@ -16,11 +16,13 @@ import shlex
 from collections.abc import Mapping, Sequence
 from datetime import datetime
 from functools import cached_property
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rlhf.config.base import ModelConfig
 from rlhf.core.errors import UserError
 from rlhf.core.lazy import lazy
+from rlhf.core.limits import read_json_object
 from rlhf.data.chat_rendering import MARK, InText, RefusedText, Renderer
 from rlhf.data.chat_templates import freeze_clock, read_template, reads_clock
 from rlhf.data.schema import Message
@@ -54,16 +56,31 @@ def load_tokenizer(config: ModelConfig, path: str, frozen_at: str | None = None)
         raise UserError(f"model.path: no tokenizer can be loaded from {path}", str(error).split("\n")[0]) from None
     if tokenizer.bos_token is None and tokenizer.eos_token is None and tokenizer.cls_token and tokenizer.sep_token:
         tokenizer.bos_token, tokenizer.eos_token = tokenizer.cls_token, tokenizer.sep_token
+    two_halves = _is_encoder_decoder(path)
+    kind = EncoderDecoderTokenizer if two_halves else ChatTokenizer
     own_template = config.chat_template != "auto" or bool(tokenizer.chat_template)
     if config.chat_template != "auto" or not tokenizer.chat_template:
-        name = "default" if config.chat_template == "auto" else config.chat_template
+        auto = "encoder-decoder" if two_halves else "default"
+        name = auto if config.chat_template == "auto" else config.chat_template
         tokenizer.chat_template = read_template(name)
     template = tokenizer.get_chat_template()
     if not reads_clock(template):
-        return ChatTokenizer(tokenizer, config.control_tokens_in_text, own_template=own_template)
+        return kind(tokenizer, config.control_tokens_in_text, own_template=own_template)
     frozen_at = frozen_at or datetime.now().isoformat(timespec="seconds")
     tokenizer.chat_template = freeze_clock(template, datetime.fromisoformat(frozen_at))
-    return ChatTokenizer(tokenizer, config.control_tokens_in_text, frozen_at, own_template)
+    return kind(tokenizer, config.control_tokens_in_text, frozen_at, own_template)
+
+
+def _is_encoder_decoder(path: str) -> bool:
+    """Whether the model next to a tokenizer, or the base of the adapter there, is an encoder-decoder."""
+    adapter = Path(path) / "adapter_config.json"
+    if adapter.is_file() and not (Path(path) / "config.json").is_file():
+        path = str(read_json_object(adapter).get("base_model_name_or_path"))
+    try:
+        found, _ = transformers.PretrainedConfig.get_config_dict(path)
+    except (OSError, ValueError):
+        return False  # a tokenizer alone, or a config that loading the model refuses
+    return bool(found.get("is_encoder_decoder"))
 
 
 END_TOKENS = ("<|im_end|>", "<|eot_id|>", "<|end|>", "</s>", "<|endoftext|>", "<eos>", "<|end_of_text|>", "[EOS]")
@@ -299,6 +316,29 @@ class ChatTokenizer:
     def facts(self) -> dict[str, str]:
         """What run.json records: the fingerprints, and of a template that reads the clock `template_time`."""
         return self.fingerprints() | ({"template_time": self.frozen_at} if self.frozen_at else {})
+
+
+class EncoderDecoderTokenizer(ChatTokenizer):
+    """For an encoder-decoder: the encoder reads the prompt with its generation prompt, the decoder the response alone.
+
+    A response is therefore encoded as text of its own, with the start token that the tokenizer puts before text (BART),
+    and only the last response of a conversation is the decoder's.
+    """
+
+    @cached_property
+    def _start(self) -> list[int]:
+        whole, bare = (list(self.tokenizer("a", add_special_tokens=on)["input_ids"]) for on in (True, False))
+        return whole[: next((i for i in range(len(whole)) if whole[i : i + len(bare)] == bare), 0)]
+
+    def response(self, text: str) -> list[int]:
+        return [*self._start, *self._encode(self.renderer.marked(text)), self.end_id]
+
+    def conversation(self, messages: Sequence[Message]) -> tuple[list[int], list[bool]]:
+        prompt, response = self.prompt(messages[:-1]), self.response(messages[-1].content)
+        return prompt + response, [False] * len(prompt) + [True] * len(response)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return self._decode(ids[:-1] if ids and ids[-1] == self.end_id else ids)
 
 
 def stop_ids(model: Any, chat: ChatTokenizer) -> list[int]:

@@ -11,7 +11,7 @@ from rlhf.config.base import ModelConfig
 from rlhf.core.errors import UserError
 from rlhf.core.files import whole_folder
 from rlhf.core.table import Pick
-from rlhf.data.chat_tokenizer import load_tokenizer
+from rlhf.data.chat_tokenizer import EncoderDecoderTokenizer, load_tokenizer
 from rlhf.export.formats import Source
 from rlhf.export.model_card import MARK, CardFacts, model_card
 from rlhf.runs.run import fingerprint, is_run, read_run, resolve_model_path
@@ -74,7 +74,7 @@ def export(
         card = CardFacts(
             run, name or str(out), source.chat.lead, tokens(source.chat.end_id), tokens(list(done.stop_ids)),
             done.scale, done.folded, done.adapter_base, license, stage, done.own_class,
-            chat.renderer.other_than_special(), chat.anchored,
+            isinstance(chat, EncoderDecoderTokenizer), chat.renderer.other_than_special(), chat.anchored,
         )  # fmt: skip
         (folder / "README.md").write_text(model_card(card), "utf-8")
         for file in folder.glob("*.safetensors"):

@@ -53,9 +53,9 @@ class Exported:
 
 @EXPORTERS.row("hf")
 def hf(source: Source, folder: Path, *, dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto") -> Exported:
-    """The whole model, adapters merged, for `AutoModelForCausalLM` or `AutoModelForSequenceClassification`. Where
-    transformers has no sequence classifier of the family, `AutoModel` loads the body, and the card says how to add the
-    head.
+    """The whole model, adapters merged, for `AutoModelForCausalLM`, `AutoModelForSeq2SeqLM` or
+    `AutoModelForSequenceClassification`. Where transformers has no sequence classifier of the family, `AutoModel` loads
+    the body, and the card says how to add the head.
 
     `dtype` is that of the weights; `auto` leaves them as the run has them.
     """
@@ -123,7 +123,8 @@ def _write_policy(source: Source, folder: Path, dtype: torch.dtype | None) -> Ex
     model.generation_config = generation_config(model, source.chat, do_sample=True, **drawn)
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.convert_ids_to_tokens(source.chat.pad_id)
-    tokenizer.padding_side = "left"  # for generation, answers follow the prompts directly
+    if not model.config.is_encoder_decoder:
+        tokenizer.padding_side = "left"  # for generation, answers follow the prompts directly
     _save(model, tokenizer, folder)
     stops = tuple(model.generation_config.eos_token_id)
     return Exported(_name(model.dtype), model.num_parameters(), stop_ids=stops)

@@ -49,6 +49,7 @@ class CardFacts:
     """sft, reward, ppo or critic."""
     own_class: bool = False
     """Whether body and head of a scalar model load separately."""
+    encoder_decoder: bool = False
     control: tuple[Sequence[str], Sequence[str]] = ((), ())
     """Control tokens that are not special, and special tokens that text may spell."""
     anchored: bool = False
@@ -74,7 +75,7 @@ def model_card(facts: CardFacts) -> str:
         license=facts.license or "unknown",
         base_model=base_model(ancestors) if local_base else facts.adapter_base,
         library_name="peft" if facts.adapter_base else "transformers",
-        pipeline_tag="text-classification" if scalar else "text-generation",
+        pipeline_tag="text-classification" if scalar else _text_task(facts),
         tags=["rlhf", "reward-model" if facts.stage == "reward" else facts.stage, "human-feedback"],
     )
     card = ModelCard.from_template(
@@ -83,7 +84,7 @@ def model_card(facts: CardFacts) -> str:
         name=facts.path.rstrip("/").split("/")[-1],
         summary=SUMMARIES[facts.stage], mark=MARK, version=version("rlhf-rankings"), run=public_path(str(facts.run)),
         scalar=scalar, stage=facts.stage, folded=facts.folded, mean=mean, std=std,
-        model_class=_model_class(facts, scalar), own_class=facts.own_class,
+        model_class=_model_class(facts, scalar), own_class=facts.own_class, encoder_decoder=facts.encoder_decoder,
         path=repr(facts.path), adapter_base=repr(facts.adapter_base) if facts.adapter_base else None,
         lead=f"{facts.lead!r} + " if facts.lead else "", template_time=read_run(facts.run).get("template_time"),
         control=_set_changes(*facts.control), anchored=facts.anchored, end_token=repr(facts.end_token),
@@ -113,7 +114,14 @@ def _model_class(facts: CardFacts, scalar: bool) -> str:
     """The auto class of transformers that loads the export."""
     if facts.own_class:
         return "AutoModel"
-    return "AutoModelForSequenceClassification" if scalar else "AutoModelForCausalLM"
+    if scalar:
+        return "AutoModelForSequenceClassification"
+    return "AutoModelForSeq2SeqLM" if facts.encoder_decoder else "AutoModelForCausalLM"
+
+
+def _text_task(facts: CardFacts) -> str:
+    """The hub's name for what a policy does."""
+    return "text2text-generation" if facts.encoder_decoder else "text-generation"
 
 
 def _set_changes(more: Sequence[str], less: Sequence[str]) -> str:

@@ -61,8 +61,6 @@ def _negative_log_likelihood(policy: Policy, ids: torch.Tensor, mask: torch.Tens
     """Negative log-likelihood in nats, summed over the tokens whose label is not -100."""
     wanted = labels != -100
     with torch.no_grad():
-        if policy.prompt_learning:  # only PEFT's own forward pass adds the virtual tokens
-            return float(policy.model(input_ids=ids, attention_mask=mask, labels=labels).loss) * int(wanted.sum())
         return -float(token_logprobs(policy.model, ids, mask, wanted, temperature=1.0)[0].double().sum())
 
 

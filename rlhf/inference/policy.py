@@ -7,13 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import transformers
-
 from rlhf import distributed
 from rlhf.config.base import ModelConfig
 from rlhf.core.errors import UserError
-from rlhf.data.chat_tokenizer import ChatTokenizer, load_tokenizer, stop_ids
+from rlhf.data.chat_tokenizer import ChatTokenizer, load_tokenizer
 from rlhf.models.load import compute_dtype, load_hf_config, load_policy, quiet, sequence_limit
+from rlhf.models.save import generation_config
 from rlhf.models.vocabulary import mask_unknown_ids, token_count
 from rlhf.rollout.types import SamplingParams
 from rlhf.runs.run import is_run, read_run, resolve_model_path
@@ -21,7 +20,7 @@ from rlhf.runs.run import is_run, read_run, resolve_model_path
 
 @dataclass(frozen=True)
 class Policy:
-    """A causal language model in evaluation mode, on this process's device."""
+    """A language model in evaluation mode, on this process's device."""
 
     path: str
     """The run, model folder or hub name, as given."""
@@ -85,9 +84,7 @@ def open_policy(path: str | Path, chat_template: str = "auto", trust_remote_code
     mask_unknown_ids(model, token_count(chat.tokenizer))
     limit = sequence_limit(config, load_hf_config(config, base))
     # Only the command's options decide how to sample, not the generation config of the model's author (top_k 50, ...).
-    model.generation_config = transformers.GenerationConfig(
-        eos_token_id=stop_ids(model, chat), pad_token_id=chat.pad_id, bos_token_id=chat.tokenizer.bos_token_id
-    )
+    model.generation_config = generation_config(model, chat)
     if base != folder:
         import peft  # slow, and only adapters need it
 

@@ -19,6 +19,7 @@ from rlhf.data.selection import as_prompt
 from rlhf.inference.policy import Policy
 from rlhf.inference.sampling_params import sampling_params
 from rlhf.inference.task_adapters import RoutedPrompts
+from rlhf.models.encoder_decoder import is_encoder_decoder
 from rlhf.rollout.samplers import hf
 from rlhf.rollout.types import Completion, SamplingParams, stream_seed
 
@@ -148,7 +149,7 @@ def draw(
     policy: Policy, prompts: Sequence[list[int]], seeds: Sequence[int], params: SamplingParams
 ) -> list[Completion]:
     """One completion of each tokenised prompt, each from its own random stream."""
-    if policy.prompt_learning:
+    if policy.prompt_learning:  # `hf` decodes with the model alone, without PEFT's forward pass
         return [generate(policy, ids, seed, params) for ids, seed in zip(prompts, seeds)]
     return hf(policy.model, prompts, seeds, params, policy.chat)
 
@@ -170,6 +171,7 @@ def generate(
         on_token: Called with each token when it is sampled; an exception raised in it ends the completion.
     """
     chat, ends = policy.chat, policy.model.generation_config.eos_token_id
+    before = 1 if is_encoder_decoder(policy.model) else len(prompt)  # tokens that `generate` puts before the completion
     options: dict[str, Any] = {"do_sample": False}
     if params.temperature > 0:
         options = {"do_sample": True, "temperature": params.temperature, "top_k": params.top_k}
@@ -177,7 +179,7 @@ def generate(
 
     def stopped(ids: torch.Tensor, scores: Any = None) -> torch.Tensor:
         # The option `stop_strings` would also match a stop string that begins in the prompt.
-        text = chat.decode(ids[0, len(prompt) :].tolist())
+        text = chat.decode(ids[0, before:].tolist())
         return torch.tensor([any(string in text for string in params.stop)], device=ids.device)
 
     if params.stop:
@@ -191,7 +193,7 @@ def generate(
             input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=True,
             max_new_tokens=params.max_new_tokens, min_new_tokens=params.min_new_tokens or None, **options,
         )  # fmt: skip
-    new = output[0, len(prompt) :].tolist()
+    new = output[0, before:].tolist()
     return Completion(new, ended=new[-1] in ends or bool(stopped(output)))
 
 

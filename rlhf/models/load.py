@@ -11,7 +11,7 @@ from typing import Any
 import torch
 import transformers
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, PreTrainedModel
 
 from rlhf.config.base import ModelConfig
 from rlhf.core.errors import UserError
@@ -89,12 +89,15 @@ def sequence_limit(config: ModelConfig, found: transformers.PretrainedConfig) ->
 def load_policy(
     config: ModelConfig, path: str, dtype: torch.dtype = torch.float32, tokens: int | None = None
 ) -> PreTrainedModel:
-    """A causal language model in `dtype`, dropout off, that encodes `tokens` ids (see `rlhf.models.vocabulary`).
+    """A causal language model or an encoder-decoder in `dtype`, dropout off.
+
+    It encodes `tokens` ids (see `rlhf.models.vocabulary`).
 
     Raises:
         UserError: It cannot be loaded, its log-probs would be wrong, or it lacks embedding rows for the ids.
     """
-    model = _load(AutoModelForCausalLM, config, path, dtype, tokens)
+    seq2seq = load_hf_config(config, path).is_encoder_decoder
+    model = _load(AutoModelForSeq2SeqLM if seq2seq else AutoModelForCausalLM, config, path, dtype, tokens)
     check_head(model)
     return model
 
@@ -103,12 +106,6 @@ def _load(kind: Any, config: ModelConfig, path: str, dtype: torch.dtype, tokens:
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()  # else it warns at length about every new head
     found = load_hf_config(config, path)
-    if found.is_encoder_decoder:
-        raise UserError(
-            f"model.path: {path} is an encoder-decoder ({found.model_type})",
-            "Its prompt and answer go through different halves, which no stage supports.",
-            "Use a decoder (Llama, Qwen, ...), or for a reward model also an encoder (BERT, ...).",
-        )
     if (Path(path) / "adapter_config.json").is_file():
         raise UserError(
             f"model.path: {path} holds a model and an adapter (adapter_config.json)",
@@ -146,6 +143,20 @@ def _load(kind: Any, config: ModelConfig, path: str, dtype: torch.dtype, tokens:
 
 def _stay_in_eval(module: nn.Module, mode: bool = True) -> nn.Module:
     return module
+
+
+def refuse_encoder_decoder(found: Any, path: str, what: str) -> None:
+    """Refuse an encoder-decoder, by its Hugging Face config, where `what` does not support it.
+
+    Raises:
+        UserError: It is one.
+    """
+    if found.is_encoder_decoder:
+        raise UserError(
+            f"model.path: {path} is an encoder-decoder ({found.model_type}), which {what} not support",
+            "Its prompt and answer go through different halves. SFT, sample, chat, evaluate and export support it.",
+            "Use a decoder (Llama, Qwen, ...).",
+        )
 
 
 def recompute_activations(model: Any, **options: Any) -> None:

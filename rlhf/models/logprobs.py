@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from rlhf import distributed
 from rlhf.core.errors import UserError
+from rlhf.models.encoder_decoder import decoder_states, halves, is_encoder_decoder, start_id
 from rlhf.models.packed_attention import PACKED, sequence_lengths
 
 HEAD_CHUNK_ELEMENTS = 2**24
@@ -54,6 +55,12 @@ def hidden_states(
     (see `rlhf.models.shared_prompt`), or is None where packed sequences are separated by positions that start from 0.
     """
     lm = causal_lm(model)
+    if is_encoder_decoder(lm):
+        raise UserError(
+            f"{type(lm).__name__} is an encoder-decoder, which this step does not support",
+            "It reads prompt and response with different halves, and here they are one text.",
+            "Use a decoder (Llama, Qwen, ...).",
+        )
     body = body_of(lm)
     if has_virtual_tokens(model):
         return _behind_virtual_tokens(model, body, input_ids, attention_mask)
@@ -147,6 +154,12 @@ def _predicting(
     position_ids: Tensor | None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Hidden states [n, H] that predict the response tokens, and these tokens [n]."""
+    lm = causal_lm(model)
+    if is_encoder_decoder(lm):
+        if attention_mask is None:
+            raise UserError(f"{type(lm).__name__} is an encoder-decoder: rows are padded, not packed")
+        parts = halves(input_ids, attention_mask, response_mask, start_id(lm.config))
+        return decoder_states(model, parts)[parts.wanted], parts.targets[parts.wanted]
     hidden = hidden_states(model, input_ids, attention_mask, position_ids)
     predicts = response_mask[:, 1:]
     return hidden[:, :-1][predicts], input_ids[:, 1:][predicts]
@@ -219,7 +232,11 @@ class SelectiveLogSoftmax(torch.autograd.Function):
 def _logits(lm: PreTrainedModel, states: Tensor) -> Tensor:
     """float32 logits as the model's own forward gives them, scaling and soft cap of the family included."""
     head, config = lm.get_output_embeddings(), lm.config.get_text_config()
+    if getattr(config, "scale_decoder_outputs", False):  # T5
+        states = states * config.d_model**-0.5
     logits = head(states).float()
+    if hasattr(lm, "final_logits_bias"):  # BART
+        logits = logits + lm.final_logits_bias[0]
     if getattr(config, "logits_scaling", None):  # Granite
         logits = logits / config.logits_scaling
     if getattr(config, "logit_scale", None):  # Cohere
@@ -240,8 +257,16 @@ def check_head(model: PreTrainedModel) -> None:
     mask = torch.ones_like(ids)
     training = model.training
     model.eval()
-    expected = model(input_ids=ids, attention_mask=mask).logits[0].float()
-    found = _logits(model, hidden_states(model, ids, mask)[0])
+    if is_encoder_decoder(model):
+        parts = halves(ids, mask, mask.cumsum(-1) > 4, start_id(model.config))
+        whole = model(
+            input_ids=parts.encoder_ids, attention_mask=parts.encoder_mask, decoder_input_ids=parts.decoder_ids
+        )
+        expected, states = whole.logits[0].float(), decoder_states(model, parts)[0]
+    else:
+        expected = model(input_ids=ids, attention_mask=mask).logits[0].float()
+        states = hidden_states(model, ids, mask)[0]
+    found = _logits(model, states)
     model.train(training)
     if not torch.allclose(expected, found, atol=1e-2 * float(expected.abs().max()) + 1e-4):
         raise UserError(

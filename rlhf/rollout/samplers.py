@@ -24,12 +24,12 @@ if TYPE_CHECKING:
     from rlhf.data import chat_tokenizer
     from rlhf.data.chat_tokenizer import ChatTokenizer
     from rlhf.models import packed_attention
-    from rlhf.rollout import decoding
+    from rlhf.rollout import decoding, encoder_decoder
     from rlhf.rollout import vllm as vllm_engine
 else:
     torch, transformers, packed_attention = lazy("torch"), lazy("transformers"), lazy("rlhf.models.packed_attention")
     chat_tokenizer, decoding = lazy("rlhf.data.chat_tokenizer"), lazy("rlhf.rollout.decoding")
-    vllm_engine = lazy("rlhf.rollout.vllm")
+    encoder_decoder, vllm_engine = lazy("rlhf.rollout.encoder_decoder"), lazy("rlhf.rollout.vllm")
 
 SAMPLERS = Table("sampler")
 
@@ -49,6 +49,8 @@ def hf(
     step: StepOption = "eager",
 ) -> list[Completion]:  # fmt: skip
     """The transformers model in this process, with continuous batching: waiting prompts replace finished completions.
+
+    Encoder-decoders are decoded by transformers' `generate`, batch by batch.
 
     Completions of one prompt that start together share its prefill. At most `sampling.batch_size` sequences are decoded
     at a time, which bounds the KV cache. For a model whose cache new sequences cannot join (state-space layers, for
@@ -72,6 +74,12 @@ def hf(
     Raises:
         UserError: This device or the model's cache does not support `step`.
     """
+    if model.config.is_encoder_decoder:
+        if step != "eager":
+            raise UserError(
+                f"rollout.sampler: step `{step}` does not work with encoder-decoders", remedy="Leave `step` out."
+            )
+        return encoder_decoder.sample(model, prompts, seeds, sampling, chat)
     return decoding.decode(model, prompts, seeds, sampling, chat, step)
 
 
@@ -88,6 +96,8 @@ def continuous_batching(
     At most `sampling.batch_size` completions are decoded at a time. Greedy decoding gives the tokens of `hf`. Stop
     strings and `min_new_tokens` are not supported.
     """
+    if model.config.is_encoder_decoder:
+        raise UserError("rollout.sampler: `transformers` does not support encoder-decoders", remedy="Use `hf`.")
     for option in unsupported_options("transformers", sampling):
         raise UserError(f"rollout.{option}: the sampler `transformers` does not support it", remedy="Use `hf`.")
     if not prompts:

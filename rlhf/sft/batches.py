@@ -13,6 +13,7 @@ from trl import pack_dataset
 from rlhf import distributed
 from rlhf.core.errors import UserError
 from rlhf.data.chat_tokenizer import ChatTokenizer
+from rlhf.models.encoder_decoder import is_encoder_decoder
 from rlhf.models.isolation import Text, packing_fault, windows
 from rlhf.models.logprobs import causal_lm, has_virtual_tokens
 from rlhf.models.packed_attention import VARLEN
@@ -25,6 +26,12 @@ def pack(table: Any, limit: int, model: Any) -> Any:
     Raises:
         UserError: The demonstrations of a row would see each other, or share virtual tokens.
     """
+    if is_encoder_decoder(model):
+        raise UserError(
+            "batch.packing: does not work with encoder-decoders",
+            "The prompts of a row would see each other in the encoder.",
+            "Set batch.packing=false.",
+        )
     if has_virtual_tokens(model):
         raise UserError(
             "batch.packing: does not work with virtual tokens",

@@ -42,7 +42,7 @@ ADAPTER = WHOLE | {"adapter": True}
 LORA = ADAPTER | {"roles": True}
 PROMPT = ADAPTER | {"merges": False, "prompt_learning": True}
 TASKS = {"causal": "CAUSAL_LM", "scalar": "SEQ_CLS", "tokens": "TOKEN_CLS", "span": "QUESTION_ANS"}
-"""Our task -> PEFT's task type."""
+"""Our task -> PEFT's task type; see `_peft_task`."""
 WEIGHTS_READ = ("falcon_h1", "mamba", "mamba2", "falcon_mamba", "nemotron_h")
 """Families whose kernels read the weight of `out_proj` instead of calling the layer, so an adapter would be ignored;
 PEFT refuses them by this list."""
@@ -90,12 +90,13 @@ def _last(model: Any, count: int) -> tuple[str, Any]:
 
 
 def layers_of(model: Any) -> tuple[str, Any]:
-    """Name and content of the list of transformer layers: the longest ModuleList outside any other."""
+    """Name and content of the list of transformer layers: the longest ModuleList outside any other; of two, that of the
+    decoder."""
     lists = [(path, module) for path, module in model.named_modules() if isinstance(module, nn.ModuleList)]
     lists = [found for found in lists if not any(found[0].startswith(f"{path}.") for path, _ in lists)]
     if not lists:
         raise UserError(f"tuning: {type(model).__name__} has no list of layers", remedy="Use `modules` with `names`.")
-    return max(lists, key=lambda found: len(found[1]))
+    return max(lists, key=lambda found: (len(found[1]), "decoder" in found[0]))
 
 
 @TUNING.row("modules", **WHOLE)
@@ -127,6 +128,11 @@ def _train_head(model: Any, task: str) -> Any:
 # ---- adapters in the layers ----------------------------------------------------------------------------------------
 
 
+def _peft_task(model: Any, task: str) -> str:
+    """PEFT's task type."""
+    return "SEQ_2_SEQ_LM" if task == "causal" and model.config.is_encoder_decoder else TASKS[task]
+
+
 def lora_config(
     model: Any,
     task: str,
@@ -144,7 +150,8 @@ def lora_config(
     heads = [name for name in HEADS if task in ("tokens", "span") and hasattr(model, name)]
     return peft.LoraConfig(
         exclude_modules=[*_left_out(model, target_modules), *heads] or None,
-        task_type=TASKS[task], r=rank, lora_alpha=alpha, lora_dropout=dropout, use_rslora=rslora, use_dora=dora,
+        task_type=_peft_task(model, task), r=rank, lora_alpha=alpha, lora_dropout=dropout, use_rslora=rslora,
+        use_dora=dora,
         target_modules=target_modules if layers is None else _targets_in_last(model, layers, target_modules),
     )  # fmt: skip
 
@@ -206,7 +213,7 @@ def ia3(
     input is scaled (instead of the output) in `feedforward_modules` too.
     """
     config = peft.IA3Config(
-        task_type=TASKS[task], target_modules=target_modules, feedforward_modules=feedforward_modules
+        task_type=_peft_task(model, task), target_modules=target_modules, feedforward_modules=feedforward_modules
     )
     return _wrap("ia3", model, config)
 
@@ -256,7 +263,7 @@ def _wrap(name: str, model: Any, config: Any) -> Any:
             str(error).split("\n")[0],
             "Name other layers in tuning.target_modules, or use `full` or `last-layers`.",
         ) from None
-    if config.task_type == "CAUSAL_LM" and _is_adapted(wrapped.get_output_embeddings()):
+    if config.task_type in ("CAUSAL_LM", "SEQ_2_SEQ_LM") and _is_adapted(wrapped.get_output_embeddings()):
         raise UserError(
             "tuning.target_modules: the head cannot have an adapter",
             "Log-probs are computed from the weight of the head, so the adapter would be ignored.",
@@ -302,7 +309,9 @@ def prompt_tuning(
     words = model.get_input_embeddings().weight.detach()
     with torch.no_grad():
         start = _start(words, chat, tokens, init, text, labels)
-    config = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=tokens)
+    config = peft.PromptTuningConfig(
+        task_type=_peft_task(model, task), num_virtual_tokens=tokens, num_transformer_submodules=1
+    )
     wrapped = _wrap("prompt-tuning", model, config)
     wrapped.prompt_encoder["default"].embedding.weight.data.copy_(start)
     return wrapped
@@ -339,7 +348,8 @@ def p_tuning(
     """Virtual tokens from a small encoder of width `hidden`, by default the model's width (Liu et al. 2021)."""
     _refuse_scalar("p-tuning", task)
     config = peft.PromptEncoderConfig(
-        task_type="CAUSAL_LM", num_virtual_tokens=tokens, encoder_reparameterization_type=encoder.upper(),
+        task_type=_peft_task(model, task), num_virtual_tokens=tokens, num_transformer_submodules=1,
+        encoder_reparameterization_type=encoder.upper(),
         encoder_hidden_size=hidden,  # type: ignore[arg-type]
         encoder_dropout=0.0,
     )  # fmt: skip
@@ -362,7 +372,7 @@ def prefix_tuning(
     """
     _refuse_scalar("prefix-tuning", task)
     config = peft.PrefixTuningConfig(
-        task_type="CAUSAL_LM",
+        task_type=_peft_task(model, task),
         num_virtual_tokens=tokens,
         prefix_projection=projection,
         encoder_hidden_size=hidden,  # type: ignore[arg-type]

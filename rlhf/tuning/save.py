@@ -64,6 +64,9 @@ def generation_config(model: Any, chat: Any, **sampling: Any) -> Any:
     Nothing of the base's own config is kept but its end tokens: no stage samples with its temperature or penalties.
     """
     ends, bos = stop_ids(model, chat), chat.tokenizer.bos_token_id
-    config = GenerationConfig(eos_token_id=ends, pad_token_id=chat.pad_id, bos_token_id=bos, **sampling)
+    start = getattr(model.config, "decoder_start_token_id", None)  # of encoder-decoders
+    config = GenerationConfig(
+        eos_token_id=ends, pad_token_id=chat.pad_id, bos_token_id=bos, decoder_start_token_id=start, **sampling
+    )
     config._from_model_config = False  # else loading it takes the end token from config.json
     return config
