@@ -204,12 +204,13 @@ def make_tiny_copy(model: str, folder: Path, trust_remote_code: bool = False) ->
     from transformers import AutoTokenizer
     from transformers.utils import cached_file
 
-    from rlhf.models.load import load_hf_config, quiet
+    from rlhf.models.load import load_hf_config, quiet, refuse_encoder_decoder
     from rlhf.models.tiny_copy import random_model, tiny_config
 
     quiet()
     path = resolve_model_path(model)
     config = load_hf_config(ModelConfig(path=model, trust_remote_code=trust_remote_code), path)
+    refuse_encoder_decoder(config, model, "`rlhf check-model` does")
     try:
         made = random_model(tiny_config(config))
     except Exception as error:  # the rules do not fit every family

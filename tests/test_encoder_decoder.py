@@ -11,6 +11,8 @@ import torch
 import transformers
 from typer.testing import CliRunner
 
+import stages.ppo
+import stages.reward
 import stages.sft
 from rlhf.config.base import ModelConfig
 from rlhf.config.load import check_config
@@ -20,10 +22,14 @@ from rlhf.data.schema import Message
 from rlhf.export.export import export
 from rlhf.export.formats import EXPORTERS
 from rlhf.inference.policy import open_policy
+from rlhf.inference.reward_model import open_reward_model
 from rlhf.inference.sampling import complete
 from rlhf.models.encoder_decoder import halves
 from rlhf.models.load import load_policy, quiet
 from rlhf.models.logprobs import hidden_states, token_logprobs
+from rlhf.models.scalar import load_scalar
+from rlhf.ppo.config import PPOConfig
+from rlhf.reward.config import RewardConfig
 from rlhf.rollout.samplers import SAMPLERS, hf
 from rlhf.rollout.types import SamplingParams
 from rlhf.sft.batches import token_batch
@@ -156,7 +162,7 @@ def test_a_stop_string_ends_a_completion():
     assert stopped.ids == free[0].ids[: len(stopped.ids)] and stop not in chat.decode(stopped.ids[:-1])
 
 
-@pytest.mark.parametrize("sampler", ["transformers", {"name": "hf", "step": "cuda_graph"}])
+@pytest.mark.parametrize("sampler", ["transformers", "vllm", {"name": "hf", "step": "cuda_graph"}])
 def test_a_sampler_that_cannot_refuses(sampler):
     chat, model = chat_of("t5"), model_of("t5")
     with pytest.raises(UserError, match="encoder-decoders"):
@@ -227,3 +233,92 @@ def test_evaluate_and_chat_take_an_encoder_decoder(tmp_path, demos):
 def test_packing_is_refused(tmp_path, demos):
     with pytest.raises(UserError, match="does not work with encoder-decoders"):
         train(tmp_path, "t5", demos, batch={"batch_size": 8, "max_steps": 1, "packing": True})
+
+
+# ---- reward model, PPO ---------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def rankings(tmp_path_factory) -> str:
+    return tiny.write_rankings(tmp_path_factory.mktemp("rankings") / "rankings", 16)
+
+
+def train_reward(folder: Path, family: str, rankings: str, **values) -> Path:
+    base = {"run": str(folder / "reward"), "model": {"path": tiny.encoder_decoder(family)}, "data": {"train": rankings}}
+    base |= {"batch": {"batch_size": 8, "micro_batch_size": 8, "max_steps": 4}, "optimizer": {"lr": 1e-2}}
+    stages.reward.run(check_config(RewardConfig, base | values, "test"))
+    return folder / "reward"
+
+
+@pytest.mark.parametrize("tuning", ["full", "lora", "ia3"])
+@pytest.mark.parametrize("family", ["t5", "bart"])
+def test_a_reward_model_has_the_scores_of_plain_transformers(tmp_path, rankings, family, tuning):
+    run = train_reward(tmp_path, family, rankings, tuning=tuning)
+    scorer = open_reward_model(run)
+    texts = [[*prompt, *response] for prompt, response in rows_of(chat_of(family))]
+    with torch.no_grad():
+        found = scorer.scalar.eval()(*scorer.chat.pad(texts))
+    export(run, tmp_path / "out", EXPORTERS.pick("hf"))
+    plain = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "out").eval()
+    with torch.no_grad():
+        logits = torch.stack([plain(torch.tensor([ids])).logits[0, 0] for ids in texts])
+    torch.testing.assert_close(found, logits, rtol=1e-4, atol=1e-4)
+    assert len(set(found.tolist())) > 1
+    code = (tmp_path / "out" / "README.md").read_text().split("```python\n")[1].split("```")[0]
+    exec(code, {})
+
+
+@pytest.fixture(scope="module")
+def rewards(tmp_path_factory, rankings) -> dict[str, Path]:
+    """A reward run of each family."""
+    return {family: train_reward(tmp_path_factory.mktemp(family), family, rankings) for family in ("t5", "bart")}
+
+
+def ppo_config(folder: Path, family: str, rankings: str, reward: Path, **values):
+    base = {"run": str(folder / "ppo"), "model": {"path": tiny.encoder_decoder(family)}, "data": {"prompts": rankings}}
+    base |= {"reward": {"name": "model", "path": str(reward)}, "updates": 2, "batch": {"minibatches": 1}}
+    base |= {"rollout": {"prompts_per_update": 4, "samples_per_prompt": 2, "max_new_tokens": 6}}
+    return check_config(PPOConfig, base | values, "test")
+
+
+@pytest.mark.parametrize(
+    ("family", "values"),
+    [
+        ("t5", {}), ("bart", {"tuning": "lora", "critic": {"tuning": "lora"}}),
+        ("bart", {"critic": {"init": "policy"}}), ("t5", {"advantage": "rloo"}),
+    ],
+)  # fmt: skip
+def test_ppo_starts_with_a_ratio_of_exactly_one(tmp_path, rankings, rewards, family, values):
+    stages.ppo.run(ppo_config(tmp_path, family, rankings, rewards[family], **values))
+    rows = [json.loads(line) for line in (tmp_path / "ppo" / "metrics.jsonl").read_text().splitlines()]
+    updates = [row for row in rows if "policy/first_ratio_min" in row]
+    assert len(updates) == 2
+    assert all(row["policy/first_ratio_min"] == row["policy/first_ratio_max"] == 1.0 for row in updates)
+    assert open_policy(tmp_path / "ppo").model.config.is_encoder_decoder
+
+
+def test_values_are_those_of_the_decoder_before_each_token():
+    chat = chat_of("t5")
+    path = tiny.encoder_decoder("t5")
+    critic = load_scalar(ModelConfig(path=path), path, head="small").eval()
+    rows = rows_of(chat)
+    batch = batch_of(chat, rows)
+    with torch.no_grad():
+        found = critic.response_values(batch.input_ids, batch.attention_mask, batch.labelled)
+        expected = []
+        for prompt, response in rows:
+            output = transformers.AutoModel.from_pretrained(path).eval()(
+                input_ids=torch.tensor([prompt]), decoder_input_ids=torch.tensor([[0, *response[:-1]]])
+            )
+            expected.append(critic.model.score(output.last_hidden_state)[0, :, 0])
+    torch.testing.assert_close(found, torch.cat(expected), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", ["t5", "bart"])
+def test_a_critic_starts_from_the_body_of_the_reward_model(rewards, family):
+    run = rewards[family]
+    config, folder = ModelConfig(path=str(run)), str(run / "model")
+    reward, critic = load_scalar(config, folder, head="trained"), load_scalar(config, folder, head="small")
+    of = [{n.split(".", 1)[1]: p for n, p in one.model.named_parameters()} for one in (reward, critic)]
+    body = [name for name in of[1] if name.startswith(("encoder", "decoder", "shared"))]
+    assert body and all(torch.equal(of[0][name], of[1][name]) for name in body)

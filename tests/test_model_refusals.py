@@ -26,14 +26,6 @@ def test_a_classifier_with_two_labels_is_no_reward_model(tmp_path):
         load_scalar(ModelConfig(path=str(tmp_path)), str(tmp_path))
 
 
-def test_an_encoder_decoder_is_refused(tmp_path):
-    size = {"d_model": 16, "encoder_layers": 1, "decoder_layers": 1, "encoder_ffn_dim": 16, "decoder_ffn_dim": 16}
-    transformers.BartConfig(vocab_size=320, **size).save_pretrained(tmp_path)
-    for load in (load_policy, load_scalar):
-        with pytest.raises(UserError, match="is an encoder-decoder"):
-            load(ModelConfig(path=str(tmp_path)), str(tmp_path))
-
-
 def test_a_model_folder_whose_adapter_config_points_elsewhere_is_refused(tmp_path):
     folder = shutil.copytree(tiny.llama(), tmp_path / "model")
     (folder / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "base_model_name_or_path": "other/x"}))

@@ -182,7 +182,9 @@ def _merged_critic(source: Source) -> Any:
 
 def _biased_head(model: Any) -> Any:
     """The last linear layer of a classifier if it has a bias, which can include the mean; otherwise None."""
-    head = model.score if hasattr(model, "score") else model.classifier
+    from rlhf.models.scalar import HEADS
+
+    head = next(getattr(model, name) for name in HEADS if hasattr(model, name))
     linear = [m for m in head.modules() if isinstance(m, torch.nn.Linear) and m.out_features == 1]
     return linear[-1] if linear and linear[-1].bias is not None else None
 

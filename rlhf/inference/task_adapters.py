@@ -25,6 +25,7 @@ from rlhf.core.errors import UserError
 from rlhf.data.schema import Prompt
 from rlhf.inference.policy import Policy
 from rlhf.inference.routed import LowRank, Rows, Scale, attach
+from rlhf.models.load import refuse_encoder_decoder
 from rlhf.models.packed_attention import plain_attention
 from rlhf.rollout.decoding import decode
 from rlhf.rollout.kv_cache import joinable, left_padded
@@ -102,6 +103,7 @@ class TaskAdapters:
         Raises:
             UserError: An adapter does not fit the base, or is of an unsupported kind.
         """
+        refuse_encoder_decoder(policy.model.config, policy.path, "one base for many tasks does")
         self.policy, self.model, self.names = policy, policy.model, list(paths)
         adapters = [None if path == NO_ADAPTER else read_adapter(task, path) for task, path in paths.items()]
         for adapter in adapters:

@@ -10,7 +10,7 @@ from typing import Any
 from rlhf.config.base import ModelConfig, StageConfig
 from rlhf.core.errors import UserError
 from rlhf.core.table import Pick
-from rlhf.models.load import load_hf_config, sequence_limit
+from rlhf.models.load import load_hf_config, refuse_encoder_decoder, sequence_limit
 from rlhf.ppo.config import PPOConfig
 from rlhf.reward.config import RewardConfig
 from rlhf.runs.run import resolve_model_path
@@ -64,7 +64,9 @@ def architecture(config: ModelConfig, path: str, base: str | None = None) -> Any
         except UserError:  # a run of an earlier stage that does not exist or is not finished
             folder = None
         if folder is not None and (folder / "config.json").is_file():
-            return load_hf_config(config, str(folder))
+            found = load_hf_config(config, str(folder))
+            refuse_encoder_decoder(found, str(place), "the memory prediction does")
+            return found
     where = path if base is None else f"{path}, and --base {base} too,"
     raise UserError(
         f"{where} is neither a folder with a config.json nor a finished run",

@@ -20,8 +20,11 @@ def has_classifier(config: Any) -> bool:
     return remote or type(config) in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
 
 
-def classifier_class(config: Any) -> Any:
+def classifier_class(config: Any, per_token: bool = False) -> Any:
     """What loads a sequence classifier with `from_pretrained`: transformers' auto class, or else a class of our own.
+
+    That of an encoder-decoder reads the whole text with both halves and gives one number; for a value at every token of
+    the decoder (`per_token`) it is always our own.
 
     The class is transformers' `GenericForSequenceClassification`, the base of its own classifiers, over the body that
     `AutoModel` gives. `AutoModel` also loads the body alone from a folder that such a model was saved in.
@@ -29,7 +32,7 @@ def classifier_class(config: Any) -> Any:
     Raises:
         UserError: The family has no body that gives hidden states.
     """
-    if has_classifier(config):
+    if has_classifier(config) and not (per_token and config.is_encoder_decoder):
         return AutoModelForSequenceClassification
     if type(config) not in MODEL_MAPPING:
         raise UserError(

@@ -75,6 +75,23 @@ def halves(input_ids: Tensor, attention_mask: Tensor, response_mask: Tensor, sta
     return Halves(encoder_ids, encoder_mask, decoder_ids, targets, response_mask.gather(1, source) & inside)
 
 
+def whole_text(lm: Any, input_ids: Tensor, attention_mask: Tensor) -> Halves:
+    """Rows of which both halves read all tokens, as the sequence classifiers of transformers do."""
+    shifted = torch.cat([torch.full_like(input_ids[:, :1], start_id(lm.config)), input_ids[:, :-1]], 1)
+    return Halves(input_ids, attention_mask, shifted, input_ids, attention_mask.bool())
+
+
+def divided(lm: Any, input_ids: Tensor, attention_mask: Tensor | None, response_mask: Tensor) -> Halves:
+    """`halves` for a model.
+
+    Raises:
+        UserError: Rows are packed (no attention mask).
+    """
+    if attention_mask is None:
+        raise UserError(f"{type(lm).__name__} is an encoder-decoder: its rows are padded, not packed")
+    return halves(input_ids, attention_mask, response_mask, start_id(lm.config))
+
+
 def decoder_states(model: nn.Module, parts: Halves) -> Tensor:
     """Last hidden states [B, D, H] of the decoder, which predict `parts.targets`. Causal, so padding needs no mask."""
     lm: Any = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]

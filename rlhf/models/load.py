@@ -115,8 +115,11 @@ def _load(kind: Any, config: ModelConfig, path: str, dtype: torch.dtype, tokens:
     if tokens is not None:
         check_vocabulary(config, found, path, tokens)
     options = {"trust_remote_code": config.trust_remote_code, "use_safetensors": True, "dtype": dtype, **more}
-    if config.attn_implementation:
-        options["attn_implementation"] = config.attn_implementation
+    # T5's position bias is trained, and is added as a mask: torch's fused attention then takes another kernel with
+    # gradients than without, so PPO's first ratio would not be 1.
+    default = "eager" if hasattr(found, "relative_attention_num_buckets") and found.is_encoder_decoder else None
+    if config.attn_implementation or default:
+        options["attn_implementation"] = config.attn_implementation or default
     try:
         loaded = kind.from_pretrained(path, **options)
     except (OSError, ValueError, ImportError, RuntimeError) as error:
@@ -154,7 +157,7 @@ def refuse_encoder_decoder(found: Any, path: str, what: str) -> None:
     if found.is_encoder_decoder:
         raise UserError(
             f"model.path: {path} is an encoder-decoder ({found.model_type}), which {what} not support",
-            "Its prompt and answer go through different halves. SFT, sample, chat, evaluate and export support it.",
+            "Its prompt and answer go through different halves.",
             "Use a decoder (Llama, Qwen, ...).",
         )
 

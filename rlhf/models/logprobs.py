@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from rlhf import distributed
 from rlhf.core.errors import UserError
-from rlhf.models.encoder_decoder import decoder_states, halves, is_encoder_decoder, start_id
+from rlhf.models.encoder_decoder import decoder_states, divided, is_encoder_decoder
 from rlhf.models.packed_attention import PACKED, sequence_lengths
 
 HEAD_CHUNK_ELEMENTS = 2**24
@@ -156,9 +156,7 @@ def _predicting(
     """Hidden states [n, H] that predict the response tokens, and these tokens [n]."""
     lm = causal_lm(model)
     if is_encoder_decoder(lm):
-        if attention_mask is None:
-            raise UserError(f"{type(lm).__name__} is an encoder-decoder: rows are padded, not packed")
-        parts = halves(input_ids, attention_mask, response_mask, start_id(lm.config))
+        parts = divided(lm, input_ids, attention_mask, response_mask)
         return decoder_states(model, parts)[parts.wanted], parts.targets[parts.wanted]
     hidden = hidden_states(model, input_ids, attention_mask, position_ids)
     predicts = response_mask[:, 1:]
@@ -258,7 +256,7 @@ def check_head(model: PreTrainedModel) -> None:
     training = model.training
     model.eval()
     if is_encoder_decoder(model):
-        parts = halves(ids, mask, mask.cumsum(-1) > 4, start_id(model.config))
+        parts = divided(model, ids, mask, mask.cumsum(-1) > 4)
         whole = model(
             input_ids=parts.encoder_ids, attention_mask=parts.encoder_mask, decoder_input_ids=parts.decoder_ids
         )

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from rlhf.config.base import ModelConfig
 from rlhf.core.errors import UserError
 from rlhf.models.classifiers import classifier_class
+from rlhf.models.encoder_decoder import decoder_states, divided, is_encoder_decoder, whole_text
 from rlhf.models.load import _load, load_hf_config
 from rlhf.models.logprobs import causal_lm, hidden_states
 from rlhf.models.shared_prompt import (
@@ -25,12 +26,16 @@ from rlhf.models.shared_prompt import (
     position_ids_of,
 )
 
+HEADS = ("score", "classifier", "classification_head")
+"""What classes of transformers call the head of a sequence classifier: decoders, encoders, encoder-decoders."""
+
 
 class ScalarModel(nn.Module):
     """One number per text (reward model) or per token (critic), from any transformers sequence classifier.
 
-    A decoder is read at the last token that is not padding, an encoder through its own pooling. The number is
-    `(head - mean) / std`, where `mean` and `std` are constants in the model's config.
+    A decoder is read at the last token that is not padding, an encoder through its own pooling, an encoder-decoder at
+    the decoder's last token, with the whole text in both halves (as a critic: the response in the decoder). The number
+    is `(head - mean) / std`, where `mean` and `std` are constants in the model's config.
     """
 
     def __init__(self, model: Any) -> None:
@@ -57,12 +62,31 @@ class ScalarModel(nn.Module):
         hidden = hidden_states(self.model, input_ids, attention_mask, position_ids)
         return self._scale(head(hidden).squeeze(-1).float())  # type: ignore[operator]
 
+    def response_values(
+        self, input_ids: Tensor, attention_mask: Tensor | None, response_mask: Tensor,
+        position_ids: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
+        """Values float32 [n] of the states in which the n tokens of `response_mask` [B, T] were chosen, row by row."""
+        lm: Any = causal_lm(self.model)
+        if is_encoder_decoder(lm):
+            parts = divided(lm, input_ids, attention_mask, response_mask)
+            states = decoder_states(self.model, parts)[parts.wanted]
+            return self._scale(lm.score(states).squeeze(-1).float())
+        values = self.token_values(input_ids, attention_mask, position_ids)
+        # The state in which token t is chosen ends at token t - 1.
+        return values[:, :-1][response_mask[:, 1:]]
+
     def forward(self, input_ids: Tensor, attention_mask: Tensor, branches: Tensor | None = None) -> Tensor:
         """Scores float32 [B] of the texts int64 [B, T], padded on the right.
 
         If rows contain several completions of a prompt, `branches` [B, T] marks them (see `rlhf.models.shared_prompt`).
         The scores are then those of the completions, [N], row by row. The model must support `shared_prompts`.
         """
+        if is_encoder_decoder(self.model):
+            lm: Any = causal_lm(self.model)
+            states = decoder_states(self.model, whole_text(lm, input_ids, attention_mask))
+            last = states[torch.arange(len(states), device=states.device), attention_mask.sum(-1) - 1]
+            return self._scale(lm.classification_head(last).squeeze(-1).float())
         if not self.is_decoder:
             output = self.model(input_ids=input_ids, attention_mask=attention_mask)
             return self._scale(output.logits.squeeze(-1).float())
@@ -99,7 +123,7 @@ class ScalarModel(nn.Module):
 def load_scalar(
     config: ModelConfig, path: str, head: Literal["random", "small", "trained"] = "random", tokens: int | None = None
 ) -> ScalarModel:
-    """A scalar model in float32 from a reward model, a causal LM or an encoder.
+    """A scalar model in float32 from a reward model, a causal LM, an encoder or an encoder-decoder.
 
     Args:
         config: Loading options.
@@ -121,7 +145,7 @@ def load_scalar(
             "Use the model that it was made from, or a classifier with one label.",
         )
     model, loading = _load(
-        classifier_class(found),
+        classifier_class(found, per_token=head == "small"),
         config,
         path,
         torch.float32,
@@ -130,10 +154,10 @@ def load_scalar(
         output_loading_info=True,
     )
     scalar = ScalarModel(model)
-    layer = model.score if scalar.is_decoder else getattr(model, "classifier", None)
+    layer = next((getattr(model, name) for name in HEADS if hasattr(model, name)), None)
     if layer is None:
         raise UserError(f"{path}: {type(model).__name__} has no score head; use another model")
-    new = any(key.split(".")[0] in ("score", "classifier") for key in loading["missing_keys"])
+    new = any(key.split(".")[0] in HEADS for key in loading["missing_keys"])
     if new and head == "trained":
         raise UserError(f"{path}: has no trained score head", "Its scores would be random.", "Use a reward model.")
     if new and isinstance(layer, nn.Linear):

@@ -55,9 +55,7 @@ def policy_logprobs(policy: nn.Module, batch: MicroBatch, temperature: float) ->
 
 def critic_values(critic: ScalarModel, batch: MicroBatch) -> Tensor:
     """Values of the states in which the response tokens of a micro-batch were chosen, float32 [n]."""
-    values = critic.token_values(batch.input_ids, batch.attention_mask, batch.position_ids)
-    # The state in which token t is chosen ends at token t - 1.
-    return values[:, :-1][batch.response_mask[:, 1:]]
+    return critic.response_values(batch.input_ids, batch.attention_mask, batch.response_mask, batch.position_ids)
 
 
 def compile_layers(module: nn.Module) -> None:

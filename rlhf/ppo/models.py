@@ -14,6 +14,7 @@ from rlhf import distributed
 from rlhf.core.console import say
 from rlhf.core.errors import UserError
 from rlhf.data.chat_tokenizer import ChatTokenizer
+from rlhf.models.encoder_decoder import is_encoder_decoder
 from rlhf.models.isolation import Text, packing_fault, windows
 from rlhf.models.load import count_parameters, load_hf_config, load_policy, recompute_activations
 from rlhf.models.packed_attention import KERNEL, PACKED, VARLEN, switch
@@ -157,6 +158,10 @@ def can_pack(models: Models, vocab_size: int, longest: int, wanted: bool | None)
         UserError: Packing is wanted, but packed sequences of this model are not isolated.
     """
     policy, engine = models.policy, models.engine
+    if is_encoder_decoder(policy):
+        if wanted:
+            raise UserError("batch.packing: does not work with encoder-decoders", remedy="Leave it out.")
+        return False
     attention = policy.config._attn_implementation
     one_by_one = attention == "sdpa" and distributed.device().type == "cpu" and hasattr(torch.ops.aten, KERNEL)
     if wanted is False or (wanted is None and not one_by_one and attention not in VARLEN):

@@ -32,7 +32,14 @@ from rlhf.core.console import is_main, say
 from rlhf.core.errors import UserError
 from rlhf.data.chat_tokenizer import ChatTokenizer
 from rlhf.models.classifiers import new_classifier
-from rlhf.models.load import compute_dtype, count_parameters, load_policy, recompute_activations
+from rlhf.models.load import (
+    compute_dtype,
+    count_parameters,
+    load_hf_config,
+    load_policy,
+    recompute_activations,
+    refuse_encoder_decoder,
+)
 from rlhf.models.logprobs import hidden_states
 from rlhf.models.scalar import ScalarModel
 from rlhf.models.vocabulary import mask_unknown_ids, token_count
@@ -190,6 +197,8 @@ def load_shared(config: PPOConfig, chat: ChatTokenizer) -> SharedModels:
 def build(config: PPOConfig, roles: SharedRoles, chat: ChatTokenizer) -> tuple[SharedBase, list[dict[str, Any]]]:
     """The module, and the optimizer's groups of what is trained."""
     tokens = token_count(chat.tokenizer)
+    found = load_hf_config(config.model, roles.base)
+    refuse_encoder_decoder(found, roles.base, "model.sharing `shared` does")
     base = load_policy(config.model, roles.base, compute_dtype(config.precision), tokens)
     mask_unknown_ids(base, tokens)
     shapes = {role: _peft_config(base, adapter) for role, adapter in roles.adapters.items()}

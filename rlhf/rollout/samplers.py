@@ -175,6 +175,8 @@ def vllm(
     tokens of prompt and completion together; by default it is the model's own limit, and the KV cache must have room
     for it. `enforce_eager` turns CUDA graphs off.
     """
+    if model.config.is_encoder_decoder:
+        raise UserError("rollout.sampler: `vllm` does not support encoder-decoders", remedy="Use `hf`.")
     return vllm_engine.sample(
         model, prompts, seeds, sampling, chat, chat_tokenizer.stop_ids(model, chat),
         gpu_memory_utilization=gpu_memory_utilization, max_model_len=max_model_len, enforce_eager=enforce_eager,

@@ -46,7 +46,7 @@ TASKS = {"causal": "CAUSAL_LM", "scalar": "SEQ_CLS", "tokens": "TOKEN_CLS", "spa
 WEIGHTS_READ = ("falcon_h1", "mamba", "mamba2", "falcon_mamba", "nemotron_h")
 """Families whose kernels read the weight of `out_proj` instead of calling the layer, so an adapter would be ignored;
 PEFT refuses them by this list."""
-HEADS = ("score", "classifier", "qa_outputs")
+HEADS = ("score", "classifier", "classification_head", "qa_outputs")
 """Names of the heads of classifiers, taggers and span extractors in transformers."""
 
 
@@ -133,6 +133,24 @@ def _peft_task(model: Any, task: str) -> str:
     return "SEQ_2_SEQ_LM" if task == "causal" and model.config.is_encoder_decoder else TASKS[task]
 
 
+def _own_heads(model: Any, task: str) -> list[str]:
+    """Names of heads that PEFT neither leaves out nor trains by itself."""
+    unknown = ("classification_head",) if task == "scalar" else ()
+    return [name for name in unknown if hasattr(model, name)]
+
+
+def _linears_of_head(model: Any, task: str) -> list[str]:
+    """Names of the linear layers in heads that `all-linear` would adapt; PEFT leaves those of `scalar` out itself."""
+    heads = HEADS if task in ("tokens", "span") else _own_heads(model, task)
+    parts = [(name, getattr(model, name)) for name in heads if hasattr(model, name)]
+    return [
+        f"{name}.{path}".rstrip(".")
+        for name, head in parts
+        for path, m in head.named_modules()
+        if isinstance(m, nn.Linear)
+    ]
+
+
 def lora_config(
     model: Any,
     task: str,
@@ -146,10 +164,9 @@ def lora_config(
     dora: bool = False,
 ) -> Any:
     """PEFT's config for the options of `lora` or `qlora`, for a model without adapters."""
-    # PEFT leaves the heads of `scalar` out by itself.
-    heads = [name for name in HEADS if task in ("tokens", "span") and hasattr(model, name)]
     return peft.LoraConfig(
-        exclude_modules=[*_left_out(model, target_modules), *heads] or None,
+        exclude_modules=[*_left_out(model, target_modules), *_linears_of_head(model, task)] or None,
+        modules_to_save=_own_heads(model, task) or None,
         task_type=_peft_task(model, task), r=rank, lora_alpha=alpha, lora_dropout=dropout, use_rslora=rslora,
         use_dora=dora,
         target_modules=target_modules if layers is None else _targets_in_last(model, layers, target_modules),
@@ -213,8 +230,9 @@ def ia3(
     input is scaled (instead of the output) in `feedforward_modules` too.
     """
     config = peft.IA3Config(
-        task_type=_peft_task(model, task), target_modules=target_modules, feedforward_modules=feedforward_modules
-    )
+        task_type=_peft_task(model, task), modules_to_save=_own_heads(model, task) or None,
+        target_modules=target_modules, feedforward_modules=feedforward_modules,
+    )  # fmt: skip
     return _wrap("ia3", model, config)
 
 
