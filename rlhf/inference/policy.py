@@ -12,10 +12,10 @@ from rlhf.config.base import ModelConfig
 from rlhf.core.errors import UserError
 from rlhf.data.chat_tokenizer import ChatTokenizer, load_tokenizer
 from rlhf.models.load import compute_dtype, load_hf_config, load_policy, quiet, sequence_limit
-from rlhf.models.save import generation_config
 from rlhf.models.vocabulary import mask_unknown_ids, token_count
 from rlhf.rollout.types import SamplingParams
 from rlhf.runs.run import is_run, read_run, resolve_model_path
+from rlhf.tuning.save import generation_config
 
 
 @dataclass(frozen=True)

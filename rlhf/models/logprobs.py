@@ -234,7 +234,7 @@ def _logits(lm: PreTrainedModel, states: Tensor) -> Tensor:
         states = states * config.d_model**-0.5
     logits = head(states).float()
     if hasattr(lm, "final_logits_bias"):  # BART
-        logits = logits + lm.final_logits_bias[0]
+        logits = logits + lm.final_logits_bias[0]  # type: ignore[index]
     if getattr(config, "logits_scaling", None):  # Granite
         logits = logits / config.logits_scaling
     if getattr(config, "logit_scale", None):  # Cohere

@@ -10,9 +10,9 @@ import transformers
 from torch import Tensor
 
 from rlhf.data.chat_tokenizer import ChatTokenizer, stop_ids
-from rlhf.models.save import generation_config
 from rlhf.rollout.decoding import choose, ends_with_stop, uniform_noise
 from rlhf.rollout.types import Completion, SamplingParams
+from rlhf.tuning.save import generation_config
 
 
 def sample(
