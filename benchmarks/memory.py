@@ -1,6 +1,7 @@
 """Peak memory: the prediction of `rlhf plan` against measurement, and PPO's peak against TRL 1.12.0's.
 
 python benchmarks/memory.py --plan                       # predicted and measured peaks by phase
+python benchmarks/memory.py --ranges                     # the range of `rlhf plan --gpus 0`, and measured peaks
 pip install --no-deps --target /tmp/trl112 trl==1.12.0
 python benchmarks/memory.py --trl /tmp/trl112            # PPO's peak against TRL's
 """
@@ -176,14 +177,29 @@ def predicted(stage: str, config: dict[str, Any], processes: int, longest: int) 
     return {phase: snapshot.total for phase, snapshot in found.phases.items()}
 
 
-def both(name: str, folder: Path) -> tuple[dict[str, float], dict[str, int], int]:
-    """Predicted and measured peaks of a config by phase, bytes; and the model's parameter count."""
-    stage, shape, vocabulary, processes, values = CONFIGS[name]
+def range_of(stage: str, config: dict[str, Any], processes: int, longest: int) -> Any:
+    """The range that `rlhf plan --gpus 0 --longest` prints, and the end of a run with data of one length."""
+    from rlhf.cli.stage_configs import STAGES
+    from rlhf.config.load import check_config
+    from rlhf.memory.cpu_range import on_cpu
+
+    return on_cpu(check_config(STAGES[stage], config, "benchmark"), False, processes, longest, None, 2)
+
+
+def config_of(name: str, folder: Path) -> tuple[dict[str, Any], int, int]:
+    """Write a config's model and data; gives its values, the longest row in tokens, and the parameter count."""
+    stage, shape, vocabulary, _, values = CONFIGS[name]
     count = make_model(folder / "model", shape, vocabulary)
     values = json.loads(json.dumps(values))
     longest = values["data"]["max_prompt_tokens"] if stage == "ppo" else values["length"]
     model = {"path": str(folder / "model"), "chat_template": "plain"} | values.pop("model", {})
-    config = write_data(stage, values, folder) | {"run": str(folder / "run"), "model": model}
+    return write_data(stage, values, folder) | {"run": str(folder / "run"), "model": model}, longest, count
+
+
+def both(name: str, folder: Path) -> tuple[dict[str, float], dict[str, int], int]:
+    """Predicted and measured peaks of a config by phase, bytes; and the model's parameter count."""
+    stage, _, _, processes, _ = CONFIGS[name]
+    config, longest, count = config_of(name, folder)
     return predicted(stage, config, processes, longest), measure(stage, config, processes, folder), count
 
 
@@ -197,6 +213,19 @@ def compare(names: list[str], folder: Path) -> None:
             head = [name, f"{count / 1e6:.1f}M"] if phase == "peak" else ["", ""]
             cells = [*head, phase, f"{pair[0] / 1e6:,.0f}", f"{pair[1] / 1e6:,.0f}", f"{pair[0] / pair[1] - 1:+.0%}"]
             print("| " + " | ".join(cells) + " |", flush=True)
+
+
+def compare_ranges(names: list[str], folder: Path) -> None:
+    """Print for each config the range, and the peak that is measured with glibc's defaults."""
+    print("| run | range | measured MB | holds |\n|---|---|---|---|")
+    for name in names:
+        stage, _, _, processes, _ = CONFIGS[name]
+        place = Path(tempfile.mkdtemp(dir=folder))
+        config, longest, _ = config_of(name, place)
+        said = range_of(stage, config, processes, longest)
+        peak = max(measure(stage, config, processes, place, give_back=False).values())
+        holds = "yes" if said.low <= peak <= said.high else "no"
+        print(f"| {name} | {said} | {peak / 1e6:,.0f} | {holds} |", flush=True)
 
 
 # ---- vocabulary x tokens ---------------------------------------------------------------------------------------------
@@ -247,6 +276,7 @@ def main() -> None:
     """Print the tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--plan", action="store_true", help="Compare predictions with measurements.")
+    parser.add_argument("--ranges", action="store_true", help="Compare ranges with peaks under glibc's defaults.")
     parser.add_argument("--only", nargs="+", choices=CONFIGS, default=list(CONFIGS), help="Which configs to predict.")
     parser.add_argument("--vocabulary", action="store_true", help="Peaks at vocabularies of 32k and 150k.")
     parser.add_argument("--trl", type=Path, help="Folder with TRL 1.12.0, to compare with.")
@@ -264,12 +294,14 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.set_defaults(processes=1, seed=0, minibatches=4)
     args = parser.parse_args()
-    if not (args.plan or args.vocabulary or args.trl):
-        parser.error("say what to measure: --plan, --vocabulary, or --trl DIR")
+    if not (args.plan or args.ranges or args.vocabulary or args.trl):
+        parser.error("say what to measure: --plan, --ranges, --vocabulary, or --trl DIR")
     print(time.strftime("%Y-%m-%d %H:%M"))
     with tempfile.TemporaryDirectory() as folder:
         if args.plan:
             compare(args.only, Path(folder))
+        if args.ranges:
+            compare_ranges(args.only, Path(folder))
         if args.vocabulary:
             vocabularies(Path(folder))
         if args.trl:

@@ -20,6 +20,7 @@ from rlhf.core.console import say, table
 from rlhf.core.errors import UserError, nearest
 from rlhf.distributed.deepspeed_json import read_deepspeed
 from rlhf.ppo.config import PPOConfig
+from rlhf.runs.run import is_run, read_run
 
 GIB = 2**30
 MARGIN, CONTEXT = 0.08, 1.0 * GIB
@@ -37,8 +38,12 @@ FILES = {
 
 def command(
     config: ConfigFile,
-    gpus: Annotated[int, typer.Option("--gpus", min=1, help="GPUs on each host, one process per GPU.")],
-    gpu_memory: Annotated[str, typer.Option("--gpu-memory", metavar="GIB", help="Memory of a GPU, such as 80.")],
+    gpus: Annotated[
+        int, typer.Option("--gpus", min=0, help="GPUs on each host, one process per GPU; 0: one process on the CPU.")
+    ],
+    gpu_memory: Annotated[
+        str | None, typer.Option("--gpu-memory", metavar="GIB", help="Memory of a GPU, such as 80.")
+    ] = None,
     overrides: Overrides = None,
     hosts: Annotated[int, typer.Option("--hosts", min=1, help="Number of hosts.")] = 1,
     stage: Annotated[
@@ -52,14 +57,28 @@ def command(
     ] = None,
     candidates: Annotated[int, typer.Option("--candidates", min=2, help="Answers in a ranking (reward).")] = 4,
 ) -> None:
-    """Predict a run's peak memory on GPUs by phase, part and ZeRO stage; say what fits and the cheapest change."""
-    size = memory_of(gpu_memory)
+    """Predict a run's peak memory on GPUs by phase, part and ZeRO stage; say what fits and the cheapest change.
+
+    With --gpus 0: the range in which the peak of one process on the CPU lies.
+    """
+    if (gpus == 0) == (gpu_memory is not None):
+        raise UserError(f"--gpus {gpus}: give --gpu-memory GIB with GPUs, and only then")
     values = read_values(config)
     override_values(values, overrides or ())
-    plan = MemoryPlan(
-        values, stage or stage_of(values, config), str(config), gpus * hosts, size, base, longest, candidates
-    )
+    chosen = stage or stage_of(values, config)
+    if gpu_memory is None:
+        checked = _checked(chosen, values, str(config))
+        report_on_cpu(checked, str(config), base, longest, candidates)
+        return
+    size = memory_of(gpu_memory)
+    plan = MemoryPlan(values, chosen, str(config), gpus * hosts, size, base, longest, candidates)
     report(plan, gpus, hosts)
+
+
+def _checked(stage: str, values: dict[str, Any], where: str) -> Any:
+    if stage not in STAGES:
+        raise UserError(f"--stage {stage}: {nearest(stage, STAGES)}")
+    return check_config(STAGES[stage], values, where)
 
 
 def memory_of(text: str) -> float:
@@ -81,13 +100,15 @@ def memory_of(text: str) -> float:
 
 
 def stage_of(values: dict[str, Any], config: Path) -> str:
-    """The stage of a config, by its keys or its file name.
+    """The stage of a config, by its keys, its file name, or the run that it belongs to.
 
     Raises:
         UserError: Neither shows it.
     """
     if "reward" in values or "rollout" in values:
         return "ppo"
+    if is_run(config.parent) and config.name == "config.yaml":
+        return str(read_run(config.parent)["stage"])
     name = next((name for name in ("reward", "sft") if name in config.stem), None)
     if name is None:
         raise UserError(f"{config}: its stage is not clear from its keys or name", remedy="Add --stage sft or reward.")
@@ -112,8 +133,6 @@ class MemoryPlan:
         self, values: dict[str, Any], stage: str, where: str, processes: int, size: float, base: str | None = None,
         longest: int | None = None, candidates: int = 4,
     ) -> None:  # fmt: skip
-        if stage not in STAGES:
-            raise UserError(f"--stage {stage}: {nearest(stage, STAGES)}")
         self.values, self.stage, self.where = values, stage, where
         self.processes, self.size, self.base, self.longest, self.candidates = processes, size, base, longest, candidates
         self.config: Any = self.changed()
@@ -128,7 +147,7 @@ class MemoryPlan:
         """The config with `key=value` changes."""
         values = _copy(self.values)
         override_values(values, changes)
-        return check_config(STAGES[self.stage], values, self.where)
+        return _checked(self.stage, values, self.where)
 
     def predict(self, *changes: str) -> Any:
         """The prediction for one process, with `key=value` changes."""
@@ -254,8 +273,9 @@ def _copy(values: Any) -> Any:
 
 def report(plan: MemoryPlan, gpus: int, hosts: int) -> None:
     """Print the tables and the advice."""
-    gib = lambda size: f"{size / GIB:.1f}"  # noqa: E731
     own = plan.predict()
+    digits = 1 if own.peak >= GIB else 3
+    gib = lambda size: f"{size / GIB:.{digits}f}"  # noqa: E731
     phases = list(own.phases)
     from rlhf.memory.predict import PARTS  # imports torch
 
@@ -282,6 +302,25 @@ def report(plan: MemoryPlan, gpus: int, hosts: int) -> None:
     say(f"budget: the largest {plan.budget_key} that fits; host: GiB of a host's main memory")
     for line in advice(plan):
         say(line)
+
+
+def report_on_cpu(config: Any, where: str, base: str | None, longest: int | None, candidates: int) -> None:
+    """Print the range of the peak of one process on the CPU, and its tensors by phase and part."""
+    from rlhf.memory.cpu_range import on_cpu, size_in_words  # imports torch
+    from rlhf.memory.predict import PARTS
+
+    found = on_cpu(config, config.precision == "bfloat16", 1, longest, 1 if longest is None else None, candidates, base)
+    phases = found.tensors.phases
+    parts = [part for part in PARTS if any(snapshot.parts.get(part) for snapshot in phases.values())]
+    rows = [
+        [phase, *(size_in_words(one.parts.get(part, 0.0)) for part in parts), size_in_words(one.total)]
+        for phase, one in phases.items()
+    ]
+    table(
+        f"{where} on a CPU: one process with the longest batches, at each phase's peak", ["phase", *parts, "all"], rows
+    )
+    say(f"Peak memory of a process: {found}")
+    say("From short batches, tensors alone, to the longest ones with what glibc keeps and libraries load at work.")
 
 
 def advice(plan: MemoryPlan) -> Iterator[str]:

@@ -29,7 +29,7 @@ from rlhf.memory.tracer import GRADIENTS, LOGITS, MemorySnapshot, MemoryTracer, 
 from rlhf.memory.workload import BatchShape, batch_shape, limit_of, roles
 from rlhf.models.logprobs import head_logprobs
 from stages.cli import app
-from stages.memory import GIB, MemoryPlan, memory_of
+from stages.memory import GIB, MemoryPlan, memory_of, stage_of
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 SHAPE = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "vocab_size": 1000, "hidden_size": 64}
@@ -325,6 +325,30 @@ def test_the_command_shows_stages_phases_and_what_fits(tmp_path):
     assert status == 0, text
     for word in ("ZeRO 3, offload", "rollout", "scoring", "update", "checkpoint", "It fits", "KV cache"):
         assert word in text
+
+
+def test_without_a_gpu_the_command_prints_the_range_of_one_process(tmp_path):
+    file = config_file(tmp_path, shape(tmp_path / "model"))
+    ends = {}
+    for longest in (4, 256):
+        status, text = said("--config", file, "--gpus", "0", "--longest", str(longest), "rollout.max_new_tokens=64")
+        assert status == 0, text
+        found = re.search(r"Peak memory of a process: ([\d.]+) (.B) to ([\d.]+) (.B) \(\w+\)", text)
+        assert found and "rollout" in text, text
+        ends[longest] = [float(found[i]) * {"MB": 1e6, "GB": 1e9}[found[i + 1]] for i in (1, 3)]
+    assert ends[4][0] < ends[256][0] and ends[4][1] < ends[256][1]
+    assert ends[4][1] > 150e6  # what libraries load
+
+
+@pytest.mark.parametrize("words", [("--gpus", "0", "--gpu-memory", "80"), ("--gpus", "2")])
+def test_the_memory_of_a_gpu_is_given_with_gpus_and_only_then(tmp_path, words):
+    status, text = said("--config", config_file(tmp_path, shape(tmp_path / "model")), *words)
+    assert status and "--gpu-memory" in text
+
+
+def test_the_stage_of_a_runs_config_is_the_runs(tmp_path):
+    (tmp_path / "run.json").write_text(json.dumps({"stage": "reward", "status": "complete"}))
+    assert stage_of({"model": {}}, tmp_path / "config.yaml") == "reward"
 
 
 def test_a_model_without_its_config_is_refused_unless_base_is_given(tmp_path):

@@ -4,23 +4,16 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from rlhf import distributed
 from rlhf.core.console import is_main, say
-from rlhf.distributed.deepspeed_json import read_deepspeed
+from rlhf.memory.cpu_range import on_cpu, predicted, size_in_words
 from rlhf.models.load import compute_dtype
 
-if TYPE_CHECKING:
-    from rlhf.memory.predict import Prediction
-
 STATUS = Path("/proc/self/status")
-UNKNOWN_CODE = {False: 150e6, True: 200e6}
-"""Bytes of a process on a CPU, at most, for code and tables that libraries load at first use; with DeepSpeed (True)."""
-KEPT_BY_MALLOC = 1.4
-"""Resident memory over live memory, at most: glibc keeps what was freed."""
 
 
 class PeakMemory:
@@ -48,7 +41,7 @@ class PeakMemory:
         if not is_main():
             return
         measured = self.measured()
-        parts = [] if measured is None else [f"measured {_gb(measured)}"]
+        parts = [] if measured is None else [f"measured {size_in_words(measured)}"]
         try:
             parts.insert(0, f"predicted {_predicted(config, longest, mean, candidates)}")
         except Exception:  # some model families do not run on fake tensors
@@ -57,43 +50,13 @@ class PeakMemory:
 
 
 def _predicted(config: Any, longest: int | None, mean: float | None, candidates: int) -> str:
-    """The prediction in words: a number for a GPU, a range for a CPU.
-
-    What a process on a CPU holds besides tensors differs by more than the tensors of a small model: see UNKNOWN_CODE
-    and KEPT_BY_MALLOC. The low end has batches of mean length (of completions: half of the longest) and neither of the
-    two; the high end has the longest batches and both.
-    """
-    from rlhf.memory.predict import PROCESS
-
-    high = _prediction(config, longest, candidates)
-    if torch.cuda.is_available():
-        return f"{_gb(high.peak)} ({high.peak_phase})"
-    typical = config
-    if hasattr(config, "rollout"):
-        half = {"max_new_tokens": max(1, config.rollout.max_new_tokens // 2)}
-        typical = config.model_copy(update={"rollout": config.rollout.model_copy(update=half)})
-    low = _prediction(typical, longest if mean is None else max(1, round(mean)), 2)
-    least, most = (max(one.total - one.parts[PROCESS] for one in found.phases.values()) for found in (low, high))
-    code = UNKNOWN_CODE[config.deepspeed is not None or distributed.world_size() > 1]
-    return f"{_gb(least)} to {_gb(KEPT_BY_MALLOC * most + code)} ({high.peak_phase})"
-
-
-def _prediction(config: Any, longest: int | None, candidates: int) -> Prediction:
-    from rlhf.memory.predict import ZeroLayout, predict
-    from rlhf.memory.traced_model import TracedModel
-    from rlhf.memory.workload import batch_shape, limit_of
-
-    settings = read_deepspeed(config.deepspeed) if config.deepspeed else None
-    if settings is None and distributed.world_size() > 1:
-        settings = {"zero_optimization": {"stage": 0}}
-    bfloat16, gpu = compute_dtype(config.precision) == torch.bfloat16, torch.cuda.is_available()
-    work = batch_shape(config, limit_of(config), distributed.world_size(), longest, candidates)
-    traced = TracedModel(config, work, bfloat16, deepspeed=settings is not None)
-    return predict(traced, ZeroLayout.of(settings), distributed.world_size(), gpu)
-
-
-def _gb(size: float) -> str:
-    return f"{size / 1e9:.2f} GB" if size >= 1e8 else f"{size / 1e6:.1f} MB"
+    """The prediction in words: a number for a GPU, a range for a CPU."""
+    processes = distributed.world_size()
+    bfloat16 = compute_dtype(config.precision) == torch.bfloat16
+    if not torch.cuda.is_available():
+        return str(on_cpu(config, bfloat16, processes, longest, mean, candidates))
+    found = predicted(config, bfloat16, processes, longest, candidates, gpu=True)
+    return f"{size_in_words(found.peak)} ({found.peak_phase})"
 
 
 def _resident(field: str) -> float:
