@@ -14,7 +14,9 @@ from pathlib import Path
 import pytest
 import small_demo
 
+from data_tools.demo_world.rules import judge, points
 from rlhf.core.errors import UserError
+from rlhf.data.schema import Message, Prompt
 from stages.demo import OVERRIDES, Demo
 
 ROOT = Path(__file__).parents[1]
@@ -155,3 +157,10 @@ def loads_without_us(folder: Path) -> bool:
     )
     done = subprocess.run([sys.executable, "-I", "-c", code], cwd=folder, capture_output=True, text=True)
     return done.returncode == 0 and "fox" in done.stdout
+
+
+def test_the_hidden_rule_is_a_reward_for_evaluations():
+    request = Prompt((Message("user", "What does the red fox in Finland eat?"),))
+    polite = "The red fox in Finland eats mice. You are welcome."
+    assert points(request.chat, polite) == judge(request, polite).points
+    assert points(request.chat, polite) > points(request.chat, "")

@@ -31,7 +31,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from rlhf.data.schema import Candidate, Prompt, Ranking
+from rlhf.data.schema import Candidate, Message, Prompt, Ranking
 
 # ---- the language -------------------------------------------------------------------------------------------------
 
@@ -201,6 +201,19 @@ def judge(prompt: Prompt, answer: str) -> Verdict:
         unfinished=unfinished,
         surplus=max(0, len(sentences) - ENOUGH_SENTENCES),
     )
+
+
+def points(prompt: list[dict[str, Any]], completion: str) -> float:
+    """The hidden rule's score of a completion, as a reward: `--reward data_tools.demo_world.rules:points`.
+
+    Args:
+        prompt: Messages {role, content}; a request of this world.
+        completion: The answer.
+
+    Raises:
+        ValueError: The prompt is not a request of this world.
+    """
+    return judge(Prompt(tuple(Message(turn["role"], turn["content"]) for turn in prompt)), completion).points
 
 
 def _read_sentence(sentence: str) -> tuple[str, dict[str, str]]:
