@@ -27,7 +27,7 @@ from rlhf.config.load import check_config, dump_config
 from rlhf.core.errors import UserError
 from rlhf.data.schema import SCHEMA_VERSION, to_dict
 from rlhf.data.store import open_dataset
-from stages import pipeline
+from stages import pipeline, pipeline_steps
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 
@@ -72,7 +72,7 @@ def place(tmp_path, monkeypatch):
 
 def pretend(place: Path, stage: str, status: str = "complete", **values: object) -> None:
     """A run of the stage, as it would have left its run.json and config.yaml."""
-    _, steps = pipeline.read_pipeline("all.yaml", [])
+    _, steps = pipeline_steps.read_pipeline("all.yaml", [])
     config = next(step.config for step in steps if step.stage == stage)
     (place / config.run / "model").mkdir(parents=True)
     (place / config.run / "model" / "config.json").write_text("{}", "utf-8")
@@ -82,11 +82,11 @@ def pretend(place: Path, stage: str, status: str = "complete", **values: object)
 
 
 def states(overrides: tuple[str, ...] = ()) -> list[str]:
-    return [step.state() for step in pipeline.read_pipeline("all.yaml", overrides)[1]]
+    return [step.state() for step in pipeline_steps.read_pipeline("all.yaml", overrides)[1]]
 
 
 def test_overrides_go_to_the_stage_that_they_name(place):
-    config, steps = pipeline.read_pipeline("all.yaml", ["name=other", "ppo.updates=7", "sft.batch.max_steps=3"])
+    config, steps = pipeline_steps.read_pipeline("all.yaml", ["name=other", "ppo.updates=7", "sft.batch.max_steps=3"])
     assert config.name == "other"
     assert [step.overrides for step in steps] == [["batch.max_steps=3"], [], ["updates=7"]]
     assert steps[2].config.updates == 7
@@ -95,7 +95,7 @@ def test_overrides_go_to_the_stage_that_they_name(place):
 def test_an_override_for_a_stage_that_the_pipeline_lacks_is_refused(place):
     (place / "two.yaml").write_text("name: two\nsft: sft.yaml\n", "utf-8")
     with pytest.raises(UserError, match="has no ppo stage"):
-        pipeline.read_pipeline("two.yaml", ["ppo.updates=7"])
+        pipeline_steps.read_pipeline("two.yaml", ["ppo.updates=7"])
 
 
 def test_complete_runs_are_skipped_and_interrupted_ones_continued(place):
@@ -190,7 +190,7 @@ def test_a_config_of_another_stage_is_recognised(given, wanted, place):
     said = rf"{given}\.yaml: is a config of {name}, not of {wanted}\n.*rlhf {name}"
     with pytest.raises(UserError, match=said):
         if wanted == "pipeline":
-            pipeline.read_pipeline(f"{given}.yaml", [])
+            pipeline_steps.read_pipeline(f"{given}.yaml", [])
         else:
             entry.prepare(wanted, f"{given}.yaml", dry_run=True)
 
@@ -339,7 +339,7 @@ def test_the_rounds_in_the_documentation_are_a_pipelines():
 def test_rounds_need_a_reward_stage_and_a_policy(place):
     (place / "two.yaml").write_text(yaml.safe_dump({"name": "two", "sft": "sft.yaml", "rounds": ROUNDS}), "utf-8")
     with pytest.raises(UserError, match="rounds: needs a reward stage"):
-        pipeline.read_pipeline("two.yaml", [])
+        pipeline_steps.read_pipeline("two.yaml", [])
 
 
 def test_rounds_whose_rankings_would_never_reach_the_policy_are_refused(place):
@@ -351,9 +351,9 @@ def test_rounds_whose_rankings_would_never_reach_the_policy_are_refused(place):
 
 def test_a_round_trains_runs_of_its_own_on_the_rankings_of_all_rounds(place):
     with_rounds(place)
-    _, steps = pipeline.read_pipeline("all.yaml", ["reward.seed=5"])
+    _, steps = pipeline_steps.read_pipeline("all.yaml", ["reward.seed=5"])
     rounds = [Round(n, Path(f"data/round-{n}")) for n in (1, 2)]
-    reward, ppo = (pipeline.in_round(step, steps, rounds) for step in steps[1:])
+    reward, ppo = (pipeline_steps.in_round(step, steps, rounds) for step in steps[1:])
     assert reward.config.run == "runs/reward-round-2" and reward.config.seed == 5
     assert reward.config.data.train == ["rankings", "data/round-1/collected", "data/round-2/collected"]
     assert (ppo.config.run, ppo.config.reward_model) == ("runs/ppo-round-2", "runs/reward-round-2")
@@ -365,16 +365,16 @@ def test_a_reward_model_inside_a_sum_is_the_rounds_own_too(place):
     terms = [{"name": "model", "path": "runs/reward", "weight": 0.5}, {"name": "function", "function": "math:log"}]
     values["reward"] = {"name": "sum", "terms": terms}
     (place / "ppo.yaml").write_text(yaml.safe_dump(values), "utf-8")
-    _, steps = pipeline.read_pipeline("all.yaml", [])
-    ppo = pipeline.in_round(steps[2], steps, [Round(1, Path("r1"))])
+    _, steps = pipeline_steps.read_pipeline("all.yaml", [])
+    ppo = pipeline_steps.in_round(steps[2], steps, [Round(1, Path("r1"))])
     assert ppo.config.reward.options["terms"] == [{**terms[0], "path": "runs/reward-round-1"}, terms[1]]
 
 
 def test_the_newest_policies_answer_and_without_any_the_model_that_ppo_starts_from(place):
-    _, steps = pipeline.read_pipeline("all.yaml", [])
-    assert pipeline.policies(steps, steps) == ["runs/ppo", "runs/sft"]
-    assert pipeline.policies(steps, steps[:1]) == ["runs/sft"]
-    assert pipeline.policies(steps, []) == ["runs/sft"], "ppo.model.path"
+    _, steps = pipeline_steps.read_pipeline("all.yaml", [])
+    assert pipeline_steps.policies(steps, steps) == ["runs/ppo", "runs/sft"]
+    assert pipeline_steps.policies(steps, steps[:1]) == ["runs/sft"]
+    assert pipeline_steps.policies(steps, []) == ["runs/sft"], "ppo.model.path"
 
 
 def test_without_any_rankings_the_first_training_is_instruction_tuning_alone(place, capsys):
