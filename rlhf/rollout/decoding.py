@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -41,6 +42,27 @@ class RowAdapters(Protocol):
         ...
 
 
+@dataclass(frozen=True)
+class _Prefilled:
+    """What the forward pass over prompts gave."""
+
+    key: Hashable
+    """The last prompt."""
+    logits: Tensor
+    """float32 [prompts, V]: of the first tokens."""
+    cache: Any
+    lengths: Tensor
+    """int64 [prompts]: tokens in the cache."""
+
+    def row(self, number: int) -> _Prefilled:
+        """A copy of one prompt's row, so that the rest can be freed."""
+        kept = transformers.DynamicCache()
+        for index, layer in enumerate(self.cache.layers):
+            kept.update(layer.keys[number : number + 1].clone(), layer.values[number : number + 1].clone(), index)
+        rows = slice(number, number + 1)
+        return _Prefilled(self.key, self.logits[rows].clone(), kept, self.lengths[rows])
+
+
 class DecodingSlots:
     """A fixed number of decoding slots.
 
@@ -67,6 +89,8 @@ class DecodingSlots:
         """The request in each slot; None where the slot is free."""
         self.tokens: list[list[int]] = [[] for _ in self.slots]
         self.cache: Any = None
+        self.held: _Prefilled | None = None
+        """The prefill of the prompt whose further completions wait for a slot."""
         device, count = model.device, len(self.slots)
         self.ends = torch.tensor(stop_ids(model, chat), device=device)
         self.end_set = set(self.ends.tolist())
@@ -96,26 +120,39 @@ class DecodingSlots:
         return free >= len(self.slots) / 8
 
     def _prefill_into_slots(self) -> None:
-        """Prefill waiting prompts, each distinct one once, put them into free slots and sample their first tokens."""
+        """Put waiting requests into free slots and sample their first tokens; a prompt is prefilled once."""
         slots = self._free()[: self._next_count()]
         requests, self.waiting = self.waiting[: len(slots)], self.waiting[len(slots) :]
-        first: dict[Hashable, int] = {}  # distinct prompt -> a request that has it
-        for request in requests:
-            first.setdefault(self._key(request), request)
-        row_of, prefilled = {key: row for row, key in enumerate(first)}, list(first.values())
-        source = torch.tensor([row_of[self._key(i)] for i in requests], device=self.model.device)
-        logits, cache, lengths = self._prefill(prefilled)
+        held, self.held = self.held, None
+        known = [i for i in requests if held and self._key(i) == held.key]
+        if held and known:
+            self._enter(known, slots[: len(known)], held, [0] * len(known))
+        new = [i for i in requests if not (held and self._key(i) == held.key)]
+        if new:
+            first: dict[Hashable, int] = {}  # distinct prompt -> a request that has it
+            for request in new:
+                first.setdefault(self._key(request), request)
+            row_of = {key: row for row, key in enumerate(first)}
+            prefilled = _Prefilled(self._key(new[-1]), *self._prefill(list(first.values())))
+            if self.cache is None:
+                self.cache = self._empty_cache(prefilled.cache)
+            self._enter(new, slots[len(known) :], prefilled, [row_of[self._key(i)] for i in new])
+            held = prefilled
+        if self.waiting and held and self._key(self.waiting[0]) == held.key:
+            self.held = held.row(row_of[held.key]) if new else held
+
+    def _enter(self, requests: Sequence[int], slots: list[int], prefilled: _Prefilled, rows: list[int]) -> None:
+        """Put requests into slots, each from its row of a prefill, and sample their first tokens."""
         device = self.model.device
-        if self.cache is None:
-            self.cache = self._empty_cache(cache)
-        where = torch.tensor(slots, device=device)
-        self.cache.insert(cache, lengths[source], source, where)
+        source, where = torch.tensor(rows, device=device), torch.tensor(slots, device=device)
+        lengths = prefilled.lengths[source]
+        self.cache.insert(prefilled.cache, lengths, source, where)
         for slot, request in zip(slots, requests):
             self.slots[slot], self.tokens[slot] = request, []
         noise = [uniform_noise(self.seeds[i], self.sampling.max_new_tokens) for i in requests]
         self.noise[where] = torch.stack(noise).to(device)
-        self.position[where], self.count[where], self.live[where] = lengths[source] - 1, 0, 1
-        self._sample(logits[source], where)
+        self.position[where], self.count[where], self.live[where] = lengths - 1, 0, 1
+        self._sample(prefilled.logits[source], where)
 
     def _next_count(self) -> int:
         """How many of the waiting requests can be prefilled together."""
