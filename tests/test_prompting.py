@@ -134,6 +134,31 @@ def test_a_calibrated_cloze_is_undecided_on_input_without_content(policy):
     assert second["probabilities"]["a"] != pytest.approx(0.5, abs=1e-4)
 
 
+@pytest.mark.parametrize("family", ["t5", "bart"])
+def test_an_encoder_decoder_chooses_labels_and_answers(family):
+    model = open_policy(tiny.encoder_decoder(family))
+    spec = "{name: cloze, shots: 1, verbaliser: {good: fine, bad: the river}}"
+    examples = [ask("A tree.", "good")]
+    way = prompter(model, spec, examples, labels=("good", "bad"))
+    (row,) = way.answer([ask("A house.")], SamplingParams(8)).rows
+    assert way.builder.layout == "text"
+    prompt = model.chat.prompt([Message("user", "A tree.\nfine\n\nA house.")])
+    scores = []
+    for word in ("fine", "the river"):
+        ids = model.chat.response(word)[:-1]
+        start = model.model.config.decoder_start_token_id
+        with torch.no_grad():
+            logits = model.model(
+                input_ids=torch.tensor([prompt]), decoder_input_ids=torch.tensor([[start, *ids[:-1]]])
+            ).logits[0]
+        scores.append(math.exp(logits.log_softmax(-1).gather(-1, torch.tensor(ids)[:, None]).sum()))
+    assert row["probabilities"]["good"] == pytest.approx(scores[0] / sum(scores), rel=1e-3)
+    (row,) = prompter(model, "few-shot", examples).answer([ask("A house.")], SamplingParams(4, temperature=0)).rows
+    assert isinstance(row["text"], str)
+    with pytest.raises(UserError, match="plain is not for an encoder-decoder"):
+        prompter(model, "{name: few-shot, layout: plain}", examples)
+
+
 # ---- masked language models ----------------------------------------------------------------------------------------
 
 

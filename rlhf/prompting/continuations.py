@@ -8,16 +8,17 @@ positions that predict a token of a continuation.
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 
 from rlhf.core.console import track
 from rlhf.data.chat_tokenizer import ChatTokenizer
-from rlhf.models.logprobs import causal_lm, has_virtual_tokens, head_logprobs, hidden_states
+from rlhf.models.encoder_decoder import is_encoder_decoder
+from rlhf.models.logprobs import causal_lm, has_virtual_tokens, head_logprobs, hidden_states, token_logprobs
 from rlhf.models.shared_prompt import (
     NO_SHARING,
     SharedPrompts,
@@ -27,6 +28,7 @@ from rlhf.models.shared_prompt import (
     position_ids_of,
 )
 
+T = TypeVar("T")
 BATCH_TOKENS = 16384
 """Most tokens of one forward pass, padding included."""
 
@@ -52,7 +54,8 @@ def continuation_logprobs(
     """Log-prob of each continuation of each prompt in nats at temperature 1, summed over its tokens.
 
     Args:
-        model: A causal LM in evaluation mode, or PEFT's wrapper around one.
+        model: A causal LM or an encoder-decoder in evaluation mode, or PEFT's wrapper around one. An encoder-decoder
+            reads the prompt again for each continuation.
         chat: For padding.
         prompts: Token ids, at least one each.
         continuations: For each prompt, token ids of its continuations, at least one token each.
@@ -60,14 +63,33 @@ def continuation_logprobs(
     Returns:
         [prompt][continuation].
     """
+    if is_encoder_decoder(causal_lm(model)):
+        return _of_encoder_decoder(model, chat, prompts, continuations)
     found = [[0.0] * len(several) for several in continuations]
     longest = max((len(p) + max(map(len, c)) for p, c in zip(prompts, continuations)), default=0)
     sharing = _sharing(model, continuations).for_length(longest)
     rows = [row for i, prompt in enumerate(prompts) for row in _rows(i, prompt, continuations[i], sharing)]
     with torch.no_grad():
-        for batch in track(_batches(rows), "log-probs", unit="batches"):
+        for batch in track(_similar(rows, lambda row: row.length), "log-probs", unit="batches"):
             for (prompt, continuation), total in _totals(model, chat, batch):
                 found[prompt][continuation] = total
+    return found
+
+
+def _of_encoder_decoder(
+    model: Any, chat: ChatTokenizer, prompts: Sequence[Sequence[int]], continuations: Sequence[Sequence[Sequence[int]]]
+) -> list[list[float]]:
+    found = [[0.0] * len(several) for several in continuations]
+    rows = [(i, k, [*prompts[i], *tokens], len(prompts[i]))
+            for i, several in enumerate(continuations) for k, tokens in enumerate(several)]  # fmt: skip
+    with torch.no_grad():
+        for batch in track(_similar(rows, lambda row: len(row[2])), "log-probs", unit="batches"):
+            ids, mask = chat.pad([row[2] for row in batch], next(model.parameters()).device)
+            starts = torch.tensor([row[3] for row in batch], device=ids.device)[:, None]
+            wanted = (torch.arange(ids.shape[1], device=ids.device) >= starts) & (mask == 1)
+            logprobs = token_logprobs(model, ids, mask, wanted, temperature=1.0)[0].double()
+            for (i, k, *_), part in zip(batch, logprobs.split(wanted.sum(1).tolist())):
+                found[i][k] = float(part.sum())
     return found
 
 
@@ -98,11 +120,11 @@ def _rows(
         yield row
 
 
-def _batches(rows: Sequence[_Row]) -> list[list[_Row]]:
-    """Rows of similar length together."""
-    batches: list[list[_Row]] = []
-    for row in sorted(rows, key=lambda row: row.length):
-        if not batches or row.length * (len(batches[-1]) + 1) > BATCH_TOKENS:
+def _similar(rows: Sequence[T], length: Callable[[T], int]) -> list[list[T]]:
+    """Rows of similar length together, at most BATCH_TOKENS with padding unless one row has more."""
+    batches: list[list[T]] = []
+    for row in sorted(rows, key=length):
+        if not batches or length(row) * (len(batches[-1]) + 1) > BATCH_TOKENS:
             batches.append([])
         batches[-1].append(row)
     return batches
@@ -130,14 +152,8 @@ def _totals(model: Any, chat: ChatTokenizer, rows: Sequence[_Row]) -> Iterator[t
 def embeddings(model: Any, chat: ChatTokenizer, texts: Sequence[Sequence[int]]) -> np.ndarray:
     """float32 [texts, H]: the mean of the last hidden states of each text's tokens, scaled to length 1."""
     found = np.zeros((len(texts), causal_lm(model).config.get_text_config().hidden_size), np.float32)
-    order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
-    batches: list[list[int]] = []
-    for i in order:
-        if not batches or len(texts[i]) * (len(batches[-1]) + 1) > BATCH_TOKENS:
-            batches.append([])
-        batches[-1].append(i)
     with torch.no_grad():
-        for batch in track(batches, "embeddings", unit="batches"):
+        for batch in track(_similar(range(len(texts)), lambda i: len(texts[i])), "embeddings", unit="batches"):
             ids, mask = chat.pad([texts[i] for i in batch], next(model.parameters()).device)
             hidden = hidden_states(model, ids, mask).float()
             mean = (hidden * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)

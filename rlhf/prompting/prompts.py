@@ -5,8 +5,9 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 
+from rlhf.core.errors import UserError
 from rlhf.data.chat_templates import TEMPLATES
-from rlhf.data.chat_tokenizer import ChatTokenizer
+from rlhf.data.chat_tokenizer import ChatTokenizer, EncoderDecoderTokenizer
 from rlhf.data.schema import Message
 from rlhf.prompting.examples import Example, without_system
 from rlhf.prompting.ways import Prompting
@@ -22,6 +23,9 @@ def plain_chat(chat: ChatTokenizer) -> ChatTokenizer:
 class PromptBuilder:
     """Makes prompts of one way for one model.
 
+    Raises:
+        UserError: The layout does not suit the model.
+
     Attributes:
         layout: `turns`, examples are earlier turns of the conversation; `text`, they are text in the one user turn;
             `plain`, there are no turns, and the answer continues the text.
@@ -33,7 +37,14 @@ class PromptBuilder:
     def __init__(self, prompting: Prompting, chat: ChatTokenizer) -> None:
         self.prompting, wording = prompting, prompting.wording
         is_chat = chat.own_template and chat.tokenizer.chat_template != TEMPLATES["plain"]
-        self.layout = wording.layout if wording.layout != "auto" else "turns" if is_chat else "plain"
+        divided = isinstance(chat, EncoderDecoderTokenizer)
+        if divided and wording.layout == "plain":
+            raise UserError(
+                "layout: plain is not for an encoder-decoder, whose answer does not continue the text of its prompt",
+                remedy="Use layout: text, or leave it out.",
+            )
+        auto = "turns" if is_chat else "text" if divided else "plain"
+        self.layout = wording.layout if wording.layout != "auto" else auto
         self.chat = plain_chat(chat) if self.layout == "plain" else chat
         self._before, self._between, self.after = wording.parts
         self.gap = self._between[len(self._between.rstrip(" ")) :] if self.layout == "plain" else ""
