@@ -18,6 +18,9 @@ import stages.specialist
 from rlhf.config.base import ModelConfig
 from rlhf.config.load import check_config
 from rlhf.core.errors import UserError
+from rlhf.export.export import export
+from rlhf.export.formats import EXPORTERS
+from rlhf.inference.policy import open_policy
 from rlhf.models.load import quiet
 from rlhf.specialist.config import SpecialistConfig
 from rlhf.specialist.head import Example
@@ -356,3 +359,10 @@ def test_a_family_without_the_head_is_refused():
     head, _ = fitted("tags", specialist_rows.rows("tags", 4))
     with pytest.raises(UserError, match="no TokenClassification head for mamba"):
         load_specialist(ModelConfig(path=str(folder)), str(folder), head, tiny.tokenizer())
+
+
+def test_commands_for_language_models_refuse_a_specialist(tmp_path):
+    run = trained(tmp_path, "text", specialist_rows.rows("text", 8), batch={"batch_size": 8, "max_steps": 1})
+    for command in (lambda: open_policy(run), lambda: export(run, tmp_path / "out", EXPORTERS.pick("hf"))):
+        with pytest.raises(UserError, match="a specialist gives labels"):
+            command()

@@ -14,7 +14,7 @@ from rlhf.data.chat_tokenizer import ChatTokenizer, load_tokenizer
 from rlhf.models.load import compute_dtype, load_hf_config, load_policy, quiet, sequence_limit
 from rlhf.models.vocabulary import mask_unknown_ids, token_count
 from rlhf.rollout.types import SamplingParams
-from rlhf.runs.run import is_run, read_run, resolve_model_path
+from rlhf.runs.run import is_run, read_run, refuse_specialist, resolve_model_path
 from rlhf.tuning.save import generation_config
 
 
@@ -57,6 +57,7 @@ def model_kind(path: str | Path, trust_remote_code: bool = False) -> str:
         UserError: The run is not finished, or there is no model.
     """
     folder = resolve_model_path(path)
+    refuse_specialist(path)
     if is_run(path):
         return "reward" if read_run(path)["stage"] == "reward" else "policy"
     found = load_hf_config(ModelConfig(path=str(path), trust_remote_code=trust_remote_code), folder)

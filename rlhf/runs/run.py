@@ -311,6 +311,19 @@ def resolve_model_path(path: str | Path) -> str:
     return text
 
 
+def refuse_specialist(path: str | Path) -> None:
+    """Refuse a specialist run where a language model or a reward model is needed.
+
+    Raises:
+        UserError: It is one.
+    """
+    if is_run(path) and read_run(path)["stage"] == "specialist":
+        raise UserError(
+            f"{path}: a specialist gives labels, tags or spans, not answers or scores",
+            remedy=f"Its {Path(path) / 'model'} is a plain model for transformers: see docs/specialists.md.",
+        )
+
+
 def parent_facts(path: str | Path) -> dict[str, Any]:
     """What run.json records about a parent: its path, the fingerprint of its weights, and its stage if it is a run.
 
