@@ -23,6 +23,7 @@ _PLACES = {
     "DatasetWriter": "rlhf.data.store:DatasetWriter",
     "train_sft": "stages.library:train_sft",
     "train_reward": "stages.library:train_reward",
+    "train_dpo": "stages.library:train_dpo",
     "train_ppo": "stages.library:train_ppo",
     "open_policy": "rlhf.inference.policy:open_policy",
     "complete": "rlhf.inference.sampling:complete",

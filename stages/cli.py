@@ -20,6 +20,7 @@ app = command_group(
     {
         "sft": ("stages.start:sft", "Stage 1: instruction tuning on demonstrations."),
         "reward": ("stages.start:reward", "Stage 2: a reward model from rankings of K answers."),
+        "dpo": ("stages.start:dpo", "In place of stages 2 and 3: a policy from rankings by DPO, without RL."),
         "ppo": ("stages.start:ppo", "Stage 3: PPO against the reward, with a KL penalty."),
         "specialist": ("stages.start:specialist", "Train a classifier, tagger or span extractor on labelled rows."),
         "pipeline": ("stages.pipeline:command", "Run the stages and the export in a row, optionally in rounds."),

@@ -1,4 +1,4 @@
-"""The stages as functions, for notebooks and scripts: `from rlhf import train_sft, train_reward, train_ppo`."""
+"""The stages as functions, for notebooks and scripts: `from rlhf import train_sft, train_reward, train_dpo`."""
 
 from __future__ import annotations
 
@@ -52,6 +52,13 @@ def train_reward(
 ) -> Path:
     """A reward model from rankings, as `rlhf reward`. For the arguments see `train_sft`."""
     return _train("reward", config, {"train": data}, None, resume, overwrite)
+
+
+def train_dpo(
+    config: Config, data: Sequence[Record] | None = None, *, resume: bool = False, overwrite: bool = False
+) -> Path:
+    """A policy from rankings without RL, as `rlhf dpo`. For the arguments see `train_sft`."""
+    return _train("dpo", config, {"train": data}, None, resume, overwrite)
 
 
 def train_ppo(

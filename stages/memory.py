@@ -47,7 +47,7 @@ def command(
     overrides: Overrides = None,
     hosts: Annotated[int, typer.Option("--hosts", min=1, help="Number of hosts.")] = 1,
     stage: Annotated[
-        str | None, typer.Option("--stage", help="sft, reward or ppo, if it is not clear from the config.")
+        str | None, typer.Option("--stage", help="sft, reward, dpo or ppo, if it is not clear from the config.")
     ] = None,
     base: Annotated[
         str | None, typer.Option("--base", help="Folder with the config.json of models that are not trained yet.")
@@ -55,7 +55,7 @@ def command(
     longest: Annotated[
         int | None, typer.Option("--longest", min=1, help="Longest prompt (ppo) or row in tokens, if known.")
     ] = None,
-    candidates: Annotated[int, typer.Option("--candidates", min=2, help="Answers in a ranking (reward).")] = 4,
+    candidates: Annotated[int, typer.Option("--candidates", min=2, help="Answers in a ranking (reward, dpo).")] = 4,
 ) -> None:
     """Predict a run's peak memory on GPUs by phase, part and ZeRO stage; say what fits and the cheapest change.
 
@@ -109,9 +109,12 @@ def stage_of(values: dict[str, Any], config: Path) -> str:
         return "ppo"
     if is_run(config.parent) and config.name == "config.yaml":
         return str(read_run(config.parent)["stage"])
-    name = next((name for name in ("reward", "sft") if name in config.stem), None)
+    if "beta" in values or "sft_coef" in values:
+        return "dpo"
+    name = next((name for name in ("reward", "dpo", "sft") if name in config.stem), None)
     if name is None:
-        raise UserError(f"{config}: its stage is not clear from its keys or name", remedy="Add --stage sft or reward.")
+        remedy = "Add --stage sft, reward or dpo."
+        raise UserError(f"{config}: its stage is not clear from its keys or name", remedy=remedy)
     return name
 
 
@@ -120,7 +123,7 @@ class MemoryPlan:
 
     Args:
         values: The config's keys and values.
-        stage: sft, reward or ppo.
+        stage: sft, reward, dpo or ppo.
         where: The config's file, for messages.
         processes: Number of processes, one per GPU.
         size: Memory of a GPU in bytes.

@@ -115,7 +115,7 @@ def _check(models: Sequence[str], judges: Sequence[str], select: str, count: int
         raise UserError(what, remedy="Train reward models with different seeds; give --judge for each.")
     if select == "disagreement" and (count is None or count > (pool or 0)):
         raise UserError("--select disagreement: keeps --count of --pool prompts", remedy="Give --count, below --pool.")
-    wanted = [(model, ("sft", "ppo")) for model in models] + [(judge, ("reward",)) for judge in judges]
+    wanted = [(model, ("sft", "dpo", "ppo")) for model in models] + [(judge, ("reward",)) for judge in judges]
     for path, stages in wanted:
         resolve_model_path(path)
         if is_run(path) and read_run(path)["stage"] not in stages:

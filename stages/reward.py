@@ -22,9 +22,7 @@ from torch import Tensor
 from rlhf import distributed
 from rlhf.cli.entry import main
 from rlhf.config.base import DataConfig
-from rlhf.core.console import is_main, say, table
-from rlhf.core.errors import UserError
-from rlhf.core.files import write_json
+from rlhf.core.console import say
 from rlhf.data.chat_tokenizer import ChatTokenizer, load_tokenizer
 from rlhf.data.selection import open_datasets
 from rlhf.data.tables import tokenize
@@ -34,21 +32,17 @@ from rlhf.models.scalar import ScalarModel, load_scalar
 from rlhf.models.shared_prompt import NO_SHARING
 from rlhf.models.vocabulary import token_count
 from rlhf.reward.agreement import Agreement
-from rlhf.reward.collator import RankingCollator, RewardBatch, informative
+from rlhf.reward.collator import RankingCollator, RewardBatch, comparable, learnable
 from rlhf.reward.config import RewardConfig
+from rlhf.reward.held_out import BestScores, mean_loss, report
 from rlhf.reward.losses import RankingBatch, centering_penalty
-from rlhf.reward.metrics import ScoredRanking, metric_rows, reward_metrics
+from rlhf.reward.metrics import ScoredRanking, reward_metrics
 from rlhf.reward.scoring import score_rankings, score_texts
 from rlhf.runs.run import Run, data_facts, finish, open_run, parent_facts, resolve_model_path, template_time
 from rlhf.training.engine import Engine
 from rlhf.training.loop import Loop, Objective, supervised_engine
 from rlhf.tuning.methods import say_trainable
 from rlhf.tuning.save import save_result
-
-HEADLINE = ("accuracy", "accuracy_interval", "longer_accuracy", "log_loss", "calibration_error", "pairs", "rankings")
-"""The held-out metrics that go to run.json; all of them are in reward_metrics.json."""
-LOSS_CHUNK = 256
-"""Held-out rankings whose loss is computed together."""
 
 
 def run(config: RewardConfig, resume: bool = False, overwrite: bool = False) -> None:
@@ -79,7 +73,8 @@ def run(config: RewardConfig, resume: bool = False, overwrite: bool = False) -> 
     elif not scalar.shared_prompts.max_length:
         say(f"Prompts: encoded once for each answer, since {type(scalar.model).__name__} cannot share them")
     # 3. training
-    train, held_out = learnable(tables.train, config), tables.eval if comparable(tables.eval, config) else None
+    train = learnable(tables.train, config.loss)
+    held_out = tables.eval if comparable(tables.eval, config.loss) else None
     engine = supervised_engine(config, scalar)
     tokens = config.batch.micro_batch_size * limit
     objective = RewardObjective(config, chat, scalar, held_out, tokens, human_agreement)
@@ -113,31 +108,6 @@ def tokenize_reference(config: RewardConfig, run: Run, chat: ChatTokenizer, limi
     ).train
 
 
-def comparable(rankings: Any, config: RewardConfig) -> Sequence[int]:
-    """Indices of the rankings to learn from: all, or if the loss ignores ties those with two different ranks."""
-    return range(len(rankings)) if config.loss.row.traits["uses_ties"] else informative(rankings["ranks"][:])
-
-
-def learnable(rankings: Any, config: RewardConfig) -> Any:
-    """The comparable rankings of a table; the others are skipped and counted.
-
-    Raises:
-        UserError: Nothing is left.
-    """
-    kept = comparable(rankings, config)
-    if not kept:
-        raise UserError(
-            f"data.train: all candidates are tied in each of the {len(rankings):,} rankings",
-            f"The loss {config.loss.name!r} learns from candidates of different ranks.",
-            "Use a loss that learns from ties (rao-kupper, davidson), or other data.",
-        )
-    if len(kept) == len(rankings):
-        return rankings
-    skipped = len(rankings) - len(kept)
-    say(f"Data: {skipped:,} rankings skipped: all their candidates are tied, and {config.loss.name} ignores ties")
-    return rankings.select(kept)
-
-
 # ---- training ------------------------------------------------------------------------------------------------------
 
 
@@ -158,8 +128,7 @@ class RewardObjective(Objective[RewardBatch]):
         self.batch_tokens, self.human_agreement = batch_tokens, human_agreement
         self.ranking_loss, self.centering = config.loss, config.center_rewards_coefficient
         self.collator = RankingCollator(chat, config.data.weights == "use", scalar.shared_prompts, distributed.device())
-        self._lowest = float("inf")
-        self._best: tuple[int, list[ScoredRanking]] | None = None
+        self.best = BestScores()
 
     def batch(self, rows: list[dict[str, Any]]) -> RewardBatch:
         return self.collator(rows)
@@ -191,8 +160,7 @@ class RewardObjective(Objective[RewardBatch]):
         """Loss and pair metrics on the held-out rankings."""
         scored = self.score(engine, self.held_out)
         loss = self.held_out_loss(scored)
-        if loss < self._lowest:
-            self._lowest, self._best = loss, (step, scored)
+        self.best.note(loss, step, scored)
         found = reward_metrics(scored)
         metrics = {name: found[name] for name in ("accuracy", "log_loss", "calibration_error")}
         metrics |= {"ceiling": self.human_agreement.ceiling} if self.human_agreement else {}
@@ -201,15 +169,13 @@ class RewardObjective(Objective[RewardBatch]):
     def held_out_loss(self, scored: Sequence[ScoredRanking]) -> float:
         """Weighted mean over the held-out rankings that can be compared."""
         columns = self.held_out.select_columns(["ranks", "ratings", "weight"])
-        total = weight = 0.0
-        for start in range(0, len(scored), LOSS_CHUNK):
-            items = scored[start : start + LOSS_CHUNK]
-            rankings = replace(self.collator, device=None).rankings(columns[start : start + len(items)])
-            scores = torch.tensor([score for item in items for score in item.scores])
-            losses, counted = self.losses(scores, rankings)
-            total += float(losses[counted].sum())
-            weight += float(rankings.weights[counted].sum())
-        return total / weight
+
+        def losses(start: int, end: int) -> tuple[Tensor, Tensor, Tensor]:
+            rankings = replace(self.collator, device=None).rankings(columns[start:end])
+            scores = torch.tensor([score for item in scored[start:end] for score in item.scores])
+            return *self.losses(scores, rankings), rankings.weights
+
+        return mean_loss(len(scored), losses)
 
     # ---- scores, before any normalisation
 
@@ -224,9 +190,7 @@ class RewardObjective(Objective[RewardBatch]):
         The scores of the best evaluation are reused if it was at that step."""
         if self.held_out is None:
             return []
-        if self._best is not None and self._best[0] == step:
-            return self._best[1]
-        return self.score(engine, self.held_out)
+        return self.best.scored if self.best.step == step else self.score(engine, self.held_out)
 
     def mean_score(self, engine: Engine, demonstrations: Any) -> float:
         """Mean raw score of a table of demonstrations. Every rank calls it."""
@@ -237,19 +201,6 @@ class RewardObjective(Objective[RewardBatch]):
 
 
 # ---- the result ----------------------------------------------------------------------------------------------------
-
-
-def report(run: Run, scored: Sequence[ScoredRanking], step: int, human: Agreement | None) -> dict[str, Any]:
-    """Show the held-out metrics with human agreement, write them to reward_metrics.json; returns those for run.json."""
-    ceiling = human.metrics() if human else {}
-    metrics = reward_metrics(scored) | ceiling
-    for part in metric_rows(metrics):
-        table(*part)
-    if human:
-        say(human.compared_with(metrics["accuracy"]))
-    if is_main():
-        write_json(run.path / "reward_metrics.json", {"step": step, **metrics})
-    return {name: metrics[name] for name in HEADLINE} | ceiling
 
 
 def mean_and_std(scored: Sequence[ScoredRanking]) -> tuple[float, float]:

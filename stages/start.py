@@ -1,4 +1,4 @@
-"""`rlhf sft`, `reward`, `ppo` and `specialist`: run a stage in this process, or start the processes that run it."""
+"""`rlhf sft`, `reward`, `dpo`, `ppo`, `specialist`: run a stage in this process, or start processes that run it."""
 
 from __future__ import annotations
 
@@ -45,5 +45,6 @@ def _stage_command(stage: str) -> Callable[..., None]:
 
 sft = _stage_command("sft")
 reward = _stage_command("reward")
+dpo = _stage_command("dpo")
 ppo = _stage_command("ppo")
 specialist = _stage_command("specialist")

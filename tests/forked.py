@@ -18,7 +18,7 @@ from pathlib import Path
 
 IMPORTED = [
     "torch", "torch.distributed", "transformers.models.llama.modeling_llama", "trl", "peft", "datasets", "deepspeed",
-    "stages.sft", "stages.reward", "stages.ppo",
+    "stages.sft", "stages.reward", "stages.dpo", "stages.ppo",
 ]  # fmt: skip
 
 

@@ -49,7 +49,7 @@ def pretend(folder: Path, stage: str, status: str, **values: str) -> None:
 # ---- help --------------------------------------------------------------------------------------------------------
 
 COMMANDS = (
-    "sft", "reward", "ppo", "specialist", "pipeline", "sample", "evaluate", "export", "chat",
+    "sft", "reward", "dpo", "ppo", "specialist", "pipeline", "sample", "evaluate", "export", "chat",
     "check-model", "demo", "data",
 )  # fmt: skip
 
@@ -101,7 +101,7 @@ def test_an_unknown_command_or_option_is_refused_with_the_nearest(tmp_path):
         (["sft", "--config", "sft.yaml", "--hostfile", "nope"], "--hostfile: no file nope"),
         (["sft", "--config", "sft.yaml", "--resume", "--overwrite"], "Choose one."),
         (["sft", "--config", "sft.yaml", "deepspeed=nope.json"], "nope.json"),
-        (["pipeline", "--config", "sft.yaml"], "is a config of sft or reward, not of pipeline"),
+        (["pipeline", "--config", "sft.yaml"], "is a config of sft, reward or dpo, not of pipeline"),
         (["export", "runs/half", "--out", "out"], "not finished"),
         (["data", "stats", "nowhere"], "nowhere"),
     ],

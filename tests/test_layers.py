@@ -10,7 +10,8 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 FLOORS = {
     "rlhf": [
         "core", "config", "servers", "distributed", "data", "tasks", "runs", "models", "tuning", "rollout", "reward",
-        "training", "sft", "specialist", "ppo", "inference", "prompting", "export", "memory", "cli", "comparison",
+        "training", "sft", "specialist", "ppo", "dpo", "inference", "prompting", "export", "memory", "cli",
+        "comparison",
     ],
     "data_tools": [
         "statistics", "io", "curate", "check", "reading", "published", "importers", "aggregate", "annotate", "tasks",

@@ -36,8 +36,8 @@ def test_importing_the_package_imports_no_torch_and_every_name_is_there():
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=tiny.REPOSITORY)
     for name in eval(done.stdout):
         assert getattr(rlhf, name) is not None
-    with pytest.raises(AttributeError, match="no attribute 'train_dpo'"):
-        rlhf.train_dpo  # noqa: B018
+    with pytest.raises(AttributeError, match="no attribute 'train_all'"):
+        rlhf.train_all  # noqa: B018
 
 
 @pytest.mark.slow

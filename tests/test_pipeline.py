@@ -180,7 +180,7 @@ def test_a_complete_run_whose_dataset_changed_is_refused(place):
 @pytest.mark.parametrize("wanted", ["sft", "reward", "ppo", "pipeline"])
 def test_a_config_of_another_stage_is_recognised(given, wanted, place):
     values = yaml.safe_load((place / "reward.yaml").read_text("utf-8"))
-    (place / "reward.yaml").write_text(yaml.safe_dump({**values, "loss": "bradley-terry"}), "utf-8")
+    (place / "reward.yaml").write_text(yaml.safe_dump({**values, "normalize": "none"}), "utf-8")
     values = yaml.safe_load((place / "sft.yaml").read_text("utf-8"))
     (place / "sft.yaml").write_text(yaml.safe_dump({**values, "eval": {"samples": 1}}), "utf-8")
     name = "pipeline" if given == "all" else given

@@ -20,6 +20,7 @@ SPECS: list[dict[str, Any]] = [
     {"name": "bradley-terry", "label_smoothing": 0.1},
     {"name": "bradley-terry", "margin": "rank", "margin_scale": 0.5},
     {"name": "bradley-terry", "margin": "rating", "margin_scale": 0.5},
+    {"name": "hinge", "margin": 2.5},
     {"name": "rao-kupper", "tie_threshold": 1.5},
     {"name": "davidson", "tie_prevalence": 2.0},
 ]
@@ -70,6 +71,11 @@ def random_batch(seed: int, dtype: torch.dtype = torch.float64) -> tuple[torch.T
 def test_bradley_terry_of_three_is_the_mean_of_its_three_pairs():
     # -log sigmoid of 1, 3, 2: 0.313262, 0.048587, 0.126928
     assert loss_of("bradley-terry", [2.0, 1.0, -1.0], [1, 2, 3]) == pytest.approx(0.162926, abs=1e-6)
+
+
+def test_hinge_counts_what_a_pair_lacks_to_the_margin():
+    # gaps 0.25 and 2: (0.75 + 0) / 2; the tied pair is left out
+    assert loss_of("hinge", [0.25, 2.0, 0.0], [1, 1, 2]) == pytest.approx(0.375)
 
 
 def test_bradley_terry_leaves_the_tied_pair_out():
@@ -151,6 +157,8 @@ def pair_loss(spec: dict[str, Any], gap: float, distance: int, rating_gap: float
         gap -= {"none": 0.0, "rank": scale * (distance - 1), "rating": scale * known}[kind]
         flip = spec.get("label_smoothing", 0.0)
         return (1 - flip) * math.log1p(math.exp(-gap)) + flip * math.log1p(math.exp(gap))
+    if spec["name"] == "hinge":
+        return max(0.0, spec.get("margin", 1.0) - gap) if distance else None
     if spec["name"] == "rao-kupper":
         theta, a = math.exp(spec.get("tie_threshold", 0.5)), math.exp(gap)
         tie = (theta**2 - 1) * a / ((a + theta) * (theta * a + 1))
@@ -231,7 +239,7 @@ def test_centering_penalty_is_the_mean_over_pairs():
 
 
 @pytest.mark.parametrize("gap", [-3.0, 0.0, 0.4, 5.0])
-@over([spec for spec in SPECS if "label_smoothing" not in spec])  # a smoothed label is no longer one outcome
+@over([s for s in SPECS if "label_smoothing" not in s and s["name"] != "hinge"])  # a smoothed label is no outcome
 def test_a_pairs_outcomes_sum_to_one(spec: dict[str, Any], gap: float):
     inputs = {"ratings": torch.zeros(2)} if spec.get("margin") == "rating" else {}
     outcomes = [[1, 2], [2, 1]]
@@ -289,7 +297,7 @@ def test_the_loss_falls_as_the_best_answers_score_rises(spec: dict[str, Any]):
     scores = torch.stack((draw, torch.zeros(9), torch.full((9,), -0.5)), 1).flatten()
     ranks, ranking = torch.tensor([1, 2, 3]).repeat(9), torch.arange(9).repeat_interleave(3)
     loss, _ = run(spec, scores, ranks, ranking, torch.zeros(27))
-    assert (loss.diff() < 0).all()
+    assert (loss.diff() < 0).all() or (spec["name"] == "hinge" and (loss.diff() <= 0).all() and loss[0] > loss[-1])
 
 
 @every_spec

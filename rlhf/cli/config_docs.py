@@ -18,6 +18,7 @@ from rlhf.cli.compare_config import CompareConfig, ComparedTask, WayConfig
 from rlhf.cli.pipeline_config import PipelineConfig
 from rlhf.config.base import StageConfig
 from rlhf.core.table import Pick, Table, TableRow
+from rlhf.dpo.config import DPOConfig
 from rlhf.ppo.config import PPOConfig
 from rlhf.reward.config import RewardConfig
 from rlhf.sft.config import SFTConfig
@@ -27,6 +28,7 @@ SECTIONS: dict[str, tuple[type[BaseModel], str]] = {
     "Every stage": (StageConfig, "The keys that all stages share."),
     "SFT": (SFTConfig, "`rlhf sft --config FILE`: instruction tuning on demonstrations."),
     "Reward model": (RewardConfig, "`rlhf reward --config FILE`: a reward model from rankings."),
+    "DPO": (DPOConfig, "`rlhf dpo --config FILE`: the policy from rankings, without a reward model and without RL."),
     "PPO": (PPOConfig, "`rlhf ppo --config FILE`: PPO against the reward."),
     "Specialist": (SpecialistConfig, "`rlhf specialist --config FILE`: a head for one labelled task."),
     "Pipeline": (PipelineConfig, "`rlhf pipeline --config FILE`: the stages in a row, then the export."),

@@ -116,8 +116,9 @@ def refuse_other_stage(stage: str, file: str | Path) -> None:
     kinds: dict[str, type[BaseModel]] = {**TRAINING, "pipeline": PipelineConfig, "compare": CompareConfig}
     fitting = [name for name, kind in kinds.items() if fits(kind, values)]
     if fitting and stage not in fitting:
+        names = " or ".join(filter(None, [", ".join(fitting[:-1]), fitting[-1]]))
         raise UserError(
-            f"{file}: is a config of {' or '.join(fitting)}, not of {stage}",
+            f"{file}: is a config of {names}, not of {stage}",
             remedy=f"Start it with: rlhf {fitting[0]} --config {file}",
         )
 

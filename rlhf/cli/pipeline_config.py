@@ -42,19 +42,23 @@ class PipelineConfig(Strict):
     """Config file of the instruction-tuning stage; a stage that is left out is skipped."""
     reward: str | None = None
     """Config file of the reward-model stage."""
+    dpo: str | None = None
+    """Config file of the DPO stage, which needs no reward model and no PPO."""
     ppo: str | None = None
     """Config file of the PPO stage."""
     export: str | None = None
-    """Folder for the policy in Hugging Face format: PPO's, or SFT's if there is no PPO."""
+    """Folder for the policy in Hugging Face format: that of the last stage that trains one: PPO, DPO or SFT."""
     rounds: RoundsConfig | None = None
     """Further rounds with new rankings of the policy's own answers; see docs/rounds.md."""
 
     @model_validator(mode="after")
     def _something_to_do(self) -> PipelineConfig:
-        if not (self.sft or self.reward or self.ppo):
-            raise ValueError("name the config file of at least one of sft, reward, ppo")
-        if self.export and not (self.sft or self.ppo):
-            raise ValueError("export: there is no policy to export without sft or ppo")
+        if not (self.sft or self.reward or self.dpo or self.ppo):
+            raise ValueError("name the config file of at least one of sft, reward, dpo, ppo")
+        if self.export and not (self.sft or self.dpo or self.ppo):
+            raise ValueError("export: there is no policy to export without sft, dpo or ppo")
+        if self.rounds and self.dpo:
+            raise ValueError("rounds: a round trains a reward model and PPO on its rankings; leave out dpo")
         if self.rounds and not (self.reward and (self.sft or self.ppo)):
             raise ValueError("rounds: needs a reward stage, which learns from the rankings, and a policy: sft or ppo")
         return self

@@ -25,6 +25,7 @@ from rlhf.data.schema import KINDS
 from rlhf.data.selection import open_datasets
 from rlhf.data.store import Dataset
 from rlhf.distributed.deepspeed_json import read_deepspeed
+from rlhf.dpo.config import DPOConfig
 from rlhf.ppo.config import PPOConfig
 from rlhf.ppo.shared_roles import recognise
 from rlhf.reward.config import RewardConfig
@@ -36,6 +37,8 @@ from rlhf.specialist.config import SpecialistConfig
 Rows = list[tuple[str, str]]
 PendingRuns = Mapping[str, str]
 """Folders of runs that do not exist yet -> the earlier stage of the pipeline that makes them."""
+POLICIES = ("sft", "dpo", "ppo")
+"""The stages whose result is a policy."""
 
 
 def check(
@@ -256,14 +259,17 @@ def _steps(batch: BatchConfig, paths: Sequence[str], kinds: Sequence[str]) -> st
 
 def _sft(config: SFTConfig, world: int, pending_runs: PendingRuns) -> Rows:
     kinds = ("demonstration", "ranking")
-    rows = [("model", _model(config.model, ("sft", "ppo"), pending_runs)), ("tuning", _tuning("tuning", config.tuning))]
+    rows = [
+        ("model", _model(config.model, POLICIES, pending_runs)),
+        ("tuning", _tuning("tuning", config.tuning)),
+    ]
     rows += _data("data.train", config.data.train, config.data.eval, kinds)
     return [*rows, ("steps", _steps(config.batch, config.data.train, kinds)), ("batch", _batch(config.batch, world))]
 
 
 def _reward(config: RewardConfig, world: int, pending_runs: PendingRuns) -> Rows:
     rows = [
-        ("model", _model(config.model, ("sft", "ppo", "reward"), pending_runs)),
+        ("model", _model(config.model, (*POLICIES, "reward"), pending_runs)),
         ("tuning", _tuning("tuning", config.tuning)),
     ]
     rows += [("loss", config.loss.name)]
@@ -273,10 +279,18 @@ def _reward(config: RewardConfig, world: int, pending_runs: PendingRuns) -> Rows
     return [*rows, ("batch", _batch(config.batch, world))]
 
 
+def _dpo(config: DPOConfig, world: int, pending_runs: PendingRuns) -> Rows:
+    rows = [("policy", _model(config.model, POLICIES, pending_runs))]
+    rows += [("tuning", _tuning("tuning", config.tuning)), ("loss", f"{config.loss.name}, beta {config.beta:g}")]
+    rows += _data("data.train", config.data.train, config.data.eval, ("ranking",))
+    rows += [("steps", _steps(config.batch, config.data.train, ("ranking",)))]
+    return [*rows, ("batch", _batch(config.batch, world))]
+
+
 def _ppo(config: PPOConfig, world: int, pending_runs: PendingRuns) -> Rows:
     rollout, batch = config.rollout, config.batch
     rows = [
-        ("policy", _model(config.model, ("sft", "ppo"), pending_runs)),
+        ("policy", _model(config.model, POLICIES, pending_runs)),
         ("tuning", _tuning("tuning", config.tuning)),
     ]
     limit = config.model.max_length or _positions(config.model, pending_runs)
@@ -370,4 +384,10 @@ def _reward_sources(config: PPOConfig, pending_runs: PendingRuns) -> Rows:
     return rows
 
 
-STAGE_CHECKS: dict[str, Callable[..., Rows]] = {"sft": _sft, "reward": _reward, "ppo": _ppo, "specialist": _specialist}
+STAGE_CHECKS: dict[str, Callable[..., Rows]] = {
+    "sft": _sft,
+    "reward": _reward,
+    "dpo": _dpo,
+    "ppo": _ppo,
+    "specialist": _specialist,
+}

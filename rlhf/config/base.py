@@ -170,9 +170,19 @@ class StageConfig(Strict):
             )
         return self
 
+    @model_validator(mode="after")
+    def _activations_can_be_recomputed(self) -> StageConfig:
+        tuning = getattr(self, "tuning", None)
+        if self.gradient_checkpointing and tuning is not None and tuning.name == "prefix-tuning":
+            raise ValueError(
+                "gradient_checkpointing: does not work with prefix-tuning, since transformers drops the cache, which "
+                "holds the prefix, when it recomputes"
+            )
+        return self
+
 
 class SupervisedConfig(StageConfig):
-    """Shared by SFT and the reward model: epochs over a fixed table of records."""
+    """Shared by SFT, the reward model and DPO: epochs over a fixed table of records."""
 
     batch: BatchConfig = BatchConfig()
     optimizer: OptimizerConfig = OptimizerConfig()

@@ -19,6 +19,7 @@ TEMPLATE = Path(__file__).with_name("model_card.md.jinja")
 SUMMARIES = {
     "sft": "A policy instruction-tuned on demonstrations that people wrote.",
     "reward": "A reward model trained on human rankings: it gives an answer a score, higher = better.",
+    "dpo": "A policy trained by direct preference optimisation on human rankings, from an instruction-tuned policy.",
     "ppo": "A policy trained with PPO against a reward, starting from an instruction-tuned policy.",
     "critic": "The critic of a PPO run: at every token of an answer it predicts the reward that is still to come.",
 }
@@ -46,7 +47,7 @@ class CardFacts:
     """The model that an adapter is loaded into."""
     license: str | None = None
     stage: str = "ppo"
-    """sft, reward, ppo or critic."""
+    """sft, reward, dpo, ppo or critic."""
     own_class: bool = False
     """Whether body and head of a scalar model load separately."""
     encoder_decoder: bool = False

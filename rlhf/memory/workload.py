@@ -10,6 +10,7 @@ from typing import Any
 from rlhf.config.base import ModelConfig, StageConfig
 from rlhf.core.errors import UserError
 from rlhf.core.table import Pick
+from rlhf.dpo.config import DPOConfig
 from rlhf.models.load import load_hf_config, refuse_encoder_decoder, sequence_limit
 from rlhf.ppo.config import PPOConfig
 from rlhf.reward.config import RewardConfig
@@ -35,7 +36,7 @@ class Role:
 
 def roles(config: StageConfig) -> list[Role]:
     """The models that a stage holds at the same time, trained models first."""
-    if isinstance(config, SFTConfig):
+    if isinstance(config, SFTConfig | DPOConfig):
         return [Role("policy", config.model.path, False, config.tuning)]
     if isinstance(config, RewardConfig):
         return [Role("reward model", config.model.path, True, config.tuning)]
@@ -108,7 +109,7 @@ def batch_shape(
         limit: The longest sequence of the model.
         processes: Number of processes.
         longest: Tokens of the longest prompt (PPO) or row (other stages), if known.
-        answers: Candidates of a ranking (reward model).
+        answers: Candidates of a ranking (reward model and DPO).
     """
     if isinstance(config, PPOConfig):
         new = config.rollout.max_new_tokens
@@ -121,10 +122,10 @@ def batch_shape(
             rows, prompt + new, rows * new, math.ceil(share / rows), min(mine, config.rollout.batch_size), prompt,
             mine > config.rollout.batch_size,
         )  # fmt: skip
-    assert isinstance(config, SFTConfig | RewardConfig)
+    assert isinstance(config, SFTConfig | RewardConfig | DPOConfig)
     share = max(1, config.batch.batch_size // processes)
     micro, width = min(config.batch.micro_batch_size, share), min(longest or limit, limit)
-    rows = micro * answers if isinstance(config, RewardConfig) else micro
+    rows = micro if isinstance(config, SFTConfig) else micro * answers
     selected = rows if isinstance(config, RewardConfig) else rows * (width - 1)
     return BatchShape(rows, width, selected, math.ceil(share / micro))
 

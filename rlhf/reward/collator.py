@@ -9,6 +9,9 @@ from typing import Any
 
 import torch
 
+from rlhf.core.console import say
+from rlhf.core.errors import UserError
+from rlhf.core.table import Pick
 from rlhf.data.chat_tokenizer import ChatTokenizer
 from rlhf.models.shared_prompt import NO_SHARING, PromptWithCompletions, SharedPrompts, pad_rows
 from rlhf.reward.losses import RankingBatch
@@ -17,6 +20,31 @@ from rlhf.reward.losses import RankingBatch
 def informative(ranks: Iterable[Sequence[int]]) -> list[int]:
     """Indices of the rankings that are not all ties. Ranks are dense, so each of these has a rank 2."""
     return [index for index, row in enumerate(ranks) if max(row) > 1]
+
+
+def comparable(rankings: Any, loss: Pick) -> Sequence[int]:
+    """Indices of the rankings to learn from: all, or if the loss ignores ties those with two different ranks."""
+    return range(len(rankings)) if loss.row.traits["uses_ties"] else informative(rankings["ranks"][:])
+
+
+def learnable(rankings: Any, loss: Pick) -> Any:
+    """The comparable rankings of a table; the others are skipped and counted.
+
+    Raises:
+        UserError: Nothing is left.
+    """
+    kept = comparable(rankings, loss)
+    if not kept:
+        raise UserError(
+            f"data.train: all candidates are tied in each of the {len(rankings):,} rankings",
+            f"The loss {loss.name!r} learns from candidates of different ranks.",
+            "Use a loss that learns from ties (rao-kupper, davidson), or other data.",
+        )
+    if len(kept) == len(rankings):
+        return rankings
+    skipped = len(rankings) - len(kept)
+    say(f"Data: {skipped:,} rankings skipped: all their candidates are tied, and {loss.name} ignores ties")
+    return rankings.select(kept)
 
 
 @dataclass(frozen=True)

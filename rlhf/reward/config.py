@@ -12,11 +12,14 @@ from rlhf.reward.losses import RANKING_LOSSES
 from rlhf.tuning.methods import TUNING
 
 
-class RewardDataConfig(DataConfig):
+class RankingDataConfig(DataConfig):
     weights: Literal["use", "ignore"] = "use"
     """Whether the `weight` of a ranking multiplies its loss, in training and in the held-out loss: a ranking of weight
     2 counts as two. (For an aggregated ranking, the weight is its confidence.) Accuracy and the other metrics ignore
     weights."""
+
+
+class RewardDataConfig(RankingDataConfig):
     demonstrations: Paths = []
     """Datasets of demonstrations for `normalize: demonstrations`, which shifts their mean score to 0."""
 

@@ -185,6 +185,26 @@ def bradley_terry(
     return _mean_over_pairs(padded, loss, None)
 
 
+@RANKING_LOSSES.row("hinge", uses_ties=False)
+def hinge(
+    scores: Tensor,
+    batch: RankingBatch,
+    *,
+    margin: Annotated[float, Field(gt=0)] = 1.0,
+) -> RankingLoss:
+    """Hinge loss over strictly ordered pairs (ranking SVM, Joachims 2002); tied pairs are left out.
+
+    max(0, margin - (s_i - s_j)) for i ranked above j, averaged over such pairs of a ranking: pairs that are further
+    than the margin from each other no longer count. On implicit rewards of DPO this is SLiC (Zhao 2023,
+    arXiv:2305.10425), TRL's `hinge`. `ratings` are not used.
+
+    Args:
+        margin: Score units, > 0.
+    """
+    padded = _pad(scores, batch)
+    return _mean_over_pairs(padded, F.relu(margin - padded.gaps), None)
+
+
 @RANKING_LOSSES.row("rao-kupper", uses_ties=True)
 def rao_kupper(
     scores: Tensor,

@@ -122,7 +122,7 @@ def open_run(config: StageConfig, stage: str, resume: bool, overwrite: bool, fac
     Args:
         config: The resolved config; with `resume` it must be the one that the run was started with, or make a complete
             run longer.
-        stage: sft, reward, ppo or specialist.
+        stage: sft, reward, dpo, ppo or specialist.
         resume: Continue from the newest complete checkpoint, or from the start if there is none.
         overwrite: Delete an existing run of that name first.
         facts: More for run.json: parents, data, fingerprints of tokenizer and chat template.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, ClassVar
 
-from pydantic import NonNegativeInt, PositiveInt, model_validator
+from pydantic import NonNegativeInt, PositiveInt
 
 from rlhf.config.base import BatchConfig, DataConfig, EvalConfig, SupervisedConfig
 from rlhf.core.table import Pick
@@ -37,12 +37,3 @@ class SFTConfig(SupervisedConfig):
         "samples": "eval.samples",
         "sample_tokens": "eval.sample_tokens",
     }
-
-    @model_validator(mode="after")
-    def _parts_fit(self) -> SFTConfig:
-        if self.gradient_checkpointing and self.tuning.name == "prefix-tuning":
-            raise ValueError(
-                "gradient_checkpointing: does not work with prefix-tuning, since transformers drops the cache, which "
-                "holds the prefix, when it recomputes"
-            )
-        return self

@@ -1,0 +1,58 @@
+"""Batches of whole rankings whose answers' log-probs are computed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rlhf.reward.collator import RankingCollator
+from rlhf.reward.losses import RankingBatch
+
+
+@dataclass(frozen=True)
+class PreferenceBatch:
+    """B rankings with N answers: every answer is encoded once, however many pairs it is in."""
+
+    input_ids: Tensor
+    """int64 [R, T], prompts and answers, padded on the right; R = N, or fewer where answers share their prompt."""
+    attention_mask: Tensor
+    """int64 [R, T], 1 where there is a token."""
+    branches: Tensor
+    """int64 [R, T], 0 at a prompt, k at its k-th answer, -1 at padding (see `rlhf.models.shared_prompt`)."""
+    shared: bool
+    """Whether any row has several answers."""
+    rankings: RankingBatch
+    """How the answers were ranked, in the order in which the rows hold them."""
+    reference: Tensor | None
+    """float32 [N], log-probs of the answers by the reference, nats; None before they are known."""
+
+    @property
+    def answer_tokens(self) -> Tensor:
+        """int64 scalar, the tokens whose log-probs are computed."""
+        return (self.branches > 0).sum()
+
+
+def preference_batch(rows: Sequence[dict[str, Any]], collator: RankingCollator) -> PreferenceBatch:
+    """A batch of rows of a table of rankings, some columns of which may be the reference's log-probs (`reference`)."""
+    found = collator(rows)
+    branches = found.branches
+    if branches is None:  # a row holds a prompt and one answer
+        prompts = torch.tensor([len(row["prompt"]) for row in rows for _ in row["candidates"]])[:, None]
+        column = torch.arange(found.input_ids.shape[1])[None]
+        branches = (column >= prompts).long().to(found.input_ids.device)
+        branches = branches.masked_fill(found.attention_mask == 0, -1)
+    known = "reference" in rows[0]
+    reference = [value for row in rows for value in row["reference"]] if known else []
+    return PreferenceBatch(
+        found.input_ids, found.attention_mask, branches, found.branches is not None, found.rankings,
+        torch.tensor(reference, dtype=torch.float32, device=found.input_ids.device) if known else None,
+    )  # fmt: skip
+
+
+def on_cpu(collator: RankingCollator) -> RankingCollator:
+    """The collator for held-out losses, which are computed from a few numbers."""
+    return replace(collator, device=None)

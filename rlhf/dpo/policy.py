@@ -1,0 +1,79 @@
+"""The policy as the engine calls it: log-probs of whole answers, by itself or by the reference that it started from."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rlhf.dpo.batches import PreferenceBatch
+from rlhf.models.logprobs import causal_lm, has_virtual_tokens, head_logprobs, hidden_states, token_logprobs
+from rlhf.models.shared_prompt import NO_SHARING, SharedPrompts, attention_mask_of, detect_sharing, position_ids_of
+from rlhf.ppo.actor_critic import adapters_off
+
+
+class PreferencePolicy(nn.Module):
+    """A causal LM, perhaps in PEFT's wrapper, that gives the log-prob of every answer of a batch of rankings."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, batch: PreferenceBatch, chunks: int, reference: bool = False) -> tuple[Tensor, Tensor]:
+        """Log-probs float32 [N] of the answers in nats, summed over their tokens, and these tokens int64 [N].
+
+        Args:
+            batch: N answers.
+            chunks: Parts that the head works in; see `rlhf.models.logprobs.head_chunks`.
+            reference: Without adapters and virtual tokens. Before training this is the reference, whatever is tuned.
+        """
+        if not reference:
+            return answer_logprobs(self.model, batch, chunks)
+        model = causal_lm(self.model) if has_virtual_tokens(self.model) else self.model
+        with adapters_off(model):
+            return answer_logprobs(model, batch, chunks)
+
+
+def answer_logprobs(model: nn.Module, batch: PreferenceBatch, chunks: int) -> tuple[Tensor, Tensor]:
+    """See `PreferencePolicy.forward`. Logits exist for one chunk of the answers' tokens at a time."""
+    if batch.shared:
+        logprobs, answer, columns = _on_shared_prompts(model, batch, chunks)
+    else:  # a row is an answer
+        wanted = batch.branches > 0
+        wanted[:, 0] = False  # behind an empty prompt, nothing predicts the first token
+        logprobs, _ = token_logprobs(model, batch.input_ids, batch.attention_mask, wanted, 1.0, chunks)
+        answer, columns = wanted.nonzero(as_tuple=True)
+    # Scattered to a row per answer and summed there, which gives the same bits every time, unlike adding in parallel.
+    padded = logprobs.new_zeros(len(batch.rankings.ranks), batch.branches.shape[1])
+    padded = padded.index_put((answer, columns), logprobs)
+    return padded.sum(1), torch.bincount(answer, minlength=len(padded))
+
+
+def _on_shared_prompts(model: nn.Module, batch: PreferenceBatch, chunks: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Log-probs of the answers' tokens [n], the answer of each, 0..N-1, and its column."""
+    lm, branches = causal_lm(model), batch.branches
+    starts = branches > 0
+    starts[:, 1:] &= branches[:, 1:] != branches[:, :-1]
+    # The first token of an answer is predicted at the prompt's last token, any other at the token before it.
+    column = torch.arange(branches.shape[1], device=branches.device).expand_as(branches)
+    predicted_at = torch.where(starts, (branches == 0).sum(1, keepdim=True), column) - 1
+    rows, columns = ((branches > 0) & (predicted_at >= 0)).nonzero(as_tuple=True)
+    sees = attention_mask_of(branches, lm.config._attn_implementation, next(lm.parameters()).dtype)
+    states = hidden_states(model, batch.input_ids, sees, position_ids_of(branches))[rows, predicted_at[rows, columns]]
+    logprobs, _ = head_logprobs(lm, states, batch.input_ids[rows, columns], 1.0, chunks)
+    answer = starts.flatten().cumsum(0).view_as(branches)[rows, columns] - 1
+    return logprobs, answer, columns
+
+
+@torch.no_grad()
+def sharing_of(model: Any) -> SharedPrompts:
+    """Which answers can share a row with their prompt, tested on the model. Every rank calls it, before training."""
+    if has_virtual_tokens(model):
+        return NO_SHARING  # PEFT's own forward takes no mask of ours
+    training = model.training
+    model.eval()
+    found = detect_sharing(causal_lm(model), functools.partial(hidden_states, model))
+    model.train(training)
+    return found

@@ -1,0 +1,111 @@
+"""The reference's log-probs of all answers: computed once before training, kept in the run folder."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import datasets as hf_datasets
+import pyarrow as pa
+import torch
+
+from rlhf import distributed
+from rlhf.core.console import is_main, say, track
+from rlhf.core.files import partial_path, sync
+from rlhf.dpo.batches import preference_batch
+from rlhf.models.logprobs import head_chunks
+from rlhf.reward.collator import RankingCollator
+from rlhf.training.engine import Engine
+
+KEY = b"rlhf.reference"
+"""Name of the fingerprint in the file's metadata."""
+
+
+def score_answers(
+    engine: Engine, collator: RankingCollator, table: Any, at_once: int, vocab_size: int, reference: bool = False
+) -> list[tuple[list[float], list[int]]]:
+    """Log-probs and numbers of tokens of the answers of each ranking in a table. Every rank calls it.
+
+    Rankings of similar length are computed together, without gradients, distributed over the ranks.
+
+    Args:
+        engine: Over a `PreferencePolicy` in evaluation mode.
+        at_once: Rankings in a forward pass of one process.
+        reference: By the reference, for which no weight may have been trained yet.
+    """
+    ranks, lengths = distributed.world_size(), table["length"][:]
+    counts = [len(row) for row in table["ranks"][:]]
+    first = torch.tensor([0, *counts]).cumsum(0).tolist()
+    order = sorted(range(len(table)), key=lambda row: -lengths[row])
+    steps = range(0, len(order), at_once * ranks)
+    found = []
+    for start in track(steps, "reference log-probs", unit="batch") if reference else steps:
+        mine = order[start : start + at_once * ranks][distributed.rank() :: ranks]
+        batch = preference_batch([table[row] for row in mine or order[:1]], collator)
+        chunks = head_chunks(int(distributed.all_max(batch.answer_tokens)), vocab_size)
+        with torch.no_grad():
+            logprobs, tokens = engine(batch, chunks, reference=reference)
+        if mine:  # every rank makes the same number of calls, some for nothing
+            index = [number for row in mine for number in range(first[row], first[row + 1])]
+            place = torch.tensor(index, dtype=torch.float64, device=logprobs.device)
+            found.append(torch.stack((place, logprobs.double(), tokens.double()), 1))
+    none = torch.zeros(0, 3, dtype=torch.float64, device=distributed.device())
+    gathered = distributed.all_gather_rows(torch.cat([none, *found]))
+    values = gathered[gathered[:, 0].argsort()].tolist()
+    parts = [values[start:end] for start, end in zip(first, first[1:])]
+    return [([value for _, value, _ in part], [int(count) for *_, count in part]) for part in parts]
+
+
+def with_reference(
+    file: Path, table: Any, facts: dict[str, Any], compute: Callable[[], Sequence[tuple[list[float], list[int]]]]
+) -> Any:
+    """The table with a column `reference`: each answer's log-prob by the reference in nats. Every rank calls it.
+
+    They are kept in `file`, so a resumed run trains against the same numbers. A file of another model, other tokens or
+    another precision is computed again.
+
+    Args:
+        file: An Arrow file, read if it is there.
+        table: Rows of rankings.
+        facts: What the numbers depend on, besides the tokens of the rows.
+        compute: Gives the log-probs, such as `score_answers`. Every rank calls it.
+    """
+    key = _fingerprint(table, facts) if is_main() else b""
+    if not distributed.from_main(is_main() and _key_of(file) == key):
+        rows = compute()
+        if is_main():
+            _write(file, [logprobs for logprobs, _ in rows], key)
+    else:
+        say(f"Reference: log-probs of {len(table):,} rankings read from {file}")
+    distributed.barrier()
+    return hf_datasets.concatenate_datasets([table, hf_datasets.Dataset.from_file(str(file))], axis=1)
+
+
+def _fingerprint(table: Any, facts: dict[str, Any]) -> bytes:
+    digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode())
+    for row in table.select_columns(["prompt", "candidates"]):
+        digest.update(json.dumps([row["prompt"], row["candidates"]]).encode())
+    return digest.hexdigest().encode()
+
+
+def _key_of(file: Path) -> bytes | None:
+    """The fingerprint in a file; None if there is none, or the file is damaged."""
+    try:
+        with pa.memory_map(str(file)) as source, pa.ipc.open_stream(source) as reader:
+            reader.read_all().validate(full=True)
+            return (reader.schema.metadata or {}).get(KEY)
+    except (OSError, pa.ArrowInvalid):
+        return None
+
+
+def _write(file: Path, rows: list[list[float]], key: bytes) -> None:
+    partial = partial_path(file)
+    schema = pa.schema([("reference", pa.list_(pa.float64()))], metadata={KEY: key})
+    with pa.OSFile(str(partial), "wb") as sink, pa.ipc.new_stream(sink, schema) as writer:
+        writer.write_table(pa.Table.from_pydict({"reference": rows}, schema))
+    sync(partial)
+    os.replace(partial, file)

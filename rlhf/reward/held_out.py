@@ -1,0 +1,63 @@
+"""Held-out rankings with their scores: the loss, the report, and the scores of the best evaluation."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+from rlhf.core.console import is_main, say, table
+from rlhf.core.files import write_json
+from rlhf.reward.agreement import Agreement
+from rlhf.reward.metrics import ScoredRanking, metric_rows, reward_metrics
+from rlhf.runs.run import Run
+
+HEADLINE = ("accuracy", "accuracy_interval", "longer_accuracy", "log_loss", "calibration_error", "pairs", "rankings")
+"""The held-out metrics that go to run.json; all of them are in reward_metrics.json."""
+LOSS_CHUNK = 256
+"""Held-out rankings whose loss is computed together."""
+
+
+def mean_loss(rankings: int, losses: Callable[[int, int], tuple[Tensor, Tensor, Tensor]]) -> float:
+    """Weighted mean loss of the rankings that can be compared.
+
+    Args:
+        rankings: How many there are.
+        losses: Gives, for the rankings from a first to before a second index, their weighted losses [B], which of them
+            can be compared [B] (bool), and their weights [B].
+    """
+    total = weight = 0.0
+    for start in range(0, rankings, LOSS_CHUNK):
+        found, counted, weights = losses(start, min(start + LOSS_CHUNK, rankings))
+        total += float(found[counted].sum())
+        weight += float(weights[counted].sum())
+    return total / weight
+
+
+@dataclass
+class BestScores:
+    """The held-out rankings as they were scored in the evaluation with the lowest loss so far."""
+
+    loss: float = float("inf")
+    step: int = -1
+    scored: list[ScoredRanking] = field(default_factory=list)
+
+    def note(self, loss: float, step: int, scored: list[ScoredRanking]) -> None:
+        """Keep the scores of an evaluation if its loss is the lowest so far."""
+        if loss < self.loss:
+            self.loss, self.step, self.scored = loss, step, scored
+
+
+def report(run: Run, scored: Sequence[ScoredRanking], step: int, human: Agreement | None) -> dict[str, Any]:
+    """Show the held-out metrics with human agreement, write them to reward_metrics.json; returns those for run.json."""
+    ceiling = human.metrics() if human else {}
+    metrics = reward_metrics(scored) | ceiling
+    for part in metric_rows(metrics):
+        table(*part)
+    if human:
+        say(human.compared_with(metrics["accuracy"]))
+    if is_main():
+        write_json(run.path / "reward_metrics.json", {"step": step, **metrics})
+    return {name: metrics[name] for name in HEADLINE} | ceiling

@@ -1,0 +1,216 @@
+"""Rankings without RL: direct preference optimisation, the counterpart of stages 2 and 3 on the same rankings.
+
+The reward of an answer is implicit: beta x (log-prob by the policy - log-prob by the reference). A ranking loss of the
+reward-model stage compares the rewards of a ranking's answers with each other (Rafailov 2023, arXiv:2305.18290).
+
+rankings -> token rows (rlhf.data.tables) -> log-probs by the reference, once (rlhf.dpo.reference) -> batches
+-> log-probs by the policy (rlhf.dpo.policy) -> implicit rewards -> ranking loss -> best weights -> metrics -> model
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor
+
+from rlhf import distributed
+from rlhf.cli.entry import main
+from rlhf.core.console import say
+from rlhf.data.chat_tokenizer import load_tokenizer
+from rlhf.data.selection import open_datasets
+from rlhf.data.tables import tokenize
+from rlhf.dpo.batches import PreferenceBatch, on_cpu, preference_batch
+from rlhf.dpo.config import DPOConfig
+from rlhf.dpo.losses import METRICS, implicit_rewards, pair_metrics, sft_loss
+from rlhf.dpo.policy import PreferencePolicy, sharing_of
+from rlhf.dpo.reference import score_answers, with_reference
+from rlhf.memory.peak import PeakMemory
+from rlhf.models.load import load_hf_config, load_policy, quiet, sequence_limit
+from rlhf.models.logprobs import head_chunks
+from rlhf.models.shared_prompt import NO_SHARING
+from rlhf.models.vocabulary import token_count
+from rlhf.reward.agreement import Agreement
+from rlhf.reward.collator import RankingCollator, comparable, learnable
+from rlhf.reward.held_out import BestScores, mean_loss, report
+from rlhf.reward.losses import RankingBatch
+from rlhf.reward.metrics import ScoredRanking, reward_metrics
+from rlhf.runs.run import data_facts, finish, open_run, parent_facts, resolve_model_path, template_time
+from rlhf.training.engine import Engine
+from rlhf.training.loop import Loop, Objective, supervised_engine
+from rlhf.tuning.methods import say_trainable, virtual_tokens
+from rlhf.tuning.save import save_result
+
+LOGGED = ("accuracy", "log_loss", "calibration_error", "kendall_tau_b")
+"""The ranking metrics that every evaluation logs; all of them are in reward_metrics.json at the end."""
+
+
+def run(config: DPOConfig, resume: bool = False, overwrite: bool = False) -> None:
+    """Train, measure on the held-out rankings, and leave the policy in the run folder's model/."""
+    distributed.start(config.timeout_seconds, config.deepspeed is not None)
+    quiet()
+    path = resolve_model_path(config.model.path)
+    # 1. tokenizer, run folder, rows
+    chat = load_tokenizer(config.model, path, template_time(config, resume))
+    limit = sequence_limit(config.model, load_hf_config(config.model, path)) - virtual_tokens(config.tuning)
+    data = open_datasets([*config.data.train, *config.data.eval], ["ranking"], "data")
+    human_agreement = Agreement.of(data[len(config.data.train) :] or data)
+    parent = parent_facts(config.model.path)
+    folder = open_run(config, "dpo", resume, overwrite, {"parents": [parent], "data": data_facts(data), **chat.facts()})
+    tables = tokenize(folder.path, chat, limit, config.data, "ranking")
+    train = learnable(tables.train, config.loss)
+    held_out = tables.eval if comparable(tables.eval, config.loss) else None
+    # 2. the policy, and what of it is trained; the same first weights on every rank
+    transformers.set_seed(config.seed)
+    memory = PeakMemory()
+    model = config.tuning(load_policy(config.model, path, tokens=token_count(chat.tokenizer)), chat, "causal")
+    say_trainable(config.tuning, model)
+    sharing = sharing_of(model) if config.shared_prompts else NO_SHARING
+    if config.shared_prompts and not sharing.max_length:
+        say(f"Prompts: encoded once for each answer, since {type(model).__name__} cannot share them")
+    engine = supervised_engine(config, PreferencePolicy(model))
+    # 3. the reference's log-probs, before any weight changes
+    collator = RankingCollator(chat, config.data.weights == "use", sharing, distributed.device())
+    objective = DPOObjective(config, model, collator, human_agreement)
+    facts = {"model": parent, "resize_embeddings": config.model.resize_embeddings, "dtype": str(engine.dtype)}
+    cache = folder.path / "cache"
+    train = with_reference(
+        cache / "reference-train.arrow", train, facts, lambda: objective.answers(engine, train, reference=True)
+    )
+    if held_out is not None:
+        objective.held_out = with_reference(
+            cache / "reference-eval.arrow", held_out, facts, lambda: objective.answers(engine, held_out, reference=True)
+        )
+    # 4. training
+    loop = Loop(config, folder, engine, objective, train, held_out is not None)
+    loop.fit(resume)
+    # 5. held-out metrics, and the result: the weights of the best checkpoint
+    scored = objective.scored_at(engine, loop.best_step)
+    headline = report(folder, scored, loop.best_step, human_agreement) if scored else {}
+    save_result(folder.path, model, chat, config.tuning)
+    finish(folder, step=loop.best_step, metrics=headline)
+    lengths = train["length"]
+    memory.report(config, max(lengths), sum(lengths) / len(lengths), max(map(len, train["ranks"])))
+
+
+class DPOObjective(Objective[PreferenceBatch]):
+    """A ranking loss on implicit rewards, and the SFT term; on held-out rankings also the metrics of reward models."""
+
+    means = METRICS
+
+    def __init__(
+        self, config: DPOConfig, model: Any, collator: RankingCollator, human_agreement: Agreement | None = None
+    ) -> None:
+        self.config, self.collator, self.human_agreement = config, collator, human_agreement
+        self.vocab_size = model.config.get_text_config().vocab_size
+        self.held_out: Any = None
+        """Rankings with the reference's log-probs."""
+        self.best = BestScores()
+
+    def batch(self, rows: list[dict[str, Any]]) -> PreferenceBatch:
+        return preference_batch(rows, self.collator)
+
+    def items(self, batch: PreferenceBatch) -> Tensor:
+        """Summed weights of the rankings. Rankings without a comparable pair were removed before training."""
+        return _weights(batch.rankings).sum()
+
+    def tokens(self, batch: PreferenceBatch) -> Tensor:
+        return batch.attention_mask.sum()
+
+    def loss(self, engine: Engine, batch: PreferenceBatch) -> tuple[Tensor, list[Tensor]]:
+        most = distributed.all_max(batch.answer_tokens)  # ZeRO-3 needs the same number of chunks on all ranks
+        logprobs, tokens = engine(batch, head_chunks(int(most), self.vocab_size))
+        rewards = self.rewards(logprobs, batch.reference)
+        losses, _ = self.losses(rewards, logprobs, tokens, batch.rankings)
+        metrics = pair_metrics(rewards, logprobs, batch.rankings) @ _weights(batch.rankings)
+        return losses.sum(), list(metrics)
+
+    def rewards(self, logprobs: Tensor, reference: Tensor | None) -> Tensor:
+        """Implicit rewards [N]."""
+        assert reference is not None, "the reference's log-probs come before training"
+        return implicit_rewards(logprobs, reference, self.config.beta)
+
+    def losses(
+        self, rewards: Tensor, logprobs: Tensor, tokens: Tensor, rankings: RankingBatch
+    ) -> tuple[Tensor, Tensor]:
+        """The weighted loss [B] of each ranking, SFT term included; and which rankings have a loss [B].
+
+        Args:
+            rewards: Implicit rewards [N].
+            logprobs: Of the answers [N], nats.
+            tokens: Of the answers, int64 [N].
+            rankings: How the answers were ranked.
+        """
+        losses, counted = self.config.loss(rewards, rankings)
+        if self.config.sft_coef:
+            losses = losses + self.config.sft_coef * _weights(rankings) * sft_loss(logprobs, tokens, rankings)
+        return losses, counted
+
+    # ---- held-out rankings
+
+    def answers(self, engine: Engine, rankings: Any, reference: bool = False) -> list[tuple[list[float], list[int]]]:
+        """Log-probs and tokens of the answers of a table of rankings. Every rank calls it."""
+        training = engine.module.training
+        engine.module.eval()
+        at_once = self.config.batch.micro_batches(distributed.world_size())[0]
+        found = score_answers(engine, self.collator, rankings, at_once, self.vocab_size, reference)
+        engine.module.train(training)
+        return found
+
+    def evaluate(self, engine: Engine, step: int) -> dict[str, float]:
+        """The loss, TRL's metrics and the ranking metrics."""
+        answers = self.answers(engine, self.held_out)
+        sums, weight = torch.zeros(len(METRICS)), 0.0
+
+        def losses(start: int, end: int) -> tuple[Tensor, Tensor, Tensor]:
+            nonlocal sums, weight
+            rankings = on_cpu(self.collator).rankings(self.held_out[start:end])
+            logprobs = torch.tensor([value for found, _ in answers[start:end] for value in found])
+            tokens = torch.tensor([count for _, found in answers[start:end] for count in found])
+            reference = torch.tensor([value for row in self.held_out["reference"][start:end] for value in row])
+            rewards = self.rewards(logprobs, reference)
+            sums = sums + pair_metrics(rewards, logprobs, rankings) @ _weights(rankings)
+            weight += float(_weights(rankings).sum())
+            return *self.losses(rewards, logprobs, tokens, rankings), _weights(rankings)
+
+        loss = mean_loss(len(answers), losses)
+        scored = self.scored(answers)
+        self.best.note(loss, step, scored)
+        found = reward_metrics(scored)
+        metrics = {name: found[name] for name in LOGGED}
+        metrics |= {"ceiling": self.human_agreement.ceiling} if self.human_agreement else {}
+        means = dict(zip(METRICS, (sums / weight).tolist()))
+        return {"loss": loss} | {name: value for name, value in metrics.items() if value is not None} | means
+
+    def scored(self, answers: list[tuple[list[float], list[int]]]) -> list[ScoredRanking]:
+        """The held-out rankings with the implicit rewards of their answers, from their log-probs."""
+        return [
+            ScoredRanking(
+                ranks=tuple(row["ranks"]),
+                scores=tuple(self.config.beta * (mine - base) for mine, base in zip(logprobs, row["reference"])),
+                lengths=tuple(row["characters"]),
+                source=row["source"],
+                annotator=row["annotator"],
+                group=row["group"],
+            )
+            for row, (logprobs, _) in zip(self.held_out, answers)
+        ]
+
+    def scored_at(self, engine: Engine, step: int) -> list[ScoredRanking]:
+        """The held-out rankings, scored with the weights of `step`, which the engine has loaded.
+
+        The scores of the best evaluation are reused if it was at that step."""
+        if self.held_out is None:
+            return []
+        return self.best.scored if self.best.step == step else self.scored(self.answers(engine, self.held_out))
+
+
+def _weights(rankings: RankingBatch) -> Tensor:
+    """float32 [B], the rankings' weights, which the collator always gives."""
+    assert rankings.weights is not None
+    return rankings.weights
+
+
+if __name__ == "__main__":
+    main("dpo")
