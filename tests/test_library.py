@@ -46,6 +46,7 @@ def test_the_examples_of_the_page_run(tmp_path, monkeypatch):
     code = "\n".join(blocks(DOCS / "library.md", "python")).replace("Qwen/Qwen2.5-0.5B", tiny.llama())
     (tmp_path / "notebook.py").write_text(code)
     environment = {"PYTHONPATH": str(tiny.REPOSITORY), "HF_HUB_OFFLINE": "1", "PATH": "/usr/bin:/bin"}
+    environment["OMP_NUM_THREADS"] = "1"
     done = subprocess.run([sys.executable, "notebook.py"], env=environment, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "objective/scores" in done.stdout

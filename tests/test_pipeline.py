@@ -216,19 +216,6 @@ def rlhf(place: Path, *words: str, stdin: str = "") -> subprocess.CompletedProce
     )
 
 
-@pytest.mark.slow
-def test_the_three_stages_and_the_export_run_from_one_command_and_are_skipped_the_second_time(place):
-    model = f"sft.model.path={tiny.llama()}"
-    done = rlhf(place, "pipeline", "--config", "all.yaml", model)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert (place / "out" / "model.safetensors").is_file()
-    summary = done.stdout[done.stdout.rindex("Pipeline toy") :]
-    assert summary.count("done") == 4 and "kl" in summary
-    again = rlhf(place, "pipeline", "--config", "all.yaml", model)
-    assert again.returncode == 0, again.stdout + again.stderr
-    assert again.stdout.count("complete already") == 3
-
-
 def kill_when(place: Path, moment: Callable[[], bool], *words: str) -> None:
     """Start a command and kill it, with its child, as soon as `moment` is true."""
     environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
@@ -244,24 +231,30 @@ def kill_when(place: Path, moment: Callable[[], bool], *words: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("overwrite", [False, True], ids=["fresh", "overwritten"])
-def test_a_pipeline_killed_in_each_stage_goes_on_with_the_same_command(overwrite, place):
+def test_one_command_runs_all_stages_skips_what_is_complete_and_goes_on_after_a_kill_in_each_stage(place):
     command = ("pipeline", "--config", "all.yaml", f"sft.model.path={tiny.llama()}", "sft.checkpoints.every=1")
-    if overwrite:
-        done = rlhf(place, *command)
-        assert done.returncode == 0, done.stdout + done.stderr
-        before = json.loads((place / "runs/ppo/run.json").read_text("utf-8"))
-        kill_when(place, lambda: not (place / "runs/sft/run.json").exists(), *command, "--overwrite")
-        assert not (place / "runs/ppo/run.json").exists()
+    done = rlhf(place, *command)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert (place / "out" / "model.safetensors").is_file()
+    summary = done.stdout[done.stdout.rindex("Pipeline toy") :]
+    assert summary.count("done") == 4 and "kl" in summary
+    before = json.loads((place / "runs/ppo/run.json").read_text("utf-8"))
+
+    again = rlhf(place, *command)
+    assert again.returncode == 0, again.stdout + again.stderr
+    assert again.stdout.count("complete already") == 3
+
+    kill_when(place, lambda: not (place / "runs/sft/run.json").exists(), *command, "--overwrite")
+    assert not (place / "runs/ppo/run.json").exists()
+    shutil.rmtree(place / "out")  # from here on as if nothing had ever run
     for stage in ("sft", "reward", "ppo"):
         kill_when(place, (place / "runs" / stage / "run.json").exists, *command)
         kill_when(place, (place / "runs" / stage / "checkpoints").exists, *command)
     done = rlhf(place, *command)
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.count("complete already") == 2 and (place / "out" / "model.safetensors").is_file()
-    if overwrite:
-        after = json.loads((place / "runs/ppo/run.json").read_text("utf-8"))
-        assert after["metrics"] == before["metrics"] and after["model_fingerprint"] == before["model_fingerprint"]
+    after = json.loads((place / "runs/ppo/run.json").read_text("utf-8"))
+    assert after["metrics"] == before["metrics"] and after["model_fingerprint"] == before["model_fingerprint"]
 
 
 @pytest.mark.slow
