@@ -171,6 +171,14 @@ def test_a_faulty_comparison_is_refused(changes, fault):
         config(**changes)
 
 
+def test_a_way_may_be_a_file(tmp_path):
+    (tmp_path / "winner.yaml").write_text('name: few-shot\nshots: 3\ninstruction: "Answer briefly."\n')
+    found = config(ways={"w": {"prompting": str(tmp_path / "winner.yaml")}}).ways["w"].prompting()
+    assert (found.count, found.wording.instruction) == (3, "Answer briefly.")
+    with pytest.raises(UserError, match="no such config file"):
+        config(ways={"w": {"prompting": "nowhere.yaml"}})
+
+
 # ---- data ----------------------------------------------------------------------------------------------------------
 
 

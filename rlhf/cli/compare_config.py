@@ -9,7 +9,7 @@ from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_va
 
 from rlhf.config.base import ModelConfig, Paths, Strict
 from rlhf.core.table import Pick
-from rlhf.prompting.ways import PROMPTING
+from rlhf.prompting.ways import PROMPTING, WayOption
 from rlhf.tasks.config import TaskConfig
 from rlhf.tasks.metrics import METRICS, needs
 
@@ -47,8 +47,8 @@ class ComparedTask(TaskConfig):
 
 
 class WayConfig(Strict):
-    prompting: Annotated[Pick, PROMPTING] = PROMPTING.pick("zero-shot")
-    """How the model is asked: a row of the table of ways of prompting with its options."""
+    prompting: WayOption = PROMPTING.pick("zero-shot")
+    """How the model is asked: a row of the table of ways of prompting with its options, or a YAML file of one."""
     sft: dict[str, Any] | None = None
     """Train with `rlhf sft`: config keys of that stage, such as `{tuning: {name: lora, rank: 8}}`; `{}` takes the
     defaults. Data, model, run folder and number of steps come from the comparison."""

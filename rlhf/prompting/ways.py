@@ -12,12 +12,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 
 from rlhf.config.load import read_values
 from rlhf.core.errors import UserError
 from rlhf.core.limits import parse_yaml
-from rlhf.core.table import Table, options_of
+from rlhf.core.table import Pick, Table, options_of
 
 PROMPTING = Table("way of prompting")
 Layout = Literal["auto", "turns", "text", "plain"]
@@ -144,6 +144,14 @@ def read_prompting(spec: str) -> Prompting:
         raise UserError(f"--prompting {spec}: {error}", remedy="docs/prompting.md describes them.") from None
     is_file = not spec.lstrip().startswith("{") and spec != values["name"]
     return replace(found, title=Path(spec).stem if is_file else _title(values))
+
+
+def _from_file(value: Any) -> Any:
+    return read_way(value) if isinstance(value, str) and value.endswith((".yaml", ".yml")) else value
+
+
+WayOption = Annotated[Pick, PROMPTING, BeforeValidator(_from_file)]
+"""The type of a config field: a way of prompting, or a YAML file of one, such as `winner.yaml` of prompt-search."""
 
 
 def _title(values: dict[str, Any]) -> str:
