@@ -32,6 +32,8 @@ VARIANTS: list[dict[str, Any]] = [
     {"name": "lora", "rank": 4, "rslora": True, "target_modules": ["q_proj", "up_proj"]},
     {"name": "lora", "rank": 4, "dora": True},
     {"name": "lora", "target_modules": r".*\.layers\.1\..*_proj"},
+    {"name": "bottleneck", "placement": "houlsby", "size": 4, "activation": "relu"},
+    {"name": "bottleneck", "reduction": 8, "layers": 1, "activation": "tanh"},
     {"name": "prompt-tuning", "tokens": 5, "init": "vocabulary"},
     {"name": "prompt-tuning", "tokens": 5, "init": "text", "text": "Answer in short sentences."},
     {"name": "prompt-tuning", "tokens": 5, "init": "labels", "labels": ["good", "very bad"]},
@@ -122,7 +124,7 @@ def test_the_saved_result_gives_the_same_logits(pick: Pick, chat: ChatTokenizer,
 @every_row
 def test_merging_leaves_the_live_model_as_it_was(pick: Pick, chat: ChatTokenizer) -> None:
     if not pick.row.traits["merges"]:
-        pytest.skip("virtual tokens cannot be merged")
+        pytest.skip("cannot be merged")
     model = tuned(pick, chat)
     train(model, lambda: lm_loss(model))
     expected = logits(model)

@@ -157,7 +157,10 @@ def _parent(key: str, path: str, stages: Sequence[str], pending_runs: PendingRun
     if not folder.is_dir():
         return described
     if not (folder / "config.json").is_file():
-        if (folder / "adapter_config.json").is_file():
+        settings = folder / "adapter_config.json"
+        if settings.is_file() and read_json_object(settings).get("peft_type") == "BOTTLENECK":
+            return described
+        if settings.is_file():
             raise UserError(
                 f"{key}: {path} holds an adapter that cannot be merged, not a model of its own",
                 "Virtual tokens (prompt tuning and similar) are not part of the weights; a stage starts from weights.",

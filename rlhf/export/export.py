@@ -66,6 +66,12 @@ def export(
     tokens = source.chat.tokenizer.convert_ids_to_tokens
     with _writing(out), whole_folder(out) as folder:
         done = exporter(source, folder)
+        if name is not None and done.bottleneck:
+            raise UserError(
+                "--push-to-hub: a bottleneck adapter is loaded by a file of its folder",
+                "The loading snippet works with local folders.",
+                "Export without --push-to-hub, and upload the folder with `hf upload`.",
+            )
         if name is not None and done.adapter_base is not None and Path(done.adapter_base).is_dir():
             raise UserError(
                 f"--push-to-hub: the adapter belongs to the local folder {done.adapter_base}",
@@ -74,7 +80,7 @@ def export(
             )
         card = CardFacts(
             run, name or str(out), source.chat.lead, tokens(source.chat.end_id), tokens(list(done.stop_ids)),
-            done.scale, done.folded, done.adapter_base, license, stage, done.own_class,
+            done.scale, done.folded, done.adapter_base, done.bottleneck, license, stage, done.own_class,
             isinstance(chat, EncoderDecoderTokenizer), chat.renderer.other_than_special(), chat.anchored,
         )  # fmt: skip
         (folder / "README.md").write_text(model_card(card), "utf-8")

@@ -13,6 +13,7 @@ from rlhf.core.errors import UserError
 from rlhf.core.lazy import lazy
 from rlhf.core.table import Table
 from rlhf.data.chat_tokenizer import ChatTokenizer
+from rlhf.models.adapters import adapter_settings, is_adapter
 
 if TYPE_CHECKING:
     import torch
@@ -21,6 +22,7 @@ else:
 
 EXPORTERS = Table("export format")
 PAD = "<|pad|>"
+BOTTLENECK_LOADER = "bottleneck_adapter.py"
 
 
 @dataclass(frozen=True)
@@ -47,6 +49,8 @@ class Exported:
     folded: bool = False
     """Whether the weights include the scale."""
     adapter_base: str | None = None
+    bottleneck: bool = False
+    """Whether the adapter is loaded by a file that comes with it instead of PEFT."""
     own_class: bool = False
     """Whether the scalar model's family has no sequence classifier in transformers: body and head load separately."""
 
@@ -59,7 +63,14 @@ def hf(source: Source, folder: Path, *, dtype: Literal["auto", "float32", "bfloa
 
     `dtype` is that of the weights; `auto` leaves them as the run has them.
     """
-    if source.stage != "critic" and (source.model / "adapter_config.json").is_file():
+    kind = adapter_settings(source.model)["peft_type"] if is_adapter(source.model) else None
+    if kind == "BOTTLENECK":
+        raise UserError(
+            f"{source.run}: a bottleneck adapter cannot be merged into a model's weights",
+            "It has a nonlinearity.",
+            "Export the adapter: --format adapter.",
+        )
+    if kind is not None and source.stage != "critic":
         raise UserError(
             f"{source.run}: learned virtual tokens cannot be merged into a model's weights",
             "They precede every prompt, and only PEFT adds them.",
@@ -94,6 +105,9 @@ def adapter(source: Source, folder: Path) -> Exported:
         )
     for name in ("adapter_config.json", "adapter_model.safetensors"):
         shutil.copyfile(found / name, folder / name)
+    bottleneck = adapter_settings(folder)["peft_type"] == "BOTTLENECK"
+    if bottleneck:
+        shutil.copyfile(Path(__file__).with_name(BOTTLENECK_LOADER), folder / BOTTLENECK_LOADER)
     source.chat.tokenizer.save_pretrained(folder)
     with safe_open(folder / "adapter_model.safetensors", "pt") as weights:
         tensors = [weights.get_tensor(key) for key in weights.keys()]  # noqa: SIM118 - not a mapping
@@ -103,6 +117,7 @@ def adapter(source: Source, folder: Path) -> Exported:
         stop_ids=(source.chat.end_id,),
         scale=reward_scale(source.model) if scalar else (0.0, 1.0),
         adapter_base=base_of(folder),
+        bottleneck=bottleneck,
     )
 
 

@@ -45,6 +45,8 @@ class CardFacts:
     """Whether the weights include the scale."""
     adapter_base: str | None = None
     """The model that an adapter is loaded into."""
+    bottleneck: bool = False
+    """Whether that adapter is one of ours, which PEFT does not know."""
     license: str | None = None
     stage: str = "ppo"
     """sft, reward, dpo, ppo or critic."""
@@ -75,7 +77,7 @@ def model_card(facts: CardFacts) -> str:
     header = ModelCardData(
         license=facts.license or "unknown",
         base_model=base_model(ancestors) if local_base else facts.adapter_base,
-        library_name="peft" if facts.adapter_base else "transformers",
+        library_name="peft" if facts.adapter_base and not facts.bottleneck else "transformers",
         pipeline_tag="text-classification" if scalar else _text_task(facts),
         tags=["rlhf", "reward-model" if facts.stage == "reward" else facts.stage, "human-feedback"],
     )
@@ -84,7 +86,7 @@ def model_card(facts: CardFacts) -> str:
         template_path=str(TEMPLATE),
         name=facts.path.rstrip("/").split("/")[-1],
         summary=SUMMARIES[facts.stage], mark=MARK, version=version("rlhf-rankings"), run=public_path(str(facts.run)),
-        scalar=scalar, stage=facts.stage, folded=facts.folded, mean=mean, std=std,
+        scalar=scalar, stage=facts.stage, bottleneck=facts.bottleneck, folded=facts.folded, mean=mean, std=std,
         model_class=_model_class(facts, scalar), own_class=facts.own_class, encoder_decoder=facts.encoder_decoder,
         path=repr(facts.path), adapter_base=repr(facts.adapter_base) if facts.adapter_base else None,
         lead=f"{facts.lead!r} + " if facts.lead else "", template_time=read_run(facts.run).get("template_time"),

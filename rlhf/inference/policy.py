@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ from rlhf import distributed
 from rlhf.config.base import ModelConfig
 from rlhf.core.errors import UserError
 from rlhf.data.chat_tokenizer import ChatTokenizer, load_tokenizer
+from rlhf.models.adapters import is_adapter
 from rlhf.models.load import compute_dtype, load_hf_config, load_policy, quiet, sequence_limit
 from rlhf.models.vocabulary import mask_unknown_ids, token_count
 from rlhf.rollout.types import SamplingParams
@@ -80,34 +80,11 @@ def open_policy(path: str | Path, chat_template: str = "auto", trust_remote_code
         )
     config = ModelConfig(path=str(path), chat_template=chat_template, trust_remote_code=trust_remote_code)
     chat = load_tokenizer(config, folder)
-    base = adapter_base(Path(folder)) or folder
-    model: Any = load_policy(config, base, compute_dtype("auto"))
+    model: Any = load_policy(config, folder, compute_dtype("auto"))
     mask_unknown_ids(model, token_count(chat.tokenizer))
-    limit = sequence_limit(config, load_hf_config(config, base))
+    limit = sequence_limit(config, load_hf_config(config, folder))
     # Only the command's options decide how to sample, not the generation config of the model's author (top_k 50, ...).
     model.generation_config = generation_config(model, chat)
-    if base != folder:
-        import peft  # slow, and only adapters need it
-
-        model = peft.PeftModel.from_pretrained(model, folder)
+    if is_adapter(folder):
         limit -= getattr(model.active_peft_config, "num_virtual_tokens", None) or 0
     return Policy(str(path), model.to(distributed.device()).eval(), chat, limit, trust_remote_code)
-
-
-def adapter_base(folder: Path) -> str | None:
-    """The base model of a PEFT adapter folder; None if the folder is not an adapter.
-
-    Raises:
-        UserError: The base was a local folder and no longer exists.
-    """
-    file = folder / "adapter_config.json"
-    if not file.is_file():
-        return None
-    base = str(json.loads(file.read_text("utf-8"))["base_model_name_or_path"])
-    if base.startswith((".", "/", "runs/")) and not (Path(base) / "config.json").is_file():
-        raise UserError(
-            f"{folder}: the model {base} that this adapter belongs to is not there",
-            "An adapter holds only the weights that were added to that model.",
-            "Restore that folder, or run the command from the folder where the stage was started.",
-        )
-    return base

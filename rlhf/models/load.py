@@ -15,6 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 from rlhf.config.base import ModelConfig
 from rlhf.core.errors import UserError
+from rlhf.models.adapters import adapter_base, with_adapter
 from rlhf.models.logprobs import check_head
 from rlhf.models.vocabulary import add_rows, check_vocabulary
 
@@ -46,12 +47,8 @@ def load_hf_config(config: ModelConfig, path: str) -> transformers.PretrainedCon
     Raises:
         UserError: There is no model, or it needs its own code while trust_remote_code is off.
     """
-    if (Path(path) / "adapter_config.json").is_file() and not (Path(path) / "config.json").is_file():
-        raise UserError(
-            f"model.path: {path} is an adapter that cannot be merged, not a model",
-            "Virtual tokens (of prompt tuning and similar) are not weights, but the next stages train weights.",
-            "Start from an SFT run with `tuning: full` or `lora`.",
-        )
+    if not (Path(path) / "config.json").is_file():
+        path = adapter_base(path) or path
     try:
         found = AutoConfig.from_pretrained(path, trust_remote_code=config.trust_remote_code)
     except Exception as error:  # a value of the wrong type in config.json raises whatever the family's code runs into
@@ -93,18 +90,22 @@ def load_policy(
 
     It encodes `tokens` ids (see `rlhf.models.vocabulary`).
 
+    From the folder of an adapter that cannot be merged it is the base with the adapter, wrapped by PEFT.
+
     Raises:
         UserError: It cannot be loaded, its log-probs would be wrong, or it lacks embedding rows for the ids.
     """
     seq2seq = load_hf_config(config, path).is_encoder_decoder
     model = _load(AutoModelForSeq2SeqLM if seq2seq else AutoModelForCausalLM, config, path, dtype, tokens)
     check_head(model)
-    return model
+    wrapped: PreTrainedModel = with_adapter(model, path, "SEQ_2_SEQ_LM" if seq2seq else "CAUSAL_LM")
+    return wrapped
 
 
 def _load(kind: Any, config: ModelConfig, path: str, dtype: torch.dtype, tokens: int | None, **more: Any) -> Any:
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()  # else it warns at length about every new head
+    path = adapter_base(path) or path
     found = load_hf_config(config, path)
     if (Path(path) / "adapter_config.json").is_file():
         raise UserError(

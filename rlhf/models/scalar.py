@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from rlhf.config.base import ModelConfig
 from rlhf.core.errors import UserError
+from rlhf.models.adapters import VIRTUAL, adapter_has_head, adapter_settings, is_adapter, with_adapter
 from rlhf.models.classifiers import classifier_class
 from rlhf.models.encoder_decoder import decoder_states, divided, is_encoder_decoder, whole_text
 from rlhf.models.load import _load, load_hf_config
@@ -137,6 +138,12 @@ def load_scalar(
     Raises:
         UserError: The model cannot be loaded, has no score head, or lacks embedding rows for the ids.
     """
+    if is_adapter(path) and adapter_settings(path)["peft_type"] in VIRTUAL:
+        raise UserError(
+            f"model.path: {path} is an adapter with virtual tokens, not a model",
+            "Scores are computed without PEFT's forward, so the virtual tokens would be ignored.",
+            "Start from an SFT run with `tuning: full` or `lora`.",
+        )
     found = load_hf_config(config, path)
     if found.num_labels != 1 and any(name.endswith("ForSequenceClassification") for name in found.architectures or []):
         raise UserError(
@@ -158,6 +165,7 @@ def load_scalar(
     if layer is None:
         raise UserError(f"{path}: {type(model).__name__} has no score head; use another model")
     new = any(key.split(".")[0] in HEADS for key in loading["missing_keys"])
+    new = new and not (is_adapter(path) and adapter_has_head(path))
     if new and head == "trained":
         raise UserError(f"{path}: has no trained score head", "Its scores would be random.", "Use a reward model.")
     if new and isinstance(layer, nn.Linear):
@@ -165,10 +173,15 @@ def load_scalar(
             layer.weight.normal_(std=0.02 if head == "small" else 1 / math.sqrt(layer.in_features + 1))
             if layer.bias is not None:
                 layer.bias.zero_()
+    if not is_adapter(path):
+        return scalar
+    scalar = ScalarModel(with_adapter(model, path, "SEQ_CLS"))
+    scalar.set_scale(*reward_scale(path))
     return scalar
 
 
 def reward_scale(path: str | Path) -> tuple[float, float]:
     """Mean and standard deviation that a saved reward model subtracts and divides by."""
-    config = json.loads((Path(path) / "config.json").read_text("utf-8"))
+    file = Path(path) / "config.json"
+    config = json.loads(file.read_text("utf-8")) if file.is_file() else {}
     return float(config.get("reward_mean", 0.0)), float(config.get("reward_std", 1.0))

@@ -220,8 +220,11 @@ class PPOConfig(StageConfig):
                 faults.append(
                     f"{key}.dropout: PPO's ratio needs the same log-probs in scoring and learning; leave it out"
                 )
-        if self.rollout.merge_adapters and not self.tuning.row.traits["adapter"]:
-            faults.append(f"rollout.merge_adapters: tuning {self.tuning.name!r} has no adapter")
+        traits = self.tuning.row.traits
+        if self.rollout.merge_adapters and not (traits["adapter"] and traits["merges"]):
+            faults.append(f"rollout.merge_adapters: tuning {self.tuning.name!r} has no adapter that can be merged")
+        if self.rollout.sampler.name == "vllm" and not traits["merges"]:
+            faults.append(f"rollout.sampler: `vllm` gets merged weights, and {self.tuning.name!r} cannot be merged")
         if self.model.sharing == "shared":
             faults += self._sharing_faults()
         if faults:
@@ -234,7 +237,7 @@ class PPOConfig(StageConfig):
         picks = {"tuning": self.tuning} | ({"critic.tuning": self.critic.tuning} if self.needs_critic else {})
         for key, pick in picks.items():
             if not pick.row.traits["roles"]:
-                faults.append(f"{key}: model.sharing `shared` needs `lora` or `qlora`, got {pick.name!r}")
+                faults.append(f"{key}: model.sharing `shared` needs `lora`, `qlora` or `bottleneck`, got {pick.name!r}")
             elif pick.name != self.tuning.name:
                 faults.append(f"{key}: model.sharing `shared` needs the same method as tuning, {self.tuning.name!r}")
         if self.compile:

@@ -20,7 +20,7 @@ from rlhf import distributed
 from rlhf.models.logprobs import causal_lm, hidden_states
 from rlhf.models.packed_attention import sequence_lengths
 from rlhf.ppo.types import MicroBatch
-from rlhf.tuning.methods import layers_of
+from rlhf.tuning.layers import layers_of
 
 
 class _Placeholder(nn.Module):

@@ -14,6 +14,7 @@ from rlhf import distributed
 from rlhf.core.console import say
 from rlhf.core.errors import UserError
 from rlhf.data.chat_tokenizer import ChatTokenizer
+from rlhf.models.adapters import is_adapter
 from rlhf.models.encoder_decoder import is_encoder_decoder
 from rlhf.models.isolation import Text, packing_fault, windows
 from rlhf.models.load import count_parameters, load_hf_config, load_policy, recompute_activations
@@ -69,7 +70,8 @@ class Models(ABC):
 
 
 class SeparateModels(Models):
-    """A model per role. Without `frozen_reference` the policy with its adapters off is the reference."""
+    """A model per role. Without `frozen_reference` the policy with its adapters off is the reference; that
+    is right only where the adapter was new."""
 
     def __init__(self, engine: Engine, frozen_reference: Any = None) -> None:
         super().__init__(engine)
@@ -128,7 +130,7 @@ def load_separate(config: PPOConfig, chat: ChatTokenizer) -> SeparateModels:
     trained, total = count_parameters(module)
     say(f"Policy{' and critic' if critic else ', no critic'}: {trained:,} of {total:,} parameters are trained")
     engine = make_engine(module, groups, config.optimizer, config.precision, config.deepspeed)
-    if config.tuning.row.traits["adapter"]:
+    if config.tuning.row.traits["adapter"] and not is_adapter(path):
         return SeparateModels(engine)
     return SeparateModels(engine, engine.freeze(ActorCritic(_masked_policy(config, path, tokens), None)))
 

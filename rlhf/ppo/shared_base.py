@@ -53,7 +53,7 @@ from rlhf.reward.sources import RewardInputs
 from rlhf.runs.run import resolve_model_path
 from rlhf.training.engine import Engine, make_engine
 from rlhf.tuning import merging
-from rlhf.tuning.methods import HEADS, TASKS, lora_config
+from rlhf.tuning.methods import HEADS, TASKS, adapter_config
 from rlhf.tuning.save import origin_of
 
 POLICY = "default"
@@ -227,14 +227,15 @@ def _name(role: str) -> str:
 
 def _peft_config(base: Any, adapter: Adapter) -> Any:
     """PEFT's config of an adapter for the base, which has none yet."""
-    found = lora_config(base, "causal", **adapter.tuning.options)
+    found = adapter_config(adapter.tuning, base, "causal")
     found.inference_mode = False
     return found
 
 
 def _saved(run: str) -> dict[str, Tensor]:
     """The weights of a run's adapter, and of its head if it has one."""
-    return load_file(Path(run) / "adapter" / "adapter_model.safetensors")
+    places = [Path(run) / part / "adapter_model.safetensors" for part in ("adapter", "model")]
+    return load_file(next((place for place in places if place.is_file()), places[0]))
 
 
 def _start_from(policy: Any, name: str, run: str) -> None:

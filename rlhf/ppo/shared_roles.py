@@ -1,6 +1,7 @@
 """Which roles of PPO can share one base, found from run.json and config files before any weights are loaded.
 
-A LoRA run is its base plus an adapter, so two LoRA runs on the same base need its weights only once. Local weights are
+A LoRA run is its base plus an adapter, so two LoRA runs on the same base need its weights only once. The same holds for
+bottleneck adapters, whose runs hold the adapter alone. Local weights are
 identified by their fingerprints, hub models by their names.
 """
 
@@ -15,6 +16,7 @@ import yaml
 
 from rlhf.core.errors import UserError
 from rlhf.core.table import Pick
+from rlhf.models.adapters import is_adapter
 from rlhf.ppo.config import PPOConfig
 from rlhf.runs.run import fingerprint, is_run, read_run, resolve_model_path
 from rlhf.tuning.methods import TUNING
@@ -27,7 +29,7 @@ class Adapter:
     """The adapter that one role adds to the base."""
 
     tuning: Pick
-    """`lora` or `qlora` with its options, dropout 0."""
+    """`lora`, `qlora` or `bottleneck` with its options, dropout 0."""
     start: str | None
     """The run whose adapter it starts from; None for a new one, which leaves the outputs unchanged."""
 
@@ -62,8 +64,12 @@ def recognise(config: PPOConfig) -> SharedRoles:
         UserError: The models have no base in common, or a parent is not a LoRA run with matching options.
     """
     start, reward = config.model.path, config.reward_model
-    mine = weights_of(start)
-    base, known, sft = start, mine, None
+    base, known, sft = start, weights_of(start), None
+    if _is_unmerged(start):
+        _lora_of(start, "model.path")
+        sft, origin = start, _base_of(start)
+        base, known = origin["path"], origin["weights"]
+    mine = known
     if reward is not None:
         tuning = _lora_of(reward, "reward.path")
         if any(term.get("retokenize") for term in _model_terms(config) if term["path"] == reward):
@@ -105,7 +111,14 @@ def weights_of(path: str) -> str:
 def _base_of(run: str) -> dict[str, str]:
     """Path and weights of the model that a run was trained from, as its run.json records them."""
     parent = read_run(run)["parents"][0]
+    if _is_unmerged(parent["path"]):  # it went on with its parent's adapter
+        return _base_of(parent["path"])
     return {"path": parent["path"], "weights": parent.get("fingerprint") or f"hub:{parent['path']}"}
+
+
+def _is_unmerged(path: str) -> bool:
+    """Whether a path is a run whose result is an adapter, because it cannot be merged."""
+    return is_run(path) and is_adapter(Path(path) / "model")
 
 
 def _lora_of(run: str, key: str) -> Pick:
@@ -119,7 +132,7 @@ def _lora_of(run: str, key: str) -> Pick:
         found = "a model without a run folder" if tuning is None else f"a run with `tuning: {tuning.name}`"
         raise UserError(
             f"{key}: {run} is {found}; model.sharing `shared` needs an adapter",
-            "With model.sharing `shared` every role must be a LoRA adapter on the same base model.",
+            "With model.sharing `shared` every role must be an adapter (LoRA, bottleneck) on the same base model.",
             f"Train it with `tuning: lora`, {SEPARATE}",
         )
     return tuning

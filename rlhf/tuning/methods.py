@@ -5,14 +5,15 @@ or a label), `tokens` or `span`. It returns the model with `requires_grad` set, 
 trains the head of a model that is not causal.
 
 Traits: `adapter` (the base does not change, so switching the adapter off restores it), `merges` (the result is a plain
-model), `prompt_learning` (virtual tokens before the text, which only PEFT's forward adds), `quantized`, `roles`
-(adapters of several roles can share one base; see `rlhf.ppo.shared_base`).
+model; otherwise it is the adapter), `prompt_learning` (virtual tokens before the text, which only PEFT's forward adds),
+`quantized`, `roles` (adapters of several roles can share one base; see `rlhf.ppo.shared_base`).
 """
 
 from __future__ import annotations
 
+import functools
 import re
-from collections.abc import Sequence
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field, PositiveInt
@@ -21,11 +22,13 @@ from rlhf.core.console import say
 from rlhf.core.errors import UserError
 from rlhf.core.lazy import lazy
 from rlhf.core.table import Pick, Table, options_of
+from rlhf.tuning.layers import bottleneck_config, go_on, layers_of
+from rlhf.tuning.virtual_tokens import first_virtual_tokens
 
 if TYPE_CHECKING:
     import peft
     import torch
-    from torch import Tensor, nn
+    from torch import nn
 
     from rlhf.tuning import merging
 else:
@@ -50,16 +53,31 @@ HEADS = ("score", "classifier", "classification_head", "qa_outputs")
 """Names of the heads of classifiers, taggers and span extractors in transformers."""
 
 
+def _row(name: str, **traits: Any) -> Callable[..., Any]:
+    """Decorator of a row: a model that comes with an adapter goes on with it, or is refused."""
+
+    def decorate(method: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(method)
+        def tune(model: Any, chat: Any, task: str, **options: Any) -> Any:
+            if hasattr(model, "peft_config"):
+                return go_on(name, model, options)
+            return method(model, chat, task, **options)
+
+        return TUNING.row(name, **traits)(tune)
+
+    return decorate
+
+
 # ---- the model's own weights --------------------------------------------------------------------------------------
 
 
-@TUNING.row("full", **WHOLE)
+@_row("full", **WHOLE)
 def full(model: Any, chat: Any, task: str) -> Any:
     """Train all weights."""
     return model.requires_grad_(True)
 
 
-@TUNING.row("last-layers", **WHOLE)
+@_row("last-layers", **WHOLE)
 def last_layers(
     model: Any, chat: Any, task: str, *, layers: PositiveInt, embeddings: bool = False, head: bool = True
 ) -> Any:
@@ -89,17 +107,7 @@ def _last(model: Any, count: int) -> tuple[str, Any]:
     return name, stack[-count:]
 
 
-def layers_of(model: Any) -> tuple[str, Any]:
-    """Name and content of the list of transformer layers: the longest ModuleList outside any other; of two, that of the
-    decoder."""
-    lists = [(path, module) for path, module in model.named_modules() if isinstance(module, nn.ModuleList)]
-    lists = [found for found in lists if not any(found[0].startswith(f"{path}.") for path, _ in lists)]
-    if not lists:
-        raise UserError(f"tuning: {type(model).__name__} has no list of layers", remedy="Use `modules` with `names`.")
-    return max(lists, key=lambda found: (len(found[1]), "decoder" in found[0]))
-
-
-@TUNING.row("modules", **WHOLE)
+@_row("modules", **WHOLE)
 def modules(model: Any, chat: Any, task: str, *, names: NameList) -> Any:
     """Train the parameters whose full name matches one of the regular expressions `names`."""
     model.requires_grad_(False)
@@ -185,7 +193,7 @@ def _left_out(model: Any, targets: str | list[str]) -> list[str]:
     return found
 
 
-@TUNING.row("lora", **LORA)
+@_row("lora", **LORA)
 @options_of(lora_config)
 def lora(model: Any, chat: Any, task: str, **options: Any) -> Any:
     """Low-rank updates of linear layers (Hu et al. 2021).
@@ -215,7 +223,7 @@ def _targets_in_last(model: Any, layers: int, targets: str | list[str]) -> list[
     return found
 
 
-@TUNING.row("ia3", **ADAPTER)
+@_row("ia3", **ADAPTER)
 def ia3(
     model: Any,
     chat: Any,
@@ -236,7 +244,7 @@ def ia3(
     return _wrap("ia3", model, config)
 
 
-@TUNING.row("qlora", **LORA | {"quantized": True})
+@_row("qlora", **LORA | {"quantized": True})
 @options_of(lora_config, without=("dora",))
 def qlora(model: Any, chat: Any, task: str, **options: Any) -> Any:
     """LoRA on a base in 4-bit NormalFloat with double quantisation (Dettmers et al. 2023). Needs a GPU.
@@ -300,10 +308,31 @@ def _is_adapted(module: Any) -> bool:
     return type(module).__module__.startswith("peft.")
 
 
+@_row("bottleneck", **ADAPTER | {"merges": False, "roles": True})
+@options_of(bottleneck_config)
+def bottleneck_adapters(model: Any, chat: Any, task: str, **options: Any) -> Any:
+    """A small network after parts of each layer: down to `size`, an activation, up again, added to the part's output.
+
+    `placement` is `pfeiffer` (after the MLP; Pfeiffer et al. 2021) or `houlsby` (after the attention too; Houlsby et
+    al. 2019). `size` is the model's width divided by `reduction` if it is not given. `layers` restricts adapters to
+    that many of the last transformer layers. At the start they change nothing. They cannot be merged into the weights.
+    """
+    return _wrap("bottleneck", model, adapter_config(TUNING.pick({"name": "bottleneck", **options}), model, task))
+
+
+def adapter_config(tuning: Pick, model: Any, task: str) -> Any:
+    """PEFT's config for a row with the trait `roles`, for a model without adapters."""
+    if tuning.name != "bottleneck":
+        return lora_config(model, task, **tuning.options)
+    config = bottleneck_config(model, **tuning.options)
+    config.task_type, config.modules_to_save = _peft_task(model, task), _own_heads(model, task) or None
+    return config
+
+
 # ---- virtual tokens ------------------------------------------------------------------------------------------------
 
 
-@TUNING.row("prompt-tuning", **PROMPT)
+@_row("prompt-tuning", **PROMPT)
 def prompt_tuning(
     model: Any,
     chat: Any,
@@ -326,7 +355,7 @@ def prompt_tuning(
             raise UserError(f"tuning.{option}: set it if and only if init is `{option}` (init is `{init}`)")
     words = model.get_input_embeddings().weight.detach()
     with torch.no_grad():
-        start = _start(words, chat, tokens, init, text, labels)
+        start = first_virtual_tokens(words, chat, tokens, init, text, labels)
     config = peft.PromptTuningConfig(
         task_type=_peft_task(model, task), num_virtual_tokens=tokens, num_transformer_submodules=1
     )
@@ -335,25 +364,7 @@ def prompt_tuning(
     return wrapped
 
 
-def _start(words: Tensor, chat: Any, tokens: int, init: str, text: str | None, labels: Sequence[str] | None) -> Tensor:
-    """Initial virtual tokens [tokens, H] from the word embeddings [V, H]."""
-    if init == "random":
-        return words.mean(0) + words.std(0) * torch.randn(tokens, words.shape[1], dtype=words.dtype)
-    encode = lambda piece: chat.tokenizer.encode(piece, add_special_tokens=False)  # noqa: E731
-    if text is not None:
-        ids = encode(text)
-        if not ids:
-            raise UserError("tuning.text: the text has no tokens")
-        return words[torch.tensor(ids * (tokens // len(ids) + 1))[:tokens]]
-    special = set(chat.tokenizer.all_special_ids)
-    ordinary = torch.tensor([i for i in range(len(chat.tokenizer)) if i not in special])
-    rows = words[ordinary[torch.randperm(len(ordinary)).repeat(tokens // len(ordinary) + 1)[:tokens]]]
-    for index, label in enumerate((labels or [])[:tokens]):
-        rows[index] = words[torch.tensor(encode(label))].mean(0)
-    return rows
-
-
-@TUNING.row("p-tuning", **PROMPT)
+@_row("p-tuning", **PROMPT)
 def p_tuning(
     model: Any,
     chat: Any,
@@ -374,7 +385,7 @@ def p_tuning(
     return _wrap("p-tuning", model, config)
 
 
-@TUNING.row("prefix-tuning", **PROMPT)
+@_row("prefix-tuning", **PROMPT)
 def prefix_tuning(
     model: Any,
     chat: Any,

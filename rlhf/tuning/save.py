@@ -18,8 +18,9 @@ def save_result(path: Path, model: Any, chat: Any, tuning: Pick) -> None:
     """Save the result of a run in `path`, the run folder. Every rank calls it.
 
     `model/` is the merged model in Hugging Face format with tokenizer, chat template, and a generation config with the
-    end tokens. A mergeable adapter is also saved separately, in `adapter/`. Virtual tokens cannot be merged, so then
-    `model/` is the PEFT adapter.
+    end tokens. A mergeable adapter is also saved separately, in `adapter/`. If the adapter cannot be merged (virtual
+    tokens, bottleneck adapters), `model/` is the adapter; with a score head also the classifier's config, which has the
+    scale of the scores.
 
     Args:
         model: A transformers model, wrapped by PEFT if `tuning` is an adapter.
@@ -32,13 +33,15 @@ def save_result(path: Path, model: Any, chat: Any, tuning: Pick) -> None:
         for old in (folder, path / "adapter"):
             shutil.rmtree(old, ignore_errors=True)
     if tuning.row.traits["adapter"]:
-        _save_adapter(folder if tuning.row.traits["prompt_learning"] else path / "adapter", model)
+        _save_adapter(path / "adapter" if tuning.row.traits["merges"] else folder, model)
     if tuning.row.traits["merges"]:
         state = merging.merged_state(model)
         if is_main():
             base.config.use_cache = True  # it is off only during training
             base.save_pretrained(folder, state_dict=state)
             base.config.use_cache = False
+    elif is_main() and not base.can_generate():
+        base.config.save_pretrained(folder)
     if is_main():
         chat.tokenizer.save_pretrained(folder)
         if base.can_generate():
