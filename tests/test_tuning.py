@@ -11,15 +11,18 @@ import peft
 import pytest
 import tiny
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, MambaConfig
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, LlamaConfig, MambaConfig
 
 from rlhf.config.base import ModelConfig
 from rlhf.core.errors import UserError
 from rlhf.core.table import Pick
 from rlhf.data.chat_tokenizer import ChatTokenizer, load_tokenizer
-from rlhf.models.load import load_policy
+from rlhf.memory.traced_model import TracedModel
+from rlhf.memory.workload import BatchShape
+from rlhf.models.load import count_parameters, load_policy
 from rlhf.models.scalar import load_scalar
 from rlhf.models.tiny_copy import random_model, tiny_config
+from rlhf.sft.config import SFTConfig
 from rlhf.tuning.merging import merged_state
 from rlhf.tuning.methods import TUNING, quantize, say_trainable, virtual_tokens
 from rlhf.tuning.save import save_result
@@ -182,6 +185,59 @@ def test_the_counts_of_every_method_are_said_in_one_line(pick: Pick, chat: ChatT
     total = sum(p.numel() for p in model.parameters())
     assert line.count("\n") == 1 and pick.name in line
     assert f"{trained:,} of {total:,} parameters" in line
+
+
+# ---- the papers' arithmetic ----------------------------------------------------------------------------------------
+
+D, F, K, L, V = 32, 64, 16, 2, 4  # of tiny.llama: width, MLP, keys (2 of 4 heads), layers; and virtual tokens
+
+LINEAR = [(D, D), (D, K), (D, K), (D, D), (D, F), (D, F), (F, D)]
+"""Inputs and outputs of the linear layers of one layer: q, k, v, o, gate, up, down."""
+
+
+@pytest.mark.parametrize(
+    "spec, expected",
+    [
+        ({"name": "lora", "rank": 3}, L * sum(3 * (d + o) for d, o in LINEAR)),
+        ({"name": "lora", "rank": 3, "layers": 1}, sum(3 * (d + o) for d, o in LINEAR)),
+        ({"name": "lora", "rank": 3, "dora": True}, L * sum(3 * (d + o) + o for d, o in LINEAR)),
+        ({"name": "ia3"}, L * (2 * K + F)),
+        ({"name": "bottleneck", "placement": "houlsby", "size": 5}, L * 2 * (2 * D * 5 + D + 5)),
+        ({"name": "bottleneck", "placement": "pfeiffer", "size": 5}, L * (2 * D * 5 + D + 5)),
+        ({"name": "bottleneck", "reduction": 8, "layers": 1}, 2 * D * 4 + D + 4),
+        ({"name": "prompt-tuning", "tokens": V}, V * D),
+        ({"name": "p-tuning", "tokens": V, "hidden": 6}, V * D + (D * 6 + 6) + (6 * 6 + 6) + (6 * D + D)),
+        ({"name": "prefix-tuning", "tokens": V}, 2 * L * V * K),
+        (
+            {"name": "prefix-tuning", "tokens": V, "projection": True, "hidden": 6},
+            V * K + (K * 6 + 6) + (6 * 2 * L * K + 2 * L * K),
+        ),
+        ({"name": "last-layers", "layers": 1, "head": False}, sum(d * o for d, o in LINEAR) + 2 * D),
+    ],
+    ids=str,
+)
+def test_a_method_trains_as_many_parameters_as_its_paper_says(
+    spec: dict[str, Any], expected: int, chat: ChatTokenizer
+) -> None:
+    assert count_parameters(tuned(TUNING.pick(spec), chat))[0] == expected
+
+
+def test_five_virtual_tokens_of_a_model_of_width_4096_are_20480_parameters() -> None:
+    config = LlamaConfig(
+        vocab_size=8, hidden_size=4096, intermediate_size=8, num_hidden_layers=1, num_attention_heads=32
+    )
+    with torch.device("meta"):
+        model = TUNING.pick({"name": "prompt-tuning", "tokens": 5})(
+            AutoModelForCausalLM.from_config(config), None, "causal"
+        )
+    assert count_parameters(model)[0] == 20_480
+
+
+@every_row
+def test_the_memory_prediction_counts_what_is_trained(pick: Pick, chat: ChatTokenizer) -> None:
+    config = SFTConfig(run="r", model={"path": tiny.llama()}, data={"train": "d"}, tuning=pick)
+    (counts,) = TracedModel(config, BatchShape(1, 8, 8, 1), False, False).sizes
+    assert counts.trained == count_parameters(tuned(pick, chat))[0]
 
 
 # ---- single rows ---------------------------------------------------------------------------------------------------
