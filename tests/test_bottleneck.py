@@ -205,6 +205,7 @@ def test_what_needs_merged_weights_is_refused_early(changes: dict[str, Any], wor
 # ---- export --------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_cards_snippets_give_the_runs_numbers_in_plain_transformers(runs: dict[str, str], tmp_path: Path) -> None:
     code = ""
     for name in ("sft", "over-sft"):
