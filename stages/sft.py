@@ -6,8 +6,9 @@ demonstrations -> token rows (rlhf.data.tables) -> token batches -> log-probs ->
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,11 +23,24 @@ from rlhf.data.tables import tokenize
 from rlhf.memory.peak import PeakMemory
 from rlhf.models.encoder_decoder import is_encoder_decoder
 from rlhf.models.load import load_hf_config, load_policy, quiet, sequence_limit
-from rlhf.models.logprobs import TokenPredictions, head_chunks, token_predictions
+from rlhf.models.logprobs import TokenPredictions, head_chunks, predicting_states, token_predictions
 from rlhf.models.vocabulary import token_count
+from rlhf.rollout.samplers import hf
+from rlhf.rollout.types import SamplingParams, stream_seed
 from rlhf.runs.run import data_facts, finish, open_run, parent_facts, resolve_model_path, template_time
-from rlhf.sft.batches import TokenBatch, check_packing, pack, token_batch
-from rlhf.sft.config import SFTConfig
+from rlhf.sft.batches import (
+    DistillationBatch,
+    StepByStepBatch,
+    TokenBatch,
+    check_packing,
+    pack,
+    step_by_step_batch,
+    token_batch,
+)  # fmt: skip
+from rlhf.sft.config import LogitsConfig, SFTConfig, StepByStepConfig
+from rlhf.sft.divergence import StudentPredictions, divergence, student_predictions
+from rlhf.sft.teacher import Teacher, check_teacher
+from rlhf.tasks.answers import answer_pattern
 from rlhf.training.engine import Engine
 from rlhf.training.loop import Loop, Objective, supervised_engine
 from rlhf.tuning.methods import say_trainable, virtual_tokens
@@ -45,9 +59,17 @@ def run(config: SFTConfig, resume: bool = False, overwrite: bool = False) -> Non
     chat = load_tokenizer(config.model, path, template_time(config, resume))
     limit = sequence_limit(config.model, load_hf_config(config.model, path)) - virtual_tokens(config.tuning)
     data = open_datasets([*config.data.train, *config.data.eval], KINDS, "data")
-    facts = {"parents": [parent_facts(config.model.path)], "data": data_facts(data), **chat.facts()}
+    parents = [config.model.path]
+    if logits := config.distillation and config.distillation.logits:
+        limit = min(limit, check_teacher(logits.teacher, config.model, chat))
+        parents.append(logits.teacher)
+    facts = {"parents": [parent_facts(parent) for parent in parents], "data": data_facts(data), **chat.facts()}
     folder = open_run(config, "sft", resume, overwrite, facts)
-    tables = tokenize(folder.path, chat, limit, config.data, "demonstration", KINDS)
+    steps = config.distillation and config.distillation.step_by_step
+    tables = tokenize(
+        folder.path, chat, limit, config.data, "step-by-step" if steps else "demonstration", KINDS,
+        options=_tasks(steps) if steps else None,
+    )  # fmt: skip
     # 2. the model, and what of it is trained; the same first weights on every rank
     transformers.set_seed(config.seed)
     memory = PeakMemory()
@@ -55,16 +77,22 @@ def run(config: SFTConfig, resume: bool = False, overwrite: bool = False) -> Non
     say_trainable(config.tuning, model)
     # 3. training
     train = pack(tables.train, limit, model) if config.batch.packing else tables.train
-    engine = supervised_engine(config, TokenPredictor(model))
+    engine = supervised_engine(config, Student(model) if logits else TokenPredictor(model))
     if config.batch.packing:
         check_packing(engine, model, chat, max(tables.train["length"]))
     objective = SFTObjective(config, chat, model, tables.eval)
+    if logits:
+        teacher = Teacher(logits.teacher, config.model, chat, engine)
+        objective = LogitsObjective(config, chat, model, tables.eval, logits, teacher, limit)
+    elif steps:
+        objective = StepByStepObjective(config, chat, model, tables.eval, steps)
     loop = Loop(config, folder, engine, objective, train, held_out=len(tables.eval) > 0)
     loop.fit(resume)
     # 4. the result: the weights of the best checkpoint
     save_result(folder.path, model, chat, config.tuning)
     loss = loop.best[1] if loop.best else None
-    metrics = {} if loss is None else {"eval/loss": loss, "eval/perplexity": perplexity(loss)}
+    metrics = {} if loss is None else {"eval/loss": loss}
+    metrics |= {"eval/perplexity": perplexity(loss)} if loss is not None and not config.distillation else {}
     finish(folder, step=loop.best_step, metrics=metrics, peak_memory=memory.measured())
     lengths = tables.train["length"]
     memory.report(config, limit if config.batch.packing else max(lengths), sum(lengths) / len(lengths))
@@ -153,6 +181,151 @@ class SFTObjective(Objective[TokenBatch]):
             }
             for prompt, answer, row, start in zip(prompts, answers, rows, starts)
         ]
+
+
+# ---- distillation from a teacher's distributions -------------------------------------------------------------------
+
+SAMPLED, CHOSEN = 21, 22
+"""Purposes of random streams: the tokens of a sampled answer, and whether a demonstration's answer is sampled."""
+
+
+class Student(nn.Module):
+    """The policy as the engine calls it, next to its teacher."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(
+        self, batch: TokenBatch, chunks: int, states: Tensor, logits: Callable[[Tensor], Tensor],
+        measure: Callable[[Tensor, Tensor], Tensor], tokens: int,
+    ) -> StudentPredictions:  # fmt: skip
+        """Predictions for the labelled tokens, and how far they are from the teacher's."""
+        hidden, targets = predicting_states(self.model, batch.input_ids, batch.attention_mask, batch.labelled)
+        return student_predictions(self.model, hidden, targets, states, logits, measure, tokens, chunks)
+
+
+class LogitsObjective(SFTObjective):
+    """The divergence from a teacher's next-token distributions, on demonstrations and on answers of the student's own
+    (GKD, Agarwal et al. 2024, arXiv:2306.13649, algorithm 1, with the choice made for each record, not each batch)."""
+
+    means = ("train/entropy", "train/token_accuracy", "train/divergence", "train/on_policy")
+
+    def __init__(
+        self, config: SFTConfig, chat: ChatTokenizer, model: Any, held_out: Any, logits: LogitsConfig, teacher: Teacher,
+        limit: int,
+    ) -> None:  # fmt: skip
+        super().__init__(config, chat, model, held_out)
+        self.logits, self.teacher, self.limit = logits, teacher, limit
+        self.known = token_count(chat.tokenizer)
+        self.measure = partial(divergence, kind=logits.divergence, beta=logits.beta, temperature=logits.temperature)
+
+    def batch(self, rows: list[dict[str, Any]], sampled: Sequence[bool] = ()) -> DistillationBatch:
+        flags = torch.tensor(list(sampled) or [False] * len(rows), device=distributed.device())
+        return DistillationBatch(**vars(token_batch(rows, self.chat, packing=False)), sampled=flags)
+
+    def training_batch(
+        self, engine: Engine, rows: list[dict[str, Any]], numbers: list[int], step: int
+    ) -> DistillationBatch:
+        """Demonstrations, a fraction of them with an answer that the student samples now."""
+        if not self.logits.on_policy:
+            return self.batch(rows)
+        starts = [answer_start(row["labels"]) for row in rows]
+        chosen = [
+            i for i, number in enumerate(numbers)
+            if starts[i] < self.limit
+            and stream_seed(self.config.seed, CHOSEN, step, number) < self.logits.on_policy * 2**63
+        ]  # fmt: skip
+        prompts = [rows[i]["input_ids"][: starts[i]] for i in chosen]
+        seeds = [stream_seed(self.config.seed, SAMPLED, step, numbers[i]) for i in chosen]
+        room = min((self.limit - len(prompt) for prompt in prompts), default=1)
+        params = SamplingParams(min(self.logits.max_new_tokens, room), temperature=self.logits.sampling_temperature)
+        with engine.gathered(self.model):  # on every rank, with prompts or without
+            drawn = hf(self.model, prompts, seeds, params, self.chat)
+        for i, prompt, one in zip(chosen, prompts, drawn):
+            rows[i] = {"input_ids": prompt + one.ids, "labels": [-100] * len(prompt) + one.ids}
+        return self.batch(rows, [i in chosen for i in range(len(rows))])
+
+    def loss(self, engine: Engine, batch: TokenBatch) -> tuple[Tensor, list[Tensor]]:
+        found, demonstrated = self._distilled(engine, batch)
+        total = found.divergences.sum() - self.logits.sft_weight * (found.logprobs * demonstrated).sum()
+        return total, [found.entropies.sum(), found.top1.sum(), found.divergences.sum(), (~demonstrated).sum()]
+
+    def _distilled(self, engine: Engine, batch: TokenBatch) -> tuple[StudentPredictions, Tensor]:
+        assert isinstance(batch, DistillationBatch)
+        chunks = head_chunks(int(distributed.all_max(batch.labelled.sum())), self.vocab_size)
+        states = self.teacher.states(batch)
+        found = engine(batch, chunks, states, self.teacher.logits, self.measure, self.known)
+        return found, batch.demonstrated
+
+    def evaluate(self, engine: Engine, step: int) -> dict[str, float]:
+        """The loss and the divergence on held-out demonstrations, their perplexity, and the fraction ranked first."""
+        sums = torch.zeros(4, dtype=torch.float64, device=distributed.device())
+        for batch in self._held_out_batches():
+            found, _ = self._distilled(engine, batch)
+            parts = (found.divergences, -found.logprobs, found.top1)
+            sums += torch.stack([*(part.double().sum() for part in parts), batch.labelled.sum().double()])
+        apart, nll, right, tokens = distributed.all_sum(sums).tolist()
+        apart, nll, right = (total / max(tokens, 1) for total in (apart, nll, right))
+        loss = apart + self.logits.sft_weight * nll
+        return {"loss": loss, "divergence": apart, "perplexity": perplexity(nll), "token_accuracy": right}
+
+
+# ---- distillation of rationales --------------------------------------------------------------------------------------
+
+
+def _tasks(steps: StepByStepConfig) -> dict[str, Any]:
+    """How a demonstration becomes the two tasks."""
+    pattern = answer_pattern(steps.pattern)
+    assert pattern is not None
+    prefixes = {"label_prefix": steps.label_prefix, "rationale_prefix": steps.rationale_prefix}
+    return {"parts": pattern.parts, **prefixes}
+
+
+class StepByStepObjective(SFTObjective):
+    """Distilling Step-by-Step (Hsieh et al. 2023, arXiv:2305.02301, equations 1, 3 and 4): the mean over demonstrations
+    of the label's loss + `rationale_weight` x the rationale's, each a mean over its tokens. An item is a demonstration.
+    """
+
+    means = ("train/label_loss", "train/rationale_loss")
+
+    def __init__(
+        self, config: SFTConfig, chat: ChatTokenizer, model: Any, held_out: Any, steps: StepByStepConfig
+    ) -> None:
+        super().__init__(config, chat, model, held_out)
+        self.steps = steps
+
+    def batch(self, rows: list[dict[str, Any]]) -> StepByStepBatch:
+        return step_by_step_batch(rows, self.chat, self.steps.rationale_weight)
+
+    def items(self, batch: TokenBatch) -> Tensor:
+        assert isinstance(batch, StepByStepBatch)
+        return torch.tensor(batch.demonstrations, device=batch.labelled.device)
+
+    def loss(self, engine: Engine, batch: TokenBatch) -> tuple[Tensor, list[Tensor]]:
+        assert isinstance(batch, StepByStepBatch)
+        losses = -self._predict(engine, batch).logprobs * batch.weights
+        label, rationale = losses[batch.is_label].sum(), losses[~batch.is_label].sum()
+        return label + rationale, [label, rationale]
+
+    def evaluate(self, engine: Engine, step: int) -> dict[str, float]:
+        """The loss on held-out demonstrations, and of the labels alone: per demonstration, and the fraction of their
+        tokens that are ranked first."""
+        sums = torch.zeros(5, dtype=torch.float64, device=distributed.device())
+        for batch in self._held_out_batches():
+            assert isinstance(batch, StepByStepBatch)
+            logprobs, _, top1 = self._predict(engine, batch)
+            if not len(logprobs):
+                continue  # this rank has no rows left, and took part in the forward pass
+            losses, label = (-logprobs * batch.weights).double(), batch.is_label
+            parts = [losses.sum(), losses[label].sum(), top1[label].double().sum(), label.double().sum()]
+            sums += torch.stack([*parts, parts[0].new_tensor(batch.demonstrations)])
+        loss, label_loss, right, tokens, count = distributed.all_sum(sums).tolist()
+        count = max(count, 1)
+        return {"loss": loss / count, "label_loss": label_loss / count, "token_accuracy": right / max(tokens, 1)}
+
+
+# ---- samples -------------------------------------------------------------------------------------------------------
 
 
 def perplexity(loss: float) -> float:

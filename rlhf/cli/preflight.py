@@ -266,6 +266,9 @@ def _sft(config: SFTConfig, world: int, pending_runs: PendingRuns) -> Rows:
         ("model", _model(config.model, POLICIES, pending_runs)),
         ("tuning", _tuning("tuning", config.tuning)),
     ]
+    if config.distillation and config.distillation.logits:
+        key, path = "distillation.logits.teacher", config.distillation.logits.teacher
+        rows += [("teacher", _parent(key, path, POLICIES, pending_runs))]
     rows += _data("data.train", config.data.train, config.data.eval, kinds)
     return [*rows, ("steps", _steps(config.batch, config.data.train, kinds)), ("batch", _batch(config.batch, world))]
 

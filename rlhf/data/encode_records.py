@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -100,6 +100,44 @@ def encode_demonstration(
         ids = chat.truncate_prompt(ids, max_length)
         labels[0] = -100
     return {"input_ids": ids, "labels": labels, "length": len(ids)}
+
+
+def encode_step_by_step(
+    record: Demonstration | Ranking, chat: ChatTokenizer, max_length: int, counts: EncodingCounts,
+    parts: Callable[[str], tuple[str, str] | None], label_prefix: str, rationale_prefix: str,
+) -> dict[str, Any] | None:  # fmt: skip
+    """The row of a demonstration with two tasks: prompt -> label and prompt -> rationale, each with its prefix.
+
+    None if a task does not fit or is refused, or the text has no label. A text without a rationale has empty columns.
+
+    Args:
+        parts: Text -> its rationale, which may be empty, and its label; None where there is no label.
+        label_prefix: Begins the last user message in the label task.
+        rationale_prefix: The same in the rationale task.
+    """
+    found = parts(best_response(record))
+    if found is None:
+        counts.skipped["no label is found in the answer (distillation.step_by_step.pattern)"] += 1
+        return None
+    rationale, label = found
+    row = _task(record, label_prefix, label, chat, max_length, counts)
+    other = _task(record, rationale_prefix, rationale, chat, max_length, counts) if row and rationale else None
+    if row is None or (rationale and other is None):
+        return None
+    empty: dict[str, Any] = {"input_ids": [], "labels": [], "length": 0}
+    other = other or empty
+    both = {"rationale_ids": other["input_ids"], "rationale_labels": other["labels"]}
+    return row | both | {"length": row["length"] + other["length"]}
+
+
+def _task(
+    record: Demonstration | Ranking, prefix: str, answer: str, chat: ChatTokenizer, max_length: int,
+    counts: EncodingCounts,
+) -> dict[str, Any] | None:  # fmt: skip
+    *before, last = record.messages
+    messages = (*before, Message(last.role, prefix + last.content))
+    derived = Demonstration(messages, record.source, record.group, record.split, answer=answer)
+    return encode_demonstration(derived, chat, max_length, counts)
 
 
 def encode_ranking(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -18,11 +18,21 @@ from rlhf.core.console import is_main, track
 from rlhf.core.errors import UserError
 from rlhf.core.files import append_jsonl
 from rlhf.data.chat_tokenizer import ChatTokenizer
-from rlhf.data.encode_records import EncodingCounts, encode_demonstration, encode_prompt, encode_ranking
+from rlhf.data.encode_records import (
+    EncodingCounts,
+    encode_demonstration,
+    encode_prompt,
+    encode_ranking,
+    encode_step_by_step,
+)
 from rlhf.data.selection import eval_records, open_datasets, train_records
 
 ENCODERS: dict[str, tuple[Callable[..., dict[str, Any] | None], dict[str, str]]] = {
     "demonstration": (encode_demonstration, {"input_ids": "ids", "labels": "ids", "length": "int"}),
+    "step-by-step": (
+        encode_step_by_step,
+        dict.fromkeys(("input_ids", "labels", "rationale_ids", "rationale_labels"), "ids") | {"length": "int"},
+    ),
     "ranking": (
         encode_ranking,
         {"prompt": "ids", "candidates": "id lists", "ranks": "ids", "ratings": "numbers", "characters": "ids"}
@@ -50,6 +60,7 @@ def tokenize(
     accept: Sequence[str] = (),
     name: str = "data",
     others: Sequence[ChatTokenizer] = (),
+    options: Mapping[str, Any] | None = None,
 ) -> Tables:
     """Tokenise the records of a stage into `folder`/cache, as a stream, once for all ranks. Every rank calls it.
 
@@ -59,10 +70,11 @@ def tokenize(
     Args:
         folder: The run folder.
         max_length: Most tokens of a record, or of a prompt with the kind `prompt`.
-        kind: demonstration, ranking or prompt.
+        kind: demonstration, step-by-step, ranking or prompt.
         accept: The kinds of dataset to read. The default is `kind` only.
         name: The config key in messages, and the prefix of the files.
         others: With the kind `prompt`: more tokenizers whose templates must accept a prompt.
+        options: With the kind `step-by-step`: further arguments of `encode_step_by_step`.
 
     Raises:
         UserError: There is nothing to train on, or a held-out prompt is also in the training data.
@@ -73,11 +85,12 @@ def tokenize(
     if is_main():
         files["train"].parent.mkdir(exist_ok=True)
         evals = eval_records(held_out or train, bool(held_out), config.max_eval_records)
-        more = {"others": others} if kind == "prompt" else {}
+        more = {"others": others} if kind == "prompt" else dict(options or {})
         encode = partial(ENCODERS[kind][0], chat=chat, max_length=max_length, **more)
         write = partial(_write_table, folder, kind=kind, encode=encode)
-        seen = write(files["train"], train_records(train), what=f"{kind}s")
-        unseen = write(files["eval"], evals, what=f"held-out {kind}s")
+        records = "demonstrations" if kind == "step-by-step" else f"{kind}s"
+        seen = write(files["train"], train_records(train), what=records)
+        unseen = write(files["eval"], evals, what=f"held-out {records}")
         for dataset in (*train, *held_out):
             append_jsonl(folder / "rejected.jsonl", [vars(reject) for reject in dataset.rejects])
         if seen & unseen:

@@ -125,7 +125,7 @@ def token_logprobs(
     Returns:
         float32 [n] log-probs and [n] entropies in nats, n = response_mask.sum(), row by row.
     """
-    states, targets = _predicting(model, input_ids, attention_mask, response_mask, position_ids)
+    states, targets = predicting_states(model, input_ids, attention_mask, response_mask, position_ids)
     return head_logprobs(causal_lm(model), states, targets, temperature, chunks)
 
 
@@ -145,13 +145,13 @@ def token_predictions(
     chunks: int | None = None, position_ids: Tensor | None = None,
 ) -> TokenPredictions:  # fmt: skip
     """As `token_logprobs` at temperature 1, and whether each token is the likeliest one."""
-    states, targets = _predicting(model, input_ids, attention_mask, response_mask, position_ids)
+    states, targets = predicting_states(model, input_ids, attention_mask, response_mask, position_ids)
     return TokenPredictions(*_head(causal_lm(model), states, targets, 1.0, chunks, top1=True))
 
 
-def _predicting(
+def predicting_states(
     model: nn.Module, input_ids: Tensor, attention_mask: Tensor | None, response_mask: Tensor,
-    position_ids: Tensor | None,
+    position_ids: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Hidden states [n, H] that predict the response tokens, and these tokens [n]."""
     lm = causal_lm(model)
@@ -177,7 +177,7 @@ def _head(
     chunks = chunks or head_chunks(len(targets), lm.config.get_text_config().vocab_size)
 
     def part(states: Tensor, wanted: Tensor) -> tuple[Tensor, ...]:
-        found = SelectiveLogSoftmax.apply(_logits(lm, states), wanted, temperature, top1)
+        found = SelectiveLogSoftmax.apply(head_logits(lm, states), wanted, temperature, top1)
         return found if top1 else found[:2]
 
     parts = []
@@ -227,7 +227,7 @@ class SelectiveLogSoftmax(torch.autograd.Function):
         return gradient.scatter_add_(-1, wanted[:, None], weight[:, None]), None, None, None
 
 
-def _logits(lm: PreTrainedModel, states: Tensor) -> Tensor:
+def head_logits(lm: PreTrainedModel, states: Tensor) -> Tensor:
     """float32 logits as the model's own forward gives them, scaling and soft cap of the family included."""
     head, config = lm.get_output_embeddings(), lm.config.get_text_config()
     if getattr(config, "scale_decoder_outputs", False):  # T5
@@ -264,7 +264,7 @@ def check_head(model: PreTrainedModel) -> None:
     else:
         expected = model(input_ids=ids, attention_mask=mask).logits[0].float()
         states = hidden_states(model, ids, mask)[0]
-    found = _logits(model, states)
+    found = head_logits(model, states)
     model.train(training)
     if not torch.allclose(expected, found, atol=1e-2 * float(expected.abs().max()) + 1e-4):
         raise UserError(

@@ -83,6 +83,43 @@ class TokenBatch:
     """bool [B, T], True at the assistant's tokens, which the loss is summed over; never at the first of a sequence."""
 
 
+@dataclass(frozen=True)
+class StepByStepBatch(TokenBatch):
+    """The two tasks of demonstrations: the labels of all, then the rationales of those that have one. Never packed."""
+
+    weights: Tensor
+    """float32 [n], for each labelled token: the weight of its task, divided by the labelled tokens of its row."""
+    is_label: Tensor
+    """bool [n], for each labelled token whether it is of the label task."""
+    demonstrations: int
+
+
+def step_by_step_batch(rows: list[dict[str, Any]], chat: ChatTokenizer, rationale_weight: float) -> StepByStepBatch:
+    """Rows of `encode_step_by_step` as a batch on this device."""
+    tasks = [{"input_ids": row["input_ids"], "labels": row["labels"]} for row in rows]
+    tasks += [
+        {"input_ids": row["rationale_ids"], "labels": row["rationale_labels"]} for row in rows if row["rationale_ids"]
+    ]
+    batch = token_batch(tasks, chat, packing=False)
+    label = torch.arange(len(tasks), device=batch.labelled.device) < len(rows)
+    each = torch.where(label, 1.0, rationale_weight) / batch.labelled.sum(-1).clamp_min(1)
+    weights, is_label = (part[:, None].expand_as(batch.labelled)[batch.labelled] for part in (each, label))
+    return StepByStepBatch(**vars(batch), weights=weights, is_label=is_label, demonstrations=len(rows))
+
+
+@dataclass(frozen=True)
+class DistillationBatch(TokenBatch):
+    """Demonstrations, some of them with an answer that the student sampled. Never packed."""
+
+    sampled: Tensor
+    """bool [B]."""
+
+    @property
+    def demonstrated(self) -> Tensor:
+        """bool [n], for each labelled token whether it is a demonstration's."""
+        return ~self.sampled[:, None].expand_as(self.labelled)[self.labelled]
+
+
 def token_batch(rows: list[dict[str, Any]], chat: ChatTokenizer, packing: bool) -> TokenBatch:
     """Rows with `input_ids` and `labels` (and `seq_lengths` where rows were packed) as a batch on this device."""
     device = distributed.device()

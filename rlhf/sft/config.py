@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Annotated, ClassVar
+from typing import Annotated, ClassVar, Literal
 
-from pydantic import NonNegativeInt, PositiveInt
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
-from rlhf.config.base import BatchConfig, DataConfig, EvalConfig, SupervisedConfig
+from rlhf.config.base import BatchConfig, DataConfig, EvalConfig, Fraction, Strict, SupervisedConfig
 from rlhf.core.table import Pick
+from rlhf.tasks.answers import answer_pattern
 from rlhf.tuning.methods import TUNING
+
+Divergence = Literal["forward-kl", "reverse-kl", "jsd"]
 
 
 class SFTBatchConfig(BatchConfig):
@@ -24,11 +27,67 @@ class SFTEvalConfig(EvalConfig):
     """Longest of these completions, in tokens."""
 
 
+class LogitsConfig(Strict):
+    teacher: Annotated[str, Field(min_length=1)]
+    """A larger model with the student's tokenizer: a run, a model folder or a hub name. It is frozen."""
+    divergence: Divergence = "forward-kl"
+    """What is minimised between the next-token distributions of teacher and student: `forward-kl` covers all that the
+    teacher may say, `reverse-kl` keeps to what it mostly says, `jsd` lies between them."""
+    beta: Annotated[float, Field(gt=0, lt=1)] = 0.5
+    """For `jsd`: the teacher's share in the mixture. Near 0 it is like forward KL, near 1 like reverse KL."""
+    temperature: PositiveFloat = 1.0
+    """Divides the logits of both in the divergence."""
+    on_policy: Fraction = 0.0
+    """The fraction of demonstrations whose answer is replaced by one that the student samples at that step, so that it
+    learns from its own mistakes (GKD's lambda). 0 needs no sampling; 1 uses the prompts alone."""
+    max_new_tokens: PositiveInt = 128
+    """Longest sampled answer in tokens."""
+    sampling_temperature: PositiveFloat = 1.0
+    """Temperature of the sampled answers."""
+    sft_weight: NonNegativeFloat = 0.0
+    """Weight of SFT's own loss on the demonstrations, added to the divergence."""
+
+
+class StepByStepConfig(Strict):
+    pattern: Annotated[str, Field(min_length=1)] = "the-answer-is"
+    """Where a demonstration's text has its answer: gsm8k, the-answer-is, number, letter, boxed, last-line, or a regular
+    expression. The sentence with the answer is the label, and the text before it the rationale."""
+    rationale_weight: NonNegativeFloat = 1.0
+    """Weight of the rationale's loss; the label's is 1. With 0, only labels are learned."""
+    label_prefix: str = ""
+    """What begins the prompt of the label task, and so the prompts of the served model. The paper has `[label] `."""
+    rationale_prefix: str = "[rationale] "
+    """What begins the prompt of the rationale task, which is for training alone."""
+
+    @model_validator(mode="after")
+    def _tasks_differ(self) -> StepByStepConfig:
+        answer_pattern(self.pattern)
+        if self.label_prefix == self.rationale_prefix:
+            raise ValueError("distillation.step_by_step: label_prefix and rationale_prefix must differ")
+        return self
+
+
+class DistillationConfig(Strict):
+    logits: LogitsConfig | None = None
+    """Learn the next-token distributions of a local teacher (Hinton 2015; GKD, Agarwal 2024)."""
+
+    step_by_step: StepByStepConfig | None = None
+    """Learn a teacher's rationales as a task of its own, next to the labels (Hsieh 2023, Distilling Step-by-Step)."""
+
+    @model_validator(mode="after")
+    def _one_way(self) -> DistillationConfig:
+        if (self.logits is None) == (self.step_by_step is None):
+            raise ValueError("distillation: needs `logits` or `step_by_step`, and not both")
+        return self
+
+
 class SFTConfig(SupervisedConfig):
     data: DataConfig
     """Datasets of demonstrations. In datasets of rankings, the best candidate of each is the demonstration."""
     tuning: Annotated[Pick, TUNING] = TUNING.pick("full")
     """Which weights to train: a row of the tuning table (`full`, `last-layers`, `lora`, ...) with its options."""
+    distillation: DistillationConfig | None = None
+    """How to learn from a teacher; see docs/distillation.md. Without it, the loss is that of the demonstrations."""
     batch: SFTBatchConfig = SFTBatchConfig()
     eval: SFTEvalConfig = SFTEvalConfig()
 
@@ -37,3 +96,15 @@ class SFTConfig(SupervisedConfig):
         "samples": "eval.samples",
         "sample_tokens": "eval.sample_tokens",
     }
+
+    @model_validator(mode="after")
+    def _distillation_fits(self) -> SFTConfig:
+        if self.distillation and self.batch.packing:
+            raise ValueError("distillation: does not work with batch.packing; set batch.packing=false")
+        logits = self.distillation.logits if self.distillation else None
+        if logits and logits.on_policy and self.tuning.row.traits["prompt_learning"]:
+            raise ValueError(
+                f"distillation.logits.on_policy: {self.tuning.name} cannot be sampled from in training, because only "
+                "PEFT's own forward pass adds virtual tokens; set on_policy=0, or use `tuning: lora`"
+            )
+        return self

@@ -85,6 +85,15 @@ class AnswerPattern:
         stop = len(text) if stop < 0 else stop
         return (text[begin:start] + (text[start:end] if answer is None else answer) + text[end:stop]).strip()
 
+    def parts(self, text: str) -> tuple[str, str] | None:
+        """The reasoning before the sentence that holds the answer, which may be empty, and that sentence.
+
+        Raises:
+            UserError: See `__call__`.
+        """
+        sentence = self.sentence(text)
+        return None if sentence is None else (text[: text.rindex(sentence)].strip(), sentence)
+
     def _group(self, found: re.Match[str]) -> str | int:
         return "answer" if "answer" in found.re.groupindex else min(1, found.re.groups)
 

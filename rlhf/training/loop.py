@@ -48,6 +48,17 @@ class Objective(ABC, Generic[Batch]):
     def batch(self, rows: list[dict[str, Any]]) -> Batch:
         """A micro-batch on this process's device."""
 
+    def training_batch(self, engine: Engine, rows: list[dict[str, Any]], numbers: list[int], step: int) -> Batch:
+        """A micro-batch that is trained on; every rank calls it as often as the others.
+
+        Args:
+            engine: Over the model as it is before the step.
+            rows: Rows of the table.
+            numbers: Their numbers in it.
+            step: Steps before this one.
+        """
+        return self.batch(rows)
+
     @abstractmethod
     def items(self, batch: Batch) -> Tensor:
         """The items of a micro-batch: a scalar."""
@@ -129,7 +140,10 @@ class Loop(Generic[Batch]):
 
     def _train_step(self) -> dict[str, float]:
         """One optimizer step; gives its learning rate and its gradient norm before clipping."""
-        batches = [self.objective.batch([self.train[row] for row in rows]) for rows in self._micro_batches()]
+        batches = [
+            self.objective.training_batch(self.engine, [self.train[row] for row in rows], rows, self.step)
+            for rows in self._micro_batches()
+        ]
         counts = [self.objective.items(batch) for batch in batches]
         items = distributed.all_sum(sum(counts, torch.zeros_like(counts[0])))
         items = items.where(items > 0, 1)
