@@ -16,7 +16,7 @@ from rlhf.core.errors import UserError
 from rlhf.data.encode_records import EncodingCounts
 from rlhf.data.selection import chosen_prompts, chosen_records, with_system
 from rlhf.data.store import Dataset, open_dataset
-from rlhf.prompting.ways import parse_shots, read_prompting
+from rlhf.prompting.ways import check_way, parse_shots, read_prompting
 from rlhf.reward.agreement import Agreement
 from rlhf.rollout.types import SamplingParams
 from rlhf.tasks.config import TaskConfig
@@ -114,6 +114,8 @@ def _evaluate_prompting(
     ways = [way.with_shots(count) for way in ways for count in counts] if counts else ways
     config = task_options.with_label_metrics(config, ways)
     task, params = load_task(config), sampling.params(model)
+    for way in ways:
+        check_way(way, task.rules.labels, sampling.temperature)
     from rlhf.prompting.evaluation import answer_rows, evaluate_prompting, show  # imports torch
     from rlhf.prompting.masked import open_prompted
 

@@ -20,7 +20,7 @@ from rlhf.core.console import print_json, say, table
 from rlhf.core.errors import UserError
 from rlhf.core.limits import parse_yaml
 from rlhf.data.selection import train_records
-from rlhf.prompting.ways import Prompting, read_prompting, read_way
+from rlhf.prompting.ways import Prompting, check_way, read_prompting, read_way
 from rlhf.runs.run import parent_facts
 from rlhf.servers.cache import ReplyCache
 from rlhf.servers.config import ServerConfig
@@ -67,6 +67,7 @@ def command(
     server = _server(proposer or "")
     config = task_options.task_config(str(dataset), split, limit, metric, labels, pattern)
     task = load_task(task_options.with_label_metrics(config, [way]))
+    check_way(way, task.rules.labels, sampling.temperature)
     if overwrite and (out / "search.json").is_file():
         shutil.rmtree(out)
     from rlhf.inference.policy import Policy  # imports torch

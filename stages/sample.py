@@ -19,7 +19,7 @@ from rlhf.core.errors import UserError
 from rlhf.data.schema import BadRecord, Message, Prompt
 from rlhf.data.selection import chosen_prompts, train_demonstrations, with_system
 from rlhf.data.store import open_dataset
-from rlhf.prompting.ways import read_prompting
+from rlhf.prompting.ways import check_way, read_prompting
 
 if TYPE_CHECKING:  # imports torch
     from rlhf.inference.sampling import Sampled
@@ -117,6 +117,7 @@ def _sample_prompted(
     if other != (1, None):
         raise UserError("--n and --reward are not for --prompting", remedy="Use `samples` of chain-of-thought.")
     way, rules = read_prompting(spec), task_options.answer_rules(labels, pattern)
+    check_way(way, rules.labels, sampling.temperature)
     params = sampling.params(model)
     examples = list(train_demonstrations(dataset)) if way.count and dataset is not None else []
     from rlhf.prompting.masked import open_prompted  # imports torch

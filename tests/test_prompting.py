@@ -516,3 +516,9 @@ def test_every_way_has_a_summary_and_works_with_its_defaults(row, policy):
 def test_what_cannot_be_prompted_is_refused(words, message, colours):
     with pytest.raises(UserError, match=message):
         finished.invoke(command, tiny.llama(), "--dataset", colours, *words)
+
+
+def test_label_words_are_checked_before_a_model_is_looked_for(colours):
+    spec = "{name: cloze, verbaliser: {warm: hot}}"
+    with pytest.raises(UserError, match="'cold' has no word"):
+        finished.invoke(command, "./nowhere", "--dataset", colours, "--labels", "warm,cold", "--prompting", spec)

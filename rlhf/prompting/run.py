@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from rlhf.core.errors import UserError, nearest
+from rlhf.core.errors import UserError
 from rlhf.data.chat_rendering import RefusedText
 from rlhf.data.encode_records import EncodingCounts
 from rlhf.data.schema import Demonstration, Message, Prompt
@@ -21,7 +21,7 @@ from rlhf.prompting.label_words import calibrated, label_logprobs, word_scores
 from rlhf.prompting.masked import MaskedModel
 from rlhf.prompting.prompts import PromptBuilder
 from rlhf.prompting.vote import vote
-from rlhf.prompting.ways import VOTE_TEMPERATURE, Prompting
+from rlhf.prompting.ways import VOTE_TEMPERATURE, Prompting, check_votes, word_pairs
 from rlhf.rollout.types import SamplingParams
 from rlhf.tasks.task import AnswerRules
 
@@ -95,7 +95,7 @@ class Prompter:
         self.builder = PromptBuilder(prompting, model.chat)
         if isinstance(model, MaskedModel) and self.builder.layout != "plain":
             raise UserError(f"layout: {self.builder.layout} is for chat models; a masked model reads plain text")
-        self._words = _label_words(words.verbaliser, rules.labels) if words else []
+        self._words = word_pairs(words.verbaliser, rules.labels) if words else []
         self._word_ids = [self._ids_of(word) for _, word in self._words]
         self.pool = self._pool(examples) if prompting.count else None
 
@@ -283,13 +283,9 @@ def generation_params(given: SamplingParams, temperature: float | None, promptin
     Raises:
         UserError: Greedy answers were to be voted on.
     """
+    check_votes(prompting, temperature)
     if temperature is None:
         temperature = VOTE_TEMPERATURE if prompting.samples > 1 else 0.0
-    if prompting.samples > 1 and temperature == 0:
-        raise UserError(
-            f"--temperature 0: the {prompting.samples} answers to a question would all be the same",
-            remedy=f"Use --temperature {VOTE_TEMPERATURE}, or samples: 1.",
-        )
     stop = given.stop
     if layout == "plain" and prompting.wording.separator:
         stop = (*stop, prompting.wording.separator)
@@ -303,25 +299,3 @@ def _context(one: _Asked) -> tuple[tuple[Message, ...], tuple[Example, ...]]:
 
 def _row(one: _Asked) -> dict[str, Any]:
     return {"prompt_id": one.record.prompt_id, "examples": [example.prompt_id for example in one.examples]}
-
-
-def _label_words(verbaliser: dict[str, list[str]], labels: Sequence[str]) -> list[tuple[str, str]]:
-    """(label, word) pairs; without a verbaliser each label is its own word.
-
-    Raises:
-        UserError: A label has no words, or words are for no label.
-    """
-    if len(labels) < 2:
-        raise UserError(
-            "cloze: needs the labels to choose from",
-            remedy="Give --labels, or a verbaliser: {positive: happy, negative: [sad, angry]}",
-        )
-    if not verbaliser:
-        return [(label, label) for label in labels]
-    for name in verbaliser:
-        if name not in labels:
-            raise UserError(f"verbaliser: the task has no label {name!r}", remedy=nearest(name, labels))
-    for label in labels:
-        if label not in verbaliser:
-            raise UserError(f"verbaliser: the label {label!r} has no word", remedy="Each label needs one.")
-    return [(label, word) for label in labels for word in verbaliser[label]]

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field
 
 from rlhf.config.load import read_values
-from rlhf.core.errors import UserError
+from rlhf.core.errors import UserError, nearest
 from rlhf.core.limits import parse_yaml
 from rlhf.core.table import Pick, Table, options_of
 
@@ -174,6 +174,55 @@ def parse_shots(text: str | None) -> list[int]:
     if not all(word.isdecimal() and len(word) < 6 for word in words):
         raise UserError(f"--shots {text!r}: is not a list of whole numbers", remedy="For instance: --shots 0,1,2,4,8")
     return list(map(int, words))
+
+
+# ---- what can be refused before a model is loaded ------------------------------------------------------------------
+
+
+def check_way(prompting: Prompting, labels: Sequence[str], temperature: float | None) -> None:
+    """Check a way against the labels of a task and the temperature that the user gave.
+
+    Raises:
+        UserError: See `word_pairs` and `check_votes`.
+    """
+    check_votes(prompting, temperature)
+    if prompting.label_words is not None:
+        word_pairs(prompting.label_words.verbaliser, labels or list(prompting.label_words.verbaliser))
+
+
+def check_votes(prompting: Prompting, temperature: float | None) -> None:
+    """Refuse a vote of equal answers.
+
+    Raises:
+        UserError: Several answers are sampled at temperature 0.
+    """
+    if prompting.samples > 1 and temperature == 0:
+        raise UserError(
+            f"--temperature 0: the {prompting.samples} answers to a question would all be the same",
+            remedy=f"Use --temperature {VOTE_TEMPERATURE}, or samples: 1.",
+        )
+
+
+def word_pairs(verbaliser: dict[str, list[str]], labels: Sequence[str]) -> list[tuple[str, str]]:
+    """(label, word) pairs; without a verbaliser each label is its own word.
+
+    Raises:
+        UserError: A label has no words, or words are for no label.
+    """
+    if len(labels) < 2:
+        raise UserError(
+            "cloze: needs the labels to choose from",
+            remedy="Give --labels, or a verbaliser: {positive: happy, negative: [sad, angry]}",
+        )
+    if not verbaliser:
+        return [(label, label) for label in labels]
+    for name in verbaliser:
+        if name not in labels:
+            raise UserError(f"verbaliser: the task has no label {name!r}", remedy=nearest(name, labels))
+    for label in labels:
+        if label not in verbaliser:
+            raise UserError(f"verbaliser: the label {label!r} has no word", remedy="Each label needs one.")
+    return [(label, word) for label in labels for word in verbaliser[label]]
 
 
 # ---- rows ----------------------------------------------------------------------------------------------------------
