@@ -166,6 +166,13 @@ def test_the_reward_model_is_found_inside_a_sum():
 def test_a_pipeline_has_something_to_do():
     assert "at least one of" in faults(PipelineConfig, {"name": "p"})
     assert "no policy to export" in faults(PipelineConfig, {"name": "p", "reward": "r.yaml", "export": "e"})
+    assert check_config(PipelineConfig, {"name": "p", "dpo": "d.yaml", "export": "e"}, "x").dpo == "d.yaml"
+
+
+def test_rounds_refuse_dpo():
+    values = {"name": "p", "sft": "s.yaml", "reward": "r.yaml", "dpo": "d.yaml"}
+    rounds = {"count": 1, "folder": "rounds/{round}", "prompts": "prompts"}
+    assert "leave out dpo" in faults(PipelineConfig, values | {"rounds": rounds})
 
 
 # ---- the files that come with the project, and the reference -----------------------------------------------------
