@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gzip
 import json
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +13,7 @@ import specialist_rows
 import tiny
 import torch
 import transformers
+import ukp
 from seqeval.metrics import f1_score as entity_f1
 from sklearn.metrics import f1_score
 
@@ -366,3 +369,23 @@ def test_commands_for_language_models_refuse_a_specialist(tmp_path):
     for command in (lambda: open_policy(run), lambda: export(run, tmp_path / "out", EXPORTERS.pick("hf"))):
         with pytest.raises(UserError, match="a specialist gives labels"):
             command()
+
+
+@pytest.mark.real
+@pytest.mark.skipif(not (ukp.SOURCE.is_file() and tiny.STORIES.is_dir()), reason="../shared is not there")
+def test_a_small_real_model_tells_real_debates_from_each_other(tmp_path):
+    """Four debates with 70 arguments each; a model of 260,000 parameters that was trained on children's stories."""
+    debates: dict[str, str] = {}
+    with gzip.open(ukp.SOURCE, "rt", encoding="utf-8") as file:
+        for row in map(json.loads, file):
+            debates |= {row[key]: row["topic"].partition("_")[0] for key in ("chosen", "rejected")}
+    largest = [name for name, _ in Counter(debates.values()).most_common(4)]
+    rows = [{"text": text, "label": name} for text, name in debates.items() if name in largest]
+    data = {"train": specialist_rows.write(tmp_path / "arguments.jsonl", rows), "hold_out": 0.25}
+    run = trained(
+        tmp_path, "text", [], False, data=data, model={"path": str(tiny.STORIES), "max_length": 128},
+        batch={"batch_size": 8, "epochs": 4}, optimizer={"lr": 2e-3},
+    )  # fmt: skip
+    found = json.loads((run / "specialist_metrics.json").read_text())
+    accuracy, commonest = found["metrics"][0], max(row["support"] for row in found["labels"].values())
+    assert accuracy["low"] > commonest / accuracy["n"]

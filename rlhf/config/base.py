@@ -40,8 +40,9 @@ class ModelConfig(Strict):
     path: Annotated[str, Field(min_length=1)]
     """The run folder of an earlier stage, a Hugging Face model folder, or the name of a model on the Hub."""
     chat_template: str = "auto"
-    """`auto` (the model's own template if it has one, else `default`), `default`, `plain` (no roles: the completion
-    continues the text of the prompt), or the path of a Jinja file."""
+    """`auto` (the model's own template if it has one, else `default`, for an encoder-decoder `encoder-decoder`),
+    `default`, `plain` (no roles: the completion continues the text of the prompt), `encoder-decoder` (the text and the
+    end token, as T5 and BART were trained), or the path of a Jinja file."""
     control_tokens_in_text: Literal["as_text", "reject"] = "as_text"
     """What happens to text of records that spells a control token, such as `</s>`. It never becomes that token: it is
     encoded as the characters that it is (`as_text`), or the record is rejected and counted (`reject`)."""
