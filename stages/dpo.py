@@ -89,7 +89,7 @@ def run(config: DPOConfig, resume: bool = False, overwrite: bool = False) -> Non
     scored = objective.scored_at(engine, loop.best_step)
     headline = report(folder, scored, loop.best_step, human_agreement) if scored else {}
     save_result(folder.path, model, chat, config.tuning)
-    finish(folder, step=loop.best_step, metrics=headline)
+    finish(folder, step=loop.best_step, metrics=headline, peak_memory=memory.measured())
     lengths = train["length"]
     memory.report(config, max(lengths), sum(lengths) / len(lengths), max(map(len, train["ranks"])))
 
