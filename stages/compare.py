@@ -185,10 +185,12 @@ class Comparison:
         stages = [self._trained(stage, len(settings.stages)) for stage in self.stage_runs(cell)]
         policies = [stage.folder for stage in stages if stage.stage != "reward"]
         examples = list(train_records([open_dataset(self._data(cell)["train"])]))
+        model = self.config.model
+        if policies:  # a run has its chat template with it
+            model = model.model_copy(update={"path": policies[-1], "chat_template": "auto"})
         outcomes, prompt_tokens, latency = answer_task(
-            policies[-1] if policies else self.config.model.path, settings, config, self.tasks[cell.task], examples,
-            cell.seed,
-        )  # fmt: skip
+            model, settings, config, self.tasks[cell.task], examples, cell.seed
+        )
         parameters, size = stored(policies[-1], self.base) if policies else (0, 0)
         infos = [read_run(stage.folder) for stage in stages]
         peaks = [info["peak_memory"] for info in infos if info.get("peak_memory")]

@@ -13,6 +13,7 @@ import torch
 from safetensors import safe_open
 
 from rlhf.cli.compare_config import ComparedTask, WayConfig
+from rlhf.config.base import ModelConfig
 from rlhf.core.errors import UserError
 from rlhf.data.schema import Prompt
 from rlhf.inference.policy import Policy
@@ -32,12 +33,12 @@ ANSWERED_TOGETHER = 32
 
 
 def answer_task(
-    path: str, way: WayConfig, config: ComparedTask, task: Task, examples: Sequence[Any], seed: int
+    model: ModelConfig, way: WayConfig, config: ComparedTask, task: Task, examples: Sequence[Any], seed: int
 ) -> tuple[Outcomes, float, float]:
     """Ask a model the held-out records of a task.
 
     Args:
-        path: The run or model folder.
+        model: The run or model folder, and how its chats are rendered.
         way: How it is asked.
         config: The task.
         task: The same, opened.
@@ -48,7 +49,8 @@ def answer_task(
         The outcomes, mean tokens of a prompt, and the median seconds of a request that is alone.
     """
     prompting: Prompting = way.prompting()
-    opened = open_prompted(path)
+    path = model.path
+    opened = open_prompted(path, model.chat_template, model.trust_remote_code)
     prompter = Prompter(opened, prompting, task.rules, seed, examples if prompting.count else ())
     params = SamplingParams(config.max_new_tokens, batch_size=ANSWERED_TOGETHER)
     params = generation_params(params, None, prompting, prompter.builder.layout)
