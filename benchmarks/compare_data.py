@@ -21,8 +21,8 @@ from typing import Any
 from rlhf.data.schema import Demonstration, Message
 from rlhf.data.store import DatasetWriter
 
-MOST_CHARACTERS = 700
-"""Longer prompts do not fit in the 512 tokens of a small model."""
+MOST_CHARACTERS = 400
+"""Longer prompts make a comparison on a CPU long."""
 
 
 def rows(path: Path) -> Iterator[dict[str, Any]]:
