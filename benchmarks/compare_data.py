@@ -1,4 +1,4 @@
-"""Three real tasks for `rlhf compare`, from `../shared/data`: convincing arguments, yes/no questions, school mathematics.
+"""Three real tasks for `rlhf compare`, from `../shared/data`: convincing arguments, yes/no questions, mathematics.
 
     python benchmarks/compare_data.py ../shared/data --out datasets/compare
     rlhf compare --config configs/compare/real.yaml
