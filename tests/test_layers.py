@@ -15,7 +15,7 @@ FLOORS = {
     ],
     "data_tools": [
         "statistics", "io", "curate", "check", "reading", "published", "importers", "aggregate", "annotate", "tasks",
-        "demo_world", "commands",
+        "growth", "demo_world", "commands",
     ],
 }  # fmt: skip
 """Packages from the ground up: each imports only packages before it, and files of its own."""

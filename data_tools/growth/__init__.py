@@ -1,0 +1,1 @@
+"""New instructions from seed tasks, as a teacher writes them (Self-Instruct)."""
