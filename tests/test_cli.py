@@ -145,7 +145,9 @@ def test_the_dry_run_prints_config_and_plan_and_leaves_nothing_behind(place):
     assert not (place / "runs").exists()
 
 
-SETS = sorted({file.parent for file in (REPOSITORY / "configs").rglob("*.yaml")})
+SETS = sorted(
+    {file.parent for name in ("sft", "reward", "ppo") for file in (REPOSITORY / "configs").rglob(f"{name}.yaml")}
+)
 PROCESSES = {"8b-lora": "4", "8b-full": "8"}
 
 
