@@ -27,6 +27,7 @@ from rlhf.dpo.losses import METRICS, implicit_rewards, pair_metrics, sft_loss
 from rlhf.dpo.policy import PreferencePolicy, sharing_of
 from rlhf.dpo.reference import score_answers, with_reference
 from rlhf.memory.peak import PeakMemory
+from rlhf.models.adapters import is_adapter
 from rlhf.models.load import load_hf_config, load_policy, quiet, sequence_limit
 from rlhf.models.logprobs import head_chunks
 from rlhf.models.shared_prompt import NO_SHARING
@@ -69,7 +70,7 @@ def run(config: DPOConfig, resume: bool = False, overwrite: bool = False) -> Non
     sharing = sharing_of(model) if config.shared_prompts else NO_SHARING
     if config.shared_prompts and not sharing.max_length:
         say(f"Prompts: encoded once for each answer, since {type(model).__name__} cannot share them")
-    engine = supervised_engine(config, PreferencePolicy(model))
+    engine = supervised_engine(config, PreferencePolicy(model, goes_on=is_adapter(path)))
     # 3. the reference's log-probs, before any weight changes
     collator = RankingCollator(chat, config.data.weights == "use", sharing, distributed.device())
     objective = DPOObjective(config, model, collator, human_agreement)

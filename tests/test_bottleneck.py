@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +13,8 @@ import finished
 import pytest
 import tiny
 import torch
+from dpo_runs import config as dpo_config
+from logged import lines
 from ppo_runs import config as ppo_config
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
@@ -24,7 +27,7 @@ from rlhf.models.load import load_policy
 from rlhf.models.tiny_copy import random_model, tiny_config
 from rlhf.tuning.layers import stacks_of, sublayers
 from rlhf.tuning.methods import TUNING
-from stages import ppo
+from stages import dpo, ppo
 
 SPEC = {"name": "bottleneck", "placement": "houlsby", "size": 4}
 IDS = torch.tensor([[1, 40, 50, 60, 70, 80], [1, 90, 30, 20, 11, 12]])
@@ -188,6 +191,14 @@ def test_a_resumed_ppo_run_equals_the_uninterrupted_one_bit_for_bit(
     ppo.run(settings(tmp_path / "cut", prompts, case, runs), resume=True)
     whole, cut = (load_file(tmp_path / name / "model/adapter_model.safetensors") for name in ("whole", "cut"))
     assert all(torch.equal(whole[name], cut[name]) for name in whole)
+
+
+def test_dpo_compares_with_the_policy_that_it_started_from(runs: dict[str, str], tmp_path: Path) -> None:
+    data = tiny.write_rankings(tmp_path / "rankings", 16, held_out=4)
+    loss = {"name": "bradley-terry"}
+    values = dpo_config(tmp_path, data, model={"path": runs["sft"]}, tuning=SPEC, loss=loss)
+    dpo.run(values)
+    assert lines(tmp_path / "run")[0]["train/loss"] == pytest.approx(math.log(2), abs=1e-4)
 
 
 @pytest.mark.parametrize(

@@ -15,11 +15,16 @@ from rlhf.ppo.actor_critic import adapters_off
 
 
 class PreferencePolicy(nn.Module):
-    """A causal LM, perhaps in PEFT's wrapper, that gives the log-prob of every answer of a batch of rankings."""
+    """A causal LM, perhaps in PEFT's wrapper, that gives the log-prob of every answer of a batch of rankings.
 
-    def __init__(self, model: Any) -> None:
+    Args:
+        model: It.
+        goes_on: Whether it started with a trained adapter, which is then part of the reference.
+    """
+
+    def __init__(self, model: Any, goes_on: bool = False) -> None:
         super().__init__()
-        self.model = model
+        self.model, self.goes_on = model, goes_on
 
     def forward(self, batch: PreferenceBatch, chunks: int, reference: bool = False) -> tuple[Tensor, Tensor]:
         """Log-probs float32 [N] of the answers in nats, summed over their tokens, and these tokens int64 [N].
@@ -27,9 +32,9 @@ class PreferencePolicy(nn.Module):
         Args:
             batch: N answers.
             chunks: Parts that the head works in; see `rlhf.models.logprobs.head_chunks`.
-            reference: Without adapters and virtual tokens. Before training this is the reference, whatever is tuned.
+            reference: Without new adapters and virtual tokens. Before training this is the reference in any case.
         """
-        if not reference:
+        if not reference or self.goes_on:
             return answer_logprobs(self.model, batch, chunks)
         model = causal_lm(self.model) if has_virtual_tokens(self.model) else self.model
         with adapters_off(model):
