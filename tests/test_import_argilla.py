@@ -81,6 +81,28 @@ def test_explicit_ranks_of_the_options_win_over_their_order_and_may_tie(tmp_path
     assert by_rank(one(tmp_path, "argilla", of_server(unranked))) == BY_RANK
 
 
+@pytest.mark.parametrize(
+    ("order", "ranks"),
+    [
+        (["tie", "reply-1", "reply-2"], (1, 1)),
+        (["reply-2", "reply-1", "tie"], (2, 1)),
+        (["reply-2", "Both are equal", "reply-1"], (2, 1)),
+        (["tie"], (1, 1)),
+    ],
+)
+def test_an_option_of_a_ranking_that_means_a_tie_ties_the_answers_where_it_is_first(tmp_path, order, ranks):
+    row = flat([order])
+    del row["reply-3"]
+    record = one(tmp_path, "argilla", row)
+    assert (record.ranks, [c.text for c in record.candidates]) == (ranks, ["Car.", "Pear."])
+
+
+def test_a_tie_that_is_ranked_among_more_answers_or_as_good_as_one_is_rejected(tmp_path):
+    equal = [{"value": name, "rank": rank} for name, rank in (("reply-1", 1), ("tie", 1), ("reply-2", 2))]
+    reasons = made(tmp_path, "argilla", flat([["reply-2", "tie", "reply-1", "reply-3"], equal]))[1]
+    assert reasons == ["the option that means a tie is ranked among the answers"] * 2
+
+
 def test_higher_ratings_are_better(tmp_path):
     rows = {
         f"score_{i}": [{"user_id": "ann", "value": value, "status": "submitted"}]

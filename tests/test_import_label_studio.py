@@ -293,6 +293,56 @@ def test_ratings_rank_by_stars_and_stay_as_scores(tmp_path):
     assert one(tmp_path, LS, three).ranks == (3, 2, 1)
 
 
+def item_rating(number, name="stars", **more):
+    return {"from_name": name, "to_name": "list", "type": "rating", "value": {"rating": number}, **more}
+
+
+RANKER = result({"ranker": ["mdn", "blog", "wiki"]})
+
+
+@pytest.mark.parametrize(
+    "ratings",
+    [
+        [item_rating(5, "stars_mdn"), item_rating(2, "stars_blog"), item_rating(2, "stars_wiki")],
+        [item_rating(2, "stars1"), item_rating(5, "stars2"), item_rating(2, "stars3"), item_rating(1, "quality")],
+        [item_rating(number, item_index=at) for at, number in enumerate((2, 5, 2))],
+    ],
+    ids=["by id", "by place", "per item"],
+)
+def test_ratings_of_the_items_of_a_list_are_their_scores_and_rank_them_where_no_ranker_does(tmp_path, ratings):
+    record = one(tmp_path, LS, task(annotation(RANKER, *ratings)))
+    assert ([c.score for c in record.candidates], record.ranks) == ([2, 5, 2], (2, 1, 3))
+    record = one(tmp_path, LS, task(annotation(*ratings)))
+    assert ([c.score for c in record.candidates], record.ranks) == ([2, 5, 2], (2, 1, 2))
+
+
+def test_an_item_without_a_rating_is_ranked_by_a_ranker_only(tmp_path):
+    ratings = [item_rating(5, "stars_mdn"), item_rating(2, "stars_blog")]
+    record = one(tmp_path, LS, task(annotation(RANKER, *ratings)))
+    assert ([c.score for c in record.candidates], record.ranks) == ([2, 5, None], (2, 1, 3))
+    assert len(one(tmp_path, LS, task(annotation(*ratings))).candidates) == 2
+
+
+@pytest.mark.parametrize(
+    ("ratings", "ids", "reason"),
+    [
+        ([item_rating(1, "stars_mdn"), item_rating(2, "stars_blog")], None, "the annotation contradicts itself"),
+        ([item_rating(1, "stars_7")], None, "a rating belongs to no item of the list"),
+        ([item_rating(1, item_index=3)], None, "a rating belongs to no item of the list"),
+        ([item_rating(1, "stars_mdn"), item_rating(1, "more_mdn")], None, "an item has several ratings"),
+        (
+            [item_rating(1, "stars1"), item_rating(2, "stars2")],
+            "012",
+            "does the number of a rating mean an id or a place?",
+        ),
+    ],
+)
+def test_ratings_of_items_that_cannot_be_placed_are_rejected(tmp_path, ratings, ids, reason):
+    items = [{**item, "id": name} for item, name in zip(ITEMS, ids or [item["id"] for item in ITEMS])]
+    ranker = result({"ranker": list(ids)}) if ids else RANKER
+    assert made(tmp_path, LS, task(annotation(ranker, *ratings), items=items))[1] == [reason]
+
+
 def test_json_min_has_choices_and_ratings_as_bare_values(tmp_path):
     assert one(tmp_path, LS, minimal("better", "Both are equal"), control="better").ranks == (1, 1)
     row = minimal("rating1", 2, rating2=5)

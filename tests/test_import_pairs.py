@@ -216,6 +216,24 @@ def test_in_openai_preferences_the_preferred_output_wins():
     assert said(record) == [("user", "What is Einstein famous for?")]
 
 
+@pytest.mark.parametrize(
+    ("names", "numbers", "ranks"),
+    [
+        (("preferred_output_score", "non_preferred_output_score"), (4, 2), (1, 2)),
+        (("score_preferred_output", "score_non_preferred_output"), (3, 3), (1, 1)),
+        (("preferred_output_score", "non_preferred_output_score"), (2, 4), None),
+    ],
+)
+def test_scores_of_an_openai_pair_stay_with_the_candidates(tmp_path, names, numbers, ranks):
+    row = {"input": {"messages": [user("a")]}, "preferred_output": [assistant("b")]}
+    row |= {"non_preferred_output": [assistant("c")], **dict(zip(names, numbers))}
+    records, reasons = made(tmp_path, "openai-preference", row)
+    if ranks is None:
+        assert reasons == ["the scores contradict who won"]
+    else:
+        assert (records[0].ranks, tuple(c.score for c in records[0].candidates)) == (ranks, numbers)
+
+
 def test_an_openai_output_of_several_messages_is_rejected(tmp_path):
     row = {"input": {"messages": [user("a")]}, "preferred_output": [assistant("b"), assistant("c")]}
     _, reasons = made(tmp_path, "openai-preference", {**row, "non_preferred_output": [assistant("d")]})

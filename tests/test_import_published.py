@@ -163,12 +163,51 @@ def test_turns_of_prism_without_a_usable_choice_are_rejected_one_by_one(tmp_path
     history = PRISM["conversation_history"]
     contradiction = {**PRISM, "conversation_history": [history[0], model(0, "Car.", 95), *history[2:]]}
     unchosen = {**PRISM, "conversation_history": [*history[:2], model(0, "Pear.", 90), *history[4:]]}
-    utterance = {"interaction_id": "i", "user_prompt": "Fruit?", "model_response": "Pear.", "if_chosen": True}
-    records, reasons = made(tmp_path, "prism", contradiction, unchosen, utterance)
+    records, reasons = made(tmp_path, "prism", contradiction, unchosen)
     assert [len(record.messages) for record in records] == [3, 1]
     assert [reason.split(":")[0] for reason in reasons] == [
-        "if_chosen", "the turn before has no answer, or several, to go on with", "a row of utterances.jsonl",
+        "if_chosen", "the turn before has no answer, or several, to go on with",
     ]  # fmt: skip
+
+
+def utterances(name, by="u1"):
+    """The rows of utterances.jsonl that say the same as PRISM; each names the question that it answers."""
+    questions = {turn["turn"]: turn["content"] for turn in PRISM["conversation_history"] if turn["role"] == "user"}
+    answers = [turn for turn in PRISM["conversation_history"] if turn["role"] == "model"]
+    return [
+        {
+            "conversation_id": name, "user_id": by, "interaction_id": f"{name}-{at}", "within_turn_id": at,
+            "conversation_type": "unguided", "turn": turn["turn"], "model_name": "m", "score": turn["score"],
+            "user_prompt": questions[turn["turn"]], "model_response": turn["content"], "if_chosen": turn["if_chosen"],
+        }
+        for at, turn in enumerate(answers)
+    ]  # fmt: skip
+
+
+def test_utterances_of_prism_are_read_as_their_conversations(tmp_path):
+    first, second = utterances("c1"), utterances("c2", "u2")
+    mixed = [row for pair in zip(first[::-1], second) for row in pair]
+    assert detect([jsonl(tmp_path / "in.jsonl", first)])[0] == "prism"
+    expected, _ = made(tmp_path, "prism", PRISM)
+    records, reasons = made(tmp_path, "prism", *first)
+    assert (records, reasons) == (expected, [])
+    records, reasons = made(tmp_path, "prism", *mixed)
+    by_person = {name: [by_rank(r) for r in records if r.annotator == name] for name in ("u1", "u2")}
+    assert by_person["u2"] == [by_rank(record) for record in expected]
+    assert [{rank: sorted(texts) for rank, texts in each.items()} for each in by_person["u1"]] == by_person["u2"]
+    assert reasons == []
+
+
+def test_an_utterance_without_its_place_and_two_questions_of_a_turn_are_rejected(tmp_path):
+    lost = {name: value for name, value in utterances("c1")[0].items() if name != "turn"}
+    rows = utterances("c2")
+    rows[1]["user_prompt"] = "Car?"
+    records, reasons = made(tmp_path, "prism", lost, *rows)
+    assert reasons == [
+        "turn: missing", "a turn that is not one question and its answers",
+        "the turn before has no answer, or several, to go on with",
+    ]  # fmt: skip
+    assert records == []
 
 
 # ---- Chatbot Arena ---------------------------------------------------------------------------------------------------

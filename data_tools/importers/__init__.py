@@ -33,5 +33,7 @@ from data_tools.importers.table import importer_of
 from data_tools.published import PUBLISHED
 
 for _row in PUBLISHED:
-    _traits = {name: value for name, value in _row.traits.items() if name != "left_out"}
-    IMPORTERS.row(_row.name, **_traits)(importer_of(_row.fn, _row.traits.get("left_out", ())))
+    _traits = {name: value for name, value in _row.traits.items() if name not in ("left_out", "read")}
+    IMPORTERS.row(_row.name, **_traits)(
+        importer_of(_row.fn, **{name: value for name, value in _row.traits.items() if name not in _traits})
+    )

@@ -20,7 +20,7 @@ from data_tools.reading.annotation_exports import (
     prompt_of,
     stem_and_ending,
 )
-from data_tools.reading.judgements import TIE, ChoiceValues, choice_meanings, named_answer
+from data_tools.reading.judgements import TIE, ChoiceValues, choice_meanings, means_tie, named_answer
 from data_tools.reading.roles import role_of
 from data_tools.reading.rows import JSON, rows
 from rlhf.data.jsonl import Reject
@@ -91,7 +91,9 @@ def argilla(
     Ranks: a ranking response lists the names of its options, best first: ranks 1, 2, ...; where the items are
     {value, rank}, 1 is the best rank and equal ranks are ties (without any rank, the order counts). Of ratings the
     higher is the better: each answer's rating becomes its score, and the ranks follow. An answer that a person did not
-    rate is no part of that person's ranking. The label of a question "which is better" names the answer that gets rank
+    rate is no part of that person's ranking. An option of a ranking question that means a tie (``tie``, ``both are
+    equal``, or by `choice_values`) and is ranked first says that the answers tie; ranked last it says that they do not,
+    and so it does between two answers. The label of a question "which is better" names the answer that gets rank
     1, the others share 2: by the field's name, its letter or number ("Response 2"), or the answer's own text; ``tie``,
     ``equal``, ``both bad`` and the like are a tie. A rating question counts as such (1 = the first answer) only where
     `question` names it and `answers` its answers. `choice_values` says what other values mean:
@@ -194,7 +196,7 @@ class _Reader:
                 raise _not_submitted(response.status)
         scores: dict[str, float] = {}
         if len(given) == 1 and _is_ranking(given[0].value):
-            by_option = _order(given[0].value)
+            by_option = self._without_tie(_order(given[0].value), fields)
         elif len(given) == 1 and not self._field(given[0].question, fields):
             by_option = self._choice(given[0].value, fields)
         else:
@@ -245,10 +247,33 @@ class _Reader:
             raise BadRecord("the response names none of the answers and no tie", brief(value), remedy)
         return {name: 1 if best in (name, TIE) else 2 for name in answers}
 
+    def _without_tie(self, order: dict[str, float], fields: Mapping[str, Any]) -> dict[str, float]:
+        """The ranks of the answers alone, where an option of the ranking question means a tie."""
+        ties = [rank for option, rank in order.items() if self._means_tie(option, fields)]
+        if not ties:
+            return order
+        (tie, *more), rest = ties, {name: rank for name, rank in order.items() if not self._means_tie(name, fields)}
+        if not rest:
+            return dict.fromkeys(self._compared(fields), 1.0)
+        if not more and all(tie < rank for rank in rest.values()):
+            return dict.fromkeys(rest, 1.0)
+        if not more and (all(tie > rank for rank in rest.values()) or (len(rest) == 2 and tie not in rest.values())):
+            return rest
+        if len({tie, *more, *rest.values()}) == 1:
+            return rest
+        remedy = "It means something first or last, and between two answers; leave the row out."
+        raise BadRecord("the option that means a tie is ranked among the answers", brief(order), remedy)
+
+    def _means_tie(self, option: Any, fields: Mapping[str, Any]) -> bool:
+        """Whether an option is no answer and means a tie."""
+        if not isinstance(option, str) or self._field(option, fields):
+            return False
+        return self.meanings.get(option.strip().lower()) == TIE or means_tie(option)
+
     # ---- options and fields ----
 
     def _all_found(self, value: Any, fields: Mapping[str, Any]) -> bool:
-        return all(self._field(option, fields) for option in _options(value))
+        return all(self._field(option, fields) or self._means_tie(option, fields) for option in _options(value))
 
     def _known(self, option: Any, fields: Mapping[str, Any]) -> str:
         name = self._field(option, fields)

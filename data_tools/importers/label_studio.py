@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import permutations
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,6 +20,7 @@ from data_tools.reading.annotation_exports import (
     prompt_of,
     stem_and_ending,
 )
+from data_tools.reading.item_ratings import ITEM_INDEX, item_stars
 from data_tools.reading.judgements import TIE, ChoiceValues, choice_meanings, named_answer, score
 from data_tools.reading.rows import JSON
 from rlhf.core.errors import UserError
@@ -96,6 +98,10 @@ def label_studio(
     are tied, or ranked in their order under `within_bucket=ranked`. An item that was left in the list was not judged
     and is not part of the ranking, unless `_`, the name of the list, is among the buckets.
 
+    Ratings of the items of a list (a control an item, that ends in the item's id or in its place from 1, or one with
+    `perItem`) are the scores of the candidates; without a Ranker they rank them as above. An item with fewer stars than
+    one ranked after it is a contradiction: rejected.
+
     Every annotation of a task is a record. Rejected: a task without any, a cancelled (skipped) annotation, one without
     a ranking, a ranking of ids that the task does not have, or that leaves ids out. JSON_MIN does not hold cancelled
     annotations, and not the tasks of which all were cancelled: export JSON to have them counted. Drafts and predictions
@@ -166,8 +172,13 @@ class _Reader:
         by = annotation.get("completed_by")
         by = (by.get("email") or by.get("id")) if isinstance(by, dict) else by
         results = [part for part in annotation.get("result") or [] if isinstance(part, dict)]
-        found = [(part.get("from_name"), part.get("value"), part.get("to_name")) for part in results]
-        values = [(name, {**value, _OBJECT: to} if isinstance(value, dict) else value) for name, value, to in found]
+        found = [(part, part.get("value")) for part in results]
+        values = [
+            (part.get("from_name"), {**value, **{key: part.get(key) for key in (_OBJECT, ITEM_INDEX)}})
+            if isinstance(value, dict)
+            else (part.get("from_name"), value)
+            for part, value in found
+        ]
         return self._ranking(data, annotation, by, values)
 
     def _ranking(self, data: dict[str, Any], facts: dict[str, Any], by: Any, results: list[tuple[Any, Any]]) -> Record:
@@ -180,9 +191,11 @@ class _Reader:
             seen = f"controls {', '.join(brief(name) for name, _ in found)}"
             raise BadRecord("the annotation holds several rankings", seen, "Name one: --option control=NAME")
         if found and "ranker" in found[0][1]:
-            candidates, ranks = self._ranked(data, *found[0])
+            candidates, ranks = self._ranked(data, *found[0], there)
         elif judged := self._judged(data, found[0][1] if found else None, there):
             candidates, ranks = judged
+        elif rated := self._rated(data, there):
+            candidates, ranks = rated
         else:
             seen = f"controls {', '.join(brief(name) for name, _ in there or results)}" if results else "no result"
             remedy = "It needs a Ranker, Pairwise, Choices (--option choice_values=VALUE=ANSWER,VALUE=tie) or Ratings."
@@ -253,7 +266,9 @@ class _Reader:
 
     # ---- Ranker ----
 
-    def _ranked(self, data: dict[str, Any], control: Any, value: dict[str, Any]) -> tuple[list[Any], list[int]]:
+    def _ranked(
+        self, data: dict[str, Any], control: Any, value: dict[str, Any], controls: list[tuple[Any, dict[str, Any]]]
+    ) -> tuple[list[Any], list[int]]:
         items = self._items(data)
         rank: dict[str, int] = {}
         for index, group in enumerate(self._groups(control, value["ranker"], items)):
@@ -265,7 +280,25 @@ class _Reader:
                     raise BadRecord("the ranking names a candidate twice", brief(item))
                 rank[item] = index + 1
         judged = [item for item in _as_shown(items) if item in rank]
-        return [self._candidate(items[item]) for item in judged], [rank[item] for item in judged]
+        stars = item_stars(_as_shown(items), controls)
+        for before, after in permutations([item for item in judged if item in stars], 2):
+            if rank[before] < rank[after] and stars[before] < stars[after]:
+                raise BadRecord(
+                    "the annotation contradicts itself", f"{brief(before)} is ranked higher, with fewer stars"
+                )
+        return [self._candidate(items[item], stars.get(item)) for item in judged], [rank[item] for item in judged]
+
+    def _rated(
+        self, data: dict[str, Any], controls: list[tuple[Any, dict[str, Any]]]
+    ) -> tuple[list[Any], Sequence[int]] | None:
+        """Candidates and ranks by the stars of a list's items; None where there are none."""
+        if not any("rating" in value for _, value in controls) or not any(map(_is_item_list, data.values())):
+            return None
+        items = self._items(data)
+        stars = item_stars(_as_shown(items), controls)
+        rated = [item for item in _as_shown(items) if item in stars]
+        ranks = dense_ranks(-stars[item] for item in rated)
+        return ([self._candidate(items[item], stars[item]) for item in rated], ranks) if rated else None
 
     def _groups(self, control: Any, value: Any, items: dict[str, Any]) -> list[list[str]]:
         """Ids, best first; those of one group are tied."""
@@ -299,12 +332,13 @@ class _Reader:
             raise BadRecord("two candidates have one id", name)
         return items
 
-    def _candidate(self, item: dict[str, Any]) -> dict[str, Any]:
+    def _candidate(self, item: dict[str, Any], stars: float | None) -> dict[str, Any]:
         # An empty body is an empty answer: its title is only a label, such as "Answer 1".
         texts = [item[name] for name in ("text", "body", "html") if item.get(name) is not None] or [item.get("title")]
         return {
             "text": next(filter(None, texts), texts[0]),
             "author": person(item.get(self.author)) if self.author else "",
+            "score": stars,
         }
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -105,10 +105,17 @@ def _cut_where_they_differ(one: str, other: str) -> tuple[list[Message], str, st
     return [Message("user", one[:at].strip())], one[at:].strip(), other[at:].strip()
 
 
-def _preference(row: Mapping[str, Any], prompt: list[Message], chosen: str, rejected: str, source: str) -> Ranking:
-    scores = chosen_and_rejected(row)
+def _preference(
+    row: Mapping[str, Any],
+    prompt: list[Message],
+    chosen: str,
+    rejected: str,
+    source: str,
+    names: Sequence[str] = ("chosen", "rejected"),
+) -> Ranking:
+    scores = chosen_and_rejected(row, names)
     candidates = tuple(Candidate(text, score=score) for text, score in zip((chosen, rejected), scores))
-    ranks = ranks_with_scores((1, 2), scores, ("chosen", "rejected"))
+    ranks = ranks_with_scores((1, 2), scores, names)
     return Ranking(tuple(prompt), source=source, candidates=candidates, ranks=ranks)
 
 
@@ -134,11 +141,15 @@ OPENAI_SAMPLE = as_jsonl(
 def openai_preference(path: Path, reject: OnReject) -> Iterator[Record]:
     """OpenAI preference fine-tuning (DPO): rows {input: {messages}, preferred_output, non_preferred_output}.
 
-    Ranks: preferred_output 1, non_preferred_output 2; the format has no ties, and does not say in which order the
-    answers were shown nor who wrote them (https://developers.openai.com/api/docs/guides/direct-preference-optimization).
-    Each output is a list of one message of the assistant. A `developer` message is a system turn.
+    Ranks: preferred_output 1, non_preferred_output 2; the format itself has no scores and no ties, and does not say in
+    which order the answers were shown nor who wrote them
+    (https://developers.openai.com/api/docs/guides/direct-preference-optimization). `preferred_output_score` and
+    `non_preferred_output_score` (also `score_preferred_output` and the like), which some tools add, stay with the
+    candidates, and equal scores are a tie. Each output is a list of one message of the assistant. A `developer`
+    message is a system turn.
 
-    Rejected: an output of several messages, turns that call tools, identical or empty answers.
+    Rejected: an output of several messages, turns that call tools, identical or empty answers, a non-preferred answer
+    with the higher score.
     """
     return convert_rows(path, reject, _openai_ranking)
 
@@ -148,7 +159,7 @@ def _openai_ranking(row: Any) -> Ranking:
     asked = row["input"]
     prompt = chat(asked.get("messages") if isinstance(asked, dict) else asked, "input.messages")
     better, worse = (answer(chat(row[name], name), name) for name in ("preferred_output", "non_preferred_output"))
-    return _preference({}, prompt, better, worse, "openai-preference")
+    return _preference(row, prompt, better, worse, "openai-preference", ("preferred_output", "non_preferred_output"))
 
 
 # ---- ShareGPT --------------------------------------------------------------------------------------------------------

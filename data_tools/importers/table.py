@@ -18,7 +18,7 @@ from data_tools.reading.turns import begins_with_mark, has_later_marks
 from data_tools.reading.unread import ReadFields, unread_fault
 from rlhf.core.errors import UserError
 from rlhf.core.table import Table
-from rlhf.data.jsonl import READ_ERRORS, OnReject, Reject, open_bytes
+from rlhf.data.jsonl import READ_ERRORS, Item, OnReject, Reject, open_bytes
 from rlhf.data.schema import BadRecord, Demonstration, Prompt, Record
 
 IMPORTERS = Table("format")
@@ -44,6 +44,7 @@ def convert_rows(
     convert: Callable[[Any], Record | Iterable[Record | BadRecord]],
     left_out: Collection[str] = (),
     usual: Callable[[Any], Record | None] | None = None,
+    read: Callable[[Path, OnReject], Iterator[Item]] = rows,
 ) -> Iterator[Record]:
     """Records from the rows of a file. A field that is null is absent.
 
@@ -55,9 +56,10 @@ def convert_rows(
         left_out: Fields that the format's docstring says are left out.
         usual: Tried first, for speed: gives the record of a row that has no other fields than those it reads and needs
             none of the checks here, or None.
+        read: Gives the rows of the file.
     """
     ignored = {*left_out, *getattr(reject, "ignored_fields", ())}
-    for line, raw, value in rows(path, reject):
+    for line, raw, value in read(path, reject):
         if usual is not None and (record := usual(value)) is not None:
             yield record
             continue
@@ -79,16 +81,16 @@ def convert_rows(
                 reject(Reject.of(path, line, fault, raw))
 
 
-def importer_of(convert: Callable[..., Any], left_out: Collection[str] = ()) -> Callable[..., Iterator[Record]]:
+def importer_of(convert: Callable[..., Any], **traits: Any) -> Callable[..., Iterator[Record]]:
     """The importer of a format whose rows are converted one by one, with the converter's docstring and options.
 
     Args:
-        left_out: As for `convert_rows`.
+        traits: `left_out` and `read` of `convert_rows`.
     """
 
     @wraps(convert)
     def importer(path: Path, reject: OnReject, **options: Any) -> Iterator[Record]:
-        return convert_rows(path, reject, partial(convert, **options), left_out)
+        return convert_rows(path, reject, partial(convert, **options), **traits)
 
     hints = get_type_hints(convert)  # the names in its annotations are those of its module
     options = [

@@ -127,13 +127,16 @@ def score(value: Any, name: str) -> float | None:
     return number
 
 
-def chosen_and_rejected(row: Mapping[str, Any]) -> list[float | None]:
+def chosen_and_rejected(row: Mapping[str, Any], answers: Sequence[str] = ("chosen", "rejected")) -> list[float | None]:
     """The scores of `chosen` and `rejected`: of `score_chosen`, `chosen_score`, `chosen-rating` or the like.
+
+    Args:
+        answers: The names of the two answers.
 
     Raises:
         BadRecord: One of them is no number.
     """
-    return [_score_of(row, answer) for answer in ("chosen", "rejected")]
+    return [_score_of(row, answer) for answer in answers]
 
 
 def _score_of(row: Mapping[str, Any], answer: str) -> float | None:

@@ -1,0 +1,176 @@
+"""PRISM: conversations with several models, whose answers people scored."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterator
+from itertools import groupby
+from pathlib import Path
+from typing import Any, Literal
+
+from data_tools.published.table import PUBLISHED, Beginning
+from data_tools.reading.annotation_exports import brief, person
+from data_tools.reading.fields import as_jsonl, elements, need, number, text
+from data_tools.reading.rows import JSON, rows
+from rlhf.data.jsonl import Item, OnReject, Reject
+from rlhf.data.schema import BadRecord, Candidate, Message, Ranking, Record, dense_ranks
+
+
+def _detect_prism(head: Beginning) -> str | None:
+    if head.all_have("conversation_history"):
+        return "its rows have a `conversation_history`"
+    if head.all_have("interaction_id", "user_prompt", "model_response", "if_chosen"):
+        return "its rows have `user_prompt`, `model_response` and `if_chosen`"
+    return None
+
+
+def _sample_answer(said: str, model: str, score: int, chosen: bool) -> dict[str, Any]:
+    return {"turn": 0, "role": "model", "content": said, "model_name": model, "score": score, "if_chosen": chosen}
+
+
+_PRISM_SAMPLE = as_jsonl(
+    {
+        "conversation_id": "c1",
+        "user_id": "user1",
+        "conversation_history": [
+            {"turn": 0, "role": "user", "content": "Name a fruit."},
+            _sample_answer("Pear.", "m1", 90, True),
+            _sample_answer("Car.", "m2", 10, False),
+        ],
+    }
+)
+
+
+_OF_CONVERSATION = ("conversation_id", "interaction_id", "user_id", "user_prompt")
+_FIELDS = {"model_response": "content"}
+"""Field of a row of utterances.jsonl -> what conversations.jsonl calls it."""
+
+
+def _conversations(path: Path, reject: OnReject) -> Iterator[Item]:
+    """The rows of conversations.jsonl, those of utterances.jsonl put together as conversations.jsonl has them.
+
+    The file is read twice, first to count the rows of each conversation.
+    """
+    sizes: Counter[str] = Counter(
+        item.value["conversation_id"] for item in rows(path, lambda _: None) if _utterance_fault(item.value) is None
+    )
+    there: dict[str, list[Item]] = {}
+    for item in rows(path, reject):
+        if not isinstance(item.value, dict) or "model_response" not in item.value:
+            yield item
+        elif fault := _utterance_fault(item.value):
+            reject(Reject.of(path, item.line, fault, item.raw))
+        else:
+            name = item.value["conversation_id"]
+            there.setdefault(name, []).append(item)
+            sizes[name] -= 1
+            if not sizes[name]:
+                yield _joined(there.pop(name))
+
+
+def _utterance_fault(row: Any) -> BadRecord | None:
+    """Why a row cannot be put in its place in a conversation."""
+    try:
+        need(row, "conversation_id", "turn", "user_prompt", "model_response")
+        text(row, "conversation_id")
+        number(row["turn"], "turn", 0, 1e6)
+        person(row.get("user_id"))
+    except BadRecord as fault:
+        return fault
+    return None
+
+
+def _joined(items: list[Item]) -> Item:
+    """The conversation of some rows of utterances.jsonl."""
+    history: list[dict[str, Any]] = []
+    by_turn = sorted((item.value for item in items), key=lambda row: row["turn"])
+    for turn, group in groupby(by_turn, lambda row: row["turn"]):
+        given = list(group)
+        asked = dict.fromkeys(json.dumps(row["user_prompt"]) for row in given)  # several: one reject of `prism`
+        history += [{"turn": turn, "role": "user", "content": json.loads(question)} for question in asked]
+        for row in given:
+            answer = {_FIELDS.get(name, name): value for name, value in row.items() if name not in _OF_CONVERSATION}
+            history.append({**answer, "role": "model"})
+    raw = b"\n".join(item.raw if isinstance(item.raw, bytes) else item.raw.encode() for item in items)
+    first = items[0]
+    value = {"user_id": first.value.get("user_id"), "conversation_history": history}
+    return Item(first.line, raw, value)
+
+
+_PRISM_LEFT_OUT = ("opening_prompt", "performance_attributes", "choice_attributes", "open_feedback")
+
+
+@PUBLISHED.row(
+    "prism",
+    suffixes=JSON,
+    sample=_PRISM_SAMPLE,
+    detect=_detect_prism,
+    left_out=_PRISM_LEFT_OUT,
+    read=_conversations,
+)
+def prism(row: Any, *, by: Literal["score", "chosen"] = "score") -> Iterator[Record | BadRecord]:
+    """PRISM conversations.jsonl: rows {user_id, conversation_history[{turn, role, content, score, if_chosen}]}.
+
+    Also utterances.jsonl, an answer a row {conversation_id, turn, user_prompt, model_response, score, if_chosen}: the
+    rows of one conversation, in any order, are put together. As long as they are adjacent, one conversation is held in
+    memory at a time. A row without one of the first four fields is a reject.
+
+    Ranks: the highest `score` is rank 1 and equal scores are a tie, or by choice the answer with which the person went
+    on is 1 and all others are 2. Each turn is a ranking of the answers that several models gave to it; its prompt goes
+    on with the chosen answer of each turn before. `user_id` is the annotator, `model_name` the author, and `score` (1
+    to 100) stays with the answer. The order shown is not kept. The questions after the conversation
+    (`performance_attributes`, `choice_attributes`, `open_feedback`) are left out.
+
+    Args:
+        by: score: the ranks follow `score`. chosen: they follow `if_chosen`.
+
+    Rejected, each turn for itself: a chosen answer that scores below another, a missing score, fewer than two distinct
+    answers; turns after one without a chosen answer.
+    """
+    need(row, "conversation_history")
+    history = [need(item, "turn", "role", "content") for item in elements(row, "conversation_history")]
+    if not history:
+        raise BadRecord("conversation_history: no turn")
+    prompt: list[Message] | None = []
+    for turn, group in groupby(history, lambda item: item["turn"]):
+        try:
+            if prompt is None:
+                raise BadRecord("the turn before has no answer, or several, to go on with", f"turn {brief(turn)}")
+            said = list(group)
+            asked = [item for item in said if item["role"] == "user"]
+            answers = [item for item in said if item["role"] == "model"]
+            chosen = {text(item, "content") for item in answers if item.get("if_chosen") is True}
+            before, prompt = prompt, None
+            if len(asked) != 1 or len(answers) + 1 != len(said):
+                raise BadRecord("a turn that is not one question and its answers", f"turn {brief(turn)}")
+            before = [*before, Message("user", text(asked[0], "content"))]
+            if len(chosen) == 1:
+                prompt = [*before, Message("assistant", *chosen)]
+            yield _prism_turn(before, answers, by, person(row.get("user_id")))
+        except BadRecord as fault:
+            yield fault
+
+
+def _prism_turn(prompt: list[Message], answers: list[dict[str, Any]], by: str, annotator: str) -> Ranking:
+    scores = [None if item.get("score") is None else number(item["score"], "score", 0, 100) for item in answers]
+    picked = [item.get("if_chosen") is True for item in answers]
+    given = [score for score in scores if score is not None]
+    if any(pick and score is not None and score < max(given) for pick, score in zip(picked, scores)):
+        raise BadRecord("if_chosen: contradicts the scores", brief(list(zip(scores, picked))))
+    if by == "score" and len(given) < len(scores):
+        raise BadRecord("score: an answer has none", brief(scores), "Use --option by=chosen.")
+    if by == "chosen" and not any(picked):
+        raise BadRecord("if_chosen: no answer of the turn is chosen")
+    candidates = (
+        Candidate(text(item, "content"), text(item, "model_name", optional=True), "model", score)
+        for item, score in zip(answers, scores)
+    )
+    better = [-score for score in given] if by == "score" else [not pick for pick in picked]
+    return Ranking(
+        tuple(prompt),
+        source="prism",
+        candidates=tuple(candidates),
+        ranks=dense_ranks(better),
+        annotator=annotator,
+    )
