@@ -48,6 +48,9 @@ def demos(tmp_path_factory: pytest.TempPathFactory) -> str:
     return tiny.write_demonstrations(tmp_path_factory.mktemp("data") / "demos", 40)
 
 
+SHORT = {"batch": {"batch_size": 8, "micro_batch_size": 2, "max_steps": 5, "group_by_length": False}}
+
+
 def learning(demos: str, folder: Path, teacher: str, changes: dict[str, Any] | None = None, **logits: Any) -> Any:
     more = {"distillation": {"logits": {"teacher": teacher, "max_new_tokens": 6, **logits}}, **(changes or {})}
     return settings(demos, folder, **more)
@@ -130,6 +133,13 @@ def test_a_student_that_is_its_teacher_has_no_loss_on_any_answer(demos, tmp_path
     assert max(map(abs, losses(done))) < 1e-5
 
 
+def test_an_encoder_decoder_that_is_its_own_teacher_has_no_loss_on_any_answer(demos, tmp_path):
+    path = tiny.encoder_decoder("t5")
+    changes = {"model": {"path": path, "max_length": 128}, "optimizer": {"lr": 1e-9}, **SHORT}
+    done = run(learning(demos, tmp_path / "run", path, changes, on_policy=0.5))
+    assert max(map(abs, losses(done))) < 1e-5 and any(row.get("train/on_policy", 0) > 0 for row in lines(done))
+
+
 def test_answers_of_the_student_take_the_place_of_a_fraction_of_the_demonstrations(demos, teacher, tmp_path):
     none, some, every = (
         run(learning(demos, tmp_path / str(share), teacher, on_policy=share)) for share in (0.0, 0.5, 1.0)
@@ -191,9 +201,6 @@ def test_what_does_not_fit_is_refused_with_the_config(changes, message, demos, t
 
 
 # ---- killed, and on several processes ------------------------------------------------------------------------------
-
-
-SHORT = {"batch": {"batch_size": 8, "micro_batch_size": 2, "max_steps": 5, "group_by_length": False}}
 
 
 def compare(one: Path, two: Path) -> None:
