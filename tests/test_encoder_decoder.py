@@ -188,7 +188,7 @@ def train(folder: Path, family: str, demos: str, **values) -> Path:
 
 
 METHODS = [
-    "full", {"name": "last-layers", "layers": 1}, "lora", "ia3", {"name": "prompt-tuning", "tokens": 3},
+    "full", {"name": "last-layers", "layers": 1}, "lora", "ia3", "bottleneck", {"name": "prompt-tuning", "tokens": 3},
     {"name": "p-tuning", "tokens": 3}, {"name": "prefix-tuning", "tokens": 3},
 ]  # fmt: skip
 
