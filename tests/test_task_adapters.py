@@ -12,8 +12,10 @@ from safetensors.torch import load_file, save_file
 from rlhf.core.errors import UserError
 from rlhf.inference.policy import open_policy
 from rlhf.inference.task_adapters import TaskAdapters
+from rlhf.models.adapters import with_adapter
 from rlhf.rollout.samplers import hf
 from rlhf.rollout.types import SamplingParams
+from rlhf.tuning.layers import bottleneck_config
 
 GREEDY = SamplingParams(max_new_tokens=10, temperature=0.0, batch_size=4)
 
@@ -25,6 +27,8 @@ def configs(model):
         "lora-4": peft.LoraConfig(r=4, lora_alpha=16, target_modules="all-linear", **common),
         "lora-2": peft.LoraConfig(r=2, lora_alpha=8, target_modules=["q_proj", "down_proj"], use_rslora=True, **common),
         "ia3": peft.IA3Config(**common),
+        "houlsby": bottleneck_config(model, placement="houlsby", reduction=8, activation="relu"),
+        "pfeiffer": bottleneck_config(model, placement="pfeiffer", reduction=4, activation="relu"),
         "prompt-3": peft.PromptTuningConfig(num_virtual_tokens=3, **common),
         "prompt-6": peft.PromptTuningConfig(num_virtual_tokens=6, **common),
         "p-tuning": peft.PromptEncoderConfig(num_virtual_tokens=4, encoder_hidden_size=8, **common),
@@ -60,7 +64,7 @@ def adapters(tmp_path_factory):
 def alone(base, path):
     """The base with one adapter, by PEFT."""
     model = transformers.AutoModelForCausalLM.from_pretrained(base)
-    return (model if path == "none" else peft.PeftModel.from_pretrained(model, path)).eval()
+    return (model if path == "none" else with_adapter(model, path, "CAUSAL_LM")).eval()
 
 
 def prompts(count):
@@ -73,7 +77,7 @@ def test_one_pass_over_all_tasks_gives_each_tasks_logits(adapters):
     base, paths = adapters
     mixed = TaskAdapters(open_policy(base), paths)
     rows = prompts(len(paths))
-    order = [3, 0, 8, 5, 1, 7, 2, 6, 4]
+    order = [3, 0, 8, 10, 5, 1, 7, 9, 2, 6, 4]
     width = max(map(len, rows))
     ids = torch.tensor([[0] * (width - len(row)) + row for row in rows])
     mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])
@@ -99,8 +103,8 @@ def test_the_adapters_change_the_logits(adapters):
 def test_mixed_greedy_tokens_equal_those_of_each_task_by_generate(adapters):
     base, paths = adapters
     policy = open_policy(base)
-    rows = [row for row in prompts(9) for _ in range(2)]
-    tasks = [(5 * i + i // 9) % len(paths) for i in range(len(rows))]
+    rows = [row for row in prompts(11) for _ in range(2)]
+    tasks = [(5 * i + i // 11) % len(paths) for i in range(len(rows))]
     found = TaskAdapters(policy, paths).sample(rows, tasks, range(len(rows)), GREEDY)
     names, ends = list(paths), policy.model.generation_config.eos_token_id
     for row, task, completion in zip(rows, tasks, found):
@@ -116,9 +120,9 @@ def test_mixed_greedy_tokens_equal_those_of_each_task_by_generate(adapters):
 def test_sampled_tokens_do_not_depend_on_the_other_rows(adapters):
     base, paths = adapters
     params = SamplingParams(max_new_tokens=8, temperature=1.0, batch_size=3)
-    rows, mixed = prompts(9), TaskAdapters(open_policy(base), paths)
-    together = mixed.sample(rows, range(9), range(9), params)
-    by_one = [mixed.sample([rows[i]], [i], [i], params)[0] for i in range(9)]
+    rows, mixed = prompts(11), TaskAdapters(open_policy(base), paths)
+    together = mixed.sample(rows, range(11), range(11), params)
+    by_one = [mixed.sample([rows[i]], [i], [i], params)[0] for i in range(11)]
     assert together == by_one
 
 

@@ -6,7 +6,7 @@ weights of each adapter once, however many tasks are in the batch.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -44,6 +44,14 @@ class Rows:
         """The slices [present, ...] of values [tasks, ...] for the present tasks."""
         return values if len(self.present) == len(values) else values.index_select(0, self.present)
 
+    def blocks(self, x: Tensor) -> Tensor:
+        """Rows [rows, ..., width] brought together by task: [present, rows of a task x ..., width]."""
+        return x.index_select(0, self.gather).reshape(len(self.present), -1, x.shape[-1])
+
+    def unblocked(self, blocks: Tensor, like: Tensor) -> Tensor:
+        """Blocks back in the order of the rows, in the shape of `like`."""
+        return blocks.reshape(-1, *like.shape[1:]).index_select(0, self.scatter)
+
     def check(self, x: Tensor, name: str) -> None:
         """Refuse a layer whose input has lost the rows of the batch, such as an expert's."""
         if x.shape[0] != len(self.tasks):
@@ -61,7 +69,7 @@ class Change(Protocol):
         """The module's input, changed."""
         ...
 
-    def after(self, x: Tensor, out: Tensor) -> Tensor:
+    def after(self, x: Tensor, out: Any) -> Any:
         """The module's output, changed."""
         ...
 
@@ -84,11 +92,39 @@ class LowRank:
         return x
 
     def after(self, x: Tensor, out: Tensor) -> Tensor:
-        rows = self.rows
-        rows.check(x, self.name)
-        blocks = x.index_select(0, rows.gather).reshape(len(rows.present), -1, x.shape[-1])
-        change = torch.bmm(torch.bmm(blocks, rows.of(self.a)), rows.of(self.b))
-        return out + change.reshape(-1, *out.shape[1:]).index_select(0, rows.scatter)
+        self.rows.check(x, self.name)
+        change = torch.bmm(torch.bmm(self.rows.blocks(x), self.rows.of(self.a)), self.rows.of(self.b))
+        return out + self.rows.unblocked(change, out)
+
+
+class Bottleneck:
+    """A bottleneck adapter after the module: out + up(activation(down(out))) (Houlsby et al. 2019)."""
+
+    def __init__(
+        self, rows: Rows, name: str, down: tuple[Tensor, Tensor], up: tuple[Tensor, Tensor],
+        activation: Callable[[Tensor], Tensor],
+    ) -> None:  # fmt: skip
+        """
+        Args:
+            rows: Which task each row belongs to.
+            name: The module.
+            down: Weights [tasks, width, size] and biases [tasks, 1, size]; zeros for tasks without it.
+            up: Weights [tasks, size, width] and biases [tasks, 1, width].
+            activation: The nonlinearity of all tasks.
+        """
+        self.rows, self.name, self.down, self.up, self.activation = rows, name, down, up, activation
+
+    def before(self, x: Tensor) -> Tensor:
+        return x
+
+    def after(self, x: Tensor, out: Any) -> Any:
+        if isinstance(out, tuple):  # an attention returns its weights as well, experts their router's logits
+            return (self.after(x, out[0]), *out[1:])
+        self.rows.check(out, self.name)
+        (down, down_bias), (up, up_bias) = self.down, self.up
+        hidden = torch.baddbmm(self.rows.of(down_bias), self.rows.blocks(out), self.rows.of(down))
+        change = torch.baddbmm(self.rows.of(up_bias), self.activation(hidden), self.rows.of(up))
+        return out + self.rows.unblocked(change, out)
 
 
 class Scale:
@@ -120,10 +156,10 @@ def attach(module: nn.Module, change: Change) -> None:
     """Have a module's forward pass use `change`."""
 
     def before(_: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
-        return (change.before(arguments[0]), *arguments[1:])
+        return (change.before(arguments[0]), *arguments[1:]) if arguments else arguments  # an attention has keywords
 
-    def after(_: nn.Module, arguments: tuple[Any, ...], out: Tensor) -> Tensor:
-        return change.after(arguments[0], out)
+    def after(_: nn.Module, arguments: tuple[Any, ...], out: Any) -> Any:
+        return change.after(arguments[0] if arguments else out, out)
 
     module.register_forward_pre_hook(before)
     module.register_forward_hook(after)

@@ -1,8 +1,8 @@
 """One frozen base with an adapter per task. The rows of a batch belong to different tasks and share its forward pass.
 
-LoRA and IA3 act in the layers, row by row (`rlhf.inference.routed`). The virtual tokens of prompt tuning, P-tuning and
-prefix tuning are keys and values before the prompt: they do not depend on it, so they are computed once per task and
-copied into the KV cache.
+LoRA, IA3 and bottleneck adapters act in the layers, row by row (`rlhf.inference.routed`). The virtual tokens of prompt
+tuning, P-tuning and prefix tuning are keys and values before the prompt: they do not depend on it, so they are computed
+once per task and copied into the KV cache.
 """
 
 from __future__ import annotations
@@ -24,7 +24,8 @@ from rlhf.core.console import warn
 from rlhf.core.errors import UserError
 from rlhf.data.schema import Prompt
 from rlhf.inference.policy import Policy
-from rlhf.inference.routed import LowRank, Rows, Scale, attach
+from rlhf.inference.routed import Bottleneck, LowRank, Rows, Scale, attach
+from rlhf.models.bottleneck import ACTIVATIONS
 from rlhf.models.load import refuse_encoder_decoder
 from rlhf.models.packed_attention import plain_attention
 from rlhf.rollout.decoding import decode
@@ -52,7 +53,7 @@ class Adapter:
 
     @property
     def kind(self) -> str:
-        """PEFT's type: LORA, IA3, PROMPT_TUNING, P_TUNING, PREFIX_TUNING."""
+        """PEFT's type: LORA, IA3, BOTTLENECK, PROMPT_TUNING, P_TUNING, PREFIX_TUNING."""
         return str(self.config.get("peft_type"))
 
 
@@ -117,6 +118,7 @@ class TaskAdapters:
                     self.virtual[index] = VIRTUAL[adapter.kind](self.model, adapter)
         self._attach("LORA", adapters, _low_rank)
         self._attach("IA3", adapters, _scale)
+        self._attach("BOTTLENECK", adapters, _bottleneck)
 
     def _attach(self, kind: str, adapters: Sequence[Adapter | None], make: Callable[..., Any]) -> None:
         """Attach the adapters of one kind to the modules that any of them changes."""
@@ -283,6 +285,9 @@ def _by_module(adapter: Adapter) -> dict[str, dict[str, Tensor]]:
     found: dict[str, dict[str, Tensor]] = {}
     for key, tensor in adapter.weights.items():
         path, _, name = key.removeprefix(PREFIX).removesuffix(".weight").rpartition(".")
+        if name == "bias":
+            path, _, name = path.rpartition(".")
+            name += ".bias"
         found.setdefault(path, {})[name] = tensor
     return found
 
@@ -318,6 +323,32 @@ def _scale(rows: Rows, name: str, module: nn.Module, parts: Sequence[Any], confi
         if part:
             scales[index] = part["ia3_l"].flatten()
     return Scale(rows, name, scales, on_input=kinds.pop())
+
+
+def _bottleneck(
+    rows: Rows, name: str, module: nn.Module, parts: Sequence[Any], configs: Sequence[Any], model: Any
+) -> Bottleneck:
+    """A bottleneck layer of all tasks: sizes are filled up with zeros, which every activation maps to zero."""
+    kinds = {config["activation"] for part, config in zip(parts, configs) if part}
+    if len(kinds) > 1:
+        raise UserError(
+            f"--adapter: the tasks' bottlenecks have the activations {', '.join(sorted(kinds))}",
+            remedy="Mix tasks of one activation.",
+        )
+    size = max(part["bottleneck_down"].shape[0] for part in parts if part)
+    width = next(part["bottleneck_down"].shape[1] for part in parts if part)
+    shapes = {"bottleneck_down": (width, size), "bottleneck_up": (size, width)}
+    found = {}
+    for key, (wide, narrow) in shapes.items():
+        weight = torch.zeros(len(parts), wide, narrow, dtype=model.dtype, device=model.device)
+        bias = torch.zeros(len(parts), 1, narrow, dtype=model.dtype, device=model.device)
+        for index, part in enumerate(parts):
+            if part:
+                own = part[key].T
+                weight[index, : own.shape[0], : own.shape[1]] = own
+                bias[index, 0, : own.shape[1]] = part[f"{key}.bias"]
+        found[key] = (weight, bias)
+    return Bottleneck(rows, name, found["bottleneck_down"], found["bottleneck_up"], ACTIVATIONS[kinds.pop()])
 
 
 # ---- virtual tokens ------------------------------------------------------------------------------------------------
@@ -356,7 +387,7 @@ def _other_shape(adapter: Adapter) -> UserError:
 VIRTUAL: dict[str, Callable[[Any, Adapter], Virtual]] = {
     "PROMPT_TUNING": _embedded, "P_TUNING": _embedded, "PREFIX_TUNING": _prefix,
 }  # fmt: skip
-KINDS = ("LORA", "IA3", *VIRTUAL)
+KINDS = ("LORA", "IA3", "BOTTLENECK", *VIRTUAL)
 
 
 def _check_base(adapter: Adapter, policy: Policy) -> None:
