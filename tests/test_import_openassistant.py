@@ -163,6 +163,23 @@ def test_turns_without_a_ranking_are_one_reject_each_in_both_forms(tmp_path, roo
         assert found.startswith(reason)
 
 
+def test_a_message_with_a_field_that_could_matter_spoils_only_what_needs_it(tmp_path):
+    pictured = message(
+        "a1",
+        message("p2", message("a5", rank=0), message("a6", rank=1)),
+        rank=1,
+        images=["x.png"],
+        labels={"quality": {"value": 1}},
+    )
+    root = message("p1", message("a0", message("p3", message("a7", rank=0), message("a8", rank=1)), rank=0), pictured)
+    for rows in ([tree(root)], flattened(tree(root))):
+        records, reasons = made(tmp_path, OA, *rows)
+        assert reasons == ["images: not read, and by its name it could hold media"] * 2
+        assert [r.messages[-1].content for r in records] == ["Text of p3."]
+    scored = {**tree(message("p1", *answers(0, 1))), "judgement": {"winner": "a0"}}
+    assert made(tmp_path, OA, scored)[1] == ["judgement: not read, and by its name it could hold a judgement"]
+
+
 def test_a_deleted_message_spoils_only_what_follows_it(tmp_path):
     below = message("p2", *answers(0, 1))
     records, reasons = made(

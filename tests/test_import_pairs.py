@@ -8,7 +8,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from imports import DATA, EXPORTS, assistant, best, by_rank, gpt, human, made, one, read, real, said, user
+from rows import jsonl
 
+from data_tools.importers import IMPORTERS
+from data_tools.io.rejects import Rejects
 from data_tools.reading.roles import role_of
 
 # ---- HH-RLHF and TRL -------------------------------------------------------------------------------------------------
@@ -204,6 +207,36 @@ def test_a_transcript_inside_one_text_is_rejected_by_that_name(tmp_path):
 )  # fmt: skip
 def test_the_name_of_a_field_says_what_it_could_hold(name, role):
     assert role_of(name) == role
+
+
+LOST = {
+    "a picture in a turn": ("trl-preference", {"prompt": [{**user("a"), "images": ["x.png"]}]}, "prompt.images"),
+    "a score in an answer": ("trl-preference", {"chosen": [{**assistant("b"), "score": 3}]}, "chosen.score"),
+    "a prompt in details": ("trl-preference", {"details": {"more": [{"question": "why?"}]}}, "details.more.question"),
+    "an answer of a tool": ("sharegpt", {"conversations": [
+        {"from": "human", "value": "a"}, {"from": "gpt", "value": "b", "output": "c"},
+    ]}, "conversations.output"),
+}  # fmt: skip
+PAIR = {"prompt": [user("a")], "chosen": [assistant("b")], "rejected": [assistant("c")]}
+
+
+@pytest.mark.parametrize(("format", "more", "field"), LOST.values(), ids=LOST)
+def test_a_field_of_an_object_that_is_not_read_rejects_the_row_by_its_path(tmp_path, format, more, field):
+    row = {**(PAIR if format == "trl-preference" else {}), **more}
+    plain = json.loads(json.dumps(row), object_hook=lambda o: {k: v for k, v in o.items() if k != field.split(".")[-1]})
+    records, reasons = made(tmp_path, format, plain, row, plain, row)
+    assert [reason.split(":")[0] for reason in reasons] == [field] * 2
+    assert len(records) == 2
+    for ignored in (field, field.split(".")[-1], field.split(".")[0]):
+        rejects = Rejects(tmp_path / "rejected.jsonl", ignored_fields=[ignored])
+        assert len(list(IMPORTERS.pick({"name": format})(jsonl(tmp_path / "in.jsonl", [plain, row]), rejects))) == 2
+        assert rejects.count == 0
+
+
+def test_what_an_object_repeats_or_leaves_empty_is_no_loss(tmp_path):
+    more = {"extra_info": {"answer": "x"}, "other": {"prompt": "b", "images": [], "system": ""}}
+    records, reasons = made(tmp_path, "trl-preference", {**PAIR, **more}, PAIR)
+    assert (len(records), reasons) == (2, [])
 
 
 # ---- OpenAI and ShareGPT pairs ---------------------------------------------------------------------------------------

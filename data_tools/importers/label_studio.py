@@ -174,7 +174,7 @@ class _Reader:
         results = [part for part in annotation.get("result") or [] if isinstance(part, dict)]
         found = [(part, part.get("value")) for part in results]
         values = [
-            (part.get("from_name"), {**value, **{key: part.get(key) for key in (_OBJECT, ITEM_INDEX)}})
+            (part.get("from_name"), dict(value.items()) | {key: part.get(key) for key in (_OBJECT, ITEM_INDEX)})
             if isinstance(value, dict)
             else (part.get("from_name"), value)
             for part, value in found

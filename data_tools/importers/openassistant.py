@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from data_tools.importers.table import IMPORTERS, Head
 from data_tools.reading.annotation_exports import as_raw, brief, person
 from data_tools.reading.rows import JSON, rows
+from data_tools.reading.unread import NestedFields
 from rlhf.data.jsonl import Reject
 from rlhf.data.schema import BadRecord, Record, from_dict
 from rlhf.data.store import OnReject
@@ -27,6 +28,12 @@ SAMPLE = {
         ],
     },
 }  # fmt: skip
+
+
+READ = {"message_id", "parent_id", "text", "role", "rank", "deleted", "replies", "synthetic", "model_name", "user_id"}
+"""Fields of a message that are read."""
+LEFT_OUT = ("labels", "emojis", "replies")
+"""`labels` are votes on spam, quality, toxicity and the like, merged; `emojis` are counts."""
 
 
 class _Message(NamedTuple):
@@ -58,8 +65,9 @@ def openassistant(path: Path, reject: OnReject) -> Iterator[Record]:
 
     A reply that nobody ranked, or that was deleted, is no part of a ranking. A message with replies of the assistant
     that cannot make a ranking is one reject (fewer than two that are there and ranked, no rank at all, a deleted or
-    missing message before it), and so is a tree in which the assistant says nothing; its raw text is the message
-    with these replies, not the tree.
+    missing message before it, a message with a field that is not read and could matter), and so is a tree in which the
+    assistant says nothing; its raw text is the message with these replies, not the tree. The votes in `labels` (spam,
+    quality, ...) and `emojis` are left out.
 
     A tree is read whole. Flat messages may come in any order; the file is read twice, first to count the messages of
     every `message_tree_id`: as long as each tree's messages are adjacent, as in the published files, one tree is held
@@ -70,18 +78,20 @@ def openassistant(path: Path, reject: OnReject) -> Iterator[Record]:
         if _is_flat(item.value):
             sizes[_tree_id(item.value)] += 1
     open_trees: dict[Any, list[_Message]] = {}
+    fields = NestedFields({*LEFT_OUT, *getattr(reject, "ignored_fields", ())})
     for line, raw, row in rows(path, reject):
         try:
             if not _is_flat(row):
                 messages, group = _of_tree(line, row)
-                yield from _rankings(path, reject, messages, group)
+                _check_read(row if "prompt" in row else {}, fields, {"prompt"})
+                yield from _rankings(path, reject, messages, group, fields)
                 continue
             tree = _tree_id(row)
             key, parent = _text_or_none(row, "message_id"), _text_or_none(row, "parent_id")
             open_trees.setdefault(tree, []).append(_Message(line, key, parent, row))
             sizes[tree] -= 1
             if not sizes[tree]:
-                yield from _rankings(path, reject, open_trees.pop(tree), tree)
+                yield from _rankings(path, reject, open_trees.pop(tree), tree, fields)
         except BadRecord as fault:
             reject(Reject.of(path, line, fault, raw))
 
@@ -123,7 +133,16 @@ def _of_tree(line: int, row: Any) -> tuple[list[_Message], str | None]:
     return messages, _text_or_none(row, "message_tree_id") or _text_or_none(root, "message_id")
 
 
-def _rankings(path: Path, reject: OnReject, messages: list[_Message], group: str | None) -> Iterator[Record]:
+def _check_read(content: dict[str, Any], fields: NestedFields, read: Collection[str]) -> None:
+    row = fields.row({name: value for name, value in content.items() if name not in ("prompt", "replies")})
+    row.read.update(read)
+    if fault := fields.fault(row):
+        raise fault
+
+
+def _rankings(
+    path: Path, reject: OnReject, messages: list[_Message], group: str | None, fields: NestedFields
+) -> Iterator[Record]:
     """A ranking or a reject for each message with replies of the assistant, or one reject for the tree."""
     by_key: dict[Any, _Message] = {message.key: message for message in messages if message.key is not None}
     doubled = len(by_key) < sum(message.key is not None for message in messages)
@@ -140,7 +159,9 @@ def _rankings(path: Path, reject: OnReject, messages: list[_Message], group: str
         try:
             if doubled:
                 raise BadRecord("two messages of the tree have one message_id", remedy="Is it in the file twice?")
-            yield _ranking(before, given, by_key, group)
+            for message in given:
+                _check_read(message.content, fields, READ)
+            yield _ranking(before, given, by_key, group, fields)
         except BadRecord as fault:
             raw = _turn_as_raw([before, *given] if before else given)
             reject(Reject.of(path, (before or given[0]).line, fault, raw))
@@ -155,8 +176,14 @@ def _turn_as_raw(messages: list[_Message]) -> bytes:
     return as_raw({**plain[0], "replies": plain[1:]})
 
 
-def _ranking(before: _Message | None, given: list[_Message], by_key: dict[Any, _Message], group: str | None) -> Record:
-    conversation = _conversation(before, by_key)
+def _ranking(
+    before: _Message | None,
+    given: list[_Message],
+    by_key: dict[Any, _Message],
+    group: str | None,
+    fields: NestedFields,
+) -> Record:
+    conversation = _conversation(before, by_key, fields)
     there = [reply.content for reply in given if not reply.content.get("deleted")]
     if not all(reply.get("role") == "assistant" and isinstance(reply.get("text"), str) for reply in there):
         raise BadRecord("a reply is not a message with a role and text")
@@ -170,7 +197,7 @@ def _ranking(before: _Message | None, given: list[_Message], by_key: dict[Any, _
     return from_dict({**row, "group": group, "source": "openassistant"}, "ranking")
 
 
-def _conversation(last: _Message | None, by_key: dict[Any, _Message]) -> list[dict[str, Any]]:
+def _conversation(last: _Message | None, by_key: dict[Any, _Message], fields: NestedFields) -> list[dict[str, Any]]:
     """The turns from the tree's first message to this one.
 
     Raises:
@@ -185,6 +212,7 @@ def _conversation(last: _Message | None, by_key: dict[Any, _Message]) -> list[di
             raise BadRecord("the messages answer each other in a circle", brief(last.key))
         if last.content.get("deleted"):
             raise BadRecord("a message of the conversation was deleted", brief(last.key), "Leave the branch out.")
+        _check_read(last.content, fields, READ)
         passed.add(last.key)
         role = last.content.get("role")
         role = role if isinstance(role, str) else brief(role)

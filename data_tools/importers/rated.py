@@ -34,6 +34,8 @@ FeedbackAspect = Literal[
 
 KNOWN_ANSWERS = ("correct_answers", "incorrect_answers")
 """Of TruthfulQA's questions, for the raters; other rows have ["None"]."""
+OF_COMPLETION = ("annotations", "overall_score", "fine-grained_score", "custom_system_prompt")
+"""The ratings among which `aspect` chooses, and the system prompt of one completion."""
 
 
 def _detect_ultrafeedback(head: Head) -> str | None:
@@ -73,7 +75,7 @@ def ultrafeedback(path: Path, reject: OnReject, *, aspect: FeedbackAspect = "mea
     Rejected: a completion without that rating (also "N/A", where the aspect did not apply), fewer than two distinct
     completions, an empty one, identical completions with different ratings.
     """
-    return convert_rows(path, reject, lambda row: _ultrafeedback(row, aspect), KNOWN_ANSWERS)
+    return convert_rows(path, reject, lambda row: _ultrafeedback(row, aspect), KNOWN_ANSWERS + OF_COMPLETION)
 
 
 def _ultrafeedback(row: Any, aspect: FeedbackAspect) -> Ranking:

@@ -29,7 +29,7 @@ WINNERS = {
 METADATA = {
     "id", "ids", "uid", "uuid", "model", "models", "name", "source", "type", "category", "language", "lang", "time",
     "date", "timestamp", "tokens", "length", "len", "url", "hash", "index", "idx", "count", "by", "author", "ratio",
-    "metadata",
+    "metadata", "meta", "info",
 }  # fmt: skip
 """Last words of names that hold facts about something else: prompt_id, chosen_model."""
 NAMES = {"id", "ids", "index", "idx", "model", "by"}
@@ -58,6 +58,12 @@ WORDS = {
 def words_of(name: str) -> list[str]:
     """The words of a name in lower case: ``ResponseA`` and ``response_a`` are response and a."""
     return re.findall(r"[a-z]+", re.sub(r"(?<=[a-z0-9])(?=[A-Z])", " ", name).lower())
+
+
+def is_fact(name: str) -> bool:
+    """Whether a name ends like that of a fact about something else: metadata, prompt_id."""
+    words = [word for word in words_of(name[:200]) if len(word) > 1]
+    return bool(words) and words[-1] in METADATA
 
 
 @lru_cache(10_000)

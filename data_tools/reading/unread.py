@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from typing import Any
 
 from data_tools.reading.annotation_exports import brief
-from data_tools.reading.roles import role_of, says_something
+from data_tools.reading.roles import is_fact, role_of, says_something
 from rlhf.data.schema import BadRecord
 
 HOLDS = {
@@ -22,6 +22,8 @@ class ReadFields(dict[str, Any]):
     def __init__(self, row: dict[str, Any]) -> None:
         super().__init__(row)
         self.read: set[str] = set()
+        self.followed: list[str] = []
+        """Fields whose objects are `ReadFields` too."""
 
     def __getitem__(self, name: str) -> Any:
         self.read.add(name)
@@ -40,36 +42,127 @@ class ReadFields(dict[str, Any]):
         return super().values()
 
 
+DEPTH = 10
+"""Objects deeper in a row than this are not looked at."""
+
+
+class NestedFields:
+    """Finds the objects in a file's rows whose fields an importer does not read, at no cost for rows like those before.
+
+    Which fields are read is noted for a row with an object of new fields only. Objects in one field of a row that have
+    the same fields are taken to be read in the same way.
+
+    Args:
+        ignored: Fields that need not be read: the name of one, its path with dots, or the field of the row it is in.
+    """
+
+    def __init__(self, ignored: Collection[str] = ()) -> None:
+        self.ignored = ignored
+        self._known: set[tuple[str, ...]] = set()
+        """Field of the row and the fields of an object in it, where all that could matter were read."""
+
+    def row(self, value: dict[str, Any]) -> ReadFields:
+        """The row as `ReadFields`, and the objects in it too where some have new fields."""
+        row = ReadFields(value)
+        for name, inner in value.items():
+            if (type(inner) is dict or type(inner) is list) and not self._is_known(name, inner, DEPTH):
+                dict.__setitem__(row, name, _followed(inner, DEPTH))
+                row.followed.append(name)
+        return row
+
+    def _is_known(self, name: str, value: Any, depth: int) -> bool:
+        if type(value) is dict:
+            if (name, *value) not in self._known:
+                return False
+            value = value.values()
+        for inner in value if depth else ():
+            if (type(inner) is dict or type(inner) is list) and not self._is_known(name, inner, depth - 1):
+                return False
+        return True
+
+    def fault(self, row: Any) -> BadRecord | None:
+        """The fault of a row of `row` after its record was made: see `unread_fault`."""
+        if not isinstance(row, ReadFields):
+            return None
+        unread = list(_unread(row, self.ignored))
+        read: dict[tuple[str, ...], set[str]] = {}
+        for name in row.followed:
+            if name not in self.ignored and (name in row.read or not (role_of(name) or is_fact(name))):
+                objects = list(_objects(name, dict.__getitem__(row, name), self.ignored))
+                for _, inner in objects:
+                    read.setdefault((name, *inner), set()).update(inner.read)
+                for path, inner in objects:
+                    inner.read = read[name, *inner]
+                    lost = [(f"{path}.{field}", role, said) for field, role, said in _unread(inner, self.ignored, path)]
+                    unread += lost
+                    if not lost:
+                        self._known.add((name, *inner))
+            else:
+                self._known.update((name, *inner) for _, inner in _objects(name, dict.__getitem__(row, name)))
+        return _fault(unread, row) if unread else None
+
+
+def _followed(value: Any, depth: int) -> Any:
+    """The value, with each object in it as `ReadFields`."""
+    if not depth:
+        return value
+    if isinstance(value, dict):
+        return ReadFields({name: _followed(inner, depth - 1) for name, inner in value.items()})
+    return [_followed(inner, depth - 1) for inner in value] if isinstance(value, list) else value
+
+
+def _objects(path: str, value: Any, ignored: Collection[str] = ()) -> Iterator[tuple[str, ReadFields]]:
+    """Every object in a value, with its path, but none in a field that is ignored."""
+    if isinstance(value, ReadFields):
+        yield path, value
+        for name in value:
+            if name not in ignored and f"{path}.{name}" not in ignored:
+                yield from _objects(f"{path}.{name}", dict.__getitem__(value, name), ignored)
+    elif isinstance(value, list):
+        for inner in value:
+            yield from _objects(path, inner, ignored)
+
+
+def _unread(row: ReadFields, ignored: Collection[str], path: str = "") -> Iterator[tuple[str, str, Any]]:
+    """Name, role and value of each field that was not read and could matter, whatever it holds."""
+    for name in row:
+        if name in row.read or name in ignored or f"{path}.{name}" in ignored:
+            continue
+        if role := role_of(name):
+            yield name, role, dict.__getitem__(row, name)
+
+
 def unread_fault(row: Any, ignored: Collection[str] = ()) -> BadRecord | None:
     """The fault of a row with a field that was not read and could be a prompt, a system turn, an answer, a judgement
     or media; None where there is none.
 
-    A text or list that repeats one that was read is no loss.
+    A text or list that repeats one that was read is no loss. `NestedFields` looks into objects too.
 
     Args:
         row: A `ReadFields` after its record was made; of anything else nothing is known.
         ignored: Fields that need not be read.
     """
-    if not isinstance(row, ReadFields):
-        return None
-    unread = [name for name in row if name not in row.read and name not in ignored]
-    found = [(name, role) for name in unread if (role := role_of(name))]
-    if not found:
-        return None
+    unread = list(_unread(row, ignored)) if isinstance(row, ReadFields) else []
+    return _fault(unread, row) if unread else None
+
+
+def _fault(unread: list[tuple[str, str, Any]], row: ReadFields) -> BadRecord | None:
+    """The fault of the first of some unread fields that says something new."""
     known = [_plain(dict.__getitem__(row, name)) for name in row.read if name in row]
-    lost = {}
-    for name, role in found:
-        value = dict.__getitem__(row, name)
-        repeats = role not in ("judgement", "media") and _plain(value) in known
-        if says_something(value, role) and not repeats:
-            lost[name] = role
+    for name in row.followed:
+        for _, inner in _objects(name, dict.__getitem__(row, name)):
+            known += [_plain(dict.__getitem__(inner, field)) for field in inner.read if field in inner]
+    lost = {
+        name: (role, value)
+        for name, role, value in unread
+        if says_something(value, role) and (role in ("judgement", "media") or _plain(value) not in known)
+    }
     if not lost:
         return None
-    name, role = next(iter(lost.items()))
+    name, (role, value) = next(iter(lost.items()))
     words = " ".join(f"--ignore {each}" for each in lost)
     remedy = f"If it does not matter, leave it out: {words}. Else import by the mapping `csv`."
-    value = brief(dict.__getitem__(row, name))
-    return BadRecord(f"{name}: not read, and by its name it could hold {HOLDS[role]}", value, remedy)
+    return BadRecord(f"{name}: not read, and by its name it could hold {HOLDS[role]}", brief(value), remedy)
 
 
 def _plain(value: Any) -> Any:
