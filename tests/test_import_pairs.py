@@ -290,6 +290,11 @@ def test_in_llama_factory_pairs_the_chosen_answer_wins():
     assert [role for role, _ in said(records[1])] == ["system", "user"]
 
 
+def test_the_answers_of_a_sharegpt_pair_may_be_text(tmp_path):
+    record = one(tmp_path, "sharegpt-preference", {"conversations": [human("a")], "chosen": "b", "rejected": "c"})
+    assert (said(record), by_rank(record)) == ([("user", "a")], {1: ["b"], 2: ["c"]})
+
+
 def test_a_tool_in_a_sharegpt_pair_is_rejected(tmp_path):
     row = {
         "conversations": [human("a"), {"from": "function_call", "value": "{}"}],

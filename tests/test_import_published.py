@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 
 import pytest
@@ -9,6 +10,7 @@ from imports import EXPORTS, assistant, by_rank, gpt, human, made, one, read, re
 from rows import jsonl
 
 from data_tools.importers.table import detect
+from data_tools.published.arena import VOTES
 from rlhf.core.errors import UserError
 
 
@@ -231,6 +233,29 @@ def test_the_winner_of_an_arena_vote_is_named_or_there_is_a_tie(tmp_path, winner
     assert (record.annotator, record.time, record.shown) == ("u1", "1970-01-01T00:00:00+00:00", True)
 
 
+def test_gpt_4_as_the_judge_of_mt_bench_is_a_list_and_may_contradict_itself(tmp_path):
+    record = one(tmp_path, "chatbot-arena", vote("tie (inconsistent)", judge=["gpt-4", "pair-v2"], turn=1))
+    assert (record.ranks, record.annotator, record.shown) == ((1, 1), "gpt-4 pair-v2", False)
+
+
+def test_the_table_of_the_competition_is_read_as_it_is(tmp_path):
+    path = tmp_path / "train.csv"
+    lists = ['["Fruit?"]', '["Car."]', '["Pear."]']
+    with path.open("w", encoding="utf-8", newline="") as file:
+        table = csv.writer(file)
+        table.writerow(["id", "model_a", "model_b", "prompt", "response_a", "response_b", *VOTES])
+        for votes in ([1, 0, 0], [0, 1, 0], [0, 0, 1], [1, 1, 0]):
+            table.writerow([1, "ma", "mb", *lists, *votes])
+        table.writerow([1, "ma", "mb", lists[0], "[null]", lists[2], 0, 1, 0])
+    assert detect([path])[0] == "chatbot-arena"
+    records, rejects = read("chatbot-arena", path)
+    assert [record.ranks for record in records] == [(1, 2), (2, 1), (1, 1)]
+    assert (said(records[0]), records[0].candidates[1].author) == ([("user", "Fruit?")], "mb")
+    assert [reject.reason for reject in rejects] == [
+        "winner_model_a, winner_model_b, winner_tie: not one of them is 1", "response_a: a reply is null",
+    ]  # fmt: skip
+
+
 def test_both_bad_is_a_tie_or_a_reject_by_choice_and_an_unknown_winner_a_reject(tmp_path):
     rows = [vote("both_bad"), vote("tie (bothbad)"), vote("tie"), vote("model_c"), vote("")]
     records, reasons = made(tmp_path, "chatbot-arena", *rows, both_bad="reject")
@@ -274,7 +299,7 @@ def test_the_competitions_rows_hold_lists_in_json_and_three_columns(tmp_path):
     tie = {**row, "winner_model_b": 0, "winner_tie": 1}
     assert one(tmp_path, "chatbot-arena", tie).ranks == (1, 1)
     assert made(tmp_path, "chatbot-arena", {**row, "winner_tie": 1}, {**row, "response_a": "[null]"})[1] == [
-        "winner_model_a, winner_model_b, winner_tie: not one of them is 1", "prompt and response_a: not as many texts",
+        "winner_model_a, winner_model_b, winner_tie: not one of them is 1", "response_a: a reply is null",
     ]  # fmt: skip
 
 

@@ -7,6 +7,7 @@ import re
 from typing import get_origin
 
 from data_tools.importers import IMPORTERS
+from data_tools.reading.csv_rows import CSV
 from data_tools.reading.rows import JSON
 from rlhf.core.table import TableRow
 
@@ -71,7 +72,8 @@ def _section(row: TableRow) -> str:
             )
         parts.append("\n".join(options))
     suffixes = row.traits["suffixes"]
-    named = "those of JSON and Parquet" if suffixes == JSON else ", ".join(f"`{suffix}`" for suffix in suffixes)
+    known = {JSON: "those of JSON and Parquet", JSON + CSV: "those of JSON, Parquet, CSV and TSV"}
+    named = known.get(suffixes) or ", ".join(f"`{suffix}`" for suffix in suffixes)
     parts.append(f"Files of a folder: {named}.")
     parts.append(f"```text\n{row.traits['sample'].strip()}\n```")
     return "\n\n".join(parts)

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from data_tools.importers.table import IMPORTERS, Head
+from data_tools.published.arena import is_competition_table
 from data_tools.reading.annotation_exports import Names, brief, names
 from data_tools.reading.cells import TABLES, Cells, cell_columns, cell_rows
 from data_tools.reading.csv_rows import CSV
@@ -38,7 +39,7 @@ you!",Bye.,1,1,ben
 def _detect(head: Head) -> str | None:
     if str(head.path).endswith(EXCEL):
         return "it is a workbook"
-    if not str(head.path).endswith(CSV) or head.text.lstrip().startswith(("[", "{")):
+    if not str(head.path).endswith(CSV) or head.text.lstrip().startswith(("[", "{")) or is_competition_table(head.text):
         return None
     return f"it is a table that begins with {head.text.strip()[:60]!r}"
 

@@ -186,7 +186,8 @@ def sharegpt_preference(path: Path, reject: OnReject) -> Iterator[Record]:
 
     Ranks: chosen 1, rejected 2, unless `score_chosen` and `score_rejected` are equal, which is a tie; scores stay with
     the candidates. The format does not say in which order the answers were shown or who wrote them. The prompt is
-    `conversations`, after `system` where the row has one.
+    `conversations`, after `system` where the row has one. `chosen` and `rejected` may be text, as in MedicalGPT's files
+    with tools.
 
     Rejected: turns of tools (`function_call`, `observation`), an answer that is not the assistant's, identical or
     empty answers, a rejected answer with the higher score.
@@ -198,9 +199,14 @@ def _sharegpt_ranking(row: Any) -> Ranking:
     need(row, "conversations", "chosen", "rejected")
     prompt = sharegpt_chat(row)
     better, worse = (
-        answer(chat([row[name]], name, SHAREGPT_ROLES, "from", "value"), name) for name in ("chosen", "rejected")
+        row[name] if isinstance(row[name], str) else answer(chat([row[name]], name, SHAREGPT_ROLES, *SHAREGPT), name)
+        for name in ("chosen", "rejected")
     )
     return _preference(row, prompt, better, worse, "sharegpt-preference")
+
+
+SHAREGPT = ("from", "value")
+"""A turn's fields: who speaks, what is said."""
 
 
 def sharegpt_chat(row: dict[str, Any]) -> list[Message]:
@@ -210,5 +216,5 @@ def sharegpt_chat(row: dict[str, Any]) -> list[Message]:
         BadRecord: They are not a list of turns {from, value} of people and models.
     """
     system = text(row, "system", optional=True)
-    turns = chat(row.get("conversations"), "conversations", SHAREGPT_ROLES, "from", "value")
+    turns = chat(row.get("conversations"), "conversations", SHAREGPT_ROLES, *SHAREGPT)
     return [Message("system", system), *turns] if system else turns

@@ -2,23 +2,43 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any, Literal
 
 from data_tools.published.table import PUBLISHED, Beginning
 from data_tools.reading.annotation_exports import brief, person
+from data_tools.reading.csv_rows import CSV, csv_rows
 from data_tools.reading.fields import as_jsonl, chat, elements, need, number, ranks_of_two, text
-from data_tools.reading.rows import JSON
+from data_tools.reading.judgements import score
+from data_tools.reading.rows import JSON, rows
 from data_tools.reading.turns import from_json_text, shared_turns
+from rlhf.data.jsonl import Item, OnReject
 from rlhf.data.schema import BadRecord, Candidate, Message, Ranking
 
-TIE, BOTH_BAD = ("tie",), ("tie (bothbad)", "tie (both bad)", "bothbad", "both_bad", "both bad")
+TIE, BOTH_BAD = ("tie", "tie (inconsistent)"), ("tie (bothbad)", "tie (both bad)", "bothbad", "both_bad", "both bad")
 WINNERS = {"model_a": -1, "model_b": 1, **dict.fromkeys(TIE + BOTH_BAD, 0)}
 VOTES = {"winner_model_a": "model_a", "winner_model_b": "model_b", "winner_tie": "tie"}
 """The three columns of 0 and 1 of the competition's files -> the winner."""
 
 
+def is_competition_table(text: str) -> bool:
+    """Whether CSV text begins with the columns of the competition's train.csv."""
+    return {"prompt", "response_a", "response_b", *VOTES} <= set(
+        text.split("\n")[0].strip().replace('"', "").split(",")
+    )
+
+
+def _rows(path: Path, reject: OnReject) -> Iterator[Item]:
+    return csv_rows(path, reject) if path.name.endswith(CSV) else rows(path, reject)
+
+
 def _detect_arena(head: Beginning) -> str | None:
+    if head.path.name.endswith(CSV) and is_competition_table(head.text):
+        return (
+            f"it is a table with the columns `response_a`, `response_b` and {', '.join(f'`{name}`' for name in VOTES)}"
+        )
     for fields in (("conversation_a", "conversation_b", "winner"), ("response_a", "response_b", *VOTES)):
         if head.all_have(*fields):
             return f"its rows have {', '.join(f'`{name}`' for name in fields)}"
@@ -44,15 +64,27 @@ _ARENA_SAMPLE = as_jsonl(
 )
 
 
-@PUBLISHED.row("chatbot-arena", suffixes=JSON, sample=_ARENA_SAMPLE, detect=_detect_arena, left_out=("toxic_chat_tag",))
+@PUBLISHED.row(
+    "chatbot-arena",
+    suffixes=JSON + CSV,
+    sample=_ARENA_SAMPLE,
+    detect=_detect_arena,
+    left_out=("toxic_chat_tag",),
+    read=_rows,
+)
 def chatbot_arena(
     row: Any, *, turns: Literal["reject", "first"] = "reject", both_bad: Literal["tie", "reject"] = "tie"
 ) -> Ranking:
     """Chatbot Arena, LMArena and MT-Bench votes: rows {conversation_a, conversation_b, winner, model_a, model_b, ...}.
 
     Ranks: `winner` model_a or model_b names the better conversation, tie is a tie, and so are tie (bothbad) and
-    both_bad. Also read are the rows of the Kaggle competition (lmsys-arena-human-preference-55k: `prompt`, `response_a`
-    and `response_b`, each the JSON of a list, and `winner_model_a`, `winner_model_b`, `winner_tie`).
+    both_bad. So is tie (inconsistent): GPT-4 as the judge of MT-Bench, which preferred another answer in the other
+    order. Also read is train.csv of the Kaggle competition (lmsys-arena-human-preference-55k: `prompt`, `response_a`
+    and `response_b`, each the JSON of a list, and `winner_model_a`, `winner_model_b`, `winner_tie`, which does not say
+    whether both were bad).
+
+    Checked against the dataset card of lmsys/mt_bench_human_judgments, FastChat's compute_agreement.py (ties, `judge`
+    as a list), the card of lmsys/lmsys-arena-human-preference-55k and the competition's description of its columns.
 
     The prompt is the turns with which both conversations begin, up to the `turn` that was judged. `judge` is the
     annotator, `model_a` and `model_b` are the authors, `tstamp` is the time, `language` the group. Arena shows model_a
@@ -65,8 +97,8 @@ def chatbot_arena(
         both_bad: What becomes of tie (bothbad). tie: neither answer is better, which is a tie. reject: a reject, so
             that ties are between answers that may both be good.
 
-    Rejected: another winner, conversations with different questions, a vote whose earlier turns are only in
-    `full_conversation`, equal or empty answers, images.
+    Rejected: another winner (error, of MT-Bench), conversations with different questions, a vote whose earlier turns
+    are only in `full_conversation`, equal or empty answers, null answers, images.
     """
     winner = _winner(row)
     if winner in BOTH_BAD and both_bad == "reject":
@@ -96,10 +128,15 @@ def chatbot_arena(
             for said, name in ((first, "model_a"), (second, "model_b"))
         ),
         ranks=ranks_of_two(WINNERS[winner]),
-        annotator=person(row.get("judge")),
+        annotator=_judge(row.get("judge")),
         time=_time(row.get("tstamp")),
         shown="tstamp" in row,
     )
+
+
+def _judge(value: Any) -> str:
+    """The judge; in MT-Bench's JSON files GPT-4 is a list of its name and the prompt's."""
+    return " ".join(map(person, value)) if isinstance(value, list) else person(value)
 
 
 def _winner(row: Any) -> str:
@@ -110,7 +147,7 @@ def _winner(row: Any) -> str:
             raise BadRecord(f"winner: not one of {', '.join(WINNERS)}", brief(row["winner"]))
         return winner
     need(row, "response_a", "response_b", *VOTES)
-    ticked = [winner for name, winner in VOTES.items() if number(row[name], name, 0, 1) == 1]
+    ticked = [winner for name, winner in VOTES.items() if number(score(row[name], name), name, 0, 1) == 1]
     if len(ticked) != 1:
         raise BadRecord("winner_model_a, winner_model_b, winner_tie: not one of them is 1", brief(ticked))
     return ticked[0]
@@ -129,6 +166,8 @@ def _conversation(row: dict[str, Any], side: str) -> list[Message]:
     parts = {name: from_json_text(row.get(name)) for name in ("prompt", f"response_{side}")}
     lists = {name: [value] if isinstance(value, str) else value for name, value in parts.items()}
     asked, answered = (elements(lists, name) for name in lists)
+    if None in answered:
+        raise BadRecord(f"response_{side}: a reply is null", f"{len(answered)} replies", "The model gave no answer.")
     if len(asked) != len(answered) or not all(isinstance(part, str) for part in asked + answered):
         raise BadRecord(f"prompt and response_{side}: not as many texts", f"{len(asked)} and {len(answered)}")
     pairs = zip(asked, answered)

@@ -124,6 +124,8 @@ def medicalgpt(row: Any) -> Ranking:
 
     Ranks: response_chosen 1, response_rejected 2; the format has no ties, and does not say in which order the answers
     were shown or who wrote them. The prompt is `question`, after `system` and `history`, a list of [user, assistant].
+    Checked against data/reward/dpo_zh_500.jsonl of shibing624/MedicalGPT; its newer toolcall_dpo_zh_demo.jsonl is
+    imported as sharegpt-preference.
 
     Rejected: another `history`, identical or empty answers.
     """
@@ -148,7 +150,9 @@ def cvalues(row: Any) -> Ranking:
     """CValues-Comparison: rows {prompt, pos_resp, neg_resp, pos_type, neg_type}.
 
     Ranks: pos_resp 1, neg_resp 2; the format has no ties, and does not say in which order the answers were shown.
-    Models wrote the answers. `pos_type` and `neg_type` say of which kind an answer is, such as a refusal.
+    Models wrote the answers; a reward model and ChatGPT judged: advice with a refusal is better than a refusal, and
+    that than an unsafe answer. `pos_type` and `neg_type` say of which of these kinds an answer is. Checked against the
+    README of X-PLUG/CValues and the fields on the dataset card of mxz/CValues.
 
     Rejected: identical or empty answers.
     """
@@ -175,7 +179,9 @@ def stack_exchange_paired(row: Any) -> Ranking:
     """Stack Exchange pairs (lvwerra/stack-exchange-paired): rows {question, response_j, response_k}.
 
     Ranks: response_j 1, response_k 2, by their votes; the format has no ties. The preference is that of all voters:
-    there is no annotator and no order shown. People wrote the answers.
+    there is no annotator and no order shown. People wrote the answers. Checked against the fields that cards of its
+    copies list (qid, question, date, metadata, response_j, response_k) and the loaders of reward models, which take
+    response_j as chosen.
 
     Rejected: identical or empty answers.
     """

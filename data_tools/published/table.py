@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any, Protocol
 
 from rlhf.core.table import Table
@@ -10,7 +11,13 @@ PUBLISHED = Table("format")
 
 
 class Beginning(Protocol):
-    """What `detect` sees of a file: the values of its first rows."""
+    """What `detect` sees of a file: its path, the text that it begins with, the values of its first rows."""
+
+    @property
+    def path(self) -> Path: ...
+
+    @property
+    def text(self) -> str: ...
 
     @property
     def rows(self) -> list[Any]: ...
