@@ -114,34 +114,15 @@ def in_a_thread(call):
         return pool.submit(call).result()
 
 
-def napping():
-    while True:
-        with contextlib.suppress(Exception):
-            time.sleep(0.01)
-
-
-@pytest.mark.parametrize("hang", [napping, lambda: [1 for _ in iter(int, 1)]])
-def test_outside_of_the_main_thread_python_code_is_interrupted_too(hang):
-    assert in_a_thread(lambda: score(2.0)) == 2.0
-    with pytest.raises(UserError, match=r"toy:f did not return within 0.05 s at .*:\d+"):
-        in_a_thread(lambda: score(hang, seconds=0.05))
-
-
-def test_outside_of_the_main_thread_nothing_is_raised_after_a_call_in_time():
-    def calls():
-        for _ in range(200):
-            with contextlib.suppress(UserError):
-                score(lambda: time.sleep(0.001), seconds=0.001)
-        return sum(range(1_000_000))
-
-    assert in_a_thread(calls) == 499_999_500_000
-
-
-def test_a_wait_that_cannot_be_interrupted_outside_of_the_main_thread_is_warned_of(monkeypatch, capfd):
-    monkeypatch.setattr("rlhf.core.time_limit.LASTS", 1)
-    with pytest.raises(UserError, match="did not return"):
-        in_a_thread(lambda: score(lambda: threading.Event().wait(0.3), seconds=0.05))
+def test_a_call_that_cannot_be_interrupted_outside_of_the_main_thread_is_warned_of(capfd):
+    assert in_a_thread(lambda: score(lambda: time.sleep(0.3) or 2.0, seconds=0.05)) == 2.0
     assert "a time limit of 0.05 s goes on" in " ".join(capfd.readouterr().err.split())
+
+
+def test_a_call_in_time_is_not_warned_of_outside_of_the_main_thread(capfd):
+    assert in_a_thread(lambda: score(2.0, seconds=0.2)) == 2.0
+    time.sleep(0.4)
+    assert "goes on" not in capfd.readouterr().err
 
 
 def test_a_function_cannot_change_the_prompt():

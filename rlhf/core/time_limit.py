@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import signal
 import threading
 import time
@@ -17,19 +16,27 @@ class TimeIsUp(BaseException):
     """Not an Exception, so that `except Exception` in the limited code does not swallow it."""
 
 
+NOT_HERE = "outside of the main thread Python cannot interrupt it"
+
+
 @contextmanager
 def time_limit(seconds: float) -> Iterator[None]:
     """Interrupt the block with `TimeIsUp` after this many seconds, and again each second if it goes on.
 
-    In the main thread the interruption is a signal (SIGALRM), which reaches Python code, sleeps, locks, sockets and
-    regular expressions, in the same thread: nothing is left running. It does not reach compiled code that never returns
-    to Python. In other threads, such as those of a notebook server, Python has no signals: there the exception comes
-    with the thread's next line of Python, so a sleep or a wait ends first. A warning says so if it lasts. In a block
-    inside another one, the outer limit holds again when the inner block ends.
+    The interruption is a signal (SIGALRM), which reaches Python code, sleeps, locks, sockets and regular expressions, in
+    the same thread: nothing is left running. It does not reach compiled code that never returns to Python. Only the main
+    thread has signals: in others, such as those of a notebook server, a block that takes too long is only warned of,
+    since an exception that is raised in another thread may hit code after the block. In a block inside another one, the
+    outer limit holds again when the inner block ends.
     """
     if threading.current_thread() is not threading.main_thread():
-        with _limit_in_thread(seconds):
+        timer = threading.Timer(seconds, warn, [f"a call with a time limit of {seconds:g} s goes on: {NOT_HERE}"])
+        timer.daemon = True
+        timer.start()
+        try:
             yield
+        finally:
+            timer.cancel()
         return
 
     def interrupt(number: int, frame: FrameType | None) -> None:
@@ -49,38 +56,3 @@ def time_limit(seconds: float) -> Iterator[None]:
         if outer[0]:
             left = outer[0] - (time.monotonic() - started)
             signal.setitimer(signal.ITIMER_REAL, max(left, 0.001), outer[1])
-
-
-LASTS = 5
-"""Interruptions without effect until a warning is printed, one a second."""
-
-
-@contextmanager
-def _limit_in_thread(seconds: float) -> Iterator[None]:
-    """`time_limit` for a thread that gets no signals: another thread raises `TimeIsUp` in it."""
-    here, ended, change = ctypes.c_ulong(threading.get_ident()), threading.Event(), threading.Lock()
-
-    def watch() -> None:
-        wait, count = seconds, 0
-        while not ended.wait(wait):
-            with change:
-                if ended.is_set():
-                    return
-                ctypes.pythonapi.PyThreadState_SetAsyncExc(here, ctypes.py_object(TimeIsUp))
-            wait, count = 1.0, count + 1
-            if count == LASTS:
-                warn(
-                    f"a call with a time limit of {seconds:g} s goes on: outside of the main thread Python cannot"
-                    " interrupt a sleep or a wait"
-                )
-
-    threading.Thread(target=watch, daemon=True, name="time limit").start()
-    try:
-        try:
-            yield
-        finally:
-            ended.set()
-    finally:  # also if the exception arrives in the line above
-        ended.set()
-        with change:  # one that has not arrived yet is not for the code after the block
-            ctypes.pythonapi.PyThreadState_SetAsyncExc(here, None)
