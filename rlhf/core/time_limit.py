@@ -23,11 +23,11 @@ NOT_HERE = "outside of the main thread Python cannot interrupt it"
 def time_limit(seconds: float) -> Iterator[None]:
     """Interrupt the block with `TimeIsUp` after this many seconds, and again each second if it goes on.
 
-    The interruption is a signal (SIGALRM), which reaches Python code, sleeps, locks, sockets and regular expressions, in
-    the same thread: nothing is left running. It does not reach compiled code that never returns to Python. Only the main
-    thread has signals: in others, such as those of a notebook server, a block that takes too long is only warned of,
-    since an exception that is raised in another thread may hit code after the block. In a block inside another one, the
-    outer limit holds again when the inner block ends.
+    The interruption is a signal (SIGALRM), which reaches Python code, sleeps, locks, sockets and regular expressions,
+    in the same thread: nothing is left running. It does not reach compiled code that never returns to Python. Only the
+    main thread has signals: in others, such as those of a notebook server, a block that takes too long is only warned
+    of, since an exception that is raised in another thread may hit code after the block. In a block inside another one,
+    the outer limit holds again when the inner block ends.
     """
     if threading.current_thread() is not threading.main_thread():
         timer = threading.Timer(seconds, warn, [f"a call with a time limit of {seconds:g} s goes on: {NOT_HERE}"])
