@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import importlib.util
-import re
 from datetime import datetime
 from pathlib import Path
 
 import pytest
 import tiny
+from trl_templates import FOLDER, chat_with
 
 from rlhf.config.base import ModelConfig
 from rlhf.core.errors import UserError
@@ -19,7 +18,6 @@ from rlhf.runs.run import read_run, template_time
 from rlhf.sft.config import SFTConfig
 from stages import sft
 
-FOLDER = Path(next(iter(importlib.util.find_spec("trl").submodule_search_locations))) / "chat_templates"
 PICTURES = ("idefics3", "llava_next", "smolvlm")
 """Templates that take lists of text and pictures only: text content is lost or an error."""
 TEMPLATES = sorted(file.stem for file in FOLDER.glob("*.jinja") if not file.stem.startswith(PICTURES))
@@ -30,17 +28,6 @@ DIALOGUE = [
     Message("assistant", "  A test\nof two lines. "),
     Message("user", "Really?"),
 ]
-TAG = re.compile(r"<(?:[|｜][^<>'\"{}]{1,40}|[a-z_]{2,20}|/[a-z_]{2,20}|[a-z_]{2,20}[|])[|｜]?>")
-
-
-def chat_with(template: str, **options: str) -> ChatTokenizer:
-    """The tiny tokenizer with a template; its tags are added tokens, and those with bars special ones."""
-    tokenizer = tiny.tokenizer().__class__.from_pretrained(tiny.llama())
-    tags = set(TAG.findall(template))
-    tokenizer.add_special_tokens({"additional_special_tokens": sorted(t for t in tags if "|" in t or "_turn" in t)})
-    tokenizer.add_tokens(sorted(t for t in tags if "|" not in t and "_turn" not in t))
-    tokenizer.chat_template = template
-    return ChatTokenizer(tokenizer, **options)
 
 
 @pytest.fixture(scope="module", params=TEMPLATES)

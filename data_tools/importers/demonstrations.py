@@ -6,10 +6,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
-from data_tools.importers.pairs import sharegpt_chat
+from data_tools.importers.pairs import SHAREGPT, sharegpt_chat
 from data_tools.importers.table import IMPORTERS, Head, convert_rows
 from data_tools.reading.annotation_exports import brief
 from data_tools.reading.fields import (
+    OPENAI_ROLES,
     RIGHT_FORMAT,
     SHAREGPT_ROLES,
     alpaca_prompt,
@@ -21,6 +22,7 @@ from data_tools.reading.fields import (
     text,
 )
 from data_tools.reading.rows import JSON
+from data_tools.reading.turns import tool_definitions, turns_with_tools
 from rlhf.data.jsonl import READ_ERRORS, Reject, open_bytes
 from rlhf.data.schema import BadRecord, Demonstration, Message, Prompt, Record
 from rlhf.data.store import OnReject
@@ -141,15 +143,18 @@ def _refuse_thumbs(row: dict[str, Any]) -> None:
 # ---- chats -----------------------------------------------------------------------------------------------------------
 
 Turns = Literal["all", "last"]
-Tools = Literal["reject", "cut"]
+Tools = Literal["reject", "cut", "keep"]
+CALL_REMEDY = "Nothing is wrong: it is part of the prompts after it."
 ANSWERING = {name for name, role in SHAREGPT_ROLES.items() if role == "assistant"}
 TOOL_FIELDS = ("tools", "functions")
 """What the field with the definitions of a chat's tools is called."""
+TOOLS_INSIDE = (*TOOL_FIELDS, "tool_calls", "function_call")
+"""Fields in which a name such as query is that of a tool's argument."""
 
 
 def _up_to_tools(turns: Any, tools: Tools, role: str = "role", content: str = "content") -> Any:
     """The turns, or by choice those up to the last answer before the first turn that calls a tool or is one's."""
-    if tools == "reject" or not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
+    if tools != "cut" or not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
         return turns
     at = next((i for i, turn in enumerate(turns) if is_tool_turn(turn, role, content)), None)
     if at is None:
@@ -168,12 +173,16 @@ def _demonstrations(
     Args:
         left_out: Indices of the assistant's turns that are not to be learned.
     """
+    calling = [i for i, turn in enumerate(turns) if turn.role == "tool_calls" and i not in left_out]
+    left_out = left_out.union(i - 1 for i in calling)  # what the assistant says with a call
     answers = [i for i, turn in enumerate(turns) if turn.role == "assistant" and i not in left_out]
-    answers = answers[-1:] if which == "last" else answers
+    answers = answers[-1:] if which == "last" else sorted([*answers, *calling])
     if not answers:
         raise BadRecord("no turn of the assistant to learn", remedy="Leave the chat out, or import it as prompts.")
     for i in answers:
         try:
+            if turns[i].role == "tool_calls":
+                raise BadRecord("a call of a tool is no answer to learn", f"turn {i}", CALL_REMEDY)
             if not any(turn.role == "user" for turn in turns[:i]):
                 raise BadRecord("an answer with no user turn before it", f"turn {i}", "Cut the chat's beginning.")
             yield Demonstration(tuple(turns[:i]), source=source, answer=turns[i].content)
@@ -212,9 +221,10 @@ def sharegpt(path: Path, reject: OnReject, *, turns: Turns = "all", tools: Tools
     Args:
         turns: all: every turn of the assistant is a demonstration, with what was said before as its prompt, as those
             who train on such chats learn from all of them. last: only the last one.
-        tools: What becomes of a chat with a turn that calls a tool or is a tool's, which the schema does not have.
-            reject: it is a reject as a whole. cut: the chat ends with its last answer before that turn, and the
-            definitions of its tools are left out.
+        tools: What becomes of a chat with a turn that calls a tool or is a tool's. reject: it is a reject as a whole.
+            cut: the chat ends with its last answer before that turn, and the definitions of its tools are left out.
+            keep: such turns and the definitions are part of the prompts; a call itself is no answer to learn, and is
+            counted as a reject. Stages reject the prompts where the model's chat template does not write them.
 
     Rejected: a chat with a tool's turn or an unknown role, as a whole; else each answer for itself: an empty one, one
     with no user's turn before it, one after two turns of one speaker; a last turn without an answer.
@@ -222,10 +232,15 @@ def sharegpt(path: Path, reject: OnReject, *, turns: Turns = "all", tools: Tools
 
     def convert(row: Any) -> Iterator[Record | BadRecord]:
         _refuse_thumbs(need(row, "conversations"))
-        row["conversations"] = _up_to_tools(row["conversations"], tools, "from", "value")
+        if tools == "keep" and _are_objects(row["conversations"]):
+            said, _ = turns_with_tools(row["conversations"], "conversations", SHAREGPT_ROLES, *SHAREGPT)
+            system = text(row, "system", optional=True)
+            said = [Message("system", system), *said] if system else said
+            return _demonstrations([*tool_definitions(row, TOOL_FIELDS), *said], turns, "sharegpt")
+        row["conversations"] = _up_to_tools(row["conversations"], tools, *SHAREGPT)
         return _demonstrations(sharegpt_chat(row), turns, "sharegpt")
 
-    return convert_rows(path, reject, convert, left_out=TOOL_FIELDS if tools == "cut" else ())
+    return convert_rows(path, reject, convert, left_out=() if tools == "reject" else TOOLS_INSIDE)
 
 
 def _detect_openai_chat(head: Head) -> str | None:
@@ -261,9 +276,10 @@ def openai_chat(path: Path, reject: OnReject, *, turns: Turns = "all", tools: To
     Args:
         turns: all: every turn of the assistant is a demonstration, with what was said before as its prompt, as OpenAI
             learns from all of them. last: only the last one; for files that hold a row for each turn already.
-        tools: What becomes of a chat with a turn that calls a tool or is a tool's, which the schema does not have.
-            reject: it is a reject as a whole. cut: the chat ends with its last answer before that turn, and the
-            definitions of its tools are left out.
+        tools: What becomes of a chat with a turn that calls a tool or is a tool's. reject: it is a reject as a whole.
+            cut: the chat ends with its last answer before that turn, and the definitions of its tools are left out.
+            keep: such turns and the definitions are part of the prompts; a call itself is no answer to learn, and is
+            counted as a reject. Stages reject the prompts where the model's chat template does not write them.
 
     Rejected: a chat with a tool's turn or call, an unknown role or something else than text, as a whole; else each
     answer for itself: an empty one, one with no user's turn before it, one after two turns of one speaker; a last turn
@@ -273,11 +289,20 @@ def openai_chat(path: Path, reject: OnReject, *, turns: Turns = "all", tools: To
     def convert(row: Any) -> Iterator[Record | BadRecord]:
         _refuse_thumbs(need(row, "messages"))
         given = _up_to_tools(row["messages"], tools)
-        said = chat(given, "messages")
-        unlearned = frozenset(i for i, turn in enumerate(given) if _weight(turn) == 0)
-        return _demonstrations(said, turns, "openai-chat", unlearned)
+        if tools == "keep" and _are_objects(given):
+            before = tool_definitions(row, TOOL_FIELDS)
+            said, places = turns_with_tools(given, "messages", OPENAI_ROLES, "role", "content")
+        else:
+            before, said = [], chat(given, "messages")
+            places = list(range(len(said)))
+        unlearned = frozenset(i for i, at in enumerate(places, len(before)) if _weight(given[at]) == 0)
+        return _demonstrations([*before, *said], turns, "openai-chat", unlearned)
 
-    return convert_rows(path, reject, convert, left_out=TOOL_FIELDS if tools == "cut" else ())
+    return convert_rows(path, reject, convert, left_out=() if tools == "reject" else TOOLS_INSIDE)
+
+
+def _are_objects(turns: Any) -> bool:
+    return isinstance(turns, list) and all(isinstance(turn, dict) for turn in turns)
 
 
 def _weight(turn: dict[str, Any]) -> Any:

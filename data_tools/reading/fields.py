@@ -10,7 +10,7 @@ from typing import Any, Literal
 from data_tools.reading.roles import SYSTEM_FIELDS
 from rlhf.data.schema import BadRecord, Message
 
-Role = Literal["system", "user", "assistant"]
+Role = Literal["system", "user", "assistant", "tools", "tool_calls", "tool"]
 OPENAI_ROLES: dict[str, Role] = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
 SHAREGPT_ROLES: dict[str, Role] = {
     "system": "system", "human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant",
@@ -19,7 +19,9 @@ SHAREGPT_ROLES: dict[str, Role] = {
 TOOL_ROLES = ("tool", "function", "function_call", "observation", "ipython")
 TOOL_PARTS = ("tool_call", "tool_calls", "tool_use", "tool_result", "tools")
 """Types of a turn's parts that call a tool or give what it returned."""
-TOOL_REMEDY = "Only text can be learned from; leave such chats out, or (openai-chat, sharegpt) --option tools=cut."
+TOOL_REMEDY = (
+    "Only text can be learned from; leave such chats out, or (openai-chat, sharegpt) --option tools=keep or cut."
+)
 RIGHT_FORMAT = "Is this the right format name? `rlhf data formats` shows a sample of each."
 
 

@@ -8,7 +8,16 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from data_tools.reading.annotation_exports import PROMPT_FIELDS, brief
-from data_tools.reading.fields import OPENAI_ROLES, SHAREGPT_ROLES, Role, before_prompt, chat, joined, text
+from data_tools.reading.fields import (
+    OPENAI_ROLES,
+    SHAREGPT_ROLES,
+    Role,
+    before_prompt,
+    chat,
+    is_tool_turn,
+    joined,
+    text,
+)
 from rlhf.data.schema import BadRecord, Message
 
 _MARK = re.compile(r"(?:^|\n\n)\s*(Human|Assistant):")
@@ -208,3 +217,85 @@ def prompt_turns(row: Mapping[str, Any], other: Collection[Any] = ()) -> list[Me
         remedy = "Import by the mapping: csv --option prompt_template='{" + first + "}\\n\\n{" + others[0] + "}' ..."
         raise BadRecord(f"{first} and {others[0]}: which is the prompt?", brief(row[others[0]]), remedy)
     return [*before_prompt(row, said), *said]
+
+
+# ---- turns of tools --------------------------------------------------------------------------------------------------
+
+
+def turns_with_tools(
+    turns: Sequence[Mapping[str, Any]], name: str, roles: Mapping[str, Role], role: str, content: str
+) -> tuple[list[Message], list[int]]:
+    """The turns of a chat with those of tools, as `rlhf.data.tool_turns` has them, and the index of each in `turns`.
+
+    Args:
+        turns, name, roles, role, content: As for `chat`.
+
+    Raises:
+        BadRecord: See `chat`; a call is no {name, arguments}; a result's `tool_call_id` is not the call's at its place.
+    """
+    said: list[Message] = []
+    places: list[int] = []
+    waiting: list[Any] = []
+    for index, turn in enumerate(turns):
+        if turn.get(role) in RESULT_ROLES:
+            given, *waiting = waiting or [None]
+            asked = turn.get("tool_call_id")
+            if asked is not None and asked != given:
+                remedy = "Put the results in the order of the calls."
+                raise BadRecord(f"{name}: a tool's result that is not in its call's place", f"at index {index}", remedy)
+            plain = {role: "user", content: turn.get(content)}
+            new = [chat([plain], name, {"user": "tool"}, role, content)[0]]
+        elif is_tool_turn(turn, role, content):
+            calls = _calls(
+                turn, f"{name}: a call of a tool that is not {{name, arguments}}", f"at index {index}", content
+            )
+            waiting = [call.get("id") for call in calls]
+            words = turn.get(content) if turn.get(role) not in CALL_ROLES else None
+            new = chat([{role: turn.get(role), content: words}], name, roles, role, content) if words else []
+            new.append(Message("tool_calls", _json(calls)))
+        else:
+            new = chat([dict(turn)], name, roles, role, content)
+        said += new
+        places += [index] * len(new)
+    return said, places
+
+
+RESULT_ROLES, CALL_ROLES = ("tool", "function", "observation", "ipython"), ("function_call", "tool_call")
+
+
+def _calls(turn: Mapping[str, Any], reason: str, where: str, content: str) -> list[dict[str, Any]]:
+    """The calls of a turn: `tool_calls` or `function_call` of OpenAI, or the JSON that a ShareGPT turn is."""
+    given = turn.get("tool_calls") or turn.get("function_call") or from_json_text(turn.get(content))
+    calls = []
+    for call in given if isinstance(given, list) else [given]:
+        function = call.get("function", call) if isinstance(call, dict) else {}
+        function = function if isinstance(function, dict) else {}
+        arguments = from_json_text(function.get("arguments"))
+        arguments = {} if arguments in (None, "") else arguments
+        if not isinstance(function.get("name"), str) or not isinstance(arguments, dict):
+            raise BadRecord(reason, f"{where}: {brief(given)}")
+        calls.append({"name": function["name"], "arguments": arguments})
+        if isinstance(call.get("id"), str):
+            calls[-1]["id"] = call["id"]
+    return calls
+
+
+def tool_definitions(row: Mapping[str, Any], names: Sequence[str]) -> list[Message]:
+    """The turn with the definitions of a chat's tools, in one of these fields as a list or its JSON; none: no turn.
+
+    Raises:
+        BadRecord: A definition has no name, or two fields hold some.
+    """
+    found = [(name, value) for name in names if (value := from_json_text(row.get(name))) not in (None, "", [])]
+    if not found:
+        return []
+    name, value = found[0]
+    items = value if isinstance(value, list) else [value]
+    inner = [item.get("function", item) if isinstance(item, dict) else None for item in items]
+    if len(found) > 1 or not all(isinstance(each, dict) and isinstance(each.get("name"), str) for each in inner):
+        raise BadRecord(f"{name}: not one list of tools with a name each", brief(value))
+    return [Message("tools", _json([{"type": "function", "function": each} for each in inner]))]
+
+
+def _json(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False, separators=(",", ":"))

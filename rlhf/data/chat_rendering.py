@@ -11,9 +11,11 @@ from rlhf.core.console import printable
 from rlhf.core.errors import UserError
 from rlhf.core.time_limit import TimeIsUp, time_limit
 from rlhf.data.schema import Message
+from rlhf.data.tool_turns import DEFINITIONS, PROBE, SHOWN, TOOL_ROLES, as_transformers
 
 RENDER_SECONDS = 30.0
 """Longest time that a template may take for one conversation; 10,001 turns take a tenth of a second."""
+TOOL_REMEDY = "Use a model whose template has them, or import the chats with --option tools=cut."
 REASONING = ("<think>", "</think>")
 """Tokens that an answer may hold: the reasoning before the answer proper."""
 MARK = "\U000f0000"
@@ -99,13 +101,32 @@ class Renderer:
         """The text of a conversation, with marks as `marked` makes them.
 
         Raises:
-            RefusedText: The template refuses it or takes longer than RENDER_SECONDS, or see `marked`.
+            RefusedText: The template refuses it, takes longer than RENDER_SECONDS or does not write its turns of tools,
+                or see `marked`.
         """
-        chat = [{"role": m.role, "content": self.marked(m.content)} for m in messages]
+        used = {m.role for m in messages}
+        if used.intersection(TOOL_ROLES) and (missing := sorted(used & self._unwritten)):
+            raise RefusedText("the chat template does not write turns of tools", ", ".join(missing), TOOL_REMEDY)
+        return self._apply(*as_transformers(messages, self.marked), generation_prompt)
+
+    @cached_property
+    def _unwritten(self) -> set[str]:
+        """The roles of tools whose turns the template refuses or leaves out, in part or whole."""
+        unwritten = set()
+        for role in TOOL_ROLES:
+            turns = [turn for turn in PROBE if turn[0] == role or turn[0] != DEFINITIONS]
+            try:
+                written = self._apply(*as_transformers(turns), True)
+            except RefusedText:
+                written = ""
+            unwritten |= {role} if any(word not in written for word in SHOWN[role]) else set()
+        return unwritten
+
+    def _apply(self, chat: list[dict[str, Any]], tools: list[Any] | None, generation_prompt: bool) -> str:
         try:
             with time_limit(RENDER_SECONDS):
                 text: str = self.tokenizer.apply_chat_template(
-                    chat, tokenize=False, add_generation_prompt=generation_prompt
+                    chat, tools=tools, tokenize=False, add_generation_prompt=generation_prompt
                 )
         except TimeIsUp:
             reason = f"the chat template takes longer than {RENDER_SECONDS:g} s for a conversation"

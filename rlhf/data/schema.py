@@ -17,10 +17,12 @@ from typing import Any, ClassVar, Literal, NamedTuple
 
 import orjson
 
+from rlhf.data.tool_turns import DEFINITIONS, RESULT, TOOL_ROLES, tool_fault
+
 SCHEMA_VERSION = 2
 READABLE_VERSIONS = (1, 2)
 """Version 1 has no proposals, and no `seconds`, `shown`, `weight` and `merged` in rankings (defaults apply)."""
-ROLES = ("system", "user", "assistant")
+ROLES = ("system", "user", "assistant", *TOOL_ROLES)
 SPLITS = ("train", "eval", "test")
 MODEL_AUTHOR = "model:"
 """How the author of a demonstration begins that a model wrote."""
@@ -50,15 +52,15 @@ def content_hash(*parts: Any) -> str:
 
 
 class Message(NamedTuple):  # quicker to construct than a frozen dataclass; an import makes several per record
-    """One turn of a chat."""
+    """One turn of a chat. `rlhf.data.tool_turns` says what the turns of tools hold."""
 
-    role: Literal["system", "user", "assistant"]
+    role: Literal["system", "user", "assistant", "tools", "tool_calls", "tool"]
     content: str
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """A conversation that ends with a user turn.
+    """A conversation that ends with a user turn, or with what a tool returned.
 
     `source` says where it came from. `group`, such as a topic, can be held out as a whole. `split` is train, eval,
     test, or None before splits are made.
@@ -106,7 +108,7 @@ class Prompt:
 
     @property
     def chat(self) -> list[dict[str, str]]:
-        """The messages in the form that chat templates of `transformers` take."""
+        """The messages as {role, content}. Without turns of tools, chat templates of `transformers` take them."""
         return [{"role": m.role, "content": m.content} for m in self.messages]
 
     def with_split(self, split: str) -> Any:
@@ -264,12 +266,14 @@ def _check_messages(messages: Any) -> None:
                 f"messages.role: not one of {', '.join(ROLES)}", f"at index {index}: {_brief(message.role)}"
             )
         _check_text(message.content, "messages.content", index)
-        if message.role == before:
+        if message.role in TOOL_ROLES and (fault := tool_fault(*message, before)):
+            raise BadRecord(fault[0], f"at index {index}: {fault[1]}")
+        if message.role == before and before != RESULT:
             raise BadRecord("messages: two turns in a row with the same role", f"at index {index}: {before}")
-        if message.role == "system" and index:
+        if message.role == "system" and index and before != DEFINITIONS:
             raise BadRecord("messages: a system turn is allowed only first", f"at index {index}")
         before = message.role
-    if before != "user":
+    if before not in ("user", RESULT):
         raise BadRecord("messages: must end with a user turn", f"ends with {before}")
 
 
@@ -397,6 +401,8 @@ def _message(value: Any) -> Any:
         return value
     role: Any = value.get("role")  # checked by the record
     content: Any = value.get("content")
+    if value.get("tool_calls"):
+        raise BadRecord("messages: tool_calls in a turn", _brief(value["tool_calls"]), "Import as openai-chat.")
     return Message(role, content)
 
 

@@ -9,6 +9,7 @@ from typing import Any
 from rlhf.core.errors import UserError
 from rlhf.data.schema import BadRecord, Demonstration, Message, Prompt
 from rlhf.data.store import Dataset, open_dataset
+from rlhf.data.tool_turns import DEFINITIONS
 
 
 def open_datasets(paths: Sequence[str], kinds: Sequence[str], key: str, verify: bool = False) -> list[Dataset]:
@@ -116,6 +117,7 @@ def as_prompt(value: str | Sequence[Mapping[str, str]] | Prompt) -> Prompt:
 
 def with_system(prompt: Prompt, system: str | None) -> Prompt:
     """The prompt with a system message, unless it already has one."""
-    if system is None or prompt.messages[0].role == "system":
+    at = int(prompt.messages[0].role == DEFINITIONS)
+    if system is None or prompt.messages[at].role == "system":
         return prompt
-    return Prompt((Message("system", system), *prompt.messages))
+    return Prompt((*prompt.messages[:at], Message("system", system), *prompt.messages[at:]))

@@ -10,6 +10,7 @@ from typing import Any, Protocol
 from rlhf.core.console import progress
 from rlhf.core.errors import UserError
 from rlhf.data.schema import Prompt
+from rlhf.data.tool_turns import has_tools
 from rlhf.rollout.types import SamplingParams, stream_seed
 from rlhf.runs.run import fingerprint, parent_facts
 from rlhf.servers.cache import ReplyCache
@@ -18,6 +19,7 @@ from rlhf.servers.replies import ChatRequest, Failure, Reply, Usage
 
 PROMPTS_AT_ONCE = 256
 """Prompts that a local model answers between two writes to the disk, divided by the answers to each."""
+NO_TOOLS = "a prompt with turns of tools is not sent to a server"
 
 
 class Teacher(Protocol):
@@ -63,9 +65,10 @@ class ServerTeacher:
 
     def answers(self, prompts: Sequence[Prompt], n: int = 1) -> Iterator[list[Reply | Failure]]:
         with progress(f"asking {self.name}", len(prompts), "prompts") as advance:
-            replies = self._server.ask(self._request(prompt, k) for prompt in prompts for k in range(n))
-            while mine := list(islice(replies, n)):
-                yield mine
+            plain = [prompt for prompt in prompts if not has_tools(prompt.messages)]
+            replies = self._server.ask(self._request(prompt, k) for prompt in plain for k in range(n))
+            for prompt in prompts:
+                yield [Failure(NO_TOOLS)] * n if has_tools(prompt.messages) else list(islice(replies, n))
                 advance()
 
     def _request(self, prompt: Prompt, number: int) -> ChatRequest:
