@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import string
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from itertools import combinations
 from typing import Any
 
@@ -140,10 +141,15 @@ def chosen_and_rejected(row: Mapping[str, Any], answers: Sequence[str] = ("chose
 
 
 def _score_of(row: Mapping[str, Any], answer: str) -> float | None:
-    parts = [(word, between) for word in SCORE_WORDS for between in "_-"]
-    names = [name for word, by in parts for name in (f"{word}{by}{answer}", f"{answer}{by}{word}")]
+    names = [name for name in _score_names(answer) if name in row]
     found = [value for name in names if (value := score(row.get(name), name)) is not None]
     return found[0] if found else None
+
+
+@lru_cache(100)
+def _score_names(answer: str) -> tuple[str, ...]:
+    parts = [(word, between) for word in SCORE_WORDS for between in "_-"]
+    return tuple(name for word, by in parts for name in (f"{word}{by}{answer}", f"{answer}{by}{word}"))
 
 
 def ranks_with_scores(ranks: Sequence[int], scores: Sequence[float | None], names: Sequence[str]) -> tuple[int, ...]:
