@@ -22,8 +22,7 @@ def parameters_plot(result: TaskResult) -> str:
         for index, row in enumerate(result.rows):
             x = row.trained_parameters or left
             _point(axes, x, row, index)
-            # labels go in turn above and below, since ways of one kind often have about the same value
-            up = index % 2 == 0
+            up = not any(other.value > row.value and _close(other, row, result.rows) for other in result.rows)
             axes.annotate(
                 row.way, (x, row.value), xytext=(6, 7 if up else -7), textcoords="offset points", fontsize=9,
                 va="bottom" if up else "top", color=INK,
@@ -63,10 +62,18 @@ def examples_plot(result: TaskResult) -> str:
         axes.set_xticks(sizes, [f"{size:,}" for size in sizes])
         axes.minorticks_off()
         axes.set(xlabel="training prompts", ylabel=result.metric)
-        axes.legend(loc="best", fontsize=9, labelcolor=INK)
+        axes.legend(loc="upper left", bbox_to_anchor=(1.01, 1), fontsize=9, labelcolor=INK)
 
     words = "; ".join(f"{way}: " + ", ".join(f"{p[1]:.3f} with {p[0]:,}" for p in ps) for way, ps in curves.items())
     return svg_plot(_id("examples", result), f"Quality against the number of training prompts: {words}", 3.6, draw)
+
+
+def _close(one: Row, other: Row, rows: Sequence[Row]) -> bool:
+    """Whether the labels of two points would overlap if both were above them."""
+    values = [row.value for row in rows]
+    near = abs(one.value - other.value) < 0.08 * (max(values) - min(values))
+    counts = sorted((max(one.trained_parameters, 1), max(other.trained_parameters, 1)))
+    return near and counts[1] < 3 * counts[0]
 
 
 def _point(axes: Any, x: float, row: Row, index: int) -> None:
