@@ -233,6 +233,14 @@ def test_a_field_of_an_object_that_is_not_read_rejects_the_row_by_its_path(tmp_p
         assert rejects.count == 0
 
 
+def test_rows_that_are_gathered_are_looked_into_too(tmp_path):
+    up, down = ({"messages": [user("a"), assistant(text)], "label": text == "b"} for text in ("b", "c"))
+    pictured = {**up, "messages": [{**user("a"), "image": "x.png"}, assistant("d")]}
+    (record,), reasons = made(tmp_path, "kto", up, pictured, down)
+    assert by_rank(record) == {1: ["b"], 2: ["c"]}
+    assert [reason.split(":")[0] for reason in reasons] == ["messages.image"]
+
+
 def test_what_an_object_repeats_or_leaves_empty_is_no_loss(tmp_path):
     more = {"extra_info": {"answer": "x"}, "other": {"prompt": "b", "images": [], "system": ""}}
     records, reasons = made(tmp_path, "trl-preference", {**PAIR, **more}, PAIR)

@@ -25,7 +25,7 @@ from data_tools.reading.fields import (
 )
 from data_tools.reading.rows import JSON, rows
 from data_tools.reading.turns import prompt_turns, turns_of
-from data_tools.reading.unread import ReadFields, unread_fault
+from data_tools.reading.unread import NestedFields
 from rlhf.data.jsonl import Item, Reject
 from rlhf.data.schema import BadRecord, Candidate, Demonstration, Message, Ranking, Record
 from rlhf.data.store import OnReject
@@ -216,13 +216,13 @@ def _thumbs_up(row: Any) -> Demonstration:
 
 
 def _thumb_rankings(path: Path, reject: OnReject) -> Iterator[Record]:
+    fields = NestedFields(getattr(reject, "ignored_fields", ()))
     judged: dict[tuple[Message, ...], list[tuple[Item, tuple[str, bool]]]] = {}
     for item in rows(path, reject):
         try:
-            row = ReadFields(without_nulls(item.value)) if isinstance(item.value, dict) else item.value
-            prompt, said, up = _thumb(row)
-            if fault := unread_fault(row, getattr(reject, "ignored_fields", ())):
-                raise fault
+            (prompt, said, up), unread = fields.converted(_thumb, without_nulls(item.value))
+            if unread:
+                raise unread
             judged.setdefault(prompt, []).append((item, (said, up)))
         except BadRecord as fault:
             reject(Reject.of(path, item.line, fault, item.raw))

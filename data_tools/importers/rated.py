@@ -13,7 +13,7 @@ from data_tools.reading.fields import alpaca_prompt, as_jsonl, elements, need, n
 from data_tools.reading.html_text import html_text
 from data_tools.reading.judgements import chosen_and_rejected, ranks_with_scores
 from data_tools.reading.rows import JSON, rows
-from data_tools.reading.unread import ReadFields, unread_fault
+from data_tools.reading.unread import NestedFields
 from rlhf.data.jsonl import Item, Reject
 from rlhf.data.schema import BadRecord, Candidate, Message, Ranking, Record, dense_ranks
 from rlhf.data.store import OnReject
@@ -144,15 +144,20 @@ def helpsteer(path: Path, reject: OnReject, *, aspect: HelpAspect = "helpfulness
     Rejected: a row that is not such an answer, for itself; then a prompt with fewer than two distinct answers, an
     empty answer, identical answers with different ratings.
     """
+
+    def answer(row: Any) -> tuple[str, Candidate]:
+        need(row, "prompt", "response", aspect)
+        rating = number(row[aspect], aspect, 0, 4)
+        return text(row, "prompt"), Candidate(text(row, "response"), author_kind="model", score=rating)
+
+    fields = NestedFields(getattr(reject, "ignored_fields", ()))
     group: list[tuple[Item, Candidate]] = []
     prompt: str | None = None
     for item in rows(path, reject):
         try:
-            row = need(ReadFields(item.value) if isinstance(item.value, dict) else None, "prompt", "response", aspect)
-            asked, rating = text(row, "prompt"), number(row[aspect], aspect, 0, 4)
-            candidate = Candidate(text(row, "response"), author_kind="model", score=rating)
-            if fault := unread_fault(row, getattr(reject, "ignored_fields", ())):
-                raise fault
+            (asked, candidate), unread = fields.converted(answer, item.value)
+            if unread:
+                raise unread
         except BadRecord as fault:
             reject(Reject.of(path, item.line, fault, item.raw))
             continue

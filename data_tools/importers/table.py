@@ -15,7 +15,7 @@ from data_tools.reading.fields import without_nulls
 from data_tools.reading.route import route
 from data_tools.reading.rows import is_binary, rows
 from data_tools.reading.turns import begins_with_mark, has_later_marks
-from data_tools.reading.unread import NestedFields, ReadFields
+from data_tools.reading.unread import NestedFields
 from rlhf.core.errors import UserError
 from rlhf.core.table import Table
 from rlhf.data.jsonl import READ_ERRORS, Item, OnReject, Reject, open_bytes
@@ -60,15 +60,19 @@ def convert_rows(
         read: Gives the rows of the file.
     """
     nested = NestedFields({*left_out, *getattr(reject, "ignored_fields", ())})
+
+    def convert_whole(row: Any) -> list[Record | BadRecord]:
+        converted = convert(row)
+        return [converted] if isinstance(converted, Prompt) else list(converted)
+
     for line, raw, value in read(path, reject):
         if usual is not None and (record := usual(value)) is not None:
             yield record
             continue
         try:
             value = without_nulls(value) if (b"null" if isinstance(raw, bytes) else "null") in raw else value
-            row = nested.row(value) if isinstance(value, dict) else value
-            made = _converted(convert, row, value)
-            if (fault := nested.fault(row)) and any(isinstance(record, Prompt) for record in made):
+            made, fault = nested.converted(convert_whole, value)
+            if fault and any(isinstance(record, Prompt) for record in made):
                 raise fault
         except BadRecord as error:
             reject(Reject.of(path, line, error, raw))
@@ -79,19 +83,6 @@ def convert_rows(
                 yield record  # type: ignore[misc]  # no fault, so no BadRecord
             else:
                 reject(Reject.of(path, line, fault, raw))
-
-
-def _converted(
-    convert: Callable[[Any], Record | Iterable[Record | BadRecord]], row: Any, plain: Any
-) -> list[Record | BadRecord]:
-    try:
-        made = convert(row)
-        return [made] if isinstance(made, Prompt) else list(made)
-    except BadRecord:
-        if not isinstance(row, ReadFields) or not row.followed:
-            raise
-    made = convert(ReadFields(plain))  # the same fault, with a message about the types that the file has
-    return [made] if isinstance(made, Prompt) else list(made)
 
 
 def importer_of(convert: Callable[..., Any], **traits: Any) -> Callable[..., Iterator[Record]]:

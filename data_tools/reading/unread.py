@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
-from typing import Any
+from collections.abc import Callable, Collection, Iterator
+from typing import Any, TypeVar
 
 from data_tools.reading.annotation_exports import brief
 from data_tools.reading.roles import is_fact, role_of, says_something
 from rlhf.data.schema import BadRecord
 
+T = TypeVar("T")
 HOLDS = {
     "prompt": "a prompt", "system turn": "a system turn", "answer": "an answer", "judgement": "a judgement",
     "media": "media",
@@ -80,8 +81,29 @@ class NestedFields:
                 return False
         return True
 
+    def converted(self, convert: Callable[[Any], T], value: Any) -> tuple[T, BadRecord | None]:
+        """What `convert` makes of a row, and its `fault`.
+
+        Raises:
+            BadRecord: `convert` does.
+        """
+        row = self.row(value) if isinstance(value, dict) else value
+        try:
+            return convert(row), self.fault(row)
+        except BadRecord:
+            if not isinstance(row, ReadFields) or not row.followed:
+                raise
+        return convert(ReadFields(value)), None  # the same fault, with a message about the types that the file has
+
     def fault(self, row: Any) -> BadRecord | None:
-        """The fault of a row of `row` after its record was made: see `unread_fault`."""
+        """The fault of a row with a field that was not read and could be a prompt, a system turn, an answer, a
+        judgement or media; None where there is none.
+
+        A text or list that repeats one that was read is no loss.
+
+        Args:
+            row: One of `row` after its record was made; of anything else nothing is known.
+        """
         if not isinstance(row, ReadFields):
             return None
         unread = list(_unread(row, self.ignored))
@@ -130,20 +152,6 @@ def _unread(row: ReadFields, ignored: Collection[str], path: str = "") -> Iterat
             continue
         if role := role_of(name):
             yield name, role, dict.__getitem__(row, name)
-
-
-def unread_fault(row: Any, ignored: Collection[str] = ()) -> BadRecord | None:
-    """The fault of a row with a field that was not read and could be a prompt, a system turn, an answer, a judgement
-    or media; None where there is none.
-
-    A text or list that repeats one that was read is no loss. `NestedFields` looks into objects too.
-
-    Args:
-        row: A `ReadFields` after its record was made; of anything else nothing is known.
-        ignored: Fields that need not be read.
-    """
-    unread = list(_unread(row, ignored)) if isinstance(row, ReadFields) else []
-    return _fault(unread, row) if unread else None
 
 
 def _fault(unread: list[tuple[str, str, Any]], row: ReadFields) -> BadRecord | None:
