@@ -155,7 +155,7 @@ def test_a_group_baseline_needs_several_answers_to_a_prompt():
 @pytest.mark.parametrize(("kind", "values"), [(RewardConfig, REWARD), (PPOConfig, PPO)])
 def test_virtual_tokens_are_for_sft_alone(kind, values):
     assert check_config(SFTConfig, SFT | {"tuning": "prompt-tuning"}, "x").tuning.name == "prompt-tuning"
-    assert "works in SFT only" in faults(kind, values | {"tuning": "prompt-tuning"})
+    assert "works in SFT and DPO only" in faults(kind, values | {"tuning": "prompt-tuning"})
 
 
 def test_the_reward_model_is_found_inside_a_sum():

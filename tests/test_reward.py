@@ -361,7 +361,7 @@ def _loaded(run: str | Path) -> ScalarModel:
 
 
 def test_virtual_tokens_are_refused(tmp_path: Path, rankings: str) -> None:
-    with pytest.raises(UserError, match="'prompt-tuning' works in SFT only"):
+    with pytest.raises(UserError, match="'prompt-tuning' works in SFT and DPO only"):
         config(tmp_path, rankings, tuning="prompt-tuning")
 
 

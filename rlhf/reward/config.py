@@ -53,7 +53,9 @@ class RewardConfig(SupervisedConfig):
         if (self.normalize == "demonstrations") != bool(self.data.demonstrations):
             faults.append("data.demonstrations: name datasets exactly when `normalize: demonstrations` is set")
         if self.tuning.row.traits["prompt_learning"]:
-            faults.append(f"tuning: {self.tuning.name!r} works in SFT only: scores ignore virtual tokens")
+            faults.append(
+                f"tuning: {self.tuning.name!r} works in SFT and DPO only: a reward model with virtual tokens cannot be loaded"
+            )
         if faults:
             raise ValueError("; ".join(faults))
         return self
