@@ -215,9 +215,8 @@ class PPOConfig(StageConfig):
             faults.append("loss.ptx_coef and data.ptx: set both or neither")
         for key, pick in (("tuning", self.tuning), ("critic.tuning", self.critic.tuning)):
             if pick.row.traits["prompt_learning"]:
-                faults.append(
-                    f"{key}: {pick.name!r} works in SFT and DPO only: rollouts and the reference ignore virtual tokens"
-                )
+                why = "rollouts and the reference ignore virtual tokens"
+                faults.append(f"{key}: {pick.name!r} works in SFT and DPO only: {why}")
             if pick.options.get("dropout"):
                 faults.append(
                     f"{key}.dropout: PPO's ratio needs the same log-probs in scoring and learning; leave it out"
