@@ -148,7 +148,7 @@ class Comparison:
             pending: dict[str, str] = {}
             for stage in self.stage_runs(cell):
                 try:
-                    check(stage.stage, stage.with_steps(1).config(), is_run(stage.folder), False, None, pending)
+                    check(stage.stage, self._sized(stage).config(), is_run(stage.folder), False, None, pending)
                 except UserError as error:
                     raise UserError(f"ways.{cell.way}.{error.what}", error.why, error.remedy) from None
                 pending[stage.folder] = stage.stage
@@ -216,19 +216,29 @@ class Comparison:
         remedy = "Fix it and repeat the command: what is complete is kept."
         run_command(words, f"the comparison stopped: {stage.stage}", remedy)
 
-    def _steps(self, stage: StageRun, seconds: float) -> int:
-        """Steps that fit into a time, by a few steps of a run of its own; stored, so it is measured once."""
+    def _sized(self, stage: StageRun) -> StageRun:
+        """The stage with its number of steps; under a budget in seconds that has not been timed yet, with one."""
+        if self.config.budget.seconds is None:
+            return stage
+        return stage.with_steps(self._known_steps().get(Path(stage.folder).name, 1))
+
+    def _known_steps(self) -> dict[str, int]:
+        """Name of a stage run -> steps that fit into its time."""
         file = self.folder / "steps.json"
         known: dict[str, int] = json.loads(file.read_text("utf-8")) if file.is_file() else {}
-        name = Path(stage.folder).name
+        return known
+
+    def _steps(self, stage: StageRun, seconds: float) -> int:
+        """Steps that fit into a time, by a few steps of a run of its own; stored, so it is measured once."""
+        known, name = self._known_steps(), Path(stage.folder).name
         if name not in known:
             probe = stage.with_steps(PROBE_STEPS, folder=f"{self.folder}/probes/{name}")
             if not (is_run(probe.folder) and read_run(probe.folder)["status"] == "complete"):
                 self._start(probe)
             typical = statistics.median(step_seconds(Path(probe.folder))[2:])
             known[name] = max(1, int(seconds / typical))
-            write_json(file, known)
-            shutil.rmtree(probe.folder)
+            write_json(self.folder / "steps.json", known)
+            shutil.rmtree(self.folder / "probes")
         return known[name]
 
     # ---- tables ---------------------------------------------------------------------------------------------------

@@ -332,3 +332,17 @@ def test_trained_ways_are_compared_and_a_deleted_cell_alone_runs_again(tmp_path)
     compare(whole)
     assert {path: path.stat().st_mtime_ns for path in runs} == runs
     shutil.rmtree(tmp_path / "run")
+
+
+@pytest.mark.slow
+def test_a_budget_in_seconds_is_timed_once_and_continues_after_a_stop(tmp_path):
+    whole = prompting_only(tmp_path, budget={"updates": None, "seconds": 3.0})
+    whole = whole.model_copy(update={"ways": {**config(ways={"full": {"sft": {}}}).ways}})
+    whole = whole.model_copy(update={"ways": {name: whole.ways[name] for name in ("zero-shot", "full")}})
+    compare(whole)
+    steps = json.loads((tmp_path / "run" / "steps.json").read_text())
+    (run,) = (tmp_path / "run" / "runs").glob("*/metrics.jsonl")
+    assert list(steps.values()) == [len(step_seconds(run.parent))] and not (tmp_path / "run" / "probes").exists()
+    (tmp_path / "run" / "results" / "t--full--all--0.json").unlink()
+    compare(whole)
+    assert json.loads((tmp_path / "run" / "steps.json").read_text()) == steps
