@@ -265,10 +265,10 @@ class LogitsObjective(SFTObjective):
             found, _ = self._distilled(engine, batch)
             parts = (found.divergences, -found.logprobs, found.top1)
             sums += torch.stack([*(part.double().sum() for part in parts), batch.labelled.sum().double()])
-        apart, nll, right, tokens = distributed.all_sum(sums).tolist()
-        apart, nll, right = (total / max(tokens, 1) for total in (apart, nll, right))
-        loss = apart + self.logits.sft_weight * nll
-        return {"loss": loss, "divergence": apart, "perplexity": perplexity(nll), "token_accuracy": right}
+        divergence, nll, right, tokens = distributed.all_sum(sums).tolist()
+        divergence, nll, right = (total / max(tokens, 1) for total in (divergence, nll, right))
+        loss = divergence + self.logits.sft_weight * nll
+        return {"loss": loss, "divergence": divergence, "perplexity": perplexity(nll), "token_accuracy": right}
 
 
 # ---- distillation of rationales --------------------------------------------------------------------------------------

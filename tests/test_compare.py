@@ -7,6 +7,7 @@ import re
 import shutil
 from pathlib import Path
 
+import finished
 import numpy as np
 import pytest
 import tiny
@@ -14,6 +15,7 @@ import tiny
 from rlhf.cli.compare_config import CompareConfig
 from rlhf.comparison.cells import cells, merged, stage_runs
 from rlhf.comparison.data import open_task, training_data
+from rlhf.comparison.measure import stored
 from rlhf.comparison.page import render
 from rlhf.comparison.quality import Cost, Quality, difference, quality, recommend
 from rlhf.comparison.results import read_result
@@ -256,6 +258,20 @@ def test_step_times_are_those_of_training_alone(tmp_path):
     rows.append({"step": 3, "time/rollout": 1.0, "time/score": 2.0, "time/learn": 3.0})
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     assert step_seconds(tmp_path) == [0.5, 0.25, 6.0]
+
+
+def test_an_adapter_on_an_earlier_result_is_not_all_that_must_be_stored(tmp_path):
+    base = tiny.llama()
+    first = finished.sft(tmp_path / "first", {"name": "lora", "rank": 2})
+    parameters, size = stored(first, base)
+    adapter = tmp_path / "first" / "adapter" / "adapter_model.safetensors"
+    assert size == adapter.stat().st_size and 0 < parameters < 10_000
+    second = finished.sft(tmp_path / "second", {"name": "lora", "rank": 2}, model=first, seed=2)
+    merged = sum(file.stat().st_size for file in (tmp_path / "second" / "model").glob("*.safetensors"))
+    changed, kept = stored(second, base)
+    assert kept == merged > 2 * size and changed > parameters
+    tuned = finished.sft(tmp_path / "tuned", {"name": "prompt-tuning", "tokens": 3}, model=first)
+    assert stored(tuned, base)[0] == parameters + 3 * 32
 
 
 # ---- whole comparisons -----------------------------------------------------------------------------------------------

@@ -46,7 +46,7 @@ class Cell:
 def cells(config: CompareConfig) -> Iterator[Cell]:
     """All cells: the full data first, then the smaller sets; in a row for each task, so that tables fill up early.
 
-    A way that reads no training data has no curve: its cell with all data stands for every number of examples.
+    A way that reads no training data has no curve: its cell with all data is the same for every number of examples.
     """
     for examples in (None, *sorted(set(config.examples))):
         for task in config.tasks:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from rlhf.data.schema import Prompt
 from rlhf.inference.policy import Policy
 from rlhf.inference.sampling import Sampled
 from rlhf.inference.scorer import open_scorer
+from rlhf.models.adapters import adapter_settings, is_adapter
 from rlhf.prompting.evaluation import outcomes
 from rlhf.prompting.masked import open_prompted
 from rlhf.prompting.run import Prompter, generation_params
@@ -101,18 +102,24 @@ def stored(run: str | Path, base: str | Path) -> tuple[int, int]:
         run: A run whose result is a policy.
         base: The model folder that it was trained from, to tell which weights of a whole model changed.
     """
-    folder = Path(run)
-    adapter = next(
-        (one for one in (folder / "adapter", folder / "model") if (one / "adapter_config.json").is_file()), None
+    for folder in (Path(run) / "adapter", Path(run) / "model"):
+        if (folder / "adapter_config.json").is_file():
+            origin = Path(adapter_settings(folder)["base_model_name_or_path"])
+            if origin.resolve() == Path(base).resolve():
+                return _added(folder, {})
+            if is_adapter(folder) and folder.name == "model":  # the result of an earlier stage is needed as well
+                before, after = stored(origin.parent, base), _added(folder, {})
+                return before[0] + after[0], before[1] + after[1]
+    return _added(Path(run) / "model", _tensors(Path(base)))
+
+
+def _added(folder: Path, before: Mapping[str, tuple[Path, int]]) -> tuple[int, int]:
+    """Elements of the tensors that are new or changed, and bytes of all weights of the folder."""
+    found = _tensors(folder)
+    changed = (
+        count for name, (file, count) in found.items() if name not in before or not _equal(file, before[name][0], name)
     )
-    files = sorted((adapter or folder / "model").glob("*.safetensors"))
-    size = sum(file.stat().st_size for file in files)
-    before = {} if adapter else _tensors(Path(base))
-    trained = 0
-    for name, (file, count) in _tensors(adapter or folder / "model").items():
-        if name not in before or not _equal(file, before[name][0], name):
-            trained += count
-    return trained, size
+    return sum(changed), sum(file.stat().st_size for file in {file for file, _ in found.values()})
 
 
 def _tensors(folder: Path) -> dict[str, tuple[Path, int]]:

@@ -34,7 +34,7 @@ from rlhf.rollout.types import Completion, SamplingParams
 from rlhf.runs.run import fingerprint, is_run
 
 NO_ADAPTER = "none"
-"""Stands for the plain base in place of an adapter's path."""
+"""In place of an adapter's path: the plain base."""
 PREFIX = "base_model.model."
 NOT_BY_ROW = ("use_dora", "use_bdlora", "target_parameters", "trainable_token_indices", "modules_to_save")
 """Options of PEFT whose weights cannot be chosen row by row."""
@@ -62,7 +62,7 @@ def read_adapter(task: str, path: str | Path) -> Adapter:
 
     Args:
         task: Its name.
-        path: A run whose result is an adapter or that saved one beside the merged model, or an adapter folder.
+        path: A run whose result is an adapter or that saved one next to the merged model, or an adapter folder.
 
     Raises:
         UserError: There is no adapter, or it is of a kind that cannot be chosen row by row.
@@ -269,7 +269,7 @@ class _Requests:
 
     def select(self, requests: Sequence[int | None]) -> None:
         rows = self.adapters.rows
-        # a free slot keeps the task that it had, so that nothing is computed anew when a completion ends
+        # a free slot keeps the task that it had, so that the rows are not grouped again when a completion ends
         before = rows.tasks if len(rows.tasks) == len(requests) else [self.tasks[0]] * len(requests)
         rows.select([before[i] if one is None else self.tasks[one] for i, one in enumerate(requests)])
 
