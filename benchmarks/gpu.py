@@ -33,99 +33,20 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
+from gpu_arithmetic import PHASES, PUBLISHED, Setting, measurements, setting_for, step_table, table, works
 
 ROOT = Path(__file__).resolve().parents[1]
-PHASES = ("rollout", "score", "learn")
-PROMPTS = 131_900
-PUBLISHED = "DeepSpeed-Chat published 11.7 h on one A100-80G"
+GRACE = 30
+"""Seconds after its time limit at which a side is stopped."""
 DATASHEETS = {"H200": (989e12, 4.8e12), "H100": (989e12, 3.35e12), "A100": (312e12, 2.0e12)}
 """Dense bf16 operations/s and bytes/s of the SXM boards, from the vendor's data sheets."""
-
-
-@dataclass(frozen=True)
-class Shape:
-    """A decoder's size."""
-
-    layers: int
-    width: int
-    heads: int
-    inner: int
-    vocab: int
-
-    @property
-    def linear(self) -> int:
-        """Weights of the layers' matrices: query, key, value, output and the two of the feed-forward part."""
-        return self.layers * (4 * self.width**2 + 2 * self.width * self.inner)
-
-    @property
-    def head(self) -> int:
-        """Weights of the language model's head."""
-        return self.vocab * self.width
-
-    def forward_flops(self, tokens: int, length: int, head_tokens: int) -> float:
-        """Operations of a forward pass over sequences of `length`; the head works on `head_tokens` of the tokens."""
-        attention = 2 * tokens * length * self.width * self.layers
-        return 2.0 * tokens * self.linear + 2.0 * head_tokens * self.head + attention
-
-
-@dataclass(frozen=True)
-class Setting:
-    """Models and sizes of one measurement."""
-
-    policy: Shape
-    critic: Shape
-    prompt_tokens: int
-    new_tokens: int
-    episodes: int
-    trl_episodes: int
-    """Episodes per step for TRL: fewer, because it keeps the logits of a whole rollout."""
-    batch_size: int
-    micro_batch_tokens: int
-    seconds: int
-    """Time limit of each side, including loading."""
-    step: str = "eager"
-    compile: bool = False
-    gradient_checkpointing: bool = False
-
-    def update_flops(self, episodes: int) -> dict[str, float]:
-        """Operations that scoring and learning require in one update, and those that learning repeats."""
-        length, answers = self.prompt_tokens + self.new_tokens, episodes * self.new_tokens
-        tokens = episodes * length
-        policy = self.policy.forward_flops(tokens, length, answers)
-        critic = self.critic.forward_flops(tokens, length, 0)
-        twice = policy + critic if self.gradient_checkpointing else 2.0 * answers * self.policy.head
-        return {"score": 2 * policy + 2 * critic, "learn": 3 * (policy + critic), "twice": twice}
-
-    def decode_bytes(self, steps: int, columns: int, element: int) -> float:
-        """Bytes that decoding must read: the weights at every step, and the keys and values of all row-columns."""
-        weights = self.policy.linear + self.policy.head
-        return float(element) * (steps * weights + 2 * columns * self.policy.layers * self.policy.width)
-
-
-def setting_for(gpu_bytes: int, flops: float) -> Setting:
-    """The large setting, reduced to the GPU's memory and, by smaller steps, to its speed; a small one without a GPU."""
-    if not gpu_bytes:
-        tiny = Shape(layers=2, width=64, heads=4, inner=256, vocab=512)
-        return Setting(tiny, tiny, 16, 16, 8, 8, batch_size=8, micro_batch_tokens=128, seconds=1)
-    policy = Shape(layers=24, width=2048, heads=32, inner=8192, vocab=50272)
-    critic = Shape(layers=24, width=1024, heads=16, inner=4096, vocab=50272)
-    free = max(4e9, gpu_bytes - 45e9)  # weights, gradients and AdamW's moments of both take about 30 GB
-    rows = _power_of_two(free / (1.15 * 512 * 4 * policy.layers * policy.width))  # keys and values of 512 tokens
-    tokens = _power_of_two(free / 4e6)  # activations: about 3 MB a token of policy and critic together
-    episodes = min(1024, max(64, _power_of_two(1024 * flops / 500e12)))  # at most the 1,024 of DeepSpeed-Chat
-    batch, micro_batch = min(episodes, rows), min(32768, max(1024, tokens))
-    return Setting(policy, critic, 256, 256, episodes, episodes // 4, batch, micro_batch, seconds=190)
-
-
-def _power_of_two(most: float) -> int:
-    return 1 << max(0, int(most).bit_length() - 1)
 
 
 # ---- inputs --------------------------------------------------------------------------------------------------------
@@ -213,6 +134,7 @@ def measure(
     side: str, setting: Setting, folder: Path, trl: Path | None = None, profile: Path | None = None
 ) -> dict[str, Any]:
     """Run one side in a new process; on a timeout, return what it had written."""
+    limit = {"check": 60, "steps": 60, "trl": setting.seconds * 3 // 4}.get(side, setting.seconds) + GRACE
     spec = {
         "run": str(folder / f"run-{side}"),
         "policy": str(folder / "policy"),
@@ -224,7 +146,7 @@ def measure(
         "batch_size": setting.batch_size,
         "micro_batch_tokens": setting.micro_batch_tokens,
         "step": setting.step,
-        "seconds": setting.seconds,
+        "seconds": limit - GRACE if side != "check" else 0,  # 0: two updates
         "compile": setting.compile,
         "gradient_checkpointing": setting.gradient_checkpointing,
         "profile": str(profile) if profile else None,
@@ -235,10 +157,10 @@ def measure(
     env = os.environ | {"PYTHONPATH": os.pathsep.join(path), "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
     program = [sys.executable, str(ROOT / "benchmarks" / "gpu_sides.py"), side, str(file), str(result)]
     try:
-        done = subprocess.run(program, capture_output=True, text=True, env=env, timeout=setting.seconds + 60)
+        done = subprocess.run(program, capture_output=True, text=True, env=env, timeout=limit)
         failed = done.stdout[-1000:] + done.stderr[-3000:] if done.returncode else ""
     except subprocess.TimeoutExpired:
-        failed = f"stopped after {setting.seconds + 60} s"
+        failed = f"stopped after {limit} s"
     if failed:
         print(f"{side}: {failed}", file=sys.stderr, flush=True)
     found: dict[str, Any] = json.loads(result.read_text("utf-8")) if result.is_file() else {"updates": []}
@@ -255,82 +177,42 @@ def profile(setting: Setting, out: Path) -> None:
     print(f"{out}/profile-PHASE.txt: the operations that take most time in {', '.join(PHASES)}", flush=True)
 
 
-def measurements(found: dict[str, Any], setting: Setting, limits: dict[str, float], element: int) -> dict[str, Any]:
-    """The table's values for a side: medians over its updates, without the first if there are more."""
-    updates = found["updates"][1:] or found["updates"]
-    episodes, medians = found["episodes"], {p: statistics.median(u["phases"][p] for u in updates) for p in PHASES}
-    seconds = statistics.median(update["seconds"] for update in updates)
-    tokens = episodes * (setting.prompt_tokens + setting.new_tokens)
-    work = setting.update_flops(episodes)
-    shown = {
-        "prompts an update": episodes,
-        "updates measured": len(updates),
-        "seconds an update": seconds,
-        "hours for 131,900 prompts": seconds / episodes * PROMPTS / 3600,
-        **{f"seconds in {phase}": medians[phase] for phase in PHASES},
-        "answer tokens/s in rollout": episodes * setting.new_tokens / medians["rollout"],
-        **{f"tokens/s in {phase}": tokens / medians[phase] for phase in ("score", "learn")},
-        "fraction of the matrix rate in score": work["score"] / medians["score"] / limits["flops"],
-        "fraction of the matrix rate in learn": work["learn"] / medians["learn"] / limits["flops"],
-        "the same, with what is computed twice": None,
-        "the same, of the data sheet's matrix rate": None,
-        "fraction of the bandwidth limit in decoding": None,
-        "the same, of the data sheet's bandwidth": None,
-        "peak GB, loaded": found["loaded_gb"],
-        **{f"peak GB in {phase}": max(u["peak_gb"][phase] for u in updates) for phase in PHASES},
-    }
-    if "decode_steps" in updates[-1]:  # ours
-        both = work["learn"] + work["twice"]
-        shown["the same, with what is computed twice"] = both / medians["learn"] / limits["flops"]
-        fractions = []
-        for u in updates:
-            moved = setting.decode_bytes(u["decode_steps"], u["decode_columns"], element)
-            fractions.append(moved / (u["phases"]["rollout"] - u["prefill_seconds"]) / limits["bytes"])
-        shown["fraction of the bandwidth limit in decoding"] = statistics.median(fractions)
-    for ours, theirs, limit, sheet in (
-        ("fraction of the matrix rate in learn", "the same, of the data sheet's matrix rate", "flops", "sheet_flops"),
-        (
-            "fraction of the bandwidth limit in decoding",
-            "the same, of the data sheet's bandwidth",
-            "bytes",
-            "sheet_bytes",
-        ),
-    ):
-        if shown[ours] is not None and sheet in limits:
-            shown[theirs] = shown[ours] * limits[limit] / limits[sheet]
-    return shown
+def compare(
+    setting: Setting, limits: dict[str, float], element: int, trl: Path | None, about: dict[str, Any], file: Path
+) -> None:
+    """Run the check and the sides, and print and write what is known after each: a run that is cut off still tells."""
+    sides: dict[str, Any] = {}
+    found: dict[str, Any] = {}
 
+    def note(side: str, result: dict[str, Any]) -> None:
+        found[side] = result
+        if result["updates"] and side not in ("check", "steps"):
+            sides[side] = measurements(result, setting, limits, element)
+        file.write_text(json.dumps(about | {"sides": sides, "raw": found}, indent=1), "utf-8")
 
-def step_table(found: dict[str, Any], setting: Setting, limits: dict[str, float], element: int) -> str:
-    """Markdown table of the decoding steps, over one batch of completions after a warm-up batch."""
-    lines = [
-        "| decoding step | ms | fraction of the bandwidth limit | first batch, s | second, s |",
-        f"|{' --- |' * 5}",
-    ]
-    for update in found["updates"]:
-        seconds = update["took"][1] - update["prefill_seconds"]
-        fraction = setting.decode_bytes(update["decode_steps"], update["decode_columns"], element) / seconds
-        first, second = update["took"]
-        ms = 1000 * seconds / update["decode_steps"]
-        lines.append(f"| {update['step']} | {ms:.2f} | {fraction / limits['bytes']:.1%} | {first:.2f} | {second:.2f} |")
-    return "\n".join(lines)
-
-
-def table(sides: dict[str, dict[str, Any]]) -> str:
-    """Markdown."""
-    lines = [f"| | {' | '.join(sides)} |", f"|{' --- |' * (len(sides) + 1)}"]
-    for name in next(iter(sides.values())):
-        cells = [_cell(name, side[name]) for side in sides.values()]
-        lines.append(f"| {name} | {' | '.join(cells)} |")
-    return "\n".join(lines)
-
-
-def _cell(name: str, value: float | None) -> str:
-    if value is None:
-        return "-"
-    if name.startswith(("fraction", "the same")):
-        return f"{value:.1%}"
-    return f"{value:,.0f}" if isinstance(value, int) or value >= 100 else f"{value:,.2f}"
+    with tempfile.TemporaryDirectory() as name:
+        folder, small = Path(name), Path(name) / "small"
+        tiny = replace(setting_for(0, 0.0), step=setting.step, compile=setting.compile)
+        make_models(tiny, small)
+        note("check", measure("check", tiny, small))
+        print(works(found["check"]), flush=True)
+        if not found["check"]["updates"]:
+            raise SystemExit("nothing else is measured, because the check failed; see above")
+        make_models(setting, folder)
+        note("ours", measure("ours", setting, folder))
+        if sides:
+            print(f"\n{table(sides)}", flush=True)
+        note("steps", measure("steps", setting, folder))
+        print(f"\n{step_table(found['steps'], setting, limits, element)}", flush=True)
+        if trl is not None and (trl / "trl").is_dir():
+            note("TRL 1.12.0", measure("trl", setting, folder, trl))
+            if "TRL 1.12.0" in sides:
+                print(f"\n{table(sides)}", flush=True)
+        else:
+            where = f"{trl} holds no package trl" if trl else "no folder was named with --trl"
+            print(f"TRL is skipped: {where}", flush=True)
+    if any(result["failed"] for result in found.values()):
+        raise SystemExit("a side failed or timed out; see above")
 
 
 def machine() -> dict[str, Any]:
@@ -379,26 +261,8 @@ def main() -> None:
     if args.profile:
         profile(replace(setting, new_tokens=16, episodes=min(128, setting.episodes)), args.out)
         return
-    sides: dict[str, Any] = {}
-    with tempfile.TemporaryDirectory() as name:
-        make_models(setting, Path(name))
-        found = {"ours": measure("ours", setting, Path(name)), "steps": measure("steps", setting, Path(name))}
-        if args.trl is not None and (args.trl / "trl").is_dir():
-            found["TRL 1.12.0"] = measure("trl", setting, Path(name), args.trl)
-        else:
-            where = f"{args.trl} holds no package trl" if args.trl else "no folder was named with --trl"
-            print(f"TRL is skipped: {where}", flush=True)
-    element = 2 if here["gpu_bytes"] else 4
-    for side, result in found.items():
-        if result["updates"] and side != "steps":
-            sides[side] = measurements(result, setting, limits, element)
-    everything = {"machine": here, "limits": limits, "setting": asdict(setting), "sides": sides, "raw": found}
-    (args.out / "gpu.json").write_text(json.dumps(everything, indent=1), "utf-8")
-    if sides:
-        print(f"\n{table(sides)}", flush=True)
-    print(f"\n{step_table(found['steps'], setting, limits, element)}", flush=True)
-    if any(result["failed"] for result in found.values()):
-        raise SystemExit("a side failed or timed out; see above")
+    everything = {"machine": here, "limits": limits, "setting": asdict(setting)}
+    compare(setting, limits, 2 if here["gpu_bytes"] else 4, args.trl, everything, args.out / "gpu.json")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
-"""The sides of `benchmarks/gpu.py`, each a separate process: `gpu_sides.py ours|steps|trl SPEC.json RESULT.json`.
+"""The sides of `benchmarks/gpu.py`, each a separate process: `gpu_sides.py check|ours|steps|trl SPEC.json RESULT.json`.
 
-Both get the same weights, prompts and lengths, and one optimizer step per update, as in DeepSpeed-Chat. The result is
-rewritten after every update, so that a timeout loses only the current one.
+`check` says in seconds, with tiny models, whether anything works at all. `ours` and `trl` get the same weights, prompts
+and lengths, and one optimizer step per update, as in DeepSpeed-Chat. The result is rewritten after every update, so
+that a timeout loses only the current one.
 """
 
 from __future__ import annotations
@@ -12,7 +13,8 @@ import os
 import re
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -173,8 +175,8 @@ def ours(spec: dict[str, Any], notes: Notes) -> None:
         notes.update(phases=phases, peak_gb=dict(peaks), ratio=ratio, kl=figures["objective/kl"], **decoding.figures)
 
 
-def steps(spec: dict[str, Any], notes: Notes) -> None:
-    """One batch of completions with each kind of decoding step, twice: the first time the step is recorded."""
+def answers_by_step(spec: dict[str, Any], notes: Notes, dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], Any]]]:
+    """Each kind of decoding step that this device has, with a function that decodes one batch of greedy completions."""
     from types import SimpleNamespace
 
     from rlhf.config.base import ModelConfig
@@ -184,22 +186,35 @@ def steps(spec: dict[str, Any], notes: Notes) -> None:
 
     cuda = torch.cuda.is_available()
     model = load_policy(ModelConfig(path=spec["policy"]), spec["policy"])
-    model = model.to("cuda", torch.bfloat16) if cuda else model
+    model = model.to("cuda", dtype) if cuda else model
     notes.loaded()
     chat: Any = SimpleNamespace(end_id=2, pad_id=1, tokenizer=SimpleNamespace(eos_token_id=2))
-    sampling = SamplingParams(spec["new_tokens"], min_new_tokens=spec["new_tokens"], batch_size=spec["batch_size"])
-    prompts = torch.randint(4, model.config.vocab_size, (spec["batch_size"], spec["prompt_tokens"])).tolist()
+    length, rows = spec["new_tokens"], spec["batch_size"]
+    sampling = SamplingParams(length, temperature=0, min_new_tokens=length, batch_size=rows)
+    torch.manual_seed(0)
+    prompts = torch.randint(4, model.config.vocab_size, (rows, spec["prompt_tokens"])).tolist()
+    for step in ("eager", "cuda_graph") if cuda else ("eager",):
+        yield step, partial(hf, model, prompts, range(rows), sampling, chat, step=step)
+
+
+def steps(spec: dict[str, Any], notes: Notes) -> None:
+    """One batch of completions with each kind of decoding step, twice: the first time the step is recorded."""
     decoding = Decoding()
-    for step in ("eager", "cuda_graph"):
-        if step == "cuda_graph" and not cuda:
-            continue
+    for step, decode in answers_by_step(spec, notes, torch.bfloat16):
         took = []
         for _ in range(2):
             decoding.clear()
             start = now()
-            hf(model, prompts, range(len(prompts)), sampling, chat, step=step)  # type: ignore[arg-type]
+            decode()
             took.append(now() - start)
         notes.update(step=step, took=took, **decoding.figures)
+
+
+def check(spec: dict[str, Any], notes: Notes) -> None:
+    """Two PPO updates of the tiny models, and whether every kind of decoding step gives the same greedy tokens."""
+    ours(spec, notes)
+    found = {step: [one.ids for one in decode()] for step, decode in answers_by_step(spec, notes, torch.float32)}
+    notes.update(same_tokens={step: ids == found["eager"] for step, ids in found.items()})
 
 
 # ---- TRL -----------------------------------------------------------------------------------------------------------
@@ -302,4 +317,4 @@ def trl(spec: dict[str, Any], notes: Notes) -> None:
 
 if __name__ == "__main__":
     given = json.loads(Path(sys.argv[2]).read_text("utf-8"))
-    {"ours": ours, "steps": steps, "trl": trl}[sys.argv[1]](given, Notes(given, Path(sys.argv[3])))
+    {"check": check, "ours": ours, "steps": steps, "trl": trl}[sys.argv[1]](given, Notes(given, Path(sys.argv[3])))

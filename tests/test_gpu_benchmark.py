@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import tiny
@@ -14,9 +15,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import OPTConfig, OPTForCausalLM
 
 sys.path.append(str(tiny.REPOSITORY / "benchmarks"))
-import gpu
+from gpu_arithmetic import PHASES, Shape, measurements, setting_for, table
 
-SHAPE = gpu.Shape(layers=3, width=32, heads=4, inner=80, vocab=96)
+SHAPE = Shape(layers=3, width=32, heads=4, inner=80, vocab=96)
 SIDE = {"updates": [], "episodes": 4, "loaded_gb": 1.0}
 
 
@@ -39,7 +40,7 @@ def test_the_operations_are_those_that_torch_counts():
 
 
 def test_the_bytes_of_decoding_are_the_weights_once_a_step_and_every_key_and_value():
-    setting = gpu.replace(gpu.setting_for(0, 1.0), policy=SHAPE)
+    setting = replace(setting_for(0, 1.0), policy=SHAPE)
     weights = sum(p.numel() for name, p in opt().named_parameters() if p.dim() == 2 and "positions" not in name)
     assert setting.decode_bytes(steps=1, columns=0, element=2) == 2 * weights
     # two steps of two rows that hold 5 and then 6 tokens
@@ -48,27 +49,27 @@ def test_the_bytes_of_decoding_are_the_weights_once_a_step_and_every_key_and_val
 
 
 def test_the_large_setting_is_deepspeed_chats():
-    setting = gpu.setting_for(150_000_000_000, 790e12)
+    setting = setting_for(150_000_000_000, 790e12)
     assert (setting.prompt_tokens, setting.new_tokens, setting.episodes) == (256, 256, 1024)
     assert setting.policy.linear + setting.policy.head == pytest.approx(1.3e9, rel=0.02)
     assert setting.critic.linear + setting.critic.head == pytest.approx(350e6, rel=0.02)
-    smaller = gpu.setting_for(24_000_000_000, 100e12)
+    smaller = setting_for(24_000_000_000, 100e12)
     assert 1 <= smaller.batch_size < setting.batch_size
     assert smaller.micro_batch_tokens < setting.micro_batch_tokens
     assert smaller.episodes < setting.episodes
 
 
 def test_the_first_update_warms_up_and_shares_are_of_what_was_measured():
-    setting = gpu.setting_for(0, 1.0)
+    setting = setting_for(0, 1.0)
     update = {
         "phases": {"rollout": 2.0, "score": 1.0, "learn": 4.0},
         "seconds": 8.0,
-        "peak_gb": dict.fromkeys(gpu.PHASES, 2.0),
+        "peak_gb": dict.fromkeys(PHASES, 2.0),
     }
     slow = update | {"seconds": 99.0}
     counts = {"prefill_seconds": 0.5, "decode_steps": 15, "decode_columns": 1000}
     limits = {"flops": 1e9, "bytes": 1e9, "sheet_flops": 2e9}
-    ours = gpu.measurements(SIDE | {"updates": [slow | counts, update | counts]}, setting, limits, 4)
+    ours = measurements(SIDE | {"updates": [slow | counts, update | counts]}, setting, limits, 4)
     assert ours["seconds an update"] == 8.0 and ours["updates measured"] == 1
     assert ours["hours for 131,900 prompts"] == pytest.approx(131_900 / 4 * 8 / 3600)
     assert ours["answer tokens/s in rollout"] == 4 * 16 / 2
@@ -77,9 +78,9 @@ def test_the_first_update_warms_up_and_shares_are_of_what_was_measured():
     assert ours["the same, of the data sheet's bandwidth"] is None
     moved = setting.decode_bytes(15, 1000, 4)
     assert ours["fraction of the bandwidth limit in decoding"] == pytest.approx(moved / 1.5 / 1e9)
-    theirs = gpu.measurements(SIDE | {"updates": [update]}, setting, limits, 4)
+    theirs = measurements(SIDE | {"updates": [update]}, setting, limits, 4)
     assert theirs["fraction of the bandwidth limit in decoding"] is None
-    assert "| seconds an update | 8.00 | 8.00 |" in gpu.table({"ours": ours, "TRL": theirs})
+    assert "| seconds an update | 8.00 | 8.00 |" in table({"ours": ours, "TRL": theirs})
 
 
 @pytest.mark.slow
@@ -92,6 +93,7 @@ def test_the_small_mode_runs_by_one_command_and_measures_every_phase(tmp_path):
     )  # fmt: skip
     assert done.returncode == 0, done.stdout
     assert "absent holds no package trl" in done.stdout
+    assert "Check: PPO update in " in done.stdout and "first ratio 1.0000 to 1.0000" in done.stdout
     assert "| hours for 131,900 prompts |" in done.stdout
     found = json.loads((tmp_path / "gpu.json").read_text())
     ours = found["sides"]["ours"]
@@ -108,7 +110,7 @@ def test_a_profile_names_the_operations_of_each_phase(tmp_path):
     environment = {**os.environ, "PYTHON": sys.executable, "CUDA_VISIBLE_DEVICES": ""}
     command = ["bash", "benchmarks/gpu.sh", "--profile", "--out", str(tmp_path)]
     subprocess.run(command, cwd=tiny.REPOSITORY, env=environment, check=True, timeout=300)
-    found = {phase: (tmp_path / f"profile-{phase}.txt").read_text() for phase in gpu.PHASES}
+    found = {phase: (tmp_path / f"profile-{phase}.txt").read_text() for phase in PHASES}
     assert all("aten::addmm" in text for text in found.values())
     assert "AdamW" in found["learn"] and "AdamW" not in found["score"]
 
