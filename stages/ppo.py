@@ -188,8 +188,9 @@ class PPO:
         """Phase 2: each rank samples completions of a block of the prompts; then all ranks hold all completions."""
         c, policy = self.config.rollout, self.models.policy
         params = SamplingParams(
-            c.max_new_tokens, c.min_new_tokens, c.temperature, c.top_k, c.top_p, tuple(c.stop), c.batch_size
-        )
+            c.max_new_tokens, c.min_new_tokens, c.temperature, c.top_k, c.top_p, tuple(c.stop), c.batch_size,
+            logprobs=self.config.score.policy == "sampler",
+        )  # fmt: skip
         mine = torch.arange(len(prompts.ids)).tensor_split(distributed.world_size())[distributed.rank()].tolist()
         merged = adapters_merged(policy) if c.merge_adapters else nullcontext()
         with self.models.engine.gathered(policy), merged, torch.compiler.set_stance("force_eager"):
@@ -211,17 +212,21 @@ class PPO:
         columns: list[Tensor] = []
         scores: list[Tensor] = []
         states: dict[int, Tensor] = {}
+        from_sampler = self.config.score.policy == "sampler"
         for batch in (batch for minibatch in minibatches for batch in minibatch.micro_batches()):
             batch = self.models.with_frozen_states(batch)
-            tokens = self.models.token_scores(batch, self.config.rollout.temperature)
-            values = tokens.logprobs if tokens.values is None else tokens.values  # a placeholder, dropped below
-            columns.append(torch.stack([tokens.logprobs, tokens.ref_logprobs, values, tokens.entropies], dim=1))
+            tokens = self.models.token_scores(batch, self.config.rollout.temperature, policy=not from_sampler)
+            # the reference's log-probs are placeholders for what is not computed
+            columns.append(torch.stack([tokens.ref_logprobs if c is None else c for c in tokens], dim=1))
             scores.append(self._scores(rollout, minibatches[0].rows, batch)[: len(batch.episodes)])
             episodes += batch.episodes
             states |= gather_states(batch) if batch.frozen_states is not None else {}
         order, mask = gather_episodes(episodes), rollout.response_mask
-        logprobs, ref_logprobs, values, entropies = gather_tokens(torch.cat(columns), order, rollout.lengths)
+        logprobs, ref_logprobs, entropies, values = gather_tokens(torch.cat(columns), order, rollout.lengths)
         max_weight, sampled = self.config.rollout.max_importance_weight, rollout.sampler_logprobs
+        if from_sampler:
+            assert sampled is not None  # PPOConfig allows only samplers and options for which log-probs are reported
+            logprobs, entropies = sampled, -sampled  # the surprise of sampled tokens has the entropy as its mean
         return Experience(
             rollout,
             logprobs,
@@ -230,7 +235,7 @@ class PPO:
             scores=gather_scores(torch.cat(scores), order),
             entropy=float(masked_mean(entropies, mask)),
             importance=None
-            if max_weight is None or sampled is None
+            if max_weight is None or sampled is None or from_sampler
             else importance_weights(logprobs, sampled, mask, max_weight),
             frozen_states=states or None,
         )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -38,13 +38,26 @@ class ActorCritic(nn.Module):
         self.critic = critic
 
     def forward(
-        self, batch: MicroBatch, temperature: float, ptx: MicroBatch | None = None, values: bool = True
-    ) -> TokenOutputs:
-        """Log-probs, entropies and (with `values`) values of a micro-batch's response tokens; log-probs of `ptx`."""
+        self, batch: MicroBatch, temperature: float, ptx: MicroBatch | None = None, role: str = "policy"
+    ) -> Any:
+        """The outputs of a role for a micro-batch.
+
+        Args:
+            batch: Sequences and their response tokens.
+            temperature: Logits are divided by it.
+            ptx: Demonstrations, for the policy.
+            role: `policy` (with the critic's values), `reference` (without) or `critic` (nothing but values).
+
+        Returns:
+            `TokenOutputs`; for `critic` the values, float32 [n].
+        """
+        if role == "critic":
+            assert self.critic is not None
+            return critic_values(self.critic, batch)
         logprobs, entropies = policy_logprobs(self.policy, batch, temperature)
-        found = critic_values(self.critic, batch) if values and self.critic is not None else None
+        values = critic_values(self.critic, batch) if role == "policy" and self.critic is not None else None
         ptx_logprobs = None if ptx is None else policy_logprobs(self.policy, ptx, temperature=1.0)[0]
-        return TokenOutputs(logprobs, entropies, found, ptx_logprobs)
+        return TokenOutputs(logprobs, entropies, values, ptx_logprobs)
 
 
 def policy_logprobs(policy: nn.Module, batch: MicroBatch, temperature: float) -> tuple[Tensor, Tensor]:

@@ -156,6 +156,14 @@ class PPOOptimizerConfig(AdamWConfig):
     """AdamW's epsilon. OpenAI's implementation also uses 1e-5."""
 
 
+class PPOScoreConfig(Strict):
+    policy: Literal["recompute", "sampler"] = "recompute"
+    """Where the policy's log-probs before the update come from. `recompute`: a pass over prompts and completions with
+    the trainer's own operations, so that the first ratio is exactly 1. `sampler`: what the sampler computed for each
+    token, which saves that pass; the first ratio then differs from 1 by rounding (see `policy/first_ratio_max`), and
+    `objective/entropy` is estimated from the sampled tokens."""
+
+
 class PPOEvalConfig(Strict):
     every: PositiveInt = 10
     """Updates between evaluations on held-out prompts."""
@@ -183,6 +191,7 @@ class PPOConfig(StageConfig):
     loss: PPOLossConfig = PPOLossConfig()
     batch: PPOBatchConfig = PPOBatchConfig()
     optimizer: PPOOptimizerConfig = PPOOptimizerConfig()
+    score: PPOScoreConfig = PPOScoreConfig()
     eval: PPOEvalConfig = PPOEvalConfig()
     compile: bool = False
     """Compile the layers of policy and critic with torch.compile (one graph for all lengths). This takes up to a minute
@@ -226,6 +235,13 @@ class PPOConfig(StageConfig):
             faults.append(f"rollout.merge_adapters: tuning {self.tuning.name!r} has no adapter that can be merged")
         if self.rollout.sampler.name == "vllm" and not traits["merges"]:
             faults.append(f"rollout.sampler: `vllm` gets merged weights, and {self.tuning.name!r} cannot be merged")
+        rollout = self.rollout
+        truncated = rollout.top_k or rollout.top_p < 1 or rollout.min_new_tokens
+        if self.score.policy == "sampler" and rollout.sampler.name != "hf" and truncated:
+            faults.append(
+                f"score.policy: with top_k, top_p or min_new_tokens the sampler {rollout.sampler.name!r} reports no"
+                " log-probs; use `recompute`"
+            )
         if self.model.sharing == "shared":
             faults += self._sharing_faults()
         if faults:

@@ -59,10 +59,15 @@ class Models(ABC):
     def reference(self, batch: MicroBatch, temperature: float) -> TokenOutputs:
         """Outputs of the frozen reference; no values."""
 
-    def token_scores(self, batch: MicroBatch, temperature: float) -> TokenScores:
-        """Policy, critic and reference on a micro-batch."""
-        mine = self.engine(batch, temperature)
-        return TokenScores(mine.logprobs, self.reference(batch, temperature).logprobs, mine.entropies, mine.values)
+    def token_scores(self, batch: MicroBatch, temperature: float, policy: bool = True) -> TokenScores:
+        """Policy, critic and reference on a micro-batch. With `policy=False` the policy's pass is left out."""
+        if policy:
+            mine = self.engine(batch, temperature)
+            logprobs, entropies, values = mine.logprobs, mine.entropies, mine.values
+        else:
+            logprobs = entropies = None
+            values = None if self.critic is None else self.engine(batch, temperature, role="critic")
+        return TokenScores(logprobs, self.reference(batch, temperature).logprobs, entropies, values)
 
     def save(self, run: Path, chat: ChatTokenizer, config: PPOConfig) -> None:
         """Write the result into the run folder; every rank calls it."""
@@ -84,10 +89,10 @@ class SeparateModels(Models):
     def reference(self, batch: MicroBatch, temperature: float) -> TokenOutputs:
         outputs: TokenOutputs
         if self._frozen_reference is not None:
-            outputs = self._frozen_reference(batch, temperature)
+            outputs = self._frozen_reference(batch, temperature, role="reference")
         else:
             with adapters_off(self.policy):
-                outputs = self.engine(batch, temperature, values=False)
+                outputs = self.engine(batch, temperature, role="reference")
         return outputs
 
 

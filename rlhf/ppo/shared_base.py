@@ -93,11 +93,11 @@ class SharedBase(nn.Module):
                 `frozen_layers` starts from them.
             temperature: Logits are divided by it.
             ptx: Demonstrations, for the policy.
-            role: `policy` (with the critic's values), `reference`, `reward`, or `frozen_layers`.
+            role: `policy` (with the critic's values), `critic`, `reference`, `reward`, or `frozen_layers`.
 
         Returns:
-            `TokenOutputs`; for `reward` the scores, float32 [B]; for `frozen_layers` the hidden states that enter the
-            first layer with adapters, [B, L, H].
+            `TokenOutputs`; for `critic` the values, float32 [n]; for `reward` the scores, float32 [B]; for
+            `frozen_layers` the hidden states that enter the first layer with adapters, [B, L, H].
         """
         if role == "frozen_layers":
             ids, mask, positions = batch.input_ids, batch.attention_mask, batch.position_ids
@@ -106,6 +106,8 @@ class SharedBase(nn.Module):
         with start(batch.frozen_states), self.acting(role):
             if role == "reward":
                 return self.scalars["reward"](batch.input_ids, batch.attention_mask)
+            if role == "critic":
+                return critic_values(self.scalars["critic"], batch)
             logprobs, entropies = policy_logprobs(self.policy, batch, temperature)
         values = None
         if role == "policy" and self.critic is not None:

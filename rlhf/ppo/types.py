@@ -100,12 +100,12 @@ class MicroBatch(NamedTuple):
 class TokenScores(NamedTuple):
     """What the models compute for the response tokens of a micro-batch, row after row. float32 [n]."""
 
-    logprobs: Tensor
-    """Log-probs under the policy."""
+    logprobs: Tensor | None
+    """Log-probs under the policy; None without its pass."""
     ref_logprobs: Tensor
     """Log-probs under the reference."""
-    entropies: Tensor
-    """Entropies of the policy, nats."""
+    entropies: Tensor | None
+    """Entropies of the policy, nats; None without its pass."""
     values: Tensor | None
     """The critic's values; None without a critic."""
 

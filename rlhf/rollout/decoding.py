@@ -88,6 +88,8 @@ class DecodingSlots:
         self.slots: list[int | None] = [None] * min(len(requests), sampling.batch_size)
         """The request in each slot; None where the slot is free."""
         self.tokens: list[list[int]] = [[] for _ in self.slots]
+        self.logprobs: list[list[float]] = [[] for _ in self.slots]
+        """As `tokens`; empty lists where log-probs are not wanted."""
         self.cache: Any = None
         self.held: _Prefilled | None = None
         """The prefill of the prompt whose further completions wait for a slot."""
@@ -148,7 +150,7 @@ class DecodingSlots:
         lengths = prefilled.lengths[source]
         self.cache.insert(prefilled.cache, lengths, source, where)
         for slot, request in zip(slots, requests):
-            self.slots[slot], self.tokens[slot] = request, []
+            self.slots[slot], self.tokens[slot], self.logprobs[slot] = request, [], []
         noise = [uniform_noise(self.seeds[i], self.sampling.max_new_tokens) for i in requests]
         self.noise[where] = torch.stack(noise).to(device)
         self.position[where], self.count[where], self.live[where] = lengths - 1, 0, 1
@@ -211,6 +213,7 @@ class DecodingSlots:
     def _sample(self, logits: Tensor, where: Any) -> None:
         """Sample a token in each of the slots `where`; slots whose completion is finished become free."""
         count = self.count[where]
+        normalizer = log_normalizer(logits, self.sampling) if self.sampling.logprobs else None
         if self.sampling.min_new_tokens:
             early = (count < self.sampling.min_new_tokens)[:, None]
             logits[:, self.ends] = logits[:, self.ends].masked_fill(early, float("-inf"))
@@ -221,10 +224,13 @@ class DecodingSlots:
         self.count[where] += self.live[where]  # free slots do not advance
         self.position[where] += self.live[where]
         slots = range(len(self.slots))[where] if isinstance(where, slice) else where.tolist()
-        for slot, token, finished in zip(slots, *torch.stack([chosen, done]).tolist()):
+        logprobs = None if normalizer is None else logprobs_of(logits, chosen, normalizer, self.sampling).tolist()
+        for row, (slot, token, finished) in enumerate(zip(slots, *torch.stack([chosen, done]).tolist())):
             request = self.slots[slot]
             if request is not None:
                 self.tokens[slot].append(token)
+                if logprobs is not None:
+                    self.logprobs[slot].append(logprobs[row])
                 if finished or self.sampling.stop:
                     self._finish(slot, request, bool(finished))
 
@@ -233,7 +239,7 @@ class DecodingSlots:
         tokens = self.tokens[slot]
         ended = tokens[-1] in self.end_set or ends_with_stop(tokens, self.sampling.stop, self.chat)
         if finished or ended:
-            self.completions[request] = Completion(tokens, ended)
+            self.completions[request] = Completion(tokens, ended, self.logprobs[slot] or None)
             self.slots[slot] = None
             self.live[slot] = 0
 
@@ -243,7 +249,8 @@ class DecodingSlots:
         if self.fixed:  # exactly half of the slots stay, some free ones among them
             kept = sorted([*kept, *self._free()[: math.ceil(len(self.slots) / 2) - len(kept)]])
         keep = torch.tensor(kept, device=self.model.device)
-        self.slots, self.tokens = [self.slots[i] for i in kept], [self.tokens[i] for i in kept]
+        self.slots = [self.slots[i] for i in kept]
+        self.tokens, self.logprobs = [self.tokens[i] for i in kept], [self.logprobs[i] for i in kept]
         self.token, self.position, self.count = self.token[keep], self.position[keep], self.count[keep]
         self.live, self.noise = self.live[keep], self.noise[keep]
         self.cache.keep(keep)
@@ -307,6 +314,17 @@ def choose(logits: Tensor, noise: Tensor, sampling: SamplingParams) -> Tensor:
     cumulative = logits.softmax(-1).cumsum(-1)
     target = noise[:, None] * cumulative[:, -1:]
     return torch.searchsorted(cumulative, target, right=True).squeeze(-1).clamp(max=logits.shape[-1] - 1)
+
+
+def log_normalizer(logits: Tensor, sampling: SamplingParams) -> Tensor:
+    """What to subtract from logits [B, V] over the temperature to get log-probs, float32 [B]."""
+    return (logits / sampling.temperature if sampling.temperature else logits).logsumexp(-1)
+
+
+def logprobs_of(logits: Tensor, chosen: Tensor, normalizer: Tensor, sampling: SamplingParams) -> Tensor:
+    """Log-probs of the chosen tokens [B] under the whole distribution at the temperature (1 where greedy), [B]."""
+    picked = logits.gather(-1, chosen[:, None]).squeeze(-1)
+    return (picked / sampling.temperature if sampling.temperature else picked) - normalizer
 
 
 def ends_with_stop(tokens: list[int], stop: tuple[str, ...], chat: ChatTokenizer) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -10,7 +11,7 @@ import transformers
 from torch import Tensor
 
 from rlhf.data.chat_tokenizer import ChatTokenizer, stop_ids
-from rlhf.rollout.decoding import choose, ends_with_stop, uniform_noise
+from rlhf.rollout.decoding import choose, ends_with_stop, log_normalizer, logprobs_of, uniform_noise
 from rlhf.rollout.types import Completion, SamplingParams
 from rlhf.tuning.save import generation_config
 
@@ -50,7 +51,11 @@ def _batch(
         logits_processor=transformers.LogitsProcessorList([chosen]),
         stopping_criteria=transformers.StoppingCriteriaList(stopping),
     )  # fmt: skip
-    return [_completion(row[1:].tolist(), ends, sampling, chat) for row in output]
+    found = [_completion(row[1:].tolist(), ends, sampling, chat) for row in output]
+    if not sampling.logprobs:
+        return found
+    columns = torch.stack(chosen.logprobs, dim=1).tolist()
+    return [replace(one, logprobs=row[: len(one.ids)]) for one, row in zip(found, columns)]
 
 
 class _Chosen(transformers.LogitsProcessor):
@@ -58,13 +63,18 @@ class _Chosen(transformers.LogitsProcessor):
 
     def __init__(self, noise: Tensor, sampling: SamplingParams, ends: Tensor) -> None:
         self.noise, self.sampling, self.ends = noise, sampling, ends
+        self.logprobs: list[Tensor] = []
+        """float32 [B] of each step, where log-probs are wanted."""
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         count = input_ids.shape[1] - 1  # without the decoder's start token
         scores = scores.float()
+        normalizer = log_normalizer(scores, self.sampling) if self.sampling.logprobs else None
         if count < self.sampling.min_new_tokens:
             scores = scores.index_fill(-1, self.ends, float("-inf"))
         token = choose(scores, self.noise[:, count], self.sampling)
+        if normalizer is not None:
+            self.logprobs.append(logprobs_of(scores, token, normalizer, self.sampling))
         return torch.full_like(scores, float("-inf")).scatter(-1, token[:, None], 0.0)
 
 

@@ -24,6 +24,8 @@ class SamplingParams:
     top_p: float = 1.0
     stop: tuple[str, ...] = ()
     batch_size: int = 64
+    logprobs: bool = False
+    """Whether `hf` reports log-probs; the other samplers do where the distribution is not truncated."""
 
     @property
     def plain(self) -> bool:
@@ -40,8 +42,8 @@ class Completion:
     ended: bool
     """True if an end token or a stop string ended it, False if it was cut off at max_new_tokens."""
     logprobs: list[float] | None = None
-    """The sampler's log-prob of each token at the sampling temperature, in nats. None if the sampler reports none or
-    sampled from a truncated distribution (see `SamplingParams.plain`)."""
+    """The sampler's log-prob of each token at the sampling temperature, in nats, under the whole distribution. None if
+    the sampler reports none: `hf` unless asked to, others for a truncated one (see `SamplingParams.plain`)."""
 
 
 def stream_seed(*parts: int) -> int:
