@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any
 
@@ -48,8 +48,9 @@ from rlhf.ppo.types import (
     gather_tokens,
 )
 from rlhf.reward.sources import RewardContext, RewardInputs, own_chats
+from rlhf.rollout import samplers
 from rlhf.rollout.decode_step import check_family
-from rlhf.rollout.types import SamplingParams, stream_seed
+from rlhf.rollout.types import Completion, SamplingParams, stream_seed
 from rlhf.runs.random_state import rng_state, seed_everything, set_rng_state
 from rlhf.runs.run import (
     Run,
@@ -107,6 +108,8 @@ class PPO:
         self.kl_controller = config.kl.controller()
         self.score_stats = RunningMeanStd()
         self.done = 0
+        self.ahead: Callable[[], Rollout] | None = None
+        """Waits for the rollout of the next update, where it is already started."""
         self.checkpoints = self.run.checkpoints(config.checkpoints.keep)
         evaluations = self._resume() if resume else []
         self.reporter = PPOReporter(config, self.run, self.done, evaluations)
@@ -144,11 +147,9 @@ class PPO:
     def update(self, index: int) -> dict[str, float]:
         """One update: rollout and learning. Returns the metrics that are logged."""
         config, clock = self.config, Clock()
-        # 1. prompts
-        prompts = self.draw_prompts(index)
-        # 2. rollout; a sampler with its own copy of the weights (vLLM) reloads them here
+        # 1. prompts, 2. rollout; a sampler with its own copy of the weights reloads them here
         with clock("rollout"):
-            rollout = self.rollout(prompts)
+            rollout = self.next_rollout(index)
         minibatches = self.minibatches(rollout, index)
         # 3. log-probs, values and scores, in the micro-batches of epoch 0: the ratio at the first step is exactly 1
         with clock("score"):
@@ -159,7 +160,7 @@ class PPO:
         scores = self.shape_scores(experience)
         rewards = kl.shape_rewards(scores, kl_per_token, mask, kl_coef, scale=config.shaping.whiten_rewards)
         # 5. advantages and returns
-        advantages = config.advantage(rewards, experience.values, mask, prompts.groups)
+        advantages = config.advantage(rewards, experience.values, mask, rollout.prompts.groups)
         # 6. minibatch updates
         lr_scale = self.lr_scale(index)
         with clock("learn"):
@@ -184,8 +185,20 @@ class PPO:
             seeds=[stream_seed(self.config.seed, purpose, index, episode) for episode in range(len(found))],
         )
 
+    def next_rollout(self, index: int) -> Rollout:
+        """Phase 2: the rollout of an update. With `rollout.ahead` the next one is started before this is learned."""
+        rollout = self.ahead() if self.ahead is not None else self.rollout(self.draw_prompts(index))
+        more = self.config.rollout.ahead and index + 1 < self.config.updates
+        self.ahead = self.start_rollout(self.draw_prompts(index + 1)) if more else None
+        return rollout
+
     def rollout(self, prompts: Prompts) -> Rollout:
-        """Phase 2: each rank samples completions of a block of the prompts; then all ranks hold all completions."""
+        """Sample a completion of each prompt with the current weights."""
+        return self.start_rollout(prompts)()
+
+    def start_rollout(self, prompts: Prompts) -> Callable[[], Rollout]:
+        """Each rank samples completions of a block of the prompts. Gives a function that waits for them; then all ranks
+        hold all completions."""
         c, policy = self.config.rollout, self.models.policy
         params = SamplingParams(
             c.max_new_tokens, c.min_new_tokens, c.temperature, c.top_k, c.top_p, tuple(c.stop), c.batch_size,
@@ -195,8 +208,8 @@ class PPO:
         merged = adapters_merged(policy) if c.merge_adapters else nullcontext()
         with self.models.engine.gathered(policy), merged, torch.compiler.set_stance("force_eager"):
             ids, seeds = [prompts.ids[i] for i in mine], [prompts.seeds[i] for i in mine]
-            completions = c.sampler(policy, ids, seeds, params, self.chat)
-        return Rollout(prompts, gather_completions(completions, mine[0] if mine else 0))
+            wait = samplers.start(c.sampler, policy, ids, seeds, params, self.chat)
+        return lambda: Rollout(prompts, gather_completions(wait(), mine[0] if mine else 0))
 
     def minibatches(self, rollout: Rollout, index: int) -> Minibatches:
         """The minibatches of all epochs of an update, divided among the ranks."""
@@ -290,7 +303,11 @@ class PPO:
     # ---- checkpoints ---------------------------------------------------------------------------------------------
 
     def save(self) -> None:
-        """Everything to continue exactly: weights, optimizer, KL coefficient, score statistics, random generators."""
+        """Everything to continue exactly: weights, optimizer, KL coefficient, score statistics, random generators, and
+        the next rollout where it was sampled ahead."""
+        ahead = self.ahead() if self.ahead is not None else None
+        if ahead is not None:
+            self.ahead = lambda: ahead
         with self.checkpoints.write(self.done) as folder:
             self.models.engine.save(folder)
             torch.save(rng_state(), folder / f"rng-{distributed.rank()}.pt")
@@ -298,6 +315,8 @@ class PPO:
                 controller, stats = self.kl_controller.state_dict(), vars(self.score_stats)
                 state = {"done": self.done, "controller": controller, "score_stats": stats}
                 state["evaluations"] = self.reporter.evaluations
+                if ahead is not None:
+                    state["ahead"] = [vars(completion) for completion in ahead.completions]
                 (folder / "ppo.json").write_text(json.dumps(state), "utf-8")
 
     def _resume(self) -> list[dict[str, float]]:
@@ -313,6 +332,9 @@ class PPO:
         self.done = state["done"]
         self.kl_controller.load_state_dict(state["controller"])
         self.score_stats = RunningMeanStd(**state["score_stats"])
+        if "ahead" in state:
+            rollout = Rollout(self.draw_prompts(self.done), [Completion(**one) for one in state["ahead"]])
+            self.ahead = lambda: rollout
         set_rng_state(torch.load(folder / f"rng-{distributed.rank()}.pt", weights_only=True))
         self.run.rewind(step)
         say(f"Continuing after update {step}")

@@ -66,10 +66,13 @@ class RolloutConfig(Strict):
     merge_adapters: bool = False
     """Merge the policy's adapter into its weights during rollouts. Sampling is then as fast as without an adapter, at
     the cost of a second copy of the adapted weights. Weights in 4 bits are not merged."""
+    ahead: Literal[0, 1] = 0
+    """1: the completions of the next update are sampled while the trainer learns, with the weights from before this
+    update; needs a sampler with a process of its own (`process`). Importance weights correct for the older weights."""
     max_importance_weight: Annotated[float, Field(ge=1)] | None = 2.0
-    """Truncated importance sampling (Yao et al. 2025) for samplers that report their own log-probs (`transformers`,
-    `vllm`): each token's policy loss is multiplied by exp(trainer's log-prob - sampler's log-prob), at most by this.
-    `null` is off. Unused by the `hf` sampler, whose log-probs equal the trainer's."""
+    """Truncated importance sampling (Yao et al. 2025) for samplers that report their own log-probs (`process`,
+    `transformers`, `vllm`): each token's policy loss is multiplied by exp(trainer's log-prob - sampler's log-prob), at
+    most by this. `null` is off. Unused by the `hf` sampler, whose log-probs equal the trainer's."""
 
     @model_validator(mode="after")
     def _parts_fit(self) -> RolloutConfig:
@@ -78,6 +81,11 @@ class RolloutConfig(Strict):
         sampler = self.sampler.name
         if cannot := unsupported_options(sampler, self):
             raise ValueError(f"sampler {sampler!r} does not support {' or '.join(cannot)}; leave it out, or use hf")
+        if self.ahead and "start" not in self.sampler.row.traits:
+            able = " or ".join(row.name for row in SAMPLERS if "start" in row.traits)
+            raise ValueError(f"ahead: {sampler!r} does not sample while the trainer learns; use sampler {able}")
+        if self.ahead and self.max_importance_weight is None:
+            raise ValueError("ahead: needs max_importance_weight, because completions come from older weights")
         weighted = self.sampler.row.traits.get("logprobs", False) and self.max_importance_weight is not None
         if weighted and (self.top_k or self.top_p < 1 or self.min_new_tokens):
             raise ValueError(
@@ -233,8 +241,10 @@ class PPOConfig(StageConfig):
         traits = self.tuning.row.traits
         if self.rollout.merge_adapters and not (traits["adapter"] and traits["merges"]):
             faults.append(f"rollout.merge_adapters: tuning {self.tuning.name!r} has no adapter that can be merged")
-        if self.rollout.sampler.name == "vllm" and not traits["merges"]:
-            faults.append(f"rollout.sampler: `vllm` gets merged weights, and {self.tuning.name!r} cannot be merged")
+        sampler = self.rollout.sampler
+        if sampler.row.traits.get("merged") and not traits["merges"]:
+            unmerged = f"merged weights, and {self.tuning.name!r} cannot be merged"
+            faults.append(f"rollout.sampler: `{sampler.name}` gets {unmerged}")
         rollout = self.rollout
         truncated = rollout.top_k or rollout.top_p < 1 or rollout.min_new_tokens
         if self.score.policy == "sampler" and rollout.sampler.name != "hf" and truncated:
@@ -244,6 +254,8 @@ class PPOConfig(StageConfig):
             )
         if self.model.sharing == "shared":
             faults += self._sharing_faults()
+        if self.rollout.ahead and self.score.policy == "sampler":
+            faults.append("score.policy: with rollout.ahead the sampler has older weights; use `recompute`")
         if faults:
             raise ValueError("; ".join(faults))
         return self

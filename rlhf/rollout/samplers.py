@@ -7,14 +7,14 @@ therefore does not depend on which process made it, on the rest of its batch, or
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
 
 from pydantic import BeforeValidator, Field
 
 from rlhf.core.errors import UserError
 from rlhf.core.lazy import lazy
-from rlhf.core.table import Table
+from rlhf.core.table import Pick, Table
 from rlhf.rollout.types import Completion, SamplingParams, stream_seed
 
 if TYPE_CHECKING:
@@ -24,12 +24,13 @@ if TYPE_CHECKING:
     from rlhf.data import chat_tokenizer
     from rlhf.data.chat_tokenizer import ChatTokenizer
     from rlhf.models import packed_attention
-    from rlhf.rollout import decoding, encoder_decoder
+    from rlhf.rollout import decoding, encoder_decoder, sampler_process
     from rlhf.rollout import vllm as vllm_engine
 else:
     torch, transformers, packed_attention = lazy("torch"), lazy("transformers"), lazy("rlhf.models.packed_attention")
     chat_tokenizer, decoding = lazy("rlhf.data.chat_tokenizer"), lazy("rlhf.rollout.decoding")
     encoder_decoder, vllm_engine = lazy("rlhf.rollout.encoder_decoder"), lazy("rlhf.rollout.vllm")
+    sampler_process = lazy("rlhf.rollout.sampler_process")
 
 SAMPLERS = Table("sampler")
 
@@ -81,6 +82,24 @@ def hf(
             )
         return encoder_decoder.sample(model, prompts, seeds, sampling, chat)
     return decoding.decode(model, prompts, seeds, sampling, chat, step)
+
+
+def _start_process(*inputs: Any, **options: Any) -> Callable[[], list[Completion]]:
+    return sampler_process.start(*inputs, **options)
+
+
+@SAMPLERS.row("process", logprobs=True, merged=True, start=_start_process)
+def process(
+    model: Any, prompts: Sequence[list[int]], seeds: Sequence[int], sampling: SamplingParams, chat: ChatTokenizer, *,
+    step: StepOption = "eager",
+) -> list[Completion]:  # fmt: skip
+    """`hf` in a process of its own, one for each rank, on the same device; it gets the weights before each rollout.
+
+    With `rollout.ahead: 1` it samples while this process learns. It gives the tokens of `hf` and reports their
+    log-probs. It holds a second copy of the policy, with adapters merged; a third one exists, in /dev/shm, while the
+    weights are handed over. Under mixed precision its weights are in the precision of the computation.
+    """
+    return _start_process(model, prompts, seeds, sampling, chat, step=step)()
 
 
 @SAMPLERS.row("transformers", lacks=("stop", "min_new_tokens"), logprobs=True)
@@ -159,7 +178,7 @@ def _all_results(manager: Any, prompts: Sequence[list[int]]) -> list[Any]:
     return [results[str(index)] for index in range(len(prompts))]
 
 
-@SAMPLERS.row("vllm", logprobs=True, gpu=True)
+@SAMPLERS.row("vllm", logprobs=True, gpu=True, merged=True)
 def vllm(
     model: Any, prompts: Sequence[list[int]], seeds: Sequence[int], sampling: SamplingParams, chat: ChatTokenizer, *,
     gpu_memory_utilization: Annotated[float, Field(gt=0, lt=1)] = 0.4,
@@ -181,6 +200,19 @@ def vllm(
         model, prompts, seeds, sampling, chat, chat_tokenizer.stop_ids(model, chat),
         gpu_memory_utilization=gpu_memory_utilization, max_model_len=max_model_len, enforce_eager=enforce_eager,
     )  # fmt: skip
+
+
+def start(sampler: Pick, *inputs: Any) -> Callable[[], list[Completion]]:
+    """Start to sample. Gives a function that waits for the completions; rows without `start` are finished already.
+
+    Args:
+        sampler: A row of SAMPLERS with its options.
+        inputs: The arguments of a row.
+    """
+    if "start" in sampler.row.traits:
+        return cast("Callable[[], list[Completion]]", sampler.row.traits["start"](*inputs, **sampler.options))
+    found: list[Completion] = sampler(*inputs)
+    return lambda: found
 
 
 def unsupported_options(name: str, options: Any) -> list[str]:

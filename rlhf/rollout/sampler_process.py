@@ -1,0 +1,157 @@
+"""The sampler `process`: `hf` in a process of its own, which samples while this one goes on.
+
+The two exchange files in a private temporary folder and name them in lines of JSON on the child's pipes: the folder of
+config and tokenizer once, the weights whenever they may have changed, then prompts and their completions. The child
+works through its requests in order, so a rollout keeps the weights that it was started with.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import weakref
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+
+from rlhf.core.errors import UserError
+from rlhf.data.chat_tokenizer import ChatTokenizer
+from rlhf.distributed.launch import PARENT_PID
+from rlhf.models.packed_attention import PACKED
+from rlhf.rollout.types import Completion, SamplingParams
+from rlhf.tuning.merging import merged_weights
+
+MEMORY = Path("/dev/shm")
+"""Files here never reach a disk."""
+
+
+def start(
+    model: Any, prompts: Sequence[list[int]], seeds: Sequence[int], sampling: SamplingParams, chat: ChatTokenizer, *,
+    step: str = "eager",
+) -> Callable[[], list[Completion]]:  # fmt: skip
+    """Start sampling with the weights as they are now; see `rlhf.rollout.samplers.process`.
+
+    Returns:
+        A function that waits for the completions.
+
+    Raises:
+        UserError: The sampler's process has ended.
+    """
+    child = _CHILDREN.get(model)
+    if child is None:
+        child = _CHILDREN[model] = SamplerProcess(model, chat, step)
+    return child.start(model, prompts, seeds, replace(sampling, logprobs=True))
+
+
+class SamplerProcess:
+    """The process that samples for one model of this process. It ends with the model, and with this process."""
+
+    def __init__(self, model: Any, chat: ChatTokenizer, step: str) -> None:
+        self.folder = Path(tempfile.mkdtemp(prefix="rlhf-sampler-", dir=MEMORY if MEMORY.is_dir() else None))
+        lm = model.get_base_model() if hasattr(model, "get_base_model") else model
+        lm.config.save_pretrained(self.folder)
+        lm.generation_config.save_pretrained(self.folder)
+        chat.tokenizer.save_pretrained(self.folder)
+        attention = lm.config._attn_implementation
+        settings = {
+            "attention": "sdpa" if attention == PACKED else attention,
+            "device": str(lm.device),
+            "time": chat.frozen_at,
+            "step": step,
+        }
+        (self.folder / "sampler.json").write_text(json.dumps(settings), "utf-8")
+        environment = {**os.environ, PARENT_PID: str(os.getpid())}
+        for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+            environment.pop(name, None)  # it is no rank of the run
+        self.child = subprocess.Popen(
+            [sys.executable, "-m", "rlhf.rollout.sampler_worker", str(self.folder)],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment, text=True,
+        )  # fmt: skip
+        self.sent = 0
+        self.answered = 0
+        self.close = weakref.finalize(self, _end, self.child, self.folder)
+
+    def start(
+        self, model: Any, prompts: Sequence[list[int]], seeds: Sequence[int], sampling: SamplingParams
+    ) -> Callable[[], list[Completion]]:
+        """Send weights and prompts. Gives a function that waits for the completions."""
+        if not prompts:
+            return list
+        number, self.sent = self.sent, self.sent + 1
+        weights = self.folder / f"weights-{number}.safetensors"
+        _write_weights(model, weights)
+        request = {"prompts": list(prompts), "seeds": list(seeds), "sampling": asdict(sampling)}
+        (self.folder / f"request-{number}.json").write_text(json.dumps(request), "utf-8")
+        self._tell(number)
+        found: list[Completion] = []
+
+        def wait() -> list[Completion]:
+            if not found:
+                while self.answered <= number:
+                    self._next_answer()
+                answer = self.folder / f"answer-{number}.json"
+                found.extend(Completion(*row) for row in json.loads(answer.read_text("utf-8")))
+                answer.unlink()
+            return found
+
+        return wait
+
+    def _tell(self, number: int) -> None:
+        assert self.child.stdin is not None
+        try:
+            self.child.stdin.write(f"{number}\n")
+            self.child.stdin.flush()
+        except BrokenPipeError:
+            raise self._lost() from None
+
+    def _next_answer(self) -> None:
+        assert self.child.stdout is not None
+        if not self.child.stdout.readline():
+            raise self._lost()
+        self.answered += 1
+
+    def _lost(self) -> UserError:
+        status = self.child.wait()
+        how = f"was killed by signal {-status}" if status < 0 else f"ended with exit status {status}"
+        memory = " Signal 9 usually means out of memory: see `dmesg`." if status == -9 else ""
+        return UserError(
+            f"rollout.sampler: the sampler's process (pid {self.child.pid}) {how}",
+            f"Its own message is above.{memory}",
+            "Continue from the last checkpoint with --resume.",
+        )
+
+
+_CHILDREN: weakref.WeakKeyDictionary[Any, SamplerProcess] = weakref.WeakKeyDictionary()
+
+
+def _end(child: subprocess.Popen[str], folder: Path) -> None:
+    child.kill()
+    child.wait()
+    for pipe in (child.stdin, child.stdout):
+        if pipe is not None:
+            pipe.close()
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+@torch.no_grad()
+def _write_weights(model: Any, path: Path) -> None:
+    """The weights with adapters merged, tied ones once; under autocast in its dtype, in which `hf` would compute."""
+    device = model.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+    tensors: dict[str, torch.Tensor] = {}
+    seen: set[int] = set()
+    for name, weight in merged_weights(model):
+        if weight.data_ptr() not in seen:
+            seen.add(weight.data_ptr())
+            tensors[name] = weight.to("cpu", dtype).contiguous()
+    partial = path.with_suffix(".partial")
+    save_file(tensors, partial)
+    partial.rename(path)
