@@ -269,7 +269,7 @@ def quantize(model: Any, device: torch.device, dtype: torch.dtype) -> None:
             "tuning: qlora needs bitsandbytes, which is not installed", remedy="pip install 'rlhf-rankings[gpu]'"
         ) from None
     model.requires_grad_(False)
-    kind = {"compress_statistics": True, "quant_type": "nf4"}
+    kind: dict[str, Any] = {"compress_statistics": True, "quant_type": "nf4"}
     for layer in layers_of(model)[1]:
         for path, linear in [(p, m) for p, m in layer.named_modules() if isinstance(m, nn.Linear)]:
             shape, bias = (linear.in_features, linear.out_features), linear.bias
