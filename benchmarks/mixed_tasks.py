@@ -127,22 +127,37 @@ def cell(side: str, kind: str, tasks: int, folder: Path) -> dict[str, float]:
 
 
 def draw(rows: list[dict[str, Any]], path: Path) -> None:
-    """Tokens/s and memory against the number of tasks."""
-    from matplotlib import figure as mpl
+    """Tokens/s and memory against the number of tasks, for LoRA."""
+    import matplotlib
+    from matplotlib.figure import Figure
+    from plot import BLUE, GREY, ORANGE, STYLE
 
-    figure = mpl.Figure(figsize=(8, 3), layout="constrained")
-    axes = figure.subplots(1, 2)
-    for axis, what in zip(axes, ("tokens/s", "MB")):
-        for side in SIDES:
-            mine = [row for row in rows if row["side"] == side and row["kind"] == "lora"]
-            axis.plot([row["tasks"] for row in mine], [row[what] for row in mine], marker="o", label=side)
-        axis.set(xscale="log", yscale="log", xlabel="tasks", ylabel=what)
-        counts = sorted({row["tasks"] for row in rows})
-        axis.set_xticks(counts, map(str, counts))
-        axis.minorticks_off()
-    axes[0].legend(frameon=False)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, metadata={"Date": None})
+    looks = {
+        "mixed": (BLUE, "o", "mixed rows"),
+        "switched": (ORANGE, "s", "switching"),
+        "copies": (GREY, "^", "copies"),
+    }
+    counts = sorted({row["tasks"] for row in rows})
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(7.2, 2.9), layout="constrained")
+        for axes, what, label in zip(figure.subplots(1, 2), ("tokens/s", "MB"), ("tokens/s", "memory, MB")):
+            for side, (colour, marker, name) in looks.items():
+                mine = [row for row in rows if row["side"] == side and row["kind"] == "lora"]
+                axes.plot(
+                    [row["tasks"] for row in mine],
+                    [row[what] for row in mine],
+                    marker,
+                    ls="-",
+                    color=colour,
+                    label=name,
+                )
+            axes.set(xscale="log", xlabel="tasks", ylabel=label)
+            axes.set_xticks(counts, list(map(str, counts)))
+            axes.minorticks_off()
+            axes.set_ylim(0)
+        figure.legend(*axes.get_legend_handles_labels(), loc="outside upper center", ncols=3)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(path, metadata={"Date": None})
 
 
 def main() -> None:

@@ -1,6 +1,6 @@
 """`rlhf check-model`: what of this stack works with a model, tried out on it or on a tiny copy of its architecture.
 
-model -> prompt tokens -> sft -> reward -> ppo -> export -> plain transformers, with all weights and with LoRA
+model -> prompt tokens -> sft -> reward -> dpo -> ppo -> export -> plain transformers, with all weights and with LoRA
 """
 
 from __future__ import annotations
@@ -86,10 +86,11 @@ class Check:
         from rlhf.inference import model_checks
 
         trust, suffix = self.trust_remote_code, "" if tuning == "full" else f", {tuning}"
-        sft, reward, ppo = (str(self.folder / f"{stage}-{tuning}") for stage in ("sft", "reward", "ppo"))
+        sft, reward, dpo, ppo = (str(self.folder / f"{stage}-{tuning}") for stage in ("sft", "reward", "dpo", "ppo"))
         if not self._attempt(f"sft{suffix}", lambda: self._stage("sft", self.model, sft, tuning)):
             return
         rewarded = self._attempt(f"reward{suffix}", lambda: self._stage("reward", sft, reward, tuning))
+        self._attempt(f"dpo{suffix}", lambda: self._stage("dpo", sft, dpo, tuning))
         if rewarded:
             self._attempt(f"ppo{suffix}", lambda: self._stage("ppo", sft, ppo, tuning, reward))
         policy = ppo if Path(ppo, "model").is_dir() else sft

@@ -7,6 +7,7 @@ Finished stage runs and measured cells are kept, so the same command continues a
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shlex
 import shutil
@@ -24,6 +25,7 @@ from rlhf.cli.compare_config import CompareConfig
 from rlhf.cli.errors import exit_on_error
 from rlhf.cli.options import ConfigFile, Overrides
 from rlhf.cli.preflight import check
+from rlhf.cli.teacher_options import distill_words
 from rlhf.comparison.cells import Cell, StageRun, cells, stage_runs
 from rlhf.comparison.data import open_task, training_data
 from rlhf.comparison.results import CellResult, collect, read_result
@@ -34,6 +36,7 @@ from rlhf.core.errors import UserError
 from rlhf.core.files import write_json, write_text
 from rlhf.data.selection import train_records
 from rlhf.data.store import open_dataset
+from rlhf.inference.teacher import is_server
 from rlhf.runs.run import is_run, read_run, resolve_model_path
 from rlhf.tasks.task import Task
 
@@ -144,21 +147,35 @@ class Comparison:
         for cell in cells(self.config):
             if cell.examples is not None or cell.seed != self.config.seeds[0]:
                 continue
-            self._data(cell)
+            self._check_teacher(cell)
             pending: dict[str, str] = {}
-            for stage in self.stage_runs(cell):
+            for stage in stage_runs(self.config, cell, self._checked_data(cell)):
                 try:
                     check(stage.stage, self._sized(stage).config(), is_run(stage.folder), False, None, pending)
                 except UserError as error:
                     raise UserError(f"ways.{cell.way}.{error.what}", error.why, error.remedy) from None
                 pending[stage.folder] = stage.stage
 
+    def _check_teacher(self, cell: Cell) -> None:
+        teacher = (self.config.ways[cell.way].distill or {}).get("teacher")
+        if teacher is not None and not is_server(teacher):
+            try:
+                resolve_model_path(teacher)
+            except UserError as error:
+                raise UserError(f"ways.{cell.way}.distill.teacher: {error.what}", error.why, error.remedy) from None
+
+    def _checked_data(self, cell: Cell) -> dict[str, str]:
+        """What the way learns from; until its teacher has answered, the same prompts with their own answers."""
+        data = self._learned(cell)
+        return data if Path(data["train"]).exists() else self._data(cell)
+
     def list_cells(self) -> None:
         """Print what would be run."""
         rows = []
         for cell in cells(self.config):
             done = "measured" if read_result(self.result_file(cell)) is not None else "to do"
-            stages = " -> ".join(stage.stage for stage in self.stage_runs(cell)) or "no training"
+            teacher = ["distill"] if self.config.ways[cell.way].distill else []
+            stages = " -> ".join([*teacher, *(stage.stage for stage in self.stage_runs(cell))]) or "no training"
             rows.append(
                 (cell.task, cell.way, "all" if cell.examples is None else cell.examples, cell.seed, stages, done)
             )
@@ -174,17 +191,41 @@ class Comparison:
         task = self.config.tasks[cell.task]
         return training_data(task, self.tasks[cell.task], place, rankings, cell.examples, cell.seed)
 
+    def _learned(self, cell: Cell) -> dict[str, str]:
+        """What the way learns from: its data, or a teacher's answers to the same prompts.
+
+        Checkpoints are selected by the data's own answers in both cases.
+        """
+        data, values = self._data(cell), self.config.ways[cell.way].distill
+        if values is None:
+            return data
+        digest = hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:10]
+        held_out = {"eval": data["train"]} if "eval" in open_dataset(data["train"]).splits() else {}
+        return data | {"train": f"{data['train']}-{digest}"} | held_out
+
+    def _ask_teacher(self, cell: Cell) -> None:
+        """Let the way's teacher answer the training prompts; replies are kept for other seeds and sizes."""
+        values, plain, taught = self.config.ways[cell.way].distill, self._data(cell), self._learned(cell)
+        if values is None or (Path(taught["train"]) / "manifest.json").is_file():
+            return
+        replies = self.folder / "data" / cell.task / f"replies-{taught['train'].rpartition('-')[2]}"
+        words = ["data", "distill", plain["train"], "--split", "train", "--out", taught["train"], "--overwrite"]
+        remedy = "Fix it and repeat the command: replies are kept."
+        words += ["--cache", str(replies), *distill_words(values)]
+        run_command(words, "the comparison stopped: data distill", remedy)
+
     def stage_runs(self, cell: Cell) -> list[StageRun]:
-        return stage_runs(self.config, cell, self._data(cell))
+        return stage_runs(self.config, cell, self._learned(cell))
 
     def run_cell(self, cell: Cell) -> None:
         """Train and measure one cell."""
         from rlhf.comparison.measure import answer_task, stored  # imports torch
 
         settings, config = self.config.ways[cell.way], self.config.tasks[cell.task]
+        self._ask_teacher(cell)
         stages = [self._trained(stage, len(settings.stages)) for stage in self.stage_runs(cell)]
         policies = [stage.folder for stage in stages if stage.stage != "reward"]
-        examples = list(train_records([open_dataset(self._data(cell)["train"])]))
+        examples = list(train_records([open_dataset(self._learned(cell)["train"])]))
         model = self.config.model
         if policies:  # a run has its chat template with it
             model = model.model_copy(update={"path": policies[-1], "chat_template": "auto"})

@@ -16,9 +16,9 @@ import typer
 from data_tools.annotate.teacher_answers import fault
 from data_tools.io.derive import Derivation
 from data_tools.io.rejects import print_reasons
-from rlhf.cli import options, task_options
+from rlhf.cli import options
 from rlhf.cli.sampling_options import SamplingOptions, with_options, with_sampling
-from rlhf.cli.teacher_options import ServerOptions, open_teacher
+from rlhf.cli.teacher_options import AskingOptions, Cache, Overwrite, ServerOptions, TeacherName, open_teacher
 from rlhf.core.console import print_json, say
 from rlhf.core.errors import UserError
 from rlhf.data.schema import MODEL_AUTHOR, BadRecord, Candidate, Demonstration, Message, Prompt, Proposal, to_dict
@@ -28,44 +28,28 @@ from rlhf.inference.teacher import Teacher, is_server
 from rlhf.servers.replies import Failure, Reply
 from rlhf.tasks.answers import AnswerPattern, answer_pattern, normalised
 
-CUE = "Let's think step by step. End with one line: The answer is ..."
-"""What is added to a prompt with --rationales (Kojima et al. 2022, with a form that the answer can be read from)."""
 Kind = Literal["demonstrations", "candidates"]
 
 
 @with_sampling
 @with_options("server", ServerOptions)
+@with_options("asking", AskingOptions)
 def command(
     prompts: Annotated[
         Path, typer.Argument(metavar="DATASET", help="A dataset of any kind; its prompts are answered.")
     ],
-    teacher: Annotated[
-        str, typer.Option(metavar="RUN|MODEL|URL", help="A run, a model, or a server such as http://localhost:8000/v1.")
-    ],
+    teacher: TeacherName,
     out: Annotated[Path, typer.Option("--out", help="The dataset to make.")],
     become: Annotated[Kind, typer.Option("--as", help="Demonstrations for SFT, or candidates for ranking.")] = (
         "demonstrations"
     ),
-    n: Annotated[
-        int | None, typer.Option("--n", "-n", min=1, help="Answers to each prompt; 1, or 4 candidates.")
-    ] = None,
-    rationales: Annotated[
-        bool, typer.Option("--rationales", help="Ask the teacher to think step by step before it answers.")
-    ] = False,
-    cue: Annotated[str, typer.Option(metavar="TEXT", help="What --rationales adds to each prompt.")] = CUE,
-    pattern: task_options.Pattern = None,
-    check: Annotated[
-        bool, typer.Option("--check", help="Keep only answers that equal the demonstration's; see --pattern.")
-    ] = False,
-    system: options.System = None,
     split: options.Split = None,
     count: Annotated[int | None, typer.Option(min=1, help="Number of prompts; the first ones, all by default.")] = None,
-    cache: Annotated[
-        Path | None, typer.Option(metavar="FOLDER", help="Where replies are kept; OUT.replies by default.")
-    ] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing dataset of that name.")] = False,
+    cache: Cache = None,
+    overwrite: Overwrite = False,
     as_json: options.Json = False,
     *,
+    asking: AskingOptions,
     sampling: SamplingOptions,
     server: ServerOptions,
 ) -> None:
@@ -73,21 +57,21 @@ def command(
 
     A killed command goes on where it was when it is typed again: replies are kept on disk, and none is paid for twice.
     """
-    n = n or (4 if become == "candidates" else 1)
-    found = answer_pattern(pattern or ("the-answer-is" if rationales else None))
+    n, cue = asking.n or (4 if become == "candidates" else 1), asking.cue if asking.rationales else None
+    found = answer_pattern(asking.pattern or ("the-answer-is" if asking.rationales else None))
     data = open_dataset(prompts)
-    _check(data, become, n, check, found)
+    _check(data, become, n, asking.check, found)
     check_new(out, overwrite)
     with open_teacher(teacher, sampling, server, cache or Path(f"{out}.replies")) as opened:
         kind = "demonstration" if become == "demonstrations" else "proposal"
         facts: dict[str, Any] = {"teacher": opened.facts(), "answers": n}
-        facts |= {"cue": cue} if rationales else {}
+        facts |= {"cue": cue} if cue else {}
         with Derivation(out, kind, [data], facts, overwrite=overwrite) as made:
             if not is_server(teacher):  # a server's model is not on this disk, so it cannot be looked up again
                 made.origin["parents"] += [{k: v for k, v in opened.facts().items() if k != "sampling"}]
             chosen = _distinct(chosen_records(data, split), count)
-            asked = [_asked(one, cue if rationales else None, system) for one in chosen]
-            writer = _Writer(made, data, opened.name, found, check)
+            asked = [_asked(one, cue, asking.system) for one in chosen]
+            writer = _Writer(made, data, opened.name, found, asking.check)
             for record, question, replies in zip(chosen, asked, opened.answers(asked, n)):
                 writer.add(record, question, replies, become)
             for reject in data.rejects:

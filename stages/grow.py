@@ -22,7 +22,7 @@ from data_tools.io.derive import Derivation
 from data_tools.io.rejects import print_reasons
 from rlhf.cli import options
 from rlhf.cli.sampling_options import SamplingOptions, with_options, with_sampling
-from rlhf.cli.teacher_options import ServerOptions, open_teacher
+from rlhf.cli.teacher_options import Cache, Overwrite, ServerOptions, TeacherName, open_teacher
 from rlhf.core.console import print_json, say, warn
 from rlhf.core.errors import UserError
 from rlhf.data.schema import MODEL_AUTHOR, BadRecord, Demonstration, Message, Prompt
@@ -40,9 +40,7 @@ GROWN = 4
 @with_options("server", ServerOptions)
 def command(
     seeds: Annotated[Path, typer.Argument(metavar="DATASET", help="Demonstrations: the seed tasks, 100 or more.")],
-    teacher: Annotated[
-        str, typer.Option(metavar="RUN|MODEL|URL", help="A run, a model, or a server such as http://localhost:8000/v1.")
-    ],
+    teacher: TeacherName,
     out: Annotated[Path, typer.Option("--out", help="The dataset to make, of the new tasks alone.")],
     count: Annotated[int, typer.Option(min=1, help="Number of new tasks.")],
     examples: Annotated[int, typer.Option(min=1, help="Tasks that are shown in each request.")] = 6,
@@ -57,10 +55,8 @@ def command(
         float | None,
         typer.Option(min=0, max=1, metavar="SHARE", help="Share of classification tasks; not limited by default."),
     ] = None,
-    cache: Annotated[
-        Path | None, typer.Option(metavar="FOLDER", help="Where replies are kept; OUT.replies by default.")
-    ] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing dataset of that name.")] = False,
+    cache: Cache = None,
+    overwrite: Overwrite = False,
     as_json: options.Json = False,
     *,
     sampling: SamplingOptions,

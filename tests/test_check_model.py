@@ -28,10 +28,9 @@ from stages.model_table import FAMILIES, check_family, row
 
 IN_CI = ("gpt2", "gemma3_text", "mistral", "granite", "mixtral", "gpt_oss", "mamba")
 """Families that are different enough for every change to try them, as it does Llama."""
-STEPS = ["prompt tokens", "sft", "reward", "ppo", "exported policy", "exported reward", "packing", "shared prompts"]
-
-
-WITH_LORA = [f"{step}, lora" for step in STEPS[1:6]]
+STAGES = ["sft", "reward", "dpo", "ppo", "exported policy", "exported reward"]
+STEPS = ["prompt tokens", *STAGES, "packing", "shared prompts"]
+WITH_LORA = [f"{step}, lora" for step in STAGES]
 
 
 def test_an_export_with_other_weights_is_found(tmp_path: Path) -> None:
@@ -104,7 +103,7 @@ def line_on_page(family: str) -> str:
 def test_every_step_works_with_llama(tmp_path: Path) -> None:
     name, steps = check_family("llama", tmp_path)
     assert [(step.step, step.result) for step in steps] == [(name, "works") for name in [*STEPS, *WITH_LORA]]
-    assert (tmp_path / "log.txt").read_text("utf-8").count("Done: ") == 6
+    assert (tmp_path / "log.txt").read_text("utf-8").count("Done: ") == 8
     assert line_on_page("llama") == row("llama", name, steps)
 
 

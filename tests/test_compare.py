@@ -11,8 +11,10 @@ import finished
 import numpy as np
 import pytest
 import tiny
+from chat_servers import chat_server, completion
 
 from rlhf.cli.compare_config import CompareConfig
+from rlhf.cli.teacher_options import distill_words
 from rlhf.comparison.cells import cells, merged, stage_runs
 from rlhf.comparison.data import open_task, training_data
 from rlhf.comparison.measure import stored
@@ -24,7 +26,7 @@ from rlhf.config.load import check_config
 from rlhf.core.errors import UserError
 from rlhf.data.schema import Demonstration, Message
 from rlhf.data.store import DatasetWriter, open_dataset
-from rlhf.tasks.metrics import METRICS, Outcomes
+from rlhf.tasks.metrics import METRICS, Outcomes, limits
 from stages.compare import compare, step_seconds
 
 FREE, CHEAP, DEAR = Cost(0, 0, 0, 20), Cost(100, 400, 5, 20), Cost(10**6, 4 * 10**6, 60, 20)
@@ -54,7 +56,28 @@ def test_the_paired_interval_is_narrower_than_those_of_the_values():
 
 def test_several_seeds_are_averaged():
     columns = [METRICS.pick("exact_match")(Outcomes(["a"] * 4, answers)) for answers in (["a"] * 4, ["a", "b"] * 2)]
-    assert quality(columns).value == 0.75
+    assert quality(columns).value == 0.75 and quality(columns).by_seed == (1.0, 0.5)
+
+
+def test_without_variation_over_records_the_interval_is_students_over_seeds():
+    columns = [METRICS.pick("score")(Outcomes(["a"] * 4, scores=[value] * 4)) for value in (1.0, 2.0, 6.0)]
+    found = quality(columns)
+    error = np.std([1.0, 2.0, 6.0], ddof=1) / 3**0.5
+    # 4.303 is the 97.5% quantile of t with 2 degrees of freedom; 2,000 resamples estimate it to some percent
+    assert found.interval == pytest.approx((3 - 4.303 * error, 3 + 4.303 * error), rel=0.1)
+
+
+def test_differences_are_paired_by_seed():
+    def way(*values: float) -> Quality:
+        return quality([METRICS.pick("score")(Outcomes(["a"] * 4, scores=[value] * 4)) for value in values])
+
+    gap, low, high = difference(way(1.5, 3.5, 5.5), way(1, 3, 5))
+    assert (gap, low, high) == pytest.approx((0.5, 0.5, 0.5))
+
+
+def test_an_interval_stays_within_the_values_that_a_metric_can_have():
+    columns = [METRICS.pick("exact_match")(Outcomes(["a"] * 4, answers)) for answers in (["a"] * 4, ["a", "b"] * 2)]
+    assert quality(columns, limits(METRICS.pick("exact_match"))).interval == (0.0, 1.0)
 
 
 def test_the_best_is_taken_where_all_others_are_measurably_worse():
@@ -114,6 +137,14 @@ def test_ways_without_training_data_have_no_curve():
     assert "t--zero-shot--16--0" not in names and "t--few-shot--16--0" in names and len(names) == 7
 
 
+def test_a_way_that_no_seed_changes_is_measured_once():
+    names = [cell.name for cell in cells(config(seeds=[0, 1, 2], examples=[]))]
+    assert [name for name in names if "zero-shot" in name] == ["t--zero-shot--all--0"]
+    assert [name for name in names if "few-shot" in name] == [f"t--few-shot--all--{seed}" for seed in (0, 1, 2)]
+    votes = {"ways": {"votes": {"prompting": {"name": "chain-of-thought", "samples": 5}}}}
+    assert sum(cell.way == "votes" for cell in cells(config(seeds=[0, 1, 2], **votes))) == 3
+
+
 def stages_of(way: str, **changes):
     whole = config(**changes)
     cell = next(one for one in cells(whole) if one.way == way)
@@ -163,6 +194,10 @@ def test_keys_that_the_comparison_sets_are_refused():
         ({"ways": {"w": {"reward": {}}}}, "a reward model that nothing uses"),
         ({"ways": {"w": {"ppo": {}}}}, "nothing to learn from"),
         ({"ways": {"w/x": {}}}, "names of tasks and ways"),
+        ({"ways": {"w": {"distill": {"teacher": "m"}}}}, "nothing learns from the teacher's answers"),
+        ({"ways": {"w": {"distill": {"n": 2}, "sft": {}}}}, "distill.teacher: name a run"),
+        ({"ways": {"w": {"distill": {"teacher": "m", "temprature": 1}, "sft": {}}}}, "did you mean 'temperature'"),
+        ({"ways": {"w": {"distill": {"teacher": "m", "n": "many"}, "sft": {}}}}, "distill.n: "),
         ({"tasks": {"t": {"rankings": []}}}, "learns from rankings; name datasets"),
         ({"tasks": {"t": {"metrics": ["win_rate"]}}}, "reward: name it exactly if"),
         ({"ways": {"w": {"prompting": "tree"}}}, "unknown way of prompting 'tree'"),
@@ -171,6 +206,31 @@ def test_keys_that_the_comparison_sets_are_refused():
 def test_a_faulty_comparison_is_refused(changes, fault):
     with pytest.raises(UserError, match=fault):
         config(**changes)
+
+
+def test_options_of_a_teacher_become_words_of_the_command():
+    values = {"teacher": "m", "n": 2, "rationales": True, "check": False, "stop": ["A", "B"], "send_seed": False}
+    words = ["--teacher", "m", "--n=2", "--rationales", "--stop=A", "--stop=B", "--no-send-seed"]
+    assert distill_words(values) == words
+
+
+def test_ways_that_learn_from_a_teacher_say_so():
+    ways = {
+        "answers": {"distill": {"teacher": "m"}, "sft": {"tuning": "lora"}},
+        "logits": {"sft": {"distillation": {"logits": {"teacher": "m"}}}},
+    }
+    found = config(ways=ways).ways
+    assert (found["answers"].about, found["logits"].about) == (
+        "a teacher's answers, then sft (lora)",
+        "sft (a teacher's logits)",
+    )
+
+
+def test_a_teacher_that_does_not_exist_is_refused_before_anything_is_trained(tmp_path):
+    ways = {"taught": {"distill": {"teacher": "nowhere/at/all"}, "sft": {}}}
+    with pytest.raises(UserError, match=r"ways\.taught\.distill\.teacher: "):
+        compare(prompting_only(tmp_path, ways=ways))
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_way_may_be_a_file(tmp_path):
@@ -229,8 +289,8 @@ def test_data_without_a_held_out_part_is_refused(tmp_path):
 
 def result(name: str = "a <b>task</b>") -> TaskResult:
     rows = [
-        Row("zero-shot", "zero-shot", 0.5, 0.4, 0.6, 50, 0, 0, 0, None, 20, 0.01),
-        Row("lora", "sft (lora)", 0.8, 0.7, 0.9, 50, 14_200, 62_000, 6, 5e7, 20, 0.02),
+        Row("zero-shot", "zero-shot", 0.5, 0.4, 0.6, (0.5,), 50, 0, 0, 0, None, 20, 0.01),
+        Row("lora", "sft (lora)", 0.8, 0.7, 0.9, (0.78, 0.8, 0.82), 50, 14_200, 62_000, 6, 5e7, 20, 0.02),
     ]
     return TaskResult(name, "accuracy", rows, {"lora": [(16, 0.6, 0.5, 0.7), (64, 0.8, 0.7, 0.9)]}, None)
 
@@ -249,7 +309,7 @@ def test_the_page_is_self_contained_and_escapes_names():
 
 def test_the_markdown_table_has_a_line_for_each_way():
     text = markdown("Comparison", "facts", [result("task")])
-    assert "| lora | 0.800 | 0.700 to 0.900 | 14.2k | 62kB | 6.0 s | 50MB | 20 | 20 ms |" in text
+    assert "| lora | 0.800 | 0.700 to 0.900 | 3, ±0.020 | 14.2k | 62kB | 6.0 s | 50MB | 20 | 20 ms |" in text
     assert "Not complete yet." in text
 
 
@@ -348,6 +408,24 @@ def test_trained_ways_are_compared_and_a_deleted_cell_alone_runs_again(tmp_path)
     compare(whole)
     assert {path: path.stat().st_mtime_ns for path in runs} == runs
     shutil.rmtree(tmp_path / "run")
+
+
+@pytest.mark.slow
+def test_a_student_learns_what_a_teacher_answers_to_the_training_prompts(tmp_path):
+    with chat_server(lambda request, _: completion("tame or wild")) as server:
+        ways = {"taught": {"distill": {"teacher": server.url, "retries": 0}, "sft": {}}}
+        whole = prompting_only(tmp_path)
+        whole = whole.model_copy(update={"ways": config(ways=ways).ways})
+        whole = whole.model_copy(update={"ways": {"taught": whole.ways["taught"]}})
+        (found,) = compare(whole)
+        assert len(server.asked) == 34  # each training prompt once
+    (row,) = found.rows
+    assert row.about == "a teacher's answers, then sft"
+    (taught,) = (tmp_path / "run" / "data" / "t").glob("train-all-*")
+    records = list(open_dataset(taught).records())
+    assert {record.answer for record in records} == {"tame or wild"} and len(records) == 34
+    (run,) = (tmp_path / "run" / "runs").glob("*/run.json")
+    assert "eval/loss" in json.loads(run.read_text())["metrics"]  # of the data's own answers
 
 
 @pytest.mark.slow

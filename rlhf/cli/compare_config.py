@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
+from rlhf.cli.teacher_options import distill_words
 from rlhf.config.base import ModelConfig, Paths, Strict
 from rlhf.core.table import Pick
 from rlhf.prompting.ways import PROMPTING, WayOption
@@ -49,6 +50,10 @@ class ComparedTask(TaskConfig):
 class WayConfig(Strict):
     prompting: WayOption = PROMPTING.pick("zero-shot")
     """How the model is asked: a row of the table of ways of prompting with its options, or a YAML file of one."""
+    distill: dict[str, Any] | None = None
+    """Let a teacher answer the training prompts, and learn from its answers in `sft`: options of `rlhf data distill`,
+    such as `{teacher: runs/7b/ppo, max_new_tokens: 256}` or `{teacher: http://localhost:8000/v1, rationales: true}`.
+    Each prompt is asked once for all seeds and sizes. (A teacher's distributions: `sft: {distillation: ...}`.)"""
     sft: dict[str, Any] | None = None
     """Train with `rlhf sft`: config keys of that stage, such as `{tuning: {name: lora, rank: 8}}`; `{}` takes the
     defaults. Data, model, run folder and number of steps come from the comparison."""
@@ -65,19 +70,35 @@ class WayConfig(Strict):
         return [stage for stage in TRAINED if getattr(self, stage) is not None]
 
     @property
+    def is_random(self) -> bool:
+        """Whether its answers depend on the seed: by training, by the choice of examples, or by votes on samples."""
+        prompting = self.prompting()
+        return bool(self.stages or prompting.count or prompting.samples > 1)
+
+    @property
     def about(self) -> str:
         """The way in a few words."""
-        words = []
+        words = ["a teacher's answers"] if self.distill else []
         for stage in self.stages:
             tuning = getattr(self, stage).get("tuning")
             name = tuning.get("name") if isinstance(tuning, dict) else tuning
-            words.append(f"{stage} ({name})" if name else stage)
+            taught = next(iter(getattr(self, stage).get("distillation") or {}), "").replace("_", " ")
+            details = [name, f"a teacher's {taught}" if taught == "logits" else taught]
+            about = ", ".join(word for word in details if word)
+            words.append(f"{stage} ({about})" if about else stage)
         shots = self.prompting.options.get("shots")
         asked = f"{self.prompting.name}, {shots} examples" if shots else self.prompting.name
         return ", then ".join([*words, asked] if not words or shots or self.prompting.name != "zero-shot" else words)
 
     @model_validator(mode="after")
     def _stages_fit(self) -> WayConfig:
+        if self.distill is not None:
+            if self.sft is None:
+                raise ValueError("distill: nothing learns from the teacher's answers; add `sft: {}`")
+            try:
+                distill_words(self.distill)
+            except ValueError as error:
+                raise ValueError(f"distill.{error}") from None
         if self.reward is not None and self.ppo is None:
             raise ValueError("reward: trains a reward model that nothing uses; add `ppo`")
         if self.ppo is not None and self.reward is None and "reward" not in self.ppo:
@@ -118,7 +139,8 @@ class CompareConfig(Strict):
     """Also with only this many training prompts, to learn from or to choose few-shot examples from: one curve per way.
     All of the data is always measured."""
     seeds: Annotated[list[NonNegativeInt], Field(min_length=1)] = [0]
-    """Repeat with each seed (training, choice of examples); values are means over them."""
+    """Repeat with each seed (training, choice of examples); values are means over them, and intervals include their
+    variation. A way without either is measured once."""
 
     @model_validator(mode="after")
     def _names_fit(self) -> CompareConfig:

@@ -2,23 +2,51 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from pydantic import TypeAdapter, ValidationError
 
+from rlhf.cli import options, task_options
 from rlhf.cli.sampling_options import SamplingOptions
 from rlhf.config.load import check_config
-from rlhf.core.errors import UserError
+from rlhf.core.errors import UserError, nearest
 from rlhf.core.limits import parse_yaml
 from rlhf.inference.teacher import LocalTeacher, ServerTeacher, Teacher, is_server, refuse_both
 from rlhf.runs.run import is_run, read_run, resolve_model_path
 from rlhf.servers.cache import ReplyCache
 from rlhf.servers.client import Server
 from rlhf.servers.config import ServerConfig
+
+CUE = "Let's think step by step. End with one line: The answer is ..."
+"""What is added to a prompt with --rationales (Kojima et al. 2022, with a form that the answer can be read from)."""
+TeacherName = Annotated[
+    str, typer.Option(metavar="RUN|MODEL|URL", help="A run, a model, or a server such as http://localhost:8000/v1.")
+]
+Cache = Annotated[Path | None, typer.Option(metavar="FOLDER", help="Where replies are kept; OUT.replies by default.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an existing dataset of that name.")]
+
+
+@dataclass(frozen=True)
+class AskingOptions:
+    """What a teacher is asked, and which of its answers are kept."""
+
+    n: Annotated[int | None, typer.Option("--n", "-n", min=1, help="Answers to each prompt; 1, or 4 candidates.")] = (
+        None
+    )
+    rationales: Annotated[
+        bool, typer.Option("--rationales", help="Ask the teacher to think step by step before it answers.")
+    ] = False
+    cue: Annotated[str, typer.Option(metavar="TEXT", help="What --rationales adds to each prompt.")] = CUE
+    pattern: task_options.Pattern = None
+    check: Annotated[
+        bool, typer.Option("--check", help="Keep only answers that equal the demonstration's; see --pattern.")
+    ] = False
+    system: options.System = None
 
 
 @dataclass(frozen=True)
@@ -81,6 +109,39 @@ class ServerOptions:
             except ValueError as error:
                 raise UserError(f"--extra-body: {error}") from None
         return check_config(ServerConfig, {"url": url, **values}, "the teacher's options")
+
+
+def distill_words(values: Mapping[str, Any]) -> list[str]:
+    """Options of `rlhf data distill` by name as words of its command line.
+
+    Args:
+        values: `teacher`, and options of `AskingOptions`, `SamplingOptions` and `ServerOptions`.
+
+    Raises:
+        ValueError: There is no teacher, no such option, or a value has another type.
+    """
+    groups = (AskingOptions, SamplingOptions, ServerOptions)
+    names = {field.name for group in groups for field in fields(group)}
+    if not isinstance(values.get("teacher"), str):
+        raise ValueError("teacher: name a run, a model, or the address of a server")
+    words = ["--teacher", values["teacher"]]
+    given = {name: value for name, value in values.items() if name != "teacher"}
+    for name in given:
+        if name not in names:
+            raise ValueError(f"{name}: `rlhf data distill` has no such option; {nearest(name, names)}")
+    for group in groups:
+        mine = {field.name: given[field.name] for field in fields(group) if field.name in given}
+        try:
+            TypeAdapter(group).validate_python(mine)
+        except ValidationError as error:
+            raise ValueError("; ".join(f"{e['loc'][0]}: {e['msg']}" for e in error.errors())) from None
+    for name, value in given.items():
+        option = f"--{name.replace('_', '-')}"
+        if isinstance(value, bool):
+            words += [option] if value else ["--no-send-seed"] if name == "send_seed" else []
+        else:
+            words += [f"{option}={one}" for one in (value if isinstance(value, list) else [value]) if one is not None]
+    return words
 
 
 @contextmanager

@@ -52,7 +52,12 @@ def cells(config: CompareConfig) -> Iterator[Cell]:
         for task in config.tasks:
             for way, settings in config.ways.items():
                 if examples is None or settings.stages or settings.prompting().count:
-                    yield from (Cell(task, way, examples, seed) for seed in config.seeds)
+                    yield from (Cell(task, way, examples, seed) for seed in seeds_of(config, way))
+
+
+def seeds_of(config: CompareConfig, way: str) -> list[int]:
+    """The seeds that a way is repeated with: only the first if its answers do not depend on them."""
+    return config.seeds if config.ways[way].is_random else config.seeds[:1]
 
 
 @dataclass(frozen=True)
@@ -87,7 +92,8 @@ def stage_runs(config: CompareConfig, cell: Cell, data: Mapping[str, str]) -> li
     Args:
         config: The comparison.
         cell: Which.
-        data: The datasets of the cell: `train`, and `rankings` if the way needs them.
+        data: The datasets of the cell: `train`; `rankings` if the way needs them; `eval` if the records that SFT
+            selects checkpoints by are not in `train`.
     """
     way = config.ways[cell.way]
     runs: list[StageRun] = []
@@ -102,6 +108,8 @@ def stage_runs(config: CompareConfig, cell: Cell, data: Mapping[str, str]) -> li
             values |= {} if reward is None else {"reward": {"name": "model", "path": reward}}
         else:
             values["data"] = {"train": [data["train" if stage == "sft" else "rankings"]]}
+            if stage == "sft" and "eval" in data:
+                values["data"]["eval"] = [data["eval"]]
         values = merged(values, own)
         values = merged(values, _steps(config, stage, values, len(way.stages)))
         digest = hashlib.sha256(json.dumps([stage, values, config.budget.seconds], sort_keys=True).encode()).hexdigest()

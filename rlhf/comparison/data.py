@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -69,7 +70,7 @@ def _write(path: Path, datasets: list[str], kind: str, measured: set[str], examp
         if record.prompt_id in measured:
             continue
         if record.split in (None, "train"):
-            records.append(record)
+            records.append(replace(record, split="train"))
         elif record.split == "eval" and len(selecting) < MAX_SELECTION_RECORDS:
             selecting.append(record)
     records = _drawn(records, examples, seed)

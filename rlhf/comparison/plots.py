@@ -82,6 +82,8 @@ def _point(axes: Any, x: float, row: Row, index: int) -> None:
         [x], [row.value], yerr=reach, capsize=3, markersize=6, color=COLOURS[index % len(COLOURS)],
         marker=MARKERS[index % len(MARKERS)],
     )  # fmt: skip
+    if len(row.by_seed) > 1:
+        axes.scatter([x] * len(row.by_seed), row.by_seed, s=14, color=INK, alpha=0.45, linewidths=0, zorder=3)
 
 
 def _id(name: str, result: TaskResult) -> str:

@@ -1,11 +1,16 @@
-"""Which way is best, and how sure that is: paired bootstraps of the quality of ways on the same records.
+"""Which way is best, and how sure that is: paired resamples of the quality of ways over records and seeds.
 
 All ways answer the same records, so differences are resampled record by record: the interval of a difference is much
 narrower than those of the two values (Efron & Tibshirani 1993, chapter 8; Koehn 2004 for paired tests of systems).
+
+A way that is trained with another seed, or shown other examples, gives another value. With several seeds a resample
+also varies the mean over seeds, so that without variation over records its interval is Student's t interval of the
+mean, which is wide for two or three seeds.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -24,25 +29,46 @@ class Quality:
 
     value: float
     resampled: NDArray[np.float64]
-    """The metric on each of the resamples of records; the resamples are the same for all ways. [RESAMPLES]"""
+    """The metric on each of the resamples; the resamples are the same for all ways. [RESAMPLES]"""
+    by_seed: tuple[float, ...] = ()
+    """The metric of each repetition with another seed; `value` is their mean."""
+    limits: tuple[float, float] = (-math.inf, math.inf)
+    """The least and the largest possible value."""
 
     @property
     def interval(self) -> tuple[float, float]:
-        """95% percentile interval."""
-        low, high = np.percentile(self.resampled, [2.5, 97.5])
+        """95% percentile interval, within `limits`."""
+        low, high = np.clip(np.percentile(self.resampled, [2.5, 97.5]), *self.limits)
         return float(low), float(high)
 
 
-def quality(repeats: Sequence[Columns]) -> Quality:
-    """The metric over the records, and over resamples of them; means over repetitions with other seeds.
+def quality(repeats: Sequence[Columns], limits: tuple[float, float] = (-math.inf, math.inf)) -> Quality:
+    """The metric over the records, and over resamples of records and seeds; means over repetitions with other seeds.
 
     Args:
         repeats: The metric's columns of the same records, one per repetition.
+        limits: The least and the largest possible value.
     """
-    values = [float(one.statistic(one.values.sum(0, keepdims=True))[0]) for one in repeats]
+    values = np.array([float(one.statistic(one.values.sum(0, keepdims=True))[0]) for one in repeats])
     # the drawn records follow from their number and the seed alone, so they are the same for all ways
-    drawn = [one.statistic(resampled_sums(one.values, RESAMPLES, 0)) for one in repeats]
-    return Quality(float(np.mean(values)), np.mean(drawn, axis=0))
+    drawn = np.mean([one.statistic(resampled_sums(one.values, RESAMPLES, 0)) for one in repeats], axis=0)
+    return Quality(float(values.mean()), drawn + seed_weights(len(values)) @ values, tuple(values.tolist()), limits)
+
+
+def seed_weights(seeds: int) -> NDArray[np.float64]:
+    """Weights W, float64 [RESAMPLES, seeds], that make W @ values of each seed vary as the error of their mean does.
+
+    For values with standard deviation s (of n - 1), W @ values is distributed as s / sqrt(n) * t with n - 1 degrees of
+    freedom: (z - mean z) / sqrt(n (n - 1)) for normal z, divided by sqrt(chi² / (n - 1)) (Student 1908). The weights
+    are the same for all ways, so seeds are paired as records are. Zeros for one seed, which says nothing about others.
+    """
+    if seeds == 1:
+        return np.zeros((RESAMPLES, 1))
+    draw = np.random.default_rng(1)
+    normal = draw.standard_normal((RESAMPLES, seeds))
+    scale = np.sqrt(draw.chisquare(seeds - 1, (RESAMPLES, 1)) / (seeds - 1))
+    weights: NDArray[np.float64] = (normal - normal.mean(1, keepdims=True)) / np.sqrt(seeds * (seeds - 1)) / scale
+    return weights
 
 
 def difference(one: Quality, other: Quality) -> tuple[float, float, float]:

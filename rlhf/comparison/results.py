@@ -10,12 +10,12 @@ from typing import Any
 import numpy as np
 
 from rlhf.cli.compare_config import CompareConfig
-from rlhf.comparison.cells import Cell
+from rlhf.comparison.cells import Cell, seeds_of
 from rlhf.comparison.quality import Cost, Quality, quality, recommend
 from rlhf.comparison.show import Row, TaskResult
 from rlhf.core.files import write_json
 from rlhf.core.limits import read_json_object
-from rlhf.tasks.metrics import Outcomes, needs
+from rlhf.tasks.metrics import Outcomes, limits, needs
 
 
 @dataclass(frozen=True)
@@ -57,14 +57,15 @@ def _task_result(config: CompareConfig, task: str, found: Mapping[Cell, CellResu
     curves: dict[str, list[tuple[int, float, float, float]]] = {}
     for way, settings in config.ways.items():
         for examples in (*sorted(set(config.examples)), None):
-            cells = [Cell(task, way, examples, seed) for seed in config.seeds]
+            cells = [Cell(task, way, examples, seed) for seed in seeds_of(config, way)]
             if not all(cell in found for cell in cells):
                 continue
             repeats = [found[cell] for cell in cells]
-            rivals = [found.get(Cell(task, baseline, None, seed)) for seed in config.seeds]
+            rivals = [found.get(_baseline(config, task, cell.seed)) for cell in cells]
             if needs(metric) == "rival_scores" and not all(rivals):
                 continue
-            of = quality([metric(_against(one.outcomes, rival)) for one, rival in zip(repeats, rivals)])
+            columns = [metric(_against(one.outcomes, rival)) for one, rival in zip(repeats, rivals)]
+            of = quality(columns, limits(metric))
             curves.setdefault(way, []).append((repeats[0].training_prompts, of.value, *of.interval))
             if examples is None:
                 qualities[way] = of
@@ -75,6 +76,13 @@ def _task_result(config: CompareConfig, task: str, found: Mapping[Cell, CellResu
     complete = len(rows) == len(config.ways)
     chosen = recommend(qualities, costs, baseline) if complete else None
     return TaskResult(task, metric.name, rows, curves, chosen)
+
+
+def _baseline(config: CompareConfig, task: str, seed: int) -> Cell:
+    """The cell of the first way whose answers are compared with those of a cell with this seed."""
+    way = next(iter(config.ways))
+    seeds = seeds_of(config, way)
+    return Cell(task, way, None, seed if seed in seeds else seeds[0])
 
 
 def _against(outcomes: Outcomes, rival: CellResult | None) -> Outcomes:
@@ -90,7 +98,7 @@ def _row(way: str, about: str, of: Quality, repeats: Sequence[CellResult]) -> Ro
 
     peaks: list[Any] = [one.peak_bytes for one in repeats if one.peak_bytes]
     return Row(
-        way, about, of.value, low, high, len(repeats[0].outcomes), repeats[0].trained_parameters,
+        way, about, of.value, low, high, of.by_seed, len(repeats[0].outcomes), repeats[0].trained_parameters,
         round(mean("stored_bytes")), mean("training_seconds"), max(peaks, default=None), mean("prompt_tokens"),
         mean("latency"),
     )  # fmt: skip

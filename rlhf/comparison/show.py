@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from rlhf.comparison.quality import Recommendation
 
 COLUMNS = (
-    "way", "quality", "95% interval", "trained", "stored", "training", "memory", "prompt", "latency",
+    "way", "quality", "95% interval", "seeds", "trained", "stored", "training", "memory", "prompt", "latency",
 )  # fmt: skip
 UNITS = ((1e9, "G"), (1e6, "M"), (1e3, "k"))
 
@@ -23,6 +24,8 @@ class Row:
     value: float
     low: float
     high: float
+    by_seed: tuple[float, ...]
+    """The value with each seed; one value for a way that does not depend on seeds."""
     records: int
     trained_parameters: int
     stored_bytes: int
@@ -33,10 +36,17 @@ class Row:
     latency: float
     """Median seconds of a request that is alone."""
 
+    @property
+    def spread(self) -> str:
+        """The number of seeds and the standard deviation of their values."""
+        if len(self.by_seed) < 2:
+            return "-"
+        return f"{len(self.by_seed)}, \N{PLUS-MINUS SIGN}{statistics.stdev(self.by_seed):.3f}"
+
     def cells(self) -> tuple[str, ...]:
         """The row as texts under COLUMNS."""
         return (
-            self.way, f"{self.value:.3f}", f"{self.low:.3f} to {self.high:.3f}",
+            self.way, f"{self.value:.3f}", f"{self.low:.3f} to {self.high:.3f}", self.spread,
             amount(self.trained_parameters) if self.trained_parameters else "-",
             f"{amount(self.stored_bytes)}B" if self.stored_bytes else "-",
             seconds(self.training_seconds) if self.training_seconds else "-",
@@ -68,9 +78,10 @@ def amount(value: float) -> str:
 
 
 LEGEND = (
-    "trained: parameters. stored: what the task needs besides the base. training: time of the steps alone. memory: the "
-    "highest of a training process. prompt: mean tokens of a request, with examples and virtual tokens. latency: the "
-    "median of requests that are made alone."
+    "seeds: how many, and the standard deviation of the quality between them; - for a way that was measured once, "
+    "whose interval is over records alone. trained: parameters. stored: what the task needs besides the base. "
+    "training: time of the steps alone. memory: the highest of a training process. prompt: mean tokens of a request, "
+    "with examples and virtual tokens. latency: the median of requests that are made alone."
 )
 """What the columns are."""
 

@@ -7,6 +7,7 @@ wrong.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Literal
@@ -138,23 +139,29 @@ def needs(metric: Pick) -> str:
     return str(metric.row.traits["needs"])
 
 
+def limits(metric: Pick) -> tuple[float, float]:
+    """The least and the largest value that a metric can have."""
+    low, high = metric.row.traits.get("limits", (-math.inf, math.inf))
+    return float(low), float(high)
+
+
 # ---- rows ----------------------------------------------------------------------------------------------------------
 
 
-@METRICS.row("exact_match", needs="predictions")
+@METRICS.row("exact_match", needs="predictions", limits=(0, 1))
 def exact_match(outcomes: Outcomes, *, normalise: Normalise = "text") -> Columns:
     """Fraction of answers that equal the right one; see `rlhf.tasks.answers.normalised`."""
     return _fraction([_same(p, r, normalise) for p, r in zip(outcomes.predictions, outcomes.references)])
 
 
-@METRICS.row("accuracy", needs="labels")
+@METRICS.row("accuracy", needs="labels", limits=(0, 1))
 def accuracy(outcomes: Outcomes, *, normalise: Normalise = "text") -> Columns:
     """Fraction of records whose right label was given; an answer that is no label is wrong."""
     gold, given = _label_numbers(outcomes, normalise)
     return _fraction((gold == given).tolist())
 
 
-@METRICS.row("f1", needs="labels")
+@METRICS.row("f1", needs="labels", limits=(0, 1))
 def f1(
     outcomes: Outcomes, *, normalise: Normalise = "text", average: Literal["macro", "micro", "weighted"] = "macro"
 ) -> Columns:
@@ -176,32 +183,32 @@ def f1(
     return Columns(values, statistic, None)
 
 
-@METRICS.row("rouge1", needs="predictions", package="rouge-score")
+@METRICS.row("rouge1", needs="predictions", limits=(0, 1), package="rouge-score")
 def rouge1(outcomes: Outcomes, *, stem: bool = False, words: Literal["ascii", "unicode"] = "ascii") -> Columns:
     """ROUGE-1: F-measure of shared words (Lin 2004), from rouge-score; `words: unicode` for other than English."""
     return _mean(text_overlap.rouge("rouge1", outcomes.predictions, outcomes.references, stem, words))
 
 
-@METRICS.row("rouge2", needs="predictions", package="rouge-score")
+@METRICS.row("rouge2", needs="predictions", limits=(0, 1), package="rouge-score")
 def rouge2(outcomes: Outcomes, *, stem: bool = False, words: Literal["ascii", "unicode"] = "ascii") -> Columns:
     """ROUGE-2: F-measure of shared pairs of words, from rouge-score."""
     return _mean(text_overlap.rouge("rouge2", outcomes.predictions, outcomes.references, stem, words))
 
 
-@METRICS.row("rougeL", needs="predictions", package="rouge-score")
+@METRICS.row("rougeL", needs="predictions", limits=(0, 1), package="rouge-score")
 def rouge_l(outcomes: Outcomes, *, stem: bool = False, words: Literal["ascii", "unicode"] = "ascii") -> Columns:
     """ROUGE-L: F-measure of the longest common subsequence of words, from rouge-score."""
     return _mean(text_overlap.rouge("rougeL", outcomes.predictions, outcomes.references, stem, words))
 
 
-@METRICS.row("bleu", needs="predictions", package="sacrebleu")
+@METRICS.row("bleu", needs="predictions", limits=(0, 100), package="sacrebleu")
 def bleu(outcomes: Outcomes, *, tokenize: Literal["13a", "intl", "char", "none"] = "13a") -> Columns:
     """BLEU of the whole corpus, 0 to 100, from sacrebleu."""
     values, statistic = text_overlap.bleu(outcomes.predictions, outcomes.references, tokenize)
     return Columns(values, statistic, None)
 
 
-@METRICS.row("log_likelihood", needs="logprobs")
+@METRICS.row("log_likelihood", needs="logprobs", limits=(-math.inf, 0))
 def log_likelihood(outcomes: Outcomes, *, per: Literal["answer", "token"] = "answer") -> Columns:
     """Log-prob of the right answer in nats: the mean over answers, or over all of their tokens."""
     logprobs = np.array(outcomes.logprobs, float)
@@ -215,7 +222,7 @@ def score(outcomes: Outcomes) -> Columns:
     return _mean(np.array(outcomes.scores, float))
 
 
-@METRICS.row("win_rate", needs="rival_scores")
+@METRICS.row("win_rate", needs="rival_scores", limits=(0, 1))
 def win_rate(outcomes: Outcomes) -> Columns:
     """How often an answer scores higher than the baseline's, a tie counting half; in `rlhf compare`, with `reward`."""
     gap = np.array(outcomes.scores, float) - np.array(outcomes.rival_scores, float)
