@@ -64,8 +64,8 @@ def resident(field: str) -> float:
     return int(line.split()[1]) / 1024
 
 
-def cell(side: str, kind: str, tasks: int, folder: Path) -> dict[str, float]:
-    """Load, sample twice, and report tokens/s of the second time and the memory."""
+def cell(side: str, kind: str, tasks: int, folder: Path, repeats: int) -> dict[str, float]:
+    """Load, sample once to warm up, then `repeats` times; report the median tokens/s and the memory."""
     import peft
     import torch
     import transformers
@@ -119,7 +119,7 @@ def cell(side: str, kind: str, tasks: int, folder: Path) -> dict[str, float]:
 
     answer()
     times = []
-    for _ in range(3):
+    for _ in range(repeats):
         started = time.process_time()
         answer()
         times.append(time.process_time() - started)
@@ -166,11 +166,12 @@ def main() -> None:
     parser.add_argument("--kinds", nargs="+", default=["lora", "prompt-tuning"], choices=["lora", "prompt-tuning"])
     parser.add_argument("--sides", nargs="+", default=list(SIDES), choices=SIDES)
     parser.add_argument("--plot", type=Path, help="Write an SVG here.")
+    parser.add_argument("--repeats", type=int, default=3, help="Timed repetitions of a cell.")
     parser.add_argument("--cell", nargs=4, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.cell:
         side, kind, tasks, folder = args.cell
-        print(json.dumps(cell(side, kind, int(tasks), Path(folder))))
+        print(json.dumps(cell(side, kind, int(tasks), Path(folder), args.repeats)))
         return
     rows = []
     with tempfile.TemporaryDirectory() as name:
@@ -183,7 +184,17 @@ def main() -> None:
                 for side in args.sides:
                     if kind == "prompt-tuning" and side == "copies":
                         continue  # virtual tokens cannot be merged into a copy
-                    words = [sys.executable, __file__, "--cell", side, kind, str(tasks), name]
+                    words = [
+                        sys.executable,
+                        __file__,
+                        "--cell",
+                        side,
+                        kind,
+                        str(tasks),
+                        name,
+                        "--repeats",
+                        str(args.repeats),
+                    ]
                     out = subprocess.run(words, capture_output=True, text=True, check=True).stdout
                     row = {"kind": kind, "side": side, "tasks": tasks, **json.loads(out.splitlines()[-1])}
                     rows.append(row)
