@@ -26,9 +26,9 @@ from stages import reward
 
 RECIPE: dict[str, Any] = {
     "tuning": {"name": "last-layers", "layers": 2},  # the whole model learns the 700 training texts by heart
-    "batch": {"batch_size": 32, "micro_batch_size": 8, "max_steps": 80},
+    "batch": {"batch_size": 32, "micro_batch_size": 8, "max_steps": 40},
     "optimizer": {"lr": 2e-3, "warmup": 0.1},
-    "eval": {"every": 20},
+    "eval": {"every": 40},
 }
 
 

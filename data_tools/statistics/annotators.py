@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
-from scipy import stats
 
 from data_tools.statistics.columns import Columns
 from data_tools.statistics.intervals import Estimate, fraction_of
 from data_tools.statistics.judgements import AnnotatorVotes, AnswerPairs
+from rlhf.core.lazy import lazy
+
+if TYPE_CHECKING:
+    from scipy import stats
+else:
+    stats = lazy("scipy.stats")  # half a second, which an import of rankings does without
 
 LEVEL = 0.01
 """False discovery rate of the tests (Benjamini and Hochberg 1995)."""

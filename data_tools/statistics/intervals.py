@@ -4,11 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import numpy as np
-from scipy import stats
 
 from rlhf.core.intervals import Z_95, effective_size, resampled_sums, wilson
+from rlhf.core.lazy import lazy
+
+if TYPE_CHECKING:
+    from scipy import stats
+else:
+    stats = lazy("scipy.stats")  # half a second, which an import of rankings does without
 
 FEWEST_REPLICATES, REPLICATES, MOST_DRAWS = 200, 1000, 50_000_000
 """Fewer replicates are drawn for many rows, whose interval is narrow."""
