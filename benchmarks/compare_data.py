@@ -1,7 +1,7 @@
 """Three real tasks for `rlhf compare`, from `../shared/data`: convincing arguments, yes/no questions, mathematics.
 
     python benchmarks/compare_data.py ../shared/data --out datasets/compare
-    rlhf compare --config configs/compare/real.yaml
+    rlhf compare --config configs/compare/choices.yaml
 
 `ukp`: which of two arguments on a topic people found more convincing (UKPConvArg1), A or B in a random place. `creak`:
 whether a claim is true (FLAN's chain-of-thought data, answers without rationales). `gsm8k`: a problem and its solution.

@@ -217,9 +217,9 @@ def byte_rows(setting: Setting, update: dict[str, Any]) -> list[str]:
 def cost(axis: str, size: int, updates: int) -> dict[str, Any]:
     """Processor seconds by phase and peak MB with one size changed; micro-batches of 2,048 tokens."""
     if axis == "K":
-        from reward import measure as measure_ranking
+        from reward import BENCHMARK
 
-        ranking = measure_ranking("ours", size, 64, 32, updates)  # prompts of 64 tokens, answers of 32
+        ranking = BENCHMARK.measure("ours", size, 64, 32, updates)  # prompts of 64 tokens, answers of 32
         return {"axis": axis, "size": size, "phases": [ranking["cpu"]], "mb": ranking["mb"]}
     setting = Setting(job=replace(JOB, micro_batch_tokens=2048), updates=updates)
     if axis == "vocabulary":

@@ -19,6 +19,7 @@ from rlhf.comparison.cells import cells, merged, stage_runs
 from rlhf.comparison.data import open_task, training_data
 from rlhf.comparison.measure import stored
 from rlhf.comparison.page import render
+from rlhf.comparison.plots import label_heights
 from rlhf.comparison.quality import Cost, Quality, difference, quality, recommend
 from rlhf.comparison.results import read_result
 from rlhf.comparison.show import Row, TaskResult, amount, markdown, seconds
@@ -305,6 +306,13 @@ def test_the_page_is_self_contained_and_escapes_names():
     assert "<script" not in page and "&lt;b&gt;task" in page
     assert page.count('class="plot"') == 2 and not re.findall(r"(?:src|href)=.(?!#)", page)
     assert page == render("Comparison <script>", "facts", [result()])
+
+
+def test_labels_of_ways_with_as_many_parameters_do_not_overlap():
+    rows = [Row(way, "", value, 0.0, 1.0, (), 50, size, 0, 0, None, 20, 0.01) for way, value, size in (
+        ("a", 0.5, 100), ("b", 0.51, 100), ("c", 0.5, 10**6), ("d", 0.9, 100))]  # fmt: skip
+    found = label_heights(rows)
+    assert found["b"] - found["a"] >= 0.0649 and found["c"] == 0.5 and found["d"] > 0.8
 
 
 def test_the_markdown_table_has_a_line_for_each_way():

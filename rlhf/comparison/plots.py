@@ -18,14 +18,15 @@ def parameters_plot(result: TaskResult) -> str:
     least = min(trained, default=10)
     left = least / 8
 
+    heights = label_heights(result.rows)
+
     def draw(axes: Any) -> None:
         for index, row in enumerate(result.rows):
             x = row.trained_parameters or left
             _point(axes, x, row, index)
-            up = not any(other.value > row.value and _close(other, row, result.rows) for other in result.rows)
             axes.annotate(
-                row.way, (x, row.value), xytext=(6, 7 if up else -7), textcoords="offset points", fontsize=9,
-                va="bottom" if up else "top", color=INK,
+                row.way, (x, row.value), xytext=(8, heights[row.way]), textcoords=("offset points", "data"),
+                fontsize=9, va="center", color=INK,
             )  # fmt: skip
         axes.set_xscale("log")
         axes.axvline(left * 2.8, color=FAINT, linewidth=1, linestyle=":")
@@ -68,12 +69,21 @@ def examples_plot(result: TaskResult) -> str:
     return svg_plot(_id("examples", result), f"Quality against the number of training prompts: {words}", 3.6, draw)
 
 
-def _close(one: Row, other: Row, rows: Sequence[Row]) -> bool:
-    """Whether the labels of two points would overlap if both were above them."""
-    values = [row.value for row in rows]
-    near = abs(one.value - other.value) < 0.08 * (max(values) - min(values))
-    counts = sorted((max(one.trained_parameters, 1), max(other.trained_parameters, 1)))
-    return near and counts[1] < 3 * counts[0]
+def label_heights(rows: Sequence[Row]) -> dict[str, float]:
+    """Way -> height of its label near its value; labels of ways with about as many parameters do not overlap."""
+    line = 0.065 * (max(row.high for row in rows) - min(row.low for row in rows))
+    heights: dict[str, float] = {}
+    ordered = sorted(rows, key=lambda row: row.trained_parameters)
+    while ordered:
+        widest = 3 * max(ordered[0].trained_parameters, 1)
+        group = sorted((row for row in ordered if row.trained_parameters < widest), key=lambda row: row.value)
+        ordered = [row for row in ordered if row not in group]
+        places = [group[0].value]
+        for row in group[1:]:
+            places.append(max(row.value, places[-1] + line))
+        lift = sum(place - row.value for place, row in zip(places, group)) / len(group)
+        heights |= {row.way: place - lift for row, place in zip(group, places)}
+    return heights
 
 
 def _point(axes: Any, x: float, row: Row, index: int) -> None:
