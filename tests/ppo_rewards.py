@@ -24,3 +24,12 @@ def broken(messages, answer):
 
 def hangs(messages, answer):
     time.sleep(600)
+
+
+calls = [0]
+
+
+def growing(messages, answer):
+    """Twice as large every few updates, whatever the answer is."""
+    calls[0] += 1
+    return (1 + answer.count("e")) * 2.0 ** (calls[0] / 12)

@@ -9,8 +9,8 @@ from pathlib import Path
 REPOSITORY = Path(__file__).resolve().parents[1]
 FLOORS = {
     "rlhf": [
-        "core", "config", "servers", "distributed", "data", "tasks", "runs", "models", "tuning", "rollout", "reward",
-        "training", "sft", "specialist", "ppo", "dpo", "inference", "prompting", "export", "memory", "cli",
+        "core", "config", "servers", "distributed", "data", "tasks", "runs", "doctor", "models", "tuning", "rollout",
+        "reward", "training", "sft", "specialist", "ppo", "dpo", "inference", "prompting", "export", "memory", "cli",
         "comparison",
     ],
     "data_tools": [

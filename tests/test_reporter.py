@@ -21,7 +21,7 @@ def opened(run: Path) -> object:
 
 
 def report(run: Path, steps: range, done: int, offset: float) -> None:
-    reporter = Reporter(Run(run, "sft"), LogConfig(report_to="tensorboard").report_to, total=6, done=done)
+    reporter = Reporter(Run(run, "sft"), LogConfig(report_to="tensorboard").report_to, total=6, done=done, watch=False)
     for step in steps:
         reporter.log(step, {"train/loss": step + offset, "eval/loss": 0.5})
     reporter.close()
@@ -35,7 +35,7 @@ def test_a_resumed_run_has_each_step_once_in_tensorboard_with_the_later_value(tm
 
 
 def test_samples_are_texts_that_tensorboard_shows_verbatim(tmp_path):
-    reporter = Reporter(Run(tmp_path, "ppo"), ["tensorboard"], total=3)
+    reporter = Reporter(Run(tmp_path, "ppo"), ["tensorboard"], total=3, watch=False)
     row = {"answer": "<script>alert(1)</script>\n# no heading", "score": 1.5}
     reporter.samples(2, iter([row]))
     reporter.close()

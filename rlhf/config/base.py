@@ -80,6 +80,9 @@ class LogConfig(Strict):
     report_to: Trackers = []
     """Trackers that also receive the metrics: one or a list. Each needs its Python package. TensorBoard's files are
     in the run's `tensorboard/`."""
+    watch: bool = True
+    """Check the metrics while the run trains, and print a warning with a remedy when something looks wrong. The same
+    checks and more: `rlhf doctor RUN`."""
 
 
 class AdamWConfig(Strict):

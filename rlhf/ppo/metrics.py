@@ -103,7 +103,7 @@ class PPOReporter(Reporter):
     """
 
     def __init__(self, config: PPOConfig, run: Run, done: int, evaluations: Sequence[dict[str, float]] = ()) -> None:
-        super().__init__(run, config.log.report_to, config.updates, done)
+        super().__init__(run, config.log.report_to, config.updates, done, config.log.watch)
         self.config = config
         self.evaluations = list(evaluations)
         """The metrics of the first and the last evaluation of the run so far."""

@@ -125,7 +125,7 @@ class Loop(Generic[Batch]):
         if resume:
             self._resume()
         self.engine.module.train()
-        reporter = Reporter(self.run, self.config.log.report_to, self.steps, self.step)
+        reporter = Reporter(self.run, self.config.log.report_to, self.steps, self.step, self.config.log.watch)
         try:
             self._open_window()
             while self.step < self.steps:

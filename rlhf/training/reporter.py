@@ -8,6 +8,8 @@ from typing import Any
 
 from rlhf.core.console import StepBar, is_main
 from rlhf.core.errors import UserError
+from rlhf.doctor.diagnosis import Watch
+from rlhf.doctor.evidence import read_evidence
 from rlhf.runs.run import Run
 
 
@@ -19,21 +21,25 @@ class Reporter:
         report_to: Trackers by name: `tensorboard`, `wandb`, `trackio`.
         total: Steps (updates in PPO) of the whole run.
         done: Steps that a resumed run has done already.
+        watch: Whether the checks of `rlhf doctor` print warnings while the run trains.
 
     Raises:
         UserError: A tracker's package is not installed.
     """
 
-    def __init__(self, run: Run, report_to: Sequence[str], total: int, done: int = 0) -> None:
+    def __init__(self, run: Run, report_to: Sequence[str], total: int, done: int = 0, watch: bool = True) -> None:
         self.run = run
         self.trackers = [_tracker(name, run, done) for name in report_to] if is_main() else []
         self.bar = StepBar(run.stage, total, done)
+        self.watch = Watch(read_evidence(run.path), self.bar.note) if is_main() and watch else None
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """Write the metrics of a step to metrics.jsonl and the trackers."""
         self.run.log("metrics.jsonl", [{"step": step, **metrics}])
         for tracker in self.trackers:
             tracker.log(dict(metrics), step=step)
+        if self.watch is not None:
+            self.watch.log(step, metrics)
 
     def samples(self, step: int, rows: Iterable[Mapping[str, Any]]) -> None:
         """Write completions to samples.jsonl, and to TensorBoard as text."""

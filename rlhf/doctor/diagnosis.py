@@ -1,0 +1,48 @@
+"""All checks on a run, finished, running or crashed, and while it trains."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+from rlhf.doctor import ppo_checks, run_checks, supervised_checks  # they fill the table of checks
+from rlhf.doctor.evidence import Evidence
+from rlhf.doctor.findings import CHECKS, SEVERITIES, Finding
+
+__all__ = ["Watch", "diagnose", "ppo_checks", "run_checks", "supervised_checks"]
+EVERY = 10
+"""Logged steps between two live diagnoses, after the first 20: they read all steps so far."""
+
+
+def diagnose(evidence: Evidence, live: bool = False) -> list[Finding]:
+    """What is wrong with a run, the worst first. With `live` only the checks that watch a training run."""
+    found = []
+    for row in CHECKS:
+        if evidence.stage in row.stages and (row.live or not live):
+            what = row.fn(evidence)
+            if what is not None:
+                found.append(Finding(row.name, row.severity, what, row.cause, row.remedy))
+    return sorted(found, key=lambda finding: SEVERITIES.index(finding.severity))
+
+
+class Watch:
+    """Reads what a run logs, and says once what each check finds; notes are left to `rlhf doctor`.
+
+    Args:
+        evidence: The run so far. What is wrong with it already is not said again.
+        say: Prints a line.
+    """
+
+    def __init__(self, evidence: Evidence, say: Callable[[str], None]) -> None:
+        self.evidence, self.say, self.logged = evidence, say, 0
+        self.known = {finding.name for finding in diagnose(evidence, live=True)}
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Take in the metrics of a step. May print."""
+        self.evidence.add(step, metrics)
+        self.logged += 1
+        if self.logged > 20 and self.logged % EVERY:
+            return
+        for finding in diagnose(self.evidence, live=True):
+            if finding.name not in self.known and finding.severity != "note":
+                self.known.add(finding.name)
+                self.say(f"{finding.severity}: {finding.name}: {finding.what}. {finding.remedy}")

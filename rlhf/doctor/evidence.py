@@ -1,0 +1,156 @@
+"""What is known of a run: its facts, config, metrics and samples, as the checks read them."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from rlhf.core.errors import UserError
+from rlhf.runs.lock import check_free
+from rlhf.runs.run import read_run
+
+WINDOW = 5
+"""Steps over which "now" is taken: one step alone is noise."""
+
+
+@dataclass(frozen=True)
+class Series:
+    """One metric over the steps at which it was logged."""
+
+    steps: tuple[int, ...] = ()
+    values: tuple[float, ...] = ()
+
+    def __len__(self) -> int:
+        return len(self.values)
+
+    def after(self, fraction: float) -> Series:
+        """The part after a fraction of the logged steps."""
+        start = int(len(self) * fraction)
+        return Series(self.steps[start:], self.values[start:])
+
+    @property
+    def first(self) -> float:
+        """The median of the first steps."""
+        return statistics.median(self.values[:WINDOW])
+
+    @property
+    def last(self) -> float:
+        """The median of the last steps."""
+        return statistics.median(self.values[-WINDOW:])
+
+    @property
+    def median(self) -> float:
+        return statistics.median(self.values)
+
+    @property
+    def mean_and_error(self) -> tuple[float, float]:
+        """Mean and its standard error, as if the steps were independent; the error is infinite for one step."""
+        if len(self) < 2:
+            return self.values[0], float("inf")
+        return statistics.fmean(self.values), statistics.stdev(self.values) / len(self) ** 0.5
+
+
+@dataclass
+class Evidence:
+    """A run, finished, running, or crashed.
+
+    Args:
+        stage: sft, reward, dpo, ppo or specialist.
+        config: The resolved config as plain values.
+        info: The content of run.json.
+        path: The run folder; None while the run itself is watched.
+        running: Whether a process holds the run.
+    """
+
+    stage: str
+    config: Mapping[str, Any]
+    info: Mapping[str, Any] = field(default_factory=dict)
+    path: Path | None = None
+    running: bool = False
+    columns: dict[str, tuple[list[int], list[float]]] = field(default_factory=dict)
+    samples: list[Mapping[str, Any]] = field(default_factory=list)
+    """The completions of the last evaluation."""
+
+    def add(self, step: int, metrics: Mapping[str, Any]) -> None:
+        """Take in the metrics of a logged step."""
+        for name, value in metrics.items():
+            if name != "step" and isinstance(value, (int, float)):
+                steps, values = self.columns.setdefault(name, ([], []))
+                steps.append(step)
+                values.append(float(value))
+
+    def __getitem__(self, metric: str) -> Series:
+        """A metric's series; an empty one if it was never logged."""
+        steps, values = self.columns.get(metric, ([], []))
+        return Series(tuple(steps), tuple(values))
+
+    def option(self, key: str, default: Any = None) -> Any:
+        """A value of the config by its dotted key."""
+        found: Any = self.config
+        for name in key.split("."):
+            if not isinstance(found, Mapping) or name not in found:
+                return default
+            found = found[name]
+        return found
+
+    @property
+    def steps(self) -> int:
+        """The last logged step."""
+        return max((steps[-1] for steps, _ in self.columns.values()), default=0)
+
+    @property
+    def low_precision(self) -> bool:
+        """Whether the computation may be in bfloat16; `auto` is, on a GPU."""
+        return bool(self.option("precision", "auto") != "float32" and self.info.get("device", "cpu") != "cpu")
+
+
+def read_evidence(path: str | Path) -> Evidence:
+    """The evidence in a run folder.
+
+    Raises:
+        UserError: It is no run folder, or a file in it is damaged.
+    """
+    folder = Path(path)
+    info = read_run(folder)
+    file = folder / "config.yaml"
+    try:
+        config = yaml.safe_load(file.read_text("utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise UserError(f"{file}: cannot be read: {error}", "Every run writes it at its start.") from None
+    found = Evidence(info["stage"], config if isinstance(config, dict) else {}, info, folder, _is_running(folder))
+    for row in _rows(folder / "metrics.jsonl"):
+        found.add(int(row["step"]), row)
+    samples = _rows(folder / "samples.jsonl")
+    found.samples = [row for row in samples if row["step"] == samples[-1]["step"]]
+    return found
+
+
+def _is_running(folder: Path) -> bool:
+    try:
+        check_free(folder)
+    except UserError:
+        return True
+    return False
+
+
+def _rows(file: Path) -> list[dict[str, Any]]:
+    """The complete rows of a log; a crash or a write in progress may leave a part of a last line."""
+    rows: list[dict[str, Any]] = []
+    for line in _lines(file):
+        try:
+            row = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(row, dict) and isinstance(row.get("step"), (int, float)):
+            rows.append(row)
+    return rows
+
+
+def _lines(file: Path) -> Sequence[bytes]:
+    return file.read_bytes().splitlines() if file.is_file() else []

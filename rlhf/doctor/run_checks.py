@@ -1,0 +1,190 @@
+"""What can be wrong with any run: how it ended, its gradients, its memory, what it read, what it wrote."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from rlhf.core.console import format_number
+from rlhf.doctor.evidence import WINDOW, Evidence
+from rlhf.doctor.findings import ALL, check
+
+
+def _number(value: float) -> str:
+    return format_number(value, 3)
+
+
+def planned_steps(run: Evidence) -> int | None:
+    """Steps of the whole run, where its config says so."""
+    found = run.option("updates") or run.option("batch.max_steps")
+    return int(found) if found else None
+
+
+@check(
+    "stopped", "error", ALL,
+    "The process was killed or an error ended it; its own last message says which. Signal 9 is usually memory.",
+    "Start the same command with --resume: it continues from the last checkpoint.",
+    live=False,
+)  # fmt: skip
+def stopped(run: Evidence) -> str | None:
+    """A run is complete, or a process is working on it."""
+    if run.running or run.info.get("status") == "complete":
+        return None
+    planned = planned_steps(run)
+    saved = sorted((run.path / "checkpoints").glob("step-*")) if run.path else []
+    kept = f"the last checkpoint is {saved[-1].name}" if saved else "there is no checkpoint"
+    return f"it is not complete, and no process runs it: step {run.steps:,} of {planned or '?'}, {kept}"
+
+
+@check(
+    "not-finite", "error", ALL,
+    "A number overflowed: a rate that is too high, a reward that is not finite, float16 weights, or a damaged row.",
+    "Take the last checkpoint; lower the learning rate; check the rewards or the data near that step.",
+)  # fmt: skip
+def not_finite(run: Evidence) -> str | None:
+    """Every metric is a finite number."""
+    for name, (steps, values) in sorted(run.columns.items()):
+        for step, value in zip(steps, values):
+            if not math.isfinite(value):
+                return f"{name} is {value} at step {step:,}"
+    return None
+
+
+@check(
+    "gradient-spikes", "note", ALL,
+    "Single batches pull much harder than the others: an outlier in the data or in the rewards.",
+    "Look at the records of that step; lower optimizer.max_grad_norm, or clip the scores.",
+)  # fmt: skip
+def gradient_spikes(run: Evidence) -> str | None:
+    """No step's gradient is far larger than the others'."""
+    norm = run["optimizer/grad_norm"]
+    later = norm.after(0.2)
+    if len(later) < 2 * WINDOW:
+        return None
+    worst = max(later.values)
+    if worst < 20 * max(later.median, 1e-9):
+        return None
+    step = later.steps[later.values.index(worst)]
+    return f"the gradient norm was {_number(worst)} at step {step:,}; its median is {_number(later.median)}"
+
+
+@check(
+    "gradient-always-clipped", "note", ALL,
+    "The clip decides the size of every step, so the learning rate means little.",
+    "Raise optimizer.max_grad_norm to about the median norm, or lower the learning rate.",
+)  # fmt: skip
+def always_clipped(run: Evidence) -> str | None:
+    """Clipping is for the exceptions."""
+    norm, most = run["optimizer/grad_norm"], run.option("optimizer.max_grad_norm")
+    if len(norm) < 2 * WINDOW or not most or norm.median < 50 * most:
+        return None
+    return f"the median gradient norm is {_number(norm.median)}, and the clip is at {_number(most)}"
+
+
+@check(
+    "memory-grows", "note", ALL,
+    "Longer completions or batches than before, or a leak in a reward function.",
+    "Compare with rollout/response_length; if lengths are steady, look for lists that your reward function keeps.",
+)  # fmt: skip
+def memory_grows(run: Evidence) -> str | None:
+    """Peak memory is reached early."""
+    memory = run["memory/peak_gb"].after(0.5)
+    if len(memory) < 2 * WINDOW or memory.values[-1] < 1.3 * memory.values[0]:
+        return None
+    return f"peak memory rose from {_number(memory.values[0])} to {_number(memory.values[-1])} GB in the second half"
+
+
+@check(
+    "slows-down", "note", ALL,
+    "Longer completions, a machine that others use too, or a reward that answers more and more slowly.",
+    "Compare time/rollout, time/score and time/learn: the one that grew names the cause.",
+)  # fmt: skip
+def slows_down(run: Evidence) -> str | None:
+    """Steps take about the same time."""
+    for name in ("time/rollout", "time/score", "time/learn", "time/step"):
+        series = run[name]
+        if len(series) >= 2 * WINDOW and series.last > 5 * series.after(0.1).first > 0:
+            return f"{name} rose from {_number(series.after(0.1).first)} to {_number(series.last)} s"
+    return None
+
+
+@check(
+    "other-template", "error", ALL,
+    "The models of this run were trained with different chat templates, so one of them reads text that it never saw.",
+    "Train the parent again with the template of this run, or set model.chat_template to the parent's.",
+    live=False,
+)  # fmt: skip
+def other_template(run: Evidence) -> str | None:
+    """Parents have the run's tokenizer and chat template."""
+    for parent in run.info.get("parents", []):
+        info = _info(parent.get("path"))
+        for key, name in (("tokenizer", "tokenizer"), ("chat_template", "chat template")):
+            mine, theirs = run.info.get(key), info.get(key)
+            if mine and theirs and mine != theirs and not run.option("reward.retokenize"):
+                return f"its {name} is not that of {parent['path']}"
+    return None
+
+
+@check(
+    "parent-changed", "note", ALL,
+    "The parent was trained again after this run read it, so this run does not continue from what is there now.",
+    "Run this stage again if you want the new parent; else keep a copy of both.",
+    live=False,
+)  # fmt: skip
+def parent_changed(run: Evidence) -> str | None:
+    """Parents are still those that the run read."""
+    for parent in run.info.get("parents", []):
+        now = _info(parent.get("path")).get("model_fingerprint")
+        if now and parent.get("fingerprint") and now != parent["fingerprint"]:
+            return f"{parent['path']} has other weights than when this run started"
+    return None
+
+
+def _info(path: Any) -> dict[str, Any]:
+    """The run.json of a parent; empty if it is no run, or gone."""
+    try:
+        found = json.loads((Path(str(path)) / "run.json").read_text("utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+@check(
+    "completions-alike", "warning", ("ppo",),
+    "The policy gives one answer to every prompt, which the reward accepts.",
+    "Read samples.jsonl; raise kl.controller.coef; make the reward read the prompt.",
+    live=False,
+)  # fmt: skip
+def completions_alike(run: Evidence) -> str | None:
+    """Different prompts get different answers."""
+    answers = [str(row.get("answer", "")).strip() for row in run.samples]
+    prompts = {json.dumps(row.get("messages")) for row in run.samples}
+    if len(prompts) < 8:
+        return None
+    answer, times = Counter(answers).most_common(1)[0]
+    if times < 0.5 * len(answers):
+        return None
+    return f"{times} of {len(answers)} held-out prompts got the answer {answer[:60]!r}"
+
+
+@check(
+    "repeats-itself", "warning", ("ppo",),
+    "The policy loops: it repeats phrases that the reward likes, or lost the ability to end.",
+    "Raise kl.controller.coef, lower rollout.max_new_tokens, set shaping.missing_eos={name: fixed, score: -1}.",
+    live=False,
+)  # fmt: skip
+def repeats_itself(run: Evidence) -> str | None:
+    """Few phrases come twice in an answer: four words, or twelve characters where there are no words."""
+    shares = []
+    for row in run.samples:
+        text = str(row.get("answer", ""))
+        units, size = (text.split(), 4) if len(text.split()) >= 12 else (list(text), 12)
+        phrases = [tuple(units[i : i + size]) for i in range(len(units) - size + 1)]
+        if len(phrases) >= 8:
+            shares.append(1 - len(set(phrases)) / len(phrases))
+    if len(shares) < 4 or sum(shares) / len(shares) < 0.4:
+        return None
+    return f"{sum(shares) / len(shares):.0%} of the phrases in its last {len(shares)} answers are repetitions"

@@ -1,0 +1,42 @@
+"""`rlhf doctor`: what is wrong with a run, why, and what to do."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from rlhf.core.console import print_json, say
+from rlhf.doctor.diagnosis import diagnose
+from rlhf.doctor.evidence import Evidence, read_evidence
+from rlhf.doctor.findings import CHECKS, Finding
+from rlhf.doctor.run_checks import planned_steps
+
+STYLES = {"error": "bold red", "warning": "yellow", "note": None}
+
+
+def command(
+    runs: Annotated[list[Path], typer.Argument(help="Run folders, finished, running or crashed.")],
+    as_json: Annotated[bool, typer.Option("--json", help="Print only JSON lines, one per finding.")] = False,
+) -> None:
+    """Say what is wrong with runs, the worst first, each with its usual causes and a remedy."""
+    for evidence in [read_evidence(run) for run in runs]:
+        findings = diagnose(evidence)
+        if as_json:
+            for finding in findings:
+                print_json({"run": str(evidence.path), **finding.as_dict()})
+        else:
+            _show(evidence, findings)
+
+
+def _show(run: Evidence, findings: list[Finding]) -> None:
+    state = "running" if run.running else run.info["status"] if run.info["status"] == "complete" else "stopped"
+    steps = f"step {run.steps:,}" + (f" of {planned:,}" if (planned := planned_steps(run)) else "")
+    checks = sum(run.stage in check.stages for check in CHECKS)
+    result = f"{len(findings)} of {checks} checks found something" if findings else f"{checks} checks, nothing wrong"
+    say(f"{run.path}: {run.stage}, {state}, {steps}: {result}", style="bold")
+    for finding in findings:
+        say(f"  {finding.severity}: {finding.name}: {finding.what}", style=STYLES[finding.severity])
+        say(f"    Why: {finding.cause}")
+        say(f"    Do:  {finding.remedy}")

@@ -1,0 +1,242 @@
+"""`rlhf doctor` by figures: every check finds its fault, and nothing in healthy metrics."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import pytest
+import tiny
+from typer.testing import CliRunner
+
+from rlhf.core.errors import UserError
+from rlhf.doctor.diagnosis import Watch, diagnose
+from rlhf.doctor.evidence import Evidence, Series, read_evidence
+from rlhf.doctor.findings import CHECKS
+from stages.cli import app
+
+STEPS = 20
+CONFIG = {
+    "updates": STEPS,
+    "rollout": {"max_new_tokens": 64, "min_new_tokens": 0, "ahead": 0},
+    "optimizer": {"max_grad_norm": 1.0},
+    "critic": {"warmup_updates": 0},
+}
+
+
+def line(first, last):
+    """A straight line over the steps."""
+    return [first + (last - first) * step / (STEPS - 1) for step in range(STEPS)]
+
+
+HEALTHY = {
+    "ppo": {
+        "objective/scores": line(0.1, 2.0),
+        "objective/scores_std": line(1.0, 0.8),
+        "objective/kl": line(0.0, 6.0),
+        "objective/kl_k3": line(0.0, 7.0),
+        "objective/entropy": line(2.0, 1.2),
+        "rollout/response_length": line(30, 35),
+        "rollout/eos_rate": line(0.9, 0.95),
+        "policy/approx_kl": line(0.01, 0.001),
+        "policy/clipfrac": line(0.08, 0.01),
+        "policy/first_ratio_min": line(1.0, 1.0),
+        "policy/first_ratio_max": line(1.0, 1.0),
+        "val/explained_variance": line(-0.5, 0.6),
+        "val/clipfrac": line(0.3, 0.1),
+        "optimizer/grad_norm": line(2.0, 1.0),
+        "memory/peak_gb": line(1.0, 1.05),
+        "time/learn": line(1.0, 1.2),
+    },
+    "sft": {
+        "train/loss": line(3.0, 1.5),
+        "eval/loss": line(3.0, 1.7),
+        "optimizer/grad_norm": line(2.0, 1.0),
+    },
+    "reward": {
+        "train/loss": line(1.5, 0.9),
+        "eval/loss": line(1.5, 1.0),
+        "eval/accuracy": line(0.5, 0.72),
+        "eval/log_loss": line(0.69, 0.58),
+        "eval/ceiling": line(0.8, 0.8),
+        "optimizer/grad_norm": line(2.0, 1.0),
+    },
+}
+
+BROKEN = {
+    "first-ratio": ("ppo", {"policy/first_ratio_max": line(1.0, 1.02)}),
+    "sampler-gap": ("ppo", {"rollout/sampler_gap_mean": line(0.01, 0.4)}),
+    "starts-away-from-the-reference": ("ppo", {"objective/kl_k3": line(3.0, 7.0)}),
+    "negative-kl": ("ppo", {"objective/kl": line(0.0, -2.0)}),
+    "kl-estimators-disagree": ("ppo", {"objective/kl_k3": line(0, 90), "rollout/response_length": line(500, 500)}),
+    "policy-runs-away": ("ppo", {"objective/kl": line(0, 90), "objective/kl_k3": line(0, 120)}),
+    "policy-does-not-move": ("ppo", {"policy/approx_kl": line(1e-12, 1e-13)}),
+    "clipping-saturated": ("ppo", {"policy/clipfrac": line(0.2, 0.5)}),
+    "entropy-collapsed": ("ppo", {"objective/entropy": [*line(2.0, 0.0)[:15], *[0.01] * 5]}),
+    "entropy-explodes": ("ppo", {"objective/entropy": line(2.0, 5.0)}),
+    "never-ends": ("ppo", {"rollout/eos_rate": line(0.5, 0.0)}),
+    "ends-at-once": ("ppo", {"rollout/response_length": line(9.0, 1.0)}),
+    "length-drifts": ("ppo", {"rollout/response_length": line(20, 60)}),
+    "reward-constant": ("ppo", {"objective/scores_std": line(0.0, 0.0)}),
+    "reward-explodes": ("ppo", {"objective/scores": line(0.0, 900.0), "objective/scores_std": line(1.0, 90.0)}),
+    "reward-falls": ("ppo", {"objective/scores": line(2.0, -3.0)}),
+    "critic-useless": ("ppo", {"val/explained_variance": line(-0.5, -0.4)}),
+    "value-clipping-saturated": ("ppo", {"val/clipfrac": line(0.6, 0.8)}),
+    "loss-does-not-fall": ("sft", {"train/loss": line(3.0, 3.0)}),
+    "loss-diverges": ("sft", {"train/loss": line(3.0, 9.0)}),
+    "overfits": ("reward", {"eval/loss": [*line(1.5, 1.0)[:10], *line(1.0, 2.0)[10:]]}),
+    "too-good-at-the-start": ("sft", {"train/loss": line(0.01, 0.0)}),
+    "no-better-than-guessing": ("reward", {"eval/accuracy": line(0.48, 0.51)}),
+    "overconfident": ("reward", {"eval/log_loss": line(0.69, 0.9)}),
+    "better-than-the-annotators": ("reward", {"eval/accuracy": line(0.5, 0.97)}),
+    "not-finite": ("ppo", {"loss/value": [*line(1, 1)[:-1], math.inf]}),
+    "gradient-spikes": ("sft", {"optimizer/grad_norm": [1.0] * 15 + [50.0] + [1.0] * 4}),
+    "gradient-always-clipped": ("sft", {"optimizer/grad_norm": line(200, 100)}),
+    "memory-grows": ("ppo", {"memory/peak_gb": [*[1.0] * 10, *[1.0 + i / 10 for i in range(10)]]}),
+    "slows-down": ("ppo", {"time/learn": [1.0] * 12 + [9.0] * 8}),
+}
+
+
+def evidence(stage, metrics, **config):
+    found = Evidence(stage, CONFIG | config)
+    for step in range(STEPS):
+        found.add(step + 1, {name: values[step] for name, values in metrics.items()})
+    return found
+
+
+def names(found):
+    return [finding.name for finding in found]
+
+
+@pytest.mark.parametrize("stage", HEALTHY)
+def test_healthy_metrics_are_not_accused(stage):
+    assert names(diagnose(evidence(stage, HEALTHY[stage]), live=True)) == []
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_each_check_finds_its_fault_and_says_what_it_saw(name):
+    stage, broken = BROKEN[name]
+    found = diagnose(evidence(stage, HEALTHY[stage] | broken), live=True)
+    assert name in names(found)
+    finding = found[names(found).index(name)]
+    assert any(character.isdigit() for character in finding.what) and finding.cause and finding.remedy
+
+
+def test_every_check_of_metrics_has_a_broken_example_here():
+    assert {check.name for check in CHECKS if check.live} == set(BROKEN)
+
+
+def test_options_that_explain_a_figure_are_known():
+    small = {"policy/first_ratio_max": line(1.0, 1.01)}
+    assert names(diagnose(evidence("ppo", HEALTHY["ppo"] | small, compile=True), live=True)) == []
+    fixed = {"rollout": {"max_new_tokens": 8, "min_new_tokens": 8}}
+    ends = {"rollout/eos_rate": line(0.0, 0.0)}
+    assert names(diagnose(evidence("ppo", HEALTHY["ppo"] | ends, **fixed), live=True)) == []
+    gap = {"rollout/sampler_gap_mean": line(0.1, 0.2)}
+    ahead = {"rollout": {"max_new_tokens": 64, "ahead": 1}}
+    assert names(diagnose(evidence("ppo", HEALTHY["ppo"] | gap, **ahead), live=True)) == []
+    late = {"policy/approx_kl": [0.0] * 10 + [0.01] * 10}
+    assert names(diagnose(evidence("ppo", HEALTHY["ppo"] | late, critic={"warmup_updates": 10}), live=True)) == []
+
+
+def test_the_worst_comes_first():
+    broken = BROKEN["value-clipping-saturated"][1] | BROKEN["reward-constant"][1] | BROKEN["clipping-saturated"][1]
+    found = diagnose(evidence("ppo", HEALTHY["ppo"] | broken), live=True)
+    assert names(found) == ["reward-constant", "clipping-saturated", "value-clipping-saturated"]
+
+
+def test_a_watch_says_each_thing_once_and_nothing_that_was_known():
+    said: list[str] = []
+    watch = Watch(Evidence("ppo", CONFIG), said.append)
+    for step in range(STEPS):
+        watch.log(step + 1, {"objective/scores": 1.0, "objective/scores_std": 0.0})
+    assert len(said) == 1 and said[0].startswith("error: reward-constant: all completions of an update have the same")
+    Watch(watch.evidence, said.append).log(STEPS + 1, {"objective/scores": 1.0, "objective/scores_std": 0.0})
+    assert len(said) == 1
+
+
+def test_series_take_medians_of_the_ends():
+    series = Series(tuple(range(7)), (9.0, 1.0, 2.0, 3.0, 4.0, 5.0, 0.0))
+    assert (series.first, series.last, series.median) == (3.0, 3.0, 3.0)
+    assert series.after(0.5).values == (3.0, 4.0, 5.0, 0.0)
+    assert Series((1, 2), (1.0, 3.0)).mean_and_error == (2.0, 1.0)
+
+
+# ---- run folders
+
+
+def run_folder(path, status="complete", **info):
+    path.mkdir(parents=True)
+    (path / "run.json").write_text(json.dumps({"stage": "ppo", "status": status, **info}))
+    (path / "config.yaml").write_text("updates: 20\nrollout: {max_new_tokens: 64}\n")
+    rows = [{"step": i + 1, **{name: values[i] for name, values in HEALTHY["ppo"].items()}} for i in range(STEPS)]
+    (path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows) + '{"step": 21, "obj')
+    return path
+
+
+def samples(path, answers):
+    rows = [
+        {"step": 20, "messages": [{"role": "user", "content": f"q {i}"}], "answer": answer}
+        for i, answer in enumerate(answers)
+    ]
+    (path / "samples.jsonl").write_text('{"step": 0, "answer": "old"}\n' + "".join(json.dumps(r) + "\n" for r in rows))
+
+
+def test_a_healthy_folder_is_not_accused_and_a_torn_last_line_is_no_fault(tmp_path):
+    run = run_folder(tmp_path / "run")
+    samples(run, [f"answer {i} with words of its own" for i in range(8)])
+    assert names(diagnose(read_evidence(run))) == []
+
+
+def test_a_crashed_run_is_told_how_to_go_on(tmp_path):
+    run = run_folder(tmp_path / "run", status="running")
+    (run / "checkpoints/step-00000010").mkdir(parents=True)
+    [finding] = diagnose(read_evidence(run))
+    assert finding.name == "stopped" and "step 20 of 20, the last checkpoint is step-00000010" in finding.what
+    assert "--resume" in finding.remedy
+
+
+def test_answers_that_are_alike_or_repeat_themselves_are_found(tmp_path):
+    run = run_folder(tmp_path / "alike")
+    samples(run, ["yes"] * 6 + ["no", "perhaps"])
+    [finding] = diagnose(read_evidence(run))
+    assert finding.name == "completions-alike" and "6 of 8" in finding.what
+    run = run_folder(tmp_path / "loops")
+    samples(run, [f"{i} " + "so good so good " * 8 for i in range(8)])
+    assert names(diagnose(read_evidence(run))) == ["repeats-itself"]
+
+
+def test_parents_with_another_template_or_other_weights_are_found(tmp_path):
+    parent = run_folder(tmp_path / "parent", chat_template="aaa", tokenizer="t", model_fingerprint="2")
+    facts = {"parents": [{"path": str(parent), "fingerprint": "1"}], "tokenizer": "t"}
+    run = run_folder(tmp_path / "run", chat_template="bbb", **facts)
+    assert names(diagnose(read_evidence(run))) == ["other-template", "parent-changed"]
+    gone = run_folder(tmp_path / "gone", parents=[{"path": "nowhere", "fingerprint": "1"}])
+    assert names(diagnose(read_evidence(gone))) == []
+
+
+def test_the_command_prints_findings_with_cause_and_remedy_or_as_json(tmp_path):
+    good, bad = run_folder(tmp_path / "good"), run_folder(tmp_path / "bad", status="running")
+    shown = CliRunner().invoke(app, ["doctor", str(good), str(bad)])
+    assert shown.exit_code == 0
+    assert f"{good}: ppo, complete, step 20 of 20: " in shown.stdout and "checks, nothing wrong" in shown.stdout
+    assert "error: stopped: " in shown.stdout and "Why: " in shown.stdout and "Do:  " in shown.stdout
+    lines = CliRunner().invoke(app, ["doctor", str(bad), "--json"]).stdout.splitlines()
+    assert [json.loads(line)["name"] for line in lines] == ["stopped"]
+
+
+def test_what_is_no_run_is_refused(tmp_path):
+    with pytest.raises(UserError, match=str(tmp_path)):
+        read_evidence(tmp_path)
+    run = run_folder(tmp_path / "run")
+    (run / "config.yaml").write_text("a: [")
+    with pytest.raises(UserError, match="cannot be read"):
+        read_evidence(run)
+
+
+def test_the_page_lists_every_check():
+    page = (tiny.REPOSITORY / "docs" / "doctor.md").read_text("utf-8")
+    for check in CHECKS:
+        stages = ", ".join(check.stages) if len(check.stages) < 5 else "all"
+        meaning = (check.fn.__doc__ or "").rstrip(".")
+        assert f"| `{check.name}` | {check.severity} | {stages} | {meaning} |" in page
