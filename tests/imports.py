@@ -8,6 +8,7 @@ import pytest
 from rows import jsonl
 
 from data_tools.importers import IMPORTERS
+from rlhf.data.columns import as_record
 
 DATA = Path(__file__).parents[2] / "shared" / "data"
 EXPORTS = DATA / "annotation_exports"
@@ -42,7 +43,8 @@ AUTHENTIC = {
 def read(name, path, **options):
     """(records, rejects) of one file."""
     rejects = []
-    return list(IMPORTERS.pick({"name": name, **options})(Path(path), rejects.append)), rejects
+    made = IMPORTERS.pick({"name": name, **options})(Path(path), rejects.append)
+    return list(map(as_record, made)), rejects
 
 
 def made(tmp_path, name, *rows, **options):

@@ -138,7 +138,7 @@ def test_the_fast_way_through_a_usual_transcript_gives_what_the_slow_one_gives(h
     usual = hh_module._usual(head + chosen, head + rejected)
     if usual is not None:
         slow = hh_module._any(head + chosen, head + rejected)
-        assert (usual, usual.id, type(usual)) == (slow, slow.id, type(slow))
+        assert (usual.record(), usual.id, usual.prompt_id) == (slow, slow.id, slow.prompt_id)
 
 
 @pytest.mark.skipif(not HH.exists(), reason="../shared is absent")
@@ -146,8 +146,8 @@ def test_nearly_all_real_transcripts_are_usual_and_come_out_as_by_the_slow_way()
     with gzip.open(HH, "rt", encoding="utf-8") as file:
         rows = [json.loads(line) for line in file]
     usual = [(hh_module._usual(row["chosen"], row["rejected"]), row) for row in rows]
-    made = [(record, row) for record, row in usual if record is not None]
-    assert all(record == hh_module._any(row["chosen"], row["rejected"]) for record, row in made)
+    made = [(ranking, row) for ranking, row in usual if ranking is not None]
+    assert all(ranking.record() == hh_module._any(row["chosen"], row["rejected"]) for ranking, row in made)
     assert len(made) > 0.9 * len(rows)
 
 

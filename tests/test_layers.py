@@ -29,7 +29,9 @@ COMBINING = {
     "stages.__main__",
 }  # fmt: skip
 """Modules that put stages together; all others in stages/ stand alone."""
-OPEN_TO_DATA_TOOLS = ("rlhf.core.", "rlhf.data.schema", "rlhf.data.jsonl", "rlhf.data.store", "rlhf.data.row_check")
+OPEN_TO_DATA_TOOLS = (
+    "rlhf.core.", "rlhf.data.schema", "rlhf.data.columns", "rlhf.data.jsonl", "rlhf.data.store", "rlhf.data.row_check",
+)  # fmt: skip
 """What data_tools may import of the library."""
 MOST_LINES = 450
 FEWEST_FILES, MOST_FILES = 2, 14

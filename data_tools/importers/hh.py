@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from functools import partial
 from itertools import cycle
 from pathlib import Path
 from typing import Any, Literal
@@ -13,14 +12,14 @@ from data_tools.importers.table import IMPORTERS, Head, convert_rows
 from data_tools.reading.fields import as_jsonl
 from data_tools.reading.rows import JSON
 from data_tools.reading.turns import is_transcript
-from rlhf.data.schema import BadRecord, Candidate, Message, Ranking, Record, unchecked
+from rlhf.data.columns import RankingRow, ranking_row
+from rlhf.data.schema import BadRecord, Candidate, Message, Ranking, Record
 from rlhf.data.store import OnReject
 
 _QUESTION, _ANSWER = "\n\nHuman:", "\n\nAssistant:"
 _TURN = re.compile(r"\n\n(Human|Assistant):")
-_message, _candidate = partial(tuple.__new__, Message), partial(tuple.__new__, Candidate)
-"""From a tuple of all fields, without a call of Python code: a third of the time of `Message(...)`."""
 _ROLES: dict[str, Literal["user", "assistant"]] = {"Human": "user", "Assistant": "assistant"}
+_SPEAKERS = ("user", "assistant")
 
 
 def detect(head: Head) -> str | None:
@@ -38,7 +37,7 @@ SAMPLE = as_jsonl(
 
 
 @IMPORTERS.row("hh-rlhf", suffixes=JSON, sample=SAMPLE, detect=detect)
-def hh_rlhf(path: Path, reject: OnReject) -> Iterator[Record]:
+def hh_rlhf(path: Path, reject: OnReject) -> Iterator[Record | RankingRow]:
     """Anthropic HH-RLHF: rows {chosen, rejected} of whole transcripts that share all but the last answer.
 
     Ranks: chosen 1, rejected 2; the format has no ties. The format does not say in which order the
@@ -55,11 +54,8 @@ def hh_rlhf(path: Path, reject: OnReject) -> Iterator[Record]:
     return convert_rows(path, reject, _ranking, usual=_usual_row)
 
 
-def _usual_row(row: Any) -> Ranking | None:
-    """The ranking of a row of two texts and nothing else, as nearly all are, or None.
-
-    No turn of it holds the mark of another, so it passes the check for a transcript inside one text.
-    """
+def _usual_row(row: Any) -> RankingRow | None:
+    """The ranking of a row of two texts and nothing else, as nearly all are, or None."""
     if type(row) is dict and len(row) == 2:
         chosen, rejected = row.get("chosen"), row.get("rejected")
         if type(chosen) is str and type(rejected) is str:
@@ -67,11 +63,40 @@ def _usual_row(row: Any) -> Ranking | None:
     return None
 
 
+def _usual(chosen: str, rejected: str) -> RankingRow | None:
+    """The ranking of a row as nearly all are, or None: this is most of an import's time.
+
+    Such a row begins with a question, its speakers take turns, no turn is empty, and the second text repeats the first
+    up to the last answer. It then needs no check, also not for a transcript inside one text.
+    """
+    head, _, best = chosen.rpartition(_ANSWER)
+    start = len(head) + len(_ANSWER)
+    if not (rejected.startswith(head) and rejected.startswith(_ANSWER, len(head))):
+        return None
+    other = rejected[start:]
+    if _QUESTION in best or _QUESTION in other or _ANSWER in other:
+        return None
+    turns: list[str] = []
+    for exchange in head.split(_ANSWER):  # an answer (before the first question: nothing) and the next question
+        said = exchange.split(_QUESTION)
+        if len(said) != 2:
+            return None
+        turns += said
+    nothing, *turns = map(str.strip, turns)
+    best, other = best.strip(), other.strip()
+    if nothing or not (all(turns) and best and other and best != other):
+        return None
+    try:
+        return ranking_row(tuple(zip(cycle(_SPEAKERS), turns)), _candidates(best, other), (1, 2), "hh-rlhf")
+    except TypeError:  # a lone surrogate
+        return None
+
+
 def _ranking(row: Any) -> Ranking:
     if not isinstance(row, dict) or not isinstance(row.get("chosen"), str) or not isinstance(row.get("rejected"), str):
         remedy = 'Each line needs {"chosen": text, "rejected": text}; is this the right format name?'
         raise BadRecord("not a row of chosen and rejected text", remedy=remedy)
-    return _usual(row["chosen"], row["rejected"]) or _any(row["chosen"], row["rejected"])
+    return _any(row["chosen"], row["rejected"])
 
 
 def _any(chosen: str, rejected: str) -> Ranking:
@@ -82,46 +107,13 @@ def _any(chosen: str, rejected: str) -> Ranking:
         raise BadRecord("the transcripts differ before the last answer", remedy=remedy)
     if best == other:
         raise BadRecord("the two answers are identical", remedy="Nothing was preferred; leave the row out.")
-    return Ranking(prompt, source="hh-rlhf", candidates=_candidates(best, other), ranks=(1, 2))
+    candidates = tuple(Candidate(*candidate) for candidate in _candidates(best, other))
+    return Ranking(prompt, source="hh-rlhf", candidates=candidates, ranks=(1, 2))
 
 
-def _candidates(chosen: str, rejected: str) -> tuple[Candidate, Candidate]:
-    return _candidate((chosen, "", "model", None)), _candidate((rejected, "", "model", None))
-
-
-def _usual(chosen: str, rejected: str) -> Ranking | None:
-    """The ranking of a row as nearly all are, or None: this is most of an import's time.
-
-    Such a row begins with a question, its speakers take turns, no turn is empty, and the second text repeats the first
-    up to the last answer. Its record then needs no check.
-    """
-    *exchanges, best = chosen.split(_ANSWER)
-    start = len(chosen) - len(best)
-    if not exchanges or not rejected.startswith(chosen[:start]):
-        return None
-    turns: list[str] = []
-    for exchange in exchanges:  # an answer (before the first question: nothing) and the next question
-        said = exchange.split(_QUESTION)
-        if len(said) != 2:
-            return None
-        turns += said
-    other = rejected[start:]
-    if turns[0] or _QUESTION in best or _QUESTION in other or _ANSWER in other:
-        return None
-    if not (_is_unicode(chosen) and _is_unicode(other)):
-        return None
-    turns, best, other = list(map(str.strip, turns[1:])), best.strip(), other.strip()
-    if not (all(turns) and best and other and best != other):
-        return None
-    prompt = tuple(map(_message, zip(cycle(("user", "assistant")), turns)))
-    return unchecked(Ranking, messages=prompt, source="hh-rlhf", candidates=_candidates(best, other), ranks=(1, 2))
-
-
-def _is_unicode(text: str) -> bool:
-    try:
-        return text.isascii() or bool(text.encode())
-    except UnicodeEncodeError:  # a lone surrogate
-        return False
+def _candidates(chosen: str, rejected: str) -> tuple[tuple[str, str, Literal["model"], None], ...]:
+    """The fields of both candidates."""
+    return (chosen, "", "model", None), (rejected, "", "model", None)
 
 
 def _transcript(text: str, field: str) -> tuple[tuple[Message, ...], str]:

@@ -24,6 +24,7 @@ from rlhf.core.command_line import command_line
 from rlhf.core.errors import UserError, nearest
 from rlhf.core.limits import read_yaml
 from rlhf.core.table import Pick
+from rlhf.data.columns import RankingRow, as_record
 from rlhf.data.schema import SPLITS, BadRecord, Record
 from rlhf.data.store import ROWS_PER_TABLE, DatasetWriter, Reject, check_new, file_hash
 
@@ -193,16 +194,15 @@ def _write(writer: DatasetWriter, read: Any, files: list[Path], reject: Rejects,
     for file in files:
         with console.progress(f"importing {file.name}", None, "rows") as advance:
             for chunk in _chunks(read(file, reject), ROWS_PER_TABLE):
-                for record in chunk:
-                    try:
-                        writer.write(replace(record, **changes) if changes else record)
-                    except BadRecord as fault:
-                        remedy = "Import each kind to its own --out."
-                        raise UserError(f"{file}: {fault}", "A dataset holds one kind of record.", remedy) from None
+                try:
+                    writer.write_all([replace(as_record(made), **changes) for made in chunk] if changes else chunk)
+                except BadRecord as fault:
+                    remedy = "Import each kind to its own --out."
+                    raise UserError(f"{file}: {fault}", "A dataset holds one kind of record.", remedy) from None
                 advance(len(chunk))
 
 
-def _chunks(records: Iterable[Record], size: int) -> Iterator[list[Record]]:
+def _chunks(records: Iterable[Record | RankingRow], size: int) -> Iterator[list[Record | RankingRow]]:
     iterator = iter(records)
     while chunk := list(islice(iterator, size)):
         yield chunk

@@ -18,6 +18,7 @@ from data_tools.reading.turns import begins_with_mark, has_later_marks
 from data_tools.reading.unread import NestedFields
 from rlhf.core.errors import UserError
 from rlhf.core.table import Table
+from rlhf.data.columns import RankingRow
 from rlhf.data.jsonl import READ_ERRORS, Item, OnReject, Reject, open_bytes
 from rlhf.data.schema import BadRecord, Demonstration, Prompt, Record
 
@@ -43,10 +44,10 @@ def convert_rows(
     reject: OnReject,
     convert: Callable[[Any], Record | Iterable[Record | BadRecord]],
     left_out: Collection[str] = (),
-    usual: Callable[[Any], Record | None] | None = None,
+    usual: Callable[[Any], RankingRow | None] | None = None,
     read: Callable[[Path, OnReject], Iterator[Item]] = rows,
-) -> Iterator[Record]:
-    """Records from the rows of a file. A field that is null is absent.
+) -> Iterator[Any]:
+    """Records from the rows of a file, and what `usual` gives. A field that is null is absent.
 
     A row is rejected where `convert` does not read a field that could matter, also in an object inside it
     (`NestedFields`).
@@ -55,7 +56,7 @@ def convert_rows(
         convert: Gives the record of one row, or raises BadRecord. For a row of several records (a task with several
             annotations), it gives an iterable of records and BadRecords, each BadRecord one that cannot be used.
         left_out: Fields that the format's docstring says are left out.
-        usual: Tried first, for speed: gives the record of a row that has no other fields than those it reads and needs
+        usual: Tried first, for speed: gives the ranking of a row that has no other fields than those it reads and needs
             none of the checks here, or None.
         read: Gives the rows of the file.
     """
@@ -66,8 +67,8 @@ def convert_rows(
         return [converted] if isinstance(converted, Prompt) else list(converted)
 
     for line, raw, value in read(path, reject):
-        if usual is not None and (record := usual(value)) is not None:
-            yield record
+        if usual is not None and (ranking := usual(value)) is not None:
+            yield ranking
             continue
         try:
             value = without_nulls(value) if (b"null" if isinstance(raw, bytes) else "null") in raw else value

@@ -9,6 +9,7 @@ import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, NoReturn
 
@@ -52,6 +53,8 @@ class Item(NamedTuple):
     value: Any
 
 
+_item = partial(tuple.__new__, Item)  # a third of the time of `Item(...)`
+
 OnReject = Callable[[Reject], None]
 
 
@@ -90,7 +93,7 @@ def read_rows(path: Path, file: BinaryIO, on_reject: OnReject) -> Iterator[Item]
         EOFError, zlib.error, OSError: The `READ_ERRORS`: damaged compressed data, or an unreadable file.
     """
     line, longest = 0, limits.ROW_BYTES
-    while raw := file.readline(longest):
+    while raw := file.readline(longest):  # every row of every import comes here, so a usual one takes few steps
         line += 1
         if len(raw) == longest and not raw.endswith(b"\n"):
             while (rest := file.readline(longest)) and not rest.endswith(b"\n"):
@@ -98,14 +101,17 @@ def read_rows(path: Path, file: BinaryIO, on_reject: OnReject) -> Iterator[Item]
             fault = BadRecord("a line that is too long", f"more than {longest:,} bytes", "Shorten the texts.")
             on_reject(Reject.of(path, line, fault, raw[:RAW_KEPT]))
             continue
-        if raw.isspace():
-            continue
         try:
-            row = parse(raw)
-        except BadRecord as error:
-            on_reject(Reject.of(path, line, error if raw.endswith(b"\n") else cut_off_fault(error), raw))
-        else:
-            yield Item(line, raw, row)
+            row = orjson.loads(raw)
+        except orjson.JSONDecodeError:
+            if raw.isspace():
+                continue
+            try:
+                row = parse(raw)
+            except BadRecord as error:
+                on_reject(Reject.of(path, line, error if raw.endswith(b"\n") else cut_off_fault(error), raw))
+                continue
+        yield _item((line, raw, row))
 
 
 def parse(raw: bytes) -> Any:

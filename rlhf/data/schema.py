@@ -223,18 +223,6 @@ def _dense_ranks(values: tuple[float, ...]) -> tuple[int, ...]:
     return tuple(order[value] for value in values)
 
 
-def unchecked(kind: type[Prompt], **given: Any) -> Any:
-    """A record without the checks, which take most of the time. Only for fields that are known to be valid.
-
-    Args:
-        kind: The class of the record.
-        given: Its fields; the others have their defaults. Ranks must be dense.
-    """
-    record = object.__new__(kind)
-    object.__setattr__(record, "__dict__", given)  # the defaults are attributes of the class
-    return record
-
-
 # ---- checks ------------------------------------------------------------------------------------------------------
 
 

@@ -8,11 +8,10 @@ from __future__ import annotations
 import json
 import sys
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
-from itertools import accumulate, chain, repeat
 from operator import attrgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, Protocol
@@ -20,17 +19,10 @@ from typing import TYPE_CHECKING, Any, NoReturn, Protocol
 from rlhf.core.errors import UserError, nearest
 from rlhf.core.files import partial_path, whole_folder, write_json
 from rlhf.core.lazy import lazy
+from rlhf.data.columns import RankingRow, Row, arrow_schema, arrow_table, characters, rows_of, splits_of
 from rlhf.data.jsonl import RAW_KEPT, OnReject, Reject, read_jsonl, read_rows
 from rlhf.data.manifest import RESTORE, file_hash, read_manifest, shard_fault
-from rlhf.data.schema import (
-    KINDS,
-    SCHEMA_VERSION,
-    BadRecord,
-    Demonstration,
-    Proposal,
-    Record,
-    from_dict,
-)
+from rlhf.data.schema import KINDS, SCHEMA_VERSION, BadRecord, Record, from_dict
 
 __all__ = [
     "Dataset", "DatasetWriter", "Observer", "OnReject", "Reject", "check_new", "file_hash", "open_dataset",
@@ -47,46 +39,6 @@ ROWS_PER_SHARD = 200_000
 ROWS_PER_GROUP = 5_000
 ROWS_PER_TABLE = 200  # records that are converted to Arrow together; larger tables were not faster
 CHARS_PER_GROUP = 32_000_000  # bounds memory, and keeps columns of long texts below Arrow's 2 GiB
-
-
-def _arrow_schema(kind: str) -> pa.Schema:
-    text = pa.string()
-    fields = [("id", text), ("prompt_id", text)]
-    fields += [("messages", pa.list_(pa.struct([("role", text), ("content", text)])))]
-    fields += [("source", text), ("group", text), ("split", text)]
-    if kind == "demonstration":
-        fields += [("answer", text), ("author", text)]
-    if kind in ("proposal", "ranking"):
-        candidate = pa.struct([("text", text), ("author", text), ("author_kind", text), ("score", pa.float64())])
-        fields += [("candidates", pa.list_(candidate))]
-    if kind == "ranking":
-        fields += [("ranks", pa.list_(pa.int32())), ("annotator", text), ("time", text)]
-        fields += [("seconds", pa.float64()), ("shown", pa.bool_()), ("weight", pa.float64())]
-        fields += [("merged", pa.list_(text))]
-    return pa.schema(fields)
-
-
-def _columns(records: list[Record], kind: str) -> pa.Table:
-    """The records as an Arrow table. Flattening nested lists here is ten times faster than `Table.from_pylist`."""
-    schema = _arrow_schema(kind)
-    columns = []
-    by_column = zip(*map(attrgetter(*schema.names), records)) if records else repeat(())
-    for column, values in zip(schema, by_column):
-        if pa.types.is_list(column.type) and pa.types.is_struct(column.type.value_type):
-            struct = column.type.value_type  # with the fields of Message or Candidate, in their order
-            parts = zip(*chain.from_iterable(values)) if records else [()] * struct.num_fields
-            children = [_array(part, child.type) for part, child in zip(parts, struct)]
-            offsets = pa.array([0, *accumulate(map(len, values))], pa.int32())
-            columns.append(pa.ListArray.from_arrays(offsets, pa.StructArray.from_arrays(children, fields=list(struct))))
-        else:
-            columns.append(_array(values, column.type))
-    return pa.Table.from_arrays(columns, schema=schema)
-
-
-def _array(values: Iterable[Any], kind: pa.DataType) -> pa.Array:
-    if pa.types.is_floating(kind):  # an integer may be too large for Arrow's 64 bits
-        values = [None if value is None else float(value) for value in values]
-    return pa.array(list(values), kind)
 
 
 # ---- reading -----------------------------------------------------------------------------------------------------
@@ -301,7 +253,7 @@ class DatasetWriter:
         self.count = 0
         self._closing = ExitStack()
         self._splits: Counter[str] = Counter()
-        self._records: list[Record] = []
+        self._waiting: list[Record | RankingRow] = []
         self._tables: list[pa.Table] = []
         self._in_group = self._chars = 0
         self._shards: list[dict[str, Any]] = []
@@ -341,42 +293,58 @@ class DatasetWriter:
         Raises:
             BadRecord: The record is of another kind.
         """
-        if record.kind != self.kind:
-            if self.kind is not None:
-                raise BadRecord(f"a {record.kind} in a dataset of {self.kind}s")
-            self.kind = record.kind
-        self._records.append(record)
-        chars = 0
-        for message in record.messages:
-            chars += len(message.content)
-        if isinstance(record, Proposal):
-            for candidate in record.candidates:
-                chars += len(candidate.text)
-        elif isinstance(record, Demonstration):
-            chars += len(record.answer)
-        self._chars += chars
+        self._check_kind(record.kind)
+        self._waiting.append(record)
         self.count += 1
-        rows = len(self._records)
-        full = self._in_group + rows >= ROWS_PER_GROUP or self._chars >= CHARS_PER_GROUP
-        if full or rows >= ROWS_PER_TABLE:
-            self._convert()
-        if full:
+        if len(self._waiting) == ROWS_PER_TABLE:
+            self._add_waiting()
+
+    def write_all(self, records: Sequence[Record | RankingRow]) -> None:
+        """Add records of the writer's kind; faster than one by one.
+
+        Raises:
+            BadRecord: A record is of another kind.
+        """
+        for kind in dict.fromkeys(map(attrgetter("kind"), records)):
+            self._check_kind(kind)
+        self._waiting += records
+        self.count += len(records)
+        self._add_waiting()
+
+    def _check_kind(self, kind: str) -> None:
+        if kind != self.kind:
+            if self.kind is not None:
+                raise BadRecord(f"a {kind} in a dataset of {self.kind}s")
+            self.kind = kind
+
+    def _add_waiting(self) -> None:
+        assert self.kind is not None
+        rows, self._waiting = rows_of(self._waiting, self.kind), []
+        self._add(rows)
+
+    def _add(self, rows: list[Row]) -> None:
+        """Add rows to the group, and write it where it is full."""
+        assert self.kind is not None
+        chars = self._chars + characters(rows, self.kind)
+        fit = self._in_group + len(rows) <= ROWS_PER_GROUP and chars < CHARS_PER_GROUP
+        if not fit and len(rows) > 1:
+            half = len(rows) // 2
+            self._add(rows[:half])
+            self._add(rows[half:])
+            return
+        self._tables.append(arrow_table(rows, self.kind))
+        self._splits.update(split or "none" for split in splits_of(rows))
+        self._in_group += len(rows)
+        self._chars = chars
+        if self._in_group == ROWS_PER_GROUP or not fit:
             with self._write_errors():
                 self._flush()
-
-    def _convert(self) -> None:
-        """Turn the records into the group's next table."""
-        assert self.kind is not None
-        self._tables.append(_columns(self._records, self.kind))
-        self._splits.update([record.split or "none" for record in self._records])
-        self._in_group += len(self._records)
-        self._records = []
 
     def _flush(self) -> None:
         assert self.kind is not None
         if self._file is None:
             name = f"shard-{len(self._shards):05d}.parquet"
-            self._file = pq.ParquetWriter(self.partial / name, _arrow_schema(self.kind), compression="zstd")
+            self._file = pq.ParquetWriter(self.partial / name, arrow_schema(self.kind), compression="zstd")
             self._shards.append({"file": name})
         table = pa.concat_tables(self._tables).combine_chunks()
         if self._observer is not None:
@@ -410,8 +378,8 @@ class DatasetWriter:
     def _finish(self) -> None:
         if self.kind is None:
             raise UserError(f"{self.path}: there are no records to write")
-        if self._records or not self.count:
-            self._convert()
+        if self._waiting or not self.count:
+            self._add_waiting()
         if self._tables:
             self._flush()
         if self._file is not None:
