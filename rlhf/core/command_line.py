@@ -1,9 +1,10 @@
-"""The command that started this process, for provenance records."""
+"""The command that started this process and the commit of its code, for provenance records."""
 
 from __future__ import annotations
 
 import re
 import shlex
+import subprocess
 import sys
 from pathlib import Path
 
@@ -32,3 +33,18 @@ def command_line() -> str:
 def without_credentials(text: str) -> str:
     """A text without the user names and passwords in its URLs: `http://me:secret@host` becomes `http://host`."""
     return re.sub(r"([A-Za-z][A-Za-z0-9+.-]*://)[^/?#\s]*@", r"\1", text)
+
+
+def git_commit() -> str | None:
+    """The git commit of the code, with '+changes' if files were changed; None outside a checkout."""
+    folder = Path(__file__).parent
+    try:
+        commit = _git(folder, "rev-parse", "HEAD")
+        return commit + ("+changes" if _git(folder, "status", "--porcelain", "-uno") else "")
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def _git(folder: Path, *words: str) -> str:
+    command = ["git", "-C", str(folder), *words]
+    return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()

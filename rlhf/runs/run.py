@@ -12,8 +12,7 @@ import hashlib
 import importlib.metadata
 import json
 import shutil
-import subprocess
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -22,6 +21,7 @@ from typing import Any
 from rlhf import distributed
 from rlhf.config.base import StageConfig
 from rlhf.config.load import dump_config
+from rlhf.core.command_line import git_commit
 from rlhf.core.console import is_main, say
 from rlhf.core.errors import UserError
 from rlhf.core.files import append_jsonl, write_bytes, write_json, write_text
@@ -32,6 +32,7 @@ from rlhf.distributed.deepspeed_json import zero_stage
 from rlhf.runs.changes import check_inputs, check_zero_stage, extension
 from rlhf.runs.checkpoint import Checkpoints
 from rlhf.runs.lock import LOCK, check_free, lock, unlock
+from rlhf.runs.logged import lines_until
 from rlhf.runs.model_folder import check_model_folder, no_model
 
 REQUIRED = {"stage": str, "status": str}
@@ -81,29 +82,7 @@ class Run:
             file = self.path / name
             if file.is_file():
                 lines = file.read_bytes().splitlines(keepends=True)
-                write_bytes(file, b"".join(_lines_until(step, lines, file)))
-
-
-def _lines_until(step: int, lines: Sequence[bytes], file: Path) -> list[bytes]:
-    """The lines up to `step`. Damaged ones after the last of these are what a crash left, and are dropped too."""
-    steps = [_step_of(line) for line in lines]
-    kept = [index for index, at in enumerate(steps) if at is not None and at <= step]
-    for index in range(kept[-1] if kept else 0):
-        if steps[index] is None:
-            raise UserError(
-                f"{file}: line {index + 1} is damaged",
-                "Continuing would leave a hole in what the run has logged.",
-                "Repair or delete that line, then use --resume again.",
-            )
-    return [lines[index] for index in kept]
-
-
-def _step_of(line: bytes) -> float | None:
-    """The step of a logged line; None if it is damaged or was cut off."""
-    try:
-        return float(json.loads(line)["step"]) if line.endswith(b"\n") else None
-    except (ValueError, KeyError, TypeError, RecursionError):
-        return None
+                write_bytes(file, b"".join(lines_until(step, lines, file)))
 
 
 RUN_FILES = {
@@ -407,18 +386,3 @@ def finish(run: Run, **values: Any) -> None:
         unlock(run.path)
         say(f"Done: {run.model}")
     distributed.barrier()
-
-
-def git_commit() -> str | None:
-    """The git commit of the code, with '+changes' if files were changed; None outside a checkout."""
-    folder = Path(__file__).parent
-    try:
-        commit = _git(folder, "rev-parse", "HEAD")
-        return commit + ("+changes" if _git(folder, "status", "--porcelain", "-uno") else "")
-    except (OSError, subprocess.CalledProcessError):
-        return None
-
-
-def _git(folder: Path, *words: str) -> str:
-    command = ["git", "-C", str(folder), *words]
-    return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
