@@ -67,7 +67,7 @@ def test_a_run_trains_saves_and_resumes_its_own_parameters_alone(
         patch.setattr(sft.SFTObjective, "loss", loss)
         with pytest.raises(KeyboardInterrupt):
             run(values | {"run": str(cut)})
-    assert Run(cut, "sft").checkpoints(2).newest(1) is not None
+    assert Run(cut, "sft").checkpoints(2).newest() is not None
     biggest = max(file.stat().st_size for file in (cut / "checkpoints").rglob("*") if file.is_file())
     assert biggest < 12 * trained + 100_000  # weights and two moments of what is trained
     run(values | {"run": str(cut)}, resume=True)

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import random
 
 import numpy as np
 import pytest
 import torch
+import xxhash
 
-from rlhf.runs.checkpoint import SEAL, Checkpoints, damage
+from rlhf.core.errors import UserError
+from rlhf.runs.checkpoint import SEAL, Checkpoints, _share, damage
 from rlhf.runs.random_state import rng_state, seed_everything, set_rng_state
 
 
@@ -66,11 +67,44 @@ def test_a_damaged_checkpoint_is_never_taken_for_a_whole_one(harm, checkpoints, 
     assert "step-00000002" in capsys.readouterr().err
 
 
-def test_the_seal_lists_every_file_with_its_size_and_small_ones_with_their_hash(checkpoints):
+def test_the_seal_lists_every_file_with_its_size_and_checksum(checkpoints):
     write(checkpoints, 5)
     seal = json.loads((checkpoints.path(5) / SEAL).read_text())
-    digest = hashlib.sha256(bytes(105)).hexdigest()
-    assert seal == {"step": 5, "world_size": 1, "files": {"part/weights": 105}, "sha256": {"part/weights": digest}}
+    sums = {"part/weights": xxhash.xxh3_128(bytes(105)).hexdigest()}
+    assert seal == {"step": 5, "world_size": 1, "files": {"part/weights": 105}, "xxh3_128": sums}
+
+
+@pytest.mark.parametrize("place", [0, 2**20, 2**21 + 6])
+def test_one_flipped_bit_anywhere_is_found_and_the_file_is_named(place, checkpoints, capsys):
+    for step in (1, 2):
+        with checkpoints.write(step) as folder:
+            (folder / "big").write_bytes(bytes(2**21 + 7))
+            (folder / "empty").touch()
+    with open(checkpoints.path(2) / "big", "r+b") as file:
+        file.seek(place)
+        file.write(b"\x01")
+    assert damage(checkpoints.path(2), verify=False) is None, "the size has not changed"
+    assert checkpoints.newest() == (1, checkpoints.path(1))
+    assert "big is damaged: its checksum differs" in capsys.readouterr().err
+    with pytest.raises(UserError, match=r"step-00000002: big is damaged"):
+        checkpoints.check(2)
+
+
+def test_where_every_checkpoint_is_damaged_the_run_does_not_silently_start_again(checkpoints):
+    write(checkpoints, 1)
+    (checkpoints.path(1) / "part" / "weights").write_bytes(b"x" * 101)
+    with pytest.raises(UserError, match=r"step-00000001: part/weights is damaged"):
+        checkpoints.newest()
+
+
+def test_each_rank_hashes_the_files_that_it_wrote(monkeypatch):
+    names = ["a/rng-0.pt", "a/rng-1.pt", "loop.json", "state-2.safetensors", "state-3.safetensors"]
+    monkeypatch.setenv("WORLD_SIZE", "3")  # fewer than wrote them
+    shares = []
+    for rank in "012":
+        monkeypatch.setenv("RANK", rank)
+        shares.append(_share(names))
+    assert shares == [[0, 2, 4], [1], [3]]
 
 
 def test_without_checkpoints_there_is_no_newest(checkpoints):

@@ -89,7 +89,7 @@ def _run(stage: str, config: StageConfig, resume: bool, overwrite: bool, world: 
         return f"{config.run} (the existing run is deleted first)"
     if is_complete(config):
         return f"{config.run} (already complete)"
-    newest = Run(Path(config.run), stage).checkpoints(config.checkpoints.keep).newest(world)
+    newest = Run(Path(config.run), stage).checkpoints(config.checkpoints.keep).newest(verify=False, processes=world)
     if newest is None:
         return f"{config.run} (no complete checkpoint yet: starts from the beginning)"
     return f"{config.run} (continues after step {newest[0]:,})"

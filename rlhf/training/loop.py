@@ -134,7 +134,7 @@ class Loop(Generic[Batch]):
             reporter.close()
         self.engine.module.eval()
         if self.best_step != self.step:
-            self.engine.load(self.checkpoints.path(self.best_step), optimizer=False)
+            self.engine.load(self.checkpoints.check(self.best_step), optimizer=False)
 
     # ---- one step ----------------------------------------------------------------------------------------------------
 
@@ -183,7 +183,7 @@ class Loop(Generic[Batch]):
 
     def _not_finite(self) -> UserError:
         loss = distributed.all_sum(self._window)[0]
-        last = self.checkpoints.newest()
+        last = self.checkpoints.newest(verify=False)
         return UserError(
             f"step {self.step + 1}: the {'gradient' if loss.isfinite() else 'loss'} is not finite",
             "The step was not applied, since it would ruin the weights. "
