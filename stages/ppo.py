@@ -21,7 +21,7 @@ from rlhf import distributed
 from rlhf.cli.entry import main
 from rlhf.config.base import DataConfig
 from rlhf.core.console import is_main, say
-from rlhf.core.errors import UserError
+from rlhf.core.errors import Terminated, UserError
 from rlhf.data.chat_tokenizer import ChatTokenizer, load_tokenizer
 from rlhf.data.selection import open_datasets
 from rlhf.data.tables import prompt_lengths, tokenize
@@ -51,7 +51,7 @@ from rlhf.reward.sources import RewardContext, RewardInputs, own_chats
 from rlhf.rollout import samplers
 from rlhf.rollout.decode_step import check_family
 from rlhf.rollout.types import Completion, SamplingParams, stream_seed
-from rlhf.runs.random_state import rng_state, seed_everything, set_rng_state
+from rlhf.runs.random_state import load_rng, save_rng, seed_everything
 from rlhf.runs.run import (
     Run,
     check_same_text,
@@ -62,6 +62,7 @@ from rlhf.runs.run import (
     resolve_model_path,
     template_time,
 )
+from rlhf.runs.sigterm import sigterm_noted
 from rlhf.training.schedule import lr_scale
 from rlhf.tuning.merging import adapters_merged
 
@@ -124,19 +125,27 @@ class PPO:
         return PtxBatches(token_rows, self.config.loss.ptx_batch_size, (self.config.seed, PTX))
 
     def train(self) -> None:
-        """All remaining updates, with evaluations and checkpoints between them; then the result."""
+        """All remaining updates, with evaluations and checkpoints between them; then the result.
+
+        Raises:
+            Terminated: SIGTERM has come; the update was finished and a checkpoint written.
+        """
         config = self.config
         if self.done == 0:
             self.evaluate()
-        while self.done < config.updates:
-            metrics = self.update(self.done)
-            self.done += 1
-            self.reporter.update(self.done, metrics)
-            last = self.done == config.updates
-            if self.done % config.eval.every == 0 or last:
-                self.evaluate()
-            if self.done % config.checkpoints.every == 0 or last:
-                self.save()
+        with sigterm_noted() as ended:
+            while self.done < config.updates:
+                metrics = self.update(self.done)
+                self.done += 1
+                self.reporter.update(self.done, metrics)
+                last = self.done == config.updates
+                if self.done % config.eval.every == 0 or last:
+                    self.evaluate()
+                end = not last and ended()
+                if self.done % config.checkpoints.every == 0 or last or end:
+                    self.save()
+                if end:
+                    raise Terminated(f"Update {self.done:,} is in a checkpoint.")
         self.models.save(self.run.path, self.chat, config)
         finish(self.run, metrics=self.reporter.headline(), peak_memory=self.memory.measured())
         self.reporter.close()
@@ -310,7 +319,7 @@ class PPO:
             self.ahead = lambda: ahead
         with self.checkpoints.write(self.done) as folder:
             self.models.engine.save(folder)
-            torch.save(rng_state(), folder / f"rng-{distributed.rank()}.pt")
+            save_rng(folder)
             if is_main():
                 controller, stats = self.kl_controller.state_dict(), vars(self.score_stats)
                 state = {"done": self.done, "controller": controller, "score_stats": stats}
@@ -335,7 +344,7 @@ class PPO:
         if "ahead" in state:
             rollout = Rollout(self.draw_prompts(self.done), [Completion(**one) for one in state["ahead"]])
             self.ahead = lambda: rollout
-        set_rng_state(torch.load(folder / f"rng-{distributed.rank()}.pt", weights_only=True))
+        load_rng(folder, self.config.seed, step)
         self.run.rewind(step)
         say(f"Continuing after update {step}")
         found: list[dict[str, float]] = state.get("evaluations", [])

@@ -270,11 +270,11 @@ def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(changes, tmp_pat
 def test_a_damaged_checkpoint_is_passed_over_for_an_older_one(tmp_path, prompts, capsys):
     run(config(tmp_path / "run", prompts, updates=3))
     assert sorted(p.name for p in (tmp_path / "run" / "checkpoints").iterdir()) == ["step-00000002", "step-00000003"]
-    newest = tmp_path / "run" / "checkpoints" / "step-00000003" / "engine.pt"
+    newest = tmp_path / "run" / "checkpoints" / "step-00000003" / "state-000-0.safetensors"
     newest.write_bytes(newest.read_bytes()[:100])
     before = metrics(tmp_path / "run")
     run(config(tmp_path / "run", prompts, updates=3), resume=True)
-    assert "engine.pt has 100 bytes" in capsys.readouterr().err
+    assert "state-000-0.safetensors has 100 bytes" in capsys.readouterr().err
     assert metrics(tmp_path / "run") == before
 
 

@@ -96,13 +96,3 @@ def test_a_killed_run_continues_bit_for_bit(processes, moment, tmp_path, prompts
     assert lines(tmp_path / "cut" / "run") == lines(tmp_path / "whole" / "run")
     whole, cut = (load_file(tmp_path / n / "run" / "model" / "model.safetensors") for n in ("whole", "cut"))
     assert all(torch.equal(whole[name], cut[name]) for name in whole)
-
-
-def test_resuming_with_another_number_of_processes_says_what_to_do(tmp_path, prompts, reward_model):
-    settings = str(tiny.REPOSITORY / "configs" / "deepspeed" / "zero2.json")
-    file = write_config(tmp_path, prompts, reward_model, deepspeed=settings)
-    kill_when(start(2, file), (tmp_path / "run" / "checkpoints" / "step-00000001").is_dir)
-    process = start(1, file, "--resume")
-    output, _ = process.communicate(timeout=480)
-    assert process.returncode == 2
-    assert "written by 2 processes" in output and "Resume with --num-processes 2" in output

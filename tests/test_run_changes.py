@@ -1,4 +1,4 @@
-"""Continuing a run: nothing may have changed, but a finished run may be made longer."""
+"""Continuing a run: only where it runs may have changed, and a finished run may be made longer."""
 
 from __future__ import annotations
 
@@ -86,12 +86,25 @@ def test_an_unfinished_run_is_finished_before_it_is_made_longer(tmp_path: Path) 
         opened(tmp_path / "run", resume=True, batch={"max_steps": 8})
 
 
-def test_another_zero_stage_under_the_same_path_is_refused(tmp_path: Path) -> None:
+def test_a_run_goes_on_elsewhere_with_a_note(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = tmp_path / "zero.json"
     file.write_text(json.dumps({"zero_optimization": {"stage": 2}}))
-    opened(tmp_path / "run", deepspeed=str(file))
-    opened(tmp_path / "run", resume=True, deepspeed=str(file))
-    file.write_text(json.dumps({"zero_optimization": {"stage": 3}}))
-    with pytest.raises(UserError, match=r"says ZeRO stage 3, but .* was started with stage 2"):
-        opened(tmp_path / "run", resume=True, deepspeed=str(file))
-    opened(tmp_path / "run", overwrite=True, deepspeed=str(file))
+    opened(tmp_path / "run")
+    opened(tmp_path / "run", resume=True, deepspeed=str(file), batch={"micro_batch_size": 2})
+    notes = [
+        {
+            "batch.micro_batch_size": {"from": 8, "to": 2},
+            "deepspeed": {"from": None, "to": str(file)},
+            "zero_stage": {"from": 0, "to": 2},
+        }
+    ]
+    assert read_run(tmp_path / "run")["moved"] == notes
+    file.write_text(json.dumps({"zero_optimization": {"stage": 3}}))  # another stage under the same path
+    opened(tmp_path / "run", resume=True, deepspeed=str(file), batch={"micro_batch_size": 2})
+    opened(tmp_path / "run", resume=True, deepspeed=str(file), batch={"micro_batch_size": 2})
+    assert read_run(tmp_path / "run")["moved"] == [*notes, {"zero_stage": {"from": 2, "to": 3}}]
+
+
+def test_a_finished_run_stays_complete_elsewhere(tmp_path: Path) -> None:
+    finished(tmp_path / "run")
+    assert is_complete(config(tmp_path / "run", batch={"micro_batch_size": 1}, timeout_seconds=5))

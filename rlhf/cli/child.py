@@ -6,7 +6,7 @@ import os
 import sys
 from collections.abc import Sequence
 
-from rlhf.core.errors import UserError
+from rlhf.core.errors import SIGTERM_STATUS, Terminated, UserError
 from rlhf.distributed.launch import PARENT, PARENT_PID, run_child
 
 
@@ -21,11 +21,14 @@ def run_command(words: Sequence[str], what: str, remedy: str) -> None:
     Raises:
         UserError: It failed or was killed.
         KeyboardInterrupt: Ctrl-C was pressed.
+        Terminated: SIGTERM came, and the command ended, in the middle of training with a checkpoint.
     """
     environment = {**os.environ, PARENT: "pipeline", PARENT_PID: str(os.getpid())}
     status = run_child([sys.executable, "-m", "stages.cli", *words], environment)
     if status == 130:
         raise KeyboardInterrupt
+    if status == SIGTERM_STATUS:
+        raise Terminated
     if status:
         how = f"was killed by signal {-status}" if status < 0 else f"ended with exit status {status}"
         raise UserError(f"{what} {how}", "Its own message is above.", remedy)

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from rlhf import distributed
 from rlhf.core.command_line import without_credentials
 from rlhf.core.console import err, is_main
-from rlhf.core.errors import UserError
+from rlhf.core.errors import SIGTERM_STATUS, Terminated, UserError
 from rlhf.distributed.launch import PARENT
 
 
@@ -28,8 +28,8 @@ def exit_on_error(resume: str | None = None) -> Iterator[None]:
     """Turn exceptions into messages and exit statuses.
 
     A UserError is printed without a traceback and exits with status 2, and so is a full disk. Ctrl-C prints `resume`
-    and exits with 130. Anything else keeps its traceback; on ranks other than 0 every line of it is prefixed with the
-    rank.
+    and exits with 130; SIGTERM, which a stage answers with a checkpoint, does the same with 143. Anything else keeps
+    its traceback; on ranks other than 0 every line of it is prefixed with the rank.
     """
     try:
         yield
@@ -40,6 +40,11 @@ def exit_on_error(resume: str | None = None) -> Iterator[None]:
         if is_main() and resume:
             err().print(f"\nInterrupted. {resume}", markup=False, soft_wrap=True)
         sys.exit(130)
+    except Terminated as stopped:
+        if is_main() and (resume or stopped.state):
+            words = filter(None, ("\nEnded by SIGTERM.", stopped.state, resume))
+            err().print(" ".join(words), markup=False, soft_wrap=True)
+        sys.exit(SIGTERM_STATUS)
     except Exception as error:
         if (full := full_disk(error)) is not None:
             print_error(full)

@@ -67,7 +67,7 @@ def check(
     """
     world = processes or distributed.world_size()
     pending_runs = {os.path.normpath(path): by for path, by in (pending_runs or {}).items()}
-    rows = [("run", _run(stage, config, resume, overwrite, world))]
+    rows = [("run", _run(stage, config, resume, overwrite))]
     rows += STAGE_CHECKS[stage](config, world, pending_runs)
     rows.append(("processes", f"{world}, {_zero(config, world)}"))
     for package in config.log.report_to:
@@ -81,7 +81,7 @@ def check(
 # ---- run folder and processes ------------------------------------------------------------------------------------
 
 
-def _run(stage: str, config: StageConfig, resume: bool, overwrite: bool, world: int) -> str:
+def _run(stage: str, config: StageConfig, resume: bool, overwrite: bool) -> str:
     check_run_folder(config, stage, resume, overwrite)
     if not is_run(config.run):
         return f"{config.run} (new)"
@@ -89,7 +89,7 @@ def _run(stage: str, config: StageConfig, resume: bool, overwrite: bool, world: 
         return f"{config.run} (the existing run is deleted first)"
     if is_complete(config):
         return f"{config.run} (already complete)"
-    newest = Run(Path(config.run), stage).checkpoints(config.checkpoints.keep).newest(verify=False, processes=world)
+    newest = Run(Path(config.run), stage).checkpoints(config.checkpoints.keep).newest(verify=False)
     if newest is None:
         return f"{config.run} (no complete checkpoint yet: starts from the beginning)"
     return f"{config.run} (continues after step {newest[0]:,})"

@@ -1,4 +1,4 @@
-"""The error class for users, and nearest-match hints."""
+"""The errors that end a command with a message, and nearest-match hints."""
 
 from __future__ import annotations
 
@@ -18,6 +18,22 @@ class UserError(Exception):
     def __init__(self, what: str, why: str = "", remedy: str = "") -> None:
         self.what, self.why, self.remedy = what, why, remedy
         super().__init__("\n".join(part for part in (what, why, remedy) if part))
+
+
+class Terminated(BaseException):
+    """SIGTERM has ended a run, as Ctrl-C does with KeyboardInterrupt; the process exits with status 143.
+
+    Args:
+        state: What was reached, as a sentence: "Update 3 is in a checkpoint."
+    """
+
+    def __init__(self, state: str = "") -> None:
+        self.state = state
+        super().__init__(state)
+
+
+SIGTERM_STATUS = 128 + 15
+"""The exit status of a process that SIGTERM has ended, as shells report it."""
 
 
 def nearest(name: str, valid: Iterable[str]) -> str:

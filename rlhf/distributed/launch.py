@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from rlhf.core.console import say
-from rlhf.core.errors import UserError
+from rlhf.core.errors import SIGTERM_STATUS, Terminated, UserError
 
 PARENT = "RLHF_PARENT"
 """Set by the parent process of a stage: a `launcher` prints the checks and how to resume, a `pipeline` prints only
@@ -39,7 +39,9 @@ def launch(module: str, arguments: Sequence[str], processes: int) -> None:
     Raises:
         UserError: More processes than GPUs, or a rank failed or was killed; says which rank, how, and where.
         KeyboardInterrupt: Ctrl-C was pressed, and the ranks have ended.
+        Terminated: SIGTERM came, and the ranks have ended, in the middle of training with a checkpoint.
     """
+    import psutil
     import torch
     from torch.distributed.elastic.multiprocessing import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -57,16 +59,28 @@ def launch(module: str, arguments: Sequence[str], processes: int) -> None:
     config = LaunchConfig(
         min_nodes=1, max_nodes=1, nproc_per_node=processes, run_id=uuid.uuid4().hex, max_restarts=0,
         rdzv_backend="c10d", rdzv_endpoint="localhost:0", local_addr="localhost",
+        signals_to_handle="SIGINT,SIGHUP,SIGQUIT",
     )  # fmt: skip
     say(f"Starting {processes} processes ...")
+
+    def forward(*_: Any) -> None:
+        # torch's launcher would kill ranks 30 seconds after SIGTERM; a step and a checkpoint may take longer
+        for child in psutil.Process().children():
+            child.terminate()
+
+    before = signal.signal(signal.SIGTERM, forward)
     try:
         elastic_launch(config, sys.executable)("-u", "-m", module, *arguments)
     except ChildFailedError as error:
+        if {failure.exitcode for failure in error.failures.values()} <= {SIGTERM_STATUS, -signal.SIGTERM}:
+            raise Terminated from None
         raise _failure(error.failures, processes) from None
     except SignalException as stopped:
         if stopped.sigval.name == "SIGINT":
             raise KeyboardInterrupt from None
         sys.exit(128 + stopped.sigval)
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def end_with_parent() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -76,6 +77,7 @@ def load_weights(model: Any, path: Path) -> None:
 
 if __name__ == "__main__":
     end_with_parent()
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # schedulers send it to all processes; the rank still needs this one
     torch.set_flush_denormal(True)  # as the trainer; see rlhf.distributed.start
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)  # what libraries print must not be taken for an answer

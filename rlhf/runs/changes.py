@@ -1,4 +1,4 @@
-"""What may differ when a run is continued: nothing, except that a finished run may be made longer."""
+"""What may differ when a run is continued: where it runs, and a finished run may be made longer."""
 
 from __future__ import annotations
 
@@ -14,6 +14,8 @@ from rlhf.distributed.deepspeed_json import zero_stage
 
 LENGTHS = ("updates", "batch.epochs", "batch.max_steps")
 """The keys that say how long a run trains."""
+PLACE = ("deepspeed", "batch.micro_batch_size", "batch.micro_batch_tokens", "gradient_checkpointing", "timeout_seconds")
+"""The keys that fit a run to its machine; they change what is trained by rounding alone."""
 MISSING = "(not set)"
 
 
@@ -26,13 +28,13 @@ def extension(path: Path, info: Mapping[str, Any], config: StageConfig) -> dict[
         config: The config that is to continue it.
 
     Returns:
-        None if the two are equal. If the run is complete and `config` only makes it longer, the note for run.json:
-        `{"updates": {"from": 40, "to": 60}}`.
+        None if the two are equal, except in PLACE. If the run is complete and `config` only makes it longer, the note
+        for run.json: `{"updates": {"from": 40, "to": 60}}`.
 
     Raises:
         UserError: They differ in anything else, or config.yaml cannot be read.
     """
-    changed = _changes(path, config)
+    changed = {key: pair for key, pair in _changes(path, config).items() if key not in PLACE}
     if not changed:
         return None
     note = {key: {"from": old, "to": new} for key, (old, new) in changed.items()}
@@ -85,21 +87,25 @@ def _longer(old: Any, new: Any) -> bool:
     return numbers and new > old
 
 
-def check_zero_stage(path: Path, info: Mapping[str, Any], config: StageConfig) -> None:
-    """Refuse to continue a run under another ZeRO stage, even if the path of the DeepSpeed file is the same.
+def moved(path: Path, info: Mapping[str, Any], config: StageConfig, processes: int) -> dict[str, Any]:
+    """What differs about where a run goes on, as a note for run.json; empty if nothing does.
 
-    Raises:
-        UserError: The stages differ.
+    Args:
+        path: The run folder.
+        info: Its run.json.
+        config: The config that is to continue it.
+        processes: How many are to continue it.
+
+    Returns:
+        `{"processes": {"from": 1, "to": 2}, "deepspeed": {"from": None, "to": "zero2.json"}}`.
     """
-    if config.deepspeed is None or "zero_stage" not in info:
-        return
-    before, now = info["zero_stage"], zero_stage(config.deepspeed)
-    if before != now:
-        raise UserError(
-            f"deepspeed: {config.deepspeed} says ZeRO stage {now}, but {path} was started with stage {before}",
-            "Each stage has its own format of checkpoint.",
-            f"Set the stage in that file back to {before}, or start again with --overwrite.",
-        )
+    found = {key: pair for key, pair in _changes(path, config).items() if key in PLACE}
+    stage = 0 if config.deepspeed is None else zero_stage(config.deepspeed)
+    for key, now in (("processes", processes), ("zero_stage", stage)):
+        before = info.get(key, now)
+        if before != now:
+            found[key] = (before, now)
+    return {key: {"from": old, "to": new} for key, (old, new) in found.items()}
 
 
 def check_inputs(path: Path, info: Mapping[str, Any], facts: Mapping[str, Any]) -> None:

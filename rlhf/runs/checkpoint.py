@@ -74,7 +74,7 @@ class Checkpoints:
         names = [path.name for path in self.folder.glob("step-*")]
         return sorted(int(name[5:]) for name in names if name[5:].isdigit())
 
-    def newest(self, verify: bool = True, processes: int | None = None) -> tuple[int, Path] | None:
+    def newest(self, verify: bool = True) -> tuple[int, Path] | None:
         """Step and folder of the newest complete checkpoint; None if none was written yet.
 
         Damaged ones are skipped with a warning.
@@ -82,16 +82,14 @@ class Checkpoints:
         Args:
             verify: Compare checksums, which reads every file; else sizes alone. Every rank calls it, and each reads
                 its share of the files.
-            processes: How many are to continue from it; this run's when left out.
 
         Raises:
-            UserError: There are checkpoints and all are damaged, or it was written by another number of processes.
+            UserError: There are checkpoints, and all are damaged.
         """
         faults = []
         for step in reversed(self._steps()):
             fault = damage(self.path(step), verify)
             if fault is None:
-                _check_processes(self.path(step), processes or distributed.world_size())
                 return step, self.path(step)
             faults.append(f"{self.path(step)}: {fault}")
             warn(f"{faults[-1]}; falling back to an older checkpoint")
@@ -179,13 +177,3 @@ def _seal(partial: Path, step: int) -> None:
         checksums = {name: bytes(row).hex() for name, row in zip(names, rows)}
         seal = {"step": step, "world_size": distributed.world_size(), "files": sizes, "xxh3_128": checksums}
         write_json(partial / SEAL, seal)
-
-
-def _check_processes(checkpoint: Path, processes: int) -> None:
-    wrote = int(read_json_object(checkpoint / SEAL)["world_size"])
-    if wrote != processes:
-        raise UserError(
-            f"{checkpoint}: written by {wrote} processes, this run has {processes}",
-            "Each process keeps its part of the optimizer state and its own random state.",
-            f"Resume with --num-processes {wrote}.",
-        )

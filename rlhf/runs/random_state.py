@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -34,6 +35,23 @@ def set_rng_state(state: dict[str, Any]) -> None:
     torch.set_rng_state(state["torch"])
     if "cuda" in state and torch.cuda.is_available():
         torch.cuda.set_rng_state(state["cuda"])
+
+
+def save_rng(folder: Path) -> None:
+    """Write this rank's generators into a checkpoint; every rank calls it."""
+    torch.save(rng_state(), folder / f"rng-{distributed.rank()}.pt")
+
+
+def load_rng(folder: Path, seed: int, step: int) -> None:
+    """Restore this rank's generators from a checkpoint.
+
+    If another number of ranks wrote it, there is no state for each, so all are seeded from the run's seed and the step.
+    Only dropout in adapters draws from them: the data's order and the sampler have streams of their own.
+    """
+    if len(list(folder.glob("rng-*.pt"))) == distributed.world_size():
+        set_rng_state(torch.load(folder / f"rng-{distributed.rank()}.pt", weights_only=True))
+    else:
+        seed_everything(seed + 7919 * step)
 
 
 def seed_everything(seed: int) -> None:

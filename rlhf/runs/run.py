@@ -29,7 +29,7 @@ from rlhf.core.limits import read_json_object
 from rlhf.data.schema import READABLE_VERSIONS, SCHEMA_VERSION
 from rlhf.data.store import Dataset
 from rlhf.distributed.deepspeed_json import zero_stage
-from rlhf.runs.changes import check_inputs, check_zero_stage, extension
+from rlhf.runs.changes import check_inputs, extension, moved
 from rlhf.runs.checkpoint import Checkpoints
 from rlhf.runs.lock import LOCK, check_free, lock, unlock
 from rlhf.runs.logged import lines_until
@@ -37,7 +37,7 @@ from rlhf.runs.model_folder import check_model_folder, no_model
 
 REQUIRED = {"stage": str, "status": str}
 """Keys that every run.json has, and their types."""
-LISTS = ("parents", "data", "extended")
+LISTS = ("parents", "data", "extended", "moved")
 """Keys of run.json that are lists of objects, where they are given."""
 PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "deepspeed", "datasets")
 
@@ -100,7 +100,7 @@ def open_run(config: StageConfig, stage: str, resume: bool, overwrite: bool, fac
 
     Args:
         config: The resolved config; with `resume` it must be the one that the run was started with, or make a complete
-            run longer.
+            run longer, or differ in where it runs (`changes.PLACE`).
         stage: sft, reward, dpo, ppo or specialist.
         resume: Continue from the newest complete checkpoint, or from the start if there is none.
         overwrite: Delete an existing run of that name first.
@@ -121,8 +121,7 @@ def open_run(config: StageConfig, stage: str, resume: bool, overwrite: bool, fac
         base: dict[str, Any] = {"stage": stage, "status": "running", "schema_version": SCHEMA_VERSION}
         base |= {"packages": {name: importlib.metadata.version(name) for name in PACKAGES}, "git": git_commit()}
         base |= {"processes": distributed.world_size(), **facts, **before}
-        if config.deepspeed is not None:
-            base["zero_stage"] = zero_stage(config.deepspeed)
+        base["zero_stage"] = 0 if config.deepspeed is None else zero_stage(config.deepspeed)
         new = not is_run(run.path)
         if new:  # first, since a folder with run.json is a run and must have its config, whenever a kill comes
             write_text(run.path / "config.yaml", dump_config(config))
@@ -139,7 +138,7 @@ def _checked_again(
     """Check the locked folder, since another process may have used it until now, and clear it for a new run.
 
     Returns:
-        What run.json keeps of an earlier start: notes of how the run was extended.
+        What run.json keeps of an earlier start: notes of how the run was extended, and moved to other processes.
     """
     path = Path(config.run)
     check_run_folder(config, stage, resume, overwrite)
@@ -157,7 +156,12 @@ def _checked_again(
     if note is not None and note not in notes:
         notes.append(note)
         say(f"{path} is complete; it is made longer: {note}")
-    return {"extended": notes} if notes else {}
+    moves, move = list(info.get("moved", [])), moved(path, info, config, distributed.world_size())
+    if move:
+        moves.append(move)
+        changes = (f"{key} {pair['from']} -> {pair['to']}" for key, pair in move.items())
+        say(f"{path} goes on elsewhere: {', '.join(changes)}")
+    return ({"extended": notes} if notes else {}) | ({"moved": moves} if moves else {})
 
 
 def check_run_folder(config: StageConfig, stage: str, resume: bool, overwrite: bool) -> None:
@@ -183,7 +187,6 @@ def check_run_folder(config: StageConfig, stage: str, resume: bool, overwrite: b
     if info["stage"] != stage:
         raise UserError(f"run: {path} is a {info['stage']} run, not a {stage} run", remedy="Name another folder.")
     extension(path, info, config)
-    check_zero_stage(path, info, config)
 
 
 def _check_no_run(path: Path, resume: bool) -> None:

@@ -16,9 +16,12 @@ from transformers.pytorch_utils import Conv1D
 
 from rlhf import distributed
 from rlhf.config.base import AdamWConfig
+from rlhf.core.console import is_main
 from rlhf.core.errors import UserError
 from rlhf.distributed.deepspeed_json import SET_BY_US, read_deepspeed
 from rlhf.models.load import compute_dtype
+from rlhf.training.deepspeed_shares import deepspeed_shares, refresh_weights
+from rlhf.training.saved_state import Share, load_state, save_state
 
 
 def cast_frozen_linears_(module: nn.Module, dtype: torch.dtype) -> list[tuple[nn.Module, Tensor]]:
@@ -119,25 +122,28 @@ class Engine:
                 layer.weight = weight
 
     def save(self, folder: Path) -> None:
-        """Write weights and optimizer state; every rank calls it."""
-        trainable = {n: p.detach() for n, p in self.module.named_parameters() if p.requires_grad}
-        torch.save({"weights": trainable, "optimizer": self.optimizer.state_dict()}, folder / "engine.pt")
+        """Write the trained weights and the optimizer state; every rank calls it."""
+        save_state(folder, self._shares(), self.optimizer, self.stage, self.stage > 0 or is_main())
 
     def load(self, folder: Path, optimizer: bool = True) -> None:
-        """Read back what `save` wrote; without `optimizer` only the weights matter afterwards.
+        """Read back what `save` wrote, by any number of processes under any ZeRO stage. Every rank calls it.
+
+        Args:
+            folder: The checkpoint.
+            optimizer: Read the optimizer state too.
 
         Raises:
             UserError: The checkpoint does not fit the model.
         """
-        # Mapped, not read, where the optimizer state would only take memory.
-        state = torch.load(
-            folder / "engine.pt", map_location=distributed.device(), weights_only=True, mmap=not optimizer
-        )
-        unknown = self.module.load_state_dict(state["weights"], strict=False).unexpected_keys
-        if unknown:
-            raise UserError(f"{folder}/engine.pt: contains parameters that the model does not have: {unknown[:3]}")
-        if optimizer:
-            self.optimizer.load_state_dict(state["optimizer"])
+        load_state(folder, [name for name, _ in self._named()], self._shares(), self.optimizer, self.stage, optimizer)
+
+    def _shares(self) -> list[Share]:
+        """The parts of the trained parameters that this rank's optimizer updates."""
+        return [Share(name, 0, p.numel(), p) for name, p in self._named()]
+
+    def _named(self) -> list[tuple[str, nn.Parameter]]:
+        names = {id(parameter): name for name, parameter in self.module.named_parameters()}
+        return [(names[id(parameter)], parameter) for parameter in self._parameters]
 
     def freeze(self, model: nn.Module) -> Any:
         """Put a frozen model on this process's device, in the precision of a trained one: equal weights, equal outputs.
@@ -239,14 +245,15 @@ class DeepSpeedEngine(Engine):
             finally:
                 add_hooks(self.deepspeed)
 
-    def save(self, folder: Path) -> None:
-        # A resumed run reads frozen weights from its parent; the base of an adapter is most of the model.
-        self.deepspeed.save_checkpoint(str(folder), tag="engine", exclude_frozen_parameters=True)
-
     def load(self, folder: Path, optimizer: bool = True) -> None:
-        found, _ = self.deepspeed.load_checkpoint(str(folder), tag="engine", load_module_strict=False)
-        if found is None:
-            raise UserError(f"{folder}: DeepSpeed finds no state of its own there", "Was the JSON changed?")
+        super().load(folder, optimizer)
+        if not self._whole:
+            refresh_weights(self.deepspeed.optimizer, self.stage)
+
+    def _shares(self) -> list[Share]:
+        if self._whole:
+            return super()._shares()
+        return deepspeed_shares(self._named(), self.deepspeed.optimizer, self.stage)
 
     def freeze(self, model: nn.Module) -> Any:
         # DeepSpeed trains a policy whose weights are all in the compute dtype, so frozen models are too.

@@ -14,11 +14,12 @@ from torch import Tensor, nn
 from rlhf import distributed
 from rlhf.config.base import SupervisedConfig
 from rlhf.core.console import format_number, is_main, say
-from rlhf.core.errors import UserError
+from rlhf.core.errors import Terminated, UserError
 from rlhf.core.files import write_json
 from rlhf.models.load import recompute_activations
-from rlhf.runs.random_state import rng_state, set_rng_state
+from rlhf.runs.random_state import load_rng, rng_state, save_rng, set_rng_state
 from rlhf.runs.run import Run
+from rlhf.runs.sigterm import sigterm_noted
 from rlhf.training.engine import Engine, make_engine
 from rlhf.training.epoch_order import StepRows
 from rlhf.training.reporter import Reporter
@@ -121,15 +122,21 @@ class Loop(Generic[Batch]):
 
         Raises:
             UserError: The checkpoint does not fit this run, or a loss or gradient is not finite.
+            Terminated: SIGTERM has come; the step was finished and a checkpoint written.
         """
+        self._open_window()
         if resume:
             self._resume()
         self.engine.module.train()
         reporter = Reporter(self.run, self.config.log.report_to, self.steps, self.step, self.config.log.watch)
         try:
-            self._open_window()
-            while self.step < self.steps:
-                self._finish_step(reporter, self._train_step())
+            with sigterm_noted() as ended:
+                while self.step < self.steps:
+                    saved = self._finish_step(reporter, self._train_step())
+                    if self.step < self.steps and ended():
+                        if not saved:
+                            self._save()
+                        raise Terminated(f"Step {self.step:,} is in a checkpoint.")
         finally:
             reporter.close()
         self.engine.module.eval()
@@ -167,11 +174,10 @@ class Loop(Generic[Batch]):
         starts = [(i * ranks + distributed.rank()) * self.micro for i in range(self.accumulation)]
         return [rows[start : start + self.micro] for start in starts]
 
-    def _finish_step(self, reporter: Reporter, metrics: dict[str, float]) -> None:
-        """Log, evaluate and save what is due after a step."""
+    def _finish_step(self, reporter: Reporter, metrics: dict[str, float]) -> bool:
+        """Log, evaluate and save what is due after a step; True if a checkpoint was written."""
         due = lambda every: self.step == self.steps or self.step % every == 0  # noqa: E731
         evaluate, save = self.held_out and due(self.config.eval.every), due(self.config.checkpoints.every)
-        # A resumed run averages over the same steps, since no window is open at a checkpoint.
         if evaluate or save or due(self.config.log.every):
             self._log(reporter, metrics)
         if evaluate and self._evaluate(reporter):
@@ -180,6 +186,7 @@ class Loop(Generic[Batch]):
             self._save()
         if evaluate or save:
             self._open_window()
+        return save
 
     def _not_finite(self) -> UserError:
         loss = distributed.all_sum(self._window)[0]
@@ -239,9 +246,13 @@ class Loop(Generic[Batch]):
     def _save(self) -> None:
         with self.checkpoints.write(self.step, protect=self.best_step) as folder:
             self.engine.save(folder)
-            torch.save(rng_state(), folder / f"rng-{distributed.rank()}.pt")
+            save_rng(folder)
+            # One row for each rank, so that a resumed run averages over the same steps: SIGTERM comes at any step.
+            window = distributed.all_gather_rows(self._window[None]).tolist()
             if is_main():
-                write_json(folder / "loop.json", {"step": self.step, "best": self.best})
+                state: dict[str, Any] = {"step": self.step, "best": self.best, "window": window, "logged": self._logged}
+                state["seconds"] = time.perf_counter() - self._since
+                write_json(folder / "loop.json", state)
 
     def _resume(self) -> None:
         newest = self.checkpoints.newest()
@@ -256,9 +267,14 @@ class Loop(Generic[Batch]):
                 remedy="Start again with --overwrite, or finish the run with the version that it was started with.",
             )
         self.engine.load(folder)
-        best = json.loads((folder / "loop.json").read_text("utf-8"))["best"]
-        self.step, self.best = step, tuple(best) if best else None
-        set_rng_state(torch.load(folder / f"rng-{distributed.rank()}.pt", weights_only=True))
+        state = json.loads((folder / "loop.json").read_text("utf-8"))
+        self.step, self.best = step, tuple(state["best"]) if state["best"] else None
+        window = torch.tensor(state["window"], dtype=torch.float64, device=distributed.device())
+        if len(window) != distributed.world_size():  # written by another number of ranks
+            window = torch.cat([window.sum(0)[None], window.new_zeros(distributed.world_size() - 1, window.shape[1])])
+        self._window, self._logged = window[distributed.rank()], state["logged"]
+        self._since = time.perf_counter() - state["seconds"]
+        load_rng(folder, self.config.seed, step)
         self.run.rewind(step)
         say(f"Continuing after step {step:,}")
 
