@@ -33,6 +33,7 @@ app = command_group(
             "Search for an instruction that makes a model answer better.",
         ),
         "compare": ("stages.compare:command", "Compare prompting, tuning, DPO and PPO on your own tasks."),
+        "runs": ("stages.runs:command", "List the runs below a folder with stage, state and result."),
         "doctor": ("stages.doctor:command", "Say what is wrong with a run, why, and what to do."),
         "export": ("stages.export:command", "Export a finished run in Hugging Face format."),
         "chat": ("stages.chat:command", "Chat with a model."),

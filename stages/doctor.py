@@ -31,11 +31,10 @@ def command(
 
 
 def _show(run: Evidence, findings: list[Finding]) -> None:
-    state = "running" if run.running else run.info["status"] if run.info["status"] == "complete" else "stopped"
     steps = f"step {run.steps:,}" + (f" of {planned:,}" if (planned := planned_steps(run)) else "")
     checks = sum(run.stage in check.stages for check in CHECKS)
     result = f"{len(findings)} of {checks} checks found something" if findings else f"{checks} checks, nothing wrong"
-    say(f"{run.path}: {run.stage}, {state}, {steps}: {result}", style="bold")
+    say(f"{run.path}: {run.stage}, {run.state}, {steps}: {result}", style="bold")
     for finding in findings:
         say(f"  {finding.severity}: {finding.name}: {finding.what}", style=STYLES[finding.severity])
         say(f"    Why: {finding.cause}")

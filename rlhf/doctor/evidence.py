@@ -105,6 +105,13 @@ class Evidence:
         return max((steps[-1] for steps, _ in self.columns.values()), default=0)
 
     @property
+    def state(self) -> str:
+        """`complete`, `running`, or `stopped` where nothing works on an incomplete run."""
+        if self.info.get("status") == "complete":
+            return "complete"
+        return "running" if self.running else "stopped"
+
+    @property
     def low_precision(self) -> bool:
         """Whether the computation may be in bfloat16; `auto` is, on a GPU."""
         return bool(self.option("precision", "auto") != "float32" and self.info.get("device", "cpu") != "cpu")

@@ -31,7 +31,7 @@ def planned_steps(run: Evidence) -> int | None:
 )  # fmt: skip
 def stopped(run: Evidence) -> str | None:
     """A run is complete, or a process is working on it."""
-    if run.running or run.info.get("status") == "complete":
+    if run.state != "stopped":
         return None
     planned = planned_steps(run)
     saved = sorted((run.path / "checkpoints").glob("step-*")) if run.path else []
