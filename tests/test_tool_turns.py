@@ -164,6 +164,26 @@ def test_kept_tools_are_part_of_the_prompt_and_a_call_is_counted(tmp_path: Path)
     ]
 
 
+def test_pairs_keep_turns_of_tools_in_their_prompt(tmp_path: Path) -> None:
+    openai = {
+        "input": {"messages": OPENAI["messages"][:4], "tools": TOOLS},
+        "preferred_output": [{"role": "assistant", "content": "It rains."}],
+        "non_preferred_output": [{"role": "assistant", "content": "Sun."}],
+    }
+    sharegpt = {**SHAREGPT, "conversations": SHAREGPT["conversations"][:-1], "chosen": gpt("It rains."),
+                "rejected": "Sun."}  # fmt: skip
+    called = {**openai, "preferred_output": OPENAI["messages"][2:3]}
+    for name, row in (("openai-preference", openai), ("sharegpt-preference", sharegpt)):
+        (record,), reasons = made(tmp_path, name, row, tools="keep")
+        assert ([c.text for c in record.candidates], record.ranks, reasons) == (["It rains.", "Sun."], (1, 2), [])
+        roles = [message.role for message in record.messages]
+        assert (roles[0], roles[-2:]) == ("tools", ["tool_calls", "tool"])
+        assert parsed(record)[0] == ("tools", TOOLS)
+        assert made(tmp_path, name, row)[0] == [], "they are rejected unless the option says otherwise"
+    records, (reason,) = made(tmp_path, "openai-preference", called, tools="keep")
+    assert (records, reason) == ([], "preferred_output: a tool call or a tool's turn")
+
+
 def test_calls_and_results_that_cannot_be_kept_are_rejected(tmp_path: Path) -> None:
     other = [*OPENAI["messages"][:3], {"role": "tool", "tool_call_id": "x", "content": "Rain"}, *OPENAI["messages"][4:]]
     bare = [{**AS_TEXT[1], "function_call": {"name": "weather", "arguments": "Bonn"}}]

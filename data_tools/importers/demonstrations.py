@@ -22,7 +22,7 @@ from data_tools.reading.fields import (
     text,
 )
 from data_tools.reading.rows import JSON
-from data_tools.reading.turns import tool_definitions, turns_with_tools
+from data_tools.reading.turns import TOOL_FIELDS, TOOLS_INSIDE, are_objects, tool_definitions, turns_with_tools
 from rlhf.data.jsonl import READ_ERRORS, Reject, open_bytes
 from rlhf.data.schema import BadRecord, Demonstration, Message, Prompt, Record
 from rlhf.data.store import OnReject
@@ -146,10 +146,6 @@ Turns = Literal["all", "last"]
 Tools = Literal["reject", "cut", "keep"]
 CALL_REMEDY = "Nothing is wrong: it is part of the prompts after it."
 ANSWERING = {name for name, role in SHAREGPT_ROLES.items() if role == "assistant"}
-TOOL_FIELDS = ("tools", "functions")
-"""What the field with the definitions of a chat's tools is called."""
-TOOLS_INSIDE = (*TOOL_FIELDS, "tool_calls", "function_call")
-"""Fields in which a name such as query is that of a tool's argument."""
 
 
 def _up_to_tools(turns: Any, tools: Tools, role: str = "role", content: str = "content") -> Any:
@@ -232,13 +228,8 @@ def sharegpt(path: Path, reject: OnReject, *, turns: Turns = "all", tools: Tools
 
     def convert(row: Any) -> Iterator[Record | BadRecord]:
         _refuse_thumbs(need(row, "conversations"))
-        if tools == "keep" and _are_objects(row["conversations"]):
-            said, _ = turns_with_tools(row["conversations"], "conversations", SHAREGPT_ROLES, *SHAREGPT)
-            system = text(row, "system", optional=True)
-            said = [Message("system", system), *said] if system else said
-            return _demonstrations([*tool_definitions(row, TOOL_FIELDS), *said], turns, "sharegpt")
         row["conversations"] = _up_to_tools(row["conversations"], tools, *SHAREGPT)
-        return _demonstrations(sharegpt_chat(row), turns, "sharegpt")
+        return _demonstrations(sharegpt_chat(row, tools == "keep"), turns, "sharegpt")
 
     return convert_rows(path, reject, convert, left_out=() if tools == "reject" else TOOLS_INSIDE)
 
@@ -289,7 +280,7 @@ def openai_chat(path: Path, reject: OnReject, *, turns: Turns = "all", tools: To
     def convert(row: Any) -> Iterator[Record | BadRecord]:
         _refuse_thumbs(need(row, "messages"))
         given = _up_to_tools(row["messages"], tools)
-        if tools == "keep" and _are_objects(given):
+        if tools == "keep" and are_objects(given):
             before = tool_definitions(row, TOOL_FIELDS)
             said, places = turns_with_tools(given, "messages", OPENAI_ROLES, "role", "content")
         else:
@@ -299,10 +290,6 @@ def openai_chat(path: Path, reject: OnReject, *, turns: Turns = "all", tools: To
         return _demonstrations([*before, *said], turns, "openai-chat", unlearned)
 
     return convert_rows(path, reject, convert, left_out=() if tools == "reject" else TOOLS_INSIDE)
-
-
-def _are_objects(turns: Any) -> bool:
-    return isinstance(turns, list) and all(isinstance(turn, dict) for turn in turns)
 
 
 def _weight(turn: dict[str, Any]) -> Any:

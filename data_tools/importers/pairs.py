@@ -4,18 +4,43 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from data_tools.importers import hh
 from data_tools.importers.table import IMPORTERS, Head, convert_rows
 from data_tools.reading.annotation_exports import brief
-from data_tools.reading.fields import SHAREGPT_ROLES, answer, as_jsonl, before_prompt, chat, need, text
+from data_tools.reading.fields import (
+    OPENAI_ROLES,
+    SHAREGPT_ROLES,
+    Role,
+    answer,
+    as_jsonl,
+    before_prompt,
+    chat,
+    need,
+    text,
+)
 from data_tools.reading.judgements import chosen_and_rejected, ranks_with_scores
 from data_tools.reading.rows import JSON
-from data_tools.reading.turns import has_later_marks, is_transcript, join_prompt, prompt_turns, shared_turns, turns_of
+from data_tools.reading.turns import (
+    TOOL_FIELDS,
+    TOOLS_INSIDE,
+    are_objects,
+    has_later_marks,
+    is_transcript,
+    join_prompt,
+    prompt_turns,
+    shared_turns,
+    tool_definitions,
+    turns_of,
+    turns_with_tools,
+)
 from rlhf.data.schema import BadRecord, Candidate, Message, Ranking, Record
 from rlhf.data.store import OnReject
+
+PairTools = Literal["reject", "keep"]
 
 # ---- TRL -------------------------------------------------------------------------------------------------------------
 
@@ -138,7 +163,7 @@ OPENAI_SAMPLE = as_jsonl(
 
 
 @IMPORTERS.row("openai-preference", suffixes=JSON, sample=OPENAI_SAMPLE, detect=_detect_openai)
-def openai_preference(path: Path, reject: OnReject) -> Iterator[Record]:
+def openai_preference(path: Path, reject: OnReject, *, tools: PairTools = "reject") -> Iterator[Record]:
     """OpenAI preference fine-tuning (DPO): rows {input: {messages}, preferred_output, non_preferred_output}.
 
     Ranks: preferred_output 1, non_preferred_output 2; the format itself has no scores and no ties, and does not say in
@@ -148,16 +173,23 @@ def openai_preference(path: Path, reject: OnReject) -> Iterator[Record]:
     candidates, and equal scores are a tie. Each output is a list of one message of the assistant. A `developer`
     message is a system turn.
 
-    Rejected: an output of several messages, turns that call tools, identical or empty answers, a non-preferred answer
-    with the higher score.
+    Args:
+        tools: What becomes of a row whose prompt has a turn that calls a tool or is a tool's. reject: it is a reject.
+            keep: such turns and the definitions of the tools are part of the prompt. Stages reject the prompts where
+            the model's chat template does not write them.
+
+    Rejected: an output of several messages, an answer that calls tools, identical or empty answers, a non-preferred
+    answer with the higher score.
     """
-    return convert_rows(path, reject, _openai_ranking)
+    left_out = () if tools == "reject" else TOOLS_INSIDE
+    return convert_rows(path, reject, partial(_openai_ranking, keep_tools=tools == "keep"), left_out)
 
 
-def _openai_ranking(row: Any) -> Ranking:
+def _openai_ranking(row: Any, keep_tools: bool) -> Ranking:
     need(row, "input", "preferred_output", "non_preferred_output")
-    asked = row["input"]
-    prompt = chat(asked.get("messages") if isinstance(asked, dict) else asked, "input.messages")
+    asked = row["input"] if isinstance(row["input"], dict) else {"messages": row["input"]}
+    prompt = tool_definitions(asked, TOOL_FIELDS) if keep_tools else []
+    prompt += _turns(asked.get("messages"), "input.messages", OPENAI_ROLES, "role", "content", keep_tools)
     better, worse = (answer(chat(row[name], name), name) for name in ("preferred_output", "non_preferred_output"))
     return _preference(row, prompt, better, worse, "openai-preference", ("preferred_output", "non_preferred_output"))
 
@@ -181,7 +213,7 @@ SHAREGPT_SAMPLE = as_jsonl(
 
 
 @IMPORTERS.row("sharegpt-preference", suffixes=JSON, sample=SHAREGPT_SAMPLE, detect=_detect_sharegpt)
-def sharegpt_preference(path: Path, reject: OnReject) -> Iterator[Record]:
+def sharegpt_preference(path: Path, reject: OnReject, *, tools: PairTools = "reject") -> Iterator[Record]:
     """ShareGPT-style pairs (LLaMA-Factory): rows {conversations, chosen, rejected} of turns {from, value}.
 
     Ranks: chosen 1, rejected 2, unless `score_chosen` and `score_rejected` are equal, which is a tie; scores stay with
@@ -189,15 +221,21 @@ def sharegpt_preference(path: Path, reject: OnReject) -> Iterator[Record]:
     `conversations`, after `system` where the row has one. `chosen` and `rejected` may be text, as in MedicalGPT's files
     with tools.
 
-    Rejected: turns of tools (`function_call`, `observation`), an answer that is not the assistant's, identical or
-    empty answers, a rejected answer with the higher score.
+    Args:
+        tools: What becomes of a row whose prompt has a turn that calls a tool or is a tool's. reject: it is a reject.
+            keep: such turns and the definitions of the tools are part of the prompt. Stages reject the prompts where
+            the model's chat template does not write them.
+
+    Rejected: an answer that is not the assistant's text, identical or empty answers, a rejected answer with the higher
+    score.
     """
-    return convert_rows(path, reject, _sharegpt_ranking)
+    left_out = () if tools == "reject" else TOOLS_INSIDE
+    return convert_rows(path, reject, partial(_sharegpt_ranking, keep_tools=tools == "keep"), left_out)
 
 
-def _sharegpt_ranking(row: Any) -> Ranking:
+def _sharegpt_ranking(row: Any, keep_tools: bool) -> Ranking:
     need(row, "conversations", "chosen", "rejected")
-    prompt = sharegpt_chat(row)
+    prompt = sharegpt_chat(row, keep_tools)
     better, worse = (
         row[name] if isinstance(row[name], str) else answer(chat([row[name]], name, SHAREGPT_ROLES, *SHAREGPT), name)
         for name in ("chosen", "rejected")
@@ -209,12 +247,24 @@ SHAREGPT = ("from", "value")
 """A turn's fields: who speaks, what is said."""
 
 
-def sharegpt_chat(row: dict[str, Any]) -> list[Message]:
+def sharegpt_chat(row: Mapping[str, Any], keep_tools: bool = False) -> list[Message]:
     """The turns of a ShareGPT row: `conversations`, after `system` where the row has one.
 
+    Args:
+        keep_tools: Turns of tools are kept, and the definitions of the tools come first.
+
     Raises:
-        BadRecord: They are not a list of turns {from, value} of people and models.
+        BadRecord: They are not a list of turns {from, value} of people and models, and of tools where these are kept.
     """
+    defined = tool_definitions(row, TOOL_FIELDS) if keep_tools else []
     system = text(row, "system", optional=True)
-    turns = chat(row.get("conversations"), "conversations", SHAREGPT_ROLES, *SHAREGPT)
-    return [Message("system", system), *turns] if system else turns
+    said = _turns(row.get("conversations"), "conversations", SHAREGPT_ROLES, *SHAREGPT, keep_tools)
+    return [*defined, *([Message("system", system)] if system else []), *said]
+
+
+def _turns(
+    turns: Any, name: str, roles: Mapping[str, Role], role: str, content: str, keep_tools: bool
+) -> list[Message]:
+    if keep_tools and are_objects(turns):
+        return turns_with_tools(turns, name, roles, role, content)[0]
+    return chat(turns, name, roles, role, content)

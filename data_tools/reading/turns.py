@@ -221,6 +221,16 @@ def prompt_turns(row: Mapping[str, Any], other: Collection[Any] = ()) -> list[Me
 
 # ---- turns of tools --------------------------------------------------------------------------------------------------
 
+TOOL_FIELDS = ("tools", "functions")
+"""What the field with the definitions of a chat's tools is called."""
+TOOLS_INSIDE = (*TOOL_FIELDS, "tool_calls", "function_call")
+"""Fields in which a name such as query is that of a tool's argument."""
+
+
+def are_objects(turns: Any) -> bool:
+    """Whether it is a list of objects, as the turns of a chat are."""
+    return isinstance(turns, list) and all(isinstance(turn, dict) for turn in turns)
+
 
 def turns_with_tools(
     turns: Sequence[Mapping[str, Any]], name: str, roles: Mapping[str, Role], role: str, content: str
