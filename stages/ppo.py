@@ -26,6 +26,7 @@ from rlhf.data.chat_tokenizer import ChatTokenizer, load_tokenizer
 from rlhf.data.selection import open_datasets
 from rlhf.data.tables import prompt_lengths, tokenize
 from rlhf.memory.peak import PeakMemory
+from rlhf.models.adapters import virtual_tokens_of
 from rlhf.models.load import load_hf_config, sequence_limit
 from rlhf.ppo import kl
 from rlhf.ppo.batching import Minibatch, Minibatches, TokenRows, endless, permutation
@@ -47,7 +48,7 @@ from rlhf.ppo.types import (
     gather_scores,
     gather_tokens,
 )
-from rlhf.reward.sources import RewardContext, RewardInputs, own_chats
+from rlhf.reward.sources import RewardContext, RewardInputs, model_terms, own_chats
 from rlhf.rollout import samplers
 from rlhf.rollout.decode_step import check_family
 from rlhf.rollout.types import Completion, SamplingParams, stream_seed
@@ -65,6 +66,8 @@ from rlhf.runs.run import (
 from rlhf.runs.sigterm import sigterm_noted
 from rlhf.training.schedule import lr_scale
 from rlhf.tuning.merging import adapters_merged
+from rlhf.tuning.methods import virtual_tokens
+from rlhf.tuning.virtual_tokens import check_scores
 
 KINDS = ("prompt", "demonstration", "ranking")
 TRAIN, EVAL, ORDER, EPOCH, PTX = range(5)
@@ -88,8 +91,11 @@ class PPO:
         self.chat = load_tokenizer(config.model, path, time)
         own = own_chats(config.reward, config.model, time)
         model_config = load_hf_config(config.model, path)
-        limit, self.vocab_size = sequence_limit(config.model, model_config), model_config.get_text_config().vocab_size
+        limit = sequence_limit(config.model, model_config) - most_virtual_tokens(config)
+        self.vocab_size = model_config.get_text_config().vocab_size
         check_family(model_config)
+        if config.needs_critic and virtual_tokens(config.critic.tuning):
+            check_scores(config.critic.tuning.name, model_config, "scalar")
         check_vocabularies(config, self.chat)
         self.run = open_ppo_run(config, self.chat, own, resume, overwrite)
         self.memory = PeakMemory()
@@ -349,6 +355,13 @@ class PPO:
         say(f"Continuing after update {step}")
         found: list[dict[str, float]] = state.get("evaluations", [])
         return found
+
+
+def most_virtual_tokens(config: PPOConfig) -> int:
+    """The most positions that virtual tokens use in a model that reads the policy's token ids."""
+    tunings = [config.tuning, *([config.critic.tuning] if config.needs_critic else [])]
+    scorers = [term["path"] for term in model_terms(config.reward) if not term.get("retokenize")]
+    return max(*map(virtual_tokens, tunings), *(virtual_tokens_of(resolve_model_path(path)) for path in scorers), 0)
 
 
 def open_ppo_run(

@@ -41,8 +41,9 @@ from rlhf.reward.scoring import score_rankings, score_texts
 from rlhf.runs.run import Run, data_facts, finish, open_run, parent_facts, resolve_model_path, template_time
 from rlhf.training.engine import Engine
 from rlhf.training.loop import Loop, Objective, supervised_engine
-from rlhf.tuning.methods import say_trainable
+from rlhf.tuning.methods import say_trainable, virtual_tokens
 from rlhf.tuning.save import save_result
+from rlhf.tuning.virtual_tokens import check_scores
 
 
 def run(config: RewardConfig, resume: bool = False, overwrite: bool = False) -> None:
@@ -53,7 +54,10 @@ def run(config: RewardConfig, resume: bool = False, overwrite: bool = False) -> 
     path = resolve_model_path(config.model.path)
     # 1. tokenizer, run folder, rows
     chat = load_tokenizer(config.model, path, template_time(config, resume))
-    limit = sequence_limit(config.model, load_hf_config(config.model, path))
+    found = load_hf_config(config.model, path)
+    if virtual_tokens(config.tuning):
+        check_scores(config.tuning.name, found, "scalar")
+    limit = sequence_limit(config.model, found) - virtual_tokens(config.tuning)
     data = open_datasets([*config.data.train, *config.data.eval], ["ranking"], "data")
     human_agreement = Agreement.of(data[len(config.data.train) :] or data)
     data += open_datasets(config.data.demonstrations, ["demonstration"], "reference")

@@ -360,11 +360,6 @@ def _loaded(run: str | Path) -> ScalarModel:
     return load_scalar(ModelConfig(path=str(run)), f"{run}/model", head="trained")
 
 
-def test_virtual_tokens_are_refused(tmp_path: Path, rankings: str) -> None:
-    with pytest.raises(UserError, match="'prompt-tuning' works in SFT and DPO only"):
-        config(tmp_path, rankings, tuning="prompt-tuning")
-
-
 def test_an_encoder_with_wordpiece_tokens_is_trained_and_loads_in_plain_transformers(
     tmp_path: Path, rankings: str
 ) -> None:

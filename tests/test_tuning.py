@@ -156,16 +156,16 @@ def check_scalar(pick: Pick, chat: ChatTokenizer, path: str, folder: Path) -> No
 
 @every_row
 def test_the_score_head_of_a_scalar_model_is_always_trained(pick: Pick, chat: ChatTokenizer, tmp_path: Path) -> None:
-    if pick.row.traits["prompt_learning"]:
-        with pytest.raises(UserError, match="reward model or critic"):
-            tuned_scalar(pick, chat, tiny.llama())
-    else:
-        check_scalar(pick, chat, tiny.llama(), tmp_path)
+    check_scalar(pick, chat, tiny.llama(), tmp_path)
 
 
 @pytest.mark.parametrize(
-    "spec", ["full", {"name": "last-layers", "layers": 1}, "lora", "ia3", {"name": "modules", "names": ["attention"]}]
-)
+    "spec",
+    [
+        "full", {"name": "last-layers", "layers": 1}, "lora", "ia3", {"name": "modules", "names": ["attention"]},
+        "prompt-tuning", "p-tuning", "prefix-tuning",
+    ],
+)  # fmt: skip
 def test_encoders_are_tuned_the_same_way(spec: Any, chat: ChatTokenizer, tmp_path: Path) -> None:
     check_scalar(TUNING.pick(spec), chat, tiny.bert(), tmp_path)
 

@@ -36,9 +36,8 @@ class PreferencePolicy(nn.Module):
         """
         if not reference or self.goes_on:
             return answer_logprobs(self.model, batch, chunks)
-        model = causal_lm(self.model) if has_virtual_tokens(self.model) else self.model
-        with adapters_off(model):
-            return answer_logprobs(model, batch, chunks)
+        with adapters_off(self.model) as base:
+            return answer_logprobs(base, batch, chunks)
 
 
 def answer_logprobs(model: nn.Module, batch: PreferenceBatch, chunks: int) -> tuple[Tensor, Tensor]:

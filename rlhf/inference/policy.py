@@ -10,7 +10,7 @@ from rlhf import distributed
 from rlhf.config.base import ModelConfig
 from rlhf.core.errors import UserError
 from rlhf.data.chat_tokenizer import ChatTokenizer, load_tokenizer
-from rlhf.models.adapters import is_adapter
+from rlhf.models.adapters import virtual_tokens_of
 from rlhf.models.load import compute_dtype, load_hf_config, load_policy, quiet, sequence_limit
 from rlhf.models.vocabulary import mask_unknown_ids, token_count
 from rlhf.rollout.types import SamplingParams
@@ -82,9 +82,7 @@ def open_policy(path: str | Path, chat_template: str = "auto", trust_remote_code
     chat = load_tokenizer(config, folder)
     model: Any = load_policy(config, folder, compute_dtype("auto"))
     mask_unknown_ids(model, token_count(chat.tokenizer))
-    limit = sequence_limit(config, load_hf_config(config, folder))
+    limit = sequence_limit(config, load_hf_config(config, folder)) - virtual_tokens_of(folder)
     # Only the command's options decide how to sample, not the generation config of the model's author (top_k 50, ...).
     model.generation_config = generation_config(model, chat)
-    if is_adapter(folder):
-        limit -= getattr(model.active_peft_config, "num_virtual_tokens", None) or 0
     return Policy(str(path), model.to(distributed.device()).eval(), chat, limit, trust_remote_code)

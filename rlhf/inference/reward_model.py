@@ -15,6 +15,7 @@ from rlhf.data.chat_tokenizer import ChatTokenizer, load_tokenizer
 from rlhf.data.encode_records import EncodingCounts, encode_ranking, fits
 from rlhf.data.schema import Prompt, Ranking
 from rlhf.data.selection import as_prompt
+from rlhf.models.adapters import virtual_tokens_of
 from rlhf.models.load import compute_dtype, load_hf_config, quiet, sequence_limit
 from rlhf.models.scalar import ScalarModel, load_scalar
 from rlhf.reward.metrics import ScoredRanking
@@ -88,6 +89,7 @@ def open_reward_model(path: str | Path, trust_remote_code: bool = False) -> Rewa
     """
     quiet()
     config, folder = ModelConfig(path=str(path), trust_remote_code=trust_remote_code), resolve_model_path(path)
-    chat, limit = load_tokenizer(config, folder), sequence_limit(config, load_hf_config(config, folder))
+    chat = load_tokenizer(config, folder)
+    limit = sequence_limit(config, load_hf_config(config, folder)) - virtual_tokens_of(folder)
     scalar = load_scalar(config, folder, head="trained").to(distributed.device(), compute_dtype("auto"))
     return RewardModel(scalar, chat, limit)

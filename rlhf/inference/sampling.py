@@ -20,6 +20,8 @@ from rlhf.inference.policy import Policy
 from rlhf.inference.sampling_params import sampling_params
 from rlhf.inference.task_adapters import RoutedPrompts
 from rlhf.models.encoder_decoder import is_encoder_decoder
+from rlhf.models.logprobs import causal_lm
+from rlhf.rollout.kv_cache import joinable
 from rlhf.rollout.samplers import hf
 from rlhf.rollout.types import Completion, SamplingParams, stream_seed
 
@@ -62,8 +64,7 @@ def sample(
         routed: Which adapter answers each of the prompts.
     """
     prompt_limit = prompt_limit or policy.prompt_limit(params)
-    batches = 1 if policy.prompt_learning else BATCHES_AT_ONCE
-    per_batch, cut = max(1, batches * params.batch_size // n), 0
+    per_batch, cut = max(1, BATCHES_AT_ONCE * params.batch_size // n), 0
     with progress(f"sampling from {policy.path}", len(prompts), "tokens") as advance:
         for start in range(0, len(prompts), per_batch):
             batch = prompts[start : start + per_batch]
@@ -149,7 +150,8 @@ def draw(
     policy: Policy, prompts: Sequence[list[int]], seeds: Sequence[int], params: SamplingParams
 ) -> list[Completion]:
     """One completion of each tokenised prompt, each from its own random stream."""
-    if policy.prompt_learning:  # `hf` decodes with the model alone, without PEFT's forward pass
+    if policy.prompt_learning and not is_encoder_decoder(policy.model) and not joinable(causal_lm(policy.model)):
+        # `hf` puts virtual tokens into a cache that such a model does not have; PEFT's own `generate` needs none
         return [generate(policy, ids, seed, params) for ids, seed in zip(prompts, seeds)]
     return hf(policy.model, prompts, seeds, params, policy.chat)
 

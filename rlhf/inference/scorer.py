@@ -18,6 +18,7 @@ from rlhf.core.errors import UserError
 from rlhf.data.chat_tokenizer import ChatTokenizer, load_tokenizer
 from rlhf.inference.policy import Policy, model_kind
 from rlhf.inference.sampling import Sampled
+from rlhf.models.adapters import virtual_tokens_of
 from rlhf.models.load import load_hf_config, sequence_limit
 from rlhf.reward.sources import REWARDS, RewardContext, RewardInputs, own_chats
 from rlhf.runs.run import resolve_model_path
@@ -69,7 +70,7 @@ def open_scorer(spec: str, policy: Policy) -> Scorer:
         if model_kind(spec, policy.trust_remote_code) != "reward":
             raise UserError(f"--reward {spec}: not a reward model", remedy="Name a run of the reward stage.")
         folder = resolve_model_path(spec)
-        limit = sequence_limit(config, load_hf_config(config, folder))
+        limit = sequence_limit(config, load_hf_config(config, folder)) - virtual_tokens_of(folder)
         same = load_tokenizer(config, folder).fingerprints() == policy.chat.fingerprints()
         options = {"name": "model", "path": spec, "retokenize": not same}
     try:

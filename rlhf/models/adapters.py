@@ -42,8 +42,17 @@ def adapter_base(folder: str | Path) -> str | None:
     return base
 
 
+def virtual_tokens_of(folder: str | Path) -> int:
+    """Positions of the model that the virtual tokens of a folder's adapter use; 0 for any other folder."""
+    settings = adapter_settings(folder) if is_adapter(folder) else {}
+    return int(settings["num_virtual_tokens"]) if settings.get("peft_type") in VIRTUAL else 0
+
+
 def with_adapter(model: Any, folder: str | Path, task: str) -> Any:
     """The base with the adapter of a folder, wrapped by PEFT; the model itself if the folder has none.
+
+    Adapter weights are trainable, and those of the base are frozen. What p-tuning's encoder made is loaded as prompt
+    tuning, since the encoder itself is not saved.
 
     Args:
         model: The base of the adapter.
@@ -57,9 +66,9 @@ def with_adapter(model: Any, folder: str | Path, task: str) -> Any:
 
     from rlhf.models import bottleneck  # noqa: F401 - registers its method with PEFT
 
-    config = peft.PeftConfig.from_pretrained(str(folder))
+    config: Any = peft.PeftConfig.from_pretrained(str(folder))
     if config.peft_type in VIRTUAL:
-        return peft.PeftModel.from_pretrained(model, str(folder), config=config)
+        config = _without_encoder(config)
     config.task_type, config.inference_mode = task, False
     if hasattr(model, "classification_head"):  # which PEFT does not know as a head
         config.modules_to_save = ["classification_head"]
@@ -70,6 +79,19 @@ def with_adapter(model: Any, folder: str | Path, task: str) -> Any:
         weights = {key: value for key, value in weights.items() if key in own}
     peft.set_peft_model_state_dict(wrapped, own | weights)
     return wrapped
+
+
+def _without_encoder(config: Any) -> Any:
+    """PEFT's config of virtual tokens as a folder holds them: as they were at the end of training, without an encoder
+    that made them. PEFT reads their width from the model."""
+    import peft
+
+    kind = peft.PrefixTuningConfig if config.peft_type == "PREFIX_TUNING" else peft.PromptTuningConfig
+    return kind(
+        num_virtual_tokens=config.num_virtual_tokens,
+        num_transformer_submodules=config.num_transformer_submodules,
+        base_model_name_or_path=config.base_model_name_or_path,
+    )
 
 
 def adapter_has_head(folder: str | Path) -> bool:

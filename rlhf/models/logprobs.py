@@ -74,21 +74,26 @@ def hidden_states(
 
 
 def has_virtual_tokens(model: Any) -> bool:
-    """Whether the model is PEFT's wrapper of a prompt-learning method, which works in the wrapper's forward alone."""
+    """Whether the model is PEFT's wrapper of a prompt-learning method, whose virtual tokens precede every text."""
     return hasattr(model, "active_peft_config") and bool(model.active_peft_config.is_prompt_learning)
 
 
 def _behind_virtual_tokens(
     model: nn.Module, body: nn.Module, input_ids: Tensor, attention_mask: Tensor | None
 ) -> Tensor:
-    """Hidden states [B, T, H] of the text alone, from PEFT's own forward with logits for one position."""
-    found: list[Tensor] = []
-    hook = body.register_forward_hook(lambda _, inputs, output: found.append(output.last_hidden_state))
-    try:
-        model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False, logits_to_keep=1)
-    finally:
-        hook.remove()
-    return found[0][:, -input_ids.shape[1] :]
+    """Hidden states [B, T, H] of the text alone: PEFT's own forward without a head, so without logits."""
+    wrapper: Any = model
+    rows, length = input_ids.shape
+    learned = wrapper.get_prompt(batch_size=rows)
+    mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+    mask = torch.cat([mask.new_ones(rows, wrapper.active_peft_config.num_virtual_tokens), mask], 1)
+    inputs: dict[str, Any]
+    if isinstance(learned, Tensor):  # embeddings
+        words = wrapper.word_embeddings(input_ids)
+        inputs = {"inputs_embeds": torch.cat([learned.to(words.dtype), words], 1)}
+    else:  # prefix tuning: a cache of keys and values
+        inputs = {"input_ids": input_ids, "past_key_values": learned}
+    return body(**inputs, attention_mask=mask, use_cache=False).last_hidden_state[:, -length:]
 
 
 def _is_causal(body: nn.Module) -> bool:

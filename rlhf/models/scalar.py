@@ -13,11 +13,11 @@ from torch import Tensor, nn
 
 from rlhf.config.base import ModelConfig
 from rlhf.core.errors import UserError
-from rlhf.models.adapters import VIRTUAL, adapter_has_head, adapter_settings, is_adapter, with_adapter
+from rlhf.models.adapters import adapter_has_head, is_adapter, virtual_tokens_of, with_adapter
 from rlhf.models.classifiers import classifier_class
 from rlhf.models.encoder_decoder import decoder_states, divided, is_encoder_decoder, whole_text
-from rlhf.models.load import _load, load_hf_config
-from rlhf.models.logprobs import causal_lm, hidden_states
+from rlhf.models.load import _load, load_hf_config, refuse_encoder_decoder
+from rlhf.models.logprobs import causal_lm, has_virtual_tokens, hidden_states
 from rlhf.models.shared_prompt import (
     NO_SHARING,
     SharedPrompts,
@@ -103,8 +103,9 @@ class ScalarModel(nn.Module):
     @functools.cached_property
     def shared_prompts(self) -> SharedPrompts:
         """Which completions can share a row with their prompt; tested on the model once. Every rank calls it."""
-        if not self.is_decoder:
-            return NO_SHARING  # in an encoder the prompt attends to the completion
+        if not self.is_decoder or has_virtual_tokens(self.model):
+            # in an encoder the prompt attends to the completion; and `branches` has no virtual tokens
+            return NO_SHARING
         training = self.training
         self.eval()
         with torch.no_grad():
@@ -138,13 +139,9 @@ def load_scalar(
     Raises:
         UserError: The model cannot be loaded, has no score head, or lacks embedding rows for the ids.
     """
-    if is_adapter(path) and adapter_settings(path)["peft_type"] in VIRTUAL:
-        raise UserError(
-            f"model.path: {path} is an adapter with virtual tokens, not a model",
-            "Scores are computed without PEFT's forward, so the virtual tokens would be ignored.",
-            "Start from an SFT run with `tuning: full` or `lora`.",
-        )
     found = load_hf_config(config, path)
+    if virtual_tokens_of(path):
+        refuse_encoder_decoder(found, path, "a reward model or critic with virtual tokens does")
     if found.num_labels != 1 and any(name.endswith("ForSequenceClassification") for name in found.architectures or []):
         raise UserError(
             f"{path}: a classifier with {found.num_labels} labels, not a reward model",

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from rlhf.models.logprobs import token_logprobs
+from rlhf.models.logprobs import causal_lm, has_virtual_tokens, token_logprobs
 from rlhf.models.scalar import ScalarModel
 from rlhf.ppo.types import MicroBatch
 
@@ -46,7 +46,8 @@ class ActorCritic(nn.Module):
             batch: Sequences and their response tokens.
             temperature: Logits are divided by it.
             ptx: Demonstrations, for the policy.
-            role: `policy` (with the critic's values), `reference` (without) or `critic` (nothing but values).
+            role: `policy` (with the critic's values), `reference` (without), `base` (the policy without its adapter or
+                virtual tokens, and without values) or `critic` (nothing but values).
 
         Returns:
             `TokenOutputs`; for `critic` the values, float32 [n].
@@ -54,6 +55,9 @@ class ActorCritic(nn.Module):
         if role == "critic":
             assert self.critic is not None
             return critic_values(self.critic, batch)
+        if role == "base":
+            with adapters_off(self.policy) as base:
+                return TokenOutputs(*policy_logprobs(base, batch, temperature), None, None)
         logprobs, entropies = policy_logprobs(self.policy, batch, temperature)
         values = critic_values(self.critic, batch) if role == "policy" and self.critic is not None else None
         ptx_logprobs = None if ptx is None else policy_logprobs(self.policy, ptx, temperature=1.0)[0]
@@ -82,10 +86,11 @@ def compile_layers(module: nn.Module) -> None:
 
 
 @contextmanager
-def adapters_off(model: nn.Module) -> Iterator[None]:
+def adapters_off(model: nn.Module) -> Iterator[nn.Module]:
     """Within this context adapter layers pass their input through the base alone: the policy is its own reference.
 
-    Unlike PEFT's `disable_adapter` this leaves requires_grad unchanged, because an engine depends on it.
+    Gives the model to call: the base itself where virtual tokens precede the text. Unlike PEFT's `disable_adapter` this
+    leaves requires_grad unchanged, because an engine depends on it.
     """
     from peft.tuners.tuners_utils import BaseTunerLayer
 
@@ -94,7 +99,7 @@ def adapters_off(model: nn.Module) -> Iterator[None]:
     for layer in layers:
         layer._disable_adapters = True
     try:
-        yield
+        yield causal_lm(model) if has_virtual_tokens(model) else model
     finally:
         for layer, value in zip(layers, before):
             layer._disable_adapters = value

@@ -231,9 +231,11 @@ class PPOConfig(StageConfig):
         if (self.loss.ptx_coef > 0) != bool(self.data.ptx):
             faults.append("loss.ptx_coef and data.ptx: set both or neither")
         for key, pick in (("tuning", self.tuning), ("critic.tuning", self.critic.tuning)):
-            if pick.row.traits["prompt_learning"]:
-                why = "rollouts and the reference ignore virtual tokens"
-                faults.append(f"{key}: {pick.name!r} works in SFT and DPO only: {why}")
+            if pick.row.traits["prompt_learning"] and self.batch.packing:
+                faults.append(
+                    f"batch.packing: only the first sequence of a row would see the virtual tokens of {key}; leave it"
+                    " out"
+                )
             if pick.options.get("dropout"):
                 faults.append(
                     f"{key}.dropout: PPO's ratio needs the same log-probs in scoring and learning; leave it out"
@@ -246,6 +248,10 @@ class PPOConfig(StageConfig):
             unmerged = f"merged weights, and {self.tuning.name!r} cannot be merged"
             faults.append(f"rollout.sampler: `{sampler.name}` gets {unmerged}")
         rollout = self.rollout
+        if traits["prompt_learning"] and not rollout.sampler.row.traits.get("virtual_tokens", True):
+            faults.append(f"rollout.sampler: {rollout.sampler.name!r} has no place for virtual tokens; use `hf`")
+        if self.gradient_checkpointing and self.needs_critic and self.critic.tuning.name == "prefix-tuning":
+            faults.append("gradient_checkpointing: does not work with prefix-tuning, also of the critic")
         truncated = rollout.top_k or rollout.top_p < 1 or rollout.min_new_tokens
         if self.score.policy == "sampler" and rollout.sampler.name != "hf" and truncated:
             faults.append(

@@ -18,10 +18,11 @@ from rlhf.models.adapters import is_adapter
 from rlhf.models.encoder_decoder import is_encoder_decoder
 from rlhf.models.isolation import Text, packing_fault, windows
 from rlhf.models.load import count_parameters, load_hf_config, load_policy, recompute_activations
+from rlhf.models.logprobs import has_virtual_tokens
 from rlhf.models.packed_attention import KERNEL, PACKED, VARLEN, switch
 from rlhf.models.scalar import ScalarModel, load_scalar
 from rlhf.models.vocabulary import check_vocabulary, mask_unknown_ids, token_count
-from rlhf.ppo.actor_critic import ActorCritic, TokenOutputs, adapters_off, compile_layers
+from rlhf.ppo.actor_critic import ActorCritic, TokenOutputs, compile_layers
 from rlhf.ppo.batching import TokenRows
 from rlhf.ppo.config import PPOConfig
 from rlhf.ppo.types import MicroBatch, TokenScores
@@ -75,7 +76,7 @@ class Models(ABC):
 
 
 class SeparateModels(Models):
-    """A model per role. Without `frozen_reference` the policy with its adapters off is the reference; that
+    """A model per role. Without `frozen_reference` the policy without its adapter is the reference; that
     is right only where the adapter was new."""
 
     def __init__(self, engine: Engine, frozen_reference: Any = None) -> None:
@@ -91,8 +92,7 @@ class SeparateModels(Models):
         if self._frozen_reference is not None:
             outputs = self._frozen_reference(batch, temperature, role="reference")
         else:
-            with adapters_off(self.policy):
-                outputs = self.engine(batch, temperature, role="reference")
+            outputs = self.engine(batch, temperature, role="base")
         return outputs
 
 
@@ -169,6 +169,8 @@ def can_pack(models: Models, vocab_size: int, longest: int, wanted: bool | None)
         if wanted:
             raise UserError("batch.packing: does not work with encoder-decoders", remedy="Leave it out.")
         return False
+    if has_virtual_tokens(policy) or (models.critic is not None and has_virtual_tokens(models.critic.model)):
+        return False  # PPOConfig refuses `wanted`
     attention = policy.config._attn_implementation
     one_by_one = attention == "sdpa" and distributed.device().type == "cpu" and hasattr(torch.ops.aten, KERNEL)
     if wanted is False or (wanted is None and not one_by_one and attention not in VARLEN):

@@ -52,9 +52,6 @@ class RewardConfig(SupervisedConfig):
         faults = []
         if (self.normalize == "demonstrations") != bool(self.data.demonstrations):
             faults.append("data.demonstrations: name datasets exactly when `normalize: demonstrations` is set")
-        if self.tuning.row.traits["prompt_learning"]:
-            name, why = self.tuning.name, "a reward model with virtual tokens cannot be loaded"
-            faults.append(f"tuning: {name!r} works in SFT and DPO only: {why}")
         if faults:
             raise ValueError("; ".join(faults))
         return self

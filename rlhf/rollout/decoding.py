@@ -195,7 +195,7 @@ class DecodingSlots:
     def _empty_cache(self, prefill: Any) -> Any:
         """A cache with a row for every slot and the layer shapes of `prefill`."""
         if self.fixed:
-            longest = max(map(len, self.prompts)) + self.sampling.max_new_tokens
+            longest = max(map(self._length, range(len(self.prompts)))) + self.sampling.max_new_tokens
             return kv_cache.FixedCache(prefill, len(self.slots), longest)
         return kv_cache.JoinedCache(prefill, len(self.slots)) if self.joins else kv_cache.BatchCache(prefill)
 

@@ -66,6 +66,9 @@ class _Chosen(transformers.LogitsProcessor):
         self.logprobs: list[Tensor] = []
         """float32 [B] of each step, where log-probs are wanted."""
 
+    def __deepcopy__(self, memo: Any) -> _Chosen:
+        return self  # PEFT's generate copies its arguments, but the log-probs are read from this object
+
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         count = input_ids.shape[1] - 1  # without the decoder's start token
         scores = scores.float()

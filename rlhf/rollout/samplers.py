@@ -23,14 +23,15 @@ if TYPE_CHECKING:
 
     from rlhf.data import chat_tokenizer
     from rlhf.data.chat_tokenizer import ChatTokenizer
-    from rlhf.models import packed_attention
-    from rlhf.rollout import decoding, encoder_decoder, sampler_process
+    from rlhf.models import logprobs, packed_attention
+    from rlhf.rollout import decoding, encoder_decoder, sampler_process, virtual_tokens
     from rlhf.rollout import vllm as vllm_engine
 else:
     torch, transformers, packed_attention = lazy("torch"), lazy("transformers"), lazy("rlhf.models.packed_attention")
     chat_tokenizer, decoding = lazy("rlhf.data.chat_tokenizer"), lazy("rlhf.rollout.decoding")
     encoder_decoder, vllm_engine = lazy("rlhf.rollout.encoder_decoder"), lazy("rlhf.rollout.vllm")
     sampler_process = lazy("rlhf.rollout.sampler_process")
+    logprobs, virtual_tokens = lazy("rlhf.models.logprobs"), lazy("rlhf.rollout.virtual_tokens")
 
 SAMPLERS = Table("sampler")
 
@@ -73,7 +74,8 @@ def hf(
         One completion for each prompt, in order.
 
     Raises:
-        UserError: This device or the model's cache does not support `step`.
+        UserError: This device or the model's cache does not support `step`, or its cache has no place for virtual
+            tokens.
     """
     if model.config.is_encoder_decoder:
         if step != "eager":
@@ -81,6 +83,9 @@ def hf(
                 f"rollout.sampler: step `{step}` does not work with encoder-decoders", remedy="Leave `step` out."
             )
         return encoder_decoder.sample(model, prompts, seeds, sampling, chat)
+    if logprobs.has_virtual_tokens(model):
+        adapters = virtual_tokens.VirtualTokens(model)
+        return decoding.decode(logprobs.causal_lm(model), prompts, seeds, sampling, chat, step, adapters)
     return decoding.decode(model, prompts, seeds, sampling, chat, step)
 
 
@@ -102,7 +107,7 @@ def process(
     return _start_process(model, prompts, seeds, sampling, chat, step=step)()
 
 
-@SAMPLERS.row("transformers", lacks=("stop", "min_new_tokens"), logprobs=True)
+@SAMPLERS.row("transformers", lacks=("stop", "min_new_tokens"), logprobs=True, virtual_tokens=False)
 def continuous_batching(
     model: Any, prompts: Sequence[list[int]], seeds: Sequence[int], sampling: SamplingParams, chat: ChatTokenizer, *,
     page_size: Annotated[int, Field(ge=4)] = 32,

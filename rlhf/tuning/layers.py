@@ -19,6 +19,10 @@ else:
     nn, bottleneck = lazy("torch.nn"), lazy("rlhf.models.bottleneck")
 
 
+VIRTUAL_ROWS = {"PROMPT_TUNING": "prompt-tuning", "PREFIX_TUNING": "prefix-tuning"}
+"""PEFT's types of virtual tokens as a run's result is loaded -> row of TUNING that trains them further."""
+
+
 def layers_of(model: Any) -> tuple[str, Any]:
     """Name and content of the list of transformer layers: the longest ModuleList outside any other; of two, that of the
     decoder."""
@@ -77,18 +81,14 @@ def bottleneck_config(
 
 
 def go_on(name: str, model: Any, options: dict[str, Any]) -> Any:
-    """The model with the adapter that it was loaded with, if the options of `bottleneck` describe it.
+    """The model with the adapter that it was loaded with, if a tuning method and its options describe it.
 
     Raises:
         UserError: They do not.
     """
     found = model.peft_config["default"]
-    if found.peft_type != "BOTTLENECK":
-        raise UserError(
-            f"model.path: {model.get_base_model().name_or_path} comes with virtual tokens ({found.peft_type.value})",
-            "Virtual tokens are not weights that a stage could go on from.",
-            "Start from an SFT run with `tuning: full` or `lora`.",
-        )
+    if found.is_prompt_learning:
+        return _go_on_with_virtual_tokens(name, model, found, options)
     if name == "bottleneck":
         wanted = bottleneck_config(model.get_base_model(), **options)
         same = ("placement", "size", "activation", "target_modules")
@@ -99,6 +99,19 @@ def go_on(name: str, model: Any, options: dict[str, Any]) -> Any:
         "Such an adapter cannot be merged into the weights, so the next stage trains the adapter further.",
         f"Set tuning to {{name: bottleneck, placement: {found.placement}, size: {found.size}, "
         f"activation: {found.activation}}}, with the same `layers`.",
+    )
+
+
+def _go_on_with_virtual_tokens(name: str, model: Any, found: Any, options: dict[str, Any]) -> Any:
+    own, tokens = VIRTUAL_ROWS[found.peft_type], found.num_virtual_tokens
+    others = {key for key, value in options.items() if key != "tokens" and value not in (None, False, "random")}
+    if name == own and options.get("tokens", 20) == tokens and not others:
+        return model
+    raise UserError(
+        f"tuning: {name} does not fit model.path, which is a base with {tokens} learned virtual tokens",
+        "They cannot be merged into the weights, so the next stage trains them further, as they are: without an encoder"
+        " or projection, which is not saved.",
+        f"Set tuning to {{name: {own}, tokens: {tokens}}}, or start from a whole model.",
     )
 
 

@@ -23,7 +23,7 @@ from rlhf.core.errors import UserError
 from rlhf.core.lazy import lazy
 from rlhf.core.table import Pick, Table, options_of
 from rlhf.tuning.layers import bottleneck_config, go_on, layers_of
-from rlhf.tuning.virtual_tokens import first_virtual_tokens
+from rlhf.tuning.virtual_tokens import check_scores, check_takes_keys, first_virtual_tokens
 
 if TYPE_CHECKING:
     import peft
@@ -349,7 +349,7 @@ def prompt_tuning(
     tokens of the `vocabulary`, from the tokens of `text` (repeated if too short), or from class `labels`: one virtual
     token per label, the mean of its tokens, and the rest from the vocabulary (section 3.2).
     """
-    _refuse_scalar("prompt-tuning", task)
+    check_scores("prompt-tuning", model.config, task)
     for option, value in (("text", text), ("labels", labels)):
         if (init == option) != (value is not None):
             raise UserError(f"tuning.{option}: set it if and only if init is `{option}` (init is `{init}`)")
@@ -375,7 +375,7 @@ def p_tuning(
     hidden: PositiveInt | None = None,
 ) -> Any:
     """Virtual tokens from a small encoder of width `hidden`, by default the model's width (Liu et al. 2021)."""
-    _refuse_scalar("p-tuning", task)
+    check_scores("p-tuning", model.config, task)
     config = peft.PromptEncoderConfig(
         task_type=_peft_task(model, task), num_virtual_tokens=tokens, num_transformer_submodules=1,
         encoder_reparameterization_type=encoder.upper(),
@@ -399,7 +399,8 @@ def prefix_tuning(
 
     Without `projection` this is P-tuning v2 (Liu et al. 2022); with it they come from an MLP of width `hidden`.
     """
-    _refuse_scalar("prefix-tuning", task)
+    check_scores("prefix-tuning", model.config, task)
+    check_takes_keys(model)
     config = peft.PrefixTuningConfig(
         task_type=_peft_task(model, task),
         num_virtual_tokens=tokens,
@@ -407,15 +408,6 @@ def prefix_tuning(
         encoder_hidden_size=hidden,  # type: ignore[arg-type]
     )
     return _wrap("prefix-tuning", model, config)
-
-
-def _refuse_scalar(name: str, task: str) -> None:
-    if task == "scalar":
-        raise UserError(
-            f"tuning: {name} does not work for a reward model or critic",
-            "Scores are computed without PEFT's forward, so the virtual tokens would be ignored.",
-            "Use lora, ia3, last-layers or full.",
-        )
 
 
 def virtual_tokens(tuning: Pick) -> int:

@@ -1,7 +1,8 @@
-"""How the virtual tokens of prompt tuning start."""
+"""Virtual tokens: how those of prompt tuning start, and which models cannot have them."""
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -33,3 +34,40 @@ def first_virtual_tokens(
     for index, label in enumerate((labels or [])[:tokens]):
         rows[index] = words[torch.tensor(encode(label))].mean(0)
     return rows
+
+
+def check_scores(name: str, found: Any, task: str) -> None:
+    """Refuse virtual tokens where PEFT cannot add them to a model with a head, by the model's Hugging Face config.
+
+    Args:
+        name: Row of TUNING with virtual tokens.
+        found: Config of the model.
+        task: As of the table's rows.
+
+    Raises:
+        UserError: It is an encoder-decoder, and `task` is `scalar`.
+    """
+    if task == "scalar" and found.is_encoder_decoder:
+        raise UserError(
+            f"tuning: {name} does not work for a reward model or critic from an encoder-decoder ({found.model_type})",
+            "transformers' classifiers of these families take token ids alone, so PEFT cannot put embeddings or keys "
+            "before the text.",
+            "Use lora, ia3, bottleneck, last-layers or full, or a decoder.",
+        )
+
+
+def check_takes_keys(model: Any) -> None:
+    """Refuse an encoder that takes no keys and values from before the text, which prefix tuning learns.
+
+    Raises:
+        UserError: It is one.
+    """
+    if hasattr(model, "score") or model.can_generate():
+        return
+    takes = [inspect.signature(part.forward).parameters for part in (model, model.base_model)]
+    if not any("past_key_values" in names for names in takes):
+        raise UserError(
+            f"tuning: prefix-tuning does not work with {type(model).__name__}",
+            "Its forward pass takes no keys and values from before the text.",
+            "Use prompt-tuning or p-tuning.",
+        )
