@@ -152,10 +152,9 @@ def test_a_group_baseline_needs_several_answers_to_a_prompt():
     assert "needs rollout.samples_per_prompt >= 2" in faults(PPOConfig, PPO | {"advantage": "rloo"})
 
 
-@pytest.mark.parametrize(("kind", "values"), [(RewardConfig, REWARD), (PPOConfig, PPO)])
-def test_virtual_tokens_are_for_sft_alone(kind, values):
-    assert check_config(SFTConfig, SFT | {"tuning": "prompt-tuning"}, "x").tuning.name == "prompt-tuning"
-    assert "works in SFT and DPO only" in faults(kind, values | {"tuning": "prompt-tuning"})
+@pytest.mark.parametrize(("kind", "values"), [(SFTConfig, SFT), (RewardConfig, REWARD), (PPOConfig, PPO)])
+def test_virtual_tokens_are_for_every_stage_of_the_chain(kind, values):
+    assert check_config(kind, values | {"tuning": "prompt-tuning"}, "x").tuning.name == "prompt-tuning"
 
 
 def test_the_reward_model_is_found_inside_a_sum():

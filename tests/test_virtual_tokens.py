@@ -15,6 +15,7 @@ from ppo_runs import config as ppo_config
 from reward_runs import config as reward_config
 from safetensors.torch import load_file
 
+from rlhf.cli.preflight import check
 from rlhf.config.base import ModelConfig
 from rlhf.core.errors import UserError
 from rlhf.data.chat_tokenizer import ChatTokenizer, load_tokenizer
@@ -259,7 +260,15 @@ def test_rollouts_come_from_the_weights_of_this_update(method: str, prompts: str
         update = stage.update(number)
         assert update["policy/first_ratio_min"] == pytest.approx(1, abs=1e-4)
         assert update["policy/first_ratio_max"] == pytest.approx(1, abs=1e-4)
-    assert abs(update["policy/ratio_max"] - 1) > 0.01
+    assert abs(update["policy/ratio_max"] - 1) > 1e-3  # the weights moved
+
+
+def test_the_checks_before_a_stage_accept_a_run_with_them(runs: dict[str, str], prompts: str, tmp_path: Path) -> None:
+    own = {"model__path": runs["sft prompt-tuning"], "critic__init": "reward"}
+    own["reward"] = {"name": "model", "path": runs["reward prompt-tuning"]}
+    found = check("ppo", small(tmp_path / "run", prompts, "prompt-tuning", **own), resume=False, overwrite=False)
+    said = " ".join(how for _, how in found)
+    assert "finished sft run" in said and "finished reward run" in said
 
 
 @pytest.mark.parametrize("method", ["prompt-tuning", "prefix-tuning"])

@@ -26,6 +26,7 @@ from rlhf.data.selection import open_datasets
 from rlhf.data.store import Dataset
 from rlhf.distributed.deepspeed_json import read_deepspeed
 from rlhf.dpo.config import DPOConfig
+from rlhf.models.adapters import VIRTUAL
 from rlhf.ppo.config import PPOConfig
 from rlhf.ppo.shared_roles import recognise
 from rlhf.reward.config import RewardConfig
@@ -158,13 +159,13 @@ def _parent(key: str, path: str, stages: Sequence[str], pending_runs: PendingRun
         return described
     if not (folder / "config.json").is_file():
         settings = folder / "adapter_config.json"
-        if settings.is_file() and read_json_object(settings).get("peft_type") == "BOTTLENECK":
+        if settings.is_file() and read_json_object(settings).get("peft_type") in ("BOTTLENECK", *VIRTUAL):
             return described
         if settings.is_file():
             raise UserError(
-                f"{key}: {path} holds an adapter that cannot be merged, not a model of its own",
-                "Virtual tokens (prompt tuning and similar) are not part of the weights; a stage starts from weights.",
-                "Start from a run with `tuning: full` or `lora`.",
+                f"{key}: {path} holds an adapter alone, not a model of its own",
+                "A stage goes on with bottleneck adapters and virtual tokens; others are merged into the weights first.",
+                "Merge it into its base, and name the merged model.",
             )
         raise UserError(f"{key}: {path}: no model there (no run.json and no config.json)", remedy="Check the path.")
     if by is not None:
