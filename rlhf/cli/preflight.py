@@ -164,7 +164,7 @@ def _parent(key: str, path: str, stages: Sequence[str], pending_runs: PendingRun
         if settings.is_file():
             raise UserError(
                 f"{key}: {path} holds an adapter alone, not a model of its own",
-                "A stage goes on with bottleneck adapters and virtual tokens; others are merged into the weights first.",
+                "A stage goes on with bottleneck adapters and virtual tokens; others are merged into the weights.",
                 "Merge it into its base, and name the merged model.",
             )
         raise UserError(f"{key}: {path}: no model there (no run.json and no config.json)", remedy="Check the path.")
