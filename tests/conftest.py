@@ -73,6 +73,12 @@ def rankings(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 @pytest.fixture(scope="session")
+def few_rankings(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A dataset of 12 rankings of 4 candidates and 8 held out, for steps on all of them at once."""
+    return tiny.write_rankings(tmp_path_factory.mktemp("data") / "few-rankings", 12, candidates=4)
+
+
+@pytest.fixture(scope="session")
 def chat() -> ChatTokenizer:
     """The tiny Llama's tokenizer with its chat template."""
     from rlhf.config.base import ModelConfig

@@ -326,6 +326,7 @@ def recovered(method: str, seed: int, reversed_: int = 0) -> tuple[np.ndarray, n
 SEEDS = range(8)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", QUALITY)
 def test_with_two_of_ten_clicking_at_random_the_true_order_is_recovered_better_than_by_majority(method: str) -> None:
     """Over 12 seeds, pairs in the true order: majority 84.3%, crowd-bradley-terry 87.3%, dawid-skene 87.1%.

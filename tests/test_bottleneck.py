@@ -177,7 +177,8 @@ def test_the_same_numbers_on_one_base_as_on_separate_ones(runs: dict[str, str], 
             assert separate[key] == pytest.approx(shared[key], abs=1e-4), key
 
 
-@pytest.mark.parametrize("sharing", ["separate", pytest.param("shared", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("sharing", ["separate", "shared"])
 def test_a_resumed_ppo_run_equals_the_uninterrupted_one_bit_for_bit(
     sharing: str, runs: dict[str, str], prompts: str, tmp_path: Path
 ) -> None:

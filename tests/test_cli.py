@@ -211,6 +211,7 @@ def test_ctrl_c_says_how_to_continue_and_exits_with_130(place):
     assert errors.strip() == "Interrupted. Continue with the same command and --resume."
 
 
+@pytest.mark.slow
 def test_a_fault_of_ours_keeps_its_traceback(place):
     environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
     done = subprocess.run(stage_module(place, "seed=1"), cwd=place, env=environment, capture_output=True, text=True)

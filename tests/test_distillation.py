@@ -140,6 +140,7 @@ def test_an_encoder_decoder_that_is_its_own_teacher_has_no_loss_on_any_answer(de
     assert max(map(abs, losses(done))) < 1e-5 and any(row.get("train/on_policy", 0) > 0 for row in lines(done))
 
 
+@pytest.mark.slow
 def test_answers_of_the_student_take_the_place_of_a_fraction_of_the_demonstrations(demos, teacher, tmp_path):
     none, some, every = (
         run(learning(demos, tmp_path / str(share), teacher, on_policy=share)) for share in (0.0, 0.5, 1.0)
@@ -151,6 +152,7 @@ def test_answers_of_the_student_take_the_place_of_a_fraction_of_the_demonstratio
     assert 0.05 < sum(shares[1]) / len(shares[1]) < 0.8
 
 
+@pytest.mark.slow
 def test_the_loss_of_demonstrations_can_be_added(demos, teacher, tmp_path):
     plain = run(learning(demos, tmp_path / "plain", teacher))
     added = run(learning(demos, tmp_path / "added", teacher, sft_weight=0.5))

@@ -316,9 +316,9 @@ def test_every_tuning_method_trains_against_the_untouched_model(
 
 
 @pytest.mark.parametrize("row", RANKING_LOSSES, ids=lambda row: row.name)
-def test_every_ranking_loss_trains(row: Any, tmp_path: Path, rankings: str) -> None:
-    batch = {"batch_size": 36, "micro_batch_size": 36, "max_steps": 4}
-    made = config(tmp_path, rankings, loss=row.name, sft_coef=0.1, beta=0.5, batch=batch)
+def test_every_ranking_loss_trains(row: Any, tmp_path: Path, few_rankings: str) -> None:
+    batch = {"batch_size": 12, "micro_batch_size": 12, "max_steps": 4}
+    made = config(tmp_path, few_rankings, loss=row.name, sft_coef=0.1, beta=0.5, batch=batch)
     dpo.run(made)
     losses = [line["train/loss"] for line in metrics_of(made.run) if "train/loss" in line]
     assert losses[-1] < losses[0]
@@ -367,15 +367,15 @@ def test_a_batch_says_how_many_tokens_the_head_sees(chat: ChatTokenizer, ranking
 
 @pytest.mark.parametrize(("family", "tuning"), [("t5", "full"), ("bart", "prompt-tuning")])
 def test_encoder_decoders_train_on_the_log_probs_of_plain_transformers(
-    family: str, tuning: str, rankings: str, tmp_path: Path
+    family: str, tuning: str, few_rankings: str, tmp_path: Path
 ) -> None:
     path = tiny.encoder_decoder(family)
-    batch = {"batch_size": 36, "micro_batch_size": 36, "max_steps": 4}
-    made = config(tmp_path, rankings, model={"path": path}, tuning=tuning, batch=batch, optimizer={"lr": 0.01})
+    batch = {"batch_size": 12, "micro_batch_size": 12, "max_steps": 4}
+    made = config(tmp_path, few_rankings, model={"path": path}, tuning=tuning, batch=batch, optimizer={"lr": 0.01})
     dpo.run(made)
     base = transformers.AutoModelForSeq2SeqLM.from_pretrained(path).eval()
     chat = load_tokenizer(made.model, path)
-    row = encoded(rankings, chat)[0]
+    row = encoded(few_rankings, chat)[0]
     kept = Dataset.from_file(str(tmp_path / "run" / "cache" / "reference-eval.arrow"))[0]["reference"]
     for answer, found in zip(row["candidates"], kept):
         with torch.no_grad():

@@ -285,7 +285,8 @@ def ppo_config(folder: Path, family: str, rankings: str, reward: Path, **values)
     ("family", "values"),
     [
         ("t5", {}), ("bart", {"tuning": "lora", "critic": {"tuning": "lora"}}),
-        ("bart", {"critic": {"init": "policy"}}), ("t5", {"advantage": "rloo"}),
+        pytest.param("bart", {"critic": {"init": "policy"}}, marks=pytest.mark.slow),
+        pytest.param("t5", {"advantage": "rloo"}, marks=pytest.mark.slow),
     ],
 )  # fmt: skip
 def test_ppo_starts_with_a_ratio_of_exactly_one(tmp_path, rankings, rewards, family, values):

@@ -178,6 +178,7 @@ def texts(run: str) -> list[list[int]]:
 # ---- loaded elsewhere --------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["sft", "chatml", "lora", "ppo"])
 def test_plain_transformers_gives_exactly_the_logits_of_the_runs_policy(
     name: str, runs: dict[str, str], plain: dict[str, Any]
@@ -185,18 +186,21 @@ def test_plain_transformers_gives_exactly_the_logits_of_the_runs_policy(
     assert torch.equal(plain[name]["logits"], finished.policy_logits(runs[name], IDS))
 
 
+@pytest.mark.slow
 def test_an_adapter_on_its_base_gives_the_merged_logits(runs: dict[str, str], plain: dict[str, Any]) -> None:
     merged = finished.policy_logits(runs["lora"], IDS)
     assert not torch.allclose(merged, finished.policy_logits(tiny.llama(), IDS), atol=1e-2)
     torch.testing.assert_close(plain["lora-adapter"]["logits"], merged, atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["sft", "chatml"])
 def test_the_chat_template_renders_as_in_training(name: str, runs: dict[str, str], plain: dict[str, Any]) -> None:
     chat = load_tokenizer(ModelConfig(path=runs[name]), resolve_model_path(runs[name]))
     assert plain[name]["text"] == chat.tokenizer.apply_chat_template(CHAT, add_generation_prompt=True, tokenize=False)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "end"), [("sft", "</s>"), ("chatml", "<|im_end|>")])
 def test_generation_stops_at_the_end_of_the_turn(
     name: str, end: str, folders: dict[str, Path], plain: dict[str, Any]
@@ -213,6 +217,7 @@ def test_generation_stops_at_the_end_of_the_turn(
     assert len(lengths) > 1 and max(lengths) < 99
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["reward", "reward-chatml"])
 def test_a_reward_model_without_a_bias_states_its_scale(
     name: str, runs: dict[str, str], folders: dict[str, Path], plain: dict[str, Any]
@@ -224,10 +229,12 @@ def test_a_reward_model_without_a_bias_states_its_scale(
     assert "score = (logit - 0.5) / 2.0" in (folders[name] / "README.md").read_text()
 
 
+@pytest.mark.slow
 def test_logits_of_a_reward_model_are_exactly_the_runs(runs: dict[str, str], plain: dict[str, Any]) -> None:
     assert torch.equal(plain["reward"]["logits"], finished.reward_logits(runs["reward"], texts(runs["reward"])))
 
 
+@pytest.mark.slow
 def test_a_scale_is_folded_into_a_head_with_a_bias(
     runs: dict[str, str], folders: dict[str, Path], plain: dict[str, Any]
 ) -> None:
@@ -243,6 +250,7 @@ def test_padding_of_a_reward_model_is_never_the_end_of_an_answer(folders: dict[s
     assert json.loads((folder / "config.json").read_text())["pad_token_id"] == chat.pad_id != chat.end_id
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name", ["reward", "reward-lora-adapter", "reward-chatml", "reward-phi", "reward-text", "reward-bert"]
 )
@@ -261,6 +269,7 @@ def test_the_cards_snippet_refuses_messages_that_spell_a_control_token(folders: 
             exec(code.replace("there was an owl", f"there was {token}"), {})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["sft", "chatml", "lora", "lora-adapter", "prompt-tuning-adapter", "ppo"])
 def test_the_cards_snippet_prints_an_answer(name: str, plain: dict[str, Any]) -> None:
     assert plain[f"snippet of {name}"].strip()

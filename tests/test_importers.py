@@ -284,6 +284,7 @@ import_dataset("jsonl", [sys.argv[1]], sys.argv[2], overwrite=True)
 """
 
 
+@pytest.mark.slow
 def test_of_two_imports_into_one_place_one_wins_whole_and_the_other_is_refused(tmp_path):
     out = tmp_path / "d"
     sources = [jsonl(tmp_path / f"{n}.jsonl", prompts(n)) for n in (6_000, 8_000)]
@@ -322,6 +323,7 @@ import_dataset("jsonl", [sys.argv[1]], sys.argv[2], overwrite=True)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("existing", [False, True], ids=["new", "over another dataset"])
 def test_a_killed_import_leaves_no_dataset_that_looks_whole(tmp_path, existing):
     source = jsonl(tmp_path / "in.jsonl", [*prompts(10_000), {"prompt": ""}])

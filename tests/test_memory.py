@@ -160,6 +160,7 @@ def test_the_models_of_ppo_are_those_that_the_stage_holds(tmp_path):
     assert [role.name for role in roles(adapted)] == ["policy", "reward model"]
 
 
+@pytest.mark.slow
 def test_roles_over_one_base_add_their_adapters_alone(tmp_path):
     path = shape(tmp_path)
     lora = {"name": "lora", "rank": 1}
@@ -190,6 +191,7 @@ def test_the_work_of_a_micro_batch_follows_from_the_budget(tmp_path):
     assert batch_shape(config, 512, 1, longest=8).width == 40
 
 
+@pytest.mark.slow
 def test_a_deep_model_is_drawn_on_from_few_layers_as_if_it_were_traced_whole(tmp_path):
     config = ppo(shape(tmp_path, layers=9), gradient_checkpointing=False)
     drawn, whole = passes_of(config), passes_of(config)
@@ -214,7 +216,9 @@ def test_tuning_methods_are_predicted(small, sft_passes, tuning):
     assert 0 < found.phases["update"].parts["optimizer"] < whole.phases["update"].parts["optimizer"]
 
 
-@pytest.mark.parametrize("family", ["gpt2", "gemma2", "qwen2", "opt"])
+@pytest.mark.parametrize(
+    "family", ["gpt2", "gemma2", *(pytest.param(name, marks=pytest.mark.slow) for name in ("qwen2", "opt"))]
+)
 def test_families_are_predicted_from_their_own_code(tmp_path, family):
     from transformers import AutoConfig
 
@@ -283,6 +287,7 @@ def plan_of(path: str, gib: float, processes: int = 2, **more: object) -> Memory
     return MemoryPlan(values, "ppo", "test", processes, gib * GIB)
 
 
+@pytest.mark.slow
 def test_the_largest_budget_fits_and_the_next_does_not(tmp_path):
     path = shape(tmp_path)
     plan = plan_of(path, 1000)
@@ -295,6 +300,7 @@ def test_the_largest_budget_fits_and_the_next_does_not(tmp_path):
     assert not tight.fits(f"batch.micro_batch_tokens={after}")
 
 
+@pytest.mark.slow
 def test_the_cheapest_change_is_smaller_micro_batches_where_they_suffice(tmp_path):
     path = shape(tmp_path)
     plan = plan_of(path, 1000, batch={"micro_batch_tokens": 4096})
@@ -344,6 +350,7 @@ def test_the_command_shows_stages_phases_and_what_fits(tmp_path):
         assert word in text
 
 
+@pytest.mark.slow
 def test_without_a_gpu_the_command_prints_the_range_of_one_process(tmp_path):
     file = config_file(tmp_path, shape(tmp_path / "model", layers=1))
     ends = {}
@@ -368,6 +375,7 @@ def test_the_stage_of_a_runs_config_is_the_runs(tmp_path):
     assert stage_of({"model": {}}, tmp_path / "config.yaml") == "reward"
 
 
+@pytest.mark.slow
 def test_a_model_without_its_config_is_refused_unless_base_is_given(tmp_path):
     file = config_file(tmp_path, str(tmp_path / "runs" / "sft"))
     status, text = said("--config", file, "--gpus", "1", "--gpu-memory", "80")

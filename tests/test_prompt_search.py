@@ -150,6 +150,7 @@ def test_evaluate_and_sample_take_the_winners_file(complete, model, colours):
     assert json.loads(said)["answer"] in ("warm", "cold")
 
 
+@pytest.mark.slow
 def test_a_server_proposes_and_is_not_asked_again(model, colours, tmp_path):
     def answer(body: dict[str, Any], number: int) -> Response:
         text = body["messages"][0]["content"]

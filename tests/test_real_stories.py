@@ -28,14 +28,13 @@ def write_openings(shared: Path, folder: Path) -> str:
     return str(folder / "openings")
 
 
-def story_config(shared: Path, folder: Path, seed: int, updates: int) -> PPOConfig:
+def story_config(shared: Path, folder: Path, updates: int) -> PPOConfig:
     """64 episodes of up to 96 tokens an update, 4 epochs, learning rate 3e-4, KL coefficient 0.05.
 
     Seeds differ widely in when the reward takes off: 0.60 was first reached at updates 11 to 22.
     """
     values = {
-        "run": str(folder / f"run-{seed}"),
-        "seed": seed,
+        "run": str(folder / "run"),
         "model": {"path": str(shared / "models" / "stories260K"), "chat_template": "plain"},
         "data": {"prompts": write_openings(shared, folder), "max_prompt_tokens": 32},
         "reward": {"name": "function", "function": "story_rewards:animal_share"},
@@ -51,9 +50,8 @@ def story_config(shared: Path, folder: Path, seed: int, updates: int) -> PPOConf
     return check_config(PPOConfig, values, "stories")
 
 
-@pytest.mark.parametrize("seed", [0, 1])
-def test_the_reward_rises_clearly_within_30_updates_at_bounded_kl(seed, shared, tmp_path, record_property):
-    config = story_config(shared, tmp_path, seed, updates=30)
+def test_the_reward_rises_clearly_within_30_updates_at_bounded_kl(shared, tmp_path, record_property):
+    config = story_config(shared, tmp_path, updates=30)
     run(config)
     lines = [json.loads(line) for line in (Path(config.run) / "metrics.jsonl").read_text().splitlines()]
     updates = [line for line in lines if "objective/kl_coef" in line]
@@ -63,7 +61,7 @@ def test_the_reward_rises_clearly_within_30_updates_at_bounded_kl(seed, shared, 
     reached = [next((u["step"] for u in updates if u["objective/scores"] >= bar), None) for bar in (0.6, 0.74)]
     record_property(
         "figures",
-        f"stories, seed {seed}: share of sentences that name an animal {first:.3f} -> {last:.3f} (held out "
+        f"stories: share of sentences that name an animal {first:.3f} -> {last:.3f} (held out "
         f"{held_out[0]:.3f} -> {held_out[-1]:.3f}), KL {updates[-1]['objective/kl']:.1f}, {seconds:.0f} s; "
         f"0.60 and 0.74 first reached at updates {reached}",
     )

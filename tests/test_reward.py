@@ -44,8 +44,8 @@ def ranking(number: int, ranks: tuple[int, ...], split: str = "train", **more: A
     return Ranking((Message("user", tiny.question(number)),), split=split, candidates=candidates, ranks=ranks)
 
 
-ALL_AT_ONCE = {"batch_size": 36, "micro_batch_size": 36, "max_steps": 5}
-"""Steps on all of `rankings` each: a loss that falls then says that the model learns, whatever the order of rows."""
+ALL_AT_ONCE = {"batch_size": 12, "micro_batch_size": 12, "max_steps": 5}
+"""Each step takes all of `few_rankings`: a loss that falls says that the model learns, whatever the order of rows."""
 
 
 def assert_loss_fell(run: str | Path) -> None:
@@ -178,8 +178,8 @@ def test_the_learning_rate_climbs_over_the_warm_up_and_then_follows_the_schedule
 
 
 @pytest.mark.parametrize("row", RANKING_LOSSES, ids=lambda row: row.name)
-def test_every_ranking_loss_trains(row: Any, tmp_path: Path, rankings: str) -> None:
-    made = config(tmp_path, rankings, loss=row.name, center_rewards_coefficient=0.01, batch=ALL_AT_ONCE)
+def test_every_ranking_loss_trains(row: Any, tmp_path: Path, few_rankings: str) -> None:
+    made = config(tmp_path, few_rankings, loss=row.name, center_rewards_coefficient=0.01, batch=ALL_AT_ONCE)
     reward.run(made)
     assert_loss_fell(made.run)
 
@@ -346,12 +346,12 @@ def test_it_starts_from_an_sft_run(tmp_path: Path, rankings: str) -> None:
 
 
 @pytest.mark.parametrize("tuning", [{"name": "lora", "rank": 4}, {"name": "last-layers", "layers": 1}])
-def test_adapters_and_parts_leave_a_whole_model(tuning: dict[str, Any], tmp_path: Path, rankings: str) -> None:
-    made = config(tmp_path, rankings, tuning=tuning, optimizer={"lr": 2e-2}, batch=ALL_AT_ONCE)
+def test_adapters_and_parts_leave_a_whole_model(tuning: dict[str, Any], tmp_path: Path, few_rankings: str) -> None:
+    made = config(tmp_path, few_rankings, tuning=tuning, optimizer={"lr": 2e-2}, batch=ALL_AT_ONCE)
     reward.run(made)
     assert_loss_fell(made.run)
     chat = load_tokenizer(made.model, f"{made.run}/model")
-    scored = score_rankings(_loaded(made.run), chat, encoded(rankings, chat), 2048)
+    scored = score_rankings(_loaded(made.run), chat, encoded(few_rankings, chat), 2048)
     assert reward_metrics(scored)["log_loss"] == pytest.approx(read_run(made.run)["metrics"]["log_loss"], rel=1e-4)
     assert (Path(made.run) / "adapter").exists() == (tuning["name"] == "lora")
 
@@ -361,16 +361,16 @@ def _loaded(run: str | Path) -> ScalarModel:
 
 
 def test_an_encoder_with_wordpiece_tokens_is_trained_and_loads_in_plain_transformers(
-    tmp_path: Path, rankings: str
+    tmp_path: Path, few_rankings: str
 ) -> None:
     made = config(
-        tmp_path, rankings, model={"path": _bert(tmp_path / "bert")}, optimizer={"lr": 1e-2}, batch=ALL_AT_ONCE
+        tmp_path, few_rankings, model={"path": _bert(tmp_path / "bert")}, optimizer={"lr": 1e-2}, batch=ALL_AT_ONCE
     )
     reward.run(made)
     assert_loss_fell(made.run)
     model = AutoModelForSequenceClassification.from_pretrained(f"{made.run}/model").eval()
     chat = load_tokenizer(made.model, f"{made.run}/model")
-    texts = [row["prompt"] + row["candidates"][0] for row in encoded(rankings, chat)]
+    texts = [row["prompt"] + row["candidates"][0] for row in encoded(few_rankings, chat)]
     assert all(ids[0] == chat.tokenizer.cls_token_id and ids[-1] == chat.tokenizer.sep_token_id for ids in texts)
     ids, mask = chat.pad(texts)
     scalar = _loaded(made.run).eval()

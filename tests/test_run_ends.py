@@ -78,7 +78,9 @@ def test_a_run_killed_before_its_result_is_recorded_reports_the_same(
     assert {path.name for path in cut.iterdir()} <= RUN_FILES
 
 
-@pytest.mark.parametrize(("stage", "key"), [("sft", "batch.max_steps"), ("ppo", "updates")])
+@pytest.mark.parametrize(
+    ("stage", "key"), [("sft", "batch.max_steps"), pytest.param("ppo", "updates", marks=pytest.mark.slow)]
+)
 def test_a_finished_run_made_longer_equals_one_that_was_as_long_from_the_start(
     stage: str, key: str, demos: str, tmp_path: Path
 ) -> None:

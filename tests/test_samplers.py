@@ -126,6 +126,7 @@ def test_a_model_that_transformers_cannot_page_is_refused(chat):
 # ---- importance weights in PPO
 
 
+@pytest.mark.slow
 def test_a_run_logs_how_far_the_samplers_log_probs_lie_from_the_trainers(tmp_path, prompts):
     run(config(tmp_path / "run", prompts, rollout__sampler=CONTINUOUS, rollout__temperature=0.7))
     for line in updates(tmp_path / "run"):
@@ -134,7 +135,13 @@ def test_a_run_logs_how_far_the_samplers_log_probs_lie_from_the_trainers(tmp_pat
         assert line["policy/first_ratio_min"] == line["policy/first_ratio_max"] == 1.0
 
 
-@pytest.mark.parametrize("changes", [{}, {"rollout__sampler": CONTINUOUS, "rollout__max_importance_weight": None}])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        pytest.param({"rollout__sampler": CONTINUOUS, "rollout__max_importance_weight": None}, marks=pytest.mark.slow),
+    ],
+)
 def test_without_log_probs_or_weights_nothing_is_weighed(changes, tmp_path, prompts):
     run(config(tmp_path / "run", prompts, **changes))
     assert not any("rollout/importance_truncated" in line for line in updates(tmp_path / "run"))

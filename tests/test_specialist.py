@@ -258,8 +258,10 @@ def test_csv_and_parquet_rows_are_read_alike(tmp_path):
 @pytest.mark.parametrize(
     ("task", "metric", "pipeline"),
     [
-        ("text", "accuracy", "text-classification"), ("pair", "accuracy", "text-classification"),
-        ("tags", "entity_f1", "token-classification"), ("span", "exact_match", None),
+        ("text", "accuracy", "text-classification"),
+        pytest.param("pair", "accuracy", "text-classification", marks=pytest.mark.slow),
+        pytest.param("tags", "entity_f1", "token-classification", marks=pytest.mark.slow),
+        pytest.param("span", "exact_match", None, marks=pytest.mark.slow),
     ],
 )  # fmt: skip
 def test_a_specialist_learns_and_plain_transformers_loads_it(tmp_path, task, metric, pipeline):

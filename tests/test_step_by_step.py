@@ -84,6 +84,7 @@ def test_the_loss_is_the_labels_plus_the_weighted_rationales_each_a_mean_over_it
     assert row["train/loss"] == pytest.approx(labels + rationales, rel=1e-4)
 
 
+@pytest.mark.slow
 def test_training_lowers_both_losses_and_texts_without_a_label_are_counted(tmp_path, capsys):
     demos = rationale_demos(tmp_path / "d.jsonl")
     changes = {"optimizer": {"lr": 2e-2}, "eval": {"every": 1}}

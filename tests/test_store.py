@@ -411,9 +411,9 @@ def test_a_file_that_unpacks_to_hundreds_of_times_its_size_is_left(tmp_path, mon
         file.write_bytes(pack(content))
         with pytest.raises(UserError, match=r"it unpacks to more than 200 times its size"):
             list(open_dataset(file).records())
-    text = b"".join(b'{"prompt": "%d"}\n' % i for i in range(100_000))
+    text = b"".join(b'{"prompt": "%d"}\n' % i**30 for i in range(15_000))
     file.write_bytes(pack(text))
-    assert len(text) > 1 << 20 and len(list(open_dataset(file).records())) == 100_000
+    assert len(text) > 1 << 20 and len(list(open_dataset(file).records())) == 15_000
 
 
 def test_a_line_that_is_too_long_is_rejected_and_the_next_ones_are_read(tmp_path, monkeypatch):

@@ -208,6 +208,7 @@ def test_the_tokenizer_knows_the_words_whole_and_spells_the_rest():
         assert len(tokenizer.tokenize(text)) <= 3
 
 
+@pytest.mark.slow
 def test_a_base_model_learns_and_follows_its_seed(tmp_path):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
