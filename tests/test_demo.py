@@ -89,16 +89,16 @@ def test_a_demo_given_again_says_that_it_is_complete(small):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("sign", ["data/prompts/manifest.json", "sft/run.json", "ppo/checkpoints/step-00000002"])
-def test_a_killed_demo_goes_on_to_the_same_figures(small, tmp_path, sign):
+def test_a_demo_killed_in_several_parts_goes_on_to_the_same_figures(small, tmp_path):
     out = tmp_path / "demo"
-    child = small_demo.start(out)
-    while not (out / sign).exists():
-        assert child.poll() is None, "the demo ended before it could be killed"
-        time.sleep(0.01)
-    child.send_signal(signal.SIGKILL)
-    child.communicate()
-    assert not (out / "summary.json").exists()
+    for sign in ("data/prompts/manifest.json", "sft/run.json", "ppo/checkpoints/step-00000002"):
+        child = small_demo.start(out)
+        while not (out / sign).exists():
+            assert child.poll() is None, "the demo ended before it could be killed"
+            time.sleep(0.01)
+        child.send_signal(signal.SIGKILL)
+        child.communicate()
+        assert not (out / "summary.json").exists()
     shown, _ = small_demo.start(out).communicate()
     assert "holds this demo" not in shown
     assert figures(out) == figures(small)

@@ -13,9 +13,9 @@ import tiny
 pytestmark = [pytest.mark.real, pytest.mark.timeout(3600)]
 
 SHORT = {
-    "sft": ["batch.max_steps=16", "eval.every=8", "checkpoints.every=8", "data.max_eval_records=32"],
-    "reward": ["batch.max_steps=16", "eval.every=16", "checkpoints.every=8", "data.max_eval_records=100"],
-    "ppo": ["updates=3", "rollout.prompts_per_update=16", "eval.every=3", "eval.prompts=8"],
+    "sft": ["batch.max_steps=8", "eval.every=8", "checkpoints.every=4", "data.max_eval_records=32"],
+    "reward": ["batch.max_steps=8", "eval.every=8", "checkpoints.every=4", "data.max_eval_records=100"],
+    "ppo": ["updates=2", "rollout.prompts_per_update=16", "eval.every=2", "eval.prompts=8"],
 }
 
 
@@ -58,6 +58,6 @@ def test_three_stages_from_human_pairs_to_an_exported_policy(shared, place, reco
         "figures",
         f"HH harmless: {told['written']} of {told['read']} pairs, set aside: {told['reasons']}; held-out pair accuracy "
         f"{judged['accuracy']:.3f} (longer wins: {judged['longer_accuracy']:.3f}); score "
-        f"{policy['eval/scores_at_start']:.2f} -> {policy['eval/scores']:.2f} in three short updates",
+        f"{policy['eval/scores_at_start']:.2f} -> {policy['eval/scores']:.2f} in two short updates",
     )
     assert judged["pairs"] > 50

@@ -17,7 +17,7 @@ from transformers import AutoModelForSequenceClassification
 from rlhf.config.load import dump_config
 from rlhf.data.store import DatasetWriter, open_dataset
 from rlhf.reward.config import RewardConfig
-from rlhf.runs.run import read_run
+from rlhf.runs.run import is_run, read_run
 
 pytestmark = pytest.mark.slow
 
@@ -32,7 +32,7 @@ from rlhf.reward.config import RewardConfig
 from rlhf.config.load import load_stage_config
 from stages import reward
 
-file, kill = sys.argv[1:3]
+file, kill, resume = sys.argv[1:4]
 where, _, when = kill.partition(":")
 if where == "step":
     step = reward.Loop._train_step
@@ -48,32 +48,32 @@ if where == "write":
             os.kill(os.getpid(), signal.SIGKILL)
         return seal(self, partial, step)
     Checkpoints._seal = killed
-distributed.name_lost_ranks(reward.run)(load_stage_config(RewardConfig, file), resume=where == "none")
+distributed.name_lost_ranks(reward.run)(load_stage_config(RewardConfig, file), resume=resume == "True")
 distributed.stop()
 """
 
 
 def launch(made: RewardConfig, processes: int = 1, kill: str = "none") -> int:
-    """Run the config on so many processes; `kill` names a place and step where the process ends itself by SIGKILL."""
+    """Start or continue a run; `kill` names a place and step where the process ends itself by SIGKILL."""
     file = Path(made.run).parent / "config.yaml"
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(dump_config(made), "utf-8")
-    result = tiny.launch(processes, PROGRAM, str(file), kill)
-    if kill in ("none", "new"):
+    result = tiny.launch(processes, PROGRAM, str(file), kill, str(is_run(made.run)))
+    if kill == "none":
         assert result.returncode == 0, result.stdout[-4000:]
     return result.returncode
 
 
-@pytest.mark.parametrize("kill", ["step:5", "write:6"])
-def test_a_killed_run_goes_on_bit_for_bit(kill: str, tmp_path: Path, rankings: str) -> None:
+def test_a_killed_run_goes_on_bit_for_bit(tmp_path: Path, rankings: str) -> None:
     values = {
         "checkpoints": {"every": 3},
         "batch": {"batch_size": 8, "micro_batch_size": 4, "max_steps": 10},
         "log": {"every": 2},
     }
     whole, broken = config(tmp_path / "whole", rankings, **values), config(tmp_path / "broken", rankings, **values)
-    launch(whole, kill="new")
-    assert launch(broken, kill=kill) == -signal.SIGKILL
+    launch(whole)
+    assert launch(broken, kill="step:5") == -signal.SIGKILL
+    assert launch(broken, kill="write:6") == -signal.SIGKILL
     assert read_run(broken.run)["status"] == "running"
     launch(broken)
     assert metrics_of(broken.run) == metrics_of(whole.run)
@@ -86,8 +86,8 @@ def test_two_processes_under_zero_do_what_one_does(stage: int, tmp_path: Path, r
     values = {"batch": {"batch_size": 8, "micro_batch_size": 2, "max_steps": 5}, "checkpoints": {"every": 2}}
     one = config(tmp_path / "one", rankings, **values)
     two = config(tmp_path / "two", rankings, **values, deepspeed=f"configs/deepspeed/zero{stage}.json")
-    launch(one, kill="new")
-    launch(two, 2, kill="new")
+    launch(one)
+    launch(two, 2)
     assert read_run(two.run)["processes"] == 2
     names = ("train/loss", "optimizer/grad_norm", "optimizer/lr", "train/tokens")
     torch.testing.assert_close(
@@ -110,8 +110,8 @@ def test_two_processes_divide_by_the_weights_of_all_rankings(tmp_path: Path) -> 
     values = {"batch": {"batch_size": 8, "micro_batch_size": 2, "max_steps": 3}}
     one = config(tmp_path / "one", str(tmp_path / "weighted"), **values)
     two = config(tmp_path / "two", str(tmp_path / "weighted"), **values)
-    launch(one, kill="new")
-    launch(two, 2, kill="new")
+    launch(one)
+    launch(two, 2)
     torch.testing.assert_close(
         steps(metrics_of(two.run), "train/loss", "optimizer/grad_norm"),
         steps(metrics_of(one.run), "train/loss", "optimizer/grad_norm"),
@@ -126,7 +126,7 @@ def test_two_processes_under_zero3_go_on_bit_for_bit_after_a_kill(tmp_path: Path
         "deepspeed": "configs/deepspeed/zero3.json",
     }
     whole, broken = config(tmp_path / "whole", rankings, **values), config(tmp_path / "broken", rankings, **values)
-    launch(whole, 2, kill="new")
+    launch(whole, 2)
     assert launch(broken, 2, kill="step:3") != 0
     launch(broken, 2)
     assert metrics_of(broken.run) == metrics_of(whole.run)

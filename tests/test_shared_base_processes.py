@@ -63,7 +63,7 @@ def test_two_processes_give_what_one_gives(stage, layers, single, tmp_path, runs
         torch.testing.assert_close(weight, plain[name], atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize("stage", [1, 2, 3])
+@pytest.mark.parametrize("stage", [2, 3])
 def test_a_killed_run_continues_bit_for_bit(stage, tmp_path, runs, prompts):
     files = [
         write(tmp_path / name, prompts, runs["sft"], runs["over-sft"], deepspeed=deepspeed(stage))
