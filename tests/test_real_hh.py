@@ -56,7 +56,7 @@ def test_three_stages_from_human_pairs_to_an_exported_policy(shared, place, reco
     policy = json.loads((place / "runs/hh-stories260k/ppo/run.json").read_text())["metrics"]
     record_property(
         "figures",
-        f"HH harmless: {told['written']} of {told['read']} pairs, set aside: {told['reasons']}; held-out pair accuracy "
+        f"HH harmless: {told['written']} of {told['read']} pairs, rejected: {told['reasons']}; held-out pair accuracy "
         f"{judged['accuracy']:.3f} (longer wins: {judged['longer_accuracy']:.3f}); score "
         f"{policy['eval/scores_at_start']:.2f} -> {policy['eval/scores']:.2f} in two short updates",
     )
