@@ -133,9 +133,9 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
     from plot import BLUE, GREY, ORANGE, STYLE
 
     looks = {
-        "mixed": (BLUE, "o", "mixed rows"),
-        "switched": (ORANGE, "s", "switching"),
-        "copies": (GREY, "^", "copies"),
+        "mixed": (BLUE, "o", "all tasks in one batch"),
+        "switched": (ORANGE, "s", "switching adapters"),
+        "copies": (GREY, "^", "one copy per task"),
     }
     counts = sorted({row["tasks"] for row in rows})
     with matplotlib.rc_context(STYLE):
