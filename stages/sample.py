@@ -14,11 +14,12 @@ from rich.text import Text
 
 from rlhf.cli import options, task_options
 from rlhf.cli.sampling_options import SamplingOptions, with_sampling
-from rlhf.core.console import format_number, out, print_json, printable, say
+from rlhf.core.command_line import command_line
+from rlhf.core.console import format_number, out, print_json, printable, say, table
 from rlhf.core.errors import UserError
-from rlhf.data.schema import BadRecord, Message, Prompt
+from rlhf.data.schema import BadRecord, Demonstration, Message, Prompt
 from rlhf.data.selection import chosen_prompts, train_demonstrations, with_system
-from rlhf.data.store import open_dataset
+from rlhf.data.store import DatasetWriter, check_new, open_dataset
 from rlhf.prompting.ways import check_way, read_prompting
 
 if TYPE_CHECKING:  # imports torch
@@ -37,6 +38,14 @@ def command(
     split: options.Split = None,
     limit: options.Limit = None,
     n: Annotated[int, typer.Option("--n", "-n", min=1, help="Number of answers to each prompt.")] = 1,
+    best_of: Annotated[
+        int | None,
+        typer.Option("--best-of", min=2, help="Keep the best of this many answers by --reward, and print its curve."),
+    ] = None,
+    demonstrations: Annotated[
+        Path | None,
+        typer.Option(metavar="DATASET", help="With --best-of: also write the best answers as demonstrations for SFT."),
+    ] = None,
     reward: options.Reward = None,
     system: options.System = None,
     prompting: Annotated[
@@ -64,6 +73,7 @@ def command(
 ) -> None:
     """Print a model's answers to prompts. With --reward, answers are scored, and of several the best is shown."""
     options.check_writable(output, "--out")
+    n = _answers(n, best_of, reward, demonstrations)
     prompts = [with_system(found, system) for found in _prompts(prompt, dataset, split, limit)]
     paths = adapter_paths(adapter, route)
     if prompting or labels or pattern:
@@ -85,24 +95,78 @@ def command(
     prompts = accepted(policy, prompts, scorer.own_chat if scorer else None)
     prompt_limit = policy.prompt_limit(params, scorer.limit if scorer else None)
     started, tokens, lines = time.monotonic(), 0, []
+    scores: list[list[float]] = []
+    best: list[dict[str, Any]] = []
     for samples in sample(policy, prompts, params, sampling.seed, n, prompt_limit, routed):
         rows = [_row(one, index) for index, one in enumerate(samples)]
         if routed is not None:
             task = routed.adapters.names[routed.tasks[samples[0].prompt.prompt_id]]
             rows = [row | {"task": task} for row in rows]
         if scorer is not None:
-            _add_scores(rows, scorer(samples))
+            scores.append(scorer(samples))
+            _add_scores(rows, scores[-1])
+            best += [row for row in rows if row["best"]]
         tokens += sum(row["tokens"] for row in rows)
-        lines += [json.dumps(row, ensure_ascii=False) for row in rows]
         if not as_json:
             _show(samples[0].prompt, rows)
+        rows = [row for row in rows if row["best"]] if best_of else rows
+        lines += [json.dumps(row, ensure_ascii=False) for row in rows]
         for row in rows if as_json else ():
             print_json(row)
     if output is not None:
         options.write_whole(output, "".join(line + "\n" for line in lines))
     if not as_json:
         seconds = time.monotonic() - started
-        say(f"{len(lines):,} answers, {tokens:,} tokens, {tokens / seconds:,.0f} tokens/s", style="dim")
+        say(f"{len(prompts) * n:,} answers, {tokens:,} tokens, {tokens / seconds:,.0f} tokens/s", style="dim")
+    if demonstrations is not None:
+        _write_demonstrations(demonstrations, prompts, best, model)
+    if best_of and not as_json:
+        _show_curve(scores)
+
+
+def _answers(n: int, best_of: int | None, reward: str | None, demonstrations: Path | None) -> int:
+    """The number of answers to each prompt.
+
+    Raises:
+        UserError: Options that need each other, or exclude each other.
+    """
+    if best_of is None:
+        if demonstrations is not None:
+            raise UserError("--demonstrations: which answers?", remedy="Give --best-of N and --reward RUN too.")
+        return n
+    if n != 1:
+        raise UserError("--n and --best-of cannot be combined", remedy="Leave --n out.")
+    if reward is None:
+        raise UserError("--best-of: by what are answers compared?", remedy="Give --reward RUN or module:function.")
+    if demonstrations is not None:
+        check_new(demonstrations, overwrite=False)
+    return best_of
+
+
+def _write_demonstrations(path: Path, prompts: list[Prompt], best: list[dict[str, Any]], model: str) -> None:
+    """The best answers as a dataset for another round of SFT; an empty answer is left out."""
+    by_prompt = {prompt.prompt_id: prompt for prompt in prompts}
+    with DatasetWriter(path, "demonstration", {"command": command_line(), "policy": model}) as writer:
+        for row in best:
+            if row["answer"].strip():
+                prompt = by_prompt[row["prompt_id"]]
+                made = {
+                    "source": prompt.source,
+                    "group": prompt.group,
+                    "split": prompt.split,
+                    "author": f"model:{model}",
+                }
+                writer.write(Demonstration(prompt.messages, answer=row["answer"].strip(), **made))
+        kept = writer.count
+    say(f"{path}: {kept:,} demonstrations")
+
+
+def _show_curve(scores: list[list[float]]) -> None:
+    from rlhf.inference.best_of import best_of_curve  # imports numpy
+
+    rows = [(point.n, point.kl, point.score, point.low, point.high) for point in best_of_curve(scores)]
+    title = f"Score of the best of n answers, mean over {len(scores):,} prompts; KL in nats, as a PPO run's eval/kl"
+    table(title, ("n", "KL to the policy", "score", "95% low", "95% high"), rows)
 
 
 def _sample_prompted(

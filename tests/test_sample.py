@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
 import finished
+import numpy as np
 import pytest
 import tiny
 import torch
@@ -15,7 +17,8 @@ from rlhf.config.base import ModelConfig
 from rlhf.core.errors import UserError
 from rlhf.data.chat_tokenizer import load_tokenizer
 from rlhf.data.schema import Message, Prompt
-from rlhf.data.store import DatasetWriter
+from rlhf.data.store import DatasetWriter, open_dataset
+from rlhf.inference.best_of import best_of_curve, expected_best
 from rlhf.inference.policy import open_policy
 from rlhf.inference.sampling import sample
 from rlhf.inference.sampling_params import sampling_params
@@ -272,3 +275,49 @@ def test_each_prompt_is_answered_by_the_adapter_of_its_task(runs: dict[str, str]
 def test_unclear_adapters_are_refused_before_the_model_is_loaded(words: list[str], fault: str) -> None:
     with pytest.raises(UserError, match=fault):
         finished.invoke(command, "no/such/model", "-p", "One?", *words)
+
+
+# ---- best of n
+
+
+def test_the_curve_is_the_mean_over_all_subsets_of_the_answers():
+    scores = np.random.default_rng(0).normal(size=(5, 6))
+    for n in (1, 2, 3, 6):
+        by_hand = [np.mean([max(subset) for subset in combinations(row, n)]) for row in scores]
+        np.testing.assert_allclose(expected_best(scores, n), by_hand)
+    curve = best_of_curve(scores.tolist())
+    assert [point.n for point in curve] == [1, 2, 4, 6]
+    assert curve[0].score == pytest.approx(scores.mean()) and curve[-1].score == pytest.approx(scores.max(1).mean())
+    assert all(point.low <= point.score <= point.high for point in curve)
+    assert [point.kl for point in curve[:2]] == pytest.approx([0.0, 0.693147 - 0.5], abs=1e-6)
+    with pytest.raises(ValueError, match="from 1 to the 6 answers"):
+        expected_best(scores, 7)
+
+
+def test_best_of_keeps_the_best_answers_prints_the_curve_and_writes_demonstrations(runs, tmp_path):
+    words = ["-p", "One?", "-p", "Two?", "--reward", runs["reward"], "--max-new-tokens", 8]
+    everything = lines(runs["sft"], "-p", "One?", "-p", "Two?", "--n", 4, "--reward", runs["reward"])
+    out, kept = tmp_path / "best.jsonl", tmp_path / "kept"
+    said, _ = finished.invoke(
+        command, runs["sft"], *words, "--best-of", 4, "--out", out, "--demonstrations", kept
+    )  # fmt: skip
+    rows = [json.loads(line) for line in out.read_text().splitlines()]
+    assert [row["answer"] for row in rows] == [row["answer"] for row in everything if row["best"]]
+    assert "Score of the best of n answers" in said and "KL to the policy" in said and "8 answers" in said
+    found = list(open_dataset(kept).records())
+    assert [(record.answer, record.author) for record in found] == [
+        (row["answer"].strip(), f"model:{runs['sft']}") for row in rows if row["answer"].strip()
+    ]
+
+
+@pytest.mark.parametrize(
+    ("words", "fault"),
+    [
+        (["--best-of", 4], "--best-of: by what"),
+        (["--best-of", 4, "--n", 2], "cannot be combined"),
+        (["--demonstrations", "new"], "--demonstrations: which answers"),
+    ],
+)
+def test_best_of_with_unfit_options_is_refused(words, fault, runs):
+    with pytest.raises(UserError, match=fault):
+        finished.invoke(command, runs["sft"], "-p", "One?", *words)
