@@ -65,7 +65,8 @@ def run(config: DPOConfig, resume: bool = False, overwrite: bool = False) -> Non
     # 2. the policy, and what of it is trained; the same first weights on every rank
     transformers.set_seed(config.seed)
     memory = PeakMemory()
-    model = config.tuning(load_policy(config.model, path, tokens=token_count(chat.tokenizer)), chat, "causal")
+    base = load_policy(config.model, path, tokens=token_count(chat.tokenizer), as_stored=distributed.grouped())
+    model = config.tuning(base, chat, "causal")
     say_trainable(config.tuning, model)
     sharing = sharing_of(model) if config.shared_prompts else NO_SHARING
     if config.shared_prompts and not sharing.max_length:

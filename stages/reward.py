@@ -68,7 +68,7 @@ def run(config: RewardConfig, resume: bool = False, overwrite: bool = False) -> 
     # 2. the model and its trainable weights; the seed gives all ranks the same initial weights, new head included
     transformers.set_seed(config.seed)
     memory = PeakMemory()
-    scalar = load_scalar(config.model, path, tokens=token_count(chat.tokenizer))
+    scalar = load_scalar(config.model, path, tokens=token_count(chat.tokenizer), as_stored=distributed.grouped())
     scalar.set_scale(0.0, 1.0)
     scalar.model = config.tuning(scalar.model, chat, "scalar")
     say_trainable(config.tuning, scalar.model)

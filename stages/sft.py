@@ -73,7 +73,8 @@ def run(config: SFTConfig, resume: bool = False, overwrite: bool = False) -> Non
     # 2. the model, and what of it is trained; the same first weights on every rank
     transformers.set_seed(config.seed)
     memory = PeakMemory()
-    model = config.tuning(load_policy(config.model, path, tokens=token_count(chat.tokenizer)), chat, "causal")
+    base = load_policy(config.model, path, tokens=token_count(chat.tokenizer), as_stored=distributed.grouped())
+    model = config.tuning(base, chat, "causal")
     say_trainable(config.tuning, model)
     # 3. training
     train = pack(tables.train, limit, model) if config.batch.packing else tables.train

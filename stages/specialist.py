@@ -36,8 +36,8 @@ from rlhf.specialist.head import Batch, Example, Head
 from rlhf.specialist.model import Specialist, load_specialist, load_text_tokenizer, train_new_weights
 from rlhf.training.engine import Engine
 from rlhf.training.loop import Loop, Objective, supervised_engine
-from rlhf.tuning.merging import merged_state
 from rlhf.tuning.methods import say_trainable
+from rlhf.tuning.shards import save_weights
 
 
 def run(config: SpecialistConfig, resume: bool = False, overwrite: bool = False) -> None:
@@ -281,10 +281,8 @@ def report(run: Run, head: Head, held_out: Encoded, predictions: list[Any], step
 
 def save(folder: Path, model: Any, tokenizer: Any) -> None:
     """Save the model with merged adapters, and its tokenizer, so that transformers loads them. Every rank calls it."""
-    state = merged_state(model)
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    save_weights(folder, model)
     if is_main():
-        base.save_pretrained(folder, state_dict=state)
         tokenizer.save_pretrained(folder)
 
 

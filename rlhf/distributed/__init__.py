@@ -7,6 +7,7 @@ from rlhf.distributed.process_group import (
     barrier,
     device,
     from_main,
+    grouped,
     name_lost_ranks,
     rank,
     start,
@@ -15,6 +16,6 @@ from rlhf.distributed.process_group import (
 )
 
 __all__ = [
-    "all_gather_rows", "all_max", "all_sum", "barrier", "device", "from_main", "name_lost_ranks", "rank", "start",
-    "stop", "world_size",
+    "all_gather_rows", "all_max", "all_sum", "barrier", "device", "from_main", "grouped", "name_lost_ranks", "rank",
+    "start", "stop", "world_size",
 ]  # fmt: skip

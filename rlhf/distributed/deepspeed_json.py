@@ -53,6 +53,30 @@ def read_deepspeed(path: str | Path) -> dict[str, Any]:
     return settings
 
 
+BUCKET, SUB_GROUP = 500_000_000, 1_000_000_000
+"""DeepSpeed's sizes, in elements, of the gradients that are reduced together and of a part of stage 3's optimizer."""
+
+
+def with_sizes(settings: dict[str, Any], trained: int, largest: int) -> dict[str, Any]:
+    """The settings with buffers for this number of trained weights, where the file names no sizes.
+
+    DeepSpeed's defaults suit models of some ten billion weights. With a smaller one, all gradients wait in one bucket
+    for the end of the backward pass, and building stage 3's optimizer takes 4 bytes for each whole weight.
+
+    Args:
+        settings: From a DeepSpeed JSON.
+        trained: Trained elements.
+        largest: Elements of the largest trained parameter.
+    """
+    zero = dict(settings.get("zero_optimization", {}))
+    part = max(largest, trained // 16, 1)
+    sizes = {"reduce_bucket_size": min(BUCKET, part), "sub_group_size": min(SUB_GROUP, part)}
+    for key, size in sizes.items():
+        if zero.get("stage", 0) and zero.get(key, "auto") == "auto":
+            zero[key] = size
+    return settings | {"zero_optimization": zero}
+
+
 def zero_stage(path: str | Path) -> int:
     """The ZeRO stage of a DeepSpeed JSON, 0 to 3. Raises what `read_deepspeed` raises."""
     return int(read_deepspeed(path).get("zero_optimization", {}).get("stage", 0))

@@ -34,6 +34,11 @@ def world_size() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
+def grouped() -> bool:
+    """Whether this process is in a process group, alone or with others; engines are then DeepSpeed's."""
+    return dist.is_initialized()
+
+
 def device() -> torch.device:
     """The GPU of this process, or the CPU."""
     if torch.cuda.is_available():

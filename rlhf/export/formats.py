@@ -197,7 +197,7 @@ def _merged_critic(source: Source) -> Any:
 
 def _biased_head(model: Any) -> Any:
     """The last linear layer of a classifier if it has a bias, which can include the mean; otherwise None."""
-    from rlhf.models.scalar import HEADS
+    from rlhf.models.load import HEADS
 
     head = next(getattr(model, name) for name in HEADS if hasattr(model, name))
     linear = [m for m in head.modules() if isinstance(m, torch.nn.Linear) and m.out_features == 1]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import types
 import warnings
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,11 @@ from rlhf.config.base import ModelConfig
 from rlhf.core.errors import UserError
 from rlhf.models.adapters import adapter_base, with_adapter
 from rlhf.models.logprobs import check_head
+from rlhf.models.mapped import computing, prepare, stored_dtypes
 from rlhf.models.vocabulary import add_rows, check_vocabulary
+
+HEADS = ("score", "classifier", "classification_head")
+"""What classes of transformers call the head of a sequence classifier: decoders, encoders, encoder-decoders."""
 
 POSITIONS_AFTER_PADDING = {"roberta", "xlm-roberta", "xlm-roberta-xl", "camembert", "roberta-prelayernorm", "xmod"}
 """Model families whose first token has position pad_token_id + 1, which leaves fewer positions."""
@@ -84,11 +89,16 @@ def sequence_limit(config: ModelConfig, found: transformers.PretrainedConfig) ->
 
 
 def load_policy(
-    config: ModelConfig, path: str, dtype: torch.dtype = torch.float32, tokens: int | None = None
+    config: ModelConfig,
+    path: str,
+    dtype: torch.dtype = torch.float32,
+    tokens: int | None = None,
+    as_stored: bool = False,
 ) -> PreTrainedModel:
     """A causal language model or an encoder-decoder in `dtype`, dropout off.
 
-    It encodes `tokens` ids (see `rlhf.models.vocabulary`).
+    It encodes `tokens` ids (see `rlhf.models.vocabulary`). With `as_stored` its weights stay mapped, in the dtype of
+    the file, for an engine that casts them (see `rlhf.models.mapped`).
 
     From the folder of an adapter that cannot be merged it is the base with the adapter, wrapped by PEFT.
 
@@ -96,13 +106,16 @@ def load_policy(
         UserError: It cannot be loaded, its log-probs would be wrong, or it lacks embedding rows for the ids.
     """
     seq2seq = load_hf_config(config, path).is_encoder_decoder
-    model = _load(AutoModelForSeq2SeqLM if seq2seq else AutoModelForCausalLM, config, path, dtype, tokens)
-    check_head(model)
+    model = _load(AutoModelForSeq2SeqLM if seq2seq else AutoModelForCausalLM, config, path, dtype, tokens, as_stored)
+    with computing(model):
+        check_head(model)
     wrapped: PreTrainedModel = with_adapter(model, path, "SEQ_2_SEQ_LM" if seq2seq else "CAUSAL_LM")
     return wrapped
 
 
-def _load(kind: Any, config: ModelConfig, path: str, dtype: torch.dtype, tokens: int | None, **more: Any) -> Any:
+def _load(
+    kind: Any, config: ModelConfig, path: str, dtype: torch.dtype, tokens: int | None, as_stored: bool, **more: Any
+) -> Any:
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()  # else it warns at length about every new head
     path = adapter_base(path) or path
@@ -122,7 +135,8 @@ def _load(kind: Any, config: ModelConfig, path: str, dtype: torch.dtype, tokens:
     if config.attn_implementation or default:
         options["attn_implementation"] = config.attn_implementation or default
     try:
-        loaded = kind.from_pretrained(path, **options)
+        with stored_dtypes() if as_stored else nullcontext():
+            loaded = kind.from_pretrained(path, **options)
     except (OSError, ValueError, ImportError, RuntimeError) as error:
         raise UserError(f"model.path: {path} cannot be loaded", str(error).split("\n")[0]) from None
     model = loaded[0] if isinstance(loaded, tuple) else loaded
@@ -130,8 +144,10 @@ def _load(kind: Any, config: ModelConfig, path: str, dtype: torch.dtype, tokens:
     text = model.config.get_text_config()
     if getattr(text, "output_router_logits", False):  # an auxiliary loss that no stage uses, and a forward that fails
         text.output_router_logits = False
+    if as_stored:
+        prepare(model, dtype, HEADS)
     if tokens is not None:
-        add_rows(model, tokens)
+        add_rows(model, tokens, dtype)
     for module in model.modules():
         # Without dropout the same input gives the same log-probs, so the first PPO ratio is 1. Some families (OPT) keep
         # the dropout probability as an attribute and call the function.

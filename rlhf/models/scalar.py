@@ -16,7 +16,7 @@ from rlhf.core.errors import UserError
 from rlhf.models.adapters import adapter_has_head, is_adapter, virtual_tokens_of, with_adapter
 from rlhf.models.classifiers import classifier_class
 from rlhf.models.encoder_decoder import decoder_states, divided, is_encoder_decoder, whole_text
-from rlhf.models.load import _load, load_hf_config, refuse_encoder_decoder
+from rlhf.models.load import HEADS, _load, load_hf_config, refuse_encoder_decoder
 from rlhf.models.logprobs import causal_lm, has_virtual_tokens, hidden_states
 from rlhf.models.shared_prompt import (
     NO_SHARING,
@@ -26,9 +26,6 @@ from rlhf.models.shared_prompt import (
     detect_sharing,
     position_ids_of,
 )
-
-HEADS = ("score", "classifier", "classification_head")
-"""What classes of transformers call the head of a sequence classifier: decoders, encoders, encoder-decoders."""
 
 
 class ScalarModel(nn.Module):
@@ -123,7 +120,11 @@ class ScalarModel(nn.Module):
 
 
 def load_scalar(
-    config: ModelConfig, path: str, head: Literal["random", "small", "trained"] = "random", tokens: int | None = None
+    config: ModelConfig,
+    path: str,
+    head: Literal["random", "small", "trained"] = "random",
+    tokens: int | None = None,
+    as_stored: bool = False,
 ) -> ScalarModel:
     """A scalar model in float32 from a reward model, a causal LM, an encoder or an encoder-decoder.
 
@@ -135,6 +136,7 @@ def load_scalar(
             its first values are near 0, so they add little noise to the first advantages, but its body gets a gradient
             from the first step. `trained` refuses a model without a head.
         tokens: How many ids the model must encode; see `rlhf.models.vocabulary`.
+        as_stored: Leave all weights but the head mapped, in the dtype of the file; see `load_policy`.
 
     Raises:
         UserError: The model cannot be loaded, has no score head, or lacks embedding rows for the ids.
@@ -154,6 +156,7 @@ def load_scalar(
         path,
         torch.float32,
         tokens,
+        as_stored,
         num_labels=1,
         output_loading_info=True,
     )

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from rlhf.data.chat_tokenizer import ChatTokenizer
 from rlhf.models.isolation import agree, unmoved, windows
+from rlhf.models.mapped import computing, dtype_of
 from rlhf.models.packed_attention import PACKED
 
 PromptWithCompletions = tuple[Sequence[int], Sequence[Sequence[int]]]
@@ -146,29 +147,32 @@ def detect_sharing(model: nn.Module, encode: Callable[..., Tensor]) -> SharedPro
     if masks or config._attn_implementation not in MASKED_ATTENTION:
         return NO_SHARING
     window = min(windows(config), default=sys.maxsize)
-    if not _isolated(encode, config._attn_implementation, text.vocab_size, window, next(model.parameters())):
-        return NO_SHARING
+    with computing(model):
+        device = next(model.parameters()).device
+        if not _isolated(encode, config._attn_implementation, text.vocab_size, window, device, dtype_of(model)):
+            return NO_SHARING
     # A layer has about 12 H^2 weights with two operations each; attending to one token costs 4 H operations.
     return SharedPrompts(window, linear_cost=6 * text.hidden_size)
 
 
 def _isolated(
-    encode: Callable[..., Tensor], implementation: str, vocab_size: int, window: int, weights: Tensor
-) -> bool:
+    encode: Callable[..., Tensor], implementation: str, vocab_size: int, window: int, device: torch.device,
+    dtype: torch.dtype,
+) -> bool:  # fmt: skip
     """Whether a completion has the hidden states of a row of its own, whatever the other completion of its row is."""
     half = max(1, min(16, window // 2))  # a text fits into the window, the row does not if the window is small
-    branches = torch.tensor([[0] * half + [1] * half + [2] * half + [-1] * 2], device=weights.device)
-    ids = (torch.arange(branches.shape[1], device=weights.device) * 37 + 11)[None] % vocab_size
-    mask, positions = attention_mask_of(branches, implementation, weights.dtype), position_ids_of(branches)
+    branches = torch.tensor([[0] * half + [1] * half + [2] * half + [-1] * 2], device=device)
+    ids = (torch.arange(branches.shape[1], device=device) * 37 + 11)[None] % vocab_size
+    mask, positions = attention_mask_of(branches, implementation, dtype), position_ids_of(branches)
     try:
         shared = encode(ids, mask, positions)[0]
         for branch, other in ((1, 2), (2, 1)):
             mine = ((branches == 0) | (branches == branch))[0]
             changed = encode(torch.where(branches == other, (ids + 17) % vocab_size, ids), mask, positions)[0]
             alone = encode(ids[:, mine], torch.ones_like(ids[:, mine]), None)[0]
-            if not unmoved(shared[mine], changed[mine], weights.dtype):
+            if not unmoved(shared[mine], changed[mine], dtype):
                 return False
-            if not agree(shared[mine], alone, weights.dtype):
+            if not agree(shared[mine], alone, dtype):
                 return False
     except Exception:  # model families raise different errors for masks or positions that they do not support
         return False

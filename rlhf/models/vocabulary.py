@@ -47,12 +47,14 @@ def check_vocabulary(config: ModelConfig, found: Any, path: str, tokens: int) ->
 
 
 @torch.no_grad()
-def add_rows(model: Any, tokens: int) -> None:
+def add_rows(model: Any, tokens: int, dtype: torch.dtype) -> None:
     """Give the embedding and the head at least `tokens` rows. New ones are the mean of the others, so that every model
-    loaded from the same folder gets the same ones."""
+    loaded from the same folder gets the same ones. A table that gets rows is cast to `dtype`."""
     before = model.get_input_embeddings().weight.shape[0]
     if before >= tokens:
         return
+    for layer in filter(None, (model.get_input_embeddings(), model.get_output_embeddings())):
+        layer.to(dtype)
     model.resize_token_embeddings(tokens, mean_resizing=False)
     for layer in filter(None, (model.get_input_embeddings(), model.get_output_embeddings())):
         for values in filter(lambda p: p is not None, (layer.weight, getattr(layer, "bias", None))):

@@ -121,7 +121,7 @@ def load_separate(config: PPOConfig, chat: ChatTokenizer) -> SeparateModels:
     critic: ScalarModel | None = None
     if config.needs_critic:
         start = resolve_model_path(str(config.reward_model)) if config.critic.init == "reward" else path
-        critic = load_scalar(config.model, start, head="small", tokens=tokens)
+        critic = load_scalar(config.model, start, head="small", tokens=tokens, as_stored=distributed.grouped())
         critic.model = config.critic.tuning(critic.model, chat, "scalar")
     if config.gradient_checkpointing:
         for part in [policy] if critic is None else [policy, critic.model]:
@@ -141,7 +141,7 @@ def load_separate(config: PPOConfig, chat: ChatTokenizer) -> SeparateModels:
 
 
 def _masked_policy(config: PPOConfig, path: str, tokens: int) -> Any:
-    policy = load_policy(config.model, path, tokens=tokens)
+    policy = load_policy(config.model, path, tokens=tokens, as_stored=distributed.grouped())
     mask_unknown_ids(policy, tokens)
     return policy
 

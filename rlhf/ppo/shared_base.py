@@ -27,6 +27,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoConfig
 
+from rlhf import distributed
 from rlhf.config.base import ModelConfig
 from rlhf.core.console import is_main, say
 from rlhf.core.errors import UserError
@@ -201,7 +202,7 @@ def build(config: PPOConfig, roles: SharedRoles, chat: ChatTokenizer) -> tuple[S
     tokens = token_count(chat.tokenizer)
     found = load_hf_config(config.model, roles.base)
     refuse_encoder_decoder(found, roles.base, "model.sharing `shared` does")
-    base = load_policy(config.model, roles.base, compute_dtype(config.precision), tokens)
+    base = load_policy(config.model, roles.base, compute_dtype(config.precision), tokens, distributed.grouped())
     mask_unknown_ids(base, tokens)
     shapes = {role: _peft_config(base, adapter) for role, adapter in roles.adapters.items()}
     policy = config.tuning(base, chat, "causal")

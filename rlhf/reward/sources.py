@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import AfterValidator, PositiveFloat
 
+from rlhf import distributed
 from rlhf.core.lazy import lazy
 from rlhf.core.table import Pick, Table
 from rlhf.reward.functions import FunctionName, call_reward_function, import_function
@@ -77,7 +78,8 @@ def model(context: RewardContext, *, path: str, retokenize: bool = False) -> Sou
     config = context.model.model_copy(update={"path": path, "chat_template": "auto", "resize_embeddings": False})
     own = context.own_chats[path] if retokenize else None
     tokens = token_count((own or context.chat).tokenizer)
-    scalar = context.freeze(load_scalar(config, folder, head="trained", tokens=tokens))
+    loaded = load_scalar(config, folder, head="trained", tokens=tokens, as_stored=distributed.grouped())
+    scalar = context.freeze(loaded)
 
     def score(inputs: RewardInputs) -> torch.Tensor:
         ids, mask = inputs.input_ids, inputs.attention_mask

@@ -18,6 +18,7 @@ from rlhf.models.vocabulary import token_count
 from rlhf.runs.run import resolve_model_path
 from rlhf.sft.batches import TokenBatch
 from rlhf.training.engine import Engine
+from rlhf.training.placing import place
 
 
 def check_teacher(path: str, config: ModelConfig, chat: ChatTokenizer) -> int:
@@ -70,12 +71,13 @@ class Teacher:
     """
 
     def __init__(self, path: str, config: ModelConfig, chat: ChatTokenizer, engine: Engine) -> None:
-        model = load_policy(_model_config(path, config), resolve_model_path(path), tokens=token_count(chat.tokenizer))
+        tokens, as_stored = token_count(chat.tokenizer), distributed.grouped()
+        model = load_policy(_model_config(path, config), resolve_model_path(path), tokens=tokens, as_stored=as_stored)
         states = _States(model)
         if engine.stage < 3:
             self._states: Any = engine.freeze(states)
         else:  # frozen as under ZeRO-2: the chunks of its head are called outside of a forward pass of DeepSpeed's
-            self._states = states.requires_grad_(False).eval().to(distributed.device(), engine.dtype)
+            self._states = place(states.requires_grad_(False).eval(), engine.dtype)
         self._lm = causal_lm(model)
 
     @torch.no_grad()

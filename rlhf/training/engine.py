@@ -18,9 +18,11 @@ from rlhf import distributed
 from rlhf.config.base import AdamWConfig
 from rlhf.core.console import is_main
 from rlhf.core.errors import UserError
-from rlhf.distributed.deepspeed_json import SET_BY_US, read_deepspeed
+from rlhf.core.freeing import freed_at_once
+from rlhf.distributed.deepspeed_json import SET_BY_US, read_deepspeed, with_sizes
 from rlhf.models.load import compute_dtype
 from rlhf.training.deepspeed_shares import deepspeed_shares, refresh_weights
+from rlhf.training.placing import divide, place
 from rlhf.training.saved_state import Share, load_state, save_state
 
 
@@ -59,9 +61,9 @@ class Engine:
     stage = 0
 
     def __init__(self, module: nn.Module, groups: list[dict[str, Any]], config: AdamWConfig, precision: str):
-        self.module = self._placed(module)
         self.config = config
         self.dtype = compute_dtype(precision)
+        self.module = self._placed(module)
         # The fused kernel needs no temporary tensors of the size of the weights.
         self.optimizer = torch.optim.AdamW(
             groups, betas=config.betas, eps=config.eps, weight_decay=config.weight_decay, fused=True
@@ -171,23 +173,30 @@ class DeepSpeedEngine(Engine):
         precision: str,
         settings: dict[str, Any],
     ) -> None:
-        import deepspeed
-
         self.stage = settings.get("zero_optimization", {}).get("stage", 0)
-        super().__init__(module, groups, config, precision)
+        dtype = compute_dtype(precision)
         # Stage 0 in float32 has whole, summed gradients, which are checked and clipped as with plain torch.
-        self._whole = self.stage == 0 and self.dtype == torch.float32
-        self._finite = torch.ones((), device=distributed.device())
-        for parameter in self._parameters if not self._whole else ():
-            parameter.register_hook(self._watch)
+        self._whole = self.stage == 0 and dtype == torch.float32
+        sizes = [parameter.numel() for group in groups for parameter in group["params"]]
+        settings = with_sizes(settings, sum(sizes), max(sizes, default=0))
         kept = {key: value for key, value in settings.items() if key not in SET_BY_US}
         self.settings = kept | {
             "train_micro_batch_size_per_gpu": 1,
             "gradient_accumulation_steps": 1,
             "gradient_clipping": 0.0 if self._whole else config.max_grad_norm,
-            "bf16": {"enabled": self.dtype == torch.bfloat16},
+            "bf16": {"enabled": dtype == torch.bfloat16},
             "steps_per_print": 2**31,
         }
+        with freed_at_once():
+            self._build(module, groups, config, precision)
+
+    def _build(self, module: nn.Module, groups: list[dict[str, Any]], config: AdamWConfig, precision: str) -> None:
+        import deepspeed
+
+        super().__init__(module, groups, config, precision)
+        self._finite = torch.ones((), device=distributed.device())
+        for parameter in self._parameters if not self._whole else ():
+            parameter.register_hook(self._watch)
         self.deepspeed, *_ = deepspeed.initialize(
             model=module, model_parameters=self._parameters, optimizer=self.optimizer, config=self.settings
         )
@@ -196,8 +205,7 @@ class DeepSpeedEngine(Engine):
         self.module = self.deepspeed.module
 
     def _placed(self, module: nn.Module) -> nn.Module:
-        # ZeRO-3 moves one parameter at a time, so that no device has to hold the whole model.
-        return module if self.stage == 3 else super()._placed(module)
+        return divide(module, self.dtype, self.settings) if self.stage == 3 else place(module, self.dtype)
 
     def _watch(self, gradient: Tensor) -> None:
         # The sum is infinite or NaN if any element is. Hooks run before gradients are reduced over ranks.
@@ -257,9 +265,12 @@ class DeepSpeedEngine(Engine):
 
     def freeze(self, model: nn.Module) -> Any:
         # DeepSpeed trains a policy whose weights are all in the compute dtype, so frozen models are too.
-        model = self._placed(model.requires_grad_(False).eval().to(self.dtype))
+        with freed_at_once():
+            return self._frozen(model.requires_grad_(False).eval())
+
+    def _frozen(self, model: nn.Module) -> Any:
         if self.stage < 3:
-            return model
+            return place(model, self.dtype)
         import deepspeed
 
         keep = ("zero_optimization", "bf16", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
@@ -267,7 +278,7 @@ class DeepSpeedEngine(Engine):
         settings["zero_optimization"] = {
             key: value for key, value in settings["zero_optimization"].items() if key != "offload_optimizer"
         }
-        frozen, *_ = deepspeed.initialize(model=model, config=settings)
+        frozen, *_ = deepspeed.initialize(model=divide(model, self.dtype, settings), config=settings)
         return frozen
 
 

@@ -33,13 +33,48 @@ def merged_state(model: Any) -> dict[str, Tensor]:
     Every rank calls it. Rank 0 gets copies on the CPU in the dtype of the weights (4-bit weights dequantised); other
     ranks get nothing. Tied weights are one tensor.
     """
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
     state: dict[str, Tensor] = {}
-    copies: dict[int, Tensor] = {}  # id of a parameter -> its copy
-    with torch.no_grad():
-        for prefix, module in _layers(base, ""):
-            _collect(module, prefix, state, copies)
+    for part in merged_parts(model, {}):
+        state |= part
     return state
+
+
+def merged_parts(model: Any, copies: dict[int, Tensor] | None = None) -> Iterator[dict[str, Tensor]]:
+    """The same, module by module: `merged_state` in parts, which a caller may drop before it takes the next.
+
+    Args:
+        model: A transformers model, maybe wrapped by PEFT.
+        copies: Filled with id of a parameter -> its copy, so that tied weights are one tensor; without it each of their
+            names has a copy of its own.
+    """
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    for prefix, module in _layers(base, ""):
+        part: dict[str, Tensor] = {}
+        with torch.no_grad():
+            _collect(module, prefix, part, {} if copies is None else copies)
+        yield part
+
+
+def merged_shapes(base: Any) -> dict[str, tuple[Tensor, Tensor]]:
+    """What `merged_state` will have, without any data: name -> (a mark, an empty tensor of its shape and dtype).
+
+    Names of one parameter have the same mark.
+    """
+    found: dict[str, tuple[Tensor, Tensor]] = {}
+    marks: dict[int, Tensor] = {}
+    for prefix, module in _layers(base, ""):
+        adapted: Any = module if isinstance(module, BaseTunerLayer) else None
+        own = dict(
+            module.named_parameters(recurse=False) if adapted is None else adapted.get_base_layer().named_parameters()
+        )
+        if adapted is None:
+            own |= {n: b for n, b in module.named_buffers(recurse=False) if n not in module._non_persistent_buffers_set}
+        for name, tensor in own.items():
+            packed = quant_state(tensor)
+            shape, dtype = (tensor.shape, tensor.dtype) if packed is None else (packed.shape, packed.dtype)
+            empty = torch.empty(getattr(tensor, "ds_shape", shape), dtype=dtype, device="meta")
+            found[prefix + name] = (marks.setdefault(id(tensor), torch.empty(1)), empty)
+    return found
 
 
 def merged_weights(model: Any) -> Iterator[tuple[str, Tensor]]:

@@ -353,7 +353,7 @@ def prompt_tuning(
     for option, value in (("text", text), ("labels", labels)):
         if (init == option) != (value is not None):
             raise UserError(f"tuning.{option}: set it if and only if init is `{option}` (init is `{init}`)")
-    words = model.get_input_embeddings().weight.detach()
+    words = model.get_input_embeddings().weight.detach().float()
     with torch.no_grad():
         start = first_virtual_tokens(words, chat, tokens, init, text, labels)
     config = peft.PromptTuningConfig(

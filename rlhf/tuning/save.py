@@ -12,6 +12,7 @@ from rlhf.core.console import is_main
 from rlhf.core.table import Pick
 from rlhf.data.chat_tokenizer import stop_ids
 from rlhf.tuning import merging
+from rlhf.tuning.shards import save_weights
 
 
 def save_result(path: Path, model: Any, chat: Any, tuning: Pick) -> None:
@@ -35,11 +36,9 @@ def save_result(path: Path, model: Any, chat: Any, tuning: Pick) -> None:
     if tuning.row.traits["adapter"]:
         _save_adapter(path / "adapter" if tuning.row.traits["merges"] else folder, model)
     if tuning.row.traits["merges"]:
-        state = merging.merged_state(model)
-        if is_main():
-            base.config.use_cache = True  # it is off only during training
-            base.save_pretrained(folder, state_dict=state)
-            base.config.use_cache = False
+        base.config.use_cache = True  # it is off only during training
+        save_weights(folder, model)
+        base.config.use_cache = False
     elif is_main() and not base.can_generate():
         base.config.save_pretrained(folder)
     if is_main():

@@ -1,0 +1,120 @@
+"""Models whose weights stay in the mapped file, in the dtype that they are stored in, until an engine places them.
+
+A change of dtype while loading makes a private copy of the whole model in every process, and the processes of a host
+load at the same time. Mapped pages are read when they are needed and shared by the processes; the engine casts one
+tensor after another, on its way to the device or to its share of each rank (`rlhf.training.placing`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import core_model_loading
+from transformers.pytorch_utils import Conv1D
+
+from rlhf.core.console import say
+
+
+@contextmanager
+def stored_dtypes() -> Iterator[None]:
+    """Within this context `from_pretrained` makes everything in the dtype that it is asked for, but leaves tensors that
+    it reads, except for vectors, in the dtype of the file.
+
+    Loading in the file's dtype is not the same: buffers, such as Gemma's factor of the embeddings, and missing weights
+    would be computed in it, and files with several dtypes would be rounded.
+    """
+    # The one place where transformers (5.23) reads a tensor of a file; it has no option that leaves out the cast.
+    read = core_model_loading._materialize_copy
+
+    def as_stored(tensor: Any, device: Any = None, dtype: torch.dtype | None = None) -> Tensor:
+        found = read(tensor, device, None)
+        as_it_is = dtype is None or (found.is_floating_point() and found.dim() > 1)
+        return found if as_it_is else found.to(dtype)
+
+    core_model_loading._materialize_copy = as_stored
+    try:
+        yield
+    finally:
+        core_model_loading._materialize_copy = read
+
+
+def prepare(model: nn.Module, dtype: torch.dtype, heads: tuple[str, ...]) -> None:
+    """Make a model with weights as stored ready for what happens before its engine exists.
+
+    Buffers of the file and heads are cast to `dtype`, and PEFT is made to make adapters in `dtype`: it would take that
+    of the base, and round their first values.
+
+    Args:
+        model: From `stored_dtypes`.
+        dtype: What the engine trains in, or float32.
+        heads: Names of the modules that are cast: the small heads of classifiers.
+    """
+    for name, module in model.named_modules():
+        for key, buffer in module.named_buffers(recurse=False):
+            if buffer.is_floating_point() and buffer.dim() > 1 and key not in module._non_persistent_buffers_set:
+                buffer.data = buffer.data.to(dtype)
+        if name in heads:
+            module.to(dtype)
+        own = [p for p in module.parameters(recurse=False) if p.is_floating_point()]
+        if not isinstance(module, (nn.Linear, nn.Embedding, Conv1D)):
+            for p in own:
+                if p.dim() > 1:  # experts, which are copies already, and routers: PEFT rounds their adapters
+                    p.data = p.data.to(dtype)
+        if any(p.dtype != dtype for p in own) and not hasattr(module, "compute_dtype"):
+            module.compute_dtype = dtype  # PEFT reads it, as that of layers in 4 bits
+    if makes_weights(model):
+        say(
+            f"Loading: transformers makes weights of {type(model).__name__} from several tensors of the file (experts,"
+            " for instance); every process holds a copy of those until they are placed"
+        )
+
+
+def makes_weights(model: nn.Module) -> bool:
+    """Whether transformers made weights of the model from several tensors of the file, as it does with experts."""
+    done: Any = getattr(model, "_weight_conversions", None) or ()
+    return any(isinstance(conversion, core_model_loading.WeightConverter) for conversion in done)
+
+
+def dtype_of(model: nn.Module) -> torch.dtype:
+    """What a model computes in, or will once its engine has cast it."""
+    marks = (getattr(module, "compute_dtype", None) for module in model.modules())
+    return next((dtype for dtype in marks if dtype is not None), next(model.parameters()).dtype)
+
+
+@contextmanager
+def computing(model: nn.Module) -> Iterator[None]:
+    """Within this context a model with weights as stored gives the results that it will give once they are cast.
+
+    The weights of each module are cast before it runs and put back after, so there are copies of one module's alone.
+    """
+    marked: list[tuple[nn.Module, Any]] = [
+        (m, m.compute_dtype) for m in model.modules() if isinstance(getattr(m, "compute_dtype", None), torch.dtype)
+    ]
+    stored: dict[nn.Module, list[tuple[nn.Parameter, Tensor]]] = {}
+
+    def put_back(module: nn.Module, *_: Any) -> None:
+        for p, data in stored.pop(module):
+            p.data = data
+
+    def cast_to(dtype: torch.dtype) -> Any:
+        def cast(module: nn.Module, *_: Any) -> None:
+            own = [p for p in module.parameters(recurse=False) if p.is_floating_point()]
+            stored[module] = [(p, p.data) for p in own]
+            for p in own:
+                p.data = p.data.to(dtype)
+
+        return cast
+
+    hooks = [m.register_forward_pre_hook(cast_to(dtype)) for m, dtype in marked]
+    hooks += [m.register_forward_hook(put_back) for m, _ in marked]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+        for module in list(stored):  # of a forward pass that failed
+            put_back(module)

@@ -1,0 +1,144 @@
+"""Weights that stay as stored until an engine places them are, once placed, those of a model that is loaded whole."""
+
+from __future__ import annotations
+
+import families
+import pytest
+import tiny
+import torch
+import transformers
+
+from rlhf.config.base import ModelConfig
+from rlhf.distributed.deepspeed_json import BUCKET, SUB_GROUP, with_sizes
+from rlhf.models.load import load_policy
+from rlhf.models.mapped import computing, dtype_of
+from rlhf.models.scalar import load_scalar
+from rlhf.training.placing import place
+from rlhf.tuning.methods import TUNING
+
+EXPERTS = {
+    **tiny.SMALL, "head_dim": 8, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Gives the folder of a random model of a family, in bfloat16 on disk."""
+    made: dict[str, str] = {}
+
+    def of(family: str) -> str:
+        if family not in made:
+            made[family] = str(tmp_path_factory.mktemp(family))
+            with torch.random.fork_rng():
+                torch.manual_seed(0)
+                if family == "llama":  # with tied embeddings, and tiny's vocabulary
+                    model = transformers.AutoModelForCausalLM.from_pretrained(tiny.llama())
+                elif family == "experts":
+                    model = transformers.AutoModelForCausalLM.from_pretrained(tiny.of_family("qwen3_moe", EXPERTS))
+                elif family == "bert":
+                    model = transformers.AutoModel.from_pretrained(tiny.bert())
+                else:
+                    model = transformers.AutoModelForCausalLM.from_config(families.FAMILIES[family])
+            model.to(torch.bfloat16).save_pretrained(made[family], max_shard_size="20KB")
+        return made[family]
+
+    return of
+
+
+def both(load, path, **options):
+    """A model loaded whole, and as stored; each with the random state that it left."""
+    found = []
+    settings = ModelConfig(path=path, **options.pop("config", {}))
+    for as_stored in (False, True):
+        torch.manual_seed(1)
+        model = load(settings, path, as_stored=as_stored, **options)
+        found.append((model, torch.get_rng_state()))
+    assert torch.equal(found[0][1], found[1][1]), "another number of random values was drawn"
+    return found[0][0], found[1][0]
+
+
+def assert_equal(whole, placed):
+    mine, theirs = dict(placed.named_parameters()), dict(whole.named_parameters())
+    mine |= dict(placed.named_buffers())
+    theirs |= dict(whole.named_buffers())
+    assert mine.keys() == theirs.keys()
+    for name, value in theirs.items():
+        assert mine[name].dtype == value.dtype and torch.equal(mine[name], value), name
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3", "gpt2", "experts"])
+def test_a_policy_is_the_same_once_it_is_placed(family, folder):
+    whole, stored = both(load_policy, folder(family))
+    linear = [module.weight for module in stored.modules() if isinstance(module, torch.nn.Linear)]
+    assert linear and {weight.dtype for weight in linear} == {torch.bfloat16}
+    ids = torch.arange(3, 20)[None]
+    with torch.no_grad(), computing(stored.eval()):
+        early = stored(ids).logits
+    assert {weight.dtype for weight in linear} == {torch.bfloat16}
+    assert_equal(whole, place(stored, torch.float32))
+    tied = whole.get_input_embeddings().weight is whole.get_output_embeddings().weight
+    assert tied == (stored.get_input_embeddings().weight is stored.get_output_embeddings().weight)
+    with torch.no_grad():
+        logits = whole.eval()(ids).logits
+    assert torch.equal(logits, stored(ids).logits)
+    if not tied and family != "experts":  # else the head's or the experts' weights are read, not called
+        torch.testing.assert_close(early, logits)
+
+
+def test_a_base_in_bfloat16_keeps_what_transformers_keeps_in_float32():
+    whole, stored = both(load_policy, tiny.llama(), dtype=torch.bfloat16)
+    assert "float32" in {str(b.dtype).removeprefix("torch.") for b in whole.buffers()}
+    assert_equal(whole, place(stored, torch.bfloat16))
+
+
+@pytest.mark.parametrize("family", ["llama", "bert"])
+def test_a_new_head_is_drawn_as_in_a_whole_model(family, folder):
+    whole, stored = both(load_scalar, folder(family))
+    assert_equal(whole, place(stored, torch.float32))
+
+
+def test_the_test_of_shared_prompts_computes_in_the_dtype_of_the_engine(folder):
+    whole, stored = both(load_scalar, folder("llama"))
+    assert dtype_of(stored) == torch.float32
+    assert whole.shared_prompts == stored.shared_prompts and stored.shared_prompts.max_length
+    assert_equal(whole, place(stored, torch.float32))
+
+
+@pytest.mark.parametrize(
+    ("family", "tuning"),
+    [
+        ("llama", "lora"), ("llama", {"name": "lora", "dora": True}), ("llama", "ia3"), ("llama", "bottleneck"),
+        ("llama", "prompt-tuning"), ("experts", "lora"),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_adapters_start_as_on_a_whole_model(family, tuning, folder):
+    whole, stored = both(load_policy, folder(family))
+    tuned = []
+    for model in (whole, stored):
+        torch.manual_seed(2)
+        tuned.append(TUNING.pick(tuning)(model, None, "causal"))
+    trained = [p for p in tuned[1].parameters() if p.requires_grad]
+    assert trained and {p.dtype for p in trained} == {torch.float32}
+    assert_equal(tuned[0], place(tuned[1], torch.float32))
+
+
+def test_added_rows_are_the_mean_in_the_dtype_of_the_engine(folder):
+    whole, stored = both(load_policy, folder("llama"), tokens=330, config={"resize_embeddings": True})
+    assert len(stored.get_input_embeddings().weight) == 330
+    assert_equal(whole, place(stored, torch.float32))
+
+
+def test_experts_that_are_put_together_while_loading_are_announced(folder, capsys):
+    path = folder("experts")
+    load_policy(ModelConfig(path=path), path, as_stored=True)
+    assert "every process holds a copy of those" in capsys.readouterr().out
+
+
+def test_buffers_fit_the_trained_weights_unless_the_file_sizes_them():
+    sized = with_sizes({"zero_optimization": {"stage": 3, "reduce_bucket_size": 7}}, 320, 5)["zero_optimization"]
+    assert sized == {"stage": 3, "reduce_bucket_size": 7, "sub_group_size": 20}
+    assert with_sizes({"zero_optimization": {"stage": 2}}, 320, 50)["zero_optimization"]["reduce_bucket_size"] == 50
+    large = with_sizes({"zero_optimization": {"stage": 3}}, 70 * 10**9, 10**9)["zero_optimization"]
+    assert (large["reduce_bucket_size"], large["sub_group_size"]) == (BUCKET, SUB_GROUP)
+    assert with_sizes({"zero_optimization": {"stage": 0}}, 320, 5) == {"zero_optimization": {"stage": 0}}
