@@ -209,6 +209,17 @@ def test_recomputed_activations_hold_less(tmp_path):
     assert again.update["backward"].total < 0.6 * kept.update["backward"].total
 
 
+@pytest.mark.parametrize("method", ["prompt-tuning", "prefix-tuning"])
+def test_virtual_tokens_of_a_policy_are_in_the_cache_like_tokens_of_the_prompt(small, method):
+    found = []
+    for count in (4, 40):
+        tuning = {"name": method, "tokens": count}
+        passes = passes_of(ppo(small, tuning=tuning, critic={"init": "policy", "tuning": tuning}))
+        found.append(passes.rollout["decode"].total)
+        assert passes.update["backward"].total > 0 and passes.scoring.total > 0
+    assert found[1] > found[0]
+
+
 @pytest.mark.parametrize("tuning", ["lora", "ia3", {"name": "last-layers", "layers": 1}, "prompt-tuning", "p-tuning"])
 def test_tuning_methods_are_predicted(small, sft_passes, tuning):
     found = predict(passes_of(sft(small, tuning=tuning)), ZeroLayout(), 1, gpu=True)

@@ -10,7 +10,7 @@ import itertools
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -34,7 +34,7 @@ from rlhf.rollout import kv_cache
 from rlhf.rollout.decoding import choose
 from rlhf.rollout.types import SamplingParams
 from rlhf.training.engine import cast_frozen_linears_
-from rlhf.tuning.methods import TUNING
+from rlhf.tuning.methods import TUNING, virtual_tokens
 
 Snapshots = dict[str, MemorySnapshot]
 
@@ -274,14 +274,15 @@ class TracedModel:
     @cached_property
     def rollout(self) -> Snapshots:
         """Peaks of prefill, `join` (prompts enter the cache), `decode` to full length and `wait` (more enter)."""
-        batch = self.batch
         assert isinstance(self.config, PPOConfig)
+        before = virtual_tokens(self.config.tuning)  # in the cache, like tokens of the prompt
+        batch = replace(self.batch, prompt=self.batch.prompt + before, width=self.batch.width + before)
         rollout = self.config.rollout
         new = rollout.max_new_tokens
         sampling = SamplingParams(new, rollout.min_new_tokens, rollout.temperature, rollout.top_k, rollout.top_p)
 
         def trace(depth: int | None) -> Snapshots:
-            policy = self._shaped(self.roles[0], depth).eval()
+            policy: Any = causal_lm(self._shaped(self.roles[0], depth).eval())
             with self._tracing(policy, selected=batch.sequences) as tracer, torch.no_grad():
                 prompts = _prefill(policy, batch.sequences, batch.prompt)
                 _label_cache(tracer, prompts)

@@ -11,6 +11,7 @@ from rlhf.config.base import ModelConfig, StageConfig
 from rlhf.core.errors import UserError
 from rlhf.core.table import Pick
 from rlhf.dpo.config import DPOConfig
+from rlhf.models.adapters import adapter_base, is_adapter
 from rlhf.models.load import load_hf_config, refuse_encoder_decoder, sequence_limit
 from rlhf.ppo.config import PPOConfig
 from rlhf.reward.config import RewardConfig
@@ -46,11 +47,18 @@ def roles(config: StageConfig) -> list[Role]:
     if config.needs_critic:
         start = str(config.reward_model) if config.critic.init == "reward" else path
         found.append(Role("critic", start, True, config.critic.tuning, shared))
-    if not config.tuning.row.traits["adapter"]:
+    if not config.tuning.row.traits["adapter"] or (not shared and _goes_on_with_an_adapter(path)):
         found.append(Role("reference", path, False, None))
     terms = config.reward.options["terms"] if config.reward.name == "sum" else [config.reward.options]
     paths = [term["path"] for term in terms if "path" in term]
     return found + [Role("reward model", p, True, None, shared and p == config.reward_model) for p in paths]
+
+
+def _goes_on_with_an_adapter(path: str) -> bool:
+    try:
+        return is_adapter(resolve_model_path(path))
+    except UserError:  # a run that does not exist yet
+        return False
 
 
 def architecture(config: ModelConfig, path: str, base: str | None = None) -> Any:
@@ -64,6 +72,8 @@ def architecture(config: ModelConfig, path: str, base: str | None = None) -> Any
             folder = Path(resolve_model_path(place)) if place else None
         except UserError:  # a run of an earlier stage that does not exist or is not finished
             folder = None
+        if folder is not None and is_adapter(folder):
+            folder = Path(str(adapter_base(folder)))
         if folder is not None and (folder / "config.json").is_file():
             found = load_hf_config(config, str(folder))
             refuse_encoder_decoder(found, str(place), "the memory prediction does")
