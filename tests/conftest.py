@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import gc
 import os
+import shutil
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -118,3 +120,27 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
     reporter = session.config.pluginmanager.get_plugin("terminalreporter")
     if os.environ.get("CI") and any(map(_not_in_ci, reporter.getreports("skipped"))):
         session.exitstatus = 1
+
+
+@pytest.fixture
+def two_hosts() -> Iterator[list[tuple[str, str]]]:
+    """Two network namespaces with addresses 10.77.9.1 and 10.77.9.2, as two hosts on one cable."""
+    if shutil.which("ip") is None:
+        pytest.skip("`ip` is not installed")
+    names, ends = ("rlhf-a", "rlhf-b"), ("rlhf-va", "rlhf-vb")
+    commands = [["netns", "add", name] for name in names]
+    commands += [["link", "add", ends[0], "type", "veth", "peer", "name", ends[1]]]
+    for number, (name, end) in enumerate(zip(names, ends), 1):
+        commands += [["link", "set", end, "netns", name]]
+        inside = ["netns", "exec", name, "ip"]
+        commands += [[*inside, "addr", "add", f"10.77.9.{number}/24", "dev", end]]
+        commands += [[*inside, "link", "set", device, "up"] for device in (end, "lo")]
+    try:
+        for command in commands:
+            done = subprocess.run(["ip", *command], capture_output=True, text=True)
+            if done.returncode:
+                pytest.skip(f"network namespaces are not permitted here: ip {' '.join(command)}: {done.stderr.strip()}")
+        yield list(zip(names, ends))
+    finally:
+        for name in names:
+            subprocess.run(["ip", "netns", "del", name], capture_output=True)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -289,30 +288,6 @@ def test_deepspeeds_launcher_runs_the_stage_on_the_hosts_of_a_file(stage):
     done = python(stage, "-c", code, PATH=f"{stage}:{os.environ['PATH']}", OMP_NUM_THREADS="1")
     assert done.returncode == 0, done.stderr
     assert "rank 0 sum 11.0 steps 7" in done.stdout and "rank 1 sum 11.0 steps 7" in done.stdout
-
-
-@pytest.fixture
-def two_hosts():
-    """Two network namespaces with addresses 10.77.9.1 and 10.77.9.2, as two hosts on one cable."""
-    if shutil.which("ip") is None:
-        pytest.skip("`ip` is not installed")
-    names, ends = ("rlhf-a", "rlhf-b"), ("rlhf-va", "rlhf-vb")
-    commands = [["netns", "add", name] for name in names]
-    commands += [["link", "add", ends[0], "type", "veth", "peer", "name", ends[1]]]
-    for number, (name, end) in enumerate(zip(names, ends), 1):
-        commands += [["link", "set", end, "netns", name]]
-        inside = ["netns", "exec", name, "ip"]
-        commands += [[*inside, "addr", "add", f"10.77.9.{number}/24", "dev", end]]
-        commands += [[*inside, "link", "set", device, "up"] for device in (end, "lo")]
-    try:
-        for command in commands:
-            done = subprocess.run(["ip", *command], capture_output=True, text=True)
-            if done.returncode:
-                pytest.skip(f"network namespaces are not permitted here: ip {' '.join(command)}: {done.stderr.strip()}")
-        yield list(zip(names, ends))
-    finally:
-        for name in names:
-            subprocess.run(["ip", "netns", "del", name], capture_output=True)
 
 
 @pytest.mark.slow

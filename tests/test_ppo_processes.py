@@ -102,3 +102,16 @@ def test_a_run_killed_while_it_learns_and_while_it_writes_continues_bit_for_bit(
     assert lines(tmp_path / "cut" / "run") == lines(tmp_path / "whole" / "run")
     whole, cut = (load_file(tmp_path / n / "run" / "model" / "model.safetensors") for n in ("whole", "cut"))
     assert all(torch.equal(whole[name], cut[name]) for name in whole)
+
+
+def test_three_processes_with_one_prompt_give_the_single_process_metrics(tmp_path, prompts, reward_model):
+    """Two of them sample nothing and learn from nothing, but take part in every collective."""
+    settings = {"deepspeed": str(tiny.REPOSITORY / "configs" / "deepspeed" / "zero3.json")}
+    one = {"rollout": {"prompts_per_update": 1, "max_new_tokens": 14}, "eval": {"every": 3, "prompts": 1}}
+    one |= {"batch": {"epochs": 1, "minibatches": 1, "micro_batch_tokens": 120}}
+    complete(1, write_config(tmp_path / "one", prompts, reward_model, **one))
+    complete(3, write_config(tmp_path / "three", prompts, reward_model, **one, **settings))
+    found, expected = lines(tmp_path / "three" / "run"), lines(tmp_path / "one" / "run")
+    assert len(found) == len(expected)
+    for mine, theirs in zip(found, expected):
+        assert mine == pytest.approx(theirs, rel=2e-3, abs=2e-4)

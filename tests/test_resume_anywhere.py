@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import pytest
+import specialist_rows
 import tiny
 import torch
 import yaml
@@ -80,8 +82,10 @@ def test_an_engine_continues_on_other_processes_under_other_stages(chain, tmp_pa
         torch.testing.assert_close(found["weights"][name], weight, atol=1e-5, rtol=1e-4)
 
 
-@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
-@pytest.mark.parametrize("name", ["zero0", "zero1", "zero2", "zero3"])
+@pytest.mark.parametrize(
+    ("name", "precision"),
+    [(f"zero{stage}", "bfloat16") for stage in range(4)] + [("zero0", "float32"), ("zero1", "float32")],
+)
 def test_an_engine_continues_bit_for_bit_on_the_same_processes_under_the_same_stage(name, precision, tmp_path):
     whole = trained(2, name, 0, 4, "-", tmp_path / "whole", precision)
     trained(2, name, 0, 2, "-", tmp_path / "cut", precision)
@@ -90,9 +94,9 @@ def test_an_engine_continues_bit_for_bit_on_the_same_processes_under_the_same_st
     assert all(torch.equal(found["weights"][n], weight) for n, weight in whole["weights"].items())
 
 
-def supervised(folder, data, steps, **more):
+def supervised(folder, train, steps, **more):
     """A config of SFT, the reward model or DPO with this many steps, in a file."""
-    values = {"run": str(folder / "run"), "model": {"path": tiny.llama()}, "data": {"train": data}}
+    values = {"run": str(folder / "run"), "model": {"path": tiny.llama()}, "data": {"train": train}}
     values |= {"batch": {"batch_size": 8, "micro_batch_size": 2, "max_steps": steps}, "eval": {"every": 2}}
     values |= {"optimizer": {"lr": 1e-3, "schedule": "constant", "warmup": 0}, "checkpoints": {"every": 2}, **more}
     folder.mkdir(exist_ok=True)
@@ -128,3 +132,26 @@ def test_a_stage_continues_on_other_processes_under_other_stages(stage, demos, p
         assert mine == pytest.approx(theirs, rel=1e-4, abs=1e-4)
     moves = [move["processes"] for move in json.loads((tmp_path / "moved" / "run" / "run.json").read_text())["moved"]]
     assert moves == [{"from": 1, "to": 2}, {"from": 2, "to": 4}, {"from": 4, "to": 1}]
+
+
+@pytest.mark.parametrize("stage", ["reward", "dpo", "specialist"])
+def test_the_other_stages_continue_on_two_processes_too(stage, rankings, tmp_path):
+    def config(folder, steps, **more):
+        if stage != "specialist":
+            return supervised(folder, rankings, steps, **more)
+        rows = {"train": str(tmp_path / "train.jsonl"), "eval": str(tmp_path / "eval.jsonl")}
+        return supervised(
+            folder, rankings, steps, **more, model={"path": str(tmp_path / "bert")}, task="text", data=rows
+        )
+
+    shutil.copytree(tiny.bert(), tmp_path / "bert")
+    settings = json.loads((tmp_path / "bert" / "config.json").read_text())
+    none = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}  # each process draws its own
+    (tmp_path / "bert" / "config.json").write_text(json.dumps(settings | none))
+    for seed, name in enumerate(("train", "eval")):
+        specialist_rows.write(tmp_path / f"{name}.jsonl", specialist_rows.rows("text", 24, seed))
+    run_stage(stage, config(tmp_path / "whole", 4), 1)
+    run_stage(stage, config(tmp_path / "moved", 2), 1)
+    run_stage(stage, config(tmp_path / "moved", 4, deepspeed=deepspeed("zero3")), 2, "--resume")
+    for mine, theirs in zip(lines(tmp_path / "moved" / "run"), lines(tmp_path / "whole" / "run"), strict=True):
+        assert mine == pytest.approx(theirs, rel=1e-4, abs=1e-4)

@@ -92,8 +92,9 @@ def prepare(
     config = load_stage_config(TRAINING[stage], file, overrides)
     rows = check(stage, config, resume, overwrite, processes, pending_runs)
     if dry_run:
-        from rlhf.cli.dry_run import template_rows  # slow: it loads the tokenizer
+        from rlhf.cli.dry_run import share_rows, template_rows  # slow: they load the tokenizer, and torch
 
+        rows += share_rows(config, processes or distributed.world_size(), pending_runs)
         rows += template_rows(config, pending_runs)
         say(dump_config(config).rstrip())
     if os.environ.get(PARENT) != "launcher":

@@ -167,7 +167,12 @@ def endless(count: int, first: int, number: int, *seed: int) -> list[int]:
 
 
 def divide(
-    totals: Sequence[int], order: Sequence[int], minibatches: int, budget: int, packed: bool = False
+    totals: Sequence[int],
+    order: Sequence[int],
+    minibatches: int,
+    budget: int,
+    packed: bool = False,
+    processes: int | None = None,
 ) -> list[RankBatches]:
     """Cut an order of episodes into minibatches and divide each among the ranks by length.
 
@@ -180,15 +185,17 @@ def divide(
         minibatches: The number of optimizer steps.
         budget: Tokens of one micro-batch, padding included.
         packed: Sequences share one row, so there is no padding.
+        processes: The number of ranks; this run's when left out.
 
     Returns:
         One division per minibatch; the same on every rank.
     """
     cut = _cut_packed if packed else _cut_padded
+    processes = processes or distributed.world_size()
     divisions = []
     for part in torch.tensor_split(torch.tensor(list(order)), minibatches):
         longest_first = sorted(part.tolist(), key=lambda e: (-totals[e], e))
-        ranks = [cut(rank, totals, budget) for rank in _deal(longest_first, totals, distributed.world_size())]
+        ranks = [cut(rank, totals, budget) for rank in _deal(longest_first, totals, processes)]
         most = max(map(len, ranks))
         divisions.append([[*batches, *([[]] * (most - len(batches)))] for batches in ranks])
     return divisions

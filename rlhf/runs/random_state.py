@@ -46,7 +46,7 @@ def load_rng(folder: Path, seed: int, step: int) -> None:
     """Restore this rank's generators from a checkpoint.
 
     If another number of ranks wrote it, there is no state for each, so all are seeded from the run's seed and the step.
-    Only dropout in adapters draws from them: the data's order and the sampler have streams of their own.
+    Only dropout in adapters and specialists draws from them; the data's order and the sampler have their own streams.
     """
     if len(list(folder.glob("rng-*.pt"))) == distributed.world_size():
         set_rng_state(torch.load(folder / f"rng-{distributed.rank()}.pt", weights_only=True))
