@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import hashlib
+import importlib.metadata
 import importlib.util
 import math
 import os
@@ -344,25 +345,32 @@ def _specialist(config: SpecialistConfig, world: int, pending_runs: PendingRuns)
 
 
 def _sampler(pick: Pick) -> str:
-    """The sampler's name; one that needs a GPU must have it."""
-    on_gpu = pick.row.traits.get("gpu", False)
-    if on_gpu and importlib.util.find_spec(pick.name) is None:
+    """The sampler's name; the package and the device that it needs must be there."""
+    package = pick.row.traits.get("package")
+    if package and importlib.util.find_spec(package) is None:
         raise UserError(
-            f"rollout.sampler: {pick.name} is not installed",
-            remedy=f"pip install {pick.name}, in an environment of its own, since it pins torch; or use hf.",
+            f"rollout.sampler: {pick.name} needs {package}, which is not installed",
+            remedy=f"pip install {package}, in an environment of its own, since it pins torch; or use hf.",
         )
     step = pick.options.get("step", "eager")
     recorded = step == "cuda_graph"
-    if on_gpu or recorded:
-        import torch  # slow, so only for configs that need a GPU
+    if package or recorded:
+        import torch  # slow, so only for configs that need it
 
-        if not torch.cuda.is_available():
+        on_cpu = package is not None and _is_cpu_build(package)
+        if not torch.cuda.is_available() and not on_cpu:
             raise UserError(
                 f"rollout.sampler: {'step `cuda_graph`' if recorded else pick.name} needs a CUDA device, and this"
                 " machine shows none",
                 remedy="Use the sampler hf, with its eager step.",
             )
     return pick.name if step == "eager" else f"{pick.name}, step {step}"
+
+
+def _is_cpu_build(package: str) -> bool:
+    """Whether a package was built for CPUs: its distribution is called `...-cpu`, or its version `...+cpu`."""
+    names = set(importlib.metadata.packages_distributions().get(package, []))
+    return any(name.endswith("-cpu") or importlib.metadata.version(name).endswith("+cpu") for name in names)
 
 
 def _sharing(config: PPOConfig, pending_runs: PendingRuns) -> Rows:

