@@ -41,6 +41,7 @@ app = command_group(
             "stages.check_model:command",
             "Try all stages on a model, or a tiny copy of it.",
         ),
+        "serve-sampler": ("stages.serve_sampler:command", "Serve a vLLM engine for the rollouts of PPO runs."),
         "demo": ("stages.demo:command", "Run all three stages in a miniature world, in minutes on a CPU."),
         "data": ("stages.cli:data_app", DATA_HELP),
     },

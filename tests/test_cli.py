@@ -50,7 +50,7 @@ def pretend(folder: Path, stage: str, status: str, **values: str) -> None:
 
 COMMANDS = (
     "sft", "reward", "dpo", "ppo", "specialist", "pipeline", "sample", "evaluate", "export", "chat",
-    "check-model", "demo", "data",
+    "check-model", "serve-sampler", "demo", "data",
 )  # fmt: skip
 
 

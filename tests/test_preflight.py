@@ -295,6 +295,19 @@ def test_a_sampler_whose_package_or_device_is_missing_is_refused(world):
     assert text.startswith("rollout.sampler: vllm") and "hf" in text
 
 
+def test_a_sampler_server_that_cannot_work_is_refused(world, monkeypatch):
+    server = {"name": "vllm-server", "url": "http://127.0.0.1:9"}
+    assert "tensor_parallel cannot be set with url" in refusal(
+        "ppo", world, rollout={"sampler": server | {"tensor_parallel": 2}}
+    )
+    monkeypatch.delenv("RLHF_SAMPLER_TOKEN", raising=False)
+    assert "RLHF_SAMPLER_TOKEN is not set" in refusal("ppo", world, rollout={"sampler": server})
+    monkeypatch.setenv("RLHF_SAMPLER_TOKEN", "secret")
+    assert "http://127.0.0.1:9 does not answer" in refusal("ppo", world, rollout={"sampler": server})
+    elsewhere = {"name": "vllm-server", "python": "/nowhere/python"}
+    assert "/nowhere/python has no vLLM" in refusal("ppo", world, rollout={"sampler": elsewhere})
+
+
 def test_a_chat_template_that_is_neither_a_name_nor_a_file_is_refused(world):
     assert "neither auto" in refusal("sft", world, model={"path": world["base"], "chat_template": "chatml"})
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import inspect
 import json
 
 import pytest
@@ -198,14 +197,3 @@ def test_the_weights_that_are_sent_are_the_merged_ones_and_the_live_ones_stay(tu
     assert set(sent) == set(expected)
     assert all(torch.equal(sent[name], expected[name]) for name in expected)
     assert all(torch.equal(parameter, before[name]) for name, parameter in model.named_parameters())
-
-
-def test_vllm_knows_every_sampling_parameter_that_it_is_given():
-    vllm = pytest.importorskip("vllm", reason="vLLM is not installed: its options cannot be compared")
-    from rlhf.rollout.vllm import sampling_params
-
-    known = inspect.signature(vllm.SamplingParams).parameters
-    for sampling in (SamplingParams(5), SamplingParams(5, 2, 0.7, 10, 0.9, ("a",))):
-        given = sampling_params(sampling, SEEDS[0], [2, 1])
-        assert set(given) <= set(known)
-        vllm.SamplingParams(**given)

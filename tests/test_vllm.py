@@ -19,7 +19,8 @@ from rlhf.data.chat_tokenizer import load_tokenizer
 from rlhf.data.schema import Message
 from rlhf.models.load import load_policy
 from rlhf.models.vocabulary import mask_unknown_ids, token_count
-from rlhf.rollout.samplers import SAMPLERS, hf
+from rlhf.rollout import vllm_client
+from rlhf.rollout.samplers import SAMPLERS, hf, start
 from rlhf.rollout.types import SamplingParams, stream_seed
 from rlhf.runs.random_state import rng_state
 from rlhf.tuning.merging import merged_weights
@@ -40,7 +41,10 @@ FAMILIES = {
     "qwen2": WIDE,
     "qwen3": WIDE | {"head_dim": 32},
     "gemma": WIDE | {"head_dim": 32},
-    "gemma2": WIDE | {"head_dim": 32, "sliding_window": 24, "query_pre_attn_scalar": 32, "attn_logit_softcapping": None},
+    "gemma2": WIDE | {
+        "head_dim": 32, "sliding_window": 24, "query_pre_attn_scalar": 32,
+        "attn_logit_softcapping": None,  # transformers' sdpa ignores it, vLLM does not
+    },
     "gemma3_text": WIDE | {"head_dim": 32, "sliding_window": 24, "query_pre_attn_scalar": 32},
     "phi3": WIDE,
     "gpt2": SMALL | {"n_embd": 64, "n_layer": 2, "n_head": 2, "n_positions": 128},
@@ -244,6 +248,30 @@ def test_a_resumed_run_equals_the_uninterrupted_one(tmp_path, prompts):
     run(short_run(tmp_path / "cut", prompts), resume=True)
     whole, cut = ([line for line in lines(tmp_path / name) if "eval/scores" not in line] for name in ("whole", "cut"))
     assert json.dumps(cut) == json.dumps(whole)
+
+
+SERVER = {**VLLM.options, "name": "vllm-server", "gpu_memory_utilization": 0.4}
+
+
+def test_a_server_gives_the_tokens_of_hf_and_follows_the_weights(chat, questions):
+    policy = policy_of()
+    sampler = SAMPLERS.pick(SERVER)
+    greedy = SamplingParams(16, temperature=0)
+    before = sampler(policy, questions, SEEDS, greedy, chat)
+    assert before == hf(policy, questions, SEEDS, greedy, chat)
+    with torch.no_grad():
+        for number, parameter in enumerate(policy.parameters()):
+            parameter.add_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(number)), alpha=0.05)
+    waiting = start(sampler, policy, questions, SEEDS, SamplingParams(16), chat)
+    assert sampler(policy, questions, SEEDS, greedy, chat) == hf(policy, questions, SEEDS, greedy, chat) != before
+    for prompt, answer in zip(questions, waiting()):
+        assert gap(policy, prompt, answer).abs().max() < 1e-4
+    server = vllm_client._servers[policy]
+    with pytest.raises(UserError, match="token"):
+        vllm_client.Server(server.url, "guess").call("POST", "/sample")
+    server.child.kill()
+    with pytest.raises(UserError, match="was killed by signal 9"):
+        sampler(policy, questions, SEEDS, greedy, chat)
 
 
 TWO = """

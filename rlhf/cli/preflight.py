@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import hashlib
-import importlib.metadata
 import importlib.util
 import math
 import os
@@ -16,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from rlhf import distributed
+from rlhf.cli.preflight_sampler import check_sampler
 from rlhf.config.base import BatchConfig, ModelConfig, StageConfig
 from rlhf.core.console import format_number, is_main
 from rlhf.core.errors import UserError
@@ -306,7 +306,7 @@ def _ppo(config: PPOConfig, world: int, pending_runs: PendingRuns) -> Rows:
         raise UserError(
             f"rollout.max_new_tokens: {rollout.max_new_tokens} leaves no room for a prompt in {limit} tokens"
         )
-    rows += [("sampler", _sampler(rollout.sampler))]
+    rows += [("sampler", check_sampler(rollout.sampler))]
     step = rollout.sampler.options.get("step", "eager")
     compiled = {"compile": config.compile, f"rollout.sampler: step `{step}`": step != "eager"}
     stage_3 = config.deepspeed and _zero(config, world).startswith("ZeRO stage 3")
@@ -342,35 +342,6 @@ def _specialist(config: SpecialistConfig, world: int, pending_runs: PendingRuns)
     steps = config.batch.max_steps
     rows += [("steps", f"{config.batch.epochs:g} epochs" if steps is None else f"{steps:,} (batch.max_steps)")]
     return [*rows, ("batch", _batch(config.batch, world))]
-
-
-def _sampler(pick: Pick) -> str:
-    """The sampler's name; the package and the device that it needs must be there."""
-    package = pick.row.traits.get("package")
-    if package and importlib.util.find_spec(package) is None:
-        raise UserError(
-            f"rollout.sampler: {pick.name} needs {package}, which is not installed",
-            remedy=f"pip install {package}, in an environment of its own, since it pins torch; or use hf.",
-        )
-    step = pick.options.get("step", "eager")
-    recorded = step == "cuda_graph"
-    if package or recorded:
-        import torch  # slow, so only for configs that need it
-
-        on_cpu = package is not None and _is_cpu_build(package)
-        if not torch.cuda.is_available() and not on_cpu:
-            raise UserError(
-                f"rollout.sampler: {'step `cuda_graph`' if recorded else pick.name} needs a CUDA device, and this"
-                " machine shows none",
-                remedy="Use the sampler hf, with its eager step.",
-            )
-    return pick.name if step == "eager" else f"{pick.name}, step {step}"
-
-
-def _is_cpu_build(package: str) -> bool:
-    """Whether a package was built for CPUs: its distribution is called `...-cpu`, or its version `...+cpu`."""
-    names = set(importlib.metadata.packages_distributions().get(package, []))
-    return any(name.endswith("-cpu") or importlib.metadata.version(name).endswith("+cpu") for name in names)
 
 
 def _sharing(config: PPOConfig, pending_runs: PendingRuns) -> Rows:

@@ -68,11 +68,12 @@ class RolloutConfig(Strict):
     the cost of a second copy of the adapted weights. Weights in 4 bits are not merged."""
     ahead: Literal[0, 1] = 0
     """1: the completions of the next update are sampled while the trainer learns, with the weights from before this
-    update; needs a sampler with a process of its own (`process`). Importance weights correct for the older weights."""
+    update; needs a sampler with a process of its own (`process`, `vllm-server`). Importance weights correct for the
+    older weights."""
     max_importance_weight: Annotated[float, Field(ge=1)] | None = 2.0
     """Truncated importance sampling (Yao et al. 2025) for samplers that report their own log-probs (`process`,
-    `transformers`, `vllm`): each token's policy loss is multiplied by exp(trainer's log-prob - sampler's log-prob), at
-    most by this. `null` is off. Unused by the `hf` sampler, whose log-probs equal the trainer's."""
+    `transformers`, `vllm`, `vllm-server`): each token's policy loss is multiplied by exp(trainer's log-prob - sampler's
+    log-prob), at most by this. `null` is off. Unused by the `hf` sampler, whose log-probs equal the trainer's."""
 
     @model_validator(mode="after")
     def _parts_fit(self) -> RolloutConfig:

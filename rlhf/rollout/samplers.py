@@ -24,13 +24,13 @@ if TYPE_CHECKING:
     from rlhf.data import chat_tokenizer
     from rlhf.data.chat_tokenizer import ChatTokenizer
     from rlhf.models import logprobs, packed_attention
-    from rlhf.rollout import decoding, encoder_decoder, sampler_process, virtual_tokens
+    from rlhf.rollout import decoding, encoder_decoder, sampler_process, virtual_tokens, vllm_client
     from rlhf.rollout import vllm as vllm_engine
 else:
     torch, transformers, packed_attention = lazy("torch"), lazy("transformers"), lazy("rlhf.models.packed_attention")
     chat_tokenizer, decoding = lazy("rlhf.data.chat_tokenizer"), lazy("rlhf.rollout.decoding")
     encoder_decoder, vllm_engine = lazy("rlhf.rollout.encoder_decoder"), lazy("rlhf.rollout.vllm")
-    sampler_process = lazy("rlhf.rollout.sampler_process")
+    sampler_process, vllm_client = lazy("rlhf.rollout.sampler_process"), lazy("rlhf.rollout.vllm_client")
     logprobs, virtual_tokens = lazy("rlhf.models.logprobs"), lazy("rlhf.rollout.virtual_tokens")
 
 SAMPLERS = Table("sampler")
@@ -209,6 +209,43 @@ def vllm(
         gpu_memory_utilization=gpu_memory_utilization, max_model_len=max_model_len, enforce_eager=enforce_eager,
         kv_cache_gib=kv_cache_gib,
     )  # fmt: skip
+
+
+def _start_server(
+    model: Any, prompts: Sequence[list[int]], seeds: Sequence[int], sampling: SamplingParams, chat: ChatTokenizer,
+    **options: Any,
+) -> Callable[[], list[Completion]]:  # fmt: skip
+    if model.config.is_encoder_decoder:
+        raise UserError("rollout.sampler: `vllm-server` does not support encoder-decoders", remedy="Use `hf`.")
+    ends = chat_tokenizer.stop_ids(model, chat)
+    return vllm_client.start(model, prompts, seeds, sampling, chat, ends, **options)
+
+
+@SAMPLERS.row("vllm-server", logprobs=True, merged=True, start=_start_server)
+def vllm_server(
+    model: Any, prompts: Sequence[list[int]], seeds: Sequence[int], sampling: SamplingParams, chat: ChatTokenizer, *,
+    url: str | None = None, python: str | None = None, devices: str | None = None,
+    tensor_parallel: Annotated[int, Field(ge=1)] = 1, gpu_memory_utilization: Annotated[float, Field(gt=0, lt=1)] = 0.9,
+    max_model_len: Annotated[int, Field(gt=0)] | None = None, enforce_eager: bool = False,
+    kv_cache_gib: Annotated[float, Field(gt=0)] | None = None,
+) -> list[Completion]:  # fmt: skip
+    """vLLM in a server of its own: on GPUs of its own, in an environment of its own, divided over several GPUs.
+
+    Rank 0 sends the weights, with adapters merged, and the prompts of all ranks before each rollout; with
+    `rollout.ahead: 1` the server samples while the trainer learns. A rollout is one request, so a run repeats exactly
+    on any number of processes, and so does a resumed one.
+
+    `url` is a server that `rlhf serve-sampler` started, whose token is in the environment variable RLHF_SAMPLER_TOKEN.
+    Without it the run starts one on this machine, on a free port of the loopback address and with a token of its own,
+    and the other options apply. `python` is the interpreter of the environment that has vLLM, if that is another one.
+    `devices` are the numbers of the server's GPUs (`"6,7"`), which the trainer should not use. `tensor_parallel` is how
+    many of them hold a part of the model each. The rest is as for `vllm`.
+    """
+    return _start_server(
+        model, prompts, seeds, sampling, chat, url=url, python=python, devices=devices, tensor_parallel=tensor_parallel,
+        gpu_memory_utilization=gpu_memory_utilization, max_model_len=max_model_len, enforce_eager=enforce_eager,
+        kv_cache_gib=kv_cache_gib,
+    )()  # fmt: skip
 
 
 def start(sampler: Pick, *inputs: Any) -> Callable[[], list[Completion]]:

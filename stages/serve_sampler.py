@@ -1,0 +1,63 @@
+"""`rlhf serve-sampler`: a vLLM engine for the rollouts of a PPO run with the sampler `vllm-server`."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import secrets
+from typing import Annotated
+
+import typer
+
+from rlhf.cli import options
+from rlhf.core.console import say, warn
+from rlhf.core.errors import UserError
+from rlhf.runs.run import resolve_model_path
+
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
+
+
+def command(
+    model: options.Model,
+    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on; 0 is any free one.")] = 8910,
+    tensor_parallel: Annotated[int, typer.Option(min=1, help="GPUs that hold a part of the model each.")] = 1,
+    dtype: Annotated[str, typer.Option(help="auto, bfloat16, float16 or float32; the trainer's precision.")] = "auto",
+    sequences: Annotated[int, typer.Option(min=1, help="Most sequences at a time.")] = 256,
+    max_model_len: Annotated[
+        int | None, typer.Option(min=1, help="Most tokens of prompt and answer; by default the model's limit.")
+    ] = None,
+    gpu_memory_utilization: Annotated[
+        float, typer.Option(min=0.01, max=0.99, help="Fraction of each GPU's memory.")
+    ] = 0.9,
+    kv_cache_gib: Annotated[float | None, typer.Option(help="Size of the KV cache; on a CPU 1 by default.")] = None,
+    enforce_eager: Annotated[bool, typer.Option("--enforce-eager", help="No CUDA graphs, no compilation.")] = False,
+) -> None:
+    """Serve a model to PPO runs with `rollout.sampler={name: vllm-server, url: ...}`, one run at a time.
+
+    Of the model only config and tokenizer are read; the run sends the weights. Every request needs the token of the
+    environment variable RLHF_SAMPLER_TOKEN, which is made and printed if it is not set.
+    """
+    if importlib.util.find_spec("vllm") is None:
+        raise UserError(
+            "rlhf serve-sampler: vLLM is not installed",
+            remedy="Install it in an environment of its own, since it pins torch, and run this command there.",
+        )
+    folder = resolve_model_path(model)
+    from rlhf.rollout.vllm_server import TOKEN, serve  # imports torch
+
+    token = os.environ.pop(TOKEN, "")
+    if not token:
+        token = secrets.token_urlsafe(32)
+        say(f"export {TOKEN}={token}")
+    if host not in LOOPBACK:
+        warn(f"--host {host}: weights and answers cross the network unencrypted; use a network that you trust")
+
+    def ready(port: int) -> None:
+        say(f"Serving on http://{host}:{port}")
+
+    settings = {
+        "model": folder, "sequences": sequences, "dtype": dtype, "gpu_memory_utilization": gpu_memory_utilization,
+        "max_model_len": max_model_len, "enforce_eager": enforce_eager, "kv_cache_gib": kv_cache_gib,
+    }  # fmt: skip
+    serve(settings, host, port, tensor_parallel, token, ready)
