@@ -27,7 +27,7 @@ import os, signal, sys
 import torch
 torch.set_num_threads(1)
 from rlhf import distributed
-from rlhf.runs.checkpoint import Checkpoints
+from rlhf.runs import checkpoint
 from rlhf.reward.config import RewardConfig
 from rlhf.config.load import load_stage_config
 from stages import reward
@@ -42,12 +42,12 @@ if where == "step":
         return step(self)
     reward.Loop._train_step = killed
 if where == "write":
-    seal = Checkpoints._seal
-    def killed(self, partial, step):
+    seal = checkpoint._seal
+    def killed(partial, step):
         if step == int(when):
             os.kill(os.getpid(), signal.SIGKILL)
-        return seal(self, partial, step)
-    Checkpoints._seal = killed
+        return seal(partial, step)
+    checkpoint._seal = killed
 distributed.name_lost_ranks(reward.run)(load_stage_config(RewardConfig, file), resume=resume == "True")
 distributed.stop()
 """
