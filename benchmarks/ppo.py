@@ -3,8 +3,10 @@
     pip install --no-deps --target /tmp/trl112 trl==1.12.0
     python benchmarks/ppo.py --trl /tmp/trl112                      # three regimes of completion lengths
     python benchmarks/ppo.py --trl /tmp/trl112 --learn --updates 20  # the reward over 20 updates
+    python benchmarks/ppo.py --trl /tmp/trl112 --model llama-30m --episodes 16 --updates 2
 
-Each run is a separate process; runs do not overlap. Both sides have the same weights (stories260K), story openings as
+Each run is a separate process; runs do not overlap. Both sides have the same weights (stories260K, or with --model
+llama-30m a random Llama of 30M parameters, vocabulary 32,000, heads of 64), story openings as
 prompts, reward (fraction of sentences that name an animal), temperature 0.7, 64 episodes, 4 epochs of 4 minibatches,
 learning rate 3e-4, KL coefficient 0.05, AdamW as TRL sets it, float32. TRL's trainer has its defaults otherwise, with
 the stop token set. Seconds count from the end of one update to the end of the next, without the first update.
@@ -29,6 +31,7 @@ ROOT = Path(__file__).resolve().parents[1]
 SHARED = ROOT.parent / "shared"
 REGIMES = ("full", "realistic", "long-tailed")
 PHASES = ("rollout", "score", "learn")
+VOCABULARY = 32_000
 ADAPTERS = {
     "ours-shared": {"name": "lora", "rank": 8, "alpha": 16},
     "ours-shared-last2": {"name": "lora", "rank": 8, "alpha": 16, "layers": 2},
@@ -47,12 +50,29 @@ def write_prompts(path: Path) -> None:
     path.write_text("\n".join(rows) + "\n", "utf-8")
 
 
+def write_model(folder: Path) -> None:
+    """A random Llama of 30M parameters with the tokenizer of stories260K, extended to 32,000 tokens that are words."""
+    import torch
+    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+    tokenizer = AutoTokenizer.from_pretrained(SHARED / "models" / "stories260K")
+    tokenizer.add_tokens([f"<word-{i}>" for i in range(VOCABULARY - len(tokenizer))])
+    tokenizer.save_pretrained(folder)
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=VOCABULARY, hidden_size=512, intermediate_size=1376, num_hidden_layers=4, num_attention_heads=8,
+        num_key_value_heads=8, max_position_embeddings=1024, tie_word_embeddings=True, bos_token_id=1, eos_token_id=2,
+        pad_token_id=0,
+    )  # fmt: skip
+    LlamaForCausalLM(config).save_pretrained(folder)
+
+
 def measure(side: str, regime: str, args: argparse.Namespace, folder: Path, **changes: Any) -> dict[str, Any]:
     """Run some updates of one side with a changed setting. Memory and processor time are sums over all processes."""
     spec = {
         "run": str(folder / f"{side}-{regime}"),
         "prompts": str(folder / "prompts.jsonl"),
-        "model": str(SHARED / "models" / "stories260K"),
+        "model": str(SHARED / "models" / "stories260K" if args.model == "stories260K" else folder / args.model),
         "tests": str(ROOT / "tests"),
         "ends": [1, 2],  # this model ends a story with <s>; </s> does not occur
         "regime": regime,
@@ -156,6 +176,7 @@ def main() -> None:
     """Print the tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--trl", type=Path, required=True, help="Folder with TRL 1.12.0.")
+    parser.add_argument("--model", choices=("stories260K", "llama-30m"), default="stories260K")
     parser.add_argument("--learn", action="store_true", help="Compare what they learn instead of how fast they are.")
     parser.add_argument("--updates", type=int, default=5, help="Measured updates, after one warm-up update.")
     parser.add_argument("--regimes", nargs="+", choices=REGIMES, default=REGIMES)
@@ -181,6 +202,8 @@ def main() -> None:
     print(f"{time.strftime('%Y-%m-%d %H:%M')}, {cores}, completions of up to {args.new_tokens} tokens")
     with tempfile.TemporaryDirectory() as folder:
         write_prompts(Path(folder) / "prompts.jsonl")
+        if args.model == "llama-30m":
+            write_model(Path(folder) / args.model)
         (compare_learning if args.learn else compare_speed)(args, Path(folder))
 
 

@@ -16,15 +16,18 @@ import typer
 from rlhf.cli.options import ConfigFile, Overrides
 from rlhf.cli.stage_configs import STAGES
 from rlhf.config.load import check_config, override_values, read_values
+from rlhf.config.optimizers import OPTIMIZERS, refuse_optimizer
 from rlhf.core.console import say, table
 from rlhf.core.errors import UserError, nearest
-from rlhf.distributed.deepspeed_json import read_deepspeed
+from rlhf.distributed.deepspeed_json import deepspeed_settings
 from rlhf.ppo.config import PPOConfig
 from rlhf.runs.run import is_run, read_run
 
 GIB = 2**30
 MARGIN, CONTEXT = 0.08, 1.0 * GIB
 """Fraction that an allocator adds by rounding, and bytes that CUDA and NCCL use besides tensors."""
+TRACED = 4
+"""Micro-batches of 1 to 8 sequences are traced; memory is linear in their number, and larger ones take minutes."""
 FILES = {
     "0": None,
     "1": "configs/deepspeed/zero1.json",
@@ -155,22 +158,21 @@ class MemoryPlan:
     def predict(self, *changes: str) -> Any:
         """The prediction for one process, with `key=value` changes."""
         config = self.changed(*changes)
-        settings = read_deepspeed(config.deepspeed) if config.deepspeed else None
-        if settings is None and self.processes > 1:
-            settings = {"zero_optimization": {"stage": 0}}
+        settings = self._settings(config)
         from rlhf.memory.predict import ZeroLayout, predict  # imports torch
 
-        return predict(self._trace(config, settings is not None), ZeroLayout.of(settings), self.processes, gpu=True)
+        traced, layout = self._trace(config, settings is not None), ZeroLayout.of(settings)
+        return predict(traced, layout, self.processes, gpu=True, optimizer=config.optimizer.algorithm)
 
     def _trace(self, config: Any, deepspeed: bool) -> Any:
-        """The config's traced model; traced for the fewest and the most sequences and interpolated between them."""
+        """The config's traced model; traced for one and for several sequences, and linear in their number."""
         from rlhf.memory.traced_model import TracedModel  # imports torch
 
         shape = self._batch_shape(config)
         kind = (deepspeed, config.gradient_checkpointing, str(config.tuning), str(getattr(config, "critic", "")))
         if kind not in self._traced:
-            ends = []
-            for budget, share in ((self.budgets()[0], 8), (self.budgets()[-1], 1)):
+            ends, budgets = [], self.budgets()[:TRACED]
+            for budget, share in ((budgets[0], 8), (budgets[-1], 1)):
                 values = config.model_copy(update=_nested(config, self.budget_key, budget))
                 if isinstance(config, PPOConfig):
                     few = max(1, config.rollout.batch_size // share)
@@ -189,6 +191,20 @@ class MemoryPlan:
     def needs(self, *changes: str) -> float:
         """Peak bytes on a GPU, including margin and CUDA context."""
         return float(self.predict(*changes).peak * (1 + MARGIN) + CONTEXT)
+
+    def works(self, *changes: str) -> bool:
+        """Whether the optimizer works with the rest of the config."""
+        try:
+            self._settings(self.changed(*changes))
+        except UserError:
+            return False
+        return True
+
+    def _settings(self, config: Any) -> dict[str, Any] | None:
+        """DeepSpeed's settings, which the optimizer must work with."""
+        settings = deepspeed_settings(config.deepspeed, self.processes)
+        refuse_optimizer(config.optimizer.algorithm, settings, self.bfloat16, installed=False)
+        return settings
 
     def fits(self, *changes: str) -> bool:
         return self.needs(*changes) <= self.size
@@ -217,7 +233,7 @@ class MemoryPlan:
         """The cheapest change of the config that makes it fit, as overrides; None if none is known.
 
         From cheap to expensive: smaller micro-batches and fewer sequences decoded together, then also recomputed
-        activations, a higher ZeRO stage, offload, and LoRA.
+        activations, a higher ZeRO stage, offload, 8-bit optimizer state, and LoRA.
         """
         recompute: list[list[str]] = (
             [[]] if self.config.gradient_checkpointing else [[], ["gradient_checkpointing=true"]]
@@ -225,10 +241,13 @@ class MemoryPlan:
         files: list[list[str]] = [[], *([f"deepspeed={file}"] for file in self._other_files())]
         lora = ["tuning=lora", *(["critic.tuning=lora"] if getattr(self.config, "needs_critic", False) else [])]
         adapters: list[list[str]] = [[]] if self.config.tuning.row.traits["adapter"] else [[], lora]
-        ways = list(itertools.product(enumerate(adapters), enumerate(files), enumerate(recompute)))
-        ways.sort(key=lambda way: 10 * way[0][0] + 2 * way[1][0] + way[2][0])
+        small: list[list[str]] = [[], ["optimizer.algorithm=adamw-8bit"]]
+        ways = list(itertools.product(*(enumerate(part) for part in (adapters, small, files, recompute))))
+        ways.sort(key=lambda way: 40 * way[0][0] + 20 * way[1][0] + 2 * way[2][0] + way[3][0])
         for way in ways:
             changes = [change for _, part in way for change in part]
+            if not self.works(*changes):
+                continue
             for smaller in ([], self._smaller_rollout(changes)):
                 if changes + smaller and self.fits(*changes, *smaller):
                     return changes + smaller
@@ -249,10 +268,8 @@ class MemoryPlan:
         return float(self.predict(*changes).phases["rollout"].total * (1 + MARGIN) + CONTEXT) <= self.size
 
     def _other_files(self) -> list[str]:
-        """DeepSpeed files that partition more than the config's own."""
-        if self.processes == 1:
-            return []
-        names = [file for file in FILES.values() if file]
+        """DeepSpeed files that partition more than the config's own; on one GPU, those that offload."""
+        names = [file for name, file in FILES.items() if file and (self.processes > 1 or "offload" in name)]
         own = self.config.deepspeed
         return names[names.index(own) + 1 :] if own in names else names
 
@@ -287,8 +304,11 @@ def report(plan: MemoryPlan, gpus: int, hosts: int) -> None:
             for phase in phases]  # fmt: skip
     table(f"{plan.where} as configured: GiB on each GPU at each phase's peak", ["phase", *parts, "all"], rows)
     ways: dict[str, list[str]] = {"as configured": []}
-    if plan.processes > 1:
-        ways |= {f"ZeRO {name}": [f"deepspeed={file or 'null'}"] for name, file in FILES.items()}
+    offers = {name: file for name, file in FILES.items() if plan.processes > 1 or "offload" in name}
+    ways |= {f"ZeRO {name}": [f"deepspeed={file or 'null'}"] for name, file in offers.items()}
+    ways |= {row.name: [f"optimizer.algorithm={row.name}"] for row in OPTIMIZERS}
+    own_name = plan.config.optimizer.algorithm.name
+    ways = {name: changes for name, changes in ways.items() if name != own_name and plan.works(*changes)}
     rows = []
     for name, changes in ways.items():
         found = plan.predict(*changes)

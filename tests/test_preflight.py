@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -269,7 +270,8 @@ def test_lengths_beyond_the_models_positions_are_refused(world):
     assert "leaves no room for a prompt" in refusal("ppo", world, rollout={"max_new_tokens": 256})
 
 
-def test_a_tuning_method_whose_package_is_not_installed_is_refused(world):
+def test_a_tuning_method_whose_package_is_not_installed_is_refused(world, monkeypatch):
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
     assert "needs bitsandbytes" in refusal("sft", world, tuning="qlora")
 
 

@@ -7,6 +7,7 @@ from typing import Annotated
 import pytest
 from pydantic import BaseModel, Field
 
+from rlhf.config.optimizers import OPTIMIZERS
 from rlhf.core.table import Pick, Table
 from rlhf.ppo.advantages import ADVANTAGES
 from rlhf.ppo.kl import KL_CONTROLLERS, KL_ESTIMATORS, MISSING_EOS
@@ -73,7 +74,7 @@ def test_a_name_is_given_once():
         FRUIT.row("apple")(pear)
 
 
-ALL = [ADVANTAGES, KL_ESTIMATORS, KL_CONTROLLERS, MISSING_EOS, RANKING_LOSSES, REWARDS, SAMPLERS, TUNING]
+ALL = [ADVANTAGES, KL_ESTIMATORS, KL_CONTROLLERS, MISSING_EOS, RANKING_LOSSES, REWARDS, SAMPLERS, TUNING, OPTIMIZERS]
 
 
 @pytest.mark.parametrize("row", [row for table in ALL for row in table], ids=lambda row: row.name)

@@ -17,6 +17,7 @@ from typing import Any
 from rlhf import distributed
 from rlhf.cli.preflight_sampler import check_sampler
 from rlhf.config.base import BatchConfig, ModelConfig, StageConfig
+from rlhf.config.optimizers import refuse_optimizer
 from rlhf.core.console import format_number, is_main
 from rlhf.core.errors import UserError
 from rlhf.core.limits import read_json_object
@@ -25,7 +26,7 @@ from rlhf.data.chat_templates import freeze_clock, read_template, reads_clock
 from rlhf.data.schema import KINDS
 from rlhf.data.selection import open_datasets
 from rlhf.data.store import Dataset
-from rlhf.distributed.deepspeed_json import read_deepspeed
+from rlhf.distributed.deepspeed_json import deepspeed_settings, read_deepspeed
 from rlhf.dpo.config import DPOConfig
 from rlhf.models.adapters import VIRTUAL
 from rlhf.ppo.config import PPOConfig
@@ -71,6 +72,7 @@ def check(
     pending_runs = {os.path.normpath(path): by for path, by in (pending_runs or {}).items()}
     rows = [("run", _run(stage, config, resume, overwrite))]
     rows += STAGE_CHECKS[stage](config, world, pending_runs)
+    rows.append(("optimizer", _optimizer(config, world)))
     rows.append(("processes", f"{world}, {_zero(config, world)}"))
     for package in config.log.report_to:
         if importlib.util.find_spec(package) is None:
@@ -102,6 +104,13 @@ def _zero(config: StageConfig, world: int) -> str:
         settings = read_deepspeed(config.deepspeed)
         return f"ZeRO stage {settings.get('zero_optimization', {}).get('stage', 0)} ({config.deepspeed})"
     return "ZeRO stage 0" if world > 1 else "plain torch"
+
+
+def _optimizer(config: Any, world: int) -> str:
+    """The optimizer's name. With `precision: auto` the engine repeats the check once it knows the device."""
+    pick = config.optimizer.algorithm
+    refuse_optimizer(pick, deepspeed_settings(config.deepspeed, world), config.precision == "bfloat16")
+    return str(pick.name)
 
 
 def _batch(batch: BatchConfig, world: int) -> str:

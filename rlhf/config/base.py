@@ -21,7 +21,9 @@ from pydantic import (
     model_validator,
 )
 
+from rlhf.config.optimizers import OPTIMIZERS
 from rlhf.core.errors import UserError
+from rlhf.core.table import Pick
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
 _OneOrMore = BeforeValidator(lambda value: [value] if isinstance(value, str) else value)
@@ -86,18 +88,27 @@ class LogConfig(Strict):
 
 
 class AdamWConfig(Strict):
+    algorithm: Annotated[Pick, OPTIMIZERS] = OPTIMIZERS.pick("adamw")
+    """The optimizer: a row of that table with its options. `rlhf plan` counts the bytes of its state."""
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
     """How the learning rate falls from its peak to zero; `constant` keeps the peak."""
     warmup: Fraction = 0.03
     """Fraction of all steps (PPO: updates) in which the learning rate rises linearly to its peak."""
     weight_decay: NonNegativeFloat = 0.0
-    """AdamW's decoupled weight decay."""
+    """Decoupled weight decay, times the learning rate."""
     betas: tuple[Fraction, Fraction] = (0.9, 0.999)
     """AdamW's two decay rates."""
     eps: PositiveFloat = 1e-8
     """AdamW's epsilon."""
     max_grad_norm: PositiveFloat = 1.0
     """Maximum global norm of the gradient; larger gradients are scaled down."""
+
+    @model_validator(mode="after")
+    def _no_key_is_ignored(self) -> AdamWConfig:
+        for key in self.algorithm.row.traits["unused"]:
+            if getattr(self, key) != type(self).model_fields[key].default:
+                raise ValueError(f"{key}: {self.algorithm.name!r} has no such setting; leave it out")
+        return self
 
 
 class OptimizerConfig(AdamWConfig):

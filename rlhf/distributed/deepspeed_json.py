@@ -77,6 +77,13 @@ def with_sizes(settings: dict[str, Any], trained: int, largest: int) -> dict[str
     return settings | {"zero_optimization": zero}
 
 
+def deepspeed_settings(path: str | Path | None, processes: int) -> dict[str, Any] | None:
+    """The settings that a run uses: those of its file, ZeRO stage 0 for several processes without one, else None."""
+    if path is None:
+        return {"zero_optimization": {"stage": 0}} if processes > 1 else None
+    return read_deepspeed(path)
+
+
 def zero_stage(path: str | Path) -> int:
     """The ZeRO stage of a DeepSpeed JSON, 0 to 3. Raises what `read_deepspeed` raises."""
     return int(read_deepspeed(path).get("zero_optimization", {}).get("stage", 0))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from rlhf.distributed.deepspeed_json import read_deepspeed
+from rlhf.distributed.deepspeed_json import deepspeed_settings
 
 if TYPE_CHECKING:
     from rlhf.memory.predict import Prediction
@@ -81,9 +81,7 @@ def predicted(
     from rlhf.memory.traced_model import TracedModel
     from rlhf.memory.workload import batch_shape, limit_of
 
-    settings = read_deepspeed(config.deepspeed) if config.deepspeed else None
-    if settings is None and processes > 1:
-        settings = {"zero_optimization": {"stage": 0}}
+    settings = deepspeed_settings(config.deepspeed, processes)
     work = batch_shape(config, limit_of(config, base), processes, longest, candidates)
     traced = TracedModel(config, work, bfloat16, deepspeed=settings is not None, base=base)
     return predict(traced, ZeroLayout.of(settings), processes, gpu)

@@ -1,16 +1,18 @@
 """The predicted peak memory of a run: by phase and part, for each process, under any ZeRO stage.
 
 The memory of the passes comes from `rlhf.memory.traced_model`, which traces the real modules on fake tensors. The rest
-is arithmetic: weights, gradients, AdamW's two moments and float32 masters, partitioned as each ZeRO stage does, and
+is arithmetic: weights, gradients, the optimizer's state and float32 masters, partitioned as each ZeRO stage does, and
 DeepSpeed's buffers (deepspeed 0.19, runtime/zero/stage_1_and_2.py and stage3.py, runtime/bf16_optimizer.py).
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from rlhf.core.table import Pick
 from rlhf.memory.traced_model import TracedModel
 from rlhf.memory.tracer import ACTIVATIONS, CACHE, GRADIENTS, LOGITS, OPTIMIZER, MemorySnapshot
 from rlhf.ppo.config import PPOConfig
@@ -81,6 +83,12 @@ class _Counts:
     trained: float
     group: float
     """Trained parameters of the largest optimizer group."""
+    states: float
+    """Bytes of the optimizer's state."""
+    scratch: float
+    """Bytes of temporary tensors in the optimizer's step."""
+    tensors: tuple[int, ...]
+    """Sizes of the trained tensors."""
     policy: float
     frozen: float
     """Bytes of the frozen models."""
@@ -88,12 +96,16 @@ class _Counts:
     """Parameters of each DeepSpeed engine under stage 3: one for the trained models and one per frozen model."""
 
 
-def _counts(traced: TracedModel) -> _Counts:
+def _counts(traced: TracedModel, optimizer: Pick) -> _Counts:
     sizes = list(zip(traced.roles, traced.sizes))
     engine = [size for role, size in sizes if role.tuning is not None]
     frozen = [size for role, size in sizes if role.tuning is None]
+    shapes = [shape for s in engine for shape in s.shapes]
+    tensors = tuple(math.prod(shape) for shape in shapes)
+    traits = optimizer.row.traits
     return _Counts(
         sum(s.total for s in engine), sum(s.trained for s in engine), max(s.trained for s in engine),
+        sum(map(traits["state"], shapes)), 4.0 * traits["scratch"] * max(tensors), tensors,
         sizes[0][1].total, sum(s.held for s in frozen), (sum(s.total for s in engine), *(s.total for s in frozen)),
     )  # fmt: skip
 
@@ -104,9 +116,12 @@ def _quantized_fraction(traced: TracedModel) -> float:
     return 0.28 if any(pick.row.traits["quantized"] for pick in picks) else 1.0
 
 
-def predict(traced: TracedModel, layout: ZeroLayout, processes: int, gpu: bool) -> Prediction:
-    """The peaks of a run on `processes` processes."""
-    count = _counts(traced)
+def predict(
+    traced: TracedModel, layout: ZeroLayout, processes: int, gpu: bool, optimizer: Pick | None = None
+) -> Prediction:
+    """The peaks of a run on `processes` processes; the optimizer is that of the traced config if None."""
+    config: Any = traced.config
+    count = _counts(traced, optimizer or config.optimizer.algorithm)
     width = traced.weights.itemsize
     if layout.stage is None:
         states = _plain_states(traced, count)
@@ -145,12 +160,12 @@ class _States:
     optimizer: float
     gradients: float
     masters: float = 0.0
-    """The part of `optimizer` that exists from the start; AdamW's moments are allocated in the first step."""
+    """The part of `optimizer` that exists from the start; the algorithm's state is allocated in the first step."""
     load: float = 0.0
     """Additional bytes while the engine is initialised."""
     buffers: float = 0.0
     step: float = 0.0
-    """Gradients in AdamW's dtype, during the optimizer step."""
+    """Gradients in the optimizer's dtype, during its step."""
     host: float = 0.0
     live: float = 0.0
     """Stage 3: the most elements that an engine keeps gathered."""
@@ -160,27 +175,28 @@ def _plain_states(traced: TracedModel, count: _Counts) -> _States:
     fraction = _quantized_fraction(traced)
     width = traced.compute.itemsize if traced.shared else 4  # of the frozen ones
     weights = (width if fraction == 1.0 else 2 * fraction) * (count.engine - count.trained) + 4 * count.trained
-    return _States(weights, 8 * count.trained, 4 * count.trained)
+    return _States(weights, count.states, 4 * count.trained, step=count.scratch)
 
 
 def _deepspeed_states(traced: TracedModel, count: _Counts, layout: ZeroLayout, processes: int, gpu: bool) -> _States:
     """States under DeepSpeed. With offload, the GPU holds what a pass needs."""
     n, width, stage = processes, traced.weights.itemsize, layout.stage or 0
     mixed = width < 4
+    states_and_masters = (count.states + 4 * count.trained) / n
     # On a CPU, memory that was never written is not resident.
     bucket = layout.bucket if gpu else min(layout.bucket, count.trained)
     if stage == 0:
         # float32: the module and a flat copy of a bucket; bfloat16: BF16_Optimizer, which partitions the masters
         buffers = min(layout.bucket, count.trained) * 4.0
         if not mixed:
-            return _States(4 * count.engine, 8 * count.trained, 4 * count.trained, buffers=buffers)
+            return _States(4 * count.engine, count.states, 4 * count.trained, buffers=buffers, step=count.scratch)
         return _States(
-            2 * count.engine, 12 * count.trained / n, 6 * count.trained, 4 * count.trained / n, 2 * count.group,
+            2 * count.engine, states_and_masters, 6 * count.trained, 4 * count.trained / n, 2 * count.group,
         )  # fmt: skip
     if stage < 3:
         states = _States(
             width * count.engine,
-            12 * count.trained / n,
+            states_and_masters,
             width * (count.trained / n if stage == 2 else count.trained),
             masters=4 * count.trained / n,
             buffers=bucket * width * (layout.buckets if gpu else 1),
@@ -189,7 +205,7 @@ def _deepspeed_states(traced: TracedModel, count: _Counts, layout: ZeroLayout, p
     else:
         states = _States(
             width * count.engine / n,
-            12 * count.trained / n,
+            states_and_masters,
             width * count.trained / n,
             masters=4 * count.trained / n,
             # its optimizer's first gradients, of a whole sub-group; without a GPU, the weights before partitioning
@@ -201,7 +217,10 @@ def _deepspeed_states(traced: TracedModel, count: _Counts, layout: ZeroLayout, p
     if gpu and layout.optimizer_on_host:
         states.host += states.optimizer + 4 * count.trained / n
         states.optimizer = states.masters = states.load = 0.0
-        states.step, states.gradients = 0.0, 0.0 if stage == 3 else states.gradients
+        states.step = states.gradients = 0.0
+        if stage < 3:  # gradients go to the host from the buckets, except those of tensors that fit into none
+            states.gradients = float(width * sum(size for size in count.tensors if size > layout.bucket))
+            states.buffers += width * max(count.tensors)
     if gpu and layout.weights_on_host and stage == 3:
         states.host += states.weights
         states.weights = 0.0

@@ -50,6 +50,8 @@ class ParameterCounts:
     trained: int
     held: int
     """Bytes of all of them on one process, between the passes."""
+    shapes: tuple[tuple[int, ...], ...]
+    """Shapes of the trained tensors."""
 
 
 class TracedModel:
@@ -109,11 +111,12 @@ class TracedModel:
         for role in self.roles:
             weights = list(self._shaped(role, None).parameters())
             trained = [p.numel() for p in weights if p.requires_grad]
+            shapes = tuple(tuple(p.shape) for p in weights if p.requires_grad)
             held = sum(p.numel() * p.itemsize for p in weights)
-            found.append(ParameterCounts(sum(p.numel() for p in weights), sum(trained), held))
+            found.append(ParameterCounts(sum(p.numel() for p in weights), sum(trained), held, shapes))
             if role.shares:  # a frozen adapter counts as large as the policy's
                 own = sum(trained) or found[0].trained
-                found[-1] = ParameterCounts(own, sum(trained), 4 * own)
+                found[-1] = ParameterCounts(own, sum(trained), 4 * own, shapes)
         return found
 
     def _shaped(self, role: Role, depth: int | None) -> Any:

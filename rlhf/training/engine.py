@@ -1,4 +1,4 @@
-"""The engine of all three stages: one optimizer over one module, with plain torch or DeepSpeed behind the same calls.
+"""The engine of all stages: one optimizer over one module, with plain torch or DeepSpeed behind the same calls.
 
 Callers divide a loss by the global number of its items; the engine sums gradients over micro-batches and ranks.
 """
@@ -17,9 +17,10 @@ from transformers.pytorch_utils import Conv1D
 from rlhf import distributed
 from rlhf.config.base import AdamWConfig
 from rlhf.core.console import is_main
+from rlhf.config.optimizers import refuse_optimizer
 from rlhf.core.errors import UserError
 from rlhf.core.freeing import freed_at_once
-from rlhf.distributed.deepspeed_json import SET_BY_US, read_deepspeed, with_sizes
+from rlhf.distributed.deepspeed_json import SET_BY_US, deepspeed_settings, with_sizes
 from rlhf.models.load import compute_dtype
 from rlhf.training.deepspeed_shares import deepspeed_shares, refresh_weights
 from rlhf.training.placing import divide, place
@@ -49,12 +50,12 @@ def cast_frozen_linears_(module: nn.Module, dtype: torch.dtype) -> list[tuple[nn
 
 
 class Engine:
-    """Plain torch: AdamW over float32 weights, autocast where the computation is in bfloat16.
+    """Plain torch: an optimizer over float32 weights, autocast where the computation is in bfloat16.
 
     Args:
         module: The module to train; its calls go through `engine(...)`.
         groups: Optimizer groups `{"params": [...], "lr": float, "name": str}`.
-        config: AdamW's settings and the gradient clipping.
+        config: The optimizer, its settings and the gradient clipping.
         precision: auto, float32 or bfloat16.
     """
 
@@ -64,10 +65,7 @@ class Engine:
         self.config = config
         self.dtype = compute_dtype(precision)
         self.module = self._placed(module)
-        # The fused kernel needs no temporary tensors of the size of the weights.
-        self.optimizer = torch.optim.AdamW(
-            groups, betas=config.betas, eps=config.eps, weight_decay=config.weight_decay, fused=True
-        )
+        self.optimizer = config.algorithm(groups, config.betas, config.eps, config.weight_decay)
         self.rates = [group["lr"] for group in groups]
         self._parameters = [p for group in groups for p in group["params"]]
 
@@ -186,6 +184,7 @@ class DeepSpeedEngine(Engine):
             "gradient_clipping": 0.0 if self._whole else config.max_grad_norm,
             "bf16": {"enabled": dtype == torch.bfloat16},
             "steps_per_print": 2**31,
+            "zero_allow_untested_optimizer": True,  # our table says which ones work, and tests try them
         }
         with freed_at_once():
             self._build(module, groups, config, precision)
@@ -287,7 +286,8 @@ def make_engine(
 ) -> Engine:
     """The engine for the DeepSpeed JSON at `path`; without one, plain torch for one process, ZeRO-0 for several."""
     kept = [group for group in groups if group["params"]]
-    if path is None and distributed.world_size() == 1:
+    settings = deepspeed_settings(path, distributed.world_size())
+    refuse_optimizer(config.algorithm, settings, compute_dtype(precision) == torch.bfloat16)
+    if settings is None:
         return Engine(module, kept, config, precision)
-    settings = {"zero_optimization": {"stage": 0}} if path is None else read_deepspeed(path)
     return DeepSpeedEngine(module, kept, config, precision, settings)
