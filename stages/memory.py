@@ -59,6 +59,12 @@ def command(
         int | None, typer.Option("--longest", min=1, help="Longest prompt (ppo) or row in tokens, if known.")
     ] = None,
     candidates: Annotated[int, typer.Option("--candidates", min=2, help="Answers in a ranking (reward, dpo).")] = 4,
+    lengths: Annotated[
+        str | None,
+        typer.Option(
+            "--lengths", metavar="TOKENS,...", help="Also for prompts (ppo) or rows of 4096,16384,... tokens."
+        ),
+    ] = None,
 ) -> None:
     """Predict a run's peak memory on GPUs by phase, part and ZeRO stage; say what fits and the cheapest change.
 
@@ -76,6 +82,8 @@ def command(
     size = memory_of(gpu_memory)
     plan = MemoryPlan(values, chosen, str(config), gpus * hosts, size, base, longest, candidates)
     report(plan, gpus, hosts)
+    if lengths is not None:
+        report_lengths(plan, lengths_of(lengths))
 
 
 def _checked(stage: str, values: dict[str, Any], where: str) -> Any:
@@ -100,6 +108,18 @@ def memory_of(text: str) -> float:
             remedy="An 80 GB GPU: --gpu-memory 80.",
         )
     return found * GIB
+
+
+def lengths_of(text: str) -> list[int]:
+    """Numbers of tokens from a list with commas.
+
+    Raises:
+        UserError: Something else.
+    """
+    words = text.split(",")
+    if not all(word.strip().isdecimal() and int(word) for word in words):
+        raise UserError(f"--lengths {text}: expected numbers of tokens with commas, such as 4096,16384")
+    return [int(word) for word in words]
 
 
 def stage_of(values: dict[str, Any], config: Path) -> str:
@@ -188,6 +208,17 @@ class MemoryPlan:
         limit = limit_of(config, self.base)
         return batch_shape(config, limit, self.processes, self.longest, self.candidates)
 
+    def with_length(self, tokens: int) -> MemoryPlan:
+        """The same for prompts (ppo) or rows of this many tokens, with `model.max_length` raised where it is less."""
+        changes, most = [], tokens
+        if isinstance(self.config, PPOConfig):
+            changes, most = [f"data.max_prompt_tokens={tokens}"], tokens + self.config.rollout.max_new_tokens
+        if most > (self.config.model.max_length or most):
+            changes.append(f"model.max_length={most}")
+        values = _copy(self.values)
+        override_values(values, changes)
+        return MemoryPlan(values, self.stage, self.where, self.processes, self.size, self.base, tokens, self.candidates)
+
     def needs(self, *changes: str) -> float:
         """Peak bytes on a GPU, including margin and CUDA context."""
         return float(self.predict(*changes).peak * (1 + MARGIN) + CONTEXT)
@@ -261,10 +292,11 @@ class MemoryPlan:
         if not isinstance(self.config, PPOConfig):
             return []
         sizes = [[f"rollout.batch_size={max(1, self.config.rollout.batch_size // share)}"] for share in (2, 4, 8)]
-        fitting = (way for way in sizes if self._rollout_fits([*changes, *way]))
+        fitting = (way for way in sizes if self.rollout_fits([*changes, *way]))
         return next(fitting, sizes[-1])
 
-    def _rollout_fits(self, changes: list[str]) -> bool:
+    def rollout_fits(self, changes: list[str]) -> bool:
+        """Whether the phase in which completions are sampled fits."""
         return float(self.predict(*changes).phases["rollout"].total * (1 + MARGIN) + CONTEXT) <= self.size
 
     def _other_files(self) -> list[str]:
@@ -276,6 +308,13 @@ class MemoryPlan:
 
 def _powers() -> Iterator[int]:
     return (2**n for n in itertools.count())
+
+
+def _powers_down(largest: int) -> Iterator[int]:
+    """A number and its halves, down to 1."""
+    while largest:
+        yield largest
+        largest //= 2
 
 
 def _nested(config: Any, key: str, value: Any) -> dict[str, Any]:
@@ -325,6 +364,24 @@ def report(plan: MemoryPlan, gpus: int, hosts: int) -> None:
     say(f"budget: the largest {plan.budget_key} that fits; host: GiB of a host's main memory")
     for line in advice(plan):
         say(line)
+
+
+def report_lengths(plan: MemoryPlan, lengths: list[int]) -> None:
+    """Print what longer prompts or rows need, and the largest micro-batch and rollout that fit."""
+    rows, samples = [], isinstance(plan.config, PPOConfig)
+    for tokens in lengths:
+        longer = plan.with_length(tokens)
+        sizes = _powers_down(plan.config.rollout.batch_size) if samples else ()
+        fitting = (size for size in sizes if longer.rollout_fits([f"rollout.batch_size={size}"]))
+        decoded = next(fitting, None)
+        smaller = [f"rollout.batch_size={decoded}"] if decoded else []
+        budget = longer.largest_budget(*smaller)
+        rows.append([
+            f"{tokens:,}", f"{longer.needs() / GIB:.1f}", "yes" if longer.fits() else "no",
+            *([str(decoded or "-")] if samples else []), "-" if budget is None else f"{budget:,}",
+        ])  # fmt: skip
+    columns = ["tokens", "needs", "fits", *(["rollout.batch_size"] if samples else []), plan.budget_key]
+    table(f"Longest {'prompt' if samples else 'row'}: GiB on each GPU, and the largest values that fit", columns, rows)
 
 
 def report_on_cpu(config: Any, where: str, base: str | None, longest: int | None, candidates: int) -> None:

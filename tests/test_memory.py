@@ -29,7 +29,7 @@ from rlhf.memory.tracer import GRADIENTS, LOGITS, MemorySnapshot, MemoryTracer, 
 from rlhf.memory.workload import BatchShape, batch_shape, limit_of, roles
 from rlhf.models.logprobs import head_logprobs
 from stages.cli import app
-from stages.memory import GIB, MemoryPlan, memory_of, stage_of
+from stages.memory import GIB, MemoryPlan, lengths_of, memory_of, stage_of
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 SHAPE = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "vocab_size": 1000, "hidden_size": 64}
@@ -329,6 +329,65 @@ def test_activations_are_recomputed_where_the_smallest_micro_batches_are_too_lar
     found = tight.cheapest()
     assert found and "gradient_checkpointing=true" in found
     assert not tight.fits() and tight.fits(*found)
+
+
+def test_one_gpu_is_offered_the_offload_and_other_optimizers(tmp_path):
+    file = config_file(tmp_path, shape(tmp_path / "model"))
+    words = ("rollout.max_new_tokens=64", "optimizer.algorithm=adafactor", "--lengths", "128,256")
+    status, text = said("--config", file, "--gpus", "1", "--gpu-memory", "80", *words)
+    assert status == 0, text
+    assert "adamw-8bit" in text and "128 " in text and "256 " in text
+    assert "offload" not in text  # Adafactor does not work there
+    status, text = said("--config", file, "--gpus", "1", "--gpu-memory", "80", "rollout.max_new_tokens=64")
+    assert "ZeRO 2, offload" in text and "adafactor" in text
+
+
+@pytest.mark.parametrize("text", ["4k", "4096;8192", "0", ""])
+def test_lengths_that_are_no_numbers_are_refused(text):
+    with pytest.raises(Exception, match="--lengths"):
+        lengths_of(text)
+
+
+def test_the_plan_counts_the_state_of_each_optimizer(tmp_path):
+    plan, held = plan_of(shape(tmp_path), 80, processes=1), {}
+    for name in ("adamw", "adamw-8bit", "adafactor"):
+        held[name] = plan.predict(f"optimizer.algorithm={name}").phases["checkpoint"].parts["optimizer"]
+    trained = [s.trained for s in next(iter(plan._traced.values()))[0].sizes]
+    assert held["adamw"] == 8 * sum(trained)
+    assert held["adafactor"] < 0.1 * held["adamw"] < 0.4 * held["adamw-8bit"]
+    assert held["adamw-8bit"] < 0.3 * held["adamw"]  # small tensors keep theirs in 32 bits
+
+
+def test_offloaded_gradients_stay_on_the_gpu_only_where_no_bucket_holds_them(tmp_path):
+    plan = plan_of(shape(tmp_path), 80, processes=1, precision="bfloat16")
+    settings = read_deepspeed(REPOSITORY / "configs" / "deepspeed" / "zero2-offload.json")
+    traced = plan._trace(plan.config, True)
+    largest = 1000 * 64  # the embedding, and the policy's head
+    for bucket, kept in ((largest, 0), (largest - 1, 3 * 2 * largest)):
+        found = predict(traced, replace(ZeroLayout.of(settings), bucket=bucket, buckets=1), 1, gpu=True)
+        assert found.phases["load"].total == found.phases["checkpoint"].total
+        states = found.phases["update"].parts["gradients"]
+        assert states == kept
+
+
+EIGHT_BILLION = {"vocab_size": 128256, "hidden_size": 4096, "intermediate_size": 14336, "num_attention_heads": 32}
+EIGHT_BILLION |= {"num_key_value_heads": 8, "max_position_embeddings": 131072}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", ["sft", "reward", "ppo"])
+def test_8b_with_all_weights_fits_on_one_gpu_of_80_gib(tmp_path, stage):
+    file = REPOSITORY / "configs" / "8b-one-gpu" / f"{stage}.yaml"
+    values = yaml.safe_load(file.read_text("utf-8")) | {
+        "deepspeed": str(REPOSITORY / "configs/deepspeed/zero2-offload.json")
+    }
+    assert values["deepspeed"].endswith(yaml.safe_load(file.read_text("utf-8"))["deepspeed"])
+    base = shape(tmp_path, layers=32, **EIGHT_BILLION)
+    plan = MemoryPlan(values, stage, str(file), 1, 80 * GIB, base)
+    assert plan.fits()
+    assert not plan.fits("deepspeed=null")
+    host = {"sft": 105, "reward": 98, "ppo": 203}[stage]
+    assert plan.predict().host / GIB == pytest.approx(host, abs=1)
 
 
 @pytest.mark.slow

@@ -47,7 +47,7 @@ def read_deepspeed(path: str | Path) -> dict[str, Any]:
     if "offload_optimizer" in zero and settings.get("zero_force_ds_cpu_optimizer", True):
         raise UserError(
             f"deepspeed: {path}: offload_optimizer without zero_force_ds_cpu_optimizer: false",
-            "Without it DeepSpeed requires its own compiled Adam; the stages use torch's AdamW.",
+            "Without it DeepSpeed requires its own compiled Adam; here `optimizer.algorithm` chooses.",
             'Add "zero_force_ds_cpu_optimizer": false at the top level of the file.',
         )
     return settings
