@@ -16,8 +16,8 @@ from transformers.pytorch_utils import Conv1D
 
 from rlhf import distributed
 from rlhf.config.base import AdamWConfig
-from rlhf.core.console import is_main
 from rlhf.config.optimizers import refuse_optimizer
+from rlhf.core.console import is_main
 from rlhf.core.errors import UserError
 from rlhf.core.freeing import freed_at_once
 from rlhf.distributed.deepspeed_json import SET_BY_US, deepspeed_settings, with_sizes
