@@ -61,8 +61,8 @@ def write_model(folder: Path) -> None:
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=VOCABULARY, hidden_size=512, intermediate_size=1376, num_hidden_layers=4, num_attention_heads=8,
-        num_key_value_heads=8, max_position_embeddings=1024, tie_word_embeddings=True, bos_token_id=1, eos_token_id=[1, 2],
-        pad_token_id=0,
+        num_key_value_heads=8, max_position_embeddings=1024, tie_word_embeddings=True, pad_token_id=0, bos_token_id=1,
+        eos_token_id=[1, 2],
     )  # fmt: skip
     LlamaForCausalLM(config).save_pretrained(folder)
 

@@ -26,8 +26,8 @@ from rlhf.runs.run import is_run, read_run
 GIB = 2**30
 MARGIN, CONTEXT = 0.08, 1.0 * GIB
 """Fraction that an allocator adds by rounding, and bytes that CUDA and NCCL use besides tensors."""
-TRACED = 4
-"""Micro-batches of 1 to 8 sequences are traced; memory is linear in their number, and larger ones take minutes."""
+TRACED = 3
+"""Micro-batches of 1 to 4 sequences are traced; memory is linear in their number, and larger ones take minutes."""
 FILES = {
     "0": None,
     "1": "configs/deepspeed/zero1.json",

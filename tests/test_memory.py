@@ -385,7 +385,8 @@ def test_8b_with_all_weights_fits_on_one_gpu_of_80_gib(tmp_path, stage):
     base = shape(tmp_path, layers=32, **EIGHT_BILLION)
     plan = MemoryPlan(values, stage, str(file), 1, 80 * GIB, base)
     assert plan.fits()
-    assert not plan.fits("deepspeed=null")
+    if stage == "sft":
+        assert not plan.fits("deepspeed=null")  # float32 weights and gradients alone are 60 GiB
     host = {"sft": 105, "reward": 98, "ppo": 203}[stage]
     assert plan.predict().host / GIB == pytest.approx(host, abs=1)
 
