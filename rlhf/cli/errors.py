@@ -42,8 +42,9 @@ def exit_on_error(resume: str | None = None) -> Iterator[None]:
         sys.exit(130)
     except Terminated as stopped:
         if is_main() and (resume or stopped.state):
-            words = filter(None, ("\nEnded by SIGTERM.", stopped.state, resume))
-            err().print(" ".join(words), markup=False, soft_wrap=True)
+            # under a launcher or pipeline, which prints how to resume, only what was reached
+            words = ("\nEnded by SIGTERM.", stopped.state, resume) if resume else (stopped.state,)
+            err().print(" ".join(filter(None, words)), markup=False, soft_wrap=True)
         sys.exit(SIGTERM_STATUS)
     except Exception as error:
         if (full := full_disk(error)) is not None:
