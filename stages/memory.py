@@ -355,7 +355,8 @@ def report(plan: MemoryPlan, gpus: int, hosts: int) -> None:
         budget = plan.largest_budget(*changes)
         rows.append([
             name, *(gib(found.phases[phase].total) for phase in phases), gib(needs),
-            "yes" if needs <= plan.size else "no", "-" if budget is None else f"{budget:,}", gib(found.host * gpus),
+            "yes" if needs <= plan.size else "no", "-" if budget is None else f"{budget:,}",
+            gib(found.host * gpus + found.writer),
         ])  # fmt: skip
     title = f"{gpus * hosts} GPUs of {plan.size / GIB:g} GiB on {hosts} host{'s' * (hosts > 1)}: GiB on each GPU"
     columns = ["", *phases, "needs", "fits", "budget", "host"]

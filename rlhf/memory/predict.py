@@ -9,13 +9,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from rlhf.core.table import Pick
+from rlhf.distributed.deepspeed_json import with_sizes
 from rlhf.memory.traced_model import TracedModel
 from rlhf.memory.tracer import ACTIVATIONS, CACHE, GRADIENTS, LOGITS, OPTIMIZER, MemorySnapshot
 from rlhf.ppo.config import PPOConfig
+from rlhf.tuning.shards import SHARD_BYTES
 
 WEIGHTS, BUFFERS, PROCESS = "weights", "DeepSpeed's buffers", "libraries at work"
 PARTS = (WEIGHTS, GRADIENTS, OPTIMIZER, ACTIVATIONS, LOGITS, CACHE, BUFFERS, PROCESS)
@@ -32,8 +34,10 @@ class ZeroLayout:
     """ZeRO stage; None for plain torch in one process."""
     optimizer_on_host: bool = False
     weights_on_host: bool = False
-    bucket: float = 5e8
-    """Gradients that are reduced together."""
+    bucket: float | None = None
+    """Gradients that are reduced together; None where the file does not say it."""
+    sub_group: float | None = None
+    """Weights of a part of stage 3's optimizer; None where the file does not say it."""
     buckets: int = 1
     """Number of buckets that are filled in turn."""
     live: float = 1e9
@@ -46,15 +50,26 @@ class ZeroLayout:
             return cls()
         zero = settings.get("zero_optimization", {})
         stage = int(zero.get("stage", 0))
-        number = lambda key, default: default if zero.get(key, "auto") == "auto" else float(zero[key])  # noqa: E731
+
+        def number(key: str, default: Any) -> Any:
+            return default if zero.get(key, "auto") == "auto" else float(zero[key])
+
         return cls(
             stage,
             "offload_optimizer" in zero,
             "offload_param" in zero,
-            number("reduce_bucket_size", 5e8),
+            number("reduce_bucket_size", None),
+            number("sub_group_size", None),
             2 if zero.get("overlap_comm", stage == 3) is True and stage < 3 else 1,
             number("stage3_max_live_parameters", 1e9) + number("stage3_prefetch_bucket_size", 5e7),
         )
+
+    def sized(self, trained: int, largest: int) -> ZeroLayout:
+        """With the sizes that the engine chooses for trained weights where the file names none."""
+        chosen = with_sizes({"zero_optimization": {"stage": 3}}, trained, largest)["zero_optimization"]
+        bucket = chosen["reduce_bucket_size"] if self.bucket is None else self.bucket
+        sub_group = chosen["sub_group_size"] if self.sub_group is None else self.sub_group
+        return replace(self, bucket=bucket, sub_group=sub_group)
 
 
 @dataclass(frozen=True)
@@ -65,6 +80,8 @@ class Prediction:
     """Phase -> memory at its peak, on the GPU, or in host memory without a GPU."""
     host: float
     """Peak host memory of a process with a GPU."""
+    writer: float = 0.0
+    """More of it on rank 0, which writes the result."""
 
     @property
     def peak_phase(self) -> str:
@@ -80,7 +97,9 @@ class _Counts:
     """Numbers of parameters of the engine (the trained models) and of the frozen models."""
 
     engine: float
-    trained: float
+    trained: int
+    largest: int
+    """Elements of the largest parameter."""
     group: float
     """Trained parameters of the largest optimizer group."""
     states: float
@@ -104,7 +123,8 @@ def _counts(traced: TracedModel, optimizer: Pick) -> _Counts:
     tensors = tuple(math.prod(shape) for shape in shapes)
     traits = optimizer.row.traits
     return _Counts(
-        sum(s.total for s in engine), sum(s.trained for s in engine), max(s.trained for s in engine),
+        sum(s.total for s in engine), sum(s.trained for s in engine), max(s.largest for s in engine),
+        max(s.trained for s in engine),
         sum(map(traits["state"], shapes)), 4.0 * traits["scratch"] * max(tensors), tensors,
         sizes[0][1].total, sum(s.held for s in frozen), (sum(s.total for s in engine), *(s.total for s in frozen)),
     )  # fmt: skip
@@ -122,6 +142,7 @@ def predict(
     """The peaks of a run on `processes` processes; the optimizer is that of the traced config if None."""
     config: Any = traced.config
     count = _counts(traced, optimizer or config.optimizer.algorithm)
+    layout = layout.sized(count.trained, max(count.tensors))
     width = traced.weights.itemsize
     if layout.stage is None:
         states = _plain_states(traced, count)
@@ -149,7 +170,12 @@ def predict(
     phases["update"] = _update(traced, states, layout, learning, lazily=not gpu)
     merged = 0.0 if gpu else count.policy * width
     phases["checkpoint"] = MemorySnapshot(held | {WEIGHTS: held[WEIGHTS] + merged})
-    return Prediction(phases, states.host + 4 * count.engine if gpu else 0.0)
+    if not gpu:
+        return Prediction(phases, 0.0)
+    if layout.stage is None:  # loaded whole in float32
+        return Prediction(phases, 4 * count.engine)
+    # One tensor on its way from the mapped file to the GPU; rank 0 writes the result file by file.
+    return Prediction(phases, states.host + 4 * count.largest, min(SHARD_BYTES, width * count.policy))
 
 
 @dataclass
@@ -184,7 +210,9 @@ def _deepspeed_states(traced: TracedModel, count: _Counts, layout: ZeroLayout, p
     mixed = width < 4
     states_and_masters = (count.states + 4 * count.trained) / n
     # On a CPU, memory that was never written is not resident.
+    assert layout.bucket is not None and layout.sub_group is not None
     bucket = layout.bucket if gpu else min(layout.bucket, count.trained)
+    sub_group = layout.sub_group
     if stage == 0:
         # float32: the module and a flat copy of a bucket; bfloat16: BF16_Optimizer, which partitions the masters
         buffers = min(layout.bucket, count.trained) * 4.0
@@ -201,6 +229,8 @@ def _deepspeed_states(traced: TracedModel, count: _Counts, layout: ZeroLayout, p
             masters=4 * count.trained / n,
             buffers=bucket * width * (layout.buckets if gpu else 1),
             step=4 * count.group / n,
+            # without a GPU, a group's weights before they become one buffer
+            load=0.0 if gpu else max(0.0, width * count.group - 4 * count.trained / n),
         )
     else:
         states = _States(
@@ -208,10 +238,9 @@ def _deepspeed_states(traced: TracedModel, count: _Counts, layout: ZeroLayout, p
             states_and_masters,
             width * count.trained / n,
             masters=4 * count.trained / n,
-            # its optimizer's first gradients, of a whole sub-group; without a GPU, the weights before partitioning
-            load=4 * min(count.trained, 1e9) + (0 if gpu else 4 * count.engine * (1 - 1 / n)),
+            load=4 * min(count.trained, sub_group),  # its optimizer's first gradients, of a whole sub-group
             buffers=bucket * width,
-            step=4 * min(count.trained, 1e9) / n if mixed else 0.0,
+            step=4 * min(count.trained, sub_group) / n if mixed else 0.0,
             live=layout.live,
         )
     if gpu and layout.optimizer_on_host:

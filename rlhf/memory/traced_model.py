@@ -52,6 +52,8 @@ class ParameterCounts:
     """Bytes of all of them on one process, between the passes."""
     shapes: tuple[tuple[int, ...], ...]
     """Shapes of the trained tensors."""
+    largest: int
+    """Elements of the largest tensor, trained or not."""
 
 
 class TracedModel:
@@ -113,10 +115,11 @@ class TracedModel:
             trained = [p.numel() for p in weights if p.requires_grad]
             shapes = tuple(tuple(p.shape) for p in weights if p.requires_grad)
             held = sum(p.numel() * p.itemsize for p in weights)
-            found.append(ParameterCounts(sum(p.numel() for p in weights), sum(trained), held, shapes))
+            largest = max(p.numel() for p in weights)
+            found.append(ParameterCounts(sum(p.numel() for p in weights), sum(trained), held, shapes, largest))
             if role.shares:  # a frozen adapter counts as large as the policy's
                 own = sum(trained) or found[0].trained
-                found[-1] = ParameterCounts(own, sum(trained), 4 * own, shapes)
+                found[-1] = ParameterCounts(own, sum(trained), 4 * own, shapes, max(trained, default=0))
         return found
 
     def _shaped(self, role: Role, depth: int | None) -> Any:

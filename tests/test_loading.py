@@ -1,0 +1,96 @@
+"""What each process privately holds while a model of 187 million parameters is loaded, built and saved divided."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+
+pytestmark = pytest.mark.slow
+
+SHARD = 100_000_000
+"""Bytes of a file of weights, read or written."""
+PROGRAM = "import sys; sys.path.append('benchmarks'); import loading_side; loading_side.main()"
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> tuple[str, int]:
+    """Folder of a Llama in bfloat16 and the number of its parameters. Loading does not depend on their values."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    folder = tmp_path_factory.mktemp("model")
+    config = LlamaConfig(
+        vocab_size=16_000, hidden_size=1024, intermediate_size=2816, num_hidden_layers=12, num_attention_heads=16,
+        num_key_value_heads=16, max_position_embeddings=128, pad_token_id=0, bos_token_id=1, eos_token_id=2,
+    )  # fmt: skip
+    with torch.device("meta"):
+        made = LlamaForCausalLM(config).to(torch.bfloat16)
+    weights = {name: torch.full(value.shape, 0.01, dtype=torch.bfloat16) for name, value in made.state_dict().items()}
+    made.save_pretrained(folder, state_dict=weights, max_shard_size=SHARD)
+    tiny.tokenizer().save_pretrained(folder)
+    return str(folder), made.num_parameters()
+
+
+def measured(folder: Path, processes: int, stage: str, config: dict, resume: bool = False) -> list[dict[str, int]]:
+    """Highest private bytes by phase of each rank: `weights` (until an engine), `engine`, `save`, ... and `built`."""
+    name = f"{stage}{'-resumed' * resume}"
+    spec = {"stage": stage, "config": config, "resume": resume, "shard_bytes": SHARD, "result": str(folder / name)}
+    (folder / "spec.json").write_text(json.dumps(spec))
+    done = tiny.launch(processes, PROGRAM, str(folder / "spec.json"))
+    assert done.returncode == 0, done.stdout
+    return [json.loads((folder / f"{name}-{rank}.json").read_text()) for rank in range(processes)]
+
+
+def values(folder: Path, model: str, zero: int, **more) -> dict:
+    file = tiny.REPOSITORY / "configs" / "deepspeed" / f"zero{zero}.json"
+    chosen = {"path": model, "chat_template": "plain"}
+    return {"run": str(folder / "run"), "model": chosen, "deepspeed": str(file)} | more
+
+
+def share(parameters: int, trained: int, width: int, processes: int) -> float:
+    """A rank's bytes of an engine under ZeRO-3: weights, float32 masters and gradients."""
+    return (width * parameters + (4 + width) * trained) / processes
+
+
+def test_sft_divides_from_the_first_byte_and_so_does_its_resume_and_save(tmp_path, model):
+    folder, count = model
+    demonstrations = tiny.write_demonstrations(tmp_path / "demos", 12)
+    batch = {"batch_size": 4, "micro_batch_size": 1, "max_steps": 1}
+    config = values(tmp_path, folder, 3, data={"train": demonstrations}, batch=batch, precision="bfloat16")
+    mine = share(count, count, 2, processes=4)
+    for resume in (False, True):
+        for rank in measured(tmp_path, 4, "sft", config, resume):
+            assert rank["built"] <= 1.1 * mine + 20e6
+            assert max(rank["weights"], rank["engine"]) <= 1.1 * (mine + SHARD)
+            assert rank["save"] <= 1.1 * (mine + 2 * SHARD)
+            if resume:  # the optimizer's moments come with the checkpoint
+                assert rank["resume"] <= 1.1 * (mine + 8 * count / 4 + SHARD)
+
+
+def test_ppo_divides_all_of_its_models(tmp_path, model):
+    folder, count = model
+    config = values(
+        tmp_path, folder, 3, precision="float32", tuning={"name": "lora", "rank": 4}, updates=1,
+        data={"prompts": tiny.write_demonstrations(tmp_path / "demos", 12), "max_prompt_tokens": 32},
+        reward={"name": "function", "function": "loading_side:reward"},
+        critic={"init": "policy", "tuning": {"name": "last-layers", "layers": 1}},
+        rollout={"prompts_per_update": 4, "max_new_tokens": 8},
+    )  # fmt: skip
+    trained = 15e6
+    for rank in measured(tmp_path, 2, "ppo", config):
+        mine = share(2 * count, trained, 4, processes=2)
+        assert max(rank["weights"], rank["engine"]) <= 1.1 * (mine + SHARD)
+
+
+def test_below_stage_3_a_process_holds_one_copy_of_the_weights(tmp_path, model):
+    folder, count = model
+    demonstrations = tiny.write_demonstrations(tmp_path / "demos", 12)
+    config = values(
+        tmp_path, folder, 2, data={"train": demonstrations}, tuning={"name": "lora", "rank": 4}, precision="float32",
+        batch={"batch_size": 2, "micro_batch_size": 1, "max_steps": 1},
+    )  # fmt: skip
+    for rank in measured(tmp_path, 2, "sft", config):
+        assert 4 * count <= max(rank["weights"], rank["engine"]) <= 1.1 * (4 * count + SHARD)
