@@ -23,6 +23,7 @@ def freed_at_once() -> Iterator[None]:
     if not (hasattr(libc, "mallopt") and hasattr(libc, "malloc_trim")):
         yield
         return
+    libc.malloc_trim(0)  # what was kept so far
     libc.mallopt(MMAP_THRESHOLD, 2**17)
     try:
         yield
