@@ -15,6 +15,7 @@ from rlhf.config.base import OptimizerConfig
 from rlhf.config.optimizers import OPTIMIZERS, refuse_optimizer
 from rlhf.core.errors import UserError
 from rlhf.training.engine import make_engine
+from rlhf.training.saved_state import LAYOUT
 
 ON_DEVICE = [row.name for row in OPTIMIZERS if not row.traits["host"]]
 SCALARS = ("step", "RMS", "qmap1", "qmap2")
@@ -54,6 +55,19 @@ def test_a_loaded_optimizer_continues_bit_for_bit(name, tmp_path):
     assert train(first, range(40, 44)) == train(second, range(40, 44))
     for a, b in zip(first.module.parameters(), second.module.parameters()):
         assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("name", ["adamw-8bit", "adafactor"])
+def test_a_state_that_cannot_be_divided_is_refused_under_another_stage_and_taken_under_stage_0(name, tmp_path):
+    first = engine_for(name)
+    train(first, range(2))
+    first.save(tmp_path)
+    layout = json.loads((tmp_path / LAYOUT).read_text())
+    (tmp_path / LAYOUT).write_text(json.dumps(layout | {"processes": 2}))
+    engine_for(name).load(tmp_path)
+    (tmp_path / LAYOUT).write_text(json.dumps(layout | {"processes": 2, "zero_stage": 3}))
+    with pytest.raises(UserError, match=r"written by 2 processes under ZeRO stage 3(.|\n)*cannot be divided"):
+        engine_for(name).load(tmp_path)
 
 
 @pytest.mark.parametrize("name", ON_DEVICE)
@@ -121,6 +135,7 @@ from torch import nn
 from rlhf import distributed
 from rlhf.config.base import OptimizerConfig
 from rlhf.training.engine import make_engine
+from rlhf.training.saved_state import LAYOUT
 
 distributed.start(60)
 folder, cases = Path(sys.argv[1]), json.loads(sys.argv[2])
