@@ -1,7 +1,10 @@
-"""Generation with unequal lengths: the samplers `hf` and `transformers`, and static `generate`.
+"""Generation with unequal lengths: the samplers `hf`, `transformers` and `vllm`, and static `generate`.
 
     OMP_NUM_THREADS=1 python benchmarks/generation.py ../shared/models/stories260K
     OMP_NUM_THREADS=1 python benchmarks/generation.py ../shared/models/stories260K --samplers transformers hf
+    OMP_NUM_THREADS=1 .venv-vllm/bin/python benchmarks/generation.py llama-30m --samplers vllm hf --episodes 64
+
+`llama-30m` is a random Llama: 30M parameters, heads of 64, a vocabulary of 32,000.
 
 All sides sample at temperature 1 with the same prompts (8 to 40 random tokens) and the same completion lengths, drawn
 from a log-normal distribution with a mean of 40% of the maximum. A completion cannot end before its length and must end
@@ -13,7 +16,12 @@ last one. Only completion tokens count; tokens that `generate` computes after an
 from __future__ import annotations
 
 import argparse
+import atexit
+import functools
+import os
+import shutil
 import statistics
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from types import SimpleNamespace
@@ -23,9 +31,10 @@ import torch
 import transformers
 from transformers.generation.continuous_batching import ContinuousBatchingManager
 
-from rlhf.rollout import decoding
+from rlhf.rollout import decoding, vllm_engine
 from rlhf.rollout.samplers import SAMPLERS
 from rlhf.rollout.types import SamplingParams
+from rlhf.rollout.vllm import sent_weights
 
 Side = Callable[[Any, list[list[int]], list[int], int, int], int]
 """(model, prompts, lengths, longest, sequences at a time) -> tokens that were generated."""
@@ -114,9 +123,48 @@ def by_generate(model: Any, prompts: list[list[int]], lengths: list[int], longes
     return sum(lengths)
 
 
+def by_vllm(model: Any, prompts: list[list[int]], lengths: list[int], longest: int, batch: int) -> int:
+    """vLLM's engine as the sampler `vllm` starts it, with a length for each request."""
+    import vllm
+
+    llm = _engine(model.name_or_path, batch)
+    llm.collective_rpc("replace_weights", kwargs={"weights": sent_weights(model)})
+    requests = [
+        vllm.SamplingParams(max_tokens=n, seed=i, ignore_eos=True, detokenize=False, logprobs=0)
+        for i, n in enumerate(lengths)
+    ]
+    texts = [vllm.TokensPrompt(prompt_token_ids=prompt) for prompt in prompts]
+    outputs = llm.generate(texts, requests, use_tqdm=False)
+    assert [len(one.outputs[0].token_ids) for one in outputs] == lengths
+    return sum(lengths)
+
+
+@functools.cache
+def _engine(path: str, batch: int) -> Any:
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    options = vllm_engine.engine_options(
+        path, batch, "float32", gpu_memory_utilization=0.4, max_model_len=512, enforce_eager=True, kv_cache_gib=1.0
+    )
+    return vllm_engine.start(**options, skip_tokenizer_init=True, distributed_executor_backend="uni")
+
+
+def llama_30m() -> str:
+    """Folder of a random Llama with 30M parameters, which is removed at the end."""
+    config = transformers.LlamaConfig(
+        vocab_size=32_000, hidden_size=384, intermediate_size=1_024, num_hidden_layers=3, num_attention_heads=6,
+        max_position_embeddings=512,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    folder = tempfile.mkdtemp(prefix="llama-30m-")
+    atexit.register(shutil.rmtree, folder)
+    transformers.LlamaForCausalLM(config).save_pretrained(folder)
+    return folder
+
+
 SIDES: dict[str, Side] = {
     "hf": by_sampler("hf"),
     "transformers": by_sampler("transformers"),
+    "vllm": by_vllm,
     "generate": by_generate,
 }
 
@@ -134,7 +182,8 @@ def main() -> None:
     args = parser.parse_args()
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-    model = transformers.AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32).eval()
+    path = llama_30m() if args.model == "llama-30m" else args.model
+    model = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
     model.generation_config.eos_token_id = END
     random = torch.Generator().manual_seed(1)
     sizes = torch.randint(8, 41, (args.episodes // args.same,), generator=random).tolist()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import secrets
+import sys
 from typing import Annotated
 
 import typer
@@ -55,6 +56,7 @@ def command(
 
     def ready(port: int) -> None:
         say(f"Serving on http://{host}:{port}")
+        sys.stdout.flush()  # for those who wait for this line in a pipe
 
     settings = {
         "model": folder, "sequences": sequences, "dtype": dtype, "gpu_memory_utilization": gpu_memory_utilization,

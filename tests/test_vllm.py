@@ -9,6 +9,9 @@ import torch
 pytest.importorskip("vllm", reason="vLLM is not installed here: `make test-vllm` runs these tests")
 
 import json
+import os
+import subprocess
+import sys
 
 from logged import lines, updates
 from ppo_runs import config
@@ -35,8 +38,10 @@ WIDE = SMALL | {
     "num_key_value_heads": 1, "max_position_embeddings": 128,
 }  # fmt: skip
 """vLLM's CPU kernels want heads of at least 32."""
+DIVISIBLE = WIDE | {"num_key_value_heads": 2}
+"""One head for each of two processes."""
 FAMILIES = {
-    "llama": WIDE,
+    "llama": DIVISIBLE,
     "mistral": WIDE | {"sliding_window": 24, "head_dim": 32},
     "qwen2": WIDE,
     "qwen3": WIDE | {"head_dim": 32},
@@ -213,7 +218,7 @@ def test_a_model_that_vllm_has_no_code_for_is_refused(chat, questions):
 
 
 def short_run(folder, prompts, **changes):
-    changes = {"model__path": tiny.of_family("llama", FAMILIES["llama"]), "rollout__sampler": VLLM} | changes
+    changes = {"model__path": tiny.of_family("llama", DIVISIBLE), "rollout__sampler": VLLM} | changes
     return config(folder, prompts, **changes)
 
 
@@ -274,23 +279,59 @@ def test_a_server_gives_the_tokens_of_hf_and_follows_the_weights(chat, questions
         sampler(policy, questions, SEEDS, greedy, chat)
 
 
+@pytest.fixture(scope="module")
+def served():
+    """The options of a sampler whose server a user started, with the model divided over two processes."""
+    words = ["serve-sampler", tiny.of_family("llama", DIVISIBLE), "--port", "0", "--tensor-parallel", "2"]
+    words += ["--dtype", "float32", "--enforce-eager", "--kv-cache-gib", "0.05", "--gpu-memory-utilization", "0.3"]
+    environment = {**os.environ, "RLHF_SAMPLER_TOKEN": "a secret"}
+    environment["PYTHONPATH"] = str(tiny.REPOSITORY)
+    server = subprocess.Popen(
+        [sys.executable, "-m", "stages.cli", *words], env=environment, stdout=subprocess.PIPE, text=True
+    )
+    url = next(line.split()[-1] for line in server.stdout if line.startswith("Serving on"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RLHF_SAMPLER_TOKEN", "a secret")
+        yield {"name": "vllm-server", "url": url}
+    server.terminate()
+    server.communicate(timeout=60)
+
+
+def test_sampling_ahead_on_a_divided_server_is_exact_to_repeat_and_to_resume(served, tmp_path, prompts):
+    changes = {"rollout__sampler": served, "rollout__ahead": 1, "updates": 3}
+    for name in ("whole", "again"):
+        run(short_run(tmp_path / name, prompts, **changes))
+    stage = PPO(short_run(tmp_path / "cut", prompts, **changes), False, False)
+    stage.reporter.update(1, stage.update(0))
+    stage.done = 1
+    stage.save()
+    run(short_run(tmp_path / "cut", prompts, **changes), resume=True)
+    whole, *others = (
+        [line for line in lines(tmp_path / name) if "eval/scores" not in line] for name in ("whole", "again", "cut")
+    )
+    assert all(json.dumps(other) == json.dumps(whole) for other in others)
+    gaps = [line["rollout/sampler_gap_mean"] for line in updates(tmp_path / "whole")]
+    assert gaps[0] < 1e-5 < 1e-3 < min(gaps[1:]), "from the second update on, the answers come from older weights"
+
+
 TWO = """
+import json
 import sys
 from pathlib import Path
 from ppo_runs import config
 from stages.ppo import run
 folder, prompts, model, sampler, stage = sys.argv[1:]
-options = {"name": sampler}
-options |= {"enforce_eager": True, "max_model_len": 128, "kv_cache_gib": 0.05} if sampler == "vllm" else {}
+options = json.loads(sampler)
 changes = {"deepspeed": f"configs/deepspeed/zero{stage}.json"}
 run(config(folder, prompts, model__path=model, rollout__sampler=options, **changes))
 """
 
 
-@pytest.mark.parametrize("stage", [2, 3])
-def test_two_processes_under_zero_sample_with_the_weights_of_every_update(stage, tmp_path, prompts):
-    model = tiny.of_family("llama", FAMILIES["llama"])
-    done = tiny.launch(2, TWO, str(tmp_path / "run"), prompts, model, "vllm", str(stage))
+@pytest.mark.parametrize("name, stage", [("vllm", 2), ("vllm", 3), ("vllm-server", 3)])
+def test_two_processes_under_zero_sample_with_the_weights_of_every_update(name, stage, tmp_path, prompts, request):
+    model = tiny.of_family("llama", DIVISIBLE)
+    sampler = {"name": "vllm", **VLLM.options} if name == "vllm" else request.getfixturevalue("served")
+    done = tiny.launch(2, TWO, str(tmp_path / "run"), prompts, model, json.dumps(sampler), str(stage))
     assert done.returncode == 0, done.stdout
     for line in updates(tmp_path / "run"):
         assert 0 < line["rollout/sampler_gap_max"] < 1e-4

@@ -18,6 +18,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import sys
 import tempfile
 import threading
@@ -152,6 +153,7 @@ def serve(
         raise UserError(f"{host}:{port}: {error.strerror}", remedy="Choose another --port.") from None
     backend = "mp" if tensor_parallel > 1 else "uni"
     llm = vllm_engine.start(**options, tensor_parallel_size=tensor_parallel, distributed_executor_backend=backend)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # so that the folder below is removed
     with tempfile.TemporaryDirectory(prefix="rlhf-weights-", dir=MEMORY if MEMORY.is_dir() else None) as folder:
         Handler.sampler, Handler.token = Sampler(llm, Path(folder)), token
         Handler.facts = {"model": settings["model"], "dtype": settings["dtype"], "tensor_parallel": tensor_parallel}
