@@ -332,15 +332,22 @@ def test_activations_are_recomputed_where_the_smallest_micro_batches_are_too_lar
     assert not tight.fits() and tight.fits(*found)
 
 
-def test_one_gpu_is_offered_the_offload_and_other_optimizers(tmp_path):
-    file = config_file(tmp_path, shape(tmp_path / "model"))
-    words = ("rollout.max_new_tokens=64", "optimizer.algorithm=adafactor", "--lengths", "128,256")
+@pytest.mark.slow
+def test_the_command_shows_longer_prompts_and_what_works_with_the_optimizer(tmp_path):
+    file = config_file(tmp_path, shape(tmp_path / "model", layers=1))
+    words = ("rollout.max_new_tokens=64", "optimizer.algorithm=adafactor", "--lengths", "128")
     status, text = said("--config", file, "--gpus", "1", "--gpu-memory", "80", *words)
     assert status == 0, text
-    assert "adamw-8bit" in text and "128 " in text and "256 " in text
+    assert "adamw-8bit" in text and "Longest prompt" in text and "128 " in text
     assert "offload" not in text  # Adafactor does not work there
-    status, text = said("--config", file, "--gpus", "1", "--gpu-memory", "80", "rollout.max_new_tokens=64")
-    assert "ZeRO 2, offload" in text and "adafactor" in text
+
+
+def test_one_gpu_is_offered_offload_alone(tmp_path):
+    plan = plan_of(shape(tmp_path), 80, processes=1)
+    offers = plan._other_files()
+    assert offers == ["configs/deepspeed/zero2-offload.json", "configs/deepspeed/zero3-offload.json"]
+    assert all(plan.works(f"deepspeed={file}") for file in offers)
+    assert not any(plan.works(f"deepspeed={file}", "optimizer.algorithm=adafactor") for file in offers)
 
 
 @pytest.mark.parametrize("text", ["4k", "4096;8192", "0", ""])
