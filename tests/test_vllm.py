@@ -38,10 +38,8 @@ WIDE = SMALL | {
     "num_key_value_heads": 1, "max_position_embeddings": 128,
 }  # fmt: skip
 """vLLM's CPU kernels want heads of at least 32."""
-DIVISIBLE = WIDE | {"num_key_value_heads": 2}
-"""One head for each of two processes."""
 FAMILIES = {
-    "llama": DIVISIBLE,
+    "llama": WIDE,
     "mistral": WIDE | {"sliding_window": 24, "head_dim": 32},
     "qwen2": WIDE,
     "qwen3": WIDE | {"head_dim": 32},
@@ -218,7 +216,7 @@ def test_a_model_that_vllm_has_no_code_for_is_refused(chat, questions):
 
 
 def short_run(folder, prompts, **changes):
-    changes = {"model__path": tiny.of_family("llama", DIVISIBLE), "rollout__sampler": VLLM} | changes
+    changes = {"model__path": tiny.of_family("llama", WIDE), "rollout__sampler": VLLM} | changes
     return config(folder, prompts, **changes)
 
 
@@ -282,7 +280,7 @@ def test_a_server_gives_the_tokens_of_hf_and_follows_the_weights(chat, questions
 @pytest.fixture(scope="module")
 def served():
     """The options of a sampler whose server a user started, with the model divided over two processes."""
-    words = ["serve-sampler", tiny.of_family("llama", DIVISIBLE), "--port", "0", "--tensor-parallel", "2"]
+    words = ["serve-sampler", tiny.of_family("llama", WIDE), "--port", "0", "--tensor-parallel", "2"]
     words += ["--dtype", "float32", "--enforce-eager", "--kv-cache-gib", "0.05", "--gpu-memory-utilization", "0.3"]
     environment = {**os.environ, "RLHF_SAMPLER_TOKEN": "a secret"}
     environment["PYTHONPATH"] = str(tiny.REPOSITORY)
@@ -329,7 +327,7 @@ run(config(folder, prompts, model__path=model, rollout__sampler=options, **chang
 
 @pytest.mark.parametrize("name, stage", [("vllm", 2), ("vllm", 3), ("vllm-server", 3)])
 def test_two_processes_under_zero_sample_with_the_weights_of_every_update(name, stage, tmp_path, prompts, request):
-    model = tiny.of_family("llama", DIVISIBLE)
+    model = tiny.of_family("llama", WIDE)
     sampler = {"name": "vllm", **VLLM.options} if name == "vllm" else request.getfixturevalue("served")
     done = tiny.launch(2, TWO, str(tmp_path / "run"), prompts, model, json.dumps(sampler), str(stage))
     assert done.returncode == 0, done.stdout
