@@ -8,9 +8,13 @@ The names below are imported when they are first used, so `import rlhf` is fast:
 from __future__ import annotations
 
 import importlib
+import logging
 from typing import Any
 
 __version__ = "0.1.0"
+
+# PEFT imports bitsandbytes where it is installed, and that warns in every process of a 4-bit kernel for CPUs that it lacks.
+logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 _PLACES = {
     "Message": "rlhf.data.schema:Message",
