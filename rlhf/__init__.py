@@ -13,7 +13,7 @@ from typing import Any
 
 __version__ = "0.1.0"
 
-# PEFT imports bitsandbytes where it is installed, and that warns in every process of a 4-bit kernel for CPUs that it lacks.
+# Where bitsandbytes is installed, PEFT imports it, and it warns in every process that it lacks a 4-bit kernel for CPUs.
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 _PLACES = {

@@ -161,7 +161,10 @@ class TaskWriter:
         fit = [t for t in fitting(example, self._family) if t.name in (self._options.templates or (t.name,))]
         if not fit:
             detail = f"it has {', '.join(sorted(available(example, self._family)))}"
-            yield BadRecord("no template fits the row's fields", detail, "Write one that uses all of them.")
+            remedy = "Write a template that uses all of them."
+            if not example.choices:
+                remedy = "Give --choices, which most templates show, or w" + remedy[1:]
+            yield BadRecord("no template fits the row's fields", detail, remedy)
             return
         rng = random.Random(f"{self._options.seed}:{example.key}")
         modes = {"auto": [bool(example.rationale)], "never": [False], "both": [False, True]}[self._options.cot]
