@@ -7,6 +7,7 @@ import sys
 from collections.abc import Sequence
 
 from rlhf.core.errors import SIGTERM_STATUS, Terminated, UserError
+from rlhf.distributed.child_process import how_it_ended
 from rlhf.distributed.launch import PARENT, PARENT_PID, run_child
 
 
@@ -30,5 +31,4 @@ def run_command(words: Sequence[str], what: str, remedy: str) -> None:
     if status == SIGTERM_STATUS:
         raise Terminated
     if status:
-        how = f"was killed by signal {-status}" if status < 0 else f"ended with exit status {status}"
-        raise UserError(f"{what} {how}", "Its own message is above.", remedy)
+        raise UserError(f"{what} {how_it_ended(status)}", "Its own message is above.", remedy)

@@ -8,7 +8,6 @@ works through its requests in order, so a rollout keeps the weights that it was 
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -24,13 +23,10 @@ from safetensors.torch import save_file
 
 from rlhf.core.errors import UserError
 from rlhf.data.chat_tokenizer import ChatTokenizer
-from rlhf.distributed.launch import PARENT_PID
+from rlhf.distributed.child_process import child_environment, how_it_ended, memory_folder
 from rlhf.models.packed_attention import PACKED
 from rlhf.rollout.types import Completion, SamplingParams
 from rlhf.tuning.merging import merged_weights
-
-MEMORY = Path("/dev/shm")
-"""Files here never reach a disk."""
 
 
 def start(
@@ -55,7 +51,7 @@ class SamplerProcess:
     """The process that samples for one model of this process. It ends with the model, and with this process."""
 
     def __init__(self, model: Any, chat: ChatTokenizer, step: str) -> None:
-        self.folder = Path(tempfile.mkdtemp(prefix="rlhf-sampler-", dir=MEMORY if MEMORY.is_dir() else None))
+        self.folder = Path(tempfile.mkdtemp(prefix="rlhf-sampler-", dir=memory_folder()))
         lm = model.get_base_model() if hasattr(model, "get_base_model") else model
         lm.config.save_pretrained(self.folder)
         lm.generation_config.save_pretrained(self.folder)
@@ -68,12 +64,9 @@ class SamplerProcess:
             "step": step,
         }
         (self.folder / "sampler.json").write_text(json.dumps(settings), "utf-8")
-        environment = {**os.environ, PARENT_PID: str(os.getpid())}
-        for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
-            environment.pop(name, None)  # it is no rank of the run
         self.child = subprocess.Popen(
             [sys.executable, "-m", "rlhf.rollout.sampler_worker", str(self.folder)],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment, text=True,
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=child_environment(), text=True,
         )  # fmt: skip
         self.sent = 0
         self.answered = 0
@@ -119,12 +112,9 @@ class SamplerProcess:
         self.answered += 1
 
     def _lost(self) -> UserError:
-        status = self.child.wait()
-        how = f"was killed by signal {-status}" if status < 0 else f"ended with exit status {status}"
-        memory = " Signal 9 usually means out of memory: see `dmesg`." if status == -9 else ""
         return UserError(
-            f"rollout.sampler: the sampler's process (pid {self.child.pid}) {how}",
-            f"Its own message is above.{memory}",
+            f"rollout.sampler: the sampler's process (pid {self.child.pid}) {how_it_ended(self.child.wait())}",
+            "Its own message is above.",
             "Continue from the last checkpoint with --resume.",
         )
 

@@ -22,7 +22,7 @@ from safetensors.torch import save
 from rlhf import distributed
 from rlhf.core.errors import UserError
 from rlhf.data.chat_tokenizer import ChatTokenizer
-from rlhf.distributed.launch import PARENT_PID
+from rlhf.distributed.child_process import child_environment, how_it_ended
 from rlhf.models.vocabulary import token_count
 from rlhf.rollout.types import Completion, SamplingParams
 from rlhf.rollout.vllm import description, dtype_of, sent_weights
@@ -186,9 +186,7 @@ def _launch(
     }  # fmt: skip
     token = secrets.token_urlsafe(32)
     path = os.pathsep.join(filter(None, [str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH")]))
-    environment = {**os.environ, PARENT_PID: str(os.getpid()), TOKEN: token, "PYTHONPATH": path}
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
-        environment.pop(name, None)  # it is no rank of the run
+    environment = child_environment(**{TOKEN: token, "PYTHONPATH": path})
     if devices is not None:
         environment["CUDA_VISIBLE_DEVICES"] = devices
     child = subprocess.Popen(
@@ -209,12 +207,9 @@ def _launch(
 def _how(child: subprocess.Popen[str]) -> str | None:
     """How the process ended, waiting a moment for it; None if it runs."""
     try:
-        status = child.wait(timeout=5)
+        return f"(pid {child.pid}) {how_it_ended(child.wait(timeout=5))}"
     except subprocess.TimeoutExpired:
         return None
-    memory = " (usually out of memory: see `dmesg`)" if status == -9 else ""
-    how = f"was killed by signal {-status}{memory}" if status < 0 else f"ended with exit status {status}"
-    return f"(pid {child.pid}) {how}"
 
 
 def _end(child: subprocess.Popen[str]) -> None:

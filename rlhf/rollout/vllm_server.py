@@ -29,14 +29,13 @@ from pathlib import Path
 from typing import Any
 
 from rlhf.core.errors import UserError
+from rlhf.distributed.child_process import memory_folder
 from rlhf.distributed.launch import end_with_parent
 from rlhf.rollout import vllm_engine
 from rlhf.rollout.types import SamplingParams
 
 TOKEN = "RLHF_SAMPLER_TOKEN"
 """Environment variable with the token that server and run share."""
-MEMORY = Path("/dev/shm")
-"""Weights wait here: files that never reach a disk."""
 BLOCK = 1 << 20
 MOST_JSON = 1 << 30
 """Most bytes of a request to sample."""
@@ -154,7 +153,7 @@ def serve(
     backend = "mp" if tensor_parallel > 1 else "uni"
     llm = vllm_engine.start(**options, tensor_parallel_size=tensor_parallel, distributed_executor_backend=backend)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # so that the folder below is removed
-    with tempfile.TemporaryDirectory(prefix="rlhf-weights-", dir=MEMORY if MEMORY.is_dir() else None) as folder:
+    with tempfile.TemporaryDirectory(prefix="rlhf-weights-", dir=memory_folder()) as folder:
         Handler.sampler, Handler.token = Sampler(llm, Path(folder)), token
         Handler.facts = {"model": settings["model"], "dtype": settings["dtype"], "tensor_parallel": tensor_parallel}
         ready(server.server_address[1])
