@@ -200,7 +200,7 @@ def test_answers_that_are_alike_or_repeat_themselves_are_found(tmp_path):
     run = run_folder(tmp_path / "alike")
     samples(run, ["yes"] * 6 + ["no", "perhaps"])
     [finding] = diagnose(read_evidence(run))
-    assert finding.name == "completions-alike" and "6 of 8" in finding.what
+    assert finding.name == "identical-completions" and "6 of 8" in finding.what
     run = run_folder(tmp_path / "loops")
     samples(run, [f"{i} " + "so good so good " * 8 for i in range(8)])
     assert names(diagnose(read_evidence(run))) == ["repeats-itself"]

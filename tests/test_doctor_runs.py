@@ -90,7 +90,7 @@ SABOTAGE = {
     "first-ratio": dropout_while_learning,
     "starts-away-from-the-reference": wrong_reference,
     "ends-at-once": end_token_at_once,
-    "completions-alike": one_answer,
+    "identical-completions": one_answer,
     "repeats-itself": one_answer,
 }
 

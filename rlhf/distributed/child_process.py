@@ -1,4 +1,4 @@
-"""What the processes that a run starts beside its ranks have in common: samplers, servers, commands."""
+"""What the processes that a run starts in addition to its ranks have in common: samplers, servers, commands."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Findings about a run, and the table of checks that the modules beside this one fill."""
+"""Findings about a run, and the table of checks that the other modules of this package fill."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from typing import Literal
 
+from rlhf.core.console import format_number
 from rlhf.doctor.evidence import Evidence
 
 Severity = Literal["error", "warning", "note"]
@@ -21,7 +22,7 @@ class Finding:
     """The check that found it."""
     severity: Severity
     what: str
-    """What was seen, with its figures."""
+    """What was seen, with its values."""
     cause: str
     """The usual causes."""
     remedy: str
@@ -69,3 +70,8 @@ def check(
         return fn
 
     return add
+
+
+def number(value: float) -> str:
+    """A value of a metric as findings print it."""
+    return format_number(value, 3)

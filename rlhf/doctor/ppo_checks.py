@@ -2,15 +2,10 @@
 
 from __future__ import annotations
 
-from rlhf.core.console import format_number
 from rlhf.doctor.evidence import WINDOW, Evidence
-from rlhf.doctor.findings import check
+from rlhf.doctor.findings import check, number
 
 PPO = ("ppo",)
-
-
-def _number(value: float) -> str:
-    return format_number(value, 3)
 
 
 # ---- invariants: broken only by a fault ----------------------------------------------------------------------------
@@ -30,7 +25,7 @@ def first_ratio(run: Evidence) -> str | None:
     gaps = [abs(value - 1) for side in ("min", "max") for value in run[f"policy/first_ratio_{side}"].values]
     if not gaps or max(gaps) <= tolerance:
         return None
-    return f"the first ratio of an update is off by up to {_number(max(gaps))}; {tolerance} is rounding"
+    return f"the first ratio of an update is off by up to {number(max(gaps))}; {tolerance} is rounding"
 
 
 @check(
@@ -43,7 +38,7 @@ def sampler_gap(run: Evidence) -> str | None:
     gap, most = run["rollout/sampler_gap_mean"], 0.5 if run.option("rollout.ahead") else 0.05
     if not len(gap) or gap.last <= most:
         return None
-    return f"log-probs of sampler and trainer differ by {_number(gap.last)} nats per token (at most {most} is usual)"
+    return f"log-probs of sampler and trainer differ by {number(gap.last)} nats per token (at most {most} is usual)"
 
 
 @check(
@@ -59,7 +54,7 @@ def starts_at_reference(run: Evidence) -> str | None:
     per_token = kl.values[0] / max(length.values[0], 1)
     if per_token <= (0.01 if run.low_precision else 1e-4):
         return None
-    return f"the KL to the reference is {_number(per_token)} nats per token before anything was learned"
+    return f"the KL to the reference is {number(per_token)} nats per token before anything was learned"
 
 
 @check(
@@ -74,7 +69,7 @@ def negative_kl(run: Evidence) -> str | None:
     if len(kl) < WINDOW:
         return None
     mean, error = kl.mean_and_error
-    return f"the estimated KL is {_number(mean)} nats on average" if mean < -max(3 * error, 0.3) else None
+    return f"the estimated KL is {number(mean)} nats on average" if mean < -max(3 * error, 0.3) else None
 
 
 @check(
@@ -91,7 +86,7 @@ def estimators_disagree(run: Evidence) -> str | None:
     ratio = max(k3.last, 1e-9) / max(k1.last, 1e-9)
     if 0.1 <= ratio <= 10:
         return None
-    return f"the KL is {_number(k1.last)} nats per completion by k1 and {_number(k3.last)} by k3"
+    return f"the KL is {number(k1.last)} nats per completion by k1 and {number(k3.last)} by k3"
 
 
 # ---- the policy ----------------------------------------------------------------------------------------------------
@@ -99,7 +94,7 @@ def estimators_disagree(run: Evidence) -> str | None:
 
 @check(
     "policy-runs-away", "error", PPO,
-    "The penalty is too weak for this reward or rate: the policy exploits the reward or falls apart.",
+    "The penalty is too weak for this reward or rate: the policy exploits the reward or degenerates.",
     "Raise kl.controller.coef (or use `adaptive` with a target), lower optimizer.policy_lr; take an earlier checkpoint "
     "and read samples.jsonl.",
 )  # fmt: skip
@@ -111,7 +106,7 @@ def runs_away(run: Evidence) -> str | None:
     per_token = kl.last / max(length.last, 1)
     if per_token < 1:
         return None
-    return f"the policy is {_number(per_token)} nats per token away from the reference ({_number(kl.last)} in all)"
+    return f"the policy is {number(per_token)} nats per token away from the reference ({number(kl.last)} in all)"
 
 
 @check(
@@ -126,7 +121,7 @@ def does_not_move(run: Evidence) -> str | None:
     learning = [value for step, value in zip(moved.steps, moved.values) if step > warmup]
     if len(learning) < WINDOW or max(learning) >= 1e-7:
         return None
-    return f"no update moved the policy by more than {_number(max(learning))} nats per token"
+    return f"no update moved the policy by more than {number(max(learning))} nats per token"
 
 
 @check(
@@ -153,7 +148,7 @@ def entropy_collapsed(run: Evidence) -> str | None:
     entropy = run["objective/entropy"]
     if len(entropy) < WINDOW or entropy.last >= 0.02 or entropy.last > 0.2 * entropy.first:
         return None
-    return f"entropy fell from {_number(entropy.first)} to {_number(entropy.last)} nats per token"
+    return f"entropy fell from {number(entropy.first)} to {number(entropy.last)} nats per token"
 
 
 @check(
@@ -166,7 +161,7 @@ def entropy_explodes(run: Evidence) -> str | None:
     entropy = run["objective/entropy"]
     if len(entropy) < WINDOW or entropy.last < max(2 * entropy.first, entropy.first + 0.7):
         return None
-    return f"entropy rose from {_number(entropy.first)} to {_number(entropy.last)} nats per token"
+    return f"entropy rose from {number(entropy.first)} to {number(entropy.last)} nats per token"
 
 
 # ---- the completions -----------------------------------------------------------------------------------------------
@@ -197,7 +192,7 @@ def ends_at_once(run: Evidence) -> str | None:
     length = run["rollout/response_length"]
     if len(length) < WINDOW or length.last >= 2:
         return None
-    return f"completions have {_number(length.last)} tokens on average"
+    return f"completions have {number(length.last)} tokens on average"
 
 
 @check(
@@ -211,7 +206,7 @@ def length_drifts(run: Evidence) -> str | None:
     length, scores = run["rollout/response_length"], run["objective/scores"]
     if len(length) < 2 * WINDOW or length.last < 2 * length.first or scores.last <= scores.first:
         return None
-    return f"completions grew from {_number(length.first)} to {_number(length.last)} tokens while the score rose"
+    return f"completions grew from {number(length.first)} to {number(length.last)} tokens while the score rose"
 
 
 # ---- the reward ----------------------------------------------------------------------------------------------------
@@ -228,7 +223,7 @@ def reward_constant(run: Evidence) -> str | None:
     spread = run["objective/scores_std"]
     if len(spread) < 3 or spread.last > 1e-6:
         return None
-    return f"all completions of an update have the same score, {_number(run['objective/scores'].last)}"
+    return f"all completions of an update have the same score, {number(run['objective/scores'].last)}"
 
 
 @check(
@@ -245,8 +240,8 @@ def reward_explodes(run: Evidence) -> str | None:
     if spread.last < 20 * unit and abs(scores.last - scores.first) < 50 * unit:
         return None
     return (
-        f"scores went from {_number(scores.first)} with a spread of {_number(spread.first)} to"
-        f" {_number(scores.last)} with {_number(spread.last)}"
+        f"scores went from {number(scores.first)} with a spread of {number(spread.first)} to"
+        f" {number(scores.last)} with {number(spread.last)}"
     )
 
 
@@ -260,7 +255,7 @@ def reward_falls(run: Evidence) -> str | None:
     scores, spread = run["objective/scores"], run["objective/scores_std"]
     if len(scores) < 2 * WINDOW or scores.last > scores.first - max(spread.first, 1e-6):
         return None
-    return f"the mean score fell from {_number(scores.first)} to {_number(scores.last)}"
+    return f"the mean score fell from {number(scores.first)} to {number(scores.last)}"
 
 
 # ---- the critic ----------------------------------------------------------------------------------------------------
@@ -277,7 +272,7 @@ def critic_useless(run: Evidence) -> str | None:
     explained = run["val/explained_variance"]
     if len(explained) < 2 * WINDOW or explained.after(0.5).median >= 0:
         return None
-    return f"the critic's explained variance is {_number(explained.last)}; a constant has 0"
+    return f"the critic's explained variance is {number(explained.last)}; a constant has 0"
 
 
 @check(

@@ -8,13 +8,8 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from rlhf.core.console import format_number
 from rlhf.doctor.evidence import WINDOW, Evidence
-from rlhf.doctor.findings import ALL, check
-
-
-def _number(value: float) -> str:
-    return format_number(value, 3)
+from rlhf.doctor.findings import ALL, check, number
 
 
 def planned_steps(run: Evidence) -> int | None:
@@ -68,7 +63,7 @@ def gradient_spikes(run: Evidence) -> str | None:
     if worst < 20 * max(later.median, 1e-9):
         return None
     step = later.steps[later.values.index(worst)]
-    return f"the gradient norm was {_number(worst)} at step {step:,}; its median is {_number(later.median)}"
+    return f"the gradient norm was {number(worst)} at step {step:,}; its median is {number(later.median)}"
 
 
 @check(
@@ -81,7 +76,7 @@ def always_clipped(run: Evidence) -> str | None:
     norm, most = run["optimizer/grad_norm"], run.option("optimizer.max_grad_norm")
     if len(norm) < 2 * WINDOW or not most or norm.median < 50 * most:
         return None
-    return f"the median gradient norm is {_number(norm.median)}, and the clip is at {_number(most)}"
+    return f"the median gradient norm is {number(norm.median)}, and the clip is at {number(most)}"
 
 
 @check(
@@ -94,7 +89,7 @@ def memory_grows(run: Evidence) -> str | None:
     memory = run["memory/peak_gb"].after(0.5)
     if len(memory) < 2 * WINDOW or memory.values[-1] < 1.3 * memory.values[0]:
         return None
-    return f"peak memory rose from {_number(memory.values[0])} to {_number(memory.values[-1])} GB in the second half"
+    return f"peak memory rose from {number(memory.values[0])} to {number(memory.values[-1])} GB in the second half"
 
 
 @check(
@@ -107,7 +102,7 @@ def slows_down(run: Evidence) -> str | None:
     for name in ("time/rollout", "time/score", "time/learn", "time/step"):
         series = run[name]
         if len(series) >= 2 * WINDOW and series.last > 5 * series.after(0.1).first > 0:
-            return f"{name} rose from {_number(series.after(0.1).first)} to {_number(series.last)} s"
+            return f"{name} rose from {number(series.after(0.1).first)} to {number(series.last)} s"
     return None
 
 
@@ -153,12 +148,12 @@ def _info(path: Any) -> dict[str, Any]:
 
 
 @check(
-    "completions-alike", "warning", ("ppo",),
+    "identical-completions", "warning", ("ppo",),
     "The policy gives one answer to every prompt, which the reward accepts.",
     "Read samples.jsonl; raise kl.controller.coef; make the reward read the prompt.",
     live=False,
 )  # fmt: skip
-def completions_alike(run: Evidence) -> str | None:
+def identical_completions(run: Evidence) -> str | None:
     """Different prompts get different answers."""
     answers = [str(row.get("answer", "")).strip() for row in run.samples]
     prompts = {json.dumps(row.get("messages")) for row in run.samples}

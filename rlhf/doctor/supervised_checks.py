@@ -4,17 +4,12 @@ from __future__ import annotations
 
 import math
 
-from rlhf.core.console import format_number
 from rlhf.doctor.evidence import WINDOW, Evidence
-from rlhf.doctor.findings import SUPERVISED, check
+from rlhf.doctor.findings import SUPERVISED, check, number
 
 RANKING = ("reward", "dpo")
 GUESSING = math.log(2)
 """Log loss of a pair whose order is guessed."""
-
-
-def _number(value: float) -> str:
-    return format_number(value, 3)
 
 
 @check(
@@ -27,7 +22,7 @@ def loss_does_not_fall(run: Evidence) -> str | None:
     loss = run["train/loss"]
     if len(loss) < 2 * WINDOW or loss.first < 0.05 or loss.last < 0.995 * loss.first:
         return None
-    return f"the training loss went from {_number(loss.first)} to {_number(loss.last)}"
+    return f"the training loss went from {number(loss.first)} to {number(loss.last)}"
 
 
 @check(
@@ -40,7 +35,7 @@ def loss_diverges(run: Evidence) -> str | None:
     loss = run["train/loss"]
     if len(loss) < 2 * WINDOW or loss.last < 1.5 * loss.first or loss.last < 0.1:
         return None
-    return f"the training loss rose from {_number(loss.first)} to {_number(loss.last)}"
+    return f"the training loss rose from {number(loss.first)} to {number(loss.last)}"
 
 
 @check(
@@ -58,7 +53,7 @@ def overfits(run: Evidence) -> str | None:
     if held_out.values[-1] < 1.1 * lowest + 0.01 or loss.last >= loss.first:
         return None
     step = held_out.steps[held_out.values.index(lowest)]
-    return f"the held-out loss was {_number(lowest)} at step {step:,} and is {_number(held_out.values[-1])} now"
+    return f"the held-out loss was {number(lowest)} at step {step:,} and is {number(held_out.values[-1])} now"
 
 
 @check(
@@ -71,7 +66,7 @@ def too_good(run: Evidence) -> str | None:
     loss = run["train/loss"]
     if len(loss) < 3 or loss.values[0] > 0.02:
         return None
-    return f"the loss of the first steps is {_number(loss.values[0])} nats per token: nothing is left to learn"
+    return f"the loss of the first steps is {number(loss.values[0])} nats per token: nothing is left to learn"
 
 
 @check(
@@ -98,14 +93,14 @@ def overconfident(run: Evidence) -> str | None:
     if len(log_loss) < 2 or log_loss.values[-1] <= GUESSING + 0.02 or accuracy.values[-1] <= 0.53:
         return None
     return (
-        f"held-out log loss is {_number(log_loss.values[-1])} nats at an accuracy of {accuracy.values[-1]:.3f};"
+        f"held-out log loss is {number(log_loss.values[-1])} nats at an accuracy of {accuracy.values[-1]:.3f};"
         f" guessing gives {GUESSING:.3f}"
     )
 
 
 @check(
     "better-than-the-annotators", "warning", ("reward",),
-    "The held-out rankings are also in the training data, or their order can be told from a by-product such as length.",
+    "The held-out rankings are also in the training data, or something such as length gives their order away.",
     "Run `rlhf data check` for prompts in both splits; compare with 'the longer answer wins' in reward_metrics.json.",
 )  # fmt: skip
 def above_ceiling(run: Evidence) -> str | None:
