@@ -26,12 +26,16 @@ from rlhf.tasks.task import load_task
 @with_sampling
 def command(
     model: options.Model,
-    dataset: Annotated[
-        Path,
-        typer.Option(
-            help="For a policy: demonstrations, rankings (their best answers) or prompts. For a reward model: rankings."
+    datasets: Annotated[
+        list[Path] | None,
+        typer.Argument(
+            metavar="[DATASET]...",
+            help="For a policy: demonstrations, rankings (their best answers), prompts. For a reward model: rankings.",
         ),
-    ],
+    ] = None,
+    dataset: Annotated[
+        list[Path] | None, typer.Option(help="The same as an argument DATASET; may be repeated.")
+    ] = None,
     split: options.Split = None,
     limit: options.Limit = None,
     reward: options.Reward = None,
@@ -65,24 +69,24 @@ def command(
     """Measure a model on held-out data."""
     options.check_writable(output, "--out")
     options.check_writable(answers, "--answers")
+    named = [*(datasets or ()), *(dataset or ())]
     if not prompting and (shots or metric or labels or pattern or answers):
         raise UserError("--shots, --metric, --labels, --pattern and --answers are for --prompting", remedy="Give it.")
     if prompting:
         if reward or against:
             raise UserError("--reward and --against are not for --prompting, whose answers have a right one")
-        task = task_options.task_config(str(dataset), split, limit, metric, labels, pattern)
+        task = task_options.task_config(str(_only(named)), split, limit, metric, labels, pattern)
         result = _evaluate_prompting(model, prompting, shots, task, sampling, system, answers)
         _finish(result, output, as_json)
         return
-    data = open_dataset(dataset)
     from rlhf.inference.policy import model_kind  # imports torch
 
-    result: dict[str, Any] = {"model": model, "dataset": str(dataset), "fingerprint": data.fingerprint, "split": split}
     if model_kind(model, sampling.trust_remote_code) == "reward":
         if reward or against:
             raise UserError(f"{model}: is a reward model; --reward and --against are for policies")
-        result |= _evaluate_reward(model, data, split, limit, sampling.trust_remote_code)
+        result = _evaluate_reward(model, _only(named), split, limit, sampling.trust_remote_code)
     else:
+        data = open_dataset(_only(named))
         if data.kind == "prompt" and not reward:
             raise UserError(
                 f"{data.path}: prompts alone give nothing to measure a policy by",
@@ -91,8 +95,24 @@ def command(
         if against and model_kind(against, sampling.trust_remote_code) == "reward":
             raise UserError(f"--against {against}: a reward model gives no answers", remedy="Name an SFT or PPO run.")
         test = PolicyTest(data, split, limit, reward, n, sampling.params(model), sampling, system)
-        result |= _evaluate_policies(model, against, test)
+        result = _facts(model, data, split) | _evaluate_policies(model, against, test)
     _finish(result, output, as_json)
+
+
+def _only(datasets: list[Path]) -> Path:
+    """The dataset, where exactly one is needed.
+
+    Raises:
+        UserError: None is named, or several.
+    """
+    if len(datasets) != 1:
+        what = "name a dataset" if not datasets else f"{len(datasets)} datasets are named, but a policy takes one"
+        raise UserError(what, remedy="rlhf evaluate MODEL DATASET")
+    return datasets[0]
+
+
+def _facts(model: str, data: Dataset, split: str | None) -> dict[str, Any]:
+    return {"model": model, "dataset": str(data.path), "fingerprint": data.fingerprint, "split": split}
 
 
 def _finish(result: dict[str, Any], output: Path | None, as_json: bool) -> None:
@@ -210,9 +230,10 @@ def _show_comparison(found: dict[str, Any], model: str, against: str) -> None:
 
 
 def _evaluate_reward(
-    model: str, data: Dataset, split: str | None, limit: int | None, trust_remote_code: bool
+    model: str, dataset: Path, split: str | None, limit: int | None, trust_remote_code: bool
 ) -> dict[str, Any]:
     """Agreement of a reward model with rankings, printed and returned."""
+    data = open_dataset(dataset)
     if data.kind != "ranking":
         raise UserError(f"{data.path}: holds {data.kind}s; a reward model is measured on rankings")
     from rlhf.inference.reward_model import open_reward_model  # imports torch
@@ -231,4 +252,4 @@ def _evaluate_reward(
         table(*part)
     if humans:
         say(humans.compared_with(metrics["accuracy"]))
-    return {"rankings": len(rows), "skipped": dict(counts.skipped), "metrics": metrics}
+    return _facts(model, data, split) | {"rankings": len(rows), "skipped": dict(counts.skipped), "metrics": metrics}
