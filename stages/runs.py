@@ -13,13 +13,10 @@ import typer
 from rlhf.core.console import format_number, print_json, say, table, warn
 from rlhf.core.errors import UserError
 from rlhf.doctor.diagnosis import diagnose
-from rlhf.doctor.evidence import Evidence, read_evidence
+from rlhf.doctor.evidence import read_evidence
+from rlhf.doctor.headline import headline
 from rlhf.doctor.run_checks import planned_steps
-
-DEPTH = 4
-"""Folders below the given one that are looked into: a pipeline's runs lie at most three deep."""
-INSIDE = {"checkpoints", "model", "cache", "tensorboard", "adapter", "critic"}
-"""What a run holds, besides runs."""
+from rlhf.runs.find import run_folders
 
 
 def command(
@@ -42,7 +39,7 @@ def command(
 
 
 def _rows(folder: Path) -> Iterator[dict[str, Any]]:
-    for path in _run_folders(folder):
+    for path in run_folders(folder):
         try:
             run = read_evidence(path)
         except UserError as error:
@@ -60,35 +57,8 @@ def _rows(folder: Path) -> Iterator[dict[str, Any]]:
         }
 
 
-def _run_folders(folder: Path) -> Iterator[Path]:
-    for path, folders, files in os.walk(folder):
-        inside = "run.json" in files
-        if inside:
-            yield Path(path)
-        deep = len(Path(path).relative_to(folder).parts) >= DEPTH
-        folders[:] = [] if deep else sorted(name for name in folders if not (inside and name in INSIDE))
-
-
 def _changed(path: Path) -> float:
     return max(file.stat().st_mtime for file in (path / "run.json", path / "metrics.jsonl") if file.exists())
-
-
-HEADLINES = {
-    "sft": ("eval/loss",),
-    "reward": ("eval/accuracy", "eval/log_loss"),
-    "dpo": ("eval/accuracy", "eval/log_loss"),
-    "ppo": ("eval/scores", "eval/kl"),
-    "specialist": ("eval/accuracy", "eval/f1", "eval/loss"),
-}
-"""The metrics that say how good a run is, by stage; see docs/metrics.md."""
-
-
-def headline(run: Evidence) -> dict[str, float]:
-    """The newest values of the metrics that say how good a run is; a PPO run's score at its start too."""
-    found = {name: run[name].values[-1] for name in HEADLINES.get(run.stage, ()) if len(run[name])}
-    if "eval/scores" in found:
-        found["eval/scores_at_start"] = run["eval/scores"].values[0]
-    return found
 
 
 def _cell(row: Mapping[str, Any], column: str) -> Any:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,17 +15,26 @@ from rlhf.core.errors import UserError
 STYLE = Path(__file__).with_name("page.css")
 
 
-def render_page(template: Path, **values: Any) -> str:
+def render_page(template: Path, clean: Callable[[str], str] | None = None, **values: Any) -> str:
     """A page from a Jinja template. All texts are escaped, and control characters replaced.
 
     Args:
-        template: The file. `style` is the common CSS; the filter `code` shows words in backticks as code.
+        template: The file, which may import others of its folder. `style` is the common CSS; the filter `code` shows
+            words in backticks as code.
+        clean: Applied to every text before it is escaped.
         values: What the template uses.
     """
-    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
+
+    def finalize(value: Any) -> Any:
+        return clean(value) if clean is not None and type(value) is str else value
+
+    environment = jinja2.Environment(
+        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True,
+        loader=jinja2.FileSystemLoader(template.parent), finalize=finalize,
+    )  # fmt: skip
     environment.filters["code"] = _code
     style = markupsafe.Markup(STYLE.read_text("utf-8"))
-    return printable(environment.from_string(template.read_text("utf-8")).render(style=style, **values))
+    return printable(environment.get_template(template.name).render(style=style, **values))
 
 
 def drawings(plots: Mapping[str, str]) -> dict[str, markupsafe.Markup]:

@@ -22,8 +22,8 @@ STYLE: Any = {
 }  # fmt: skip
 
 
-def svg_plot(name: str, title: str, height: float, draw: Callable[[Any], None]) -> str:
-    """An inline SVG, 640 wide and 100 x `height` high, of what `draw(axes)` draws.
+def svg_plot(name: str, title: str, height: float, draw: Callable[[Any], None], width: float = 6.4) -> str:
+    """An inline SVG, 100 x `width` wide and 100 x `height` high, of what `draw(axes)` draws.
 
     Args:
         name: Letters; a prefix that makes the ids of several plots on one page unique.
@@ -31,7 +31,7 @@ def svg_plot(name: str, title: str, height: float, draw: Callable[[Any], None]) 
     """
     with matplotlib.rc_context(STYLE | {"svg.hashsalt": name}), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph")  # the page's font draws the text, not matplotlib's
-        figure = mpl.Figure(figsize=(6.4, height), layout="constrained")
+        figure = mpl.Figure(figsize=(width, height), layout="constrained")
         draw(figure.add_subplot())
         file = io.StringIO()
         figure.savefig(

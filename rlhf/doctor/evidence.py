@@ -131,9 +131,9 @@ def read_evidence(path: str | Path) -> Evidence:
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise UserError(f"{file}: cannot be read: {error}", "Every run writes it at its start.") from None
     found = Evidence(info["stage"], config if isinstance(config, dict) else {}, info, folder, _is_running(folder))
-    for row in _rows(folder / "metrics.jsonl"):
+    for row in logged_rows(folder / "metrics.jsonl"):
         found.add(int(row["step"]), row)
-    samples = _rows(folder / "samples.jsonl")
+    samples = logged_rows(folder / "samples.jsonl")
     found.samples = [row for row in samples if row["step"] == samples[-1]["step"]]
     return found
 
@@ -146,7 +146,7 @@ def _is_running(folder: Path) -> bool:
     return False
 
 
-def _rows(file: Path) -> list[dict[str, Any]]:
+def logged_rows(file: Path) -> list[dict[str, Any]]:
     """The complete rows of a log; a crash or a write in progress may leave a part of a last line."""
     rows: list[dict[str, Any]] = []
     for line in _lines(file):

@@ -1,0 +1,187 @@
+"""What a report reads: a run with the runs that it was made from, and everything that they logged."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from rlhf.core.errors import UserError
+from rlhf.core.limits import read_json_object
+from rlhf.doctor.diagnosis import diagnose
+from rlhf.doctor.evidence import Evidence, logged_rows, read_evidence
+from rlhf.doctor.findings import Finding
+from rlhf.runs.find import run_folders
+from rlhf.runs.run import is_run
+
+STAGE_NAMES = {
+    "sft": "Instruction tuning", "reward": "Reward model", "dpo": "DPO", "ppo": "PPO", "specialist": "Specialist",
+}  # fmt: skip
+"""What the page calls a stage."""
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A completion of an evaluation, as samples.jsonl has it."""
+
+    prompt: str
+    """The last message of the prompt, or the rendered prompt."""
+    before: str
+    """The messages before it, if any."""
+    text: str
+    score: float | None
+    ended: bool
+    tokens: Mapping[str, Any] | None
+    """Per-token numbers; see `rlhf.ppo.token_record`. None where they were not recorded."""
+
+
+@dataclass(frozen=True)
+class RunRecord:
+    """One run with all that a report shows of it."""
+
+    evidence: Evidence
+
+    @property
+    def path(self) -> Path:
+        assert self.evidence.path is not None  # it was read from a folder
+        return self.evidence.path
+
+    @property
+    def stage(self) -> str:
+        return self.evidence.stage
+
+    @property
+    def title(self) -> str:
+        return STAGE_NAMES.get(self.stage, self.stage)
+
+    @cached_property
+    def findings(self) -> list[Finding]:
+        """What `rlhf doctor` says."""
+        return diagnose(self.evidence)
+
+    @cached_property
+    def held_out(self) -> dict[str, Any]:
+        """A reward run's reward_metrics.json; empty if it is absent or damaged."""
+        try:
+            return read_json_object(self.path / "reward_metrics.json")
+        except (OSError, ValueError):
+            return {}
+
+    @cached_property
+    def evaluations(self) -> dict[int, list[Answer]]:
+        """Step -> the completions of the evaluation at that step."""
+        found: dict[int, list[Answer]] = {}
+        for row in logged_rows(self.path / "samples.jsonl"):
+            found.setdefault(int(row["step"]), []).append(_answer(row))
+        return found
+
+    @cached_property
+    def parameters(self) -> int | None:
+        """Number of weights of the result, from the headers of its safetensors files; None without a result."""
+        files = sorted((self.path / "model").glob("*.safetensors"))
+        try:
+            return sum(_parameters(file) for file in files) or None
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            return None
+
+    def file(self, name: str) -> str:
+        """The text of a small file of the run; empty if it is absent."""
+        try:
+            return (self.path / name).read_text("utf-8", errors="replace")
+        except OSError:
+            return ""
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What a report is about: the run that ends a chain, after the runs that it was made from."""
+
+    name: str
+    runs: Sequence[RunRecord]
+
+    @property
+    def last(self) -> RunRecord:
+        return self.runs[-1]
+
+    def of(self, *stages: str) -> RunRecord | None:
+        """The last run of one of the stages."""
+        return next((run for run in reversed(self.runs) if run.stage in stages), None)
+
+
+def gather(paths: Sequence[Path]) -> list[Subject]:
+    """A subject for each run folder, and for each folder that holds the runs of a pipeline.
+
+    Raises:
+        UserError: There is no run, or a file of one is damaged.
+    """
+    subjects = []
+    for path in paths:
+        folders = [path] if is_run(path) else list(run_folders(path))
+        if not folders:
+            raise UserError(f"{path}: no run folder, and none lies below it", remedy="Name the folder of a stage.")
+        found: dict[Path, RunRecord] = {}
+        for folder in folders:
+            _add(folder, found)
+        subjects.append(Subject(path.resolve().name, list(found.values())))
+    return subjects
+
+
+def _add(folder: Path, found: dict[Path, RunRecord]) -> None:
+    """Add a run after its parents, each once."""
+    key = folder.resolve()
+    if key in found:
+        return
+    run = RunRecord(read_evidence(folder))
+    for parent in run.evidence.info.get("parents", []):
+        place = located(str(parent.get("path", "")), folder)
+        if place is not None and is_run(place) and place.resolve() != key:
+            _add(place, found)
+    found.setdefault(key, run)
+
+
+def located(path: str, run: Path) -> Path | None:
+    """Where a folder is that a run names: as it is written, else among the run's neighbours, if runs were moved."""
+    if not path:
+        return None
+    ends = ["/".join(Path(path).parts[-n:]) for n in (1, 2, 3)]
+    places = [Path(path), *(above / end for above, end in itertools.product(list(run.resolve().parents)[:3], ends))]
+    return next((place for place in places if place.exists()), None)
+
+
+def _parameters(file: Path) -> int:
+    with open(file, "rb") as handle:
+        size = int.from_bytes(handle.read(8), "little")
+        if size > 1 << 26:
+            raise ValueError("not a header of safetensors")
+        header = json.loads(handle.read(size))
+    return sum(_product(entry["shape"]) for name, entry in header.items() if name != "__metadata__")
+
+
+def _product(shape: Sequence[int]) -> int:
+    found = 1
+    for size in shape:
+        found *= int(size)
+    return found
+
+
+def _answer(row: Mapping[str, Any]) -> Answer:
+    messages = [one for one in row.get("messages") or [] if isinstance(one, dict)]
+    parts = [str(one.get("content", "")) for one in messages] or [str(row.get("prompt", ""))]
+    roles = [str(one.get("role", "")) for one in messages]
+    before = "\n".join(f"{role}: {text}" for role, text in zip(roles[:-1], parts))
+    score, tokens = row.get("score"), row.get("tokens")
+    return Answer(
+        parts[-1], before, str(row.get("answer", "")), float(score) if isinstance(score, (int, float)) else None,
+        bool(row.get("ended", True)), tokens if isinstance(tokens, dict) else None,
+    )  # fmt: skip
+
+
+def pairs_of(first: Sequence[Answer], last: Sequence[Answer]) -> Iterator[tuple[Answer, Answer]]:
+    """The answers of two evaluations to the same prompts."""
+    for one, other in zip(first, last):
+        if (one.prompt, one.before) == (other.prompt, other.before):
+            yield one, other

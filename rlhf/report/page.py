@@ -1,0 +1,186 @@
+"""The report as one self-contained HTML page."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import markupsafe
+
+from rlhf.core.page import render_page
+from rlhf.doctor.findings import CHECKS
+from rlhf.doctor.run_checks import planned_steps
+from rlhf.report import answers, facts
+from rlhf.report.charts import COLOURS, Chart, Line, draw, stage_charts, thinned
+from rlhf.report.facts import DataFacts
+from rlhf.report.gather import STAGE_NAMES, RunRecord, Subject
+from rlhf.report.headline import gain, headline, percent
+
+TEMPLATE = Path(__file__).with_name("page.html.jinja")
+SCRIPT = Path(__file__).with_name("report.js")
+REPORT_STYLE = Path(__file__).with_name("report.css")
+
+
+@dataclass(frozen=True)
+class Tile:
+    """One number at the top of the page."""
+
+    name: str
+    value: str
+    note: str
+
+
+@dataclass(frozen=True)
+class Part:
+    """A subject as the page shows it."""
+
+    subject: Subject
+    number: int
+    pairs: tuple[list[Any], list[Any]] = field(default_factory=lambda: ([], []))
+    extremes: tuple[list[Any], list[Any]] = field(default_factory=lambda: ([], []))
+
+    @property
+    def policy(self) -> RunRecord | None:
+        """The run whose answers are shown."""
+        return self.subject.of("ppo")
+
+
+def render(subjects: Sequence[Subject], data: Sequence[DataFacts] = (), refresh: int | None = None) -> str:
+    """The page's HTML.
+
+    Args:
+        subjects: One, or several to compare.
+        data: The datasets that they were trained on.
+        refresh: Seconds after which an open page loads itself again; None for a page that is a file.
+    """
+    script = SCRIPT.read_text("utf-8")
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    return render_page(
+        TEMPLATE,
+        clean=facts.without_secrets,
+        subjects=subjects,
+        parts=[_part(subject, number) for number, subject in enumerate(subjects)],
+        title=" and ".join(subject.name for subject in subjects),
+        headlines=[headline(subject) for subject in subjects],
+        tiles=[_tiles(subject) for subject in subjects],
+        stages=_stages(subjects),
+        frontier=_frontier(subjects),
+        data=data,
+        comparison=_comparison(subjects),
+        differences=_differences(subjects),
+        colours=COLOURS,
+        facts=facts,
+        percent=percent,
+        planned=planned_steps,
+        checks={stage: sum(stage in check.stages for check in CHECKS) for stage in STAGE_NAMES},
+        report_style=markupsafe.Markup(REPORT_STYLE.read_text("utf-8")),
+        script=markupsafe.Markup(script),
+        script_hash=digest,
+        refresh=refresh,
+        json=json,
+        Markup=markupsafe.Markup,
+    )
+
+
+def _part(subject: Subject, number: int) -> Part:
+    run = subject.of("ppo")
+    if run is None:
+        return Part(subject, number)
+    return Part(subject, number, answers.before_and_after(run), answers.best_and_worst(run))
+
+
+def _tiles(subject: Subject) -> list[Tile]:
+    tiles, ppo, reward = [], subject.of("ppo"), subject.of("reward")
+    found = gain(ppo) if ppo is not None else None
+    if found is not None:
+        tiles.append(Tile("Score, held out", f"{found.before:.2f} → {found.after:.2f}", f"{found.prompts:,} prompts"))
+        low, high = found.win_interval
+        tiles.append(Tile("Scored higher than before", percent(found.win_rate), f"{percent(low)} to {percent(high)}"))
+    if ppo is not None and len(kl := ppo.evidence["eval/kl"]):
+        tiles.append(Tile("KL to the reference", f"{kl.values[-1]:.2f}", "nats per answer"))
+    if reward is not None and isinstance(accuracy := reward.held_out.get("accuracy"), float):
+        low, high = reward.held_out.get("accuracy_interval") or (accuracy, accuracy)
+        tiles.append(Tile("Reward model right", percent(accuracy), f"{percent(low)} to {percent(high)}"))
+    costs = [facts.cost(run) for run in subject.runs]
+    seconds, tokens = sum(one.seconds * one.processes for one in costs), sum(one.tokens for one in costs)
+    if seconds:
+        tiles.append(Tile("Training time", facts.duration(seconds), f"{facts.amount(tokens)} tokens"))
+    return tiles
+
+
+def _stages(subjects: Sequence[Subject]) -> list[tuple[str, list[Chart]]]:
+    """Stage -> its charts, with all subjects' runs of it."""
+    found = []
+    for stage, title in STAGE_NAMES.items():
+        runs = [
+            (subject.name if len(subjects) > 1 else str(run.path), run)
+            for subject in subjects for run in subject.runs if run.stage == stage
+        ]  # fmt: skip
+        if runs:
+            levels = _levels([run for _, run in runs])
+            charts = stage_charts(stage, [(name, run.evidence) for name, run in runs], levels)
+            if charts:
+                found.append((title, charts))
+    return found
+
+
+def _levels(runs: Sequence[RunRecord]) -> dict[str, float]:
+    """Dotted lines: the accuracy that annotators allow, where all runs have the same."""
+    ceilings = {run.held_out.get("ceiling") for run in runs}
+    known = ceilings.pop() if len(ceilings) == 1 else None
+    return {"Held-out pairs ordered right": known} if isinstance(known, float) else {}
+
+
+def _frontier(subjects: Sequence[Subject]) -> Chart | None:
+    """Score against KL: the held-out evaluations joined in their order, the updates as dots."""
+    lines = []
+    for number, subject in enumerate(subjects):
+        run = subject.of("ppo")
+        if run is None:
+            continue
+        colour = COLOURS[(2 * number if len(subjects) == 1 else number) % len(COLOURS)]
+        other = COLOURS[1] if len(subjects) == 1 else colour
+        for prefix, word, hue, joined in (
+            ("objective", "updates", other, False), ("eval", "held out", colour, True),
+        ):  # fmt: skip
+            kl, score = run.evidence[f"{prefix}/kl"], run.evidence[f"{prefix}/scores"]
+            scores = dict(zip(score.steps, score.values))
+            pairs = [(x, scores[step]) for step, x in zip(kl.steps, kl.values) if step in scores]
+            if len(pairs) > 1:
+                if not joined:
+                    pairs = sorted(pairs)
+                xs, ys = thinned(pairs) if not joined else ([x for x, _ in pairs], [y for _, y in pairs])
+                name = word if len(subjects) == 1 else f"{subject.name}, {word}"
+                lines.append(Line(name, xs, ys, hue, dots=True, joined=joined))
+    if not lines:
+        return None
+    about = "Each point is one evaluation or update. Steep is good: more score for less distance from the reference."
+    return draw(
+        "frontier", "Score against KL", about, lines, "KL to the reference, nats per answer", upward="score", width=6
+    )
+
+
+def _comparison(subjects: Sequence[Subject]) -> list[tuple[str, list[str]]]:
+    """Headline metric -> its value in each subject."""
+    if len(subjects) < 2:
+        return []
+    rows = [facts.results(subject) for subject in subjects]
+    names = dict.fromkeys(name for row in rows for name in row)
+    return [(name, [row.get(name, "-") for row in rows]) for name in names]
+
+
+def _differences(subjects: Sequence[Subject]) -> list[tuple[str, list[tuple[str, list[str]]]]]:
+    """Stage -> the config keys in which the subjects' runs differ."""
+    found = []
+    for stage, title in STAGE_NAMES.items():
+        runs = [subject.of(stage) for subject in subjects]
+        if len(subjects) > 1 and any(runs):
+            rows = facts.differences([run.evidence.config if run else {} for run in runs])
+            if rows:
+                found.append((title, rows))
+    return found

@@ -1,0 +1,100 @@
+"""`rlhf report`: one page about runs, to read, print and send."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from rlhf.cli import options
+from rlhf.core.console import format_number, say
+from rlhf.core.errors import UserError
+from rlhf.data.store import Dataset, open_dataset
+from rlhf.report.facts import DataFacts
+from rlhf.report.gather import Subject, gather, located
+from rlhf.report.headline import percent
+from rlhf.report.page import render
+from rlhf.runs.run import is_run
+
+MOST_ANNOTATORS = 12
+MEASURES = {
+    "agreement": "Annotators agree", "ceiling": "Most that a reward model can reach", "ties": "Ties",
+    "longer-wins": "The longer answer wins", "first-wins": "The answer shown first wins",
+    "bag-of-words": "A bag of words is right", "duplicate-records": "Duplicate records",
+    "contradictions": "Pairs with contradictions", "prompts-across-splits": "Prompts in several splits",
+}  # fmt: skip
+"""Metrics of `rlhf data check` that the page shows -> what it calls them."""
+
+
+def command(
+    runs: Annotated[
+        list[Path], typer.Argument(metavar="RUN|PIPELINE...", help="Run folders, or folders with a pipeline's runs.")
+    ],
+    output: Annotated[
+        Path | None, typer.Option(help="The page to write; by default report.html in the first folder.")
+    ] = None,
+    data: Annotated[
+        bool, typer.Option("--data/--no-data", help="Measure the rankings: agreement, biases. Takes a few seconds.")
+    ] = True,
+) -> None:
+    """Write a report about runs as one HTML page that loads nothing from elsewhere; several runs are compared."""
+    for path in runs:
+        if not path.is_dir():
+            raise UserError(f"{path}: no such folder", remedy="Name run folders, or folders with a pipeline's runs.")
+    path = output or runs[0] / "report.html"
+    options.check_writable(path, "--output")
+    subjects = gather(runs)
+    options.write_whole(path, render(subjects, list(_data(subjects, data))))
+    say(f"Report: {path}")
+
+
+def _data(subjects: Sequence[Subject], measured: bool) -> Iterator[DataFacts]:
+    """What is known of each dataset that the runs read, each once."""
+    seen = set()
+    for run in (run for subject in subjects for run in subject.runs):
+        for entry in run.evidence.info.get("data", []):
+            path, mark = str(entry.get("path", "")), str(entry.get("fingerprint", ""))
+            if (path, mark) in seen:
+                continue
+            seen.add((path, mark))
+            yield _facts(path, str(entry.get("kind", "record")), mark, located(path, run.path), measured)
+
+
+def _facts(path: str, kind: str, mark: str, place: Path | None, measured: bool) -> DataFacts:
+    if place is None or is_run(place):
+        return DataFacts(path, kind, fingerprint=mark, note="no longer there")
+    try:
+        dataset = open_dataset(place)
+    except UserError as error:
+        return DataFacts(path, kind, fingerprint=mark, note=f"cannot be read: {str(error).splitlines()[0]}")
+    if mark and dataset.fingerprint != mark:
+        return DataFacts(path, kind, fingerprint=mark, note="has changed since the run read it, so it is not measured")
+    splits = dataset.manifest.get("splits")
+    known = {str(k): int(v) for k, v in splits.items()} if isinstance(splits, dict) else {}
+    count = dataset.manifest.get("count")
+    records = int(count) if isinstance(count, int) else None
+    measures, annotators = _measures(dataset) if kind == "ranking" and measured else ([], [])
+    return DataFacts(path, kind, records, known, mark, measures, annotators)
+
+
+def _measures(dataset: Dataset) -> tuple[list[Any], list[Any]]:
+    """Rows of the page from `rlhf data check`, without its slow search for near duplicates."""
+    from data_tools.check.report import check  # imports numpy, scipy and scikit-learn
+
+    say(f"Measuring {dataset.path}")
+    report = check(dataset.path, near=False)
+    rows = []
+    for name, title in MEASURES.items():
+        found = report[name].found
+        if found is not None:
+            value = percent(found.value) if 0 <= found.value <= 1 else format_number(found.value, 3)
+            if found.low is not None and found.high is not None:
+                value += f" ({percent(found.low)} to {percent(found.high)})"
+            rows.append((title, value, f"of {found.n:,}"))
+    annotators = [
+        (one.name, one.rankings, one.agreement.value, float(one.agreement.low), float(one.agreement.high), one.verdict)
+        for one in report.annotators[:MOST_ANNOTATORS] if one.agreement is not None
+    ]  # fmt: skip
+    return rows, annotators

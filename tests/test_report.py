@@ -1,0 +1,242 @@
+"""`rlhf report`: one page that says what happened, loads nothing, runs nothing that a run wrote, and keeps secrets."""
+
+from __future__ import annotations
+
+import json
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from safetensors.torch import save_file
+from typer.testing import CliRunner
+
+from rlhf.core.errors import UserError
+from rlhf.report import facts
+from rlhf.report.answers import before_and_after, shown
+from rlhf.report.charts import thinned
+from rlhf.report.gather import Answer, gather, located
+from rlhf.report.headline import gain_of, headline
+from rlhf.report.page import render
+from rlhf.runs.lock import LOCK
+from stages.cli import app
+
+HOSTILE = "</script><script>alert(1)</script><img src=x onerror=alert(2)>{{ 7 * 7 }}\x1b[31m'\""
+
+
+class Tags(HTMLParser):
+    """What a page is made of."""
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.feed(page)
+
+    def handle_starttag(self, tag: str, attrs: Any) -> None:
+        self.tags.append((tag, dict(attrs)))
+
+
+def write_run(path: Path, stage: str, rows: list[dict], samples: list[dict] = (), config: Any = None, **info) -> Path:
+    path.mkdir(parents=True)
+    facts = {"stage": stage, "status": "complete", "model_fingerprint": stage * 8, "packages": {"torch": "2.0"}, **info}
+    (path / "run.json").write_text(json.dumps(facts))
+    (path / "config.yaml").write_text(yaml.safe_dump(config or {"seed": 0}))
+    for name, lines in (("metrics", rows), ("samples", samples)):
+        (path / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (path / LOCK).touch()
+    (path / "model").mkdir()
+    save_file({"a": torch.zeros(3, 4), "b": torch.zeros(5)}, path / "model/model.safetensors")
+    return path
+
+
+def sample(step: int, prompt: str, answer: str, score: float, **more) -> dict:
+    return {"step": step, "messages": [{"role": "user", "content": prompt}], "answer": answer, "score": score,
+            "ended": True, **more}  # fmt: skip
+
+
+def write_chain(folder: Path, text: str = "word", gain: float = 1.0, config: Any = None) -> Path:
+    """SFT, reward and PPO runs in a folder; every text that a run can write contains `text`."""
+    steps = [{"step": n, "train/loss": 2 / n, "time/step": 0.5, "train/tokens": 10} for n in (1, 2, 3)]
+    sft = write_run(
+        folder / "sft", "sft", steps,
+        data=[{"path": f"nowhere/{text}", "kind": "demonstration", "fingerprint": "d" * 64}],
+    )  # fmt: skip
+    slices = {name: {"accuracy": 0.7, "accuracy_interval": [0.6, 0.8], "pairs": 9} for name in (text, "other")}
+    reward = write_run(
+        folder / "reward", "reward", [{"step": n, "eval/accuracy": 0.5 + n / 10} for n in (1, 2)],
+        parents=[{"path": str(sft), "stage": "sft", "fingerprint": "sft" * 8}],
+    )  # fmt: skip
+    held_out = {"accuracy": 0.7, "accuracy_interval": [0.65, 0.75], "longer_accuracy": 0.55, "pairs": 1000,
+                "rankings": 200, "by_annotator": slices}  # fmt: skip
+    (reward / "reward_metrics.json").write_text(json.dumps(held_out))
+    rows = [{"step": 0, "eval/scores": 0.0, "eval/kl": 0.0}]
+    rows += [{"step": n, "objective/scores": n / 4, "objective/kl": n / 2, "time/learn": 1.0, "throughput/learn": 100}
+             for n in (1, 2, 3, 4)]  # fmt: skip
+    rows += [{"step": 4, "eval/scores": gain, "eval/kl": 2.0}]
+    samples = [sample(step, f"{text} {n}", f"{text} at {step}", n / 10 + gain * (step > 0))
+               for step in (0, 4) for n in range(20)]  # fmt: skip
+    parents = [{"path": str(one), "fingerprint": one.name * 8} for one in (sft, reward)]
+    write_run(folder / "ppo", "ppo", rows, samples, config or {"updates": 4, "note": text}, parents=parents)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def chain(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_chain(tmp_path_factory.mktemp("report") / "mine")
+
+
+@pytest.fixture(scope="module")
+def page(chain: Path) -> str:
+    return render(gather([chain]))
+
+
+def test_a_run_brings_the_runs_that_it_was_made_from(chain):
+    assert [[run.stage for run in one.runs] for one in gather([chain / "ppo"])] == [["sft", "reward", "ppo"]]
+    assert [[run.stage for run in one.runs] for one in gather([chain])] == [["sft", "reward", "ppo"]]
+    assert gather([chain])[0].last.parameters == 17
+
+
+def test_runs_that_were_moved_find_their_parents(tmp_path, chain):
+    moved = tmp_path / "elsewhere"
+    chain.rename(moved)
+    try:
+        assert [run.stage for run in gather([moved / "ppo"])[0].runs] == ["sft", "reward", "ppo"]
+        assert located("runs/gone/base", moved / "ppo") is None
+    finally:
+        moved.rename(chain)
+
+
+def test_the_headline_says_in_three_sentences_what_happened(chain):
+    found = headline(gather([chain])[0])
+    assert found.verdict == "It worked, by its own reward" and found.tone == "good"
+    what, judge, outcome = found.sentences
+    assert "17 weights" in what and "demonstrations (3 steps), then trained by PPO (4 updates" in what
+    assert "70.0% of 1,000 held-out pairs" in judge and "65.0% to 75.0%" in judge and "55.0%" in judge
+    assert "from 0.95 to 1.95 (+1.00" in outcome and "100.0% of the changed answers" in outcome and "2 nats" in outcome
+
+
+@pytest.mark.parametrize(
+    ("changes", "verdict"), [([1.0] * 20, "better"), ([-1.0] * 20, "worse"), ([1.0, -1.0] * 10, "no measurable change")]
+)
+def test_the_verdict_follows_the_interval(changes, verdict):
+    first = [Answer(str(n), "", "a", 0.5, True, None) for n in range(20)]
+    last = [Answer(str(n), "", "b", 0.5 + change, True, None) for n, change in enumerate(changes)]
+    found = gain_of(first, last)
+    assert found is not None and found.verdict == verdict
+    assert found.difference == pytest.approx(np.mean(changes)) and found.wins == sum(c > 0 for c in changes)
+    assert gain_of(first, last[1:]) is None  # other prompts
+
+
+def test_a_stopped_run_and_a_run_with_errors_do_not_say_that_they_worked(tmp_path):
+    folder = write_chain(tmp_path / "mine")
+    info = json.loads((folder / "ppo/run.json").read_text())
+    (folder / "ppo/run.json").write_text(json.dumps(info | {"status": "running"}))
+    found = headline(gather([folder])[0])
+    assert (found.verdict, found.tone) == ("Stopped: PPO is at step 4", "bad")
+    (folder / "ppo/run.json").write_text(json.dumps(info))
+    with open(folder / "ppo/metrics.jsonl", "a") as file:
+        file.write('{"step": 5, "objective/entropy": NaN}\n')
+    assert "the doctor found 1 error" in headline(gather([folder])[0]).verdict
+
+
+def test_the_page_loads_nothing_and_allows_only_its_own_script(page):
+    found = Tags(page)
+    assert not [tag for tag, _ in found.tags if tag in ("link", "img", "iframe", "object", "embed", "form")]
+    outer = {(tag, key, value) for tag, attributes in found.tags for key, value in attributes.items()
+             if key in ("src", "href", "xlink:href", "action") and not (value or "").startswith("#")}  # fmt: skip
+    assert not outer
+    policy = next(a["content"] for tag, a in found.tags if a.get("http-equiv") == "Content-Security-Policy")
+    assert "default-src 'none'" in policy and "script-src 'sha256-" in policy and "connect-src" not in policy
+    assert len([tag for tag, _ in found.tags if tag == "script"]) == 1
+    assert len(page) < 1_500_000
+
+
+def test_everything_has_its_place_on_the_page(page):
+    for words in (
+        "It worked, by its own reward",
+        "Score against KL",
+        "Accuracy by annotator",
+        "28 checks",
+        "1,000 pairs",
+    ):
+        assert words in page
+    ids = re.findall(r'\sid="([^"]+)"', page)
+    assert len(ids) == len(set(ids))
+    assert {"result", "answers", "frontier", "curves", "reward", "data", "doctor", "lineage", "cost"} <= set(ids)
+    for target in re.findall(r'href="#([\w-]+)"', page):
+        assert target in ids
+
+
+def test_texts_of_users_are_shown_and_never_run(tmp_path):
+    page = render(gather([write_chain(tmp_path / "mine", HOSTILE)]))
+    found = Tags(page)
+    assert len([tag for tag, _ in found.tags if tag == "script"]) == 1
+    assert not [
+        tag for tag, attributes in found.tags if tag == "img" or any(key.startswith("on") for key in attributes)
+    ]
+    assert "&lt;script&gt;alert(1)" in page and "{{ 7 * 7 }}" in page and "\x1b" not in page
+
+
+def test_secrets_never_reach_the_page(tmp_path, monkeypatch):
+    monkeypatch.setenv("JUDGE_API_KEY", "from-the-environment-1")
+    config = {
+        "updates": 4, "reward": {"url": "https://me:password1@host/v1", "api_key": "in-the-config-1"},
+        "note": "hf_" + "a" * 30, "rollout": {"max_new_tokens": 77},
+    }  # fmt: skip
+    page = render(gather([write_chain(tmp_path / "mine", "from-the-environment-1", config=config)]))
+    for secret in ("password1", "in-the-config-1", "hf_aaaa", "from-the-environment-1"):
+        assert secret not in page
+    assert "max_new_tokens: 77" in page and facts.HIDDEN in page
+
+
+def test_several_runs_are_compared(tmp_path):
+    one = write_chain(tmp_path / "one", config={"updates": 4, "kl": {"coef": 0.1}})
+    two = write_chain(tmp_path / "two", gain=2.0, config={"updates": 4, "kl": {"coef": 0.3}})
+    page = render(gather([one, two]))
+    assert "<h2>Comparison</h2>" in page and "kl.coef" in page and "PPO: scores" in page
+    assert '"name": "one, held out"' in page.replace("&#34;", '"')
+    assert facts.differences([{"a": 1, "b": {"c": 2}}, {"a": 1, "b": {"c": 3}, "d": []}]) == [
+        ("b.c", ["2", "3"]), ("d", ["-", "[]"])
+    ]  # fmt: skip
+
+
+def test_tokens_carry_their_numbers(tmp_path):
+    record = {
+        "text": ["a", "b<", ""],
+        "logprob": [-1.0, -2.0, -3.0],
+        "ref_logprob": [-1.5, -1.0, -3.0],
+        "value": [1, 2, 3],
+    }
+    found = shown(Answer("p", "", "ab<", 1.0, True, record))
+    assert [token.text for token in found.tokens] == ["a", "b<", ""]
+    assert json.loads(found.tokens[1].says)["KL to the reference, nats"] == "-1"
+    assert json.loads(found.tokens[0].heat) == {"kl": 0.5, "value": 0.33}
+    assert shown(Answer("p", "", "ab", 1.0, True, {"text": ["a"], "logprob": "x"})).tokens[0].says == "{}"
+    assert shown(Answer("p", "", "ab", 1.0, True, {"text": 3})).tokens == []
+
+
+def test_the_largest_changes_come_first(tmp_path):
+    samples = [sample(step, f"p{n}", "a", n if step else 0.0) for step in (0, 9) for n in (3, -5, 1, 8, -2, 0, 4, 2)]
+    write_run(tmp_path / "ppo", "ppo", [], samples)
+    chosen, rest = before_and_after(gather([tmp_path / "ppo"])[0].last)
+    assert [pair.prompt for pair in chosen] == ["p8", "p4", "p3", "p-5", "p-2", "p0"]
+    assert [pair.prompt for pair in rest] == ["p1", "p2"]
+
+
+def test_thinned_lines_keep_ends_and_extremes():
+    pairs = [(float(n), float(n % 7)) for n in range(5000)]
+    pairs[1234] = (1234.0, 99.0)
+    xs, ys = thinned(pairs)
+    assert len(xs) <= 302 and (xs[0], xs[-1], max(ys)) == (0.0, 4999.0, 99.0) and xs == sorted(xs)
+
+
+def test_the_command_writes_the_page(tmp_path, chain):
+    done = CliRunner().invoke(app, ["report", str(chain), "--output", str(tmp_path / "page.html")])
+    assert done.exit_code == 0 and (tmp_path / "page.html").read_text().startswith("<!doctype html>")
+    assert not (chain / "report.html").exists()
+    for words in (["report", str(tmp_path / "absent")], ["report", str(tmp_path)]):
+        assert isinstance(CliRunner().invoke(app, words).exception, UserError)
