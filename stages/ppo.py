@@ -48,7 +48,7 @@ from rlhf.ppo.types import (
     gather_scores,
     gather_tokens,
 )
-from rlhf.reward.sources import RewardContext, RewardInputs, model_terms, own_chats
+from rlhf.reward.sources import RewardContext, RewardInputs, model_terms, own_chats, scores_with_disagreement
 from rlhf.rollout import samplers
 from rlhf.rollout.decode_step import check_family
 from rlhf.rollout.types import Completion, SamplingParams, stream_seed
@@ -250,6 +250,7 @@ class PPO:
             episodes += batch.episodes
             states |= gather_states(batch) if batch.frozen_states is not None else {}
         order, mask = gather_episodes(episodes), rollout.response_mask
+        all_scores, *spread = gather_scores(torch.cat(scores), order).unbind(1)
         logprobs, ref_logprobs, entropies, values = gather_tokens(torch.cat(columns), order, rollout.lengths)
         max_weight, sampled = self.config.rollout.max_importance_weight, rollout.sampler_logprobs
         if from_sampler:
@@ -260,7 +261,8 @@ class PPO:
             logprobs,
             ref_logprobs,
             values=None if self.models.critic is None else values,
-            scores=gather_scores(torch.cat(scores), order),
+            scores=all_scores,
+            disagreement=spread[0] if spread else None,
             entropy=float(masked_mean(entropies, mask)),
             importance=None
             if max_weight is None or sampled is None or from_sampler
@@ -269,14 +271,14 @@ class PPO:
         )
 
     def _scores(self, rollout: Rollout, token_rows: TokenRows, batch: MicroBatch) -> Tensor:
-        """Scores [N] of a micro-batch's episodes. A filler scores one episode, which the caller drops: under ZeRO-3
-        every rank must make the pass."""
+        """Scores of a micro-batch's episodes, [N, 1], with an ensemble also their disagreement, [N, 2]. A filler scores
+        one episode, which the caller drops: under ZeRO-3 every rank must make the pass."""
         episodes = batch.episodes or [0]
         completions = [self.chat.decode(rollout.completions[i].ids) for i in episodes]
         messages = [rollout.prompts.messages[i] for i in episodes]
         states = None if batch.frozen_states is None else pad_sequence(states_per_sequence(batch), batch_first=True)
         inputs = RewardInputs(messages, completions, *token_rows.padded(batch.episodes), states)
-        scores: Tensor = self.reward(inputs)
+        scores, disagreement = scores_with_disagreement(self.reward, inputs)
         if not torch.isfinite(scores).all():
             worst = int((~torch.isfinite(scores)).nonzero()[0])
             raise UserError(
@@ -284,7 +286,7 @@ class PPO:
                 f"Prompt: ...{messages[worst][-1]['content'][-80:]!r}; completion: {completions[worst][:80]!r}.",
                 "Correct the reward; the last checkpoint is usable.",
             )
-        return scores
+        return torch.stack([scores] if disagreement is None else [scores, disagreement], 1)
 
     def shape_scores(self, experience: Experience) -> Tensor:
         """Scores normalised and clipped, with the rule for completions that did not end. float32 [N]."""
@@ -374,7 +376,8 @@ def open_ppo_run(
     ]
     if config.needs_critic and config.critic.init == "reward":
         check_same_text("the policy", chat.fingerprints(), str(config.reward_model))
-    parents = [parent_facts(path) for path in (config.model.path, config.reward_model) if path]
+    scorers = [term["path"] for term in model_terms(config.reward)]
+    parents = [parent_facts(path) for path in (config.model.path, *dict.fromkeys(scorers))]
     facts = {"parents": parents, "data": data_facts(data), **chat.facts()}
     if times := [one.frozen_at for one in own.values() if one.frozen_at]:
         facts["reward_template_time"] = times[0]  # the same for all, for --resume

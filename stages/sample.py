@@ -92,7 +92,7 @@ def command(
         prompts, routed = task_adapters.route(adapters, prompts, route)
         policy = adapters.routed_policy
     scorer = open_scorer(reward, policy) if reward else None
-    prompts = accepted(policy, prompts, scorer.own_chat if scorer else None)
+    prompts = accepted(policy, prompts, scorer.own_chats if scorer else ())
     prompt_limit = policy.prompt_limit(params, scorer.limit if scorer else None)
     started, tokens, lines = time.monotonic(), 0, []
     scores: list[list[float]] = []
@@ -103,8 +103,9 @@ def command(
             task = routed.adapters.names[routed.tasks[samples[0].prompt.prompt_id]]
             rows = [row | {"task": task} for row in rows]
         if scorer is not None:
-            scores.append(scorer(samples))
-            _add_scores(rows, scores[-1])
+            found, spread = scorer.with_disagreement(samples)
+            scores.append(found)
+            _add_scores(rows, found, spread)
             best += [row for row in rows if row["best"]]
         tokens += sum(row["tokens"] for row in rows)
         if not as_json:
@@ -250,8 +251,10 @@ def _row(one: Sampled, index: int) -> dict[str, Any]:
     return row | {"answer": one.text, "ended": one.completion.ended, "tokens": len(one.completion.ids)}
 
 
-def _add_scores(rows: list[dict[str, Any]], scores: list[float]) -> None:
+def _add_scores(rows: list[dict[str, Any]], scores: list[float], disagreement: list[float] | None) -> None:
     best = scores.index(max(scores))
+    for row, spread in zip(rows, disagreement or ()):
+        row["disagreement"] = spread
     for index, (row, score) in enumerate(zip(rows, scores)):
         row |= {"score": score, "best": index == best}
 
@@ -292,6 +295,7 @@ def _show_prompted(row: dict[str, Any]) -> None:
 def _facts(row: dict[str, Any], scores: list[float]) -> Iterator[str]:
     yield f"{row['tokens']} tokens" + ("" if row["ended"] else ", cut off")
     if scores:
-        yield f"score {format_number(row['score'])}"
+        spread = f" +- {format_number(row['disagreement'])}" if "disagreement" in row else ""
+        yield f"score {format_number(row['score'])}{spread}"
     if len(scores) > 1:
         yield f"best of {len(scores)}, whose mean is {format_number(sum(scores) / len(scores))}"

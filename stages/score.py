@@ -19,7 +19,7 @@ from rlhf.data.selection import as_prompt, chosen_records, with_system
 from rlhf.data.store import open_dataset
 
 if TYPE_CHECKING:  # imports torch
-    from rlhf.inference.reward_model import RewardModel
+    from rlhf.inference.ensemble import EnsembleScorer
 
 RECORDS_AT_ONCE = 1_000
 Group = tuple[Prompt, list[dict[str, Any]]]
@@ -27,7 +27,10 @@ Group = tuple[Prompt, list[dict[str, Any]]]
 
 
 def command(
-    model: options.Model,
+    model: Annotated[
+        str,
+        typer.Argument(metavar="RUN|MODEL|{...}", help="A reward model, or '{name: ensemble, models: [RUN, RUN]}'."),
+    ],
     prompt: Annotated[str | None, typer.Option("--prompt", "-p", help="A user message.")] = None,
     answer: Annotated[
         list[str] | None, typer.Option("--answer", "-a", help="An answer to it; may be repeated.")
@@ -42,35 +45,38 @@ def command(
     as_json: Annotated[bool, typer.Option("--json", help="Print only JSON lines, one per answer.")] = False,
     trust_remote_code: options.TrustRemoteCode = False,
 ) -> None:
-    """Score answers with a reward model, as PPO does."""
+    """Score answers with a reward model or an ensemble of them, as PPO does."""
     options.check_writable(output, "--out")
     groups = _groups(prompt, answer, dataset, split, limit)
-    from rlhf.inference.policy import model_kind  # imports torch
-    from rlhf.inference.reward_model import open_reward_model
+    from rlhf.inference.ensemble import open_ensemble  # imports torch
 
-    if model_kind(model, trust_remote_code) != "reward":
-        raise UserError(f"{model}: is not a reward model", remedy="Name a run of the reward stage.")
-    reward = open_reward_model(model, trust_remote_code)
+    reward = open_ensemble(model, trust_remote_code)
     lines: list[str] = []
     scores: list[float] = []
+    spreads: list[float] = []
     skipped = 0
     while chunk := [(with_system(one, system), rows) for one, rows in islice(groups, RECORDS_AT_ONCE)]:
         for row in _scored(reward, chunk):
             skipped += row["score"] is None
             scores += [] if row["score"] is None else [row["score"]]
+            spreads += [] if row.get("disagreement") is None else [row["disagreement"]]
             lines.append(json.dumps(row, ensure_ascii=False))
             if as_json:
                 print_json(row)
             elif dataset is None:
-                say(f"{format_number(row['score']):>10}  {printable(row['answer'])}")
+                spread = f" +- {format_number(row['disagreement'])}" if row.get("disagreement") is not None else ""
+                say(f"{format_number(row['score']):>10}{spread}  {printable(row['answer'])}")
     if output is not None:
         options.write_whole(output, "".join(line + "\n" for line in lines))
     if skipped:
         warn(f"{skipped:,} answers do not fit in the {reward.limit:,} tokens of {model}, or are refused: no score")
     if not as_json and dataset is not None and scores:
         spread = statistics.pstdev(scores)
-        row = (len(scores), statistics.fmean(scores), spread, min(scores), max(scores))
-        table(f"Scores of {model}", ("answers", "mean", "standard deviation", "lowest", "highest"), [row])
+        columns = ["answers", "mean", "standard deviation", "lowest", "highest"]
+        row = [len(scores), statistics.fmean(scores), spread, min(scores), max(scores)]
+        if spreads:
+            columns, row = [*columns, "disagreement"], [*row, statistics.fmean(spreads)]
+        table(f"Scores of {model}", columns, [row])
 
 
 def _groups(
@@ -100,8 +106,8 @@ def _answers(record: Prompt) -> Iterator[dict[str, Any]]:
             yield {"answer": candidate.text, **rank}
 
 
-def _scored(reward: RewardModel, groups: Sequence[Group]) -> Iterator[dict[str, Any]]:
+def _scored(reward: EnsembleScorer, groups: Sequence[Group]) -> Iterator[dict[str, Any]]:
     pairs = [(prompt, row) for prompt, rows in groups for row in rows]
-    scores = reward.score_answers([prompt for prompt, _ in pairs], [row["answer"] for _, row in pairs])
-    for (prompt, row), score in zip(pairs, scores):
-        yield {"prompt_id": prompt.prompt_id, "messages": prompt.chat, **row, "score": score}
+    found = reward.score_answers([prompt for prompt, _ in pairs], [row["answer"] for _, row in pairs])
+    for (prompt, row), one in zip(pairs, found):
+        yield {"prompt_id": prompt.prompt_id, "messages": prompt.chat, **row, **one}

@@ -144,7 +144,7 @@ def test_ppo_names_every_contradiction_at_once():
         },
     )
     assert "batch.minibatches 4 is more than the 2 episodes" in text
-    assert "critic.init: `reward` needs the reward source `model`" in text
+    assert "critic.init: `reward` needs a reward model in the reward source" in text
     assert "loss.ptx_coef and data.ptx: set both or neither" in text
 
 

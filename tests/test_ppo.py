@@ -41,9 +41,10 @@ def test_every_metric_of_the_docs_is_logged_under_its_name_and_no_other(tmp_path
     run(config(tmp_path / "run", prompts))
     text = (tiny.REPOSITORY / "docs" / "metrics.md").read_text("utf-8").split("## PPO")[1]
     listed = {name for line in text.splitlines() if line.startswith("| `") for name in NAME.findall(line.split("|")[1])}
-    samplers = {name for name in listed if name.startswith(("rollout/sampler_gap", "rollout/importance"))}
+    others = ("rollout/sampler_gap", "rollout/importance", "objective/disagreement", "eval/disagreement")
+    elsewhere = {name for name in listed if name.startswith(others)}  # other samplers, ensembles
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text("utf-8").splitlines()]
-    assert {name for line in lines for name in line} == listed - samplers | {"step"}
+    assert {name for line in lines for name in line} == listed - elsewhere | {"step"}
     assert all(math.isfinite(value) for line in lines for value in line.values())
     timed = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[1])
     for phase in ("rollout", "score", "learn"):

@@ -119,7 +119,7 @@ def test_prompts_that_a_retokenizing_reward_models_template_refuses_are_rejected
     rejected = [json.loads(line) for line in (tmp_path / "ppo" / "rejected.jsonl").read_text().splitlines()]
     assert [row["place"] for row in rejected if "place" in row] == [f"{prompts}:2"]
     policy = open_policy(tiny.llama())
-    assert accepted(policy, [OK, SYSTEM], open_scorer(scorer["path"], policy).own_chat) == [OK]
+    assert accepted(policy, [OK, SYSTEM], open_scorer(scorer["path"], policy).own_chats) == [OK]
 
 
 def test_prompts_that_the_template_refuses_are_left_out_of_sampling(

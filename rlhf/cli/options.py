@@ -41,7 +41,10 @@ Split = Annotated[
 Limit = Annotated[int | None, typer.Option(min=1, help="The largest number of records; the first ones are taken.")]
 Reward = Annotated[
     str | None,
-    typer.Option(metavar="RUN", help="Scorer of the answers: a reward run or model, or a function `module:function`."),
+    typer.Option(
+        metavar="RUN|MODULE:FUNCTION|FILE|{...}",
+        help="Scorer of the answers: a reward run or model, a function, or a reward source as in a PPO config.",
+    ),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as one JSON object in the last line.")]
 

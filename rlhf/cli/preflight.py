@@ -31,7 +31,9 @@ from rlhf.dpo.config import DPOConfig
 from rlhf.models.adapters import VIRTUAL
 from rlhf.ppo.config import PPOConfig
 from rlhf.ppo.shared_roles import recognise
+from rlhf.reward.combining import COMBINATIONS
 from rlhf.reward.config import RewardConfig
+from rlhf.reward.sources import model_terms, weighted_terms
 from rlhf.runs.model_folder import read_safetensors_header
 from rlhf.runs.run import Run, check_run_folder, check_same_text, is_complete, is_run, read_run, resolve_model_path
 from rlhf.sft.config import SFTConfig
@@ -364,15 +366,17 @@ def _sharing(config: PPOConfig, pending_runs: PendingRuns) -> Rows:
 
 def _reward_sources(config: PPOConfig, pending_runs: PendingRuns) -> Rows:
     """A row for each source; reward models must be finished and, unless they retokenize, read the policy's tokens."""
-    pick = config.reward
-    terms = pick.options["terms"] if pick.name == "sum" else [{"name": pick.name, **pick.options}]
     rows = []
-    for term in terms:
-        weight = f" x {term['weight']:g}" if "weight" in term else ""
-        if term["name"] != "model":
-            rows.append(("reward", f"{term['name']} {term.get('function', '')}".strip() + weight))
-            continue
-        rows.append(("reward", _parent("reward.path", term["path"], ("reward",), pending_runs) + weight))
+    for pick, weight in weighted_terms(config.reward):
+        shown = f" x {weight:g}" if weight != 1 else ""
+        if not model_terms(pick):
+            rows.append(("reward", f"{pick.name} {pick.options.get('function', '')}".strip() + shown))
+        key = "reward.models" if pick.name == "ensemble" else "reward.path"
+        if pick.name == "ensemble":
+            rows.append(("reward", f"ensemble, {COMBINATIONS.pick(pick.options['combine']).name} of:{shown}"))
+            shown = ""
+        rows += [("reward", _parent(key, t["path"], ("reward",), pending_runs) + shown) for t in model_terms(pick)]
+    for term in model_terms(config.reward):
         starts_critic = config.needs_critic and config.critic.init == "reward" and term["path"] == config.reward_model
         if os.path.normpath(term["path"]) not in pending_runs and (starts_critic or not term.get("retokenize", False)):
             _same_text(config, term["path"], pending_runs)

@@ -75,7 +75,7 @@ def sampled_metrics(
     scorer = open_scorer(reward, policy)
     found: dict[str, list[float]] = {}
     lengths, ended = [], []
-    usable = accepted(policy, prompts, scorer.own_chat)
+    usable = accepted(policy, prompts, scorer.own_chats)
     for samples in sample(policy, usable, params, seed, n, policy.prompt_limit(params, scorer.limit)):
         found[samples[0].prompt.prompt_id] = scorer(samples)
         lengths += [len(one.completion.ids) for one in samples]

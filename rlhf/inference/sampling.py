@@ -86,10 +86,11 @@ def sample(
         warn(f"{cut:,} prompts are longer than {prompt_limit:,} tokens and were cut to their end")
 
 
-def accepted(policy: Policy, prompts: Sequence[Prompt], scorer: ChatTokenizer | None = None) -> list[Prompt]:
+def accepted(policy: Policy, prompts: Sequence[Prompt], scorers: Sequence[ChatTokenizer] = ()) -> list[Prompt]:
     """The prompts that the policy's chat template accepts; a warning counts the others and names the first.
 
-    With `scorer`, the tokenizer of a reward model that reads text in its own tokens, its template must accept them too.
+    The templates of `scorers`, the tokenizers of reward models that read text in their own tokens, must accept them
+    too.
 
     Raises:
         UserError: It accepts none of them.
@@ -97,7 +98,7 @@ def accepted(policy: Policy, prompts: Sequence[Prompt], scorer: ChatTokenizer | 
     kept, counts = [], EncodingCounts()
     for prompt in prompts:
         try:
-            for chat in filter(None, (policy.chat, scorer)):
+            for chat in (policy.chat, *scorers):
                 chat.prompt(prompt.messages)
         except RefusedText as error:
             counts.refuse(prompt, error)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -20,7 +19,8 @@ from rlhf.inference.policy import Policy, model_kind
 from rlhf.inference.sampling import Sampled
 from rlhf.models.adapters import virtual_tokens_of
 from rlhf.models.load import load_hf_config, sequence_limit
-from rlhf.reward.sources import REWARDS, RewardContext, RewardInputs, own_chats
+from rlhf.reward.sources import RewardContext, RewardInputs, model_terms, own_chats, scores_with_disagreement
+from rlhf.reward.spec import read_reward, retokenizing
 from rlhf.runs.run import resolve_model_path
 
 
@@ -33,11 +33,15 @@ class Scorer:
     """Longest sequence in tokens; None for a function."""
     chat: ChatTokenizer
     source: Callable[[RewardInputs], torch.Tensor]
-    own_chat: ChatTokenizer | None = None
-    """The reward model's tokenizer, if it is another than the policy's."""
+    own_chats: Sequence[ChatTokenizer] = ()
+    """The tokenizers of reward models that are others than the policy's."""
 
     def __call__(self, samples: Sequence[Sampled]) -> list[float]:
-        """One score for each completion, higher = better.
+        """One score for each completion, higher = better; see `with_disagreement`."""
+        return self.with_disagreement(samples)[0]
+
+    def with_disagreement(self, samples: Sequence[Sampled]) -> tuple[list[float], list[float] | None]:
+        """The scores, and the standard deviation of each over an ensemble's members; None without an ensemble.
 
         Raises:
             UserError: A score is not finite.
@@ -45,41 +49,52 @@ class Scorer:
         rows = [one.prompt_ids + one.completion.ids for one in samples]
         ids, mask = self.chat.pad(rows, distributed.device())
         inputs = RewardInputs([one.prompt.chat for one in samples], [one.text for one in samples], ids, mask)
-        scores: list[float] = self.source(inputs).tolist()
+        found, spread = scores_with_disagreement(self.source, inputs)
+        scores: list[float] = found.tolist()
         for score, one in zip(scores, samples):
             if not math.isfinite(score):
                 raise UserError(f"--reward {self.name}: gave {score} for the answer {one.text[:80]!r}")
-        return scores
+        return scores, None if spread is None else spread.tolist()
 
 
 def open_scorer(spec: str, policy: Policy) -> Scorer:
-    """Open a reward run or model, or a Python function `module:function`.
+    """Open a reward source: a run or model, a Python function `module:function`, or see `read_reward`.
 
     A model with another tokenizer or chat template than the policy's tokenises the text again.
 
     Raises:
         UserError: It cannot be loaded, or is a policy.
     """
-    config = ModelConfig(path=spec, trust_remote_code=policy.trust_remote_code)
-    limit = None
-    if re.fullmatch(r"[A-Za-z_][\w.]*:\w+", spec):
-        if (here := str(Path.cwd())) not in sys.path:
-            sys.path.append(here)  # functions in the working folder can be imported
-        options: dict[str, Any] = {"name": "function", "function": spec}
-    else:
-        if model_kind(spec, policy.trust_remote_code) != "reward":
-            raise UserError(f"--reward {spec}: not a reward model", remedy="Name a run of the reward stage.")
-        folder = resolve_model_path(spec)
-        limit = sequence_limit(config, load_hf_config(config, folder)) - virtual_tokens_of(folder)
-        same = load_tokenizer(config, folder).fingerprints() == policy.chat.fingerprints()
-        options = {"name": "model", "path": spec, "retokenize": not same}
+    if (here := str(Path.cwd())) not in sys.path:
+        sys.path.append(here)  # functions in the working folder can be imported
+    config = ModelConfig(path=policy.path, trust_remote_code=policy.trust_remote_code)
     try:
-        pick = REWARDS.pick(options)
+        pick = read_reward(spec)
+        paths = [term["path"] for term in model_terms(pick)]
+        limits = [_limit(path, config) for path in paths]
+        pick = retokenizing(pick, [path for path in paths if not _same_text(path, policy)])
         own = own_chats(pick, config)
         source = pick(RewardContext(config, policy.chat, _on_device, own_chats=own))
     except ValueError as error:
         raise UserError(f"--reward: {error}") from None
-    return Scorer(spec, limit, policy.chat, source, own.get(spec))
+    return Scorer(spec, min(limits, default=None), policy.chat, source, list(own.values()))
+
+
+def _limit(path: str, config: ModelConfig) -> int:
+    """The longest sequence of a reward model, in tokens.
+
+    Raises:
+        UserError: It is no reward model.
+    """
+    if model_kind(path, config.trust_remote_code) != "reward":
+        raise UserError(f"--reward {path}: not a reward model", remedy="Name a run of the reward stage.")
+    folder, one = resolve_model_path(path), config.model_copy(update={"path": path})
+    return sequence_limit(one, load_hf_config(one, folder)) - virtual_tokens_of(folder)
+
+
+def _same_text(path: str, policy: Policy) -> bool:
+    config = ModelConfig(path=path, trust_remote_code=policy.trust_remote_code)
+    return load_tokenizer(config, resolve_model_path(path)).fingerprints() == policy.chat.fingerprints()
 
 
 def _on_device(model: Any) -> Any:

@@ -15,6 +15,7 @@ from rlhf.models.adapters import adapter_base, is_adapter
 from rlhf.models.load import load_hf_config, refuse_encoder_decoder, sequence_limit
 from rlhf.ppo.config import PPOConfig
 from rlhf.reward.config import RewardConfig
+from rlhf.reward.sources import model_terms
 from rlhf.runs.run import resolve_model_path
 from rlhf.sft.config import SFTConfig
 
@@ -49,8 +50,7 @@ def roles(config: StageConfig) -> list[Role]:
         found.append(Role("critic", start, True, config.critic.tuning, shared))
     if not config.tuning.row.traits["adapter"] or (not shared and _goes_on_with_an_adapter(path)):
         found.append(Role("reference", path, False, None))
-    terms = config.reward.options["terms"] if config.reward.name == "sum" else [config.reward.options]
-    paths = [term["path"] for term in terms if "path" in term]
+    paths = [term["path"] for term in model_terms(config.reward)]
     return found + [Role("reward model", p, True, None, shared and p == config.reward_model) for p in paths]
 
 

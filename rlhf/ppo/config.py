@@ -10,7 +10,7 @@ from rlhf.config.base import AdamWConfig, Fraction, ModelConfig, Paths, StageCon
 from rlhf.core.table import Pick
 from rlhf.ppo.advantages import ADVANTAGES
 from rlhf.ppo.kl import KL_CONTROLLERS, KL_ESTIMATORS, MISSING_EOS
-from rlhf.reward.sources import REWARDS
+from rlhf.reward.sources import REWARDS, model_terms
 from rlhf.rollout.samplers import SAMPLERS, unsupported_options
 from rlhf.tuning.methods import TUNING
 
@@ -35,7 +35,8 @@ class PPODataConfig(Strict):
 
 class CriticConfig(Strict):
     init: Literal["reward", "policy"] = "reward"
-    """What to start from: `reward` is the trained reward model, `policy` is the policy with a new value head."""
+    """What to start from: `reward` is the trained reward model (the first one, if there are several), `policy` is the
+    policy with a new value head."""
     tuning: Annotated[Pick, TUNING] = TUNING.pick("full")
     """Which weights of the critic to train besides the value head: a row of the tuning table with its options."""
     warmup_updates: NonNegativeInt = 0
@@ -228,7 +229,7 @@ class PPOConfig(StageConfig):
         if self.rollout.samples_per_prompt < least:
             faults.append(f"advantage {self.advantage.name!r} needs rollout.samples_per_prompt >= {least}")
         if self.needs_critic and self.critic.init == "reward" and self.reward_model is None:
-            faults.append("critic.init: `reward` needs the reward source `model`; set `critic.init: policy`")
+            faults.append("critic.init: `reward` needs a reward model in the reward source; set `critic.init: policy`")
         if (self.loss.ptx_coef > 0) != bool(self.data.ptx):
             faults.append("loss.ptx_coef and data.ptx: set both or neither")
         for key, pick in (("tuning", self.tuning), ("critic.tuning", self.critic.tuning)):
@@ -286,7 +287,6 @@ class PPOConfig(StageConfig):
 
     @property
     def reward_model(self) -> str | None:
-        """Path of the reward model, if the reward source is one or is a sum that contains one."""
-        if self.reward.name == "sum":
-            return next((t["path"] for t in self.reward.options["terms"] if t["name"] == "model"), None)
-        return self.reward.options.get("path")
+        """Path of the first reward model in the reward source: the model itself, a member of an ensemble, or a term of
+        a sum; None without one."""
+        return next((str(term["path"]) for term in model_terms(self.reward)), None)

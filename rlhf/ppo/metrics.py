@@ -127,17 +127,21 @@ class PPOReporter(Reporter):
             "eval/response_length": float(rollout.lengths.float().mean()),
             "eval/eos_rate": float(rollout.ended.float().mean()),
         }
+        if experience.disagreement is not None:
+            metrics["eval/disagreement"] = float(experience.disagreement.mean())
         self.evaluations = [*self.evaluations[:1], metrics]
         self.log(done, metrics)
         score, length = format_number(metrics["eval/scores"], 3), format_number(metrics["eval/response_length"], 3)
         self.bar.note(
             f"held out after update {done}: score {score}  kl {format_number(metrics['eval/kl'], 3)}  len {length}"
         )
-        rows = zip(rollout.prompts.messages, rollout.completions, experience.scores.tolist())
-        self.samples(
-            done,
-            [{"messages": m, "answer": chat.decode(a.ids), "score": score, "ended": a.ended} for m, a, score in rows],
-        )
+        rows = [
+            {"messages": messages, "answer": chat.decode(one.ids), "score": score, "ended": one.ended}
+            for messages, one, score in zip(rollout.prompts.messages, rollout.completions, experience.scores.tolist())
+        ]
+        if experience.disagreement is not None:
+            rows = [row | {"disagreement": one} for row, one in zip(rows, experience.disagreement.tolist())]
+        self.samples(done, rows)
 
     def headline(self) -> dict[str, float]:
         """What run.json keeps: the last evaluation, and the score before training."""
@@ -163,6 +167,8 @@ def experience_metrics(
         "rollout/response_length": float(lengths.mean()),
         "rollout/eos_rate": float(experience.rollout.ended.float().mean()),
     }
+    if experience.disagreement is not None:
+        metrics["objective/disagreement"] = float(experience.disagreement.mean())
     if (importance := experience.importance) is not None:
         metrics |= {
             "rollout/sampler_gap_mean": float(importance.gap_mean),

@@ -26,7 +26,7 @@ from rlhf.ppo.actor_critic import ActorCritic, TokenOutputs, compile_layers
 from rlhf.ppo.batching import TokenRows
 from rlhf.ppo.config import PPOConfig
 from rlhf.ppo.types import MicroBatch, TokenScores
-from rlhf.reward.sources import RewardInputs
+from rlhf.reward.sources import RewardInputs, model_terms
 from rlhf.runs.run import resolve_model_path
 from rlhf.training.engine import Engine, make_engine
 from rlhf.tuning.save import save_result
@@ -102,9 +102,7 @@ def check_vocabularies(config: PPOConfig, chat: ChatTokenizer) -> None:
     Raises:
         UserError: A model's embedding lacks rows for some of the tokenizer's ids.
     """
-    options = config.reward.options
-    terms = options["terms"] if config.reward.name == "sum" else [{"name": config.reward.name, **options}]
-    scorers = [term["path"] for term in terms if term["name"] == "model" and not term.get("retokenize")]
+    scorers = [term["path"] for term in model_terms(config.reward) if not term.get("retokenize")]
     if config.needs_critic and config.critic.init == "reward":
         scorers.append(str(config.reward_model))
     fixed = config.model.model_copy(update={"resize_embeddings": False})

@@ -55,6 +55,7 @@ from rlhf.runs.run import resolve_model_path
 from rlhf.training.engine import Engine, make_engine
 from rlhf.tuning import merging
 from rlhf.tuning.methods import HEADS, TASKS, adapter_config
+from rlhf.tuning.origin import adapter_folder
 from rlhf.tuning.save import origin_of
 
 POLICY = "default"
@@ -237,8 +238,7 @@ def _peft_config(base: Any, adapter: Adapter) -> Any:
 
 def _saved(run: str) -> dict[str, Tensor]:
     """The weights of a run's adapter, and of its head if it has one."""
-    places = [Path(run) / part / "adapter_model.safetensors" for part in ("adapter", "model")]
-    return load_file(next((place for place in places if place.is_file()), places[0]))
+    return load_file(adapter_folder(run) / "adapter_model.safetensors")
 
 
 def _start_from(policy: Any, name: str, run: str) -> None:

@@ -9,17 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
-
-import yaml
 
 from rlhf.core.errors import UserError
 from rlhf.core.table import Pick
-from rlhf.models.adapters import is_adapter
 from rlhf.ppo.config import PPOConfig
-from rlhf.runs.run import fingerprint, is_run, read_run, resolve_model_path
-from rlhf.tuning.methods import TUNING
+from rlhf.reward.sources import model_terms
+from rlhf.runs.run import read_run, resolve_model_path
+from rlhf.tuning.origin import base_of, is_unmerged, tuning_of, weights_of
 
 SEPARATE = "or set model.sharing=separate."
 
@@ -65,20 +61,20 @@ def recognise(config: PPOConfig) -> SharedRoles:
     """
     start, reward = config.model.path, config.reward_model
     base, known, sft = start, weights_of(start), None
-    if _is_unmerged(start):
+    if is_unmerged(start):
         _lora_of(start, "model.path")
-        sft, origin = start, _base_of(start)
+        sft, origin = start, base_of(start)
         base, known = origin["path"], origin["weights"]
     mine = known
     if reward is not None:
         tuning = _lora_of(reward, "reward.path")
-        if any(term.get("retokenize") for term in _model_terms(config) if term["path"] == reward):
+        if any(term.get("retokenize") for term in model_terms(config.reward) if term["path"] == reward):
             raise UserError(
                 "reward.retokenize is not supported with model.sharing `shared`",
                 "Both models use the policy's tokenizer.",
                 f"Leave retokenize out, {SEPARATE}",
             )
-        theirs = _base_of(reward)
+        theirs = base_of(reward)
         if theirs["weights"] != mine:
             sft = _sft_beside(start, mine, reward, theirs)
             base, known = str(theirs["path"]), str(theirs["weights"])
@@ -101,33 +97,13 @@ def recognise(config: PPOConfig) -> SharedRoles:
     return SharedRoles(resolve_model_path(base), known, adapters)
 
 
-def weights_of(path: str) -> str:
-    """The current fingerprint of a path's weights; for a hub model, `hub:` and its name."""
-    if is_run(path):
-        return str(read_run(path).get("model_fingerprint"))
-    return fingerprint(Path(path)) if Path(path).is_dir() else f"hub:{path}"
-
-
-def _base_of(run: str) -> dict[str, str]:
-    """Path and weights of the model that a run was trained from, as its run.json records them."""
-    parent = read_run(run)["parents"][0]
-    if _is_unmerged(parent["path"]):  # it went on with its parent's adapter
-        return _base_of(parent["path"])
-    return {"path": parent["path"], "weights": parent.get("fingerprint") or f"hub:{parent['path']}"}
-
-
-def _is_unmerged(path: str) -> bool:
-    """Whether a path is a run whose result is an adapter, because it cannot be merged."""
-    return is_run(path) and is_adapter(Path(path) / "model")
-
-
 def _lora_of(run: str, key: str) -> Pick:
     """The tuning of a LoRA run, without dropout.
 
     Raises:
         UserError: It is not a LoRA run.
     """
-    tuning = _tuning_of(run)
+    tuning = tuning_of(run)
     if tuning is None or not tuning.row.traits["roles"]:
         found = "a model without a run folder" if tuning is None else f"a run with `tuning: {tuning.name}`"
         raise UserError(
@@ -138,26 +114,19 @@ def _lora_of(run: str, key: str) -> Pick:
     return tuning
 
 
-def _tuning_of(run: str) -> Pick | None:
-    if not is_run(run):
-        return None
-    found = TUNING.pick(yaml.safe_load((Path(run) / "config.yaml").read_text("utf-8")).get("tuning", "full"))
-    return Pick(found.row, found.options | {"dropout": 0.0}) if "dropout" in found.options else found
-
-
 def _sft_beside(start: str, mine: str, reward: str, theirs: Mapping[str, str]) -> str:
     """`start`, if it is an SFT LoRA run on the base of the reward run.
 
     Raises:
         UserError: It is not, so the two have no base in common.
     """
-    tuning = _tuning_of(start)
+    tuning = tuning_of(start)
     why = f"{reward} is an adapter on {theirs['path']} ({_short(theirs['weights'])}). "
     why += f"model.path {start} is {_short(mine)}"
     if tuning is None or not tuning.row.traits["roles"] or read_run(start)["stage"] != "sft":
         why += ", which is not an SFT LoRA run."
     else:
-        own = _base_of(start)
+        own = base_of(start)
         if own["weights"] == theirs["weights"]:
             return start
         why += f", an adapter on {own['path']} ({_short(own['weights'])})."
@@ -186,13 +155,6 @@ def _check_options(key: str, adapter: Adapter, policy: Pick) -> None:
         f"That run has {', '.join(f'{name}: {value}' for name, value in other.items()) or run.name}.",
         f"Set the same, {SEPARATE}",
     )
-
-
-def _model_terms(config: PPOConfig) -> list[dict[str, Any]]:
-    """The reward models among the reward's terms."""
-    pick = config.reward
-    terms = pick.options["terms"] if pick.name == "sum" else [{"name": pick.name, **pick.options}]
-    return [term for term in terms if term["name"] == "model"]
 
 
 def _short(weights: str) -> str:

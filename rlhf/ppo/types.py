@@ -123,6 +123,8 @@ class Experience:
     """[N, T]: the critic's value of the state in which each token was chosen; None without a critic."""
     scores: Tensor
     """[N]: raw scores of the reward source."""
+    disagreement: Tensor | None
+    """[N]: the standard deviation of each score over the members of an ensemble; None without one."""
     entropy: float
     """Mean entropy of the policy over response tokens, nats."""
     importance: Importance | None = None
@@ -175,6 +177,7 @@ def gather_tokens(columns: Tensor, order: Tensor, lengths: Tensor) -> list[Tenso
 
 
 def gather_scores(scores: Tensor, order: Tensor) -> Tensor:
-    """Scores of this rank's episodes -> those of all episodes, float32 [N] on the CPU; `order` as above."""
+    """Scores of this rank's episodes, float32 [n, ...] -> those of all episodes, [N, ...] on the CPU; `order` as
+    above."""
     found = distributed.all_gather_rows(scores.to(distributed.device())).cpu()
     return torch.zeros_like(found).index_copy(0, order, found)

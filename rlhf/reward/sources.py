@@ -1,7 +1,7 @@
 """The sources of PPO's scores: one table, REWARDS.
 
 A row builds a source. A source is called with a batch of completed episodes and returns one score for each; higher is
-better.
+better. A source with a method `with_disagreement` also says how far its parts disagree about each score.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from pydantic import AfterValidator, PositiveFloat
 from rlhf import distributed
 from rlhf.core.lazy import lazy
 from rlhf.core.table import Pick, Table
+from rlhf.reward.combining import COMBINATIONS, Combination, disagreement
 from rlhf.reward.functions import FunctionName, call_reward_function, import_function
 
 if TYPE_CHECKING:
@@ -62,6 +63,17 @@ Source = Any
 """A callable: RewardInputs -> float32 [B] on the CPU."""
 
 
+def scores_with_disagreement(source: Source, inputs: RewardInputs) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """The scores of a source, and the standard deviation of each over the members of its ensemble, float32 [B] both.
+
+    The second is None for a source without an ensemble.
+    """
+    if hasattr(source, "with_disagreement"):
+        found: tuple[torch.Tensor, torch.Tensor | None] = source.with_disagreement(inputs)
+        return found
+    return source(inputs), None
+
+
 @REWARDS.row("model")
 def model(context: RewardContext, *, path: str, retokenize: bool = False) -> Source:
     """The trained reward model of a run, or any model folder with a score head.
@@ -80,16 +92,83 @@ def model(context: RewardContext, *, path: str, retokenize: bool = False) -> Sou
     tokens = token_count((own or context.chat).tokenizer)
     loaded = load_scalar(config, folder, head="trained", tokens=tokens, as_stored=distributed.grouped())
     scalar = context.freeze(loaded)
+    return lambda inputs: _model_scores(scalar, own, inputs)
 
-    def score(inputs: RewardInputs) -> torch.Tensor:
-        ids, mask = inputs.input_ids, inputs.attention_mask
-        if own is not None:
-            texts = [own.whole(m, a) for m, a in zip(inputs.messages, inputs.completions)]
-            ids, mask = own.pad(texts, ids.device)
-        with torch.no_grad():
-            return scalar(ids, mask).float().cpu()
 
-    return score
+def _model_scores(scalar: Any, own: ChatTokenizer | None, inputs: RewardInputs) -> torch.Tensor:
+    """What a frozen scalar model gives, on the CPU; with `own` it reads the text in the tokens of that tokenizer."""
+    ids, mask = inputs.input_ids, inputs.attention_mask
+    if own is not None:
+        texts = [own.whole(m, a) for m, a in zip(inputs.messages, inputs.completions)]
+        ids, mask = own.pad(texts, ids.device)
+    with torch.no_grad():
+        scores: torch.Tensor = scalar(ids, mask).float().cpu()
+    return scores
+
+
+def _several(models: list[str]) -> list[str]:
+    if len(set(models)) < max(2, len(models)):
+        raise ValueError("an ensemble needs at least two reward models, each named once")
+    return models
+
+
+Models = Annotated[list[str], AfterValidator(_several)]
+
+
+@REWARDS.row("ensemble")
+def ensemble(
+    context: RewardContext, *, models: Models, combine: Combination = "mean", retokenize: bool = False
+) -> Source:
+    """Several reward models, such as runs with other seeds or other adapters on one base, as one (Coste et al. 2023).
+
+    `models` are run or model folders; adapters on the same base load it once. `combine` is `mean`, `min`,
+    `mean-minus-std` or `mean-minus-variance`; with a factor: `{name: mean-minus-std, coef: 0.5}`. `retokenize` as for
+    `model`.
+    """
+    return Ensemble(context, models, COMBINATIONS.pick(combine), retokenize)
+
+
+class Ensemble:
+    """A reward source whose score combines those of several reward models."""
+
+    def __init__(self, context: RewardContext, models: Sequence[str], combine: Pick, retokenize: bool) -> None:
+        from rlhf.models.vocabulary import token_count
+        from rlhf.reward.members import ScalarGroup, load_members
+
+        self.combine, self._models, self._shared = combine, list(models), context.shared
+        chats = {path: context.own_chats[path] if retokenize else None for path in models}
+        config = context.model.model_copy(update={"chat_template": "auto", "resize_embeddings": False})
+        others = [path for path in models if path not in context.shared]
+        loaded = load_members(
+            config, others, lambda path: token_count((chats[path] or context.chat).tokenizer), distributed.grouped()
+        )
+        groups: dict[str, list[int]] = {}  # members that read the same tokens are one module
+        for index, path in enumerate(others):
+            own = chats[path]
+            groups.setdefault("" if own is None else str(sorted(own.fingerprints().items())), []).append(index)
+        self._groups = [
+            (
+                [others[i] for i in places],
+                chats[others[places[0]]],
+                context.freeze(ScalarGroup([loaded[i] for i in places])),
+            )
+            for places in groups.values()
+        ]
+
+    def members(self, inputs: RewardInputs) -> torch.Tensor:
+        """The scores of all members, in their order in the config: float32 [B, M] on the CPU."""
+        found = {path: self._shared[path](inputs) for path in self._models if path in self._shared}
+        for paths, own, group in self._groups:
+            found |= zip(paths, _model_scores(group, own, inputs).unbind(1))
+        return torch.stack([found[path] for path in self._models], 1)
+
+    def with_disagreement(self, inputs: RewardInputs) -> tuple[torch.Tensor, torch.Tensor]:
+        """See `scores_with_disagreement`."""
+        members = self.members(inputs)
+        return self.combine(members), disagreement(members)
+
+    def __call__(self, inputs: RewardInputs) -> torch.Tensor:
+        return self.with_disagreement(inputs)[0]
 
 
 @REWARDS.row("function")
@@ -110,12 +189,26 @@ def function(context: RewardContext, *, function: FunctionName, timeout_seconds:
     return score
 
 
+def weighted_terms(reward: Pick) -> list[tuple[Pick, float]]:
+    """The sources in a reward source and their weights: the terms of a sum, also of sums of sums, or the source."""
+    if reward.name != "sum":
+        return [(reward, 1.0)]
+    found = []
+    for term in reward.options["terms"]:
+        pick = REWARDS.pick({key: value for key, value in term.items() if key != "weight"})
+        found += [(one, float(term.get("weight", 1.0)) * weight) for one, weight in weighted_terms(pick)]
+    return found
+
+
 def model_terms(reward: Pick) -> list[dict[str, Any]]:
-    """The options of each reward model in a reward source, also in sums of sums."""
-    if reward.name == "sum":
-        picks = [REWARDS.pick({k: v for k, v in t.items() if k != "weight"}) for t in reward.options["terms"]]
-        return [term for pick in picks for term in model_terms(pick)]
-    return [reward.options] if reward.name == "model" else []
+    """`path` and `retokenize` of each reward model in a reward source, also in ensembles and sums of sums."""
+    found = []
+    for pick, _ in weighted_terms(reward):
+        if pick.name == "ensemble":
+            found += [{"path": path, "retokenize": pick.options["retokenize"]} for path in pick.options["models"]]
+        elif pick.name == "model":
+            found.append(pick.options)
+    return found
 
 
 def own_chats(reward: Pick, model: ModelConfig, frozen_at: str | None = None) -> dict[str, ChatTokenizer]:
@@ -161,9 +254,21 @@ Terms = Annotated[list[dict[str, Any]], AfterValidator(_terms)]
 def weighted_sum(context: RewardContext, *, terms: Terms) -> Source:
     """A weighted sum of sources: `terms` is a list of rows, each with its options and a `weight` (1 by default)."""
     parts = [(t.get("weight", 1.0), REWARDS.pick({k: v for k, v in t.items() if k != "weight"})) for t in terms]
-    sources = [(float(weight), pick(context)) for weight, pick in parts]
+    return WeightedSum([(float(weight), pick(context)) for weight, pick in parts])
 
-    def score(inputs: RewardInputs) -> torch.Tensor:
-        return torch.stack([weight * source(inputs) for weight, source in sources]).sum(0)
 
-    return score
+class WeightedSum:
+    """A reward source that is the weighted sum of others."""
+
+    def __init__(self, parts: Sequence[tuple[float, Source]]) -> None:
+        self._parts = parts
+
+    def with_disagreement(self, inputs: RewardInputs) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """See `scores_with_disagreement`. Ensembles in a sum count as independent: their variances are added."""
+        found = [(weight, *scores_with_disagreement(source, inputs)) for weight, source in self._parts]
+        total = torch.stack([weight * scores for weight, scores, _ in found]).sum(0)
+        variances = [(weight * spread) ** 2 for weight, _, spread in found if spread is not None]
+        return total, torch.stack(variances).sum(0).sqrt() if variances else None
+
+    def __call__(self, inputs: RewardInputs) -> torch.Tensor:
+        return self.with_disagreement(inputs)[0]
