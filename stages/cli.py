@@ -36,6 +36,7 @@ app = command_group(
         "runs": ("stages.runs:command", "List the runs below a folder with stage, state and result."),
         "doctor": ("stages.doctor:command", "Say what is wrong with a run, why, and what to do."),
         "report": ("stages.report:command", "Write one HTML page about runs, to read, print and send."),
+        "guard": ("stages.guard:command", "Say whether a PPO run gets better or games its reward."),
         "export": ("stages.export:command", "Export a finished run in Hugging Face format."),
         "chat": ("stages.chat:command", "Chat with a model."),
         "check-model": (

@@ -25,6 +25,9 @@ from rlhf.core.errors import Terminated, UserError
 from rlhf.data.chat_tokenizer import ChatTokenizer, load_tokenizer
 from rlhf.data.selection import open_datasets
 from rlhf.data.tables import prompt_lengths, tokenize
+from rlhf.guard.guard import Guard
+from rlhf.guard.observers import Observers, score_range
+from rlhf.guard.signals import outside_range
 from rlhf.memory.peak import PeakMemory
 from rlhf.models.adapters import virtual_tokens_of
 from rlhf.models.load import load_hf_config, sequence_limit
@@ -89,7 +92,9 @@ class PPO:
         path = resolve_model_path(config.model.path)
         time = template_time(config, resume)
         self.chat = load_tokenizer(config.model, path, time)
-        own = own_chats(config.reward, config.model, time)
+        own: dict[str, ChatTokenizer] = {}
+        for pick in (config.reward, *config.onlookers.values()):
+            own |= own_chats(pick, config.model, time)
         model_config = load_hf_config(config.model, path)
         limit = sequence_limit(config.model, model_config) - most_virtual_tokens(config)
         self.vocab_size = model_config.get_text_config().vocab_size
@@ -103,6 +108,8 @@ class PPO:
         self.models = load(config, self.chat)
         context = RewardContext(config.model, self.chat, self.models.engine.freeze, self.models.scorers, own)
         self.reward = config.reward(context)
+        self.observers = Observers(config.onlookers, context)
+        self.guard, self.score_range = Guard(config.guard), score_range(config.reward)
         room = min(config.data.max_prompt_tokens, limit - config.rollout.max_new_tokens)
         if room < 1:
             raise UserError(f"rollout.max_new_tokens leaves no room for a prompt in the model's {limit} tokens")
@@ -140,11 +147,12 @@ class PPO:
         if self.done == 0:
             self.evaluate()
         with sigterm_noted() as ended:
-            while self.done < config.updates:
+            while self.done < config.updates and self.guard.end is None:
                 metrics = self.update(self.done)
                 self.done += 1
                 self.reporter.update(self.done, metrics)
-                last = self.done == config.updates
+                self.reporter.alarms(self.guard.observe(self.done, metrics))
+                last = self.done == config.updates or self.guard.end is not None
                 if self.done % config.eval.every == 0 or last:
                     self.evaluate()
                 end = not last and ended()
@@ -152,10 +160,22 @@ class PPO:
                     self.save()
                 if end:
                     raise Terminated(f"Update {self.done:,} is in a checkpoint.")
+        facts = self.take_result()
         self.models.save(self.run.path, self.chat, config)
-        finish(self.run, metrics=self.reporter.headline(), peak_memory=self.memory.measured())
+        finish(self.run, metrics=self.reporter.headline(), peak_memory=self.memory.measured(), **facts)
         self.reporter.close()
         self.memory.report(config, *prompt_lengths(self.tables.train))
+
+    def take_result(self) -> dict[str, Any]:
+        """If the guard has ended the run, load the policy that it chose, and say so. Gives facts for run.json."""
+        end, step = self.guard.end, self.done
+        if end is None:
+            return {}
+        if end.action == "best-checkpoint" and self.guard.best not in (None, self.done):
+            step = self.guard.best
+            self.models.engine.load(self.checkpoints.check(step), optimizer=False)
+        say(f"The guard ended the run after update {self.done:,} ({end.rule}); the result is the policy of {step:,}")
+        return {"step": step, "ended_by": end.as_event()}
 
     # ---- one update ----------------------------------------------------------------------------------------------
 
@@ -168,20 +188,23 @@ class PPO:
         minibatches = self.minibatches(rollout, index)
         # 3. log-probs, values and scores, in the micro-batches of epoch 0: the ratio at the first step is exactly 1
         with clock("score"):
-            experience = self.score(rollout, minibatches.epoch(0))
+            gold = config.gold is not None and index % config.gold.every == 0
+            experience = self.score(rollout, minibatches.epoch(0), gold)
         # 4. rewards: the score at the last token, the KL penalty at every token
-        mask, kl_coef = rollout.response_mask, self.kl_controller.coef
+        mask, kl_coef = rollout.response_mask, self.kl_controller.coef * self.guard.kl_factor
         kl_per_token = config.kl.estimator(experience.logprobs, experience.ref_logprobs)
         scores = self.shape_scores(experience)
         rewards = kl.shape_rewards(scores, kl_per_token, mask, kl_coef, scale=config.shaping.whiten_rewards)
         # 5. advantages and returns
         advantages = config.advantage(rewards, experience.values, mask, rollout.prompts.groups)
         # 6. minibatch updates
-        lr_scale = self.lr_scale(index)
+        lr_scale = self.lr_scale(index) * self.guard.lr_factor
         with clock("learn"):
             learned = self.learner.learn(experience, advantages, minibatches, index, lr_scale)
         metrics = experience_metrics(experience, scores, rewards, advantages.returns)
         self.kl_controller.update(metrics["objective/kl"], len(mask))
+        if self.score_range is not None:
+            metrics["guard/outside_range"] = outside_range(experience.scores, *self.score_range)
         metrics |= {"objective/kl_coef": kl_coef, "optimizer/lr": lr_scale * config.optimizer.policy_lr}
         return metrics | learned | clock.metrics(rollout)
 
@@ -234,11 +257,12 @@ class PPO:
         return Minibatches.of(rows, orders, batch.minibatches, batch.micro_batch_tokens)
 
     @torch.no_grad()
-    def score(self, rollout: Rollout, minibatches: Sequence[Minibatch]) -> Experience:
-        """Phase 3: this rank's passes through policy, critic, reference and reward; then all ranks hold the results."""
+    def score(self, rollout: Rollout, minibatches: Sequence[Minibatch], gold: bool = True) -> Experience:
+        """Phase 3: this rank's passes through policy, critic, reference and reward, and with `gold` through a gold
+        reward; then all ranks hold the results."""
         episodes: list[int] = []
         columns: list[Tensor] = []
-        scores: list[Tensor] = []
+        scores: list[dict[str, Tensor]] = []
         states: dict[int, Tensor] = {}
         from_sampler = self.config.score.policy == "sampler"
         for batch in (batch for minibatch in minibatches for batch in minibatch.micro_batches()):
@@ -246,11 +270,12 @@ class PPO:
             tokens = self.models.token_scores(batch, self.config.rollout.temperature, policy=not from_sampler)
             # the reference's log-probs are placeholders for what is not computed
             columns.append(torch.stack([tokens.ref_logprobs if c is None else c for c in tokens], dim=1))
-            scores.append(self._scores(rollout, minibatches[0].rows, batch)[: len(batch.episodes)])
+            found = self._scores(rollout, minibatches[0].rows, batch, gold)
+            scores.append({name: values[: len(batch.episodes)] for name, values in found.items()})
             episodes += batch.episodes
             states |= gather_states(batch) if batch.frozen_states is not None else {}
         order, mask = gather_episodes(episodes), rollout.response_mask
-        all_scores, *spread = gather_scores(torch.cat(scores), order).unbind(1)
+        scored = {name: gather_scores(torch.cat([part[name] for part in scores]), order) for name in scores[0]}
         logprobs, ref_logprobs, entropies, values = gather_tokens(torch.cat(columns), order, rollout.lengths)
         max_weight, sampled = self.config.rollout.max_importance_weight, rollout.sampler_logprobs
         if from_sampler:
@@ -261,8 +286,9 @@ class PPO:
             logprobs,
             ref_logprobs,
             values=None if self.models.critic is None else values,
-            scores=all_scores,
-            disagreement=spread[0] if spread else None,
+            scores=scored.pop("reward"),
+            disagreement=scored.pop("disagreement", None),
+            observed=scored,
             entropy=float(masked_mean(entropies, mask)),
             importance=None
             if max_weight is None or sampled is None or from_sampler
@@ -270,23 +296,27 @@ class PPO:
             frozen_states=states or None,
         )
 
-    def _scores(self, rollout: Rollout, token_rows: TokenRows, batch: MicroBatch) -> Tensor:
-        """Scores of a micro-batch's episodes, [N, 1], with an ensemble also their disagreement, [N, 2]. A filler scores
-        one episode, which the caller drops: under ZeRO-3 every rank must make the pass."""
+    def _scores(self, rollout: Rollout, token_rows: TokenRows, batch: MicroBatch, gold: bool) -> dict[str, Tensor]:
+        """Scores of a micro-batch's episodes, [N] each: `reward`, with an ensemble its `disagreement`, and what only
+        looks on. A filler scores one episode, which the caller drops: under ZeRO-3 every rank must make the pass."""
         episodes = batch.episodes or [0]
         completions = [self.chat.decode(rollout.completions[i].ids) for i in episodes]
         messages = [rollout.prompts.messages[i] for i in episodes]
         states = None if batch.frozen_states is None else pad_sequence(states_per_sequence(batch), batch_first=True)
         inputs = RewardInputs(messages, completions, *token_rows.padded(batch.episodes), states)
-        scores, disagreement = scores_with_disagreement(self.reward, inputs)
-        if not torch.isfinite(scores).all():
+        scored, disagreement = scores_with_disagreement(self.reward, inputs)
+        found = {"reward": scored} | ({} if disagreement is None else {"disagreement": disagreement})
+        found |= self.observers(inputs, gold)
+        for name, scores in found.items():
+            if torch.isfinite(scores).all():
+                continue
             worst = int((~torch.isfinite(scores)).nonzero()[0])
             raise UserError(
-                f"reward: the score of a completion is {scores[worst]}, not a finite number",
+                f"{name}: the score of a completion is {scores[worst]}, not a finite number",
                 f"Prompt: ...{messages[worst][-1]['content'][-80:]!r}; completion: {completions[worst][:80]!r}.",
                 "Correct the reward; the last checkpoint is usable.",
             )
-        return torch.stack([scores] if disagreement is None else [scores, disagreement], 1)
+        return found
 
     def shape_scores(self, experience: Experience) -> Tensor:
         """Scores normalised and clipped, with the rule for completions that did not end. float32 [N]."""
@@ -325,13 +355,13 @@ class PPO:
         ahead = self.ahead() if self.ahead is not None else None
         if ahead is not None:
             self.ahead = lambda: ahead
-        with self.checkpoints.write(self.done) as folder:
+        with self.checkpoints.write(self.done, self.guard.note_checkpoint(self.done)) as folder:
             self.models.engine.save(folder)
             save_rng(folder)
             if is_main():
                 controller, stats = self.kl_controller.state_dict(), vars(self.score_stats)
                 state = {"done": self.done, "controller": controller, "score_stats": stats}
-                state["evaluations"] = self.reporter.evaluations
+                state |= {"evaluations": self.reporter.evaluations, "guard": self.guard.state_dict()}
                 if ahead is not None:
                     state["ahead"] = [vars(completion) for completion in ahead.completions]
                 (folder / "ppo.json").write_text(json.dumps(state), "utf-8")
@@ -349,6 +379,7 @@ class PPO:
         self.done = state["done"]
         self.kl_controller.load_state_dict(state["controller"])
         self.score_stats = RunningMeanStd(**state["score_stats"])
+        self.guard.load_state_dict(state["guard"])
         if "ahead" in state:
             rollout = Rollout(self.draw_prompts(self.done), [Completion(**one) for one in state["ahead"]])
             self.ahead = lambda: rollout
@@ -362,7 +393,9 @@ class PPO:
 def most_virtual_tokens(config: PPOConfig) -> int:
     """The most positions that virtual tokens use in a model that reads the policy's token ids."""
     tunings = [config.tuning, *([config.critic.tuning] if config.needs_critic else [])]
-    scorers = [term["path"] for term in model_terms(config.reward) if not term.get("retokenize")]
+    picks = (config.reward, *config.onlookers.values())
+    terms = [term for pick in picks for term in model_terms(pick)]
+    scorers = [term["path"] for term in terms if not term.get("retokenize")]
     return max(*map(virtual_tokens, tunings), *(virtual_tokens_of(resolve_model_path(path)) for path in scorers), 0)
 
 
@@ -376,8 +409,10 @@ def open_ppo_run(
     ]
     if config.needs_critic and config.critic.init == "reward":
         check_same_text("the policy", chat.fingerprints(), str(config.reward_model))
-    scorers = [term["path"] for term in model_terms(config.reward)]
-    parents = [parent_facts(path) for path in (config.model.path, *dict.fromkeys(scorers))]
+    scorers = dict.fromkeys(term["path"] for term in model_terms(config.reward))
+    onlookers = dict.fromkeys(term["path"] for pick in config.onlookers.values() for term in model_terms(pick))
+    parents = [parent_facts(path) for path in (config.model.path, *scorers)]
+    parents += [parent_facts(path) | {"role": "onlooker"} for path in onlookers if path not in scorers]
     facts = {"parents": parents, "data": data_facts(data), **chat.facts()}
     if times := [one.frozen_at for one in own.values() if one.frozen_at]:
         facts["reward_template_time"] = times[0]  # the same for all, for --resume

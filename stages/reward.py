@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import torch
 import transformers
 from torch import Tensor
@@ -87,15 +88,17 @@ def run(config: RewardConfig, resume: bool = False, overwrite: bool = False) -> 
     # 4. held-out metrics and the scale, from one set of scores
     scored = objective.scored_at(engine, loop.best_step)
     headline = report(folder, scored, loop.best_step, human_agreement) if scored else {}
+    known = scored or objective.score(engine, tables.train)
     if config.normalize == "completions":
-        scalar.set_scale(*mean_and_std(scored or objective.score(engine, tables.train)))
+        scalar.set_scale(*mean_and_std(known))
     elif config.normalize == "demonstrations":
         scalar.set_scale(objective.mean_score(engine, reference), 1.0)
     # 5. the result: the weights of the best checkpoint
     scalar.config.get_text_config().pad_token_id = pad_id_unless_end(chat)
     save_result(folder.path, scalar.model, chat, config.tuning)
     scale = {"mean": scalar.mean, "std": scalar.std}
-    finish(folder, step=loop.best_step, metrics=headline, scale=scale, peak_memory=memory.measured())
+    usual = usual_range(known, scalar.mean, scalar.std)
+    finish(folder, step=loop.best_step, metrics=headline, scale=scale, score_range=usual, peak_memory=memory.measured())
     lengths = train["length"]
     memory.report(config, max(lengths), sum(lengths) / len(lengths), max(map(len, train["ranks"])))
 
@@ -211,6 +214,15 @@ def mean_and_std(scored: Sequence[ScoredRanking]) -> tuple[float, float]:
     """Mean and standard deviation of the raw scores of all candidates; a deviation of 0 becomes 1."""
     scores = [score for item in scored for score in item.scores]
     return statistics.fmean(scores), statistics.pstdev(scores) or 1.0
+
+
+def usual_range(scored: Sequence[ScoredRanking], mean: float, std: float) -> dict[str, float]:
+    """The 1% and 99% quantiles of the normalised scores of all candidates, for run.json: `low` and `high`.
+
+    The guard of PPO looks for scores outside of it."""
+    scores = (np.array([score for item in scored for score in item.scores]) - mean) / std
+    low, high = np.quantile(scores, [0.01, 0.99])
+    return {"low": float(low), "high": float(high)}
 
 
 def pad_id_unless_end(chat: ChatTokenizer) -> int | None:

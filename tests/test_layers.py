@@ -10,8 +10,8 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 FLOORS = {
     "rlhf": [
         "core", "config", "servers", "distributed", "data", "tasks", "runs", "doctor", "models", "tuning", "rollout",
-        "reward", "training", "sft", "specialist", "ppo", "dpo", "inference", "prompting", "export", "memory", "cli",
-        "comparison", "report",
+        "reward", "guard", "training", "sft", "specialist", "ppo", "dpo", "inference", "prompting", "export", "memory",
+        "cli", "comparison", "report",
     ],
     "data_tools": [
         "statistics", "io", "curate", "check", "reading", "published", "importers", "aggregate", "annotate", "tasks",

@@ -6,7 +6,7 @@ import inspect
 import json
 import re
 import types
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from annotated_types import Ge, Gt, Le, Lt, MinLen
@@ -69,14 +69,22 @@ def _keys(kind: type[BaseModel], tables: dict[int, Table], prefix: str = "") -> 
     """A line for each key, with groups flattened to dotted keys. Adds the tables it finds to `tables`."""
     for name, field in kind.model_fields.items():
         group, optional = _group(field)
-        for found in field.metadata:
-            if isinstance(found, Table):
-                tables.setdefault(id(found), found)
+        for table in _tables(field.annotation, field.metadata):
+            tables.setdefault(id(table), table)
         if group is None or optional:
             meaning = " ".join((field.description or "").split())
             yield f"`{prefix}{name}`", "group or null" if optional else _type(field), _default(field), meaning
         if group is not None:
             yield from _keys(group, tables, f"{prefix}{name}.")
+
+
+def _tables(kind: Any, metadata: Iterable[Any] = ()) -> list[Table]:
+    """The tables that a type picks from, also as the items of a list or the values of a mapping."""
+    own = [part for part in metadata if isinstance(part, Table)]
+    if get_origin(kind) is Annotated:
+        inner, *rest = get_args(kind)
+        return own + _tables(inner, rest)
+    return own + [table for part in get_args(kind) if not isinstance(part, str) for table in _tables(part)]
 
 
 def _group(field: FieldInfo) -> tuple[type[BaseModel] | None, bool]:
@@ -90,9 +98,16 @@ def _default(field: FieldInfo) -> str:
     if field.is_required():
         return "required"
     value = field.default if field.default is not PydanticUndefined else field.default_factory()  # type: ignore[misc, call-arg]
+    return f"`{_plain(_named(value))}`"
+
+
+def _named(value: Any) -> Any:
+    """A value as a config spells it; of a list of rows the names alone, since their options have their own grid."""
+    if isinstance(value, tuple) and value and all(isinstance(one, Pick) for one in value):
+        return [one.name for one in value]
     if isinstance(value, Pick):
-        value = {"name": value.name, **value.options} if value.options else value.name
-    return f"`{_plain(value)}`"
+        return {"name": value.name, **value.options} if value.options else value.name
+    return value
 
 
 def _plain(value: Any) -> str:
@@ -100,9 +115,14 @@ def _plain(value: Any) -> str:
 
 
 def _type(field: FieldInfo) -> str:
-    tables = [found for found in field.metadata if isinstance(found, Table)]
+    tables = _tables(field.annotation, field.metadata)
     if tables:
-        return f"table: [{tables[0].kind}](#{_anchor(tables[0].kind)})"
+        link = f"[{tables[0].kind}](#{_anchor(tables[0].kind)})"
+        if get_origin(field.annotation) in (list, tuple):
+            return f"list of table rows: {link}"
+        if get_origin(field.annotation) is dict:
+            return f"mapping of text to table rows: {link}"
+        return f"table: {link}" + " or null" * (type(None) in get_args(field.annotation))
     return _kind(field.annotation) + _bounds(field.metadata)
 
 

@@ -33,7 +33,8 @@ def template_rows(config: Any, pending_runs: PendingRuns | None = None) -> Rows:
     checks = [("chat template", model.path, {name: getattr(model, name) for name in options}, DATA_KEYS)]
     if isinstance(config, PPOConfig):
         own = {"trust_remote_code": model.trust_remote_code}
-        paths = dict.fromkeys(term["path"] for term in model_terms(config.reward) if term.get("retokenize"))
+        terms = [term for pick in (config.reward, *config.onlookers.values()) for term in model_terms(pick)]
+        paths = dict.fromkeys(term["path"] for term in terms if term.get("retokenize"))
         checks += [(f"chat template of {path}", path, own, ("prompts", "eval")) for path in paths]
     rows = []
     for what, place, settings, keys in checks:

@@ -327,7 +327,7 @@ def _ppo(config: PPOConfig, world: int, pending_runs: PendingRuns) -> Rows:
             "Stage 3 gathers and releases the weights of each layer between its operations.",
             "Leave it out, or use a DeepSpeed file of a lower stage.",
         )
-    rows += _reward_sources(config, pending_runs)
+    rows += [*_reward_sources(config, pending_runs), *_onlookers(config, pending_runs)]
     critic = f"from the {config.critic.init} model, {_tuning('critic.tuning', config.critic.tuning)}"
     rows += [("critic", critic if config.needs_critic else "none"), *_sharing(config, pending_runs)]
     rows += [("advantage", config.advantage.name)]
@@ -380,6 +380,20 @@ def _reward_sources(config: PPOConfig, pending_runs: PendingRuns) -> Rows:
         starts_critic = config.needs_critic and config.critic.init == "reward" and term["path"] == config.reward_model
         if os.path.normpath(term["path"]) not in pending_runs and (starts_critic or not term.get("retokenize", False)):
             _same_text(config, term["path"], pending_runs)
+    return rows
+
+
+def _onlookers(config: PPOConfig, pending_runs: PendingRuns) -> Rows:
+    """A row for each source that only looks on, `gold.reward` and `guard.watch`; checked as the reward is."""
+    rows = []
+    for key, pick in config.onlookers.items():
+        terms = model_terms(pick)
+        rows += [(key, _parent(key, term["path"], ("reward",), pending_runs)) for term in terms]
+        if not terms:
+            rows.append((key, f"{pick.name} {pick.options.get('function', '')}".strip()))
+        for term in terms:
+            if os.path.normpath(term["path"]) not in pending_runs and not term.get("retokenize", False):
+                _same_text(config, term["path"], pending_runs)
     return rows
 
 

@@ -51,7 +51,9 @@ def roles(config: StageConfig) -> list[Role]:
     if not config.tuning.row.traits["adapter"] or (not shared and _goes_on_with_an_adapter(path)):
         found.append(Role("reference", path, False, None))
     paths = [term["path"] for term in model_terms(config.reward)]
-    return found + [Role("reward model", p, True, None, shared and p == config.reward_model) for p in paths]
+    found += [Role("reward model", p, True, None, shared and p == config.reward_model) for p in paths]
+    onlookers = [term["path"] for pick in config.onlookers.values() for term in model_terms(pick)]
+    return found + [Role("onlooker", p, True, None) for p in onlookers if not (shared and p == config.reward_model)]
 
 
 def _goes_on_with_an_adapter(path: str) -> bool:

@@ -8,6 +8,7 @@ from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, Pos
 
 from rlhf.config.base import AdamWConfig, Fraction, ModelConfig, Paths, StageConfig, Strict
 from rlhf.core.table import Pick
+from rlhf.guard.config import GoldConfig, GuardConfig
 from rlhf.ppo.advantages import ADVANTAGES
 from rlhf.ppo.kl import KL_CONTROLLERS, KL_ESTIMATORS, MISSING_EOS
 from rlhf.reward.sources import REWARDS, model_terms
@@ -203,6 +204,11 @@ class PPOConfig(StageConfig):
     optimizer: PPOOptimizerConfig = PPOOptimizerConfig()
     score: PPOScoreConfig = PPOScoreConfig()
     eval: PPOEvalConfig = PPOEvalConfig()
+    gold: GoldConfig | None = None
+    """A reward that is held out of training, to see whether the policy gets better or games its reward; see
+    docs/guard.md."""
+    guard: GuardConfig = GuardConfig()
+    """What to watch for while the policy is optimised against its reward, and what to do then; see docs/guard.md."""
     compile: bool = False
     """Compile the layers of policy and critic with torch.compile (one graph for all lengths). This takes up to a minute
     at the start and makes later passes faster. The first ratio then equals 1 only up to rounding. Not supported under
@@ -264,9 +270,21 @@ class PPOConfig(StageConfig):
             faults += self._sharing_faults()
         if self.rollout.ahead and self.score.policy == "sampler":
             faults.append("score.policy: with rollout.ahead the sampler has older weights; use `recompute`")
+        faults += self._guard_faults()
         if faults:
             raise ValueError("; ".join(faults))
         return self
+
+    def _guard_faults(self) -> list[str]:
+        """Settings of the guard that could do nothing."""
+        guard, faults = self.guard, []
+        rules = [rule.name for rule in guard.rules]
+        faults += [f"guard.rules: {name!r} is named twice" for name in dict.fromkeys(rules) if rules.count(name) > 1]
+        faults += [f"guard.actions: {name!r} is not in guard.rules" for name in guard.actions if name not in rules]
+        raises = "raise-kl" in [action.name for action in (guard.action, *guard.actions.values())]
+        if raises and self.kl.controller.options.get("coef") == 0:
+            faults.append("guard: `raise-kl` multiplies kl.controller.coef, which is 0; set it above 0")
+        return faults
 
     def _sharing_faults(self) -> list[str]:
         """Settings that do not work with one base model for several roles."""
@@ -290,3 +308,9 @@ class PPOConfig(StageConfig):
         """Path of the first reward model in the reward source: the model itself, a member of an ensemble, or a term of
         a sum; None without one."""
         return next((str(term["path"]) for term in model_terms(self.reward)), None)
+
+    @property
+    def onlookers(self) -> dict[str, Pick]:
+        """The reward sources that score completions but do not train the policy, by their key in the config."""
+        found = {"gold.reward": self.gold.reward if self.gold else None, "guard.watch": self.guard.watch}
+        return {key: pick for key, pick in found.items() if pick is not None}

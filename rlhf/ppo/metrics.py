@@ -14,6 +14,8 @@ from torch import Tensor
 
 from rlhf.core.console import format_number
 from rlhf.data.chat_tokenizer import ChatTokenizer
+from rlhf.guard.guard import Alarm
+from rlhf.guard.signals import repetition
 from rlhf.ppo import kl
 from rlhf.ppo.config import PPOConfig
 from rlhf.ppo.losses import explained_variance
@@ -117,6 +119,12 @@ class PPOReporter(Reporter):
         parts.append(f"{format_number(metrics['throughput/rollout'], 3)} tok/s")
         self.bar.step(done, "  ".join(parts), seconds)
 
+    def alarms(self, alarms: Sequence[Alarm]) -> None:
+        """Print what the guard says, and write it to events.jsonl."""
+        self.run.log("events.jsonl", [alarm.as_event() for alarm in alarms])
+        for alarm in alarms:
+            self.bar.note(f"guard: {alarm.rule}: {alarm.what}, since update {alarm.since}. Action: {alarm.action}")
+
     def evaluation(self, done: int, experience: Experience, chat: ChatTokenizer) -> None:
         """Report an evaluation on held-out prompts, and write its completions to samples.jsonl."""
         rollout = experience.rollout
@@ -129,6 +137,8 @@ class PPOReporter(Reporter):
         }
         if experience.disagreement is not None:
             metrics["eval/disagreement"] = float(experience.disagreement.mean())
+        if "gold" in experience.observed:
+            metrics["eval/gold_reward"] = float(experience.observed["gold"].mean())
         self.evaluations = [*self.evaluations[:1], metrics]
         self.log(done, metrics)
         score, length = format_number(metrics["eval/scores"], 3), format_number(metrics["eval/response_length"], 3)
@@ -150,6 +160,20 @@ class PPOReporter(Reporter):
         return {**self.evaluations[-1], "eval/scores_at_start": self.evaluations[0]["eval/scores"]}
 
 
+OBSERVED = {
+    "gold": "objective/gold_reward", "watch": "guard/watch_score", "watch_disagreement": "guard/disagreement",
+}  # fmt: skip
+"""What only looks on -> the metric of its mean."""
+
+
+def guard_metrics(experience: Experience) -> dict[str, float]:
+    """What the guard's rules read: means of the sources that only look on, and repeated phrases."""
+    ids = [completion.ids for completion in experience.rollout.completions]
+    seen = experience.observed
+    found = {name: float(seen[key].mean()) for key, name in OBSERVED.items() if key in seen}
+    return found | {"guard/repetition": repetition(ids)}
+
+
 def experience_metrics(
     experience: Experience, scores: Tensor, rewards: Tensor, returns: Tensor | None
 ) -> dict[str, float]:
@@ -169,6 +193,7 @@ def experience_metrics(
     }
     if experience.disagreement is not None:
         metrics["objective/disagreement"] = float(experience.disagreement.mean())
+    metrics |= guard_metrics(experience)
     if (importance := experience.importance) is not None:
         metrics |= {
             "rollout/sampler_gap_mean": float(importance.gap_mean),

@@ -102,7 +102,8 @@ def check_vocabularies(config: PPOConfig, chat: ChatTokenizer) -> None:
     Raises:
         UserError: A model's embedding lacks rows for some of the tokenizer's ids.
     """
-    scorers = [term["path"] for term in model_terms(config.reward) if not term.get("retokenize")]
+    picks = (config.reward, *config.onlookers.values())
+    scorers = [term["path"] for pick in picks for term in model_terms(pick) if not term.get("retokenize")]
     if config.needs_critic and config.critic.init == "reward":
         scorers.append(str(config.reward_model))
     fixed = config.model.model_copy(update={"resize_embeddings": False})

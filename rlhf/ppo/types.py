@@ -8,7 +8,7 @@ Episodes are numbered 0..N-1 over the whole batch; completions of one prompt fol
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import NamedTuple
 
@@ -129,6 +129,8 @@ class Experience:
     """Mean entropy of the policy over response tokens, nats."""
     importance: Importance | None = None
     """Weights for a sampler whose log-probs differ from the trainer's; None where none are reported."""
+    observed: Mapping[str, Tensor] = field(default_factory=dict)
+    """[N] each, of sources that only look on: `gold`, `watch`, and `watch_disagreement` where that is an ensemble."""
     frozen_states: Mapping[int, Tensor] | None = None
     """Episode -> [tokens, H], hidden states that enter the first layer with adapters; see `rlhf.ppo.frozen_layers`."""
 

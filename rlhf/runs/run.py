@@ -3,7 +3,8 @@
 runs/NAME/
   config.yaml     the resolved config            run.json        stage, status, parents, data, versions
   metrics.jsonl   one line per logged step       samples.jsonl   completions with their scores
-  checkpoints/    for --resume                   model/          the result in Hugging Face format
+  events.jsonl    what the guard of PPO said      checkpoints/    for --resume
+  model/          the result in Hugging Face format
 """
 
 from __future__ import annotations
@@ -66,7 +67,7 @@ class Run:
             write_json(self.path / "run.json", {**self.info(), **values})
 
     def log(self, name: str, rows: Iterable[Mapping[str, Any]]) -> None:
-        """Append rows to `metrics.jsonl`, `samples.jsonl`, `rejected.jsonl`, ..."""
+        """Append rows to `metrics.jsonl`, `samples.jsonl`, `events.jsonl`, `rejected.jsonl`, ..."""
         if is_main():
             append_jsonl(self.path / name, rows)
 
@@ -78,7 +79,7 @@ class Run:
         """
         if not is_main():
             return
-        for name in ("metrics.jsonl", "samples.jsonl"):
+        for name in ("metrics.jsonl", "samples.jsonl", "events.jsonl"):
             file = self.path / name
             if file.is_file():
                 lines = file.read_bytes().splitlines(keepends=True)
@@ -86,10 +87,10 @@ class Run:
 
 
 RUN_FILES = {
-    "config.yaml", "run.json", "metrics.jsonl", "samples.jsonl", "rejected.jsonl", "reward_metrics.json",
-    "specialist_metrics.json", "cache",
+    "config.yaml", "run.json", "metrics.jsonl", "samples.jsonl", "events.jsonl", "rejected.jsonl",
+    "reward_metrics.json", "specialist_metrics.json", "cache",
     "checkpoints", "tensorboard", "model", "adapter", "critic", LOCK, ".config.yaml.partial", ".run.json.partial",
-    ".metrics.jsonl.partial", ".samples.jsonl.partial", ".reward_metrics.json.partial",
+    ".metrics.jsonl.partial", ".samples.jsonl.partial", ".events.jsonl.partial", ".reward_metrics.json.partial",
     ".specialist_metrics.json.partial",
 }  # fmt: skip
 """What stages write into a run folder."""

@@ -1,0 +1,329 @@
+"""Does the guard see over-optimisation in time, and how many rankings does a reward model need? In the demo's world.
+
+    rlhf demo --out runs/demo                           # a base model, an SFT policy, prompts
+    python benchmarks/guard.py run --kind weak --seeds 0 1 2 3 4 --json guard.jsonl
+    python benchmarks/guard.py run --kind good --seeds 0 1 2 3 4 --json guard.jsonl
+    python benchmarks/guard.py stories --seeds 0 1 2 3 4 --json guard.jsonl
+    python benchmarks/guard.py sizes --seeds 0 1 --json guard.jsonl
+    python benchmarks/guard.py report guard.jsonl --out docs/images
+
+`weak`: PPO against a reward model from 100 rankings with two to three times the annotators' usual noise. `good`: the
+same against the demo's, from 4,000 rankings. Both at a fifth of the demo's KL coefficient, so that little but the
+reward model keeps the policy honest; gold is the world's hidden rule. `stories`: stories260K and a programmatic reward,
+which is its own gold. `sizes`: the accuracy and the gold reward that 100 to 4,000 rankings buy, at the demo's own KL
+coefficient. Steps that are complete are not repeated. 20 to 40 processor seconds a run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import random
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+CONFIGS = REPOSITORY / "configs" / "demo"
+SIZES = (100, 200, 400, 1000, 2000, 4000)
+KINDS = ("weak", "good")
+GOLD = "data_tools.demo_world.rules:points"
+PPO = (
+    "updates=40", "rollout.prompts_per_update=48", "kl.controller.coef=0.02", "optimizer.schedule=constant",
+    "eval.every=10", "eval.prompts=100", "checkpoints.every=1000", "checkpoints.keep=1",
+)  # fmt: skip
+
+
+# ---- rankings ------------------------------------------------------------------------------------------------------
+
+
+def write_rankings(demo: Path, folder: Path, count: int, noise: float | None, seed: int) -> None:
+    """`count` of the demo's training rankings and its held-out ones; the former ranked again where `noise` is given."""
+    from data_tools.demo_world.rules import Annotator, rank
+    from rlhf.data.store import DatasetWriter, open_dataset
+
+    if (folder / "manifest.json").is_file():
+        return
+    rng, rankings = random.Random(f"{seed} {count}"), open_dataset(demo / "data" / "rankings", "ranking")
+    chosen = rng.sample(list(rankings.records("train")), count)
+    if noise is not None:
+        chosen = [rank(Annotator("noisy", noise), ranking, ranking.candidates, rng) for ranking in chosen]
+    with DatasetWriter(folder, "ranking", {"made_by": "benchmarks/guard.py"}, overwrite=True) as writer:
+        for ranking in (*chosen, *rankings.records("eval")):
+            writer.write(ranking)
+
+
+# ---- runs ----------------------------------------------------------------------------------------------------------
+
+
+def run_stage(stage: str, file: Path, overrides: Sequence[str]) -> Path:
+    """A stage with a config and overrides, unless its run is complete."""
+    from rlhf.cli import entry
+    from rlhf.runs.run import is_run, read_run
+
+    run = Path(next(word for word in overrides if word.startswith("run="))[4:])
+    if not (is_run(run) and read_run(run)["status"] == "complete"):
+        config = entry.prepare(stage, file, overrides, overwrite=is_run(run))
+        entry.run(importlib.import_module(f"stages.{stage}").run, config, False, overwrite=is_run(run))
+    return run
+
+
+def reward_model(demo: Path, out: Path, rankings: Path, count: int, seed: int) -> Path:
+    """A reward model from the SFT policy: 8 epochs of at most 400 rankings, 2 of more."""
+    epochs = 8 if count <= 400 else 2
+    return run_stage("reward", CONFIGS / "reward.yaml", [
+        f"run={out}", f"model.path={demo / 'sft'}", f"data.train={rankings}", f"seed={seed}", "loss=bradley-terry",
+        f"batch.epochs={epochs}", "eval.every=10000", "checkpoints.every=10000",
+    ])  # fmt: skip
+
+
+def policy_run(demo: Path, out: Path, models: Sequence[Path], seed: int, *changes: str) -> Path:
+    """PPO against the first reward model, with the hidden rule as gold; an ensemble of all looks on."""
+    watch = [f"guard.watch={{name: ensemble, models: [{', '.join(map(str, models))}]}}"] if len(models) > 1 else []
+    gold = f"gold={{reward: {{name: function, function: '{GOLD}'}}}}"
+    return run_stage("ppo", CONFIGS / "ppo.yaml", [
+        f"run={out}", f"model.path={demo / 'sft'}", f"data.prompts={demo / 'data/prompts'}",
+        f"reward.path={models[0]}", f"seed={seed}", gold, *watch, *PPO, *changes,
+    ])  # fmt: skip
+
+
+def reward_models(args: argparse.Namespace, kind: str, seed: int) -> list[Path]:
+    """Weak: three from one set of noisy rankings. Good: the demo's, and two from 1,500 of its rankings each."""
+    if kind == "weak":
+        folder, count = args.out / f"weak-{seed}", 100
+        write_rankings(args.demo, folder / "rankings", count, 3.0, seed)
+        data = [(folder / f"reward-{i}", folder / "rankings", 10 * seed + i) for i in range(3)]
+        return [reward_model(args.demo, run, rankings, count, number) for run, rankings, number in data]
+    found = [args.demo / "reward"]
+    for number in (1, 2):
+        folder = args.out / f"good-reward-{number}"
+        write_rankings(args.demo, folder / "rankings", 1500, None, number)
+        found.append(reward_model(args.demo, folder / "run", folder / "rankings", 1500, number))
+    return found
+
+
+def measure(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """The runs of a kind: what was logged, for `report`."""
+    for seed in args.seeds:
+        models = reward_models(args, args.kind, seed)
+        yield _row(args.kind, seed, policy_run(args.demo, args.out / f"{args.kind}-{seed}" / "ppo", models, seed))
+
+
+def stories(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """Story runs with a programmatic reward: nothing is wrong with them."""
+    import stages.ppo
+    from rlhf.config.load import check_config
+    from rlhf.ppo.config import PPOConfig
+    from rlhf.runs.run import is_run, read_run
+
+    sys.path.insert(0, str(REPOSITORY / "tests"))
+    from test_real_stories import story_config
+
+    for seed in args.seeds:
+        folder = args.out / f"stories-{seed}"
+        folder.mkdir(parents=True, exist_ok=True)
+        values = story_config(args.shared, folder, updates=20).model_dump(mode="json")
+        values |= {"seed": seed, "rollout": values["rollout"] | {"prompts_per_update": 32, "max_new_tokens": 48}}
+        config = check_config(PPOConfig, values, "stories")
+        run = Path(config.run)
+        if not (is_run(run) and read_run(run)["status"] == "complete"):
+            stages.ppo.run(config, overwrite=is_run(run))
+        yield _row("stories", seed, run)
+
+
+def sizes(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """Accuracy and gold reward by the number of rankings, at the demo's own KL coefficient."""
+    from rlhf.runs.run import read_run
+
+    for seed in args.seeds:
+        for count in args.sizes:
+            folder = args.out / f"size-{count}-{seed}"
+            write_rankings(args.demo, folder / "rankings", count, None, seed)
+            model = reward_model(args.demo, folder / "reward", folder / "rankings", count, seed)
+            run = policy_run(args.demo, folder / "ppo", [model], seed, "kl.controller.coef=0.1")
+            found = read_run(model)["metrics"]
+            last = _lines(run / "metrics.jsonl")[-1]
+            yield {
+                "kind": "sizes", "seed": seed, "rankings": count, "accuracy": found["accuracy"],
+                "accuracy_interval": found["accuracy_interval"], "gold": last["eval/gold_reward"],
+                "proxy": last["eval/scores"], "kl": last["eval/kl"],
+            }  # fmt: skip
+
+
+def _lines(file: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in file.read_text("utf-8").splitlines()]
+
+
+def _row(kind: str, seed: int, run: Path) -> dict[str, Any]:
+    updates = [line for line in _lines(run / "metrics.jsonl") if "objective/scores" in line]
+    kept = ("step", "objective/", "guard/", "rollout/response_length")
+    return {
+        "kind": kind, "seed": seed,
+        "updates": [{k: v for k, v in u.items() if k.startswith(kept)} for u in updates],
+    }  # fmt: skip
+
+
+# ---- what came of it -----------------------------------------------------------------------------------------------
+
+
+def replay(updates: Iterable[dict[str, float]], values: dict[str, Any]) -> list[Any]:
+    """The alarms that a guard config gives for logged updates, without the rule that reads the gold reward."""
+    from rlhf.guard.config import GuardConfig
+    from rlhf.guard.guard import Guard
+
+    config = GuardConfig.model_validate(values)
+    guard = Guard(config.model_copy(update={"rules": tuple(r for r in config.rules if r.name != "gold-falls")}))
+    return [alarm for update in updates for alarm in guard.observe(int(update["step"]), update)]
+
+
+def half_lost(gold: Sequence[float]) -> tuple[int, int | None, float]:
+    """Index of the highest smoothed gold reward, the first one after it at which half of what is lost by the end is
+    lost, and the loss as a fraction of the gain. The second is None where less than a quarter of the gain is lost."""
+    import numpy as np
+
+    from rlhf.guard.curve import smooth
+
+    values = smooth(np.array(gold))
+    best = int(values.argmax())
+    gain, loss = values[best] - values[0], values[best] - values[-1]
+    if loss < 0.25 * gain:
+        return best, None, float(loss / max(gain, 1e-9))
+    after = np.nonzero(values[best:] <= values[best] - loss / 2)[0]
+    return best, best + int(after[0]), float(loss / max(gain, 1e-9))
+
+
+def judge(row: dict[str, Any], values: dict[str, Any]) -> dict[str, Any]:
+    """What the guard said of a run, when, and when half of the gold loss had happened."""
+    alarms = replay(row["updates"], values)
+    gold = [u["objective/gold_reward"] for u in row["updates"] if "objective/gold_reward" in u]
+    best, half, lost = half_lost(gold) if gold else (0, None, 0.0)
+    first: dict[str, int] = {}
+    for alarm in alarms:
+        first.setdefault(alarm.rule, alarm.step)
+    steps = [int(u["step"]) for u in row["updates"]]
+    return {
+        "kind": row["kind"], "seed": row["seed"], "first": min(first.values(), default=None), "rules": first,
+        "best": steps[best], "half": None if half is None else steps[half], "lost": lost,
+    }  # fmt: skip
+
+
+def report(args: argparse.Namespace) -> None:
+    """Print the tables and draw the plots."""
+    from rlhf.core.intervals import wilson
+
+    rows = {}
+    for file in args.rows:
+        for row in _lines(file):
+            rows[row["kind"], row["seed"], row.get("rankings")] = row
+    found = [judge(row, {}) for key, row in sorted(rows.items(), key=str) if key[0] != "sizes"]
+    found = [one for one in found if args.seeds is None or one["seed"] in args.seeds]
+    print("| run | seed | gold is highest at | half of the loss by | loss / gain | the guard speaks | rules |")
+    print("| --- | --- | --- | --- | --- | --- | --- |")
+    for one in found:
+        rules = ", ".join(f"{name} ({step})" for name, step in sorted(one["rules"].items(), key=lambda item: item[1]))
+        cells = [one["kind"], one["seed"], one["best"], one["half"], f"{one['lost']:.2f}", one["first"], rules]
+        print("| " + " | ".join("" if cell is None else str(cell) for cell in cells) + " |")
+    weak = [one for one in found if one["kind"] == "weak" and one["half"] is not None]
+    healthy = [one for one in found if one["kind"] != "weak"]
+    hits = sum(one["first"] is not None and one["first"] < one["half"] for one in weak)
+    false = sum(one["first"] is not None for one in healthy)
+    for name, count, total in (("hit rate", hits, len(weak)), ("false-alarm rate", false, len(healthy))):
+        if total:
+            low, high = wilson(count / total, total)
+            print(f"{name}: {count} of {total} ({low:.0%} to {high:.0%})")
+    table = sorted((row for row in rows.values() if row["kind"] == "sizes"), key=lambda r: (r["rankings"], r["seed"]))
+    if table:
+        print("\n| rankings | seed | accuracy | gold | score | KL |\n| --- | --- | --- | --- | --- | --- |")
+        for row in table:
+            print(
+                f"| {row['rankings']:,} | {row['seed']} | {row['accuracy']:.3f} | {row['gold']:.2f} |"
+                f" {row['proxy']:.2f} | {row['kl']:.1f} |"
+            )
+    if args.out:
+        draw(list(rows.values()), found, args.out)
+
+
+BLUE, ORANGE, GREY, RED = "#2f6fb3", "#d9822b", "#777777", "#d64545"
+
+
+def draw(rows: list[dict[str, Any]], found: list[dict[str, Any]], out: Path) -> None:
+    """guard.svg: gold by sqrt(KL) of weak and good runs with the alarms. annotation-curve.svg: gold and accuracy."""
+    import matplotlib
+    import numpy as np
+    from matplotlib.figure import Figure
+
+    from rlhf.guard.curve import smooth
+
+    style = {"svg.hashsalt": "guard", "font.size": 10, "axes.spines.top": False, "axes.spines.right": False}
+    with matplotlib.rc_context({**style, "legend.frameon": False, "savefig.facecolor": "white"}):
+        figure = Figure(figsize=(7.2, 3.4), layout="constrained")
+        panels = figure.subplots(1, 2, sharey=True)
+        for axes, kind, title in zip(panels, ("weak", "good"), ("100 noisy rankings", "4,000 rankings")):
+            for row in (row for row in rows if row["kind"] == kind):
+                one = next((o for o in found if (o["kind"], o["seed"]) == (kind, row["seed"])), None)
+                if one is None:
+                    continue
+                gold = smooth(np.array([u["objective/gold_reward"] for u in row["updates"]]))
+                distance = smooth(np.sqrt([max(0.0, u["objective/kl"]) for u in row["updates"]]))
+                axes.plot(distance, gold, color=ORANGE, linewidth=1)
+                for step, colour, marker, label in (
+                    (one["first"], RED, "o", "the guard speaks"), (one["half"], GREY, "x", "half of the loss"),
+                ):  # fmt: skip
+                    if step is not None:
+                        axes.plot(distance[step - 1], gold[step - 1], marker, color=colour, label=label)
+            axes.set(title=title, xlabel="sqrt(KL), nats per completion")
+        panels[0].set_ylabel("gold reward (hidden rule)")
+        handles, labels = panels[0].get_legend_handles_labels()
+        unique = dict(zip(labels, handles))
+        panels[0].legend(unique.values(), unique.keys(), loc="lower left")
+        figure.savefig(out / "guard.svg", metadata={"Date": None})
+        table = [row for row in rows if row["kind"] == "sizes"]
+        if table:
+            counts = sorted({row["rankings"] for row in table})
+            figure = Figure(figsize=(7.2, 3.0), layout="constrained")
+            for axes, key, label in zip(
+                figure.subplots(1, 2), ("accuracy", "gold"), ("accuracy on held-out pairs", "gold reward after PPO")
+            ):
+                means = [np.mean([row[key] for row in table if row["rankings"] == count]) for count in counts]
+                axes.plot([row["rankings"] for row in table], [row[key] for row in table], ".", color=GREY)
+                axes.plot(counts, means, "-", color=BLUE)
+                axes.set(xscale="log", xlabel="rankings", ylabel=label)
+            figure.savefig(out / "annotation-curve.svg", metadata={"Date": None})
+
+
+def main() -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+    for name in ("run", "stories", "sizes"):
+        command = commands.add_parser(name)
+        command.add_argument("--demo", type=Path, default=Path("runs/demo"), help="A finished demo.")
+        command.add_argument("--out", type=Path, default=Path("runs/guard"), help="Where runs go.")
+        command.add_argument("--seeds", type=int, nargs="+", default=[0])
+        command.add_argument("--json", type=Path, required=True, help="A file that rows are appended to.")
+        if name == "run":
+            command.add_argument("--kind", choices=KINDS, required=True)
+        if name == "stories":
+            command.add_argument("--shared", type=Path, default=REPOSITORY.parent / "shared")
+        if name == "sizes":
+            command.add_argument("--sizes", type=int, nargs="+", default=SIZES)
+    command = commands.add_parser("report")
+    command.add_argument("rows", type=Path, nargs="+")
+    command.add_argument("--seeds", type=int, nargs="+", help="Only these.")
+    command.add_argument("--out", type=Path, help="Folder of the plots.")
+    args = parser.parse_args()
+    if args.command == "report":
+        report(args)
+        return
+    import torch
+
+    torch.set_num_threads(1)
+    for row in {"run": measure, "stories": stories, "sizes": sizes}[args.command](args):
+        with open(args.json, "a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
+
+
+if __name__ == "__main__":
+    main()

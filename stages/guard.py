@@ -1,0 +1,38 @@
+"""`rlhf guard`: is a PPO run getting better or gaming its reward, by its gold reward."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from rlhf.core.console import print_json, say
+from rlhf.doctor.evidence import read_evidence
+
+
+def command(
+    runs: Annotated[list[Path], typer.Argument(help="PPO runs with a gold reward, finished, running or crashed.")],
+    plot: Annotated[
+        Path | None, typer.Option("--plot", help="Draw gold and proxy against sqrt(KL) into this SVG, PNG or PDF file.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print only JSON lines, one per run.")] = False,
+) -> None:
+    """Say where the gold reward of PPO runs peaks, with Gao's form fitted to it, and what the guard said."""
+    from rlhf.guard.curve import curve_of, describe, read_events  # imports numpy
+    from rlhf.guard.curve import plot as draw
+
+    for run in runs:
+        curve, alarms = curve_of(read_evidence(run)), read_events(run)
+        if as_json:
+            print_json({"run": str(run), **curve.as_dict(), "alarms": alarms})
+            continue
+        say(f"{run}: {len(curve.steps):,} updates with a gold reward", style="bold")
+        for line in describe(curve):
+            say(f"  {line}")
+        for alarm in alarms:
+            say(f"  update {alarm['step']}: {alarm['rule']}: {alarm['what']} ({alarm['action']})", style="yellow")
+    if plot is not None:
+        draw(runs, plot)
+        if not as_json:
+            say(f"Drawn: {plot}")
