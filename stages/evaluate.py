@@ -1,4 +1,5 @@
-"""`rlhf evaluate`: a policy on demonstrations and by a reward, alone or against another; a reward model on rankings."""
+"""`rlhf evaluate`: a policy on demonstrations and by a reward, alone or against another; a reward model on rankings,
+benchmarks and perturbed answers."""
 
 from __future__ import annotations
 
@@ -9,11 +10,12 @@ from typing import Annotated, Any
 
 import typer
 
+from data_tools.statistics.accumulator import accumulated
+from data_tools.statistics.ceiling import agreement_of
 from rlhf.cli import options, task_options
 from rlhf.cli.sampling_options import SamplingOptions, with_sampling
 from rlhf.core.console import print_json, say, table, warn
 from rlhf.core.errors import UserError
-from rlhf.data.encode_records import EncodingCounts
 from rlhf.data.selection import chosen_prompts, chosen_records, with_system
 from rlhf.data.store import Dataset, open_dataset
 from rlhf.prompting.ways import check_way, parse_shots, read_prompting
@@ -61,6 +63,22 @@ def command(
     answers: Annotated[
         Path | None, typer.Option(help="With --prompting: write each answer here, as JSON lines.")
     ] = None,
+    perturb: Annotated[
+        bool,
+        typer.Option("--perturb", help="For a reward model: score answers again after changes of no or bad effect."),
+    ] = False,
+    perturb_rankings: Annotated[
+        int, typer.Option(min=2, metavar="N", help="With --perturb: rankings of each dataset that are used, at most.")
+    ] = 100,
+    benchmark: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="For a reward model: all rankings are from this benchmark: reward-bench-2 or rm-bench. When left out,"
+            " the `source` of each ranking says it.",
+        ),
+    ] = None,
+    html: Annotated[Path | None, typer.Option(help="For a reward model: write the results here, as a page.")] = None,
     output: Annotated[Path | None, typer.Option("--out", help="Write the metrics here, as JSON.")] = None,
     as_json: options.Json = False,
     *,
@@ -69,23 +87,32 @@ def command(
     """Measure a model on held-out data."""
     options.check_writable(output, "--out")
     options.check_writable(answers, "--answers")
+    options.check_writable(html, "--html")
     named = [*(datasets or ()), *(dataset or ())]
     if not prompting and (shots or metric or labels or pattern or answers):
         raise UserError("--shots, --metric, --labels, --pattern and --answers are for --prompting", remedy="Give it.")
+    for_rewards = perturb or benchmark or html
     if prompting:
+        if for_rewards:
+            raise UserError("--perturb, --benchmark and --html are for reward models, --prompting is for policies")
         if reward or against:
             raise UserError("--reward and --against are not for --prompting, whose answers have a right one")
         task = task_options.task_config(str(_only(named)), split, limit, metric, labels, pattern)
         result = _evaluate_prompting(model, prompting, shots, task, sampling, system, answers)
         _finish(result, output, as_json)
         return
-    from rlhf.inference.policy import model_kind  # imports torch
+    test = RewardTest([open_dataset(path) for path in named], split, limit, benchmark, sampling.seed)
+    from rlhf.evaluation.scored import is_function  # imports torch
+    from rlhf.inference.policy import model_kind
 
-    if model_kind(model, sampling.trust_remote_code) == "reward":
+    if is_function(model) or model_kind(model, sampling.trust_remote_code) == "reward":
         if reward or against:
             raise UserError(f"{model}: is a reward model; --reward and --against are for policies")
-        result = _evaluate_reward(model, _only(named), split, limit, sampling.trust_remote_code)
+        test.check()
+        result = _evaluate_reward(model, test, perturb_rankings if perturb else 0, html, sampling.trust_remote_code)
     else:
+        if for_rewards:
+            raise UserError(f"{model}: is a policy; --perturb, --benchmark and --html are for reward models")
         data = open_dataset(_only(named))
         if data.kind == "prompt" and not reward:
             raise UserError(
@@ -94,8 +121,9 @@ def command(
             )
         if against and model_kind(against, sampling.trust_remote_code) == "reward":
             raise UserError(f"--against {against}: a reward model gives no answers", remedy="Name an SFT or PPO run.")
-        test = PolicyTest(data, split, limit, reward, n, sampling.params(model), sampling, system)
-        result = _facts(model, data, split) | _evaluate_policies(model, against, test)
+        policies = PolicyTest(data, split, limit, reward, n, sampling.params(model), sampling, system)
+        facts = {"model": model, "dataset": str(data.path), "fingerprint": data.fingerprint, "split": split}
+        result = facts | _evaluate_policies(model, against, policies)
     _finish(result, output, as_json)
 
 
@@ -109,10 +137,6 @@ def _only(datasets: list[Path]) -> Path:
         what = "name a dataset" if not datasets else f"{len(datasets)} datasets are named, but a policy takes one"
         raise UserError(what, remedy="rlhf evaluate MODEL DATASET")
     return datasets[0]
-
-
-def _facts(model: str, data: Dataset, split: str | None) -> dict[str, Any]:
-    return {"model": model, "dataset": str(data.path), "fingerprint": data.fingerprint, "split": split}
 
 
 def _finish(result: dict[str, Any], output: Path | None, as_json: bool) -> None:
@@ -229,27 +253,84 @@ def _show_comparison(found: dict[str, Any], model: str, against: str) -> None:
 # ---- reward models -----------------------------------------------------------------------------------------------
 
 
-def _evaluate_reward(
-    model: str, dataset: Path, split: str | None, limit: int | None, trust_remote_code: bool
-) -> dict[str, Any]:
-    """Agreement of a reward model with rankings, printed and returned."""
-    data = open_dataset(dataset)
-    if data.kind != "ranking":
-        raise UserError(f"{data.path}: holds {data.kind}s; a reward model is measured on rankings")
-    from rlhf.inference.reward_model import open_reward_model  # imports torch
-    from rlhf.reward.metrics import metric_rows, reward_metrics
+@dataclass(frozen=True)
+class RewardTest:
+    """What a reward model is measured on."""
 
-    reward, counts = open_reward_model(model, trust_remote_code), EncodingCounts()
-    rows = [row for row in reward.encode(chosen_records(data, split, limit), counts) if row is not None]
-    if not rows:
-        raise UserError(f"no ranking fits in the {reward.limit:,} tokens of {model}")
-    counts.kept = len(rows)
-    counts.report("rankings")
-    humans = Agreement.of([data])
-    metrics = reward_metrics(reward.score(rows))
-    metrics |= humans.metrics() if humans else {}
-    for part in metric_rows(metrics):
+    data: list[Dataset]
+    split: str | None
+    limit: int | None
+    benchmark: str | None
+    seed: int
+
+    def check(self) -> None:
+        """Refuse what cannot be measured, before a model is loaded.
+
+        Raises:
+            UserError: No dataset, one without rankings, or an unknown benchmark.
+        """
+        from rlhf.evaluation.benchmarks import BENCHMARKS
+
+        if not self.data:
+            raise UserError("name a dataset of rankings", remedy="rlhf evaluate MODEL DATASET...")
+        for data in self.data:
+            if data.kind != "ranking":
+                raise UserError(f"{data.path}: holds {data.kind}s; a reward model is measured on rankings")
+        if self.benchmark is not None:
+            try:
+                BENCHMARKS[self.benchmark]
+            except ValueError as error:
+                raise UserError(f"--benchmark: {error}") from None
+
+
+def _evaluate_reward(
+    model: str, test: RewardTest, perturb_rankings: int, html: Path | None, trust_remote_code: bool
+) -> dict[str, Any]:
+    """A reward model on each dataset, printed, written as a page, and returned."""
+    from rlhf.evaluation.battery import battery  # imports torch
+    from rlhf.evaluation.card import dataset_card
+    from rlhf.evaluation.scored import open_answer_scorer
+
+    scorer = open_answer_scorer(model, trust_remote_code)
+    cards = []
+    for data in test.data:
+        records = list(chosen_records(data, test.split, test.limit))
+        card = dataset_card(scorer, data, records, _agreement(data), test.benchmark, test.seed)
+        if perturb_rankings:
+            card["perturbations"] = battery(scorer, records, perturb_rankings, test.seed)
+        cards.append(card)
+        _show_card(card, model)
+    result = {"model": model, "split": test.split, "seed": test.seed, "datasets": cards}
+    if html is not None:
+        from rlhf.evaluation.page import render  # imports matplotlib
+
+        options.write_whole(html, render(result))
+        say(f"Page: {html}")
+    return result
+
+
+def _agreement(data: Dataset) -> Agreement | None:
+    """How far the annotators agree: as the manifest says, else from the votes of named annotators in the dataset."""
+    if (noted := Agreement.of([data])) is not None:
+        return noted
+    facts = agreement_of(accumulated(data))
+    if facts is None:
+        return None
+    low, high = facts["interval"]
+    return Agreement(facts["agreement"], facts["ceiling"], (low, high))
+
+
+def _show_card(card: dict[str, Any], model: str) -> None:
+    from rlhf.evaluation import tables
+
+    for part in tables.card_tables(card):
         table(*part)
-    if humans:
-        say(humans.compared_with(metrics["accuracy"]))
-    return _facts(model, data, split) | {"rankings": len(rows), "skipped": dict(counts.skipped), "metrics": metrics}
+    for benchmark in card["benchmarks"]:
+        for line in tables.notes(benchmark):
+            warn(line)
+    perturbations = card.get("perturbations")
+    if perturbations:
+        table(*tables.battery_table(perturbations))
+    say(f"{model} on {card['dataset']}:")
+    for line in tables.headlines(card) + (tables.battery_lines(perturbations) if perturbations else []):
+        say(f"  {line}")

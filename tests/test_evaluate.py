@@ -181,9 +181,35 @@ def test_a_reward_run_is_measured_on_rankings(runs: dict[str, str], data: dict[s
             for j, worse in enumerate(record.ranks):
                 if better < worse:
                     pairs, right = pairs + 1, right + (scores[i] > scores[j])
-    assert found["metrics"]["pairs"] == pairs
-    assert found["metrics"]["accuracy"] == pytest.approx(right / pairs)
-    assert "longer answer wins" in said and "By rank distance" in said
+    (card,) = found["datasets"]
+    assert card["pairs"]["accuracy"]["count"] == pairs
+    assert card["pairs"]["accuracy"]["value"] == pytest.approx(right / pairs)
+    assert "longer answer" in said and "By rank distance" in said and "By annotator" in said
+
+
+def test_two_datasets_a_battery_and_a_page_in_one_command(
+    runs: dict[str, str], data: dict[str, str], tmp_path: Path
+) -> None:
+    pytest.importorskip("matplotlib")
+    words = (data["ranking"], data["ranking"], "--perturb", "--perturb-rankings", 3)
+    said, _ = finished.invoke(
+        command, runs["reward"], *words, "--html", tmp_path / "page.html", "--out", tmp_path / "out.json"
+    )
+    found = json.loads((tmp_path / "out.json").read_text())
+    assert [card["perturbations"]["rankings"] for card in found["datasets"]] == [3, 3]
+    assert found["datasets"][0] == found["datasets"][1]
+    page = (tmp_path / "page.html").read_text()
+    for row in found["datasets"][0]["perturbations"]["perturbations"]:
+        assert row["name"] in said and row["name"].replace("'", "&#39;") in page
+    assert not [word for word in ("<script", "https:", "src=", "@import") if word in page]
+
+
+def test_a_reward_function_is_measured_as_a_reward_model_is(data: dict[str, str]) -> None:
+    found = figures("test_evaluate:letters", data["ranking"])
+    facts = found["datasets"][0]["pairs"]
+    assert facts["accuracy"]["value"] == facts["baselines"][0]["value"], "it is the rule that the longer answer wins"
+    with pytest.raises(UserError, match="the same score"):
+        figures("test_evaluate:constant", data["ranking"], "--perturb")
 
 
 # ---- refusals ----------------------------------------------------------------------------------------------------
@@ -200,6 +226,8 @@ def test_a_reward_run_is_measured_on_rankings(runs: dict[str, str], data: dict[s
         ("reward", "demonstration", [], "measured on rankings"),
         ("reward", "ranking", ["--against", "sft"], "are for policies"),
         ("reward", "ranking", ["--reward", "reward"], "are for policies"),
+        ("reward", "ranking", ["--benchmark", "rewardbench"], "unknown benchmark 'rewardbench'"),
+        ("sft", "demonstration", ["--perturb"], "is a policy"),
     ],
 )
 def test_what_cannot_be_measured_is_refused(

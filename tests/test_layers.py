@@ -11,7 +11,7 @@ FLOORS = {
     "rlhf": [
         "core", "config", "servers", "distributed", "data", "tasks", "runs", "doctor", "models", "tuning", "rollout",
         "reward", "guard", "training", "sft", "specialist", "ppo", "dpo", "inference", "prompting", "export", "memory",
-        "cli", "comparison", "report",
+        "cli", "comparison", "evaluation", "report",
     ],
     "data_tools": [
         "statistics", "io", "curate", "check", "reading", "published", "importers", "aggregate", "annotate", "tasks",

@@ -36,8 +36,10 @@ def reward_bench_2(row: Any) -> Ranking:
 
     Ranks: each answer of `chosen` 1, each of `rejected` 2; those of one list are a tie. So one ranking of K answers
     states every pair of a good and a bad answer, and none between two good ones (RewardBench 2's subset Ties, the three
-    styles of RM-Bench). `subset` (or `domain`) is the group. The format names neither annotators nor the order shown;
-    `models` is not used, since it is not said to be in the order of the answers.
+    styles of RM-Bench). `subset` (or `domain`) is the group. The `source` is reward-bench-2 or rm-bench; in the subset
+    Ties also the row's `id`, as in `reward-bench-2/tied:1`, which its scoring needs (see docs/evaluate.md). The format
+    names neither annotators nor the order shown; `models` is not used, since it is not said to be in the order of the
+    answers.
 
     Rejected: an empty list, `num_correct` or `total_completions` that contradict the lists, an empty answer, one that
     is in both lists.
@@ -50,9 +52,12 @@ def reward_bench_2(row: Any) -> Ranking:
     for name, count in (("num_correct", len(better)), ("total_completions", len(better) + len(worse))):
         if row.get(name, count) != count:
             raise BadRecord(f"{name}: not the number of answers", f"{brief(row[name])}, there are {count}")
+    source = "reward-bench-2" if "subset" in row else "rm-bench" if "domain" in row else ""
+    if str(row.get("subset")).lower() == "ties" and isinstance(row.get("id"), str):
+        source += f"/{row['id']}"
     return Ranking(
         tuple(turns_of(row["prompt"], "prompt", "user")),
-        source="reward-bench-2" if "subset" in row else "rm-bench" if "domain" in row else "",
+        source=source,
         group=text(row, "subset", optional=True) or text(row, "domain", optional=True) or None,
         candidates=tuple(map(Candidate, better + worse)),
         ranks=(1,) * len(better) + (2,) * len(worse),

@@ -1,0 +1,144 @@
+"""Whole rankings: Kendall's tau, the best of K, and what the choice of a model costs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from math import comb, sqrt
+from typing import Any
+
+import numpy as np
+
+from rlhf.evaluation.estimates import clustered_mean, fraction, mean_facts
+from rlhf.evaluation.scored import ScoredRecord
+
+
+def listwise(scored: Sequence[ScoredRecord]) -> dict[str, Any] | None:
+    """Metrics of rankings as wholes, averaged over the rankings that are not all ties; None without one.
+
+    Utility is what a candidate is worth to the annotator: 1 at the best rank, 0 at the worst, in equal steps between.
+
+    Returns:
+        - `rankings`, and `sizes`: number of candidates -> rankings.
+        - `kendall_tau_b`: see `tau_b`; 0 for a ranking in which all scores are equal. As `mean_facts` gives it.
+        - `best_of_k`: fraction in which the candidate of the highest score has the best rank (equal scores share the
+          credit), as `fraction` gives it; `best_of_k_chance`: the same for a random choice.
+        - `beats_all`: fraction in which every best-ranked candidate scores above every other one.
+        - `regret`: 1 - utility of the model's choice, as `mean_facts` gives it; `regret_chance` of a random choice.
+        - `rating_regret`: by the candidates' own ratings: the highest minus that of the model's choice; None unless
+          all candidates have ratings.
+        - `curve`: see `best_of_curve`.
+    """
+    usable = [one.known for one in scored]
+    kept = [index for index, known in enumerate(usable) if len({rank for rank, _ in known}) > 1]
+    if not kept:
+        return None
+    prompts = {one.record.prompt_id: number for number, one in enumerate(scored)}
+    clusters = np.array([prompts[scored[index].record.prompt_id] for index in kept])
+    rows = [usable[index] for index in kept]
+    worth, best = [utilities([rank for rank, _ in row]) for row in rows], [_chosen(row) for row in rows]
+    top = np.array([np.mean([worth[i][k] == 1 for k in best[i]]) for i in range(len(rows))])
+    regret = np.array([1 - np.mean([worth[i][k] for k in best[i]]) for i in range(len(rows))])
+    sizes = [len(row) for row in rows]
+    return {
+        "rankings": len(rows),
+        "sizes": {str(size): sizes.count(size) for size in sorted(set(sizes))},
+        "kendall_tau_b": mean_facts(clustered_mean(np.array([tau_b(row) for row in rows]), clusters)),
+        "best_of_k": fraction(top, clusters),
+        "best_of_k_chance": float(np.mean([np.mean(np.array(one) == 1) for one in worth])),
+        "beats_all": fraction(np.array([_beats_all(row) for row in rows], dtype=float), clusters),
+        "regret": mean_facts(clustered_mean(regret, clusters)),
+        "regret_chance": float(np.mean([1 - np.mean(one) for one in worth])),
+        "rating_regret": _rating_regret([scored[index] for index in kept], clusters),
+        "curve": best_of_curve(rows),
+    }
+
+
+def tau_b(known: Sequence[tuple[int, float]]) -> float:
+    """Kendall's tau-b between ranks and scores, 1 if the scores order the candidates as the annotator did.
+
+    (C - D) / sqrt((pairs with different ranks) (pairs with different scores)), with C and D the pairs ordered alike and
+    opposite (Kendall 1945, Biometrika 33, 239-251). 0 where all scores are equal.
+
+    Args:
+        known: (rank, score) of each candidate; at least two ranks differ.
+    """
+    agreement = by_rank = by_score = 0
+    for index, (rank, score) in enumerate(known):
+        for other_rank, other_score in known[:index]:
+            one, other = _sign(other_rank - rank), _sign(score - other_score)
+            agreement, by_rank, by_score = agreement + one * other, by_rank + abs(one), by_score + abs(other)
+    return agreement / sqrt(by_rank * by_score) if by_score else 0.0
+
+
+def _sign(value: float) -> int:
+    return (value > 0) - (value < 0)
+
+
+def utilities(ranks: Sequence[int]) -> list[float]:
+    """1 at the best of these ranks, 0 at the worst, linear between; at least two ranks differ."""
+    low, high = min(ranks), max(ranks)
+    return [(high - rank) / (high - low) for rank in ranks]
+
+
+def _chosen(known: Sequence[tuple[int, float]]) -> list[int]:
+    """The candidates of the highest score."""
+    top = max(score for _, score in known)
+    return [index for index, (_, score) in enumerate(known) if score == top]
+
+
+def _beats_all(known: Sequence[tuple[int, float]]) -> bool:
+    best = min(rank for rank, _ in known)
+    others = max(score for rank, score in known if rank != best)
+    return min(score for rank, score in known if rank == best) > others
+
+
+def _rating_regret(scored: Sequence[ScoredRecord], clusters: Any) -> dict[str, Any] | None:
+    found = []
+    for one in scored:
+        known = [(c.score, s) for c, s in zip(one.record.candidates, one.scores) if s is not None]
+        ratings = [rating for rating, _ in known if rating is not None]
+        if len(ratings) < len(known):
+            return None
+        top = max(score for _, score in known)
+        found.append(max(ratings) - float(np.mean([r for r, (_, s) in zip(ratings, known) if s == top])))
+    return mean_facts(clustered_mean(np.array(found), clusters))
+
+
+def best_of_curve(rows: Sequence[Sequence[tuple[int, float]]]) -> list[dict[str, float]]:
+    """Mean utility of the candidate that the model would choose among n random ones, for n from 1 to the common K.
+
+    Exact, without drawing: with the candidates in the order of their scores, best first, the i-th (from 0) is chosen
+    from n of K with probability C(K-1-i, n-1) / C(K, n). Equal scores share their places.
+
+    Args:
+        rows: (rank, score) of each ranking's candidates. Only rankings of the most frequent size are used.
+
+    Returns:
+        For each n: `n`, `chosen` (by the model), `best` (by the annotator), `random`, and `rankings`.
+    """
+    sizes = [len(row) for row in rows]
+    size = max(set(sizes), key=lambda one: (sizes.count(one), one))
+    used = [row for row in rows if len(row) == size]
+    found = []
+    for n in range(1, size + 1):
+        odds = [comb(size - 1 - i, n - 1) / comb(size, n) for i in range(size)]
+        chosen, best = [], []
+        for row in used:
+            worth = utilities([rank for rank, _ in row])
+            chosen.append(_expected(worth, [score for _, score in row], odds))
+            best.append(_expected(worth, worth, odds))
+        even = float(np.mean([np.mean(utilities([rank for rank, _ in row])) for row in used]))
+        found.append(
+            {"n": n, "chosen": float(np.mean(chosen)), "best": float(np.mean(best)), "random": even}
+            | {"rankings": len(used)}
+        )
+    return found
+
+
+def _expected(worth: Sequence[float], scores: Sequence[float], odds: Sequence[float]) -> float:
+    """Expected worth when the candidate at place i by score is chosen with probability odds[i]."""
+    order = sorted(range(len(scores)), key=lambda i: -scores[i])
+    shared = {score: [] for score in scores}  # type: dict[float, list[float]]
+    for place, index in enumerate(order):
+        shared[scores[index]].append(odds[place])
+    return sum(worth[i] * float(np.mean(shared[score])) for i, score in enumerate(scores))

@@ -1,0 +1,190 @@
+"""Rankings with the scores of a reward model or function, and their pairs as arrays."""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from rlhf.core.console import track
+from rlhf.core.errors import UserError
+from rlhf.data.encode_records import EncodingCounts, fits
+from rlhf.data.schema import Prompt, Ranking
+from rlhf.inference.reward_model import RewardModel, open_reward_model
+from rlhf.reward.functions import call_reward_function, import_function
+
+FUNCTION_SECONDS = 300.0
+"""How long one call of a reward function may take."""
+
+
+@dataclass(frozen=True)
+class ScoredRecord:
+    """A ranking and a score for each of its candidates, on the scale of the training loss; higher is better.
+
+    A score is None where the candidate does not fit in the model's tokens. At least two are not.
+    """
+
+    record: Ranking
+    scores: tuple[float | None, ...]
+
+    @property
+    def complete(self) -> bool:
+        """Whether every candidate has a score."""
+        return None not in self.scores
+
+    @property
+    def known(self) -> list[tuple[int, float]]:
+        """(rank, score) of each candidate with a score, in order."""
+        return [(rank, score) for rank, score in zip(self.record.ranks, self.scores) if score is not None]
+
+
+class AnswerScorer(Protocol):
+    """What is evaluated: anything that gives answers scores."""
+
+    name: str
+
+    def rankings(self, records: Sequence[Ranking], counts: EncodingCounts) -> list[ScoredRecord]:
+        """The records with their scores, without those that cannot be scored; `counts` counts the reasons."""
+        ...
+
+    def answers(self, prompts: Sequence[Prompt], answers: Sequence[str]) -> list[float | None]:
+        """The scores of answers, one prompt for each, on the same scale; None where one cannot be scored."""
+        ...
+
+
+class ModelScorer:
+    """A reward model, by its raw scores: before the mean and standard deviation that PPO's scores are divided by."""
+
+    def __init__(self, name: str, model: RewardModel) -> None:
+        self.name, self._model = name, model
+
+    def rankings(self, records: Sequence[Ranking], counts: EncodingCounts) -> list[ScoredRecord]:
+        rows = self._model.encode(records, counts)
+        kept = [(record, row) for record, row in zip(records, rows) if row is not None]
+        scored = self._model.score([row for _, row in kept])
+        counts.kept = len(kept)
+        return [self._placed(record, one.scores) for (record, _), one in zip(kept, scored)]
+
+    def _placed(self, record: Ranking, scores: Sequence[float]) -> ScoredRecord:
+        """Scores at the places of their candidates: `encode_ranking` leaves out those that do not fit."""
+        if len(scores) == len(record.candidates):
+            return ScoredRecord(record, tuple(scores))
+        chat, rest = self._model.chat, iter(scores)
+        prompt = len(chat.prompt(record.messages))
+        fit = [fits(len(chat.response(one.text)), prompt, self._model.limit) for one in record.candidates]
+        return ScoredRecord(record, tuple(next(rest) if one else None for one in fit))
+
+    def answers(self, prompts: Sequence[Prompt], answers: Sequence[str]) -> list[float | None]:
+        scalar = self._model.scalar
+        mean, std = float(scalar.mean), float(scalar.std)
+        return [None if score is None else score * std + mean for score in self._model.score_answers(prompts, answers)]
+
+
+class FunctionScorer:
+    """A reward function `module:function`; every text fits."""
+
+    def __init__(self, name: str, function: Callable[..., Any]) -> None:
+        self.name, self._function = name, function
+
+    def rankings(self, records: Sequence[Ranking], counts: EncodingCounts) -> list[ScoredRecord]:
+        counts.kept = len(records)
+        return [
+            ScoredRecord(record, tuple(self._score(record, one.text) for one in record.candidates))
+            for record in track(records, "scoring", unit="rankings")
+        ]
+
+    def answers(self, prompts: Sequence[Prompt], answers: Sequence[str]) -> list[float | None]:
+        return [self._score(prompt, answer) for prompt, answer in track(list(zip(prompts, answers)), "scoring")]
+
+    def _score(self, prompt: Prompt, answer: str) -> float:
+        return call_reward_function(self._function, self.name, prompt.chat, answer, FUNCTION_SECONDS)
+
+
+def is_function(name: str) -> bool:
+    """Whether a name is that of a reward function, `module:function`."""
+    return re.fullmatch(r"[A-Za-z_][\w.]*:\w+", name) is not None
+
+
+def open_answer_scorer(name: str, trust_remote_code: bool = False) -> AnswerScorer:
+    """Open a reward run, a model folder with a score head, or a reward function `module:function`.
+
+    Raises:
+        UserError: It cannot be loaded or imported.
+    """
+    if not is_function(name):
+        return ModelScorer(name, open_reward_model(name, trust_remote_code))
+    if (here := str(Path.cwd())) not in sys.path:
+        sys.path.append(here)  # functions in the working folder can be imported
+    try:
+        return FunctionScorer(name, import_function(name))
+    except ValueError as error:
+        raise UserError(str(error)) from None
+
+
+# ---- pairs -------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """The pairs of candidates that the annotator did not tie, better one first; arrays [P]."""
+
+    prompt: NDArray[Any]
+    """int: number of the prompt; rankings of one prompt share it."""
+    ranking: NDArray[Any]
+    """int: index of the scored record."""
+    gap: NDArray[Any]
+    """float: score of the better candidate minus that of the worse."""
+    distance: NDArray[Any]
+    """int: rank of the worse minus rank of the better, >= 1."""
+    rating: NDArray[Any]
+    """float: the candidates' own `score`s, better minus worse; NaN where one has none."""
+    lengths: NDArray[Any]
+    """int [P, 2]: characters of the better and the worse."""
+    first: NDArray[Any]
+    """int: 1 if the better one was shown before the worse, -1 if after, 0 if the order is not known."""
+
+    def __len__(self) -> int:
+        return len(self.gap)
+
+    def where(self, chosen: NDArray[Any]) -> Pairs:
+        """The pairs that a bool mask selects."""
+        return Pairs(*(getattr(self, name)[chosen] for name in self.__dataclass_fields__))
+
+    @property
+    def correct(self) -> NDArray[Any]:
+        """float: 1 if the better one has the higher score, 0.5 where the scores are equal."""
+        return credit(self.gap)
+
+
+def credit(difference: NDArray[Any]) -> NDArray[Any]:
+    """1 for a positive difference, 0.5 for none, 0 for a negative one."""
+    return (np.sign(difference) + 1) / 2
+
+
+def pairs_of(scored: Sequence[ScoredRecord]) -> Pairs:
+    """All pairs of candidates with different ranks, of those that have a score."""
+    prompts: dict[str, int] = {}
+    rows: list[tuple[float, ...]] = []
+    for index, one in enumerate(scored):
+        record, prompt = one.record, prompts.setdefault(one.record.prompt_id, len(prompts))
+        known = [i for i, score in enumerate(one.scores) if score is not None]
+        for better in known:
+            for worse in known:
+                if (distance := record.ranks[worse] - record.ranks[better]) > 0:
+                    a, b = record.candidates[better], record.candidates[worse]
+                    gap = float(one.scores[better] or 0) - float(one.scores[worse] or 0)
+                    rating = np.nan if a.score is None or b.score is None else a.score - b.score
+                    first = int(np.sign(worse - better)) if record.shown else 0
+                    rows.append((prompt, index, gap, distance, rating, len(a.text), len(b.text), first))
+    table = np.array(rows, dtype=np.float64).reshape(-1, 8)
+    whole = table.astype(np.int64, copy=False) if not len(table) else np.nan_to_num(table).astype(np.int64)
+    return Pairs(
+        prompt=whole[:, 0], ranking=whole[:, 1], gap=table[:, 2], distance=whole[:, 3], rating=table[:, 4],
+        lengths=whole[:, 5:7], first=whole[:, 7],
+    )  # fmt: skip
