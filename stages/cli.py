@@ -28,6 +28,7 @@ app = command_group(
         "sample": ("stages.sample:command", "Print a model's answers to prompts."),
         "score": ("stages.score:command", "Print a reward model's scores of answers."),
         "evaluate": ("stages.evaluate:command", "Measure a model on held-out data."),
+        "judge": ("stages.judge:command", "Measure how far a judge on a server agrees with human rankings."),
         "prompt-search": (
             "stages.prompt_search:command",
             "Search for an instruction that makes a model answer better.",

@@ -9,9 +9,9 @@ from pathlib import Path
 REPOSITORY = Path(__file__).resolve().parents[1]
 FLOORS = {
     "rlhf": [
-        "core", "config", "servers", "distributed", "data", "tasks", "runs", "doctor", "models", "tuning", "rollout",
-        "reward", "guard", "training", "sft", "specialist", "ppo", "dpo", "inference", "prompting", "export", "memory",
-        "cli", "comparison", "evaluation", "report",
+        "core", "config", "servers", "distributed", "data", "judging", "tasks", "runs", "doctor", "models", "tuning",
+        "rollout", "reward", "guard", "training", "sft", "specialist", "ppo", "dpo", "inference", "prompting", "export",
+        "memory", "cli", "comparison", "evaluation", "report",
     ],
     "data_tools": [
         "statistics", "io", "curate", "check", "reading", "published", "importers", "aggregate", "annotate", "tasks",

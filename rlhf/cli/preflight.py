@@ -28,6 +28,7 @@ from rlhf.data.selection import open_datasets
 from rlhf.data.store import Dataset
 from rlhf.distributed.deepspeed_json import deepspeed_settings, read_deepspeed
 from rlhf.dpo.config import DPOConfig
+from rlhf.judging.source import refuse_unmeasured
 from rlhf.models.adapters import VIRTUAL
 from rlhf.ppo.config import PPOConfig
 from rlhf.ppo.shared_roles import recognise
@@ -370,7 +371,10 @@ def _reward_sources(config: PPOConfig, pending_runs: PendingRuns) -> Rows:
     for pick, weight in weighted_terms(config.reward):
         shown = f" x {weight:g}" if weight != 1 else ""
         if not model_terms(pick):
-            rows.append(("reward", f"{pick.name} {pick.options.get('function', '')}".strip() + shown))
+            what = pick.options.get("function") or pick.options.get("url", "")
+            rows.append(("reward", f"{pick.name} {what}".strip() + shown))
+        if pick.name == "judge":
+            refuse_unmeasured(**{name: pick.options[name] for name in ("url", "agreement", "unmeasured")})
         key = "reward.models" if pick.name == "ensemble" else "reward.path"
         if pick.name == "ensemble":
             rows.append(("reward", f"ensemble, {COMBINATIONS.pick(pick.options['combine']).name} of:{shown}"))

@@ -1,0 +1,153 @@
+"""How far a judge agrees with human rankings: measured before it is used, and recorded in a file."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import combinations
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rlhf.core.errors import UserError
+from rlhf.core.intervals import effective_size, wilson
+from rlhf.core.lazy import lazy
+from rlhf.core.limits import parse_json
+from rlhf.data.schema import Ranking
+from rlhf.judging.judge import Comparison, Judge
+
+if TYPE_CHECKING:
+    import numpy as np
+else:
+    np = lazy("numpy")
+
+SAME = ("url", "model", "kind", "prompt_fingerprint", "temperature")
+"""What a judge must have in common with the measured one."""
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Two candidates of a ranking."""
+
+    ranking: Ranking
+    one: int
+    two: int
+
+    @property
+    def human(self) -> float:
+        """1 if the first candidate is ranked better, 0 if the second, 0.5 for a tie."""
+        first, second = self.ranking.ranks[self.one], self.ranking.ranks[self.two]
+        return 0.5 if first == second else float(first < second)
+
+    def item(self) -> tuple[list[dict[str, str]], str, str]:
+        """What `Judge.compare` takes."""
+        texts = self.ranking.candidates
+        return self.ranking.chat, texts[self.one].text, texts[self.two].text
+
+
+def pairs_of(rankings: Iterable[Ranking], most: int, seed: int = 0) -> Iterator[Pair]:
+    """At most `most` pairs of each ranking, in random order; the two candidates of a pair are in random order too."""
+    for ranking in rankings:
+        chance = random.Random(f"{seed} {ranking.prompt_id} {ranking.annotator}")
+        found = list(combinations(range(len(ranking.candidates)), 2))
+        for one, two in chance.sample(found, min(most, len(found))):
+            yield Pair(ranking, *((one, two) if chance.random() < 0.5 else (two, one)))
+
+
+def by_comparison(judge: Judge, pairs: Sequence[Pair]) -> list[Comparison]:
+    """The judge's verdicts on pairs."""
+    return list(judge.compare(pair.item() for pair in pairs))
+
+
+def by_rating(judge: Judge, pairs: Sequence[Pair]) -> list[Comparison]:
+    """Verdicts that follow from the ratings of both candidates: the higher rating wins, equal ratings tie."""
+    answers = [(pair.ranking.chat, text) for pair in pairs for text in pair.item()[1:]]
+    ratings = list(judge.rate(answers))
+    found = []
+    for one, two in zip(ratings[::2], ratings[1::2]):
+        verdict: Any = None if one is None or two is None else "A" if one > two else "B" if two > one else "C"
+        found.append(Comparison(verdict, verdict))
+    return found
+
+
+def agreement_metrics(pairs: Sequence[Pair], verdicts: Sequence[Comparison], swapped: bool = True) -> dict[str, Any]:
+    """Agreement of verdicts with rankings.
+
+    Args:
+        pairs: The pairs.
+        verdicts: One for each.
+        swapped: Whether each was asked in both orders; position bias and consistency need that.
+
+    Returns:
+        - `pairs`, `rankings`, `unreadable` (pairs with an unreadable verdict, which count nowhere else).
+        - `strict_pairs`: readable pairs that the annotator does not tie; `agreement`: fraction of them that the judge
+          orders as the annotator, where a tie of the judge counts half; `interval`: Wilson's 95% interval with the
+          effective size of pairs clustered by prompt.
+        - `judge_ties`: fraction of the strict pairs that the judge ties; `agreement_without_ties`.
+        - `human_ties`, `tie_agreement`: pairs that the annotator ties, and the fraction that the judge ties too.
+        - `consistent`: fraction of readable pairs with the same verdict in both orders; `first_position`: fraction of
+          the verdicts, ties left out, for the answer that was shown first, 0.5 without bias; with its interval.
+    """
+    read = [(pair, one) for pair, one in zip(pairs, verdicts) if one.readable]
+    strict = [(pair, one) for pair, one in read if pair.human != 0.5]
+    credits = [1.0 - abs(pair.human - float(one.credit or 0.0)) for pair, one in strict]
+    tied = [one for pair, one in read if pair.human == 0.5]
+    decided = [credit for credit in credits if credit != 0.5]
+    found: dict[str, Any] = {
+        "pairs": len(pairs), "rankings": len({id(pair.ranking) for pair in pairs}),
+        "unreadable": len(pairs) - len(read), "strict_pairs": len(strict),
+        "agreement": _mean(credits), "interval": clustered(credits, [pair.ranking.prompt_id for pair, _ in strict]),
+        "judge_ties": _mean([float(credit == 0.5) for credit in credits]), "agreement_without_ties": _mean(decided),
+        "human_ties": len(tied), "tie_agreement": _mean([float(one.credit == 0.5) for one in tied]),
+    }  # fmt: skip
+    if swapped:
+        shown = [(pair, first) for pair, one in read for first in one.shown_first]
+        prompts = [pair.ranking.prompt_id for pair, _ in shown]
+        found |= {
+            "consistent": _mean([float(one.consistent) for _, one in read]),
+            "first_position": _mean([float(first) for _, first in shown]),
+            "first_position_interval": clustered([float(first) for _, first in shown], prompts),
+        }
+    return found
+
+
+def clustered(values: Sequence[float], clusters: Sequence[str]) -> list[float] | None:
+    """Wilson's 95% interval of a mean of values in [0, 1] that come in clusters; None without values."""
+    if not values:
+        return None
+    places = {name: index for index, name in enumerate(dict.fromkeys(clusters))}
+    index = [places[name] for name in clusters]
+    totals = np.bincount(index, weights=np.asarray(values, dtype=float))
+    trials = np.bincount(index)
+    return list(wilson(sum(values) / len(values), effective_size(totals, trials) or len(trials)))
+
+
+def _mean(values: Sequence[float]) -> float | None:
+    return sum(values) / len(values) if values else None
+
+
+def check_recorded(path: str, judge: Judge) -> dict[str, Any]:
+    """The agreement that `rlhf judge --out FILE` has recorded for this judge.
+
+    Raises:
+        UserError: The file cannot be read, or was measured with another server, model, prompt or temperature.
+    """
+    try:
+        found = parse_json(Path(path).read_text("utf-8"))
+        measured, metrics = dict(found["judge"]), dict(found["metrics"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            f"judge's agreement {path}: cannot be read ({error})", "A judge is measured before it is used.",
+            f"Measure it: rlhf judge {judge.config.url} RANKINGS --kind {judge.prompt.kind} --out {path}",
+        ) from None  # fmt: skip
+    mine = judge.facts()
+    if other := [name for name in SAME if measured.get(name) != mine[name]]:
+        values = [(name, json.dumps(measured.get(name)), json.dumps(mine[name])) for name in other]
+        differences = "; ".join(f"{name}: {then}, now {now}" for name, then, now in values)
+        raise UserError(
+            f"judge's agreement {path}: was measured with another judge ({differences})",
+            "Its agreement says nothing about this one.",
+            "Measure this judge with `rlhf judge`, or name the file of its own measurement.",
+        )
+    return metrics

@@ -1,0 +1,82 @@
+"""`rlhf judge`: how far a judge on a server agrees with human rankings, measured before it is used."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+
+from rlhf.cli import options
+from rlhf.core.console import print_json, say, table, warn
+from rlhf.core.errors import UserError
+from rlhf.data.selection import chosen_records
+from rlhf.data.store import open_dataset
+from rlhf.judging.agreement import agreement_metrics, by_comparison, by_rating, pairs_of
+from rlhf.judging.config import read_judge
+from rlhf.judging.judge import Judge
+
+ROWS = {
+    "strict_pairs": "pairs that the annotators order",
+    "agreement": "agreement with the annotators",
+    "interval": "  95% interval",
+    "judge_ties": "pairs that the judge ties",
+    "agreement_without_ties": "agreement without these",
+    "human_ties": "pairs that the annotators tie",
+    "tie_agreement": "  of which the judge ties",
+    "consistent": "same verdict in both orders",
+    "first_position": "verdicts for the answer shown first",
+    "first_position_interval": "  95% interval",
+    "unreadable": "pairs without a readable verdict",
+}
+
+
+def command(
+    judge: Annotated[
+        str, typer.Argument(metavar="URL|FILE|{...}", help="A server such as http://localhost:8000/v1, or a judge.")
+    ],
+    dataset: Annotated[Path, typer.Argument(metavar="DATASET", help="Rankings by people.")],
+    kind: Annotated[
+        Literal["pairwise", "rating"],
+        typer.Option(help="pairwise: which of two answers is better, in both orders; rating: 1 to 10, as PPO uses it."),
+    ] = "pairwise",
+    split: options.Split = None,
+    limit: options.Limit = None,
+    pairs: Annotated[int, typer.Option(min=1, help="Most pairs of each ranking.")] = 3,
+    seed: Annotated[int, typer.Option(min=0, help="Seed for the choice and the order of pairs.")] = 0,
+    output: Annotated[
+        Path | None, typer.Option("--out", help="Write the result here, as JSON; PPO's reward `judge` reads it.")
+    ] = None,
+    as_json: options.Json = False,
+) -> None:
+    """Measure how far a judge agrees with human rankings: agreement, ties, position bias."""
+    options.check_writable(output, "--out")
+    config, data = read_judge(judge), open_dataset(dataset)
+    if data.kind != "ranking":
+        raise UserError(f"{data.path}: holds {data.kind}s; a judge is measured on rankings")
+    chosen = list(pairs_of(chosen_records(data, split, limit), pairs, seed))
+    with Judge(config, kind) as opened:
+        verdicts = by_comparison(opened, chosen) if kind == "pairwise" else by_rating(opened, chosen)
+        metrics = agreement_metrics(chosen, verdicts, swapped=kind == "pairwise")
+        facts, failures, usage, cost = opened.facts(), dict(opened.failures), opened.server.usage, opened.server.cost
+    result: dict[str, Any] = {
+        "judge": facts, "dataset": str(dataset), "fingerprint": data.fingerprint, "split": split, "seed": seed,
+        "metrics": metrics, "failures": failures, "usage": usage.as_dict(), "cost": cost,
+    }  # fmt: skip
+    shown = [(label, _shown(metrics[name])) for name, label in ROWS.items() if name in metrics]
+    title = f"{facts['model']} ({facts['prompt']}) on {metrics['pairs']:,} pairs of {metrics['rankings']:,} rankings"
+    table(title, ("", ""), shown)
+    for reason, count in failures.items():
+        warn(f"{count:,} requests without a reply: {reason}")
+    low = (metrics["interval"] or [0.0])[0]
+    if low <= 0.5:
+        say("The agreement may be no better than chance: do not train or decide by this judge.")
+    if output is not None:
+        options.write_whole(output, json.dumps(result, indent=2, ensure_ascii=False) + "\n")
+    if as_json:
+        print_json(result)
+
+
+def _shown(value: Any) -> Any:
+    return f"{value[0]:.3f} to {value[1]:.3f}" if isinstance(value, list) else value
