@@ -23,6 +23,7 @@ from data_tools.importers import hh as hh_module
 from data_tools.importers.run import NothingUsable, find_files, import_dataset
 from rlhf.core.errors import UserError
 from rlhf.core.files import whole_folder
+from rlhf.data.columns import as_record
 from rlhf.data.store import open_dataset
 
 ROOT = Path(__file__).parents[1]
@@ -135,19 +136,19 @@ TRANSCRIPTS = st.lists(st.sampled_from(PIECES), max_size=9).map("".join)
     head="\n\nHuman: a\n\nHuman: b\n\nAssistant: c\n\nAssistant: d\n\nHuman: e\n\nAssistant:", chosen="f", rejected="g"
 )
 def test_the_fast_way_through_a_usual_transcript_gives_what_the_slow_one_gives(head, chosen, rejected):
-    usual = hh_module._usual(head + chosen, head + rejected)
+    row = {"chosen": head + chosen, "rejected": head + rejected}
+    usual = hh_module._usual(row)
     if usual is not None:
-        slow = hh_module._any(head + chosen, head + rejected)
-        assert (usual.record(), usual.id, usual.prompt_id) == (slow, slow.id, slow.prompt_id)
+        slow = hh_module._ranking(row)
+        assert (as_record(usual), *usual[:2]) == (slow, slow.id, slow.prompt_id)
 
 
 @pytest.mark.skipif(not HH.exists(), reason="../shared is absent")
 def test_nearly_all_real_transcripts_are_usual_and_come_out_as_by_the_slow_way():
     with gzip.open(HH, "rt", encoding="utf-8") as file:
         rows = [json.loads(line) for line in file]
-    usual = [(hh_module._usual(row["chosen"], row["rejected"]), row) for row in rows]
-    made = [(ranking, row) for ranking, row in usual if ranking is not None]
-    assert all(ranking.record() == hh_module._any(row["chosen"], row["rejected"]) for ranking, row in made)
+    made = [(ranking, row) for row in rows if (ranking := hh_module._usual(row)) is not None]
+    assert all(as_record(ranking) == hh_module._ranking(row) for ranking, row in made)
     assert len(made) > 0.9 * len(rows)
 
 

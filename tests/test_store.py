@@ -22,7 +22,7 @@ from rows import DEMONSTRATION, RANKING, records, tree, write
 from rlhf.core import limits
 from rlhf.core.errors import UserError
 from rlhf.data import store
-from rlhf.data.schema import KINDS, BadRecord, from_dict, to_dict
+from rlhf.data.schema import KINDS, BadRecord, Message, Prompt, from_dict, to_dict
 from rlhf.data.store import DatasetWriter, open_dataset, read_jsonl, read_shard, shard_faults
 
 
@@ -58,6 +58,14 @@ def test_scores_that_are_whole_numbers_are_stored_as_floats(tmp_path):
     item = from_dict({"prompt": "?", "candidates": candidates, "ranks": [1, 2, 3]})
     (read,) = write(tmp_path / "d", [item]).records()
     assert [c.score for c in read.candidates] == [3.0, 1e30, None]
+
+
+def test_long_records_are_converted_few_at_a_time(tmp_path, monkeypatch):
+    monkeypatch.setattr(store, "CHARS_PER_TABLE", 1_000)
+    with DatasetWriter(tmp_path / "d", "prompt") as writer:
+        for size, most in ((1, store.ROWS_PER_TABLE), (100, 10), (5_000, 1)):
+            writer.write_all([Prompt((Message("user", "x" * size),))])
+            assert writer.table_rows == most
 
 
 def test_rows_of_many_megabytes_do_not_fill_a_row_group(tmp_path, monkeypatch):

@@ -12,7 +12,7 @@ from data_tools.importers.table import IMPORTERS, Head, convert_rows
 from data_tools.reading.fields import as_jsonl
 from data_tools.reading.rows import JSON
 from data_tools.reading.turns import is_transcript
-from rlhf.data.columns import RankingRow, ranking_row
+from rlhf.data.columns import Row, ranking_row
 from rlhf.data.schema import BadRecord, Candidate, Message, Ranking, Record
 from rlhf.data.store import OnReject
 
@@ -37,7 +37,7 @@ SAMPLE = as_jsonl(
 
 
 @IMPORTERS.row("hh-rlhf", suffixes=JSON, sample=SAMPLE, detect=detect)
-def hh_rlhf(path: Path, reject: OnReject) -> Iterator[Record | RankingRow]:
+def hh_rlhf(path: Path, reject: OnReject) -> Iterator[Record | Row]:
     """Anthropic HH-RLHF: rows {chosen, rejected} of whole transcripts that share all but the last answer.
 
     Ranks: chosen 1, rejected 2; the format has no ties. The format does not say in which order the
@@ -51,43 +51,42 @@ def hh_rlhf(path: Path, reject: OnReject) -> Iterator[Record | RankingRow]:
     Rejected: an empty or missing answer, two identical answers, transcripts that differ before the last answer (what
     was preferred is then not an answer to one prompt), and text that does not begin and end with a turn.
     """
-    return convert_rows(path, reject, _ranking, usual=_usual_row)
+    return convert_rows(path, reject, _ranking, usual=_usual)
 
 
-def _usual_row(row: Any) -> RankingRow | None:
-    """The ranking of a row of two texts and nothing else, as nearly all are, or None."""
-    if type(row) is dict and len(row) == 2:
-        chosen, rejected = row.get("chosen"), row.get("rejected")
-        if type(chosen) is str and type(rejected) is str:
-            return _usual(chosen, rejected)
-    return None
-
-
-def _usual(chosen: str, rejected: str) -> RankingRow | None:
+def _usual(row: Any) -> Row | None:
     """The ranking of a row as nearly all are, or None: this is most of an import's time.
 
-    Such a row begins with a question, its speakers take turns, no turn is empty, and the second text repeats the first
-    up to the last answer. It then needs no check, also not for a transcript inside one text.
+    Such a row is two texts and nothing else. They begin with a question, the speakers take turns, no turn is empty, and
+    the second text repeats the first up to the last answer. It then needs no check, also not for a transcript inside
+    one text.
     """
-    head, _, best = chosen.rpartition(_ANSWER)
-    start = len(head) + len(_ANSWER)
-    if not (rejected.startswith(head) and rejected.startswith(_ANSWER, len(head))):
+    if type(row) is not dict or len(row) != 2:
+        return None
+    chosen, rejected = row.get("chosen"), row.get("rejected")
+    if type(chosen) is not str or type(rejected) is not str:
+        return None
+    exchanges = chosen.split(_ANSWER)
+    best = exchanges.pop()
+    start = len(chosen) - len(best)
+    if not exchanges or not rejected.startswith(chosen[:start]):
         return None
     other = rejected[start:]
-    if _QUESTION in best or _QUESTION in other or _ANSWER in other:
-        return None
+    if (":" in best and _QUESTION in best) or (":" in other and (_QUESTION in other or _ANSWER in other)):
+        return None  # a single character is found much faster, and most answers have no colon
     turns: list[str] = []
-    for exchange in head.split(_ANSWER):  # an answer (before the first question: nothing) and the next question
+    for exchange in exchanges:  # an answer (before the first question: nothing) and the next question
         said = exchange.split(_QUESTION)
         if len(said) != 2:
             return None
         turns += said
-    nothing, *turns = map(str.strip, turns)
+    turns = [turn.strip() for turn in turns]
     best, other = best.strip(), other.strip()
-    if nothing or not (all(turns) and best and other and best != other):
+    if turns.pop(0) or not (all(turns) and best and other and best != other):
         return None
     try:
-        return ranking_row(tuple(zip(cycle(_SPEAKERS), turns)), _candidates(best, other), (1, 2), "hh-rlhf")
+        prompt = list(zip(cycle(_SPEAKERS), turns))
+        return ranking_row(prompt, (best, other), _candidates(best, other), (1, 2), "hh-rlhf")
     except TypeError:  # a lone surrogate
         return None
 
@@ -96,12 +95,8 @@ def _ranking(row: Any) -> Ranking:
     if not isinstance(row, dict) or not isinstance(row.get("chosen"), str) or not isinstance(row.get("rejected"), str):
         remedy = 'Each line needs {"chosen": text, "rejected": text}; is this the right format name?'
         raise BadRecord("not a row of chosen and rejected text", remedy=remedy)
-    return _any(row["chosen"], row["rejected"])
-
-
-def _any(chosen: str, rejected: str) -> Ranking:
-    prompt, best = _transcript(chosen, "chosen")
-    other_prompt, other = _transcript(rejected, "rejected")
+    prompt, best = _transcript(row["chosen"], "chosen")
+    other_prompt, other = _transcript(row["rejected"], "rejected")
     if other_prompt != prompt:
         remedy = "Import such rows as two demonstrations, or cut both transcripts at the last common turn."
         raise BadRecord("the transcripts differ before the last answer", remedy=remedy)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import glob
 import json
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from itertools import islice
@@ -24,9 +24,9 @@ from rlhf.core.command_line import command_line
 from rlhf.core.errors import UserError, nearest
 from rlhf.core.limits import read_yaml
 from rlhf.core.table import Pick
-from rlhf.data.columns import RankingRow, as_record
-from rlhf.data.schema import SPLITS, BadRecord, Record
-from rlhf.data.store import ROWS_PER_TABLE, DatasetWriter, Reject, check_new, file_hash
+from rlhf.data.columns import as_record
+from rlhf.data.schema import SPLITS, BadRecord
+from rlhf.data.store import DatasetWriter, Reject, check_new, file_hash
 
 OPTIONS_FILE = "import.yaml"
 """In the dataset folder: the options of its import, as `--options` reads them."""
@@ -193,19 +193,14 @@ def _no_collector() -> Iterator[None]:
 def _write(writer: DatasetWriter, read: Any, files: list[Path], reject: Rejects, changes: dict[str, Any]) -> None:
     for file in files:
         with console.progress(f"importing {file.name}", None, "rows") as advance:
-            for chunk in _chunks(read(file, reject), ROWS_PER_TABLE):
+            records = iter(read(file, reject))
+            while chunk := list(islice(records, writer.table_rows)):
                 try:
                     writer.write_all([replace(as_record(made), **changes) for made in chunk] if changes else chunk)
                 except BadRecord as fault:
                     remedy = "Import each kind to its own --out."
                     raise UserError(f"{file}: {fault}", "A dataset holds one kind of record.", remedy) from None
                 advance(len(chunk))
-
-
-def _chunks(records: Iterable[Record | RankingRow], size: int) -> Iterator[list[Record | RankingRow]]:
-    iterator = iter(records)
-    while chunk := list(islice(iterator, size)):
-        yield chunk
 
 
 def find_files(paths: Sequence[str | Path], suffixes: tuple[str, ...]) -> list[Path]:

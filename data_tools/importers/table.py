@@ -18,7 +18,7 @@ from data_tools.reading.turns import begins_with_mark, has_later_marks
 from data_tools.reading.unread import NestedFields
 from rlhf.core.errors import UserError
 from rlhf.core.table import Table
-from rlhf.data.columns import RankingRow
+from rlhf.data.columns import Row
 from rlhf.data.jsonl import READ_ERRORS, Item, OnReject, Reject, open_bytes
 from rlhf.data.schema import BadRecord, Demonstration, Prompt, Record
 
@@ -44,7 +44,7 @@ def convert_rows(
     reject: OnReject,
     convert: Callable[[Any], Record | Iterable[Record | BadRecord]],
     left_out: Collection[str] = (),
-    usual: Callable[[Any], RankingRow | None] | None = None,
+    usual: Callable[[Any], Row | None] | None = None,
     read: Callable[[Path, OnReject], Iterator[Item]] = rows,
 ) -> Iterator[Any]:
     """Records from the rows of a file, and what `usual` gives. A field that is null is absent.

@@ -10,9 +10,9 @@ import hashlib
 import reprlib
 import sys
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from datetime import datetime
-from functools import lru_cache
+from functools import cache, lru_cache
 from typing import Any, ClassVar, Literal, NamedTuple
 
 import orjson
@@ -210,6 +210,12 @@ class Ranking(Proposal):
 
 Record = Prompt | Demonstration | Proposal | Ranking
 KINDS: dict[str, type[Prompt]] = {kind.kind: kind for kind in (Prompt, Demonstration, Proposal, Ranking)}
+
+
+@cache
+def field_names(kind: str) -> tuple[str, ...]:
+    """The ids and fields of a kind of record, in the order of its columns on disk."""
+    return ("id", "prompt_id", *(field.name for field in fields(KINDS[kind]) if not field.name.startswith("_")))
 
 
 def dense_ranks(values: Iterable[float]) -> tuple[int, ...]:

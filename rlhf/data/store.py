@@ -12,14 +12,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
-from operator import attrgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, Protocol
 
 from rlhf.core.errors import UserError, nearest
 from rlhf.core.files import partial_path, whole_folder, write_json
 from rlhf.core.lazy import lazy
-from rlhf.data.columns import RankingRow, Row, arrow_schema, arrow_table, characters, rows_of, splits_of
+from rlhf.data.columns import Block, Row, arrow_schema, kinds_of
 from rlhf.data.jsonl import RAW_KEPT, OnReject, Reject, read_jsonl, read_rows
 from rlhf.data.manifest import RESTORE, file_hash, read_manifest, shard_fault
 from rlhf.data.schema import KINDS, SCHEMA_VERSION, BadRecord, Record, from_dict
@@ -37,7 +36,8 @@ else:
 
 ROWS_PER_SHARD = 200_000
 ROWS_PER_GROUP = 5_000
-ROWS_PER_TABLE = 200  # records that are converted to Arrow together; larger tables were not faster
+ROWS_PER_TABLE, CHARS_PER_TABLE = 1_000, 4_000_000  # at most converted to Arrow together; with 200 rows 6% slower
+FIRST_TABLE = 200  # rows, while their length is unknown
 CHARS_PER_GROUP = 32_000_000  # bounds memory, and keeps columns of long texts below Arrow's 2 GiB
 
 
@@ -253,9 +253,11 @@ class DatasetWriter:
         self.count = 0
         self._closing = ExitStack()
         self._splits: Counter[str] = Counter()
-        self._waiting: list[Record | RankingRow] = []
+        self._waiting: list[Record | Row] = []
         self._tables: list[pa.Table] = []
         self._in_group = self._chars = 0
+        self.table_rows = FIRST_TABLE
+        """How many records to pass to `write_all` next: many, but few where the last ones were long."""
         self._shards: list[dict[str, Any]] = []
         self._file: pq.ParquetWriter | None = None
         self._thread = ThreadPoolExecutor(1)  # compresses one row group while the next is read
@@ -296,16 +298,16 @@ class DatasetWriter:
         self._check_kind(record.kind)
         self._waiting.append(record)
         self.count += 1
-        if len(self._waiting) == ROWS_PER_TABLE:
+        if len(self._waiting) >= self.table_rows:
             self._add_waiting()
 
-    def write_all(self, records: Sequence[Record | RankingRow]) -> None:
+    def write_all(self, records: Sequence[Record | Row]) -> None:
         """Add records of the writer's kind; faster than one by one.
 
         Raises:
             BadRecord: A record is of another kind.
         """
-        for kind in dict.fromkeys(map(attrgetter("kind"), records)):
+        for kind in kinds_of(records):
             self._check_kind(kind)
         self._waiting += records
         self.count += len(records)
@@ -318,24 +320,28 @@ class DatasetWriter:
             self.kind = kind
 
     def _add_waiting(self) -> None:
-        assert self.kind is not None
-        rows, self._waiting = rows_of(self._waiting, self.kind), []
-        self._add(rows)
+        made, self._waiting = self._waiting, []
+        while made:
+            size = min(self.table_rows, ROWS_PER_GROUP - self._in_group)
+            self._add(made[:size])
+            made = made[size:]
 
-    def _add(self, rows: list[Row]) -> None:
-        """Add rows to the group, and write it where it is full."""
+    def _add(self, made: Sequence[Record | Row]) -> None:
+        """Add records to the group, for which it has room, and write it where it is full."""
         assert self.kind is not None
-        chars = self._chars + characters(rows, self.kind)
-        fit = self._in_group + len(rows) <= ROWS_PER_GROUP and chars < CHARS_PER_GROUP
-        if not fit and len(rows) > 1:
-            half = len(rows) // 2
-            self._add(rows[:half])
-            self._add(rows[half:])
+        block = Block(made, self.kind)
+        chars = block.characters()
+        self.table_rows = max(1, min(ROWS_PER_TABLE, CHARS_PER_TABLE * len(made) // max(chars, 1)))
+        fit = self._chars + chars < CHARS_PER_GROUP
+        if not fit and len(made) > 1:
+            half = len(made) // 2
+            self._add(made[:half])
+            self._add(made[half:])
             return
-        self._tables.append(arrow_table(rows, self.kind))
-        self._splits.update(split or "none" for split in splits_of(rows))
-        self._in_group += len(rows)
-        self._chars = chars
+        self._tables.append(block.table())
+        self._splits.update({split or "none": count for split, count in block.splits().items()})
+        self._in_group += len(made)
+        self._chars += chars
         if self._in_group == ROWS_PER_GROUP or not fit:
             with self._write_errors():
                 self._flush()
@@ -378,8 +384,9 @@ class DatasetWriter:
     def _finish(self) -> None:
         if self.kind is None:
             raise UserError(f"{self.path}: there are no records to write")
-        if self._waiting or not self.count:
-            self._add_waiting()
+        self._add_waiting()
+        if not self.count:
+            self._add([])
         if self._tables:
             self._flush()
         if self._file is not None:
