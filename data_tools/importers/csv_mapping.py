@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from email.utils import parsedate_to_datetime
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from data_tools.importers.table import IMPORTERS, Head
 from data_tools.published.arena import is_competition_table
@@ -25,7 +25,7 @@ from data_tools.reading.table_judges import BOXES, Judge, judge_of, number_in
 from data_tools.reading.turns import exchange, from_json_text, is_conversation
 from rlhf.core import console
 from rlhf.core.errors import UserError
-from rlhf.data.jsonl import Reject
+from rlhf.data.jsonl import Item, Reject
 from rlhf.data.schema import BadRecord, Record, dense_ranks, from_dict
 from rlhf.data.store import OnReject
 
@@ -119,41 +119,59 @@ def csv_table(
     A missing column stops the import before anything is written. Label Studio's CSV flattens its controls to columns
     of JSON: export JSON from there and import `label-studio`. Values of several columns may be lists in YAML.
     """
-    listed, numbers = names(answers), names(ranks)
-    there = cell_columns(path, delimiter=delimiter, encoding=encoding, sheet=sheet)
-    guessed = not (listed or answer or numbers or choice or ranking)
+    container: dict[str, Any] = {"delimiter": delimiter, "encoding": encoding, "sheet": sheet}
+    there = cell_columns(path, **container)
+    named = _Named(names(answers), answer, names(ranks), names(scores), best_first)
+    guessed = not (named.answers or answer or named.ranks or choice or ranking)
     if guessed:
-        listed, numbers = _numbered(there, "answer"), _numbered(there, "rank")
-        answer = "answer" if "answer" in there and not listed else None
-        if not listed and not answer and {"chosen", "rejected"} <= there.keys():
-            listed, best_first = ["chosen", "rejected"], True
-            scores = scores or [name for name in ("score_chosen", "score_rejected") if name in there]
+        named = _by_usual_names(there, named.scores)
         system = system or next((name for name in SYSTEM_FIELDS if name in there), None)
+    before = {"system": system, "history": history}
     facts = {"annotator": annotator, "time": time, "seconds": seconds, "source": source, "group": group}
+    highest = rank_order == "highest-best"
     table = _Table(
-        prompt=_template(prompt, prompt_template, listed, there),
-        before={name: column for name, column in (("system", system), ("history", history)) if column},
-        answers=listed,
-        answer=answer,
-        judge=judge_of(
-            listed, numbers, rank_order == "highest-best", choice, choice_values, worst, ranking, best_first
-        ),
+        prompt=_template(prompt, prompt_template, named.answers, there),
+        before={name: column for name, column in before.items() if column},
+        answers=named.answers,
+        answer=named.answer,
+        judge=judge_of(named.answers, named.ranks, highest, choice, choice_values, worst, ranking, named.best_first),
         authors=names(authors),
         facts={name: column for name, column in facts.items() if column},
         time_format=time_format,
         shown=shown,
-        scores=names(scores) or (numbers if rank_order == "highest-best" else []),
+        scores=named.scores or (named.ranks if highest else []),
         status=status,
         accepted={value.lower() for value in names(accepted)},
         json_cells=json_cells,
     )
     _check_unread(path, there, table.columns, guessed and prompt is None and prompt_template is None)
-    cells = cell_rows(path, reject, table.columns, delimiter=delimiter, encoding=encoding, sheet=sheet)
-    for line, raw, row in cells:
-        try:
-            yield table.record(row)
-        except BadRecord as fault:
-            reject(Reject.of(path, line, fault, raw))
+    return table.records(path, reject, cell_rows(path, reject, table.columns, **container))
+
+
+class _Named(NamedTuple):
+    """Columns of answers and of what judges them."""
+
+    answers: list[str]
+    answer: str | None
+    ranks: list[str]
+    scores: list[str]
+    best_first: bool
+
+
+def _by_usual_names(there: Columns, scores: list[str]) -> _Named:
+    """The columns that count where no option names any: answer_1, rank_1, ..., else `answer`, else chosen, rejected.
+
+    Args:
+        scores: Columns of scores, as the option names them.
+    """
+    if answers := _numbered(there, "answer"):
+        return _Named(answers, None, _numbered(there, "rank"), scores, False)
+    if "answer" in there:
+        return _Named([], "answer", _numbered(there, "rank"), scores, False)
+    if {"chosen", "rejected"} <= there.keys():
+        scores = scores or [name for name in ("score_chosen", "score_rejected") if name in there]
+        return _Named(["chosen", "rejected"], None, _numbered(there, "rank"), scores, True)
+    return _Named([], None, _numbered(there, "rank"), scores, False)
 
 
 def _check_unread(path: Path, there: Columns, read: list[str], guessed: bool) -> None:
@@ -228,7 +246,15 @@ class _Table:
             )
         )
 
-    def record(self, row: Cells) -> Record:
+    def records(self, path: Path, reject: OnReject, rows: Iterable[Item]) -> Iterator[Record]:
+        """The records of rows of a file; bad rows go to `reject`."""
+        for line, raw, row in rows:
+            try:
+                yield self._record(row)
+            except BadRecord as fault:
+                reject(Reject.of(path, line, fault, raw))
+
+    def _record(self, row: Cells) -> Record:
         if self.status and row[self.status].strip().lower() not in self.accepted:
             remedy = f"Only {', '.join(sorted(self.accepted))} count; --option accepted=VALUE,VALUE names others."
             raise BadRecord("status: not accepted", brief(row[self.status]), remedy)
@@ -247,8 +273,15 @@ class _Table:
         if self.answer:
             answer = said.get(self.answer, "")
             return from_dict({**fields, "answer": answer, "author": fields.get("annotator")}, "demonstration")
-        if not self.answers:
-            return from_dict(fields, "prompt")
+        return self._judged(row, fields, said) if self.answers else from_dict(fields, "prompt")
+
+    def _judged(self, row: Cells, fields: dict[str, Any], said: dict[str, str]) -> Record:
+        """The ranking of a row's answers, or their proposal where nothing judges them.
+
+        Args:
+            fields: The other fields of the record.
+            said: Column -> text of each answer that says something.
+        """
         there = list(said)
         author = dict(zip(self.answers, self.authors))
         scores = {
