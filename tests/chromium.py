@@ -42,10 +42,10 @@ class Chromium:
         self._profile = tempfile.TemporaryDirectory(prefix="chromium-", ignore_cleanup_errors=True)
         theirs_in, self._out = os.pipe()
         self._in, theirs_out = os.pipe()
-        # The browser reads from handle 3 and writes to 4. Both of its ends are moved out of the way of these first.
+        # The browser reads from handle 3 and writes to 4. (Not `sh`: dash takes handles of one digit only.)
         shell = f'exec "$0" "$@" 3<&{theirs_in} 4>&{theirs_out}'
         self._process = subprocess.Popen(
-            ["sh", "-c", shell, "chromium", *OPTIONS[:-1], f"--user-data-dir={self._profile.name}", OPTIONS[-1]],
+            ["bash", "-c", shell, "chromium", *OPTIONS[:-1], f"--user-data-dir={self._profile.name}", OPTIONS[-1]],
             pass_fds=(theirs_in, theirs_out), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
         )  # fmt: skip
         os.close(theirs_in)
@@ -138,11 +138,11 @@ class Page:
         assert "exceptionDetails" not in found, found["exceptionDetails"]
         return found["result"].get("value")
 
-    def wait(self, script: str) -> Any:
-        """Wait until an expression is true; its value."""
+    def wait(self, script: str, why: str = "") -> Any:
+        """Wait until an expression is true; its value. `why` it should be, for the error."""
         end = time.monotonic() + PATIENCE
         while not (value := self.eval(f"(() => {{ try {{ return {script} }} catch {{ return false }} }})()")):
-            assert time.monotonic() < end, f"never true: {script}"
+            assert time.monotonic() < end, f"never true: {script} {why}"
             time.sleep(0.05)
         return value
 
@@ -185,6 +185,7 @@ class Page:
             self._touch("touchStart", x, y)
             for point in steps:
                 self._touch("touchMove", *point)
+            time.sleep(0.15)  # a finger that leaves while it moves flings, and the browser ignores the next tap
             if drop:
                 self._touch("touchEnd")
         else:

@@ -14,8 +14,8 @@ FLOORS = {
         "memory", "cli", "comparison", "evaluation", "report",
     ],
     "data_tools": [
-        "statistics", "io", "curate", "check", "reading", "published", "importers", "aggregate", "annotate", "tasks",
-        "growth", "demo_world", "commands",
+        "statistics", "io", "curate", "check", "reading", "published", "importers", "aggregate", "annotate",
+        "ranking_page", "tasks", "growth", "demo_world", "commands",
     ],
 }  # fmt: skip
 """Packages from the ground up: each imports only packages before it, and files of its own."""

@@ -6,9 +6,7 @@ rankings at any time, and it alone says what is left to do, so a session may end
 
 from __future__ import annotations
 
-import fcntl
 import json
-import os
 import re
 import statistics
 import sys
@@ -25,9 +23,9 @@ from rich.rule import Rule
 from rich.table import Column, Table
 from rich.text import Text
 
+from data_tools.io.locked_lines import LockedLines
 from rlhf.core import console
 from rlhf.core.errors import UserError
-from rlhf.core.files import sync
 from rlhf.data.jsonl import Reject, parse, read_jsonl
 from rlhf.data.schema import BadRecord, Proposal, Ranking, content_hash, from_dict, to_dict
 from rlhf.data.store import open_dataset
@@ -108,18 +106,8 @@ class RankingsFile:
         if path.suffix != ".jsonl":
             raise UserError(f"--out {path}: rankings are written as JSON lines", remedy="Name a file ending in .jsonl.")
         self.path = path
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            self._file = open(path, "a+b", buffering=0)  # noqa: SIM115  # __exit__ closes it
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(
-                f"--out {path}: another `rlhf data rank` is writing it",
-                remedy="End that one, or name another file: every annotator may have one.",
-            ) from None
-        except OSError as error:
-            raise UserError(f"--out {path}: cannot be written: {error}") from None
-        sync(path.parent)
+        remedy = "End that one, or name another file: every annotator may have one."
+        self._lines = LockedLines(path, "--out", remedy)
         self._cut_half_line()
         self.rankings: list[Ranking] = list(read_jsonl(path, "ranking", self._refuse))
 
@@ -127,51 +115,33 @@ class RankingsFile:
         raise UserError(str(reject), "New rankings would be added to this file.", "Name another --out.")
 
     def _cut_half_line(self) -> None:
-        data = self._read()
+        data = self._lines.read()
         tail = data[data.rfind(b"\n") + 1 :]
         if not tail:
             return
         try:
             from_dict(parse(tail), "ranking")
         except BadRecord:
-            self._file.truncate(len(data) - len(tail))
+            self._lines.truncate(len(data) - len(tail))
             console.warn(f"{self.path}: the last line was cut off in the middle; that prompt is asked again")
         else:
-            self._append(b"\n")
-
-    def _read(self) -> bytes:
-        self._file.seek(0)
-        return self._file.read()
+            self._lines.append(b"\n")
 
     def __enter__(self) -> RankingsFile:
         return self
 
     def __exit__(self, *_: object) -> None:
-        if not os.fstat(self._file.fileno()).st_size:
-            self.path.unlink(missing_ok=True)  # an empty file would be no dataset
-        self._file.close()
+        self._lines.__exit__()
 
     def add(self, ranking: Ranking) -> None:
         """Write a ranking; it is on the disk when this returns."""
-        self._append(json.dumps(to_dict(ranking), ensure_ascii=False).encode() + b"\n")
+        self._lines.append(json.dumps(to_dict(ranking), ensure_ascii=False).encode() + b"\n")
         self.rankings.append(ranking)
-
-    def _append(self, line: bytes) -> None:
-        size = os.fstat(self._file.fileno()).st_size
-        try:
-            written = self._file.write(line)
-            if written != len(line):
-                raise OSError(f"{written} of {len(line)} bytes were written")
-            os.fsync(self._file.fileno())
-        except OSError as error:
-            self._file.truncate(size)
-            raise UserError(f"{self.path}: cannot be written: {error}", remedy="Free disk space.") from None
 
     def take_back(self) -> Ranking:
         """Remove the last ranking of the file, and return it."""
-        data = self._read()
-        self._file.truncate(data.rfind(b"\n", 0, len(data) - 1) + 1)
-        os.fsync(self._file.fileno())
+        data = self._lines.read()
+        self._lines.truncate(data.rfind(b"\n", 0, len(data) - 1) + 1)
         return self.rankings.pop()
 
 

@@ -21,7 +21,7 @@ COMMANDS = {
     "lineage": ("data_tools.commands.prepare:lineage_command", "Show what a dataset was made from."),
     "stats": ("data_tools.commands.prepare:stats_command", "Count what datasets hold."),
     "check": ("data_tools.commands.check:app", "Measure duplicates, leaks, biases and agreement, with intervals."),
-    "rank": ("data_tools.commands.rank:rank_command", "Rank proposals at the terminal."),
+    "rank": ("data_tools.commands.rank:rank_command", "Rank proposals at the terminal or in a browser."),
     "aggregate": ("data_tools.commands.aggregate:aggregate_command", "Merge several annotators' rankings into one."),
     "label-studio": ("data_tools.commands.label_studio:app", "Push proposals to Label Studio, pull the rankings."),
 }

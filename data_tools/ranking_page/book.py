@@ -1,0 +1,153 @@
+"""All votes on a dataset of proposals: a journal that is only added to, and the rankings that follow from it.
+
+PLACE.journal    a header, then every vote, one JSON object a line, in the order of arrival
+PLACE.jsonl      the rankings that count now: a dataset of rankings at any time, made again from the journal
+
+A vote counts once its line of the journal is on the disk.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from data_tools.io.locked_lines import LockedLines
+from data_tools.ranking_page.votes import CANNOT_TELL, RANKED, SKIPPED, Item, Vote, parse_vote
+from rlhf.core import console
+from rlhf.core.errors import UserError
+from rlhf.core.files import write_bytes
+from rlhf.data.jsonl import parse
+from rlhf.data.schema import BadRecord, to_dict
+
+FORMAT, VERSION = "rlhf-ranking-journal", 1
+OUT = "rankings-web.jsonl"
+"""The default name, in the folder of the candidates."""
+
+
+class VoteBook:
+    """The votes on some items; a context manager that holds the files locked.
+
+    Args:
+        out: The JSONL file of rankings; the journal is next to it.
+        items: What is voted on.
+        fingerprint: That of the dataset of candidates; a journal of other candidates is refused.
+
+    Raises:
+        UserError: The files cannot be written, another process holds them, or they belong to something else.
+    """
+
+    def __init__(self, out: Path, items: Mapping[str, Item], fingerprint: str) -> None:
+        if out.suffix != ".jsonl":
+            raise UserError(f"--out {out}: rankings are written as JSON lines", remedy="Name a file ending in .jsonl.")
+        self.out, self.items, self.fingerprint = out, items, fingerprint
+        self.latest: dict[tuple[str, str], Vote] = {}
+        """(annotator, item) -> the vote that counts, in the order of the votes."""
+        self.versions: Counter[tuple[str, str]] = Counter()
+        """(annotator, item) -> the number of votes so far, replaced ones included."""
+        journal = out.with_suffix(".journal")
+        if out.exists() and not journal.exists():
+            remedy = "Name another --out; rankings of several files are read together."
+            raise UserError(f"--out {out}: is there already, and was not made by `--web` or `--merge`", remedy=remedy)
+        self._journal = LockedLines(journal, "--out", "End that one first, or name another --out.")
+        try:
+            self._read(self._journal.read())
+        except BaseException:
+            self._journal.__exit__()
+            raise
+
+    def __enter__(self) -> VoteBook:
+        self._write_rankings()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._journal.__exit__()
+
+    # ---- reading
+
+    def _read(self, data: bytes) -> None:
+        whole = data.rfind(b"\n") + 1
+        if whole < len(data):
+            console.warn(f"{self._journal.path}: the last line was cut off in the middle; it is removed")
+            self._journal.truncate(whole)
+        lines = data[:whole].splitlines()
+        if not lines:
+            head = {"format": FORMAT, "version": VERSION, "fingerprint": self.fingerprint}
+            self._journal.append(_line(head))
+            return
+        self._check_header(lines[0])
+        for number, line in enumerate(lines[1:], 2):
+            try:
+                self._take(parse_vote(parse(line), self.items))
+            except BadRecord as fault:
+                console.warn(f"{self._journal.path}:{number}: skipped: {fault}")
+
+    def _check_header(self, line: bytes) -> None:
+        remedy = "Name another --out."
+        try:
+            head = parse(line)
+        except BadRecord:
+            head = None
+        if not isinstance(head, dict) or (head.get("format"), head.get("version")) != (FORMAT, VERSION):
+            raise UserError(f"{self._journal.path}: is no journal of this version", remedy=remedy)
+        if head.get("fingerprint") != self.fingerprint:
+            why = "The candidates have changed since, or are others."
+            raise UserError(f"{self._journal.path}: belongs to other candidates", why, remedy)
+
+    def _take(self, vote: Vote) -> bool:
+        """Let a vote count; True if it replaces a ranking."""
+        key = vote.annotator, vote.item
+        before = self.latest.pop(key, None)
+        self.latest[key] = vote
+        self.versions[key] += 1
+        return before is not None and before.verdict == RANKED
+
+    # ---- writing
+
+    def add(self, vote: Vote) -> None:
+        """Add a vote; it is on the disk when this returns.
+
+        Raises:
+            UserError: The disk is full, or the like. Then the vote does not count.
+        """
+        self._journal.append(_line(vote.as_dict()))
+        if self._take(vote):
+            self._write_rankings()
+        elif vote.verdict == RANKED:
+            with open(self.out, "ab") as file:
+                file.write(self._row(vote))
+
+    def _write_rankings(self) -> None:
+        rows = [self._row(vote) for vote in self.latest.values() if vote.verdict == RANKED]
+        if rows:
+            write_bytes(self.out, b"".join(rows))
+        else:
+            self.out.unlink(missing_ok=True)  # an empty file would be no dataset
+
+    def _row(self, vote: Vote) -> bytes:
+        comment = {"comment": vote.comment} if vote.comment else {}
+        return _line(to_dict(vote.ranking(self.items[vote.item])) | comment)
+
+    # ---- counts
+
+    def counts(self, annotator: str) -> dict[str, int]:
+        """How many items an annotator has ranked, cannot tell, and skipped: `ranked`, `cannot_tell`, `skipped`."""
+        found = Counter(vote.verdict for (name, _), vote in self.latest.items() if name == annotator)
+        return {"ranked": found[RANKED], "cannot_tell": found[CANNOT_TELL], "skipped": found[SKIPPED]}
+
+    def summary(self) -> dict[str, Any]:
+        """out, journal, items, annotators (name -> counts), rankings (how many items have how many)."""
+        names = dict.fromkeys(name for name, _ in self.latest)
+        made = Counter(item for (_, item), vote in self.latest.items() if vote.verdict == RANKED)
+        spread = Counter(made[item] for item in self.items)
+        return {
+            "out": str(self.out), "journal": str(self._journal.path), "items": len(self.items),
+            "annotators": {name: self.counts(name) for name in names},
+            "rankings": {str(count): spread[count] for count in sorted(spread)},
+        }  # fmt: skip
+
+
+def _line(value: Mapping[str, Any]) -> bytes:
+    return json.dumps(value, ensure_ascii=False).encode() + b"\n"

@@ -1,0 +1,101 @@
+"""`rlhf data rank --merge`: the votes of result files that annotators sent back."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from data_tools.io.rejects import Rejects, by_count, print_reasons
+from data_tools.ranking_page.book import VoteBook
+from data_tools.ranking_page.server import open_book, open_items
+from data_tools.ranking_page.votes import Vote, annotator_name, parse_vote
+from rlhf.core import console
+from rlhf.core.errors import UserError
+from rlhf.core.limits import read_json_object
+from rlhf.data.jsonl import Reject
+from rlhf.data.schema import BadRecord
+
+FORMAT, VERSION = "rlhf-ranking-result", 1
+MOST_BYTES = 1 << 28
+"""Most bytes of a result file."""
+
+
+def merge(candidates: str | Path, files: Sequence[Path], out: Path | None = None) -> dict[str, Any]:
+    """Add the votes of result files. A file may come again: what is known already is not added.
+
+    Of two votes of an annotator on one prompt, the later one counts. Rows that cannot be used are written to
+    `rejected-NAME.jsonl` next to the rankings, with their file and place (the first vote is 1).
+
+    Args:
+        candidates: The dataset of proposals that the offline page was made from.
+        files: Results as the page saves them.
+        out: See `rank_in_browser`.
+
+    Returns:
+        `VoteBook.summary`, and: read, added, known, older (an annotator has changed the ranking since), rejected,
+        reasons.
+
+    Raises:
+        UserError: A file is not a result, or of other candidates.
+    """
+    dataset, items = open_items(candidates)
+    results = [(file, _read(file, dataset.fingerprint)) for file in files]
+    with open_book(dataset, items, out) as book:
+        rejected = book.out.with_name(f"rejected-{book.out.name}")
+        rejected.unlink(missing_ok=True)
+        counts = {"read": 0, "added": 0, "known": 0, "older": 0}
+        with Rejects(rejected) as rejects:
+            for file, result in results:
+                counts["read"] += len(result["votes"])
+                for vote in _votes(file, result, book, rejects):
+                    counts[_add(book, vote)] += 1
+            reasons = {"rejected": rejects.count, "reasons": by_count(rejects.reasons)}
+            print_reasons(rejects.reasons, rejects.first)
+        line = f"read {counts['read']:,} = added {counts['added']:,} + known already {counts['known']:,}"
+        line += f" + older {counts['older']:,} + rejected {rejects.count:,}"
+        console.say(line + (f"; rejected votes: {rejected}" if rejects.count else ""))
+        return book.summary() | counts | reasons
+
+
+def _read(file: Path, fingerprint: str) -> dict[str, Any]:
+    remedy = "Send the file that the page saved, unchanged."
+    try:
+        if file.stat().st_size > MOST_BYTES:
+            raise ValueError(f"larger than {MOST_BYTES:,} bytes")
+        found = read_json_object(file)
+    except (OSError, ValueError) as error:
+        raise UserError(f"--merge {file}: cannot be read: {error}", remedy=remedy) from None
+    if (found.get("format"), found.get("version")) != (FORMAT, VERSION) or not isinstance(found.get("votes"), list):
+        raise UserError(f"--merge {file}: is no result of a ranking page of this version", remedy=remedy)
+    if found.get("fingerprint") != fingerprint:
+        why = "Its page was made from another dataset, or the dataset has changed since."
+        raise UserError(f"--merge {file}: belongs to other candidates", why, "Name the dataset of its page.")
+    try:
+        annotator_name(found.get("annotator"))
+    except BadRecord as fault:
+        raise UserError(f"--merge {file}: {fault}", remedy=remedy) from None
+    return found
+
+
+def _votes(file: Path, result: dict[str, Any], book: VoteBook, rejects: Rejects) -> Iterator[Vote]:
+    for number, row in enumerate(result["votes"], 1):
+        try:
+            if not isinstance(row, dict):
+                raise BadRecord("not an object", type(row).__name__)
+            yield parse_vote({**row, "annotator": result["annotator"]}, book.items)
+        except BadRecord as fault:
+            rejects(Reject(str(file), number, fault.reason, json.dumps(row), fault.detail, fault.remedy))
+
+
+def _add(book: VoteBook, vote: Vote) -> str:
+    """Add a vote if it is the latest one; which of the counts it belongs to."""
+    before = book.latest.get((vote.annotator, vote.item))
+    if before == vote:
+        return "known"
+    if before is not None and datetime.fromisoformat(before.time) > datetime.fromisoformat(vote.time):
+        return "older"
+    book.add(vote)
+    return "added"

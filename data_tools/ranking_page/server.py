@@ -1,0 +1,193 @@
+"""`rlhf data rank --web`: the page on loopback, and what its requests do."""
+
+from __future__ import annotations
+
+import threading
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from data_tools.ranking_page.address import SUFFIX, server_at
+from data_tools.ranking_page.assignment import Assignment
+from data_tools.ranking_page.book import OUT, VoteBook
+from data_tools.ranking_page.page import Settings, policy, render
+from data_tools.ranking_page.votes import Item, Vote, annotator_name, items_of, parse_vote
+from rlhf.core import console
+from rlhf.core.errors import UserError
+from rlhf.core.loopback import Reply, Routes, json_reply
+from rlhf.data.jsonl import parse
+from rlhf.data.schema import BadRecord
+from rlhf.data.store import Dataset, open_dataset
+
+
+class Desk:
+    """Serves annotators, one request at a time.
+
+    Args:
+        book: Takes the votes.
+        settings: What the page shows.
+        per_item: See `Assignment`.
+    """
+
+    def __init__(self, book: VoteBook, settings: Settings, per_item: int | None = None) -> None:
+        self.book, self.assignment = book, Assignment(book, per_item)
+        self._lock = threading.Lock()
+        self._tabs: dict[str, set[str]] = {}
+        self._page = Reply(render(settings).encode(), "text/html", policy=policy(online=True))
+
+    def routes(self) -> Routes:
+        """See `LoopbackServer`."""
+        actions = {"join": self.join, "next": self.next, "open": self.open, "save": self.save}
+        posts = {("POST", name): self._locked(action) for name, action in actions.items()}
+        return {("GET", ""): lambda _: self._page, **posts}
+
+    def _locked(self, action: Any) -> Any:
+        def handle(body: bytes) -> Reply:
+            try:
+                request = parse(body)
+                if not isinstance(request, dict):
+                    raise BadRecord("not an object", type(request).__name__)
+                name = annotator_name(request.get("annotator"))
+                with self._lock:
+                    return action(name, request)
+            except BadRecord as fault:
+                return json_reply({"error": str(fault)}, 400)
+
+        return handle
+
+    # ---- what the page asks for
+
+    def join(self, annotator: str, request: dict[str, Any]) -> Reply:
+        """Somebody starts or comes back. `shared` says that another tab has joined under the same name."""
+        tabs = self._tabs.setdefault(annotator, set())
+        tab = request.get("tab")
+        shared = bool(tabs - {tab})
+        if isinstance(tab, str) and len(tab) <= 64:
+            tabs.add(tab)
+        found = {"annotator": annotator, "history": self.assignment.history(annotator), "shared": shared}
+        return json_reply(found | self._next(annotator))
+
+    def next(self, annotator: str, _: dict[str, Any]) -> Reply:
+        """The item to rank now."""
+        return json_reply(self._next(annotator))
+
+    def open(self, annotator: str, request: dict[str, Any]) -> Reply:
+        """An item with the annotator's vote on it."""
+        item = request.get("item")
+        if not isinstance(item, str) or item not in self.book.items:
+            raise BadRecord("item: not one of the candidates")
+        return json_reply(self._task(annotator, self.book.items[item]))
+
+    def save(self, annotator: str, request: dict[str, Any]) -> Reply:
+        """Take a vote. The reply comes after it is on the disk, and holds the next item.
+
+        `version` is the number of votes on the item that the page knows of; if another tab has voted since, nothing is
+        taken, and the reply (409) holds the item as it is now.
+        """
+        row = request.get("vote")
+        if not isinstance(row, dict):
+            raise BadRecord("vote: not an object", type(row).__name__)
+        time = datetime.now(UTC).isoformat(timespec="milliseconds")
+        vote = parse_vote({**row, "annotator": annotator, "time": time}, self.book.items)
+        if not self._is_repeated(vote):
+            if request.get("version") != self.book.versions[annotator, vote.item]:
+                return json_reply(self._task(annotator, self.book.items[vote.item]), 409)
+            self.book.add(vote)
+        return json_reply(self._next(annotator))
+
+    def _is_repeated(self, vote: Vote) -> bool:
+        """Whether the vote is here already, and only the reply to it was lost."""
+        before = self.book.latest.get((vote.annotator, vote.item))
+        return bool(vote.vote) and before is not None and before.vote == vote.vote
+
+    def _next(self, annotator: str) -> dict[str, Any]:
+        item, skipped = self.assignment.next(annotator)
+        task = None if item is None else self._task(annotator, item)
+        return {"task": task, "skipped": skipped, "progress": self.assignment.progress(annotator)}
+
+    def _task(self, annotator: str, item: Item) -> dict[str, Any]:
+        key = annotator, item.id
+        vote = self.book.latest.get(key)
+        return {
+            "item": item.shown(), "version": self.book.versions[key], "vote": vote.as_dict() if vote else None,
+            "progress": self.assignment.progress(annotator),
+        }  # fmt: skip
+
+
+def open_items(candidates: str | Path) -> tuple[Dataset, dict[str, Item]]:
+    """A dataset of proposals, and its items.
+
+    Raises:
+        UserError: No such proposals.
+    """
+    dataset = open_dataset(candidates, "proposal")
+    items = items_of(dataset.records())
+    if dataset.rejects:
+        console.warn(f"{dataset.path}: {len(dataset.rejects)} bad rows are left out; see `rlhf data validate`")
+    return dataset, items
+
+
+def open_book(dataset: Dataset, items: dict[str, Item], out: Path | None) -> VoteBook:
+    """The votes on a dataset, by default next to it."""
+    return VoteBook(dataset.path.parent / OUT if out is None else out, items, dataset.fingerprint)
+
+
+def rank_in_browser(
+    candidates: str | Path,
+    out: Path | None = None,
+    *,
+    mode: str = "rank",
+    seed: int = 0,
+    per_item: int | None = None,
+    port: int = 0,
+) -> dict[str, Any]:
+    """Serve the page until Ctrl-C.
+
+    Args:
+        candidates: A dataset of proposals.
+        out: The JSONL file of rankings; `OUT` in the candidates' folder by default.
+        mode: `rank` or `best-worst`.
+        seed: Shuffles the answers, differently for each annotator.
+        per_item: See `Assignment`.
+        port: Of the server; 0 for that of the last time if it is free, else any.
+
+    Returns:
+        See `VoteBook.summary`.
+
+    Raises:
+        UserError: No such proposals, a port that is not free, or a file that cannot be written.
+    """
+    dataset, items = open_items(candidates)
+    settings = Settings(dataset.fingerprint, mode, seed, len(items))
+    with open_book(dataset, items, out) as book:
+        server = server_at(book.out.with_suffix(SUFFIX), Desk(book, settings, per_item).routes(), port)
+        try:
+            console.say(f"Open this page to rank {len(items):,} prompts; each annotator enters a name:")
+            console.say(server.url)
+            console.say(f"Every click is saved at once, to {book.out}. Ctrl-C ends.")
+            server.serve()
+        except KeyboardInterrupt:
+            console.say("")  # the summary has a line of its own
+        finally:
+            server.close()
+        return book.summary()
+
+
+def show(summary: dict[str, Any]) -> None:
+    """Print a summary of `VoteBook`."""
+    rows = [[name, *counts.values()] for name, counts in summary["annotators"].items()]
+    console.table("votes", ["annotator", "ranked", "cannot tell", "skipped"], rows)
+    spread = ", ".join(f"{items:,} with {count}" for count, items in summary["rankings"].items())
+    console.say(f"prompts by their number of rankings: {spread} -> {summary['out']}")
+
+
+def check_options(per_item: int | None, seed: int) -> None:
+    """Refuse numbers that make no sense.
+
+    Raises:
+        UserError: One of them is out of range.
+    """
+    if per_item is not None and per_item < 1:
+        raise UserError(f"--per-item {per_item}: not a number from 1")
+    if not 0 <= seed < 2**32:
+        raise UserError(f"--seed {seed}: not a number from 0 to {2**32 - 1}")

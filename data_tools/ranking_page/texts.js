@@ -1,0 +1,102 @@
+// The prompt and its answers on the page. Texts are only ever set as text, never as HTML.
+
+const $ = (id) => document.getElementById(id);
+
+function make(tag, classes, text) {
+  const element = document.createElement(tag);
+  if (classes) element.className = classes;
+  if (text !== undefined) element.textContent = text;
+  return element;
+}
+
+function button(classes, text, action) {
+  const element = make("button", classes, text);
+  element.type = "button";
+  element.addEventListener("click", action);
+  return element;
+}
+
+const ROLES = {
+  system: "Instructions", user: "User", assistant: "Assistant", tools: "Tools", tool_calls: "Calls of tools",
+  tool: "Reply of a tool",
+};
+
+/** A text in any script. A long one is cut; `finishTexts` gives it a button that shows all of it. */
+function textBlock(text) {
+  const block = make("div", "clip");
+  const inner = make("div", "text", text);
+  inner.dir = "auto";
+  block.append(inner);
+  return block;
+}
+
+/** Give the texts that do not fit their buttons, once they are on the page. */
+function finishTexts(parent) {
+  for (const block of parent.querySelectorAll(".clip")) {
+    if (block.scrollHeight <= block.clientHeight + 60) {
+      block.classList.add("open");
+      continue;
+    }
+    const more = button("more", "Show all", () => {
+      const open = block.classList.toggle("open");
+      more.textContent = open ? "Show less" : "Show all";
+      more.setAttribute("aria-expanded", String(open));
+    });
+    more.setAttribute("aria-expanded", "false");
+    block.after(more);
+  }
+}
+
+function showTurns(turns) {
+  const parts = turns.map((turn, index) => {
+    const part = make("div", `turn ${turn.role === "assistant" ? "assistant" : ""}`);
+    part.classList.toggle("last", index === turns.length - 1);
+    part.append(make("h2", "role", ROLES[turn.role] ?? turn.role), textBlock(turn.text));
+    return part;
+  });
+  $("turns").replaceChildren(...parts);
+  finishTexts($("turns"));
+}
+
+/** The cards of the answers in the order shown. `chip(answer)` makes the button that places it. */
+function showAnswers(texts, chip) {
+  const cards = texts.map((text, answer) => {
+    const card = make("article", "answer");
+    card.setAttribute("role", "listitem");
+    card.dataset.card = answer;
+    const head = make("div", "line head");
+    head.append(chip(answer), make("span", "state soft"));
+    card.append(head, textBlock(text));
+    return card;
+  });
+  $("answers").replaceChildren(...cards);
+  finishTexts($("answers"));
+}
+
+/** Write each answer's place on its card. */
+function labelAnswers(ranking) {
+  for (const card of document.querySelectorAll("[data-card]")) {
+    const answer = Number(card.dataset.card);
+    const place = ranking.describe(answer);
+    const at = ranking.tierOf(answer);
+    card.classList.toggle("placed", at >= 0);
+    card.querySelector(".state").textContent = place;
+    card.querySelector(".chip").setAttribute("aria-label", `Answer ${answer + 1}, ${place}`);
+  }
+}
+
+function minutes(seconds) {
+  if (seconds >= 5400) return `${(seconds / 3600).toFixed(1)} h`;
+  return `${Math.max(1, Math.round(seconds / 60))} min`;
+}
+
+/** Say something to a screen reader. */
+function say(text) {
+  $("live").textContent = "";
+  requestAnimationFrame(() => ($("live").textContent = text));
+}
+
+function notice(text) {
+  $("notice").textContent = text;
+  $("notice").hidden = !text;
+}
