@@ -25,7 +25,7 @@ OPTIONS = (
     "--disable-background-networking", "--disable-component-update", "--disable-sync", "--disable-extensions",
     "--force-device-scale-factor=1", "--hide-scrollbars", "--remote-debugging-pipe", "about:blank",
 )  # fmt: skip
-PATIENCE = 60.0
+PATIENCE = 180.0
 """Seconds to wait for a reply or a condition: far more than a loaded machine needs."""
 KEYS = {
     "Enter": (13, "\r"), "Tab": (9, ""), "Escape": (27, ""), "Backspace": (8, ""), " ": (32, " "),

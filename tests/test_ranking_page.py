@@ -210,7 +210,9 @@ def test_the_least_ranked_prompt_comes_first_and_two_annotators_get_different_on
         assert hand_out(desk, "anna") == ids[2], "bob has the second on the screen"
         for item in ids[2:]:
             votes.add(parse_vote(vote(item), votes.items))
-        assert hand_out(desk, "anna") == ids[1], "only what bob has open is left, and nobody waits"
+        assert hand_out(desk, "anna") is None, "only what bob has open is left"
+        assert desk.progress("anna")["left"] == 1
+        assert desk.next("anna", held_too=True) == (votes.items[ids[1]], False), "bob may have gone home"
         votes.add(parse_vote(vote(ids[1], annotator="bob"), votes.items))
         assert hand_out(desk, "bob") is None and hand_out(desk, "anna") is None
 
@@ -348,7 +350,10 @@ def test_many_annotators_at_once_lose_no_vote(client, votes):
 
     def annotate(name):
         found = client.post("join", name)[1]
-        while found["task"]:
+        while found["task"] or found["progress"]["left"]:
+            if not found["task"]:  # others have the rest open
+                found = client.post("next", name)[1]
+                continue
             row = vote(found["task"]["item"]["id"], vote=f"{name} {len(acknowledged)}")
             status, found = client.post("save", name, vote=row, version=found["task"]["version"])
             assert status == 200
@@ -360,8 +365,7 @@ def test_many_annotators_at_once_lose_no_vote(client, votes):
     for thread in threads:
         thread.join()
     assert sorted(acknowledged) == sorted(votes.latest)
-    assert min(int(count) for count in votes.summary()["rankings"]) >= 2, "two rankings of each prompt were wanted"
-    assert len(acknowledged) <= 2 * 4 + 6, "at the end each of the six may rank a prompt that another one has open"
+    assert votes.summary()["rankings"] == {"2": 4}
     assert len(votes.out.read_text().splitlines()) == len(acknowledged)
 
 

@@ -15,9 +15,8 @@ RECENT = 50
 class Assignment:
     """Hands out the items with the fewest rankings first, in the order of the candidates.
 
-    An item that another annotator has open counts as ranked once more, so two annotators work on different items while
-    there are enough. Nobody waits: if only items are left that others have open, these are handed out too, and then
-    an item may get more rankings than `per_item`.
+    An item that another annotator has open counts as ranked once more, so two annotators work on different items. If
+    only items are left that others have open, these are held back, and given to whoever asks for them.
 
     Args:
         book: The votes so far.
@@ -29,17 +28,19 @@ class Assignment:
         self._open: dict[str, str] = {}
         """Annotator -> the item on their screen."""
 
-    def next(self, annotator: str) -> tuple[Item | None, bool]:
+    def next(self, annotator: str, held_too: bool = False) -> tuple[Item | None, bool]:
         """The item to rank now, and whether the annotator has skipped it before; skipped items come last.
 
-        The same item is given until the annotator has voted on it. None if nothing is left.
+        The same item is given until the annotator has voted on it. None if nothing is left, or only what others have
+        open; `held_too` gives that, too.
         """
         waiting = self._waiting(annotator)
         now = self._open.pop(annotator, None)
         if now not in waiting or self._verdict(annotator, now) == SKIPPED:
             load = self._load()
-            fresh = [name for name in waiting if self._verdict(annotator, name) != SKIPPED]
-            skipped = [name for who, name in self.book.latest if who == annotator and name in waiting]
+            free = [name for name in waiting if held_too or self.per_item is None or load[name] < self.per_item]
+            fresh = [name for name in free if self._verdict(annotator, name) != SKIPPED]
+            skipped = [name for who, name in self.book.latest if who == annotator and name in free]
             now = min(fresh, key=load.__getitem__) if fresh else next(iter(skipped), None)
         if now is None:
             return None, False

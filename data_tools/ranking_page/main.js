@@ -123,17 +123,26 @@ function advance(found) {
   }
   screen("end");
   showProgress(found.progress);
-  const { ranked, cannot_tell: unclear, left } = found.progress;
-  $("endtitle").textContent = left ? "Only skipped prompts are left" : "All done. Thank you!";
+  const { ranked, cannot_tell: unclear, skipped, left } = found.progress;
+  const held = left > 0 && !found.task;
+  $("endtitle").textContent = held
+    ? "Others have the rest on their screens"
+    : found.task ? "Only skipped prompts are left" : "All done. Thank you!";
   const counts = `${ranked} ranked${unclear ? `, ${unclear} that you cannot tell` : ""}.`;
   const send = "Save the result, and send the file back to whoever sent you this page.";
   $("endtext").textContent = items ? `${counts} ${send}` : `${counts} Everything is saved; you may close this page.`;
   $("endsave").hidden = !items;
-  $("endskipped").hidden = !left;
-  $("endskipped").textContent = `Go through the ${left} skipped`;
-  $("endcheck").hidden = Boolean(items) || left > 0;
+  $("endskipped").hidden = !found.task;
+  $("endskipped").textContent = `Go through the ${skipped} skipped`;
+  $("endheld").hidden = !held;
+  $("endcheck").hidden = Boolean(items || found.task);
   $("back").disabled = !previous();
   $("endtitle").focus({ preventScroll: true });
+}
+
+async function lookAgain(heldToo = false) {
+  const found = await attempt(() => store.next(heldToo));
+  if (found) advance(found);
 }
 
 /** The prompt that was decided before the one on the screen. */
@@ -202,8 +211,7 @@ async function vote(verdict) {
 async function skip() {
   if (now?.vote && now.vote.verdict !== "skipped") {
     drawer.remove(`draft ${store.annotator} ${now.item.id}`);
-    const found = await attempt(() => store.next());
-    if (found) advance(found);
+    await lookAgain();
   } else {
     await vote("skipped");
   }
@@ -347,10 +355,11 @@ const CLICKS = {
     now = null;
     start();
   },
-  endcheck: async () => advance((await attempt(() => store.next())) ?? { task: null, progress }),
-  endskipped: async () => {
+  endcheck: () => lookAgain(),
+  endheld: () => lookAgain(true),
+  endskipped: () => {
     advance.skipped = true;
-    advance((await attempt(() => store.next())) ?? { task: null, progress });
+    return lookAgain();
   },
 };
 for (const [id, action] of Object.entries(CLICKS)) $(id).addEventListener("click", () => action());

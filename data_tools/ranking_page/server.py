@@ -67,9 +67,9 @@ class Desk:
         found = {"annotator": annotator, "history": self.assignment.history(annotator), "shared": shared}
         return json_reply(found | self._next(annotator))
 
-    def next(self, annotator: str, _: dict[str, Any]) -> Reply:
-        """The item to rank now."""
-        return json_reply(self._next(annotator))
+    def next(self, annotator: str, request: dict[str, Any]) -> Reply:
+        """The item to rank now; with `held_too`, also one that others have open."""
+        return json_reply(self._next(annotator, request.get("held_too") is True))
 
     def open(self, annotator: str, request: dict[str, Any]) -> Reply:
         """An item with the annotator's vote on it."""
@@ -100,8 +100,8 @@ class Desk:
         before = self.book.latest.get((vote.annotator, vote.item))
         return bool(vote.vote) and before is not None and before.vote == vote.vote
 
-    def _next(self, annotator: str) -> dict[str, Any]:
-        item, skipped = self.assignment.next(annotator)
+    def _next(self, annotator: str, held_too: bool = False) -> dict[str, Any]:
+        item, skipped = self.assignment.next(annotator, held_too)
         task = None if item is None else self._task(annotator, item)
         return {"task": task, "skipped": skipped, "progress": self.assignment.progress(annotator)}
 

@@ -58,8 +58,9 @@ class ServerStore {
     return found;
   }
 
-  next() {
-    return this.ask("next", {});
+  /** `heldToo`: also a prompt that others have on their screens. */
+  next(heldToo = false) {
+    return this.ask("next", { held_too: heldToo });
   }
 
   open(item) {
