@@ -39,8 +39,11 @@ PPO = (
 # ---- rankings ------------------------------------------------------------------------------------------------------
 
 
-def write_rankings(demo: Path, folder: Path, count: int, noise: float | None, seed: int) -> None:
-    """`count` of the demo's training rankings and its held-out ones; the former ranked again where `noise` is given."""
+def write_rankings(
+    demo: Path, folder: Path, count: int, noise: float | None, seed: int, part: tuple[int, int] | None = None
+) -> None:
+    """`count` of the demo's training rankings and its held-out ones; the former ranked again where `noise` is given.
+    With `part`, the number of a part and how many of the `count` rankings are in it, those alone."""
     from data_tools.demo_world.rules import Annotator, rank
     from rlhf.data.store import DatasetWriter, open_dataset
 
@@ -50,6 +53,8 @@ def write_rankings(demo: Path, folder: Path, count: int, noise: float | None, se
     chosen = rng.sample(list(rankings.records("train")), count)
     if noise is not None:
         chosen = [rank(Annotator("noisy", noise), ranking, ranking.candidates, rng) for ranking in chosen]
+    if part is not None:
+        chosen = random.Random(f"{seed} part {part[0]}").sample(chosen, part[1])
     with DatasetWriter(folder, "ranking", {"made_by": "benchmarks/guard.py"}, overwrite=True) as writer:
         for ranking in (*chosen, *rankings.records("eval")):
             writer.write(ranking)
@@ -90,17 +95,18 @@ def policy_run(demo: Path, out: Path, models: Sequence[Path], seed: int, *change
 
 
 def reward_models(args: argparse.Namespace, kind: str, seed: int) -> list[Path]:
-    """Weak: three from one set of noisy rankings. Good: the demo's, and two from 1,500 of its rankings each."""
-    if kind == "weak":
-        folder, count = args.out / f"weak-{seed}", 100
-        write_rankings(args.demo, folder / "rankings", count, 3.0, seed)
-        data = [(folder / f"reward-{i}", folder / "rankings", 10 * seed + i) for i in range(3)]
-        return [reward_model(args.demo, run, rankings, count, number) for run, rankings, number in data]
-    found = [args.demo / "reward"]
+    """The reward model that trains the policy, and two from random 3/8 of its rankings each, which look on with it."""
+    if kind == "good":
+        first, count, folder, noise = args.demo / "reward", 4000, args.out / "good-rewards", None
+    else:
+        first, count, folder, noise = args.out / f"weak-{seed}" / "reward-0", 100, args.out / f"weak-{seed}", 3.0
+        write_rankings(args.demo, folder / "rankings", count, noise, seed)
+        reward_model(args.demo, first, folder / "rankings", count, 10 * seed)
+    found = [first]
     for number in (1, 2):
-        folder = args.out / f"good-reward-{number}"
-        write_rankings(args.demo, folder / "rankings", 1500, None, number)
-        found.append(reward_model(args.demo, folder / "run", folder / "rankings", 1500, number))
+        rankings = folder / f"rankings-{number}"
+        write_rankings(args.demo, rankings, count, noise, seed if kind == "weak" else 0, part=(number, 3 * count // 8))
+        found.append(reward_model(args.demo, folder / f"reward-{number}", rankings, 3 * count // 8, 10 * seed + number))
     return found
 
 

@@ -201,7 +201,7 @@ class PPO:
         lr_scale = self.lr_scale(index) * self.guard.lr_factor
         with clock("learn"):
             learned = self.learner.learn(experience, advantages, minibatches, index, lr_scale)
-        metrics = experience_metrics(experience, scores, rewards, advantages.returns)
+        metrics = experience_metrics(experience, scores, rewards, advantages)
         self.kl_controller.update(metrics["objective/kl"], len(mask))
         if self.score_range is not None:
             metrics["guard/outside_range"] = outside_range(experience.scores, *self.score_range)

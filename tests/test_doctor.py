@@ -21,6 +21,8 @@ CONFIG = {
     "rollout": {"max_new_tokens": 64, "min_new_tokens": 0, "ahead": 0},
     "optimizer": {"max_grad_norm": 1.0},
     "critic": {"warmup_updates": 0},
+    "advantage": {"name": "gae", "gamma": 1.0, "lam": 0.95, "whiten": True},
+    "tuning": "full",
 }
 
 
@@ -40,6 +42,12 @@ HEALTHY = {
         "rollout/eos_rate": line(0.9, 0.95),
         "policy/approx_kl": line(0.01, 0.001),
         "policy/clipfrac": line(0.08, 0.01),
+        "policy/ratio_min": line(0.5, 0.8),
+        "policy/ratio_max": line(1.9, 1.3),
+        "objective/advantages_mean": line(0.0, 0.0),
+        "objective/advantages_std": line(1.0, 1.0),
+        "optimizer/lr": line(1e-6, 5e-8),
+        "optimizer/steps": line(16, 16),
         "policy/first_ratio_min": line(1.0, 1.0),
         "policy/first_ratio_max": line(1.0, 1.0),
         "val/explained_variance": line(-0.5, 0.6),
@@ -82,6 +90,10 @@ BROKEN = {
     "reward-falls": ("ppo", {"objective/scores": line(2.0, -3.0)}),
     "critic-useless": ("ppo", {"val/explained_variance": line(-0.5, -0.4)}),
     "value-clipping-saturated": ("ppo", {"val/clipfrac": line(0.6, 0.8)}),
+    "advantage-moments": ("ppo", {"objective/advantages_std": line(1.0, 0.4)}),
+    "clipping-dead": ("ppo", {"policy/ratio_min": line(0.999, 0.9999), "policy/ratio_max": line(1.001, 1.0001)}),
+    "critic-stale": ("ppo", {"val/explained_variance": [*line(0.0, 0.9)[:15], *[0.1] * 5]}),
+    "rate-below-bfloat16": ("ppo", {"optimizer/lr": line(1e-8, 1e-9)}, {"precision": "bfloat16"}),
     "loss-does-not-fall": ("sft", {"train/loss": line(3.0, 3.0)}),
     "loss-diverges": ("sft", {"train/loss": line(3.0, 9.0)}),
     "overfits": ("reward", {"eval/loss": [*line(1.5, 1.0)[:10], *line(1.0, 2.0)[10:]]}),
@@ -115,8 +127,8 @@ def test_healthy_metrics_are_not_accused(stage):
 
 @pytest.mark.parametrize("name", BROKEN)
 def test_each_check_finds_its_fault_and_says_what_it_saw(name):
-    stage, broken = BROKEN[name]
-    found = diagnose(evidence(stage, HEALTHY[stage] | broken), live=True)
+    stage, broken, *config = BROKEN[name]
+    found = diagnose(evidence(stage, HEALTHY[stage] | broken, **(config[0] if config else {})), live=True)
     assert name in names(found)
     finding = found[names(found).index(name)]
     assert any(character.isdigit() for character in finding.what) and finding.cause and finding.remedy
@@ -213,6 +225,35 @@ def test_parents_with_another_template_or_other_weights_are_found(tmp_path):
     assert names(diagnose(read_evidence(run))) == ["other-template", "parent-changed"]
     gone = run_folder(tmp_path / "gone", parents=[{"path": "nowhere", "fingerprint": "1"}])
     assert names(diagnose(read_evidence(gone))) == []
+
+
+def test_what_a_run_read_and_what_its_guard_said_are_judged(tmp_path):
+    counts = {"kept": 100, "truncated_prompts": 12, "skipped": {}}
+    run = run_folder(tmp_path / "cut")
+    (run / "cache").mkdir()
+    (run / "cache" / "prompts-train.json").write_text(json.dumps(counts))
+    [finding] = diagnose(read_evidence(run))
+    assert finding.name == "prompts-cut" and "12 of 100 prompts" in finding.what
+    (run / "cache" / "prompts-train.json").write_text(json.dumps(counts | {"kept": 15, "truncated_prompts": 1}))
+    config = "updates: 20\nrollout: {max_new_tokens: 64, prompts_per_update: 16}\n"
+    (run / "config.yaml").write_text(config)
+    [finding] = diagnose(read_evidence(run))
+    assert finding.name == "data-exhausted" and "each of 15 records was used 21.3 times" in finding.what
+    spoken = run_folder(tmp_path / "spoken")
+    row = {"step": 7, "event": "guard", "rule": "length"}
+    (spoken / "events.jsonl").write_text(json.dumps(row) + "\n" + json.dumps(row) + '\n{"step": 8, "ev')
+    [finding] = diagnose(read_evidence(spoken))
+    assert finding.name == "guard-spoke" and "length spoke (2 times)" in finding.what
+
+
+def test_parents_that_were_trained_on_another_day_are_found_where_the_template_says_the_date(tmp_path):
+    old = run_folder(tmp_path / "old", template_time="2026-11-02T09:00:00")
+    facts = {"parents": [{"path": str(old)}]}
+    run = run_folder(tmp_path / "run", template_time="2026-11-28T23:00:00", **facts)
+    [finding] = diagnose(read_evidence(run))
+    assert finding.name == "clock-drift" and "2026-11-28" in finding.what and "2026-11-02" in finding.what
+    same = run_folder(tmp_path / "same", template_time="2026-11-02T11:00:00", **facts)
+    assert names(diagnose(read_evidence(same))) == []
 
 
 def test_the_command_prints_findings_with_cause_and_remedy_or_as_json(tmp_path):

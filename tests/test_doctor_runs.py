@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import dpo_runs
+import guard_runs
 import ppo_runs
 import pytest
 import reward_runs
@@ -39,23 +40,26 @@ def findings(run) -> dict[str, Finding]:
 FREE = {"name": "fixed", "coef": 0.0}
 CONFIGS = {
     "reward-constant": {"reward": {"name": "function", "function": "ppo_rewards:one"}},
-    "policy-does-not-move": {"optimizer__policy_lr": 1e-12},
+    "policy-does-not-move, clipping-dead": {"optimizer__policy_lr": 1e-12},
     "policy-runs-away": {"optimizer__policy_lr": 0.05, "kl__controller": FREE},
     "clipping-saturated": {
         "optimizer__policy_lr": 5e-3,
         "batch__epochs": 8,
         "kl__controller": {"name": "fixed", "coef": 0.0},
     },
-    "never-ends": {"rollout__max_new_tokens": 3},
+    "never-ends, prompts-cut": {"rollout__max_new_tokens": 3, "data__max_prompt_tokens": 6},
     "critic-useless": {"optimizer__critic_lr": 1e-12},
-    "reward-explodes": {"reward": {"name": "function", "function": "ppo_rewards:growing"}},
+    "reward-explodes, guard-spoke": {
+        "reward": {"name": "function", "function": "ppo_rewards:growing"},
+        "guard": guard_runs.guard(),
+    },
 }
 
 
-@pytest.mark.parametrize("name", CONFIGS)
-def test_a_broken_config_is_named(name, tmp_path, demos):
-    stages.ppo.run(ppo_runs.config(tmp_path / "run", demos, **LONG | CONFIGS[name]))
-    assert name in findings(tmp_path / "run")
+@pytest.mark.parametrize("names", CONFIGS)
+def test_a_broken_config_is_named(names, tmp_path, demos):
+    stages.ppo.run(ppo_runs.config(tmp_path / "run", demos, **LONG | CONFIGS[names]))
+    assert set(names.split(", ")) <= findings(tmp_path / "run").keys()
 
 
 def dropout_while_learning(stage):
@@ -163,8 +167,11 @@ def test_healthy_runs_are_not_accused(tmp_path, demos, rankings):
     sft_runs.run(sft_runs.settings(demos, tmp_path / "sft"))
     sft_runs.run(sft_runs.settings(demos, tmp_path / "lora", tuning={"name": "lora", "rank": 4}))
     stages.reward.run(reward_runs.config(tmp_path / "reward", rankings))
+    stages.reward.run(reward_runs.config(tmp_path / "pairs", rankings, loss="bradley-terry"))
     stages.dpo.run(dpo_runs.config(tmp_path / "dpo", rankings))
-    for name in ("sft", "lora", "reward/run", "dpo/run"):
+    stages.dpo.run(dpo_runs.config(tmp_path / "adapter", rankings, tuning={"name": "lora", "rank": 4}))
+    sft_runs.run(sft_runs.settings(demos, tmp_path / "bottleneck", tuning={"name": "bottleneck", "size": 4}))
+    for name in ("sft", "lora", "bottleneck", "reward/run", "pairs/run", "dpo/run", "adapter/run"):
         assert findings(tmp_path / name) == {}, name
 
 

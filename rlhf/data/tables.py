@@ -16,7 +16,7 @@ from rlhf import distributed
 from rlhf.config.base import DataConfig
 from rlhf.core.console import is_main, track
 from rlhf.core.errors import UserError
-from rlhf.core.files import append_jsonl
+from rlhf.core.files import append_jsonl, write_json
 from rlhf.data.chat_tokenizer import ChatTokenizer
 from rlhf.data.encode_records import (
     EncodingCounts,
@@ -138,6 +138,8 @@ def _write_table(
                 rows = []
         writer.write_table(pa.Table.from_pylist(rows, schema))
     counts.report(what)
+    summary = {"kept": counts.kept, "truncated_prompts": counts.truncated_prompts, "skipped": dict(counts.skipped)}
+    write_json(path.with_suffix(".json"), summary)  # for `rlhf doctor`
     skipped = [{"reason": reason, "count": count} for reason, count in counts.skipped.items()]
     append_jsonl(folder / "rejected.jsonl", [*skipped, *counts.refused])
     return prompts

@@ -4,11 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
-from rlhf.doctor import ppo_checks, run_checks, supervised_checks  # they fill the table of checks
+from rlhf.doctor import (  # they fill the table of checks
+    data_checks,
+    learning_checks,
+    ppo_checks,
+    run_checks,
+    supervised_checks,
+)
 from rlhf.doctor.evidence import Evidence
 from rlhf.doctor.findings import CHECKS, SEVERITIES, Finding
 
-__all__ = ["Watch", "diagnose", "ppo_checks", "run_checks", "supervised_checks"]
+__all__ = [
+    "Watch", "data_checks", "diagnose", "learning_checks", "ppo_checks", "run_checks", "supervised_checks",
+]  # fmt: skip
 EVERY = 10
 """Logged steps between two live diagnoses, after the first 20: they read all steps so far."""
 

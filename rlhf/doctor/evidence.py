@@ -114,7 +114,8 @@ class Evidence:
     @property
     def low_precision(self) -> bool:
         """Whether the computation may be in bfloat16; `auto` is, on a GPU."""
-        return bool(self.option("precision", "auto") != "float32" and self.info.get("device", "cpu") != "cpu")
+        precision = self.option("precision", "auto")
+        return bool(precision == "bfloat16" or (precision == "auto" and self.info.get("device", "cpu") != "cpu"))
 
 
 def read_evidence(path: str | Path) -> Evidence:

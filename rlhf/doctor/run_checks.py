@@ -115,7 +115,7 @@ def slows_down(run: Evidence) -> str | None:
 def other_template(run: Evidence) -> str | None:
     """Parents have the run's tokenizer and chat template."""
     for parent in run.info.get("parents", []):
-        info = _info(parent.get("path"))
+        info = parent_info(parent.get("path"))
         for key, name in (("tokenizer", "tokenizer"), ("chat_template", "chat template")):
             mine, theirs = run.info.get(key), info.get(key)
             if mine and theirs and mine != theirs and not run.option("reward.retokenize"):
@@ -132,13 +132,13 @@ def other_template(run: Evidence) -> str | None:
 def parent_changed(run: Evidence) -> str | None:
     """Parents are still those that the run read."""
     for parent in run.info.get("parents", []):
-        now = _info(parent.get("path")).get("model_fingerprint")
+        now = parent_info(parent.get("path")).get("model_fingerprint")
         if now and parent.get("fingerprint") and now != parent["fingerprint"]:
             return f"{parent['path']} has other weights than when this run started"
     return None
 
 
-def _info(path: Any) -> dict[str, Any]:
+def parent_info(path: Any) -> dict[str, Any]:
     """The run.json of a parent; empty if it is no run, or gone."""
     try:
         found = json.loads((Path(str(path)) / "run.json").read_text("utf-8"))

@@ -17,9 +17,10 @@ from rlhf.data.chat_tokenizer import ChatTokenizer
 from rlhf.guard.guard import Alarm
 from rlhf.guard.signals import repetition
 from rlhf.ppo import kl
+from rlhf.ppo.advantages import Advantages
 from rlhf.ppo.config import PPOConfig
 from rlhf.ppo.losses import explained_variance
-from rlhf.ppo.masked import masked_sum
+from rlhf.ppo.masked import masked_mean, masked_sum, masked_var
 from rlhf.ppo.types import Experience, Rollout
 from rlhf.runs.run import Run
 from rlhf.training.reporter import Reporter
@@ -175,7 +176,7 @@ def guard_metrics(experience: Experience) -> dict[str, float]:
 
 
 def experience_metrics(
-    experience: Experience, scores: Tensor, rewards: Tensor, returns: Tensor | None
+    experience: Experience, scores: Tensor, rewards: Tensor, advantages: Advantages
 ) -> dict[str, float]:
     """Metrics of one update's experience: scores, KL per completion (nats), lengths, ends, explained variance."""
     mask, lengths = experience.rollout.response_mask, experience.rollout.lengths.float()
@@ -187,6 +188,8 @@ def experience_metrics(
         "objective/rlhf_reward": float(masked_sum(rewards, mask)) / len(mask),
         "objective/kl": float(masked_sum(kl.k1(*pair), mask)) / len(mask),
         "objective/kl_k3": float(masked_sum(kl.k3(*pair), mask)) / len(mask),
+        "objective/advantages_mean": float(masked_mean(advantages.advantages, mask)),
+        "objective/advantages_std": float(masked_var(advantages.advantages, mask).sqrt()),
         "objective/entropy": experience.entropy,
         "rollout/response_length": float(lengths.mean()),
         "rollout/eos_rate": float(experience.rollout.ended.float().mean()),
@@ -200,7 +203,7 @@ def experience_metrics(
             "rollout/sampler_gap_max": float(importance.gap_max),
             "rollout/importance_truncated": float(importance.truncated),
         }
-    if experience.values is not None and returns is not None:
-        explained = float(explained_variance(experience.values, returns, mask))
+    if experience.values is not None and advantages.returns is not None:
+        explained = float(explained_variance(experience.values, advantages.returns, mask))
         metrics["val/explained_variance"] = explained if explained == explained else 0.0  # the returns do not vary
     return metrics

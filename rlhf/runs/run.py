@@ -121,7 +121,7 @@ def open_run(config: StageConfig, stage: str, resume: bool, overwrite: bool, fac
         (run.path / "metrics.jsonl").touch()
         base: dict[str, Any] = {"stage": stage, "status": "running", "schema_version": SCHEMA_VERSION}
         base |= {"packages": {name: importlib.metadata.version(name) for name in PACKAGES}, "git": git_commit()}
-        base |= {"processes": distributed.world_size(), **facts, **before}
+        base |= {"processes": distributed.world_size(), "device": distributed.device().type, **facts, **before}
         base["zero_stage"] = 0 if config.deepspeed is None else zero_stage(config.deepspeed)
         new = not is_run(run.path)
         if new:  # first, since a folder with run.json is a run and must have its config, whenever a kill comes
