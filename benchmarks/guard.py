@@ -184,34 +184,38 @@ def replay(updates: Iterable[dict[str, float]], values: dict[str, Any]) -> list[
     return [alarm for update in updates for alarm in guard.observe(int(update["step"]), update)]
 
 
-def half_lost(gold: Sequence[float]) -> tuple[int, int | None, float]:
-    """Index of the highest smoothed gold reward, the first one after it at which half of what is lost by the end is
-    lost, and the loss as a fraction of the gain. The second is None where less than a quarter of the gain is lost."""
+def half_lost(gold: Sequence[float]) -> tuple[int, int | None]:
+    """Index of the highest smoothed gold reward, and the first one after it at which half of what is lost by the end
+    is lost; None where less than half a point is lost."""
     import numpy as np
 
     from rlhf.guard.curve import smooth
 
     values = smooth(np.array(gold))
     best = int(values.argmax())
-    gain, loss = values[best] - values[0], values[best] - values[-1]
-    if loss < 0.25 * gain:
-        return best, None, float(loss / max(gain, 1e-9))
+    loss = values[best] - values[-1]
     after = np.nonzero(values[best:] <= values[best] - loss / 2)[0]
-    return best, best + int(after[0]), float(loss / max(gain, 1e-9))
+    return best, best + int(after[0]) if loss >= 0.5 else None
 
 
 def judge(row: dict[str, Any], values: dict[str, Any]) -> dict[str, Any]:
     """What the guard said of a run, when, and when half of the gold loss had happened."""
+    import numpy as np
+
+    from rlhf.guard.curve import smooth
+
     alarms = replay(row["updates"], values)
     gold = [u["objective/gold_reward"] for u in row["updates"] if "objective/gold_reward" in u]
-    best, half, lost = half_lost(gold) if gold else (0, None, 0.0)
+    best, half = half_lost(gold) if gold else (0, None)
+    seen = smooth(np.array(gold)) if gold else None
     first: dict[str, int] = {}
     for alarm in alarms:
         first.setdefault(alarm.rule, alarm.step)
     steps = [int(u["step"]) for u in row["updates"]]
     return {
         "kind": row["kind"], "seed": row["seed"], "first": min(first.values(), default=None), "rules": first,
-        "best": steps[best], "half": None if half is None else steps[half], "lost": lost,
+        "best": steps[best], "half": None if half is None else steps[half],
+        "gold": None if seen is None else [float(seen[0]), float(seen[best]), float(seen[-1])],
     }  # fmt: skip
 
 
@@ -225,11 +229,12 @@ def report(args: argparse.Namespace) -> None:
             rows[row["kind"], row["seed"], row.get("rankings")] = row
     found = [judge(row, {}) for key, row in sorted(rows.items(), key=str) if key[0] != "sizes"]
     found = [one for one in found if args.seeds is None or one["seed"] in args.seeds]
-    print("| run | seed | gold is highest at | half of the loss by | loss / gain | the guard speaks | rules |")
+    print("| run | seed | gold: start, best, end | best at | half of the loss by | the guard speaks | rules (update) |")
     print("| --- | --- | --- | --- | --- | --- | --- |")
     for one in found:
         rules = ", ".join(f"{name} ({step})" for name, step in sorted(one["rules"].items(), key=lambda item: item[1]))
-        cells = [one["kind"], one["seed"], one["best"], one["half"], f"{one['lost']:.2f}", one["first"], rules]
+        gold = ", ".join(f"{value:.2f}" for value in one["gold"] or ())
+        cells = [one["kind"], one["seed"], gold, one["best"], one["half"], one["first"], rules]
         print("| " + " | ".join("" if cell is None else str(cell) for cell in cells) + " |")
     weak = [one for one in found if one["kind"] == "weak" and one["half"] is not None]
     healthy = [one for one in found if one["kind"] != "weak"]

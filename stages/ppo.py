@@ -411,9 +411,12 @@ def open_ppo_run(
         check_same_text("the policy", chat.fingerprints(), str(config.reward_model))
     scorers = dict.fromkeys(term["path"] for term in model_terms(config.reward))
     onlookers = dict.fromkeys(term["path"] for pick in config.onlookers.values() for term in model_terms(pick))
-    parents = [parent_facts(path) for path in (config.model.path, *scorers)]
-    parents += [parent_facts(path) | {"role": "onlooker"} for path in onlookers if path not in scorers]
-    facts = {"parents": parents, "data": data_facts(data), **chat.facts()}
+    facts = {
+        "parents": [parent_facts(path) for path in (config.model.path, *scorers)],
+        "onlookers": [parent_facts(path) for path in onlookers],
+        "data": data_facts(data),
+        **chat.facts(),
+    }
     if times := [one.frozen_at for one in own.values() if one.frozen_at]:
         facts["reward_template_time"] = times[0]  # the same for all, for --resume
     return open_run(config, "ppo", resume, overwrite, facts)

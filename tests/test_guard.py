@@ -39,16 +39,16 @@ QUIET = {
     "objective/scores_std": [1.0] * STEPS,
     "objective/gold_reward": [0.0] * 6 + [2.0] * 6,
     "objective/entropy": [2.0] * 6 + [1.0] * 6,
-    "objective/disagreement": [0.5] * STEPS,
+    "objective/disagreement": [0.2] * STEPS,
     "rollout/response_length": [20.0] * 6 + [30.0] * 6,
     "guard/outside_range": [0.02] * 6 + [0.3] * 6,
     "guard/repetition": [0.05] * STEPS,
     "guard/watch_score": [0.0] * 6 + [1.8] * 6,
-    "guard/disagreement": [0.5] * 6 + [0.6] * 6,
+    "guard/disagreement": [0.2] * 6 + [0.25] * 6,
 }
 LOUD = {
     "gold-falls": {"objective/gold_reward": [0.0] * 3 + [2.0] * 3 + [1.0] * 6},
-    "disagreement": {"guard/disagreement": [0.5] * 6 + [0.8] * 6},
+    "disagreement": {"guard/disagreement": [0.2] * 6 + [0.4] * 6},
     "watch-lags": {"guard/watch_score": [0.0] * 6 + [0.9] * 6},
     "score-range": {"guard/outside_range": [0.02] * 6 + [0.6] * 6},
     "length": {"rollout/response_length": [20.0] * 6 + [41.0] * 6},
@@ -96,6 +96,12 @@ def test_a_rule_compares_with_the_first_updates_and_options_change_it():
     strict = guard(rules=[{"name": "length", "ratio": 1.4}])
     [alarm] = observed(strict, QUIET)
     assert alarm.what == "completions went from 20 to 30 tokens while the score rose"
+
+
+def test_an_ensemble_that_disagrees_from_the_outset_is_named_before_the_baseline_is_complete():
+    [alarm] = observed(guard(baseline=10), QUIET | {"guard/disagreement": [0.6] * STEPS})
+    assert (alarm.rule, alarm.since, alarm.step) == ("disagreement", 2, 3)
+    assert alarm.what == "the ensemble's members disagree by 0.6; the scores differ by 1 at the start"
 
 
 def test_the_gold_reward_may_fall_by_a_quarter_of_its_gain():

@@ -54,12 +54,14 @@ class History:
 
     def knows(self, *names: str) -> bool:
         """Whether each of these metrics has a start and a present."""
-        return all(
-            len(self.first.get(n, ())) == self.baseline and len(self.recent.get(n, ())) == self.window for n in names
-        )
+        return all(len(self.first.get(n, ())) == self.baseline and self.has_window(n) for n in names)
+
+    def has_window(self, name: str) -> bool:
+        """Whether the metric has a present."""
+        return len(self.recent.get(name, ())) == self.window
 
     def start(self, name: str) -> float:
-        """Mean over the first updates."""
+        """Mean over the first updates, as far as they have come."""
         return sum(self.first[name]) / len(self.first[name])
 
     def now(self, name: str) -> float:
@@ -105,15 +107,23 @@ def gold_falls(history: History, *, drop: PositiveFloat = 0.25) -> str | None:
 
 
 @RULES.row("disagreement")
-def disagreement(history: History, *, ratio: AboveOne = 1.5) -> str | None:
-    """The members of the ensemble disagree about the policy's completions `ratio` times as much as at the start.
+def disagreement(history: History, *, share: PositiveFloat = 0.5, ratio: AboveOne = 1.5) -> str | None:
+    """The members of the ensemble disagree about the policy's completions by more than `share` of the standard
+    deviation of the scores at the start, or `ratio` times as much as at the start.
 
-    Needs an ensemble as the reward, or `guard.watch`.
+    The first says that the reward model knows too little from the outset, and needs no baseline. Needs an ensemble as
+    the reward, or `guard.watch`; its members should differ in the data that they were trained on, not in their seed
+    alone.
     """
-    name = next((name for name in (WATCHED_SPREAD, SPREAD) if history.knows(name)), None)
-    if name is None or history.now(name) < ratio * max(history.start(name), 1e-6):
+    name = next((name for name in (WATCHED_SPREAD, SPREAD) if history.has_window(name)), None)
+    if name is None:
         return None
-    return f"the ensemble's disagreement rose from {_of(history.start(name))} to {_of(history.now(name))}"
+    now, spread = history.now(name), history.start(SCORE_STD)
+    if now >= share * spread:
+        return f"the ensemble's members disagree by {_of(now)}; the scores differ by {_of(spread)} at the start"
+    if history.knows(name) and now >= ratio * max(history.start(name), 1e-6):
+        return f"the ensemble's disagreement rose from {_of(history.start(name))} to {_of(now)}"
+    return None
 
 
 @RULES.row("watch-lags")

@@ -114,13 +114,13 @@ def check_inputs(path: Path, info: Mapping[str, Any], facts: Mapping[str, Any]) 
     Args:
         path: The run folder.
         info: Its run.json.
-        facts: What run.json would record now: `data`, `parents`, `tokenizer`, `chat_template`.
+        facts: What run.json would record now: `data`, `parents`, `onlookers`, `tokenizer`, `chat_template`.
 
     Raises:
         UserError: A fingerprint differs; names what it is of.
     """
     changed = []
-    for key, what in (("data", "dataset"), ("parents", "model")):
+    for key, what in (("data", "dataset"), ("parents", "model"), ("onlookers", "model")):
         before = {one.get("path"): one.get("fingerprint") for one in info.get(key, [])}
         for one in facts.get(key, []):
             old, new = before.get(one["path"]), one.get("fingerprint")

@@ -38,7 +38,7 @@ from rlhf.runs.model_folder import check_model_folder, no_model
 
 REQUIRED = {"stage": str, "status": str}
 """Keys that every run.json has, and their types."""
-LISTS = ("parents", "data", "extended", "moved")
+LISTS = ("parents", "onlookers", "data", "extended", "moved")
 """Keys of run.json that are lists of objects, where they are given."""
 PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "deepspeed", "datasets")
 
