@@ -102,10 +102,10 @@ def command(
         _finish(result, output, as_json)
         return
     test = RewardTest([open_dataset(path) for path in named], split, limit, benchmark, sampling.seed)
-    from rlhf.evaluation.scored import is_function  # imports torch
+    from rlhf.evaluation.scored import is_single_model  # imports torch
     from rlhf.inference.policy import model_kind
 
-    if is_function(model) or model_kind(model, sampling.trust_remote_code) == "reward":
+    if not is_single_model(model) or model_kind(model, sampling.trust_remote_code) == "reward":
         if reward or against:
             raise UserError(f"{model}: is a reward model; --reward and --against are for policies")
         test.check()

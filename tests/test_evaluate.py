@@ -204,6 +204,24 @@ def test_two_datasets_a_battery_and_a_page_in_one_command(
     assert not [word for word in ("<script", "https:", "src=", "@import") if word in page]
 
 
+def test_an_ensemble_is_measured_by_the_mean_of_its_members(
+    runs: dict[str, str], data: dict[str, str], tmp_path: Path
+) -> None:
+    other = finished.reward(tmp_path / "other", runs["sft"], seed=5)
+    found = figures(f"{{name: ensemble, models: [{runs['reward']}, {other}]}}", data["ranking"])
+    (card,) = found["datasets"]
+    right = []
+    for record in open_dataset(data["ranking"]).records("eval"):
+        each = [
+            [finished.score_of_answer(run, record.chat, one.text) for one in record.candidates]
+            for run in (runs["reward"], other)
+        ]
+        mean = [sum(pair) / 2 for pair in zip(*each)]
+        pairs = [(i, j) for i, a in enumerate(record.ranks) for j, b in enumerate(record.ranks) if a < b]
+        right += [mean[i] > mean[j] for i, j in pairs]
+    assert card["pairs"]["accuracy"]["value"] == pytest.approx(sum(right) / len(right))
+
+
 def test_a_reward_function_is_measured_as_a_reward_model_is(data: dict[str, str]) -> None:
     found = figures("test_evaluate:letters", data["ranking"])
     facts = found["datasets"][0]["pairs"]

@@ -269,7 +269,7 @@ def test_rm_bench_by_hand() -> None:
     matrix = np.array([[1, 0, 0], [1, 0, 0], [1, 1, 0]], dtype=float)
     assert levels(matrix) == (1.0, pytest.approx(1 / 3), 0.0)
     rows = [
-        benchmark_row([1, 2, 3], [0, 2, 9], "rm-bench", "chat", 0),
+        benchmark_row([1, 2, 3], [0, 2, 9], "rm-bench", "alpacaeval", 0),  # as the files of single domains call it
         benchmark_row([9, 9, 9], [1, 1, 1], "rm-bench", "safety-refuse", 1),
         benchmark_row([0, 0, 0], [1, 1, 1], "rm-bench", "safety-response", 2),
         benchmark_row([1], [0], "rm-bench", "math", 3),
@@ -442,7 +442,10 @@ def test_tables_and_page_show_hostile_texts_as_texts(tmp_path: Path) -> None:
     data, by_length = open_dataset(tmp_path / "data"), scorer(lambda answer: float(len(answer)))
     card = dataset_card(by_length, data, rows, None, None, 0)
     card["perturbations"] = battery(by_length, rows, 10, 0)
+    matrices = [benchmark_row([1, 2, 3], [0, 2, 9], "rm-bench", name, 0) for name in ("chat", "math", "code")]
+    card["benchmarks"] = [score_benchmark("rm-bench", matrices)]
     page = render({"model": bad, "split": None, "seed": 0, "datasets": [card]})
     assert "<script>" not in page and "\x1b" not in page and "&lt;script&gt;" in page
     assert any(part[0] == "By source" for part in tables.card_tables(card))
-    assert tables.headlines(card)[0].startswith("Right on 100.0% of 6 pairs of 6 prompts")
+    assert tables.headlines(card)[0].startswith("rm-bench: 44.4%")
+    assert tables.headlines(card)[1].startswith("Right on 100.0% of 6 pairs of 6 prompts")

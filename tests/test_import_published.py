@@ -110,7 +110,11 @@ def test_lists_of_chosen_and_rejected_are_one_ranking_with_ties(tmp_path, group)
     assert by_rank(record) == {1: ["Red.", "Blue."], 2: ["Pi.", "No.", "Car."]}
     assert (record.informative_pairs, record.group) == (6, "g")
     assert record.source == {"subset": "reward-bench-2", "domain": "rm-bench"}[group]
-    assert one(tmp_path, "reward-bench-2", {**row, "subset": "Ties", "id": "tied:7"}).source == "reward-bench-2/tied:7"
+    row = {name: row[name] for name in ("prompt", "chosen", "rejected")} | {"subset": "Ties", "id": "tied:7"}
+    assert one(tmp_path, "reward-bench-2", row).source == "reward-bench-2/tied:7"
+    styles = row | {"chosen": ["a", "b", "c"], "subset": "alpacaeval"}
+    assert one(tmp_path, "reward-bench-2", styles).source == "rm-bench"
+    assert one(tmp_path, "reward-bench-2", styles | {"num_correct": 3}).source == "reward-bench-2"
     wrong = [{**row, "num_correct": 1}, {**row, "chosen": []}, {**row, "rejected": ["Red."]}]
     assert made(tmp_path, "reward-bench-2", *wrong)[1] == [
         "num_correct: not the number of answers", "chosen: no answer in the list",

@@ -36,10 +36,10 @@ def reward_bench_2(row: Any) -> Ranking:
 
     Ranks: each answer of `chosen` 1, each of `rejected` 2; those of one list are a tie. So one ranking of K answers
     states every pair of a good and a bad answer, and none between two good ones (RewardBench 2's subset Ties, the three
-    styles of RM-Bench). `subset` (or `domain`) is the group. The `source` is reward-bench-2 or rm-bench; in the subset
-    Ties also the row's `id`, as in `reward-bench-2/tied:1`, which its scoring needs (see docs/evaluate.md). The format
-    names neither annotators nor the order shown; `models` is not used, since it is not said to be in the order of the
-    answers.
+    styles of RM-Bench). `domain`, else `subset`, is the group. The `source` is rm-bench if there is a `domain`, or
+    three answers in each list and no count of them, else reward-bench-2; in the subset Ties also the row's `id`, as in
+    `reward-bench-2/tied:1`, which its scoring needs (see docs/evaluate.md). The format names neither annotators nor the
+    order shown; `models` is not used, since it is not said to be in the order of the answers.
 
     Rejected: an empty list, `num_correct` or `total_completions` that contradict the lists, an empty answer, one that
     is in both lists.
@@ -52,13 +52,14 @@ def reward_bench_2(row: Any) -> Ranking:
     for name, count in (("num_correct", len(better)), ("total_completions", len(better) + len(worse))):
         if row.get(name, count) != count:
             raise BadRecord(f"{name}: not the number of answers", f"{brief(row[name])}, there are {count}")
-    source = "reward-bench-2" if "subset" in row else "rm-bench" if "domain" in row else ""
-    if str(row.get("subset")).lower() == "ties" and isinstance(row.get("id"), str):
+    styles = len(better) == len(worse) == 3 and "num_correct" not in row  # RM-Bench's files of single domains
+    source = "rm-bench" if "domain" in row or ("subset" in row and styles) else "reward-bench-2" * ("subset" in row)
+    if source == "reward-bench-2" and str(row["subset"]).lower() == "ties" and isinstance(row.get("id"), str):
         source += f"/{row['id']}"
     return Ranking(
         tuple(turns_of(row["prompt"], "prompt", "user")),
         source=source,
-        group=text(row, "subset", optional=True) or text(row, "domain", optional=True) or None,
+        group=text(row, "domain", optional=True) or text(row, "subset", optional=True) or None,
         candidates=tuple(map(Candidate, better + worse)),
         ranks=(1,) * len(better) + (2,) * len(worse),
     )

@@ -6,6 +6,7 @@ of rank 1, then those of `rejected`, all of rank 2; the subset (or domain) is th
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -170,7 +171,7 @@ def rm_bench(scored: Sequence[ScoredRecord]) -> dict[str, Any]:
         if len(chosen) != len(STYLES) or len(rejected) != len(STYLES):
             others += 1
             continue
-        domain = (one.record.group or "(no domain)").partition("-")[0]
+        domain = _domain(one.record.group)
         matrix = np.array(chosen)[:, None] > np.array(rejected)[None, :]
         domains.setdefault(domain, []).append(matrix.astype(float))
     parts: dict[str, Any] = {}
@@ -188,6 +189,15 @@ def rm_bench(scored: Sequence[ScoredRecord]) -> dict[str, Any]:
     means = {name: _mean([part[name] for part in parts.values()]) for name in ("easy", "normal", "hard")}
     left_out = {"not three right and three wrong answers": others} if others else {}
     return _overall([part["value"] for part in parts.values()], draws) | means | {"parts": parts, "left_out": left_out}
+
+
+DOMAINS = {"alpacaeval": "chat", "bigcode": "code", "refusals": "safety", "xstest": "safety"}
+"""How a `subset` begins in the files of single domains, which do not name the domain -> the domain."""
+
+
+def _domain(group: str | None) -> str:
+    name = re.split("[-/_]", group or "(no domain)")[0]
+    return DOMAINS.get(name, name)
 
 
 def levels(matrix: NDArray[Any]) -> tuple[float, float, float]:

@@ -1,8 +1,7 @@
-"""Rankings with the scores of a reward model or function, and their pairs as arrays."""
+"""Rankings with the scores of a reward model, function or ensemble, and their pairs as arrays."""
 
 from __future__ import annotations
 
-import re
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -14,10 +13,13 @@ from numpy.typing import NDArray
 
 from rlhf.core.console import track
 from rlhf.core.errors import UserError
+from rlhf.core.table import Pick
 from rlhf.data.encode_records import EncodingCounts, fits
 from rlhf.data.schema import Prompt, Ranking
+from rlhf.inference.ensemble import EnsembleScorer, open_ensemble
 from rlhf.inference.reward_model import RewardModel, open_reward_model
 from rlhf.reward.functions import call_reward_function, import_function
+from rlhf.reward.spec import read_reward
 
 FUNCTION_SECONDS = 300.0
 """How long one call of a reward function may take."""
@@ -93,36 +95,74 @@ class FunctionScorer:
         self.name, self._function = name, function
 
     def rankings(self, records: Sequence[Ranking], counts: EncodingCounts) -> list[ScoredRecord]:
-        counts.kept = len(records)
-        return [
-            ScoredRecord(record, tuple(self._score(record, one.text) for one in record.candidates))
-            for record in track(records, "scoring", unit="rankings")
-        ]
+        return _answer_by_answer(self, records, counts)
 
     def answers(self, prompts: Sequence[Prompt], answers: Sequence[str]) -> list[float | None]:
-        return [self._score(prompt, answer) for prompt, answer in track(list(zip(prompts, answers)), "scoring")]
-
-    def _score(self, prompt: Prompt, answer: str) -> float:
-        return call_reward_function(self._function, self.name, prompt.chat, answer, FUNCTION_SECONDS)
-
-
-def is_function(name: str) -> bool:
-    """Whether a name is that of a reward function, `module:function`."""
-    return re.fullmatch(r"[A-Za-z_][\w.]*:\w+", name) is not None
+        return [
+            call_reward_function(self._function, self.name, prompt.chat, answer, FUNCTION_SECONDS)
+            for prompt, answer in track(list(zip(prompts, answers)), "scoring", unit="answers")
+        ]
 
 
-def open_answer_scorer(name: str, trust_remote_code: bool = False) -> AnswerScorer:
-    """Open a reward run, a model folder with a score head, or a reward function `module:function`.
+class CombinedScorer:
+    """An ensemble of reward models, by the combination of their normalised scores."""
+
+    def __init__(self, name: str, ensemble: EnsembleScorer) -> None:
+        self.name, self._ensemble = name, ensemble
+
+    def rankings(self, records: Sequence[Ranking], counts: EncodingCounts) -> list[ScoredRecord]:
+        return _answer_by_answer(self, records, counts)
+
+    def answers(self, prompts: Sequence[Prompt], answers: Sequence[str]) -> list[float | None]:
+        return [row["score"] for row in self._ensemble.score_answers(prompts, answers)]
+
+
+def _answer_by_answer(scorer: AnswerScorer, records: Sequence[Ranking], counts: EncodingCounts) -> list[ScoredRecord]:
+    """The records with a score for each candidate, without those of which fewer than two candidates have one."""
+    prompts = [record for record in records for _ in record.candidates]
+    found = iter(scorer.answers(prompts, [one.text for record in records for one in record.candidates]))
+    scored = [ScoredRecord(record, tuple(next(found) for _ in record.candidates)) for record in records]
+    kept = [one for one in scored if len(one.known) > 1]
+    counts.kept = len(kept)
+    if len(kept) < len(scored):
+        counts.skipped["rankings with fewer than two candidates that fit"] += len(scored) - len(kept)
+    return kept
+
+
+def is_single_model(spec: str) -> bool:
+    """Whether a reward source is one model, which may be a policy, and not a function or an ensemble.
 
     Raises:
-        UserError: It cannot be loaded or imported.
+        UserError: It is no reward source.
     """
-    if not is_function(name):
-        return ModelScorer(name, open_reward_model(name, trust_remote_code))
+    return _source(spec).name == "model"
+
+
+def open_answer_scorer(spec: str, trust_remote_code: bool = False) -> AnswerScorer:
+    """Open a reward run, a model folder with a score head, a reward function `module:function`, or an ensemble.
+
+    Args:
+        spec: See `rlhf.reward.spec.read_reward`.
+        trust_remote_code: Run Python code that comes with a model.
+
+    Raises:
+        UserError: It cannot be loaded or imported, or is another reward source.
+    """
+    source = _source(spec)
+    if source.name == "model":
+        return ModelScorer(spec, open_reward_model(source.options["path"], trust_remote_code))
+    if source.name == "function":
+        return FunctionScorer(spec, import_function(source.options["function"]))
+    if source.name == "ensemble":
+        return CombinedScorer(spec, open_ensemble(spec, trust_remote_code))
+    raise UserError(f"{spec}: the reward source {source.name!r} cannot be evaluated", remedy="Name a part of it.")
+
+
+def _source(spec: str) -> Pick:
     if (here := str(Path.cwd())) not in sys.path:
         sys.path.append(here)  # functions in the working folder can be imported
     try:
-        return FunctionScorer(name, import_function(name))
+        return read_reward(spec)
     except ValueError as error:
         raise UserError(str(error)) from None
 
