@@ -296,8 +296,7 @@ def _evaluate_reward(
     for data in test.data:
         records = list(chosen_records(data, test.split, test.limit))
         card = dataset_card(scorer, data, records, _agreement(data), test.benchmark, test.seed)
-        if perturb_rankings:
-            card["perturbations"] = battery(scorer, records, perturb_rankings, test.seed)
+        card["perturbations"] = battery(scorer, records, perturb_rankings, test.seed) if perturb_rankings else None
         cards.append(card)
         _show_card(card, model)
     result = {"model": model, "split": test.split, "seed": test.seed, "datasets": cards}
@@ -328,7 +327,7 @@ def _show_card(card: dict[str, Any], model: str) -> None:
     for benchmark in card["benchmarks"]:
         for line in tables.notes(benchmark):
             warn(line)
-    perturbations = card.get("perturbations")
+    perturbations = card["perturbations"]
     if perturbations:
         table(*tables.battery_table(perturbations))
     say(f"{model} on {card['dataset']}:")

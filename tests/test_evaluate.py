@@ -222,8 +222,11 @@ def test_an_ensemble_is_measured_by_the_mean_of_its_members(
     assert card["pairs"]["accuracy"]["value"] == pytest.approx(sum(right) / len(right))
 
 
-def test_a_reward_function_is_measured_as_a_reward_model_is(data: dict[str, str]) -> None:
-    found = figures("test_evaluate:letters", data["ranking"])
+def test_a_reward_function_is_measured_as_a_reward_model_is(data: dict[str, str], tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    found = figures("test_evaluate:letters", data["ranking"], "--html", tmp_path / "page.html")
+    assert found["datasets"][0]["perturbations"] is None
+    assert "<h3>Calibration</h3>" in (tmp_path / "page.html").read_text()
     facts = found["datasets"][0]["pairs"]
     assert facts["accuracy"]["value"] == facts["baselines"][0]["value"], "it is the rule that the longer answer wins"
     with pytest.raises(UserError, match="the same score"):

@@ -25,7 +25,7 @@ def render(result: Mapping[str, Any]) -> str:
 
 def _plots(card: Mapping[str, Any], prefix: str) -> dict[str, str]:
     """Name of a plot -> SVG."""
-    facts, lists, battery = card["pairs"], card["listwise"], card.get("perturbations")
+    facts, lists, battery = card["pairs"], card["listwise"], card["perturbations"]
     found: dict[str, str] = {}
     if facts:
         found["accuracy"] = plots.accuracy_plot(f"{prefix}accuracy", card)
