@@ -6,7 +6,7 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -16,13 +16,20 @@ from rlhf.cli import options, task_options
 from rlhf.cli.sampling_options import SamplingOptions, with_sampling
 from rlhf.core.console import print_json, say, table, warn
 from rlhf.core.errors import UserError
+from rlhf.data.schema import Prompt
 from rlhf.data.selection import chosen_prompts, chosen_records, with_system
 from rlhf.data.store import Dataset, open_dataset
+from rlhf.judging.config import JudgeConfig, read_judge
+from rlhf.judging.judge import Judge
 from rlhf.prompting.ways import check_way, parse_shots, read_prompting
 from rlhf.reward.agreement import Agreement
 from rlhf.rollout.types import SamplingParams
 from rlhf.tasks.config import TaskConfig
 from rlhf.tasks.task import load_task
+
+if TYPE_CHECKING:  # imports torch
+    from rlhf.inference.evaluation import Answers
+    from rlhf.inference.policy import Policy
 
 
 @with_sampling
@@ -42,7 +49,15 @@ def command(
     limit: options.Limit = None,
     reward: options.Reward = None,
     against: Annotated[
-        str | None, typer.Option(metavar="RUN|MODEL", help="Compare with this policy: whose answers score higher?")
+        str | None,
+        typer.Option(
+            metavar="RUN|MODEL|references",
+            help="Compare with this policy, or the dataset's own answers: whose are better by --reward or --judge?",
+        ),
+    ] = None,
+    judge: Annotated[
+        str | None,
+        typer.Option(metavar="URL|FILE|{...}", help="With --against: this judge on a server compares the answers."),
     ] = None,
     n: Annotated[int, typer.Option("--n", "-n", min=1, help="Number of answers to each prompt, with --reward.")] = 1,
     system: options.System = None,
@@ -95,8 +110,8 @@ def command(
     if prompting:
         if for_rewards:
             raise UserError("--perturb, --benchmark and --html are for reward models, --prompting is for policies")
-        if reward or against:
-            raise UserError("--reward and --against are not for --prompting, whose answers have a right one")
+        if reward or against or judge:
+            raise UserError("--reward, --against and --judge are not for --prompting, whose answers have a right one")
         task = task_options.task_config(str(_only(named)), split, limit, metric, labels, pattern)
         result = _evaluate_prompting(model, prompting, shots, task, sampling, system, answers)
         _finish(result, output, as_json)
@@ -106,22 +121,29 @@ def command(
     from rlhf.inference.policy import model_kind
 
     if not is_single_model(model) or model_kind(model, sampling.trust_remote_code) == "reward":
-        if reward or against:
-            raise UserError(f"{model}: is a reward model; --reward and --against are for policies")
+        if reward or against or judge:
+            raise UserError(f"{model}: is a reward model; --reward, --against and --judge are for policies")
         test.check()
         result = _evaluate_reward(model, test, perturb_rankings if perturb else 0, html, sampling.trust_remote_code)
     else:
         if for_rewards:
             raise UserError(f"{model}: is a policy; --perturb, --benchmark and --html are for reward models")
         data = open_dataset(_only(named))
-        if data.kind == "prompt" and not reward:
+        if data.kind == "prompt" and not reward and not judge:
             raise UserError(
                 f"{data.path}: prompts alone give nothing to measure a policy by",
                 remedy="Score its answers with --reward, or name a dataset of demonstrations or rankings.",
             )
-        if against and model_kind(against, sampling.trust_remote_code) == "reward":
+        if judge and not against:
+            raise UserError("--judge: what are the answers compared with?", remedy="Give --against RUN or references.")
+        if against == REFERENCES and data.kind == "prompt":
+            raise UserError(f"{data.path}: has no answers to compare with", remedy="Name demonstrations or rankings.")
+        if against == REFERENCES and not (reward or judge):
+            raise UserError("--against references: by what are answers compared?", remedy="Give --reward or --judge.")
+        if against and against != REFERENCES and model_kind(against, sampling.trust_remote_code) == "reward":
             raise UserError(f"--against {against}: a reward model gives no answers", remedy="Name an SFT or PPO run.")
-        policies = PolicyTest(data, split, limit, reward, n, sampling.params(model), sampling, system)
+        asked = read_judge(judge) if judge else None
+        policies = PolicyTest(data, split, limit, reward, asked, n, sampling.params(model), sampling, system)
         facts = {"model": model, "dataset": str(data.path), "fingerprint": data.fingerprint, "split": split}
         result = facts | _evaluate_policies(model, against, policies)
     _finish(result, output, as_json)
@@ -185,51 +207,69 @@ class PolicyTest:
     split: str | None
     limit: int | None
     reward: str | None
+    judge: JudgeConfig | None
     n: int
     params: SamplingParams
     options: SamplingOptions
     system: str | None
 
-    def measure(self, path: str) -> tuple[dict[str, Any], list[list[float]], dict[str, str]]:
-        """A policy's metrics, its scores ([prompt][completion], empty without a reward) and its text fingerprints."""
+    def prompts(self) -> list[Prompt]:
+        """The prompts that are answered."""
+        return [with_system(one, self.system) for one in chosen_prompts(self.data, self.split, self.limit)]
+
+    def measure(self, policy: Policy) -> tuple[dict[str, Any], Answers | None]:
+        """A policy's metrics and, with a reward or a judge, its answers."""
         from rlhf.inference.evaluation import demonstration_loss, sampled_metrics  # imports torch
 
-        policy = self.options.open(path)
         metrics: dict[str, Any] = {}
-        scores: list[list[float]] = []
         if self.data.kind != "prompt":
             metrics |= demonstration_loss(policy, list(chosen_records(self.data, self.split, self.limit)))
-        if self.reward:
-            prompts = [with_system(one, self.system) for one in chosen_prompts(self.data, self.split, self.limit)]
-            found, scores = sampled_metrics(policy, prompts, self.reward, self.params, self.options.seed, self.n)
-            metrics |= found
-        return metrics, scores, policy.chat.fingerprints()
+        if not self.reward and not self.judge:
+            return metrics, None
+        found, answers = sampled_metrics(policy, self.prompts(), self.reward, self.params, self.options.seed, self.n)
+        return metrics | found, answers
+
+    def compare(self, mine: Answers, theirs: Answers) -> dict[str, Any]:
+        """Whose answers win, by the judge if there is one, else by the reward."""
+        from rlhf.inference.evaluation import compare_answers  # imports torch
+
+        if self.judge is None:
+            return compare_answers(mine, theirs)
+        with Judge(self.judge, "pairwise") as judge:
+            return compare_answers(mine, theirs, judge)
 
 
 def _evaluate_policies(model: str, against: str | None, test: PolicyTest) -> dict[str, Any]:
     """Metrics of one or two policies, printed and returned."""
-    from rlhf.inference.evaluation import compare_scores  # imports torch
+    from rlhf.inference.evaluation import reference_answers  # imports torch
 
-    metrics, scores, text = test.measure(model)
+    policy = test.options.open(model)
+    metrics, answers = test.measure(policy)
     result: dict[str, Any] = {"policy": metrics}
-    if test.reward:
+    if answers is not None:
         result |= {"reward": test.reward, "seed": test.options.seed, "sampling": asdict(test.params)}
-    columns = [metrics]
-    if against is not None:
-        other, other_scores, other_text = test.measure(against)
+    columns, others = [metrics], None
+    if against == REFERENCES:
+        others = reference_answers(policy, test.prompts(), test.reward, test.n)
+        result["against"] = {"model": against}
+    elif against is not None:
+        second = test.options.open(against)
+        other, others = test.measure(second)
         columns.append(other)
         result["against"] = {"model": against, **other}
-        if text != other_text:
+        if policy.chat.fingerprints() != second.chat.fingerprints():
             warn("the two have different tokenizers or chat templates: loss and perplexity are not comparable")
-        if scores:
-            result["comparison"] = compare_scores(scores, other_scores)
+    if answers is not None and others is not None:
+        result["comparison"] = test.compare(answers, others)
     rows = [(label, *[column[key] for column in columns]) for key, label in LABELS.items() if key in metrics]
-    table(f"Held-out: {test.data.path}", ["", model, *([against] if against else [])], rows)
+    names = [model, *([str(against)] if len(columns) > 1 else [])]
+    table(f"Held-out: {test.data.path}", ["", *names], rows)
     if "comparison" in result:
         _show_comparison(result["comparison"], model, str(against))
     return result
 
 
+REFERENCES = "references"
 LABELS = {
     "records": "answers in the data",
     "loss": "loss, nats a token",
@@ -241,6 +281,11 @@ LABELS = {
     "score_high": "  95% interval, high",
     "answer_tokens": "answer length, tokens",
     "eos_rate": "answers that ended",
+    "refusals": "answers that refuse",
+    "repetition": "repeated 4-grams of words",
+    "distinct_1": "distinct words",
+    "distinct_2": "distinct pairs of words",
+    "self_bleu": "self-BLEU",
 }
 
 
@@ -248,6 +293,12 @@ def _show_comparison(found: dict[str, Any], model: str, against: str) -> None:
     low, high = found["interval"]
     say(f"{model} wins over {against}: {found['win_rate']:.1%} (95% Wilson interval {low:.1%} to {high:.1%})")
     say(f"{found['wins']} wins, {found['ties']} ties, {found['losses']} losses; a tie counts half")
+    low, high = found["length_controlled_interval"]
+    own, other = found["mean_lengths"]
+    sizes = f"mean lengths {own:.0f} and {other:.0f} characters"
+    say(f"Length-controlled: {found['length_controlled']:.1%} ({low:.1%} to {high:.1%}); {sizes}")
+    if found.get("unreadable"):
+        warn(f"{found['unreadable']:,} comparisons without a readable verdict were left out")
 
 
 # ---- reward models -----------------------------------------------------------------------------------------------

@@ -11,6 +11,7 @@ import finished
 import pytest
 import tiny
 import torch
+from chat_servers import Response, chat_server, completion
 
 from rlhf.config.base import ModelConfig
 from rlhf.core.errors import UserError
@@ -18,6 +19,7 @@ from rlhf.core.intervals import Z_95
 from rlhf.data.chat_tokenizer import load_tokenizer
 from rlhf.data.encode_records import EncodingCounts, best_response, encode_demonstration
 from rlhf.data.store import open_dataset
+from rlhf.judging.win_rate import win_rates
 from rlhf.runs.run import resolve_model_path
 from stages.evaluate import command
 
@@ -144,10 +146,51 @@ def test_policies_with_different_tokenizers_are_said_not_to_compare(runs: dict[s
     assert "not comparable" in said
 
 
-def test_the_interval_is_wilsons(runs: dict[str, str]) -> None:
-    from rlhf.inference.evaluation import compare_scores
+@pytest.mark.parametrize("kind", ["demonstration", "ranking"])
+def test_a_policy_is_compared_with_the_datasets_own_answers(
+    kind: str, runs: dict[str, str], data: dict[str, str]
+) -> None:
+    words = ("--dataset", data[kind], "--reward", "test_evaluate:letters", "--against", "references")
+    found = figures(runs["sft"], *words)
+    references = [best_response(record) for record in open_dataset(data[kind]).records("eval")]
+    mean = sum(letters([], text) for text in references) / len(references)
+    assert found["comparison"]["mean_difference"] == pytest.approx(found["policy"]["score"] - mean)
+    assert found["comparison"]["mean_lengths"][1] == pytest.approx(sum(map(len, references)) / len(references))
+    assert 0 < found["comparison"]["length_controlled"] < 1
+    assert {"distinct_1", "distinct_2", "self_bleu", "repetition", "refusals"} <= set(found["policy"])
 
-    found = compare_scores([[1.0]] * 7 + [[0.0]] * 3, [[0.5]] * 10)
+
+def test_a_judge_on_a_server_compares_two_policies(runs: dict[str, str], data: dict[str, str], tmp_path: Path) -> None:
+    def answer(body: dict[str, Any], number: int) -> Response:  # the longer answer wins; of equal ones nothing is said
+        a, b = (body["messages"][0]["content"].split(f"[answer {x}]")[1].split("[end")[0] for x in "AB")
+        return completion("[[A]]" if len(a) > len(b) else "[[B]]" if len(b) > len(a) else "no verdict")
+
+    with chat_server(answer) as server:
+        spec = json.dumps({"url": server.url, "cache": str(tmp_path / "replies")})
+        words = ("--dataset", data["prompt"], "--judge", spec, "--n", 2)
+        found = figures(runs["sft"], *words, "--against", runs["other"])["comparison"]
+    assert found["wins"] + found["ties"] + found["losses"] + found["unreadable"] == 20
+    assert found["judge"]["model"] == "m" and "mean_difference" not in found
+    assert found["ties"] == 0 and found["wins"] > 0 and found["losses"] > 0
+
+
+@pytest.mark.parametrize(
+    ("words", "fault"),
+    [
+        (("demonstration", "--judge", "http://127.0.0.1:9/v1"), "what are the answers compared with"),
+        (("demonstration", "--against", "references"), "by what are answers compared"),
+        (("prompt", "--against", "references", "--reward", "test_evaluate:letters"), "no answers to compare with"),
+    ],
+)
+def test_a_comparison_without_its_other_half_is_refused(
+    words: tuple[str, ...], fault: str, runs: dict[str, str], data: dict[str, str]
+) -> None:
+    with pytest.raises(UserError, match=fault):
+        figures(runs["sft"], "--dataset", data[words[0]], *words[1:])
+
+
+def test_the_interval_is_wilsons() -> None:
+    found = win_rates([[1.0]] * 7 + [[0.0]] * 3, [[(1, 1)]] * 10)
     p, n = 0.7, 9.0  # one answer a prompt: the effective size is R - 1
     centre, half = p + Z_95**2 / (2 * n), Z_95 * math.sqrt(p * (1 - p) / n + Z_95**2 / (4 * n**2))
     expected = [(centre - half) / (1 + Z_95**2 / n), (centre + half) / (1 + Z_95**2 / n)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -12,14 +13,16 @@ import torch
 from rlhf.core.console import track
 from rlhf.core.errors import UserError
 from rlhf.core.intervals import Z_95
-from rlhf.data.encode_records import EncodingCounts, encode_demonstration
+from rlhf.data.encode_records import EncodingCounts, best_response, encode_demonstration
 from rlhf.data.schema import Prompt
 from rlhf.inference.policy import Policy
-from rlhf.inference.sampling import accepted, sample
+from rlhf.inference.sampling import Sampled, accepted, sample
 from rlhf.inference.scorer import open_scorer
+from rlhf.judging.judge import Judge
+from rlhf.judging.texts import text_metrics
+from rlhf.judging.win_rate import win_rates
 from rlhf.models.logprobs import token_logprobs
-from rlhf.reward.metrics import accuracy_interval
-from rlhf.rollout.types import SamplingParams
+from rlhf.rollout.types import Completion, SamplingParams
 
 MICRO_BATCH = 8
 
@@ -64,53 +67,100 @@ def _negative_log_likelihood(policy: Policy, ids: torch.Tensor, mask: torch.Tens
         return -float(token_logprobs(policy.model, ids, mask, wanted, temperature=1.0)[0].double().sum())
 
 
-def sampled_metrics(
-    policy: Policy, prompts: Sequence[Prompt], reward: str, params: SamplingParams, seed: int, n: int
-) -> tuple[dict[str, Any], list[list[float]]]:
-    """Mean score of `n` completions of each prompt, with their lengths.
+@dataclass(frozen=True)
+class Answers:
+    """Answers to prompts, those of a policy or of a dataset: [prompt][answer]; none to a prompt that was refused."""
 
-    Returns:
-        The metrics, and the scores as [prompt][completion]; none of a prompt that the chat template refuses.
-    """
-    scorer = open_scorer(reward, policy)
-    found: dict[str, list[float]] = {}
+    prompts: Sequence[Prompt]
+    texts: list[list[str]]
+    scores: list[list[float]]
+    """By the reward, higher is better; all empty without one."""
+
+
+def sampled_metrics(
+    policy: Policy, prompts: Sequence[Prompt], reward: str | None, params: SamplingParams, seed: int, n: int
+) -> tuple[dict[str, Any], Answers]:
+    """`n` completions of each prompt: their mean score (with a reward), lengths, ends, and `text_metrics`."""
+    scorer = open_scorer(reward, policy) if reward else None
+    texts: dict[str, list[str]] = {}
+    scores: dict[str, list[float]] = {}
     lengths, ended = [], []
-    usable = accepted(policy, prompts, scorer.own_chats)
-    for samples in sample(policy, usable, params, seed, n, policy.prompt_limit(params, scorer.limit)):
-        found[samples[0].prompt.prompt_id] = scorer(samples)
+    usable = accepted(policy, prompts, scorer.own_chats if scorer else ())
+    room = policy.prompt_limit(params, scorer.limit if scorer else None)
+    for samples in sample(policy, usable, params, seed, n, room):
+        name = samples[0].prompt.prompt_id
+        texts[name] = [one.text for one in samples]
+        scores[name] = scorer(samples) if scorer else []
         lengths += [len(one.completion.ids) for one in samples]
         ended += [one.completion.ended for one in samples]
-    scores = [found.get(prompt.prompt_id, []) for prompt in prompts]
-    means = np.array(list(found.values())).mean(1)
-    half = Z_95 * float(means.std(ddof=1)) / math.sqrt(len(means)) if len(means) > 1 else math.nan
-    metrics = {
-        "prompts": len(usable), "refused": len(prompts) - len(usable), "answers": len(lengths),
-        "score": float(means.mean()),
-        "score_low": float(means.mean()) - half if len(means) > 1 else None,
-        "score_high": float(means.mean()) + half if len(means) > 1 else None,
-        "answer_tokens": sum(lengths) / len(lengths), "eos_rate": sum(ended) / len(ended),
-    }  # fmt: skip
-    return metrics, scores
+    metrics: dict[str, Any] = {"prompts": len(usable), "refused": len(prompts) - len(usable), "answers": len(lengths)}
+    if scorer:
+        means = np.array(list(scores.values())).mean(1)
+        half = Z_95 * float(means.std(ddof=1)) / math.sqrt(len(means)) if len(means) > 1 else math.nan
+        low, high = (float(means.mean()) + side * half if len(means) > 1 else None for side in (-1, 1))
+        metrics |= {"score": float(means.mean()), "score_low": low, "score_high": high}
+    metrics |= {"answer_tokens": sum(lengths) / len(lengths), "eos_rate": sum(ended) / len(ended)}
+    metrics |= text_metrics(list(texts.values()))
+    ids = [prompt.prompt_id for prompt in prompts]
+    return metrics, Answers(prompts, [texts.get(one, []) for one in ids], [scores.get(one, []) for one in ids])
 
 
-def compare_scores(scores: Sequence[Sequence[float]], others: Sequence[Sequence[float]]) -> dict[str, Any]:
-    """How often the first policy's completion scores higher than the other's for the same prompt; a tie counts half.
+def reference_answers(policy: Policy, prompts: Sequence[Any], reward: str | None, n: int) -> Answers:
+    """The answers of demonstrations, or the best ones of rankings, scored as a policy's and repeated `n` times.
 
     Args:
-        scores: [prompt][completion] of the first policy.
-        others: The same for the other policy; completion k is compared with completion k. Prompts that one
-            of the two refused are left out.
+        policy: Whose tokenizer reads them.
+        prompts: Demonstrations or rankings.
+        reward: Scores them; see `open_scorer`.
+        n: How many answers of a policy each of them is compared with.
+    """
+    scorer = open_scorer(reward, policy) if reward else None
+    usable = {one.prompt_id for one in accepted(policy, prompts, scorer.own_chats if scorer else ())}
+    texts: list[list[str]] = []
+    scores: list[list[float]] = []
+    for record in prompts:
+        answer = best_response(record)
+        if record.prompt_id not in usable:
+            texts.append([])
+            scores.append([])
+            continue
+        ids = policy.chat.prompt(record.messages)
+        one = Sampled(record, ids, Completion(policy.chat.response(answer), True), answer)
+        texts.append([answer] * n)
+        scores.append(scorer([one]) * n if scorer else [])
+    return Answers(prompts, texts, scores)
+
+
+def compare_answers(mine: Answers, theirs: Answers, judge: Judge | None = None) -> dict[str, Any]:
+    """How often the answers of the first win: by the scores, where a higher score wins, or by a judge.
+
+    Answer k is compared with answer k. Prompts that one of the two refused are left out; so are pairs on which the
+    judge's verdict cannot be read, which `unreadable` counts.
 
     Returns:
-        `win_rate` with its 95% interval (Wilson's, see `accuracy_interval`), and the counts.
+        See `win_rates`; by scores also `mean_difference`.
+
+    Raises:
+        UserError: There is nothing to compare, or the judge cannot be used.
     """
-    both = [(mine, theirs) for mine, theirs in zip(scores, others) if mine and theirs]
-    if not both:
+    rows = [row for row in zip(mine.prompts, mine.texts, theirs.texts, mine.scores, theirs.scores) if row[1] and row[2]]
+    if not rows:
         raise UserError("no prompt can be used with both policies: each was refused by one of their chat templates")
-    gap = np.array([mine for mine, _ in both]) - np.array([theirs for _, theirs in both])
-    credit = np.where(gap == 0, 0.5, gap > 0)
-    low, high = accuracy_interval(credit.sum(1), np.full(len(gap), gap.shape[1])) or (None, None)
-    return {
-        "win_rate": float(credit.mean()), "interval": [low, high], "wins": int((gap > 0).sum()),
-        "ties": int((gap == 0).sum()), "losses": int((gap < 0).sum()), "mean_difference": float(gap.mean()),
-    }  # fmt: skip
+    lengths = [[(len(one), len(other)) for one, other in zip(ours, others)] for _, ours, others, *_ in rows]
+    more: dict[str, Any]
+    if judge is None:
+        gaps = [[one - other for one, other in zip(*row[3:])] for row in rows]
+        credits = [[0.5 if gap == 0 else float(gap > 0) for gap in row] for row in gaps]
+        more = {"mean_difference": float(np.mean([gap for row in gaps for gap in row]))}
+    else:
+        verdicts = judge.compare(
+            (prompt.chat, one, other) for prompt, ours, others, *_ in rows for one, other in zip(ours, others)
+        )
+        judged = [[next(verdicts).credit for _ in row] for row in lengths]
+        credits = [[credit for credit in row if credit is not None] for row in judged]
+        lengths = [[size for size, credit in zip(*row) if credit is not None] for row in zip(lengths, judged)]
+        unreadable = sum(credit is None for row in judged for credit in row)
+        more = {"judge": judge.facts(), "unreadable": unreadable}
+        if not any(credits):
+            raise UserError("the judge gave no verdict that can be read", remedy="Look at its replies in the cache.")
+    return win_rates(credits, lengths) | more

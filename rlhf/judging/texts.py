@@ -6,8 +6,6 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from rlhf.core.errors import UserError
-
 REFUSALS = (
     "i'm sorry", "i am sorry", "i apologize", "i cannot", "i can't", "i can not", "i won't", "i will not", "i'm unable",
     "i am unable", "i'm not able", "i am not able", "as an ai", "i'm just an ai", "it is not appropriate",
@@ -48,10 +46,7 @@ def is_refusal(text: str) -> bool:
 def self_bleu(groups: Sequence[Sequence[str]]) -> float | None:
     """Mean BLEU-4 of each text against all others of its group (Zhu et al. 2018, arXiv:1802.01886), 0 to 100.
 
-    The first MOST_HYPOTHESES texts are used. None without a group of two texts.
-
-    Raises:
-        UserError: sacrebleu is not installed.
+    The first MOST_HYPOTHESES texts are used. None without a group of two texts, or without the package sacrebleu.
     """
     several = [group for group in groups if len(group) > 1]
     if not several:
@@ -59,8 +54,7 @@ def self_bleu(groups: Sequence[Sequence[str]]) -> float | None:
     try:
         from sacrebleu.metrics import BLEU
     except ImportError:
-        what = "self-BLEU needs sacrebleu, which is not installed"
-        raise UserError(what, remedy="Install it: pip install 'rlhf-rankings[tasks]'") from None
+        return None
     metric, scores = BLEU(effective_order=True), list[float]()
     for group in several:
         for index, text in enumerate(group):
