@@ -168,8 +168,11 @@ def compare_learning(args: argparse.Namespace, folder: Path) -> None:
         reached = next((i + 1 for i, score in enumerate(scores) if score >= 0.6), None)
         median, kl = statistics.median(found["seconds"]), found["kl"][-1]
         print(f"{side}: {sum(scores[:2]) / 2:.3f} -> {sum(scores[-3:]) / 3:.3f} in {len(scores)} updates")
-        print(f"   0.60 first reached at update {reached}; KL {kl:.1f} at the end; {median:.2f} s per update")
-        print("   " + " ".join(f"{score:.2f}" for score in scores), flush=True)
+        passed = "" if reached is None else f" after {sum(found['seconds'][: reached - 1]):.0f} s (from update 1 on)"
+        print(f"   0.60 first reached at update {reached}{passed}; KL {kl:.1f} at the end")
+        processor = " + ".join(f"{statistics.median(found[name]):.2f}" for name in ("processor", "children"))
+        print(f"   an update: {median:.2f} s, {processor} processor seconds here and in child processes (the sampler)")
+        print("   " + " ".join(f"{score:.3f}" for score in scores), flush=True)
 
 
 def main() -> None:

@@ -18,6 +18,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import psutil
 import torch
 import transformers
 
@@ -60,15 +61,18 @@ class Stopwatch:
             importlib.import_module(library)
         self.ends: list[float] = []
         self.processor: list[float] = []
+        self.children: list[float] = []
         self.base = resident("VmRSS")
 
     def mark(self) -> None:
         self.ends.append(time.perf_counter())
         self.processor.append(time.process_time())
+        times = [child.cpu_times() for child in psutil.Process().children(recursive=True)]
+        self.children.append(sum(time.user + time.system for time in times))
 
     def result(self, **figures: Any) -> dict[str, Any]:
         """The measurements, with seconds of every update except the first, and the peak above the imports in MB."""
-        times = {"seconds": self.ends, "processor": self.processor}
+        times = {"seconds": self.ends, "processor": self.processor, "children": self.children}
         passed = {name: [b - a for a, b in zip(at, at[1:])] for name, at in times.items()}
         return {**passed, "base_mb": self.base, "peak_mb": resident("VmHWM") - self.base, **figures}
 

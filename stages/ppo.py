@@ -240,11 +240,12 @@ class PPO:
         c, policy = self.config.rollout, self.models.policy
         params = SamplingParams(
             c.max_new_tokens, c.min_new_tokens, c.temperature, c.top_k, c.top_p, tuple(c.stop), c.batch_size,
-            logprobs=self.config.score.policy == "sampler",
+            logprobs=self.config.score.policy == "sampler", merge_adapters=c.merge_adapters,
         )  # fmt: skip
         mine = torch.arange(len(prompts.ids)).tensor_split(distributed.world_size())[distributed.rank()].tolist()
-        merged = adapters_merged(policy) if c.merge_adapters else nullcontext()
-        with self.models.engine.gathered(policy), merged, torch.compiler.set_stance("force_eager"):
+        copies = c.sampler.row.traits.get("merged", False)  # the sampler copies the weights, and merges its copy
+        merged = adapters_merged(policy) if c.merge_adapters and not copies else nullcontext()
+        with self.models.engine.gathered(policy, whole=not copies), merged, torch.compiler.set_stance("force_eager"):
             ids, seeds = [prompts.ids[i] for i in mine], [prompts.seeds[i] for i in mine]
             wait = samplers.start(c.sampler, policy, ids, seeds, params, self.chat)
         return lambda: Rollout(prompts, gather_completions(wait(), mine[0] if mine else 0))

@@ -32,6 +32,9 @@ def command(
         float, typer.Option(min=0.01, max=0.99, help="Fraction of each GPU's memory.")
     ] = 0.9,
     kv_cache_gib: Annotated[float | None, typer.Option(help="Size of the KV cache; on a CPU 1 by default.")] = None,
+    lora_rank: Annotated[
+        int, typer.Option(min=0, help="Take LoRA adapters of up to this rank without the base; 0: merged weights only.")
+    ] = 0,
     enforce_eager: Annotated[bool, typer.Option("--enforce-eager", help="No CUDA graphs, no compilation.")] = False,
 ) -> None:
     """Serve a model to PPO runs with `rollout.sampler={name: vllm-server, url: ...}`, one run at a time.
@@ -61,5 +64,6 @@ def command(
     settings = {
         "model": folder, "sequences": sequences, "dtype": dtype, "gpu_memory_utilization": gpu_memory_utilization,
         "max_model_len": max_model_len, "enforce_eager": enforce_eager, "kv_cache_gib": kv_cache_gib,
+        "lora_rank": lora_rank,
     }  # fmt: skip
     serve(settings, host, port, tensor_parallel, token, ready)

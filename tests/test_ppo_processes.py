@@ -67,10 +67,13 @@ def test_two_processes_with_compiled_layers_give_the_single_process_metrics(sing
         assert mine == pytest.approx(theirs, rel=2e-3, abs=2e-4)
 
 
-def test_two_processes_sample_by_continuous_batching_and_weigh_its_log_probs(tmp_path, prompts, reward_model):
+@pytest.mark.parametrize("sampler", ["transformers", "process"])
+def test_two_processes_weigh_the_log_probs_of_another_sampler(sampler, tmp_path, prompts, reward_model):
+    """`process` gets the weights module by module, with an adapter merged, also from a rank that has no prompt."""
     settings = str(tiny.REPOSITORY / "configs" / "deepspeed" / "zero3.json")
-    rollout = {"prompts_per_update": 7, "max_new_tokens": 14, "sampler": "transformers", "temperature": 0.8}
-    complete(2, write_config(tmp_path, prompts, reward_model, deepspeed=settings, rollout=rollout))
+    rollout = {"prompts_per_update": 7, "max_new_tokens": 14, "sampler": sampler, "temperature": 0.8}
+    more = {"tuning": "lora", "eval": {"every": 3, "prompts": 1}} if sampler == "process" else {}
+    complete(2, write_config(tmp_path, prompts, reward_model, deepspeed=settings, rollout=rollout, **more))
     rows = updates(tmp_path / "run")
     assert len(rows) == 3
     for line in rows:
@@ -115,3 +118,40 @@ def test_three_processes_with_one_prompt_give_the_single_process_metrics(tmp_pat
     assert len(found) == len(expected)
     for mine, theirs in zip(found, expected):
         assert mine == pytest.approx(theirs, rel=2e-3, abs=2e-4)
+
+
+SENT = """
+import json
+import sys
+
+import tiny
+import torch
+from ppo_runs import config
+from safetensors.torch import load_file
+
+from rlhf import distributed
+from rlhf.tuning.merging import merged_weights
+from stages.ppo import PPO
+
+folder, prompts = sys.argv[1:]
+distributed.start(120)
+ppo = PPO(config(folder, prompts, deepspeed="configs/deepspeed/zero3.json"), False, False)
+policy = ppo.models.policy
+own = load_file(tiny.llama() + "/model.safetensors")
+most, names = 0, set()
+with ppo.models.engine.gathered(policy, whole=False), torch.no_grad():
+    for name, weight in merged_weights(policy):
+        here = {id(p): p.ds_numel for p in policy.parameters() if p.ds_status.name == "AVAILABLE" and not p.ds_persist}
+        most = max(most, sum(here.values()))
+        assert torch.equal(weight, own.get(name, own["model.embed_tokens.weight"])), name
+        names.add(name)
+largest = max(p.ds_numel for p in policy.parameters())
+assert 0 < most <= largest, (most, largest)
+assert {"model.embed_tokens.weight", "lm_head.weight"} <= names and len(names) == len(own) + 1, names ^ set(own)
+distributed.stop()
+"""
+
+
+def test_weights_are_sent_module_by_module_under_zero_3(tmp_path, prompts):
+    done = tiny.launch(2, SENT, str(tmp_path / "run"), prompts)
+    assert done.returncode == 0, done.stdout

@@ -22,11 +22,10 @@ from rlhf.data.chat_tokenizer import load_tokenizer
 from rlhf.data.schema import Message
 from rlhf.models.load import load_policy
 from rlhf.models.vocabulary import mask_unknown_ids, token_count
-from rlhf.rollout import vllm_client
+from rlhf.rollout import vllm, vllm_client
 from rlhf.rollout.samplers import SAMPLERS, hf, start
 from rlhf.rollout.types import SamplingParams, stream_seed
 from rlhf.runs.random_state import rng_state
-from rlhf.tuning.merging import merged_weights
 from rlhf.tuning.methods import TUNING
 from stages.ppo import PPO, run
 
@@ -159,16 +158,40 @@ def test_ids_beyond_the_tokenizer_are_never_sampled(chat, questions):
         assert gap(policy, prompt, answer).abs().max() < 1e-4
 
 
-def test_an_adapter_takes_part(chat, questions):
-    policy = policy_of(tuning="lora", chat=chat)
-    greedy = SamplingParams(16, temperature=0)
-    base = VLLM(policy, questions, SEEDS, greedy, chat)
-    torch.manual_seed(0)
+def changed(policy, seed):
+    """The policy with random weights in its adapter."""
+    torch.manual_seed(seed)
     for parameter in policy.parameters():
         if parameter.requires_grad:
             parameter.data.normal_(std=0.3)
-    found = VLLM(policy, questions, SEEDS, greedy, chat)
-    assert found == hf(policy, questions, SEEDS, greedy, chat) != base
+    return policy
+
+
+@pytest.mark.parametrize(
+    ("family", "merge", "alone"), [("llama", False, True), ("llama", True, False), ("gpt2", False, False)]
+)
+def test_an_adapter_takes_part_alone_or_merged(family, merge, alone, chat, questions):
+    """vLLM's class of gpt2 takes no adapters."""
+    policy = policy_of(family, tuning="lora", chat=chat)
+    greedy = SamplingParams(16, temperature=0, merge_adapters=merge)
+    found = [VLLM(policy, questions, SEEDS, greedy, chat)]
+    (engine,) = vllm._engines.values()
+    assert engine.takes_adapters == alone
+    for seed in range(2):  # the second adapter comes to a base that vLLM has
+        found.append(VLLM(changed(policy, seed), questions, SEEDS, greedy, chat))
+        assert found[-1] == hf(policy, questions, SEEDS, greedy, chat)
+        assert not engine.llm.llm_engine.list_loras()
+    assert found[0] != found[1] != found[2]
+    for prompt, answer in zip(questions, VLLM(policy, questions, SEEDS, SamplingParams(16), chat)):
+        assert gap(policy, prompt, answer).abs().max() < 1e-4
+
+
+def test_another_base_replaces_the_one_that_vllm_has(chat, questions):
+    greedy = SamplingParams(16, temperature=0)
+    for factor in (1.0, 0.8):
+        policy = changed(policy_of(tuning="lora", chat=chat), 0)
+        policy.get_base_model().lm_head.weight.data.mul_(factor).add_(1 - factor)
+        assert VLLM(policy, questions, SEEDS, greedy, chat) == hf(policy, questions, SEEDS, greedy, chat)
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2"])
@@ -229,15 +252,17 @@ def test_a_ppo_run_has_importance_weights_near_one(tuning, tmp_path, prompts):
         assert line["policy/first_ratio_min"] == line["policy/first_ratio_max"] == 1.0
 
 
-def test_a_sampler_with_stale_weights_shows_in_the_gap(tmp_path, prompts, monkeypatch):
+@pytest.mark.parametrize(("tuning", "sent"), [("full", "merged_weights"), ("lora", "lora_weights")])
+def test_a_sampler_with_stale_weights_shows_in_the_gap(tuning, sent, tmp_path, prompts, monkeypatch):
     """What the test above would miss if both sides were wrong: the first weights kept through all updates."""
-    first = {}
+    first, weights = [], getattr(vllm, sent)
 
-    def stale(model):
-        yield from first.setdefault("weights", [(name, weight.clone()) for name, weight in merged_weights(model)])
+    def stale(*args):
+        first.extend([(name, weight.clone()) for name, weight in weights(*args)] if not first else [])
+        yield from first
 
-    monkeypatch.setattr("rlhf.rollout.vllm.merged_weights", stale)
-    run(short_run(tmp_path / "run", prompts, optimizer__policy_lr=1e-2))
+    monkeypatch.setattr(vllm, sent, stale)
+    run(short_run(tmp_path / "run", prompts, tuning=tuning, optimizer__policy_lr=1e-2))
     gaps = [line["rollout/sampler_gap_mean"] for line in updates(tmp_path / "run")]
     assert gaps[0] < 1e-4 < 1e-2 < gaps[1]
 
@@ -272,9 +297,50 @@ def test_a_server_gives_the_tokens_of_hf_and_follows_the_weights(chat, questions
     server = vllm_client._servers[policy]
     with pytest.raises(UserError, match="token"):
         vllm_client.Server(server.url, "guess").call("POST", "/sample")
+
+
+@pytest.mark.parametrize("tuning", ["full", "lora"])
+def test_a_server_that_dies_is_started_again_once_in_a_rollout(tuning, chat, questions, capsys):
+    policy, sampler = policy_of(tuning=tuning, chat=chat), SAMPLERS.pick(SERVER)
+    sampling = SamplingParams(16)
+    expected = sampler(changed(policy, 0) if tuning == "lora" else policy, questions, SEEDS, sampling, chat)
+    server = vllm_client._servers[policy]
+    assert (server.base is not None) == (tuning == "lora")
+    waiting = start(sampler, policy, questions, SEEDS, sampling, chat)
+    if tuning == "full":  # the answers come from the weights that were sent, although there are newer ones
+        policy.lm_head.weight.data.mul_(0.5)
+    server.child.kill()
+    assert waiting() == expected
+    assert "was killed by signal 9; it is started again" in " ".join(capsys.readouterr().err.split())
+    server.child.kill()
+    assert (sampler(policy, questions, SEEDS, sampling, chat) == expected) == (tuning == "lora")
+    launch = server.launch
+
+    def launch_and_lose():
+        url, child = launch()
+        child.kill()
+        return url, child
+
+    server.launch = launch_and_lose
     server.child.kill()
     with pytest.raises(UserError, match="was killed by signal 9"):
-        sampler(policy, questions, SEEDS, greedy, chat)
+        sampler(policy, questions, SEEDS, sampling, chat)
+
+
+def test_a_run_whose_server_dies_goes_on_exactly(tmp_path, prompts, monkeypatch):
+    changes = {"rollout__sampler": SERVER, "tuning": "lora", "updates": 3}
+    run(short_run(tmp_path / "whole", prompts, **changes))
+    stage = PPO(short_run(tmp_path / "hit", prompts, **changes), False, False)
+    learn = stage.learner.learn
+
+    def learn_and_kill(*args):
+        vllm_client._servers[stage.models.policy].child.kill()
+        return learn(*args)
+
+    monkeypatch.setattr(stage.learner, "learn", learn_and_kill)
+    stage.train()
+    whole, hit = (lines(tmp_path / name) for name in ("whole", "hit"))
+    assert json.dumps(hit) == json.dumps(whole)
 
 
 @pytest.fixture(scope="module")

@@ -3,18 +3,10 @@
 from __future__ import annotations
 
 import os
-from pathlib import Path
 
 from rlhf.distributed.launch import PARENT_PID
 
-MEMORY = Path("/dev/shm")
-"""Files here never reach a disk; only on Linux."""
 RANK_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-
-
-def memory_folder() -> Path | None:
-    """The folder for files that two processes exchange, for `tempfile`; None where the system's default must do."""
-    return MEMORY if MEMORY.is_dir() else None
 
 
 def child_environment(**more: str) -> dict[str, str]:

@@ -8,13 +8,12 @@ works through its requests in order, so a rollout keeps the weights that it was 
 from __future__ import annotations
 
 import json
-import shutil
 import subprocess
 import sys
-import tempfile
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +22,14 @@ from safetensors.torch import save_file
 
 from rlhf.core.errors import UserError
 from rlhf.data.chat_tokenizer import ChatTokenizer
-from rlhf.distributed.child_process import child_environment, how_it_ended, memory_folder
+from rlhf.distributed.child_process import child_environment, how_it_ended
+from rlhf.distributed.exchange_folder import ExchangeFolder
 from rlhf.models.packed_attention import PACKED
 from rlhf.rollout.types import Completion, SamplingParams
-from rlhf.tuning.merging import merged_weights
+from rlhf.tuning.merging import merged_weights, weight_marks
+
+PART_BYTES = 1 << 27
+"""About the size of a file of weights."""
 
 
 def start(
@@ -51,7 +54,8 @@ class SamplerProcess:
     """The process that samples for one model of this process. It ends with the model, and with this process."""
 
     def __init__(self, model: Any, chat: ChatTokenizer, step: str) -> None:
-        self.folder = Path(tempfile.mkdtemp(prefix="rlhf-sampler-", dir=memory_folder()))
+        exchange = ExchangeFolder()
+        self.folder = exchange.path
         lm = model.get_base_model() if hasattr(model, "get_base_model") else model
         lm.config.save_pretrained(self.folder)
         lm.generation_config.save_pretrained(self.folder)
@@ -70,17 +74,18 @@ class SamplerProcess:
         )  # fmt: skip
         self.sent = 0
         self.answered = 0
-        self.close = weakref.finalize(self, _end, self.child, self.folder)
+        self.close = weakref.finalize(self, _end, self.child, exchange)
 
     def start(
         self, model: Any, prompts: Sequence[list[int]], seeds: Sequence[int], sampling: SamplingParams
     ) -> Callable[[], list[Completion]]:
         """Send weights and prompts. Gives a function that waits for the completions."""
         if not prompts:
+            for _ in merged_weights(model):  # under ZeRO-3 the other ranks need this rank's shares
+                pass
             return list
         number, self.sent = self.sent, self.sent + 1
-        weights = self.folder / f"weights-{number}.safetensors"
-        _write_weights(model, weights)
+        _write_weights(model, self.folder / f"weights-{number}")
         request = {"prompts": list(prompts), "seeds": list(seeds), "sampling": asdict(sampling)}
         (self.folder / f"request-{number}.json").write_text(json.dumps(request), "utf-8")
         self._tell(number)
@@ -122,26 +127,31 @@ class SamplerProcess:
 _CHILDREN: weakref.WeakKeyDictionary[Any, SamplerProcess] = weakref.WeakKeyDictionary()
 
 
-def _end(child: subprocess.Popen[str], folder: Path) -> None:
+def _end(child: subprocess.Popen[str], exchange: ExchangeFolder) -> None:
     child.kill()
     child.wait()
     for pipe in (child.stdin, child.stdout):
         if pipe is not None:
             pipe.close()
-    shutil.rmtree(folder, ignore_errors=True)
+    exchange.close()
 
 
 @torch.no_grad()
-def _write_weights(model: Any, path: Path) -> None:
-    """The weights with adapters merged, tied ones once; under autocast in its dtype, in which `hf` would compute."""
+def _write_weights(model: Any, folder: Path) -> None:
+    """The weights with adapters merged, tied ones once; under autocast in its dtype, in which `hf` would compute.
+
+    They are written in files of about PART_BYTES, so that under ZeRO-3 this process never holds all of them.
+    """
     device = model.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+    folder.mkdir()
     tensors: dict[str, torch.Tensor] = {}
-    seen: set[int] = set()
+    marks, written, parts = weight_marks(model), set[int](), count()
     for name, weight in merged_weights(model):
-        if weight.data_ptr() not in seen:
-            seen.add(weight.data_ptr())
+        if marks[name] not in written:
+            written.add(marks[name])
             tensors[name] = weight.to("cpu", dtype).contiguous()
-    partial = path.with_suffix(".partial")
-    save_file(tensors, partial)
-    partial.rename(path)
+        if sum(tensor.nbytes for tensor in tensors.values()) >= PART_BYTES:
+            save_file(tensors, folder / f"{next(parts):06}.safetensors")
+            tensors.clear()
+    save_file(tensors, folder / f"{next(parts):06}.safetensors")

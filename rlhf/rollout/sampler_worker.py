@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import sys
 from dataclasses import asdict
@@ -30,12 +31,12 @@ def main(folder: Path, answers: TextIO) -> None:
     model: Any = None
     for line in sys.stdin:
         number = int(line)
-        weights = folder / f"weights-{number}.safetensors"
+        weights = folder / f"weights-{number}"
         if model is None:
             model = new_model(folder, weights, settings)
             mask_unknown_ids(model, token_count(chat.tokenizer))
         load_weights(model, weights)
-        weights.unlink()
+        shutil.rmtree(weights)
         request = folder / f"request-{number}.json"
         asked = json.loads(request.read_text("utf-8"))
         request.unlink()
@@ -51,7 +52,7 @@ def new_model(folder: Path, weights: Path, settings: dict[str, Any]) -> Any:
     """The model of the folder's config without its weights, in the dtype of the weights that come first."""
     config = AutoConfig.from_pretrained(folder)
     kind = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
-    with safe_open(weights, "pt") as file:
+    with safe_open(weights / "000000.safetensors", "pt") as file:
         dtype = file.get_tensor(next(iter(file.keys()))).dtype
     with no_init_weights(), torch.device(settings["device"]):
         model = kind.from_config(config, dtype=dtype, attn_implementation=settings["attention"])
@@ -62,14 +63,15 @@ def new_model(folder: Path, weights: Path, settings: dict[str, Any]) -> Any:
 
 
 @torch.no_grad()
-def load_weights(model: Any, path: Path) -> None:
-    """Copy weights into a model. Tied weights come under one name."""
+def load_weights(model: Any, folder: Path) -> None:
+    """Copy the weights of a folder into a model. Tied weights come under one name."""
     parameters = dict(model.named_parameters(remove_duplicate=False))
     filled = set()
-    with safe_open(path, "pt") as file:
-        for name in file.keys():  # noqa: SIM118
-            parameters[name].copy_(file.get_tensor(name))
-            filled.add(parameters[name].data_ptr())
+    for path in folder.iterdir():
+        with safe_open(path, "pt") as file:
+            for name in file.keys():  # noqa: SIM118
+                parameters[name].copy_(file.get_tensor(name))
+                filled.add(parameters[name].data_ptr())
     empty = [name for name, parameter in parameters.items() if parameter.data_ptr() not in filled]
     if empty:
         raise RuntimeError(f"no weights came for {empty[:3]}")

@@ -26,6 +26,8 @@ class SamplingParams:
     batch_size: int = 64
     logprobs: bool = False
     """Whether `hf` reports log-probs; the other samplers do where the distribution is not truncated."""
+    merge_adapters: bool = False
+    """Whether `vllm` and `vllm-server` get the weights with a LoRA adapter merged instead of the adapter alone."""
 
     @property
     def plain(self) -> bool:

@@ -10,20 +10,24 @@ import hashlib
 import json
 import os
 import tempfile
+import weakref
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
 
 from rlhf import distributed
 from rlhf.core.errors import UserError
 from rlhf.data.chat_tokenizer import ChatTokenizer
+from rlhf.distributed.exchange_folder import ExchangeFolder
 from rlhf.models.vocabulary import token_count
 from rlhf.rollout import vllm_engine
 from rlhf.rollout.types import Completion, SamplingParams
 from rlhf.runs.random_state import rng_state, set_rng_state
-from rlhf.tuning.merging import merged_weights
+from rlhf.tuning.lora_weights import lora_shape, lora_weights
+from rlhf.tuning.merging import merged_weights, weight_marks
 
 
 def sample(
@@ -47,24 +51,30 @@ def sample(
         options: For `engine_options`.
     """
     before = rng_state()  # vLLM seeds all global generators, and draws from torch's
-    folder = description(model, chat)
-    llm = _engine(str(folder), sampling.batch_size, dtype_of(model), **options)
-    sleeps = torch.cuda.is_available()
-    if sleeps:  # level 2 has dropped the weights
-        llm.wake_up(tags=["weights"])
-    with torch.no_grad():
-        llm.collective_rpc("replace_weights", kwargs={"weights": sent_weights(model)})
-    if sleeps:
-        llm.wake_up(tags=["kv_cache"])
-    completions = vllm_engine.generate(llm, prompts, seeds, sampling, ends, token_count(chat.tokenizer))
-    if sleeps:
-        llm.sleep(level=2)
+    shape = None if sampling.merge_adapters else lora_shape(model)
+    adapter = {} if shape is None else {"lora_rank": shape.rank, "lora_modules": shape.modules}
+    folder = str(description(model, chat))
+    engine = _engine(folder, sampling.batch_size, dtype_of(model), **options, **adapter)
+    engine.load(model)
+    exchange = ExchangeFolder() if engine.takes_adapters else None
+    if exchange is not None:
+        save_file(adapter_tensors(model), exchange.path / vllm_engine.ADAPTER)
+    completions = vllm_engine.generate(
+        engine.llm, prompts, seeds, sampling, ends, token_count(chat.tokenizer), exchange and exchange.path
+    )
+    engine.rest()
     set_rng_state(before)
     return completions
 
 
-def sent_weights(model: Any) -> Iterator[tuple[str, torch.Tensor]]:
+def sent_weights(model: Any, merge: bool = True) -> Iterator[tuple[str, torch.Tensor]]:
     """The weights that vLLM gets: merged, under transformers' names, tied ones once, as in a checkpoint.
+
+    Every rank takes all of them (see `merged_weights`).
+
+    Args:
+        model: A causal LM (PEFT wrappers allowed).
+        merge: False for the weights of the base, to which an adapter is sent by itself.
 
     Raises:
         UserError: An adapter has untied weights that vLLM would tie.
@@ -73,17 +83,23 @@ def sent_weights(model: Any) -> Iterator[tuple[str, torch.Tensor]]:
     if model.config.get_text_config().tie_word_embeddings:
         base = model.get_base_model() if hasattr(model, "get_base_model") else model
         tied = dict(getattr(base, "_tied_weights_keys", None) or {})  # name -> name of the one that it repeats
-    addresses: dict[str, int] = {}
-    for name, weight in merged_weights(model):
-        addresses[name] = weight.data_ptr()
-        if name not in tied:
-            yield name, weight
-        elif addresses[name] != addresses.get(tied[name]):
+    marks = weight_marks(model, merge)
+    for name in tied.keys() & marks.keys():
+        if marks[name] != marks.get(tied[name]):
             raise UserError(
                 f"rollout.sampler: {name} differs from {tied[name]}, but vLLM has one weight for both",
                 "The model ties them, and only one of them has an adapter.",
                 "Leave embedding and head out of the adapter, or use the sampler hf.",
             )
+    for name, weight in merged_weights(model, merge):
+        if name not in tied:
+            yield name, weight
+
+
+@torch.no_grad()
+def adapter_tensors(model: Any) -> dict[str, torch.Tensor]:
+    """Copies of the adapter's weights, on the CPU. Every rank calls it."""
+    return {name: weight.to("cpu", copy=True).contiguous() for name, weight in lora_weights(model)}
 
 
 def dtype_of(model: Any) -> str:
@@ -115,29 +131,52 @@ def _temporary() -> tempfile.TemporaryDirectory[str]:
     return tempfile.TemporaryDirectory(prefix="rlhf-vllm-")
 
 
-_engines: dict[str, Any] = {}
+class Engine:
+    """vLLM's engine in this process, which sleeps on a GPU, and the weights that it has."""
+
+    def __init__(self, settings: dict[str, Any]) -> None:
+        os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # the weights are in this process
+        self.sleeps = torch.cuda.is_available()
+        self.llm = vllm_engine.start(
+            **settings,
+            # Under torchrun a process group exists already; each rank has its own engine within it.
+            distributed_executor_backend="external_launcher" if distributed.world_size() > 1 else "uni",
+            enable_sleep_mode=self.sleeps,
+        )
+        self.takes_adapters = vllm_engine.lora_rank(self.llm) > 0
+        self.base: Any = lambda: None
+        """A weak reference to the model whose base it has, where adapters come without the base."""
+        self.rest()
+
+    def load(self, model: Any) -> None:
+        """Wake up, and put in the weights; those of a base that the engine has stay. Every rank calls it."""
+        if self.sleeps:
+            self.llm.wake_up(tags=["weights"])
+        if self.base() is not model:
+            weights = sent_weights(model, merge=not self.takes_adapters)
+            with torch.no_grad():
+                self.llm.collective_rpc("replace_weights", kwargs={"weights": weights})
+        if self.takes_adapters:
+            self.base = weakref.ref(model)
+        if self.sleeps:
+            self.llm.wake_up(tags=["kv_cache"])
+
+    def rest(self) -> None:
+        """Sleep until the next rollout: without the weights, or with a base in the memory of the host."""
+        if self.sleeps:
+            self.llm.sleep(level=1 if self.takes_adapters else 2)
+
+
+_engines: dict[str, Engine] = {}
 """At most one: what the engine of this process was made from, and the engine."""
 
 
-def _engine(folder: str, sequences: int, dtype: str, **options: Any) -> Any:
-    """The engine of this process, made at the first rollout; on a GPU it sleeps."""
+def _engine(folder: str, sequences: int, dtype: str, **options: Any) -> Engine:
+    """The engine of this process, made at the first rollout."""
     key = repr((folder, sequences, dtype, options))
     if key not in _engines:
         for old in _engines.values():
-            old.llm_engine.engine_core.shutdown()  # a second engine finds the first one's groups otherwise
+            old.llm.llm_engine.engine_core.shutdown()  # a second engine finds the first one's groups otherwise
         _engines.clear()
-        _engines[key] = _start(vllm_engine.engine_options(folder, sequences, dtype, **options))
+        _engines[key] = Engine(vllm_engine.engine_options(folder, sequences, dtype, **options))
     return _engines[key]
-
-
-def _start(settings: dict[str, Any]) -> Any:
-    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # the weights are in this process
-    llm = vllm_engine.start(
-        **settings,
-        # Under torchrun a process group exists already; each rank has its own engine within it.
-        distributed_executor_backend="external_launcher" if distributed.world_size() > 1 else "uni",
-        enable_sleep_mode=torch.cuda.is_available(),
-    )
-    if torch.cuda.is_available():
-        llm.sleep(level=2)
-    return llm

@@ -6,8 +6,10 @@ nothing but vLLM: only light modules are imported here.
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +22,16 @@ CPU_CACHE_GIB = 1.0
 """Size of the KV cache on a CPU. vLLM's own default is a fraction of the memory of the host."""
 
 
+LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+"""What vLLM 0.32 allows as the largest rank (`vllm.config.lora.MaxLoRARanks`)."""
+ADAPTER = "adapter_model.safetensors"
+_NUMBERS = count(1)
+"""vLLM keeps what it knows of an adapter by its number, so every version has a new one."""
+
+
 def engine_options(
     model: str, sequences: int, dtype: str, *, gpu_memory_utilization: float, max_model_len: int | None,
-    enforce_eager: bool, kv_cache_gib: float | None,
+    enforce_eager: bool, kv_cache_gib: float | None, lora_rank: int = 0, lora_modules: Sequence[str] = (),
 ) -> dict[str, Any]:  # fmt: skip
     """Keyword arguments of vLLM's `LLM` that a sampler needs, wherever it runs.
 
@@ -34,6 +43,8 @@ def engine_options(
         max_model_len: Most tokens of prompt and completion.
         enforce_eager: No CUDA graphs, no compilation.
         kv_cache_gib: Size of the KV cache; None is the rest of `gpu_memory_utilization`, and 1 on a CPU.
+        lora_rank: The largest rank of a LoRA adapter that comes without the base; 0 is no adapter.
+        lora_modules: Last parts of the names of the layers that the adapter may change; empty for all.
     """
     # The CPU build reads these when it is imported. Bound threads would slow the trainer, which shares the cores.
     os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
@@ -53,11 +64,27 @@ def engine_options(
         "enforce_eager": enforce_eager,
         "worker_extension_cls": "rlhf.rollout.vllm_engine.WeightUpdates",
         "kv_cache_memory_bytes": None if kv_cache_gib is None else int(kv_cache_gib * 2**30),
+        **(_lora_options(lora_rank, lora_modules) if lora_rank else {}),
     }
 
 
+def _lora_options(rank: int, modules: Sequence[str]) -> dict[str, Any]:
+    """Places for one adapter, as large as vLLM's next step; none if the rank is above the last."""
+    step = next((step for step in LORA_RANKS if step >= rank), None)
+    if step is None:
+        return {}
+    targets = {"lora_target_modules": list(modules)} if modules else {}
+    return {"enable_lora": True, "max_loras": 1, "max_cpu_loras": 1, "max_lora_rank": step, **targets}
+
+
+def lora_rank(llm: Any) -> int:
+    """The largest rank of an adapter that an engine takes; 0 if it takes none."""
+    config = llm.llm_engine.vllm_config.lora_config
+    return 0 if config is None else int(config.max_lora_rank)
+
+
 def start(**settings: Any) -> Any:
-    """vLLM's `LLM`.
+    """vLLM's `LLM`. It takes no adapters, whatever the settings say, if vLLM's class of the model does not.
 
     Raises:
         UserError: vLLM cannot run the model or the settings, or has no code of its own for the model.
@@ -65,11 +92,23 @@ def start(**settings: Any) -> Any:
     import vllm
 
     try:
+        if settings.get("enable_lora") and not _takes_adapters(settings):
+            settings = {key: value for key, value in settings.items() if "lora" not in key}
         llm = vllm.LLM(**settings)
     except (ValueError, NotImplementedError) as error:  # what vLLM raises for models and settings that it cannot run
         raise UserError("rollout.sampler: vLLM does not start", str(error), "Use the sampler hf.") from error
     _check_architecture(llm)
     return llm
+
+
+def _takes_adapters(settings: dict[str, Any]) -> bool:
+    """Whether vLLM's class of the model supports LoRA."""
+    from vllm.engine.arg_utils import EngineArgs
+    from vllm.model_executor.models import ModelRegistry, supports_lora
+
+    known = EngineArgs.__dataclass_fields__.keys()
+    config = EngineArgs(**{key: value for key, value in settings.items() if key in known}).create_model_config()
+    return bool(supports_lora(ModelRegistry.resolve_model_cls(config.architectures, config)[0]))
 
 
 def _check_architecture(llm: Any) -> None:
@@ -88,8 +127,9 @@ def _check_architecture(llm: Any) -> None:
 
 
 def generate(
-    llm: Any, prompts: Sequence[list[int]], seeds: Sequence[int], sampling: SamplingParams, ends: list[int], tokens: int
-) -> list[Completion]:
+    llm: Any, prompts: Sequence[list[int]], seeds: Sequence[int], sampling: SamplingParams, ends: list[int],
+    tokens: int, adapter: Path | None = None,
+) -> list[Completion]:  # fmt: skip
     """Completions of a vLLM engine with the weights that it has.
 
     Args:
@@ -100,19 +140,41 @@ def generate(
         ends: Token ids that end a completion.
         tokens: One more than the tokenizer's highest id. Ids from there on are never sampled: the trainer's head masks
             them, and that mask is no weight, so vLLM does not have it.
+        adapter: Folder with ADAPTER, a safetensors file of `rlhf.tuning.lora_weights`; the engine has it for this call.
     """
     if not prompts:
         return []
     import vllm
+    from vllm.lora.request import LoRARequest
 
+    request = None
+    if adapter is not None:
+        _describe_adapter(adapter)
+        number = next(_NUMBERS)
+        request = LoRARequest(str(number), number, str(adapter))
     rows = llm.llm_engine.model_config.get_vocab_size()
     known: dict[str, Any] = {"allowed_token_ids": list(range(tokens))} if rows > tokens else {}
     outputs = llm.generate(
         [vllm.TokensPrompt(prompt_token_ids=prompt) for prompt in prompts],
         [vllm.SamplingParams(**sampling_params(sampling, seed, ends), **known) for seed in seeds],
         use_tqdm=False,
+        lora_request=request,
     )
+    if request is not None:
+        llm.llm_engine.remove_lora(request.lora_int_id)
     return [_completion(request.outputs[0]) for request in outputs]
+
+
+def _describe_adapter(folder: Path) -> None:
+    """Write the config of PEFT that vLLM reads. The scale is in the weights, so alpha is the rank."""
+    from safetensors import safe_open
+
+    with safe_open(folder / ADAPTER, "pt") as file:
+        names = [name for name in file.keys() if name.endswith(".lora_A.weight")]  # noqa: SIM118
+        rank = max(file.get_slice(name).get_shape()[0] for name in names)
+    layers = sorted({name.split(".")[-3] for name in names})
+    config = {"peft_type": "LORA", "r": rank, "lora_alpha": rank, "target_modules": layers}
+    (folder / "adapter_config.json").write_text(json.dumps(config), "utf-8")
 
 
 def sampling_params(sampling: SamplingParams, seed: int, ends: list[int]) -> dict[str, Any]:
@@ -156,7 +218,8 @@ class WeightUpdates:
         """
         worker: Any = self
         worker.reload_weights(weights_iterator=_read(Path(folder)) if folder else weights)
-        worker.model_runner.get_model().apply(_repack)
+        for module in worker.model_runner.get_model().modules():  # layers with adapters have another `apply`
+            _repack(module)
 
 
 def _repack(layer: Any) -> None:

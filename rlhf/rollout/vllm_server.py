@@ -7,8 +7,9 @@ A rollout is one request with all prompts, so that vLLM batches them the same wa
 exactly, which vLLM's own server with a request for each prompt cannot. Every request but `/health` needs the token.
 
     GET  /health                      what the server runs
-    POST /weights/VERSION/PART        a safetensors file: a part of the weights
-    POST /sample                      {"version", "prompts", "seeds", "sampling", "ends", "tokens"} -> completions
+    POST /weights/VERSION/PART        a safetensors file: a part of the weights, or an adapter
+    POST /sample                      {"weights", "adapter", "prompts", "seeds", "sampling", "ends", "tokens"}
+                                      -> completions; weights and adapter are versions
 """
 
 from __future__ import annotations
@@ -20,7 +21,6 @@ import re
 import shutil
 import signal
 import sys
-import tempfile
 import threading
 from collections.abc import Callable
 from dataclasses import asdict
@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import Any
 
 from rlhf.core.errors import UserError
-from rlhf.distributed.child_process import memory_folder
+from rlhf.distributed.exchange_folder import ExchangeFolder
 from rlhf.distributed.launch import end_with_parent
 from rlhf.rollout import vllm_engine
 from rlhf.rollout.types import SamplingParams
@@ -42,7 +42,11 @@ MOST_JSON = 1 << 30
 
 
 class Sampler:
-    """The engine, the weights that were sent, and the ones that it has."""
+    """The engine, the folder of what was sent, and the version of the weights that the engine has.
+
+    What was sent for one rollout stays until its completions are found: should the engine die before, another one
+    finds it. The base of adapters goes at once.
+    """
 
     def __init__(self, llm: Any, folder: Path) -> None:
         self.llm, self.folder, self.version = llm, folder, ""
@@ -50,27 +54,37 @@ class Sampler:
         """vLLM's engine is used by one thread at a time."""
 
     def sample(self, asked: dict[str, Any]) -> list[list[Any]]:
-        """Completions with the weights of the version asked for: rows (ids, ended, log-probs)."""
+        """Completions with the weights, and the adapter, of the versions asked for: rows (ids, ended, log-probs)."""
         options = asked["sampling"]
         sampling = SamplingParams(**options | {"stop": tuple(options["stop"])})
         with self.lock:
-            self._load(asked["version"])
+            weights, adapter = self._sent(asked["weights"]), None
+            self._load(weights)
+            if asked["adapter"]:
+                shutil.rmtree(weights, ignore_errors=True)
+                weights = adapter = self._sent(asked["adapter"])
+                if not (adapter / vllm_engine.ADAPTER).exists():
+                    (adapter / "000000.safetensors").rename(adapter / vllm_engine.ADAPTER)
             found = vllm_engine.generate(
-                self.llm, asked["prompts"], asked["seeds"], sampling, asked["ends"], asked["tokens"]
+                self.llm, asked["prompts"], asked["seeds"], sampling, asked["ends"], asked["tokens"], adapter
             )
+            shutil.rmtree(weights, ignore_errors=True)
         return [list(asdict(one).values()) for one in found]
 
-    def _load(self, version: str) -> None:
-        """Give the engine the weights of a version, unless it has them."""
-        if version == self.version:
+    def _sent(self, version: str) -> Path:
+        if not re.fullmatch(r"\w{1,80}", version):
+            raise ValueError(f"{version!r} is no version")
+        return self.folder / version
+
+    def _load(self, weights: Path) -> None:
+        """Give the engine the weights of a folder, unless it has them."""
+        if weights.name == self.version:
             return
-        sent = self.folder / version
-        if not sent.is_dir():
-            raise ValueError(f"no weights of version {version} were sent; the engine has {self.version or 'none'}")
+        if not weights.is_dir():
+            raise ValueError(f"no weights of version {weights.name} were sent; the engine has {self.version or 'none'}")
         self.version = ""  # if loading fails, the engine has a mixture
-        self.llm.collective_rpc("replace_weights", kwargs={"folder": str(sent)})
-        shutil.rmtree(sent)
-        self.version = version
+        self.llm.collective_rpc("replace_weights", kwargs={"folder": str(weights)})
+        self.version = weights.name
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -129,8 +143,9 @@ class Handler(BaseHTTPRequestHandler):
 
 
 def serve(
-    settings: dict[str, Any], host: str, port: int, tensor_parallel: int, token: str, ready: Callable[[int], None]
-) -> None:
+    settings: dict[str, Any], host: str, port: int, tensor_parallel: int, token: str, ready: Callable[[int], None],
+    folder: str | None = None,
+) -> None:  # fmt: skip
     """Start the engine and answer requests until the process ends.
 
     Args:
@@ -140,6 +155,7 @@ def serve(
         tensor_parallel: Processes (GPUs) that hold a part of the model each.
         token: What requests must carry.
         ready: Called with the port once requests are answered.
+        folder: For what is sent, where another process owns it.
 
     Raises:
         UserError: The engine does not start, or the port is in use.
@@ -153,11 +169,12 @@ def serve(
     backend = "mp" if tensor_parallel > 1 else "uni"
     llm = vllm_engine.start(**options, tensor_parallel_size=tensor_parallel, distributed_executor_backend=backend)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # so that the folder below is removed
-    with tempfile.TemporaryDirectory(prefix="rlhf-weights-", dir=memory_folder()) as folder:
-        Handler.sampler, Handler.token = Sampler(llm, Path(folder)), token
-        Handler.facts = {"model": settings["model"], "dtype": settings["dtype"], "tensor_parallel": tensor_parallel}
-        ready(server.server_address[1])
-        server.serve_forever()
+    own = ExchangeFolder() if folder is None else None
+    Handler.sampler, Handler.token = Sampler(llm, Path(folder) if own is None else own.path), token
+    Handler.facts = {"model": settings["model"], "dtype": settings["dtype"], "tensor_parallel": tensor_parallel}
+    Handler.facts |= {"lora_rank": vllm_engine.lora_rank(llm)}
+    ready(server.server_address[1])
+    server.serve_forever()
 
 
 def main(words: dict[str, Any]) -> None:
@@ -168,9 +185,9 @@ def main(words: dict[str, Any]) -> None:
     def ready(port: int) -> None:
         print(port, file=answers, flush=True)
 
-    tensor_parallel = words.pop("tensor_parallel")
+    tensor_parallel, folder = words.pop("tensor_parallel"), words.pop("folder")
     try:
-        serve(words, "127.0.0.1", 0, tensor_parallel, os.environ.pop(TOKEN), ready)
+        serve(words, "127.0.0.1", 0, tensor_parallel, os.environ.pop(TOKEN), ready, folder)
     except UserError as error:
         sys.exit(str(error))
 

@@ -111,8 +111,13 @@ class Engine:
         return float(norm)
 
     @contextmanager
-    def gathered(self, part: nn.Module) -> Iterator[None]:
-        """Within this context `part` of the module has its whole weights on this process and may be called directly."""
+    def gathered(self, part: nn.Module, whole: bool = True) -> Iterator[None]:
+        """Within this context `part` of the module has its whole weights on this process and may be called directly.
+
+        Args:
+            part: A part of the module.
+            whole: False if it is not called, and its weights are read one module after another, which gathers each.
+        """
         before = cast_frozen_linears_(part, self.dtype)
         try:
             with self.autocast():
@@ -238,8 +243,8 @@ class DeepSpeedEngine(Engine):
         return count > 0
 
     @contextmanager
-    def gathered(self, part: nn.Module) -> Iterator[None]:
-        if self.stage < 3:
+    def gathered(self, part: nn.Module, whole: bool = True) -> Iterator[None]:
+        if self.stage < 3 or not whole:
             yield
             return
         import deepspeed

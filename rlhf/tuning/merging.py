@@ -47,8 +47,7 @@ def merged_parts(model: Any, copies: dict[int, Tensor] | None = None) -> Iterato
         copies: Filled with id of a parameter -> its copy, so that tied weights are one tensor; without it each of their
             names has a copy of its own.
     """
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    for prefix, module in _layers(base, ""):
+    for prefix, module in _layers(_base_of(model), ""):
         part: dict[str, Tensor] = {}
         with torch.no_grad():
             _collect(module, prefix, part, {} if copies is None else copies)
@@ -64,9 +63,7 @@ def merged_shapes(base: Any) -> dict[str, tuple[Tensor, Tensor]]:
     marks: dict[int, Tensor] = {}
     for prefix, module in _layers(base, ""):
         adapted: Any = module if isinstance(module, BaseTunerLayer) else None
-        own = dict(
-            module.named_parameters(recurse=False) if adapted is None else adapted.get_base_layer().named_parameters()
-        )
+        own = _own_weights(module)
         if adapted is None:
             own |= {n: b for n, b in module.named_buffers(recurse=False) if n not in module._non_persistent_buffers_set}
         for name, tensor in own.items():
@@ -77,19 +74,57 @@ def merged_shapes(base: Any) -> dict[str, tuple[Tensor, Tensor]]:
     return found
 
 
-def merged_weights(model: Any) -> Iterator[tuple[str, Tensor]]:
-    """The weights with adapters merged, under transformers' names, layer by layer on the device of the model.
+def merged_weights(model: Any, merge: bool = True) -> Iterator[tuple[str, Tensor]]:
+    """The weights with adapters merged, under transformers' names, module by module on the device of the model.
 
-    Every rank gets them; under ZeRO-3, call it within `engine.gathered`. Tied weights come under each of their names. A
-    weight without an adapter is the live weight itself: copy it, do not write to it.
+    Every rank gets them. Under ZeRO-3 a module is gathered while its weights are handed out, so every rank must take
+    all of them, in step with the others. Tied weights come under each of their names. A weight without an adapter is
+    the live weight itself: copy it, do not write to it.
+
+    Args:
+        model: A transformers model, maybe wrapped by PEFT.
+        merge: False for the weights of the base, without adapters.
     """
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    for prefix, module in _layers(base, ""):
+    for prefix, module in _layers(_base_of(model), ""):
+        adapted = isinstance(module, BaseTunerLayer)
+        with gathered(module.parameters(recurse=adapted)):
+            if adapted and merge:
+                found = _merged_layer(module)
+            else:
+                found = {name: _dequantised(p) for name, p in _own_weights(module).items()}
+            yield from ((prefix + name, weight) for name, weight in found.items())
+
+
+def weight_marks(model: Any, merge: bool = True) -> dict[str, int]:
+    """The names that `merged_weights` gives -> a mark, the same for names of one tensor. No weights are gathered."""
+    return {
+        prefix + name: id(module) if merge and isinstance(module, BaseTunerLayer) else id(parameter)
+        for prefix, module in _layers(_base_of(model), "")
+        for name, parameter in _own_weights(module).items()
+    }
+
+
+def adapter_layers(model: Any) -> Iterator[tuple[str, Any]]:
+    """Names as in transformers, and modules, of the layers that have adapters."""
+    for prefix, module in _layers(_base_of(model), ""):
         if isinstance(module, BaseTunerLayer):
-            found = _merged_layer(module)
-        else:
-            found = {name: _dequantised(p) for name, p in module.named_parameters(recurse=False)}
-        yield from ((prefix + name, weight) for name, weight in found.items())
+            yield prefix.removesuffix("."), module
+
+
+def trains_more_than_adapters(model: Any) -> bool:
+    """Whether weights are trained that are no adapter's."""
+    return any(p.requires_grad for _, module in _layers(_base_of(model), "") for p in _own_weights(module).values())
+
+
+def _base_of(model: Any) -> Any:
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def _own_weights(module: Any) -> dict[str, Any]:
+    """Parameters of one module of `_layers`, without those of adapters."""
+    if isinstance(module, BaseTunerLayer):
+        return dict(module.get_base_layer().named_parameters())
+    return dict(module.named_parameters(recurse=False))
 
 
 def _layers(module: Any, prefix: str) -> Iterator[tuple[str, Any]]:
@@ -110,7 +145,7 @@ def _collect(module: Any, prefix: str, state: dict[str, Tensor], copies: dict[in
             if is_main():
                 state.update({prefix + name: value.cpu() for name, value in _merged_layer(adapted).items()})
         return
-    own = dict(module.named_parameters(recurse=False))
+    own = _own_weights(module)
     with gathered(own.values()):
         if is_main():
             for name, parameter in own.items():
