@@ -85,12 +85,14 @@ def test_ppo_divides_all_of_its_models(tmp_path, model):
         assert max(rank["weights"], rank["engine"]) <= 1.1 * (mine + SHARD)
 
 
-def test_below_stage_3_a_process_holds_one_copy_of_the_weights(tmp_path, model):
+@pytest.mark.parametrize("tuning", ["full", {"name": "lora", "rank": 4}], ids=["full", "lora"])
+def test_below_stage_3_a_process_holds_one_copy_of_the_weights(tuning, tmp_path, model):
     folder, count = model
     demonstrations = tiny.write_demonstrations(tmp_path / "demos", 12)
     config = values(
-        tmp_path, folder, 2, data={"train": demonstrations}, tuning={"name": "lora", "rank": 4}, precision="float32",
+        tmp_path, folder, 2, data={"train": demonstrations}, tuning=tuning, precision="float32",
         batch={"batch_size": 2, "micro_batch_size": 1, "max_steps": 1},
     )  # fmt: skip
+    masters = 4 * count / 2 if tuning == "full" else 0
     for rank in measured(tmp_path, 2, "sft", config):
-        assert 4 * count <= max(rank["weights"], rank["engine"]) <= 1.1 * (4 * count + SHARD)
+        assert 4 * count <= max(rank["weights"], rank["engine"]) <= 1.1 * (4 * count + masters + SHARD)

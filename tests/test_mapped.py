@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import families
 import pytest
 import tiny
 import torch
 import transformers
+from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 
 from rlhf.config.base import ModelConfig
 from rlhf.distributed.deepspeed_json import BUCKET, SUB_GROUP, with_sizes
 from rlhf.models.load import load_policy
 from rlhf.models.mapped import computing, dtype_of
 from rlhf.models.scalar import load_scalar
-from rlhf.training.placing import place
+from rlhf.training.placing import flatten_one_by_one, place
 from rlhf.tuning.methods import TUNING
 
 EXPERTS = {
@@ -133,6 +136,25 @@ def test_experts_that_are_put_together_while_loading_are_announced(folder, capsy
     path = folder("experts")
     load_policy(ModelConfig(path=path), path, as_stored=True)
     assert "every process holds a copy of those" in capsys.readouterr().out
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("padding", [None, [3, 1, 0]])
+@pytest.mark.parametrize("where", ["data", "cpu_data"])
+def test_the_flat_buffer_is_that_of_deepspeed_and_its_parameters_are_views(padding, where):
+    theirs = DeepSpeedZeroOptimizer.flatten_dense_tensors_aligned
+    optimizer = SimpleNamespace(flatten=torch._utils._flatten_dense_tensors)
+    parameters = [torch.nn.Parameter(torch.randn(*shape, dtype=torch.bfloat16)) for shape in ((5, 2), (7,), (3, 3))]
+    for parameter in parameters:
+        parameter.cpu_data = parameter.data.clone()
+    before = [parameter.clone() for parameter in parameters]
+    expected = theirs(optimizer, parameters, 8, where == "cpu_data", padding)
+    found = flatten_one_by_one(optimizer, parameters, 8, where == "cpu_data", padding)
+    assert torch.equal(found, expected) and found.numel() % 8 == 0
+    for parameter, old in zip(parameters, before):
+        part = getattr(parameter, where)
+        assert torch.equal(part, old)
+        assert part.untyped_storage().data_ptr() == found.untyped_storage().data_ptr()
 
 
 def test_buffers_fit_the_trained_weights_unless_the_file_sizes_them():

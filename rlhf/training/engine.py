@@ -23,7 +23,7 @@ from rlhf.core.freeing import freed_at_once
 from rlhf.distributed.deepspeed_json import SET_BY_US, deepspeed_settings, with_sizes
 from rlhf.models.load import compute_dtype
 from rlhf.training.deepspeed_shares import deepspeed_shares, refresh_weights
-from rlhf.training.placing import divide, place
+from rlhf.training.placing import divide, flattened_one_by_one, place
 from rlhf.training.saved_state import Share, load_state, save_state
 
 
@@ -201,9 +201,10 @@ class DeepSpeedEngine(Engine):
         self._finite = torch.ones((), device=distributed.device())
         for parameter in self._parameters if not self._whole else ():
             parameter.register_hook(self._watch)
-        self.deepspeed, *_ = deepspeed.initialize(
-            model=module, model_parameters=self._parameters, optimizer=self.optimizer, config=self.settings
-        )
+        with flattened_one_by_one():
+            self.deepspeed, *_ = deepspeed.initialize(
+                model=module, model_parameters=self._parameters, optimizer=self.optimizer, config=self.settings
+            )
         if self.deepspeed.zero_optimization_stage() != self.stage:
             raise UserError(f"DeepSpeed runs ZeRO stage {self.deepspeed.zero_optimization_stage()}, not {self.stage}")
         self.module = self.deepspeed.module

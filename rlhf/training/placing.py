@@ -5,11 +5,12 @@ So a process never holds a second copy of a model, and under ZeRO-3 not even a f
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from rlhf import distributed
 
@@ -51,6 +52,53 @@ class _OneByOne(nn.Module):
         for parameter in self._of[0].parameters(recurse):
             _cast(parameter, self._dtype)
             yield parameter
+
+
+@contextmanager
+def flattened_one_by_one() -> Iterator[None]:
+    """Within this context DeepSpeed's engine below stage 3 moves the trained weights into its flat buffer one by one.
+
+    DeepSpeed concatenates them, and holds them all twice meanwhile: on the CPU, and in the host's memory where the GPU
+    has no room for a second copy. It has no option for this, so the one method (0.19.8) is replaced.
+    """
+    from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
+
+    whole = DeepSpeedZeroOptimizer.flatten_dense_tensors_aligned
+    DeepSpeedZeroOptimizer.flatten_dense_tensors_aligned = flatten_one_by_one
+    try:
+        yield
+    finally:
+        DeepSpeedZeroOptimizer.flatten_dense_tensors_aligned = whole
+
+
+def flatten_one_by_one(
+    optimizer: Any, parameters: Sequence[Any], alignment: int, use_cpu_data: bool = False,
+    param_padding: Sequence[int] | None = None,
+) -> Tensor:  # fmt: skip
+    """A flat tensor of the parameters' elements; each parameter becomes a view of it, which frees its own memory.
+
+    Args:
+        optimizer: DeepSpeed's; unused, this takes the place of its method.
+        parameters: Of one dtype on one device.
+        alignment: The length becomes a multiple of it.
+        use_cpu_data: Read `cpu_data`, where DeepSpeed has put the weights on their way, instead of `data`.
+        param_padding: Elements of zero after each parameter.
+    """
+    del optimizer
+    where = "cpu_data" if use_cpu_data else "data"
+    paddings = param_padding or [0] * len(parameters)
+    first = getattr(parameters[0], where)
+    length = sum(getattr(parameter, where).numel() for parameter in parameters) + sum(paddings)
+    flat = torch.empty(length + -length % alignment, dtype=first.dtype, device=first.device)
+    offset = 0
+    for parameter, padding in zip(parameters, paddings):
+        weight = getattr(parameter, where)
+        end = offset + weight.numel()
+        setattr(parameter, where, flat[offset:end].view(weight.shape).copy_(weight))
+        flat[end : end + padding].zero_()
+        offset = end + padding
+    flat[offset:].zero_()
+    return flat
 
 
 def _cast(parameter: nn.Parameter, dtype: torch.dtype) -> None:
