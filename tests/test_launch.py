@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -34,11 +35,11 @@ if sys.argv[1:]:
 """
 
 LAUNCHER = """
-import sys
+import os, sys
 from rlhf.cli.errors import exit_on_error
 from rlhf.distributed.launch import launch
 with exit_on_error("Continue with: this"):
-    launch("toy", sys.argv[1:], 2)
+    launch("toy", sys.argv[1:], int(os.environ.get("TOY_RANKS", "2")))
 """
 
 STAGE = """
@@ -231,6 +232,16 @@ def test_a_survivor_without_a_launcher_says_which_rank_is_gone(stage):
     assert ranks[1].returncode == -signal.SIGKILL
     assert ranks[0].returncode == 2, errors
     assert f"rank 0 lost contact with rank 1 (host {os.uname().nodename})" in errors and "--resume" in errors
+
+
+@pytest.mark.slow
+def test_one_stopped_rank_of_four_is_named_and_the_waiting_ones_are_not(stage):
+    words = ["--config", "toy.yaml", "timeout_seconds=8"]
+    done = python(stage, "-c", LAUNCHER, *words, TOY="stop 2", TOY_RANKS="4")
+    assert done.returncode == 2
+    named = re.findall(r"rank \d lost contact with (.*)", done.stderr)
+    assert named and all(text == f"rank 2 (host {os.uname().nodename})" for text in named), done.stderr
+    assert "Rank 2 of 4 did not end on SIGTERM and was killed by the launcher" in " ".join(done.stderr.split())
 
 
 # ---- several hosts -----------------------------------------------------------------------------------------------

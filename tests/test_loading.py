@@ -19,15 +19,20 @@ PROGRAM = "import sys; sys.path.append('benchmarks'); import loading_side; loadi
 @pytest.fixture(scope="module")
 def model(tmp_path_factory) -> tuple[str, int]:
     """Folder of a Llama in bfloat16 and the number of its parameters. Loading does not depend on their values."""
-    from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers import LlamaConfig
 
-    folder = tmp_path_factory.mktemp("model")
     config = LlamaConfig(
         vocab_size=16_000, hidden_size=1024, intermediate_size=2816, num_hidden_layers=12, num_attention_heads=16,
         num_key_value_heads=16, max_position_embeddings=128, pad_token_id=0, bos_token_id=1, eos_token_id=2,
     )  # fmt: skip
+    return written(tmp_path_factory.mktemp("model"), config)
+
+
+def written(folder: Path, config) -> tuple[str, int]:
+    from transformers import AutoModelForCausalLM
+
     with torch.device("meta"):
-        made = LlamaForCausalLM(config).to(torch.bfloat16)
+        made = AutoModelForCausalLM.from_config(config).to(torch.bfloat16)
     weights = {name: torch.full(value.shape, 0.01, dtype=torch.bfloat16) for name, value in made.state_dict().items()}
     made.save_pretrained(folder, state_dict=weights, max_shard_size=SHARD)
     tiny.tokenizer().save_pretrained(folder)
@@ -83,6 +88,25 @@ def test_ppo_divides_all_of_its_models(tmp_path, model):
     for rank in measured(tmp_path, 2, "ppo", config):
         mine = share(2 * count, trained, 4, processes=2)
         assert max(rank["weights"], rank["engine"]) <= 1.1 * (mine + SHARD)
+
+
+def test_experts_that_transformers_puts_together_are_divided_too(tmp_path):
+    from transformers import Qwen3MoeConfig
+
+    config = Qwen3MoeConfig(
+        vocab_size=8_000, hidden_size=512, moe_intermediate_size=512, num_hidden_layers=8, num_attention_heads=8,
+        num_key_value_heads=8, head_dim=64, num_experts=16, num_experts_per_tok=2, max_position_embeddings=128,
+        pad_token_id=0, bos_token_id=1, eos_token_id=2,
+    )  # fmt: skip
+    folder, count = written(tmp_path / "experts", config)
+    demonstrations = tiny.write_demonstrations(tmp_path / "demos", 12)
+    config = values(
+        tmp_path, folder, 3, data={"train": demonstrations}, tuning={"name": "lora", "rank": 4}, precision="float32",
+        batch={"batch_size": 2, "micro_batch_size": 1, "max_steps": 1},
+    )  # fmt: skip
+    assert 2 * count > 2e8, "bytes of the file, far more than the limit leaves for a copy"
+    for rank in measured(tmp_path, 2, "sft", config):
+        assert max(rank["weights"], rank["engine"]) <= 1.1 * (share(count, 0, 4, processes=2) + SHARD / 2)
 
 
 @pytest.mark.parametrize("tuning", ["full", {"name": "lora", "rank": 4}], ids=["full", "lora"])

@@ -38,6 +38,9 @@ def folder(tmp_path_factory):
                     model = transformers.AutoModelForCausalLM.from_pretrained(tiny.llama())
                 elif family == "experts":
                     model = transformers.AutoModelForCausalLM.from_pretrained(tiny.of_family("qwen3_moe", EXPERTS))
+                elif family == "mixtral":
+                    shape = {**tiny.SMALL, "num_local_experts": 4}
+                    model = transformers.AutoModelForCausalLM.from_pretrained(tiny.of_family("mixtral", shape))
                 elif family == "bert":
                     model = transformers.AutoModel.from_pretrained(tiny.bert())
                 else:
@@ -132,10 +135,14 @@ def test_added_rows_are_the_mean_in_the_dtype_of_the_engine(folder):
     assert_equal(whole, place(stored, torch.float32))
 
 
-def test_experts_that_are_put_together_while_loading_are_announced(folder, capsys):
-    path = folder("experts")
-    load_policy(ModelConfig(path=path), path, as_stored=True)
-    assert "every process holds a copy of those" in capsys.readouterr().out
+@pytest.mark.parametrize("family", ["experts", "mixtral"])
+def test_experts_are_put_together_when_they_are_placed(family, folder, capsys):
+    whole, waiting = both(load_policy, folder(family))
+    experts = [p for name, p in waiting.named_parameters() if "experts" in name]
+    assert experts and {p.untyped_storage().nbytes() for p in experts} == {4}, "one element of float32 each"
+    assert capsys.readouterr().out == ""
+    assert_equal(whole, place(waiting, torch.float32))
+    assert not any(hasattr(p, "put_together") for p in experts)
 
 
 @torch.no_grad()

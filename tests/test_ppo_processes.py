@@ -124,7 +124,6 @@ SENT = """
 import json
 import sys
 
-import tiny
 import torch
 from ppo_runs import config
 from safetensors.torch import load_file
@@ -133,11 +132,11 @@ from rlhf import distributed
 from rlhf.tuning.merging import merged_weights
 from stages.ppo import PPO
 
-folder, prompts = sys.argv[1:]
+folder, prompts, model = sys.argv[1:]
 distributed.start(120)
-ppo = PPO(config(folder, prompts, deepspeed="configs/deepspeed/zero3.json"), False, False)
+ppo = PPO(config(folder, prompts, model__path=model, deepspeed="configs/deepspeed/zero3.json"), False, False)
 policy = ppo.models.policy
-own = load_file(tiny.llama() + "/model.safetensors")
+own = load_file(model + "/model.safetensors")
 most, names = 0, set()
 with ppo.models.engine.gathered(policy, whole=False), torch.no_grad():
     for name, weight in merged_weights(policy):
@@ -153,5 +152,5 @@ distributed.stop()
 
 
 def test_weights_are_sent_module_by_module_under_zero_3(tmp_path, prompts):
-    done = tiny.launch(2, SENT, str(tmp_path / "run"), prompts)
+    done = tiny.launch(2, SENT, str(tmp_path / "run"), prompts, tiny.llama())
     assert done.returncode == 0, done.stdout

@@ -77,3 +77,17 @@ def test_a_killed_run_continues_bit_for_bit(stage, tmp_path, runs, prompts):
     assert metrics(tmp_path / "cut" / "run") == metrics(tmp_path / "whole" / "run")
     whole, cut = (adapters_of(tmp_path / name / "run") for name in ("whole", "cut"))
     assert all(torch.equal(whole[name], cut[name]) for name in whole)
+
+
+def test_a_finished_run_under_zero_1_goes_on_bit_for_bit(tmp_path, runs, prompts):
+    """Without a kill, which takes longer: what one update left is continued as if it had not been the last."""
+    changes = {"deepspeed": deepspeed(1), "eval__prompts": 0}
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    processes.complete(2, write(whole, prompts, runs["sft"], runs["over-sft"], updates=2, **changes))
+    for updates, *resume in ((1,), (2, "--resume")):
+        file = write(cut, prompts, runs["sft"], runs["over-sft"], updates=updates, **changes)
+        output = processes.complete(2, file, *resume)
+    assert "Continuing after update" in output
+    assert metrics(cut / "run") == metrics(whole / "run")
+    mine, theirs = adapters_of(cut / "run"), adapters_of(whole / "run")
+    assert mine and all(torch.equal(mine[name], theirs[name]) for name in theirs)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,24 +23,60 @@ from rlhf.core.console import say
 @contextmanager
 def stored_dtypes() -> Iterator[None]:
     """Within this context `from_pretrained` makes everything in the dtype that it is asked for, but leaves tensors that
-    it reads, except for vectors, in the dtype of the file.
+    it reads, except for vectors, in the dtype of the file. Those that it puts together from several tensors of the file
+    (experts) are put together later, one at a time (see `stored_weight`).
 
     Loading in the file's dtype is not the same: buffers, such as Gemma's factor of the embeddings, and missing weights
     would be computed in it, and files with several dtypes would be rounded.
     """
-    # The one place where transformers (5.23) reads a tensor of a file; it has no option that leaves out the cast.
-    read = core_model_loading._materialize_copy
+    # The two places where transformers (5.23) reads a tensor of a file, and puts tensors together; it has no option to
+    # leave the cast out, or to put them together later.
+    read, convert = core_model_loading._materialize_copy, core_model_loading.WeightConverter.convert
 
     def as_stored(tensor: Any, device: Any = None, dtype: torch.dtype | None = None) -> Tensor:
         found = read(tensor, device, None)
         as_it_is = dtype is None or (found.is_floating_point() and found.dim() > 1)
         return found if as_it_is else found.to(dtype)
 
+    def later(converter: Any, name: str, model: Any = None, hf_quantizer: Any = None, **more: Any) -> dict[str, Any]:
+        if hf_quantizer is not None or not all(isinstance(op, PUT_TOGETHER) for op in converter.operations):
+            model.holds_copies = True
+            return convert(converter, name, model=model, hf_quantizer=hf_quantizer, **more)  # type: ignore[no-any-return]
+        parts = converter.materialize_tensors()
+
+        def values(device: str) -> dict[str, Tensor]:
+            converter.collected_tensors = {key: [part.to(device) for part in found] for key, found in parts.items()}
+            return convert(converter, name, config=more.get("config"))  # type: ignore[no-any-return]
+
+        found: dict[str, Any] = {}
+        for target, empty in values("meta").items():
+            found[target] = nn.Parameter(_placeholder(empty.shape, empty.dtype))
+            found[target].put_together = partial(lambda target: values("cpu")[target], target)
+        return found
+
     core_model_loading._materialize_copy = as_stored
+    core_model_loading.WeightConverter.convert = later
     try:
         yield
     finally:
         core_model_loading._materialize_copy = read
+        core_model_loading.WeightConverter.convert = convert
+
+
+PUT_TOGETHER = (core_model_loading.MergeModulelist, core_model_loading.Concatenate, core_model_loading.Transpose)
+"""Steps of transformers' conversions that depend on nothing but the tensors of the file."""
+
+
+def _placeholder(shape: torch.Size, dtype: torch.dtype) -> Tensor:
+    """A tensor of one element that looks like one of this shape."""
+    return torch.zeros((), dtype=dtype).expand(shape)
+
+
+def stored_weight(parameter: Any) -> Tensor:
+    """A weight as it is in the file: mapped, or put together from several tensors of it, which makes a copy."""
+    make: Any = getattr(parameter, "put_together", None)
+    found: Tensor = parameter.data if make is None else make()
+    return found
 
 
 def prepare(model: nn.Module, dtype: torch.dtype, heads: tuple[str, ...]) -> None:
@@ -62,14 +99,16 @@ def prepare(model: nn.Module, dtype: torch.dtype, heads: tuple[str, ...]) -> Non
         own = [p for p in module.parameters(recurse=False) if p.is_floating_point()]
         if not isinstance(module, (nn.Linear, nn.Embedding, Conv1D)):
             for p in own:
-                if p.dim() > 1:  # experts, which are copies already, and routers: PEFT rounds their adapters
+                if hasattr(p, "put_together"):
+                    p.data = _placeholder(p.shape, dtype)
+                elif p.dim() > 1:  # routers: PEFT takes their dtype for adapters, which it would round
                     p.data = p.data.to(dtype)
-        if any(p.dtype != dtype for p in own) and not hasattr(module, "compute_dtype"):
+        if any(p.dtype != dtype or hasattr(p, "put_together") for p in own) and not hasattr(module, "compute_dtype"):
             module.compute_dtype = dtype  # PEFT reads it, as that of layers in 4 bits
-    if makes_weights(model):
+    if getattr(model, "holds_copies", False):
         say(
-            f"Loading: transformers makes weights of {type(model).__name__} from several tensors of the file (experts,"
-            " for instance); every process holds a copy of those until they are placed"
+            f"Loading: transformers converts weights of {type(model).__name__} while it loads them; every process holds"
+            " a copy of those until they are placed"
         )
 
 
@@ -105,7 +144,7 @@ def computing(model: nn.Module) -> Iterator[None]:
             own = [p for p in module.parameters(recurse=False) if p.is_floating_point()]
             stored[module] = [(p, p.data) for p in own]
             for p in own:
-                p.data = p.data.to(dtype)
+                p.data = stored_weight(p).to(dtype)
 
         return cast
 

@@ -67,7 +67,8 @@ class RolloutConfig(Strict):
     """Sequences to decode at the same time on one process."""
     merge_adapters: bool = False
     """Merge the policy's adapter into its weights during rollouts. Sampling is then as fast as without an adapter, at
-    the cost of a second copy of the adapted weights. Weights in 4 bits are not merged."""
+    the cost of a second copy of the adapted weights. Weights in 4 bits are not merged. The samplers `vllm` and
+    `vllm-server` get merged weights instead of the adapter alone; `process` always does."""
     ahead: Literal[0, 1] = 0
     """1: the completions of the next update are sampled while the trainer learns, with the weights from before this
     update; needs a sampler with a process of its own (`process`, `vllm-server`). Importance weights correct for the

