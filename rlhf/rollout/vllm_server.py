@@ -170,7 +170,7 @@ def serve(
     llm = vllm_engine.start(**options, tensor_parallel_size=tensor_parallel, distributed_executor_backend=backend)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # so that the folder below is removed
     own = ExchangeFolder() if folder is None else None
-    Handler.sampler, Handler.token = Sampler(llm, Path(folder) if own is None else own.path), token
+    Handler.sampler, Handler.token = Sampler(llm, own.path if own is not None else Path(folder or "")), token
     Handler.facts = {"model": settings["model"], "dtype": settings["dtype"], "tensor_parallel": tensor_parallel}
     Handler.facts |= {"lora_rank": vllm_engine.lora_rank(llm)}
     ready(server.server_address[1])
