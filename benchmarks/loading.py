@@ -35,6 +35,7 @@ RUNS: dict[str, tuple[str, int, int, dict[str, Any]]] = {
         ("PPO with LoRA", "ppo", 2, 3, "float32", {"tuning": LORA, "critic": {"init": "policy", "tuning": LAST}}),
         ("PPO", "ppo", 4, 3, "bfloat16", {"critic": {"init": "policy"}}),
         ("SFT", "sft", 2, 2, "float32", {}),
+        ("SFT", "sft", 4, 2, "float32", {}),
     )
 }  # fmt: skip
 

@@ -22,6 +22,7 @@ from rlhf.data.chat_tokenizer import load_tokenizer
 from rlhf.data.schema import Message
 from rlhf.models.load import load_policy
 from rlhf.models.vocabulary import mask_unknown_ids, token_count
+from rlhf.ppo.learner import Learner
 from rlhf.rollout import vllm, vllm_client
 from rlhf.rollout.samplers import SAMPLERS, hf, start
 from rlhf.rollout.types import SamplingParams, stream_seed
@@ -180,7 +181,7 @@ def test_an_adapter_takes_part_alone_or_merged(family, merge, alone, chat, quest
     for seed in range(2):  # the second adapter comes to a base that vLLM has
         found.append(VLLM(changed(policy, seed), questions, SEEDS, greedy, chat))
         assert found[-1] == hf(policy, questions, SEEDS, greedy, chat)
-        assert not engine.llm.llm_engine.list_loras()
+        assert not alone or not engine.llm.llm_engine.list_loras()
     assert found[0] != found[1] != found[2]
     for prompt, answer in zip(questions, VLLM(policy, questions, SEEDS, SamplingParams(16), chat)):
         assert gap(policy, prompt, answer).abs().max() < 1e-4
@@ -311,9 +312,8 @@ def test_a_server_that_dies_is_started_again_once_in_a_rollout(tuning, chat, que
         policy.lm_head.weight.data.mul_(0.5)
     server.child.kill()
     assert waiting() == expected
-    assert "was killed by signal 9; it is started again" in " ".join(capsys.readouterr().err.split())
-    server.child.kill()
-    assert (sampler(policy, questions, SEEDS, sampling, chat) == expected) == (tuning == "lora")
+    said = " ".join(capsys.readouterr().err.split())
+    assert "was killed by signal 9" in said and said.endswith("it is started again")
     launch = server.launch
 
     def launch_and_lose():
@@ -331,13 +331,13 @@ def test_a_run_whose_server_dies_goes_on_exactly(tmp_path, prompts, monkeypatch)
     changes = {"rollout__sampler": SERVER, "tuning": "lora", "updates": 3}
     run(short_run(tmp_path / "whole", prompts, **changes))
     stage = PPO(short_run(tmp_path / "hit", prompts, **changes), False, False)
-    learn = stage.learner.learn
+    learn = Learner.learn
 
     def learn_and_kill(*args):
         vllm_client._servers[stage.models.policy].child.kill()
         return learn(*args)
 
-    monkeypatch.setattr(stage.learner, "learn", learn_and_kill)
+    monkeypatch.setattr(Learner, "learn", learn_and_kill)
     stage.train()
     whole, hit = (lines(tmp_path / name) for name in ("whole", "hit"))
     assert json.dumps(hit) == json.dumps(whole)
