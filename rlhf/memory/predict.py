@@ -229,8 +229,8 @@ def _deepspeed_states(traced: TracedModel, count: _Counts, layout: ZeroLayout, p
             masters=4 * count.trained / n,
             buffers=bucket * width * (layout.buckets if gpu else 1),
             step=4 * count.group / n,
-            # without a GPU, a group's weights before they become one buffer
-            load=0.0 if gpu else max(0.0, width * count.group - 4 * count.trained / n),
+            # the optimizer's first gradients, of a group's masters; on a GPU training needs more
+            load=0.0 if gpu else 4 * count.group / n,
         )
     else:
         states = _States(
