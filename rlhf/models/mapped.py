@@ -31,7 +31,8 @@ def stored_dtypes() -> Iterator[None]:
     """
     # The two places where transformers (5.23) reads a tensor of a file, and puts tensors together; it has no option to
     # leave the cast out, or to put them together later.
-    read, convert = core_model_loading._materialize_copy, core_model_loading.WeightConverter.convert
+    loading: Any = core_model_loading
+    read, convert = loading._materialize_copy, loading.WeightConverter.convert
 
     def as_stored(tensor: Any, device: Any = None, dtype: torch.dtype | None = None) -> Tensor:
         found = read(tensor, device, None)
@@ -41,12 +42,14 @@ def stored_dtypes() -> Iterator[None]:
     def later(converter: Any, name: str, model: Any = None, hf_quantizer: Any = None, **more: Any) -> dict[str, Any]:
         if hf_quantizer is not None or not all(isinstance(op, PUT_TOGETHER) for op in converter.operations):
             model.holds_copies = True
-            return convert(converter, name, model=model, hf_quantizer=hf_quantizer, **more)  # type: ignore[no-any-return]
+            held: dict[str, Any] = convert(converter, name, model=model, hf_quantizer=hf_quantizer, **more)
+            return held
         parts = converter.materialize_tensors()
 
         def values(device: str) -> dict[str, Tensor]:
             converter.collected_tensors = {key: [part.to(device) for part in found] for key, found in parts.items()}
-            return convert(converter, name, config=more.get("config"))  # type: ignore[no-any-return]
+            made: dict[str, Tensor] = convert(converter, name, config=more.get("config"))
+            return made
 
         found: dict[str, Any] = {}
         for target, empty in values("meta").items():
@@ -54,13 +57,11 @@ def stored_dtypes() -> Iterator[None]:
             found[target].put_together = partial(lambda target: values("cpu")[target], target)
         return found
 
-    core_model_loading._materialize_copy = as_stored
-    core_model_loading.WeightConverter.convert = later
+    loading._materialize_copy, loading.WeightConverter.convert = as_stored, later
     try:
         yield
     finally:
-        core_model_loading._materialize_copy = read
-        core_model_loading.WeightConverter.convert = convert
+        loading._materialize_copy, loading.WeightConverter.convert = read, convert
 
 
 PUT_TOGETHER = (core_model_loading.MergeModulelist, core_model_loading.Concatenate, core_model_loading.Transpose)

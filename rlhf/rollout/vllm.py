@@ -60,7 +60,13 @@ def sample(
     if exchange is not None:
         save_file(adapter_tensors(model), exchange.path / vllm_engine.ADAPTER)
     completions = vllm_engine.generate(
-        engine.llm, prompts, seeds, sampling, ends, token_count(chat.tokenizer), exchange and exchange.path
+        engine.llm,
+        prompts,
+        seeds,
+        sampling,
+        ends,
+        token_count(chat.tokenizer),
+        exchange.path if exchange is not None else None,
     )
     engine.rest()
     set_rng_state(before)

@@ -296,7 +296,7 @@ def _server(
             _servers[model] = connect(url)
         else:
             token = secrets.token_urlsafe(32)
-            adapter = {} if shape is None else {"lora_rank": shape.rank, "lora_modules": shape.modules}
+            adapter: dict[str, Any] = {} if shape is None else {"lora_rank": shape.rank, "lora_modules": shape.modules}
             server = Server("", token, _launcher(model, chat, sampling, token, **options, **adapter))
             weakref.finalize(model, server.end)
             _servers[model] = server
