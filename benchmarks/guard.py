@@ -10,8 +10,8 @@
 `weak`: PPO against a reward model from 100 rankings with two to three times the annotators' usual noise. `good`: the
 same against the demo's, from 4,000 rankings. Both at a fifth of the demo's KL coefficient, so that little but the
 reward model keeps the policy honest; gold is the world's hidden rule. `stories`: stories260K and a programmatic reward,
-which is its own gold. `sizes`: the accuracy and the gold reward that 100 to 4,000 rankings buy, at the demo's own KL
-coefficient. Steps that are complete are not repeated. 20 to 40 processor seconds a run.
+which is its own gold. `sizes`: the accuracy that 100 to 4,000 rankings buy, and the gold reward of the best of 16
+answers. Steps that are complete are not repeated. 20 to 40 processor seconds a run.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from typing import Any
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 CONFIGS = REPOSITORY / "configs" / "demo"
+BEST_OF = 16
 SIZES = (100, 200, 400, 1000, 2000, 4000)
 KINDS = ("weak", "good")
 GOLD = "data_tools.demo_world.rules:points"
@@ -84,13 +85,13 @@ def reward_model(demo: Path, out: Path, rankings: Path, count: int, seed: int) -
     ])  # fmt: skip
 
 
-def policy_run(demo: Path, out: Path, models: Sequence[Path], seed: int, *changes: str) -> Path:
+def policy_run(demo: Path, out: Path, models: Sequence[Path], seed: int) -> Path:
     """PPO against the first reward model, with the hidden rule as gold; an ensemble of all looks on."""
-    watch = [f"guard.watch={{name: ensemble, models: [{', '.join(map(str, models))}]}}"] if len(models) > 1 else []
+    watch = f"guard.watch={{name: ensemble, models: [{', '.join(map(str, models))}]}}"
     gold = f"gold={{reward: {{name: function, function: '{GOLD}'}}}}"
     return run_stage("ppo", CONFIGS / "ppo.yaml", [
         f"run={out}", f"model.path={demo / 'sft'}", f"data.prompts={demo / 'data/prompts'}",
-        f"reward.path={models[0]}", f"seed={seed}", gold, *watch, *PPO, *changes,
+        f"reward.path={models[0]}", f"seed={seed}", gold, watch, *PPO,
     ])  # fmt: skip
 
 
@@ -140,21 +141,33 @@ def stories(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
 
 
 def sizes(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    """Accuracy and gold reward by the number of rankings, at the demo's own KL coefficient."""
+    """Accuracy, and the gold reward of the best of 16 answers of the SFT policy, by the number of rankings."""
+    import numpy as np
+
+    from data_tools.demo_world.rules import points
+    from rlhf.data.store import open_dataset
+    from rlhf.inference.policy import open_policy
+    from rlhf.inference.sampling import sample
+    from rlhf.inference.sampling_params import sampling_params
+    from rlhf.inference.scorer import open_scorer
     from rlhf.runs.run import read_run
 
+    policy = open_policy(args.demo / "sft")
+    prompts = list(open_dataset(args.demo / "data" / "prompts", "prompt").records("test"))[:200]
+    answers = list(sample(policy, prompts, sampling_params(args.demo / "sft", max_new_tokens=64), 0, BEST_OF))
+    gold = np.array([[points(one.prompt.chat, one.text) for one in samples] for samples in answers])
+    yield {"kind": "sizes", "seed": 0, "rankings": 0, "accuracy": 0.5, "gold": float(gold.mean())}
+    yield {"kind": "sizes", "seed": 0, "rankings": None, "accuracy": 1.0, "gold": float(gold.max(1).mean())}
     for seed in args.seeds:
         for count in args.sizes:
             folder = args.out / f"size-{count}-{seed}"
             write_rankings(args.demo, folder / "rankings", count, None, seed)
-            model = reward_model(args.demo, folder / "reward", folder / "rankings", count, seed)
-            run = policy_run(args.demo, folder / "ppo", [model], seed, "kl.controller.coef=0.1")
-            found = read_run(model)["metrics"]
-            last = _lines(run / "metrics.jsonl")[-1]
+            run = reward_model(args.demo, folder / "reward", folder / "rankings", count, seed)
+            scorer = open_scorer(str(run), policy)
+            chosen = np.array([scorer(samples) for samples in answers]).argmax(1)
             yield {
-                "kind": "sizes", "seed": seed, "rankings": count, "accuracy": found["accuracy"],
-                "accuracy_interval": found["accuracy_interval"], "gold": last["eval/gold_reward"],
-                "proxy": last["eval/scores"], "kl": last["eval/kl"],
+                "kind": "sizes", "seed": seed, "rankings": count, "accuracy": read_run(run)["metrics"]["accuracy"],
+                "gold": float(gold[np.arange(len(gold)), chosen].mean()),
             }  # fmt: skip
 
 
@@ -244,14 +257,12 @@ def report(args: argparse.Namespace) -> None:
         if total:
             low, high = wilson(count / total, total)
             print(f"{name}: {count} of {total} ({low:.0%} to {high:.0%})")
-    table = sorted((row for row in rows.values() if row["kind"] == "sizes"), key=lambda r: (r["rankings"], r["seed"]))
+    table = [row for row in rows.values() if row["kind"] == "sizes"]
     if table:
-        print("\n| rankings | seed | accuracy | gold | score | KL |\n| --- | --- | --- | --- | --- | --- |")
-        for row in table:
-            print(
-                f"| {row['rankings']:,} | {row['seed']} | {row['accuracy']:.3f} | {row['gold']:.2f} |"
-                f" {row['proxy']:.2f} | {row['kl']:.1f} |"
-            )
+        print(f"\n| rankings | seed | accuracy | gold of the best of {BEST_OF} |\n| --- | --- | --- | --- |")
+        for row in sorted(table, key=lambda r: (r["rankings"] is None, r["rankings"], r["seed"])):
+            name = "chosen by gold" if row["rankings"] is None else f"{row['rankings']:,}"
+            print(f"| {name} | {row['seed']} | {row['accuracy']:.3f} | {row['gold']:.2f} |")
     if args.out:
         draw(list(rows.values()), found, args.out)
 
@@ -290,12 +301,14 @@ def draw(rows: list[dict[str, Any]], found: list[dict[str, Any]], out: Path) -> 
         unique = dict(zip(labels, handles))
         panels[0].legend(unique.values(), unique.keys(), loc="lower left")
         figure.savefig(out / "guard.svg", metadata={"Date": None})
-        table = [row for row in rows if row["kind"] == "sizes"]
+        table = [row for row in rows if row["kind"] == "sizes" and row["rankings"]]
         if table:
             counts = sorted({row["rankings"] for row in table})
             figure = Figure(figsize=(7.2, 3.0), layout="constrained")
             for axes, key, label in zip(
-                figure.subplots(1, 2), ("accuracy", "gold"), ("accuracy on held-out pairs", "gold reward after PPO")
+                figure.subplots(1, 2),
+                ("accuracy", "gold"),
+                ("accuracy on held-out pairs", f"gold reward, best of {BEST_OF}"),
             ):
                 means = [np.mean([row[key] for row in table if row["rankings"] == count]) for count in counts]
                 axes.plot([row["rankings"] for row in table], [row[key] for row in table], ".", color=GREY)

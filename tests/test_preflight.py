@@ -100,6 +100,17 @@ def test_the_plan_of_ppo_names_parents_episodes_and_optimizer_steps(world):
     assert rows["optimizer steps"].startswith("80 (16 an update")
 
 
+def test_what_only_looks_on_is_planned_and_checked_as_the_reward_is(world, tmp_path):
+    judge = {"name": "function", "function": "ppo_rewards:letters"}
+    gold, watch = {"reward": judge}, {"watch": {"name": "model", "path": world["reward"]}}
+    rows = checks("ppo", world, gold=gold, guard=watch)
+    assert rows["gold.reward"] == "function ppo_rewards:letters"
+    assert rows["guard.watch"] == f"{world['reward']} (finished reward run)"
+    other = make_run(tmp_path / "other", "reward", tokenizer="other")
+    assert "tokenizer" in refusal("ppo", world, guard={"watch": {"name": "model", "path": other}})
+    assert "gold.reward" in refusal("ppo", world, gold={"reward": {"name": "model", "path": str(tmp_path / "none")}})
+
+
 def test_a_critic_free_estimator_plans_no_critic(world):
     assert checks("ppo", world, advantage="rloo", rollout={"samples_per_prompt": 2})["critic"] == "none"
 

@@ -158,6 +158,10 @@ def draw(axes: Any, curve: Curve, alarms: Iterable[Mapping[str, Any]] = (), titl
             textcoords="offset points", fontsize=8, color=RED,
         )  # fmt: skip
     axes.axhline(0, color=GREY, linewidth=0.5)
+    shown = 1.05 * max(float(curve.distance.max()), 1e-6)
+    if curve.fit is not None and curve.fit.peak.value <= 1.5 * curve.fit.furthest:
+        shown = max(shown, 1.05 * curve.fit.peak.value)
+    axes.set_xlim(-0.02 * shown, shown)
     axes.set(xlabel="sqrt(KL) to the initial policy, KL in nats per completion", ylabel="gain", title=title)
     axes.legend(frameon=False, fontsize=8)
 
