@@ -35,6 +35,13 @@ def test_the_page_fits_and_is_legible_at_both_widths_light_and_dark(tmp_path: Pa
     records = list(data.records("eval"))
     card: dict[str, Any] = dataset_card(scorer, data, records, None, None, 0)
     card["perturbations"] = battery(scorer, records, 20, 0)
+    parts: dict[str, Any] = {
+        "chat": {"value": 0.5, "low": 0.4, "high": 0.6, "count": 9, "matrix": [[0.1, 0.2, 0.3]] * 3}
+    }
+    for name in ("easy", "normal", "hard"):
+        parts["chat"][name] = 0.5
+    overall = {"score": 0.5, "low": 0.4, "high": 0.6, "easy": 0.5, "normal": 0.5, "hard": 0.5}
+    card["benchmarks"] = [{"name": "rm-bench", "parts": parts, "left_out": {}, **overall}]
     page = tmp_path / "page.html"
     page.write_text(render({"model": scorer.name, "split": None, "seed": 0, "datasets": [card]}), "utf-8")
     with Chromium() as browser:
@@ -48,5 +55,8 @@ def test_the_page_fits_and_is_legible_at_both_widths_light_and_dark(tmp_path: Pa
                 )
                 assert tab.eval(CONTRAST) == 0
                 assert "exploitable" in tab.text() and "It goes to the" in tab.text("blockquote")
+                assert tab.eval(
+                    "[...document.querySelectorAll('.matrices > *')].every(e => e.scrollWidth <= e.clientWidth)"
+                )
                 assert tab.faults() == []
                 tab.close()

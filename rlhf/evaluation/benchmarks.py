@@ -21,7 +21,8 @@ from rlhf.evaluation.scored import ScoredRecord
 BENCHMARKS = Table("benchmark")
 """Name, which is how `source` begins in its rows -> a function of the scored rows that gives its result for JSON."""
 REPLICATES = 1000
-STYLES = ("concise", "detailed", "detailed, Markdown")
+STYLES = ("concise", "detailed", "Markdown")
+"""The last one is detailed, too."""
 TIES = "ties"
 
 

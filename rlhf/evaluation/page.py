@@ -20,7 +20,7 @@ def render(result: Mapping[str, Any]) -> str:
     drawn: dict[str, str] = {}
     for index, card in enumerate(result["datasets"]):
         drawn |= {f"{index}/{name}": svg for name, svg in _plots(card, f"d{index}").items()}
-    return render_page(TEMPLATE, result=result, tables=tables, drawn=drawings(drawn))
+    return render_page(TEMPLATE, result=result, tables=tables, drawn=drawings(drawn), styles=STYLES)
 
 
 def _plots(card: Mapping[str, Any], prefix: str) -> dict[str, str]:
@@ -38,9 +38,4 @@ def _plots(card: Mapping[str, Any], prefix: str) -> dict[str, str]:
         found["best of n"] = plots.best_of_plot(f"{prefix}bestof", lists["curve"])
     if battery:
         found["battery"] = plots.battery_plot(f"{prefix}battery", battery["perturbations"])
-    for number, benchmark in enumerate(card["benchmarks"]):
-        for place, (name, part) in enumerate(benchmark["parts"].items()):
-            if "matrix" in part:
-                svg = plots.matrix_plot(f"{prefix}matrix{number}x{place}", name, part["matrix"], STYLES)
-                found[f"matrix {number} {name}"] = svg
     return found

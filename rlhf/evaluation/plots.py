@@ -110,22 +110,6 @@ def battery_plot(name: str, rows: Sequence[Mapping[str, Any]]) -> str:
     return svg_plot(name, f"Effects of the perturbations: {words}", 1.2 + 0.3 * len(shown), draw)
 
 
-def matrix_plot(name: str, domain: str, matrix: Sequence[Sequence[float]], styles: Sequence[str]) -> str:
-    """A domain's 3 x 3 matrix of RM-Bench."""
-
-    def draw(axes: Any) -> None:
-        axes.imshow(matrix, vmin=0, vmax=1, cmap="Blues", alpha=0.75)
-        for i, row in enumerate(matrix):
-            for j, value in enumerate(row):
-                axes.text(j, i, f"{value:.0%}", ha="center", va="center", color="#101418")
-        axes.set_xticks(range(len(styles)), styles)
-        axes.set_yticks(range(len(styles)), styles)
-        axes.set(xlabel="style of the wrong answer", ylabel="right answer")
-
-    words = "; ".join(", ".join(f"{value:.0%}" for value in row) for row in matrix)
-    return svg_plot(name, f"{domain}, rows are styles of the right answer: {words}", 2.6, draw)
-
-
 def _dots(axes: Any, rows: Sequence[tuple[str, float, float | None, float | None, str]]) -> None:
     """A labelled row for each value with its interval, the first at the top."""
     for place, (_, value, low, high, colour) in enumerate(rows):
