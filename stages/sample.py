@@ -46,6 +46,13 @@ def command(
         Path | None,
         typer.Option(metavar="DATASET", help="With --best-of: also write the best answers as demonstrations for SFT."),
     ] = None,
+    curve: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="With --best-of: draw its curve here, an .svg or .png file.")
+    ] = None,
+    with_: Annotated[
+        list[str] | None,
+        typer.Option("--with", metavar="RUN", help="With --curve: a PPO run by the same reward; may be repeated."),
+    ] = None,
     reward: options.Reward = None,
     system: options.System = None,
     prompting: Annotated[
@@ -74,6 +81,7 @@ def command(
     """Print a model's answers to prompts. With --reward, answers are scored, and of several the best is shown."""
     options.check_writable(output, "--out")
     n = _answers(n, best_of, reward, demonstrations)
+    compared = _compared(curve, best_of, with_)
     prompts = [with_system(found, system) for found in _prompts(prompt, dataset, split, limit)]
     paths = adapter_paths(adapter, route)
     if prompting or labels or pattern:
@@ -123,6 +131,10 @@ def command(
         _write_demonstrations(demonstrations, prompts, best, model)
     if best_of and not as_json:
         _show_curve(scores)
+    if curve is not None:
+        from rlhf.inference.best_of import best_of_curve, draw_curve  # imports numpy
+
+        draw_curve(curve, best_of_curve(scores), compared)
 
 
 def _answers(n: int, best_of: int | None, reward: str | None, demonstrations: Path | None) -> int:
@@ -142,6 +154,26 @@ def _answers(n: int, best_of: int | None, reward: str | None, demonstrations: Pa
     if demonstrations is not None:
         check_new(demonstrations, overwrite=False)
     return best_of
+
+
+def _compared(curve: Path | None, best_of: int | None, runs: list[str] | None) -> dict[str, list[tuple[float, float]]]:
+    """The evaluations of the runs that the curve is drawn with.
+
+    Raises:
+        UserError: Options that need each other, a file that cannot be written, or a run without evaluations.
+    """
+    if curve is None and runs:
+        raise UserError("--with: there is no plot", remedy="Give --curve FILE.svg too.")
+    if curve is None:
+        return {}
+    if best_of is None:
+        raise UserError("--curve: of which answers?", remedy="Give --best-of N and --reward RUN too.")
+    if curve.suffix not in (".svg", ".png"):
+        raise UserError(f"--curve {curve}: is neither an .svg nor a .png file")
+    options.check_writable(curve, "--curve")
+    from rlhf.inference.best_of import evaluations_of  # imports numpy
+
+    return {run: evaluations_of(run) for run in runs or ()}
 
 
 def _write_demonstrations(path: Path, prompts: list[Prompt], best: list[dict[str, Any]], model: str) -> None:

@@ -14,17 +14,20 @@ import tiny
 import torch
 
 from rlhf.config.base import ModelConfig
+from rlhf.config.load import check_config
 from rlhf.core.errors import UserError
 from rlhf.data.chat_tokenizer import load_tokenizer
 from rlhf.data.schema import Message, Prompt
 from rlhf.data.store import DatasetWriter, open_dataset
-from rlhf.inference.best_of import best_of_curve, expected_best
+from rlhf.inference.best_of import best_of_curve, evaluations_of, expected_best
 from rlhf.inference.policy import open_policy
 from rlhf.inference.sampling import sample
 from rlhf.inference.sampling_params import sampling_params
 from rlhf.rollout.types import SamplingParams
 from rlhf.runs.run import resolve_model_path
+from rlhf.sft.config import SFTConfig
 from stages.sample import command
+from stages.sft import run as train
 
 
 @pytest.fixture(scope="module")
@@ -310,12 +313,44 @@ def test_best_of_keeps_the_best_answers_prints_the_curve_and_writes_demonstratio
     ]
 
 
+@pytest.mark.parametrize("suffix", ["svg", "png"])
+def test_the_curve_is_drawn_with_the_evaluations_of_ppo_runs(suffix, runs, tmp_path):
+    ppo = Path(finished.ppo(tmp_path / "ppo", runs["sft"], runs["reward"]))
+    words = ["-p", "One?", "--reward", runs["reward"], "--max-new-tokens", 8, "--best-of", 4, "--with", ppo]
+    with pytest.raises(UserError, match="has no evaluations"):
+        finished.invoke(command, runs["sft"], *words, "--curve", tmp_path / "none.svg")
+    rows = [{"step": 0, "eval/kl": -0.001, "eval/scores": 0.1}, {"step": 1, "objective/kl": 1.0}]
+    rows.append({"step": 1, "eval/kl": 0.25, "eval/scores": 0.3})
+    (ppo / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert evaluations_of(str(ppo)) == [(0.0, 0.1), (0.25, 0.3)]
+    file = tmp_path / f"curve.{suffix}"
+    finished.invoke(command, runs["sft"], *words, "--curve", file)
+    content = file.read_bytes()
+    assert content.startswith(b"\x89PNG") if suffix == "png" else b"<svg" in content
+    assert suffix == "png" or content.count(b"<use") > 0
+
+
+def test_the_best_answers_are_trained_on_in_another_round_of_sft(runs, tmp_path):
+    words = ["-p", "One?", "-p", "Two?", "--reward", runs["reward"], "--max-new-tokens", 8, "--best-of", 8]
+    finished.invoke(command, runs["sft"], *words, "--demonstrations", tmp_path / "best")
+    batch = {"batch_size": 2, "micro_batch_size": 2, "max_steps": 1}
+    values = {"run": str(tmp_path / "again"), "model": {"path": runs["sft"]}, "data": {"train": str(tmp_path / "best")}}
+    train(check_config(SFTConfig, values | {"batch": batch}, "test"))
+    before, after = (
+        finished.policy_logits(run, torch.tensor([[1, 5, 9]])) for run in (runs["sft"], str(tmp_path / "again"))
+    )
+    assert not torch.equal(before, after)
+
+
 @pytest.mark.parametrize(
     ("words", "fault"),
     [
         (["--best-of", 4], "--best-of: by what"),
         (["--best-of", 4, "--n", 2], "cannot be combined"),
         (["--demonstrations", "new"], "--demonstrations: which answers"),
+        (["--curve", "curve.svg"], "--curve: of which answers"),
+        (["--with", "runs/ppo"], "--with: there is no plot"),
+        (["--best-of", 4, "--reward", "x:y", "--curve", "curve.gif"], "neither an .svg nor a .png"),
     ],
 )
 def test_best_of_with_unfit_options_is_refused(words, fault, runs):

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from rlhf.core.errors import UserError
 from rlhf.core.intervals import resampled_sums
+from rlhf.runs.metrics import read_metrics
 
 
 @dataclass(frozen=True)
@@ -68,3 +71,51 @@ def best_of_curve(scores: Sequence[Sequence[float]]) -> list[BestOf]:
     low, high = np.quantile(replicates, [0.025, 0.975], axis=0)
     means = expected.mean(axis=0)
     return [BestOf(n, best_of_kl(n), *map(float, point)) for n, *point in zip(sizes, means, low, high)]
+
+
+def evaluations_of(run: str) -> list[tuple[float, float]]:
+    """KL in nats per completion and mean score of each evaluation of a PPO run, in order. A negative estimate of the
+    KL counts as 0.
+
+    Raises:
+        UserError: It is no run, or has no evaluations.
+    """
+    metrics = read_metrics(run)
+    if not {"eval/kl", "eval/scores"} <= set(metrics.columns):
+        raise UserError(f"--with {run}: has no evaluations", remedy="Name a PPO run with `eval.prompts` above 0.")
+    found = metrics[["eval/kl", "eval/scores"]].dropna()
+    return [(max(0.0, float(kl)), float(score)) for kl, score in found.to_numpy()]
+
+
+def draw_curve(file: Path, curve: Sequence[BestOf], runs: Mapping[str, Sequence[tuple[float, float]]]) -> None:
+    """Draw the score of the best of n, and of PPO runs, against the square root of the KL (Gao et al. 2022,
+    arXiv:2210.10760).
+
+    Args:
+        file: An .svg or .png file.
+        curve: Of best-of-n.
+        runs: Label -> what `evaluations_of` gives.
+
+    Raises:
+        UserError: It cannot be written.
+    """
+    from matplotlib import figure as mpl  # slow to import
+
+    figure = mpl.Figure(figsize=(6.4, 4), layout="constrained")
+    axes = figure.add_subplot()
+    distance = [math.sqrt(point.kl) for point in curve]
+    axes.fill_between(distance, [p.low for p in curve], [p.high for p in curve], alpha=0.2, linewidth=0)
+    axes.plot(distance, [point.score for point in curve], "o-", label="best of n")
+    for x, point in zip(distance, curve):
+        axes.annotate(
+            str(point.n), (x, point.score), textcoords="offset points", xytext=(0, 5), ha="center", fontsize=8
+        )
+    for label, points in runs.items():
+        axes.plot([math.sqrt(kl) for kl, _ in points], [score for _, score in points], "s--", label=label)
+    axes.set_xlabel("square root of the KL to the policy, nats per completion")
+    axes.set_ylabel("mean score")
+    axes.legend(frameon=False)
+    try:
+        figure.savefig(file, metadata={"Date": None} if file.suffix == ".svg" else None)
+    except OSError as error:
+        raise UserError(f"{file}: cannot be written: {error}") from None
