@@ -6,8 +6,10 @@ import json
 
 import pytest
 from imports import EXPORTS, by_rank, made, one, read, real, said
+from rows import jsonl
 
 from data_tools.importers import IMPORTERS
+from data_tools.importers.run import import_dataset
 from data_tools.importers.table import read_head
 
 FIELDS = {"prompt": "Name a fruit.", "reply-1": "Car.", "reply-2": "Pear.", "reply-3": "Plum."}
@@ -274,3 +276,15 @@ def test_a_reject_of_a_whole_export_shows_its_record_only(tmp_path):
     assert '"draft"' in reject.raw
     assert '"submitted"' not in reject.raw
     reject.raw.encode("utf-8")
+
+
+def test_a_turn_with_a_field_that_is_not_read_is_rejected_and_ignore_takes_it(tmp_path):
+    turn = {"role": "user", "content": "Name it.", "images": ["fruit.png"]}
+    reason = "prompt.images: not read, and by its name it could hold media"
+    for row in (flat([ORDER], prompt=[turn]), flat([ORDER], prompt=[turn], system="Be brief.")):
+        assert made(tmp_path, "argilla", row) == ([], [reason])
+        file = jsonl(tmp_path / "in.jsonl", [row])
+        for name in ("images", "prompt.images", "prompt"):
+            summary = import_dataset("argilla", [file], tmp_path / "d", ignored_fields=[name], overwrite=True)
+            assert (summary.written, summary.rejected) == (1, 0)
+    assert len(made(tmp_path, "argilla", flat([ORDER], prompt=[turn | {"images": []}]))[0]) == 1

@@ -12,10 +12,10 @@ import pyarrow.ipc
 import pyarrow.parquet as pq
 import pytest
 from datasets import Dataset, DatasetDict
-from imports import assistant, by_rank, read, said, user
-from rows import last_line, run
+from imports import assistant, by_rank, made, read, said, user
+from rows import jsonl, last_line, run
 
-from data_tools.importers.run import find_files
+from data_tools.importers.run import find_files, import_dataset
 from data_tools.importers.table import detect
 from data_tools.reading.rows import JSON
 from rlhf.core.errors import UserError
@@ -251,3 +251,17 @@ def test_rows_of_no_format_are_refused_with_the_command_that_reads_them(tmp_path
     assert result.exit_code == 0, result.output
     (record,) = open_dataset(tmp_path / "d").records()
     assert by_rank(record) == {1: ["A pear."], 2: ["A bus."]}
+
+
+def test_a_turn_in_a_cell_with_a_field_that_is_not_read_is_rejected_and_ignore_takes_it(tmp_path):
+    turns = [{"role": "user", "content": "Name it.", "images": ["fruit.png"]}]
+    reason = "prompt.images: not read, and by its name it could hold media"
+    for asked in (turns, json.dumps(turns), {"messages": turns}):
+        row = {"prompt": asked, "answer_1": "Pear.", "answer_2": "Car.", "rank_1": 1, "rank_2": 2}
+        assert [reason.removeprefix("prompt.") in found for found in made(tmp_path, "csv", row)[1]] == [True]
+        file = jsonl(tmp_path / "in.jsonl", [row])
+        for name in ("images", "prompt"):
+            summary = import_dataset("csv", [file], tmp_path / "d", ignored_fields=[name], overwrite=True)
+            assert (summary.written, summary.rejected) == (1, 0)
+    as_text = made(tmp_path, "csv", row | {"prompt": json.dumps(turns)}, json_cells=False)
+    assert as_text[1] == [], "JSON that stays text has no fields"

@@ -173,7 +173,13 @@ def test_pairs_keep_turns_of_tools_in_their_prompt(tmp_path: Path) -> None:
     sharegpt = {**SHAREGPT, "conversations": SHAREGPT["conversations"][:-1], "chosen": gpt("It rains."),
                 "rejected": "Sun."}  # fmt: skip
     called = {**openai, "preferred_output": OPENAI["messages"][2:3]}
-    for name, row in (("openai-preference", openai), ("sharegpt-preference", sharegpt)):
+    asked = OPENAI["messages"][:4]
+    better, worse = ([{"role": "assistant", "content": text}] for text in ("It rains.", "Sun."))
+    trl = {"prompt": asked, "chosen": better, "rejected": worse, "tools": TOOLS}
+    silent = [{name: value for name, value in turn.items() if value != "I look."} for turn in asked]
+    whole = {"chosen": silent + better, "rejected": silent + worse, "tools": json.dumps(TOOLS)}
+    formats = ("openai-preference", "sharegpt-preference", "trl-preference", "trl-preference")
+    for name, row in zip(formats, (openai, sharegpt, trl, whole)):
         (record,), reasons = made(tmp_path, name, row, tools="keep")
         assert ([c.text for c in record.candidates], record.ranks, reasons) == (["It rains.", "Sun."], (1, 2), [])
         roles = [message.role for message in record.messages]
@@ -182,6 +188,8 @@ def test_pairs_keep_turns_of_tools_in_their_prompt(tmp_path: Path) -> None:
         assert made(tmp_path, name, row)[0] == [], "they are rejected unless the option says otherwise"
     records, (reason,) = made(tmp_path, "openai-preference", called, tools="keep")
     assert (records, reason) == ([], "preferred_output: a tool call or a tool's turn")
+    records, (reason,) = made(tmp_path, "trl-preference", {**trl, "chosen": OPENAI["messages"][2:3]}, tools="keep")
+    assert (records, reason) == ([], "chosen: not one answer of the assistant")
 
 
 def test_calls_and_results_that_cannot_be_kept_are_rejected(tmp_path: Path) -> None:

@@ -23,6 +23,7 @@ from data_tools.reading.annotation_exports import (
 from data_tools.reading.judgements import TIE, ChoiceValues, choice_meanings, means_tie, named_answer
 from data_tools.reading.roles import role_of
 from data_tools.reading.rows import JSON, rows
+from data_tools.reading.unread import NestedFields
 from rlhf.data.jsonl import Reject
 from rlhf.data.schema import BadRecord, Record, dense_ranks, from_dict
 from rlhf.data.store import OnReject
@@ -107,6 +108,8 @@ def argilla(
     without a status, which the nested export (to_json) leaves out: export with `to_list(flatten=True)` or to the Hub,
     or take them as they are by `without_status=true`. A record without a response is one reject.
 
+    A turn of a chat field with a field that could matter and is not read, such as images, is rejected.
+
     Options: `question` names the ranking question, or the rating questions, one an answer; `prompt` and `answers` the
     fields. `answers` may be a mapping OPTION=FIELD,... where the options are not called like the fields; without it, an
     option or rating question belongs to the field of its name, or to the one that ends in the same number. The
@@ -114,7 +117,8 @@ def argilla(
     """
     mapping = answers if isinstance(answers, dict) else _mapping(names(answers))
     meanings = choice_meanings(choice_values, list(mapping.values()))
-    reader = _Reader(names(question), prompt, mapping, meanings, without_status)
+    nested = NestedFields(getattr(reject, "ignored_fields", ()))
+    reader = _Reader(names(question), prompt, mapping, meanings, without_status, nested)
     for line, raw, row in rows(path, reject):
         try:
             records = _records(row)
@@ -143,6 +147,7 @@ class _Reader:
     answers: Mapping[str, str]
     meanings: Mapping[str, str]
     without_status: bool
+    nested: NestedFields
 
     def read(self, record: Mapping[str, Any]) -> Iterator[Record | BadRecord]:
         """A record or a fault for each response, or one fault for the record."""
@@ -212,10 +217,24 @@ class _Reader:
             raise BadRecord("the ranking leaves answers out", brief(sorted(set(self.answers.values()) - set(order))))
         candidates = [{"text": fields[name], "score": scores.get(name)} for name in order]
         others = {name: value for name, value in fields.items() if name not in by_field}
-        row = {"messages": prompt_of(others, self.prompt), "candidates": candidates}
+        row = {"messages": self._asked(others), "candidates": candidates}
         row |= {"ranks": dense_ranks(by_field[name] for name in order), "annotator": given[0].user}
         row |= {"time": given[0].time, "shown": bool(self.answers), "source": "argilla"}
         return from_dict(row, "ranking")
+
+    def _asked(self, fields: Mapping[str, Any]) -> Any:
+        """The prompt.
+
+        Raises:
+            BadRecord: As `prompt_of`, or a turn of its chat has a field that could matter and is not read.
+        """
+        asked = prompt_of(fields, self.prompt)
+        for name, turns in fields.items():
+            if isinstance(asked, list) and isinstance(turns, list) and turns and turns[-1] is asked[-1]:
+                _, unread = self.nested.converted(_said, {name: turns})
+                if unread:
+                    raise unread
+        return asked
 
     # ---- questions "which is better" ----
 
@@ -384,6 +403,12 @@ def _of_person(given: Any) -> Iterator[_Response]:
     facts = (person(given.get("user_id")), given.get("status"), given.get("updated_at") or given.get("inserted_at"))
     for question, value in (given.get("values") or {"": None}).items():
         yield _Response(question, value.get("value") if isinstance(value, dict) else value, *facts)
+
+
+def _said(row: Mapping[str, Any]) -> list[Any]:
+    """What the record of a chat field reads of its turns."""
+    turns = (turn for turns in row.values() for turn in turns if isinstance(turn, dict))
+    return [(turn.get("role"), turn.get("content"), turn.get("tool_calls")) for turn in turns]
 
 
 # ---- the values of a response ----------------------------------------------------------------------------------------

@@ -22,11 +22,12 @@ from data_tools.reading.roles import SYSTEM_FIELDS, role_of, says_something
 from data_tools.reading.route import Columns, route
 from data_tools.reading.sheets import EXCEL
 from data_tools.reading.table_judges import BOXES, Judge, judge_of, number_in
-from data_tools.reading.turns import exchange, from_json_text, is_conversation
+from data_tools.reading.turns import exchange, from_json_text, is_chat, is_conversation
+from data_tools.reading.unread import NestedFields
 from rlhf.core import console
 from rlhf.core.errors import UserError
 from rlhf.data.jsonl import Item, Reject
-from rlhf.data.schema import BadRecord, Record, dense_ranks, from_dict
+from rlhf.data.schema import BadRecord, Message, Record, dense_ranks, from_dict
 from rlhf.data.store import OnReject
 
 SAMPLE = """prompt,answer_1,answer_2,rank_1,rank_2,annotator
@@ -107,7 +108,8 @@ def csv_table(
     the row's text, and by nothing else. `system` is the column of a system turn, `history`
     that of earlier turns, a list of [user, assistant]. Prompts and answers may be turns: text
     in which ``Human:`` and ``Assistant:`` mark them, lists of {role, content}, or JSON text of such lists
-    (`json_cells=false` keeps JSON as text). A list of texts is what the user asked in turn, and then each answer lists
+    (`json_cells=false` keeps JSON as text); a turn with a field that could matter and is not read, such as images, is
+    rejected. A list of texts is what the user asked in turn, and then each answer lists
     the replies. Answers that are whole conversations must share all but their last turn, which is the answer; the rest
     is the prompt. An empty answer that nothing ranks is left out: a row may have fewer answers.
     `shown` says that the answers are in the order in which annotators saw them, `authors` names a column for each
@@ -143,6 +145,7 @@ def csv_table(
         status=status,
         accepted={value.lower() for value in names(accepted)},
         json_cells=json_cells,
+        nested=NestedFields(getattr(reject, "ignored_fields", ())),
     )
     _check_unread(path, there, table.columns, guessed and prompt is None and prompt_template is None)
     return table.records(path, reject, cell_rows(path, reject, table.columns, **container))
@@ -199,6 +202,10 @@ def _filled(values: list[Any], role: str) -> bool:
     return not values or any(says_something(value, role) for value in values)
 
 
+PROMPT = "prompt"
+"""What messages call the prompt, which may be made of several columns."""
+
+
 # ---- rows ------------------------------------------------------------------------------------------------------------
 
 
@@ -222,6 +229,7 @@ class _Table:
     status: str | None
     accepted: set[str]
     json_cells: bool
+    nested: NestedFields
 
     def __post_init__(self) -> None:
         if self.answers and self.answer:
@@ -264,7 +272,14 @@ class _Table:
         if fields.get("seconds"):
             fields["seconds"] = number_in(fields["seconds"], "seconds")
         names = [self.answer] if self.answer else self.answers
-        asked, said = exchange(self._prompt(row), {name: self._cell(row, name) for name in names}, self.json_cells)
+        cells = {name: self._cell(row, name) for name in names} | {PROMPT: self._prompt(row)}
+
+        def read(cells: dict[str, Any]) -> tuple[list[Message], dict[str, str]]:
+            return exchange(cells[PROMPT], {name: cells[name] for name in names}, self.json_cells)
+
+        (asked, said), unread = self.nested.converted(read, {name: self._turns(cell) for name, cell in cells.items()})
+        if unread:
+            raise unread
         if not asked:
             raise BadRecord("the prompt is empty", brief(self._prompt(row)))
         before = {name: self._cell(row, column) for name, column in self.before.items()}
@@ -307,6 +322,11 @@ class _Table:
         if len(self.prompt) == 2 and not self.prompt[0]:
             return self._cell(row, self.prompt[1])
         return "".join(row[part] if index % 2 else part for index, part in enumerate(self.prompt))
+
+    def _turns(self, cell: Any) -> Any:
+        """The turns of a chat that a cell holds as JSON text; any other cell as it is."""
+        read = from_json_text(cell) if self.json_cells else cell
+        return read if is_chat(read) else cell
 
     def _cell(self, row: Cells, column: str) -> Any:
         """What a column holds: text, or a list or object."""

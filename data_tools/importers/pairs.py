@@ -63,7 +63,7 @@ TRL_SAMPLE = as_jsonl(
 
 
 @IMPORTERS.row("trl-preference", suffixes=JSON, sample=TRL_SAMPLE, detect=_detect_trl)
-def trl_preference(path: Path, reject: OnReject) -> Iterator[Record]:
+def trl_preference(path: Path, reject: OnReject, *, tools: PairTools = "reject") -> Iterator[Record]:
     """TRL preference rows {prompt, chosen, rejected}: text or messages, with the prompt given or left in the answers.
 
     Ranks: chosen 1, rejected 2, unless their scores are equal, which is a tie. `score_chosen` and `score_rejected`
@@ -77,26 +77,35 @@ def trl_preference(path: Path, reject: OnReject) -> Iterator[Record]:
     be the prompt, texts are cut where they first differ, at the white space before that word (TRL cuts inside a word),
     and the white space at the cut is dropped; they must share three words, and JSON is never cut.
 
+    Args:
+        tools: What becomes of a row whose prompt has a turn that calls a tool or is a tool's. reject: it is a reject.
+            keep: such turns and the definitions in `tools` are part of the prompt. Stages reject the prompts where
+            the model's chat template does not write them.
+
     Rejected: two fields that could be the prompt, an HH-RLHF transcript without a prompt (import it as hh-rlhf),
-    answers of several turns, identical or empty answers, no prompt, turns of tools, a rejected answer with the higher
-    score.
+    answers of several turns, an answer that calls tools, identical or empty answers, no prompt, a rejected answer with
+    the higher score.
     """
-    return convert_rows(path, reject, _trl_ranking)
+    left_out = () if tools == "reject" else TOOLS_INSIDE
+    return convert_rows(path, reject, partial(_trl_ranking, keep_tools=tools == "keep"), left_out)
 
 
 FEWEST_WORDS = 3
 """Two texts that share fewer words at their beginning do not hold a prompt."""
 
 
-def _trl_ranking(row: Any) -> Ranking:
+def _trl_ranking(row: Any, keep_tools: bool) -> Ranking:
     need(row, "chosen", "rejected")
     chosen, rejected = row["chosen"], row["rejected"]
     if isinstance(chosen, str) != isinstance(rejected, str):
         raise BadRecord("chosen and rejected: one is text, the other is not", remedy="Write both the same way.")
-    asked = _trl_prompt(row)
+    asked = _trl_prompt(row, keep_tools)
     if not asked and is_transcript(chosen):
         raise BadRecord("a transcript of HH-RLHF", remedy="Import the file as hh-rlhf.")
-    better, worse = turns_of(chosen, "chosen", "assistant"), turns_of(rejected, "rejected", "assistant")
+    better, worse = (
+        turns_of(said, name, "assistant", keep_tools=keep_tools)
+        for name, said in (("chosen", chosen), ("rejected", rejected))
+    )
     if not asked and len(better) == len(worse) == 1 and isinstance(chosen, str):
         return _preference(row, *_cut_where_they_differ(chosen, rejected), "trl-preference")
     same = shared_turns([better, worse])
@@ -106,14 +115,15 @@ def _trl_ranking(row: Any) -> Ranking:
         if has_later_marks(best) or has_later_marks(other):
             raise BadRecord("an answer with a transcript inside", brief(best), "Cut it after its first turn.")
         best, other = best.strip(), other.strip()
-    return _preference(row, asked, best, other, "trl-preference")
+    defined = tool_definitions(row, TOOL_FIELDS) if keep_tools else []
+    return _preference(row, [*defined, *asked], best, other, "trl-preference")
 
 
-def _trl_prompt(row: Mapping[str, Any]) -> list[Message]:
+def _trl_prompt(row: Mapping[str, Any], keep_tools: bool) -> list[Message]:
     """The turns of `prompt`, or of the field that takes its place."""
     if row.get("prompt") in (None, "", []):
         return prompt_turns(row, (row["chosen"], row["rejected"]))
-    said = turns_of(row["prompt"], "prompt", "user")
+    said = turns_of(row["prompt"], "prompt", "user", keep_tools=keep_tools)
     return [*before_prompt(row, said), *said]
 
 

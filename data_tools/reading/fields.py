@@ -21,7 +21,7 @@ TOOL_PARTS = ("tool_call", "tool_calls", "tool_use", "tool_result", "tools")
 """Types of a turn's parts that call a tool or give what it returned."""
 TOOL_REMEDY = (
     "Only text can be learned from; leave such chats out, or (openai-chat, sharegpt) --option tools=keep or cut, "
-    "(openai-preference, sharegpt-preference) --option tools=keep."
+    "(trl-preference, openai-preference, sharegpt-preference) --option tools=keep."
 )
 RIGHT_FORMAT = "Is this the right format name? `rlhf data formats` shows a sample of each."
 

@@ -74,7 +74,7 @@ def is_chat(value: Any) -> bool:
     return _is_turn(value) or (isinstance(value, list) and bool(value) and all(map(_is_turn, value)))
 
 
-def turns_of(value: Any, name: str, role: Role, json_text: bool = True) -> list[Message]:
+def turns_of(value: Any, name: str, role: Role, json_text: bool = True, keep_tools: bool = False) -> list[Message]:
     """The turns that a field holds.
 
     Args:
@@ -83,17 +83,18 @@ def turns_of(value: Any, name: str, role: Role, json_text: bool = True) -> list[
         name: The field, for messages.
         role: Whose turn plain text is.
         json_text: Whether text that is JSON is read; else it is text like any other.
+        keep_tools: Whether turns of tools are read, as `turns_with_tools` does.
 
     Raises:
-        BadRecord: It is something else, or a turn is a tool's or holds more than text.
+        BadRecord: It is something else, or a turn holds more than text, or is a tool's where these are not read.
     """
     read = from_json_text(value) if json_text else value
-    if is_chat(read):
+    if is_chat(read) or (keep_tools and read and are_objects(read)):
         read = read["messages"] if isinstance(read, dict) and "messages" in read else read
         read = read if isinstance(read, list) else [read]
-        if "from" in read[0] and "role" not in read[0]:
-            return chat(read, name, SHAREGPT_ROLES, "from", "value")
-        return chat(read, name, OPENAI_ROLES)
+        sharegpt = "from" in read[0] and "role" not in read[0]
+        names = (SHAREGPT_ROLES, "from", "value") if sharegpt else (OPENAI_ROLES, "role", "content")
+        return turns_with_tools(read, name, *names)[0] if keep_tools else chat(read, name, *names)
     if not isinstance(value, str):
         return chat(value, name)  # says what is wrong with it
     return from_transcript(value) if is_transcript(value) else [Message(role, value)]
