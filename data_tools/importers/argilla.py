@@ -29,28 +29,15 @@ from rlhf.data.schema import BadRecord, Record, dense_ranks, from_dict
 from rlhf.data.store import OnReject
 
 NO_FIELDS = {
-    "id",
-    "status",
-    "inserted_at",
-    "updated_at",
-    "_server_id",
-    "external_id",
-    "metadata",
-    "suggestions",
-    "vectors",
-}
+    "id", "status", "inserted_at", "updated_at", "_server_id", "external_id", "metadata", "suggestions", "vectors",
+}  # fmt: skip
 """Keys of a flat record that are no field of it."""
 
 SAMPLE = {
-    "id": "1",
-    "status": "completed",
-    "prompt": "Name a fruit.",
-    "reply-1": "Car.",
-    "reply-2": "Pear.",
-    "best.responses": [["reply-2", "reply-1"]],
-    "best.responses.users": ["6c1c1f4a-4e8a-4ee9-a3ad-54b7a8a2b8f1"],
+    "id": "1", "status": "completed", "prompt": "Name a fruit.", "reply-1": "Car.", "reply-2": "Pear.",
+    "best.responses": [["reply-2", "reply-1"]], "best.responses.users": ["6c1c1f4a-4e8a-4ee9-a3ad-54b7a8a2b8f1"],
     "best.responses.status": ["submitted"],
-}
+}  # fmt: skip
 
 
 class _Response(NamedTuple):

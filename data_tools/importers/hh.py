@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from itertools import cycle
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,7 +18,9 @@ from rlhf.data.store import OnReject
 _QUESTION, _ANSWER = "\n\nHuman:", "\n\nAssistant:"
 _TURN = re.compile(r"\n\n(Human|Assistant):")
 _ROLES: dict[str, Literal["user", "assistant"]] = {"Human": "user", "Assistant": "assistant"}
-_SPEAKERS = ("user", "assistant")
+_MOST_EXCHANGES = 50
+"""A usual row has no more."""
+_SPEAKERS = ("user", "assistant") * _MOST_EXCHANGES
 
 
 def detect(head: Head) -> str | None:
@@ -66,10 +67,9 @@ def _usual(row: Any) -> Row | None:
     chosen, rejected = row.get("chosen"), row.get("rejected")
     if type(chosen) is not str or type(rejected) is not str:
         return None
-    exchanges = chosen.split(_ANSWER)
-    best = exchanges.pop()
+    *exchanges, best = chosen.split(_ANSWER)
     start = len(chosen) - len(best)
-    if not exchanges or not rejected.startswith(chosen[:start]):
+    if not 0 < len(exchanges) <= _MOST_EXCHANGES or not rejected.startswith(chosen[:start]):
         return None
     other = rejected[start:]
     if (":" in best and _QUESTION in best) or (":" in other and (_QUESTION in other or _ANSWER in other)):
@@ -85,7 +85,7 @@ def _usual(row: Any) -> Row | None:
     if turns.pop(0) or not (all(turns) and best and other and best != other):
         return None
     try:
-        prompt = list(zip(cycle(_SPEAKERS), turns))
+        prompt = list(zip(_SPEAKERS, turns))
         return ranking_row(prompt, (best, other), _candidates(best, other), (1, 2), "hh-rlhf")
     except TypeError:  # a lone surrogate
         return None

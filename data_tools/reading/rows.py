@@ -35,13 +35,13 @@ def rows(path: Path, reject: OnReject) -> Iterator[Item]:
     Raises:
         UserError: The file cannot be opened.
     """
-    last = 0
+    item = None
     try:
         with open_bytes(path) as file:
             for item in _rows(path, file, reject):
-                last = item.line
                 yield item
     except READ_ERRORS as error:
+        last = item.line if item else 0
         remedy = "Download the file again; the rows before the damage were read."
         reject(
             Reject.of(path, last + 1, BadRecord("damaged: the rest of the file cannot be read", str(error), remedy), "")

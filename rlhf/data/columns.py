@@ -129,6 +129,9 @@ class Block:
 
 
 def _array(values: Sequence[Any], kind: pa.DataType) -> pa.Array:
-    if pa.types.is_floating(kind):  # an integer may be too large for Arrow's 64 bits
-        values = [None if value is None else float(value) for value in values]
-    return pa.array(values, kind)
+    try:
+        return pa.array(values, kind)
+    except pa.ArrowInvalid:
+        if not pa.types.is_floating(kind):
+            raise
+        return pa.array([None if value is None else float(value) for value in values], kind)  # integers of 54 bits
