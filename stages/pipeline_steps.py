@@ -207,6 +207,7 @@ def waiting_for(last: Round, count: int, arrived: int, wanted: int) -> str:
     return (
         f"Round {last.number} of {count} waits for people: {so_far}\n"
         f"  at a terminal          rlhf data rank {candidates} --annotator NAME\n"
+        f"  in a browser           rlhf data rank {candidates} --web\n"
         f"  or in Label Studio     rlhf data label-studio push {candidates} --url URL\n"
         f"    and what was ranked  rlhf data label-studio pull {candidates} --url URL --out {pulled}"
     )

@@ -203,4 +203,4 @@ def show(summary: dict[str, Any], proposals: Sequence[Proposal], made: Derivatio
     short = sum(n for size, n in sizes.items() if size < k)
     fewer = f" ({short:,} with fewer than {k} answers)" if short else ""
     say(f"proposed {summary['written']:,}{fewer} -> {summary['out']} (proposals); rejected {summary['rejected']:,}")
-    say(f"Rank them: rlhf data rank {summary['out']} --annotator NAME")
+    say(f"Rank them: rlhf data rank {summary['out']} --annotator NAME, or with --web in a browser")

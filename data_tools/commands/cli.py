@@ -21,6 +21,10 @@ COMMANDS = {
     "lineage": ("data_tools.commands.prepare:lineage_command", "Show what a dataset was made from."),
     "stats": ("data_tools.commands.prepare:stats_command", "Count what datasets hold."),
     "check": ("data_tools.commands.check:app", "Measure duplicates, leaks, biases and agreement, with intervals."),
+    "annotators": (
+        "data_tools.commands.annotators:annotators_command",
+        "Measure what each annotator's rankings do to a reward model.",
+    ),
     "rank": ("data_tools.commands.rank:rank_command", "Rank proposals at the terminal or in a browser."),
     "aggregate": ("data_tools.commands.aggregate:aggregate_command", "Merge several annotators' rankings into one."),
     "label-studio": ("data_tools.commands.label_studio:app", "Push proposals to Label Studio, pull the rankings."),

@@ -1,0 +1,205 @@
+"""What leaving each annotator out does to a reward model: a bag of words, trained with and without their rankings."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from scipy import stats
+from sklearn import linear_model, model_selection
+from sklearn.feature_extraction import text as features
+
+from data_tools.statistics.intervals import Estimate
+from data_tools.statistics.words import FEWEST_PROMPTS, FOLDS, REGULARISATION
+from rlhf.core import console
+from rlhf.core.errors import UserError
+from rlhf.core.intervals import resampled_sums
+from rlhf.data.schema import Ranking
+from rlhf.data.store import open_dataset
+
+MOST_PAIRS = 20_000
+FEWEST_RANKINGS = 20
+"""An annotator with fewer is not left out: the interval would say nothing."""
+LEVEL = 0.05
+SEED = 0
+VERDICTS = {
+    "helps": "without them the reward model is worse",
+    "harms": "without them it is better",
+    "no clear effect": "the difference may be chance",
+}
+
+
+@dataclass(frozen=True)
+class Effect:
+    """What one annotator's rankings do to the accuracy on what the others ranked."""
+
+    name: str
+    rankings: int
+    accuracy: float
+    """Of the model with everybody's rankings, on held-out pairs that others ranked."""
+    gain: Estimate
+    """That accuracy minus the accuracy without the annotator."""
+    gain_over_others: Estimate
+    """The accuracy without as many rankings of others, minus the accuracy without the annotator: above 0, their
+    rankings teach more than those of the others."""
+    verdict: str
+    """One of `VERDICTS`, of `gain`, corrected for the number of annotators (Bonferroni)."""
+
+
+@dataclass(frozen=True)
+class _Pairs:
+    """Ordered pairs of answers; arrays of one entry for each."""
+
+    difference: Any
+    """Sparse (n, features): log(1 + count) of hashed words and word pairs, of one answer minus the other."""
+    winner: np.ndarray
+    """1 or -1."""
+    prompt: np.ndarray
+    ranking: np.ndarray
+    annotator: np.ndarray
+
+
+def leave_out(path: str | Path, most: int = 20) -> dict[str, Any]:
+    """Train the model of `bag_of_words` with everybody's rankings, without each annotator's, and without as many random
+    rankings of others, in five folds that keep a prompt together; compare them on held-out pairs that others ranked.
+
+    Intervals are 95 % percentile intervals of a paired bootstrap over prompts (Efron 1979): both models are judged on
+    the same resampled prompts.
+
+    Args:
+        path: A dataset of rankings that name their annotators.
+        most: The annotators with the most rankings that are left out, one after the other.
+
+    Returns:
+        pairs, prompts, accuracy (of the model with all), effects (see `Effect`, most harmful first), not_tried
+        (annotators with too few rankings, or beyond `most`).
+
+    Raises:
+        UserError: Too few annotators or prompts.
+    """
+    names, rankings, pairs = _read(open_dataset(path, "ranking").records(), str(path))
+    tried = [who for who, count in rankings.most_common(most) if count >= FEWEST_RANKINGS]
+    if len(rankings) < 2 or not tried:
+        why = f"An annotator is left out who has {FEWEST_RANKINGS} rankings or more, if there is another one."
+        raise UserError(f"{path}: no annotator can be left out", why, "`rlhf data stats` counts them.")
+    folds = list(model_selection.GroupKFold(FOLDS).split(pairs.winner, groups=pairs.prompt))
+    everybody = _correct(pairs, folds, np.ones(len(pairs.winner), bool))
+    found = []
+    for who in console.track(tried, "leaving annotators out", unit="annotators"):
+        without = _correct(pairs, folds, pairs.annotator != who)
+        fewer = _correct(pairs, folds, _without_as_many_others(pairs, who))
+        judged = pairs.annotator != who
+        gain, clear = _compare(everybody, without, pairs, judged, len(tried))
+        verdict = "no clear effect" if not clear else "helps" if gain.value > 0 else "harms"
+        over, _ = _compare(fewer, without, pairs, judged, 1)
+        accuracy = float(everybody[judged].mean())
+        found.append(Effect(names[who], rankings[who], accuracy, gain, over, verdict))
+    found.sort(key=lambda one: (one.gain.value, one.name))
+    return {
+        "pairs": len(pairs.winner), "prompts": len(np.unique(pairs.prompt)), "accuracy": float(everybody.mean()),
+        "effects": [asdict(one) for one in found], "not_tried": len(rankings) - len(tried),
+    }  # fmt: skip
+
+
+def _read(records: Iterable[Ranking], path: str) -> tuple[list[str], Counter[int], _Pairs]:
+    """Names of annotators, rankings of each, and at most `MOST_PAIRS` random pairs."""
+    texts: list[tuple[str, str]] = []
+    rows: list[tuple[int, int, int, int]] = []
+    names: dict[str, int] = {}
+    prompts: dict[str, int] = {}
+    counts: Counter[int] = Counter()
+    for number, record in enumerate(records):
+        if not record.annotator or record.merged:
+            continue
+        who = names.setdefault(record.annotator, len(names))
+        counts[who] += 1
+        prompt = prompts.setdefault(record.prompt_id, len(prompts))
+        for better, worse in _ordered(record):
+            texts.append((better, worse))
+            rows.append((prompt, number, who, 1))
+    if len(prompts) < FEWEST_PROMPTS:
+        why = f"{len(prompts)} prompts were ranked by named annotators; {FEWEST_PROMPTS} are needed."
+        raise UserError(f"{path}: too few rankings", why, "Rank more, with `rlhf data rank`.")
+    generator = np.random.default_rng(SEED)
+    kept = np.arange(len(rows))
+    if len(rows) > MOST_PAIRS:
+        kept = np.sort(generator.choice(len(rows), MOST_PAIRS, replace=False))
+    hashed = features.HashingVectorizer(n_features=2**18, ngram_range=(1, 2), alternate_sign=False, norm=None)
+    better, worse = (hashed.transform([texts[i][side] for i in kept.tolist()]).log1p() for side in (0, 1))
+    winner = generator.choice([-1, 1], len(kept))  # so that both classes occur
+    table = np.array([rows[i] for i in kept.tolist()])
+    difference = (better - worse).multiply(winner[:, None]).tocsr()
+    return list(names), counts, _Pairs(difference, winner, table[:, 0], table[:, 1], table[:, 2])
+
+
+def _ordered(record: Ranking) -> Iterator[tuple[str, str]]:
+    answers = list(zip(record.ranks, (candidate.text for candidate in record.candidates)))
+    return ((one, other) for rank, one in answers for below, other in answers if rank < below)
+
+
+def _without_as_many_others(pairs: _Pairs, who: int) -> np.ndarray:
+    """(n,) bool: everything but as many random rankings of others as the annotator has; half of them if there are no
+    more."""
+    own = np.unique(pairs.ranking[pairs.annotator == who])
+    others = np.unique(pairs.ranking[pairs.annotator != who])
+    count = min(len(own), len(others) // 2)
+    left = np.random.default_rng(SEED).choice(others, count, replace=False)
+    return ~np.isin(pairs.ranking, left)
+
+
+def _correct(pairs: _Pairs, folds: list[Any], used: np.ndarray) -> np.ndarray:
+    """(n,) float: 1 where a model that was trained on the `used` pairs of the other folds predicts the winner."""
+    correct = np.full(len(pairs.winner), 0.5)
+    for seen, held_out in folds:
+        rows = seen[used[seen]]
+        if len(np.unique(pairs.winner[rows])) < 2:
+            continue
+        model = linear_model.LogisticRegression(
+            C=REGULARISATION, fit_intercept=False, solver="liblinear", random_state=SEED
+        )
+        model.fit(pairs.difference[rows], pairs.winner[rows])
+        correct[held_out] = model.predict(pairs.difference[held_out]) == pairs.winner[held_out]
+    return correct
+
+
+def _compare(
+    one: np.ndarray, other: np.ndarray, pairs: _Pairs, judged: np.ndarray, tests: int
+) -> tuple[Estimate, bool]:
+    """Difference of two accuracies on the judged pairs, and whether it is not 0 at `LEVEL` / `tests`."""
+    index = np.unique(pairs.prompt[judged], return_inverse=True)[1]
+    sums = np.stack([np.bincount(index, (one - other)[judged]), np.bincount(index)], 1)
+    drawn = resampled_sums(sums)
+    means = drawn[:, 0] / drawn[:, 1]
+    value = float(sums[:, 0].sum() / sums[:, 1].sum())
+    low, high = np.quantile(means, [LEVEL / 2, 1 - LEVEL / 2])
+    clear = abs(value) > float(stats.norm.ppf(1 - LEVEL / 2 / tests)) * float(means.std())
+    return Estimate(value, float(low), float(high), int(judged.sum())), clear
+
+
+def show(found: dict[str, Any]) -> None:
+    """Print the table and what it means."""
+
+    def points(estimate: dict[str, Any]) -> str:
+        value, low, high = (100 * estimate[name] for name in ("value", "low", "high"))
+        return f"{value:+.1f} ({low:+.1f} to {high:+.1f})"
+
+    rows = [
+        [one["name"], one["rankings"], f"{one['accuracy']:.1%}", points(one["gain"]),
+         points(one["gain_over_others"]), one["verdict"]]
+        for one in found["effects"]
+    ]  # fmt: skip
+    columns = ["annotator", "rankings", "accuracy", "gain, points", "over others", "verdict"]
+    console.table("what each annotator's rankings do to a reward model", columns, rows)
+    console.say(
+        f"A bag-of-words reward model is right on {found['accuracy']:.1%} of {found['pairs']:,} held-out pairs of "
+        f"{found['prompts']:,} prompts. Gain: its accuracy on what the others ranked, minus that without the annotator."
+    )
+    console.say("Over others: the gain above that of as many rankings of others. In brackets 95% intervals.")
+    if found["not_tried"]:
+        console.say(
+            f"{found['not_tried']} annotators were not left out: fewer than {FEWEST_RANKINGS} rankings, or --most."
+        )
