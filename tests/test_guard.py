@@ -47,7 +47,7 @@ QUIET = {
     "guard/disagreement": [0.2] * 6 + [0.25] * 6,
 }
 LOUD = {
-    "gold-falls": {"objective/gold_reward": [0.0] * 3 + [2.0] * 3 + [1.0] * 6},
+    "gold-falls": {"objective/gold_reward": [0.0] * 3 + [2.0] * 3 + [0.8] * 6},
     "disagreement": {"guard/disagreement": [0.2] * 6 + [0.4] * 6},
     "watch-lags": {"guard/watch_score": [0.0] * 6 + [0.9] * 6},
     "score-range": {"guard/outside_range": [0.02] * 6 + [0.6] * 6},
@@ -104,8 +104,8 @@ def test_an_ensemble_that_disagrees_from_the_outset_is_named_before_the_baseline
     assert alarm.what == "the ensemble's members disagree by 0.6; the scores differ by 1 at the start"
 
 
-def test_the_gold_reward_may_fall_by_a_quarter_of_its_gain():
-    nearly = QUIET | {"objective/gold_reward": [0.0] * 3 + [2.0] * 3 + [1.5] * 6}
+def test_the_gold_reward_may_fall_by_half_of_its_gain():
+    nearly = QUIET | {"objective/gold_reward": [0.0] * 3 + [2.0] * 3 + [1.0] * 6}
     assert observed(guard(), nearly) == []
 
 

@@ -92,7 +92,7 @@ def _of(value: float) -> str:
 
 
 @RULES.row("gold-falls")
-def gold_falls(history: History, *, drop: PositiveFloat = 0.25) -> str | None:
+def gold_falls(history: History, *, drop: PositiveFloat = 0.5) -> str | None:
     """The gold reward is below its highest value by more than this fraction of its gain, while the score still rises.
 
     The gain counts as at least half a standard deviation of the scores at the start. Needs `gold`.
