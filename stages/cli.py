@@ -38,6 +38,7 @@ app = command_group(
         "doctor": ("stages.doctor:command", "Say what is wrong with a run, why, and what to do."),
         "report": ("stages.report:command", "Write one HTML page about runs, to read, print and send."),
         "guard": ("stages.guard:command", "Say whether a PPO run gets better or games its reward."),
+        "replay": ("stages.replay:command", "Open a recorded PPO update, and compute it once more."),
         "export": ("stages.export:command", "Export a finished run in Hugging Face format."),
         "chat": ("stages.chat:command", "Chat with a model."),
         "check-model": (

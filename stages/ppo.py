@@ -51,6 +51,9 @@ from rlhf.ppo.types import (
     gather_scores,
     gather_tokens,
 )
+from rlhf.replay import record
+from rlhf.replay.record import UpdateRecord
+from rlhf.replay.tokens import token_records
 from rlhf.reward.sources import RewardContext, RewardInputs, model_terms, own_chats, scores_with_disagreement
 from rlhf.rollout import samplers
 from rlhf.rollout.decode_step import check_family
@@ -191,7 +194,7 @@ class PPO:
             gold = config.gold is not None and index % config.gold.every == 0
             experience = self.score(rollout, minibatches.epoch(0), gold)
         # 4. rewards: the score at the last token, the KL penalty at every token
-        mask, kl_coef = rollout.response_mask, self.kl_controller.coef * self.guard.kl_factor
+        mask, kl_coef = rollout.response_mask, self.kl_coef
         kl_per_token = config.kl.estimator(experience.logprobs, experience.ref_logprobs)
         scores = self.shape_scores(experience)
         rewards = kl.shape_rewards(scores, kl_per_token, mask, kl_coef, scale=config.shaping.whiten_rewards)
@@ -202,6 +205,8 @@ class PPO:
         with clock("learn"):
             learned = self.learner.learn(experience, advantages, minibatches, index, lr_scale)
         metrics = experience_metrics(experience, scores, rewards, advantages)
+        parts = (experience, scores, kl_per_token, rewards, advantages, kl_coef, *self.score_scale)
+        record.note(self.run.path, config.log, UpdateRecord(index + 1, *parts))
         self.kl_controller.update(metrics["objective/kl"], len(mask))
         if self.score_range is not None:
             metrics["guard/outside_range"] = outside_range(experience.scores, *self.score_range)
@@ -321,17 +326,29 @@ class PPO:
 
     def shape_scores(self, experience: Experience) -> Tensor:
         """Scores normalised and clipped, with the rule for completions that did not end. float32 [N]."""
-        rule, stats = self.config.shaping, RunningMeanStd()
+        rule = self.config.shaping
         if rule.normalize_scores:
-            stats = self.score_stats = self.score_stats.add(experience.scores)
+            self.score_stats = self.score_stats.add(experience.scores)
+        mean, std = self.score_scale
         return kl.shape_scores(
             experience.scores,
             experience.rollout.ended,
-            mean=stats.mean,
-            std=stats.scale,
+            mean=mean,
+            std=std,
             clip=rule.clip_score,
             missing_eos=rule.missing_eos,
         )
+
+    @property
+    def kl_coef(self) -> float:
+        """The coefficient of the KL penalty now."""
+        return self.kl_controller.coef * self.guard.kl_factor
+
+    @property
+    def score_scale(self) -> tuple[float, float]:
+        """Mean and deviation by which scores are normalised now; 0 and 1 where they are not, or nothing was scored."""
+        stats = self.score_stats if self.config.shaping.normalize_scores else RunningMeanStd()
+        return stats.mean, stats.scale
 
     def lr_scale(self, index: int) -> float:
         """Learning rates of an update as a fraction of their peak."""
@@ -346,7 +363,9 @@ class PPO:
         rollout = self.rollout(self._prompts(self.tables.eval, rows, 1, EVAL, 0))
         token_rows = TokenRows.of_rollout(rollout, self.chat.pad_id, self.vocab_size, self.packed)
         whole = Minibatches.of(token_rows, [rows], 1, self.config.batch.micro_batch_tokens)
-        self.reporter.evaluation(self.done, self.score(rollout, whole.epoch(0)), self.chat)
+        experience = self.score(rollout, whole.epoch(0))
+        tokens = token_records(self.config, self.chat, experience, self.kl_coef, *self.score_scale)
+        self.reporter.evaluation(self.done, experience, self.chat, tokens)
 
     # ---- checkpoints ---------------------------------------------------------------------------------------------
 
@@ -373,6 +392,7 @@ class PPO:
         if newest is None:
             say(f"No checkpoint in {self.checkpoints.folder}: starting from the beginning")
             self.run.rewind(-1)
+            record.forget_after(self.run.path, 0)
             return []
         step, folder = newest
         self.models.engine.load(folder)
@@ -386,6 +406,7 @@ class PPO:
             self.ahead = lambda: rollout
         load_rng(folder, self.config.seed, step)
         self.run.rewind(step)
+        record.forget_after(self.run.path, step)
         say(f"Continuing after update {step}")
         found: list[dict[str, float]] = state.get("evaluations", [])
         return found

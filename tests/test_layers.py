@@ -10,8 +10,8 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 FLOORS = {
     "rlhf": [
         "core", "config", "servers", "distributed", "data", "judging", "tasks", "runs", "doctor", "models", "tuning",
-        "rollout", "reward", "guard", "training", "sft", "specialist", "ppo", "dpo", "inference", "prompting", "export",
-        "memory", "cli", "comparison", "evaluation", "report",
+        "rollout", "reward", "guard", "training", "sft", "specialist", "ppo", "replay", "dpo", "inference", "prompting",
+        "export", "memory", "cli", "comparison", "evaluation", "report",
     ],
     "data_tools": [
         "statistics", "io", "curate", "check", "reading", "published", "importers", "aggregate", "annotate",

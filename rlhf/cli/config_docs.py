@@ -56,9 +56,9 @@ Generated from the config classes by `python -m rlhf.cli.config_docs > docs/conf
 def document() -> str:
     """The text of docs/config.md."""
     parts, tables = [HEAD], dict[int, Table]()
+    every_stage = set(_keys(StageConfig, {}))
     for title, (kind, text) in SECTIONS.items():
-        shared = StageConfig.model_fields if kind is not StageConfig else {}
-        keys = [line for line in _keys(kind, tables) if line[0].strip("`").split(".")[0] not in shared]
+        keys = [line for line in _keys(kind, tables) if kind is StageConfig or line not in every_stage]
         parts.append(f"## {title}\n\n{text}\n\n{_grid(('key', 'type', 'default', 'meaning'), keys)}")
     parts.append("## Tables\n\nThe rows that a config may name, and their options.")
     parts += [_table(table) for table in tables.values()]

@@ -6,7 +6,7 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
-from rlhf.config.base import AdamWConfig, Fraction, ModelConfig, Paths, StageConfig, Strict
+from rlhf.config.base import AdamWConfig, Fraction, LogConfig, ModelConfig, Paths, StageConfig, Strict
 from rlhf.core.table import Pick
 from rlhf.guard.config import GoldConfig, GuardConfig
 from rlhf.ppo.advantages import ADVANTAGES
@@ -183,6 +183,17 @@ class PPOEvalConfig(Strict):
     """How many held-out prompts to complete and score. The completions go to samples.jsonl."""
 
 
+class PPOLogConfig(LogConfig):
+    record_every: NonNegativeInt = 50
+    """Record the first update and every this many after it in the run's `updates/`, whole: tokens, log-probs, values,
+    rewards, advantages, some 36 bytes per response token. `rlhf replay` opens and recomputes them. 0 records none."""
+    record_keep: PositiveInt = 10
+    """How many recorded updates to keep on disk: the first and the newest."""
+    token_samples: NonNegativeInt = 16
+    """Completions of each evaluation for which samples.jsonl has the numbers of each token: log-probs, value, reward,
+    advantage. `rlhf report` shows them."""
+
+
 class PPOConfig(StageConfig):
     model: PPOModelConfig
     """The policy to start from. A frozen copy of it is the reference."""
@@ -210,6 +221,7 @@ class PPOConfig(StageConfig):
     docs/guard.md."""
     guard: GuardConfig = GuardConfig()
     """What to watch for while the policy is optimised against its reward, and what to do then; see docs/guard.md."""
+    log: PPOLogConfig = PPOLogConfig()
     compile: bool = False
     """Compile the layers of policy and critic with torch.compile (one graph for all lengths). This takes up to a minute
     at the start and makes later passes faster. The first ratio then equals 1 only up to rounding. Not supported under

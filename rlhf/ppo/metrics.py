@@ -5,9 +5,10 @@ from __future__ import annotations
 import math
 import resource
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -126,8 +127,13 @@ class PPOReporter(Reporter):
         for alarm in alarms:
             self.bar.note(f"guard: {alarm.rule}: {alarm.what}, since update {alarm.since}. Action: {alarm.action}")
 
-    def evaluation(self, done: int, experience: Experience, chat: ChatTokenizer) -> None:
-        """Report an evaluation on held-out prompts, and write its completions to samples.jsonl."""
+    def evaluation(
+        self, done: int, experience: Experience, chat: ChatTokenizer, tokens: Sequence[Mapping[str, Any]]
+    ) -> None:
+        """Report an evaluation on held-out prompts, and write its completions to samples.jsonl.
+
+        `tokens` are the numbers of each token of the first completions.
+        """
         rollout = experience.rollout
         divergence = masked_sum(kl.k1(experience.logprobs, experience.ref_logprobs), rollout.response_mask)
         metrics = {
@@ -146,12 +152,14 @@ class PPOReporter(Reporter):
         self.bar.note(
             f"held out after update {done}: score {score}  kl {format_number(metrics['eval/kl'], 3)}  len {length}"
         )
-        rows = [
-            {"messages": messages, "answer": chat.decode(one.ids), "score": score, "ended": one.ended}
-            for messages, one, score in zip(rollout.prompts.messages, rollout.completions, experience.scores.tolist())
+        found = zip(rollout.prompts.messages, rollout.completions, experience.scores.tolist())
+        rows: list[dict[str, Any]] = [
+            {"messages": m, "answer": chat.decode(a.ids), "score": score, "ended": a.ended} for m, a, score in found
         ]
         if experience.disagreement is not None:
             rows = [row | {"disagreement": one} for row, one in zip(rows, experience.disagreement.tolist())]
+        for row, numbers in zip(rows, tokens):
+            row["tokens"] = numbers
         self.samples(done, rows)
 
     def headline(self) -> dict[str, float]:

@@ -20,6 +20,7 @@ from rlhf.report.charts import COLOURS, Chart, Line, draw, stage_charts, thinned
 from rlhf.report.facts import DataFacts
 from rlhf.report.gather import STAGE_NAMES, RunRecord, Subject
 from rlhf.report.headline import gain, headline, percent
+from rlhf.report.updates import newest_update
 
 TEMPLATE = Path(__file__).with_name("page.html.jinja")
 SCRIPT = Path(__file__).with_name("report.js")
@@ -71,6 +72,7 @@ def render(subjects: Sequence[Subject], data: Sequence[DataFacts] = (), refresh:
         stages=_stages(subjects),
         frontier=_frontier(subjects),
         data=data,
+        updates=[None if (run := subject.of("ppo")) is None else newest_update(run) for subject in subjects],
         comparison=_comparison(subjects),
         differences=_differences(subjects),
         colours=COLOURS,

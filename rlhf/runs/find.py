@@ -8,7 +8,7 @@ from pathlib import Path
 
 DEPTH = 4
 """Folders below the given one that are looked into: a pipeline's runs lie at most three deep."""
-INSIDE = {"checkpoints", "model", "cache", "tensorboard", "adapter", "critic"}
+INSIDE = {"checkpoints", "model", "cache", "updates", "tensorboard", "adapter", "critic"}
 """What a run holds, besides runs."""
 
 

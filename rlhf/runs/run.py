@@ -5,6 +5,7 @@ runs/NAME/
   metrics.jsonl   one line per logged step       samples.jsonl   completions with their scores
   events.jsonl    what the guard of PPO said      checkpoints/    for --resume
   model/          the result in Hugging Face format
+  updates/        recorded PPO updates, for `rlhf replay`
 """
 
 from __future__ import annotations
@@ -89,9 +90,9 @@ class Run:
 RUN_FILES = {
     "config.yaml", "run.json", "metrics.jsonl", "samples.jsonl", "events.jsonl", "rejected.jsonl",
     "reward_metrics.json", "specialist_metrics.json", "cache",
-    "checkpoints", "tensorboard", "model", "adapter", "critic", LOCK, ".config.yaml.partial", ".run.json.partial",
-    ".metrics.jsonl.partial", ".samples.jsonl.partial", ".events.jsonl.partial", ".reward_metrics.json.partial",
-    ".specialist_metrics.json.partial",
+    "checkpoints", "updates", "tensorboard", "model", "adapter", "critic", LOCK, ".config.yaml.partial",
+    ".run.json.partial", ".metrics.jsonl.partial", ".samples.jsonl.partial", ".events.jsonl.partial",
+    ".reward_metrics.json.partial", ".specialist_metrics.json.partial",
 }  # fmt: skip
 """What stages write into a run folder."""
 

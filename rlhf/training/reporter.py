@@ -77,9 +77,13 @@ class TensorBoard:
         self._writer.flush()
 
     def samples(self, rows: Sequence[Mapping[str, Any]], step: int) -> None:
-        """The rows of samples.jsonl as indented JSON, which the page shows verbatim: no Markdown, no HTML."""
+        """The rows of samples.jsonl as indented JSON, which the page shows verbatim: no Markdown, no HTML.
+
+        The numbers of each token are left out, which would be thousands of lines.
+        """
         for index, row in enumerate(rows):
-            text = json.dumps(row, ensure_ascii=False, indent=2)
+            words = {key: value for key, value in row.items() if key != "tokens"}
+            text = json.dumps(words, ensure_ascii=False, indent=2)
             self._writer.add_text(f"samples/{index}", "    " + text.replace("\n", "\n    "), step)
         self._writer.flush()
 

@@ -1,0 +1,1 @@
+"""Whole PPO updates as they were: recorded, read back, and computed once more."""

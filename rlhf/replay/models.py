@@ -1,0 +1,102 @@
+"""Log-probs, values and scores of a recorded update by the models, as they were before that update."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from rlhf.core.errors import UserError
+from rlhf.data.chat_tokenizer import ChatTokenizer, load_tokenizer
+from rlhf.models.load import load_hf_config
+from rlhf.ppo.batching import Minibatches, TokenRows
+from rlhf.ppo.config import PPOConfig
+from rlhf.ppo.frozen_layers import states_per_sequence
+from rlhf.ppo.models import Models, load_separate
+from rlhf.ppo.shared_base import load_shared
+from rlhf.ppo.types import Rollout, gather_episodes, gather_scores, gather_tokens
+from rlhf.replay.record import UpdateRecord
+from rlhf.reward.sources import RewardContext, RewardInputs, Source, own_chats
+from rlhf.runs.checkpoint import SEAL, damage
+from rlhf.runs.random_state import seed_everything
+from rlhf.runs.run import read_run, resolve_model_path, template_time
+
+
+def checkpoint_before(run: Path, step: int) -> Path | None:
+    """The checkpoint with the weights that sampled an update; None if the update was the first.
+
+    Raises:
+        UserError: It is gone or damaged.
+    """
+    if step == 1:
+        return None
+    place = run / "checkpoints" / f"step-{step - 1:08d}"
+    if not (place / SEAL).is_file():
+        raise UserError(
+            f"{place}: not there, so the models cannot compute update {step:,} once more",
+            remedy="With checkpoints.every=log.record_every the newest record has its checkpoint.",
+        )
+    fault = damage(place)
+    if fault is not None:
+        raise UserError(f"{place}: {fault}")
+    return place
+
+
+@torch.no_grad()
+def by_models(config: PPOConfig, run: Path, record: UpdateRecord) -> dict[str, Tensor]:
+    """What the models compute for a record's tokens: `logprobs`, `ref_logprobs`, `values` [N, T], `scores` [N].
+
+    They are loaded on this process's device without DeepSpeed, whatever the run used; checkpoints fit any number of
+    processes. Log-probs of a run with `score.policy: sampler` are left out: the sampler computed them.
+
+    Raises:
+        UserError: The checkpoint before the update, or a parent of the run, is gone or damaged.
+    """
+    checkpoint = checkpoint_before(run, record.step)
+    config = config.model_copy(update={"deepspeed": None, "run": str(run)})
+    seed_everything(config.seed)  # a new value head is drawn as the run drew it
+    path = resolve_model_path(config.model.path)
+    time = template_time(config, resume=True)
+    chat = load_tokenizer(config.model, path, time)
+    own = own_chats(config.reward, config.model, time)
+    models: Models = (load_shared if config.model.sharing == "shared" else load_separate)(config, chat)
+    source = config.reward(RewardContext(config.model, chat, models.engine.freeze, models.scorers, own))
+    if checkpoint is not None:
+        models.engine.load(checkpoint, optimizer=False)
+    vocabulary = load_hf_config(config.model, path).get_text_config().vocab_size
+    return _passes(config, chat, models, source, record.experience.rollout, vocabulary)
+
+
+def _passes(
+    config: PPOConfig, chat: ChatTokenizer, models: Models, source: Source, rollout: Rollout, vocabulary: int
+) -> dict[str, Tensor]:
+    rows = TokenRows.of_rollout(rollout, chat.pad_id, vocabulary)
+    whole = Minibatches.of(rows, [range(len(rows.rows))], 1, config.batch.micro_batch_tokens)
+    episodes: list[int] = []
+    columns, scores = [], []
+    for batch in whole.epoch(0)[0].micro_batches():
+        batch = models.with_frozen_states(batch)
+        tokens = models.token_scores(batch, config.rollout.temperature)
+        columns.append(torch.stack([tokens.ref_logprobs if c is None else c for c in tokens], dim=1))
+        states = None if batch.frozen_states is None else pad_sequence(states_per_sequence(batch), batch_first=True)
+        messages = [rollout.prompts.messages[i] for i in batch.episodes]
+        texts = [chat.decode(rollout.completions[i].ids) for i in batch.episodes]
+        scores.append(source(RewardInputs(messages, texts, *rows.padded(batch.episodes), states)))
+        episodes += batch.episodes
+    order = gather_episodes(episodes)
+    logprobs, ref_logprobs, _, values = gather_tokens(torch.cat(columns), order, rollout.lengths)
+    found = {"ref_logprobs": ref_logprobs, "scores": gather_scores(torch.cat(scores), order)}
+    if config.score.policy == "recompute":
+        found["logprobs"] = logprobs
+    return found | ({} if models.critic is None else {"values": values})
+
+
+def allowed_difference(config: PPOConfig, run: Path) -> float:
+    """Largest difference between two passes of the same models that is rounding, in nats (or units of the score).
+
+    Other batches, kernels and processors round differently: 1e-3 in float32, 0.25 where the run computed in bfloat16.
+    """
+    low = config.precision != "float32" and read_run(run).get("device", "cpu") != "cpu"
+    return 0.25 if low or config.precision == "bfloat16" else 1e-3

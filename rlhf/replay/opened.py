@@ -1,0 +1,77 @@
+"""A recorded update of a run, opened and checked: what `rlhf replay` and the report show."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from rlhf.config.load import check_config
+from rlhf.core.errors import UserError
+from rlhf.core.limits import read_yaml
+from rlhf.data.chat_tokenizer import ChatTokenizer, load_tokenizer
+from rlhf.ppo.config import PPOConfig
+from rlhf.replay.recompute import Comparison, check_mathematics, check_metrics
+from rlhf.replay.record import UpdateRecord, read
+from rlhf.runs.metrics import read_metrics
+from rlhf.runs.run import resolve_model_path, template_time
+
+
+@dataclass(frozen=True)
+class OpenedUpdate:
+    """A record with what was computed from it once more."""
+
+    record: UpdateRecord
+    intact: bool
+    """Whether the file has the checksum that was written with it."""
+    comparisons: list[Comparison]
+    config: PPOConfig
+
+    @property
+    def wrong(self) -> list[str]:
+        """What differs from the record."""
+        return [one.name for one in self.comparisons if not one.agrees]
+
+
+def open_update(run: Path, step: int) -> OpenedUpdate:
+    """Read a recorded update, and compute it once more without the models.
+
+    Raises:
+        UserError: It was not recorded, or it or a file of the run is damaged.
+    """
+    config = ppo_config(run)
+    record, intact = read(run, step)
+    return OpenedUpdate(
+        record, intact, check_mathematics(config, record) + check_metrics(record, _logged(run, step)), config
+    )
+
+
+def ppo_config(run: Path) -> PPOConfig:
+    """The config of a PPO run, with the run folder where it is now.
+
+    Raises:
+        UserError: config.yaml is absent or damaged.
+    """
+    file = run / "config.yaml"
+    try:
+        config = check_config(PPOConfig, read_yaml(file), str(file))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{file}: cannot be read: {error}") from None
+    return config.model_copy(update={"run": str(run)})
+
+
+def tokenizer_of(run: Path, config: PPOConfig) -> ChatTokenizer:
+    """The tokenizer of a PPO run: from its result, or while it trains from the model that it started from.
+
+    Raises:
+        UserError: Neither can be loaded.
+    """
+    own = run / "model"
+    path = str(own) if (own / "tokenizer_config.json").is_file() else resolve_model_path(config.model.path)
+    return load_tokenizer(config.model, path, template_time(config, resume=True))
+
+
+def _logged(run: Path, step: int) -> dict[str, float]:
+    """The metrics that the run logged of that update."""
+    metrics = read_metrics(run)
+    row = metrics.loc[step].dropna() if step in metrics.index else {}
+    return {str(name): float(value) for name, value in dict(row).items()}

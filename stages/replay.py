@@ -1,0 +1,119 @@
+"""`rlhf replay`: a recorded PPO update, opened and computed once more."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import math
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from rlhf.core.console import format_number, print_json, say, table, warn
+from rlhf.core.errors import UserError
+from rlhf.runs.run import read_run
+
+if TYPE_CHECKING:
+    from rlhf.replay.opened import OpenedUpdate
+    from rlhf.replay.recompute import Comparison
+
+SHOWN_TOKENS = 60
+"""Tokens of an episode in the table."""
+
+
+def command(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="A PPO run.")],
+    step: Annotated[
+        int | None, typer.Option(min=1, help="The update, as in metrics.jsonl. When left out: list those recorded.")
+    ] = None,
+    episodes: Annotated[int, typer.Option(min=0, help="How many episodes to print.")] = 3,
+    tokens: Annotated[int | None, typer.Option(min=0, help="Print this episode token by token.")] = None,
+    models: Annotated[
+        bool, typer.Option("--models/--no-models", help="Load the models of that update and compute with them too.")
+    ] = True,
+    as_json: Annotated[bool, typer.Option("--json", help="Print only JSON lines, one per comparison.")] = False,
+) -> None:
+    """Open a recorded PPO update and compute it once more. Exit status 1: something differs from the record.
+
+    KL, rewards, advantages, returns and metrics are computed from the recorded log-probs, values and scores; with the
+    checkpoint from before the update (the first needs none), the models compute log-probs, values and scores again.
+    """
+    if read_run(run)["stage"] != "ppo":
+        raise UserError(f"{run}: only PPO runs record updates", remedy="Name a PPO run.")
+    from rlhf.replay.record import folder, recorded  # imports torch
+
+    if step is None:
+        say(f"{run}: recorded updates: {', '.join(f'{one:,}' for one in recorded(run)) or 'none'}")
+        return
+    from rlhf.replay.opened import open_update
+
+    opened = open_update(run, step)
+    if models:
+        opened = replace(opened, comparisons=opened.comparisons + _by_models(run, opened))
+    found = opened.comparisons
+    if as_json:
+        for one in found:
+            difference = one.difference if math.isfinite(one.difference) else None
+            print_json({"name": one.name, "how": one.how, "values": one.values, "difference": difference,
+                        "verdict": one.verdict})  # fmt: skip
+    else:
+        _show(run, opened, episodes, tokens)
+        rows = [(one.name, one.how, one.values, f"{one.difference:.2g}", one.verdict) for one in found]
+        table(f"Update {step:,} computed once more", ("what", "from", "values", "largest difference", "result"), rows)
+    if not opened.intact:
+        warn(f"{folder(run, step)}: the numbers are not those that were written: the checksum differs")
+    if opened.wrong:
+        warn(f"update {step:,} was not so, or is not computed so any more: {', '.join(opened.wrong)}")
+    if opened.wrong or not opened.intact:
+        raise typer.Exit(1)
+    if not as_json:
+        say(f"Update {step:,} was so: {len(found)} comparisons agree.", style="green")
+
+
+def _by_models(run: Path, opened: OpenedUpdate) -> list[Comparison]:
+    from rlhf.replay.models import allowed_difference, by_models, checkpoint_before
+    from rlhf.replay.recompute import compare_models
+
+    update, config = opened.record, opened.config
+    try:
+        checkpoint_before(run, update.step)
+    except UserError as error:
+        warn(f"without the models: {str(error).splitlines()[0]}")
+        return []
+    with contextlib.redirect_stdout(io.StringIO()):  # what loading them prints is said of a run that trains
+        made = by_models(config, run, update)
+    return compare_models(update, made, allowed_difference(config, run))
+
+
+def _show(run: Path, opened: OpenedUpdate, episodes: int, token_of: int | None) -> None:
+    """The record in words: episodes with the highest and lowest scores, and one of them token by token."""
+    from rlhf.replay.opened import tokenizer_of
+    from rlhf.replay.tokens import pieces
+
+    update = opened.record
+    rollout = update.experience.rollout
+    count, scores = len(rollout.completions), update.experience.scores
+    say(f"{run}, update {update.step:,}: {count:,} episodes, {int(rollout.lengths.sum()):,} response tokens, "
+        f"KL coefficient {format_number(update.kl_coef)}", style="bold")  # fmt: skip
+    chat = tokenizer_of(run, opened.config)
+    mask = rollout.response_mask
+    order = scores.argsort(descending=True).tolist()
+    picked = list(dict.fromkeys([*order[: (episodes + 1) // 2], *order[len(order) - episodes // 2 :]]))
+    for episode in picked:
+        kl, value = update.kl[episode][mask[episode]], update.advantages.advantages[episode][mask[episode]]
+        say(f"Episode {episode}: score {float(scores[episode]):.3f}, KL {float(kl.sum()):.3f} nats,"
+            f" advantage {float(value.mean()):+.3f} on average, {int(rollout.lengths[episode])} tokens")  # fmt: skip
+        say(f"  {rollout.prompts.messages[episode][-1]['content']}")
+        say(f"  -> {chat.decode(rollout.completions[episode].ids)}")
+    if token_of is None:
+        return
+    if token_of >= count:
+        raise UserError(f"--tokens {token_of}: the update has episodes 0 to {count - 1:,}")
+    ids = rollout.completions[token_of].ids[:SHOWN_TOKENS]
+    names = [name for name in ("logprobs", "ref_logprobs", "kl", "values", "rewards", "advantages", "returns")
+             if name in update.columns]  # fmt: skip
+    rows = [[repr(text)[1:-1], *(float(update.columns[name][token_of, at]) for name in names)]
+            for at, text in enumerate(pieces(chat, ids))]  # fmt: skip
+    table(f"Episode {token_of} token by token", ("token", *names), rows)
