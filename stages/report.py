@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -38,16 +39,34 @@ def command(
     data: Annotated[
         bool, typer.Option("--data/--no-data", help="Measure the rankings: agreement, biases. Takes a few seconds.")
     ] = True,
+    live: Annotated[
+        bool,
+        typer.Option("--watch", help="Serve the page to this machine's browser while the runs go on; Ctrl-C ends."),
+    ] = False,
+    port: Annotated[int, typer.Option(min=0, max=65535, help="With --watch: the port; 0 takes a free one.")] = 0,
 ) -> None:
     """Write a report about runs as one HTML page that loads nothing from elsewhere; several runs are compared."""
+    if port and not live:
+        raise UserError("--port is for --watch", remedy="Give --watch too.")
     for path in runs:
-        if not path.is_dir():
+        if not path.is_dir() and not live:
             raise UserError(f"{path}: no such folder", remedy="Name run folders, or folders with a pipeline's runs.")
     path = output or runs[0] / "report.html"
-    options.check_writable(path, "--output")
-    subjects = gather(runs)
-    options.write_whole(path, render(subjects, list(_data(subjects, data))))
-    say(f"Report: {path}")
+    if not live:
+        options.check_writable(path, "--output")
+        subjects = gather(runs)
+        options.write_whole(path, render(subjects, list(_data(subjects, data))))
+        say(f"Report: {path}")
+        return
+    if output is not None:
+        raise UserError("--output is not for --watch", remedy="When the runs are complete, call it without --watch.")
+    from rlhf.report.watch import REFRESH, LivePage, watch  # needs what a file does not
+
+    def draw() -> str:
+        subjects = gather(runs)
+        return render(subjects, list(_data(subjects, data)), REFRESH)
+
+    watch(LivePage(runs, draw), port, say)
 
 
 def _data(subjects: Sequence[Subject], measured: bool) -> Iterator[DataFacts]:
@@ -79,12 +98,18 @@ def _facts(path: str, kind: str, mark: str, place: Path | None, measured: bool) 
     return DataFacts(path, kind, records, known, mark, measures, annotators)
 
 
-def _measures(dataset: Dataset) -> tuple[list[Any], list[Any]]:
-    """Rows of the page from `rlhf data check`, without its slow search for near duplicates."""
+@functools.cache
+def _checked(path: Path, fingerprint: str) -> Any:
+    """The check of a dataset, once while --watch runs."""
     from data_tools.check.report import check  # imports numpy, scipy and scikit-learn
 
-    say(f"Measuring {dataset.path}")
-    report = check(dataset.path, near=False)
+    say(f"Measuring {path}")
+    return check(path, near=False)
+
+
+def _measures(dataset: Dataset) -> tuple[list[Any], list[Any]]:
+    """Rows of the page from `rlhf data check`, without its slow search for near duplicates."""
+    report = _checked(dataset.path, dataset.fingerprint)
     rows = []
     for name, title in MEASURES.items():
         found = report[name].found

@@ -10,9 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
-import yaml
-from safetensors.torch import save_file
+from report_runs import HOSTILE, sample, write_chain, write_run
 from typer.testing import CliRunner
 
 from rlhf.core.errors import UserError
@@ -22,10 +20,7 @@ from rlhf.report.charts import thinned
 from rlhf.report.gather import Answer, gather, located
 from rlhf.report.headline import gain_of, headline
 from rlhf.report.page import render
-from rlhf.runs.lock import LOCK
 from stages.cli import app
-
-HOSTILE = "</script><script>alert(1)</script><img src=x onerror=alert(2)>{{ 7 * 7 }}\x1b[31m'\""
 
 
 class Tags(HTMLParser):
@@ -38,50 +33,6 @@ class Tags(HTMLParser):
 
     def handle_starttag(self, tag: str, attrs: Any) -> None:
         self.tags.append((tag, dict(attrs)))
-
-
-def write_run(path: Path, stage: str, rows: list[dict], samples: list[dict] = (), config: Any = None, **info) -> Path:
-    path.mkdir(parents=True)
-    facts = {"stage": stage, "status": "complete", "model_fingerprint": stage * 8, "packages": {"torch": "2.0"}, **info}
-    (path / "run.json").write_text(json.dumps(facts))
-    (path / "config.yaml").write_text(yaml.safe_dump(config or {"seed": 0}))
-    for name, lines in (("metrics", rows), ("samples", samples)):
-        (path / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    (path / LOCK).touch()
-    (path / "model").mkdir()
-    save_file({"a": torch.zeros(3, 4), "b": torch.zeros(5)}, path / "model/model.safetensors")
-    return path
-
-
-def sample(step: int, prompt: str, answer: str, score: float, **more) -> dict:
-    return {"step": step, "messages": [{"role": "user", "content": prompt}], "answer": answer, "score": score,
-            "ended": True, **more}  # fmt: skip
-
-
-def write_chain(folder: Path, text: str = "word", gain: float = 1.0, config: Any = None) -> Path:
-    """SFT, reward and PPO runs in a folder; every text that a run can write contains `text`."""
-    steps = [{"step": n, "train/loss": 2 / n, "time/step": 0.5, "train/tokens": 10} for n in (1, 2, 3)]
-    sft = write_run(
-        folder / "sft", "sft", steps,
-        data=[{"path": f"nowhere/{text}", "kind": "demonstration", "fingerprint": "d" * 64}],
-    )  # fmt: skip
-    slices = {name: {"accuracy": 0.7, "accuracy_interval": [0.6, 0.8], "pairs": 9} for name in (text, "other")}
-    reward = write_run(
-        folder / "reward", "reward", [{"step": n, "eval/accuracy": 0.5 + n / 10} for n in (1, 2)],
-        parents=[{"path": str(sft), "stage": "sft", "fingerprint": "sft" * 8}],
-    )  # fmt: skip
-    held_out = {"accuracy": 0.7, "accuracy_interval": [0.65, 0.75], "longer_accuracy": 0.55, "pairs": 1000,
-                "rankings": 200, "by_annotator": slices}  # fmt: skip
-    (reward / "reward_metrics.json").write_text(json.dumps(held_out))
-    rows = [{"step": 0, "eval/scores": 0.0, "eval/kl": 0.0}]
-    rows += [{"step": n, "objective/scores": n / 4, "objective/kl": n / 2, "time/learn": 1.0, "throughput/learn": 100}
-             for n in (1, 2, 3, 4)]  # fmt: skip
-    rows += [{"step": 4, "eval/scores": gain, "eval/kl": 2.0}]
-    samples = [sample(step, f"{text} {n}", f"{text} at {step}", n / 10 + gain * (step > 0))
-               for step in (0, 4) for n in range(20)]  # fmt: skip
-    parents = [{"path": str(one), "fingerprint": one.name * 8} for one in (sft, reward)]
-    write_run(folder / "ppo", "ppo", rows, samples, config or {"updates": 4, "note": text}, parents=parents)
-    return folder
 
 
 @pytest.fixture(scope="module")
@@ -160,7 +111,7 @@ def test_everything_has_its_place_on_the_page(page):
         "It worked, by its own reward",
         "Score against KL",
         "Accuracy by annotator",
-        "28 checks",
+        " checks, nothing wrong",
         "1,000 pairs",
     ):
         assert words in page
@@ -193,10 +144,40 @@ def test_secrets_never_reach_the_page(tmp_path, monkeypatch):
     assert "max_new_tokens: 77" in page and facts.HIDDEN in page
 
 
+def test_what_the_guard_said_is_shown(tmp_path):
+    folder = write_chain(tmp_path / "mine")
+    alarm = {"event": "guard", "step": 3, "rule": "gold-falls", "what": HOSTILE, "since": 2, "action": "warn"}
+    (folder / "ppo/events.jsonl").write_text(json.dumps(alarm) + "\n{cut off")
+    assert "What the guard says" not in render(gather([folder / "sft"]))
+    with open(folder / "ppo/metrics.jsonl", "a") as file:
+        for step in range(5, 30):
+            row = {"step": step, "objective/kl": step / 4, "objective/scores": step, "objective/gold_reward": 9 - step}
+            row |= {"objective/scores_std": 1.0, "objective/kl_k3": step / 4, "rollout/response_length": 9.0}
+            file.write(json.dumps(row) + "\n")
+    page = render(gather([folder]))
+    assert "update 3: gold-falls" in page and "Action: warn" in page and "Gold reward and score" in page
+    assert len([tag for tag, _ in Tags(page).tags if tag == "script"]) == 1
+
+
+def test_an_evaluation_in_the_reward_run_is_drawn_and_other_files_are_not(tmp_path):
+    folder = write_chain(tmp_path / "mine")
+    value = {"value": 0.7, "low": 0.6, "high": 0.8, "n": 9}
+    bins = [{**value, "confidence": 0.6, "count": 4}, {**value, "confidence": 0.9, "count": 5}]
+    pairs = {"accuracy": value, "baselines": [{**value, "name": HOSTILE}], "calibration": {"reliability": bins}}
+    card = {"dataset": HOSTILE, "agreement": None, "pairs": pairs}
+    (folder / "reward/test.json").write_text(json.dumps({"datasets": [card]}))
+    (folder / "reward/other.json").write_text('{"datasets": [{"pairs": 3}, 4]}')
+    (folder / "reward/broken.json").write_text("{")
+    page = render(gather([folder]))
+    assert "The model, simple rules" in page and "Calibration" in page and "other.json" not in page
+    assert len([tag for tag, _ in Tags(page).tags if tag == "script"]) == 1
+
+
 def test_several_runs_are_compared(tmp_path):
     one = write_chain(tmp_path / "one", config={"updates": 4, "kl": {"coef": 0.1}})
     two = write_chain(tmp_path / "two", gain=2.0, config={"updates": 4, "kl": {"coef": 0.3}})
     page = render(gather([one, two]))
+    assert [subject.name for subject in gather([one / "ppo", two / "ppo"])] == ["one/ppo", "two/ppo"]
     assert "<h2>Comparison</h2>" in page and "kl.coef" in page and "PPO: scores" in page
     assert '"name": "one, held out"' in page.replace("&#34;", '"')
     assert facts.differences([{"a": 1, "b": {"c": 2}}, {"a": 1, "b": {"c": 3}, "d": []}]) == [

@@ -63,6 +63,8 @@ CHARTS: dict[str, Sequence[Spec]] = {
              "What PPO maximises; held out should follow training."),
         Spec("KL to the reference", {"objective/kl": "training prompts", "eval/kl": "held out"},
              "Nats per answer: how far the policy has moved. Fast growth is a warning."),
+        Spec("Gold reward", {"objective/gold_reward": "training prompts", "eval/gold_reward": "held out"},
+             "A reward held out of training: if it falls while the score rises, the policy games its reward."),
         Spec("Answer length", {"rollout/response_length": "training prompts", "eval/response_length": "held out"},
              "Tokens. A score that rises with length alone is a length bias."),
         Spec("Entropy", {"objective/entropy": "nats per token"}, "Falls slowly; near 0 the policy no longer explores."),
@@ -183,6 +185,8 @@ def draw(
         axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}" if across == "step" else f"{value:g}")
         if percent:
             axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=None))
+            low, high = axes.get_ylim()
+            axes.set_ylim(max(low, -0.02), min(high, 1.02))
         if len(lines) > 1:
             axes.legend(fontsize=8.5, labelcolor=INK, loc="upper center", bbox_to_anchor=(0.5, 1.2), ncols=2,
                         handlelength=1.4, columnspacing=1.2)  # fmt: skip

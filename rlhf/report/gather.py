@@ -119,15 +119,25 @@ def gather(paths: Sequence[Path]) -> list[Subject]:
         UserError: There is no run, or a file of one is damaged.
     """
     subjects = []
-    for path in paths:
+    for name, path in zip(_names(paths), paths):
         folders = [path] if is_run(path) else list(run_folders(path))
         if not folders:
             raise UserError(f"{path}: no run folder, and none lies below it", remedy="Name the folder of a stage.")
         found: dict[Path, RunRecord] = {}
         for folder in folders:
             _add(folder, found)
-        subjects.append(Subject(path.resolve().name, list(found.values())))
+        subjects.append(Subject(name, list(found.values())))
     return subjects
+
+
+def _names(paths: Sequence[Path]) -> list[str]:
+    """The last parts of the paths, as many as tell them from each other."""
+    parts = [path.resolve().parts for path in paths]
+    for size in range(1, max(map(len, parts), default=0) + 1):
+        names = ["/".join(one[-size:]) for one in parts]
+        if len(set(names)) == len(set(parts)):
+            return names
+    return [str(path) for path in paths]
 
 
 def _add(folder: Path, found: dict[Path, RunRecord]) -> None:

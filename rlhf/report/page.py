@@ -17,8 +17,10 @@ from rlhf.doctor.findings import CHECKS
 from rlhf.doctor.run_checks import planned_steps
 from rlhf.report import answers, facts
 from rlhf.report.charts import COLOURS, Chart, Line, draw, stage_charts, thinned
+from rlhf.report.evaluated import evaluations
 from rlhf.report.facts import DataFacts
 from rlhf.report.gather import STAGE_NAMES, RunRecord, Subject
+from rlhf.report.guarded import guarded
 from rlhf.report.headline import gain, headline, percent
 from rlhf.report.updates import newest_update
 
@@ -59,8 +61,6 @@ def render(subjects: Sequence[Subject], data: Sequence[DataFacts] = (), refresh:
         data: The datasets that they were trained on.
         refresh: Seconds after which an open page loads itself again; None for a page that is a file.
     """
-    script = SCRIPT.read_text("utf-8")
-    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     return render_page(
         TEMPLATE,
         clean=facts.without_secrets,
@@ -81,12 +81,28 @@ def render(subjects: Sequence[Subject], data: Sequence[DataFacts] = (), refresh:
         planned=planned_steps,
         checks={stage: sum(stage in check.stages for check in CHECKS) for stage in STAGE_NAMES},
         report_style=markupsafe.Markup(REPORT_STYLE.read_text("utf-8")),
-        script=markupsafe.Markup(script),
-        script_hash=digest,
+        evaluated=[
+            [] if (run := subject.of("reward")) is None else evaluations(run, f"evaluated{number}")
+            for number, subject in enumerate(subjects)
+        ],
+        guards=[guarded(subject, number) for number, subject in enumerate(subjects)],
+        script=markupsafe.Markup(SCRIPT.read_text("utf-8")),
+        policy=policy(live=refresh is not None),
         refresh=refresh,
         json=json,
         Markup=markupsafe.Markup,
     )
+
+
+def policy(live: bool) -> str:
+    """The page's content security policy: its own script and styles, nothing from elsewhere, no forms.
+
+    A page that is served while a run goes on may ask the server that it came from for itself.
+    """
+    digest = base64.b64encode(hashlib.sha256(SCRIPT.read_text("utf-8").encode()).digest()).decode()
+    parts = ["default-src 'none'", "style-src 'unsafe-inline'", f"script-src 'sha256-{digest}'", "base-uri 'none'",
+             "form-action 'none'", *(["connect-src 'self'"] if live else [])]  # fmt: skip
+    return "; ".join(parts)
 
 
 def _part(subject: Subject, number: int) -> Part:

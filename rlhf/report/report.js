@@ -53,8 +53,9 @@ function chart(canvas) {
       marks[number].style.top = `${line.at[i][1] * high}px`;
       const row = element("div", "", tip);
       element("i", "", row).style.background = line.colour;
-      row.appendChild(document.createTextNode(`${line.name}: ${line.says[i]}`));
-      words.push(`${line.name} ${line.says[i]}`);
+      const other = steps && line.xs[i] !== heading ? ` (step ${line.xs[i].toLocaleString("en")})` : "";
+      row.appendChild(document.createTextNode(`${line.name}${other}: ${line.says[i]}`));
+      words.push(`${line.name}${other} ${line.says[i]}`);
     });
     tip.style.display = "block";
     const x = here.x * wide, width = tip.offsetWidth;
@@ -82,9 +83,10 @@ function chart(canvas) {
   });
 }
 
+const tip = element("div", "tip", document.body);
+
 function answer(box) {
-  const tokens = [...box.querySelectorAll(".token")];
-  const tip = element("div", "tip", document.body), said = element("div", "said", box);
+  const tokens = [...box.querySelectorAll(".token")], said = element("div", "said", box);
   said.setAttribute("aria-live", "polite");
   let here = -1;
 
@@ -125,21 +127,58 @@ function answer(box) {
   });
 }
 
-function paint(measure) {
-  for (const token of document.querySelectorAll(".token")) {
+function paint(section, measure) {
+  for (const token of section.querySelectorAll(".token")) {
     const heat = JSON.parse(token.dataset.heat)[measure] ?? 0;
     token.style.setProperty("--heat", heat < 0 ? "#d64545" : "#3d85c6");
     token.style.setProperty("--much", Math.abs(heat));
   }
-  for (const button of document.querySelectorAll(".picker button"))
+  for (const button of section.querySelectorAll(".picker button"))
     button.setAttribute("aria-pressed", String(button.dataset.measure === measure));
 }
 
-document.querySelectorAll(".canvas").forEach(chart);
-document.querySelectorAll(".answer[tabindex]").forEach(answer);
-const buttons = [...document.querySelectorAll(".picker button")];
-for (const button of buttons) button.addEventListener("click", () => paint(button.dataset.measure));
-if (buttons.length) paint(buttons[0].dataset.measure);
+function start(page) {
+  page.querySelectorAll(".canvas").forEach(chart);
+  page.querySelectorAll(".answer[tabindex]").forEach(answer);
+  for (const picker of page.querySelectorAll(".picker")) {
+    const section = picker.closest("section"), buttons = [...picker.querySelectorAll("button")];
+    for (const button of buttons) button.addEventListener("click", () => paint(section, button.dataset.measure));
+    const first = buttons.find((button) => button.dataset.measure === picker.dataset.first) ?? buttons[0];
+    if (first) paint(section, first.dataset.measure);
+  }
+}
+
+// A page that is served while a run goes on asks for itself again; what was open or chosen stays so.
+function follow(seconds) {
+  const state = document.querySelector(".live");
+  let last = "";
+  async function look() {
+    try {
+      const reply = await fetch(location.href);
+      if (!reply.ok) throw new Error(String(reply.status));
+      const text = await reply.text();
+      state.textContent = "live";
+      if (text === last) return;
+      last = text;
+      const fresh = new DOMParser().parseFromString(text, "text/html").querySelector("main");
+      const open = [...document.querySelectorAll("main details")].map((one) => one.open);
+      const chosen = [...document.querySelectorAll("main .picker [aria-pressed=true]")].map((one) => one.dataset.measure);
+      [...fresh.querySelectorAll("details")].forEach((one, i) => (one.open = open[i] ?? one.open));
+      document.querySelector("main").replaceWith(fresh);
+      tip.style.display = "none";
+      start(fresh);
+      [...fresh.querySelectorAll(".picker")].forEach((picker, i) => {
+        if (chosen[i]) paint(picker.closest("section"), chosen[i]);
+      });
+    } catch {
+      state.textContent = "rlhf report --watch has ended; this is its last page";
+    }
+  }
+  setInterval(look, 1000 * seconds);
+}
+
+start(document);
+if (document.body.dataset.refresh) follow(Number(document.body.dataset.refresh));
 addEventListener("beforeprint", () => {
   for (const one of document.querySelectorAll("details")) one.open = true;
 });

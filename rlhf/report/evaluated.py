@@ -1,0 +1,79 @@
+"""Plots from an evaluation of the reward model, where `rlhf evaluate --out` has written one into its run folder."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import markupsafe
+
+from rlhf.core.limits import read_json_object
+from rlhf.evaluation import plots
+from rlhf.report.gather import RunRecord
+
+NOT_EVALUATIONS = {"run.json", "reward_metrics.json"}
+MOST = 3
+"""Evaluations that are drawn of a run; the newest by name."""
+
+
+@dataclass(frozen=True)
+class EvaluatedPlot:
+    """A plot of an evaluation."""
+
+    title: str
+    svg: markupsafe.Markup
+    about: str
+
+
+@dataclass(frozen=True)
+class ShownEvaluation:
+    """A dataset of an evaluation."""
+
+    file: str
+    dataset: str
+    plots: list[EvaluatedPlot]
+
+
+def evaluations(run: RunRecord, name: str) -> list[ShownEvaluation]:
+    """What `rlhf evaluate` measured of a reward run, from the JSON files in its folder; files of others are left out.
+
+    Args:
+        name: Letters; unique on the page.
+    """
+    found = []
+    for file in sorted(run.path.glob("*.json"))[-MOST - len(NOT_EVALUATIONS) :]:
+        cards = _cards(file)
+        for number, card in enumerate(cards):
+            drawn = list(_plots(card, f"{name}{file.stem.encode().hex()}x{number}"))
+            if drawn:
+                found.append(ShownEvaluation(file.name, str(card.get("dataset", "")), drawn))
+    return found[-MOST:]
+
+
+def _cards(file: Path) -> list[Mapping[str, Any]]:
+    if file.name in NOT_EVALUATIONS:
+        return []
+    try:
+        cards = read_json_object(file).get("datasets")
+    except (OSError, ValueError):
+        return []
+    return [card for card in cards if isinstance(card, dict)] if isinstance(cards, list) else []
+
+
+def _plots(card: Mapping[str, Any], prefix: str) -> Iterator[EvaluatedPlot]:
+    battery = card.get("perturbations") or {}
+    choices: list[tuple[str, Callable[[], str], str]] = [
+        ("Accuracy", lambda: plots.accuracy_plot(f"{prefix}a", card),
+         "The model, simple rules that it must beat, and the annotators' ceiling."),
+        ("Calibration", lambda: plots.reliability_plot(f"{prefix}c", card["pairs"]["calibration"]),
+         "How often the model is right when it is this sure; the dotted line is perfect."),
+        ("Changes that should not matter", lambda: plots.battery_plot(f"{prefix}b", battery["perturbations"]),
+         "Effect of changes to an answer, in standard deviations of the scores."),
+    ]  # fmt: skip
+    for title, draw, about in choices:
+        try:
+            yield EvaluatedPlot(title, markupsafe.Markup(draw()), about)
+        except (KeyError, TypeError, ValueError, IndexError, AttributeError):
+            continue  # this evaluation has no such part

@@ -1,0 +1,86 @@
+"""`rlhf report --watch`: the page served on this machine alone, drawn again as the runs go on."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import markupsafe
+
+from rlhf.core.errors import UserError
+from rlhf.core.loopback import LoopbackServer, Reply
+from rlhf.report.page import policy
+from rlhf.runs.find import run_folders
+
+REFRESH = 5
+"""Seconds between two looks of an open page."""
+WAITING = (
+    '<!doctype html><html lang="en"><meta charset="utf-8"><meta http-equiv="refresh" content="{seconds}">'
+    "<title>Waiting</title><p>{message}</p>"
+)
+WAITING_POLICY = "default-src 'none'; frame-ancestors 'none'"
+
+
+class LivePage:
+    """The page of some runs, drawn again when one of their files has changed, and never twice at once.
+
+    Args:
+        paths: Run folders, or folders with a pipeline's runs; they need not exist yet.
+        draw: Gives the page's HTML.
+    """
+
+    def __init__(self, paths: Sequence[Path], draw: Callable[[], str]) -> None:
+        self.paths, self.draw = paths, draw
+        self._drawing = threading.Lock()
+        self._seen: list[tuple[str, int, int]] | None = None
+        self._reply: Reply | None = None
+
+    def reply(self, body: bytes = b"") -> Reply:
+        """The page as it is now. While it is being drawn, others get the one before."""
+        if self._reply is not None and not self._drawing.acquire(blocking=False):
+            return self._reply
+        if self._reply is None:
+            self._drawing.acquire()
+        try:
+            now = sorted(self._files())
+            if self._reply is None or now != self._seen:
+                self._reply, self._seen = self._drawn(), now
+            return self._reply
+        finally:
+            self._drawing.release()
+
+    def _drawn(self) -> Reply:
+        try:
+            return Reply(self.draw().encode(), "text/html", policy=policy(live=True))
+        except UserError as error:
+            text = WAITING.format(seconds=REFRESH, message=markupsafe.escape(str(error)))
+            return Reply(text.encode(), "text/html", policy=WAITING_POLICY)
+
+    def _files(self) -> Iterator[tuple[str, int, int]]:
+        """Name, time and size of the files that the page is drawn from."""
+        for path in self.paths:
+            for folder in run_folders(path) if path.is_dir() else ():
+                for name in ("run.json", "metrics.jsonl", "samples.jsonl", "reward_metrics.json", "updates"):
+                    try:
+                        facts = (folder / name).stat()
+                    except OSError:
+                        continue
+                    yield str(folder / name), facts.st_mtime_ns, facts.st_size
+
+
+def watch(live: LivePage, port: int, say: Callable[[str], None]) -> None:
+    """Serve a page until Ctrl-C.
+
+    Raises:
+        UserError: The port is not free.
+    """
+    server = LoopbackServer({("GET", ""): live.reply}, port)
+    try:
+        say(f"Open {server.url}")
+        say("Only this machine reaches it, and only with this address. Ctrl-C ends.")
+        server.serve()
+    except KeyboardInterrupt:
+        say("")
+    finally:
+        server.close()
