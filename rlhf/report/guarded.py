@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +20,7 @@ class ShownGuard:
 
     name: str
     """Of the subject."""
-    alarms: list[Mapping[str, Any]]
+    alarms: Sequence[Mapping[str, Any]]
     """Lines of events.jsonl: step, rule, what, since, action."""
     more: int
     """Alarms that are not shown."""
@@ -46,8 +46,8 @@ def guarded(subject: Subject, number: int) -> ShownGuard | None:
     distances = curve.distance.tolist()
     lines = []
     for word, values, colour in (("score", curve.proxy, COLOURS[1]), ("gold reward", curve.gold, COLOURS[0])):
-        for title, ys, joined in ((word, values, False), (f"{word}, smooth", smooth(values), True)):
-            xs, ys = thinned(sorted(zip(distances, ys.tolist())))
+        for title, found, joined in ((word, values, False), (f"{word}, smooth", smooth(values), True)):
+            xs, ys = thinned(sorted(zip(distances, found.tolist())))
             lines.append(Line(title, xs, ys, colour, dots=not joined, joined=joined))
     about = "Gold rises and then falls where the policy games its reward; the score keeps rising."
     across = "sqrt(KL), the distance from the start"
