@@ -127,9 +127,11 @@ def test_log_probs_and_gradients_do_not_depend_on_the_parts_that_the_head_works_
     wanted = torch.arange(12).expand(3, 12) >= 4
     results = []
     for chunks in (1, 5):
-        model = load(folder)
+        model, calls = load(folder), []
+        model.get_output_embeddings().register_forward_hook(lambda *_, calls=calls: calls.append(1))
         logprobs, entropies = token_logprobs(model, IDS, torch.ones_like(IDS), wanted, 0.7, chunks)
         (logprobs.sum() + entropies.square().sum()).backward()
+        assert len(calls) == 2 * chunks - 1  # the backward pass computes all parts but the last again
         results.append([logprobs, entropies, *(p.grad for p in model.parameters() if p.grad is not None)])
     for one, many in zip(*results):
         torch.testing.assert_close(one, many, atol=1e-5, rtol=1e-5)

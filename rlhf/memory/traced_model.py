@@ -210,18 +210,17 @@ class TracedModel:
         def trace(depth: int | None) -> Snapshots:
             models = [self._shaped(role, depth) for role in tuned]
             embeddings = causal_lm(models[1].model).get_input_embeddings() if models[1:] else None
-            head = causal_lm(models[0]).get_output_embeddings() if models[1:] else None
             with self._tracing(*models) as tracer:
                 loss = self._loss(models)
                 parameters = [p for model in models for p in model.parameters() if p.requires_grad]
                 for name in ("",) if self.deepspeed else ("", "more "):
                     tracer.mark(f"{name}forward")
                     with _marking(tracer, f"{name}critic", embeddings):
-                        value = loss()
+                        value, outputs = loss()
                     tracer.mark(f"{name}backward")
-                    # The critic's backward comes first; then the policy's head computes its logits again.
-                    with _marking(tracer, f"{name}policy", head):
-                        value.backward()
+                    if models[1:]:  # the critic's backward comes first
+                        _mark_backward(tracer, f"{name}policy", outputs)
+                    value.backward()
                     tracer.label(GRADIENTS, [p.grad for p in parameters])
                     tracer.mark(f"{name}end")
             parts = itertools.pairwise(tracer.marks)
@@ -234,23 +233,30 @@ class TracedModel:
 
         return self._by_depth(trace, tuned)
 
-    def _loss(self, models: list[Any]) -> Callable[[], Tensor]:
-        """The stage's loss of one micro-batch, without the arithmetic on one number per token."""
+    def _loss(self, models: list[Any]) -> Callable[[], tuple[Tensor, Tensor]]:
+        """The stage's loss of one micro-batch, without the arithmetic on one number per token, and what the first model
+        gives for it."""
         if isinstance(self.config, PPOConfig):
             both = ActorCritic(models[0], models[1] if len(models) > 1 else None)
 
-            def ppo() -> Tensor:
+            def ppo() -> tuple[Tensor, Tensor]:
                 out = both(self._micro_batch(), self.config.rollout.temperature)  # type: ignore[attr-defined]
                 total = out.logprobs.sum()
                 if self.config.loss.entropy_coef:  # type: ignore[attr-defined]
                     total = total + out.entropies.sum()
-                return total if out.values is None else total + out.values.sum()
+                return total if out.values is None else total + out.values.sum(), out.logprobs
 
             return ppo
         batch = self._micro_batch()
-        if isinstance(self.config, RewardConfig):
-            return lambda: models[0](batch.input_ids, batch.attention_mask).sum()
-        return lambda: -ActorCritic(models[0], None)(batch, 1.0).logprobs.sum()
+
+        def one_model() -> tuple[Tensor, Tensor]:
+            if isinstance(self.config, RewardConfig):
+                outputs = models[0](batch.input_ids, batch.attention_mask)
+            else:
+                outputs = ActorCritic(models[0], None)(batch, 1.0).logprobs
+            return outputs.sum(), outputs
+
+        return one_model
 
     @cached_property
     def scoring(self) -> MemorySnapshot:
@@ -332,6 +338,11 @@ def _marking(tracer: MemoryTracer, name: str, module: Any) -> Iterator[None]:
         yield
     finally:
         hook.remove()
+
+
+def _mark_backward(tracer: MemoryTracer, name: str, outputs: Any) -> None:
+    """Mark the start of the backward pass from `outputs`."""
+    outputs.grad_fn.register_prehook(lambda *_: tracer.mark(name))
 
 
 def _prefill(policy: Any, rows: int, width: int) -> Any:

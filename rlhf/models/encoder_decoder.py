@@ -15,11 +15,6 @@ from torch import Tensor, nn
 from rlhf.core.errors import UserError
 
 
-def is_encoder_decoder(model: Any) -> bool:
-    """Whether a transformers model, or the one in a PEFT wrapper, has an encoder for prompts."""
-    return bool(getattr(model.config, "is_encoder_decoder", False))
-
-
 def start_id(config: Any) -> int:
     """The token that the decoder starts with.
 

@@ -10,9 +10,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
-from rlhf import distributed
 from rlhf.core.errors import UserError
-from rlhf.models.encoder_decoder import decoder_states, divided, is_encoder_decoder
+from rlhf.models.encoder_decoder import decoder_states, divided
 from rlhf.models.packed_attention import PACKED, sequence_lengths
 
 HEAD_CHUNK_ELEMENTS = 2**24
@@ -27,6 +26,11 @@ HEAD_CHUNK_ELEMENTS_GPU = 2**27
 def causal_lm(model: nn.Module) -> PreTrainedModel:
     """The transformers model inside a PEFT wrapper, or the model itself."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator, return-value]
+
+
+def is_encoder_decoder(model: Any) -> bool:
+    """Whether a transformers model, or the one in a PEFT wrapper, has an encoder for prompts."""
+    return bool(getattr(model.config, "is_encoder_decoder", False))
 
 
 def body_of(lm: PreTrainedModel) -> Any:
@@ -103,7 +107,7 @@ def _is_causal(body: nn.Module) -> bool:
 
 def head_chunks(tokens: int, vocab_size: int) -> int:
     """The number of chunks in which the head processes `tokens` tokens; under ZeRO-3 all ranks must use the same."""
-    elements = HEAD_CHUNK_ELEMENTS_GPU if distributed.device().type == "cuda" else HEAD_CHUNK_ELEMENTS
+    elements = HEAD_CHUNK_ELEMENTS_GPU if torch.cuda.is_available() else HEAD_CHUNK_ELEMENTS
     return max(1, math.ceil(tokens * vocab_size / elements))
 
 
@@ -186,8 +190,10 @@ def _head(
         return found if top1 else found[:2]
 
     parts = []
-    for states, wanted in zip(hidden.tensor_split(chunks), targets.tensor_split(chunks)):
-        if torch.is_grad_enabled():  # the backward pass computes the chunk's logits again instead of keeping them
+    for number, (states, wanted) in enumerate(zip(hidden.tensor_split(chunks), targets.tensor_split(chunks)), 1):
+        # The backward pass computes a chunk's logits again instead of keeping them. It starts with the last chunk, so
+        # that one's are kept.
+        if torch.is_grad_enabled() and number < chunks:
             parts.append(checkpoint(part, states, wanted, use_reentrant=False, preserve_rng_state=False))
         else:
             parts.append(part(states, wanted))

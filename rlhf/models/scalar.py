@@ -15,9 +15,9 @@ from rlhf.config.base import ModelConfig
 from rlhf.core.errors import UserError
 from rlhf.models.adapters import adapter_has_head, is_adapter, virtual_tokens_of, with_adapter
 from rlhf.models.classifiers import classifier_class
-from rlhf.models.encoder_decoder import decoder_states, divided, is_encoder_decoder, whole_text
+from rlhf.models.encoder_decoder import decoder_states, whole_text
 from rlhf.models.load import HEADS, _load, load_hf_config, refuse_encoder_decoder
-from rlhf.models.logprobs import causal_lm, has_virtual_tokens, hidden_states
+from rlhf.models.logprobs import causal_lm, has_virtual_tokens, hidden_states, is_encoder_decoder, predicting_states
 from rlhf.models.shared_prompt import (
     NO_SHARING,
     SharedPrompts,
@@ -65,14 +65,8 @@ class ScalarModel(nn.Module):
         position_ids: Tensor | None = None,
     ) -> Tensor:  # fmt: skip
         """Values float32 [n] of the states in which the n tokens of `response_mask` [B, T] were chosen, row by row."""
-        lm: Any = causal_lm(self.model)
-        if is_encoder_decoder(lm):
-            parts = divided(lm, input_ids, attention_mask, response_mask)
-            states = decoder_states(self.model, parts)[parts.wanted]
-            return self._scale(lm.score(states).squeeze(-1).float())
-        values = self.token_values(input_ids, attention_mask, position_ids)
-        # The state in which token t is chosen ends at token t - 1.
-        return values[:, :-1][response_mask[:, 1:]]
+        states, _ = predicting_states(self.model, input_ids, attention_mask, response_mask, position_ids)
+        return self._scale(causal_lm(self.model).score(states).squeeze(-1).float())  # type: ignore[operator]
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor, branches: Tensor | None = None) -> Tensor:
         """Scores float32 [B] of the texts int64 [B, T], padded on the right.

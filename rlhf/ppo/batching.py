@@ -58,14 +58,20 @@ class TokenRows:
         """Where micro-batches are built."""
         return distributed.device()
 
+    @cached_property
+    def rank(self) -> int:
+        """Whose micro-batches are built."""
+        return distributed.rank()
+
     def micro_batches(self, per_rank: RankBatches) -> list[MicroBatch]:
         """This rank's micro-batches of one minibatch."""
-        batches = []
-        for number, rows in enumerate(per_rank[distributed.rank()]):
-            # Under ZeRO-3 every chunk of the head is a collective operation: all ranks take the count of the fullest.
-            most = max(sum(self.flagged[row] for row in rank[number]) for rank in per_rank)
-            batches.append(self._build(rows, head_chunks(most, self.vocab_size)))
-        return batches
+        mine = per_rank[self.rank]
+        # Under ZeRO-3 every chunk of the head is a collective operation: all ranks take the count of the fullest.
+        fullest = [
+            max(sum(self.flagged[row] for row in rank[number]) for rank in per_rank) for number in range(len(mine))
+        ]
+        chunks = [head_chunks(most, self.vocab_size) for most in fullest]
+        return [self._build(rows, count) for rows, count in zip(mine, chunks)]
 
     def padded(self, rows: Sequence[int]) -> tuple[Tensor, Tensor]:
         """One sequence per row, and a mask with 1 at tokens: int64 [B, L] both. A filler where `rows` is empty."""

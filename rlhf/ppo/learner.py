@@ -126,7 +126,7 @@ class Learner:
         self, experience: Experience, advantages: Advantages, minibatch: Minibatch, step: int, critic_only: bool
     ) -> tuple[Tensor, Tensor]:
         """Accumulate the gradient of one minibatch. Gives this rank's `SUMS` and [-smallest, largest ratio]."""
-        device = distributed.device()
+        device = minibatch.rows.device
         batches, tokens = minibatch.micro_batches(), minibatch.tokens
         demonstrations, ptx_tokens = self.ptx.batch(step, len(batches)) if self.ptx else ([None] * len(batches), 1)
         sums, extremes = torch.zeros(len(SUMS), device=device), torch.full((2,), -torch.inf, device=device)
@@ -163,8 +163,9 @@ class Learner:
             """The micro-batch's response tokens of a column [N, T], in the order of the model's outputs [n]."""
             return column[batch.episodes][mask].to(out.logprobs.device)
 
+        old_logprobs, weights = old(experience.logprobs), old(advantages.advantages)
         per_token, stats = policy_loss(
-            out.logprobs, old(experience.logprobs), old(advantages.advantages),
+            out.logprobs, old_logprobs, weights,
             clip_low=c.clip_low, clip_high=c.clip_high, dual_clip=c.dual_clip,
         )  # fmt: skip
         if experience.importance is not None:

@@ -15,10 +15,9 @@ from rlhf.core.console import say
 from rlhf.core.errors import UserError
 from rlhf.data.chat_tokenizer import ChatTokenizer
 from rlhf.models.adapters import is_adapter
-from rlhf.models.encoder_decoder import is_encoder_decoder
 from rlhf.models.isolation import Text, packing_fault, windows
 from rlhf.models.load import count_parameters, load_hf_config, load_policy, recompute_activations
-from rlhf.models.logprobs import has_virtual_tokens
+from rlhf.models.logprobs import has_virtual_tokens, is_encoder_decoder
 from rlhf.models.packed_attention import KERNEL, PACKED, VARLEN, switch
 from rlhf.models.scalar import ScalarModel, load_scalar
 from rlhf.models.vocabulary import check_vocabulary, mask_unknown_ids, token_count

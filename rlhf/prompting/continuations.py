@@ -17,8 +17,14 @@ import torch
 
 from rlhf.core.console import track
 from rlhf.data.chat_tokenizer import ChatTokenizer
-from rlhf.models.encoder_decoder import is_encoder_decoder
-from rlhf.models.logprobs import causal_lm, has_virtual_tokens, head_logprobs, hidden_states, token_logprobs
+from rlhf.models.logprobs import (
+    causal_lm,
+    has_virtual_tokens,
+    head_logprobs,
+    hidden_states,
+    is_encoder_decoder,
+    token_logprobs,
+)
 from rlhf.models.shared_prompt import (
     NO_SHARING,
     SharedPrompts,

@@ -59,9 +59,10 @@ def call_reward_function(
         UserError: It raised an exception, took too long, or returned anything but one finite number. Names the prompt
             and the answer.
     """
+    copies = [dict(message) for message in messages]
     try:
         with time_limit(seconds):
-            value = function([dict(message) for message in messages], answer)
+            value = function(copies, answer)
     except TimeIsUp as error:
         fault = f"did not return within {seconds:g} s{_place(error)}"
         remedy = "Make it faster or give its own calls a time limit, or raise the reward's `timeout_seconds`."
