@@ -8,6 +8,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+import shared_base_runs
 import tiny
 import torch
 from logged import lines
@@ -16,8 +17,10 @@ from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from rlhf.config.base import ModelConfig
+from rlhf.config.load import check_config
 from rlhf.core.errors import UserError
 from rlhf.data.chat_tokenizer import load_tokenizer
+from rlhf.ppo.config import PPOConfig
 from rlhf.replay import record
 from rlhf.replay.recompute import check_mathematics
 from rlhf.replay.tokens import pieces
@@ -166,6 +169,18 @@ def test_updates_without_a_critic_are_recorded_too(estimator, tmp_path, prompts)
     assert {one.verdict for one in check_mathematics(c, update)} == {"equal"}
     samples = lines(tmp_path / "run", "samples.jsonl")
     assert "advantage" not in samples[0]["tokens"] and "logprob" in samples[0]["tokens"]
+
+
+def test_the_models_are_replayed_with_adapters_and_on_a_shared_base(tmp_path, prompts):
+    parents = shared_base_runs.parents()
+    values = shared_base_runs.values_of(tmp_path / "shared", prompts, parents["sft"], parents["over-sft"])
+    run(check_config(PPOConfig, values | {"log": {"record_every": 1}}, "test"))
+    log = {"record_every": 1}
+    run(config(tmp_path / "lora", prompts, tuning={"name": "lora", "rank": 4}, log=log, rollout__temperature=0.7))
+    for name in ("shared", "lora"):
+        for step in (1, 2):
+            status, found = comparisons(tmp_path / name, "--step", step)
+            assert status == 0 and found["log-probs"].startswith("equal") and found["values"].startswith("equal")
 
 
 def test_samples_carry_the_numbers_of_their_tokens(recorded):
