@@ -74,6 +74,8 @@ def test_stop_ends_the_run_with_the_present_policy(tmp_path, prompts, capsys):
     info = json.loads((tmp_path / "run" / "run.json").read_text("utf-8"))
     assert info["status"] == "complete" and info["step"] == 2 and info["ended_by"]["rule"] == "after-two"
     assert "guard: after-two: 2 updates, since update 2. Action: stop" in capsys.readouterr().out
+    run(config(tmp_path / "run", prompts, updates=7, guard=guard(action="stop")), resume=True)
+    assert [row["step"] for row in updates(tmp_path / "run")] == [1, 2]  # made longer, and ended still
     run(config(tmp_path / "short", prompts, updates=2, guard=guard(action="warn")))
     assert all(
         torch.equal(value, weights(tmp_path / "short")[name]) for name, value in weights(tmp_path / "run").items()
