@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
@@ -10,7 +11,7 @@ from typing import Any
 
 import yaml
 
-from rlhf.core.console import format_number
+from rlhf.core.console import format_number, printable
 from rlhf.runs.run import is_run, read_run
 
 MARK = "Made with rlhf-rankings"
@@ -70,6 +71,7 @@ def model_card(facts: CardFacts) -> str:
     local_base = adapter_base.startswith((".", "/", "~")) or Path(adapter_base).exists()
     config = yaml.safe_load((facts.run / "config.yaml").read_text("utf-8"))
     kept = {key: _without_folders(value) for key, value in config.items() if key not in BOOKKEEPING}
+    training = yaml.safe_dump(kept, sort_keys=False, allow_unicode=True)
     # The hub's EvalResult is not used: it must name a dataset of the hub, and the data of a run are local.
     sampling = {"max_new_tokens": 128, "temperature": 1.0, "top_k": 0, "top_p": 1.0, "stop": []} | config.get(
         "rollout", {}
@@ -85,7 +87,8 @@ def model_card(facts: CardFacts) -> str:
         header,
         template_path=str(TEMPLATE),
         name=facts.path.rstrip("/").split("/")[-1],
-        summary=SUMMARIES[facts.stage], mark=MARK, version=version("rlhf-rankings"), run=public_path(str(facts.run)),
+        summary=SUMMARIES[facts.stage], mark=MARK, version=version("rlhf-rankings"),
+        run=_code(public_path(str(facts.run))),
         scalar=scalar, stage=facts.stage, bottleneck=facts.bottleneck, folded=facts.folded, mean=mean, std=std,
         model_class=_model_class(facts, scalar), own_class=facts.own_class, encoder_decoder=facts.encoder_decoder,
         path=repr(facts.path), adapter_base=repr(facts.adapter_base) if facts.adapter_base else None,
@@ -94,12 +97,12 @@ def model_card(facts: CardFacts) -> str:
         score="logit" if plain else f"(logit - {mean!r}) / {std!r}",
         stop_tokens=facts.stop_tokens, sampling=sampling,
         lineage=[
-            (a.stage or "start", f"`{a.name}`", _short(a.fingerprint) or a.note, _short(a.info.get("git"), 12))
+            (a.stage or "start", _code(a.name), _short(a.fingerprint) or a.note, _short(a.info.get("git"), 12))
             for a in ancestors
         ],
-        missing=[(a.name, a.note) for a in ancestors if a.note],
+        missing=[(_code(a.name), a.note) for a in ancestors if a.note],
         data=[
-            (a.stage, f"`{public_path(d['path'])}`", d["kind"], _short(d["fingerprint"]))
+            (a.stage, _code(public_path(d["path"])), d["kind"], _short(d["fingerprint"]))
             for a in ancestors for d in a.info.get("data", [])
         ],
         results=[
@@ -107,7 +110,7 @@ def model_card(facts: CardFacts) -> str:
             for a in ancestors for name, value in a.info.get("metrics", {}).items()
             if isinstance(value, (int, float)) and not isinstance(value, bool)
         ],
-        training=yaml.safe_dump(kept, sort_keys=False, allow_unicode=True),
+        training=training, fence="`" * max(3, 1 + max(map(len, re.findall("`+", training)), default=0)),
         packages=list(ancestors[-1].info["packages"].items()),
     )  # fmt: skip
     return f"{card}\n"
@@ -141,6 +144,11 @@ def _without_folders(value: Any) -> Any:
     if not isinstance(value, dict):
         return value
     return {key: public_path(item) if key == "path" else _without_folders(item) for key, item in value.items()}
+
+
+def _code(text: str) -> str:
+    """A Markdown code span that its text cannot end: on one line, without backticks and control characters."""
+    return "`" + printable(" ".join(text.split())).replace("`", "'") + "`"
 
 
 def _short(digest: str | None, digits: int = 16) -> str:
