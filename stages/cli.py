@@ -56,6 +56,7 @@ data_app = command_group(
     {
         **DATA_COMMANDS,
         "propose": ("stages.propose:command", "Write K distinct answers to each prompt, for ranking."),
+        "next": ("stages.next:command", "Choose the prompts and answers whose ranking tells most."),
         "grow": ("stages.grow:command", "Grow new instructions from seed tasks with a teacher (Self-Instruct)."),
         "distill": ("stages.distill:command", "Write a teacher's answers to prompts as demonstrations or candidates."),
     },

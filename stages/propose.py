@@ -31,8 +31,7 @@ from rlhf.cli import options
 from rlhf.cli.sampling_options import SamplingOptions, with_sampling
 from rlhf.core.console import print_json
 from rlhf.core.errors import UserError
-from rlhf.data.encode_records import EncodingCounts
-from rlhf.data.schema import Ranking
+from rlhf.data.schema import Proposal
 from rlhf.data.selection import chosen_records
 from rlhf.data.store import Dataset, open_dataset
 from rlhf.rollout.types import stream_seed
@@ -174,14 +173,5 @@ def judge_scores(
     """A reward model's raw scores of each proposal's candidates; () where an answer does not fit into the model."""
     from rlhf.inference.reward_model import open_reward_model  # imports torch
 
-    reward = open_reward_model(judge, trust_remote_code)
-    tied = [Ranking(one.prompt.messages, candidates=tuple(one.candidates), ranks=(1,) * len(one.candidates))
-            for one in opened]  # fmt: skip
-    counts = EncodingCounts()
-    rows = enumerate(reward.encode(tied, counts))
-    counts.report_refused("proposals")
-    whole = {i: row for i, row in rows if row and len(row["candidates"]) == len(opened[i].candidates)}
-    found: list[tuple[float, ...]] = [()] * len(opened)
-    for i, scored in zip(whole, reward.score(list(whole.values()))):
-        found[i] = scored.scores
-    return found
+    asked = [Proposal(one.prompt.messages, candidates=tuple(one.candidates)) for one in opened]
+    return open_reward_model(judge, trust_remote_code).raw_scores(asked)

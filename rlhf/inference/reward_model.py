@@ -13,7 +13,7 @@ from rlhf.core.errors import UserError
 from rlhf.data.chat_rendering import RefusedText
 from rlhf.data.chat_tokenizer import ChatTokenizer, load_tokenizer
 from rlhf.data.encode_records import EncodingCounts, encode_ranking, fits
-from rlhf.data.schema import Prompt, Ranking
+from rlhf.data.schema import Prompt, Proposal, Ranking
 from rlhf.data.selection import as_prompt
 from rlhf.models.adapters import virtual_tokens_of
 from rlhf.models.load import compute_dtype, load_hf_config, quiet, sequence_limit
@@ -42,6 +42,18 @@ class RewardModel:
     def score(self, rows: Sequence[dict[str, Any]]) -> list[ScoredRanking]:
         """The raw scores of encoded rankings, in order."""
         return score_rankings(self.scalar, self.chat, rows, BATCH_TOKENS, bar=True)
+
+    def raw_scores(self, proposals: Iterable[Proposal]) -> list[tuple[float, ...]]:
+        """The raw scores of each proposal's candidates; () where one does not fit, or its prompt is refused."""
+        tied = [Ranking(one.messages, candidates=one.candidates, ranks=(1,) * len(one.candidates)) for one in proposals]
+        counts = EncodingCounts()
+        rows = enumerate(self.encode(tied, counts))
+        counts.report_refused("proposals")
+        whole = {i: row for i, row in rows if row and len(row["candidates"]) == len(tied[i].candidates)}
+        found: list[tuple[float, ...]] = [()] * len(tied)
+        for i, scored in zip(whole, self.score(list(whole.values()))):
+            found[i] = scored.scores
+        return found
 
     def score_answers(
         self, prompts: Sequence[str | Sequence[Mapping[str, str]] | Prompt], answers: Sequence[str]

@@ -1,0 +1,182 @@
+"""Which proposals to rank next: what their rankings would tell, what they cost, how they differ. Loads no models."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from data_tools.annotate.information import best_answers
+from data_tools.annotate.word_ensemble import hashed
+from rlhf.core.console import format_number, say, table
+from rlhf.core.lazy import lazy
+from rlhf.data.schema import Proposal, Ranking
+
+if TYPE_CHECKING:
+    from scipy import optimize, sparse
+else:
+    optimize, sparse = lazy("scipy.optimize"), lazy("scipy.sparse")
+
+CHARACTERS_PER_SECOND = 24
+"""238 words a minute, the mean of silent reading in English (Brysbaert 2019), at 6 characters with the space."""
+SECONDS_PER_ANSWER = 3.0
+FEWEST_TIMED = 20
+"""Rankings with `seconds` from which the cost is fitted to them."""
+SHOWN = 20
+
+
+# ---- cost ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Seconds that a ranking takes: `fixed` + `answer` for each answer + `character` for each that is read."""
+
+    fixed: float = 0.0
+    answer: float = SECONDS_PER_ANSWER
+    character: float = 1 / CHARACTERS_PER_SECOND
+    timed: int = 0
+    """Rankings that it was fitted to; 0 if it is assumed."""
+
+    def seconds(self, proposal: Proposal) -> float:
+        """Of one ranking of all the proposal's answers."""
+        return self.fixed + self.answer * len(proposal.candidates) + self.character * _characters(proposal)
+
+
+def fit_cost(rankings: Iterable[Ranking]) -> Cost:
+    """The cost by the `seconds` of rankings, by length and number of answers if fewer than `FEWEST_TIMED` have any.
+
+    Least squares with no part below 0 (Lawson and Hanson 1974). Times above three times the median are cut to that,
+    since annotators take breaks.
+    """
+    timed = [one for one in rankings if one.seconds]
+    if len(timed) < FEWEST_TIMED:
+        return Cost()
+    seconds = np.array([one.seconds for one in timed])
+    seconds = np.minimum(seconds, 3 * np.median(seconds))
+    rows = np.array([[1.0, len(one.candidates), _characters(one)] for one in timed])
+    size = rows.max(axis=0)  # so that the three columns have one scale
+    parts = optimize.nnls(rows / size, seconds)[0] / size
+    return Cost(*map(float, parts), timed=len(timed))
+
+
+def _characters(proposal: Proposal) -> int:
+    return sum(len(m.content) for m in proposal.messages) + sum(len(c.text) for c in proposal.candidates)
+
+
+# ---- choice -------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A proposal with the answers to rank, and why."""
+
+    proposal: Proposal
+    answers: tuple[int, ...]
+    """Which of the original answers these are, from 0."""
+    information: float
+    """Nats; see `order_information`."""
+    seconds: float
+    coverage: float = 1.0
+    """1 - the greatest cosine similarity to what was ranked before or is chosen before it."""
+
+    @property
+    def worth(self) -> float:
+        """What it is chosen by, in nats per second."""
+        return self.information / self.seconds
+
+    def why(self) -> dict[str, Any]:
+        """The reasons, as they are written to `why.jsonl`."""
+        facts = asdict(replace(self, proposal=None)) | {"answers": list(self.answers)}  # type: ignore[type-var]
+        del facts["proposal"]
+        return {"prompt_id": self.proposal.prompt_id, "id": self.proposal.id, **facts}
+
+
+def choices(proposals: Sequence[Proposal], scores: Sequence[np.ndarray], k: int | None, cost: Cost) -> list[Choice]:
+    """For each proposal the answers to rank; see `best_answers`. They keep the order in which they are shown.
+
+    Args:
+        proposals: The candidates.
+        scores: (members, answers) of each proposal.
+        k: Answers of a ranking; all if None.
+        cost: What a ranking costs.
+    """
+    found = []
+    for proposal, table_ in zip(proposals, scores):
+        answers, information = best_answers(np.asarray(table_), k or len(proposal.candidates))
+        shown = replace(proposal, candidates=tuple(proposal.candidates[index] for index in answers))
+        found.append(Choice(shown, answers, information, max(cost.seconds(shown), 0.1)))
+    return found
+
+
+def choose(found: Sequence[Choice], count: int, ranked: Sequence[Proposal], per_second: bool) -> list[Choice]:
+    """The `count` choices with the greatest worth times coverage, one after the other.
+
+    The coverage is computed again after each: maximal marginal relevance (Carbonell and Goldstein 1998), as a product.
+    Similarity is the cosine of log(1 + count) of hashed words and word pairs of prompt and answers, times the log of
+    their inverse frequency among the choices, so that words which all share count for nothing.
+
+    Args:
+        found: The choices; of equals the first is taken.
+        count: How many; all if there are no more.
+        ranked: What was ranked before.
+        per_second: Divide the information by the seconds.
+    """
+    texts = hashed([_text(one.proposal) for one in found] + [_text(one) for one in ranked])
+    own = texts[: len(found)]
+    shared = np.asarray((own > 0).sum(axis=0)).ravel()
+    texts = texts @ sparse.diags(np.log((1 + len(found)) / (1 + shared)))
+    length = np.sqrt(np.asarray(texts.multiply(texts).sum(axis=1)).ravel())
+    texts = sparse.diags(1 / np.where(length > 0, length, 1)) @ texts
+    own = texts[: len(found)].tocsr()
+    nearest = np.zeros(len(found))
+    for start in range(len(found), texts.shape[0], 1000):  # a slice at a time bounds the memory
+        nearest = np.maximum(nearest, (own @ texts[start : start + 1000].T).max(axis=1).toarray().ravel())
+    worth = np.array([one.worth if per_second else one.information for one in found])
+    chosen: list[Choice] = []
+    left = np.ones(len(found), bool)
+    for _ in range(min(count, len(found))):
+        coverage = np.clip(1 - nearest, 0, 1)
+        best = int(np.argmax(np.where(left, worth * coverage, -1)))
+        left[best] = False
+        chosen.append(replace(found[best], coverage=float(coverage[best])))
+        nearest = np.maximum(nearest, (own @ own[best].T).toarray().ravel())
+    return chosen
+
+
+def _text(proposal: Proposal) -> str:
+    return "\n".join([*(m.content for m in proposal.messages), *(c.text for c in proposal.candidates)])
+
+
+def fresh(proposals: Iterable[Proposal], ranked: Iterable[Proposal]) -> tuple[list[Proposal], int]:
+    """The proposals that have an answer which was not ranked for their prompt, each once; and how many others."""
+    seen = {(one.prompt_id, c.text) for one in ranked for c in one.candidates}
+    found: dict[str, Proposal] = {}
+    others = 0
+    for one in proposals:
+        known = one.id in found or all((one.prompt_id, c.text) in seen for c in one.candidates)
+        others += known
+        if not known:
+            found[one.id] = one
+    return list(found.values()), others
+
+
+# ---- what is printed ----------------------------------------------------------------------------------------------
+
+
+def show(chosen: Sequence[Choice], found: Sequence[Choice], cost: Cost) -> None:
+    """Print why the first ones were chosen, and the means of all."""
+    rows = [
+        [place, one.proposal.messages[-1].content[:48], " ".join(str(index + 1) for index in one.answers),
+         format_number(one.information, 3), f"{one.seconds:.0f}", f"{one.coverage:.2f}"]
+        for place, one in enumerate(chosen[:SHOWN], 1)
+    ]  # fmt: skip
+    columns = ["", "prompt", "answers", "information", "seconds", "coverage"]
+    table(f"the first {len(rows)} of {len(chosen):,} to rank", columns, rows)
+    means = [statistics.fmean(one.information for one in part) for part in (chosen, found)]
+    say(f"Information: {means[0]:.3g} nats on the {len(chosen):,} chosen, {means[1]:.3g} on all {len(found):,}")
+    how = f"fitted to {cost.timed:,} timed rankings" if cost.timed else "assumed from the length: no times are known"
+    say(f"About {sum(one.seconds for one in chosen) / 60:.0f} min to rank them ({how})")

@@ -1,0 +1,153 @@
+"""`rlhf data next`: which proposals, and which of their answers, to rank next.
+
+proposals -> scores of each answer by several reward models -> the K answers of each prompt whose order would tell most
+-> divided by the seconds that it takes, times what is new in it -> the best N, in the order in which to rank them
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+
+from data_tools.io.derive import Derivation
+from data_tools.io.rejects import print_reasons
+from rlhf.cli import options
+from rlhf.core.console import print_json, say
+from rlhf.core.errors import UserError
+from rlhf.data.schema import BadRecord, Proposal, Ranking, to_dict
+from rlhf.data.store import Reject, open_dataset
+from rlhf.runs.run import is_run, parent_facts, read_run, resolve_model_path
+
+if TYPE_CHECKING:
+    import numpy as np
+
+MEMBERS = 8
+WHY = "why.jsonl"
+
+
+def command(
+    candidates: Annotated[Path, typer.Argument(metavar="CANDIDATES", help="A dataset of proposals.")],
+    n: Annotated[int, typer.Option("--n", min=1, help="Number of prompts to choose.")],
+    out: Annotated[Path, typer.Option("--out", help="The dataset of proposals to make, in the order to rank.")],
+    reward: Annotated[
+        list[str] | None,
+        typer.Option(metavar="RUN|{...}", help="An ensemble, or a reward model of one; give two or more models."),
+    ] = None,
+    ranked: Annotated[
+        list[Path] | None,
+        typer.Option(
+            metavar="DATASET",
+            help="Rankings so far; without --reward a bag-of-words ensemble learns from them. May be repeated.",
+        ),
+    ] = None,
+    k: Annotated[int | None, typer.Option("--k", min=2, help="Answers to rank of a prompt; all by default.")] = None,
+    per: Annotated[
+        Literal["second", "ranking"], typer.Option(help="Choose by the information per second, or per ranking.")
+    ] = "second",
+    split: Annotated[str | None, typer.Option(help="train, eval or test; all by default.")] = None,
+    members: Annotated[
+        int, typer.Option(min=2, help="Members of the bag-of-words ensemble, without --reward.")
+    ] = MEMBERS,
+    seed: Annotated[int, typer.Option(help="Seed of the bag-of-words ensemble.")] = 0,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing dataset of that name.")] = False,
+    as_json: options.Json = False,
+    trust_remote_code: options.TrustRemoteCode = False,
+) -> None:
+    """Choose the prompts, and their answers, whose rankings would tell a reward model most for the time they take."""
+    paths = _models(reward or [], ranked or [])
+    data, before = open_dataset(candidates, "proposal"), [open_dataset(path, "ranking") for path in ranked or ()]
+    from data_tools.annotate import choose_next as choosing  # imports scipy
+
+    facts = {"seed": seed, "k": k, "per": per, "reward": paths or f"a bag of words with {members} members"}
+    with Derivation(out, "proposal", [data, *before], facts, overwrite=overwrite) as made:
+        made.origin["parents"] += [{"kind": "model", **parent_facts(path)} for path in paths]
+        known = [one for dataset in before for one in dataset.records()]
+        found = [one for one in data.records(on_reject=made.rejects) if split is None or one.split == split]
+        usable, skipped = choosing.fresh(found, known)
+        if not usable:
+            why = (
+                f"{len(found):,} proposals are in it{f' with split {split}' if split else ''}; {skipped:,} are ranked."
+            )
+            raise UserError(f"{candidates}: no proposal is left to rank", why, "Make more with `rlhf data propose`.")
+        tables = (
+            _model_scores(paths, usable, trust_remote_code) if paths else _word_scores(known, usable, members, seed)
+        )
+        whole = [(one, scores) for one, scores in zip(usable, tables) if scores is not None]
+        for one in (one for one, scores in zip(usable, tables) if scores is None):
+            fault = BadRecord("an answer is too long for a reward model", remedy="Use models that read longer texts.")
+            made.rejects(Reject.of(candidates, _line(one), fault, json.dumps(to_dict(one), ensure_ascii=False)))
+        if not whole:
+            raise UserError(f"{candidates}: no proposal fits into the reward models", remedy="Use other models.")
+        cost = choosing.fit_cost(known)
+        pool = choosing.choices([one for one, _ in whole], [scores for _, scores in whole], k, cost)
+        chosen = choosing.choose(pool, n, known, per == "second")
+        for one in chosen:
+            made.write(one.proposal)
+        why_lines = [one.why() for one in chosen]
+        (made.folder / WHY).write_text("".join(json.dumps(line) + "\n" for line in why_lines), "utf-8")
+        summary = {"out": str(out), "written": made.written, "rejected": made.rejects.count, "skipped": skipped}
+        summary |= {"seconds": sum(one.seconds for one in chosen), "timed": cost.timed, "chosen": why_lines}
+    choosing.show(chosen, pool, cost)
+    print_reasons(made.rejects.reasons, made.rejects.first)
+    fewer = f" (of {n:,} wanted: there are no more)" if len(chosen) < n else ""
+    say(f"chose {len(chosen):,}{fewer} -> {out} (proposals); {skipped:,} were ranked before or are there twice")
+    say(f"Rank them: rlhf data rank {out} --annotator NAME, or with --web in a browser")
+    if as_json:
+        print_json(summary)
+
+
+def _models(specs: Sequence[str], ranked: Sequence[Path]) -> list[str]:
+    """The paths of the reward models; refuses what can be refused before one is loaded."""
+    from rlhf.reward.sources import model_terms
+    from rlhf.reward.spec import read_reward
+
+    paths: list[str] = []
+    for spec in specs:
+        try:
+            pick = read_reward(spec)
+        except ValueError as error:
+            raise UserError(f"--reward: {error}") from None
+        if pick.name not in ("model", "ensemble"):
+            raise UserError(f"--reward {spec}: is not a reward model", remedy="Name a run of the reward stage.")
+        paths += [term["path"] for term in model_terms(pick)]
+    if not paths and not ranked:
+        why = (
+            "Something must say which orders are in doubt: reward models, or a bag of words that learns from rankings."
+        )
+        raise UserError("neither --reward nor --ranked", why, "Give one; first rank some 20 prompts of random choice.")
+    if len(paths) == 1:
+        why = "What a ranking would tell is where models disagree."
+        raise UserError("--reward: one reward model", why, "Give two or more that were trained with different seeds.")
+    for path in paths:
+        resolve_model_path(path)
+        if is_run(path) and (stage := read_run(path)["stage"]) != "reward":
+            raise UserError(f"--reward {path}: is a run of the {stage} stage", remedy="Name runs of the reward stage.")
+    return paths
+
+
+def _model_scores(paths: Sequence[str], proposals: Sequence[Proposal], trust: bool) -> list[np.ndarray | None]:
+    """(members, answers) raw scores of each proposal; None where an answer does not fit into a model."""
+    import numpy as np
+
+    from rlhf.inference.reward_model import open_reward_model  # imports torch
+
+    columns = []
+    for path in paths:  # one model is in memory at a time
+        columns.append(open_reward_model(path, trust).raw_scores(proposals))
+    return [np.array(rows) if all(rows) else None for rows in zip(*columns)]
+
+
+def _word_scores(ranked: Sequence[Ranking], proposals: Sequence[Proposal], members: int, seed: int) -> list[Any]:
+    from data_tools.annotate import word_ensemble
+
+    weights = word_ensemble.train(ranked, members, seed)
+    return word_ensemble.scores([[c.text for c in one.candidates] for one in proposals], weights)
+
+
+def _line(proposal: Proposal) -> int:
+    """The line of the file that the proposal was read from; 0 if unknown."""
+    return int(proposal.place.rpartition(":")[2] or 0)
