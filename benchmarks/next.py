@@ -8,7 +8,7 @@ Each seed ranks 50 random proposals, then twice 50 more: random ones with K rand
 next` chooses, by information per second or per ranking. A bag-of-words reward model learns from all so far; its
 accuracy is measured on pairs of other prompts. `demo`: requests of the demo's world with 6 answers of its writers, 4 to
 rank, by its annotators with their noise; accuracy is against the hidden rule. `ukp`: UKPConvArg1, arguments that people
-compared, 3 of up to 6 to rank; 10 of the 32 topics, drawn by the seed, are held out. 1 to 2 processor minutes each.
+compared, 3 of up to 6 to rank; 10 of the 32 topics, drawn by the seed, are held out. Half a processor minute each.
 """
 
 from __future__ import annotations
