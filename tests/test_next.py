@@ -185,6 +185,13 @@ def test_the_command_writes_proposals_in_order_with_reasons(tmp_path):
     assert again["chosen"] == found["chosen"]
 
 
+def test_a_prompt_cannot_control_the_terminal(tmp_path):
+    candidates = write(tmp_path / "c", [proposal("\x1b[2Jfox\n[red]owl", "good1 one", "new words")]).path
+    ranked = write(tmp_path / "ranked", rankings(3)).path
+    done = next_(candidates, "--ranked", ranked, "--n", 1, "--out", tmp_path / "o")
+    assert done.exit_code == 0 and "\x1b" not in done.stdout and "fox [red]owl" in done.stdout
+
+
 def test_what_was_ranked_is_not_chosen_again(tmp_path):
     candidates = pool(tmp_path / "c")
     first = next(open_dataset(candidates).records())

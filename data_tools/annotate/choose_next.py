@@ -170,7 +170,8 @@ def fresh(proposals: Iterable[Proposal], ranked: Iterable[Proposal]) -> tuple[li
 def show(chosen: Sequence[Choice], found: Sequence[Choice], cost: Cost) -> None:
     """Print why the first ones were chosen, and the means of all."""
     rows = [
-        [place, one.proposal.messages[-1].content[:48], " ".join(str(index + 1) for index in one.answers),
+        [place, " ".join(one.proposal.messages[-1].content.split())[:48],
+         " ".join(str(index + 1) for index in one.answers),
          format_number(one.information, 3), f"{one.seconds:.0f}", f"{one.coverage:.2f}"]
         for place, one in enumerate(chosen[:SHOWN], 1)
     ]  # fmt: skip
