@@ -2,13 +2,15 @@
 
     python benchmarks/next.py --world demo --json next.jsonl
     python benchmarks/next.py --world ukp --json next.jsonl
+    python benchmarks/next.py --world ukp-skewed --json next.jsonl
     python benchmarks/next.py --report next.jsonl
 
 Each seed ranks 50 random proposals, then twice 50 more: random ones with K random answers, or those that `rlhf data
 next` chooses, by information per second or per ranking. A bag-of-words reward model learns from all so far; its
 accuracy is measured on pairs of other prompts. `demo`: requests of the demo's world with 6 answers of its writers, 4 to
 rank, by its annotators with their noise; accuracy is against the hidden rule. `ukp`: UKPConvArg1, arguments that people
-compared, 3 of up to 6 to rank; 10 of the 32 topics, drawn by the seed, are held out. Half a processor minute each.
+compared, 3 of up to 6 to rank; 10 of the 32 topics, drawn by the seed, are held out; `ukp-skewed`: three
+quarters of the proposals are on four of the topics, three on each of the others. Half a processor minute each.
 """
 
 from __future__ import annotations
@@ -21,6 +23,7 @@ import random
 import statistics
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +39,7 @@ from rlhf.data.schema import Candidate, Message, Proposal, Ranking  # noqa: E402
 
 START, STEP, STEPS, POOL, HELD_OUT, MEMBERS = 50, 50, 2, 400, 300, 8
 WAYS = ("random", "second", "ranking")
-K = {"demo": 4, "ukp": 3}
+K = {"demo": 4, "ukp": 3, "ukp-skewed": 3}
 
 
 class Demo:
@@ -77,7 +80,7 @@ class Demo:
 class Ukp:
     """Arguments on 22 topics, ranked as people judged them; the pairs of 10 other topics to test on."""
 
-    def __init__(self, seed: int) -> None:
+    def __init__(self, seed: int, skewed: bool = False) -> None:
         from ukp import SOURCE, rebuild_rankings
 
         rng = random.Random(f"ukp {seed}")
@@ -89,13 +92,15 @@ class Ukp:
         rng.shuffle(order)
         self.tested = [(row["chosen"], row["rejected"]) for topic in order[:10] for row in topics[topic]]
         made: list[tuple[Proposal, dict[str, int]]] = []
-        for topic in order[10:]:
-            rows = topics[topic]
+        for number, topic in enumerate(order[10:]):
+            rows, before = topics[topic], len(made)
             for texts in rebuild_rankings([(row["chosen"], row["rejected"]) for row in rows]):
                 if len(texts) >= 3:
                     shown = rng.sample(texts, len(texts))
                     one = Proposal((Message("user", rows[0]["prompt"]),), candidates=tuple(map(Candidate, shown)))
                     made.append((one, {text: place for place, text in enumerate(texts)}))
+            if skewed and number >= 4:
+                del made[before + 3 :]
         made = rng.sample(made, min(POOL, len(made)))
         self.pool, self.places = [one for one, _ in made], [places for _, places in made]
 
@@ -121,7 +126,7 @@ def random_choice(pool: Sequence[Proposal], count: int, k: int, rng: random.Rand
 
 def run(world: str, seed: int) -> list[dict[str, Any]]:
     """Accuracy and seconds of reading after each step, for each way."""
-    data, k, cost = {"demo": Demo, "ukp": Ukp}[world](seed), K[world], Cost()
+    data, k, cost = {"demo": Demo, "ukp": Ukp, "ukp-skewed": partial(Ukp, skewed=True)}[world](seed), K[world], Cost()
     better, worse = zip(*data.test_pairs())
     tested = word_ensemble.hashed(better) - word_ensemble.hashed(worse)
     start = random_choice(data.pool, START, k, random.Random(f"start {seed}"))
