@@ -24,7 +24,7 @@ from rlhf.evaluation.battery import battery, verdict
 from rlhf.evaluation.benchmarks import STYLES, benchmark_of, levels, score_benchmark, ties_score
 from rlhf.evaluation.calibration import calibration, fit_temperature, reliability
 from rlhf.evaluation.card import dataset_card
-from rlhf.evaluation.estimates import Mean, clustered_mean, holm
+from rlhf.evaluation.estimates import Mean, clustered_mean, fraction, holm
 from rlhf.evaluation.listwise import best_of_curve, listwise, tau_b
 from rlhf.evaluation.perturbations import PERTURBATIONS, AnswerToChange, Variant, perturbed
 from rlhf.evaluation.scored import FunctionScorer, ScoredRecord, pairs_of
@@ -60,6 +60,15 @@ def test_a_clustered_mean_by_hand() -> None:
     assert (mean.value, mean.error, mean.clusters, mean.count) == (3.0, 2.0, 2, 3)
     assert mean.high == pytest.approx(3 + 12.7062 * 2, abs=1e-3), "Student's t with one degree of freedom"
     assert mean.p_value == pytest.approx(2 * stats.t.sf(1.5, 1))
+
+
+def test_the_spread_over_prompts_is_not_known_from_one_prompt() -> None:
+    right = np.array([1.0, 1.0, 0.0, 1.0])
+    one = fraction(right, np.zeros(4, dtype=int))
+    assert (one["value"], one["low"], one["high"], one["count"], one["prompts"]) == (0.75, None, None, 4, 1)
+    assert tables.between(one) == "-"
+    two = fraction(right, np.array([0, 0, 1, 1]))
+    assert two["low"] < 0.75 < two["high"]
 
 
 def test_with_clusters_of_one_value_the_mean_has_the_usual_t_test() -> None:

@@ -79,13 +79,16 @@ def fraction(credit: NDArray[Any], clusters: NDArray[Any]) -> dict[str, Any]:
         clusters: int [N].
 
     Returns:
-        `value`, `low`, `high` (None without values), `count` (N), `prompts` (the number of clusters).
+        `value` (None without values), `low`, `high` (None with fewer than two clusters, whose spread is not known),
+        `count` (N), `prompts` (the number of clusters).
     """
     if not len(credit):
         return {"value": None, "low": None, "high": None, "count": 0, "prompts": 0}
     _, index = np.unique(clusters, return_inverse=True)
-    low, high = accuracy_interval(np.bincount(index, credit), np.bincount(index)) or (None, None)
-    counts = {"count": len(credit), "prompts": int(index.max()) + 1}
+    prompts = int(index.max()) + 1
+    bounds = accuracy_interval(np.bincount(index, credit), np.bincount(index)) if prompts > 1 else None
+    low, high = bounds or (None, None)
+    counts = {"count": len(credit), "prompts": prompts}
     return {"value": float(np.mean(credit)), "low": low, "high": high, **counts}
 
 
