@@ -66,7 +66,9 @@ def questions(data: Path) -> Iterator[tuple[str, str, str, list[str]]]:
 
 
 def fits(prompt: str, answers: list[str]) -> bool:
-    return len(set(answers)) == len(answers) and 0 < len(prompt) <= LONGEST_PROMPT and all(0 < len(text) <= LONGEST_ANSWER for text in answers)
+    """Whether prompt and answers are short enough, and no answer is in two places."""
+    short = 0 < len(prompt) <= LONGEST_PROMPT and all(0 < len(text) <= LONGEST_ANSWER for text in answers)
+    return short and len(set(answers)) == len(answers)
 
 
 def instructions(data: Path) -> Iterator[tuple[str, str]]:
@@ -88,8 +90,8 @@ def main() -> None:
     groups = sorted({(source, group) for source, group, *_ in found})
     random.Random(0).shuffle(groups)
     share = dict.fromkeys(groups[::5], "prompts")  # a fifth is for evaluation alone; the rest is divided in two
-    share |= {group: "judge" for group in groups[1::5] + groups[3::5]}
-    share |= {group: "rankings" for group in groups[2::5] + groups[4::5]}
+    share |= dict.fromkeys(groups[1::5] + groups[3::5], "judge")
+    share |= dict.fromkeys(groups[2::5] + groups[4::5], "rankings")
     held_out = set(groups[1::20] + groups[2::20])  # a tenth of either half, for choosing a checkpoint
     writers = {name: DatasetWriter(args.out / name, "ranking", overwrite=True) for name in ("rankings", "judge")}
     prompts = DatasetWriter(args.out / "prompts", "demonstration", overwrite=True)
@@ -109,15 +111,17 @@ def main() -> None:
             if kind != "judge" and prompt not in seen:
                 split = "eval" if kind == "prompts" else "train"
                 prompts.write(Demonstration(turns, answer=texts[0], source=source, group=group, split=split))
-            if kind == "rankings":
-                if prompt not in seen or source == "UKPConvArg1":
-                    demonstrations.write(Demonstration(turns, answer=texts[0], source=source, group=group, split="train"))
+            if kind == "rankings" and (prompt not in seen or source == "UKPConvArg1"):
+                demonstrations.write(Demonstration(turns, answer=texts[0], source=source, group=group, split="train"))
             seen.add(prompt)
         for index, (prompt, answer) in enumerate(instructions(args.data)):
             if fits(prompt, [answer]) and prompt not in seen:
                 seen.add(prompt)
                 split = "eval" if index % 10 == 0 else "train"
-                demonstrations.write(Demonstration((Message("user", prompt),), answer=answer, source="instructions", group=prompt, split=split))
+                turns = (Message("user", prompt),)
+                demonstrations.write(
+                    Demonstration(turns, answer=answer, source="instructions", group=prompt, split=split)
+                )
 
 
 if __name__ == "__main__":
