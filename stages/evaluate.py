@@ -10,8 +10,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from data_tools.statistics.accumulator import accumulated
-from data_tools.statistics.ceiling import agreement_of
 from rlhf.cli import options, task_options
 from rlhf.cli.sampling_options import SamplingOptions, with_sampling
 from rlhf.core.console import print_json, say, table, warn
@@ -363,6 +361,9 @@ def _agreement(data: Dataset) -> Agreement | None:
     """How far the annotators agree: as the manifest says, else from the votes of named annotators in the dataset."""
     if (noted := Agreement.of([data])) is not None:
         return noted
+    from data_tools.statistics.accumulator import accumulated  # imports numpy
+    from data_tools.statistics.ceiling import agreement_of
+
     facts = agreement_of(accumulated(data))
     if facts is None:
         return None

@@ -101,7 +101,8 @@ def test_a_reward_model_trains_them_and_its_head_alone(
     assert again.limit == 128 - 4
     assert (again.scalar.mean, again.scalar.std) != (0.0, 1.0)
     said, _ = finished.invoke(evaluate.command, made.run, "--dataset", rankings, "--split", "eval", "--json")
-    assert finished.last_json(said)["metrics"]["accuracy"] == pytest.approx(read_run(made.run)["metrics"]["accuracy"])
+    [facts] = finished.last_json(said)["datasets"]
+    assert facts["pairs"]["accuracy"]["value"] == pytest.approx(read_run(made.run)["metrics"]["accuracy"])
 
 
 @each_method
