@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from rlhf.core.console import print_json, say
-from rlhf.doctor.evidence import read_evidence
+from rlhf.doctor.evidence import guard_alarms, read_evidence
 
 
 def command(
@@ -19,11 +19,11 @@ def command(
     as_json: Annotated[bool, typer.Option("--json", help="Print only JSON lines, one per run.")] = False,
 ) -> None:
     """Say where the gold reward of PPO runs peaks, with Gao's form fitted to it, and what the guard said."""
-    from rlhf.guard.curve import curve_of, describe, read_events  # imports numpy
+    from rlhf.guard.curve import curve_of, describe  # imports numpy
     from rlhf.guard.curve import plot as draw
 
     for run in runs:
-        curve, alarms = curve_of(read_evidence(run)), read_events(run)
+        curve, alarms = curve_of(read_evidence(run)), guard_alarms(run)
         if as_json:
             print_json({"run": str(run), **curve.as_dict(), "alarms": alarms})
             continue

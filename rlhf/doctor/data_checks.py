@@ -8,7 +8,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from rlhf.doctor.evidence import Evidence
+from rlhf.doctor.evidence import Evidence, guard_alarms
 from rlhf.doctor.findings import ALL, check, number
 from rlhf.doctor.run_checks import parent_info
 
@@ -98,13 +98,5 @@ def _day(time: Any) -> str | None:
 )  # fmt: skip
 def guard_spoke(run: Evidence) -> str | None:
     """The guard against over-optimisation is silent."""
-    file = (run.path or Path()) / "events.jsonl"
-    rules: Counter[str] = Counter()
-    for line in file.read_bytes().splitlines() if file.is_file() else []:
-        try:
-            row = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(row, dict) and row.get("event") == "guard":
-            rules[str(row.get("rule"))] += 1
+    rules = Counter(str(alarm.get("rule")) for alarm in guard_alarms(run.path or Path()))
     return f"its rules {', '.join(rules)} spoke ({sum(rules.values())} times)" if rules else None

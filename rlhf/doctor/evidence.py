@@ -162,3 +162,16 @@ def logged_rows(file: Path) -> list[dict[str, Any]]:
 
 def _lines(file: Path) -> Sequence[bytes]:
     return file.read_bytes().splitlines() if file.is_file() else []
+
+
+def guard_alarms(run: Path) -> list[dict[str, Any]]:
+    """The guard's alarms in a run's events.jsonl, without a line that a crash cut off."""
+    file, found = run / "events.jsonl", []
+    for line in file.read_bytes().splitlines() if file.is_file() else []:
+        try:
+            row = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(row, dict) and row.get("event") == "guard":
+            found.append(row)
+    return found

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -14,7 +13,7 @@ from numpy.typing import NDArray
 
 from rlhf.core.console import format_number
 from rlhf.core.errors import UserError
-from rlhf.doctor.evidence import Evidence, read_evidence
+from rlhf.doctor.evidence import Evidence, guard_alarms, read_evidence
 from rlhf.guard.overoptimization import Fit, fit
 from rlhf.guard.rules import GOLD, SCORE
 
@@ -80,19 +79,6 @@ def curve_of(run: Evidence) -> Curve:
     columns = {name: np.array([values[step] for step in steps]) for name, values in series.items()}
     distance = np.sqrt(np.clip(columns[KL], 0, None))
     return Curve(steps, distance, columns[SCORE], columns[GOLD], fit(distance, columns[GOLD]))
-
-
-def read_events(run: Path) -> list[dict[str, Any]]:
-    """The guard's alarms in a run's events.jsonl, without a line that a crash cut off."""
-    file, found = run / "events.jsonl", []
-    for line in file.read_bytes().splitlines() if file.is_file() else []:
-        try:
-            row = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(row, dict) and row.get("event") == "guard":
-            found.append(row)
-    return found
 
 
 def describe(curve: Curve) -> list[str]:
@@ -189,6 +175,6 @@ def plot(runs: Sequence[Path], out: Path) -> None:
         figure = Figure(figsize=(7.2, 3.8 * len(runs)), layout="constrained")
         for place, run in enumerate(runs):
             axes = figure.add_subplot(len(runs), 1, place + 1)
-            draw(axes, curve_of(read_evidence(run)), read_events(run), title=run.as_posix())
+            draw(axes, curve_of(read_evidence(run)), guard_alarms(run), title=run.as_posix())
         metadata: Any = {"Date": None} if out.suffix == ".svg" else None
         figure.savefig(out, metadata=metadata)

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from rlhf.core.errors import UserError
-from rlhf.guard.curve import curve_of, describe, read_events, smooth
+from rlhf.doctor.evidence import guard_alarms
+from rlhf.guard.curve import curve_of, describe, smooth
 from rlhf.report.charts import COLOURS, Chart, Line, draw, thinned
 from rlhf.report.gather import Subject
 
@@ -37,7 +38,7 @@ def guarded(subject: Subject, number: int) -> ShownGuard | None:
     run = subject.of("ppo")
     if run is None:
         return None
-    alarms = [alarm for alarm in read_events(run.path) if {"step", "rule", "what", "action"} <= alarm.keys()]
+    alarms = [alarm for alarm in guard_alarms(run.path) if {"step", "rule", "what", "action"} <= alarm.keys()]
     shown, more = alarms[:MOST_ALARMS], max(0, len(alarms) - MOST_ALARMS)
     try:
         curve = curve_of(run.evidence)
