@@ -28,7 +28,7 @@ class Alarm:
 
 
 class Guard:
-    """Watches a run by its rules. It depends on metrics that are the same on every rank, so all ranks act alike.
+    """Watches a run by its rules. It depends on metrics that are the same on every rank, so all ranks act the same.
 
     Args:
         config: Rules, actions and windows.

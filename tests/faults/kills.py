@@ -133,7 +133,7 @@ def prepare(place: Path) -> dict[str, Kind]:
             "data": {"prompts": "demos", "max_prompt_tokens": 64}, "updates": 4,
             "reward": {"name": "function", "function": "ppo_rewards:letters"},
             "rollout": {"prompts_per_update": 8, "max_new_tokens": 8}, "batch": {"epochs": 1, "minibatches": 1},
-            "eval": {"prompts": 2},
+            "critic": {"init": "policy"}, "eval": {"prompts": 2},
         },
     }  # fmt: skip
     for stage, values in stages.items():
