@@ -56,8 +56,8 @@ def listwise(scored: Sequence[ScoredRecord]) -> dict[str, Any] | None:
 def tau_b(known: Sequence[tuple[int, float]]) -> float:
     """Kendall's tau-b between ranks and scores, 1 if the scores order the candidates as the annotator did.
 
-    (C - D) / sqrt((pairs with different ranks) (pairs with different scores)), with C and D the pairs in the same order and
-    opposite (Kendall 1945, Biometrika 33, 239-251). 0 where all scores are equal.
+    (C - D) / sqrt((pairs with different ranks) (pairs with different scores)), with C and D the pairs in the same and
+    in the opposite order (Kendall 1945, Biometrika 33, 239-251). 0 where all scores are equal.
 
     Args:
         known: (rank, score) of each candidate; at least two ranks differ.
