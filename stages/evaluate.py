@@ -127,17 +127,7 @@ def command(
         if for_rewards:
             raise UserError(f"{model}: is a policy; --perturb, --benchmark and --html are for reward models")
         data = open_dataset(_only(named))
-        if data.kind == "prompt" and not reward and not judge:
-            raise UserError(
-                f"{data.path}: prompts alone give nothing to measure a policy by",
-                remedy="Score its answers with --reward, or name a dataset of demonstrations or rankings.",
-            )
-        if judge and not against:
-            raise UserError("--judge: what are the answers compared with?", remedy="Give --against RUN or references.")
-        if against == REFERENCES and data.kind == "prompt":
-            raise UserError(f"{data.path}: has no answers to compare with", remedy="Name demonstrations or rankings.")
-        if against == REFERENCES and not (reward or judge):
-            raise UserError("--against references: by what are answers compared?", remedy="Give --reward or --judge.")
+        _check_comparison(data, reward, against, judge)
         if against and against != REFERENCES and model_kind(against, sampling.trust_remote_code) == "reward":
             raise UserError(f"--against {against}: a reward model gives no answers", remedy="Name an SFT or PPO run.")
         asked = read_judge(judge) if judge else None
@@ -157,6 +147,25 @@ def _only(datasets: list[Path]) -> Path:
         what = "name a dataset" if not datasets else f"{len(datasets)} datasets are named, but a policy takes one"
         raise UserError(what, remedy="rlhf evaluate MODEL DATASET")
     return datasets[0]
+
+
+def _check_comparison(data: Dataset, reward: str | None, against: str | None, judge: str | None) -> None:
+    """Whether a policy can be measured by what is given.
+
+    Raises:
+        UserError: It cannot.
+    """
+    if data.kind == "prompt" and not reward and not judge:
+        raise UserError(
+            f"{data.path}: prompts alone give nothing to measure a policy by",
+            remedy="Score its answers with --reward, or name a dataset of demonstrations or rankings.",
+        )
+    if judge and not against:
+        raise UserError("--judge: what are the answers compared with?", remedy="Give --against RUN or references.")
+    if against == REFERENCES and data.kind == "prompt":
+        raise UserError(f"{data.path}: has no answers to compare with", remedy="Name demonstrations or rankings.")
+    if against == REFERENCES and not (reward or judge):
+        raise UserError("--against references: by what are answers compared?", remedy="Give --reward or --judge.")
 
 
 def _finish(result: dict[str, Any], output: Path | None, as_json: bool) -> None:

@@ -1,4 +1,4 @@
-"""What is known of the annotators' agreement stands beside a reward model's accuracy, wherever that is said."""
+"""What is known of the annotators' agreement is shown with a reward model's accuracy, everywhere."""
 
 from __future__ import annotations
 

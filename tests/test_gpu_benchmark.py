@@ -128,7 +128,7 @@ def test_a_python_without_the_packages_is_told_what_it_lacks_and_how_to_bring_it
 
 
 def copy_of_the_script(folder):
-    """In a folder of its own, where there is no .gpu/ and none will be made beside the repository."""
+    """In a folder of its own, where there is no .gpu/ and none will be made next to the repository."""
     (folder / "benchmarks").mkdir()
     (folder / "pyproject.toml").write_text((tiny.REPOSITORY / "pyproject.toml").read_text())
     script = folder / "benchmarks" / "gpu.sh"

@@ -1,4 +1,4 @@
-"""Predicted memory: bytes worked by hand, ZeRO's layout, the command, and one run measured beside its prediction."""
+"""Predicted memory: bytes worked by hand, ZeRO's layout, the command, and one run compared with its prediction."""
 
 from __future__ import annotations
 

@@ -21,7 +21,7 @@ SHORT = {
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
-    """A folder beside a copy of nothing: configs and ../shared are found as from the repository root."""
+    """A working folder: configs and ../shared are found as from the repository root."""
     folder = tmp_path_factory.mktemp("hh") / "main"
     folder.mkdir()
     (folder / "configs").symlink_to(tiny.REPOSITORY / "configs")

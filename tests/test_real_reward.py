@@ -1,4 +1,4 @@
-"""A reward model of human judgements, on topics that it has not seen, beside the rule that the longer answer wins."""
+"""A reward model of human judgements, on topics that it has not seen, against the rule that the longer answer wins."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Samplers beside `hf`: what they report, what they refuse, and PPO with log-probs that differ from the trainer's."""
+"""Samplers other than `hf`: what they report and refuse, and PPO with log-probs that differ from the trainer's."""
 
 from __future__ import annotations
 

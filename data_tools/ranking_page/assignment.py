@@ -16,7 +16,7 @@ class Assignment:
     """Hands out the items with the fewest rankings first, in the order of the candidates.
 
     An item that another annotator has open counts as ranked once more, so two annotators work on different items. If
-    only items are left that others have open, these are held back, and given to whoever asks for them.
+    only items are left that others have open, these are held back, and given to an annotator who asks for them.
 
     Args:
         book: The votes so far.

@@ -129,7 +129,7 @@ function advance(found) {
     ? "Others have the rest on their screens"
     : found.task ? "Only skipped prompts are left" : "All done. Thank you!";
   const counts = `${ranked} ranked${unclear ? `, ${unclear} that you cannot tell` : ""}.`;
-  const send = "Save the result, and send the file back to whoever sent you this page.";
+  const send = "Save the result, and send the file back to the person who sent you this page.";
   $("endtext").textContent = items ? `${counts} ${send}` : `${counts} Everything is saved; you may close this page.`;
   $("endsave").hidden = !items;
   $("endskipped").hidden = !found.task;

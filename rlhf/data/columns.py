@@ -84,7 +84,7 @@ def _row_of(kind: str) -> Callable[[Record], Row]:
 
 
 class Block:
-    """Rows of one kind, taken apart into columns once: for their number of characters, and as an Arrow table.
+    """Rows of one kind, divided into columns once: for their number of characters, and as an Arrow table.
 
     Args:
         made: Records of the kind, and rows.
