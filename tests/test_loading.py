@@ -90,23 +90,31 @@ def test_ppo_divides_all_of_its_models(tmp_path, model):
         assert max(rank["weights"], rank["engine"]) <= 1.1 * (mine + SHARD)
 
 
-def test_experts_that_transformers_puts_together_are_divided_too(tmp_path):
+@pytest.mark.parametrize("tuning", ["full", {"name": "lora", "rank": 4}], ids=["full", "lora"])
+def test_experts_that_transformers_puts_together_are_divided_and_saved_layer_by_layer(tuning, tmp_path):
     from transformers import Qwen3MoeConfig
 
     config = Qwen3MoeConfig(
-        vocab_size=8_000, hidden_size=512, moe_intermediate_size=512, num_hidden_layers=8, num_attention_heads=8,
+        vocab_size=8_000, hidden_size=512, moe_intermediate_size=256, num_hidden_layers=16, num_attention_heads=8,
         num_key_value_heads=8, head_dim=64, num_experts=16, num_experts_per_tok=2, max_position_embeddings=128,
         pad_token_id=0, bos_token_id=1, eos_token_id=2,
     )  # fmt: skip
     folder, count = written(tmp_path / "experts", config)
     demonstrations = tiny.write_demonstrations(tmp_path / "demos", 12)
     config = values(
-        tmp_path, folder, 3, data={"train": demonstrations}, tuning={"name": "lora", "rank": 4}, precision="float32",
+        tmp_path, folder, 3, data={"train": demonstrations}, tuning=tuning, precision="float32",
         batch={"batch_size": 2, "micro_batch_size": 1, "max_steps": 1},
     )  # fmt: skip
     assert 2 * count > 2e8, "bytes of the file, far more than the limit leaves for a copy"
+    trained = count if tuning == "full" else 0
+    limit = 1.1 * (share(count, trained, 4, processes=2) + SHARD)
+    layer = 4 * 16 * 3 * 512 * 256  # bytes of its experts
     for rank in measured(tmp_path, 2, "sft", config):
-        assert max(rank["weights"], rank["engine"]) <= 1.1 * (share(count, 0, 4, processes=2) + SHARD / 2)
+        assert max(rank["weights"], rank["engine"]) <= limit - 1.1 * SHARD / 2
+        # PEFT merges an adapter into a copy of a layer's experts, on the device, which is the host here
+        assert rank["save"] <= limit + (0 if trained else 4 * layer)
+    files = [file.stat().st_size for file in (tmp_path / "run" / "model").glob("*.safetensors")]
+    assert len(files) > 3 and max(files) <= 1.05 * SHARD and sum(files) > 4 * count
 
 
 @pytest.mark.parametrize(("tuning", "processes"), [("full", 4), ({"name": "lora", "rank": 4}, 2)], ids=["full", "lora"])

@@ -113,12 +113,6 @@ def prepare(model: nn.Module, dtype: torch.dtype, heads: tuple[str, ...]) -> Non
         )
 
 
-def makes_weights(model: nn.Module) -> bool:
-    """Whether transformers made weights of the model from several tensors of the file, as it does with experts."""
-    done: Any = getattr(model, "_weight_conversions", None) or ()
-    return any(isinstance(conversion, core_model_loading.WeightConverter) for conversion in done)
-
-
 def dtype_of(model: nn.Module) -> torch.dtype:
     """What a model computes in, or will once its engine has cast it."""
     marks = (getattr(module, "compute_dtype", None) for module in model.modules())

@@ -145,16 +145,16 @@ def _collect(module: Any, prefix: str, state: dict[str, Tensor], copies: dict[in
             if is_main():
                 state.update({prefix + name: value.cpu() for name, value in _merged_layer(adapted).items()})
         return
-    own = _own_weights(module)
-    with gathered(own.values()):
-        if is_main():
-            for name, parameter in own.items():
+    for name, parameter in _own_weights(module).items():  # one at a time: a layer's experts are only two
+        with gathered([parameter]):
+            if is_main():
                 if id(parameter) not in copies:
                     copies[id(parameter)] = _dequantised(parameter).to("cpu", copy=True)
                 state[prefix + name] = copies[id(parameter)]
-            for name, buffer in module.named_buffers(recurse=False):
-                if name not in module._non_persistent_buffers_set:
-                    state[prefix + name] = buffer.detach().to("cpu", copy=True)
+    if is_main():
+        for name, buffer in module.named_buffers(recurse=False):
+            if name not in module._non_persistent_buffers_set:
+                state[prefix + name] = buffer.detach().to("cpu", copy=True)
 
 
 def _merged_layer(layer: Any) -> dict[str, Tensor]:
@@ -169,7 +169,9 @@ def _merged_layer(layer: Any) -> dict[str, Tensor]:
     try:
         for wrapper in wrappers:  # one for each weight of a module of experts, nested
             wrapper.merge(safe_merge=True)  # `safe_merge`: PEFT replaces the tensor by a merged copy
-        return {name: parameter.data.clone() for name, parameter in base.named_parameters()}
+        after = {name: parameter.data for name, parameter in base.named_parameters()}
+        live = {name for name, data in after.items() if data.data_ptr() == before[name].data_ptr()}
+        return {name: data.clone() if name in live else data for name, data in after.items()}
     finally:
         for name, parameter in base.named_parameters():
             parameter.data = before[name]
