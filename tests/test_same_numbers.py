@@ -11,7 +11,8 @@ from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, OPTConfi
 from rlhf.config.base import ModelConfig
 from rlhf.core.errors import UserError
 from rlhf.models.load import load_policy
-from rlhf.models.logprobs import token_logprobs
+from rlhf.models.logprobs import head_logprobs, is_frozen_product, token_logprobs
+from rlhf.models.vocabulary import mask_unknown_ids
 from rlhf.ppo.config import PPOOptimizerConfig
 from rlhf.training.engine import make_engine
 from stages.ppo import PPO
@@ -72,7 +73,7 @@ def test_a_rollout_rounds_frozen_weights_once_and_gives_them_back(tmp_path, prom
     answers = []
     for rounds in (True, False):
         if not rounds:
-            monkeypatch.setattr("rlhf.training.engine.cast_frozen_linears_", lambda module, dtype: [])
+            monkeypatch.setattr("rlhf.training.engine.cast_frozen_linears_", lambda module, dtype, tied=False: [])
         c = ppo_runs.config(tmp_path / str(rounds), prompts, precision="bfloat16", tuning=tuning)
         stage, seen = PPO(c, resume=False, overwrite=False), set()
         base = stage.models.engine.module.policy.get_base_model().model.layers[0].self_attn.q_proj.base_layer
@@ -157,6 +158,58 @@ def test_log_probs_entropies_and_gradients_are_those_of_full_logits(temperature,
         results.append([logprobs, entropies, *(p.grad for p in model.parameters() if p.grad is not None)])
     for found, expected in zip(*results, strict=True):
         torch.testing.assert_close(found.double(), expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("folder", ["tied"], indirect=True)
+@pytest.mark.parametrize("precision", ["float32", "autocast", "bfloat16"])
+@pytest.mark.parametrize("entropy", [0.0, 0.3])
+def test_a_frozen_head_gives_the_log_probs_of_a_trained_one_and_its_gradients(precision, entropy, folder):
+    model = load(folder).to(torch.bfloat16 if precision == "bfloat16" else torch.float32)
+    model.get_output_embeddings().weight.data.mul_(10)
+    mask_unknown_ids(model, 60)
+    states = torch.randn(9, 32, generator=torch.Generator().manual_seed(0)).to(model.dtype)
+    weights = torch.linspace(-1, 1, 9)
+    results = []
+    for frozen in (False, True):
+        model.get_output_embeddings().weight.requires_grad_(not frozen)
+        assert is_frozen_product(model) == frozen
+        hidden = states.clone().requires_grad_()
+        with torch.autocast("cpu", torch.bfloat16, enabled=precision == "autocast"):
+            logprobs, entropies = head_logprobs(model, hidden, IDS.flatten()[:9].clamp(max=59), 0.7, chunks=4)
+        loss = (weights * logprobs).sum()
+        (loss + entropy * (weights * entropies).sum() if entropy else loss).backward()
+        results.append((logprobs, entropies, hidden.grad))
+    for expected, found in zip(results[0][:2], results[1][:2]):
+        assert torch.equal(found, expected), "a policy and its reference would differ before anything was learned"
+    tolerance = 1e-6 if precision == "float32" else 0.01
+    assert results[0][2].abs().max() > 0.1
+    torch.testing.assert_close(results[1][2], results[0][2], atol=tolerance, rtol=tolerance)
+
+
+@pytest.mark.parametrize("folder", ["llama"], indirect=True)
+@pytest.mark.parametrize("option", ["final_logit_softcapping", "logit_scale", "logits_scaling"])
+def test_a_head_whose_logits_are_changed_is_not_a_product_alone(option, folder):
+    model = load(folder).requires_grad_(False)
+    assert is_frozen_product(model)
+    model.config.update({option: 8.0})
+    assert not is_frozen_product(model)
+
+
+@pytest.mark.parametrize("folder", ["tied"], indirect=True)
+def test_a_rollout_rounds_a_frozen_head_once_and_leaves_its_embedding(folder):
+    model = load(folder).requires_grad_(False)
+    model.model.norm.weight.requires_grad_(True)
+    engine = make_engine(
+        model, [{"params": [model.model.norm.weight], "lr": 0.1}], PPOOptimizerConfig(), "bfloat16", None
+    )
+    with torch.no_grad():
+        expected = engine(IDS).logits
+        with engine.gathered(model):
+            assert model.lm_head.weight.dtype == torch.bfloat16
+            assert model.model.embed_tokens.weight.dtype == torch.float32
+            found = model(IDS).logits
+    assert torch.equal(found, expected)
+    assert model.lm_head.weight is model.model.embed_tokens.weight
 
 
 def test_the_entropy_has_a_gradient_where_its_bonus_has_a_weight(tmp_path, prompts):

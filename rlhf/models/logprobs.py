@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -13,6 +14,7 @@ from transformers import PreTrainedModel
 from rlhf.core.errors import UserError
 from rlhf.models.encoder_decoder import decoder_states, divided
 from rlhf.models.packed_attention import PACKED, sequence_lengths
+from rlhf.models.vocabulary import mask_logits
 
 HEAD_CHUNK_ELEMENTS = 2**24
 """Most logits that are held at a time: 64 MiB in float32."""
@@ -184,6 +186,10 @@ def _head(
     lm: PreTrainedModel, hidden: Tensor, targets: Tensor, temperature: float, chunks: int | None, top1: bool
 ) -> tuple[Tensor, ...]:
     chunks = chunks or head_chunks(len(targets), lm.config.get_text_config().vocab_size)
+    head = lm.get_output_embeddings()
+    if is_frozen_product(lm):
+        found = FrozenHead.apply(hidden, head, targets, temperature, chunks, top1)
+        return found if top1 else found[:2]
 
     def part(states: Tensor, wanted: Tensor) -> tuple[Tensor, ...]:
         found = SelectiveLogSoftmax.apply(head_logits(lm, states), wanted, temperature, top1)
@@ -238,9 +244,111 @@ class SelectiveLogSoftmax(torch.autograd.Function):
         return gradient.scatter_add_(-1, wanted[:, None], weight[:, None]), None, None, None
 
 
+class FrozenHead(torch.autograd.Function):
+    """The same from hidden states [n, H] and a head that is not trained, with two products, not three: the gradient of
+    the log-probs is computed in the forward pass, so that no logits are computed again for it. Three matrices
+    [rows, V] exist at a time, and each chunk overwrites those of the one before.
+
+    With weights W, d l_i / d h = (W_i - sum_j p_j W_j) / T. The entropy's gradient, which only an entropy bonus wants,
+    is computed in the backward pass from new logits.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, head: nn.Linear, wanted: Tensor, temperature: float, chunks: int, top1: bool
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        weight = _as_computed(head.weight)
+        columns: list[list[Tensor]] = [[], [], [], []]
+        for (logprobs, probs), targets in zip(
+            _chunk_logprobs(hidden, head, weight, temperature, chunks), wanted.tensor_split(chunks)
+        ):
+            chosen = logprobs.gather(-1, targets[:, None])
+            likeliest = chosen.squeeze(-1) == logprobs.amax(-1)
+            entropies = -logprobs.mul_(probs).sum(-1)
+            for column, found in zip(columns, (chosen.squeeze(-1), entropies, likeliest)):
+                column.append(found)
+            if ctx.needs_input_grad[0]:
+                slope = probs.neg_().scatter_add_(-1, targets[:, None], torch.ones_like(chosen))
+                columns[3].append(slope.to(weight.dtype) @ weight)
+        chosen, entropies, likeliest = (torch.cat(column) for column in columns[:3])
+        ctx.set_materialize_grads(False)
+        if ctx.needs_input_grad[0]:
+            ctx.head, ctx.temperature, ctx.chunks = head, temperature, chunks
+            ctx.save_for_backward(hidden, torch.cat(columns[3]), entropies)
+        if not top1:
+            return chosen, entropies, None
+        ctx.mark_non_differentiable(likeliest)
+        return chosen, entropies, likeliest
+
+    @staticmethod
+    def backward(ctx: Any, chosen: Tensor | None, entropies: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
+        hidden, slopes, entropy = ctx.saved_tensors
+        gradient = torch.zeros_like(hidden) if chosen is None else slopes * (chosen / ctx.temperature)[:, None]
+        if entropies is not None:
+            weight, parts = _as_computed(ctx.head.weight).to(slopes.dtype), []
+            factors = (entropies / ctx.temperature)[:, None].tensor_split(ctx.chunks)
+            matrices = _chunk_logprobs(hidden, ctx.head, weight, ctx.temperature, ctx.chunks)
+            for (logprobs, probs), own, factor in zip(matrices, entropy[:, None].tensor_split(ctx.chunks), factors):
+                parts.append(logprobs.add_(own).mul_(probs).mul_(-factor).to(weight.dtype) @ weight)
+            gradient = gradient + torch.cat(parts)
+        return gradient.to(hidden.dtype), None, None, None, None, None
+
+
+def _chunk_logprobs(
+    hidden: Tensor, head: nn.Linear, weight: Tensor, temperature: float, chunks: int
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """float32 log-probs and probabilities [rows, V] of each chunk of hidden states; the next chunk overwrites them."""
+    rows = math.ceil(len(hidden) / chunks)
+    logits = weight.new_empty(rows, len(weight))
+    logprobs = logits if logits.dtype == torch.float32 else torch.empty_like(logits, dtype=torch.float32)
+    probs = torch.empty_like(logprobs)
+    for states in hidden.tensor_split(chunks):
+        here = slice(len(states))
+        torch.mm(states.to(weight.dtype), weight.T, out=logits[here])
+        if head._forward_hooks:
+            mask_logits(head, states, logits[here])
+        if logprobs is not logits:
+            logprobs[here].copy_(logits[here])
+        if temperature != 1:
+            logprobs[here].div_(temperature)
+        torch.log_softmax(logprobs[here], -1, out=logprobs[here])
+        yield logprobs[here], torch.exp(logprobs[here], out=probs[here])
+
+
+def _as_computed(weight: Tensor) -> Tensor:
+    """The weight in the dtype in which it is multiplied: autocast would cast it for each chunk."""
+    kind = weight.device.type
+    return weight.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else weight
+
+
+def is_frozen_product(lm: PreTrainedModel) -> bool:
+    """Whether the logits are nothing but the hidden states times a whole weight that is not trained."""
+    head = lm.get_output_embeddings()
+    return (
+        type(head) is nn.Linear
+        and head.bias is None
+        and not head.weight.requires_grad
+        and not hasattr(head.weight, "ds_id")  # ZeRO-3 gathers weights where a layer is called
+        and not head._forward_pre_hooks
+        and all(hook is mask_logits for hook in head._forward_hooks.values())
+        and not _is_scaled(lm)
+    )
+
+
+SCALED_BY = ("scale_decoder_outputs", "logits_scaling", "logit_scale", "final_logit_softcapping")
+"""Options by which families change the product with the head."""
+
+
+def _is_scaled(lm: PreTrainedModel) -> bool:
+    config = lm.config.get_text_config()
+    return hasattr(lm, "final_logits_bias") or any(getattr(config, option, None) for option in SCALED_BY)
+
+
 def head_logits(lm: PreTrainedModel, states: Tensor) -> Tensor:
     """float32 logits as the model's own forward gives them, scaling and soft cap of the family included."""
     head, config = lm.get_output_embeddings(), lm.config.get_text_config()
+    if not _is_scaled(lm):
+        return head(states).float()
     if getattr(config, "scale_decoder_outputs", False):  # T5
         states = states * config.d_model**-0.5
     logits = head(states).float()

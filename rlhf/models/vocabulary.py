@@ -68,8 +68,10 @@ def mask_unknown_ids(model: Any, tokens: int) -> None:
     """
     head = model.get_output_embeddings()
     if head.weight.shape[0] > tokens:
+        head.known_ids = tokens
+        head.register_forward_hook(mask_logits)
 
-        def mask(module: nn.Module, inputs: Any, logits: Tensor) -> None:
-            logits[..., tokens:] = max(MASKED_LOGIT, torch.finfo(logits.dtype).min)
 
-        head.register_forward_hook(mask)
+def mask_logits(head: nn.Module, inputs: Any, logits: Tensor) -> None:
+    """Give ids from `head.known_ids` on, in place, a logit [..., V] whose probability is 0."""
+    logits[..., head.known_ids :] = max(MASKED_LOGIT, torch.finfo(logits.dtype).min)

@@ -27,11 +27,16 @@ from rlhf.training.placing import divide, flattened_one_by_one, place
 from rlhf.training.saved_state import Share, load_state, save_state
 
 
-def cast_frozen_linears_(module: nn.Module, dtype: torch.dtype) -> list[tuple[nn.Module, Tensor]]:
-    """Cast the frozen float32 weights of linear layers to `dtype`, in place; weights tied to an embedding stay.
+def cast_frozen_linears_(module: nn.Module, dtype: torch.dtype, tied: bool = False) -> list[tuple[nn.Module, Tensor]]:
+    """Cast the frozen float32 weights of linear layers to `dtype`, in place.
 
     Autocast caches the casts of trained weights only. It would cast frozen ones again in every forward pass, so for
     every token of a rollout.
+
+    Args:
+        module: The module.
+        dtype: Nothing is done for float32.
+        tied: Give heads that are tied to an embedding a copy of their own, in `dtype`; else they stay.
 
     Returns:
         The changed layers with their float32 weights.
@@ -39,7 +44,7 @@ def cast_frozen_linears_(module: nn.Module, dtype: torch.dtype) -> list[tuple[nn
     before: list[tuple[nn.Module, Tensor]] = []
     if dtype == torch.float32:
         return before
-    shared = {id(layer.weight) for layer in module.modules() if isinstance(layer, nn.Embedding)}
+    shared = set() if tied else {id(layer.weight) for layer in module.modules() if isinstance(layer, nn.Embedding)}
     for layer in module.modules():
         if isinstance(layer, (nn.Linear, Conv1D)) and id(layer.weight) not in shared:
             weight = layer.weight
@@ -118,7 +123,7 @@ class Engine:
             part: A part of the module.
             whole: False if it is not called, and its weights are read one module after another, which gathers each.
         """
-        before = cast_frozen_linears_(part, self.dtype)
+        before = cast_frozen_linears_(part, self.dtype, tied=whole)
         try:
             with self.autocast():
                 yield
