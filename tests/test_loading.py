@@ -106,13 +106,13 @@ def test_experts_that_transformers_puts_together_are_divided_and_saved_layer_by_
         batch={"batch_size": 2, "micro_batch_size": 1, "max_steps": 1},
     )  # fmt: skip
     assert 2 * count > 2e8, "bytes of the file, far more than the limit leaves for a copy"
-    trained = count if tuning == "full" else 0
+    trained = count if tuning == "full" else 3.2e6
     limit = 1.1 * (share(count, trained, 4, processes=2) + SHARD)
     layer = 4 * 16 * 3 * 512 * 256  # bytes of its experts
     for rank in measured(tmp_path, 2, "sft", config):
         assert max(rank["weights"], rank["engine"]) <= limit - 1.1 * SHARD / 2
-        # PEFT merges an adapter into a copy of a layer's experts, on the device, which is the host here
-        assert rank["save"] <= limit + (0 if trained else 4 * layer)
+        # an adapter is merged into copies of a layer's experts, on the device, which is the host here
+        assert rank["save"] <= limit + (0 if tuning == "full" else 5 * layer)
     files = [file.stat().st_size for file in (tmp_path / "run" / "model").glob("*.safetensors")]
     assert len(files) > 3 and max(files) <= 1.05 * SHARD and sum(files) > 4 * count
 

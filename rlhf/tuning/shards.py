@@ -10,7 +10,7 @@ import torch
 from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers.core_model_loading import WeightConverter, apply_converters, revert_weight_conversion
+from transformers.core_model_loading import WeightConverter, revert_weight_conversion
 from transformers.modeling_utils import remove_tied_weights_from_state_dict
 
 from rlhf.core.console import is_main
@@ -61,7 +61,9 @@ def _groups(base: Any) -> dict[str, dict[str, Tensor]]:
     converters = [conversion for conversion in done if isinstance(conversion, WeightConverter)]
     found: dict[str, dict[str, Tensor]] = {}
     for name in remove_tied_weights_from_state_dict(marks, base):
-        found.setdefault(apply_converters(name, converters)[0], {})[name] = shapes[name][1]
+        renamed = (converter.rename_source_key(name) for converter in converters)
+        key = next((key for key, pattern in renamed if pattern is not None), name)
+        found.setdefault(key, {})[name] = shapes[name][1]
     return found
 
 
