@@ -6,7 +6,7 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
@@ -14,20 +14,14 @@ from rlhf.cli import options, task_options
 from rlhf.cli.sampling_options import SamplingOptions, with_sampling
 from rlhf.core.console import print_json, say, table, warn
 from rlhf.core.errors import UserError
-from rlhf.data.schema import Prompt
-from rlhf.data.selection import chosen_prompts, chosen_records, with_system
+from rlhf.data.selection import chosen_records
 from rlhf.data.store import Dataset, open_dataset
-from rlhf.judging.config import JudgeConfig, read_judge
-from rlhf.judging.judge import Judge
+from rlhf.judging.config import read_judge
+from rlhf.policy_evaluation.ranked import RANKINGS, REFERENCES
 from rlhf.prompting.ways import check_way, parse_shots, read_prompting
 from rlhf.reward.agreement import Agreement
-from rlhf.rollout.types import SamplingParams
 from rlhf.tasks.config import TaskConfig
 from rlhf.tasks.task import load_task
-
-if TYPE_CHECKING:  # imports torch
-    from rlhf.inference.evaluation import Answers
-    from rlhf.inference.policy import Policy
 
 
 @with_sampling
@@ -55,9 +49,17 @@ def command(
     ] = None,
     judge: Annotated[
         str | None,
-        typer.Option(metavar="URL|FILE|{...}", help="With --against: this judge on a server compares the answers."),
+        typer.Option(
+            metavar="URL|FILE|{...}|rankings",
+            help="With --against: this judge on a server compares the answers. `rankings`: people did, in DATASET,"
+            " whose candidates name MODEL and others as authors.",
+        ),
     ] = None,
-    n: Annotated[int, typer.Option("--n", "-n", min=1, help="Number of answers to each prompt, with --reward.")] = 1,
+    reference: Annotated[
+        str | None,
+        typer.Option(metavar="RUN|MODEL", help="Also estimate the KL of the policies' answers to this model."),
+    ] = None,
+    n: Annotated[int, typer.Option("--n", "-n", min=1, help="Number of answers to each prompt.")] = 1,
     system: options.System = None,
     prompting: Annotated[
         list[str] | None,
@@ -91,7 +93,7 @@ def command(
             " the `source` of each ranking says it.",
         ),
     ] = None,
-    html: Annotated[Path | None, typer.Option(help="For a reward model: write the results here, as a page.")] = None,
+    html: Annotated[Path | None, typer.Option(help="Write the results here, as a page.")] = None,
     output: Annotated[Path | None, typer.Option("--out", help="Write the metrics here, as JSON.")] = None,
     as_json: options.Json = False,
     *,
@@ -104,14 +106,22 @@ def command(
     named = [*(datasets or ()), *(dataset or ())]
     if not prompting and (shots or metric or labels or pattern or answers):
         raise UserError("--shots, --metric, --labels, --pattern and --answers are for --prompting", remedy="Give it.")
-    for_rewards = perturb or benchmark or html
+    for_rewards = perturb or benchmark
     if prompting:
-        if for_rewards:
-            raise UserError("--perturb, --benchmark and --html are for reward models, --prompting is for policies")
-        if reward or against or judge:
-            raise UserError("--reward, --against and --judge are not for --prompting, whose answers have a right one")
+        if for_rewards or html:
+            raise UserError("--perturb, --benchmark and --html are not for --prompting")
+        if reward or against or judge or reference:
+            raise UserError(
+                "--reward, --against, --judge and --reference are not for --prompting, whose answers have a right one"
+            )
         task = task_options.task_config(str(_only(named)), split, limit, metric, labels, pattern)
         result = _evaluate_prompting(model, prompting, shots, task, sampling, system, answers)
+        _finish(result, output, as_json)
+        return
+    if judge == RANKINGS:
+        if for_rewards or reward or reference:
+            raise UserError("--judge rankings loads no model: leave out --reward, --reference, --perturb, --benchmark")
+        result = _evaluate_ranked(model, against, open_dataset(_only(named)), split, limit, html)
         _finish(result, output, as_json)
         return
     test = RewardTest([open_dataset(path) for path in named], split, limit, benchmark, sampling.seed)
@@ -119,21 +129,26 @@ def command(
     from rlhf.inference.policy import model_kind
 
     if not is_single_model(model) or model_kind(model, sampling.trust_remote_code) == "reward":
-        if reward or against or judge:
-            raise UserError(f"{model}: is a reward model; --reward, --against and --judge are for policies")
+        if reward or against or judge or reference:
+            what = "--reward, --against, --judge and --reference are for policies"
+            raise UserError(f"{model}: is a reward model; {what}")
         test.check()
         result = _evaluate_reward(model, test, perturb_rankings if perturb else 0, html, sampling.trust_remote_code)
     else:
         if for_rewards:
-            raise UserError(f"{model}: is a policy; --perturb, --benchmark and --html are for reward models")
+            raise UserError(f"{model}: is a policy; --perturb and --benchmark are for reward models")
         data = open_dataset(_only(named))
-        _check_comparison(data, reward, against, judge)
-        if against and against != REFERENCES and model_kind(against, sampling.trust_remote_code) == "reward":
-            raise UserError(f"--against {against}: a reward model gives no answers", remedy="Name an SFT or PPO run.")
+        _check_comparison(data, reward, against, judge, bool(reference or html))
+        for option, path in (("--against", against), ("--reference", reference)):
+            if path and path != REFERENCES and model_kind(path, sampling.trust_remote_code) == "reward":
+                raise UserError(f"{option} {path}: a reward model gives no answers", remedy="Name an SFT or PPO run.")
+        from rlhf.policy_evaluation.policies import PolicyTest
+
+        sampled = bool(reward or judge or reference or html)
         asked = read_judge(judge) if judge else None
-        policies = PolicyTest(data, split, limit, reward, asked, n, sampling.params(model), sampling, system)
-        facts = {"model": model, "dataset": str(data.path), "fingerprint": data.fingerprint, "split": split}
-        result = facts | _evaluate_policies(model, against, policies)
+        params = sampling.params(model)
+        policies = PolicyTest(data, split, limit, reward, asked, reference, sampled, n, params, sampling, system)
+        result = _evaluate_policies(model, against, policies, html)
     _finish(result, output, as_json)
 
 
@@ -149,16 +164,16 @@ def _only(datasets: list[Path]) -> Path:
     return datasets[0]
 
 
-def _check_comparison(data: Dataset, reward: str | None, against: str | None, judge: str | None) -> None:
-    """Whether a policy can be measured by what is given.
+def _check_comparison(data: Dataset, reward: str | None, against: str | None, judge: str | None, more: bool) -> None:
+    """Whether a policy can be measured by what is given; `more` says that its answers are measured anyway.
 
     Raises:
         UserError: It cannot.
     """
-    if data.kind == "prompt" and not reward and not judge:
+    if data.kind == "prompt" and not (reward or judge or more):
         raise UserError(
             f"{data.path}: prompts alone give nothing to measure a policy by",
-            remedy="Score its answers with --reward, or name a dataset of demonstrations or rankings.",
+            remedy="Give --reward or --reference, or name a dataset of demonstrations or rankings.",
         )
     if judge and not against:
         raise UserError("--judge: what are the answers compared with?", remedy="Give --against RUN or references.")
@@ -206,106 +221,59 @@ def _evaluate_prompting(
 # ---- policies ----------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class PolicyTest:
-    """What policies are measured on, the same for each of them."""
+def _evaluate_policies(model: str, against: str | None, test: Any, html: Path | None) -> dict[str, Any]:
+    """One or two policies (`test` is a `PolicyTest`), printed, written as a page, and returned."""
+    from rlhf.policy_evaluation.examples import of_answers  # imports torch
+    from rlhf.policy_evaluation.policies import evaluate_policies
 
-    data: Dataset
-    split: str | None
-    limit: int | None
-    reward: str | None
-    judge: JudgeConfig | None
-    n: int
-    params: SamplingParams
-    options: SamplingOptions
-    system: str | None
-
-    def prompts(self) -> list[Prompt]:
-        """The prompts that are answered."""
-        return [with_system(one, self.system) for one in chosen_prompts(self.data, self.split, self.limit)]
-
-    def measure(self, policy: Policy) -> tuple[dict[str, Any], Answers | None]:
-        """A policy's metrics and, with a reward or a judge, its answers."""
-        from rlhf.inference.evaluation import demonstration_loss, sampled_metrics  # imports torch
-
-        metrics: dict[str, Any] = {}
-        if self.data.kind != "prompt":
-            metrics |= demonstration_loss(policy, list(chosen_records(self.data, self.split, self.limit)))
-        if not self.reward and not self.judge:
-            return metrics, None
-        found, answers = sampled_metrics(policy, self.prompts(), self.reward, self.params, self.options.seed, self.n)
-        return metrics | found, answers
-
-    def compare(self, mine: Answers, theirs: Answers) -> dict[str, Any]:
-        """Whose answers win, by the judge if there is one, else by the reward."""
-        from rlhf.inference.evaluation import compare_answers  # imports torch
-
-        if self.judge is None:
-            return compare_answers(mine, theirs)
-        with Judge(self.judge, "pairwise") as judge:
-            return compare_answers(mine, theirs, judge)
-
-
-def _evaluate_policies(model: str, against: str | None, test: PolicyTest) -> dict[str, Any]:
-    """Metrics of one or two policies, printed and returned."""
-    from rlhf.inference.evaluation import reference_answers  # imports torch
-
-    policy = test.options.open(model)
-    metrics, answers = test.measure(policy)
-    result: dict[str, Any] = {"policy": metrics}
-    if answers is not None:
-        result |= {"reward": test.reward, "seed": test.options.seed, "sampling": asdict(test.params)}
-    columns, others = [metrics], None
-    if against == REFERENCES:
-        others = reference_answers(policy, test.prompts(), test.reward, test.n)
-        result["against"] = {"model": against}
-    elif against is not None:
-        second = test.options.open(against)
-        other, others = test.measure(second)
-        columns.append(other)
-        result["against"] = {"model": against, **other}
-        if policy.chat.fingerprints() != second.chat.fingerprints():
-            warn("the two have different tokenizers or chat templates: loss and perplexity are not comparable")
-    if answers is not None and others is not None:
-        result["comparison"] = test.compare(answers, others)
-    rows = [(label, *[column[key] for column in columns]) for key, label in LABELS.items() if key in metrics]
-    names = [model, *([str(against)] if len(columns) > 1 else [])]
-    table(f"Held-out: {test.data.path}", ["", *names], rows)
-    if "comparison" in result:
-        _show_comparison(result["comparison"], model, str(against))
+    found = evaluate_policies(model, against, test)
+    data = test.data
+    facts = {"model": model, "dataset": str(data.path), "fingerprint": data.fingerprint, "split": test.split}
+    result = facts | found.result
+    _show_policies(result)
+    if html is not None:
+        examples = of_answers(found.mine, found.theirs) if found.mine is not None else []
+        _write_page(html, result, examples, found.mine, found.theirs)
     return result
 
 
-REFERENCES = "references"
-LABELS = {
-    "records": "answers in the data",
-    "loss": "loss, nats a token",
-    "perplexity": "perplexity",
-    "prompts": "prompts",
-    "refused": "prompts refused by the chat template",
-    "score": "mean score",
-    "score_low": "  95% interval, low",
-    "score_high": "  95% interval, high",
-    "answer_tokens": "answer length, tokens",
-    "eos_rate": "answers that ended",
-    "refusals": "answers that refuse",
-    "repetition": "repeated 4-grams of words",
-    "distinct_1": "distinct words",
-    "distinct_2": "distinct pairs of words",
-    "self_bleu": "self-BLEU",
-}
+def _evaluate_ranked(
+    model: str, against: str | None, data: Dataset, split: str | None, limit: int | None, html: Path | None
+) -> dict[str, Any]:
+    """Win rates from people's rankings, printed, written as a page, and returned."""
+    if data.kind != "ranking":
+        raise UserError(f"{data.path}: holds {data.kind}s", "--judge rankings needs people's rankings of answers.")
+    from rlhf.policy_evaluation.examples import of_rankings  # imports torch
+    from rlhf.policy_evaluation.ranked import ranked_comparisons
+
+    found, pairs = ranked_comparisons(list(chosen_records(data, split, limit)), model, against)
+    result: dict[str, Any] = {"model": model, "dataset": str(data.path), "fingerprint": data.fingerprint}
+    result |= {"split": split, "judge": RANKINGS, "comparisons": found}
+    _show_policies(result)
+    if html is not None:
+        _write_page(html, result, of_rankings(pairs[found[0]["against"]]))
+    return result
 
 
-def _show_comparison(found: dict[str, Any], model: str, against: str) -> None:
-    low, high = found["interval"]
-    say(f"{model} wins over {against}: {found['win_rate']:.1%} (95% Wilson interval {low:.1%} to {high:.1%})")
-    say(f"{found['wins']} wins, {found['ties']} ties, {found['losses']} losses; a tie counts half")
-    low, high = found["length_controlled_interval"]
-    own, other = found["mean_lengths"]
-    sizes = f"mean lengths {own:.0f} and {other:.0f} characters"
-    say(f"Length-controlled: {found['length_controlled']:.1%} ({low:.1%} to {high:.1%}); {sizes}")
-    if found.get("unreadable"):
-        warn(f"{found['unreadable']:,} comparisons without a readable verdict were left out")
+def _show_policies(result: dict[str, Any]) -> None:
+    from rlhf.policy_evaluation import tables
+    from rlhf.policy_evaluation.policies import comparisons
+
+    for part in (tables.figure_table(result), *map(tables.annotator_table, comparisons(result))):
+        if part is not None:
+            table(*part)
+    for line in tables.headlines(result):
+        say(line)
+    for one in comparisons(result):
+        if one.get("unreadable"):
+            warn(f"{one['unreadable']:,} comparisons without a readable verdict were left out")
+
+
+def _write_page(html: Path, result: dict[str, Any], examples: Any, mine: Any = None, theirs: Any = None) -> None:
+    from rlhf.policy_evaluation.page import render  # imports matplotlib
+
+    options.write_whole(html, render(result, examples, mine, theirs))
+    say(f"Page: {html}")
 
 
 # ---- reward models -----------------------------------------------------------------------------------------------

@@ -8,10 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import finished
+import numpy as np
 import pytest
 import tiny
 import torch
 from chat_servers import Response, chat_server, completion
+from scipy import stats
 
 from rlhf.config.base import ModelConfig
 from rlhf.core.errors import UserError
@@ -107,7 +109,7 @@ def test_a_reward_gives_mean_score_length_and_eos_rate(runs: dict[str, str], dat
     rows = [json.loads(line) for line in said.splitlines()]
     found = figures(runs["sft"], *words)["policy"]
     scores = torch.tensor([row["score"] for row in rows], dtype=torch.float64).view(10, 2).mean(1)
-    half = Z_95 * float(scores.std()) / math.sqrt(10)
+    half = stats.t.ppf(0.975, 9) * float(scores.std()) / math.sqrt(10)
     assert (found["prompts"], found["answers"]) == (10, 20)
     assert found["score"] == pytest.approx(float(scores.mean()), abs=1e-5)
     assert found["score_high"] - found["score_low"] == pytest.approx(2 * half, abs=1e-5)
@@ -208,6 +210,68 @@ def test_the_table_shows_what_the_json_holds(runs: dict[str, str], data: dict[st
     assert found["fingerprint"] == open_dataset(data["demonstration"]).fingerprint
 
 
+def test_the_kl_to_a_reference_is_the_sum_over_tokens(runs: dict[str, str], data: dict[str, str]) -> None:
+    words = ("--dataset", data["prompt"], "--n", 2, "--seed", 4, "--temperature", 0.7)
+    found = figures(runs["sft"], *words, "--reference", runs["other"], "--against", runs["other"])
+    k1, k3 = kls_by_hand(runs["sft"], runs["other"], data["prompt"], 0.7)
+    assert found["policy"]["kl"] == pytest.approx(k1.mean(), abs=1e-4)
+    assert found["policy"]["kl_k3"] == pytest.approx(k3.mean(), abs=1e-4)
+    half = stats.t.ppf(0.975, 9) * k1.reshape(10, 2).mean(1).std(ddof=1) / math.sqrt(10)
+    assert found["policy"]["kl_high"] - found["policy"]["kl"] == pytest.approx(half, abs=1e-4)
+    assert found["policy"]["kl"] > 0 and found["reference"] == runs["other"]
+    assert found["against"]["kl"] == found["against"]["kl_k3"] == 0, "the reference is no distance from itself"
+    assert "comparison" not in found, "nothing says whose answers are better"
+
+
+def kls_by_hand(run: str, reference: str, prompts: str, temperature: float) -> tuple[np.ndarray, np.ndarray]:
+    """k1 and k3 of each answer from plain full logits, one answer at a time."""
+    from rlhf.inference.policy import open_policy
+    from rlhf.inference.sampling import sample
+    from rlhf.rollout.types import SamplingParams
+
+    models, params = [open_policy(one) for one in (run, reference)], SamplingParams(8, temperature=temperature)
+    rows = []
+    for samples in sample(models[0], list(open_dataset(prompts).records()), params, 4, 2):
+        for one in samples:
+            ids, size = torch.tensor([one.prompt_ids + one.completion.ids]), len(one.completion.ids)
+            with torch.no_grad():
+                logits = [model.model(input_ids=ids).logits[0, -size - 1 : -1].double() for model in models]
+            mine, theirs = ((found / temperature).log_softmax(-1)[range(size), ids[0, -size:]] for found in logits)
+            log_ratio = theirs - mine
+            rows.append((float(-log_ratio.sum()), float((log_ratio.exp() - 1 - log_ratio).sum())))
+    first, third = np.array(rows).T
+    return first, third
+
+
+def test_the_alignment_tax_is_the_paired_difference_of_losses(runs: dict[str, str], data: dict[str, str]) -> None:
+    found = figures(runs["sft"], "--dataset", data["demonstration"], "--against", runs["other"])
+    records = list(open_dataset(data["demonstration"]).records("eval"))
+    each = [[token_losses(run, [record]) for record in records] for run in (runs["sft"], runs["other"])]
+    gaps = [np.subtract(*pair) for pair in zip(*each)]
+    tax = found["loss_difference"]
+    assert tax["value"] == pytest.approx(np.concatenate(gaps).mean(), abs=1e-5)
+    assert tax["value"] == pytest.approx(found["policy"]["loss"] - found["against"]["loss"], abs=1e-9)
+    total = sum(map(len, gaps))
+    error = math.sqrt(sum(((gap - tax["value"]).sum()) ** 2 for gap in gaps) * 10 / 9) / total
+    assert tax["high"] - tax["value"] == pytest.approx(stats.t.ppf(0.975, 9) * error, rel=1e-3)
+    assert found["policy"]["loss_low"] < found["policy"]["loss"] < found["policy"]["loss_high"]
+
+
+def test_policies_have_a_page_with_their_answers_side_by_side(
+    runs: dict[str, str], data: dict[str, str], tmp_path: Path
+) -> None:
+    page = tmp_path / "page.html"
+    words = ("--dataset", data["demonstration"], "--reward", "test_evaluate:letters", "--reference", runs["other"])
+    finished.invoke(
+        command, runs["sft"], *words, "--against", runs["other"], "--max-new-tokens", 8, "--html", page
+    )  # fmt: skip
+    text = page.read_text()
+    for word in ("Win rate", "Length-controlled", "KL to the reference", "self-BLEU", "answers that refuse",
+                 "Loss on the data", "largest gains", "score 0.00", "Distributions over answers"):  # fmt: skip
+        assert word in text, word
+    assert text.count("<svg ") == 4 and not [word for word in ("<script", "https:", "src=") if word in text]
+
+
 # ---- reward models -----------------------------------------------------------------------------------------------
 
 
@@ -292,6 +356,13 @@ def test_a_reward_function_is_measured_as_a_reward_model_is(data: dict[str, str]
         ("reward", "ranking", ["--reward", "reward"], "are for policies"),
         ("reward", "ranking", ["--benchmark", "rewardbench"], "unknown benchmark 'rewardbench'"),
         ("sft", "demonstration", ["--perturb"], "is a policy"),
+        ("sft", "prompt", ["--reference", "reward"], "gives no answers"),
+        ("sft", "prompt", ["--reference", "chatml"], "tokenizer is not that of"),
+        ("sft", "prompt", ["--reference", "other", "--temperature", "0"], "greedy answers"),
+        ("reward", "ranking", ["--reference", "sft"], "are for policies"),
+        ("sft", "ranking", ["--judge", "rankings"], "wrote none of the"),
+        ("sft", "demonstration", ["--judge", "rankings"], "needs people's rankings"),
+        ("sft", "ranking", ["--judge", "rankings", "--reward", "reward"], "loads no model"),
     ],
 )
 def test_what_cannot_be_measured_is_refused(

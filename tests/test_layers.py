@@ -11,7 +11,7 @@ FLOORS = {
     "rlhf": [
         "core", "config", "servers", "distributed", "data", "judging", "tasks", "runs", "doctor", "models", "tuning",
         "rollout", "reward", "guard", "training", "sft", "specialist", "ppo", "replay", "dpo", "inference", "prompting",
-        "export", "memory", "cli", "comparison", "evaluation", "report",
+        "export", "memory", "cli", "comparison", "evaluation", "policy_evaluation", "report",
     ],
     "data_tools": [
         "statistics", "io", "curate", "check", "reading", "published", "importers", "aggregate", "annotate",

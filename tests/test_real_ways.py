@@ -11,8 +11,8 @@ import tiny
 
 from rlhf import read_metrics, train_dpo, train_sft
 from rlhf.data.schema import Candidate, Demonstration, Message, Ranking
-from rlhf.inference.evaluation import demonstration_loss
 from rlhf.inference.policy import open_policy
+from rlhf.policy_evaluation.measures import demonstration_losses
 
 pytestmark = [pytest.mark.real, pytest.mark.timeout(1200)]
 
@@ -39,7 +39,7 @@ def solutions(shared):
 def untrained(solutions):
     """Loss of the base on the held-out solutions, nats a token."""
     policy = open_policy(tiny.STORIES, "plain")
-    return demonstration_loss(policy, [one for one in solutions if one.split == "eval"])["loss"]
+    return demonstration_losses(policy, [one for one in solutions if one.split == "eval"]).metrics()["loss"]
 
 
 def config(tmp_path, **more):
@@ -80,7 +80,7 @@ def test_a_student_of_logits_learns_the_task_from_its_teacher(solutions, untrain
     student = config(tmp_path, optimizer={"lr": 1e-3}, distillation={"logits": logits})
     run = train_sft(student, solutions)
     held_out = [one for one in solutions if one.split == "eval"]
-    loss = demonstration_loss(open_policy(run), held_out)["loss"]
+    loss = demonstration_losses(open_policy(run), held_out).metrics()["loss"]
     record_property("figures", f"a student of logits alone: {untrained:.3f} -> {loss:.3f} nats a token")
     assert loss < untrained - 0.05
 

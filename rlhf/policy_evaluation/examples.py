@@ -1,0 +1,97 @@
+"""Answers of two policies to the same prompts, for people to read."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from rlhf.core.console import format_number
+from rlhf.data.schema import Prompt
+from rlhf.policy_evaluation.measures import Answers
+from rlhf.policy_evaluation.ranked import RankedPair
+
+EXTREMES, MORE = 4, 8
+"""Examples of the largest gains and losses each; further ones, in the order of the data."""
+MOST_LETTERS = 2000
+"""Letters of a text that are shown."""
+
+
+@dataclass(frozen=True)
+class Side:
+    """One answer, with what is known of it in a few words."""
+
+    text: str
+    says: str
+
+
+@dataclass(frozen=True)
+class Example:
+    """A prompt with the answer of the policy and, if there is one, that of its opponent."""
+
+    prompt: str
+    before: str
+    """Earlier messages."""
+    sides: Sequence[Side]
+    gain: float | None
+    """How far the first is ahead, in scores or ranks; None where nothing compares the two."""
+
+
+@dataclass(frozen=True)
+class Examples:
+    """The examples of a page."""
+
+    wins: list[Example]
+    losses: list[Example]
+    more: list[Example]
+
+
+def chosen(found: Sequence[Example]) -> Examples:
+    """The largest gains and the largest losses, largest first, and further ones in their order."""
+    known = sorted((one.gain, at) for at, one in enumerate(found) if one.gain)
+    losses = [at for gain, at in known[:EXTREMES] if gain < 0]
+    wins = [at for gain, at in known[::-1][:EXTREMES] if gain > 0]
+    more = [at for at in range(len(found)) if at not in {*losses, *wins}][:MORE]
+    return Examples(*([found[at] for at in places] for places in (wins, losses, more)))
+
+
+def of_answers(mine: Answers, theirs: Answers | None) -> list[Example]:
+    """The first answer to each prompt that both can answer."""
+    found = []
+    for at, prompt in enumerate(mine.prompts):
+        both = [one for one in (mine, theirs) if one is not None]
+        if not all(one.texts[at] for one in both):
+            continue
+        scores = [one.scores[at][0] if one.scores[at] else None for one in both]
+        kls = [one.kls[at][0] if one.kls[at] else None for one in both]
+        sides = [
+            Side(cut(one.texts[at][0].strip()), _says(score, kl)) for one, score, kl in zip(both, scores, kls)
+        ]  # fmt: skip
+        gain = scores[0] - scores[1] if len(scores) > 1 and scores[0] is not None and scores[1] is not None else None
+        found.append(Example(*_parts(prompt), sides, gain))
+    return found
+
+
+def of_rankings(pairs: Sequence[RankedPair]) -> list[Example]:
+    """Two ranked answers each, the first such pair of each prompt."""
+    first = {pair.record.prompt_id: pair for pair in reversed(pairs)}
+    found = []
+    for pair in list(first.values())[::-1]:
+        ranks, texts = pair.record.ranks, [one.text for one in pair.record.candidates]
+        sides = [Side(cut(texts[at].strip()), f"rank {ranks[at]} of {max(ranks)}") for at in (pair.mine, pair.other)]
+        found.append(Example(*_parts(pair.record), sides, float(ranks[pair.other] - ranks[pair.mine])))
+    return found
+
+
+def _says(score: float | None, kl: float | None) -> str:
+    parts = [] if score is None else [f"score {score:.2f}"]
+    return ", ".join(parts + ([] if kl is None else [f"KL {format_number(kl, 3)}"]))
+
+
+def _parts(prompt: Prompt) -> tuple[str, str]:
+    *before, last = prompt.messages
+    return cut(last.content), cut("\n".join(f"{one.role}: {one.content}" for one in before))
+
+
+def cut(text: str) -> str:
+    """A text, shortened if it is very long."""
+    return text if len(text) <= MOST_LETTERS else f"{text[:MOST_LETTERS]} … ({len(text):,} characters)"

@@ -1,0 +1,219 @@
+"""Metrics of a policy on held-out data: loss on demonstrations, scores and KL of its own answers, comparisons."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from rlhf.core.console import track
+from rlhf.core.errors import UserError
+from rlhf.data.encode_records import EncodingCounts, best_response, encode_demonstration
+from rlhf.data.schema import Prompt
+from rlhf.evaluation.estimates import clustered_mean, mean_facts
+from rlhf.inference.policy import Policy
+from rlhf.inference.sampling import Sampled, accepted, sample
+from rlhf.inference.scorer import open_scorer
+from rlhf.judging.judge import Judge
+from rlhf.judging.texts import text_metrics
+from rlhf.judging.win_rate import win_rates
+from rlhf.models.logprobs import token_logprobs
+from rlhf.policy_evaluation.distance import check_reference, sequence_kl
+from rlhf.rollout.types import Completion, SamplingParams
+
+MICRO_BATCH = 8
+
+
+@dataclass(frozen=True)
+class Losses:
+    """The loss of a policy on the answers of records, at temperature 1."""
+
+    sums: Sequence[float | None]
+    """Negative log-likelihood in nats of each record's assistant tokens, ends of turns included; None for a record that
+    does not fit or that the chat template refuses."""
+    tokens: Sequence[int]
+    """How many tokens that are; 0 for a record without a loss."""
+
+    def metrics(self) -> dict[str, Any]:
+        """`loss`: mean over all tokens, nats, with `loss_low` and `loss_high`; `perplexity`: its exponential; `tokens`,
+        `records`, and `skipped`: records without a loss."""
+        found = _token_mean([one for one in self.sums if one is not None], [n for n in self.tokens if n])
+        return {
+            "loss": found["value"], "loss_low": found["low"], "loss_high": found["high"],
+            "perplexity": math.exp(found["value"]), "tokens": found["count"], "records": found["prompts"],
+            "skipped": len(self.sums) - found["prompts"],
+        }  # fmt: skip
+
+    def minus(self, other: Losses) -> dict[str, Any] | None:
+        """The mean difference of the losses in nats a token, as `rlhf.evaluation.estimates.mean_facts`, over records
+        that both could read; None where they read them as different tokens.
+
+        Above 0 the first explains the answers worse; against the model that alignment started from, this is the
+        alignment tax.
+        """
+        both = [
+            (a - b, n, m) for a, b, n, m in zip(self.sums, other.sums, self.tokens, other.tokens)
+            if a is not None and b is not None
+        ]  # fmt: skip
+        if not both or any(n != m for _, n, m in both):
+            return None
+        return _token_mean([gap for gap, _, _ in both], [n for _, n, _ in both])
+
+
+def _token_mean(sums: Sequence[float], tokens: Sequence[int]) -> dict[str, Any]:
+    """The mean over tokens, with its interval over records."""
+    values = np.repeat(np.divide(sums, tokens), tokens)
+    return mean_facts(clustered_mean(values, np.repeat(np.arange(len(tokens)), tokens)))
+
+
+def demonstration_losses(policy: Policy, records: Sequence[Any]) -> Losses:
+    """The losses of a policy on the answers of demonstrations, or on the best answers of rankings.
+
+    Raises:
+        UserError: No record fits.
+    """
+    counts = EncodingCounts()
+    found = [encode_demonstration(record, policy.chat, policy.limit, counts) for record in records]
+    counts.report_refused("records")
+    rows = sorted(((at, row) for at, row in enumerate(found) if row is not None), key=lambda one: one[1]["length"])
+    if not rows:
+        reasons = "; ".join(f"{count:,} skipped: {reason}" for reason, count in counts.skipped.items())
+        raise UserError(f"no answer fits in the {policy.limit:,} tokens of {policy.path}", reasons)
+    sums: list[float | None] = [None] * len(records)
+    sizes = [0] * len(records)
+    for start in track(range(0, len(rows), MICRO_BATCH), f"perplexity of {policy.path}", unit="batches"):
+        batch = [row for _, row in rows[start : start + MICRO_BATCH]]
+        ids, mask = policy.chat.pad([row["input_ids"] for row in batch], policy.model.device)
+        width = ids.shape[1]
+        labels = torch.tensor([row["labels"] + [-100] * (width - len(row["labels"])) for row in batch])
+        wanted = (labels != -100).to(ids.device)
+        with torch.no_grad():
+            logprobs = token_logprobs(policy.model, ids, mask, wanted, temperature=1.0)[0].double()
+        each = logprobs.split(wanted.sum(1).tolist())
+        for (at, _), part in zip(rows[start : start + MICRO_BATCH], each):
+            sums[at], sizes[at] = -float(part.sum()), len(part)
+    return Losses(sums, sizes)
+
+
+@dataclass(frozen=True)
+class Answers:
+    """Answers to prompts, those of a policy or of a dataset: [prompt][answer]; none to a prompt that was refused."""
+
+    prompts: Sequence[Prompt]
+    texts: list[list[str]]
+    scores: list[list[float]]
+    """By the reward, higher is better; all empty without one."""
+    kls: list[list[float]]
+    """The estimate k1 of each answer's KL to the reference, nats; all empty without one."""
+
+
+def sampled_metrics(
+    policy: Policy, prompts: Sequence[Prompt], reward: str | None, params: SamplingParams, seed: int, n: int,
+    reference: Policy | None = None,
+) -> tuple[dict[str, Any], Answers]:  # fmt: skip
+    """`n` completions of each prompt: their mean score (with a reward), KL (with a reference), lengths, ends, and
+    `text_metrics`.
+
+    Raises:
+        UserError: The reward cannot be used, or the reference has another tokenizer.
+    """
+    scorer = open_scorer(reward, policy) if reward else None
+    scores: dict[str, list[float]] = {}
+    usable = accepted(policy, prompts, scorer.own_chats if scorer else ())
+    room = policy.prompt_limit(params, scorer.limit if scorer else None)
+    if reference is not None:
+        check_reference(policy, reference, params)
+        room = min(room, reference.prompt_limit(params))
+    groups = []
+    for samples in sample(policy, usable, params, seed, n, room):
+        groups.append(samples)
+        if scorer:
+            scores[samples[0].prompt.prompt_id] = scorer(samples)
+    flat = [one for samples in groups for one in samples]
+    lengths = [len(one.completion.ids) for one in flat]
+    metrics: dict[str, Any] = {"prompts": len(usable), "refused": len(prompts) - len(usable), "answers": len(flat)}
+    if scorer:
+        metrics |= _bounded("score", [score for samples in groups for score in scores[samples[0].prompt.prompt_id]], n)
+    kls: dict[str, list[float]] = {}
+    if reference is not None:
+        k1, k3 = sequence_kl(policy, reference, flat, params.temperature)
+        metrics |= _bounded("kl", k1, n) | _bounded("kl_k3", k3, n) | {"kl_per_token": sum(k1) / sum(lengths)}
+        kls = {group[0].prompt.prompt_id: k1[at * n : at * n + n] for at, group in enumerate(groups)}
+    ended = sum(one.completion.ended for one in flat)
+    metrics |= {"answer_tokens": sum(lengths) / len(lengths), "eos_rate": ended / len(flat)}
+    texts = {samples[0].prompt.prompt_id: [one.text for one in samples] for samples in groups}
+    metrics |= text_metrics(list(texts.values()))
+    ids = [prompt.prompt_id for prompt in prompts]
+    of_all = [[found.get(one, []) for one in ids] for found in (scores, kls)]
+    return metrics, Answers(prompts, [texts.get(one, []) for one in ids], *of_all)
+
+
+def _bounded(name: str, values: Sequence[float], n: int) -> dict[str, Any]:
+    """The mean of the values of all answers, `n` to each prompt, and its interval over prompts."""
+    found = mean_facts(clustered_mean(np.array(values, dtype=float), np.arange(len(values)) // n))
+    return {name: found["value"], f"{name}_low": found["low"], f"{name}_high": found["high"]}
+
+
+def reference_answers(policy: Policy, prompts: Sequence[Any], reward: str | None, n: int) -> Answers:
+    """The answers of demonstrations, or the best ones of rankings, scored as a policy's and repeated `n` times.
+
+    Args:
+        policy: Whose tokenizer reads them.
+        prompts: Demonstrations or rankings.
+        reward: Scores them; see `open_scorer`.
+        n: How many answers of a policy each of them is compared with.
+    """
+    scorer = open_scorer(reward, policy) if reward else None
+    usable = {one.prompt_id for one in accepted(policy, prompts, scorer.own_chats if scorer else ())}
+    texts: list[list[str]] = []
+    scores: list[list[float]] = []
+    for record in prompts:
+        answer = best_response(record)
+        if record.prompt_id not in usable:
+            texts.append([])
+            scores.append([])
+            continue
+        ids = policy.chat.prompt(record.messages)
+        one = Sampled(record, ids, Completion(policy.chat.response(answer), True), answer)
+        texts.append([answer] * n)
+        scores.append(scorer([one]) * n if scorer else [])
+    return Answers(prompts, texts, scores, [[] for _ in texts])
+
+
+def compare_answers(mine: Answers, theirs: Answers, judge: Judge | None = None) -> dict[str, Any]:
+    """How often the answers of the first win: by the scores, where a higher score wins, or by a judge.
+
+    Answer k is compared with answer k. Prompts that one of the two refused are left out; so are pairs on which the
+    judge's verdict cannot be read, which `unreadable` counts.
+
+    Returns:
+        See `win_rates`; by scores also `mean_difference`.
+
+    Raises:
+        UserError: There is nothing to compare, or the judge cannot be used.
+    """
+    rows = [row for row in zip(mine.prompts, mine.texts, theirs.texts, mine.scores, theirs.scores) if row[1] and row[2]]
+    if not rows:
+        raise UserError("no prompt can be used with both policies: each was refused by one of their chat templates")
+    lengths = [[(len(one), len(other)) for one, other in zip(ours, others)] for _, ours, others, *_ in rows]
+    more: dict[str, Any]
+    if judge is None:
+        gaps = [[one - other for one, other in zip(*row[3:])] for row in rows]
+        credits = [[0.5 if gap == 0 else float(gap > 0) for gap in row] for row in gaps]
+        more = {"mean_difference": float(np.mean([gap for row in gaps for gap in row]))}
+    else:
+        verdicts = judge.compare(
+            (prompt.chat, one, other) for prompt, ours, others, *_ in rows for one, other in zip(ours, others)
+        )
+        judged = [[next(verdicts).credit for _ in row] for row in lengths]
+        credits = [[credit for credit in row if credit is not None] for row in judged]
+        lengths = [[size for size, credit in zip(*row) if credit is not None] for row in zip(lengths, judged)]
+        unreadable = sum(credit is None for row in judged for credit in row)
+        more = {"judge": judge.facts(), "unreadable": unreadable}
+        if not any(credits):
+            raise UserError("the judge gave no verdict that can be read", remedy="Look at its replies in the cache.")
+    return win_rates(credits, lengths) | more

@@ -1,0 +1,131 @@
+"""One policy, or two, measured on a dataset: what is measured, and the result as `rlhf evaluate` writes it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from rlhf.cli.sampling_options import SamplingOptions
+from rlhf.core.console import warn
+from rlhf.data.schema import Prompt
+from rlhf.data.selection import chosen_prompts, chosen_records, with_system
+from rlhf.data.store import Dataset
+from rlhf.inference.policy import Policy
+from rlhf.judging.config import JudgeConfig
+from rlhf.judging.judge import Judge
+from rlhf.policy_evaluation.measures import (
+    Answers,
+    Losses,
+    compare_answers,
+    demonstration_losses,
+    reference_answers,
+    sampled_metrics,
+)
+from rlhf.policy_evaluation.ranked import REFERENCES
+from rlhf.rollout.types import SamplingParams
+
+
+@dataclass(frozen=True)
+class PolicyTest:
+    """What policies are measured on, the same for each of them."""
+
+    data: Dataset
+    split: str | None
+    limit: int | None
+    reward: str | None
+    judge: JudgeConfig | None
+    reference: str | None
+    sampled: bool
+    """Whether answers are sampled; a reward, a judge or a reference needs them."""
+    n: int
+    params: SamplingParams
+    options: SamplingOptions
+    system: str | None
+
+    def prompts(self) -> list[Prompt]:
+        """The prompts that are answered."""
+        return [with_system(one, self.system) for one in chosen_prompts(self.data, self.split, self.limit)]
+
+    def compare(self, mine: Answers, theirs: Answers) -> dict[str, Any]:
+        """Whose answers win, by the judge if there is one, else by the reward."""
+        if self.judge is None:
+            return compare_answers(mine, theirs)
+        with Judge(self.judge, "pairwise") as judge:
+            return compare_answers(mine, theirs, judge)
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What was measured of one policy."""
+
+    metrics: dict[str, Any]
+    losses: Losses | None
+    answers: Answers | None
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """The result of `rlhf evaluate`, and the answers that its page shows."""
+
+    result: dict[str, Any]
+    mine: Answers | None = None
+    theirs: Answers | None = None
+
+
+def _measure(test: PolicyTest, policy: Policy, reference: Policy | None) -> Measured:
+    metrics: dict[str, Any] = {}
+    losses = answers = None
+    if test.data.kind != "prompt":
+        losses = demonstration_losses(policy, list(chosen_records(test.data, test.split, test.limit)))
+        metrics |= losses.metrics()
+    if test.sampled:
+        found, answers = sampled_metrics(
+            policy, test.prompts(), test.reward, test.params, test.options.seed, test.n, reference
+        )
+        metrics |= found
+    return Measured(metrics, losses, answers)
+
+
+def evaluate_policies(model: str, against: str | None, test: PolicyTest) -> Evaluation:
+    """The metrics of a policy, and of another or the dataset's own answers, and the comparison of the two.
+
+    Raises:
+        UserError: A model, the reward or the judge cannot be used, or nothing can be measured.
+    """
+    policy = test.options.open(model)
+    reference = _reference(test, model, policy)
+    mine = _measure(test, policy, reference)
+    result: dict[str, Any] = {"policy": mine.metrics}
+    if mine.answers is not None:
+        result |= {"reward": test.reward, "seed": test.options.seed, "sampling": asdict(test.params)}
+        result |= {"reference": test.reference}
+    theirs = None
+    if against == REFERENCES:
+        theirs = reference_answers(policy, test.prompts(), test.reward, test.n)
+        result["against"] = {"model": against}
+    elif against is not None:
+        second = test.options.open(against)
+        other = _measure(test, second, reference)
+        theirs = other.answers
+        result["against"] = {"model": against, **other.metrics}
+        if policy.chat.fingerprints() != second.chat.fingerprints():
+            warn("the two have different tokenizers or chat templates: loss and perplexity are not comparable")
+        elif mine.losses is not None and other.losses is not None:
+            result["loss_difference"] = mine.losses.minus(other.losses)
+    if mine.answers is not None and theirs is not None and (test.reward or test.judge):
+        result["comparison"] = test.compare(mine.answers, theirs)
+    return Evaluation(result, mine.answers, theirs)
+
+
+def _reference(test: PolicyTest, model: str, policy: Policy) -> Policy | None:
+    if test.reference is None:
+        return None
+    return policy if test.reference == model else test.options.open(test.reference)
+
+
+def comparisons(result: dict[str, Any]) -> Sequence[dict[str, Any]]:
+    """All win rates of a result, each with the name of its opponent as `against`: from rankings several."""
+    if "comparison" in result:
+        return [{"against": result["against"]["model"], **result["comparison"]}]
+    return result.get("comparisons", [])

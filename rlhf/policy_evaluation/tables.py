@@ -1,0 +1,119 @@
+"""The evaluation of policies as lines and tables (title, columns, rows) for the console and the page."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from rlhf.core.console import format_number
+from rlhf.evaluation.tables import TableParts, percent
+from rlhf.policy_evaluation.policies import comparisons
+
+FIGURES = {
+    "records": ("answers in the data", "", ""),
+    "loss": ("loss, nats a token", "", "of the data's answers; lower is better"),
+    "perplexity": ("perplexity", "", "its exponential"),
+    "prompts": ("prompts", "", ""),
+    "refused": ("prompts refused by the chat template", "", ""),
+    "score": ("mean score", "", "by the reward; higher is better"),
+    "kl": ("KL to the reference, nats an answer", "", "estimator k1, as eval/kl of PPO"),
+    "kl_k3": ("the same by k3", "", "never negative; should agree with k1"),
+    "kl_per_token": ("KL a token", "", ""),
+    "answer_tokens": ("answer length, tokens", "", ""),
+    "eos_rate": ("answers that ended", "%", "the others were cut off"),
+    "refusals": ("answers that refuse", "%", "by their first words"),
+    "repetition": ("repeated 4-grams of words", "%", "within an answer; rises when a policy loops"),
+    "distinct_1": ("distinct words", "%", "of all words"),
+    "distinct_2": ("distinct pairs of words", "%", "of all pairs"),
+    "self_bleu": ("self-BLEU", "", "0 to 100; high: the answers are alike"),
+}
+"""Key of a policy's metrics -> its name, `%` for a fraction, and what it means."""
+
+
+def figures(result: Mapping[str, Any]) -> list[tuple[str, list[str], str]]:
+    """Name, values of each policy with their intervals, and meaning, of what was measured."""
+    columns = [one for one in (result.get("policy"), result.get("against")) if one]
+    rows = []
+    for key, (name, unit, meaning) in FIGURES.items():
+        if columns and key in columns[0]:
+            rows.append((name, [_cell(column, key, unit) for column in columns], meaning))
+    return rows
+
+
+def figure_table(result: Mapping[str, Any]) -> TableParts | None:
+    """The figures of one or two policies for the console."""
+    rows = figures(result)
+    if not rows:
+        return None
+    names = [result["model"], *([result["against"]["model"]] if "against" in result else [])][: len(rows[0][1])]
+    return f"Held-out: {result['dataset']}", ("", *names), [(name, *values) for name, values, _ in rows]
+
+
+def _cell(metrics: Mapping[str, Any], key: str, unit: str) -> str:
+    value = metrics.get(key)
+    if value is None:
+        return "-"
+    if isinstance(value, int):
+        return f"{value:,}"
+    if unit:
+        return percent(value)
+    low, high = metrics.get(f"{key}_low"), metrics.get(f"{key}_high")
+    bounds = "" if low is None or high is None else f" ({format_number(low)} to {format_number(high)})"
+    return format_number(value) + bounds
+
+
+def headlines(result: Mapping[str, Any]) -> list[str]:
+    """The result in a few sentences."""
+    return [*_wins(result), *_distance(result), *_tax(result)]
+
+
+def _wins(result: Mapping[str, Any]) -> Iterator[str]:
+    who = result["model"]
+    for one in comparisons(dict(result)):
+        low, high = one["interval"]
+        yield f"{who} wins over {one['against']}: {one['win_rate']:.1%} (95% Wilson interval {low:.1%} to {high:.1%})"
+        counts = f"{one['wins']:,} wins, {one['ties']:,} ties, {one['losses']:,} losses; a tie counts half"
+        if "annotators" in one:
+            counts += f"; {one['prompts']:,} prompts ranked by {_people(one['annotators'])}"
+        yield counts
+        low, high = one["length_controlled_interval"]
+        own, other = one["mean_lengths"]
+        sizes = f"mean lengths {own:.0f} and {other:.0f} characters"
+        yield f"Length-controlled: {one['length_controlled']:.1%} ({low:.1%} to {high:.1%}); {sizes}"
+
+
+def _people(count: int) -> str:
+    return f"{count:,} named annotator{'' if count == 1 else 's'}" if count else "annotators without a name"
+
+
+def _distance(result: Mapping[str, Any]) -> Iterator[str]:
+    policy = result.get("policy", {})
+    if policy.get("kl") is None:
+        return
+    low, high = policy["kl_low"], policy["kl_high"]
+    bounds = "" if low is None else f" ({format_number(low)} to {format_number(high)})"
+    yield f"KL to {result['reference']}: {format_number(policy['kl'])} nats an answer{bounds}"
+
+
+def _tax(result: Mapping[str, Any]) -> Iterator[str]:
+    tax = result.get("loss_difference")
+    if not tax:
+        return
+    low, high = tax["low"], tax["high"]
+    bounds = "" if low is None else f" ({low:+.4f} to {high:+.4f})"
+    yield f"Loss on the data's answers: {tax['value']:+.4f} nats a token{bounds} against {result['against']['model']}"
+
+
+def annotator_table(comparison: Mapping[str, Any]) -> TableParts | None:
+    """Win rates by each annotator of rankings; None where fewer than two are named."""
+    found = comparison.get("by_annotator")
+    if not found:
+        return None
+    rows: list[tuple[Any, ...]] = []
+    for name, one in found.items():
+        low, high = one["interval"]
+        rows.append(
+            (name, percent(one["win_rate"]), f"{low:.1%} to {high:.1%}", one["wins"], one["ties"], one["losses"])
+        )
+    title = f"Against {comparison['against']}, by annotator"
+    return title, ("annotator", "win rate", "95% interval", "wins", "ties", "losses"), rows
