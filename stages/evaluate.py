@@ -20,6 +20,7 @@ from rlhf.judging.config import read_judge
 from rlhf.policy_evaluation.ranked import RANKINGS, REFERENCES
 from rlhf.prompting.ways import check_way, parse_shots, read_prompting
 from rlhf.reward.agreement import Agreement
+from rlhf.runs.run import resolve_model_path
 from rlhf.tasks.config import TaskConfig
 from rlhf.tasks.task import load_task
 
@@ -93,6 +94,14 @@ def command(
             " the `source` of each ranking says it.",
         ),
     ] = None,
+    lm_eval: Annotated[
+        str | None,
+        typer.Option(
+            metavar="TASK,...|FILE|{...}",
+            help="Run these tasks of lm-evaluation-harness instead of a dataset, such as arc_easy,hellaswag or"
+            " '{tasks: [mine], include_path: tasks, num_fewshot: 5}'.",
+        ),
+    ] = None,
     html: Annotated[Path | None, typer.Option(help="Write the results here, as a page.")] = None,
     output: Annotated[Path | None, typer.Option("--out", help="Write the metrics here, as JSON.")] = None,
     as_json: options.Json = False,
@@ -107,6 +116,12 @@ def command(
     if not prompting and (shots or metric or labels or pattern or answers):
         raise UserError("--shots, --metric, --labels, --pattern and --answers are for --prompting", remedy="Give it.")
     for_rewards = perturb or benchmark
+    if lm_eval:
+        if named or for_rewards or html or prompting or reward or judge or reference:
+            what = "--lm-eval takes MODEL, --against, --seed, --chat-template, --out and --json alone"
+            raise UserError(what, "Its tasks have data and ways to sample of their own.")
+        _finish(_evaluate_harness(model, against, lm_eval, sampling), output, as_json)
+        return
     if prompting:
         if for_rewards or html:
             raise UserError("--perturb, --benchmark and --html are not for --prompting")
@@ -216,6 +231,27 @@ def _evaluate_prompting(
         options.write_whole(answers, "".join(lines))
     facts = {"model": model, "split": config.split, "seed": sampling.seed, "sampling": asdict(params), **task.facts()}
     return facts | {"prompting": [cell.as_dict() for cell in cells]}
+
+
+# ---- lm-evaluation-harness ---------------------------------------------------------------------------------------
+
+
+def _evaluate_harness(model: str, against: str | None, spec: str, sampling: SamplingOptions) -> dict[str, Any]:
+    """One or two policies on tasks of the harness, printed and returned."""
+    from rlhf.policy_evaluation import harness
+
+    config = harness.read_harness(spec)
+    for name in [model, *([against] if against else [])]:
+        resolve_model_path(name)
+    manager = harness.open_tasks(config)
+    found = harness.run_tasks(sampling.open(model), config, manager, sampling.seed)
+    rows = found["scores"]
+    if against:
+        rows = harness.compared(found, harness.run_tasks(sampling.open(against), config, manager, sampling.seed))
+    columns = ("task", "metric", "questions", model, *((against, "difference, 95% interval") if against else ()))
+    table("lm-evaluation-harness", columns, harness.score_rows(rows, bool(against)))
+    facts = {"model": model, "seed": sampling.seed, "lm_eval": config.model_dump(), "version": harness.version()}
+    return facts | ({"against": against} if against else {}) | {"scores": rows}
 
 
 # ---- policies ----------------------------------------------------------------------------------------------------
