@@ -260,7 +260,7 @@ class PPO:
         batch, count = self.config.batch, len(rollout.completions)
         rows = TokenRows.of_rollout(rollout, self.chat.pad_id, self.vocab_size, self.packed)
         orders = [permutation(count, self.config.seed, EPOCH, index, epoch) for epoch in range(batch.epochs)]
-        return Minibatches.of(rows, orders, batch.minibatches, batch.micro_batch_tokens)
+        return Minibatches.of(rows, orders, batch.minibatches, self.learner.budget.tokens)
 
     @torch.no_grad()
     def score(self, rollout: Rollout, minibatches: Sequence[Minibatch], gold: bool = True) -> Experience:
@@ -362,7 +362,7 @@ class PPO:
             return
         rollout = self.rollout(self._prompts(self.tables.eval, rows, 1, EVAL, 0))
         token_rows = TokenRows.of_rollout(rollout, self.chat.pad_id, self.vocab_size, self.packed)
-        whole = Minibatches.of(token_rows, [rows], 1, self.config.batch.micro_batch_tokens)
+        whole = Minibatches.of(token_rows, [rows], 1, self.learner.budget.tokens)
         experience = self.score(rollout, whole.epoch(0))
         tokens = token_records(self.config, self.chat, experience, self.kl_coef, *self.score_scale)
         self.reporter.evaluation(self.done, experience, self.chat, tokens)
@@ -379,9 +379,9 @@ class PPO:
             self.models.engine.save(folder)
             save_rng(folder)
             if is_main():
-                controller, stats = self.kl_controller.state_dict(), vars(self.score_stats)
-                state = {"done": self.done, "controller": controller, "score_stats": stats}
-                state |= {"evaluations": self.reporter.evaluations, "guard": self.guard.state_dict()}
+                state = {"done": self.done, "score_stats": vars(self.score_stats), "budget": vars(self.learner.budget)}
+                state |= {"controller": self.kl_controller.state_dict(), "guard": self.guard.state_dict()}
+                state["evaluations"] = self.reporter.evaluations
                 if ahead is not None:
                     state["ahead"] = [vars(completion) for completion in ahead.completions]
                 (folder / "ppo.json").write_text(json.dumps(state), "utf-8")
@@ -401,6 +401,7 @@ class PPO:
         self.kl_controller.load_state_dict(state["controller"])
         self.score_stats = RunningMeanStd(**state["score_stats"])
         self.guard.load_state_dict(state["guard"])
+        self.learner.budget.load_state_dict(state.get("budget"))
         if "ahead" in state:
             rollout = Rollout(self.draw_prompts(self.done), [Completion(**one) for one in state["ahead"]])
             self.ahead = lambda: rollout

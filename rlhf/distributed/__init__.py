@@ -4,6 +4,7 @@ from rlhf.distributed.process_group import (
     all_gather_rows,
     all_max,
     all_sum,
+    any_rank,
     barrier,
     device,
     from_main,
@@ -16,6 +17,6 @@ from rlhf.distributed.process_group import (
 )
 
 __all__ = [
-    "all_gather_rows", "all_max", "all_sum", "barrier", "device", "from_main", "grouped", "name_lost_ranks", "rank",
-    "start", "stop", "world_size",
+    "all_gather_rows", "all_max", "all_sum", "any_rank", "barrier", "device", "from_main", "grouped", "name_lost_ranks",
+    "rank", "start", "stop", "world_size",
 ]  # fmt: skip

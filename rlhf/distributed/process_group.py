@@ -111,6 +111,11 @@ def all_sum(value: torch.Tensor) -> torch.Tensor:
     return value
 
 
+def any_rank(flag: bool) -> bool:
+    """Whether `flag` is set on any rank. One collective."""
+    return bool(all_max(torch.tensor(float(flag), device=device())).item()) if world_size() > 1 else flag
+
+
 def all_max(value: torch.Tensor) -> torch.Tensor:
     """The elementwise maximum of `value` over ranks, in place."""
     if world_size() > 1:

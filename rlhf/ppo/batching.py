@@ -12,6 +12,8 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from rlhf import distributed
+from rlhf.core.console import say
+from rlhf.core.errors import UserError
 from rlhf.models.logprobs import head_chunks
 from rlhf.ppo.types import MicroBatch, Rollout
 from rlhf.rollout.types import stream_seed
@@ -109,6 +111,8 @@ class Minibatch:
 
     per_rank: RankBatches
     rows: TokenRows
+    budget: int
+    """Tokens of a micro-batch."""
 
     @property
     def episodes(self) -> list[int]:
@@ -119,6 +123,13 @@ class Minibatch:
     def tokens(self) -> int:
         """Response tokens on all ranks."""
         return sum(self.rows.flagged[episode] for episode in self.episodes)
+
+    def within(self, budget: int) -> Minibatch:
+        """The same episodes in micro-batches of up to `budget` tokens."""
+        if budget == self.budget:
+            return self
+        totals = [len(ids) for ids, _ in self.rows.rows]
+        return Minibatch(divide(totals, self.episodes, 1, budget, self.rows.packed)[0], self.rows, budget)
 
     def micro_batches(self) -> list[MicroBatch]:
         """This rank's part, as tensors."""
@@ -131,6 +142,8 @@ class Minibatches:
 
     rows: TokenRows
     epochs: list[list[RankBatches]]
+    budget: int
+    """Tokens of a micro-batch."""
 
     @classmethod
     def of(
@@ -138,15 +151,56 @@ class Minibatches:
     ) -> Minibatches:
         """Divide one random order of the rows per epoch into minibatches; see `divide`."""
         totals = [len(ids) for ids, _ in rows.rows]
-        return cls(rows, [divide(totals, order, minibatches, micro_batch_tokens, rows.packed) for order in orders])
+        epochs = [divide(totals, order, minibatches, micro_batch_tokens, rows.packed) for order in orders]
+        return cls(rows, epochs, micro_batch_tokens)
 
     def epoch(self, number: int) -> list[Minibatch]:
         """The minibatches of one epoch."""
-        return [Minibatch(per_rank, self.rows) for per_rank in self.epochs[number]]
+        return [Minibatch(per_rank, self.rows, self.budget) for per_rank in self.epochs[number]]
 
     def with_frozen_states(self, states: Mapping[int, Tensor] | None) -> Minibatches:
         """The same minibatches, whose passes start from cached hidden states; see `Experience.frozen_states`."""
         return replace(self, rows=replace(self.rows, frozen_states=states))
+
+
+@dataclass
+class TokenBudget:
+    """The most tokens of a micro-batch: `batch.micro_batch_tokens`, halved whenever memory runs out. Part of
+    checkpoints, so that a resumed run divides minibatches as the undisturbed one does."""
+
+    configured: int
+    halvings: int = 0
+
+    @property
+    def tokens(self) -> int:
+        """The budget now."""
+        return self.configured >> self.halvings
+
+    def split(self, minibatch: Minibatch) -> Minibatch:
+        """Halve the budget, again if need be, until it divides a minibatch into smaller micro-batches; gives these.
+
+        Raises:
+            UserError: Each micro-batch is one episode.
+        """
+        before = self.tokens
+        while self.tokens > 1:
+            self.halvings += 1
+            smaller = minibatch.within(self.tokens)
+            if smaller.per_rank != minibatch.per_rank:
+                say(f"Out of memory in a micro-batch: the token budget is halved, from {before:,} to {self.tokens:,}")
+                return smaller
+        longest = max(len(minibatch.rows.rows[episode][0]) for episode in minibatch.episodes)
+        raise UserError(
+            f"out of memory in a micro-batch of one episode (the longest has {longest:,} tokens)",
+            "One episode cannot be divided further.",
+            "Set gradient_checkpointing=true, train an adapter (tuning=lora), or make episodes shorter: "
+            "rollout.max_new_tokens, data.max_prompt_tokens. `rlhf plan` shows what each saves.",
+        )
+
+    def load_state_dict(self, state: Mapping[str, int] | None) -> None:
+        """Take over `vars` of a checkpoint's budget, unless the run goes on with another `batch.micro_batch_tokens`."""
+        if state is not None and state["configured"] == self.configured:
+            self.halvings = state["halvings"]
 
 
 # ---- random orders -------------------------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -11,11 +12,12 @@ from torch import Tensor
 from rlhf import distributed
 from rlhf.core.errors import UserError
 from rlhf.ppo.advantages import Advantages
-from rlhf.ppo.batching import Minibatch, Minibatches, RankBatches, TokenRows, endless
+from rlhf.ppo.batching import Minibatch, Minibatches, RankBatches, TokenBudget, TokenRows, endless
 from rlhf.ppo.config import PPOConfig
 from rlhf.ppo.losses import policy_loss, value_loss
 from rlhf.ppo.types import Experience, MicroBatch
 from rlhf.training.engine import Engine
+from rlhf.training.out_of_memory import passes_that_fit
 
 SUMS = ("tokens", "kl_k1", "kl_k3", "clipped", "values_clipped", "policy_loss", "value_loss", "entropy", "ptx_loss")
 
@@ -64,13 +66,16 @@ class PtxBatches:
         return self.rows.micro_batches(per_rank), sum(self.rows.flagged[row] for row in chosen)
 
 
-@dataclass(frozen=True)
+@dataclass
 class Learner:
     """Trains policy and critic on one experience after another. `ptx` is None without the ptx term."""
 
     engine: Engine
     config: PPOConfig
     ptx: PtxBatches | None
+
+    def __post_init__(self) -> None:
+        self.budget = TokenBudget(self.config.batch.micro_batch_tokens)
 
     def learn(
         self,
@@ -93,7 +98,8 @@ class Learner:
             Metrics, means over all optimizer steps.
 
         Raises:
-            UserError: A loss or gradient is not finite. That minibatch has changed nothing.
+            UserError: A loss or gradient is not finite, or a micro-batch of one episode does not fit the memory. That
+                minibatch has changed nothing.
         """
         minibatches = minibatches.with_frozen_states(experience.frozen_states)
         target_kl, epochs = self.config.loss.target_kl, len(minibatches.epochs)
@@ -106,7 +112,7 @@ class Learner:
             parts = minibatches.epoch(epoch)
             for index, minibatch in enumerate(parts):
                 step = (update_index * epochs + epoch) * len(parts) + index
-                sums.append(self._backward(experience, advantages, minibatch, step, critic_only))
+                sums.append(self._fitting(experience, advantages, minibatch, step, critic_only))
                 norm = self.engine.step(lr_scale)
                 if norm is None:
                     where = f"update {update_index + 1}, epoch {epoch + 1}, minibatch {index + 1}"
@@ -120,7 +126,21 @@ class Learner:
             "optimizer/grad_norm": sum(norms) / len(norms),
             "optimizer/epochs": done,
             "optimizer/steps": len(steps),
+            "optimizer/micro_batch_tokens": self.budget.tokens,
         }
+
+    def _fitting(
+        self, experience: Experience, advantages: Advantages, minibatch: Minibatch, step: int, critic_only: bool
+    ) -> tuple[Tensor, Tensor]:
+        """`_backward` of a minibatch, repeated in smaller micro-batches while memory runs out."""
+        minibatch = minibatch.within(self.budget.tokens)
+        less = f"batch.micro_batch_tokens={max(self.budget.tokens // 2, 1)}"
+        while True:
+            passes = partial(self._backward, experience, advantages, minibatch, step, critic_only)
+            found = passes_that_fit(self.engine, passes, less)
+            if found is not None:
+                return found
+            minibatch = self.budget.split(minibatch)
 
     def _backward(
         self, experience: Experience, advantages: Advantages, minibatch: Minibatch, step: int, critic_only: bool

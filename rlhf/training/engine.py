@@ -65,6 +65,8 @@ class Engine:
     """
 
     stage = 0
+    repeatable = True
+    """Whether passes can be repeated before `step`: they wait for no other rank, and `forget` removes what they did."""
 
     def __init__(self, module: nn.Module, groups: list[dict[str, Any]], config: AdamWConfig, precision: str):
         self.config = config
@@ -91,6 +93,10 @@ class Engine:
         """Add the gradient of `loss`; `last` marks the last micro-batch before `step`."""
         del last
         loss.backward()
+
+    def forget(self) -> None:
+        """Remove the gradients of the passes since the last step; only where `repeatable`."""
+        self.optimizer.zero_grad()
 
     def step(self, scale: float) -> float | None:
         """Clip the gradient, update the weights at `scale` times the peak rates, clear the gradient.
@@ -182,6 +188,7 @@ class DeepSpeedEngine(Engine):
         settings: dict[str, Any],
     ) -> None:
         self.stage = settings.get("zero_optimization", {}).get("stage", 0)
+        self.repeatable = self.stage == 0
         dtype = compute_dtype(precision)
         # Stage 0 in float32 has whole, summed gradients, which are checked and clipped as with plain torch.
         self._whole = self.stage == 0 and dtype == torch.float32
@@ -228,13 +235,21 @@ class DeepSpeedEngine(Engine):
         return nullcontext()
 
     def backward(self, loss: Tensor, last: bool) -> None:
-        self.deepspeed.set_gradient_accumulation_boundary(last)
+        # At stage 0 it is `step` that sums gradients over ranks, so that no rank waits for one whose pass has failed.
+        self.deepspeed.set_gradient_accumulation_boundary(last and self.stage > 0)
         # DeepSpeed averages over ranks, but the losses of the ranks are parts of a global mean, to be summed.
         self.deepspeed.backward(loss * distributed.world_size())
         if not last:
             self.deepspeed.step()  # counts the micro-step; weights move at the boundary only
 
+    def forget(self) -> None:
+        self.deepspeed.optimizer.zero_grad()
+        self._finite = torch.ones_like(self._finite)
+
     def step(self, scale: float) -> float | None:
+        if self.stage == 0:
+            self.deepspeed.set_gradient_accumulation_boundary(True)
+            self.deepspeed.allreduce_gradients()
         norm = self._clip() if self._whole else None  # elsewhere DeepSpeed clips in its own step
         if norm is None if self._whole else self._some_rank_is_not_finite():
             return None
