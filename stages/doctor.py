@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from rlhf.core.console import print_json, say
-from rlhf.doctor.diagnosis import diagnose
+from rlhf.doctor.diagnosis import examine
 from rlhf.doctor.evidence import Evidence, read_evidence
 from rlhf.doctor.findings import CHECKS, Finding
 from rlhf.doctor.run_checks import planned_steps
@@ -18,24 +18,34 @@ STYLES = {"error": "bold red", "warning": "yellow", "note": None}
 
 def command(
     runs: Annotated[list[Path], typer.Argument(help="Run folders, finished, running or crashed.")],
-    as_json: Annotated[bool, typer.Option("--json", help="Print only JSON lines, one per finding.")] = False,
+    as_json: Annotated[
+        bool,
+        typer.Option(
+            "--json", help="Print only JSON lines: one per finding, and one for checks that could not be made."
+        ),
+    ] = False,
 ) -> None:
     """Say what is wrong with runs, the worst first, each with its usual causes and a remedy."""
     for evidence in [read_evidence(run) for run in runs]:
-        findings = diagnose(evidence)
+        findings, unmade = examine(evidence)
         if as_json:
             for finding in findings:
                 print_json({"run": str(evidence.path), **finding.as_dict()})
+            if unmade:
+                print_json({"run": str(evidence.path), "not_checked": unmade})
         else:
-            _show(evidence, findings)
+            _show(evidence, findings, unmade)
 
 
-def _show(run: Evidence, findings: list[Finding]) -> None:
+def _show(run: Evidence, findings: list[Finding], unmade: dict[str, list[str]]) -> None:
     steps = f"step {run.steps:,}" + (f" of {planned:,}" if (planned := planned_steps(run)) else "")
-    checks = sum(run.stage in check.stages for check in CHECKS)
+    checks = sum(run.stage in check.stages for check in CHECKS) - len(unmade)
     result = f"{len(findings)} of {checks} checks found something" if findings else f"{checks} checks, nothing wrong"
     say(f"{run.path}: {run.stage}, {run.state}, {steps}: {result}", style="bold")
     for finding in findings:
         say(f"  {finding.severity}: {finding.name}: {finding.what}", style=STYLES[finding.severity])
         say(f"    Why: {finding.cause}")
         say(f"    Do:  {finding.remedy}")
+    if unmade:
+        names = ", ".join(f"{name} ({', '.join(metrics)})" for name, metrics in unmade.items())
+        say(f"  Not checked, because these metrics are not logged: {names}", style="dim")

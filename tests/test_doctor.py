@@ -10,7 +10,7 @@ import tiny
 from typer.testing import CliRunner
 
 from rlhf.core.errors import UserError
-from rlhf.doctor.diagnosis import Watch, diagnose
+from rlhf.doctor.diagnosis import Watch, diagnose, examine
 from rlhf.doctor.evidence import Evidence, Series, read_evidence
 from rlhf.doctor.findings import CHECKS
 from stages.cli import app
@@ -151,6 +151,24 @@ def test_options_that_explain_a_figure_are_known():
     assert names(diagnose(evidence("ppo", HEALTHY["ppo"] | late, critic={"warmup_updates": 10}), live=True)) == []
 
 
+@pytest.mark.parametrize(("stage", "gone"), [(stage, name) for stage in HEALTHY for name in HEALTHY[stage]])
+def test_a_metric_that_is_missing_stops_no_check_and_is_named_by_those_that_need_it(stage, gone):
+    left = {name: values for name, values in HEALTHY[stage].items() if name != gone}
+    found, unmade = examine(evidence(stage, left, precision="bfloat16"))
+    assert "stopped" in names(found) and len(found) == 1
+    assert any(gone in metrics for metrics in unmade.values())
+    examine(evidence(stage, {gone: HEALTHY[stage][gone]}))  # all others are missing
+    for where, broken, *config in BROKEN.values():
+        if where == stage:
+            diagnose(evidence(stage, left | broken, **(config[0] if config else {})))
+
+
+def test_checks_that_need_no_metric_are_always_made():
+    found, unmade = examine(Evidence("ppo", CONFIG, {"status": "complete"}), live=True)
+    made = {check.name for check in CHECKS if check.live and "ppo" in check.stages} - set(unmade)
+    assert found == [] and made == {"not-finite"}
+
+
 def test_the_worst_comes_first():
     broken = BROKEN["value-clipping-saturated"][1] | BROKEN["reward-constant"][1] | BROKEN["clipping-saturated"][1]
     found = diagnose(evidence("ppo", HEALTHY["ppo"] | broken), live=True)
@@ -263,7 +281,10 @@ def test_the_command_prints_findings_with_cause_and_remedy_or_as_json(tmp_path):
     assert f"{good}: ppo, complete, step 20 of 20: " in shown.stdout and "checks, nothing wrong" in shown.stdout
     assert "error: stopped: " in shown.stdout and "Why: " in shown.stdout and "Do:  " in shown.stdout
     lines = CliRunner().invoke(app, ["doctor", str(bad), "--json"]).stdout.splitlines()
-    assert [json.loads(line)["name"] for line in lines] == ["stopped"]
+    finding, unmade = map(json.loads, lines)
+    assert finding["name"] == "stopped" and unmade["not_checked"]["sampler-gap"] == ["rollout/sampler_gap_mean"]
+    assert "Not checked, because these metrics are not logged: slows-down (" in shown.stdout
+    assert "sampler-gap (rollout/sampler_gap_mean)" in shown.stdout
 
 
 def test_what_is_no_run_is_refused(tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 
 from rlhf.doctor import (  # they fill the table of checks
     data_checks,
@@ -11,11 +12,11 @@ from rlhf.doctor import (  # they fill the table of checks
     run_checks,
     supervised_checks,
 )
-from rlhf.doctor.evidence import Evidence
+from rlhf.doctor.evidence import Evidence, NothingLogged
 from rlhf.doctor.findings import CHECKS, SEVERITIES, Finding
 
 __all__ = [
-    "Watch", "data_checks", "diagnose", "learning_checks", "ppo_checks", "run_checks", "supervised_checks",
+    "Watch", "data_checks", "diagnose", "examine", "learning_checks", "ppo_checks", "run_checks", "supervised_checks",
 ]  # fmt: skip
 EVERY = 10
 """Logged steps between two live diagnoses, after the first 20: they read all steps so far."""
@@ -23,13 +24,24 @@ EVERY = 10
 
 def diagnose(evidence: Evidence, live: bool = False) -> list[Finding]:
     """What is wrong with a run, the worst first. With `live` only the checks that watch a training run."""
-    found = []
+    return examine(evidence, live)[0]
+
+
+def examine(evidence: Evidence, live: bool = False) -> tuple[list[Finding], dict[str, list[str]]]:
+    """What `diagnose` gives; and the checks that could not be made, with the metrics that were never logged."""
+    found, unmade = [], {}
     for row in CHECKS:
-        if evidence.stage in row.stages and (row.live or not live):
+        if evidence.stage not in row.stages or (live and not row.live):
+            continue
+        evidence.absent.clear()
+        what = None
+        with suppress(NothingLogged):
             what = row.fn(evidence)
-            if what is not None:
-                found.append(Finding(row.name, row.severity, what, row.cause, row.remedy))
-    return sorted(found, key=lambda finding: SEVERITIES.index(finding.severity))
+        if what is not None:
+            found.append(Finding(row.name, row.severity, what, row.cause, row.remedy))
+        elif evidence.absent:
+            unmade[row.name] = sorted(evidence.absent)
+    return sorted(found, key=lambda finding: SEVERITIES.index(finding.severity)), unmade
 
 
 class Watch:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -19,9 +20,13 @@ WINDOW = 5
 """Steps over which "now" is taken: one step alone is noise."""
 
 
+class NothingLogged(Exception):
+    """A value is asked of a metric that was never logged."""
+
+
 @dataclass(frozen=True)
 class Series:
-    """One metric over the steps at which it was logged."""
+    """One metric over the steps at which it was logged. An empty one has no values to give: `NothingLogged`."""
 
     steps: tuple[int, ...] = ()
     values: tuple[float, ...] = ()
@@ -37,22 +42,29 @@ class Series:
     @property
     def first(self) -> float:
         """The median of the first steps."""
-        return statistics.median(self.values[:WINDOW])
+        return statistics.median(self.logged[:WINDOW])
 
     @property
     def last(self) -> float:
         """The median of the last steps."""
-        return statistics.median(self.values[-WINDOW:])
+        return statistics.median(self.logged[-WINDOW:])
 
     @property
     def median(self) -> float:
-        return statistics.median(self.values)
+        return statistics.median(self.logged)
+
+    @property
+    def logged(self) -> tuple[float, ...]:
+        """The values, at least one."""
+        if not self.values:
+            raise NothingLogged
+        return self.values
 
     @property
     def mean_and_error(self) -> tuple[float, float]:
         """Mean and its standard error, as if the steps were independent; the error is infinite for one step."""
         if len(self) < 2:
-            return self.values[0], float("inf")
+            return self.logged[0], float("inf")
         return statistics.fmean(self.values), statistics.stdev(self.values) / len(self) ** 0.5
 
 
@@ -76,6 +88,8 @@ class Evidence:
     columns: dict[str, tuple[list[int], list[float]]] = field(default_factory=dict)
     samples: list[Mapping[str, Any]] = field(default_factory=list)
     """The completions of the last evaluation."""
+    absent: set[str] = field(default_factory=set)
+    """Metrics that were asked for and never logged."""
 
     def add(self, step: int, metrics: Mapping[str, Any]) -> None:
         """Take in the metrics of a logged step."""
@@ -86,7 +100,9 @@ class Evidence:
                 values.append(float(value))
 
     def __getitem__(self, metric: str) -> Series:
-        """A metric's series; an empty one if it was never logged."""
+        """A metric's series; an empty one, which is noted in `absent`, if it was never logged."""
+        if metric not in self.columns:
+            self.absent.add(metric)
         steps, values = self.columns.get(metric, ([], []))
         return Series(tuple(steps), tuple(values))
 
@@ -155,7 +171,7 @@ def logged_rows(file: Path) -> list[dict[str, Any]]:
             row = json.loads(line)
         except ValueError:
             continue
-        if isinstance(row, dict) and isinstance(row.get("step"), (int, float)):
+        if isinstance(row, dict) and isinstance(row.get("step"), (int, float)) and math.isfinite(row["step"]):
             rows.append(row)
     return rows
 

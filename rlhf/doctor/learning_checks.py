@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from rlhf.doctor.evidence import WINDOW, Evidence
+from rlhf.doctor.evidence import WINDOW, Evidence, Series
 from rlhf.doctor.findings import ALL, check, number
 from rlhf.doctor.run_checks import planned_steps
 
@@ -75,13 +75,17 @@ def critic_stale(run: Evidence) -> str | None:
 )  # fmt: skip
 def rate_below_bfloat16(run: Evidence) -> str | None:
     """All steps of a run together can move a weight by more than bfloat16 rounds away."""
-    rate, taken = run["optimizer/lr"], dict(zip(run["optimizer/steps"].steps, run["optimizer/steps"].values))
+    rate = run["optimizer/lr"]
     if len(rate) < 2 * WINDOW or not run.low_precision or run.option("tuning.name", run.option("tuning")) != "full":
         return None
+    updates = run["optimizer/steps"] if run.stage == "ppo" else Series()
+    if run.stage == "ppo" and not len(updates):
+        return None
+    taken = dict(zip(updates.steps, updates.values))
     before = 0
     path = 0.0  # the most that Adam moves a weight: the sum of the rates of all steps
     for step, value in zip(rate.steps, rate.values):
-        path += value * (taken.get(step, 1.0) if run.stage == "ppo" else 1.0) * (step - before)
+        path += value * taken.get(step, 1.0) * (step - before)
         before = step
     path *= max(1.0, (planned_steps(run) or run.steps) / max(1, run.steps))
     if path >= HALF_STEP * USUAL_WEIGHT:

@@ -35,6 +35,8 @@ def first_ratio(run: Evidence) -> str | None:
 )  # fmt: skip
 def sampler_gap(run: Evidence) -> str | None:
     """The sampler's log-probs are nearly the trainer's."""
+    if run.option("rollout.sampler.name", run.option("rollout.sampler")) == "hf":  # it has the trainer's log-probs
+        return None
     gap, most = run["rollout/sampler_gap_mean"], 0.5 if run.option("rollout.ahead") else 0.05
     if not len(gap) or gap.last <= most:
         return None
@@ -51,7 +53,7 @@ def starts_at_reference(run: Evidence) -> str | None:
     kl, length = run["objective/kl_k3"], run["rollout/response_length"]
     if not len(kl) or kl.steps[0] != 1 or run.option("rollout.ahead"):
         return None
-    per_token = kl.values[0] / max(length.values[0], 1)
+    per_token = kl.values[0] / max(length.logged[0], 1)
     if per_token <= (0.01 if run.low_precision else 1e-4):
         return None
     return f"the KL to the reference is {number(per_token)} nats per token before anything was learned"

@@ -99,7 +99,7 @@ def memory_grows(run: Evidence) -> str | None:
 )  # fmt: skip
 def slows_down(run: Evidence) -> str | None:
     """Steps take about the same time."""
-    for name in ("time/rollout", "time/score", "time/learn", "time/step"):
+    for name in ("time/rollout", "time/score", "time/learn") if run.stage == "ppo" else ("time/step",):
         series = run[name]
         if len(series) >= 2 * WINDOW and series.last > 5 * series.after(0.1).first > 0:
             return f"{name} rose from {number(series.after(0.1).first)} to {number(series.last)} s"

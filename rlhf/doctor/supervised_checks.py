@@ -90,7 +90,7 @@ def guessing(run: Evidence) -> str | None:
 def overconfident(run: Evidence) -> str | None:
     """The log loss of held-out pairs is below that of guessing."""
     log_loss, accuracy = run["eval/log_loss"], run["eval/accuracy"]
-    if len(log_loss) < 2 or log_loss.values[-1] <= GUESSING + 0.02 or accuracy.values[-1] <= 0.53:
+    if len(log_loss) < 2 or log_loss.values[-1] <= GUESSING + 0.02 or accuracy.logged[-1] <= 0.53:
         return None
     return (
         f"held-out log loss is {number(log_loss.values[-1])} nats at an accuracy of {accuracy.values[-1]:.3f};"
