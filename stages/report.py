@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -10,13 +11,14 @@ from typing import Annotated, Any
 import typer
 
 from rlhf.cli import options
-from rlhf.core.console import format_number, say
+from rlhf.core.console import format_number, say, warn
 from rlhf.core.errors import UserError
 from rlhf.data.store import Dataset, open_dataset
 from rlhf.report.facts import DataFacts
 from rlhf.report.gather import Subject, gather, located
 from rlhf.report.headline import percent
 from rlhf.report.page import render
+from rlhf.report.pipelines import is_pipeline, planned_runs
 from rlhf.runs.run import is_run
 
 MOST_ANNOTATORS = 12
@@ -31,10 +33,14 @@ MEASURES = {
 
 def command(
     runs: Annotated[
-        list[Path], typer.Argument(metavar="RUN|PIPELINE...", help="Run folders, or folders with a pipeline's runs.")
+        list[Path],
+        typer.Argument(
+            metavar="RUN|PIPELINE...", help="Run folders, folders with a pipeline's runs, or a pipeline's YAML files."
+        ),
     ],
     output: Annotated[
-        Path | None, typer.Option(help="The page to write; by default report.html in the first folder.")
+        Path | None,
+        typer.Option(help="The page to write; by default report.html in the first folder, or above a pipeline's runs."),
     ] = None,
     data: Annotated[
         bool, typer.Option("--data/--no-data", help="Measure the rankings: agreement, biases. Takes a few seconds.")
@@ -49,10 +55,14 @@ def command(
     if port and not live:
         raise UserError("--port is for --watch", remedy="Give --watch too.")
     for path in runs:
-        if not path.is_dir() and not live:
-            raise UserError(f"{path}: no such folder", remedy="Name run folders, or folders with a pipeline's runs.")
-    path = output or runs[0] / "report.html"
+        if not path.is_dir() and not is_pipeline(path) and not live:
+            what = f"{path}: no such folder or pipeline file"
+            raise UserError(what, remedy="Name run folders, folders with a pipeline's runs, or its YAML file.")
+    for one in (one for path in runs if is_pipeline(path) for one in planned_runs(path)):
+        if not is_run(one.path):
+            warn(f"{one.stage}: {one.path} has not begun")
     if not live:
+        path = output or _place(runs[0])
         options.check_writable(path, "--output")
         subjects = gather(runs)
         options.write_whole(path, render(subjects, list(_data(subjects, data))))
@@ -67,6 +77,13 @@ def command(
         return render(subjects, list(_data(subjects, data)), REFRESH)
 
     watch(LivePage(runs, draw), port, say)
+
+
+def _place(path: Path) -> Path:
+    """Where the report of a path is written: in the folder, or in the one that holds a pipeline's runs."""
+    if not is_pipeline(path):
+        return path / "report.html"
+    return Path(os.path.commonpath([one.path.parent for one in planned_runs(path)])) / "report.html"
 
 
 def _data(subjects: Sequence[Subject], measured: bool) -> Iterator[DataFacts]:

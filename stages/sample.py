@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -47,7 +48,12 @@ def command(
         typer.Option(metavar="DATASET", help="With --best-of: also write the best answers as demonstrations for SFT."),
     ] = None,
     curve: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="With --best-of: draw its curve here, an .svg or .png file.")
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="With --best-of: draw its curve here, an .svg or .png file; or write it as .json, which `rlhf report`"
+            " draws if it lies in a PPO run.",
+        ),
     ] = None,
     with_: Annotated[
         list[str] | None,
@@ -132,9 +138,13 @@ def command(
     if best_of and not as_json:
         _show_curve(scores)
     if curve is not None:
-        from rlhf.inference.best_of import best_of_curve, draw_curve  # imports numpy
+        from rlhf.inference.best_of import best_of_curve, draw_curve, write_curve  # imports numpy
 
-        draw_curve(curve, best_of_curve(scores), compared)
+        if curve.suffix == ".json":
+            facts = {"policy": model, "reward": reward, "prompts": len(scores), "seed": sampling.seed}
+            write_curve(curve, best_of_curve(scores), facts | {"sampling": asdict(params)})
+        else:
+            draw_curve(curve, best_of_curve(scores), compared)
 
 
 def _answers(n: int, best_of: int | None, reward: str | None, demonstrations: Path | None) -> int:
@@ -168,8 +178,10 @@ def _compared(curve: Path | None, best_of: int | None, runs: list[str] | None) -
         return {}
     if best_of is None:
         raise UserError("--curve: of which answers?", remedy="Give --best-of N and --reward RUN too.")
-    if curve.suffix not in (".svg", ".png"):
-        raise UserError(f"--curve {curve}: is neither an .svg nor a .png file")
+    if curve.suffix not in (".svg", ".png", ".json"):
+        raise UserError(f"--curve {curve}: is neither an .svg nor a .png nor a .json file")
+    if curve.suffix == ".json" and runs:
+        raise UserError("--with: is for a plot", remedy="Give --curve FILE.svg, or leave --with out.")
     options.check_writable(curve, "--curve")
     from rlhf.inference.best_of import evaluations_of  # imports numpy
 

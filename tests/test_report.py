@@ -4,22 +4,27 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import yaml
 from report_runs import HOSTILE, sample, write_chain, write_run
 from typer.testing import CliRunner
 
 from rlhf.core.errors import UserError
+from rlhf.inference.best_of import best_of_kl
 from rlhf.report import facts
 from rlhf.report.answers import before_and_after, shown
 from rlhf.report.charts import thinned
+from rlhf.report.frontier import frontier
 from rlhf.report.gather import Answer, gather, located
 from rlhf.report.headline import gain_of, headline
 from rlhf.report.page import render
+from rlhf.report.watch import LivePage
 from stages.cli import app
 
 
@@ -171,6 +176,54 @@ def test_an_evaluation_in_the_reward_run_is_drawn_and_other_files_are_not(tmp_pa
     page = render(gather([folder]))
     assert "The model, simple rules" in page and "Calibration" in page and "other.json" not in page
     assert len([tag for tag, _ in Tags(page).tags if tag == "script"]) == 1
+
+
+def test_best_of_n_is_drawn_on_the_axes_of_score_against_kl(tmp_path):
+    folder = write_chain(tmp_path / "mine")
+    points = [{"n": n, "kl": best_of_kl(n), "score": n / 8, "low": 0, "high": 1} for n in (1, 2, 4)]
+    facts = {"policy": HOSTILE, "reward": "runs/reward", "prompts": 30}
+    (folder / "ppo/best.json").write_text(json.dumps({"best_of": points, **facts}))
+    for name, other in (("broken", "{"), ("list", "[1]"), ("words", '{"best_of": [{"n": "many"}, {}]}'),
+                        ("z-endless", '{"best_of": [{"n": 1, "kl": 0, "score": Infinity}]}')):  # fmt: skip
+        (folder / f"ppo/{name}.json").write_text(other)
+    drawn = frontier(gather([folder]))
+    assert [line["name"] for line in drawn.points["lines"]] == ["updates", "held out", "best of n"]
+    assert drawn.points["lines"][2]["xs"] == pytest.approx([0, 0.6931 - 0.5, 1.3863 - 0.75], abs=1e-4)
+    page = render(gather([folder]))
+    assert "n from 1 to 4 answers of &lt;/script&gt;" in page and "to 30 prompts by runs/reward" in page
+    assert len([tag for tag, _ in Tags(page).tags if tag == "script"]) == 1
+    names = [line["name"] for line in frontier(gather([folder, write_chain(tmp_path / "two")])).points["lines"]]
+    assert "mine, best of n" in names and "two, best of n" not in names
+
+
+def write_pipeline(folder: Path, runs: Path) -> Path:
+    """A pipeline file whose stages are those of a chain of runs."""
+    stages = {
+        "sft": {"data": {"train": "d"}}, "reward": {"data": {"train": "r"}},
+        "ppo": {"data": {"prompts": "p"}, "updates": 1, "reward": {"name": "model", "path": "r"}},
+    }  # fmt: skip
+    for stage, values in stages.items():
+        values |= {"run": str(runs / stage), "model": {"path": "m"}}
+        (folder / f"{stage}.yaml").write_text(yaml.safe_dump(values))
+    names = {stage: str(folder / f"{stage}.yaml") for stage in stages}
+    (folder / "pipeline.yaml").write_text(yaml.safe_dump({"name": "my pipeline", **names}))
+    return folder / "pipeline.yaml"
+
+
+def test_a_pipeline_file_means_its_runs_that_have_begun(tmp_path):
+    runs = tmp_path / "runs"
+    file = write_pipeline(tmp_path, runs)
+    with pytest.raises(UserError, match="none of its runs has begun"):
+        gather([file])
+    write_chain(runs)
+    (subject,) = gather([file])
+    assert subject.name == "my pipeline" and [run.stage for run in subject.runs] == ["sft", "reward", "ppo"]
+    done = CliRunner().invoke(app, ["report", str(file), "--no-data"])
+    assert done.exit_code == 0 and "my pipeline" in (runs / "report.html").read_text()
+    shutil.rmtree(runs / "ppo")
+    done = CliRunner().invoke(app, ["report", str(file), "--no-data"])
+    assert done.exit_code == 0 and "has not begun" in done.stderr
+    assert LivePage([file], lambda: "")._folders(file) == [runs / "sft", runs / "reward"]
 
 
 def test_several_runs_are_compared(tmp_path):

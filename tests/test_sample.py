@@ -313,6 +313,17 @@ def test_best_of_keeps_the_best_answers_prints_the_curve_and_writes_demonstratio
     ]
 
 
+def test_the_curve_is_written_as_numbers_for_the_report(runs, tmp_path):
+    file = tmp_path / "curve.json"
+    words = ["-p", "One?", "--reward", runs["reward"], "--max-new-tokens", 8, "--best-of", 4, "--curve", file]
+    finished.invoke(command, runs["sft"], *words)
+    found = json.loads(file.read_text())
+    assert [point["n"] for point in found["best_of"]] == [1, 2, 4]
+    assert (found["policy"], found["reward"], found["prompts"]) == (runs["sft"], runs["reward"], 1)
+    with pytest.raises(UserError, match="--with: is for a plot"):
+        finished.invoke(command, runs["sft"], *words, "--with", tmp_path)
+
+
 @pytest.mark.parametrize("suffix", ["svg", "png"])
 def test_the_curve_is_drawn_with_the_evaluations_of_ppo_runs(suffix, runs, tmp_path):
     ppo = Path(finished.ppo(tmp_path / "ppo", runs["sft"], runs["reward"]))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rlhf.core.errors import UserError
+from rlhf.core.files import write_json
 from rlhf.core.intervals import resampled_sums
 from rlhf.runs.metrics import read_metrics
 
@@ -85,6 +86,18 @@ def evaluations_of(run: str) -> list[tuple[float, float]]:
         raise UserError(f"--with {run}: has no evaluations", remedy="Name a PPO run with `eval.prompts` above 0.")
     found = metrics[["eval/kl", "eval/scores"]].dropna()
     return [(max(0.0, float(kl)), float(score)) for kl, score in found.to_numpy()]
+
+
+def write_curve(file: Path, curve: Sequence[BestOf], facts: Mapping[str, Any]) -> None:
+    """Write the curve as JSON, for `rlhf report`: `best_of`, a list of points, and the facts.
+
+    Raises:
+        UserError: It cannot be written.
+    """
+    try:
+        write_json(file, {"best_of": [asdict(point) for point in curve], **facts})
+    except OSError as error:
+        raise UserError(f"{file}: cannot be written: {error}") from None
 
 
 def draw_curve(file: Path, curve: Sequence[BestOf], runs: Mapping[str, Sequence[tuple[float, float]]]) -> None:

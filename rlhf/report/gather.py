@@ -10,12 +10,11 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from rlhf.core.errors import UserError
 from rlhf.core.limits import read_json_object
 from rlhf.doctor.diagnosis import diagnose
 from rlhf.doctor.evidence import Evidence, logged_rows, read_evidence
 from rlhf.doctor.findings import Finding
-from rlhf.runs.find import run_folders
+from rlhf.report.pipelines import folders_of, is_pipeline, pipeline_name
 from rlhf.runs.run import is_run
 
 STAGE_NAMES = {
@@ -113,18 +112,16 @@ class Subject:
 
 
 def gather(paths: Sequence[Path]) -> list[Subject]:
-    """A subject for each run folder, and for each folder that holds the runs of a pipeline.
+    """A subject for each run folder, each folder that holds the runs of a pipeline, and each pipeline file.
 
     Raises:
         UserError: There is no run, or a file of one is damaged.
     """
     subjects = []
-    for name, path in zip(_names(paths), paths):
-        folders = [path] if is_run(path) else list(run_folders(path))
-        if not folders:
-            raise UserError(f"{path}: no run folder, and none lies below it", remedy="Name the folder of a stage.")
+    names = [pipeline_name(path) if is_pipeline(path) else name for name, path in zip(_names(paths), paths)]
+    for name, path in zip(names, paths):
         found: dict[Path, RunRecord] = {}
-        for folder in folders:
+        for folder in folders_of(path):
             _add(folder, found)
         subjects.append(Subject(name, list(found.values())))
     return subjects

@@ -16,9 +16,10 @@ from rlhf.core.page import render_page
 from rlhf.doctor.findings import CHECKS
 from rlhf.doctor.run_checks import planned_steps
 from rlhf.report import answers, facts
-from rlhf.report.charts import COLOURS, Chart, Line, draw, stage_charts, thinned
+from rlhf.report.charts import COLOURS, Chart, stage_charts
 from rlhf.report.evaluated import evaluations
 from rlhf.report.facts import DataFacts
+from rlhf.report.frontier import frontier
 from rlhf.report.gather import STAGE_NAMES, RunRecord, Subject
 from rlhf.report.guarded import guarded
 from rlhf.report.headline import gain, headline, percent
@@ -70,7 +71,7 @@ def render(subjects: Sequence[Subject], data: Sequence[DataFacts] = (), refresh:
         headlines=[headline(subject) for subject in subjects],
         tiles=[_tiles(subject) for subject in subjects],
         stages=_stages(subjects),
-        frontier=_frontier(subjects),
+        frontier=frontier(subjects),
         data=data,
         updates=[None if (run := subject.of("ppo")) is None else newest_update(run) for subject in subjects],
         comparison=_comparison(subjects),
@@ -152,35 +153,6 @@ def _levels(runs: Sequence[RunRecord]) -> dict[str, float]:
     ceilings = {run.held_out.get("ceiling") for run in runs}
     known = ceilings.pop() if len(ceilings) == 1 else None
     return {"Held-out pairs ordered right": known} if isinstance(known, float) else {}
-
-
-def _frontier(subjects: Sequence[Subject]) -> Chart | None:
-    """Score against KL: the held-out evaluations joined in their order, the updates as dots."""
-    lines = []
-    for number, subject in enumerate(subjects):
-        run = subject.of("ppo")
-        if run is None:
-            continue
-        colour = COLOURS[(2 * number if len(subjects) == 1 else number) % len(COLOURS)]
-        other = COLOURS[1] if len(subjects) == 1 else colour
-        for prefix, word, hue, joined in (
-            ("objective", "updates", other, False), ("eval", "held out", colour, True),
-        ):  # fmt: skip
-            kl, score = run.evidence[f"{prefix}/kl"], run.evidence[f"{prefix}/scores"]
-            scores = dict(zip(score.steps, score.values))
-            pairs = [(x, scores[step]) for step, x in zip(kl.steps, kl.values) if step in scores]
-            if len(pairs) > 1:
-                if not joined:
-                    pairs = sorted(pairs)
-                xs, ys = thinned(pairs) if not joined else ([x for x, _ in pairs], [y for _, y in pairs])
-                name = word if len(subjects) == 1 else f"{subject.name}, {word}"
-                lines.append(Line(name, xs, ys, hue, dots=True, joined=joined))
-    if not lines:
-        return None
-    about = "Each point is one evaluation or update. Steep is good: more score for less distance from the reference."
-    return draw(
-        "frontier", "Score against KL", about, lines, "KL to the reference, nats per answer", upward="score", width=6
-    )
 
 
 def _comparison(subjects: Sequence[Subject]) -> list[tuple[str, list[str]]]:

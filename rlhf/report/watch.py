@@ -11,7 +11,7 @@ import markupsafe
 from rlhf.core.errors import UserError
 from rlhf.core.loopback import LoopbackServer, Reply
 from rlhf.report.page import policy
-from rlhf.runs.find import run_folders
+from rlhf.report.pipelines import folders_of
 
 REFRESH = 5
 """Seconds between two looks of an open page."""
@@ -26,7 +26,7 @@ class LivePage:
     """The page of some runs, drawn again when one of their files has changed, and never twice at once.
 
     Args:
-        paths: Run folders, or folders with a pipeline's runs; they need not exist yet.
+        paths: Run folders, folders with a pipeline's runs, or pipeline files; folders need not exist yet.
         draw: Gives the page's HTML.
     """
 
@@ -57,10 +57,17 @@ class LivePage:
             text = WAITING.format(seconds=REFRESH, message=markupsafe.escape(str(error)))
             return Reply(text.encode(), "text/html", policy=WAITING_POLICY)
 
+    @staticmethod
+    def _folders(path: Path) -> list[Path]:
+        try:
+            return folders_of(path)
+        except UserError:  # the page says what is missing
+            return []
+
     def _files(self) -> Iterator[tuple[str, int, int]]:
         """Name, time and size of the files that the page is drawn from."""
         for path in self.paths:
-            for folder in run_folders(path) if path.is_dir() else ():
+            for folder in self._folders(path):
                 for name in ("run.json", "metrics.jsonl", "samples.jsonl", "reward_metrics.json", "updates"):
                     try:
                         facts = (folder / name).stat()
