@@ -22,7 +22,11 @@ def next_logits(model: Any, ids: Tensor, mask: Tensor, positions: Tensor, cache:
     inputs = {"attention_mask": mask, "position_ids": positions, cache_name(model): cache}
     if STATE in inputs and ids.shape[1] == 1:  # Mamba's mask is for the tokens of this pass alone, not for the cache's
         inputs["attention_mask"] = None
-    logits: Tensor = model(input_ids=ids, **inputs, use_cache=True, logits_to_keep=1).logits[:, -1].float()
+    last = ids.shape[1] - 1
+    # By its index: a slice of several positions is not contiguous, for which torch's product on a CPU copies the head's
+    # weight once for every row of the batch.
+    keep = torch.tensor([last], device=ids.device) if last else 1
+    logits: Tensor = model(input_ids=ids, **inputs, use_cache=True, logits_to_keep=keep).logits[:, -1].float()
     return logits
 
 
