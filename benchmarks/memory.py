@@ -53,6 +53,8 @@ def trainer(rows: int, length: int, **more: Any) -> dict[str, Any]:
 
 LORA = {"name": "lora", "rank": 16}
 ZERO2, ZERO3 = ({"deepspeed": f"configs/deepspeed/zero{stage}.json"} for stage in (2, 3))
+OFFLOAD2, OFFLOAD3 = ({"deepspeed": f"configs/deepspeed/zero{stage}-offload.json"} for stage in (2, 3))
+BFLOAT16 = {"precision": "bfloat16"}
 CONFIGS: dict[str, tuple[str, dict[str, int], int, int, dict[str, Any]]] = {
     "SFT, full": ("sft", MIDDLE, 32_000, 1, trainer(4, 256)),
     "SFT, lora, recomputing": (
@@ -72,6 +74,12 @@ CONFIGS: dict[str, tuple[str, dict[str, int], int, int, dict[str, Any]]] = {
     "SFT, ZeRO-2, 2 processes": ("sft", MIDDLE, 32_000, 2, trainer(2, 256, **ZERO2)),
     "PPO, ZeRO-2, 2 processes": ("ppo", SMALL, 32_000, 2, ppo(1024, 64, 192, **ZERO2)),
     "PPO, ZeRO-3, 2 processes": ("ppo", SMALL, 32_000, 2, ppo(1024, 64, 192, **ZERO3)),
+    "SFT, bfloat16": ("sft", SMALL, 32_000, 1, trainer(4, 256, **BFLOAT16)),
+    "SFT, ZeRO-2, 2 processes, bfloat16": ("sft", SMALL, 32_000, 2, trainer(2, 256, **ZERO2, **BFLOAT16)),
+    "SFT, ZeRO-2, 2 processes, offload": ("sft", SMALL, 32_000, 2, trainer(2, 256, **OFFLOAD2)),
+    "PPO, ZeRO-3, 2 processes, offload, bfloat16": (
+        "ppo", SMALL, 32_000, 2, ppo(1024, 64, 192, **OFFLOAD3, **BFLOAT16),
+    ),
 }  # fmt: skip
 
 
@@ -172,7 +180,7 @@ def predicted(stage: str, config: dict[str, Any], processes: int, longest: int) 
     checked = check_config(STAGES[stage], config, "benchmark")
     layout = ZeroLayout.of(read_deepspeed(checked.deepspeed) if checked.deepspeed else None)
     work = batch_shape(checked, limit_of(checked), processes, longest)
-    passes = TracedModel(checked, work, bfloat16=False, deepspeed=layout.stage is not None)
+    passes = TracedModel(checked, work, bfloat16=checked.precision == "bfloat16", deepspeed=layout.stage is not None)
     found = predict(passes, layout, processes, gpu=False)
     return {phase: snapshot.total for phase, snapshot in found.phases.items()}
 

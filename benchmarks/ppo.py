@@ -87,7 +87,8 @@ def measure(side: str, regime: str, args: argparse.Namespace, folder: Path, **ch
         "trl_checkpointing": side != "trl-nogc",
         "tuning": ADAPTERS.get(side),
         "compile": side == "ours-compiled",
-        "overrides": args.ours,
+        "overrides": [*args.ours, *(["precision=bfloat16"] if args.bfloat16 else [])],
+        "bfloat16": args.bfloat16,
     } | changes
     file, result = folder / "spec.json", folder / "result.json"
     file.write_text(json.dumps(spec), "utf-8")
@@ -195,6 +196,7 @@ def main() -> None:
         "--ours", nargs="+", default=[], metavar="KEY=VALUE", help="Further config overrides for our side."
     )
     parser.add_argument("--micro-batch-tokens", type=int, default=2048, help="Our batch.micro_batch_tokens.")
+    parser.add_argument("--bfloat16", action="store_true", help="Both sides compute in bfloat16.")
     parser.add_argument("--processes", type=int, default=1)
     parser.add_argument("--threads", type=int, default=2, help="Threads of each process.")
     parser.add_argument("--seed", type=int, default=0)

@@ -294,7 +294,7 @@ def trl(spec: dict[str, Any]) -> dict[str, Any]:
         args=PPOConfig(
             output_dir=spec["run"],
             seed=spec["seed"],
-            bf16=False,  # float32 on both sides
+            bf16=spec.get("bfloat16", False),
             use_cpu=not torch.cuda.is_available(),
             gradient_checkpointing=spec["trl_checkpointing"],
             learning_rate=spec["lr"],

@@ -14,7 +14,7 @@ from typing import Annotated, Any
 import typer
 
 from rlhf.cli.options import ConfigFile, Overrides
-from rlhf.cli.stage_configs import STAGES
+from rlhf.cli.stage_configs import TRAINING
 from rlhf.config.load import check_config, override_values, read_values
 from rlhf.config.optimizers import OPTIMIZERS, refuse_optimizer
 from rlhf.core.console import say, table
@@ -50,7 +50,7 @@ def command(
     overrides: Overrides = None,
     hosts: Annotated[int, typer.Option("--hosts", min=1, help="Number of hosts.")] = 1,
     stage: Annotated[
-        str | None, typer.Option("--stage", help="sft, reward, dpo or ppo, if it is not clear from the config.")
+        str | None, typer.Option("--stage", help="sft, reward, dpo, ppo or specialist, if the config does not show it.")
     ] = None,
     base: Annotated[
         str | None, typer.Option("--base", help="Folder with the config.json of models that are not trained yet.")
@@ -87,9 +87,9 @@ def command(
 
 
 def _checked(stage: str, values: dict[str, Any], where: str) -> Any:
-    if stage not in STAGES:
-        raise UserError(f"--stage {stage}: {nearest(stage, STAGES)}")
-    return check_config(STAGES[stage], values, where)
+    if stage not in TRAINING:
+        raise UserError(f"--stage {stage}: {nearest(stage, TRAINING)}")
+    return check_config(TRAINING[stage], values, where)
 
 
 def memory_of(text: str) -> float:
@@ -132,6 +132,8 @@ def stage_of(values: dict[str, Any], config: Path) -> str:
         return "ppo"
     if is_run(config.parent) and config.name == "config.yaml":
         return str(read_run(config.parent)["stage"])
+    if "task" in values:
+        return "specialist"
     if "beta" in values or "sft_coef" in values:
         return "dpo"
     name = next((name for name in ("reward", "dpo", "sft") if name in config.stem), None)
@@ -146,7 +148,7 @@ class MemoryPlan:
 
     Args:
         values: The config's keys and values.
-        stage: sft, reward, dpo or ppo.
+        stage: sft, reward, dpo, ppo or specialist.
         where: The config's file, for messages.
         processes: Number of processes, one per GPU.
         size: Memory of a GPU in bytes.

@@ -16,10 +16,12 @@ import tiny
 import torch
 import yaml
 from torch import nn
+from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
 from rlhf.cli.stage_configs import STAGES
 from rlhf.config.load import check_config
+from rlhf.core.errors import UserError
 from rlhf.distributed.deepspeed_json import read_deepspeed
 from rlhf.memory import predict as memory
 from rlhf.memory.peak import PeakMemory
@@ -27,6 +29,7 @@ from rlhf.memory.predict import ZeroLayout, predict
 from rlhf.memory.traced_model import TracedModel
 from rlhf.memory.tracer import GRADIENTS, LOGITS, MemorySnapshot, MemoryTracer, fake_tensors, use_fake_weights
 from rlhf.memory.workload import BatchShape, batch_shape, limit_of, roles
+from rlhf.models.load import load_hf_config
 from rlhf.models.logprobs import head_logprobs
 from stages.cli import app
 from stages.memory import GIB, MemoryPlan, lengths_of, memory_of, stage_of
@@ -80,6 +83,34 @@ def ppo_passes(small: str) -> TracedModel:
 def four_ranks(small: str) -> TracedModel:
     """SFT under DeepSpeed in bfloat16 on four processes."""
     return passes_of(sft(small), 4, deepspeed=True, bfloat16=True)
+
+
+def test_a_teacher_is_whole_on_each_process_and_its_pass_is_in_the_update(small, tmp_path):
+    alone = sft(small)
+    teacher = shape(tmp_path / "teacher", layers=6)
+    taught = sft(small, distillation={"logits": {"teacher": teacher}})
+    weights = {}
+    for processes in (1, 4):
+        layout = ZeroLayout(3)
+        before, after = (predict(passes_of(c, processes, True), layout, processes, gpu=True) for c in (alone, taught))
+        weights[processes] = after.phases["load"].parts["weights"] - before.phases["load"].parts["weights"]
+        assert after.phases["update"].total > before.phases["update"].total + weights[processes]
+    count = sum(p.numel() for p in AutoModelForCausalLM.from_config(load_hf_config(taught.model, teacher)).parameters())
+    assert weights[1] == weights[4] == 4 * count
+
+
+def test_a_specialist_is_predicted_and_an_encoder_decoder_refused(small, tmp_path):
+    bert = shape(tmp_path / "bert", model_type="bert", architectures=["BertModel"], max_position_embeddings=128)
+    values = {"run": "runs/x", "model": {"path": bert}, "task": "tags", "data": {"train": "x.jsonl"}}
+    assert stage_of(values, Path("any.yaml")) == "specialist"
+    plan = MemoryPlan(values, "specialist", "any.yaml", 2, 8 * GIB)
+    layers = 2 * (4 * 64 * 64 + 2 * 64 * 128)
+    assert plan.predict().phases["checkpoint"].parts["optimizer"] > 8 * layers
+    t5 = tmp_path / "t5"
+    t5.mkdir()
+    (t5 / "config.json").write_text('{"model_type": "t5"}')
+    with pytest.raises(UserError, match=r"memory is not predicted for encoder-decoders \(t5\)"):
+        limit_of(sft(str(t5)))
 
 
 # ---- the tracer ---------------------------------------------------------------------------------------------------

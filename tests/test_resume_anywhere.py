@@ -15,7 +15,7 @@ from ppo_processes import write_config
 
 pytestmark = pytest.mark.slow
 
-ENGINE = """
+MADE = """
 import sys
 from pathlib import Path
 import torch
@@ -24,30 +24,54 @@ from rlhf import distributed
 from rlhf.ppo.config import PPOOptimizerConfig
 from rlhf.training.engine import make_engine
 
-path, precision, first, last, start, end = sys.argv[1:]
-distributed.start(60, path != "plain")
-torch.manual_seed(0)
-# sizes that divide by no number of ranks, and a parameter with fewer elements than there are ranks
-module = nn.Sequential(nn.Linear(7, 13), nn.Tanh(), nn.Linear(13, 5), nn.Tanh(), nn.Linear(5, 1))
-groups = [{"params": list(module[:2].parameters()), "lr": 0.03}, {"params": list(module[2:].parameters()), "lr": 0.01}]
-engine = make_engine(module, groups, PPOOptimizerConfig(), precision, None if path == "plain" else path)
-if start != "-":
-    engine.load(Path(start))
-data = torch.randn(8, 8, 7, generator=torch.Generator().manual_seed(1))
-rank, ranks, norms = distributed.rank(), distributed.world_size(), []
-for step in range(int(first), int(last)):
+def made(path, precision):
+    torch.manual_seed(0)
+    # sizes that divide by no number of ranks, and a parameter with fewer elements than there are ranks
+    module = nn.Sequential(nn.Linear(7, 13), nn.Tanh(), nn.Linear(13, 5), nn.Tanh(), nn.Linear(5, 1))
+    groups = [{"params": module[:2].parameters(), "lr": 0.03}, {"params": module[2:].parameters(), "lr": 0.01}]
+    groups = [{**group, "params": list(group["params"])} for group in groups]
+    return module, make_engine(module, groups, PPOOptimizerConfig(), precision, None if path == "plain" else path)
+
+def train(engine, step):
     rows = data[step, rank::ranks].to(engine.dtype if path != "plain" else torch.float32)
     engine.backward(engine(rows).float().square().sum() / 8, last=True)
-    norms.append(engine.step(1.0))
+    return engine.step(1.0)
+
+def save(engine, folder):
+    if rank == 0:
+        folder.mkdir()
+    distributed.barrier()
+    engine.save(folder)
+
+path, precision, first, last, start, end = sys.argv[1:]
+distributed.start(60, path != "plain")
+rank, ranks = distributed.rank(), distributed.world_size()
+data = torch.randn(16, 8, 7, generator=torch.Generator().manual_seed(1))
+"""
+ENGINE = f"""{MADE}
+module, engine = made(path, precision)
+if start != "-":
+    engine.load(Path(start))
+norms = [train(engine, step) for step in range(int(first), int(last))]
 folder = Path(end)
-if rank == 0:
-    folder.mkdir()
-distributed.barrier()
-engine.save(folder)
+save(engine, folder)
 with engine.gathered(module):
-    weights = {name: p.detach().float().clone() for name, p in engine.module.named_parameters()}
+    weights = {{name: p.detach().float().clone() for name, p in engine.module.named_parameters()}}
 if rank == 0:
-    torch.save({"weights": weights, "norms": norms}, folder / "outcome")
+    torch.save({{"weights": weights, "norms": norms}}, folder / "outcome")
+distributed.stop()
+"""
+EVERY_PAIR = f"""{MADE}
+import json
+folder, norms = Path(start), []
+for step, stage in enumerate("0102031213230"):  # each stage once before and once after each other
+    module, engine = made(path.replace("zero0", "zero" + stage), precision)
+    if step:
+        engine.load(folder / str(step - 1))
+    norms.append(train(engine, step))
+    save(engine, folder / str(step))
+if rank == 0:
+    Path(end).write_text(json.dumps(norms))
 distributed.stop()
 """
 
@@ -80,6 +104,13 @@ def test_an_engine_continues_on_other_processes_under_other_stages(chain, tmp_pa
     assert norms == pytest.approx(whole["norms"], rel=1e-4)
     for name, weight in whole["weights"].items():
         torch.testing.assert_close(found["weights"][name], weight, atol=1e-5, rtol=1e-4)
+
+
+def test_each_zero_stage_continues_from_each_other(tmp_path):
+    whole = trained(1, "plain", 0, 13, "-", tmp_path / "whole")
+    done = tiny.launch(2, EVERY_PAIR, deepspeed("zero0"), "float32", "0", "0", str(tmp_path), str(tmp_path / "norms"))
+    assert done.returncode == 0, done.stdout
+    assert json.loads((tmp_path / "norms").read_text()) == pytest.approx(whole["norms"], rel=1e-4)
 
 
 @pytest.mark.parametrize(

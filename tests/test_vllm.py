@@ -10,8 +10,10 @@ pytest.importorskip("vllm", reason="vLLM is not installed here: `make test-vllm`
 
 import json
 import os
+import signal
 import subprocess
 import sys
+from pathlib import Path
 
 from logged import lines, updates
 from ppo_runs import config
@@ -344,8 +346,8 @@ def test_a_run_whose_server_dies_goes_on_exactly(tmp_path, prompts, monkeypatch)
 
 
 @pytest.fixture(scope="module")
-def served():
-    """The options of a sampler whose server a user started, with the model divided over two processes."""
+def divided():
+    """A server that a user started, with the model divided over two processes, and its address."""
     words = ["serve-sampler", tiny.of_family("llama", WIDE), "--port", "0", "--tensor-parallel", "2"]
     words += ["--dtype", "float32", "--enforce-eager", "--kv-cache-gib", "0.05", "--gpu-memory-utilization", "0.3"]
     environment = {**os.environ, "RLHF_SAMPLER_TOKEN": "a secret"}
@@ -356,9 +358,15 @@ def served():
     url = next(line.split()[-1] for line in server.stdout if line.startswith("Serving on"))
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RLHF_SAMPLER_TOKEN", "a secret")
-        yield {"name": "vllm-server", "url": url}
+        yield server, url
     server.terminate()
     server.communicate(timeout=60)
+
+
+@pytest.fixture
+def served(divided):
+    """The options of a sampler with this server."""
+    return {"name": "vllm-server", "url": divided[1]}
 
 
 def test_sampling_ahead_on_a_divided_server_is_exact_to_repeat_and_to_resume(served, tmp_path, prompts):
@@ -400,3 +408,19 @@ def test_two_processes_under_zero_sample_with_the_weights_of_every_update(name, 
     for line in updates(tmp_path / "run"):
         assert 0 < line["rollout/sampler_gap_max"] < 1e-4
         assert line["rollout/importance_truncated"] == 0
+
+
+def test_a_divided_server_that_loses_a_process_ends_and_the_run_says_how_to_go_on(divided, served, chat, questions):
+    """The last test here: it ends the server of the others."""
+    policy, sampler = policy_of(), SAMPLERS.pick(served)
+    sampler(policy, questions, SEEDS, SamplingParams(4), chat)
+    server = divided[0]
+    children = [int(pid) for pid in Path(f"/proc/{server.pid}/task/{server.pid}/children").read_text().split()]
+    workers = [pid for pid in children if "Worker_TP" in Path(f"/proc/{pid}/comm").read_text()]
+    assert len(workers) == 2
+    os.kill(workers[1], signal.SIGKILL)
+    with pytest.raises(UserError, match="does not answer") as error:
+        for _ in range(100):  # vLLM notices within a moment
+            sampler(policy, questions, SEEDS, SamplingParams(4), chat)
+    assert "rlhf serve-sampler" in error.value.remedy and "--resume" in error.value.remedy
+    assert server.wait(timeout=60) == 2

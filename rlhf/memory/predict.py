@@ -111,6 +111,8 @@ class _Counts:
     policy: float
     frozen: float
     """Bytes of the frozen models."""
+    whole: float
+    """Bytes of those that no ZeRO stage divides."""
     engines: tuple[float, ...]
     """Parameters of each DeepSpeed engine under stage 3: one for the trained models and one per frozen model."""
 
@@ -118,7 +120,7 @@ class _Counts:
 def _counts(traced: TracedModel, optimizer: Pick) -> _Counts:
     sizes = list(zip(traced.roles, traced.sizes))
     engine = [size for role, size in sizes if role.tuning is not None]
-    frozen = [size for role, size in sizes if role.tuning is None]
+    frozen = [size for role, size in sizes if role.tuning is None and not role.whole]
     shapes = [shape for s in engine for shape in s.shapes]
     tensors = tuple(math.prod(shape) for shape in shapes)
     traits = optimizer.row.traits
@@ -126,7 +128,8 @@ def _counts(traced: TracedModel, optimizer: Pick) -> _Counts:
         sum(s.total for s in engine), sum(s.trained for s in engine), max(s.largest for s in engine),
         max(s.trained for s in engine),
         sum(map(traits["state"], shapes)), 4.0 * traits["scratch"] * max(tensors), tensors,
-        sizes[0][1].total, sum(s.held for s in frozen), (sum(s.total for s in engine), *(s.total for s in frozen)),
+        sizes[0][1].total, sum(s.held for s in frozen), sum(size.held for role, size in sizes if role.whole),
+        (sum(s.total for s in engine), *(s.total for s in frozen)),
     )  # fmt: skip
 
 
@@ -148,7 +151,7 @@ def predict(
         states = _plain_states(traced, count)
     else:
         states = _deepspeed_states(traced, count, layout, processes, gpu)
-    states.weights += count.frozen / (processes if layout.stage == 3 else 1)
+    states.weights += count.frozen / (processes if layout.stage == 3 else 1) + count.whole
     process = {} if gpu else {PROCESS: LIBRARIES if layout.stage is None else LIBRARIES_DEEPSPEED}
     kept = {GRADIENTS: states.gradients} if layout.stage == 3 else {}  # its buffers are added once they are in use
     phases = {
@@ -168,6 +171,8 @@ def predict(
     phases["scoring"] = _sum(held | {WEIGHTS: states.weights + sum(gathered)}, traced.scoring)
     learning = held | {WEIGHTS: states.weights + gathered[0]}
     phases["update"] = _update(traced, states, layout, learning, lazily=not gpu)
+    if traced.teacher is not None:  # as if both passes had their peaks at the same time
+        phases["update"] = _sum(phases["update"].parts, traced.teacher)
     merged = 0.0 if gpu else count.policy * width
     phases["checkpoint"] = MemorySnapshot(held | {WEIGHTS: held[WEIGHTS] + merged})
     if not gpu:

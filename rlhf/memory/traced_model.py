@@ -29,7 +29,6 @@ from rlhf.models.scalar import ScalarModel
 from rlhf.ppo.actor_critic import ActorCritic
 from rlhf.ppo.config import PPOConfig
 from rlhf.ppo.types import MicroBatch
-from rlhf.reward.config import RewardConfig
 from rlhf.rollout import kv_cache
 from rlhf.rollout.decoding import choose
 from rlhf.rollout.types import SamplingParams
@@ -88,7 +87,8 @@ class TracedModel:
 
         made, rows = copy.copy(self), steps("rows")
         made.batch = batch
-        found: dict[str, Any] = {"sizes": self.sizes, "scoring": self.scoring.extrapolate(other.scoring, rows)}
+        found: dict[str, Any] = {"sizes": self.sizes}
+        found["passes"] = {name: self.passes[name].extrapolate(other.passes[name], rows) for name in self.passes}
         found["update"] = {name: self.update[name].extrapolate(other.update[name], rows) for name in self.update}
         if batch.sequences:
             sequences = steps("sequences")
@@ -250,7 +250,7 @@ class TracedModel:
         batch = self._micro_batch()
 
         def one_model() -> tuple[Tensor, Tensor]:
-            if isinstance(self.config, RewardConfig):
+            if self.roles[0].scalar:
                 outputs = models[0](batch.input_ids, batch.attention_mask)
             else:
                 outputs = ActorCritic(models[0], None)(batch, 1.0).logprobs
@@ -258,9 +258,19 @@ class TracedModel:
 
         return one_model
 
-    @cached_property
+    @property
     def scoring(self) -> MemorySnapshot:
         """The largest peak of the forward passes without gradients."""
+        return max(self.passes.values(), key=lambda snapshot: snapshot.total)
+
+    @property
+    def teacher(self) -> MemorySnapshot | None:
+        """The peak of a teacher's pass, which comes between the student's forward and backward."""
+        return self.passes.get("teacher")
+
+    @cached_property
+    def passes(self) -> Snapshots:
+        """The peaks of the forward passes without gradients, by role; of several of a name the largest."""
 
         def trace_of(role: Role) -> Callable[[int | None], Snapshots]:
             def trace(depth: int | None) -> Snapshots:
@@ -280,8 +290,11 @@ class TracedModel:
         distinct = {
             (role.path, role.scalar, role.tuning is None): role for role in self.roles if role.name != "reference"
         }
-        found = [self._by_depth(trace_of(role), [role])["pass"] for role in distinct.values()]
-        return max(found, key=lambda snapshot: snapshot.total)
+        found: Snapshots = {}
+        for role in distinct.values():
+            peak = self._by_depth(trace_of(role), [role])["pass"]
+            found[role.name] = max(peak, found.get(role.name, peak), key=lambda snapshot: snapshot.total)
+        return found
 
     @cached_property
     def rollout(self) -> Snapshots:

@@ -12,12 +12,13 @@ from rlhf.core.errors import UserError
 from rlhf.core.table import Pick
 from rlhf.dpo.config import DPOConfig
 from rlhf.models.adapters import adapter_base, is_adapter
-from rlhf.models.load import load_hf_config, refuse_encoder_decoder, sequence_limit
+from rlhf.models.load import load_hf_config, sequence_limit
 from rlhf.ppo.config import PPOConfig
 from rlhf.reward.config import RewardConfig
 from rlhf.reward.sources import model_terms
 from rlhf.runs.run import resolve_model_path
 from rlhf.sft.config import SFTConfig
+from rlhf.specialist.config import SpecialistConfig
 
 # ---- models ------------------------------------------------------------------------------------------------------
 
@@ -35,9 +36,19 @@ class Role:
     shares: bool = False
     """Whether it shares the policy's weights and has only an adapter and a head of its own."""
 
+    @property
+    def whole(self) -> bool:
+        """Whether each process holds all of it under every ZeRO stage."""
+        return self.name == "teacher"
+
 
 def roles(config: StageConfig) -> list[Role]:
     """The models that a stage holds at the same time, trained models first."""
+    if isinstance(config, SpecialistConfig):  # a head with a score for each label is as small as that of one score
+        return [Role("specialist", config.model.path, True, config.tuning)]
+    if isinstance(config, SFTConfig) and config.distillation is not None and config.distillation.logits is not None:
+        student = Role("policy", config.model.path, False, config.tuning)
+        return [student, Role("teacher", config.distillation.logits.teacher, False, None)]
     if isinstance(config, SFTConfig | DPOConfig):
         return [Role("policy", config.model.path, False, config.tuning)]
     if isinstance(config, RewardConfig):
@@ -78,7 +89,12 @@ def architecture(config: ModelConfig, path: str, base: str | None = None) -> Any
             folder = Path(str(adapter_base(folder)))
         if folder is not None and (folder / "config.json").is_file():
             found = load_hf_config(config, str(folder))
-            refuse_encoder_decoder(found, str(place), "the memory prediction does")
+            if found.is_encoder_decoder:
+                raise UserError(
+                    f"{place}: memory is not predicted for encoder-decoders ({found.model_type})",
+                    "Prompt and answer go through different halves, which the prediction does not trace.",
+                    "Start the run: its last line says what a process took at most.",
+                )
             return found
     where = path if base is None else f"{path}, and --base {base} too,"
     raise UserError(
@@ -134,11 +150,11 @@ def batch_shape(
             rows, prompt + new, rows * new, math.ceil(share / rows), min(mine, config.rollout.batch_size), prompt,
             mine > config.rollout.batch_size,
         )  # fmt: skip
-    assert isinstance(config, SFTConfig | RewardConfig | DPOConfig)
+    assert isinstance(config, SFTConfig | RewardConfig | DPOConfig | SpecialistConfig)
     share = max(1, config.batch.batch_size // processes)
     micro, width = min(config.batch.micro_batch_size, share), min(longest or limit, limit)
-    rows = micro if isinstance(config, SFTConfig) else micro * answers
-    selected = rows if isinstance(config, RewardConfig) else rows * (width - 1)
+    rows = micro * answers if isinstance(config, RewardConfig | DPOConfig) else micro
+    selected = rows if isinstance(config, RewardConfig | SpecialistConfig) else rows * (width - 1)
     return BatchShape(rows, width, selected, math.ceil(share / micro))
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -99,6 +99,20 @@ def start(**settings: Any) -> Any:
         raise UserError("rollout.sampler: vLLM does not start", str(error), "Use the sampler hf.") from error
     _check_architecture(llm)
     return llm
+
+
+def when_a_process_dies(llm: Any, call: Callable[[], None]) -> None:
+    """Call this, from another thread, once one of the engine's own processes (tensor parallelism) has died."""
+    _executor(llm).register_failure_callback(call)
+
+
+def lost_a_process(llm: Any) -> bool:
+    """Whether one of the engine's own processes has died, after which it answers nothing."""
+    return bool(getattr(_executor(llm), "is_failed", False))  # an engine in one process has no such field
+
+
+def _executor(llm: Any) -> Any:
+    return llm.llm_engine.engine_core.engine_core.model_executor
 
 
 def _takes_adapters(settings: dict[str, Any]) -> bool:

@@ -119,6 +119,9 @@ class Handler(BaseHTTPRequestHandler):
             self.close_connection = True
             self._reply(404, {"error": "unknown address, or too large a request"})
         except Exception as error:  # the trainer says it, and ends or goes on
+            if vllm_engine.lost_a_process(self.sampler.llm):  # the server ends; its run may start another
+                self.close_connection = True
+                return
             self._reply(500, {"error": f"{type(error).__name__}: {error}"})
 
     def _receive(self, folder: Path, part: int, size: int) -> None:
@@ -158,7 +161,7 @@ def serve(
         folder: For what is sent, where another process owns it.
 
     Raises:
-        UserError: The engine does not start, or the port is in use.
+        UserError: The engine does not start, a process of it died later, or the port is in use.
     """
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # the engine's loop in this process: batches repeat exactly
     options = vllm_engine.engine_options(**settings)
@@ -173,8 +176,15 @@ def serve(
     Handler.sampler, Handler.token = Sampler(llm, own.path if own is not None else Path(folder or "")), token
     Handler.facts = {"model": settings["model"], "dtype": settings["dtype"], "tensor_parallel": tensor_parallel}
     Handler.facts |= {"lora_rank": vllm_engine.lora_rank(llm)}
+    vllm_engine.when_a_process_dies(llm, server.shutdown)
     ready(server.server_address[1])
     server.serve_forever()
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # the run that started it may not want to wait for its end
+    raise UserError(
+        "The server ends: a process that held a part of the model has died",
+        "vLLM named it above. On Linux, `dmesg` says whether the system killed it for its memory.",
+        "Start the server again; a PPO run that had it continues from its last checkpoint with --resume.",
+    )
 
 
 def main(words: dict[str, Any]) -> None:
