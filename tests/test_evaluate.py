@@ -21,6 +21,7 @@ from rlhf.core.intervals import Z_95
 from rlhf.data.chat_tokenizer import load_tokenizer
 from rlhf.data.encode_records import EncodingCounts, best_response, encode_demonstration
 from rlhf.data.store import open_dataset
+from rlhf.evaluation.scored import open_answer_scorer
 from rlhf.judging.win_rate import win_rates
 from rlhf.runs.run import resolve_model_path
 from stages.evaluate import command
@@ -327,6 +328,32 @@ def test_an_ensemble_is_measured_by_the_mean_of_its_members(
         pairs = [(i, j) for i, a in enumerate(record.ranks) for j, b in enumerate(record.ranks) if a < b]
         right += [mean[i] > mean[j] for i, j in pairs]
     assert card["pairs"]["accuracy"]["value"] == pytest.approx(sum(right) / len(right))
+
+
+def test_a_sum_with_a_judge_is_measured_by_the_weighted_scores(
+    runs: dict[str, str], data: dict[str, str], tmp_path: Path
+) -> None:
+    def answer(body: dict[str, Any], number: int) -> Response:
+        return completion(f"[[{1 + len(body['messages'][0]['content']) % 10}]]")
+
+    with chat_server(answer) as server:
+        judge = {"name": "judge", "url": server.url, "cache": str(tmp_path / "replies")}
+        parts = [{"name": "model", "path": runs["reward"], "weight": 0.5}, {**judge, "unmeasured": True, "weight": -1}]
+        whole = {"name": "sum", "terms": [*parts, {"name": "function", "function": "test_evaluate:letters"}]}
+        scorer = open_answer_scorer(json.dumps(whole))
+        record = next(iter(open_dataset(data["ranking"]).records("eval")))
+        texts = [one.text for one in record.candidates]
+        found = scorer.answers([record] * len(texts), texts)
+        ratings = open_answer_scorer(json.dumps(judge | {"unmeasured": True})).answers([record] * len(texts), texts)
+        by_hand = [
+            0.5 * finished.score_of_answer(runs["reward"], record.chat, text) - float(rating or 0) + letters([], text)
+            for text, rating in zip(texts, ratings)
+        ]
+        assert found == pytest.approx(by_hand, abs=1e-4) and len(set(ratings)) > 1
+        measured = figures(json.dumps(whole), data["ranking"])
+        with pytest.raises(UserError, match="was not measured"):
+            figures(json.dumps(judge), data["ranking"])
+    assert measured["datasets"][0]["pairs"]["accuracy"]["count"] > 0
 
 
 def test_a_reward_function_is_measured_as_a_reward_model_is(data: dict[str, str], tmp_path: Path) -> None:

@@ -1,7 +1,8 @@
-"""Rankings with the scores of a reward model, function or ensemble, and their pairs as arrays."""
+"""Rankings with the scores of a reward model or another reward source, and their pairs as arrays."""
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -18,7 +19,10 @@ from rlhf.data.encode_records import EncodingCounts, fits
 from rlhf.data.schema import Prompt, Ranking
 from rlhf.inference.ensemble import EnsembleScorer, open_ensemble
 from rlhf.inference.reward_model import RewardModel, open_reward_model
+from rlhf.judging.config import JudgeConfig
+from rlhf.judging.source import Rate, rating_source
 from rlhf.reward.functions import call_reward_function, import_function
+from rlhf.reward.sources import weighted_terms
 from rlhf.reward.spec import read_reward
 
 FUNCTION_SECONDS = 300.0
@@ -105,7 +109,7 @@ class FunctionScorer:
 
 
 class CombinedScorer:
-    """An ensemble of reward models, by the combination of their normalised scores."""
+    """An ensemble of reward models, by the combination of their normalised scores; or one, by its own."""
 
     def __init__(self, name: str, ensemble: EnsembleScorer) -> None:
         self.name, self._ensemble = name, ensemble
@@ -115,6 +119,37 @@ class CombinedScorer:
 
     def answers(self, prompts: Sequence[Prompt], answers: Sequence[str]) -> list[float | None]:
         return [row["score"] for row in self._ensemble.score_answers(prompts, answers)]
+
+
+class JudgeScorer:
+    """A judge on a server, by its ratings as PPO gets them."""
+
+    def __init__(self, name: str, rate: Rate) -> None:
+        self.name, self._rate = name, rate
+
+    def rankings(self, records: Sequence[Ranking], counts: EncodingCounts) -> list[ScoredRecord]:
+        return _answer_by_answer(self, records, counts)
+
+    def answers(self, prompts: Sequence[Prompt], answers: Sequence[str]) -> list[float | None]:
+        return list(self._rate([prompt.chat for prompt in prompts], answers))
+
+
+class SumScorer:
+    """A weighted sum of other sources; of reward models the normalised scores, as in PPO."""
+
+    def __init__(self, name: str, parts: Sequence[tuple[float, AnswerScorer]]) -> None:
+        self.name, self._parts = name, parts
+
+    def rankings(self, records: Sequence[Ranking], counts: EncodingCounts) -> list[ScoredRecord]:
+        return _answer_by_answer(self, records, counts)
+
+    def answers(self, prompts: Sequence[Prompt], answers: Sequence[str]) -> list[float | None]:
+        weights = [weight for weight, _ in self._parts]
+        columns = [scorer.answers(prompts, answers) for _, scorer in self._parts]
+        return [
+            None if None in row else sum(weight * float(score or 0) for weight, score in zip(weights, row))
+            for row in zip(*columns)
+        ]
 
 
 def _answer_by_answer(scorer: AnswerScorer, records: Sequence[Ranking], counts: EncodingCounts) -> list[ScoredRecord]:
@@ -139,23 +174,35 @@ def is_single_model(spec: str) -> bool:
 
 
 def open_answer_scorer(spec: str, trust_remote_code: bool = False) -> AnswerScorer:
-    """Open a reward run, a model folder with a score head, a reward function `module:function`, or an ensemble.
+    """Open a reward run, a model folder with a score head, or another reward source.
 
     Args:
         spec: See `rlhf.reward.spec.read_reward`.
         trust_remote_code: Run Python code that comes with a model.
 
     Raises:
-        UserError: It cannot be loaded or imported, or is another reward source.
+        UserError: It cannot be loaded or imported, or is a judge whose agreement with people was not measured.
     """
     source = _source(spec)
     if source.name == "model":
         return ModelScorer(spec, open_reward_model(source.options["path"], trust_remote_code))
+    return _open_part(spec, source, trust_remote_code)
+
+
+def _open_part(name: str, source: Pick, trust_remote_code: bool) -> AnswerScorer:
+    """A reward source, which may be a term of a sum: a reward model by its normalised scores."""
+    options = source.options
+    if source.name == "sum":
+        terms = [(weight, _open_part(one.name, one, trust_remote_code)) for one, weight in weighted_terms(source)]
+        return SumScorer(name, terms)
     if source.name == "function":
-        return FunctionScorer(spec, import_function(source.options["function"]))
-    if source.name == "ensemble":
-        return CombinedScorer(spec, open_ensemble(spec, trust_remote_code))
-    raise UserError(f"{spec}: the reward source {source.name!r} cannot be evaluated", remedy="Name a part of it.")
+        return FunctionScorer(name, import_function(options["function"]))
+    if source.name == "judge":
+        keys = JudgeConfig.model_fields.keys() & options.keys()
+        config = JudgeConfig(**{key: options[key] for key in keys})
+        return JudgeScorer(name, rating_source(config, options["agreement"], options["unmeasured"]))
+    spec = json.dumps({"name": source.name, **{key: value for key, value in options.items() if key != "retokenize"}})
+    return CombinedScorer(name, open_ensemble(spec, trust_remote_code))
 
 
 def _source(spec: str) -> Pick:
