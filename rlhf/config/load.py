@@ -13,6 +13,7 @@ from rlhf.core.errors import UserError, nearest
 from rlhf.core.limits import parse_yaml, read_yaml
 
 C = TypeVar("C", bound=BaseModel)
+_Dumper = getattr(yaml, "CSafeDumper", yaml.SafeDumper)  # libyaml's is ten times faster, where PyYAML was built with it
 
 
 def load_stage_config(kind: type[C], path: str | Path, overrides: Sequence[str] = ()) -> C:
@@ -138,4 +139,4 @@ def _model_at(kind: type[BaseModel] | None, location: tuple[Any, ...]) -> type[B
 
 def dump_config(config: BaseModel) -> str:
     """The resolved config as YAML."""
-    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+    return str(yaml.dump(config.model_dump(mode="json"), Dumper=_Dumper, sort_keys=False, allow_unicode=True))

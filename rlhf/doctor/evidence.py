@@ -10,11 +10,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from rlhf.core.errors import UserError
 from rlhf.runs.lock import check_free
 from rlhf.runs.run import read_run
+from rlhf.runs.run_config import read_run_config
 
 WINDOW = 5
 """Steps over which "now" is taken: one step alone is noise."""
@@ -142,12 +141,7 @@ def read_evidence(path: str | Path) -> Evidence:
     """
     folder = Path(path)
     info = read_run(folder)
-    file = folder / "config.yaml"
-    try:
-        config = yaml.safe_load(file.read_text("utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise UserError(f"{file}: cannot be read: {error}", "Every run writes it at its start.") from None
-    found = Evidence(info["stage"], config if isinstance(config, dict) else {}, info, folder, _is_running(folder))
+    found = Evidence(info["stage"], read_run_config(folder), info, folder, _is_running(folder))
     for row in logged_rows(folder / "metrics.jsonl"):
         found.add(int(row["step"]), row)
     samples = logged_rows(folder / "samples.jsonl")

@@ -13,6 +13,7 @@ import yaml
 
 from rlhf.core.console import format_number, printable
 from rlhf.runs.run import is_run, read_run
+from rlhf.runs.run_config import read_run_config
 
 MARK = "Made with rlhf-rankings"
 """Part of every card. A folder whose card lacks it is not an export of this project and is never replaced."""
@@ -69,7 +70,7 @@ def model_card(facts: CardFacts) -> str:
     plain = facts.folded or facts.scale == (0.0, 1.0)
     adapter_base = facts.adapter_base or "."
     local_base = adapter_base.startswith((".", "/", "~")) or Path(adapter_base).exists()
-    config = yaml.safe_load((facts.run / "config.yaml").read_text("utf-8"))
+    config = read_run_config(facts.run)
     kept = {key: _without_folders(value) for key, value in config.items() if key not in BOOKKEEPING}
     training = yaml.safe_dump(kept, sort_keys=False, allow_unicode=True)
     # The hub's EvalResult is not used: it must name a dataset of the hub, and the data of a run are local.

@@ -6,11 +6,10 @@ import math
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from rlhf.core.errors import UserError
 from rlhf.rollout.types import SamplingParams
 from rlhf.runs.run import is_run, read_run
+from rlhf.runs.run_config import read_run_config
 
 BATCH_SIZE = 32
 
@@ -27,7 +26,7 @@ def sampling_params(path: str | Path, **given: Any) -> SamplingParams:
     """
     chosen: dict[str, Any] = {"max_new_tokens": 128}
     if is_run(path) and read_run(path)["stage"] == "ppo":
-        rollout = yaml.safe_load((Path(path) / "config.yaml").read_text("utf-8"))["rollout"]
+        rollout = read_run_config(path)["rollout"]
         names = ("max_new_tokens", "min_new_tokens", "temperature", "top_k", "top_p", "stop")
         chosen |= {name: rollout[name] for name in names}
     chosen |= {name: value for name, value in given.items() if value not in (None, [], ())}

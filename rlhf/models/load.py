@@ -105,21 +105,28 @@ def load_policy(
     Raises:
         UserError: It cannot be loaded, its log-probs would be wrong, or it lacks embedding rows for the ids.
     """
-    seq2seq = load_hf_config(config, path).is_encoder_decoder
-    model = _load(AutoModelForSeq2SeqLM if seq2seq else AutoModelForCausalLM, config, path, dtype, tokens, as_stored)
+    found = load_hf_config(config, path)
+    kind = AutoModelForSeq2SeqLM if found.is_encoder_decoder else AutoModelForCausalLM
+    model = _load(kind, config, found, path, dtype, tokens, as_stored)
     with computing(model):
         check_head(model)
-    wrapped: PreTrainedModel = with_adapter(model, path, "SEQ_2_SEQ_LM" if seq2seq else "CAUSAL_LM")
+    wrapped: PreTrainedModel = with_adapter(model, path, "SEQ_2_SEQ_LM" if found.is_encoder_decoder else "CAUSAL_LM")
     return wrapped
 
 
 def _load(
-    kind: Any, config: ModelConfig, path: str, dtype: torch.dtype, tokens: int | None, as_stored: bool, **more: Any
+    kind: Any,
+    config: ModelConfig,
+    found: transformers.PretrainedConfig,
+    path: str,
+    dtype: torch.dtype,
+    tokens: int | None,
+    as_stored: bool,
+    **more: Any,
 ) -> Any:
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()  # else it warns at length about every new head
     path = adapter_base(path) or path
-    found = load_hf_config(config, path)
     if (Path(path) / "adapter_config.json").is_file():
         raise UserError(
             f"model.path: {path} holds a model and an adapter (adapter_config.json)",

@@ -147,6 +147,7 @@ def load_scalar(
     model, loading = _load(
         classifier_class(found, per_token=head == "small"),
         config,
+        found,
         path,
         torch.float32,
         tokens,

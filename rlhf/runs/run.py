@@ -10,6 +10,7 @@ runs/NAME/
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import importlib.metadata
 import json
@@ -42,6 +43,9 @@ REQUIRED = {"stage": str, "status": str}
 LISTS = ("parents", "onlookers", "data", "extended", "moved")
 """Keys of run.json that are lists of objects, where they are given."""
 PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "deepspeed", "datasets")
+
+
+_version = functools.cache(importlib.metadata.version)  # it parses a package's whole metadata
 
 
 @dataclass(frozen=True)
@@ -121,7 +125,7 @@ def open_run(config: StageConfig, stage: str, resume: bool, overwrite: bool, fac
         (run.path / "rejected.jsonl").unlink(missing_ok=True)
         (run.path / "metrics.jsonl").touch()
         base: dict[str, Any] = {"stage": stage, "status": "running", "schema_version": SCHEMA_VERSION}
-        base |= {"packages": {name: importlib.metadata.version(name) for name in PACKAGES}, "git": git_commit()}
+        base |= {"packages": {name: _version(name) for name in PACKAGES}, "git": git_commit()}
         base |= {"processes": distributed.world_size(), "device": distributed.device().type, **facts, **before}
         base["zero_stage"] = 0 if config.deepspeed is None else zero_stage(config.deepspeed)
         new = not is_run(run.path)

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import yaml
-
 from rlhf.core.table import Pick
 from rlhf.models.adapters import is_adapter
 from rlhf.runs.run import fingerprint, is_run, read_run
+from rlhf.runs.run_config import read_run_config
 from rlhf.tuning.methods import TUNING
 
 
@@ -36,7 +35,7 @@ def tuning_of(run: str) -> Pick | None:
     """The tuning of a run, without dropout; None for a model without a run folder."""
     if not is_run(run):
         return None
-    found = TUNING.pick(yaml.safe_load((Path(run) / "config.yaml").read_text("utf-8")).get("tuning", "full"))
+    found = TUNING.pick(read_run_config(run).get("tuning", "full"))
     return Pick(found.row, found.options | {"dropout": 0.0}) if "dropout" in found.options else found
 
 

@@ -1,0 +1,28 @@
+"""The config.yaml of a run folder, as plain values."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from rlhf.core.errors import UserError
+
+_Loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # libyaml's is ten times faster, where PyYAML was built with it
+
+
+def read_run_config(run: str | Path) -> dict[str, Any]:
+    """The values in config.yaml of a run folder, with the names that the config had when the run was started.
+
+    Raises:
+        UserError: It cannot be read, or is not a mapping.
+    """
+    file = Path(run) / "config.yaml"
+    try:
+        values = yaml.load(file.read_text("utf-8"), _Loader)
+        if not isinstance(values, dict):
+            raise ValueError(f"expected a mapping of keys, got {type(values).__name__}")
+    except (OSError, ValueError, yaml.YAMLError) as error:  # UnicodeDecodeError is a ValueError
+        raise UserError(f"{file}: cannot be read: {error}", "Every run writes it at its start.") from None
+    return values
