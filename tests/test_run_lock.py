@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -19,6 +20,7 @@ import tiny
 import yaml
 from run_folders import finished, opened
 
+from rlhf.cli.errors import exit_on_error
 from rlhf.core.errors import UserError
 from rlhf.runs.lock import LOCK, check_free, lock, unlock
 
@@ -91,6 +93,36 @@ def test_a_finished_run_is_not_locked_and_the_same_process_may_go_on(tmp_path: P
     finished(tmp_path / "done")
     with another(tmp_path / "done"):
         pass
+
+
+@pytest.mark.parametrize("how", ["removed", "moved", "replaced"])
+def test_a_run_whose_folder_is_taken_away_ends_with_one_error_and_writes_nothing_more(how: str, tmp_path: Path) -> None:
+    run = opened(tmp_path / "run")
+    run.log("metrics.jsonl", [{"step": 1}])
+    (tmp_path / "run").rename(tmp_path / "moved")
+    if how == "removed":
+        shutil.rmtree(tmp_path / "moved")
+    if how == "replaced":
+        (tmp_path / "run").mkdir()
+        (tmp_path / "run" / LOCK).touch()
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(UserError, match=r"while its run trained(.|\n)*move it back"):
+        run.log("metrics.jsonl", [{"step": 2}])
+    with pytest.raises(UserError, match="was removed, moved or replaced"), run.checkpoints(1).write(1):
+        pass
+    with pytest.raises(SystemExit) as ended, exit_on_error():
+        (tmp_path / "run" / "cache" / "rows").read_bytes()
+    assert ended.value.code == 2 and sorted(tmp_path.rglob("*")) == before
+    again = opened(tmp_path / "run", overwrite=True)  # in the same process, as in a notebook
+    again.log("metrics.jsonl", [{"step": 1}])
+    unlock(again.path)
+
+
+def test_a_run_goes_on_where_only_its_lock_file_was_deleted(tmp_path: Path) -> None:
+    run = opened(tmp_path / "run")
+    (run.path / LOCK).unlink()
+    run.log("metrics.jsonl", [{"step": 1}])
+    unlock(run.path)
 
 
 @pytest.mark.slow

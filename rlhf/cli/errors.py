@@ -14,6 +14,7 @@ from rlhf.core.command_line import without_credentials
 from rlhf.core.console import err, is_main
 from rlhf.core.errors import SIGTERM_STATUS, Terminated, UserError
 from rlhf.distributed.launch import PARENT
+from rlhf.runs.lock import taken_away
 
 
 def resume_line(command: str | None) -> str | None:
@@ -27,9 +28,10 @@ def resume_line(command: str | None) -> str | None:
 def exit_on_error(resume: str | None = None) -> Iterator[None]:
     """Turn exceptions into messages and exit statuses.
 
-    A UserError is printed without a traceback and exits with status 2, and so is a full disk. Ctrl-C prints `resume`
-    and exits with 130; SIGTERM, which a stage answers with a checkpoint, does the same with 143. Anything else keeps
-    its traceback; on ranks other than 0 every line of it is prefixed with the rank.
+    A UserError is printed without a traceback and exits with status 2, and so are a full disk and a run folder that
+    was taken away. Ctrl-C prints `resume` and exits with 130; SIGTERM, which a stage answers with a checkpoint, does
+    the same with 143. Anything else keeps its traceback; on ranks other than 0 every line of it is prefixed with the
+    rank.
     """
     try:
         yield
@@ -47,8 +49,8 @@ def exit_on_error(resume: str | None = None) -> Iterator[None]:
             err().print(" ".join(filter(None, words)), markup=False, soft_wrap=True)
         sys.exit(SIGTERM_STATUS)
     except Exception as error:
-        if (full := full_disk(error)) is not None:
-            print_error(full)
+        if (known := full_disk(error) or taken_away()) is not None:
+            print_error(known)
             sys.exit(2)
         if is_main():
             raise

@@ -29,6 +29,7 @@ from rlhf.ppo.masked import unflatten
 from rlhf.ppo.types import Experience, Prompts, Rollout
 from rlhf.rollout.types import Completion
 from rlhf.runs.checkpoint import checksum
+from rlhf.runs.lock import check_kept
 
 FOLDER = "updates"
 NUMBERS, FACTS = "numbers.safetensors", "update.json"
@@ -107,6 +108,7 @@ def write(run: Path, record: UpdateRecord, keep: int) -> None:
     """Write a record into a run folder; of older ones the first and the newest stay, `keep` in all. Rank 0 writes."""
     if not is_main():
         return
+    check_kept(run)
     place = folder(run, record.step)
     place.parent.mkdir(exist_ok=True)
     rollout = record.experience.rollout

@@ -19,6 +19,7 @@ from rlhf.core.errors import UserError
 from rlhf.core.files import partial_path, whole_folder, write_json
 from rlhf.core.lazy import lazy
 from rlhf.core.limits import read_json_object
+from rlhf.runs.lock import check_kept
 
 if TYPE_CHECKING:
     import torch
@@ -51,7 +52,11 @@ class Checkpoints:
         Args:
             step: The step of the checkpoint.
             protect: A step whose checkpoint must not be deleted (the best so far).
+
+        Raises:
+            UserError: The run folder was taken away.
         """
+        check_kept(self.folder.parent)
         partial = partial_path(self.path(step))
         with whole_folder(self.path(step)) if is_main() else nullcontext():
             distributed.barrier()

@@ -32,7 +32,9 @@ def lock(folder: Path) -> None:
     """
     folder = folder.resolve()
     if folder in _held:
-        return
+        if _is_there(folder, _held[folder]):
+            return
+        unlock(folder)  # a folder of that name was removed; an earlier run of this process, in a notebook, had it
     file = open(folder / LOCK, "a+", encoding="utf-8")  # noqa: SIM115 (open for as long as the lock is held)
     if not _locked(file, fcntl.LOCK_EX):
         holder = _holder(folder)
@@ -49,6 +51,41 @@ def unlock(folder: Path) -> None:
     file = _held.pop(folder.resolve(), None)
     if file is not None:
         file.close()
+
+
+def check_kept(folder: Path) -> None:
+    """Refuse to write into a folder that was taken away after this process had locked it; others are not looked at.
+
+    Raises:
+        UserError: It was removed or moved, or another one has its name now.
+    """
+    file = _held.get(folder.resolve())
+    if file is not None and not _is_there(folder, file):
+        raise _taken_away(folder)
+
+
+def taken_away() -> UserError | None:
+    """The error of a folder that this process has locked and that is no longer there; None if all are."""
+    return next((_taken_away(folder) for folder, file in _held.items() if not _is_there(folder, file)), None)
+
+
+def _is_there(folder: Path, file: IO[str]) -> bool:
+    """Whether the folder is the one that was locked, which its lock file tells: that is open, so its inode is not used
+    again. If it alone was deleted, the folder is taken for the same."""
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), os.stat(folder / LOCK))
+    except OSError:
+        return (folder / "run.json").exists()
+
+
+def _taken_away(folder: Path) -> UserError:
+    return UserError(
+        f"run: {folder} was removed, moved or replaced while its run trained",
+        "Metrics and checkpoints have no place to go, so the run ends here. A folder that has the name by now is not "
+        "touched.",
+        "If it was moved, move it back and repeat the command with --resume. If it was removed, start the run again, "
+        "where nothing cleans up: run=...",
+    )
 
 
 def check_free(folder: Path) -> None:

@@ -34,7 +34,7 @@ from rlhf.data.store import Dataset
 from rlhf.distributed.deepspeed_json import zero_stage
 from rlhf.runs.changes import check_inputs, extension, moved
 from rlhf.runs.checkpoint import Checkpoints
-from rlhf.runs.lock import LOCK, check_free, lock, unlock
+from rlhf.runs.lock import LOCK, check_free, check_kept, lock, unlock
 from rlhf.runs.logged import lines_until
 from rlhf.runs.model_folder import check_model_folder, no_model
 
@@ -69,11 +69,17 @@ class Run:
     def update(self, **values: Any) -> None:
         """Set keys of run.json."""
         if is_main():
+            check_kept(self.path)
             write_json(self.path / "run.json", {**self.info(), **values})
 
     def log(self, name: str, rows: Iterable[Mapping[str, Any]]) -> None:
-        """Append rows to `metrics.jsonl`, `samples.jsonl`, `events.jsonl`, `rejected.jsonl`, ..."""
+        """Append rows to `metrics.jsonl`, `samples.jsonl`, `events.jsonl`, `rejected.jsonl`, ...
+
+        Raises:
+            UserError: The folder was taken away.
+        """
         if is_main():
+            check_kept(self.path)
             append_jsonl(self.path / name, rows)
 
     def rewind(self, step: int) -> None:

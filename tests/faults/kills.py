@@ -249,7 +249,8 @@ def faults(kills: int, seed: int, names: Sequence[str] = ()) -> dict[str, Tally]
             except Exception as fault:
                 tally.faults.append(f"{turn}, folder {tally.folders}: {type(fault).__name__}: {fault}")
             shutil.rmtree(place)
-            print(f"{turn}, folder {tally.folders}: {tally.kills} kills so far", file=sys.stderr, flush=True)
+            so_far = f"{tally.kills} kills so far, {tally.same} of {tally.folders} folders with the same result"
+            print(f"{turn}: {so_far}", file=sys.stderr, flush=True)
     return tallies
 
 
