@@ -4,14 +4,15 @@
     python benchmarks/guard.py run --kind weak --seeds 0 1 2 3 4 --json guard.jsonl
     python benchmarks/guard.py run --kind good --seeds 0 1 2 3 4 --json guard.jsonl
     python benchmarks/guard.py stories --seeds 0 1 2 3 4 --json guard.jsonl
-    python benchmarks/guard.py sizes --seeds 0 1 --json guard.jsonl
+    python benchmarks/guard.py sizes --seeds 0 1 2 --json guard.jsonl
     python benchmarks/guard.py report guard.jsonl --out docs/images
 
 `weak`: PPO against a reward model from 100 rankings with two to three times the annotators' usual noise. `good`: the
 same against the demo's, from 4,000 rankings. Both at a fifth of the demo's KL coefficient, so that little but the
 reward model keeps the policy honest; gold is the world's hidden rule. `stories`: stories260K and a programmatic reward,
-which is its own gold. `sizes`: the accuracy that 100 to 4,000 rankings buy, and the gold reward of the best of 16
-answers. Steps that are complete are not repeated. 20 to 40 processor seconds a run.
+which is its own gold. `sizes`: the accuracy that 100 to 30,000 rankings buy, and the gold reward of the best of 16
+answers; each seed draws its rankings from the same 32,000. Steps that are complete are not repeated. 20 to 40 processor seconds
+a run.
 """
 
 from __future__ import annotations
@@ -22,18 +23,21 @@ import json
 import random
 import sys
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 CONFIGS = REPOSITORY / "configs" / "demo"
 BEST_OF = 16
-SIZES = (100, 200, 400, 1000, 2000, 4000)
+SAMPLED, SAMPLED_TOGETHER = 6, 192
+"""Answers that are sampled for each prompt to rank, and in a batch, as in `rlhf demo`."""
+SIZES = (100, 200, 400, 1000, 2000, 4000, 10_000, 30_000)
 KINDS = ("weak", "good")
 GOLD = "data_tools.demo_world.rules:points"
 PPO = (
     "updates=40", "rollout.prompts_per_update=48", "kl.controller.coef=0.02", "optimizer.schedule=constant",
-    "eval.every=10", "eval.prompts=100", "checkpoints.every=1000", "checkpoints.keep=1",
+    "eval.every=10", "eval.prompts=100", "checkpoints.every=1000", "checkpoints.keep=1", "guard.perturb={every: 5}",
 )  # fmt: skip
 
 
@@ -41,17 +45,20 @@ PPO = (
 
 
 def write_rankings(
-    demo: Path, folder: Path, count: int, noise: float | None, seed: int, part: tuple[int, int] | None = None
-) -> None:
-    """`count` of the demo's training rankings and its held-out ones; the former ranked again where `noise` is given.
-    With `part`, the number of a part and how many of the `count` rankings are in it, those alone."""
+    demo: Path, folder: Path, count: int, noise: float | None, seed: int, part: tuple[int, int] | None = None,
+    source: Path | None = None,
+) -> None:  # fmt: skip
+    """`count` of the demo's training rankings (or those of `source`) and its held-out ones; the former ranked again
+    where `noise` is given. With `part`, the number of a part and how many of the `count` rankings are in it, those
+    alone."""
     from data_tools.demo_world.rules import Annotator, rank
     from rlhf.data.store import DatasetWriter, open_dataset
 
     if (folder / "manifest.json").is_file():
         return
     rng, rankings = random.Random(f"{seed} {count}"), open_dataset(demo / "data" / "rankings", "ranking")
-    chosen = rng.sample(list(rankings.records("train")), count)
+    pool = open_dataset(source, "ranking") if source else rankings
+    chosen = rng.sample(list(pool.records("train")), count)
     if noise is not None:
         chosen = [rank(Annotator("noisy", noise), ranking, ranking.candidates, rng) for ranking in chosen]
     if part is not None:
@@ -59,6 +66,25 @@ def write_rankings(
     with DatasetWriter(folder, "ranking", {"made_by": "benchmarks/guard.py"}, overwrite=True) as writer:
         for ranking in (*chosen, *rankings.records("eval")):
             writer.write(ranking)
+
+
+def more_rankings(demo: Path, folder: Path) -> Path:
+    """A dataset of at least as many rankings as the largest of `SIZES`: the demo's annotators rank its SFT policy's
+    answers to its 4,000 training requests, other answers in each pass over them."""
+    from data_tools.demo_world.datasets import Size, WorldDatasets
+    from rlhf.inference.policy import open_policy
+    from rlhf.inference.sampling import sample
+    from rlhf.inference.sampling_params import sampling_params
+
+    world, made = WorldDatasets(demo / "data", 0, Size()), WorldDatasets(folder, 0, Size())
+    if not (folder / "rankings" / "manifest.json").is_file():
+        prompts = world.prompts("train")[world.size.demonstrated :]
+        params = replace(sampling_params(demo / "sft", max_new_tokens=64), batch_size=SAMPLED_TOGETHER)
+        passes = max(SIZES) // len(prompts) + 1
+        policy = open_policy(demo / "sft")
+        answers = (one for i in range(passes) for one in sample(policy, prompts, params, i, SAMPLED))
+        made.write_rankings((samples[0].prompt, [one.text for one in samples]) for samples in answers)
+    return folder / "rankings"
 
 
 # ---- runs ----------------------------------------------------------------------------------------------------------
@@ -132,7 +158,11 @@ def stories(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
         folder = args.out / f"stories-{seed}"
         folder.mkdir(parents=True, exist_ok=True)
         values = story_config(args.shared, folder, updates=20).model_dump(mode="json")
-        values |= {"seed": seed, "rollout": values["rollout"] | {"prompts_per_update": 32, "max_new_tokens": 48}}
+        values |= {
+            "seed": seed,
+            "guard": {"perturb": {"every": 2}},
+            "rollout": values["rollout"] | {"prompts_per_update": 32, "max_new_tokens": 48},
+        }
         config = check_config(PPOConfig, values, "stories")
         run = Path(config.run)
         if not (is_run(run) and read_run(run)["status"] == "complete"):
@@ -158,10 +188,11 @@ def sizes(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     gold = np.array([[points(one.prompt.chat, one.text) for one in samples] for samples in answers])
     yield {"kind": "sizes", "seed": 0, "rankings": 0, "accuracy": 0.5, "gold": float(gold.mean())}
     yield {"kind": "sizes", "seed": 0, "rankings": None, "accuracy": 1.0, "gold": float(gold.max(1).mean())}
+    source = more_rankings(args.demo, args.out / "pool")
     for seed in args.seeds:
         for count in args.sizes:
             folder = args.out / f"size-{count}-{seed}"
-            write_rankings(args.demo, folder / "rankings", count, None, seed)
+            write_rankings(args.demo, folder / "rankings", count, None, seed, source=source)
             run = reward_model(args.demo, folder / "reward", folder / "rankings", count, seed)
             scorer = open_scorer(str(run), policy)
             chosen = np.array([scorer(samples) for samples in answers]).argmax(1)

@@ -27,9 +27,9 @@ from rlhf.data.selection import open_datasets
 from rlhf.data.tables import prompt_lengths, tokenize
 from rlhf.guard.guard import Guard
 from rlhf.guard.observers import Observers, score_range
+from rlhf.guard.perturbed import Perturber
 from rlhf.guard.signals import outside_range
 from rlhf.memory.peak import PeakMemory
-from rlhf.models.adapters import virtual_tokens_of
 from rlhf.models.load import load_hf_config, sequence_limit
 from rlhf.ppo import kl
 from rlhf.ppo.batching import Minibatch, Minibatches, TokenRows, endless, permutation
@@ -39,7 +39,7 @@ from rlhf.ppo.learner import Learner, PtxBatches
 from rlhf.ppo.losses import importance_weights
 from rlhf.ppo.masked import masked_mean
 from rlhf.ppo.metrics import Clock, PPOReporter, RunningMeanStd, experience_metrics
-from rlhf.ppo.models import can_pack, check_vocabularies, load_separate
+from rlhf.ppo.models import can_pack, check_vocabularies, load_separate, most_virtual_tokens
 from rlhf.ppo.shared_base import load_shared
 from rlhf.ppo.types import (
     Experience,
@@ -113,6 +113,7 @@ class PPO:
         self.reward = config.reward(context)
         self.observers = Observers(config.onlookers, context)
         self.guard, self.score_range = Guard(config.guard), score_range(config.reward)
+        self.perturber = Perturber(config.guard.perturb, self.reward, self.chat, limit, config.batch.micro_batch_tokens)
         room = min(config.data.max_prompt_tokens, limit - config.rollout.max_new_tokens)
         if room < 1:
             raise UserError(f"rollout.max_new_tokens leaves no room for a prompt in the model's {limit} tokens")
@@ -193,6 +194,7 @@ class PPO:
         with clock("score"):
             gold = config.gold is not None and index % config.gold.every == 0
             experience = self.score(rollout, minibatches.epoch(0), gold)
+            perturbed = self.perturber(index, rollout.prompts.ids, rollout.prompts.messages, rollout.completions)
         # 4. rewards: the score at the last token, the KL penalty at every token
         mask, kl_coef = rollout.response_mask, self.kl_coef
         kl_per_token = config.kl.estimator(experience.logprobs, experience.ref_logprobs)
@@ -211,7 +213,7 @@ class PPO:
         if self.score_range is not None:
             metrics["guard/outside_range"] = outside_range(experience.scores, *self.score_range)
         metrics |= {"objective/kl_coef": kl_coef, "optimizer/lr": lr_scale * config.optimizer.policy_lr}
-        return metrics | learned | clock.metrics(rollout)
+        return metrics | perturbed | learned | clock.metrics(rollout)
 
     def draw_prompts(self, index: int) -> Prompts:
         """Phase 1: the next prompts of the table, in a new random order each pass. They follow from seed and index."""
@@ -411,15 +413,6 @@ class PPO:
         say(f"Continuing after update {step}")
         found: list[dict[str, float]] = state.get("evaluations", [])
         return found
-
-
-def most_virtual_tokens(config: PPOConfig) -> int:
-    """The most positions that virtual tokens use in a model that reads the policy's token ids."""
-    tunings = [config.tuning, *([config.critic.tuning] if config.needs_critic else [])]
-    picks = (config.reward, *config.onlookers.values())
-    terms = [term for pick in picks for term in model_terms(pick)]
-    scorers = [term["path"] for term in terms if not term.get("retokenize")]
-    return max(*map(virtual_tokens, tunings), *(virtual_tokens_of(resolve_model_path(path)) for path in scorers), 0)
 
 
 def open_ppo_run(

@@ -26,9 +26,9 @@ from rlhf.evaluation.calibration import calibration, fit_temperature, reliabilit
 from rlhf.evaluation.card import dataset_card
 from rlhf.evaluation.estimates import Mean, clustered_mean, fraction, holm
 from rlhf.evaluation.listwise import best_of_curve, listwise, tau_b
-from rlhf.evaluation.perturbations import PERTURBATIONS, AnswerToChange, Variant, perturbed
 from rlhf.evaluation.scored import FunctionScorer, ScoredRecord, pairs_of
 from rlhf.evaluation.slices import slices
+from rlhf.reward.perturbations import PERTURBATIONS, AnswerToChange, Variant, perturbed
 from stages.evaluate import command
 
 

@@ -42,7 +42,14 @@ def test_every_metric_of_the_docs_is_logged_under_its_name_and_no_other(tmp_path
     text = (tiny.REPOSITORY / "docs" / "metrics.md").read_text("utf-8").split("## PPO")[1]
     listed = {name for line in text.splitlines() if line.startswith("| `") for name in NAME.findall(line.split("|")[1])}
     others = ("rollout/sampler_gap", "rollout/importance", "objective/disagreement", "eval/disagreement")
-    others += ("guard/watch", "guard/disagreement", "guard/outside", "objective/gold", "eval/gold")
+    others += (
+        "guard/watch",
+        "guard/disagreement",
+        "guard/outside",
+        "guard/perturbation",
+        "objective/gold",
+        "eval/gold",
+    )
     elsewhere = {name for name in listed if name.startswith(others)}  # other samplers, ensembles, what only looks on
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text("utf-8").splitlines()]
     assert {name for line in lines for name in line} == listed - elsewhere | {"step"}

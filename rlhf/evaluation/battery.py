@@ -17,8 +17,8 @@ from numpy.typing import NDArray
 from rlhf.core.errors import UserError
 from rlhf.data.schema import Ranking
 from rlhf.evaluation.estimates import Mean, clustered_mean, fraction, holm, mean_facts
-from rlhf.evaluation.perturbations import PERTURBATIONS, AnswerToChange, perturbed
 from rlhf.evaluation.scored import AnswerScorer
+from rlhf.reward.perturbations import PERTURBATIONS, AnswerToChange, perturbed
 
 SMALL = 0.2
 """Effects up to this size are small (Cohen 1988, section 2.2.3)."""

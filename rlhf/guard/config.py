@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from typing import Annotated
 
-from pydantic import PositiveInt
+from pydantic import Field, PositiveInt, field_validator
 
 from rlhf.config.base import Strict
 from rlhf.core.table import Pick
 from rlhf.guard.actions import ACTIONS
 from rlhf.guard.rules import RULES
+from rlhf.reward.perturbations import PERTURBATIONS
 from rlhf.reward.sources import REWARDS
 
 DEFAULT_RULES = tuple(RULES.pick(row.name) for row in RULES)
@@ -22,10 +23,34 @@ class GoldConfig(Strict):
     """Updates between those whose rollout is also scored by the gold reward. Evaluations always are."""
 
 
+class PerturbConfig(Strict):
+    every: PositiveInt = 5
+    """Updates between those whose completions are changed and scored again."""
+    answers: PositiveInt = 32
+    """Completions that are changed: the first ones of the rollout that are not blank."""
+    names: tuple[str, ...] = Field(("markdown", "self-praise", "repetition", "filler"), min_length=1)
+    """Which changes: perturbations of `rlhf evaluate --perturb` that should leave a score as it is."""
+
+    @field_validator("names")
+    @classmethod
+    def _leave_the_score(cls, names: tuple[str, ...]) -> tuple[str, ...]:
+        for name in names:
+            if PERTURBATIONS[name].traits["expected"] != "same":
+                same = ", ".join(row.name for row in PERTURBATIONS if row.traits["expected"] == "same")
+                raise ValueError(f"{name!r} should lower a score; those that should leave it as it is: {same}")
+        if len(set(names)) < len(names):
+            raise ValueError("a perturbation is named twice")
+        return names
+
+
 class GuardConfig(Strict):
     watch: Annotated[Pick, REWARDS] | None = None
     """A reward source that scores every rollout without entering the loss: an ensemble, for its disagreement, or
     another reward model."""
+    perturb: PerturbConfig | None = None
+    """Changes of the completions that should leave their scores as they are, for the rule `perturbation`. `{}` turns
+    them on with these defaults. A measurement scores 32 completions five times; it enters neither loss nor
+    advantages."""
     rules: tuple[Annotated[Pick, RULES], ...] = DEFAULT_RULES
     """What to watch for: rows of the table of guard rules. Rules that need what the run does not have stay silent.
     An empty list turns the guard off."""

@@ -80,9 +80,10 @@ class History:
 SCORE, SCORE_STD, GOLD = "objective/scores", "objective/scores_std", "objective/gold_reward"
 OUTSIDE, REPEATED = "guard/outside_range", "guard/repetition"
 WATCHED, WATCHED_SPREAD, SPREAD = "guard/watch_score", "guard/disagreement", "objective/disagreement"
+PERTURBED = "guard/perturbation_effect"
 LENGTH, ENTROPY = "rollout/response_length", "objective/entropy"
 NAMES = (
-    SCORE, SCORE_STD, GOLD, OUTSIDE, REPEATED, WATCHED, WATCHED_SPREAD, SPREAD, LENGTH, ENTROPY,
+    SCORE, SCORE_STD, GOLD, OUTSIDE, REPEATED, WATCHED, WATCHED_SPREAD, SPREAD, PERTURBED, LENGTH, ENTROPY,
 )  # fmt: skip
 """The metrics that rules read."""
 
@@ -177,3 +178,23 @@ def repetition(history: History, *, rise: BelowOne = 0.15) -> str | None:
     if not history.knows(REPEATED) or history.now(REPEATED) < history.start(REPEATED) + rise:
         return None
     return f"repeated phrases rose from {history.start(REPEATED):.0%} to {history.now(REPEATED):.0%}"
+
+
+@RULES.row("perturbation")
+def perturbation(history: History, *, growth: PositiveFloat = 0.5) -> str | None:
+    """Changes of the completions that should leave their scores as they are raise them by more than at the first
+    measurement, by `growth` standard deviations of the scores at the start, in the last two measurements.
+
+    Needs `guard.perturb`.
+    """
+    found = history.recent.get(PERTURBED, [])[-2:]
+    if len(found) < 2 or SCORE_STD not in history.first:
+        return None
+    unit = max(history.start(SCORE_STD), 1e-6)
+    first, least = history.first[PERTURBED][0] / unit, min(found) / unit
+    if least - first < growth:
+        return None
+    return (
+        f"changes that should not matter raise the scores by {_of(least)} standard deviations;"
+        f" by {_of(first)} at the first measurement"
+    )

@@ -14,7 +14,7 @@ from rlhf import distributed
 from rlhf.core.console import say
 from rlhf.core.errors import UserError
 from rlhf.data.chat_tokenizer import ChatTokenizer
-from rlhf.models.adapters import is_adapter
+from rlhf.models.adapters import is_adapter, virtual_tokens_of
 from rlhf.models.isolation import Text, packing_fault, windows
 from rlhf.models.load import count_parameters, load_hf_config, load_policy, recompute_activations
 from rlhf.models.logprobs import has_virtual_tokens, is_encoder_decoder
@@ -28,6 +28,7 @@ from rlhf.ppo.types import MicroBatch, TokenScores
 from rlhf.reward.sources import RewardInputs, model_terms
 from rlhf.runs.run import resolve_model_path
 from rlhf.training.engine import Engine, make_engine
+from rlhf.tuning.methods import virtual_tokens
 from rlhf.tuning.save import save_result
 
 
@@ -211,3 +212,12 @@ def _packing_fault(models: Models, vocab_size: int, longest: int) -> str | None:
         if fault is not None:
             return fault
     return None
+
+
+def most_virtual_tokens(config: PPOConfig) -> int:
+    """The most positions that virtual tokens use in a model that reads the policy's token ids."""
+    tunings = [config.tuning, *([config.critic.tuning] if config.needs_critic else [])]
+    picks = (config.reward, *config.onlookers.values())
+    terms = [term for pick in picks for term in model_terms(pick)]
+    scorers = [term["path"] for term in terms if not term.get("retokenize")]
+    return max(*map(virtual_tokens, tunings), *(virtual_tokens_of(resolve_model_path(path)) for path in scorers), 0)

@@ -52,7 +52,7 @@ def _score_rows(
     bar: bool,
 ) -> list[float]:
     """`score_texts` of rows with several texts: `members[i]` are the numbers of the texts in row i, 0..n-1 over all."""
-    batches = list(_batches(lengths, batch_tokens))
+    batches = list(batches_by_length(lengths, batch_tokens))
     ranks = distributed.world_size()
     batches += [[]] * (-len(batches) % ranks)  # every rank makes the same number of calls
     device = next(scalar.parameters()).device
@@ -73,8 +73,8 @@ def _score_rows(
     return [by_text[text] for text in range(len(by_text))]
 
 
-def _batches(lengths: Sequence[int], batch_tokens: int) -> Iterator[list[int]]:
-    """Indices by decreasing length, in batches of at most `batch_tokens` tokens with padding."""
+def batches_by_length(lengths: Sequence[int], batch_tokens: int) -> Iterator[list[int]]:
+    """Indices by decreasing length, in batches of at most `batch_tokens` tokens with padding; a longer one is alone."""
     batch: list[int] = []
     for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
         if batch and (len(batch) + 1) * lengths[batch[0]] > batch_tokens:
