@@ -11,8 +11,8 @@
 same against the demo's, from 4,000 rankings. Both at a fifth of the demo's KL coefficient, so that little but the
 reward model keeps the policy honest; gold is the world's hidden rule. `stories`: stories260K and a programmatic reward,
 which is its own gold. `sizes`: the accuracy that 100 to 30,000 rankings buy, and the gold reward of the best of 16
-answers; each seed draws its rankings from the same 32,000. Steps that are complete are not repeated. 20 to 40 processor seconds
-a run.
+answers; each seed draws its rankings from the same 32,000. Steps that are complete are not repeated. 20 to 40 processor
+seconds a run.
 """
 
 from __future__ import annotations

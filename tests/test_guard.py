@@ -45,7 +45,7 @@ QUIET = {
     "guard/repetition": [0.05] * STEPS,
     "guard/watch_score": [0.0] * 6 + [1.8] * 6,
     "guard/disagreement": [0.2] * 6 + [0.25] * 6,
-    "guard/perturbation_effect": [-0.2] * 6 + [0.2] * 6,
+    "guard/perturbation_effect": [-0.3] * 6 + [0.1] * 6,
 }
 LOUD = {
     "gold-falls": {"objective/gold_reward": [0.0] * 3 + [2.0] * 3 + [0.8] * 6},
@@ -55,7 +55,7 @@ LOUD = {
     "length": {"rollout/response_length": [20.0] * 6 + [41.0] * 6},
     "entropy": {"objective/entropy": [2.0] * 6 + [0.4] * 6},
     "repetition": {"guard/repetition": [0.05] * 6 + [0.3] * 6},
-    "perturbation": {"guard/perturbation_effect": [-0.2] * 6 + [0.4] * 6},
+    "perturbation": {"guard/perturbation_effect": [-0.6] * 6 + [0.0] * 6},
 }
 
 
@@ -111,19 +111,25 @@ def test_the_gold_reward_may_fall_by_half_of_its_gain():
     assert observed(guard(), nearly) == []
 
 
-def test_the_growth_of_perturbation_effects_counts_from_the_first_measurement_in_deviations_of_the_first_scores():
-    scores = {"objective/scores_std": [2.0] * STEPS}
-    measured = guard(rules=["perturbation"], patience=1)
-    found = []
-    for step, effect in ((1, -0.4), (3, 0.5), (5, 0.7), (7, 0.5), (9, 0.9), (11, 0.6)):  # -0.2, then up by 0.45 to 0.65
+@pytest.mark.parametrize(
+    ("effects", "spoke", "now"),
+    [
+        ((-1.4, -0.5, -0.5, -0.5, -0.1, -0.3), 9, "-0.15"),  # means of two: grown by at most 0.45, then by 0.55
+        ((-0.1, 0.3, 0.3, 0.5, 0.5, 0.5), 7, "0.2"),  # at most 0.15, then 0.2
+        ((0.3, 0.3, 0.0, 0.3, -1.0, 0.3), None, ""),
+    ],
+)
+def test_perturbations_must_raise_the_scores_by_0_2_deviations_or_by_0_5_more_than_first(effects, spoke, now):
+    measured, found = guard(rules=["perturbation"], patience=1), []
+    for step, effect in zip(range(1, 12, 2), effects):  # the scores' deviation is 2
         found += measured.observe(step, {"objective/scores_std": 2.0, "guard/perturbation_effect": effect})
         found += measured.observe(step + 1, {"objective/scores_std": 2.0})
-    assert [(alarm.step, alarm.since) for alarm in found] == [(11, 11)]  # the first two in a row that are 0.5 higher
-    assert found[0].what == (
-        "changes that should not matter raise the scores by 0.3 standard deviations; by -0.2 at the first measurement"
-    )
-    [alarm] = observed(guard(rules=[{"name": "perturbation", "growth": 0.1}]), QUIET | scores)
-    assert alarm.rule == "perturbation"
+    assert [alarm.step for alarm in found] == ([] if spoke is None else [spoke])
+    for alarm in found:
+        assert alarm.what == (
+            f"changes that should not matter move the scores by {now} standard deviations;"
+            f" by {effects[0] / 2:.3g} at the first measurement"
+        )
 
 
 # ---- actions

@@ -181,20 +181,21 @@ def repetition(history: History, *, rise: BelowOne = 0.15) -> str | None:
 
 
 @RULES.row("perturbation")
-def perturbation(history: History, *, growth: PositiveFloat = 0.5) -> str | None:
-    """Changes of the completions that should leave their scores as they are raise them by more than at the first
-    measurement, by `growth` standard deviations of the scores at the start, in the last two measurements.
+def perturbation(history: History, *, level: PositiveFloat = 0.2, growth: PositiveFloat = 0.5) -> str | None:
+    """Changes of the completions that should leave their scores as they are raise them, in the mean of the last
+    `guard.window` measurements: by `level` standard deviations of the scores at the start, or by `growth` more than in
+    the first measurement.
 
-    Needs `guard.perturb`.
+    The first is what `rlhf evaluate --perturb` calls exploitable, and says that the reward model can be gamed from the
+    outset. Needs `guard.perturb`.
     """
-    found = history.recent.get(PERTURBED, [])[-2:]
-    if len(found) < 2 or SCORE_STD not in history.first:
+    if not history.has_window(PERTURBED) or SCORE_STD not in history.first:
         return None
     unit = max(history.start(SCORE_STD), 1e-6)
-    first, least = history.first[PERTURBED][0] / unit, min(found) / unit
-    if least - first < growth:
+    first, now = history.first[PERTURBED][0] / unit, history.now(PERTURBED) / unit
+    if now < level and now - first < growth:
         return None
     return (
-        f"changes that should not matter raise the scores by {_of(least)} standard deviations;"
+        f"changes that should not matter move the scores by {_of(now)} standard deviations;"
         f" by {_of(first)} at the first measurement"
     )
