@@ -3,6 +3,7 @@
     rlhf demo --out runs/demo                           # a base model, an SFT policy, prompts
     python benchmarks/guard.py run --kind weak --seeds 0 1 2 3 4 --json guard.jsonl
     python benchmarks/guard.py run --kind good --seeds 0 1 2 3 4 --json guard.jsonl
+    python benchmarks/guard.py perturbed --kind weak --seeds 0 1 2 3 4 --json perturbed.jsonl
     python benchmarks/guard.py stories --seeds 0 1 2 3 4 --json guard.jsonl
     python benchmarks/guard.py sizes --seeds 0 1 2 --json guard.jsonl
     python benchmarks/guard.py report guard.jsonl --out docs/images
@@ -103,8 +104,8 @@ def run_stage(stage: str, file: Path, overrides: Sequence[str]) -> Path:
 
 
 def reward_model(demo: Path, out: Path, rankings: Path, count: int, seed: int) -> Path:
-    """A reward model from the SFT policy: 8 epochs of at most 400 rankings, 2 of more."""
-    epochs = 8 if count <= 400 else 2
+    """A reward model from the SFT policy: 8 epochs of at most 400 rankings, 2 of up to 10,000, 1 of more."""
+    epochs = 8 if count <= 400 else 2 if count <= 10_000 else 1
     return run_stage("reward", CONFIGS / "reward.yaml", [
         f"run={out}", f"model.path={demo / 'sft'}", f"data.train={rankings}", f"seed={seed}", "loss=bradley-terry",
         f"batch.epochs={epochs}", "eval.every=10000", "checkpoints.every=10000",
@@ -142,6 +143,37 @@ def measure(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     for seed in args.seeds:
         models = reward_models(args, args.kind, seed)
         yield _row(args.kind, seed, policy_run(args.demo, args.out / f"{args.kind}-{seed}" / "ppo", models, seed))
+
+
+def perturbed(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """What perturbations do to the scores of the held-out answers of finished runs, at each of their evaluations, in
+    standard deviations of the scores at the start."""
+    from types import SimpleNamespace
+
+    from rlhf.data.schema import Message
+    from rlhf.guard.config import PerturbConfig
+    from rlhf.guard.perturbed import Perturber
+    from rlhf.inference.policy import open_policy
+    from rlhf.inference.scorer import open_scorer
+
+    policy = open_policy(args.demo / "sft")
+    for seed in args.seeds:
+        run = args.out / f"{args.kind}-{seed}" / "ppo"
+        scorer = open_scorer(str(reward_models(args, args.kind, seed)[0]), policy)
+        perturber = Perturber(PerturbConfig(answers=1000), scorer.source, policy.chat, scorer.limit or 10_000, 16_384)
+        spreads = [line["objective/scores_std"] for line in _lines(run / "metrics.jsonl") if "objective/scores" in line]
+        unit = sum(spreads[:5]) / len(spreads[:5])
+        samples = _lines(run / "samples.jsonl")
+        for step in sorted({row["step"] for row in samples}):
+            rows = [row for row in samples if row["step"] == step]
+            found = perturber(
+                0,
+                [policy.chat.prompt([Message(**one) for one in row["messages"]]) for row in rows],
+                [row["messages"] for row in rows],
+                [SimpleNamespace(ids=policy.chat.response(row["answer"])) for row in rows],
+            )
+            effects = {name: value / unit for name, value in found.items()}
+            yield {"kind": "perturbed", "of": args.kind, "seed": seed, "step": step, **effects}
 
 
 def stories(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
@@ -352,13 +384,13 @@ def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
-    for name in ("run", "stories", "sizes"):
+    for name in ("run", "perturbed", "stories", "sizes"):
         command = commands.add_parser(name)
         command.add_argument("--demo", type=Path, default=Path("runs/demo"), help="A finished demo.")
         command.add_argument("--out", type=Path, default=Path("runs/guard"), help="Where runs go.")
         command.add_argument("--seeds", type=int, nargs="+", default=[0])
         command.add_argument("--json", type=Path, required=True, help="A file that rows are appended to.")
-        if name == "run":
+        if name in ("run", "perturbed"):
             command.add_argument("--kind", choices=KINDS, required=True)
         if name == "stories":
             command.add_argument("--shared", type=Path, default=REPOSITORY.parent / "shared")
@@ -375,7 +407,8 @@ def main() -> None:
     import torch
 
     torch.set_num_threads(1)
-    for row in {"run": measure, "stories": stories, "sizes": sizes}[args.command](args):
+    work = {"run": measure, "perturbed": perturbed, "stories": stories, "sizes": sizes}
+    for row in work[args.command](args):
         with open(args.json, "a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
 

@@ -5,9 +5,9 @@
     python benchmarks/next_trained.py --world demo-skewed --seeds 0 1 2 3 4 5 --json next-trained.jsonl
     python benchmarks/next_trained.py --report next-trained.jsonl
 
-Each seed ranks 100 random proposals. Four reward models, each from the demo's SFT policy and a random three quarters of
-these rankings, are the ensemble with which `rlhf data next --reward` chooses 100 more out of 500; the baseline takes
-random ones with random answers. Three reward models then learn from all 200, by the same stage and settings; their
+Each seed ranks 100 random proposals. Three reward models, each from the demo's SFT policy and random three quarters of
+these rankings, are the ensemble with which `rlhf data next --reward` chooses 100 more out of 400; the baseline takes
+random ones with random answers. Two reward models then learn from all 200, by the same stage and settings; their
 accuracy is against the hidden rule, on pairs of other requests. 4 of 6 answers are ranked, by the demo's annotators
 with their noise. `demo-skewed`: three quarters of the proposals are about three of the 20 animals; what is tested is
 about all of them. A minute or two of processor time a seed. Runs that are complete are not repeated.
@@ -36,8 +36,8 @@ from data_tools.annotate.choose_next import Choice, Cost, choices, choose  # noq
 from rlhf.data.schema import Proposal, Ranking  # noqa: E402
 from rlhf.data.store import DatasetWriter, open_dataset  # noqa: E402
 
-START, STEP, POOL, HELD_OUT, K = 100, 100, 600, 200, 4
-MEMBERS, JUDGED = 4, 3
+START, STEP, POOL, HELD_OUT, K = 100, 100, 500, 150, 4
+MEMBERS, JUDGED = 3, 2
 COMMON, RARE_EACH = 3, 9
 """Animals that three quarters of a skewed pool are about, and its proposals about each of the others."""
 Picked = list[tuple[Proposal, Proposal]]
