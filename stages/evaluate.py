@@ -293,14 +293,13 @@ def _evaluate_ranked(
 
 def _show_policies(result: dict[str, Any]) -> None:
     from rlhf.policy_evaluation import tables
-    from rlhf.policy_evaluation.policies import comparisons
 
-    for part in (tables.figure_table(result), *map(tables.annotator_table, comparisons(result))):
+    for part in (tables.figure_table(result), *map(tables.annotator_table, tables.comparisons(result))):
         if part is not None:
             table(*part)
     for line in tables.headlines(result):
         say(line)
-    for one in comparisons(result):
+    for one in tables.comparisons(result):
         if one.get("unreadable"):
             warn(f"{one['unreadable']:,} comparisons without a readable verdict were left out")
 

@@ -27,6 +27,14 @@ OPTIONS = (
 )  # fmt: skip
 PATIENCE = 180.0
 """Seconds to wait for a reply or a condition: far more than a loaded machine needs."""
+CONTRAST = """[...document.querySelectorAll("p, td, th, summary, h1, h2, h3, h4")].filter(e => {
+  const rgb = c => c.match(/[\\d.]+/g).slice(0, 3).map(Number);
+  const light = c => rgb(c).map(v => (v /= 255) <= .03928 ? v / 12.92 : ((v + .055) / 1.055) ** 2.4)
+    .reduce((sum, v, i) => sum + v * [.2126, .7152, .0722][i], 0);
+  const [a, b] = [light(getComputedStyle(e).color), light(getComputedStyle(document.body).backgroundColor)];
+  return (Math.max(a, b) + .05) / (Math.min(a, b) + .05) < 4.5;
+}).length"""
+"""How many texts of a page have less contrast with it than WCAG's AA asks for."""
 KEYS = {
     "Enter": (13, "\r"), "Tab": (9, ""), "Escape": (27, ""), "Backspace": (8, ""), " ": (32, " "),
     "ArrowUp": (38, ""), "ArrowDown": (40, ""),

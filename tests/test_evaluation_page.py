@@ -7,21 +7,17 @@ from typing import Any
 
 import pytest
 import tiny
-from chromium import Chromium, needs_chromium
+from chromium import CONTRAST, Chromium, needs_chromium
+from report_runs import HOSTILE
 
+from rlhf.data.schema import Message, Prompt
 from rlhf.data.store import open_dataset
 from rlhf.evaluation.battery import battery
 from rlhf.evaluation.card import dataset_card
 from rlhf.evaluation.scored import FunctionScorer
-
-CONTRAST = """[...document.querySelectorAll("p, td, th, summary, h1, h2, h3")].filter(e => {
-  const rgb = c => c.match(/[\\d.]+/g).slice(0, 3).map(Number);
-  const light = c => rgb(c).map(v => (v /= 255) <= .03928 ? v / 12.92 : ((v + .055) / 1.055) ** 2.4)
-    .reduce((sum, v, i) => sum + v * [.2126, .7152, .0722][i], 0);
-  const [a, b] = [light(getComputedStyle(e).color), light(getComputedStyle(document.body).backgroundColor)];
-  return (Math.max(a, b) + .05) / (Math.min(a, b) + .05) < 4.5;
-}).length"""
-"""How many texts have less contrast with the page than WCAG's AA asks for."""
+from rlhf.judging.texts import text_metrics
+from rlhf.policy_evaluation.examples import of_answers
+from rlhf.policy_evaluation.measures import Answers, compare_answers
 
 
 @pytest.mark.slow
@@ -60,3 +56,43 @@ def test_the_page_fits_and_is_legible_at_both_widths_light_and_dark(tmp_path: Pa
                 )
                 assert tab.faults() == []
                 tab.close()
+
+
+@pytest.mark.slow
+@needs_chromium
+def test_the_page_of_policies_fits_and_is_legible_at_both_widths_light_and_dark(tmp_path: Path) -> None:
+    from rlhf.policy_evaluation.page import render
+
+    result, mine, theirs = policies("a/long/path/of/a/policy/that/does/not/fit/in/one/line/ppo", HOSTILE)
+    page = tmp_path / "page.html"
+    page.write_text(render(result, of_answers(mine, theirs), mine, theirs), "utf-8")
+    with Chromium() as browser:
+        for width in (390, 1280):
+            for dark in (False, True):
+                tab = browser.page(page.as_uri(), width=width, dark=dark)
+                assert tab.eval("document.documentElement.scrollWidth") <= width
+                assert tab.eval(
+                    "[...document.querySelectorAll('svg')].every(e => e.getBoundingClientRect().height > 40)"
+                )
+                assert tab.eval("document.querySelectorAll('svg').length") == 4
+                assert tab.eval(CONTRAST) == 0
+                assert "score 2.00, KL 3" in tab.text() and HOSTILE[:20] in tab.text("blockquote")
+                assert tab.faults() == []
+                tab.close()
+
+
+def policies(name: str, text: str) -> tuple[dict[str, Any], Answers, Answers]:
+    """What `rlhf evaluate` writes of two policies, without models; every text of theirs contains `text`."""
+    prompts = [Prompt((Message("user", f"{text} {n}"),)) for n in range(12)]
+    words = [[f"{text} {'word ' * n}"] for n in range(12)]
+    mine = Answers(prompts, words, [[2.0 - n % 3] for n in range(12)], [[3.0 + n] for n in range(12)])
+    theirs = Answers(prompts, words[::-1], [[0.5] for _ in range(12)], [[] for _ in range(12)])
+    metrics = {"records": 9, "loss": 1.5, "loss_low": 1.4, "loss_high": 1.6, "perplexity": 4.5, "kl": 3.0,
+               "kl_low": 2.0, "kl_high": 4.0, "eos_rate": 1.0, **text_metrics(words)}  # fmt: skip
+    result = {
+        "model": name, "dataset": "data", "fingerprint": "f" * 64, "split": None, "policy": metrics, "reward": text,
+        "reference": "runs/sft", "seed": 0, "sampling": {"temperature": 1.0, "max_new_tokens": 9},
+        "against": {"model": "runs/sft", **metrics}, "comparison": compare_answers(mine, theirs),
+        "loss_difference": {"value": 0.1, "low": 0.05, "high": 0.15},
+    }  # fmt: skip
+    return result, mine, theirs

@@ -23,6 +23,7 @@ from rlhf.report.charts import thinned
 from rlhf.report.frontier import frontier
 from rlhf.report.gather import Answer, gather, located
 from rlhf.report.headline import gain_of, headline
+from rlhf.report.page import _stages as stages_of
 from rlhf.report.page import render
 from rlhf.report.watch import LivePage
 from stages.cli import app
@@ -194,6 +195,27 @@ def test_best_of_n_is_drawn_on_the_axes_of_score_against_kl(tmp_path):
     assert len([tag for tag, _ in Tags(page).tags if tag == "script"]) == 1
     names = [line["name"] for line in frontier(gather([folder, write_chain(tmp_path / "two")])).points["lines"]]
     assert "mine, best of n" in names and "two, best of n" not in names
+
+
+def test_an_evaluation_in_the_policys_run_is_shown_in_words_and_drawn(tmp_path):
+    folder = write_chain(tmp_path / "mine")
+    one = {"win_rate": 0.75, "interval": [0.6, 0.9], "wins": 3, "ties": 0, "losses": 1, "length_controlled": 0.7,
+           "length_controlled_interval": [0.5, 0.8], "mean_lengths": [9, 7]}  # fmt: skip
+    result = {"model": HOSTILE, "dataset": HOSTILE, "policy": {}, "against": {"model": "runs/sft"}, "comparison": one}
+    (folder / "ppo/test.json").write_text(json.dumps(result))
+    (folder / "ppo/other.json").write_text('{"comparison": 3}')
+    page = render(gather([folder]))
+    assert "<h2>Is the policy better?</h2>" in page and "wins over runs/sft: 75.0%" in page
+    assert "Win rates: against runs/sft 75.0%" in page and "other.json" not in page
+    assert len([tag for tag, _ in Tags(page).tags if tag == "script"]) == 1
+    assert "Is the policy better?" not in render(gather([folder / "sft"]))
+
+
+def test_names_in_a_legend_are_short_and_long_ones_have_rows_of_their_own(tmp_path):
+    chains = [write_chain(tmp_path / f"a-long-name-of-an-experiment-{n}") for n in range(4)]
+    charts = {chart.title: chart for _, found in stages_of(gather(chains)) for chart in found}
+    heights = [float(re.search(r'viewBox="0 0 [\d.]+ ([\d.]+)"', charts[name].svg)[1]) for name in ("Loss", "Score")]
+    assert heights[1] > heights[0], "eight lines need more room than four"
 
 
 def write_pipeline(folder: Path, runs: Path) -> Path:

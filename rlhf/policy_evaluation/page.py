@@ -10,7 +10,6 @@ from rlhf.core.page import drawings, render_page
 from rlhf.policy_evaluation import plots, tables
 from rlhf.policy_evaluation.examples import Example, chosen
 from rlhf.policy_evaluation.measures import Answers
-from rlhf.policy_evaluation.policies import comparisons
 
 TEMPLATE = Path(__file__).with_name("page.html.jinja")
 
@@ -26,7 +25,7 @@ def render(
         mine: The policy's answers, whose scores, KL and lengths are drawn.
         theirs: Its opponent's.
     """
-    wins = list(comparisons(result))
+    wins = list(tables.comparisons(result))
     opponents = [result["against"]["model"]] if "against" in result else [one["against"] for one in wins[:1]]
     names = [result["model"], *opponents]
     drawn = {"wins": plots.win_rate_plot("wins", wins)} if wins else {}

@@ -18,7 +18,7 @@ def win_rate_plot(name: str, rows: Sequence[Mapping[str, Any]]) -> str:
 
     Args:
         name: Letters; unique on the page.
-        rows: See `rlhf.policy_evaluation.policies.comparisons`.
+        rows: See `rlhf.policy_evaluation.tables.comparisons`.
     """
     kinds = (("raw", "win_rate", "interval", BLUE, -0.14),
              ("length-controlled", "length_controlled", "length_controlled_interval", ORANGE, 0.14))  # fmt: skip

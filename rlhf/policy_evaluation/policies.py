@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -122,10 +121,3 @@ def _reference(test: PolicyTest, model: str, policy: Policy) -> Policy | None:
     if test.reference is None:
         return None
     return policy if test.reference == model else test.options.open(test.reference)
-
-
-def comparisons(result: dict[str, Any]) -> Sequence[dict[str, Any]]:
-    """All win rates of a result, each with the name of its opponent as `against`: from rankings several."""
-    if "comparison" in result:
-        return [{"against": result["against"]["model"], **result["comparison"]}]
-    return result.get("comparisons", [])

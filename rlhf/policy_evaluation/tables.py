@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from rlhf.core.console import format_number
 from rlhf.evaluation.tables import TableParts, percent
-from rlhf.policy_evaluation.policies import comparisons
 
 FIGURES = {
     "records": ("answers in the data", "", ""),
@@ -28,6 +27,13 @@ FIGURES = {
     "self_bleu": ("self-BLEU", "", "0 to 100; high: the answers are alike"),
 }
 """Key of a policy's metrics -> its name, `%` for a fraction, and what it means."""
+
+
+def comparisons(result: Mapping[str, Any]) -> Sequence[Mapping[str, Any]]:
+    """All win rates of a result, each with the name of its opponent as `against`: from rankings several."""
+    if "comparison" in result:
+        return [{"against": result["against"]["model"], **result["comparison"]}]
+    return result.get("comparisons", [])
 
 
 def figures(result: Mapping[str, Any]) -> list[tuple[str, list[str], str]]:
@@ -69,7 +75,7 @@ def headlines(result: Mapping[str, Any]) -> list[str]:
 
 def _wins(result: Mapping[str, Any]) -> Iterator[str]:
     who = result["model"]
-    for one in comparisons(dict(result)):
+    for one in comparisons(result):
         low, high = one["interval"]
         yield f"{who} wins over {one['against']}: {one['win_rate']:.1%} (95% Wilson interval {low:.1%} to {high:.1%})"
         counts = f"{one['wins']:,} wins, {one['ties']:,} ties, {one['losses']:,} losses; a tie counts half"

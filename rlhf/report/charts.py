@@ -17,6 +17,8 @@ COLOURS = (BLUE, ORANGE, "#3a9d5d", RED, "#8e63ce", "#8a6d3b", "#d16ba5", "#6b7a
 MOST_POINTS = 300
 """Points of a line on the page; longer series are thinned, keeping the lowest and highest value of each stretch."""
 WIDTH, HEIGHT = 4.4, 2.5
+LONG_NAME = 28
+"""Letters of a line's name above which the legend has one name a row."""
 
 
 @dataclass(frozen=True)
@@ -188,10 +190,11 @@ def draw(
             low, high = axes.get_ylim()
             axes.set_ylim(max(low, -0.02), min(high, 1.02))
         if len(lines) > 1:
-            axes.legend(fontsize=8.5, labelcolor=INK, loc="upper center", bbox_to_anchor=(0.5, 1.2), ncols=2,
+            axes.legend(fontsize=8.5, labelcolor=INK, loc="lower center", bbox_to_anchor=(0.5, 1), ncols=columns,
                         handlelength=1.4, columnspacing=1.2)  # fmt: skip
 
-    rows = max(0, math.ceil(len(lines) / 2) - 1) if len(lines) > 1 else 0
+    columns = 2 if max((len(line.name) for line in lines), default=0) <= LONG_NAME else 1
+    rows = max(0, math.ceil(len(lines) / columns) - 1) if len(lines) > 1 else 0
     height = HEIGHT * (0.6 + 0.4 * width / WIDTH) + 0.2 * rows
     svg = svg_plot(name, f"{title}: {in_words(lines, percent)}", height, paint, width)
     return Chart(title, about, svg, _points(seen[0], lines, across, percent))

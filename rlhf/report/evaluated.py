@@ -1,4 +1,4 @@
-"""Plots from an evaluation of the reward model, where `rlhf evaluate --out` has written one into its run folder."""
+"""Evaluations of the reward model and of the policy, where `rlhf evaluate --out` has written them into run folders."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ import markupsafe
 
 from rlhf.core.limits import read_json_object
 from rlhf.evaluation import plots
+from rlhf.policy_evaluation import tables as policy_tables
+from rlhf.policy_evaluation.plots import win_rate_plot
 from rlhf.report.gather import RunRecord
 
 NOT_EVALUATIONS = {"run.json", "reward_metrics.json"}
@@ -49,6 +51,38 @@ def evaluations(run: RunRecord, name: str) -> list[ShownEvaluation]:
             drawn = list(_plots(card, f"{name}{file.stem.encode().hex()}x{number}"))
             if drawn:
                 found.append(ShownEvaluation(file.name, str(card.get("dataset", "")), drawn))
+    return found[-MOST:]
+
+
+@dataclass(frozen=True)
+class ShownPolicyEvaluation:
+    """An evaluation of a policy."""
+
+    file: str
+    dataset: str
+    lines: list[str]
+    """The result in a few sentences."""
+    plot: markupsafe.Markup | None
+    """Win rates."""
+
+
+def policy_evaluations(run: RunRecord, name: str) -> list[ShownPolicyEvaluation]:
+    """What `rlhf evaluate` measured of a policy, from the JSON files in its folder; files of others are left out.
+
+    Args:
+        name: Letters; unique on the page.
+    """
+    found = []
+    for number, file in enumerate(sorted(run.path.glob("*.json"))):
+        try:
+            result = read_json_object(file)
+            wins = policy_tables.comparisons(result)
+            lines = policy_tables.headlines(result)
+            plot = markupsafe.Markup(win_rate_plot(f"{name}x{number}", wins)) if wins else None
+        except (OSError, KeyError, TypeError, ValueError, IndexError, AttributeError):
+            continue
+        if lines:
+            found.append(ShownPolicyEvaluation(file.name, str(result.get("dataset", "")), lines, plot))
     return found[-MOST:]
 
 

@@ -118,7 +118,7 @@ def gather(paths: Sequence[Path]) -> list[Subject]:
         UserError: There is no run, or a file of one is damaged.
     """
     subjects = []
-    names = [pipeline_name(path) if is_pipeline(path) else name for name, path in zip(_names(paths), paths)]
+    names = [pipeline_name(path) if is_pipeline(path) else name for name, path in zip(short_names(paths), paths)]
     for name, path in zip(names, paths):
         found: dict[Path, RunRecord] = {}
         for folder in folders_of(path):
@@ -127,7 +127,7 @@ def gather(paths: Sequence[Path]) -> list[Subject]:
     return subjects
 
 
-def _names(paths: Sequence[Path]) -> list[str]:
+def short_names(paths: Sequence[Path]) -> list[str]:
     """The last parts of the paths, as many as tell them from each other."""
     parts = [path.resolve().parts for path in paths]
     for size in range(1, max(map(len, parts), default=0) + 1):

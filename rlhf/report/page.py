@@ -17,10 +17,10 @@ from rlhf.doctor.findings import CHECKS
 from rlhf.doctor.run_checks import planned_steps
 from rlhf.report import answers, facts
 from rlhf.report.charts import COLOURS, Chart, stage_charts
-from rlhf.report.evaluated import evaluations
+from rlhf.report.evaluated import evaluations, policy_evaluations
 from rlhf.report.facts import DataFacts
 from rlhf.report.frontier import frontier
-from rlhf.report.gather import STAGE_NAMES, RunRecord, Subject
+from rlhf.report.gather import STAGE_NAMES, RunRecord, Subject, short_names
 from rlhf.report.guarded import guarded
 from rlhf.report.headline import gain, headline, percent
 from rlhf.report.updates import newest_update
@@ -86,6 +86,10 @@ def render(subjects: Sequence[Subject], data: Sequence[DataFacts] = (), refresh:
             [] if (run := subject.of("reward")) is None else evaluations(run, f"evaluated{number}")
             for number, subject in enumerate(subjects)
         ],
+        policies=[
+            [] if (run := subject.of("ppo", "dpo", "sft")) is None else policy_evaluations(run, f"policy{number}")
+            for number, subject in enumerate(subjects)
+        ],
         guards=[guarded(subject, number) for number, subject in enumerate(subjects)],
         script=markupsafe.Markup(SCRIPT.read_text("utf-8")),
         policy=policy(live=refresh is not None),
@@ -136,9 +140,10 @@ def _stages(subjects: Sequence[Subject]) -> list[tuple[str, list[Chart]]]:
     """Stage -> its charts, with all subjects' runs of it."""
     found = []
     for stage, title in STAGE_NAMES.items():
+        found_runs = [(subject, run) for subject in subjects for run in subject.runs if run.stage == stage]
+        short = short_names([run.path for _, run in found_runs])
         runs = [
-            (subject.name if len(subjects) > 1 else str(run.path), run)
-            for subject in subjects for run in subject.runs if run.stage == stage
+            (subject.name if len(subjects) > 1 else name, run) for name, (subject, run) in zip(short, found_runs)
         ]  # fmt: skip
         if runs:
             levels = _levels([run for _, run in runs])
