@@ -24,7 +24,7 @@ FIGURES = {
     "repetition": ("repeated 4-grams of words", "%", "within an answer; rises when a policy loops"),
     "distinct_1": ("distinct words", "%", "of all words"),
     "distinct_2": ("distinct pairs of words", "%", "of all pairs"),
-    "self_bleu": ("self-BLEU", "", "0 to 100; high: the answers are alike"),
+    "self_bleu": ("self-BLEU", "", "0 to 100; high: the answers resemble each other"),
 }
 """Key of a policy's metrics -> its name, `%` for a fraction, and what it means."""
 
