@@ -22,11 +22,14 @@ import argparse
 import importlib
 import json
 import random
+import statistics
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+
+from scipy import stats
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 CONFIGS = REPOSITORY / "configs" / "demo"
@@ -320,14 +323,29 @@ def report(args: argparse.Namespace) -> None:
         if total:
             low, high = wilson(count / total, total)
             print(f"{name}: {count} of {total} ({low:.0%} to {high:.0%})")
-    table = [row for row in rows.values() if row["kind"] == "sizes"]
-    if table:
-        print(f"\n| rankings | seed | accuracy | gold of the best of {BEST_OF} |\n| --- | --- | --- | --- |")
-        for row in sorted(table, key=lambda r: (r["rankings"] is None, r["rankings"], r["seed"])):
-            name = "chosen by gold" if row["rankings"] is None else f"{row['rankings']:,}"
-            print(f"| {name} | {row['seed']} | {row['accuracy']:.3f} | {row['gold']:.2f} |")
+    sizes_table([row for row in rows.values() if row["kind"] == "sizes"])
     if args.out:
         draw(list(rows.values()), found, args.out)
+
+
+def sizes_table(rows: Sequence[dict[str, Any]]) -> None:
+    """Accuracy and gold reward by the number of rankings, with 95% t intervals over seeds."""
+    if not rows:
+        return
+
+    def cell(values: list[float], digits: int) -> str:
+        mean = statistics.fmean(values)
+        if len(values) < 2:
+            return f"{mean:.{digits}f}"
+        half = float(stats.t.ppf(0.975, len(values) - 1) * stats.sem(values))
+        return f"{mean:.{digits}f} ({mean - half:.{digits}f} to {mean + half:.{digits}f})"
+
+    print(f"\n| rankings | seeds | accuracy | gold of the best of {BEST_OF} |\n| --- | --- | --- | --- |")
+    for count in sorted({row["rankings"] for row in rows}, key=lambda count: (count is None, count)):
+        of = [row for row in rows if row["rankings"] == count]
+        name = "chosen by gold" if count is None else f"{count:,}"
+        accuracy, gold = cell([row["accuracy"] for row in of], 3), cell([row["gold"] for row in of], 2)
+        print(f"| {name} | {len(of)} | {accuracy} | {gold} |")
 
 
 BLUE, ORANGE, GREY, RED = "#2f6fb3", "#d9822b", "#777777", "#d64545"
