@@ -9,6 +9,8 @@ import tiny
 from run_folders import finished, opened
 
 from rlhf.core.errors import UserError
+from rlhf.export.export import export
+from rlhf.export.formats import EXPORTERS
 from rlhf.runs.run import check_same_text, fingerprint, is_run, parent_facts, read_run, resolve_model_path
 
 
@@ -79,6 +81,19 @@ def test_the_fingerprint_follows_the_weights(tmp_path):
     before = fingerprint(run.model)
     (run.model / "model.safetensors").write_bytes(b"other")
     assert fingerprint(run.model) != before
+
+
+def test_a_result_with_a_flipped_bit_is_refused_as_a_parent_and_not_exported(tmp_path):
+    run = finished(tmp_path / "run")
+    assert parent_facts(run.path)["fingerprint"] == fingerprint(run.model)
+    weights = run.model / "model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    for use in (parent_facts, lambda path: export(path, tmp_path / "out", EXPORTERS.pick({"name": "hf"}))):
+        with pytest.raises(UserError, match=r"not those that the run wrote(.|\n)*from a copy"):
+            use(run.path)
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_parent_with_another_tokenizer_or_template_is_refused(tmp_path):

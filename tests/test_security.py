@@ -28,7 +28,8 @@ from rlhf.runs.random_state import load_rng
 from stages import judge
 
 PAGE = documentation.DOCS / "security.md"
-NAMED = re.findall(r"`(\w+\.py)::(\w+)`", PAGE.read_text("utf-8"))
+FAULTS = tiny.REPOSITORY / "tests" / "faults" / "README.md"
+NAMED = [pair for page in (PAGE, FAULTS) for pair in re.findall(r"`(\w+\.py)::(\w+)`", page.read_text("utf-8"))]
 SECRETS = {
     "HF_TOKEN": "hf_" + "q" * 34, "OPENAI_API_KEY": "sk-" + "w" * 40, "WANDB_API_KEY": "e" * 40,
     "LABEL_STUDIO_API_KEY": "r" * 40,
@@ -40,9 +41,16 @@ def functions_in(file: Path) -> set[str]:
 
 
 @pytest.mark.parametrize("file", sorted({file for file, _ in NAMED}))
-def test_every_test_that_the_page_names_exists(file: str) -> None:
+def test_every_test_that_the_pages_name_exists(file: str) -> None:
     missing = {test for name, test in NAMED if name == file} - functions_in(Path(__file__).with_name(file))
-    assert not missing, f"docs/security.md names tests that {file} does not have"
+    assert not missing, f"docs/security.md or tests/faults/README.md names tests that {file} does not have"
+
+
+def test_every_fault_of_the_list_has_a_test() -> None:
+    rows = [line for line in FAULTS.read_text("utf-8").splitlines() if line.startswith("| ") and " --- " not in line]
+    faults = [row for row in rows if not row.startswith(("| fault ", "| script ", "| `python "))]
+    assert len(faults) >= 20
+    assert not [row for row in faults if not re.search(r"`\w+\.py::test_\w+`", row)]
 
 
 def test_every_threat_of_the_page_has_a_test_and_says_what_is_not_defended() -> None:

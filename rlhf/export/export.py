@@ -14,7 +14,7 @@ from rlhf.core.table import Pick
 from rlhf.data.chat_tokenizer import EncoderDecoderTokenizer, load_tokenizer
 from rlhf.export.formats import Source
 from rlhf.export.model_card import MARK, CardFacts, model_card
-from rlhf.runs.run import fingerprint, is_run, read_run, refuse_specialist, resolve_model_path
+from rlhf.runs.run import check_result, fingerprint, is_run, read_run, refuse_specialist, resolve_model_path
 
 ROLES = ("policy", "critic", "reward", "reference")
 """Models of a PPO run that can be exported. Any other run has one result."""
@@ -53,6 +53,7 @@ def export(
     if role in ("reward", "reference"):
         run = _parent_run(run, role)
     stage, model = read_run(run)["stage"], Path(resolve_model_path(run))
+    check_result(run)
     refuse_specialist(run)
     check_out(out, run, overwrite)
     from rlhf.models.load import quiet  # imports torch

@@ -322,12 +322,33 @@ def parent_facts(path: str | Path) -> dict[str, Any]:
     """What run.json records about a parent: its path, the fingerprint of its weights, and its stage if it is a run.
 
     Models on the Hub have no fingerprint.
+
+    Raises:
+        UserError: `check_result` refuses the run.
     """
     if not is_run(path):
         local = Path(path).is_dir() and is_main()  # only rank 0 writes run.json, so only it hashes
         return {"path": str(path)} | ({"fingerprint": fingerprint(Path(path))} if local else {})
+    if is_main():
+        check_result(path)
     info = read_run(path)
     return {"path": str(path), "stage": info["stage"], "fingerprint": info.get("model_fingerprint")}
+
+
+def check_result(path: str | Path) -> None:
+    """Compare the model of a run with the fingerprint that run.json recorded when the run ended; reads all weights.
+
+    Raises:
+        UserError: They differ: a damaged file, or one that was changed since.
+    """
+    recorded = read_run(path).get("model_fingerprint")
+    if recorded is not None and fingerprint(Path(path) / "model") != recorded:
+        raise UserError(
+            f"{path}/model: its weights or config files are not those that the run wrote (SHA-256)",
+            "A file is damaged, or was changed since.",
+            "Put the files back from a copy or train the run again. If the change is yours, copy the folder to another "
+            "place and name that: it is then a model, not the result of this run.",
+        )
 
 
 def template_time(config: StageConfig, resume: bool) -> str:
