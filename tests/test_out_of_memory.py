@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import sft_runs
 import tiny
 import torch
 from logged import updates
@@ -10,6 +11,7 @@ from ppo_runs import config
 
 from rlhf.core.errors import UserError
 from rlhf.ppo.metrics import TIMINGS
+from rlhf.training.engine import Engine
 from rlhf.training.out_of_memory import is_out_of_memory
 from stages.ppo import PPO
 
@@ -52,6 +54,7 @@ def test_a_step_that_runs_out_of_memory_amid_its_backward_equals_one_that_began_
         assert numbers(line) == pytest.approx(numbers(other), rel=1e-3, abs=1e-5)
 
 
+@pytest.mark.slow
 def test_a_resumed_run_keeps_the_halved_budget_unless_its_config_names_another(tmp_path, prompts):
     once = {"batch__epochs": 1, "eval__prompts": 0}
     trained(tmp_path / "whole", prompts, 320, limit=90, **once)
@@ -61,6 +64,35 @@ def test_a_resumed_run_keeps_the_halved_budget_unless_its_config_names_another(t
     assert stage.learner.budget.tokens == updates(tmp_path / "run")[0]["optimizer/micro_batch_tokens"] < 90
     stage = PPO(config(tmp_path / "run", prompts, batch__micro_batch_tokens=200, updates=3, **once), True, False)
     assert stage.learner.budget.tokens == 200
+
+
+@pytest.mark.slow
+def test_sft_repeats_a_step_that_runs_out_of_memory_and_a_resumed_run_keeps_the_smaller_micro_batches(
+    tmp_path, demos, monkeypatch, capsys
+):
+    whole = sft_runs.run(sft_runs.settings(demos, tmp_path / "whole"))
+    backward, passes = Engine.backward, []
+
+    def failing(self, loss, last):
+        backward(self, loss, last)
+        passes.append(last)
+        if len(passes) == 6:  # the second of the third step, whose gradients are there by now
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    monkeypatch.setattr(Engine, "backward", failing)
+    run = sft_runs.run(sft_runs.settings(demos, tmp_path / "run"))
+    assert "from here on it has 2 records instead of 4" in capsys.readouterr().out
+    assert sft_runs.losses(run) == pytest.approx(sft_runs.losses(whole), rel=1e-4)
+    longer = sft_runs.settings(demos, tmp_path / "run", batch={"batch_size": 8, "micro_batch_size": 4, "epochs": 3})
+    before = len(passes)
+    sft_runs.run(longer, resume=True)
+    assert len(passes) - before == 5 * 4  # five steps, four micro-batches each
+
+
+def test_one_record_that_does_not_fit_ends_the_run_with_what_to_change(tmp_path, demos, monkeypatch):
+    monkeypatch.setattr(Engine, "backward", lambda self, loss, last: torch.empty(2**60))
+    with pytest.raises(UserError, match=r"one record, at step 1(.|\n)*gradient_checkpointing=true"):
+        sft_runs.run(sft_runs.settings(demos, tmp_path / "run"))
 
 
 def test_one_episode_that_does_not_fit_ends_the_run_with_what_to_change(tmp_path, prompts):

@@ -22,6 +22,7 @@ from rlhf.runs.run import Run
 from rlhf.runs.sigterm import sigterm_noted
 from rlhf.training.engine import Engine, make_engine
 from rlhf.training.epoch_order import StepRows
+from rlhf.training.out_of_memory import passes_that_fit
 from rlhf.training.reporter import Reporter
 from rlhf.training.schedule import lr_scale
 
@@ -147,19 +148,9 @@ class Loop(Generic[Batch]):
 
     def _train_step(self) -> dict[str, float]:
         """One optimizer step; gives its learning rate and its gradient norm before clipping."""
-        batches = [
-            self.objective.training_batch(self.engine, [self.train[row] for row in rows], rows, self.step)
-            for rows in self._micro_batches()
-        ]
-        counts = [self.objective.items(batch) for batch in batches]
-        items = distributed.all_sum(sum(counts, torch.zeros_like(counts[0])))
-        items = items.where(items > 0, 1)
-        for i, (batch, count) in enumerate(zip(batches, counts)):
-            total, sums = self.objective.loss(self.engine, batch)
-            loss = total / items
-            self.engine.backward(loss, last=i == len(batches) - 1)
-            noted = (loss, *sums, count, self.objective.tokens(batch))
-            self._window += torch.stack([value.detach().double() for value in noted])
+        while (noted := self._passes()) is None:
+            self._take_smaller_micro_batches()
+        self._window += noted
         optimizer = self.config.optimizer
         scale = lr_scale(optimizer.schedule, self.step, self.steps, int(optimizer.warmup * self.steps))
         norm = self.engine.step(scale)
@@ -167,6 +158,56 @@ class Loop(Generic[Batch]):
             raise self._not_finite()
         self.step += 1
         return {"optimizer/grad_norm": norm, "optimizer/lr": scale * optimizer.lr}
+
+    def _passes(self) -> Tensor | None:
+        """The forward and backward passes of the step to come: what they add to the window. None, and nothing is
+        changed, if memory ran out."""
+        batches = [
+            self.objective.training_batch(self.engine, [self.train[row] for row in rows], rows, self.step)
+            for rows in self._micro_batches()
+        ]
+        counts = [self.objective.items(batch) for batch in batches]
+        items = distributed.all_sum(sum(counts, torch.zeros_like(counts[0])))
+        items = items.where(items > 0, 1)
+
+        def passes() -> Tensor:
+            noted = torch.zeros_like(self._window)
+            for i, (batch, count) in enumerate(zip(batches, counts)):
+                total, sums = self.objective.loss(self.engine, batch)
+                loss = total / items
+                self.engine.backward(loss, last=i == len(batches) - 1)
+                values = (loss, *sums, count, self.objective.tokens(batch))
+                noted += torch.stack([value.detach().double() for value in values])
+            return noted
+
+        return passes_that_fit(self.engine, passes, f"batch.micro_batch_size={self._smaller}")
+
+    @property
+    def _smaller(self) -> int:
+        """The next smaller number of records that divides a micro-batch."""
+        return max((size for size in range(1, self.micro) if self.micro % size == 0), default=1)
+
+    def _take_smaller_micro_batches(self) -> None:
+        """From here on a step has more micro-batches, of fewer records.
+
+        Raises:
+            UserError: A micro-batch is one record.
+        """
+        if self.micro == 1:
+            raise UserError(
+                f"out of memory in a micro-batch of one record, at step {self.step + 1:,}",
+                "One record cannot be divided further.",
+                "Set gradient_checkpointing=true, train an adapter (tuning=lora), or lower model.max_length. "
+                "`rlhf plan` shows what each saves.",
+            )
+        say(f"Out of memory in a micro-batch: from here on it has {self._smaller} records instead of {self.micro}")
+        self._set_micro(self._smaller)
+
+    def _set_micro(self, micro: int) -> None:
+        """Divide a step's records of this rank into micro-batches of `micro`, or fewer where that does not divide."""
+        share = self.micro * self.accumulation
+        self.micro = math.gcd(share, micro)
+        self.accumulation = share // self.micro
 
     def _micro_batches(self) -> list[list[int]]:
         """The rows of this rank's micro-batches in the step to come."""
@@ -252,6 +293,7 @@ class Loop(Generic[Batch]):
             if is_main():
                 state: dict[str, Any] = {"step": self.step, "best": self.best, "window": window, "logged": self._logged}
                 state["seconds"] = time.perf_counter() - self._since
+                state |= {"micro": self.micro, "micro_batch_size": self.config.batch.micro_batch_size}
                 write_json(folder / "loop.json", state)
 
     def _resume(self) -> None:
@@ -274,6 +316,8 @@ class Loop(Generic[Batch]):
             window = torch.cat([window.sum(0)[None], window.new_zeros(distributed.world_size() - 1, window.shape[1])])
         self._window, self._logged = window[distributed.rank()], state["logged"]
         self._since = time.perf_counter() - state["seconds"]
+        if state.get("micro_batch_size") == self.config.batch.micro_batch_size and state["micro"] < self.micro:
+            self._set_micro(state["micro"])  # memory had run out
         load_rng(folder, self.config.seed, step)
         self.run.rewind(step)
         say(f"Continuing after step {step:,}")
