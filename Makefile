@@ -27,7 +27,7 @@ demo: install
 	@$(BIN)/rlhf demo
 
 test: install
-	@$(BIN)/pytest -q -n 2 --dist loadfile
+	@$(BIN)/pytest -q -n 2 --dist worksteal
 
 test-slow: install
 	@$(BIN)/pytest -q -n 2 --dist worksteal -m "slow or real" --durations 12

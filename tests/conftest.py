@@ -93,9 +93,17 @@ def chat() -> ChatTokenizer:
     return load_tokenizer(ModelConfig(path=tiny.llama()), tiny.llama())
 
 
+@pytest.hookimpl(trylast=True)  # after the tests that are not to run were taken out
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The longest first, those on real data: else a worker is alone with them at the end."""
-    items.sort(key=lambda item: item.get_closest_marker("real") is None)
+    """The longest first in both halves, with which xdist starts its two workers: else one is alone with them at the end.
+
+    They are those on real data and those with a time limit of their own.
+    """
+    marks = ("real", "timeout")
+    long = [item for item in items if any(item.get_closest_marker(mark) for mark in marks)]
+    others = [item for item in items if item not in set(long)]
+    half = (len(items) + 1) // 2 - len(long[::2])
+    items[:] = [*long[::2], *others[:half], *long[1::2], *others[half:]]
 
 
 def pytest_collection_finish() -> None:

@@ -35,7 +35,10 @@ def adapter_of(folder: Path) -> dict[str, torch.Tensor]:
     return load_file(next(place for place in places if place.is_file()))
 
 
-@pytest.mark.parametrize("method", ADAPTERS)
+@pytest.mark.parametrize(
+    "method",
+    [pytest.param(m, marks=[pytest.mark.slow] * (m in ("ia3", "p-tuning", "prefix-tuning"))) for m in ADAPTERS],
+)
 def test_a_run_trains_saves_and_resumes_its_own_parameters_alone(
     method: str, demos: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

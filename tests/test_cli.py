@@ -151,7 +151,10 @@ SETS = sorted(
 PROCESSES = {"8b-lora": "4", "8b-full": "8"}
 
 
-@pytest.mark.parametrize("folder", SETS, ids=lambda folder: folder.name)
+@pytest.mark.parametrize(
+    "folder",
+    [pytest.param(folder, marks=[pytest.mark.slow] * (folder.name in PROCESSES), id=folder.name) for folder in SETS],
+)
 def test_every_config_set_passes_its_dry_run_once_the_datasets_are_there(tmp_path, folder):
     """The datasets are the user's to make, so the test makes small ones; names on the hub are not looked up."""
     work = tmp_path / "work"

@@ -295,7 +295,14 @@ METHODS = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("tuning", METHODS, ids=lambda spec: spec if isinstance(spec, str) else spec["name"])
+FAST = ("full", "lora", "prompt-tuning")
+
+
+@pytest.mark.parametrize(
+    "tuning",
+    [pytest.param(method, marks=[pytest.mark.slow] * (method not in FAST)) for method in METHODS],
+    ids=lambda spec: spec if isinstance(spec, str) else spec["name"],
+)
 def test_every_tuning_method_trains_against_the_untouched_model(
     tuning: Any, chat: ChatTokenizer, rankings: str, tmp_path: Path
 ) -> None:
@@ -315,7 +322,13 @@ def test_every_tuning_method_trains_against_the_untouched_model(
         assert open_policy(tmp_path / "run").model.peft_config
 
 
-@pytest.mark.parametrize("row", RANKING_LOSSES, ids=lambda row: row.name)
+@pytest.mark.parametrize(
+    "row",
+    [
+        pytest.param(row, id=row.name, marks=[pytest.mark.slow] * (row.name not in ("bradley-terry", "davidson")))
+        for row in RANKING_LOSSES
+    ],
+)
 def test_every_ranking_loss_trains(row: Any, tmp_path: Path, few_rankings: str) -> None:
     batch = {"batch_size": 12, "micro_batch_size": 12, "max_steps": 4}
     made = config(tmp_path, few_rankings, loss=row.name, sft_coef=0.1, beta=0.5, batch=batch)

@@ -194,7 +194,7 @@ METHODS = [
 
 
 @pytest.mark.parametrize("tuning", METHODS, ids=lambda m: m if isinstance(m, str) else m["name"])
-@pytest.mark.parametrize("family", ["t5", "bart"])
+@pytest.mark.parametrize("family", ["t5", pytest.param("bart", marks=pytest.mark.slow)])
 def test_sft_learns_with_every_method_and_the_result_is_sampled(tmp_path, demos, family, tuning):
     run = train(tmp_path, family, demos, tuning=tuning)
     losses = [json.loads(line).get("train/loss") for line in (run / "metrics.jsonl").read_text().splitlines()]
@@ -251,7 +251,7 @@ def train_reward(folder: Path, family: str, rankings: str, **values) -> Path:
 
 
 @pytest.mark.parametrize("tuning", ["full", "lora", "ia3"])
-@pytest.mark.parametrize("family", ["t5", "bart"])
+@pytest.mark.parametrize("family", ["t5", pytest.param("bart", marks=pytest.mark.slow)])
 def test_a_reward_model_has_the_scores_of_plain_transformers(tmp_path, rankings, family, tuning):
     run = train_reward(tmp_path, family, rankings, tuning=tuning)
     scorer = open_reward_model(run)

@@ -52,6 +52,7 @@ def test_an_exception_that_a_full_disk_led_to_counts() -> None:
     assert found is not None and "/data/weights: cannot be written" in str(found)
 
 
+@pytest.mark.slow
 def test_an_import_onto_a_full_disk(tmp_path: Path) -> None:
     rows = [{"prompt": f"{i} {tiny.question(i)}", "chosen": tiny.answer(i, 5), "rejected": "No."} for i in range(200)]
     jsonl(tmp_path / "rows.jsonl", rows)
@@ -61,6 +62,7 @@ def test_an_import_onto_a_full_disk(tmp_path: Path) -> None:
     assert not (tmp_path / "out" / "manifest.json").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("limit", [10, 600, 30_000])
 def test_training_on_a_full_disk_goes_on_once_there_is_room(limit: int, tmp_path: Path) -> None:
     values = sft_runs.settings(tiny.write_demonstrations(tmp_path / "demos", 8, 2), tmp_path / "run")
@@ -74,6 +76,7 @@ def test_training_on_a_full_disk_goes_on_once_there_is_room(limit: int, tmp_path
     assert status == 0 and read_run(tmp_path / "run")["status"] == "complete", text
 
 
+@pytest.mark.slow
 def test_an_export_onto_a_full_disk(tmp_path: Path) -> None:
     run = finished.sft(tmp_path / "run")
     status, text = rlhf(30_000, "export", run, "--out", tmp_path / "out")

@@ -61,8 +61,9 @@ def test_the_coefficient_and_the_rate_change_from_the_next_update_on(tmp_path, p
     settings = {"kl__controller": {"name": "fixed", "coef": 0.1}, "updates": 4}
     run(config(tmp_path / "kl", prompts, guard=guard(action={"name": "raise-kl", "factor": 3.0}), **settings))
     assert [row["objective/kl_coef"] for row in updates(tmp_path / "kl")] == pytest.approx([0.1, 0.1, 0.3, 0.9])
-    run(config(tmp_path / "lr", prompts, guard=guard(action={"name": "lower-lr", "factor": 0.5}), **settings))
-    assert [row["optimizer/lr"] for row in updates(tmp_path / "lr")] == pytest.approx([1e-3, 1e-3, 5e-4, 2.5e-4])
+    lower = guard(action={"name": "lower-lr", "factor": 0.5})
+    run(config(tmp_path / "lr", prompts, guard=lower, **settings | {"updates": 3}))
+    assert [row["optimizer/lr"] for row in updates(tmp_path / "lr")] == pytest.approx([1e-3, 1e-3, 5e-4])
     assert [(row["step"], row["rule"], row["action"]) for row in events(tmp_path / "kl")] == [
         (step, "after-two", "raise-kl") for step in (2, 3, 4)
     ]
@@ -142,7 +143,7 @@ def test_the_command_says_where_gold_peaks_and_draws_it(tmp_path, prompts):
     [line] = CliRunner().invoke(app, ["guard", str(tmp_path / "run"), "--json"]).stdout.splitlines()
     found = json.loads(line)
     assert len(found["gold"]) == len(found["sqrt_kl"]) == 6 and found["fit"]["form"] == "rl"
-    run(config(tmp_path / "plain", prompts))
+    run(config(tmp_path / "plain", prompts, updates=1))
     failed = CliRunner().invoke(app, ["guard", str(tmp_path / "plain")])
     assert failed.exit_code != 0 and "has no gold reward" in str(failed.exception)
 

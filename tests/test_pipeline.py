@@ -231,6 +231,7 @@ def kill_when(place: Path, moment: Callable[[], bool], *words: str) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(2400)
 def test_one_command_runs_all_stages_skips_what_is_complete_and_goes_on_after_a_kill_in_each_stage(place):
     command = ("pipeline", "--config", "all.yaml", f"sft.model.path={tiny.llama()}", "sft.checkpoints.every=1")
     done = rlhf(place, *command)
@@ -247,8 +248,8 @@ def test_one_command_runs_all_stages_skips_what_is_complete_and_goes_on_after_a_
     kill_when(place, lambda: not (place / "runs/sft/run.json").exists(), *command, "--overwrite")
     assert not (place / "runs/ppo/run.json").exists()
     shutil.rmtree(place / "out")  # from here on as if nothing had ever run
+    kill_when(place, (place / "runs" / "sft" / "run.json").exists, *command)
     for stage in ("sft", "reward", "ppo"):
-        kill_when(place, (place / "runs" / stage / "run.json").exists, *command)
         kill_when(place, (place / "runs" / stage / "checkpoints").exists, *command)
     done = rlhf(place, *command)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -392,6 +393,7 @@ def count(path: Path) -> int:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(2400)
 def test_two_rounds_from_no_rankings_at_all_wait_for_people_and_end_with_the_export(place):
     without_rankings(place)
     with_rounds(place, min_rankings=4)

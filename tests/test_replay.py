@@ -171,6 +171,7 @@ def test_updates_without_a_critic_are_recorded_too(estimator, tmp_path, prompts)
     assert "advantage" not in samples[0]["tokens"] and "logprob" in samples[0]["tokens"]
 
 
+@pytest.mark.slow
 def test_the_models_are_replayed_with_adapters_and_on_a_shared_base(tmp_path, prompts):
     parents = shared_base_runs.parents()
     values = shared_base_runs.values_of(tmp_path / "shared", prompts, parents["sft"], parents["over-sft"])

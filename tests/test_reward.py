@@ -177,7 +177,13 @@ def test_the_learning_rate_climbs_over_the_warm_up_and_then_follows_the_schedule
     assert rates == pytest.approx([1e-3 * scale for scale in (0, 0.25, 0.5, 0.75, *falls)])
 
 
-@pytest.mark.parametrize("row", RANKING_LOSSES, ids=lambda row: row.name)
+@pytest.mark.parametrize(
+    "row",
+    [
+        pytest.param(row, id=row.name, marks=[pytest.mark.slow] * (row.name not in ("bradley-terry", "davidson")))
+        for row in RANKING_LOSSES
+    ],
+)
 def test_every_ranking_loss_trains(row: Any, tmp_path: Path, few_rankings: str) -> None:
     made = config(tmp_path, few_rankings, loss=row.name, center_rewards_coefficient=0.01, batch=ALL_AT_ONCE)
     reward.run(made)

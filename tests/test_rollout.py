@@ -24,7 +24,7 @@ def policy():
     return load_policy(ModelConfig(path=tiny.llama()), tiny.llama())
 
 
-@pytest.mark.parametrize("batch_size", [64, 3, 1])
+@pytest.mark.parametrize("batch_size", [64, 3, pytest.param(1, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("sampler", [hf, continuous_batching])
 def test_greedy_answers_are_those_of_generate_to_the_token(sampler, family, batch_size):
@@ -185,7 +185,14 @@ def test_seeds_are_spread_and_fixed():
     assert len({stream_seed(1), stream_seed(1, 0), stream_seed(1, 0, 0), stream_seed(2**63 + 1, 0)}) == 4
 
 
-@pytest.mark.parametrize("name", [row.name for row in SAMPLERS if not row.name.startswith("vllm")])  # test_vllm.py
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(row.name, marks=[pytest.mark.slow] * (row.name == "process"))  # it starts a process
+        for row in SAMPLERS
+        if not row.name.startswith("vllm")  # test_vllm.py
+    ],
+)
 def test_every_sampler_gives_one_answer_a_prompt_in_order(name, policy, chat):
     prompts = [chat.prompt(m) for m in _messages(3)]
     answers = SAMPLERS[name].fn(policy, prompts, [1, 2, 3], SamplingParams(7), chat)

@@ -99,7 +99,9 @@ def assert_alike(shared: PPO, separate: PPO) -> None:
         torch.testing.assert_close(found[name.replace(".default", "")], weight, atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize("case", ["reward over SFT", "last layer", "both over the base"])
+@pytest.mark.parametrize(
+    "case", [pytest.param("reward over SFT", marks=pytest.mark.slow), "last layer", "both over the base"]
+)
 def test_one_base_gives_what_four_models_give(case, tmp_path, runs, prompts, monkeypatch):
     model, reward, sft, tuning = {
         "reward over SFT": (runs["sft"], runs["over-sft"], None, LORA),
@@ -293,7 +295,7 @@ def test_options_that_do_not_go_together_are_named(changes, words, tmp_path, run
 # ---- the frozen trunk ----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("checkpointing", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_reusing_the_trunk_changes_nothing(checkpointing, tmp_path, runs, prompts, monkeypatch):
     found = []
     for reuse in (True, False):

@@ -41,6 +41,10 @@ SPECS: dict[str, dict[str, Any]] = {
 WEIGHTS = {"prompt-tuning": 4 * 32, "p-tuning": 4 * 32, "prefix-tuning": 2 * 2 * 4 * 16}
 """What a run saves: tokens x width, or keys and values (width 16) in 2 layers."""
 each_method = pytest.mark.parametrize("method", SPECS)
+one_method = pytest.mark.parametrize(
+    "method", [pytest.param(name, marks=[pytest.mark.slow] * (name != "prefix-tuning")) for name in SPECS]
+)
+"""For tests of whole runs: the other methods are slow tests."""
 IDS = torch.tensor([[1, 40, 50, 60, 70, 80], [1, 90, 30, 2, 0, 0]])
 MASK = torch.tensor([[1, 1, 1, 1, 1, 1], [1, 1, 1, 1, 0, 0]])
 
@@ -80,7 +84,7 @@ def test_states_are_those_of_pefts_own_forward(method: str, runs: dict[str, str]
 # ---- the reward model ----------------------------------------------------------------------------------------------
 
 
-@each_method
+@one_method
 def test_a_reward_model_trains_them_and_its_head_alone(
     method: str, rankings: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -105,7 +109,7 @@ def test_a_reward_model_trains_them_and_its_head_alone(
     assert facts["pairs"]["accuracy"]["value"] == pytest.approx(read_run(made.run)["metrics"]["accuracy"])
 
 
-@each_method
+@one_method
 def test_a_resumed_reward_run_equals_the_uninterrupted_one_bit_for_bit(
     method: str, rankings: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -283,7 +287,7 @@ def test_ppo_goes_on_with_the_tokens_of_its_parents_and_compares_with_them(
     assert stage.update(1)["objective/kl"] != 0
 
 
-@pytest.mark.parametrize("method", ["p-tuning", "prefix-tuning"])
+@pytest.mark.parametrize("method", [pytest.param("p-tuning", marks=pytest.mark.slow), "prefix-tuning"])
 def test_a_resumed_ppo_run_equals_the_uninterrupted_one_bit_for_bit(method: str, prompts: str, tmp_path: Path) -> None:
     ppo.run(small(tmp_path / "whole", prompts, method))
     broken = start(small(tmp_path / "cut", prompts, method))
