@@ -95,9 +95,9 @@ def chat() -> ChatTokenizer:
 
 @pytest.hookimpl(trylast=True)  # after the tests that are not to run were taken out
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The longest first in both halves, with which xdist starts its two workers: else one is alone with them at the end.
+    """Put the longest first in each half, since xdist's two workers begin with a half each.
 
-    They are those on real data and those with a time limit of their own.
+    They are those on real data and those with a time limit of their own. A worker would be alone with one at the end.
     """
     marks = ("real", "timeout")
     long = [item for item in items if any(item.get_closest_marker(mark) for mark in marks)]

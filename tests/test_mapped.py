@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from types import SimpleNamespace
 
 import families
@@ -44,7 +45,7 @@ def folder(tmp_path_factory):
                 elif family == "bert":
                     model = transformers.AutoModel.from_pretrained(tiny.bert())
                 else:
-                    model = transformers.AutoModelForCausalLM.from_config(families.FAMILIES[family])
+                    model = transformers.AutoModelForCausalLM.from_config(copy.deepcopy(families.FAMILIES[family]))
             model.to(torch.bfloat16).save_pretrained(made[family], max_shard_size="20KB")
         return made[family]
 

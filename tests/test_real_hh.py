@@ -13,8 +13,8 @@ import tiny
 pytestmark = [pytest.mark.real, pytest.mark.timeout(3600)]
 
 SHORT = {
-    "sft": ["batch.max_steps=8", "eval.every=8", "checkpoints.every=4", "data.max_eval_records=32"],
-    "reward": ["batch.max_steps=8", "eval.every=8", "checkpoints.every=4", "data.max_eval_records=100"],
+    "sft": ["batch.max_steps=4", "eval.every=4", "checkpoints.every=2", "data.max_eval_records=32"],
+    "reward": ["batch.max_steps=4", "eval.every=4", "checkpoints.every=2", "data.max_eval_records=100"],
     "ppo": ["updates=2", "rollout.prompts_per_update=16", "eval.every=2", "eval.prompts=8"],
 }
 
