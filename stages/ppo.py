@@ -138,7 +138,7 @@ class PPO:
         data = DataConfig(train=self.config.data.ptx)
         table = tokenize(self.run.path, self.chat, limit, data, "demonstration", KINDS[1:], "ptx").train
         rows = [(row["input_ids"], [label != -100 for label in row["labels"]]) for row in table]
-        token_rows = TokenRows(rows, self.chat.pad_id, self.vocab_size, self.packed)
+        token_rows = TokenRows(rows, self.chat.pad_id, self.packed)
         return PtxBatches(token_rows, self.config.loss.ptx_batch_size, (self.config.seed, PTX))
 
     def train(self) -> None:
@@ -260,7 +260,7 @@ class PPO:
     def minibatches(self, rollout: Rollout, index: int) -> Minibatches:
         """The minibatches of all epochs of an update, divided among the ranks."""
         batch, count = self.config.batch, len(rollout.completions)
-        rows = TokenRows.of_rollout(rollout, self.chat.pad_id, self.vocab_size, self.packed)
+        rows = TokenRows.of_rollout(rollout, self.chat.pad_id, self.packed)
         orders = [permutation(count, self.config.seed, EPOCH, index, epoch) for epoch in range(batch.epochs)]
         return Minibatches.of(rows, orders, batch.minibatches, self.learner.budget.tokens)
 
@@ -363,7 +363,7 @@ class PPO:
         if not rows:
             return
         rollout = self.rollout(self._prompts(self.tables.eval, rows, 1, EVAL, 0))
-        token_rows = TokenRows.of_rollout(rollout, self.chat.pad_id, self.vocab_size, self.packed)
+        token_rows = TokenRows.of_rollout(rollout, self.chat.pad_id, self.packed)
         whole = Minibatches.of(token_rows, [rows], 1, self.learner.budget.tokens)
         experience = self.score(rollout, whole.epoch(0))
         tokens = token_records(self.config, self.chat, experience, self.kl_coef, *self.score_scale)

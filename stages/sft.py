@@ -21,8 +21,9 @@ from rlhf.data.chat_tokenizer import ChatTokenizer, load_tokenizer
 from rlhf.data.selection import open_datasets
 from rlhf.data.tables import tokenize
 from rlhf.memory.peak import PeakMemory
+from rlhf.models.hidden_states import is_encoder_decoder, predicting_states
 from rlhf.models.load import load_hf_config, load_policy, quiet, sequence_limit
-from rlhf.models.logprobs import TokenPredictions, head_chunks, is_encoder_decoder, predicting_states, token_predictions
+from rlhf.models.logprobs import TokenPredictions, head_chunks, token_predictions
 from rlhf.models.vocabulary import token_count
 from rlhf.rollout.samplers import hf
 from rlhf.rollout.types import SamplingParams, stream_seed

@@ -21,8 +21,8 @@ from typer.testing import CliRunner
 from rlhf.config.base import ModelConfig
 from rlhf.data.chat_tokenizer import load_tokenizer
 from rlhf.data.schema import Message
+from rlhf.models.hidden_states import hidden_states
 from rlhf.models.load import load_policy, quiet
-from rlhf.models.logprobs import hidden_states
 from rlhf.models.scalar import load_scalar
 from rlhf.ppo.config import PPOConfig
 from rlhf.reward.config import RewardConfig

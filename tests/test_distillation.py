@@ -17,8 +17,9 @@ from trl.experimental.gkd import GKDTrainer
 from rlhf.config.base import ModelConfig
 from rlhf.config.load import check_config
 from rlhf.core.errors import UserError
+from rlhf.models.hidden_states import predicting_states
 from rlhf.models.load import load_policy
-from rlhf.models.logprobs import head_logits, predicting_states
+from rlhf.models.logprobs import head_logits
 from rlhf.runs.run import fingerprint, read_run
 from rlhf.sft.config import SFTConfig
 from rlhf.sft.divergence import divergence, student_predictions

@@ -25,8 +25,9 @@ from rlhf.inference.policy import open_policy
 from rlhf.inference.reward_model import open_reward_model
 from rlhf.inference.sampling import complete
 from rlhf.models.encoder_decoder import halves
+from rlhf.models.hidden_states import hidden_states, predicting_states
 from rlhf.models.load import load_policy, quiet
-from rlhf.models.logprobs import hidden_states, token_logprobs
+from rlhf.models.logprobs import token_logprobs
 from rlhf.models.scalar import load_scalar
 from rlhf.ppo.config import PPOConfig
 from rlhf.reward.config import RewardConfig
@@ -305,7 +306,8 @@ def test_values_are_those_of_the_decoder_before_each_token():
     rows = rows_of(chat)
     batch = batch_of(chat, rows)
     with torch.no_grad():
-        found = critic.response_values(batch.input_ids, batch.attention_mask, batch.labelled)
+        states, _ = predicting_states(critic.model, batch.input_ids, batch.attention_mask, batch.labelled)
+        found = critic.values(states)
         expected = []
         for prompt, response in rows:
             output = transformers.AutoModel.from_pretrained(path).eval()(

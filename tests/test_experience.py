@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from rlhf import distributed
+from rlhf.models.logprobs import head_chunks
 from rlhf.ppo.batching import PASS_TOKENS, TokenRows, divide, endless, permutation
 from rlhf.ppo.masked import unflatten
 from rlhf.ppo.types import Prompts, Rollout, gather_completions, gather_episodes, gather_tokens
@@ -80,8 +81,8 @@ def test_packed_micro_batches_are_filled_by_tokens_without_padding(world):
 
 def test_a_packed_micro_batch_holds_the_tokens_of_the_padded_one():
     rows = [([5, 6, 7], [False, False, True]), ([8, 9], [False, True]), ([4] * 5, [False] + [True] * 4)]
-    (packed,) = TokenRows(rows, 0, 10, packed=True).micro_batches([[[2, 0, 1]]])
-    (padded,) = TokenRows(rows, 0, 10).micro_batches([[[2, 0, 1]]])
+    (packed,) = TokenRows(rows, 0, packed=True).micro_batches([[[2, 0, 1]]])
+    (padded,) = TokenRows(rows, 0).micro_batches([[[2, 0, 1]]])
     assert packed.input_ids.tolist() == [[4, 4, 4, 4, 4, 5, 6, 7, 8, 9]]
     assert packed.position_ids.tolist() == [[0, 1, 2, 3, 4, 0, 1, 2, 0, 1]]
     assert packed.attention_mask is None and padded.position_ids is None
@@ -130,7 +131,7 @@ def test_a_rollout_pads_the_log_probs_of_a_sampler_that_tells_them_for_all_answe
 
 
 def test_a_micro_batch_marks_the_answers_tokens_and_pads_on_the_right():
-    batch = TokenRows.of_rollout(rollout(), pad_id=0, vocab_size=16).micro_batches([[[0, 1]]])[0]
+    batch = TokenRows.of_rollout(rollout(), pad_id=0).micro_batches([[[0, 1]]])[0]
     assert batch.input_ids.tolist() == [[5, 6, 11, 12, 2], [7, 13, 0, 0, 0]]
     assert batch.attention_mask.tolist() == [[1, 1, 1, 1, 1], [1, 1, 0, 0, 0]]
     assert batch.response_mask.tolist() == [[False, False, True, True, True], [False, True, False, False, False]]
@@ -138,20 +139,21 @@ def test_a_micro_batch_marks_the_answers_tokens_and_pads_on_the_right():
 
 
 def test_a_filler_asks_for_no_token():
-    batch = TokenRows.of_rollout(rollout(), pad_id=0, vocab_size=16).micro_batches([[[]]])[0]
+    batch = TokenRows.of_rollout(rollout(), pad_id=0).micro_batches([[[]]])[0]
     assert batch.episodes == []
     assert not batch.response_mask.any()
     assert batch.input_ids.shape == (1, 2)  # the shortest episode
 
 
-def test_the_head_works_in_the_same_number_of_parts_on_every_rank(monkeypatch):
+def test_every_rank_knows_the_most_tokens_that_a_rank_has(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     rows = [([1] * n, [False] + [True] * (n - 1)) for n in (1001, 11)]
     parts = []
     for rank in (0, 1):
         monkeypatch.setenv("RANK", str(rank))
-        parts.append(TokenRows(rows, 0, vocab_size=2**16).micro_batches([[[0]], [[1]]])[0].chunks)
-    assert parts == [4, 4]  # 1000 tokens x 65536 = 62.5 Mi logits, 16 Mi at a time
+        parts.append(TokenRows(rows, 0).micro_batches([[[0]], [[1]]])[0].most_tokens)
+    assert parts == [1000, 1000]
+    assert head_chunks(1000, 2**16) == 4  # 62.5 Mi logits, 16 Mi at a time
 
 
 def test_unflatten_pads_each_row_with_zeros_and_keeps_gradients():

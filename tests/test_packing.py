@@ -12,13 +12,12 @@ from sft_runs import run, settings
 from transformers import AutoModelForSequenceClassification, DeepseekV3Config, FalconConfig, PhimoeConfig
 
 from rlhf.core.errors import UserError
-from rlhf.models import packed_attention
+from rlhf.models import hidden_states
+from rlhf.models.hidden_states import PACKED, attend_each
 from rlhf.models.isolation import packing_fault
-from rlhf.models.packed_attention import PACKED, attend_each
 from rlhf.models.scalar import ScalarModel
-from rlhf.ppo.actor_critic import ActorCritic
 from rlhf.ppo.batching import TokenRows
-from rlhf.ppo.models import SeparateModels, can_pack
+from rlhf.ppo.models import ActorCritic, SeparateModels, can_pack
 
 SMALL_VALUES = DeepseekV3Config(
     **SMALL, num_key_value_heads=4, q_lora_rank=8, kv_lora_rank=8, qk_nope_head_dim=8, qk_rope_head_dim=8, v_head_dim=8,
@@ -56,7 +55,7 @@ class PlainEngine:
 def results(engine, packed, shares):
     """Log-probs, values and gradients of a loss that weighs every token differently."""
     engine.module.zero_grad()
-    batches = [TokenRows(ROWS, 0, VOCAB, packed).micro_batches([[share]])[0] for share in shares]
+    batches = [TokenRows(ROWS, 0, packed).micro_batches([[share]])[0] for share in shares]
     outputs = [engine(batch, 0.7) for batch in batches]
     logprobs = torch.cat([o.logprobs for o in outputs])
     values = torch.zeros(()) if outputs[0].values is None else torch.cat([o.values for o in outputs])
@@ -155,14 +154,14 @@ def test_a_packed_sequence_is_never_a_matrix_of_all_tokens(name, monkeypatch):
     critic.config = copy.deepcopy(critic.config)  # as where roles share a base: a body's attention is the body's own
     critic.config._attn_implementation = "sdpa"
     seen = []
-    parts = packed_attention._parts
+    parts = hidden_states._parts
 
     def watched(sizes, *args):
         seen.append(tuple(sizes.tolist()))
         return parts(sizes, *args)
 
-    monkeypatch.setattr(packed_attention, "_parts", watched)
-    monkeypatch.setattr(packed_attention, "sdpa_attention_forward", None)
+    monkeypatch.setattr(hidden_states, "_parts", watched)
+    monkeypatch.setattr(hidden_states, "sdpa_attention_forward", None)
     results(engine, True, [[0, 1, 2, 3]])
     assert set(seen) == {SIZES}
 

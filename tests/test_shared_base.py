@@ -24,11 +24,10 @@ from rlhf.config.load import check_config
 from rlhf.core.errors import UserError
 from rlhf.export.export import ROLES, export
 from rlhf.export.formats import EXPORTERS
-from rlhf.models.logprobs import hidden_states
+from rlhf.models.hidden_states import hidden_states
 from rlhf.models.scalar import ScalarModel
-from rlhf.ppo.actor_critic import ActorCritic
 from rlhf.ppo.config import PPOConfig
-from rlhf.ppo.models import SeparateModels
+from rlhf.ppo.models import ActorCritic, SeparateModels
 from rlhf.ppo.shared_roles import recognise
 from rlhf.runs.run import resolve_model_path
 from rlhf.training.engine import make_engine

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from rlhf.models.logprobs import hidden_states
+from rlhf.models.hidden_states import hidden_states
 from rlhf.ppo.batching import TokenRows
 from rlhf.ppo.frozen_layers import FrozenLayers, gather_states
 from rlhf.tuning.methods import TUNING
@@ -98,7 +98,7 @@ def test_a_model_that_cannot_go_on_from_the_middle_has_no_trunk():
 @pytest.mark.parametrize("packed", [False, True])
 def test_states_come_back_row_by_row_into_other_batches(packed):
     rows = [([5, 6, 7, 8], [False, False, True, True]), ([9, 10], [False, True]), ([3, 4, 5], [False, True, True])]
-    token_rows = TokenRows(rows, pad_id=0, vocab_size=64, packed=packed)
+    token_rows = TokenRows(rows, pad_id=0, packed=packed)
     (batch,) = token_rows.micro_batches([[[0, 1, 2]]])
     states = torch.arange(batch.input_ids.numel() * 2.0).view(*batch.input_ids.shape, 2)
     kept = gather_states(batch._replace(frozen_states=states))

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from rlhf.dpo.batches import PreferenceBatch
-from rlhf.models.logprobs import causal_lm, has_virtual_tokens, head_logprobs, hidden_states, token_logprobs
+from rlhf.models.hidden_states import causal_lm, has_virtual_tokens, hidden_states
+from rlhf.models.logprobs import head_logprobs, token_logprobs
 from rlhf.models.shared_prompt import NO_SHARING, SharedPrompts, attention_mask_of, detect_sharing, position_ids_of
-from rlhf.ppo.actor_critic import adapters_off
+from rlhf.tuning.merging import adapters_off
 
 
 class PreferencePolicy(nn.Module):

@@ -18,10 +18,9 @@ from rlhf.data.schema import Message
 from rlhf.models.classifiers import HEAD_FILE
 from rlhf.models.load import load_policy
 from rlhf.models.scalar import ScalarModel, load_scalar, reward_scale
-from rlhf.ppo.actor_critic import ActorCritic
 from rlhf.ppo.batching import TokenRows
 from rlhf.ppo.config import PPOOptimizerConfig
-from rlhf.ppo.models import SeparateModels, can_pack
+from rlhf.ppo.models import ActorCritic, SeparateModels, can_pack
 from rlhf.runs.run import resolve_model_path
 from rlhf.training.engine import Engine
 
@@ -166,9 +165,7 @@ def _rows(vocab_size: int) -> list[tuple[list[int], list[bool]]]:
 
 def _outputs(engine: Engine, rows: Any, packed: bool, shares: Sequence[list[int]]) -> list[Tensor]:
     """Log-probs of all rows, and values where there is a critic."""
-    module: Any = engine.module
-    vocab_size = module.policy.config.get_text_config().vocab_size
-    found = [engine(TokenRows(rows, 0, vocab_size, packed).micro_batches([[share]])[0], 1.0) for share in shares]
+    found = [engine(TokenRows(rows, 0, packed).micro_batches([[share]])[0], 1.0) for share in shares]
     columns = [[one.logprobs for one in found], [one.values for one in found]]
     return [torch.cat(column).cpu() for column in columns if column[0] is not None]
 

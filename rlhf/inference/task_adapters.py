@@ -26,8 +26,8 @@ from rlhf.data.schema import Prompt
 from rlhf.inference.policy import Policy
 from rlhf.inference.routed import Bottleneck, LowRank, Rows, Scale, attach
 from rlhf.models.bottleneck import ACTIVATIONS
+from rlhf.models.hidden_states import plain_attention
 from rlhf.models.load import refuse_encoder_decoder
-from rlhf.models.packed_attention import plain_attention
 from rlhf.rollout.decoding import decode
 from rlhf.rollout.kv_cache import joinable, left_padded
 from rlhf.rollout.types import Completion, SamplingParams

@@ -23,11 +23,11 @@ from rlhf.core.table import Pick
 from rlhf.memory.tracer import CACHE, GRADIENTS, MemorySnapshot, MemoryTracer, fake_tensors, use_fake_weights
 from rlhf.memory.workload import BatchShape, Role, architecture, roles
 from rlhf.models.classifiers import new_classifier
+from rlhf.models.hidden_states import causal_lm
 from rlhf.models.load import recompute_activations
-from rlhf.models.logprobs import causal_lm, head_chunks
 from rlhf.models.scalar import ScalarModel
-from rlhf.ppo.actor_critic import ActorCritic
 from rlhf.ppo.config import PPOConfig
+from rlhf.ppo.models import ActorCritic
 from rlhf.ppo.types import MicroBatch
 from rlhf.rollout import kv_cache
 from rlhf.rollout.decoding import choose
@@ -193,8 +193,7 @@ class TracedModel:
         ids = torch.zeros(rows, width, dtype=torch.int64)
         flags = torch.zeros(rows, width, dtype=torch.bool)
         lengths = torch.zeros(rows, dtype=torch.int64)
-        chunks = head_chunks(self.batch.selected, self.vocab_size)
-        return MicroBatch([], ids, torch.ones_like(ids), None, flags, lengths, chunks)
+        return MicroBatch([], ids, torch.ones_like(ids), None, flags, lengths, self.batch.selected)
 
     @cached_property
     def update(self) -> Snapshots:

@@ -1,4 +1,4 @@
-"""Hidden states and log-probs of chosen tokens, without full-vocabulary logits for a whole batch."""
+"""Log-probs of chosen tokens from hidden states, without full-vocabulary logits for a whole batch."""
 
 from __future__ import annotations
 
@@ -13,98 +13,13 @@ from transformers import PreTrainedModel
 
 from rlhf.core.errors import UserError
 from rlhf.models.encoder_decoder import decoder_states, divided
-from rlhf.models.packed_attention import PACKED, sequence_lengths
+from rlhf.models.hidden_states import causal_lm, hidden_states, is_encoder_decoder, predicting_states
 from rlhf.models.vocabulary import mask_logits
 
 HEAD_CHUNK_ELEMENTS = 2**24
 """Most logits that are held at a time: 64 MiB in float32."""
 HEAD_CHUNK_ELEMENTS_GPU = 2**27
 """The same on a GPU, 512 MiB: each part reads the head's weights and adds to their gradient, whatever its size."""
-
-
-# ---- log-probs ---------------------------------------------------------------------------------------------------
-
-
-def causal_lm(model: nn.Module) -> PreTrainedModel:
-    """The transformers model inside a PEFT wrapper, or the model itself."""
-    return model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator, return-value]
-
-
-def is_encoder_decoder(model: Any) -> bool:
-    """Whether a transformers model, or the one in a PEFT wrapper, has an encoder for prompts."""
-    return bool(getattr(model.config, "is_encoder_decoder", False))
-
-
-def body_of(lm: PreTrainedModel) -> Any:
-    """The part of a causal LM that gives hidden states.
-
-    Raises:
-        UserError: It has none under transformers' names.
-    """
-    for name in (lm.base_model_prefix, "model"):  # Llama 4's text model has a prefix that is another class's
-        body = getattr(lm, name, None)
-        if isinstance(body, nn.Module):
-            return body
-    raise UserError(
-        f"model.path: {type(lm).__name__} has no body that gives hidden states",
-        "Log-probs and values are computed from hidden states.",
-        "Use a decoder of another family, such as Llama, Qwen or Gemma.",
-    )
-
-
-def hidden_states(
-    model: nn.Module, input_ids: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None = None
-) -> Tensor:
-    """Last hidden states [B, T, H] of a causal LM (adapters and virtual tokens included), without its logits.
-
-    Rows are padded on the right. Where `position_ids` [B, T] are given, `attention_mask` says which token sees which
-    (see `rlhf.models.shared_prompt`), or is None where packed sequences are separated by positions that start from 0.
-    """
-    lm = causal_lm(model)
-    if is_encoder_decoder(lm):
-        raise UserError(
-            f"{type(lm).__name__} is an encoder-decoder, which this step does not support",
-            "It reads prompt and response with different halves, and here they are one text.",
-            "Use a decoder (Llama, Qwen, ...).",
-        )
-    body = body_of(lm)
-    if has_virtual_tokens(model):
-        return _behind_virtual_tokens(model, body, input_ids, attention_mask)
-    positions = {} if position_ids is None else {"position_ids": position_ids}
-    if position_ids is None and _is_causal(body):
-        attention_mask = None  # causal attention never reaches padding on the right, and is faster without a mask
-    elif position_ids is not None and attention_mask is None and body.config._attn_implementation == PACKED:
-        attention_mask = sequence_lengths(position_ids)[None, None, None]
-    output = body(input_ids=input_ids, attention_mask=attention_mask, use_cache=False, **positions)
-    return output.last_hidden_state
-
-
-def has_virtual_tokens(model: Any) -> bool:
-    """Whether the model is PEFT's wrapper of a prompt-learning method, whose virtual tokens precede every text."""
-    return hasattr(model, "active_peft_config") and bool(model.active_peft_config.is_prompt_learning)
-
-
-def _behind_virtual_tokens(
-    model: nn.Module, body: nn.Module, input_ids: Tensor, attention_mask: Tensor | None
-) -> Tensor:
-    """Hidden states [B, T, H] of the text alone: PEFT's own forward without a head, so without logits."""
-    wrapper: Any = model
-    rows, length = input_ids.shape
-    learned = wrapper.get_prompt(batch_size=rows)
-    mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-    mask = torch.cat([mask.new_ones(rows, wrapper.active_peft_config.num_virtual_tokens), mask], 1)
-    inputs: dict[str, Any]
-    if isinstance(learned, Tensor):  # embeddings
-        words = wrapper.word_embeddings(input_ids)
-        inputs = {"inputs_embeds": torch.cat([learned.to(words.dtype), words], 1)}
-    else:  # prefix tuning: a cache of keys and values
-        inputs = {"input_ids": input_ids, "past_key_values": learned}
-    return body(**inputs, attention_mask=mask, use_cache=False).last_hidden_state[:, -length:]
-
-
-def _is_causal(body: nn.Module) -> bool:
-    """The attention's `is_causal` flag; False if it has none."""
-    return next((bool(module.is_causal) for module in body.modules() if hasattr(module, "is_causal")), False)
 
 
 def head_chunks(tokens: int, vocab_size: int) -> int:
@@ -158,20 +73,6 @@ def token_predictions(
     """As `token_logprobs` at temperature 1, and whether each token is the likeliest one."""
     states, targets = predicting_states(model, input_ids, attention_mask, response_mask, position_ids)
     return TokenPredictions(*_head(causal_lm(model), states, targets, 1.0, chunks, top1=True))
-
-
-def predicting_states(
-    model: nn.Module, input_ids: Tensor, attention_mask: Tensor | None, response_mask: Tensor,
-    position_ids: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Hidden states [n, H] that predict the response tokens, and these tokens [n]."""
-    lm = causal_lm(model)
-    if is_encoder_decoder(lm):
-        parts = divided(lm, input_ids, attention_mask, response_mask)
-        return decoder_states(model, parts)[parts.wanted], parts.targets[parts.wanted]
-    hidden = hidden_states(model, input_ids, attention_mask, position_ids)
-    predicts = response_mask[:, 1:]
-    return hidden[:, :-1][predicts], input_ids[:, 1:][predicts]
 
 
 def head_logprobs(

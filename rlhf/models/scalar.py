@@ -16,8 +16,8 @@ from rlhf.core.errors import UserError
 from rlhf.models.adapters import adapter_has_head, is_adapter, virtual_tokens_of, with_adapter
 from rlhf.models.classifiers import classifier_class
 from rlhf.models.encoder_decoder import decoder_states, whole_text
+from rlhf.models.hidden_states import causal_lm, has_virtual_tokens, hidden_states, is_encoder_decoder
 from rlhf.models.load import HEADS, _load, load_hf_config, refuse_encoder_decoder
-from rlhf.models.logprobs import causal_lm, has_virtual_tokens, hidden_states, is_encoder_decoder, predicting_states
 from rlhf.models.shared_prompt import (
     NO_SHARING,
     SharedPrompts,
@@ -56,17 +56,11 @@ class ScalarModel(nn.Module):
         self, input_ids: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None = None
     ) -> Tensor:
         """Values float32 [B, T] of the tokens int64 [B, T]. Needs a decoder. For the arguments see `hidden_states`."""
-        head = causal_lm(self.model).score
-        hidden = hidden_states(self.model, input_ids, attention_mask, position_ids)
-        return self._scale(head(hidden).squeeze(-1).float())  # type: ignore[operator]
+        return self.values(hidden_states(self.model, input_ids, attention_mask, position_ids))
 
-    def response_values(
-        self, input_ids: Tensor, attention_mask: Tensor | None, response_mask: Tensor,
-        position_ids: Tensor | None = None,
-    ) -> Tensor:  # fmt: skip
-        """Values float32 [n] of the states in which the n tokens of `response_mask` [B, T] were chosen, row by row."""
-        states, _ = predicting_states(self.model, input_ids, attention_mask, response_mask, position_ids)
-        return self._scale(causal_lm(self.model).score(states).squeeze(-1).float())  # type: ignore[operator]
+    def values(self, states: Tensor) -> Tensor:
+        """Values float32 [...] of a decoder's hidden states [..., H]."""
+        return self._scale(self.model.score(states).squeeze(-1).float())
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor, branches: Tensor | None = None) -> Tensor:
         """Scores float32 [B] of the texts int64 [B, T], padded on the right.
@@ -89,7 +83,7 @@ class ScalarModel(nn.Module):
             weights = next(self.parameters())
             sees = attention_mask_of(branches, self.config._attn_implementation, weights.dtype)
             last = hidden_states(self.model, input_ids, sees, position_ids_of(branches))[completion_ends(branches)]
-        return self._scale(causal_lm(self.model).score(last).squeeze(-1).float())  # type: ignore[operator]
+        return self.values(last)
 
     @functools.cached_property
     def shared_prompts(self) -> SharedPrompts:

@@ -19,9 +19,9 @@ import torch
 from torch import Tensor, nn
 
 from rlhf.data.chat_tokenizer import ChatTokenizer
+from rlhf.models.hidden_states import PACKED
 from rlhf.models.isolation import agree, unmoved, windows
 from rlhf.models.mapped import computing, dtype_of
-from rlhf.models.packed_attention import PACKED
 
 PromptWithCompletions = tuple[Sequence[int], Sequence[Sequence[int]]]
 """Token ids of a prompt (may be empty) and of its completions."""

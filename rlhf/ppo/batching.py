@@ -14,7 +14,6 @@ from torch.nn.utils.rnn import pad_sequence
 from rlhf import distributed
 from rlhf.core.console import say
 from rlhf.core.errors import UserError
-from rlhf.models.logprobs import head_chunks
 from rlhf.ppo.types import MicroBatch, Rollout
 from rlhf.rollout.types import stream_seed
 
@@ -36,19 +35,17 @@ class TokenRows:
     """(token ids, flags) per row; a flag marks a token whose log-prob is asked for."""
     pad_id: int
     """Fills rows up to the longest."""
-    vocab_size: int
-    """Decides the number of chunks that the head works in."""
     packed: bool = False
     """Put the sequences of a micro-batch into one row instead of padding them."""
     frozen_states: Mapping[int, Tensor] | None = None
     """Row -> cached hidden states, as in `Experience`."""
 
     @classmethod
-    def of_rollout(cls, rollout: Rollout, pad_id: int, vocab_size: int, packed: bool = False) -> TokenRows:
+    def of_rollout(cls, rollout: Rollout, pad_id: int, packed: bool = False) -> TokenRows:
         """A rollout's episodes: prompt and completion, with flags at the completion's tokens."""
         pairs = zip(rollout.prompts.ids, rollout.completions)
         rows = [(prompt + c.ids, [False] * len(prompt) + [True] * len(c.ids)) for prompt, c in pairs]
-        return cls(rows, pad_id, vocab_size, packed)
+        return cls(rows, pad_id, packed)
 
     @cached_property
     def flagged(self) -> list[int]:
@@ -68,12 +65,8 @@ class TokenRows:
     def micro_batches(self, per_rank: RankBatches) -> list[MicroBatch]:
         """This rank's micro-batches of one minibatch."""
         mine = per_rank[self.rank]
-        # Under ZeRO-3 every chunk of the head is a collective operation: all ranks take the count of the fullest.
-        fullest = [
-            max(sum(self.flagged[row] for row in rank[number]) for rank in per_rank) for number in range(len(mine))
-        ]
-        chunks = [head_chunks(most, self.vocab_size) for most in fullest]
-        return [self._build(rows, count) for rows, count in zip(mine, chunks)]
+        most = [max(sum(self.flagged[row] for row in rows) for rows in ranks) for ranks in zip(*per_rank)]
+        return [self._build(rows, tokens) for rows, tokens in zip(mine, most)]
 
     def padded(self, rows: Sequence[int]) -> tuple[Tensor, Tensor]:
         """One sequence per row, and a mask with 1 at tokens: int64 [B, L] both. A filler where `rows` is empty."""
@@ -83,7 +76,7 @@ class TokenRows:
         mask = [[1] * len(row) + [0] * (width - len(row)) for row in ids]
         return torch.tensor(padded, device=device), torch.tensor(mask, device=device)
 
-    def _build(self, rows: list[int], chunks: int) -> MicroBatch:
+    def _build(self, rows: list[int], most_tokens: int) -> MicroBatch:
         device, used = self.device, self._or_filler(rows)
         flags = [self.rows[row][1] if rows else [False] * len(self.rows[row][1]) for row in used]
         lengths = torch.tensor([sum(row) for row in flags], device=device)
@@ -93,12 +86,12 @@ class TokenRows:
             positions = torch.tensor([[place for row in flags for place in range(len(row))]], device=device)
             wanted = torch.tensor([[flag for row in flags for flag in row]], device=device)
             joined = None if states is None else torch.cat(states)[None].to(device)
-            return MicroBatch(rows, ids, None, positions, wanted, lengths, chunks, joined)
+            return MicroBatch(rows, ids, None, positions, wanted, lengths, most_tokens, joined)
         ids, mask = self.padded(rows)
         width = ids.shape[1]
         wanted = torch.tensor([row + [False] * (width - len(row)) for row in flags], device=device)
         joined = None if states is None else pad_sequence(states, batch_first=True).to(device)
-        return MicroBatch(rows, ids, mask, None, wanted, lengths, chunks, joined)
+        return MicroBatch(rows, ids, mask, None, wanted, lengths, most_tokens, joined)
 
     def _or_filler(self, rows: Sequence[int]) -> Sequence[int]:
         """The rows, or the shortest of all for a rank that has none: all ranks make the same number of passes."""

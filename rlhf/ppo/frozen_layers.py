@@ -17,8 +17,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from rlhf import distributed
-from rlhf.models.logprobs import causal_lm, hidden_states
-from rlhf.models.packed_attention import sequence_lengths
+from rlhf.models.hidden_states import causal_lm, hidden_states, sequence_lengths
 from rlhf.ppo.types import MicroBatch
 from rlhf.tuning.layers import layers_of
 

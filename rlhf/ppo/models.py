@@ -9,27 +9,107 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from rlhf import distributed
 from rlhf.core.console import say
 from rlhf.core.errors import UserError
 from rlhf.data.chat_tokenizer import ChatTokenizer
 from rlhf.models.adapters import is_adapter, virtual_tokens_of
+from rlhf.models.hidden_states import (
+    KERNEL,
+    PACKED,
+    VARLEN,
+    causal_lm,
+    has_virtual_tokens,
+    is_encoder_decoder,
+    predicting_states,
+    switch,
+)  # fmt: skip
 from rlhf.models.isolation import Text, packing_fault, windows
 from rlhf.models.load import count_parameters, load_hf_config, load_policy, recompute_activations
-from rlhf.models.logprobs import has_virtual_tokens, is_encoder_decoder
-from rlhf.models.packed_attention import KERNEL, PACKED, VARLEN, switch
+from rlhf.models.logprobs import head_chunks, head_logprobs
 from rlhf.models.scalar import ScalarModel, load_scalar
 from rlhf.models.vocabulary import check_vocabulary, mask_unknown_ids, token_count
-from rlhf.ppo.actor_critic import ActorCritic, TokenOutputs, compile_layers
 from rlhf.ppo.batching import TokenRows
 from rlhf.ppo.config import PPOConfig
-from rlhf.ppo.types import MicroBatch, TokenScores
+from rlhf.ppo.types import MicroBatch, TokenOutputs, TokenScores
 from rlhf.reward.sources import RewardInputs, model_terms
 from rlhf.runs.run import resolve_model_path
 from rlhf.training.engine import Engine, make_engine
+from rlhf.tuning.merging import adapters_off
 from rlhf.tuning.methods import virtual_tokens
 from rlhf.tuning.save import save_result
+
+# ---- policy and critic as one module ---------------------------------------------------------------------------------
+
+
+class ActorCritic(nn.Module):
+    """The policy, and the critic where the advantage estimator needs one.
+
+    One backward pass through one engine serves both: alternating backward passes through parts of one ZeRO-3 engine
+    would train on stale gradients. With `critic=None` it also serves as the frozen reference.
+    """
+
+    def __init__(self, policy: nn.Module, critic: ScalarModel | None) -> None:
+        super().__init__()
+        self.policy = policy
+        self.critic = critic
+
+    def forward(
+        self, batch: MicroBatch, temperature: float, ptx: MicroBatch | None = None, role: str = "policy"
+    ) -> Any:
+        """The outputs of a role for a micro-batch.
+
+        Args:
+            batch: Sequences and their response tokens.
+            temperature: Logits are divided by it.
+            ptx: Demonstrations, for the policy.
+            role: `policy` (with the critic's values), `reference` (without), `base` (the policy without its adapter or
+                virtual tokens, and without values) or `critic` (nothing but values).
+
+        Returns:
+            `TokenOutputs`; for `critic` the values, float32 [n].
+        """
+        if role == "critic":
+            assert self.critic is not None
+            return critic_values(self.critic, batch)
+        if role == "base":
+            with adapters_off(self.policy) as base:
+                return TokenOutputs(*policy_logprobs(base, batch, temperature), None, None)
+        logprobs, entropies = policy_logprobs(self.policy, batch, temperature)
+        values = critic_values(self.critic, batch) if role == "policy" and self.critic is not None else None
+        ptx_logprobs = None if ptx is None else policy_logprobs(self.policy, ptx, temperature=1.0)[0]
+        return TokenOutputs(logprobs, entropies, values, ptx_logprobs)
+
+
+def policy_logprobs(policy: nn.Module, batch: MicroBatch, temperature: float) -> tuple[Tensor, Tensor]:
+    """Log-probs and entropies (nats) of the response tokens of a micro-batch, float32 [n] each."""
+    ids, mask, wanted, positions = batch.input_ids, batch.attention_mask, batch.response_mask, batch.position_ids
+    states, targets = predicting_states(policy, ids, mask, wanted, positions)
+    lm = causal_lm(policy)
+    # every chunk of the head is a collective operation under ZeRO-3, so all ranks need the same number
+    chunks = head_chunks(batch.most_tokens, lm.config.get_text_config().vocab_size)
+    return head_logprobs(lm, states, targets, temperature, chunks)
+
+
+def critic_values(critic: ScalarModel, batch: MicroBatch) -> Tensor:
+    """Values of the states in which the response tokens of a micro-batch were chosen, float32 [n]."""
+    ids, mask, wanted, positions = batch.input_ids, batch.attention_mask, batch.response_mask, batch.position_ids
+    return critic.values(predicting_states(critic.model, ids, mask, wanted, positions)[0])
+
+
+def compile_layers(module: nn.Module) -> None:
+    """Compile each decoder layer in place, for any batch and length; names of weights stay as they are.
+
+    Rollouts must run in `torch.compiler.set_stance("force_eager")`: a growing cache would be compiled again and again.
+    """
+    for layer in module.modules():
+        if isinstance(layer, GradientCheckpointingLayer):  # the base class of transformers' decoder layers
+            layer.compile(dynamic=True)
+
+
+# ---- one interface for all roles -------------------------------------------------------------------------------------
 
 
 class Models(ABC):
@@ -204,7 +284,7 @@ def _packing_fault(models: Models, vocab_size: int, longest: int) -> str | None:
     for call, dtype in calls:
 
         def outputs(texts: Sequence[Text], packed: bool, call: Any = call) -> list[Tensor]:
-            rows, everything = TokenRows(texts, 0, vocab_size, packed), list(range(len(texts)))
+            rows, everything = TokenRows(texts, 0, packed), list(range(len(texts)))
             found: TokenOutputs = call(*rows.micro_batches([[everything]] * distributed.world_size()), 1.0)
             return [found.logprobs, *([] if found.values is None else [found.values])]
 

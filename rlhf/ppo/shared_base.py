@@ -33,6 +33,7 @@ from rlhf.core.console import is_main, say
 from rlhf.core.errors import UserError
 from rlhf.data.chat_tokenizer import ChatTokenizer
 from rlhf.models.classifiers import new_classifier
+from rlhf.models.hidden_states import hidden_states
 from rlhf.models.load import (
     compute_dtype,
     count_parameters,
@@ -41,15 +42,13 @@ from rlhf.models.load import (
     recompute_activations,
     refuse_encoder_decoder,
 )
-from rlhf.models.logprobs import hidden_states
 from rlhf.models.scalar import ScalarModel
 from rlhf.models.vocabulary import mask_unknown_ids, token_count
-from rlhf.ppo.actor_critic import TokenOutputs, critic_values, policy_logprobs
 from rlhf.ppo.config import PPOConfig
 from rlhf.ppo.frozen_layers import FrozenLayers
-from rlhf.ppo.models import Models
+from rlhf.ppo.models import Models, critic_values, policy_logprobs
 from rlhf.ppo.shared_roles import Adapter, SharedRoles, recognise
-from rlhf.ppo.types import MicroBatch
+from rlhf.ppo.types import MicroBatch, TokenOutputs
 from rlhf.reward.sources import RewardInputs
 from rlhf.runs.run import resolve_model_path
 from rlhf.training.engine import Engine, make_engine
@@ -66,7 +65,7 @@ HEAD_KEY = "base_model.model.score.weight"
 
 
 class SharedBase(nn.Module):
-    """The base with all adapters and heads; replaces `rlhf.ppo.actor_critic.ActorCritic` and frozen models.
+    """The base with all adapters and heads; replaces `rlhf.ppo.models.ActorCritic` and frozen models.
 
     Args:
         policy: PEFT's wrapper around the base, with the adapters of all roles.

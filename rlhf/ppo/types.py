@@ -91,10 +91,21 @@ class MicroBatch(NamedTuple):
     """bool [B, L], True at the tokens whose log-probs are asked for."""
     lengths: Tensor
     """int64 [N], the number of these tokens per sequence; [0] for a filler."""
-    chunks: int
-    """Number of chunks in which the LM head computes logits, the same on every rank."""
+    most_tokens: int
+    """Response tokens of the rank that has the most: under ZeRO-3 the LM head works in as many chunks on every rank."""
     frozen_states: Tensor | None = None
     """[B, L, H] hidden states that enter the first layer with adapters, where they are cached."""
+
+
+class TokenOutputs(NamedTuple):
+    """Outputs for the tokens that a micro-batch asks for, row after row. float32 [n]."""
+
+    logprobs: Tensor
+    entropies: Tensor
+    values: Tensor | None
+    """None without a critic."""
+    ptx_logprobs: Tensor | None
+    """[m] log-probs of the demonstrations' tokens at temperature 1, where demonstrations were given."""
 
 
 class TokenScores(NamedTuple):

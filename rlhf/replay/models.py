@@ -10,7 +10,6 @@ from torch.nn.utils.rnn import pad_sequence
 
 from rlhf.core.errors import UserError
 from rlhf.data.chat_tokenizer import ChatTokenizer, load_tokenizer
-from rlhf.models.load import load_hf_config
 from rlhf.ppo.batching import Minibatches, TokenRows
 from rlhf.ppo.config import PPOConfig
 from rlhf.ppo.frozen_layers import states_per_sequence
@@ -65,14 +64,13 @@ def by_models(config: PPOConfig, run: Path, record: UpdateRecord) -> dict[str, T
     source = config.reward(RewardContext(config.model, chat, models.engine.freeze, models.scorers, own))
     if checkpoint is not None:
         models.engine.load(checkpoint, optimizer=False)
-    vocabulary = load_hf_config(config.model, path).get_text_config().vocab_size
-    return _passes(config, chat, models, source, record.experience.rollout, vocabulary)
+    return _passes(config, chat, models, source, record.experience.rollout)
 
 
 def _passes(
-    config: PPOConfig, chat: ChatTokenizer, models: Models, source: Source, rollout: Rollout, vocabulary: int
+    config: PPOConfig, chat: ChatTokenizer, models: Models, source: Source, rollout: Rollout
 ) -> dict[str, Tensor]:
-    rows = TokenRows.of_rollout(rollout, chat.pad_id, vocabulary)
+    rows = TokenRows.of_rollout(rollout, chat.pad_id)
     whole = Minibatches.of(rows, [range(len(rows.rows))], 1, config.batch.micro_batch_tokens)
     episodes: list[int] = []
     columns, scores = [], []

@@ -24,7 +24,7 @@ from rlhf.core.errors import UserError
 from rlhf.data.chat_tokenizer import ChatTokenizer
 from rlhf.distributed.child_process import child_environment, how_it_ended
 from rlhf.distributed.exchange_folder import ExchangeFolder
-from rlhf.models.packed_attention import PACKED
+from rlhf.models.hidden_states import PACKED
 from rlhf.rollout.types import Completion, SamplingParams
 from rlhf.tuning.merging import merged_weights, weight_marks
 

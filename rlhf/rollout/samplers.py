@@ -23,15 +23,15 @@ if TYPE_CHECKING:
 
     from rlhf.data import chat_tokenizer
     from rlhf.data.chat_tokenizer import ChatTokenizer
-    from rlhf.models import logprobs, packed_attention
+    from rlhf.models import hidden_states
     from rlhf.rollout import decoding, encoder_decoder, sampler_process, virtual_tokens, vllm_client
     from rlhf.rollout import vllm as vllm_engine
 else:
-    torch, transformers, packed_attention = lazy("torch"), lazy("transformers"), lazy("rlhf.models.packed_attention")
+    torch, transformers, hidden_states = lazy("torch"), lazy("transformers"), lazy("rlhf.models.hidden_states")
     chat_tokenizer, decoding = lazy("rlhf.data.chat_tokenizer"), lazy("rlhf.rollout.decoding")
     encoder_decoder, vllm_engine = lazy("rlhf.rollout.encoder_decoder"), lazy("rlhf.rollout.vllm")
     sampler_process, vllm_client = lazy("rlhf.rollout.sampler_process"), lazy("rlhf.rollout.vllm_client")
-    logprobs, virtual_tokens = lazy("rlhf.models.logprobs"), lazy("rlhf.rollout.virtual_tokens")
+    virtual_tokens = lazy("rlhf.rollout.virtual_tokens")
 
 SAMPLERS = Table("sampler")
 
@@ -83,9 +83,9 @@ def hf(
                 f"rollout.sampler: step `{step}` does not work with encoder-decoders", remedy="Leave `step` out."
             )
         return encoder_decoder.sample(model, prompts, seeds, sampling, chat)
-    if logprobs.has_virtual_tokens(model):
+    if hidden_states.has_virtual_tokens(model):
         adapters = virtual_tokens.VirtualTokens(model)
-        return decoding.decode(logprobs.causal_lm(model), prompts, seeds, sampling, chat, step, adapters)
+        return decoding.decode(hidden_states.causal_lm(model), prompts, seeds, sampling, chat, step, adapters)
     return decoding.decode(model, prompts, seeds, sampling, chat, step)
 
 
@@ -144,7 +144,7 @@ def continuous_batching(
         do_sample=sampling.temperature > 0, **(drawn if sampling.temperature > 0 else {}),
     )  # fmt: skip
     was_training = model.training
-    with packed_attention.plain_attention(model), torch.random.fork_rng():  # the manager seeds the global generator
+    with hidden_states.plain_attention(model), torch.random.fork_rng():  # the manager seeds the global generator
         results = _all_results(_manager(model, generation, settings), prompts)
     model.train(was_training)
     return [Completion(r.generated_tokens, r.generated_tokens[-1] in ends, r.logprobs or None) for r in results]

@@ -10,8 +10,7 @@ import transformers
 from torch import Tensor
 
 from rlhf.core.errors import UserError
-from rlhf.models.logprobs import causal_lm
-from rlhf.models.packed_attention import plain_attention
+from rlhf.models.hidden_states import causal_lm, plain_attention
 from rlhf.rollout.kv_cache import joinable
 
 

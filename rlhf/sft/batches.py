@@ -13,9 +13,8 @@ from trl import pack_dataset
 from rlhf import distributed
 from rlhf.core.errors import UserError
 from rlhf.data.chat_tokenizer import ChatTokenizer
+from rlhf.models.hidden_states import VARLEN, causal_lm, has_virtual_tokens, is_encoder_decoder
 from rlhf.models.isolation import Text, packing_fault, windows
-from rlhf.models.logprobs import causal_lm, has_virtual_tokens, is_encoder_decoder
-from rlhf.models.packed_attention import VARLEN
 from rlhf.training.engine import Engine
 
 

@@ -1,4 +1,4 @@
-"""Full weights of a model: gathered under ZeRO-3, adapters merged, 4-bit weights dequantised."""
+"""Full weights of a model: gathered under ZeRO-3, adapters merged, 4-bit weights dequantised; adapters switched off."""
 
 from __future__ import annotations
 
@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import ModulesToSaveWrapper
-from torch import Tensor
+from torch import Tensor, nn
 
 from rlhf.core.console import is_main
+from rlhf.models.hidden_states import causal_lm, has_virtual_tokens
 
 
 @contextmanager
@@ -47,7 +48,7 @@ def merged_parts(model: Any, copies: dict[int, Tensor] | None = None) -> Iterato
         copies: Filled with id of a parameter -> its copy, so that tied weights are one tensor; without it each of their
             names has a copy of its own.
     """
-    for prefix, module in _layers(_base_of(model), ""):
+    for prefix, module in _layers(causal_lm(model), ""):
         part: dict[str, Tensor] = {}
         with torch.no_grad():
             _collect(module, prefix, part, {} if copies is None else copies)
@@ -85,7 +86,7 @@ def merged_weights(model: Any, merge: bool = True) -> Iterator[tuple[str, Tensor
         model: A transformers model, maybe wrapped by PEFT.
         merge: False for the weights of the base, without adapters.
     """
-    for prefix, module in _layers(_base_of(model), ""):
+    for prefix, module in _layers(causal_lm(model), ""):
         adapted = isinstance(module, BaseTunerLayer)
         with gathered(module.parameters(recurse=adapted)):
             if adapted and merge:
@@ -99,25 +100,21 @@ def weight_marks(model: Any, merge: bool = True) -> dict[str, int]:
     """The names that `merged_weights` gives -> a mark, the same for names of one tensor. No weights are gathered."""
     return {
         prefix + name: id(module) if merge and isinstance(module, BaseTunerLayer) else id(parameter)
-        for prefix, module in _layers(_base_of(model), "")
+        for prefix, module in _layers(causal_lm(model), "")
         for name, parameter in _own_weights(module).items()
     }
 
 
 def adapter_layers(model: Any) -> Iterator[tuple[str, Any]]:
     """Names as in transformers, and modules, of the layers that have adapters."""
-    for prefix, module in _layers(_base_of(model), ""):
+    for prefix, module in _layers(causal_lm(model), ""):
         if isinstance(module, BaseTunerLayer):
             yield prefix.removesuffix("."), module
 
 
 def trains_more_than_adapters(model: Any) -> bool:
     """Whether weights are trained that are no adapter's."""
-    return any(p.requires_grad for _, module in _layers(_base_of(model), "") for p in _own_weights(module).values())
-
-
-def _base_of(model: Any) -> Any:
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
+    return any(p.requires_grad for _, module in _layers(causal_lm(model), "") for p in _own_weights(module).values())
 
 
 def _own_weights(module: Any) -> dict[str, Any]:
@@ -223,3 +220,21 @@ def _dequantised(parameter: Any) -> Tensor:
     from bitsandbytes.functional import dequantize_4bit
 
     return dequantize_4bit(parameter.data, parameter.quant_state)
+
+
+@contextmanager
+def adapters_off(model: nn.Module) -> Iterator[nn.Module]:
+    """Within this context adapter layers pass their input through the base alone: the policy is its own reference.
+
+    Gives the model to call: the base itself where virtual tokens precede the text. Unlike PEFT's `disable_adapter` this
+    leaves requires_grad unchanged, because an engine depends on it.
+    """
+    layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
+    before = [layer._disable_adapters for layer in layers]
+    for layer in layers:
+        layer._disable_adapters = True
+    try:
+        yield causal_lm(model) if has_virtual_tokens(model) else model
+    finally:
+        for layer, value in zip(layers, before):
+            layer._disable_adapters = value

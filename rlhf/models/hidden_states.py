@@ -1,8 +1,9 @@
-"""Attention over packed sequences on a CPU, where torch has no kernel for variable lengths.
+"""Hidden states: one pass of rows through the body of a model, without its head.
 
-Instead of a mask [1, 1, L, L], the model gets the lengths of the sequences [1, 1, 1, N], which transformers passes to
-the attention like any four-dimensional mask. torch's causal kernel is then called once per sequence, without a mask;
-all other layers work on the whole row.
+Rows are padded, or sequences are packed into one row. On a CPU, where torch has no attention kernel for packed
+sequences, the model gets their lengths [1, 1, 1, N] instead of a mask [1, 1, L, L]; transformers passes them to the
+attention like any four-dimensional mask. torch's causal kernel is then called once per sequence, without a mask; all
+other layers work on the whole row.
 """
 
 from __future__ import annotations
@@ -17,6 +18,9 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from rlhf.core.errors import UserError
+from rlhf.models.encoder_decoder import decoder_states, divided
+
 PACKED = "sdpa_packed"
 """Our attention implementation. It is `sdpa` unless it gets lengths instead of a mask."""
 VARLEN = (
@@ -30,13 +34,114 @@ KERNEL = "_scaled_dot_product_flash_attention_for_cpu"
 """Name in torch.ops.aten of the kernel that `scaled_dot_product_attention` calls on a CPU."""
 
 
+# ---- through the body ------------------------------------------------------------------------------------------------
+
+
+def causal_lm(model: nn.Module) -> PreTrainedModel:
+    """The transformers model inside a PEFT wrapper, or the model itself."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator, return-value]
+
+
+def is_encoder_decoder(model: Any) -> bool:
+    """Whether a transformers model, or the one in a PEFT wrapper, has an encoder for prompts."""
+    return bool(getattr(model.config, "is_encoder_decoder", False))
+
+
+def body_of(lm: PreTrainedModel) -> Any:
+    """The part of a causal LM that gives hidden states.
+
+    Raises:
+        UserError: It has none under transformers' names.
+    """
+    for name in (lm.base_model_prefix, "model"):  # Llama 4's text model has a prefix that is another class's
+        body = getattr(lm, name, None)
+        if isinstance(body, nn.Module):
+            return body
+    raise UserError(
+        f"model.path: {type(lm).__name__} has no body that gives hidden states",
+        "Log-probs and values are computed from hidden states.",
+        "Use a decoder of another family, such as Llama, Qwen or Gemma.",
+    )
+
+
+def has_virtual_tokens(model: Any) -> bool:
+    """Whether the model is PEFT's wrapper of a prompt-learning method, whose virtual tokens precede every text."""
+    return hasattr(model, "active_peft_config") and bool(model.active_peft_config.is_prompt_learning)
+
+
+def predicting_states(
+    model: nn.Module, input_ids: Tensor, attention_mask: Tensor | None, response_mask: Tensor,
+    position_ids: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Hidden states [n, H] that predict the response tokens, and these tokens [n]."""
+    lm = causal_lm(model)
+    if is_encoder_decoder(lm):
+        parts = divided(lm, input_ids, attention_mask, response_mask)
+        return decoder_states(model, parts)[parts.wanted], parts.targets[parts.wanted]
+    hidden = hidden_states(model, input_ids, attention_mask, position_ids)
+    predicts = response_mask[:, 1:]
+    return hidden[:, :-1][predicts], input_ids[:, 1:][predicts]
+
+
+def hidden_states(
+    model: nn.Module, input_ids: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None = None
+) -> Tensor:
+    """Last hidden states [B, T, H] of a causal LM (adapters and virtual tokens included), without its logits.
+
+    Rows are padded on the right. Where `position_ids` [B, T] are given, `attention_mask` says which token sees which
+    (see `rlhf.models.shared_prompt`), or is None where packed sequences are separated by positions that start from 0.
+    """
+    lm = causal_lm(model)
+    if is_encoder_decoder(lm):
+        raise UserError(
+            f"{type(lm).__name__} is an encoder-decoder, which this step does not support",
+            "It reads prompt and response with different halves, and here they are one text.",
+            "Use a decoder (Llama, Qwen, ...).",
+        )
+    body = body_of(lm)
+    if has_virtual_tokens(model):
+        return _behind_virtual_tokens(model, body, input_ids, attention_mask)
+    positions = {} if position_ids is None else {"position_ids": position_ids}
+    if position_ids is None and _is_causal(body):
+        attention_mask = None  # causal attention never reaches padding on the right, and is faster without a mask
+    elif position_ids is not None and attention_mask is None and body.config._attn_implementation == PACKED:
+        attention_mask = sequence_lengths(position_ids)[None, None, None]
+    output = body(input_ids=input_ids, attention_mask=attention_mask, use_cache=False, **positions)
+    return output.last_hidden_state
+
+
+def _behind_virtual_tokens(
+    model: nn.Module, body: nn.Module, input_ids: Tensor, attention_mask: Tensor | None
+) -> Tensor:
+    """Hidden states [B, T, H] of the text alone: PEFT's own forward without a head, so without logits."""
+    wrapper: Any = model
+    rows, length = input_ids.shape
+    learned = wrapper.get_prompt(batch_size=rows)
+    mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+    mask = torch.cat([mask.new_ones(rows, wrapper.active_peft_config.num_virtual_tokens), mask], 1)
+    inputs: dict[str, Any]
+    if isinstance(learned, Tensor):  # embeddings
+        words = wrapper.word_embeddings(input_ids)
+        inputs = {"inputs_embeds": torch.cat([learned.to(words.dtype), words], 1)}
+    else:  # prefix tuning: a cache of keys and values
+        inputs = {"input_ids": input_ids, "past_key_values": learned}
+    return body(**inputs, attention_mask=mask, use_cache=False).last_hidden_state[:, -length:]
+
+
+def _is_causal(body: nn.Module) -> bool:
+    """The attention's `is_causal` flag; False if it has none."""
+    return next((bool(module.is_causal) for module in body.modules() if hasattr(module, "is_causal")), False)
+
+
 def sequence_lengths(position_ids: Tensor) -> Tensor:
     """Lengths int64 [N] of packed sequences, from position ids [1, L] that start at 0 in each sequence."""
     starts = (position_ids[0] == 0).nonzero().flatten()
     return torch.diff(starts, append=starts.new_tensor([position_ids.shape[1]]))
 
 
-# ---- a custom operator, so that torch.compile sees one node and does not break the graph of a layer -----------------
+# ---- attention of packed sequences on a CPU --------------------------------------------------------------------------
+#
+# A custom operator, so that torch.compile sees one node and does not break the graph of a layer.
 
 
 @torch.library.custom_op("rlhf::attend_each", mutates_args=())
