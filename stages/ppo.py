@@ -56,7 +56,7 @@ from rlhf.replay.record import UpdateRecord
 from rlhf.replay.tokens import token_records
 from rlhf.reward.sources import RewardContext, RewardInputs, model_terms, own_chats, scores_with_disagreement
 from rlhf.rollout import samplers
-from rlhf.rollout.decode_step import check_family
+from rlhf.rollout.kv_cache import check_family
 from rlhf.rollout.types import Completion, SamplingParams, stream_seed
 from rlhf.runs.random_state import load_rng, save_rng, seed_everything
 from rlhf.runs.run import (

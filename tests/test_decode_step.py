@@ -24,7 +24,7 @@ def shapes(monkeypatch):
 
     def step(model, ids, mask, positions, cache):
         found.append((len(ids), mask.shape[1]))
-        return decode_step.next_logits(model, ids, mask, positions, cache)
+        return kv_cache.next_logits(model, ids, mask, positions, cache)
 
     monkeypatch.setattr(decode_step, "make_step", lambda kind, device: step)
     return found

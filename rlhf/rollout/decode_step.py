@@ -2,71 +2,17 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable
-from functools import cache
 from typing import Any, Literal
 
 import torch
-import transformers
 from torch import Tensor
 
 from rlhf.core.errors import UserError
+from rlhf.rollout.kv_cache import next_logits
 
 StepKind = Literal["eager", "cuda_graph"]
 NextLogits = Callable[[Any, Tensor, Tensor, Tensor, Any], Tensor]
-
-
-def next_logits(model: Any, ids: Tensor, mask: Tensor, positions: Tensor, cache: Any) -> Tensor:
-    """Logits float32 [B, V] of the token after `ids`, int64 [B, T], given a transformers cache."""
-    inputs = {"attention_mask": mask, "position_ids": positions, cache_name(model): cache}
-    if STATE in inputs and ids.shape[1] == 1:  # Mamba's mask is for the tokens of this pass alone, not for the cache's
-        inputs["attention_mask"] = None
-    last = ids.shape[1] - 1
-    # By its index: a slice of several positions is not contiguous, for which torch's product on a CPU copies the head's
-    # weight once for every row of the batch.
-    keep = torch.tensor([last], device=ids.device) if last else 1
-    logits: Tensor = model(input_ids=ids, **inputs, use_cache=True, logits_to_keep=keep).logits[:, -1].float()
-    return logits
-
-
-KEYS, STATE = "past_key_values", "cache_params"
-"""What families call the cache in their forward pass; those of Mamba take the second, and ignore the first."""
-
-
-def cache_name(model: Any) -> str:
-    """What the forward pass of a model, or of the model in a PEFT wrapper, calls its cache.
-
-    Raises:
-        UserError: It takes no cache of transformers.
-    """
-    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
-    return cache_of(type(inner))  # type: ignore[arg-type]
-
-
-def check_family(config: Any) -> None:
-    """Refuse a family that cannot be sampled from, by its Hugging Face config and before its weights are loaded.
-
-    Raises:
-        UserError: See `cache_name`.
-    """
-    kind = transformers.MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
-    if kind is not None:  # else the model comes with its own code
-        cache_of(kind)
-
-
-@cache
-def cache_of(kind: Any) -> str:
-    """`cache_name` of a class of models."""
-    parameters = inspect.signature(kind.forward).parameters
-    found = next((name for name in (KEYS, STATE) if name in parameters), None)
-    if found is None:
-        raise UserError(
-            f"{kind.__name__} cannot be sampled from: it has no cache of transformers",
-            "Its forward pass keeps what it has read in a form of its own, which the samplers do not know.",
-            "SFT, reward model and export work; for PPO and sampling use another model.",
-        )
-    return found
 
 
 def make_step(kind: StepKind, device: torch.device) -> NextLogits:

@@ -183,12 +183,12 @@ class DecodingSlots:
         cache = transformers.DynamicCache(config=None if self.joins else self.model.config)
         positions = (mask.cumsum(-1) - 1).clamp(min=0)
         if self.adapters is None:
-            return decode_step.next_logits(self.model, ids, mask, positions, cache), cache, lengths
+            return kv_cache.next_logits(self.model, ids, mask, positions, cache), cache, lengths
         self.adapters.select(requests)
         virtual = self.adapters.fill(cache, requests)
         before = lengths - mask.sum(1)
         mask = torch.cat([kv_cache.left_padded(before, virtual), mask], dim=1)
-        logits = decode_step.next_logits(self.model, ids, mask, positions + before[:, None], cache)
+        logits = kv_cache.next_logits(self.model, ids, mask, positions + before[:, None], cache)
         kv_cache.close_gaps(cache, mask)
         return logits, cache, lengths
 
