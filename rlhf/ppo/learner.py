@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -175,32 +176,24 @@ class Learner:
             ptx_tokens: Tokens of the step's demonstrations on all ranks.
             critic_only: The policy does not learn yet.
         """
-        c = self.config.loss
+        c, old = self.config.loss, _old_columns(experience, advantages, batch)
         out = self.engine(batch, self.config.rollout.temperature, ptx)
-        mask = experience.rollout.response_mask[batch.episodes]
-
-        def old(column: Tensor) -> Tensor:
-            """The micro-batch's response tokens of a column [N, T], in the order of the model's outputs [n]."""
-            return column[batch.episodes][mask].to(out.logprobs.device)
-
-        old_logprobs, weights = old(experience.logprobs), old(advantages.advantages)
+        value = values_clipped = ptx_loss = out.logprobs.new_zeros(())
+        if out.values is not None:
+            assert old.values is not None and old.returns is not None
+            per_token, values_clipped = value_loss(out.values, old.values, old.returns, clip=c.value_clip)
+            value = per_token.sum() / tokens
         per_token, stats = policy_loss(
-            out.logprobs, old_logprobs, weights,
+            out.logprobs, old.logprobs, old.advantages,
             clip_low=c.clip_low, clip_high=c.clip_high, dual_clip=c.dual_clip,
         )  # fmt: skip
-        if experience.importance is not None:
-            per_token = per_token * old(experience.importance.weights)
+        if old.importance is not None:
+            per_token = per_token * old.importance
         policy = per_token.sum() / tokens
         # Always logged; its gradient, which goes through all logits, is computed only for an entropy bonus.
         entropy = (out.entropies if c.entropy_coef else out.entropies.detach()).sum() / tokens
-        ptx_loss = policy.new_zeros(()) if out.ptx_logprobs is None else -out.ptx_logprobs.sum() / ptx_tokens
-        value, values_clipped = policy.new_zeros(()), policy.new_zeros(())
-        if out.values is not None:
-            assert experience.values is not None and advantages.returns is not None
-            per_token, values_clipped = value_loss(
-                out.values, old(experience.values), old(advantages.returns), clip=c.value_clip
-            )
-            value = per_token.sum() / tokens
+        if out.ptx_logprobs is not None:
+            ptx_loss = -out.ptx_logprobs.sum() / ptx_tokens
         # While only the critic learns, the policy's loss is multiplied by 0 instead of left out, so that every
         # parameter of the engine gets a gradient in every step.
         policy_part = policy - c.entropy_coef * entropy + c.ptx_coef * ptx_loss
@@ -209,6 +202,24 @@ class Learner:
         counted = torch.stack([count, stats.kl_k1, stats.kl_k3, stats.clipped, values_clipped])
         means = torch.stack([policy, value, entropy, ptx_loss]).detach() * tokens
         return loss, torch.cat([counted, means]), torch.stack([-stats.ratio_min, stats.ratio_max])
+
+
+class _OldColumns(NamedTuple):
+    """What was computed before learning, at the response tokens of a micro-batch, in the order of the model's outputs.
+    float32 [n] each, on the device of the micro-batch."""
+
+    logprobs: Tensor
+    advantages: Tensor
+    values: Tensor | None
+    returns: Tensor | None
+    importance: Tensor | None
+
+
+def _old_columns(experience: Experience, advantages: Advantages, batch: MicroBatch) -> _OldColumns:
+    mask, device = experience.rollout.response_mask[batch.episodes], batch.input_ids.device
+    importance = None if experience.importance is None else experience.importance.weights
+    columns = (experience.logprobs, advantages.advantages, experience.values, advantages.returns, importance)
+    return _OldColumns(*(None if column is None else column[batch.episodes][mask].to(device) for column in columns))
 
 
 def _metrics(steps: Sequence[StepSums]) -> dict[str, float]:
