@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 
 from rlhf import distributed
 from rlhf.cli.entry import main
@@ -32,29 +31,23 @@ from rlhf.guard.signals import outside_range
 from rlhf.memory.peak import PeakMemory
 from rlhf.models.load import load_hf_config, sequence_limit
 from rlhf.ppo import kl
-from rlhf.ppo.batching import Minibatch, Minibatches, TokenRows, endless, permutation
+from rlhf.ppo.batching import Minibatches, TokenRows, endless, permutation
 from rlhf.ppo.config import PPOConfig
-from rlhf.ppo.frozen_layers import gather_states, states_per_sequence
 from rlhf.ppo.learner import Learner, PtxBatches
-from rlhf.ppo.losses import importance_weights
-from rlhf.ppo.masked import masked_mean
 from rlhf.ppo.metrics import Clock, PPOReporter, RunningMeanStd, experience_metrics
 from rlhf.ppo.models import can_pack, check_vocabularies, load_separate, most_virtual_tokens
+from rlhf.ppo.scoring import Scorer
 from rlhf.ppo.shared_base import load_shared
 from rlhf.ppo.types import (
     Experience,
-    MicroBatch,
     Prompts,
     Rollout,
     gather_completions,
-    gather_episodes,
-    gather_scores,
-    gather_tokens,
 )
 from rlhf.replay import record
 from rlhf.replay.record import UpdateRecord
 from rlhf.replay.tokens import token_records
-from rlhf.reward.sources import RewardContext, RewardInputs, model_terms, own_chats, scores_with_disagreement
+from rlhf.reward.sources import RewardContext, model_terms, own_chats
 from rlhf.rollout import samplers
 from rlhf.rollout.kv_cache import check_family
 from rlhf.rollout.types import Completion, SamplingParams, stream_seed
@@ -110,10 +103,10 @@ class PPO:
         load = load_shared if config.model.sharing == "shared" else load_separate
         self.models = load(config, self.chat)
         context = RewardContext(config.model, self.chat, self.models.engine.freeze, self.models.scorers, own)
-        self.reward = config.reward(context)
-        self.observers = Observers(config.onlookers, context)
+        reward, observers = config.reward(context), Observers(config.onlookers, context)
+        self.scorer = Scorer(config, self.chat, self.models, reward, observers)
         self.guard, self.score_range = Guard(config.guard), score_range(config.reward)
-        self.perturber = Perturber(config.guard.perturb, self.reward, self.chat, limit, config.batch.micro_batch_tokens)
+        self.perturber = Perturber(config.guard.perturb, reward, self.chat, limit, config.batch.micro_batch_tokens)
         room = min(config.data.max_prompt_tokens, limit - config.rollout.max_new_tokens)
         if room < 1:
             raise UserError(f"rollout.max_new_tokens leaves no room for a prompt in the model's {limit} tokens")
@@ -193,7 +186,7 @@ class PPO:
         # 3. log-probs, values and scores, in the micro-batches of epoch 0: the ratio at the first step is exactly 1
         with clock("score"):
             gold = config.gold is not None and index % config.gold.every == 0
-            experience = self.score(rollout, minibatches.epoch(0), gold)
+            experience = self.scorer.score(rollout, minibatches.epoch(0), gold)
             perturbed = self.perturber(index, rollout.prompts.ids, rollout.prompts.messages, rollout.completions)
         # 4. rewards: the score at the last token, the KL penalty at every token
         mask, kl_coef = rollout.response_mask, self.kl_coef
@@ -264,68 +257,6 @@ class PPO:
         orders = [permutation(count, self.config.seed, EPOCH, index, epoch) for epoch in range(batch.epochs)]
         return Minibatches.of(rows, orders, batch.minibatches, self.learner.budget.tokens)
 
-    @torch.no_grad()
-    def score(self, rollout: Rollout, minibatches: Sequence[Minibatch], gold: bool = True) -> Experience:
-        """Phase 3: this rank's passes through policy, critic, reference and reward, and with `gold` through a gold
-        reward; then all ranks hold the results."""
-        episodes: list[int] = []
-        columns: list[Tensor] = []
-        scores: list[dict[str, Tensor]] = []
-        states: dict[int, Tensor] = {}
-        from_sampler = self.config.score.policy == "sampler"
-        for batch in (batch for minibatch in minibatches for batch in minibatch.micro_batches()):
-            batch = self.models.with_frozen_states(batch)
-            tokens = self.models.token_scores(batch, self.config.rollout.temperature, policy=not from_sampler)
-            # the reference's log-probs are placeholders for what is not computed
-            columns.append(torch.stack([tokens.ref_logprobs if c is None else c for c in tokens], dim=1))
-            found = self._scores(rollout, minibatches[0].rows, batch, gold)
-            scores.append({name: values[: len(batch.episodes)] for name, values in found.items()})
-            episodes += batch.episodes
-            states |= gather_states(batch) if batch.frozen_states is not None else {}
-        order, mask = gather_episodes(episodes), rollout.response_mask
-        scored = {name: gather_scores(torch.cat([part[name] for part in scores]), order) for name in scores[0]}
-        logprobs, ref_logprobs, entropies, values = gather_tokens(torch.cat(columns), order, rollout.lengths)
-        max_weight, sampled = self.config.rollout.max_importance_weight, rollout.sampler_logprobs
-        if from_sampler:
-            assert sampled is not None  # PPOConfig allows only samplers and options for which log-probs are reported
-            logprobs, entropies = sampled, -sampled  # the surprise of sampled tokens has the entropy as its mean
-        return Experience(
-            rollout,
-            logprobs,
-            ref_logprobs,
-            values=None if self.models.critic is None else values,
-            scores=scored.pop("reward"),
-            disagreement=scored.pop("disagreement", None),
-            observed=scored,
-            entropy=float(masked_mean(entropies, mask)),
-            importance=None
-            if max_weight is None or sampled is None or from_sampler
-            else importance_weights(logprobs, sampled, mask, max_weight),
-            frozen_states=states or None,
-        )
-
-    def _scores(self, rollout: Rollout, token_rows: TokenRows, batch: MicroBatch, gold: bool) -> dict[str, Tensor]:
-        """Scores of a micro-batch's episodes, [N] each: `reward`, with an ensemble its `disagreement`, and what only
-        looks on. A filler scores one episode, which the caller drops: under ZeRO-3 every rank must make the pass."""
-        episodes = batch.episodes or [0]
-        completions = [self.chat.decode(rollout.completions[i].ids) for i in episodes]
-        messages = [rollout.prompts.messages[i] for i in episodes]
-        states = None if batch.frozen_states is None else pad_sequence(states_per_sequence(batch), batch_first=True)
-        inputs = RewardInputs(messages, completions, *token_rows.padded(batch.episodes), states)
-        scored, disagreement = scores_with_disagreement(self.reward, inputs)
-        found = {"reward": scored} | ({} if disagreement is None else {"disagreement": disagreement})
-        found |= self.observers(inputs, gold)
-        for name, scores in found.items():
-            if torch.isfinite(scores).all():
-                continue
-            worst = int((~torch.isfinite(scores)).nonzero()[0])
-            raise UserError(
-                f"{name}: the score of a completion is {scores[worst]}, not a finite number",
-                f"Prompt: ...{messages[worst][-1]['content'][-80:]!r}; completion: {completions[worst][:80]!r}.",
-                "Correct the reward; the last checkpoint is usable.",
-            )
-        return found
-
     def shape_scores(self, experience: Experience) -> Tensor:
         """Scores normalised and clipped, with the rule for completions that did not end. float32 [N]."""
         rule = self.config.shaping
@@ -365,7 +296,7 @@ class PPO:
         rollout = self.rollout(self._prompts(self.tables.eval, rows, 1, EVAL, 0))
         token_rows = TokenRows.of_rollout(rollout, self.chat.pad_id, self.packed)
         whole = Minibatches.of(token_rows, [rows], 1, self.learner.budget.tokens)
-        experience = self.score(rollout, whole.epoch(0))
+        experience = self.scorer.score(rollout, whole.epoch(0))
         tokens = token_records(self.config, self.chat, experience, self.kl_coef, *self.score_scale)
         self.reporter.evaluation(self.done, experience, self.chat, tokens)
 

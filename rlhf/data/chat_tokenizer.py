@@ -13,7 +13,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime
 from functools import cached_property
 from pathlib import Path
@@ -289,6 +289,10 @@ class ChatTokenizer:
         ids = ids[:-1] if ids and ids[-1] == self.end_id else ids  # an end of turn need not be a special token
         text = self._decode([*self._anchor, *ids])[len(self._decode(self._anchor)) :]
         return text.removeprefix(self._decoded_lead)
+
+    def decode_all(self, responses: Iterable[Sequence[int]]) -> list[str]:
+        """The text of each response; see `decode`."""
+        return [self.decode(ids) for ids in responses]
 
     @cached_property
     def _decoded_lead(self) -> str:

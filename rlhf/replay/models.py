@@ -6,18 +6,17 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 
 from rlhf.core.errors import UserError
-from rlhf.data.chat_tokenizer import ChatTokenizer, load_tokenizer
+from rlhf.data.chat_tokenizer import load_tokenizer
+from rlhf.guard.observers import Observers
 from rlhf.ppo.batching import Minibatches, TokenRows
 from rlhf.ppo.config import PPOConfig
-from rlhf.ppo.frozen_layers import states_per_sequence
 from rlhf.ppo.models import Models, load_separate
+from rlhf.ppo.scoring import Scorer
 from rlhf.ppo.shared_base import load_shared
-from rlhf.ppo.types import Rollout, gather_episodes, gather_scores, gather_tokens
 from rlhf.replay.record import UpdateRecord
-from rlhf.reward.sources import RewardContext, RewardInputs, Source, own_chats
+from rlhf.reward.sources import RewardContext, own_chats
 from rlhf.runs.checkpoint import SEAL, damage
 from rlhf.runs.random_state import seed_everything
 from rlhf.runs.run import read_run, resolve_model_path, template_time
@@ -61,34 +60,19 @@ def by_models(config: PPOConfig, run: Path, record: UpdateRecord) -> dict[str, T
     chat = load_tokenizer(config.model, path, time)
     own = own_chats(config.reward, config.model, time)
     models: Models = (load_shared if config.model.sharing == "shared" else load_separate)(config, chat)
-    source = config.reward(RewardContext(config.model, chat, models.engine.freeze, models.scorers, own))
+    context = RewardContext(config.model, chat, models.engine.freeze, models.scorers, own)
+    source = config.reward(context)
     if checkpoint is not None:
         models.engine.load(checkpoint, optimizer=False)
-    return _passes(config, chat, models, source, record.experience.rollout)
-
-
-def _passes(
-    config: PPOConfig, chat: ChatTokenizer, models: Models, source: Source, rollout: Rollout
-) -> dict[str, Tensor]:
+    rollout = record.experience.rollout
     rows = TokenRows.of_rollout(rollout, chat.pad_id)
     whole = Minibatches.of(rows, [range(len(rows.rows))], 1, config.batch.micro_batch_tokens)
-    episodes: list[int] = []
-    columns, scores = [], []
-    for batch in whole.epoch(0)[0].micro_batches():
-        batch = models.with_frozen_states(batch)
-        tokens = models.token_scores(batch, config.rollout.temperature)
-        columns.append(torch.stack([tokens.ref_logprobs if c is None else c for c in tokens], dim=1))
-        states = None if batch.frozen_states is None else pad_sequence(states_per_sequence(batch), batch_first=True)
-        messages = [rollout.prompts.messages[i] for i in batch.episodes]
-        texts = [chat.decode(rollout.completions[i].ids) for i in batch.episodes]
-        scores.append(source(RewardInputs(messages, texts, *rows.padded(batch.episodes), states)))
-        episodes += batch.episodes
-    order = gather_episodes(episodes)
-    logprobs, ref_logprobs, _, values = gather_tokens(torch.cat(columns), order, rollout.lengths)
-    found = {"ref_logprobs": ref_logprobs, "scores": gather_scores(torch.cat(scores), order)}
+    scorer = Scorer(config, chat, models, source, Observers({}, context))
+    made = scorer.score(rollout, whole.epoch(0))
+    found = {"ref_logprobs": made.ref_logprobs, "scores": made.scores}
     if config.score.policy == "recompute":
-        found["logprobs"] = logprobs
-    return found | ({} if models.critic is None else {"values": values})
+        found["logprobs"] = made.logprobs
+    return found if made.values is None else found | {"values": made.values}
 
 
 def allowed_difference(config: PPOConfig, run: Path) -> float:

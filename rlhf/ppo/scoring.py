@@ -1,0 +1,112 @@
+"""PPO's scoring phase: policy, critic, reference and reward on a rollout, before anything is learned from it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from rlhf.core.errors import UserError
+from rlhf.data.chat_tokenizer import ChatTokenizer
+from rlhf.guard.observers import Observers
+from rlhf.ppo.batching import Minibatch, TokenRows
+from rlhf.ppo.config import PPOConfig
+from rlhf.ppo.frozen_layers import gather_states, states_per_sequence
+from rlhf.ppo.losses import importance_weights
+from rlhf.ppo.masked import masked_mean
+from rlhf.ppo.models import Models
+from rlhf.ppo.types import Experience, MicroBatch, Rollout, gather_episodes, gather_scores, gather_tokens
+from rlhf.reward.sources import RewardInputs, Source, scores_with_disagreement
+
+
+@dataclass(frozen=True)
+class Scorer:
+    """Computes what PPO needs to know about a rollout. `observers` score completions and have no part in the reward."""
+
+    config: PPOConfig
+    chat: ChatTokenizer
+    models: Models
+    reward: Source
+    observers: Observers
+
+    @torch.no_grad()
+    def score(self, rollout: Rollout, minibatches: Sequence[Minibatch], gold: bool = True) -> Experience:
+        """Pass this rank's micro-batches through policy, critic, reference and reward; then all ranks hold all results.
+
+        Args:
+            rollout: The completions of all ranks.
+            minibatches: Those of one epoch. Where it is the first epoch of learning, the ratio at its first step is
+                exactly 1: the same tensors pass through the same weights.
+            gold: Whether the gold reward scores these completions too.
+
+        Raises:
+            UserError: A score is not finite.
+        """
+        config, mask = self.config, rollout.response_mask
+        from_sampler = config.score.policy == "sampler"
+        episodes: list[int] = []
+        columns: list[Tensor] = []
+        parts: list[dict[str, Tensor]] = []
+        states: dict[int, Tensor] = {}
+        for batch in (batch for minibatch in minibatches for batch in minibatch.micro_batches()):
+            batch = self.models.with_frozen_states(batch)
+            tokens = self.models.token_scores(batch, config.rollout.temperature, policy=not from_sampler)
+            # the reference's log-probs are placeholders for what is not computed
+            columns.append(torch.stack([tokens.ref_logprobs if c is None else c for c in tokens], dim=1))
+            parts.append(self._scores(rollout, minibatches[0].rows, batch, gold))
+            episodes += batch.episodes
+            states |= gather_states(batch) if batch.frozen_states is not None else {}
+        order = gather_episodes(episodes)
+        scores = {name: gather_scores(torch.cat([part[name] for part in parts]), order) for name in parts[0]}
+        logprobs, ref_logprobs, entropies, values = gather_tokens(torch.cat(columns), order, rollout.lengths)
+        importance, sampled = None, rollout.sampler_logprobs
+        if from_sampler:
+            assert sampled is not None  # PPOConfig allows only samplers and options for which log-probs are reported
+            logprobs, entropies = sampled, -sampled  # the surprise of sampled tokens has the entropy as its mean
+        elif sampled is not None and config.rollout.max_importance_weight is not None:
+            importance = importance_weights(logprobs, sampled, mask, config.rollout.max_importance_weight)
+        return Experience(
+            rollout,
+            logprobs,
+            ref_logprobs,
+            values=None if self.models.critic is None else values,
+            scores=scores.pop("reward"),
+            disagreement=scores.pop("disagreement", None),
+            observed=scores,
+            entropy=float(masked_mean(entropies, mask)),
+            importance=importance,
+            frozen_states=states or None,
+        )
+
+    def _scores(self, rollout: Rollout, rows: TokenRows, batch: MicroBatch, gold: bool) -> dict[str, Tensor]:
+        """Scores of a micro-batch's episodes, [N] each: `reward`, with an ensemble its `disagreement`, and those of the
+        observers."""
+        episodes = batch.episodes or [0]  # under ZeRO-3 every rank must make the pass, with a filler too
+        states = None if batch.frozen_states is None else pad_sequence(states_per_sequence(batch), batch_first=True)
+        inputs = RewardInputs(
+            [rollout.prompts.messages[i] for i in episodes],
+            self.chat.decode_all([rollout.completions[i].ids for i in episodes]),
+            *rows.padded(batch.episodes),
+            states,
+        )
+        scores, disagreement = scores_with_disagreement(self.reward, inputs)
+        found = {"reward": scores} | ({} if disagreement is None else {"disagreement": disagreement})
+        found |= self.observers(inputs, gold) if self.observers.sources else {}
+        for name, values in found.items():
+            _check_finite(name, values, inputs)
+        return {name: values[: len(batch.episodes)] for name, values in found.items()}
+
+
+def _check_finite(name: str, scores: Tensor, inputs: RewardInputs) -> None:
+    if torch.isfinite(scores).all():
+        return
+    worst = int((~torch.isfinite(scores)).nonzero()[0])
+    prompt, completion = inputs.messages[worst][-1]["content"], inputs.completions[worst]
+    raise UserError(
+        f"{name}: the score of a completion is {scores[worst]}, not a finite number",
+        f"Prompt: ...{prompt[-80:]!r}; completion: {completion[:80]!r}.",
+        "Correct the reward; the last checkpoint is usable.",
+    )
