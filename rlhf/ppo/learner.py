@@ -217,9 +217,17 @@ class _OldColumns(NamedTuple):
 
 def _old_columns(experience: Experience, advantages: Advantages, batch: MicroBatch) -> _OldColumns:
     mask, device = experience.rollout.response_mask[batch.episodes], batch.input_ids.device
-    importance = None if experience.importance is None else experience.importance.weights
-    columns = (experience.logprobs, advantages.advantages, experience.values, advantages.returns, importance)
-    return _OldColumns(*(None if column is None else column[batch.episodes][mask].to(device) for column in columns))
+
+    def taken(column: Tensor) -> Tensor:
+        return column[batch.episodes][mask].to(device)
+
+    return _OldColumns(
+        taken(experience.logprobs),
+        taken(advantages.advantages),
+        None if experience.values is None else taken(experience.values),
+        None if advantages.returns is None else taken(advantages.returns),
+        None if experience.importance is None else taken(experience.importance.weights),
+    )
 
 
 def _metrics(steps: Sequence[StepSums]) -> dict[str, float]:
