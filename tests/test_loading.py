@@ -49,6 +49,16 @@ def measured(folder: Path, processes: int, stage: str, config: dict, resume: boo
     return [json.loads((folder / f"{name}-{rank}.json").read_text()) for rank in range(processes)]
 
 
+def predicted(stage: str, config: dict, processes: int) -> float:
+    """What `rlhf plan` predicts for the phase `load` on a CPU, where the host's memory is all there is; bytes."""
+    from rlhf.cli.stage_configs import STAGES
+    from rlhf.config.load import check_config
+    from rlhf.memory.cpu_range import predicted as predict
+
+    checked = check_config(STAGES[stage], config, "test")
+    return predict(checked, checked.precision == "bfloat16", processes, 64, 2).phases["load"].total
+
+
 def values(folder: Path, model: str, zero: int, **more) -> dict:
     file = tiny.REPOSITORY / "configs" / "deepspeed" / f"zero{zero}.json"
     chosen = {"path": model, "chat_template": "plain"}
@@ -67,7 +77,11 @@ def test_sft_divides_from_the_first_byte_and_so_does_its_resume_and_save(tmp_pat
     config = values(tmp_path, folder, 3, data={"train": demonstrations}, batch=batch, precision="bfloat16")
     mine = share(count, count, 2, processes=4)
     for resume in (False, True):
-        for rank in measured(tmp_path, 4, "sft", config, resume):
+        ranks = measured(tmp_path, 4, "sft", config, resume)
+        if not resume:
+            highest = max(max(rank["weights"], rank["engine"]) for rank in ranks)
+            assert predicted("sft", config, 4) == pytest.approx(highest, rel=0.25)
+        for rank in ranks:
             assert rank["built"] <= 1.1 * mine + 20e6
             assert max(rank["weights"], rank["engine"]) <= 1.1 * (mine + SHARD)
             assert rank["save"] <= 1.1 * (mine + 2 * SHARD)
