@@ -127,7 +127,7 @@ class Learner:
             "optimizer/grad_norm": sum(norms) / len(norms),
             "optimizer/epochs": done,
             "optimizer/steps": len(steps),
-            "optimizer/micro_batch_tokens": self.budget.tokens,
+            "optimizer/halvings": self.budget.halvings,
         }
 
     def _fitting(
