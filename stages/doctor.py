@@ -7,7 +7,9 @@ from typing import Annotated
 
 import typer
 
+from rlhf.cli.errors import print_error
 from rlhf.core.console import print_json, say
+from rlhf.core.errors import UserError
 from rlhf.doctor.diagnosis import examine
 from rlhf.doctor.evidence import Evidence, read_evidence
 from rlhf.doctor.findings import CHECKS, Finding
@@ -25,8 +27,18 @@ def command(
         ),
     ] = False,
 ) -> None:
-    """Say what is wrong with runs, the worst first, each with its usual causes and a remedy."""
-    for evidence in [read_evidence(run) for run in runs]:
+    """Say what is wrong with runs, the worst first, each with its usual causes and a remedy.
+
+    A run that cannot be read is named; the others are examined, and the exit status is 2.
+    """
+    unread = False
+    for run in runs:
+        try:
+            evidence = read_evidence(run)
+        except UserError as error:
+            print_error(error)
+            unread = True
+            continue
         findings, unmade = examine(evidence)
         if as_json:
             for finding in findings:
@@ -35,6 +47,8 @@ def command(
                 print_json({"run": str(evidence.path), "not_checked": unmade})
         else:
             _show(evidence, findings, unmade)
+    if unread:
+        raise typer.Exit(2)
 
 
 def _show(run: Evidence, findings: list[Finding], unmade: dict[str, list[str]]) -> None:

@@ -45,7 +45,7 @@ def command(
     from rlhf.replay.record import folder, recorded  # imports torch
 
     if step is None:
-        say(f"{run}: recorded updates: {', '.join(f'{one:,}' for one in recorded(run)) or 'none'}")
+        say(_listed(run, recorded(run)))
         return
     from rlhf.replay.opened import open_update
 
@@ -70,6 +70,16 @@ def command(
         raise typer.Exit(1)
     if not as_json:
         say(f"Update {step:,} was so: {len(found)} comparisons agree.", style="green")
+
+
+def _listed(run: Path, steps: list[int]) -> str:
+    """Which updates are recorded: their steps, after a count that a single step cannot be taken for."""
+    if not steps:
+        return f"{run}: no update is recorded; a run records some with log.record_every=50"
+    one = len(steps) == 1
+    count = "1 update is recorded, of step" if one else f"{len(steps):,} updates are recorded, of steps"
+    which = ", ".join(f"{step:,}" for step in steps)
+    return f"{run}: {count} {which}. To open {'it' if one else 'the last'}: rlhf replay {run} --step {steps[-1]}"
 
 
 def _by_models(run: Path, opened: OpenedUpdate) -> list[Comparison]:

@@ -218,6 +218,30 @@ def test_a_healthy_folder_is_not_accused_and_a_torn_last_line_is_no_fault(tmp_pa
     assert names(diagnose(read_evidence(run))) == []
 
 
+def test_damaged_lines_of_the_logs_and_a_complete_run_without_metrics_are_found(tmp_path):
+    run = run_folder(tmp_path / "run")
+    samples(run, [f"answer {i} with words of its own" for i in range(8)])
+    rows = (run / "metrics.jsonl").read_text().splitlines(keepends=True)
+    rows[3:6] = ["[1, 2]\n", '{"loss": 1}\n', rows[5][:40] + "\n"]
+    (run / "metrics.jsonl").write_text("".join(rows))
+    with (run / "samples.jsonl").open("a") as file:
+        file.write("{\n")
+    [finding] = diagnose(read_evidence(run))
+    places = "metrics.jsonl line 4, metrics.jsonl line 5, metrics.jsonl line 6 and 1 more"
+    assert (finding.name, finding.what) == ("damaged-log", f"no logged row can be read from {places}")
+    (run / "metrics.jsonl").write_text("")
+    (run / "samples.jsonl").unlink()
+    [finding] = diagnose(read_evidence(run))
+    assert finding.name == "damaged-log" and "metrics.jsonl holds no metrics" in finding.what
+
+
+def test_a_run_that_cannot_be_read_does_not_hide_the_others(tmp_path):
+    good = run_folder(tmp_path / "good")
+    shown = CliRunner().invoke(app, ["doctor", str(tmp_path / "absent"), str(good)])
+    assert shown.exit_code == 2 and "absent: not a run folder" in shown.stderr
+    assert f"{good}: ppo, complete" in shown.stdout
+
+
 def test_a_crashed_run_is_told_how_to_go_on(tmp_path):
     run = run_folder(tmp_path / "run", status="running")
     (run / "checkpoints/step-00000010").mkdir(parents=True)

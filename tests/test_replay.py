@@ -113,12 +113,19 @@ def test_log_probs_that_the_models_do_not_give_are_found(recorded):
 def test_what_cannot_be_replayed_is_refused_with_what_can(recorded, tmp_path):
     error = replay(recorded, "--step", 7).exception
     assert isinstance(error, UserError) and "1, 2, 3" in str(error)
-    assert "recorded updates: 1, 2, 3" in replay(recorded).stdout
+    assert f"{recorded}: 3 updates are recorded, of steps 1, 2, 3. To open the last: " in replay(recorded).stdout
     broken = tmp_path / "updates" / "step-00000001"
     broken.mkdir(parents=True)
     (broken / record.FACTS).write_text("{}")
     with pytest.raises(UserError, match="damaged"):
         record.read(tmp_path, 1)
+
+
+def test_the_step_of_a_single_record_does_not_read_like_a_count(tmp_path):
+    (tmp_path / "run.json").write_text('{"stage": "ppo", "status": "complete"}')
+    assert f"{tmp_path}: no update is recorded; " in replay(tmp_path).stdout
+    (tmp_path / "updates/step-00000050").mkdir(parents=True)
+    assert f"1 update is recorded, of step 50. To open it: rlhf replay {tmp_path} --step 50" in replay(tmp_path).stdout
 
 
 def test_without_the_checkpoint_the_models_are_left_out(recorded, tmp_path):

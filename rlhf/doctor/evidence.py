@@ -89,6 +89,8 @@ class Evidence:
     """The completions of the last evaluation."""
     absent: set[str] = field(default_factory=set)
     """Metrics that were asked for and never logged."""
+    unreadable: list[str] = field(default_factory=list)
+    """Places of damaged lines in the logs, such as `metrics.jsonl line 4`."""
 
     def add(self, step: int, metrics: Mapping[str, Any]) -> None:
         """Take in the metrics of a logged step."""
@@ -142,9 +144,9 @@ def read_evidence(path: str | Path) -> Evidence:
     folder = Path(path)
     info = read_run(folder)
     found = Evidence(info["stage"], read_run_config(folder), info, folder, _is_running(folder))
-    for row in logged_rows(folder / "metrics.jsonl"):
+    for row in logged_rows(folder / "metrics.jsonl", found.unreadable):
         found.add(int(row["step"]), row)
-    samples = logged_rows(folder / "samples.jsonl")
+    samples = logged_rows(folder / "samples.jsonl", found.unreadable)
     found.samples = [row for row in samples if row["step"] == samples[-1]["step"]]
     return found
 
@@ -157,21 +159,27 @@ def _is_running(folder: Path) -> bool:
     return False
 
 
-def logged_rows(file: Path) -> list[dict[str, Any]]:
-    """The complete rows of a log; a crash or a write in progress may leave a part of a last line."""
+def logged_rows(file: Path, unreadable: list[str] | None = None) -> list[dict[str, Any]]:
+    """The rows of a log. The places of damaged lines are added to `unreadable`.
+
+    A crash or a write in progress may leave a part of a last line: that is no damage.
+    """
     rows: list[dict[str, Any]] = []
-    for line in _lines(file):
+    for number, line in enumerate(_lines(file), 1):
         try:
             row = json.loads(line)
         except ValueError:
-            continue
+            row = None
         if isinstance(row, dict) and isinstance(row.get("step"), (int, float)) and math.isfinite(row["step"]):
             rows.append(row)
+        elif unreadable is not None and line.endswith(b"\n"):
+            unreadable.append(f"{file.name} line {number:,}")
     return rows
 
 
 def _lines(file: Path) -> Sequence[bytes]:
-    return file.read_bytes().splitlines() if file.is_file() else []
+    """The lines, each with its end."""
+    return file.read_bytes().splitlines(keepends=True) if file.is_file() else []
 
 
 def guard_alarms(run: Path) -> list[dict[str, Any]]:

@@ -49,6 +49,22 @@ def not_finite(run: Evidence) -> str | None:
 
 
 @check(
+    "damaged-log", "warning", ALL,
+    "Somebody edited the file, or a full disk, a copy or another program damaged it.",
+    "Put the file back from a copy. Without one, do not trust curves, results and other findings where lines are gone.",
+    live=False,
+)  # fmt: skip
+def damaged_log(run: Evidence) -> str | None:
+    """Every line that was logged can be read, and a complete run has logged something."""
+    if run.unreadable:
+        more = f" and {len(run.unreadable) - 3:,} more" if len(run.unreadable) > 3 else ""
+        return f"no logged row can be read from {', '.join(run.unreadable[:3])}{more}"
+    if run.state == "complete" and not run.columns:
+        return "the run is complete, but metrics.jsonl holds no metrics, so hardly anything can be checked"
+    return None
+
+
+@check(
     "gradient-spikes", "note", ALL,
     "Single batches pull much harder than the others: an outlier in the data or in the rewards.",
     "Look at the records of that step; lower optimizer.max_grad_norm, or clip the scores.",

@@ -68,13 +68,14 @@ def curve_of(run: Evidence) -> Curve:
         UserError: It is no PPO run, or has no gold reward.
     """
     if run.stage != "ppo":
-        raise UserError(f"{run.path}: is a {run.stage} run", "Only PPO has a gold reward.", "Name a run of PPO.")
+        raise UserError(f"{run.path}: a run of {run.stage}", "Only PPO has a gold reward.", "Name a run of PPO.")
     series = {name: dict(zip(run[name].steps, run[name].values)) for name in (GOLD, SCORE, KL)}
     steps = sorted(set(series[GOLD]) & set(series[SCORE]) & set(series[KL]))
     if not steps:
         raise UserError(
             f"{run.path}: has no gold reward", "Its config has no `gold`.",
-            "Set gold.reward, such as gold.reward={name: function, function: module:function}, in a new run.",
+            "Set gold.reward, such as gold.reward={name: function, function: module:function}, in a new run. "
+            f"What the guard's other rules found in this one: rlhf doctor {run.path}",
         )  # fmt: skip
     columns = {name: np.array([values[step] for step in steps]) for name, values in series.items()}
     distance = np.sqrt(np.clip(columns[KL], 0, None))
