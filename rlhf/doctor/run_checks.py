@@ -96,7 +96,7 @@ def always_clipped(run: Evidence) -> str | None:
 
 
 @check(
-    "memory-grows", "note", ALL,
+    "memory-grows", "note", ("ppo",),
     "Longer completions or batches than before, or a leak in a reward function.",
     "Compare with rollout/response_length; if lengths are steady, look for lists that your reward function keeps.",
 )  # fmt: skip

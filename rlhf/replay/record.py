@@ -162,7 +162,11 @@ def read(run: Path, step: int) -> tuple[UpdateRecord, bool]:
         record = _record(facts, tensors)
         return record, facts.get("numbers_xxh3_128") == checksum(place / NUMBERS)
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
-        raise UserError(f"{place}: damaged: {error!r}", "The record cannot be read.") from None
+        raise UserError(
+            f"{place}: damaged: {error}",
+            f"This record cannot be read ({type(error).__name__}).",
+            "Open another update; without --step, `rlhf replay RUN` lists them.",
+        ) from None
 
 
 def _record(facts: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> UpdateRecord:

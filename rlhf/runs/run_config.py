@@ -24,5 +24,9 @@ def read_run_config(run: str | Path) -> dict[str, Any]:
         if not isinstance(values, dict):
             raise ValueError(f"expected a mapping of keys, got {type(values).__name__}")
     except (OSError, ValueError, yaml.YAMLError) as error:  # UnicodeDecodeError is a ValueError
-        raise UserError(f"{file}: cannot be read: {error}", "Every run writes it at its start.") from None
+        raise UserError(
+            f"{file}: cannot be read: {error}",
+            "Every run writes it at its start.",
+            "Check that this is a run's folder; restore the file from a copy, or start a new run.",
+        ) from None
     return values
