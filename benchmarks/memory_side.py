@@ -79,13 +79,14 @@ def main() -> None:
     spec = json.loads(Path(sys.argv[1]).read_text("utf-8"))
     phases = Phases()
     import rlhf.ppo.learner
+    import rlhf.ppo.scoring
     import rlhf.training.loop
     import stages.ppo
     from rlhf.cli.stage_configs import STAGES
     from rlhf.config.load import check_config
 
     phases.wrap(stages.ppo.PPO, "rollout", "rollout")
-    phases.wrap(stages.ppo.PPO, "score", "scoring")
+    phases.wrap(rlhf.ppo.scoring.Scorer, "score", "scoring")
     phases.wrap(rlhf.ppo.learner.Learner, "learn", "update")
     phases.wrap(stages.ppo.PPO, "save", "checkpoint")
     phases.wrap(rlhf.training.loop.Loop, "_train_step", "update")
