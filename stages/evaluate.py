@@ -294,7 +294,7 @@ def _evaluate_ranked(
 def _show_policies(result: dict[str, Any]) -> None:
     from rlhf.policy_evaluation import tables
 
-    for part in (tables.figure_table(result), *map(tables.annotator_table, tables.comparisons(result))):
+    for part in (tables.metric_table(result), *map(tables.annotator_table, tables.comparisons(result))):
         if part is not None:
             table(*part)
     for line in tables.headlines(result):

@@ -1,4 +1,4 @@
-"""`rlhf evaluate`: figures of policies by hand, win rates, reward models on rankings, refusals."""
+"""`rlhf evaluate`: metrics of policies by hand, win rates, reward models on rankings, refusals."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     }
 
 
-def figures(*words: Any) -> dict[str, Any]:
+def metrics_of(*words: Any) -> dict[str, Any]:
     said, _ = finished.invoke(command, *words, "--max-new-tokens", 8, "--json")
     return finished.last_json(said)
 
@@ -70,7 +70,7 @@ def constant(messages: list[dict[str, str]], answer: str) -> float:
 @pytest.mark.parametrize("kind", ["demonstration", "ranking"])
 @pytest.mark.parametrize("name", ["sft", "prompt-tuning"])
 def test_loss_is_the_mean_over_answer_tokens(kind: str, name: str, runs: dict[str, str], data: dict[str, str]) -> None:
-    found = figures(runs[name], "--dataset", data[kind])["policy"]
+    found = metrics_of(runs[name], "--dataset", data[kind])["policy"]
     losses = token_losses(runs[name], list(open_dataset(data[kind]).records("eval")))
     assert (found["records"], found["tokens"], found["skipped"]) == (10, len(losses), 0)
     assert found["loss"] == pytest.approx(sum(losses) / len(losses), rel=1e-5)
@@ -95,11 +95,11 @@ def token_losses(run: str, records: list[Any]) -> list[float]:
 def test_answers_that_do_not_fit_are_counted(runs: dict[str, str], tmp_path: Path) -> None:
     rows = [{"prompt": "One?", "answer": answer} for answer in ("Yes.", "word " * 300)]
     (tmp_path / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    found = figures(runs["sft"], "--dataset", tmp_path / "data.jsonl")["policy"]
+    found = metrics_of(runs["sft"], "--dataset", tmp_path / "data.jsonl")["policy"]
     assert (found["records"], found["skipped"]) == (1, 1)
     (tmp_path / "data.jsonl").write_text(json.dumps(rows[1]) + "\n")
     with pytest.raises(UserError, match="no answer fits in the 128 tokens"):
-        figures(runs["sft"], "--dataset", tmp_path / "data.jsonl")
+        metrics_of(runs["sft"], "--dataset", tmp_path / "data.jsonl")
 
 
 def test_a_reward_gives_mean_score_length_and_eos_rate(runs: dict[str, str], data: dict[str, str]) -> None:
@@ -108,7 +108,7 @@ def test_a_reward_gives_mean_score_length_and_eos_rate(runs: dict[str, str], dat
     words = ("--dataset", data["prompt"], "--reward", runs["reward"], "--n", 2)
     said, _ = finished.invoke(sample, runs["sft"], *words, "--max-new-tokens", 8, "--json")
     rows = [json.loads(line) for line in said.splitlines()]
-    found = figures(runs["sft"], *words)["policy"]
+    found = metrics_of(runs["sft"], *words)["policy"]
     scores = torch.tensor([row["score"] for row in rows], dtype=torch.float64).view(10, 2).mean(1)
     half = stats.t.ppf(0.975, 9) * float(scores.std()) / math.sqrt(10)
     assert (found["prompts"], found["answers"]) == (10, 20)
@@ -121,8 +121,8 @@ def test_a_reward_gives_mean_score_length_and_eos_rate(runs: dict[str, str], dat
 
 def test_a_policy_against_another_gives_wins_and_both_perplexities(runs: dict[str, str], data: dict[str, str]) -> None:
     words = ("--dataset", data["demonstration"], "--reward", "test_evaluate:letters")
-    there = figures(runs["sft"], *words, "--against", runs["other"])
-    back = figures(runs["other"], *words, "--against", runs["sft"])
+    there = metrics_of(runs["sft"], *words, "--against", runs["other"])
+    back = metrics_of(runs["other"], *words, "--against", runs["sft"])
     assert there["against"]["perplexity"] == back["policy"]["perplexity"] != there["policy"]["perplexity"]
     one, two = there["comparison"], back["comparison"]
     assert one["wins"] + one["ties"] + one["losses"] == 10
@@ -134,12 +134,12 @@ def test_a_policy_against_another_gives_wins_and_both_perplexities(runs: dict[st
 
 def test_a_policy_against_itself_ties_every_time(runs: dict[str, str], data: dict[str, str]) -> None:
     words = ("--dataset", data["prompt"], "--reward", runs["reward"], "--against", runs["sft"])
-    found = figures(runs["sft"], *words)["comparison"]
+    found = metrics_of(runs["sft"], *words)["comparison"]
     assert (found["ties"], found["win_rate"], found["mean_difference"]) == (10, 0.5, 0.0)
 
 
 def test_without_a_reward_two_policies_are_compared_by_perplexity(runs: dict[str, str], data: dict[str, str]) -> None:
-    found = figures(runs["sft"], "--dataset", data["demonstration"], "--against", runs["other"])
+    found = metrics_of(runs["sft"], "--dataset", data["demonstration"], "--against", runs["other"])
     assert found["against"]["perplexity"] > 0 and "comparison" not in found
 
 
@@ -154,7 +154,7 @@ def test_a_policy_is_compared_with_the_datasets_own_answers(
     kind: str, runs: dict[str, str], data: dict[str, str]
 ) -> None:
     words = ("--dataset", data[kind], "--reward", "test_evaluate:letters", "--against", "references")
-    found = figures(runs["sft"], *words)
+    found = metrics_of(runs["sft"], *words)
     references = [best_response(record) for record in open_dataset(data[kind]).records("eval")]
     mean = sum(letters([], text) for text in references) / len(references)
     assert found["comparison"]["mean_difference"] == pytest.approx(found["policy"]["score"] - mean)
@@ -171,7 +171,7 @@ def test_a_judge_on_a_server_compares_two_policies(runs: dict[str, str], data: d
     with chat_server(answer) as server:
         spec = json.dumps({"url": server.url, "cache": str(tmp_path / "replies")})
         words = ("--dataset", data["prompt"], "--judge", spec, "--n", 2)
-        found = figures(runs["sft"], *words, "--against", runs["other"])["comparison"]
+        found = metrics_of(runs["sft"], *words, "--against", runs["other"])["comparison"]
     assert found["wins"] + found["ties"] + found["losses"] + found["unreadable"] == 20
     assert found["judge"]["model"] == "m" and "mean_difference" not in found
     assert found["ties"] == 0 and found["wins"] > 0 and found["losses"] > 0
@@ -189,7 +189,7 @@ def test_a_comparison_without_its_other_half_is_refused(
     words: tuple[str, ...], fault: str, runs: dict[str, str], data: dict[str, str]
 ) -> None:
     with pytest.raises(UserError, match=fault):
-        figures(runs["sft"], "--dataset", data[words[0]], *words[1:])
+        metrics_of(runs["sft"], "--dataset", data[words[0]], *words[1:])
 
 
 def test_the_interval_is_wilsons() -> None:
@@ -213,7 +213,7 @@ def test_the_table_shows_what_the_json_holds(runs: dict[str, str], data: dict[st
 
 def test_the_kl_to_a_reference_is_the_sum_over_tokens(runs: dict[str, str], data: dict[str, str]) -> None:
     words = ("--dataset", data["prompt"], "--n", 2, "--seed", 4, "--temperature", 0.7)
-    found = figures(runs["sft"], *words, "--reference", runs["other"], "--against", runs["other"])
+    found = metrics_of(runs["sft"], *words, "--reference", runs["other"], "--against", runs["other"])
     k1, k3 = kls_by_hand(runs["sft"], runs["other"], data["prompt"], 0.7)
     assert found["policy"]["kl"] == pytest.approx(k1.mean(), abs=1e-4)
     assert found["policy"]["kl_k3"] == pytest.approx(k3.mean(), abs=1e-4)
@@ -245,7 +245,7 @@ def kls_by_hand(run: str, reference: str, prompts: str, temperature: float) -> t
 
 
 def test_the_alignment_tax_is_the_paired_difference_of_losses(runs: dict[str, str], data: dict[str, str]) -> None:
-    found = figures(runs["sft"], "--dataset", data["demonstration"], "--against", runs["other"])
+    found = metrics_of(runs["sft"], "--dataset", data["demonstration"], "--against", runs["other"])
     records = list(open_dataset(data["demonstration"]).records("eval"))
     each = [[token_losses(run, [record]) for record in records] for run in (runs["sft"], runs["other"])]
     gaps = [np.subtract(*pair) for pair in zip(*each)]
@@ -316,7 +316,7 @@ def test_an_ensemble_is_measured_by_the_mean_of_its_members(
     runs: dict[str, str], data: dict[str, str], tmp_path: Path
 ) -> None:
     other = finished.reward(tmp_path / "other", runs["sft"], seed=5)
-    found = figures(f"{{name: ensemble, models: [{runs['reward']}, {other}]}}", data["ranking"])
+    found = metrics_of(f"{{name: ensemble, models: [{runs['reward']}, {other}]}}", data["ranking"])
     (card,) = found["datasets"]
     right = []
     for record in open_dataset(data["ranking"]).records("eval"):
@@ -350,21 +350,21 @@ def test_a_sum_with_a_judge_is_measured_by_the_weighted_scores(
             for text, rating in zip(texts, ratings)
         ]
         assert found == pytest.approx(by_hand, abs=1e-4) and len(set(ratings)) > 1
-        measured = figures(json.dumps(whole), data["ranking"])
+        measured = metrics_of(json.dumps(whole), data["ranking"])
         with pytest.raises(UserError, match="was not measured"):
-            figures(json.dumps(judge), data["ranking"])
+            metrics_of(json.dumps(judge), data["ranking"])
     assert measured["datasets"][0]["pairs"]["accuracy"]["count"] > 0
 
 
 def test_a_reward_function_is_measured_as_a_reward_model_is(data: dict[str, str], tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
-    found = figures("test_evaluate:letters", data["ranking"], "--html", tmp_path / "page.html")
+    found = metrics_of("test_evaluate:letters", data["ranking"], "--html", tmp_path / "page.html")
     assert found["datasets"][0]["perturbations"] is None
     assert "<h3>Calibration</h3>" in (tmp_path / "page.html").read_text()
     facts = found["datasets"][0]["pairs"]
     assert facts["accuracy"]["value"] == facts["baselines"][0]["value"], "it is the rule that the longer answer wins"
     with pytest.raises(UserError, match="the same score"):
-        figures("test_evaluate:constant", data["ranking"], "--perturb")
+        metrics_of("test_evaluate:constant", data["ranking"], "--perturb")
 
 
 # ---- refusals ----------------------------------------------------------------------------------------------------
@@ -397,7 +397,7 @@ def test_what_cannot_be_measured_is_refused(
 ) -> None:
     given = [runs.get(word, word) for word in words]
     with pytest.raises(UserError, match=message):
-        figures(runs[model], "--dataset", data[kind], *given)
+        metrics_of(runs[model], "--dataset", data[kind], *given)
 
 
 def test_the_loss_counts_every_assistant_turn(runs: dict[str, str], tmp_path: Path) -> None:
@@ -408,5 +408,5 @@ def test_the_loss_counts_every_assistant_turn(runs: dict[str, str], tmp_path: Pa
     (record,) = open_dataset(tmp_path / "data.jsonl").records()
     encoded = encode_demonstration(record, chat, 128, EncodingCounts())
     assert encoded is not None
-    found = figures(runs["sft"], "--dataset", tmp_path / "data.jsonl")["policy"]
+    found = metrics_of(runs["sft"], "--dataset", tmp_path / "data.jsonl")["policy"]
     assert found["tokens"] == sum(label != -100 for label in encoded["labels"]) > len(chat.response("No."))

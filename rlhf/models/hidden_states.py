@@ -83,6 +83,11 @@ def predicting_states(
     return hidden[:, :-1][predicts], input_ids[:, 1:][predicts]
 
 
+def autocast_dtype(device: torch.device) -> torch.dtype | None:
+    """The dtype to which autocast casts now; None where it is off."""
+    return torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
+
+
 def hidden_states(
     model: nn.Module, input_ids: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None = None
 ) -> Tensor:
@@ -231,8 +236,8 @@ def _attention(
     if options.get("softcap") is not None:
         raise ValueError("softcap is not supported")
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    if torch.is_autocast_enabled(query.device.type):  # torch casts the inputs of its own attention, not of an operator
-        query, key, value = (x.to(torch.get_autocast_dtype(x.device.type)) for x in (query, key, value))
+    if dtype := autocast_dtype(query.device):  # torch casts the inputs of its own attention, not of an operator
+        query, key, value = (x.to(dtype) for x in (query, key, value))
     wide, width = query.shape[-1], value.shape[-1]
     if width < wide:  # torch's kernel wants one size; zeros add nothing (DeepSeek-V3: keys of 192, values of 128)
         value = nn.functional.pad(value, (0, wide - width))

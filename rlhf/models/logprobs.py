@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from rlhf.core.errors import UserError
 from rlhf.models.encoder_decoder import decoder_states, divided
-from rlhf.models.hidden_states import causal_lm, hidden_states, is_encoder_decoder, predicting_states
+from rlhf.models.hidden_states import autocast_dtype, causal_lm, hidden_states, is_encoder_decoder, predicting_states
 from rlhf.models.vocabulary import mask_logits
 
 HEAD_CHUNK_ELEMENTS = 2**24
@@ -146,9 +146,11 @@ class SelectiveLogSoftmax(torch.autograd.Function):
 
 
 class FrozenHead(torch.autograd.Function):
-    """The same from hidden states [n, H] and a head that is not trained, with two products, not three: the gradient of
-    the log-probs is computed in the forward pass, so that no logits are computed again for it. Three matrices
-    [rows, V] exist at a time, and each chunk overwrites those of the one before.
+    """Log-probs of tokens, entropies and on request top-1 flags from hidden states [n, H] and a head that is frozen.
+
+    It takes two products with the head, not three: the gradient of the log-probs is computed in the forward pass, so
+    no logits are computed again for it. Three matrices [rows, V] exist at a time, and each chunk overwrites those of
+    the one before.
 
     With weights W, d l_i / d h = (W_i - sum_j p_j W_j) / T. The entropy's gradient, which only an entropy bonus wants,
     is computed in the backward pass from new logits.
@@ -218,8 +220,7 @@ def _chunk_logprobs(
 
 def _as_computed(weight: Tensor) -> Tensor:
     """The weight in the dtype in which it is multiplied: autocast would cast it for each chunk."""
-    kind = weight.device.type
-    return weight.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else weight
+    return weight.to(autocast_dtype(weight.device) or weight.dtype)
 
 
 def is_frozen_product(lm: PreTrainedModel) -> bool:

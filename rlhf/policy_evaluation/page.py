@@ -37,7 +37,7 @@ def render(
     ):
         drawn[name] = plots.histogram_plot(name, across, [(word, values(one)) for word, one in columns])
     return render_page(
-        TEMPLATE, result=result, names=names, wins=wins, tables=tables, figures=tables.figures(result),
+        TEMPLATE, result=result, names=names, wins=wins, tables=tables, metrics=tables.metric_rows(result),
         drawn=drawings(drawn), examples=chosen(examples),
     )  # fmt: skip
 

@@ -8,7 +8,7 @@ from typing import Any
 from rlhf.core.console import format_number
 from rlhf.evaluation.tables import TableParts, percent
 
-FIGURES = {
+METRICS = {
     "records": ("answers in the data", "", ""),
     "loss": ("loss, nats a token", "", "of the data's answers; lower is better"),
     "perplexity": ("perplexity", "", "its exponential"),
@@ -36,19 +36,19 @@ def comparisons(result: Mapping[str, Any]) -> Sequence[Mapping[str, Any]]:
     return result.get("comparisons", [])
 
 
-def figures(result: Mapping[str, Any]) -> list[tuple[str, list[str], str]]:
+def metric_rows(result: Mapping[str, Any]) -> list[tuple[str, list[str], str]]:
     """Name, values of each policy with their intervals, and meaning, of what was measured."""
     columns = [one for one in (result.get("policy"), result.get("against")) if one]
     rows = []
-    for key, (name, unit, meaning) in FIGURES.items():
+    for key, (name, unit, meaning) in METRICS.items():
         if columns and key in columns[0]:
             rows.append((name, [_cell(column, key, unit) for column in columns], meaning))
     return rows
 
 
-def figure_table(result: Mapping[str, Any]) -> TableParts | None:
-    """The figures of one or two policies for the console."""
-    rows = figures(result)
+def metric_table(result: Mapping[str, Any]) -> TableParts | None:
+    """The metrics of one or two policies for the console."""
+    rows = metric_rows(result)
     if not rows:
         return None
     names = [result["model"], *([result["against"]["model"]] if "against" in result else [])][: len(rows[0][1])]

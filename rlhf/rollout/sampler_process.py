@@ -24,7 +24,7 @@ from rlhf.core.errors import UserError
 from rlhf.data.chat_tokenizer import ChatTokenizer
 from rlhf.distributed.child_process import child_environment, how_it_ended
 from rlhf.distributed.exchange_folder import ExchangeFolder
-from rlhf.models.hidden_states import PACKED
+from rlhf.models.hidden_states import PACKED, autocast_dtype
 from rlhf.rollout.types import Completion, SamplingParams
 from rlhf.tuning.merging import merged_weights, weight_marks
 
@@ -142,8 +142,7 @@ def _write_weights(model: Any, folder: Path) -> None:
 
     They are written in files of about PART_BYTES, so that under ZeRO-3 this process never holds all of them.
     """
-    device = model.device.type
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+    dtype = autocast_dtype(model.device)
     folder.mkdir()
     tensors: dict[str, torch.Tensor] = {}
     marks, written, parts = weight_marks(model), set[int](), count()

@@ -22,6 +22,7 @@ from rlhf import distributed
 from rlhf.core.errors import UserError
 from rlhf.data.chat_tokenizer import ChatTokenizer
 from rlhf.distributed.exchange_folder import ExchangeFolder
+from rlhf.models.hidden_states import autocast_dtype
 from rlhf.models.vocabulary import token_count
 from rlhf.rollout import vllm_engine
 from rlhf.rollout.types import Completion, SamplingParams
@@ -110,9 +111,7 @@ def adapter_tensors(model: Any) -> dict[str, torch.Tensor]:
 
 def dtype_of(model: Any) -> str:
     """The dtype in which the trainer computes now: autocast's, or else the weights'. As vLLM names it."""
-    kind = model.device.type
-    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else model.dtype
-    return str(dtype).removeprefix("torch.")
+    return str(autocast_dtype(model.device) or model.dtype).removeprefix("torch.")
 
 
 def description(model: Any, chat: ChatTokenizer) -> Path:
