@@ -2,24 +2,34 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from rlhf.cli.errors import print_error
-from rlhf.core.console import print_json, say
+from rlhf.core.console import print_json, say, warn
 from rlhf.core.errors import UserError
 from rlhf.doctor.diagnosis import examine
 from rlhf.doctor.evidence import Evidence, read_evidence
 from rlhf.doctor.findings import CHECKS, Finding
 from rlhf.doctor.run_checks import planned_steps
+from rlhf.report.pipelines import folders_of, is_pipeline, planned_runs
 
+MOST_UNMADE = 5
+"""Checks that could not be made which are named, with the metrics that they need."""
 STYLES = {"error": "bold red", "warning": "yellow", "note": None}
 
 
 def command(
-    runs: Annotated[list[Path], typer.Argument(help="Run folders, finished, running or crashed.")],
+    runs: Annotated[
+        list[Path],
+        typer.Argument(
+            metavar="RUN|PIPELINE...",
+            help="Run folders, finished, running or crashed; folders with a pipeline's runs, or its YAML file.",
+        ),
+    ],
     as_json: Annotated[
         bool,
         typer.Option(
@@ -32,8 +42,10 @@ def command(
     A run that cannot be read is named; the others are examined, and the exit status is 2.
     """
     unread = False
-    for run in runs:
+    for run in _run_folders(runs):
         try:
+            if isinstance(run, UserError):
+                raise run
             evidence = read_evidence(run)
         except UserError as error:
             print_error(error)
@@ -51,6 +63,24 @@ def command(
         raise typer.Exit(2)
 
 
+def _run_folders(paths: Sequence[Path]) -> Iterator[Path | UserError]:
+    """The run folders that are meant, each once, or why a path means none."""
+    seen = set()
+    for path in paths:
+        try:
+            folders = folders_of(path)
+            for one in planned_runs(path) if is_pipeline(path) else []:
+                if one.path not in folders:
+                    warn(f"{one.stage}: {one.path} has not begun")
+        except UserError as error:
+            yield error
+            continue
+        for folder in folders:
+            if folder.resolve() not in seen:
+                seen.add(folder.resolve())
+                yield folder
+
+
 def _show(run: Evidence, findings: list[Finding], unmade: dict[str, list[str]]) -> None:
     steps = f"step {run.steps:,}" + (f" of {planned:,}" if (planned := planned_steps(run)) else "")
     checks = sum(run.stage in check.stages for check in CHECKS) - len(unmade)
@@ -60,6 +90,8 @@ def _show(run: Evidence, findings: list[Finding], unmade: dict[str, list[str]]) 
         say(f"  {finding.severity}: {finding.name}: {finding.what}", style=STYLES[finding.severity])
         say(f"    Why: {finding.cause}")
         say(f"    Do:  {finding.remedy}")
-    if unmade:
+    if len(unmade) > MOST_UNMADE:
+        say(f"  Not checked, because metrics are not logged: {len(unmade)} checks, which --json lists", style="dim")
+    elif unmade:
         names = ", ".join(f"{name} ({', '.join(metrics)})" for name, metrics in unmade.items())
         say(f"  Not checked, because these metrics are not logged: {names}", style="dim")

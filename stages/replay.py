@@ -105,6 +105,8 @@ def _show(run: Path, opened: OpenedUpdate, episodes: int, token_of: int | None) 
     update = opened.record
     rollout = update.experience.rollout
     count, scores = len(rollout.completions), update.experience.scores
+    if token_of is not None and token_of >= count:
+        raise UserError(f"--tokens {token_of:,}: the update has episodes 0 to {count - 1:,}")
     say(f"{run}, update {update.step:,}: {count:,} episodes, {int(rollout.lengths.sum()):,} response tokens, "
         f"KL coefficient {format_number(update.kl_coef)}", style="bold")  # fmt: skip
     chat = tokenizer_of(run, opened.config)
@@ -119,8 +121,6 @@ def _show(run: Path, opened: OpenedUpdate, episodes: int, token_of: int | None) 
         say(f"  -> {chat.decode(rollout.completions[episode].ids)}")
     if token_of is None:
         return
-    if token_of >= count:
-        raise UserError(f"--tokens {token_of}: the update has episodes 0 to {count - 1:,}")
     ids = rollout.completions[token_of].ids[:SHOWN_TOKENS]
     names = [name for name in ("logprobs", "ref_logprobs", "kl", "values", "rewards", "advantages", "returns")
              if name in update.columns]  # fmt: skip

@@ -25,7 +25,8 @@ def command(
 ) -> None:
     """List the runs below a folder, the latest last: stage, state, steps, result, what `rlhf doctor` finds."""
     if not folder.is_dir():
-        raise UserError(f"{folder}: no such folder", remedy="Name the folder that holds your runs.")
+        what = "is a file" if folder.exists() else "no such folder"
+        raise UserError(f"{folder}: {what}", remedy="Name the folder that holds your runs.")
     rows = sorted(_rows(folder), key=lambda row: row["changed"])
     if as_json:
         for row in rows:

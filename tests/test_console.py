@@ -55,3 +55,23 @@ def test_an_error_shows_a_hostile_value_as_text(capsys):
     printed = capsys.readouterr().err
     assert printed.count(SHOWN.strip()) == 3
     assert safe(printed)
+
+
+def test_the_columns_of_a_narrow_table_keep_their_words_whole_as_long_as_all_words_fit():
+    rows = [["run", "doctor"], ["a/path/of/twenty-four/ch", "clipping-saturated, never-ends"], ["b", "-"]]
+    assert console._column_widths(rows, 60) == [24, 30]  # all fits
+    assert console._column_widths(rows, 50) == [24, 26]  # between the words of the second column
+    assert console._column_widths(rows, 43) == [24, 19]  # one word a line
+    assert console._column_widths(rows, 30) == [15, 15]  # nothing else is left but to break words
+    assert console._column_widths([["run", "x"], ["p" * 90, "one two"]], 60) == [53, 7]  # what long words leave
+
+
+def test_widths_count_lines_of_a_cell_and_the_cells_of_wide_letters():
+    assert console._column_widths([["a", "b"], ["日本語", "one\ntwo"]], 80) == [6, 3]
+    assert console._column_widths([["", "b"], ["", "\x1b[31m"]], 80) == [1, 5]
+
+
+def test_a_table_fits_where_its_columns_do(capsys):
+    console.table("t", ["run", "doctor"], [["a/path", "clipping-saturated, " * 9]])
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) <= 110 and sum(line.count("clipping-saturated") for line in lines) == 9

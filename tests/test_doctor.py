@@ -13,6 +13,7 @@ from rlhf.core.errors import UserError
 from rlhf.doctor.diagnosis import Watch, diagnose, examine
 from rlhf.doctor.evidence import Evidence, Series, read_evidence
 from rlhf.doctor.findings import CHECKS
+from rlhf.runs.run import read_run
 from stages.cli import app
 
 STEPS = 20
@@ -195,12 +196,15 @@ def test_series_take_medians_of_the_ends():
 # ---- run folders
 
 
-def run_folder(path, status="complete", **info):
+TORN = '{"step": 21, "obj'
+
+
+def run_folder(path, status="complete", end="", **info):
     path.mkdir(parents=True)
     (path / "run.json").write_text(json.dumps({"stage": "ppo", "status": status, **info}))
     (path / "config.yaml").write_text("updates: 20\nrollout: {max_new_tokens: 64}\n")
     rows = [{"step": i + 1, **{name: values[i] for name, values in HEALTHY["ppo"].items()}} for i in range(STEPS)]
-    (path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows) + '{"step": 21, "obj')
+    (path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows) + end)
     return path
 
 
@@ -212,10 +216,17 @@ def samples(path, answers):
     (path / "samples.jsonl").write_text('{"step": 0, "answer": "old"}\n' + "".join(json.dumps(r) + "\n" for r in rows))
 
 
-def test_a_healthy_folder_is_not_accused_and_a_torn_last_line_is_no_fault(tmp_path):
+def test_a_healthy_folder_is_not_accused(tmp_path):
     run = run_folder(tmp_path / "run")
     samples(run, [f"answer {i} with words of its own" for i in range(8)])
     assert names(diagnose(read_evidence(run))) == []
+
+
+def test_a_torn_last_line_is_damage_of_a_complete_run_alone(tmp_path):
+    assert names(diagnose(read_evidence(run_folder(tmp_path / "crashed", status="running", end=TORN)))) == ["stopped"]
+    [finding] = diagnose(read_evidence(run_folder(tmp_path / "complete", end=TORN)))
+    assert finding.name == "damaged-log"
+    assert finding.what == "metrics.jsonl line 21 is cut off, although the run is complete"
 
 
 def test_damaged_lines_of_the_logs_and_a_complete_run_without_metrics_are_found(tmp_path):
@@ -225,21 +236,79 @@ def test_damaged_lines_of_the_logs_and_a_complete_run_without_metrics_are_found(
     rows[3:6] = ["[1, 2]\n", '{"loss": 1}\n', rows[5][:40] + "\n"]
     (run / "metrics.jsonl").write_text("".join(rows))
     with (run / "samples.jsonl").open("a") as file:
-        file.write("{\n")
+        file.write("[" * 5000 + "\n")
     [finding] = diagnose(read_evidence(run))
-    places = "metrics.jsonl line 4, metrics.jsonl line 5, metrics.jsonl line 6 and 1 more"
-    assert (finding.name, finding.what) == ("damaged-log", f"no logged row can be read from {places}")
+    without = "says of no step, since its `step` is no finite number"
+    lines = [f"metrics.jsonl line {at} {without}" for at in (4, 5)] + ["metrics.jsonl line 6 cannot be read"]
+    assert (finding.name, finding.what) == ("damaged-log", "; ".join([*lines, "and 1 more"]))
     (run / "metrics.jsonl").write_text("")
     (run / "samples.jsonl").unlink()
     [finding] = diagnose(read_evidence(run))
     assert finding.name == "damaged-log" and "metrics.jsonl holds no metrics" in finding.what
 
 
+def test_values_of_the_wrong_type_are_named_in_every_log(tmp_path):
+    digits = "9" * 400
+    end = f'{{"step": 20, "eval/scores": "1.5", "eval/kl": null, "eval/eos_rate": true, "eval/huge": {digits}}}\n'
+    run = run_folder(tmp_path / "run", end=end)
+    (run / "samples.jsonl").write_text('{"step": 20, "answer": ["a"], "score": "high"}\n')
+    (run / "events.jsonl").write_text('{"step": 20, "event": "guard", "rule": 1, "what": "", "action": ""}\n')
+    found = read_evidence(run)
+    assert found.damage == [
+        'metrics.jsonl line 21: eval/scores is "1.5", not a number',
+        "metrics.jsonl line 21: eval/kl is null, not a number",
+        "metrics.jsonl line 21: eval/eos_rate is true, not a number",
+        "samples.jsonl line 1: answer is no text",
+        'samples.jsonl line 1: score is "high", not a number',
+        "events.jsonl line 1: rule is no text",
+    ]
+    assert not found["eval/scores"] and math.isinf(found["eval/huge"].last)
+
+
+def test_a_log_that_ends_before_its_run_did_is_damaged(tmp_path):
+    run = run_folder(tmp_path / "run")
+    rows = (run / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (run / "metrics.jsonl").write_text("".join(rows[:-3]))
+    [finding] = diagnose(read_evidence(run))
+    assert finding.what == "the run is complete, but metrics.jsonl ends at step 17 of 20"
+    ended = run_folder(tmp_path / "ended", ended_by="gold-falls", step=10)
+    (ended / "metrics.jsonl").write_text("".join(rows[:-3]))
+    assert names(diagnose(read_evidence(ended))) == []
+
+
 def test_a_run_that_cannot_be_read_does_not_hide_the_others(tmp_path):
     good = run_folder(tmp_path / "good")
     shown = CliRunner().invoke(app, ["doctor", str(tmp_path / "absent"), str(good)])
-    assert shown.exit_code == 2 and "absent: not a run folder" in shown.stderr
+    assert shown.exit_code == 2 and "absent: no such folder" in shown.stderr
+    assert f"Runs nearby: {good}" in shown.stderr
     assert f"{good}: ppo, complete" in shown.stdout
+
+
+def test_a_folder_of_runs_and_a_pipeline_mean_their_runs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    run_folder(tmp_path / "runs/ppo")
+    for stage, rest in {"ppo": "reward: {name: model, path: r}", "sft": "data: {train: d}"}.items():
+        (tmp_path / f"{stage}.yaml").write_text(f"run: runs/{stage}\nmodel: {{path: m}}\n{rest}\n")
+    with (tmp_path / "ppo.yaml").open("a") as file:
+        file.write("data: {prompts: d}\n")
+    (tmp_path / "pipeline.yaml").write_text("name: mine\nsft: sft.yaml\nppo: ppo.yaml\n")
+    shown = CliRunner().invoke(app, ["doctor", "runs", "runs/ppo", "pipeline.yaml"])
+    assert shown.exit_code == 0, shown.output
+    assert shown.stdout.count("runs/ppo: ppo, complete") == 1  # each run once
+    assert "sft: runs/sft has not begun" in shown.stderr
+
+
+def test_the_advice_for_what_is_no_run_fits_what_is_there(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    run = run_folder(tmp_path / "runs/ppo")
+    (run / "model").mkdir()
+    (tmp_path / "empty").mkdir()
+    advice = {"runs": "Name one: runs/ppo", "runs/pp": "Runs nearby: runs/ppo", "runs/ppo/model": "the run: runs/ppo",
+              "runs/ppo/run.json": "the run: runs/ppo", "empty": "`rlhf runs FOLDER` lists"}  # fmt: skip
+    for path, remedy in advice.items():
+        with pytest.raises(UserError, match=path) as error:
+            read_run(path)
+        assert remedy in str(error.value)
 
 
 def test_a_crashed_run_is_told_how_to_go_on(tmp_path):
@@ -282,9 +351,10 @@ def test_what_a_run_read_and_what_its_guard_said_are_judged(tmp_path):
     [finding] = diagnose(read_evidence(run))
     assert finding.name == "data-exhausted" and "each of 15 records was used 21.3 times" in finding.what
     spoken = run_folder(tmp_path / "spoken")
-    row = {"step": 7, "event": "guard", "rule": "length"}
+    row = {"step": 7, "event": "guard", "rule": "length", "what": "twice as long", "action": "warn"}
     (spoken / "events.jsonl").write_text(json.dumps(row) + "\n" + json.dumps(row) + '\n{"step": 8, "ev')
-    [finding] = diagnose(read_evidence(spoken))
+    [torn, finding] = diagnose(read_evidence(spoken))
+    assert torn.what == "events.jsonl line 3 is cut off, although the run is complete"
     assert finding.name == "guard-spoke" and "length spoke (2 times)" in finding.what
 
 
@@ -309,6 +379,9 @@ def test_the_command_prints_findings_with_cause_and_remedy_or_as_json(tmp_path):
     assert finding["name"] == "stopped" and unmade["not_checked"]["sampler-gap"] == ["rollout/sampler_gap_mean"]
     assert "Not checked, because these metrics are not logged: slows-down (" in shown.stdout
     assert "sampler-gap (rollout/sampler_gap_mean)" in shown.stdout
+    (bad / "metrics.jsonl").write_text("")
+    shown = CliRunner().invoke(app, ["doctor", str(bad)]).stdout.splitlines()
+    assert shown[-1] == "  Not checked, because metrics are not logged: 26 checks, which --json lists"
 
 
 def test_what_is_no_run_is_refused(tmp_path):

@@ -192,7 +192,17 @@ def test_metrics_are_a_table_with_training_and_evaluation_of_a_step_in_one_row(t
     assert list(table.index) == [1, 2] and list(table.columns) == ["train/loss", "eval/loss"]
     assert table.loc[2].tolist() == [1.0, 1.5] and math.isnan(table.loc[1, "eval/loss"])
     (tmp_path / "metrics.jsonl").write_text("nonsense\n" + text)
-    with pytest.raises(UserError, match="line 1 is damaged"):
+    with pytest.raises(UserError, match="line 1 cannot be read"):
         rlhf.read_metrics(tmp_path)
-    with pytest.raises(UserError, match="not a run folder"):
+    with pytest.raises(UserError, match="no such folder"):
         rlhf.read_metrics(tmp_path / "missing")
+
+
+def test_a_metric_of_the_wrong_type_is_refused_and_a_torn_last_line_of_a_complete_run_is_said(tmp_path: Path, capsys):
+    (tmp_path / "run.json").write_text(json.dumps({"stage": "sft", "status": "complete"}))
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "train/loss": 2.0}\n{"step": 2, "trai')
+    assert list(rlhf.read_metrics(tmp_path).index) == [1]
+    assert "metrics.jsonl line 2 is cut off, although the run is complete" in capsys.readouterr().err
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "train/loss": "2.0"}\n')
+    with pytest.raises(UserError, match=r'line 1: train/loss is "2.0", not a number'):
+        rlhf.read_metrics(tmp_path)

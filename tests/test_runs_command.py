@@ -10,9 +10,9 @@ from rlhf.runs.lock import LOCK
 from stages.cli import app
 
 
-def write_run(path, stage, status, rows=()):
+def write_run(path, stage, status, rows=(), **info):
     path.mkdir(parents=True)
-    (path / "run.json").write_text(json.dumps({"stage": stage, "status": status}))
+    (path / "run.json").write_text(json.dumps({"stage": stage, "status": status, **info}))
     (path / "config.yaml").write_text("updates: 10\n" if stage == "ppo" else "seed: 0\n")
     (path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (path / LOCK).touch()
@@ -42,3 +42,34 @@ def test_an_empty_folder_and_no_folder(tmp_path):
     assert "no run below" in CliRunner().invoke(app, ["runs", str(tmp_path)]).stdout
     failed = CliRunner().invoke(app, ["runs", str(tmp_path / "absent")])
     assert failed.exit_code and "absent" in str(failed.exception)
+
+
+def listed(folder):
+    return {row["run"].removeprefix(f"{folder}/"): row for row in map(json.loads, rows_of(folder))}
+
+
+def rows_of(folder):
+    shown = CliRunner().invoke(app, ["runs", str(folder), "--json"])
+    assert shown.exit_code == 0, shown.output
+    return shown.stdout.splitlines()
+
+
+def test_a_complete_run_keeps_its_result_when_its_log_is_torn_or_mistyped(tmp_path):
+    rows = [{"step": 0, "eval/scores": 0.5, "eval/kl": 0.0}, {"step": 10, "eval/scores": "2.0", "eval/kl": 3.0}]
+    metrics = {"eval/scores": 2.0, "eval/kl": 3.0, "eval/scores_at_start": 0.5}
+    write_run(tmp_path / "mistyped", "ppo", "complete", rows, metrics=metrics)
+    write_run(tmp_path / "torn", "ppo", "complete", rows, metrics=metrics)
+    log = tmp_path / "torn/metrics.jsonl"
+    log.write_bytes(log.read_bytes()[:-9])
+    for row in listed(tmp_path).values():
+        assert row["result"] == metrics
+        assert row["doctor"] == ["damaged-log"]
+
+
+def test_the_result_is_of_the_best_checkpoint_which_became_the_model(tmp_path):
+    rows = [{"step": 50, "eval/accuracy": 0.75, "eval/log_loss": 0.5}, {"step": 100, "eval/accuracy": 0.7}]
+    write_run(tmp_path / "reward", "reward", "complete", rows, step=50, metrics={"accuracy": 0.75, "log_loss": 0.5})
+    write_run(tmp_path / "odd", "reward", "complete", rows, metrics={"accuracy": "0.9", "log_loss": None})
+    found = listed(tmp_path)
+    assert found["reward"]["result"] == {"eval/accuracy": 0.75, "eval/log_loss": 0.5}
+    assert found["odd"]["result"] == {"eval/accuracy": 0.7, "eval/log_loss": 0.5}  # run.json has no numbers

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, TextIO, TypeVar
 
+from rich.cells import cell_len
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
@@ -98,16 +99,39 @@ _JOINERS = "\u200c\u200d"
 
 
 def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
-    """Print a table; columns of numbers are right-aligned."""
+    """Print a table; columns of numbers are right-aligned. Words are broken only where they do not fit otherwise."""
     rows = [list(row) for row in rows]
-    view = Table(title=title, title_justify="left", title_style="bold")
+    cells = [[format_number(cell) for cell in row] for row in rows]
+    console, view = out(), Table(title=title, title_justify="left", title_style="bold")
+    widths = _column_widths([columns, *cells], console.width - 1 - 3 * len(columns))
     for index, column in enumerate(columns):
         numeric = bool(rows) and all(isinstance(r[index], (int, float, type(None))) for r in rows)
-        view.add_column(column, justify="right" if numeric else "left", overflow="fold")
-    for row in rows:
-        view.add_row(*[format_number(cell) for cell in row])
-    out().print(view)
+        view.add_column(column, justify="right" if numeric else "left", overflow="fold", width=widths[index])
+    for row in cells:
+        view.add_row(*row)
+    console.print(view)
     sys.stdout.flush()
+
+
+LONG_WORD = 30
+"""Characters of a word from which it may be broken in a narrow table: a path, a hash."""
+
+
+def _column_widths(rows: Sequence[Sequence[str]], room: int) -> list[int]:
+    """Widths of a table's columns, all together at most `room` where each can have one character.
+
+    Rich would make the widest columns narrower until they fit, and so break words while other columns keep spaces.
+    """
+    by_column = [[printable(cell) for cell in column] for column in zip(*rows)]
+    whole = [max(1, *(cell_len(line) for cell in column for line in cell.split("\n"))) for column in by_column]
+    words = [max((cell_len(word) for cell in column for word in cell.split()), default=1) for column in by_column]
+    words = [min(word, LONG_WORD) for word in words]
+    least, most = (words, whole) if sum(words) <= room else ([1] * len(words), words)
+    widths, level = most, max(most, default=0)
+    while sum(widths) > room and level > 1:
+        level -= 1
+        widths = [min(high, max(low, level)) for low, high in zip(least, most)]
+    return widths
 
 
 @contextmanager

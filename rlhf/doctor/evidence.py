@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import json
-import math
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from rlhf.core.errors import UserError
 from rlhf.runs.lock import check_free
+from rlhf.runs.logged import as_number, logged_lines, logged_numbers
 from rlhf.runs.run import read_run
 from rlhf.runs.run_config import read_run_config
 
@@ -89,16 +89,15 @@ class Evidence:
     """The completions of the last evaluation."""
     absent: set[str] = field(default_factory=set)
     """Metrics that were asked for and never logged."""
-    unreadable: list[str] = field(default_factory=list)
-    """Places of damaged lines in the logs, such as `metrics.jsonl line 4`."""
+    damage: list[str] = field(default_factory=list)
+    """What is wrong with lines of the logs, such as `metrics.jsonl line 4 cannot be read`."""
 
-    def add(self, step: int, metrics: Mapping[str, Any]) -> None:
+    def add(self, step: int, metrics: Mapping[str, float]) -> None:
         """Take in the metrics of a logged step."""
         for name, value in metrics.items():
-            if name != "step" and isinstance(value, (int, float)):
-                steps, values = self.columns.setdefault(name, ([], []))
-                steps.append(step)
-                values.append(float(value))
+            steps, values = self.columns.setdefault(name, ([], []))
+            steps.append(step)
+            values.append(float(value))
 
     def __getitem__(self, metric: str) -> Series:
         """A metric's series; an empty one, which is noted in `absent`, if it was never logged."""
@@ -144,11 +143,23 @@ def read_evidence(path: str | Path) -> Evidence:
     folder = Path(path)
     info = read_run(folder)
     found = Evidence(info["stage"], read_run_config(folder), info, folder, _is_running(folder))
-    for row in logged_rows(folder / "metrics.jsonl", found.unreadable):
-        found.add(int(row["step"]), row)
-    samples = logged_rows(folder / "samples.jsonl", found.unreadable)
-    found.samples = [row for row in samples if row["step"] == samples[-1]["step"]]
+    complete = found.state == "complete"
+    for place, row in logged_lines(folder / "metrics.jsonl", found.damage, complete):
+        found.add(int(row["step"]), logged_numbers(place, row, found.damage))
+    samples = list(logged_lines(folder / "samples.jsonl", found.damage, complete))
+    found.samples = [row for _, row in samples if row["step"] == samples[-1][1]["step"]]
+    for place, row in samples:
+        found.damage += [f"{place}: {fault}" for fault in _sample_faults(row)]
+    list(_alarms(folder, found.damage, complete))
     return found
+
+
+def _sample_faults(row: Mapping[str, Any]) -> Iterator[str]:
+    """What of a sample cannot be shown."""
+    if not isinstance(row.get("answer", ""), str):
+        yield "answer is no text"
+    if row.get("score") is not None and as_number(row["score"]) is None:
+        yield f"score is {json.dumps(row['score'])[:40]}, not a number"
 
 
 def _is_running(folder: Path) -> bool:
@@ -159,37 +170,16 @@ def _is_running(folder: Path) -> bool:
     return False
 
 
-def logged_rows(file: Path, unreadable: list[str] | None = None) -> list[dict[str, Any]]:
-    """The rows of a log. The places of damaged lines are added to `unreadable`.
-
-    A crash or a write in progress may leave a part of a last line: that is no damage.
-    """
-    rows: list[dict[str, Any]] = []
-    for number, line in enumerate(_lines(file), 1):
-        try:
-            row = json.loads(line)
-        except ValueError:
-            row = None
-        if isinstance(row, dict) and isinstance(row.get("step"), (int, float)) and math.isfinite(row["step"]):
-            rows.append(row)
-        elif unreadable is not None and line.endswith(b"\n"):
-            unreadable.append(f"{file.name} line {number:,}")
-    return rows
-
-
-def _lines(file: Path) -> Sequence[bytes]:
-    """The lines, each with its end."""
-    return file.read_bytes().splitlines(keepends=True) if file.is_file() else []
-
-
 def guard_alarms(run: Path) -> list[dict[str, Any]]:
-    """The guard's alarms in a run's events.jsonl, without a line that a crash cut off."""
-    file, found = run / "events.jsonl", []
-    for line in file.read_bytes().splitlines() if file.is_file() else []:
-        try:
-            row = json.loads(line)
-        except ValueError:
+    """The guard's alarms in a run's events.jsonl: `step`, `rule`, `what`, `action`. Damaged lines are left out."""
+    return list(_alarms(run, [], complete=False))
+
+
+def _alarms(run: Path, damage: list[str], complete: bool) -> Iterator[dict[str, Any]]:
+    for place, row in logged_lines(run / "events.jsonl", damage, complete):
+        if row.get("event") != "guard":
             continue
-        if isinstance(row, dict) and row.get("event") == "guard":
-            found.append(row)
-    return found
+        if wrong := [name for name in ("rule", "what", "action") if not isinstance(row.get(name), str)]:
+            damage.append(f"{place}: {', '.join(wrong)} is no text")
+        else:
+            yield row | {"step": int(row["step"])}

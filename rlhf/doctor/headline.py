@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from rlhf.doctor.evidence import Evidence
+from rlhf.runs.logged import as_number
 
 HEADLINES = {
     "sft": ("eval/loss",),
@@ -15,8 +18,27 @@ HEADLINES = {
 
 
 def headline(run: Evidence) -> dict[str, float]:
-    """The newest values of the metrics that say how good a run is; a PPO run's score at its start too."""
-    found = {name: run[name].values[-1] for name in HEADLINES.get(run.stage, ()) if len(run[name])}
+    """The metrics that say how good a run is, by name; of a PPO run also the score at its start.
+
+    Those of a complete run's result, as run.json keeps them, which may be of an earlier step than the last one; else
+    the newest that were logged.
+    """
+    kept = run.info.get("metrics") if run.state == "complete" else None
+    found = {}
+    for name in HEADLINES.get(run.stage, ()):
+        value = _kept(kept, name)
+        if value is not None:
+            found[name] = value
+        elif len(run[name]):
+            found[name] = run[name].values[-1]
     if "eval/scores" in found:
-        found["eval/scores_at_start"] = run["eval/scores"].values[0]
+        start = _kept(kept, "eval/scores_at_start")
+        found["eval/scores_at_start"] = run["eval/scores"].values[0] if start is None else start
     return found
+
+
+def _kept(metrics: Any, name: str) -> float | None:
+    """A number of run.json's metrics, which the reward stage, DPO and specialists write without `eval/`."""
+    if not isinstance(metrics, dict):
+        return None
+    return as_number(metrics.get(name, metrics.get(name.removeprefix("eval/"))))

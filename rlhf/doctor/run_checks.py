@@ -55,10 +55,13 @@ def not_finite(run: Evidence) -> str | None:
     live=False,
 )  # fmt: skip
 def damaged_log(run: Evidence) -> str | None:
-    """Every line that was logged can be read, and a complete run has logged something."""
-    if run.unreadable:
-        more = f" and {len(run.unreadable) - 3:,} more" if len(run.unreadable) > 3 else ""
-        return f"no logged row can be read from {', '.join(run.unreadable[:3])}{more}"
+    """Every line that was logged can be read whole, and a complete run has logged something."""
+    if run.damage:
+        more = f"; and {len(run.damage) - 3:,} more" if len(run.damage) > 3 else ""
+        return f"{'; '.join(run.damage[:3])}{more}"
+    last = planned_steps(run) if run.stage == "ppo" else run.info.get("step")  # PPO logs each update
+    if run.state == "complete" and "ended_by" not in run.info and isinstance(last, int) and 0 < run.steps < last:
+        return f"the run is complete, but metrics.jsonl ends at step {run.steps:,} of {last:,}"
     if run.state == "complete" and not run.columns:
         return "the run is complete, but metrics.jsonl holds no metrics, so hardly anything can be checked"
     return None

@@ -12,9 +12,10 @@ from typing import Any
 
 from rlhf.core.limits import read_json_object
 from rlhf.doctor.diagnosis import diagnose
-from rlhf.doctor.evidence import Evidence, logged_rows, read_evidence
+from rlhf.doctor.evidence import Evidence, read_evidence
 from rlhf.doctor.findings import Finding
 from rlhf.report.pipelines import folders_of, is_pipeline, pipeline_name
+from rlhf.runs.logged import logged_lines
 from rlhf.runs.run import is_run
 
 STAGE_NAMES = {
@@ -74,7 +75,7 @@ class RunRecord:
     def evaluations(self) -> dict[int, list[Answer]]:
         """Step -> the completions of the evaluation at that step."""
         found: dict[int, list[Answer]] = {}
-        for row in logged_rows(self.path / "samples.jsonl"):
+        for _, row in logged_lines(self.path / "samples.jsonl", [], complete=False):
             found.setdefault(int(row["step"]), []).append(_answer(row))
         return found
 

@@ -9,7 +9,7 @@ from rlhf.cli.pipeline_config import PipelineConfig
 from rlhf.cli.stage_configs import STAGES
 from rlhf.config.load import load_stage_config
 from rlhf.core.errors import UserError
-from rlhf.runs.find import run_folders
+from rlhf.runs.find import no_run, run_folders
 from rlhf.runs.run import is_run
 
 
@@ -69,5 +69,5 @@ def folders_of(path: Path) -> list[Path]:
         )  # fmt: skip
     found = [path] if is_run(path) else list(run_folders(path))
     if not found:
-        raise UserError(f"{path}: no run folder, and none lies below it", remedy="Name the folder of a stage.")
+        raise no_run(path)
     return found

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
+
+from rlhf.core.errors import UserError
 
 DEPTH = 4
 """Folders below the given one that are looked into: a pipeline's runs lie at most three deep."""
@@ -12,11 +15,39 @@ INSIDE = {"checkpoints", "model", "cache", "updates", "tensorboard", "adapter", 
 """What a run holds, besides runs."""
 
 
-def run_folders(folder: Path) -> Iterator[Path]:
-    """The run folders below a folder, itself included, by name."""
+def run_folders(folder: Path, depth: int = DEPTH) -> Iterator[Path]:
+    """The run folders below a folder, itself included, by name; not those more than `depth` folders below it."""
     for path, folders, files in os.walk(folder):
         inside = "run.json" in files
         if inside:
             yield Path(path)
-        deep = len(Path(path).relative_to(folder).parts) >= DEPTH
+        deep = len(Path(path).relative_to(folder).parts) >= depth
         folders[:] = [] if deep else sorted(name for name in folders if not (inside and name in INSIDE))
+
+
+def no_run(path: Path) -> UserError:
+    """The error for a path that is no run folder, with the runs nearby that may be meant."""
+    if not path.exists():
+        there = next(above for above in path.absolute().parents if above.exists())
+        near = _named(run_folders(there, depth=1))  # a deeper search may take long
+        return UserError(f"{path}: no such folder", remedy=f"Check the path.{' Runs nearby: ' * bool(near)}{near}")
+    above = next((one for one in path.absolute().parents if (one / "run.json").is_file()), None)
+    if above is not None:
+        return UserError(f"{path}: not a run folder, but a part of one", remedy=f"Name the run: {_short(above)}")
+    if not path.is_dir():
+        return UserError(f"{path}: a file, not a run folder", remedy="Name the folder that holds the run's run.json.")
+    if inside := _named(run_folders(path)):
+        return UserError(f"{path}: not a run folder (no run.json), but runs lie in it", remedy=f"Name one: {inside}")
+    remedy = "Name the folder that a stage wrote; `rlhf runs FOLDER` lists the runs below a folder."
+    return UserError(f"{path}: not a run folder (no run.json), and no run lies in it", remedy=remedy)
+
+
+def _named(folders: Iterator[Path], most: int = 6) -> str:
+    """The first of some folders, as a list in words."""
+    found = [str(_short(one)) for one in islice(folders, most + 1)]
+    return ", ".join(found[:most]) + (", ..." if len(found) > most else "")
+
+
+def _short(path: Path) -> Path:
+    """A path as seen from the working folder, if it lies in it."""
+    return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from rlhf.core.console import warn
 from rlhf.core.errors import UserError
+from rlhf.runs.logged import CUT_OFF, logged_lines, logged_numbers
 from rlhf.runs.run import read_run
 
 if TYPE_CHECKING:
@@ -16,23 +17,22 @@ if TYPE_CHECKING:
 def read_metrics(run: str | Path) -> pd.DataFrame:
     """The metrics of a run, finished or not: a row per logged step, a column per metric of docs/metrics.md.
 
-    Training metrics and an evaluation at the same step share a row; what was not logged at a step is NaN.
+    Training metrics and an evaluation at the same step share a row; what was not logged at a step is NaN. A last line
+    that was cut off is left out, with a warning if the run is complete.
 
     Raises:
-        UserError: Not a run folder, or a damaged line.
+        UserError: Not a run folder, a damaged line, or a value that is not a number.
     """
     import pandas as pd  # slow, and only this function needs it
 
-    read_run(run)
+    complete, faults = read_run(run)["status"] == "complete", list[str]()
     file, steps = Path(run) / "metrics.jsonl", dict[int, dict[str, float]]()
-    lines = file.read_bytes().splitlines(keepends=True) if file.is_file() else []
-    for number, line in enumerate(lines, 1):
-        try:
-            row = json.loads(line)
-            steps.setdefault(row["step"], {}).update(row)
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            if number == len(lines) and not line.endswith(b"\n"):
-                break  # the run is writing this line
-            raise UserError(f"{file}: line {number} is damaged: {error}") from None
-    frame = pd.DataFrame(steps.values(), columns=list(dict.fromkeys(name for row in steps.values() for name in row)))
-    return frame.set_index("step") if len(frame) else frame
+    for place, row in logged_lines(file, faults, complete):
+        steps.setdefault(int(row["step"]), {}).update(logged_numbers(place, row, faults))
+    if faults and faults[-1].endswith(CUT_OFF):
+        warn(f"{file.parent}: {faults.pop()}")
+    if faults:
+        remedy = f"Put the file back from a copy, or repair the line. What else may be wrong: rlhf doctor {run}"
+        raise UserError(f"{file.parent}: {faults[0]}", "It was edited or damaged.", remedy)
+    frame = pd.DataFrame.from_dict(steps, orient="index")
+    return frame.rename_axis("step") if len(frame) else pd.DataFrame()

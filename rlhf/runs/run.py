@@ -34,6 +34,7 @@ from rlhf.data.store import Dataset
 from rlhf.distributed.deepspeed_json import zero_stage
 from rlhf.runs.changes import check_inputs, extension, moved
 from rlhf.runs.checkpoint import Checkpoints
+from rlhf.runs.find import no_run
 from rlhf.runs.lock import LOCK, check_free, check_kept, lock, unlock
 from rlhf.runs.logged import lines_until
 from rlhf.runs.model_folder import check_model_folder, no_model
@@ -245,7 +246,7 @@ def read_run(path: str | Path) -> dict[str, Any]:
     """
     file = Path(path) / "run.json"
     if not file.is_file():
-        raise UserError(f"{path}: not a run folder (no run.json)", remedy="Name the folder of a finished stage.")
+        raise no_run(Path(path))
     try:
         info = read_json_object(file)
         wrong = [key for key, kind in REQUIRED.items() if not isinstance(info.get(key), kind)]
