@@ -49,7 +49,7 @@ def test_a_policy_that_wins_by_length_alone_has_an_even_controlled_rate() -> Non
     assert wins.mean() == 0.74
     found, (low, high) = length_controlled(wins, 50 * longer, np.arange(100))
     assert found == pytest.approx(0.5, abs=0.01)
-    assert 0.3 < low < found < high < 0.7
+    assert 0.25 < low < found < high < 0.7
 
 
 def test_the_regression_is_the_minimum_of_the_published_loss() -> None:
@@ -63,15 +63,37 @@ def test_the_regression_is_the_minimum_of_the_published_loss() -> None:
         return float((np.logaddexp(0, logits) - credits * logits).sum() + RIDGE / 2 * (theta**2).sum())
 
     expected = minimize(loss, np.zeros(2), tol=1e-12).x[0]
-    found, interval = length_controlled(credits, lengths, np.arange(60))
+    found, _ = length_controlled(credits, lengths, np.arange(60))
     assert found == pytest.approx(1 / (1 + math.exp(-expected)), abs=1e-4)
-    repeated = [np.repeat(values, 3) for values in (credits, lengths, np.arange(60))]
-    assert length_controlled(*repeated)[1] == pytest.approx(interval, abs=1e-2), "copies tell nothing new"
 
 
-def test_a_policy_that_always_wins_has_a_rate_below_one() -> None:
-    found, (low, high) = length_controlled(np.ones(20), np.arange(20.0), np.arange(20))
-    assert 0.95 < found < 1 and low <= found <= high
+def test_copies_of_comparisons_do_not_narrow_the_controlled_interval() -> None:
+    draw = np.random.default_rng(0)
+    once = draw.choice([0.0, 1.0], 60), draw.normal(20, 40, 60), np.arange(60)
+    again = [np.repeat(values, 3) for values in once]
+    assert length_controlled(*again)[1] == pytest.approx(length_controlled(*once)[1], abs=1e-2)
+
+
+def test_the_interval_of_a_policy_that_always_wins_is_that_of_the_likelihood() -> None:
+    # without lengths the deviance of p is -2·40·ln p, which reaches 1.96² at p = exp(-0.048), but for the penalty
+    found, (low, high) = length_controlled(np.ones(40), np.zeros(40), np.arange(40))
+    assert 0.99 < found < high <= 1
+    assert low == pytest.approx(math.exp(-(1.96**2) / 80), abs=1e-2)
+
+
+def test_nothing_is_known_of_equal_lengths_where_the_winner_is_always_longer() -> None:
+    _, (low, high) = length_controlled(np.ones(20), np.arange(1.0, 21.0), np.arange(20))
+    assert low < 0.5 < 0.99 < high
+
+
+def test_the_interval_holds_the_true_rate_of_a_strong_policy() -> None:
+    draw, held = np.random.default_rng(0), 0
+    for _ in range(60):
+        lengths = draw.normal(10, 40, 40)
+        wins = (draw.random(40) < 1 / (1 + np.exp(-(4 + 0.5 * np.tanh(lengths / 40))))).astype(float)
+        _, (low, high) = length_controlled(wins, lengths, np.arange(40))
+        held += low <= 1 / (1 + math.exp(-4)) <= high
+    assert held >= 54
 
 
 # ---- answers ---------------------------------------------------------------------------------------------------------
