@@ -77,6 +77,14 @@ def test_log_probs_entropies_and_gradients_are_those_of_the_known_ids_alone(padd
     torch.testing.assert_close(found, right)
 
 
+def test_the_mask_adds_nothing_to_the_backward_pass(padded):
+    ids = torch.randint(3, IDS, (2, 12))
+    plain, masked = (load_policy(ModelConfig(path=padded), padded) for _ in range(2))
+    mask_unknown_ids(masked, IDS)
+    names = [model(ids).logits.grad_fn.name() for model in (plain, masked)]
+    assert names[0] == names[1], "a copy of the gradient of all logits, as large as they are"
+
+
 def test_ppo_from_padded_embeddings_starts_at_a_ratio_of_1_and_a_kl_of_0(padded, prompts, tmp_path):
     ppo.run(config(tmp_path / "run", prompts, model__path=padded, updates=1, batch__epochs=1, batch__minibatches=1))
     first = updates(tmp_path / "run")[0]

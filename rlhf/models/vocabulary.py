@@ -74,4 +74,6 @@ def mask_unknown_ids(model: Any, tokens: int) -> None:
 
 def mask_logits(head: nn.Module, inputs: Any, logits: Tensor) -> None:
     """Give ids from `head.known_ids` on, in place, a logit [..., V] whose probability is 0."""
-    logits[..., head.known_ids :] = max(MASKED_LOGIT, torch.finfo(logits.dtype).min)
+    # Not recorded for the backward pass, which would copy the gradient of all logits to clear it here: it is 0 already,
+    # since every loss reaches a logit through its probability.
+    logits.detach()[..., head.known_ids :] = max(MASKED_LOGIT, torch.finfo(logits.dtype).min)
