@@ -9,11 +9,15 @@ from __future__ import annotations
 
 import importlib
 import logging
+import sys
 from typing import Any
+
+from rlhf.core.lazy import BitsandbytesLater
 
 __version__ = "0.1.0"
 
-# Where bitsandbytes is installed, PEFT imports it, and it warns in every process that it lacks a 4-bit kernel for CPUs.
+sys.meta_path.insert(0, BitsandbytesLater)
+# It warns that it lacks a 4-bit kernel for CPUs in every process that imports it.
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 _PLACES = {

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import math
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import finished
 import pytest
@@ -38,6 +40,21 @@ def test_importing_the_package_imports_no_torch_and_every_name_is_there():
         assert getattr(rlhf, name) is not None
     with pytest.raises(AttributeError, match="no attribute 'train_all'"):
         rlhf.train_all  # noqa: B018
+
+
+@pytest.mark.parametrize(("importing", "found"), [(True, False), (False, True)])
+def test_peft_imports_no_bitsandbytes_before_a_quantized_model_does(importing, found, tmp_path, monkeypatch):
+    (tmp_path / "bitsandbytes").mkdir()
+    (tmp_path / "bitsandbytes" / "__init__.py").touch()
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "bitsandbytes", raising=False)
+    helpers = SimpleNamespace(__spec__=SimpleNamespace(_initializing=importing))
+    monkeypatch.setitem(sys.modules, "peft.helpers", helpers)
+    if found:
+        assert importlib.util.find_spec("bitsandbytes") is not None
+    else:
+        with pytest.raises(ModuleNotFoundError):
+            importlib.util.find_spec("bitsandbytes")
 
 
 @pytest.mark.slow

@@ -11,6 +11,7 @@ Use it as below; the type checker sees the real module::
 from __future__ import annotations
 
 import importlib
+import sys
 from types import ModuleType
 from typing import Any
 
@@ -25,3 +26,22 @@ class _Lazy(ModuleType):
 def lazy(name: str) -> Any:
     """A placeholder for module `name` that imports it at the first attribute access."""
     return _Lazy(name)
+
+
+class BitsandbytesLater:
+    """A finder in `sys.meta_path` that keeps `peft.helpers` from importing bitsandbytes where that is installed.
+
+    The import brings torch's compiler with it, a second in each process, and the module needs it only for the condition
+    numbers of quantized weights. Whatever else imports bitsandbytes, a quantized model or optimizer, gets it.
+    """
+
+    @staticmethod
+    def find_spec(name: str, path: Any = None, target: Any = None) -> None:
+        """Leave all modules to the other finders.
+
+        Raises:
+            ModuleNotFoundError: The import is that of `peft.helpers`, which catches it.
+        """
+        helpers = sys.modules.get("peft.helpers") if name == "bitsandbytes" else None
+        if helpers is not None and getattr(helpers.__spec__, "_initializing", False):
+            raise ModuleNotFoundError("PEFT's helpers do without bitsandbytes here", name=name)
