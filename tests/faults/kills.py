@@ -163,7 +163,7 @@ def start(place: Path, words: Sequence[str], stdin: str) -> subprocess.Popen[byt
     with (place / "typed").open("rb") as typed, (place / "output").open("ab") as output:
         return subprocess.Popen(
             [sys.executable, "-m", "stages.cli", *words], cwd=place, env={**environment, "HF_HUB_OFFLINE": "1"},
-            stdin=typed, stdout=output, stderr=subprocess.STDOUT, start_new_session=True,
+            stdin=typed, stdout=output, stderr=subprocess.STDOUT, process_group=0,
         )  # fmt: skip
 
 
