@@ -18,7 +18,7 @@ from rlhf.data.store import open_dataset
 
 pytestmark = [needs_chromium, pytest.mark.slow]
 EVIL = "<img src=x onerror=\"document.title='bad'\"></script><script>document.title='bad'</script> **bold**"
-LONG = "A sentence that says the same thing again. " * 80
+LONG = "A sentence that says the same thing again. " * 80 + "x" * 500_000 + " word" * 100_000
 PROPOSALS = [
     Proposal(
         (Message("system", "Be brief."), Message("user", "Hi?"), Message("assistant", "Hi!"), Message("user", EVIL)),
@@ -117,7 +117,9 @@ def test_answers_are_dragged_by_mouse_tied_undone_and_saved_as_they_were_shown(b
     expect(page, [[4], [2, 1], [3]])
     page.click("#note")
     page.type("مرحبا, s c 1")
-    page.click("#save")
+    page.click(".more")
+    page.wait("document.querySelector('.more').textContent === 'Show less'")
+    page.key("Enter")  # a click on a button does not make it the one that Enter presses
     at(page, "2 of 4")
     (ranking,) = site.rankings()
     assert [c.text for c in ranking.candidates] == texts and ranking.ranks == (2, 2, 3, 1)
@@ -262,6 +264,10 @@ def test_the_file_works_without_a_server_and_its_result_is_merged(browser, candi
     page = browser.page(url)
     page.downloads_to(tmp_path / "down")
     assert page.eval("document.querySelector('#name').value") == "zoë"
+    page.wait("document.activeElement.id === 'name'")
+    page.type("\u202e")
+    page.key("Enter")
+    page.wait("document.querySelector('#notice').textContent.includes('cannot be seen')", "the merge would refuse it")
     enter(page, "zoë")
     texts = page.eval("[...document.querySelectorAll('.answer .text')].map(e => e.textContent)")
     page.key("3", "=", "1", "2", "4", "Enter")

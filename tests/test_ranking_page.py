@@ -193,6 +193,37 @@ def test_a_vote_that_does_not_reach_the_disk_does_not_count(candidates, monkeypa
         assert list(again.latest) == [("anna", first)]
 
 
+def test_a_vote_whose_ranking_cannot_be_written_counts_and_the_file_is_made_again(candidates):
+    with book(candidates) as votes:
+        first, second = list(votes.items)[:2]
+        votes.add(parse_vote(vote(first), votes.items))
+        kept = votes.out.rename(votes.out.with_suffix(".kept"))
+        votes.out.mkdir()  # so that the file cannot be written
+        with pytest.raises(UserError, match=r"r\.jsonl: cannot be written: (?s:.*)Votes are kept in the journal"):
+            votes.add(parse_vote(vote(second), votes.items))
+        votes.out.rmdir()
+        kept.rename(votes.out)
+        votes.settle()
+        assert list(ranks(votes.out)) == ["Question 0?", "Question 1?"]
+        votes.out.unlink()
+        votes.add(parse_vote(vote(list(votes.items)[2]), votes.items))
+        assert list(ranks(votes.out)) == ["Question 0?", "Question 1?", "Question 2?"]
+
+
+def test_rankings_that_somebody_has_edited_are_not_replaced(candidates):
+    with book(candidates) as votes:
+        for item in votes.items:
+            votes.add(parse_vote(vote(item), votes.items))
+        votes.add(parse_vote(vote(item, [[0], [1, 2]]), votes.items))
+    lines = votes.out.read_text().splitlines(keepends=True)
+    votes.out.write_text(lines[0] + lines[1].replace("[2, 1, 2]", "[1, 2, 3]") + lines[2])
+    with pytest.raises(UserError, match=r"r\.jsonl:2: was changed"):
+        book(candidates)
+    votes.out.write_text("".join(lines[:2]) + lines[2][:20])  # as after a crash
+    with book(candidates) as again:
+        assert again.out.read_text() == "".join(lines)
+
+
 # ---- who gets what -----------------------------------------------------------------------------------------------
 
 
@@ -337,6 +368,15 @@ def test_a_vote_from_a_tab_that_has_not_seen_the_last_one_is_not_taken(client, v
     assert votes.versions["anna", row["item"]] == 2
 
 
+def test_a_name_that_differs_in_capitals_alone_from_one_with_votes_is_asked_about(client, votes):
+    assert client.post("join")[1]["namesake"] == ""
+    item = next(iter(votes.items))
+    client.post("save", vote=vote(item), version=0)
+    for name, namesake in (("Anna", "anna"), ("anna", ""), ("ANNE", "")):
+        body = json.dumps({"annotator": name}).encode()
+        assert json.loads(client.send("POST", client.url.path + "join", body)[1])["namesake"] == namesake
+
+
 def test_a_bad_vote_is_refused_and_the_page_learns_why(client, votes):
     assert client.post("save", vote=vote("0" * 16), version=0)[1] == {
         "error": "item: not one of the candidates ('0000000000000000')"
@@ -440,8 +480,8 @@ def test_a_result_file_is_merged_row_by_row_and_only_once(candidates, items):
     rows = [vote(ids[0]), vote(ids[1], [[0]]), vote("0" * 16), "x", vote(ids[2], [], verdict="skipped")]
     path = result(candidates, rows)
     found = last_line(run("rank", candidates, "--merge", path, "--json"))
-    assert {name: found[name] for name in ("read", "added", "known", "older", "rejected")} == {
-        "read": 5, "added": 2, "known": 0, "older": 0, "rejected": 3,
+    assert {name: found[name] for name in ("read", "added", "replaced", "known", "older", "rejected")} == {
+        "read": 5, "added": 2, "replaced": 0, "known": 0, "older": 0, "rejected": 3,
     }  # fmt: skip
     (ranking,) = open_dataset(candidates.parent / "rankings-web.jsonl").records()
     assert ranking.annotator == "zoë" and ranking.time == "2026-01-02T03:04:05+00:00" and ranking.split == "train"
@@ -459,6 +499,9 @@ def test_of_two_votes_on_a_prompt_the_later_one_counts_in_whatever_order_they_ar
     earlier = result(candidates, [vote(first)])
     assert last_line(run("rank", candidates, "--merge", earlier, "--json"))["older"] == 1
     assert ranks(candidates.parent / "rankings-web.jsonl") == {"Question 0?": (2, 3, 1)}
+    last = result(candidates, [vote(first, time="2026-01-02T05:00:00+00:00")])
+    assert last_line(run("rank", candidates, "--merge", last, "--json"))["replaced"] == 1
+    assert ranks(candidates.parent / "rankings-web.jsonl") == {"Question 0?": (2, 1, 2)}
 
 
 @pytest.mark.parametrize(
@@ -494,7 +537,7 @@ def test_a_result_file_beyond_the_limit_is_refused_unread(candidates, monkeypatc
         (("--web", "--seed", "-1"), "--seed -1"),
         (("--merge", "missing.json"), "--merge missing.json: cannot be read"),
         (("--share", "page.txt"), "is an HTML file"),
-        (("--share", "p.html", "--annotator", "\x07"), "--annotator: has control characters"),
+        (("--share", "p.html", "--annotator", "\x07"), "--annotator: has characters that cannot be seen"),
         (("--web", "--out", "x.csv"), "JSON lines"),
     ],
 )

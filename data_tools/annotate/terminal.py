@@ -174,7 +174,7 @@ def rank(candidates: str | Path, annotator: str, out: str | Path | None = None) 
     dataset = open_dataset(candidates, "proposal")
     proposals = {key(proposal): proposal for proposal in dataset.records()}
     if dataset.rejects:
-        console.warn(f"{dataset.path}: {len(dataset.rejects)} bad rows are left out; see `rlhf data validate`")
+        console.warn(f"{dataset.path}: bad rows that are left out: {len(dataset.rejects)}; see `rlhf data validate`")
     if hasattr(sys.stdin, "reconfigure"):
         sys.stdin.reconfigure(errors="replace")  # an invalid byte is a typing error, not the end of the session
     if sys.stdin.isatty():

@@ -32,7 +32,7 @@ def push_command(
     annotators: Annotated[int, typer.Option(min=1, help="How many people rank each task.")] = 1,
     as_json: Json = False,
 ) -> None:
-    """Create or update a project in which people rank the proposals; answers do not say who wrote them."""
+    """Make or update a project for ranking the proposals. Answers do not say who wrote them."""
     summary = label_studio.push(candidates, url, project=project, title=title, ties=ties, annotators=annotators)
     label_studio.show_push(summary)
     if as_json:
@@ -48,7 +48,7 @@ def pull_command(
     overwrite: Overwrite = False,
     as_json: Json = False,
 ) -> None:
-    """Pull the rankings; a dataset of an earlier pull is replaced, and what is new or changed is counted."""
+    """Pull the rankings. A dataset of an earlier pull is replaced, and what is new or changed is counted."""
     summary = label_studio.pull(candidates, url, out, project=project, overwrite=overwrite)
     label_studio.show_pull(summary)
     if as_json:

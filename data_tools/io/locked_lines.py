@@ -34,7 +34,8 @@ class LockedLines:
             self._file.close()
             raise UserError(f"{option} {path}: another `rlhf data rank` is writing it", remedy=busy_remedy) from None
         except OSError as error:
-            raise UserError(f"{option} {path}: cannot be written: {error}") from None
+            remedy = f"Make the folder writable, or name another place with {option}."
+            raise UserError(f"{option} {path}: cannot be written: {error}", remedy=remedy) from None
         sync(path.parent)
 
     def __enter__(self) -> LockedLines:

@@ -39,7 +39,8 @@ def server_at(file: Path, routes: Routes, port: int = 0) -> LoopbackServer:
             json.dump({"port": server.port, "token": server.token}, out)
     except OSError as error:
         server.close()
-        raise UserError(f"{file}: cannot be written: {error}") from None
+        remedy = "Make the folder writable, or name another place with --out."
+        raise UserError(f"{file}: cannot be written: {error}", remedy=remedy) from None
     return server
 
 

@@ -87,7 +87,6 @@ class Board {
       chip.append(words);
       chip.addEventListener("keydown", (event) => this.arrow(answer, event));
     }
-    chip.addEventListener("mousedown", (event) => event.preventDefault()); // the focus stays: Enter is to save
     chip.addEventListener("pointerdown", (event) => this.press(chip, answer, event));
     return chip;
   }
@@ -125,7 +124,8 @@ class Board {
       this.lift(held);
     }
     event.preventDefault();
-    held.ghost.style.transform = `translate(${event.clientX + 8}px, ${event.clientY - 56}px)`;
+    const left = Math.min(event.clientX + 8, innerWidth - held.ghost.offsetWidth - 8);
+    held.ghost.style.transform = `translate(${left}px, ${event.clientY - 56}px)`;
     const over = this.under(event.clientX, event.clientY);
     if (over !== held.over) {
       held.over?.classList.remove("over");

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +46,10 @@ class VoteBook:
         self.out, self.items, self.fingerprint = out, items, fingerprint
         self.latest: dict[tuple[str, str], Vote] = {}
         """(annotator, item) -> the vote that counts, in the order of the votes."""
+        self._behind = True
+        """Whether the file of rankings is another one than the journal gives."""
+        self._made: set[bytes] = set()
+        """While the files are read: every line that the rankings may have had."""
         self.versions: Counter[tuple[str, str]] = Counter()
         """(annotator, item) -> the number of votes so far, replaced ones included."""
         journal = out.with_suffix(".journal")
@@ -54,12 +59,13 @@ class VoteBook:
         self._journal = LockedLines(journal, "--out", "End that one first, or name another --out.")
         try:
             self._read(self._journal.read())
+            self._check_rankings()
+            self.settle()
         except BaseException:
             self._journal.__exit__()
             raise
 
     def __enter__(self) -> VoteBook:
-        self._write_rankings()
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -80,7 +86,10 @@ class VoteBook:
         self._check_header(lines[0])
         for number, line in enumerate(lines[1:], 2):
             try:
-                self._take(parse_vote(parse(line), self.items))
+                vote = parse_vote(parse(line), self.items)
+                self._take(vote)
+                if vote.verdict == RANKED:
+                    self._made.add(self._row(vote))
             except BadRecord as fault:
                 console.warn(f"{self._journal.path}:{number}: skipped: {fault}")
 
@@ -95,6 +104,16 @@ class VoteBook:
         if head.get("fingerprint") != self.fingerprint:
             why = "The candidates have changed since, or are others."
             raise UserError(f"{self._journal.path}: belongs to other candidates", why, remedy)
+
+    def _check_rankings(self) -> None:
+        """Refuse rankings that somebody has edited: they would be replaced. A crash may leave half a line last."""
+        lines = self.out.read_bytes().splitlines(keepends=True) if self.out.exists() else []
+        for number, line in enumerate(lines, 1):
+            if line not in self._made and line.endswith(b"\n"):
+                why = f"The line is not what {self._journal.path} gives, and the file is made again from that."
+                remedy = "Rename the file to keep it, or delete it. To change a ranking, rank its prompt again."
+                raise UserError(f"{self.out}:{number}: was changed", why, remedy)
+        self._made.clear()
 
     def _take(self, vote: Vote) -> bool:
         """Let a vote count; True if it replaces a ranking."""
@@ -113,11 +132,25 @@ class VoteBook:
             UserError: The disk is full, or the like. Then the vote does not count.
         """
         self._journal.append(_line(vote.as_dict()))
-        if self._take(vote):
-            self._write_rankings()
-        elif vote.verdict == RANKED:
-            with open(self.out, "ab") as file:
+        replaces = self._take(vote)
+        self._behind |= replaces or not self.out.exists()
+        if not self._behind and vote.verdict == RANKED:
+            self._behind = True  # until the whole line is there
+            with _reported(self.out), open(self.out, "ab") as file:
                 file.write(self._row(vote))
+            self._behind = False
+        self.settle()
+
+    def settle(self) -> None:
+        """Make the rankings again if they are not those of the journal.
+
+        Raises:
+            UserError: The disk is full, or the like. The votes are in the journal, and count.
+        """
+        if self._behind:
+            with _reported(self.out):
+                self._write_rankings()
+            self._behind = False
 
     def _write_rankings(self) -> None:
         rows = [self._row(vote) for vote in self.latest.values() if vote.verdict == RANKED]
@@ -147,6 +180,16 @@ class VoteBook:
             "annotators": {name: self.counts(name) for name in names},
             "rankings": {str(count): spread[count] for count in sorted(spread)},
         }  # fmt: skip
+
+
+@contextmanager
+def _reported(path: Path) -> Iterator[None]:
+    """Errors of writing a file as the one error of the program."""
+    try:
+        yield
+    except OSError as error:
+        remedy = "Free disk space, or make the folder writable. Votes are kept in the journal."
+        raise UserError(f"{path}: cannot be written: {error}", remedy=remedy) from None
 
 
 def _line(value: Mapping[str, Any]) -> bytes:

@@ -251,8 +251,8 @@ async function restoreResult(file) {
     const count = store.restore(JSON.parse(await file.text()));
     $("name").value = store.annotator;
     notice(`${count} votes of ${store.annotator} are taken over. Press Start to go on.`);
-  } catch {
-    notice("This file is not a result of this page.");
+  } catch (error) {
+    notice(error.fatal ? error.message : "This file is not a result of this page.");
   }
 }
 
@@ -336,7 +336,9 @@ function start() {
 
 $("form").addEventListener("submit", async (event) => {
   event.preventDefault();
-  if (busy || !$("name").value.trim()) return;
+  if (busy) return;
+  const fault = nameFault($("name").value, settings.longestName);
+  if (fault) return notice(fault);
   const found = await attempt(() => store.join($("name").value));
   if (!found) return;
   history = found.history;
@@ -344,6 +346,9 @@ $("form").addEventListener("submit", async (event) => {
   advance.skipped = false;
   advance(found);
   if (found.shared) notice("This name is in use in another tab, too. If that is not you, choose another name.");
+  else if (found.namesake) {
+    notice(`"${store.annotator}" is a new name. If you are "${found.namesake}", press the name above and enter that one.`);
+  }
 });
 
 const CLICKS = {
@@ -363,6 +368,11 @@ const CLICKS = {
   },
 };
 for (const [id, action] of Object.entries(CLICKS)) $(id).addEventListener("click", () => action());
+$("work").addEventListener("mousedown", (event) => {
+  if (!event.target.closest("button")) return;
+  event.preventDefault(); // a click leaves the focus where it is, or Enter would press the button again and not save
+  if (document.activeElement === $("comment")) $("title").focus({ preventScroll: true });
+});
 $("comment").addEventListener("input", keepDraft);
 $("file").addEventListener("change", () => $("file").files[0] && restoreResult($("file").files[0]));
 start();

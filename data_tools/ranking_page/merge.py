@@ -26,8 +26,9 @@ MOST_BYTES = 1 << 28
 def merge(candidates: str | Path, files: Sequence[Path], out: Path | None = None) -> dict[str, Any]:
     """Add the votes of result files. A file may come again: what is known already is not added.
 
-    Of two votes of an annotator on one prompt, the later one counts. Rows that cannot be used are written to
-    `rejected-NAME.jsonl` next to the rankings, with their file and place (the first vote is 1).
+    Of two votes of an annotator on one prompt, the later one counts, and `replaced` and `older` count them. Rows that
+    cannot be used are written to `rejected-NAME.jsonl` next to the rankings, with their file and place (the first vote
+    is 1).
 
     Args:
         candidates: The dataset of proposals that the offline page was made from.
@@ -35,8 +36,8 @@ def merge(candidates: str | Path, files: Sequence[Path], out: Path | None = None
         out: See `rank_in_browser`.
 
     Returns:
-        `VoteBook.summary`, and: read, added, known, older (an annotator has changed the ranking since), rejected,
-        reasons.
+        `VoteBook.summary`, and: read, added, replaced (a vote of an earlier time was there), known, older (one of a
+        later time was there), rejected, reasons.
 
     Raises:
         UserError: A file is not a result, or of other candidates.
@@ -46,7 +47,7 @@ def merge(candidates: str | Path, files: Sequence[Path], out: Path | None = None
     with open_book(dataset, items, out) as book:
         rejected = book.out.with_name(f"rejected-{book.out.name}")
         rejected.unlink(missing_ok=True)
-        counts = {"read": 0, "added": 0, "known": 0, "older": 0}
+        counts = {"read": 0, "added": 0, "replaced": 0, "known": 0, "older": 0}
         with Rejects(rejected) as rejects:
             for file, result in results:
                 counts["read"] += len(result["votes"])
@@ -54,19 +55,21 @@ def merge(candidates: str | Path, files: Sequence[Path], out: Path | None = None
                     counts[_add(book, vote)] += 1
             reasons = {"rejected": rejects.count, "reasons": by_count(rejects.reasons)}
             print_reasons(rejects.reasons, rejects.first)
-        line = f"read {counts['read']:,} = added {counts['added']:,} + known already {counts['known']:,}"
-        line += f" + older {counts['older']:,} + rejected {rejects.count:,}"
+        line = f"read {counts['read']:,} = added {counts['added']:,} + in place of earlier votes {counts['replaced']:,}"
+        line += f" + known already {counts['known']:,} + older {counts['older']:,} + rejected {rejects.count:,}"
         console.say(line + (f"; rejected votes: {rejected}" if rejects.count else ""))
         return book.summary() | counts | reasons
 
 
 def _read(file: Path, fingerprint: str) -> dict[str, Any]:
-    remedy = "Send the file that the page saved, unchanged."
+    remedy = "Take the file that the page saved, unchanged."
     try:
         if file.stat().st_size > MOST_BYTES:
             raise ValueError(f"larger than {MOST_BYTES:,} bytes")
         found = read_json_object(file)
-    except (OSError, ValueError) as error:
+    except OSError as error:
+        raise UserError(f"--merge {file}: cannot be read: {error.strerror}", remedy="Check the path.") from None
+    except ValueError as error:
         raise UserError(f"--merge {file}: cannot be read: {error}", remedy=remedy) from None
     if (found.get("format"), found.get("version")) != (FORMAT, VERSION) or not isinstance(found.get("votes"), list):
         raise UserError(f"--merge {file}: is no result of a ranking page of this version", remedy=remedy)
@@ -76,7 +79,8 @@ def _read(file: Path, fingerprint: str) -> dict[str, Any]:
     try:
         annotator_name(found.get("annotator"))
     except BadRecord as fault:
-        raise UserError(f"--merge {file}: {fault}", remedy=remedy) from None
+        remedy = "Correct `annotator` at the beginning of the file; the votes below it stay as they are."
+        raise UserError(f"--merge {file}: {fault}", "Its votes would be kept under that name.", remedy) from None
     return found
 
 
@@ -98,4 +102,4 @@ def _add(book: VoteBook, vote: Vote) -> str:
     if before is not None and datetime.fromisoformat(before.time) > datetime.fromisoformat(vote.time):
         return "older"
     book.add(vote)
-    return "added"
+    return "added" if before is None else "replaced"

@@ -58,14 +58,22 @@ class Desk:
     # ---- what the page asks for
 
     def join(self, annotator: str, request: dict[str, Any]) -> Reply:
-        """Somebody starts or comes back. `shared` says that another tab has joined under the same name."""
+        """Somebody starts or comes back.
+
+        `shared` says that another tab has joined under the same name; `namesake` is the name of somebody who has
+        voted, if this one differs from it in capitals alone, as phones make them, and has not.
+        """
         tabs = self._tabs.setdefault(annotator, set())
         tab = request.get("tab")
         shared = bool(tabs - {tab})
         if isinstance(tab, str) and len(tab) <= 64:
             tabs.add(tab)
         found = {"annotator": annotator, "history": self.assignment.history(annotator), "shared": shared}
-        return json_reply(found | self._next(annotator))
+        return json_reply(found | {"namesake": self._namesake(annotator)} | self._next(annotator))
+
+    def _namesake(self, annotator: str) -> str:
+        names = {name for name, _ in self.book.latest}
+        return "" if annotator in names else next((n for n in names if n.casefold() == annotator.casefold()), "")
 
     def next(self, annotator: str, request: dict[str, Any]) -> Reply:
         """The item to rank now; with `held_too`, also one that others have open."""
@@ -89,7 +97,9 @@ class Desk:
             raise BadRecord("vote: not an object", type(row).__name__)
         time = datetime.now(UTC).isoformat(timespec="milliseconds")
         vote = parse_vote({**row, "annotator": annotator, "time": time}, self.book.items)
-        if not self._is_repeated(vote):
+        if self._is_repeated(vote):
+            self.book.settle()
+        else:
             if request.get("version") != self.book.versions[annotator, vote.item]:
                 return json_reply(self._task(annotator, self.book.items[vote.item]), 409)
             self.book.add(vote)
@@ -123,7 +133,7 @@ def open_items(candidates: str | Path) -> tuple[Dataset, dict[str, Item]]:
     dataset = open_dataset(candidates, "proposal")
     items = items_of(dataset.records())
     if dataset.rejects:
-        console.warn(f"{dataset.path}: {len(dataset.rejects)} bad rows are left out; see `rlhf data validate`")
+        console.warn(f"{dataset.path}: bad rows that are left out: {len(dataset.rejects)}; see `rlhf data validate`")
     return dataset, items
 
 

@@ -39,6 +39,19 @@ class Drawer {
   }
 }
 
+/** A name as it is kept: Unicode NFC, single spaces. As `annotator_name` in votes.py. */
+function kept(name) {
+  return name.normalize("NFC").trim().replace(/\s+/g, " ");
+}
+
+/** What is wrong with a name, in words; empty if nothing is. A result under a bad name could not be merged. */
+function nameFault(name, longest) {
+  const seen = kept(name).replace(/[\u200c\u200d]/g, ""); // joiners, which Persian and emoji need
+  if (!seen) return "Enter a name.";
+  if (/[\p{C}\p{Zl}\p{Zp}]/u.test(seen)) return "The name has characters that cannot be seen. Please type it again.";
+  return [...kept(name)].length > longest ? `The name is longer than ${longest} characters. Enter a shorter one.` : "";
+}
+
 class Conflict extends Error {
   constructor(task) {
     super("conflict");
@@ -99,7 +112,7 @@ class FileStore {
   }
 
   async join(annotator) {
-    this.annotator = annotator.normalize("NFC").trim().replace(/\s+/g, " ");
+    this.annotator = kept(annotator);
     const decided = this.votes().filter((vote) => vote.verdict !== "skipped");
     const history = decided.sort((a, b) => (a.time < b.time ? -1 : 1)).map((vote) => vote.item);
     return { annotator: this.annotator, history, shared: false, ...(await this.next()) };
@@ -133,14 +146,17 @@ class FileStore {
   async save(vote, version) {
     const record = this.record(vote.item);
     if (record.version !== version) throw new Conflict(this.task(this.byId.get(vote.item)));
+    this.put({ ...vote, time: new Date().toISOString() }, version + 1);
+    return this.next();
+  }
+
+  put(vote, version) {
     try {
-      const value = { ...vote, time: new Date().toISOString() };
-      this.drawer.set(`vote ${this.annotator} ${vote.item}`, { version: version + 1, vote: value });
+      this.drawer.set(`vote ${this.annotator} ${vote.item}`, { version, vote });
     } catch {
       const text = "This browser's storage is full. Save the result, and close other pages.";
       throw Object.assign(new Error(text), { fatal: true });
     }
-    return this.next();
   }
 
   progress() {
@@ -166,8 +182,16 @@ class FileStore {
     const fits = result?.format === "rlhf-ranking-result" && result.fingerprint === this.settings.fingerprint;
     if (!fits || !Array.isArray(result.votes)) throw new Error("This file is not a result of this page.");
     this.annotator = String(result.annotator);
-    const fresh = result.votes.filter((vote) => this.byId.has(vote?.item) && !this.record(vote.item).vote);
-    for (const vote of fresh) this.drawer.set(`vote ${this.annotator} ${vote.item}`, { version: 1, vote });
+    const fresh = result.votes.filter((vote) => this.canShow(vote) && !this.record(vote.item).vote);
+    for (const vote of fresh) this.put(vote, 1);
     return fresh.length;
+  }
+
+  /** Whether a vote of a file, which somebody may have edited, is one on a prompt of this page and its answers. */
+  canShow(vote) {
+    const item = this.byId.get(vote?.item);
+    const known = (answer) => Number.isInteger(answer) && answer >= 0 && answer < item.answers.length;
+    const tiers = (places) => Array.isArray(places) && places.every((tier) => Array.isArray(tier) && tier.every(known));
+    return Boolean(item) && typeof vote.time === "string" && Number.isFinite(vote.seconds) && tiers(vote.tiers);
   }
 }

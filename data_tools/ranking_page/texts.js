@@ -21,13 +21,40 @@ const ROLES = {
   tool: "Reply of a tool",
 };
 
+// A browser takes minutes to lay out a line or a word of a million characters, so long texts become several blocks, which
+// are laid out where they are in view, and long words may break here and there.
+const LONGEST_BLOCK = 4000;
+const LONGEST_WORD = 500;
+
+/** A text in pieces that are not longer than `most`, and end with a line, else with a word, else anywhere but within a
+ * character. */
+function pieces(text, most) {
+  const found = [];
+  let from = 0;
+  while (text.length - from > most) {
+    const next = text.slice(from, from + most);
+    const end = next.lastIndexOf("\n") + 1 || next.lastIndexOf(" ") + 1;
+    const length = end || most - Number(/[\ud800-\udbff]$/.test(next));
+    found.push(text.slice(from, from + length));
+    from += length;
+  }
+  return [...found, text.slice(from)];
+}
+
+function block(text) {
+  const part = make("div");
+  part.dir = "auto";
+  for (const word of pieces(text, LONGEST_WORD)) part.append(...(part.hasChildNodes() ? [make("wbr"), word] : [word]));
+  return part;
+}
+
 /** A text in any script. A long one is cut; `finishTexts` gives it a button that shows all of it. */
 function textBlock(text) {
-  const block = make("div", "clip");
-  const inner = make("div", "text", text);
-  inner.dir = "auto";
-  block.append(inner);
-  return block;
+  const clip = make("div", "clip");
+  const inner = make("div", "text");
+  inner.append(...pieces(text, LONGEST_BLOCK).map(block));
+  clip.append(inner);
+  return clip;
 }
 
 /** Give the texts that do not fit their buttons, once they are on the page. */

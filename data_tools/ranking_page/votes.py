@@ -103,7 +103,7 @@ def annotator_name(value: Any) -> str:
     if len(name) > LONGEST_NAME:
         raise BadRecord(f"annotator: longer than {LONGEST_NAME} characters", remedy="Enter a shorter name.")
     if printable(name) != name:
-        raise BadRecord("annotator: has control characters", remedy="Enter a name of letters.")
+        raise BadRecord("annotator: has characters that cannot be seen", remedy="Enter a name of letters.")
     return name
 
 

@@ -43,15 +43,16 @@ def drawings(plots: Mapping[str, str]) -> dict[str, markupsafe.Markup]:
 
 
 def write_page(text: str, path: Path, option: str) -> None:
-    """Write a page.
+    """Write a page, and its folder if it is not there.
 
     Raises:
         UserError: The file cannot be written.
     """
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text, "utf-8")
     except OSError as error:
-        raise UserError(f"{option} {path}: cannot be written: {error}") from None
+        raise UserError(f"{option} {path}: cannot be written: {error}", remedy="Name another file.") from None
 
 
 def _code(text: str) -> markupsafe.Markup:
