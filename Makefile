@@ -29,8 +29,9 @@ demo: install
 test: install
 	@$(BIN)/pytest -q -n 2 --dist worksteal
 
+# Three at a time, since many of these tests wait: for a timeout, for a signal, for one process of two
 test-slow: install
-	@$(BIN)/pytest -q -n 2 --dist worksteal -m "slow or real" --durations 12
+	@$(BIN)/pytest -q -n 3 --dist worksteal -m "slow or real" --durations 12
 
 vllm: $(VLLM_STAMP)
 

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -49,6 +50,18 @@ def quick_memory_line(request: pytest.FixtureRequest) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         if request.path.name != "test_memory.py":
             patch.setattr("rlhf.memory.peak._predicted", lambda *_: "not in tests")
+        yield
+
+
+@pytest.fixture(autouse=True, scope="session")
+def configs_without_text() -> Iterator[None]:
+    """transformers writes out each config that it reads for a log line that is off: a twentieth of a tiny run."""
+    with pytest.MonkeyPatch.context() as patch:
+        if "transformers" in sys.modules:
+            from transformers import GenerationConfig, PretrainedConfig
+
+            for kind in (PretrainedConfig, GenerationConfig):
+                patch.setattr(kind, "__repr__", object.__repr__)
         yield
 
 
@@ -95,15 +108,20 @@ def chat() -> ChatTokenizer:
 
 @pytest.hookimpl(trylast=True)  # after the tests that are not to run were taken out
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Put the longest first in each half, since xdist's two workers begin with a half each.
+    """Put the longest first in each worker's part, since xdist's workers begin with equal parts of the list.
 
     They are those on real data and those with a time limit of their own. A worker would be alone with one at the end.
     """
     marks = ("real", "timeout")
+    workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
     long = [item for item in items if any(item.get_closest_marker(mark) for mark in marks)]
-    others = [item for item in items if item not in set(long)]
-    half = (len(items) + 1) // 2 - len(long[::2])
-    items[:] = [*long[::2], *others[:half], *long[1::2], *others[half:]]
+    others = iter([item for item in items if item not in set(long)])
+    ordered: list[pytest.Item] = []
+    for worker in range(workers):
+        size = (len(items) - len(ordered)) // (workers - worker)  # as xdist divides the list
+        part = long[worker::workers]
+        ordered += [*part, *islice(others, max(0, size - len(part)))]
+    items[:] = [*ordered, *others]
 
 
 def pytest_collection_finish() -> None:

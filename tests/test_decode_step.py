@@ -30,7 +30,7 @@ def shapes(monkeypatch):
     return found
 
 
-@pytest.mark.parametrize("batch_size", [64, 3, 1])
+@pytest.mark.parametrize("batch_size", [3, *(pytest.param(size, marks=pytest.mark.slow) for size in (64, 1))])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_greedy_completions_over_a_cache_of_fixed_size_are_those_of_generate(family, batch_size, shapes):
     model, end, expected = by_generate(family)

@@ -24,9 +24,14 @@ def policy():
     return load_policy(ModelConfig(path=tiny.llama()), tiny.llama())
 
 
-@pytest.mark.parametrize("batch_size", [64, 3, pytest.param(1, marks=pytest.mark.slow)])
+WAYS = [(hf, 3), (continuous_batching, 64)]
+OTHER_WAYS = [(hf, 64), (hf, 1), (continuous_batching, 3), (continuous_batching, 1)]
+
+
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("sampler", [hf, continuous_batching])
+@pytest.mark.parametrize(
+    ("sampler", "batch_size"), [*WAYS, *(pytest.param(*way, marks=pytest.mark.slow) for way in OTHER_WAYS)]
+)
 def test_greedy_answers_are_those_of_generate_to_the_token(sampler, family, batch_size):
     model, end, expected = by_generate(family)
     assert kv_cache.joinable(model)
