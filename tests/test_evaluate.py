@@ -319,14 +319,12 @@ def test_an_ensemble_is_measured_by_the_mean_of_its_members(
     found = metrics_of(f"{{name: ensemble, models: [{runs['reward']}, {other}]}}", data["ranking"])
     (card,) = found["datasets"]
     right = []
+    chat = load_tokenizer(ModelConfig(path=other), resolve_model_path(other))
     for record in open_dataset(data["ranking"]).records("eval"):
-        each = [
-            [finished.score_of_answer(run, record.chat, one.text) for one in record.candidates]
-            for run in (runs["reward"], other)
-        ]
-        mean = [sum(pair) / 2 for pair in zip(*each)]
+        texts = [chat.whole(record.chat, one.text) for one in record.candidates]
+        mean = sum(finished.scores(run, texts) for run in (runs["reward"], other)) / 2
         pairs = [(i, j) for i, a in enumerate(record.ranks) for j, b in enumerate(record.ranks) if a < b]
-        right += [mean[i] > mean[j] for i, j in pairs]
+        right += [bool(mean[i] > mean[j]) for i, j in pairs]
     assert card["pairs"]["accuracy"]["value"] == pytest.approx(sum(right) / len(right))
 
 

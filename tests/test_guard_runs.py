@@ -78,9 +78,8 @@ def test_stop_ends_the_run_with_the_present_policy(tmp_path, prompts, capsys):
     run(config(tmp_path / "run", prompts, updates=7, guard=guard(action="stop")), resume=True)
     assert [row["step"] for row in updates(tmp_path / "run")] == [1, 2]  # made longer, and ended still
     run(config(tmp_path / "short", prompts, updates=2, guard=guard(action="warn")))
-    assert all(
-        torch.equal(value, weights(tmp_path / "short")[name]) for name, value in weights(tmp_path / "run").items()
-    )
+    short = weights(tmp_path / "short")
+    assert all(torch.equal(value, short[name]) for name, value in weights(tmp_path / "run").items())
 
 
 def test_the_best_checkpoint_becomes_the_result_and_is_not_deleted_before(tmp_path, prompts):
@@ -91,9 +90,8 @@ def test_the_best_checkpoint_becomes_the_result_and_is_not_deleted_before(tmp_pa
     kept = sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir())
     assert kept == ["step-00000001", "step-00000004"]
     run(config(tmp_path / "short", prompts, updates=1))
-    assert all(
-        torch.equal(value, weights(tmp_path / "short")[name]) for name, value in weights(tmp_path / "run").items()
-    )
+    short = weights(tmp_path / "short")
+    assert all(torch.equal(value, short[name]) for name, value in weights(tmp_path / "run").items())
 
 
 def test_a_resumed_run_with_alarms_equals_the_uninterrupted_one(tmp_path, prompts):

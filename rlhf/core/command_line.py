@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 import shlex
 import subprocess
@@ -35,8 +36,12 @@ def without_credentials(text: str) -> str:
     return re.sub(r"([A-Za-z][A-Za-z0-9+.-]*://)[^/?#\s]*@", r"\1", text)
 
 
+@functools.cache
 def git_commit() -> str | None:
-    """The git commit of the code, with '+changes' if files were changed; None outside a checkout."""
+    """The git commit of the code, with '+changes' if files were changed; None outside a checkout.
+
+    Asked once in a process, near the moment that it imported the code.
+    """
     folder = Path(__file__).parent
     try:
         commit = _git(folder, "rev-parse", "HEAD")
