@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 LIBRARIES = (
-    "torch", "transformers", "datasets", "peft", "deepspeed", "pandas", "torch._dynamo",
+    "torch", "transformers", "datasets", "peft", "bitsandbytes", "deepspeed", "pandas", "torch._dynamo",
     "transformers.models.llama.modeling_llama", "stages.sft", "stages.reward", "stages.dpo", "stages.ppo",
 )  # fmt: skip
 

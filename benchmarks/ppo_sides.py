@@ -22,7 +22,9 @@ import psutil
 import torch
 import transformers
 
-LIBRARIES = ("datasets", "deepspeed", "peft", "pandas", "story_rewards", "transformers.models.llama.modeling_llama")
+LIBRARIES = (
+    "bitsandbytes", "datasets", "deepspeed", "peft", "pandas", "story_rewards", "transformers.models.llama.modeling_llama",
+)  # fmt: skip
 SCHEDULE = {"update": 0}
 """Which update's lengths the next rollout takes."""
 
