@@ -23,7 +23,8 @@ import torch
 import transformers
 
 LIBRARIES = (
-    "bitsandbytes", "datasets", "deepspeed", "peft", "pandas", "story_rewards", "transformers.models.llama.modeling_llama",
+    "bitsandbytes", "datasets", "deepspeed", "peft", "pandas", "story_rewards",
+    "transformers.models.llama.modeling_llama",
 )  # fmt: skip
 SCHEDULE = {"update": 0}
 """Which update's lengths the next rollout takes."""
