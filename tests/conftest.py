@@ -54,6 +54,14 @@ def quick_memory_line(request: pytest.FixtureRequest) -> Iterator[None]:
 
 
 @pytest.fixture(autouse=True, scope="session")
+def no_wait_for_the_disk() -> Iterator[None]:
+    """`os.fsync` guards against a power cut, which no test makes; what a killed process wrote is there without it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda handle: None)
+        yield
+
+
+@pytest.fixture(autouse=True, scope="session")
 def configs_without_text() -> Iterator[None]:
     """transformers writes out each config that it reads for a log line that is off: a twentieth of a tiny run."""
     with pytest.MonkeyPatch.context() as patch:

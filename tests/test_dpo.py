@@ -378,7 +378,9 @@ def test_a_batch_says_how_many_tokens_the_head_sees(chat: ChatTokenizer, ranking
     assert int(batch.answer_tokens) == sum(len(answer) for row in rows for answer in row["candidates"])
 
 
-@pytest.mark.parametrize(("family", "tuning"), [("t5", "full"), ("bart", "prompt-tuning")])
+@pytest.mark.parametrize(
+    ("family", "tuning"), [("t5", "full"), pytest.param("bart", "prompt-tuning", marks=pytest.mark.slow)]
+)
 def test_encoder_decoders_train_on_the_log_probs_of_plain_transformers(
     family: str, tuning: str, few_rankings: str, tmp_path: Path
 ) -> None:

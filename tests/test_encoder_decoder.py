@@ -189,8 +189,11 @@ def train(folder: Path, family: str, demos: str, **values) -> Path:
 
 
 METHODS = [
-    "full", {"name": "last-layers", "layers": 1}, "lora", "ia3", "bottleneck", {"name": "prompt-tuning", "tokens": 3},
-    {"name": "p-tuning", "tokens": 3}, {"name": "prefix-tuning", "tokens": 3},
+    "full", "lora", "bottleneck", {"name": "prompt-tuning", "tokens": 3},
+    *(pytest.param(method, marks=pytest.mark.slow) for method in (
+        "ia3", {"name": "last-layers", "layers": 1}, {"name": "p-tuning", "tokens": 3},
+        {"name": "prefix-tuning", "tokens": 3},
+    )),
 ]  # fmt: skip
 
 
@@ -207,7 +210,7 @@ def test_sft_learns_with_every_method_and_the_result_is_sampled(tmp_path, demos,
     )
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", ["t5", "bart", pytest.param("mt5", marks=pytest.mark.slow)])
 def test_the_export_gives_the_same_logits_in_plain_transformers(tmp_path, demos, family):
     run = train(tmp_path, family, demos, tuning="lora")
     export(run, tmp_path / "out", EXPORTERS.pick("hf"))
@@ -251,7 +254,7 @@ def train_reward(folder: Path, family: str, rankings: str, **values) -> Path:
     return folder / "reward"
 
 
-@pytest.mark.parametrize("tuning", ["full", "lora", "ia3"])
+@pytest.mark.parametrize("tuning", ["full", "lora", pytest.param("ia3", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("family", ["t5", pytest.param("bart", marks=pytest.mark.slow)])
 def test_a_reward_model_has_the_scores_of_plain_transformers(tmp_path, rankings, family, tuning):
     run = train_reward(tmp_path, family, rankings, tuning=tuning)

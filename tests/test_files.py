@@ -45,6 +45,18 @@ def test_what_a_killed_process_left_is_cleaned_up(tmp_path):
     assert names(tmp_path) == ["d"] and (tmp_path / "d" / "inner" / "file").read_text() == "one"
 
 
+@pytest.mark.parametrize("write", [lambda path: write_text(path, "one"), lambda path: fill(path, "one")])
+def test_what_is_written_is_on_the_disk_before_it_has_its_name(write, tmp_path, monkeypatch):
+    done, rename, replace = [], os.rename, os.replace
+    inode = lambda path: os.stat(path).st_ino  # noqa: E731
+    monkeypatch.setattr(os, "fsync", lambda handle: done.append(os.fstat(handle).st_ino))
+    for name, move in (("rename", rename), ("replace", replace)):
+        monkeypatch.setattr(os, name, lambda a, b, move=move: (done.append("named"), move(a, b)))
+    write(tmp_path / "new")
+    written = [inode(path) for path in (tmp_path / "new", *(tmp_path / "new").rglob("*"))]
+    assert set(written) <= set(done[: done.index("named")])
+
+
 def test_a_text_file_that_cannot_be_written_keeps_its_earlier_content(tmp_path):
     write_json(tmp_path / "a.json", {"name": "Zoë"})
     with pytest.raises(UnicodeEncodeError):

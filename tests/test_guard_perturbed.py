@@ -112,6 +112,7 @@ def state(folder):
     return json.loads((newest / "ppo.json").read_text("utf-8"))["guard"]
 
 
+@pytest.mark.slow
 def test_a_resumed_run_measures_what_the_uninterrupted_one_does(tmp_path, prompts):
     settings = {"updates": 3, "guard": {"perturb": PERTURB | {"every": 1}}}
     run(config(tmp_path / "whole", prompts, **settings))

@@ -94,6 +94,7 @@ def test_the_best_checkpoint_becomes_the_result_and_is_not_deleted_before(tmp_pa
     assert all(torch.equal(value, short[name]) for name, value in weights(tmp_path / "run").items())
 
 
+@pytest.mark.slow
 def test_a_resumed_run_with_alarms_equals_the_uninterrupted_one(tmp_path, prompts):
     settings = {"updates": 4, "gold": GOLD, "guard": guard(action="raise-kl")}
     run(config(tmp_path / "whole", prompts, **settings))

@@ -85,6 +85,7 @@ def four_ranks(small: str) -> TracedModel:
     return passes_of(sft(small), 4, deepspeed=True, bfloat16=True)
 
 
+@pytest.mark.slow
 def test_a_teacher_is_whole_on_each_process_and_its_pass_is_in_the_update(small, tmp_path):
     alone = sft(small)
     teacher = shape(tmp_path / "teacher", layers=6)
@@ -169,7 +170,7 @@ def test_the_heads_logits_do_not_grow_with_the_number_of_tokens():
     assert few < 1110 * 150_000 * 4 / 2
 
 
-@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+@pytest.mark.parametrize("precision", ["bfloat16", pytest.param("float32", marks=pytest.mark.slow)])
 def test_experts_are_counted_on_a_cpu_and_nothing_is_logged(tmp_path, capfd, precision):
     experts = {"model_type": "mixtral", "num_local_experts": 4, "num_experts_per_tok": 2}
     wide = sft(shape(tmp_path / "wide", **experts, architectures=["MixtralForCausalLM"]))
@@ -399,6 +400,7 @@ def test_the_plan_counts_the_state_of_each_optimizer(tmp_path):
     assert held["adamw-8bit"] < 0.3 * held["adamw"]  # small tensors keep theirs in 32 bits
 
 
+@pytest.mark.slow
 def test_offloaded_gradients_stay_on_the_gpu_only_where_no_bucket_holds_them(tmp_path):
     plan = plan_of(shape(tmp_path), 80, processes=1, precision="bfloat16")
     settings = read_deepspeed(REPOSITORY / "configs" / "deepspeed" / "zero2-offload.json")

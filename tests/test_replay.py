@@ -141,6 +141,7 @@ def test_episodes_and_tokens_are_readable(recorded):
     assert "logprobs" in done.stdout and "8 episodes" in done.stdout
 
 
+@pytest.mark.slow
 def test_recording_changes_nothing_and_a_resumed_run_records_the_same(tmp_path, prompts):
     plain = config(tmp_path / "plain", prompts, updates=3, log={"record_every": 0}, checkpoints__every=2)
     run(plain)

@@ -34,7 +34,7 @@ def prompts(count, **fields):
 
 
 @pytest.mark.parametrize("kind", sorted(KINDS))
-@settings(max_examples=25, deadline=None, database=None)
+@settings(max_examples=12, deadline=None, database=None)
 @given(data=st.data())
 def test_any_records_come_back_from_parquet_and_from_jsonl(tmp_path_factory, kind, data):
     items = data.draw(st.lists(records(kind), min_size=1, max_size=5))

@@ -134,7 +134,7 @@ def test_the_plain_base_is_as_without_adapters(adapters):
     assert TaskAdapters(policy, paths).sample(rows, [plain] * 4, range(4), GREEDY) == expected
 
 
-@pytest.mark.parametrize("family", ["mistral", "gemma3_text"])
+@pytest.mark.parametrize("family", ["gemma3_text", pytest.param("mistral", marks=pytest.mark.slow)])
 def test_virtual_tokens_before_a_sliding_window(family, tmp_path):
     settings = {
         "mistral": {"sliding_window": 6},

@@ -456,7 +456,7 @@ any_rows = st.lists(st.dictionaries(st.sampled_from(["question", "answer", "cont
 
 
 @settings(
-    max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
+    max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
 )
 @given(rows=any_rows, shots=st.integers(0, 2))
 def test_whatever_a_row_holds_it_is_written_or_rejected(tmp_path, rows, shots):
