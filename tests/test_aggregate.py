@@ -15,7 +15,7 @@ from scipy.special import expit, ndtr
 
 from data_tools.aggregate.dataset import aggregate_dataset, agreement_with_others
 from data_tools.aggregate.methods import AGGREGATORS, by_score, schulze
-from data_tools.aggregate.votes import collect
+from data_tools.aggregate.votes import Ballots, collect
 from rlhf.core.errors import UserError
 from rlhf.data.schema import Candidate, Message, Ranking, dense_ranks
 from rlhf.data.store import DatasetWriter, open_dataset
@@ -305,10 +305,15 @@ def simulated(
 
 
 @cache
+def crowd_of_known_quality(seed: int, reversed_: int) -> tuple[list[Ranking], dict[str, dict[str, float]], Ballots]:
+    rankings, truth = simulated(seed, reversed_=reversed_)
+    return rankings, truth, collect(iter(rankings))
+
+
+@cache
 def recovered(method: str, seed: int, reversed_: int = 0) -> tuple[np.ndarray, np.ndarray, dict[str, float]]:
     """Of each prompt, the share of pairs in the true order (a tie is half right) and the confidence; qualities."""
-    rankings, truth = simulated(seed, reversed_=reversed_)
-    ballots = collect(iter(rankings))
+    rankings, truth, ballots = crowd_of_known_quality(seed, reversed_)
     verdict = AGGREGATORS[method].fn(ballots.votes)
     first = np.unique(ballots.pool, return_index=True)[1]
     shares = []
@@ -341,7 +346,7 @@ def test_with_two_of_ten_clicking_at_random_the_true_order_is_recovered_better_t
 @pytest.mark.parametrize("method", QUALITY)
 def test_upside_down_annotators_are_turned_round_where_the_majority_gives_way(method: str) -> None:
     """Two more of the ten rank backwards: majority 66%, the others 87%; the least gain of 12 seeds was 19 points."""
-    for seed in SEEDS[:4]:
+    for seed in SEEDS[:2]:
         shares, _, quality = recovered(method, seed, reversed_=2)
         assert shares.mean() > recovered("majority", seed, reversed_=2)[0].mean() + 0.15
         assert all(quality[who] < 0.4 for who in ("02", "03"))
@@ -349,7 +354,7 @@ def test_upside_down_annotators_are_turned_round_where_the_majority_gives_way(me
 
 @pytest.mark.parametrize("method", QUALITY)
 def test_random_clickers_have_the_lowest_quality(method: str) -> None:
-    for seed in SEEDS[:4]:
+    for seed in SEEDS[:2]:
         quality = recovered(method, seed)[2]
         assert all(0.42 < quality[who] < 0.58 for who in ("00", "01"))
         assert min(value for who, value in quality.items() if who not in ("00", "01")) > 0.62
@@ -357,7 +362,7 @@ def test_random_clickers_have_the_lowest_quality(method: str) -> None:
 
 @pytest.mark.parametrize("method", METHODS)
 def test_what_is_confident_is_more_often_right(method: str) -> None:
-    for seed in SEEDS[:4]:
+    for seed in SEEDS[:2]:
         shares, confidence, _ = recovered(method, seed)
         by_confidence = shares[np.argsort(confidence, kind="stable")]
         assert by_confidence[200:].mean() > by_confidence[:200].mean() + 0.06

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -24,17 +25,23 @@ def render_page(template: Path, clean: Callable[[str], str] | None = None, **val
         clean: Applied to every text before it is escaped.
         values: What the template uses.
     """
+    style = markupsafe.Markup(STYLE.read_text("utf-8"))
+    return printable(_environment(template.parent, clean).get_template(template.name).render(style=style, **values))
+
+
+@lru_cache(maxsize=16)
+def _environment(folder: Path, clean: Callable[[str], str] | None) -> jinja2.Environment:
+    """Keeps the templates that it compiled, for the next page."""
 
     def finalize(value: Any) -> Any:
         return clean(value) if clean is not None and type(value) is str else value
 
     environment = jinja2.Environment(
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True,
-        loader=jinja2.FileSystemLoader(template.parent), finalize=finalize,
+        loader=jinja2.FileSystemLoader(folder), finalize=finalize,
     )  # fmt: skip
     environment.filters["code"] = _code
-    style = markupsafe.Markup(STYLE.read_text("utf-8"))
-    return printable(environment.get_template(template.name).render(style=style, **values))
+    return environment
 
 
 def drawings(plots: Mapping[str, str]) -> dict[str, markupsafe.Markup]:
