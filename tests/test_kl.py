@@ -59,6 +59,11 @@ def test_k3_keeps_its_digits_for_nearly_equal_policies():
     assert k3(torch.zeros(1), torch.full((1,), 1e-4)).item() == pytest.approx(5e-9, rel=0.05)
 
 
+def test_k3_counts_a_log_ratio_above_20_as_20():
+    # e^20 - 1 - 20 = 485165174.4; log r = 30 would be 1.07e13, and 100 overflow.
+    assert k3(torch.zeros(2), torch.tensor([30.0, 100.0])).tolist() == pytest.approx([485165174.4] * 2)
+
+
 @rows(KL_ESTIMATORS)
 @pytest.mark.parametrize("log_ratio", [-1000.0, 1000.0])
 def test_every_estimator_is_finite_for_policies_far_from_each_other(row, log_ratio):
