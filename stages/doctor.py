@@ -11,9 +11,9 @@ import typer
 from rlhf.cli.errors import print_error
 from rlhf.core.console import print_json, say, warn
 from rlhf.core.errors import UserError
-from rlhf.doctor.diagnosis import examine
+from rlhf.doctor.diagnosis import checks_made, examine
 from rlhf.doctor.evidence import Evidence, read_evidence
-from rlhf.doctor.findings import CHECKS, Finding
+from rlhf.doctor.findings import Finding
 from rlhf.doctor.run_checks import planned_steps
 from rlhf.report.pipelines import folders_of, is_pipeline, planned_runs
 
@@ -83,7 +83,7 @@ def _run_folders(paths: Sequence[Path]) -> Iterator[Path | UserError]:
 
 def _show(run: Evidence, findings: list[Finding], unmade: dict[str, list[str]]) -> None:
     steps = f"step {run.steps:,}" + (f" of {planned:,}" if (planned := planned_steps(run)) else "")
-    checks = sum(run.stage in check.stages for check in CHECKS) - len(unmade)
+    checks = checks_made(run.stage, unmade)
     result = f"{len(findings)} of {checks} checks found something" if findings else f"{checks} checks, nothing wrong"
     say(f"{run.path}: {run.stage}, {run.state}, {steps}: {result}", style="bold")
     for finding in findings:

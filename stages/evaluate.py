@@ -24,9 +24,15 @@ from rlhf.runs.run import resolve_model_path
 from rlhf.tasks.config import TaskConfig
 from rlhf.tasks.task import load_task
 
+OF_ANSWERS = frozenset(
+    {"n", "system", "temperature", "top_k", "top_p", "max_new_tokens", "min_new_tokens", "stop", "chat_template"}
+)
+"""Options that say how a policy answers."""
+
 
 @with_sampling
 def command(
+    context: typer.Context,
     model: options.Model,
     datasets: Annotated[
         list[Path] | None,
@@ -120,6 +126,10 @@ def command(
         if named or for_rewards or html or prompting or reward or judge or reference:
             what = "--lm-eval takes MODEL, --against, --seed, --chat-template, --out and --json alone"
             raise UserError(what, "Its tasks have data and ways to sample of their own.")
+        ignored = {"split", "limit", "perturb_rankings"} | OF_ANSWERS - {"chat_template"}
+        options.refuse_given(
+            context, ignored, "is not for --lm-eval, whose tasks have data and ways to sample of their own"
+        )
         _finish(_evaluate_harness(model, against, lm_eval, sampling), output, as_json)
         return
     if prompting:
@@ -129,6 +139,7 @@ def command(
             raise UserError(
                 "--reward, --against, --judge and --reference are not for --prompting, whose answers have a right one"
             )
+        options.refuse_given(context, {"n", "perturb_rankings"}, "is not for --prompting")
         task = task_options.task_config(str(_only(named)), split, limit, metric, labels, pattern)
         result = _evaluate_prompting(model, prompting, shots, task, sampling, system, answers)
         _finish(result, output, as_json)
@@ -136,6 +147,7 @@ def command(
     if judge == RANKINGS:
         if for_rewards or reward or reference:
             raise UserError("--judge rankings loads no model: leave out --reward, --reference, --perturb, --benchmark")
+        options.refuse_given(context, OF_ANSWERS | {"perturb_rankings"}, "is for answers that a model writes")
         result = _evaluate_ranked(model, against, open_dataset(_only(named)), split, limit, html)
         _finish(result, output, as_json)
         return
@@ -147,11 +159,15 @@ def command(
         if reward or against or judge or reference:
             what = "--reward, --against, --judge and --reference are for policies"
             raise UserError(f"{model}: is a reward model; {what}")
+        options.refuse_given(context, OF_ANSWERS, f"is for policies, and {model} is a reward model")
+        if not perturb:
+            options.refuse_given(context, ["perturb_rankings"], "is for --perturb")
         test.check()
         result = _evaluate_reward(model, test, perturb_rankings if perturb else 0, html, sampling.trust_remote_code)
     else:
         if for_rewards:
             raise UserError(f"{model}: is a policy; --perturb and --benchmark are for reward models")
+        options.refuse_given(context, ["perturb_rankings"], f"is for reward models, and {model} is a policy")
         data = open_dataset(_only(named))
         _check_comparison(data, reward, against, judge, bool(reference or html))
         for option, path in (("--against", against), ("--reference", reference)):
@@ -160,6 +176,9 @@ def command(
         from rlhf.policy_evaluation.policies import PolicyTest
 
         sampled = bool(reward or judge or reference or html)
+        if not sampled:
+            why = "is for sampled answers, and none are sampled without --reward, --judge, --reference or --html"
+            options.refuse_given(context, OF_ANSWERS - {"chat_template"}, why)
         asked = read_judge(judge) if judge else None
         params = sampling.params(model)
         policies = PolicyTest(data, split, limit, reward, asked, reference, sampled, n, params, sampling, system)
@@ -201,6 +220,7 @@ def _check_comparison(data: Dataset, reward: str | None, against: str | None, ju
 def _finish(result: dict[str, Any], output: Path | None, as_json: bool) -> None:
     if output is not None:
         options.write_whole(output, json.dumps(result, indent=2, ensure_ascii=False) + "\n")
+        say(f"Metrics: {output}")
     if as_json:
         print_json(result)
 
@@ -336,7 +356,8 @@ class RewardTest:
             raise UserError("name a dataset of rankings", remedy="rlhf evaluate MODEL DATASET...")
         for data in self.data:
             if data.kind != "ranking":
-                raise UserError(f"{data.path}: holds {data.kind}s; a reward model is measured on rankings")
+                what = f"{data.path}: holds {data.kind}s; a reward model is measured on rankings"
+                raise UserError(what, remedy="Name a dataset of rankings; `rlhf data import` makes one.")
         if self.benchmark is not None:
             try:
                 BENCHMARKS[self.benchmark]
@@ -358,6 +379,7 @@ def _evaluate_reward(
         records = list(chosen_records(data, test.split, test.limit))
         card = dataset_card(scorer, data, records, _agreement(data), test.benchmark, test.seed)
         card["perturbations"] = battery(scorer, records, perturb_rankings, test.seed) if perturb_rankings else None
+        _check_scored(card)
         cards.append(card)
         _show_card(card, model)
     result = {"model": model, "split": test.split, "seed": test.seed, "datasets": cards}
@@ -367,6 +389,21 @@ def _evaluate_reward(
         options.write_whole(html, render(result))
         say(f"Page: {html}")
     return result
+
+
+def _check_scored(card: dict[str, Any]) -> None:
+    """Refuse rankings of which none is a row of its benchmark.
+
+    Raises:
+        UserError: There are none.
+    """
+    from rlhf.evaluation import tables
+
+    for benchmark in card["benchmarks"]:
+        if benchmark["score"] is None:
+            what = f"{card['dataset']}: no ranking can be scored as {benchmark['name']} is"
+            remedy = "Import the benchmark's own file with `rlhf data import auto`; --benchmark is for such rankings."
+            raise UserError(what, "; ".join(tables.notes(benchmark)), remedy)
 
 
 def _agreement(data: Dataset) -> Agreement | None:

@@ -16,6 +16,7 @@ from rlhf.data.store import open_dataset
 from rlhf.judging.agreement import agreement_metrics, by_comparison, by_rating, pairs_of
 from rlhf.judging.config import read_judge
 from rlhf.judging.judge import Judge
+from rlhf.judging.prompt import TO_BE_READABLE
 
 ROWS = {
     "strict_pairs": "pairs that the annotators order",
@@ -54,11 +55,15 @@ def command(
     options.check_writable(output, "--out")
     config, data = read_judge(judge), open_dataset(dataset)
     if data.kind != "ranking":
-        raise UserError(f"{data.path}: holds {data.kind}s; a judge is measured on rankings")
+        what = f"{data.path}: holds {data.kind}s; a judge is measured on rankings"
+        raise UserError(what, remedy="Name a dataset of rankings; `rlhf data import` makes one.")
     chosen = list(pairs_of(chosen_records(data, split, limit), pairs, seed))
     with Judge(config, kind) as opened:
         verdicts = by_comparison(opened, chosen) if kind == "pairwise" else by_rating(opened, chosen)
         metrics = agreement_metrics(chosen, verdicts, swapped=kind == "pairwise")
+        if metrics["unreadable"] == len(chosen):
+            what = f"{opened.config.url}: none of {len(chosen):,} pairs has a verdict that can be read"
+            raise UserError(what, opened.why_unreadable(), TO_BE_READABLE)
         facts, failures, usage, cost = opened.facts(), dict(opened.failures), opened.server.usage, opened.server.cost
     result: dict[str, Any] = {
         "judge": facts, "dataset": str(dataset), "fingerprint": data.fingerprint, "split": split, "seed": seed,
@@ -69,6 +74,8 @@ def command(
     table(title, ("", ""), shown)
     for reason, count in failures.items():
         warn(f"{count:,} requests without a reply: {reason}")
+    if opened.example:
+        warn(f"the first reply without a verdict: {opened.example!r}")
     low = (metrics["interval"] or [0.0])[0]
     if low <= 0.5:
         say("The agreement may be no better than chance: do not train or decide by this judge.")

@@ -58,6 +58,9 @@ def command(
         if not path.is_dir() and not is_pipeline(path) and not live:
             what = f"{path}: no such folder or pipeline file"
             raise UserError(what, remedy="Name run folders, folders with a pipeline's runs, or its YAML file.")
+    for path in runs:
+        if live and not path.exists():
+            warn(f"{path}: there is no such folder or file yet; the page shows it when there is")
     for one in (one for path in runs if is_pipeline(path) for one in planned_runs(path)):
         if not is_run(one.path):
             warn(f"{one.stage}: {one.path} has not begun")

@@ -33,6 +33,7 @@ ROUTES = ("group", "source")
 
 @with_sampling
 def command(
+    context: typer.Context,
     model: options.Model,
     prompt: Annotated[list[str] | None, typer.Option("--prompt", "-p", help="A user message; may be repeated.")] = None,
     dataset: Annotated[Path | None, typer.Option(help="Answer the prompts of this dataset.")] = None,
@@ -86,6 +87,8 @@ def command(
 ) -> None:
     """Print a model's answers to prompts. With --reward, answers are scored, and of several the best is shown."""
     options.check_writable(output, "--out")
+    if dataset is None:
+        options.refuse_given(context, ["split", "limit"], "is for --dataset")
     n = _answers(n, best_of, reward, demonstrations)
     compared = _compared(curve, best_of, with_)
     prompts = [with_system(found, system) for found in _prompts(prompt, dataset, split, limit)]
@@ -130,11 +133,15 @@ def command(
             print_json(row)
     if output is not None:
         options.write_whole(output, "".join(line + "\n" for line in lines))
+    if output is not None and not as_json:
+        say(f"Answers: {output}")
     if not as_json:
         seconds = time.monotonic() - started
         say(f"{len(prompts) * n:,} answers, {tokens:,} tokens, {tokens / seconds:,.0f} tokens/s", style="dim")
     if demonstrations is not None:
-        _write_demonstrations(demonstrations, prompts, best, model)
+        kept = _write_demonstrations(demonstrations, prompts, best, model)
+        if not as_json:
+            say(f"{demonstrations}: {kept:,} demonstrations")
     if best_of and not as_json:
         _show_curve(scores)
     if curve is not None:
@@ -145,6 +152,8 @@ def command(
             write_curve(curve, best_of_curve(scores), facts | {"sampling": asdict(params)})
         else:
             draw_curve(curve, best_of_curve(scores), compared)
+        if not as_json:
+            say(f"Curve: {curve}")
 
 
 def _answers(n: int, best_of: int | None, reward: str | None, demonstrations: Path | None) -> int:
@@ -162,7 +171,7 @@ def _answers(n: int, best_of: int | None, reward: str | None, demonstrations: Pa
     if reward is None:
         raise UserError("--best-of: by what are answers compared?", remedy="Give --reward RUN or module:function.")
     if demonstrations is not None:
-        check_new(demonstrations, overwrite=False)
+        check_new(demonstrations, False, "Name another one for --demonstrations, or delete this one.")
     return best_of
 
 
@@ -188,8 +197,8 @@ def _compared(curve: Path | None, best_of: int | None, runs: list[str] | None) -
     return {run: evaluations_of(run) for run in runs or ()}
 
 
-def _write_demonstrations(path: Path, prompts: list[Prompt], best: list[dict[str, Any]], model: str) -> None:
-    """The best answers as a dataset for another round of SFT; an empty answer is left out."""
+def _write_demonstrations(path: Path, prompts: list[Prompt], best: list[dict[str, Any]], model: str) -> int:
+    """The best answers as a dataset for another round of SFT; an empty answer is left out. Gives their number."""
     by_prompt = {prompt.prompt_id: prompt for prompt in prompts}
     with DatasetWriter(path, "demonstration", {"command": command_line(), "policy": model}) as writer:
         for row in best:
@@ -202,8 +211,7 @@ def _write_demonstrations(path: Path, prompts: list[Prompt], best: list[dict[str
                     "author": f"model:{model}",
                 }
                 writer.write(Demonstration(prompt.messages, answer=row["answer"].strip(), **made))
-        kept = writer.count
-    say(f"{path}: {kept:,} demonstrations")
+        return writer.count
 
 
 def _show_curve(scores: list[list[float]]) -> None:

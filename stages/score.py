@@ -27,6 +27,7 @@ Group = tuple[Prompt, list[dict[str, Any]]]
 
 
 def command(
+    context: typer.Context,
     model: Annotated[
         str,
         typer.Argument(metavar="RUN|MODEL|{...}", help="A reward model, or '{name: ensemble, models: [RUN, RUN]}'."),
@@ -47,7 +48,7 @@ def command(
 ) -> None:
     """Score answers with a reward model or an ensemble of them, as PPO does."""
     options.check_writable(output, "--out")
-    groups = _groups(prompt, answer, dataset, split, limit)
+    groups = _groups(context, prompt, answer, dataset, split, limit)
     from rlhf.inference.ensemble import open_ensemble  # imports torch
 
     reward = open_ensemble(model, trust_remote_code)
@@ -68,6 +69,8 @@ def command(
                 say(f"{format_number(row['score']):>10}{spread}  {printable(row['answer'])}")
     if output is not None:
         options.write_whole(output, "".join(line + "\n" for line in lines))
+        if not as_json:
+            say(f"Scores: {output}")
     if skipped:
         warn(f"{skipped:,} answers do not fit in the {reward.limit:,} tokens of {model}, or are refused: no score")
     if not as_json and dataset is not None and scores:
@@ -80,8 +83,9 @@ def command(
 
 
 def _groups(
-    prompt: str | None, answers: list[str] | None, dataset: Path | None, split: str | None, limit: int | None
-) -> Iterator[Group]:
+    context: typer.Context, prompt: str | None, answers: list[str] | None, dataset: Path | None, split: str | None,
+    limit: int | None,
+) -> Iterator[Group]:  # fmt: skip
     """What is to be scored; whatever is wrong with the options is found before the first group.
 
     Raises:
@@ -90,6 +94,7 @@ def _groups(
     if (prompt is None) == (dataset is None) or (prompt is None) != (not answers):
         raise UserError("give answers to score", "Either --dataset, or --prompt and at least one --answer.")
     if dataset is None:
+        options.refuse_given(context, ["split", "limit"], "is for --dataset")
         return iter([(as_prompt(prompt or ""), [{"answer": answer} for answer in answers or ()])])
     data = open_dataset(dataset)
     if data.kind == "prompt":

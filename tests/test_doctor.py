@@ -303,8 +303,13 @@ def test_the_advice_for_what_is_no_run_fits_what_is_there(tmp_path, monkeypatch)
     run = run_folder(tmp_path / "runs/ppo")
     (run / "model").mkdir()
     (tmp_path / "empty").mkdir()
-    advice = {"runs": "Name one: runs/ppo", "runs/pp": "Runs nearby: runs/ppo", "runs/ppo/model": "the run: runs/ppo",
-              "runs/ppo/run.json": "the run: runs/ppo", "empty": "`rlhf runs FOLDER` lists"}  # fmt: skip
+    advice = {
+        "runs": "Name a run in it: runs/ppo",
+        "runs/pp": "Runs nearby: runs/ppo",
+        "runs/ppo/model": "part of: runs/ppo",
+        "runs/ppo/run.json": "part of: runs/ppo",
+        "empty": "`rlhf runs FOLDER` lists",
+    }
     for path, remedy in advice.items():
         with pytest.raises(UserError, match=path) as error:
             read_run(path)

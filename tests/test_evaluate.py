@@ -52,7 +52,8 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 
 
 def metrics_of(*words: Any) -> dict[str, Any]:
-    said, _ = finished.invoke(command, *words, "--max-new-tokens", 8, "--json")
+    sampled = {"--reward", "--judge", "--reference"} & set(words) and "rankings" not in words
+    said, _ = finished.invoke(command, *words, *(("--max-new-tokens", 8) if sampled else ()), "--json")
     return finished.last_json(said)
 
 
@@ -388,6 +389,12 @@ def test_a_reward_function_is_measured_as_a_reward_model_is(data: dict[str, str]
         ("sft", "ranking", ["--judge", "rankings"], "wrote none of the"),
         ("sft", "demonstration", ["--judge", "rankings"], "needs people's rankings"),
         ("sft", "ranking", ["--judge", "rankings", "--reward", "reward"], "loads no model"),
+        ("sft", "ranking", ["--judge", "rankings", "--n", "2"], "--n: is for answers that a model writes"),
+        ("sft", "ranking", ["--temperature", "0.5"], "--temperature: is for sampled answers, and none are sampled"),
+        ("sft", "ranking", ["--perturb-rankings", "9"], "--perturb-rankings: is for reward models"),
+        ("reward", "ranking", ["--perturb-rankings", "9"], "--perturb-rankings: is for --perturb"),
+        ("reward", "ranking", ["--system", "Hi"], "--system: is for policies"),
+        ("reward", "ranking", ["--benchmark", "rm-bench"], "no ranking can be scored as rm-bench is"),
     ],
 )
 def test_what_cannot_be_measured_is_refused(

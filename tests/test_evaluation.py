@@ -458,3 +458,11 @@ def test_tables_and_page_show_hostile_texts_as_texts(tmp_path: Path) -> None:
     assert any(part[0] == "By source" for part in tables.card_tables(card))
     assert tables.headlines(card)[0].startswith("rm-bench: 44.4%")
     assert tables.headlines(card)[1].startswith("Right on 100.0% of 6 pairs of 6 prompts")
+
+
+def test_a_temperature_that_does_not_help_on_the_other_half_is_no_verdict_on_confidence():
+    refit = {"temperature": 0.44, "low": 0.3, "high": 0.69, "log_loss_before": 0.686, "log_loss_after": 1.144}
+    [line] = tables._calibration_lines({"error": 0.05, "refit": refit})
+    assert line.startswith("It is not measurably over- or underconfident")
+    [line] = tables._calibration_lines({"error": 0.05, "refit": refit | {"log_loss_after": 0.6}})
+    assert line.startswith("It is underconfident")

@@ -228,6 +228,15 @@ def test_the_command_says_when_a_judge_may_be_no_better_than_chance(rankings: st
     assert "no better than chance" in said and "verdicts for the answer shown first" in said
 
 
+def test_a_judge_without_one_readable_verdict_is_refused_with_a_reply_and_nothing_is_written(
+    rankings: str, tmp_path: Path
+) -> None:
+    with chat_server(lambda *_: completion("I cannot say.")) as server, pytest.raises(UserError) as error:
+        measure(server.url, rankings, tmp_path, "--out", str(tmp_path / "out.json"))
+    assert "pairs has a verdict that can be read" in str(error.value) and "a reply: 'I cannot say.'" in str(error.value)
+    assert not (tmp_path / "out.json").exists()
+
+
 def test_the_judge_needs_rankings(tmp_path: Path, prompts: str) -> None:
     with pytest.raises(UserError, match="measured on rankings"):
         finished.invoke(judge.command, "http://127.0.0.1:9/v1", prompts)
@@ -263,6 +272,10 @@ def test_a_judge_that_gives_no_readable_ratings_ends_the_run(tmp_path: Path) -> 
         nothing = torch.zeros(8, 1, dtype=torch.int64)
         with pytest.raises(UserError, match="8 of 8 ratings cannot be read"):
             source(RewardInputs(messages, ["x"] * 8, nothing, nothing))
+        singly = REWARDS.pick(options)(None)  # as `rlhf evaluate` asks: the answers to one prompt at a time
+        with pytest.raises(UserError, match="8 of 8 ratings cannot be read"):
+            for one in messages:
+                singly(RewardInputs([one], ["x"], nothing[:1], nothing[:1]))
 
 
 def test_a_policys_answers_are_scored_by_a_judge_on_the_command_line(tmp_path: Path, rankings: str) -> None:

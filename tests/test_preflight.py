@@ -208,7 +208,7 @@ def test_a_parent_that_holds_only_an_adapter_is_refused(world):
 
 
 def test_a_missing_model_folder_is_refused(world):
-    assert "no model there" in refusal("sft", world, model={"path": "./nowhere"})
+    assert "no such run, model or file" in refusal("sft", world, model={"path": "./nowhere"})
 
 
 @pytest.mark.parametrize("key", ["tokenizer", "chat_template"])

@@ -12,6 +12,7 @@ import pytest
 from rlhf.core.errors import UserError
 from rlhf.data.schema import Ranking, from_dict
 from rlhf.policy_evaluation.ranked import find_author, ranked_comparisons
+from rlhf.policy_evaluation.tables import headlines
 from stages.evaluate import command
 
 
@@ -82,8 +83,15 @@ def test_the_command_prints_them_and_writes_a_page_with_the_answers(tmp_path: Pa
     (tmp_path / "rankings.jsonl").write_text("".join(json.dumps(one) + "\n" for one in ROWS))
     words = ("runs/ppo", tmp_path / "rankings.jsonl", "--judge", "rankings", "--html", tmp_path / "page.html")
     said, _ = finished.invoke(command, *words, "--json")
-    assert "runs/ppo wins over runs/sft: 50.0% (95% Wilson interval" in said
-    assert "2 wins, 1 ties, 2 losses; a tie counts half; 3 prompts ranked by 2 named annotators" in said
+    assert "Win rate of runs/ppo against runs/sft: 50.0% (95% Wilson interval" in said
+    assert "2 wins, 1 tie, 2 losses; a tie counts half; 3 prompts ranked by 2 named annotators" in said
     assert finished.last_json(said)["comparisons"][0]["wins"] == 2
     page = (tmp_path / "page.html").read_text()
     assert "Compared by people" in page and "answer 0 by p" in page and "rank 1 of 2" in page and "lee" in page
+
+
+def test_estimators_of_the_kl_whose_intervals_do_not_overlap_are_named():
+    policy = {"kl": 2.6, "kl_low": 2.4, "kl_high": 2.8, "kl_k3": 1.8, "kl_k3_low": 1.5, "kl_k3_high": 2.0}
+    said = headlines({"model": "m", "reference": "sft", "policy": policy})
+    assert said[-1].startswith("The estimator k3 gives 1.8 (1.5 to 2): too few answers")
+    assert len(headlines({"model": "m", "reference": "sft", "policy": policy | {"kl_k3_high": 2.5}})) == 1

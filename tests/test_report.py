@@ -69,7 +69,8 @@ def test_runs_that_were_moved_find_their_parents(tmp_path, chain):
 
 def test_the_headline_says_in_three_sentences_what_happened(chain):
     found = headline(gather([chain])[0])
-    assert found.verdict == "It worked, by its own reward" and found.tone == "good"
+    assert found.verdict == "It worked, by its own reward; the doctor warns: identical-completions"
+    assert found.tone == "look"
     what, judge, outcome = found.sentences
     assert "17 weights" in what and "demonstrations (3 steps), then trained by PPO (4 updates" in what
     assert "70.0% of 1,000 held-out pairs" in judge and "65.0% to 75.0%" in judge and "55.0%" in judge
@@ -205,7 +206,7 @@ def test_an_evaluation_in_the_policys_run_is_shown_in_words_and_drawn(tmp_path):
     (folder / "ppo/test.json").write_text(json.dumps(result))
     (folder / "ppo/other.json").write_text('{"comparison": 3}')
     page = render(gather([folder]))
-    assert "<h2>Is the policy better?</h2>" in page and "wins over runs/sft: 75.0%" in page
+    assert "<h2>Is the policy better?</h2>" in page and "against runs/sft: 75.0%" in page
     assert "Win rates: against runs/sft 75.0%" in page and "other.json" not in page
     assert len([tag for tag, _ in Tags(page).tags if tag == "script"]) == 1
     assert "Is the policy better?" not in render(gather([folder / "sft"]))

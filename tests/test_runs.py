@@ -72,8 +72,16 @@ def test_only_a_finished_run_has_a_result(tmp_path):
 def test_a_wrong_local_path_is_told_from_a_hub_name(tmp_path):
     assert resolve_model_path("org/name") == "org/name"
     assert resolve_model_path(tiny.llama()) == tiny.llama()
-    with pytest.raises(UserError, match="no model there"):
+    with pytest.raises(UserError, match="no such run, model or file"):
         resolve_model_path(tmp_path / "nothing" / "here")
+    with pytest.raises(UserError, match="no such run, model or file"):
+        resolve_model_path("reward.yaml")
+    finished(tmp_path / "runs" / "sft")
+    with pytest.raises(UserError, match=r"no model there.*\n.*Name a run in it: .*runs/sft"):
+        resolve_model_path(tmp_path / "runs")
+    (tmp_path / "prompts.jsonl").touch()
+    with pytest.raises(UserError, match="a file, not a run or a model folder"):
+        resolve_model_path(tmp_path / "prompts.jsonl")
 
 
 def test_the_fingerprint_follows_the_weights(tmp_path):

@@ -228,7 +228,7 @@ def test_models_that_cannot_answer_or_score_are_refused(runs: dict[str, str]) ->
         finished.invoke(command, resolve_model_path(runs["reward"]), "-p", "One?")
     with pytest.raises(UserError, match="not a reward model"):
         finished.invoke(command, runs["sft"], "-p", "One?", "--reward", runs["sft"])
-    with pytest.raises(UserError, match="no model there"):
+    with pytest.raises(UserError, match="no such run, model or file"):
         finished.invoke(command, "./nowhere", "-p", "One?")
 
 
@@ -362,6 +362,7 @@ def test_the_best_answers_are_trained_on_in_another_round_of_sft(runs, tmp_path)
         (["--curve", "curve.svg"], "--curve: of which answers"),
         (["--with", "runs/ppo"], "--with: there is no plot"),
         (["--best-of", 4, "--reward", "x:y", "--curve", "curve.gif"], "neither an .svg nor a .png"),
+        (["--limit", 3], "--limit: is for --dataset"),
     ],
 )
 def test_best_of_with_unfit_options_is_refused(words, fault, runs):

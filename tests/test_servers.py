@@ -81,6 +81,15 @@ def test_a_request_that_fails_each_time_is_a_failure_and_ten_in_a_row_stop():
     assert len(found.asked) < 60
 
 
+def test_a_page_instead_of_completions_names_the_address_as_the_fault():
+    with (
+        chat_server(lambda *_: Response("<html>")) as found,
+        open_server(found, retries=0, concurrency=4) as server,
+        pytest.raises(UserError, match=r"10 requests in a row got no answer: .*not a chat completion(.|\n)*base of"),
+    ):
+        list(server.ask(ask(f"q {i}") for i in range(40)))
+
+
 def test_a_refused_request_is_a_failure_of_its_own_and_not_sent_again():
     def answer(request, _):
         return fault(400, "maximum context length") if len(said(request)) > 20 else completion("short")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated
 
@@ -61,6 +62,23 @@ def check_writable(path: Path | None, option: str) -> None:
         raise UserError(f"{option} {path}: is a folder", remedy="Name a file.")
     if not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
         raise UserError(f"{option} {path}: the folder {path.parent} is not there or cannot be written")
+
+
+def refuse_given(context: typer.Context, names: Iterable[str], why: str) -> None:
+    """Refuse options that were given on the command line and would be ignored.
+
+    Args:
+        context: Of the command.
+        names: Of parameters, such as `max_new_tokens`.
+        why: The rest of the sentence, such as `is for policies`.
+
+    Raises:
+        UserError: One of them was given.
+    """
+    for parameter in context.command.params:
+        source = context.get_parameter_source(str(parameter.name))
+        if parameter.name in names and source is not None and source.name == "COMMANDLINE":
+            raise UserError(f"{max(parameter.opts, key=len)}: {why}", remedy="Leave it out.")
 
 
 def write_whole(path: Path, text: str) -> None:

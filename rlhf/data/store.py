@@ -397,14 +397,15 @@ class DatasetWriter:
         write_json(self.partial / "manifest.json", manifest)
 
 
-def check_new(path: str | Path, overwrite: bool) -> None:
+def check_new(
+    path: str | Path, overwrite: bool, remedy: str = "Replace it with --overwrite, or choose another --out."
+) -> None:
     """Refuse to replace a dataset, unless `overwrite`.
 
     Raises:
         UserError: There is a dataset of that name.
     """
     if not overwrite and (Path(path) / "manifest.json").is_file():
-        remedy = "Replace it with --overwrite, or choose another --out."
         raise UserError(f"{path}: a dataset is there already", remedy=remedy)
 
 

@@ -99,4 +99,5 @@ def _day(time: Any) -> str | None:
 def guard_spoke(run: Evidence) -> str | None:
     """The guard against over-optimisation is silent."""
     rules = Counter(str(alarm.get("rule")) for alarm in guard_alarms(run.path or Path()))
-    return f"its rules {', '.join(rules)} spoke ({sum(rules.values())} times)" if rules else None
+    times = sum(rules.values())
+    return f"its rules {', '.join(rules)} spoke ({times} time{'s' * (times > 1)})" if rules else None

@@ -44,6 +44,11 @@ def examine(evidence: Evidence, live: bool = False) -> tuple[list[Finding], dict
     return sorted(found, key=lambda finding: SEVERITIES.index(finding.severity)), unmade
 
 
+def checks_made(stage: str, unmade: Mapping[str, object]) -> int:
+    """How many checks of a stage were made, without those that `examine` says could not be."""
+    return sum(stage in check.stages for check in CHECKS) - len(unmade)
+
+
 class Watch:
     """Reads what a run logs, and says once what each check finds; notes are left to `rlhf doctor`.
 

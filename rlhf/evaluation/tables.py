@@ -65,8 +65,8 @@ def _calibration_lines(facts: Mapping[str, Any]) -> list[str]:
     refit = facts["refit"]
     if refit is None:
         return []
-    if refit["low"] <= 1 <= refit["high"]:
-        how = "not measurably over- or underconfident"
+    if refit["low"] <= 1 <= refit["high"] or refit["log_loss_after"] >= refit["log_loss_before"]:
+        how = "not measurably over- or underconfident"  # else a temperature of half of the prompts helps on the other
     else:
         how = "overconfident" if refit["temperature"] > 1 else "underconfident"
     return [

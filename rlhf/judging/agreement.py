@@ -127,15 +127,16 @@ def _mean(values: Sequence[float]) -> float | None:
     return sum(values) / len(values) if values else None
 
 
-def check_recorded(path: str, judge: Judge) -> dict[str, Any]:
-    """The agreement that `rlhf judge --out FILE` has recorded for this judge.
+def check_recorded(path: str, judge: Judge) -> tuple[float, float, float]:
+    """The agreement that `rlhf judge --out FILE` has recorded for this judge, and the bounds of its interval.
 
     Raises:
         UserError: The file cannot be read, or was measured with another server, model, prompt or temperature.
     """
     try:
         found = parse_json(Path(path).read_text("utf-8"))
-        measured, metrics = dict(found["judge"]), dict(found["metrics"])
+        measured, (low, high) = dict(found["judge"]), found["metrics"]["interval"]
+        agreement = tuple(float(value) for value in (found["metrics"]["agreement"], low, high))
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(
             f"judge's agreement {path}: cannot be read ({error})", "A judge is measured before it is used.",
@@ -150,4 +151,4 @@ def check_recorded(path: str, judge: Judge) -> dict[str, Any]:
             "Its agreement says nothing about this one.",
             "Measure this judge with `rlhf judge`, or name the file of its own measurement.",
         )
-    return metrics
+    return agreement[0], agreement[1], agreement[2]

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from rlhf.judging.config import JudgeConfig
 from rlhf.judging.prompt import Kind, conversation, read_prompt, read_rating, read_verdict
@@ -13,6 +13,7 @@ from rlhf.servers.cache import ReplyCache
 from rlhf.servers.client import Server
 from rlhf.servers.replies import ChatRequest, Failure, Reply
 
+V = TypeVar("V")
 Messages = Sequence[Mapping[str, str]]
 Verdict = Literal["A", "B", "C"]
 _SWAPPED: dict[Verdict, Verdict] = {"A": "B", "B": "A", "C": "C"}
@@ -69,7 +70,9 @@ class Judge:
         self.failures: Counter[str] = Counter()
         """Why replies are missing, and how often."""
         self.unreadable = 0
-        """Replies without a verdict that can be read."""
+        """Requests without a verdict that can be read."""
+        self.example = ""
+        """The beginning of the first reply without a verdict."""
 
     def __enter__(self) -> Judge:
         return self
@@ -93,14 +96,14 @@ class Judge:
             UserError: The server cannot be used; see `Server.ask`.
         """
         verdicts = (
-            None if text is None else read_verdict(text)
+            self._read(read_verdict, text)
             for text in self._texts(
                 self._request(prompt=conversation(messages), answer_a=a, answer_b=b)
                 for messages, one, two in pairs
                 for a, b in ((one, two), (two, one))
             )
         )
-        for first, second in zip(*[self._counted(verdicts)] * 2):
+        for first, second in zip(*[verdicts] * 2):
             yield Comparison(first, None if second is None else _SWAPPED[second])
 
     def rate(self, answers: Iterable[tuple[Messages, str]]) -> Iterator[float | None]:
@@ -110,7 +113,7 @@ class Judge:
             UserError: The server cannot be used; see `Server.ask`.
         """
         requests = (self._request(prompt=conversation(messages), answer=answer) for messages, answer in answers)
-        yield from self._counted(None if text is None else read_rating(text) for text in self._texts(requests))
+        yield from (self._read(read_rating, text) for text in self._texts(requests))
 
     def _request(self, **values: str) -> ChatRequest:
         options = {"temperature": self.config.temperature, **self.server.request_options(self.config.max_tokens)}
@@ -124,7 +127,15 @@ class Judge:
                 self.failures[reply.reason] += 1
             yield reply.text if isinstance(reply, Reply) else None
 
-    def _counted(self, verdicts: Iterable[Any]) -> Iterator[Any]:
-        for verdict in verdicts:
-            self.unreadable += verdict is None
-            yield verdict
+    def _read(self, read: Callable[[str], V | None], text: str | None) -> V | None:
+        """The verdict in a reply; None, which is counted, without a reply or a verdict."""
+        verdict = None if text is None else read(text)
+        self.unreadable += verdict is None
+        if verdict is None and text is not None and not self.example:
+            self.example = text[:200] or "(an empty reply)"
+        return verdict
+
+    def why_unreadable(self) -> str:
+        """Why verdicts are missing: failed requests by reason, and a reply without a verdict."""
+        why = [f"{count:,}: {reason}" for reason, count in self.failures.items()]
+        return "; ".join([*why, *([f"a reply: {self.example!r}"] if self.example else [])])

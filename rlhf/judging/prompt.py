@@ -14,6 +14,7 @@ from rlhf.core.errors import UserError
 Kind = Literal["pairwise", "rating"]
 PLACES: dict[str, tuple[str, ...]] = {"pairwise": ("prompt", "answer_a", "answer_b"), "rating": ("prompt", "answer")}
 """What each kind of prompt must contain once, in braces."""
+TO_BE_READABLE = "Raise max_tokens, or change the prompt, so that every reply holds one verdict: see docs/judges.md."
 LOWEST, HIGHEST = 1, 10
 """The scale of ratings."""
 _VERSION = re.compile(r"# version: ([\w.-]+)")

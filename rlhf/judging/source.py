@@ -10,12 +10,12 @@ from rlhf.core.errors import UserError
 from rlhf.judging.agreement import check_recorded
 from rlhf.judging.config import JudgeConfig
 from rlhf.judging.judge import Judge
-from rlhf.judging.prompt import LOWEST
+from rlhf.judging.prompt import LOWEST, TO_BE_READABLE
 
 MOST_UNREADABLE = 0.5
 """A batch with a larger fraction of unreadable ratings ends the run."""
 FEWEST = 8
-"""Answers below which that fraction is not judged."""
+"""Answers from which that fraction is judged; smaller batches are counted together until they have as many."""
 
 Rate = Callable[[Sequence[Sequence[Mapping[str, str]]], Sequence[str]], list[float]]
 
@@ -51,23 +51,26 @@ def rating_source(config: JudgeConfig, agreement: str, unmeasured: bool) -> Rate
     refuse_unmeasured(config.url, agreement, unmeasured)
     judge = Judge(config, "rating")
     if agreement:
-        metrics = check_recorded(agreement, judge)
-        low, high = metrics.get("interval") or (0.0, 1.0)
+        agreed_on, low, high = check_recorded(agreement, judge)
         if is_main():
-            agreed = f"agreement with people {metrics.get('agreement') or 0.0:.2f} ({low:.2f} to {high:.2f})"
+            agreed = f"agreement with people {agreed_on:.2f} ({low:.2f} to {high:.2f})"
             (say if low > 0.5 else warn)(f"Judge {judge.server.model}, {judge.prompt.version}: {agreed}")
+
+    recent: list[float | None] = []
 
     def rate(messages: Sequence[Sequence[Mapping[str, str]]], answers: Sequence[str]) -> list[float]:
         ratings = list(judge.rate(zip(messages, answers)))
-        missing = sum(rating is None for rating in ratings)
-        if len(ratings) >= FEWEST and missing > MOST_UNREADABLE * len(ratings):
+        recent.extend(ratings)
+        unread = recent.count(None)
+        if len(recent) >= FEWEST and unread > MOST_UNREADABLE * len(recent):
             raise UserError(
-                f"judge {config.url}: {missing} of {len(ratings)} ratings cannot be read",
-                "; ".join(f"{count}: {reason}" for reason, count in judge.failures.items()),
-                "Look at its replies in the cache, raise max_tokens, or change the prompt; the last checkpoint is"
-                " usable.",
+                f"judge {config.url}: {unread} of {len(recent)} ratings cannot be read",
+                judge.why_unreadable(),
+                f"{TO_BE_READABLE} In PPO, the last checkpoint is usable.",
             )
-        if missing:
+        if len(recent) >= FEWEST:
+            recent.clear()
+        if missing := ratings.count(None):
             warn(f"judge: {missing} of {len(ratings)} ratings cannot be read; these answers get {LOWEST}")
         return [float(LOWEST) if rating is None else rating for rating in ratings]
 

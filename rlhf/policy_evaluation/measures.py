@@ -19,6 +19,7 @@ from rlhf.inference.policy import Policy
 from rlhf.inference.sampling import Sampled, accepted, sample
 from rlhf.inference.scorer import open_scorer
 from rlhf.judging.judge import Judge
+from rlhf.judging.prompt import TO_BE_READABLE
 from rlhf.judging.texts import text_metrics
 from rlhf.judging.win_rate import win_rates
 from rlhf.models.logprobs import token_logprobs
@@ -215,5 +216,5 @@ def compare_answers(mine: Answers, theirs: Answers, judge: Judge | None = None) 
         unreadable = sum(credit is None for row in judged for credit in row)
         more = {"judge": judge.facts(), "unreadable": unreadable}
         if not any(credits):
-            raise UserError("the judge gave no verdict that can be read", remedy="Look at its replies in the cache.")
+            raise UserError("the judge gave no verdict that can be read", judge.why_unreadable(), TO_BE_READABLE)
     return win_rates(credits, lengths) | more

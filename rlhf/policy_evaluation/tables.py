@@ -77,8 +77,10 @@ def _wins(result: Mapping[str, Any]) -> Iterator[str]:
     who = result["model"]
     for one in comparisons(result):
         low, high = one["interval"]
-        yield f"{who} wins over {one['against']}: {one['win_rate']:.1%} (95% Wilson interval {low:.1%} to {high:.1%})"
-        counts = f"{one['wins']:,} wins, {one['ties']:,} ties, {one['losses']:,} losses; a tie counts half"
+        rate = f"{one['win_rate']:.1%} (95% Wilson interval {low:.1%} to {high:.1%})"
+        yield f"Win rate of {who} against {one['against']}: {rate}"
+        counted = ", ".join(_counted(one[words], words) for words in ("wins", "ties", "losses"))
+        counts = f"{counted}; a tie counts half"
         if "annotators" in one:
             counts += f"; {one['prompts']:,} prompts ranked by {_people(one['annotators'])}"
         yield counts
@@ -86,6 +88,11 @@ def _wins(result: Mapping[str, Any]) -> Iterator[str]:
         own, other = one["mean_lengths"]
         sizes = f"mean lengths {own:.0f} and {other:.0f} characters"
         yield f"Length-controlled: {one['length_controlled']:.1%} ({low:.1%} to {high:.1%}); {sizes}"
+
+
+def _counted(count: int, words: str) -> str:
+    one = {"wins": "win", "ties": "tie", "losses": "loss"}[words]
+    return f"{count:,} {one if count == 1 else words}"
 
 
 def _people(count: int) -> str:
@@ -99,6 +106,12 @@ def _distance(result: Mapping[str, Any]) -> Iterator[str]:
     low, high = policy["kl_low"], policy["kl_high"]
     bounds = "" if low is None else f" ({format_number(low)} to {format_number(high)})"
     yield f"KL to {result['reference']}: {format_number(policy['kl'])} nats an answer{bounds}"
+    low_k3, high_k3 = policy.get("kl_k3_low"), policy.get("kl_k3_high")
+    if None not in (low, high, low_k3, high_k3) and (low > high_k3 or high < low_k3):
+        yield (
+            f"The estimator k3 gives {format_number(policy['kl_k3'])} ({format_number(low_k3)} to"
+            f" {format_number(high_k3)}): too few answers for one of the two; give --n or --limit a larger number"
+        )
 
 
 def _tax(result: Mapping[str, Any]) -> Iterator[str]:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from rlhf.core.limits import read_json_object
-from rlhf.doctor.diagnosis import diagnose
+from rlhf.doctor.diagnosis import checks_made, examine
 from rlhf.doctor.evidence import Evidence, read_evidence
 from rlhf.doctor.findings import Finding
 from rlhf.report.pipelines import folders_of, is_pipeline, pipeline_name
@@ -59,9 +59,18 @@ class RunRecord:
         return STAGE_NAMES.get(self.stage, self.stage)
 
     @cached_property
+    def _examined(self) -> tuple[list[Finding], dict[str, list[str]]]:
+        return examine(self.evidence)
+
+    @property
     def findings(self) -> list[Finding]:
         """What `rlhf doctor` says."""
-        return diagnose(self.evidence)
+        return self._examined[0]
+
+    @property
+    def checks(self) -> int:
+        """How many checks of `rlhf doctor` could be made."""
+        return checks_made(self.stage, self._examined[1])
 
     @cached_property
     def held_out(self) -> dict[str, Any]:

@@ -9,6 +9,7 @@ import numpy as np
 
 from rlhf.core.console import format_number
 from rlhf.core.intervals import resampled_sums, wilson
+from rlhf.doctor.headline import headline as results
 from rlhf.report.gather import Answer, RunRecord, Subject, pairs_of
 
 
@@ -120,8 +121,8 @@ def _judge(subject: Subject) -> str:
     accuracy, bounds = found.get("accuracy"), found.get("accuracy_interval")
     name = "The reward model" if run.stage == "reward" else "The policy trained by DPO"
     if not isinstance(accuracy, (int, float)) or not bounds:
-        last = run.evidence["eval/accuracy"]
-        return f"{name} orders {percent(last.values[-1])} of held-out pairs as people did." if len(last) else ""
+        right = results(run.evidence).get("eval/accuracy")
+        return "" if right is None else f"{name} orders {percent(right)} of held-out pairs as people did."
     text = f"{name} orders {percent(accuracy)} of {found.get('pairs', 0):,} held-out pairs as people did"
     text += f" ({interval(bounds, as_percent=True)})"
     longer = found.get("longer_accuracy")
@@ -131,8 +132,8 @@ def _judge(subject: Subject) -> str:
 def _outcome(subject: Subject) -> str:
     run = subject.of("ppo")
     if run is None:
-        loss = subject.last.evidence["eval/loss"]
-        return f"Its held-out loss ended at {format_number(loss.values[-1], 3)}." if len(loss) else ""
+        loss = results(subject.last.evidence).get("eval/loss")
+        return "" if loss is None else f"Its held-out loss is {format_number(loss, 3)}."
     found = gain(run)
     if found is None:
         return "PPO has not been evaluated on held-out prompts twice yet, so nothing can be said about its effect."
@@ -142,8 +143,8 @@ def _outcome(subject: Subject) -> str:
         f" {percent(found.win_rate)} of the changed answers score higher than before"
         f" ({interval(found.win_interval, as_percent=True)})"
     )
-    kl = run.evidence["eval/kl"]
-    return text + (f", at a KL of {format_number(kl.values[-1], 3)} nats per answer." if len(kl) else ".")
+    kl = results(run.evidence).get("eval/kl")
+    return text + ("." if kl is None else f", at a KL of {format_number(kl, 3)} nats per answer.")
 
 
 def _verdict(subject: Subject) -> tuple[str, str]:
@@ -156,11 +157,15 @@ def _verdict(subject: Subject) -> tuple[str, str]:
         return f"Not to be trusted yet: the doctor found {errors} error{'s' * (errors > 1)}", "bad"
     run = subject.of("ppo")
     found = gain(run) if run is not None else None
-    if run is None or found is None:
-        return "Complete", "good"
     words = {
         "better": ("It worked, by its own reward", "good"),
         "worse": ("It got worse, by its own reward", "bad"),
         "no measurable change": ("No measurable change", "look"),
     }
-    return words[found.verdict]
+    text, tone = ("Complete", "good") if found is None else words[found.verdict]
+    warnings = dict.fromkeys(
+        finding.name for run in subject.runs for finding in run.findings if finding.severity == "warning"
+    )
+    if not warnings:
+        return text, tone
+    return f"{text}; the doctor warns: {', '.join(warnings)}", "look" if tone == "good" else tone

@@ -13,7 +13,6 @@ from typing import Any
 import markupsafe
 
 from rlhf.core.page import render_page
-from rlhf.doctor.findings import CHECKS
 from rlhf.doctor.run_checks import planned_steps
 from rlhf.report import answers, facts
 from rlhf.report.charts import COLOURS, Chart, stage_charts
@@ -80,7 +79,6 @@ def render(subjects: Sequence[Subject], data: Sequence[DataFacts] = (), refresh:
         facts=facts,
         percent=percent,
         planned=planned_steps,
-        checks={stage: sum(stage in check.stages for check in CHECKS) for stage in STAGE_NAMES},
         report_style=markupsafe.Markup(REPORT_STYLE.read_text("utf-8")),
         evaluated=[
             [] if (run := subject.of("reward")) is None else evaluations(run, f"evaluated{number}")

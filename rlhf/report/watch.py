@@ -68,7 +68,14 @@ class LivePage:
         """Name, time and size of the files that the page is drawn from."""
         for path in self.paths:
             for folder in self._folders(path):
-                for name in ("run.json", "metrics.jsonl", "samples.jsonl", "reward_metrics.json", "updates"):
+                for name in (
+                    "run.json",
+                    "metrics.jsonl",
+                    "samples.jsonl",
+                    "events.jsonl",
+                    "reward_metrics.json",
+                    "updates",
+                ):
                     try:
                         facts = (folder / name).stat()
                     except OSError:

@@ -41,6 +41,7 @@ def _importable(name: str) -> str:
 
 FunctionName = Annotated[str, AfterValidator(_importable)]
 
+IN_PPO = "In PPO, the last checkpoint is usable."
 LARGEST = 3.4028234663852886e38
 """The largest float32; scores are float32."""
 
@@ -68,13 +69,13 @@ def call_reward_function(
         remedy = "Make it faster or give its own calls a time limit, or raise the reward's `timeout_seconds`."
     except (Exception, SystemExit) as error:
         fault = f"raised {type(error).__name__}: {error}{_place(error)}"
-        remedy = "Correct the function; the last checkpoint is usable."
+        remedy = f"Correct the function. {IN_PPO}"
     else:
         score = _number(value)
         if score is not None and abs(score) <= LARGEST:  # NaN is not
             return score
         fault = f"returned {_short(value)}, not {'a finite' if score is not None else 'one'} number"
-        remedy = "Return one number (int, float, or a tensor of one element); the last checkpoint is usable."
+        remedy = f"Return one number (int, float, or a tensor of one element). {IN_PPO}"
     prompt = messages[-1]["content"] if messages else ""
     raise UserError(
         f"reward function {name} {fault}", f"Prompt: ...{prompt[-80:]!r}; answer: {answer[:80]!r}.", remedy

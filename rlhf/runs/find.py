@@ -27,19 +27,27 @@ def run_folders(folder: Path, depth: int = DEPTH) -> Iterator[Path]:
 
 def no_run(path: Path) -> UserError:
     """The error for a path that is no run folder, with the runs nearby that may be meant."""
+    remedy = runs_nearby(path)
+    if not path.exists():
+        return UserError(f"{path}: no such folder", remedy=remedy or "Check the path.")
+    if not path.is_dir():
+        remedy = remedy or "Name the folder that holds the run's run.json."
+        return UserError(f"{path}: a file, not a run folder", remedy=remedy)
+    remedy = remedy or "Name the folder that a stage wrote; `rlhf runs FOLDER` lists the runs below a folder."
+    return UserError(f"{path}: not a run folder (no run.json)", remedy=remedy)
+
+
+def runs_nearby(path: Path) -> str:
+    """What to do where a path is no run: name the run that it is a part of, one in it, or one next to it; or empty."""
     if not path.exists():
         there = next(above for above in path.absolute().parents if above.exists())
         near = _named(run_folders(there, depth=1))  # a deeper search may take long
-        return UserError(f"{path}: no such folder", remedy=f"Check the path.{' Runs nearby: ' * bool(near)}{near}")
+        return f"Check the path. Runs nearby: {near}" if near else ""
     above = next((one for one in path.absolute().parents if (one / "run.json").is_file()), None)
     if above is not None:
-        return UserError(f"{path}: not a run folder, but a part of one", remedy=f"Name the run: {_short(above)}")
-    if not path.is_dir():
-        return UserError(f"{path}: a file, not a run folder", remedy="Name the folder that holds the run's run.json.")
-    if inside := _named(run_folders(path)):
-        return UserError(f"{path}: not a run folder (no run.json), but runs lie in it", remedy=f"Name one: {inside}")
-    remedy = "Name the folder that a stage wrote; `rlhf runs FOLDER` lists the runs below a folder."
-    return UserError(f"{path}: not a run folder (no run.json), and no run lies in it", remedy=remedy)
+        return f"Name the run that it is a part of: {_short(above)}"
+    inside = _named(run_folders(path)) if path.is_dir() else ""
+    return f"Name a run in it: {inside}" if inside else ""
 
 
 def _named(folders: Iterator[Path], most: int = 6) -> str:

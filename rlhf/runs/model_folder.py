@@ -10,6 +10,7 @@ from typing import Any
 
 from rlhf.core.errors import UserError
 from rlhf.core.limits import MODEL_PARTS, parse_json, read_json_object
+from rlhf.runs.find import runs_nearby
 
 FILES = (
     "config.json", "generation_config.json", "tokenizer_config.json", "special_tokens_map.json", "adapter_config.json",
@@ -88,9 +89,12 @@ def _conversion(folder: Path) -> str:
 
 def no_model(path: str | Path) -> UserError:
     """The error for a local path without a model; says what to do with an adapter that another tool has saved."""
-    file = Path(path) / "adapter_config.json"
+    file, remedy = Path(path) / "adapter_config.json", runs_nearby(Path(path)) or "Check the path."
+    if not Path(path).is_dir():
+        what = "a file, not a run or a model folder" if Path(path).exists() else "there is no such run, model or file"
+        return UserError(f"{path}: {what}", remedy=remedy)
     if not file.is_file():
-        return UserError(f"{path}: no model there (no run.json and no config.json)", remedy="Check the path.")
+        return UserError(f"{path}: no model there (no run.json and no config.json)", remedy=remedy)
     try:
         values = read_json_object(file)
     except (ValueError, OSError) as error:

@@ -299,7 +299,8 @@ def resolve_model_path(path: str | Path) -> str:
         check_model_folder(Path(path) / "model")
         return str(Path(path) / "model")
     text = str(path)
-    looks_local = text.startswith((".", "/", "~", "runs/")) or text.count("/") > 1
+    looks_local = text.startswith((".", "/", "~", "runs/")) or text.count("/") > 1 or Path(path).is_file()
+    looks_local = looks_local or text.endswith((".yaml", ".yml", ".json", ".jsonl"))  # no names on the Hub
     if looks_local and not (Path(path) / "config.json").is_file():
         raise no_model(path)
     check_model_folder(Path(path))

@@ -29,7 +29,9 @@ holds up only those that follow it, and only in the order of the results."""
 MOST_FAILURES = 10
 """So many requests in a row without an answer end the command."""
 RETRIED = (408, 409, 429)
-GO_ON = "Start the same command again later; the answers so far are kept and not paid for again."
+NOT_SENT = "not sent"
+GO_ON = "Start the same command again later; answers in the cache are not paid for again."
+NO_CHAT_API = "Check the address: it must be the base of OpenAI's chat API, which often ends in /v1."
 
 
 class Server:
@@ -157,6 +159,8 @@ class Server:
             with self._lock:
                 self._answered, self._failed_in_a_row = self._answered + 1, 0
             return
+        if result.reason == NOT_SENT:
+            return
         self.usage.count("failures")
         with self._lock:
             # a server that answers others may refuse many requests in a row, such as a block of long prompts
@@ -165,7 +169,8 @@ class Server:
             failed = self._failed_in_a_row
         if failed >= MOST_FAILURES:
             what = f"{self.config.url}: {failed} requests in a row got no answer: {result.reason}"
-            raise UserError(what, result.detail, GO_ON)
+            other = result.reason == MALFORMED and not self._answered
+            raise UserError(what, result.detail, NO_CHAT_API if other else GO_ON)
 
     # ---- one request -------------------------------------------------------------------------------------------------
 
@@ -176,7 +181,7 @@ class Server:
             self._check_budget()
             self._sleep(self._pace.take(), ended)
             if ended.is_set():
-                return Failure("not sent")  # nobody reads it
+                return Failure(NOT_SENT)  # nobody reads it
             try:
                 raw = self._connected().chat.completions.with_raw_response.create(
                     model=body["model"], messages=body["messages"], extra_body=rest
