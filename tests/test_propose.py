@@ -266,7 +266,7 @@ def test_judges_score_on_the_scale_that_they_were_trained_on(place):
         (["--select", "disagreement", "--judge", "{reward}", "--judge", "{reward}"], ("sft",), "--count"),
         (["--select", "disagreement", "--judge", "{sft}", "--judge", "{reward}", "--count", 2], ("sft",), "not of rew"),
         ([], ("reward",), "is a run of the reward stage"),
-        ([], ("nowhere/at/all",), "no model there"),
+        ([], ("nowhere/at/all",), "no such run, model or file"),
         (["--split", "test"], ("sft",), "no records in the split"),
         (["--temperature", -1], ("sft",), "--temperature -1"),
     ],

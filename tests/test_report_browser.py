@@ -96,7 +96,7 @@ def test_the_live_page_is_drawn_again_when_a_run_has_logged_and_only_then(tmp_pa
 
 def test_before_there_is_a_run_the_page_says_so(tmp_path):
     live = LivePage([tmp_path / "<b>none"], lambda: render(gather([tmp_path / "<b>none"])))
-    assert b"&lt;b&gt;none: no run folder" in live.reply().body and b"<b>" not in live.reply().body
+    assert b"&lt;b&gt;none: no such folder" in live.reply().body and b"<b>" not in live.reply().body
 
 
 @pytest.mark.slow
