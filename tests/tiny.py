@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import atexit
 import functools
+import hashlib
+import json
 import os
 import random
 import shutil
@@ -118,11 +120,12 @@ SMALL = {
 
 
 def of_family(family: str, settings: dict[str, Any]) -> str:
-    """Folder of a random causal model of a family of transformers, made once for each family, with `tokenizer`."""
+    """Folder of a random causal model of a family of transformers, made once for each settings, with `tokenizer`."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    folder = _folder() / f"family-{family}"
+    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
+    folder = _folder() / f"family-{family}-{digest[:8]}"
     if folder.exists():
         return str(folder)
     with torch.random.fork_rng():
