@@ -6,7 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from rlhf.ppo.metrics import TIMINGS
+TIMINGS = ("time/", "throughput/", "memory/")
+"""Prefixes of the metrics that differ between two runs of the same config."""
 
 
 def lines(run: str | Path, name: str = "metrics.jsonl") -> list[dict[str, Any]]:

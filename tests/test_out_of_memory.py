@@ -6,11 +6,10 @@ import pytest
 import sft_runs
 import tiny
 import torch
-from logged import updates
+from logged import TIMINGS, updates
 from ppo_runs import config
 
 from rlhf.core.errors import UserError
-from rlhf.ppo.metrics import TIMINGS
 from rlhf.training.engine import Engine
 from rlhf.training.out_of_memory import is_out_of_memory
 from stages.ppo import PPO

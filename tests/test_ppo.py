@@ -9,15 +9,15 @@ import re
 import pytest
 import tiny
 import torch
+from logged import TIMINGS
 from logged import lines as metrics
-from logged import updates
 from ppo_runs import REWARD, config
 from transformers import AutoModelForCausalLM
 
 from rlhf.config.base import DataConfig
 from rlhf.core.errors import UserError
 from rlhf.data.tables import tokenize
-from rlhf.ppo.metrics import TIMINGS, RunningMeanStd
+from rlhf.ppo.metrics import RunningMeanStd
 from stages.ppo import PPO, run
 
 NAME = re.compile(r"`([^`]+)`")

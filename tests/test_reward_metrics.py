@@ -20,6 +20,7 @@ from rlhf.reward.metrics import ScoredRanking, accuracy_interval, calibration_er
 A = ScoredRanking((1, 2, 3), (2.0, 0.5, 1.0), (10, 20, 10), "web", "ann")
 B = ScoredRanking((2, 1), (0.0, 0.0), (5, 9), "web", "bob")
 C = ScoredRanking((1, 1), (1.0, 1.2), (3, 3), "lab", "bob")
+TIED = ScoredRanking((1, 1), (1.0, 1.0), (3, 3), "lab", "bob")
 D = ScoredRanking((1, 1, 2), (3.0, 1.0, 1.0), (1, 2, 3), "lab", "ann", "math")
 ITEMS = [A, B, C, D]
 
@@ -44,16 +45,9 @@ def test_accuracy_counts_score_ties_half():
     assert metrics["macro_accuracy"] == approx((2 / 3 + 1 / 2 + 3 / 4) / 3)
 
 
-def test_a_tie_band_makes_near_scores_ties():
-    metrics = reward_metrics(ITEMS, tie_band=0.5)
-    assert metrics["accuracy"] == approx((1 + 1 + 0.5 + 0.5 + 1 + 0.5) / 6)
-    assert metrics["score_ties"] == 3
-    assert metrics["log_loss"] == reward_metrics(ITEMS)["log_loss"]
-
-
 def test_tie_agreement_is_the_fraction_of_tied_pairs_that_the_model_ties():
     assert reward_metrics(ITEMS)["tie_agreement"] == 0
-    assert reward_metrics(ITEMS, tie_band=0.25)["tie_agreement"] == 0.5  # C's scores differ by 0.2, D's by 2
+    assert reward_metrics([*ITEMS, TIED])["tie_agreement"] == approx(1 / 3)
 
 
 def test_log_loss_is_that_of_the_score_differences():
@@ -72,8 +66,6 @@ def test_the_longer_answer_wins_counts_equal_lengths_half():
 def test_top1_asks_whether_the_best_is_scored_highest():
     # A yes, B one of two at the top, C has no order, D yes
     assert reward_metrics(ITEMS)["top1_accuracy"] == approx(2.5 / 3)
-    # ranks 1 and 3 are within 1 of the top of A
-    assert reward_metrics([A], tie_band=1.0)["top1_accuracy"] == 0.5
 
 
 def test_kendall_tau_b_corrects_for_ties():
@@ -195,7 +187,7 @@ def test_without_pairs_figures_are_none(items: list[ScoredRanking]):
 
 
 def test_with_ties_alone_only_the_ties_are_spoken_of():
-    metrics = reward_metrics([C, C], tie_band=0.5)
+    metrics = reward_metrics([TIED, TIED])
     assert undefined(metrics) == PAIR_FIGURES
     assert (metrics["pairs"], metrics["tied_pairs"], metrics["tied_rankings"]) == (0, 2, 2)
     assert metrics["tie_agreement"] == 1
@@ -225,9 +217,6 @@ def test_inputs_that_do_not_fit_are_refused():
         ScoredRanking((1, 2), (1.0, 2.0, 3.0), (1, 1))
     with pytest.raises(ValueError, match="not finite"):
         ScoredRanking((1, 2), (1.0, math.nan), (1, 1))
-    for band in (-0.1, math.nan):
-        with pytest.raises(ValueError, match="tie_band"):
-            reward_metrics(ITEMS, tie_band=band)
 
 
 # ---- tables ------------------------------------------------------------------------------------------------------

@@ -20,7 +20,7 @@ from rlhf.models.load import load_policy
 from rlhf.ppo.losses import Importance
 from rlhf.rollout.samplers import continuous_batching, hf
 from rlhf.rollout.types import SamplingParams, stream_seed
-from rlhf.tuning.merging import merged_state, merged_weights
+from rlhf.tuning.merging import merged_weights
 from rlhf.tuning.methods import TUNING
 from stages.ppo import PPO, run
 
@@ -193,7 +193,7 @@ def test_the_weights_that_are_sent_are_the_merged_ones_and_the_live_ones_stay(tu
     before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
     with torch.no_grad():
         sent = dict(merged_weights(model))
-    expected = merged_state(model)
+    expected = tiny.merged_state(model)
     assert set(sent) == set(expected)
     assert all(torch.equal(sent[name], expected[name]) for name in expected)
     assert all(torch.equal(parameter, before[name]) for name, parameter in model.named_parameters())

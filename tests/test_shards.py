@@ -13,7 +13,6 @@ from transformers import AutoModelForCausalLM
 from rlhf.config.base import ModelConfig
 from rlhf.models.load import load_policy
 from rlhf.tuning import shards
-from rlhf.tuning.merging import merged_state
 from rlhf.tuning.methods import TUNING
 
 EXPERTS = {
@@ -40,7 +39,7 @@ def test_the_folder_is_that_of_save_pretrained(family, size, tuning, tmp_path, m
         if "lora_B" in name:
             parameter.data = 0.1 * torch.randn(parameter.shape, generator=draw)
     base = model.get_base_model() if tuning == "lora" else model
-    base.save_pretrained(tmp_path / "theirs", state_dict=merged_state(model))
+    base.save_pretrained(tmp_path / "theirs", state_dict=tiny.merged_state(model))
     monkeypatch.setattr(shards, "SHARD_BYTES", size)
     shards.save_weights(tmp_path / "ours", model)
     ours, theirs = weights_in(tmp_path / "ours"), weights_in(tmp_path / "theirs")

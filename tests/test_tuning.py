@@ -23,7 +23,6 @@ from rlhf.models.load import count_parameters, load_policy
 from rlhf.models.scalar import load_scalar
 from rlhf.models.tiny_copy import random_model, tiny_config
 from rlhf.sft.config import SFTConfig
-from rlhf.tuning.merging import merged_state
 from rlhf.tuning.methods import TUNING, quantize, say_trainable, virtual_tokens
 from rlhf.tuning.save import save_result
 
@@ -132,7 +131,7 @@ def test_merging_leaves_the_live_model_as_it_was(pick: Pick, chat: ChatTokenizer
     train(model, lambda: lm_loss(model))
     expected = logits(model)
     pointers = {name: (p.data_ptr(), p.detach().clone()) for name, p in model.named_parameters()}
-    first, second = merged_state(model), merged_state(model)
+    first, second = tiny.merged_state(model), tiny.merged_state(model)
     for name, parameter in model.named_parameters():
         assert parameter.data_ptr() == pointers[name][0]
         assert torch.equal(parameter, pointers[name][1])

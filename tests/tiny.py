@@ -221,3 +221,14 @@ def launch(processes: int, code: str, *words: str, timeout: int = 900) -> subpro
         ranks = [environment | world | {"RANK": str(i), "LOCAL_RANK": str(i)} for i in range(processes)]
     status, text = forked.run(script, words, REPOSITORY, ranks, timeout)
     return subprocess.CompletedProcess([str(script), *words], status, stdout=text)
+
+
+def merged_state(model: Any) -> dict[str, Any]:
+    """The full weights with adapters merged, under transformers' names; tied weights are one tensor."""
+    from rlhf.tuning.merging import merged_parts, weight_marks
+
+    state = {name: weight for part in merged_parts(model) for name, weight in part.items()}
+    first: dict[int, str] = {}
+    return state | {
+        name: state[first.setdefault(mark, name)] for name, mark in weight_marks(model, merge=False).items()
+    }

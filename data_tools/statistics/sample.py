@@ -36,14 +36,14 @@ class Texts:
     all_prompts: bool
 
 
-def sampled_records(total: int, seed: int = SEED) -> np.ndarray:
+def sampled_records(total: int) -> np.ndarray:
     """Up to `MOST_RECORDS` record indices, drawn without replacement, ascending."""
     if total <= MOST_RECORDS:
         return np.arange(total)
-    return np.sort(np.random.default_rng(seed).choice(total, MOST_RECORDS, replace=False))
+    return np.sort(np.random.default_rng(SEED).choice(total, MOST_RECORDS, replace=False))
 
 
-def sampled_prompts(columns: Columns, seed: int = SEED) -> tuple[np.ndarray, bool]:
+def sampled_prompts(columns: Columns) -> tuple[np.ndarray, bool]:
     """One record for each of up to `MOST_PROMPTS` distinct prompts, ascending, and whether these are all prompts.
 
     Evaluation prompts are few, but leaks can only be found with them: up to half of the sample is outside `train`.
@@ -51,7 +51,7 @@ def sampled_prompts(columns: Columns, seed: int = SEED) -> tuple[np.ndarray, boo
     _, first = np.unique(columns.prompt, return_index=True)
     if len(first) <= MOST_PROMPTS:
         return np.sort(first), True
-    generator = np.random.default_rng(seed)
+    generator = np.random.default_rng(SEED)
     first = generator.permutation(first)
     held_out = columns.split[first] > SPLITS.index("train")
     chosen = first[held_out][: MOST_PROMPTS // 2]
@@ -84,15 +84,15 @@ def texts_of(shards: Dataset, columns: Columns, near: bool, also: Iterable[int] 
     return Texts(records, prompts, prompt, answers, len(records) == len(columns), whole)
 
 
-def prompt_texts(shards: Dataset, most: int = MOST_PROMPTS) -> tuple[np.ndarray, dict[str, str]]:
-    """All prompt ids of a dataset as uint64, and id -> text of the first `most` distinct prompts."""
+def prompt_texts(shards: Dataset) -> tuple[np.ndarray, dict[str, str]]:
+    """All prompt ids of a dataset as uint64, and id -> text of the first `MOST_PROMPTS` distinct prompts."""
     ids, texts = [np.zeros(0, np.uint64)], {}
     for group in row_groups(shards):
-        table = group.read(["prompt_id", "messages"] if len(texts) < most else ["prompt_id"])
+        table = group.read(["prompt_id", "messages"] if len(texts) < MOST_PROMPTS else ["prompt_id"])
         ids.append(hex_numbers(column(table, "prompt_id")))
-        if len(texts) < most:
+        if len(texts) < MOST_PROMPTS:
             for row in table.to_pylist():
-                if len(texts) < most and row["prompt_id"] not in texts:
+                if len(texts) < MOST_PROMPTS and row["prompt_id"] not in texts:
                     texts[row["prompt_id"]] = _cut("\n\n".join(message["content"] for message in row["messages"]))
     return np.unique(np.concatenate(ids)), texts
 

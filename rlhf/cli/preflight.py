@@ -230,9 +230,7 @@ def _open(paths: Sequence[str], kinds: Sequence[str], key: str) -> list[Dataset]
     return open_datasets(paths, kinds, key, verify=is_main())
 
 
-def _data(
-    key: str, train: Sequence[str], held_out: Sequence[str], kinds: Sequence[str], eval_key: str = "eval"
-) -> Rows:
+def _data(key: str, train: Sequence[str], held_out: Sequence[str], kinds: Sequence[str]) -> Rows:
     """Open the datasets of a stage and count their records, from the manifests alone."""
     datasets = _open(train, kinds, key)
     rows = [(key, _described(dataset)) for dataset in datasets]
@@ -242,8 +240,8 @@ def _data(
             "All of them are in the splits `eval` and `test`.",
             "See `rlhf data stats`.",
         )
-    named = _open(held_out, kinds, f"{key.split('.')[0]}.{eval_key}")
-    rows += [(f"{key.split('.')[0]}.{eval_key}", _described(dataset)) for dataset in named]
+    named = _open(held_out, kinds, "data.eval")
+    rows += [("data.eval", _described(dataset)) for dataset in named]
     if not named and all(d.manifest for d in datasets):
         rows.append(("held out", f"{sum(d.splits().get('eval', 0) for d in datasets):,} records of the split eval"))
     return rows

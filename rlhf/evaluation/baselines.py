@@ -13,7 +13,8 @@ from sklearn.linear_model import LogisticRegression
 
 from rlhf.data.schema import Ranking
 from rlhf.evaluation.estimates import clustered_mean, fraction, mean_facts
-from rlhf.evaluation.scored import Pairs, ScoredRecord, credit, pairs_of
+from rlhf.evaluation.scored import Pairs, ScoredRecord, pairs_of
+from rlhf.reward.metrics import credit
 
 MOST_RANKINGS = 5_000
 """Training rankings that the bag of words learns from; of more, a random choice."""

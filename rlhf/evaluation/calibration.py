@@ -10,8 +10,8 @@ from scipy.optimize import minimize_scalar
 from scipy.special import expit
 
 from rlhf.evaluation.estimates import fraction
-from rlhf.evaluation.scored import Pairs, credit
-from rlhf.reward.metrics import calibration_error
+from rlhf.evaluation.scored import Pairs
+from rlhf.reward.metrics import calibration_error, credit
 
 BINS = 10
 REPLICATES = 200
@@ -84,13 +84,13 @@ def _interval(pairs: Pairs, seed: int) -> tuple[float, float]:
     return float(low), float(high)
 
 
-def reliability(pairs: Pairs, temperature: float = 1.0) -> list[dict[str, Any]]:
-    """The pairs in ten equal bins of confidence sigmoid(|gap| / T), from 0.5 to 1; empty bins are left out.
+def reliability(pairs: Pairs) -> list[dict[str, Any]]:
+    """The pairs in ten equal bins of confidence sigmoid(|gap|), from 0.5 to 1; empty bins are left out.
 
     Returns:
         For each bin `from` and `to`, the mean `confidence`, and the accuracy as `fraction` gives it.
     """
-    confidence, correct = expit(np.abs(pairs.gap) / temperature), credit(pairs.gap)
+    confidence, correct = expit(np.abs(pairs.gap)), credit(pairs.gap)
     index = np.minimum(((confidence - 0.5) * 2 * BINS).astype(np.int64), BINS - 1)
     return [
         {

@@ -22,6 +22,7 @@ from rlhf.inference.reward_model import RewardModel, open_reward_model
 from rlhf.judging.config import JudgeConfig
 from rlhf.judging.source import Rate, rating_source
 from rlhf.reward.functions import call_reward_function, import_function
+from rlhf.reward.metrics import credit
 from rlhf.reward.sources import weighted_terms
 from rlhf.reward.spec import read_reward
 
@@ -247,11 +248,6 @@ class Pairs:
     def correct(self) -> NDArray[Any]:
         """float: 1 if the better one has the higher score, 0.5 where the scores are equal."""
         return credit(self.gap)
-
-
-def credit(difference: NDArray[Any]) -> NDArray[Any]:
-    """1 for a positive difference, 0.5 for none, 0 for a negative one."""
-    return (np.sign(difference) + 1) / 2
 
 
 def pairs_of(scored: Sequence[ScoredRecord]) -> Pairs:

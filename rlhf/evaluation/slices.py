@@ -9,7 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rlhf.evaluation.estimates import fraction
-from rlhf.evaluation.scored import Pairs, ScoredRecord, credit
+from rlhf.evaluation.scored import Pairs, ScoredRecord
+from rlhf.reward.metrics import credit
 
 LENGTHS = (
     ("less than half as long", 0.0, 0.5), ("shorter", 0.5, 0.9), ("about as long (within 10%)", 0.9, 1 / 0.9),

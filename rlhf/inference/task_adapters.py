@@ -80,9 +80,7 @@ def read_adapter(task: str, path: str | Path) -> Adapter:
         raise UserError(f"--adapter {task}={path}: {file.name} is missing", remedy="Only safetensors are read.")
     config = json.loads((folder / "adapter_config.json").read_text("utf-8"))
     adapter = Adapter(task, folder, config, load_file(file))
-    unusable = [
-        key for key in ("use_dora", "use_bdlora", "target_parameters", "trainable_token_indices") if config.get(key)
-    ]
+    unusable = [key for key in NOT_BY_ROW if config.get(key)]
     if adapter.kind not in KINDS or unusable:
         what = f"is {adapter.kind}" if adapter.kind not in KINDS else f"uses {', '.join(unusable)}"
         raise UserError(

@@ -79,12 +79,6 @@ class MemorySnapshot:
     def total(self) -> float:
         return sum(self.parts.values())
 
-    def plus(self, **parts: float) -> MemorySnapshot:
-        """A snapshot with more bytes in some parts; underscores in names become spaces."""
-        more = {name.replace("_", " "): size for name, size in parts.items()}
-        names = [*self.parts, *(name for name in more if name not in self.parts)]
-        return MemorySnapshot({name: self.parts.get(name, 0.0) + more.get(name, 0.0) for name in names})
-
     def extrapolate(self, other: MemorySnapshot, steps: float) -> MemorySnapshot:
         """Linear extrapolation: this snapshot plus `steps` times the difference to `other`, part by part."""
         names = dict.fromkeys([*self.parts, *other.parts])

@@ -31,9 +31,9 @@ def masked_sum(values: Tensor, mask: Tensor, dim: int | None = None) -> Tensor:
     return zero_padding(values, mask).sum(dim)
 
 
-def masked_mean(values: Tensor, mask: Tensor, dim: int | None = None) -> Tensor:
-    """Mean of the unmasked values: over everything (0-d), or along `dim`. NaN where all are masked."""
-    return masked_sum(values, mask, dim) / mask.sum(dim)
+def masked_mean(values: Tensor, mask: Tensor) -> Tensor:
+    """Mean of the unmasked values, 0-d; NaN where all are masked."""
+    return masked_sum(values, mask) / mask.sum()
 
 
 def masked_var(values: Tensor, mask: Tensor) -> Tensor:

@@ -26,8 +26,6 @@ from rlhf.ppo.types import Experience, Rollout
 from rlhf.runs.run import Run
 from rlhf.training.reporter import Reporter
 
-TIMINGS = ("time/", "throughput/", "memory/")
-"""Prefixes of the metrics that differ between two runs of the same config."""
 SHORT_NAMES = {
     "score": "objective/scores",
     "kl": "objective/kl",

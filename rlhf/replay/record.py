@@ -35,8 +35,6 @@ FOLDER = "updates"
 NUMBERS, FACTS = "numbers.safetensors", "update.json"
 PER_TOKEN = ("logprobs", "ref_logprobs", "values", "kl", "rewards", "advantages", "returns", "sampler_logprobs")
 """Numbers of response tokens, float32 [n], one episode after the other. Some runs have no values or returns."""
-PER_EPISODE = ("scores", "shaped_scores", "disagreement")
-"""Numbers of episodes, float32 [N]. Only runs with an ensemble have the last."""
 OBSERVED = "observed."
 """Prefix of the scores of sources that only look on, float32 [N]."""
 
@@ -78,8 +76,8 @@ class UpdateRecord:
         return {name: value for name, value in found.items() if value is not None}
 
     def tensors(self) -> dict[str, Tensor]:
-        """What numbers.safetensors holds: `PER_TOKEN` and `PER_EPISODE`, and token ids (int32), lengths (int32),
-        groups (int64) and ends (uint8) of the episodes."""
+        """What numbers.safetensors holds: `PER_TOKEN`; the episodes' scores, shaped scores and, of an ensemble,
+        disagreement (float32 [N]); token ids (int32), lengths (int32), groups (int64) and ends (uint8)."""
         rollout = self.experience.rollout
         mask = rollout.response_mask
         found = {name: value.float()[mask].contiguous() for name, value in self.columns.items()}

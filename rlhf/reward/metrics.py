@@ -45,19 +45,18 @@ class ScoredRanking:
             raise ValueError(f"scores are not finite: {self.scores}")
 
 
-def reward_metrics(items: Sequence[ScoredRanking], tie_band: float = 0.0) -> dict[str, Any]:
+def reward_metrics(items: Sequence[ScoredRanking]) -> dict[str, Any]:
     """All metrics of a held-out set, ready for JSON.
 
     Args:
         items: The rankings with their scores.
-        tie_band: Score differences up to this size count as the model's ties, in score units, >= 0.
 
     Returns:
         Overall and in each entry of `by_distance`, `by_source`, `by_annotator` and `by_group` (label -> metrics):
 
         - `pairs`, `rankings`: strict pairs, and the rankings that have at least one.
         - `accuracy`, `macro_accuracy`: fraction of pairs whose better candidate has the higher score. A score tie
-          (within `tie_band`) counts half.
+          counts half.
         - `accuracy_interval`: [low, high], 95%, for `accuracy`; see `accuracy_interval`.
         - `log_loss`, `macro_log_loss`: mean of -log sigmoid(s_better - s_worse), in nats; 0.693 at chance.
         - `longer_accuracy`, `macro_longer_accuracy`: the same for the rule "the longer answer wins"; equal lengths
@@ -68,33 +67,28 @@ def reward_metrics(items: Sequence[ScoredRanking], tie_band: float = 0.0) -> dic
 
         - `score_ties`: strict pairs that the model ties.
         - `tied_pairs`, `tied_rankings`: pairs that the annotator tied, and rankings that have no other.
-        - `tie_agreement`: fraction of the tied pairs that the model ties too (within `tie_band`).
+        - `tie_agreement`: fraction of the tied pairs that the model ties too.
         - `calibration_error`: expected calibration error of the pairs' probabilities; see `calibration_error`.
         - `top1_accuracy`: mean over rankings that are not all ties of whether the top-scored candidate has the best
-          rank; if several are within `tie_band` of the top score, the fraction of them that has it.
-        - `kendall_tau_b`: mean over rankings of Kendall's tau-b between ranks and scores (exact ties only), of
-          the rankings in which some ranks and some scores differ.
-
-    Raises:
-        ValueError: `tie_band` is negative.
+          rank; if several have the top score, the fraction of them that has it.
+        - `kendall_tau_b`: mean over rankings of Kendall's tau-b between ranks and scores , of the rankings
+          in which some ranks and some scores differ.
     """
-    if not tie_band >= 0:
-        raise ValueError(f"tie_band {tie_band} is not >= 0")
     compared = _compare(items)
     strict = compared.where(compared.distance != 0).better_first()
     tied = compared.where(compared.distance == 0)
-    metrics = _pair_metrics(strict, tie_band)
+    metrics = _pair_metrics(strict)
     metrics |= {
-        "score_ties": int((np.abs(strict.gap) <= tie_band).sum()),
+        "score_ties": int((strict.gap == 0).sum()),
         "tied_pairs": len(tied.gap),
         "tied_rankings": len(np.setdiff1d(tied.ranking, strict.ranking)),
-        "tie_agreement": _mean(np.abs(tied.gap) <= tie_band),
+        "tie_agreement": _mean(tied.gap == 0),
         "calibration_error": calibration_error(strict.gap),
-        "top1_accuracy": _top1_accuracy(items, tie_band),
+        "top1_accuracy": _top1_accuracy(items),
         "kendall_tau_b": _kendall_tau_b(compared),
     }
     distances = sorted(set(strict.distance.tolist()))
-    metrics["by_distance"] = {str(d): _pair_metrics(strict.where(strict.distance == d), tie_band) for d in distances}
+    metrics["by_distance"] = {str(d): _pair_metrics(strict.where(strict.distance == d)) for d in distances}
     labels: dict[str, Callable[[ScoredRanking], str | None]] = {
         "by_source": lambda item: item.source,
         "by_annotator": lambda item: item.annotator,
@@ -102,7 +96,7 @@ def reward_metrics(items: Sequence[ScoredRanking], tie_band: float = 0.0) -> dic
     }
     for name, label in labels.items():
         parts = _split(strict, [label(item) for item in items])
-        metrics[name] = {key: _pair_metrics(part, tie_band) for key, part in parts.items()}
+        metrics[name] = {key: _pair_metrics(part) for key, part in parts.items()}
     return metrics
 
 
@@ -142,7 +136,7 @@ def calibration_error(gap: NDArray[Any], bins: int = 10) -> float | None:
     if not len(gap):
         return None
     confidence = 1 / (1 + np.exp(-np.abs(gap)))
-    correct = _credit(gap, 0.0)
+    correct = credit(gap)
     index = np.minimum(((confidence - 0.5) * 2 * bins).astype(np.int64), bins - 1)
     return float(np.abs(np.bincount(index, correct - confidence)).sum() / len(gap))
 
@@ -205,14 +199,14 @@ def _split(pairs: _ScoredPairs, labels: list[str | None]) -> dict[str, _ScoredPa
 # ---- metrics -----------------------------------------------------------------------------------------------------
 
 
-def _pair_metrics(strict: _ScoredPairs, tie_band: float) -> dict[str, Any]:
+def _pair_metrics(strict: _ScoredPairs) -> dict[str, Any]:
     """The metrics of a set of strict pairs with the better candidate first."""
     _, ranking = np.unique(strict.ranking, return_inverse=True)
     pairs = np.bincount(ranking)
     measures = {
-        "accuracy": _credit(strict.gap, tie_band),
+        "accuracy": credit(strict.gap),
         "log_loss": np.logaddexp(0, -strict.gap),
-        "longer_accuracy": _credit(strict.longer, 0),
+        "longer_accuracy": credit(strict.longer),
     }
     metrics: dict[str, Any] = {"pairs": len(strict.gap), "rankings": len(pairs)}
     for name, values in measures.items():
@@ -221,21 +215,21 @@ def _pair_metrics(strict: _ScoredPairs, tie_band: float) -> dict[str, Any]:
     return metrics | {"accuracy_interval": None if interval is None else list(interval)}
 
 
-def _credit(gap: NDArray[Any], band: float) -> NDArray[Any]:
-    """1 if the first of a pair wins, 0 if it loses, 0.5 if the two differ by at most `band`."""
-    return np.where(np.abs(gap) <= band, 0.5, (gap > 0).astype(np.float64))
+def credit(difference: NDArray[Any]) -> NDArray[Any]:
+    """1 for a positive difference (the first of a pair wins), 0.5 for none, 0 for a negative one."""
+    return (np.sign(difference) + 1) / 2
 
 
 def _mean(values: NDArray[Any]) -> float | None:
     return float(values.mean()) if len(values) else None
 
 
-def _top1_accuracy(items: Sequence[ScoredRanking], tie_band: float) -> float | None:
+def _top1_accuracy(items: Sequence[ScoredRanking]) -> float | None:
     fractions = []
     for item in items:
         if len(set(item.ranks)) > 1:
-            bar, best = max(item.scores) - tie_band, min(item.ranks)
-            hits = [rank == best for rank, score in zip(item.ranks, item.scores) if score >= bar]
+            top, best = max(item.scores), min(item.ranks)
+            hits = [rank == best for rank, score in zip(item.ranks, item.scores) if score == top]
             fractions.append(sum(hits) / len(hits))
     return sum(fractions) / len(fractions) if fractions else None
 

@@ -118,11 +118,6 @@ class Server:
             ended.set()  # no further retries and no waits for them
             pool.shutdown(wait=True, cancel_futures=True)
 
-    def ask_one(self, request: ChatRequest) -> Reply | Failure:
-        """Send one request; see `ask`."""
-        [result] = self.ask([request])
-        return result
-
     def _key_of(self, request: ChatRequest) -> str:
         return ReplyCache.key(self.config.url, self._body(request), request.number)
 

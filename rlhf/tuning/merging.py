@@ -28,35 +28,23 @@ def gathered(parameters: Iterable[Any]) -> Iterator[None]:
         yield
 
 
-def merged_state(model: Any) -> dict[str, Tensor]:
-    """The full weights with adapters merged, under transformers' names. The live weights do not change.
+def merged_parts(model: Any) -> Iterator[dict[str, Tensor]]:
+    """The full weights with adapters merged, under transformers' names, module by module: a caller may drop a part
+    before it takes the next. The live weights do not change.
 
     Every rank calls it. Rank 0 gets copies on the CPU in the dtype of the weights (4-bit weights dequantised); other
-    ranks get nothing. Tied weights are one tensor.
-    """
-    state: dict[str, Tensor] = {}
-    for part in merged_parts(model, {}):
-        state |= part
-    return state
-
-
-def merged_parts(model: Any, copies: dict[int, Tensor] | None = None) -> Iterator[dict[str, Tensor]]:
-    """The same, module by module: `merged_state` in parts, which a caller may drop before it takes the next.
+    ranks get nothing. Each name of a tied weight has a copy of its own.
 
     Args:
         model: A transformers model, maybe wrapped by PEFT.
-        copies: Filled with id of a parameter -> its copy, so that tied weights are one tensor; without it each of their
-            names has a copy of its own.
     """
     for prefix, module in _layers(causal_lm(model), ""):
-        part: dict[str, Tensor] = {}
         with torch.no_grad():
-            _collect(module, prefix, part, {} if copies is None else copies)
-        yield part
+            yield {prefix + name: weight for name, weight in _copied(module).items()}
 
 
 def merged_shapes(base: Any) -> dict[str, tuple[Tensor, Tensor]]:
-    """What `merged_state` will have, without any data: name -> (a mark, an empty tensor of its shape and dtype).
+    """What `merged_parts` will have, without any data: name -> (a mark, an empty tensor of its shape and dtype).
 
     Names of one parameter have the same mark.
     """
@@ -134,24 +122,21 @@ def _layers(module: Any, prefix: str) -> Iterator[tuple[str, Any]]:
             yield from _layers(child, f"{prefix}{name}.")
 
 
-def _collect(module: Any, prefix: str, state: dict[str, Tensor], copies: dict[int, Tensor]) -> None:
-    """Add a module's own weights to `state`."""
-    adapted: Any = module if isinstance(module, BaseTunerLayer) else None
-    if adapted is not None:
-        with gathered(list(adapted.parameters())):
-            if is_main():
-                state.update({prefix + name: value.cpu() for name, value in _merged_layer(adapted).items()})
-        return
+def _copied(module: Any) -> dict[str, Tensor]:
+    """Copies of a module's own weights, merged if it is an adapter layer."""
+    if isinstance(module, BaseTunerLayer):
+        with gathered(list(module.parameters())):
+            return {name: value.cpu() for name, value in _merged_layer(module).items()} if is_main() else {}
+    found = {}
     for name, parameter in _own_weights(module).items():  # one at a time: a layer's experts are only two
         with gathered([parameter]):
             if is_main():
-                if id(parameter) not in copies:
-                    copies[id(parameter)] = _dequantised(parameter).to("cpu", copy=True)
-                state[prefix + name] = copies[id(parameter)]
+                found[name] = _dequantised(parameter).to("cpu", copy=True)
     if is_main():
         for name, buffer in module.named_buffers(recurse=False):
             if name not in module._non_persistent_buffers_set:
-                state[prefix + name] = buffer.detach().to("cpu", copy=True)
+                found[name] = buffer.detach().to("cpu", copy=True)
+    return found
 
 
 def _merged_layer(layer: Any) -> dict[str, Tensor]:
