@@ -9,7 +9,7 @@ import re
 import pytest
 import tiny
 import torch
-from logged import TIMINGS
+from logged import TIMINGS, updates
 from logged import lines as metrics
 from ppo_runs import REWARD, config
 from transformers import AutoModelForCausalLM
