@@ -124,7 +124,8 @@ def _layers(module: Any, prefix: str) -> Iterator[tuple[str, Any]]:
 
 def _copied(module: Any) -> dict[str, Tensor]:
     """Copies of a module's own weights, merged if it is an adapter layer."""
-    if isinstance(module, BaseTunerLayer):
+    adapted = isinstance(module, BaseTunerLayer)
+    if adapted:
         with gathered(list(module.parameters())):
             return {name: value.cpu() for name, value in _merged_layer(module).items()} if is_main() else {}
     found = {}
