@@ -29,7 +29,7 @@ from rlhf.data.schema import Candidate, Demonstration, Message, Ranking
 from rlhf.data.store import DatasetWriter
 from rlhf.export.export import export
 from rlhf.export.formats import EXPORTERS
-from rlhf.runs.run import resolve_model_path
+from rlhf.runs.parents import resolve_model_path
 
 Result = Literal["works", "no", "refused", "failed"]
 """`no`: not possible with this model, and not needed. `refused`: an error that says why. `failed`: a bug, here or in

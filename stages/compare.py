@@ -37,7 +37,8 @@ from rlhf.core.files import write_json, write_text
 from rlhf.data.selection import train_records
 from rlhf.data.store import open_dataset
 from rlhf.inference.teacher import is_server
-from rlhf.runs.run import is_run, read_run, resolve_model_path
+from rlhf.runs.parents import resolve_model_path
+from rlhf.runs.run import is_run, read_run
 from rlhf.tasks.task import Task
 
 PROBE_STEPS = 6

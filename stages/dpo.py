@@ -37,7 +37,8 @@ from rlhf.reward.collator import RankingCollator, comparable, learnable
 from rlhf.reward.held_out import BestScores, mean_loss, report
 from rlhf.reward.losses import RankingBatch
 from rlhf.reward.metrics import ScoredRanking, reward_metrics
-from rlhf.runs.run import data_facts, finish, open_run, parent_facts, resolve_model_path, template_time
+from rlhf.runs.parents import parent_facts, resolve_model_path, template_time
+from rlhf.runs.run import data_facts, finish, open_run
 from rlhf.training.engine import Engine
 from rlhf.training.loop import Loop, Objective, supervised_engine
 from rlhf.tuning.methods import say_trainable, virtual_tokens

@@ -20,7 +20,7 @@ from rlhf.judging.config import read_judge
 from rlhf.policy_evaluation.ranked import RANKINGS, REFERENCES
 from rlhf.prompting.ways import check_way, parse_shots, read_prompting
 from rlhf.reward.agreement import Agreement
-from rlhf.runs.run import resolve_model_path
+from rlhf.runs.parents import resolve_model_path
 from rlhf.tasks.config import TaskConfig
 from rlhf.tasks.task import load_task
 

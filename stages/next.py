@@ -20,7 +20,8 @@ from rlhf.core.console import print_json, say
 from rlhf.core.errors import UserError
 from rlhf.data.schema import BadRecord, Proposal, Ranking, to_dict
 from rlhf.data.store import Reject, open_dataset
-from rlhf.runs.run import is_run, parent_facts, read_run, resolve_model_path
+from rlhf.runs.parents import parent_facts, resolve_model_path
+from rlhf.runs.run import is_run, read_run
 
 if TYPE_CHECKING:
     import numpy as np

@@ -51,17 +51,9 @@ from rlhf.reward.sources import RewardContext, model_terms, own_chats
 from rlhf.rollout import samplers
 from rlhf.rollout.kv_cache import check_family
 from rlhf.rollout.types import Completion, SamplingParams, stream_seed
+from rlhf.runs.parents import check_same_text, parent_facts, resolve_model_path, template_time
 from rlhf.runs.random_state import load_rng, save_rng, seed_everything
-from rlhf.runs.run import (
-    Run,
-    check_same_text,
-    data_facts,
-    finish,
-    open_run,
-    parent_facts,
-    resolve_model_path,
-    template_time,
-)
+from rlhf.runs.run import Run, data_facts, finish, open_run
 from rlhf.runs.sigterm import sigterm_noted
 from rlhf.training.schedule import lr_scale
 from rlhf.tuning.merging import adapters_merged

@@ -21,7 +21,7 @@ from rlhf.core.errors import UserError
 from rlhf.core.limits import parse_yaml
 from rlhf.data.selection import train_records
 from rlhf.prompting.ways import Prompting, check_way, read_prompting, read_way
-from rlhf.runs.run import parent_facts
+from rlhf.runs.parents import parent_facts
 from rlhf.servers.cache import ReplyCache
 from rlhf.servers.config import ServerConfig
 from rlhf.tasks.metrics import Measured

@@ -35,7 +35,9 @@ from rlhf.data.schema import Proposal
 from rlhf.data.selection import chosen_records
 from rlhf.data.store import Dataset, open_dataset
 from rlhf.rollout.types import stream_seed
-from rlhf.runs.run import fingerprint, is_run, parent_facts, read_run, resolve_model_path
+from rlhf.runs.model_folder import fingerprint
+from rlhf.runs.parents import parent_facts, resolve_model_path
+from rlhf.runs.run import is_run, read_run
 
 REPLACE = "Replace an existing dataset of that name."
 POOL = 4

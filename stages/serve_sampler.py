@@ -13,7 +13,7 @@ import typer
 from rlhf.cli import options
 from rlhf.core.console import say, warn
 from rlhf.core.errors import UserError
-from rlhf.runs.run import resolve_model_path
+from rlhf.runs.parents import resolve_model_path
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 

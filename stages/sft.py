@@ -27,7 +27,8 @@ from rlhf.models.logprobs import TokenPredictions, head_chunks, token_prediction
 from rlhf.models.vocabulary import token_count
 from rlhf.rollout.samplers import hf
 from rlhf.rollout.types import SamplingParams, stream_seed
-from rlhf.runs.run import data_facts, finish, open_run, parent_facts, resolve_model_path, template_time
+from rlhf.runs.parents import parent_facts, resolve_model_path, template_time
+from rlhf.runs.run import data_facts, finish, open_run
 from rlhf.sft.batches import (
     DistillationBatch,
     StepByStepBatch,

@@ -30,7 +30,8 @@ from rlhf.data.jsonl import Reject
 from rlhf.data.schema import BadRecord
 from rlhf.data.store import file_hash
 from rlhf.models.load import load_hf_config, quiet, sequence_limit
-from rlhf.runs.run import Run, finish, open_run, parent_facts, resolve_model_path
+from rlhf.runs.parents import parent_facts, resolve_model_path
+from rlhf.runs.run import Run, finish, open_run
 from rlhf.specialist.config import LabelledData, SpecialistConfig
 from rlhf.specialist.head import Batch, Example, Head
 from rlhf.specialist.model import Specialist, load_specialist, load_text_tokenizer, train_new_weights

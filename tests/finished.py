@@ -26,7 +26,8 @@ from rlhf.models.load import load_policy, quiet
 from rlhf.models.scalar import load_scalar
 from rlhf.ppo.config import PPOConfig
 from rlhf.reward.config import RewardConfig
-from rlhf.runs.run import finish, open_run, parent_facts, resolve_model_path
+from rlhf.runs.parents import parent_facts, resolve_model_path
+from rlhf.runs.run import finish, open_run
 from rlhf.sft.config import SFTConfig
 from rlhf.tuning.save import save_result
 

@@ -14,7 +14,8 @@ from rlhf.core.errors import UserError
 from rlhf.data.chat_templates import freeze_clock
 from rlhf.data.chat_tokenizer import ChatTokenizer, load_tokenizer
 from rlhf.data.schema import Message
-from rlhf.runs.run import read_run, template_time
+from rlhf.runs.parents import template_time
+from rlhf.runs.run import read_run
 from rlhf.sft.config import SFTConfig
 from stages import sft
 
@@ -133,7 +134,7 @@ from rlhf import distributed
 from rlhf.config.base import ModelConfig
 from rlhf.data.chat_tokenizer import load_tokenizer
 from rlhf.data.schema import Message
-from rlhf.runs import run
+from rlhf.runs import parents
 from rlhf.sft.config import SFTConfig
 
 class Clock(datetime):
@@ -141,13 +142,13 @@ class Clock(datetime):
     def now(cls):
         return cls(2024, 1, 30 + distributed.rank(), 10)
 
-run.datetime = Clock
+parents.datetime = Clock
 folder, model, template = sys.argv[1:]
 config = SFTConfig.model_validate(
     {"run": folder, "model": {"path": model, "chat_template": template}, "data": {"train": "rows"}}
 )
 distributed.start(60)
-chat = load_tokenizer(config.model, model, run.template_time(config, resume=False))
+chat = load_tokenizer(config.model, model, parents.template_time(config, resume=False))
 text = chat.tokenizer.decode(chat.prompt([Message("user", "Hello.")]))
 date = next(day for day in ("30 Jan 2024", "31 Jan 2024") if day in text)
 (Path(folder).parent / f"time-{distributed.rank()}").write_text(f"{chat.frozen_at} {date}")

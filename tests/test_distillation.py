@@ -20,7 +20,8 @@ from rlhf.core.errors import UserError
 from rlhf.models.hidden_states import predicting_states
 from rlhf.models.load import load_policy
 from rlhf.models.logprobs import head_logits
-from rlhf.runs.run import fingerprint, read_run
+from rlhf.runs.model_folder import fingerprint
+from rlhf.runs.run import read_run
 from rlhf.sft.config import SFTConfig
 from rlhf.sft.divergence import divergence, student_predictions
 

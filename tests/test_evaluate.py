@@ -23,7 +23,7 @@ from rlhf.data.encode_records import EncodingCounts, best_response, encode_demon
 from rlhf.data.store import open_dataset
 from rlhf.evaluation.scored import open_answer_scorer
 from rlhf.judging.win_rate import win_rates
-from rlhf.runs.run import resolve_model_path
+from rlhf.runs.parents import resolve_model_path
 from stages.evaluate import command
 
 

@@ -27,7 +27,7 @@ from rlhf.data.chat_tokenizer import load_tokenizer
 from rlhf.export.export import export
 from rlhf.export.formats import EXPORTERS
 from rlhf.export.model_card import lineage
-from rlhf.runs.run import resolve_model_path
+from rlhf.runs.parents import resolve_model_path
 from stages.export import command
 
 CHAT = [{"role": "user", "content": "What does the owl do?"}]

@@ -21,7 +21,7 @@ from rlhf.data.chat_tokenizer import load_tokenizer
 from rlhf.inference.policy import open_policy
 from rlhf.models.load import load_hf_config
 from rlhf.runs.model_folder import FILES, check_model_folder
-from rlhf.runs.run import resolve_model_path
+from rlhf.runs.parents import resolve_model_path
 
 DEEP = '{"a":' * 100_000 + "1" + "}" * 100_000
 

@@ -11,7 +11,9 @@ from run_folders import finished, opened
 from rlhf.core.errors import UserError
 from rlhf.export.export import export
 from rlhf.export.formats import EXPORTERS
-from rlhf.runs.run import check_same_text, fingerprint, is_run, parent_facts, read_run, resolve_model_path
+from rlhf.runs.model_folder import fingerprint
+from rlhf.runs.parents import check_same_text, parent_facts, resolve_model_path
+from rlhf.runs.run import is_run, read_run
 
 
 def test_a_run_notes_config_stage_versions_and_commit(tmp_path):

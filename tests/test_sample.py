@@ -24,7 +24,7 @@ from rlhf.inference.policy import open_policy
 from rlhf.inference.sampling import sample
 from rlhf.inference.sampling_params import sampling_params
 from rlhf.rollout.types import SamplingParams
-from rlhf.runs.run import resolve_model_path
+from rlhf.runs.parents import resolve_model_path
 from rlhf.sft.config import SFTConfig
 from stages.sample import command
 from stages.sft import run as train

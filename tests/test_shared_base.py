@@ -29,7 +29,7 @@ from rlhf.models.scalar import ScalarModel
 from rlhf.ppo.config import PPOConfig
 from rlhf.ppo.models import ActorCritic, SeparateModels
 from rlhf.ppo.shared_roles import recognise
-from rlhf.runs.run import resolve_model_path
+from rlhf.runs.parents import resolve_model_path
 from rlhf.training.engine import make_engine
 from stages.ppo import PPO
 

@@ -15,7 +15,7 @@ from rlhf.distributed.deepspeed_json import zero_stage
 from rlhf.ppo.config import PPOConfig
 from rlhf.reward.sources import model_terms
 from rlhf.runs.model_folder import read_safetensors_header
-from rlhf.runs.run import resolve_model_path
+from rlhf.runs.parents import resolve_model_path
 
 
 def template_rows(config: Any, pending_runs: PendingRuns | None = None) -> Rows:

@@ -36,7 +36,8 @@ from rlhf.reward.combining import COMBINATIONS
 from rlhf.reward.config import RewardConfig
 from rlhf.reward.sources import model_terms, weighted_terms
 from rlhf.runs.model_folder import read_safetensors_header
-from rlhf.runs.run import Run, check_run_folder, check_same_text, is_complete, is_run, read_run, resolve_model_path
+from rlhf.runs.parents import check_same_text, resolve_model_path
+from rlhf.runs.run import Run, check_run_folder, is_complete, is_run, read_run
 from rlhf.sft.config import SFTConfig
 from rlhf.specialist.config import SpecialistConfig
 

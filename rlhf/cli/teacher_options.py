@@ -17,7 +17,8 @@ from rlhf.config.load import check_config
 from rlhf.core.errors import UserError, nearest
 from rlhf.core.limits import parse_yaml
 from rlhf.inference.teacher import LocalTeacher, ServerTeacher, Teacher, is_server, refuse_both
-from rlhf.runs.run import is_run, read_run, resolve_model_path
+from rlhf.runs.parents import resolve_model_path
+from rlhf.runs.run import is_run, read_run
 from rlhf.servers.cache import ReplyCache
 from rlhf.servers.client import Server
 from rlhf.servers.config import ServerConfig

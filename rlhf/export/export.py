@@ -14,7 +14,9 @@ from rlhf.core.table import Pick
 from rlhf.data.chat_tokenizer import EncoderDecoderTokenizer, load_tokenizer
 from rlhf.export.formats import Source
 from rlhf.export.model_card import MARK, CardFacts, model_card
-from rlhf.runs.run import check_result, fingerprint, is_run, read_run, refuse_specialist, resolve_model_path
+from rlhf.runs.model_folder import fingerprint
+from rlhf.runs.parents import check_result, refuse_specialist, resolve_model_path
+from rlhf.runs.run import is_run, read_run
 
 ROLES = ("policy", "critic", "reward", "reference")
 """Models of a PPO run that can be exported. Any other run has one result."""

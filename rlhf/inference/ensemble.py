@@ -22,7 +22,7 @@ from rlhf.reward.combining import COMBINATIONS, disagreement
 from rlhf.reward.members import load_members
 from rlhf.reward.sources import model_terms
 from rlhf.reward.spec import read_reward
-from rlhf.runs.run import resolve_model_path
+from rlhf.runs.parents import resolve_model_path
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ from rlhf.models.scalar import ScalarModel, load_scalar, reward_scale
 from rlhf.ppo.batching import TokenRows
 from rlhf.ppo.config import PPOOptimizerConfig
 from rlhf.ppo.models import ActorCritic, SeparateModels, can_pack
-from rlhf.runs.run import resolve_model_path
+from rlhf.runs.parents import resolve_model_path
 from rlhf.training.engine import Engine
 
 CLOSE = 1e-4

@@ -14,7 +14,8 @@ from rlhf.models.adapters import virtual_tokens_of
 from rlhf.models.load import compute_dtype, load_hf_config, load_policy, quiet, sequence_limit
 from rlhf.models.vocabulary import mask_unknown_ids, token_count
 from rlhf.rollout.types import SamplingParams
-from rlhf.runs.run import is_run, read_run, refuse_specialist, resolve_model_path
+from rlhf.runs.parents import refuse_specialist, resolve_model_path
+from rlhf.runs.run import is_run, read_run
 from rlhf.tuning.save import generation_config
 
 

@@ -20,7 +20,7 @@ from rlhf.models.load import compute_dtype, load_hf_config, quiet, sequence_limi
 from rlhf.models.scalar import ScalarModel, load_scalar
 from rlhf.reward.metrics import ScoredRanking
 from rlhf.reward.scoring import score_rankings, score_texts
-from rlhf.runs.run import resolve_model_path
+from rlhf.runs.parents import resolve_model_path
 
 BATCH_TOKENS = 16384
 """Most tokens in one forward pass, padding included."""

@@ -6,6 +6,7 @@ weights of each adapter once, however many tasks are in the batch.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from rlhf.core.errors import UserError
+from rlhf.models.bottleneck import ACTIVATIONS
 
 
 class Rows:
@@ -163,3 +165,67 @@ def attach(module: nn.Module, change: Change) -> None:
 
     module.register_forward_pre_hook(before)
     module.register_forward_hook(after)
+
+
+# ---- the layers of all tasks ---------------------------------------------------------------------------------------
+# Each function takes the tensors of each task's adapter for the module `name` (none if it has no part there), the
+# adapters' configs, and the model whose dtype and device the weights get.
+
+
+def low_rank(rows: Rows, name: str, parts: Sequence[Any], configs: Sequence[Any], model: Any) -> LowRank:
+    """A LoRA layer of all tasks: ranks are filled up with zeros, and the scale is in B."""
+    some = next(part for part in parts if part)
+    rank = max(part["lora_A"].shape[0] for part in parts if part)
+    a = torch.zeros(len(parts), rank, some["lora_A"].shape[1], dtype=model.dtype, device=model.device)
+    b = torch.zeros(len(parts), some["lora_B"].shape[0], rank, dtype=model.dtype, device=model.device)
+    for index, (part, config) in enumerate(zip(parts, configs)):
+        if part:
+            own = part["lora_A"].shape[0]
+            alpha = (config.get("alpha_pattern") or {}).get(name, config["lora_alpha"])
+            factor = alpha / (math.sqrt(own) if config.get("use_rslora") else own)
+            a[index, :own], b[index, :, :own] = part["lora_A"], part["lora_B"] * factor
+    return LowRank(rows, name, a, b)
+
+
+def scale(rows: Rows, name: str, parts: Sequence[Any], configs: Sequence[Any], model: Any) -> Scale:
+    """An IA3 layer of all tasks."""
+    width = next(part["ia3_l"].numel() for part in parts if part)
+    # PEFT stores [out, 1] where the output is scaled, and [1, in] where the input is
+    kinds = {part["ia3_l"].shape[0] == 1 for part in parts if part}
+    if len(kinds) > 1:
+        raise UserError(
+            f"--adapter: some tasks scale the input of {name} and others its output", remedy="Use one kind."
+        )
+    scales = torch.ones(len(parts), width, dtype=model.dtype, device=model.device)
+    for index, part in enumerate(parts):
+        if part:
+            scales[index] = part["ia3_l"].flatten()
+    return Scale(rows, name, scales, on_input=kinds.pop())
+
+
+def bottleneck(rows: Rows, name: str, parts: Sequence[Any], configs: Sequence[Any], model: Any) -> Bottleneck:
+    """A bottleneck layer of all tasks: sizes are filled up with zeros, which every activation maps to zero."""
+    kinds = {config["activation"] for part, config in zip(parts, configs) if part}
+    if len(kinds) > 1:
+        raise UserError(
+            f"--adapter: the tasks' bottlenecks have the activations {', '.join(sorted(kinds))}",
+            remedy="Mix tasks of one activation.",
+        )
+    size = max(part["bottleneck_down"].shape[0] for part in parts if part)
+    width = next(part["bottleneck_down"].shape[1] for part in parts if part)
+    shapes = {"bottleneck_down": (width, size), "bottleneck_up": (size, width)}
+    found = {}
+    for key, (wide, narrow) in shapes.items():
+        weight = torch.zeros(len(parts), wide, narrow, dtype=model.dtype, device=model.device)
+        bias = torch.zeros(len(parts), 1, narrow, dtype=model.dtype, device=model.device)
+        for index, part in enumerate(parts):
+            if part:
+                own = part[key].T
+                weight[index, : own.shape[0], : own.shape[1]] = own
+                bias[index, 0, : own.shape[1]] = part[f"{key}.bias"]
+        found[key] = (weight, bias)
+    return Bottleneck(rows, name, found["bottleneck_down"], found["bottleneck_up"], ACTIVATIONS[kinds.pop()])
+
+
+IN_LAYERS: dict[str, Callable[..., Change]] = {"LORA": low_rank, "IA3": scale, "BOTTLENECK": bottleneck}
+"""PEFT's type of an adapter -> what makes a layer of all tasks."""

@@ -21,7 +21,7 @@ from rlhf.models.adapters import virtual_tokens_of
 from rlhf.models.load import load_hf_config, sequence_limit
 from rlhf.reward.sources import RewardContext, RewardInputs, model_terms, own_chats, scores_with_disagreement
 from rlhf.reward.spec import read_reward, retokenizing
-from rlhf.runs.run import resolve_model_path
+from rlhf.runs.parents import resolve_model_path
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,6 @@ once per task and copied into the KV cache.
 from __future__ import annotations
 
 import json
-import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -18,20 +17,20 @@ from typing import Any
 import torch
 import transformers
 from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from rlhf.core.console import warn
 from rlhf.core.errors import UserError
 from rlhf.data.schema import Prompt
 from rlhf.inference.policy import Policy
-from rlhf.inference.routed import Bottleneck, LowRank, Rows, Scale, attach
-from rlhf.models.bottleneck import ACTIVATIONS
+from rlhf.inference.routed import IN_LAYERS, Rows, attach
 from rlhf.models.hidden_states import plain_attention
 from rlhf.models.load import refuse_encoder_decoder
 from rlhf.rollout.decoding import decode
 from rlhf.rollout.kv_cache import joinable, left_padded
 from rlhf.rollout.types import Completion, SamplingParams
-from rlhf.runs.run import fingerprint, is_run
+from rlhf.runs.model_folder import fingerprint
+from rlhf.runs.run import is_run
 
 NO_ADAPTER = "none"
 """In place of an adapter's path: the plain base."""
@@ -114,9 +113,8 @@ class TaskAdapters:
             for index, adapter in enumerate(adapters):
                 if adapter is not None and adapter.kind in VIRTUAL:
                     self.virtual[index] = VIRTUAL[adapter.kind](self.model, adapter)
-        self._attach("LORA", adapters, _low_rank)
-        self._attach("IA3", adapters, _scale)
-        self._attach("BOTTLENECK", adapters, _bottleneck)
+        for kind, make in IN_LAYERS.items():
+            self._attach(kind, adapters, make)
 
     def _attach(self, kind: str, adapters: Sequence[Adapter | None], make: Callable[..., Any]) -> None:
         """Attach the adapters of one kind to the modules that any of them changes."""
@@ -132,7 +130,7 @@ class TaskAdapters:
                 )
             parts = [None if found is None else found.get(name) for found in of_kind]
             configs = [None if one is None else one.config for one in adapters]
-            attach(module, make(self.rows, name, module, parts, configs, self.model))
+            attach(module, make(self.rows, name, parts, configs, self.model))
 
     # ---- sampling and log-probs --------------------------------------------------------------------------------------
 
@@ -275,7 +273,7 @@ class _Requests:
         return self.adapters.fill(cache, [self.tasks[request] for request in requests])
 
 
-# ---- weights in the layers -----------------------------------------------------------------------------------------
+# ---- weights of an adapter -----------------------------------------------------------------------------------------
 
 
 def _by_module(adapter: Adapter) -> dict[str, dict[str, Tensor]]:
@@ -288,65 +286,6 @@ def _by_module(adapter: Adapter) -> dict[str, dict[str, Tensor]]:
             name += ".bias"
         found.setdefault(path, {})[name] = tensor
     return found
-
-
-def _low_rank(
-    rows: Rows, name: str, module: nn.Module, parts: Sequence[Any], configs: Sequence[Any], model: Any
-) -> LowRank:
-    """A LoRA layer of all tasks: ranks are filled up with zeros, and the scale is in B."""
-    some = next(part for part in parts if part)
-    rank = max(part["lora_A"].shape[0] for part in parts if part)
-    a = torch.zeros(len(parts), rank, some["lora_A"].shape[1], dtype=model.dtype, device=model.device)
-    b = torch.zeros(len(parts), some["lora_B"].shape[0], rank, dtype=model.dtype, device=model.device)
-    for index, (part, config) in enumerate(zip(parts, configs)):
-        if part:
-            own = part["lora_A"].shape[0]
-            alpha = (config.get("alpha_pattern") or {}).get(name, config["lora_alpha"])
-            scale = alpha / (math.sqrt(own) if config.get("use_rslora") else own)
-            a[index, :own], b[index, :, :own] = part["lora_A"], part["lora_B"] * scale
-    return LowRank(rows, name, a, b)
-
-
-def _scale(rows: Rows, name: str, module: nn.Module, parts: Sequence[Any], configs: Sequence[Any], model: Any) -> Scale:
-    """An IA3 layer of all tasks."""
-    width = next(part["ia3_l"].numel() for part in parts if part)
-    # PEFT stores [out, 1] where the output is scaled, and [1, in] where the input is
-    kinds = {part["ia3_l"].shape[0] == 1 for part in parts if part}
-    if len(kinds) > 1:
-        raise UserError(
-            f"--adapter: some tasks scale the input of {name} and others its output", remedy="Use one kind."
-        )
-    scales = torch.ones(len(parts), width, dtype=model.dtype, device=model.device)
-    for index, part in enumerate(parts):
-        if part:
-            scales[index] = part["ia3_l"].flatten()
-    return Scale(rows, name, scales, on_input=kinds.pop())
-
-
-def _bottleneck(
-    rows: Rows, name: str, module: nn.Module, parts: Sequence[Any], configs: Sequence[Any], model: Any
-) -> Bottleneck:
-    """A bottleneck layer of all tasks: sizes are filled up with zeros, which every activation maps to zero."""
-    kinds = {config["activation"] for part, config in zip(parts, configs) if part}
-    if len(kinds) > 1:
-        raise UserError(
-            f"--adapter: the tasks' bottlenecks have the activations {', '.join(sorted(kinds))}",
-            remedy="Mix tasks of one activation.",
-        )
-    size = max(part["bottleneck_down"].shape[0] for part in parts if part)
-    width = next(part["bottleneck_down"].shape[1] for part in parts if part)
-    shapes = {"bottleneck_down": (width, size), "bottleneck_up": (size, width)}
-    found = {}
-    for key, (wide, narrow) in shapes.items():
-        weight = torch.zeros(len(parts), wide, narrow, dtype=model.dtype, device=model.device)
-        bias = torch.zeros(len(parts), 1, narrow, dtype=model.dtype, device=model.device)
-        for index, part in enumerate(parts):
-            if part:
-                own = part[key].T
-                weight[index, : own.shape[0], : own.shape[1]] = own
-                bias[index, 0, : own.shape[1]] = part[f"{key}.bias"]
-        found[key] = (weight, bias)
-    return Bottleneck(rows, name, found["bottleneck_down"], found["bottleneck_up"], ACTIVATIONS[kinds.pop()])
 
 
 # ---- virtual tokens ------------------------------------------------------------------------------------------------
@@ -385,7 +324,7 @@ def _other_shape(adapter: Adapter) -> UserError:
 VIRTUAL: dict[str, Callable[[Any, Adapter], Virtual]] = {
     "PROMPT_TUNING": _embedded, "P_TUNING": _embedded, "PREFIX_TUNING": _prefix,
 }  # fmt: skip
-KINDS = ("LORA", "IA3", "BOTTLENECK", *VIRTUAL)
+KINDS = (*IN_LAYERS, *VIRTUAL)
 
 
 def _check_base(adapter: Adapter, policy: Policy) -> None:

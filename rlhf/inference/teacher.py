@@ -12,7 +12,8 @@ from rlhf.core.errors import UserError
 from rlhf.data.schema import Prompt
 from rlhf.data.tool_turns import has_tools
 from rlhf.rollout.types import SamplingParams, stream_seed
-from rlhf.runs.run import fingerprint, parent_facts
+from rlhf.runs.model_folder import fingerprint
+from rlhf.runs.parents import parent_facts
 from rlhf.servers.cache import ReplyCache
 from rlhf.servers.client import Server
 from rlhf.servers.replies import ChatRequest, Failure, Reply, Usage

@@ -16,7 +16,7 @@ from rlhf.models.load import load_hf_config, sequence_limit
 from rlhf.ppo.config import PPOConfig
 from rlhf.reward.config import RewardConfig
 from rlhf.reward.sources import model_terms
-from rlhf.runs.run import resolve_model_path
+from rlhf.runs.parents import resolve_model_path
 from rlhf.sft.config import SFTConfig
 from rlhf.specialist.config import SpecialistConfig
 

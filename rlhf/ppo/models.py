@@ -35,7 +35,7 @@ from rlhf.ppo.batching import TokenRows
 from rlhf.ppo.config import PPOConfig
 from rlhf.ppo.types import MicroBatch, TokenOutputs, TokenScores
 from rlhf.reward.sources import RewardInputs, model_terms
-from rlhf.runs.run import resolve_model_path
+from rlhf.runs.parents import resolve_model_path
 from rlhf.training.engine import Engine, make_engine
 from rlhf.tuning.merging import adapters_off
 from rlhf.tuning.methods import virtual_tokens

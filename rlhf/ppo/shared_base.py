@@ -50,7 +50,7 @@ from rlhf.ppo.models import Models, critic_values, policy_logprobs
 from rlhf.ppo.shared_roles import Adapter, SharedRoles, recognise
 from rlhf.ppo.types import MicroBatch, TokenOutputs
 from rlhf.reward.sources import RewardInputs
-from rlhf.runs.run import resolve_model_path
+from rlhf.runs.parents import resolve_model_path
 from rlhf.training.engine import Engine, make_engine
 from rlhf.tuning import merging
 from rlhf.tuning.methods import HEADS, TASKS, adapter_config

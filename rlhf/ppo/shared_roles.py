@@ -14,7 +14,8 @@ from rlhf.core.errors import UserError
 from rlhf.core.table import Pick
 from rlhf.ppo.config import PPOConfig
 from rlhf.reward.sources import model_terms
-from rlhf.runs.run import read_run, resolve_model_path
+from rlhf.runs.parents import resolve_model_path
+from rlhf.runs.run import read_run
 from rlhf.tuning.origin import base_of, is_unmerged, tuning_of, weights_of
 
 SEPARATE = "or set model.sharing=separate."

@@ -23,7 +23,7 @@ from rlhf.data.chat_tokenizer import ChatTokenizer, load_tokenizer
 from rlhf.inference.policy import Policy, open_policy
 from rlhf.models.load import compute_dtype, load_hf_config, quiet, sequence_limit
 from rlhf.prompting.continuations import BATCH_TOKENS
-from rlhf.runs.run import resolve_model_path
+from rlhf.runs.parents import resolve_model_path
 
 
 @dataclass(frozen=True)

@@ -18,8 +18,9 @@ from rlhf.ppo.shared_base import load_shared
 from rlhf.replay.record import UpdateRecord
 from rlhf.reward.sources import RewardContext, own_chats
 from rlhf.runs.checkpoint import SEAL, damage
+from rlhf.runs.parents import resolve_model_path, template_time
 from rlhf.runs.random_state import seed_everything
-from rlhf.runs.run import read_run, resolve_model_path, template_time
+from rlhf.runs.run import read_run
 
 
 def checkpoint_before(run: Path, step: int) -> Path | None:

@@ -13,7 +13,7 @@ from rlhf.ppo.config import PPOConfig
 from rlhf.replay.recompute import Comparison, check_mathematics, check_metrics
 from rlhf.replay.record import UpdateRecord, read
 from rlhf.runs.metrics import read_metrics
-from rlhf.runs.run import resolve_model_path, template_time
+from rlhf.runs.parents import resolve_model_path, template_time
 
 
 @dataclass(frozen=True)

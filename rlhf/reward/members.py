@@ -19,7 +19,8 @@ from rlhf.core.console import warn
 from rlhf.core.errors import UserError
 from rlhf.models.adapters import adapter_has_head
 from rlhf.models.scalar import ScalarModel, load_scalar, reward_scale
-from rlhf.runs.run import is_run, resolve_model_path
+from rlhf.runs.parents import resolve_model_path
+from rlhf.runs.run import is_run
 from rlhf.tuning.origin import adapter_folder, base_of, tuning_of, weights_of
 
 

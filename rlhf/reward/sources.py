@@ -82,7 +82,7 @@ def model(context: RewardContext, *, path: str, retokenize: bool = False) -> Sou
     """
     from rlhf.models.scalar import load_scalar
     from rlhf.models.vocabulary import token_count
-    from rlhf.runs.run import resolve_model_path
+    from rlhf.runs.parents import resolve_model_path
 
     if path in context.shared:
         return context.shared[path]
@@ -226,7 +226,7 @@ def own_chats(reward: Pick, model: ModelConfig, frozen_at: str | None = None) ->
         UserError: See `load_tokenizer`.
     """
     from rlhf.data.chat_tokenizer import load_tokenizer
-    from rlhf.runs.run import resolve_model_path
+    from rlhf.runs.parents import resolve_model_path
 
     paths = [term["path"] for term in model_terms(reward) if term.get("retokenize")]
     config = model.model_copy(update={"chat_template": "auto", "control_tokens_in_text": "as_text"})

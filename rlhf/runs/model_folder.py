@@ -1,7 +1,9 @@
-"""The JSON files and safetensors headers of a model folder, checked before a library reads them."""
+"""The JSON files and safetensors headers of a model folder, checked before a library reads them; its fingerprint."""
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
 import re
 import shlex
@@ -169,3 +171,27 @@ def _check_size(file: Path, values: Any, inside: str = "") -> None:
                 "No model has that many; loading it would not end.",
                 "Download the model again, or restore the file from a copy.",
             )
+
+
+ENVIRONMENT_KEYS = {"local_files_only", "transformers_version", "name_or_path", "_name_or_path"}
+"""Keys of a model's config files that say how and where it was saved, which does not change the model."""
+
+
+def fingerprint(folder: Path) -> str:
+    """SHA-256 (64 hex digits) of the weights and config files of a model folder, without ENVIRONMENT_KEYS."""
+    digest = hashlib.sha256()
+    for file in sorted(folder.glob("*.safetensors")):
+        with open(file, "rb") as handle:
+            digest.update(file.name.encode() + hashlib.file_digest(handle, "sha256").digest())
+    for file in sorted(folder.glob("*config.json")):
+        digest.update(file.name.encode() + hashlib.sha256(_config_content(file)).digest())
+    return digest.hexdigest()
+
+
+def _config_content(file: Path) -> bytes:
+    try:
+        values = read_json_object(file)
+    except ValueError:
+        return file.read_bytes()
+    kept = {key: value for key, value in values.items() if key not in ENVIRONMENT_KEYS}
+    return json.dumps(kept, sort_keys=True).encode()

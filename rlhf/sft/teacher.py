@@ -16,7 +16,7 @@ from rlhf.models.hidden_states import causal_lm, predicting_states
 from rlhf.models.load import load_hf_config, load_policy, sequence_limit
 from rlhf.models.logprobs import head_logits
 from rlhf.models.vocabulary import token_count
-from rlhf.runs.run import resolve_model_path
+from rlhf.runs.parents import resolve_model_path
 from rlhf.sft.batches import TokenBatch
 from rlhf.training.engine import Engine
 from rlhf.training.placing import place

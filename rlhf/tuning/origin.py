@@ -6,7 +6,8 @@ from pathlib import Path
 
 from rlhf.core.table import Pick
 from rlhf.models.adapters import is_adapter
-from rlhf.runs.run import fingerprint, is_run, read_run
+from rlhf.runs.model_folder import fingerprint
+from rlhf.runs.run import is_run, read_run
 from rlhf.runs.run_config import read_run_config
 from rlhf.tuning.methods import TUNING
 
