@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from rlhf.data.schema import Demonstration, Message
-from rlhf.data.store import DatasetWriter
+from rlhf.data.writer import DatasetWriter
 
 MOST_CHARACTERS = 400
 """Longer prompts make a comparison on a CPU long."""

@@ -25,7 +25,8 @@ from rlhf import train_sft
 from rlhf.cli.compare_config import CompareConfig
 from rlhf.config.load import check_config
 from rlhf.data.schema import Demonstration, Message
-from rlhf.data.store import DatasetWriter, open_dataset
+from rlhf.data.store import open_dataset
+from rlhf.data.writer import DatasetWriter
 from stages.compare import compare
 
 MOST_SHOTS = 3

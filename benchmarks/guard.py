@@ -56,7 +56,8 @@ def write_rankings(
     where `noise` is given. With `part`, the number of a part and how many of the `count` rankings are in it, those
     alone."""
     from data_tools.demo_world.rules import Annotator, rank
-    from rlhf.data.store import DatasetWriter, open_dataset
+    from rlhf.data.store import open_dataset
+    from rlhf.data.writer import DatasetWriter
 
     if (folder / "manifest.json").is_file():
         return

@@ -34,7 +34,8 @@ from next import Demo, interval, random_choice  # noqa: E402
 
 from data_tools.annotate.choose_next import Choice, Cost, choices, choose  # noqa: E402
 from rlhf.data.schema import Proposal, Ranking  # noqa: E402
-from rlhf.data.store import DatasetWriter, open_dataset  # noqa: E402
+from rlhf.data.store import open_dataset  # noqa: E402
+from rlhf.data.writer import DatasetWriter  # noqa: E402
 
 START, STEP, POOL, HELD_OUT, K = 100, 100, 500, 150, 4
 MEMBERS, JUDGED = 3, 2

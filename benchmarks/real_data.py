@@ -27,7 +27,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 from ukp import rebuild_rankings, write_ukp  # noqa: E402
 
 from rlhf.data.schema import Candidate, Demonstration, Message, Ranking  # noqa: E402
-from rlhf.data.store import DatasetWriter  # noqa: E402
+from rlhf.data.writer import DatasetWriter  # noqa: E402
 
 LONGEST_PROMPT, LONGEST_ANSWER = 300, 600
 """Characters. Longer texts are left out: they make a run on a CPU long."""

@@ -28,7 +28,7 @@ _PLACES = {
     "Proposal": "rlhf.data.schema:Proposal",
     "Ranking": "rlhf.data.schema:Ranking",
     "open_dataset": "rlhf.data.store:open_dataset",
-    "DatasetWriter": "rlhf.data.store:DatasetWriter",
+    "DatasetWriter": "rlhf.data.writer:DatasetWriter",
     "train_sft": "stages.library:train_sft",
     "train_reward": "stages.library:train_reward",
     "train_dpo": "stages.library:train_dpo",

@@ -13,7 +13,8 @@ from rlhf.cli import options
 from rlhf.cli.sampling_options import SamplingOptions, with_sampling
 from rlhf.core.console import err, format_number, printable, say
 from rlhf.core.errors import UserError, nearest
-from rlhf.data.schema import BadRecord, Demonstration, Message, to_dict
+from rlhf.data.jsonl import to_dict
+from rlhf.data.schema import BadRecord, Demonstration, Message
 from rlhf.rollout.types import SamplingParams, stream_seed
 
 if TYPE_CHECKING:  # imports torch

@@ -26,7 +26,7 @@ from rlhf.core.console import print_json, say, table
 from rlhf.core.errors import UserError
 from rlhf.data.chat_tokenizer import load_tokenizer
 from rlhf.data.schema import Candidate, Demonstration, Message, Ranking
-from rlhf.data.store import DatasetWriter
+from rlhf.data.writer import DatasetWriter
 from rlhf.export.export import export
 from rlhf.export.formats import EXPORTERS
 from rlhf.runs.parents import resolve_model_path

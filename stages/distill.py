@@ -21,9 +21,11 @@ from rlhf.cli.sampling_options import SamplingOptions, with_options, with_sampli
 from rlhf.cli.teacher_options import AskingOptions, Cache, Overwrite, ServerOptions, TeacherName, open_teacher
 from rlhf.core.console import print_json, say
 from rlhf.core.errors import UserError
-from rlhf.data.schema import MODEL_AUTHOR, BadRecord, Candidate, Demonstration, Message, Prompt, Proposal, to_dict
+from rlhf.data.jsonl import Reject, to_dict
+from rlhf.data.schema import MODEL_AUTHOR, BadRecord, Candidate, Demonstration, Message, Prompt, Proposal
 from rlhf.data.selection import chosen_records, with_system
-from rlhf.data.store import Dataset, Reject, check_new, open_dataset
+from rlhf.data.store import Dataset, open_dataset
+from rlhf.data.writer import check_new
 from rlhf.inference.teacher import Teacher, is_server
 from rlhf.servers.replies import Failure, Reply
 from rlhf.tasks.answers import AnswerPattern, answer_pattern, normalised

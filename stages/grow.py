@@ -25,8 +25,10 @@ from rlhf.cli.sampling_options import SamplingOptions, with_options, with_sampli
 from rlhf.cli.teacher_options import Cache, Overwrite, ServerOptions, TeacherName, open_teacher
 from rlhf.core.console import print_json, say, warn
 from rlhf.core.errors import UserError
+from rlhf.data.jsonl import Reject
 from rlhf.data.schema import MODEL_AUTHOR, BadRecord, Demonstration, Message, Prompt
-from rlhf.data.store import Dataset, Reject, check_new, open_dataset
+from rlhf.data.store import Dataset, open_dataset
+from rlhf.data.writer import check_new
 from rlhf.inference.teacher import Teacher, is_server
 from rlhf.servers.replies import Failure, Reply
 

@@ -15,7 +15,8 @@ from rlhf.cli.stage_configs import STAGES
 from rlhf.config.load import check_config, read_values
 from rlhf.core.errors import UserError
 from rlhf.data.schema import Record
-from rlhf.data.store import DatasetWriter, open_dataset
+from rlhf.data.store import open_dataset
+from rlhf.data.writer import DatasetWriter
 from rlhf.reward.sources import import_function
 from rlhf.runs.lock import unlock
 from rlhf.runs.run import is_complete, is_run

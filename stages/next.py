@@ -18,8 +18,9 @@ from data_tools.io.rejects import print_reasons
 from rlhf.cli import options
 from rlhf.core.console import print_json, say
 from rlhf.core.errors import UserError
-from rlhf.data.schema import BadRecord, Proposal, Ranking, to_dict
-from rlhf.data.store import Reject, open_dataset
+from rlhf.data.jsonl import Reject, to_dict
+from rlhf.data.schema import BadRecord, Proposal, Ranking
+from rlhf.data.store import open_dataset
 from rlhf.runs.parents import parent_facts, resolve_model_path
 from rlhf.runs.run import is_run, read_run
 

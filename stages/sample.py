@@ -20,7 +20,8 @@ from rlhf.core.console import format_number, out, print_json, printable, say, ta
 from rlhf.core.errors import UserError
 from rlhf.data.schema import BadRecord, Demonstration, Message, Prompt
 from rlhf.data.selection import chosen_prompts, train_demonstrations, with_system
-from rlhf.data.store import DatasetWriter, check_new, open_dataset
+from rlhf.data.store import open_dataset
+from rlhf.data.writer import DatasetWriter, check_new
 from rlhf.prompting.ways import check_way, read_prompting
 
 if TYPE_CHECKING:  # imports torch

@@ -27,8 +27,8 @@ from rlhf.core.console import format_number, is_main, say, table, warn
 from rlhf.core.errors import UserError
 from rlhf.core.files import write_json
 from rlhf.data.jsonl import Reject
+from rlhf.data.manifest import file_hash
 from rlhf.data.schema import BadRecord
-from rlhf.data.store import file_hash
 from rlhf.models.load import load_hf_config, quiet, sequence_limit
 from rlhf.runs.parents import parent_facts, resolve_model_path
 from rlhf.runs.run import Run, finish, open_run

@@ -9,8 +9,10 @@ from unittest.mock import patch
 from hypothesis import strategies as st
 from typer.testing import CliRunner
 
-from rlhf.data.schema import KINDS, Candidate, Demonstration, Message, Prompt, Proposal, Ranking, from_dict
-from rlhf.data.store import DatasetWriter, open_dataset
+from rlhf.data.jsonl import from_dict
+from rlhf.data.schema import KINDS, Candidate, Demonstration, Message, Prompt, Proposal, Ranking
+from rlhf.data.store import open_dataset
+from rlhf.data.writer import DatasetWriter
 
 RANKING = {"prompt": "Name a fruit.", "candidates": ["Pear.", "Plum.", "Car."], "ranks": [1, 1, 2]}
 DEMONSTRATION = {"prompt": "Name a fruit.", "answer": "Pear."}

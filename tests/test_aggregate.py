@@ -18,7 +18,8 @@ from data_tools.aggregate.methods import AGGREGATORS, by_score, schulze
 from data_tools.aggregate.votes import Ballots, collect
 from rlhf.core.errors import UserError
 from rlhf.data.schema import Candidate, Message, Ranking, dense_ranks
-from rlhf.data.store import DatasetWriter, open_dataset
+from rlhf.data.store import open_dataset
+from rlhf.data.writer import DatasetWriter
 
 METHODS = [row.name for row in AGGREGATORS]
 QUALITY = [row.name for row in AGGREGATORS if row.traits["quality"]]

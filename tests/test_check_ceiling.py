@@ -14,8 +14,11 @@ from data_tools.statistics import accumulator
 from data_tools.statistics.accumulator import accumulated
 from data_tools.statistics.ceiling import AgreementObserver, agreement_of, ceiling
 from rlhf.core.errors import UserError
-from rlhf.data.schema import Candidate, Demonstration, Message, Proposal, to_dict
-from rlhf.data.store import DatasetWriter, file_hash, open_dataset
+from rlhf.data.jsonl import to_dict
+from rlhf.data.manifest import file_hash
+from rlhf.data.schema import Candidate, Demonstration, Message, Proposal
+from rlhf.data.store import open_dataset
+from rlhf.data.writer import DatasetWriter
 
 
 def agreement(tmp_path, rows):

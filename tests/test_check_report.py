@@ -18,7 +18,8 @@ from data_tools.check.rules import grade, parse_rule, parse_rules
 from data_tools.check.show import PARTS, advice
 from data_tools.statistics.intervals import Estimate
 from rlhf.core.errors import UserError
-from rlhf.data.schema import Candidate, Message, Ranking, to_dict
+from rlhf.data.jsonl import to_dict
+from rlhf.data.schema import Candidate, Message, Ranking
 
 EVIL = "<script>alert('x')</script> & <b>\"bold\"</b> {{ 7 * 7 }}"
 

@@ -26,7 +26,8 @@ from rlhf.comparison.show import Row, TaskResult, amount, markdown, seconds
 from rlhf.config.load import check_config
 from rlhf.core.errors import UserError
 from rlhf.data.schema import Demonstration, Message
-from rlhf.data.store import DatasetWriter, open_dataset
+from rlhf.data.store import open_dataset
+from rlhf.data.writer import DatasetWriter
 from rlhf.tasks.metrics import METRICS, Outcomes, limits
 from stages.compare import compare, step_seconds
 

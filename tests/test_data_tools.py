@@ -11,8 +11,8 @@ from rows import DEMONSTRATION, RANKING, dataset, jsonl, last_line, prompts, run
 from data_tools.curate.stats import stats
 from data_tools.curate.validate import validate
 from rlhf.core.errors import UserError
-from rlhf.data.schema import from_dict
-from rlhf.data.store import DatasetWriter
+from rlhf.data.jsonl import from_dict
+from rlhf.data.writer import DatasetWriter
 
 # ---- validate --------------------------------------------------------------------------------------------------------
 

@@ -9,7 +9,7 @@ from rows import RANKING, jsonl, run
 
 from data_tools.io.derive import Derivation
 from rlhf.core.errors import UserError
-from rlhf.data.schema import from_dict
+from rlhf.data.jsonl import from_dict
 from rlhf.data.store import open_dataset
 
 

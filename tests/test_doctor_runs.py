@@ -20,7 +20,8 @@ import stages.dpo
 import stages.ppo
 import stages.reward
 from rlhf.core.errors import UserError
-from rlhf.data.store import DatasetWriter, open_dataset
+from rlhf.data.store import open_dataset
+from rlhf.data.writer import DatasetWriter
 from rlhf.doctor.diagnosis import diagnose
 from rlhf.doctor.evidence import read_evidence
 from rlhf.doctor.findings import Finding

@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM
 from rlhf.config.base import ModelConfig
 from rlhf.data.chat_tokenizer import ChatTokenizer, load_tokenizer
 from rlhf.data.schema import Candidate, Message, Ranking
-from rlhf.data.store import DatasetWriter
+from rlhf.data.writer import DatasetWriter
 from rlhf.dpo.batches import PreferenceBatch, preference_batch
 from rlhf.dpo.losses import METRICS, implicit_rewards, pair_metrics, sft_loss
 from rlhf.dpo.policy import PreferencePolicy, sharing_of

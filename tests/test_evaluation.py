@@ -17,7 +17,8 @@ from scipy import stats
 
 from data_tools.commands.imports import import_command
 from rlhf.data.schema import Candidate, Message, Ranking
-from rlhf.data.store import DatasetWriter, open_dataset
+from rlhf.data.store import open_dataset
+from rlhf.data.writer import DatasetWriter
 from rlhf.evaluation import tables
 from rlhf.evaluation.baselines import BagOfWords, baselines
 from rlhf.evaluation.battery import battery, verdict

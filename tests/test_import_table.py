@@ -18,8 +18,7 @@ from data_tools.importers.table import read_head
 from data_tools.io.rejects import Rejects
 from data_tools.reading.unread import HOLDS
 from rlhf.core.errors import UserError
-from rlhf.data.jsonl import open_bytes
-from rlhf.data.schema import from_dict, to_dict
+from rlhf.data.jsonl import from_dict, open_bytes, to_dict
 from rlhf.data.store import open_dataset
 
 UNKNOWN = [EXPORTS / "summarize_from_feedback" / "axis_eval.json"]

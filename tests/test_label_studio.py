@@ -25,8 +25,9 @@ from rows import last_line, run
 from data_tools.annotate import label_studio
 from data_tools.annotate.label_studio import label_config, pull, push, task
 from rlhf.core.errors import UserError
-from rlhf.data.schema import from_dict, to_dict
-from rlhf.data.store import DatasetWriter, open_dataset
+from rlhf.data.jsonl import from_dict, to_dict
+from rlhf.data.store import open_dataset
+from rlhf.data.writer import DatasetWriter
 
 CHAT = [
     {"role": "system", "content": "Be brief."},

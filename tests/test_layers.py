@@ -32,7 +32,8 @@ COMBINING = {
 }  # fmt: skip
 """Modules that put stages together; all others in stages/ stand alone."""
 OPEN_TO_DATA_TOOLS = (
-    "rlhf.core.", "rlhf.data.schema", "rlhf.data.columns", "rlhf.data.jsonl", "rlhf.data.store", "rlhf.data.row_check",
+    "rlhf.core.", "rlhf.data.schema", "rlhf.data.columns", "rlhf.data.jsonl", "rlhf.data.manifest",
+    "rlhf.data.store", "rlhf.data.writer", "rlhf.data.row_check",
 )  # fmt: skip
 """What data_tools may import of the library."""
 MOST_LINES = 450

@@ -18,7 +18,8 @@ from documentation import DOCS, blocks
 import rlhf
 from rlhf import Candidate, Message, Prompt, Proposal, Ranking, UserError
 from rlhf.data.schema import Record
-from rlhf.data.store import DatasetWriter, open_dataset
+from rlhf.data.store import open_dataset
+from rlhf.data.writer import DatasetWriter
 from stages.library import train_ppo, train_sft
 from stages.score import command
 

@@ -25,7 +25,8 @@ from rlhf.cli import entry
 from rlhf.cli.pipeline_config import PipelineConfig
 from rlhf.config.load import check_config, dump_config
 from rlhf.core.errors import UserError
-from rlhf.data.schema import SCHEMA_VERSION, to_dict
+from rlhf.data.jsonl import to_dict
+from rlhf.data.schema import SCHEMA_VERSION
 from rlhf.data.store import open_dataset
 from stages import pipeline, pipeline_steps
 

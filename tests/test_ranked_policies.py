@@ -10,7 +10,8 @@ import finished
 import pytest
 
 from rlhf.core.errors import UserError
-from rlhf.data.schema import Ranking, from_dict
+from rlhf.data.jsonl import from_dict
+from rlhf.data.schema import Ranking
 from rlhf.policy_evaluation.ranked import find_author, ranked_comparisons
 from rlhf.policy_evaluation.tables import headlines
 from stages.evaluate import command

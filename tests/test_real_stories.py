@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from rlhf.config.load import check_config
-from rlhf.data.schema import from_dict
-from rlhf.data.store import DatasetWriter
+from rlhf.data.jsonl import from_dict
+from rlhf.data.writer import DatasetWriter
 from rlhf.ppo.config import PPOConfig
 from stages.ppo import run
 

@@ -19,7 +19,8 @@ from rlhf.config.base import ModelConfig
 from rlhf.core.errors import UserError
 from rlhf.data.chat_tokenizer import ChatTokenizer, load_tokenizer
 from rlhf.data.schema import Candidate, Message, Ranking
-from rlhf.data.store import DatasetWriter, open_dataset
+from rlhf.data.store import open_dataset
+from rlhf.data.writer import DatasetWriter
 from rlhf.models.scalar import ScalarModel, load_scalar
 from rlhf.reward.collator import RankingCollator
 from rlhf.reward.losses import RANKING_LOSSES

@@ -15,7 +15,8 @@ from reward_runs import config, steps
 from transformers import AutoModelForSequenceClassification
 
 from rlhf.config.load import dump_config
-from rlhf.data.store import DatasetWriter, open_dataset
+from rlhf.data.store import open_dataset
+from rlhf.data.writer import DatasetWriter
 from rlhf.reward.config import RewardConfig
 from rlhf.runs.run import is_run, read_run
 

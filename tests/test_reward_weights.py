@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from rlhf.config.base import ModelConfig
 from rlhf.data.chat_tokenizer import load_tokenizer
 from rlhf.data.schema import Candidate, Message, Ranking
-from rlhf.data.store import DatasetWriter
+from rlhf.data.writer import DatasetWriter
 from rlhf.models.scalar import load_scalar
 from rlhf.reward.collator import RankingCollator
 from rlhf.reward.config import RewardConfig

@@ -17,7 +17,8 @@ from rlhf.config.base import ModelConfig
 from rlhf.core.errors import UserError
 from rlhf.data.row_check import row_check
 from rlhf.data.schema import Demonstration, Message
-from rlhf.data.store import DatasetWriter, open_dataset
+from rlhf.data.store import open_dataset
+from rlhf.data.writer import DatasetWriter
 from rlhf.inference.policy import open_policy
 from rlhf.inference.sampling import accepted
 from rlhf.inference.scorer import open_scorer

@@ -18,7 +18,8 @@ from rlhf.config.load import check_config
 from rlhf.core.errors import UserError
 from rlhf.data.chat_tokenizer import load_tokenizer
 from rlhf.data.schema import Message, Prompt
-from rlhf.data.store import DatasetWriter, open_dataset
+from rlhf.data.store import open_dataset
+from rlhf.data.writer import DatasetWriter
 from rlhf.inference.best_of import best_of_curve, evaluations_of, expected_best
 from rlhf.inference.policy import open_policy
 from rlhf.inference.sampling import sample

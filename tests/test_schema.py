@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given, settings
 from rows import DEMONSTRATION, RANKING, records
 
+from rlhf.data.jsonl import from_dict, to_dict
 from rlhf.data.schema import (
     KINDS,
     BadRecord,
@@ -21,8 +22,6 @@ from rlhf.data.schema import (
     Ranking,
     content_hash,
     dense_ranks,
-    from_dict,
-    to_dict,
 )
 
 

@@ -22,8 +22,11 @@ from rows import DEMONSTRATION, RANKING, records, tree, write
 from rlhf.core import limits
 from rlhf.core.errors import UserError
 from rlhf.data import store
-from rlhf.data.schema import KINDS, BadRecord, Message, Prompt, from_dict, to_dict
-from rlhf.data.store import DatasetWriter, open_dataset, read_jsonl, read_shard, shard_faults
+from rlhf.data import writer as writing
+from rlhf.data.jsonl import from_dict, read_jsonl, to_dict
+from rlhf.data.schema import KINDS, BadRecord, Message, Prompt
+from rlhf.data.store import open_dataset, read_shard, shard_faults
+from rlhf.data.writer import DatasetWriter
 
 
 def prompts(count, **fields):
@@ -61,15 +64,15 @@ def test_scores_that_are_whole_numbers_are_stored_as_floats(tmp_path):
 
 
 def test_long_records_are_converted_few_at_a_time(tmp_path, monkeypatch):
-    monkeypatch.setattr(store, "CHARS_PER_TABLE", 1_000)
+    monkeypatch.setattr(writing, "CHARS_PER_TABLE", 1_000)
     with DatasetWriter(tmp_path / "d", "prompt") as writer:
-        for size, most in ((1, store.ROWS_PER_TABLE), (100, 10), (5_000, 1)):
+        for size, most in ((1, writing.ROWS_PER_TABLE), (100, 10), (5_000, 1)):
             writer.write_all([Prompt((Message("user", "x" * size),))])
             assert writer.table_rows == most
 
 
 def test_rows_of_many_megabytes_do_not_fill_a_row_group(tmp_path, monkeypatch):
-    monkeypatch.setattr(store, "CHARS_PER_GROUP", 1_000_000)
+    monkeypatch.setattr(writing, "CHARS_PER_GROUP", 1_000_000)
     items = [from_dict({"prompt": f"{i}" + "x" * 700_000}) for i in range(6)]
     dataset = write(tmp_path / "d", items)
     import pyarrow.parquet as pq
@@ -79,8 +82,8 @@ def test_rows_of_many_megabytes_do_not_fill_a_row_group(tmp_path, monkeypatch):
 
 
 def test_shards_are_cut_and_read_in_order(tmp_path, monkeypatch):
-    monkeypatch.setattr(store, "ROWS_PER_GROUP", 2)
-    monkeypatch.setattr(store, "ROWS_PER_SHARD", 4)
+    monkeypatch.setattr(writing, "ROWS_PER_GROUP", 2)
+    monkeypatch.setattr(writing, "ROWS_PER_SHARD", 4)
     items = prompts(11)
     dataset = write(tmp_path / "d", items)
     assert [shard["rows"] for shard in dataset.manifest["shards"]] == [4, 4, 3]
@@ -174,8 +177,8 @@ def test_a_writer_takes_one_kind(tmp_path):
 
 
 def test_records_are_read_lazily(tmp_path, monkeypatch):
-    monkeypatch.setattr(store, "ROWS_PER_GROUP", 2)
-    monkeypatch.setattr(store, "ROWS_PER_SHARD", 2)
+    monkeypatch.setattr(writing, "ROWS_PER_GROUP", 2)
+    monkeypatch.setattr(writing, "ROWS_PER_SHARD", 2)
     dataset = write(tmp_path / "d", prompts(6))
     (tmp_path / "d" / "shard-00001.parquet").write_bytes(b"not parquet")
     stream = dataset.records()
@@ -186,8 +189,8 @@ def test_records_are_read_lazily(tmp_path, monkeypatch):
 
 
 def test_a_damaged_or_missing_shard_is_told_before_training(tmp_path, monkeypatch):
-    monkeypatch.setattr(store, "ROWS_PER_GROUP", 2)
-    monkeypatch.setattr(store, "ROWS_PER_SHARD", 2)
+    monkeypatch.setattr(writing, "ROWS_PER_GROUP", 2)
+    monkeypatch.setattr(writing, "ROWS_PER_SHARD", 2)
     dataset = write(tmp_path / "d", prompts(6))
     shard = tmp_path / "d" / "shard-00001.parquet"
     whole = shard.read_bytes()

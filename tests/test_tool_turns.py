@@ -12,7 +12,8 @@ from trl_templates import FOLDER, chat_with
 
 from data_tools.importers import IMPORTERS
 from rlhf.data.chat_rendering import RefusedText
-from rlhf.data.schema import BadRecord, Demonstration, Message, Prompt, from_dict, to_dict
+from rlhf.data.jsonl import from_dict, to_dict
+from rlhf.data.schema import BadRecord, Demonstration, Message, Prompt
 from rlhf.data.selection import with_system
 from rlhf.data.tool_turns import as_transformers
 

@@ -160,7 +160,7 @@ def answer(number: int, length: int) -> str:
 def write_demonstrations(path: Path, count: int, held_out: int = 8) -> str:
     """A dataset of `count` demonstrations of unequal length for training and `held_out` more of the eval split."""
     from rlhf.data.schema import Demonstration, Message
-    from rlhf.data.store import DatasetWriter
+    from rlhf.data.writer import DatasetWriter
 
     with DatasetWriter(path, "demonstration", overwrite=True) as writer:
         for i in range(count + held_out):
@@ -173,7 +173,7 @@ def write_demonstrations(path: Path, count: int, held_out: int = 8) -> str:
 def write_rankings(path: Path, count: int, held_out: int = 8, candidates: int = 3) -> str:
     """A dataset of rankings whose shorter answers are better, every fifth one with a tie, split as demonstrations."""
     from rlhf.data.schema import Candidate, Message, Ranking
-    from rlhf.data.store import DatasetWriter
+    from rlhf.data.writer import DatasetWriter
 
     with DatasetWriter(path, "ranking", overwrite=True) as writer:
         for i in range(count + held_out):

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from rlhf.data.schema import Candidate, Message, Ranking
-from rlhf.data.store import DatasetWriter
+from rlhf.data.writer import DatasetWriter
 
 SOURCE = Path(__file__).resolve().parents[2] / "shared/data/preferences/ukpconvarg1_strict_pairs.jsonl.gz"
 

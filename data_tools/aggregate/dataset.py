@@ -18,7 +18,8 @@ from rlhf.core.errors import UserError
 from rlhf.core.files import write_json
 from rlhf.core.table import Pick
 from rlhf.data.schema import SPLITS, Candidate, Ranking
-from rlhf.data.store import check_new, open_dataset
+from rlhf.data.store import open_dataset
+from rlhf.data.writer import check_new
 
 QUALITY_FILE = "annotators.json"
 """File in the new dataset's folder with the method's estimates for each annotator."""

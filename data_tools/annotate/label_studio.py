@@ -22,8 +22,10 @@ from rlhf.core import console
 from rlhf.core.command_line import without_credentials
 from rlhf.core.errors import UserError
 from rlhf.core.files import write_json
+from rlhf.data.jsonl import Reject
 from rlhf.data.schema import BadRecord, Candidate, Proposal, Ranking
-from rlhf.data.store import Dataset, Reject, check_new, open_dataset
+from rlhf.data.store import Dataset, open_dataset
+from rlhf.data.writer import check_new
 
 KEY = "LABEL_STUDIO_API_KEY"
 CONTROL, RANKED = "ranking", "ranked"

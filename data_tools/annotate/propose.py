@@ -17,8 +17,9 @@ from data_tools.io.derive import Derivation
 from data_tools.io.rejects import print_reasons
 from rlhf.core.console import say, table
 from rlhf.core.errors import UserError
-from rlhf.data.schema import MODEL_AUTHOR, BadRecord, Candidate, Demonstration, Prompt, Proposal, Ranking, to_dict
-from rlhf.data.store import Dataset, Reject
+from rlhf.data.jsonl import Reject, to_dict
+from rlhf.data.schema import MODEL_AUTHOR, BadRecord, Candidate, Demonstration, Prompt, Proposal, Ranking
+from rlhf.data.store import Dataset
 
 TOO_FEW = "Raise --temperature or --tries, or name more models."
 

@@ -26,8 +26,8 @@ from rich.text import Text
 from data_tools.io.locked_lines import LockedLines
 from rlhf.core import console
 from rlhf.core.errors import UserError
-from rlhf.data.jsonl import Reject, parse, read_jsonl
-from rlhf.data.schema import BadRecord, Proposal, Ranking, content_hash, from_dict, to_dict
+from rlhf.data.jsonl import Reject, from_dict, parse, read_jsonl, to_dict
+from rlhf.data.schema import BadRecord, Proposal, Ranking, content_hash
 from rlhf.data.store import open_dataset
 
 WIDEST = 100

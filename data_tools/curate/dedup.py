@@ -14,7 +14,8 @@ from data_tools.statistics.near import near_groups, near_matches, prompt_text
 from rlhf.core import console
 from rlhf.core.errors import UserError, nearest
 from rlhf.data.schema import Demonstration, Proposal, Ranking, Record, content_hash
-from rlhf.data.store import Dataset, check_new, open_dataset
+from rlhf.data.store import Dataset, open_dataset
+from rlhf.data.writer import check_new
 
 BY = ("record", "prompt", "answers")
 KEEP = ("first", "best")

@@ -9,7 +9,8 @@ from typing import Any
 
 from rlhf.core import console
 from rlhf.core.errors import UserError
-from rlhf.data.store import Dataset, file_hash, open_dataset
+from rlhf.data.manifest import file_hash
+from rlhf.data.store import Dataset, open_dataset
 
 SHORT = 12
 STATES = {

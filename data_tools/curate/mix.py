@@ -14,8 +14,10 @@ from data_tools.io.derive import Derivation
 from data_tools.io.rejects import by_count, warn_rejected
 from rlhf.core import console
 from rlhf.core.errors import UserError, nearest
+from rlhf.data.jsonl import OnReject
 from rlhf.data.schema import Record
-from rlhf.data.store import Dataset, OnReject, check_new, open_dataset
+from rlhf.data.store import Dataset, open_dataset
+from rlhf.data.writer import check_new
 
 
 @dataclass(frozen=True)

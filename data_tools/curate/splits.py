@@ -28,7 +28,8 @@ from data_tools.statistics.near import Sets, near_groups, prompt_text
 from rlhf.core import console
 from rlhf.core.errors import UserError, nearest
 from rlhf.data.schema import SPLITS, Record
-from rlhf.data.store import Dataset, check_new, open_dataset
+from rlhf.data.store import Dataset, open_dataset
+from rlhf.data.writer import check_new
 
 DEFAULT_FRACTIONS = {"train": 0.8, "eval": 0.1, "test": 0.1}
 BY = ("prompt", "group")

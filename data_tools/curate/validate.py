@@ -10,8 +10,9 @@ from typing import Any
 from data_tools.io.rejects import by_count
 from rlhf.core import console
 from rlhf.core.errors import UserError
+from rlhf.data.jsonl import OnReject, Reject, read_jsonl
 from rlhf.data.schema import Record
-from rlhf.data.store import Dataset, OnReject, Reject, open_dataset, read_jsonl, read_shard, shard_faults
+from rlhf.data.store import Dataset, open_dataset, read_shard, shard_faults
 
 
 def validate(path: str | Path, on_fault: Callable[[str], None] = lambda _: None) -> dict[str, Any]:

@@ -12,7 +12,8 @@ from data_tools.demo_world.rules import ANNOTATORS, rank
 from data_tools.demo_world.text import demonstrate, prompts
 from rlhf.core.console import say
 from rlhf.data.schema import Candidate, Prompt, Ranking
-from rlhf.data.store import DatasetWriter, open_dataset
+from rlhf.data.store import open_dataset
+from rlhf.data.writer import DatasetWriter
 
 K = 4
 """Candidates to rank for each prompt."""

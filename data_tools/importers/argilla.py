@@ -24,9 +24,8 @@ from data_tools.reading.judgements import TIE, ChoiceValues, choice_meanings, me
 from data_tools.reading.roles import role_of
 from data_tools.reading.rows import JSON, rows
 from data_tools.reading.unread import NestedFields
-from rlhf.data.jsonl import Reject
-from rlhf.data.schema import BadRecord, Record, dense_ranks, from_dict
-from rlhf.data.store import OnReject
+from rlhf.data.jsonl import OnReject, Reject, from_dict
+from rlhf.data.schema import BadRecord, Record, dense_ranks
 
 NO_FIELDS = {
     "id", "status", "inserted_at", "updated_at", "_server_id", "external_id", "metadata", "suggestions", "vectors",

@@ -11,8 +11,8 @@ from data_tools.importers.table import IMPORTERS, Head, convert_rows
 from data_tools.reading.fields import as_jsonl, chat, elements, need, number, one_of, ranks_of_two, text
 from data_tools.reading.judgements import ranks_with_scores
 from data_tools.reading.rows import JSON
+from rlhf.data.jsonl import OnReject
 from rlhf.data.schema import BadRecord, Candidate, Message, Ranking, Record
-from rlhf.data.store import OnReject
 
 SPLITS = {"train": "train", "valid1": "eval", "valid2": "eval", "validation": "eval", "test": "test"}
 """What published datasets call their splits."""

@@ -26,9 +26,8 @@ from data_tools.reading.turns import exchange, from_json_text, is_chat, is_conve
 from data_tools.reading.unread import NestedFields
 from rlhf.core import console
 from rlhf.core.errors import UserError
-from rlhf.data.jsonl import Item, Reject
-from rlhf.data.schema import BadRecord, Message, Record, dense_ranks, from_dict
-from rlhf.data.store import OnReject
+from rlhf.data.jsonl import Item, OnReject, Reject, from_dict
+from rlhf.data.schema import BadRecord, Message, Record, dense_ranks
 
 SAMPLE = """prompt,answer_1,answer_2,rank_1,rank_2,annotator
 Name a fruit.,Pear.,Car.,1,2,ann

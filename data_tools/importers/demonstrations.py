@@ -23,9 +23,8 @@ from data_tools.reading.fields import (
 )
 from data_tools.reading.rows import JSON
 from data_tools.reading.turns import TOOL_FIELDS, TOOLS_INSIDE, are_objects, tool_definitions, turns_with_tools
-from rlhf.data.jsonl import READ_ERRORS, Reject, open_bytes
+from rlhf.data.jsonl import READ_ERRORS, OnReject, Reject, open_bytes
 from rlhf.data.schema import BadRecord, Demonstration, Message, Prompt, Record
-from rlhf.data.store import OnReject
 
 # ---- one answer a row ------------------------------------------------------------------------------------------------
 

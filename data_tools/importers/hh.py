@@ -12,8 +12,8 @@ from data_tools.reading.fields import as_jsonl
 from data_tools.reading.rows import JSON
 from data_tools.reading.turns import is_transcript
 from rlhf.data.columns import Row, ranking_row
+from rlhf.data.jsonl import OnReject
 from rlhf.data.schema import BadRecord, Candidate, Message, Ranking, Record
-from rlhf.data.store import OnReject
 
 _QUESTION, _ANSWER = "\n\nHuman:", "\n\nAssistant:"
 _TURN = re.compile(r"\n\n(Human|Assistant):")

@@ -26,9 +26,8 @@ from data_tools.reading.fields import (
 from data_tools.reading.rows import JSON, rows
 from data_tools.reading.turns import prompt_turns, turns_of
 from data_tools.reading.unread import NestedFields
-from rlhf.data.jsonl import Item, Reject
+from rlhf.data.jsonl import Item, OnReject, Reject
 from rlhf.data.schema import BadRecord, Candidate, Demonstration, Message, Ranking, Record
-from rlhf.data.store import OnReject
 
 # ---- AlpacaEval ------------------------------------------------------------------------------------------------------
 

@@ -24,8 +24,8 @@ from data_tools.reading.item_ratings import ITEM_INDEX, item_stars
 from data_tools.reading.judgements import TIE, ChoiceValues, choice_meanings, named_answer, score
 from data_tools.reading.rows import JSON
 from rlhf.core.errors import UserError
-from rlhf.data.schema import BadRecord, Record, dense_ranks, from_dict
-from rlhf.data.store import OnReject
+from rlhf.data.jsonl import OnReject, from_dict
+from rlhf.data.schema import BadRecord, Record, dense_ranks
 
 LEFT_IN_LIST = "_"
 """The key under which a Ranker with buckets keeps the items that nobody put into a bucket."""

@@ -12,9 +12,8 @@ from data_tools.importers.table import IMPORTERS, Head
 from data_tools.reading.annotation_exports import as_raw, brief, person
 from data_tools.reading.rows import JSON, rows
 from data_tools.reading.unread import NestedFields
-from rlhf.data.jsonl import Reject
-from rlhf.data.schema import BadRecord, Record, from_dict
-from rlhf.data.store import OnReject
+from rlhf.data.jsonl import OnReject, Reject, from_dict
+from rlhf.data.schema import BadRecord, Record
 
 ROLES = {"prompter": "user", "assistant": "assistant"}
 

@@ -37,8 +37,8 @@ from data_tools.reading.turns import (
     turns_of,
     turns_with_tools,
 )
+from rlhf.data.jsonl import OnReject
 from rlhf.data.schema import BadRecord, Candidate, Message, Ranking, Record
-from rlhf.data.store import OnReject
 
 PairTools = Literal["reject", "keep"]
 

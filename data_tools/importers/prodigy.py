@@ -13,8 +13,8 @@ from data_tools.importers.table import IMPORTERS, Head, convert_rows
 from data_tools.reading.annotation_exports import brief, person
 from data_tools.reading.judgements import means_tie
 from data_tools.reading.rows import JSON
-from rlhf.data.schema import BadRecord, Ranking, Record, from_dict
-from rlhf.data.store import OnReject
+from rlhf.data.jsonl import OnReject, from_dict
+from rlhf.data.schema import BadRecord, Ranking, Record
 
 SAMPLE = {
     "text": "Name a fruit.",

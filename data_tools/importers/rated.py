@@ -14,9 +14,8 @@ from data_tools.reading.html_text import html_text
 from data_tools.reading.judgements import chosen_and_rejected, ranks_with_scores
 from data_tools.reading.rows import JSON, rows
 from data_tools.reading.unread import NestedFields
-from rlhf.data.jsonl import Item, Reject
+from rlhf.data.jsonl import Item, OnReject, Reject
 from rlhf.data.schema import BadRecord, Candidate, Message, Ranking, Record, dense_ranks
-from rlhf.data.store import OnReject
 
 
 def _by_score(scores: list[float]) -> tuple[int, ...]:

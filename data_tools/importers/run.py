@@ -25,8 +25,10 @@ from rlhf.core.errors import UserError, nearest
 from rlhf.core.limits import read_yaml
 from rlhf.core.table import Pick
 from rlhf.data.columns import as_record
+from rlhf.data.jsonl import Reject
+from rlhf.data.manifest import file_hash
 from rlhf.data.schema import SPLITS, BadRecord
-from rlhf.data.store import DatasetWriter, Reject, check_new, file_hash
+from rlhf.data.writer import DatasetWriter, check_new
 
 OPTIONS_FILE = "import.yaml"
 """In the dataset folder: the options of its import, as `--options` reads them."""

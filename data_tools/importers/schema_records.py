@@ -9,8 +9,8 @@ from typing import Any
 from data_tools.importers.table import IMPORTERS, Head, convert_rows
 from data_tools.reading.fields import as_jsonl
 from data_tools.reading.rows import JSON
-from rlhf.data.schema import Record, from_dict
-from rlhf.data.store import OnReject
+from rlhf.data.jsonl import OnReject, from_dict
+from rlhf.data.schema import Record
 
 PROMPT_FIELDS = {"id", "prompt_id", "messages", "prompt", "source", "group", "split"}
 

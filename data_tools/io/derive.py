@@ -16,7 +16,8 @@ from data_tools.statistics.ceiling import AgreementObserver
 from rlhf.core.command_line import command_line
 from rlhf.core.errors import UserError
 from rlhf.data.schema import Record
-from rlhf.data.store import Dataset, DatasetWriter, check_new
+from rlhf.data.store import Dataset
+from rlhf.data.writer import DatasetWriter, check_new
 
 
 class Derivation:

@@ -10,7 +10,7 @@ from typing import IO, Any
 
 from rlhf.core import console
 from rlhf.core.errors import UserError
-from rlhf.data.store import Reject
+from rlhf.data.jsonl import Reject
 
 FILE_NAME = "rejected.jsonl"
 

@@ -20,8 +20,8 @@ from data_tools.ranking_page.votes import CANNOT_TELL, RANKED, SKIPPED, Item, Vo
 from rlhf.core import console
 from rlhf.core.errors import UserError
 from rlhf.core.files import write_bytes
-from rlhf.data.jsonl import parse
-from rlhf.data.schema import BadRecord, to_dict
+from rlhf.data.jsonl import parse, to_dict
+from rlhf.data.schema import BadRecord
 
 FORMAT, VERSION = "rlhf-ranking-journal", 1
 OUT = "rankings-web.jsonl"

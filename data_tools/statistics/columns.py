@@ -19,8 +19,10 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from rlhf.core.errors import UserError
+from rlhf.data.jsonl import OnReject
 from rlhf.data.schema import AUTHOR_KINDS, SPLITS
-from rlhf.data.store import Dataset, DatasetWriter, OnReject, open_dataset
+from rlhf.data.store import Dataset, open_dataset
+from rlhf.data.writer import DatasetWriter
 
 ColumnArrays = dict[str, np.ndarray]
 """Arrays of some records by their names in `Columns`, with `size`, the answers of each record, in place of `start`."""

@@ -19,7 +19,8 @@ from data_tools.statistics.duplicates import EvaluationSet, NearPrompts
 from data_tools.statistics.intervals import Estimate
 from data_tools.statistics.judgements import AnnotatorVotes, AnswerPairs, pairs_of, votes_of
 from data_tools.statistics.sample import Texts, texts_of
-from rlhf.data.store import Dataset, Reject, open_dataset
+from rlhf.data.jsonl import Reject
+from rlhf.data.store import Dataset, open_dataset
 
 
 @dataclass(frozen=True)

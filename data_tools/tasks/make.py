@@ -22,9 +22,10 @@ from data_tools.tasks.rows import MOST_LETTERS, Example, Mapper, parse_choices
 from rlhf.core import console
 from rlhf.core.command_line import command_line
 from rlhf.core.errors import UserError, nearest
-from rlhf.data.jsonl import Item
+from rlhf.data.jsonl import Item, OnReject, Reject
+from rlhf.data.manifest import file_hash
 from rlhf.data.schema import BadRecord, Demonstration, Message
-from rlhf.data.store import DatasetWriter, OnReject, Reject, check_new, file_hash
+from rlhf.data.writer import DatasetWriter, check_new
 
 COT = ("auto", "never", "both")
 POOL = 500

@@ -10,7 +10,8 @@ from typing import Any
 from rlhf.cli.compare_config import ComparedTask
 from rlhf.core.errors import UserError
 from rlhf.data.selection import open_datasets
-from rlhf.data.store import DatasetWriter, open_dataset
+from rlhf.data.store import open_dataset
+from rlhf.data.writer import DatasetWriter
 from rlhf.tasks.task import Task, load_task
 
 MAX_SELECTION_RECORDS = 200

@@ -1,4 +1,4 @@
-"""Read JSONL files, and report rejected rows with their line, the reason and what to do."""
+"""Records as JSON, and JSONL files: rejected rows are reported with their line, the reason and what to do."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import gzip
 import io
 import json
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -18,7 +18,135 @@ import zstandard
 
 from rlhf.core import limits
 from rlhf.core.errors import UserError
-from rlhf.data.schema import BadRecord, Record, from_dict
+from rlhf.data.schema import (
+    KINDS,
+    BadRecord,
+    Candidate,
+    Demonstration,
+    Message,
+    Proposal,
+    Ranking,
+    Record,
+    brief,
+)
+
+# ---- the JSON form of a record -----------------------------------------------------------------------------------
+
+
+def from_dict(row: Any, kind: str | None = None) -> Record:
+    """A record from its JSON form. Unknown fields are ignored.
+
+    Args:
+        row: A mapping with the record's fields. `messages` may also be called `prompt` and be a plain string; a
+            candidate may be a plain string; instead of `ranks`, each candidate may have a `rank`.
+        kind: prompt, demonstration, proposal or ranking; rows of another kind are refused. None allows any.
+
+    Raises:
+        BadRecord: A field is missing, has the wrong type, or contradicts another.
+    """
+    if not isinstance(row, Mapping):
+        raise BadRecord("not an object", type(row).__name__)
+    found = _kind(row)
+    if kind is not None and found != kind:
+        remedy = "Rankings have `candidates` and `ranks`, proposals only `candidates`, demonstrations `answer`."
+        raise BadRecord(f"a {found} where a {kind} is needed", remedy=remedy)
+    values: dict[str, Any] = {
+        "messages": _messages(row.get("messages", row.get("prompt"))),
+        "source": _or(row.get("source"), ""),
+        "group": _or(row.get("group"), None),
+        "split": _or(row.get("split"), None),
+    }
+    if found == "demonstration":
+        values |= {"answer": row["answer"], "author": _or(row.get("author"), "")}
+    elif found == "proposal":
+        values |= {"candidates": _candidates(row["candidates"])}
+    elif found == "ranking":
+        values |= {"candidates": _candidates(row["candidates"]), "ranks": _ranks(row)}
+        values |= {"annotator": _or(row.get("annotator"), ""), "time": _or(row.get("time"), None)}
+        merged = _or(row.get("merged"), ())
+        values |= {"merged": tuple(merged) if isinstance(merged, list) else merged}
+        values |= {name: row[name] for name in ("seconds", "shown", "weight") if row.get(name) is not None}
+    record = KINDS[found](**values)
+    for name in ("id", "prompt_id"):
+        if row.get(name) is not None and row[name] != getattr(record, name):
+            detail = f"{brief(row[name])}, the content gives {getattr(record, name)!r}"
+            raise BadRecord(f"{name}: not the content hash", detail, f"Omit `{name}`; it is computed.")
+    return record
+
+
+def _kind(row: Mapping[str, Any]) -> str:
+    if "candidates" not in row:
+        return "demonstration" if "answer" in row else "prompt"
+    return "proposal" if _ranks(row) in (None, ()) else "ranking"
+
+
+def _or(value: Any, default: Any) -> Any:
+    return default if value is None or value == "" else value
+
+
+def _ranks(row: Mapping[str, Any]) -> Any:
+    ranks, candidates = row.get("ranks"), row["candidates"]
+    if ranks is None and isinstance(candidates, (list, tuple)):
+        ranks = [
+            candidate["rank"] for candidate in candidates if isinstance(candidate, Mapping) and "rank" in candidate
+        ]
+    return tuple(ranks) if isinstance(ranks, list) else ranks
+
+
+def _messages(value: Any) -> Any:
+    if isinstance(value, str):
+        return (Message("user", value),)
+    if not isinstance(value, (list, tuple)):
+        return value
+    return tuple(map(_message, value))
+
+
+def _message(value: Any) -> Any:
+    if not isinstance(value, Mapping):
+        return value
+    role: Any = value.get("role")  # checked by the record
+    content: Any = value.get("content")
+    if value.get("tool_calls"):
+        raise BadRecord("messages: tool_calls in a turn", brief(value["tool_calls"]), "Import as openai-chat.")
+    return Message(role, content)
+
+
+def _candidates(value: Any) -> Any:
+    return tuple(map(_candidate, value)) if isinstance(value, (list, tuple)) else value
+
+
+def _candidate(value: Any) -> Any:
+    if isinstance(value, str):
+        return Candidate(value)
+    if not isinstance(value, Mapping):
+        return value
+    text: Any = value.get("text")  # checked by the record
+    return Candidate(text, _or(value.get("author"), ""), _or(value.get("author_kind"), "unknown"), value.get("score"))
+
+
+def to_dict(record: Record) -> dict[str, Any]:
+    """The JSON form of a record, including its ids; `from_dict` reads it back."""
+    row: dict[str, Any] = {"id": record.id, "prompt_id": record.prompt_id, "messages": record.chat}
+    row |= {"source": record.source, "group": record.group, "split": record.split}
+    if isinstance(record, Demonstration):
+        row |= {"answer": record.answer, "author": record.author}
+    if isinstance(record, Proposal):
+        row |= {"candidates": [_candidate_dict(candidate) for candidate in record.candidates]}
+    if isinstance(record, Ranking):
+        row |= {"ranks": list(record.ranks), "annotator": record.annotator, "time": record.time}
+        row |= {"seconds": record.seconds, "shown": record.shown, "weight": float(record.weight)}
+        row |= {"merged": list(record.merged)}
+    return row
+
+
+def _candidate_dict(candidate: Candidate) -> dict[str, Any]:
+    score = None if candidate.score is None else float(candidate.score)
+    return {
+        "text": candidate.text, "author": candidate.author, "author_kind": candidate.author_kind, "score": score,
+    }  # fmt: skip
+
+
+# ---- files with a row per line ------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)

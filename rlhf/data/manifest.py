@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from rlhf.core.errors import UserError
+from rlhf.core.errors import UserError, nearest
 from rlhf.data.schema import KINDS, READABLE_VERSIONS, SCHEMA_VERSION
 
 RESTORE = "Import the data again, or restore the file from a copy."
@@ -67,3 +67,14 @@ def file_hash(path: Path) -> str:
     """SHA-256 (64 hex digits) of a file."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def known_kind(kind: str) -> str:
+    """The kind of record of this name.
+
+    Raises:
+        UserError: There is none.
+    """
+    if kind not in KINDS:
+        raise UserError(f"unknown kind of record {kind!r}", remedy=nearest(kind, KINDS))
+    return kind

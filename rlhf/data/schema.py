@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import reprlib
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass, field, fields, replace
 from datetime import datetime
 from functools import cache, lru_cache
@@ -83,7 +83,7 @@ class Prompt:
         _check_text(self.source, "source", empty_ok=True)
         _check_text(self.group, "group", none_ok=True)
         if self.split is not None and self.split not in SPLITS:
-            raise BadRecord(f"split: not one of {', '.join(SPLITS)}", f"got {_brief(self.split)}")
+            raise BadRecord(f"split: not one of {', '.join(SPLITS)}", f"got {brief(self.split)}")
 
     @property
     def prompt_id(self) -> str:
@@ -190,13 +190,13 @@ class Ranking(Proposal):
         _check_text(self.annotator, "annotator", empty_ok=True)
         _check_time(self.time)
         if self.seconds is not None and not (_is_finite(self.seconds) and self.seconds >= 0):
-            raise BadRecord("seconds: not a number from 0", _brief(self.seconds))
+            raise BadRecord("seconds: not a number from 0", brief(self.seconds))
         if type(self.shown) is not bool:
-            raise BadRecord("shown: not true or false", _brief(self.shown))
+            raise BadRecord("shown: not true or false", brief(self.shown))
         if self.weight != 1 and not (_is_finite(self.weight) and self.weight > 0):
-            raise BadRecord("weight: not a number above 0", _brief(self.weight))
+            raise BadRecord("weight: not a number above 0", brief(self.weight))
         if not isinstance(self.merged, tuple) or (self.merged and {type(part) for part in self.merged} != {str}):
-            raise BadRecord("merged: not a list of ids", _brief(self.merged))
+            raise BadRecord("merged: not a list of ids", brief(self.merged))
 
     @property
     def id(self) -> str:
@@ -250,15 +250,13 @@ def _check_text(value: Any, name: str, index: int | None = None, empty_ok: bool 
 
 def _check_messages(messages: Any) -> None:
     if not isinstance(messages, tuple) or not messages:
-        raise BadRecord("messages: none", _brief(messages))
+        raise BadRecord("messages: none", brief(messages))
     before = None
     for index, message in enumerate(messages):
         if not isinstance(message, Message):
-            raise BadRecord("messages: not a list of {role, content}", f"at index {index}: {_brief(message)}")
+            raise BadRecord("messages: not a list of {role, content}", f"at index {index}: {brief(message)}")
         if message.role not in ROLES:
-            raise BadRecord(
-                f"messages.role: not one of {', '.join(ROLES)}", f"at index {index}: {_brief(message.role)}"
-            )
+            raise BadRecord(f"messages.role: not one of {', '.join(ROLES)}", f"at index {index}: {brief(message.role)}")
         _check_text(message.content, "messages.content", index)
         if message.role in TOOL_ROLES and (fault := tool_fault(*message, before)):
             raise BadRecord(fault[0], f"at index {index}: {fault[1]}")
@@ -273,27 +271,27 @@ def _check_messages(messages: Any) -> None:
 
 def _check_candidates(candidates: Any) -> None:
     if not isinstance(candidates, tuple) or len(candidates) < 2:
-        raise BadRecord("candidates: fewer than two answers", _brief(candidates))
+        raise BadRecord("candidates: fewer than two answers", brief(candidates))
     for index, candidate in enumerate(candidates):
         if not isinstance(candidate, Candidate):
-            raise BadRecord("candidates: not text or an object", f"at index {index}: {_brief(candidate)}")
+            raise BadRecord("candidates: not text or an object", f"at index {index}: {brief(candidate)}")
         _check_text(candidate.text, "candidates.text", index)
         _check_text(candidate.author, "candidates.author", index, empty_ok=True)
         if candidate.author_kind not in AUTHOR_KINDS:
-            detail = f"at index {index}: {_brief(candidate.author_kind)}"
+            detail = f"at index {index}: {brief(candidate.author_kind)}"
             raise BadRecord(f"candidates.author_kind: not one of {', '.join(AUTHOR_KINDS)}", detail)
         score = candidate.score
         if score is not None and not _is_finite(score):
-            raise BadRecord("candidates.score: not a finite number", f"at index {index}: {_brief(score)}")
+            raise BadRecord("candidates.score: not a finite number", f"at index {index}: {brief(score)}")
     if len({candidate.text for candidate in candidates}) < 2:
         raise BadRecord("candidates: fewer than two distinct answers")
 
 
 def _check_ranks(ranks: Any, candidates: tuple[Candidate, ...]) -> None:
     if not isinstance(ranks, tuple) or len(ranks) != len(candidates):
-        raise BadRecord("ranks: not one for each candidate", f"{len(candidates)} candidates, ranks {_brief(ranks)}")
+        raise BadRecord("ranks: not one for each candidate", f"{len(candidates)} candidates, ranks {brief(ranks)}")
     if set(map(type, ranks)) != {int} or min(ranks) < 1:
-        raise BadRecord("ranks: not whole numbers from 1 (best)", _brief(ranks))
+        raise BadRecord("ranks: not whole numbers from 1 (best)", brief(ranks))
     texts = {candidate.text for candidate in candidates}
     if len(texts) < len(ranks) and len({(c.text, rank) for c, rank in zip(candidates, ranks)}) > len(texts):
         raise BadRecord("ranks: identical candidates have different ranks")
@@ -306,7 +304,7 @@ def _check_time(time: Any) -> None:
     try:
         datetime.fromisoformat(time)
     except ValueError:
-        raise BadRecord("time: not ISO 8601", _brief(time)) from None
+        raise BadRecord("time: not ISO 8601", brief(time)) from None
 
 
 def _is_finite(value: Any) -> bool:
@@ -314,122 +312,6 @@ def _is_finite(value: Any) -> bool:
     return number and -sys.float_info.max <= value <= sys.float_info.max
 
 
-def _brief(value: Any) -> str:
-    """The value for a message. `reprlib` bounds length and depth, because rows may be huge or deeply nested."""
+def brief(value: Any) -> str:
+    """A value as a message shows it. `reprlib` bounds length and depth, because rows may be huge or deeply nested."""
     return reprlib.repr(value)
-
-
-# ---- JSON form ---------------------------------------------------------------------------------------------------
-
-
-def from_dict(row: Any, kind: str | None = None) -> Record:
-    """A record from its JSON form. Unknown fields are ignored.
-
-    Args:
-        row: A mapping with the record's fields. `messages` may also be called `prompt` and be a plain string; a
-            candidate may be a plain string; instead of `ranks`, each candidate may have a `rank`.
-        kind: prompt, demonstration, proposal or ranking; rows of another kind are refused. None allows any.
-
-    Raises:
-        BadRecord: A field is missing, has the wrong type, or contradicts another.
-    """
-    if not isinstance(row, Mapping):
-        raise BadRecord("not an object", type(row).__name__)
-    found = _kind(row)
-    if kind is not None and found != kind:
-        remedy = "Rankings have `candidates` and `ranks`, proposals only `candidates`, demonstrations `answer`."
-        raise BadRecord(f"a {found} where a {kind} is needed", remedy=remedy)
-    values: dict[str, Any] = {
-        "messages": _messages(row.get("messages", row.get("prompt"))),
-        "source": _or(row.get("source"), ""),
-        "group": _or(row.get("group"), None),
-        "split": _or(row.get("split"), None),
-    }
-    if found == "demonstration":
-        values |= {"answer": row["answer"], "author": _or(row.get("author"), "")}
-    elif found == "proposal":
-        values |= {"candidates": _candidates(row["candidates"])}
-    elif found == "ranking":
-        values |= {"candidates": _candidates(row["candidates"]), "ranks": _ranks(row)}
-        values |= {"annotator": _or(row.get("annotator"), ""), "time": _or(row.get("time"), None)}
-        merged = _or(row.get("merged"), ())
-        values |= {"merged": tuple(merged) if isinstance(merged, list) else merged}
-        values |= {name: row[name] for name in ("seconds", "shown", "weight") if row.get(name) is not None}
-    record = KINDS[found](**values)
-    for name in ("id", "prompt_id"):
-        if row.get(name) is not None and row[name] != getattr(record, name):
-            detail = f"{_brief(row[name])}, the content gives {getattr(record, name)!r}"
-            raise BadRecord(f"{name}: not the content hash", detail, f"Omit `{name}`; it is computed.")
-    return record
-
-
-def _kind(row: Mapping[str, Any]) -> str:
-    if "candidates" not in row:
-        return "demonstration" if "answer" in row else "prompt"
-    return "proposal" if _ranks(row) in (None, ()) else "ranking"
-
-
-def _or(value: Any, default: Any) -> Any:
-    return default if value is None or value == "" else value
-
-
-def _ranks(row: Mapping[str, Any]) -> Any:
-    ranks, candidates = row.get("ranks"), row["candidates"]
-    if ranks is None and isinstance(candidates, (list, tuple)):
-        ranks = [
-            candidate["rank"] for candidate in candidates if isinstance(candidate, Mapping) and "rank" in candidate
-        ]
-    return tuple(ranks) if isinstance(ranks, list) else ranks
-
-
-def _messages(value: Any) -> Any:
-    if isinstance(value, str):
-        return (Message("user", value),)
-    if not isinstance(value, (list, tuple)):
-        return value
-    return tuple(map(_message, value))
-
-
-def _message(value: Any) -> Any:
-    if not isinstance(value, Mapping):
-        return value
-    role: Any = value.get("role")  # checked by the record
-    content: Any = value.get("content")
-    if value.get("tool_calls"):
-        raise BadRecord("messages: tool_calls in a turn", _brief(value["tool_calls"]), "Import as openai-chat.")
-    return Message(role, content)
-
-
-def _candidates(value: Any) -> Any:
-    return tuple(map(_candidate, value)) if isinstance(value, (list, tuple)) else value
-
-
-def _candidate(value: Any) -> Any:
-    if isinstance(value, str):
-        return Candidate(value)
-    if not isinstance(value, Mapping):
-        return value
-    text: Any = value.get("text")  # checked by the record
-    return Candidate(text, _or(value.get("author"), ""), _or(value.get("author_kind"), "unknown"), value.get("score"))
-
-
-def to_dict(record: Record) -> dict[str, Any]:
-    """The JSON form of a record, including its ids; `from_dict` reads it back."""
-    row: dict[str, Any] = {"id": record.id, "prompt_id": record.prompt_id, "messages": record.chat}
-    row |= {"source": record.source, "group": record.group, "split": record.split}
-    if isinstance(record, Demonstration):
-        row |= {"answer": record.answer, "author": record.author}
-    if isinstance(record, Proposal):
-        row |= {"candidates": [_candidate_dict(candidate) for candidate in record.candidates]}
-    if isinstance(record, Ranking):
-        row |= {"ranks": list(record.ranks), "annotator": record.annotator, "time": record.time}
-        row |= {"seconds": record.seconds, "shown": record.shown, "weight": float(record.weight)}
-        row |= {"merged": list(record.merged)}
-    return row
-
-
-def _candidate_dict(candidate: Candidate) -> dict[str, Any]:
-    score = None if candidate.score is None else float(candidate.score)
-    return {
-        "text": candidate.text, "author": candidate.author, "author_kind": candidate.author_kind, "score": score,
-    }  # fmt: skip
