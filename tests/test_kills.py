@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import json
+from pathlib import Path
 
 import pytest
 from faults import kills
@@ -23,3 +25,16 @@ def test_another_result_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kills, "prepare", lambda place: {"version": kind})
     found = kills.faults(1, 0)["version"]
     assert found.same == 0 and "another result" in found.faults[0]
+
+
+def test_a_recorded_series_goes_on_where_it_was_cut(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    kind = kills.Kind(("--version",), lambda place: "same")
+    monkeypatch.setattr(kills, "prepare", lambda place: {"version": kind})
+    record = tmp_path / "record.jsonl"
+    first = kills.faults(2, 0, record=record)["version"]
+    lines = record.read_text("utf-8").splitlines()
+    assert len(lines) == first.folders and sum(json.loads(line)["kills"] for line in lines) == first.kills == 2
+    second = kills.faults(4, 0, record=record)["version"]
+    assert second.kills == 4 and second.folders > first.folders
+    assert record.read_text("utf-8").splitlines()[: len(lines)] == lines
+    assert kills.recorded(record)["version"] == second

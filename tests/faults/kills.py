@@ -1,11 +1,12 @@
 """Kills commands with SIGKILL at random moments, gives them again, and compares the results.
 
-    python tests/faults/kills.py --kills 100 --seed 1
+    python tests/faults/kills.py --kills 100 --seed 1 --record kills.jsonl
 
 Each kind of command first runs undisturbed; the moments of the kills are drawn from the time that this took. The kinds
 take turns. Each folder is killed up to three times, then the command may end, and the result must be that of the
-undisturbed run: metrics and fingerprint of a model, records, files, rankings. pytest does not collect this file;
-`tests/test_kills.py` runs it in a small form.
+undisturbed run: metrics and fingerprint of a model, records, files, rankings. With `--record` each folder is a line
+of a file, and the same command goes on after these lines. pytest does not collect this file; `tests/test_kills.py`
+runs it in a small form.
 """
 
 from __future__ import annotations
@@ -79,6 +80,11 @@ class Tally:
     same: int = 0
     """Folders with the result of the undisturbed command."""
     faults: list[str] = field(default_factory=list)
+
+    def end_of_folder(self, fault: str) -> None:
+        self.folders += 1
+        self.same += not fault
+        self.faults += [fault] if fault else []
 
 
 # ---- the kinds -------------------------------------------------------------------------------------------------------
@@ -217,40 +223,61 @@ def disturb(kind: Kind, place: Path, kills: int, seconds: float, draw: random.Ra
         complete(kind, place)
 
 
-def faults(kills: int, seed: int, names: Sequence[str] = ()) -> dict[str, Tally]:
+def faults(kills: int, seed: int, names: Sequence[str] = (), record: Path | None = None) -> dict[str, Tally]:
     """Kill commands until there were `kills` kills.
 
     Args:
         kills: Number of kills in all.
         seed: Of the moments and of the number of kills of each folder.
         names: The kinds; by default all.
+        record: One JSON line for each folder. What it holds already is counted and not repeated.
     """
-    draw, tallies, undisturbed = random.Random(seed), {}, {}
+    tallies = recorded(record) if record else {}
+    undisturbed: dict[str, Any] = {}
     with tempfile.TemporaryDirectory(prefix="kills-") as name:
         template = Path(name) / "template"
         template.mkdir()
         kinds = {name: kind for name, kind in prepare(template).items() if not names or name in names}
         while (done := sum(tally.kills for tally in tallies.values())) < kills:
             turn = min(kinds, key=lambda name: tallies[name].kills + tallies[name].early if name in tallies else -1)
-            kind, place = kinds[turn], Path(name) / "place"
-            if turn not in tallies:
+            kind, place, tally = kinds[turn], Path(name) / "place", tallies.setdefault(turn, Tally())
+            if turn not in undisturbed:
                 shutil.copytree(template, place)
-                tallies[turn], began = Tally(), time.monotonic()
+                began = time.monotonic()
                 complete(kind, place)
-                tallies[turn].seconds, undisturbed[turn] = time.monotonic() - began, kind.result(place)
+                tally.seconds, undisturbed[turn] = time.monotonic() - began, kind.result(place)
                 shutil.rmtree(place)
             shutil.copytree(template, place)
-            tally, count = tallies[turn], min(draw.randint(1, MOST_KILLS), kills - done)
-            tally.folders += 1
+            # A draw of its own for each folder, so that a continued series draws what an uninterrupted one does.
+            draw = random.Random(f"{seed} {turn} {tally.folders}")
+            count, before = min(draw.randint(1, MOST_KILLS), kills - done), (tally.kills, tally.early)
+            fault = ""
             try:
                 disturb(kind, place, count, tally.seconds, draw, tally)
                 assert kind.result(place) == undisturbed[turn], "another result than the undisturbed command's"
-                tally.same += 1
-            except Exception as fault:
-                tally.faults.append(f"{turn}, folder {tally.folders}: {type(fault).__name__}: {fault}")
+            except Exception as found:
+                fault = f"{turn}, folder {tally.folders + 1}: {type(found).__name__}: {found}"
             shutil.rmtree(place)
+            tally.end_of_folder(fault)
+            if record:
+                line = {"kind": turn, "seconds": tally.seconds, "kills": tally.kills - before[0]}
+                with record.open("a", encoding="utf-8") as file:
+                    file.write(json.dumps({**line, "early": tally.early - before[1], "fault": fault}) + "\n")
             so_far = f"{tally.kills} kills so far, {tally.same} of {tally.folders} folders with the same result"
-            print(f"{turn}: {so_far}", file=sys.stderr, flush=True)
+            print(f"{turn}: {so_far}", *filter(None, [fault]), sep="\n", file=sys.stderr, flush=True)
+    return tallies
+
+
+def recorded(record: Path) -> dict[str, Tally]:
+    """What the lines of a record add up to."""
+    tallies: dict[str, Tally] = {}
+    for line in record.read_text("utf-8").splitlines() if record.exists() else []:
+        values = json.loads(line)
+        tally = tallies.setdefault(values["kind"], Tally())
+        tally.seconds = values["seconds"]
+        tally.kills += values["kills"]
+        tally.early += values["early"]
+        tally.end_of_folder(values["fault"])
     return tallies
 
 
@@ -259,8 +286,11 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=100)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--kinds", nargs="*", default=[], help="such as import sft; by default all")
+    parser.add_argument(
+        "--record", type=Path, help="a file with a line for each folder; the same command goes on after them"
+    )
     words = parser.parse_args()
-    found = faults(words.kills, words.seed, words.kinds)
+    found = faults(words.kills, words.seed, words.kinds, words.record)
     print("| command | undisturbed | kills | ended before its moment | folders | same result |")
     print("| --- | --- | --- | --- | --- | --- |")
     for name, tally in found.items():
