@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 SHOWN_TOKENS = 60
 """Tokens of an episode in the table."""
+SHOWN_FAULTS = 3
 
 
 def command(
@@ -62,6 +63,10 @@ def command(
         _show(run, opened, episodes, tokens)
         rows = [(one.name, one.how, one.values, f"{one.difference:.2g}", one.verdict) for one in found]
         table(f"Update {step:,} computed once more", ("what", "from", "values", "largest difference", "result"), rows)
+    for fault in opened.damage[:SHOWN_FAULTS]:
+        warn(f"{run}: {fault}")
+    if (more := len(opened.damage) - SHOWN_FAULTS) > 0:
+        warn(f"{run}: {more:,} more such faults; see `rlhf doctor {run}`")
     if not opened.intact:
         warn(f"{folder(run, step)}: the numbers are not those that were written: the checksum differs")
     if opened.wrong:

@@ -35,6 +35,16 @@ CONTRAST = """[...document.querySelectorAll("p, td, th, summary, h1, h2, h3, h4"
   return (Math.max(a, b) + .05) / (Math.min(a, b) + .05) < 4.5;
 }).length"""
 """How many texts of a page have less contrast with it than WCAG's AA asks for."""
+UNREADABLE = """[...document.querySelectorAll("svg.plot")].flatMap(plot => {
+  const place = plot.getBoundingClientRect();
+  return place.height === 0 ? [] : [...plot.querySelectorAll("text")].filter(e => {
+    const box = e.getBoundingClientRect(), size = parseFloat(getComputedStyle(e).fontSize) * place.width
+      / plot.viewBox.baseVal.width;
+    return size < 10 || box.left < place.left - 2 || box.right > place.right + 2 || box.top < place.top - 2
+      || box.bottom > place.bottom + 2;
+  }).map(e => e.textContent);
+})"""
+"""Texts of a page's plots that are smaller than 10 pixels, or not within their plot."""
 KEYS = {
     "Enter": (13, "\r"), "Tab": (9, ""), "Escape": (27, ""), "Backspace": (8, ""), " ": (32, " "),
     "ArrowUp": (38, ""), "ArrowDown": (40, ""),

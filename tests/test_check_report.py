@@ -8,6 +8,7 @@ from html.parser import HTMLParser
 
 import pytest
 from check_rows import panel, ranking
+from chromium import CONTRAST, UNREADABLE, Chromium, needs_chromium
 from rows import dataset, jsonl, last_line, prompts, run, write
 
 from data_tools.check.brief import brief
@@ -212,12 +213,24 @@ def test_the_page_is_self_contained(page):
 
 
 def test_plots_are_described_and_follow_the_pages_colours(page):
-    plots = re.findall(r'<svg class="plot"[^>]*>', page)
-    assert len(plots) == 4  # lengths, longer, authors, annotators; K is the same everywhere
+    plots = re.findall(r'<svg class="plot (?:wide|narrow)"[^>]*>', page)
+    assert len(plots) == 2 * 4  # lengths, longer, authors, annotators; K is the same everywhere
     assert all('role="img"' in plot and "aria-label=" in plot for plot in plots)
     assert "currentColor" in page
     assert "#010203" not in page
     assert "prefers-color-scheme: dark" in page
+
+
+@pytest.mark.slow
+@needs_chromium
+@pytest.mark.parametrize("width", [390, 1280])
+def test_the_page_and_the_letters_of_its_plots_fit(width, page, tmp_path):
+    (tmp_path / "page.html").write_text(page, "utf-8")
+    with Chromium() as browser:
+        tab = browser.page((tmp_path / "page.html").as_uri(), width=width)
+        assert tab.eval("document.documentElement.scrollWidth") <= width
+        assert tab.eval(UNREADABLE) == [] and tab.eval(CONTRAST) == 0
+        assert tab.faults() == []
 
 
 def test_text_of_users_is_never_code(tmp_path):

@@ -305,7 +305,9 @@ def test_amounts_and_times_are_short():
 def test_the_page_is_self_contained_and_escapes_names():
     page = render("Comparison <script>", "facts", [result()])
     assert "<script" not in page and "&lt;b&gt;task" in page
-    assert page.count('class="plot"') == 2 and not re.findall(r"(?:src|href)=.(?!#)", page)
+    assert page.count('class="plot wide"') == page.count('class="plot narrow"') == 2 and not re.findall(
+        r"(?:src|href)=.(?!#)", page
+    )
     assert page == render("Comparison <script>", "facts", [result()])
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import tiny
-from chromium import CONTRAST, Chromium, needs_chromium
+from chromium import CONTRAST, UNREADABLE, Chromium, needs_chromium
 from report_runs import HOSTILE
 
 from rlhf.data.schema import Message, Prompt
@@ -18,6 +18,9 @@ from rlhf.evaluation.scored import FunctionScorer
 from rlhf.judging.texts import text_metrics
 from rlhf.policy_evaluation.examples import of_answers
 from rlhf.policy_evaluation.measures import Answers, compare_answers
+
+SEEN = "[...document.querySelectorAll('svg')].map(e => e.getBoundingClientRect().height).filter(height => height)"
+"""Heights of the plots that are shown: each has a drawing for phones, too."""
 
 
 @pytest.mark.slow
@@ -46,9 +49,8 @@ def test_the_page_fits_and_is_legible_at_both_widths_light_and_dark(tmp_path: Pa
                 tab = browser.page(page.as_uri(), width=width, dark=dark)
                 tab.eval("document.querySelectorAll('details').forEach(one => one.open = true)")
                 assert tab.eval("document.documentElement.scrollWidth") <= width
-                assert tab.eval(
-                    "[...document.querySelectorAll('svg')].every(e => e.getBoundingClientRect().height > 40)"
-                )
+                assert tab.eval(f"[{SEEN}.every(height => height > 40), {SEEN}.length]") == [True, 6]
+                assert tab.eval(UNREADABLE) == []
                 assert tab.eval(CONTRAST) == 0
                 assert "exploitable" in tab.text() and "It goes to the" in tab.text("blockquote")
                 assert tab.eval(
@@ -71,10 +73,8 @@ def test_the_page_of_policies_fits_and_is_legible_at_both_widths_light_and_dark(
             for dark in (False, True):
                 tab = browser.page(page.as_uri(), width=width, dark=dark)
                 assert tab.eval("document.documentElement.scrollWidth") <= width
-                assert tab.eval(
-                    "[...document.querySelectorAll('svg')].every(e => e.getBoundingClientRect().height > 40)"
-                )
-                assert tab.eval("document.querySelectorAll('svg').length") == 4
+                assert tab.eval(f"[{SEEN}.every(height => height > 40), {SEEN}.length]") == [True, 4]
+                assert tab.eval(UNREADABLE) == []
                 assert tab.eval(CONTRAST) == 0
                 assert "score 2.00, KL 3" in tab.text() and HOSTILE[:20] in tab.text("blockquote")
                 assert tab.faults() == []

@@ -21,6 +21,7 @@ from rlhf.judging.agreement import Pair, agreement_metrics, pairs_of
 from rlhf.judging.config import JudgeConfig, read_judge
 from rlhf.judging.judge import Comparison, Judge
 from rlhf.judging.prompt import conversation, read_prompt, read_rating, read_verdict
+from rlhf.judging.source import rating_source
 from rlhf.reward.sources import REWARDS, RewardInputs
 from stages import evaluate, judge
 from stages.ppo import run
@@ -276,6 +277,18 @@ def test_a_judge_that_gives_no_readable_ratings_ends_the_run(tmp_path: Path) -> 
         with pytest.raises(UserError, match="8 of 8 ratings cannot be read"):
             for one in messages:
                 singly(RewardInputs([one], ["x"], nothing[:1], nothing[:1]))
+
+
+def test_unreadable_ratings_are_counted_in_a_few_warnings_not_one_for_each_prompt(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with chat_server(lambda body, number: completion("[[7]]" if "readable" in asked(body) else "Hm.")) as server:
+        rate = rating_source(JudgeConfig(url=server.url, cache=str(tmp_path / "replies")), "", unmeasured=True)
+        for number in range(10):
+            answers = [f"readable {number}", f"readable too {number}", "Hm." * (number + 1)]
+            assert rate([PROMPT] * 3, answers) == [7, 7, 1]
+    said = [line.split(" cannot")[0] for line in capsys.readouterr().err.splitlines()]
+    assert said == [f"warning: judge: {n} of {3 * n} ratings so far" for n in (1, 2, 4, 8)]
 
 
 def test_a_policys_answers_are_scored_by_a_judge_on_the_command_line(tmp_path: Path, rankings: str) -> None:

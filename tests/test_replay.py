@@ -121,6 +121,22 @@ def test_what_cannot_be_replayed_is_refused_with_what_can(recorded, tmp_path):
         record.read(tmp_path, 1)
 
 
+def test_a_damaged_line_of_metrics_leaves_out_what_it_says_and_nothing_else(recorded):
+    file = recorded / "metrics.jsonl"
+    before = file.read_bytes()
+    damaged = [b"{" if json.loads(line)["step"] == 2 else line for line in before.splitlines()]
+    try:
+        file.write_bytes(b"\n".join(damaged) + b"\n")
+        done, other = (replay(recorded, "--step", step, "--no-models") for step in (3, 2))
+        status, found = comparisons(recorded, "--step", 3, "--no-models")
+    finally:
+        file.write_bytes(before)
+    assert status == done.exit_code == 0 and found["objective/kl"] == "equal"
+    assert "cannot be read" in done.stderr and "not compared" not in done.stderr
+    assert other.exit_code == 0 and "the metrics of update 2, so they are not compared" in other.stderr
+    assert "objective/kl " not in other.stdout and "rewards" in other.stdout
+
+
 def test_the_step_of_a_single_record_does_not_read_like_a_count(tmp_path):
     (tmp_path / "run.json").write_text('{"stage": "ppo", "status": "complete"}')
     assert f"{tmp_path}: no update is recorded; " in replay(tmp_path).stdout

@@ -57,6 +57,12 @@ def test_a_run_brings_the_runs_that_it_was_made_from(chain):
     assert gather([chain])[0].last.parameters == 17
 
 
+def test_runs_that_name_each_other_as_parents_do_not_make_a_ring(tmp_path):
+    for name, other in ("ab", "ba"):
+        write_run(tmp_path / name, "sft", [], parents=[{"path": str(tmp_path / other)}])
+    assert [run.path.name for run in gather([tmp_path / "a"])[0].runs] == ["b", "a"]
+
+
 def test_runs_that_were_moved_find_their_parents(tmp_path, chain):
     moved = tmp_path / "elsewhere"
     chain.rename(moved)
@@ -175,6 +181,8 @@ def test_an_evaluation_in_the_reward_run_is_drawn_and_other_files_are_not(tmp_pa
     (folder / "reward/test.json").write_text(json.dumps({"datasets": [card]}))
     (folder / "reward/other.json").write_text('{"datasets": [{"pairs": 3}, 4]}')
     (folder / "reward/broken.json").write_text("{")
+    for number in range(9):  # however many files of others come after it
+        (folder / f"reward/z{number}.json").write_text("{}")
     page = render(gather([folder]))
     assert "The model, simple rules" in page and "Calibration" in page and "other.json" not in page
     assert len([tag for tag, _ in Tags(page).tags if tag == "script"]) == 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import signal
@@ -19,6 +20,7 @@ from report_runs import HOSTILE, write_chain
 from rlhf.report.gather import gather
 from rlhf.report.page import render
 from rlhf.report.watch import LivePage
+from rlhf.runs.lock import LOCK
 
 
 @pytest.fixture(scope="module")
@@ -92,6 +94,13 @@ def test_the_live_page_is_drawn_again_when_a_run_has_logged_and_only_then(tmp_pa
     with open(run / "metrics.jsonl", "a") as log:
         log.write('{"step": 5}\n')
     assert live.reply().body == b"page 2" and "connect-src 'self'" in live.reply().policy
+    for number, name in enumerate(("ppo/best-of.json", "ppo/evaluation.json", "reward/evaluation.json"), 3):
+        (run.parent / name).write_text("{}")
+        assert [live.reply().body, live.reply().body] == [f"page {number}".encode()] * 2, name
+    with open(run / LOCK) as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # a process goes on with the run
+        assert live.reply().body == b"page 6"
+    assert live.reply().body == b"page 7"  # it has been killed
 
 
 def test_before_there_is_a_run_the_page_says_so(tmp_path):

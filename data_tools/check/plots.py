@@ -7,7 +7,7 @@ from typing import Any
 
 from data_tools.statistics.annotators import AnnotatorReport
 from data_tools.statistics.biases import WinRate
-from rlhf.core.plot import BLUE, FAINT, INK, ORANGE, RED, svg_plot
+from rlhf.core.plot import BLUE, FAINT, INK, ORANGE, RED, page_plot
 
 MOST_ANNOTATORS = 40
 
@@ -22,7 +22,7 @@ def answers_plot(k: dict[int, int]) -> str:
         axes.margins(y=0.15)
 
     words = ", ".join(f"{times:,} with {size}" for size, times in k.items())
-    return svg_plot("answers", f"Rankings by number of answers: {words}", 2.4, draw)
+    return page_plot("answers", f"Rankings by number of answers: {words}", 2.4, draw)
 
 
 def lengths_plot(histograms: dict[str, tuple[list[float], list[float]]]) -> str:
@@ -36,7 +36,7 @@ def lengths_plot(histograms: dict[str, tuple[list[float], list[float]]]) -> str:
         axes.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
         axes.legend(loc="upper left")
 
-    return svg_plot("lengths", "Length of the better and of the worse answer of each pair", 2.6, draw)
+    return page_plot("lengths", "Length of the better and of the worse answer of each pair", 2.6, draw)
 
 
 def length_bias_plot(rates: Sequence[WinRate]) -> str:
@@ -50,7 +50,7 @@ def length_bias_plot(rates: Sequence[WinRate]) -> str:
         axes.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
 
     words = ", ".join(f"{one.name} times: {one.rate.value:.0%}" for one in rates)
-    return svg_plot("longer", f"Win rate of the longer answer by the ratio of the lengths: {words}", 2.8, draw)
+    return page_plot("longer", f"Win rate of the longer answer by the ratio of the lengths: {words}", 2.8, draw)
 
 
 def authors_plot(authors: Sequence[WinRate]) -> str:
@@ -62,7 +62,7 @@ def authors_plot(authors: Sequence[WinRate]) -> str:
         axes.set(xlabel="win rate against other authors, without ties (dotted: one half)", xlim=(0, 1.02))
 
     words = ", ".join(f"{one.name} {one.rate.value:.0%}" for one in authors[:5])
-    return svg_plot("authors", f"Win rate of each author, the best first: {words}", 0.9 + 0.28 * len(authors), draw)
+    return page_plot("authors", f"Win rate of each author, the best first: {words}", 0.9 + 0.28 * len(authors), draw)
 
 
 def annotators_plot(annotators: Sequence[AnnotatorReport]) -> str:
@@ -77,7 +77,7 @@ def annotators_plot(annotators: Sequence[AnnotatorReport]) -> str:
         axes.set(xlabel="agrees with the majority of the others (dotted: chance)", xlim=(0, 1.02))
 
     words = ", ".join(f"{one.name} {one.agreement.value:.0%}" for one in annotators[:5] if one.agreement)
-    return svg_plot(
+    return page_plot(
         "annotators", f"Agreement of each annotator with the others: {words}", 0.9 + 0.28 * len(annotators), draw
     )
 

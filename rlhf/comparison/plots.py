@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from rlhf.comparison.show import Row, TaskResult, amount
-from rlhf.core.plot import BLUE, FAINT, INK, ORANGE, RED, svg_plot
+from rlhf.core.plot import BLUE, FAINT, INK, ORANGE, RED, page_plot
 
 COLOURS = (BLUE, ORANGE, "#3a9d5d", RED, "#8e63ce", "#8a6d3b", "#d16ba5", "#6b7a8f")
 MARKERS = "osD^vPX*"
@@ -36,7 +36,7 @@ def parameters_plot(result: TaskResult) -> str:
         axes.margins(x=0.18, y=0.15)
 
     words = ", ".join(f"{row.way} {row.value:.3f} with {row.trained_parameters:,}" for row in result.rows)
-    return svg_plot(_id("parameters", result), f"Quality against trained parameters: {words}", 3.6, draw)
+    return page_plot(_id("parameters", result), f"Quality against trained parameters: {words}", 3.6, draw)
 
 
 def examples_plot(result: TaskResult) -> str:
@@ -66,7 +66,7 @@ def examples_plot(result: TaskResult) -> str:
         axes.legend(loc="upper left", bbox_to_anchor=(1.01, 1), fontsize=9, labelcolor=INK)
 
     words = "; ".join(f"{way}: " + ", ".join(f"{p[1]:.3f} with {p[0]:,}" for p in ps) for way, ps in curves.items())
-    return svg_plot(_id("examples", result), f"Quality against the number of training prompts: {words}", 3.6, draw)
+    return page_plot(_id("examples", result), f"Quality against the number of training prompts: {words}", 3.6, draw)
 
 
 def label_heights(rows: Sequence[Row]) -> dict[str, float]:

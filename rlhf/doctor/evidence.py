@@ -9,8 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from rlhf.core.errors import UserError
-from rlhf.runs.lock import check_free
+from rlhf.runs.lock import in_use
 from rlhf.runs.logged import as_number, logged_lines, logged_numbers
 from rlhf.runs.run import read_run
 from rlhf.runs.run_config import read_run_config
@@ -142,7 +141,7 @@ def read_evidence(path: str | Path) -> Evidence:
     """
     folder = Path(path)
     info = read_run(folder)
-    found = Evidence(info["stage"], read_run_config(folder), info, folder, _is_running(folder))
+    found = Evidence(info["stage"], read_run_config(folder), info, folder, in_use(folder))
     complete = found.state == "complete"
     for place, row in logged_lines(folder / "metrics.jsonl", found.damage, complete):
         found.add(int(row["step"]), logged_numbers(place, row, found.damage))
@@ -160,14 +159,6 @@ def _sample_faults(row: Mapping[str, Any]) -> Iterator[str]:
         yield "answer is no text"
     if row.get("score") is not None and as_number(row["score"]) is None:
         yield f"score is {json.dumps(row['score'])[:40]}, not a number"
-
-
-def _is_running(folder: Path) -> bool:
-    try:
-        check_free(folder)
-    except UserError:
-        return True
-    return False
 
 
 def guard_alarms(run: Path) -> list[dict[str, Any]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from rlhf.core.plot import BLUE, FAINT, INK, ORANGE, RED, svg_plot
+from rlhf.core.plot import BLUE, FAINT, INK, ORANGE, RED, page_plot
 
 COLOURS = {"robust": "#3a9d5d", "sensitive": ORANGE, "exploitable": RED, "unclear": "#8a93a0"}
 
@@ -28,7 +28,7 @@ def accuracy_plot(name: str, card: Mapping[str, Any]) -> str:
         axes.xaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
 
     words = ", ".join(f"{label} {one['value']:.1%}" for label, one, _ in rows)
-    return svg_plot(name, f"Accuracy: {words}", 1.1 + 0.34 * len(rows), draw)
+    return page_plot(name, f"Accuracy: {words}", 1.1 + 0.34 * len(rows), draw)
 
 
 def reliability_plot(name: str, facts: Mapping[str, Any]) -> str:
@@ -54,7 +54,7 @@ def reliability_plot(name: str, facts: Mapping[str, Any]) -> str:
         axes.set_ylim(low - 0.08 * (high - low), high)
 
     words = ", ".join(f"{one['confidence']:.0%}: {one['value']:.0%}" for one in bins)
-    return svg_plot(name, f"Accuracy by confidence: {words}", 3.2, draw)
+    return page_plot(name, f"Accuracy by confidence: {words}", 3.2, draw)
 
 
 def slice_plot(name: str, title: str, parts: Sequence[Mapping[str, Any]], overall: float) -> str:
@@ -67,7 +67,7 @@ def slice_plot(name: str, title: str, parts: Sequence[Mapping[str, Any]], overal
         axes.xaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
 
     words = ", ".join(f"{one['label']} {one['value']:.1%}" for one in parts)
-    return svg_plot(name, f"Accuracy by {title}: {words}", 0.7 + 0.3 * len(parts), draw)
+    return page_plot(name, f"Accuracy by {title}: {words}", 0.7 + 0.3 * len(parts), draw)
 
 
 def best_of_plot(name: str, curve: Sequence[Mapping[str, float]]) -> str:
@@ -83,7 +83,7 @@ def best_of_plot(name: str, curve: Sequence[Mapping[str, float]]) -> str:
         axes.legend(loc="upper left", labelcolor=INK)
 
     words = ", ".join(f"{one['n']}: {one['chosen']:.2f}" for one in curve)
-    return svg_plot(name, f"Utility of the model's choice by the number of answers: {words}", 2.8, draw)
+    return page_plot(name, f"Utility of the model's choice by the number of answers: {words}", 2.8, draw)
 
 
 def battery_plot(name: str, rows: Sequence[Mapping[str, Any]]) -> str:
@@ -107,7 +107,7 @@ def battery_plot(name: str, rows: Sequence[Mapping[str, Any]]) -> str:
         axes.set(xlabel="change of the score, standard deviations")
 
     words = ", ".join(f"{one['name']} {one['effect']['value']:+.2f} ({one['verdict']})" for one in shown)
-    return svg_plot(name, f"Effects of the perturbations: {words}", 1.2 + 0.3 * len(shown), draw)
+    return page_plot(name, f"Effects of the perturbations: {words}", 1.2 + 0.3 * len(shown), draw)
 
 
 def _dots(axes: Any, rows: Sequence[tuple[str, float, float | None, float | None, str]]) -> None:

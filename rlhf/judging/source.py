@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
@@ -57,6 +58,7 @@ def rating_source(config: JudgeConfig, agreement: str, unmeasured: bool) -> Rate
             (say if low > 0.5 else warn)(f"Judge {judge.server.model}, {judge.prompt.version}: {agreed}")
 
     recent: list[float | None] = []
+    counts: Counter[str] = Counter()
 
     def rate(messages: Sequence[Sequence[Mapping[str, str]]], answers: Sequence[str]) -> list[float]:
         ratings = list(judge.rate(zip(messages, answers)))
@@ -70,8 +72,11 @@ def rating_source(config: JudgeConfig, agreement: str, unmeasured: bool) -> Rate
             )
         if len(recent) >= FEWEST:
             recent.clear()
-        if missing := ratings.count(None):
-            warn(f"judge: {missing} of {len(ratings)} ratings cannot be read; these answers get {LOWEST}")
+        counts.update(asked=len(ratings), missing=ratings.count(None))
+        if counts["missing"] >= max(1, 2 * counts["said"]):  # each time that they have doubled, not at every prompt
+            counts["said"] = counts["missing"]
+            so_far = f"{counts['missing']:,} of {counts['asked']:,} ratings so far"
+            warn(f"judge: {so_far} cannot be read; these answers get {LOWEST}")
         return [float(LOWEST) if rating is None else rating for rating in ratings]
 
     return rate

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from rlhf.core.plot import BLUE, FAINT, INK, ORANGE, svg_plot
+from rlhf.core.plot import BLUE, FAINT, INK, ORANGE, page_plot
 
 COLOURS = (BLUE, ORANGE)
 BINS = 24
@@ -44,7 +44,7 @@ def win_rate_plot(name: str, rows: Sequence[Mapping[str, Any]]) -> str:
         f"against {one['against']} {one['win_rate']:.1%}, length-controlled {one['length_controlled']:.1%}"
         for one in rows
     )
-    return svg_plot(name, f"Win rates: {words}", 1.3 + 0.6 * len(rows), draw, width=5)
+    return page_plot(name, f"Win rates: {words}", 1.3 + 0.6 * len(rows), draw, width=5)
 
 
 def histogram_plot(name: str, across: str, columns: Sequence[tuple[str, Sequence[float]]]) -> str:
@@ -76,7 +76,7 @@ def histogram_plot(name: str, across: str, columns: Sequence[tuple[str, Sequence
     words = "; ".join(
         f"{word}: mean {values.mean():.3g}, {values.min():.3g} to {values.max():.3g}" for word, values in shown
     )
-    return svg_plot(name, f"{across}. {words}", 2.6, draw, width=4.4)
+    return page_plot(name, f"{across}. {words}", 2.6, draw, width=4.4)
 
 
 def short(name: str) -> str:

@@ -12,7 +12,7 @@ from rlhf.data.chat_tokenizer import ChatTokenizer, load_tokenizer
 from rlhf.ppo.config import PPOConfig
 from rlhf.replay.recompute import Comparison, check_mathematics, check_metrics
 from rlhf.replay.record import UpdateRecord, read
-from rlhf.runs.metrics import read_metrics
+from rlhf.runs.logged import logged_lines, logged_numbers
 from rlhf.runs.parents import resolve_model_path, template_time
 
 
@@ -25,6 +25,8 @@ class OpenedUpdate:
     """Whether the file has the checksum that was written with it."""
     comparisons: list[Comparison]
     config: PPOConfig
+    damage: list[str]
+    """What is wrong with lines of metrics.jsonl, which may be those of other steps."""
 
     @property
     def wrong(self) -> list[str]:
@@ -36,13 +38,18 @@ def open_update(run: Path, step: int) -> OpenedUpdate:
     """Read a recorded update, and compute it once more without the models.
 
     Raises:
-        UserError: It was not recorded, or it or a file of the run is damaged.
+        UserError: It was not recorded, or it or config.yaml is damaged.
     """
-    config = ppo_config(run)
+    config, damage = ppo_config(run), list[str]()
     record, intact = read(run, step)
-    return OpenedUpdate(
-        record, intact, check_mathematics(config, record) + check_metrics(record, _logged(run, step)), config
-    )
+    logged: dict[str, float] = {}
+    for place, row in logged_lines(run / "metrics.jsonl", damage, complete=False):
+        if row["step"] == step:
+            logged |= logged_numbers(place, row, damage)
+    if damage and not logged:
+        damage.insert(0, f"no line that can be read has the metrics of update {step:,}, so they are not compared")
+    comparisons = check_mathematics(config, record) + check_metrics(record, logged)
+    return OpenedUpdate(record, intact, comparisons, config, damage)
 
 
 def ppo_config(run: Path) -> PPOConfig:
@@ -68,10 +75,3 @@ def tokenizer_of(run: Path, config: PPOConfig) -> ChatTokenizer:
     own = run / "model"
     path = str(own) if (own / "tokenizer_config.json").is_file() else resolve_model_path(config.model.path)
     return load_tokenizer(config.model, path, template_time(config, resume=True))
-
-
-def _logged(run: Path, step: int) -> dict[str, float]:
-    """The metrics that the run logged of that update."""
-    metrics = read_metrics(run)
-    row = metrics.loc[step].dropna() if step in metrics.index else {}
-    return {str(name): float(value) for name, value in dict(row).items()}

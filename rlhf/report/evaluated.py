@@ -45,8 +45,8 @@ def evaluations(run: RunRecord, name: str) -> list[ShownEvaluation]:
         name: Letters; unique on the page.
     """
     found = []
-    for file in sorted(run.path.glob("*.json"))[-MOST - len(NOT_EVALUATIONS) :]:
-        cards = _cards(file)
+    with_cards = [(file, cards) for file in sorted(run.path.glob("*.json")) if (cards := _cards(file))]
+    for file, cards in with_cards[-MOST:]:
         for number, card in enumerate(cards):
             drawn = list(_plots(card, f"{name}{file.stem.encode().hex()}x{number}"))
             if drawn:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -16,7 +16,7 @@ from rlhf.doctor.evidence import Evidence, read_evidence
 from rlhf.doctor.findings import Finding
 from rlhf.report.pipelines import folders_of, is_pipeline, pipeline_name
 from rlhf.runs.logged import logged_lines
-from rlhf.runs.run import is_run
+from rlhf.runs.run import is_run, read_run
 
 STAGE_NAMES = {
     "sft": "Instruction tuning", "reward": "Reward model", "dpo": "DPO", "ppo": "PPO", "specialist": "Specialist",
@@ -130,10 +130,7 @@ def gather(paths: Sequence[Path]) -> list[Subject]:
     subjects = []
     names = [pipeline_name(path) if is_pipeline(path) else name for name, path in zip(short_names(paths), paths)]
     for name, path in zip(names, paths):
-        found: dict[Path, RunRecord] = {}
-        for folder in folders_of(path):
-            _add(folder, found)
-        subjects.append(Subject(name, list(found.values())))
+        subjects.append(Subject(name, [RunRecord(read_evidence(folder)) for folder in chain(folders_of(path))]))
     return subjects
 
 
@@ -147,17 +144,29 @@ def short_names(paths: Sequence[Path]) -> list[str]:
     return [str(path) for path in paths]
 
 
-def _add(folder: Path, found: dict[Path, RunRecord]) -> None:
-    """Add a run after its parents, each once."""
-    key = folder.resolve()
-    if key in found:
-        return
-    run = RunRecord(read_evidence(folder))
-    for parent in run.evidence.info.get("parents", []):
-        place = located(str(parent.get("path", "")), folder)
-        if place is not None and is_run(place) and place.resolve() != key:
-            _add(place, found)
-    found.setdefault(key, run)
+def chain(folders: Iterable[Path]) -> list[Path]:
+    """Run folders, each after those that it was made from, as far as these are still there.
+
+    Raises:
+        UserError: One is no run folder, or its run.json is damaged.
+    """
+    found: dict[Path, Path] = {}
+    begun: set[Path] = set()
+
+    def add(folder: Path) -> None:
+        key = folder.resolve()
+        if key in begun:
+            return
+        begun.add(key)
+        for parent in read_run(folder).get("parents", []):
+            place = located(str(parent.get("path", "")), folder)
+            if place is not None and is_run(place):
+                add(place)
+        found[key] = folder
+
+    for folder in folders:
+        add(folder)
+    return list(found.values())
 
 
 def located(path: str, run: Path) -> Path | None:

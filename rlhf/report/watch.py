@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import markupsafe
 
 from rlhf.core.errors import UserError
 from rlhf.core.loopback import LoopbackServer, Reply
+from rlhf.report.gather import chain
 from rlhf.report.page import policy
 from rlhf.report.pipelines import folders_of
+from rlhf.runs.lock import in_use
 
 REFRESH = 5
 """Seconds between two looks of an open page."""
+LOGS = ("metrics.jsonl", "samples.jsonl", "events.jsonl", "updates")
+"""What a run writes into its folder while it trains, besides JSON files; evaluations are JSON files, too."""
 WAITING = (
     '<!doctype html><html lang="en"><meta charset="utf-8"><meta http-equiv="refresh" content="{seconds}">'
     "<title>Waiting</title><p>{message}</p>"
@@ -59,28 +64,22 @@ class LivePage:
 
     @staticmethod
     def _folders(path: Path) -> list[Path]:
-        try:
-            return folders_of(path)
-        except UserError:  # the page says what is missing
-            return []
+        with suppress(UserError):  # the page says what is wrong
+            folders = folders_of(path)
+            with suppress(UserError):
+                return chain(folders)
+            return folders
+        return []
 
     def _files(self) -> Iterator[tuple[str, int, int]]:
-        """Name, time and size of the files that the page is drawn from."""
+        """Name, time and size of the files that the page is drawn from, and whether a process works on each run."""
         for path in self.paths:
             for folder in self._folders(path):
-                for name in (
-                    "run.json",
-                    "metrics.jsonl",
-                    "samples.jsonl",
-                    "events.jsonl",
-                    "reward_metrics.json",
-                    "updates",
-                ):
-                    try:
-                        facts = (folder / name).stat()
-                    except OSError:
-                        continue
-                    yield str(folder / name), facts.st_mtime_ns, facts.st_size
+                yield str(folder), 0, in_use(folder)
+                for file in (*map(folder.joinpath, LOGS), *folder.glob("*.json")):
+                    with suppress(OSError):
+                        facts = file.stat()
+                        yield str(file), facts.st_mtime_ns, facts.st_size
 
 
 def watch(live: LivePage, port: int, say: Callable[[str], None]) -> None:

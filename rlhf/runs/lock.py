@@ -101,15 +101,23 @@ def check_free(folder: Path) -> None:
             raise _in_use(folder, _holder(folder))
 
 
-def _locked(file: IO[str], kind: int) -> bool:
+def in_use(folder: Path) -> bool:
+    """Whether another process has locked a folder at this moment; creates nothing and does not wait."""
+    if folder.resolve() in _held or not (folder / LOCK).is_file():
+        return False
+    with open(folder / LOCK, encoding="utf-8") as file:
+        return not _locked(file, fcntl.LOCK_SH, patience=0)
+
+
+def _locked(file: IO[str], kind: int, patience: float = PATIENCE) -> bool:
     """Take the lock; False if another process keeps it."""
-    end = time.monotonic() + PATIENCE
+    end = time.monotonic() + patience
     while True:
         try:
             fcntl.flock(file, kind | fcntl.LOCK_NB)
             return True
         except BlockingIOError:
-            if time.monotonic() > end:
+            if time.monotonic() >= end:
                 return False
             time.sleep(0.02)
         except OSError as error:
