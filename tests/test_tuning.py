@@ -23,7 +23,8 @@ from rlhf.models.load import count_parameters, load_policy
 from rlhf.models.scalar import load_scalar
 from rlhf.models.tiny_copy import random_model, tiny_config
 from rlhf.sft.config import SFTConfig
-from rlhf.tuning.methods import TUNING, quantize, say_trainable, virtual_tokens
+from rlhf.tuning.methods import TUNING, say_trainable, virtual_tokens
+from rlhf.tuning.quantization import quantize
 from rlhf.tuning.save import save_result
 
 NEEDED: dict[str, dict[str, Any]] = {"last-layers": {"layers": 1}, "modules": {"names": [r"q_proj", r"layers\.1\.mlp"]}}

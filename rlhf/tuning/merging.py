@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from rlhf.core.console import is_main
 from rlhf.models.hidden_states import causal_lm, has_virtual_tokens
+from rlhf.tuning.quantization import dequantised, is_quantised, quant_state
 
 
 @contextmanager
@@ -80,7 +81,7 @@ def merged_weights(model: Any, merge: bool = True) -> Iterator[tuple[str, Tensor
             if adapted and merge:
                 found = _merged_layer(module)
             else:
-                found = {name: _dequantised(p) for name, p in _own_weights(module).items()}
+                found = {name: dequantised(p) for name, p in _own_weights(module).items()}
             yield from ((prefix + name, weight) for name, weight in found.items())
 
 
@@ -132,7 +133,7 @@ def _copied(module: Any) -> dict[str, Tensor]:
     for name, parameter in _own_weights(module).items():  # one at a time: a layer's experts are only two
         with gathered([parameter]):
             if is_main():
-                found[name] = _dequantised(parameter).to("cpu", copy=True)
+                found[name] = dequantised(parameter).to("cpu", copy=True)
     if is_main():
         for name, buffer in module.named_buffers(recurse=False):
             if name not in module._non_persistent_buffers_set:
@@ -143,9 +144,9 @@ def _copied(module: Any) -> dict[str, Tensor]:
 def _merged_layer(layer: Any) -> dict[str, Tensor]:
     """Weight and bias of an adapter layer with its adapter merged."""
     base = layer.get_base_layer()
-    if _is_quantised(layer):
+    if is_quantised(layer):
         rest = {name: p.detach().clone() for name, p in base.named_parameters() if name != "weight"}
-        weight = _dequantised(base.weight)
+        weight = dequantised(base.weight)
         return {"weight": weight + layer.get_delta_weight(layer.active_adapters[0]).to(weight), **rest}
     before = {name: parameter.data for name, parameter in base.named_parameters()}
     wrappers = [module for module in layer.modules() if isinstance(module, BaseTunerLayer)]
@@ -170,7 +171,7 @@ def adapters_merged(model: Any) -> Iterator[None]:
     complete on this process. Adapters of 4-bit layers are not merged.
     """
     layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
-    layers = [layer for layer in layers if not _is_quantised(layer)]
+    layers = [layer for layer in layers if not is_quantised(layer)]
     before = [(p, p.data) for layer in layers for p in layer.get_base_layer().parameters()]
     adapted = set(layers)
     children = [(m._modules, name, x) for m in model.modules() for name, x in m._modules.items() if x in adapted]
@@ -187,25 +188,6 @@ def adapters_merged(model: Any) -> Iterator[None]:
             parameter.data = data
         for layer in layers:
             layer.merged_adapters.clear()
-
-
-def quant_state(parameter: Any) -> Any:
-    """How bitsandbytes packed a 4-bit weight; None for any other weight."""
-    return getattr(parameter, "quant_state", None)
-
-
-def _is_quantised(layer: Any) -> bool:
-    """Whether an adapter layer's base is in 4 bits. A module of experts has no `weight`, and never is."""
-    return quant_state(getattr(layer.get_base_layer(), "weight", None)) is not None
-
-
-def _dequantised(parameter: Any) -> Tensor:
-    """The weight as a plain tensor, dequantised if it is in 4 bits."""
-    if quant_state(parameter) is None:
-        return parameter.detach()
-    from bitsandbytes.functional import dequantize_4bit
-
-    return dequantize_4bit(parameter.data, parameter.quant_state)
 
 
 @contextmanager

@@ -23,16 +23,15 @@ from rlhf.core.errors import UserError
 from rlhf.core.lazy import lazy
 from rlhf.core.table import Pick, Table, options_of
 from rlhf.tuning.layers import bottleneck_config, go_on, layers_of
+from rlhf.tuning.quantization import quant_state, quantize
 from rlhf.tuning.virtual_tokens import check_scores, check_takes_keys, first_virtual_tokens
 
 if TYPE_CHECKING:
     import peft
     import torch
     from torch import nn
-
-    from rlhf.tuning import merging
 else:
-    peft, torch, nn, merging = lazy("peft"), lazy("torch"), lazy("torch.nn"), lazy("rlhf.tuning.merging")
+    peft, torch, nn = lazy("peft"), lazy("torch"), lazy("torch.nn")
 
 
 TUNING = Table("tuning method")
@@ -61,6 +60,8 @@ def _row(name: str, **traits: Any) -> Callable[..., Any]:
         def tune(model: Any, chat: Any, task: str, **options: Any) -> Any:
             if hasattr(model, "peft_config"):
                 return go_on(name, model, options)
+            if traits["prompt_learning"]:
+                check_scores(name, model.config, task)
             return method(model, chat, task, **options)
 
         return TUNING.row(name, **traits)(tune)
@@ -257,29 +258,6 @@ def qlora(model: Any, chat: Any, task: str, **options: Any) -> Any:
     return lora(model, chat, task, **options)
 
 
-def quantize(model: Any, device: torch.device, dtype: torch.dtype) -> None:
-    """Quantise the linear weights of the layers to 4 bits, in place and on `device`; they compute in `dtype`.
-
-    Heads and embeddings are not quantised.
-    """
-    try:
-        import bitsandbytes as bnb
-    except ImportError:
-        raise UserError(
-            "tuning: qlora needs bitsandbytes, which is not installed", remedy="pip install 'rlhf-rankings[gpu]'"
-        ) from None
-    model.requires_grad_(False)
-    kind: dict[str, Any] = {"compress_statistics": True, "quant_type": "nf4"}
-    for layer in layers_of(model)[1]:
-        for path, linear in [(p, m) for p, m in layer.named_modules() if isinstance(m, nn.Linear)]:
-            shape, bias = (linear.in_features, linear.out_features), linear.bias
-            small = bnb.nn.Linear4bit(*shape, bias is not None, compute_dtype=dtype, **kind)
-            small.weight, small.bias = bnb.nn.Params4bit(linear.weight.data, requires_grad=False, **kind), bias
-            layer.set_submodule(path, small.to(device))
-    model.is_loaded_in_4bit = True  # tells PEFT which kind of LoRA layer to use
-    model.to(device)
-
-
 def _wrap(name: str, model: Any, config: Any) -> Any:
     try:
         wrapped = peft.get_peft_model(model, config)
@@ -349,7 +327,6 @@ def prompt_tuning(
     tokens of the `vocabulary`, from the tokens of `text` (repeated if too short), or from class `labels`: one virtual
     token per label, the mean of its tokens, and the rest from the vocabulary (section 3.2).
     """
-    check_scores("prompt-tuning", model.config, task)
     for option, value in (("text", text), ("labels", labels)):
         if (init == option) != (value is not None):
             raise UserError(f"tuning.{option}: set it if and only if init is `{option}` (init is `{init}`)")
@@ -375,12 +352,10 @@ def p_tuning(
     hidden: PositiveInt | None = None,
 ) -> Any:
     """Virtual tokens from a small encoder of width `hidden`, by default the model's width (Liu et al. 2021)."""
-    check_scores("p-tuning", model.config, task)
     config = peft.PromptEncoderConfig(
         task_type=_peft_task(model, task), num_virtual_tokens=tokens, num_transformer_submodules=1,
-        encoder_reparameterization_type=encoder.upper(),
+        encoder_reparameterization_type=encoder.upper(), encoder_dropout=0.0,
         encoder_hidden_size=hidden,  # type: ignore[arg-type]
-        encoder_dropout=0.0,
     )  # fmt: skip
     return _wrap("p-tuning", model, config)
 
@@ -399,14 +374,11 @@ def prefix_tuning(
 
     Without `projection` this is P-tuning v2 (Liu et al. 2022); with it they come from an MLP of width `hidden`.
     """
-    check_scores("prefix-tuning", model.config, task)
     check_takes_keys(model)
     config = peft.PrefixTuningConfig(
-        task_type=_peft_task(model, task),
-        num_virtual_tokens=tokens,
-        prefix_projection=projection,
+        task_type=_peft_task(model, task), num_virtual_tokens=tokens, prefix_projection=projection,
         encoder_hidden_size=hidden,  # type: ignore[arg-type]
-    )
+    )  # fmt: skip
     return _wrap("prefix-tuning", model, config)
 
 
@@ -423,7 +395,7 @@ def say_trainable(tuning: Pick, model: Any) -> None:
     trained = total = 0
     for parameter in model.parameters():
         size = getattr(parameter, "ds_numel", parameter.numel())
-        size *= 2 if merging.quant_state(parameter) is not None else 1  # a byte holds two weights
+        size *= 2 if quant_state(parameter) is not None else 1  # a byte holds two weights
         total += size
         trained += size if parameter.requires_grad else 0
     options = ", ".join(f"{key} {value}" for key, value in tuning.options.items() if value not in (None, False))
