@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from shlex import quote
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
@@ -97,7 +98,7 @@ def command(
     print_reasons(made.rejects.reasons, made.rejects.first)
     fewer = f" (of {n:,} wanted: there are no more)" if len(chosen) < n else ""
     say(f"chose {len(chosen):,}{fewer} -> {out} (proposals); {skipped:,} were ranked before or are there twice")
-    say(f"Rank them: rlhf data rank {out} --annotator NAME, or with --web in a browser")
+    say(f"Rank them: rlhf data rank {quote(str(out))} --annotator NAME, or with --web in a browser")
     if as_json:
         print_json(summary)
 

@@ -7,6 +7,7 @@ import io
 import math
 from dataclasses import replace
 from pathlib import Path
+from shlex import quote
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -66,7 +67,7 @@ def command(
     for fault in opened.damage[:SHOWN_FAULTS]:
         warn(f"{run}: {fault}")
     if (more := len(opened.damage) - SHOWN_FAULTS) > 0:
-        warn(f"{run}: {more:,} more such faults; see `rlhf doctor {run}`")
+        warn(f"{run}: {more:,} more such faults; see `rlhf doctor {quote(str(run))}`")
     if not opened.intact:
         warn(f"{folder(run, step)}: the numbers are not those that were written: the checksum differs")
     if opened.wrong:
@@ -84,7 +85,8 @@ def _listed(run: Path, steps: list[int]) -> str:
     one = len(steps) == 1
     count = "1 update is recorded, of step" if one else f"{len(steps):,} updates are recorded, of steps"
     which = ", ".join(f"{step:,}" for step in steps)
-    return f"{run}: {count} {which}. To open {'it' if one else 'the last'}: rlhf replay {run} --step {steps[-1]}"
+    again = f"rlhf replay {quote(str(run))} --step {steps[-1]}"
+    return f"{run}: {count} {which}. To open {'it' if one else 'the last'}: {again}"
 
 
 def _by_models(run: Path, opened: OpenedUpdate) -> list[Comparison]:

@@ -98,3 +98,16 @@ def test_a_yaml_file_that_is_not_text_is_refused(tmp_path):
     (tmp_path / "a.yaml").write_bytes(b"a: \xff")
     with pytest.raises(ValueError, match="utf-8"):
         read_yaml(tmp_path / "a.yaml")
+
+
+@pytest.mark.parametrize(
+    ("text", "fault"),
+    [
+        ("", "it is empty"), (" \n", "it is empty"), ('{"a":\n [1,', "ends in the middle, in line 2"),
+        ('{"a": "b', "ends in the middle, in line 1"), ('{"a" 1}', "not JSON: .* line 1 column 6"),
+        ("{}\n{}", "not JSON: Extra data: line 2"),
+    ],
+)  # fmt: skip
+def test_what_is_wrong_with_a_json_text_is_said_in_words(text, fault):
+    with pytest.raises(ValueError, match=fault):
+        parse_json(text)

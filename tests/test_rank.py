@@ -218,7 +218,7 @@ def test_a_file_of_something_else_is_not_added_to(candidates):
 @pytest.mark.parametrize(
     ("words", "fault"),
     [
-        (("--annotator", " "), "--annotator: is empty"),
+        (("--annotator", " "), "--annotator: empty"),
         (("--annotator", "a", "--out", "x.parquet"), "JSON lines"),
         (("--annotator", "a", "--out", "."), "JSON lines"),
     ],

@@ -109,6 +109,14 @@ def test_a_bad_vote_is_refused_with_the_field(items, changes, fault):
         parse_vote(vote(next(iter(items))) | changes, items)
 
 
+def test_a_vote_without_a_field_is_refused_with_its_name(items):
+    for name in ("annotator", "verdict", "mode", "order", "seconds", "time"):
+        row = vote(next(iter(items)))
+        row[f"{name}_"] = row.pop(name)
+        with pytest.raises(BadRecord, match=f"^{name}: is missing"):
+            parse_vote(row, items)
+
+
 def test_names_are_kept_in_one_form():
     assert annotator_name("  Zoe\u0308   B. ") == "Zoë B."
     for bad in ("", "x" * 81, "a\x1b[2J", "\u202eanna", None):
@@ -492,6 +500,23 @@ def test_a_result_file_is_merged_row_by_row_and_only_once(candidates, items):
     assert last_line(run("rank", candidates, "--merge", path, "--json"))["known"] == 2
 
 
+def test_results_of_two_people_under_one_name_are_not_mixed(candidates, items):
+    def merged(rows, *more, annotator="zoë"):
+        return run("rank", candidates, "--merge", result(candidates, rows, annotator=annotator), *more, "--json")
+
+    hers = [vote(item, vote=f"hers {item}") for item in [*items][:3]]
+    assert last_line(merged(hers))["added"] == 3
+    others = [vote(item, vote=f"others {item}", time="2026-01-01T00:00:00+00:00") for item in items]
+    found = merged(others)
+    assert '"zoë" has other votes on 3 of its prompts' in str(found.exception)
+    found = merged(others, annotator="Zoë")
+    assert 'Write "zoë" as `annotator`' in str(found.exception)
+    assert last_line(merged(hers))["known"] == 3  # nothing was added
+    assert last_line(merged([*hers[:2], *others[2:]]))["added"] == 1  # she went on with her result
+    assert last_line(merged(others, annotator="another Zoë"))["added"] == 4
+    assert last_line(merged(others, "--replace"))["older"] == 3
+
+
 def test_of_two_votes_on_a_prompt_the_later_one_counts_in_whatever_order_they_are_merged(candidates, items):
     first = next(iter(items))
     later = result(candidates, [vote(first, [[0], [1], [2]], time="2026-01-02T04:30:00+01:00")])
@@ -536,7 +561,7 @@ def test_a_result_file_beyond_the_limit_is_refused_unread(candidates, monkeypatc
         (("--web", "--per-item", "0"), "--per-item 0"),
         (("--web", "--seed", "-1"), "--seed -1"),
         (("--merge", "missing.json"), "--merge missing.json: cannot be read"),
-        (("--share", "page.txt"), "is an HTML file"),
+        (("--share", "page.txt"), "the page is written as HTML"),
         (("--share", "p.html", "--annotator", "\x07"), "--annotator: has characters that cannot be seen"),
         (("--web", "--out", "x.csv"), "JSON lines"),
     ],

@@ -297,6 +297,14 @@ def test_what_is_not_a_dataset_is_refused_with_the_way_out(tmp_path):
     with pytest.raises(UserError, match="there is no dataset"):
         open_dataset(tmp_path / "nowhere")
     write(tmp_path / "d", prompts(1))
+    with pytest.raises(UserError, match=rf"there is no dataset(.|\n)*nearby: {tmp_path}/d$"):
+        open_dataset(tmp_path / "dd" / "e")
+    (tmp_path / "deep").mkdir()
+    write(tmp_path / "deep" / "d" / "e", prompts(1))
+    with pytest.raises(UserError, match=rf"there is no dataset(.|\n)*nearby: {tmp_path}/deep/d/e$"):
+        open_dataset(tmp_path / "deep" / "nowhere")
+    with pytest.raises(UserError, match=rf"no manifest.json\n.*Name a dataset in it: {tmp_path}/d$"):
+        open_dataset(tmp_path)
     with pytest.raises(UserError, match="contains prompts, but rankings are needed"):
         open_dataset(tmp_path / "d", "ranking")
     with pytest.raises(UserError, match="unknown kind of record 'rank'"):

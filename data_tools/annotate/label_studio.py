@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 from data_tools.importers import IMPORTERS
@@ -235,7 +236,8 @@ def pull(
             shown = without_credentials(url)
             raise UserError(
                 f"{shown}: no project was made for {path}",
-                remedy=f"Push them first: rlhf data label-studio push {path} --url {shown}; or name it: --project ID",
+                remedy=f"Push them first: rlhf data label-studio push {quote(str(path))} --url {shown}; "
+                "or name it: --project ID",
             )
         tasks = client.projects.exports.as_json(found.id)
         people = {user.id: user.email for user in client.users.list()}

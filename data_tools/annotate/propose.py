@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 from data_tools.annotate.candidates import disagreement, too_similar
@@ -204,4 +205,4 @@ def show(summary: dict[str, Any], proposals: Sequence[Proposal], made: Derivatio
     short = sum(n for size, n in sizes.items() if size < k)
     fewer = f" ({short:,} with fewer than {k} answers)" if short else ""
     say(f"proposed {summary['written']:,}{fewer} -> {summary['out']} (proposals); rejected {summary['rejected']:,}")
-    say(f"Rank them: rlhf data rank {summary['out']} --annotator NAME, or with --web in a browser")
+    say(f"Rank them: rlhf data rank {quote(str(summary['out']))} --annotator NAME, or with --web in a browser")

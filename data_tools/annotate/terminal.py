@@ -159,7 +159,8 @@ def rank(candidates: str | Path, annotator: str, out: str | Path | None = None) 
 
     Args:
         candidates: A dataset of proposals.
-        annotator: Who ranks; proposals that the file holds a ranking of by this name are not asked again.
+        annotator: Who ranks, a name as `ranking_page.votes.annotator_name` gives it; proposals that the file holds a
+            ranking of by this name are not asked again.
         out: The JSONL file; see `default_out`.
 
     Returns:
@@ -169,8 +170,6 @@ def rank(candidates: str | Path, annotator: str, out: str | Path | None = None) 
         UserError: No such proposals, or a file that cannot be written.
         KeyboardInterrupt: Ctrl-C, after the summary was shown.
     """
-    if not annotator.strip():
-        raise UserError("--annotator: is empty", "Rankings say who made them.", "Name yourself.")
     dataset = open_dataset(candidates, "proposal")
     proposals = {key(proposal): proposal for proposal in dataset.records()}
     if dataset.rejects:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from shlex import quote
 
 from data_tools.statistics import consistency
 from data_tools.statistics.accumulator import Accumulator, accumulated
@@ -27,7 +28,7 @@ def show_brief(gathered: Accumulator, path: str | Path) -> None:
     lines = _counts(gathered)
     if "ranks" in gathered.columns:
         lines += _repeated_rankings(gathered)
-    for line in [*lines, f"more: rlhf data check {path} --html check.html"]:
+    for line in [*lines, f"more: rlhf data check {quote(str(path))} --html check.html"]:
         console.say(f"  {line}")
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from enum import Enum
 from pathlib import Path
+from shlex import quote
 from typing import Annotated, Any
 
 import typer
@@ -46,6 +47,12 @@ def rank_command(
         list[Path] | None,
         typer.Option(metavar="RESULT.json", help="Add what such a page has saved; may be repeated."),
     ] = None,
+    replace: Annotated[
+        bool,
+        typer.Option(
+            "--replace", help="With --merge: also results that share prompts, and no vote, with what is there."
+        ),
+    ] = False,
     mode: Annotated[
         Mode, typer.Option(help="On the page: order all answers, or choose only the best and the worst.")
     ] = Mode.rank,  # type: ignore[attr-defined]
@@ -64,7 +71,7 @@ def rank_command(
     _check_ways(context, web=web, share=share_file is not None, merge=bool(merge))
     server.check_options(per_item, seed)
     if merge:
-        found = merging.merge(candidates, merge, out)
+        found = merging.merge(candidates, merge, out, replace)
         server.show(found)
     elif share_file is not None:
         found = _share(candidates, share_file, annotator or "", mode.value, seed)
@@ -75,7 +82,7 @@ def rank_command(
         if annotator is None:
             remedy = "Name yourself with --annotator, or rank in a browser with --web."
             raise UserError("--annotator: is missing", "Rankings say who made them.", remedy)
-        found = terminal.rank(candidates, annotator, out)
+        found = terminal.rank(candidates, _checked(annotator), out)
     if as_json:
         console.print_json(found)
 
@@ -84,7 +91,7 @@ WAYS = {
     "": ("annotator", "out"),
     "--web": ("out", "mode", "per_item", "seed", "port"),
     "--share": ("annotator", "mode", "seed"),
-    "--merge": ("out",),
+    "--merge": ("out", "replace"),
 }
 """Way of ranking -> the options that it takes, besides those of all."""
 
@@ -101,7 +108,7 @@ def _check_ways(context: typer.Context, **chosen: bool) -> None:
     if len(ways) > 1:
         raise UserError(f"{' and '.join(ways)}: one at a time", remedy="Run one command for each.")
     way = ways[0] if ways else ""
-    for name in ("annotator", "out", "mode", "per_item", "seed", "port"):
+    for name in ("annotator", "out", "replace", "mode", "per_item", "seed", "port"):
         given = context.get_parameter_source(name)
         if name not in WAYS[way] and given is not None and given.name == "COMMANDLINE":
             option = f"--{name.replace('_', '-')}"
@@ -111,12 +118,21 @@ def _check_ways(context: typer.Context, **chosen: bool) -> None:
 
 
 def _share(candidates: Path, file: Path, annotator: str, mode: str, seed: int) -> dict[str, Any]:
-    try:
-        name = annotator_name(annotator) if annotator else ""
-    except BadRecord as fault:
-        raise UserError(f"--{fault}") from None
+    name = _checked(annotator) if annotator else ""
     dataset, items = server.open_items(candidates)
     share(file, Settings(dataset.fingerprint, mode, seed, len(items), name), items)
     console.say(f"{len(items):,} prompts -> {file}. Send it to annotators; they send back the result that it saves:")
-    console.say(f"  rlhf data rank {candidates} --merge RESULT.json")
+    console.say(f"  rlhf data rank {quote(str(candidates))} --merge RESULT.json")
     return {"share": str(file), "items": len(items)}
+
+
+def _checked(annotator: str) -> str:
+    """The name as it is kept.
+
+    Raises:
+        UserError: It is empty, too long, or has characters that cannot be seen.
+    """
+    try:
+        return annotator_name(annotator)
+    except BadRecord as fault:
+        raise UserError(f"--{fault}", "Rankings say who made them.", fault.remedy) from None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from shlex import quote
 from typing import Any, NamedTuple
 
 from data_tools.demo_world.rules import BEST, POINTS
@@ -120,7 +121,7 @@ def _next(summary: dict[str, Any]) -> list[str]:
     export = summary["export"]
     return [
         f"The policy, for plain transformers: {export}",
-        f"Chat with it: rlhf chat {export}",
+        f"Chat with it: rlhf chat {quote(export)}",
         "Ask it, for example: " + summary["samples"][0]["prompt"],
     ]
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,9 @@ MOST_BYTES = 1 << 28
 """Most bytes of a result file."""
 
 
-def merge(candidates: str | Path, files: Sequence[Path], out: Path | None = None) -> dict[str, Any]:
+def merge(
+    candidates: str | Path, files: Sequence[Path], out: Path | None = None, replace: bool = False
+) -> dict[str, Any]:
     """Add the votes of result files. A file may come again: what is known already is not added.
 
     Of two votes of an annotator on one prompt, the later one counts, and `replaced` and `older` count them. Rows that
@@ -34,13 +36,15 @@ def merge(candidates: str | Path, files: Sequence[Path], out: Path | None = None
         candidates: The dataset of proposals that the offline page was made from.
         files: Results as the page saves them.
         out: See `rank_in_browser`.
+        replace: Take a file also where its annotator has ranked the same prompts and none of the votes is known.
 
     Returns:
         `VoteBook.summary`, and: read, added, replaced (a vote of an earlier time was there), known, older (one of a
         later time was there), rejected, reasons.
 
     Raises:
-        UserError: A file is not a result, or of other candidates.
+        UserError: A file is not a result, or of other candidates, or its annotator may be another person than one with
+            votes. Nothing is added then.
     """
     dataset, items = open_items(candidates)
     results = [(file, _read(file, dataset.fingerprint)) for file in files]
@@ -49,10 +53,14 @@ def merge(candidates: str | Path, files: Sequence[Path], out: Path | None = None
         rejected.unlink(missing_ok=True)
         counts = {"read": 0, "added": 0, "replaced": 0, "known": 0, "older": 0}
         with Rejects(rejected) as rejects:
-            for file, result in results:
-                counts["read"] += len(result["votes"])
-                for vote in _votes(file, result, book, rejects):
-                    counts[_add(book, vote)] += 1
+            found = [(file, list(_votes(file, result, book, rejects))) for file, result in results]
+            latest = dict(book.latest)
+            for file, votes in found:
+                _check_person(file, votes, latest, replace)
+                latest |= {(vote.annotator, vote.item): vote for vote in votes}
+            counts["read"] = sum(len(result["votes"]) for _, result in results)
+            for vote in (vote for _, votes in found for vote in votes):
+                counts[_add(book, vote)] += 1
             reasons = {"rejected": rejects.count, "reasons": by_count(rejects.reasons)}
             print_reasons(rejects.reasons, rejects.first)
         line = f"read {counts['read']:,} = added {counts['added']:,} + in place of earlier votes {counts['replaced']:,}"
@@ -92,6 +100,30 @@ def _votes(file: Path, result: dict[str, Any], book: VoteBook, rejects: Rejects)
             yield parse_vote({**row, "annotator": result["annotator"]}, book.items)
         except BadRecord as fault:
             rejects(Reject(str(file), number, fault.reason, json.dumps(row), fault.detail, fault.remedy))
+
+
+def _check_person(file: Path, votes: Sequence[Vote], latest: Mapping[tuple[str, str], Vote], replace: bool) -> None:
+    """Refuse votes that may be those of another person of the same name, or of the same person under another name.
+
+    Somebody who went on with a result, or corrected it, has votes in it that are known. One vote alone says nothing.
+    """
+    names = {name for name, _ in latest}
+    for name in {vote.annotator for vote in votes} - names:
+        if alike := [other for other in names if other.casefold() == name.casefold()]:
+            raise UserError(
+                f'--merge {file}: is by "{name}", and there are votes by "{alike[0]}"',
+                "Names that differ in capitals alone are mostly one person's, who would count as two.",
+                f'Write "{alike[0]}" as `annotator` at the beginning of the file, or another name for another person.',
+            )
+    before = [(vote, latest[key]) for vote in votes if (key := (vote.annotator, vote.item)) in latest]
+    if len(before) > 1 and not replace and not any(vote == other for vote, other in before):
+        name = before[0][0].annotator
+        raise UserError(
+            f'--merge {file}: "{name}" has other votes on {len(before):,} of its prompts, and not one that is the same',
+            "So it may be another person's; of two votes of one annotator on a prompt, only the later one counts.",
+            "For another person, change `annotator` at the beginning of the file. "
+            f'If "{name}" ranked these prompts twice, give --replace.',
+        )
 
 
 def _add(book: VoteBook, vote: Vote) -> str:

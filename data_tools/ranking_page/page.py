@@ -95,5 +95,5 @@ def share(path: Path, settings: Settings, items: Mapping[str, Item]) -> None:
         UserError: It cannot be written, or the name does not end in .html.
     """
     if path.suffix not in (".html", ".htm"):
-        raise UserError(f"--share {path}: is an HTML file", remedy="Name a file ending in .html.")
+        raise UserError(f"--share {path}: the page is written as HTML", remedy="Name a file ending in .html.")
     page.write_page(render(settings, items), path, "--share")

@@ -16,6 +16,8 @@ VERDICTS = (RANKED, CANNOT_TELL, SKIPPED)
 """`cannot-tell` is a decision and is not asked again; a skipped prompt comes again after the others."""
 RANK, BEST_WORST = "rank", "best-worst"
 MODES = (RANK, BEST_WORST)
+REQUIRED = ("annotator", "verdict", "mode", "order", "seconds", "time")
+"""Fields of a vote's JSON form, besides `item`; the others have a default."""
 LONGEST_NAME, LONGEST_COMMENT = 80, 2000
 """Characters."""
 LONGEST_TIME = 7 * 86400
@@ -118,6 +120,8 @@ def parse_vote(row: Any, items: Mapping[str, Item]) -> Vote:
     item = items.get(row["item"]) if isinstance(row.get("item"), str) else None
     if item is None:
         raise BadRecord("item: not one of the candidates", _brief(row.get("item")), "Use the dataset it was made from.")
+    if absent := [name for name in REQUIRED if name not in row]:
+        raise BadRecord(f"{absent[0]}: is missing")
     verdict, mode = _one_of(row, "verdict", VERDICTS), _one_of(row, "mode", MODES)
     everything = list(range(len(item.answers)))
     order = _indices(row.get("order"))

@@ -120,11 +120,21 @@ def parse_json(text: str) -> Any:
         value = json.loads(text)
     except RecursionError:
         raise ValueError(too_deep) from None
+    except json.JSONDecodeError as fault:
+        raise ValueError(_why_not_json(text, fault)) from None
     level, depth = _children([value]), 1
     while level := [inner for part in level for inner in _children(part)]:
         if (depth := depth + 1) > DEPTH:
             raise ValueError(too_deep)
     return value
+
+
+def _why_not_json(text: str, fault: json.JSONDecodeError) -> str:
+    if not text.strip():
+        return "it is empty"
+    if fault.pos >= len(text.rstrip()) or fault.msg.startswith("Unterminated string"):
+        return f"not whole: the JSON ends in the middle, in line {text.count(chr(10)) + 1:,}"
+    return f"not JSON: {fault}"
 
 
 def _children(value: Any) -> list[Any]:

@@ -6,9 +6,10 @@ Both are streamed, so a dataset may be larger than memory. `rlhf.data.writer` wr
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from shlex import quote
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from rlhf.core.errors import UserError
@@ -142,20 +143,45 @@ def open_dataset(path: str | Path, kind: str | None = None, verify: bool = False
         dataset = Dataset(path, *read_manifest(path))
         for file, fault in [] if damaged_ok else shard_faults(dataset, verify):
             raise UserError(f"{path / file}: {fault}", remedy=RESTORE)
-    elif path.is_dir():
-        raise UserError(
-            f"{path}: not a complete dataset, because it has no manifest.json",
-            "The manifest is written last, so an import or split may have been interrupted.",
-            "Run the command that writes it again, or name a .jsonl file.",
-        )
     else:
-        raise UserError(f"{path}: there is no dataset", remedy="Check the path, or make one with `rlhf data import`.")
+        raise _no_dataset(path)
     if kind is not None and dataset.kind != known_kind(kind):
         raise UserError(
             f"{path}: contains {dataset.kind}s, but {kind}s are needed",
-            remedy=f"Name a dataset of {kind}s; `rlhf data stats {path}` shows what this one contains.",
+            remedy=f"Name a dataset of {kind}s; `rlhf data stats {quote(str(path))}` shows what this one contains.",
         )
     return dataset
+
+
+def _no_dataset(path: Path) -> UserError:
+    """The error for a path that is no dataset, with those in it or next to it, which may be meant."""
+    if not path.is_dir():
+        there = next(above for above in path.absolute().parents if above.is_dir())
+        near = _named(_below(there))
+        remedy = f"Check the path. Datasets nearby: {near}" if near else ""
+        return UserError(
+            f"{path}: there is no dataset", remedy=remedy or "Check the path, or make one with `rlhf data import`."
+        )
+    what = f"{path}: not a complete dataset, because it has no manifest.json"
+    if any(path.glob("*.parquet")):
+        why = "The manifest is written last, so an import or split may have been interrupted."
+        return UserError(what, why, "Run the command that writes it again, or name a .jsonl file.")
+    inside = _named(_below(path))
+    remedy = f"Name a dataset in it: {inside}" if inside else "Name a folder that a command has written as a dataset,"
+    return UserError(what, remedy=remedy if inside else f"{remedy} or a .jsonl file.")
+
+
+def _below(folder: Path) -> list[Path]:
+    """The datasets in a folder; if there are none, those in its folders."""
+    found = sorted(folder.glob("*/manifest.json")) or sorted(folder.glob("*/*/manifest.json"))
+    return [one.parent for one in found]
+
+
+def _named(folders: Sequence[Path], most: int = 6) -> str:
+    """The first of some folders, as seen from the working folder if they lie in it."""
+    here = Path.cwd()
+    shown = [str(one.relative_to(here) if one.is_relative_to(here) else one) for one in folders[:most]]
+    return ", ".join(shown) + (", ..." if len(folders) > most else "")
 
 
 def _open_jsonl(path: Path) -> Dataset:

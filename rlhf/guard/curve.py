@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 import numpy as np
@@ -75,7 +76,7 @@ def curve_of(run: Evidence) -> Curve:
         raise UserError(
             f"{run.path}: has no gold reward", "Its config has no `gold`.",
             "Set gold.reward, such as gold.reward={name: function, function: module:function}, in a new run. "
-            f"What the guard's other rules found in this one: rlhf doctor {run.path}",
+            f"What the guard's other rules found in this one: rlhf doctor {quote(str(run.path))}",
         )  # fmt: skip
     columns = {name: np.array([values[step] for step in steps]) for name, values in series.items()}
     distance = np.sqrt(np.clip(columns[KL], 0, None))

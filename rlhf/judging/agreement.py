@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
+from shlex import quote
 from typing import TYPE_CHECKING, Any
 
 from rlhf.core.errors import UserError
@@ -140,7 +141,7 @@ def check_recorded(path: str, judge: Judge) -> tuple[float, float, float]:
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(
             f"judge's agreement {path}: cannot be read ({error})", "A judge is measured before it is used.",
-            f"Measure it: rlhf judge {judge.config.url} RANKINGS --kind {judge.prompt.kind} --out {path}",
+            f"Measure it: rlhf judge {judge.config.url} RANKINGS --kind {judge.prompt.kind} --out {quote(str(path))}",
         ) from None  # fmt: skip
     mine = judge.facts()
     if other := [name for name in SAME if measured.get(name) != mine[name]]:

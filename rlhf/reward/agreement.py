@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from shlex import quote
 from typing import Any
 
 from rlhf.core.errors import UserError
@@ -40,7 +41,7 @@ class Agreement:
         except (KeyError, TypeError, ValueError) as error:
             raise UserError(
                 f"{datasets[0].path}/manifest.json: `agreement` is damaged ({error!r})",
-                remedy=f"Write it again: rlhf data check {datasets[0].path}",
+                remedy=f"Write it again: rlhf data check {quote(str(datasets[0].path))}",
             ) from None
 
     def metrics(self) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from shlex import quote
 from typing import TYPE_CHECKING
 
 from rlhf.core.console import warn
@@ -32,7 +33,8 @@ def read_metrics(run: str | Path) -> pd.DataFrame:
     if faults and faults[-1].endswith(CUT_OFF):
         warn(f"{file.parent}: {faults.pop()}")
     if faults:
-        remedy = f"Put the file back from a copy, or repair the line. What else may be wrong: rlhf doctor {run}"
+        more = f"What else may be wrong: rlhf doctor {quote(str(run))}"
+        remedy = f"Put the file back from a copy, or repair the line. {more}"
         raise UserError(f"{file.parent}: {faults[0]}", "It was edited or damaged.", remedy)
     frame = pd.DataFrame.from_dict(steps, orient="index")
     return frame.rename_axis("step") if len(frame) else pd.DataFrame()
