@@ -12,7 +12,7 @@ import typer
 
 from rlhf.cli import options, task_options
 from rlhf.cli.sampling_options import SamplingOptions, with_sampling
-from rlhf.core.console import print_json, say, table, warn
+from rlhf.core.console import print_json, say
 from rlhf.core.errors import UserError
 from rlhf.data.selection import chosen_records
 from rlhf.data.store import Dataset, open_dataset
@@ -20,7 +20,6 @@ from rlhf.judging.config import read_judge
 from rlhf.policy_evaluation.ranked import RANKINGS, REFERENCES
 from rlhf.prompting.ways import check_way, parse_shots, read_prompting
 from rlhf.reward.agreement import Agreement
-from rlhf.runs.parents import resolve_model_path
 from rlhf.tasks.config import TaskConfig
 from rlhf.tasks.task import load_task
 
@@ -130,7 +129,9 @@ def command(
         options.refuse_given(
             context, ignored, "is not for --lm-eval, whose tasks have data and ways to sample of their own"
         )
-        _finish(_evaluate_harness(model, against, lm_eval, sampling), output, as_json)
+        from rlhf.policy_evaluation.harness import evaluate_harness
+
+        _finish(evaluate_harness(model, against, lm_eval, sampling), output, as_json)
         return
     if prompting:
         if for_rewards or html:
@@ -253,27 +254,6 @@ def _evaluate_prompting(
     return facts | {"prompting": [cell.as_dict() for cell in cells]}
 
 
-# ---- lm-evaluation-harness ---------------------------------------------------------------------------------------
-
-
-def _evaluate_harness(model: str, against: str | None, spec: str, sampling: SamplingOptions) -> dict[str, Any]:
-    """One or two policies on tasks of the harness, printed and returned."""
-    from rlhf.policy_evaluation import harness
-
-    config = harness.read_harness(spec)
-    for name in [model, *([against] if against else [])]:
-        resolve_model_path(name)
-    manager = harness.open_tasks(config)
-    found = harness.run_tasks(sampling.open(model), config, manager, sampling.seed)
-    rows = found["scores"]
-    if against:
-        rows = harness.compared(found, harness.run_tasks(sampling.open(against), config, manager, sampling.seed))
-    columns = ("task", "metric", "questions", model, *((against, "difference, 95% interval") if against else ()))
-    table("lm-evaluation-harness", columns, harness.score_rows(rows, bool(against)))
-    facts = {"model": model, "seed": sampling.seed, "lm_eval": config.model_dump(), "version": harness.version()}
-    return facts | ({"against": against} if against else {}) | {"scores": rows}
-
-
 # ---- policies ----------------------------------------------------------------------------------------------------
 
 
@@ -281,12 +261,13 @@ def _evaluate_policies(model: str, against: str | None, test: Any, html: Path | 
     """One or two policies (`test` is a `PolicyTest`), printed, written as a page, and returned."""
     from rlhf.policy_evaluation.examples import of_answers  # imports torch
     from rlhf.policy_evaluation.policies import evaluate_policies
+    from rlhf.policy_evaluation.tables import show
 
     found = evaluate_policies(model, against, test)
     data = test.data
     facts = {"model": model, "dataset": str(data.path), "fingerprint": data.fingerprint, "split": test.split}
     result = facts | found.result
-    _show_policies(result)
+    show(result)
     if html is not None:
         examples = of_answers(found.mine, found.theirs) if found.mine is not None else []
         _write_page(html, result, examples, found.mine, found.theirs)
@@ -301,27 +282,15 @@ def _evaluate_ranked(
         raise UserError(f"{data.path}: holds {data.kind}s", "--judge rankings needs people's rankings of answers.")
     from rlhf.policy_evaluation.examples import of_rankings  # imports torch
     from rlhf.policy_evaluation.ranked import ranked_comparisons
+    from rlhf.policy_evaluation.tables import show
 
     found, pairs = ranked_comparisons(list(chosen_records(data, split, limit)), model, against)
     result: dict[str, Any] = {"model": model, "dataset": str(data.path), "fingerprint": data.fingerprint}
     result |= {"split": split, "judge": RANKINGS, "comparisons": found}
-    _show_policies(result)
+    show(result)
     if html is not None:
         _write_page(html, result, of_rankings(pairs[found[0]["against"]]))
     return result
-
-
-def _show_policies(result: dict[str, Any]) -> None:
-    from rlhf.policy_evaluation import tables
-
-    for part in (tables.metric_table(result), *map(tables.annotator_table, tables.comparisons(result))):
-        if part is not None:
-            table(*part)
-    for line in tables.headlines(result):
-        say(line)
-    for one in tables.comparisons(result):
-        if one.get("unreadable"):
-            warn(f"{one['unreadable']:,} comparisons without a readable verdict were left out")
 
 
 def _write_page(html: Path, result: dict[str, Any], examples: Any, mine: Any = None, theirs: Any = None) -> None:
@@ -372,6 +341,7 @@ def _evaluate_reward(
     from rlhf.evaluation.battery import battery  # imports torch
     from rlhf.evaluation.card import dataset_card
     from rlhf.evaluation.scored import open_answer_scorer
+    from rlhf.evaluation.tables import show_card
 
     scorer = open_answer_scorer(model, trust_remote_code)
     cards = []
@@ -381,7 +351,7 @@ def _evaluate_reward(
         card["perturbations"] = battery(scorer, records, perturb_rankings, test.seed) if perturb_rankings else None
         _check_scored(card)
         cards.append(card)
-        _show_card(card, model)
+        show_card(card, model)
     result = {"model": model, "split": test.split, "seed": test.seed, "datasets": cards}
     if html is not None:
         from rlhf.evaluation.page import render  # imports matplotlib
@@ -418,19 +388,3 @@ def _agreement(data: Dataset) -> Agreement | None:
         return None
     low, high = facts["interval"]
     return Agreement(facts["agreement"], facts["ceiling"], (low, high))
-
-
-def _show_card(card: dict[str, Any], model: str) -> None:
-    from rlhf.evaluation import tables
-
-    for part in tables.card_tables(card):
-        table(*part)
-    for benchmark in card["benchmarks"]:
-        for line in tables.notes(benchmark):
-            warn(line)
-    perturbations = card["perturbations"]
-    if perturbations:
-        table(*tables.battery_table(perturbations))
-    say(f"{model} on {card['dataset']}:")
-    for line in tables.headlines(card) + (tables.battery_lines(perturbations) if perturbations else []):
-        say(f"  {line}")

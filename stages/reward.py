@@ -62,7 +62,7 @@ def run(config: RewardConfig, resume: bool = False, overwrite: bool = False) -> 
     limit = sequence_limit(config.model, found) - virtual_tokens(config.tuning)
     data = open_datasets([*config.data.train, *config.data.eval], ["ranking"], "data")
     human_agreement = Agreement.of(data[len(config.data.train) :] or data)
-    data += open_datasets(config.data.demonstrations, ["demonstration"], "reference")
+    data += open_datasets(config.data.demonstrations, ["demonstration"], "data.demonstrations")
     facts = {"parents": [parent_facts(config.model.path)], "data": data_facts(data), **chat.facts()}
     folder = open_run(config, "reward", resume, overwrite, facts)
     tables = tokenize(folder.path, chat, limit, config.data, "ranking")

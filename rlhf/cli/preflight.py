@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from rlhf import distributed
-from rlhf.cli.preflight_sampler import check_sampler
+from rlhf.cli.preflight_sampler import check_sampler, refuse_compiled
 from rlhf.config.base import BatchConfig, ModelConfig, StageConfig
 from rlhf.config.optimizers import refuse_optimizer
 from rlhf.core.console import format_number, is_main
@@ -140,6 +140,11 @@ def _model(config: ModelConfig, stages: Sequence[str], pending_runs: PendingRuns
     return described
 
 
+def _trained(name: str, config: Any, stages: Sequence[str], pending_runs: PendingRuns) -> Rows:
+    """The model that is trained, and how."""
+    return [(name, _model(config.model, stages, pending_runs)), ("tuning", _tuning("tuning", config.tuning))]
+
+
 def _tuning(key: str, pick: Pick) -> str:
     """The tuning method's name."""
     if pick.row.traits["quantized"] and importlib.util.find_spec("bitsandbytes") is None:
@@ -231,13 +236,12 @@ def _open(paths: Sequence[str], kinds: Sequence[str], key: str) -> list[Dataset]
     return open_datasets(paths, kinds, key, verify=is_main())
 
 
-def _data(key: str, train: Sequence[str], held_out: Sequence[str], kinds: Sequence[str]) -> Rows:
-    """Open the datasets of a stage and count their records, from the manifests alone."""
-    datasets = _open(train, kinds, key)
+def _data(key: str, datasets: Sequence[Dataset], held_out: Sequence[str], kinds: Sequence[str]) -> Rows:
+    """Count the records of a stage's datasets, and of those that it evaluates on, from the manifests alone."""
     rows = [(key, _described(dataset)) for dataset in datasets]
     if all(d.manifest for d in datasets) and not _train_count(datasets):
         raise UserError(
-            f"{key}: no record to train on in {', '.join(train)}",
+            f"{key}: no record to train on in {', '.join(str(d.path) for d in datasets)}",
             "All of them are in the splits `eval` and `test`.",
             "See `rlhf data stats`.",
         )
@@ -260,10 +264,16 @@ def _train_count(datasets: Sequence[Dataset]) -> int:
     return sum(count for d in datasets for split, count in d.splits().items() if split in (None, "train"))
 
 
-def _steps(batch: BatchConfig, paths: Sequence[str], kinds: Sequence[str]) -> str:
+def _supervised(config: Any, kinds: Sequence[str], world: int, more: Sequence[tuple[str, str]] = ()) -> Rows:
+    """The datasets of a stage that learns from records, after which `more` is shown, its steps and its batch."""
+    datasets = _open(config.data.train, kinds, "data.train")
+    rows = [*_data("data.train", datasets, config.data.eval, kinds), *more]
+    return [*rows, ("steps", _steps(config.batch, datasets)), ("batch", _batch(config.batch, world))]
+
+
+def _steps(batch: BatchConfig, datasets: Sequence[Dataset]) -> str:
     if batch.max_steps is not None:
         return f"{batch.max_steps:,} (batch.max_steps)"
-    datasets = _open(paths, kinds, "data.train")
     if not all(d.manifest for d in datasets):
         return f"{batch.epochs:g} epochs"
     steps = math.ceil(batch.epochs * math.ceil(_train_count(datasets) / batch.batch_size))
@@ -274,64 +284,42 @@ def _steps(batch: BatchConfig, paths: Sequence[str], kinds: Sequence[str]) -> st
 
 
 def _sft(config: SFTConfig, world: int, pending_runs: PendingRuns) -> Rows:
-    kinds = ("demonstration", "ranking")
-    rows = [
-        ("model", _model(config.model, POLICIES, pending_runs)),
-        ("tuning", _tuning("tuning", config.tuning)),
-    ]
+    rows = _trained("model", config, POLICIES, pending_runs)
     if config.distillation and config.distillation.logits:
         key, path = "distillation.logits.teacher", config.distillation.logits.teacher
         rows += [("teacher", _parent(key, path, POLICIES, pending_runs))]
-    rows += _data("data.train", config.data.train, config.data.eval, kinds)
-    return [*rows, ("steps", _steps(config.batch, config.data.train, kinds)), ("batch", _batch(config.batch, world))]
+    return rows + _supervised(config, ("demonstration", "ranking"), world)
 
 
 def _reward(config: RewardConfig, world: int, pending_runs: PendingRuns) -> Rows:
-    rows = [
-        ("model", _model(config.model, (*POLICIES, "reward"), pending_runs)),
-        ("tuning", _tuning("tuning", config.tuning)),
-    ]
-    rows += [("loss", config.loss.name)]
-    rows += _data("data.train", config.data.train, config.data.eval, ("ranking",))
-    rows += [("reference", _described(d)) for d in _open(config.data.demonstrations, ("demonstration",), "reference")]
-    rows += [("steps", _steps(config.batch, config.data.train, ("ranking",)))]
-    return [*rows, ("batch", _batch(config.batch, world))]
+    rows = [*_trained("model", config, (*POLICIES, "reward"), pending_runs), ("loss", config.loss.name)]
+    datasets = _open(config.data.demonstrations, ("demonstration",), "data.demonstrations")
+    return rows + _supervised(config, ("ranking",), world, [("reference", _described(d)) for d in datasets])
 
 
 def _dpo(config: DPOConfig, world: int, pending_runs: PendingRuns) -> Rows:
-    rows = [("policy", _model(config.model, POLICIES, pending_runs))]
-    rows += [("tuning", _tuning("tuning", config.tuning)), ("loss", f"{config.loss.name}, beta {config.beta:g}")]
-    rows += _data("data.train", config.data.train, config.data.eval, ("ranking",))
-    rows += [("steps", _steps(config.batch, config.data.train, ("ranking",)))]
-    return [*rows, ("batch", _batch(config.batch, world))]
+    rows = _trained("policy", config, POLICIES, pending_runs)
+    rows.append(("loss", f"{config.loss.name}, beta {config.beta:g}"))
+    return rows + _supervised(config, ("ranking",), world)
 
 
 def _ppo(config: PPOConfig, world: int, pending_runs: PendingRuns) -> Rows:
     rollout, batch = config.rollout, config.batch
-    rows = [
-        ("policy", _model(config.model, POLICIES, pending_runs)),
-        ("tuning", _tuning("tuning", config.tuning)),
-    ]
+    rows = _trained("policy", config, POLICIES, pending_runs)
     limit = config.model.max_length or _positions(config.model, pending_runs)
     if limit is not None and rollout.max_new_tokens >= limit:
         raise UserError(
             f"rollout.max_new_tokens: {rollout.max_new_tokens} leaves no room for a prompt in {limit} tokens"
         )
     rows += [("sampler", check_sampler(rollout.sampler))]
-    step = rollout.sampler.options.get("step", "eager")
-    compiled = {"compile": config.compile, f"rollout.sampler: step `{step}`": step != "eager"}
-    stage_3 = config.deepspeed and _zero(config, world).startswith("ZeRO stage 3")
-    for option in (name for name, given in compiled.items() if given and stage_3):
-        raise UserError(
-            f"{option}: compiled or recorded layers do not work under ZeRO stage 3",
-            "Stage 3 gathers and releases the weights of each layer between its operations.",
-            "Leave it out, or use a DeepSpeed file of a lower stage.",
-        )
+    if config.deepspeed and _zero(config, world).startswith("ZeRO stage 3"):
+        refuse_compiled(config.compile, rollout.sampler)
     rows += [*_reward_sources(config, pending_runs), *_onlookers(config, pending_runs)]
     critic = f"from the {config.critic.init} model, {_tuning('critic.tuning', config.critic.tuning)}"
     rows += [("critic", critic if config.needs_critic else "none"), *_sharing(config, pending_runs)]
     rows += [("advantage", config.advantage.name)]
-    rows += _data("data.prompts", config.data.prompts, config.data.eval, tuple(KINDS))
+    prompts = _open(config.data.prompts, tuple(KINDS), "data.prompts")
+    rows += _data("data.prompts", prompts, config.data.eval, tuple(KINDS))
     rows += [("ptx", _described(d)) for d in _open(config.data.ptx, ("demonstration", "ranking"), "data.ptx")]
     episodes = rollout.prompts_per_update * rollout.samples_per_prompt
     rows.append(("updates", f"{config.updates:,}"))

@@ -1,4 +1,4 @@
-"""The check of `rollout.sampler` before a PPO run starts: the package, device or server that it needs."""
+"""Checks of `rollout.sampler` before a PPO run starts: the package, device or server that it needs, and ZeRO."""
 
 from __future__ import annotations
 
@@ -35,6 +35,21 @@ def check_sampler(pick: Pick) -> str:
                 remedy="Use the sampler hf, with its eager step.",
             )
     return pick.name if step == "eager" else f"{pick.name}, step {step}"
+
+
+def refuse_compiled(compiles: bool, sampler: Pick) -> None:
+    """Refuse what does not work under ZeRO stage 3: `compile`, and steps of a sampler that are compiled or recorded.
+
+    Raises:
+        UserError: One of them is given.
+    """
+    step = sampler.options.get("step", "eager")
+    for option in ["compile"] * compiles + [f"rollout.sampler: step `{step}`"] * (step != "eager"):
+        raise UserError(
+            f"{option}: compiled or recorded layers do not work under ZeRO stage 3",
+            "Stage 3 gathers and releases the weights of each layer between its operations.",
+            "Leave it out, or use a DeepSpeed file of a lower stage.",
+        )
 
 
 def _sampler_server(pick: Pick) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from rlhf.core.console import format_number
+from rlhf.core.console import format_number, say, table, warn
 
 TableParts = tuple[str, tuple[str, ...], list[tuple[Any, ...]]]
 MOST_PARTS = 20
@@ -24,6 +24,21 @@ def between(facts: Mapping[str, Any], fractions: bool = True) -> str:
     if fractions:
         return f"{facts['low']:.1%} to {facts['high']:.1%}"
     return f"{facts['low']:.2f} to {facts['high']:.2f}"
+
+
+def show_card(card: Mapping[str, Any], model: str) -> None:
+    """Print the tables and sentences of a model's result on a dataset."""
+    for part in card_tables(card):
+        table(*part)
+    for benchmark in card["benchmarks"]:
+        for line in notes(benchmark):
+            warn(line)
+    perturbations = card["perturbations"]
+    if perturbations:
+        table(*battery_table(perturbations))
+    say(f"{model} on {card['dataset']}:")
+    for line in headlines(card) + (battery_lines(perturbations) if perturbations else []):
+        say(f"  {line}")
 
 
 def headlines(card: Mapping[str, Any]) -> list[str]:

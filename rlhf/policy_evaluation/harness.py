@@ -13,11 +13,13 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import NonNegativeInt, PositiveInt
 
+from rlhf.cli.sampling_options import SamplingOptions
 from rlhf.config.base import Strict
 from rlhf.config.load import check_config, read_values
-from rlhf.core.console import format_number
+from rlhf.core.console import format_number, table
 from rlhf.core.errors import UserError
 from rlhf.core.limits import parse_yaml
+from rlhf.runs.parents import resolve_model_path
 
 if TYPE_CHECKING:  # imports torch
     from rlhf.inference.policy import Policy
@@ -41,6 +43,26 @@ class HarnessConfig(Strict):
     """Ask in the model's chat template, the task's description as system message."""
     gen_kwargs: dict[str, Any] = {}  # noqa: RUF012 - pydantic copies it
     """Options of generation, such as max_gen_toks, in place of the task's."""
+
+
+def evaluate_harness(model: str, against: str | None, spec: str, sampling: SamplingOptions) -> dict[str, Any]:
+    """One or two policies on tasks of the harness, printed and returned.
+
+    Raises:
+        UserError: There is no such model, or see `read_harness` and `open_tasks`.
+    """
+    config = read_harness(spec)
+    for name in [model, *([against] if against else [])]:
+        resolve_model_path(name)
+    manager = open_tasks(config)
+    found = run_tasks(sampling.open(model), config, manager, sampling.seed)
+    rows = found["scores"]
+    if against:
+        rows = compared(found, run_tasks(sampling.open(against), config, manager, sampling.seed))
+    columns = ("task", "metric", "questions", model, *((against, "difference, 95% interval") if against else ()))
+    table("lm-evaluation-harness", columns, score_rows(rows, bool(against)))
+    facts = {"model": model, "seed": sampling.seed, "lm_eval": config.model_dump(), "version": version()}
+    return facts | ({"against": against} if against else {}) | {"scores": rows}
 
 
 def read_harness(spec: str) -> HarnessConfig:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from rlhf.core.console import format_number
+from rlhf.core.console import format_number, say, table, warn
 from rlhf.evaluation.tables import TableParts, percent
 
 METRICS = {
@@ -27,6 +27,18 @@ METRICS = {
     "self_bleu": ("self-BLEU", "", "0 to 100; high: the answers resemble each other"),
 }
 """Key of a policy's metrics -> its name, `%` for a fraction, and what it means."""
+
+
+def show(result: Mapping[str, Any]) -> None:
+    """Print an evaluation's tables and sentences."""
+    for part in (metric_table(result), *map(annotator_table, comparisons(result))):
+        if part is not None:
+            table(*part)
+    for line in headlines(result):
+        say(line)
+    for one in comparisons(result):
+        if one.get("unreadable"):
+            warn(f"{one['unreadable']:,} comparisons without a readable verdict were left out")
 
 
 def comparisons(result: Mapping[str, Any]) -> Sequence[Mapping[str, Any]]:

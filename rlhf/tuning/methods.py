@@ -144,8 +144,7 @@ def _peft_task(model: Any, task: str) -> str:
 
 def _own_heads(model: Any, task: str) -> list[str]:
     """Names of heads that PEFT neither leaves out nor trains by itself."""
-    unknown = ("classification_head",) if task == "scalar" else ()
-    return [name for name in unknown if hasattr(model, name)]
+    return ["classification_head"] if task == "scalar" and hasattr(model, "classification_head") else []
 
 
 def _linears_of_head(model: Any, task: str) -> list[str]:
@@ -153,11 +152,9 @@ def _linears_of_head(model: Any, task: str) -> list[str]:
     heads = HEADS if task in ("tokens", "span") else _own_heads(model, task)
     parts = [(name, getattr(model, name)) for name in heads if hasattr(model, name)]
     return [
-        f"{name}.{path}".rstrip(".")
-        for name, head in parts
-        for path, m in head.named_modules()
+        f"{name}.{path}".rstrip(".") for name, head in parts for path, m in head.named_modules()
         if isinstance(m, nn.Linear)
-    ]
+    ]  # fmt: skip
 
 
 def lora_config(
