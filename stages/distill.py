@@ -45,7 +45,7 @@ def command(
     become: Annotated[Kind, typer.Option("--as", help="Demonstrations for SFT, or candidates for ranking.")] = (
         "demonstrations"
     ),
-    split: options.Split = None,
+    split: Annotated[str | None, typer.Option(help="train, eval or test; all by default.")] = None,
     count: Annotated[int | None, typer.Option(min=1, help="Number of prompts; the first ones, all by default.")] = None,
     cache: Cache = None,
     overwrite: Overwrite = False,
@@ -71,7 +71,7 @@ def command(
         with Derivation(out, kind, [data], facts, overwrite=overwrite) as made:
             if not is_server(teacher):  # a server's model is not on this disk, so it cannot be looked up again
                 made.origin["parents"] += [{k: v for k, v in opened.facts().items() if k != "sampling"}]
-            chosen = _distinct(chosen_records(data, split), count)
+            chosen = _distinct(data.records() if split is None else chosen_records(data, split), count)
             asked = [_asked(one, cue, asking.system) for one in chosen]
             writer = _Writer(made, data, opened.name, found, asking.check)
             for record, question, replies in zip(chosen, asked, opened.answers(asked, n)):

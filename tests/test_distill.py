@@ -114,6 +114,16 @@ def test_good_answers_become_demonstrations_and_the_others_rejects_with_their_re
     assert reject["line"] == 2 and json.loads(reject["raw"])["reply"] == "The answer"
 
 
+def test_prompts_of_all_splits_are_asked_and_keep_their_split_unless_one_is_named(tmp_path):
+    rows = [{"prompt": f"What is {i} plus {i}?", "split": ("train", "eval", "test")[i]} for i in range(3)]
+    prompts = jsonl(tmp_path / "prompts.jsonl", rows)
+    with chat_server(lambda request, _: completion(f"It is {2 * asked_number(request)}.")) as found:
+        distill(prompts, "--teacher", found.url, "--out", tmp_path / "all")
+        distill(prompts, "--teacher", found.url, "--out", tmp_path / "some", "--split", "train")
+    assert [r.split for r in open_dataset(tmp_path / "all").records()] == ["train", "eval", "test"]
+    assert [r.split for r in open_dataset(tmp_path / "some").records()] == ["train"]
+
+
 def test_a_command_that_was_stopped_asks_only_for_what_is_missing(questions, tmp_path):
     words = (questions, "--out", tmp_path / "out", "--concurrency", 1)
 
