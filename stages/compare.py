@@ -23,7 +23,7 @@ import yaml
 from rlhf.cli.child import run_command
 from rlhf.cli.compare_config import CompareConfig
 from rlhf.cli.errors import exit_on_error
-from rlhf.cli.options import ConfigFile, Overrides
+from rlhf.cli.options import ConfigFile
 from rlhf.cli.preflight import check
 from rlhf.cli.teacher_options import distill_words
 from rlhf.comparison.cells import Cell, StageRun, cells, stage_runs
@@ -47,7 +47,10 @@ PROBE_STEPS = 6
 
 def command(
     config: ConfigFile,
-    overrides: Overrides = None,
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[KEY=VALUE]...", help="Values that replace the file's: budget.updates=50 seeds=[0]."),
+    ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Delete an earlier comparison first.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything, list the cells, and stop.")] = False,
 ) -> None:

@@ -32,7 +32,12 @@ OF_ANSWERS = frozenset(
 @with_sampling
 def command(
     context: typer.Context,
-    model: options.Model,
+    model: Annotated[
+        str,
+        typer.Argument(
+            metavar="RUN|MODEL", help="A run, a model folder, or a hub name; also a reward source, as for --reward."
+        ),
+    ],
     datasets: Annotated[
         list[Path] | None,
         typer.Argument(
@@ -86,7 +91,10 @@ def command(
     ] = None,
     perturb: Annotated[
         bool,
-        typer.Option("--perturb", help="For a reward model: score answers again after changes of no or bad effect."),
+        typer.Option(
+            "--perturb",
+            help="For a reward model: score answers again after changes that should not raise a score.",
+        ),
     ] = False,
     perturb_rankings: Annotated[
         int, typer.Option(min=2, metavar="N", help="With --perturb: rankings of each dataset that are used, at most.")

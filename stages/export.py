@@ -22,7 +22,10 @@ def command(
     out: Annotated[Path, typer.Option("--out", help="The folder to make.")],
     format: Annotated[str, typer.Option(help=FORMATS)] = "hf",
     role: Annotated[
-        str, typer.Option(metavar="|".join(ROLES), help="Which model of a PPO run; critic only with model.sharing.")
+        str,
+        typer.Option(
+            metavar="|".join(ROLES), help="Which model of a PPO run; critic only with one base for all roles."
+        ),
     ] = "policy",
     dtype: Annotated[
         str | None, typer.Option(help="float32, bfloat16 or float16, of the weights; by default as in the run.")

@@ -35,7 +35,10 @@ ROWS = {
 
 def command(
     judge: Annotated[
-        str, typer.Argument(metavar="URL|FILE|{...}", help="A server such as http://localhost:8000/v1, or a judge.")
+        str,
+        typer.Argument(
+            metavar="URL|FILE|{...}", help="A server such as http://localhost:8000/v1, a file or a mapping."
+        ),
     ],
     dataset: Annotated[Path, typer.Argument(metavar="DATASET", help="Rankings by people.")],
     kind: Annotated[

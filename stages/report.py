@@ -43,7 +43,7 @@ def command(
         typer.Option(help="The page to write; by default report.html in the first folder, or above a pipeline's runs."),
     ] = None,
     data: Annotated[
-        bool, typer.Option("--data/--no-data", help="Measure the rankings: agreement, biases. Takes a few seconds.")
+        bool, typer.Option("--data/--no-data", help="Measure the rankings: agreement, biases. May take minutes.")
     ] = True,
     live: Annotated[
         bool,

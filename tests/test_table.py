@@ -7,13 +7,24 @@ from typing import Annotated
 import pytest
 from pydantic import BaseModel, Field
 
+from data_tools.aggregate.methods import AGGREGATORS
+from data_tools.importers import IMPORTERS
 from rlhf.config.optimizers import OPTIMIZERS
 from rlhf.core.table import Pick, Table
+from rlhf.evaluation.benchmarks import BENCHMARKS
+from rlhf.export.formats import EXPORTERS
+from rlhf.guard.actions import ACTIONS
+from rlhf.guard.rules import RULES
 from rlhf.ppo.advantages import ADVANTAGES
 from rlhf.ppo.kl import KL_CONTROLLERS, KL_ESTIMATORS, MISSING_EOS
+from rlhf.prompting.ways import PROMPTING
+from rlhf.reward.combining import COMBINATIONS
 from rlhf.reward.losses import RANKING_LOSSES
+from rlhf.reward.perturbations import PERTURBATIONS
 from rlhf.reward.sources import REWARDS
 from rlhf.rollout.samplers import SAMPLERS
+from rlhf.specialist.heads import HEADS
+from rlhf.tasks.metrics import METRICS
 from rlhf.tuning.methods import TUNING
 
 FRUIT = Table("fruit")
@@ -74,11 +85,15 @@ def test_a_name_is_given_once():
         FRUIT.row("apple")(pear)
 
 
-ALL = [ADVANTAGES, KL_ESTIMATORS, KL_CONTROLLERS, MISSING_EOS, RANKING_LOSSES, REWARDS, SAMPLERS, TUNING, OPTIMIZERS]
+ALL = [
+    ADVANTAGES, KL_ESTIMATORS, KL_CONTROLLERS, MISSING_EOS, RANKING_LOSSES, REWARDS, SAMPLERS, TUNING, OPTIMIZERS,
+    COMBINATIONS, PERTURBATIONS, RULES, ACTIONS, HEADS, PROMPTING, METRICS, BENCHMARKS, EXPORTERS, AGGREGATORS,
+    IMPORTERS,
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("row", [row for table in ALL for row in table], ids=lambda row: row.name)
 def test_every_row_says_in_a_line_what_it_is_and_has_typed_options(row):
-    assert len(row.summary) > 10
+    assert len(row.summary) > 10 and row.summary.endswith("."), "the first line of its docstring is no whole sentence"
     for name, field in row.options.model_fields.items():
         assert field.annotation is not None, name

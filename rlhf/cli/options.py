@@ -12,10 +12,10 @@ import typer
 from rlhf.core.errors import UserError
 from rlhf.core.files import write_text
 
-ConfigFile = Annotated[Path, typer.Option("--config", "-c", help="A YAML config, such as configs/0.5b/sft.yaml.")]
+ConfigFile = Annotated[Path, typer.Option("--config", "-c", help="A YAML file; configs/ has some to copy.")]
 Overrides = Annotated[
     list[str] | None,
-    typer.Argument(metavar="[KEY=VALUE]...", help="Values that replace the file's: batch.max_steps=10 tuning=lora."),
+    typer.Argument(metavar="[KEY=VALUE]...", help="Values that replace the file's: seed=1 log.every=10."),
 ]
 Resume = Annotated[bool, typer.Option("--resume", help="Continue from the newest complete checkpoint.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Delete an existing run of that name first.")]

@@ -40,7 +40,10 @@ class SamplingOptions:
     ] = None
     seed: Annotated[int, typer.Option(min=0, help="Seed for all random choices.")] = 0
     chat_template: Annotated[
-        str, typer.Option(help="auto (the model's own, else `default`), default, plain, or the path of a Jinja file.")
+        str,
+        typer.Option(
+            help="auto (the model's own, else `default`), default, plain, encoder-decoder, or the path of a Jinja file."
+        ),
     ] = "auto"
     trust_remote_code: TrustRemoteCode = False
 

@@ -31,7 +31,7 @@ class Source:
 
     run: Path
     stage: str
-    """sft, reward or ppo; `critic` for the critic of a PPO run."""
+    """sft, reward, dpo or ppo; `critic` for the critic of a PPO run."""
     model: Path
     config: ModelConfig
     chat: ChatTokenizer
@@ -57,9 +57,11 @@ class Exported:
 
 @EXPORTERS.row("hf")
 def hf(source: Source, folder: Path, *, dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto") -> Exported:
-    """The whole model, adapters merged, for `AutoModelForCausalLM`, `AutoModelForSeq2SeqLM` or
-    `AutoModelForSequenceClassification`. Where transformers has no sequence classifier of the family, `AutoModel` loads
-    the body, and the card says how to add the head.
+    """The whole model, adapters merged, in the format of transformers.
+
+    It loads with `AutoModelForCausalLM`, `AutoModelForSeq2SeqLM` or `AutoModelForSequenceClassification`. Where
+    transformers has no sequence classifier of the family, `AutoModel` loads the body, and the card says how to add the
+    head.
 
     `dtype` is that of the weights; `auto` leaves them as the run has them.
     """

@@ -34,8 +34,10 @@ def warn() -> Change:
 
 @ACTIONS.row("raise-kl", again=True)
 def raise_kl(*, factor: AboveOne = 2.0) -> Change:
-    """Multiply the KL coefficient, each time the rule speaks. With the `adaptive` controller this multiplies what the
-    controller sets."""
+    """Multiply the KL coefficient, each time the rule speaks.
+
+    With the `adaptive` controller this multiplies what the controller sets.
+    """
     return Change(kl=factor)
 
 
@@ -53,6 +55,9 @@ def stop() -> Change:
 
 @ACTIONS.row("best-checkpoint", again=False)
 def best_checkpoint() -> Change:
-    """End the run. Its result is the policy of the best checkpoint: with `gold` the one with the highest gold reward
-    (mean of the updates before it), else the newest one that was written while no rule held."""
+    """End the run. Its result is the policy of the best checkpoint.
+
+    With `gold` that is the one with the highest gold reward (mean of the updates before it), else the newest one that
+    was written while no rule held.
+    """
     return Change(end="best")

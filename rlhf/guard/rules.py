@@ -109,10 +109,10 @@ def gold_falls(history: History, *, drop: PositiveFloat = 0.5) -> str | None:
 
 @RULES.row("disagreement")
 def disagreement(history: History, *, share: PositiveFloat = 0.5, ratio: AboveOne = 1.5) -> str | None:
-    """The members of the ensemble disagree about the policy's completions by more than `share` of the standard
-    deviation of the scores at the start, or `ratio` times as much as at the start.
+    """The members of the ensemble disagree about the policy's completions.
 
-    The first says that the reward model knows too little from the outset, and needs no baseline. Needs an ensemble as
+    Their disagreement is `share` of the standard deviation of the scores at the start, or `ratio` times what it was at
+    the start. The first says that the reward model knows too little from the outset, and needs no baseline. Needs an ensemble as
     the reward, or `guard.watch`; its members should differ in the data that they were trained on, not in their seed
     alone.
     """
@@ -182,12 +182,11 @@ def repetition(history: History, *, rise: BelowOne = 0.15) -> str | None:
 
 @RULES.row("perturbation")
 def perturbation(history: History, *, level: PositiveFloat = 0.2, growth: PositiveFloat = 0.5) -> str | None:
-    """Changes of the completions that should leave their scores as they are raise them, in the mean of the last
-    `guard.window` measurements: by `level` standard deviations of the scores at the start, or by `growth` more than in
-    the first measurement.
+    """Changes of the completions that should leave their scores as they are raise them.
 
-    The first is what `rlhf evaluate --perturb` calls exploitable, and says that the reward model can be gamed from the
-    outset. Needs `guard.perturb`.
+    The mean effect of the last `guard.window` measurements is `level` standard deviations of the scores at the start, or
+    `growth` more than in the first measurement. The first is what `rlhf evaluate --perturb` calls exploitable, and
+    says that the reward model can be gamed from the outset. Needs `guard.perturb`.
     """
     if not history.has_window(PERTURBED) or SCORE_STD not in history.first:
         return None

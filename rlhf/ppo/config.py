@@ -19,7 +19,7 @@ from rlhf.tuning.methods import TUNING
 class PPOModelConfig(ModelConfig):
     sharing: Literal["separate", "shared"] = "separate"
     """`separate`: policy, critic, reward model and reference are separate models. `shared`: they are adapters on one
-    frozen base model, in one engine. `shared` needs `lora` or `qlora` for every trained role; see
+    frozen base model, in one engine. `shared` needs `lora`, `qlora` or `bottleneck` for every trained role; see
     docs/shared-base.md."""
 
 

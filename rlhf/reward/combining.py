@@ -43,8 +43,10 @@ def mean_minus_std(members: torch.Tensor, *, coef: NonNegativeFloat = 1.0) -> to
 
 @COMBINATIONS.row("mean-minus-variance")
 def mean_minus_variance(members: torch.Tensor, *, coef: NonNegativeFloat = 0.5) -> torch.Tensor:
-    """The mean minus `coef` times the variance over the members: uncertainty-weighted optimisation (Coste et al. 2023,
-    arXiv:2310.02743)."""
+    """The mean minus `coef` times the variance over the members.
+
+    Uncertainty-weighted optimisation (Coste et al. 2023, arXiv:2310.02743).
+    """
     return members.mean(1) - coef * members.var(1, correction=0)
 
 
