@@ -271,7 +271,7 @@ def test_policies_have_a_page_with_their_answers_side_by_side(
     for word in ("Win rate", "Length-controlled", "KL to the reference", "self-BLEU", "answers that refuse",
                  "Loss on the data", "largest gains", "score 0.00", "Distributions over answers"):  # fmt: skip
         assert word in text, word
-    assert text.count("<svg ") == 4 and not [word for word in ("<script", "https:", "src=") if word in text]
+    assert text.count("<svg ") == 8 and not [word for word in ("<script", "https:", "src=") if word in text]
 
 
 # ---- reward models -----------------------------------------------------------------------------------------------

@@ -19,12 +19,13 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
-from rlhf.cli.stage_configs import STAGES
+from rlhf.cli.stage_configs import STAGES, TRAINING
 from rlhf.config.load import check_config
 from rlhf.core.errors import UserError
 from rlhf.distributed.deepspeed_json import read_deepspeed
 from rlhf.memory import predict as memory
 from rlhf.memory.peak import PeakMemory
+from rlhf.memory.plan import GIB, MemoryPlan
 from rlhf.memory.predict import ZeroLayout, predict
 from rlhf.memory.traced_model import TracedModel
 from rlhf.memory.tracer import GRADIENTS, LOGITS, MemorySnapshot, MemoryTracer, fake_tensors, use_fake_weights
@@ -32,7 +33,7 @@ from rlhf.memory.workload import BatchShape, batch_shape, limit_of, roles
 from rlhf.models.load import load_hf_config
 from rlhf.models.logprobs import head_logprobs
 from stages.cli import app
-from stages.memory import GIB, MemoryPlan, lengths_of, memory_of, stage_of
+from stages.memory import lengths_of, memory_of, stage_of
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 SHAPE = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "vocab_size": 1000, "hidden_size": 64}
@@ -104,7 +105,7 @@ def test_a_specialist_is_predicted_and_an_encoder_decoder_refused(small, tmp_pat
     bert = shape(tmp_path / "bert", model_type="bert", architectures=["BertModel"], max_position_embeddings=128)
     values = {"run": "runs/x", "model": {"path": bert}, "task": "tags", "data": {"train": "x.jsonl"}}
     assert stage_of(values, Path("any.yaml")) == "specialist"
-    plan = MemoryPlan(values, "specialist", "any.yaml", 2, 8 * GIB)
+    plan = MemoryPlan(TRAINING["specialist"], values, "any.yaml", 2, 8 * GIB)
     layers = 2 * (4 * 64 * 64 + 2 * 64 * 128)
     assert plan.predict().phases["checkpoint"].parts["optimizer"] > 8 * layers
     t5 = tmp_path / "t5"
@@ -329,7 +330,7 @@ def test_a_moment_on_a_line_is_never_below_nothing():
 def plan_of(path: str, gib: float, processes: int = 2, **more: object) -> MemoryPlan:
     values = {"run": "runs/x", "model": {"path": path}, "data": {"prompts": "x", "max_prompt_tokens": 64}}
     values |= {"reward": {"name": "model", "path": path}, "rollout": {"max_new_tokens": 64}, **more}
-    return MemoryPlan(values, "ppo", "test", processes, gib * GIB)
+    return MemoryPlan(TRAINING["ppo"], values, "test", processes, gib * GIB)
 
 
 @pytest.mark.slow
@@ -391,7 +392,7 @@ def test_lengths_that_are_no_numbers_are_refused(text):
 
 def test_the_plan_counts_the_state_of_each_optimizer(tmp_path):
     values = {"run": "runs/x", "model": {"path": shape(tmp_path), "max_length": 64}, "data": {"train": "x"}}
-    plan, held = MemoryPlan(values, "sft", "test", 1, 80 * GIB), {}
+    plan, held = MemoryPlan(TRAINING["sft"], values, "test", 1, 80 * GIB), {}
     for name in ("adamw", "adamw-8bit", "adafactor"):
         held[name] = plan.predict(f"optimizer.algorithm={name}").phases["checkpoint"].parts["optimizer"]
     trained = [s.trained for s in next(iter(plan._traced.values()))[0].sizes]
@@ -426,7 +427,7 @@ def test_8b_with_all_weights_fits_on_one_gpu_of_80_gib(tmp_path, stage):
     }
     assert values["deepspeed"].endswith(yaml.safe_load(file.read_text("utf-8"))["deepspeed"])
     base = shape(tmp_path, layers=32, **EIGHT_BILLION)
-    plan = MemoryPlan(values, stage, str(file), 1, 80 * GIB, base)
+    plan = MemoryPlan(TRAINING[stage], values, str(file), 1, 80 * GIB, base)
     assert plan.fits()
     if stage == "sft":
         assert not plan.fits("deepspeed=null")  # float32 weights and gradients alone are 60 GiB

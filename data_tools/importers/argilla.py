@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from data_tools.importers.table import IMPORTERS, Head
 from data_tools.reading.annotation_exports import (
@@ -16,10 +16,10 @@ from data_tools.reading.annotation_exports import (
     names,
     numbered,
     pair_of,
-    person,
     prompt_of,
     stem_and_ending,
 )
+from data_tools.reading.argilla_records import Response, fields_of, is_column, records_of, responses_of
 from data_tools.reading.judgements import TIE, ChoiceValues, choice_meanings, means_tie, named_answer
 from data_tools.reading.roles import role_of
 from data_tools.reading.rows import JSON, rows
@@ -27,26 +27,11 @@ from data_tools.reading.unread import NestedFields
 from rlhf.data.jsonl import OnReject, Reject, from_dict
 from rlhf.data.schema import BadRecord, Record, dense_ranks
 
-NO_FIELDS = {
-    "id", "status", "inserted_at", "updated_at", "_server_id", "external_id", "metadata", "suggestions", "vectors",
-}  # fmt: skip
-"""Keys of a flat record that are no field of it."""
-
 SAMPLE = {
     "id": "1", "status": "completed", "prompt": "Name a fruit.", "reply-1": "Car.", "reply-2": "Pear.",
     "best.responses": [["reply-2", "reply-1"]], "best.responses.users": ["6c1c1f4a-4e8a-4ee9-a3ad-54b7a8a2b8f1"],
     "best.responses.status": ["submitted"],
 }  # fmt: skip
-
-
-class _Response(NamedTuple):
-    """What one person answered to one question."""
-
-    question: str
-    value: Any
-    user: str
-    status: Any
-    time: Any = None
 
 
 def _detect(head: Head) -> str | None:
@@ -57,7 +42,7 @@ def _detect(head: Head) -> str | None:
         return "its records have parallel lists such as `QUESTION.responses` and `QUESTION.responses.users`"
     if head.all_have("fields", "responses"):
         return "its records have `fields` and `responses`"
-    if all(any(_is_column(value) for value in row.values()) for row in rows):
+    if all(any(is_column(value) for value in row.values()) for row in rows):
         return "its records have questions with a `user_id`, a `value` and a `status` each"
     return None
 
@@ -107,7 +92,7 @@ def argilla(
     reader = _Reader(names(question), prompt, mapping, meanings, without_status, nested)
     for line, raw, row in rows(path, reject):
         try:
-            records = _records(row)
+            records = records_of(row)
         except BadRecord as fault:
             reject(Reject.of(path, line, fault, raw))
             continue
@@ -143,7 +128,7 @@ class _Reader:
             yield fault
 
     def _of_record(self, record: Mapping[str, Any]) -> Iterator[Record | BadRecord]:
-        fields, responses = _fields(record), list(_responses(record))
+        fields, responses = fields_of(record), list(responses_of(record))
         if not responses:
             raise BadRecord("the record has no response", remedy="Nothing is wrong: nobody has annotated it yet.")
         yield from (_not_submitted(response.status) for response in responses if not response.question)  # all is empty
@@ -151,7 +136,7 @@ class _Reader:
         if not responses:
             return
         asked = self.questions or self._find_questions(fields, responses)
-        by_person: dict[str, list[_Response]] = {}
+        by_person: dict[str, list[Response]] = {}
         for response in responses:
             if response.question in asked:
                 by_person.setdefault(response.user, []).append(response)
@@ -164,7 +149,7 @@ class _Reader:
                 except BadRecord as fault:
                     yield fault
 
-    def _find_questions(self, fields: Mapping[str, Any], responses: list[_Response]) -> list[str]:
+    def _find_questions(self, fields: Mapping[str, Any], responses: list[Response]) -> list[str]:
         rankings = {r.question for r in responses if _is_ranking(r.value) and self._all_found(r.value, fields)}
         if len(rankings) == 1:
             return list(rankings)
@@ -181,7 +166,7 @@ class _Reader:
         seen = f"questions {brief(sorted({r.question for r in responses}))}"
         raise BadRecord("no question ranks or rates the record's answers", seen, remedy)
 
-    def _ranking(self, fields: Mapping[str, Any], given: list[_Response]) -> Record:
+    def _ranking(self, fields: Mapping[str, Any], given: list[Response]) -> Record:
         for response in given:
             if response.status != "submitted" and not (self.without_status and response.status is None):
                 raise _not_submitted(response.status)
@@ -235,7 +220,7 @@ class _Reader:
             return self.answers[value]
         return named_answer(value, answers, self.meanings)
 
-    def _chooses(self, response: _Response, fields: Mapping[str, Any]) -> bool:
+    def _chooses(self, response: Response, fields: Mapping[str, Any]) -> bool:
         """Whether a response chooses between the answers, where no option names the question."""
         named = self._named(response.value, self._compared(fields)) if isinstance(response.value, str) else None
         return named is not None and (named != TIE or role_of(response.question) == "judgement")
@@ -300,95 +285,6 @@ class _Reader:
         ending = stem_and_ending(option)[1]
         same = [name for name in among if ending.isdigit() and stem_and_ending(name)[1] == ending]
         return same[0] if len(same) == 1 else None
-
-
-# ---- the forms of a record -------------------------------------------------------------------------------------------
-
-
-def _records(row: Any) -> list[Mapping[str, Any]]:
-    """The records of a row: itself, unless it is the object that to_dict gives, by column or by record id."""
-    if not isinstance(row, dict) or not row:
-        raise BadRecord("not a record", brief(row), "Export with to_list, to_dict or to_json, or to the Hub.")
-    if isinstance(row.get("id"), list):
-        columns = list(row.values())
-        if not row["id"] or any(not isinstance(column, list) or len(column) != len(row["id"]) for column in columns):
-            raise BadRecord("not columns of one length", brief({name: type(row[name]).__name__ for name in row}))
-        return [dict(zip(row, values)) for values in zip(*columns)]
-    if all(isinstance(value, dict) and ("fields" in value or _has_lists(value)) for value in row.values()):
-        return list(row.values())
-    return [row]
-
-
-def _has_lists(record: Mapping[str, Any]) -> bool:
-    return any(name.endswith(".responses") for name in record)
-
-
-def _fields(record: Mapping[str, Any]) -> Mapping[str, Any]:
-    if isinstance(record.get("fields"), dict):
-        return record["fields"]
-    plain = (
-        (name, value) for name, value in record.items() if name not in NO_FIELDS and isinstance(value, (str, list))
-    )
-    return {
-        name: value
-        for name, value in plain
-        if ".responses" not in name and ".suggestion" not in name and not _is_column(value)
-    }
-
-
-def _responses(record: Mapping[str, Any]) -> Iterator[_Response]:
-    nested = record.get("responses")
-    if isinstance(nested, dict):
-        for question, given in nested.items():
-            yield from _column(question, given)
-    elif isinstance(nested, list):
-        for given in nested:
-            yield from _of_person(given)
-    elif _has_lists(record):
-        for name, values in record.items():
-            if name.endswith(".responses") and values is not None:
-                columns = (values, record.get(f"{name}.users"), record.get(f"{name}.status"))
-                yield from _parallel(name.removesuffix(".responses"), *columns)
-    else:
-        for name, value in record.items():
-            if _is_column(value):
-                yield from _column(name, value)
-
-
-def _parallel(question: str, values: Any, users: Any, status: Any) -> Iterator[_Response]:
-    if not isinstance(values, list):
-        raise BadRecord("the responses of a question are not a list", f"{brief(question)}: {brief(values)}")
-    users = [None] * len(values) if users is None else users
-    status = [None] * len(values) if status is None else status
-    if any(not isinstance(column, list) or len(column) != len(values) for column in (users, status)):
-        raise BadRecord("the lists of responses, users and status differ in length", brief(question))
-    for value, user, state in zip(values, users, status):
-        yield _Response(question, value, person(user), state)
-
-
-def _is_column(value: Any) -> bool:
-    """Whether it is a 1.x question: a list of {user_id, value, status}, or an object of such lists."""
-    rows = value if isinstance(value, list) else [value]
-    return bool(rows) and all(isinstance(row, dict) and row.keys() >= {"user_id", "value", "status"} for row in rows)
-
-
-def _column(question: str, given: Any) -> Iterator[_Response]:
-    if isinstance(given, dict):
-        yield from _parallel(question, given.get("value"), given.get("user_id"), given.get("status"))
-        return
-    if not isinstance(given, list) or not all(isinstance(response, dict) for response in given):
-        raise BadRecord("the responses of a question are not a list", f"{brief(question)}: {brief(given)}")
-    for response in given:
-        yield _Response(question, response.get("value"), person(response.get("user_id")), response.get("status"))
-
-
-def _of_person(given: Any) -> Iterator[_Response]:
-    """The responses of one person to all questions; one without a question where there are none."""
-    if not isinstance(given, dict) or not isinstance(given.get("values") or {}, dict):
-        raise BadRecord("a response is not an object with values", brief(given))
-    facts = (person(given.get("user_id")), given.get("status"), given.get("updated_at") or given.get("inserted_at"))
-    for question, value in (given.get("values") or {"": None}).items():
-        yield _Response(question, value.get("value") if isinstance(value, dict) else value, *facts)
 
 
 def _said(row: Mapping[str, Any]) -> list[Any]:

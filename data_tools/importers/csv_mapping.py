@@ -13,14 +13,13 @@ from typing import Any, Literal, NamedTuple
 from data_tools.importers.table import IMPORTERS, Head
 from data_tools.published.arena import is_competition_table
 from data_tools.reading.annotation_exports import Names, brief, names
-from data_tools.reading.cells import TABLES, Cells, cell_columns, cell_rows
+from data_tools.reading.cells import EXCEL, TABLES, Cells, cell_columns, cell_rows
 from data_tools.reading.csv_rows import CSV
 from data_tools.reading.fields import before_prompt, without_nulls
 from data_tools.reading.judgements import ranks_with_scores
 from data_tools.reading.judgements import score as given_score
 from data_tools.reading.roles import SYSTEM_FIELDS, role_of, says_something
 from data_tools.reading.route import Columns, route
-from data_tools.reading.sheets import EXCEL
 from data_tools.reading.table_judges import BOXES, Judge, judge_of, number_in
 from data_tools.reading.turns import exchange, from_json_text, is_chat, is_conversation
 from data_tools.reading.unread import NestedFields
