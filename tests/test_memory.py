@@ -24,6 +24,7 @@ from rlhf.config.load import check_config
 from rlhf.core.errors import UserError
 from rlhf.distributed.deepspeed_json import read_deepspeed
 from rlhf.memory import predict as memory
+from rlhf.memory.cpu_range import on_cpu
 from rlhf.memory.peak import PeakMemory
 from rlhf.memory.plan import GIB, MemoryPlan
 from rlhf.memory.predict import ZeroLayout, predict
@@ -526,6 +527,15 @@ def test_the_line_at_the_end_names_both_peaks(capsys):
     assert re.search(
         r"predicted [\d.]+ [MG]B to [\d.]+ [MG]B \(update\), measured [\d.]+ [MG]B", capsys.readouterr().out
     )
+
+
+def test_the_high_end_on_a_cpu_keeps_what_recomputing_frees():
+    config = sft(tiny.llama())
+    with_all, freed = (
+        on_cpu(config.model_copy(update={"gradient_checkpointing": freed}), False, 1, 64, 32, 1) for freed in (False, True)
+    )
+    assert freed.high == with_all.high
+    assert freed.low < with_all.low
 
 
 @pytest.mark.slow

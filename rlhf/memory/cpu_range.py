@@ -12,8 +12,11 @@ if TYPE_CHECKING:
 
 UNKNOWN_CODE = {False: 150e6, True: 200e6}
 """Bytes of a process on a CPU, at most, for code and tables that libraries load at first use; with DeepSpeed (True)."""
-KEPT_BY_MALLOC = 1.4
-"""Resident memory over live memory, at most: glibc keeps what was freed."""
+KEPT_BY_MALLOC = 1.7
+"""Resident memory over live memory, at most, with glibc 2.36: it keeps what was freed.
+
+It asks for more than a block's size to align it, so that a block as large as a freed one does not fit in its place.
+"""
 
 
 @dataclass(frozen=True)
@@ -23,7 +26,7 @@ class CpuRange:
     low: float
     high: float
     tensors: Prediction
-    """The prediction at the high end, without what glibc keeps and libraries load."""
+    """The prediction for the longest batches, without what glibc keeps and libraries load."""
 
     def __str__(self) -> str:
         return f"{size_in_words(self.low)} to {size_in_words(self.high)} ({self.tensors.peak_phase})"
@@ -42,7 +45,8 @@ def on_cpu(
 
     What a process on a CPU holds besides tensors differs by more than the tensors of a small model: see UNKNOWN_CODE
     and KEPT_BY_MALLOC. The low end has batches of mean length (of completions: half of the longest) and neither of the
-    two; the high end has the longest batches and both.
+    two. The high end has the longest batches and both, and keeps the activations that `gradient_checkpointing` frees:
+    while a layer's tensors are freed its input stays, and glibc does not use the pieces between such inputs again.
 
     Args:
         config: The stage's config.
@@ -55,7 +59,10 @@ def on_cpu(
     """
     from rlhf.memory.predict import PROCESS
 
-    high = predicted(config, bfloat16, processes, longest, candidates, base=base)
+    tensors = high = predicted(config, bfloat16, processes, longest, candidates, base=base)
+    if config.gradient_checkpointing:
+        kept = config.model_copy(update={"gradient_checkpointing": False})
+        high = predicted(kept, bfloat16, processes, longest, candidates, base=base)
     typical = config
     if hasattr(config, "rollout"):
         half = {"max_new_tokens": max(1, config.rollout.max_new_tokens // 2)}
@@ -64,7 +71,7 @@ def on_cpu(
     low = predicted(typical, bfloat16, processes, shorter, 2, base=base)
     least, most = (max(one.total - one.parts[PROCESS] for one in found.phases.values()) for found in (low, high))
     code = UNKNOWN_CODE[config.deepspeed is not None or processes > 1]
-    return CpuRange(least, KEPT_BY_MALLOC * most + code, high)
+    return CpuRange(least, KEPT_BY_MALLOC * most + code, tensors)
 
 
 def predicted(
