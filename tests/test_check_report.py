@@ -265,7 +265,9 @@ def test_the_page_is_written_only_where_it_is_asked_for(tmp_path):
     assert sorted(tmp_path.rglob("*")) == before
     assert run("check", path, "--html", tmp_path / "page.html").exit_code == 0
     assert (tmp_path / "page.html").read_text().startswith("<!doctype html>")
-    assert isinstance(run("check", path, "--html", tmp_path / "page.html" / "in-a-file").exception, UserError)
+    for wrong in (tmp_path / "page.html" / "in-a-file", tmp_path / "d"):
+        refused = run("check", path, "--html", wrong)
+        assert isinstance(refused.exception, UserError) and refused.stdout == ""  # before anything is measured
 
 
 @pytest.mark.parametrize("rows", [prompts(2), [{"prompt": "p", "answer": "a"}], [{"prompt": "p", "candidates": "xy"}]])

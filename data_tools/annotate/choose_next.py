@@ -179,5 +179,7 @@ def show(chosen: Sequence[Choice], found: Sequence[Choice], cost: Cost) -> None:
     table(f"the first {len(rows)} of {len(chosen):,} to rank", columns, rows)
     means = [statistics.fmean(one.information for one in part) for part in (chosen, found)]
     say(f"Information: {means[0]:.3g} nats on the {len(chosen):,} chosen, {means[1]:.3g} on all {len(found):,}")
-    how = f"fitted to {cost.timed:,} timed rankings" if cost.timed else "assumed from the length: no times are known"
-    say(f"About {sum(one.seconds for one in chosen) / 60:.0f} min to rank them ({how})")
+    few = f"assumed from the length: fewer than {FEWEST_TIMED} rankings have times"
+    how = f"fitted to {cost.timed:,} timed rankings" if cost.timed else few
+    seconds = sum(one.seconds for one in chosen)
+    say(f"{f'About {seconds / 60:.0f} min' if seconds >= 60 else 'Less than a minute'} to rank them ({how})")

@@ -113,7 +113,7 @@ def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> 
     sys.stdout.flush()
 
 
-LONG_WORD = 30
+LONG_WORD = 34
 """Characters of a word from which it may be broken in a narrow table: a path, a hash."""
 
 

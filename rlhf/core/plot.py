@@ -53,10 +53,11 @@ def _fit(axes: Any) -> int:
         rows = -(-len(names) // columns)
         axes.legend(handles, names, loc="lower left", bbox_to_anchor=(0, 1), ncols=columns, labelcolor=INK)
     axes.figure.draw_without_rendering()
-    boxes = [label.get_window_extent() for label in axes.get_xticklabels() if label.get_text()]
+    labels = [label for label in axes.get_xticklabels() if label.get_text()]
+    boxes = [label.get_window_extent() for label in labels]
     if any(right.x0 < left.x1 + 4 for left, right in zip(boxes, boxes[1:])):
-        axes.tick_params(axis="x", rotation=35)
-        rows += 1
+        axes.tick_params(axis="x", rotation=90)
+        rows += max(len(line) for label in labels for line in label.get_text().split("\n")) // 2
     return rows + max(0, len(across) - 1)
 
 
