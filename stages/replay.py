@@ -75,7 +75,7 @@ def command(
     if opened.wrong or not opened.intact:
         raise typer.Exit(1)
     if not as_json:
-        say(f"Update {step:,} was so: {len(found)} comparisons agree.", style="green")
+        say(f"Update {step:,}: all {len(found)} comparisons agree.", style="green")
 
 
 def _listed(run: Path, steps: list[int]) -> str:

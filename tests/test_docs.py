@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import re
 import shlex
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -125,7 +127,66 @@ def test_make_targets_in_the_documentation_exist():
 def test_links_between_the_pages_lead_somewhere():
     broken = []
     for page in PAGES:
-        for target in re.findall(r"\]\((?!https?://|mailto:)([^)#\s]*)(?:#[^)]*)?\)", page.read_text("utf-8")):
-            if target and not (page.parent / target).exists():
-                broken.append(f"{page.relative_to(REPOSITORY)}: {target}")
+        for target, anchor in re.findall(r"\]\((?!https?://|mailto:)([^)#\s]*)#?([^)]*)\)", page.read_text("utf-8")):
+            place = page.parent / target if target else page
+            if not place.exists() or (anchor and anchor not in anchors(place)):
+                broken.append(f"{page.relative_to(REPOSITORY)}: {target}#{anchor}")
     assert broken == []
+
+
+@functools.cache
+def anchors(page: Path) -> set[str]:
+    """The anchors of a page: those of its headings, as GitHub makes them, and explicit ones."""
+    text = re.sub(r"^```.*?^```", "", page.read_text("utf-8"), flags=re.MULTILINE | re.DOTALL)
+    found, seen = set(re.findall(r'<a id="([^"]+)"', text)), Counter[str]()
+    for heading in re.findall(r"^#+ (.*)$", text, re.MULTILINE):
+        name = re.sub(r"[^\w\- ]", "", re.sub(r"\]\([^)]*\)", "", heading).lower()).replace(" ", "-")
+        found.add(f"{name}-{seen[name]}" if seen[name] else name)
+        seen[name] += 1
+    return found
+
+
+def test_files_that_pages_name_are_there():
+    kinds = "rlhf|stages|data_tools|tests|benchmarks|configs|docs"
+    missing = {
+        f"{page.name}: {name}"
+        for page in PAGES
+        if page.name != "CHANGELOG.md"
+        for name in re.findall(rf"`((?:{kinds})/[\w./-]+)`", page.read_text("utf-8"))
+        if not (REPOSITORY / name).exists()
+    }
+    assert not missing
+
+
+def test_keys_that_pages_name_are_keys_of_a_config():
+    keys = set(re.findall(r"^\| `([\w.]+)` \|", (REPOSITORY / "docs/config.md").read_text("utf-8"), re.MULTILINE))
+    groups = {key.split(".")[0] for key in keys if "." in key}
+    known = {".".join(key.split(".")[: parts + 1]) for key in keys for parts in range(key.count(".") + 1)}
+    unknown = {
+        f"{page.name}: {name}"
+        for page in PAGES
+        if page.name != "CHANGELOG.md"
+        for code in re.findall(r"`([^`\n]+)`", page.read_text("utf-8"))
+        for name in re.findall(rf"^(?:{'|'.join(sorted(groups))})(?:\.[a-z_]+)+", code)
+        if name not in known and not re.search(r"\.(py|json|jsonl|safetensors)$", name)  # files
+    }
+    assert not unknown
+
+
+def test_the_map_of_the_code_names_every_package_and_every_file_of_stages():
+    text = (REPOSITORY / "CONTRIBUTING.md").read_text("utf-8")
+    packages = {
+        file.parent.name for root in ("rlhf", "data_tools") for file in REPOSITORY.glob(f"{root}/*/__init__.py")
+    }
+    stages = {file.stem for file in (REPOSITORY / "stages").glob("[!_]*.py")}
+    assert {name for name in packages if f"| `{name}` |" not in text} == set()
+    assert {name for name in stages if f"`{name}`" not in text} == set()
+
+
+def test_every_page_command_and_folder_of_configs_is_found_from_a_page():
+    readme = (REPOSITORY / "README.md").read_text("utf-8")
+    assert {page.name for page in REPOSITORY.glob("docs/*.md") if f"docs/{page.name}" not in readme} == set()
+    text = "\n".join(page.read_text("utf-8") for page in PAGES if page.name != "CHANGELOG.md")
+    commands = {*ROOT.commands, *(f"data {name}" for name in ROOT.commands["data"].commands)}
+    assert {name for name in commands if f"rlhf {name}" not in text} == set()
+    assert {folder.name for folder in REPOSITORY.glob("configs/*/") if f"configs/{folder.name}" not in text} == set()
