@@ -26,7 +26,7 @@ from rlhf.data.schema import MODEL_AUTHOR, BadRecord, Candidate, Demonstration, 
 from rlhf.data.selection import chosen_records, with_system
 from rlhf.data.store import Dataset, open_dataset
 from rlhf.data.writer import check_new
-from rlhf.inference.teacher import Teacher, is_server
+from rlhf.inference.teacher import Teacher
 from rlhf.servers.replies import Failure, Reply
 from rlhf.tasks.answers import AnswerPattern, answer_pattern, normalised
 
@@ -69,8 +69,7 @@ def command(
         facts: dict[str, Any] = {"teacher": opened.facts(), "answers": n}
         facts |= {"cue": cue} if cue else {}
         with Derivation(out, kind, [data], facts, overwrite=overwrite) as made:
-            if not is_server(teacher):  # a server's model is not on this disk, so it cannot be looked up again
-                made.origin["parents"] += [{k: v for k, v in opened.facts().items() if k != "sampling"}]
+            made.origin["parents"] += opened.parents()
             chosen = _distinct(data.records() if split is None else chosen_records(data, split), count)
             asked = [_asked(one, cue, asking.system) for one in chosen]
             writer = _Writer(made, data, opened.name, found, asking.check)
@@ -79,11 +78,10 @@ def command(
             for reject in data.rejects:
                 made.rejects(reject)
             if not made.written:
-                reasons = ", ".join(f"{reason} ({rows:,})" for reason, rows in made.rejects.reasons.items())
+                remedy = "Try a few prompts with --count 5, and another teacher, --pattern or --max-new-tokens."
                 raise UserError(
-                    f"{out}: not made: the teacher gave no answer that can be used", reasons,
-                    "Try a few prompts with --count 5, and another teacher, --pattern or --max-new-tokens.",
-                )  # fmt: skip
+                    f"{out}: not made: the teacher gave no answer that can be used", made.rejects.in_words(), remedy
+                )
             tokens = _tokens(opened)
             made.origin["tokens"] = tokens
         summary = {"out": str(out), "written": made.written, "rejected": made.rejects.count}

@@ -29,7 +29,7 @@ from rlhf.data.jsonl import Reject
 from rlhf.data.schema import MODEL_AUTHOR, BadRecord, Demonstration, Message, Prompt
 from rlhf.data.store import Dataset, open_dataset
 from rlhf.data.writer import check_new
-from rlhf.inference.teacher import Teacher, is_server
+from rlhf.inference.teacher import Teacher
 from rlhf.servers.replies import Failure, Reply
 
 ROUND = 8
@@ -75,16 +75,12 @@ def command(
     with open_teacher(teacher, sampling, server, cache or Path(f"{out}.replies")) as opened:
         facts = {"teacher": opened.facts(), "examples": examples, "per_request": per_request, "similar": similar}
         with Derivation(out, "demonstration", [data], facts, overwrite=overwrite) as made:
-            if not is_server(teacher):
-                made.origin["parents"] += [{k: v for k, v in opened.facts().items() if k != "sampling"}]
+            made.origin["parents"] += opened.parents()
             pool = Pool(known, count, classification, Novelty(similar), sampling.seed)
             asked = grow(pool, opened, made, data, examples, per_request, most)
             if not pool.grown:
-                reasons = ", ".join(f"{reason} ({rows:,})" for reason, rows in made.rejects.reasons.items())
-                raise UserError(
-                    f"{out}: not made: no task of the teacher can be used", reasons,
-                    "Ask a stronger teacher, one that follows instructions, or raise --max-new-tokens.",
-                )  # fmt: skip
+                remedy = "Ask a stronger teacher, one that follows instructions, or raise --max-new-tokens."
+                raise UserError(f"{out}: not made: no task of the teacher can be used", made.rejects.in_words(), remedy)
             kinds = dict(Counter(task.kind for task in pool.grown))
             made.origin |= {"requests": asked, "kinds": kinds}
         summary = {"out": str(out), "written": made.written, "rejected": made.rejects.count, "kinds": kinds}

@@ -165,20 +165,6 @@ def test_held_out_rankings_that_cannot_be_compared_are_no_measure(tmp_path: Path
 
 
 @pytest.mark.parametrize(
-    "schedule, falls", [("constant", [1.0] * 6), ("linear", [1, 5 / 6, 4 / 6, 3 / 6, 2 / 6, 1 / 6])]
-)
-def test_the_learning_rate_climbs_over_the_warm_up_and_then_follows_the_schedule(
-    schedule: str, falls: list[float], rankings: str, tmp_path: Path
-) -> None:
-    optimizer = {"lr": 1e-3, "warmup": 0.4, "schedule": schedule}
-    batch = {"batch_size": 8, "micro_batch_size": 8, "max_steps": 10}
-    made = config(tmp_path, rankings, optimizer=optimizer, batch=batch)
-    reward.run(made)
-    rates = [row["optimizer/lr"] for row in metrics_of(made.run) if "optimizer/lr" in row]
-    assert rates == pytest.approx([1e-3 * scale for scale in (0, 0.25, 0.5, 0.75, *falls)])
-
-
-@pytest.mark.parametrize(
     "row",
     [
         pytest.param(row, id=row.name, marks=[pytest.mark.slow] * (row.name not in ("bradley-terry", "davidson")))

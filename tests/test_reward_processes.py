@@ -2,67 +2,28 @@
 
 from __future__ import annotations
 
-import json
+import functools
 import signal
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import stage_processes
 import tiny
 import torch
 from logged import lines as metrics_of
 from reward_runs import config, steps
+from stage_processes import check_same_figures
 from transformers import AutoModelForSequenceClassification
 
-from rlhf.config.load import dump_config
 from rlhf.data.store import open_dataset
 from rlhf.data.writer import DatasetWriter
-from rlhf.reward.config import RewardConfig
-from rlhf.runs.run import is_run, read_run
+from rlhf.runs.run import read_run
 
 pytestmark = pytest.mark.slow
 
 
-PROGRAM = """
-import os, signal, sys
-import torch
-torch.set_num_threads(1)
-from rlhf import distributed
-from rlhf.runs import checkpoint
-from rlhf.reward.config import RewardConfig
-from rlhf.config.load import load_stage_config
-from stages import reward
-
-file, kill, resume = sys.argv[1:4]
-where, _, when = kill.partition(":")
-if where == "step":
-    step = reward.Loop._train_step
-    def killed(self):
-        if self.step == int(when):
-            os.kill(os.getpid(), signal.SIGKILL)
-        return step(self)
-    reward.Loop._train_step = killed
-if where == "write":
-    seal = checkpoint._seal
-    def killed(partial, step):
-        if step == int(when):
-            os.kill(os.getpid(), signal.SIGKILL)
-        return seal(partial, step)
-    checkpoint._seal = killed
-distributed.name_lost_ranks(reward.run)(load_stage_config(RewardConfig, file), resume=resume == "True")
-distributed.stop()
-"""
-
-
-def launch(made: RewardConfig, processes: int = 1, kill: str = "none") -> int:
-    """Start or continue a run; `kill` names a place and step where the process ends itself by SIGKILL."""
-    file = Path(made.run).parent / "config.yaml"
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(dump_config(made), "utf-8")
-    result = tiny.launch(processes, PROGRAM, str(file), kill, str(is_run(made.run)))
-    if kill == "none":
-        assert result.returncode == 0, result.stdout[-4000:]
-    return result.returncode
+launch = functools.partial(stage_processes.launch, "reward")
 
 
 def test_a_killed_run_goes_on_bit_for_bit(tmp_path: Path, rankings: str) -> None:
@@ -89,17 +50,15 @@ def test_two_processes_under_zero_do_what_one_does(stage: int, tmp_path: Path, r
     two = config(tmp_path / "two", rankings, **values, deepspeed=f"configs/deepspeed/zero{stage}.json")
     launch(one)
     launch(two, 2)
-    assert read_run(two.run)["processes"] == 2
-    names = ("train/loss", "optimizer/grad_norm", "optimizer/lr", "train/tokens")
-    torch.testing.assert_close(
-        steps(metrics_of(two.run), *names), steps(metrics_of(one.run), *names), rtol=1e-3, atol=1e-4
+    check_same_figures(
+        one.run,
+        two.run,
+        AutoModelForSequenceClassification,
+        "train/loss",
+        "optimizer/grad_norm",
+        "optimizer/lr",
+        "train/tokens",
     )
-    first, second = (json.loads((Path(run) / "reward_metrics.json").read_text()) for run in (one.run, two.run))
-    assert first["pairs"] == second["pairs"] and first["step"] == second["step"]
-    assert second["log_loss"] == pytest.approx(first["log_loss"], rel=1e-2)
-    models = [AutoModelForSequenceClassification.from_pretrained(f"{run}/model") for run in (one.run, two.run)]
-    for (name, weight), other in zip(models[0].named_parameters(), models[1].parameters()):
-        torch.testing.assert_close(weight, other, rtol=1e-2, atol=1e-3, msg=name)
 
 
 def test_two_processes_divide_by_the_weights_of_all_rankings(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ import typer
 from data_tools.check.brief import show_brief
 from data_tools.commands.common import Json, Out, Overwrite
 from data_tools.importers import IMPORTERS
-from data_tools.importers.run import NothingUsable, import_dataset, read_options
+from data_tools.importers.run import import_dataset, read_options, unusable_shown
 from data_tools.importers.table import AUTO
 from data_tools.statistics.accumulator import Accumulator
 from rlhf.core import console
@@ -46,16 +46,11 @@ def import_command(
     """Import files of one format into a dataset. Rows that cannot be used go to OUT/rejected.jsonl with the reason."""
     given = read_options(options, option or ())
     gathered = Accumulator()
-    try:
+    with unusable_shown(as_json):
         summary = import_dataset(
             importer, paths, out, options=given, split=split_name, source=source, strict=strict,
             ignored_fields=ignore or (), overwrite=overwrite, gathered=gathered,
         )  # fmt: skip
-    except NothingUsable as error:
-        error.summary.show()
-        if as_json:
-            print_json(error.summary.as_dict())
-        raise
     summary.show()
     show_brief(gathered, out)
     if as_json:

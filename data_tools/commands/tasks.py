@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from data_tools.commands.common import Json, Out, Overwrite
-from data_tools.importers.run import NothingUsable
+from data_tools.importers.run import unusable_shown
 from data_tools.tasks import families as having
 from data_tools.tasks import make as making
 from rlhf.core import console
@@ -37,16 +37,11 @@ def tasks_command(
 ) -> None:
     """Turn labelled rows into demonstrations through templates, as FLAN does."""
     options = making.Options(tuple(template or ()), all_templates, shots, cot, seed)
-    try:
+    with unusable_shown(as_json):
         summary = making.make_tasks(
             paths, out, family=family, templates=templates, fields=field or (), choices=choices, task=task,
             options=options, strict=strict, overwrite=overwrite,
         )  # fmt: skip
-    except NothingUsable as error:
-        error.summary.show()
-        if as_json:
-            print_json(error.summary.as_dict())
-        raise
     summary.show()
     if as_json:
         print_json(summary.as_dict())

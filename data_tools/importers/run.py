@@ -74,6 +74,18 @@ class NothingUsable(UserError):
         super().__init__(f"{summary.out}: not written: none of {summary.read:,} rows could be used", why, remedy)
 
 
+@contextmanager
+def unusable_shown(as_json: bool) -> Iterator[None]:
+    """Within this context, the summary of an import of which no row could be used is shown before its error."""
+    try:
+        yield
+    except NothingUsable as error:
+        error.summary.show()
+        if as_json:
+            console.print_json(error.summary.as_dict())
+        raise
+
+
 def import_dataset(
     importer: str,
     paths: Sequence[str | Path],

@@ -52,6 +52,10 @@ class Rejects:
         row["raw"] = row.pop("raw")  # long, so last
         self._file.write(json.dumps(row, ensure_ascii=False) + "\n")
 
+    def in_words(self) -> str:
+        """The reasons with their numbers of rows, in a line."""
+        return ", ".join(f"{reason} ({rows:,})" for reason, rows in self.reasons.items())
+
 
 def by_count(reasons: dict[str, int]) -> dict[str, int]:
     """The reasons, most frequent first, then by name."""

@@ -35,6 +35,9 @@ class Teacher(Protocol):
     def facts(self) -> dict[str, Any]:
         """What a manifest records about it. It has no key and no time."""
 
+    def parents(self) -> list[dict[str, Any]]:
+        """What a dataset of its answers names as a parent besides datasets: the model, if it is on this disk."""
+
     def answers(self, prompts: Sequence[Prompt], n: int = 1) -> Iterator[list[Reply | Failure]]:
         """`n` replies to each prompt, in order; each depends on the seed, the prompt and its number alone.
 
@@ -63,6 +66,9 @@ class ServerTeacher:
         config = self._server.config
         sampling = {**self._options, **config.extra_body, "seed": self._seed}
         return {"kind": "server", "url": config.url, "model": self.name, "sampling": sampling}
+
+    def parents(self) -> list[dict[str, Any]]:
+        return []  # a server's model is not on this disk, so it cannot be looked up again
 
     def answers(self, prompts: Sequence[Prompt], n: int = 1) -> Iterator[list[Reply | Failure]]:
         with progress(f"asking {self.name}", len(prompts), "prompts") as advance:
@@ -106,6 +112,9 @@ class LocalTeacher:
 
     def facts(self) -> dict[str, Any]:
         return {"kind": "model", **self._model, "sampling": self._sampling()}
+
+    def parents(self) -> list[dict[str, Any]]:
+        return [{"kind": "model", **self._model}]
 
     def _sampling(self) -> dict[str, Any]:
         names = ("max_new_tokens", "min_new_tokens", "temperature", "top_k", "top_p")
