@@ -46,13 +46,5 @@ def test_two_processes_under_zero_do_what_one_does(stage: int, tuning: str, tmp_
     two = config(tmp_path / "two", rankings, **values, deepspeed=f"configs/deepspeed/zero{stage}.json")
     launch(one)
     launch(two, 2)
-    check_same_figures(
-        one.run,
-        two.run,
-        AutoModelForCausalLM,
-        "train/loss",
-        "optimizer/grad_norm",
-        "rewards/margins",
-        "logps/chosen",
-        "train/tokens",
-    )
+    names = ("train/loss", "optimizer/grad_norm", "rewards/margins", "logps/chosen", "train/tokens")
+    check_same_figures(one.run, two.run, AutoModelForCausalLM, *names)

@@ -532,7 +532,8 @@ def test_the_line_at_the_end_names_both_peaks(capsys):
 def test_the_high_end_on_a_cpu_keeps_what_recomputing_frees():
     config = sft(tiny.llama())
     with_all, freed = (
-        on_cpu(config.model_copy(update={"gradient_checkpointing": freed}), False, 1, 64, 32, 1) for freed in (False, True)
+        on_cpu(config.model_copy(update={"gradient_checkpointing": freed}), False, 1, 64, 32, 1)
+        for freed in (False, True)
     )
     assert freed.high == with_all.high
     assert freed.low < with_all.low

@@ -12,6 +12,7 @@ import tiny
 import torch
 from logged import lines as metrics_of
 from reward_runs import config, encoded, steps
+from stopped import stopped_after
 from torch.nn import functional as F
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
@@ -27,7 +28,6 @@ from rlhf.reward.losses import RANKING_LOSSES
 from rlhf.reward.metrics import reward_metrics
 from rlhf.reward.scoring import score_rankings
 from rlhf.runs.run import read_run
-from rlhf.training.loop import Loop
 from stages import reward
 
 
@@ -298,15 +298,7 @@ def test_a_resumed_run_reports_the_best_weights_although_it_has_not_seen_them_ev
 
     monkeypatch.setattr(reward.RewardObjective, "evaluate", away)
     made = config(tmp_path, rankings, eval={"every": 1}, checkpoints={"every": 1})
-    step = Loop._train_step
-
-    def interrupted(self: Any) -> Any:
-        if self.step == 4:
-            raise KeyboardInterrupt
-        return step(self)
-
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(Loop, "_train_step", interrupted)
+    with stopped_after(4):
         reward.run(made)
     reward.run(made, resume=True)
     row = next(row for row in metrics_of(made.run) if "eval/loss" in row and row["step"] == best)

@@ -50,15 +50,8 @@ def test_two_processes_under_zero_do_what_one_does(stage: int, tmp_path: Path, r
     two = config(tmp_path / "two", rankings, **values, deepspeed=f"configs/deepspeed/zero{stage}.json")
     launch(one)
     launch(two, 2)
-    check_same_figures(
-        one.run,
-        two.run,
-        AutoModelForSequenceClassification,
-        "train/loss",
-        "optimizer/grad_norm",
-        "optimizer/lr",
-        "train/tokens",
-    )
+    names = ("train/loss", "optimizer/grad_norm", "optimizer/lr", "train/tokens")
+    check_same_figures(one.run, two.run, AutoModelForSequenceClassification, *names)
 
 
 def test_two_processes_divide_by_the_weights_of_all_rankings(tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ import transformers
 import ukp
 from seqeval.metrics import f1_score as entity_f1
 from sklearn.metrics import f1_score
+from stopped import stopped_after
 
 import stages.specialist
 from rlhf.config.base import ModelConfig
@@ -304,25 +305,15 @@ def test_a_part_of_the_weights_is_trained_and_the_result_is_whole(tmp_path, task
     assert same == (tuning != "lora")
 
 
-def test_a_stopped_run_continues_bit_for_bit(tmp_path, monkeypatch):
+def test_a_stopped_run_continues_bit_for_bit(tmp_path):
     values = {"batch": {"batch_size": 8, "max_steps": 6}, "checkpoints": {"every": 2}, "eval": {"every": 6}}
     rows = specialist_rows.rows("text", 20)
     (tmp_path / "whole").mkdir()
     whole = trained(tmp_path / "whole", "text", rows, **values)
     (tmp_path / "stopped").mkdir()
     config = specialist_rows.config(tmp_path / "stopped", "text", rows, **values)
-    batch = stages.specialist.SpecialistObjective.batch
-    calls = iter(range(100))
-
-    def stop_at_the_sixth(self, rows):
-        if next(calls) == 5:
-            raise KeyboardInterrupt
-        return batch(self, rows)
-
-    monkeypatch.setattr(stages.specialist.SpecialistObjective, "batch", stop_at_the_sixth)
-    with pytest.raises(KeyboardInterrupt):
+    with stopped_after(5):
         stages.specialist.run(config)
-    monkeypatch.undo()
     from rlhf.runs.lock import unlock
 
     unlock(tmp_path / "stopped" / "run")

@@ -31,27 +31,25 @@ def head_chunks(tokens: int, vocab_size: int) -> int:
 def token_logprobs(
     model: nn.Module,
     input_ids: Tensor,
-    attention_mask: Tensor | None,
+    attention_mask: Tensor,
     response_mask: Tensor,
     temperature: float,
     chunks: int | None = None,
-    position_ids: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Log-probs and entropies of the response tokens alone; full logits exist for one chunk of tokens at a time.
 
     Args:
         model: A causal LM, or PEFT's wrapper around one.
         input_ids: int64 [B, T], prompt and response, padded on the right.
-        attention_mask: [B, T], 1 where there is a token; None where packed.
+        attention_mask: [B, T], 1 where there is a token.
         response_mask: bool [B, T], True at the response tokens (never the first of a sequence).
         temperature: Logits are divided by it, as they were when sampling.
         chunks: Parts that the head works in; chosen by the number of tokens when left out.
-        position_ids: Of packed sequences; see `hidden_states`.
 
     Returns:
         float32 [n] log-probs and [n] entropies in nats, n = response_mask.sum(), row by row.
     """
-    states, targets = predicting_states(model, input_ids, attention_mask, response_mask, position_ids)
+    states, targets = predicting_states(model, input_ids, attention_mask, response_mask)
     return head_logprobs(causal_lm(model), states, targets, temperature, chunks)
 
 
@@ -70,7 +68,10 @@ def token_predictions(
     model: nn.Module, input_ids: Tensor, attention_mask: Tensor | None, response_mask: Tensor,
     chunks: int | None = None, position_ids: Tensor | None = None,
 ) -> TokenPredictions:  # fmt: skip
-    """As `token_logprobs` at temperature 1, and whether each token is the likeliest one."""
+    """As `token_logprobs` at temperature 1, and whether each token is the likeliest one.
+
+    Packed sequences have no attention mask, but `position_ids`; see `hidden_states`.
+    """
     states, targets = predicting_states(model, input_ids, attention_mask, response_mask, position_ids)
     return TokenPredictions(*_head(causal_lm(model), states, targets, 1.0, chunks, top1=True))
 

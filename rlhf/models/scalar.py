@@ -52,11 +52,9 @@ class ScalarModel(nn.Module):
         """True if the model gives a value for every token."""
         return hasattr(causal_lm(self.model), "score")
 
-    def token_values(
-        self, input_ids: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None = None
-    ) -> Tensor:
+    def token_values(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """Values float32 [B, T] of the tokens int64 [B, T]. Needs a decoder. For the arguments see `hidden_states`."""
-        return self.values(hidden_states(self.model, input_ids, attention_mask, position_ids))
+        return self.values(hidden_states(self.model, input_ids, attention_mask))
 
     def values(self, states: Tensor) -> Tensor:
         """Values float32 [...] of a decoder's hidden states [..., H]."""

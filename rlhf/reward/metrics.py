@@ -245,11 +245,15 @@ def _kendall_tau_b(compared: _ScoredPairs) -> float | None:
 # ---- tables --------------------------------------------------------------------------------------------------
 
 
-def metric_rows(metrics: dict[str, Any], top: int = 20) -> list[tuple[str, tuple[str, ...], list[tuple[Any, ...]]]]:
+MOST_PARTS = 20
+"""Rows of a breakdown's table."""
+
+
+def metric_rows(metrics: dict[str, Any]) -> list[tuple[str, tuple[str, ...], list[tuple[Any, ...]]]]:
     """The metrics as tables (title, columns, rows), the arguments of `rlhf.core.console.table`.
 
     The first table has the whole set. Then come those breakdowns that have more than one part: by rank distance, and
-    by source, annotator and group, each with the `top` parts with the most pairs. The metrics of
+    by source, annotator and group, each with the `MOST_PARTS` parts with the most pairs. The metrics of
     `rlhf.reward.agreement.Agreement`, if present, follow the accuracy.
     """
     low, high = metrics["accuracy_interval"] or (None, None)
@@ -274,8 +278,8 @@ def metric_rows(metrics: dict[str, Any], top: int = 20) -> list[tuple[str, tuple
         title = f"By {name}"
         if name != "rank distance":
             parts.sort(key=lambda part: -part[1]["pairs"])
-            title += f" ({top} of {len(parts)} with the most pairs)" if len(parts) > top else ""
-            parts = parts[:top]
+            title += f" ({MOST_PARTS} of {len(parts)} with the most pairs)" if len(parts) > MOST_PARTS else ""
+            parts = parts[:MOST_PARTS]
         if len(parts) > 1:
             columns = (name, "pairs", "rankings", "accuracy", "95% low", "95% high", "log loss", "longer wins")
             tables.append((title, columns, [_part_row(label, part) for label, part in parts]))

@@ -33,7 +33,7 @@ def save_weights(folder: Path, model: Any) -> None:
     """
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     groups = _groups(base)
-    plan = _plan(base, groups)
+    plan = _plan(groups)
     if is_main():
         base.save_pretrained(folder, state_dict={})  # all but the weights
     places: dict[str, str] = {}
@@ -67,7 +67,7 @@ def _groups(base: Any) -> dict[str, dict[str, Tensor]]:
     return found
 
 
-def _plan(base: Any, groups: dict[str, dict[str, Tensor]]) -> Any:
+def _plan(groups: dict[str, dict[str, Tensor]]) -> Any:
     """Which group goes into which file. A group is never divided, since it is converted at once."""
     bytes_of = {key: sum(empty.nbytes for empty in group.values()) for key, group in groups.items()}
     sizes = {key: torch.empty(count, dtype=torch.uint8, device="meta") for key, count in bytes_of.items()}
