@@ -165,7 +165,8 @@ def report(plan: MemoryPlan, gpus: int, hosts: int) -> None:
     columns = ["", *phases, "needs", "fits", "budget", "host"]
     table(title, columns, rows)
     say(f"needs: the highest phase, plus {MARGIN:.0%} for the allocator and {CONTEXT / GIB:g} GiB for CUDA itself")
-    say(f"budget: the largest {plan.budget_key} that fits; host: GiB of a host's main memory")
+    unit = "whole sequences" if isinstance(plan.config, PPOConfig) else "records"
+    say(f"budget: the largest {plan.budget_key} that fits, of 1, 2, 4, ... {unit}; host: GiB of a host's main memory")
     for line in advice(plan):
         say(line)
 
