@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 import tiny
-from chromium import Chromium, needs_chromium
+from chromium import UNREADABLE, Chromium, needs_chromium
 from report_runs import HOSTILE, write_chain
 
 from rlhf.report.gather import gather
@@ -51,10 +51,13 @@ WIDE = "document.documentElement.scrollWidth <= innerWidth"
 @pytest.mark.parametrize(("width", "dark"), [(390, False), (390, True), (1280, False), (1280, True)])
 def test_the_page_fits_and_follows_the_readers_mode(width, dark, browser, file):
     page = browser.page(file, width=width, touch=width < 600, dark=dark)
-    assert page.eval(WIDE)
+    assert page.eval(WIDE) and page.eval(UNREADABLE) == []
+    assert page.eval("getComputedStyle(document.querySelector('#frontier .canvas.narrow')).display") == (
+        "block" if width < 600 else "none"
+    )
     back = page.eval("getComputedStyle(document.body).backgroundColor")
     assert (sum(map(int, back.removeprefix("rgb(").removesuffix(")").split(","))) < 200) == dark
-    assert page.eval("Math.min(...[...document.querySelectorAll('.canvas')].map(one => one.clientWidth))") > 250
+    assert page.eval("Math.min(...[...document.querySelectorAll('.canvas')].map(one => one.clientWidth || 999))") > 250
     assert page.faults() == []
     page.close()
 

@@ -20,6 +20,7 @@ STYLE: Any = {
     "svg.fonttype": "none", "text.parse_math": False, "font.size": 10, "font.family": "sans-serif",
     "text.color": INK, "axes.labelcolor": INK, "xtick.color": INK, "ytick.color": INK, "axes.edgecolor": FAINT,
     "axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False,
+    "legend.handlelength": 1.4, "legend.handletextpad": 0.5, "legend.columnspacing": 1.2,
 }  # fmt: skip
 
 
@@ -49,9 +50,12 @@ def _fit(axes: Any) -> int:
     rows = 0
     if axes.get_legend() is not None:
         handles, names = axes.get_legend_handles_labels()
-        columns = 2 if max(map(len, names)) <= 11 else 1
+        for columns in (2, 1):
+            legend = axes.legend(handles, names, loc="lower left", bbox_to_anchor=(0, 1), ncols=columns, labelcolor=INK)
+            axes.figure.draw_without_rendering()
+            if legend.get_window_extent().x1 < axes.figure.bbox.x1:
+                break
         rows = -(-len(names) // columns)
-        axes.legend(handles, names, loc="lower left", bbox_to_anchor=(0, 1), ncols=columns, labelcolor=INK)
     axes.figure.draw_without_rendering()
     labels = [label for label in axes.get_xticklabels() if label.get_text()]
     boxes = [label.get_window_extent() for label in labels]

@@ -44,7 +44,7 @@ def reliability_plot(name: str, facts: Mapping[str, Any]) -> str:
         for one in bins:
             axes.text(
                 one["confidence"], 0.02, f"{one['count']:,}", transform=axes.get_xaxis_transform(), ha="center",
-                fontsize=8, color=INK,
+                fontsize=8.5, color=INK,
             )  # fmt: skip
         axes.set(xlabel="confidence: sigmoid of the score difference (pairs at the bottom)", ylabel="accuracy")
         axes.set(xlim=(0.49, 1.01))

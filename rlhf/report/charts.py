@@ -7,8 +7,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from matplotlib.ticker import PercentFormatter
-
 from rlhf.core.console import format_number
 from rlhf.core.plot import BLUE, FAINT, INK, ORANGE, RED, svg_plot
 from rlhf.doctor.evidence import Evidence
@@ -16,8 +14,9 @@ from rlhf.doctor.evidence import Evidence
 COLOURS = (BLUE, ORANGE, "#3a9d5d", RED, "#8e63ce", "#8a6d3b", "#d16ba5", "#6b7a8f")
 MOST_POINTS = 300
 """Points of a line on the page; longer series are thinned, keeping the lowest and highest value of each stretch."""
-WIDTH, HEIGHT = 4.4, 2.5
-LONG_NAME = 28
+WIDTH, HEIGHT = 3.7, 2.1
+"""Hundreds of units; drawn at about 340 pixels, letters of 9 points have 11."""
+LONG_NAME = 22
 """Letters of a line's name above which the legend has one name a row."""
 
 
@@ -104,6 +103,8 @@ class Chart:
     about: str
     svg: str
     points: dict[str, Any] = field(default_factory=dict)
+    narrow: Chart | None = None
+    """The same for a narrow screen, where the letters of a wide chart would be too small."""
 
 
 def stage_charts(name: str, runs: Sequence[tuple[str, Evidence]], levels: Mapping[str, float]) -> list[Chart]:
@@ -186,12 +187,11 @@ def draw(
         axes.locator_params(axis="x", nbins=6, integer=across == "step")
         axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}" if across == "step" else f"{value:g}")
         if percent:
-            axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=None))
+            axes.yaxis.set_major_formatter(lambda value, _: f"{100 * value:.4g}%" if -1e-9 < value < 1 + 1e-9 else "")
             low, high = axes.get_ylim()
             axes.set_ylim(max(low, -0.02), min(high, 1.02))
         if len(lines) > 1:
-            axes.legend(fontsize=8.5, labelcolor=INK, loc="lower center", bbox_to_anchor=(0.5, 1), ncols=columns,
-                        handlelength=1.4, columnspacing=1.2)  # fmt: skip
+            axes.legend(fontsize=8.5, labelcolor=INK, loc="lower center", bbox_to_anchor=(0.5, 1), ncols=columns)
 
     columns = 2 if max((len(line.name) for line in lines), default=0) <= LONG_NAME else 1
     rows = max(0, math.ceil(len(lines) / columns) - 1) if len(lines) > 1 else 0

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from rlhf.core.limits import read_json_object
-from rlhf.report.charts import COLOURS, Chart, Line, draw, thinned
+from rlhf.report.charts import COLOURS, WIDTH, Chart, Line, draw, thinned
 from rlhf.report.gather import RunRecord, Subject
 
 
@@ -37,7 +38,11 @@ def frontier(subjects: Sequence[Subject]) -> Chart | None:
         return None
     first = "Each point is one evaluation or update. Steep is good: more score for less distance from the reference."
     across = "KL to the reference, nats per answer"
-    return draw("frontier", "Score against KL", " ".join([first, *about]), lines, across, upward="score", width=6)
+    wide, narrow = (
+        draw(name, "Score against KL", " ".join([first, *about]), lines, across, upward="score", width=width)
+        for name, width in (("frontier", 6), ("frontier-narrow", WIDTH))
+    )
+    return replace(wide, narrow=narrow)
 
 
 def _run_lines(run: RunRecord, prefix: str, colour: str, other: str) -> list[Line]:
