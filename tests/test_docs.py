@@ -146,6 +146,14 @@ def anchors(page: Path) -> set[str]:
     return found
 
 
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_row_of_a_table_has_the_cells_of_its_header(page):
+    text = re.sub(r"^```.*?^```", "", page.read_text("utf-8"), flags=re.MULTILINE | re.DOTALL)
+    for table in re.findall(r"(?:^\|.*\n)+", text, re.MULTILINE):
+        header, *rows = (len(re.findall(r"(?<!\\)\|", line)) for line in table.splitlines())
+        assert rows and {header} == set(rows), table
+
+
 def test_files_that_pages_name_are_there():
     kinds = "rlhf|stages|data_tools|tests|benchmarks|configs|docs"
     missing = {

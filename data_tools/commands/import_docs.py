@@ -67,9 +67,7 @@ def _section(row: TableRow) -> str:
             kind = field.annotation
             type_name = str(kind).replace("typing.", "") if get_origin(kind) else getattr(kind, "__name__", str(kind))
             default = "required" if field.is_required() else f"`{field.default!r}`"
-            options.append(
-                f"| `{name}` | {type_name} | {default} |".replace(" | None", " or None").replace("str | ", "str or ")
-            )
+            options.append(f"| `{name}` | {type_name.replace(' | ', ' or ')} | {default} |")
         parts.append("\n".join(options))
     suffixes = row.traits["suffixes"]
     known = {JSON: "those of JSON and Parquet", JSON + CSV: "those of JSON, Parquet, CSV and TSV"}

@@ -85,9 +85,9 @@ def label_studio(
 ) -> Iterator[Record]:
     """Label Studio: exports as JSON or JSON_MIN of projects with a Ranker, Pairwise, Choices or Ratings.
 
-    Ranks: a Ranker without buckets lists the ids of the items, best first: ranks 1, 2, ... Pairwise holds the side that
-    was chosen: it gets rank 1, the other 2. Choices of an answer ("Answer 2", "B is better", its own text) or of a tie
-    ("Both are equal") say it too; other choices, such as reasons, are not read. `choice_values` says what other values
+    Ranks: a Ranker without buckets lists the ids of the items, best first: ranks 1, 2, ...; Pairwise holds the side
+    that was chosen: it gets rank 1, the other 2. Choices of an answer ("Answer 2", "B is better", its own text) or a
+    tie ("Both are equal") say it too; other choices, such as reasons, are not read. `choice_values` says what others
     mean: ``Undecided=tie,Upper=answer1``. Ratings, a control an answer (`rating1` or its object `text1` belongs to the
     answer that ends in 1), rank by stars: the higher is the better, equal ones tie, and an answer without stars is no
     part of the ranking. They are the candidates' scores, also with a Pairwise. A side and a tie, two sides, or a side

@@ -111,7 +111,7 @@ def _named(value: Any) -> Any:
 
 
 def _plain(value: Any) -> str:
-    return value if isinstance(value, str) and value else json.dumps(value)
+    return value if isinstance(value, str) and value and value.isprintable() else json.dumps(value)
 
 
 def _type(field: FieldInfo) -> str:
