@@ -34,18 +34,15 @@ from rlhf.models.shared_prompt import NO_SHARING
 from rlhf.models.vocabulary import token_count
 from rlhf.reward.agreement import Agreement
 from rlhf.reward.collator import RankingCollator, comparable, learnable
-from rlhf.reward.held_out import BestScores, mean_loss, report
+from rlhf.reward.held_out import BestScores, logged_metrics, mean_loss, report
 from rlhf.reward.losses import RankingBatch
-from rlhf.reward.metrics import ScoredRanking, reward_metrics
+from rlhf.reward.metrics import ScoredRanking
 from rlhf.runs.parents import parent_facts, resolve_model_path, template_time
 from rlhf.runs.run import data_facts, finish, open_run
 from rlhf.training.engine import Engine
 from rlhf.training.loop import Loop, Objective, supervised_engine
 from rlhf.tuning.methods import say_trainable, virtual_tokens
 from rlhf.tuning.save import save_result
-
-LOGGED = ("accuracy", "log_loss", "calibration_error", "kendall_tau_b")
-"""The ranking metrics that every evaluation logs; all of them are in reward_metrics.json at the end."""
 
 
 def run(config: DPOConfig, resume: bool = False, overwrite: bool = False) -> None:
@@ -180,11 +177,8 @@ class DPOObjective(Objective[PreferenceBatch]):
         loss = mean_loss(len(answers), losses)
         scored = self.scored(answers)
         self.best.note(loss, step, scored)
-        found = reward_metrics(scored)
-        metrics = {name: found[name] for name in LOGGED}
-        metrics |= {"ceiling": self.human_agreement.ceiling} if self.human_agreement else {}
         means = dict(zip(METRICS, (sums / weight).tolist()))
-        return {"loss": loss} | {name: value for name, value in metrics.items() if value is not None} | means
+        return {"loss": loss} | logged_metrics(scored, self.human_agreement, "kendall_tau_b") | means
 
     def scored(self, answers: list[tuple[list[float], list[int]]]) -> list[ScoredRanking]:
         """The held-out rankings with the implicit rewards of their answers, from their log-probs."""
@@ -201,12 +195,10 @@ class DPOObjective(Objective[PreferenceBatch]):
         ]
 
     def scored_at(self, engine: Engine, step: int) -> list[ScoredRanking]:
-        """The held-out rankings, scored with the weights of `step`, which the engine has loaded.
-
-        The scores of the best evaluation are reused if it was at that step."""
+        """The held-out rankings, scored with the weights of `step`, which the engine has loaded."""
         if self.held_out is None:
             return []
-        return self.best.scored if self.best.step == step else self.scored(self.answers(engine, self.held_out))
+        return self.best.at(step, lambda: self.scored(self.answers(engine, self.held_out)))
 
 
 def _weights(rankings: RankingBatch) -> Tensor:

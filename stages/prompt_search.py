@@ -15,11 +15,11 @@ import typer
 
 from rlhf.cli import options, task_options
 from rlhf.cli.sampling_options import SamplingOptions, with_sampling
-from rlhf.config.load import check_config
+from rlhf.config.load import check_config, inline_values
 from rlhf.core.console import print_json, say, table
 from rlhf.core.errors import UserError
-from rlhf.core.limits import parse_yaml
 from rlhf.data.selection import train_records
+from rlhf.inference.teacher import is_server
 from rlhf.prompting.ways import Prompting, check_way, read_prompting, read_way
 from rlhf.runs.parents import parent_facts
 from rlhf.servers.cache import ReplyCache
@@ -113,12 +113,9 @@ def _server(proposer: str) -> ServerConfig | None:
     Raises:
         UserError: Its address or an option is wrong, or its key is not in the environment.
     """
-    if not proposer.startswith(("http://", "https://", "{")):
+    values = {"url": proposer} if is_server(proposer) else inline_values(proposer, "--proposer")
+    if values is None:
         return None
-    try:
-        values = parse_yaml(proposer) if proposer.startswith("{") else {"url": proposer}
-    except ValueError as error:
-        raise UserError(f"--proposer {proposer}: {error}") from None
     found = check_config(ServerConfig, values, "--proposer")
     found.key()
     return found

@@ -35,9 +35,9 @@ from rlhf.models.vocabulary import token_count
 from rlhf.reward.agreement import Agreement
 from rlhf.reward.collator import RankingCollator, RewardBatch, comparable, learnable
 from rlhf.reward.config import RewardConfig
-from rlhf.reward.held_out import BestScores, mean_loss, report
+from rlhf.reward.held_out import BestScores, logged_metrics, mean_loss, report
 from rlhf.reward.losses import RankingBatch, centering_penalty
-from rlhf.reward.metrics import ScoredRanking, reward_metrics
+from rlhf.reward.metrics import ScoredRanking
 from rlhf.reward.scoring import score_rankings, score_texts
 from rlhf.runs.parents import parent_facts, resolve_model_path, template_time
 from rlhf.runs.run import Run, data_facts, finish, open_run
@@ -169,10 +169,7 @@ class RewardObjective(Objective[RewardBatch]):
         scored = self.score(engine, self.held_out)
         loss = self.held_out_loss(scored)
         self.best.note(loss, step, scored)
-        found = reward_metrics(scored)
-        metrics = {name: found[name] for name in ("accuracy", "log_loss", "calibration_error")}
-        metrics |= {"ceiling": self.human_agreement.ceiling} if self.human_agreement else {}
-        return {"loss": loss} | {name: value for name, value in metrics.items() if value is not None}
+        return {"loss": loss} | logged_metrics(scored, self.human_agreement)
 
     def held_out_loss(self, scored: Sequence[ScoredRanking]) -> float:
         """Weighted mean over the held-out rankings that can be compared."""
@@ -193,12 +190,10 @@ class RewardObjective(Objective[RewardBatch]):
             return score_rankings(self.scalar, self.chat, rankings, self.batch_tokens)
 
     def scored_at(self, engine: Engine, step: int) -> list[ScoredRanking]:
-        """The held-out rankings, scored with the weights of `step`, which the engine has loaded.
-
-        The scores of the best evaluation are reused if it was at that step."""
+        """The held-out rankings, scored with the weights of `step`, which the engine has loaded."""
         if self.held_out is None:
             return []
-        return self.best.scored if self.best.step == step else self.score(engine, self.held_out)
+        return self.best.at(step, lambda: self.score(engine, self.held_out))
 
     def mean_score(self, engine: Engine, demonstrations: Any) -> float:
         """Mean raw score of a table of demonstrations. Every rank calls it."""

@@ -47,6 +47,20 @@ def read_values(path: str | Path) -> dict[str, Any]:
     return values
 
 
+def inline_values(spec: str, option: str) -> dict[str, Any] | None:
+    """The keys and values of a mapping on the command line, such as ``{name: few-shot, shots: 4}``; None if it is none.
+
+    Raises:
+        UserError: It is not YAML; the message begins with `option`.
+    """
+    if not spec.lstrip().startswith("{"):
+        return None
+    try:
+        return dict(parse_yaml(spec))
+    except ValueError as error:
+        raise UserError(f"{option} {spec}: {error}") from None
+
+
 def check_config(kind: type[C], values: dict[str, Any], where: str) -> C:
     """Validate parsed values. `where` is their origin, for the error.
 

@@ -8,9 +8,8 @@ from typing import Any
 from pydantic import NonNegativeFloat, PositiveInt, model_validator
 
 from rlhf.config.base import Strict
-from rlhf.config.load import check_config, read_values
+from rlhf.config.load import check_config, inline_values, read_values
 from rlhf.core.errors import UserError
-from rlhf.core.limits import parse_yaml
 from rlhf.servers.config import ServerConfig
 
 
@@ -60,11 +59,7 @@ def read_judge(spec: str) -> JudgeConfig:
     """
     if spec.startswith(("http://", "https://")):
         return check_config(JudgeConfig, {"url": spec}, "the judge")
-    if spec.lstrip().startswith("{"):
-        try:
-            values = parse_yaml(spec)
-        except ValueError as error:
-            raise UserError(f"judge {spec}: {error}") from None
+    if (values := inline_values(spec, "judge")) is not None:
         return check_config(JudgeConfig, values, "the judge")
     if not Path(spec).is_file():
         raise UserError(

@@ -15,10 +15,9 @@ from pydantic import NonNegativeInt, PositiveInt
 
 from rlhf.cli.sampling_options import SamplingOptions
 from rlhf.config.base import Strict
-from rlhf.config.load import check_config, read_values
+from rlhf.config.load import check_config, inline_values, read_values
 from rlhf.core.console import format_number, table
 from rlhf.core.errors import UserError
-from rlhf.core.limits import parse_yaml
 from rlhf.runs.parents import resolve_model_path
 
 if TYPE_CHECKING:  # imports torch
@@ -75,14 +74,9 @@ def read_harness(spec: str) -> HarnessConfig:
     Raises:
         UserError: It is none of these, or a value is wrong.
     """
-    values: Any = {"tasks": [name.strip() for name in spec.split(",") if name.strip()]}
-    if spec.lstrip().startswith("{"):
-        try:
-            values = parse_yaml(spec)
-        except ValueError as error:
-            raise UserError(f"--lm-eval {spec}: {error}") from None
-    elif spec.endswith((".yaml", ".yml")):
-        values = read_values(spec)
+    values = read_values(spec) if spec.endswith((".yaml", ".yml")) else inline_values(spec, "--lm-eval")
+    if values is None:
+        values = {"tasks": [name.strip() for name in spec.split(",") if name.strip()]}
     config = check_config(HarnessConfig, values, "--lm-eval")
     if not config.tasks:
         raise UserError("--lm-eval: names no task", remedy="Name some, such as arc_easy,hellaswag.")

@@ -14,9 +14,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field
 
-from rlhf.config.load import read_values
+from rlhf.config.load import inline_values, read_values
 from rlhf.core.errors import UserError, nearest
-from rlhf.core.limits import parse_yaml
 from rlhf.core.table import Pick, Table, options_of
 
 PROMPTING = Table("way of prompting")
@@ -122,11 +121,8 @@ def read_way(spec: str) -> dict[str, Any]:
     Raises:
         UserError: It is none of these.
     """
-    if spec.lstrip().startswith("{"):
-        try:
-            return dict(parse_yaml(spec))
-        except ValueError as error:
-            raise UserError(f"--prompting {spec}: {error}") from None
+    if (values := inline_values(spec, "--prompting")) is not None:
+        return values
     is_file = spec.endswith((".yaml", ".yml")) or Path(spec).is_file()
     return read_values(spec) if is_file else {"name": spec}
 

@@ -49,6 +49,17 @@ class BestScores:
         if loss < self.loss:
             self.loss, self.step, self.scored = loss, step, scored
 
+    def at(self, step: int, score: Callable[[], list[ScoredRanking]]) -> list[ScoredRanking]:
+        """The scores of the evaluation at `step`, made again by `score` unless it was the best one."""
+        return self.scored if self.step == step else score()
+
+
+def logged_metrics(scored: Sequence[ScoredRanking], human: Agreement | None, *more: str) -> dict[str, float]:
+    """The metrics that every evaluation logs, and `more`, where they are defined; with human agreement's ceiling."""
+    found = reward_metrics(scored) | ({"ceiling": human.ceiling} if human else {})
+    names = ("accuracy", "log_loss", "calibration_error", *more, "ceiling")
+    return {name: found[name] for name in names if found.get(name) is not None}
+
 
 def report(run: Run, scored: Sequence[ScoredRanking], step: int, human: Agreement | None) -> dict[str, Any]:
     """Show the held-out metrics with human agreement, write them to reward_metrics.json; returns those for run.json."""
