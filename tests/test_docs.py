@@ -181,14 +181,17 @@ def test_keys_that_pages_name_are_keys_of_a_config():
     assert not unknown
 
 
-def test_the_map_of_the_code_names_every_package_and_every_file_of_stages():
+def test_the_map_of_the_code_names_every_file_of_stages():
     text = (REPOSITORY / "CONTRIBUTING.md").read_text("utf-8")
-    packages = {
-        file.parent.name for root in ("rlhf", "data_tools") for file in REPOSITORY.glob(f"{root}/*/__init__.py")
-    }
-    stages = {file.stem for file in (REPOSITORY / "stages").glob("[!_]*.py")}
-    assert {name for name in packages if f"| `{name}` |" not in text} == set()
-    assert {name for name in stages if f"`{name}`" not in text} == set()
+    assert {file.stem for file in (REPOSITORY / "stages").glob("[!_]*.py") if f"`{file.stem}`" not in text} == set()
+
+
+def test_every_table_is_named_where_pages_say_how_to_add_a_row():
+    text = "".join((REPOSITORY / page).read_text("utf-8") for page in ("CONTRIBUTING.md", "docs/extending.md"))
+    for file in [*REPOSITORY.glob("rlhf/*/*.py"), *REPOSITORY.glob("data_tools/*/*.py")]:
+        path = file.relative_to(REPOSITORY)
+        for table in re.findall(r"^(\w+) = Table\(", file.read_text("utf-8"), re.MULTILINE):
+            assert f"`{table}`" in text and (f"`{path}`" in text or f"`{path.parent}/`" in text), f"{path}: {table}"
 
 
 def test_every_page_command_and_folder_of_configs_is_found_from_a_page():

@@ -107,6 +107,14 @@ def test_packages_import_only_packages_below_them():
     assert not upward
 
 
+def test_the_map_of_the_code_lists_the_packages_from_the_ground_up():
+    text = (REPOSITORY / "CONTRIBUTING.md").read_text("utf-8")
+    for root, floors in FLOORS.items():
+        assert {file.parent.name for file in (REPOSITORY / root).glob("*/__init__.py")} == set(floors)
+        listed = text.split(f"| `{root}/` | holds |")[1].split("\n\n")[0]
+        assert re.findall(r"^\| `(\w+)` \|", listed, re.MULTILINE) == floors
+
+
 def test_test_files_import_helpers_and_not_each_other():
     for file in (REPOSITORY / "tests").glob("*.py"):
         text = file.read_text("utf-8")
