@@ -118,8 +118,7 @@ def command(
     for samples in sample(policy, prompts, params, sampling.seed, n, prompt_limit, routed):
         rows = [_row(one, index) for index, one in enumerate(samples)]
         if routed is not None:
-            task = routed.adapters.names[routed.tasks[samples[0].prompt.prompt_id]]
-            rows = [row | {"task": task} for row in rows]
+            rows = [row | {"task": routed.task(samples[0].prompt)} for row in rows]
         if scorer is not None:
             found, spread = scorer.with_disagreement(samples)
             scores.append(found)
@@ -146,15 +145,20 @@ def command(
     if best_of and not as_json:
         _show_curve(scores)
     if curve is not None:
-        from rlhf.inference.best_of import best_of_curve, draw_curve, write_curve  # imports numpy
-
-        if curve.suffix == ".json":
-            facts = {"policy": model, "reward": reward, "prompts": len(scores), "seed": sampling.seed}
-            write_curve(curve, best_of_curve(scores), facts | {"sampling": asdict(params)})
-        else:
-            draw_curve(curve, best_of_curve(scores), compared)
+        facts = {"policy": model, "reward": reward, "prompts": len(scores), "seed": sampling.seed}
+        _write_curve(curve, scores, facts | {"sampling": asdict(params)}, compared)
         if not as_json:
             say(f"Curve: {curve}")
+
+
+def _write_curve(file: Path, scores: list[list[float]], facts: dict[str, Any], compared: Any) -> None:
+    """Write the best-of-n curve of some prompts' scores as JSON with `facts`, or draw it beside the runs `compared`."""
+    from rlhf.inference.best_of import best_of_curve, draw_curve, write_curve  # imports numpy
+
+    if file.suffix == ".json":
+        write_curve(file, best_of_curve(scores), facts)
+    else:
+        draw_curve(file, best_of_curve(scores), compared)
 
 
 def _answers(n: int, best_of: int | None, reward: str | None, demonstrations: Path | None) -> int:

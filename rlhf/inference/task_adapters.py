@@ -219,6 +219,10 @@ class RoutedPrompts:
     tasks: dict[str, int]
     """Id of a prompt -> index of its task."""
 
+    def task(self, prompt: Prompt) -> str:
+        """The name of a prompt's task."""
+        return self.adapters.names[self.tasks[prompt.prompt_id]]
+
 
 def route(adapters: TaskAdapters, prompts: Sequence[Prompt], field: str | None) -> tuple[list[Prompt], RoutedPrompts]:
     """Find the adapter of each prompt by a field of its record.
