@@ -197,7 +197,7 @@ class StageConfig(Strict):
 
 
 class SupervisedConfig(StageConfig):
-    """Shared by SFT, the reward model and DPO: epochs over a fixed table of records."""
+    """Shared by all stages but PPO: epochs over a fixed table of records."""
 
     batch: BatchConfig = BatchConfig()
     optimizer: OptimizerConfig = OptimizerConfig()

@@ -1,4 +1,4 @@
-"""The training loop of SFT, the reward model and DPO: epochs over a fixed table, the best checkpoint as the result."""
+"""The training loop of all stages but PPO: epochs over a fixed table, the best checkpoint as the result."""
 
 from __future__ import annotations
 

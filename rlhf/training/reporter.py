@@ -14,7 +14,7 @@ from rlhf.runs.run import Run
 
 
 class Reporter:
-    """The reporter of all three stages. Rank 0 writes and prints; the other ranks may call everything.
+    """The reporter of all stages. Rank 0 writes and prints; the other ranks may call everything.
 
     Args:
         run: The run folder.
