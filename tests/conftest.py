@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import gc
 import os
+import random
 import shutil
 import signal
 import subprocess
 import sys
+import zlib
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING
 
 import pytest
@@ -34,6 +37,17 @@ def few_threads() -> None:
     import torch
 
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Random numbers that a test does not seed are those of its name, whichever tests the worker ran before."""
+    seed = zlib.crc32(item.nodeid.encode())
+    random.seed(seed)
+    if "numpy" in sys.modules:
+        sys.modules["numpy"].random.seed(seed)
+    if "torch" in sys.modules:
+        sys.modules["torch"].default_generator.manual_seed(seed)  # torch.manual_seed writes down where it was called
 
 
 @pytest.fixture(autouse=True)
@@ -70,6 +84,17 @@ def configs_without_text() -> Iterator[None]:
 
             for kind in (PretrainedConfig, GenerationConfig):
                 patch.setattr(kind, "__repr__", object.__repr__)
+        yield
+
+
+@pytest.fixture(autouse=True, scope="session")
+def quick_end_of_continuous_batching() -> Iterator[None]:
+    """transformers searches the whole process for garbage twice in each call of its batching: half of a small call."""
+    with pytest.MonkeyPatch.context() as patch:
+        if "transformers" in sys.modules:
+            from transformers.generation.continuous_batching import continuous_api
+
+            patch.setattr(continuous_api, "gc", SimpleNamespace(collect=lambda: 0))
         yield
 
 
@@ -132,10 +157,15 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items[:] = [*ordered, *others]
 
 
-def pytest_collection_finish() -> None:
-    """What the imports left is there to stay: runs collect garbage, which would go through all of it every time."""
-    gc.collect()
-    gc.freeze()
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Iterator[None]:
+    """What imports make is there to stay: neither they nor the runs of tests are to search it for garbage."""
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.enable()
+        gc.freeze()
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

@@ -8,6 +8,7 @@ import io
 import json
 import re
 import sys
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -48,12 +49,14 @@ def chatml(ending: str = "") -> str:
 
     `ending` is more of the template, after the last turn.
     """
-    folder = Path(tiny.llama()).with_name(f"chatml{len(ending)}")
+    folder = Path(tiny.llama()).with_name(f"chatml-{zlib.crc32(ending.encode()):08x}")
     model = load_policy(ModelConfig(path=tiny.llama()), tiny.llama())
     tokenizer = transformers.AutoTokenizer.from_pretrained(tiny.llama())
     tokenizer.add_tokens([AddedToken(text, special=True) for text in ("<|im_start|>", "<|im_end|>")])
     tokenizer.pad_token, tokenizer.chat_template = None, CHATML + ending
-    model.resize_token_embeddings(len(tokenizer))
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model.resize_token_embeddings(len(tokenizer))
     model.config.pad_token_id = model.generation_config.pad_token_id = None
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)

@@ -11,6 +11,11 @@ from rlhf.config.load import check_config
 from rlhf.ppo.config import PPOConfig
 
 REWARD = {"name": "function", "function": "ppo_rewards:letters"}
+SMALL = {
+    "rollout__prompts_per_update": 4, "rollout__max_new_tokens": 6, "batch__epochs": 1, "batch__minibatches": 1,
+    "eval__prompts": 1,
+}  # fmt: skip
+"""For tests of what does not depend on the size of an update."""
 
 
 def config(folder: str | Path, prompts: str, **changes: Any) -> PPOConfig:

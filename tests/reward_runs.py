@@ -16,9 +16,9 @@ from rlhf.reward.config import RewardConfig
 
 
 def config(path: Path, data: str | dict[str, str], **values: Any) -> RewardConfig:
-    """A short run on the tiny Llama: 5 steps of 8 rankings of a dataset, or of what `data` says."""
+    """A short run on the tiny Llama: 5 steps of 8 rankings of a dataset, or of what `data` says; one evaluation."""
     data = {"train": data} if isinstance(data, str) else data
-    base = {"run": str(path / "run"), "model": {"path": tiny.llama()}, "data": data, "eval": {"every": 2}}
+    base = {"run": str(path / "run"), "model": {"path": tiny.llama()}, "data": data, "eval": {"every": 5}}
     base |= {"batch": {"batch_size": 8, "micro_batch_size": 8, "max_steps": 5}, "optimizer": {"lr": 3e-3}}
     return check_config(RewardConfig, base | values, "test")
 

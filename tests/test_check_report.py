@@ -31,7 +31,7 @@ def everything():
     """Rankings of which every metric can be taken."""
     people = dict.fromkeys("abcdef", 0.85) | {"click": 0.5}
     rows = []
-    for number, row in enumerate(panel(150, people, k=3, each=4, seed=2)):
+    for number, row in enumerate(panel(90, people, k=3, each=4, seed=2)):
         by_text = sorted(row.candidates, key=lambda c: c.text)
         candidates = tuple(
             Candidate(_sentence(c.text), f"author {place}", "person" if place else "model")
@@ -55,10 +55,17 @@ def _sentence(text):
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory):
+def folder(tmp_path_factory):
+    """A dataset of `everything`, and an evaluation set."""
     folder = tmp_path_factory.mktemp("check")
-    evaluation = jsonl(folder / "e.jsonl", [{"prompt": "Who?"}])
-    return check(write(folder / "d", everything()).path, against=[evaluation])
+    jsonl(folder / "e.jsonl", [{"prompt": "Who?"}])
+    write(folder / "d", everything())
+    return folder
+
+
+@pytest.fixture(scope="module")
+def whole(folder):
+    return check(folder / "d", against=[folder / "e.jsonl"])
 
 
 @pytest.fixture(scope="module")
@@ -93,20 +100,17 @@ def test_fractions_have_intervals(whole):
     assert shares == exact
 
 
-def test_the_report_is_plain_json_and_the_same_every_time(tmp_path, whole):
+def test_the_report_is_plain_json_and_the_same_every_time(folder, whole, page):
     assert json.loads(json.dumps(whole.as_dict()))["records"] == len(everything())
-    path = write(tmp_path / "d", everything()).path
-    first, second = (render(check(path)) for _ in range(2))
-    assert first == second
+    assert render(check(folder / "d", against=[folder / "e.jsonl"])) == page
 
 
-def test_a_file_gives_the_figures_of_its_folder(tmp_path):
-    rows = everything()
-    folder, file = write(tmp_path / "d", rows).path, jsonl(tmp_path / "d.jsonl", map(to_dict, rows))
+def test_a_file_gives_the_figures_of_its_folder(tmp_path, folder, whole):
+    file = jsonl(tmp_path / "d.jsonl", map(to_dict, everything()))
     with open(file, "a") as lines:
         lines.write("not a record\n")
-    one, other = check(folder), check(file)
-    assert one.as_dict()["metrics"] == other.as_dict()["metrics"]
+    other = check(file, against=[folder / "e.jsonl"])
+    assert whole.as_dict()["metrics"] == other.as_dict()["metrics"]
     assert other.bad_rows == {"not valid JSON": 1}
 
 

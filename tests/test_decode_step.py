@@ -30,8 +30,13 @@ def shapes(monkeypatch):
     return found
 
 
-@pytest.mark.parametrize("batch_size", [3, *(pytest.param(size, marks=pytest.mark.slow) for size in (64, 1))])
-@pytest.mark.parametrize("family", FAMILIES)
+CASES = [(family, size) for size in (3, 64, 1) for family in FAMILIES]
+FAST = [("llama", 3), ("gpt2", 3), ("gemma3", 3)]
+
+
+@pytest.mark.parametrize(
+    ("family", "batch_size"), [c if c in FAST else pytest.param(*c, marks=pytest.mark.slow) for c in CASES]
+)
 def test_greedy_completions_over_a_cache_of_fixed_size_are_those_of_generate(family, batch_size, shapes):
     model, end, expected = by_generate(family)
     some = [prompt for prompt in PROMPTS for _ in range(2)]

@@ -26,6 +26,7 @@ def test_a_killed_run_goes_on_bit_for_bit(tmp_path: Path, rankings: str) -> None
         "checkpoints": {"every": 3},
         "batch": {"batch_size": 8, "micro_batch_size": 4, "max_steps": 8},
         "log": {"every": 2},
+        "eval": {"every": 2},
     }
     whole, broken = config(tmp_path / "whole", rankings, **values), config(tmp_path / "broken", rankings, **values)
     launch(whole)
@@ -40,7 +41,11 @@ def test_a_killed_run_goes_on_bit_for_bit(tmp_path: Path, rankings: str) -> None
 
 @pytest.mark.parametrize(("stage", "tuning"), [(2, "full"), (3, "lora")])
 def test_two_processes_under_zero_do_what_one_does(stage: int, tuning: str, tmp_path: Path, rankings: str) -> None:
-    values = {"batch": {"batch_size": 8, "micro_batch_size": 2, "max_steps": 4}, "checkpoints": {"every": 2}}
+    values = {
+        "batch": {"batch_size": 8, "micro_batch_size": 2, "max_steps": 4},
+        "checkpoints": {"every": 2},
+        "eval": {"every": 2},
+    }
     values |= {"loss": "plackett-luce", "tuning": tuning, "sft_coef": 0.1}
     one = config(tmp_path / "one", rankings, **values)
     two = config(tmp_path / "two", rankings, **values, deepspeed=f"configs/deepspeed/zero{stage}.json")

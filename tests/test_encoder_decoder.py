@@ -280,7 +280,7 @@ def rewards(tmp_path_factory, rankings) -> dict[str, Path]:
 
 def ppo_config(folder: Path, family: str, rankings: str, reward: Path, **values):
     base = {"run": str(folder / "ppo"), "model": {"path": tiny.encoder_decoder(family)}, "data": {"prompts": rankings}}
-    base |= {"reward": {"name": "model", "path": str(reward)}, "updates": 2, "batch": {"minibatches": 1}}
+    base |= {"reward": {"name": "model", "path": str(reward)}, "updates": 2, "batch": {"minibatches": 1, "epochs": 1}}
     base |= {"rollout": {"prompts_per_update": 4, "samples_per_prompt": 2, "max_new_tokens": 6}}
     return check_config(PPOConfig, base | values, "test")
 

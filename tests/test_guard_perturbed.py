@@ -9,7 +9,7 @@ import pytest
 import tiny
 import torch
 from logged import lines as metrics
-from ppo_runs import config
+from ppo_runs import SMALL, config
 from pydantic import ValidationError
 
 from rlhf.config.base import ModelConfig
@@ -98,8 +98,9 @@ def test_perturbations_that_should_lower_the_score_are_refused():
 
 
 def test_a_run_logs_the_effects_and_is_the_same_otherwise(tmp_path, prompts):
-    run(config(tmp_path / "plain", prompts, updates=3))
-    run(config(tmp_path / "seen", prompts, updates=3, guard={"perturb": PERTURB}))
+    small = {**SMALL, "updates": 3}
+    run(config(tmp_path / "plain", prompts, **small))
+    run(config(tmp_path / "seen", prompts, **small, guard={"perturb": PERTURB}))
     seen = metrics(tmp_path / "seen")
     assert [{k: v for k, v in row.items() if not k.startswith(NAME)} for row in seen] == metrics(tmp_path / "plain")
     own = {row["step"]: {k for k in row if k.startswith(NAME)} for row in seen if "objective/scores" in row}

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 
+import ppo_runs
 import pytest
 import tiny
 import torch
 from guard_runs import guard
 from logged import lines as metrics
-from ppo_runs import config
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
@@ -21,6 +21,10 @@ from stages.ppo import PPO, run
 
 GOLD = {"reward": {"name": "function", "function": "guard_runs:fewer_letters"}, "every": 2}
 WATCH = {"name": "function", "function": "ppo_rewards:letters"}
+
+
+def config(folder, prompts, **changes):
+    return ppo_runs.config(folder, prompts, **ppo_runs.SMALL | changes)
 
 
 def updates(path):

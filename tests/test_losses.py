@@ -34,6 +34,8 @@ def one_token(ratio: float, advantage: float, **options) -> tuple[float, float, 
         (0.5, 2.0, -1.0, False),  # A > 0, ratio below: the pessimistic side, not held
         (1.5, -2.0, 3.0, False),  # A < 0, ratio above: the pessimistic side, not held
         (0.5, -2.0, 1.6, True),  # A < 0, ratio below: 0.8 * 2
+        (1.5, 0.0, 0.0, False),  # A = 0: nothing to hold
+        (0.5, 0.0, 0.0, False),
     ],
 )
 def test_clipping_in_every_sign_case(ratio, advantage, loss, held):
@@ -61,7 +63,8 @@ def test_dual_clip_bounds_the_loss_of_bad_tokens_with_large_ratios(ratio, advant
 
 @pytest.mark.parametrize("log_ratio", [80.0, 89.0, 1000.0])
 @pytest.mark.parametrize(
-    "advantage, dual_clip, loss, clipped", [(1.0, None, -1.2, 1), (0.0, None, 0.0, 0), (-1.0, 3.0, 3.0, 1)]
+    "advantage, dual_clip, loss, clipped",
+    [(1.0, None, -1.2, 1), (0.0, None, 0.0, 0), (0.0, 3.0, 0.0, 0), (-1.0, 3.0, 3.0, 1)],
 )
 def test_a_token_that_a_clip_holds_has_no_gradient_however_large_its_ratio(
     log_ratio, advantage, dual_clip, loss, clipped

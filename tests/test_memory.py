@@ -232,7 +232,12 @@ def test_virtual_tokens_of_a_policy_are_in_the_cache_like_tokens_of_the_prompt(s
     assert found[1] > found[0]
 
 
-@pytest.mark.parametrize("tuning", ["lora", "ia3", {"name": "last-layers", "layers": 1}, "prompt-tuning", "p-tuning"])
+RARE = ("ia3", {"name": "last-layers", "layers": 1}, "p-tuning")
+
+
+@pytest.mark.parametrize(
+    "tuning", ["lora", "prompt-tuning", *(pytest.param(method, marks=pytest.mark.slow) for method in RARE)]
+)
 def test_tuning_methods_are_predicted(small, sft_passes, tuning):
     found = predict(passes_of(sft(small, tuning=tuning)), ZeroLayout(), 1, gpu=True)
     whole = predict(sft_passes, ZeroLayout(), 1, gpu=True)

@@ -11,7 +11,7 @@ import tiny
 import torch
 from logged import TIMINGS, updates
 from logged import lines as metrics
-from ppo_runs import REWARD, config
+from ppo_runs import REWARD, SMALL, config
 from transformers import AutoModelForCausalLM
 
 from rlhf.config.base import DataConfig
@@ -30,15 +30,21 @@ def test_the_first_minibatch_has_a_ratio_of_exactly_one(tmp_path, prompts):
         assert line["policy/ratio_max"] > 1.0
 
 
-def test_the_kl_is_exactly_zero_before_anything_was_learned(tmp_path, prompts):
-    run(config(tmp_path / "run", prompts))
-    first, second = updates(tmp_path / "run")
+@pytest.fixture(scope="module")
+def done(tmp_path_factory, prompts):
+    """The folder of a run as `config` has it."""
+    folder = tmp_path_factory.mktemp("done") / "run"
+    run(config(folder, prompts))
+    return folder
+
+
+def test_the_kl_is_exactly_zero_before_anything_was_learned(done):
+    first, second = updates(done)
     assert first["objective/kl"] == first["objective/kl_k3"] == 0.0
     assert second["objective/kl_k3"] > 0
 
 
-def test_every_metric_of_the_docs_is_logged_under_its_name_and_no_other(tmp_path, prompts):
-    run(config(tmp_path / "run", prompts))
+def test_every_metric_of_the_docs_is_logged_under_its_name_and_no_other(done):
     text = (tiny.REPOSITORY / "docs" / "metrics.md").read_text("utf-8").split("## PPO")[1]
     listed = {name for line in text.splitlines() if line.startswith("| `") for name in NAME.findall(line.split("|")[1])}
     others = ("rollout/sampler_gap", "rollout/importance", "objective/disagreement", "eval/disagreement")
@@ -51,14 +57,14 @@ def test_every_metric_of_the_docs_is_logged_under_its_name_and_no_other(tmp_path
         "eval/gold",
     )
     elsewhere = {name for name in listed if name.startswith(others)}  # other samplers, ensembles, what only looks on
-    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text("utf-8").splitlines()]
+    lines = [json.loads(line) for line in (done / "metrics.jsonl").read_text("utf-8").splitlines()]
     assert {name for line in lines for name in line} == listed - elsewhere | {"step"}
     assert all(math.isfinite(value) for line in lines for value in line.values())
-    timed = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[1])
+    timed = lines[1]
     for phase in ("rollout", "score", "learn"):
         assert timed[f"time/{phase}"] > 0 and timed[f"throughput/{phase}"] > 0
     assert timed["memory/peak_gb"] > 0
-    samples = [json.loads(line) for line in (tmp_path / "run" / "samples.jsonl").read_text().splitlines()]
+    samples = [json.loads(line) for line in (done / "samples.jsonl").read_text().splitlines()]
     assert [s["step"] for s in samples] == [0] * 3 + [2] * 3
     assert {"messages", "answer", "score", "ended"} <= set(samples[0])
 
@@ -76,7 +82,7 @@ def test_the_result_is_the_policy_and_plain_transformers_loads_it(tmp_path, prom
 
 def test_metrics_go_to_tensorboard_where_the_config_says_so(tmp_path, prompts):
     event_accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
-    run(config(tmp_path / "run", prompts, log__report_to=["tensorboard"]))
+    run(config(tmp_path / "run", prompts, **SMALL, log__report_to=["tensorboard"]))
     (folder,) = {file.parent for file in (tmp_path / "run").rglob("events.out.tfevents*")}
     events = event_accumulator.EventAccumulator(str(folder))
     events.Reload()
@@ -160,7 +166,11 @@ def test_epochs_stop_after_the_first_whose_kl_is_above_the_target(tmp_path, prom
 
 def test_the_adaptive_controller_moves_the_coefficient(tmp_path, prompts):
     controller = {"name": "adaptive", "init_coef": 0.1, "target": 0.001, "horizon": 100}
-    run(config(tmp_path / "run", prompts, kl__controller=controller, updates=3))
+    run(
+        config(
+            tmp_path / "run", prompts, kl__controller=controller, updates=3, rollout__max_new_tokens=6, eval__prompts=0
+        )
+    )
     lines = updates(tmp_path / "run")
     assert lines[0]["objective/kl_coef"] == 0.1
     for before, after in zip(lines, lines[1:]):  # Ziegler 2019: the error is cut at +- 0.2, 8 episodes of 100
@@ -277,12 +287,13 @@ def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(changes, tmp_pat
 
 
 def test_a_damaged_checkpoint_is_passed_over_for_an_older_one(tmp_path, prompts, capsys):
-    run(config(tmp_path / "run", prompts, updates=3))
+    changes = {**SMALL, "updates": 3}
+    run(config(tmp_path / "run", prompts, **changes))
     assert sorted(p.name for p in (tmp_path / "run" / "checkpoints").iterdir()) == ["step-00000002", "step-00000003"]
     newest = tmp_path / "run" / "checkpoints" / "step-00000003" / "state-000-0.safetensors"
     newest.write_bytes(newest.read_bytes()[:100])
     before = metrics(tmp_path / "run")
-    run(config(tmp_path / "run", prompts, updates=3), resume=True)
+    run(config(tmp_path / "run", prompts, **changes), resume=True)
     assert "state-000-0.safetensors has 100 bytes" in capsys.readouterr().err
     assert metrics(tmp_path / "run") == before
 

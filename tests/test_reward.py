@@ -57,7 +57,7 @@ def assert_loss_fell(run: str | Path) -> None:
 @pytest.fixture(scope="module")
 def done(tmp_path_factory: pytest.TempPathFactory, rankings: str) -> Path:
     """The folder of a finished run."""
-    made = config(tmp_path_factory.mktemp("done"), rankings)
+    made = config(tmp_path_factory.mktemp("done"), rankings, eval={"every": 2})
     reward.run(made)
     return Path(made.run)
 
@@ -225,7 +225,7 @@ def test_a_held_out_answer_is_scored_once_for_all_figures(
     calls = []
     score = reward.score_rankings
     monkeypatch.setattr(reward, "score_rankings", lambda *words: calls.append(1) or score(*words))
-    made = config(tmp_path, rankings)
+    made = config(tmp_path, rankings, eval={"every": 2})
     reward.run(made)
     assert len(calls) == sum("eval/loss" in row for row in metrics_of(made.run)) == 3
 

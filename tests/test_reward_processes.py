@@ -31,6 +31,7 @@ def test_a_killed_run_goes_on_bit_for_bit(tmp_path: Path, rankings: str) -> None
         "checkpoints": {"every": 3},
         "batch": {"batch_size": 8, "micro_batch_size": 4, "max_steps": 10},
         "log": {"every": 2},
+        "eval": {"every": 2},
     }
     whole, broken = config(tmp_path / "whole", rankings, **values), config(tmp_path / "broken", rankings, **values)
     launch(whole)
@@ -45,7 +46,11 @@ def test_a_killed_run_goes_on_bit_for_bit(tmp_path: Path, rankings: str) -> None
 
 @pytest.mark.parametrize("stage", [2, 3])
 def test_two_processes_under_zero_do_what_one_does(stage: int, tmp_path: Path, rankings: str) -> None:
-    values = {"batch": {"batch_size": 8, "micro_batch_size": 2, "max_steps": 5}, "checkpoints": {"every": 2}}
+    values = {
+        "batch": {"batch_size": 8, "micro_batch_size": 2, "max_steps": 5},
+        "checkpoints": {"every": 2},
+        "eval": {"every": 2},
+    }
     one = config(tmp_path / "one", rankings, **values)
     two = config(tmp_path / "two", rankings, **values, deepspeed=f"configs/deepspeed/zero{stage}.json")
     launch(one)
@@ -77,6 +82,7 @@ def test_two_processes_under_zero3_go_on_bit_for_bit_after_a_kill(tmp_path: Path
         "batch": {"batch_size": 8, "micro_batch_size": 2, "max_steps": 6},
         "checkpoints": {"every": 2},
         "deepspeed": "configs/deepspeed/zero3.json",
+        "eval": {"every": 2},
     }
     whole, broken = config(tmp_path / "whole", rankings, **values), config(tmp_path / "broken", rankings, **values)
     launch(whole, 2)

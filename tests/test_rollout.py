@@ -24,13 +24,14 @@ def policy():
     return load_policy(ModelConfig(path=tiny.llama()), tiny.llama())
 
 
-WAYS = [(hf, 3), (continuous_batching, 64)]
-OTHER_WAYS = [(hf, 64), (hf, 1), (continuous_batching, 3), (continuous_batching, 1)]
+OTHER_WAYS = [(hf, 64), (hf, 1), (continuous_batching, 64), (continuous_batching, 3), (continuous_batching, 1)]
+CASES = [(hf, 3, family) for family in FAMILIES]
+CASES += [(continuous_batching, 64, family) for family in ("llama", "gpt2", "gemma3")]
+SLOW = [(*way, family) for way in OTHER_WAYS for family in FAMILIES if (*way, family) not in CASES]
 
 
-@pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize(
-    ("sampler", "batch_size"), [*WAYS, *(pytest.param(*way, marks=pytest.mark.slow) for way in OTHER_WAYS)]
+    ("sampler", "batch_size", "family"), [*CASES, *(pytest.param(*case, marks=pytest.mark.slow) for case in SLOW)]
 )
 def test_greedy_answers_are_those_of_generate_to_the_token(sampler, family, batch_size):
     model, end, expected = by_generate(family)

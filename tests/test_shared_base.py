@@ -147,15 +147,15 @@ def test_an_estimator_without_a_critic_shares_the_rest(tmp_path, runs, prompts):
 
 def test_the_reward_is_a_term_of_a_sum_too(tmp_path, runs, prompts):
     terms = [{"name": "model", "path": runs["over-sft"], "weight": 2.0}, {**FUNCTION, "weight": -1.0}]
-    both = config(tmp_path / "both", prompts, runs["sft"], {"name": "sum", "terms": terms})
-    found = PPO(both, resume=False, overwrite=False).update(0)["objective/scores"]
-    alone = [
-        PPO(config(tmp_path / str(i), prompts, runs["sft"], reward), resume=False, overwrite=False).update(0)[
+    rewards = [{"name": "sum", "terms": terms}, runs["over-sft"], FUNCTION]
+    one_pass = {"batch__epochs": 1, "batch__minibatches": 1}
+    both, model, function = (
+        PPO(config(tmp_path / str(i), prompts, runs["sft"], one, **one_pass), resume=False, overwrite=False).update(0)[
             "objective/scores"
         ]
-        for i, reward in enumerate([runs["over-sft"], FUNCTION])
-    ]
-    assert found == pytest.approx(2 * alone[0] - alone[1], abs=1e-5)
+        for i, one in enumerate(rewards)
+    )
+    assert both == pytest.approx(2 * model - function, abs=1e-5)
 
 
 def test_the_base_is_there_once(tmp_path, runs, prompts):
@@ -169,7 +169,7 @@ def test_the_base_is_there_once(tmp_path, runs, prompts):
 def test_gradient_checkpointing_changes_nothing(tmp_path, runs, prompts):
     found = []
     for on in (False, True):
-        changes = {"gradient_checkpointing": on, "seed": 5, "updates": 1}
+        changes = {"gradient_checkpointing": on, "seed": 5, "updates": 1, "eval__prompts": 0}
         train(config(tmp_path / str(on), prompts, runs["sft"], runs["over-sft"], **changes))
         found.append(adapters_of(tmp_path / str(on)))
     for name, weight in found[0].items():
@@ -199,7 +199,7 @@ def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(tuning, reward, 
 def test_merging_for_the_rollout_samples_the_same_and_leaves_the_weights_as_they_were(tmp_path, runs, prompts):
     answers, weights = [], []
     for merge in (False, True):
-        changes = {"rollout__merge_adapters": merge, "rollout__stop": []}
+        changes = {"rollout__merge_adapters": merge, "rollout__stop": [], "batch__epochs": 1, "batch__minibatches": 1}
         made = config(tmp_path / str(merge), prompts, runs["sft-lora"], runs["over-base"], **changes)
         stage = PPO(made, resume=False, overwrite=False)
         policy = stage.models.engine.module.policy
@@ -349,7 +349,7 @@ def test_demonstrations_of_the_ptx_term_pass_through_all_layers(tmp_path, runs, 
 def trained(tmp_path_factory, runs, prompts) -> PPO:
     """Case `both over the base`: every role has an adapter."""
     folder = tmp_path_factory.mktemp("trained")
-    return train(config(folder / "run", prompts, runs["sft-lora"], runs["over-base"]))
+    return train(config(folder / "run", prompts, runs["sft-lora"], runs["over-base"], updates=1, eval__prompts=0))
 
 
 IDS = torch.tensor([[1, 40, 50, 60, 70, 80, 90, 100]])
