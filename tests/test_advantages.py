@@ -182,6 +182,20 @@ def test_every_row_returns_finite_tensors_of_the_batch_with_zeros_at_padding(row
 
 
 @EVERY_ROW
+def test_every_row_takes_completions_of_a_single_token(row, batch):
+    rewards, values, mask, groups = batch
+    found = row.fn(rewards[:, :1], values[:, :1], mask[:, :1], groups).advantages
+    assert found.shape == (6, 1) and found.isfinite().all() and found.abs().max() > 0
+
+
+@pytest.mark.parametrize("estimate", [gae, reinforce_plus_plus])
+def test_what_sums_over_later_tokens_refuses_padding_before_a_token(estimate, batch):
+    rewards, values, mask, groups = batch
+    with pytest.raises(ValueError, match="padding on the right"):
+        estimate(rewards, values, mask.flip(1), groups)
+
+
+@EVERY_ROW
 def test_every_row_declares_its_traits_and_works_without_values_where_it_needs_none(row, batch):
     assert isinstance(row.traits["needs_critic"], bool) and row.traits["min_group"] >= 1
     rewards, values, mask, groups = batch

@@ -362,11 +362,11 @@ def naive_best(chat: ChatTokenizer, number: int) -> float:
 
 
 def test_models_that_cannot_share_a_prompt_train_too(
-    rankings: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    few_rankings: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = tiny.of_family("mamba", {"vocab_size": 320, "hidden_size": 32, "num_hidden_layers": 2, "state_size": 8})
-    batch = {"batch_size": 8, "micro_batch_size": 4, "max_steps": 2}
-    made = config(tmp_path, rankings, model={"path": path, "max_length": 128}, batch=batch)
+    batch = {"batch_size": 4, "micro_batch_size": 2, "max_steps": 1}
+    made = config(tmp_path, few_rankings, model={"path": path, "max_length": 128}, batch=batch)
     dpo.run(made)
     assert "Prompts: encoded once for each answer, since MambaForCausalLM" in capsys.readouterr().out
     assert metrics_of(made.run)[0]["train/loss"] == pytest.approx(math.log(2), abs=1e-5)

@@ -51,7 +51,7 @@ def test_clipping_in_every_sign_case(ratio, advantage, loss, held):
         (5.0, -2.0, 6.0, True),  # 3 * 2 instead of 5 * 2
         (2.0, -2.0, 4.0, False),  # below the ceiling
         (0.5, -2.0, 1.6, True),  # the ordinary clip still holds
-        (5.0, 2.0, -2.4, True),  # A > 0: only the ordinary clip
+        (5.0, 0.5, -0.6, True),  # A > 0: only the ordinary clip
     ],
 )
 def test_dual_clip_bounds_the_loss_of_bad_tokens_with_large_ratios(ratio, advantage, loss, held):

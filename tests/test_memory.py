@@ -222,11 +222,11 @@ def test_recomputed_activations_hold_less(tmp_path):
 
 
 @pytest.mark.parametrize("method", ["prompt-tuning", pytest.param("prefix-tuning", marks=pytest.mark.slow)])
-def test_virtual_tokens_of_a_policy_are_in_the_cache_like_tokens_of_the_prompt(small, method):
-    found = []
+def test_virtual_tokens_of_a_policy_are_in_the_cache_like_tokens_of_the_prompt(tmp_path, method):
+    path, found = shape(tmp_path, layers=1), []
     for count in (4, 40):
         tuning = {"name": method, "tokens": count}
-        passes = passes_of(ppo(small, tuning=tuning, critic={"init": "policy", "tuning": tuning}))
+        passes = passes_of(ppo(path, tuning=tuning, critic={"init": "policy", "tuning": tuning}))
         found.append(passes.rollout["decode"].total)
     assert passes.update["backward"].total > 0 and passes.scoring.total > 0
     assert found[1] > found[0]
@@ -259,7 +259,7 @@ def test_families_are_predicted_from_their_own_code(tmp_path, family):
         "word_embed_proj_dim": 32,
     }
     if family == "gpt2":
-        names = {"vocab_size": 300, "n_embd": 32, "n_layer": 2, "n_head": 4}
+        names = {"vocab_size": 300, "n_embd": 32, "n_layer": 1, "n_head": 4}
     AutoConfig.for_model(family, **names).save_pretrained(tmp_path)
     found = predict(passes_of(ppo(str(tmp_path))), ZeroLayout(), 1, gpu=True)
     assert all(snapshot.total > 0 for snapshot in found.phases.values())

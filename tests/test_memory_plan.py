@@ -86,7 +86,8 @@ def test_lengths_that_are_no_numbers_are_refused(text):
 
 
 def test_the_plan_counts_the_state_of_each_optimizer(tmp_path):
-    values = {"run": "runs/x", "model": {"path": shape(tmp_path), "max_length": 64}, "data": {"train": "x"}}
+    path = shape(tmp_path, layers=1)
+    values = {"run": "runs/x", "model": {"path": path, "max_length": 64}, "data": {"train": "x"}}
     plan, held = MemoryPlan(TRAINING["sft"], values, "test", 1, 80 * GIB), {}
     for name in ("adamw", "adamw-8bit", "adafactor"):
         held[name] = plan.predict(f"optimizer.algorithm={name}").phases["checkpoint"].parts["optimizer"]

@@ -158,7 +158,7 @@ def test_the_same_seed_gives_the_same_bytes_and_another_one_other_answers(place,
     monkeypatch.chdir(tmp_path)
     shards = []
     for seed in (3, 3, 4):
-        propose(place, Path("c"), "--count", 5, "--seed", seed)
+        propose(place, Path("c"), "--count", 2, "--seed", seed)
         shards.append(tree(tmp_path / "c"))
     assert shards[0] == shards[1] and shards[0] != shards[2]
 
@@ -170,8 +170,8 @@ def test_without_people_all_answers_are_the_models(place, tmp_path):
 
 
 def test_the_manifest_names_the_parents_with_fingerprints_and_the_command(place, tmp_path):
-    propose(place, tmp_path / "one", "--count", 4)
-    propose(place, tmp_path / "two", "--count", 4, "--skip", tmp_path / "one", "--stop", "a b")
+    propose(place, tmp_path / "one", "--count", 2)
+    propose(place, tmp_path / "two", "--count", 2, "--skip", tmp_path / "one", "--stop", "a b")
     origin = json.loads((tmp_path / "two" / "manifest.json").read_text())["origin"]
     paths = [parent["path"] for parent in origin["parents"]]
     assert paths == [str(p) for p in (place / "demos", tmp_path / "one", place / "sft", place / "ppo")]

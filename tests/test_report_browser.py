@@ -47,6 +47,7 @@ def press(page, key: str, code: int) -> None:
 WIDE = "document.documentElement.scrollWidth <= innerWidth"
 
 
+@pytest.mark.slow
 @needs_chromium
 @pytest.mark.parametrize(("width", "dark"), [(390, False), (390, True), (1280, False), (1280, True)])
 def test_the_page_fits_and_follows_the_readers_mode(width, dark, browser, file):
@@ -62,6 +63,7 @@ def test_the_page_fits_and_follows_the_readers_mode(width, dark, browser, file):
     page.close()
 
 
+@pytest.mark.slow
 @needs_chromium
 def test_charts_and_tokens_say_their_numbers_at_the_pointer_and_by_keyboard(browser, file):
     page = browser.page(file)

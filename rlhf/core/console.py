@@ -87,7 +87,8 @@ def printable(text: str) -> str:
     """
     if text.isprintable():
         return text
-    return "".join(c if _is_safe(c) or c in "\n\t" else "\N{REPLACEMENT CHARACTER}" for c in text)
+    unsafe = [c for c in set(text) if not _is_safe(c) and c not in "\n\t"]
+    return text.translate(dict.fromkeys(map(ord, unsafe), "\N{REPLACEMENT CHARACTER}"))
 
 
 def _is_safe(letter: str) -> bool:
