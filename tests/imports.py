@@ -92,3 +92,9 @@ def human(text):
 
 def gpt(text):
     return {"from": "gpt", "value": text}
+
+
+def vote(winner, a="Car.", b="Pear.", **more):
+    """A row of Chatbot Arena."""
+    sides = {f"conversation_{side}": [user("Fruit?"), assistant(text)] for side, text in (("a", a), ("b", b))}
+    return {"model_a": "ma", "model_b": "mb", "winner": winner, **sides, **more}

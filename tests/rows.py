@@ -23,6 +23,11 @@ def prompts(count, **fields):
     return [{"prompt": f"Question {i}?", **fields} for i in range(count)]
 
 
+def prompt_records(count, **fields):
+    """The same as records."""
+    return [from_dict(row) for row in prompts(count, **fields)]
+
+
 # ---- on disk ---------------------------------------------------------------------------------------------------------
 
 

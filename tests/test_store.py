@@ -5,7 +5,6 @@ from __future__ import annotations
 import gzip
 import hashlib
 import json
-import os
 import re
 import shutil
 import subprocess
@@ -17,21 +16,16 @@ import pytest
 import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from rows import DEMONSTRATION, RANKING, records, tree, write
+from rows import DEMONSTRATION, RANKING, prompt_records, records, write
 
 from rlhf.core import limits
 from rlhf.core.errors import UserError
 from rlhf.data import store
 from rlhf.data import writer as writing
 from rlhf.data.jsonl import from_dict, read_jsonl, to_dict
-from rlhf.data.schema import KINDS, BadRecord, Message, Prompt
+from rlhf.data.schema import KINDS, Message, Prompt
 from rlhf.data.store import open_dataset, read_shard, shard_faults
 from rlhf.data.writer import DatasetWriter
-
-
-def prompts(count, **fields):
-    return [from_dict({"prompt": f"Question {i}?", **fields}) for i in range(count)]
-
 
 # ---- round trips ---------------------------------------------------------------------------------------------------
 
@@ -84,93 +78,17 @@ def test_rows_of_many_megabytes_do_not_fill_a_row_group(tmp_path, monkeypatch):
 def test_shards_are_cut_and_read_in_order(tmp_path, monkeypatch):
     monkeypatch.setattr(writing, "ROWS_PER_GROUP", 2)
     monkeypatch.setattr(writing, "ROWS_PER_SHARD", 4)
-    items = prompts(11)
+    items = prompt_records(11)
     dataset = write(tmp_path / "d", items)
     assert [shard["rows"] for shard in dataset.manifest["shards"]] == [4, 4, 3]
     assert list(dataset.records()) == items
 
 
 def test_records_can_be_taken_of_one_split(tmp_path):
-    items = prompts(3, split="train") + prompts(2, split="eval") + prompts(1)
+    items = prompt_records(3, split="train") + prompt_records(2, split="eval") + prompt_records(1)
     dataset = write(tmp_path / "d", items)
     assert len(list(dataset.records("eval"))) == 2
     assert dataset.splits() == {"train": 3, "eval": 2, None: 1}
-
-
-# ---- writing -------------------------------------------------------------------------------------------------------
-
-
-def test_the_same_records_give_the_same_bytes(tmp_path):
-    for name in "ab":
-        write(tmp_path / name, prompts(20), origin={"from": "x"})
-    assert tree(tmp_path / "a") == tree(tmp_path / "b")
-    assert open_dataset(tmp_path / "a").fingerprint == open_dataset(tmp_path / "b").fingerprint
-
-
-def test_an_exception_leaves_nothing_and_keeps_what_stood_there(tmp_path):
-    write(tmp_path / "d", prompts(2))
-    before = tree(tmp_path / "d")
-    with pytest.raises(RuntimeError), DatasetWriter(tmp_path / "d", "prompt", overwrite=True) as writer:
-        writer.write(prompts(1)[0])
-        raise RuntimeError
-    with pytest.raises(UserError, match="a dataset is there already"), DatasetWriter(tmp_path / "d", "prompt"):
-        pass
-    assert tree(tmp_path / "d") == before
-    assert [p.name for p in tmp_path.iterdir()] == ["d"]
-
-
-def test_a_dataset_of_the_name_is_replaced(tmp_path):
-    write(tmp_path / "d", prompts(5))
-    assert open_dataset(write(tmp_path / "d", [from_dict(RANKING)]).path).kind == "ranking"
-    assert [p.name for p in tmp_path.iterdir()] == ["d"]
-
-
-def test_a_dataset_that_stepped_aside_comes_back_at_the_next_write(tmp_path):
-    write(tmp_path / "d", prompts(5))
-    os.rename(tmp_path / "d", tmp_path / ".d.old")  # as after a kill between the two renames
-    with pytest.raises(UserError, match="a dataset is there already"), DatasetWriter(tmp_path / "d", "prompt"):
-        pass
-    assert open_dataset(tmp_path / "d").manifest["count"] == 5
-
-
-def test_an_empty_folder_and_a_link_to_one_may_be_written_to(tmp_path, monkeypatch):
-    (tmp_path / "d").mkdir()
-    (tmp_path / "link").symlink_to("d")
-    monkeypatch.chdir(tmp_path)
-    write("d", prompts(1))
-    assert open_dataset("link").manifest["count"] == 1
-    write("link", prompts(2))
-    assert open_dataset("d").manifest["count"] == 2
-    assert (tmp_path / "link").is_symlink()
-
-
-def test_the_current_folder_is_not_replaced_under_the_user(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(UserError, match="is the current folder"):
-        write(".", prompts(1))
-
-
-def test_a_folder_that_is_not_a_dataset_is_not_written_over(tmp_path):
-    (tmp_path / "d").mkdir()
-    (tmp_path / "d" / "thesis.txt").write_text("years")
-    (tmp_path / "file").write_text("x")
-    for name in ("d", "file"):
-        with pytest.raises(UserError, match="exists and is not a dataset"):
-            write(tmp_path / name, prompts(1))
-    with pytest.raises(UserError, match="cannot be written"):
-        write(tmp_path / "file" / "below", prompts(1))
-    assert (tmp_path / "d" / "thesis.txt").read_text() == "years"
-
-
-def test_a_writer_takes_one_kind(tmp_path):
-    with pytest.raises(UserError, match="unknown kind of record 'rankings'\ndid you mean 'ranking'"):
-        DatasetWriter(tmp_path / "d", "rankings")
-    with pytest.raises(BadRecord, match="a ranking in a dataset of prompts"), DatasetWriter(tmp_path / "d", None) as w:
-        w.write(prompts(1)[0])
-        w.write(from_dict(RANKING))
-    with pytest.raises(UserError, match="there are no records to write"), DatasetWriter(tmp_path / "d", None):
-        pass
-    assert list(tmp_path.iterdir()) == []
 
 
 # ---- opening -------------------------------------------------------------------------------------------------------
@@ -179,7 +97,7 @@ def test_a_writer_takes_one_kind(tmp_path):
 def test_records_are_read_lazily(tmp_path, monkeypatch):
     monkeypatch.setattr(writing, "ROWS_PER_GROUP", 2)
     monkeypatch.setattr(writing, "ROWS_PER_SHARD", 2)
-    dataset = write(tmp_path / "d", prompts(6))
+    dataset = write(tmp_path / "d", prompt_records(6))
     (tmp_path / "d" / "shard-00001.parquet").write_bytes(b"not parquet")
     stream = dataset.records()
     assert isinstance(stream, GeneratorType)
@@ -191,7 +109,7 @@ def test_records_are_read_lazily(tmp_path, monkeypatch):
 def test_a_damaged_or_missing_shard_is_told_before_training(tmp_path, monkeypatch):
     monkeypatch.setattr(writing, "ROWS_PER_GROUP", 2)
     monkeypatch.setattr(writing, "ROWS_PER_SHARD", 2)
-    dataset = write(tmp_path / "d", prompts(6))
+    dataset = write(tmp_path / "d", prompt_records(6))
     shard = tmp_path / "d" / "shard-00001.parquet"
     whole = shard.read_bytes()
     shard.write_bytes(whole[:-20] + bytes(20))
@@ -210,7 +128,7 @@ def test_a_shard_made_by_hand_is_checked_row_by_row(tmp_path):
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    write(tmp_path / "d", prompts(3))
+    write(tmp_path / "d", prompt_records(3))
     shard = tmp_path / "d" / "shard-00000.parquet"
     rows = pq.read_table(shard).to_pylist()
     rows[1]["messages"][0]["content"] = "changed"
@@ -251,7 +169,7 @@ def test_a_manifest_that_cannot_be_trusted_is_refused(tmp_path, manifest, messag
 
 def with_shard_named(folder, name):
     """A dataset of three prompts whose manifest calls its shard `name`."""
-    write(folder, prompts(3))
+    write(folder, prompt_records(3))
     manifest = json.loads((folder / "manifest.json").read_text())
     manifest["shards"][0]["file"] = name
     (folder / "manifest.json").write_text(json.dumps(manifest))
@@ -269,7 +187,7 @@ def test_a_shard_outside_of_the_folder_is_not_read(tmp_path, name, damaged_ok):
 
 
 def test_a_shard_that_is_a_link_to_the_outside_is_not_read(tmp_path):
-    shard = write(tmp_path / "d", prompts(3)).path / "shard-00000.parquet"
+    shard = write(tmp_path / "d", prompt_records(3)).path / "shard-00000.parquet"
     shard.rename(tmp_path / "outside.parquet")
     shard.symlink_to(tmp_path / "outside.parquet")
     with pytest.raises(UserError, match="is not a file of this folder"):
@@ -282,7 +200,7 @@ def test_a_shard_that_is_a_link_to_the_outside_is_not_read(tmp_path):
 
 
 def test_every_flipped_byte_of_a_shard_is_found_when_it_is_read(tmp_path):
-    shard = write(tmp_path / "d", prompts(3)).path / "shard-00000.parquet"
+    shard = write(tmp_path / "d", prompt_records(3)).path / "shard-00000.parquet"
     whole = shard.read_bytes()
     for place in range(0, len(whole), len(whole) // 60):
         shard.write_bytes(whole[:place] + bytes([whole[place] ^ 4]) + whole[place + 1 :])
@@ -296,11 +214,11 @@ def test_what_is_not_a_dataset_is_refused_with_the_way_out(tmp_path):
         open_dataset(tmp_path)
     with pytest.raises(UserError, match="there is no dataset"):
         open_dataset(tmp_path / "nowhere")
-    write(tmp_path / "d", prompts(1))
+    write(tmp_path / "d", prompt_records(1))
     with pytest.raises(UserError, match=rf"there is no dataset(.|\n)*nearby: {tmp_path}/d$"):
         open_dataset(tmp_path / "dd" / "e")
     (tmp_path / "deep").mkdir()
-    write(tmp_path / "deep" / "d" / "e", prompts(1))
+    write(tmp_path / "deep" / "d" / "e", prompt_records(1))
     with pytest.raises(UserError, match=rf"there is no dataset(.|\n)*nearby: {tmp_path}/deep/d/e$"):
         open_dataset(tmp_path / "deep" / "nowhere")
     with pytest.raises(UserError, match=rf"no manifest.json\n.*Name a dataset in it: {tmp_path}/d$"):
