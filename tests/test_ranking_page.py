@@ -20,7 +20,7 @@ from rows import jsonl, last_line, run, write
 from data_tools.ranking_page.assignment import Assignment
 from data_tools.ranking_page.book import VoteBook
 from data_tools.ranking_page.page import SCRIPTS, Settings, render
-from data_tools.ranking_page.server import Desk, open_book, open_items
+from data_tools.ranking_page.server import Desk, open_book, open_items, show
 from data_tools.ranking_page.votes import annotator_name, parse_vote
 from rlhf.core.errors import UserError
 from rlhf.core.loopback import MOST_BYTES, LoopbackServer
@@ -449,6 +449,12 @@ def test_a_kill_of_the_server_loses_no_acknowledged_vote_and_ctrl_c_ends_with_a_
     server.send_signal(signal.SIGINT)
     said, _ = server.communicate(timeout=120)
     assert server.returncode == 0 and json.loads(said.splitlines()[-1])["annotators"]["anna"]["ranked"] == 3
+
+
+def test_a_summary_without_votes_names_no_file(candidates, items, capsys):
+    with open_book(open_dataset(candidates), items, None) as book:
+        show(book.summary())
+    assert capsys.readouterr().out == "no vote yet; the same command goes on\n"
 
 
 # ---- the page as a file, and its result --------------------------------------------------------------------------

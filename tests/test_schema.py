@@ -210,3 +210,11 @@ def test_a_row_of_another_kind_is_refused_rather_than_cut_down(row, needed):
 def test_a_record_built_in_code_is_checked_like_one_that_is_read(build):
     with pytest.raises(BadRecord):
         build()
+
+
+def test_a_row_without_a_prompt_is_refused_with_the_fields_that_it_has():
+    with pytest.raises(BadRecord, match=r"messages: none .the row's fields: 'promt, answer'") as found:
+        from_dict({"promt": "Who?", "answer": "I."})
+    assert found.value.remedy == "Give the field `prompt` or `messages`."
+    with pytest.raises(BadRecord, match=r"fewer than two answers .1.$"):
+        from_dict({"prompt": "Who?", "candidates": ["I."]})

@@ -186,6 +186,9 @@ def rank_in_browser(
 def show(summary: dict[str, Any]) -> None:
     """Print a summary of `VoteBook`."""
     rows = [[name, *counts.values()] for name, counts in summary["annotators"].items()]
+    if not rows:
+        console.say("no vote yet; the same command goes on")
+        return
     console.table("votes", ["annotator", "ranked", "cannot tell", "skipped"], rows)
     spread = ", ".join(f"{items:,} with {count}" for count, items in summary["rankings"].items())
     console.say(f"prompts by their number of rankings: {spread} -> {summary['out']}")

@@ -50,6 +50,9 @@ def from_dict(row: Any, kind: str | None = None) -> Record:
     if kind is not None and found != kind:
         remedy = "Rankings have `candidates` and `ranks`, proposals only `candidates`, demonstrations `answer`."
         raise BadRecord(f"a {found} where a {kind} is needed", remedy=remedy)
+    if "messages" not in row and "prompt" not in row:
+        names = brief(", ".join(map(str, row))) if row else "none"
+        raise BadRecord("messages: none", f"the row's fields: {names}", "Give the field `prompt` or `messages`.")
     values: dict[str, Any] = {
         "messages": _messages(row.get("messages", row.get("prompt"))),
         "source": _or(row.get("source"), ""),
@@ -257,7 +260,7 @@ def parse(raw: bytes) -> Any:
     except UnicodeDecodeError as error:
         raise BadRecord("not UTF-8", f"at byte {error.start}", "Save the file as UTF-8.") from None
     except json.JSONDecodeError as error:
-        detail = f"{error.msg} at character {error.pos + 1}"
+        detail = f"{error.msg.removesuffix(' at')} at character {error.pos + 1}"
         raise BadRecord("not valid JSON", detail, "Put one JSON object on each line.") from None
     except ValueError as error:
         raise BadRecord("not valid JSON", str(error), "Omit the value, or write a number or null.") from None

@@ -271,7 +271,8 @@ def _check_messages(messages: Any) -> None:
 
 def _check_candidates(candidates: Any) -> None:
     if not isinstance(candidates, tuple) or len(candidates) < 2:
-        raise BadRecord("candidates: fewer than two answers", brief(candidates))
+        found = len(candidates) if isinstance(candidates, tuple) else brief(candidates)
+        raise BadRecord("candidates: fewer than two answers", str(found))
     for index, candidate in enumerate(candidates):
         if not isinstance(candidate, Candidate):
             raise BadRecord("candidates: not text or an object", f"at index {index}: {brief(candidate)}")
