@@ -50,7 +50,7 @@ KEYS = {
     "ArrowUp": (38, ""), "ArrowDown": (40, ""),
 }  # fmt: skip
 """Name of a key that is no letter -> its code and its text."""
-CONTROL, SHIFT = 2, 8
+CONTROL = 2
 
 
 class Chromium:

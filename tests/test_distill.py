@@ -203,7 +203,7 @@ def test_what_cannot_work_is_refused_before_the_teacher_is_asked(questions, tmp_
 # ---- a local teacher -----------------------------------------------------------------------------------------------
 
 
-def test_a_local_model_teaches_and_its_replies_are_read_from_the_disk(questions, tmp_path, monkeypatch):
+def test_a_local_model_teaches_and_its_replies_are_read_from_the_disk(questions, tmp_path):
     words = (questions, "--teacher", tiny.llama(), "--max-new-tokens", 8, "--stop", "e", "--n", 2)
     made = distill(*words, "--out", tmp_path / "o")
     assert made["usage"]["requests"] == 16 and made["written"] > 0

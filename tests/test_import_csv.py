@@ -311,7 +311,7 @@ def test_without_options_the_columns_say_it_by_their_names(tmp_path):
 
 
 @real
-def test_authentic_doccano_tables(tmp_path):
+def test_authentic_doccano_tables():
     records, rejects = read("csv", EXPORTS / "doccano" / "seq2seq_example.csv", prompt="text", answer="label")
     assert [(said(record), record.answer) for record in records] == [([("user", "exampleA")], "label1")]
     assert [reject.line for reject in rejects] == [2, 4, 5]

@@ -238,7 +238,7 @@ def test_a_judge_without_one_readable_verdict_is_refused_with_a_reply_and_nothin
     assert not (tmp_path / "out.json").exists()
 
 
-def test_the_judge_needs_rankings(tmp_path: Path, prompts: str) -> None:
+def test_the_judge_needs_rankings(prompts: str) -> None:
     with pytest.raises(UserError, match="measured on rankings"):
         finished.invoke(judge.command, "http://127.0.0.1:9/v1", prompts)
 

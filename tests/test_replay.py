@@ -144,7 +144,7 @@ def test_the_step_of_a_single_record_does_not_read_like_a_count(tmp_path):
     assert f"1 update is recorded, of step 50. To open it: rlhf replay {tmp_path} --step 50" in replay(tmp_path).stdout
 
 
-def test_without_the_checkpoint_the_models_are_left_out(recorded, tmp_path):
+def test_without_the_checkpoint_the_models_are_left_out(recorded):
     assert not (recorded / "checkpoints" / "step-00000001").exists()  # pruned
     status, found = comparisons(recorded, "--step", 2)
     assert status == 0 and "log-probs" not in found and "advantages" in found

@@ -269,7 +269,7 @@ def test_several_runs_are_compared(tmp_path):
     ]  # fmt: skip
 
 
-def test_tokens_carry_their_numbers(tmp_path):
+def test_tokens_carry_their_numbers():
     record = {
         "text": ["a", "b<", ""],
         "logprob": [-1.0, -2.0, -3.0],

@@ -86,7 +86,7 @@ def test_an_unfinished_run_is_finished_before_it_is_made_longer(tmp_path: Path) 
         opened(tmp_path / "run", resume=True, batch={"max_steps": 8})
 
 
-def test_a_run_goes_on_elsewhere_with_a_note(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_goes_on_elsewhere_with_a_note(tmp_path: Path) -> None:
     file = tmp_path / "zero.json"
     file.write_text(json.dumps({"zero_optimization": {"stage": 2}}))
     opened(tmp_path / "run")

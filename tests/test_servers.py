@@ -125,7 +125,7 @@ def test_what_would_fail_every_time_stops_at_once(response, message):
     assert len(found.asked) == 1
 
 
-def test_an_absent_server_and_a_broken_connection_are_named(tmp_path):
+def test_an_absent_server_and_a_broken_connection_are_named():
     config = ServerConfig(url="http://127.0.0.1:9/v1", model="m", retries=1)
     with Server(config, wait=lambda _: None) as server:
         assert ask_one(server, ask("hi")).reason == "the connection to the server failed"
@@ -174,7 +174,7 @@ def test_an_iteration_that_ends_early_keeps_what_was_paid_for(tmp_path):
     assert len(list(tmp_path.rglob("*.json"))) == len(found.asked)
 
 
-def test_the_limit_of_cost_stops_before_the_next_request(tmp_path):
+def test_the_limit_of_cost_stops_before_the_next_request():
     with (
         chat_server(echo) as found,
         open_server(found, concurrency=1, price_input=1e5, max_cost=2.5) as server,

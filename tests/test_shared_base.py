@@ -295,7 +295,7 @@ def test_options_that_do_not_go_together_are_named(changes, words, tmp_path, run
 
 
 @pytest.mark.parametrize("checkpointing", [pytest.param(False, marks=pytest.mark.slow), True])
-def test_reusing_the_trunk_changes_nothing(checkpointing, tmp_path, runs, prompts, monkeypatch):
+def test_reusing_the_trunk_changes_nothing(checkpointing, tmp_path, runs, prompts):
     found = []
     for reuse in (True, False):
         changes = {"gradient_checkpointing": checkpointing}

@@ -77,7 +77,7 @@ def test_loss_is_on_the_assistants_tokens_of_all_turns_and_on_no_other():
     assert rest == "<s>Be brief.\n\nUser: Hello there\nAssistant:\nUser: Who are you?\nAssistant:"
 
 
-def test_a_templates_own_end_of_turn_ends_answers(tmp_path):
+def test_a_templates_own_end_of_turn_ends_answers():
     tokenizer = tiny.tokenizer().__class__.from_pretrained(tiny.llama())
     tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
     tokenizer.chat_template = CHATML

@@ -80,7 +80,7 @@ def test_a_tools_text_that_spells_a_control_token_stays_text() -> None:
     assert chat.tokenizer.decode(chat.prompt(spelled)).count("<|im_end|>") > chat.prompt(TURNS).count(token)
 
 
-def test_a_record_keeps_turns_of_tools_and_its_id(tmp_path: Path) -> None:
+def test_a_record_keeps_turns_of_tools_and_its_id() -> None:
     record = Demonstration(TURNS, answer="It rains.")
     assert from_dict(json.loads(json.dumps(to_dict(record)))) == record
     assert with_system(Prompt(TURNS[:1] + TURNS[2:3]), "S").messages[:2] == (TURNS[0], Message("system", "S"))

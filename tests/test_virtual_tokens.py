@@ -191,7 +191,7 @@ def test_an_encoder_decoder_is_refused_as_a_reward_model_before_it_is_loaded(
     assert not Path(made.run).exists()
 
 
-def test_an_encoder_without_past_keys_is_refused_for_prefix_tuning(chat: ChatTokenizer, tmp_path: Path) -> None:
+def test_an_encoder_without_past_keys_is_refused_for_prefix_tuning(chat: ChatTokenizer) -> None:
     from transformers import ModernBertConfig, ModernBertForSequenceClassification
 
     shape = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
