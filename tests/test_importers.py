@@ -316,9 +316,9 @@ def test_a_folder_that_is_being_written_is_refused_and_stays(tmp_path):
 
 SLOW_IMPORT = """
 import sys
-import rlhf.data.store
+import rlhf.data.writer
 from data_tools.importers.run import import_dataset
-rlhf.data.store.ROWS_PER_GROUP = 1  # so slow that the kill always falls into the middle
+rlhf.data.writer.ROWS_PER_GROUP = 1  # so slow that the kill always falls into the middle
 print("ready", flush=True)
 import_dataset("jsonl", [sys.argv[1]], sys.argv[2], overwrite=True)
 """
