@@ -506,6 +506,18 @@ def test_a_result_file_is_merged_row_by_row_and_only_once(candidates, items):
     assert last_line(run("rank", candidates, "--merge", path, "--json"))["known"] == 2
 
 
+def test_a_result_that_replaces_every_vote_writes_the_rankings_once(candidates, items, monkeypatch):
+    written = []
+    write_rankings = VoteBook._write_rankings
+    monkeypatch.setattr(VoteBook, "_write_rankings", lambda book: written.append(1) or write_rankings(book))
+    for day, order in ((1, [[0], [1], [2]]), (2, [[2], [1], [0]])):
+        votes = [vote(item, order, time=f"2026-01-0{day}T00:00:00+00:00") for item in items]
+        run("rank", candidates, "--merge", result(candidates, votes), "--replace")
+        assert len(written) == 2 * day  # when the journal is opened, and after all votes
+    # the answers are shown in the order 1, 2, 0
+    assert set(ranks(candidates.parent / "rankings-web.jsonl").values()) == {(2, 1, 3)}
+
+
 def test_results_of_two_people_under_one_name_are_not_mixed(candidates, items):
     def merged(rows, *more, annotator="zoë"):
         return run("rank", candidates, "--merge", result(candidates, rows, annotator=annotator), *more, "--json")

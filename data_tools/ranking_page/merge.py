@@ -59,8 +59,10 @@ def merge(
                 _check_person(file, votes, latest, replace)
                 latest |= {(vote.annotator, vote.item): vote for vote in votes}
             counts["read"] = sum(len(result["votes"]) for _, result in results)
+            latest, added = dict(book.latest), list[Vote]()
             for vote in (vote for _, votes in found for vote in votes):
-                counts[_add(book, vote)] += 1
+                counts[_add(vote, latest, added)] += 1
+            book.add_all(added)
             reasons = {"rejected": rejects.count, "reasons": by_count(rejects.reasons)}
             print_reasons(rejects.reasons, rejects.first)
         line = f"read {counts['read']:,} = added {counts['added']:,} + in place of earlier votes {counts['replaced']:,}"
@@ -126,12 +128,14 @@ def _check_person(file: Path, votes: Sequence[Vote], latest: Mapping[tuple[str, 
         )
 
 
-def _add(book: VoteBook, vote: Vote) -> str:
+def _add(vote: Vote, latest: dict[tuple[str, str], Vote], added: list[Vote]) -> str:
     """Add a vote if it is the latest one; which of the counts it belongs to."""
-    before = book.latest.get((vote.annotator, vote.item))
+    key = vote.annotator, vote.item
+    before = latest.get(key)
     if before == vote:
         return "known"
     if before is not None and datetime.fromisoformat(before.time) > datetime.fromisoformat(vote.time):
         return "older"
-    book.add(vote)
+    latest[key] = vote
+    added.append(vote)
     return "added" if before is None else "replaced"
