@@ -174,6 +174,17 @@ def test_scores_are_normalised_then_clipped():
     assert shape_scores(scores, ended, mean=1.0, std=2.0, clip=3.0).tolist() == [0, 1.5, -3, 3]
 
 
+def test_a_clip_may_be_below_one_deviation():
+    scores = shape_scores(torch.tensor([-2.0, 0.25, 2.0]), torch.ones(3, dtype=torch.bool), clip=0.5)
+    assert scores.tolist() == [-0.5, 0.25, 0.5]
+
+
+def test_without_options_the_rules_give_minus_one_and_subtract_one():
+    scores, ended = torch.tensor([3.0, 3.0]), torch.tensor([True, False])
+    assert MISSING_EOS.pick("score")(scores, ended).tolist() == [3.0, -1.0]
+    assert MISSING_EOS.pick("penalty")(scores, ended).tolist() == [3.0, 2.0]
+
+
 def test_answers_without_eos_are_treated_by_the_chosen_rule_after_the_clip():
     scores, ended = torch.tensor([2.0, 9.0, 9.0]), torch.tensor([True, True, False])
 
