@@ -137,6 +137,17 @@ def test_a_damaged_line_of_metrics_leaves_out_what_it_says_and_nothing_else(reco
     assert "objective/kl " not in other.stdout and "rewards" in other.stdout
 
 
+def test_a_damaged_config_is_named(recorded):
+    file = recorded / "config.yaml"
+    before = file.read_bytes()
+    try:
+        for content in (b"", b"a: [", b"\xff"):
+            file.write_bytes(content)
+            assert "config.yaml: cannot be read" in str(replay(recorded, "--step", 1).exception), content
+    finally:
+        file.write_bytes(before)
+
+
 def test_the_step_of_a_single_record_does_not_read_like_a_count(tmp_path):
     (tmp_path / "run.json").write_text('{"stage": "ppo", "status": "complete"}')
     assert f"{tmp_path}: no update is recorded; " in replay(tmp_path).stdout

@@ -133,7 +133,7 @@ def _why_not_json(text: str, fault: json.JSONDecodeError) -> str:
     if not text.strip():
         return "it is empty"
     if fault.pos >= len(text.rstrip()) or fault.msg.startswith("Unterminated string"):
-        return f"not whole: the JSON ends in the middle, in line {text.count(chr(10)) + 1:,}"
+        return f"the JSON ends in the middle, in line {text.count(chr(10)) + 1:,}"
     return f"not JSON: {fault}"
 
 

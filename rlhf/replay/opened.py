@@ -6,14 +6,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rlhf.config.load import check_config
-from rlhf.core.errors import UserError
-from rlhf.core.limits import read_yaml
 from rlhf.data.chat_tokenizer import ChatTokenizer, load_tokenizer
 from rlhf.ppo.config import PPOConfig
 from rlhf.replay.recompute import Comparison, check_mathematics, check_metrics
 from rlhf.replay.record import UpdateRecord, read
 from rlhf.runs.logged import logged_lines, logged_numbers
 from rlhf.runs.parents import resolve_model_path, template_time
+from rlhf.runs.run_config import read_run_config
 
 
 @dataclass(frozen=True)
@@ -58,11 +57,7 @@ def ppo_config(run: Path) -> PPOConfig:
     Raises:
         UserError: config.yaml is absent or damaged.
     """
-    file = run / "config.yaml"
-    try:
-        config = check_config(PPOConfig, read_yaml(file), str(file))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{file}: cannot be read: {error}") from None
+    config = check_config(PPOConfig, read_run_config(run), str(run / "config.yaml"))
     return config.model_copy(update={"run": str(run)})
 
 
