@@ -61,7 +61,8 @@ def check_writable(path: Path | None, option: str) -> None:
     if path.is_dir():
         raise UserError(f"{option} {path}: is a folder", remedy="Name a file.")
     if not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
-        raise UserError(f"{option} {path}: the folder {path.parent} is not there or cannot be written")
+        what = f"{option} {path}: the folder {path.parent} is not there or cannot be written"
+        raise UserError(what, remedy="Make the folder, or name another file.")
 
 
 def refuse_given(context: typer.Context, names: Iterable[str], why: str) -> None:
