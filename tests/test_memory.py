@@ -322,6 +322,7 @@ def test_the_line_at_the_end_names_both_peaks(capsys):
     )
 
 
+@pytest.mark.slow
 def test_the_high_end_on_a_cpu_keeps_what_recomputing_frees():
     config = sft(tiny.llama())
     with_all, freed = (
