@@ -85,6 +85,7 @@ def main() -> None:
     import stages.ppo
     from rlhf.cli.stage_configs import STAGES
     from rlhf.config.load import check_config
+    from rlhf.core.freeing import give_back
     from rlhf.memory.peak import PeakMemory
     from rlhf.training.loop import Loop
 
@@ -115,6 +116,7 @@ def main() -> None:
         self.models.save(self.run.path, self.chat, self.config)
 
     def save(*args: Any) -> None:
+        give_back()  # what glibc keeps from earlier passes would count else
         peaks[0].during("save", save_result)(*args)
         result = peaks[0].highest | {"built": peaks[0].built}
         Path(f"{spec['result']}-{rank}.json").write_text(json.dumps(result), "utf-8")

@@ -109,6 +109,7 @@ def test_ppo_divides_all_of_its_models(tmp_path, model, monkeypatch):
     for rank in ranks:
         mine = share(2 * count, trained, 4, processes=2)
         assert max(rank["weights"], rank["engine"]) <= 1.1 * (mine + SHARD)
+        assert rank["save"] <= 1.1 * (mine + 2 * SHARD)
 
 
 @pytest.mark.parametrize("tuning", ["full", {"name": "lora", "rank": 4}], ids=["full", "lora"])

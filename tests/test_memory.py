@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 import os
 import re
@@ -292,7 +293,27 @@ def test_offload_moves_states_to_the_host(four_ranks):
     settings = read_deepspeed(REPOSITORY / "configs" / "deepspeed" / "zero3-offload.json")
     found = predict(four_ranks, replace(ZeroLayout.of(settings), bucket=0, live=0), 4, gpu=True)
     assert found.phases["checkpoint"].total == 0
-    assert found.host == pytest.approx(4 * four_ranks.sizes[0].largest + (12 + 4 + 2) * total / 4)
+    assert found.host == pytest.approx(4 * four_ranks.sizes[0].largest + (12 + 4 + 2 + 2) * total / 4)
+
+
+@pytest.mark.parametrize(("micro_batches", "summed"), [(1, 0), (2, 2)])
+def test_stage_2_offload_keeps_new_weights_and_summed_gradients_on_the_host(four_ranks, micro_batches, summed):
+    total = four_ranks.sizes[0].total
+    settings = read_deepspeed(REPOSITORY / "configs" / "deepspeed" / "zero2-offload.json")
+    traced = copy.copy(four_ranks)
+    traced.batch = replace(four_ranks.batch, micro_batches=micro_batches)
+    found = predict(traced, replace(ZeroLayout.of(settings), bucket=0), 4, gpu=True)
+    assert found.host == pytest.approx(4 * four_ranks.sizes[0].largest + (12 + 4 + 2 + summed) * total / 4)
+
+
+def test_on_a_cpu_offload_needs_more_memory_since_the_host_is_the_device(four_ranks):
+    total = four_ranks.sizes[0].total
+    names = ("zero2.json", "zero2-offload.json")
+    plain, offload = (
+        predict(four_ranks, ZeroLayout.of(read_deepspeed(REPOSITORY / "configs" / "deepspeed" / name)), 4, gpu=False)
+        for name in names
+    )
+    assert offload.phases["checkpoint"].total - plain.phases["checkpoint"].total == pytest.approx((4 + 2) * total / 4)
 
 
 def test_higher_stages_need_less(four_ranks):

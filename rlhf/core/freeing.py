@@ -19,8 +19,8 @@ def freed_at_once() -> Iterator[None]:
     partitions before they become one buffer. That is a second share of the model, or more. In training it should keep
     them, because taking memory from the system costs time.
     """
-    libc = ctypes.CDLL(None)
-    if not (hasattr(libc, "mallopt") and hasattr(libc, "malloc_trim")):
+    libc = _glibc()
+    if libc is None:
         yield
         return
     libc.malloc_trim(0)  # what was kept so far
@@ -31,3 +31,19 @@ def freed_at_once() -> Iterator[None]:
         libc.malloc_trim(0)
         for option, name, usual in ((MMAP_THRESHOLD, "MMAP", 2**25), (TRIM_THRESHOLD, "TRIM", 2**26)):
             libc.mallopt(option, int(os.environ.get(f"MALLOC_{name}_THRESHOLD_", usual)))
+
+
+def give_back() -> None:
+    """Give the pages of freed memory back to the system, where the C library is glibc.
+
+    Needed from time to time within `freed_at_once` after passes of a model: the places in the heap that these left are
+    used before new memory is taken from the system, and stay resident when they are freed again.
+    """
+    libc = _glibc()
+    if libc is not None:
+        libc.malloc_trim(0)
+
+
+def _glibc() -> ctypes.CDLL | None:
+    libc = ctypes.CDLL(None)
+    return libc if hasattr(libc, "mallopt") and hasattr(libc, "malloc_trim") else None

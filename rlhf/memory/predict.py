@@ -248,13 +248,23 @@ def _deepspeed_states(traced: TracedModel, count: _Counts, layout: ZeroLayout, p
             step=4 * min(count.trained, sub_group) / n if mixed else 0.0,
             live=layout.live,
         )
-    if gpu and layout.optimizer_on_host:
-        states.host += states.optimizer + 4 * count.trained / n
-        states.optimizer = states.masters = states.load = 0.0
-        states.step = states.gradients = 0.0
-        if stage < 3:  # gradients go to the host from the buckets, except those of tensors that fit into none
-            states.gradients = float(width * sum(size for size in count.tensors if size > layout.bucket))
-            states.buffers += width * max(count.tensors)
+    if layout.optimizer_on_host:
+        kept = 4 * count.trained / n  # the masters' gradients, from the start on
+        if stage < 3:  # the new weights on their way to the device
+            kept += width * count.trained / n
+            states.load = 0.0
+        if gpu and (stage == 3 or traced.batch.micro_batches > 1):  # gradients summed over micro-batches
+            kept += width * count.trained / n
+        states.step = 0.0
+        if gpu:
+            states.host += states.optimizer + kept
+            states.optimizer = states.masters = states.load = states.gradients = 0.0
+            if stage < 3:  # gradients go to the host from the buckets, except those of tensors that fit into none
+                states.gradients = float(width * sum(size for size in count.tensors if size > layout.bucket))
+                states.buffers += width * max(count.tensors)
+        else:
+            states.optimizer += kept
+            states.masters += kept
     if gpu and layout.weights_on_host and stage == 3:
         states.host += states.weights
         states.weights = 0.0

@@ -15,7 +15,7 @@ from transformers.modeling_utils import remove_tied_weights_from_state_dict
 
 from rlhf.core.console import is_main
 from rlhf.core.files import write_json
-from rlhf.core.freeing import freed_at_once
+from rlhf.core.freeing import freed_at_once, give_back
 from rlhf.models.load import count_parameters
 from rlhf.tuning import merging
 
@@ -97,4 +97,5 @@ def _files(model: Any, groups: dict[str, dict[str, Tensor]], plan: Any) -> Itera
                 left[file] -= 1
                 if not left[file]:
                     yield file, waiting.pop(file)
+        give_back()
     assert not waiting and not gathered, f"weights that no file got: {[*waiting, *gathered]}"
