@@ -26,10 +26,10 @@ $(STAMP): pyproject.toml constraints.txt
 demo: install
 	@$(BIN)/rlhf demo
 
+# Three tests at a time, since many wait: for a process, a timeout, a signal
 test: install
-	@$(BIN)/pytest -q -n 2 --dist worksteal
+	@$(BIN)/pytest -q -n 3 --dist worksteal
 
-# Three at a time, since many of these tests wait: for a timeout, for a signal, for one process of two
 test-slow: install
 	@$(BIN)/pytest -q -n 3 --dist worksteal -m "slow or real" --durations 12
 
