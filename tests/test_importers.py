@@ -60,6 +60,14 @@ def hh(tmp_path, *rows):
     return list(open_dataset(tmp_path / "d").records()), summary.reasons
 
 
+def test_a_field_called_nearly_like_one_that_the_row_lacks_is_named_once(tmp_path):
+    rows = [{**DEMONSTRATION, "auther": "bo", "note": "x"}, {**DEMONSTRATION, "prompt": "Another?", "auther": "al"}]
+    result = run("import", "jsonl", jsonl(tmp_path / "rows.jsonl", rows), "--out", tmp_path / "out", "--json")
+    assert result.exit_code == 0 and last_line(result)["written"] == 2
+    assert result.stderr.count("is not read; did you mean") == 1
+    assert "the field 'auther' is not read; did you mean 'author'?" in result.stderr
+
+
 def test_a_transcript_becomes_a_prompt_and_two_ranked_answers(tmp_path):
     ((record,), _) = hh(tmp_path, hh_row("hello", "hi", "may I?", chosen=" Yes.\n\nPlease do. ", rejected="no"))
     assert [(m.role, m.content) for m in record.messages] == [

@@ -170,12 +170,17 @@ def test_an_adapter_of_another_base_is_refused(adapters, tmp_path):
         TaskAdapters(open_policy(adapters[0]), {"task": tmp_path / "adapter"})
 
 
-def test_a_folder_without_an_adapter_and_a_kind_that_cannot_be_mixed_are_refused(adapters, tmp_path):
+def test_a_folder_without_an_adapter_is_refused(adapters):
     base, _ = adapters
     with pytest.raises(UserError, match="there is no adapter"):
         TaskAdapters(open_policy(base), {"task": base})
+
+
+@pytest.mark.parametrize("option", [{"use_dora": True}, {"modules_to_save": ["lm_head"]}], ids=list)
+def test_an_adapter_that_cannot_be_chosen_row_by_row_is_refused(adapters, tmp_path, option):
+    base, _ = adapters
     model = transformers.AutoModelForCausalLM.from_pretrained(base)
-    config = peft.LoraConfig(r=2, use_dora=True, target_modules=["q_proj"], task_type="CAUSAL_LM")
-    peft.get_peft_model(model, config).save_pretrained(tmp_path / "dora")
-    with pytest.raises(UserError, match="uses use_dora"):
-        TaskAdapters(open_policy(base), {"task": tmp_path / "dora"})
+    config = peft.LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM", **option)
+    peft.get_peft_model(model, config).save_pretrained(tmp_path)
+    with pytest.raises(UserError, match=f"uses {next(iter(option))}"):
+        TaskAdapters(open_policy(base), {"task": tmp_path})

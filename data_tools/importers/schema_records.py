@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -9,10 +10,14 @@ from typing import Any
 from data_tools.importers.table import IMPORTERS, Head, convert_rows
 from data_tools.reading.fields import as_jsonl
 from data_tools.reading.rows import JSON
+from rlhf.core.console import warn
 from rlhf.data.jsonl import OnReject, from_dict
-from rlhf.data.schema import Record
+from rlhf.data.schema import Record, brief
 
 PROMPT_FIELDS = {"id", "prompt_id", "messages", "prompt", "source", "group", "split"}
+FIELDS = PROMPT_FIELDS | {
+    "answer", "author", "candidates", "ranks", "annotator", "time", "seconds", "shown", "weight", "merged",
+}  # fmt: skip
 
 
 def _detect(head: Head) -> str | None:
@@ -45,11 +50,22 @@ def jsonl(path: Path, reject: OnReject) -> Iterator[Record]:
     row decides the kind of the file; a row of another is rejected.
     """
     kind: str | None = None
+    seen = set(FIELDS)
 
     def convert(row: object) -> Record:
         nonlocal kind
+        if isinstance(row, dict) and not row.keys() <= seen:
+            _warn_of_typos(path, row, seen)
+            seen.update(row)
         record = from_dict(row, kind)
         kind = record.kind
         return record
 
     return convert_rows(path, reject, convert)
+
+
+def _warn_of_typos(path: Path, row: dict[str, Any], seen: set[str]) -> None:
+    """Warn of new fields that are not read and are called nearly like one that the row lacks."""
+    for name in sorted(row.keys() - seen):
+        for match in difflib.get_close_matches(name, FIELDS - row.keys() - {"id"}, n=1, cutoff=0.75):
+            warn(f"{path}: the field {brief(name)} is not read; did you mean '{match}'?")
