@@ -302,12 +302,12 @@ def test_two_datasets_a_battery_and_a_page_in_one_command(
     pytest.importorskip("matplotlib")
     words = (data["ranking"], data["ranking"], "--perturb", "--perturb-rankings", 3)
     said, _ = finished.invoke(
-        command, runs["reward"], *words, "--html", tmp_path / "page.html", "--out", tmp_path / "out.json"
+        command, runs["reward"], *words, "--html", tmp_path / "new" / "page.html", "--out", tmp_path / "out.json"
     )
     found = json.loads((tmp_path / "out.json").read_text())
     assert [card["perturbations"]["rankings"] for card in found["datasets"]] == [3, 3]
     assert found["datasets"][0] == found["datasets"][1]
-    page = (tmp_path / "page.html").read_text()
+    page = (tmp_path / "new" / "page.html").read_text()
     for row in found["datasets"][0]["perturbations"]["perturbations"]:
         assert row["name"] in said and row["name"].replace("'", "&#39;") in page
     assert not [word for word in ("<script", "https:", "src=", "@import") if word in page]

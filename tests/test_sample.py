@@ -214,7 +214,7 @@ def test_a_long_prompt_keeps_its_end(runs: dict[str, str], capsys: pytest.Captur
         (["-p", "One?", "--max-new-tokens", 128], "leaves no room"),
         (["-p", "One?", "--reward", "test_sample:nothing"], "cannot be imported"),
         (["-p", "One?", "--reward", "test_sample:not_a_number", "--max-new-tokens", 8], "returned nan"),
-        (["-p", "One?", "--out", "nowhere/answers.jsonl"], "--out"),
+        (["-p", "One?", "--out", "/proc/nowhere/answers.jsonl"], "its folder cannot be made"),
     ],
 )
 def test_a_bad_call_is_refused(words: list[Any], message: str, runs: dict[str, str]) -> None:

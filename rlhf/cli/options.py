@@ -51,18 +51,21 @@ Json = Annotated[bool, typer.Option("--json", help="Print the result as one JSON
 
 
 def check_writable(path: Path | None, option: str) -> None:
-    """Refuse an output file that cannot be written, before anything is loaded.
+    """Make the folder of an output file, and refuse a file that cannot be written, before anything is loaded.
 
     Raises:
-        UserError: It is a folder, or its folder is not there or not writable.
+        UserError: It is a folder, or its folder cannot be made or written.
     """
     if path is None:
         return
     if path.is_dir():
         raise UserError(f"{option} {path}: is a folder", remedy="Name a file.")
-    if not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
-        what = f"{option} {path}: the folder {path.parent} is not there or cannot be written"
-        raise UserError(what, remedy="Make the folder, or name another file.")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{option} {path}: its folder cannot be made: {error}", remedy="Name another file.") from None
+    if not os.access(path.parent, os.W_OK):
+        raise UserError(f"{option} {path}: its folder cannot be written", remedy="Name another file.")
 
 
 def refuse_given(context: typer.Context, names: Iterable[str], why: str) -> None:
