@@ -264,6 +264,9 @@ def test_several_runs_are_compared(tmp_path):
     assert [subject.name for subject in gather([one / "ppo", two / "ppo"])] == ["one/ppo", "two/ppo"]
     assert "<h2>Comparison</h2>" in page and "kl.coef" in page and "PPO: scores" in page
     assert '"name": "one, held out"' in page.replace("&#34;", '"')
+    with_sft = render(gather([one, two, one / "sft"]))
+    assert re.search(r"kl\.coef</th>\s*<td[^>]*>0\.1</td>\s*<td[^>]*>0\.3</td>\s*<td[^>]*>-</td>", with_sft)
+    assert "What differs in the config: PPO" not in render(gather([one / "sft", one / "ppo"]))  # one has a PPO config
     assert facts.differences([{"a": 1, "b": {"c": 2}}, {"a": 1, "b": {"c": 3}, "d": []}]) == [
         ("b.c", ["2", "3"]), ("d", ["-", "[]"])
     ]  # fmt: skip

@@ -168,12 +168,12 @@ def _comparison(subjects: Sequence[Subject]) -> list[tuple[str, list[str]]]:
 
 
 def _differences(subjects: Sequence[Subject]) -> list[tuple[str, list[tuple[str, list[str]]]]]:
-    """Stage -> the config keys in which the subjects' runs differ."""
+    """Stage -> the config keys in which the subjects' runs differ, `-` for a subject without a run of the stage."""
     found = []
     for stage, title in STAGE_NAMES.items():
         runs = [subject.of(stage) for subject in subjects]
-        if len(subjects) > 1 and any(runs):
-            rows = facts.differences([run.evidence.config if run else {} for run in runs])
-            if rows:
-                found.append((title, rows))
+        rows = facts.differences([run.evidence.config for run in runs if run])
+        if rows:
+            values = [(key, iter(row)) for key, row in rows]
+            found.append((title, [(key, [next(row) if run else "-" for run in runs]) for key, row in values]))
     return found
