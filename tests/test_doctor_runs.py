@@ -6,6 +6,7 @@ import json
 import os
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import dpo_runs
 import guard_runs
@@ -28,6 +29,8 @@ from rlhf.doctor.findings import Finding
 
 pytestmark = pytest.mark.slow
 UPDATES = 12
+TWICE: dict[str, Any] = {"eval": {"every": 2}}
+"""Evaluations enough for the checks that do not judge by the first one."""
 LONG = {"rollout__max_new_tokens": 24, "eval__every": 6, "updates": UPDATES, "checkpoints__every": 100}
 
 
@@ -157,7 +160,7 @@ def test_a_reward_model_whose_held_out_rankings_are_reversed_is_named(tmp_path, 
             worst = max(record.ranks)
             writer.write(replace(record, ranks=tuple(1 + worst - rank for rank in record.ranks)))
     data = {"train": rankings, "eval": str(tmp_path / "reversed")}
-    stages.reward.run(reward_runs.config(tmp_path, data))
+    stages.reward.run(reward_runs.config(tmp_path, data, **TWICE))
     assert "no-better-than-guessing" in findings(tmp_path / "run")
 
 
@@ -167,10 +170,10 @@ def test_a_reward_model_whose_held_out_rankings_are_reversed_is_named(tmp_path, 
 def test_healthy_runs_are_not_accused(tmp_path, demos, rankings):
     sft_runs.run(sft_runs.settings(demos, tmp_path / "sft"))
     sft_runs.run(sft_runs.settings(demos, tmp_path / "lora", tuning={"name": "lora", "rank": 4}))
-    stages.reward.run(reward_runs.config(tmp_path / "reward", rankings))
-    stages.reward.run(reward_runs.config(tmp_path / "pairs", rankings, loss="bradley-terry"))
-    stages.dpo.run(dpo_runs.config(tmp_path / "dpo", rankings))
-    stages.dpo.run(dpo_runs.config(tmp_path / "adapter", rankings, tuning={"name": "lora", "rank": 4}))
+    stages.reward.run(reward_runs.config(tmp_path / "reward", rankings, **TWICE))
+    stages.reward.run(reward_runs.config(tmp_path / "pairs", rankings, loss="bradley-terry", **TWICE))
+    stages.dpo.run(dpo_runs.config(tmp_path / "dpo", rankings, **TWICE))
+    stages.dpo.run(dpo_runs.config(tmp_path / "adapter", rankings, tuning={"name": "lora", "rank": 4}, **TWICE))
     sft_runs.run(sft_runs.settings(demos, tmp_path / "bottleneck", tuning={"name": "bottleneck", "size": 4}))
     for name in ("sft", "lora", "bottleneck", "reward/run", "pairs/run", "dpo/run", "adapter/run"):
         assert findings(tmp_path / name) == {}, name
