@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import tiny
 import torch
 
 from rlhf import distributed
@@ -174,3 +175,26 @@ def test_gathered_figures_come_in_the_order_of_the_episodes():
 def test_answers_of_one_process_are_gathered_as_they_are():
     assert distributed.world_size() == 1
     assert gather_completions(rollout().completions, 0) == rollout().completions
+
+
+RANKS = """
+from rlhf import distributed
+from rlhf.ppo.types import gather_completions
+from test_experience import COMPLETIONS
+
+distributed.start(60)
+mine, first = (COMPLETIONS[:3], 0) if distributed.rank() == 1 else (COMPLETIONS[3:], 3)
+assert gather_completions(mine, first) == COMPLETIONS
+print("EQUAL")
+distributed.stop()
+"""
+COMPLETIONS = [
+    Completion([5, 6], True, [-0.5, -0.25]), Completion([7], False), Completion([8, 9, 10], True, [-1.0, -2.0, -3.0]),
+    Completion([11], True, [-4.0]), Completion([12, 13], False, [-5.0, -6.0]),
+]  # fmt: skip
+
+
+@pytest.mark.slow
+def test_completions_of_several_ranks_are_gathered_in_the_order_of_their_episodes():
+    done = tiny.launch(2, RANKS)
+    assert done.returncode == 0 and done.stdout.count("EQUAL") == 2, done.stdout
