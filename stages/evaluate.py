@@ -14,6 +14,7 @@ from rlhf.cli import options, task_options
 from rlhf.cli.sampling_options import SamplingOptions, with_sampling
 from rlhf.core.console import print_json, say
 from rlhf.core.errors import UserError
+from rlhf.core.files import check_writable
 from rlhf.data.selection import chosen_records
 from rlhf.data.store import Dataset, open_dataset
 from rlhf.judging.config import read_judge
@@ -122,9 +123,9 @@ def command(
     sampling: SamplingOptions,
 ) -> None:
     """Measure a model on held-out data."""
-    options.check_writable(output, "--out")
-    options.check_writable(answers, "--answers")
-    options.check_writable(html, "--html")
+    check_writable(output, "--out")
+    check_writable(answers, "--answers")
+    check_writable(html, "--html")
     named = [*(datasets or ()), *(dataset or ())]
     if not prompting and (shots or metric or labels or pattern or answers):
         raise UserError("--shots, --metric, --labels, --pattern and --answers are for --prompting", remedy="Give it.")

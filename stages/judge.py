@@ -11,6 +11,7 @@ import typer
 from rlhf.cli import options
 from rlhf.core.console import print_json, say, table, warn
 from rlhf.core.errors import UserError
+from rlhf.core.files import check_writable
 from rlhf.data.selection import chosen_records
 from rlhf.data.store import open_dataset
 from rlhf.judging.agreement import agreement_metrics, by_comparison, by_rating, pairs_of
@@ -55,7 +56,7 @@ def command(
     as_json: options.Json = False,
 ) -> None:
     """Measure how far a judge agrees with human rankings: agreement, ties, position bias."""
-    options.check_writable(output, "--out")
+    check_writable(output, "--out")
     config, data = read_judge(judge), open_dataset(dataset)
     if data.kind != "ranking":
         what = f"{data.path}: holds {data.kind}s; a judge is measured on rankings"

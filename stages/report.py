@@ -13,6 +13,7 @@ import typer
 from rlhf.cli import options
 from rlhf.core.console import format_number, say, warn
 from rlhf.core.errors import UserError
+from rlhf.core.files import check_writable
 from rlhf.data.store import Dataset, open_dataset
 from rlhf.report.facts import DataFacts
 from rlhf.report.gather import Subject, gather, located
@@ -66,7 +67,7 @@ def command(
             warn(f"{one.stage}: {one.path} has not begun")
     if not live:
         path = output or _place(runs[0])
-        options.check_writable(path, "--output")
+        check_writable(path, "--output")
         subjects = gather(runs)
         options.write_whole(path, render(subjects, list(_data(subjects, data))))
         say(f"Report: {path}")

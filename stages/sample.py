@@ -18,6 +18,7 @@ from rlhf.cli.sampling_options import SamplingOptions, with_sampling
 from rlhf.core.command_line import command_line
 from rlhf.core.console import format_number, out, print_json, printable, say, table
 from rlhf.core.errors import UserError
+from rlhf.core.files import check_writable
 from rlhf.data.schema import BadRecord, Demonstration, Message, Prompt
 from rlhf.data.selection import chosen_prompts, train_demonstrations, with_system
 from rlhf.data.store import open_dataset
@@ -87,7 +88,7 @@ def command(
     sampling: SamplingOptions,
 ) -> None:
     """Print a model's answers to prompts. With --reward, answers are scored, and of several the best is shown."""
-    options.check_writable(output, "--out")
+    check_writable(output, "--out")
     if dataset is None:
         options.refuse_given(context, ["split", "limit"], "is for --dataset")
     n = _answers(n, best_of, reward, demonstrations)
@@ -152,7 +153,7 @@ def command(
 
 
 def _write_curve(file: Path, scores: list[list[float]], facts: dict[str, Any], compared: Any) -> None:
-    """Write the best-of-n curve of some prompts' scores as JSON with `facts`, or draw it beside the runs `compared`."""
+    """Write the best-of-n curve of some prompts' scores as JSON with `facts`, or draw it with the runs `compared`."""
     from rlhf.inference.best_of import best_of_curve, draw_curve, write_curve  # imports numpy
 
     if file.suffix == ".json":
@@ -196,7 +197,7 @@ def _compared(curve: Path | None, best_of: int | None, runs: list[str] | None) -
         raise UserError(f"--curve {curve}: is neither an .svg nor a .png nor a .json file")
     if curve.suffix == ".json" and runs:
         raise UserError("--with: is for a plot", remedy="Give --curve FILE.svg, or leave --with out.")
-    options.check_writable(curve, "--curve")
+    check_writable(curve, "--curve")
     from rlhf.inference.best_of import evaluations_of  # imports numpy
 
     return {run: evaluations_of(run) for run in runs or ()}

@@ -14,6 +14,7 @@ import typer
 from rlhf.cli import options
 from rlhf.core.console import format_number, print_json, printable, say, table, warn
 from rlhf.core.errors import UserError
+from rlhf.core.files import check_writable
 from rlhf.data.schema import Demonstration, Prompt, Proposal, Ranking
 from rlhf.data.selection import as_prompt, chosen_records, with_system
 from rlhf.data.store import open_dataset
@@ -47,7 +48,7 @@ def command(
     trust_remote_code: options.TrustRemoteCode = False,
 ) -> None:
     """Score answers with a reward model or an ensemble of them, as PPO does."""
-    options.check_writable(output, "--out")
+    check_writable(output, "--out")
     groups = _groups(context, prompt, answer, dataset, split, limit)
     from rlhf.inference.ensemble import open_ensemble  # imports torch
 

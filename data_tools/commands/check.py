@@ -14,8 +14,8 @@ from data_tools.check.show import show, show_rules
 from data_tools.commands.common import DatasetPath, Json
 from rlhf.core import console
 from rlhf.core.console import print_json
+from rlhf.core.files import check_writable
 from rlhf.core.lazy_group import OPTIONS
-from rlhf.core.page import check_page
 from rlhf.data.store import open_dataset
 
 RULES = "Exit with status 1 if this holds of a metric: 'agreement<0.6', 'random-annotators>0'; may be repeated."
@@ -41,8 +41,7 @@ def check_command(
     as_json: Json = False,
 ) -> None:
     """Measure duplicates, leaks, contradictions, biases, agreement and annotators, with intervals and a verdict."""
-    if html is not None:
-        check_page(html, "--html")
+    check_writable(html, "--html")
     report = check(path, against=against or (), near=not no_near, fail_on=fail_on or ())
     show(report)
     found = _against_template(path, model) if model else {}

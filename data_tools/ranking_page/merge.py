@@ -111,11 +111,11 @@ def _check_person(file: Path, votes: Sequence[Vote], latest: Mapping[tuple[str, 
     """
     names = {name for name, _ in latest}
     for name in {vote.annotator for vote in votes} - names:
-        if alike := [other for other in names if other.casefold() == name.casefold()]:
+        if same := [other for other in names if other.casefold() == name.casefold()]:
             raise UserError(
-                f'--merge {file}: is by "{name}", and there are votes by "{alike[0]}"',
+                f'--merge {file}: is by "{name}", and there are votes by "{same[0]}"',
                 "Names that differ in capitals alone are mostly one person's, who would count as two.",
-                f'Write "{alike[0]}" as `annotator` at the beginning of the file, or another name for another person.',
+                f'Write "{same[0]}" as `annotator` at the beginning of the file, or another name for another person.',
             )
     before = [(vote, latest[key]) for vote in votes if (key := (vote.annotator, vote.item)) in latest]
     if len(before) > 1 and not replace and not any(vote == other for vote, other in before):

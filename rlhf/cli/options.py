@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated
@@ -48,24 +47,6 @@ Reward = Annotated[
     ),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as one JSON object in the last line.")]
-
-
-def check_writable(path: Path | None, option: str) -> None:
-    """Make the folder of an output file, and refuse a file that cannot be written, before anything is loaded.
-
-    Raises:
-        UserError: It is a folder, or its folder cannot be made or written.
-    """
-    if path is None:
-        return
-    if path.is_dir():
-        raise UserError(f"{option} {path}: is a folder", remedy="Name a file.")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"{option} {path}: its folder cannot be made: {error}", remedy="Name another file.") from None
-    if not os.access(path.parent, os.W_OK):
-        raise UserError(f"{option} {path}: its folder cannot be written", remedy="Name another file.")
 
 
 def refuse_given(context: typer.Context, names: Iterable[str], why: str) -> None:

@@ -113,3 +113,22 @@ def append_jsonl(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
     """Append rows to a JSONL file, one object a line. A kill may leave a half line at the end."""
     with open(path, "a", encoding="utf-8") as file:
         file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+
+
+def check_writable(path: Path | None, option: str) -> None:
+    """Make the folder of an output file, and refuse a file that cannot be written, before anything is loaded.
+
+    Raises:
+        UserError: It is a folder, its folder cannot be made, or it cannot be written.
+    """
+    if path is None:
+        return
+    if path.is_dir():
+        raise UserError(f"{option} {path}: is a folder", remedy="Name a file.")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{option} {path}: its folder cannot be made: {error}", remedy="Name another file.") from None
+    place = path if path.exists() else path.parent
+    if not os.access(place, os.W_OK):
+        raise UserError(f"{option} {path}: {place} cannot be written", remedy="Name another file.")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Mapping
 from functools import lru_cache
 from pathlib import Path
@@ -48,18 +47,6 @@ def _environment(folder: Path, clean: Callable[[str], str] | None) -> jinja2.Env
 def drawings(plots: Mapping[str, str]) -> dict[str, markupsafe.Markup]:
     """Plots of `rlhf.core.plot` as values that a template shows unescaped, without the empty ones."""
     return {name: markupsafe.Markup(svg) for name, svg in plots.items() if svg}
-
-
-def check_page(path: Path, option: str) -> None:
-    """Refuse a page that could not be written, before something slow is done for it.
-
-    Raises:
-        UserError: It is a folder, or neither it nor its folder can be written or made.
-    """
-    there = next(one for one in (path, *path.absolute().parents) if one.exists())
-    if path.is_dir() or (there != path and not there.is_dir()) or not os.access(there, os.W_OK):
-        what = "is a folder" if path.is_dir() else f"cannot be written, because of {there}"
-        raise UserError(f"{option} {path}: {what}", remedy="Name another file.")
 
 
 def write_page(text: str, path: Path, option: str) -> None:
