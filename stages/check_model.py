@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 import typer
 
@@ -229,16 +229,18 @@ def make_tiny_copy(model: str, folder: Path, trust_remote_code: bool = False) ->
 
 def command(
     model: options.Model,
-    whole: Annotated[
-        bool, typer.Option("--whole", help="Train the model itself, which needs the memory of its PPO run.")
-    ] = False,
-    keep: Annotated[
-        Path | None, typer.Option(help="A new folder for runs, exports and log.txt; otherwise they are deleted.")
-    ] = None,
+    *,
+    whole: bool = False,
+    keep: Path | None = None,
     as_json: options.Json = False,
     trust_remote_code: options.TrustRemoteCode = False,
 ) -> None:
-    """Try all stages and the export on a model for two steps, by default on a tiny random copy of its architecture."""
+    """Try all stages and the export on a model for two steps, by default on a tiny random copy of its architecture.
+
+    Args:
+        whole: Train the model itself, which needs the memory of its PPO run.
+        keep: A new folder for runs, exports and log.txt; otherwise they are deleted.
+    """
     if keep is not None and keep.exists():
         raise UserError(f"--keep {keep}: exists", remedy="Name a new folder.")
     folder = Path(tempfile.mkdtemp(prefix="check-model-")) if keep is None else keep

@@ -46,17 +46,20 @@ PROBE_STEPS = 6
 
 
 def command(
+    *,
     config: ConfigFile,
-    overrides: Annotated[
-        list[str] | None,
-        typer.Argument(metavar="[KEY=VALUE]...", help="Values that replace the file's: budget.updates=50 seeds=[0]."),
-    ] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Delete an earlier comparison first.")] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything, list the cells, and stop.")] = False,
+    overrides: Annotated[list[str] | None, typer.Argument()] = None,
+    overwrite: bool = False,
+    dry_run: bool = False,
 ) -> None:
     """Compare ways to put a model to work on your own tasks: a table of quality and cost, plots, a recommendation.
 
     A comparison that was stopped continues with the same command.
+
+    Args:
+        overrides ([KEY=VALUE]...): Values that replace the file's: budget.updates=50 seeds=[0].
+        overwrite: Delete an earlier comparison first.
+        dry_run: Check everything, list the cells, and stop.
     """
     again = shlex.join(["rlhf", "compare", "--config", str(config), *(overrides or ())])
     with exit_on_error(f"Continue with: {again}"):

@@ -19,14 +19,11 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated
-
-import typer
 
 from data_tools.demo_world.datasets import Size, WorldDatasets
 from data_tools.demo_world.report import show, write_markdown
 from data_tools.demo_world.text import documents
-from rlhf.cli import entry
+from rlhf.cli import entry, options
 from rlhf.cli.errors import exit_on_error
 from rlhf.core.console import say
 from rlhf.core.errors import UserError
@@ -50,11 +47,18 @@ THREADS = 1
 
 
 def command(
-    out: Annotated[Path, typer.Option("--out", help="The folder to make.")] = Path("runs/demo"),
-    seed: Annotated[int, typer.Option("--seed", min=0, help="Seed for all random choices.")] = 0,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Delete an earlier demo and start again.")] = False,
+    *,
+    out: Path = Path("runs/demo"),
+    seed: options.NotNegative = 0,
+    overwrite: bool = False,
 ) -> None:
-    """Run all three stages in a miniature world, in minutes on a CPU, and measure the improvement."""
+    """Run all three stages in a miniature world, in minutes on a CPU, and measure the improvement.
+
+    Args:
+        out: The folder to make.
+        seed: Seed for all random choices.
+        overwrite: Delete an earlier demo and start again.
+    """
     again = ["rlhf", "demo", "--out", str(out), "--seed", str(seed)]
     with exit_on_error(f"Continue with: {shlex.join(again)}"):
         Demo(out, seed).run(overwrite)

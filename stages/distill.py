@@ -18,7 +18,7 @@ from data_tools.io.derive import Derivation
 from data_tools.io.rejects import print_reasons
 from rlhf.cli import options
 from rlhf.cli.sampling_options import SamplingOptions, with_options, with_sampling
-from rlhf.cli.teacher_options import AskingOptions, Cache, Overwrite, ServerOptions, TeacherName, open_teacher
+from rlhf.cli.teacher_options import AskingOptions, Cache, ServerOptions, TeacherName, open_teacher
 from rlhf.core.console import print_json, say
 from rlhf.core.errors import UserError
 from rlhf.data.jsonl import Reject, to_dict
@@ -37,20 +37,16 @@ Kind = Literal["demonstrations", "candidates"]
 @with_options("server", ServerOptions)
 @with_options("asking", AskingOptions)
 def command(
-    prompts: Annotated[
-        Path, typer.Argument(metavar="DATASET", help="A dataset of any kind; its prompts are answered.")
-    ],
-    teacher: TeacherName,
-    out: Annotated[Path, typer.Option("--out", help="The dataset to make.")],
-    become: Annotated[Kind, typer.Option("--as", help="Demonstrations for SFT, or candidates for ranking.")] = (
-        "demonstrations"
-    ),
-    split: Annotated[str | None, typer.Option(help="train, eval or test; all by default.")] = None,
-    count: Annotated[int | None, typer.Option(min=1, help="Number of prompts; the first ones, all by default.")] = None,
-    cache: Cache = None,
-    overwrite: Overwrite = False,
-    as_json: options.Json = False,
+    prompts: Path,
     *,
+    teacher: TeacherName,
+    out: Path,
+    become: Annotated[Kind, typer.Option("--as")] = "demonstrations",
+    split: str | None = None,
+    count: options.PositiveOrNone = None,
+    cache: Cache = None,
+    overwrite: options.ReplaceDataset = False,
+    as_json: options.Json = False,
     asking: AskingOptions,
     sampling: SamplingOptions,
     server: ServerOptions,
@@ -58,6 +54,13 @@ def command(
     """Write a teacher's answers to prompts as demonstrations, or as candidates for ranking.
 
     A killed command goes on where it was when it is typed again: replies are kept on disk, and none is paid for twice.
+
+    Args:
+        prompts (DATASET): A dataset of any kind; its prompts are answered.
+        out: The dataset to make.
+        become: Demonstrations for SFT, or candidates for ranking.
+        split: train, eval or test; all by default.
+        count: Number of prompts; the first ones, all by default.
     """
     n, cue = asking.n or (4 if become == "candidates" else 1), asking.cue if asking.rationales else None
     found = answer_pattern(asking.pattern or ("the-answer-is" if asking.rationales else None))

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Annotated
 
 import typer
 
+from rlhf.cli import options
 from rlhf.cli.errors import print_error
 from rlhf.core.console import print_json, say, warn
 from rlhf.core.errors import UserError
@@ -23,23 +23,18 @@ STYLES = {"error": "bold red", "warning": "yellow", "note": None}
 
 
 def command(
-    runs: Annotated[
-        list[Path],
-        typer.Argument(
-            metavar="RUN|PIPELINE...",
-            help="Run folders, finished, running or crashed; folders with a pipeline's runs, or its YAML file.",
-        ),
-    ],
-    as_json: Annotated[
-        bool,
-        typer.Option(
-            "--json", help="Print only JSON lines: one per finding, and one for checks that could not be made."
-        ),
-    ] = False,
+    runs: list[Path],
+    *,
+    as_json: options.JsonLines = False,
 ) -> None:
     """Say what is wrong with runs, the worst first, each with its usual causes and a remedy.
 
     A run that cannot be read is named; the others are examined, and the exit status is 2.
+
+    Args:
+        runs (RUN|PIPELINE...): Run folders, finished, running or crashed; folders with a pipeline's runs, or its YAML
+            file.
+        as_json: Print only JSON lines: one per finding, and one for checks that could not be made.
     """
     unread = False
     for run in _run_folders(runs):

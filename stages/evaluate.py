@@ -33,96 +33,59 @@ OF_ANSWERS = frozenset(
 @with_sampling
 def command(
     context: typer.Context,
-    model: Annotated[
-        str,
-        typer.Argument(
-            metavar="RUN|MODEL", help="A run, a model folder, or a hub name; also a reward source, as for --reward."
-        ),
-    ],
-    datasets: Annotated[
-        list[Path] | None,
-        typer.Argument(
-            metavar="[DATASET]...",
-            help="For a policy: demonstrations, rankings (their best answers), prompts. For a reward model: rankings.",
-        ),
-    ] = None,
-    dataset: Annotated[
-        list[Path] | None, typer.Option(help="The same as an argument DATASET; may be repeated.")
-    ] = None,
+    model: str,
+    datasets: list[Path] | None = None,
+    *,
+    dataset: list[Path] | None = None,
     split: options.Split = None,
     limit: options.Limit = None,
     reward: options.Reward = None,
-    against: Annotated[
-        str | None,
-        typer.Option(
-            metavar="RUN|MODEL|references",
-            help="Compare with this policy, or the dataset's own answers: whose are better by --reward or --judge?",
-        ),
-    ] = None,
-    judge: Annotated[
-        str | None,
-        typer.Option(
-            metavar="URL|FILE|{...}|rankings",
-            help="With --against: this judge on a server compares the answers. `rankings`: people did, in DATASET,"
-            " whose candidates name MODEL and others as authors.",
-        ),
-    ] = None,
-    reference: Annotated[
-        str | None,
-        typer.Option(metavar="RUN|MODEL", help="Also estimate the KL of the policies' answers to this model."),
-    ] = None,
-    n: Annotated[int, typer.Option("--n", "-n", min=1, help="Number of answers to each prompt.")] = 1,
+    against: str | None = None,
+    judge: str | None = None,
+    reference: str | None = None,
+    n: Annotated[int, typer.Option("--n", "-n", min=1)] = 1,
     system: options.System = None,
-    prompting: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="WAY|FILE|{...}",
-            help="Measure answers to prompts made in this way: zero-shot, few-shot, cloze, chain-of-thought, a YAML"
-            " file, or '{name: few-shot, shots: 8}'. May be repeated.",
-        ),
-    ] = None,
-    shots: Annotated[
-        str | None, typer.Option(metavar="N,N,...", help="With --prompting: numbers of examples, each in its own line.")
-    ] = None,
+    prompting: list[str] | None = None,
+    shots: str | None = None,
     metric: task_options.Metric = None,
     labels: task_options.Labels = None,
     pattern: task_options.Pattern = None,
-    answers: Annotated[
-        Path | None, typer.Option(help="With --prompting: write each answer here, as JSON lines.")
-    ] = None,
-    perturb: Annotated[
-        bool,
-        typer.Option(
-            "--perturb",
-            help="For a reward model: score answers again after changes that should not raise a score.",
-        ),
-    ] = False,
-    perturb_rankings: Annotated[
-        int, typer.Option(min=2, metavar="N", help="With --perturb: rankings of each dataset that are used, at most.")
-    ] = 100,
-    benchmark: Annotated[
-        str | None,
-        typer.Option(
-            metavar="NAME",
-            help="For a reward model: all rankings are from this benchmark: reward-bench-2 or rm-bench. When left out,"
-            " the `source` of each ranking says it.",
-        ),
-    ] = None,
-    lm_eval: Annotated[
-        str | None,
-        typer.Option(
-            metavar="TASK,...|FILE|{...}",
-            help="Run these tasks of lm-evaluation-harness instead of a dataset, such as arc_easy,hellaswag or"
-            " '{tasks: [mine], include_path: tasks, num_fewshot: 5}'.",
-        ),
-    ] = None,
-    html: Annotated[Path | None, typer.Option(help="Write the results here, as a page.")] = None,
-    output: Annotated[Path | None, typer.Option("--out", help="Write the metrics here, as JSON.")] = None,
+    answers: Path | None = None,
+    perturb: bool = False,
+    perturb_rankings: Annotated[int, typer.Option(min=2)] = 100,
+    benchmark: str | None = None,
+    lm_eval: str | None = None,
+    html: Path | None = None,
+    output: options.Out = None,
     as_json: options.Json = False,
-    *,
     sampling: SamplingOptions,
 ) -> None:
-    """Measure a model on held-out data."""
+    """Measure a model on held-out data.
+
+    Args:
+        model (RUN|MODEL): A run, a model folder, or a hub name; also a reward source, as for --reward.
+        datasets ([DATASET]...): For a policy: demonstrations, rankings (their best answers), prompts. For a reward
+            model: rankings.
+        dataset: The same as an argument DATASET; may be repeated.
+        against (RUN|MODEL|references): Compare with this policy, or the dataset's own answers: whose are better by
+            --reward or --judge?
+        judge (URL|FILE|{...}|rankings): With --against: this judge on a server compares the answers. `rankings`: people
+            did, in DATASET, whose candidates name MODEL and others as authors.
+        reference (RUN|MODEL): Also estimate the KL of the policies' answers to this model.
+        n: Number of answers to each prompt.
+        prompting (WAY|FILE|{...}): Measure answers to prompts made in this way: zero-shot, few-shot, cloze,
+            chain-of-thought, a YAML file, or '{name: few-shot, shots: 8}'. May be repeated.
+        shots (N,N,...): With --prompting: numbers of examples, each in its own line.
+        answers: With --prompting: write each answer here, as JSON lines.
+        perturb: For a reward model: score answers again after changes that should not raise a score.
+        perturb_rankings (N): With --perturb: rankings of each dataset that are used, at most.
+        benchmark (NAME): For a reward model: all rankings are from this benchmark: reward-bench-2 or rm-bench. When
+            left out, the `source` of each ranking says it.
+        lm_eval (TASK,...|FILE|{...}): Run these tasks of lm-evaluation-harness instead of a dataset, such as
+            arc_easy,hellaswag or '{tasks: [mine], include_path: tasks, num_fewshot: 5}'.
+        html: Write the results here, as a page.
+        output: Write the metrics here, as JSON.
+    """
     check_writable(output, "--out")
     check_writable(answers, "--answers")
     check_writable(html, "--html")

@@ -18,30 +18,31 @@ FORMATS = "; ".join(f"{row.name}: {row.summary.rstrip('.')}" for row in EXPORTER
 
 
 def command(
-    run: Annotated[Path, typer.Argument(metavar="RUN", help="The folder of a finished run.")],
-    out: Annotated[Path, typer.Option("--out", help="The folder to make.")],
+    run: Path,
+    *,
+    out: Path,
     format: Annotated[str, typer.Option(help=FORMATS)] = "hf",
-    role: Annotated[
-        str,
-        typer.Option(
-            metavar="|".join(ROLES), help="Which model of a PPO run; critic only with one base for all roles."
-        ),
-    ] = "policy",
-    dtype: Annotated[
-        str | None, typer.Option(help="float32, bfloat16 or float16, of the weights; by default as in the run.")
-    ] = None,
-    license: Annotated[
-        str | None, typer.Option(metavar="ID", help="The model's licence, such as apache-2.0, for the card.")
-    ] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier export.")] = False,
-    push_to_hub: Annotated[
-        str | None, typer.Option(metavar="USER/MODEL", help="Also upload the folder to the Hugging Face hub.")
-    ] = None,
-    private: Annotated[bool, typer.Option("--private", help="Make the hub repository private.")] = False,
+    role: Annotated[str, typer.Option(metavar="|".join(ROLES))] = "policy",
+    dtype: str | None = None,
+    license: str | None = None,
+    overwrite: bool = False,
+    push_to_hub: str | None = None,
+    private: bool = False,
     as_json: options.Json = False,
     trust_remote_code: options.TrustRemoteCode = False,
 ) -> None:
-    """Export a finished run in Hugging Face format, with tokenizer, chat template, stop tokens and model card."""
+    """Export a finished run in Hugging Face format, with tokenizer, chat template, stop tokens and model card.
+
+    Args:
+        run (RUN): The folder of a finished run.
+        out: The folder to make.
+        role: Which model of a PPO run; critic only with one base for all roles.
+        dtype: float32, bfloat16 or float16, of the weights; by default as in the run.
+        license (ID): The model's licence, such as apache-2.0, for the card.
+        overwrite: Replace an earlier export.
+        push_to_hub (USER/MODEL): Also upload the folder to the Hugging Face hub.
+        private: Make the hub repository private.
+    """
     try:
         exporter = EXPORTERS.pick({"name": format} | ({} if dtype is None else {"dtype": dtype}))
     except ValueError as error:

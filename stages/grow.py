@@ -22,7 +22,7 @@ from data_tools.io.derive import Derivation
 from data_tools.io.rejects import print_reasons
 from rlhf.cli import options
 from rlhf.cli.sampling_options import SamplingOptions, with_options, with_sampling
-from rlhf.cli.teacher_options import Cache, Overwrite, ServerOptions, TeacherName, open_teacher
+from rlhf.cli.teacher_options import Cache, ServerOptions, TeacherName, open_teacher
 from rlhf.core.console import print_json, say, warn
 from rlhf.core.errors import UserError
 from rlhf.data.jsonl import Reject
@@ -41,32 +41,35 @@ GROWN = 4
 @with_sampling
 @with_options("server", ServerOptions)
 def command(
-    seeds: Annotated[Path, typer.Argument(metavar="DATASET", help="Demonstrations: the seed tasks, 100 or more.")],
-    teacher: TeacherName,
-    out: Annotated[Path, typer.Option("--out", help="The dataset to make, of the new tasks alone.")],
-    count: Annotated[int, typer.Option(min=1, help="Number of new tasks.")],
-    examples: Annotated[int, typer.Option(min=1, help="Tasks that are shown in each request.")] = 6,
-    per_request: Annotated[int, typer.Option(min=1, help="Tasks that each request asks for.")] = 10,
-    max_requests: Annotated[
-        int | None, typer.Option(min=1, help="The most requests; ten times what --count needs by default.")
-    ] = None,
-    similar: Annotated[
-        float, typer.Option(min=0.01, max=1, help="ROUGE-L to another instruction from which one is not new.")
-    ] = 0.7,
-    classification: Annotated[
-        float | None,
-        typer.Option(min=0, max=1, metavar="SHARE", help="Share of classification tasks; not limited by default."),
-    ] = None,
-    cache: Cache = None,
-    overwrite: Overwrite = False,
-    as_json: options.Json = False,
+    seeds: Path,
     *,
+    teacher: TeacherName,
+    out: Path,
+    count: options.Positive,
+    examples: options.Positive = 6,
+    per_request: options.Positive = 10,
+    max_requests: options.PositiveOrNone = None,
+    similar: Annotated[float, typer.Option(min=0.01, max=1)] = 0.7,
+    classification: Annotated[float | None, typer.Option(min=0, max=1)] = None,
+    cache: Cache = None,
+    overwrite: options.ReplaceDataset = False,
+    as_json: options.Json = False,
     sampling: SamplingOptions,
     server: ServerOptions,
 ) -> None:
     """Grow new instructions with answers from seed tasks. What is thrown away is in OUT/rejected.jsonl with its reason.
 
     A killed command goes on where it was when it is typed again: replies are kept on disk, and none is paid for twice.
+
+    Args:
+        seeds (DATASET): Demonstrations: the seed tasks, 100 or more.
+        out: The dataset to make, of the new tasks alone.
+        count: Number of new tasks.
+        examples: Tasks that are shown in each request.
+        per_request: Tasks that each request asks for.
+        max_requests: The most requests; ten times what --count needs by default.
+        similar: ROUGE-L to another instruction from which one is not new.
+        classification (SHARE): Share of classification tasks; not limited by default.
     """
     data = open_dataset(seeds, "demonstration")
     check_new(out, overwrite)

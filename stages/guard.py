@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
 
-import typer
-
+from rlhf.cli import options
 from rlhf.core.console import print_json, say
 from rlhf.doctor.evidence import guard_alarms, read_evidence
 
 
 def command(
-    runs: Annotated[list[Path], typer.Argument(help="PPO runs with a gold reward, finished, running or crashed.")],
-    plot: Annotated[
-        Path | None, typer.Option("--plot", help="Draw gold and proxy against sqrt(KL) into this SVG, PNG or PDF file.")
-    ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print only JSON lines, one per run.")] = False,
+    runs: list[Path],
+    *,
+    plot: Path | None = None,
+    as_json: options.JsonLines = False,
 ) -> None:
-    """Say where the gold reward of PPO runs peaks, with Gao's form fitted to it, and what the guard said."""
+    """Say where the gold reward of PPO runs peaks, with Gao's form fitted to it, and what the guard said.
+
+    Args:
+        runs: PPO runs with a gold reward, finished, running or crashed.
+        plot: Draw gold and proxy against sqrt(KL) into this SVG, PNG or PDF file.
+        as_json: Print only JSON lines, one per run.
+    """
     from rlhf.guard.curve import curve_of, describe  # imports numpy
     from rlhf.guard.curve import plot as draw
 

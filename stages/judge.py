@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated, Any, Literal
-
-import typer
+from typing import Any, Literal
 
 from rlhf.cli import options
 from rlhf.core.console import print_json, say, table, warn
@@ -35,27 +33,27 @@ ROWS = {
 
 
 def command(
-    judge: Annotated[
-        str,
-        typer.Argument(
-            metavar="URL|FILE|{...}", help="A server such as http://localhost:8000/v1, a file or a mapping."
-        ),
-    ],
-    dataset: Annotated[Path, typer.Argument(metavar="DATASET", help="Rankings by people.")],
-    kind: Annotated[
-        Literal["pairwise", "rating"],
-        typer.Option(help="pairwise: which of two answers is better, in both orders; rating: 1 to 10, as PPO uses it."),
-    ] = "pairwise",
+    judge: str,
+    dataset: Path,
+    *,
+    kind: Literal["pairwise", "rating"] = "pairwise",
     split: options.Split = None,
     limit: options.Limit = None,
-    pairs: Annotated[int, typer.Option(min=1, help="Most pairs of each ranking.")] = 3,
-    seed: Annotated[int, typer.Option(min=0, help="Seed for the choice and the order of pairs.")] = 0,
-    output: Annotated[
-        Path | None, typer.Option("--out", help="Write the result here, as JSON; PPO's reward `judge` reads it.")
-    ] = None,
+    pairs: options.Positive = 3,
+    seed: options.NotNegative = 0,
+    output: options.Out = None,
     as_json: options.Json = False,
 ) -> None:
-    """Measure how far a judge agrees with human rankings: agreement, ties, position bias."""
+    """Measure how far a judge agrees with human rankings: agreement, ties, position bias.
+
+    Args:
+        judge (URL|FILE|{...}): A server such as http://localhost:8000/v1, a file or a mapping.
+        dataset (DATASET): Rankings by people.
+        kind: pairwise: which of two answers is better, in both orders; rating: 1 to 10, as PPO uses it.
+        pairs: Most pairs of each ranking.
+        seed: Seed for the choice and the order of pairs.
+        output: Write the result here, as JSON; PPO's reward `judge` reads it.
+    """
     check_writable(output, "--out")
     config, data = read_judge(judge), open_dataset(dataset)
     if data.kind != "ranking":

@@ -12,6 +12,7 @@ from typing import Annotated, Any
 
 import typer
 
+from rlhf.cli import options
 from rlhf.cli.options import ConfigFile, Overrides
 from rlhf.cli.stage_configs import TRAINING
 from rlhf.config.load import check_config, override_values, read_values
@@ -24,35 +25,31 @@ from rlhf.runs.run import is_run, read_run
 
 
 def command(
+    *,
     config: ConfigFile,
-    gpus: Annotated[
-        int, typer.Option("--gpus", min=0, help="GPUs on each host, one process per GPU; 0: one process on the CPU.")
-    ],
-    gpu_memory: Annotated[
-        str | None, typer.Option("--gpu-memory", metavar="GIB", help="Memory of a GPU, such as 80.")
-    ] = None,
+    gpus: options.NotNegative,
+    gpu_memory: str | None = None,
     overrides: Overrides = None,
-    hosts: Annotated[int, typer.Option("--hosts", min=1, help="Number of hosts.")] = 1,
-    stage: Annotated[
-        str | None, typer.Option("--stage", help="sft, reward, dpo, ppo or specialist, if the config does not show it.")
-    ] = None,
-    base: Annotated[
-        str | None, typer.Option("--base", help="Folder with the config.json of models that are not trained yet.")
-    ] = None,
-    longest: Annotated[
-        int | None, typer.Option("--longest", min=1, help="Longest prompt (ppo) or row in tokens, if known.")
-    ] = None,
-    candidates: Annotated[int, typer.Option("--candidates", min=2, help="Answers in a ranking (reward, dpo).")] = 4,
-    lengths: Annotated[
-        str | None,
-        typer.Option(
-            "--lengths", metavar="TOKENS,...", help="Also for prompts (ppo) or rows of 4096,16384,... tokens."
-        ),
-    ] = None,
+    hosts: options.Positive = 1,
+    stage: str | None = None,
+    base: str | None = None,
+    longest: options.PositiveOrNone = None,
+    candidates: Annotated[int, typer.Option(min=2)] = 4,
+    lengths: str | None = None,
 ) -> None:
     """Predict a run's peak memory on GPUs by phase, part and ZeRO stage; say what fits and the cheapest change.
 
     With --gpus 0: the range in which the peak of one process on the CPU lies.
+
+    Args:
+        gpus: GPUs on each host, one process per GPU; 0: one process on the CPU.
+        gpu_memory (GIB): Memory of a GPU, such as 80.
+        hosts: Number of hosts.
+        stage: sft, reward, dpo, ppo or specialist, if the config does not show it.
+        base: Folder with the config.json of models that are not trained yet.
+        longest: Longest prompt (ppo) or row in tokens, if known.
+        candidates: Answers in a ranking (reward, dpo).
+        lengths (TOKENS,...): Also for prompts (ppo) or rows of 4096,16384,... tokens.
     """
     if (gpus == 0) == (gpu_memory is not None):
         raise UserError(f"--gpus {gpus}: give --gpu-memory GIB with GPUs, and only then")

@@ -33,34 +33,35 @@ WHY = "why.jsonl"
 
 
 def command(
-    candidates: Annotated[Path, typer.Argument(metavar="CANDIDATES", help="A dataset of proposals.")],
-    n: Annotated[int, typer.Option("--n", min=1, help="Number of prompts to choose.")],
-    out: Annotated[Path, typer.Option("--out", help="The dataset of proposals to make, in the order to rank.")],
-    reward: Annotated[
-        list[str] | None,
-        typer.Option(metavar="RUN|{...}", help="An ensemble, or a reward model of one; give two or more models."),
-    ] = None,
-    ranked: Annotated[
-        list[Path] | None,
-        typer.Option(
-            metavar="DATASET",
-            help="Rankings so far; without --reward a bag-of-words ensemble learns from them. May be repeated.",
-        ),
-    ] = None,
-    k: Annotated[int | None, typer.Option("--k", min=2, help="Answers to rank of a prompt; all by default.")] = None,
-    per: Annotated[
-        Literal["second", "ranking"], typer.Option(help="Choose by the information per second, or per ranking.")
-    ] = "second",
-    split: Annotated[str | None, typer.Option(help="train, eval or test; all by default.")] = None,
-    members: Annotated[
-        int, typer.Option(min=2, help="Members of the bag-of-words ensemble, without --reward.")
-    ] = MEMBERS,
-    seed: Annotated[int, typer.Option(help="Seed of the bag-of-words ensemble.")] = 0,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing dataset of that name.")] = False,
+    candidates: Path,
+    *,
+    n: options.Positive,
+    out: Path,
+    reward: list[str] | None = None,
+    ranked: list[Path] | None = None,
+    k: Annotated[int | None, typer.Option(min=2)] = None,
+    per: Literal["second", "ranking"] = "second",
+    split: str | None = None,
+    members: Annotated[int, typer.Option(min=2)] = MEMBERS,
+    seed: int = 0,
+    overwrite: options.ReplaceDataset = False,
     as_json: options.Json = False,
     trust_remote_code: options.TrustRemoteCode = False,
 ) -> None:
-    """Choose the prompts, and their answers, whose rankings would tell a reward model most for the time they take."""
+    """Choose the prompts, and their answers, whose rankings would tell a reward model most for the time they take.
+
+    Args:
+        candidates (CANDIDATES): A dataset of proposals.
+        n: Number of prompts to choose.
+        out: The dataset of proposals to make, in the order to rank.
+        reward (RUN|{...}): An ensemble, or a reward model of one; give two or more models.
+        ranked (DATASET): Rankings so far; without --reward a bag-of-words ensemble learns from them. May be repeated.
+        k: Answers to rank of a prompt; all by default.
+        per: Choose by the information per second, or per ranking.
+        split: train, eval or test; all by default.
+        members: Members of the bag-of-words ensemble, without --reward.
+        seed: Seed of the bag-of-words ensemble.
+    """
     paths = _models(reward or [], ranked or [])
     data, before = open_dataset(candidates, "proposal"), [open_dataset(path, "ranking") for path in ranked or ()]
     from data_tools.annotate import choose_next as choosing  # imports scipy

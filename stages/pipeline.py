@@ -66,15 +66,11 @@ class StartOptions:
 
 
 def command(
+    *,
     config: ConfigFile,
-    overrides: Annotated[
-        list[str] | None,
-        typer.Argument(metavar="[KEY=VALUE]...", help="name=..., rounds.size=..., or a stage's: ppo.updates=3."),
-    ] = None,
-    resume: Annotated[
-        bool, typer.Option("--resume/--no-resume", help="Skip complete runs and continue interrupted ones; or neither.")
-    ] = True,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Delete existing runs of those names first.")] = False,
+    overrides: Annotated[list[str] | None, typer.Argument()] = None,
+    resume: bool = True,
+    overwrite: bool = False,
     dry_run: DryRun = False,
     num_processes: Processes = None,
     hostfile: Hostfile = None,
@@ -82,6 +78,11 @@ def command(
     """Run the stages and the export in a row, optionally in rounds with new rankings by people.
 
     Exit status 3: the pipeline waits for people to rank.
+
+    Args:
+        overrides ([KEY=VALUE]...): name=..., rounds.size=..., or a stage's: ppo.updates=3.
+        resume: Skip complete runs and continue interrupted ones; or neither.
+        overwrite: Delete existing runs of those names first.
     """
     words = entry.launch_words(num_processes, hostfile)
     with exit_on_error(resume_line(_again(config, overrides or (), words))):

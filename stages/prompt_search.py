@@ -9,9 +9,7 @@ import functools
 import shutil
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
-
-import typer
+from typing import Any
 
 from rlhf.cli import options, task_options
 from rlhf.cli.sampling_options import SamplingOptions, with_sampling
@@ -34,35 +32,40 @@ PROPOSAL_TEMPERATURE = 0.9
 @with_sampling
 def command(
     model: options.Model,
-    dataset: Annotated[Path, typer.Option(help="Demonstrations with a train split, whose answers are the right ones.")],
-    out: Annotated[Path, typer.Option("--out", help="The folder to make; a search that is there goes on.")],
-    prompting: Annotated[
-        str, typer.Option(metavar="WAY|FILE|{...}", help="The way of prompting that gets the instruction.")
-    ] = "zero-shot",
-    proposer: Annotated[
-        str | None,
-        typer.Option(
-            metavar="RUN|MODEL|URL|{...}",
-            help="Who proposes: a model, a server with OpenAI's API, or '{url: ..., model: ..., key_env: ...}'. By"
-            " default the model itself.",
-        ),
-    ] = None,
-    candidates: Annotated[int, typer.Option(min=1, help="Instructions that are asked for in each round.")] = 16,
-    rounds: Annotated[int, typer.Option(min=0, help="Rounds in which the best are reworded.")] = 2,
-    keep: Annotated[int, typer.Option(min=1, help="How many of the best are reworded.")] = 4,
-    records: Annotated[int, typer.Option(min=1, help="Training records that each instruction is scored on.")] = 100,
+    *,
+    dataset: Path,
+    out: Path,
+    prompting: str = "zero-shot",
+    proposer: str | None = None,
+    candidates: options.Positive = 16,
+    rounds: options.NotNegative = 2,
+    keep: options.Positive = 4,
+    records: options.Positive = 100,
     split: options.Split = None,
     limit: options.Limit = None,
     metric: task_options.Metric = None,
     labels: task_options.Labels = None,
     pattern: task_options.Pattern = None,
-    instruction_tokens: Annotated[int, typer.Option(min=1, help="Longest instruction in tokens.")] = 64,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Delete an earlier search there first.")] = False,
+    instruction_tokens: options.Positive = 64,
+    overwrite: bool = False,
     as_json: options.Json = False,
-    *,
     sampling: SamplingOptions,
 ) -> None:
-    """Search for an instruction that makes a model answer better, without training."""
+    """Search for an instruction that makes a model answer better, without training.
+
+    Args:
+        dataset: Demonstrations with a train split, whose answers are the right ones.
+        out: The folder to make; a search that is there goes on.
+        prompting (WAY|FILE|{...}): The way of prompting that gets the instruction.
+        proposer (RUN|MODEL|URL|{...}): Who proposes: a model, a server with OpenAI's API, or '{url: ..., model: ...,
+            key_env: ...}'. By default the model itself.
+        candidates: Instructions that are asked for in each round.
+        rounds: Rounds in which the best are reworded.
+        keep: How many of the best are reworded.
+        records: Training records that each instruction is scored on.
+        instruction_tokens: Longest instruction in tokens.
+        overwrite: Delete an earlier search there first.
+    """
     way, params = read_prompting(prompting), sampling.params(model)
     server = _server(proposer or "")
     config = task_options.task_config(str(dataset), split, limit, metric, labels, pattern)

@@ -39,44 +39,48 @@ from rlhf.runs.model_folder import fingerprint
 from rlhf.runs.parents import parent_facts, resolve_model_path
 from rlhf.runs.run import is_run, read_run
 
-REPLACE = "Replace an existing dataset of that name."
 POOL = 4
 """Prompts that are answered for each one that is kept, with --select disagreement."""
 
 
 @with_sampling
 def command(
-    models: Annotated[list[str], typer.Argument(metavar="RUN|MODEL...", help="Runs, model folders, or hub names.")],
-    prompts: Annotated[Path, typer.Option(help="A dataset of any kind; its prompts are answered.")],
-    out: Annotated[Path, typer.Option("--out", help="The dataset of proposals to make.")],
-    k: Annotated[int, typer.Option("--k", min=2, help="Answers per prompt, including a person's.")] = 4,
-    count: Annotated[int | None, typer.Option(min=1, help="Number of prompts; all by default.")] = None,
-    select: Annotated[
-        Literal["random", "disagreement"], typer.Option(help="Which prompts: random ones, or the most disputed.")
-    ] = "random",
-    judge: Annotated[
-        list[str] | None, typer.Option(metavar="RUN", help="A reward model; give two or more for disagreement.")
-    ] = None,
+    models: list[str],
+    *,
+    prompts: Path,
+    out: Path,
+    k: Annotated[int, typer.Option(min=2)] = 4,
+    count: options.PositiveOrNone = None,
+    select: Literal["random", "disagreement"] = "random",
+    judge: list[str] | None = None,
     pool: Annotated[
         int | None, typer.Option(min=1, help=f"Number of prompts that are judged; {POOL} times --count by default.")
     ] = None,
-    skip: Annotated[
-        list[Path] | None, typer.Option(metavar="DATASET", help="Leave out this dataset's prompts; may be repeated.")
-    ] = None,
-    split: Annotated[str | None, typer.Option(help="train, eval or test; all by default.")] = None,
-    human: Annotated[
-        bool, typer.Option("--human/--no-human", help="Include a person's answer where PROMPTS has one.")
-    ] = True,
-    similar: Annotated[
-        float, typer.Option(min=0, max=1, help="Answers that share this fraction of their words are too similar.")
-    ] = 0.9,
-    tries: Annotated[int, typer.Option(min=1, help="Further samples of a model where answers are too similar.")] = 4,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help=REPLACE)] = False,
+    skip: list[Path] | None = None,
+    split: str | None = None,
+    human: bool = True,
+    similar: Annotated[float, typer.Option(min=0, max=1)] = 0.9,
+    tries: options.Positive = 4,
+    overwrite: options.ReplaceDataset = False,
     as_json: options.Json = False,
-    *,
     sampling: SamplingOptions,
 ) -> None:
-    """Write K distinct answers of one or several models to each prompt, shuffled, for people to rank."""
+    """Write K distinct answers of one or several models to each prompt, shuffled, for people to rank.
+
+    Args:
+        models (RUN|MODEL...): Runs, model folders, or hub names.
+        prompts: A dataset of any kind; its prompts are answered.
+        out: The dataset of proposals to make.
+        k: Answers per prompt, including a person's.
+        count: Number of prompts; all by default.
+        select: Which prompts: random ones, or the most disputed.
+        judge (RUN): A reward model; give two or more for disagreement.
+        skip (DATASET): Leave out this dataset's prompts; may be repeated.
+        split: train, eval or test; all by default.
+        human: Include a person's answer where PROMPTS has one.
+        similar: Answers that share this fraction of their words are too similar.
+        tries: Further samples of a model where answers are too similar.
+    """
     judges, seed = judge or [], sampling.seed
     if select == "disagreement":
         pool = pool or POOL * (count or 0)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from rlhf.cli import options
 from rlhf.core.console import format_number, print_json, say, table, warn
 from rlhf.core.errors import UserError
 from rlhf.runs.run import read_run
@@ -26,21 +27,26 @@ SHOWN_FAULTS = 3
 
 
 def command(
-    run: Annotated[Path, typer.Argument(metavar="RUN", help="A PPO run.")],
-    step: Annotated[
-        int | None, typer.Option(min=1, help="The update, as in metrics.jsonl. When left out: list those recorded.")
-    ] = None,
-    episodes: Annotated[int, typer.Option(min=0, help="How many episodes to print.")] = 3,
-    tokens: Annotated[int | None, typer.Option(min=0, help="Print this episode token by token.")] = None,
-    models: Annotated[
-        bool, typer.Option("--models/--no-models", help="Load the models of that update and compute with them too.")
-    ] = True,
-    as_json: Annotated[bool, typer.Option("--json", help="Print only JSON lines, one per comparison.")] = False,
+    run: Path,
+    *,
+    step: options.PositiveOrNone = None,
+    episodes: options.NotNegative = 3,
+    tokens: Annotated[int | None, typer.Option(min=0)] = None,
+    models: bool = True,
+    as_json: options.JsonLines = False,
 ) -> None:
     """Open a recorded PPO update and compute it once more. Exit status 1: something differs from the record.
 
     KL, rewards, advantages, returns and metrics are computed from the recorded log-probs, values and scores; with the
     checkpoint from before the update (the first needs none), the models compute log-probs, values and scores again.
+
+    Args:
+        run (RUN): A PPO run.
+        step: The update, as in metrics.jsonl. When left out: list those recorded.
+        episodes: How many episodes to print.
+        tokens: Print this episode token by token.
+        models: Load the models of that update and compute with them too.
+        as_json: Print only JSON lines, one per comparison.
     """
     if read_run(run)["stage"] != "ppo":
         raise UserError(f"{run}: only PPO runs record updates", remedy="Name a PPO run.")

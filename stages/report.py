@@ -33,26 +33,22 @@ MEASURES = {
 
 
 def command(
-    runs: Annotated[
-        list[Path],
-        typer.Argument(
-            metavar="RUN|PIPELINE...", help="Run folders, folders with a pipeline's runs, or a pipeline's YAML files."
-        ),
-    ],
-    output: Annotated[
-        Path | None,
-        typer.Option(help="The page to write; by default report.html in the first folder, or above a pipeline's runs."),
-    ] = None,
-    data: Annotated[
-        bool, typer.Option("--data/--no-data", help="Measure the rankings: agreement, biases. May take minutes.")
-    ] = True,
-    live: Annotated[
-        bool,
-        typer.Option("--watch", help="Serve the page to this machine's browser while the runs go on; Ctrl-C ends."),
-    ] = False,
-    port: Annotated[int, typer.Option(min=0, max=65535, help="With --watch: the port; 0 takes a free one.")] = 0,
+    runs: list[Path],
+    *,
+    output: Path | None = None,
+    data: bool = True,
+    live: Annotated[bool, typer.Option("--watch")] = False,
+    port: Annotated[int, typer.Option(min=0, max=65535)] = 0,
 ) -> None:
-    """Write a report about runs as one HTML page that loads nothing from elsewhere; several runs are compared."""
+    """Write a report about runs as one HTML page that loads nothing from elsewhere; several runs are compared.
+
+    Args:
+        runs (RUN|PIPELINE...): Run folders, folders with a pipeline's runs, or a pipeline's YAML files.
+        output: The page to write; by default report.html in the first folder, or above a pipeline's runs.
+        data: Measure the rankings: agreement, biases. May take minutes.
+        live: Serve the page to this machine's browser while the runs go on; Ctrl-C ends.
+        port: With --watch: the port; 0 takes a free one.
+    """
     if port and not live:
         raise UserError("--port is for --watch", remedy="Give --watch too.")
     for path in runs:

@@ -6,10 +6,9 @@ import os
 from collections.abc import Iterator, Mapping
 from datetime import datetime
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
-import typer
-
+from rlhf.cli import options
 from rlhf.core.console import format_number, print_json, say, table, warn
 from rlhf.core.errors import UserError
 from rlhf.doctor.diagnosis import diagnose
@@ -20,10 +19,16 @@ from rlhf.runs.find import run_folders
 
 
 def command(
-    folder: Annotated[Path, typer.Argument(help="Where to look for run folders.")] = Path("runs"),
-    as_json: Annotated[bool, typer.Option("--json", help="Print only JSON lines, one per run.")] = False,
+    folder: Path = Path("runs"),
+    *,
+    as_json: options.JsonLines = False,
 ) -> None:
-    """List the runs below a folder, the latest last: stage, state, steps, result, what `rlhf doctor` finds."""
+    """List the runs below a folder, the latest last: stage, state, steps, result, what `rlhf doctor` finds.
+
+    Args:
+        folder: Where to look for run folders.
+        as_json: Print only JSON lines, one per run.
+    """
     if not folder.is_dir():
         what = "is a file" if folder.exists() else "no such folder"
         raise UserError(f"{folder}: {what}", remedy="Name the folder that holds your runs.")

@@ -37,57 +37,45 @@ ROUTES = ("group", "source")
 def command(
     context: typer.Context,
     model: options.Model,
-    prompt: Annotated[list[str] | None, typer.Option("--prompt", "-p", help="A user message; may be repeated.")] = None,
-    dataset: Annotated[Path | None, typer.Option(help="Answer the prompts of this dataset.")] = None,
+    *,
+    prompt: Annotated[list[str] | None, typer.Option("--prompt", "-p")] = None,
+    dataset: Path | None = None,
     split: options.Split = None,
     limit: options.Limit = None,
-    n: Annotated[int, typer.Option("--n", "-n", min=1, help="Number of answers to each prompt.")] = 1,
-    best_of: Annotated[
-        int | None,
-        typer.Option("--best-of", min=2, help="Keep the best of this many answers by --reward, and print its curve."),
-    ] = None,
-    demonstrations: Annotated[
-        Path | None,
-        typer.Option(metavar="DATASET", help="With --best-of: also write the best answers as demonstrations for SFT."),
-    ] = None,
-    curve: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="FILE",
-            help="With --best-of: draw its curve here, an .svg or .png file; or write it as .json, which `rlhf report`"
-            " draws if it lies in a PPO run.",
-        ),
-    ] = None,
-    with_: Annotated[
-        list[str] | None,
-        typer.Option("--with", metavar="RUN", help="With --curve: a PPO run by the same reward; may be repeated."),
-    ] = None,
+    n: Annotated[int, typer.Option("--n", "-n", min=1)] = 1,
+    best_of: Annotated[int | None, typer.Option(min=2)] = None,
+    demonstrations: Path | None = None,
+    curve: Path | None = None,
+    with_: Annotated[list[str] | None, typer.Option("--with")] = None,
     reward: options.Reward = None,
     system: options.System = None,
-    prompting: Annotated[
-        str | None,
-        typer.Option(
-            metavar="WAY|FILE|{...}",
-            help="Make prompts in this way: few-shot, cloze, chain-of-thought, a YAML file, or"
-            " '{name: few-shot, shots: 8}'.",
-        ),
-    ] = None,
+    prompting: str | None = None,
     labels: task_options.Labels = None,
     pattern: task_options.Pattern = None,
-    adapter: Annotated[
-        list[str] | None,
-        typer.Option(metavar="TASK=RUN", help="Answer a task's prompts with this adapter on MODEL; may be repeated."),
-    ] = None,
-    route: Annotated[
-        str | None,
-        typer.Option(metavar="FIELD", help="The field that names the task: group or source."),
-    ] = None,
-    output: Annotated[Path | None, typer.Option("--out", help="Also write the answers as JSON lines here.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print only JSON lines, one per answer.")] = False,
-    *,
+    adapter: list[str] | None = None,
+    route: str | None = None,
+    output: options.Out = None,
+    as_json: options.JsonLines = False,
     sampling: SamplingOptions,
 ) -> None:
-    """Print a model's answers to prompts. With --reward, answers are scored, and of several the best is shown."""
+    """Print a model's answers to prompts. With --reward, answers are scored, and of several the best is shown.
+
+    Args:
+        prompt: A user message; may be repeated.
+        dataset: Answer the prompts of this dataset.
+        n: Number of answers to each prompt.
+        best_of: Keep the best of this many answers by --reward, and print its curve.
+        demonstrations (DATASET): With --best-of: also write the best answers as demonstrations for SFT.
+        curve (FILE): With --best-of: draw its curve here, an .svg or .png file; or write it as .json, which `rlhf
+            report` draws if it lies in a PPO run.
+        with_ (RUN): With --curve: a PPO run by the same reward; may be repeated.
+        prompting (WAY|FILE|{...}): Make prompts in this way: few-shot, cloze, chain-of-thought, a YAML file, or '{name:
+            few-shot, shots: 8}'.
+        adapter (TASK=RUN): Answer a task's prompts with this adapter on MODEL; may be repeated.
+        route (FIELD): The field that names the task: group or source.
+        output: Also write the answers as JSON lines here.
+        as_json: Print only JSON lines, one per answer.
+    """
     check_writable(output, "--out")
     if dataset is None:
         options.refuse_given(context, ["split", "limit"], "is for --dataset")

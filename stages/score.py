@@ -29,25 +29,28 @@ Group = tuple[Prompt, list[dict[str, Any]]]
 
 def command(
     context: typer.Context,
-    model: Annotated[
-        str,
-        typer.Argument(metavar="RUN|MODEL|{...}", help="A reward model, or '{name: ensemble, models: [RUN, RUN]}'."),
-    ],
-    prompt: Annotated[str | None, typer.Option("--prompt", "-p", help="A user message.")] = None,
-    answer: Annotated[
-        list[str] | None, typer.Option("--answer", "-a", help="An answer to it; may be repeated.")
-    ] = None,
-    dataset: Annotated[
-        Path | None, typer.Option(help="Score the answers of demonstrations, proposals or rankings.")
-    ] = None,
+    model: str,
+    *,
+    prompt: Annotated[str | None, typer.Option("--prompt", "-p")] = None,
+    answer: Annotated[list[str] | None, typer.Option("--answer", "-a")] = None,
+    dataset: Path | None = None,
     split: options.Split = None,
     limit: options.Limit = None,
     system: options.System = None,
-    output: Annotated[Path | None, typer.Option("--out", help="Also write the scores as JSON lines here.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print only JSON lines, one per answer.")] = False,
+    output: options.Out = None,
+    as_json: options.JsonLines = False,
     trust_remote_code: options.TrustRemoteCode = False,
 ) -> None:
-    """Score answers with a reward model or an ensemble of them, as PPO does."""
+    """Score answers with a reward model or an ensemble of them, as PPO does.
+
+    Args:
+        model (RUN|MODEL|{...}): A reward model, or '{name: ensemble, models: [RUN, RUN]}'.
+        prompt: A user message.
+        answer: An answer to it; may be repeated.
+        dataset: Score the answers of demonstrations, proposals or rankings.
+        output: Also write the scores as JSON lines here.
+        as_json: Print only JSON lines, one per answer.
+    """
     check_writable(output, "--out")
     groups = _groups(context, prompt, answer, dataset, split, limit)
     from rlhf.inference.ensemble import open_ensemble  # imports torch

@@ -20,27 +20,34 @@ LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 def command(
     model: options.Model,
-    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on; 0 is any free one.")] = 8910,
-    tensor_parallel: Annotated[int, typer.Option(min=1, help="GPUs that hold a part of the model each.")] = 1,
-    dtype: Annotated[str, typer.Option(help="auto, bfloat16, float16 or float32; the trainer's precision.")] = "auto",
-    sequences: Annotated[int, typer.Option(min=1, help="Most sequences at a time.")] = 256,
-    max_model_len: Annotated[
-        int | None, typer.Option(min=1, help="Most tokens of prompt and answer; by default the model's limit.")
-    ] = None,
-    gpu_memory_utilization: Annotated[
-        float, typer.Option(min=0.01, max=0.99, help="Fraction of each GPU's memory.")
-    ] = 0.9,
-    kv_cache_gib: Annotated[float | None, typer.Option(help="Size of the KV cache; on a CPU 1 by default.")] = None,
-    lora_rank: Annotated[
-        int, typer.Option(min=0, help="Take LoRA adapters of up to this rank without the base; 0: merged weights only.")
-    ] = 0,
-    enforce_eager: Annotated[bool, typer.Option("--enforce-eager", help="No CUDA graphs, no compilation.")] = False,
+    *,
+    host: str = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535)] = 8910,
+    tensor_parallel: options.Positive = 1,
+    dtype: str = "auto",
+    sequences: options.Positive = 256,
+    max_model_len: options.PositiveOrNone = None,
+    gpu_memory_utilization: Annotated[float, typer.Option(min=0.01, max=0.99)] = 0.9,
+    kv_cache_gib: float | None = None,
+    lora_rank: options.NotNegative = 0,
+    enforce_eager: bool = False,
 ) -> None:
     """Serve a model to PPO runs with `rollout.sampler={name: vllm-server, url: ...}`, one run at a time.
 
     Of the model only config and tokenizer are read; the run sends the weights. Every request needs the token of the
     environment variable RLHF_SAMPLER_TOKEN, which is made and printed if it is not set.
+
+    Args:
+        host: Address to listen on.
+        port: Port to listen on; 0 is any free one.
+        tensor_parallel: GPUs that hold a part of the model each.
+        dtype: auto, bfloat16, float16 or float32; the trainer's precision.
+        sequences: Most sequences at a time.
+        max_model_len: Most tokens of prompt and answer; by default the model's limit.
+        gpu_memory_utilization: Fraction of each GPU's memory.
+        kv_cache_gib: Size of the KV cache; on a CPU 1 by default.
+        lora_rank: Take LoRA adapters of up to this rank without the base; 0: merged weights only.
+        enforce_eager: No CUDA graphs, no compilation.
     """
     if importlib.util.find_spec("vllm") is None:
         raise UserError(

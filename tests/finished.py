@@ -20,6 +20,7 @@ from tokenizers import AddedToken
 from typer.testing import CliRunner
 
 from rlhf.config.base import ModelConfig
+from rlhf.core.lazy_group import command_app
 from rlhf.data.chat_tokenizer import load_tokenizer
 from rlhf.data.schema import Message
 from rlhf.models.hidden_states import hidden_states
@@ -146,11 +147,8 @@ def scores(run: str, texts: list[list[int]]) -> torch.Tensor:
 
 
 def invoke(command: Any, *words: Any, stdin: str = "", program: str = "rlhf") -> tuple[str, str]:
-    """Run a command function as Typer mounts it; gives standard output and error. What it raises comes through."""
-    import typer
-
-    app = typer.Typer()
-    app.command()(command)
+    """Run a command function as `rlhf` mounts it; gives standard output and error. What it raises comes through."""
+    app = command_app(command)
     given = [str(word) for word in words]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", [*program.split(), *given])

@@ -213,7 +213,7 @@ class Terminal:
     """`rlhf chat` in a pseudo-terminal."""
 
     def __init__(self, run: str) -> None:
-        code = "import typer; from stages.chat import command; app = typer.Typer(); app.command()(command); app()"
+        code = "from rlhf.core.lazy_group import command_app; from stages.chat import command; command_app(command)()"
         self.pid, self.handle = pty.fork()
         if self.pid == 0:
             os.chdir(tiny.REPOSITORY)

@@ -27,6 +27,18 @@ RANK_OPTIONS = {"--config", "-c", "--resume", "--overwrite", "--dry-run", "--hel
 """What `python -m stages.STAGE` takes."""
 
 
+def parameters(command: Any, words: tuple[str, ...] = ("rlhf",)) -> Iterator[tuple[str, Any]]:
+    """The arguments and options of a command and those in it, each after its command and name."""
+    for one in command.params:
+        yield shlex.join([*words, one.name]), one
+    for name, inner in getattr(command, "commands", {}).items():
+        yield from parameters(inner, (*words, name))
+
+
+def test_every_argument_and_option_has_a_help():
+    assert [name for name, one in parameters(ROOT) if not one.help] == []
+
+
 def code_lines(file: Path) -> list[str]:
     """Lines of a page's code blocks, or of a config's comments; a backslash joins a line to the next."""
     text = file.read_text("utf-8")

@@ -46,6 +46,12 @@ Reward = Annotated[
         help="Scorer of the answers: a reward run or model, a function, or a reward source as in a PPO config.",
     ),
 ]
+Positive = Annotated[int, typer.Option(min=1)]
+PositiveOrNone = Annotated[int | None, typer.Option(min=1)]
+NotNegative = Annotated[int, typer.Option(min=0)]
+Out = Annotated[Path | None, typer.Option("--out")]
+JsonLines = Annotated[bool, typer.Option("--json")]
+ReplaceDataset = Annotated[bool, typer.Option("--overwrite", help="Replace an existing dataset of that name.")]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as one JSON object in the last line.")]
 
 

@@ -10,7 +10,9 @@ from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
 import typer
 
+from rlhf.cli import options
 from rlhf.cli.options import TrustRemoteCode
+from rlhf.core.lazy_group import described
 from rlhf.inference.sampling_params import sampling_params
 from rlhf.rollout.types import SamplingParams
 
@@ -22,7 +24,14 @@ _DEFAULT = "By default as a PPO run sampled in training, else"
 
 @dataclass(frozen=True)
 class SamplingOptions:
-    """How a command loads a policy and samples from it."""
+    """How a command loads a policy and samples from it.
+
+    Args:
+        stop (TEXT): An answer also ends after this text; may be repeated.
+        seed: Seed for all random choices.
+        chat_template: auto (the model's own, else `default`), default, plain, encoder-decoder, or the path of a Jinja
+            file.
+    """
 
     temperature: Annotated[
         float | None, typer.Option(metavar="T", help=f"Divides the logits; 0 is greedy. {_DEFAULT} 1.")
@@ -35,16 +44,9 @@ class SamplingOptions:
     ] = None
     max_new_tokens: Annotated[int | None, typer.Option(min=1, help=f"Longest answer in tokens. {_DEFAULT} 128.")] = None
     min_new_tokens: Annotated[int | None, typer.Option(min=0, help=f"Shortest answer in tokens. {_DEFAULT} 0.")] = None
-    stop: Annotated[
-        list[str] | None, typer.Option(metavar="TEXT", help="An answer also ends after this text; may be repeated.")
-    ] = None
-    seed: Annotated[int, typer.Option(min=0, help="Seed for all random choices.")] = 0
-    chat_template: Annotated[
-        str,
-        typer.Option(
-            help="auto (the model's own, else `default`), default, plain, encoder-decoder, or the path of a Jinja file."
-        ),
-    ] = "auto"
+    stop: list[str] | None = None
+    seed: options.NotNegative = 0
+    chat_template: str = "auto"
     trust_remote_code: TrustRemoteCode = False
 
     def params(self, model: str) -> SamplingParams:
@@ -81,12 +83,14 @@ def with_options(keyword: str, group: type[Any]) -> Callable[[Callable[..., None
         hints = get_type_hints(group, include_extras=True)
         signature = inspect.signature(command, eval_str=True)
         kept = [parameter for name, parameter in signature.parameters.items() if name != keyword]
-        options = [
-            inspect.Parameter(
-                field.name, inspect.Parameter.KEYWORD_ONLY, default=field.default, annotation=hints[field.name]
-            )
-            for field in fields(group)
-        ]
+        keyword_only = inspect.Parameter.KEYWORD_ONLY
+        options = described(
+            (
+                inspect.Parameter(f.name, keyword_only, default=f.default, annotation=hints[f.name])
+                for f in fields(group)
+            ),
+            inspect.getdoc(group) or "",
+        )
 
         @functools.wraps(command)
         def wrapper(**given: Any) -> None:

@@ -29,66 +29,57 @@ TeacherName = Annotated[
     str, typer.Option(metavar="RUN|MODEL|URL", help="A run, a model, or a server such as http://localhost:8000/v1.")
 ]
 Cache = Annotated[Path | None, typer.Option(metavar="FOLDER", help="Where replies are kept; OUT.replies by default.")]
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an existing dataset of that name.")]
 
 
 @dataclass(frozen=True)
 class AskingOptions:
-    """What a teacher is asked, and which of its answers are kept."""
+    """What a teacher is asked, and which of its answers are kept.
 
-    n: Annotated[int | None, typer.Option("--n", "-n", min=1, help="Answers to each prompt; 1, or 4 candidates.")] = (
-        None
-    )
-    rationales: Annotated[
-        bool, typer.Option("--rationales", help="Ask the teacher to think step by step before it answers.")
-    ] = False
-    cue: Annotated[str, typer.Option(metavar="TEXT", help="What --rationales adds to each prompt.")] = CUE
+    Args:
+        n: Answers to each prompt; 1, or 4 candidates.
+        rationales: Ask the teacher to think step by step before it answers.
+        cue (TEXT): What --rationales adds to each prompt.
+        check: Keep only answers that equal the demonstration's; see --pattern.
+    """
+
+    n: Annotated[int | None, typer.Option("--n", "-n", min=1)] = None
+    rationales: bool = False
+    cue: str = CUE
     pattern: task_options.Pattern = None
-    check: Annotated[
-        bool, typer.Option("--check", help="Keep only answers that equal the demonstration's; see --pattern.")
-    ] = False
+    check: bool = False
     system: options.System = None
 
 
 @dataclass(frozen=True)
 class ServerOptions:
-    """Which model of a server is asked, and within which limits."""
+    """Which model of a server is asked, and within which limits.
 
-    teacher_model: Annotated[
-        str | None, typer.Option(metavar="NAME", help="The model's name on the server; by default its only one.")
-    ] = None
-    key_env: Annotated[
-        str | None,
-        typer.Option(
-            metavar="VARIABLE",
-            help="The environment variable with the server's key. By default OPENAI_API_KEY for api.openai.com alone.",
-        ),
-    ] = None
-    concurrency: Annotated[int | None, typer.Option(min=1, help="Most requests under way at once; 8 by default.")] = (
-        None
-    )
-    requests_per_minute: Annotated[
-        float | None, typer.Option(min=0.01, help="Most requests in a minute; no limit by default.")
-    ] = None
-    retries: Annotated[
-        int | None, typer.Option(min=0, help="Times that a failed request is sent again; 6 by default.")
-    ] = None
-    timeout_seconds: Annotated[
-        float | None, typer.Option(min=0.1, help="Longest time for one request; 300 by default.")
-    ] = None
-    price_input: Annotated[
-        float | None, typer.Option(min=0, help="Price of a million prompt tokens, to count the cost.")
-    ] = None
-    price_output: Annotated[float | None, typer.Option(min=0, help="Price of a million completion tokens.")] = None
-    max_cost: Annotated[float | None, typer.Option(min=0, help="Stop when this much has been paid.")] = None
-    send_seed: Annotated[
-        bool | None,
-        typer.Option("--send-seed/--no-send-seed", help="Send a seed with each request; on by default."),
-    ] = None
-    extra_body: Annotated[
-        str | None,
-        typer.Option(metavar="JSON", help='More fields of requests, such as \'{"reasoning_effort": "low"}\'.'),
-    ] = None
+    Args:
+        teacher_model (NAME): The model's name on the server; by default its only one.
+        key_env (VARIABLE): The environment variable with the server's key. By default OPENAI_API_KEY for api.openai.com
+            alone.
+        concurrency: Most requests under way at once; 8 by default.
+        requests_per_minute: Most requests in a minute; no limit by default.
+        retries: Times that a failed request is sent again; 6 by default.
+        timeout_seconds: Longest time for one request; 300 by default.
+        price_input: Price of a million prompt tokens, to count the cost.
+        price_output: Price of a million completion tokens.
+        max_cost: Stop when this much has been paid.
+        send_seed: Send a seed with each request; on by default.
+        extra_body (JSON): More fields of requests, such as '{"reasoning_effort": "low"}'.
+    """
+
+    teacher_model: str | None = None
+    key_env: str | None = None
+    concurrency: options.PositiveOrNone = None
+    requests_per_minute: Annotated[float | None, typer.Option(min=0.01)] = None
+    retries: Annotated[int | None, typer.Option(min=0)] = None
+    timeout_seconds: Annotated[float | None, typer.Option(min=0.1)] = None
+    price_input: Annotated[float | None, typer.Option(min=0)] = None
+    price_output: Annotated[float | None, typer.Option(min=0)] = None
+    max_cost: Annotated[float | None, typer.Option(min=0)] = None
+    send_seed: Annotated[bool | None, typer.Option("--send-seed/--no-send-seed")] = None
+    extra_body: str | None = None
 
     def given(self) -> dict[str, Any]:
         """The options that are given."""

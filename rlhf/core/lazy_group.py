@@ -1,10 +1,16 @@
-"""Groups of commands whose modules are imported when a command is called, so that `rlhf --help` stays fast."""
+"""Groups of commands whose modules are imported when a command is called, so that `rlhf --help` stays fast.
+
+A command is a function. Its docstring is its help, and the part `Args:` is that of its arguments and options.
+"""
 
 from __future__ import annotations
 
+import copy
 import importlib
-from collections.abc import Iterator, Mapping
-from typing import Any, ClassVar
+import inspect
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Annotated, Any, ClassVar, get_args, get_origin
 
 import typer
 from typer.core import TyperGroup
@@ -53,7 +59,9 @@ class _LateCommands(Mapping[str, Any]):
         if name not in self._built:
             place, help = self._table[name]
             module, _, attribute = place.partition(":")
-            self._built[name] = _build(name, getattr(importlib.import_module(module), attribute), help)
+            found = getattr(importlib.import_module(module), attribute)
+            app = found if isinstance(found, typer.Typer) else command_app(found, name, help)
+            self._built[name] = typer.main.get_command(app)
         return self._built[name]
 
     def __iter__(self) -> Iterator[str]:
@@ -63,8 +71,38 @@ class _LateCommands(Mapping[str, Any]):
         return len(self._table)
 
 
-def _build(name: str, found: Any, help: str) -> Any:
-    if not isinstance(found, typer.Typer):
-        function, found = found, typer.Typer(**OPTIONS)
-        found.command(name, help=None if function.__doc__ else help)(function)
-    return typer.main.get_command(found)
+def command_app(function: Callable[..., None], name: str = "", help: str = "") -> typer.Typer:
+    """An application of one command, whose docstring is its help; `help` stands in for a missing docstring."""
+    signature, text = inspect.signature(function, eval_str=True), inspect.getdoc(function) or help
+    parameters = described(signature.parameters.values(), text)
+    function.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
+    app = typer.Typer(**OPTIONS)
+    app.command(name or None, help=text.partition("\nArgs:\n")[0])(function)
+    return app
+
+
+_ENTRY = re.compile(r"^ {4}(\w+)(?: \((\S+)\))?: (.+(?:\n {8}.+)*)", re.MULTILINE)
+
+
+def described(parameters: Iterable[inspect.Parameter], text: str) -> list[inspect.Parameter]:
+    """The parameters of a command, with the help that a docstring gives them.
+
+    A keyword-only parameter is an option, any other one an argument; `Annotated[..., typer.Option(...)]` says more.
+
+    Args:
+        parameters: With evaluated annotations.
+        text: A docstring whose part `Args:` has entries `name: HELP`, or `name (METAVAR): HELP`.
+    """
+    entries = {name: (metavar or None, help) for name, metavar, help in _ENTRY.findall(text.partition("\nArgs:\n")[2])}
+    return [_described(one, *entries[one.name]) if one.name in entries else one for one in parameters]
+
+
+def _described(parameter: inspect.Parameter, metavar: str | None, help: str) -> inspect.Parameter:
+    kind, info = parameter.annotation, typer.Option() if parameter.kind is parameter.KEYWORD_ONLY else typer.Argument()
+    if get_origin(kind) is Annotated:
+        kind, given = get_args(kind)
+        info = copy.copy(given)
+    elif parameter.default is False:  # a flag, without its opposite
+        info = typer.Option(f"--{parameter.name.replace('_', '-')}")
+    info.help, info.metavar = " ".join(help.split()), metavar or info.metavar
+    return parameter.replace(annotation=Annotated[kind, info])
