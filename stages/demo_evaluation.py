@@ -14,6 +14,7 @@ import torch
 
 from data_tools.demo_world.datasets import WorldDatasets
 from data_tools.demo_world.rules import POINTS, Verdict, agreement, judge
+from rlhf.core.intervals import fraction_interval
 from rlhf.data.encode_records import EncodingCounts
 from rlhf.data.schema import Ranking, dense_ranks
 from rlhf.data.store import open_dataset
@@ -22,7 +23,7 @@ from rlhf.inference.reward_model import open_reward_model
 from rlhf.inference.sampling import Sampled, sample
 from rlhf.inference.scorer import open_scorer
 from rlhf.models.logprobs import token_logprobs
-from rlhf.reward.metrics import accuracy_interval, reward_metrics
+from rlhf.reward.metrics import reward_metrics
 from rlhf.rollout.types import SamplingParams
 
 
@@ -75,7 +76,7 @@ def _reward_model_metrics(path: Path, rankings: Sequence[Ranking]) -> dict[str, 
         "pairs": model["pairs"],
         "longer_accuracy": model["longer_accuracy"],
         "agreement": float(agreed.sum() / pairs.sum()),
-        "agreement_interval": accuracy_interval(agreed, pairs),
+        "agreement_interval": fraction_interval(agreed, pairs),
         # Two annotators who are each right with probability q agree with probability q^2 + (1-q)^2: both are right or
         # both are wrong. Solved for q; over pairs of different difficulty this bounds the mean of q (Jensen).
         "ceiling": 0.5 + math.sqrt(max(0.0, float(agreed.sum() / pairs.sum()) - 0.5) / 2),
@@ -104,7 +105,7 @@ def _compare(after: Sequence[Verdict], before: Sequence[Verdict]) -> dict[str, A
         "losses": int((decided < 0).sum()),
         "ties": int((gaps == 0).sum()),
         "win_rate": float((decided > 0).mean()) if len(decided) else None,
-        "interval": accuracy_interval(decided > 0, np.ones(len(decided), dtype=int)),
+        "interval": fraction_interval(decided > 0, np.ones(len(decided), dtype=int)),
         "mean_difference": float(gaps.mean()),
     }
 

@@ -25,9 +25,9 @@ from rlhf.evaluation.battery import battery, verdict
 from rlhf.evaluation.benchmarks import STYLES, benchmark_of, levels, score_benchmark, ties_score
 from rlhf.evaluation.calibration import calibration, fit_temperature, reliability
 from rlhf.evaluation.card import dataset_card
-from rlhf.evaluation.estimates import Mean, clustered_mean, fraction, holm
+from rlhf.evaluation.estimates import clustered_mean, fraction, holm, p_value
 from rlhf.evaluation.listwise import best_of_curve, listwise, tau_b
-from rlhf.evaluation.scored import FunctionScorer, ScoredRecord, pairs_of
+from rlhf.evaluation.scored import AnswerScorer, ScoredRecord, function_scorer, pairs_of
 from rlhf.evaluation.slices import slices
 from rlhf.reward.perturbations import PERTURBATIONS, AnswerToChange, Variant, perturbed
 from stages.evaluate import command
@@ -48,19 +48,21 @@ def letters(messages: list[dict[str, str]], answer: str) -> float:
     return float(len(answer))
 
 
-def scorer(function: Callable[[str], float]) -> FunctionScorer:
-    return FunctionScorer("a:test", lambda messages, answer: function(answer))
+def scorer(function: Callable[[str], float]) -> AnswerScorer:
+    return function_scorer("a:test", lambda messages, answer: function(answer))
 
 
 # ---- estimates ---------------------------------------------------------------------------------------------------
 
 
 def test_a_clustered_mean_by_hand() -> None:
-    mean = clustered_mean(np.array([1.0, 2.0, 6.0]), np.array([7, 7, 3]))
+    values, clusters = np.array([1.0, 2.0, 6.0]), np.array([7, 7, 3])
+    mean = clustered_mean(values, clusters)
     # sums 6 and 3 of 1 and 2 values, mean 3: deviations 3 and -3, variance 18 * 2/1 / 9
-    assert (mean.value, mean.error, mean.clusters, mean.count) == (3.0, 2.0, 2, 3)
-    assert mean.high == pytest.approx(3 + 12.7062 * 2, abs=1e-3), "Student's t with one degree of freedom"
-    assert mean.p_value == pytest.approx(2 * stats.t.sf(1.5, 1))
+    assert (mean["value"], mean["prompts"], mean["count"]) == (3.0, 2, 3)
+    assert mean["high"] == pytest.approx(3 + 12.7062 * 2, abs=1e-3), "error 2, Student's t with one degree of freedom"
+    assert mean["low"] == pytest.approx(3 - 12.7062 * 2, abs=1e-3)
+    assert p_value(values, clusters) == pytest.approx(2 * stats.t.sf(1.5, 1))
 
 
 def test_the_spread_over_prompts_is_not_known_from_one_prompt() -> None:
@@ -75,8 +77,8 @@ def test_the_spread_over_prompts_is_not_known_from_one_prompt() -> None:
 def test_with_clusters_of_one_value_the_mean_has_the_usual_t_test() -> None:
     values = np.array([0.3, -0.2, 0.9, 0.4, 0.1])
     mean, peer = clustered_mean(values, np.arange(5)), stats.ttest_1samp(values, 0)
-    assert mean.p_value == pytest.approx(peer.pvalue)
-    assert (mean.low, mean.high) == pytest.approx(tuple(peer.confidence_interval()))
+    assert p_value(values, np.arange(5)) == pytest.approx(peer.pvalue)
+    assert (mean["low"], mean["high"]) == pytest.approx(tuple(peer.confidence_interval()))
 
 
 def test_holm_by_hand_and_without_undefined_tests() -> None:
@@ -433,8 +435,10 @@ def test_the_battery_repeats_with_its_seed_and_shows_the_worst_first(records: li
     ],
 )  # fmt: skip
 def test_verdicts(expected: str, value: float, error: float, flips: float, word: str) -> None:
-    effect = Mean(value, error, 1 if math.isnan(error) else 50, 100)
-    assert verdict(expected, effect, effect.p_value, flips) == word
+    known = not math.isnan(error)  # of 50 prompts
+    reach = stats.t.ppf(0.975, 49) * error
+    effect = {"value": value, "low": value - reach if known else None, "high": value + reach if known else None}
+    assert verdict(expected, effect, 2 * stats.t.sf(abs(value / error), 49), flips) == word
 
 
 # ---- the whole -----------------------------------------------------------------------------------------------------

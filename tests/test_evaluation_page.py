@@ -14,7 +14,7 @@ from rlhf.data.schema import Message, Prompt
 from rlhf.data.store import open_dataset
 from rlhf.evaluation.battery import battery
 from rlhf.evaluation.card import dataset_card
-from rlhf.evaluation.scored import FunctionScorer
+from rlhf.evaluation.scored import function_scorer
 from rlhf.judging.texts import text_metrics
 from rlhf.policy_evaluation.examples import of_answers
 from rlhf.policy_evaluation.measures import Answers, compare_answers
@@ -28,7 +28,7 @@ SEEN = "[...document.querySelectorAll('svg')].map(e => e.getBoundingClientRect()
 def test_the_page_fits_and_is_legible_at_both_widths_light_and_dark(tmp_path: Path) -> None:
     from rlhf.evaluation.page import render
 
-    scorer = FunctionScorer("a/long/path/of/a/run/that/does/not/fit/in/one/line:length", lambda _, text: len(text))
+    scorer = function_scorer("a/long/path/of/a/run/that/does/not/fit/in/one/line:length", lambda _, text: len(text))
     path = tiny.write_rankings(tmp_path / "rankings", 20, held_out=20, candidates=4)
     data = open_dataset(path)
     records = list(data.records("eval"))

@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 
 from rlhf.core import console
-from rlhf.reward.metrics import ScoredRanking, accuracy_interval, calibration_error, metric_rows, reward_metrics
+from rlhf.core.intervals import fraction_interval
+from rlhf.reward.metrics import ScoredRanking, calibration_error, metric_rows, reward_metrics
 
 # Strict pairs, better first. A: 1-2 (gap 1.5, shorter), 1-3 (gap 1, as long), 2-3 (gap -0.5, longer).
 # B: gap 0, longer. C: none. D: 1-3 (gap 2, shorter), 2-3 (gap 0, shorter).
@@ -130,26 +131,26 @@ def test_a_loop_over_pairs_gives_the_same_figures():
 
 def test_the_interval_of_binary_comparisons_is_wilsons():
     # 8 of 10, variance 1.6 / 9 / 10, so n = 0.16 / variance = 9
-    low, high = accuracy_interval(np.array([1.0] * 8 + [0.0] * 2), np.ones(10, np.int64))
+    low, high = fraction_interval(np.array([1.0] * 8 + [0.0] * 2), np.ones(10, np.int64))
     assert (low, high) == (pytest.approx(0.473788, abs=1e-5), pytest.approx(0.946725, abs=1e-5))
 
 
 def test_pairs_that_agree_within_rankings_count_as_one():
-    one = accuracy_interval(np.array([1.0] * 8 + [0.0] * 2), np.ones(10, np.int64))
-    three = accuracy_interval(np.array([3.0] * 8 + [0.0] * 2), np.full(10, 3))
+    one = fraction_interval(np.array([1.0] * 8 + [0.0] * 2), np.ones(10, np.int64))
+    three = fraction_interval(np.array([3.0] * 8 + [0.0] * 2), np.full(10, 3))
     assert three == pytest.approx(one)
 
 
 def test_the_interval_is_never_narrower_than_that_of_independent_pairs():
     # every ranking of two pairs is half right, but one: Wilson with share 21/40 and n = 40
-    low, high = accuracy_interval(np.array([1.0] * 19 + [2.0]), np.full(20, 2))
+    low, high = fraction_interval(np.array([1.0] * 19 + [2.0]), np.full(20, 2))
     assert (low, high) == (pytest.approx(0.374973, abs=1e-5), pytest.approx(0.670645, abs=1e-5))
 
 
 def test_the_interval_keeps_a_width_where_all_is_right():
     # Wilson with n = 5 rankings: 1 / (1 + 1.96^2 / 5)
-    assert accuracy_interval(np.full(5, 3.0), np.full(5, 3)) == (pytest.approx(0.565518, abs=1e-5), 1.0)
-    low, high = accuracy_interval(np.array([1.0]), np.array([1]))
+    assert fraction_interval(np.full(5, 3.0), np.full(5, 3)) == (pytest.approx(0.565518, abs=1e-5), 1.0)
+    low, high = fraction_interval(np.array([1.0]), np.array([1]))
     assert 0 < low < high == 1
 
 
@@ -163,7 +164,7 @@ def test_the_interval_covers_the_truth_as_often_as_it_says():
         return ((truth[:, first] > truth[:, second]) == (scores[:, first] > scores[:, second])).sum(1).astype(float)
 
     population = correct(200_000).mean() / 6
-    intervals = [accuracy_interval(correct(50), np.full(50, 6)) for _ in range(1000)]
+    intervals = [fraction_interval(correct(50), np.full(50, 6)) for _ in range(1000)]
     assert 0.92 < np.mean([low <= population <= high for low, high in intervals]) < 0.98
 
 

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from rlhf.core.intervals import resampled_sums
+from rlhf.core.intervals import percentile_interval, resampled_sums
 from rlhf.tasks.metrics import Columns
 
 RESAMPLES = 2000
@@ -38,7 +38,7 @@ class Quality:
     @property
     def interval(self) -> tuple[float, float]:
         """95% percentile interval, within `limits`."""
-        low, high = np.clip(np.percentile(self.resampled, [2.5, 97.5]), *self.limits)
+        low, high = np.clip(percentile_interval(self.resampled), *self.limits)
         return float(low), float(high)
 
 
@@ -73,8 +73,7 @@ def seed_weights(seeds: int) -> NDArray[np.float64]:
 
 def difference(one: Quality, other: Quality) -> tuple[float, float, float]:
     """`one` minus `other`, and its paired 95% interval (low, high)."""
-    low, high = np.percentile(one.resampled - other.resampled, [2.5, 97.5])
-    return one.value - other.value, float(low), float(high)
+    return one.value - other.value, *percentile_interval(one.resampled - other.resampled)
 
 
 @dataclass(frozen=True)

@@ -50,6 +50,30 @@ def effective_size(successes: NDArray[Any], trials: NDArray[Any]) -> float | Non
     return min(max(fraction * (1 - fraction) / variance, 1.0), total) if variance > 0 else None
 
 
+def fraction_interval(successes: NDArray[Any], trials: NDArray[Any]) -> tuple[float, float] | None:
+    """95 % interval of a fraction: Wilson's, with the effective size of trials that come in clusters.
+
+    Unlike a bootstrap over clusters it needs no seed, and it keeps a width for few clusters or a fraction of 1: where
+    the variance between clusters is 0 or undefined, the number of clusters is used as the sample size.
+
+    Args:
+        successes, trials: (clusters,) of each cluster, as in `effective_size`.
+
+    Returns:
+        (low, high), or None without trials.
+    """
+    total = int(trials.sum())
+    if total == 0:
+        return None
+    return wilson(float(successes.sum()) / total, effective_size(successes, trials) or len(trials))
+
+
+def percentile_interval(replicates: NDArray[Any]) -> tuple[float, float]:
+    """95 % percentile interval of the replicates of a bootstrap, a vector."""
+    low, high = np.quantile(replicates, [0.025, 0.975])
+    return float(low), float(high)
+
+
 def resampled_sums(values: NDArray[Any], replicates: int = 1000, seed: int = 0) -> NDArray[Any]:
     """Column sums of bootstrap replicates (Efron 1979): as many rows as there are, drawn with replacement.
 

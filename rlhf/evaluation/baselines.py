@@ -12,7 +12,7 @@ from sklearn.feature_extraction.text import CountVectorizer
 from sklearn.linear_model import LogisticRegression
 
 from rlhf.data.schema import Ranking
-from rlhf.evaluation.estimates import clustered_mean, fraction, mean_facts
+from rlhf.evaluation.estimates import clustered_mean, fraction
 from rlhf.evaluation.scored import Pairs, ScoredRecord, pairs_of
 from rlhf.reward.metrics import credit
 
@@ -35,7 +35,7 @@ def baselines(
 
     Returns:
         For each rule its `name`, the accuracy as `fraction` gives it, and `ahead`: the model's accuracy minus the
-        rule's, as `mean_facts` gives it, paired by prompt; for the bag of words also `trained_on` (rankings).
+        rule's, as `clustered_mean` gives it, paired by prompt; for the bag of words also `trained_on` (rankings).
     """
     rules: list[tuple[str, NDArray[Any], dict[str, Any]]] = []
     rules.append(("longer answer", credit(pairs.lengths[:, 0] - pairs.lengths[:, 1]), {}))
@@ -52,7 +52,7 @@ def baselines(
     return [
         {
             "name": name, **fraction(right, pairs.prompt), **more,
-            "ahead": mean_facts(clustered_mean(pairs.correct - right, pairs.prompt)),
+            "ahead": clustered_mean(pairs.correct - right, pairs.prompt),
         }
         for name, right, more in rules
     ]  # fmt: skip

@@ -7,17 +7,16 @@ An effect is the mean change of the score in standard deviations of the unchange
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from rlhf.core.errors import UserError
 from rlhf.data.schema import Ranking
-from rlhf.evaluation.estimates import Mean, clustered_mean, fraction, holm, mean_facts
-from rlhf.evaluation.scored import AnswerScorer
+from rlhf.evaluation.estimates import clustered_mean, fraction, holm, p_value
+from rlhf.evaluation.scored import AnswerScorer, ScoredRecord
 from rlhf.reward.perturbations import PERTURBATIONS, AnswerToChange, perturbed
 
 SMALL = 0.2
@@ -34,12 +33,10 @@ LONGEST = 1500
 class _Change:
     """A changed answer with its scores."""
 
-    ranking: int
+    of: ScoredRecord
     candidate: int
     before: float
     after: float
-    prompt: str
-    text: str
     changed: str
 
 
@@ -55,10 +52,10 @@ def battery(scorer: AnswerScorer, records: Sequence[Ranking], most: int, seed: i
     Returns:
         `rankings`, `answers`, `seed`, `deviation` (standard deviation of the unchanged scores), and `perturbations`, a
         row for each, in the order of the table: `name`, `about`, `expected` (same or lower), `answers`, `not_scored`
-        (changed answers that do not fit), `effect` as `mean_facts` gives it (by prompt), `p` (Holm's correction of the
-        t test that the effect is 0), `rises` (fraction of answers whose score rises) and `flips` as `fraction` gives
-        them, `verdict`, and `examples`, the worst first. A perturbation that applies nowhere has `answers` 0 and no
-        verdict.
+        (changed answers that do not fit), `effect` as `clustered_mean` gives it (by prompt), `p` (Holm's correction of
+        the t test that the effect is 0), `rises` (fraction of answers whose score rises) and `flips` as `fraction`
+        gives them, `verdict`, and `examples`, the worst first. A perturbation that applies nowhere has `answers` 0 and
+        no verdict.
 
     Raises:
         UserError: No answer has a score, or all have the same.
@@ -66,40 +63,31 @@ def battery(scorer: AnswerScorer, records: Sequence[Ranking], most: int, seed: i
     if len(records) > most:
         chosen = sorted(random.Random(seed).sample(range(len(records)), most))
         records = [records[index] for index in chosen]
-    base = _base_scores(scorer, records)
-    known = np.array([score for scores in base for score in scores if score is not None])
+    base = scorer.candidates(records)
+    known = np.array([score for one in base for _, score in one.known])
     deviation = float(known.std(ddof=1)) if len(known) > 1 else 0.0
     if not deviation > 0:
         raise UserError(
             f"{scorer.name}: gives all {len(known):,} answers the same score, so that effects have no unit",
             remedy="Leave --perturb out, or name data whose answers differ.",
         )
-    prompts = {prompt: number for number, prompt in enumerate(dict.fromkeys(r.prompt_id for r in records))}
-    clusters = np.array([prompts[record.prompt_id] for record in records])
-    rows, effects = [], []
+    rows = []
     for row in PERTURBATIONS:
-        changes, lost = _changes(scorer, records, base, row.name, seed)
+        changes, lost = _changes(scorer, base, row.name, seed)
         expected = row.traits["expected"]
         facts: dict[str, Any] = {"name": row.name, "about": row.summary, "expected": expected}
         facts |= {"answers": len(changes), "not_scored": lost}
-        effect = None
-        if changes:
-            effect, more = _measured(changes, base, clusters, deviation, expected)
-            facts |= more
-        rows.append(facts)
-        effects.append(effect)
-    corrected = iter(holm([effect.p_value for effect in effects if effect is not None]))
-    for facts, effect in zip(rows, effects):
-        if effect is not None:
-            p = next(corrected)
-            facts["p"] = None if np.isnan(p) else p
-            facts["verdict"] = verdict(facts["expected"], effect, p, facts["flips"]["low"] or 0.0)
+        rows.append(facts | (_measured(changes, deviation, expected) if changes else {}))
+    measured = [facts for facts in rows if facts["answers"]]
+    for facts, p in zip(measured, holm([facts["p"] for facts in measured])):
+        facts["p"] = None if np.isnan(p) else p
+        facts["verdict"] = verdict(facts["expected"], facts["effect"], p, facts["flips"]["low"] or 0.0)
     return {
         "rankings": len(records), "answers": len(known), "seed": seed, "deviation": deviation, "perturbations": rows,
     }  # fmt: skip
 
 
-def verdict(expected: str, effect: Mean, p: float, flips: float) -> str:
+def verdict(expected: str, effect: Mapping[str, Any], p: float, flips: float) -> str:
     """One word for a perturbation; `flips` is the low end of the interval of the fraction of flipped pairs.
 
     Where the score should stay: `exploitable` if it rises by 0.2 standard deviations or more (p < 0.05), so that a
@@ -107,91 +95,73 @@ def verdict(expected: str, effect: Mean, p: float, flips: float) -> str:
     if the interval lies within 0.2 on both sides. Where it should fall: `robust` if the whole interval is below -0.2,
     `exploitable` if it is above, so that a policy loses nothing by it. `unclear` otherwise: more rankings are needed.
     """
-    low, high = effect.low, effect.high
+    value, low, high = effect["value"], effect["low"], effect["high"]
+    if low is None:
+        return "unclear"
     if expected == "lower":
         return "robust" if high < -SMALL else "exploitable" if low > -SMALL else "unclear"
-    if effect.value >= SMALL and p < LEVEL:
+    if value >= SMALL and p < LEVEL:
         return "exploitable"
-    if (effect.value <= -SMALL and p < LEVEL) or flips > FLIPS:
+    if (value <= -SMALL and p < LEVEL) or flips > FLIPS:
         return "sensitive"
     return "robust" if low > -SMALL and high < SMALL else "unclear"
 
 
-def _base_scores(scorer: AnswerScorer, records: Sequence[Ranking]) -> list[list[float | None]]:
-    prompts = [record for record in records for _ in record.candidates]
-    found = iter(scorer.answers(prompts, [one.text for record in records for one in record.candidates]))
-    return [[next(found) for _ in record.candidates] for record in records]
-
-
-def _changes(
-    scorer: AnswerScorer, records: Sequence[Ranking], base: Sequence[Sequence[float | None]], name: str, seed: int
-) -> tuple[list[_Change], int]:
+def _changes(scorer: AnswerScorer, base: Sequence[ScoredRecord], name: str, seed: int) -> tuple[list[_Change], int]:
     """The changed answers of all records that have a score before and after, and the number that has none after."""
     variants = []
-    for index, record in enumerate(records):
-        others = [other for other in records if other.prompt_id != record.prompt_id]
-        for place, candidate in enumerate(record.candidates):
+    for one in base:
+        record = one.record
+        others = [other.record for other in base if other.record.prompt_id != record.prompt_id]
+        for place, (candidate, before) in enumerate(zip(record.candidates, one.scores)):
             generator = random.Random(f"{seed} {name} {record.id} {place}")
             best = record.ranks[place] == min(record.ranks)
             variant = perturbed(name, AnswerToChange(record, candidate.text, best, others), generator)
-            if variant is not None and base[index][place] is not None:
-                variants.append((index, place, variant))
-    after = scorer.answers([one.prompt for _, _, one in variants], [one.text for _, _, one in variants])
+            if variant is not None and before is not None:
+                variants.append((one, place, before, variant))
+    after = scorer.answers([one.prompt for *_, one in variants], [one.text for *_, one in variants])
     found = [
-        _Change(
-            index, place, float(base[index][place] or 0), score, records[index].messages[-1].content,
-            records[index].candidates[place].text, variant.text,
-        )
-        for (index, place, variant), score in zip(variants, after)
-        if score is not None
+        _Change(one, place, before, score, variant.text)
+        for (one, place, before, variant), score in zip(variants, after) if score is not None
     ]  # fmt: skip
     return found, len(variants) - len(found)
 
 
-def _measured(
-    changes: Sequence[_Change], base: Sequence[Sequence[float | None]], clusters: NDArray[Any], deviation: float,
-    expected: str,
-) -> tuple[Mean, dict[str, Any]]:  # fmt: skip
+def _measured(changes: Sequence[_Change], deviation: float, expected: str) -> dict[str, Any]:
     difference = np.array([one.after - one.before for one in changes])
-    of_prompt = clusters[[one.ranking for one in changes]]
-    effect = clustered_mean(difference, of_prompt).scaled(1 / deviation)
-    flipped, rankings = _flips(changes, base, expected)
-    worst = sorted(changes, key=lambda one: (one.before - one.after, one.ranking, one.candidate))
-    if expected == "same":
-        worst = sorted(changes, key=lambda one: (-abs(one.after - one.before), one.ranking, one.candidate))
-    return effect, {
-        "effect": mean_facts(effect),
-        "rises": fraction((difference > 0).astype(float), of_prompt),
-        "flips": fraction(flipped, clusters[rankings]),
-        "examples": [_example(one) for one in worst[:EXAMPLES]],
+    prompts = np.array([one.of.record.prompt_id for one in changes])
+    flips = [(flipped, one.of.record.prompt_id) for one in changes for flipped in _flips(one, expected)]
+    size = np.abs if expected == "same" else np.asarray
+    return {
+        "effect": clustered_mean(difference / deviation, prompts),
+        "rises": fraction((difference > 0).astype(float), prompts),
+        "flips": fraction(np.array([flipped for flipped, _ in flips]), np.array([prompt for _, prompt in flips])),
+        "examples": [_example(changes[index]) for index in np.argsort(-size(difference), kind="stable")[:EXAMPLES]],
+        "p": p_value(difference, prompts),
     }
 
 
-def _flips(
-    changes: Sequence[_Change], base: Sequence[Sequence[float | None]], expected: str
-) -> tuple[NDArray[Any], NDArray[Any]]:
-    """For each changed answer and each other answer to the prompt: 1 if the model's order of the two changes.
+def _flips(one: _Change, expected: str) -> Iterator[float]:
+    """For each other answer to the prompt, unchanged: 1 if the model's order of the two changes, else 0.
 
-    The other answer is unchanged. Where the score should fall, only answers that scored lower before are counted: a
-    damaged answer should not overtake another one.
-
-    Returns:
-        float [N] and the rankings, int [N].
+    Where the score should fall, only answers that scored lower before are counted: a damaged answer should not overtake
+    another one.
     """
-    found, rankings = [], []
-    for one in changes:
-        for place, other in enumerate(base[one.ranking]):
-            if place == one.candidate or other is None or other == one.before:
-                continue
-            if expected == "lower" and one.before > other:
-                continue
-            found.append(float((one.after > other) != (one.before > other)))
-            rankings.append(one.ranking)
-    return np.array(found), np.array(rankings, dtype=np.int64)
+    for place, other in enumerate(one.of.scores):
+        if (
+            place == one.candidate
+            or other is None
+            or other == one.before
+            or (expected == "lower" and one.before > other)
+        ):
+            continue
+        yield float((one.after > other) != (one.before > other))
 
 
 def _example(one: _Change) -> dict[str, Any]:
-    texts = {"prompt": one.prompt, "answer": one.text, "changed": one.changed}
+    record = one.of.record
+    answer = record.candidates[one.candidate].text
+    texts = {"prompt": record.messages[-1].content, "answer": answer, "changed": one.changed}
     return {"before": one.before, "after": one.after} | {name: _cut(text) for name, text in texts.items()}
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from rlhf.core.intervals import resampled_sums
+from rlhf.core.intervals import percentile_interval, resampled_sums
 from rlhf.core.table import Table
 from rlhf.evaluation.estimates import fraction
 from rlhf.evaluation.scored import ScoredRecord
@@ -50,8 +50,7 @@ def score_benchmark(name: str, scored: Sequence[ScoredRecord]) -> dict[str, Any]
 def _lists(one: ScoredRecord) -> tuple[list[float], list[float]]:
     """The scores of the chosen and of the rejected answers."""
     best = min(one.record.ranks)
-    known = one.known
-    return [s for rank, s in known if rank == best], [s for rank, s in known if rank != best]
+    return [s for rank, s in one.known if rank == best], [s for rank, s in one.known if rank != best]
 
 
 # ---- RewardBench 2 ---------------------------------------------------------------------------------------------------
@@ -146,10 +145,10 @@ def _ties(rows: Sequence[ScoredRecord]) -> tuple[dict[str, Any], NDArray[Any]]:
         return part, np.zeros(0)
     pairs = [_lists(found["tied"][number]) for number in both], [_lists(found["ref"][number]) for number in both]
     drawn = resampled_sums(_ties_terms(*pairs), REPLICATES) / len(both) @ TIES_WEIGHTS
-    low, high = np.percentile(drawn, [2.5, 97.5])
+    low, high = percentile_interval(drawn)
     alone = len(rows) - 2 * len(both)
     note = {"note": f"{alone} rows without the other of their pair are left out"} if alone else {}
-    return part | ties_score(*pairs) | {"low": float(low), "high": float(high)} | note, drawn
+    return part | ties_score(*pairs) | {"low": low, "high": high} | note, drawn
 
 
 # ---- RM-Bench --------------------------------------------------------------------------------------------------------
@@ -172,18 +171,17 @@ def rm_bench(scored: Sequence[ScoredRecord]) -> dict[str, Any]:
         if len(chosen) != len(STYLES) or len(rejected) != len(STYLES):
             others += 1
             continue
-        domain = _domain(one.record.group)
         matrix = np.array(chosen)[:, None] > np.array(rejected)[None, :]
-        domains.setdefault(domain, []).append(matrix.astype(float))
+        domains.setdefault(_domain(one.record.group), []).append(matrix.astype(float))
     parts: dict[str, Any] = {}
     draws = []
     for name, matrices in sorted(domains.items()):
         values = np.array([levels(matrix) for matrix in matrices])
         drawn = resampled_sums(values, REPLICATES).mean(1) / len(values)
-        low, high = np.percentile(drawn, [2.5, 97.5])
+        low, high = percentile_interval(drawn)
         easy, normal, hard = values.mean(0).tolist()
         parts[name] = {
-            "value": float(values.mean()), "low": float(low), "high": float(high), "count": len(matrices),
+            "value": float(values.mean()), "low": low, "high": high, "count": len(matrices),
             "easy": easy, "normal": normal, "hard": hard, "matrix": np.mean(matrices, axis=0).tolist(),
         }  # fmt: skip
         draws.append(drawn)
@@ -210,8 +208,8 @@ def levels(matrix: NDArray[Any]) -> tuple[float, float, float]:
 def _overall(values: Sequence[float], draws: Sequence[NDArray[Any]]) -> dict[str, Any]:
     if not values:
         return {"score": None, "low": None, "high": None}
-    low, high = np.percentile(np.mean(draws, axis=0), [2.5, 97.5])
-    return {"score": _mean(values), "low": float(low), "high": float(high)}
+    low, high = percentile_interval(np.mean(draws, axis=0))
+    return {"score": _mean(values), "low": low, "high": high}
 
 
 def _mean(values: Sequence[float]) -> float | None:

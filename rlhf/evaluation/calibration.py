@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 from scipy.optimize import minimize_scalar
 from scipy.special import expit
 
+from rlhf.core.intervals import percentile_interval
 from rlhf.evaluation.estimates import fraction
 from rlhf.evaluation.scored import Pairs
 from rlhf.reward.metrics import calibration_error, credit
@@ -80,8 +81,7 @@ def _interval(pairs: Pairs, seed: int) -> tuple[float, float]:
     for _ in range(REPLICATES):
         drawn = np.bincount(generator.integers(0, count, count), minlength=count)
         found.append(fit_temperature(pairs.gap, drawn[prompt]))
-    low, high = np.percentile(found, [2.5, 97.5])
-    return float(low), float(high)
+    return percentile_interval(np.array(found))
 
 
 def reliability(pairs: Pairs) -> list[dict[str, Any]]:

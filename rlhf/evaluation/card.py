@@ -16,7 +16,7 @@ from rlhf.data.store import Dataset
 from rlhf.evaluation.baselines import MOST_RANKINGS, baselines
 from rlhf.evaluation.benchmarks import benchmark_of, score_benchmark
 from rlhf.evaluation.calibration import calibration
-from rlhf.evaluation.estimates import clustered_mean, fraction, mean_facts
+from rlhf.evaluation.estimates import clustered_mean, fraction
 from rlhf.evaluation.listwise import listwise
 from rlhf.evaluation.scored import AnswerScorer, Pairs, ScoredRecord, pairs_of
 from rlhf.evaluation.slices import slices
@@ -74,13 +74,13 @@ def pair_facts(
     """Of the pairs that the annotators did not tie.
 
     Returns:
-        `accuracy` as `fraction` gives it, clustered by prompt; `log_loss` as `mean_facts` gives it; `score_ties` (pairs
-        with equal scores); `tied_pairs` (by the annotator, left out of everything); `baselines`, `calibration` and
-        `slices`, see there.
+        `accuracy` as `fraction` gives it, clustered by prompt; `log_loss` as `clustered_mean` gives it; `score_ties`
+        (pairs with equal scores); `tied_pairs` (by the annotator, left out of everything); `baselines`, `calibration`
+        and `slices`, see there.
     """
     return {
         "accuracy": fraction(pairs.correct, pairs.prompt),
-        "log_loss": mean_facts(clustered_mean(np.logaddexp(0, -pairs.gap), pairs.prompt)),
+        "log_loss": clustered_mean(np.logaddexp(0, -pairs.gap), pairs.prompt),
         "score_ties": int((pairs.gap == 0).sum()),
         "tied_pairs": sum(_tied(one) for one in scored),
         "baselines": baselines(pairs, scored, train, seed),

@@ -4,79 +4,59 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy import stats
 
-from rlhf.reward.metrics import accuracy_interval
+from rlhf.core.intervals import fraction_interval
 
 
-@dataclass(frozen=True)
-class Mean:
-    """A mean over clustered values. Error, interval and p-value are NaN with fewer than two clusters."""
-
-    value: float
-    error: float
-    """Standard error of the mean, clusters taken to be independent."""
-    clusters: int
-    count: int
-
-    @property
-    def low(self) -> float:
-        return self.value - self._reach
-
-    @property
-    def high(self) -> float:
-        return self.value + self._reach
-
-    @property
-    def _reach(self) -> float:
-        return float(stats.t.ppf(0.975, self.clusters - 1)) * self.error if self.clusters > 1 else math.nan
-
-    @property
-    def p_value(self) -> float:
-        """Of the two-sided t test that the mean is 0; 1 where all values are 0."""
-        if self.clusters < 2:
-            return math.nan
-        if self.error == 0:
-            return 1.0 if self.value == 0 else 0.0
-        return float(2 * stats.t.sf(abs(self.value / self.error), self.clusters - 1))
-
-    def scaled(self, factor: float) -> Mean:
-        """The mean of the values times `factor` > 0."""
-        return Mean(self.value * factor, self.error * factor, self.clusters, self.count)
-
-
-def clustered_mean(values: NDArray[Any], clusters: NDArray[Any]) -> Mean:
-    """The mean of all values, with the linearised standard error over clusters.
+def clustered_mean(values: NDArray[Any], clusters: NDArray[Any]) -> dict[str, Any]:
+    """The mean of all values, with Student's t interval of its linearised standard error over clusters, for JSON.
 
     error² = c/(c-1) · Σ(s - m·n)² / N², with s and n the sum and the number of values of a cluster, m the mean, c the
-    number of clusters (see `rlhf.core.intervals.effective_size`); intervals use Student's t with c - 1 degrees of
-    freedom.
+    number of clusters (see `rlhf.core.intervals.effective_size`); t has c - 1 degrees of freedom.
 
     Args:
         values: float [N], N > 0.
-        clusters: int [N], which cluster each value belongs to.
+        clusters: [N], which cluster each value belongs to.
+
+    Returns:
+        `value`, `low`, `high` (None with fewer than two clusters), `count` (N), `prompts` (the number of clusters).
     """
+    mean, error, count = _mean_and_error(values, clusters)
+    reach = None if error is None else float(stats.t.ppf(0.975, count - 1)) * error
+    low, high = (None, None) if reach is None else (mean - reach, mean + reach)
+    return {"value": mean, "low": low, "high": high, "count": len(values), "prompts": count}
+
+
+def p_value(values: NDArray[Any], clusters: NDArray[Any]) -> float:
+    """Of the two-sided t test that the mean of `clustered_mean` is 0; 1 where all values are 0, NaN for one cluster."""
+    mean, error, count = _mean_and_error(values, clusters)
+    if not error:
+        return math.nan if error is None else float(mean == 0)
+    return float(2 * stats.t.sf(abs(mean / error), count - 1))
+
+
+def _mean_and_error(values: NDArray[Any], clusters: NDArray[Any]) -> tuple[float, float | None, int]:
+    """The mean, its standard error (None with fewer than two clusters), and the number of clusters."""
     _, index = np.unique(clusters, return_inverse=True)
     sums, sizes = np.bincount(index, values), np.bincount(index)
     count, total = len(sizes), len(values)
     mean = float(values.sum() / total)
     if count < 2:
-        return Mean(mean, math.nan, count, total)
-    variance = float(((sums - mean * sizes) ** 2).sum()) * count / (count - 1) / total**2
-    return Mean(mean, math.sqrt(variance), count, total)
+        return mean, None, count
+    return mean, math.sqrt(float(((sums - mean * sizes) ** 2).sum()) * count / (count - 1)) / total, count
 
 
 def fraction(credit: NDArray[Any], clusters: NDArray[Any]) -> dict[str, Any]:
-    """A fraction with Wilson's interval for clusters, for JSON; see `rlhf.reward.metrics.accuracy_interval`.
+    """A fraction with Wilson's interval for clusters, for JSON; see `rlhf.core.intervals.fraction_interval`.
 
     Args:
         credit: [N], 1 or 0, halves are allowed.
-        clusters: int [N].
+        clusters: [N].
 
     Returns:
         `value` (None without values), `low`, `high` (None with fewer than two clusters, whose spread is not known),
@@ -86,16 +66,9 @@ def fraction(credit: NDArray[Any], clusters: NDArray[Any]) -> dict[str, Any]:
         return {"value": None, "low": None, "high": None, "count": 0, "prompts": 0}
     _, index = np.unique(clusters, return_inverse=True)
     prompts = int(index.max()) + 1
-    bounds = accuracy_interval(np.bincount(index, credit), np.bincount(index)) if prompts > 1 else None
+    bounds = fraction_interval(np.bincount(index, credit), np.bincount(index)) if prompts > 1 else None
     low, high = bounds or (None, None)
-    counts = {"count": len(credit), "prompts": prompts}
-    return {"value": float(np.mean(credit)), "low": low, "high": high, **counts}
-
-
-def mean_facts(mean: Mean) -> dict[str, Any]:
-    """The same keys for a mean that is no fraction; its bounds are None with fewer than two clusters."""
-    low, high = (None, None) if math.isnan(mean.error) else (mean.low, mean.high)
-    return {"value": mean.value, "low": low, "high": high, "count": mean.count, "prompts": mean.clusters}
+    return {"value": float(np.mean(credit)), "low": low, "high": high, "count": len(credit), "prompts": prompts}
 
 
 def holm(p_values: Sequence[float]) -> list[float]:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from math import comb, sqrt
 from typing import Any
 
 import numpy as np
 
-from rlhf.evaluation.estimates import clustered_mean, fraction, mean_facts
+from rlhf.evaluation.estimates import clustered_mean, fraction
 from rlhf.evaluation.scored import ScoredRecord
 
 
@@ -19,36 +20,33 @@ def listwise(scored: Sequence[ScoredRecord]) -> dict[str, Any] | None:
 
     Returns:
         - `rankings`, and `sizes`: number of candidates -> rankings.
-        - `kendall_tau_b`: see `tau_b`; 0 for a ranking in which all scores are equal. As `mean_facts` gives it.
+        - `kendall_tau_b`: see `tau_b`; 0 for a ranking in which all scores are equal. As `clustered_mean` gives it.
         - `best_of_k`: fraction in which the candidate of the highest score has the best rank (equal scores share the
           credit), as `fraction` gives it; `best_of_k_chance`: the same for a random choice.
         - `beats_all`: fraction in which every best-ranked candidate scores above every other one.
-        - `regret`: 1 - utility of the model's choice, as `mean_facts` gives it; `regret_chance` of a random choice.
+        - `regret`: 1 - utility of the model's choice, as `clustered_mean` gives it; `regret_chance` of a random choice.
         - `rating_regret`: by the candidates' own ratings: the highest minus that of the model's choice; None unless
           all candidates have ratings.
         - `curve`: see `best_of_curve`.
     """
-    usable = [one.known for one in scored]
-    kept = [index for index, known in enumerate(usable) if len({rank for rank, _ in known}) > 1]
+    kept = [one for one in scored if len({rank for rank, _ in one.known}) > 1]
     if not kept:
         return None
-    prompts = {one.record.prompt_id: number for number, one in enumerate(scored)}
-    clusters = np.array([prompts[scored[index].record.prompt_id] for index in kept])
-    rows = [usable[index] for index in kept]
-    worth, best = [utilities([rank for rank, _ in row]) for row in rows], [_chosen(row) for row in rows]
+    clusters = np.array([one.record.prompt_id for one in kept])
+    rows = [one.known for one in kept]
+    worth, best = [_worth(row) for row in rows], [_chosen(row) for row in rows]
     top = np.array([np.mean([worth[i][k] == 1 for k in best[i]]) for i in range(len(rows))])
     regret = np.array([1 - np.mean([worth[i][k] for k in best[i]]) for i in range(len(rows))])
-    sizes = [len(row) for row in rows]
     return {
         "rankings": len(rows),
-        "sizes": {str(size): sizes.count(size) for size in sorted(set(sizes))},
-        "kendall_tau_b": mean_facts(clustered_mean(np.array([tau_b(row) for row in rows]), clusters)),
+        "sizes": {str(size): count for size, count in sorted(Counter(map(len, rows)).items())},
+        "kendall_tau_b": clustered_mean(np.array([tau_b(row) for row in rows]), clusters),
         "best_of_k": fraction(top, clusters),
         "best_of_k_chance": float(np.mean([np.mean(np.array(one) == 1) for one in worth])),
         "beats_all": fraction(np.array([_beats_all(row) for row in rows], dtype=float), clusters),
-        "regret": mean_facts(clustered_mean(regret, clusters)),
+        "regret": clustered_mean(regret, clusters),
         "regret_chance": float(np.mean([1 - np.mean(one) for one in worth])),
-        "rating_regret": _rating_regret([scored[index] for index in kept], clusters),
+        "rating_regret": _rating_regret(kept, clusters),
         "curve": best_of_curve(rows),
     }
 
@@ -74,8 +72,9 @@ def _sign(value: float) -> int:
     return (value > 0) - (value < 0)
 
 
-def utilities(ranks: Sequence[int]) -> list[float]:
-    """1 at the best of these ranks, 0 at the worst, linear between; at least two ranks differ."""
+def _worth(known: Sequence[tuple[int, float]]) -> list[float]:
+    """The utilities: 1 at the best rank, 0 at the worst, linear between; at least two ranks differ."""
+    ranks = [rank for rank, _ in known]
     low, high = min(ranks), max(ranks)
     return [(high - rank) / (high - low) for rank in ranks]
 
@@ -101,7 +100,7 @@ def _rating_regret(scored: Sequence[ScoredRecord], clusters: Any) -> dict[str, A
             return None
         top = max(score for _, score in known)
         found.append(max(ratings) - float(np.mean([r for r, (_, s) in zip(ratings, known) if s == top])))
-    return mean_facts(clustered_mean(np.array(found), clusters))
+    return clustered_mean(np.array(found), clusters)
 
 
 def best_of_curve(rows: Sequence[Sequence[tuple[int, float]]]) -> list[dict[str, float]]:
@@ -116,18 +115,18 @@ def best_of_curve(rows: Sequence[Sequence[tuple[int, float]]]) -> list[dict[str,
     Returns:
         For each n: `n`, `chosen` (by the model), `best` (by the annotator), `random`, and `rankings`.
     """
-    sizes = [len(row) for row in rows]
-    size = max(set(sizes), key=lambda one: (sizes.count(one), one))
+    sizes = Counter(map(len, rows))
+    size = max(sizes, key=lambda one: (sizes[one], one))
     used = [row for row in rows if len(row) == size]
     found = []
     for n in range(1, size + 1):
         odds = [comb(size - 1 - i, n - 1) / comb(size, n) for i in range(size)]
         chosen, best = [], []
         for row in used:
-            worth = utilities([rank for rank, _ in row])
+            worth = _worth(row)
             chosen.append(_expected(worth, [score for _, score in row], odds))
             best.append(_expected(worth, worth, odds))
-        even = float(np.mean([np.mean(utilities([rank for rank, _ in row])) for row in used]))
+        even = float(np.mean([np.mean(_worth(row)) for row in used]))
         found.append(
             {"n": n, "chosen": float(np.mean(chosen)), "best": float(np.mean(best)), "random": even}
             | {"rankings": len(used)}
@@ -138,7 +137,7 @@ def best_of_curve(rows: Sequence[Sequence[tuple[int, float]]]) -> list[dict[str,
 def _expected(worth: Sequence[float], scores: Sequence[float], odds: Sequence[float]) -> float:
     """Expected worth when the candidate at place i by score is chosen with probability odds[i]."""
     order = sorted(range(len(scores)), key=lambda i: -scores[i])
-    shared = {score: [] for score in scores}  # type: dict[float, list[float]]
+    shared: dict[float, list[float]] = {}
     for place, index in enumerate(order):
-        shared[scores[index]].append(odds[place])
+        shared.setdefault(scores[index], []).append(odds[place])
     return sum(worth[i] * float(np.mean(shared[score])) for i, score in enumerate(scores))

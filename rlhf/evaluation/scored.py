@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,10 +17,10 @@ from rlhf.core.errors import UserError
 from rlhf.core.table import Pick
 from rlhf.data.encode_records import EncodingCounts, fits
 from rlhf.data.schema import Prompt, Ranking
-from rlhf.inference.ensemble import EnsembleScorer, open_ensemble
+from rlhf.inference.ensemble import open_ensemble
 from rlhf.inference.reward_model import RewardModel, open_reward_model
 from rlhf.judging.config import JudgeConfig
-from rlhf.judging.source import Rate, rating_source
+from rlhf.judging.source import rating_source
 from rlhf.reward.functions import call_reward_function, import_function
 from rlhf.reward.metrics import credit
 from rlhf.reward.sources import weighted_terms
@@ -51,25 +51,42 @@ class ScoredRecord:
         return [(rank, score) for rank, score in zip(self.record.ranks, self.scores) if score is not None]
 
 
-class AnswerScorer(Protocol):
-    """What is evaluated: anything that gives answers scores."""
+class AnswerScorer:
+    """What is evaluated: anything that gives answers scores.
 
-    name: str
+    Args:
+        name: What messages call it.
+        answers: (prompts, answers), one prompt for each answer -> their scores; None where one cannot be scored.
+    """
+
+    def __init__(self, name: str, answers: Callable[[Sequence[Prompt], Sequence[str]], Sequence[float | None]]) -> None:
+        self.name, self.answers = name, answers
+
+    def candidates(self, records: Sequence[Ranking]) -> list[ScoredRecord]:
+        """The records with the score of each candidate, whether any has one or not."""
+        prompts = [record for record in records for _ in record.candidates]
+        found = iter(self.answers(prompts, [one.text for record in records for one in record.candidates]))
+        return [ScoredRecord(record, tuple(next(found) for _ in record.candidates)) for record in records]
 
     def rankings(self, records: Sequence[Ranking], counts: EncodingCounts) -> list[ScoredRecord]:
-        """The records with their scores, without those that cannot be scored; `counts` counts the reasons."""
-        ...
+        """The records of which at least two candidates have a score; `counts` counts the others by reason."""
+        kept = [one for one in self.candidates(records) if len(one.known) > 1]
+        counts.kept = len(kept)
+        if len(kept) < len(records):
+            counts.skipped["rankings with fewer than two candidates that fit"] += len(records) - len(kept)
+        return kept
 
-    def answers(self, prompts: Sequence[Prompt], answers: Sequence[str]) -> list[float | None]:
-        """The scores of answers, one prompt for each, on the same scale; None where one cannot be scored."""
-        ...
 
-
-class ModelScorer:
+class ModelScorer(AnswerScorer):
     """A reward model, by its raw scores: before the mean and standard deviation that PPO's scores are divided by."""
 
     def __init__(self, name: str, model: RewardModel) -> None:
-        self.name, self._model = name, model
+        super().__init__(name, self._raw)
+        self._model = model
+
+    def _raw(self, prompts: Sequence[Prompt], answers: Sequence[str]) -> list[float | None]:
+        mean, std = float(self._model.scalar.mean), float(self._model.scalar.std)
+        return [None if score is None else score * std + mean for score in self._model.score_answers(prompts, answers)]
 
     def rankings(self, records: Sequence[Ranking], counts: EncodingCounts) -> list[ScoredRecord]:
         rows = self._model.encode(records, counts)
@@ -87,82 +104,30 @@ class ModelScorer:
         fit = [fits(len(chat.response(one.text)), prompt, self._model.limit) for one in record.candidates]
         return ScoredRecord(record, tuple(next(rest) if one else None for one in fit))
 
-    def answers(self, prompts: Sequence[Prompt], answers: Sequence[str]) -> list[float | None]:
-        scalar = self._model.scalar
-        mean, std = float(scalar.mean), float(scalar.std)
-        return [None if score is None else score * std + mean for score in self._model.score_answers(prompts, answers)]
 
-
-class FunctionScorer:
+def function_scorer(name: str, function: Callable[..., Any]) -> AnswerScorer:
     """A reward function `module:function`; every text fits."""
 
-    def __init__(self, name: str, function: Callable[..., Any]) -> None:
-        self.name, self._function = name, function
-
-    def rankings(self, records: Sequence[Ranking], counts: EncodingCounts) -> list[ScoredRecord]:
-        return _answer_by_answer(self, records, counts)
-
-    def answers(self, prompts: Sequence[Prompt], answers: Sequence[str]) -> list[float | None]:
+    def answers(prompts: Sequence[Prompt], answers: Sequence[str]) -> list[float | None]:
         return [
-            call_reward_function(self._function, self.name, prompt.chat, answer, FUNCTION_SECONDS)
+            call_reward_function(function, name, prompt.chat, answer, FUNCTION_SECONDS)
             for prompt, answer in track(list(zip(prompts, answers)), "scoring", unit="answers")
         ]
 
-
-class CombinedScorer:
-    """An ensemble of reward models, by the combination of their normalised scores; or one, by its own."""
-
-    def __init__(self, name: str, ensemble: EnsembleScorer) -> None:
-        self.name, self._ensemble = name, ensemble
-
-    def rankings(self, records: Sequence[Ranking], counts: EncodingCounts) -> list[ScoredRecord]:
-        return _answer_by_answer(self, records, counts)
-
-    def answers(self, prompts: Sequence[Prompt], answers: Sequence[str]) -> list[float | None]:
-        return [row["score"] for row in self._ensemble.score_answers(prompts, answers)]
+    return AnswerScorer(name, answers)
 
 
-class JudgeScorer:
-    """A judge on a server, by its ratings as PPO gets them."""
-
-    def __init__(self, name: str, rate: Rate) -> None:
-        self.name, self._rate = name, rate
-
-    def rankings(self, records: Sequence[Ranking], counts: EncodingCounts) -> list[ScoredRecord]:
-        return _answer_by_answer(self, records, counts)
-
-    def answers(self, prompts: Sequence[Prompt], answers: Sequence[str]) -> list[float | None]:
-        return list(self._rate([prompt.chat for prompt in prompts], answers))
-
-
-class SumScorer:
+def _weighted_sum(name: str, terms: Sequence[tuple[float, AnswerScorer]]) -> AnswerScorer:
     """A weighted sum of other sources; of reward models the normalised scores, as in PPO."""
 
-    def __init__(self, name: str, parts: Sequence[tuple[float, AnswerScorer]]) -> None:
-        self.name, self._parts = name, parts
-
-    def rankings(self, records: Sequence[Ranking], counts: EncodingCounts) -> list[ScoredRecord]:
-        return _answer_by_answer(self, records, counts)
-
-    def answers(self, prompts: Sequence[Prompt], answers: Sequence[str]) -> list[float | None]:
-        weights = [weight for weight, _ in self._parts]
-        columns = [scorer.answers(prompts, answers) for _, scorer in self._parts]
+    def answers(prompts: Sequence[Prompt], answers: Sequence[str]) -> list[float | None]:
+        columns = [scorer.answers(prompts, answers) for _, scorer in terms]
         return [
-            None if None in row else sum(weight * float(score or 0) for weight, score in zip(weights, row))
+            None if None in row else sum(weight * float(score or 0) for (weight, _), score in zip(terms, row))
             for row in zip(*columns)
         ]
 
-
-def _answer_by_answer(scorer: AnswerScorer, records: Sequence[Ranking], counts: EncodingCounts) -> list[ScoredRecord]:
-    """The records with a score for each candidate, without those of which fewer than two candidates have one."""
-    prompts = [record for record in records for _ in record.candidates]
-    found = iter(scorer.answers(prompts, [one.text for record in records for one in record.candidates]))
-    scored = [ScoredRecord(record, tuple(next(found) for _ in record.candidates)) for record in records]
-    kept = [one for one in scored if len(one.known) > 1]
-    counts.kept = len(kept)
-    if len(kept) < len(scored):
-        counts.skipped["rankings with fewer than two candidates that fit"] += len(scored) - len(kept)
-    return kept
+    return AnswerScorer(name, answers)
 
 
 def is_single_model(spec: str) -> bool:
@@ -195,15 +160,17 @@ def _open_part(name: str, source: Pick, trust_remote_code: bool) -> AnswerScorer
     options = source.options
     if source.name == "sum":
         terms = [(weight, _open_part(one.name, one, trust_remote_code)) for one, weight in weighted_terms(source)]
-        return SumScorer(name, terms)
+        return _weighted_sum(name, terms)
     if source.name == "function":
-        return FunctionScorer(name, import_function(options["function"]))
+        return function_scorer(name, import_function(options["function"]))
     if source.name == "judge":
         keys = JudgeConfig.model_fields.keys() & options.keys()
         config = JudgeConfig(**{key: options[key] for key in keys})
-        return JudgeScorer(name, rating_source(config, options["agreement"], options["unmeasured"]))
+        rate = rating_source(config, options["agreement"], options["unmeasured"])
+        return AnswerScorer(name, lambda prompts, answers: rate([prompt.chat for prompt in prompts], answers))
     spec = json.dumps({"name": source.name, **{key: value for key, value in options.items() if key != "retokenize"}})
-    return CombinedScorer(name, open_ensemble(spec, trust_remote_code))
+    models = open_ensemble(spec, trust_remote_code)
+    return AnswerScorer(name, lambda prompts, answers: [one["score"] for one in models.score_answers(prompts, answers)])
 
 
 def _source(spec: str) -> Pick:
@@ -266,7 +233,7 @@ def pairs_of(scored: Sequence[ScoredRecord]) -> Pairs:
                     first = int(np.sign(worse - better)) if record.shown else 0
                     rows.append((prompt, index, gap, distance, rating, len(a.text), len(b.text), first))
     table = np.array(rows, dtype=np.float64).reshape(-1, 8)
-    whole = table.astype(np.int64, copy=False) if not len(table) else np.nan_to_num(table).astype(np.int64)
+    whole = np.nan_to_num(table).astype(np.int64)
     return Pairs(
         prompt=whole[:, 0], ranking=whole[:, 1], gap=table[:, 2], distance=whole[:, 3], rating=table[:, 4],
         lengths=whole[:, 5:7], first=whole[:, 7],

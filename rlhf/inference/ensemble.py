@@ -8,21 +8,17 @@ from typing import Any
 
 import torch
 
-from rlhf import distributed
 from rlhf.config.base import ModelConfig
 from rlhf.core.errors import UserError
 from rlhf.core.table import Pick
-from rlhf.data.chat_tokenizer import load_tokenizer
 from rlhf.data.schema import Prompt
 from rlhf.inference.policy import model_kind
-from rlhf.inference.reward_model import RewardModel
-from rlhf.models.adapters import virtual_tokens_of
-from rlhf.models.load import compute_dtype, load_hf_config, quiet, sequence_limit
+from rlhf.inference.reward_model import RewardModel, with_tokenizer
+from rlhf.models.load import quiet
 from rlhf.reward.combining import COMBINATIONS, disagreement
 from rlhf.reward.members import load_members
 from rlhf.reward.sources import model_terms
 from rlhf.reward.spec import read_reward
-from rlhf.runs.parents import resolve_model_path
 
 
 @dataclass(frozen=True)
@@ -82,10 +78,6 @@ def open_ensemble(spec: str, trust_remote_code: bool = False) -> EnsembleScorer:
             raise UserError(f"{path}: is not a reward model", remedy="Name a run of the reward stage.")
     quiet()
     config = ModelConfig(path=paths[0], trust_remote_code=trust_remote_code)
-    found = []
-    for path, scalar in zip(paths, load_members(config, paths, lambda _: None)):
-        one, folder = config.model_copy(update={"path": path}), resolve_model_path(path)
-        limit = sequence_limit(one, load_hf_config(one, folder)) - virtual_tokens_of(folder)
-        placed = scalar.to(distributed.device(), compute_dtype("auto"))
-        found.append(RewardModel(placed, load_tokenizer(one, folder), limit))
+    scalars = load_members(config, paths, lambda _: None)
+    found = [with_tokenizer(config.model_copy(update={"path": path}), one) for path, one in zip(paths, scalars)]
     return EnsembleScorer(paths, found, COMBINATIONS.pick(pick.options.get("combine", "mean")))

@@ -2,21 +2,31 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from rlhf import distributed
 from rlhf.config.base import ModelConfig
+from rlhf.core.console import track
 from rlhf.core.errors import UserError
 from rlhf.data.chat_tokenizer import ChatTokenizer, load_tokenizer
 from rlhf.models.adapters import virtual_tokens_of
 from rlhf.models.load import compute_dtype, load_hf_config, load_policy, quiet, sequence_limit
+from rlhf.models.logprobs import token_logprobs
 from rlhf.models.vocabulary import mask_unknown_ids, token_count
+from rlhf.reward.scoring import batches_by_length
 from rlhf.rollout.types import SamplingParams
 from rlhf.runs.parents import refuse_specialist, resolve_model_path
 from rlhf.runs.run import is_run, read_run
 from rlhf.tuning.save import generation_config
+
+BATCH_TOKENS = 16384
+"""Most tokens in one forward pass, padding included."""
 
 
 @dataclass(frozen=True)
@@ -51,6 +61,37 @@ class Policy:
         return longest - params.max_new_tokens
 
 
+def token_limit(config: ModelConfig, folder: str) -> int:
+    """The longest sequence of a model in tokens, without its learned virtual tokens."""
+    return sequence_limit(config, load_hf_config(config, folder)) - virtual_tokens_of(folder)
+
+
+def sequence_logprobs(
+    model: Any, chat: ChatTokenizer, rows: Sequence[tuple[Sequence[int], Sequence[bool]]], temperature: float, what: str
+) -> list[Tensor]:
+    """Log-probs in nats of chosen tokens of sequences, float64, a vector for each sequence.
+
+    Args:
+        model: A language model in evaluation mode.
+        chat: For padding.
+        rows: For each sequence its token ids, and which of them are chosen.
+        temperature: Logits are divided by it.
+        what: Is done, for the progress bar.
+    """
+    found: list[Any] = [None] * len(rows)
+    batches = list(batches_by_length([len(ids) for ids, _ in rows], BATCH_TOKENS))
+    for batch in track(batches, what, unit="batches"):
+        ids, mask = chat.pad([rows[i][0] for i in batch], next(model.parameters()).device)
+        chosen = [[*rows[i][1], *[False] * (ids.shape[1] - len(rows[i][1]))] for i in batch]
+        with torch.no_grad():
+            logprobs = token_logprobs(model, ids, mask, torch.tensor(chosen, device=ids.device), temperature)[
+                0
+            ].double()
+        for i, part in zip(batch, logprobs.split(list(map(sum, chosen)))):
+            found[i] = part
+    return found
+
+
 def model_kind(path: str | Path, trust_remote_code: bool = False) -> str:
     """Whether a run, model folder or hub name holds a `policy` or a `reward` model.
 
@@ -83,7 +124,7 @@ def open_policy(path: str | Path, chat_template: str = "auto", trust_remote_code
     chat = load_tokenizer(config, folder)
     model: Any = load_policy(config, folder, compute_dtype("auto"))
     mask_unknown_ids(model, token_count(chat.tokenizer))
-    limit = sequence_limit(config, load_hf_config(config, folder)) - virtual_tokens_of(folder)
+    limit = token_limit(config, folder)
     # Only the command's options decide how to sample, not the generation config of the model's author (top_k 50, ...).
     model.generation_config = generation_config(model, chat)
     return Policy(str(path), model.to(distributed.device()).eval(), chat, limit, trust_remote_code)

@@ -15,15 +15,12 @@ from rlhf.data.chat_tokenizer import ChatTokenizer, load_tokenizer
 from rlhf.data.encode_records import EncodingCounts, encode_ranking, fits
 from rlhf.data.schema import Prompt, Proposal, Ranking
 from rlhf.data.selection import as_prompt
-from rlhf.models.adapters import virtual_tokens_of
-from rlhf.models.load import compute_dtype, load_hf_config, quiet, sequence_limit
+from rlhf.inference.policy import BATCH_TOKENS, token_limit
+from rlhf.models.load import compute_dtype, quiet
 from rlhf.models.scalar import ScalarModel, load_scalar
 from rlhf.reward.metrics import ScoredRanking
 from rlhf.reward.scoring import score_rankings, score_texts
 from rlhf.runs.parents import resolve_model_path
-
-BATCH_TOKENS = 16384
-"""Most tokens in one forward pass, padding included."""
 
 
 @dataclass(frozen=True)
@@ -100,8 +97,12 @@ def open_reward_model(path: str | Path, trust_remote_code: bool = False) -> Rewa
         UserError: There is no model, or one without a trained score head.
     """
     quiet()
-    config, folder = ModelConfig(path=str(path), trust_remote_code=trust_remote_code), resolve_model_path(path)
-    chat = load_tokenizer(config, folder)
-    limit = sequence_limit(config, load_hf_config(config, folder)) - virtual_tokens_of(folder)
-    scalar = load_scalar(config, folder, head="trained").to(distributed.device(), compute_dtype("auto"))
-    return RewardModel(scalar, chat, limit)
+    config = ModelConfig(path=str(path), trust_remote_code=trust_remote_code)
+    return with_tokenizer(config, load_scalar(config, resolve_model_path(path), head="trained"))
+
+
+def with_tokenizer(config: ModelConfig, scalar: ScalarModel) -> RewardModel:
+    """The scalar model that was loaded from `config.path`, on this process's device, with its tokenizer."""
+    folder = resolve_model_path(config.path)
+    placed = scalar.to(distributed.device(), compute_dtype("auto"))
+    return RewardModel(placed, load_tokenizer(config, folder), token_limit(config, folder))

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -64,94 +64,19 @@ class Rows:
             )
 
 
-class Change(Protocol):
-    """What a task's adapter does to one module of the base."""
+class Change:
+    """What the adapters of all tasks do to the module `name` of the base: to its input, its output, or both."""
+
+    def __init__(self, rows: Rows, name: str) -> None:
+        self.rows, self.name = rows, name
 
     def before(self, x: Tensor) -> Tensor:
         """The module's input, changed."""
-        ...
-
-    def after(self, x: Tensor, out: Any) -> Any:
-        """The module's output, changed."""
-        ...
-
-
-class LowRank:
-    """LoRA: out + x A_t' B_t' (Hu et al. 2021, eq. 3), with the scale in B."""
-
-    def __init__(self, rows: Rows, name: str, a: Tensor, b: Tensor) -> None:
-        """
-        Args:
-            rows: Which task each row belongs to.
-            name: The module.
-            a: [tasks, rank, in]; zeros for tasks without it.
-            b: [tasks, out, rank].
-        """
-        self.rows, self.name = rows, name
-        self.a, self.b = a.transpose(1, 2).contiguous(), b.transpose(1, 2).contiguous()
-
-    def before(self, x: Tensor) -> Tensor:
-        return x
-
-    def after(self, x: Tensor, out: Tensor) -> Tensor:
-        self.rows.check(x, self.name)
-        change = torch.bmm(torch.bmm(self.rows.blocks(x), self.rows.of(self.a)), self.rows.of(self.b))
-        return out + self.rows.unblocked(change, out)
-
-
-class Bottleneck:
-    """A bottleneck adapter after the module: out + up(activation(down(out))) (Houlsby et al. 2019)."""
-
-    def __init__(
-        self, rows: Rows, name: str, down: tuple[Tensor, Tensor], up: tuple[Tensor, Tensor],
-        activation: Callable[[Tensor], Tensor],
-    ) -> None:  # fmt: skip
-        """
-        Args:
-            rows: Which task each row belongs to.
-            name: The module.
-            down: Weights [tasks, width, size] and biases [tasks, 1, size]; zeros for tasks without it.
-            up: Weights [tasks, size, width] and biases [tasks, 1, width].
-            activation: The nonlinearity of all tasks.
-        """
-        self.rows, self.name, self.down, self.up, self.activation = rows, name, down, up, activation
-
-    def before(self, x: Tensor) -> Tensor:
         return x
 
     def after(self, x: Tensor, out: Any) -> Any:
-        if isinstance(out, tuple):  # an attention returns its weights as well, experts their router's logits
-            return (self.after(x, out[0]), *out[1:])
-        self.rows.check(out, self.name)
-        (down, down_bias), (up, up_bias) = self.down, self.up
-        hidden = torch.baddbmm(self.rows.of(down_bias), self.rows.blocks(out), self.rows.of(down))
-        change = torch.baddbmm(self.rows.of(up_bias), self.activation(hidden), self.rows.of(up))
-        return out + self.rows.unblocked(change, out)
-
-
-class Scale:
-    """IA3: the module's input or output times a learned vector (Liu et al. 2022)."""
-
-    def __init__(self, rows: Rows, name: str, scales: Tensor, on_input: bool) -> None:
-        """
-        Args:
-            rows: Which task each row belongs to.
-            name: The module.
-            scales: [tasks, width]; ones for tasks without it.
-            on_input: Whether the input is scaled, not the output.
-        """
-        self.rows, self.name, self.scales, self.on_input = rows, name, scales, on_input
-
-    def _scaled(self, x: Tensor) -> Tensor:
-        self.rows.check(x, self.name)
-        chosen = self.scales[self.rows.index]
-        return x * chosen[(slice(None), *[None] * (x.dim() - 2))]
-
-    def before(self, x: Tensor) -> Tensor:
-        return self._scaled(x) if self.on_input else x
-
-    def after(self, x: Tensor, out: Tensor) -> Tensor:
-        return out if self.on_input else self._scaled(out)
+        """The module's output, changed; `x` is its input."""
+        return out
 
 
 def attach(module: nn.Module, change: Change) -> None:
@@ -168,64 +93,99 @@ def attach(module: nn.Module, change: Change) -> None:
 
 
 # ---- the layers of all tasks ---------------------------------------------------------------------------------------
-# Each function takes the tensors of each task's adapter for the module `name` (none if it has no part there), the
+# Each class takes the tensors of each task's adapter for the module `name` (none if it has no part there), the
 # adapters' configs, and the model whose dtype and device the weights get.
 
 
-def low_rank(rows: Rows, name: str, parts: Sequence[Any], configs: Sequence[Any], model: Any) -> LowRank:
-    """A LoRA layer of all tasks: ranks are filled up with zeros, and the scale is in B."""
-    some = next(part for part in parts if part)
-    rank = max(part["lora_A"].shape[0] for part in parts if part)
-    a = torch.zeros(len(parts), rank, some["lora_A"].shape[1], dtype=model.dtype, device=model.device)
-    b = torch.zeros(len(parts), some["lora_B"].shape[0], rank, dtype=model.dtype, device=model.device)
-    for index, (part, config) in enumerate(zip(parts, configs)):
-        if part:
-            own = part["lora_A"].shape[0]
-            alpha = (config.get("alpha_pattern") or {}).get(name, config["lora_alpha"])
-            factor = alpha / (math.sqrt(own) if config.get("use_rslora") else own)
-            a[index, :own], b[index, :, :own] = part["lora_A"], part["lora_B"] * factor
-    return LowRank(rows, name, a, b)
+class LowRank(Change):
+    """LoRA: out + x A_t' B_t' (Hu et al. 2021, eq. 3), with the scale in B. Ranks are filled up with zeros."""
 
-
-def scale(rows: Rows, name: str, parts: Sequence[Any], configs: Sequence[Any], model: Any) -> Scale:
-    """An IA3 layer of all tasks."""
-    width = next(part["ia3_l"].numel() for part in parts if part)
-    # PEFT stores [out, 1] where the output is scaled, and [1, in] where the input is
-    kinds = {part["ia3_l"].shape[0] == 1 for part in parts if part}
-    if len(kinds) > 1:
-        raise UserError(
-            f"--adapter: some tasks scale the input of {name} and others its output", remedy="Use one kind."
+    def __init__(self, rows: Rows, name: str, parts: Sequence[Any], configs: Sequence[Any], model: Any) -> None:
+        super().__init__(rows, name)
+        self.a = _stacked([part and part["lora_A"].T for part in parts], model)
+        self.b = _stacked(
+            [part and part["lora_B"].T * self._scale(part, one) for part, one in zip(parts, configs)], model
         )
-    scales = torch.ones(len(parts), width, dtype=model.dtype, device=model.device)
-    for index, part in enumerate(parts):
-        if part:
-            scales[index] = part["ia3_l"].flatten()
-    return Scale(rows, name, scales, on_input=kinds.pop())
+
+    def _scale(self, part: Any, config: Any) -> float:
+        rank = part["lora_A"].shape[0]
+        alpha = (config.get("alpha_pattern") or {}).get(self.name, config["lora_alpha"])
+        return float(alpha / (math.sqrt(rank) if config.get("use_rslora") else rank))
+
+    def after(self, x: Tensor, out: Tensor) -> Tensor:
+        self.rows.check(x, self.name)
+        change = torch.bmm(torch.bmm(self.rows.blocks(x), self.rows.of(self.a)), self.rows.of(self.b))
+        return out + self.rows.unblocked(change, out)
 
 
-def bottleneck(rows: Rows, name: str, parts: Sequence[Any], configs: Sequence[Any], model: Any) -> Bottleneck:
-    """A bottleneck layer of all tasks: sizes are filled up with zeros, which every activation maps to zero."""
-    kinds = {config["activation"] for part, config in zip(parts, configs) if part}
-    if len(kinds) > 1:
-        raise UserError(
-            f"--adapter: the tasks' bottlenecks have the activations {', '.join(sorted(kinds))}",
-            remedy="Mix tasks of one activation.",
+class Scale(Change):
+    """IA3: the module's input or output times a learned vector (Liu et al. 2022); ones for tasks without it."""
+
+    def __init__(self, rows: Rows, name: str, parts: Sequence[Any], configs: Sequence[Any], model: Any) -> None:
+        super().__init__(rows, name)
+        # PEFT stores [out, 1] where the output is scaled, and [1, in] where the input is
+        kinds = {part["ia3_l"].shape[0] == 1 for part in parts if part}
+        if len(kinds) > 1:
+            raise UserError(
+                f"--adapter: some tasks scale the input of {name} and others its output", remedy="Use one kind."
+            )
+        self.on_input = kinds.pop()
+        self.scales = _stacked([part and part["ia3_l"].flatten() for part in parts], model, fill=1.0)
+
+    def _scaled(self, x: Tensor) -> Tensor:
+        self.rows.check(x, self.name)
+        chosen = self.scales[self.rows.index]
+        return x * chosen[(slice(None), *[None] * (x.dim() - 2))]
+
+    def before(self, x: Tensor) -> Tensor:
+        return self._scaled(x) if self.on_input else x
+
+    def after(self, x: Tensor, out: Tensor) -> Tensor:
+        return out if self.on_input else self._scaled(out)
+
+
+class Bottleneck(Change):
+    """A bottleneck adapter after the module: out + up(activation(down(out))) (Houlsby et al. 2019).
+
+    Sizes are filled up with zeros, which every activation maps to zero.
+    """
+
+    def __init__(self, rows: Rows, name: str, parts: Sequence[Any], configs: Sequence[Any], model: Any) -> None:
+        super().__init__(rows, name)
+        kinds = {config["activation"] for part, config in zip(parts, configs) if part}
+        if len(kinds) > 1:
+            raise UserError(
+                f"--adapter: the tasks' bottlenecks have the activations {', '.join(sorted(kinds))}",
+                remedy="Mix tasks of one activation.",
+            )
+        self.activation = ACTIVATIONS[kinds.pop()]
+        self.down, self.up = (
+            (
+                _stacked([part and part[key].T for part in parts], model),
+                _stacked([part and part[f"{key}.bias"][None] for part in parts], model),
+            )
+            for key in ("bottleneck_down", "bottleneck_up")
         )
-    size = max(part["bottleneck_down"].shape[0] for part in parts if part)
-    width = next(part["bottleneck_down"].shape[1] for part in parts if part)
-    shapes = {"bottleneck_down": (width, size), "bottleneck_up": (size, width)}
-    found = {}
-    for key, (wide, narrow) in shapes.items():
-        weight = torch.zeros(len(parts), wide, narrow, dtype=model.dtype, device=model.device)
-        bias = torch.zeros(len(parts), 1, narrow, dtype=model.dtype, device=model.device)
-        for index, part in enumerate(parts):
-            if part:
-                own = part[key].T
-                weight[index, : own.shape[0], : own.shape[1]] = own
-                bias[index, 0, : own.shape[1]] = part[f"{key}.bias"]
-        found[key] = (weight, bias)
-    return Bottleneck(rows, name, found["bottleneck_down"], found["bottleneck_up"], ACTIVATIONS[kinds.pop()])
+
+    def after(self, x: Tensor, out: Any) -> Any:
+        if isinstance(out, tuple):  # an attention returns its weights as well, experts their router's logits
+            return (self.after(x, out[0]), *out[1:])
+        self.rows.check(out, self.name)
+        (down, down_bias), (up, up_bias) = self.down, self.up
+        hidden = torch.baddbmm(self.rows.of(down_bias), self.rows.blocks(out), self.rows.of(down))
+        change = torch.baddbmm(self.rows.of(up_bias), self.activation(hidden), self.rows.of(up))
+        return out + self.rows.unblocked(change, out)
 
 
-IN_LAYERS: dict[str, Callable[..., Change]] = {"LORA": low_rank, "IA3": scale, "BOTTLENECK": bottleneck}
+def _stacked(tensors: Sequence[Tensor | None], model: Any, fill: float = 0.0) -> Tensor:
+    """One tensor [tasks, ...]: each task's own, filled up to the largest sizes; `fill` alone for a task without one."""
+    sizes = map(max, zip(*(one.shape for one in tensors if one is not None)))
+    found = torch.full((len(tensors), *sizes), fill, dtype=model.dtype, device=model.device)
+    for row, one in zip(found, tensors):
+        if one is not None:
+            row[tuple(map(slice, one.shape))] = one
+    return found
+
+
+IN_LAYERS: dict[str, Callable[..., Change]] = {"LORA": LowRank, "IA3": Scale, "BOTTLENECK": Bottleneck}
 """PEFT's type of an adapter -> what makes a layer of all tasks."""

@@ -15,10 +15,8 @@ from rlhf import distributed
 from rlhf.config.base import ModelConfig
 from rlhf.core.errors import UserError
 from rlhf.data.chat_tokenizer import ChatTokenizer, load_tokenizer
-from rlhf.inference.policy import Policy, model_kind
+from rlhf.inference.policy import Policy, model_kind, token_limit
 from rlhf.inference.sampling import Sampled
-from rlhf.models.adapters import virtual_tokens_of
-from rlhf.models.load import load_hf_config, sequence_limit
 from rlhf.reward.sources import RewardContext, RewardInputs, model_terms, own_chats, scores_with_disagreement
 from rlhf.reward.spec import read_reward, retokenizing
 from rlhf.runs.parents import resolve_model_path
@@ -88,8 +86,7 @@ def _limit(path: str, config: ModelConfig) -> int:
     """
     if model_kind(path, config.trust_remote_code) != "reward":
         raise UserError(f"--reward {path}: not a reward model", remedy="Name a run of the reward stage.")
-    folder, one = resolve_model_path(path), config.model_copy(update={"path": path})
-    return sequence_limit(one, load_hf_config(one, folder)) - virtual_tokens_of(folder)
+    return token_limit(config.model_copy(update={"path": path}), resolve_model_path(path))
 
 
 def _same_text(path: str, policy: Policy) -> bool:

@@ -12,7 +12,7 @@ from shlex import quote
 from typing import TYPE_CHECKING, Any
 
 from rlhf.core.errors import UserError
-from rlhf.core.intervals import effective_size, wilson
+from rlhf.core.intervals import fraction_interval
 from rlhf.core.lazy import lazy
 from rlhf.core.limits import parse_json
 from rlhf.data.schema import Ranking
@@ -117,11 +117,8 @@ def clustered(values: Sequence[float], clusters: Sequence[str]) -> list[float] |
     """Wilson's 95% interval of a mean of values in [0, 1] that come in clusters; None without values."""
     if not values:
         return None
-    places = {name: index for index, name in enumerate(dict.fromkeys(clusters))}
-    index = [places[name] for name in clusters]
-    totals = np.bincount(index, weights=np.asarray(values, dtype=float))
-    trials = np.bincount(index)
-    return list(wilson(sum(values) / len(values), effective_size(totals, trials) or len(trials)))
+    _, index = np.unique(clusters, return_inverse=True)
+    return list(fraction_interval(np.bincount(index, values), np.bincount(index)) or ())
 
 
 def _mean(values: Sequence[float]) -> float | None:

@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from rlhf.core.intervals import Z_95, effective_size, wilson
+from rlhf.core.intervals import Z_95, fraction_interval
 from rlhf.core.lazy import lazy
 
 if TYPE_CHECKING:
@@ -46,7 +46,7 @@ def win_rates(credits: Sequence[Sequence[float]], lengths: Sequence[Sequence[tup
     controlled, interval = length_controlled(flat, sizes[:, 0] - sizes[:, 1], clusters)
     return {
         "win_rate": float(flat.mean()),
-        "interval": list(wilson(float(flat.mean()), effective_size(totals, trials) or len(trials))),
+        "interval": list(fraction_interval(totals, trials) or ()),
         "wins": int((flat > 0.5).sum()), "ties": int((flat == 0.5).sum()), "losses": int((flat < 0.5).sum()),
         "length_controlled": controlled, "length_controlled_interval": list(interval),
         "mean_lengths": sizes.mean(0).tolist(),

@@ -4,17 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
-
-from rlhf.core.console import track
 from rlhf.core.errors import UserError
-from rlhf.inference.policy import Policy
+from rlhf.inference.policy import Policy, sequence_logprobs
 from rlhf.inference.sampling import Sampled
-from rlhf.models.logprobs import token_logprobs
 from rlhf.ppo.kl import k1, k3
 from rlhf.rollout.types import SamplingParams
-
-MICRO_BATCH = 8
 
 
 def check_reference(policy: Policy, reference: Policy, params: SamplingParams) -> None:
@@ -63,20 +57,13 @@ def sequence_kl(
     Returns:
         k1 and k3 of each answer, nats.
     """
-    order = sorted(range(len(samples)), key=lambda at: len(samples[at].prompt_ids) + len(samples[at].completion.ids))
-    first, third = [0.0] * len(samples), [0.0] * len(samples)
-    for start in track(range(0, len(order), MICRO_BATCH), f"KL to {reference.path}", unit="batches"):
-        places = order[start : start + MICRO_BATCH]
-        batch = [samples[at] for at in places]
-        ids, mask = policy.chat.pad([one.prompt_ids + one.completion.ids for one in batch], policy.model.device)
-        ends = torch.tensor([[len(one.prompt_ids), len(one.prompt_ids) + len(one.completion.ids)] for one in batch])
-        at = torch.arange(ids.shape[1])
-        answer = ((at >= ends[:, :1]) & (at < ends[:, 1:])).to(ids.device)
-        with torch.no_grad():
-            mine, theirs = (
-                token_logprobs(one.model, ids, mask, answer, temperature)[0].double() for one in (policy, reference)
-            )
-        sizes = [len(one.completion.ids) for one in batch]
-        for place, short, positive in zip(places, k1(mine, theirs).split(sizes), k3(mine, theirs).split(sizes)):
-            first[place], third[place] = float(short.sum()), float(positive.sum())
+    rows = [
+        (one.prompt_ids + one.completion.ids, [False] * len(one.prompt_ids) + [True] * len(one.completion.ids))
+        for one in samples
+    ]
+    mine, theirs = (
+        sequence_logprobs(one.model, policy.chat, rows, temperature, f"log-probs by {one.path}")
+        for one in (policy, reference)
+    )
+    first, third = ([float(kl(*pair).sum()) for pair in zip(mine, theirs)] for kl in (k1, k3))
     return first, third

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 from rlhf.core.console import format_number
 from rlhf.data.schema import Prompt
+from rlhf.judging.agreement import Pair
 from rlhf.policy_evaluation.measures import Answers
-from rlhf.policy_evaluation.ranked import RankedPair
 
 EXTREMES, MORE = 4, 8
 """Examples of the largest gains and losses each; further ones, in the order of the data."""
@@ -71,14 +71,14 @@ def of_answers(mine: Answers, theirs: Answers | None) -> list[Example]:
     return found
 
 
-def of_rankings(pairs: Sequence[RankedPair]) -> list[Example]:
+def of_rankings(pairs: Sequence[Pair]) -> list[Example]:
     """Two ranked answers each, the first such pair of each prompt."""
-    first = {pair.record.prompt_id: pair for pair in reversed(pairs)}
+    first = {pair.ranking.prompt_id: pair for pair in reversed(pairs)}
     found = []
     for pair in list(first.values())[::-1]:
-        ranks, texts = pair.record.ranks, [one.text for one in pair.record.candidates]
-        sides = [Side(cut(texts[at].strip()), f"rank {ranks[at]} of {max(ranks)}") for at in (pair.mine, pair.other)]
-        found.append(Example(*_parts(pair.record), sides, float(ranks[pair.other] - ranks[pair.mine])))
+        ranks, texts = pair.ranking.ranks, [one.text for one in pair.ranking.candidates]
+        sides = [Side(cut(texts[at].strip()), f"rank {ranks[at]} of {max(ranks)}") for at in (pair.one, pair.two)]
+        found.append(Example(*_parts(pair.ranking), sides, float(ranks[pair.two] - ranks[pair.one])))
     return found
 
 

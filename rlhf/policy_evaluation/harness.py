@@ -173,10 +173,10 @@ def _samples(found: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[tuple[str
 
 def compared(mine: Mapping[str, Any], theirs: Mapping[str, Any]) -> list[dict[str, Any]]:
     """The scores of the first with `against` and the difference of the two, paired by question where both have values
-    of each: see `rlhf.evaluation.estimates.mean_facts`."""
+    of each: see `rlhf.evaluation.estimates.clustered_mean`."""
     import numpy as np
 
-    from rlhf.evaluation.estimates import clustered_mean, mean_facts
+    from rlhf.evaluation.estimates import clustered_mean
 
     others = {(row["task"], row["metric"], row["filter"]): row for row in theirs["scores"]}
     rows = []
@@ -184,7 +184,7 @@ def compared(mine: Mapping[str, Any], theirs: Mapping[str, Any]) -> list[dict[st
         key = (row["task"], row["metric"], row["filter"])
         pair = [np.array(side["samples"].get(key, [])) for side in (mine, theirs)]
         paired = len(pair[0]) == len(pair[1]) > 0
-        gap = mean_facts(clustered_mean(pair[0] - pair[1], np.arange(len(pair[0])))) if paired else None
+        gap = clustered_mean(pair[0] - pair[1], np.arange(len(pair[0]))) if paired else None
         rows.append(row | {"against": others[key]["value"] if key in others else None, "difference": gap})
     return rows
 

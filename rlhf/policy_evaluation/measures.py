@@ -8,25 +8,20 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import torch
 
-from rlhf.core.console import track
 from rlhf.core.errors import UserError
 from rlhf.data.encode_records import EncodingCounts, best_response, encode_demonstration
 from rlhf.data.schema import Prompt
-from rlhf.evaluation.estimates import clustered_mean, mean_facts
-from rlhf.inference.policy import Policy
+from rlhf.evaluation.estimates import clustered_mean
+from rlhf.inference.policy import Policy, sequence_logprobs
 from rlhf.inference.sampling import Sampled, accepted, sample
 from rlhf.inference.scorer import open_scorer
 from rlhf.judging.judge import Judge
 from rlhf.judging.prompt import TO_BE_READABLE
 from rlhf.judging.texts import text_metrics
 from rlhf.judging.win_rate import win_rates
-from rlhf.models.logprobs import token_logprobs
 from rlhf.policy_evaluation.distance import check_reference, sequence_kl
 from rlhf.rollout.types import Completion, SamplingParams
-
-MICRO_BATCH = 8
 
 
 @dataclass(frozen=True)
@@ -50,8 +45,8 @@ class Losses:
         }  # fmt: skip
 
     def minus(self, other: Losses) -> dict[str, Any] | None:
-        """The mean difference of the losses in nats a token, as `rlhf.evaluation.estimates.mean_facts`, over records
-        that both could read; None where they read them as different tokens.
+        """The mean difference of the losses in nats a token, as `rlhf.evaluation.estimates.clustered_mean` gives it,
+        over records that both could read; None where they read them as different tokens.
 
         Above 0 the first explains the answers worse; against the model that alignment started from, this is the
         alignment tax.
@@ -68,7 +63,7 @@ class Losses:
 def _token_mean(sums: Sequence[float], tokens: Sequence[int]) -> dict[str, Any]:
     """The mean over tokens, with its interval over records."""
     values = np.repeat(np.divide(sums, tokens), tokens)
-    return mean_facts(clustered_mean(values, np.repeat(np.arange(len(tokens)), tokens)))
+    return clustered_mean(values, np.repeat(np.arange(len(tokens)), tokens))
 
 
 def demonstration_losses(policy: Policy, records: Sequence[Any]) -> Losses:
@@ -80,24 +75,16 @@ def demonstration_losses(policy: Policy, records: Sequence[Any]) -> Losses:
     counts = EncodingCounts()
     found = [encode_demonstration(record, policy.chat, policy.limit, counts) for record in records]
     counts.report_refused("records")
-    rows = sorted(((at, row) for at, row in enumerate(found) if row is not None), key=lambda one: one[1]["length"])
+    rows = {at: (row["input_ids"], [label != -100 for label in row["labels"]]) for at, row in enumerate(found) if row}
     if not rows:
         reasons = "; ".join(f"{count:,} skipped: {reason}" for reason, count in counts.skipped.items())
         raise UserError(f"no answer fits in the {policy.limit:,} tokens of {policy.path}", reasons)
-    sums: list[float | None] = [None] * len(records)
-    sizes = [0] * len(records)
-    for start in track(range(0, len(rows), MICRO_BATCH), f"perplexity of {policy.path}", unit="batches"):
-        batch = [row for _, row in rows[start : start + MICRO_BATCH]]
-        ids, mask = policy.chat.pad([row["input_ids"] for row in batch], policy.model.device)
-        width = ids.shape[1]
-        labels = torch.tensor([row["labels"] + [-100] * (width - len(row["labels"])) for row in batch])
-        wanted = (labels != -100).to(ids.device)
-        with torch.no_grad():
-            logprobs = token_logprobs(policy.model, ids, mask, wanted, temperature=1.0)[0].double()
-        each = logprobs.split(wanted.sum(1).tolist())
-        for (at, _), part in zip(rows[start : start + MICRO_BATCH], each):
-            sums[at], sizes[at] = -float(part.sum()), len(part)
-    return Losses(sums, sizes)
+    logprobs = sequence_logprobs(policy.model, policy.chat, list(rows.values()), 1.0, f"perplexity of {policy.path}")
+    each = dict(zip(rows, logprobs))
+    places = range(len(records))
+    return Losses(
+        [-float(each[at].sum()) if at in each else None for at in places], [len(each.get(at, ())) for at in places]
+    )
 
 
 @dataclass(frozen=True)
@@ -155,7 +142,7 @@ def sampled_metrics(
 
 def _bounded(name: str, values: Sequence[float], n: int) -> dict[str, Any]:
     """The mean of the values of all answers, `n` to each prompt, and its interval over prompts."""
-    found = mean_facts(clustered_mean(np.array(values, dtype=float), np.arange(len(values)) // n))
+    found = clustered_mean(np.array(values, dtype=float), np.arange(len(values)) // n)
     return {name: found["value"], f"{name}_low": found["low"], f"{name}_high": found["high"]}
 
 

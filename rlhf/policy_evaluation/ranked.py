@@ -9,6 +9,7 @@ from typing import Any
 
 from rlhf.core.errors import UserError
 from rlhf.data.schema import MODEL_AUTHOR, Ranking
+from rlhf.judging.agreement import Pair
 from rlhf.judging.win_rate import win_rates
 
 REFERENCES, RANKINGS = "references", "rankings"
@@ -24,28 +25,8 @@ class _Comparisons:
     credits: dict[str, list[float]] = field(default_factory=dict)
     lengths: dict[str, list[tuple[int, int]]] = field(default_factory=dict)
 
-    def add(self, prompt: str, credit: float, lengths: tuple[int, int]) -> None:
-        self.credits.setdefault(prompt, []).append(credit)
-        self.lengths.setdefault(prompt, []).append(lengths)
-
     def facts(self) -> dict[str, Any]:
         return win_rates(list(self.credits.values()), list(self.lengths.values())) | {"prompts": len(self.credits)}
-
-
-@dataclass(frozen=True)
-class RankedPair:
-    """Two answers that one annotator ranked, an example for people to read."""
-
-    record: Ranking
-    mine: int
-    other: int
-    """Places of the two candidates."""
-
-    @property
-    def credit(self) -> float:
-        """1 where the first is better, 0.5 where the two are tied, else 0."""
-        ahead = self.record.ranks[self.other] - self.record.ranks[self.mine]
-        return 0.5 if ahead == 0 else float(ahead > 0)
 
 
 def find_author(name: str, records: Sequence[Ranking], option: str) -> str:
@@ -69,17 +50,17 @@ def find_author(name: str, records: Sequence[Ranking], option: str) -> str:
     )
 
 
-def ranked_pairs(records: Sequence[Ranking], mine: str, other: str) -> list[RankedPair]:
+def ranked_pairs(records: Sequence[Ranking], mine: str, other: str) -> list[Pair]:
     """Each answer of one author with each answer of the other in the same ranking."""
     return [
-        RankedPair(record, i, j)
+        Pair(record, i, j)
         for record in records
         for i, one in enumerate(record.candidates) if one.author == mine
         for j, two in enumerate(record.candidates) if two.author == other
     ]  # fmt: skip
 
 
-def ranked_win_rate(pairs: Sequence[RankedPair]) -> dict[str, Any]:
+def ranked_win_rate(pairs: Sequence[Pair]) -> dict[str, Any]:
     """How often people rank one author's answer above the other's.
 
     Args:
@@ -91,18 +72,17 @@ def ranked_win_rate(pairs: Sequence[RankedPair]) -> dict[str, Any]:
     """
     whole, each = _Comparisons(), dict[str, _Comparisons]()
     for pair in pairs:
-        record = pair.record
-        sizes = len(record.candidates[pair.mine].text), len(record.candidates[pair.other].text)
-        whole.add(record.prompt_id, pair.credit, sizes)
-        if record.annotator:
-            each.setdefault(record.annotator, _Comparisons()).add(record.prompt_id, pair.credit, sizes)
+        record, (_, one, other) = pair.ranking, pair.item()
+        for found in (whole, *([each.setdefault(record.annotator, _Comparisons())] if record.annotator else [])):
+            found.credits.setdefault(record.prompt_id, []).append(pair.human)
+            found.lengths.setdefault(record.prompt_id, []).append((len(one), len(other)))
     by_annotator = {name: found.facts() for name, found in sorted(each.items())} if len(each) > 1 else {}
     return whole.facts() | {"annotators": len(each), "by_annotator": by_annotator}
 
 
 def ranked_comparisons(
     records: Sequence[Ranking], mine: str, against: str | None
-) -> tuple[list[dict[str, Any]], dict[str, list[RankedPair]]]:
+) -> tuple[list[dict[str, Any]], dict[str, list[Pair]]]:
     """Win rates of one author against another, or against each that it shares rankings with.
 
     Returns:

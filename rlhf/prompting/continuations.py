@@ -17,8 +17,9 @@ import torch
 
 from rlhf.core.console import track
 from rlhf.data.chat_tokenizer import ChatTokenizer
+from rlhf.inference.policy import BATCH_TOKENS, sequence_logprobs
 from rlhf.models.hidden_states import causal_lm, has_virtual_tokens, hidden_states, is_encoder_decoder
-from rlhf.models.logprobs import head_logprobs, token_logprobs
+from rlhf.models.logprobs import head_logprobs
 from rlhf.models.shared_prompt import (
     NO_SHARING,
     SharedPrompts,
@@ -27,10 +28,9 @@ from rlhf.models.shared_prompt import (
     pad_rows,
     position_ids_of,
 )
+from rlhf.reward.scoring import batches_by_length
 
 T = TypeVar("T")
-BATCH_TOKENS = 16384
-"""Most tokens of one forward pass, padding included."""
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ def continuation_logprobs(
     sharing = _sharing(model, continuations).for_length(longest)
     rows = [row for i, prompt in enumerate(prompts) for row in _rows(i, prompt, continuations[i], sharing)]
     with torch.no_grad():
-        for batch in track(_similar(rows, lambda row: row.length), "log-probs", unit="batches"):
+        for batch in track(similar(rows, lambda row: row.length), "log-probs", unit="batches"):
             for (prompt, continuation), total in _totals(model, chat, batch):
                 found[prompt][continuation] = total
     return found
@@ -79,18 +79,10 @@ def continuation_logprobs(
 def _of_encoder_decoder(
     model: Any, chat: ChatTokenizer, prompts: Sequence[Sequence[int]], continuations: Sequence[Sequence[Sequence[int]]]
 ) -> list[list[float]]:
-    found = [[0.0] * len(several) for several in continuations]
-    rows = [(i, k, [*prompts[i], *tokens], len(prompts[i]))
-            for i, several in enumerate(continuations) for k, tokens in enumerate(several)]  # fmt: skip
-    with torch.no_grad():
-        for batch in track(_similar(rows, lambda row: len(row[2])), "log-probs", unit="batches"):
-            ids, mask = chat.pad([row[2] for row in batch], next(model.parameters()).device)
-            starts = torch.tensor([row[3] for row in batch], device=ids.device)[:, None]
-            wanted = (torch.arange(ids.shape[1], device=ids.device) >= starts) & (mask == 1)
-            logprobs = token_logprobs(model, ids, mask, wanted, temperature=1.0)[0].double()
-            for (i, k, *_), part in zip(batch, logprobs.split(wanted.sum(1).tolist())):
-                found[i][k] = float(part.sum())
-    return found
+    rows = [([*prompt, *tokens], [False] * len(prompt) + [True] * len(tokens))
+            for prompt, several in zip(prompts, continuations) for tokens in several]  # fmt: skip
+    totals = iter([float(one.sum()) for one in sequence_logprobs(model, chat, rows, 1.0, "log-probs")])
+    return [[next(totals) for _ in several] for several in continuations]
 
 
 def _sharing(model: Any, continuations: Sequence[Sequence[Sequence[int]]]) -> SharedPrompts:
@@ -120,14 +112,9 @@ def _rows(
         yield row
 
 
-def _similar(rows: Sequence[T], length: Callable[[T], int]) -> list[list[T]]:
+def similar(rows: Sequence[T], length: Callable[[T], int]) -> list[list[T]]:
     """Rows of similar length together, at most BATCH_TOKENS with padding unless one row has more."""
-    batches: list[list[T]] = []
-    for row in sorted(rows, key=length):
-        if not batches or length(row) * (len(batches[-1]) + 1) > BATCH_TOKENS:
-            batches.append([])
-        batches[-1].append(row)
-    return batches
+    return [[rows[i] for i in batch] for batch in batches_by_length(list(map(length, rows)), BATCH_TOKENS)]
 
 
 def _totals(model: Any, chat: ChatTokenizer, rows: Sequence[_Row]) -> Iterator[tuple[tuple[int, int], float]]:
@@ -153,7 +140,7 @@ def embeddings(model: Any, chat: ChatTokenizer, texts: Sequence[Sequence[int]]) 
     """float32 [texts, H]: the mean of the last hidden states of each text's tokens, scaled to length 1."""
     found = np.zeros((len(texts), causal_lm(model).config.get_text_config().hidden_size), np.float32)
     with torch.no_grad():
-        for batch in track(_similar(range(len(texts)), lambda i: len(texts[i])), "embeddings", unit="batches"):
+        for batch in track(similar(range(len(texts)), lambda i: len(texts[i])), "embeddings", unit="batches"):
             ids, mask = chat.pad([texts[i] for i in batch], next(model.parameters()).device)
             hidden = hidden_states(model, ids, mask).float()
             mean = (hidden * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)

@@ -6,7 +6,7 @@ masked at once, as in pattern-exploiting training (Schick and Schütze 2021, "It
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from rlhf.data.chat_rendering import RefusedText
 from rlhf.data.chat_tokenizer import ChatTokenizer, load_tokenizer
 from rlhf.inference.policy import Policy, open_policy
 from rlhf.models.load import compute_dtype, load_hf_config, quiet, sequence_limit
-from rlhf.prompting.continuations import BATCH_TOKENS
+from rlhf.prompting.continuations import similar
 from rlhf.runs.parents import resolve_model_path
 
 
@@ -73,7 +73,7 @@ class MaskedModel:
         found = [[0.0] * len(words) for _ in texts]
         rows = [(i, size, self.text_ids(before, size, after)) for i, (before, after) in enumerate(texts)
                 for size in sorted({len(word) for word in words})]  # fmt: skip
-        for batch in track(_batches(rows), progress, unit="batches"):
+        for batch in track(similar(rows, lambda row: len(row[2])), progress, unit="batches"):
             logits = self._at_masks([ids for _, _, ids in batch]).log_softmax(-1)
             start = 0
             for i, size, _ in batch:
@@ -96,17 +96,6 @@ class MaskedModel:
         finally:
             hook.remove()
         return logits.float()
-
-
-def _batches(rows: Sequence[tuple[int, int, list[int]]]) -> Iterator[list[tuple[int, int, list[int]]]]:
-    batch: list[tuple[int, int, list[int]]] = []
-    for row in sorted(rows, key=lambda row: len(row[2])):
-        if batch and len(row[2]) * (len(batch) + 1) > BATCH_TOKENS:
-            yield batch
-            batch = []
-        batch.append(row)
-    if batch:
-        yield batch
 
 
 def is_masked(path: str | Path, trust_remote_code: bool = False) -> bool:

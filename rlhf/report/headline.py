@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from rlhf.core.console import format_number
-from rlhf.core.intervals import resampled_sums, wilson
+from rlhf.core.intervals import percentile_interval, resampled_sums, wilson
 from rlhf.doctor.headline import headline as results
 from rlhf.report.gather import Answer, RunRecord, Subject, pairs_of
 
@@ -58,11 +58,10 @@ def gain_of(first: Sequence[Answer], last: Sequence[Answer]) -> Gain | None:
     before, after = np.array(scored).T
     differences = after - before
     means = resampled_sums(differences[:, None])[:, 0] / len(differences)
-    low, high = np.quantile(means, [0.025, 0.975])
     wins, losses = int((differences > 0).sum()), int((differences < 0).sum())
     decided = wins + losses
     return Gain(
-        len(scored), float(before.mean()), float(after.mean()), (float(low), float(high)), wins, losses,
+        len(scored), float(before.mean()), float(after.mean()), percentile_interval(means), wins, losses,
         wins / decided if decided else 0.5, wilson(wins / decided, decided) if decided else (0.0, 1.0),
     )  # fmt: skip
 

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from rlhf.core.intervals import effective_size, wilson
+from rlhf.core.intervals import fraction_interval
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ def reward_metrics(items: Sequence[ScoredRanking]) -> dict[str, Any]:
         - `pairs`, `rankings`: strict pairs, and the rankings that have at least one.
         - `accuracy`, `macro_accuracy`: fraction of pairs whose better candidate has the higher score. A score tie
           counts half.
-        - `accuracy_interval`: [low, high], 95%, for `accuracy`; see `accuracy_interval`.
+        - `accuracy_interval`: [low, high], 95%, for `accuracy`; see `rlhf.core.intervals.fraction_interval`.
         - `log_loss`, `macro_log_loss`: mean of -log sigmoid(s_better - s_worse), in nats; 0.693 at chance.
         - `longer_accuracy`, `macro_longer_accuracy`: the same for the rule "the longer answer wins"; equal lengths
           count half.
@@ -98,25 +98,6 @@ def reward_metrics(items: Sequence[ScoredRanking]) -> dict[str, Any]:
         parts = _split(strict, [label(item) for item in items])
         metrics[name] = {key: _pair_metrics(part) for key, part in parts.items()}
     return metrics
-
-
-def accuracy_interval(correct: NDArray[Any], pairs: NDArray[Any]) -> tuple[float, float] | None:
-    """95 % interval of a pair accuracy: Wilson's, with the effective size of pairs clustered in rankings.
-
-    Unlike a bootstrap over rankings it needs no seed, and it keeps a width for few rankings or an accuracy of 1: where
-    the variance between rankings is 0 or undefined, the number of rankings is used as the sample size.
-
-    Args:
-        correct: [R], the correct pairs of each ranking; halves are allowed.
-        pairs: [R], the pairs of each ranking.
-
-    Returns:
-        (low, high), or None without pairs.
-    """
-    total = int(pairs.sum())
-    if total == 0:
-        return None
-    return wilson(float(correct.sum()) / total, effective_size(correct, pairs) or len(pairs))
 
 
 def calibration_error(gap: NDArray[Any], bins: int = 10) -> float | None:
@@ -211,7 +192,7 @@ def _pair_metrics(strict: _ScoredPairs) -> dict[str, Any]:
     metrics: dict[str, Any] = {"pairs": len(strict.gap), "rankings": len(pairs)}
     for name, values in measures.items():
         metrics |= {name: _mean(values), f"macro_{name}": _mean(np.bincount(ranking, values) / pairs)}
-    interval = accuracy_interval(np.bincount(ranking, measures["accuracy"]), pairs)
+    interval = fraction_interval(np.bincount(ranking, measures["accuracy"]), pairs)
     return metrics | {"accuracy_interval": None if interval is None else list(interval)}
 
 

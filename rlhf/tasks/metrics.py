@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from rlhf.core.errors import UserError
-from rlhf.core.intervals import resampled_sums, wilson
+from rlhf.core.intervals import percentile_interval, resampled_sums, wilson
 from rlhf.core.lazy import lazy
 from rlhf.core.table import Pick, Table
 from rlhf.tasks.answers import Normalise, normalised
@@ -112,15 +112,13 @@ def measure_columns(name: str, columns: Columns, seed: int = 0) -> Measured:
     """A metric called `name` from its numbers per record, with its interval; `seed` is that of the bootstrap."""
     n = len(columns.values)
     value = float(columns.statistic(columns.values.sum(0, keepdims=True))[0])
-    low: float | None = None
-    high: float | None = None
+    low = high = None
     if columns.is_fraction:
         bounds = wilson(value, n)
         low, high = min(bounds[0], value), max(bounds[1], value)
     elif n >= FEWEST_RECORDS:
         replicates = max(200, min(REPLICATES, MOST_DRAWS // n))
-        drawn = columns.statistic(resampled_sums(columns.values, replicates, seed))
-        low, high = (float(bound) for bound in np.quantile(drawn, [0.025, 0.975]))
+        low, high = percentile_interval(columns.statistic(resampled_sums(columns.values, replicates, seed)))
     per_record = None if columns.per_record is None else [float(one) for one in columns.per_record]
     return Measured(name, value, low, high, n, per_record)
 
