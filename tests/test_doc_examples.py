@@ -96,7 +96,11 @@ def test_every_example_row_passes_the_tests_of_its_table(tmp_path: Path) -> None
     for file, code in examples.items():
         with open(tmp_path / file, "a", encoding="utf-8") as text:
             text.write("\n\n" + code)
-    rows = {name for code in examples.values() for name in re.findall(r'^@\w+\.row\("([^"]+)"', code, re.MULTILINE)}
+    rows = {
+        name
+        for code in examples.values()
+        for name in re.findall(r'^@(?:\w+\.row|row_format)\("([^"]+)"', code, re.MULTILINE)
+    }
     assert rows == {"batch-mean", "tempered", "duel", "norms", "brevity", "generate"}
     every = " or ".join(f"[{row}]" for row in rows)
     tests = [

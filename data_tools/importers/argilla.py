@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from data_tools.importers.table import IMPORTERS, Head
+from data_tools.published.table import Head, file_format
 from data_tools.reading.annotation_exports import (
     Names,
     as_raw,
@@ -22,16 +21,10 @@ from data_tools.reading.annotation_exports import (
 from data_tools.reading.argilla_records import Response, fields_of, is_column, records_of, responses_of
 from data_tools.reading.judgements import TIE, ChoiceValues, choice_meanings, means_tie, named_answer
 from data_tools.reading.roles import role_of
-from data_tools.reading.rows import JSON, rows
+from data_tools.reading.rows import rows
 from data_tools.reading.unread import NestedFields
 from rlhf.data.jsonl import OnReject, Reject, from_dict
 from rlhf.data.schema import BadRecord, Record, dense_ranks
-
-SAMPLE = {
-    "id": "1", "status": "completed", "prompt": "Name a fruit.", "reply-1": "Car.", "reply-2": "Pear.",
-    "best.responses": [["reply-2", "reply-1"]], "best.responses.users": ["6c1c1f4a-4e8a-4ee9-a3ad-54b7a8a2b8f1"],
-    "best.responses.status": ["submitted"],
-}  # fmt: skip
 
 
 def _detect(head: Head) -> str | None:
@@ -47,7 +40,7 @@ def _detect(head: Head) -> str | None:
     return None
 
 
-@IMPORTERS.row("argilla", suffixes=JSON, sample=json.dumps([SAMPLE], indent=1), detect=_detect)
+@file_format("argilla", detect=_detect)
 def argilla(
     path: Path,
     reject: OnReject,
@@ -88,8 +81,7 @@ def argilla(
     """
     mapping = answers if isinstance(answers, dict) else _mapping(names(answers))
     meanings = choice_meanings(choice_values, list(mapping.values()))
-    nested = NestedFields(getattr(reject, "ignored_fields", ()))
-    reader = _Reader(names(question), prompt, mapping, meanings, without_status, nested)
+    reader = _Reader(names(question), prompt, mapping, meanings, without_status, NestedFields(reject))
     for line, raw, row in rows(path, reject):
         try:
             records = records_of(row)
@@ -202,9 +194,7 @@ class _Reader:
         asked = prompt_of(fields, self.prompt)
         for name, turns in fields.items():
             if isinstance(asked, list) and isinstance(turns, list) and turns and turns[-1] is asked[-1]:
-                _, unread = self.nested.converted(_said, {name: turns})
-                if unread:
-                    raise unread
+                self.nested.converted(_said, {name: turns})
         return asked
 
     # ---- questions "which is better" ----

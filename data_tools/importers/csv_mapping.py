@@ -10,12 +10,12 @@ from email.utils import parsedate_to_datetime
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from data_tools.importers.table import IMPORTERS, Head
 from data_tools.published.arena import is_competition_table
+from data_tools.published.table import Head, file_format
 from data_tools.reading.annotation_exports import Names, brief, names
 from data_tools.reading.cells import EXCEL, TABLES, Cells, cell_columns, cell_rows
 from data_tools.reading.csv_rows import CSV
-from data_tools.reading.fields import before_prompt, without_nulls
+from data_tools.reading.fields import whole_prompt, without_nulls
 from data_tools.reading.judgements import ranks_with_scores
 from data_tools.reading.judgements import score as given_score
 from data_tools.reading.roles import SYSTEM_FIELDS, role_of, says_something
@@ -28,12 +28,6 @@ from rlhf.core.errors import UserError
 from rlhf.data.jsonl import Item, OnReject, Reject, from_dict
 from rlhf.data.schema import BadRecord, Message, Record, dense_ranks
 
-SAMPLE = """prompt,answer_1,answer_2,rank_1,rank_2,annotator
-Name a fruit.,Pear.,Car.,1,2,ann
-Say hello.,"Hello,
-you!",Bye.,1,1,ben
-"""
-
 
 def _detect(head: Head) -> str | None:
     if str(head.path).endswith(EXCEL):
@@ -43,7 +37,7 @@ def _detect(head: Head) -> str | None:
     return f"it is a table that begins with {head.text.strip()[:60]!r}"
 
 
-@IMPORTERS.row("csv", suffixes=TABLES, sample=SAMPLE, detect=_detect)
+@file_format("csv", suffixes=TABLES, detect=_detect)
 def csv_table(
     path: Path,
     reject: OnReject,
@@ -143,7 +137,7 @@ def csv_table(
         status=status,
         accepted={value.lower() for value in names(accepted)},
         json_cells=json_cells,
-        nested=NestedFields(getattr(reject, "ignored_fields", ())),
+        nested=NestedFields(reject),
     )
     _check_unread(path, there, table.columns, guessed and prompt is None and prompt_template is None)
     return table.records(path, reject, cell_rows(path, reject, table.columns, **container))
@@ -275,14 +269,12 @@ class _Table:
         def read(cells: dict[str, Any]) -> tuple[list[Message], dict[str, str]]:
             return exchange(cells[PROMPT], {name: cells[name] for name in names}, self.json_cells)
 
-        (asked, said), unread = self.nested.converted(read, {name: self._turns(cell) for name, cell in cells.items()})
-        if unread:
-            raise unread
+        asked, said = self.nested.converted(read, {name: self._turns(cell) for name, cell in cells.items()})
         if not asked:
             raise BadRecord("the prompt is empty", brief(self._prompt(row)))
         before = {name: self._cell(row, column) for name, column in self.before.items()}
         before["history"] = from_json_text(before.get("history"))
-        fields["messages"] = [*before_prompt(before, asked), *asked]
+        fields["messages"] = whole_prompt(before, asked)
         if self.answer:
             answer = said.get(self.answer, "")
             return from_dict({**fields, "answer": answer, "author": fields.get("annotator")}, "demonstration")

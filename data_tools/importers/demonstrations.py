@@ -2,127 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal
 
 from data_tools.importers.pairs import SHAREGPT, sharegpt_chat
-from data_tools.importers.table import IMPORTERS, Head, convert_rows
+from data_tools.published.table import Detect, Head, any_of, are, file_format, row_format, rows_have
 from data_tools.reading.annotation_exports import brief
 from data_tools.reading.fields import (
     OPENAI_ROLES,
     RIGHT_FORMAT,
     SHAREGPT_ROLES,
     alpaca_prompt,
-    as_jsonl,
     chat,
     is_tool_turn,
     joined,
     need,
     text,
+    text_if_any,
 )
-from data_tools.reading.rows import JSON
-from data_tools.reading.turns import TOOL_FIELDS, TOOLS_INSIDE, are_objects, tool_definitions, turns_with_tools
+from data_tools.reading.turns import are_objects, tool_definitions, tool_fields, turns_with_tools
 from rlhf.data.jsonl import READ_ERRORS, OnReject, Reject, open_bytes
 from rlhf.data.schema import BadRecord, Demonstration, Message, Prompt, Record
 
 # ---- one answer a row ------------------------------------------------------------------------------------------------
 
 
-def _all_text(head: Head, *names: str) -> bool:
-    return head.all_have(*names) and all(isinstance(row[name], str) for row in head.rows for name in names)
-
-
-def _detect_alpaca(head: Head) -> str | None:
-    found = _all_text(head, "instruction", "output") and not any(map(has_thumb, head.rows))
-    return "its rows have `instruction` and `output` text" if found else None
-
-
-ALPACA_SAMPLE = as_jsonl({"instruction": "Translate into German.", "input": "a pear", "output": "eine Birne"})
-
-
-@IMPORTERS.row("alpaca", suffixes=JSON, sample=ALPACA_SAMPLE, detect=_detect_alpaca)
-def alpaca(path: Path, reject: OnReject) -> Iterator[Record]:
-    """Alpaca demonstrations: rows {instruction, input, output}.
-
-    The prompt is `instruction` and, after a blank line, `input`, after `system` and `history` where the row has them
-    (LLaMA-Factory); the answers in `history` are no demonstrations. `text`, which repeats all of it in the template of
-    Stanford's Alpaca, is left out. Nothing is ranked.
-
-    Rejected: an empty output, an output that is a list (import it as alpaca-ranked), a missing field.
-    """
-
-    def convert(row: Any) -> Record:
-        _refuse_thumbs(need(row, "instruction", "output"))
-        if isinstance(row["output"], list):
-            raise BadRecord("output: a list", remedy="Rows of ranked answers are imported as alpaca-ranked.")
-        return Demonstration(alpaca_prompt(row), source="alpaca", answer=text(row, "output"))
-
-    return convert_rows(path, reject, convert, left_out=("text",))
-
-
-def _detect_dolly(head: Head) -> str | None:
-    found = _all_text(head, "instruction", "context", "response")
-    return "its rows have `instruction`, `context` and `response`" if found else None
-
-
-DOLLY_SAMPLE = as_jsonl(
-    {"instruction": "What is it?", "context": "The pear is a fruit.", "response": "A fruit.", "category": "closed_qa"}
-)
-
-
-@IMPORTERS.row("dolly", suffixes=JSON, sample=DOLLY_SAMPLE, detect=_detect_dolly)
-def dolly(path: Path, reject: OnReject) -> Iterator[Record]:
-    """Databricks Dolly demonstrations: rows {instruction, context, response, category}, written by people.
-
-    The prompt is `instruction` and, after a blank line, `context`; `category` is the group. Nothing is ranked.
-
-    Rejected: an empty response, a missing field.
-    """
-
-    def convert(row: Any) -> Record:
-        need(row, "instruction", "response")
-        prompt = joined(text(row, "instruction"), text(row, "context", optional=True))
-        group = text(row, "category", optional=True) or None
-        return Demonstration((Message("user", prompt),), source="dolly", group=group, answer=text(row, "response"))
-
-    return convert_rows(path, reject, convert)
-
-
-FLAN_FIELDS = (("inputs", "targets"), ("input", "target"), ("prompt", "completion"))
-
-
-def _detect_flan(head: Head) -> str | None:
-    for prompt, answer in FLAN_FIELDS:
-        if _all_text(head, prompt, answer) and not any({"label", "kto_tag"} & row.keys() for row in head.rows):
-            return f"its rows have `{prompt}` and `{answer}` text"
-    return None
-
-
-FLAN_SAMPLE = as_jsonl({"inputs": "Is a pear a fruit? Answer yes or no.", "targets": "yes", "task": "fruit"})
-
-
-@IMPORTERS.row("flan", suffixes=JSON, sample=FLAN_SAMPLE, detect=_detect_flan)
-def flan(path: Path, reject: OnReject) -> Iterator[Record]:
-    """FLAN-style demonstrations: rows {inputs, targets}, {input, target} or {prompt, completion}, all of them text.
-
-    `task` (or `task_name`, as FLAN writes it) is the group. Nothing is ranked.
-
-    Rejected: an empty target, a missing field, thumbs up or down (a `label` of true or false): a bad answer is no
-    demonstration.
-    """
-
-    def convert(row: Any) -> Record:
-        need(row)
-        _refuse_thumbs(row)
-        for prompt, answer in FLAN_FIELDS:
-            if row.get(prompt) is not None and row.get(answer) is not None:
-                group = text(row, "task", optional=True) or text(row, "task_name", optional=True) or None
-                asked = (Message("user", text(row, prompt)),)
-                return Demonstration(asked, source="flan", group=group, answer=text(row, answer))
-        raise BadRecord("neither inputs and targets, nor input and target, nor prompt and completion", "", RIGHT_FORMAT)
-
-    return convert_rows(path, reject, convert)
+def _texts(*fields: str, unless: Callable[[Any], Any]) -> Detect:
+    """Recognises rows in which these fields are text, and for which `unless` does not hold."""
+    return rows_have(*fields, where=lambda row: are(str, *fields)(row) and not unless(row))
 
 
 THUMBS = ("label", "kto_tag")
@@ -139,6 +47,64 @@ def _refuse_thumbs(row: dict[str, Any]) -> None:
         raise BadRecord("a thumbs up or down for one answer", remedy="Import the file as kto.")
 
 
+@row_format(
+    "alpaca", "instruction", "output", detect=_texts("instruction", "output", unless=has_thumb), left_out=("text",)
+)
+def alpaca(row: Any) -> Demonstration:
+    """Alpaca demonstrations: rows {instruction, input, output}.
+
+    The prompt is `instruction` and, after a blank line, `input`, after `system` and `history` where the row has them
+    (LLaMA-Factory); the answers in `history` are no demonstrations. `text`, which repeats all of it in the template of
+    Stanford's Alpaca, is left out. Nothing is ranked.
+
+    Rejected: an empty output, an output that is a list (import it as alpaca-ranked), a missing field.
+    """
+    _refuse_thumbs(row)
+    if isinstance(row["output"], list):
+        raise BadRecord("output: a list", remedy="Rows of ranked answers are imported as alpaca-ranked.")
+    return Demonstration(tuple(alpaca_prompt(row)), source="alpaca", answer=text(row, "output"))
+
+
+@row_format(
+    "dolly",
+    "instruction",
+    "response",
+    detect=rows_have("instruction", "context", "response", where=are(str, "instruction", "context", "response")),
+)
+def dolly(row: Any) -> Demonstration:
+    """Databricks Dolly demonstrations: rows {instruction, context, response, category}, written by people.
+
+    The prompt is `instruction` and, after a blank line, `context`; `category` is the group. Nothing is ranked.
+
+    Rejected: an empty response, a missing field.
+    """
+
+    prompt = joined(text(row, "instruction"), text_if_any(row, "context"))
+    group = text_if_any(row, "category") or None
+    return Demonstration((Message("user", prompt),), source="dolly", group=group, answer=text(row, "response"))
+
+
+FLAN_FIELDS = (("inputs", "targets"), ("input", "target"), ("prompt", "completion"))
+
+
+@row_format("flan", detect=any_of(*(_texts(*fields, unless=set(THUMBS).intersection) for fields in FLAN_FIELDS)))
+def flan(row: Any) -> Demonstration:
+    """FLAN-style demonstrations: rows {inputs, targets}, {input, target} or {prompt, completion}, all of them text.
+
+    `task` (or `task_name`, as FLAN writes it) is the group. Nothing is ranked.
+
+    Rejected: an empty target, a missing field, thumbs up or down (a `label` of true or false): a bad answer is no
+    demonstration.
+    """
+    _refuse_thumbs(need(row))
+    for prompt, answer in FLAN_FIELDS:
+        if row.get(prompt) is not None and row.get(answer) is not None:
+            group = text_if_any(row, "task") or text_if_any(row, "task_name") or None
+            asked = (Message("user", text(row, prompt)),)
+            return Demonstration(asked, source="flan", group=group, answer=text(row, answer))
+    raise BadRecord("neither inputs and targets, nor input and target, nor prompt and completion", "", RIGHT_FORMAT)
+
+
 # ---- chats -----------------------------------------------------------------------------------------------------------
 
 Turns = Literal["all", "last"]
@@ -149,7 +115,7 @@ ANSWERING = {name for name, role in SHAREGPT_ROLES.items() if role == "assistant
 
 def _up_to_tools(turns: Any, tools: Tools, role: str = "role", content: str = "content") -> Any:
     """The turns, or by choice those up to the last answer before the first turn that calls a tool or is one's."""
-    if tools != "cut" or not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
+    if tools != "cut" or not are_objects(turns):
         return turns
     at = next((i for i, turn in enumerate(turns) if is_tool_turn(turn, role, content)), None)
     if at is None:
@@ -189,26 +155,13 @@ def _demonstrations(
         )
 
 
-def _detect_sharegpt(head: Head) -> str | None:
-    other = {"chosen", "rejected", *THUMBS}
-    if head.all_have("conversations") and not any(other & row.keys() for row in head.rows):
-        return "its rows have `conversations`"
-    return None
-
-
-SHAREGPT_SAMPLE = as_jsonl(
-    {
-        "id": "a1",
-        "conversations": [
-            {"from": "human", "value": "Name a fruit."}, {"from": "gpt", "value": "Pear."},
-            {"from": "human", "value": "Another?"}, {"from": "gpt", "value": "Plum."},
-        ],
-    }
-)  # fmt: skip
-
-
-@IMPORTERS.row("sharegpt", suffixes=JSON, sample=SHAREGPT_SAMPLE, detect=_detect_sharegpt)
-def sharegpt(path: Path, reject: OnReject, *, turns: Turns = "all", tools: Tools = "reject") -> Iterator[Record]:
+@row_format(
+    "sharegpt",
+    "conversations",
+    detect=rows_have("conversations", where=lambda row: not row.keys() & {"chosen", "rejected", *THUMBS}),
+    left_out=tool_fields,
+)
+def sharegpt(row: Any, *, turns: Turns = "all", tools: Tools = "reject") -> Iterator[Record | BadRecord]:
     """ShareGPT and Vicuna chats: rows {conversations[{from: human | gpt, value}]}, each gpt turn a demonstration.
 
     `system` is a first turn where the row has one. Nothing is ranked.
@@ -224,39 +177,26 @@ def sharegpt(path: Path, reject: OnReject, *, turns: Turns = "all", tools: Tools
     Rejected: a chat with a tool's turn or an unknown role, as a whole; else each answer for itself: an empty one, one
     with no user's turn before it, one after two turns of one speaker; a last turn without an answer.
     """
-
-    def convert(row: Any) -> Iterator[Record | BadRecord]:
-        _refuse_thumbs(need(row, "conversations"))
-        row["conversations"] = _up_to_tools(row["conversations"], tools, *SHAREGPT)
-        return _demonstrations(sharegpt_chat(row, tools == "keep"), turns, "sharegpt")
-
-    return convert_rows(path, reject, convert, left_out=() if tools == "reject" else TOOLS_INSIDE)
+    _refuse_thumbs(row)
+    row["conversations"] = _up_to_tools(row["conversations"], tools, *SHAREGPT)
+    return _demonstrations(sharegpt_chat(row, tools == "keep"), turns, "sharegpt")
 
 
-def _detect_openai_chat(head: Head) -> str | None:
-    other = {"chosen", "candidates", "answer", *THUMBS}
-    if head.all_have("messages") and all(
-        isinstance(row["messages"], list)
-        and any(isinstance(turn, dict) and turn.get("role") == "assistant" for turn in row["messages"][-1:])
-        and not other & row.keys()
-        for row in head.rows
-    ):
-        return "its rows have `messages` that end with the assistant"
-    return None
+def _ends_with_assistant(row: dict[str, Any]) -> bool:
+    last = row["messages"][-1:] if isinstance(row["messages"], list) else []
+    answered = are_objects(last) and any(turn.get("role") == "assistant" for turn in last)
+    return answered and not row.keys() & {"chosen", "candidates", "answer", *THUMBS}
 
 
-OPENAI_SAMPLE = as_jsonl(
-    {
-        "messages": [
-            {"role": "system", "content": "Be brief."}, {"role": "user", "content": "Name a fruit."},
-            {"role": "assistant", "content": "Pear."},
-        ]
-    }
-)  # fmt: skip
-
-
-@IMPORTERS.row("openai-chat", suffixes=JSON, sample=OPENAI_SAMPLE, detect=_detect_openai_chat)
-def openai_chat(path: Path, reject: OnReject, *, turns: Turns = "all", tools: Tools = "reject") -> Iterator[Record]:
+@row_format(
+    "openai-chat",
+    "messages",
+    detect=rows_have(
+        "messages", where=_ends_with_assistant, why="its rows have `messages` that end with the assistant"
+    ),
+    left_out=tool_fields,
+)
+def openai_chat(row: Any, *, turns: Turns = "all", tools: Tools = "reject") -> Iterator[Record | BadRecord]:
     """OpenAI fine-tuning chats: rows {messages[{role, content}]}, each turn of the assistant a demonstration.
 
     A `developer` message is a system turn. An assistant's message with `weight` 0 is part of the prompt of later ones
@@ -275,20 +215,16 @@ def openai_chat(path: Path, reject: OnReject, *, turns: Turns = "all", tools: To
     answer for itself: an empty one, one with no user's turn before it, one after two turns of one speaker; a last turn
     without an answer. Also thumbs up or down (a `label` of true or false): a bad answer is no demonstration.
     """
-
-    def convert(row: Any) -> Iterator[Record | BadRecord]:
-        _refuse_thumbs(need(row, "messages"))
-        given = _up_to_tools(row["messages"], tools)
-        if tools == "keep" and are_objects(given):
-            before = tool_definitions(row, TOOL_FIELDS)
-            said, places = turns_with_tools(given, "messages", OPENAI_ROLES, "role", "content")
-        else:
-            before, said = [], chat(given, "messages")
-            places = list(range(len(said)))
-        unlearned = frozenset(i for i, at in enumerate(places, len(before)) if _weight(given[at]) == 0)
-        return _demonstrations([*before, *said], turns, "openai-chat", unlearned)
-
-    return convert_rows(path, reject, convert, left_out=() if tools == "reject" else TOOLS_INSIDE)
+    _refuse_thumbs(row)
+    given = _up_to_tools(row["messages"], tools)
+    if tools == "keep" and are_objects(given):
+        before = tool_definitions(row)
+        said, places = turns_with_tools(given, "messages", OPENAI_ROLES, "role", "content")
+    else:
+        before, said = [], chat(given, "messages")
+        places = list(range(len(said)))
+    unlearned = frozenset(i for i, at in enumerate(places, len(before)) if _weight(given[at]) == 0)
+    return _demonstrations([*before, *said], turns, "openai-chat", unlearned)
 
 
 def _weight(turn: dict[str, Any]) -> Any:
@@ -307,13 +243,8 @@ def _detect_doccano(head: Head) -> str | None:
     return "its rows have a `text`, and `label` lists whole sentences" if 2 * len(long) > len(labels) else None
 
 
-@IMPORTERS.row(
-    "doccano",
-    suffixes=JSON,
-    sample=as_jsonl({"id": 1, "text": "Name a fruit.", "label": ["A pear is a fruit."]}),
-    detect=_detect_doccano,
-)
-def doccano(path: Path, reject: OnReject) -> Iterator[Record]:
+@row_format("doccano", detect=_detect_doccano)
+def doccano(row: Any) -> Iterator[Record | BadRecord]:
     """doccano: sequence-to-sequence exports (JSON or JSONL), {text, label: [answers]}, as demonstrations.
 
     doccano has no ranks: each answer of `label` becomes a demonstration of its own. A text without an answer is one
@@ -321,10 +252,6 @@ def doccano(path: Path, reject: OnReject) -> Iterator[Record]:
     whose answers are mostly of four words or more. A CSV export is read by
     `csv --option prompt=text --option answer=label`.
     """
-    return convert_rows(path, reject, _doccano)
-
-
-def _doccano(row: Any) -> Iterator[Record | BadRecord]:
     if not isinstance(row, dict) or not isinstance(row.get("label", []), list):
         raise BadRecord("not an object with a text and a list of answers", brief(row))
     if not row.get("label"):
@@ -346,7 +273,7 @@ def _detect_text(head: Head) -> str | None:
     return "its name ends in .txt and it is no JSON" if plain else None
 
 
-@IMPORTERS.row("text", suffixes=TEXT, sample="Name a fruit.\nWhy is the sky blue?\n", detect=_detect_text)
+@file_format("text", suffixes=TEXT, detect=_detect_text)
 def plain_text(path: Path, reject: OnReject, *, unit: Literal["line", "paragraph"] = "line") -> Iterator[Record]:
     """Plain text prompts, one a line. Nothing is ranked.
 

@@ -3,17 +3,12 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Any, Literal
 
-from data_tools.importers.table import IMPORTERS, Head, convert_rows
-from data_tools.reading.fields import as_jsonl
-from data_tools.reading.rows import JSON
+from data_tools.published.table import row_format, rows_have
 from data_tools.reading.turns import is_transcript
 from rlhf.data.columns import Row, ranking_row
-from rlhf.data.jsonl import OnReject
-from rlhf.data.schema import BadRecord, Candidate, Message, Ranking, Record
+from rlhf.data.schema import BadRecord, Candidate, Message, Ranking
 
 _QUESTION, _ANSWER = "\n\nHuman:", "\n\nAssistant:"
 _TURN = re.compile(r"\n\n(Human|Assistant):")
@@ -23,36 +18,12 @@ _MOST_EXCHANGES = 50
 _SPEAKERS = ("user", "assistant") * _MOST_EXCHANGES
 
 
-def detect(head: Head) -> str | None:
-    """Why the file holds transcripts, or None."""
-    if head.all_have("chosen", "rejected") and all(
-        "prompt" not in row and is_transcript(row["chosen"]) and is_transcript(row["rejected"]) for row in head.rows
-    ):
-        return "its rows have `chosen` and `rejected` transcripts that begin with 'Human:' or 'Assistant:'"
-    return None
-
-
-SAMPLE = as_jsonl(
-    {"chosen": "\n\nHuman: May I?\n\nAssistant: Please do.", "rejected": "\n\nHuman: May I?\n\nAssistant: No."}
+detect = rows_have(
+    "chosen",
+    "rejected",
+    where=lambda row: "prompt" not in row and is_transcript(row["chosen"]) and is_transcript(row["rejected"]),
+    why="its rows have `chosen` and `rejected` transcripts that begin with 'Human:' or 'Assistant:'",
 )
-
-
-@IMPORTERS.row("hh-rlhf", suffixes=JSON, sample=SAMPLE, detect=detect)
-def hh_rlhf(path: Path, reject: OnReject) -> Iterator[Record | Row]:
-    """Anthropic HH-RLHF: rows {chosen, rejected} of whole transcripts that share all but the last answer.
-
-    Ranks: chosen 1, rejected 2; the format has no ties. The format does not say in which order the
-    answers were shown. The prompt is the turns before the last answer. A model wrote both answers, a crowdworker
-    chose; the format names neither.
-
-    Turns are marked by a blank line and ``Human:`` or ``Assistant:``. Two marks of one speaker in a row are one turn,
-    joined by a blank line: in the published data the model wrote the second mark inside its own answer, and the
-    annotator saw and judged the whole. White space around a turn is dropped.
-
-    Rejected: an empty or missing answer, two identical answers, transcripts that differ before the last answer (what
-    was preferred is then not an answer to one prompt), and text that does not begin and end with a turn.
-    """
-    return convert_rows(path, reject, _ranking, usual=_usual)
 
 
 def _usual(row: Any) -> Row | None:
@@ -91,7 +62,21 @@ def _usual(row: Any) -> Row | None:
         return None
 
 
-def _ranking(row: Any) -> Ranking:
+@row_format("hh-rlhf", detect=detect, usual=_usual)
+def hh_rlhf(row: Any) -> Ranking:
+    """Anthropic HH-RLHF: rows {chosen, rejected} of whole transcripts that share all but the last answer.
+
+    Ranks: chosen 1, rejected 2; the format has no ties. The format does not say in which order the
+    answers were shown. The prompt is the turns before the last answer. A model wrote both answers, a crowdworker
+    chose; the format names neither.
+
+    Turns are marked by a blank line and ``Human:`` or ``Assistant:``. Two marks of one speaker in a row are one turn,
+    joined by a blank line: in the published data the model wrote the second mark inside its own answer, and the
+    annotator saw and judged the whole. White space around a turn is dropped.
+
+    Rejected: an empty or missing answer, two identical answers, transcripts that differ before the last answer (what
+    was preferred is then not an answer to one prompt), and text that does not begin and end with a turn.
+    """
     if not isinstance(row, dict) or not isinstance(row.get("chosen"), str) or not isinstance(row.get("rejected"), str):
         remedy = 'Each line needs {"chosen": text, "rejected": text}; is this the right format name?'
         raise BadRecord("not a row of chosen and rejected text", remedy=remedy)

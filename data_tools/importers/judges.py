@@ -8,50 +8,40 @@ from pathlib import Path
 from typing import Any, Literal
 
 from data_tools.importers.demonstrations import THUMBS, has_thumb
-from data_tools.importers.table import IMPORTERS, Head, convert_rows
+from data_tools.published.table import Head, any_of, convert_rows, file_format, row_format, rows_have
 from data_tools.reading.annotation_exports import brief
 from data_tools.reading.fields import (
     alpaca_prompt,
     answer,
-    as_jsonl,
-    before_prompt,
     elements,
     need,
     number,
     one_of,
+    ranking,
     ranks_of_two,
     text,
+    text_if_any,
+    whole_prompt,
     without_nulls,
 )
-from data_tools.reading.rows import JSON, rows
+from data_tools.reading.rows import rows
 from data_tools.reading.turns import prompt_turns, turns_of
 from data_tools.reading.unread import NestedFields
 from rlhf.data.jsonl import Item, OnReject, Reject
-from rlhf.data.schema import BadRecord, Candidate, Demonstration, Message, Ranking, Record
+from rlhf.data.schema import BadRecord, Demonstration, Message, Ranking, Record
 
 # ---- AlpacaEval ------------------------------------------------------------------------------------------------------
 
 
-def _detect_alpaca_eval(head: Head) -> str | None:
-    found = head.all_have("instruction", "output_1", "output_2", "preference")
-    return "its rows have `instruction`, `output_1`, `output_2` and `preference`" if found else None
-
-
-ALPACA_EVAL_SAMPLE = as_jsonl(
-    {
-        "instruction": "Name a fruit.",
-        "output_1": "Car.",
-        "generator_1": "text_davinci_003",
-        "output_2": "Pear.",
-        "generator_2": "my-model",
-        "annotator": "weighted_alpaca_eval_gpt4_turbo",
-        "preference": 1.97,
-    }
+@row_format(
+    "alpaca-eval",
+    "instruction",
+    "output_1",
+    "output_2",
+    detect=rows_have("instruction", "output_1", "output_2", "preference"),
+    left_out=("raw_completion",),
 )
-
-
-@IMPORTERS.row("alpaca-eval", suffixes=JSON, sample=ALPACA_EVAL_SAMPLE, detect=_detect_alpaca_eval)
-def alpaca_eval(path: Path, reject: OnReject) -> Iterator[Record]:
+def alpaca_eval(row: Any) -> Ranking:
     """AlpacaEval and AlpacaFarm annotations: rows {instruction, output_1, output_2, preference, generator_1, ...}.
 
     Ranks: `preference` 1 = output_1 is the better, 2 = output_2; 1.5, and 0 in older files, = a tie (alpaca_eval
@@ -65,58 +55,36 @@ def alpaca_eval(path: Path, reject: OnReject) -> Iterator[Record]:
     Rejected: no preference (null, or -1: the annotator's answer was not understood), another number, equal or empty
     outputs.
     """
-    return convert_rows(path, reject, _alpaca_eval, left_out=("raw_completion",))
-
-
-def _alpaca_eval(row: Any) -> Ranking:
-    need(row, "instruction", "output_1", "output_2")
     preference = row.get("preference")
     if preference is None or preference == -1:
         raise BadRecord("preference: none", remedy="The annotator gave none; annotate the row again or leave it out.")
     value = (
         1.5 if preference in (0, 1.5) and not isinstance(preference, bool) else number(preference, "preference", 1, 2)
     )
-    author = [text(row, name, optional=True) for name in ("generator_1", "generator_2")]
     annotator = row.get("annotator") if row.get("annotator") is not None else row.get("annotator_index")
-    return Ranking(
+    return ranking(
+        "alpaca-eval",
         alpaca_prompt(row),
-        source="alpaca-eval",
-        candidates=(
-            Candidate(text(row, "output_1"), author[0], "model"), Candidate(text(row, "output_2"), author[1], "model"),
-        ),
-        ranks=ranks_of_two(value - 1.5),
+        [text(row, name) for name in ("output_1", "output_2")],
+        ranks_of_two(value - 1.5),
+        authors=[text_if_any(row, name) for name in ("generator_1", "generator_2")],
+        kind="model",
         annotator=str(annotator) if isinstance(annotator, int) else annotator or "",
         weight=1.0 if value == 1.5 else abs(2 * value - 3),
-    )  # fmt: skip
+    )
 
 
 # ---- PandaLM ---------------------------------------------------------------------------------------------------------
 
 
-def _detect_pandalm(head: Head) -> str | None:
-    for judged in ("annotator1", "annotators"):
-        if head.all_have("response1", "response2", judged):
-            return f"its rows have `response1`, `response2` and `{judged}`"
-    return None
-
-
-PANDALM_SAMPLE = as_jsonl(
-    {
-        "idx": 0,
-        "cmp_key": "llama-7b_opt-7b",
-        "instruction": "Name a fruit.",
-        "input": "",
-        "response1": "Pear.",
-        "response2": "Car.",
-        "annotator1": 1,
-        "annotator2": 1,
-        "annotator3": 0,
-    }
+@row_format(
+    "pandalm",
+    "response1",
+    "response2",
+    detect=any_of(*(rows_have("response1", "response2", judged) for judged in ("annotator1", "annotators"))),
+    left_out=("label",),
 )
-
-
-@IMPORTERS.row("pandalm", suffixes=JSON, sample=PANDALM_SAMPLE, detect=_detect_pandalm)
-def pandalm(path: Path, reject: OnReject) -> Iterator[Record]:
+def pandalm(row: Any) -> Iterator[Record | BadRecord]:
     """PandaLM-like pairs judged by several people: {instruction, input, response1, response2, annotator1, ...}.
 
     Ranks: a judgement of 1 = response1 is the better, 2 = response2, 0 = a tie. Every judgement is a record, by the
@@ -126,11 +94,6 @@ def pandalm(path: Path, reject: OnReject) -> Iterator[Record]:
 
     Rejected, each judgement for itself: another number. A null is no judgement; a pair without any is one reject.
     """
-    return convert_rows(path, reject, _pandalm, left_out=("label",))
-
-
-def _pandalm(row: Any) -> Iterator[Record | BadRecord]:
-    need(row, "response1", "response2")
     judged = _judgements(row)
     if not judged:
         raise BadRecord("no judgement", remedy="The pair is unannotated, or is it another format?")
@@ -142,14 +105,14 @@ def _pandalm(row: Any) -> Iterator[Record | BadRecord]:
 
 
 def _pandalm_ranking(row: dict[str, Any], annotator: str, value: Any) -> Ranking:
-    models = text(row, "models" if "models" in row else "cmp_key", optional=True).split("_")
-    authors = models if len(models) == 2 else ["", ""]
-    answers = [text(row, name) for name in ("response1", "response2")]
-    return Ranking(
-        (Message("user", text(row, "prompt")),) if "prompt" in row else alpaca_prompt(row),
-        source="pandalm",
-        candidates=tuple(Candidate(answer, author, "model") for answer, author in zip(answers, authors)),
-        ranks=((1, 1), (1, 2), (2, 1))[one_of(value, "annotator", (0, 1, 2))],
+    models = text_if_any(row, "models" if "models" in row else "cmp_key").split("_")
+    return ranking(
+        "pandalm",
+        text(row, "prompt") if "prompt" in row else alpaca_prompt(row),
+        [text(row, name) for name in ("response1", "response2")],
+        ((1, 1), (1, 2), (2, 1))[one_of(value, "annotator", (0, 1, 2))],
+        authors=models if len(models) == 2 else None,
+        kind="model",
         annotator=annotator,
     )
 
@@ -175,13 +138,7 @@ def _detect_kto(head: Head) -> str | None:
     return "its rows are one answer each, with a `label` (or `kto_tag`) of true or false" if found else None
 
 
-KTO_SAMPLE = as_jsonl(
-    {"prompt": "Name a fruit.", "completion": "Pear.", "label": True},
-    {"prompt": "Name a fruit.", "completion": "Car.", "label": False},
-)
-
-
-@IMPORTERS.row("kto", suffixes=JSON, sample=KTO_SAMPLE, detect=_detect_kto)
+@file_format("kto", detect=_detect_kto)
 def kto(
     path: Path, reject: OnReject, *, become: Literal["rankings", "demonstrations"] = "rankings"
 ) -> Iterator[Record]:
@@ -215,13 +172,11 @@ def _thumbs_up(row: Any) -> Demonstration:
 
 
 def _thumb_rankings(path: Path, reject: OnReject) -> Iterator[Record]:
-    fields = NestedFields(getattr(reject, "ignored_fields", ()))
+    fields = NestedFields(reject)
     judged: dict[tuple[Message, ...], list[tuple[Item, tuple[str, bool]]]] = {}
     for item in rows(path, reject):
         try:
-            (prompt, said, up), unread = fields.converted(_thumb, without_nulls(item.value))
-            if unread:
-                raise unread
+            prompt, said, up = fields.converted(_thumb, without_nulls(item.value))
             judged.setdefault(prompt, []).append((item, (said, up)))
         except BadRecord as fault:
             reject(Reject.of(path, item.line, fault, item.raw))
@@ -231,12 +186,7 @@ def _thumb_rankings(path: Path, reject: OnReject) -> Iterator[Record]:
             if len({up for _, up in answers}) == 1:
                 remedy = "They state no order; --option become=demonstrations keeps the answers with a thumbs up."
                 raise BadRecord("all thumbs for this prompt point in one direction", f"{len(found)}", remedy)
-            yield Ranking(
-                prompt,
-                source="kto",
-                candidates=tuple(Candidate(said) for said, _ in answers),
-                ranks=tuple(1 if up else 2 for _, up in answers),
-            )
+            yield ranking("kto", prompt, [said for said, _ in answers], [1 if up else 2 for _, up in answers])
         except BadRecord as fault:
             for item, _ in found:
                 reject(Reject.of(path, item.line, fault, item.raw))
@@ -251,7 +201,7 @@ def _thumb(row: Any) -> tuple[tuple[Message, ...], str, bool]:
     for name in ("messages", "conversations"):
         if name in row:
             said = turns_of(row[name], name, "user")
-            turns = [*before_prompt(row, said), *said]
+            turns = whole_prompt(row, said)
             return tuple(turns[:-1]), answer(turns[-1:], name), label
     name = next((name for name in THUMB_ANSWERS if row.get(name) is not None), "completion")
     need(row, name)

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import permutations
 from pathlib import Path
 from typing import Any, Literal
 
-from data_tools.importers.table import IMPORTERS, Head, convert_rows
+from data_tools.published.table import any_of, convert_rows, file_format, rows_have
 from data_tools.reading.annotation_exports import (
     Names,
     brief,
@@ -22,7 +21,6 @@ from data_tools.reading.annotation_exports import (
 )
 from data_tools.reading.item_ratings import ITEM_INDEX, item_stars
 from data_tools.reading.judgements import TIE, ChoiceValues, choice_meanings, named_answer, score
-from data_tools.reading.rows import JSON
 from rlhf.core.errors import UserError
 from rlhf.data.jsonl import OnReject, from_dict
 from rlhf.data.schema import BadRecord, Record, dense_ranks
@@ -30,46 +28,18 @@ from rlhf.data.schema import BadRecord, Record, dense_ranks
 LEFT_IN_LIST = "_"
 """The key under which a Ranker with buckets keeps the items that nobody put into a bucket."""
 
-SAMPLE = [
-    {
-        "id": 1,
-        "data": {
-            "prompt": "Name a fruit.",
-            "items": [
-                {"id": "0", "title": "Answer 1", "body": "Pear."},
-                {"id": "1", "title": "Answer 2", "body": "Car."},
-            ],
-        },
-        "annotations": [
-            {
-                "id": 7,
-                "completed_by": {"id": 1, "email": "ann@example.org"},
-                "was_cancelled": False,
-                "created_at": "2024-05-02T10:11:12.131290Z",
-                "lead_time": 7.66,
-                "result": [
-                    {
-                        "from_name": "rank",
-                        "to_name": "answers",
-                        "type": "ranker",
-                        "value": {"ranker": {"rank": ["0", "1"]}},
-                    }
-                ],
-            }
-        ],
-    }
-]
+_TASKS = "its rows are tasks with `data` and `annotations`"
+_MINIMAL = "its rows have an `annotation_id`, an `annotator` and a `lead_time`, as JSON_MIN has them"
 
 
-def _detect(head: Head) -> str | None:
-    if head.all_have("data", "annotations") or head.all_have("data", "completions"):
-        return "its rows are tasks with `data` and `annotations`"
-    if head.all_have("annotation_id", "annotator", "lead_time"):
-        return "its rows have an `annotation_id`, an `annotator` and a `lead_time`, as JSON_MIN has them"
-    return None
-
-
-@IMPORTERS.row("label-studio", suffixes=JSON, sample=json.dumps(SAMPLE, indent=1), detect=_detect)
+@file_format(
+    "label-studio",
+    detect=any_of(
+        rows_have("data", "annotations", why=_TASKS),
+        rows_have("data", "completions", why=_TASKS),
+        rows_have("annotation_id", "annotator", "lead_time", why=_MINIMAL),
+    ),
+)
 def label_studio(
     path: Path,
     reject: OnReject,

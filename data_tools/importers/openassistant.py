@@ -2,32 +2,19 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from data_tools.importers.table import IMPORTERS, Head
+from data_tools.published.table import any_of, are, file_format, rows_have
 from data_tools.reading.annotation_exports import as_raw, brief, person
-from data_tools.reading.rows import JSON, rows
+from data_tools.reading.rows import rows
 from data_tools.reading.unread import NestedFields
 from rlhf.data.jsonl import OnReject, Reject, from_dict
 from rlhf.data.schema import BadRecord, Record
 
 ROLES = {"prompter": "user", "assistant": "assistant"}
-
-SAMPLE = {
-    "message_tree_id": "t1",
-    "tree_state": "ready_for_export",
-    "prompt": {
-        "message_id": "t1", "text": "Name a fruit.", "role": "prompter", "replies": [
-            {"message_id": "a1", "parent_id": "t1", "text": "Pear.", "role": "assistant", "rank": 0, "replies": []},
-            {"message_id": "a2", "parent_id": "t1", "text": "Car.", "role": "assistant", "rank": 1, "replies": []},
-        ],
-    },
-}  # fmt: skip
-
 
 READ = {"message_id", "parent_id", "text", "role", "rank", "deleted", "replies", "synthetic", "model_name", "user_id"}
 """Fields of a message that are read."""
@@ -44,15 +31,24 @@ class _Message(NamedTuple):
     content: dict[str, Any]
 
 
-def _detect(head: Head) -> str | None:
-    if head.all_have("message_tree_id", "prompt") and all(isinstance(row["prompt"], dict) for row in head.rows):
-        return "its rows are trees with a `message_tree_id` and a `prompt`"
-    if head.all_have("message_id", "parent_id", "role", "text"):
-        return "its rows are messages with a `message_id`, a `parent_id` and a `role`"
-    return None
-
-
-@IMPORTERS.row("openassistant", suffixes=JSON, sample=json.dumps(SAMPLE) + "\n", detect=_detect)
+@file_format(
+    "openassistant",
+    detect=any_of(
+        rows_have(
+            "message_tree_id",
+            "prompt",
+            where=are(dict, "prompt"),
+            why="its rows are trees with a `message_tree_id` and a `prompt`",
+        ),
+        rows_have(
+            "message_id",
+            "parent_id",
+            "role",
+            "text",
+            why="its rows are messages with a `message_id`, a `parent_id` and a `role`",
+        ),
+    ),
+)
 def openassistant(path: Path, reject: OnReject) -> Iterator[Record]:
     """OpenAssistant: message trees, a tree a row, or flat messages that name their parents.
 
@@ -77,7 +73,7 @@ def openassistant(path: Path, reject: OnReject) -> Iterator[Record]:
         if _is_flat(item.value):
             sizes[_tree_id(item.value)] += 1
     open_trees: dict[Any, list[_Message]] = {}
-    fields = NestedFields({*LEFT_OUT, *getattr(reject, "ignored_fields", ())})
+    fields = NestedFields(reject, LEFT_OUT)
     for line, raw, row in rows(path, reject):
         try:
             if not _is_flat(row):

@@ -3,30 +3,23 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from functools import partial
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 from data_tools.importers import hh
-from data_tools.importers.table import IMPORTERS, Head, convert_rows
+from data_tools.published.table import Head, row_format, rows_have
 from data_tools.reading.annotation_exports import brief
 from data_tools.reading.fields import (
     OPENAI_ROLES,
     SHAREGPT_ROLES,
-    Role,
     answer,
-    as_jsonl,
-    before_prompt,
     chat,
-    need,
-    text,
+    ranking,
+    text_if_any,
+    whole_prompt,
 )
 from data_tools.reading.judgements import chosen_and_rejected, ranks_with_scores
-from data_tools.reading.rows import JSON
 from data_tools.reading.turns import (
-    TOOL_FIELDS,
-    TOOLS_INSIDE,
     are_objects,
     has_later_marks,
     is_transcript,
@@ -34,36 +27,32 @@ from data_tools.reading.turns import (
     prompt_turns,
     shared_turns,
     tool_definitions,
+    tool_fields,
+    turns_by,
     turns_of,
-    turns_with_tools,
 )
-from rlhf.data.jsonl import OnReject
-from rlhf.data.schema import BadRecord, Candidate, Message, Ranking, Record
+from rlhf.data.schema import BadRecord, Message, Ranking
 
 PairTools = Literal["reject", "keep"]
 
 # ---- TRL -------------------------------------------------------------------------------------------------------------
 
 
+def _is_pair(row: Mapping[str, Any]) -> bool:
+    sides = row["chosen"], row["rejected"]
+    messages = all(map(are_objects, sides))
+    return "instruction" not in row and (messages or all(isinstance(side, str) for side in sides))
+
+
+_pairs = rows_have("chosen", "rejected", where=_is_pair, why="its rows have `chosen` and `rejected`, texts or messages")
+
+
 def _detect_trl(head: Head) -> str | None:
-    if not head.all_have("chosen", "rejected") or any("instruction" in row for row in head.rows) or hh.detect(head):
-        return None
-    pairs = [(row["chosen"], row["rejected"]) for row in head.rows]
-    if all(isinstance(one, str) and isinstance(other, str) for one, other in pairs):
-        return "its rows have `chosen` and `rejected` text"
-    if all(isinstance(side, list) and all(isinstance(turn, dict) for turn in side) for pair in pairs for side in pair):
-        return "its rows have `chosen` and `rejected` lists of messages"
-    return None
+    return None if hh.detect(head) else _pairs(head)
 
 
-TRL_SAMPLE = as_jsonl(
-    {"prompt": "What colour is the sky?", "chosen": "It is blue.", "rejected": "It is green."},
-    {"chosen": "The sky is blue.", "rejected": "The sky is green."},
-)
-
-
-@IMPORTERS.row("trl-preference", suffixes=JSON, sample=TRL_SAMPLE, detect=_detect_trl)
-def trl_preference(path: Path, reject: OnReject, *, tools: PairTools = "reject") -> Iterator[Record]:
+@row_format("trl-preference", "chosen", "rejected", detect=_detect_trl, left_out=tool_fields)
+def trl_preference(row: Any, *, tools: PairTools = "reject") -> Ranking:
     """TRL preference rows {prompt, chosen, rejected}: text or messages, with the prompt given or left in the answers.
 
     Ranks: chosen 1, rejected 2, unless their scores are equal, which is a tie. `score_chosen` and `score_rejected`
@@ -86,16 +75,7 @@ def trl_preference(path: Path, reject: OnReject, *, tools: PairTools = "reject")
     answers of several turns, an answer that calls tools, identical or empty answers, no prompt, a rejected answer with
     the higher score.
     """
-    left_out = () if tools == "reject" else TOOLS_INSIDE
-    return convert_rows(path, reject, partial(_trl_ranking, keep_tools=tools == "keep"), left_out)
-
-
-FEWEST_WORDS = 3
-"""Two texts that share fewer words at their beginning do not hold a prompt."""
-
-
-def _trl_ranking(row: Any, keep_tools: bool) -> Ranking:
-    need(row, "chosen", "rejected")
+    keep_tools = tools == "keep"
     chosen, rejected = row["chosen"], row["rejected"]
     if isinstance(chosen, str) != isinstance(rejected, str):
         raise BadRecord("chosen and rejected: one is text, the other is not", remedy="Write both the same way.")
@@ -115,8 +95,12 @@ def _trl_ranking(row: Any, keep_tools: bool) -> Ranking:
         if has_later_marks(best) or has_later_marks(other):
             raise BadRecord("an answer with a transcript inside", brief(best), "Cut it after its first turn.")
         best, other = best.strip(), other.strip()
-    defined = tool_definitions(row, TOOL_FIELDS) if keep_tools else []
+    defined = tool_definitions(row) if keep_tools else []
     return _preference(row, [*defined, *asked], best, other, "trl-preference")
+
+
+FEWEST_WORDS = 3
+"""Two texts that share fewer words at their beginning do not hold a prompt."""
 
 
 def _trl_prompt(row: Mapping[str, Any], keep_tools: bool) -> list[Message]:
@@ -124,7 +108,7 @@ def _trl_prompt(row: Mapping[str, Any], keep_tools: bool) -> list[Message]:
     if row.get("prompt") in (None, "", []):
         return prompt_turns(row, (row["chosen"], row["rejected"]))
     said = turns_of(row["prompt"], "prompt", "user", keep_tools=keep_tools)
-    return [*before_prompt(row, said), *said]
+    return whole_prompt(row, said)
 
 
 def _cut_where_they_differ(one: str, other: str) -> tuple[list[Message], str, str]:
@@ -149,31 +133,14 @@ def _preference(
     names: Sequence[str] = ("chosen", "rejected"),
 ) -> Ranking:
     scores = chosen_and_rejected(row, names)
-    candidates = tuple(Candidate(text, score=score) for text, score in zip((chosen, rejected), scores))
-    ranks = ranks_with_scores((1, 2), scores, names)
-    return Ranking(tuple(prompt), source=source, candidates=candidates, ranks=ranks)
+    return ranking(source, prompt, (chosen, rejected), ranks_with_scores((1, 2), scores, names), scores=scores)
 
 
 # ---- OpenAI ----------------------------------------------------------------------------------------------------------
 
 
-def _detect_openai(head: Head) -> str | None:
-    if head.all_have("input", "preferred_output", "non_preferred_output"):
-        return "its rows have `input`, `preferred_output` and `non_preferred_output`"
-    return None
-
-
-OPENAI_SAMPLE = as_jsonl(
-    {
-        "input": {"messages": [{"role": "user", "content": "Name a fruit."}], "tools": [], "parallel_tool_calls": True},
-        "preferred_output": [{"role": "assistant", "content": "Pear."}],
-        "non_preferred_output": [{"role": "assistant", "content": "Car."}],
-    }
-)
-
-
-@IMPORTERS.row("openai-preference", suffixes=JSON, sample=OPENAI_SAMPLE, detect=_detect_openai)
-def openai_preference(path: Path, reject: OnReject, *, tools: PairTools = "reject") -> Iterator[Record]:
+@row_format("openai-preference", "input", "preferred_output", "non_preferred_output", left_out=tool_fields)
+def openai_preference(row: Any, *, tools: PairTools = "reject") -> Ranking:
     """OpenAI preference fine-tuning (DPO): rows {input: {messages}, preferred_output, non_preferred_output}.
 
     Ranks: preferred_output 1, non_preferred_output 2; the format itself has no scores and no ties, and does not say in
@@ -191,15 +158,10 @@ def openai_preference(path: Path, reject: OnReject, *, tools: PairTools = "rejec
     Rejected: an output of several messages, an answer that calls tools, identical or empty answers, a non-preferred
     answer with the higher score.
     """
-    left_out = () if tools == "reject" else TOOLS_INSIDE
-    return convert_rows(path, reject, partial(_openai_ranking, keep_tools=tools == "keep"), left_out)
-
-
-def _openai_ranking(row: Any, keep_tools: bool) -> Ranking:
-    need(row, "input", "preferred_output", "non_preferred_output")
+    keep_tools = tools == "keep"
     asked = row["input"] if isinstance(row["input"], dict) else {"messages": row["input"]}
-    prompt = tool_definitions(asked, TOOL_FIELDS) if keep_tools else []
-    prompt += _turns(asked.get("messages"), "input.messages", OPENAI_ROLES, "role", "content", keep_tools)
+    prompt = tool_definitions(asked) if keep_tools else []
+    prompt += turns_by(asked.get("messages"), "input.messages", OPENAI_ROLES, "role", "content", keep_tools)
     better, worse = (answer(chat(row[name], name), name) for name in ("preferred_output", "non_preferred_output"))
     return _preference(row, prompt, better, worse, "openai-preference", ("preferred_output", "non_preferred_output"))
 
@@ -207,23 +169,8 @@ def _openai_ranking(row: Any, keep_tools: bool) -> Ranking:
 # ---- ShareGPT --------------------------------------------------------------------------------------------------------
 
 
-def _detect_sharegpt(head: Head) -> str | None:
-    if head.all_have("conversations", "chosen", "rejected"):
-        return "its rows have `conversations`, `chosen` and `rejected`"
-    return None
-
-
-SHAREGPT_SAMPLE = as_jsonl(
-    {
-        "conversations": [{"from": "human", "value": "Name a fruit."}],
-        "chosen": {"from": "gpt", "value": "Pear."},
-        "rejected": {"from": "gpt", "value": "Car."},
-    }
-)
-
-
-@IMPORTERS.row("sharegpt-preference", suffixes=JSON, sample=SHAREGPT_SAMPLE, detect=_detect_sharegpt)
-def sharegpt_preference(path: Path, reject: OnReject, *, tools: PairTools = "reject") -> Iterator[Record]:
+@row_format("sharegpt-preference", "conversations", "chosen", "rejected", left_out=tool_fields)
+def sharegpt_preference(row: Any, *, tools: PairTools = "reject") -> Ranking:
     """ShareGPT-style pairs (LLaMA-Factory): rows {conversations, chosen, rejected} of turns {from, value}.
 
     Ranks: chosen 1, rejected 2, unless `score_chosen` and `score_rejected` are equal, which is a tie; scores stay with
@@ -239,13 +186,7 @@ def sharegpt_preference(path: Path, reject: OnReject, *, tools: PairTools = "rej
     Rejected: an answer that is not the assistant's text, identical or empty answers, a rejected answer with the higher
     score.
     """
-    left_out = () if tools == "reject" else TOOLS_INSIDE
-    return convert_rows(path, reject, partial(_sharegpt_ranking, keep_tools=tools == "keep"), left_out)
-
-
-def _sharegpt_ranking(row: Any, keep_tools: bool) -> Ranking:
-    need(row, "conversations", "chosen", "rejected")
-    prompt = sharegpt_chat(row, keep_tools)
+    prompt = sharegpt_chat(row, tools == "keep")
     better, worse = (
         row[name] if isinstance(row[name], str) else answer(chat([row[name]], name, SHAREGPT_ROLES, *SHAREGPT), name)
         for name in ("chosen", "rejected")
@@ -266,15 +207,7 @@ def sharegpt_chat(row: Mapping[str, Any], keep_tools: bool = False) -> list[Mess
     Raises:
         BadRecord: They are not a list of turns {from, value} of people and models, and of tools where these are kept.
     """
-    defined = tool_definitions(row, TOOL_FIELDS) if keep_tools else []
-    system = text(row, "system", optional=True)
-    said = _turns(row.get("conversations"), "conversations", SHAREGPT_ROLES, *SHAREGPT, keep_tools)
+    defined = tool_definitions(row) if keep_tools else []
+    system = text_if_any(row, "system")
+    said = turns_by(row.get("conversations"), "conversations", SHAREGPT_ROLES, *SHAREGPT, keep_tools)
     return [*defined, *([Message("system", system)] if system else []), *said]
-
-
-def _turns(
-    turns: Any, name: str, roles: Mapping[str, Role], role: str, content: str, keep_tools: bool
-) -> list[Message]:
-    if keep_tools and are_objects(turns):
-        return turns_with_tools(turns, name, roles, role, content)[0]
-    return chat(turns, name, roles, role, content)

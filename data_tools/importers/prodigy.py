@@ -2,29 +2,14 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator
 from datetime import UTC, datetime
-from functools import partial
-from pathlib import Path
 from typing import Any
 
-from data_tools.importers.table import IMPORTERS, Head, convert_rows
+from data_tools.published.table import Head, row_format
 from data_tools.reading.annotation_exports import brief, person
 from data_tools.reading.judgements import means_tie
-from data_tools.reading.rows import JSON
-from rlhf.data.jsonl import OnReject, from_dict
-from rlhf.data.schema import BadRecord, Ranking, Record
-
-SAMPLE = {
-    "text": "Name a fruit.",
-    "options": [{"id": 0, "text": "Car."}, {"id": 1, "text": "A pear, say."}],
-    "accept": [1],
-    "answer": "accept",
-    "_view_id": "choice",
-    "_annotator_id": "rank-ann",
-    "_timestamp": 1714644672,
-}
+from rlhf.data.jsonl import from_dict
+from rlhf.data.schema import BadRecord, Ranking
 
 
 def _detect(head: Head) -> str | None:
@@ -36,8 +21,8 @@ def _detect(head: Head) -> str | None:
     return "its rows have `options`, `accept` and `answer`, as choice tasks do"
 
 
-@IMPORTERS.row("prodigy", suffixes=JSON, sample=json.dumps(SAMPLE) + "\n", detect=_detect)
-def prodigy(path: Path, reject: OnReject, *, prompt: str = "text") -> Iterator[Record]:
+@row_format("prodigy", detect=_detect, left_out=lambda prompt: () if prompt == "text" else ("text",))
+def prodigy(row: Any, *, prompt: str = "text") -> Ranking:
     """Prodigy: `choice` tasks as `db-out` writes them, whose options are the answers.
 
     Ranks: the accepted options 1, all others 2: ties within each. An option next to two or more others whose text or
@@ -52,10 +37,6 @@ def prodigy(path: Path, reject: OnReject, *, prompt: str = "text") -> Iterator[R
 
     Options: `prompt`, the field that holds the prompt (text, or messages with role and content).
     """
-    return convert_rows(path, reject, partial(_ranking, prompt), () if prompt == "text" else ("text",))
-
-
-def _ranking(prompt: str, row: Any) -> Ranking:
     if not isinstance(row, dict) or not isinstance(row.get("options"), list):
         remedy = "Import tasks of the choice interface, whose options are the answers."
         raise BadRecord("not a choice task: it has no options", remedy=remedy)

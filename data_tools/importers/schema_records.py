@@ -7,9 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from data_tools.importers.table import IMPORTERS, Head, convert_rows
-from data_tools.reading.fields import as_jsonl
-from data_tools.reading.rows import JSON
+from data_tools.published.table import Head, convert_rows, file_format
 from rlhf.core.console import warn
 from rlhf.data.jsonl import OnReject, from_dict
 from rlhf.data.schema import Record, brief
@@ -37,10 +35,7 @@ def _is_prompt(row: dict[str, Any]) -> bool:
     return asks and row.keys() <= PROMPT_FIELDS
 
 
-SAMPLE = as_jsonl({"prompt": "Name a fruit.", "candidates": ["Pear.", "Plum.", "Car."], "ranks": [1, 1, 2]})
-
-
-@IMPORTERS.row("jsonl", suffixes=JSON, sample=SAMPLE, detect=_detect)
+@file_format("jsonl", detect=_detect)
 def jsonl(path: Path, reject: OnReject) -> Iterator[Record]:
     """The schema's own records, one JSON object a line.
 

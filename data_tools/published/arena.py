@@ -7,15 +7,15 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
 
-from data_tools.published.table import PUBLISHED, Beginning
+from data_tools.published.table import Head, any_of, row_format, rows_have
 from data_tools.reading.annotation_exports import brief, person
 from data_tools.reading.csv_rows import CSV, csv_rows
-from data_tools.reading.fields import as_jsonl, chat, elements, need, number, ranks_of_two, text
+from data_tools.reading.fields import chat, elements, need, number, ranking, ranks_of_two, text, text_if_any
 from data_tools.reading.judgements import score
 from data_tools.reading.rows import JSON, rows
 from data_tools.reading.turns import from_json_text, shared_turns
 from rlhf.data.jsonl import Item, OnReject
-from rlhf.data.schema import BadRecord, Candidate, Message, Ranking
+from rlhf.data.schema import BadRecord, Message, Ranking
 
 TIE, BOTH_BAD = ("tie", "tie (inconsistent)"), ("tie (bothbad)", "tie (both bad)", "bothbad", "both_bad", "both bad")
 WINNERS = {"model_a": -1, "model_b": 1, **dict.fromkeys(TIE + BOTH_BAD, 0)}
@@ -34,41 +34,20 @@ def _rows(path: Path, reject: OnReject) -> Iterator[Item]:
     return csv_rows(path, reject) if path.name.endswith(CSV) else rows(path, reject)
 
 
-def _detect_arena(head: Beginning) -> str | None:
-    if head.path.name.endswith(CSV) and is_competition_table(head.text):
-        return (
-            f"it is a table with the columns `response_a`, `response_b` and {', '.join(f'`{name}`' for name in VOTES)}"
-        )
-    for fields in (("conversation_a", "conversation_b", "winner"), ("response_a", "response_b", *VOTES)):
-        if head.all_have(*fields):
-            return f"its rows have {', '.join(f'`{name}`' for name in fields)}"
-    return None
+def _detect_table(head: Head) -> str | None:
+    if not (head.path.name.endswith(CSV) and is_competition_table(head.text)):
+        return None
+    return f"it is a table with the columns `response_a`, `response_b` and {', '.join(f'`{name}`' for name in VOTES)}"
 
 
-def _sample_conversation(said: str) -> list[dict[str, str]]:
-    return [{"role": "user", "content": "Name a fruit."}, {"role": "assistant", "content": said}]
-
-
-_ARENA_SAMPLE = as_jsonl(
-    {
-        "question_id": "q1",
-        "model_a": "alpha",
-        "model_b": "beta",
-        "winner": "model_b",
-        "judge": "arena_user_1",
-        "conversation_a": _sample_conversation("A car."),
-        "conversation_b": _sample_conversation("A pear."),
-        "turn": 1,
-        "tstamp": 1682351591.1,
-    }
-)
-
-
-@PUBLISHED.row(
+@row_format(
     "chatbot-arena",
+    detect=any_of(
+        _detect_table,
+        rows_have("conversation_a", "conversation_b", "winner"),
+        rows_have("response_a", "response_b", *VOTES),
+    ),
     suffixes=JSON + CSV,
-    sample=_ARENA_SAMPLE,
-    detect=_detect_arena,
     left_out=("toxic_chat_tag",),
     read=_rows,
 )
@@ -119,15 +98,14 @@ def chatbot_arena(
     for said in (first, second):
         if not said or said[0].role != "assistant":
             raise BadRecord("a conversation does not end with an answer", brief(said[:1]))
-    return Ranking(
-        tuple(conversations[0][:same]),
-        source="chatbot-arena",
-        group=text(row, "language", optional=True) or None,
-        candidates=tuple(
-            Candidate(said[0].content, text(row, name, optional=True), "model")
-            for said, name in ((first, "model_a"), (second, "model_b"))
-        ),
-        ranks=ranks_of_two(WINNERS[winner]),
+    return ranking(
+        "chatbot-arena",
+        conversations[0][:same],
+        (first[0].content, second[0].content),
+        ranks_of_two(WINNERS[winner]),
+        authors=[text_if_any(row, name) for name in ("model_a", "model_b")],
+        kind="model",
+        group=text_if_any(row, "language"),
         annotator=_judge(row.get("judge")),
         time=_time(row.get("tstamp")),
         shown="tstamp" in row,

@@ -4,33 +4,33 @@ from __future__ import annotations
 
 from typing import Any
 
-from data_tools.published.table import PUBLISHED, Beginning, are_lists_of_text
+from data_tools.published.table import row_format, rows_have
 from data_tools.reading.annotation_exports import brief
-from data_tools.reading.fields import as_jsonl, elements, need, number, text
-from data_tools.reading.rows import JSON
-from data_tools.reading.turns import turns_of
-from rlhf.data.schema import BadRecord, Candidate, Ranking, dense_ranks
+from data_tools.reading.fields import elements, need, number, ranking, text, text_if_any
+from data_tools.reading.turns import are_objects, turns_of
+from rlhf.data.schema import BadRecord, Ranking, dense_ranks
 
 # ---- RewardBench 2, RM-Bench -----------------------------------------------------------------------------------------
 
 
-def _detect_reward_bench(head: Beginning) -> str | None:
-    found = head.all_have("prompt") and are_lists_of_text(head, "chosen", "rejected")
-    return "its rows have a `prompt`, and `chosen` and `rejected` are lists of texts" if found else None
+def _holds_lists_of_texts(row: dict[str, Any]) -> bool:
+    lists = row["chosen"], row["rejected"]
+    return all(isinstance(one, list) and one and all(isinstance(text, str) for text in one) for one in lists)
 
 
-_REWARD_BENCH_SAMPLE = as_jsonl(
-    {
-        "id": "1",
-        "prompt": "Name a colour of the rainbow.",
-        "chosen": ["Red.", "Blue."],
-        "rejected": ["Pink.", "Brown."],
-        "subset": "Ties",
-    }
+@row_format(
+    "reward-bench-2",
+    "prompt",
+    "chosen",
+    "rejected",
+    detect=rows_have(
+        "prompt",
+        "chosen",
+        "rejected",
+        where=_holds_lists_of_texts,
+        why="its rows have a `prompt`, and `chosen` and `rejected` are lists of texts",
+    ),
 )
-
-
-@PUBLISHED.row("reward-bench-2", suffixes=JSON, sample=_REWARD_BENCH_SAMPLE, detect=_detect_reward_bench)
 def reward_bench_2(row: Any) -> Ranking:
     """RewardBench 2 and RM-Bench: rows {prompt, chosen, rejected} with lists of texts, any number in each.
 
@@ -44,7 +44,6 @@ def reward_bench_2(row: Any) -> Ranking:
     Rejected: an empty list, `num_correct` or `total_completions` that contradict the lists, an empty answer, one that
     is in both lists.
     """
-    need(row, "prompt", "chosen", "rejected")
     better, worse = elements(row, "chosen"), elements(row, "rejected")
     for name, answers in (("chosen", better), ("rejected", worse)):
         if not answers:
@@ -56,44 +55,31 @@ def reward_bench_2(row: Any) -> Ranking:
     source = "rm-bench" if "domain" in row or ("subset" in row and styles) else "reward-bench-2" * ("subset" in row)
     if source == "reward-bench-2" and str(row["subset"]).lower() == "ties" and isinstance(row.get("id"), str):
         source += f"/{row['id']}"
-    return Ranking(
-        tuple(turns_of(row["prompt"], "prompt", "user")),
-        source=source,
-        group=text(row, "domain", optional=True) or text(row, "subset", optional=True) or None,
-        candidates=tuple(map(Candidate, better + worse)),
-        ranks=(1,) * len(better) + (2,) * len(worse),
+    return ranking(
+        source,
+        turns_of(row["prompt"], "prompt", "user"),
+        better + worse,
+        (1,) * len(better) + (2,) * len(worse),
+        group=text_if_any(row, "domain") or text_if_any(row, "subset"),
     )
 
 
 # ---- Nectar ----------------------------------------------------------------------------------------------------------
 
 
-def _detect_nectar(head: Beginning) -> str | None:
-    found = head.all_have("prompt", "answers") and all(
-        isinstance(row["answers"], list)
-        and row["answers"]
-        and all(isinstance(item, dict) and item.keys() >= {"answer", "rank"} for item in row["answers"])
-        for row in head.rows
-    )
-    return "its rows have a `prompt` and `answers` with a `rank`" if found else None
+def _holds_ranked_answers(row: dict[str, Any]) -> bool:
+    answers = row["answers"]
+    return are_objects(answers) and answers and all(item.keys() >= {"answer", "rank"} for item in answers)
 
 
-_NECTAR_SAMPLE = as_jsonl(
-    {
-        "prompt": "\n\nHuman: Name a fruit.\n\nAssistant: ",
-        "answers": [
-            {"answer": "Car.", "model": "m7", "rank": 3.0},
-            {"answer": "Pear.", "model": "m1", "rank": 1.0},
-            {"answer": "A plant.", "model": "m2", "rank": 2.0},
-        ],
-        "turns": 1,
-        "num_responses": 3,
-        "good_natured": True,
-    }
+@row_format(
+    "nectar",
+    "prompt",
+    "answers",
+    detect=rows_have(
+        "prompt", "answers", where=_holds_ranked_answers, why="its rows have a `prompt` and `answers` with a `rank`"
+    ),
 )
-
-
-@PUBLISHED.row("nectar", suffixes=JSON, sample=_NECTAR_SAMPLE, detect=_detect_nectar)
 def nectar(row: Any) -> Ranking:
     """Nectar: rows {prompt, answers[{answer, model, rank}]} of seven answers ranked by GPT-4.
 
@@ -102,14 +88,13 @@ def nectar(row: Any) -> Ranking:
 
     Rejected, as a whole: a rank that is not a number from 1, an empty answer, the same answer at two ranks.
     """
-    need(row, "prompt", "answers")
     answers = [need(item, "answer", "rank") for item in elements(row, "answers")]
-    return Ranking(
-        tuple(turns_of(row["prompt"], "prompt", "user")),
-        source="nectar",
-        candidates=tuple(
-            Candidate(text(item, "answer"), text(item, "model", optional=True), "model") for item in answers
-        ),
-        ranks=dense_ranks(number(item["rank"], "rank", 1, 1000) for item in answers),
+    return ranking(
+        "nectar",
+        turns_of(row["prompt"], "prompt", "user"),
+        [text(item, "answer") for item in answers],
+        dense_ranks(number(item["rank"], "rank", 1, 1000) for item in answers),
+        authors=[text_if_any(item, "model") for item in answers],
+        kind="model",
         annotator="gpt-4",
     )

@@ -2,42 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any, Literal
 
-from data_tools.published.table import PUBLISHED, Beginning
-from data_tools.reading.fields import answer, as_jsonl, before_prompt, need, one_of, ranks_of_two, text
-from data_tools.reading.rows import JSON
+from data_tools.published.table import any_of, are, row_format, rows_have
+from data_tools.reading.fields import (
+    answer,
+    need,
+    one_of,
+    ranking,
+    ranks_of_two,
+    text,
+    text_if_any,
+    whole_prompt,
+)
 from data_tools.reading.turns import shared_turns, turns_of
-from rlhf.data.schema import BadRecord, Candidate, Message, Ranking
-
-
-def _pair(prompt: Sequence[Message], better: str, worse: str, source: str, kind: Any = "unknown") -> Ranking:
-    candidates = tuple(Candidate(said, author_kind=kind) for said in (better, worse))
-    return Ranking(tuple(prompt), source=source, candidates=candidates, ranks=(1, 2))
-
+from rlhf.data.schema import BadRecord, Message, Ranking
 
 # ---- LLaMA-Factory v1 ------------------------------------------------------------------------------------------------
 
 
-def _detect_llamafactory(head: Beginning) -> str | None:
-    found = head.all_have("chosen_messages", "rejected_messages")
-    return "its rows have `chosen_messages` and `rejected_messages`" if found else None
-
-
-def _sample_turn(role: str, said: str) -> dict[str, Any]:
-    return {"role": role, "content": [{"type": "text", "value": said}], "loss_weight": float(role == "assistant")}
-
-
-_LLAMAFACTORY_SAMPLE = as_jsonl(
-    {
-        "chosen_messages": [_sample_turn("user", "Name a fruit."), _sample_turn("assistant", "Pear.")],
-        "rejected_messages": [_sample_turn("user", "Name a fruit."), _sample_turn("assistant", "Car.")],
-    }
-)
-
-
-@PUBLISHED.row("llamafactory-preference", suffixes=JSON, sample=_LLAMAFACTORY_SAMPLE, detect=_detect_llamafactory)
+@row_format("llamafactory-preference", "chosen_messages", "rejected_messages")
 def llamafactory_preference(row: Any) -> Ranking:
     """LLaMA-Factory v1 pairs: rows {chosen_messages, rejected_messages} of whole chats.
 
@@ -48,35 +32,28 @@ def llamafactory_preference(row: Any) -> Ranking:
     Rejected: chats that differ before the last turn, parts that are not text, turns of tools, identical or empty
     answers.
     """
-    need(row, "chosen_messages", "rejected_messages")
     better, worse = (turns_of(row[name], name, "assistant") for name in ("chosen_messages", "rejected_messages"))
     same = shared_turns([better, worse])
     best, other = answer(better[same:], "chosen_messages"), answer(worse[same:], "rejected_messages")
-    return _pair(better[:same], best, other, "llamafactory")
+    return ranking("llamafactory", better[:same], (best, other), (1, 2))
 
 
 # ---- axolotl ---------------------------------------------------------------------------------------------------------
 
 
-def _detect_axolotl(head: Beginning) -> str | None:
-    if head.all_have("instruction", "chosen_response", "rejected_response"):
-        return "its rows have `instruction`, `chosen_response` and `rejected_response`"
-    turns = head.all_have("messages", "chosen", "rejected") and all(
-        isinstance(row[name], dict) for row in head.rows for name in ("chosen", "rejected")
-    )
-    return "its rows have `messages`, and `chosen` and `rejected` are one turn" if turns else None
-
-
-_AXOLOTL_SAMPLE = as_jsonl(
-    {
-        "messages": [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Name a fruit."}],
-        "chosen": {"role": "assistant", "content": "Pear."},
-        "rejected": {"role": "assistant", "content": "Car."},
-    }
+@row_format(
+    "axolotl-preference",
+    detect=any_of(
+        rows_have("instruction", "chosen_response", "rejected_response"),
+        rows_have(
+            "messages",
+            "chosen",
+            "rejected",
+            where=are(dict, "chosen", "rejected"),
+            why="its rows have `messages`, and `chosen` and `rejected` are one turn",
+        ),
+    ),
 )
-
-
-@PUBLISHED.row("axolotl-preference", suffixes=JSON, sample=_AXOLOTL_SAMPLE, detect=_detect_axolotl)
 def axolotl_preference(row: Any) -> Ranking:
     """axolotl pairs: rows {messages, chosen, rejected} of turns, or {instruction, chosen_response, rejected_response}.
 
@@ -96,29 +73,13 @@ def axolotl_preference(row: Any) -> Ranking:
         need(row, "messages", "chosen", "rejected")
         said = turns_of(row["messages"], "messages", "user")
         better, worse = (answer(turns_of(row[name], name, "assistant"), name) for name in ("chosen", "rejected"))
-    return _pair([*before_prompt(row, said), *said], better, worse, "axolotl")
+    return ranking("axolotl", whole_prompt(row, said), (better, worse), (1, 2))
 
 
 # ---- MedicalGPT ------------------------------------------------------------------------------------------------------
 
 
-def _detect_medicalgpt(head: Beginning) -> str | None:
-    found = head.all_have("question", "response_chosen", "response_rejected")
-    return "its rows have `question`, `response_chosen` and `response_rejected`" if found else None
-
-
-_MEDICALGPT_SAMPLE = as_jsonl(
-    {
-        "system": "",
-        "history": [["My tooth aches.", "Brush it."]],
-        "question": "It still aches.",
-        "response_chosen": "See a dentist.",
-        "response_rejected": "Ignore it.",
-    }
-)
-
-
-@PUBLISHED.row("medicalgpt", suffixes=JSON, sample=_MEDICALGPT_SAMPLE, detect=_detect_medicalgpt)
+@row_format("medicalgpt", "question", "response_chosen", "response_rejected")
 def medicalgpt(row: Any) -> Ranking:
     """MedicalGPT pairs: rows {system, history, question, response_chosen, response_rejected}.
 
@@ -129,23 +90,15 @@ def medicalgpt(row: Any) -> Ranking:
 
     Rejected: another `history`, identical or empty answers.
     """
-    need(row, "question", "response_chosen", "response_rejected")
     said = [Message("user", text(row, "question"))]
-    better, worse = text(row, "response_chosen"), text(row, "response_rejected")
-    return _pair([*before_prompt(row, said), *said], better, worse, "medicalgpt")
+    answers = text(row, "response_chosen"), text(row, "response_rejected")
+    return ranking("medicalgpt", whole_prompt(row, said), answers, (1, 2))
 
 
 # ---- CValues ---------------------------------------------------------------------------------------------------------
 
 
-def _detect_cvalues(head: Beginning) -> str | None:
-    return "its rows have `pos_resp` and `neg_resp`" if head.all_have("prompt", "pos_resp", "neg_resp") else None
-
-
-_CVALUES_SAMPLE = as_jsonl({"prompt": "How do I open a jar?", "pos_resp": "Warm the lid.", "neg_resp": "Use a hammer."})
-
-
-@PUBLISHED.row("cvalues", suffixes=JSON, sample=_CVALUES_SAMPLE, detect=_detect_cvalues)
+@row_format("cvalues", "prompt", "pos_resp", "neg_resp")
 def cvalues(row: Any) -> Ranking:
     """CValues-Comparison: rows {prompt, pos_resp, neg_resp, pos_type, neg_type}.
 
@@ -156,25 +109,14 @@ def cvalues(row: Any) -> Ranking:
 
     Rejected: identical or empty answers.
     """
-    need(row, "prompt", "pos_resp", "neg_resp")
-    prompt = turns_of(row["prompt"], "prompt", "user")
-    return _pair(prompt, text(row, "pos_resp"), text(row, "neg_resp"), "cvalues", "model")
+    answers = text(row, "pos_resp"), text(row, "neg_resp")
+    return ranking("cvalues", turns_of(row["prompt"], "prompt", "user"), answers, (1, 2), kind="model")
 
 
 # ---- Stack Exchange, paired ------------------------------------------------------------------------------------------
 
 
-def _detect_paired(head: Beginning) -> str | None:
-    found = head.all_have("question", "response_j", "response_k")
-    return "its rows have `question`, `response_j` and `response_k`" if found else None
-
-
-_PAIRED_SAMPLE = as_jsonl(
-    {"qid": 1, "question": "How do I sort a list?", "response_j": "Use `sorted`.", "response_k": "By hand."}
-)
-
-
-@PUBLISHED.row("stack-exchange-paired", suffixes=JSON, sample=_PAIRED_SAMPLE, detect=_detect_paired)
+@row_format("stack-exchange-paired", "question", "response_j", "response_k")
 def stack_exchange_paired(row: Any) -> Ranking:
     """Stack Exchange pairs (lvwerra/stack-exchange-paired): rows {question, response_j, response_k}.
 
@@ -185,42 +127,24 @@ def stack_exchange_paired(row: Any) -> Ranking:
 
     Rejected: identical or empty answers.
     """
-    need(row, "question", "response_j", "response_k")
-    prompt = [Message("user", text(row, "question"))]
-    return _pair(prompt, text(row, "response_j"), text(row, "response_k"), "stack-exchange-paired", "person")
+    answers = text(row, "response_j"), text(row, "response_k")
+    return ranking("stack-exchange-paired", text(row, "question"), answers, (1, 2), kind="person")
 
 
 # ---- PKU-SafeRLHF ----------------------------------------------------------------------------------------------------
 
 
-def _detect_saferlhf(head: Beginning) -> str | None:
-    for judged in ("better_response_id", "safer_response_id"):
-        if head.all_have("prompt", "response_0", "response_1", judged):
-            return f"its rows have `prompt`, `response_0`, `response_1` and `{judged}`"
-    return None
-
-
-_SAFERLHF_SAMPLE = as_jsonl(
-    {
-        "prompt": "How do I open a stuck jar?",
-        "response_0": "Hit it with a hammer.",
-        "response_1": "Warm the lid under hot water.",
-        "is_response_0_safe": False,
-        "is_response_1_safe": True,
-        "better_response_id": 1,
-        "safer_response_id": 1,
-    }
-)
-
-
 _SAFERLHF_LEFT_OUT = ("better_response_id", "safer_response_id", "response_0_sha256", "response_1_sha256")
 
 
-@PUBLISHED.row(
+@row_format(
     "pku-saferlhf",
-    suffixes=JSON,
-    sample=_SAFERLHF_SAMPLE,
-    detect=_detect_saferlhf,
+    "prompt",
+    "response_0",
+    "response_1",
+    detect=any_of(
+        *(rows_have("prompt", "response_0", "response_1", f"{by}_response_id") for by in ("better", "safer"))
+    ),
     left_out=_SAFERLHF_LEFT_OUT,
 )
 def pku_saferlhf(row: Any, *, by: Literal["better", "safer"] = "better") -> Ranking:
@@ -238,15 +162,16 @@ def pku_saferlhf(row: Any, *, by: Literal["better", "safer"] = "better") -> Rank
     answers, a missing judgement (the single-dimension data has only better).
     """
     judged = f"{by}_response_id"
-    need(row, "prompt", "response_0", "response_1", judged)
-    winner = one_of(row[judged], judged, (0, 1))
+    winner = one_of(need(row, judged)[judged], judged, (0, 1))
     safe = [row.get(f"is_response_{i}_safe") for i in (0, 1)]
     if by == "safer" and safe[winner] is False and safe[1 - winner] is True:
         remedy = "Annotate the row again, or leave it out."
         raise BadRecord("safer_response_id: contradicts is_response_0_safe and is_response_1_safe", f"{winner}", remedy)
-    candidates = tuple(
-        Candidate(text(row, f"response_{i}"), text(row, f"response_{i}_source", optional=True), "model") for i in (0, 1)
+    return ranking(
+        "pku-saferlhf",
+        turns_of(row["prompt"], "prompt", "user"),
+        [text(row, f"response_{i}") for i in (0, 1)],
+        ranks_of_two(2 * winner - 1),
+        authors=[text_if_any(row, f"response_{i}_source") for i in (0, 1)],
+        kind="model",
     )
-    prompt = turns_of(row["prompt"], "prompt", "user")
-    ranks = ranks_of_two(2 * winner - 1)
-    return Ranking(tuple(prompt), source="pku-saferlhf", candidates=candidates, ranks=ranks)

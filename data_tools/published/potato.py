@@ -7,13 +7,13 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from data_tools.published.table import PUBLISHED, Beginning
+from data_tools.published.table import any_of, row_format, rows_have
 from data_tools.reading.annotation_exports import brief, person
-from data_tools.reading.fields import as_jsonl, elements, need
-from data_tools.reading.rows import JSON, rows
+from data_tools.reading.fields import elements, need, ranking
+from data_tools.reading.rows import rows
 from data_tools.reading.turns import prompt_turns, turns_of
 from rlhf.core.errors import UserError
-from rlhf.data.schema import BadRecord, Candidate, Ranking, Record, dense_ranks
+from rlhf.data.schema import BadRecord, Record, dense_ranks
 
 STATE = "instance_id_to_label_to_value"
 LABELS = ("labels", "label_annotations")
@@ -21,30 +21,14 @@ JUDGEMENTS = ("selection", "scale_value", "rank_order", "best")
 """What the answer to a question of type pairwise, pairwise on a scale, ranking and bws is called."""
 
 
-def _detect_potato(head: Beginning) -> str | None:
-    if head.all_have("user_id", STATE):
-        return f"its rows have `user_id` and `{STATE}`"
-    for name in LABELS:
-        if head.all_have("instance_id", "user_id", name):
-            return f"its rows have `instance_id`, `user_id` and `{name}`"
-    return None
-
-
-_POTATO_SAMPLE = as_jsonl(
-    {
-        "instance_id": "1",
-        "user_id": "ann",
-        "prompt": "Name a fruit.",
-        "responses": ["Car.", "Pear."],
-        "labels": {"preference": {"selection": "B"}},
-    }
-)
-
-
 _POTATO_LEFT_OUT = ("displayed_text", "phase_to_page_to_label_to_value", "training_instance_id_to_label_to_value")
 
 
-@PUBLISHED.row("potato", suffixes=JSON, sample=_POTATO_SAMPLE, detect=_detect_potato, left_out=_POTATO_LEFT_OUT)
+@row_format(
+    "potato",
+    detect=any_of(rows_have("user_id", STATE), *(rows_have("instance_id", "user_id", name) for name in LABELS)),
+    left_out=_POTATO_LEFT_OUT,
+)
 def potato(
     row: Any,
     *,
@@ -86,11 +70,7 @@ def potato(
             asked = turns_of(need(item, prompt)[prompt], prompt, "user") if prompt else prompt_turns(item)
             if not asked:
                 raise BadRecord("no prompt is found", brief(list(item)), "Name its field: --option prompt=FIELD")
-            candidates = tuple(map(Candidate, texts))
-            annotator = person(row.get("user_id"))
-            yield Ranking(
-                tuple(asked), source="potato", candidates=candidates, ranks=ranks, annotator=annotator, shown=True
-            )
+            yield ranking("potato", asked, texts, ranks, annotator=person(row.get("user_id")), shown=True)
         except BadRecord as fault:
             yield fault
 

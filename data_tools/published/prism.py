@@ -9,38 +9,12 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any, Literal
 
-from data_tools.published.table import PUBLISHED, Beginning
+from data_tools.published.table import any_of, row_format, rows_have
 from data_tools.reading.annotation_exports import brief, person
-from data_tools.reading.fields import as_jsonl, elements, need, number, text
-from data_tools.reading.rows import JSON, rows
+from data_tools.reading.fields import elements, need, number, ranking, text, text_if_any
+from data_tools.reading.rows import rows
 from rlhf.data.jsonl import Item, OnReject, Reject
-from rlhf.data.schema import BadRecord, Candidate, Message, Ranking, Record, dense_ranks
-
-
-def _detect_prism(head: Beginning) -> str | None:
-    if head.all_have("conversation_history"):
-        return "its rows have a `conversation_history`"
-    if head.all_have("interaction_id", "user_prompt", "model_response", "if_chosen"):
-        return "its rows have `user_prompt`, `model_response` and `if_chosen`"
-    return None
-
-
-def _sample_answer(said: str, model: str, score: int, chosen: bool) -> dict[str, Any]:
-    return {"turn": 0, "role": "model", "content": said, "model_name": model, "score": score, "if_chosen": chosen}
-
-
-_PRISM_SAMPLE = as_jsonl(
-    {
-        "conversation_id": "c1",
-        "user_id": "user1",
-        "conversation_history": [
-            {"turn": 0, "role": "user", "content": "Name a fruit."},
-            _sample_answer("Pear.", "m1", 90, True),
-            _sample_answer("Car.", "m2", 10, False),
-        ],
-    }
-)
-
+from rlhf.data.schema import BadRecord, Message, Ranking, Record, dense_ranks
 
 _OF_CONVERSATION = ("conversation_id", "interaction_id", "user_id", "user_prompt")
 _FIELDS = {"model_response": "content"}
@@ -98,15 +72,14 @@ def _joined(items: list[Item]) -> Item:
     return Item(first.line, raw, value)
 
 
-_PRISM_LEFT_OUT = ("opening_prompt", "performance_attributes", "choice_attributes", "open_feedback")
-
-
-@PUBLISHED.row(
+@row_format(
     "prism",
-    suffixes=JSON,
-    sample=_PRISM_SAMPLE,
-    detect=_detect_prism,
-    left_out=_PRISM_LEFT_OUT,
+    "conversation_history",
+    detect=any_of(
+        rows_have("conversation_history"),
+        rows_have("interaction_id", "user_prompt", "model_response", "if_chosen"),
+    ),
+    left_out=("opening_prompt", "performance_attributes", "choice_attributes", "open_feedback"),
     read=_conversations,
 )
 def prism(row: Any, *, by: Literal["score", "chosen"] = "score") -> Iterator[Record | BadRecord]:
@@ -128,7 +101,6 @@ def prism(row: Any, *, by: Literal["score", "chosen"] = "score") -> Iterator[Rec
     Rejected, each turn for itself: a chosen answer that scores below another, a missing score, fewer than two distinct
     answers; turns after one without a chosen answer.
     """
-    need(row, "conversation_history")
     history = [need(item, "turn", "role", "content") for item in elements(row, "conversation_history")]
     if not history:
         raise BadRecord("conversation_history: no turn")
@@ -162,15 +134,14 @@ def _prism_turn(prompt: list[Message], answers: list[dict[str, Any]], by: str, a
         raise BadRecord("score: an answer has none", brief(scores), "Use --option by=chosen.")
     if by == "chosen" and not any(picked):
         raise BadRecord("if_chosen: no answer of the turn is chosen")
-    candidates = (
-        Candidate(text(item, "content"), text(item, "model_name", optional=True), "model", score)
-        for item, score in zip(answers, scores)
-    )
     better = [-score for score in given] if by == "score" else [not pick for pick in picked]
-    return Ranking(
-        tuple(prompt),
-        source="prism",
-        candidates=tuple(candidates),
-        ranks=dense_ranks(better),
+    return ranking(
+        "prism",
+        prompt,
+        [text(item, "content") for item in answers],
+        dense_ranks(better),
+        authors=[text_if_any(item, "model_name") for item in answers],
+        kind="model",
+        scores=scores,
         annotator=annotator,
     )

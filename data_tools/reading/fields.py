@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import reprlib
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping
+from itertools import repeat
 from typing import Any, Literal
 
 from data_tools.reading.roles import SYSTEM_FIELDS
-from rlhf.data.schema import BadRecord, Message
+from rlhf.data.schema import BadRecord, Candidate, Message, Ranking
 
 Role = Literal["system", "user", "assistant", "tools", "tool_calls", "tool"]
 OPENAI_ROLES: dict[str, Role] = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
@@ -24,11 +24,6 @@ TOOL_REMEDY = (
     "(trl-preference, openai-preference, sharegpt-preference) --option tools=keep."
 )
 RIGHT_FORMAT = "Is this the right format name? `rlhf data formats` shows a sample of each."
-
-
-def as_jsonl(*rows: Any) -> str:
-    """The rows as the text of a JSONL file."""
-    return "".join(json.dumps(row) + "\n" for row in rows)
 
 
 def without_nulls(value: Any, depth: int = 10) -> Any:
@@ -57,18 +52,25 @@ def need(row: Any, *names: str) -> dict[str, Any]:
     return row
 
 
-def text(row: Mapping[str, Any], name: str, optional: bool = False) -> str:
-    """A field that must be text; empty where an `optional` one is missing or null.
+def text(row: Mapping[str, Any], name: str) -> str:
+    """A field that must be text.
 
     Raises:
         BadRecord: It is missing or no text.
     """
     value = row.get(name)
-    if value is None and optional:
-        return ""
     if not isinstance(value, str):
         raise BadRecord(f"{name}: not text", type(value).__name__)
     return value
+
+
+def text_if_any(row: Mapping[str, Any], name: str) -> str:
+    """A field that must be text; empty where it is missing or null.
+
+    Raises:
+        BadRecord: It is no text.
+    """
+    return "" if row.get(name) is None else text(row, name)
 
 
 def elements(row: Mapping[str, Any], name: str) -> list[Any]:
@@ -108,6 +110,35 @@ def one_of(value: Any, name: str, allowed: Collection[int]) -> int:
 def ranks_of_two(second_is_better: float) -> tuple[int, int]:
     """Ranks of the first and the second answer: negative = the first is better, 0 = a tie, positive = the second."""
     return (1, 1) if second_is_better == 0 else (1, 2) if second_is_better < 0 else (2, 1)
+
+
+def ranking(
+    source: str,
+    prompt: str | Iterable[Message],
+    answers: Iterable[str],
+    ranks: Iterable[int],
+    *,
+    authors: Iterable[str] | None = None,
+    kind: Literal["model", "person", "unknown"] = "unknown",
+    scores: Iterable[float | None] | None = None,
+    group: str = "",
+    **facts: Any,
+) -> Ranking:
+    """A ranking.
+
+    Args:
+        prompt: Its turns, or the text of its only one.
+        authors: Of the answers, who are all of that `kind`.
+        scores: Of the answers.
+        group: Empty where there is none.
+        facts: Other fields of the record.
+
+    Raises:
+        BadRecord: It is not valid.
+    """
+    turns = (Message("user", prompt),) if isinstance(prompt, str) else tuple(prompt)
+    candidates = tuple(map(Candidate, answers, authors or repeat(""), repeat(kind), scores or repeat(None)))
+    return Ranking(turns, source, group or None, candidates=candidates, ranks=tuple(ranks), **facts)
 
 
 def chat(
@@ -165,26 +196,25 @@ def answer(turns: list[Message], name: str) -> str:
     return turns[0].content
 
 
-def alpaca_prompt(row: Mapping[str, Any]) -> tuple[Message, ...]:
+def alpaca_prompt(row: Mapping[str, Any]) -> list[Message]:
     """The prompt of an Alpaca row: `instruction` and, after a blank line, `input`; before it `system` and `history`.
 
     Raises:
         BadRecord: A field is of the wrong type.
     """
-    said = Message("user", joined(text(row, "instruction"), text(row, "input", optional=True)))
-    return (*before_prompt(row, [said]), said)
+    return whole_prompt(row, [Message("user", joined(text(row, "instruction"), text_if_any(row, "input")))])
 
 
-def before_prompt(row: Mapping[str, Any], said: Sequence[Message]) -> list[Message]:
-    """The turns of a row's `SYSTEM_FIELDS` and `history`, a list of [user, assistant], which come before its prompt.
+def whole_prompt(row: Mapping[str, Any], said: list[Message]) -> list[Message]:
+    """The prompt, after the turns of the row's `SYSTEM_FIELDS` and `history`, a list of [user, assistant].
 
     Args:
-        said: The prompt. A system turn with which it begins is not repeated.
+        said: The turns of the prompt. A system turn with which it begins is not repeated.
 
     Raises:
         BadRecord: `history` is no such list, or there are two system turns.
     """
-    given = {value.strip(): value for name in SYSTEM_FIELDS if (value := text(row, name, optional=True)).strip()}
+    given = {value.strip(): value for name in SYSTEM_FIELDS if (value := text_if_any(row, name)).strip()}
     if said and said[0].role == "system":
         given.setdefault(said[0].content.strip(), said[0].content)
     if len(given) > 1:
@@ -195,7 +225,7 @@ def before_prompt(row: Mapping[str, Any], said: Sequence[Message]) -> list[Messa
         raise BadRecord("history: not a list of [user, assistant]", reprlib.repr(history))
     for user, assistant in history:
         turns += [Message("user", user), Message("assistant", assistant)]
-    return turns
+    return turns + said
 
 
 def joined(*parts: str) -> str:

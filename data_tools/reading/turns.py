@@ -12,11 +12,11 @@ from data_tools.reading.fields import (
     OPENAI_ROLES,
     SHAREGPT_ROLES,
     Role,
-    before_prompt,
     chat,
     is_tool_turn,
     joined,
     text,
+    whole_prompt,
 )
 from rlhf.data.schema import BadRecord, Message
 
@@ -94,10 +94,19 @@ def turns_of(value: Any, name: str, role: Role, json_text: bool = True, keep_too
         read = read if isinstance(read, list) else [read]
         sharegpt = "from" in read[0] and "role" not in read[0]
         names = (SHAREGPT_ROLES, "from", "value") if sharegpt else (OPENAI_ROLES, "role", "content")
-        return turns_with_tools(read, name, *names)[0] if keep_tools else chat(read, name, *names)
+        return turns_by(read, name, *names, keep_tools)
     if not isinstance(value, str):
         return chat(value, name)  # says what is wrong with it
     return from_transcript(value) if is_transcript(value) else [Message(role, value)]
+
+
+def turns_by(
+    turns: Any, name: str, roles: Mapping[str, Role], role: str, content: str, keep_tools: bool
+) -> list[Message]:
+    """The turns of a chat as `chat` reads them, or, where those of tools are kept, as `turns_with_tools` does."""
+    if keep_tools and are_objects(turns):
+        return turns_with_tools(turns, name, roles, role, content)[0]
+    return chat(turns, name, roles, role, content)
 
 
 def shared_turns(chats: Sequence[Sequence[Message]]) -> int:
@@ -217,7 +226,7 @@ def prompt_turns(row: Mapping[str, Any], other: Collection[Any] = ()) -> list[Me
     if others := [name for name in others if turns_of(row[name], name, "user") != said]:
         remedy = "Import by the mapping: csv --option prompt_template='{" + first + "}\\n\\n{" + others[0] + "}' ..."
         raise BadRecord(f"{first} and {others[0]}: which is the prompt?", brief(row[others[0]]), remedy)
-    return [*before_prompt(row, said), *said]
+    return whole_prompt(row, said)
 
 
 # ---- turns of tools --------------------------------------------------------------------------------------------------
@@ -226,6 +235,11 @@ TOOL_FIELDS = ("tools", "functions")
 """What the field with the definitions of a chat's tools is called."""
 TOOLS_INSIDE = (*TOOL_FIELDS, "tool_calls", "function_call")
 """Fields in which a name such as query is that of a tool's argument."""
+
+
+def tool_fields(tools: str, **_: Any) -> tuple[str, ...]:
+    """The fields that an importer leaves out by its option `tools`: where turns of tools are rejected, none."""
+    return () if tools == "reject" else TOOLS_INSIDE
 
 
 def are_objects(turns: Any) -> bool:
@@ -291,13 +305,13 @@ def _calls(turn: Mapping[str, Any], reason: str, where: str, content: str) -> li
     return calls
 
 
-def tool_definitions(row: Mapping[str, Any], names: Sequence[str]) -> list[Message]:
-    """The turn with the definitions of a chat's tools, in one of these fields as a list or its JSON; none: no turn.
+def tool_definitions(row: Mapping[str, Any]) -> list[Message]:
+    """The turn with the definitions of a chat's tools, in one of `TOOL_FIELDS` as a list or its JSON; none: no turn.
 
     Raises:
         BadRecord: A definition has no name, or two fields hold some.
     """
-    found = [(name, value) for name in names if (value := from_json_text(row.get(name))) not in (None, "", [])]
+    found = [(name, value) for name in TOOL_FIELDS if (value := from_json_text(row.get(name))) not in (None, "", [])]
     if not found:
         return []
     name, value = found[0]

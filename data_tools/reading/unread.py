@@ -7,6 +7,7 @@ from typing import Any, TypeVar
 
 from data_tools.reading.annotation_exports import brief
 from data_tools.reading.roles import is_fact, role_of, says_something
+from rlhf.data.jsonl import OnReject
 from rlhf.data.schema import BadRecord
 
 T = TypeVar("T")
@@ -53,12 +54,15 @@ class NestedFields:
     Which fields are read is noted for a row with an object of new fields only. Objects in one field of a row that have
     the same fields are taken to be read in the same way.
 
+    Fields that need not be read are given by the name of one, its path with dots, or the field of the row it is in.
+
     Args:
-        ignored: Fields that need not be read: the name of one, its path with dots, or the field of the row it is in.
+        reject: Takes the rejects of an import; its `ignored_fields`, where it has some, need not be read.
+        left_out: More fields that need not be read.
     """
 
-    def __init__(self, ignored: Collection[str] = ()) -> None:
-        self.ignored = ignored
+    def __init__(self, reject: OnReject, left_out: Collection[str] = ()) -> None:
+        self.ignored = {*left_out, *getattr(reject, "ignored_fields", ())}
         self._known: set[tuple[str, ...]] = set()
         """Field of the row and the fields of an object in it, where all that could matter were read."""
 
@@ -81,19 +85,25 @@ class NestedFields:
                 return False
         return True
 
-    def converted(self, convert: Callable[[Any], T], value: Any) -> tuple[T, BadRecord | None]:
-        """What `convert` makes of a row, and its `fault`.
+    def converted(self, convert: Callable[[Any], T], value: Any, used: Callable[[T], bool] = lambda _: True) -> T:
+        """What `convert` makes of a row.
+
+        Args:
+            used: Whether anything of it can be used; if not, it does not matter what was not read.
 
         Raises:
-            BadRecord: `convert` does.
+            BadRecord: `convert` does, or the row has a `fault`.
         """
         row = self.row(value) if isinstance(value, dict) else value
         try:
-            return convert(row), self.fault(row)
+            made = convert(row)
         except BadRecord:
             if not isinstance(row, ReadFields) or not row.followed:
                 raise
-        return convert(ReadFields(value)), None  # the same fault, with a message about the types that the file has
+            return convert(ReadFields(value))  # the same fault, with a message about the types that the file has
+        if (fault := self.fault(row)) and used(made):
+            raise fault
+        return made
 
     def fault(self, row: Any) -> BadRecord | None:
         """The fault of a row with a field that was not read and could be a prompt, a system turn, an answer, a
