@@ -299,7 +299,7 @@ def test_a_server_gives_the_tokens_of_hf_and_follows_the_weights(chat, questions
         assert gap(policy, prompt, answer).abs().max() < 1e-4
     server = vllm_client._servers[policy]
     with pytest.raises(UserError, match="token"):
-        vllm_client.Server(server.url, "guess").call("POST", "/sample")
+        vllm_client.SamplerServer(server.url, "guess").call("POST", "/sample")
 
 
 @pytest.mark.parametrize("tuning", ["full", "lora"])

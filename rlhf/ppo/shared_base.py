@@ -47,7 +47,7 @@ from rlhf.models.vocabulary import mask_unknown_ids, token_count
 from rlhf.ppo.config import PPOConfig
 from rlhf.ppo.frozen_layers import FrozenLayers
 from rlhf.ppo.models import Models, critic_values, policy_logprobs
-from rlhf.ppo.shared_roles import Adapter, SharedRoles, recognise
+from rlhf.ppo.shared_roles import RoleAdapter, SharedRoles, recognise
 from rlhf.ppo.types import MicroBatch, TokenOutputs
 from rlhf.reward.sources import RewardInputs
 from rlhf.runs.parents import resolve_model_path
@@ -228,7 +228,7 @@ def _name(role: str) -> str:
     return POLICY if role == "policy" else role
 
 
-def _peft_config(base: Any, adapter: Adapter) -> Any:
+def _peft_config(base: Any, adapter: RoleAdapter) -> Any:
     """PEFT's config of an adapter for the base, which has none yet."""
     found = adapter_config(adapter.tuning, base, "causal")
     found.inference_mode = False
@@ -258,7 +258,7 @@ def _start_from(policy: Any, name: str, run: str) -> None:
     set_peft_model_state_dict(policy, saved, adapter_name=name)
 
 
-def _scalar(config: ModelConfig, base: Any, adapter: Adapter) -> ScalarModel:
+def _scalar(config: ModelConfig, base: Any, adapter: RoleAdapter) -> ScalarModel:
     """A scalar model around the base's own body. Its head is that of the run the adapter starts from, or a new one."""
     head = None if adapter.start is None else _saved(adapter.start).get(HEAD_KEY)
     remote = {"trust_remote_code": config.trust_remote_code}

@@ -22,7 +22,7 @@ SEPARATE = "or set model.sharing=separate."
 
 
 @dataclass(frozen=True)
-class Adapter:
+class RoleAdapter:
     """The adapter that one role adds to the base."""
 
     tuning: Pick
@@ -39,7 +39,7 @@ class SharedRoles:
     """Model folder or hub name."""
     weights: str
     """The base's fingerprint, or `hub:` and its name."""
-    adapters: Mapping[str, Adapter]
+    adapters: Mapping[str, RoleAdapter]
     """Adapters of `policy`, `critic`, `reward` and `reference`. Without an adapter the reference is the base alone;
     other roles without one do not exist in this run."""
 
@@ -85,13 +85,13 @@ def recognise(config: PPOConfig) -> SharedRoles:
                     f"It is {_short(weights_of(base))} now and was {_short(known)}.",
                     f"Train these runs again, {SEPARATE}",
                 )
-    adapters = {"policy": Adapter(config.tuning, sft)}
+    adapters = {"policy": RoleAdapter(config.tuning, sft)}
     if config.needs_critic:
-        adapters["critic"] = Adapter(config.critic.tuning, reward if config.critic.init == "reward" else sft)
+        adapters["critic"] = RoleAdapter(config.critic.tuning, reward if config.critic.init == "reward" else sft)
     if reward is not None:
-        adapters["reward"] = Adapter(tuning, reward)
+        adapters["reward"] = RoleAdapter(tuning, reward)
     if sft is not None:
-        adapters["reference"] = Adapter(config.tuning, sft)
+        adapters["reference"] = RoleAdapter(config.tuning, sft)
     for role, key in (("policy", "tuning"), ("critic", "critic.tuning"), ("reward", "tuning")):
         if role in adapters:
             _check_options(key, adapters[role], config.tuning)
@@ -139,7 +139,7 @@ def _sft_beside(start: str, mine: str, reward: str, theirs: Mapping[str, str]) -
     )
 
 
-def _check_options(key: str, adapter: Adapter, policy: Pick) -> None:
+def _check_options(key: str, adapter: RoleAdapter, policy: Pick) -> None:
     """Refuse an adapter whose options differ from those of the run it starts from."""
     if adapter.tuning.name != policy.name:
         raise UserError(

@@ -136,7 +136,7 @@ def _temporary() -> tempfile.TemporaryDirectory[str]:
     return tempfile.TemporaryDirectory(prefix="rlhf-vllm-")
 
 
-class Engine:
+class VLLMEngine:
     """vLLM's engine in this process, which sleeps on a GPU, and the weights that it has."""
 
     def __init__(self, settings: dict[str, Any]) -> None:
@@ -172,16 +172,16 @@ class Engine:
             self.llm.sleep(level=1 if self.takes_adapters else 2)
 
 
-_engines: dict[str, Engine] = {}
+_engines: dict[str, VLLMEngine] = {}
 """At most one: what the engine of this process was made from, and the engine."""
 
 
-def _engine(folder: str, sequences: int, dtype: str, **options: Any) -> Engine:
+def _engine(folder: str, sequences: int, dtype: str, **options: Any) -> VLLMEngine:
     """The engine of this process, made at the first rollout."""
     key = repr((folder, sequences, dtype, options))
     if key not in _engines:
         for old in _engines.values():
             old.llm.llm_engine.engine_core.shutdown()  # a second engine finds the first one's groups otherwise
         _engines.clear()
-        _engines[key] = Engine(vllm_engine.engine_options(folder, sequences, dtype, **options))
+        _engines[key] = VLLMEngine(vllm_engine.engine_options(folder, sequences, dtype, **options))
     return _engines[key]

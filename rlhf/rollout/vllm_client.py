@@ -57,7 +57,7 @@ def start(
     everyone = _gather([list(prompts), list(seeds)])
     first = sum(len(one[0]) for one in everyone[: distributed.rank()])
     shape = None if sampling.merge_adapters else lora_shape(model)
-    server: Server | None = None
+    server: SamplerServer | None = None
     if distributed.rank() == 0:
         server = _server(model, chat, sampling, url, shape, **options)
     alone: bool = distributed.from_main(server is not None and server.takes(shape))
@@ -93,7 +93,7 @@ def _gather(mine: Any) -> list[Any]:
     return found
 
 
-def _send(server: Server | None, model: Any, alone: bool, dtype: torch.dtype) -> dict[str, str | None]:
+def _send(server: SamplerServer | None, model: Any, alone: bool, dtype: torch.dtype) -> dict[str, str | None]:
     """Send the weights merged, or (`alone`) the adapter to a base that is sent once. Every rank calls it.
 
     Returns:
@@ -106,7 +106,7 @@ def _send(server: Server | None, model: Any, alone: bool, dtype: torch.dtype) ->
             return {"weights": weights, "adapter": adapter}
 
 
-def _send_base(server: Server | None, model: Any, dtype: torch.dtype) -> str | None:
+def _send_base(server: SamplerServer | None, model: Any, dtype: torch.dtype) -> str | None:
     """The version of the base on the server, which is sent if it is not there; None if the server was lost."""
     known: str | None = distributed.from_main(server.base_of(model) if server is not None else None)
     if known is not None:
@@ -118,7 +118,9 @@ def _send_base(server: Server | None, model: Any, dtype: torch.dtype) -> str | N
 
 
 @torch.no_grad()
-def _upload(server: Server | None, weights: Iterable[tuple[str, torch.Tensor]], dtype: torch.dtype) -> str | None:
+def _upload(
+    server: SamplerServer | None, weights: Iterable[tuple[str, torch.Tensor]], dtype: torch.dtype
+) -> str | None:
     """Rank 0 sends the weights, which every rank takes one after another.
 
     Returns:
@@ -135,7 +137,7 @@ class ServerLost(UserError):
     """A server that has ended or does not answer."""
 
 
-class Server:
+class SamplerServer:
     """A server that this process sends to.
 
     Args:
@@ -246,7 +248,7 @@ class Server:
 class Upload:
     """Weights on their way to a server, in parts."""
 
-    def __init__(self, server: Server, dtype: torch.dtype) -> None:
+    def __init__(self, server: SamplerServer, dtype: torch.dtype) -> None:
         server.sent += 1
         self.server, self.dtype, self.version = server, dtype, f"{server.run}_{server.sent}"
         self.tensors: dict[str, torch.Tensor] = {}
@@ -283,13 +285,13 @@ class Upload:
 
 
 Launch = Callable[[], tuple[str, subprocess.Popen[str]]]
-_servers: weakref.WeakKeyDictionary[Any, Server] = weakref.WeakKeyDictionary()
+_servers: weakref.WeakKeyDictionary[Any, SamplerServer] = weakref.WeakKeyDictionary()
 
 
 def _server(
     model: Any, chat: ChatTokenizer, sampling: SamplingParams, url: str | None, shape: LoraShape | None,
     **options: Any,
-) -> Server:  # fmt: skip
+) -> SamplerServer:  # fmt: skip
     """The server of a model: the one at `url`, or one that this process starts at the first rollout."""
     if model not in _servers:
         if url is not None:
@@ -297,13 +299,13 @@ def _server(
         else:
             token = secrets.token_urlsafe(32)
             adapter: dict[str, Any] = {} if shape is None else {"lora_rank": shape.rank, "lora_modules": shape.modules}
-            server = Server("", token, _launcher(model, chat, sampling, token, **options, **adapter))
+            server = SamplerServer("", token, _launcher(model, chat, sampling, token, **options, **adapter))
             weakref.finalize(model, server.end)
             _servers[model] = server
     return _servers[model]
 
 
-def connect(url: str) -> Server:
+def connect(url: str) -> SamplerServer:
     """A server that was started before.
 
     Raises:
@@ -312,7 +314,7 @@ def connect(url: str) -> Server:
     token = os.environ.get(TOKEN)
     if not token:
         raise UserError(f"rollout.sampler: {TOKEN} is not set", remedy="Export what `rlhf serve-sampler` printed.")
-    return Server(url, token)
+    return SamplerServer(url, token)
 
 
 def _launcher(

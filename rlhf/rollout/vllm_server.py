@@ -87,7 +87,7 @@ class Sampler:
         self.version = weights.name
 
 
-class Handler(BaseHTTPRequestHandler):
+class SamplerHandler(BaseHTTPRequestHandler):
     """HTTP for a Sampler."""
 
     protocol_version = "HTTP/1.1"
@@ -166,16 +166,19 @@ def serve(
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # the engine's loop in this process: batches repeat exactly
     options = vllm_engine.engine_options(**settings)
     try:
-        server = ThreadingHTTPServer((host, port), Handler)
+        server = ThreadingHTTPServer((host, port), SamplerHandler)
     except OSError as error:
         raise UserError(f"{host}:{port}: {error.strerror}", remedy="Choose another --port.") from None
     backend = "mp" if tensor_parallel > 1 else "uni"
     llm = vllm_engine.start(**options, tensor_parallel_size=tensor_parallel, distributed_executor_backend=backend)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # so that the folder below is removed
     own = ExchangeFolder() if folder is None else None
-    Handler.sampler, Handler.token = Sampler(llm, own.path if own is not None else Path(folder or "")), token
-    Handler.facts = {"model": settings["model"], "dtype": settings["dtype"], "tensor_parallel": tensor_parallel}
-    Handler.facts |= {"lora_rank": vllm_engine.lora_rank(llm)}
+    SamplerHandler.sampler, SamplerHandler.token = (
+        Sampler(llm, own.path if own is not None else Path(folder or "")),
+        token,
+    )
+    SamplerHandler.facts = {"model": settings["model"], "dtype": settings["dtype"], "tensor_parallel": tensor_parallel}
+    SamplerHandler.facts |= {"lora_rank": vllm_engine.lora_rank(llm)}
     vllm_engine.when_a_process_dies(llm, server.shutdown)
     ready(server.server_address[1])
     server.serve_forever()
