@@ -147,7 +147,7 @@ def test_the_fast_way_through_a_usual_transcript_gives_what_the_slow_one_gives(h
     row = {"chosen": head + chosen, "rejected": head + rejected}
     usual = hh_module._usual(row)
     if usual is not None:
-        slow = hh_module._ranking(row)
+        slow = hh_module.hh_rlhf(row)
         assert (as_record(usual), *usual[:2]) == (slow, slow.id, slow.prompt_id)
 
 
@@ -156,7 +156,7 @@ def test_nearly_all_real_transcripts_are_usual_and_come_out_as_by_the_slow_way()
     with gzip.open(HH, "rt", encoding="utf-8") as file:
         rows = [json.loads(line) for line in file]
     made = [(ranking, row) for row in rows if (ranking := hh_module._usual(row)) is not None]
-    assert all(as_record(ranking) == hh_module._ranking(row) for ranking, row in made)
+    assert all(as_record(ranking) == hh_module.hh_rlhf(row) for ranking, row in made)
     assert len(made) > 0.9 * len(rows)
 
 
