@@ -1,12 +1,14 @@
 """Ranks forked from a process that has imported what they import: two of them start in a second instead of ten.
 
-Commands that a user types go through torchrun, and the tests of those do too; this is for programs of the tests' own.
+Commands that a user types start a new Python or go through torchrun, and some tests do as they do; this is for programs
+of the tests' own, and for runs whose start is not what a test is about.
 """
 
 from __future__ import annotations
 
 import atexit
 import functools
+import gc
 import multiprocessing
 import os
 import runpy
@@ -15,6 +17,7 @@ import time
 import traceback
 from multiprocessing.connection import wait
 from pathlib import Path
+from typing import Any
 
 IMPORTED = [
     "torch", "torch.distributed", "transformers.models.llama.modeling_llama", "trl", "peft", "datasets", "deepspeed",
@@ -30,38 +33,53 @@ def _server() -> multiprocessing.context.ForkServerContext:
     return context
 
 
-def run(
-    script: Path, words: tuple[str, ...], folder: Path, environments: list[dict[str, str]], timeout: float
-) -> tuple[int, str]:
-    """Run a program in a folder, as one process for each environment.
+class Ranks:
+    """A program that runs in a folder, as one process for each environment, with `words` as its arguments."""
 
-    As under torchrun the first that fails takes the others with it.
+    def __init__(self, script: Path, words: tuple[str, ...], folder: Path, environments: list[dict[str, str]]) -> None:
+        self._output = script.with_suffix(".out")
+        self._output.touch()
+        start = _server().Process
+        arguments = [(script, words, folder, environment, self._output) for environment in environments]
+        self._ranks: list[Any] = [start(target=_rank, args=given) for given in arguments]
+        for rank in self._ranks:
+            rank.start()
 
-    Returns:
-        The first exit status that is not 0, or 0, and what all of them wrote.
+    @property
+    def text(self) -> str:
+        """What all of them wrote so far, to standard output and standard error."""
+        return self._output.read_text("utf-8", "replace")
 
-    Raises:
-        TimeoutError: They ran longer than `timeout` seconds; what they wrote is the message.
-    """
-    output = script.with_suffix(".out")
-    output.touch()
-    start = _server().Process
-    ranks = [start(target=_rank, args=(script, words, folder, environment, output)) for environment in environments]
-    for rank in ranks:
-        rank.start()
-    until, failed = time.monotonic() + timeout, 0
-    while (left := [rank for rank in ranks if rank.exitcode is None]) and time.monotonic() < until:
-        wait([rank.sentinel for rank in left], timeout=max(0.0, until - time.monotonic()))
-        failed = failed or next((rank.exitcode for rank in ranks if rank.exitcode), 0)
-        if failed:
-            until = min(until, time.monotonic() + 5)  # for the others to say what they saw
-    for rank in left:
-        rank.kill()
-        rank.join()
-    text = output.read_text("utf-8", "replace")
-    if left and not failed:
-        raise TimeoutError(f"after {timeout} s:\n{text}")
-    return failed, text
+    def poll(self) -> int | None:
+        """The first exit status that is not 0; else None while one of them runs, and 0 after that."""
+        found = [rank.exitcode for rank in self._ranks]
+        return next(filter(None, found), None if None in found else 0)
+
+    def kill(self) -> None:
+        """End those that still run, by SIGKILL."""
+        for rank in self._ranks:
+            rank.kill()
+            rank.join()
+
+    def wait(self, timeout: float) -> int:
+        """Wait for the end. As under torchrun the first that fails takes the others with it.
+
+        Returns:
+            The first exit status that is not 0, or 0.
+
+        Raises:
+            TimeoutError: They ran longer than `timeout` seconds; what they wrote is the message.
+        """
+        until, failed = time.monotonic() + timeout, 0
+        while (left := [r for r in self._ranks if r.exitcode is None]) and time.monotonic() < until:
+            wait([rank.sentinel for rank in left], timeout=max(0.0, until - time.monotonic()))
+            failed = failed or self.poll() or 0
+            if failed:
+                until = min(until, time.monotonic() + 5)  # for the others to say what they saw
+        self.kill()
+        if left and not failed:
+            raise TimeoutError(f"after {timeout} s:\n{self.text}")
+        return failed
 
 
 def _rank(script: Path, words: tuple[str, ...], folder: Path, environment: dict[str, str], output: Path) -> None:
@@ -72,6 +90,7 @@ def _rank(script: Path, words: tuple[str, ...], folder: Path, environment: dict[
     with output.open("ab") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
+    _spare_time()
     sys.argv = [str(script), *words]
     status = 0
     try:
@@ -87,3 +106,17 @@ def _rank(script: Path, words: tuple[str, ...], folder: Path, environment: dict[
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(status)
+
+
+def _spare_time() -> None:
+    """Leave out what conftest.py leaves out in the tests' own process.
+
+    That is the predicted memory, most of a tiny run's time, the wait for the disk, and the search of what was imported
+    for garbage.
+    """
+    from rlhf.memory import peak
+
+    peak._predicted = lambda *_: "not in tests"  # type: ignore[assignment]
+    os.fsync = lambda handle: None
+    gc.freeze()
+    gc.set_threshold(10_000)

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 import time
 
-import psutil
 import tiny
 import yaml
+
+PROGRAM = "from stages.ppo import main, run; main('ppo')"
 
 
 def write_config(folder, prompts, reward_model, **more):
@@ -34,41 +33,26 @@ def write_config(folder, prompts, reward_model, **more):
     return folder / "ppo.yaml"
 
 
-def command(processes, file, *words):
-    python = [sys.executable]
-    if processes > 1:
-        python += ["-m", "torch.distributed.run", "--nproc_per_node", str(processes)]
-        python += ["--master_addr", "127.0.0.1", "--master_port", str(tiny.free_port())]
-    return [*python, "-m", "stages.ppo", "--config", str(file), *words]
-
-
 def environment():
     path = os.pathsep.join([str(tiny.REPOSITORY), str(tiny.REPOSITORY / "tests")])
     return {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
 
 
 def start(processes, file, *words):
-    return subprocess.Popen(
-        command(processes, file, *words), cwd=tiny.REPOSITORY, env=environment(), text=True,
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-    )  # fmt: skip
+    return tiny.start(processes, PROGRAM, "--config", str(file), *words)
 
 
 def complete(processes, file, *words):
-    program = "from stages.ppo import main, run; main('ppo')"
-    done = tiny.launch(processes, program, "--config", str(file), *words)
+    done = tiny.launch(processes, PROGRAM, "--config", str(file), *words)
     assert done.returncode == 0, done.stdout
     return done.stdout
 
 
-def kill_when(process, seen):
-    """SIGKILL the process and its ranks at the first moment that `seen()` is true."""
+def kill_when(ranks, seen):
+    """SIGKILL the ranks at the first moment that `seen()` is true."""
     deadline = time.monotonic() + 480
     while not seen():
-        assert process.poll() is None, process.stdout.read()
+        assert ranks.poll() is None, ranks.text
         assert time.monotonic() < deadline
         time.sleep(0.0005)
-    family = psutil.Process(process.pid)
-    for member in [*family.children(recursive=True), family]:  # ranks are not in torchrun's process group
-        member.kill()
-    process.communicate()
+    ranks.kill()

@@ -210,6 +210,13 @@ def launch(processes: int, code: str, *words: str, timeout: int = 900) -> subpro
     `words` are the program's arguments (`sys.argv[1:]`); `tests` is importable. Standard output and error come back
     together, the exit status is not checked. The ranks are forked (see `forked`), so they start at once.
     """
+    ranks = start(processes, code, *words)
+    status = ranks.wait(timeout)
+    return subprocess.CompletedProcess(words, status, stdout=ranks.text)
+
+
+def start(processes: int, code: str, *words: str, folder: Path = REPOSITORY) -> forked.Ranks:
+    """The same, in a folder, without waiting for the end."""
     script = Path(tempfile.mkdtemp(dir=_folder())) / "program.py"
     script.write_text(code, "utf-8")
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"}
@@ -219,8 +226,38 @@ def launch(processes: int, code: str, *words: str, timeout: int = 900) -> subpro
         world = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "LOCAL_WORLD_SIZE": str(processes)}
         world |= {"WORLD_SIZE": str(processes)}
         ranks = [environment | world | {"RANK": str(i), "LOCAL_RANK": str(i)} for i in range(processes)]
-    status, text = forked.run(script, words, REPOSITORY, ranks, timeout)
-    return subprocess.CompletedProcess([str(script), *words], status, stdout=text)
+    return forked.Ranks(script, words, folder, ranks)
+
+
+COMMAND = """
+import os, sys
+from rlhf.cli import child
+from stages.cli import main
+
+def run_child(command, environment):
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if not (pid := os.fork()):
+        os.environ |= environment
+        sys.argv = ["rlhf", *command[3:]]
+        main()
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+child.run_child = run_child  # a pipeline's stages are forked too
+main()
+"""
+
+
+def start_command(folder: Path, *words: str) -> forked.Ranks:
+    """Start a command of `rlhf` in a folder; it is forked, as are the stages that a pipeline starts."""
+    return start(1, COMMAND, *words, folder=folder)
+
+
+def command(folder: Path, *words: str, timeout: int = 900) -> subprocess.CompletedProcess[str]:
+    """Run it to its end; standard output and error come back together, the exit status is not checked."""
+    ranks = start_command(folder, *words)
+    status = ranks.wait(timeout)
+    return subprocess.CompletedProcess(words, status, stdout=ranks.text)
 
 
 def merged_state(model: Any) -> dict[str, Any]:
