@@ -128,9 +128,9 @@ metric("ties", "consistency", "fraction", "pairs of answers",
 metric("contradictions", "consistency", "fraction", "pairs of answers ordered more than once",
        "Pairs of answers to one prompt that were ordered both ways, by one or several annotators; ties do not count.",
        lambda facts: consistency.contradictions(facts.columns, facts.pairs) or "no pair was ordered more than once",
-       look=(">0.5",),
-       advice="Aggregate the rankings (`rlhf data aggregate`) before training. This metric grows with the number of "
-              "judgements per pair; use `agreement` to compare annotators.")
+       look=(">0.3",),
+       advice="Aggregate the rankings (`rlhf data aggregate`) before training. With two judgements per pair this is "
+              "1 - `agreement`; it grows with their number, so compare annotators by `agreement`.")
 
 metric("contradictions-between-annotators", "consistency", "fraction", SHARED_PAIRS,
        "Pairs that two or more named annotators ordered, and not all in the same way.",
