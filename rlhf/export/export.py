@@ -11,9 +11,9 @@ from rlhf.config.base import ModelConfig
 from rlhf.core.errors import UserError
 from rlhf.core.files import whole_folder
 from rlhf.core.table import Pick
-from rlhf.data.chat_tokenizer import EncoderDecoderTokenizer, load_tokenizer
+from rlhf.data.chat_tokenizer import load_tokenizer
 from rlhf.export.formats import Source
-from rlhf.export.model_card import MARK, CardFacts, model_card
+from rlhf.export.model_card import MARK, model_card
 from rlhf.runs.model_folder import fingerprint
 from rlhf.runs.parents import check_result, refuse_specialist, resolve_model_path
 from rlhf.runs.run import is_run, read_run
@@ -66,7 +66,6 @@ def export(
     if role == "critic":
         stage, model = "critic", _critic_of(run)
     source = Source(run, stage, model, config, chat)
-    tokens = source.chat.tokenizer.convert_ids_to_tokens
     with _writing(out), whole_folder(out) as folder:
         done = exporter(source, folder)
         if name is not None and done.bottleneck:
@@ -81,18 +80,15 @@ def export(
                 "Nobody else could load it.",
                 "Push the whole model: --format hf.",
             )
-        card = CardFacts(
-            run, name or str(out), source.chat.lead, tokens(source.chat.end_id), tokens(list(done.stop_ids)),
-            done.scale, done.folded, done.adapter_base, done.bottleneck, license, stage, done.own_class,
-            isinstance(chat, EncoderDecoderTokenizer), chat.renderer.other_than_special(), chat.anchored,
-        )  # fmt: skip
-        (folder / "README.md").write_text(model_card(card), "utf-8")
+        (folder / "README.md").write_text(model_card(source, done, name or str(out), license), "utf-8")
         for file in folder.glob("*.safetensors"):
             file.chmod(0o644)  # safetensors makes files that nobody else may read
         digest = fingerprint(folder)
-    facts = {"path": str(out), "format": exporter.name, "stage": stage, "dtype": done.dtype}
-    facts |= {"parameters": done.parameters, "stop_tokens": list(card.stop_tokens), "adapter_base": done.adapter_base}
-    return facts | {"fingerprint": digest}
+    return {
+        "path": str(out), "format": exporter.name, "stage": stage, "dtype": done.dtype, "parameters": done.parameters,
+        "stop_tokens": chat.tokenizer.convert_ids_to_tokens(list(done.stop_ids)), "adapter_base": done.adapter_base,
+        "fingerprint": digest,
+    }  # fmt: skip
 
 
 def _parent_run(run: Path, role: str) -> Path:

@@ -22,6 +22,7 @@ else:
 
 EXPORTERS = Table("export format")
 PAD = "<|pad|>"
+BASE = "base_model_name_or_path"
 BOTTLENECK_LOADER = "bottleneck_adapter.py"
 
 
@@ -100,25 +101,26 @@ def adapter(source: Source, folder: Path) -> Exported:
             "Export the whole model: --format hf.",
         )
     scalar = source.stage in ("reward", "critic")
-    if scalar and not has_classifier(load_hf_config(source.config, base_of(found))):
+    if scalar and not has_classifier(load_hf_config(source.config, str(adapter_settings(found)[BASE]))):
         raise UserError(
             f"{source.run}: transformers has no sequence classifier that this adapter could be loaded into",
             remedy="Export the whole model: --format hf.",
         )
     for name in ("adapter_config.json", "adapter_model.safetensors"):
         shutil.copyfile(found / name, folder / name)
-    bottleneck = adapter_settings(folder)["peft_type"] == "BOTTLENECK"
+    settings = adapter_settings(folder)
+    bottleneck = settings["peft_type"] == "BOTTLENECK"
     if bottleneck:
         shutil.copyfile(Path(__file__).with_name(BOTTLENECK_LOADER), folder / BOTTLENECK_LOADER)
     source.chat.tokenizer.save_pretrained(folder)
     with safe_open(folder / "adapter_model.safetensors", "pt") as weights:
         tensors = [weights.get_tensor(key) for key in weights.keys()]  # noqa: SIM118 - not a mapping
     return Exported(
-        dtype=str(tensors[0].dtype).removeprefix("torch."),
+        dtype=_name(tensors[0].dtype),
         parameters=sum(tensor.numel() for tensor in tensors),
         stop_ids=(source.chat.end_id,),
         scale=reward_scale(source.model) if scalar else (0.0, 1.0),
-        adapter_base=base_of(folder),
+        adapter_base=str(settings[BASE]),
         bottleneck=bottleneck,
     )
 
@@ -191,7 +193,7 @@ def _merged_critic(source: Source) -> Any:
 
     from rlhf.models.scalar import ScalarModel, load_scalar, reward_scale
 
-    base = load_scalar(source.config, base_of(source.model)).model
+    base = load_scalar(source.config, adapter_settings(source.model)[BASE]).model
     scalar = ScalarModel(PeftModel.from_pretrained(base, source.model).merge_and_unload())
     scalar.set_scale(*reward_scale(source.model))
     return scalar
@@ -219,8 +221,3 @@ def _stored_dtype(folder: Path) -> torch.dtype:
 
 def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
-
-
-def base_of(adapter: Path) -> str:
-    """The model that a PEFT adapter was trained on."""
-    return str(json.loads((adapter / "adapter_config.json").read_text("utf-8"))["base_model_name_or_path"])

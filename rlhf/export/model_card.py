@@ -12,6 +12,8 @@ from typing import Any
 import yaml
 
 from rlhf.core.console import format_number, printable
+from rlhf.data.chat_tokenizer import EncoderDecoderTokenizer
+from rlhf.export.formats import Exported, Source
 from rlhf.runs.run import is_run, read_run
 from rlhf.runs.run_config import read_run_config
 
@@ -29,74 +31,55 @@ BOOKKEEPING = ("run", "timeout_seconds", "checkpoints", "log", "deepspeed", "dat
 """Keys of a stage's config that say nothing about the model."""
 
 
-@dataclass(frozen=True)
-class CardFacts:
-    """What a model card says besides what the run's folder holds."""
+def model_card(source: Source, done: Exported, path: str, license: str | None = None) -> str:
+    """The card, Markdown with a YAML header.
 
-    run: Path
-    path: str
-    """The path in the loading snippet: the hub name, or the folder."""
-    lead: str
-    """What the chat template writes between the generation prompt and an answer."""
-    end_token: str
-    """The token that ends an answer."""
-    stop_tokens: Sequence[str]
-    scale: tuple[float, float] = (0.0, 1.0)
-    """Mean and standard deviation: score = (logit - mean) / std."""
-    folded: bool = False
-    """Whether the weights include the scale."""
-    adapter_base: str | None = None
-    """The model that an adapter is loaded into."""
-    bottleneck: bool = False
-    """Whether that adapter is one of ours, which PEFT does not know."""
-    license: str | None = None
-    stage: str = "ppo"
-    """sft, reward, dpo, ppo or critic."""
-    own_class: bool = False
-    """Whether body and head of a scalar model load separately."""
-    encoder_decoder: bool = False
-    control: tuple[Sequence[str], Sequence[str]] = ((), ())
-    """Control tokens that are not special, and special tokens that text may spell."""
-    anchored: bool = False
-    """Whether the tokenizer begins any text with a space."""
-
-
-def model_card(facts: CardFacts) -> str:
-    """The card, Markdown with a YAML header."""
+    Args:
+        source: What was exported.
+        done: What was written.
+        path: The path in the loading snippet: the hub name, or the folder.
+        license: A licence identifier of the hub.
+    """
     from huggingface_hub import ModelCard, ModelCardData  # slow, and every command that exports imports this module
 
-    ancestors, scalar = lineage(facts.run), facts.stage in ("reward", "critic")
-    mean, std = facts.scale
-    plain = facts.folded or facts.scale == (0.0, 1.0)
-    adapter_base = facts.adapter_base or "."
-    local_base = adapter_base.startswith((".", "/", "~")) or Path(adapter_base).exists()
-    config = read_run_config(facts.run)
+    run, stage, chat, base = source.run, source.stage, source.chat, done.adapter_base
+    ancestors, scalar, (mean, std) = lineage(run), stage in ("reward", "critic"), done.scale
+    encoder_decoder, tokens = isinstance(chat, EncoderDecoderTokenizer), chat.tokenizer.convert_ids_to_tokens
+    if done.own_class:
+        model_class = "AutoModel"
+    elif scalar:
+        model_class = "AutoModelForSequenceClassification"
+    else:
+        model_class = "AutoModelForSeq2SeqLM" if encoder_decoder else "AutoModelForCausalLM"
+    text_task = "text2text-generation" if encoder_decoder else "text-generation"
+    local_base = base is None or base.startswith((".", "/", "~")) or Path(base).exists()
+    config = read_run_config(run)
     kept = {key: _without_folders(value) for key, value in config.items() if key not in BOOKKEEPING}
     training = yaml.safe_dump(kept, sort_keys=False, allow_unicode=True)
+    sampling = {"max_new_tokens": 128, "temperature": 1.0, "top_k": 0, "top_p": 1.0, "stop": []}
+    more, less = chat.renderer.other_than_special()
+    changes = (f" {sign} {{{', '.join(map(repr, some))}}}" for sign, some in (("|", more), ("-", less)) if some)
     # The hub's EvalResult is not used: it must name a dataset of the hub, and the data of a run are local.
-    sampling = {"max_new_tokens": 128, "temperature": 1.0, "top_k": 0, "top_p": 1.0, "stop": []} | config.get(
-        "rollout", {}
-    )
     header = ModelCardData(
-        license=facts.license or "unknown",
-        base_model=base_model(ancestors) if local_base else facts.adapter_base,
-        library_name="peft" if facts.adapter_base and not facts.bottleneck else "transformers",
-        pipeline_tag="text-classification" if scalar else _text_task(facts),
-        tags=["rlhf", "reward-model" if facts.stage == "reward" else facts.stage, "human-feedback"],
+        license=license or "unknown",
+        base_model=base_model(ancestors) if local_base else base,
+        library_name="peft" if base and not done.bottleneck else "transformers",
+        pipeline_tag="text-classification" if scalar else text_task,
+        tags=["rlhf", "reward-model" if stage == "reward" else stage, "human-feedback"],
     )
     card = ModelCard.from_template(
         header,
         template_path=str(TEMPLATE),
-        name=facts.path.rstrip("/").split("/")[-1],
-        summary=SUMMARIES[facts.stage], mark=MARK, version=version("rlhf-rankings"),
-        run=_code(public_path(str(facts.run))),
-        scalar=scalar, stage=facts.stage, bottleneck=facts.bottleneck, folded=facts.folded, mean=mean, std=std,
-        model_class=_model_class(facts, scalar), own_class=facts.own_class, encoder_decoder=facts.encoder_decoder,
-        path=repr(facts.path), adapter_base=repr(facts.adapter_base) if facts.adapter_base else None,
-        lead=f"{facts.lead!r} + " if facts.lead else "", template_time=read_run(facts.run).get("template_time"),
-        control=_set_changes(*facts.control), anchored=facts.anchored, end_token=repr(facts.end_token),
-        score="logit" if plain else f"(logit - {mean!r}) / {std!r}",
-        stop_tokens=facts.stop_tokens, sampling=sampling,
+        name=path.rstrip("/").split("/")[-1],
+        summary=SUMMARIES[stage], mark=MARK, version=version("rlhf-rankings"),
+        run=_code(public_path(str(run))),
+        scalar=scalar, stage=stage, bottleneck=done.bottleneck, folded=done.folded, mean=mean, std=std,
+        model_class=model_class, own_class=done.own_class, encoder_decoder=encoder_decoder,
+        path=repr(path), adapter_base=repr(base) if base else None,
+        lead=f"{chat.lead!r} + " if chat.lead else "", template_time=read_run(run).get("template_time"),
+        control="".join(changes), anchored=chat.anchored, end_token=repr(tokens(chat.end_id)),
+        score="logit" if done.folded or done.scale == (0.0, 1.0) else f"(logit - {mean!r}) / {std!r}",
+        stop_tokens=tokens(list(done.stop_ids)), sampling=sampling | config.get("rollout", {}),
         lineage=[
             (a.stage or "start", _code(a.name), _short(a.fingerprint) or a.note, _short(a.info.get("git"), 12))
             for a in ancestors
@@ -115,27 +98,6 @@ def model_card(facts: CardFacts) -> str:
         packages=list(ancestors[-1].info["packages"].items()),
     )  # fmt: skip
     return f"{card}\n"
-
-
-def _model_class(facts: CardFacts, scalar: bool) -> str:
-    """The auto class of transformers that loads the export."""
-    if facts.own_class:
-        return "AutoModel"
-    if scalar:
-        return "AutoModelForSequenceClassification"
-    return "AutoModelForSeq2SeqLM" if facts.encoder_decoder else "AutoModelForCausalLM"
-
-
-def _text_task(facts: CardFacts) -> str:
-    """The hub's name for what a policy does."""
-    return "text2text-generation" if facts.encoder_decoder else "text-generation"
-
-
-def _set_changes(more: Sequence[str], less: Sequence[str]) -> str:
-    """Python code that adds tokens to a set and takes some out."""
-    return "".join(
-        f" {sign} {{{', '.join(map(repr, tokens))}}}" for sign, tokens in (("|", more), ("-", less)) if tokens
-    )
 
 
 def _without_folders(value: Any) -> Any:
