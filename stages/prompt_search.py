@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import functools
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -21,6 +23,7 @@ from rlhf.inference.teacher import is_server
 from rlhf.prompting.ways import Prompting, check_way, read_prompting, read_way
 from rlhf.runs.parents import parent_facts
 from rlhf.servers.cache import ReplyCache
+from rlhf.servers.client import Server
 from rlhf.servers.config import ServerConfig
 from rlhf.tasks.metrics import Measured
 from rlhf.tasks.task import Task, load_task
@@ -76,21 +79,24 @@ def command(
     from rlhf.inference.policy import Policy  # imports torch
     from rlhf.prompting.evaluation import evaluate_prompting
     from rlhf.prompting.masked import MaskedModel, open_prompted
-    from rlhf.prompting.proposals import LocalProposer, Proposer, ServerProposer
+    from rlhf.prompting.proposals import Proposer, local_proposer, server_proposer
     from rlhf.prompting.search import PromptSearch, SearchPlan, split_parts
 
     @functools.cache  # opened when they are needed: a search of other options is refused before
     def opened(path: str, chat_template: str) -> Policy | MaskedModel:
         return open_prompted(path, chat_template, sampling.trust_remote_code)
 
-    def propose() -> Proposer:
+    @contextmanager
+    def propose(seed: int) -> Iterator[Proposer]:
+        replies, given = ReplyCache(out / "replies"), (PROPOSAL_TEMPERATURE, instruction_tokens, seed)
         if server is not None:
-            cache = ReplyCache(out / "replies")
-            return ServerProposer(server, cache, PROPOSAL_TEMPERATURE, instruction_tokens)
+            with Server(server, replies) as asked:
+                yield server_proposer(asked, *given)
+            return
         writer = opened(proposer or model, sampling.chat_template if proposer in (None, model) else "auto")
         if isinstance(writer, MaskedModel):
             raise UserError(f"{writer.path}: a masked language model writes no text", remedy="Name a --proposer.")
-        return LocalProposer(writer, PROPOSAL_TEMPERATURE, instruction_tokens)
+        yield local_proposer(writer, *given, replies)
 
     def measure(part: Task, way: Prompting) -> Measured:
         scored = opened(model, sampling.chat_template)

@@ -20,7 +20,7 @@ from rlhf.comparison.data import open_task, training_data
 from rlhf.comparison.measure import stored
 from rlhf.comparison.page import render
 from rlhf.comparison.plots import label_heights
-from rlhf.comparison.quality import Cost, Quality, difference, quality, recommend
+from rlhf.comparison.quality import Quality, difference, quality, recommend
 from rlhf.comparison.results import read_result
 from rlhf.comparison.show import Row, TaskResult, amount, markdown, seconds
 from rlhf.config.load import check_config
@@ -31,7 +31,7 @@ from rlhf.data.writer import DatasetWriter
 from rlhf.tasks.metrics import METRICS, Outcomes, limits
 from stages.compare import compare, step_seconds
 
-FREE, CHEAP, DEAR = Cost(0, 0, 0, 20), Cost(100, 400, 5, 20), Cost(10**6, 4 * 10**6, 60, 20)
+FREE, CHEAP, DEAR = (0, 0, 0, 20), (100, 400, 5, 20), (10**6, 4 * 10**6, 60, 20)
 
 
 def right(*flags: int) -> Quality:

@@ -22,8 +22,9 @@ from chat_servers import Response, chat_server, completion
 from rlhf.core.errors import UserError
 from rlhf.data.store import open_dataset
 from rlhf.inference.policy import open_policy
-from rlhf.prompting.proposals import Asked, LocalProposer, from_examples, instruction_in, reword
+from rlhf.prompting.proposals import from_examples, instruction_in, local_proposer, reword
 from rlhf.prompting.search import SearchPlan, split_parts
+from rlhf.servers.cache import ReplyCache
 from rlhf.tasks.config import TaskConfig
 from rlhf.tasks.task import load_task
 from stages.evaluate import command as evaluate_command
@@ -114,11 +115,15 @@ def test_a_request_shows_as_many_examples_as_fit():
     assert "Instruction: Use {braces}." in reword("Use {braces}.")
 
 
-def test_proposals_are_seeded(model):
-    proposer = LocalProposer(open_policy(model), 0.9, 8)
-    first = proposer.write([Asked("Say.", 3), Asked("Do.", 1)], 1)
-    assert [len(several) for several in first] == [3, 1] and len(set(first[0])) > 1
-    assert first == proposer.write([Asked("Say.", 3), Asked("Do.", 1)], 1) != proposer.write([Asked("Say.", 3)], 2)
+def test_proposals_are_seeded(model, tmp_path):
+    policy = open_policy(model)
+
+    def proposed(seed: int, replies: str) -> list[list[str]]:
+        return local_proposer(policy, 0.9, 8, seed, ReplyCache(tmp_path / replies)).write(["Say.", "Do."], 3)
+
+    first = proposed(1, "a")
+    assert [len(several) for several in first] == [3, 3] and len(set(first[0])) > 1
+    assert first == proposed(1, "a") == proposed(1, "b") != proposed(2, "a")
 
 
 # ---- a search ------------------------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 from collections.abc import Mapping, Sequence
@@ -72,7 +73,7 @@ def answer_task(
         started = time.perf_counter()
         prompter.answer([record], params)
         alone.append(time.perf_counter() - started)
-    virtual = _virtual_tokens(opened)
+    virtual = opened.model.active_peft_config.num_virtual_tokens if getattr(opened, "prompt_learning", False) else 0
     return found, answered.prompt_tokens + virtual, statistics.median(alone[1:] or alone)
 
 
@@ -88,11 +89,6 @@ def _scores(reward: str, policy: Policy, records: Sequence[Prompt], rows: Sequen
             samples.append(Sampled(record, policy.chat.prompt(record.messages), ids, text))
         found += scorer(samples)
     return found
-
-
-def _virtual_tokens(opened: Any) -> int:
-    model = opened.model
-    return int(model.active_peft_config.num_virtual_tokens) if getattr(opened, "prompt_learning", False) else 0
 
 
 def stored(run: str | Path, base: str | Path) -> tuple[int, int]:
@@ -128,10 +124,7 @@ def _tensors(folder: Path) -> dict[str, tuple[Path, int]]:
     for file in sorted(folder.glob("*.safetensors")):
         with safe_open(file, "pt") as tensors:
             for name in tensors.keys():  # noqa: SIM118
-                count = 1
-                for side in tensors.get_slice(name).get_shape():
-                    count *= side
-                found[name] = (file, count)
+                found[name] = (file, math.prod(tensors.get_slice(name).get_shape()))
     return found
 
 

@@ -6,9 +6,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from rlhf.comparison.show import Row, TaskResult, amount
-from rlhf.core.plot import BLUE, FAINT, INK, ORANGE, RED, page_plot
+from rlhf.core.plot import COLOURS, FAINT, INK, page_plot
 
-COLOURS = (BLUE, ORANGE, "#3a9d5d", RED, "#8e63ce", "#8a6d3b", "#d16ba5", "#6b7a8f")
 MARKERS = "osD^vPX*"
 
 

@@ -77,18 +77,6 @@ def difference(one: Quality, other: Quality) -> tuple[float, float, float]:
 
 
 @dataclass(frozen=True)
-class Cost:
-    """What a way costs, in the order in which `recommend` compares."""
-
-    trained_parameters: int
-    stored_bytes: int
-    """What has to be kept for the task, besides the base."""
-    training_seconds: float
-    prompt_tokens: float
-    """Mean tokens of a request's prompt, examples and virtual tokens included."""
-
-
-@dataclass(frozen=True)
 class Recommendation:
     """The way to take, and why."""
 
@@ -103,7 +91,7 @@ class Recommendation:
     text: str
 
 
-def recommend(found: Mapping[str, Quality], costs: Mapping[str, Cost], baseline: str) -> Recommendation:
+def recommend(found: Mapping[str, Quality], costs: Mapping[str, tuple[float, ...]], baseline: str) -> Recommendation:
     """Recommend the cheapest of the ways that are not measurably worse than the best.
 
     A way is measurably worse if the paired 95% interval of its difference to the best excludes zero. Cheaper is: fewer
@@ -111,12 +99,13 @@ def recommend(found: Mapping[str, Quality], costs: Mapping[str, Cost], baseline:
 
     Args:
         found: Way -> quality; all on the same records.
-        costs: Way -> cost.
+        costs: Way -> these four, in this order. Tokens of a prompt are the mean over requests, examples and virtual
+            tokens included.
         baseline: The way that needs nothing, such as the untrained base with the plain prompt.
     """
     best = max(found, key=lambda way: found[way].value)
     as_good = [way for way in found if way == best or difference(found[way], found[best])[2] >= 0]
-    equals = sorted(as_good, key=lambda way: _order(costs[way]))
+    equals = sorted(as_good, key=costs.__getitem__)
     chosen = equals[0]
     margin = abs(found[best].value - found[chosen].value)
     others = np.max([one.resampled for one in found.values()], axis=0)
@@ -124,10 +113,6 @@ def recommend(found: Mapping[str, Quality], costs: Mapping[str, Cost], baseline:
     confidence = float((found[chosen].resampled >= others - margin - 1e-12).mean())
     text = _words(found, chosen, best, equals, baseline)
     return Recommendation(chosen, best, equals, confidence, margin, f"{text} {_sure(confidence, margin)}")
-
-
-def _order(cost: Cost) -> tuple[float, ...]:
-    return cost.trained_parameters, cost.stored_bytes, cost.training_seconds, cost.prompt_tokens
 
 
 def _words(found: Mapping[str, Quality], chosen: str, best: str, equals: Sequence[str], baseline: str) -> str:

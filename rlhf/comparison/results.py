@@ -11,7 +11,7 @@ import numpy as np
 
 from rlhf.cli.compare_config import CompareConfig
 from rlhf.comparison.cells import Cell, seeds_of
-from rlhf.comparison.quality import Cost, Quality, quality, recommend
+from rlhf.comparison.quality import Quality, quality, recommend
 from rlhf.comparison.show import Row, TaskResult
 from rlhf.core.files import write_json
 from rlhf.core.limits import read_json_object
@@ -71,7 +71,7 @@ def _task_result(config: CompareConfig, task: str, found: Mapping[Cell, CellResu
                 qualities[way] = of
                 rows.append(_row(way, settings.about, of, repeats))
     costs = {
-        row.way: Cost(row.trained_parameters, row.stored_bytes, row.training_seconds, row.prompt_tokens) for row in rows
+        row.way: (row.trained_parameters, row.stored_bytes, row.training_seconds, row.prompt_tokens) for row in rows
     }
     complete = len(rows) == len(config.ways)
     chosen = recommend(qualities, costs, baseline) if complete else None

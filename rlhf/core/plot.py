@@ -15,7 +15,9 @@ from matplotlib import figure as mpl
 
 INK, FAINT = "#010203", "#010204"
 """Placeholders that are replaced in the SVG by the page's colours, which depend on its light or dark mode."""
-BLUE, ORANGE, RED = "#3d85c6", "#d9822b", "#d64545"
+BLUE, ORANGE, GREEN, RED, GREY = "#3d85c6", "#d9822b", "#3a9d5d", "#d64545", "#8a93a0"
+COLOURS = (BLUE, ORANGE, GREEN, RED, "#8e63ce", "#8a6d3b", "#d16ba5", "#6b7a8f")
+"""Of the lines or points of one drawing, in order."""
 STYLE: Any = {
     "svg.fonttype": "none", "text.parse_math": False, "font.size": 10, "font.family": "sans-serif",
     "text.color": INK, "axes.labelcolor": INK, "xtick.color": INK, "ytick.color": INK, "axes.edgecolor": FAINT,

@@ -5,16 +5,16 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from rlhf.core.plot import BLUE, FAINT, INK, ORANGE, RED, page_plot
+from rlhf.core.plot import BLUE, FAINT, GREEN, GREY, INK, ORANGE, RED, page_plot
 
-COLOURS = {"robust": "#3a9d5d", "sensitive": ORANGE, "exploitable": RED, "unclear": "#8a93a0"}
+COLOURS = {"robust": GREEN, "sensitive": ORANGE, "exploitable": RED, "unclear": GREY}
 
 
 def accuracy_plot(name: str, card: Mapping[str, Any]) -> str:
     """Accuracy of the model and the baselines, and the annotators' ceiling."""
     facts, human = card["pairs"], card["agreement"]
     rows = [("the model", facts["accuracy"], BLUE)]
-    rows += [(one["name"], one, "#8a93a0") for one in facts["baselines"]]
+    rows += [(one["name"], one, GREY) for one in facts["baselines"]]
 
     def draw(axes: Any) -> None:
         _dots(axes, [(label, one["value"], one["low"], one["high"], colour) for label, one, colour in rows])
@@ -25,7 +25,7 @@ def accuracy_plot(name: str, card: Mapping[str, Any]) -> str:
             axes.axvline(human["ceiling"], color=ORANGE, linewidth=1.5, label="annotators' ceiling")
             axes.legend(loc="lower right", bbox_to_anchor=(1, 1), labelcolor=INK, borderaxespad=0)
         axes.set(xlabel="accuracy over pairs")
-        axes.xaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
+        axes.xaxis.set_major_formatter("{x:.0%}")
 
     words = ", ".join(f"{label} {one['value']:.1%}" for label, one, _ in rows)
     return page_plot(name, f"Accuracy: {words}", 1.1 + 0.34 * len(rows), draw)
@@ -49,7 +49,7 @@ def reliability_plot(name: str, facts: Mapping[str, Any]) -> str:
         axes.set(xlabel="confidence: sigmoid of the score difference (pairs at the bottom)", ylabel="accuracy")
         axes.set(xlim=(0.49, 1.01))
         for axis in (axes.xaxis, axes.yaxis):
-            axis.set_major_formatter(lambda value, _: f"{value:.0%}")
+            axis.set_major_formatter("{x:.0%}")
         low, high = axes.get_ylim()
         axes.set_ylim(low - 0.08 * (high - low), high)
 
@@ -64,7 +64,7 @@ def slice_plot(name: str, title: str, parts: Sequence[Mapping[str, Any]], overal
         _dots(axes, [(one["label"], one["value"], one["low"], one["high"], BLUE) for one in parts])
         axes.axvline(overall, color=FAINT, linewidth=1, linestyle="--")
         axes.axvline(0.5, color=FAINT, linewidth=1, linestyle=":")
-        axes.xaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
+        axes.xaxis.set_major_formatter("{x:.0%}")
 
     words = ", ".join(f"{one['label']} {one['value']:.1%}" for one in parts)
     return page_plot(name, f"Accuracy by {title}: {words}", 0.7 + 0.3 * len(parts), draw)

@@ -93,11 +93,11 @@ class LocalTeacher:
         params: How it is sampled.
         load: Gives its policy; called when the first reply is not on disk.
         seed: Seed of all random streams.
-        cache: Where replies are kept; None keeps none.
+        cache: Where replies are kept.
     """
 
     def __init__(
-        self, path: str, params: SamplingParams, load: Callable[[str], Any], seed: int, cache: ReplyCache | None = None
+        self, path: str, params: SamplingParams, load: Callable[[str], Any], seed: int, cache: ReplyCache
     ) -> None:
         self._path, self.usage = path, Usage()
         self._params, self._load, self._seed, self._cache = params, load, seed, cache
@@ -141,7 +141,7 @@ class LocalTeacher:
         return ReplyCache.key(self._model, self._sampling(), prompt.chat, number)
 
     def _cached(self, prompt: Prompt, n: int) -> list[Reply | Failure | None]:
-        return [None if self._cache is None else self._cache.get(self._key(prompt, k)) for k in range(n)]
+        return [self._cache.get(self._key(prompt, k)) for k in range(n)]
 
     def _sample(self, prompts: list[Prompt], n: int) -> dict[str, list[Reply | Failure | None]]:
         from rlhf.data.chat_rendering import RefusedText
@@ -164,8 +164,8 @@ class LocalTeacher:
                 )
                 for one in drawn
             ]
-            for k, reply in enumerate(replies if self._cache is not None else ()):
-                self._cache.put(self._key(drawn[0].prompt, k), reply)  # type: ignore[union-attr]
+            for k, reply in enumerate(replies):
+                self._cache.put(self._key(drawn[0].prompt, k), reply)
             found[drawn[0].prompt.prompt_id] = [*replies]
         return found
 

@@ -36,7 +36,7 @@ def win_rate_plot(name: str, rows: Sequence[Mapping[str, Any]]) -> str:
         axes.set_ylim(len(rows) - 0.5, -0.5)
         axes.set_xlim(-0.02, 1.12)
         axes.set_xticks([0, 0.25, 0.5, 0.75, 1])
-        axes.xaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
+        axes.xaxis.set_major_formatter("{x:.0%}")
         axes.set(xlabel="win rate")
         axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=2, labelcolor=INK)
 

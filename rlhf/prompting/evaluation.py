@@ -56,7 +56,7 @@ def evaluate_prompting(
     Raises:
         UserError: See `Prompter` and `generation_params`.
     """
-    own = prompting.count and not (prompting.shots and prompting.shots.dataset)
+    own = prompting.count and not (prompting.shots and prompting.shots.examples_from)
     examples = list(train_records([task.data])) if own else []
     prompter = Prompter(model, prompting, task.rules, seed, examples)
     questions: Sequence[Prompt] = [with_system(record, system) for record in task.records]

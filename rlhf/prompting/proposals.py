@@ -7,22 +7,20 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
 
 from rlhf.core.console import warn
 from rlhf.core.errors import UserError
 from rlhf.data.schema import Message, Prompt
 from rlhf.inference.policy import Policy
-from rlhf.inference.sampling import sample
+from rlhf.inference.teacher import LocalTeacher, ServerTeacher, Teacher
 from rlhf.prompting.prompts import PromptBuilder
 from rlhf.prompting.ways import Prompting
-from rlhf.rollout.types import SamplingParams, stream_seed
+from rlhf.rollout.types import SamplingParams
 from rlhf.servers.cache import ReplyCache
 from rlhf.servers.client import Server
-from rlhf.servers.config import ServerConfig
-from rlhf.servers.replies import ChatRequest, Reply
+from rlhf.servers.replies import Failure
 
 FROM_EXAMPLES = """\
 Someone was given an instruction and answered these inputs as it says.
@@ -41,105 +39,58 @@ LONGEST = 600
 
 
 @dataclass(frozen=True)
-class Asked:
-    """A request for instructions."""
+class Proposer:
+    """A teacher that is asked for instructions."""
 
-    text: str
-    samples: int = 1
+    teacher: Teacher
+    fits: Callable[[str], bool]
+    """Whether a request leaves room for its answer."""
+    whole: bool = False
+    """Whether a text that was cut off is lost; a base model goes on after its answer."""
 
-
-class Proposer(Protocol):
-    """Whatever writes texts."""
-
-    def write(self, requests: Sequence[Asked], seed: int) -> list[list[str]]:
-        """The texts that answer each request; fewer than asked for where some failed."""
-
-    def fits(self, text: str) -> bool:
-        """Whether a request leaves room for its answer."""
-
-
-@dataclass(frozen=True)
-class LocalProposer:
-    """A policy on this machine that proposes instructions."""
-
-    policy: Policy
-    temperature: float
-    tokens: int
-    """Longest instruction in tokens."""
-
-    def _builder(self) -> PromptBuilder:
-        return PromptBuilder(Prompting("zero-shot"), self.policy.chat)
-
-    def fits(self, text: str) -> bool:
-        """Whether a request leaves room for its answer."""
-        return len(self._builder().chat.prompt([Message("user", text)])) <= self.policy.limit - self.tokens
-
-    def write(self, requests: Sequence[Asked], seed: int) -> list[list[str]]:
-        """The texts that answer each request."""
-        builder = self._builder()
-        policy = replace(self.policy, chat=builder.chat)
-        # A base model goes on after its answer; an instruction is one paragraph.
-        stop = ("\n\n",) if builder.layout == "plain" else ()
-        params = SamplingParams(self.tokens, temperature=self.temperature, stop=stop, batch_size=32)
-        found = []
-        for request in requests:  # the number of samples differs
-            prompts = [Prompt((Message("user", request.text),))]
-            found += [
-                [one.text for one in samples] for samples in sample(policy, prompts, params, seed, request.samples)
-            ]
-        return found
-
-
-@dataclass(frozen=True)
-class ServerProposer:
-    """A server with OpenAI's chat API that proposes instructions. Its replies are kept, and not paid for twice."""
-
-    config: ServerConfig
-    cache: ReplyCache
-    temperature: float
-    tokens: int
-    """Longest instruction in tokens."""
-
-    def fits(self, text: str) -> bool:
-        """Whether a request leaves room for its answer; a server's context is taken to be large."""
-        return True
-
-    def write(self, requests: Sequence[Asked], seed: int) -> list[list[str]]:
-        """The texts that answer each request, without those that failed or were cut off, which a warning counts.
+    def write(self, requests: Sequence[str], samples: int = 1) -> list[list[str]]:
+        """The texts that answer each request, without those that are lost, which a warning counts.
 
         Raises:
-            UserError: No request got an answer, or see `Server`.
+            UserError: No request got an answer, or see `Teacher`.
         """
-        with Server(self.config, self.cache) as server:
-            base = {**server.request_options(self.tokens), "temperature": self.temperature}
-            asked = []
-            for request in requests:
-                messages = [{"role": "user", "content": request.text}]
-                for number in range(request.samples):
-                    # a server that keeps to the seed would give equal samples for equal seeds
-                    own = {"seed": stream_seed(seed, number) % 2**31}
-                    asked.append(ChatRequest(messages, base | own, number))
-            replies = iter(list(server.ask(asked)))
         found, lost = [], Counter[str]()
-        for request in requests:
-            texts = []
-            for reply in (next(replies) for _ in range(request.samples)):
-                if isinstance(reply, Reply) and reply.finish_reason == "stop":
-                    texts.append(reply.text)
+        for replies in self.teacher.answers([Prompt((Message("user", text),)) for text in requests], samples):
+            found.append([])
+            for reply in replies:
+                if isinstance(reply, Failure):
+                    lost[reply.reason] += 1
+                elif self.whole and reply.finish_reason != "stop":
+                    lost[f"cut off ({reply.finish_reason})"] += 1
                 else:
-                    cut = f"cut off ({reply.finish_reason})" if isinstance(reply, Reply) else reply.reason
-                    lost[cut] += 1
-            found.append(texts)
+                    found[-1].append(reply.text)
         for reason, count in lost.items():
-            warn(f"{self.config.url}: {count:,} proposals lost: {reason}")
+            warn(f"{self.teacher.name}: {count:,} proposals lost: {reason}")
         if not any(found):
             raise UserError(
-                f"{self.config.url}: proposed nothing", remedy="Raise --instruction-tokens, or name another."
+                f"{self.teacher.name}: proposed nothing", remedy="Raise --instruction-tokens, or name another."
             )
         return found
 
 
-def from_examples(pairs: Sequence[tuple[str, str]], fits: Any) -> str:
+def local_proposer(policy: Policy, temperature: float, tokens: int, seed: int, cache: ReplyCache) -> Proposer:
+    """A policy on this machine that proposes instructions of at most `tokens` tokens."""
+    builder = PromptBuilder(Prompting("zero-shot"), policy.chat)
+    # A base model goes on after its answer; an instruction is one paragraph.
+    stop = ("\n\n",) if builder.layout == "plain" else ()
+    params = SamplingParams(tokens, temperature=temperature, stop=stop, batch_size=32)
+    teacher = LocalTeacher(policy.path, params, lambda _: replace(policy, chat=builder.chat), seed, cache)
+    room = policy.limit - tokens
+    return Proposer(teacher, lambda text: len(builder.chat.prompt([Message("user", text)])) <= room)
+
+
+def server_proposer(server: Server, temperature: float, tokens: int, seed: int) -> Proposer:
+    """A server that proposes instructions of at most `tokens` tokens; its context is taken to be large."""
+    options = {**server.request_options(tokens), "temperature": temperature}
+    return Proposer(ServerTeacher(server, options, seed), lambda text: True, whole=True)
+
+
+def from_examples(pairs: Sequence[tuple[str, str]], fits: Callable[[str], bool]) -> str:
     """The request for an instruction from solved inputs; with fewer of them where they do not fit.
 
     Raises:

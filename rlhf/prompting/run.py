@@ -119,15 +119,15 @@ class Prompter:
     def _pool(self, records: Sequence[Demonstration]) -> ExamplePool:
         shots, rules = self.prompting.shots, self.rules
         assert shots is not None
-        if shots.dataset:
-            records = list(train_demonstrations(shots.dataset))
+        if shots.examples_from:
+            records = list(train_demonstrations(shots.examples_from))
         if not records:
             raise UserError(
                 f"{self.prompting.name}: there are no examples to show",
                 remedy="Name solved records with `examples_from`, or make a train split with `rlhf data split`.",
             )
         # Examples of another domain have other labels, which are shown as they are.
-        own = rules if not shots.dataset else replace(rules, labels=())
+        own = rules if not shots.examples_from else replace(rules, labels=())
         first_word = {label: next(word for name, word in self._words if name == label) for label, _ in self._words}
 
         def shown(record: Demonstration, label: str) -> str | None:

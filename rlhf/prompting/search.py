@@ -17,6 +17,7 @@ from __future__ import annotations
 import json
 import random
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,7 @@ from rlhf.core.console import say
 from rlhf.core.errors import UserError
 from rlhf.core.files import append_jsonl, write_json, write_text
 from rlhf.data.schema import Demonstration
-from rlhf.prompting.proposals import Asked, Proposer, from_examples, instruction_in, reword
+from rlhf.prompting.proposals import Proposer, from_examples, instruction_in, reword
 from rlhf.prompting.ways import Prompting
 from rlhf.rollout.types import stream_seed
 from rlhf.tasks.answers import normalised
@@ -106,12 +107,12 @@ class PromptSearch:
         parts: The data.
         way: The way of prompting that gets the instruction, with its values as a file has them.
         measure: (task, way) -> the first metric of the task.
-        proposer: Opens whatever writes the instructions; called when a round needs it.
+        proposer: Opens whatever writes the instructions of a round with the round's seed.
     """
 
     def __init__(
         self, out: Path, facts: dict[str, Any], plan: SearchPlan, parts: Parts, way: tuple[Prompting, dict[str, Any]],
-        measure: Callable[[Task, Prompting], Measured], proposer: Callable[[], Proposer],
+        measure: Callable[[Task, Prompting], Measured], proposer: Callable[[int], AbstractContextManager[Proposer]],
     ) -> None:  # fmt: skip
         self.out, self.facts, self.plan, self.parts = out, facts, plan, parts
         (self.way, self.values), self._measure, self._proposer = way, measure, proposer
@@ -177,22 +178,23 @@ class PromptSearch:
         return [row for row in found if row["instruction"]]
 
     def _propose(self, number: int) -> list[dict[str, Any]]:
-        proposer, plan, requests = self._proposer(), self.plan, []
-        if number == 0:
-            draw = random.Random(f"{plan.seed}:pairs")
-            for _ in range(plan.candidates):
-                records = draw.sample(self.parts.shown, min(PAIRS, len(self.parts.shown)))
-                rules = self.parts.scored.rules
-                pairs = [(r.messages[-1].content, rules.reference(r.answer) or r.answer) for r in records]
-                requests.append((Asked(from_examples(pairs, proposer.fits)), "examples"))
-        else:
-            best = [row["instruction"] for row in self.best(plan.keep) if row["instruction"]]
-            each = -(-plan.candidates // max(1, len(best)))
-            requests = [(Asked(reword(instruction), each), instruction) for instruction in best]
-        texts = proposer.write([asked for asked, _ in requests], stream_seed(plan.seed, 1, number))
+        plan, each = self.plan, 1
+        with self._proposer(stream_seed(plan.seed, 1, number)) as proposer:
+            if number == 0:
+                draw, requests, origins = random.Random(f"{plan.seed}:pairs"), [], ["examples"] * plan.candidates
+                for _ in origins:
+                    records = draw.sample(self.parts.shown, min(PAIRS, len(self.parts.shown)))
+                    rules = self.parts.scored.rules
+                    pairs = [(r.messages[-1].content, rules.reference(r.answer) or r.answer) for r in records]
+                    requests.append(from_examples(pairs, proposer.fits))
+            else:
+                origins = [row["instruction"] for row in self.best(plan.keep) if row["instruction"]]
+                each = -(-plan.candidates // max(1, len(origins)))
+                requests = [reword(instruction) for instruction in origins]
+            texts = proposer.write(requests, each)
         return [
             {"instruction": instruction_in(text), "round": number, "from": origin, "text": text}
-            for (_, origin), several in zip(requests, texts) for text in several
+            for origin, several in zip(origins, texts) for text in several
         ]  # fmt: skip
 
     def _score(self, rows: Sequence[dict[str, Any]]) -> None:

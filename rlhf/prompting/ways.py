@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field
+from pydantic import BeforeValidator, Field, StringConstraints
 
 from rlhf.config.load import inline_values, read_values
 from rlhf.core.errors import UserError, nearest
@@ -28,11 +28,11 @@ VOTE_TEMPERATURE = 0.7
 """The default temperature where answers are voted on (Wang et al. 2022, section 3.1)."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Wording:
-    """How a question becomes a prompt."""
+    """How a question becomes a prompt. The fields are options of all ways."""
 
-    instruction: str = ""
+    instruction: Annotated[str, StringConstraints(strip_whitespace=True)] = ""
     template: str = "{prompt}\n{answer}"
     layout: Layout = "auto"
     separator: str = "\n\n"
@@ -52,17 +52,17 @@ class Wording:
         return before, between, after
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Shots:
-    """Which solved examples precede a question."""
+    """Which solved examples precede a question. The fields but `rationales` are options of the ways that show some."""
 
-    count: int = 0
+    shots: Annotated[int, Field(ge=0)] = 4
     choose: Literal["random", "similar", "balanced"] = "random"
     similarity: Literal["tfidf", "embedding"] = "tfidf"
     redraw: bool = False
-    order_seed: int | None = None
+    order_seed: Annotated[int, Field(ge=0)] | None = None
     random_labels: bool = False
-    dataset: str = ""
+    examples_from: str = ""
     rationales: bool = False
     """Whether whole answers are shown, reasoning included; else only the sentence with the answer."""
 
@@ -104,12 +104,12 @@ class Prompting:
         """
         if self.shots is None:
             raise UserError(f"--shots {count}: {self.name} shows no examples", remedy="Use few-shot, or leave it out.")
-        return replace(self, shots=replace(self.shots, count=count))
+        return replace(self, shots=replace(self.shots, shots=count))
 
     @property
     def count(self) -> int:
         """Number of examples."""
-        return self.shots.count if self.shots else 0
+        return self.shots.shots if self.shots else 0
 
 
 def read_way(spec: str) -> dict[str, Any]:
@@ -224,20 +224,6 @@ def word_pairs(verbaliser: dict[str, list[str]], labels: Sequence[str]) -> list[
 # ---- rows ----------------------------------------------------------------------------------------------------------
 
 
-def _wording(
-    *, instruction: str = "", template: str = "{prompt}\n{answer}", layout: Layout = "auto", separator: str = "\n\n"
-) -> Wording:
-    return Wording(instruction.strip(), template, layout, separator)
-
-
-def _shots(
-    *, shots: Annotated[int, Field(ge=0)] = 4, choose: Literal["random", "similar", "balanced"] = "random",
-    similarity: Literal["tfidf", "embedding"] = "tfidf", redraw: bool = False,
-    order_seed: Annotated[int, Field(ge=0)] | None = None, random_labels: bool = False, examples_from: str = "",
-) -> Shots:  # fmt: skip
-    return Shots(shots, choose, similarity, redraw, order_seed, random_labels, examples_from)
-
-
 def _given(function: Callable[..., Any], options: dict[str, Any]) -> Any:
     """Call a function with those of the options that it has."""
     return function(
@@ -246,23 +232,23 @@ def _given(function: Callable[..., Any], options: dict[str, Any]) -> Any:
 
 
 @PROMPTING.row("zero-shot")
-@options_of(_wording)
+@options_of(Wording)
 def zero_shot(**options: Any) -> Prompting:
     """The question alone, after an instruction if there is one; the model writes the answer."""
-    return Prompting("zero-shot", _given(_wording, options))
+    return Prompting("zero-shot", _given(Wording, options))
 
 
 @PROMPTING.row("few-shot")
-@options_of(_wording)
-@options_of(_shots)
+@options_of(Wording)
+@options_of(Shots, without=("rationales",))
 def few_shot(**options: Any) -> Prompting:
     """Solved examples before the question (Brown et al. 2020); the model writes the answer."""
-    return Prompting("few-shot", _given(_wording, options), _given(_shots, options))
+    return Prompting("few-shot", _given(Wording, options), _given(Shots, options))
 
 
 @PROMPTING.row("cloze")
-@options_of(_wording)
-@options_of(_shots, without=("shots",))
+@options_of(Wording)
+@options_of(Shots, without=("shots", "rationales"))
 def cloze(
     *, verbaliser: dict[str, str | list[str]] | None = None, normalise: bool = False, calibrate: bool = False,
     content_free: Annotated[list[str], Field(min_length=1)] = list(CONTENT_FREE), # noqa: B006
@@ -274,12 +260,12 @@ def cloze(
         if not given or not all(word.strip() for word in given):
             raise UserError(f"verbaliser: {label!r} has no word, or an empty one")
     found = LabelWords(words, normalise, tuple(content_free) if calibrate else ())
-    return Prompting("cloze", _given(_wording, options), _given(_shots, {**options, "shots": shots}), found)
+    return Prompting("cloze", _given(Wording, options), _given(Shots, {**options, "shots": shots}), found)
 
 
 @PROMPTING.row("chain-of-thought")
-@options_of(_wording)
-@options_of(_shots, without=("shots",))
+@options_of(Wording)
+@options_of(Shots, without=("shots", "rationales"))
 def chain_of_thought(
     *, cue: str | None = None, samples: Annotated[int, Field(ge=1, le=1000)] = 1,
     shots: Annotated[int, Field(ge=0)] = 0, **options: Any,
@@ -288,6 +274,6 @@ def chain_of_thought(
 
     The default cue is Kojima's (2022) without examples, and none with them.
     """
-    chosen = replace(_given(_shots, {**options, "shots": shots}), rationales=True)
+    chosen = replace(_given(Shots, {**options, "shots": shots}), rationales=True)
     text, always = (CUE, False) if cue is None else (cue.strip(), True)
-    return Prompting("chain-of-thought", _given(_wording, options), chosen, None, text, always, samples)
+    return Prompting("chain-of-thought", _given(Wording, options), chosen, None, text, always, samples)

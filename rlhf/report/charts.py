@@ -8,10 +8,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from rlhf.core.console import format_number
-from rlhf.core.plot import BLUE, FAINT, INK, ORANGE, RED, svg_plot
+from rlhf.core.plot import COLOURS, FAINT, INK, svg_plot
 from rlhf.doctor.evidence import Evidence
 
-COLOURS = (BLUE, ORANGE, "#3a9d5d", RED, "#8e63ce", "#8a6d3b", "#d16ba5", "#6b7a8f")
 MOST_POINTS = 300
 """Points of a line on the page; longer series are thinned, keeping the lowest and highest value of each stretch."""
 WIDTH, HEIGHT = 3.7, 2.1

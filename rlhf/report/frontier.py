@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from rlhf.core.limits import read_json_object
-from rlhf.report.charts import COLOURS, WIDTH, Chart, Line, draw, thinned
+from rlhf.core.plot import COLOURS
+from rlhf.report.charts import WIDTH, Chart, Line, draw, thinned
 from rlhf.report.gather import RunRecord, Subject
 
 

@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from rlhf.core.errors import UserError
+from rlhf.core.plot import COLOURS
 from rlhf.doctor.evidence import guard_alarms
 from rlhf.guard.curve import curve_of, describe, smooth
-from rlhf.report.charts import COLOURS, Chart, Line, draw, thinned
+from rlhf.report.charts import Chart, Line, draw, thinned
 from rlhf.report.gather import Subject
 
 MOST_ALARMS = 20

@@ -13,9 +13,10 @@ from typing import Any
 import markupsafe
 
 from rlhf.core.page import render_page
+from rlhf.core.plot import COLOURS
 from rlhf.doctor.run_checks import planned_steps
 from rlhf.report import answers, facts
-from rlhf.report.charts import COLOURS, Chart, stage_charts
+from rlhf.report.charts import Chart, stage_charts
 from rlhf.report.evaluated import evaluations, policy_evaluations
 from rlhf.report.facts import DataFacts
 from rlhf.report.frontier import frontier

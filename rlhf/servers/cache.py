@@ -12,7 +12,7 @@ from typing import Any
 from rlhf.core.errors import UserError
 from rlhf.core.files import sync
 from rlhf.core.limits import parse_json
-from rlhf.servers.replies import Reply, reply_from
+from rlhf.servers.replies import Reply
 
 
 class ReplyCache:
@@ -37,8 +37,8 @@ class ReplyCache:
     def get(self, key: str) -> Reply | None:
         """The reply; None if there is none, or a damaged one."""
         try:
-            return reply_from(parse_json(self._path(key).read_text("utf-8")), cached=True)
-        except (OSError, ValueError):
+            return Reply(**parse_json(self._path(key).read_text("utf-8")), cached=True)
+        except (OSError, ValueError, TypeError):
             return None
 
     def put(self, key: str, reply: Reply) -> None:

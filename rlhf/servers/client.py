@@ -181,7 +181,9 @@ class Server:
                 raw = self._connected().chat.completions.with_raw_response.create(
                     model=body["model"], messages=body["messages"], extra_body=rest
                 )
-                return self._read(raw.http_response.text)
+                return read_completion(
+                    parse_json(self._without_key(raw.http_response.text))
+                )  # should it repeat the key
             except openai.APIStatusError as error:
                 failure = self._refused(error)
                 if failure is not None:
@@ -213,10 +215,6 @@ class Server:
             return backoff(attempt, chance)
         self._pace.hold(asked)  # the limit holds for all requests
         return asked
-
-    def _read(self, text: str) -> Reply:
-        """The reply in a response; the key is removed from it, should the server repeat it."""
-        return read_completion(parse_json(self._without_key(text)))
 
     def _refused(self, error: openai.APIStatusError) -> Failure | None:
         """The failure if the server refuses this request alone; None if the request may be sent again.

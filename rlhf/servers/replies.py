@@ -7,7 +7,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+import pydantic
+from pydantic import ConfigDict
+
 MALFORMED = "the server's reply is not a chat completion"
+_COUNTING = threading.Lock()
 
 
 @dataclass(frozen=True)
@@ -22,9 +26,13 @@ class ChatRequest:
     """Which of several samples of the same request. It is not sent; each number has its own cached reply."""
 
 
-@dataclass(frozen=True)
+@pydantic.dataclasses.dataclass(frozen=True, config=ConfigDict(strict=True, extra="forbid"))
 class Reply:
-    """One completion."""
+    """One completion.
+
+    Raises:
+        ValueError: A field has the wrong type.
+    """
 
     text: str
     finish_reason: str
@@ -39,7 +47,7 @@ class Reply:
     """Whether it was read from the disk."""
 
     def as_dict(self) -> dict[str, Any]:
-        """Its JSON form; see `reply_from`."""
+        """Its JSON form, which are the fields to make it from."""
         return {name: value for name, value in asdict(self).items() if name != "cached"}
 
 
@@ -52,21 +60,6 @@ class Failure:
     detail: str = ""
 
 
-def reply_from(row: Any, cached: bool) -> Reply:
-    """A reply from its JSON form.
-
-    Raises:
-        ValueError: A field is missing or has the wrong type.
-    """
-    if not isinstance(row, dict) or set(row) != set(Reply("", "").as_dict()):
-        raise ValueError("not a reply")
-    texts = [row[name] for name in ("text", "finish_reason", "refusal", "reasoning")]
-    counts = [row[name] for name in ("prompt_tokens", "completion_tokens")]
-    if not all(isinstance(text, str) for text in texts) or not all(n is None or type(n) is int for n in counts):
-        raise ValueError("not a reply")
-    return Reply(**row, cached=cached)
-
-
 def read_completion(body: Any) -> Reply:
     """The first choice of a `chat.completion` object.
 
@@ -77,7 +70,7 @@ def read_completion(body: Any) -> Reply:
         choice, usage = body["choices"][0], body.get("usage") or {}
         message = choice["message"]
         counts = [usage.get(name) for name in ("prompt_tokens", "completion_tokens")]
-        reply = Reply(
+        return Reply(
             text=message.get("content") or "",
             finish_reason=choice.get("finish_reason") or "",
             prompt_tokens=counts[0] if type(counts[0]) is int else None,
@@ -85,9 +78,8 @@ def read_completion(body: Any) -> Reply:
             refusal=message.get("refusal") or "",
             reasoning=message.get("reasoning_content") or message.get("reasoning") or "",
         )
-    except (KeyError, IndexError, TypeError, AttributeError):
+    except (KeyError, IndexError, TypeError, AttributeError, ValueError):
         raise ValueError(MALFORMED) from None
-    return reply_from(reply.as_dict(), cached=False)
 
 
 @dataclass
@@ -107,10 +99,9 @@ class Usage:
     """Completions read from the disk."""
     cached_prompt_tokens: int = 0
     cached_completion_tokens: int = 0
-    _lock: Any = field(default_factory=threading.Lock, repr=False, compare=False)
 
     def add(self, reply: Reply) -> None:
-        with self._lock:
+        with _COUNTING:
             prompt, completion = reply.prompt_tokens or 0, reply.completion_tokens or 0
             if reply.cached:
                 self.cached += 1
@@ -124,8 +115,9 @@ class Usage:
 
     def count(self, name: str) -> None:
         """Add one to `retries` or `failures`."""
-        with self._lock:
+        with _COUNTING:
             setattr(self, name, getattr(self, name) + 1)
 
     def as_dict(self) -> dict[str, int]:
-        return {name: getattr(self, name) for name in self.__dataclass_fields__ if not name.startswith("_")}
+        """The counts by name."""
+        return asdict(self)

@@ -15,7 +15,7 @@ from torch.nn.functional import cross_entropy
 from rlhf.data.schema import BadRecord
 from rlhf.specialist.head import Batch, Example, Head, field, text_field
 from rlhf.tasks.answers import normalised
-from rlhf.tasks.metrics import Columns, Measured, measure_columns
+from rlhf.tasks.metrics import Measured, fraction_of, mean_of, measure_columns
 
 
 class Answers(NamedTuple):
@@ -108,21 +108,12 @@ class Spans(Head):
     def metrics(self, examples: Sequence[Example], predictions: Sequence[str]) -> list[Measured]:
         pairs = [(example.target.texts or ("",), text) for example, text in zip(examples, predictions)]
         plain = [([normalised(one, "squad") for one in gold], normalised(text, "squad")) for gold, text in pairs]
-        exact = [float(text in gold) for gold, text in plain]
+        exact = [text in gold for gold, text in plain]
         f1 = [max(token_f1(one, text) for one in gold) for gold, text in pairs]
-        return [
-            measure_columns("exact_match", _mean(exact, True)),
-            measure_columns("token_f1", _mean(f1, False)),
-        ]
+        return [measure_columns("exact_match", fraction_of(exact)), measure_columns("token_f1", mean_of(np.array(f1)))]
 
     def by_label(self, examples: Sequence[Example], predictions: Sequence[str]) -> dict[str, dict[str, float]]:
         return {}
-
-
-def _mean(values: list[float], is_fraction: bool) -> Columns:
-    each = np.array(values)
-    columns = np.stack([each, np.ones(len(each))], 1)
-    return Columns(columns, lambda sums: sums[:, 0] / sums[:, 1], each, is_fraction)
 
 
 def token_f1(gold: str, predicted: str) -> float:

@@ -83,9 +83,7 @@ class Measured:
 
     def as_dict(self) -> dict[str, Any]:
         """All but the numbers per record."""
-        found = asdict(self)
-        del found["per_record"]
-        return found
+        return {name: value for name, value in asdict(self).items() if name != "per_record"}
 
 
 def measure(metric: Pick, outcomes: Outcomes, seed: int = 0) -> Measured:
@@ -101,11 +99,10 @@ def measure(metric: Pick, outcomes: Outcomes, seed: int = 0) -> Measured:
     """
     if not len(outcomes):
         raise UserError(f"metric {metric.name}: there is no record to measure")
-    needs = metric.row.traits["needs"]
-    if len(getattr(outcomes, needs)) not in ((len(outcomes),) if needs != "labels" else range(1, 10**9)):
-        raise UserError(f"metric {metric.name}: {NEEDS[needs]}")
-    columns: Columns = metric(outcomes)
-    return measure_columns(metric.name, columns, seed)
+    size = len(getattr(outcomes, needs(metric)))
+    if size != len(outcomes) if needs(metric) != "labels" else not size:
+        raise UserError(f"metric {metric.name}: {NEEDS[needs(metric)]}")
+    return measure_columns(metric.name, metric(outcomes), seed)
 
 
 def measure_columns(name: str, columns: Columns, seed: int = 0) -> Measured:
@@ -149,14 +146,14 @@ def limits(metric: Pick) -> tuple[float, float]:
 @METRICS.row("exact_match", needs="predictions", limits=(0, 1))
 def exact_match(outcomes: Outcomes, *, normalise: Normalise = "text") -> Columns:
     """Fraction of answers that equal the right one; see `rlhf.tasks.answers.normalised`."""
-    return _fraction([_same(p, r, normalise) for p, r in zip(outcomes.predictions, outcomes.references)])
+    return fraction_of([_same(p, r, normalise) for p, r in zip(outcomes.predictions, outcomes.references)])
 
 
 @METRICS.row("accuracy", needs="labels", limits=(0, 1))
 def accuracy(outcomes: Outcomes, *, normalise: Normalise = "text") -> Columns:
     """Fraction of records whose right label was given; an answer that is no label is wrong."""
     gold, given = _label_numbers(outcomes, normalise)
-    return _fraction((gold == given).tolist())
+    return fraction_of((gold == given).tolist())
 
 
 @METRICS.row("f1", needs="labels", limits=(0, 1))
@@ -184,19 +181,19 @@ def f1(
 @METRICS.row("rouge1", needs="predictions", limits=(0, 1), package="rouge-score")
 def rouge1(outcomes: Outcomes, *, stem: bool = False, words: Literal["ascii", "unicode"] = "ascii") -> Columns:
     """ROUGE-1: F-measure of shared words (Lin 2004), from rouge-score; `words: unicode` for other than English."""
-    return _mean(text_overlap.rouge("rouge1", outcomes.predictions, outcomes.references, stem, words))
+    return mean_of(text_overlap.rouge("rouge1", outcomes.predictions, outcomes.references, stem, words))
 
 
 @METRICS.row("rouge2", needs="predictions", limits=(0, 1), package="rouge-score")
 def rouge2(outcomes: Outcomes, *, stem: bool = False, words: Literal["ascii", "unicode"] = "ascii") -> Columns:
     """ROUGE-2: F-measure of shared pairs of words, from rouge-score."""
-    return _mean(text_overlap.rouge("rouge2", outcomes.predictions, outcomes.references, stem, words))
+    return mean_of(text_overlap.rouge("rouge2", outcomes.predictions, outcomes.references, stem, words))
 
 
 @METRICS.row("rougeL", needs="predictions", limits=(0, 1), package="rouge-score")
 def rouge_l(outcomes: Outcomes, *, stem: bool = False, words: Literal["ascii", "unicode"] = "ascii") -> Columns:
     """ROUGE-L: F-measure of the longest common subsequence of words, from rouge-score."""
-    return _mean(text_overlap.rouge("rougeL", outcomes.predictions, outcomes.references, stem, words))
+    return mean_of(text_overlap.rouge("rougeL", outcomes.predictions, outcomes.references, stem, words))
 
 
 @METRICS.row("bleu", needs="predictions", limits=(0, 100), package="sacrebleu")
@@ -217,26 +214,28 @@ def log_likelihood(outcomes: Outcomes, *, per: Literal["answer", "token"] = "ans
 @METRICS.row("score", needs="scores")
 def score(outcomes: Outcomes) -> Columns:
     """Mean score of the answers by a reward; in `rlhf compare`, with `reward`."""
-    return _mean(np.array(outcomes.scores, float))
+    return mean_of(np.array(outcomes.scores, float))
 
 
 @METRICS.row("win_rate", needs="rival_scores", limits=(0, 1))
 def win_rate(outcomes: Outcomes) -> Columns:
     """How often an answer scores higher than the baseline's, a tie counting half; in `rlhf compare`, with `reward`."""
     gap = np.array(outcomes.scores, float) - np.array(outcomes.rival_scores, float)
-    return _mean(np.where(gap == 0, 0.5, gap > 0))
+    return mean_of(np.where(gap == 0, 0.5, gap > 0))
 
 
 def _same(prediction: str | None, reference: str, how: Normalise) -> bool:
     return prediction is not None and normalised(prediction, how) == normalised(reference, how)
 
 
-def _fraction(right: Sequence[bool]) -> Columns:
+def fraction_of(right: Sequence[bool]) -> Columns:
+    """The columns of a fraction of records that are right."""
     values = np.array(right, float)
     return Columns(values[:, None], lambda sums: sums[:, 0] / len(values), values, is_fraction=True)
 
 
-def _mean(values: NDArray[Any]) -> Columns:
+def mean_of(values: NDArray[Any]) -> Columns:
+    """The columns of a mean over records."""
     return Columns(values[:, None], lambda sums: sums[:, 0] / len(values), values)
 
 
