@@ -235,14 +235,13 @@ def _evaluate_policies(model: str, against: str | None, test: Any, html: Path | 
     from rlhf.policy_evaluation.policies import evaluate_policies
     from rlhf.policy_evaluation.tables import show
 
-    found = evaluate_policies(model, against, test)
+    found, mine, theirs = evaluate_policies(model, against, test)
     data = test.data
     facts = {"model": model, "dataset": str(data.path), "fingerprint": data.fingerprint, "split": test.split}
-    result = facts | found.result
+    result = facts | found
     show(result)
     if html is not None:
-        examples = of_answers(found.mine, found.theirs) if found.mine is not None else []
-        _write_page(html, result, examples, found.mine, found.theirs)
+        _write_page(html, result, of_answers(mine, theirs) if mine is not None else [], mine, theirs)
     return result
 
 

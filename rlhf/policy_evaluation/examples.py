@@ -36,38 +36,30 @@ class Example:
     """How far the first is ahead, in scores or ranks; None where nothing compares the two."""
 
 
-@dataclass(frozen=True)
-class Examples:
-    """The examples of a page."""
-
-    wins: list[Example]
-    losses: list[Example]
-    more: list[Example]
-
-
-def chosen(found: Sequence[Example]) -> Examples:
+def chosen(found: Sequence[Example]) -> dict[str, list[Example]]:
     """The largest gains and the largest losses, largest first, and further ones in their order."""
     known = sorted((one.gain, at) for at, one in enumerate(found) if one.gain)
     losses = [at for gain, at in known[:EXTREMES] if gain < 0]
     wins = [at for gain, at in known[::-1][:EXTREMES] if gain > 0]
     more = [at for at in range(len(found)) if at not in {*losses, *wins}][:MORE]
-    return Examples(*([found[at] for at in places] for places in (wins, losses, more)))
+    parts = {"largest gains": wins, "largest losses": losses, "more": more}
+    return {title: [found[at] for at in places] for title, places in parts.items()}
 
 
 def of_answers(mine: Answers, theirs: Answers | None) -> list[Example]:
     """The first answer to each prompt that both can answer."""
     found = []
+    both = [one for one in (mine, theirs) if one is not None]
     for at, prompt in enumerate(mine.prompts):
-        both = [one for one in (mine, theirs) if one is not None]
         if not all(one.texts[at] for one in both):
             continue
-        scores = [one.scores[at][0] if one.scores[at] else None for one in both]
-        kls = [one.kls[at][0] if one.kls[at] else None for one in both]
+        scores = [next(iter(one.scores[at]), None) for one in both]
+        kls = [next(iter(one.kls[at]), None) for one in both]
         sides = [
             Side(cut(one.texts[at][0].strip()), _says(score, kl)) for one, score, kl in zip(both, scores, kls)
         ]  # fmt: skip
-        gain = scores[0] - scores[1] if len(scores) > 1 and scores[0] is not None and scores[1] is not None else None
-        found.append(Example(*_parts(prompt), sides, gain))
+        known = [score for score in scores if score is not None]
+        found.append(Example(*_parts(prompt), sides, known[0] - known[1] if len(known) > 1 else None))
     return found
 
 

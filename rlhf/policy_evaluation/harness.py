@@ -60,7 +60,8 @@ def evaluate_harness(model: str, against: str | None, spec: str, sampling: Sampl
         rows = compared(found, run_tasks(sampling.open(against), config, manager, sampling.seed))
     columns = ("task", "metric", "questions", model, *((against, "difference, 95% interval") if against else ()))
     table("lm-evaluation-harness", columns, score_rows(rows, bool(against)))
-    facts = {"model": model, "seed": sampling.seed, "lm_eval": config.model_dump(), "version": version()}
+    facts = {"model": model, "seed": sampling.seed, "lm_eval": config.model_dump()}
+    facts |= {"version": importlib.metadata.version("lm_eval")}
     return facts | ({"against": against} if against else {}) | {"scores": rows}
 
 
@@ -102,11 +103,6 @@ def open_tasks(config: HarnessConfig) -> Any:
             near = ", ".join(get_close_matches(name, manager.all_tasks)) or "`lm-eval ls tasks` lists them"
             raise UserError(f"--lm-eval: there is no task {name!r}", remedy=f"Near: {near}.")
     return manager
-
-
-def version() -> str:
-    """The installed version of lm-eval."""
-    return importlib.metadata.version("lm_eval")
 
 
 def run_tasks(policy: Policy, config: HarnessConfig, manager: Any, seed: int) -> dict[str, Any]:

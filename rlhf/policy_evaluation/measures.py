@@ -110,34 +110,33 @@ def sampled_metrics(
         UserError: The reward cannot be used, or the reference has another tokenizer.
     """
     scorer = open_scorer(reward, policy) if reward else None
-    scores: dict[str, list[float]] = {}
     usable = accepted(policy, prompts, scorer.own_chats if scorer else ())
     room = policy.prompt_limit(params, scorer.limit if scorer else None)
     if reference is not None:
         check_reference(policy, reference, params)
         room = min(room, reference.prompt_limit(params))
-    groups = []
+    groups, scores = [], []
     for samples in sample(policy, usable, params, seed, n, room):
         groups.append(samples)
-        if scorer:
-            scores[samples[0].prompt.prompt_id] = scorer(samples)
+        scores.append(scorer(samples) if scorer else [])
     flat = [one for samples in groups for one in samples]
     lengths = [len(one.completion.ids) for one in flat]
     metrics: dict[str, Any] = {"prompts": len(usable), "refused": len(prompts) - len(usable), "answers": len(flat)}
     if scorer:
-        metrics |= _bounded("score", [score for samples in groups for score in scores[samples[0].prompt.prompt_id]], n)
-    kls: dict[str, list[float]] = {}
+        metrics |= _bounded("score", [score for row in scores for score in row], n)
+    kls: list[list[float]] = [[] for _ in groups]
     if reference is not None:
         k1, k3 = sequence_kl(policy, reference, flat, params.temperature)
         metrics |= _bounded("kl", k1, n) | _bounded("kl_k3", k3, n) | {"kl_per_token": sum(k1) / sum(lengths)}
-        kls = {group[0].prompt.prompt_id: k1[at * n : at * n + n] for at, group in enumerate(groups)}
+        kls = [k1[at : at + n] for at in range(0, len(k1), n)]
     ended = sum(one.completion.ended for one in flat)
     metrics |= {"answer_tokens": sum(lengths) / len(lengths), "eos_rate": ended / len(flat)}
-    texts = {samples[0].prompt.prompt_id: [one.text for one in samples] for samples in groups}
-    metrics |= text_metrics(list(texts.values()))
-    ids = [prompt.prompt_id for prompt in prompts]
-    of_all = [[found.get(one, []) for one in ids] for found in (scores, kls)]
-    return metrics, Answers(prompts, [texts.get(one, []) for one in ids], *of_all)
+    texts = [[one.text for one in samples] for samples in groups]
+    metrics |= text_metrics(texts)
+    place = {prompt.prompt_id: at for at, prompt in enumerate(usable)}
+    places = [place.get(prompt.prompt_id) for prompt in prompts]
+    columns: list[list[list[Any]]] = [texts, scores, kls]
+    return metrics, Answers(prompts, *([[] if at is None else rows[at] for at in places] for rows in columns))
 
 
 def _bounded(name: str, values: Sequence[float], n: int) -> dict[str, Any]:

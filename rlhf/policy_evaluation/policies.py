@@ -54,25 +54,9 @@ class PolicyTest:
             return compare_answers(mine, theirs, judge)
 
 
-@dataclass(frozen=True)
-class Measured:
-    """What was measured of one policy."""
-
-    metrics: dict[str, Any]
-    losses: Losses | None
-    answers: Answers | None
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """The result of `rlhf evaluate`, and the answers that its page shows."""
-
-    result: dict[str, Any]
-    mine: Answers | None = None
-    theirs: Answers | None = None
-
-
-def _measure(test: PolicyTest, policy: Policy, reference: Policy | None) -> Measured:
+def _measure(
+    test: PolicyTest, policy: Policy, reference: Policy | None
+) -> tuple[dict[str, Any], Losses | None, Answers | None]:
     metrics: dict[str, Any] = {}
     losses = answers = None
     if test.data.kind != "prompt":
@@ -83,20 +67,25 @@ def _measure(test: PolicyTest, policy: Policy, reference: Policy | None) -> Meas
             policy, test.prompts(), test.reward, test.params, test.options.seed, test.n, reference
         )
         metrics |= found
-    return Measured(metrics, losses, answers)
+    return metrics, losses, answers
 
 
-def evaluate_policies(model: str, against: str | None, test: PolicyTest) -> Evaluation:
+def evaluate_policies(
+    model: str, against: str | None, test: PolicyTest
+) -> tuple[dict[str, Any], Answers | None, Answers | None]:
     """The metrics of a policy, and of another or the dataset's own answers, and the comparison of the two.
+
+    Returns:
+        The result of `rlhf evaluate`, and the answers of both that its page shows.
 
     Raises:
         UserError: A model, the reward or the judge cannot be used, or nothing can be measured.
     """
     policy = test.options.open(model)
-    reference = _reference(test, model, policy)
-    mine = _measure(test, policy, reference)
-    result: dict[str, Any] = {"policy": mine.metrics}
-    if mine.answers is not None:
+    reference = policy if test.reference == model else test.options.open(test.reference) if test.reference else None
+    metrics, losses, mine = _measure(test, policy, reference)
+    result: dict[str, Any] = {"policy": metrics}
+    if mine is not None:
         result |= {"reward": test.reward, "seed": test.options.seed, "sampling": asdict(test.params)}
         result |= {"reference": test.reference}
     theirs = None
@@ -105,19 +94,12 @@ def evaluate_policies(model: str, against: str | None, test: PolicyTest) -> Eval
         result["against"] = {"model": against}
     elif against is not None:
         second = test.options.open(against)
-        other = _measure(test, second, reference)
-        theirs = other.answers
-        result["against"] = {"model": against, **other.metrics}
+        metrics, other_losses, theirs = _measure(test, second, reference)
+        result["against"] = {"model": against, **metrics}
         if policy.chat.fingerprints() != second.chat.fingerprints():
             warn("the two have different tokenizers or chat templates: loss and perplexity are not comparable")
-        elif mine.losses is not None and other.losses is not None:
-            result["loss_difference"] = mine.losses.minus(other.losses)
-    if mine.answers is not None and theirs is not None and (test.reward or test.judge):
-        result["comparison"] = test.compare(mine.answers, theirs)
-    return Evaluation(result, mine.answers, theirs)
-
-
-def _reference(test: PolicyTest, model: str, policy: Policy) -> Policy | None:
-    if test.reference is None:
-        return None
-    return policy if test.reference == model else test.options.open(test.reference)
+        elif losses is not None and other_losses is not None:
+            result["loss_difference"] = losses.minus(other_losses)
+    if mine is not None and theirs is not None and (test.reward or test.judge):
+        result["comparison"] = test.compare(mine, theirs)
+    return result, mine, theirs

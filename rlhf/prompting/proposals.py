@@ -54,7 +54,7 @@ class Proposer:
         Raises:
             UserError: No request got an answer, or see `Teacher`.
         """
-        found, lost = [], Counter[str]()
+        found, lost = list[list[str]](), Counter[str]()
         for replies in self.teacher.answers([Prompt((Message("user", text),)) for text in requests], samples):
             found.append([])
             for reply in replies:

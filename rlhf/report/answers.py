@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -67,10 +67,9 @@ class ShownPair:
 
 def shown(answer: Answer) -> ShownAnswer:
     """An answer with its tokens coloured, as far as numbers were recorded."""
-    tokens = _tokens(answer)
-    there = [name for name in COLOURED if tokens and name in json.loads(tokens[0].heat)]
+    tokens, measures = _tokens(answer)
     score = "" if answer.score is None else f"{answer.score:.2f}"
-    return ShownAnswer(cut(answer.text), score, answer.ended, tokens, {name: MEASURES[name] for name in there})
+    return ShownAnswer(cut(answer.text), score, answer.ended, tokens, measures)
 
 
 def before_and_after(run: RunRecord) -> tuple[list[ShownPair], list[ShownPair]]:
@@ -114,38 +113,30 @@ def _pair(before: Answer, after: Answer) -> ShownPair:
     return ShownPair(cut(before.prompt), cut(before.before), shown(before), shown(after), words, change >= 0)
 
 
-def _tokens(answer: Answer) -> list[Token]:
-    """The tokens of an answer with their numbers; empty where the record is absent or not as expected."""
+def _tokens(answer: Answer) -> tuple[list[Token], dict[str, str]]:
+    """The tokens of an answer with their numbers, and the measures that colour them; empty where the record is absent
+    or not as expected."""
     record = answer.tokens or {}
     texts = record.get("text")
-    if not isinstance(texts, list):
-        return []
+    if not isinstance(texts, list) or not texts:
+        return [], {}
     columns: dict[str, Sequence[Any]] = {
         name: record[name]
         for name in MEASURES
         if isinstance(record.get(name), list) and len(record[name]) == len(texts)
     }
     if not all(isinstance(value, (int, float)) for column in columns.values() for value in column):
-        return []
+        return [], {}
     if {"logprob", "ref_logprob"} <= columns.keys():
         columns["kl"] = [p - q for p, q in zip(columns["logprob"], columns["ref_logprob"])]
-    says = [
-        {MEASURES[name]: format_number(float(column[i]), 3) for name, column in _ordered(columns)}
-        for i in range(len(texts))
-    ]
-    scales = {name: _scale(columns[name]) for name in COLOURED if name in columns}
-    heat = [
-        {name: round(max(-1.0, min(1.0, columns[name][i] / scale)), 2) for name, scale in scales.items()}
-        for i in range(len(texts))
-    ]
-    return [Token(str(text), json.dumps(said), json.dumps(hot)) for text, said, hot in zip(texts, says, heat)]
-
-
-def _ordered(columns: Mapping[str, Sequence[Any]]) -> list[tuple[str, Sequence[Any]]]:
-    """The measures in the order in which the page shows them."""
-    return [(name, columns[name]) for name in MEASURES if name in columns]
-
-
-def _scale(values: Sequence[float]) -> float:
-    """What colours are relative to: the largest value of the answer, but not less than 1."""
-    return max(1.0, *(abs(value) for value in values if math.isfinite(value)))
+    # what colours are relative to: the largest value of the answer, but not less than 1
+    scales = {
+        name: max([1.0, *(abs(value) for value in columns[name] if math.isfinite(value))])
+        for name in COLOURED if name in columns
+    }  # fmt: skip
+    tokens = []
+    for i, text in enumerate(texts):
+        says = {MEASURES[name]: format_number(float(columns[name][i]), 3) for name in MEASURES if name in columns}
+        heat = {name: round(max(-1.0, min(1.0, columns[name][i] / scale)), 2) for name, scale in scales.items()}
+        tokens.append(Token(str(text), json.dumps(says), json.dumps(heat)))
+    return tokens, {name: MEASURES[name] for name in scales}

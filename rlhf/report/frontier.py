@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
-from rlhf.core.limits import read_json_object
 from rlhf.core.plot import COLOURS
 from rlhf.report.charts import WIDTH, Chart, Line, draw, thinned
 from rlhf.report.gather import RunRecord, Subject
@@ -60,16 +58,14 @@ def _run_lines(run: RunRecord, prefix: str, colour: str, other: str) -> list[Lin
 
 def best_of(run: RunRecord) -> dict[str, Any] | None:
     """The newest best-of-n curve by name that lies in a run's folder; None without one."""
-    found = [curve for file in sorted(run.path.glob("*.json")) if (curve := _curve(file)) is not None]
-    return found[-1] if found else None
+    return next((curve for one in reversed(run.results.values()) if (curve := _curve(one)) is not None), None)
 
 
-def _curve(file: Path) -> dict[str, Any] | None:
+def _curve(found: Mapping[str, Any]) -> dict[str, Any] | None:
     try:
-        found = read_json_object(file)
         numbers = [(int(one["n"]), float(one["kl"]), float(one["score"])) for one in found["best_of"]]
         facts = {name: str(found[name]) for name in ("policy", "reward", "prompts")}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (ValueError, KeyError, TypeError, AttributeError):
         return None  # another file
     if len(numbers) < 2 or not all(math.isfinite(number) for point in numbers for number in point):
         return None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -74,13 +75,10 @@ class RunRecord:
         """How many checks of `rlhf doctor` could be made."""
         return checks_made(self.stage, self._examined[1])
 
-    @cached_property
+    @property
     def held_out(self) -> dict[str, Any]:
         """A reward run's reward_metrics.json; empty if it is absent or damaged."""
-        try:
-            return read_json_object(self.path / "reward_metrics.json")
-        except (OSError, ValueError):
-            return {}
+        return self.results.get("reward_metrics.json", {})
 
     @cached_property
     def evaluations(self) -> dict[int, list[Answer]]:
@@ -98,6 +96,15 @@ class RunRecord:
             return sum(_parameters(file) for file in files) or None
         except (OSError, SafetensorError):
             return None
+
+    @cached_property
+    def results(self) -> dict[str, dict[str, Any]]:
+        """Name -> content of the JSON objects in the run's folder, by name; damaged files are left out."""
+        found = {}
+        for file in sorted(self.path.glob("*.json")):
+            with suppress(OSError, ValueError):
+                found[file.name] = read_json_object(file)
+        return found
 
     def file(self, name: str) -> str:
         """The text of a small file of the run; empty if it is absent."""

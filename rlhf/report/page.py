@@ -6,7 +6,6 @@ import base64
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -30,30 +29,6 @@ SCRIPT = Path(__file__).with_name("report.js")
 REPORT_STYLE = Path(__file__).with_name("report.css")
 
 
-@dataclass(frozen=True)
-class Tile:
-    """One number at the top of the page."""
-
-    name: str
-    value: str
-    note: str
-
-
-@dataclass(frozen=True)
-class Part:
-    """A subject as the page shows it."""
-
-    subject: Subject
-    number: int
-    pairs: tuple[list[Any], list[Any]] = field(default_factory=lambda: ([], []))
-    extremes: tuple[list[Any], list[Any]] = field(default_factory=lambda: ([], []))
-
-    @property
-    def policy(self) -> RunRecord | None:
-        """The run whose answers are shown."""
-        return self.subject.of("ppo")
-
-
 def render(subjects: Sequence[Subject], data: Sequence[DataFacts] = (), refresh: int | None = None) -> str:
     """The page's HTML.
 
@@ -66,7 +41,7 @@ def render(subjects: Sequence[Subject], data: Sequence[DataFacts] = (), refresh:
         TEMPLATE,
         clean=facts.without_secrets,
         subjects=subjects,
-        parts=[_part(subject, number) for number, subject in enumerate(subjects)],
+        parts=[_part(subject) for subject in subjects],
         title=" and ".join(subject.name for subject in subjects),
         headlines=[headline(subject) for subject in subjects],
         tiles=[_tiles(subject) for subject in subjects],
@@ -109,29 +84,30 @@ def policy(live: bool) -> str:
     return "; ".join(parts)
 
 
-def _part(subject: Subject, number: int) -> Part:
+def _part(subject: Subject) -> dict[str, Any]:
+    """The answers of a subject's PPO run."""
     run = subject.of("ppo")
-    if run is None:
-        return Part(subject, number)
-    return Part(subject, number, answers.before_and_after(run), answers.best_and_worst(run))
+    found = (answers.before_and_after(run), answers.best_and_worst(run)) if run is not None else [([], [])] * 2
+    return {"subject": subject} | dict(zip(("pairs", "extremes"), found))
 
 
-def _tiles(subject: Subject) -> list[Tile]:
+def _tiles(subject: Subject) -> list[tuple[str, str, str]]:
+    """Name, value and note of the numbers at the top of the page."""
     tiles, ppo, reward = [], subject.of("ppo"), subject.of("reward")
     found = gain(ppo) if ppo is not None else None
     if found is not None:
-        tiles.append(Tile("Score, held out", f"{found.before:.2f} → {found.after:.2f}", f"{found.prompts:,} prompts"))
+        tiles.append(("Score, held out", f"{found.before:.2f} → {found.after:.2f}", f"{found.prompts:,} prompts"))
         low, high = found.win_interval
-        tiles.append(Tile("Scored higher than before", percent(found.win_rate), f"{percent(low)} to {percent(high)}"))
+        tiles.append(("Scored higher than before", percent(found.win_rate), f"{percent(low)} to {percent(high)}"))
     if ppo is not None and len(kl := ppo.evidence["eval/kl"]):
-        tiles.append(Tile("KL to the reference", f"{kl.values[-1]:.2f}", "nats per answer"))
+        tiles.append(("KL to the reference", f"{kl.values[-1]:.2f}", "nats per answer"))
     if reward is not None and isinstance(accuracy := reward.held_out.get("accuracy"), float):
         low, high = reward.held_out.get("accuracy_interval") or (accuracy, accuracy)
-        tiles.append(Tile("Reward model right", percent(accuracy), f"{percent(low)} to {percent(high)}"))
+        tiles.append(("Reward model right", percent(accuracy), f"{percent(low)} to {percent(high)}"))
     costs = [facts.cost(run) for run in subject.runs]
     seconds, tokens = sum(one.seconds * one.processes for one in costs), sum(one.tokens for one in costs)
     if seconds:
-        tiles.append(Tile("Training time", facts.duration(seconds), f"{facts.amount(tokens)} tokens"))
+        tiles.append(("Training time", facts.duration(seconds), f"{facts.amount(tokens)} tokens"))
     return tiles
 
 
