@@ -105,6 +105,12 @@ def test_a_tie_that_is_ranked_among_more_answers_or_as_good_as_one_is_rejected(t
     assert reasons == ["the option that means a tie is ranked among the answers"] * 2
 
 
+def test_an_answer_that_is_called_like_a_tie_is_an_answer(tmp_path):
+    given = [{"value": ["bow", "tie"], "user_id": "u", "status": "submitted"}]
+    row = {"fields": {"prompt": "Q?", "tie": "silk", "bow": "wool"}, "responses": {"rank": given}}
+    assert by_rank(one(tmp_path, "argilla", row)) == {1: ["wool"], 2: ["silk"]}
+
+
 def test_higher_ratings_are_better(tmp_path):
     rows = {
         f"score_{i}": [{"user_id": "ann", "value": value, "status": "submitted"}]
@@ -218,6 +224,13 @@ def test_a_label_question_is_found_where_it_names_answers(tmp_path):
     assert ([record.ranks for record in records], reasons) == ([(2, 1), (1, 1)], [])
 
 
+def test_a_question_of_any_name_chooses_by_an_answer_but_not_by_a_tie(tmp_path):
+    for value, expected in (("reply-2", [(2, 1)]), ("tie", [])):
+        row = flat([value], question="mood")
+        del row["reply-3"]
+        assert [record.ranks for record in made(tmp_path, "argilla", row)[0]] == expected
+
+
 def test_labels_are_given_a_meaning(tmp_path):
     options = {"question": "rank", "answers": "reply-1,reply-2", "choice_values": "first=reply-1,0=tie"}
     records, _ = made(tmp_path, "argilla", flat(["First", 0]), **options)
@@ -265,6 +278,8 @@ def test_every_form_is_detected(tmp_path):
         path = tmp_path / "in.json"
         path.write_text(json.dumps([row]), "utf-8")
         assert [name.name for name in IMPORTERS if name.traits["detect"](read_head(path))] == ["argilla"]
+        path.write_text(json.dumps([row, {"unrelated": 1}]), "utf-8")
+        assert not any(name.traits["detect"](read_head(path)) for name in IMPORTERS)
 
 
 def test_a_reject_of_a_whole_export_shows_its_record_only(tmp_path):

@@ -97,6 +97,12 @@ def test_in_ultrafeedback_the_highest_rating_wins_by_the_aspect_that_was_chosen(
     ]
 
 
+def test_a_completion_of_ultrafeedback_need_not_name_its_model(tmp_path):
+    nameless = {key: value for key, value in completion("a", "1", "1", "1", "1").items() if key != "model"}
+    row = {"instruction": "Do it.", "completions": [nameless, completion("b", "4", "4", "4", "4")]}
+    assert [candidate.author for candidate in one(tmp_path, "ultrafeedback", row).candidates] == ["", "m-b"]
+
+
 def test_an_aspect_that_did_not_apply_is_reported(tmp_path):
     row = {
         "instruction": "Do it.",
@@ -144,7 +150,7 @@ def test_in_helpsteer_neighbours_with_one_prompt_are_one_ranking(tmp_path):
 def test_a_bad_row_of_helpsteer_leaves_the_others_of_its_prompt(tmp_path):
     rows = [steer("p", "a", 1), {"prompt": "p"}, steer("p", "b", 9), steer("p", "c", 4), steer("q", "d", 2)]
     records, rejects = read("helpsteer", jsonl(tmp_path / "in.jsonl", rows))
-    assert [best(record) for record in records] == ["c"]
+    assert [by_rank(record) for record in records] == [{1: ["c"], 2: ["a"]}]
     assert [(reject.line, reject.reason) for reject in rejects] == [
         (2, "response: missing"),
         (3, "helpfulness: not a number from 0 to 4"),
