@@ -328,12 +328,15 @@ def test_in_summaries_the_choice_wins_as_an_index_from_0():
     assert prompt.endswith("\n\nTL;DR:")
 
 
-def test_a_field_that_is_null_is_absent(tmp_path):
+def test_choice_0_is_the_first_summary_and_a_field_that_is_null_is_absent(tmp_path):
     summaries = [{"text": "A.", "policy": "ref", "note": None}, {"text": "B.", "policy": None}]
     post = {"info": {"subreddit": "a", "title": "t", "post": "p", "article": None}, "summaries": summaries, "choice": 0}
     news = {**post, "info": {"article": "News.", "post": None, "title": None, "subreddit": None}, "worker": None}
     records, reasons = made(tmp_path, "summarize-from-feedback", post, news)
     assert reasons == []
+    assert [best(record) for record in (*records, one(tmp_path, "summarize-from-feedback", post | {"choice": 1}))] == [
+        "A.", "A.", "B.",
+    ]  # fmt: skip
     assert [said(record)[0][1] for record in records] == [
         "SUBREDDIT: r/a\n\nTITLE: t\n\nPOST: p\n\nTL;DR:", "Article: News.\n\nTL;DR:",
     ]  # fmt: skip
