@@ -118,7 +118,7 @@ def test_a_sliding_window_that_packing_would_lose_is_found_where_sequences_are_l
     # PhiMoE passes its window to the attention in the mask alone, which packing on a CPU replaces.
     config = PhimoeConfig(**SMALL, num_key_value_heads=2, num_local_experts=4, num_experts_per_tok=2, sliding_window=16)
     engine = PlainEngine(config, "sdpa")
-    with pytest.raises(UserError, match=r"get other numbers than alone \(a probe of 28 tokens\)"):
+    with pytest.raises(UserError, match=r"get other outputs than in a row of their own \(tested with 28 tokens"):
         can_pack(SeparateModels(engine), VOCAB, 200, True)
     assert engine.module.policy.config._attn_implementation == "sdpa"
     assert can_pack(SeparateModels(engine), VOCAB, 16, True)

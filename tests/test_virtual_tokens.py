@@ -186,7 +186,7 @@ def test_an_encoder_decoder_is_refused_as_a_reward_model_before_it_is_loaded(
     method: str, family: str, rankings: str, tmp_path: Path
 ) -> None:
     made = reward_config(tmp_path, rankings, model={"path": tiny.encoder_decoder(family)}, tuning=SPECS[method])
-    with pytest.raises(UserError, match=f"(?s){method} does not work.*encoder-decoder.*take token ids alone"):
+    with pytest.raises(UserError, match=f"(?s){method} does not work.*encoder-decoder.*take only token ids"):
         reward.run(made)
     assert not Path(made.run).exists()
 
@@ -311,12 +311,12 @@ def test_the_critic_of_an_encoder_decoder_cannot_have_them(prompts: str, tmp_pat
 @pytest.mark.parametrize(
     "changes, words",
     [
-        ({"rollout__sampler": "transformers", "rollout__max_importance_weight": None}, "no place for virtual tokens"),
+        ({"rollout__sampler": "transformers", "rollout__max_importance_weight": None}, "not support virtual tokens"),
         ({"rollout__sampler": "vllm"}, "'prompt-tuning' cannot be merged"),
         ({"rollout__merge_adapters": True}, "no adapter that can be merged"),
         ({"batch__packing": True}, "only the first sequence of a row would see the virtual tokens of tuning"),
         ({"model__sharing": "shared"}, "needs `lora`, `qlora` or `bottleneck`, got 'prompt-tuning'"),
-        ({"critic__tuning": "prefix-tuning", "gradient_checkpointing": True}, "also of the critic"),
+        ({"critic__tuning": "prefix-tuning", "gradient_checkpointing": True}, "critic.tuning `prefix-tuning`"),
     ],
 )
 def test_what_does_not_work_with_them_is_refused_before_anything_is_loaded(

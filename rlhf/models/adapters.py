@@ -1,4 +1,4 @@
-"""Folders that hold an adapter in place of a model, because it cannot be merged into the model's weights."""
+"""Folders with an adapter instead of a model, because the adapter cannot be merged into the model's weights."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 from rlhf.core.errors import UserError
 
 VIRTUAL = ("PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING")
-"""PEFT's types whose virtual tokens only its own forward adds."""
+"""PEFT's types with virtual tokens, which only PEFT's own forward adds."""
 
 
 def is_adapter(folder: str | Path) -> bool:
@@ -43,7 +43,7 @@ def adapter_base(folder: str | Path) -> str | None:
 
 
 def virtual_tokens_of(folder: str | Path) -> int:
-    """Positions of the model that the virtual tokens of a folder's adapter use; 0 for any other folder."""
+    """Number of positions that the virtual tokens of a folder's adapter use; 0 for any other folder."""
     settings = adapter_settings(folder) if is_adapter(folder) else {}
     return int(settings["num_virtual_tokens"]) if settings.get("peft_type") in VIRTUAL else 0
 
@@ -51,12 +51,12 @@ def virtual_tokens_of(folder: str | Path) -> int:
 def with_adapter(model: Any, folder: str | Path, task: str) -> Any:
     """The base with the adapter of a folder, wrapped by PEFT; the model itself if the folder has none.
 
-    Adapter weights are trainable, and those of the base are frozen. What p-tuning's encoder made is loaded as prompt
-    tuning, since the encoder itself is not saved.
+    Adapter weights are trainable, and those of the base are frozen. The virtual tokens of p-tuning are loaded as prompt
+    tuning, since p-tuning's encoder is not saved.
 
     Args:
         model: The base of the adapter.
-        folder: Of the adapter.
+        folder: The adapter's folder.
         task: PEFT's task type of `model`. An adapter of a language model fits a classifier, whose head is then new.
     """
     if not is_adapter(folder):
@@ -82,8 +82,8 @@ def with_adapter(model: Any, folder: str | Path, task: str) -> Any:
 
 
 def _without_encoder(config: Any) -> Any:
-    """PEFT's config of virtual tokens as a folder holds them: as they were at the end of training, without an encoder
-    that made them. PEFT reads their width from the model."""
+    """PEFT's config of a folder's virtual tokens without the encoder that computed them in training. PEFT reads their
+    width from the model."""
     import peft
 
     kind = peft.PrefixTuningConfig if config.peft_type == "PREFIX_TUNING" else peft.PromptTuningConfig

@@ -3,8 +3,9 @@
     houlsby   two per layer, after the attention and after the MLP (Houlsby et al. 2019, section 2.1)
     pfeiffer  one per layer, after the MLP (Pfeiffer et al. 2021, section 3.2.1)
 
-PEFT has no such method. This one is registered when the module is imported, so PEFT saves, loads and switches it as any
-other. Each layer keeps a dictionary of named adapters. The sum has a nonlinearity, so it cannot be merged into weights.
+PEFT has no such method. This one is registered when the module is imported, so PEFT saves, loads and switches it like
+any other. Each layer keeps a dictionary of named adapters. An adapter is nonlinear, so it cannot be merged into
+weights.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ class BottleneckConfig(PeftConfig):
     """A key of ACTIVATIONS."""
     placement: str = "pfeiffer"
     target_modules: Any = None
-    """Full names of the modules that an adapter follows."""
+    """Full names of the modules whose output is adapted."""
     exclude_modules: Any = None
     modules_to_save: Any = None
     layers_to_transform: Any = None

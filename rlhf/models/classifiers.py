@@ -15,19 +15,19 @@ HEAD_FILE = "score.safetensors"
 
 
 def has_classifier(config: Any) -> bool:
-    """Whether transformers has a sequence classifier of the config's family, or the model brings one as its code."""
+    """Whether transformers has a sequence classifier of the config's family, or the model's own code has one."""
     remote = "AutoModelForSequenceClassification" in (getattr(config, "auto_map", None) or {})
     return remote or type(config) in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
 
 
 def classifier_class(config: Any, per_token: bool = False) -> Any:
-    """What loads a sequence classifier with `from_pretrained`: transformers' auto class, or else a class of our own.
+    """The class whose `from_pretrained` loads a sequence classifier: transformers' auto class, or one of our own.
 
-    That of an encoder-decoder reads the whole text with both halves and gives one number; for a value at every token of
-    the decoder (`per_token`) it is always our own.
+    An encoder-decoder's classifier reads the whole text with both halves and returns one number; for a value at every
+    token of the decoder (`per_token`) the class is always our own.
 
-    The class is transformers' `GenericForSequenceClassification`, the base of its own classifiers, over the body that
-    `AutoModel` gives. `AutoModel` also loads the body alone from a folder that such a model was saved in.
+    Our class is transformers' `GenericForSequenceClassification`, the base of its own classifiers, over the body that
+    `AutoModel` returns. `AutoModel` also loads the body alone from a folder that such a model was saved in.
 
     Raises:
         UserError: The family has no body that gives hidden states.

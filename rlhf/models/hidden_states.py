@@ -1,4 +1,4 @@
-"""Hidden states: one pass of rows through the body of a model, without its head.
+"""Hidden states: a forward pass through the body of a model, without its head.
 
 Rows are padded, or sequences are packed into one row. On a CPU, where torch has no attention kernel for packed
 sequences, the model gets their lengths [1, 1, 1, N] instead of a mask [1, 1, L, L]; transformers passes them to the
@@ -48,12 +48,12 @@ def is_encoder_decoder(model: Any) -> bool:
 
 
 def body_of(lm: PreTrainedModel) -> Any:
-    """The part of a causal LM that gives hidden states.
+    """The part of a causal LM that returns hidden states.
 
     Raises:
         UserError: It has none under transformers' names.
     """
-    for name in (lm.base_model_prefix, "model"):  # Llama 4's text model has a prefix that is another class's
+    for name in (lm.base_model_prefix, "model"):  # the prefix of Llama 4's text model is another class's
         body = getattr(lm, name, None)
         if isinstance(body, nn.Module):
             return body
@@ -93,14 +93,14 @@ def hidden_states(
 ) -> Tensor:
     """Last hidden states [B, T, H] of a causal LM (adapters and virtual tokens included), without its logits.
 
-    Rows are padded on the right. Where `position_ids` [B, T] are given, `attention_mask` says which token sees which
-    (see `rlhf.models.shared_prompt`), or is None where packed sequences are separated by positions that start from 0.
+    Rows are padded on the right. Where `position_ids` [B, T] are given, `attention_mask` says which tokens attend to
+    which (see `rlhf.models.shared_prompt`), or is None where packed sequences are separated by positions from 0.
     """
     lm = causal_lm(model)
     if is_encoder_decoder(lm):
         raise UserError(
             f"{type(lm).__name__} is an encoder-decoder, which this step does not support",
-            "It reads prompt and response with different halves, and here they are one text.",
+            "Its encoder reads the prompt and its decoder the response; this step needs both as one text.",
             "Use a decoder (Llama, Qwen, ...).",
         )
     body = body_of(lm)

@@ -1,8 +1,8 @@
-"""Whether texts that share a row are isolated from each other, measured on the model itself.
+"""Whether texts that share a row are isolated from each other, tested on the model itself.
 
-Model families differ in what separates two texts: masks, positions, or nothing. So the model encodes texts in one row;
-then the other texts get other tokens, and the outputs of the first must not move. They must also be those of the text
-in a row of its own, at a length beyond the model's sliding windows if the run has such texts.
+Model families differ in what separates two texts: masks, positions, or nothing. The test encodes several texts in one
+row, then replaces the tokens of all but the first: the outputs of the first must not change. They must also equal those
+of the text in a row of its own, at a length beyond the model's sliding windows if the run has such texts.
 """
 
 from __future__ import annotations
@@ -14,16 +14,16 @@ import torch
 from torch import Tensor
 
 Text = tuple[list[int], list[bool]]
-"""Token ids, and a flag at each token whose outputs are asked for; the first token has none."""
+"""Token ids, and a flag at each token whose outputs are needed; the first token has none."""
 WINDOWS = (
     "sliding_window", "sliding_window_size", "window_size", "attention_window", "attention_window_size",
     "attention_chunk_size", "local_attention",
 )  # fmt: skip
-"""Names that configs of model families give to the number of tokens that attention reaches back."""
+"""Names, in the configs of model families, of the attention window in tokens."""
 SHORT = 64
-"""Tokens of the probe where no text of a run is longer than a window."""
+"""Tokens of the test text where no text of a run is longer than a window."""
 EDGE = 12
-"""Tokens at both ends of the probe whose outputs are compared. Convolutions reach the first ones only."""
+"""Tokens at both ends of the test text whose outputs are compared. Convolutions reach only the first ones."""
 
 
 def windows(config: Any) -> list[int]:
@@ -40,14 +40,14 @@ def packing_fault(
     sizes: Sequence[int],
     dtype: torch.dtype,
 ) -> str | None:
-    """Why texts cannot be packed into one row, as the end of a sentence; None if they can.
+    """Why texts cannot be packed into one row, as a verb phrase; None if they can.
 
     Args:
         outputs: (texts, packed) -> tensors [n] of the flagged tokens, from texts in one row or in a row each.
         vocab_size: Token ids are below it.
         longest: Tokens of the longest text of the run.
-        sizes: The model's `windows`. The probe is longer than those that are shorter than `longest`.
-        dtype: What the outputs are computed in.
+        sizes: The model's `windows`. The test text is longer than every window below `longest`.
+        dtype: The dtype in which the outputs are computed.
     """
     length = min(longest, max((size + EDGE for size in sizes if size < longest), default=SHORT))
     flags = [place > 0 and (place <= EDGE or place >= length - EDGE) for place in range(length)]
@@ -62,7 +62,7 @@ def packing_fault(
     if not all(unmoved(a, b, dtype) for a, b in zip(one, two)):
         return "attend to each other"
     if not all(agree(a, b, dtype) for a, b in zip(one, alone)):
-        return f"get other numbers than alone (a probe of {length} tokens)"
+        return f"get other outputs than in a row of their own (tested with {length} tokens)"
     return None
 
 
@@ -71,12 +71,12 @@ def _tokens(count: int, seed: int, vocab_size: int) -> list[int]:
 
 
 def unmoved(before: Tensor, after: Tensor, dtype: torch.dtype) -> bool:
-    """Whether outputs are the same after tokens of other texts changed; only kernels for other shapes may round."""
+    """Whether outputs are the same after tokens of other texts changed, up to rounding of kernels for other shapes."""
     return _close(before, after, 1e-6 if dtype == torch.float32 else 1e-3)
 
 
 def agree(found: Tensor, expected: Tensor, dtype: torch.dtype) -> bool:
-    """Whether outputs are the same but for rounding, which depends on the number of rows and the kernel."""
+    """Whether outputs are the same up to rounding, which depends on the number of rows and the kernel."""
     return _close(found, expected, 1e-5 if dtype == torch.float32 else 2 * torch.finfo(dtype).eps)
 
 

@@ -22,7 +22,7 @@ from rlhf.models.mapped import computing, prepare, stored_dtypes
 from rlhf.models.vocabulary import add_rows, check_vocabulary
 
 HEADS = ("score", "classifier", "classification_head")
-"""What classes of transformers call the head of a sequence classifier: decoders, encoders, encoder-decoders."""
+"""Names of the head of transformers' sequence classifiers: decoders, encoders, encoder-decoders."""
 
 POSITIONS_AFTER_PADDING = {"roberta", "xlm-roberta", "xlm-roberta-xl", "camembert", "roberta-prelayernorm", "xmod"}
 """Model families whose first token has position pad_token_id + 1, which leaves fewer positions."""
@@ -34,7 +34,7 @@ def quiet() -> None:
     transformers.utils.logging.set_verbosity_error()
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
     warnings.filterwarnings("ignore", "Position ids are not supported")  # prompt tuning: virtual tokens have none
-    if not torch.cuda.is_available():  # DeepSpeed, which transformers imports, would print that it found no GPU
+    if not torch.cuda.is_available():  # DeepSpeed, imported by transformers, would print that it found no GPU
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 
@@ -136,8 +136,8 @@ def _load(
     if tokens is not None:
         check_vocabulary(config, found, path, tokens)
     options = {"trust_remote_code": config.trust_remote_code, "use_safetensors": True, "dtype": dtype, **more}
-    # T5's position bias is trained, and is added as a mask: torch's fused attention then takes another kernel with
-    # gradients than without, so PPO's first ratio would not be 1.
+    # T5's position bias is trained, and is added as a mask: torch's fused attention then uses different kernels with
+    # and without gradients, so PPO's first ratio would not be 1.
     default = "eager" if hasattr(found, "relative_attention_num_buckets") and found.is_encoder_decoder else None
     if config.attn_implementation or default:
         options["attn_implementation"] = config.attn_implementation or default
@@ -181,7 +181,7 @@ def refuse_encoder_decoder(found: Any, path: str, what: str) -> None:
     if found.is_encoder_decoder:
         raise UserError(
             f"model.path: {path} is an encoder-decoder ({found.model_type}), which {what} not support",
-            "Its prompt and answer go through different halves.",
+            "Its encoder reads the prompt and its decoder the answer.",
             "Use a decoder (Llama, Qwen, ...).",
         )
 

@@ -36,7 +36,7 @@ def token_logprobs(
     temperature: float,
     chunks: int | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Log-probs and entropies of the response tokens alone; full logits exist for one chunk of tokens at a time.
+    """Log-probs and entropies of the response tokens; full logits exist for one chunk of tokens at a time.
 
     Args:
         model: A causal LM, or PEFT's wrapper around one.
@@ -44,7 +44,7 @@ def token_logprobs(
         attention_mask: [B, T], 1 where there is a token.
         response_mask: bool [B, T], True at the response tokens (never the first of a sequence).
         temperature: Logits are divided by it, as they were when sampling.
-        chunks: Parts that the head works in; chosen by the number of tokens when left out.
+        chunks: Number of chunks of the head; `head_chunks` of the tokens when left out.
 
     Returns:
         float32 [n] log-probs and [n] entropies in nats, n = response_mask.sum(), row by row.
@@ -61,14 +61,14 @@ class TokenPredictions(NamedTuple):
     entropies: Tensor
     """float32 [n], nats."""
     top1: Tensor
-    """bool [n], whether the token is the likeliest one."""
+    """bool [n], whether the token is the most likely one."""
 
 
 def token_predictions(
     model: nn.Module, input_ids: Tensor, attention_mask: Tensor | None, response_mask: Tensor,
     chunks: int | None = None, position_ids: Tensor | None = None,
 ) -> TokenPredictions:  # fmt: skip
-    """As `token_logprobs` at temperature 1, and whether each token is the likeliest one.
+    """As `token_logprobs` at temperature 1, and whether each token is the most likely one.
 
     Packed sequences have no attention mask, but `position_ids`; see `hidden_states`.
     """
@@ -99,8 +99,7 @@ def _head(
 
     parts = []
     for number, (states, wanted) in enumerate(zip(hidden.tensor_split(chunks), targets.tensor_split(chunks)), 1):
-        # The backward pass computes a chunk's logits again instead of keeping them. It starts with the last chunk, so
-        # that one's are kept.
+        # The backward pass recomputes each chunk's logits, except those of the last chunk, with which it starts.
         if torch.is_grad_enabled() and number < chunks:
             parts.append(checkpoint(part, states, wanted, use_reentrant=False, preserve_rng_state=False))
         else:
@@ -109,8 +108,8 @@ def _head(
 
 
 class SelectiveLogSoftmax(torch.autograd.Function):
-    """Log-probs of tokens, entropies and on request top-1 flags from logits [n, V], which it overwrites: with them,
-    forward and backward hold two such matrices at a time, three where the loss has an entropy bonus.
+    """Log-probs of tokens, entropies and on request top-1 flags from logits [n, V], which it overwrites. Forward and
+    backward hold two such matrices at a time, the logits included; three with an entropy bonus.
 
     With log-probs l, p = exp(l), temperature T and entropy H: d l_i / d logit_j = (1[i=j] - p_j) / T and
     d H / d logit_j = -p_j (l_j + H) / T.
@@ -150,11 +149,11 @@ class FrozenHead(torch.autograd.Function):
     """Log-probs of tokens, entropies and on request top-1 flags from hidden states [n, H] and a head that is frozen.
 
     It takes two products with the head, not three: the gradient of the log-probs is computed in the forward pass, so
-    no logits are computed again for it. Three matrices [rows, V] exist at a time, and each chunk overwrites those of
-    the one before.
+    the logits are not recomputed. Three matrices [rows, V] exist at a time, and each chunk overwrites those of the one
+    before.
 
-    With weights W, d l_i / d h = (W_i - sum_j p_j W_j) / T. The entropy's gradient, which only an entropy bonus wants,
-    is computed in the backward pass from new logits.
+    With weights W, d l_i / d h = (W_i - sum_j p_j W_j) / T. The entropy's gradient, needed only for an entropy bonus,
+    is computed in the backward pass from recomputed logits.
     """
 
     @staticmethod
@@ -225,7 +224,7 @@ def _as_computed(weight: Tensor) -> Tensor:
 
 
 def is_frozen_product(lm: PreTrainedModel) -> bool:
-    """Whether the logits are nothing but the hidden states times a whole weight that is not trained."""
+    """Whether the logits are just the hidden states times a frozen weight that is whole on this process."""
     head = lm.get_output_embeddings()
     return (
         type(head) is nn.Linear
@@ -239,7 +238,7 @@ def is_frozen_product(lm: PreTrainedModel) -> bool:
 
 
 SCALED_BY = ("scale_decoder_outputs", "logits_scaling", "logit_scale", "final_logit_softcapping")
-"""Options by which families change the product with the head."""
+"""Config options by which families scale or cap their logits."""
 
 
 def _is_scaled(lm: PreTrainedModel) -> bool:
@@ -248,7 +247,7 @@ def _is_scaled(lm: PreTrainedModel) -> bool:
 
 
 def head_logits(lm: PreTrainedModel, states: Tensor) -> Tensor:
-    """float32 logits as the model's own forward gives them, scaling and soft cap of the family included."""
+    """float32 logits as the model's own forward computes them, scaling and soft cap of the family included."""
     head, config = lm.get_output_embeddings(), lm.config.get_text_config()
     if not _is_scaled(lm):
         return head(states).float()
@@ -268,7 +267,7 @@ def head_logits(lm: PreTrainedModel, states: Tensor) -> Tensor:
 
 @torch.no_grad()
 def check_head(model: PreTrainedModel) -> None:
-    """Refuse an architecture whose logits are not its head on its last hidden states.
+    """Refuse an architecture whose logits are not its head applied to its last hidden states.
 
     Raises:
         UserError: The two differ, so log-probs would be wrong.

@@ -1,8 +1,8 @@
-"""Models whose weights stay in the mapped file, in the dtype that they are stored in, until an engine places them.
+"""Models whose weights stay memory-mapped, in the dtype of the file, until an engine places them.
 
 A change of dtype while loading makes a private copy of the whole model in every process, and the processes of a host
-load at the same time. Mapped pages are read when they are needed and shared by the processes; the engine casts one
-tensor after another, on its way to the device or to its share of each rank (`rlhf.training.placing`).
+load at the same time. Mapped pages are read when needed and shared by the processes; the engine casts one tensor after
+another as it moves them to the device or divides them among the ranks (`rlhf.training.placing`).
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ from rlhf.core.console import say
 
 @contextmanager
 def stored_dtypes() -> Iterator[None]:
-    """Within this context `from_pretrained` makes everything in the dtype that it is asked for, but leaves tensors that
-    it reads, except for vectors, in the dtype of the file. Those that it puts together from several tensors of the file
-    (experts) are put together later, one at a time (see `stored_weight`).
+    """Within this context `from_pretrained` leaves the tensors that it reads, except vectors, in the dtype of the file;
+    everything else gets the requested dtype. Weights that it joins from several tensors of the file (experts) are
+    joined later, one at a time (see `stored_weight`).
 
     Loading in the file's dtype is not the same: buffers, such as Gemma's factor of the embeddings, and missing weights
     would be computed in it, and files with several dtypes would be rounded.
     """
-    # The two places where transformers (5.23) reads a tensor of a file, and puts tensors together; it has no option to
-    # leave the cast out, or to put them together later.
+    # The two functions of transformers (5.23) that read a tensor of a file, and join tensors; it has no option to leave
+    # out the cast, or to join later.
     loading: Any = core_model_loading
     read, convert = loading._materialize_copy, loading.WeightConverter.convert
 
@@ -69,26 +69,26 @@ PUT_TOGETHER = (core_model_loading.MergeModulelist, core_model_loading.Concatena
 
 
 def _placeholder(shape: torch.Size, dtype: torch.dtype) -> Tensor:
-    """A tensor of one element that looks like one of this shape."""
+    """A tensor of this shape that stores one element."""
     return torch.zeros((), dtype=dtype).expand(shape)
 
 
 def stored_weight(parameter: Any) -> Tensor:
-    """A weight as it is in the file: mapped, or put together from several tensors of it, which makes a copy."""
+    """A weight as it is in the file: mapped, or joined from several of its tensors, which makes a copy."""
     make: Any = getattr(parameter, "put_together", None)
     found: Tensor = parameter.data if make is None else make()
     return found
 
 
 def prepare(model: nn.Module, dtype: torch.dtype, heads: tuple[str, ...]) -> None:
-    """Make a model with weights as stored ready for what happens before its engine exists.
+    """Prepare a model with weights as stored for adapters and tests, before its engine exists.
 
-    Buffers of the file and heads are cast to `dtype`, and PEFT is made to make adapters in `dtype`: it would take that
-    of the base, and round their first values.
+    Buffers of the file and heads are cast to `dtype`, and PEFT creates adapters in `dtype`: it would take the dtype of
+    the base, and round their initial values.
 
     Args:
         model: From `stored_dtypes`.
-        dtype: What the engine trains in, or float32.
+        dtype: The dtype in which the engine trains, or float32.
         heads: Names of the modules that are cast: the small heads of classifiers.
     """
     for name, module in model.named_modules():
@@ -105,7 +105,7 @@ def prepare(model: nn.Module, dtype: torch.dtype, heads: tuple[str, ...]) -> Non
                 elif p.dim() > 1:  # routers: PEFT takes their dtype for adapters, which it would round
                     p.data = p.data.to(dtype)
         if any(p.dtype != dtype or hasattr(p, "put_together") for p in own) and not hasattr(module, "compute_dtype"):
-            module.compute_dtype = dtype  # PEFT reads it, as that of layers in 4 bits
+            module.compute_dtype = dtype  # PEFT reads it, as for layers in 4 bits
     if getattr(model, "holds_copies", False):
         say(
             f"Loading: transformers converts weights of {type(model).__name__} while it loads them; every process holds"
@@ -114,16 +114,16 @@ def prepare(model: nn.Module, dtype: torch.dtype, heads: tuple[str, ...]) -> Non
 
 
 def dtype_of(model: nn.Module) -> torch.dtype:
-    """What a model computes in, or will once its engine has cast it."""
+    """The compute dtype of a model, or what it will be once its engine has cast it."""
     marks = (getattr(module, "compute_dtype", None) for module in model.modules())
     return next((dtype for dtype in marks if dtype is not None), next(model.parameters()).dtype)
 
 
 @contextmanager
 def computing(model: nn.Module) -> Iterator[None]:
-    """Within this context a model with weights as stored gives the results that it will give once they are cast.
+    """Within this context a model with weights as stored computes as it will once they are cast.
 
-    The weights of each module are cast before it runs and put back after, so there are copies of one module's alone.
+    The weights of each module are cast before it runs and put back after, so only one module's are copied at a time.
     """
     marked: list[tuple[nn.Module, Any]] = [
         (m, m.compute_dtype) for m in model.modules() if isinstance(getattr(m, "compute_dtype", None), torch.dtype)

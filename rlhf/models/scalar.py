@@ -49,7 +49,7 @@ class ScalarModel(nn.Module):
 
     @property
     def is_decoder(self) -> bool:
-        """True if the model gives a value for every token."""
+        """True if the model has a value for every token."""
         return hasattr(causal_lm(self.model), "score")
 
     def token_values(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
@@ -85,7 +85,7 @@ class ScalarModel(nn.Module):
 
     @functools.cached_property
     def shared_prompts(self) -> SharedPrompts:
-        """Which completions can share a row with their prompt; tested on the model once. Every rank calls it."""
+        """How completions can share a row with their prompt; tested on the model once. Every rank calls it."""
         if not self.is_decoder or has_virtual_tokens(self.model):
             # in an encoder the prompt attends to the completion; and `branches` has no virtual tokens
             return NO_SHARING

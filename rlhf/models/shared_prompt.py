@@ -159,7 +159,7 @@ def _isolated(
     encode: Callable[..., Tensor], implementation: str, vocab_size: int, window: int, device: torch.device,
     dtype: torch.dtype,
 ) -> bool:  # fmt: skip
-    """Whether a completion has the hidden states of a row of its own, whatever the other completion of its row is."""
+    """Whether a completion has the same hidden states as in a row of its own, whatever else is in its row."""
     half = max(1, min(16, window // 2))  # a text fits into the window, the row does not if the window is small
     branches = torch.tensor([[0] * half + [1] * half + [2] * half + [-1] * 2], device=device)
     ids = (torch.arange(branches.shape[1], device=device) * 37 + 11)[None] % vocab_size

@@ -26,7 +26,7 @@ SIZES = (
     (1, "n_group topk_group first_k_dense_replace num_dense_layers n_groups mamba_n_groups num_nextn_predict_layers "
         "moe_num_shared_experts attn_layer_offset expert_layer_offset num_kv_shared_layers"),
 )  # fmt: skip
-"""Size in a tiny copy -> names that model families give to it. A missing or unset name stays so."""
+"""Size in a tiny copy -> its names in the configs of model families. A missing or unset name stays so."""
 NUMBERS_OF_HEADS = ("num_attention_heads", "n_head", "n_heads", "num_heads")
 LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "num_decoder_layers")
 KEY_VALUE_HEADS = ("num_key_value_heads", "num_kv_heads", "num_global_key_value_heads")
@@ -143,7 +143,7 @@ def _narrow_rope(parameters: dict[str, Any]) -> None:
 
 
 def random_model(config: Any, seed: int = 0) -> PreTrainedModel:
-    """A causal language model with random float32 weights, larger than usual, so that what it attends to shows."""
+    """A causal language model with random float32 weights, so large that outputs show what it attends to."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=torch.float32)

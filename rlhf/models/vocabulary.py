@@ -1,7 +1,7 @@
-"""The tokenizer's ids against the rows of a model's embedding, which need not be as many.
+"""Models whose embedding has more or fewer rows than the tokenizer has ids.
 
-More rows than ids (Qwen2.5: 152,064 rows, 151,665 tokens) are padding: nothing decodes them, so they are never sampled.
-Fewer rows than ids cannot encode every text.
+Extra rows (Qwen2.5: 152,064 rows, 151,665 tokens) are padding: nothing decodes them, so they are never sampled. With
+missing rows some texts cannot be encoded.
 """
 
 from __future__ import annotations
@@ -62,9 +62,9 @@ def add_rows(model: Any, tokens: int, dtype: torch.dtype) -> None:
 
 
 def mask_unknown_ids(model: Any, tokens: int) -> None:
-    """From now on ids from `tokens` on have probability 0, in sampling and in all log-probs and entropies.
+    """Give ids from `tokens` on probability 0, in sampling and in all log-probs and entropies.
 
-    The head itself masks their logits, since everything that computes logits calls it.
+    A hook of the head masks their logits, since everything that computes logits calls the head.
     """
     head = model.get_output_embeddings()
     if head.weight.shape[0] > tokens:

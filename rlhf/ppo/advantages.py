@@ -57,7 +57,7 @@ def gae(
     lam: Fraction = 0.95,
     whiten: bool = True,
 ) -> Advantages:
-    """Generalised advantage estimation with a critic; with `whiten` the advantages have mean 0 and deviation 1.
+    """Generalised advantage estimation with a critic; with `whiten` the advantages have mean 0 and std 1.
 
     Schulman 2015 (arXiv:1506.02438) eq. 16: A_t = sum_l (gamma lam)^l delta_{t+l}, with
     delta_t = r_t + gamma V_{t+1} - V_t; PPO (arXiv:1707.06347) eq. 11-12. Returns are A + V before whitening, and
@@ -138,7 +138,7 @@ def reinforce_plus_plus(
 
     Hu 2025 (arXiv:2501.03262): A_t = score - beta * sum_{i >= t} KL_i (the sum of the shaped rewards from t on; its
     gamma is 1), then (A - mean) / std over the global batch. The paper's second variant, with a baseline from the
-    prompt's completions, is not this row.
+    prompt's completions, is not implemented.
 
     Raises:
         ValueError: A mask that is not padded on the right only.
@@ -180,7 +180,7 @@ def _group_sum(values: Tensor, member: Tensor) -> Tensor:
 
 
 def _group_size(member: Tensor) -> Tensor:
-    """For every episode, how many its group holds, int64 [N]."""
+    """For every episode, the size of its group, int64 [N]."""
     return (member * member.sum(0)).sum(1)
 
 

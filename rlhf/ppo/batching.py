@@ -32,9 +32,9 @@ class TokenRows:
     """Token rows from which micro-batches are built."""
 
     rows: Sequence[tuple[list[int], list[bool]]]
-    """(token ids, flags) per row; a flag marks a token whose log-prob is asked for."""
+    """(token ids, flags) per row; a flag marks a token whose log-prob is needed."""
     pad_id: int
-    """Fills rows up to the longest."""
+    """Pads rows to the longest."""
     packed: bool = False
     """Put the sequences of a micro-batch into one row instead of padding them."""
     frozen_states: Mapping[int, Tensor] | None = None
@@ -59,7 +59,7 @@ class TokenRows:
 
     @cached_property
     def rank(self) -> int:
-        """Whose micro-batches are built."""
+        """The rank whose micro-batches are built."""
         return distributed.rank()
 
     def micro_batches(self, per_rank: RankBatches) -> list[MicroBatch]:
@@ -159,18 +159,18 @@ class Minibatches:
 @dataclass
 class TokenBudget:
     """The most tokens of a micro-batch: `batch.micro_batch_tokens`, halved whenever memory runs out. Part of
-    checkpoints, so that a resumed run divides minibatches as the undisturbed one does."""
+    checkpoints, so that a resumed run divides minibatches as an uninterrupted one does."""
 
     configured: int
     halvings: int = 0
 
     @property
     def tokens(self) -> int:
-        """The budget now."""
+        """The current budget."""
         return self.configured >> self.halvings
 
     def split(self, minibatch: Minibatch) -> Minibatch:
-        """Halve the budget, again if need be, until it divides a minibatch into smaller micro-batches; gives these.
+        """Halve the budget until it cuts the minibatch into smaller micro-batches, and return these.
 
         Raises:
             UserError: Each micro-batch is one episode.
@@ -191,7 +191,7 @@ class TokenBudget:
         )
 
     def load_state_dict(self, state: Mapping[str, int] | None) -> None:
-        """Take over `vars` of a checkpoint's budget, unless the run goes on with another `batch.micro_batch_tokens`."""
+        """Restore `vars` of a checkpoint's budget, unless the run now has another `batch.micro_batch_tokens`."""
         if state is not None and state["configured"] == self.configured:
             self.halvings = state["halvings"]
 
@@ -200,7 +200,7 @@ class TokenBudget:
 
 
 def permutation(count: int, *seed: int) -> list[int]:
-    """A random order of 0..count-1 that follows from the seed parts alone."""
+    """A random order of 0..count-1, determined by the seed parts."""
     generator = torch.Generator().manual_seed(stream_seed(*seed))
     return torch.randperm(count, generator=generator).tolist()
 
@@ -208,7 +208,7 @@ def permutation(count: int, *seed: int) -> list[int]:
 def endless(count: int, first: int, number: int, *seed: int) -> list[int]:
     """Elements `first`, `first + 1`, ... of repeated passes through 0..count-1, reshuffled for each pass.
 
-    They follow from the arguments alone, so the position in the data needs no saved state.
+    The arguments determine them, so the position in the data needs no saved state.
     """
     passes = range(first // count, (first + number - 1) // count + 1)
     order = [row for turn in passes for row in permutation(count, *seed, turn)]
@@ -230,7 +230,7 @@ def divide(
     """Cut an order of episodes into minibatches and divide each among the ranks by length.
 
     Within a minibatch the longest episode goes to the rank with the fewest tokens so far; each rank then makes
-    micro-batches of up to `budget` tokens: of episodes of similar length, or packed into parts of about one size.
+    micro-batches of up to `budget` tokens: of episodes of similar length, or packed into parts of about equal size.
 
     Args:
         totals: Tokens of each episode.
@@ -278,7 +278,7 @@ def _cut_padded(episodes: list[int], totals: Sequence[int], budget: int) -> list
 
 
 def _cut_packed(episodes: list[int], totals: Sequence[int], budget: int) -> list[list[int]]:
-    """Put episodes, sorted from long to short, into the fewest parts of about one size within the budget."""
+    """Put episodes, sorted from long to short, into the fewest parts of about equal size within the budget."""
     fewest = math.ceil(sum(totals[e] for e in episodes) / budget)
     for count in range(fewest, len(episodes) + 1):
         parts = _deal(episodes, totals, count)

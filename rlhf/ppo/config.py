@@ -185,13 +185,13 @@ class PPOEvalConfig(Strict):
 
 class PPOLogConfig(LogConfig):
     record_every: NonNegativeInt = 50
-    """Record the first update and every this many after it in the run's `updates/`, whole: tokens, log-probs, values,
-    rewards, advantages, some 36 bytes per response token. `rlhf replay` opens and recomputes them. 0 records none."""
+    """Record the first update and then every N-th in the run's `updates/`: tokens, log-probs, values, rewards,
+    advantages, about 36 bytes per response token. `rlhf replay` shows and recomputes them. 0 records none."""
     record_keep: PositiveInt = 10
     """How many recorded updates to keep on disk: the first and the newest."""
     token_samples: NonNegativeInt = 16
-    """Completions of each evaluation for which samples.jsonl has the numbers of each token: log-probs, value, reward,
-    advantage. `rlhf report` shows them."""
+    """Completions per evaluation for which samples.jsonl has each token's log-probs, value, reward and advantage.
+    `rlhf report` shows them."""
 
 
 class PPOConfig(StageConfig):
@@ -217,10 +217,9 @@ class PPOConfig(StageConfig):
     score: PPOScoreConfig = PPOScoreConfig()
     eval: PPOEvalConfig = PPOEvalConfig()
     gold: GoldConfig | None = None
-    """A reward that is held out of training, to see whether the policy gets better or games its reward; see
-    docs/guard.md."""
+    """A reward that is not trained on, to tell real improvement from reward hacking; see docs/guard.md."""
     guard: GuardConfig = GuardConfig()
-    """What to watch for while the policy is optimised against its reward, and what to do then; see docs/guard.md."""
+    """Rules that detect over-optimisation of the reward, and what to do when one fires; see docs/guard.md."""
     log: PPOLogConfig = PPOLogConfig()
     compile: bool = False
     """Compile the layers of policy and critic with torch.compile (one graph for all lengths). This takes up to a minute
@@ -270,9 +269,9 @@ class PPOConfig(StageConfig):
             faults.append(f"rollout.sampler: `{sampler.name}` gets {unmerged}")
         rollout = self.rollout
         if traits["prompt_learning"] and not rollout.sampler.row.traits.get("virtual_tokens", True):
-            faults.append(f"rollout.sampler: {rollout.sampler.name!r} has no place for virtual tokens; use `hf`")
+            faults.append(f"rollout.sampler: {rollout.sampler.name!r} does not support virtual tokens; use `hf`")
         if self.gradient_checkpointing and self.needs_critic and self.critic.tuning.name == "prefix-tuning":
-            faults.append("gradient_checkpointing: does not work with prefix-tuning, also of the critic")
+            faults.append("gradient_checkpointing: does not work with critic.tuning `prefix-tuning`")
         truncated = rollout.top_k or rollout.top_p < 1 or rollout.min_new_tokens
         if self.score.policy == "sampler" and rollout.sampler.name != "hf" and truncated:
             faults.append(
@@ -289,7 +288,7 @@ class PPOConfig(StageConfig):
         return self
 
     def _guard_faults(self) -> list[str]:
-        """Settings of the guard that could do nothing."""
+        """Settings of the guard that would have no effect."""
         guard, faults = self.guard, []
         rules = [rule.name for rule in guard.rules]
         faults += [f"guard.rules: {name!r} is named twice" for name in dict.fromkeys(rules) if rules.count(name) > 1]

@@ -1,9 +1,8 @@
 """Frozen lower layers: if only the upper layers have adapters, the hidden states that enter these are the same for all
 roles and epochs.
 
-They are computed once per rollout and cached in host memory (tokens x hidden size x bytes per number). All other passes
-run the upper layers alone. They still call the model's own body, which keeps its positions, masks and norms; the lower
-layers are replaced by placeholders.
+These states are computed once per rollout and cached in host memory (tokens x hidden size x bytes per number). All
+other passes run the model's own body, with its positions, masks and norms, and placeholders for the lower layers.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ from rlhf.tuning.layers import layers_of
 
 
 class _Placeholder(nn.Module):
-    """Takes the place of a layer that must not run; returns `states`, or its input if there are none."""
+    """Replaces a layer that must not run; returns `states`, or its input if there are none."""
 
     def __init__(self, layer: nn.Module, states: Tensor | None = None) -> None:
         super().__init__()

@@ -80,7 +80,7 @@ class KLController(Protocol):
 
         Args:
             kl_per_episode: Mean over the episodes of the summed per-token KL, nats.
-            episodes: Their number.
+            episodes: Number of episodes.
 
         Raises:
             ValueError: The KL is not finite; the coefficient is unchanged.

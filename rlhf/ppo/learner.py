@@ -99,8 +99,8 @@ class Learner:
             Metrics, means over all optimizer steps.
 
         Raises:
-            UserError: A loss or gradient is not finite, or a micro-batch of one episode does not fit the memory. That
-                minibatch has changed nothing.
+            UserError: A loss or gradient is not finite, or a micro-batch of one episode does not fit in memory. That
+                minibatch's step is not applied.
         """
         minibatches = minibatches.with_frozen_states(experience.frozen_states)
         target_kl, epochs = self.config.loss.target_kl, len(minibatches.epochs)
@@ -174,7 +174,7 @@ class Learner:
             tokens: Response tokens of the minibatch on all ranks.
             ptx: Demonstrations that go with this micro-batch.
             ptx_tokens: Tokens of the step's demonstrations on all ranks.
-            critic_only: The policy does not learn yet.
+            critic_only: Only the critic is trained in this update.
         """
         c, old = self.config.loss, _old_columns(experience, advantages, batch)
         out = self.engine(batch, self.config.rollout.temperature, ptx)
@@ -258,5 +258,5 @@ def _not_finite(experience: Experience, minibatch: Minibatch, where: str) -> Use
     return UserError(
         f"{where}: the gradient is not finite, so the step was not applied",
         f"The minibatch holds episodes {', '.join(scores)}{' ...' if len(episodes) > 8 else ''}.",
-        "The last checkpoint is usable. Look at these scores first; then try a lower learning rate in a new run.",
+        "The last checkpoint is usable. Check these scores first; then try a lower learning rate in a new run.",
     )

@@ -1,6 +1,6 @@
 """PPO's losses per token, importance weights, and the metrics of both.
 
-The losses take flat tensors [n] of response tokens alone, so they know no padding. A minibatch may be cut into
+The losses take flat tensors [n] of response tokens only, without padding. A minibatch may be cut into
 micro-batches and ranks: the caller divides the sum of the losses by the token count of the whole minibatch, so every
 token has the same weight (DAPO, arXiv:2503.14476, section 3.3); the statistics are sums and extremes that add up.
 """
@@ -26,7 +26,7 @@ class PolicyStats:
     """Sums and extremes over the response tokens of a micro-batch, float32, 0-d, without gradient."""
 
     clipped: Tensor
-    """The number of tokens that have no gradient because of the clipping."""
+    """Number of tokens without a gradient because of the clipping."""
     kl_k1: Tensor
     """Sum of the k1 estimates of KL(old policy || policy), nats."""
     kl_k3: Tensor
@@ -52,7 +52,7 @@ def policy_loss(
     ratio = exp(logprobs - old_logprobs); openai/lm-human-preferences@cbfd210
     lm_human_preferences/train_policy.py:351-355. Different bounds are DAPO's Clip-Higher (Yu 2025, arXiv:2503.14476,
     section 3.1). `dual_clip` is Ye 2020 (arXiv:1912.09729) eq. 5: where A < 0 the objective is at least dual_clip * A,
-    however large the ratio is. Tokens that a clip holds, and those with A = 0, have the gradient 0 at any ratio.
+    however large the ratio is. Clipped tokens, and those with A = 0, have gradient 0 at any ratio.
 
     Args:
         logprobs: Log-probs of the sampled tokens under the policy that is trained, at the sampling temperature, nats,

@@ -101,7 +101,7 @@ class PPOReporter(Reporter):
         config: The stage's config.
         run: The run folder.
         done: Updates that a resumed run has done already.
-        evaluations: `evaluations` of the reporter that reported these.
+        evaluations: `evaluations` of the reporter before the run was resumed.
     """
 
     def __init__(self, config: PPOConfig, run: Run, done: int, evaluations: Sequence[dict[str, float]] = ()) -> None:
@@ -120,7 +120,7 @@ class PPOReporter(Reporter):
         self.bar.step(done, "  ".join(parts), seconds)
 
     def alarms(self, alarms: Sequence[Alarm]) -> None:
-        """Print what the guard says, and write it to events.jsonl."""
+        """Print the guard's alarms, and write them to events.jsonl."""
         self.run.log("events.jsonl", [alarm.as_event() for alarm in alarms])
         for alarm in alarms:
             self.bar.note(f"guard: {alarm.rule}: {alarm.what}, since update {alarm.since}. Action: {alarm.action}")
@@ -130,7 +130,7 @@ class PPOReporter(Reporter):
     ) -> None:
         """Report an evaluation on held-out prompts, and write its completions to samples.jsonl.
 
-        `tokens` are the numbers of each token of the first completions.
+        `tokens` are per-token values of the first completions.
         """
         rollout = experience.rollout
         divergence = masked_sum(kl.k1(experience.logprobs, experience.ref_logprobs), rollout.response_mask)
@@ -170,11 +170,11 @@ class PPOReporter(Reporter):
 OBSERVED = {
     "gold": "objective/gold_reward", "watch": "guard/watch_score", "watch_disagreement": "guard/disagreement",
 }  # fmt: skip
-"""What only looks on -> the metric of its mean."""
+"""Observer -> the metric of its mean."""
 
 
 def guard_metrics(experience: Experience) -> dict[str, float]:
-    """What the guard's rules read: means of the sources that only look on, and repeated phrases."""
+    """What the guard's rules read: mean scores of the observers, and repeated phrases."""
     ids = [completion.ids for completion in experience.rollout.completions]
     seen = experience.observed
     found = {name: float(seen[key].mean()) for key, name in OBSERVED.items() if key in seen}

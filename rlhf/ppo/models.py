@@ -124,7 +124,7 @@ class Models(ABC):
 
     @property
     def scorers(self) -> Mapping[str, Callable[[RewardInputs], Tensor]]:
-        """Reward models that are part of these models, by the path that the config gives."""
+        """Reward models among these models, by their path in the config."""
         return {}
 
     @property
@@ -133,7 +133,7 @@ class Models(ABC):
         return []
 
     def with_frozen_states(self, batch: MicroBatch) -> MicroBatch:
-        """The micro-batch with the hidden states of the frozen lower layers, where these can be shared."""
+        """The micro-batch with the hidden states after the frozen lower layers, where these can be shared."""
         return batch
 
     @abstractmethod

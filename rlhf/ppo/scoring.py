@@ -24,7 +24,7 @@ from rlhf.reward.sources import RewardInputs, Source, scores_with_disagreement
 
 @dataclass(frozen=True)
 class Scorer:
-    """Computes what PPO needs to know about a rollout. `observers` score completions and have no part in the reward."""
+    """Computes the experience of a rollout. `observers` score completions and have no part in the reward."""
 
     config: PPOConfig
     chat: ChatTokenizer
@@ -34,7 +34,7 @@ class Scorer:
 
     @torch.no_grad()
     def score(self, rollout: Rollout, minibatches: Sequence[Minibatch], gold: bool = True) -> Experience:
-        """Pass this rank's micro-batches through policy, critic, reference and reward; then all ranks hold all results.
+        """Pass this rank's micro-batches through policy, critic, reference and reward; gather results on all ranks.
 
         Args:
             rollout: The completions of all ranks.
@@ -65,7 +65,7 @@ class Scorer:
         importance, sampled = None, rollout.sampler_logprobs
         if from_sampler:
             assert sampled is not None  # PPOConfig allows only samplers and options for which log-probs are reported
-            logprobs, entropies = sampled, -sampled  # the surprise of sampled tokens has the entropy as its mean
+            logprobs, entropies = sampled, -sampled  # the mean of -log p over sampled tokens estimates the entropy
         elif sampled is not None and config.rollout.max_importance_weight is not None:
             importance = importance_weights(logprobs, sampled, mask, config.rollout.max_importance_weight)
         return Experience(

@@ -130,8 +130,8 @@ class SharedBase(nn.Module):
                 layer._active_adapter = name
 
     def recompute(self) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
-        """For gradient checkpointing: contexts of a forward pass and of its recomputation. That happens in the backward
-        pass, when another role may be active."""
+        """For gradient checkpointing: contexts of a forward pass and of its recomputation in the backward pass, when
+        another role may be active."""
         name = self.layers[0].active_adapters[0]
         return nullcontext(), self.acting("policy" if name == POLICY else name)
 

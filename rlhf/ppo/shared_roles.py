@@ -1,8 +1,8 @@
 """Which roles of PPO can share one base, found from run.json and config files before any weights are loaded.
 
-A LoRA run is its base plus an adapter, so two LoRA runs on the same base need its weights only once. The same holds for
-bottleneck adapters, whose runs hold the adapter alone. Local weights are
-identified by their fingerprints, hub models by their names.
+A LoRA run is its base plus an adapter, so two LoRA runs on the same base need only one copy of its weights. The same
+holds for bottleneck adapters, whose runs hold only the adapter. Local weights are identified by their fingerprints, hub
+models by their names.
 """
 
 from __future__ import annotations

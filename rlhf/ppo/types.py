@@ -23,7 +23,7 @@ from rlhf.rollout.types import Completion
 
 @dataclass(frozen=True)
 class Prompts:
-    """The prompts of one update, each repeated once for every completion of it."""
+    """The prompts of one update, each repeated once per completion."""
 
     ids: list[list[int]]
     """Token ids, N lists."""
@@ -80,7 +80,7 @@ class MicroBatch(NamedTuple):
     """
 
     episodes: list[int]
-    """Which episodes (or demonstrations) these are, N numbers."""
+    """Indices of the episodes (or demonstrations), N numbers."""
     input_ids: Tensor
     """int64 [B, L]."""
     attention_mask: Tensor | None
@@ -88,17 +88,17 @@ class MicroBatch(NamedTuple):
     position_ids: Tensor | None
     """int64 [1, L], from 0 in each sequence, which separates them; None where not packed."""
     response_mask: Tensor
-    """bool [B, L], True at the tokens whose log-probs are asked for."""
+    """bool [B, L], True at the tokens whose log-probs are needed."""
     lengths: Tensor
     """int64 [N], the number of these tokens per sequence; [0] for a filler."""
     most_tokens: int
-    """Response tokens of the rank that has the most: under ZeRO-3 the LM head works in as many chunks on every rank."""
+    """Most response tokens on any rank: under ZeRO-3 every rank must run the LM head in the same number of chunks."""
     frozen_states: Tensor | None = None
     """[B, L, H] hidden states that enter the first layer with adapters, where they are cached."""
 
 
 class TokenOutputs(NamedTuple):
-    """Outputs for the tokens that a micro-batch asks for, row after row. float32 [n]."""
+    """Outputs for the response tokens of a micro-batch, row after row. float32 [n]."""
 
     logprobs: Tensor
     entropies: Tensor
@@ -141,7 +141,7 @@ class Experience:
     importance: Importance | None = None
     """Weights for a sampler whose log-probs differ from the trainer's; None where none are reported."""
     observed: Mapping[str, Tensor] = field(default_factory=dict)
-    """[N] each, of sources that only look on: `gold`, `watch`, and `watch_disagreement` where that is an ensemble."""
+    """[N] each, from the observers: `gold`, `watch`, and `watch_disagreement` where `watch` is an ensemble."""
     frozen_states: Mapping[int, Tensor] | None = None
     """Episode -> [tokens, H], hidden states that enter the first layer with adapters; see `rlhf.ppo.frozen_layers`."""
 

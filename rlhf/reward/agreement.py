@@ -1,4 +1,4 @@
-"""Human agreement: how far the annotators of a dataset agree, and so how accurate a reward model can be on it.
+"""Human agreement: how often the annotators of a dataset agree, and so how accurate a reward model can be on it.
 
 `rlhf data check` writes the numbers into the dataset's manifest, under `agreement`.
 """

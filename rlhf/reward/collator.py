@@ -18,12 +18,12 @@ from rlhf.reward.losses import RankingBatch
 
 
 def informative(ranks: Iterable[Sequence[int]]) -> list[int]:
-    """Indices of the rankings that are not all ties. Ranks are dense, so each of these has a rank 2."""
+    """Indices of the rankings that are not all ties. Ranks are dense, so each of these has rank 2."""
     return [index for index, row in enumerate(ranks) if max(row) > 1]
 
 
 def comparable(rankings: Any, loss: Pick) -> Sequence[int]:
-    """Indices of the rankings to learn from: all, or if the loss ignores ties those with two different ranks."""
+    """Indices of the rankings to learn from: all, or those with two different ranks if the loss ignores ties."""
     return range(len(rankings)) if loss.row.traits["uses_ties"] else informative(rankings["ranks"][:])
 
 
@@ -60,7 +60,7 @@ class RewardBatch:
     """int64 [R, T], which token belongs to which candidate of its row (see `rlhf.models.shared_prompt`); None if
     every row has one candidate."""
     rankings: RankingBatch
-    """How the candidates were ranked, in the order in which the rows hold them."""
+    """Ranks of the candidates, in the order of the rows."""
 
 
 @dataclass(frozen=True)

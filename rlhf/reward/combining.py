@@ -15,11 +15,11 @@ else:
     torch = lazy("torch")
 
 COMBINATIONS = Table("combination of scores")
-"""A row takes the members' scores, float32 [B, M], and gives one score per answer, float32 [B]."""
+"""A row takes the members' scores, float32 [B, M], and returns one score per answer, float32 [B]."""
 
 
 def disagreement(members: torch.Tensor) -> torch.Tensor:
-    """The standard deviation of each answer's scores over the members (divided by M): float32 [B, M] -> [B]."""
+    """The standard deviation of each answer's scores over the members (divisor M): float32 [B, M] -> [B]."""
     return members.std(1, correction=0)
 
 

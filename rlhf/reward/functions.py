@@ -49,11 +49,11 @@ LARGEST = 3.4028234663852886e38
 def call_reward_function(
     function: Callable[..., Any], name: str, messages: Sequence[Mapping[str, str]], answer: str, seconds: float
 ) -> float:
-    """The score that a reward function gives one completion.
+    """The score of one completion by a reward function.
 
     Args:
         function: Called with (prompt messages, answer). It gets a copy of the messages, which it may change.
-        name: What messages call it.
+        name: Its name in messages.
         seconds: How long the call may take; see `time_limit`.
 
     Raises:
@@ -85,8 +85,7 @@ def call_reward_function(
 def _number(value: Any) -> float | None:
     """A number, or the one element of an array or tensor, as a float; None for anything else.
 
-    Text is refused even if it reads as a number: a function that returns it has most likely not parsed what it meant
-    to.
+    Text is refused even if it is a numeral: a function that returns text has most likely failed to parse it.
     """
     shape = getattr(value, "shape", None)
     if isinstance(shape, tuple) and math.prod(shape) == 1:
@@ -102,13 +101,13 @@ def _number(value: Any) -> float | None:
 def _short(value: Any) -> str:
     try:
         text = " ".join(repr(value).split())
-    except Exception:  # a __repr__ of the user's
+    except Exception:  # the user's __repr__
         text = "?"
     return f"{text[:60]}{'...' if len(text) > 60 else ''} ({type(value).__name__})"
 
 
 def _place(error: BaseException) -> str:
-    """The last line of the function's own file that an exception passed: ` at FILE:LINE`."""
+    """The innermost line of the traceback in the function's own file: ` at FILE:LINE`."""
     frames = [f for f in traceback.extract_tb(error.__traceback__) if f.filename != __file__]
     lines = [f.lineno for f in frames if f.filename == frames[0].filename]
     return f" at {frames[0].filename}:{lines[-1]}" if frames else ""

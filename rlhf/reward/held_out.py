@@ -17,16 +17,16 @@ from rlhf.runs.run import Run
 HEADLINE = ("accuracy", "accuracy_interval", "longer_accuracy", "log_loss", "calibration_error", "pairs", "rankings")
 """The held-out metrics that go to run.json; all of them are in reward_metrics.json."""
 LOSS_CHUNK = 256
-"""Held-out rankings whose loss is computed together."""
+"""Held-out rankings per batch of the loss."""
 
 
 def mean_loss(rankings: int, losses: Callable[[int, int], tuple[Tensor, Tensor, Tensor]]) -> float:
     """Weighted mean loss of the rankings that can be compared.
 
     Args:
-        rankings: How many there are.
-        losses: Gives, for the rankings from a first to before a second index, their weighted losses [B], which of them
-            can be compared [B] (bool), and their weights [B].
+        rankings: Number of rankings.
+        losses: (start, end) -> of the rankings start..end-1, the weighted losses [B], which of them can be compared
+            [B] (bool), and the weights [B].
     """
     total = weight = 0.0
     for start in range(0, rankings, LOSS_CHUNK):
@@ -50,7 +50,7 @@ class BestScores:
             self.loss, self.step, self.scored = loss, step, scored
 
     def at(self, step: int, score: Callable[[], list[ScoredRanking]]) -> list[ScoredRanking]:
-        """The scores of the evaluation at `step`, made again by `score` unless it was the best one."""
+        """The scores of the evaluation at `step`, recomputed by `score` unless it was the best one."""
         return self.scored if self.step == step else score()
 
 

@@ -1,7 +1,7 @@
 """Losses over whole rankings: K candidates of a prompt are scored once and compared with each other.
 
 A loss takes the scores float [N] of the candidates and the `RankingBatch` that says how they were ranked. It is first
-averaged within a ranking, so that one with many candidates weighs no more than a binary comparison (InstructGPT,
+averaged within a ranking, so that one with many candidates has the weight of a binary comparison (InstructGPT,
 arXiv:2203.02155, eq. 1). The caller averages over rankings: `loss.sum() / counted.sum()`, or with weights
 `loss.sum() / (weights * counted).sum()`, both sums over all processes.
 """
@@ -26,7 +26,7 @@ else:
 
 RANKING_LOSSES = Table("ranking loss")
 """Rows: `(scores, batch, *, options) -> RankingLoss`, with `scores` float [N] and `batch` a `RankingBatch`. Trait
-`uses_ties`: whether tied candidates teach the model anything. Half-precision scores are raised to float32 first. Every
+`uses_ties`: whether ties contribute to the loss. Half-precision scores are cast to float32 first. Every
 row raises ValueError where the shapes do not agree or `ranking` is not ascending."""
 
 
@@ -50,7 +50,7 @@ class RankingLoss(NamedTuple):
     loss: Tensor
     """Float [B]: the loss of each ranking, 0 (with zero gradient) where nothing in it could be compared."""
     counted: Tensor
-    """Bool [B]: which rankings held something to compare."""
+    """Bool [B]: which rankings had something to compare."""
 
 
 # ---- from flat to padded -----------------------------------------------------------------------------------------
@@ -58,7 +58,7 @@ class RankingLoss(NamedTuple):
 
 @dataclass(frozen=True)
 class _Layout:
-    """The place of each flat candidate in a padded [B, K] tensor (K = the longest ranking of the batch)."""
+    """The position of each flat candidate in a padded [B, K] tensor (K = the longest ranking of the batch)."""
 
     row: Tensor
     column: Tensor
@@ -194,9 +194,9 @@ def hinge(
 ) -> RankingLoss:
     """Hinge loss over strictly ordered pairs (ranking SVM, Joachims 2002); tied pairs are left out.
 
-    max(0, margin - (s_i - s_j)) for i ranked above j, averaged over such pairs of a ranking: pairs that are further
-    than the margin from each other no longer count. On implicit rewards of DPO this is SLiC (Zhao 2023,
-    arXiv:2305.10425), TRL's `hinge`. `ratings` are not used.
+    max(0, margin - (s_i - s_j)) for i ranked above j, averaged over such pairs of a ranking: pairs with a larger
+    gap than the margin have no loss. On implicit rewards of DPO this is SLiC (Zhao 2023, arXiv:2305.10425), TRL's
+    `hinge`. `ratings` are not used.
 
     Args:
         margin: Score units, > 0.
@@ -212,7 +212,7 @@ def rao_kupper(
     *,
     tie_threshold: Annotated[float, Field(gt=0, le=20)] = 0.5,
 ) -> RankingLoss:
-    """Rao & Kupper (1967): a pair is a tie where the annotator sees a difference below a threshold.
+    """Rao & Kupper (1967): a pair is a tie if the annotator perceives a difference below a threshold.
 
     With theta = exp(tie_threshold):
     p(i above j) = e^s_i / (e^s_i + theta e^s_j) = sigmoid(s_i - s_j - tie_threshold),
@@ -262,13 +262,13 @@ def plackett_luce(
 ) -> RankingLoss:
     """Plackett (1975) and Luce (1959): the best is chosen from all, the next from the rest, and so on.
 
-    -log of the product over candidates of e^s_i / (sum of e^s_j over those not placed yet), divided by K - 1, the
-    number of choices that an order of K takes: for K = 2 this is Bradley-Terry.
+    -log of the product over candidates of e^s_i / (sum of e^s_j over those not yet chosen), divided by K - 1, the
+    number of choices in an order of K: for K = 2 this is Bradley-Terry.
 
     A tie leaves the order of its m candidates open. The sum over its m! orders is approximated by Efron's method
-    (J. Amer. Statist. Assoc. 72, 557-565, 1977): while l of them are placed, (m - l) / m of their summed e^s is left
-    in the denominator. It is exact where tied scores are equal, and it draws them together, which the exact sum would
-    not do for a tie at the bottom: two tied candidates alone have the loss of Rao-Kupper's tie at theta -> 1, up to a
+    (J. Amer. Statist. Assoc. 72, 557-565, 1977): once l of them are chosen, (m - l) / m of their summed e^s is left in
+    the denominator. It is exact where tied scores are equal, and pulls them together, which the exact sum would not do
+    for a tie at the bottom: two tied candidates alone have the loss of Rao-Kupper's tie at theta -> 1, up to a
     constant. The loss is >= 0, and approaches 0 as ties become equal and the gaps
     between groups grow. `ratings` are not used.
     """
@@ -286,10 +286,10 @@ def plackett_luce(
 
 
 def centering_penalty(scores: Tensor, ranking: Tensor) -> Tensor:
-    """Mean of (s_i + s_j)^2 over all pairs of a ranking, tied ones included: draws the scores towards 0.
+    """Mean of (s_i + s_j)^2 over all pairs of a ranking, tied ones included: pulls the scores towards 0.
 
-    A ranking loss fixes scores up to a constant per prompt only. For K = 2 this is the regulariser of Eisenstein et
-    al. (arXiv:2312.09244) that TRL multiplies by `center_rewards_coefficient`.
+    A ranking loss determines scores only up to a constant per prompt. For K = 2 this is the regulariser of Eisenstein
+    et al. (arXiv:2312.09244) that TRL multiplies by `center_rewards_coefficient`.
 
     Args:
         scores: Float [N].

@@ -1,4 +1,4 @@
-"""The reward models of an ensemble. Adapters on one base hold its weights only once."""
+"""The reward models of an ensemble. Adapters on one base share one copy of its weights."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from rlhf.tuning.origin import adapter_folder, base_of, tuning_of, weights_of
 
 
 class ScalarGroup(nn.Module):
-    """Several scalar models in one module, so that weights which they share are placed or divided once."""
+    """Several scalar models in one module, so that shared weights are moved or divided once."""
 
     def __init__(self, members: Sequence[ScalarModel]) -> None:
         super().__init__()
@@ -37,7 +37,7 @@ class ScalarGroup(nn.Module):
 
 
 class AdapterScalar(ScalarModel):
-    """A reward model that is one of several adapters, each with a head, on one base in PEFT's wrapper.
+    """A reward model that is one of several adapters with heads on one base in PEFT's wrapper.
 
     Args:
         model: PEFT's wrapper.
@@ -74,18 +74,18 @@ def load_members(
 ) -> list[ScalarModel]:
     """The reward models of an ensemble, in the order of `paths`.
 
-    Runs of LoRA or bottleneck adapters on the same base become adapters on one copy of it, if that base is still what
-    they were trained on. All others are loaded whole, a merged adapter too. A warning names members whose scores were
-    not normalised after training, because the scales of their scores may differ from those of the others.
+    Runs of LoRA or bottleneck adapters on the same base become adapters on one copy of it, if the base has not changed
+    since. All others are loaded whole, adapters merged. A warning names members whose scores were not normalised after
+    training, because their scale may differ from that of the others.
 
     Args:
         config: Loading options; `path` is replaced.
         paths: Runs of the reward stage or model folders.
-        tokens: Gives the number of ids that the model of a path must encode; see `load_scalar`.
+        tokens: Path of a model -> the number of ids that it must encode; see `load_scalar`.
         as_stored: See `load_scalar`.
 
     Raises:
-        UserError: One of them cannot be loaded, or is no reward model.
+        UserError: One of them cannot be loaded, or is not a reward model.
     """
     found: dict[str, ScalarModel] = {}
     for base, runs in _shared_bases(paths).items():

@@ -65,14 +65,14 @@ def reward_metrics(items: Sequence[ScoredRanking]) -> dict[str, Any]:
         A label of `by_distance` is the difference of the two ranks, as text. Items without a group are in no
         `by_group` entry. Overall only:
 
-        - `score_ties`: strict pairs that the model ties.
-        - `tied_pairs`, `tied_rankings`: pairs that the annotator tied, and rankings that have no other.
-        - `tie_agreement`: fraction of the tied pairs that the model ties too.
+        - `score_ties`: strict pairs with equal scores.
+        - `tied_pairs`, `tied_rankings`: pairs that the annotator tied, and rankings with only such pairs.
+        - `tie_agreement`: fraction of the tied pairs with equal scores.
         - `calibration_error`: expected calibration error of the pairs' probabilities; see `calibration_error`.
         - `top1_accuracy`: mean over rankings that are not all ties of whether the top-scored candidate has the best
           rank; if several have the top score, the fraction of them that has it.
-        - `kendall_tau_b`: mean over rankings of Kendall's tau-b between ranks and scores , of the rankings
-          in which some ranks and some scores differ.
+        - `kendall_tau_b`: mean of Kendall's tau-b between ranks and scores, over rankings in which some ranks and some
+          scores differ.
     """
     compared = _compare(items)
     strict = compared.where(compared.distance != 0).better_first()
@@ -103,8 +103,8 @@ def reward_metrics(items: Sequence[ScoredRanking]) -> dict[str, Any]:
 def calibration_error(gap: NDArray[Any], bins: int = 10) -> float | None:
     """Expected calibration error of sigmoid(score difference) as the probability that a candidate is the better one.
 
-    Each pair is used in the order of confidence sigmoid(|gap|) >= 0.5, since its two orders are equivalent. Over `bins`
-    equal bins of [0.5, 1]: the mean of |accuracy - mean confidence|, weighted by pairs (Guo et al. 2017,
+    Each pair is taken in the order with confidence sigmoid(|gap|) >= 0.5, since its two orders are equivalent. Over
+    `bins` equal bins of [0.5, 1]: the mean of |accuracy - mean confidence|, weighted by pairs (Guo et al. 2017,
     arXiv:1706.04599, eq. 3).
 
     Args:
@@ -233,8 +233,8 @@ MOST_PARTS = 20
 def metric_rows(metrics: dict[str, Any]) -> list[tuple[str, tuple[str, ...], list[tuple[Any, ...]]]]:
     """The metrics as tables (title, columns, rows), the arguments of `rlhf.core.console.table`.
 
-    The first table has the whole set. Then come those breakdowns that have more than one part: by rank distance, and
-    by source, annotator and group, each with the `MOST_PARTS` parts with the most pairs. The metrics of
+    The first table is for the whole set. Then come breakdowns with more than one part: by rank distance, and by source,
+    annotator and group, each with its `MOST_PARTS` largest parts by pairs. The metrics of
     `rlhf.reward.agreement.Agreement`, if present, follow the accuracy.
     """
     low, high = metrics["accuracy_interval"] or (None, None)

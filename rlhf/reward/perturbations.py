@@ -12,13 +12,13 @@ from rlhf.core.table import Table
 from rlhf.data.schema import Message, Prompt, Ranking
 
 PERTURBATIONS = Table("perturbation")
-"""Name -> a function of an `AnswerToChange` and a random generator that gives the `Variant`, or None where it does not
-apply. The trait `expected` is `same` or `lower`: what the score should do."""
+"""Name -> a function of an `AnswerToChange` and a random generator that returns the `Variant`, or None if it does not
+apply. The trait `expected` is `same` or `lower`: how the score should change."""
 
 
 @dataclass(frozen=True)
 class AnswerToChange:
-    """A candidate of a ranking, and what a perturbation may use besides."""
+    """A candidate of a ranking, and what else a perturbation may use."""
 
     prompt: Prompt
     text: str
@@ -98,7 +98,7 @@ FIRST_NAMES = (
     "Adam Alex Andrew Ben Bill Bob Charlie Daniel David Eric Frank Fred George Henry Jack Jake James Jim Joe John Leo "
     "Lucas Mark Max Michael Mike Nick Oscar Paul Peter Robert Sam Steve Tim Tom William",
 )
-"""Names that replace each other: the two lists have names that `she` and `he` go with."""
+"""Names that replace each other: a list of women's and one of men's names, so that pronouns stay right."""
 _LISTS = [names.split() for names in FIRST_NAMES]
 _NAME = re.compile(r"\b(" + "|".join(sorted({name for names in _LISTS for name in names})) + r")\b")
 
@@ -153,7 +153,7 @@ def _negated(sentence: str) -> str:
 
 @PERTURBATIONS.row("another prompt's answer", expected="lower")
 def another_answer(answer: AnswerToChange, generator: random.Random) -> str | None:
-    """The best answer to another prompt, of five random ones that of the nearest length; for best answers only."""
+    """The best answer to another prompt: of five random ones, the closest in length. For best answers only."""
     if not answer.is_best or not answer.others:
         return None
     drawn = [generator.choice(answer.others) for _ in range(5)]

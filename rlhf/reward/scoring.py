@@ -30,10 +30,10 @@ def score_texts(
     Texts of similar length are scored together, without dropout and without gradients, distributed over the ranks.
 
     Args:
-        read: Gives the token ids of a text by its index.
+        read: Index of a text -> its token ids.
         lengths: Tokens of each text.
         batch_tokens: Most tokens, padding included, in one forward pass; a longer text is scored alone.
-        bar: Show a progress bar. Leave it off while another one is shown.
+        bar: Show a progress bar. Must be off while another one is shown.
 
     Returns:
         One score per text, the same on every rank.
@@ -51,7 +51,7 @@ def _score_rows(
     batch_tokens: int,
     bar: bool,
 ) -> list[float]:
-    """`score_texts` of rows with several texts: `members[i]` are the numbers of the texts in row i, 0..n-1 over all."""
+    """`score_texts` of rows with several texts: `members[i]` are the indices of the texts in row i, 0..n-1 over all."""
     batches = list(batches_by_length(lengths, batch_tokens))
     ranks = distributed.world_size()
     batches += [[]] * (-len(batches) % ranks)  # every rank makes the same number of calls

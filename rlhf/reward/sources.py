@@ -1,7 +1,7 @@
 """The sources of PPO's scores: one table, REWARDS.
 
 A row builds a source. A source is called with a batch of completed episodes and returns one score for each; higher is
-better. A source with a method `with_disagreement` also says how far its parts disagree about each score.
+better. A source with a method `with_disagreement` also returns how far its members disagree about each score.
 """
 
 from __future__ import annotations
@@ -96,7 +96,7 @@ def model(context: RewardContext, *, path: str, retokenize: bool = False) -> Sou
 
 
 def _model_scores(scalar: Any, own: ChatTokenizer | None, inputs: RewardInputs) -> torch.Tensor:
-    """What a frozen scalar model gives, on the CPU; with `own` it reads the text in the tokens of that tokenizer."""
+    """Scores of a frozen scalar model, on the CPU; with `own` it reads the text in the tokens of that tokenizer."""
     ids, mask = inputs.input_ids, inputs.attention_mask
     if own is not None:
         texts = [own.whole(m, a) for m, a in zip(inputs.messages, inputs.completions)]
@@ -121,7 +121,7 @@ def ensemble(
 ) -> Source:
     """Several reward models, such as runs with other seeds or other adapters on one base, as one (Coste et al. 2023).
 
-    `models` are run or model folders; adapters on the same base load it once. `combine` is `mean`, `min`,
+    `models` are run or model folders; adapters on the same base share one copy of it. `combine` is `mean`, `min`,
     `mean-minus-std` or `mean-minus-variance`; with a factor: `{name: mean-minus-std, coef: 0.5}`. `retokenize` as for
     `model`.
     """
@@ -214,13 +214,13 @@ def model_terms(reward: Pick) -> list[dict[str, Any]]:
 def own_chats(reward: Pick, model: ModelConfig, frozen_at: str | None = None) -> dict[str, ChatTokenizer]:
     """The tokenizers of the reward models that read text in their own tokens, by the path in the config.
 
-    Their templates may refuse prompts that the policy's accepts. A completion that spells one of their control tokens
-    is scored as that text.
+    Their templates may refuse prompts that the policy's accepts. Control tokens of theirs that occur in a completion
+    are scored as plain text.
 
     Args:
         reward: The reward source.
         model: The policy's config.
-        frozen_at: The time that their templates' `strftime_now` gives.
+        frozen_at: The time that their templates' `strftime_now` returns.
 
     Raises:
         UserError: See `load_tokenizer`.

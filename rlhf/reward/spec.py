@@ -1,4 +1,4 @@
-"""Reward sources as words of a command line: a run, a function, a YAML file, or a mapping."""
+"""Reward sources as command-line arguments: a run, a function, a YAML file, or a mapping."""
 
 from __future__ import annotations
 

@@ -22,7 +22,7 @@ class RowAdapters(Protocol):
     """Adapters of the model that differ from row to row; see `rlhf.inference.task_adapters`."""
 
     def key(self, request: int) -> Hashable:
-        """Equal for requests whose equal prompts may share a prefill."""
+        """Requests with equal prompts and equal keys may share a prefill."""
         ...
 
     def virtual_tokens(self, request: int) -> int:
@@ -30,7 +30,7 @@ class RowAdapters(Protocol):
         ...
 
     def select(self, requests: Sequence[int | None]) -> None:
-        """Have the rows of the next forward passes use the adapters of these requests; None is any."""
+        """Use the adapters of these requests in the rows of the next forward passes; None: any adapter."""
         ...
 
     def fill(self, cache: Any, requests: Sequence[int]) -> int:
@@ -44,12 +44,12 @@ class RowAdapters(Protocol):
 
 @dataclass(frozen=True)
 class _Prefilled:
-    """What the forward pass over prompts gave."""
+    """Result of the forward pass over prompts."""
 
     key: Hashable
     """The last prompt."""
     logits: Tensor
-    """float32 [prompts, V]: of the first tokens."""
+    """float32 [prompts, V]: for the first token of each completion."""
     cache: Any
     lengths: Tensor
     """int64 [prompts]: tokens in the cache."""
@@ -79,7 +79,7 @@ class DecodingSlots:
         Args:
             requests: Which prompts to complete, in this order.
             joins: Whether new sequences can join the cache while others are being decoded (`kv_cache.joinable`).
-            adapters: Of models whose rows have adapters of their own.
+            adapters: Adapters per row; None if all rows have the same.
         """
         self.adapters, self.windowed = adapters, kv_cache.windowed(model)
         self.model, self.prompts, self.seeds, self.sampling, self.chat = model, prompts, seeds, sampling, chat
@@ -246,7 +246,7 @@ class DecodingSlots:
     def _compact(self) -> None:
         """Drop the free slots."""
         kept = [slot for slot, request in enumerate(self.slots) if request is not None]
-        if self.fixed:  # exactly half of the slots stay, some free ones among them
+        if self.fixed:  # exactly half of the slots stay, maybe with free ones
             kept = sorted([*kept, *self._free()[: math.ceil(len(self.slots) / 2) - len(kept)]])
         keep = torch.tensor(kept, device=self.model.device)
         self.slots = [self.slots[i] for i in kept]
@@ -263,7 +263,7 @@ def decode(
     """One completion of each prompt, in order; see `rlhf.rollout.samplers.hf`.
 
     Args:
-        adapters: Of a model whose rows have adapters of their own.
+        adapters: Adapters per row; None if all rows have the same.
 
     Raises:
         UserError: This device or the model's cache does not support `step`.

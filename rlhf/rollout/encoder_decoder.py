@@ -59,7 +59,7 @@ def _batch(
 
 
 class _Chosen(transformers.LogitsProcessor):
-    """Leaves one token of each row: the one that its random stream draws (see `rlhf.rollout.decoding.choose`)."""
+    """Masks all tokens of a row but the one that its random stream draws (see `rlhf.rollout.decoding.choose`)."""
 
     def __init__(self, noise: Tensor, sampling: SamplingParams, ends: Tensor) -> None:
         self.noise, self.sampling, self.ends = noise, sampling, ends

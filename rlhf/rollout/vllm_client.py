@@ -39,7 +39,7 @@ PART_BYTES = 1 << 27
 """Weights are sent in parts of about this size, so that no second copy of the model is needed here."""
 CONTINUE = "Continue from the last checkpoint with --resume."
 PATIENCE = 30.0
-"""Seconds within which a server that works must answer `/health`."""
+"""Seconds within which a live server must answer `/health`."""
 
 
 def start(
@@ -209,13 +209,13 @@ class SamplerServer:
         self._launch(self.launch)
 
     def end(self) -> None:
-        """End the server's process, where this one started it, and drop what it was asked."""
+        """End the server's process, if this one started it, and drop its pending requests."""
         self.line.shutdown(wait=False, cancel_futures=True)
         if self.child is not None:
             _end(self.child)
 
     def submit(self, request: dict[str, Any]) -> Callable[[], list[Completion] | None]:
-        """Sample in the background, after the requests before.
+        """Sample in the background, after earlier requests.
 
         Returns:
             A function that waits for the completions; it gives None if the server was lost, and started again.
@@ -246,7 +246,7 @@ class SamplerServer:
 
 
 class Upload:
-    """Weights on their way to a server, in parts."""
+    """An upload of weights to a server, in parts."""
 
     def __init__(self, server: SamplerServer, dtype: torch.dtype) -> None:
         server.sent += 1
@@ -254,7 +254,7 @@ class Upload:
         self.tensors: dict[str, torch.Tensor] = {}
         self.parts = self.size = 0
         self.error: ServerLost | None = None
-        """Once it is set, weights are still taken, because the other ranks give theirs, but not sent."""
+        """Once it is set, weights are still gathered, which all ranks do together, but not sent."""
 
     def add(self, name: str, weight: torch.Tensor) -> None:
         """Take a weight, and send a part if it is large enough."""

@@ -26,7 +26,7 @@ LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """What vLLM 0.32 allows as the largest rank (`vllm.config.lora.MaxLoRARanks`)."""
 ADAPTER = "adapter_model.safetensors"
 _NUMBERS = count(1)
-"""vLLM keeps what it knows of an adapter by its number, so every version has a new one."""
+"""vLLM caches adapters by their id, so every version has a new one."""
 
 
 def engine_options(
@@ -69,7 +69,7 @@ def engine_options(
 
 
 def _lora_options(rank: int, modules: Sequence[str]) -> dict[str, Any]:
-    """Places for one adapter, as large as vLLM's next step; none if the rank is above the last."""
+    """Options for one adapter, its rank rounded up to one that vLLM allows; none if it is above the largest."""
     step = next((step for step in LORA_RANKS if step >= rank), None)
     if step is None:
         return {}
@@ -126,7 +126,7 @@ def _takes_adapters(settings: dict[str, Any]) -> bool:
 
 
 def _check_architecture(llm: Any) -> None:
-    """Refuse an engine that runs transformers' code, vLLM's fallback: it takes new weights without using them.
+    """Refuse an engine that runs transformers' code, vLLM's fallback, which accepts new weights without using them.
 
     Raises:
         UserError: vLLM has no code of its own for the model.
@@ -224,7 +224,7 @@ class WeightUpdates:
     """Methods for `LLM.collective_rpc`."""
 
     def replace_weights(self, weights: Iterable[tuple[str, Any]] | None = None, folder: str | None = None) -> None:
-        """Put new weights in the place of the old ones.
+        """Replace the weights.
 
         Args:
             weights: Names as in a checkpoint of transformers, and tensors; or else
@@ -237,8 +237,8 @@ class WeightUpdates:
 
 
 def _repack(layer: Any) -> None:
-    """Renew a head's copy of its weight. vLLM's CPU kernels have copies in a layout of their own, and vLLM 0.32 does
-    not renew that of a head whose weight is the embedding's."""
+    """Renew a head's repacked weight. vLLM's CPU kernels keep copies in their own layout, and vLLM 0.32 does not renew
+    that of a head tied to the embedding."""
     from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
     from vllm.platforms import current_platform
 

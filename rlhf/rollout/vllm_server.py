@@ -44,8 +44,8 @@ MOST_JSON = 1 << 30
 class Sampler:
     """The engine, the folder of what was sent, and the version of the weights that the engine has.
 
-    What was sent for one rollout stays until its completions are found: should the engine die before, another one
-    finds it. The base of adapters goes at once.
+    What was sent for a rollout is kept until its completions are done, so that another engine can use it if this one
+    dies. The base of adapters is deleted at once.
     """
 
     def __init__(self, llm: Any, folder: Path) -> None:
@@ -73,7 +73,7 @@ class Sampler:
 
     def _sent(self, version: str) -> Path:
         if not re.fullmatch(r"\w{1,80}", version):
-            raise ValueError(f"{version!r} is no version")
+            raise ValueError(f"{version!r} is not a version")
         return self.folder / version
 
     def _load(self, weights: Path) -> None:
@@ -96,7 +96,7 @@ class SamplerHandler(BaseHTTPRequestHandler):
     facts: dict[str, Any]
 
     def log_message(self, *_: Any) -> None:
-        """A line for each request would hide what matters."""
+        """No line for each request."""
 
     def do_GET(self) -> None:
         if self.path == "/health":
@@ -118,7 +118,7 @@ class SamplerHandler(BaseHTTPRequestHandler):
                 return self._reply(200, {"completions": self.sampler.sample(json.loads(self.rfile.read(size)))})
             self.close_connection = True
             self._reply(404, {"error": "unknown address, or too large a request"})
-        except Exception as error:  # the trainer says it, and ends or goes on
+        except Exception as error:  # the trainer reports it
             if vllm_engine.lost_a_process(self.sampler.llm):  # the server ends; its run may start another
                 self.close_connection = True
                 return
@@ -185,7 +185,7 @@ def serve(
     signal.signal(signal.SIGTERM, signal.SIG_DFL)  # the run that started it may not want to wait for its end
     raise UserError(
         "The server ends: a process that held a part of the model has died",
-        "vLLM named it above. On Linux, `dmesg` says whether the system killed it for its memory.",
+        "vLLM named it above. On Linux, `dmesg` says whether the kernel killed it because memory ran out.",
         "Start the server again; a PPO run that had it continues from its last checkpoint with --resume.",
     )
 
@@ -193,7 +193,7 @@ def serve(
 def main(words: dict[str, Any]) -> None:
     """Serve the run that started this process, and name the port on stdout."""
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
-    os.dup2(2, 1)  # what libraries print must not be taken for the port
+    os.dup2(2, 1)  # what libraries print must not be read as the port
 
     def ready(port: int) -> None:
         print(port, file=answers, flush=True)

@@ -22,12 +22,12 @@ def pack(table: Any, limit: int, model: Any) -> Any:
     """Rows of up to `limit` tokens with several demonstrations each, by best-fit decreasing (TRL's `bfd`).
 
     Raises:
-        UserError: The demonstrations of a row would see each other, or share virtual tokens.
+        UserError: The demonstrations of a row would attend to each other, or share virtual tokens.
     """
     if is_encoder_decoder(model):
         raise UserError(
             "batch.packing: does not work with encoder-decoders",
-            "The prompts of a row would see each other in the encoder.",
+            "The prompts of a row would attend to each other in the encoder.",
             "Set batch.packing=false.",
         )
     if has_virtual_tokens(model):
@@ -40,7 +40,7 @@ def pack(table: Any, limit: int, model: Any) -> Any:
     if attention not in VARLEN:
         raise UserError(
             f"batch.packing: the attention implementation is {attention!r}",
-            "It would let the demonstrations that share a row see each other.",
+            "With it, demonstrations that share a row would attend to each other.",
             "Set model.attn_implementation=flash_attention_2 (needs a GPU and flash-attn), or batch.packing=false.",
         )
     return pack_dataset(table.select_columns(["input_ids", "labels"]), limit, "bfd")

@@ -31,15 +31,15 @@ class LogitsConfig(Strict):
     teacher: Annotated[str, Field(min_length=1)]
     """A larger model with the student's tokenizer: a run, a model folder or a hub name. It is frozen."""
     divergence: Divergence = "forward-kl"
-    """What is minimised between the next-token distributions of teacher and student: `forward-kl` covers all that the
-    teacher may say, `reverse-kl` keeps to what it mostly says, `jsd` lies between them."""
+    """Divergence between the next-token distributions of teacher and student: `forward-kl` covers all modes of the
+    teacher, `reverse-kl` seeks its main modes, `jsd` lies between them."""
     beta: Annotated[float, Field(gt=0, lt=1)] = 0.5
-    """For `jsd`: the teacher's share in the mixture. Near 0 it is like forward KL, near 1 like reverse KL."""
+    """For `jsd`: the teacher's weight in the mixture. Near 0 it is like forward KL, near 1 like reverse KL."""
     temperature: PositiveFloat = 1.0
-    """Divides the logits of both in the divergence."""
+    """Temperature of both distributions in the divergence."""
     on_policy: Fraction = 0.0
-    """The fraction of demonstrations whose answer is replaced by one that the student samples at that step, so that it
-    learns from its own mistakes (GKD's lambda). 0 needs no sampling; 1 uses the prompts alone."""
+    """Fraction of demonstrations whose answer is replaced by one that the student samples at that step (GKD's lambda).
+    0 needs no sampling; 1 uses only the prompts."""
     max_new_tokens: PositiveInt = 128
     """Longest sampled answer in tokens."""
     sampling_temperature: PositiveFloat = 1.0
@@ -55,9 +55,9 @@ class StepByStepConfig(Strict):
     rationale_weight: NonNegativeFloat = 1.0
     """Weight of the rationale's loss; the label's is 1. With 0, only labels are learned."""
     label_prefix: str = ""
-    """What begins the prompt of the label task, and so the prompts of the served model. The paper has `[label] `."""
+    """Prefix of prompts of the label task, and so of the prompts of the served model. The paper has `[label] `."""
     rationale_prefix: str = "[rationale] "
-    """What begins the prompt of the rationale task, which is for training alone."""
+    """Prefix of prompts of the rationale task, which only training uses."""
 
     @model_validator(mode="after")
     def _tasks_differ(self) -> StepByStepConfig:

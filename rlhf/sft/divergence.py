@@ -53,11 +53,11 @@ class StudentPredictions(NamedTuple):
     divergences: Tensor
     """float32 [n], nats."""
     logprobs: Tensor
-    """float32 [n], of the tokens."""
+    """float32 [n], nats, of the target tokens."""
     entropies: Tensor
     """float32 [n], nats; without gradient."""
     top1: Tensor
-    """bool [n], whether the token is the likeliest one."""
+    """bool [n], whether the token is the most likely one."""
 
 
 def student_predictions(
@@ -76,11 +76,11 @@ def student_predictions(
         model: The student, a causal LM or PEFT's wrapper around one.
         hidden: [n, H] its hidden states.
         targets: int64 [n], the tokens that follow.
-        teacher_hidden: [n, H'] hidden states of the teacher at the same places.
+        teacher_hidden: [n, H'] hidden states of the teacher at the same positions.
         teacher_logits: Hidden states of the teacher -> its logits.
         measure: Logits of student and teacher -> divergences.
-        tokens: Ids that the tokenizer knows; rows of the heads beyond them take no part.
-        chunks: Parts that the heads work in; see `head_chunks`.
+        tokens: Number of ids of the tokenizer; rows of the heads beyond them are ignored.
+        chunks: Number of chunks of the heads; see `head_chunks`.
     """
     lm = causal_lm(model)
 

@@ -23,7 +23,7 @@ from rlhf.training.placing import place
 
 
 def check_teacher(path: str, config: ModelConfig, chat: ChatTokenizer) -> int:
-    """The longest sequence in tokens that the teacher reads. Loads no weights.
+    """The teacher's longest sequence, in tokens. Loads no weights.
 
     Args:
         path: The teacher, a run, model folder or hub name.
@@ -49,7 +49,7 @@ def check_teacher(path: str, config: ModelConfig, chat: ChatTokenizer) -> int:
         )
     if theirs.fingerprints() != chat.fingerprints():
         warn(
-            f"distillation.logits.teacher: {path} has another chat template than {config.path}; it reads the student's,"
+            f"distillation.logits.teacher: {path} has another chat template than {config.path}; it gets the student's,"
             " which it may not have been trained on"
         )
     return sequence_limit(teacher, load_hf_config(teacher, folder))

@@ -1,4 +1,4 @@
-"""Which elements of the trained parameters each rank of DeepSpeed holds in float32, and the way back to the model.
+"""Which elements of the trained parameters each rank of DeepSpeed holds in float32, and copying them to the model.
 
 DeepSpeed 0.19 has functions for whole parameters (`safe_get_full_fp32_param`, ...), which gather each on every rank.
 The attributes read here are those that these functions read.

@@ -30,13 +30,13 @@ from rlhf.training.saved_state import Share, load_state, save_state
 def cast_frozen_linears_(module: nn.Module, dtype: torch.dtype, tied: bool = False) -> list[tuple[nn.Module, Tensor]]:
     """Cast the frozen float32 weights of linear layers to `dtype`, in place.
 
-    Autocast caches the casts of trained weights only. It would cast frozen ones again in every forward pass, so for
-    every token of a rollout.
+    Autocast caches the casts of trained weights only. It would cast frozen ones again in every forward pass, that is,
+    for every token of a rollout.
 
     Args:
         module: The module.
         dtype: Nothing is done for float32.
-        tied: Give heads that are tied to an embedding a copy of their own, in `dtype`; else they stay.
+        tied: Give heads that are tied to an embedding a copy of their own, in `dtype`; else leave them as they are.
 
     Returns:
         The changed layers with their float32 weights.
@@ -55,7 +55,7 @@ def cast_frozen_linears_(module: nn.Module, dtype: torch.dtype, tied: bool = Fal
 
 
 class Engine:
-    """Plain torch: an optimizer over float32 weights, autocast where the computation is in bfloat16.
+    """Plain torch: an optimizer over float32 weights, with autocast for bfloat16.
 
     Args:
         module: The module to train; its calls go through `engine(...)`.
@@ -66,7 +66,7 @@ class Engine:
 
     stage = 0
     repeatable = True
-    """Whether passes can be repeated before `step`: they wait for no other rank, and `forget` removes what they did."""
+    """Whether passes can be repeated before `step`: they need no other rank, and `forget` clears their gradients."""
 
     def __init__(self, module: nn.Module, groups: list[dict[str, Any]], config: AdamWConfig, precision: str):
         self.config = config
@@ -127,7 +127,7 @@ class Engine:
 
         Args:
             part: A part of the module.
-            whole: False if it is not called, and its weights are read one module after another, which gathers each.
+            whole: False if it is not called, and its weights are gathered and read one module after another.
         """
         before = cast_frozen_linears_(part, self.dtype, tied=whole)
         try:
@@ -162,10 +162,9 @@ class Engine:
         return [(names[id(parameter)], parameter) for parameter in self._parameters]
 
     def freeze(self, model: nn.Module) -> Any:
-        """Put a frozen model on this process's device, in the precision of a trained one: equal weights, equal outputs.
+        """Put a frozen model on this process's device, such that it computes exactly as a trained one with its weights.
 
-        Autocast casts the weights of linear layers only. So these are stored in bfloat16 and all others in float32:
-        the reference then gives exactly the log-probs of a policy with the same weights.
+        Autocast casts only the weights of linear layers, so these are stored in bfloat16 and all others in float32.
         """
         cast_frozen_linears_(model.requires_grad_(False).eval(), self.dtype)
         if self.dtype != torch.float32:
@@ -176,7 +175,7 @@ class Engine:
 class DeepSpeedEngine(Engine):
     """The same with DeepSpeed, at the ZeRO stage of its JSON.
 
-    `settings` are those of the JSON. Batch sizes, clipping and bfloat16 are set here, because our config decides them.
+    `settings` are those of the JSON. Batch sizes, clipping and bfloat16 are set here, from the stage's config.
     """
 
     def __init__(
@@ -201,7 +200,7 @@ class DeepSpeedEngine(Engine):
             "gradient_clipping": 0.0 if self._whole else config.max_grad_norm,
             "bf16": {"enabled": dtype == torch.bfloat16},
             "steps_per_print": 2**31,
-            "zero_allow_untested_optimizer": True,  # our table says which ones work, and tests try them
+            "zero_allow_untested_optimizer": True,  # OPTIMIZERS says which ones work, and tests run them
         }
         with freed_at_once():
             self._build(module, groups, config, precision)

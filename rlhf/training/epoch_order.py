@@ -8,8 +8,8 @@ from collections.abc import Sequence
 import torch
 
 POOL_BATCHES = 50
-"""Batches of similar length are cut from random pools of at most so many batches. An epoch has at least four pools, so
-that the same rows do not meet in every epoch."""
+"""Most batches in a random pool, from which batches of similar length are cut. An epoch has at least four pools, so
+that batches differ between epochs."""
 
 
 class StepRows:
@@ -18,10 +18,10 @@ class StepRows:
     The last batch of an epoch is filled up from the epoch's beginning, so that every step has the same number of rows.
 
     Args:
-        seed: The run's.
-        rows: How many there are.
+        seed: The run's seed.
+        rows: Number of rows.
         batch: Rows per optimizer step over all processes.
-        lengths: Of the rows, to batch those of similar length together; None for a plain random order.
+        lengths: Lengths of the rows, to batch similar ones together; None for a plain random order.
     """
 
     def __init__(self, seed: int, rows: int, batch: int, lengths: Sequence[int] | None) -> None:

@@ -44,7 +44,7 @@ class Objective(ABC, Generic[Batch]):
     """
 
     means: tuple[str, ...] = ()
-    """Names of logged metrics that are means over items; `loss` gives their sums."""
+    """Names of logged metrics that are means over items; `loss` returns their sums."""
 
     @abstractmethod
     def batch(self, rows: list[dict[str, Any]]) -> Batch:
@@ -56,8 +56,8 @@ class Objective(ABC, Generic[Batch]):
         Args:
             engine: Over the model as it is before the step.
             rows: Rows of the table.
-            numbers: Their numbers in it.
-            step: Steps before this one.
+            numbers: Their row numbers.
+            step: Number of earlier steps.
         """
         return self.batch(rows)
 
@@ -115,7 +115,7 @@ class Loop(Generic[Batch]):
 
     @property
     def best_step(self) -> int:
-        """The step whose weights are the result: the best on held-out records, the last where there are none."""
+        """The step whose weights are the result: the best on held-out records, or the last without them."""
         return self.best[0] if self.best else self.step
 
     def fit(self, resume: bool) -> None:
@@ -123,7 +123,7 @@ class Loop(Generic[Batch]):
 
         Raises:
             UserError: The checkpoint does not fit this run, or a loss or gradient is not finite.
-            Terminated: SIGTERM has come; the step was finished and a checkpoint written.
+            Terminated: SIGTERM was received; the step was finished and a checkpoint written.
         """
         self._open_window()
         if resume:
@@ -160,7 +160,7 @@ class Loop(Generic[Batch]):
         return {"optimizer/grad_norm": norm, "optimizer/lr": scale * optimizer.lr}
 
     def _passes(self) -> Tensor | None:
-        """The forward and backward passes of the step to come: what they add to the window. None, and nothing is
+        """The forward and backward passes of the next step; returns what they add to the window, or None, with nothing
         changed, if memory ran out."""
         batches = [
             self.objective.training_batch(self.engine, [self.train[row] for row in rows], rows, self.step)
@@ -188,7 +188,7 @@ class Loop(Generic[Batch]):
         return max((size for size in range(1, self.micro) if self.micro % size == 0), default=1)
 
     def _take_smaller_micro_batches(self) -> None:
-        """From here on a step has more micro-batches, of fewer records.
+        """Divide the following steps into more micro-batches of fewer records.
 
         Raises:
             UserError: A micro-batch is one record.
@@ -210,7 +210,7 @@ class Loop(Generic[Batch]):
         self.accumulation = share // self.micro
 
     def _micro_batches(self) -> list[list[int]]:
-        """The rows of this rank's micro-batches in the step to come."""
+        """The rows of this rank's micro-batches in the next step."""
         rows, ranks = self.rows[self.step], distributed.world_size()
         starts = [(i * ranks + distributed.rank()) * self.micro for i in range(self.accumulation)]
         return [rows[start : start + self.micro] for start in starts]
@@ -242,7 +242,7 @@ class Loop(Generic[Batch]):
     # ---- metrics -----------------------------------------------------------------------------------------------------
 
     def _open_window(self) -> None:
-        """Start the sums that are logged next: loss, metrics, items and tokens."""
+        """Reset the sums to log: loss, metrics, items and tokens."""
         self._window = torch.zeros(len(self.objective.means) + 3, dtype=torch.float64, device=distributed.device())
         self._since, self._logged = time.perf_counter(), self.step
 
@@ -262,7 +262,7 @@ class Loop(Generic[Batch]):
         return self.step / self.rows.steps
 
     def _evaluate(self, reporter: Reporter) -> bool:
-        """Report the held-out records; True where their loss is the lowest so far. Random states are kept."""
+        """Evaluate the held-out records; True if their loss is the lowest so far. Random states are restored."""
         random = rng_state()
         self.engine.module.eval()
         with torch.no_grad():
@@ -288,7 +288,7 @@ class Loop(Generic[Batch]):
         with self.checkpoints.write(self.step, protect=self.best_step) as folder:
             self.engine.save(folder)
             save_rng(folder)
-            # One row for each rank, so that a resumed run averages over the same steps: SIGTERM comes at any step.
+            # One row per rank, so that a resumed run averages over the same steps: SIGTERM may come at any step.
             window = distributed.all_gather_rows(self._window[None]).tolist()
             if is_main():
                 state: dict[str, Any] = {"step": self.step, "best": self.best, "window": window, "logged": self._logged}
@@ -305,7 +305,7 @@ class Loop(Generic[Batch]):
         step, folder = newest
         if not (folder / "loop.json").is_file():
             raise UserError(
-                f"{folder}: written by an earlier version, whose training loop was another",
+                f"{folder}: written by an earlier version with a different training loop",
                 remedy="Start again with --overwrite, or finish the run with the version that it was started with.",
             )
         self.engine.load(folder)

@@ -1,5 +1,5 @@
-"""Running out of memory in a pass of an optimizer step: what the passes left is cleared, so that they can be repeated
-with less at a time."""
+"""Running out of memory in a pass of an optimizer step: gradients and activations are freed, so that the step can be
+repeated in smaller passes."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ SIGNS = ("DefaultCPUAllocator", "bad_alloc", "STATUS_ALLOC_FAILED")
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an exception says that memory could not be had.
+    """Whether an exception says that an allocation failed.
 
-    On a CPU this is seen under a limit of the process (`ulimit -v`) alone: Linux and containers kill instead.
+    On a CPU this happens only under a limit of the process (`ulimit -v`): else Linux or the container kills it.
     """
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
         return True
@@ -29,16 +29,16 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def passes_that_fit(engine: Engine, passes: Callable[[], T], less: str) -> T | None:
-    """Make the forward and backward passes of an optimizer step, which `engine.step` follows. Every rank calls it.
+    """Run the forward and backward passes of an optimizer step, before `engine.step`. Every rank calls it.
 
     Args:
         engine: It accumulates the gradients.
-        passes: Makes the passes.
-        less: A change of the config that makes them smaller, for the error: `batch.micro_batch_size=4`.
+        passes: Runs the passes.
+        less: A config override that makes the passes smaller, for the error: `batch.micro_batch_size=4`.
 
     Returns:
-        What `passes` returned. None, on all ranks, if one of them ran out of memory: then the gradients of all passes
-        are removed and what they held is free. The weights are as before.
+        What `passes` returned. None, on all ranks, if a rank ran out of memory: then the gradients and activations of
+        all passes are freed. The weights are unchanged.
 
     Raises:
         UserError: Memory ran out, and the engine cannot repeat passes.

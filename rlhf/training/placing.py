@@ -1,6 +1,6 @@
-"""Weights on their way to the device, or to each rank's share: one tensor after another, cast as it goes.
+"""Move weights to the device, or divide them among the ranks: one tensor at a time, cast on the way.
 
-So a process never holds a second copy of a model, and under ZeRO-3 not even a first.
+A process never holds a second copy of a model, and under ZeRO-3 not even a first.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def divide(module: nn.Module, dtype: torch.dtype, settings: dict[str, Any]) -> n
     Args:
         module: Its weights are the same on every rank.
         dtype: The compute dtype of its engine.
-        settings: Those of its engine.
+        settings: The settings of its engine.
     """
     from deepspeed.runtime.zero.partition_parameters import Init, is_zero_param
 
@@ -42,7 +42,7 @@ def divide(module: nn.Module, dtype: torch.dtype, settings: dict[str, Any]) -> n
 
 
 class _OneByOne(nn.Module):
-    """Shows DeepSpeed the parameters of a module; each is cast when it is its turn."""
+    """Yields the parameters of a module to DeepSpeed; each is cast when DeepSpeed gets to it."""
 
     def __init__(self, module: nn.Module, dtype: torch.dtype) -> None:
         super().__init__()
@@ -59,8 +59,8 @@ class _OneByOne(nn.Module):
 def flattened_one_by_one() -> Iterator[None]:
     """Within this context DeepSpeed's engine below stage 3 moves the trained weights into its flat buffer one by one.
 
-    DeepSpeed concatenates them, and holds them all twice meanwhile: on the CPU, and in the host's memory where the GPU
-    has no room for a second copy. It has no option for this, so the one method (0.19.8) is replaced.
+    DeepSpeed concatenates them, which takes a second copy of all: on the CPU, or in host memory if the GPU has no room
+    for one. It has no option for this, so the one method (0.19.8) is replaced.
     """
     from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 
@@ -79,10 +79,10 @@ def flatten_one_by_one(
     """A flat tensor of the parameters' elements; each parameter becomes a view of it, which frees its own memory.
 
     Args:
-        optimizer: DeepSpeed's; unused, this takes the place of its method.
+        optimizer: DeepSpeed's; unused, since this replaces its method.
         parameters: Of one dtype on one device.
         alignment: The length becomes a multiple of it.
-        use_cpu_data: Read `cpu_data`, where DeepSpeed has put the weights on their way, instead of `data`.
+        use_cpu_data: Read `cpu_data`, to which DeepSpeed has moved the weights, instead of `data`.
         param_padding: Elements of zero after each parameter.
     """
     del optimizer

@@ -79,7 +79,7 @@ class TensorBoard:
     def samples(self, rows: Sequence[Mapping[str, Any]], step: int) -> None:
         """The rows of samples.jsonl as indented JSON, which the page shows verbatim: no Markdown, no HTML.
 
-        The numbers of each token are left out, which would be thousands of lines.
+        Per-token values are left out: they would be thousands of lines.
         """
         for index, row in enumerate(rows):
             words = {key: value for key, value in row.items() if key != "tokens"}

@@ -1,8 +1,8 @@
 """Weights and optimizer state on disk, readable by any number of processes under any ZeRO stage.
 
-Each rank writes the elements that its optimizer updates, by parameter and place: `state-PART-RANK.safetensors` has
-tensors `KIND/PARAMETER@START`, where KIND is `weights` or a key of the optimizer state. Each rank that reads takes the
-elements that it needs from all files, so none holds a whole model for it.
+Each rank writes the elements that its optimizer updates: `state-PART-RANK.safetensors` has tensors
+`KIND/PARAMETER@START`, where KIND is `weights` or a key of the optimizer state, and START the offset in the flattened
+parameter. When loading, each rank reads the elements that it needs from all files, so no rank holds a whole model.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ from rlhf.core.limits import read_json_object
 
 WEIGHTS = "weights"
 STEP = "step"
-"""The optimizer's count of steps: one number for each of its tensors."""
+"""The optimizer's step count: one number for each of its tensors."""
 PART_BYTES = 2**30
-"""A file holds tensors of about this size at most, because a GPU's tensors are copied to the host for one file."""
+"""Approximate size limit of a file, because a GPU's tensors are copied to the host file by file."""
 LAYOUT = "state.json"
 
 
@@ -56,11 +56,11 @@ def save_state(
     """Write weights and optimizer state; every rank calls it.
 
     Args:
-        folder: Where to.
-        shares: Of this rank.
+        folder: The checkpoint.
+        shares: This rank's.
         optimizer: Over the shares' `flat` tensors.
         stage: The ZeRO stage.
-        writes: False on ranks that hold nothing that another does not write.
+        writes: False on ranks whose elements another rank writes.
     """
     divisible = _divisible(shares, optimizer)
     if is_main():
@@ -87,14 +87,14 @@ def load_state(
 
     Args:
         folder: The checkpoint.
-        names: Those of all trained parameters.
-        shares: Of this rank.
+        names: Names of all trained parameters.
+        shares: This rank's.
         optimizer: Over the shares' `flat` tensors.
         stage: The ZeRO stage.
         with_optimizer: Read the optimizer's state too.
 
     Raises:
-        UserError: The checkpoint does not fit the model, or its optimizer state cannot be divided in another way.
+        UserError: The checkpoint does not fit the model, or its optimizer state cannot be divided differently.
     """
     try:
         layout = read_json_object(folder / LAYOUT)
@@ -110,7 +110,7 @@ def load_state(
         raise UserError(
             f"{folder}: written by {processes} processes under ZeRO stage {before}, this run has "
             f"{distributed.world_size()} under stage {stage}",
-            f"The state of {type(optimizer).__name__} has a form that cannot be divided in another way.",
+            f"The state of {type(optimizer).__name__} cannot be divided differently.",
             f"Resume with --num-processes {processes} and ZeRO stage {before}.",
         )
     with ExitStack() as stack, torch.no_grad():
@@ -138,7 +138,7 @@ def _flats(shares: Sequence[Share]) -> list[Tensor]:
 
 
 def _divisible(shares: Sequence[Share], optimizer: torch.optim.Optimizer) -> bool:
-    """True if the optimizer's state is a number per weight, besides the count of steps. The same on every rank."""
+    """True if the optimizer's state is one number per weight, apart from the step count. The same on every rank."""
     odd = [
         flat
         for flat in _flats(shares)
@@ -212,13 +212,13 @@ class _Saved:
         return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
 
     def steps(self, share: Share) -> Tensor | None:
-        """The largest count of steps of a parameter's pieces."""
+        """The largest step count of a parameter's pieces."""
         found = [file.get_tensor(key) for _, file, key in self.tensors.get(STEP, {}).get(share.name, ())]
         return max(found) if found else None
 
 
 def _fill(target: Tensor, shares: Sequence[Share], saved: _Saved, kind: str) -> None:
-    """Copy a kind's elements into a tensor shaped as the shares' `flat`; elements that nothing was saved for stay."""
+    """Copy a kind's elements into a tensor shaped as the shares' `flat`; elements without saved values stay."""
     whole = target.data.contiguous()
     for share in shares:
         elements = saved.elements(kind, share)

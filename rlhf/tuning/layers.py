@@ -1,4 +1,4 @@
-"""The transformer layers of a model, and where bottleneck adapters go, or are, in them."""
+"""The transformer layers of a model, and the places of bottleneck adapters in them."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ else:
 
 
 VIRTUAL_ROWS = {"PROMPT_TUNING": "prompt-tuning", "PREFIX_TUNING": "prefix-tuning"}
-"""PEFT's types of virtual tokens as a run's result is loaded -> row of TUNING that trains them further."""
+"""PEFT's type of a result with virtual tokens -> the row of TUNING that trains it further."""
 
 
 def layers_of(model: Any) -> tuple[str, Any]:
-    """Name and content of the list of transformer layers: the longest ModuleList outside any other; of two, that of the
-    decoder."""
+    """Name and content of the list of transformer layers: the longest ModuleList outside any other; the decoder's in an
+    encoder-decoder."""
     lists = [(path, module) for path, module in model.named_modules() if isinstance(module, nn.ModuleList)]
     lists = [found for found in lists if not any(found[0].startswith(f"{path}.") for path, _ in lists)]
     if not lists:
@@ -57,7 +57,7 @@ def bottleneck_config(
     """PEFT's config for the options of the tuning method `bottleneck`, for a model without adapters.
 
     Raises:
-        UserError: There are fewer layers, or one has no such part.
+        UserError: There are fewer layers, or a layer has no MLP or attention to adapt.
     """
     width = model.config.get_text_config().hidden_size
     targets = []
@@ -81,10 +81,10 @@ def bottleneck_config(
 
 
 def go_on(name: str, model: Any, options: dict[str, Any]) -> Any:
-    """The model with the adapter that it was loaded with, if a tuning method and its options describe it.
+    """The model with the adapter that it was loaded with, which must match the tuning method and its options.
 
     Raises:
-        UserError: They do not.
+        UserError: It does not match.
     """
     found = model.peft_config["default"]
     if found.is_prompt_learning:

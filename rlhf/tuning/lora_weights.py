@@ -1,4 +1,4 @@
-"""The weights of a LoRA adapter by themselves, for a sampler that has the base and computes with the adapter."""
+"""The weights of a LoRA adapter without its base, for a sampler that has the base and supports LoRA."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from rlhf.tuning.merging import adapter_layers, gathered, trains_more_than_adapt
 
 @dataclass(frozen=True)
 class LoraShape:
-    """What an engine must know before it starts."""
+    """What an engine needs to know before it starts."""
 
     rank: int
     """The largest rank."""

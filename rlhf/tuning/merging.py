@@ -45,9 +45,9 @@ def merged_parts(model: Any) -> Iterator[dict[str, Tensor]]:
 
 
 def merged_shapes(base: Any) -> dict[str, tuple[Tensor, Tensor]]:
-    """What `merged_parts` will have, without any data: name -> (a mark, an empty tensor of its shape and dtype).
+    """Shapes of what `merged_parts` yields: name -> (a mark, an empty tensor of its shape and dtype).
 
-    Names of one parameter have the same mark.
+    Names of one (tied) parameter have the same mark.
     """
     found: dict[str, tuple[Tensor, Tensor]] = {}
     marks: dict[int, Tensor] = {}
@@ -67,9 +67,9 @@ def merged_shapes(base: Any) -> dict[str, tuple[Tensor, Tensor]]:
 def merged_weights(model: Any, merge: bool = True) -> Iterator[tuple[str, Tensor]]:
     """The weights with adapters merged, under transformers' names, module by module on the device of the model.
 
-    Every rank gets them. Under ZeRO-3 a module is gathered while its weights are handed out, so every rank must take
-    all of them, in step with the others. Tied weights come under each of their names. A weight without an adapter is
-    the live weight itself: copy it, do not write to it.
+    Every rank gets them. Under ZeRO-3 a module is gathered while its weights are yielded, so every rank must iterate
+    over all of them, in step with the others. Tied weights come under each of their names. A weight without an adapter
+    is the live weight itself: copy it, do not write to it.
 
     Args:
         model: A transformers model, maybe wrapped by PEFT.
@@ -86,7 +86,7 @@ def merged_weights(model: Any, merge: bool = True) -> Iterator[tuple[str, Tensor
 
 
 def weight_marks(model: Any, merge: bool = True) -> dict[str, int]:
-    """The names that `merged_weights` gives -> a mark, the same for names of one tensor. No weights are gathered."""
+    """The names that `merged_weights` yields -> a mark, the same for names of one tensor. No weights are gathered."""
     return {
         prefix + name: id(module) if merge and isinstance(module, BaseTunerLayer) else id(parameter)
         for prefix, module in _layers(causal_lm(model), "")
@@ -95,14 +95,14 @@ def weight_marks(model: Any, merge: bool = True) -> dict[str, int]:
 
 
 def adapter_layers(model: Any) -> Iterator[tuple[str, Any]]:
-    """Names as in transformers, and modules, of the layers that have adapters."""
+    """Names (as in transformers) and modules of the layers with adapters."""
     for prefix, module in _layers(causal_lm(model), ""):
         if isinstance(module, BaseTunerLayer):
             yield prefix.removesuffix("."), module
 
 
 def trains_more_than_adapters(model: Any) -> bool:
-    """Whether weights are trained that are no adapter's."""
+    """Whether any weights outside of adapters are trained."""
     return any(p.requires_grad for _, module in _layers(causal_lm(model), "") for p in _own_weights(module).values())
 
 

@@ -53,7 +53,7 @@ HEADS = ("score", "classifier", "classification_head", "qa_outputs")
 
 
 def _row(name: str, **traits: Any) -> Callable[..., Any]:
-    """Decorator of a row: a model that comes with an adapter goes on with it, or is refused."""
+    """Decorator of a row: the adapter of a model that comes with one is trained further, or the model is refused."""
 
     def decorate(method: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(method)
@@ -232,8 +232,8 @@ def ia3(
 ) -> Any:
     """Learned scales on keys, values and feed-forward activations (Liu et al. 2022).
 
-    PEFT knows the modules of common model families. For others, list them in `target_modules`, and list those whose
-    input is scaled (instead of the output) in `feedforward_modules` too.
+    PEFT knows the modules of common model families. For others, list them in `target_modules`, and also list those
+    whose input (not output) is scaled in `feedforward_modules`.
     """
     config = peft.IA3Config(
         task_type=_peft_task(model, task), modules_to_save=_own_heads(model, task) or None,
@@ -250,7 +250,7 @@ def qlora(model: Any, chat: Any, task: str, **options: Any) -> Any:
     The merged result is the dequantised base plus the update, the same function that was trained.
     """
     if not torch.cuda.is_available():
-        raise UserError("tuning: qlora needs a CUDA device", "Its 4-bit kernels run there only.", "Use `lora`.")
+        raise UserError("tuning: qlora needs a CUDA device", "Its 4-bit kernels run only there.", "Use `lora`.")
     quantize(model, torch.device("cuda"), torch.bfloat16)
     return lora(model, chat, task, **options)
 
@@ -320,9 +320,9 @@ def prompt_tuning(
 ) -> Any:
     """Learned embeddings before the text (Lester et al. 2021).
 
-    `init` is how they start: `random` (normal, with mean and standard deviation of the word embeddings), from random
-    tokens of the `vocabulary`, from the tokens of `text` (repeated if too short), or from class `labels`: one virtual
-    token per label, the mean of its tokens, and the rest from the vocabulary (section 3.2).
+    `init` is their initialisation: `random` (normal, with mean and standard deviation of the word embeddings), random
+    tokens of the `vocabulary`, the tokens of `text` (repeated if too short), or class `labels`: one virtual token per
+    label, the mean of its tokens, and the rest from the vocabulary (section 3.2).
     """
     for option, value in (("text", text), ("labels", labels)):
         if (init == option) != (value is not None):
@@ -380,7 +380,7 @@ def prefix_tuning(
 
 
 def virtual_tokens(tuning: Pick) -> int:
-    """The number of positions of the model that the virtual tokens of a tuning method use."""
+    """Number of positions that the virtual tokens of a tuning method use."""
     return int(tuning.options["tokens"]) if tuning.row.traits["prompt_learning"] else 0
 
 

@@ -22,7 +22,7 @@ def weights_of(path: str) -> str:
 def base_of(run: str) -> dict[str, str]:
     """Path and weights of the model that a run was trained from, as its run.json records them."""
     parent = read_run(run)["parents"][0]
-    if is_unmerged(parent["path"]):  # it went on with its parent's adapter
+    if is_unmerged(parent["path"]):  # it trained its parent's adapter further
         return base_of(parent["path"])
     return {"path": parent["path"], "weights": parent.get("fingerprint") or f"hub:{parent['path']}"}
 

@@ -63,7 +63,7 @@ def origin_of(model: Any) -> str:
 def generation_config(model: Any, chat: Any, **sampling: Any) -> Any:
     """A generation config with the end tokens of rollouts, the padding token of `chat` and these sampling options.
 
-    Nothing of the base's own config is kept but its end tokens: no stage samples with its temperature or penalties.
+    Of the base's own config only the end tokens are kept: no stage samples with its temperature or penalties.
     """
     ends, bos = stop_ids(model, chat), chat.tokenizer.bos_token_id
     start = getattr(model.config, "decoder_start_token_id", None)  # of encoder-decoders

@@ -1,4 +1,4 @@
-"""A model written file by file: each file of weights is gathered and merged, written, and forgotten."""
+"""Write a model file by file: the weights of each file are gathered, merged, written, and freed."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from rlhf.models.load import count_parameters
 from rlhf.tuning import merging
 
 SHARD_BYTES = 2_000_000_000
-"""The largest file of weights, unless one tensor is larger; rank 0 holds as much while it writes."""
+"""Largest file of weights, unless one tensor is larger; rank 0 holds as much while it writes."""
 
 
 def save_weights(folder: Path, model: Any) -> None:
@@ -28,7 +28,7 @@ def save_weights(folder: Path, model: Any) -> None:
     calls it; rank 0 writes, and holds the weights of one file at a time.
 
     Args:
-        folder: Is made if it is not there.
+        folder: Created if missing.
         model: A transformers model, maybe wrapped by PEFT, maybe divided by ZeRO-3.
     """
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
@@ -48,11 +48,11 @@ def save_weights(folder: Path, model: Any) -> None:
 
 
 def _groups(base: Any) -> dict[str, dict[str, Tensor]]:
-    """The model's tensors that transformers converts together when it saves: a name -> name and empty tensor of each.
+    """Groups of the model's tensors that transformers converts together when saving: a name -> name and empty tensor
+    of each.
 
-    Most tensors are a group of their own. An expert's tensors of the file come from one tensor of the model; tensors of
-    the model that were one in the file (queries, keys, values of some families) are joined again. Tied weights are
-    there once, under the name that transformers expects.
+    Most groups are one tensor. One tensor of experts becomes several in the file; queries, keys and values of some
+    families become one. Tied weights are included once, under the name that transformers expects.
     """
     shapes = merging.merged_shapes(base)
     ignored = base._keys_to_ignore_on_save or ()
@@ -68,14 +68,14 @@ def _groups(base: Any) -> dict[str, dict[str, Tensor]]:
 
 
 def _plan(groups: dict[str, dict[str, Tensor]]) -> Any:
-    """Which group goes into which file. A group is never divided, since it is converted at once."""
+    """Which group goes into which file. A group is never divided, since it is converted as a whole."""
     bytes_of = {key: sum(empty.nbytes for empty in group.values()) for key, group in groups.items()}
     sizes = {key: torch.empty(count, dtype=torch.uint8, device="meta") for key, count in bytes_of.items()}
     return split_torch_state_dict_into_shards(sizes, max_shard_size=SHARD_BYTES)
 
 
 def _files(model: Any, groups: dict[str, dict[str, Tensor]], plan: Any) -> Iterator[tuple[str, dict[str, Tensor]]]:
-    """Each file with its weights, as soon as they are complete; on rank 0 alone. Every rank goes through it."""
+    """Each file with its weights, as soon as they are complete; on rank 0 only. Every rank must iterate over it."""
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     key_of = {name: key for key, group in groups.items() for name in group}
     gathered: dict[str, dict[str, Tensor]] = {}

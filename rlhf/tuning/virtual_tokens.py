@@ -1,4 +1,4 @@
-"""Virtual tokens: how those of prompt tuning start, and which models cannot have them."""
+"""Virtual tokens: the initialisation of prompt tuning, and which models cannot have them."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def check_scores(name: str, found: Any, task: str) -> None:
     Args:
         name: Row of TUNING with virtual tokens.
         found: Config of the model.
-        task: As of the table's rows.
+        task: As for the rows of TUNING.
 
     Raises:
         UserError: It is an encoder-decoder, and `task` is `scalar`.
@@ -50,7 +50,7 @@ def check_scores(name: str, found: Any, task: str) -> None:
     if task == "scalar" and found.is_encoder_decoder:
         raise UserError(
             f"tuning: {name} does not work for a reward model or critic from an encoder-decoder ({found.model_type})",
-            "transformers' classifiers of these families take token ids alone, so PEFT cannot put embeddings or keys "
+            "transformers' classifiers of these families take only token ids, so PEFT cannot put embeddings or keys "
             "before the text.",
             "Use lora, ia3, bottleneck, last-layers or full, or a decoder.",
         )
