@@ -17,7 +17,7 @@ def accuracy_plot(name: str, card: Mapping[str, Any]) -> str:
     rows += [(one["name"], one, GREY) for one in facts["baselines"]]
 
     def draw(axes: Any) -> None:
-        _dots(axes, [(label, one["value"], one["low"], one["high"], colour) for label, one, colour in rows])
+        _dots(axes, rows)
         axes.axvline(0.5, color=FAINT, linewidth=1, linestyle=":")
         if human:
             low, high = human["ceiling_interval"]
@@ -38,10 +38,9 @@ def reliability_plot(name: str, facts: Mapping[str, Any]) -> str:
     def draw(axes: Any) -> None:
         axes.plot([0.5, 1], [0.5, 1], color=FAINT, linewidth=1, linestyle=":")
         for one in bins:
-            low, high = (one["value"], one["value"]) if one["low"] is None else (one["low"], one["high"])
-            axes.plot([one["confidence"]] * 2, [low, high], color=BLUE, linewidth=2, alpha=0.5)
-        axes.plot([one["confidence"] for one in bins], [one["value"] for one in bins], "o", color=BLUE)
-        for one in bins:
+            if one["low"] is not None:
+                axes.plot([one["confidence"]] * 2, [one["low"], one["high"]], color=BLUE, linewidth=2, alpha=0.5)
+            axes.plot([one["confidence"]], [one["value"]], "o", color=BLUE)
             axes.text(
                 one["confidence"], 0.02, f"{one['count']:,}", transform=axes.get_xaxis_transform(), ha="center",
                 fontsize=8.5, color=INK,
@@ -61,7 +60,7 @@ def slice_plot(name: str, title: str, parts: Sequence[Mapping[str, Any]], overal
     """Accuracy by part, with a line at the accuracy over all pairs."""
 
     def draw(axes: Any) -> None:
-        _dots(axes, [(one["label"], one["value"], one["low"], one["high"], BLUE) for one in parts])
+        _dots(axes, [(one["label"], one, BLUE) for one in parts])
         axes.axvline(overall, color=FAINT, linewidth=1, linestyle="--")
         axes.axvline(0.5, color=FAINT, linewidth=1, linestyle=":")
         axes.xaxis.set_major_formatter("{x:.0%}")
@@ -91,11 +90,7 @@ def battery_plot(name: str, rows: Sequence[Mapping[str, Any]]) -> str:
     shown = [one for one in rows if one["answers"]]
 
     def draw(axes: Any) -> None:
-        dots = [
-            (one["name"], one["effect"]["value"], one["effect"]["low"], one["effect"]["high"], COLOURS[one["verdict"]])
-            for one in shown
-        ]
-        _dots(axes, dots)
+        _dots(axes, [(one["name"], one["effect"], COLOURS[one["verdict"]]) for one in shown])
         axes.axvspan(-0.2, 0.2, color=FAINT, alpha=0.15, linewidth=0)
         axes.axvline(0, color=FAINT, linewidth=1)
         boundary = sum(one["expected"] == "same" for one in shown) - 0.5
@@ -110,12 +105,12 @@ def battery_plot(name: str, rows: Sequence[Mapping[str, Any]]) -> str:
     return page_plot(name, f"Effects of the perturbations: {words}", 1.2 + 0.3 * len(shown), draw)
 
 
-def _dots(axes: Any, rows: Sequence[tuple[str, float, float | None, float | None, str]]) -> None:
+def _dots(axes: Any, rows: Sequence[tuple[str, Mapping[str, Any], str]]) -> None:
     """A labelled row for each value with its interval, the first at the top."""
-    for place, (_, value, low, high, colour) in enumerate(rows):
-        if low is not None and high is not None:
-            axes.plot([low, high], [place] * 2, color=colour, linewidth=2.5, alpha=0.5)
-        axes.plot([value], [place], "o", color=colour)
+    for place, (_, facts, colour) in enumerate(rows):
+        if facts["low"] is not None:
+            axes.plot([facts["low"], facts["high"]], [place] * 2, color=colour, linewidth=2.5, alpha=0.5)
+        axes.plot([facts["value"]], [place], "o", color=colour)
     axes.set_yticks(range(len(rows)), [_short(row[0]) for row in rows])
     axes.set_ylim(len(rows) - 0.4, -0.6)
 

@@ -17,13 +17,14 @@ def percent(value: float | None) -> str:
     return "-" if value is None else f"{value:.1%}"
 
 
-def between(facts: Mapping[str, Any], fractions: bool = True) -> str:
+def between(facts: Mapping[str, Any], form: str = ".1%") -> str:
     """The bounds of an interval; a dash where they are not known."""
-    if facts["low"] is None:
-        return "-"
-    if fractions:
-        return f"{facts['low']:.1%} to {facts['high']:.1%}"
-    return f"{facts['low']:.2f} to {facts['high']:.2f}"
+    return span(facts["low"], facts["high"], form)
+
+
+def span(low: float | None, high: float | None, form: str = ".1%") -> str:
+    """`low to high`; a dash where they are not known."""
+    return "-" if low is None or high is None else f"{low:{form}} to {high:{form}}"
 
 
 def show_card(card: Mapping[str, Any], model: str) -> None:
@@ -50,8 +51,7 @@ def headlines(card: Mapping[str, Any]) -> list[str]:
         line = f"Right on {percent(right['value'])} of {right['count']:,} pairs of {right['prompts']:,} prompts"
         line += f" ({between(right)})"
         if human:
-            low, high = human["ceiling_interval"]
-            line += f"; the annotators' ceiling is {percent(human['ceiling'])} ({low:.1%} to {high:.1%})"
+            line += f"; the annotators' ceiling is {percent(human['ceiling'])} ({span(*human['ceiling_interval'])})"
         lines.append(line)
         best = max(facts["baselines"], key=lambda one: one["value"])
         ahead = best["ahead"]
@@ -67,13 +67,13 @@ def headlines(card: Mapping[str, Any]) -> list[str]:
         lines.append(
             f"Its best of K is a best one in {percent(lists['best_of_k']['value'])} of {lists['rankings']:,} rankings"
             f" (by chance {percent(lists['best_of_k_chance'])}); Kendall's tau-b"
-            f" {lists['kendall_tau_b']['value']:.3f} ({between(lists['kendall_tau_b'], False)})"
+            f" {lists['kendall_tau_b']['value']:.3f} ({between(lists['kendall_tau_b'], '.2f')})"
         )
     return lines
 
 
 def _points(facts: Mapping[str, Any]) -> str:
-    return "-" if facts["low"] is None else f"{100 * facts['low']:+.1f} to {100 * facts['high']:+.1f}"
+    return "-" if facts["low"] is None else span(100 * facts["low"], 100 * facts["high"], "+.1f")
 
 
 def _calibration_lines(facts: Mapping[str, Any]) -> list[str]:
@@ -86,23 +86,17 @@ def _calibration_lines(facts: Mapping[str, Any]) -> list[str]:
         how = "overconfident" if refit["temperature"] > 1 else "underconfident"
     return [
         f"It is {how}: calibration error {facts['error']:.3f}, temperature {format_number(refit['temperature'], 3)}"
-        f" ({between(refit, False)}); on the other half log loss {refit['log_loss_before']:.3f} ->"
+        f" ({between(refit, '.2f')}); on the other half log loss {refit['log_loss_before']:.3f} ->"
         f" {refit['log_loss_after']:.3f}"
     ]
 
 
 def card_tables(card: Mapping[str, Any]) -> list[TableParts]:
     """The tables of a dataset: accuracy with baselines, parts, whole rankings, benchmarks."""
-    found: list[TableParts] = []
-    for one in card["benchmarks"]:
-        found += benchmark_tables(one)
-    facts = card["pairs"]
+    found, facts = list(map(benchmark_table, card["benchmarks"])), card["pairs"]
     if facts:
-        found.append(accuracy_table(card))
-        found += [slice_table(name, parts) for name, parts in facts["slices"].items()]
-    if card["listwise"]:
-        found.append(listwise_table(card["listwise"]))
-    return found
+        found += [accuracy_table(card), *(slice_table(*one) for one in facts["slices"].items())]
+    return found + ([listwise_table(card["listwise"])] if card["listwise"] else [])
 
 
 def accuracy_table(card: Mapping[str, Any]) -> TableParts:
@@ -113,9 +107,8 @@ def accuracy_table(card: Mapping[str, Any]) -> TableParts:
         ahead = f"{100 * one['ahead']['value']:+.1f} ({_points(one['ahead'])})"
         rows.append((one["name"], *_fraction(one), ahead))
     if human:
-        low, high = human["ceiling_interval"]
         rows.append(("annotators agree", percent(human["annotator_agreement"]), "", "", ""))
-        rows.append(("annotators' ceiling", percent(human["ceiling"]), f"{low:.1%} to {high:.1%}", "", ""))
+        rows.append(("annotators' ceiling", percent(human["ceiling"]), span(*human["ceiling_interval"]), "", ""))
     return "Accuracy", ("", "accuracy", "95% interval", "pairs", "the model is ahead by (points)"), rows
 
 
@@ -138,37 +131,26 @@ def listwise_table(facts: Mapping[str, Any]) -> TableParts:
     """The metrics of whole rankings, with those of a random choice."""
     tau, regret, rating = facts["kendall_tau_b"], facts["regret"], facts["rating_regret"]
     rows: list[tuple[Any, ...]] = [
-        ("Kendall's tau-b", f"{tau['value']:.3f}", between(tau, False), "0"),
+        ("Kendall's tau-b", f"{tau['value']:.3f}", between(tau, ".2f"), "0"),
         ("best of K is a best one", percent(facts["best_of_k"]["value"]), between(facts["best_of_k"]),
          percent(facts["best_of_k_chance"])),
         ("all best ones above all others", percent(facts["beats_all"]["value"]), between(facts["beats_all"]), ""),
-        ("regret of the choice (0 best, 1 worst)", f"{regret['value']:.3f}", between(regret, False),
+        ("regret of the choice (0 best, 1 worst)", f"{regret['value']:.3f}", between(regret, ".2f"),
          f"{facts['regret_chance']:.3f}"),
     ]  # fmt: skip
     if rating:
-        rows.append(("regret in the data's ratings", f"{rating['value']:.3f}", between(rating, False), ""))
+        rows.append(("regret in the data's ratings", f"{rating['value']:.3f}", between(rating, ".2f"), ""))
     return f"Whole rankings: {facts['rankings']:,}", ("", "value", "95% interval", "by chance"), rows
 
 
-def benchmark_tables(facts: Mapping[str, Any]) -> list[TableParts]:
-    """The parts of a benchmark, and how much was left out."""
-    parts = facts["parts"]
-    rows: list[tuple[Any, ...]] = []
-    columns: tuple[str, ...] = ("", "score", "95% interval", "rows")
-    if facts["name"] == "rm-bench":
-        columns += ("easy", "normal", "hard")
-        levels = ("easy", "normal", "hard")
-        for name, part in parts.items():
-            rows.append((name, *_fraction(part), *(percent(part[level]) for level in levels)))
-        rows.append(("mean", *_overall(facts), *(percent(facts[level]) for level in levels)))
-    else:
-        rows = [(name, *_fraction(part)) for name, part in parts.items()]
-        rows.append(("mean", *_overall(facts)))
-    return [(facts["name"], columns, rows)]
-
-
-def _overall(facts: Mapping[str, Any]) -> tuple[Any, ...]:
-    return percent(facts["score"]), between({"low": facts["low"], "high": facts["high"]}), None
+def benchmark_table(facts: Mapping[str, Any]) -> TableParts:
+    """The parts of a benchmark."""
+    levels = ("easy", "normal", "hard") if facts["name"] == "rm-bench" else ()
+    rows = [
+        (name, *_fraction(part), *(percent(part[level]) for level in levels)) for name, part in facts["parts"].items()
+    ]
+    rows.append(("mean", percent(facts["score"]), between(facts), None, *(percent(facts[level]) for level in levels)))
+    return facts["name"], ("", "score", "95% interval", "rows", *levels), rows
 
 
 def notes(facts: Mapping[str, Any]) -> list[str]:
@@ -186,7 +168,7 @@ def battery_table(facts: Mapping[str, Any]) -> TableParts:
             rows.append((one["name"], "not measured", _expected(one), "-", "-", "-", "-", 0))
             continue
         effect, p = one["effect"], one["p"]
-        change = f"{effect['value']:+.2f} ({between(effect, False)})"
+        change = f"{effect['value']:+.2f} ({between(effect, '.2f')})"
         chance = "-" if p is None else "<0.001" if p < 0.001 else f"{p:.3f}"
         shares = percent(one["rises"]["value"]), percent(one["flips"]["value"])
         rows.append((one["name"], one["verdict"], _expected(one), change, chance, *shares, one["answers"]))

@@ -18,6 +18,7 @@ from rlhf.config.base import Strict
 from rlhf.config.load import check_config, inline_values, read_values
 from rlhf.core.console import format_number, table
 from rlhf.core.errors import UserError
+from rlhf.evaluation.tables import between
 from rlhf.runs.parents import resolve_model_path
 
 if TYPE_CHECKING:  # imports torch
@@ -194,7 +195,8 @@ def score_rows(rows: Sequence[Mapping[str, Any]], against: bool) -> list[tuple[A
         cells = [row["task"], name, row["questions"], format_number(row["value"]) + error]
         if against:
             gap = row["difference"]
-            cells += [format_number(row["against"]), "-" if gap is None or gap["low"] is None else
-                      f"{gap['value']:+.4f} ({gap['low']:+.4f} to {gap['high']:+.4f})"]  # fmt: skip
+            known = gap is not None and gap["low"] is not None
+            difference = f"{gap['value']:+.4f} ({between(gap, '+.4f')})" if known else "-"
+            cells += [format_number(row["against"]), difference]
         found.append(tuple(cells))
     return found

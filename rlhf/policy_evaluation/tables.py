@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from rlhf.core.console import format_number, say, table, warn
-from rlhf.evaluation.tables import TableParts, percent
+from rlhf.evaluation.tables import TableParts, percent, span
 
 METRICS = {
     "records": ("answers in the data", "", ""),
@@ -51,11 +51,10 @@ def comparisons(result: Mapping[str, Any]) -> Sequence[Mapping[str, Any]]:
 def metric_rows(result: Mapping[str, Any]) -> list[tuple[str, list[str], str]]:
     """Name, values of each policy with their intervals, and meaning, of what was measured."""
     columns = [one for one in (result.get("policy"), result.get("against")) if one]
-    rows = []
-    for key, (name, unit, meaning) in METRICS.items():
-        if columns and key in columns[0]:
-            rows.append((name, [_cell(column, key, unit) for column in columns], meaning))
-    return rows
+    return [
+        (name, [_cell(column, key, unit) for column in columns], meaning)
+        for key, (name, unit, meaning) in METRICS.items() if columns and key in columns[0]
+    ]  # fmt: skip
 
 
 def metric_table(result: Mapping[str, Any]) -> TableParts | None:
@@ -75,9 +74,12 @@ def _cell(metrics: Mapping[str, Any], key: str, unit: str) -> str:
         return f"{value:,}"
     if unit:
         return percent(value)
+    return format_number(value) + _bounds(metrics, key)
+
+
+def _bounds(metrics: Mapping[str, Any], key: str) -> str:
     low, high = metrics.get(f"{key}_low"), metrics.get(f"{key}_high")
-    bounds = "" if low is None or high is None else f" ({format_number(low)} to {format_number(high)})"
-    return format_number(value) + bounds
+    return "" if low is None or high is None else f" ({format_number(low)} to {format_number(high)})"
 
 
 def headlines(result: Mapping[str, Any]) -> list[str]:
@@ -88,18 +90,17 @@ def headlines(result: Mapping[str, Any]) -> list[str]:
 def _wins(result: Mapping[str, Any]) -> Iterator[str]:
     who = result["model"]
     for one in comparisons(result):
-        low, high = one["interval"]
-        rate = f"{one['win_rate']:.1%} (95% Wilson interval {low:.1%} to {high:.1%})"
+        rate = f"{one['win_rate']:.1%} (95% Wilson interval {span(*one['interval'])})"
         yield f"Win rate of {who} against {one['against']}: {rate}"
         counted = ", ".join(_counted(one[words], words) for words in ("wins", "ties", "losses"))
         counts = f"{counted}; a tie counts half"
         if "annotators" in one:
             counts += f"; {one['prompts']:,} prompts ranked by {_people(one['annotators'])}"
         yield counts
-        low, high = one["length_controlled_interval"]
+        controlled = f"{one['length_controlled']:.1%} ({span(*one['length_controlled_interval'])})"
         own, other = one["mean_lengths"]
         sizes = f"mean lengths {own:.0f} and {other:.0f} characters"
-        yield f"Length-controlled: {one['length_controlled']:.1%} ({low:.1%} to {high:.1%}); {sizes}"
+        yield f"Length-controlled: {controlled}; {sizes}"
 
 
 def _counted(count: int, words: str) -> str:
@@ -115,14 +116,12 @@ def _distance(result: Mapping[str, Any]) -> Iterator[str]:
     policy = result.get("policy", {})
     if policy.get("kl") is None:
         return
-    low, high = policy["kl_low"], policy["kl_high"]
-    bounds = "" if low is None else f" ({format_number(low)} to {format_number(high)})"
-    yield f"KL to {result['reference']}: {format_number(policy['kl'])} nats an answer{bounds}"
-    low_k3, high_k3 = policy.get("kl_k3_low"), policy.get("kl_k3_high")
-    if None not in (low, high, low_k3, high_k3) and (low > high_k3 or high < low_k3):
+    yield f"KL to {result['reference']}: {format_number(policy['kl'])} nats an answer{_bounds(policy, 'kl')}"
+    bounds = [policy.get(key) for key in ("kl_low", "kl_high", "kl_k3_low", "kl_k3_high")]
+    if None not in bounds and (bounds[0] > bounds[3] or bounds[1] < bounds[2]):
         yield (
-            f"The estimator k3 gives {format_number(policy['kl_k3'])} ({format_number(low_k3)} to"
-            f" {format_number(high_k3)}): too few answers for one of the two; give --n or --limit a larger number"
+            f"The estimator k3 gives {format_number(policy['kl_k3'])}{_bounds(policy, 'kl_k3')}:"
+            " too few answers for one of the two; give --n or --limit a larger number"
         )
 
 
@@ -130,8 +129,7 @@ def _tax(result: Mapping[str, Any]) -> Iterator[str]:
     tax = result.get("loss_difference")
     if not tax:
         return
-    low, high = tax["low"], tax["high"]
-    bounds = "" if low is None else f" ({low:+.4f} to {high:+.4f})"
+    bounds = "" if tax["low"] is None else f" ({span(tax['low'], tax['high'], '+.4f')})"
     yield f"Loss on the data's answers: {tax['value']:+.4f} nats a token{bounds} against {result['against']['model']}"
 
 
@@ -140,11 +138,9 @@ def annotator_table(comparison: Mapping[str, Any]) -> TableParts | None:
     found = comparison.get("by_annotator")
     if not found:
         return None
-    rows: list[tuple[Any, ...]] = []
-    for name, one in found.items():
-        low, high = one["interval"]
-        rows.append(
-            (name, percent(one["win_rate"]), f"{low:.1%} to {high:.1%}", one["wins"], one["ties"], one["losses"])
-        )
+    rows: list[tuple[Any, ...]] = [
+        (name, percent(one["win_rate"]), span(*one["interval"]), one["wins"], one["ties"], one["losses"])
+        for name, one in found.items()
+    ]
     title = f"Against {comparison['against']}, by annotator"
     return title, ("annotator", "win rate", "95% interval", "wins", "ties", "losses"), rows

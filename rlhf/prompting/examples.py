@@ -66,12 +66,10 @@ class ExamplePool:
         shown: Callable[[Demonstration, str], str | None], labels: Sequence[str], seed: int, embed: Embed | None = None,
     ) -> None:  # fmt: skip
         self._shots, self._seed, self._embed = shots, seed, embed
-        kept, self.unusable = [], 0
+        kept = []
         for record in records:
             found = label(record)
-            if found is None or shown(record, found) is None:
-                self.unusable += 1
-            else:
+            if found is not None and shown(record, found) is not None:
                 kept.append((record, found))
         if not kept:
             why = "They have no rationale." if shots.rationales else "Their answers are none of the labels."
@@ -96,7 +94,7 @@ class ExamplePool:
         if self._shots.choose == "similar":
             ranked = iter(self._by_similarity(record))
         else:
-            ranked = iter(self._order_of(record.prompt_id if self._shots.redraw else ""))
+            ranked = iter(self._order_of(record.prompt_id) if self._shots.redraw else self._order)
         asked = without_system(record.messages)
         others = (self._examples[i] for i in ranked if without_system(self._examples[i].messages) != asked)
         if self._shots.choose == "balanced":
@@ -112,17 +110,14 @@ class ExamplePool:
         return found
 
     def _order_of(self, name: str) -> list[int]:
-        if name not in self._orders:
-            order = list(range(len(self._examples)))
-            random.Random(f"{self._seed}:examples:{name}").shuffle(order)
-            if name:
-                return order
-            self._orders[name] = order
-        return self._orders[name]
+        order = list(range(len(self._examples)))
+        random.Random(f"{self._seed}:examples:{name}").shuffle(order)
+        return order
 
     @cached_property
-    def _orders(self) -> dict[str, list[int]]:
-        return {}
+    def _order(self) -> list[int]:
+        """The order for all questions."""
+        return self._order_of("")
 
     def _balanced(self, others: Sequence[Example], count: int) -> list[Example]:
         """In turn from each label, in the order in which labels first appear."""

@@ -251,22 +251,21 @@ class Server:
 
     def _connected(self) -> Any:
         """The client of the package openai, which is made at the first request: a cache needs no server."""
+        config = self.config
         with self._lock:
-            if self._client is None:
-                self._client = self._connect()
+            if self._client is not None:
+                return self._client
+            try:
+                # A proxy for the network cannot reach a server on this machine.
+                http = openai.DefaultHttpxClient(trust_env=not config.is_loopback)
+            except ImportError:
+                what = f"{config.url}: asking a server needs the package openai, which is not installed"
+                raise UserError(what, remedy="Install it: pip install 'rlhf-rankings[servers]'") from None
+            self._client = openai.OpenAI(
+                base_url=config.url, api_key=self._key or "none", timeout=config.timeout_seconds, max_retries=0,
+                http_client=http,
+            )  # fmt: skip
             return self._client
-
-    def _connect(self) -> Any:
-        try:
-            # A proxy for the network cannot reach a server on this machine.
-            http = openai.DefaultHttpxClient(trust_env=not self.config.is_loopback)
-        except ImportError:
-            what = f"{self.config.url}: asking a server needs the package openai, which is not installed"
-            raise UserError(what, remedy="Install it: pip install 'rlhf-rankings[servers]'") from None
-        return openai.OpenAI(
-            base_url=self.config.url, api_key=self._key or "none", timeout=self.config.timeout_seconds, max_retries=0,
-            http_client=http,
-        )  # fmt: skip
 
     def _listed(self) -> list[str]:
         """Names of the server's models."""

@@ -38,7 +38,7 @@ class AnswerRules:
     def answer(self, text: str) -> str | None:
         """The answer in a model's text: of a classification the label, or the text itself if it is no label."""
         found = (text.strip() or None) if self.pattern is None else self.pattern(text)
-        return found if found is None else self.label(found) or found
+        return found and (self.label(found) or found)
 
     def label(self, answer: str) -> str | None:
         """The label that an answer names; None if it is no label."""
@@ -71,17 +71,19 @@ class Task:
 
     def measure(self, outcomes: Outcomes, seed: int = 0) -> list[Measured]:
         """All metrics that the outcomes allow: those of log-probs need `logprobs`, the others `predictions`."""
-        have = {name for name in ("predictions", "logprobs", "scores", "rival_scores") if getattr(outcomes, name)}
-        have |= {"labels"} if outcomes.predictions else set()
-        return [measure(metric, outcomes, seed) for metric in self.metrics if needs(metric) in have]
+        return [
+            measure(metric, outcomes, seed) for metric in self.metrics
+            if getattr(outcomes, "predictions" if needs(metric) == "labels" else needs(metric))
+        ]  # fmt: skip
 
     def facts(self) -> dict[str, Any]:
         """What a result says about the task."""
+        pattern = self.rules.pattern
         return {
             "dataset": str(self.data.path), "fingerprint": self.data.fingerprint, "records": len(self.records),
             "rejected": self.rejected, "labels": list(self.rules.labels),
-            "pattern": self.rules.pattern and self.rules.pattern.pattern,
-            "take": self.rules.pattern and self.rules.pattern.take, "pattern_in_data": self.rules.in_data,
+            "pattern": pattern and pattern.pattern, "take": pattern and pattern.take,
+            "pattern_in_data": self.rules.in_data,
             "metrics": [{"name": metric.name, **metric.options} for metric in self.metrics],
         }  # fmt: skip
 
@@ -101,7 +103,7 @@ def load_task(config: TaskConfig) -> Task:
             f"{data.path}: contains {data.kind}s; a task needs demonstrations, whose answers are the right ones",
             remedy="Make them with `rlhf data tasks` or an import of demonstrations.",
         )
-    metrics = tuple(config.metrics) or _default_metrics(config)
+    metrics = tuple(config.metrics or map(METRICS.pick, ("accuracy", "f1") if config.labels else ("exact_match",)))
     in_data = pattern is None or any(pattern(record.answer) for record in data.records())
     normalise: Normalise = next((m.options["normalise"] for m in metrics if "normalise" in m.options), "text")
     rules = AnswerRules(pattern, (), normalise, in_data)
@@ -128,10 +130,6 @@ def load_task(config: TaskConfig) -> Task:
             "Correct the pattern or the labels.",
         )
     return Task(data, records, references, rules, metrics, dict(rejected))
-
-
-def _default_metrics(config: TaskConfig) -> tuple[Pick, ...]:
-    return tuple(METRICS.pick(name) for name in (("accuracy", "f1") if config.labels else ("exact_match",)))
 
 
 def _labels(data: Dataset, listed: Sequence[str], rules: AnswerRules) -> tuple[str, ...]:
