@@ -25,9 +25,8 @@ from rlhf.data.chat_tokenizer import ChatTokenizer, load_tokenizer
 from rlhf.data.selection import open_datasets
 from rlhf.data.tables import prompt_lengths, tokenize
 from rlhf.guard.guard import Guard
-from rlhf.guard.observers import Observers, score_range
+from rlhf.guard.observers import Observers, outside_range, score_range
 from rlhf.guard.perturbed import Perturber
-from rlhf.guard.signals import outside_range
 from rlhf.memory.peak import PeakMemory
 from rlhf.models.load import load_hf_config, sequence_limit
 from rlhf.ppo import kl

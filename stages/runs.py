@@ -12,8 +12,7 @@ from rlhf.cli import options
 from rlhf.core.console import format_number, print_json, say, table, warn
 from rlhf.core.errors import UserError
 from rlhf.doctor.diagnosis import diagnose
-from rlhf.doctor.evidence import read_evidence
-from rlhf.doctor.headline import headline
+from rlhf.doctor.evidence import headline, read_evidence
 from rlhf.doctor.run_checks import planned_steps
 from rlhf.runs.find import run_folders
 

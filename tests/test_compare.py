@@ -18,8 +18,7 @@ from rlhf.cli.teacher_options import distill_words
 from rlhf.comparison.cells import cells, merged, stage_runs
 from rlhf.comparison.data import open_task, training_data
 from rlhf.comparison.measure import stored
-from rlhf.comparison.page import render
-from rlhf.comparison.plots import label_heights
+from rlhf.comparison.page import label_heights, render
 from rlhf.comparison.quality import Quality, difference, quality, recommend
 from rlhf.comparison.results import read_result
 from rlhf.comparison.show import Row, TaskResult, amount, markdown, seconds

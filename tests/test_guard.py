@@ -13,9 +13,9 @@ from pydantic import ValidationError
 from rlhf.guard.actions import ACTIONS, Change
 from rlhf.guard.config import GuardConfig
 from rlhf.guard.guard import Guard
+from rlhf.guard.observers import outside_range, repetition
 from rlhf.guard.overoptimization import features, fit, peak_of
 from rlhf.guard.rules import RULES, History
-from rlhf.guard.signals import outside_range, repetition
 
 # ---- signals
 

@@ -15,7 +15,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 
 from rlhf.core.intervals import percentile_interval, resampled_sums
 from rlhf.tasks.metrics import Columns
@@ -28,7 +27,7 @@ class Quality:
     """A way's metric over the records, resampled."""
 
     value: float
-    resampled: NDArray[np.float64]
+    resampled: np.ndarray
     """The metric on each of the resamples; the resamples are the same for all ways. [RESAMPLES]"""
     by_seed: tuple[float, ...] = ()
     """The metric of each repetition with another seed; `value` is their mean."""
@@ -55,7 +54,7 @@ def quality(repeats: Sequence[Columns], limits: tuple[float, float] = (-math.inf
     return Quality(float(values.mean()), drawn + seed_weights(len(values)) @ values, tuple(values.tolist()), limits)
 
 
-def seed_weights(seeds: int) -> NDArray[np.float64]:
+def seed_weights(seeds: int) -> np.ndarray:
     """Weights W, float64 [RESAMPLES, seeds], that make W @ values of each seed vary as the error of their mean does.
 
     For values with standard deviation s (of n - 1), W @ values is distributed as s / sqrt(n) * t with n - 1 degrees of
@@ -67,7 +66,7 @@ def seed_weights(seeds: int) -> NDArray[np.float64]:
     draw = np.random.default_rng(1)
     normal = draw.standard_normal((RESAMPLES, seeds))
     scale = np.sqrt(draw.chisquare(seeds - 1, (RESAMPLES, 1)) / (seeds - 1))
-    weights: NDArray[np.float64] = (normal - normal.mean(1, keepdims=True)) / np.sqrt(seeds * (seeds - 1)) / scale
+    weights: np.ndarray = (normal - normal.mean(1, keepdims=True)) / np.sqrt(seeds * (seeds - 1)) / scale
     return weights
 
 

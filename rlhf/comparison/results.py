@@ -64,7 +64,11 @@ def _task_result(config: CompareConfig, task: str, found: Mapping[Cell, CellResu
             rivals = [found.get(_baseline(config, task, cell.seed)) for cell in cells]
             if needs(metric) == "rival_scores" and not all(rivals):
                 continue
-            columns = [metric(_against(one.outcomes, rival)) for one, rival in zip(repeats, rivals)]
+            outcomes = [  # with the scores of the baseline's answers, which `win_rate` compares with
+                replace(one.outcomes, rival_scores=rival.outcomes.scores) if rival is not None else one.outcomes
+                for one, rival in zip(repeats, rivals)
+            ]
+            columns = [metric(one) for one in outcomes]
             of = quality(columns, limits(metric))
             curves.setdefault(way, []).append((repeats[0].training_prompts, of.value, *of.interval))
             if examples is None:
@@ -83,11 +87,6 @@ def _baseline(config: CompareConfig, task: str, seed: int) -> Cell:
     way = next(iter(config.ways))
     seeds = seeds_of(config, way)
     return Cell(task, way, None, seed if seed in seeds else seeds[0])
-
-
-def _against(outcomes: Outcomes, rival: CellResult | None) -> Outcomes:
-    """The outcomes with the scores of the baseline's answers, which `win_rate` compares with."""
-    return replace(outcomes, rival_scores=rival.outcomes.scores) if rival is not None else outcomes
 
 
 def _row(way: str, about: str, of: Quality, repeats: Sequence[CellResult]) -> Row:

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 from scipy.sparse import csr_matrix
 from sklearn.feature_extraction.text import CountVectorizer
 from sklearn.linear_model import LogisticRegression
@@ -37,7 +36,7 @@ def baselines(
         For each rule its `name`, the accuracy as `fraction` gives it, and `ahead`: the model's accuracy minus the
         rule's, as `clustered_mean` gives it, paired by prompt; for the bag of words also `trained_on` (rankings).
     """
-    rules: list[tuple[str, NDArray[Any], dict[str, Any]]] = []
+    rules: list[tuple[str, np.ndarray, dict[str, Any]]] = []
     rules.append(("longer answer", credit(pairs.lengths[:, 0] - pairs.lengths[:, 1]), {}))
     if pairs.first.all():
         rules.append(("shown first", credit(pairs.first), {}))
@@ -105,13 +104,13 @@ def _differences(features: csr_matrix, records: Sequence[Ranking]) -> csr_matrix
     return csr_matrix(features[better] - features[worse])
 
 
-def _fit(differences: csr_matrix, strength: float) -> NDArray[Any]:
+def _fit(differences: csr_matrix, strength: float) -> np.ndarray:
     # The loss of a pair is the same in both orders; every second one is turned, since the solver wants both classes.
     sign = np.where(np.arange(differences.shape[0]) % 2, -1.0, 1.0)
     model = LogisticRegression(C=strength, fit_intercept=False, max_iter=300)
-    weights: NDArray[Any] = model.fit(differences.multiply(sign[:, None]).tocsr(), sign).coef_[0]
+    weights: np.ndarray = model.fit(differences.multiply(sign[:, None]).tocsr(), sign).coef_[0]
     return weights
 
 
-def _loss(differences: csr_matrix, weights: NDArray[Any]) -> float:
+def _loss(differences: csr_matrix, weights: np.ndarray) -> float:
     return float(np.logaddexp(0, -(differences @ weights)).mean())

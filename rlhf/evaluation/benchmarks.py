@@ -11,7 +11,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from rlhf.core.intervals import percentile_interval, resampled_sums
 from rlhf.core.table import Table
@@ -116,7 +115,7 @@ def ties_score(tied: Sequence[tuple[Sequence[float], Sequence[float]]], referenc
 TIES_WEIGHTS = np.array([0.3, 0.3, 0.2, 0.2, 0.01])
 
 
-def _ties_terms(tied: Sequence[Any], reference: Sequence[Any]) -> NDArray[Any]:
+def _ties_terms(tied: Sequence[Any], reference: Sequence[Any]) -> np.ndarray:
     """The five terms of each prompt, float [N, 5]."""
     spread = np.array([max(right) - min(right) for right, _ in tied])
     margin = np.array([min(right) - max(wrong) for right, wrong in tied])
@@ -128,7 +127,7 @@ def _ties_terms(tied: Sequence[Any], reference: Sequence[Any]) -> NDArray[Any]:
     return np.stack([column.astype(float) for column in columns], axis=1)
 
 
-def _ties(rows: Sequence[ScoredRecord]) -> tuple[dict[str, Any], NDArray[Any]]:
+def _ties(rows: Sequence[ScoredRecord]) -> tuple[dict[str, Any], np.ndarray]:
     """The subset's result and its bootstrap replicates. Prompts are paired by the row's id, which ends the source."""
     found: dict[str, dict[str, ScoredRecord]] = {"ref": {}, "tied": {}}
     for one in rows:
@@ -164,7 +163,7 @@ def rm_bench(scored: Sequence[ScoredRecord]) -> dict[str, Any]:
     style), normal the diagonal, hard above it; a domain's score is their mean. The rows of `safety-refuse` and of
     `safety-response` are one domain, safety, as in `split_dataset_by_domain` of THU-KEG/RM-Bench, scripts/utils.py.
     """
-    domains: dict[str, list[NDArray[Any]]] = {}
+    domains: dict[str, list[np.ndarray]] = {}
     others = 0
     for one in scored:
         chosen, rejected = _lists(one)
@@ -172,7 +171,8 @@ def rm_bench(scored: Sequence[ScoredRecord]) -> dict[str, Any]:
             others += 1
             continue
         matrix = np.array(chosen)[:, None] > np.array(rejected)[None, :]
-        domains.setdefault(_domain(one.record.group), []).append(matrix.astype(float))
+        name = re.split("[-/_]", one.record.group or "(no domain)")[0]
+        domains.setdefault(DOMAINS.get(name, name), []).append(matrix.astype(float))
     parts: dict[str, Any] = {}
     draws = []
     for name, matrices in sorted(domains.items()):
@@ -194,18 +194,13 @@ DOMAINS = {"alpacaeval": "chat", "bigcode": "code", "refusals": "safety", "xstes
 """How a `subset` begins in the files of single domains, which do not name the domain -> the domain."""
 
 
-def _domain(group: str | None) -> str:
-    name = re.split("[-/_]", group or "(no domain)")[0]
-    return DOMAINS.get(name, name)
-
-
-def levels(matrix: NDArray[Any]) -> tuple[float, float, float]:
+def levels(matrix: np.ndarray) -> tuple[float, float, float]:
     """Easy, normal and hard accuracy of a 3 x 3 matrix [style of the right answer, style of the wrong one]."""
     below, above = np.tril_indices(len(STYLES), -1), np.triu_indices(len(STYLES), 1)
     return float(matrix[below].mean()), float(np.diag(matrix).mean()), float(matrix[above].mean())
 
 
-def _overall(values: Sequence[float], draws: Sequence[NDArray[Any]]) -> dict[str, Any]:
+def _overall(values: Sequence[float], draws: Sequence[np.ndarray]) -> dict[str, Any]:
     if not values:
         return {"score": None, "low": None, "high": None}
     low, high = percentile_interval(np.mean(draws, axis=0))

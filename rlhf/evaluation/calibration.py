@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 from scipy.optimize import minimize_scalar
 from scipy.special import expit
 
@@ -53,12 +52,12 @@ def calibration(pairs: Pairs, seed: int = 0) -> dict[str, Any]:
     return facts
 
 
-def log_loss(gap: NDArray[Any]) -> float:
+def log_loss(gap: np.ndarray) -> float:
     """Mean of -log sigmoid(gap), nats; 0.693 for guesses."""
     return float(np.logaddexp(0, -gap).mean())
 
 
-def fit_temperature(gap: NDArray[Any], weights: NDArray[Any] | None = None) -> float:
+def fit_temperature(gap: np.ndarray, weights: np.ndarray | None = None) -> float:
     """The T that minimises the mean of -log sigmoid(gap / T), from 1/100 to 100.
 
     Args:

@@ -57,7 +57,8 @@ def dataset_card(
         by_benchmark.setdefault(benchmark or benchmark_of(one.record.source), []).append(one)
     own = by_benchmark.pop(None, [])
     pairs = pairs_of(own)
-    train = [] if benchmark else _training_rankings(data)
+    known = "train" in data.splits() and not benchmark
+    train = list(islice(chosen_records(data, "train"), READ_FOR_TRAINING)) if known else []
     return {
         "dataset": str(data.path), "fingerprint": data.fingerprint, "rankings": len(scored),
         "prompts": len({one.record.prompt_id for one in scored}), "skipped": dict(counts.skipped),
@@ -92,9 +93,3 @@ def pair_facts(
 def _tied(one: ScoredRecord) -> int:
     ranks = [rank for rank, _ in one.known]
     return sum(rank == other for index, rank in enumerate(ranks) for other in ranks[:index])
-
-
-def _training_rankings(data: Dataset) -> list[Ranking]:
-    if "train" not in data.splits():
-        return []
-    return list(islice(chosen_records(data, "train"), READ_FOR_TRAINING))

@@ -7,13 +7,12 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 from scipy import stats
 
 from rlhf.core.intervals import fraction_interval
 
 
-def clustered_mean(values: NDArray[Any], clusters: NDArray[Any]) -> dict[str, Any]:
+def clustered_mean(values: np.ndarray, clusters: np.ndarray) -> dict[str, Any]:
     """The mean of all values, with Student's t interval of its linearised standard error over clusters, for JSON.
 
     error² = c/(c-1) · Σ(s - m·n)² / N², with s and n the sum and the number of values of a cluster, m the mean, c the
@@ -32,7 +31,7 @@ def clustered_mean(values: NDArray[Any], clusters: NDArray[Any]) -> dict[str, An
     return {"value": mean, "low": low, "high": high, "count": len(values), "prompts": count}
 
 
-def p_value(values: NDArray[Any], clusters: NDArray[Any]) -> float:
+def p_value(values: np.ndarray, clusters: np.ndarray) -> float:
     """Of the two-sided t test that the mean of `clustered_mean` is 0; 1 where all values are 0, NaN for one cluster."""
     mean, error, count = _mean_and_error(values, clusters)
     if not error:
@@ -40,7 +39,7 @@ def p_value(values: NDArray[Any], clusters: NDArray[Any]) -> float:
     return float(2 * stats.t.sf(abs(mean / error), count - 1))
 
 
-def _mean_and_error(values: NDArray[Any], clusters: NDArray[Any]) -> tuple[float, float | None, int]:
+def _mean_and_error(values: np.ndarray, clusters: np.ndarray) -> tuple[float, float | None, int]:
     """The mean, its standard error (None with fewer than two clusters), and the number of clusters."""
     _, index = np.unique(clusters, return_inverse=True)
     sums, sizes = np.bincount(index, values), np.bincount(index)
@@ -51,7 +50,7 @@ def _mean_and_error(values: NDArray[Any], clusters: NDArray[Any]) -> tuple[float
     return mean, math.sqrt(float(((sums - mean * sizes) ** 2).sum()) * count / (count - 1)) / total, count
 
 
-def fraction(credit: NDArray[Any], clusters: NDArray[Any]) -> dict[str, Any]:
+def fraction(credit: np.ndarray, clusters: np.ndarray) -> dict[str, Any]:
     """A fraction with Wilson's interval for clusters, for JSON; see `rlhf.core.intervals.fraction_interval`.
 
     Args:

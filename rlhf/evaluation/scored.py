@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from rlhf.core.console import track
 from rlhf.core.errors import UserError
@@ -189,30 +188,30 @@ def _source(spec: str) -> Pick:
 class Pairs:
     """The pairs of candidates that the annotator did not tie, better one first; arrays [P]."""
 
-    prompt: NDArray[Any]
+    prompt: np.ndarray
     """int: number of the prompt; rankings of one prompt share it."""
-    ranking: NDArray[Any]
+    ranking: np.ndarray
     """int: index of the scored record."""
-    gap: NDArray[Any]
+    gap: np.ndarray
     """float: score of the better candidate minus that of the worse."""
-    distance: NDArray[Any]
+    distance: np.ndarray
     """int: rank of the worse minus rank of the better, >= 1."""
-    rating: NDArray[Any]
+    rating: np.ndarray
     """float: the candidates' own `score`s, better minus worse; NaN where one has none."""
-    lengths: NDArray[Any]
+    lengths: np.ndarray
     """int [P, 2]: characters of the better and the worse."""
-    first: NDArray[Any]
+    first: np.ndarray
     """int: 1 if the better one was shown before the worse, -1 if after, 0 if the order is not known."""
 
     def __len__(self) -> int:
         return len(self.gap)
 
-    def where(self, chosen: NDArray[Any]) -> Pairs:
+    def where(self, chosen: np.ndarray) -> Pairs:
         """The pairs that a bool mask selects."""
         return Pairs(*(getattr(self, name)[chosen] for name in self.__dataclass_fields__))
 
     @property
-    def correct(self) -> NDArray[Any]:
+    def correct(self) -> np.ndarray:
         """float: 1 if the better one has the higher score, 0.5 where the scores are equal."""
         return credit(self.gap)
 

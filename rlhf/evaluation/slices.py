@@ -6,7 +6,6 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from rlhf.evaluation.estimates import fraction
 from rlhf.evaluation.scored import Pairs, ScoredRecord
@@ -94,5 +93,5 @@ def _by_rating(pairs: Pairs) -> list[dict[str, Any]]:
     return _in_bins(pairs, [(name, third == index) for index, name in enumerate(RATINGS)])
 
 
-def _in_bins(pairs: Pairs, bins: Sequence[tuple[str, NDArray[Any]]]) -> list[dict[str, Any]]:
+def _in_bins(pairs: Pairs, bins: Sequence[tuple[str, np.ndarray]]) -> list[dict[str, Any]]:
     return [{"label": name, **part_facts(pairs.where(chosen))} for name, chosen in bins if chosen.any()]

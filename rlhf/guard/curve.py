@@ -10,7 +10,6 @@ from shlex import quote
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from rlhf.core.console import format_number
 from rlhf.core.errors import UserError
@@ -26,11 +25,11 @@ class Curve:
     """A run's updates with a gold reward, in their order."""
 
     steps: list[int]
-    distance: NDArray[Any]
+    distance: np.ndarray
     """sqrt(KL) of each update, float [n]; KL in nats per completion, k1, negative estimates counted as 0."""
-    proxy: NDArray[Any]
+    proxy: np.ndarray
     """Mean score that the policy is trained on, float [n]."""
-    gold: NDArray[Any]
+    gold: np.ndarray
     """Mean gold reward, float [n]."""
     fit: Fit | None
     """Gao's RL form; None for too few points."""
@@ -56,7 +55,7 @@ def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def smooth(values: NDArray[Any], width: int = 5) -> NDArray[Any]:
+def smooth(values: np.ndarray, width: int = 5) -> np.ndarray:
     """Means over `width` values around each, fewer at the ends."""
     half = width // 2
     return np.array([values[max(0, i - half) : i + half + 1].mean() for i in range(len(values))])

@@ -60,7 +60,9 @@ class Guard:
                 continue
             since = self.since.setdefault(rule.name, step)
             action = self.config.actions.get(rule.name, self.config.action)
-            if step - since + 1 < self.config.patience or not self._may_speak(rule.name, step, action):
+            silent = step - self.spoke[rule.name] if rule.name in self.spoke else None
+            may_speak = silent is None or (action.row.traits["again"] and silent >= self.config.cooldown)
+            if step - since + 1 < self.config.patience or not may_speak:
                 continue
             self.spoke[rule.name] = step
             alarm = Alarm(step, rule.name, what, since, action.name)
@@ -71,11 +73,6 @@ class Guard:
             if change.end is not None and self.end is None:
                 self.end = alarm
         return alarms
-
-    def _may_speak(self, rule: str, step: int, action: Any) -> bool:
-        if rule not in self.spoke:
-            return True
-        return bool(action.row.traits["again"]) and step - self.spoke[rule] >= self.config.cooldown
 
     def note_checkpoint(self, step: int) -> int | None:
         """Take in that a checkpoint of update `step` is written now; gives the step of the best one so far.

@@ -14,10 +14,9 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
-from numpy.typing import NDArray
 
 Form = Literal["rl", "best-of-n"]
 FEWEST = 5
@@ -53,15 +52,15 @@ class Fit:
     furthest: float
     """The largest d of the points. A peak beyond it is extrapolated."""
 
-    def __call__(self, distance: NDArray[Any]) -> NDArray[Any]:
+    def __call__(self, distance: np.ndarray) -> np.ndarray:
         """The form's gold reward at distances d >= 0."""
-        values: NDArray[Any] = features(distance, self.form) @ np.array(
+        values: np.ndarray = features(distance, self.form) @ np.array(
             [self.start.value, self.alpha.value, self.beta.value]
         )
         return values
 
 
-def features(distance: NDArray[Any], form: Form) -> NDArray[Any]:
+def features(distance: np.ndarray, form: Form) -> np.ndarray:
     """The columns [1, d, -d log d] (RL) or [1, d, -d^2] (best-of-n): float [points, 3]. 0 log 0 is 0."""
     bend = distance * np.log(np.where(distance > 0, distance, 1.0)) if form == "rl" else distance**2
     return np.stack([np.ones_like(distance), distance, -bend], axis=1)
@@ -83,9 +82,7 @@ def peak_of(alpha: float, beta: float, form: Form) -> tuple[float, float]:
     return max(0.0, alpha / (2 * beta)), max(0.0, alpha) ** 2 / (4 * beta)
 
 
-def fit(
-    distance: NDArray[Any], gold: NDArray[Any], form: Form = "rl", replicates: int = 1000, seed: int = 0
-) -> Fit | None:
+def fit(distance: np.ndarray, gold: np.ndarray, form: Form = "rl", replicates: int = 1000, seed: int = 0) -> Fit | None:
     """Fit a form to the points of a run, with 95% intervals.
 
     The intervals are percentiles of a moving-block bootstrap (Künsch 1989): successive updates are correlated, so
@@ -123,7 +120,7 @@ def fit(
     )  # fmt: skip
 
 
-def _value(value: float, replicates: NDArray[Any]) -> Value:
+def _value(value: float, replicates: np.ndarray) -> Value:
     # a quantile that is one of the values: between a number and infinity there is no other
     low, high = np.quantile(replicates, [0.025, 0.975], method="closest_observation")
     return Value(float(value), float(low), float(high))

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from rlhf.core.errors import UserError
 from rlhf.core.files import write_json
@@ -39,7 +38,7 @@ def best_of_kl(n: int) -> float:
     return math.log(n) - (n - 1) / n
 
 
-def expected_best(scores: NDArray[Any], n: int) -> NDArray[Any]:
+def expected_best(scores: np.ndarray, n: int) -> np.ndarray:
     """The expected highest score of n answers, estimated without bias from all N answers of each prompt.
 
     The i-th smallest of N scores is the highest of a random subset of size n with probability

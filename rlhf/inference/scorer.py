@@ -7,7 +7,6 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -71,8 +70,8 @@ def open_scorer(spec: str, policy: Policy) -> Scorer:
         paths = [term["path"] for term in model_terms(pick)]
         limits = [_limit(path, config) for path in paths]
         pick = retokenizing(pick, [path for path in paths if not _same_text(path, policy)])
-        own = own_chats(pick, config)
-        source = pick(RewardContext(config, policy.chat, _on_device, own_chats=own))
+        own, place = own_chats(pick, config), lambda one: one.to(distributed.device()).eval()
+        source = pick(RewardContext(config, policy.chat, place, own_chats=own))
     except ValueError as error:
         raise UserError(f"--reward: {error}") from None
     return Scorer(spec, min(limits, default=None), policy.chat, source, list(own.values()))
@@ -92,7 +91,3 @@ def _limit(path: str, config: ModelConfig) -> int:
 def _same_text(path: str, policy: Policy) -> bool:
     config = ModelConfig(path=path, trust_remote_code=policy.trust_remote_code)
     return load_tokenizer(config, resolve_model_path(path)).fingerprints() == policy.chat.fingerprints()
-
-
-def _on_device(model: Any) -> Any:
-    return model.to(distributed.device()).eval()

@@ -124,7 +124,9 @@ class LocalTeacher:
     def answers(self, prompts: Sequence[Prompt], n: int = 1) -> Iterator[list[Reply | Failure]]:
         size = max(1, PROMPTS_AT_ONCE // n)
         for part in (prompts[start : start + size] for start in range(0, len(prompts), size)):
-            found = {prompt.prompt_id: self._cached(prompt, n) for prompt in part}
+            found: dict[str, list[Reply | Failure | None]] = {
+                one.prompt_id: [self._cache.get(self._key(one, k)) for k in range(n)] for one in part
+            }
             missing = [prompt for prompt in part if any(reply is None for reply in found[prompt.prompt_id])]
             if missing:
                 found |= self._sample(missing, n)
@@ -139,9 +141,6 @@ class LocalTeacher:
 
     def _key(self, prompt: Prompt, number: int) -> str:
         return ReplyCache.key(self._model, self._sampling(), prompt.chat, number)
-
-    def _cached(self, prompt: Prompt, n: int) -> list[Reply | Failure | None]:
-        return [self._cache.get(self._key(prompt, k)) for k in range(n)]
 
     def _sample(self, prompts: list[Prompt], n: int) -> dict[str, list[Reply | Failure | None]]:
         from rlhf.data.chat_rendering import RefusedText

@@ -11,7 +11,6 @@ from rlhf.core.lazy import lazy
 
 if TYPE_CHECKING:
     import numpy as np
-    from numpy.typing import NDArray
 else:
     np = lazy("numpy")
 
@@ -54,7 +53,7 @@ def win_rates(credits: Sequence[Sequence[float]], lengths: Sequence[Sequence[tup
 
 
 def length_controlled(
-    credits: NDArray[Any], differences: NDArray[Any], clusters: NDArray[Any]
+    credits: np.ndarray, differences: np.ndarray, clusters: np.ndarray
 ) -> tuple[float, tuple[float, float]]:
     """The win rate that a logistic regression predicts for answers of equal length, with its 95% interval.
 
@@ -97,9 +96,7 @@ def length_controlled(
     return middle, (low, high)
 
 
-def _design_effect(
-    features: NDArray[Any], credits: NDArray[Any], theta: float, phi: float, clusters: NDArray[Any]
-) -> float:
+def _design_effect(features: np.ndarray, credits: np.ndarray, theta: float, phi: float, clusters: np.ndarray) -> float:
     """How many times the variance of θ over clusters is that of independent comparisons; at least 1."""
     chance = 1 / (1 + np.exp(-features @ [theta, phi]))
     inverse = np.linalg.inv((features * (chance * (1 - chance))[:, None]).T @ features + RIDGE * np.eye(2))
@@ -110,7 +107,7 @@ def _design_effect(
     return max(float(variance[0, 0] / inverse[0, 0]), 1.0)
 
 
-def _profile_deviance(theta: float, credits: NDArray[Any], lengths: NDArray[Any]) -> float:
+def _profile_deviance(theta: float, credits: np.ndarray, lengths: np.ndarray) -> float:
     """Twice the penalised log loss at θ and the φ that is best for it, by Newton's method."""
     phi = 0.0
     for _ in range(100):

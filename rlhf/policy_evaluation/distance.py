@@ -23,16 +23,7 @@ def check_reference(policy: Policy, reference: Policy, params: SamplingParams) -
             "The KL compares the probabilities of the same tokens.",
             "Name the model that training started from, such as the SFT run.",
         )
-    check_random(params.temperature)
-
-
-def check_random(temperature: float) -> None:
-    """Refuse greedy answers as an estimate of the KL.
-
-    Raises:
-        UserError: The temperature is 0.
-    """
-    if temperature == 0:
+    if params.temperature == 0:
         raise UserError(
             "--reference: greedy answers (--temperature 0) give no estimate of the KL",
             "The KL is a mean over answers that the policy samples at random.",

@@ -95,7 +95,9 @@ def _wins(result: Mapping[str, Any]) -> Iterator[str]:
         counted = ", ".join(_counted(one[words], words) for words in ("wins", "ties", "losses"))
         counts = f"{counted}; a tie counts half"
         if "annotators" in one:
-            counts += f"; {one['prompts']:,} prompts ranked by {_people(one['annotators'])}"
+            named = f"{one['annotators']:,} named annotator{'s' * (one['annotators'] != 1)}"
+            people = named if one["annotators"] else "annotators without a name"
+            counts += f"; {one['prompts']:,} prompts ranked by {people}"
         yield counts
         controlled = f"{one['length_controlled']:.1%} ({span(*one['length_controlled_interval'])})"
         own, other = one["mean_lengths"]
@@ -106,10 +108,6 @@ def _wins(result: Mapping[str, Any]) -> Iterator[str]:
 def _counted(count: int, words: str) -> str:
     one = {"wins": "win", "ties": "tie", "losses": "loss"}[words]
     return f"{count:,} {one if count == 1 else words}"
-
-
-def _people(count: int) -> str:
-    return f"{count:,} named annotator{'' if count == 1 else 's'}" if count else "annotators without a name"
 
 
 def _distance(result: Mapping[str, Any]) -> Iterator[str]:

@@ -16,7 +16,7 @@ from torch import Tensor
 from rlhf.core.console import format_number
 from rlhf.data.chat_tokenizer import ChatTokenizer
 from rlhf.guard.guard import Alarm
-from rlhf.guard.signals import repetition
+from rlhf.guard.observers import repetition
 from rlhf.ppo import kl
 from rlhf.ppo.advantages import Advantages
 from rlhf.ppo.config import PPOConfig

@@ -32,11 +32,6 @@ class Example:
     prompt_id: str
 
 
-def question_text(record: Prompt) -> str:
-    """The last user turn."""
-    return record.messages[-1].content
-
-
 def without_system(messages: Sequence[Message]) -> list[Message]:
     """The turns of a conversation, without its system message."""
     return [message for message in messages if message.role != "system"]
@@ -135,7 +130,7 @@ class ExamplePool:
 
     def _by_similarity(self, record: Prompt) -> list[int]:
         """Indices of the examples, the most similar question first."""
-        (query,) = self._vectors([question_text(record)])
+        (query,) = self._vectors([record.messages[-1].content])
         return np.argsort(-np.asarray(self._matrix @ query).ravel(), kind="stable").tolist()
 
     @cached_property

@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
-from numpy.typing import NDArray
 from scipy.special import log_softmax, logsumexp
 
-Floats = NDArray[np.float64]
+Floats = np.ndarray
 
 
 def word_scores(totals: Floats, sizes: Sequence[int], normalise: bool) -> Floats:

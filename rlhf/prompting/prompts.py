@@ -13,13 +13,6 @@ from rlhf.prompting.examples import Example, without_system
 from rlhf.prompting.ways import Prompting
 
 
-def plain_chat(chat: ChatTokenizer) -> ChatTokenizer:
-    """The same tokenizer with the template `plain`: BOS and the text."""
-    tokenizer = copy.copy(chat.tokenizer)
-    tokenizer.chat_template = TEMPLATES["plain"]
-    return ChatTokenizer(tokenizer, chat.renderer.in_text)
-
-
 class PromptBuilder:
     """Makes prompts of one way for one model.
 
@@ -45,7 +38,11 @@ class PromptBuilder:
             )
         auto = "turns" if is_chat else "text" if divided else "plain"
         self.layout = wording.layout if wording.layout != "auto" else auto
-        self.chat = plain_chat(chat) if self.layout == "plain" else chat
+        self.chat = chat
+        if self.layout == "plain":  # the template `plain`: BOS and the text
+            tokenizer = copy.copy(chat.tokenizer)
+            tokenizer.chat_template = TEMPLATES["plain"]
+            self.chat = ChatTokenizer(tokenizer, chat.renderer.in_text)
         self._before, self._between, self.after = wording.parts
         self.gap = self._between[len(self._between.rstrip(" ")) :] if self.layout == "plain" else ""
 

@@ -7,9 +7,9 @@ from typing import Any
 
 import markupsafe
 
-from rlhf.evaluation import plots
+from rlhf.evaluation import page
 from rlhf.policy_evaluation import tables as policy_tables
-from rlhf.policy_evaluation.plots import win_rate_plot
+from rlhf.policy_evaluation.page import win_rate_plot
 from rlhf.report.gather import RunRecord
 
 MOST = 3
@@ -60,12 +60,12 @@ def policy_evaluations(run: RunRecord, name: str) -> list[dict[str, Any]]:
 
 def _plots(card: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, markupsafe.Markup, str]]:
     choices: list[tuple[str, Callable[[], str], str]] = [
-        ("Accuracy", lambda: plots.accuracy_plot(f"{prefix}a", card),
+        ("Accuracy", lambda: page.accuracy_plot(f"{prefix}a", card),
          "The model, simple rules that it must beat, and the annotators' ceiling."),
-        ("Calibration", lambda: plots.reliability_plot(f"{prefix}c", card["pairs"]["calibration"]),
+        ("Calibration", lambda: page.reliability_plot(f"{prefix}c", card["pairs"]["calibration"]),
          "How often the model is right when it is this sure; the dotted line is perfect."),
         ("Changes that should not matter",
-         lambda: plots.battery_plot(f"{prefix}b", card["perturbations"]["perturbations"]),
+         lambda: page.battery_plot(f"{prefix}b", card["perturbations"]["perturbations"]),
          "Effect of changes to an answer, in standard deviations of the scores."),
     ]  # fmt: skip
     for title, draw, about in choices:

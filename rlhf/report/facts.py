@@ -10,7 +10,7 @@ from typing import Any
 
 from rlhf.core.command_line import without_credentials
 from rlhf.core.console import format_number
-from rlhf.doctor.headline import headline
+from rlhf.doctor.evidence import headline
 from rlhf.report.gather import RunRecord, Subject, located
 from rlhf.report.headline import percent
 from rlhf.runs.run import is_run, read_run

@@ -9,7 +9,7 @@ import numpy as np
 
 from rlhf.core.console import format_number
 from rlhf.core.intervals import percentile_interval, resampled_sums, wilson
-from rlhf.doctor.headline import headline as results
+from rlhf.doctor.evidence import headline as results
 from rlhf.report.gather import Answer, RunRecord, Subject, pairs_of
 
 

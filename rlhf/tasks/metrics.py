@@ -20,7 +20,6 @@ from rlhf.tasks.answers import Normalise, normalised
 
 if TYPE_CHECKING:
     import numpy as np
-    from numpy.typing import NDArray
 
     from rlhf.tasks import text_overlap
 else:
@@ -59,11 +58,11 @@ class Outcomes:
 class Columns:
     """A metric as numbers per record and a statistic of their sums."""
 
-    values: NDArray[Any]
+    values: np.ndarray
     """float64 [records, columns]."""
-    statistic: Callable[[NDArray[Any]], NDArray[Any]]
+    statistic: Callable[[np.ndarray], np.ndarray]
     """Sums of columns [any, columns] -> values [any]."""
-    per_record: NDArray[Any] | None
+    per_record: np.ndarray | None
     """float64 [records]: each record's own value; None if a record has none (F1, BLEU)."""
     is_fraction: bool = False
     """Whether each record is right (1) or wrong (0), so that Wilson's interval applies."""
@@ -166,7 +165,7 @@ def f1(
     is_gold, is_given = gold[:, None] == every, given[:, None] == every
     values = np.concatenate([is_gold & is_given, is_gold, is_given], 1).astype(float)
 
-    def statistic(sums: NDArray[Any]) -> NDArray[Any]:
+    def statistic(sums: np.ndarray) -> np.ndarray:
         hits, golds, givens = np.split(sums, 3, axis=1)
         if average == "micro":
             hits, golds, givens = (part.sum(1, keepdims=True) for part in (hits, golds, givens))
@@ -234,12 +233,12 @@ def fraction_of(right: Sequence[bool]) -> Columns:
     return Columns(values[:, None], lambda sums: sums[:, 0] / len(values), values, is_fraction=True)
 
 
-def mean_of(values: NDArray[Any]) -> Columns:
+def mean_of(values: np.ndarray) -> Columns:
     """The columns of a mean over records."""
     return Columns(values[:, None], lambda sums: sums[:, 0] / len(values), values)
 
 
-def _label_numbers(outcomes: Outcomes, how: Normalise) -> tuple[NDArray[Any], NDArray[Any]]:
+def _label_numbers(outcomes: Outcomes, how: Normalise) -> tuple[np.ndarray, np.ndarray]:
     """The index of the right and of the given label per record; -1 for an answer that is no label.
 
     Raises:

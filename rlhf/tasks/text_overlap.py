@@ -8,7 +8,6 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from rlhf.core.errors import UserError
 
@@ -34,7 +33,7 @@ def package(module: str, name: str) -> Any:
 
 def rouge(
     kind: str, predictions: Sequence[str | None], references: Sequence[str], stem: bool, words: str
-) -> NDArray[Any]:
+) -> np.ndarray:
     """float64 [records]: the F-measure, 0 to 1, of each answer; 0 where there is none.
 
     Args:
@@ -60,7 +59,7 @@ class _Words:
 
 def bleu(
     predictions: Sequence[str | None], references: Sequence[str], tokenize: str
-) -> tuple[NDArray[Any], Callable[[NDArray[Any]], NDArray[Any]]]:
+) -> tuple[np.ndarray, Callable[[np.ndarray], np.ndarray]]:
     """Counts of n-grams per record, and BLEU (0 to 100) of their sums.
 
     Returns:
@@ -73,7 +72,7 @@ def bleu(
         one = metric.corpus_score([given or ""], [[right]])
         rows.append([*one.counts, *one.totals, one.sys_len, one.ref_len])
 
-    def statistic(sums: NDArray[Any]) -> NDArray[Any]:
+    def statistic(sums: np.ndarray) -> np.ndarray:
         scores = [
             metric.compute_bleu(
                 correct=list(row[:4]), total=list(row[4:8]), sys_len=int(row[8]), ref_len=int(row[9]),
