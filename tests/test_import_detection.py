@@ -47,6 +47,8 @@ def test_one_row_of_another_shape_among_the_first_makes_the_format_unknown(name,
 
 
 @pytest.mark.parametrize(("name", "change"), [
+    ("hh-rlhf", {"prompt": "Name a fruit."}),
+    ("hh-rlhf", {"rejected": "Car."}),
     ("openassistant", {"prompt": "Name a fruit."}),
     ("stack-exchange", {"answers": "Use `sorted`."}),
     ("stack-exchange", {"answers": [{"text": "Use `sorted`."}]}),

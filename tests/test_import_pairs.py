@@ -25,6 +25,16 @@ def test_in_hh_rlhf_the_chosen_answer_wins():
     assert not any(record.shown for record in records)
 
 
+HH = {"chosen": "\n\nHuman: a\n\nAssistant: b", "rejected": "\n\nHuman: a\n\nAssistant: c"}
+
+
+@pytest.mark.parametrize("side", ["chosen", "rejected"])
+@pytest.mark.parametrize("text", ["Hello\n\nHuman: a\n\nAssistant: d", "d", ["d"], None])
+def test_a_side_of_hh_rlhf_that_is_no_transcript_is_rejected_alone(tmp_path, side, text):
+    records, reasons = made(tmp_path, "hh-rlhf", HH | {side: text}, HH)
+    assert ([best(record) for record in records], len(reasons)) == (["b"], 1)
+
+
 @real
 def test_in_ukp_pairs_the_chosen_argument_wins():
     records, _ = read("trl-preference", DATA / "preferences" / "ukpconvarg1_strict_pairs.jsonl.gz")
