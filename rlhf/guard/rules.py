@@ -7,17 +7,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Annotated, Any
+from typing import Any
 
-from pydantic import Field, PositiveFloat
+from pydantic import PositiveFloat
 
 from rlhf.config.base import Fraction
 from rlhf.core.console import format_number
 from rlhf.core.table import Table
+from rlhf.guard.actions import AboveOne, BelowOne
 
 RULES = Table("guard rule")
-AboveOne = Annotated[float, Field(gt=1)]
-BelowOne = Annotated[float, Field(gt=0, lt=1)]
 
 
 @dataclass

@@ -72,8 +72,7 @@ def policy_logits(run: str, exported: Path, trust_remote_code: bool = False) -> 
     Raises:
         Different: The log-probs of a token differ by more than rounding.
     """
-    config = ModelConfig(path=run, trust_remote_code=trust_remote_code)
-    ours = load_policy(config, resolve_model_path(run)).eval()
+    ours = load_policy(*_model(run, trust_remote_code)).eval()
     plain = AutoModelForCausalLM.from_pretrained(exported, trust_remote_code=trust_remote_code, dtype=torch.float32)
     rows = _rows(ours.config.get_text_config().vocab_size)
     engine = _engine(ActorCritic(ours, None))
@@ -92,9 +91,8 @@ def reward_scores(run: str, exported: Path, trust_remote_code: bool = False) -> 
     Raises:
         Different: The scores of a text differ by more than rounding.
     """
-    config = ModelConfig(path=run, trust_remote_code=trust_remote_code)
-    scalar = load_scalar(config, resolve_model_path(run), head="trained").eval()
-    chat = load_tokenizer(config, resolve_model_path(run))
+    model = _model(run, trust_remote_code)
+    scalar, chat = load_scalar(*model, head="trained").eval(), load_tokenizer(*model)
     options = {"trust_remote_code": trust_remote_code, "dtype": torch.float32}
     head = exported / HEAD_FILE
     kind = AutoModel if head.is_file() else AutoModelForSequenceClassification
@@ -120,12 +118,8 @@ def packing(policy_run: str, reward_run: str | None, trust_remote_code: bool = F
         Different: They differ, although the test that PPO makes finds them isolated.
         UserError: PPO refuses to pack this model; it pads.
     """
-    path = resolve_model_path(policy_run)
-    policy = load_policy(ModelConfig(path=policy_run, trust_remote_code=trust_remote_code), path)
-    critic = None
-    if reward_run is not None:
-        reward = ModelConfig(path=reward_run, trust_remote_code=trust_remote_code)
-        critic = load_scalar(reward, resolve_model_path(reward_run), head="small")
+    policy = load_policy(*_model(policy_run, trust_remote_code))
+    critic = load_scalar(*_model(reward_run, trust_remote_code), head="small") if reward_run is not None else None
     engine = _engine(ActorCritic(policy, critic))
     vocab_size = policy.config.get_text_config().vocab_size
     can_pack(SeparateModels(engine), vocab_size, max(LENGTHS) + 24, True)
@@ -141,14 +135,17 @@ def shared_prompts(run: str, trust_remote_code: bool = False) -> str:
     Raises:
         UserError: They cannot: each answer is encoded with its prompt.
     """
-    config = ModelConfig(path=run, trust_remote_code=trust_remote_code)
-    scalar: ScalarModel = load_scalar(config, resolve_model_path(run), head="small")
+    scalar: ScalarModel = load_scalar(*_model(run, trust_remote_code), head="small")
     if not scalar.shared_prompts.max_length:
         raise UserError("the answers of a ranking see each other, so each is encoded with its prompt")
     return "the answers of a ranking share a row with their prompt"
 
 
 # ---- parts ---------------------------------------------------------------------------------------------------------
+
+
+def _model(run: str, trust_remote_code: bool) -> tuple[ModelConfig, str]:
+    return ModelConfig(path=run, trust_remote_code=trust_remote_code), resolve_model_path(run)
 
 
 def _engine(module: ActorCritic) -> Engine:

@@ -7,7 +7,6 @@ once per task and copied into the KV cache.
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -24,6 +23,7 @@ from rlhf.core.errors import UserError
 from rlhf.data.schema import Prompt
 from rlhf.inference.policy import Policy
 from rlhf.inference.routed import IN_LAYERS, Rows, attach
+from rlhf.models.adapters import adapter_settings
 from rlhf.models.hidden_states import plain_attention
 from rlhf.models.load import refuse_encoder_decoder
 from rlhf.rollout.decoding import decode
@@ -31,6 +31,7 @@ from rlhf.rollout.kv_cache import joinable, left_padded
 from rlhf.rollout.types import Completion, SamplingParams
 from rlhf.runs.model_folder import fingerprint
 from rlhf.runs.run import is_run
+from rlhf.tuning.origin import adapter_folder
 
 NO_ADAPTER = "none"
 """In place of an adapter's path: the plain base."""
@@ -67,9 +68,8 @@ def read_adapter(task: str, path: str | Path) -> Adapter:
         UserError: There is no adapter, or it is of a kind that cannot be chosen row by row.
     """
     path = Path(path)
-    places = [path / "adapter", path / "model"] if is_run(path) else [path]
-    folder = next((one for one in places if (one / "adapter_config.json").is_file()), None)
-    if folder is None:
+    folder = adapter_folder(str(path)) if is_run(path) else path
+    if not (folder / "adapter_config.json").is_file():
         raise UserError(
             f"--adapter {task}={path}: there is no adapter (no adapter_config.json)",
             remedy="Name a run that trained an adapter (`tuning: lora`, `prompt-tuning`, ...), or an adapter folder.",
@@ -77,7 +77,7 @@ def read_adapter(task: str, path: str | Path) -> Adapter:
     file = folder / "adapter_model.safetensors"
     if not file.is_file():
         raise UserError(f"--adapter {task}={path}: {file.name} is missing", remedy="Only safetensors are read.")
-    config = json.loads((folder / "adapter_config.json").read_text("utf-8"))
+    config = adapter_settings(folder)
     adapter = Adapter(task, folder, config, load_file(file))
     unusable = [key for key in NOT_BY_ROW if config.get(key)]
     if adapter.kind not in KINDS or unusable:

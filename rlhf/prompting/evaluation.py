@@ -87,7 +87,7 @@ def outcomes(prompter: Prompter, task: Task, metrics: Sequence[Pick], answered: 
             values = [row["probabilities"][prompter.rules.label(one)] for row, one in zip(rows, right)]
             found = replace(found, logprobs=[math.log(max(p, 1e-300)) for p in values], tokens=[1] * len(rows))
         else:
-            pairs = [pair for pair in prompter.reference_logprobs([task.records[i] for i in kept]) if pair is not None]
+            pairs = prompter.reference_logprobs([task.records[i] for i in kept])
             found = replace(found, logprobs=[total for total, _ in pairs], tokens=[size for _, size in pairs])
     return found
 

@@ -128,18 +128,19 @@ class Prompter:
             )
         # Examples of another domain have other labels, which are shown as they are.
         own = rules if not shots.examples_from else replace(rules, labels=())
-        first_word = {label: next(word for name, word in self._words if name == label) for label, _ in self._words}
+        first_word = dict(reversed(self._words))
 
         def shown(record: Demonstration, label: str) -> str | None:
             if self._words:
                 return first_word.get(label, label)
-            sentence = None if rules.pattern is None else rules.pattern.sentence(record.answer, label)
+            pattern, whole = rules.pattern, record.answer.strip()
+            sentence = pattern.sentence(record.answer, label) if pattern else None
             if not shots.rationales:
                 return sentence or label
-            plain = None if rules.pattern is None else rules.pattern.sentence(record.answer)
-            if plain is None or plain == record.answer.strip() or sentence is None:
+            plain = pattern.sentence(record.answer) if pattern else None
+            if plain is None or plain == whole or sentence is None:
                 return None  # without a rationale
-            return record.answer.strip()[: -len(plain)] + sentence if shots.random_labels else record.answer.strip()
+            return whole[: -len(plain)] + sentence if shots.random_labels else whole
 
         return ExamplePool(
             records, shots, lambda record: own.reference(record.answer), shown, rules.labels, self.seed, self._embed
@@ -217,14 +218,11 @@ class Prompter:
         logprobs = self._label_logprobs([(one.record.messages, one.examples) for one in asked])
         if words.content_free:
             logprobs = calibrated(logprobs, self._content_free(asked, words.content_free))
-        for one, values in zip(asked, logprobs):
-            best = int(values.argmax())
-            probabilities = {label: float(p) for label, p in zip(self.rules.labels, np.exp(values))}
-            order = np.sort(np.exp(values))
-            margin = float(order[-1] - order[-2]) if len(order) > 1 else 1.0
-            answer = self.rules.labels[best]
+        for one, values in zip(asked, np.exp(logprobs)):
+            second, best = np.sort(values)[-2:]
             found.rows[one.place] = _row(one) | {
-                "answer": answer, "confidence": margin, "probabilities": probabilities,
+                "answer": self.rules.labels[int(values.argmax())], "confidence": float(best - second),
+                "probabilities": dict(zip(self.rules.labels, values.tolist())),
             }  # fmt: skip
 
     def _content_free(self, asked: Sequence[_Asked], inputs: Sequence[str]) -> np.ndarray:
@@ -252,10 +250,10 @@ class Prompter:
         numbers = [self.rules.labels.index(label) for label, _ in self._words]
         return label_logprobs(scores, numbers, len(self.rules.labels))
 
-    def reference_logprobs(self, records: Sequence[Demonstration]) -> list[tuple[float, int] | None]:
+    def reference_logprobs(self, records: Sequence[Demonstration]) -> list[tuple[float, int]]:
         """Log-prob of each record's answer after its prompt in nats, and the answer's number of tokens.
 
-        None where the chat template refuses the record. The end of the answer's turn counts, except in the plain
+        Records that the chat template refuses are left out. The end of the answer's turn counts, except in the plain
         layout, where an answer has no end.
         """
         assert isinstance(self.model, Policy)
@@ -265,10 +263,7 @@ class Prompter:
         asked = self._ask(records, room, Answered([None] * len(records)))
         prompts, wanted = [chat.truncate_prompt(one.ids, room) for one in asked], [answers[one.place] for one in asked]
         totals = continuation_logprobs(self.model.model, chat, prompts, [[ids] for ids in wanted])
-        found: list[tuple[float, int] | None] = [None] * len(records)
-        for one, (total,), ids in zip(asked, totals, wanted):
-            found[one.place] = (total, len(ids))
-        return found
+        return [(total, len(ids)) for (total,), ids in zip(totals, wanted)]
 
 
 def generation_params(given: SamplingParams, temperature: float | None, prompting: Prompting, layout: str) -> Any:

@@ -51,9 +51,6 @@ class Classification(Head):
         target = self.labels.index(example.target)
         return {**encoded, "target": target, "length": len(encoded["input_ids"]), "cut": cut}
 
-    def logits(self, output: Any) -> Tensor:
-        return output.logits.float()
-
     def loss(self, logits: Tensor, batch: Batch) -> Tensor:
         return cross_entropy(logits, batch.targets, self._weights(logits.device), reduction="sum")
 

@@ -63,13 +63,13 @@ class Head(ABC):
             BadRecord: A field is missing, of the wrong kind, or contradicts another.
         """
 
-    @abstractmethod
     def fitted(self, train: Sequence[Example], held_out: Sequence[Example]) -> Head:
         """The head with the labels and weights of the training examples.
 
         Raises:
             UserError: There are fewer than two labels, or a held-out label is not among the training ones.
         """
+        return self
 
     @abstractmethod
     def encode(self, tokenizer: Any, example: Example, limit: int) -> dict[str, Any]:
@@ -79,9 +79,10 @@ class Head(ABC):
             BadRecord: Nothing is left to learn from.
         """
 
-    @abstractmethod
     def logits(self, output: Any) -> Tensor:
         """Float32 logits of a model's output: [B, labels], [B, T, labels], or [B, T, 2] for first and last tokens."""
+        logits: Tensor = output.logits.float()
+        return logits
 
     @abstractmethod
     def loss(self, logits: Tensor, batch: Batch) -> Tensor:
@@ -99,9 +100,9 @@ class Head(ABC):
     def metrics(self, examples: Sequence[Example], predictions: Sequence[Any]) -> list[Measured]:
         """The metrics of the held-out rows, with their intervals."""
 
-    @abstractmethod
     def by_label(self, examples: Sequence[Example], predictions: Sequence[Any]) -> dict[str, dict[str, float]]:
         """Precision, recall, F1 and number of each label; empty for spans."""
+        return {}
 
     def target_tensor(self, rows: Sequence[Mapping[str, Any]], width: int) -> Tensor:
         """The targets of encoded rows, for inputs padded to `width` tokens."""

@@ -59,9 +59,6 @@ class Spans(Head):
             raise BadRecord("answer: empty", remedy="Set the task's option no_answer, or leave the row out.")
         return Example((question, context), Answers(tuple(texts), tuple(places)))
 
-    def fitted(self, train: Sequence[Example], held_out: Sequence[Example]) -> Spans:
-        return self
-
     def encode(self, tokenizer: Any, example: Example, limit: int) -> dict[str, Any]:
         question, context = example.inputs
         asked = len(tokenizer(question, verbose=False)["input_ids"])
@@ -111,9 +108,6 @@ class Spans(Head):
         exact = [text in gold for gold, text in plain]
         f1 = [max(token_f1(one, text) for one in gold) for gold, text in pairs]
         return [measure_columns("exact_match", fraction_of(exact)), measure_columns("token_f1", mean_of(np.array(f1)))]
-
-    def by_label(self, examples: Sequence[Example], predictions: Sequence[str]) -> dict[str, dict[str, float]]:
-        return {}
 
 
 def token_f1(gold: str, predicted: str) -> float:

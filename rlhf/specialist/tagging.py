@@ -63,9 +63,6 @@ class Tagging(Head):
     def target_tensor(self, rows: Sequence[Mapping[str, Any]], width: int) -> Tensor:
         return torch.tensor([row["target"] + [IGNORED] * (width - row["length"]) for row in rows])
 
-    def logits(self, output: Any) -> Tensor:
-        return output.logits.float()
-
     def loss(self, logits: Tensor, batch: Batch) -> Tensor:
         return cross_entropy(logits.flatten(0, 1), batch.targets.flatten(), ignore_index=IGNORED, reduction="sum")
 
@@ -88,7 +85,8 @@ class Tagging(Head):
         gold = [example.target for example in examples]
         right = [[sum(a == b for a, b in zip(*pair)), len(pair[0])] for pair in zip(gold, predictions)]
         accuracy = Columns(np.array(right, dtype=float), lambda sums: sums[:, 0] / sums[:, 1], None)
-        counts = [_entity_counts(*pair) for pair in zip(gold, predictions)]
+        entities = [[set(get_entities(tags)) for tags in pair] for pair in zip(gold, predictions)]
+        counts = [[len(one & other), len(one), len(other)] for one, other in entities]
         # F1 = 2 TP / (entities + predicted entities), summed over the rows
         f1 = Columns(
             np.array(counts, dtype=float), lambda sums: 2 * sums[:, 0] / np.maximum(sums[:, 1] + sums[:, 2], 1), None
@@ -115,9 +113,3 @@ def _items(row: Mapping[str, Any], column: str, what: str) -> list[Any]:
     if not items:
         raise BadRecord(f"{what}: empty", f"column {column!r}")
     return items
-
-
-def _entity_counts(gold: list[str], predicted: list[str]) -> list[int]:
-    """Entities found, entities there are, entities predicted, in one row."""
-    one, other = set(get_entities(gold)), set(get_entities(predicted))
-    return [len(one & other), len(one), len(other)]

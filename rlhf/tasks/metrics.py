@@ -177,22 +177,20 @@ def f1(
     return Columns(values, statistic, None)
 
 
-@METRICS.row("rouge1", needs="predictions", limits=(0, 1), package="rouge-score")
-def rouge1(outcomes: Outcomes, *, stem: bool = False, words: Literal["ascii", "unicode"] = "ascii") -> Columns:
-    """ROUGE-1: F-measure of shared words (Lin 2004), from rouge-score; `words: unicode` for other than English."""
-    return mean_of(text_overlap.rouge("rouge1", outcomes.predictions, outcomes.references, stem, words))
+def _add_rouge(kind: str, about: str) -> None:
+    def rouge(outcomes: Outcomes, *, stem: bool = False, words: Literal["ascii", "unicode"] = "ascii") -> Columns:
+        return mean_of(text_overlap.rouge(kind, outcomes.predictions, outcomes.references, stem, words))
+
+    rouge.__doc__ = about
+    METRICS.row(kind, needs="predictions", limits=(0, 1), package="rouge-score")(rouge)
 
 
-@METRICS.row("rouge2", needs="predictions", limits=(0, 1), package="rouge-score")
-def rouge2(outcomes: Outcomes, *, stem: bool = False, words: Literal["ascii", "unicode"] = "ascii") -> Columns:
-    """ROUGE-2: F-measure of shared pairs of words, from rouge-score."""
-    return mean_of(text_overlap.rouge("rouge2", outcomes.predictions, outcomes.references, stem, words))
-
-
-@METRICS.row("rougeL", needs="predictions", limits=(0, 1), package="rouge-score")
-def rouge_l(outcomes: Outcomes, *, stem: bool = False, words: Literal["ascii", "unicode"] = "ascii") -> Columns:
-    """ROUGE-L: F-measure of the longest common subsequence of words, from rouge-score."""
-    return mean_of(text_overlap.rouge("rougeL", outcomes.predictions, outcomes.references, stem, words))
+_add_rouge(
+    "rouge1",
+    "ROUGE-1: F-measure of shared words (Lin 2004), from rouge-score; `words: unicode` for other than English.",
+)
+_add_rouge("rouge2", "ROUGE-2: F-measure of shared pairs of words, from rouge-score.")
+_add_rouge("rougeL", "ROUGE-L: F-measure of the longest common subsequence of words, from rouge-score.")
 
 
 @METRICS.row("bleu", needs="predictions", limits=(0, 100), package="sacrebleu")
