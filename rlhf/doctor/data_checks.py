@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
+from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from rlhf.core.limits import read_json_object
 from rlhf.doctor.evidence import Evidence, guard_alarms
 from rlhf.doctor.findings import ALL, check, number
 from rlhf.doctor.run_checks import parent_info
@@ -19,12 +20,9 @@ MOST_PASSES = 20
 def _counts(run: Evidence) -> dict[str, Any]:
     """What became of the training records: `kept`, `truncated_prompts`; empty where it is not known."""
     for name in ("prompts", "data"):
-        try:
-            found = json.loads((run.path / "cache" / f"{name}-train.json").read_text("utf-8")) if run.path else None
-        except (OSError, ValueError):
-            continue
-        if isinstance(found, dict):
-            return found
+        with suppress(OSError, ValueError):
+            if run.path is not None:
+                return read_json_object(run.path / "cache" / f"{name}-train.json")
     return {}
 
 

@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import math
 from collections import Counter
-from pathlib import Path
 from typing import Any
 
+from rlhf.core.errors import UserError
 from rlhf.doctor.evidence import WINDOW, Evidence
 from rlhf.doctor.findings import ALL, check, number
+from rlhf.judging.texts import grams
+from rlhf.runs.run import read_run
 
 
 def planned_steps(run: Evidence) -> int | None:
@@ -160,10 +162,9 @@ def parent_changed(run: Evidence) -> str | None:
 def parent_info(path: Any) -> dict[str, Any]:
     """The run.json of a parent; empty if it is no run, or gone."""
     try:
-        found = json.loads((Path(str(path)) / "run.json").read_text("utf-8"))
-    except (OSError, ValueError):
+        return read_run(str(path))
+    except UserError:
         return {}
-    return found if isinstance(found, dict) else {}
 
 
 @check(
@@ -196,7 +197,7 @@ def repeats_itself(run: Evidence) -> str | None:
     for row in run.samples:
         text = str(row.get("answer", ""))
         units, size = (text.split(), 4) if len(text.split()) >= 12 else (list(text), 12)
-        phrases = [tuple(units[i : i + size]) for i in range(len(units) - size + 1)]
+        phrases = grams(units, size)
         if len(phrases) >= 8:
             shares.append(1 - len(set(phrases)) / len(phrases))
     if len(shares) < 4 or sum(shares) / len(shares) < 0.4:

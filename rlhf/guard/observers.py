@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from rlhf.core.lazy import lazy
 from rlhf.core.table import Pick
+from rlhf.judging.texts import grams
 from rlhf.reward.sources import RewardContext, RewardInputs, Source, model_terms, scores_with_disagreement
 from rlhf.runs.run import is_run, read_run
 
@@ -36,7 +37,7 @@ def repetition(completions: Sequence[Sequence[int]]) -> float:
     """
     total = distinct = 0
     for ids in completions:
-        phrases = [tuple(ids[i : i + PHRASE]) for i in range(len(ids) - PHRASE + 1)]
+        phrases = grams(ids, PHRASE)
         total += len(phrases)
         distinct += len(set(phrases))
     return 1 - distinct / total if total else 0.0

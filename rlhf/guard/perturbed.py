@@ -7,7 +7,7 @@ rankings; here it is measured on what the policy writes now, which drifts away f
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
@@ -21,7 +21,7 @@ from rlhf.data.schema import Message, Prompt
 from rlhf.guard.config import PerturbConfig
 from rlhf.guard.rules import PERTURBED
 from rlhf.reward.perturbations import AnswerToChange, Variant, perturbed
-from rlhf.reward.scoring import batches_by_length
+from rlhf.reward.scoring import batches_by_length, shared_scores
 from rlhf.reward.sources import RewardInputs, Source
 
 if TYPE_CHECKING:
@@ -115,27 +115,20 @@ class Perturber:
 
     def _scores(self, texts: Sequence[Text]) -> list[float]:
         """One score per text. The ranks share the batches; a rank that has fewer scores a filler."""
-        batches = list(batches_by_length([len(text.ids) for text in texts], self.batch_tokens))
-        batches += [[]] * (-len(batches) % distributed.world_size())
-        found = [torch.zeros(0, 2, dtype=torch.float64, device=distributed.device())]
-        for batch in batches[distributed.rank() :: distributed.world_size()]:
+
+        def score(batch: Sequence[int]) -> tuple[Sequence[int], torch.Tensor]:
             part = [texts[i] for i in batch] or [texts[0]]
             ids, mask = self.chat.pad([one.ids for one in part], distributed.device())
-            inputs = RewardInputs([one.messages for one in part], [one.answer for one in part], ids, mask)
-            with torch.no_grad():
-                scores = self.source(inputs)[: len(batch)].double().to(ids.device)
-            if not torch.isfinite(scores).all():
-                worst = part[int((~torch.isfinite(scores)).nonzero()[0])].answer
+            found = self.source(RewardInputs([one.messages for one in part], [one.answer for one in part], ids, mask))
+            if not torch.isfinite(found).all():
+                worst = part[int((~torch.isfinite(found)).nonzero()[0])].answer
                 raise UserError(
                     "guard.perturb: the score of a changed completion is not a finite number",
                     f"The completion: {worst[:80]!r}.", "Correct the reward, or leave guard.perturb out.",
                 )  # fmt: skip
-            numbers = torch.tensor(batch, dtype=torch.float64, device=ids.device)
-            found.append(torch.stack((numbers, scores), 1))
-        by_text: Mapping[int, float] = {
-            int(number): score for number, score in distributed.all_gather_rows(torch.cat(found)).tolist()
-        }
-        return [by_text[number] for number in range(len(texts))]
+            return batch, found
+
+        return shared_scores(list(batches_by_length([len(text.ids) for text in texts], self.batch_tokens)), score)
 
 
 def effect(scores: Sequence[float], pairs: Sequence[tuple[int, int]]) -> float:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeVar
+
+T = TypeVar("T")
 
 REFUSALS = (
     "i'm sorry", "i am sorry", "i apologize", "i cannot", "i can't", "i can not", "i won't", "i will not", "i'm unable",
@@ -27,14 +29,14 @@ def distinct_n(texts: Sequence[str], n: int) -> float | None:
 
     None without an n-gram. It falls with the number of texts: compare sets of the same size.
     """
-    grams = [gram for text in texts for gram in _grams(text, n)]
-    return len(set(grams)) / len(grams) if grams else None
+    found = [gram for text in texts for gram in grams(words_of(text), n)]
+    return len(set(found)) / len(found) if found else None
 
 
 def repetition(text: str, n: int = 4) -> float:
     """The fraction of a text's n-grams of words that have occurred in it before; 0 for a text without n-grams."""
-    grams = _grams(text, n)
-    return 1 - len(set(grams)) / len(grams) if grams else 0.0
+    found = grams(words_of(text), n)
+    return 1 - len(set(found)) / len(found) if found else 0.0
 
 
 def is_refusal(text: str) -> bool:
@@ -80,6 +82,6 @@ def text_metrics(answers: Sequence[Sequence[str]]) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _grams(text: str, n: int) -> list[tuple[str, ...]]:
-    words = words_of(text)
-    return [tuple(words[i : i + n]) for i in range(len(words) - n + 1)]
+def grams(units: Sequence[T], n: int) -> list[tuple[T, ...]]:
+    """All runs of `n` successive units, such as words or tokens."""
+    return [tuple(units[i : i + n]) for i in range(len(units) - n + 1)]

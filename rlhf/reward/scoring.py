@@ -52,24 +52,43 @@ def _score_rows(
     bar: bool,
 ) -> list[float]:
     """`score_texts` of rows with several texts: `members[i]` are the indices of the texts in row i, 0..n-1 over all."""
-    batches = list(batches_by_length(lengths, batch_tokens))
-    ranks = distributed.world_size()
-    batches += [[]] * (-len(batches) % ranks)  # every rank makes the same number of calls
-    device = next(scalar.parameters()).device
-    training = scalar.training
+    device, training = next(scalar.parameters()).device, scalar.training
+
+    def score(batch: Sequence[int]) -> tuple[list[int], torch.Tensor]:
+        inputs = pad_rows(chat, [read(row) for row in batch] or [([], [[chat.pad_id]])], device)
+        return [text for row in batch for text in members[row]], scalar(*inputs) * scalar.std + scalar.mean
+
     scalar.eval()
+    scores = shared_scores(list(batches_by_length(lengths, batch_tokens)), score, bar)
+    scalar.train(training)
+    return scores
+
+
+def shared_scores(
+    batches: Sequence[Sequence[int]],
+    score: Callable[[Sequence[int]], tuple[Sequence[int], torch.Tensor]],
+    bar: bool = False,
+) -> list[float]:
+    """One score for each text, the same on every rank; the ranks share the batches. Without gradients.
+
+    Args:
+        batches: What is scored together.
+        score: Gives the numbers of a batch's texts, 0..n-1 over all batches, and their scores, which may be followed by
+            others. An empty batch is one that a rank has less than others: it is scored too, for the collective calls.
+        bar: Show a progress bar.
+    """
+    ranks, device = distributed.world_size(), distributed.device()
+    mine = [*batches, *[[]] * (-len(batches) % ranks)][distributed.rank() :: ranks]
     found = [torch.zeros(0, 2, dtype=torch.float64, device=device)]
-    mine = batches[distributed.rank() :: ranks]
     with torch.no_grad():
         for batch in track(mine, "scoring", unit="batch") if bar else mine:
-            texts = [text for row in batch for text in members[row]]
-            inputs = pad_rows(chat, [read(row) for row in batch] or [([], [[chat.pad_id]])], device)
-            scores = (scalar(*inputs) * scalar.std + scalar.mean)[: len(texts)]
-            index = torch.tensor(texts, dtype=torch.float64, device=device)
-            found.append(torch.stack((index, scores.double()), 1))
-    scalar.train(training)
-    scored = distributed.all_gather_rows(torch.cat(found)).tolist()
-    by_text = {int(text): score for text, score in scored}
+            texts, scores = score(batch)
+            columns = [
+                torch.tensor(texts, dtype=torch.float64, device=device),
+                scores[: len(texts)].double().to(device),
+            ]
+            found.append(torch.stack(columns, 1))
+    by_text = {int(text): score for text, score in distributed.all_gather_rows(torch.cat(found)).tolist()}
     return [by_text[text] for text in range(len(by_text))]
 
 
