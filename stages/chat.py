@@ -21,7 +21,7 @@ if TYPE_CHECKING:  # imports torch
     from rlhf.inference.policy import Policy
 
 UNFINISHED = "\N{REPLACEMENT CHARACTER}"
-"""What a tokenizer decodes an incomplete character to."""
+"""What a tokenizer decodes an incomplete UTF-8 character to."""
 
 
 @with_sampling
@@ -112,7 +112,7 @@ class Chat:
             self.messages.append(Message("assistant", answer))
         else:
             self.messages.pop()
-            _note("(no answer; your message is taken back)")
+            _note("(no answer; your message is removed)")
 
     # ---- commands ------------------------------------------------------------------------------------------------
 
@@ -165,7 +165,7 @@ class Chat:
         except ValueError:
             raise UserError(f"/temperature needs a number, got {words!r}") from None
         if not 0 <= value < float("inf"):
-            raise UserError(f"temperature {words} is not a number from 0 (greedy) up")
+            raise UserError(f"temperature {words} must be 0 (greedy) or more")
         self.sampling = replace(self.sampling, temperature=value)
         _note(f"(temperature {format_number(value)})")
 
@@ -193,7 +193,7 @@ def _note(text: str, style: str = "dim") -> None:
 
 
 class _Printer:
-    """Prints an answer token by token. Bytes of an incomplete character wait for the rest of it."""
+    """Prints an answer token by token. Bytes of an incomplete character are held back until it is complete."""
 
     def __init__(self, decode: Callable[[list[int]], str]) -> None:
         self._decode = decode

@@ -1,4 +1,4 @@
-"""`rlhf check-model`: what of this stack works with a model, tried out on it or on a tiny copy of its architecture.
+"""`rlhf check-model`: which stages work with a model, tested on it or on a tiny copy of its architecture.
 
 model -> prompt tokens -> sft -> reward -> dpo -> ppo -> export -> plain transformers, with all weights and with LoRA
 """
@@ -61,7 +61,7 @@ class Check:
     Args:
         model: A model folder, a run, or a hub name.
         folder: Where data, runs and exports are written.
-        tunings: Rows of the tuning table that are tried one after the other.
+        tunings: Rows of the tuning table to try, in order.
         trust_remote_code: Run Python code that comes with the model.
     """
 
@@ -72,7 +72,7 @@ class Check:
     steps: list[Step] = field(default_factory=list)
 
     def run(self) -> list[Step]:
-        """Try everything; a step that fails is a row of the result, and steps that need it are left out."""
+        """Try all steps; one that fails is a row of the result, and steps that need it are left out."""
         from rlhf.inference import model_checks
 
         if self._attempt("prompt tokens", lambda: model_checks.prompt_tokens(self._chat())):
@@ -108,7 +108,7 @@ class Check:
                 self._attempt("shared prompts", lambda: model_checks.shared_prompts(reward, trust), needed=False)
 
     def _attempt(self, step: str, do: Callable[[], str], needed: bool = True) -> bool:
-        """Do one step and note its result. What stages print goes to `log.txt`."""
+        """Run one step and record its result. What stages print goes to `log.txt`."""
         try:
             with self._quiet():
                 found = Step(step, "works", do())
@@ -145,7 +145,7 @@ class Check:
                         writer.write(Ranking(prompt, split=split, candidates=candidates, ranks=(1, 2, 3)))
 
     def _stage(self, stage: str, model: str, run: str, tuning: str, reward: str | None = None) -> str:
-        """Run a stage for two steps; gives its first and last loss, or PPO's first ratio."""
+        """Run a stage for two steps; returns its first and last loss, or PPO's first ratio."""
         from rlhf.models.load import load_hf_config, sequence_limit
 
         path = self._model_config(model)
@@ -197,7 +197,8 @@ def passed(steps: list[Step]) -> bool:
 
 
 def make_tiny_copy(model: str, folder: Path, trust_remote_code: bool = False) -> str:
-    """Write a model with the config of `model` in small, random weights, and its tokenizer; describes it.
+    """Write a small, randomly initialised model of the architecture of `model`, and its tokenizer; returns a
+    description.
 
     Raises:
         UserError: The model's config cannot be read or made small.

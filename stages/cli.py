@@ -24,11 +24,11 @@ app = command_group(
         "ppo": ("stages.start:ppo", "Stage 3: PPO against the reward, with a KL penalty."),
         "specialist": ("stages.start:specialist", "Train a classifier, tagger or span extractor on labelled rows."),
         "pipeline": ("stages.pipeline:command", "Run the stages and the export in a row, optionally in rounds."),
-        "plan": ("stages.memory:command", "Predict a run's peak memory on GPUs by phase, part and ZeRO stage."),
+        "plan": ("stages.memory:command", "Predict a run's peak GPU memory by phase, part and ZeRO stage."),
         "sample": ("stages.sample:command", "Print a model's answers to prompts."),
         "score": ("stages.score:command", "Print a reward model's scores of answers."),
         "evaluate": ("stages.evaluate:command", "Measure a model on held-out data."),
-        "judge": ("stages.judge:command", "Measure how far a judge on a server agrees with human rankings."),
+        "judge": ("stages.judge:command", "Measure how often a judge on a server agrees with human rankings."),
         "prompt-search": (
             "stages.prompt_search:command",
             "Search for an instruction that makes a model answer better.",
@@ -37,8 +37,8 @@ app = command_group(
         "runs": ("stages.runs:command", "List the runs below a folder with stage, state and result."),
         "doctor": ("stages.doctor:command", "Say what is wrong with a run, why, and what to do."),
         "report": ("stages.report:command", "Write one HTML page about runs, to read, print and send."),
-        "guard": ("stages.guard:command", "Say whether a PPO run gets better or games its reward."),
-        "replay": ("stages.replay:command", "Open a recorded PPO update, and compute it once more."),
+        "guard": ("stages.guard:command", "Say whether a PPO run improves or games its reward."),
+        "replay": ("stages.replay:command", "Open a recorded PPO update, and recompute it."),
         "export": ("stages.export:command", "Export a finished run in Hugging Face format."),
         "chat": ("stages.chat:command", "Chat with a model."),
         "check-model": (
@@ -56,7 +56,7 @@ data_app = command_group(
     {
         **DATA_COMMANDS,
         "propose": ("stages.propose:command", "Write K distinct answers to each prompt, for ranking."),
-        "next": ("stages.next:command", "Choose the prompts and answers whose ranking tells most."),
+        "next": ("stages.next:command", "Choose the prompts and answers whose rankings are most informative."),
         "grow": ("stages.grow:command", "Grow new instructions from seed tasks with a teacher (Self-Instruct)."),
         "distill": ("stages.distill:command", "Write a teacher's answers to prompts as demonstrations or candidates."),
     },

@@ -1,4 +1,4 @@
-"""`rlhf compare`: which way of putting a model to work suits a task? Prompting, tuning, DPO, PPO under one budget.
+"""`rlhf compare`: which method suits a task? Prompting, tuning, DPO, PPO under one budget.
 
 tasks x ways -> stage runs, each in a process of its own -> answers to held-out records -> one table, plots, a page
 
@@ -52,7 +52,7 @@ def command(
     overwrite: bool = False,
     dry_run: bool = False,
 ) -> None:
-    """Compare ways to put a model to work on your own tasks: a table of quality and cost, plots, a recommendation.
+    """Compare prompting, tuning, DPO and PPO on your own tasks: a table of quality and cost, plots, a recommendation.
 
     A comparison that was stopped continues with the same command.
 
@@ -67,7 +67,7 @@ def command(
 
 
 def compare(config: CompareConfig, overwrite: bool = False, dry_run: bool = False) -> list[TaskResult]:
-    """Run what is missing of a comparison, and show the whole.
+    """Run the missing cells of a comparison, and show all results.
 
     Args:
         config: The comparison.
@@ -78,7 +78,7 @@ def compare(config: CompareConfig, overwrite: bool = False, dry_run: bool = Fals
         The results by task.
 
     Raises:
-        UserError: A fault in the config or data, found before anything is trained; or a stage failed.
+        UserError: A fault in the config or data, found before training; or a stage failed.
     """
     folder = Path(config.run)
     _check_folder(folder, config, overwrite)
@@ -106,10 +106,10 @@ def compare(config: CompareConfig, overwrite: bool = False, dry_run: bool = Fals
 
 
 def _check_folder(folder: Path, config: CompareConfig, overwrite: bool) -> None:
-    """Refuse a folder that holds something else; with `overwrite`, delete an earlier comparison.
+    """Delete an earlier comparison with `overwrite`.
 
     Raises:
-        UserError: As said.
+        UserError: The folder holds something else.
     """
     file = folder / "config.yaml"
     if not folder.exists() or not any(folder.iterdir()):
@@ -120,7 +120,7 @@ def _check_folder(folder: Path, config: CompareConfig, overwrite: bool) -> None:
         shutil.rmtree(folder)
         return
     before, now = (yaml.safe_load(text) for text in (file.read_text("utf-8"), dump_config(config)))
-    # more tasks, ways, examples and seeds extend a comparison; what was measured stays right
+    # more tasks, ways, examples and seeds extend a comparison; earlier measurements stay valid
     for key in ("model", "budget"):
         if before.get(key) != now[key]:
             raise UserError(
@@ -132,7 +132,7 @@ def _check_folder(folder: Path, config: CompareConfig, overwrite: bool) -> None:
         for name, values in before.get(key, {}).items():
             if name in now[key] and values != now[key][name]:
                 raise UserError(
-                    f"run: {folder} holds a comparison in which {key}.{name} is another",
+                    f"run: {folder} holds a comparison with a different {key}.{name}",
                     remedy="Give the changed one a new name, use --overwrite, or another folder: run=...",
                 )
 
@@ -149,7 +149,7 @@ class Comparison:
         """Check the configs of all stages before the first one starts.
 
         Raises:
-            UserError: Names the way.
+            UserError: A config has a fault; names the way.
         """
         for cell in cells(self.config):
             if cell.examples is not None or cell.seed != self.config.seeds[0]:
@@ -172,7 +172,7 @@ class Comparison:
                 raise UserError(f"ways.{cell.way}.distill.teacher: {error.what}", error.why, error.remedy) from None
 
     def _checked_data(self, cell: Cell) -> dict[str, str]:
-        """What the way learns from; until its teacher has answered, the same prompts with their own answers."""
+        """The training data of the way; until its teacher has answered, the same prompts with their own answers."""
         data = self._learned(cell)
         return data if Path(data["train"]).exists() else self._data(cell)
 
@@ -199,7 +199,7 @@ class Comparison:
         return training_data(task, self.tasks[cell.task], place, rankings, cell.examples, cell.seed)
 
     def _learned(self, cell: Cell) -> dict[str, str]:
-        """What the way learns from: its data, or a teacher's answers to the same prompts.
+        """The training data of the way: its own, or a teacher's answers to the same prompts.
 
         Checkpoints are selected by the data's own answers in both cases.
         """
@@ -277,7 +277,7 @@ class Comparison:
         return known
 
     def _steps(self, stage: StageRun, seconds: float) -> int:
-        """Steps that fit into a time, by a few steps of a run of its own; stored, so it is measured once."""
+        """Steps that fit into a time, extrapolated from a few steps of a separate run; measured once and stored."""
         known, name = self._known_steps(), Path(stage.folder).name
         if name not in known:
             probe = stage.with_steps(PROBE_STEPS, folder=f"{self.folder}/probes/{name}")
@@ -292,7 +292,7 @@ class Comparison:
     # ---- tables ---------------------------------------------------------------------------------------------------
 
     def results(self) -> list[TaskResult]:
-        """What is measured so far."""
+        """The results so far."""
         found = {}
         for cell in cells(self.config):
             result = read_result(self.result_file(cell))
@@ -301,7 +301,7 @@ class Comparison:
         return collect(self.config, found)
 
     def write_tables(self) -> list[TaskResult]:
-        """Write `table.md` and `compare.html` of what is measured so far."""
+        """Write `table.md` and `compare.html` of the results so far."""
         from rlhf.comparison.page import render  # imports matplotlib
 
         results, title = self.results(), f"Comparison {self.folder.name}"
@@ -332,7 +332,7 @@ def step_seconds(run: Path) -> list[float]:
 
 
 def training_seconds(run: Path) -> float:
-    """Seconds of training of a run, without start-up, evaluations and checkpoints."""
+    """Training time of a run in seconds, without start-up, evaluations and checkpoints."""
     return sum(step_seconds(run))
 
 

@@ -1,9 +1,9 @@
-"""`rlhf demo`: all three stages, end to end, in a miniature world that is made on the spot.
+"""`rlhf demo`: all three stages, end to end, in a generated miniature world.
 
 base model -> people's demonstrations -> SFT -> answers ranked by annotators -> reward model -> PPO -> export ->
 evaluation on prompts that no stage has read. The world's hidden rule (`data_tools.demo_world.rules`) is known only to
-the annotators, who rank with noise, and to the evaluation. The stages get demonstrations, rankings and prompts alone.
-They run with the configs under configs/demo, as a user would run them.
+the annotators, who rank with noise, and to the evaluation. The stages get only demonstrations, rankings and prompts,
+and run with the configs under configs/demo, as a user would run them.
 
 The result of a step appears only when it is complete, so an interrupted demo continues after the last complete step.
 """
@@ -43,7 +43,7 @@ SAMPLED = 6
 SAMPLED_TOGETHER = 192
 """Answers in a batch."""
 THREADS = 1
-"""CPU threads. More of them barely speed up models this small, and wait for each other on a busy machine."""
+"""CPU threads. More barely speed up models this small, and slow them down on a busy machine."""
 
 
 def command(
@@ -55,8 +55,8 @@ def command(
     """Run all three stages in a miniature world, in minutes on a CPU, and measure the improvement.
 
     Args:
-        out: The folder to make.
-        seed: Seed for all random choices.
+        out: Output folder.
+        seed: Random seed.
         overwrite: Delete an earlier demo and start again.
     """
     again = ["rlhf", "demo", "--out", str(out), "--seed", str(seed)]
@@ -190,5 +190,5 @@ class Demo:
 
 
 def _is_complete(path: Path) -> bool:
-    """Whether a step's result is there. A run records its status; all else has its name only when it is complete."""
+    """Whether a step's result exists. A run records its status; anything else gets its name only when complete."""
     return read_run(path).get("status") == "complete" if is_run(path) else path.exists()

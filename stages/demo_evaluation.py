@@ -28,7 +28,7 @@ from rlhf.rollout.types import SamplingParams
 
 
 def evaluate(out: Path, data: WorldDatasets, params: SamplingParams) -> dict[str, Any]:
-    """The summary of a demo, all but the seconds.
+    """The summary of a demo, without the seconds.
 
     Args:
         out: The demo's folder, with its runs.
@@ -62,7 +62,7 @@ def evaluate(out: Path, data: WorldDatasets, params: SamplingParams) -> dict[str
 
 
 def _reward_model_metrics(path: Path, rankings: Sequence[Ranking]) -> dict[str, Any]:
-    """The reward model on rankings of test prompts, and what annotator noise allows at most."""
+    """The reward model's metrics on rankings of test prompts, and the ceiling set by annotator noise."""
     reward = open_reward_model(path)
     by_model = reward.score([row for row in reward.encode(rankings, EncodingCounts()) if row is not None])
     points = [tuple(judge(r, c.text).points for c in r.candidates) for r in rankings]
@@ -89,7 +89,7 @@ def _reward_model_metrics(path: Path, rankings: Sequence[Ranking]) -> dict[str, 
 def _policy_metrics(
     completions: Sequence[Sampled], verdicts: Sequence[Verdict], scores: Sequence[float]
 ) -> dict[str, float]:
-    """Means over completions: points, the rule's findings, the reward model's score, tokens."""
+    """Means over completions: points, rule checks, the reward model's score, tokens."""
     rows = [{"points": v.points, **{name: float(getattr(v, name)) for name in POINTS}} for v in verdicts]
     for row, one, score in zip(rows, completions, scores):
         row |= {"score": score, "tokens": float(len(one.completion.ids)), "ended": float(one.completion.ended)}
@@ -97,7 +97,7 @@ def _policy_metrics(
 
 
 def _compare(after: Sequence[Verdict], before: Sequence[Verdict]) -> dict[str, Any]:
-    """How often the first policy's completion has more points than the other's for the same prompt, without ties."""
+    """Win rate of the first policy by points on the same prompts, without ties."""
     gaps = np.array([a.points - b.points for a, b in zip(after, before)])
     decided = gaps[gaps != 0]
     return {

@@ -1,6 +1,6 @@
 """`rlhf data distill`: a teacher's answers to prompts, as demonstrations to learn from or candidates to rank.
 
-prompts -> asked of the teacher, each n times, with or without a cue to think aloud -> replies kept on disk
+prompts -> n replies of the teacher to each, with or without a chain-of-thought cue -> replies cached on disk
 -> cut-off, empty, refusing and repeating ones rejected -> a dataset of demonstrations or proposals
 """
 
@@ -53,14 +53,14 @@ def command(
 ) -> None:
     """Write a teacher's answers to prompts as demonstrations, or as candidates for ranking.
 
-    A killed command goes on where it was when it is typed again: replies are kept on disk, and none is paid for twice.
+    A killed command continues when it is repeated: replies are cached on disk, and none is paid for twice.
 
     Args:
         prompts (DATASET): A dataset of any kind; its prompts are answered.
-        out: The dataset to make.
+        out: Output dataset.
         become: Demonstrations for SFT, or candidates for ranking.
         split: train, eval or test; all by default.
-        count: Number of prompts; the first ones, all by default.
+        count: Number of prompts, from the first on; all by default.
     """
     n, cue = asking.n or (4 if become == "candidates" else 1), asking.cue if asking.rationales else None
     found = answer_pattern(asking.pattern or ("the-answer-is" if asking.rationales else None))
@@ -82,9 +82,7 @@ def command(
                 made.rejects(reject)
             if not made.written:
                 remedy = "Try a few prompts with --count 5, and another teacher, --pattern or --max-new-tokens."
-                raise UserError(
-                    f"{out}: not made: the teacher gave no answer that can be used", made.rejects.in_words(), remedy
-                )
+                raise UserError(f"{out}: not made: the teacher gave no usable answer", made.rejects.in_words(), remedy)
             tokens = _tokens(opened)
             made.origin["tokens"] = tokens
         summary = {"out": str(out), "written": made.written, "rejected": made.rejects.count}
@@ -101,7 +99,7 @@ def command(
 def _check(data: Dataset, become: Kind, n: int, check: bool, pattern: AnswerPattern | None) -> None:
     """Refuse what can be refused before the teacher is asked."""
     if become == "candidates" and n < 2:
-        raise UserError("--as candidates: needs two answers or more to a prompt", remedy="Give --n 4.")
+        raise UserError("--as candidates: needs at least two answers per prompt", remedy="Give --n 4.")
     if check and data.kind != "demonstration":
         raise UserError(
             f"--check: compares with the answers of demonstrations, and {data.path} contains {data.kind}s",
@@ -109,7 +107,7 @@ def _check(data: Dataset, become: Kind, n: int, check: bool, pattern: AnswerPatt
         )
     if check and pattern is None:
         raise UserError(
-            "--check: needs to know which part of a text is the answer", remedy="Give --pattern, or --rationales."
+            "--check: needs a pattern that finds the answer in a text", remedy="Give --pattern, or --rationales."
         )
 
 
@@ -124,7 +122,7 @@ def _distinct(records: Iterator[Any], count: int | None) -> list[Any]:
 
 
 def _asked(record: Any, cue: str | None, system: str | None) -> Prompt:
-    """The prompt as the teacher reads it. The cue is not part of the record that is made."""
+    """The prompt as the teacher reads it. The cue is not part of the record."""
     messages = record.messages
     if cue is not None:
         messages = (*messages[:-1], Message("user", f"{messages[-1].content}\n\n{cue}"))
@@ -174,14 +172,14 @@ class _Writer:
         return None
 
     def _reject(self, record: Any, bad: BadRecord, text: str) -> None:
-        """A reply of no use, with its prompt's place in the dataset."""
+        """Reject a reply, with its prompt's position in the dataset."""
         raw = json.dumps({**to_dict(record), "reply": text}, ensure_ascii=False)
         file, _, line = record.place.rpartition(":")
         self._made.rejects(Reject.of(Path(file or self._data.path), int(line or 0), bad, raw))
 
 
 def _tokens(teacher: Teacher) -> dict[str, int]:
-    """Tokens of all replies, read from the disk or not, so that a resumed command writes the same manifest."""
+    """Tokens of all replies, cached or new, so that a resumed command writes the same manifest."""
     usage = teacher.usage
     return {
         "prompt": usage.prompt_tokens + usage.cached_prompt_tokens,
@@ -194,10 +192,10 @@ def _show(summary: dict[str, Any], made: Derivation, priced: bool) -> None:
     print_reasons(made.rejects.reasons, made.rejects.first)
     usage, tokens = summary["usage"], summary["tokens"]
     say(
-        f"{usage['requests']:,} replies made, {usage['cached']:,} read from the disk, {usage['retries']:,} retries; "
+        f"{usage['requests']:,} new replies, {usage['cached']:,} from the cache, {usage['retries']:,} retries; "
         f"{tokens['prompt']:,} prompt tokens, {tokens['completion']:,} completion tokens"
         + (f", {usage['uncounted']:,} replies without counts" if usage["uncounted"] else "")
     )
     if priced:
-        say(f"cost {summary['cost']:.4g} now, {summary['cost_in_all']:.4g} with the replies from the disk")
+        say(f"cost {summary['cost']:.4g} now, {summary['cost_in_all']:.4g} with the replies from the cache")
     say(f"distilled {summary['written']:,} records -> {summary['out']}; rejected {summary['rejected']:,} replies")

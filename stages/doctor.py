@@ -18,7 +18,7 @@ from rlhf.doctor.run_checks import planned_steps
 from rlhf.report.pipelines import folders_of, is_pipeline, planned_runs
 
 MOST_UNMADE = 5
-"""Checks that could not be made which are named, with the metrics that they need."""
+"""Most skipped checks that are listed with the metrics that they need."""
 STYLES = {"error": "bold red", "warning": "yellow", "note": None}
 
 
@@ -34,7 +34,7 @@ def command(
     Args:
         runs (RUN|PIPELINE...): Run folders, finished, running or crashed; folders with a pipeline's runs, or its YAML
             file.
-        as_json: Print only JSON lines: one per finding, and one for checks that could not be made.
+        as_json: Print only JSON lines: one per finding, and one for skipped checks.
     """
     unread = False
     for run in _run_folders(runs):
@@ -59,7 +59,7 @@ def command(
 
 
 def _run_folders(paths: Sequence[Path]) -> Iterator[Path | UserError]:
-    """The run folders that are meant, each once, or why a path means none."""
+    """The run folders of the paths, each once, or the error of a path without any."""
     seen = set()
     for path in paths:
         try:

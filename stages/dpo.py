@@ -1,7 +1,7 @@
 """Rankings without RL: direct preference optimisation, the counterpart of stages 2 and 3 on the same rankings.
 
-The reward of an answer is implicit: beta x (log-prob by the policy - log-prob by the reference). A ranking loss of the
-reward-model stage compares the rewards of a ranking's answers with each other (Rafailov 2023, arXiv:2305.18290).
+The reward of an answer is implicit: beta x (log-prob under the policy - log-prob under the reference). A ranking loss
+of the reward-model stage compares the rewards of a ranking's answers with each other (Rafailov 2023, arXiv:2305.18290).
 
 rankings -> token rows (rlhf.data.tables) -> log-probs by the reference, once (rlhf.dpo.reference) -> batches
 -> log-probs by the policy (rlhf.dpo.policy) -> implicit rewards -> ranking loss -> best weights -> metrics -> model
@@ -60,7 +60,7 @@ def run(config: DPOConfig, resume: bool = False, overwrite: bool = False) -> Non
     tables = tokenize(folder.path, chat, limit, config.data, "ranking")
     train = learnable(tables.train, config.loss)
     held_out = tables.eval if comparable(tables.eval, config.loss) else None
-    # 2. the policy, and what of it is trained; the same first weights on every rank
+    # 2. the policy and its trainable weights; the same initial weights on every rank
     transformers.set_seed(config.seed)
     memory = PeakMemory()
     base = load_policy(config.model, path, tokens=token_count(chat.tokenizer), as_stored=distributed.grouped())
@@ -138,8 +138,8 @@ class DPOObjective(Objective[PreferenceBatch]):
 
         Args:
             rewards: Implicit rewards [N].
-            logprobs: Of the answers [N], nats.
-            tokens: Of the answers, int64 [N].
+            logprobs: Log-probs of the answers [N], nats.
+            tokens: Lengths of the answers in tokens, int64 [N].
             rankings: How the answers were ranked.
         """
         losses, counted = self.config.loss(rewards, rankings)
@@ -150,7 +150,7 @@ class DPOObjective(Objective[PreferenceBatch]):
     # ---- held-out rankings
 
     def answers(self, engine: Engine, rankings: Any, reference: bool = False) -> list[tuple[list[float], list[int]]]:
-        """Log-probs and tokens of the answers of a table of rankings. Every rank calls it."""
+        """Log-probs and token counts of the answers of a table of rankings. Every rank calls it."""
         training = engine.module.training
         engine.module.eval()
         at_once = self.config.batch.micro_batches(distributed.world_size())[0]

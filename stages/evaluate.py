@@ -27,7 +27,7 @@ from rlhf.tasks.task import load_task
 OF_ANSWERS = frozenset(
     {"n", "system", "temperature", "top_k", "top_p", "max_new_tokens", "min_new_tokens", "stop", "chat_template"}
 )
-"""Options that say how a policy answers."""
+"""Options of sampled answers."""
 
 
 @with_sampling
@@ -63,7 +63,7 @@ def command(
     """Measure a model on held-out data.
 
     Args:
-        model (RUN|MODEL): A run, a model folder, or a hub name; also a reward source, as for --reward.
+        model (RUN|MODEL): A run, a model folder, a hub name, or a reward source as for --reward.
         datasets ([DATASET]...): For a policy: demonstrations, rankings (their best answers), prompts. For a reward
             model: rankings.
         dataset: The same as an argument DATASET; may be repeated.
@@ -73,18 +73,18 @@ def command(
             did, in DATASET, whose candidates name MODEL and others as authors.
         reference (RUN|MODEL): Also estimate the KL of the policies' answers to this model.
         n: Number of answers to each prompt.
-        prompting (WAY|FILE|{...}): Measure answers to prompts made in this way: zero-shot, few-shot, cloze,
+        prompting (WAY|FILE|{...}): Measure answers to prompts of this kind: zero-shot, few-shot, cloze,
             chain-of-thought, a YAML file, or '{name: few-shot, shots: 8}'. May be repeated.
         shots (N,N,...): With --prompting: numbers of examples, each in its own line.
-        answers: With --prompting: write each answer here, as JSON lines.
+        answers: With --prompting: write the answers to this JSON-lines file.
         perturb: For a reward model: score answers again after changes that should not raise a score.
-        perturb_rankings (N): With --perturb: rankings of each dataset that are used, at most.
-        benchmark (NAME): For a reward model: all rankings are from this benchmark: reward-bench-2 or rm-bench. When
-            left out, the `source` of each ranking says it.
+        perturb_rankings (N): With --perturb: use at most this many rankings of each dataset.
+        benchmark (NAME): For a reward model: all rankings are from this benchmark: reward-bench-2 or rm-bench. By
+            default, the `source` of each ranking names it.
         lm_eval (TASK,...|FILE|{...}): Run these tasks of lm-evaluation-harness instead of a dataset, such as
             arc_easy,hellaswag or '{tasks: [mine], include_path: tasks, num_fewshot: 5}'.
-        html: Write the results here, as a page.
-        output: Write the metrics here, as JSON.
+        html: Write the results to this HTML file.
+        output: Write the metrics to this JSON file.
     """
     check_writable(output, "--out")
     check_writable(answers, "--answers")
@@ -95,12 +95,10 @@ def command(
     for_rewards = perturb or benchmark
     if lm_eval:
         if named or for_rewards or html or prompting or reward or judge or reference:
-            what = "--lm-eval takes MODEL, --against, --seed, --chat-template, --out and --json alone"
-            raise UserError(what, "Its tasks have data and ways to sample of their own.")
+            what = "--lm-eval takes only MODEL, --against, --seed, --chat-template, --out and --json"
+            raise UserError(what, "Its tasks have their own data and sampling.")
         ignored = {"split", "limit", "perturb_rankings"} | OF_ANSWERS - {"chat_template"}
-        options.refuse_given(
-            context, ignored, "is not for --lm-eval, whose tasks have data and ways to sample of their own"
-        )
+        options.refuse_given(context, ignored, "is not for --lm-eval, whose tasks have their own data and sampling")
         from rlhf.policy_evaluation.harness import evaluate_harness
 
         _finish(evaluate_harness(model, against, lm_eval, sampling), output, as_json)
@@ -150,7 +148,7 @@ def command(
 
         sampled = bool(reward or judge or reference or html)
         if not sampled:
-            why = "is for sampled answers, and none are sampled without --reward, --judge, --reference or --html"
+            why = "is for sampled answers, which need --reward, --judge, --reference or --html"
             options.refuse_given(context, OF_ANSWERS - {"chat_template"}, why)
         asked = read_judge(judge) if judge else None
         params = sampling.params(model)
@@ -172,22 +170,22 @@ def _only(datasets: list[Path]) -> Path:
 
 
 def _check_comparison(data: Dataset, reward: str | None, against: str | None, judge: str | None, more: bool) -> None:
-    """Whether a policy can be measured by what is given; `more` says that its answers are measured anyway.
+    """Check that a policy can be measured on the dataset; `more`: its answers are measured in another way too.
 
     Raises:
         UserError: It cannot.
     """
     if data.kind == "prompt" and not (reward or judge or more):
         raise UserError(
-            f"{data.path}: prompts alone give nothing to measure a policy by",
+            f"{data.path}: prompts without answers cannot measure a policy",
             remedy="Give --reward or --reference, or name a dataset of demonstrations or rankings.",
         )
     if judge and not against:
-        raise UserError("--judge: what are the answers compared with?", remedy="Give --against RUN or references.")
+        raise UserError("--judge: needs answers to compare with", remedy="Give --against RUN or references.")
     if against == REFERENCES and data.kind == "prompt":
         raise UserError(f"{data.path}: has no answers to compare with", remedy="Name demonstrations or rankings.")
     if against == REFERENCES and not (reward or judge):
-        raise UserError("--against references: by what are answers compared?", remedy="Give --reward or --judge.")
+        raise UserError("--against references: needs something that compares", remedy="Give --reward or --judge.")
 
 
 def _finish(result: dict[str, Any], output: Path | None, as_json: bool) -> None:
@@ -248,9 +246,9 @@ def _evaluate_policies(model: str, against: str | None, test: Any, html: Path | 
 def _evaluate_ranked(
     model: str, against: str | None, data: Dataset, split: str | None, limit: int | None, html: Path | None
 ) -> dict[str, Any]:
-    """Win rates from people's rankings, printed, written as a page, and returned."""
+    """Win rates from human rankings, printed, written as a page, and returned."""
     if data.kind != "ranking":
-        raise UserError(f"{data.path}: holds {data.kind}s", "--judge rankings needs people's rankings of answers.")
+        raise UserError(f"{data.path}: holds {data.kind}s", "--judge rankings needs human rankings of answers.")
     from rlhf.policy_evaluation.examples import of_rankings  # imports torch
     from rlhf.policy_evaluation.ranked import ranked_comparisons
     from rlhf.policy_evaluation.tables import show
@@ -276,7 +274,7 @@ def _write_page(html: Path, result: dict[str, Any], examples: Any, mine: Any = N
 
 @dataclass(frozen=True)
 class RewardTest:
-    """What a reward model is measured on."""
+    """The data and options of a reward model's evaluation."""
 
     data: list[Dataset]
     split: str | None
@@ -285,7 +283,7 @@ class RewardTest:
     seed: int
 
     def check(self) -> None:
-        """Refuse what cannot be measured, before a model is loaded.
+        """Check datasets and options before a model is loaded.
 
         Raises:
             UserError: No dataset, one without rankings, or an unknown benchmark.
@@ -333,7 +331,7 @@ def _evaluate_reward(
 
 
 def _check_scored(card: dict[str, Any]) -> None:
-    """Refuse rankings of which none is a row of its benchmark.
+    """Refuse rankings none of which fits its benchmark.
 
     Raises:
         UserError: There are none.
@@ -342,13 +340,13 @@ def _check_scored(card: dict[str, Any]) -> None:
 
     for benchmark in card["benchmarks"]:
         if benchmark["score"] is None:
-            what = f"{card['dataset']}: no ranking can be scored as {benchmark['name']} is"
+            what = f"{card['dataset']}: no ranking has the form of {benchmark['name']}"
             remedy = "Import the benchmark's own file with `rlhf data import auto`; --benchmark is for such rankings."
             raise UserError(what, "; ".join(tables.notes(benchmark)), remedy)
 
 
 def _agreement(data: Dataset) -> Agreement | None:
-    """How far the annotators agree: as the manifest says, else from the votes of named annotators in the dataset."""
+    """Human agreement: from the manifest, else from the votes of named annotators in the dataset."""
     if (noted := Agreement.of([data])) is not None:
         return noted
     from data_tools.statistics.accumulator import accumulated  # imports numpy

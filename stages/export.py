@@ -1,4 +1,4 @@
-"""`rlhf export`: a finished run as a folder that transformers loads, with a model card; to the hub by choice."""
+"""`rlhf export`: a finished run as a folder that transformers loads, with a model card; can also push it to the hub."""
 
 from __future__ import annotations
 
@@ -35,8 +35,8 @@ def command(
 
     Args:
         run (RUN): The folder of a finished run.
-        out: The folder to make.
-        role: Which model of a PPO run; critic only with one base for all roles.
+        out: Output folder.
+        role: Which model of a PPO run; critic only with model.sharing `shared`.
         dtype: float32, bfloat16 or float16, of the weights; by default as in the run.
         license (ID): The model's licence, such as apache-2.0, for the card.
         overwrite: Replace an earlier export.
@@ -48,7 +48,7 @@ def command(
     except ValueError as error:
         raise UserError(f"--format: {error}") from None
     if role not in ROLES:
-        raise UserError(f"--role {role}: there is no such role", remedy=f"One of: {', '.join(ROLES)}.")
+        raise UserError(f"--role {role}: no such role", remedy=f"One of: {', '.join(ROLES)}.")
     if private and push_to_hub is None:
         raise UserError("--private: only a folder that is pushed can be private", remedy="Add --push-to-hub.")
     if push_to_hub is not None:

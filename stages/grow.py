@@ -1,7 +1,7 @@
 """`rlhf data grow`: new instructions with answers, from seed tasks, written by a teacher (Self-Instruct, Alpaca).
 
-seed tasks -> requests with examples of both kinds -> tasks in the replies -> those of no use and those that are not new
-rejected -> added to the pool, from which later requests take examples -> a dataset of demonstrations
+seed tasks -> requests with examples of both kinds -> tasks in the replies -> unusable ones and duplicates rejected
+-> the others added to the pool, from which later requests take examples -> a dataset of demonstrations
 """
 
 from __future__ import annotations
@@ -33,9 +33,9 @@ from rlhf.inference.teacher import Teacher
 from rlhf.servers.replies import Failure, Reply
 
 ROUND = 8
-"""Requests that are made of one state of the pool. The number is fixed, so that a result does not depend on speed."""
+"""Requests per state of the pool. The number is fixed, so that a result does not depend on speed."""
 GROWN = 4
-"""One of so many examples is a grown task, once there are some (Self-Instruct: 2 of 8)."""
+"""One in this many examples is a grown task, once there are some (Self-Instruct: 2 of 8)."""
 
 
 @with_sampling
@@ -57,18 +57,18 @@ def command(
     sampling: SamplingOptions,
     server: ServerOptions,
 ) -> None:
-    """Grow new instructions with answers from seed tasks. What is thrown away is in OUT/rejected.jsonl with its reason.
+    """Grow new instructions with answers from seed tasks. Rejected ones are in OUT/rejected.jsonl with the reason.
 
-    A killed command goes on where it was when it is typed again: replies are kept on disk, and none is paid for twice.
+    A killed command continues when it is repeated: replies are cached on disk, and none is paid for twice.
 
     Args:
         seeds (DATASET): Demonstrations: the seed tasks, 100 or more.
-        out: The dataset to make, of the new tasks alone.
+        out: Output dataset, of the new tasks only.
         count: Number of new tasks.
-        examples: Tasks that are shown in each request.
-        per_request: Tasks that each request asks for.
-        max_requests: The most requests; ten times what --count needs by default.
-        similar: ROUGE-L to another instruction from which one is not new.
+        examples: Example tasks per request.
+        per_request: New tasks asked for per request.
+        max_requests: Most requests; by default ten times what --count needs.
+        similar: Reject an instruction whose ROUGE-L to another is at least this.
         classification (SHARE): Share of classification tasks; not limited by default.
     """
     data = open_dataset(seeds, "demonstration")
@@ -83,7 +83,7 @@ def command(
             asked = grow(pool, opened, made, data, examples, per_request, most)
             if not pool.grown:
                 remedy = "Ask a stronger teacher, one that follows instructions, or raise --max-new-tokens."
-                raise UserError(f"{out}: not made: no task of the teacher can be used", made.rejects.in_words(), remedy)
+                raise UserError(f"{out}: not made: no task of the teacher is usable", made.rejects.in_words(), remedy)
             kinds = dict(Counter(task.kind for task in pool.grown))
             made.origin |= {"requests": asked, "kinds": kinds}
         summary = {"out": str(out), "written": made.written, "rejected": made.rejects.count, "kinds": kinds}
@@ -109,10 +109,10 @@ class Pool:
 
     Args:
         seeds: The seed tasks.
-        count: How many may grow.
+        count: Most grown tasks.
         classification: The share of classification tasks among them; None for any.
         novelty: Compares instructions; the seeds are added to it.
-        seed: Of the choice of examples.
+        seed: Seed of the choice of examples.
     """
 
     def __init__(
@@ -147,7 +147,7 @@ class Pool:
         return chosen
 
     def add(self, task: Task) -> BadRecord | None:
-        """Add a task, or say why it is of no use."""
+        """Add a task, or return why it is rejected."""
         bad = fault(task)
         if bad is not None:
             return bad
@@ -198,5 +198,5 @@ def _tasks(reply: Reply | Failure) -> Iterator[tuple[Task, BadRecord | None]]:
     if not found:
         yield (
             Task("", "", reply.text),
-            BadRecord("no whole task is found in the reply", remedy="Raise --max-new-tokens."),
+            BadRecord("the reply has no complete task", remedy="Raise --max-new-tokens."),
         )

@@ -1,4 +1,4 @@
-"""`rlhf guard`: is a PPO run getting better or gaming its reward, by its gold reward."""
+"""`rlhf guard`: whether a PPO run improves or games its reward, by its gold reward."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def command(
     plot: Path | None = None,
     as_json: options.JsonLines = False,
 ) -> None:
-    """Say where the gold reward of PPO runs peaks, with Gao's form fitted to it, and what the guard said.
+    """Say where the gold reward of PPO runs peaks, with Gao's form fitted to it, and list the guard's alarms.
 
     Args:
         runs: PPO runs with a gold reward, finished, running or crashed.

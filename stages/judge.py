@@ -1,4 +1,4 @@
-"""`rlhf judge`: how far a judge on a server agrees with human rankings, measured before it is used."""
+"""`rlhf judge`: how often a judge on a server agrees with human rankings, measured before it is used."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def command(
     output: options.Out = None,
     as_json: options.Json = False,
 ) -> None:
-    """Measure how far a judge agrees with human rankings: agreement, ties, position bias.
+    """Measure how often a judge agrees with human rankings: agreement, ties, position bias.
 
     Args:
         judge (URL|FILE|{...}): A server such as http://localhost:8000/v1, a file or a mapping.
@@ -52,7 +52,7 @@ def command(
         kind: pairwise: which of two answers is better, in both orders; rating: 1 to 10, as PPO uses it.
         pairs: Most pairs of each ranking.
         seed: Seed for the choice and the order of pairs.
-        output: Write the result here, as JSON; PPO's reward `judge` reads it.
+        output: Write the result to this JSON file; PPO's reward `judge` reads it.
     """
     check_writable(output, "--out")
     config, data = read_judge(judge), open_dataset(dataset)
@@ -64,7 +64,7 @@ def command(
         verdicts = by_comparison(opened, chosen) if kind == "pairwise" else by_rating(opened, chosen)
         metrics = agreement_metrics(chosen, verdicts, swapped=kind == "pairwise")
         if metrics["unreadable"] == len(chosen):
-            what = f"{opened.config.url}: none of {len(chosen):,} pairs has a verdict that can be read"
+            what = f"{opened.config.url}: none of {len(chosen):,} pairs has a readable verdict"
             raise UserError(what, opened.why_unreadable(), TO_BE_READABLE)
         facts, failures, usage, cost = opened.facts(), dict(opened.failures), opened.server.usage, opened.server.cost
     result: dict[str, Any] = {

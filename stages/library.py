@@ -115,7 +115,7 @@ def _train(
         try:
             entry.run(importlib.import_module(f"stages.{stage}").run, checked, resume, overwrite)
         finally:
-            unlock(folder)  # a notebook lives on after an error
+            unlock(folder)  # a notebook's process survives an error
     return folder
 
 
@@ -124,8 +124,8 @@ def _save(records: Sequence[Record], folder: Path, known: bool) -> None:
 
     Args:
         records: Its records.
-        folder: Where it is, or shall be.
-        known: A run that was started with the dataset in `folder` goes on, so the records must be the same.
+        folder: Its folder.
+        known: A run that was started with the dataset in `folder` is resumed, so the records must be the same.
 
     Raises:
         UserError: They are not.
@@ -155,8 +155,8 @@ def _name(function: Callable[..., Any]) -> str:
         found = None
     if found is not function:
         raise UserError(
-            f"reward: {function.__qualname__} is not known by a name",
-            "A run is continued by the name of its reward function; a lambda or an inner function has none.",
+            f"reward: {function.__qualname__} cannot be imported by its name",
+            "A run is resumed with the name of its reward function; a lambda or an inner function has none.",
             "Define it at the top of a module, or in a cell of a notebook.",
         )
     return name

@@ -37,15 +37,15 @@ def command(
     candidates: Annotated[int, typer.Option(min=2)] = 4,
     lengths: str | None = None,
 ) -> None:
-    """Predict a run's peak memory on GPUs by phase, part and ZeRO stage; say what fits and the cheapest change.
+    """Predict a run's peak GPU memory by phase, part and ZeRO stage; say what fits and the cheapest change.
 
-    With --gpus 0: the range in which the peak of one process on the CPU lies.
+    With --gpus 0: the range of the peak of one process on the CPU.
 
     Args:
         gpus: GPUs on each host, one process per GPU; 0: one process on the CPU.
         gpu_memory (GIB): Memory of a GPU, such as 80.
         hosts: Number of hosts.
-        stage: sft, reward, dpo, ppo or specialist, if the config does not show it.
+        stage: sft, reward, dpo, ppo or specialist, if the config does not determine it.
         base: Folder with the config.json of models that are not trained yet.
         longest: Longest prompt (ppo) or row in tokens, if known.
         candidates: Answers in a ranking (reward, dpo).
@@ -73,7 +73,7 @@ def memory_of(text: str) -> float:
     """Bytes from a number of GiB.
 
     Raises:
-        UserError: Not a number of GiB that a GPU could have.
+        UserError: Not a plausible number of GiB for a GPU.
     """
     try:
         found = float(text)
@@ -103,7 +103,7 @@ def stage_of(values: dict[str, Any], config: Path) -> str:
     """The stage of a config, by its keys, its file name, or the run that it belongs to.
 
     Raises:
-        UserError: Neither shows it.
+        UserError: None of these determines it.
     """
     if "reward" in values or "rollout" in values:
         return "ppo"
@@ -202,7 +202,7 @@ def report_on_cpu(config: Any, where: str, base: str | None, longest: int | None
         f"{where} on a CPU: one process with the longest batches, at each phase's peak", ["phase", *parts, "all"], rows
     )
     say(f"Peak memory of a process: {found}")
-    say("From short batches, tensors alone, to the longest ones with what glibc keeps and libraries load at work.")
+    say("Low: tensors only, short batches. High: longest batches, with memory kept by glibc and loaded by libraries.")
 
 
 def advice(plan: MemoryPlan) -> Iterator[str]:

@@ -1,6 +1,6 @@
 """docs/models.md from runs of tiny random models: `python -m stages.model_table > docs/models.md` (ten minutes).
 
-`python -m stages.model_table FAMILY ...` prints the rows of some families alone.
+`python -m stages.model_table FAMILY ...` prints only the rows of these families.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ FAMILIES = (
 """Names of model types in transformers, those of a config's `model_type`."""
 
 SETTINGS = {"lfm2": {"layer_types": ["conv", "full_attention"] * 8, "num_hidden_layers": 16}}
-"""Settings of families whose default config leaves out what the family is known for."""
+"""Settings of families whose default config leaves out a characteristic feature."""
 
 HEAD = """# Model families
 

@@ -1,7 +1,7 @@
 """`rlhf data next`: which proposals, and which of their answers, to rank next.
 
-proposals -> scores of each answer by several reward models -> the K answers of each prompt whose order would tell most
--> divided by the seconds that it takes, times what is new in it -> the best N, in the order in which to rank them
+proposals -> scores of each answer by several reward models -> the K most informative answers of each prompt
+-> information / seconds of ranking x novelty -> the best N, in the order in which to rank them
 """
 
 from __future__ import annotations
@@ -48,16 +48,16 @@ def command(
     as_json: options.Json = False,
     trust_remote_code: options.TrustRemoteCode = False,
 ) -> None:
-    """Choose the prompts, and their answers, whose rankings would tell a reward model most for the time they take.
+    """Choose the prompts and answers whose rankings are most informative for a reward model per second of ranking.
 
     Args:
         candidates (CANDIDATES): A dataset of proposals.
         n: Number of prompts to choose.
-        out: The dataset of proposals to make, in the order to rank.
+        out: Output dataset of proposals, in the order to rank.
         reward (RUN|{...}): An ensemble, or a reward model of one; give two or more models.
         ranked (DATASET): Rankings so far; without --reward a bag-of-words ensemble learns from them. May be repeated.
-        k: Answers to rank of a prompt; all by default.
-        per: Choose by the information per second, or per ranking.
+        k: Answers to rank per prompt; all by default.
+        per: Choose by information per second, or per ranking.
         split: train, eval or test; all by default.
         members: Members of the bag-of-words ensemble, without --reward.
         seed: Seed of the bag-of-words ensemble.
@@ -76,7 +76,7 @@ def command(
             why = (
                 f"{len(found):,} proposals are in it{f' with split {split}' if split else ''}; {skipped:,} are ranked."
             )
-            raise UserError(f"{candidates}: no proposal is left to rank", why, "Make more with `rlhf data propose`.")
+            raise UserError(f"{candidates}: no unranked proposal", why, "Make more with `rlhf data propose`.")
         tables = (
             _model_scores(paths, usable, trust_remote_code) if paths else _word_scores(known, usable, members, seed)
         )
@@ -105,7 +105,7 @@ def command(
 
 
 def _models(specs: Sequence[str], ranked: Sequence[Path]) -> list[str]:
-    """The paths of the reward models; refuses what can be refused before one is loaded."""
+    """The paths of the reward models, checked before one is loaded."""
     from rlhf.reward.sources import model_terms
     from rlhf.reward.spec import read_reward
 
@@ -119,12 +119,10 @@ def _models(specs: Sequence[str], ranked: Sequence[Path]) -> list[str]:
             raise UserError(f"--reward {spec}: is not a reward model", remedy="Name a run of the reward stage.")
         paths += [term["path"] for term in model_terms(pick)]
     if not paths and not ranked:
-        why = (
-            "Something must say which orders are in doubt: reward models, or a bag of words that learns from rankings."
-        )
+        why = "Uncertainty comes from reward models, or from a bag-of-words ensemble that learns from rankings."
         raise UserError("neither --reward nor --ranked", why, "Give one; first rank some 20 prompts of random choice.")
     if len(paths) == 1:
-        why = "What a ranking would tell is where models disagree."
+        why = "A ranking is informative where models disagree."
         raise UserError("--reward: one reward model", why, "Give two or more that were trained with different seeds.")
     for path in paths:
         resolve_model_path(path)

@@ -1,4 +1,4 @@
-"""`rlhf pipeline`: the stages of a pipeline file one after the other, each in a process of its own, then the export.
+"""`rlhf pipeline`: the stages of a pipeline file in order, each in its own process, then the export.
 
 A run that is complete with the same config and the same parents is skipped, and an interrupted one continues, so the
 same command can be repeated until everything is complete. With `rounds` the pipeline stops while people rank:
@@ -58,7 +58,7 @@ class StartOptions:
     overwrite: bool = False
     """Delete existing runs."""
     dry_run: bool = False
-    """Check everything and print configs and checks."""
+    """Only check, and print configs and checks."""
     processes: int | None = None
     """Number of processes of each stage, for the checks."""
     words: Sequence[str] = ()
@@ -92,7 +92,7 @@ def command(
 
 
 def _again(file: str | Path, overrides: Sequence[str], words: Sequence[str]) -> str:
-    """The command that continues the pipeline: as it was given, but without --overwrite."""
+    """The command that continues the pipeline: the given one without --overwrite."""
     return shlex.join(["rlhf", "pipeline", "--config", str(file), *overrides, *words])
 
 
@@ -105,7 +105,7 @@ def run(file: str | Path, overrides: Sequence[str] = (), start: StartOptions = S
         start: How the stages are started.
 
     Returns:
-        False if a round waits for people's rankings; the way to continue has been printed.
+        False if a round waits for human rankings; how to continue has been printed.
 
     Raises:
         UserError: A fault in a config, found before the first stage starts, or a stage that failed.

@@ -1,4 +1,4 @@
-"""The stages of a pipeline file, and what they become in its rounds of rankings."""
+"""The stages of a pipeline file, and their variants in rounds of rankings."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ class Step:
 
     @staticmethod
     def _data_now(info: dict[str, Any]) -> list[dict[str, Any]]:
-        """The datasets of a run with their fingerprints of now. One that was deleted since has nothing to compare."""
+        """The datasets of a run with their current fingerprints, without those that were deleted since."""
         paths = [str(one["path"]) for one in info.get("data", []) if "path" in one and Path(one["path"]).exists()]
         return data_facts(open_dataset(path) for path in paths)
 

@@ -111,7 +111,7 @@ class PPO:
         self.score_stats = RunningMeanStd()
         self.done = 0
         self.ahead: Callable[[], Rollout] | None = None
-        """Waits for the rollout of the next update, where it is already started."""
+        """Waits for the rollout of the next update, if that has been started."""
         self.checkpoints = self.run.checkpoints(config.checkpoints.keep)
         evaluations = self._resume() if resume else []
         self.reporter = PPOReporter(config, self.run, self.done, evaluations)
@@ -129,7 +129,7 @@ class PPO:
         """All remaining updates, with evaluations and checkpoints between them; then the result.
 
         Raises:
-            Terminated: SIGTERM has come; the update was finished and a checkpoint written.
+            Terminated: SIGTERM was received; the update was finished and a checkpoint written.
         """
         config = self.config
         if self.done == 0:
@@ -155,7 +155,7 @@ class PPO:
         self.memory.report(config, *prompt_lengths(self.tables.train))
 
     def take_result(self) -> dict[str, Any]:
-        """If the guard has ended the run, load the policy that it chose, and say so. Gives facts for run.json."""
+        """If the guard has ended the run, load the policy that it chose, and say so. Returns facts for run.json."""
         end, step = self.guard.end, self.done
         if end is None:
             return {}
@@ -200,7 +200,7 @@ class PPO:
         return metrics | perturbed | learned | clock.metrics(rollout)
 
     def draw_prompts(self, index: int) -> Prompts:
-        """Phase 1: the next prompts of the table, in a new random order each pass. They follow from seed and index."""
+        """Phase 1: the next prompts of the table, reshuffled for each pass; determined by seed and index."""
         count = self.config.rollout.prompts_per_update
         rows = endless(len(self.tables.train), index * count, count, self.config.seed, ORDER)
         return self._prompts(self.tables.train, rows, self.config.rollout.samples_per_prompt, TRAIN, index)
@@ -215,7 +215,7 @@ class PPO:
         )
 
     def next_rollout(self, index: int) -> Rollout:
-        """Phase 2: the rollout of an update. With `rollout.ahead` the next one is started before this is learned."""
+        """Phase 2: the rollout of an update. With `rollout.ahead` the next one is started before learning from it."""
         rollout = self.ahead() if self.ahead is not None else self.rollout(self.draw_prompts(index))
         more = self.config.rollout.ahead and index + 1 < self.config.updates
         self.ahead = self.start_rollout(self.draw_prompts(index + 1)) if more else None
@@ -226,8 +226,8 @@ class PPO:
         return self.start_rollout(prompts)()
 
     def start_rollout(self, prompts: Prompts) -> Callable[[], Rollout]:
-        """Each rank samples completions of a block of the prompts. Gives a function that waits for them; then all ranks
-        hold all completions."""
+        """Start to sample: each rank completes a block of the prompts. Returns a function that waits for the
+        completions and gathers them on all ranks."""
         c, policy = self.config.rollout, self.models.policy
         params = SamplingParams(
             c.max_new_tokens, c.min_new_tokens, c.temperature, c.top_k, c.top_p, tuple(c.stop), c.batch_size,
@@ -265,12 +265,12 @@ class PPO:
 
     @property
     def kl_coef(self) -> float:
-        """The coefficient of the KL penalty now."""
+        """The current coefficient of the KL penalty."""
         return self.kl_controller.coef * self.guard.kl_factor
 
     @property
     def score_scale(self) -> tuple[float, float]:
-        """Mean and deviation by which scores are normalised now; 0 and 1 where they are not, or nothing was scored."""
+        """Current mean and standard deviation for normalising scores; 0 and 1 without normalisation or scores."""
         stats = self.score_stats if self.config.shaping.normalize_scores else RunningMeanStd()
         return stats.mean, stats.scale
 
@@ -294,8 +294,8 @@ class PPO:
     # ---- checkpoints ---------------------------------------------------------------------------------------------
 
     def save(self) -> None:
-        """Everything to continue exactly: weights, optimizer, KL coefficient, score statistics, random generators, and
-        the next rollout where it was sampled ahead."""
+        """Write a checkpoint: weights, optimizer, KL coefficient, score statistics, random generators, and the next
+        rollout if it was sampled ahead."""
         ahead = self.ahead() if self.ahead is not None else None
         if ahead is not None:
             self.ahead = lambda: ahead
@@ -311,7 +311,7 @@ class PPO:
                 (folder / "ppo.json").write_text(json.dumps(state), "utf-8")
 
     def _resume(self) -> list[dict[str, float]]:
-        """Continue from the newest checkpoint; gives the metrics of the first and the last evaluation so far."""
+        """Continue from the newest checkpoint; returns the metrics of the first and the last evaluation so far."""
         newest = self.checkpoints.newest()
         if newest is None:
             say(f"No checkpoint in {self.checkpoints.folder}: starting from the beginning")

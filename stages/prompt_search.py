@@ -29,7 +29,7 @@ from rlhf.tasks.metrics import Measured
 from rlhf.tasks.task import Task, load_task
 
 PROPOSAL_TEMPERATURE = 0.9
-"""High, because proposals shall differ."""
+"""High, so that proposals differ."""
 
 
 @with_sampling
@@ -57,17 +57,17 @@ def command(
     """Search for an instruction that makes a model answer better, without training.
 
     Args:
-        dataset: Demonstrations with a train split, whose answers are the right ones.
-        out: The folder to make; a search that is there goes on.
+        dataset: Demonstrations with a train split, whose answers are correct.
+        out: Output folder; an unfinished search in it continues.
         prompting (WAY|FILE|{...}): The way of prompting that gets the instruction.
         proposer (RUN|MODEL|URL|{...}): Who proposes: a model, a server with OpenAI's API, or '{url: ..., model: ...,
             key_env: ...}'. By default the model itself.
-        candidates: Instructions that are asked for in each round.
+        candidates: Instructions proposed per round.
         rounds: Rounds in which the best are reworded.
-        keep: How many of the best are reworded.
-        records: Training records that each instruction is scored on.
+        keep: Number of best instructions that are reworded.
+        records: Training records per instruction's score.
         instruction_tokens: Longest instruction in tokens.
-        overwrite: Delete an earlier search there first.
+        overwrite: Delete an earlier search in the folder first.
     """
     way, params = read_prompting(prompting), sampling.params(model)
     server = _server(proposer or "")
@@ -82,7 +82,7 @@ def command(
     from rlhf.prompting.proposals import Proposer, local_proposer, server_proposer
     from rlhf.prompting.search import PromptSearch, SearchPlan, split_parts
 
-    @functools.cache  # opened when they are needed: a search of other options is refused before
+    @functools.cache  # opened when needed, after the options of an earlier search were compared
     def opened(path: str, chat_template: str) -> Policy | MaskedModel:
         return open_prompted(path, chat_template, sampling.trust_remote_code)
 
@@ -131,7 +131,7 @@ def _server(proposer: str) -> ServerConfig | None:
 
 
 def _show(result: dict[str, Any]) -> None:
-    """Print the best instructions, and what the best one does on the records that the search never saw."""
+    """Print the best instructions, and the best one's metrics on records that the search never saw."""
     rows = [(row["score"], row["round"], row["instruction"] or "(no instruction)") for row in result["best"]]
     title = f"The best of {result['candidates']:,} instructions, on the records that they were chosen by"
     table(title, [result["winner"]["metric"], "round", "instruction"], rows)

@@ -40,7 +40,7 @@ from rlhf.runs.parents import parent_facts, resolve_model_path
 from rlhf.runs.run import is_run, read_run
 
 POOL = 4
-"""Prompts that are answered for each one that is kept, with --select disagreement."""
+"""Prompts that are answered per prompt kept, with --select disagreement."""
 
 
 @with_sampling
@@ -70,16 +70,16 @@ def command(
     Args:
         models (RUN|MODEL...): Runs, model folders, or hub names.
         prompts: A dataset of any kind; its prompts are answered.
-        out: The dataset of proposals to make.
+        out: Output dataset of proposals.
         k: Answers per prompt, including a person's.
         count: Number of prompts; all by default.
-        select: Which prompts: random ones, or the most disputed.
+        select: Which prompts: random ones, or those with the most disagreement.
         judge (RUN): A reward model; give two or more for disagreement.
         skip (DATASET): Leave out this dataset's prompts; may be repeated.
         split: train, eval or test; all by default.
         human: Include a person's answer where PROMPTS has one.
         similar: Answers that share this fraction of their words are too similar.
-        tries: Further samples of a model where answers are too similar.
+        tries: More samples of a model if answers are too similar.
     """
     judges, seed = judge or [], sampling.seed
     if select == "disagreement":
@@ -112,11 +112,11 @@ def command(
 
 
 def _check(models: Sequence[str], judges: Sequence[str], select: str, count: int | None, pool: int | None) -> None:
-    """Refuse what can be refused before the first model is loaded."""
+    """Check the options before the first model is loaded."""
     if select == "random" and (judges or pool):
         raise UserError("--judge and --pool are for --select disagreement", remedy="Add it, or leave them out.")
     if select == "disagreement" and len(judges) < 2:
-        what = f"--select disagreement: needs two judges or more, got {len(judges)}"
+        what = f"--select disagreement: needs at least two judges, got {len(judges)}"
         raise UserError(what, remedy="Train reward models with different seeds; give --judge for each.")
     if select == "disagreement" and (count is None or count > (pool or 0)):
         raise UserError("--select disagreement: keeps --count of --pool prompts", remedy="Give --count, below --pool.")
@@ -150,7 +150,7 @@ def answer(
 
     A model gives one answer to each prompt in a pass, and has `tries` more passes than answers to give.
     """
-    import torch  # slow, so after everything that can be refused without it
+    import torch  # slow, so after all checks that do not need it
 
     from rlhf.inference.sampling import accepted, sample
 

@@ -1,4 +1,4 @@
-"""`rlhf replay`: a recorded PPO update, opened and computed once more."""
+"""`rlhf replay`: open a recorded PPO update and recompute it."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from rlhf.replay.recompute import Comparison
 
 SHOWN_TOKENS = 60
-"""Tokens of an episode in the table."""
+"""Most tokens of an episode in the table."""
 SHOWN_FAULTS = 3
 
 
@@ -35,17 +35,17 @@ def command(
     models: bool = True,
     as_json: options.JsonLines = False,
 ) -> None:
-    """Open a recorded PPO update and compute it once more. Exit status 1: something differs from the record.
+    """Open a recorded PPO update and recompute it. Exit status 1: something differs from the record.
 
     KL, rewards, advantages, returns and metrics are computed from the recorded log-probs, values and scores; with the
-    checkpoint from before the update (the first needs none), the models compute log-probs, values and scores again.
+    checkpoint from before the update (the first needs none), the models recompute log-probs, values and scores.
 
     Args:
         run (RUN): A PPO run.
-        step: The update, as in metrics.jsonl. When left out: list those recorded.
-        episodes: How many episodes to print.
+        step: The update, as in metrics.jsonl. By default, list the recorded ones.
+        episodes: Number of episodes to print.
         tokens: Print this episode token by token.
-        models: Load the models of that update and compute with them too.
+        models: Also load the models of that update and recompute with them.
         as_json: Print only JSON lines, one per comparison.
     """
     if read_run(run)["stage"] != "ppo":
@@ -75,9 +75,9 @@ def command(
     if (more := len(opened.damage) - SHOWN_FAULTS) > 0:
         warn(f"{run}: {more:,} more such faults; see `rlhf doctor {quote(str(run))}`")
     if not opened.intact:
-        warn(f"{folder(run, step)}: the numbers are not those that were written: the checksum differs")
+        warn(f"{folder(run, step)}: the file has changed since it was written: the checksum differs")
     if opened.wrong:
-        warn(f"update {step:,} was not so, or is not computed so any more: {', '.join(opened.wrong)}")
+        warn(f"update {step:,}: recomputed differently from the record: {', '.join(opened.wrong)}")
     if opened.wrong or not opened.intact:
         raise typer.Exit(1)
     if not as_json:
@@ -85,7 +85,7 @@ def command(
 
 
 def _listed(run: Path, steps: list[int]) -> str:
-    """Which updates are recorded: their steps, after a count that a single step cannot be taken for."""
+    """The number of recorded updates and their steps, and how to open one."""
     if not steps:
         return f"{run}: no update is recorded; a run records some with log.record_every=50"
     one = len(steps) == 1
@@ -111,7 +111,7 @@ def _by_models(run: Path, opened: OpenedUpdate) -> list[Comparison]:
 
 
 def _show(run: Path, opened: OpenedUpdate, episodes: int, token_of: int | None) -> None:
-    """The record in words: episodes with the highest and lowest scores, and one of them token by token."""
+    """Print the episodes with the highest and lowest scores, or one token by token."""
     from rlhf.replay.opened import tokenizer_of
     from rlhf.replay.tokens import pieces
 

@@ -1,4 +1,4 @@
-"""`rlhf report`: one page about runs, to read, print and send."""
+"""`rlhf report`: one self-contained HTML page about runs."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ MEASURES = {
     "bag-of-words": "A bag of words is right", "duplicate-records": "Duplicate records",
     "contradictions": "Pairs with contradictions", "prompts-across-splits": "Prompts in several splits",
 }  # fmt: skip
-"""Metrics of `rlhf data check` that the page shows -> what it calls them."""
+"""Metrics of `rlhf data check` on the page -> their names there."""
 
 
 def command(
@@ -40,13 +40,13 @@ def command(
     live: Annotated[bool, typer.Option("--watch")] = False,
     port: Annotated[int, typer.Option(min=0, max=65535)] = 0,
 ) -> None:
-    """Write a report about runs as one HTML page that loads nothing from elsewhere; several runs are compared.
+    """Write a report about runs as one self-contained HTML page; several runs are compared.
 
     Args:
         runs (RUN|PIPELINE...): Run folders, folders with a pipeline's runs, or a pipeline's YAML files.
         output: The page to write; by default report.html in the first folder, or above a pipeline's runs.
         data: Measure the rankings: agreement, biases. May take minutes.
-        live: Serve the page to this machine's browser while the runs go on; Ctrl-C ends.
+        live: Serve the page to this machine's browser and update it while the runs train; Ctrl-C ends.
         port: With --watch: the port; 0 takes a free one.
     """
     if port and not live:
@@ -57,7 +57,7 @@ def command(
             raise UserError(what, remedy="Name run folders, folders with a pipeline's runs, or its YAML file.")
     for path in runs:
         if live and not path.exists():
-            warn(f"{path}: there is no such folder or file yet; the page shows it when there is")
+            warn(f"{path}: no such folder or file yet; the page shows it once it exists")
     for one in (one for path in runs if is_pipeline(path) for one in planned_runs(path)):
         if not is_run(one.path):
             warn(f"{one.stage}: {one.path} has not begun")
@@ -70,7 +70,7 @@ def command(
         return
     if output is not None:
         raise UserError("--output is not for --watch", remedy="When the runs are complete, call it without --watch.")
-    from rlhf.report.watch import REFRESH, LivePage, watch  # needs what a file does not
+    from rlhf.report.watch import REFRESH, LivePage, watch
 
     def draw() -> str:
         subjects = gather(runs)
@@ -80,14 +80,14 @@ def command(
 
 
 def _place(path: Path) -> Path:
-    """Where the report of a path is written: in the folder, or in the one that holds a pipeline's runs."""
+    """The folder of a path's report: the path, or the folder of a pipeline's runs."""
     if not is_pipeline(path):
         return path / "report.html"
     return Path(os.path.commonpath([one.path.parent for one in planned_runs(path)])) / "report.html"
 
 
 def _data(subjects: Sequence[Subject], measured: bool) -> Iterator[DataFacts]:
-    """What is known of each dataset that the runs read, each once."""
+    """Facts of each dataset that the runs read, each once."""
     seen = set()
     for run in (run for subject in subjects for run in subject.runs):
         for entry in run.evidence.info.get("data", []):
@@ -117,7 +117,7 @@ def _facts(path: str, kind: str, mark: str, place: Path | None, measured: bool) 
 
 @functools.cache
 def _checked(path: Path, fingerprint: str) -> Any:
-    """The check of a dataset, once while --watch runs."""
+    """The check of a dataset, computed once per --watch."""
     from data_tools.check.report import check  # imports numpy, scipy and scikit-learn
 
     say(f"Measuring {path}")

@@ -1,8 +1,7 @@
 """Stage 2: a reward model from human rankings.
 
-A batch element is a whole ranking: a prompt and its K candidates. Every candidate is encoded and scored once, behind a
-prompt that they share where the model allows it, and the loss compares the K scores with each other, so pairs are
-never stored.
+A batch element is a whole ranking: a prompt and its K candidates. Every candidate is encoded and scored once, after a
+prompt that is encoded once if the model allows it, and the loss compares the K scores, so pairs are never stored.
 
 rankings -> token rows (rlhf.data.tables) -> batches (rlhf.reward.collator) -> scores (rlhf.models.scalar)
 -> ranking loss (rlhf.reward.losses) -> best weights -> metrics, scale -> model
@@ -52,7 +51,7 @@ def run(config: RewardConfig, resume: bool = False, overwrite: bool = False) -> 
     """Train, measure on the held-out rankings, normalise, and save the result in the run folder's model/."""
     distributed.start(config.timeout_seconds, config.deepspeed is not None)
     transformers.utils.logging.disable_progress_bar()
-    transformers.utils.logging.set_verbosity_error()  # or it warns of the new head
+    transformers.utils.logging.set_verbosity_error()  # otherwise it warns about the new head
     path = resolve_model_path(config.model.path)
     # 1. tokenizer, run folder, rows
     chat = load_tokenizer(config.model, path, template_time(config, resume))
@@ -108,7 +107,7 @@ def run(config: RewardConfig, resume: bool = False, overwrite: bool = False) -> 
 
 
 def tokenize_reference(config: RewardConfig, run: Run, chat: ChatTokenizer, limit: int) -> Any:
-    """The demonstrations whose mean score becomes 0; None where the config names none."""
+    """The demonstrations whose mean score becomes 0; None if the config names none."""
     if not config.data.demonstrations:
         return None
     return tokenize(
@@ -125,7 +124,7 @@ class RewardObjective(Objective[RewardBatch]):
     Args:
         held_out: A table of rankings, or None.
         batch_tokens: Most tokens, padding included, in a forward pass that scores held-out candidates.
-        human_agreement: How far the annotators of the held-out rankings agree, where that is known.
+        human_agreement: Human agreement on the held-out rankings, if known.
     """
 
     def __init__(
@@ -156,8 +155,8 @@ class RewardObjective(Objective[RewardBatch]):
         """The weighted loss [B] of each ranking, centering penalty included; and which rankings have a loss [B].
 
         Args:
-            scores: Float [N], one for each candidate.
-            rankings: How the candidates were ranked.
+            scores: Float [N], one per candidate.
+            rankings: Ranks of the candidates.
         """
         losses, counted = self.ranking_loss(scores, rankings)
         if self.centering:
@@ -207,7 +206,7 @@ class RewardObjective(Objective[RewardBatch]):
 
 
 def mean_and_std(scored: Sequence[ScoredRanking]) -> tuple[float, float]:
-    """Mean and standard deviation of the raw scores of all candidates; a deviation of 0 becomes 1."""
+    """Mean and standard deviation of the raw scores of all candidates; a std of 0 becomes 1."""
     scores = [score for item in scored for score in item.scores]
     return statistics.fmean(scores), statistics.pstdev(scores) or 1.0
 

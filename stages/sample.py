@@ -58,22 +58,22 @@ def command(
     as_json: options.JsonLines = False,
     sampling: SamplingOptions,
 ) -> None:
-    """Print a model's answers to prompts. With --reward, answers are scored, and of several the best is shown.
+    """Print a model's answers to prompts. With --reward, answers are scored, and only the best is shown.
 
     Args:
         prompt: A user message; may be repeated.
         dataset: Answer the prompts of this dataset.
         n: Number of answers to each prompt.
-        best_of: Keep the best of this many answers by --reward, and print its curve.
+        best_of: Keep the best of this many answers by --reward, and print the best-of-n curve.
         demonstrations (DATASET): With --best-of: also write the best answers as demonstrations for SFT.
-        curve (FILE): With --best-of: draw its curve here, an .svg or .png file; or write it as .json, which `rlhf
-            report` draws if it lies in a PPO run.
-        with_ (RUN): With --curve: a PPO run by the same reward; may be repeated.
-        prompting (WAY|FILE|{...}): Make prompts in this way: few-shot, cloze, chain-of-thought, a YAML file, or '{name:
+        curve (FILE): With --best-of: draw its curve to this .svg or .png file; or write it to a .json file, which `rlhf
+            report` draws if it is in a PPO run's folder.
+        with_ (RUN): With --curve: also draw a PPO run with the same reward; may be repeated.
+        prompting (WAY|FILE|{...}): How prompts are made: few-shot, cloze, chain-of-thought, a YAML file, or '{name:
             few-shot, shots: 8}'.
         adapter (TASK=RUN): Answer a task's prompts with this adapter on MODEL; may be repeated.
         route (FIELD): The field that names the task: group or source.
-        output: Also write the answers as JSON lines here.
+        output: Also write the answers to this JSON-lines file.
         as_json: Print only JSON lines, one per answer.
     """
     check_writable(output, "--out")
@@ -154,37 +154,39 @@ def _answers(n: int, best_of: int | None, reward: str | None, demonstrations: Pa
     """The number of answers to each prompt.
 
     Raises:
-        UserError: Options that need each other, or exclude each other.
+        UserError: Options are missing, or exclude each other.
     """
     if best_of is None:
         if demonstrations is not None:
-            raise UserError("--demonstrations: which answers?", remedy="Give --best-of N and --reward RUN too.")
+            raise UserError(
+                "--demonstrations: needs the best of several answers", remedy="Give --best-of N and --reward RUN too."
+            )
         return n
     if n != 1:
         raise UserError("--n and --best-of cannot be combined", remedy="Leave --n out.")
     if reward is None:
-        raise UserError("--best-of: by what are answers compared?", remedy="Give --reward RUN or module:function.")
+        raise UserError("--best-of: needs a reward", remedy="Give --reward RUN or module:function.")
     if demonstrations is not None:
         check_new(demonstrations, False, "Name another one for --demonstrations, or delete this one.")
     return best_of
 
 
 def _compared(curve: Path | None, best_of: int | None, runs: list[str] | None) -> dict[str, list[tuple[float, float]]]:
-    """The evaluations of the runs that the curve is drawn with.
+    """The evaluations of the runs that are drawn with the curve.
 
     Raises:
-        UserError: Options that need each other, a file that cannot be written, or a run without evaluations.
+        UserError: Options are missing, a file cannot be written, or a run has no evaluations.
     """
     if curve is None and runs:
-        raise UserError("--with: there is no plot", remedy="Give --curve FILE.svg too.")
+        raise UserError("--with: needs a plot", remedy="Give --curve FILE.svg too.")
     if curve is None:
         return {}
     if best_of is None:
-        raise UserError("--curve: of which answers?", remedy="Give --best-of N and --reward RUN too.")
+        raise UserError("--curve: needs the scores of several answers", remedy="Give --best-of N and --reward RUN too.")
     if curve.suffix not in (".svg", ".png", ".json"):
         raise UserError(f"--curve {curve}: is neither an .svg nor a .png nor a .json file")
     if curve.suffix == ".json" and runs:
-        raise UserError("--with: is for a plot", remedy="Give --curve FILE.svg, or leave --with out.")
+        raise UserError("--with: needs a plot", remedy="Give --curve FILE.svg, or leave --with out.")
     check_writable(curve, "--curve")
     from rlhf.inference.best_of import evaluations_of  # imports numpy
 
@@ -192,7 +194,7 @@ def _compared(curve: Path | None, best_of: int | None, runs: list[str] | None) -
 
 
 def _write_demonstrations(path: Path, prompts: list[Prompt], best: list[dict[str, Any]], model: str) -> int:
-    """The best answers as a dataset for another round of SFT; an empty answer is left out. Gives their number."""
+    """Write the best answers, without empty ones, as a dataset for another round of SFT; returns their number."""
     by_prompt = {prompt.prompt_id: prompt for prompt in prompts}
     with DatasetWriter(path, "demonstration", {"command": command_line(), "policy": model}) as writer:
         for row in best:
@@ -220,7 +222,7 @@ def _sample_prompted(
     model: str, questions: list[Prompt], spec: str | None, labels: str | None, pattern: str | None,
     dataset: Path | None, other: tuple[int, str | None], sampling: SamplingOptions, output: Path | None, as_json: bool,
 ) -> None:  # fmt: skip
-    """Answers to questions that are prompted in a way, printed with what they were taken by."""
+    """Answers to questions with a way of prompting, printed with the pattern that found them."""
     if spec is None:
         raise UserError(
             "--labels and --pattern are for --prompting", remedy="Give --prompting zero-shot, for instance."
@@ -259,10 +261,10 @@ def _sample_prompted(
 
 
 def adapter_paths(words: list[str] | None, route: str | None) -> dict[str, str]:
-    """Task -> run or folder, from the words TASK=PATH of --adapter.
+    """Task -> run or folder, from the values TASK=PATH of --adapter.
 
     Raises:
-        UserError: A word is not of that form, a task is named twice, or it is not clear which adapter answers.
+        UserError: A value is not of that form, a task is named twice, or it is ambiguous which adapter answers.
     """
     paths: dict[str, str] = {}
     for word in words or ():

@@ -48,7 +48,7 @@ def command(
         prompt: A user message.
         answer: An answer to it; may be repeated.
         dataset: Score the answers of demonstrations, proposals or rankings.
-        output: Also write the scores as JSON lines here.
+        output: Also write the scores to this JSON-lines file.
         as_json: Print only JSON lines, one per answer.
     """
     check_writable(output, "--out")
@@ -90,13 +90,13 @@ def _groups(
     context: typer.Context, prompt: str | None, answers: list[str] | None, dataset: Path | None, split: str | None,
     limit: int | None,
 ) -> Iterator[Group]:  # fmt: skip
-    """What is to be scored; whatever is wrong with the options is found before the first group.
+    """The answers to score; options are checked before the first group.
 
     Raises:
         UserError: Neither --dataset nor --prompt with --answer, both, or a dataset without answers.
     """
     if (prompt is None) == (dataset is None) or (prompt is None) != (not answers):
-        raise UserError("give answers to score", "Either --dataset, or --prompt and at least one --answer.")
+        raise UserError("no answers to score", remedy="Give --dataset, or --prompt and at least one --answer.")
     if dataset is None:
         options.refuse_given(context, ["split", "limit"], "is for --dataset")
         return iter([(as_prompt(prompt or ""), [{"answer": answer} for answer in answers or ()])])

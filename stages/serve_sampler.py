@@ -34,19 +34,19 @@ def command(
 ) -> None:
     """Serve a model to PPO runs with `rollout.sampler={name: vllm-server, url: ...}`, one run at a time.
 
-    Of the model only config and tokenizer are read; the run sends the weights. Every request needs the token of the
-    environment variable RLHF_SAMPLER_TOKEN, which is made and printed if it is not set.
+    Only the model's config and tokenizer are read; the run sends the weights. Every request needs the token in the
+    environment variable RLHF_SAMPLER_TOKEN, which is generated and printed if it is not set.
 
     Args:
         host: Address to listen on.
         port: Port to listen on; 0 is any free one.
-        tensor_parallel: GPUs that hold a part of the model each.
+        tensor_parallel: Number of GPUs that the model is divided over.
         dtype: auto, bfloat16, float16 or float32; the trainer's precision.
-        sequences: Most sequences at a time.
+        sequences: Most sequences decoded at a time.
         max_model_len: Most tokens of prompt and answer; by default the model's limit.
         gpu_memory_utilization: Fraction of each GPU's memory.
         kv_cache_gib: Size of the KV cache; on a CPU 1 by default.
-        lora_rank: Take LoRA adapters of up to this rank without the base; 0: merged weights only.
+        lora_rank: Accept LoRA adapters of up to this rank without the base; 0: merged weights only.
         enforce_eager: No CUDA graphs, no compilation.
     """
     if importlib.util.find_spec("vllm") is None:
@@ -66,7 +66,7 @@ def command(
 
     def ready(port: int) -> None:
         say(f"Serving on http://{host}:{port}")
-        sys.stdout.flush()  # for those who wait for this line in a pipe
+        sys.stdout.flush()  # a reader of a pipe waits for this line
 
     settings = {
         "model": folder, "sequences": sequences, "dtype": dtype, "gpu_memory_utilization": gpu_memory_utilization,

@@ -48,7 +48,7 @@ from rlhf.tuning.methods import say_trainable, virtual_tokens
 from rlhf.tuning.save import generation_config, save_result
 
 KINDS = ("demonstration", "ranking")
-"""What can be learned from: of a ranking, its best answer is the demonstration."""
+"""Kinds of records to train on: a ranking's best answer is the demonstration."""
 
 
 def run(config: SFTConfig, resume: bool = False, overwrite: bool = False) -> None:
@@ -71,7 +71,7 @@ def run(config: SFTConfig, resume: bool = False, overwrite: bool = False) -> Non
         folder.path, chat, limit, config.data, "step-by-step" if steps else "demonstration", KINDS,
         options=_tasks(steps) if steps else None,
     )  # fmt: skip
-    # 2. the model, and what of it is trained; the same first weights on every rank
+    # 2. the model and its trainable weights; the same initial weights on every rank
     transformers.set_seed(config.seed)
     memory = PeakMemory()
     base = load_policy(config.model, path, tokens=token_count(chat.tokenizer), as_stored=distributed.grouped())
@@ -145,7 +145,7 @@ class SFTObjective(Objective[TokenBatch]):
         return found
 
     def evaluate(self, engine: Engine, step: int) -> dict[str, float]:
-        """Mean negative log-likelihood in nats per assistant token, perplexity, and the fraction ranked first."""
+        """Mean negative log-likelihood in nats per assistant token, perplexity, and top-1 accuracy."""
         sums = torch.zeros(3, dtype=torch.float64, device=distributed.device())
         for batch in self._held_out_batches():
             logprobs, _, top1 = self._predict(engine, batch)
@@ -202,13 +202,13 @@ class Student(nn.Module):
         self, batch: TokenBatch, chunks: int, states: Tensor, logits: Callable[[Tensor], Tensor],
         measure: Callable[[Tensor, Tensor], Tensor], tokens: int,
     ) -> StudentPredictions:  # fmt: skip
-        """Predictions for the labelled tokens, and how far they are from the teacher's."""
+        """Predictions for the labelled tokens, and their divergence from the teacher's."""
         hidden, targets = predicting_states(self.model, batch.input_ids, batch.attention_mask, batch.labelled)
         return student_predictions(self.model, hidden, targets, states, logits, measure, tokens, chunks)
 
 
 class LogitsObjective(SFTObjective):
-    """The divergence from a teacher's next-token distributions, on demonstrations and on answers of the student's own
+    """The divergence from a teacher's next-token distributions, on demonstrations and on the student's own answers
     (GKD, Agarwal et al. 2024, arXiv:2306.13649, algorithm 1, with the choice made for each record, not each batch)."""
 
     means = ("train/entropy", "train/token_accuracy", "train/divergence", "train/on_policy")
@@ -229,7 +229,7 @@ class LogitsObjective(SFTObjective):
     def training_batch(
         self, engine: Engine, rows: list[dict[str, Any]], numbers: list[int], step: int
     ) -> DistillationBatch:
-        """Demonstrations, a fraction of them with an answer that the student samples now."""
+        """Demonstrations, a fraction of them with an answer newly sampled from the student."""
         if not self.logits.on_policy:
             return self.batch(rows)
         starts = [answer_start(row["labels"]) for row in rows]
@@ -261,7 +261,7 @@ class LogitsObjective(SFTObjective):
         return found, batch.demonstrated
 
     def evaluate(self, engine: Engine, step: int) -> dict[str, float]:
-        """The loss and the divergence on held-out demonstrations, their perplexity, and the fraction ranked first."""
+        """Loss, divergence, perplexity and top-1 accuracy on held-out demonstrations."""
         sums = torch.zeros(4, dtype=torch.float64, device=distributed.device())
         for batch in self._held_out_batches():
             found, _ = self._distilled(engine, batch)
@@ -311,8 +311,7 @@ class StepByStepObjective(SFTObjective):
         return label + rationale, [label, rationale]
 
     def evaluate(self, engine: Engine, step: int) -> dict[str, float]:
-        """The loss on held-out demonstrations, and of the labels alone: per demonstration, and the fraction of their
-        tokens that are ranked first."""
+        """The loss on held-out demonstrations; of the labels also the loss per demonstration and top-1 accuracy."""
         sums = torch.zeros(5, dtype=torch.float64, device=distributed.device())
         for batch in self._held_out_batches():
             assert isinstance(batch, StepByStepBatch)
@@ -336,12 +335,12 @@ def perplexity(loss: float) -> float:
 
 
 def answer_start(labels: list[int]) -> int:
-    """Where the last completion begins in a row of labels: after the last token that is not trained on."""
+    """Start of the last completion in a row of labels: after the last token that is not trained on."""
     return max((i + 1 for i, label in enumerate(labels) if label == -100), default=0)
 
 
 def sample_answers(model: Any, chat: ChatTokenizer, prompts: list[list[int]], max_new_tokens: int) -> list[list[int]]:
-    """Greedy completions of token prompts, cut after the token that ends them. Every rank calls it with the same."""
+    """Greedy completions of token prompts, cut after the end token. Every rank calls it with the same prompts."""
     width = max(map(len, prompts))
     ids = torch.tensor([[chat.pad_id] * (width - len(prompt)) + prompt for prompt in prompts], device=model.device)
     mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=model.device)

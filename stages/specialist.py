@@ -91,7 +91,7 @@ class Labelled:
     """The labelled rows of a run."""
 
     head: Head
-    """With the labels of the training rows."""
+    """The head, with the labels of the training rows."""
     train: list[tuple[Example, str, int]]
     """Examples with the file and line of each."""
     held_out: list[tuple[Example, str, int]]
@@ -105,7 +105,7 @@ class Labelled:
 
 
 def read(config: SpecialistConfig) -> Labelled:
-    """Read the labelled rows of a config and say what was found.
+    """Read the labelled rows of a config and print what was found.
 
     Raises:
         UserError: A file cannot be read, there is nothing to train on, fewer than two labels, a held-out label is new,
@@ -128,7 +128,7 @@ def read(config: SpecialistConfig) -> Labelled:
     )
     if not train:
         why = f"{len(rejects):,} rows were rejected, the first: {rejects[0]}" if rejects else "There are no rows."
-        raise UserError("data.train: no row can be used", why, "Name the columns in the options of `task`.")
+        raise UserError("data.train: no usable row", why, "Name the columns in the options of `task`.")
     _check_apart(train, held_out)
     fitted = head.fitted(*([example for example, _, _ in part] for part in (train, held_out)))
     if fitted.labels:
@@ -167,7 +167,7 @@ def _divide(found: list[Any], data: LabelledData, seed: int) -> tuple[list[Any],
 
 
 def _share(example: Example, seed: int) -> float:
-    """A number from 0 to 1 that depends on the inputs and the seed alone."""
+    """A number from 0 to 1 that depends only on the inputs and the seed."""
     digest = hashlib.sha256(repr((seed, example.inputs)).encode()).digest()
     return int.from_bytes(digest[:8], "big") / 2**64
 
@@ -180,7 +180,7 @@ def _check_apart(train: Sequence[Any], held_out: Sequence[Any]) -> None:
         file, line = both[0]
         raise UserError(
             f"data: {len(both):,} held-out rows have the text of a training row, the first at {file}:{line}",
-            "Metrics on them would not show how the model does on new texts.",
+            "Metrics on them would not measure performance on new texts.",
             "Remove them from one of the two.",
         )
 
@@ -197,13 +197,13 @@ class Encoded:
 
 
 def encode(head: Head, tokenizer: Any, part: Sequence[Any], limit: int, what: str) -> Encoded:
-    """Token rows of examples. Training rows whose answer lies behind the cut are rejected."""
+    """Token rows of examples. Training rows whose answer is truncated are rejected."""
     found, examples, rejects = [], [], []
     for example, file, line in part:
         try:
             row = head.encode(tokenizer, example, limit)
             if what == "training" and row["target"] == [-1, -1]:
-                raise BadRecord("answer: behind the part that the model can read", f"of {limit} tokens")
+                raise BadRecord("answer: beyond the tokens that the model can read", f"of {limit} tokens")
             found.append(row)
             examples.append(example)
         except BadRecord as fault:

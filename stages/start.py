@@ -28,7 +28,7 @@ def _stage_command(stage: str) -> Callable[..., None]:
             count = entry.process_count(num_processes, hostfile)
             checked = entry.prepare(stage, config, overrides or (), resume, overwrite, dry_run, count)
             if checked is None:
-                if dry_run and stage == "specialist":  # its rows are files, which only their reader can check
+                if dry_run and stage == "specialist":  # its rows are files, which only `check_rows` can check
                     importlib.import_module(f"stages.{stage}").check_rows(config, overrides or ())
                 return
             if hostfile is None and count is None:

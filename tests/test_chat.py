@@ -180,8 +180,8 @@ def test_temperature_holds_from_now_on(chat: Chat) -> None:
     [
         ("/temprature 1", "did you mean 'temperature'"),
         ("/temperature hot", "needs a number"),
-        ("/temperature -1", "not a number from 0"),
-        ("/temperature nan", "not a number from 0"),
+        ("/temperature -1", "must be 0"),
+        ("/temperature nan", "must be 0"),
         ("/save", "needs a file name"),
         ("/save x.jsonl", "nothing to save"),
         ("/undo", "nothing to undo"),

@@ -374,7 +374,7 @@ def test_ways_without_training_are_measured_and_kept(tmp_path):
 
 def test_a_changed_way_under_an_old_name_is_refused(tmp_path):
     compare(prompting_only(tmp_path))
-    with pytest.raises(UserError, match=r"ways\.cloze is another"):
+    with pytest.raises(UserError, match=r"a different ways\.cloze"):
         compare(prompting_only(tmp_path, ways={"cloze": {"prompting": {"name": "cloze", "calibrate": True}}}))
     with pytest.raises(UserError, match="another budget"):
         compare(prompting_only(tmp_path, budget={"updates": 3}))

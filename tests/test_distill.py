@@ -177,7 +177,7 @@ def test_several_answers_become_candidates_for_ranking(questions, tmp_path):
 
 
 def test_a_teacher_that_only_writes_nonsense_makes_no_dataset(questions, tmp_path):
-    with chat_server(lambda *_: completion("")) as found, pytest.raises(UserError, match="no answer that can be used"):
+    with chat_server(lambda *_: completion("")) as found, pytest.raises(UserError, match="no usable answer"):
         distill(questions, "--teacher", found.url, "--out", tmp_path / "o")
     assert not (tmp_path / "o").exists()
 
@@ -185,8 +185,8 @@ def test_a_teacher_that_only_writes_nonsense_makes_no_dataset(questions, tmp_pat
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (("--teacher", "http://127.0.0.1:9/v1", "--as", "candidates", "--n", 1), "needs two answers"),
-        (("--teacher", "http://127.0.0.1:9/v1", "--check"), "which part of a text is the answer"),
+        (("--teacher", "http://127.0.0.1:9/v1", "--as", "candidates", "--n", 1), "needs at least two answers"),
+        (("--teacher", "http://127.0.0.1:9/v1", "--check"), "needs a pattern that finds the answer"),
         (("--teacher", "http://user:secret@host/v1"), "user name, password"),
         (("--teacher", "http://host/v1", "--max-cost", 3), "needs price_input"),
         (("--teacher", "LLAMA", "--retries", 3), "--retries: is for a teacher on a server"),

@@ -181,8 +181,8 @@ def test_a_judge_on_a_server_compares_two_policies(runs: dict[str, str], data: d
 @pytest.mark.parametrize(
     ("words", "fault"),
     [
-        (("demonstration", "--judge", "http://127.0.0.1:9/v1"), "what are the answers compared with"),
-        (("demonstration", "--against", "references"), "by what are answers compared"),
+        (("demonstration", "--judge", "http://127.0.0.1:9/v1"), "needs answers to compare with"),
+        (("demonstration", "--against", "references"), "needs something that compares"),
         (("prompt", "--against", "references", "--reward", "test_evaluate:letters"), "no answers to compare with"),
     ],
 )
@@ -372,8 +372,8 @@ def test_a_reward_function_is_measured_as_a_reward_model_is(data: dict[str, str]
 @pytest.mark.parametrize(
     ("model", "kind", "words", "message"),
     [
-        ("sft", "prompt", [], "nothing to measure a policy by"),
-        ("sft", "prompt", ["--against", "sft"], "nothing to measure a policy by"),
+        ("sft", "prompt", [], "prompts without answers cannot measure"),
+        ("sft", "prompt", ["--against", "sft"], "prompts without answers cannot measure"),
         ("sft", "demonstration", ["--against", "reward"], "gives no answers"),
         ("sft", "demonstration", ["--reward", "sft"], "not a reward model"),
         ("sft", "demonstration", ["--split", "test"], "no records in the split 'test'"),
@@ -387,14 +387,14 @@ def test_a_reward_function_is_measured_as_a_reward_model_is(data: dict[str, str]
         ("sft", "prompt", ["--reference", "other", "--temperature", "0"], "greedy answers"),
         ("reward", "ranking", ["--reference", "sft"], "are for policies"),
         ("sft", "ranking", ["--judge", "rankings"], "wrote none of the"),
-        ("sft", "demonstration", ["--judge", "rankings"], "needs people's rankings"),
+        ("sft", "demonstration", ["--judge", "rankings"], "needs human rankings"),
         ("sft", "ranking", ["--judge", "rankings", "--reward", "reward"], "loads no model"),
         ("sft", "ranking", ["--judge", "rankings", "--n", "2"], "--n: is for answers that a model writes"),
-        ("sft", "ranking", ["--temperature", "0.5"], "--temperature: is for sampled answers, and none are sampled"),
+        ("sft", "ranking", ["--temperature", "0.5"], "--temperature: is for sampled answers, which need"),
         ("sft", "ranking", ["--perturb-rankings", "9"], "--perturb-rankings: is for reward models"),
         ("reward", "ranking", ["--perturb-rankings", "9"], "--perturb-rankings: is for --perturb"),
         ("reward", "ranking", ["--system", "Hi"], "--system: is for policies"),
-        ("reward", "ranking", ["--benchmark", "rm-bench"], "no ranking can be scored as rm-bench is"),
+        ("reward", "ranking", ["--benchmark", "rm-bench"], "no ranking has the form of rm-bench"),
     ],
 )
 def test_what_cannot_be_measured_is_refused(

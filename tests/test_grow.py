@@ -164,7 +164,7 @@ def test_the_seed_tasks_of_self_instruct_are_new_to_each_other_and_the_small_sto
 
     instructions = tiny.REPOSITORY.parent / "shared" / "data" / "instructions" / "self_instruct_seed_tasks.jsonl"
     assert run("import", "alpaca", instructions, "--out", tmp_path / "seeds").exit_code == 0
-    with pytest.raises(UserError, match=r"no whole task is found in the reply \(2\)"):
+    with pytest.raises(UserError, match=r"the reply has no complete task \(2\)"):
         grow(
             tmp_path / "seeds", "--teacher", tiny.STORIES, "--out", tmp_path / "o", "--count", 5, "--max-requests", 2,
             "--max-new-tokens", 60, "--chat-template", "plain",

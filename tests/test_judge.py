@@ -234,7 +234,7 @@ def test_a_judge_without_one_readable_verdict_is_refused_with_a_reply_and_nothin
 ) -> None:
     with chat_server(lambda *_: completion("I cannot say.")) as server, pytest.raises(UserError) as error:
         measure(server.url, rankings, tmp_path, "--out", str(tmp_path / "out.json"))
-    assert "pairs has a verdict that can be read" in str(error.value) and "a reply: 'I cannot say.'" in str(error.value)
+    assert "pairs has a readable verdict" in str(error.value) and "a reply: 'I cannot say.'" in str(error.value)
     assert not (tmp_path / "out.json").exists()
 
 

@@ -99,7 +99,7 @@ def demonstrations(tmp_path_factory):
 
 
 def test_a_reward_without_a_name_is_refused_before_anything_is_loaded(tmp_path, demonstrations):
-    with pytest.raises(UserError, match="not known by a name"):
+    with pytest.raises(UserError, match="cannot be imported by its name"):
         train_ppo({"run": str(tmp_path / "run")}, demonstrations, reward=lambda messages, text: 0.0)
 
 
@@ -175,7 +175,7 @@ def test_score_prints_answers_verbatim_behind_their_scores(reward_model):
     "words", [[], ["--prompt", "a"], ["--answer", "b"], ["--prompt", "a", "--answer", "b", "--dataset", "c"]]
 )
 def test_score_says_which_options_it_needs(words, reward_model):
-    with pytest.raises(UserError, match="give answers to score"):
+    with pytest.raises(UserError, match="no answers to score"):
         finished.invoke(command, reward_model, *words)
 
 

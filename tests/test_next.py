@@ -231,7 +231,7 @@ def test_reward_models_say_what_is_in_doubt_and_too_long_answers_are_rejected(tm
         (("--reward", "data_tools.demo_world.rules:points"), "is not a reward model"),
         (("--reward", "{name: ensemble}"), "--reward"),
         (("--ranked", "tied"), "no ordered pair"),
-        (("--ranked", "tied", "--split", "test"), "no proposal is left to rank"),
+        (("--ranked", "tied", "--split", "test"), "no unranked proposal"),
     ],
 )
 def test_what_cannot_be_chosen_from_is_refused(tmp_path, monkeypatch, words, fault):

@@ -260,7 +260,7 @@ def test_judges_score_on_the_scale_that_they_were_trained_on(place):
 @pytest.mark.parametrize(
     ("words", "models", "fault"),
     [
-        (["--select", "disagreement", "--count", 2], ("sft",), "needs two judges or more, got 0"),
+        (["--select", "disagreement", "--count", 2], ("sft",), "needs at least two judges, got 0"),
         (["--judge", "x"], ("sft",), "are for --select disagreement"),
         (["--pool", 5], ("sft",), "are for --select disagreement"),
         (["--select", "disagreement", "--judge", "{reward}", "--judge", "{reward}"], ("sft",), "--count"),

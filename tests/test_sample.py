@@ -321,7 +321,7 @@ def test_the_curve_is_written_as_numbers_for_the_report(runs, tmp_path):
     found = json.loads(file.read_text())
     assert [point["n"] for point in found["best_of"]] == [1, 2, 4]
     assert (found["policy"], found["reward"], found["prompts"]) == (runs["sft"], runs["reward"], 1)
-    with pytest.raises(UserError, match="--with: is for a plot"):
+    with pytest.raises(UserError, match="--with: needs a plot"):
         finished.invoke(command, runs["sft"], *words, "--with", tmp_path)
 
 
@@ -357,11 +357,11 @@ def test_the_best_answers_are_trained_on_in_another_round_of_sft(runs, tmp_path)
 @pytest.mark.parametrize(
     ("words", "fault"),
     [
-        (["--best-of", 4], "--best-of: by what"),
+        (["--best-of", 4], "--best-of: needs a reward"),
         (["--best-of", 4, "--n", 2], "cannot be combined"),
-        (["--demonstrations", "new"], "--demonstrations: which answers"),
-        (["--curve", "curve.svg"], "--curve: of which answers"),
-        (["--with", "runs/ppo"], "--with: there is no plot"),
+        (["--demonstrations", "new"], "--demonstrations: needs the best"),
+        (["--curve", "curve.svg"], "--curve: needs the scores"),
+        (["--with", "runs/ppo"], "--with: needs a plot"),
         (["--best-of", 4, "--reward", "x:y", "--curve", "curve.gif"], "neither an .svg nor a .png"),
         (["--limit", 3], "--limit: is for --dataset"),
     ],

@@ -188,7 +188,7 @@ def test_bad_data_is_refused_before_the_model_is_loaded(tmp_path):
         "labels that no training row has: 'odd'": (rows, [{"text": "new", "label": "odd"}]),
         "rows of two labels or more": ([row | {"label": "pos"} for row in rows], False),
         "have the text of a training row": (rows, rows[:1]),
-        "no row can be used": ([{"review": "x"}], False),
+        "no usable row": ([{"review": "x"}], False),
     }
     for words, (train, held_out) in refused.items():
         with pytest.raises(UserError, match=words):
@@ -224,7 +224,7 @@ def test_a_training_answer_behind_the_cut_is_rejected(tmp_path):
     rows += [{"question": "q?", "context": "word " * 300 + "end", "answer": "end"}]
     run = trained(tmp_path, "span", rows, batch={"batch_size": 8, "max_steps": 1})
     (reject,) = map(json.loads, (run / "rejected.jsonl").read_text().splitlines())
-    assert reject["reason"].startswith("answer: behind the part") and reject["line"] == 9
+    assert reject["reason"].startswith("answer: beyond the tokens") and reject["line"] == 9
 
 
 def test_held_out_rows_are_those_of_the_column_split_or_a_fraction(tmp_path):
