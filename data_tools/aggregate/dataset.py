@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from data_tools.aggregate.methods import AGGREGATORS, Aggregation
 from data_tools.aggregate.votes import UNNAMED, Ballots, Votes, collect, distinct
 from data_tools.io.derive import Derivation
-from data_tools.io.rejects import by_count, warn_rejected
+from data_tools.io.rejects import warn_rejected
 from rlhf.core import console
 from rlhf.core.errors import UserError
 from rlhf.core.files import write_json
@@ -79,11 +79,9 @@ def aggregate_dataset(
         for ranking in _merged(parent.records(on_reject=made.rejects), ballots, result, pick):
             made.write(ranking)
         write_json(made.folder / QUALITY_FILE, {"method": pick.name, "annotators": annotators})
-    rejected = made.rejects.count
     per_pool = np.bincount(ballots.pool)
-    return {
-        "out": str(out), **facts, "read": len(ballots.ids) + rejected, "written": made.written, "rejected": rejected,
-        "reasons": by_count(made.rejects.reasons), "prompts": int(ballots.prompt.max()) + 1,
+    return made.summary() | {
+        **facts, "read": len(ballots.ids) + made.rejects.count, "prompts": int(ballots.prompt.max()) + 1,
         "rankings": len(ballots.ids), "merged": int(per_pool[per_pool > 1].sum()), "alone": int((per_pool == 1).sum()),
         "conflicting_splits": int((_split(ballots, np.maximum) != _split(ballots, np.minimum)).sum()),
         "confidence": float(result.confidence.mean()), "annotators": annotators,

@@ -6,10 +6,10 @@ import json
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from data_tools.io.derive import Derivation
-from data_tools.io.rejects import by_count, warn_rejected
+from data_tools.io.derive import Derivation, show_counts
+from data_tools.io.rejects import by_count
 from data_tools.statistics.near import near_groups, near_matches, prompt_text
 from rlhf.core import console
 from rlhf.core.errors import UserError, nearest
@@ -45,24 +45,13 @@ def _worth(record: Record) -> tuple[float, ...]:
     return (record.weight, record.informative_pairs) if isinstance(record, Ranking) else ()
 
 
-class _Pass:
-    """Facts about the records from one pass, by position. Memory grows with the number of records, not with texts."""
+class _Seen(NamedTuple):
+    """What is kept of a record."""
 
-    def __init__(self, parent: Dataset, by: str) -> None:
-        self._parent, self._by = parent, by
-        self.keys: list[str] = []
-        self.ids: list[str] = []
-        self.prompts: list[str] = []
-        self.worths: list[tuple[float, ...]] = []
-
-    def texts(self) -> Iterator[tuple[str, str]]:
-        """(key, text) of every record; fills the lists on the way."""
-        for record in self._parent.records(on_reject=lambda _: None):  # counted when the records are written
-            self.keys.append(_key(record, self._by))
-            self.ids.append(record.id)
-            self.prompts.append(record.prompt_id)
-            self.worths.append(_worth(record))
-            yield self.keys[-1], _text(record, self._by)
+    key: str
+    id: str
+    prompt: str
+    worth: tuple[float, ...]
 
 
 def _prompt_texts(dataset: Dataset) -> Iterator[tuple[str, str]]:
@@ -72,11 +61,10 @@ def _prompt_texts(dataset: Dataset) -> Iterator[tuple[str, str]]:
 
 def _texts_of_others(others: Sequence[Dataset]) -> Iterator[tuple[str, str]]:
     for dataset in others:
-        bad = Counter[str]()
-        for record in dataset.records(on_reject=lambda row: bad.update([row.reason])):  # noqa: B023
+        for record in dataset.records():
             yield record.prompt_id, prompt_text(record)
-        if bad:
-            console.warn(f"{dataset.path}: {bad.total():,} bad rows in it were not compared")
+        if dataset.rejects:
+            console.warn(f"{dataset.path}: {len(dataset.rejects):,} bad rows in it were not compared")
 
 
 def dedup_dataset(
@@ -135,36 +123,34 @@ def dedup_dataset(
         if not made.written:
             raise UserError(f"{path}: no record is left out of {dropped.total():,}", remedy="Is it the set itself?")
         made.origin["dropped"] = counts = by_count(dropped)
-    rejected, reasons = made.rejects.count, by_count(made.rejects.reasons)
-    read = made.written + dropped.total() + rejected
-    totals = {"read": read, "written": made.written, "dropped": counts, "rejected": rejected, "reasons": reasons}
-    return {"out": str(out), "kind": parent.kind, "by": by, **totals}
+    return made.summary(dropped=counts) | {"by": by}
 
 
 def _fates(
     parent: Dataset, others: Sequence[Dataset], by: str, near: float | None, keep: str
 ) -> dict[int, tuple[str, str]]:
     """Position of every record that is left out -> why, and the id of the record (or prompt) that it is the same as."""
-    seen = _Pass(parent, by)
-    groups = (
-        {key: key for key, _ in seen.texts()} if near is None or by == "record" else near_groups(seen.texts(), near)
-    )
+    seen: list[_Seen] = []
+
+    def texts() -> Iterator[tuple[str, str]]:
+        for record in parent.records(on_reject=lambda _: None):  # counted when the records are written
+            seen.append(_Seen(_key(record, by), record.id, record.prompt_id, _worth(record)))
+            yield seen[-1].key, _text(record, by)
+
+    groups = {key: key for key, _ in texts()} if near is None or by == "record" else near_groups(texts(), near)
     known = _matches(parent, others, near)
     kept: dict[str, int] = {}
-    for position, key in enumerate(seen.keys):
-        if seen.prompts[position] in known:
-            continue
-        best = kept.setdefault(groups[key], position)
-        if keep == "best" and seen.worths[position] > seen.worths[best]:
-            kept[groups[key]] = position
+    for position, one in enumerate(seen):
+        if one.prompt not in known:
+            best = kept.setdefault(groups[one.key], position)
+            if keep == "best" and one.worth > seen[best].worth:
+                kept[groups[one.key]] = position
     fates = {}
-    for position, key in enumerate(seen.keys):
-        prompt = seen.prompts[position]
-        if prompt in known:
-            fates[position] = ("against", known[prompt])
-        elif kept[groups[key]] != position:
-            best = kept[groups[key]]
-            fates[position] = ("duplicate" if seen.keys[best] == key else "near", seen.ids[best])
+    for position, one in enumerate(seen):
+        if one.prompt in known:
+            fates[position] = ("against", known[one.prompt])
+        elif (best := kept[groups[one.key]]) != position:
+            fates[position] = ("duplicate" if seen[best].key == one.key else "near", seen[best].id)
     return fates
 
 
@@ -179,14 +165,9 @@ def _matches(parent: Dataset, others: Sequence[Dataset], near: float | None) -> 
 
 def show(summary: Mapping[str, Any]) -> None:
     """Print what `dedup_dataset` returns."""
-    folder = Path(summary["out"])
     whys = {"duplicate": "the same as another", "near": "a near duplicate of another", "against": "in the other sets"}
     rows = [[whys[why], count] for why, count in summary["dropped"].items()]
     if rows:
         console.table("left out", ["why", "records"], rows)
-    left_out = sum(summary["dropped"].values())
-    line = f"read {summary['read']:,} = written {summary['written']:,} + left out {left_out:,}"
-    line += f" + rejected {summary['rejected']:,}" if summary["rejected"] else ""
-    listed = f"; what was left out is listed in {folder / DROPPED_FILE}" if left_out else ""
-    console.say(f"{line} -> {summary['out']} ({summary['kind']}s){listed}")
-    warn_rejected(summary)
+    listed = f"; what was left out is listed in {Path(summary['out']) / DROPPED_FILE}" if rows else ""
+    show_counts(summary, "left out", "dropped", listed)

@@ -6,12 +6,10 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from data_tools.io.derive import Derivation
+from data_tools.io.derive import Derivation, show_counts
 from data_tools.io.expressions import Expression, Failed
-from data_tools.io.rejects import by_count, warn_rejected
-from rlhf.core import console
 from rlhf.core.errors import UserError
-from rlhf.data.schema import KINDS, Demonstration, Proposal, Ranking, Record
+from rlhf.data.schema import KINDS, Demonstration, Prompt, Proposal, Ranking, Record
 from rlhf.data.store import Dataset, open_dataset
 
 CountTokens = Callable[[Sequence[str]], list[int]]
@@ -34,34 +32,48 @@ def _candidates(record: Proposal) -> list[dict[str, Any]]:
     ]  # fmt: skip
 
 
+def _answer_chars(record: Record) -> int:
+    return max(map(len, _answers(record)))
+
+
 def _ties(record: Ranking) -> int:
     return len(record.candidates) * (len(record.candidates) - 1) // 2 - record.informative_pairs
 
 
-OF_ALL: dict[str, Callable[[Any], Any]] = {
-    "id": lambda record: record.id,
-    "prompt_id": lambda record: record.prompt_id,
-    "prompt": lambda record: record.messages[-1].content,
-    "messages": lambda record: record.chat,
-    "turns": lambda record: len(record.messages),
-    "source": lambda record: record.source,
-    "group": lambda record: record.group,
-    "split": lambda record: record.split,
-    "prompt_chars": lambda record: sum(len(message.content) for message in record.messages),
+FIELDS: dict[type[Prompt], dict[str, Callable[[Any], Any]]] = {
+    Prompt: {
+        "id": lambda record: record.id,
+        "prompt_id": lambda record: record.prompt_id,
+        "prompt": lambda record: record.messages[-1].content,
+        "messages": lambda record: record.chat,
+        "turns": lambda record: len(record.messages),
+        "source": lambda record: record.source,
+        "group": lambda record: record.group,
+        "split": lambda record: record.split,
+        "prompt_chars": lambda record: sum(len(message.content) for message in record.messages),
+    },
+    Demonstration: {
+        "answer_chars": _answer_chars,
+        "answer": lambda record: record.answer,
+        "author": lambda record: record.author,
+    },
+    Proposal: {
+        "answer_chars": _answer_chars,
+        "candidates": _candidates,
+        "k": lambda record: len(record.candidates),
+    },
+    Ranking: {
+        "ranks": lambda record: list(record.ranks),
+        "ties": _ties,
+        "annotator": lambda record: record.annotator,
+        "time": lambda record: record.time,
+        "seconds": lambda record: record.seconds,
+        "shown": lambda record: record.shown,
+        "weight": lambda record: record.weight,
+        "merged": lambda record: list(record.merged),
+    },
 }
-OF_ANSWERED = {"answer_chars": lambda record: max(map(len, _answers(record)))}
-OF_DEMONSTRATIONS = {"answer": lambda record: record.answer, "author": lambda record: record.author}
-OF_PROPOSALS = {"candidates": _candidates, "k": lambda record: len(record.candidates)}
-OF_RANKINGS = {
-    "ranks": lambda record: list(record.ranks),
-    "ties": _ties,
-    "annotator": lambda record: record.annotator,
-    "time": lambda record: record.time,
-    "seconds": lambda record: record.seconds,
-    "shown": lambda record: record.shown,
-    "weight": lambda record: record.weight,
-    "merged": lambda record: list(record.merged),
-}
+"""Class of records -> what it adds to what an expression may name, and how that is computed."""
 TOKENS = ("prompt_tokens", "answer_tokens", "tokens")
 
 
@@ -72,13 +84,7 @@ def fields(kind: str) -> dict[str, Callable[[Any], Any]]:
     all turns, `answer_chars` the longest answer; `candidates` have text, author, author_kind, score, rank (None in a
     proposal) and chars; `ties` is the number of pairs with equal ranks. The others are the schema's.
     """
-    made = KINDS[kind]
-    found = dict(OF_ALL)
-    found |= OF_ANSWERED if kind != "prompt" else {}
-    found |= OF_DEMONSTRATIONS if made is Demonstration else {}
-    found |= OF_PROPOSALS if issubclass(made, Proposal) else {}
-    found |= OF_RANKINGS if made is Ranking else {}
-    return found
+    return {name: value for made, own in FIELDS.items() if issubclass(KINDS[kind], made) for name, value in own.items()}
 
 
 def token_counter(path: str | Path) -> CountTokens:
@@ -175,9 +181,7 @@ def filter_dataset(
         if not made.written:
             raise UserError(f"{path}: no record is left out of {filtered:,}", remedy="Loosen the condition.")
         made.origin["filtered"] = filtered
-    rejected, reasons = made.rejects.count, by_count(made.rejects.reasons)
-    counts = {"read": made.written + filtered + rejected, "written": made.written, "filtered": filtered}
-    return {"out": str(out), "kind": parent.kind, **counts, "rejected": rejected, "reasons": reasons}
+    return made.summary(filtered=filtered)
 
 
 def _write(parent: Dataset, made: Derivation, condition: _Condition, where: str | None) -> int:
@@ -205,7 +209,4 @@ def _write(parent: Dataset, made: Derivation, condition: _Condition, where: str 
 
 def show(summary: Mapping[str, Any]) -> None:
     """Print what `filter_dataset` returns."""
-    line = f"read {summary['read']:,} = written {summary['written']:,} + left out {summary['filtered']:,}"
-    line += f" + rejected {summary['rejected']:,}" if summary["rejected"] else ""
-    console.say(f"{line} -> {summary['out']} ({summary['kind']}s)")
-    warn_rejected(summary)
+    show_counts(summary, "left out", "filtered")

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from data_tools.io.derive import total
 from rlhf.core import console
 from rlhf.core.errors import UserError
 from rlhf.data.manifest import file_hash
@@ -133,15 +134,11 @@ def _lines(node: Mapping[str, Any]) -> list[str]:
     bar = "│ " if below else "  "
     if node.get("command"):
         lines.append(f"{bar}{node['command']}")
-    counts = {name: _total(value) for name, value in node.get("counts", {}).items()}
-    if listed := ", ".join(f"{name} {total:,}" for name, total in counts.items() if total):
+    counts = {name: total(value) for name, value in node.get("counts", {}).items()}
+    if listed := ", ".join(f"{name} {count:,}" for name, count in counts.items() if count):
         lines.append(bar + listed)
     for index, child in enumerate(below):
         last = index == len(below) - 1
         first, *rest = _lines(child)
         lines += [("└─ " if last else "├─ ") + first, *(("   " if last else "│  ") + line for line in rest)]
     return lines
-
-
-def _total(value: Any) -> int:
-    return sum(value.values()) if isinstance(value, Mapping) else int(value)

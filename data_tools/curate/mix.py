@@ -10,8 +10,8 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
-from data_tools.io.derive import Derivation
-from data_tools.io.rejects import by_count, warn_rejected
+from data_tools.curate.stats import Leaks
+from data_tools.io.derive import Derivation, show_counts
 from rlhf.core import console
 from rlhf.core.errors import UserError, nearest
 from rlhf.data.jsonl import OnReject
@@ -166,16 +166,13 @@ def mix_datasets(
         {"path": str(part.path), "share": float(share), "available": have, "taken": count}
         for part, share, have, count in zip(parts, wanted, available, taken)
     ]
-    leaks = _Leaks()
+    leaks = Leaks()
     with Derivation(out, parents[0].kind, parents, {"parts": taken_parts}, overwrite=overwrite) as made:
         for record in _interleaved(parents, held, taken, seed, made.rejects):
             leaks.add(record)
             made.write(record)
         made.origin["left"] = left = sum(held) - made.written
-    rejected, reasons = made.rejects.count, by_count(made.rejects.reasons)
-    summed = {"read": sum(held) + rejected, "written": made.written, "left": left}
-    summed |= {"rejected": rejected, "reasons": reasons, "parts": taken_parts, "leaks": leaks.count}
-    return {"out": str(out), "kind": parents[0].kind, "seed": seed, **summed}
+    return made.summary(left=left) | {"seed": seed, "parts": taken_parts, "leaks": len(leaks.prompts)}
 
 
 def _count(dataset: Dataset) -> int:
@@ -210,30 +207,11 @@ def _chosen(parent: Dataset, chosen: set[int], reject: OnReject) -> Iterator[Rec
             yield record if record.source else replace(record, source=name)
 
 
-class _Leaks:
-    """Counts prompts that are in more than one split."""
-
-    def __init__(self) -> None:
-        self._splits: dict[str, str] = {}
-        self._leaking: set[str] = set()
-
-    def add(self, record: Record) -> None:
-        if record.split and self._splits.setdefault(record.prompt_id, record.split) != record.split:
-            self._leaking.add(record.prompt_id)
-
-    @property
-    def count(self) -> int:
-        return len(self._leaking)
-
-
 def show(summary: Mapping[str, Any]) -> None:
     """Print what `mix_datasets` returns."""
     rows = [[part["path"], f"{part['share']:.1%}", part["available"], part["taken"]] for part in summary["parts"]]
     console.table(f"{summary['out']}: {summary['kind']}s", ["dataset", "share", "available", "taken"], rows)
-    line = f"read {summary['read']:,} = written {summary['written']:,} + left {summary['left']:,}"
-    line += f" + rejected {summary['rejected']:,}" if summary["rejected"] else ""
-    console.say(f"{line} -> {summary['out']}")
-    warn_rejected(summary)
+    show_counts(summary, "left", "left")
     if summary["leaks"]:
         again = "split the mixture again with `rlhf data split`"
         console.warn(f"{summary['leaks']:,} prompts are in more than one split; {again}")

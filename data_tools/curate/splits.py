@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from data_tools.io.derive import Derivation
-from data_tools.io.rejects import by_count, warn_rejected
+from data_tools.io.rejects import warn_rejected
 from data_tools.statistics.near import Sets, near_groups, prompt_text
 from rlhf.core import console
 from rlhf.core.errors import UserError, nearest
@@ -140,12 +140,10 @@ def split_dataset(
     with Derivation(out, parent.kind, [parent, *others], judgements=True, overwrite=overwrite) as made:
         for record in parent.records(on_reject=made.rejects):
             made.write(record.with_split(plan[_key(record, by)]))
-    rejected, reasons = made.rejects.count, by_count(made.rejects.reasons)
-    counts = {"read": made.written + rejected, "written": made.written, "rejected": rejected, "reasons": reasons}
     keys = Counter(plan.values())
     records = open_dataset(out).splits()
-    return {
-        "out": str(out), "kind": parent.kind, "by": by, "seed": seed, **counts,
+    return made.summary() | {
+        "by": by, "seed": seed,
         "splits": {split: records.get(split, 0) for split in SPLITS},
         "keys": {split: keys.get(split, 0) for split in SPLITS},
         "joined": sum(deciding.get(key, key) != key for key in plan),

@@ -2,20 +2,35 @@
 
 from __future__ import annotations
 
+from array import array
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from rlhf.core import console
-from rlhf.data.schema import SPLITS, Demonstration, Proposal, Ranking, Record
+from rlhf.data.schema import Demonstration, Proposal, Ranking, Record
 from rlhf.data.store import open_dataset
 
 SHOWN = 20
 
 
+class Leaks:
+    """Finds prompts that are in more than one split."""
+
+    def __init__(self) -> None:
+        self._first: dict[str, str] = {}
+        self.prompts: set[str] = set()
+
+    def add(self, record: Record) -> None:
+        if record.split and self._first.setdefault(record.prompt_id, record.split) != record.split:
+            self.prompts.add(record.prompt_id)
+
+
 class _Count:
-    """Counters that a pass fills. Memory grows with distinct prompts, records and lengths, not with text."""
+    """Counters that a pass fills. Memory grows with records, prompts and answers, not with text."""
 
     def __init__(self) -> None:
         self.by: dict[str, Counter[str]] = {
@@ -23,45 +38,37 @@ class _Count:
         }
         self.k: Counter[int] = Counter()
         self.pairs = self.tied_pairs = self.with_tie = 0
-        self.lengths: dict[str, Counter[float]] = {"prompt": Counter(), "answer": Counter()}
-        self.seconds: Counter[float] = Counter()
-        self.weights: Counter[float] = Counter()
+        self.numbers = {"prompt": array("q"), "answer": array("q"), "seconds": array("d"), "weights": array("d")}
         self.records: Counter[str] = Counter()
         self.prompts: Counter[str] = Counter()
-        self.prompt_splits: dict[str, int] = {}  # prompt id -> one bit a split
+        self.leaks = Leaks()
 
     def add(self, record: Record) -> None:
-        self.by["kind"][record.kind] += 1
-        self.by["split"][record.split or "none"] += 1
-        self.by["source"][record.source] += 1
-        self.by["group"][record.group or "none"] += 1
+        by, numbers = self.by, self.numbers
+        by["kind"][record.kind] += 1
+        by["split"][record.split or "none"] += 1
+        by["source"][record.source] += 1
+        by["group"][record.group or "none"] += 1
         self.records[f"{record.kind} {record.id}"] += 1
         self.prompts[record.prompt_id] += 1
-        if record.split is not None:
-            bit = 1 << SPLITS.index(record.split)
-            self.prompt_splits[record.prompt_id] = self.prompt_splits.get(record.prompt_id, 0) | bit
-        self.lengths["prompt"][sum(len(message.content) for message in record.messages)] += 1
+        self.leaks.add(record)
+        numbers["prompt"].append(sum(len(message.content) for message in record.messages))
         if isinstance(record, Demonstration):
-            self.lengths["answer"][len(record.answer)] += 1
-            self.by["annotator"][record.author] += 1
+            numbers["answer"].append(len(record.answer))
+            by["annotator"][record.author] += 1
         elif isinstance(record, Proposal):
-            self.k[len(record.candidates)] += 1
-            for candidate in record.candidates:
-                self.lengths["answer"][len(candidate.text)] += 1
-                self.by["author_kind"][candidate.author_kind] += 1
+            size = len(record.candidates)
+            self.k[size] += 1
+            numbers["answer"].extend(len(candidate.text) for candidate in record.candidates)
+            by["author_kind"].update(candidate.author_kind for candidate in record.candidates)
         if isinstance(record, Ranking):
-            self._add_ranking(record)
-
-    def _add_ranking(self, record: Ranking) -> None:
-        size = len(record.candidates)
-        pairs = size * (size - 1) // 2
-        self.by["annotator"][record.annotator] += 1
-        self.pairs += pairs
-        self.tied_pairs += pairs - record.informative_pairs
-        self.with_tie += record.informative_pairs < pairs
-        self.weights[record.weight] += 1
-        if record.seconds is not None:
-            self.seconds[record.seconds] += 1
+            pairs = size * (size - 1) // 2
+            by["annotator"][record.annotator] += 1
+            self.pairs += pairs
+            self.tied_pairs += pairs - record.informative_pairs
+            self.with_tie += record.informative_pairs < pairs
+            numbers["weights"].append(record.weight)
+            numbers["seconds"].extend([] if record.seconds is None else [record.seconds])
 
 
 def stats(paths: Sequence[str | Path]) -> dict[str, Any]:
@@ -83,12 +90,13 @@ def stats(paths: Sequence[str | Path]) -> dict[str, Any]:
     datasets = []
     for path in paths:
         dataset = open_dataset(path)
-        before, rejected = count.records.total(), Counter[str]()
-        for record in dataset.records(on_reject=lambda row: rejected.update([row.reason])):  # noqa: B023
+        before = count.records.total()
+        for record in dataset.records():
             count.add(record)
-        held = {"count": count.records.total() - before, "rejected": rejected.total()}
+        held = {"count": count.records.total() - before, "rejected": len(dataset.rejects)}
         datasets.append({"path": str(path), "kind": dataset.kind, **held, "fingerprint": dataset.fingerprint})
-    leaks = sorted(prompt for prompt, bits in count.prompt_splits.items() if bits.bit_count() > 1)
+    leaks = sorted(count.leaks.prompts)
+    spreads = {name: _spread(values) for name, values in count.numbers.items()}
     return {
         "datasets": datasets,
         "records": count.records.total(),
@@ -101,9 +109,8 @@ def stats(paths: Sequence[str | Path]) -> dict[str, Any]:
             "tied_share": count.tied_pairs / count.pairs if count.pairs else None,
             "rankings_with_tie": count.with_tie,
         },
-        "lengths": {name: _spread(lengths) for name, lengths in count.lengths.items()},
-        "seconds": _spread(count.seconds),
-        "weights": _spread(count.weights),
+        "lengths": {name: spreads.pop(name) for name in ("prompt", "answer")},
+        **spreads,
         "duplicates": {
             "records": count.records.total() - len(count.records),
             "prompts": count.prompts.total() - len(count.prompts),
@@ -112,23 +119,12 @@ def stats(paths: Sequence[str | Path]) -> dict[str, Any]:
     }
 
 
-def _spread(lengths: Counter[float]) -> dict[str, float] | None:
-    """Mean, nearest-rank median and 95th percentile, and maximum of a histogram."""
-    total = lengths.total()
-    if not total:
+def _spread(values: array[float]) -> dict[str, float] | None:
+    """Mean, nearest-rank median and 95th percentile, and maximum."""
+    if not values:
         return None
-    ordered = sorted(lengths.items())
-
-    def quantile(share: float) -> float:
-        seen = 0
-        for length, count in ordered:
-            seen += count
-            if seen >= share * total:
-                return length
-        return ordered[-1][0]
-
-    mean = sum(length * count for length, count in ordered) / total
-    return {"mean": mean, "p50": quantile(0.5), "p95": quantile(0.95), "max": ordered[-1][0]}
+    p50, p95, most = np.quantile(values, [0.5, 0.95, 1], method="inverted_cdf").tolist()
+    return {"mean": float(np.mean(values)), "p50": p50, "p95": p95, "max": most}
 
 
 def show(found: dict[str, Any]) -> None:

@@ -6,18 +6,19 @@ The new manifest's `origin` names the parents (path and fingerprint), the comman
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from data_tools.io.rejects import FILE_NAME, Rejects, by_count
+from data_tools.io.rejects import FILE_NAME, Rejects, by_count, warn_rejected
 from data_tools.statistics.accumulator import Accumulator
 from data_tools.statistics.ceiling import AgreementObserver
+from rlhf.core import console
 from rlhf.core.command_line import command_line
 from rlhf.core.errors import UserError
 from rlhf.data.schema import Record
 from rlhf.data.store import Dataset
-from rlhf.data.writer import DatasetWriter, check_new
+from rlhf.data.writer import DatasetWriter
 
 
 class Derivation:
@@ -49,12 +50,7 @@ class Derivation:
     ) -> None:
         for parent in parents:
             if Path(out).resolve() == parent.path.resolve():
-                raise UserError(
-                    f"--out {out}: is the parent dataset itself",
-                    "It is kept.",
-                    "Choose another --out.",
-                )
-        check_new(out, overwrite)
+                raise UserError(f"--out {out}: is the parent dataset itself", "It is kept.", "Choose another --out.")
         origin = {
             "command": command_line(),
             "parents": [{"path": str(parent.path), "fingerprint": parent.fingerprint} for parent in parents],
@@ -84,8 +80,36 @@ class Derivation:
         """Add one record."""
         self._writer.write(record)
 
+    def summary(self, **left_out: int | dict[str, int]) -> dict[str, Any]:
+        """out, kind, read, written, the records left out, rejected, and reasons (bad rows of a JSONL dataset).
+
+        Args:
+            left_out: Names of counts, or of counts by why; `read` is the sum of these, `written` and `rejected`.
+        """
+        counts = {"written": self.written, **left_out, "rejected": self.rejects.count}
+        facts = {"out": str(self._writer.path), "kind": self._writer.kind, "read": sum(map(total, counts.values()))}
+        return {**facts, **counts, "reasons": by_count(self.rejects.reasons)}
+
     def __exit__(self, error: type[BaseException] | None, *rest: object) -> None:
         self.rejects.__exit__(error, *rest)
         self.origin |= {"written": self.written, "rejected": self.rejects.count}
         self.origin |= {"reasons": by_count(self.rejects.reasons)} if self.rejects.count else {}
         self._writer.__exit__(error, *rest)
+
+
+def total(count: int | Mapping[str, int]) -> int:
+    """A count, or the sum of counts by why."""
+    return sum(count.values()) if isinstance(count, Mapping) else count
+
+
+def show_counts(summary: Mapping[str, Any], words: str, left_out: str, more: str = "") -> None:
+    """Print the counts of `Derivation.summary`, and warn of bad rows.
+
+    Args:
+        words: What is said of the records that were left out, whose count has the name `left_out`.
+        more: Follows the line.
+    """
+    line = f"read {summary['read']:,} = written {summary['written']:,} + {words} {total(summary[left_out]):,}"
+    line += f" + rejected {summary['rejected']:,}" if summary["rejected"] else ""
+    console.say(f"{line} -> {summary['out']} ({summary['kind']}s){more}")
+    warn_rejected(summary)
