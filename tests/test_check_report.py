@@ -15,7 +15,7 @@ from data_tools.check.brief import brief
 from data_tools.check.metrics import METRICS
 from data_tools.check.page import render
 from data_tools.check.report import GRADES, check
-from data_tools.check.rules import grade, parse_rule, parse_rules
+from data_tools.check.rules import grade, parse_rules
 from data_tools.check.show import PARTS, advice
 from data_tools.statistics.intervals import Estimate
 from rlhf.core.errors import UserError
@@ -146,7 +146,7 @@ def test_a_handful_of_judgements_is_not_good(tmp_path):
 
 @pytest.mark.parametrize("sign, fires", [(">", False), (">=", True), ("==", True), ("<=", True), ("<", False)])
 def test_a_rule_is_a_metric_an_operator_and_a_number(sign, fires):
-    rule = parse_rule(f" agreement {sign} 0.5 ")
+    (rule,) = parse_rules([f" agreement {sign} 0.5 "], near=True, against=True)
     assert (rule.metric, rule.operator, rule.number) == ("agreement", sign, 0.5)
     assert rule.holds(0.5) == fires
 
@@ -154,12 +154,12 @@ def test_a_rule_is_a_metric_an_operator_and_a_number(sign, fires):
 @pytest.mark.parametrize("text", ["agreement", "agreement<", "agreement=0.5", "<0.5", "agreement<much", ""])
 def test_what_is_no_rule_is_refused(text):
     with pytest.raises(UserError):
-        parse_rule(text)
+        parse_rules([text], near=True, against=True)
 
 
 def test_an_unknown_metric_is_refused_with_the_nearest():
     with pytest.raises(UserError, match="did you mean 'contradictions'"):
-        parse_rule("contradiction>0.05")
+        parse_rules(["contradiction>0.05"], near=True, against=True)
 
 
 def test_a_rule_on_what_the_options_switch_off_is_refused():

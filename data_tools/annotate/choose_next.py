@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from data_tools.annotate.information import best_answers
-from data_tools.annotate.word_ensemble import hashed
+from data_tools.statistics.words import hashed
 from rlhf.core.console import format_number, say, table
 from rlhf.core.lazy import lazy
 from rlhf.data.schema import Proposal, Ranking

@@ -3,32 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from scipy import optimize, special
 
-from data_tools.statistics.words import REGULARISATION
+from data_tools.statistics.sample import sampled
+from data_tools.statistics.words import FEATURES, REGULARISATION, differences, hashed, ordered_texts
 from rlhf.core.errors import UserError
-from rlhf.core.lazy import lazy
 from rlhf.data.schema import Ranking
 
-if TYPE_CHECKING:
-    from scipy import optimize, special
-    from sklearn.feature_extraction import text as features
-else:
-    optimize, special = lazy("scipy.optimize"), lazy("scipy.special")
-    features = lazy("sklearn.feature_extraction.text")
-
-FEATURES = 2**18
 MOST_PAIRS = 20_000
-
-
-def hashed(texts: Sequence[str]) -> Any:
-    """Sparse (texts, `FEATURES`): log(1 + count) of hashed words and word pairs."""
-    vectorizer = features.HashingVectorizer(
-        n_features=FEATURES, ngram_range=(1, 2), alternate_sign=False, norm=None, dtype=np.float64
-    )
-    return vectorizer.transform(texts).log1p()
 
 
 class Pairs:
@@ -48,18 +32,14 @@ class Pairs:
         numbers: dict[str, int] = {}
         for record in rankings:
             number = numbers.setdefault(record.prompt_id, len(numbers))
-            answers = list(zip(record.ranks, (candidate.text for candidate in record.candidates)))
-            found = [(one, other) for rank, one in answers for below, other in answers if rank < below]
+            found = ordered_texts(record)
             texts += found
             prompts += [number] * len(found)
         if not texts:
             why = "Its rankings prefer no answer to another, so there is nothing to learn from."
             raise UserError("--ranked: no ordered pair of answers", why, "Rank a few prompts of random choice first.")
-        kept = np.arange(len(texts))
-        if len(kept) > MOST_PAIRS:
-            kept = np.sort(np.random.default_rng(seed).choice(len(texts), MOST_PAIRS, replace=False))
-        better, worse = (hashed([texts[index][side] for index in kept.tolist()]) for side in (0, 1))
-        self.difference = (better - worse).tocsr()
+        kept = sampled(len(texts), MOST_PAIRS, seed)
+        self.difference = differences(texts[index] for index in kept.tolist())
         """Sparse (pairs, `FEATURES`): the better answer minus the worse."""
         self.prompt = np.array(prompts)[kept]
         """(pairs,) which prompt."""

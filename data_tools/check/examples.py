@@ -31,12 +31,14 @@ def examples_of(facts: Facts) -> list[FaultExample]:
 
 def _prompts(facts: Facts) -> Iterator[FaultExample]:
     prompt = facts.texts.prompt
-    for row in facts.repeats[1][:MOST].tolist():
-        yield FaultExample("duplicate-records", [("prompt", _short(prompt[row]))])
-    for row in facts.split_leaks[1][:MOST].tolist() if facts.split_leaks else ():
-        yield FaultExample("prompts-across-splits", [("prompt", _short(prompt[row]))])
-    for row in facts.contaminated[1][:MOST].tolist() if facts.evaluation else ():
-        yield FaultExample("contaminated-prompts", [("prompt", _short(prompt[row]))])
+    faults = {
+        "duplicate-records": facts.repeats,
+        "prompts-across-splits": facts.split_leaks,
+        "contaminated-prompts": facts.contaminated,
+    }
+    for name, found in faults.items():
+        for row in found[1][:MOST].tolist() if found else ():
+            yield FaultExample(name, [("prompt", _short(prompt[row]))])
     if facts.near:
         near = facts.near_prompts
         name = "across" if near.across is not None and near.across.value else "within"

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from scipy import stats
-from sklearn import linear_model, model_selection
-from sklearn.feature_extraction import text as features
+from sklearn import model_selection
 
-from data_tools.statistics.intervals import Estimate
-from data_tools.statistics.words import FEWEST_PROMPTS, FOLDS, REGULARISATION
+from data_tools.statistics.intervals import SEED, Estimate
+from data_tools.statistics.sample import sampled
+from data_tools.statistics.words import FEWEST_PROMPTS, FOLDS, differences, ordered_texts, predictions, turns
 from rlhf.core import console
 from rlhf.core.errors import UserError
 from rlhf.core.intervals import resampled_sums
@@ -25,7 +25,6 @@ MOST_PAIRS = 20_000
 FEWEST_RANKINGS = 20
 """An annotator with fewer is not left out: the interval would say nothing."""
 LEVEL = 0.05
-SEED = 0
 VERDICTS = {
     "helps": "without them the reward model is worse",
     "harms": "without them it is better",
@@ -87,12 +86,12 @@ def leave_out(path: str | Path, most: int = 20) -> dict[str, Any]:
         why = f"An annotator is left out who has {FEWEST_RANKINGS} rankings or more, if there is another one."
         raise UserError(f"{path}: no annotator can be left out", why, "`rlhf data stats` counts them.")
     folds = list(model_selection.GroupKFold(FOLDS).split(pairs.winner, groups=pairs.prompt))
-    everybody = _correct(pairs, folds, np.ones(len(pairs.winner), bool))
+    everybody = predictions(pairs.difference, pairs.winner, folds)
     found = []
     for who in console.track(tried, "leaving annotators out", unit="annotators"):
-        without = _correct(pairs, folds, pairs.annotator != who)
-        fewer = _correct(pairs, folds, _without_as_many_others(pairs, who))
         judged = pairs.annotator != who
+        without = predictions(pairs.difference, pairs.winner, folds, judged)
+        fewer = predictions(pairs.difference, pairs.winner, folds, _without_as_many_others(pairs, who))
         gain, clear = _compare(everybody, without, pairs, judged, len(tried))
         verdict = "no clear effect" if not clear else "helps" if gain.value > 0 else "harms"
         over, _ = _compare(fewer, without, pairs, judged, 1)
@@ -108,7 +107,7 @@ def leave_out(path: str | Path, most: int = 20) -> dict[str, Any]:
 def _read(records: Iterable[Ranking], path: str) -> tuple[list[str], Counter[int], _Pairs]:
     """Names of annotators, rankings of each, and at most `MOST_PAIRS` random pairs."""
     texts: list[tuple[str, str]] = []
-    rows: list[tuple[int, int, int, int]] = []
+    rows: list[tuple[int, int, int]] = []
     names: dict[str, int] = {}
     prompts: dict[str, int] = {}
     counts: Counter[int] = Counter()
@@ -118,27 +117,16 @@ def _read(records: Iterable[Ranking], path: str) -> tuple[list[str], Counter[int
         who = names.setdefault(record.annotator, len(names))
         counts[who] += 1
         prompt = prompts.setdefault(record.prompt_id, len(prompts))
-        for better, worse in _ordered(record):
-            texts.append((better, worse))
-            rows.append((prompt, number, who, 1))
+        found = ordered_texts(record)
+        texts += found
+        rows += [(prompt, number, who)] * len(found)
     if len(prompts) < FEWEST_PROMPTS:
         why = f"{len(prompts)} prompts were ranked by named annotators; {FEWEST_PROMPTS} are needed."
         raise UserError(f"{path}: too few rankings", why, "Rank more, with `rlhf data rank`.")
-    generator = np.random.default_rng(SEED)
-    kept = np.arange(len(rows))
-    if len(rows) > MOST_PAIRS:
-        kept = np.sort(generator.choice(len(rows), MOST_PAIRS, replace=False))
-    hashed = features.HashingVectorizer(n_features=2**18, ngram_range=(1, 2), alternate_sign=False, norm=None)
-    better, worse = (hashed.transform([texts[i][side] for i in kept.tolist()]).log1p() for side in (0, 1))
-    winner = generator.choice([-1, 1], len(kept))  # so that both classes occur
-    table = np.array([rows[i] for i in kept.tolist()])
-    difference = (better - worse).multiply(winner[:, None]).tocsr()
-    return list(names), counts, _Pairs(difference, winner, table[:, 0], table[:, 1], table[:, 2])
-
-
-def _ordered(record: Ranking) -> Iterator[tuple[str, str]]:
-    answers = list(zip(record.ranks, (candidate.text for candidate in record.candidates)))
-    return ((one, other) for rank, one in answers for below, other in answers if rank < below)
+    kept = sampled(len(rows), MOST_PAIRS).tolist()
+    table, winner = np.array([rows[i] for i in kept]), turns(len(kept))
+    difference = differences(texts[i] for i in kept).multiply(winner[:, None]).tocsr()
+    return list(names), counts, _Pairs(difference, winner, *table.T)
 
 
 def _without_as_many_others(pairs: _Pairs, who: int) -> np.ndarray:
@@ -149,21 +137,6 @@ def _without_as_many_others(pairs: _Pairs, who: int) -> np.ndarray:
     count = min(len(own), len(others) // 2)
     left = np.random.default_rng(SEED).choice(others, count, replace=False)
     return ~np.isin(pairs.ranking, left)
-
-
-def _correct(pairs: _Pairs, folds: list[Any], used: np.ndarray) -> np.ndarray:
-    """(n,) float: 1 where a model that was trained on the `used` pairs of the other folds predicts the winner."""
-    correct = np.full(len(pairs.winner), 0.5)
-    for seen, held_out in folds:
-        rows = seen[used[seen]]
-        if len(np.unique(pairs.winner[rows])) < 2:
-            continue
-        model = linear_model.LogisticRegression(
-            C=REGULARISATION, fit_intercept=False, solver="liblinear", random_state=SEED
-        )
-        model.fit(pairs.difference[rows], pairs.winner[rows])
-        correct[held_out] = model.predict(pairs.difference[held_out]) == pairs.winner[held_out]
-    return correct
 
 
 def _compare(

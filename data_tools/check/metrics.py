@@ -89,7 +89,7 @@ metric("near-duplicates-across-splits", "duplicates", "count", "prompts",
 
 metric("contaminated-prompts", "duplicates", "count", "prompts of train or no split",
        "Prompts of train, or of no split, that are also in an evaluation set given with --against.",
-       lambda facts: facts.contaminated[0] if facts.evaluation else NO_SETS,
+       lambda facts: facts.contaminated[0] if facts.contaminated else NO_SETS,
        kinds=ANY, bad=(">0",),
        advice="Remove them with `rlhf data dedup --against EVALSET`; otherwise the evaluation means nothing.")
 
@@ -187,11 +187,10 @@ metric("bag-of-words", "biases", "fraction", "ordered pairs",
 def _alpha(facts: Facts) -> Found:
     if not len(facts.votes.prompt):
         return NO_TWO
-    value = agreement.krippendorff_alpha(facts.votes.counts())
-    if np.isnan(value):
-        return "all judgements are ties"
-    found = bootstrapped(agreement.coincidence_sums(facts.votes), agreement.alpha_of_coincidences)
-    return Estimate(value, found and found.low, found and found.high, n=len(facts.votes.prompt))
+    found = bootstrapped(
+        agreement.coincidence_sums(facts.votes), agreement.alpha_of_coincidences, len(facts.votes.prompt)
+    )
+    return found or "all judgements are ties"
 
 
 metric("agreement", "agreement", "fraction", SHARED_PAIRS,
@@ -205,7 +204,7 @@ metric("agreement", "agreement", "fraction", SHARED_PAIRS,
 metric("agreement-with-ties", "agreement", "fraction", JUDGED_PAIRS,
        "Like `agreement`, with a tie as a third outcome that agrees with ties only; chance depends on the number of "
        "ties.",
-       lambda facts: agreement.with_ties_estimate(facts.votes) or NO_TWO,
+       lambda facts: agreement_estimate(facts.votes, ties=True) or NO_TWO,
        advice="If this is far below `agreement`, annotators disagree on what counts as a tie: define it in the "
               "guideline.")
 

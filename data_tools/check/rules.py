@@ -43,39 +43,32 @@ class Rule:
         return f"{self.metric}{self.operator}{self.number:g}"
 
 
-def parse_rule(text: str) -> Rule:
-    """A rule of `--fail-on`: the name of a metric, an operator (> >= < <= ==) and a number.
-
-    Raises:
-        UserError: The text has another form, or the metric is unknown (with the nearest name).
-    """
-    try:
-        rule = Rule.parse(text)
-    except ValueError:
-        why = "A rule is the name of a metric, one of > >= < <= ==, and a number (a fraction is from 0 to 1)."
-        raise UserError(f"--fail-on {text!r}: not a rule", why, "Write, for instance, 'agreement<0.6'.") from None
-    names = [row.name for row in METRICS]
-    if rule.metric not in names:
-        raise UserError(f"--fail-on {text!r}: unknown metric {rule.metric!r}; {nearest(rule.metric, names)}")
-    return rule
-
-
 def parse_rules(texts: Iterable[str], near: bool, against: bool) -> list[Rule]:
-    """The rules of `--fail-on`.
+    """The rules of `--fail-on`, each the name of a metric, an operator (> >= < <= ==) and a number.
 
     Args:
         near: Near-duplicates are searched for.
         against: Evaluation sets are given.
 
     Raises:
-        UserError: A text is not a rule, its metric is unknown, or these options switch the metric off.
+        UserError: A text is not a rule, its metric is unknown (with the nearest name), or these options switch the
+            metric off.
     """
-    rules = [parse_rule(text) for text in texts]
-    for rule in rules:
+    rules = []
+    names = [row.name for row in METRICS]
+    for text in texts:
+        try:
+            rule = Rule.parse(text)
+        except ValueError:
+            why = "A rule is the name of a metric, one of > >= < <= ==, and a number (a fraction is from 0 to 1)."
+            raise UserError(f"--fail-on {text!r}: not a rule", why, "Write, for instance, 'agreement<0.6'.") from None
+        if rule.metric not in names:
+            raise UserError(f"--fail-on {text!r}: unknown metric {rule.metric!r}; {nearest(rule.metric, names)}")
         if not near and rule.metric.startswith("near-") and rule.metric != "near-identical-pairs":
             raise UserError(f"--fail-on {rule}: --no-near switches this metric off", remedy="Remove one of the two.")
         if not against and rule.metric.endswith("contaminated-prompts"):
             raise UserError(f"--fail-on {rule}: needs evaluation sets", remedy="Give them with --against.")
+        rules.append(rule)
     return rules
 
 

@@ -2,57 +2,21 @@
 
 from __future__ import annotations
 
-import krippendorff
 import numpy as np
 
 from data_tools.statistics.columns import Columns
-from data_tools.statistics.intervals import Estimate, clustered_fraction
 from data_tools.statistics.judgements import AnnotatorVotes, mixed
 
-# ---- pairs ----------------------------------------------------------------------------------------------------------
-
-
-def agreement_with_ties_sums(votes: AnnotatorVotes) -> np.ndarray:
-    """As `ceiling.agreement_sums`, with a tie as a third outcome that agrees with ties only.
-
-    Returns:
-        (prompts, 2) float: expected agreeing votes, votes.
-    """
-    counts = votes.counts()
-    total = counts.sum(axis=1)
-    agreeing = (counts * (counts - 1)).sum(axis=1) / (total - 1)
-    return votes.per_prompt(np.stack([agreeing, total], axis=1))
-
-
-def with_ties_estimate(votes: AnnotatorVotes) -> Estimate | None:
-    """The agreement of `agreement_with_ties_sums`, as `ceiling.agreement_estimate`; `n` counts the judged pairs."""
-    sums, pairs = agreement_with_ties_sums(votes), len(votes.prompt)
-    return clustered_fraction(sums[:, 0], sums[:, 1], pairs, float(sums[:, 1].sum()) - pairs) if pairs else None
-
-
-def krippendorff_alpha(counts: np.ndarray) -> float:
-    """Krippendorff's alpha, ordinal, of votes on pairs of answers (Krippendorff 2004, 11.3; library `krippendorff`).
-
-    The units are pairs of answers, the values first better < tie < second better. Which answer is the first must not
-    matter, so each pair is counted in both orders. Ranks are not used as values: with rankings of different K (rank 5
-    exists in some only) alpha of random clicks would be above 0.
-
-    Args:
-        counts: (U, 3): votes of -1, 0 and 1 on each pair.
-
-    Returns:
-        1 = full agreement, 0 = chance; NaN if every vote is a tie.
-    """
-    if not counts[:, [0, 2]].any():
-        return float("nan")
-    both = np.concatenate([counts, counts[:, ::-1]])
-    return float(krippendorff.alpha(value_counts=both, value_domain=[-1, 0, 1], level_of_measurement="ordinal"))
+# ---- Krippendorff's alpha -------------------------------------------------------------------------------------------
 
 
 def coincidence_sums(votes: AnnotatorVotes) -> np.ndarray:
-    """(prompts, 9): each prompt's part in the 3 x 3 coincidence matrix of `krippendorff_alpha`.
+    """(prompts, 9): each prompt's part in the 3 x 3 coincidence matrix of `alpha_of_coincidences`.
 
-    A pair with n votes, n_c of them c, adds n_c (n_k - [c = k]) / (n - 1) to cell (c, k), and the mirror image.
+    The units are pairs of answers, the values first better < tie < second better. A pair with n votes, n_c of them c,
+    adds n_c (n_k - [c = k]) / (n - 1) to cell (c, k), and the mirror image, since which answer is the first must not
+    matter. Ranks are not used as values: with rankings of different K (rank 5 exists in some only) alpha of random
+    clicks would be above 0.
     """
     counts = votes.counts().astype(float)
     cells = counts[:, :, None] * (counts[:, None, :] - np.eye(3)) / (counts.sum(axis=1) - 1)[:, None, None]
@@ -60,7 +24,9 @@ def coincidence_sums(votes: AnnotatorVotes) -> np.ndarray:
 
 
 def alpha_of_coincidences(sums: np.ndarray) -> np.ndarray:
-    """Ordinal alpha = 1 - (n - 1) Σ o_ck δ²_ck / Σ n_c n_k δ²_ck with δ_ck = Σ_{g=c..k} n_g - (n_c + n_k) / 2.
+    """Krippendorff's ordinal alpha (Krippendorff 2004, 11.3): 1 = full agreement, 0 = chance.
+
+    alpha = 1 - (n - 1) Σ o_ck δ²_ck / Σ n_c n_k δ²_ck with δ_ck = Σ_{g=c..k} n_g - (n_c + n_k) / 2.
 
     Args:
         sums: (any, 9) coincidence matrices, flattened.

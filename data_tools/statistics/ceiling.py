@@ -29,34 +29,39 @@ def ceiling(agreement: np.ndarray) -> np.ndarray:
     return (1 + np.sqrt(np.maximum(2 * agreement - 1, 0))) / 2
 
 
-def agreement_sums(votes: AnnotatorVotes) -> np.ndarray:
+def _counts(votes: AnnotatorVotes, ties: bool) -> np.ndarray:
+    """(U, outcomes): votes for each outcome of each pair; a tie is one of them, or does not count."""
+    return votes.counts() if ties else votes.counts()[:, [0, 2]]
+
+
+def agreement_sums(votes: AnnotatorVotes, ties: bool = False) -> np.ndarray:
     """Each prompt's part in the pairwise agreement A = (sum of the first column) / (sum of the second).
 
     For a pair of answers with a votes one way and b the other, a vote agrees with another one, drawn at random, with
     probability (a(a-1) + b(b-1)) / ((a+b)(a+b-1)). A pair weighs as much as it has votes (like the units of
     Krippendorff's alpha), not pairs of votes, so that one pair of answers that fifty annotators judged does not
-    dominate. Ties are left out.
+    dominate.
+
+    Args:
+        ties: A tie is a third outcome that agrees with ties only; otherwise ties are left out.
 
     Returns:
         (prompts, 2) float: expected agreeing votes; votes on pairs that have at least two.
     """
-    counts = votes.counts()
-    less, more = counts[:, 0], counts[:, 2]
-    total = less + more
-    with np.errstate(divide="ignore", invalid="ignore"):
-        agreeing = (less * (less - 1) + more * (more - 1)) / (total - 1)
-    several = total > 1
-    return votes.per_prompt(np.stack([np.where(several, agreeing, 0), np.where(several, total, 0)], axis=1))
+    counts = _counts(votes, ties)
+    total = counts.sum(axis=1)
+    agreeing = (counts * (counts - 1)).sum(axis=1) / np.maximum(total - 1, 1)
+    return votes.per_prompt(np.stack([agreeing, np.where(total > 1, total, 0)], axis=1))
 
 
-def agreement_estimate(votes: AnnotatorVotes) -> Estimate | None:
+def agreement_estimate(votes: AnnotatorVotes, ties: bool = False) -> Estimate | None:
     """The pairwise agreement of `agreement_sums` with Wilson's interval, by prompt; None where no pair has two votes.
 
     `n` is the number of pairs that two or more annotators ordered. Of m votes on a pair the interval counts at most
     m - 1 trials: two votes are one comparison.
     """
-    sums, counts = agreement_sums(votes), votes.counts()
-    pairs = int((counts[:, 0] + counts[:, 2] > 1).sum())
+    sums = agreement_sums(votes, ties)
+    pairs = int((_counts(votes, ties).sum(axis=1) > 1).sum())
     return clustered_fraction(sums[:, 0], sums[:, 1], pairs, float(sums[:, 1].sum()) - pairs) if pairs else None
 
 

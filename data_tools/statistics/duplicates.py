@@ -21,24 +21,38 @@ TRAIN = SPLITS.index("train")
 # ---- exact ----------------------------------------------------------------------------------------------------------
 
 
+def _again(names: np.ndarray) -> np.ndarray:
+    """(n,) bool: an earlier one has the same name."""
+    _, first = np.unique(names, return_index=True)
+    again = np.ones(len(names), bool)
+    again[first] = False
+    return again
+
+
+def _in_several_splits(names: np.ndarray, split: np.ndarray) -> np.ndarray | None:
+    """(n,) bool: the name is in another split too; None with fewer than two splits."""
+    if len(np.unique(split[split >= 0])) < 2:
+        return None
+    _, number = np.unique(names, return_inverse=True)
+    bits = np.zeros(number.max() + 1, np.int64)
+    np.bitwise_or.at(bits, number, np.where(split < 0, 0, 1 << np.maximum(split, 0).astype(np.int64)))
+    return ((bits & (bits - 1)) > 0)[number] & (split >= 0)
+
+
 def repeats(ids: np.ndarray) -> tuple[Estimate, np.ndarray]:
     """The fraction of records whose id an earlier record has, and the indices of these records."""
-    _, first = np.unique(ids, return_index=True)
-    again = np.ones(len(ids), bool)
-    again[first] = False
-    return Estimate(len(again[again]) / len(ids), n=len(ids)), np.flatnonzero(again)
+    again = _again(ids)
+    return Estimate(again.sum() / len(ids), n=len(ids)), np.flatnonzero(again)
 
 
 def prompts_across_splits(columns: Columns) -> tuple[Estimate, np.ndarray] | None:
     """The number of prompts in more than one split, and a record of each; None with fewer than two splits."""
-    known = np.flatnonzero(columns.split >= 0)
-    if len(np.unique(columns.split[known])) < 2:
+    several = _in_several_splits(columns.prompt, columns.split)
+    if several is None:
         return None
-    prompts, first, number = np.unique(columns.prompt[known], return_index=True, return_inverse=True)
-    bits = np.zeros(len(prompts), np.int64)
-    np.bitwise_or.at(bits, number, 1 << columns.split[known].astype(np.int64))
-    several = (bits & (bits - 1)) > 0
-    return Estimate(float(several.sum()), n=len(prompts)), known[first[several]]
+    rows = np.flatnonzero(several)
+    rows = rows[~_again(columns.prompt[rows])]
+    return Estimate(float(len(rows)), n=len(np.unique(columns.prompt[columns.split >= 0]))), rows
 
 
 def repeated_answers(columns: Columns) -> tuple[Estimate, np.ndarray] | None:
@@ -76,17 +90,11 @@ def near_prompts(columns: Columns, texts: Texts) -> NearPrompts:
     groups = near_groups((str(row), texts.prompt[row]) for row in rows.tolist())
     group = np.array([int(groups[str(row)]) for row in rows.tolist()], np.int64)
     split = columns.split[rows].astype(np.int64)
-    _, here = np.unique(group * 8 + split, return_index=True)
-    again = np.ones(len(rows), bool)
-    again[here] = False
-    names, number = np.unique(group, return_inverse=True)
-    bits = np.zeros(len(names), np.int64)
-    known = split >= 0
-    np.bitwise_or.at(bits, number[known], 1 << split[known])
-    spread = ((bits & (bits - 1)) > 0)[number] & known
+    again = _again(group * 8 + split)
+    several = _in_several_splits(group, split)
+    spread = np.zeros(len(rows), bool) if several is None else several
     within = clustered_fraction(again.astype(float), np.ones(len(rows)))
-    several = len(np.unique(split[known])) > 1
-    across = Estimate(float(spread.sum()), n=len(rows)) if several else None
+    across = None if several is None else Estimate(float(spread.sum()), n=len(rows))
     assert within is not None
     return NearPrompts(within, across, _examples(rows, group, split, spread, again))
 

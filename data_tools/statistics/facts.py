@@ -13,11 +13,10 @@ import numpy as np
 
 from data_tools.statistics import biases, consistency, duplicates, words
 from data_tools.statistics.agreement import kendall_sums
-from data_tools.statistics.annotators import AnnotatorReport, annotators_of
+from data_tools.statistics.annotators import annotators_of
 from data_tools.statistics.columns import Collector, Columns, as_shards, row_groups
-from data_tools.statistics.duplicates import EvaluationSet, NearPrompts
-from data_tools.statistics.intervals import Estimate
-from data_tools.statistics.judgements import AnnotatorVotes, AnswerPairs, pairs_of, votes_of
+from data_tools.statistics.duplicates import EvaluationSet
+from data_tools.statistics.judgements import pairs_of, votes_of
 from data_tools.statistics.sample import Texts, texts_of
 from rlhf.data.jsonl import Reject
 from rlhf.data.store import Dataset, open_dataset
@@ -37,67 +36,32 @@ class Facts:
     bad_rows: Counter[str] = field(default_factory=Counter)
     """Rows of a JSONL file that could not be used, by reason."""
 
-    @cached_property
-    def pairs(self) -> AnswerPairs:
-        return pairs_of(self.columns)
-
-    @cached_property
-    def votes(self) -> AnnotatorVotes:
-        return votes_of(self.columns, self.pairs)
-
-    @cached_property
-    def kendall(self) -> tuple[np.ndarray, np.ndarray]:
-        return kendall_sums(self.columns)
-
-    @cached_property
-    def annotators(self) -> list[AnnotatorReport]:
-        return annotators_of(self.columns, self.pairs, self.votes)
-
-    @cached_property
-    def authors(self) -> list[biases.WinRate]:
-        return biases.author_win_rates(self.columns, self.pairs)
-
-    @cached_property
-    def repeats(self) -> tuple[Estimate, np.ndarray]:
-        return duplicates.repeats(self.columns.id)
-
-    @cached_property
-    def split_leaks(self) -> tuple[Estimate, np.ndarray] | None:
-        return duplicates.prompts_across_splits(self.columns)
-
-    @cached_property
-    def repeated_answers(self) -> tuple[Estimate, np.ndarray] | None:
-        return duplicates.repeated_answers(self.columns)
-
-    @cached_property
-    def contaminated(self) -> tuple[Estimate, np.ndarray]:
-        return duplicates.contaminated(self.columns, self.evaluation)
-
-    @cached_property
-    def contradicting(self) -> list[tuple[int, int]]:
-        return consistency.contradicting(self.columns, self.pairs)
+    pairs = cached_property(lambda self: pairs_of(self.columns))
+    votes = cached_property(lambda self: votes_of(self.columns, self.pairs))
+    kendall = cached_property(lambda self: kendall_sums(self.columns))
+    annotators = cached_property(lambda self: annotators_of(self.columns, self.pairs, self.votes))
+    authors = cached_property(lambda self: biases.author_win_rates(self.columns, self.pairs))
+    repeats = cached_property(lambda self: duplicates.repeats(self.columns.id))
+    split_leaks = cached_property(lambda self: duplicates.prompts_across_splits(self.columns))
+    repeated_answers = cached_property(lambda self: duplicates.repeated_answers(self.columns))
+    contaminated = cached_property(
+        lambda self: duplicates.contaminated(self.columns, self.evaluation) if self.evaluation else None
+    )
+    contradicting = cached_property(lambda self: consistency.contradicting(self.columns, self.pairs))
+    near_prompts = cached_property(lambda self: duplicates.near_prompts(self.columns, self.texts))
+    near_contaminated = cached_property(
+        lambda self: duplicates.near_contaminated(self.columns, self.texts, self.evaluation)
+    )
+    languages = cached_property(lambda self: words.languages(self.columns, self.texts))
 
     @cached_property
     def texts(self) -> Texts:
         """The sampled texts, and those of the records that are shown as examples."""
-        also = set(self.repeats[1][:5].tolist())
-        also |= set(self.split_leaks[1][:5].tolist()) if self.split_leaks else set()
-        also |= set(self.contaminated[1][:5].tolist()) if self.evaluation else set()
+        faults = [found[1][:5].tolist() for found in (self.repeats, self.split_leaks, self.contaminated) if found]
+        also = {row for rows in faults for row in rows}
         also |= {self.row_of(at) for at in self.repeated_answers[1].tolist()} if self.repeated_answers else set()
         also |= {int(self.pairs.row[pair]) for two in self.contradicting for pair in two}
         return texts_of(self.shards, self.columns, self.near, also)
-
-    @cached_property
-    def near_prompts(self) -> NearPrompts:
-        return duplicates.near_prompts(self.columns, self.texts)
-
-    @cached_property
-    def near_contaminated(self) -> tuple[Estimate, list[tuple[int, str]]]:
-        return duplicates.near_contaminated(self.columns, self.texts, self.evaluation)
-
-    @cached_property
-    def languages(self) -> words.Languages:
-        return words.languages(self.columns, self.texts)
 
     def is_sample(self, what: str) -> bool:
         """Whether the texts of prompts, records, pairs or languages are from a sample of the dataset."""

@@ -36,11 +36,11 @@ class Texts:
     all_prompts: bool
 
 
-def sampled_records(total: int) -> np.ndarray:
-    """Up to `MOST_RECORDS` record indices, drawn without replacement, ascending."""
-    if total <= MOST_RECORDS:
+def sampled(total: int, most: int, seed: int = SEED) -> np.ndarray:
+    """Up to `most` of the numbers below `total`, drawn without replacement, ascending."""
+    if total <= most:
         return np.arange(total)
-    return np.sort(np.random.default_rng(SEED).choice(total, MOST_RECORDS, replace=False))
+    return np.sort(np.random.default_rng(seed).choice(total, most, replace=False))
 
 
 def sampled_prompts(columns: Columns) -> tuple[np.ndarray, bool]:
@@ -65,7 +65,7 @@ def texts_of(shards: Dataset, columns: Columns, near: bool, also: Iterable[int] 
     Args:
         near: Also sample prompts, for the near-duplicate search.
     """
-    records = sampled_records(len(columns))
+    records = sampled(len(columns), MOST_RECORDS)
     prompts, whole = sampled_prompts(columns) if near else (np.zeros(0, np.int64), False)
     wanted = np.unique(np.concatenate([records, prompts, np.fromiter(also, np.int64)]))
     prompt: dict[int, str] = {}

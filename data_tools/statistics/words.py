@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from typing import NamedTuple
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 import py3langid
@@ -14,11 +15,13 @@ from data_tools.statistics.columns import Columns
 from data_tools.statistics.consistency import fraction_by_prompt
 from data_tools.statistics.intervals import SEED, Estimate
 from data_tools.statistics.judgements import AnswerPairs
-from data_tools.statistics.sample import Texts
+from data_tools.statistics.sample import Texts, sampled
+from rlhf.data.schema import Ranking
 
 MOST_PAIRS = 10_000
 FEWEST_PROMPTS = 50
 FOLDS = 5
+FEATURES = 2**18
 REGULARISATION = 0.03  # scikit-learn's C; about the best of 0.01 to 10 on HH-RLHF, OASST1 and PandaLM
 MOST_NAMED = 5_000
 FEWEST_LETTERS = 80
@@ -37,43 +40,76 @@ def bag_of_words(columns: Columns, pairs: AnswerPairs, texts: Texts) -> Estimate
     """
     chosen = np.isin(pairs.row, texts.records) & (pairs.order != 0)
     indices = np.flatnonzero(chosen)
-    if len(indices) > MOST_PAIRS:
-        indices = np.sort(np.random.default_rng(SEED).choice(indices, MOST_PAIRS, replace=False))
-    used = pairs.where(indices)
+    used = pairs.where(indices[sampled(len(indices), MOST_PAIRS)])
     prompt = columns.prompt[used.row]
     if len(np.unique(prompt)) < FEWEST_PROMPTS:
         return None
-    begin = columns.start[used.row]
-    one = [texts.answers[row][at] for row, at in zip(used.row.tolist(), (used.one - begin).tolist())]
-    other = [texts.answers[row][at] for row, at in zip(used.row.tolist(), (used.other - begin).tolist())]
+    begin, rows = columns.start[used.row], used.row.tolist()
+    one, other = (
+        [texts.answers[row][at] for row, at in zip(rows, (side - begin).tolist())] for side in (used.one, used.other)
+    )
     return fraction_by_prompt(prompt, predicted_correctly(one, other, used.order, prompt))
 
 
 def predicted_correctly(one: list[str], other: list[str], order: np.ndarray, group: np.ndarray) -> np.ndarray:
-    """Which pairs the model predicts correctly when it was trained without the pairs of their group.
+    """Which pairs the model predicts correctly when it was trained without the pairs of their group; see `predictions`.
 
     Args:
         one, other: The two texts of each pair.
         order: (n,) 1 if `one` is better, -1 if `other` is.
         group: (n,) any integers; five or more different ones.
-
-    Returns:
-        (n,) bool.
     """
-    hashed = features.HashingVectorizer(n_features=2**18, ngram_range=(1, 2), alternate_sign=False, norm=None)
-    first, second = (hashed.transform(texts).log1p() for texts in (one, other))
-    difference = (first - second).tocsr()
-    turned = np.random.default_rng(SEED).choice([-1, 1], len(one))  # so that both classes occur
-    difference, winner = difference.multiply(turned[:, None]).tocsr(), order * turned
-    correct = np.zeros(len(one), bool)
-    for seen, held_out in model_selection.GroupKFold(FOLDS).split(difference, groups=group):
-        model = linear_model.LogisticRegression(
-            C=REGULARISATION, fit_intercept=False, solver="liblinear", random_state=SEED
-        )
-        if len(np.unique(winner[seen])) > 1:
-            model.fit(difference[seen], winner[seen])
+    turned = turns(len(one))
+    difference, winner = differences(zip(one, other)).multiply(turned[:, None]).tocsr(), order * turned
+    folds = model_selection.GroupKFold(FOLDS).split(difference, groups=group)
+    return predictions(difference, winner, folds)
+
+
+def hashed(texts: Sequence[str]) -> Any:
+    """Sparse (texts, `FEATURES`): log(1 + count) of hashed words and word pairs."""
+    vectorizer = features.HashingVectorizer(n_features=FEATURES, ngram_range=(1, 2), alternate_sign=False, norm=None)
+    return vectorizer.transform(texts).log1p()
+
+
+def differences(pairs: Iterable[tuple[str, str]]) -> Any:
+    """Sparse (pairs, `FEATURES`): `hashed` of the first text minus that of the second."""
+    one, other = map(hashed, zip(*pairs))
+    return (one - other).tocsr()
+
+
+def turns(count: int) -> np.ndarray:
+    """(count,) 1 or -1 at random: the sign of each pair, so that both classes occur."""
+    return np.random.default_rng(SEED).choice([-1, 1], count)
+
+
+def predictions(
+    difference: Any, winner: np.ndarray, folds: Iterable[tuple[np.ndarray, np.ndarray]], used: np.ndarray | None = None
+) -> np.ndarray:
+    """(n,) float: 1 where a model that was trained on the pairs of the other folds predicts the winner, 0 where it does
+    not; a half where there is nothing to learn from.
+
+    Args:
+        difference: Sparse (n, `FEATURES`).
+        winner: (n,) 1 or -1.
+        folds: Indices to train on, and to predict.
+        used: (n,) bool, the pairs that may be trained on; by default all.
+    """
+    correct = np.full(len(winner), 0.5)
+    for seen, held_out in folds:
+        rows = seen if used is None else seen[used[seen]]
+        if len(np.unique(winner[rows])) > 1:
+            model = linear_model.LogisticRegression(
+                C=REGULARISATION, fit_intercept=False, solver="liblinear", random_state=SEED
+            )
+            model.fit(difference[rows], winner[rows])
             correct[held_out] = model.predict(difference[held_out]) == winner[held_out]
     return correct
+
+
+def ordered_texts(record: Ranking) -> list[tuple[str, str]]:
+    """The better and the worse answer of each pair that a ranking orders."""
+    answers = list(zip(record.ranks, (candidate.text for candidate in record.candidates)))
+    return [(one, other) for rank, one in answers for below, other in answers if rank < below]
 
 
 class Languages(NamedTuple):
