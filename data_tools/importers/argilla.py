@@ -19,6 +19,7 @@ from data_tools.reading.annotation_exports import (
     stem_and_ending,
 )
 from data_tools.reading.argilla_records import Response, fields_of, is_column, records_of, responses_of
+from data_tools.reading.fields import is_list_of, is_number
 from data_tools.reading.judgements import TIE, ChoiceValues, choice_meanings, means_tie, named_answer
 from data_tools.reading.roles import role_of
 from data_tools.reading.rows import rows
@@ -148,7 +149,7 @@ class _Reader:
         if rankings:
             seen = brief(sorted(rankings))
             raise BadRecord("several ranking questions", seen, "Name one: --option question=NAME")
-        ratings = {r.question for r in responses if _is_number(r.value) and self._field(r.question, fields)}
+        ratings = {r.question for r in responses if is_number(r.value) and self._field(r.question, fields)}
         if len({self._field(question, fields) for question in ratings}) == len(ratings) > 1:
             return sorted(ratings)
         chosen = {r.question for r in responses if self._chooses(r, fields)}
@@ -221,7 +222,7 @@ class _Reader:
         if len(answers) < 2:
             seen = f"{brief(value)}; fields {', '.join(map(brief, list(fields)[:12]))}"
             raise BadRecord("which answers does the question compare?", seen, "Name them: --option answers=FIELD,FIELD")
-        best = None if _is_number(value) and not self.answers else self._named(value, answers)
+        best = None if is_number(value) and not self.answers else self._named(value, answers)
         if best is None or best not in (*answers, TIE):
             remedy = "Say what it means: --option choice_values=VALUE=FIELD,VALUE=tie"
             raise BadRecord("the response names none of the answers and no tie", brief(value), remedy)
@@ -294,19 +295,15 @@ def _not_submitted(status: Any) -> BadRecord:
     return BadRecord(f"the response is {known}", brief(status), "Nothing is wrong: only submitted ones count.")
 
 
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 1e300
-
-
 def _rating(value: Any) -> float:
-    if not _is_number(value):
+    if not is_number(value):
         raise BadRecord("the response is neither a ranking nor a rating", brief(value))
     return value
 
 
 def _is_ranking(value: Any) -> bool:
     options = _options(value)
-    return bool(options) and all(isinstance(option, str) for option in options)
+    return bool(options) and is_list_of(str, options)
 
 
 def _options(value: Any) -> list[Any]:
@@ -327,7 +324,7 @@ def _order(value: Any) -> dict[str, float]:
         ranks = [item.get("rank") if isinstance(item, dict) else None for item in value]
     if ranks is None or (isinstance(ranks, list) and all(rank is None for rank in ranks)):
         ranks = list(range(len(options)))
-    if not isinstance(ranks, list) or len(ranks) != len(options) or not all(map(_is_number, ranks)):
+    if not isinstance(ranks, list) or len(ranks) != len(options) or not all(map(is_number, ranks)):
         raise BadRecord("some options have no rank", brief(value))
     if len(set(options)) < len(options):
         raise BadRecord("the ranking names an option twice", brief(options))

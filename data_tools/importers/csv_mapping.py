@@ -20,7 +20,7 @@ from data_tools.reading.judgements import ranks_with_scores
 from data_tools.reading.judgements import score as given_score
 from data_tools.reading.roles import SYSTEM_FIELDS, role_of, says_something
 from data_tools.reading.route import Columns, route
-from data_tools.reading.table_judges import BOXES, Judge, judge_of, number_in
+from data_tools.reading.table_judges import BOXES, Judge, judge_of
 from data_tools.reading.turns import exchange, from_json_text, is_chat, is_conversation
 from data_tools.reading.unread import NestedFields
 from rlhf.core import console
@@ -262,7 +262,7 @@ class _Table:
         if fields.get("time"):
             fields["time"] = _when(fields["time"], self.time_format)
         if fields.get("seconds"):
-            fields["seconds"] = number_in(fields["seconds"], "seconds")
+            fields["seconds"] = given_score(fields["seconds"], "seconds")
         names = [self.answer] if self.answer else self.answers
         cells = {name: self._cell(row, name) for name in names} | {PROMPT: self._prompt(row)}
 

@@ -6,22 +6,24 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal
 
-from data_tools.importers.pairs import SHAREGPT, sharegpt_chat
+from data_tools.importers.pairs import sharegpt_chat
 from data_tools.published.table import Detect, Head, any_of, are, file_format, row_format, rows_have
 from data_tools.reading.annotation_exports import brief
 from data_tools.reading.fields import (
-    OPENAI_ROLES,
+    OPENAI,
     RIGHT_FORMAT,
-    SHAREGPT_ROLES,
+    SHAREGPT,
+    TurnForm,
     alpaca_prompt,
     chat,
+    is_list_of,
     is_tool_turn,
     joined,
     need,
     text,
     text_if_any,
 )
-from data_tools.reading.turns import are_objects, tool_definitions, tool_fields, turns_with_tools
+from data_tools.reading.turns import tool_definitions, tool_fields, turns_with_tools
 from rlhf.data.jsonl import READ_ERRORS, OnReject, Reject, open_bytes
 from rlhf.data.schema import BadRecord, Demonstration, Message, Prompt, Record
 
@@ -110,17 +112,17 @@ def flan(row: Any) -> Demonstration:
 Turns = Literal["all", "last"]
 Tools = Literal["reject", "cut", "keep"]
 CALL_REMEDY = "Nothing is wrong: it is part of the prompts after it."
-ANSWERING = {name for name, role in SHAREGPT_ROLES.items() if role == "assistant"}
+ANSWERING = {name for name, role in SHAREGPT.roles.items() if role == "assistant"}
 
 
-def _up_to_tools(turns: Any, tools: Tools, role: str = "role", content: str = "content") -> Any:
+def _up_to_tools(turns: Any, tools: Tools, form: TurnForm = OPENAI) -> Any:
     """The turns, or by choice those up to the last answer before the first turn that calls a tool or is one's."""
-    if tools != "cut" or not are_objects(turns):
+    if tools != "cut" or not is_list_of(dict, turns):
         return turns
-    at = next((i for i, turn in enumerate(turns) if is_tool_turn(turn, role, content)), None)
+    at = next((i for i, turn in enumerate(turns) if is_tool_turn(turn, form)), None)
     if at is None:
         return turns
-    answered = [i for i, turn in enumerate(turns[:at], 1) if turn.get(role) in ANSWERING]
+    answered = [i for i, turn in enumerate(turns[:at], 1) if turn.get(form.role) in ANSWERING]
     if not answered:
         raise BadRecord("no answer before the first turn of a tool", f"turn {at}", "Leave the chat out.")
     return turns[: answered[-1]]
@@ -178,13 +180,13 @@ def sharegpt(row: Any, *, turns: Turns = "all", tools: Tools = "reject") -> Iter
     with no user's turn before it, one after two turns of one speaker; a last turn without an answer.
     """
     _refuse_thumbs(row)
-    row["conversations"] = _up_to_tools(row["conversations"], tools, *SHAREGPT)
+    row["conversations"] = _up_to_tools(row["conversations"], tools, SHAREGPT)
     return _demonstrations(sharegpt_chat(row, tools == "keep"), turns, "sharegpt")
 
 
 def _ends_with_assistant(row: dict[str, Any]) -> bool:
     last = row["messages"][-1:] if isinstance(row["messages"], list) else []
-    answered = are_objects(last) and any(turn.get("role") == "assistant" for turn in last)
+    answered = is_list_of(dict, last) and any(turn.get("role") == "assistant" for turn in last)
     return answered and not row.keys() & {"chosen", "candidates", "answer", *THUMBS}
 
 
@@ -217,9 +219,9 @@ def openai_chat(row: Any, *, turns: Turns = "all", tools: Tools = "reject") -> I
     """
     _refuse_thumbs(row)
     given = _up_to_tools(row["messages"], tools)
-    if tools == "keep" and are_objects(given):
+    if tools == "keep" and is_list_of(dict, given):
         before = tool_definitions(row)
-        said, places = turns_with_tools(given, "messages", OPENAI_ROLES, "role", "content")
+        said, places = turns_with_tools(given, "messages", OPENAI)
     else:
         before, said = [], chat(given, "messages")
         places = list(range(len(said)))

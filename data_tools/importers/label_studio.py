@@ -12,6 +12,7 @@ from data_tools.published.table import any_of, convert_rows, file_format, rows_h
 from data_tools.reading.annotation_exports import (
     Names,
     brief,
+    ids_of,
     names,
     numbered,
     pair_of,
@@ -19,6 +20,7 @@ from data_tools.reading.annotation_exports import (
     prompt_of,
     stem_and_ending,
 )
+from data_tools.reading.fields import is_list_of
 from data_tools.reading.item_ratings import ITEM_INDEX, item_stars
 from data_tools.reading.judgements import TIE, ChoiceValues, choice_meanings, named_answer, score
 from rlhf.core.errors import UserError
@@ -275,13 +277,13 @@ class _Reader:
         if isinstance(value, dict) and list(value) == [control]:
             value = value[control]
         if isinstance(value, list):
-            order = _ids(value)
+            order = ids_of(value, "ranker")
             if missing := sorted(items.keys() - set(order)):
                 raise BadRecord("the ranking leaves candidates out", f"without {brief(missing)}")
             return [[item] for item in order]
         if not isinstance(value, dict):
             raise BadRecord("ranker: not a list of ids or an object of buckets", brief(value))
-        filled = {name: _ids(ids) for name, ids in value.items() if ids}
+        filled = {name: ids_of(ids, name) for name, ids in value.items() if ids}
         if unknown := [name for name in filled if name not in (*self.buckets, LEFT_IN_LIST)]:
             remedy = "Name all buckets, best first: --option buckets=BEST,MIDDLE,WORST"
             raise BadRecord("a bucket has no place in the order", brief(unknown), remedy)
@@ -297,7 +299,7 @@ class _Reader:
         if name not in lists:
             seen = f"lists of objects with ids: {', '.join(map(brief, lists)) or 'none'}"
             raise BadRecord("the candidates are not found", seen, "Name their field: --option items=FIELD")
-        items = dict(zip(_ids([item["id"] for item in lists[name]]), lists[name]))
+        items = dict(zip(ids_of([item["id"] for item in lists[name]], name), lists[name]))
         if len(items) < len(lists[name]):
             raise BadRecord("two candidates have one id", name)
         return items
@@ -327,13 +329,7 @@ def _as_list(value: Any) -> list[Any]:
 
 
 def _is_item_list(value: Any) -> bool:
-    return isinstance(value, list) and bool(value) and all(isinstance(item, dict) and "id" in item for item in value)
-
-
-def _ids(value: Any) -> list[str]:
-    if not isinstance(value, list) or not all(isinstance(item, (str, int)) for item in value):
-        raise BadRecord("ids are not text or numbers", brief(value))
-    return list(map(str, value))
+    return bool(value) and is_list_of(dict, value) and all("id" in item for item in value)
 
 
 def _as_shown(items: dict[str, Any]) -> list[str]:

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 from data_tools.published.table import any_of, are, file_format, rows_have
 from data_tools.reading.annotation_exports import as_raw, brief, person
+from data_tools.reading.fields import is_number
 from data_tools.reading.rows import rows
 from data_tools.reading.unread import NestedFields
 from rlhf.data.jsonl import OnReject, Reject, from_dict
@@ -218,7 +219,7 @@ def _conversation(last: _Message | None, by_key: dict[Any, _Message], fields: Ne
 
 
 def _rank(value: Any) -> int:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < 1e9 or value != int(value):
+    if not is_number(value, 0, 1e9) or value != int(value):
         raise BadRecord("rank: not a whole number from 0 (best)", brief(value))
     return int(value) + 1
 

@@ -10,17 +10,17 @@ from data_tools.importers import hh
 from data_tools.published.table import Head, row_format, rows_have
 from data_tools.reading.annotation_exports import brief
 from data_tools.reading.fields import (
-    OPENAI_ROLES,
-    SHAREGPT_ROLES,
+    OPENAI,
+    SHAREGPT,
     answer,
     chat,
+    is_list_of,
     ranking,
     text_if_any,
     whole_prompt,
 )
 from data_tools.reading.judgements import chosen_and_rejected, ranks_with_scores
 from data_tools.reading.turns import (
-    are_objects,
     has_later_marks,
     is_transcript,
     join_prompt,
@@ -40,7 +40,7 @@ PairTools = Literal["reject", "keep"]
 
 def _is_pair(row: Mapping[str, Any]) -> bool:
     sides = row["chosen"], row["rejected"]
-    messages = all(map(are_objects, sides))
+    messages = all(is_list_of(dict, side) for side in sides)
     return "instruction" not in row and (messages or all(isinstance(side, str) for side in sides))
 
 
@@ -161,7 +161,7 @@ def openai_preference(row: Any, *, tools: PairTools = "reject") -> Ranking:
     keep_tools = tools == "keep"
     asked = row["input"] if isinstance(row["input"], dict) else {"messages": row["input"]}
     prompt = tool_definitions(asked) if keep_tools else []
-    prompt += turns_by(asked.get("messages"), "input.messages", OPENAI_ROLES, "role", "content", keep_tools)
+    prompt += turns_by(asked.get("messages"), "input.messages", OPENAI, keep_tools)
     better, worse = (answer(chat(row[name], name), name) for name in ("preferred_output", "non_preferred_output"))
     return _preference(row, prompt, better, worse, "openai-preference", ("preferred_output", "non_preferred_output"))
 
@@ -188,14 +188,10 @@ def sharegpt_preference(row: Any, *, tools: PairTools = "reject") -> Ranking:
     """
     prompt = sharegpt_chat(row, tools == "keep")
     better, worse = (
-        row[name] if isinstance(row[name], str) else answer(chat([row[name]], name, SHAREGPT_ROLES, *SHAREGPT), name)
+        row[name] if isinstance(row[name], str) else answer(chat([row[name]], name, SHAREGPT), name)
         for name in ("chosen", "rejected")
     )
     return _preference(row, prompt, better, worse, "sharegpt-preference")
-
-
-SHAREGPT = ("from", "value")
-"""A turn's fields: who speaks, what is said."""
 
 
 def sharegpt_chat(row: Mapping[str, Any], keep_tools: bool = False) -> list[Message]:
@@ -209,5 +205,5 @@ def sharegpt_chat(row: Mapping[str, Any], keep_tools: bool = False) -> list[Mess
     """
     defined = tool_definitions(row) if keep_tools else []
     system = text_if_any(row, "system")
-    said = turns_by(row.get("conversations"), "conversations", SHAREGPT_ROLES, *SHAREGPT, keep_tools)
+    said = turns_by(row.get("conversations"), "conversations", SHAREGPT, keep_tools)
     return [*defined, *([Message("system", system)] if system else []), *said]

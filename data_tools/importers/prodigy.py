@@ -6,7 +6,8 @@ from datetime import UTC, datetime
 from typing import Any
 
 from data_tools.published.table import Head, row_format
-from data_tools.reading.annotation_exports import brief, person
+from data_tools.reading.annotation_exports import brief, ids_of, person
+from data_tools.reading.fields import is_list_of
 from data_tools.reading.judgements import means_tie
 from rlhf.data.jsonl import from_dict
 from rlhf.data.schema import BadRecord, Ranking
@@ -47,14 +48,14 @@ def prodigy(row: Any, *, prompt: str = "text") -> Ranking:
     if row.get("answer") != "accept":
         raise BadRecord("answer: not one of accept, reject, ignore", brief(row.get("answer")))
     options, accepted = row["options"], row.get("accept")
-    if not all(isinstance(option, dict) for option in options):
+    if not is_list_of(dict, options):
         raise BadRecord("options: not a list of {id, text}", brief(options))
-    ids = _ids([option.get("id") for option in options], "options")
+    ids = ids_of([option.get("id") for option in options], "options")
     if len(set(ids)) < len(ids):
         raise BadRecord("two options have one id", brief(ids))
     if not isinstance(accepted, list) or not accepted:
         raise BadRecord("no option was accepted", brief(accepted), "Nothing was preferred; leave it out.")
-    chosen = set(_ids(accepted, "accept"))
+    chosen = set(ids_of(accepted, "accept"))
     if unknown := sorted(chosen - set(ids)):
         raise BadRecord("an accepted id is none of the options", brief(unknown))
     if row.get(prompt) in (None, ""):
@@ -75,12 +76,6 @@ def prodigy(row: Any, *, prompt: str = "text") -> Ranking:
 def _shown(option: Any) -> str | None:
     text = option.get("text") if isinstance(option, dict) else None
     return text if isinstance(text, str) else None
-
-
-def _ids(values: list[Any], name: str) -> list[str]:
-    if not all(isinstance(value, (str, int)) for value in values):
-        raise BadRecord(f"{name}: ids are not text or numbers", brief(values))
-    return list(map(str, values))
 
 
 def _time(seconds: Any) -> str | None:

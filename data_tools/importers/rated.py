@@ -10,11 +10,10 @@ from typing import Any, Literal
 
 from data_tools.importers.comparisons import marked_prompt
 from data_tools.published.table import any_of, are, file_format, row_format, rows_have
-from data_tools.reading.fields import alpaca_prompt, elements, need, number, ranking, text, text_if_any
+from data_tools.reading.fields import alpaca_prompt, elements, is_list_of, need, number, ranking, text, text_if_any
 from data_tools.reading.html_text import html_text
 from data_tools.reading.judgements import chosen_and_rejected, ranks_with_scores
 from data_tools.reading.rows import rows
-from data_tools.reading.turns import are_objects
 from data_tools.reading.unread import NestedFields
 from rlhf.data.jsonl import Item, OnReject, Reject
 from rlhf.data.schema import BadRecord, Ranking, Record, dense_ranks
@@ -153,7 +152,7 @@ def helpsteer(path: Path, reject: OnReject, *, aspect: HelpAspect = "helpfulness
     detect=rows_have(
         "question",
         "answers",
-        where=lambda row: are_objects(row["answers"]) and all("pm_score" in one for one in row["answers"]),
+        where=lambda row: is_list_of(dict, row["answers"]) and all("pm_score" in one for one in row["answers"]),
         why="its rows have a `question` and `answers` with a `pm_score`",
     ),
 )

@@ -10,7 +10,7 @@ from typing import Any, Literal
 from data_tools.published.table import Head, any_of, row_format, rows_have
 from data_tools.reading.annotation_exports import brief, person
 from data_tools.reading.csv_rows import CSV, csv_rows
-from data_tools.reading.fields import chat, elements, need, number, ranking, ranks_of_two, text, text_if_any
+from data_tools.reading.fields import chat, elements, is_list_of, need, number, ranking, ranks_of_two, text, text_if_any
 from data_tools.reading.judgements import score
 from data_tools.reading.rows import JSON, rows
 from data_tools.reading.turns import from_json_text, shared_turns
@@ -146,7 +146,7 @@ def _conversation(row: dict[str, Any], side: str) -> list[Message]:
     asked, answered = (elements(lists, name) for name in lists)
     if None in answered:
         raise BadRecord(f"response_{side}: a reply is null", f"{len(answered)} replies", "The model gave no answer.")
-    if len(asked) != len(answered) or not all(isinstance(part, str) for part in asked + answered):
+    if len(asked) != len(answered) or not is_list_of(str, asked + answered):
         raise BadRecord(f"prompt and response_{side}: not as many texts", f"{len(asked)} and {len(answered)}")
     pairs = zip(asked, answered)
     return [turn for user, said in pairs for turn in (Message("user", user), Message("assistant", said))]

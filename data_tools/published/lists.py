@@ -6,8 +6,8 @@ from typing import Any
 
 from data_tools.published.table import row_format, rows_have
 from data_tools.reading.annotation_exports import brief
-from data_tools.reading.fields import elements, need, number, ranking, text, text_if_any
-from data_tools.reading.turns import are_objects, turns_of
+from data_tools.reading.fields import elements, is_list_of, need, number, ranking, text, text_if_any
+from data_tools.reading.turns import turns_of
 from rlhf.data.schema import BadRecord, Ranking, dense_ranks
 
 # ---- RewardBench 2, RM-Bench -----------------------------------------------------------------------------------------
@@ -15,7 +15,7 @@ from rlhf.data.schema import BadRecord, Ranking, dense_ranks
 
 def _holds_lists_of_texts(row: dict[str, Any]) -> bool:
     lists = row["chosen"], row["rejected"]
-    return all(isinstance(one, list) and one and all(isinstance(text, str) for text in one) for one in lists)
+    return all(one and is_list_of(str, one) for one in lists)
 
 
 @row_format(
@@ -69,7 +69,7 @@ def reward_bench_2(row: Any) -> Ranking:
 
 def _holds_ranked_answers(row: dict[str, Any]) -> bool:
     answers = row["answers"]
-    return are_objects(answers) and answers and all(item.keys() >= {"answer", "rank"} for item in answers)
+    return is_list_of(dict, answers) and answers and all(item.keys() >= {"answer", "rank"} for item in answers)
 
 
 @row_format(

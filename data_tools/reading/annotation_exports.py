@@ -8,6 +8,7 @@ import reprlib
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from data_tools.reading.fields import is_list_of
 from data_tools.reading.roles import SYSTEM_FIELDS, role_of
 from rlhf.data.schema import BadRecord
 
@@ -48,6 +49,17 @@ def person(value: Any) -> str:
     if isinstance(value, bool) or not isinstance(value, (str, int)):
         raise BadRecord("annotator: not text or a number", brief(value))
     return str(value)
+
+
+def ids_of(values: Any, name: str) -> list[str]:
+    """A list of ids, as texts.
+
+    Raises:
+        BadRecord: It is something else.
+    """
+    if not is_list_of((str, int), values):
+        raise BadRecord(f"{name}: ids are not text or numbers", brief(values))
+    return list(map(str, values))
 
 
 def prompt_of(fields: Mapping[str, Any], option: str | None) -> Any:

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 from data_tools.reading.annotation_exports import brief, person
+from data_tools.reading.fields import is_list_of
 from rlhf.data.schema import BadRecord
 
 NO_FIELDS = {
@@ -105,7 +106,7 @@ def _column(question: str, given: Any) -> Iterator[Response]:
     if isinstance(given, dict):
         yield from _parallel(question, given.get("value"), given.get("user_id"), given.get("status"))
         return
-    if not isinstance(given, list) or not all(isinstance(response, dict) for response in given):
+    if not is_list_of(dict, given):
         raise BadRecord("the responses of a question are not a list", f"{brief(question)}: {brief(given)}")
     for response in given:
         yield Response(question, response.get("value"), person(response.get("user_id")), response.get("status"))

@@ -5,17 +5,30 @@ from __future__ import annotations
 import reprlib
 from collections.abc import Collection, Iterable, Mapping
 from itertools import repeat
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from data_tools.reading.roles import SYSTEM_FIELDS
 from rlhf.data.schema import BadRecord, Candidate, Message, Ranking
 
 Role = Literal["system", "user", "assistant", "tools", "tool_calls", "tool"]
-OPENAI_ROLES: dict[str, Role] = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
-SHAREGPT_ROLES: dict[str, Role] = {
+
+
+class TurnForm(NamedTuple):
+    """How a format writes a turn of a chat."""
+
+    roles: Mapping[str, Role]
+    """The format's word for a role -> the schema's."""
+    role: str = "role"
+    content: str = "content"
+    """The names of a turn's two fields: who speaks, what is said."""
+
+
+OPENAI = TurnForm({"system": "system", "developer": "system", "user": "user", "assistant": "assistant"})
+_SHAREGPT_ROLES: dict[str, Role] = {
     "system": "system", "human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant",
     "chatgpt": "assistant", "bing": "assistant", "bard": "assistant",
 }  # fmt: skip
+SHAREGPT = TurnForm(_SHAREGPT_ROLES, "from", "value")
 TOOL_ROLES = ("tool", "function", "function_call", "observation", "ipython")
 TOOL_PARTS = ("tool_call", "tool_calls", "tool_use", "tool_result", "tools")
 """Types of a turn's parts that call a tool or give what it returned."""
@@ -36,6 +49,16 @@ def without_nulls(value: Any, depth: int = 10) -> Any:
     if isinstance(value, list) and depth:
         return [without_nulls(inner, depth - 1) for inner in value]
     return value
+
+
+def is_list_of(kind: type | tuple[type, ...], value: Any) -> bool:
+    """Whether it is a list of values of a type."""
+    return isinstance(value, list) and all(isinstance(item, kind) for item in value)
+
+
+def is_number(value: Any, low: float = -1e300, high: float = 1e300) -> bool:
+    """Whether it is a number from `low` to `high`."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and low <= value <= high
 
 
 def need(row: Any, *names: str) -> dict[str, Any]:
@@ -91,7 +114,7 @@ def number(value: Any, name: str, low: float, high: float) -> float:
     Raises:
         BadRecord: It is not.
     """
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value <= high:
+    if not is_number(value, low, high):
         raise BadRecord(f"{name}: not a number from {low} to {high}", reprlib.repr(value))
     return value
 
@@ -102,7 +125,7 @@ def one_of(value: Any, name: str, allowed: Collection[int]) -> int:
     Raises:
         BadRecord: It is not.
     """
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or value not in allowed:
+    if not is_number(value) or value not in allowed:
         raise BadRecord(f"{name}: not one of {', '.join(map(str, allowed))}", reprlib.repr(value))
     return int(value)
 
@@ -141,39 +164,32 @@ def ranking(
     return Ranking(turns, source, group or None, candidates=candidates, ranks=tuple(ranks), **facts)
 
 
-def chat(
-    value: Any, name: str, roles: Mapping[str, Role] = OPENAI_ROLES, role: str = "role", content: str = "content"
-) -> list[Message]:
+def chat(value: Any, name: str, form: TurnForm = OPENAI) -> list[Message]:
     """The turns of a chat. What a turn says is text, or a list of text parts, which are joined by a line break.
 
     Args:
         value: A list of objects.
-        roles: The format's word for a role -> the schema's.
-        role, content: The names of a turn's two fields.
+        form: How the format writes a turn.
 
     Raises:
         BadRecord: It is not such a list, a role is unknown, or a turn is a tool's, calls one, or holds more than text.
     """
-    if not isinstance(value, list) or not all(isinstance(turn, dict) for turn in value):
+    if not is_list_of(dict, value):
         raise BadRecord(f"{name}: not a list of turns", reprlib.repr(value), RIGHT_FORMAT)
-    return [_turn(turn, f"at index {index}", name, roles, role, content) for index, turn in enumerate(value)]
+    return [_turn(turn, f"at index {index}", name, form) for index, turn in enumerate(value)]
 
 
-def is_tool_turn(turn: Mapping[str, Any], role: str = "role", content: str = "content") -> bool:
+def is_tool_turn(turn: Mapping[str, Any], form: TurnForm = OPENAI) -> bool:
     """Whether a turn of a chat calls a tool, or is what the tool returned."""
-    parts = turn.get(content)
-    return (
-        turn.get(role) in TOOL_ROLES
-        or bool(turn.get("tool_calls") or turn.get("function_call"))
-        or (
-            isinstance(parts, list) and any(isinstance(part, dict) and part.get("type") in TOOL_PARTS for part in parts)
-        )
-    )
+    if turn.get(form.role) in TOOL_ROLES or turn.get("tool_calls") or turn.get("function_call"):
+        return True
+    parts = turn.get(form.content)
+    return isinstance(parts, list) and any(isinstance(part, dict) and part.get("type") in TOOL_PARTS for part in parts)
 
 
-def _turn(turn: dict[str, Any], where: str, name: str, roles: Mapping[str, Role], role: str, content: str) -> Message:
-    speaker, said = turn.get(role), turn.get(content)
-    if is_tool_turn(turn, role, content):
+def _turn(turn: dict[str, Any], where: str, name: str, form: TurnForm) -> Message:
+    roles, speaker, said = form.roles, turn.get(form.role), turn.get(form.content)
+    if is_tool_turn(turn, form):
         raise BadRecord(f"{name}: a tool call or a tool's turn", where, TOOL_REMEDY)
     if not isinstance(speaker, str) or speaker not in roles:
         raise BadRecord(f"{name}: a role that is not one of {', '.join(roles)}", f"{where}: {reprlib.repr(speaker)}")

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from data_tools.reading.annotation_exports import brief
-from data_tools.reading.judgements import TIE, ChoiceValues, choice_meanings, means_tie, named_answer
+from data_tools.reading.judgements import TIE, ChoiceValues, choice_meanings, means_tie, named_answer, score
 from rlhf.core.errors import UserError
 from rlhf.data.schema import BadRecord
 
@@ -40,7 +40,7 @@ class _Ranks:
         if set(map(str.lower, given.values())) - {""} <= BOXES.keys():
             return _ticked(given, there)
         sign = -1 if self.highest_best else 1
-        return {name: sign * number_in(text, "ranks") for name, text in given.items() if text}
+        return {name: sign * score(text, "ranks") for name, text in given.items() if text}
 
 
 BOXES = {"true": True, "yes": True, "x": True, "on": True, "false": False, "no": False, "off": False}
@@ -165,18 +165,3 @@ def judge_of(
         return _BestFirst(answers)
     by_number = {str(index + 1): name for index, name in enumerate(answers)}
     return _Order([ranking], by_number | by_letter) if ranking else None
-
-
-def number_in(text: str, name: str) -> float:
-    """The number that a cell holds.
-
-    Raises:
-        BadRecord: It holds something else.
-    """
-    try:
-        number = float(text)
-    except ValueError:
-        raise BadRecord(f"{name}: not a number", brief(text)) from None
-    if not abs(number) < 1e300:
-        raise BadRecord(f"{name}: not a number", brief(text))
-    return number

@@ -9,10 +9,12 @@ from typing import Any
 
 from data_tools.reading.annotation_exports import PROMPT_FIELDS, brief
 from data_tools.reading.fields import (
-    OPENAI_ROLES,
-    SHAREGPT_ROLES,
+    OPENAI,
+    SHAREGPT,
     Role,
+    TurnForm,
     chat,
+    is_list_of,
     is_tool_turn,
     joined,
     text,
@@ -89,24 +91,21 @@ def turns_of(value: Any, name: str, role: Role, json_text: bool = True, keep_too
         BadRecord: It is something else, or a turn holds more than text, or is a tool's where these are not read.
     """
     read = from_json_text(value) if json_text else value
-    if is_chat(read) or (keep_tools and read and are_objects(read)):
+    if is_chat(read) or (keep_tools and read and is_list_of(dict, read)):
         read = read["messages"] if isinstance(read, dict) and "messages" in read else read
         read = read if isinstance(read, list) else [read]
         sharegpt = "from" in read[0] and "role" not in read[0]
-        names = (SHAREGPT_ROLES, "from", "value") if sharegpt else (OPENAI_ROLES, "role", "content")
-        return turns_by(read, name, *names, keep_tools)
+        return turns_by(read, name, SHAREGPT if sharegpt else OPENAI, keep_tools)
     if not isinstance(value, str):
         return chat(value, name)  # says what is wrong with it
     return from_transcript(value) if is_transcript(value) else [Message(role, value)]
 
 
-def turns_by(
-    turns: Any, name: str, roles: Mapping[str, Role], role: str, content: str, keep_tools: bool
-) -> list[Message]:
+def turns_by(turns: Any, name: str, form: TurnForm, keep_tools: bool) -> list[Message]:
     """The turns of a chat as `chat` reads them, or, where those of tools are kept, as `turns_with_tools` does."""
-    if keep_tools and are_objects(turns):
-        return turns_with_tools(turns, name, roles, role, content)[0]
-    return chat(turns, name, roles, role, content)
+    if keep_tools and is_list_of(dict, turns):
+        return turns_with_tools(turns, name, form)[0]
+    return chat(turns, name, form)
 
 
 def shared_turns(chats: Sequence[Sequence[Message]]) -> int:
@@ -137,7 +136,7 @@ def exchange(prompt: Any, answers: Mapping[str, Any], json_text: bool = True) ->
         BadRecord: A value is none of these, or the answers are conversations that differ before their last turn.
     """
     said_in_turn = from_json_text(prompt) if json_text else prompt
-    if _is_texts(said_in_turn):
+    if said_in_turn and is_list_of(str, said_in_turn):
         chats = {name: _replies(said_in_turn, value, name) for name, value in answers.items()}
         asked = [Message("user", said_in_turn[0])] if len(said_in_turn) == 1 else []
     else:
@@ -177,10 +176,6 @@ def _trimmed(turn: Message) -> tuple[str, str]:
 
 def _is_empty(value: Any) -> bool:
     return value is None or value == [] or value == {} or (isinstance(value, str) and not value.strip())
-
-
-def _is_texts(value: Any) -> bool:
-    return isinstance(value, list) and bool(value) and all(isinstance(text, str) for text in value)
 
 
 def _replies(asked: list[str], value: Any, name: str) -> list[Message]:
@@ -242,22 +237,16 @@ def tool_fields(tools: str, **_: Any) -> tuple[str, ...]:
     return () if tools == "reject" else TOOLS_INSIDE
 
 
-def are_objects(turns: Any) -> bool:
-    """Whether it is a list of objects, as the turns of a chat are."""
-    return isinstance(turns, list) and all(isinstance(turn, dict) for turn in turns)
-
-
-def turns_with_tools(
-    turns: Sequence[Mapping[str, Any]], name: str, roles: Mapping[str, Role], role: str, content: str
-) -> tuple[list[Message], list[int]]:
+def turns_with_tools(turns: Sequence[Mapping[str, Any]], name: str, form: TurnForm) -> tuple[list[Message], list[int]]:
     """The turns of a chat with those of tools, as `rlhf.data.tool_turns` has them, and the index of each in `turns`.
 
     Args:
-        turns, name, roles, role, content: As for `chat`.
+        turns, name, form: As for `chat`.
 
     Raises:
         BadRecord: See `chat`; a call is no {name, arguments}; a result's `tool_call_id` is not the call's at its place.
     """
+    _, role, content = form
     said: list[Message] = []
     places: list[int] = []
     waiting: list[Any] = []
@@ -269,17 +258,17 @@ def turns_with_tools(
                 remedy = "Put the results in the order of the calls."
                 raise BadRecord(f"{name}: a tool's result that is not in its call's place", f"at index {index}", remedy)
             plain = {role: "user", content: turn.get(content)}
-            new = [chat([plain], name, {"user": "tool"}, role, content)[0]]
-        elif is_tool_turn(turn, role, content):
+            new = [chat([plain], name, TurnForm({"user": "tool"}, role, content))[0]]
+        elif is_tool_turn(turn, form):
             calls = _calls(
                 turn, f"{name}: a call of a tool that is not {{name, arguments}}", f"at index {index}", content
             )
             waiting = [call.get("id") for call in calls]
             words = turn.get(content) if turn.get(role) not in CALL_ROLES else None
-            new = chat([{role: turn.get(role), content: words}], name, roles, role, content) if words else []
+            new = chat([{role: turn.get(role), content: words}], name, form) if words else []
             new.append(Message("tool_calls", _json(calls)))
         else:
-            new = chat([dict(turn)], name, roles, role, content)
+            new = chat([dict(turn)], name, form)
         said += new
         places += [index] * len(new)
     return said, places
