@@ -120,7 +120,7 @@ def test_what_was_left_in_the_list_is_ranked_only_if_the_list_has_a_place(tmp_pa
         (task(ranked(["mdn", "wiki"])), {}, "the ranking leaves candidates out"),
         (task(ranked(["mdn", "wiki", "blog", "ghost"])), {}, "the ranking names an unknown candidate"),
         (task(ranked(["mdn", "wiki", "blog", "mdn"])), {}, "the ranking names a candidate twice"),
-        (task(ranked(["mdn", {}, None])), {}, "ids are not text or numbers"),
+        (task(ranked(["mdn", {}, None])), {}, "ranker: ids are not text or numbers"),
         (task(ranked("mdn")), {}, "ranker: not a list of ids or an object of buckets"),
         (task(ranked({"_": ["mdn", "wiki", "blog"]})), {}, "no candidate was put into a bucket"),
         (task(ranked({"good": ["mdn"]})), {"buckets": "good"}, "candidates: fewer than two answers"),

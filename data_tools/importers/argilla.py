@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +12,8 @@ from data_tools.reading.annotation_exports import (
     Names,
     as_raw,
     brief,
+    compared,
     names,
-    numbered,
-    pair_of,
     prompt_of,
     stem_and_ending,
 )
@@ -99,7 +98,7 @@ def argilla(
 
 def _mapping(parts: list[str]) -> dict[str, str]:
     pairs = (part.partition("=") for part in parts)
-    return {option.strip(): (field if equals else option).strip() for option, equals, field in pairs}
+    return {option.strip(): (name if equals else option).strip() for option, equals, name in pairs}
 
 
 @dataclass(frozen=True)
@@ -112,23 +111,25 @@ class _Reader:
     meanings: Mapping[str, str]
     without_status: bool
     nested: NestedFields
+    fields: Mapping[str, Any] = field(default_factory=dict)
+    """Of the record that is read."""
 
     def read(self, record: Mapping[str, Any]) -> Iterator[Record | BadRecord]:
         """A record or a fault for each response, or one fault for the record."""
         try:
-            yield from self._of_record(record)
+            yield from replace(self, fields=fields_of(record))._of_record(record)
         except BadRecord as fault:
             yield fault
 
     def _of_record(self, record: Mapping[str, Any]) -> Iterator[Record | BadRecord]:
-        fields, responses = fields_of(record), list(responses_of(record))
+        responses = list(responses_of(record))
         if not responses:
             raise BadRecord("the record has no response", remedy="Nothing is wrong: nobody has annotated it yet.")
         yield from (_not_submitted(response.status) for response in responses if not response.question)  # all is empty
         responses = [response for response in responses if response.question]
         if not responses:
             return
-        asked = self.questions or self._find_questions(fields, responses)
+        asked = self.questions or self._find_questions(responses)
         by_person: dict[str, list[Response]] = {}
         for response in responses:
             if response.question in asked:
@@ -138,49 +139,49 @@ class _Reader:
         for given in by_person.values():
             for part in [given] if len(asked) > 1 else [[response] for response in given]:
                 try:
-                    yield self._ranking(fields, part)
+                    yield self._ranking(part)
                 except BadRecord as fault:
                     yield fault
 
-    def _find_questions(self, fields: Mapping[str, Any], responses: list[Response]) -> list[str]:
-        rankings = {r.question for r in responses if _is_ranking(r.value) and self._all_found(r.value, fields)}
+    def _find_questions(self, responses: list[Response]) -> list[str]:
+        rankings = {r.question for r in responses if _is_ranking(r.value) and self._all_found(r.value)}
         if len(rankings) == 1:
             return list(rankings)
         if rankings:
             seen = brief(sorted(rankings))
             raise BadRecord("several ranking questions", seen, "Name one: --option question=NAME")
-        ratings = {r.question for r in responses if is_number(r.value) and self._field(r.question, fields)}
-        if len({self._field(question, fields) for question in ratings}) == len(ratings) > 1:
+        ratings = {r.question for r in responses if is_number(r.value) and self._field(r.question)}
+        if len({self._field(question) for question in ratings}) == len(ratings) > 1:
             return sorted(ratings)
-        chosen = {r.question for r in responses if self._chooses(r, fields)}
+        chosen = {r.question for r in responses if self._chooses(r)}
         if len(chosen) == 1:
             return list(chosen)
         remedy = "Name the question (or the rating questions) and the answers: --option question=NAME"
         seen = f"questions {brief(sorted({r.question for r in responses}))}"
         raise BadRecord("no question ranks or rates the record's answers", seen, remedy)
 
-    def _ranking(self, fields: Mapping[str, Any], given: list[Response]) -> Record:
+    def _ranking(self, given: list[Response]) -> Record:
         for response in given:
             if response.status != "submitted" and not (self.without_status and response.status is None):
                 raise _not_submitted(response.status)
         scores: dict[str, float] = {}
         if len(given) == 1 and _is_ranking(given[0].value):
-            by_option = self._without_tie(_order(given[0].value), fields)
-        elif len(given) == 1 and not self._field(given[0].question, fields):
-            by_option = self._choice(given[0].value, fields)
+            by_option = self._without_tie(_order(given[0].value))
+        elif len(given) == 1 and not self._field(given[0].question):
+            by_option = self._choice(given[0].value)
         else:
             by_option = {response.question: -_rating(response.value) for response in given}
             if len(by_option) < len(given):
                 raise BadRecord("one person answers a question twice", brief(list(by_option)))
-            scores = {self._known(question, fields): -value for question, value in by_option.items()}
-        by_field = {self._known(option, fields): value for option, value in by_option.items()}
+            scores = {self._known(question): -value for question, value in by_option.items()}
+        by_field = {self._known(option): value for option, value in by_option.items()}
         if len(by_field) < len(by_option):
             raise BadRecord("two options of the question are one answer", brief(list(by_option)))
-        order = [name for name in (self.answers.values() or fields) if name in by_field]
+        order = [name for name in (self.answers.values() or self.fields) if name in by_field]
         if self.answers and not scores and len(order) < len(self.answers):
             raise BadRecord("the ranking leaves answers out", brief(sorted(set(self.answers.values()) - set(order))))
-        candidates = [{"text": fields[name], "score": scores.get(name)} for name in order]
-        others = {name: value for name, value in fields.items() if name not in by_field}
+        candidates = [{"text": self.fields[name], "score": scores.get(name)} for name in order]
+        others = {name: value for name, value in self.fields.items() if name not in by_field}
         row = {"messages": self._asked(others), "candidates": candidates}
         row |= {"ranks": dense_ranks(by_field[name] for name in order), "annotator": given[0].user}
         row |= {"time": given[0].time, "shown": bool(self.answers), "source": "argilla"}
@@ -200,27 +201,27 @@ class _Reader:
 
     # ---- questions "which is better" ----
 
-    def _compared(self, fields: Mapping[str, Any]) -> dict[str, Any]:
+    def _compared(self) -> dict[str, Any]:
         """The answers between which a question chooses: those of the options, else the one group of fields."""
-        texts = [name for name, value in fields.items() if isinstance(value, str)]
-        among = self.answers.values() or numbered(texts) or pair_of(texts) or ()
-        return {name: fields[name] for name in among if name in fields}
+        texts = [name for name, value in self.fields.items() if isinstance(value, str)]
+        among = self.answers.values() or compared(texts)
+        return {name: self.fields[name] for name in among if name in self.fields}
 
     def _named(self, value: Any, answers: Mapping[str, Any]) -> str | None:
         if isinstance(value, str) and value in self.answers:
             return self.answers[value]
         return named_answer(value, answers, self.meanings)
 
-    def _chooses(self, response: Response, fields: Mapping[str, Any]) -> bool:
+    def _chooses(self, response: Response) -> bool:
         """Whether a response chooses between the answers, where no option names the question."""
-        named = self._named(response.value, self._compared(fields)) if isinstance(response.value, str) else None
+        named = self._named(response.value, self._compared()) if isinstance(response.value, str) else None
         return named is not None and (named != TIE or role_of(response.question) == "judgement")
 
-    def _choice(self, value: Any, fields: Mapping[str, Any]) -> dict[str, float]:
+    def _choice(self, value: Any) -> dict[str, float]:
         """Rank of each answer, by the value of a question that names the best or says that there is none."""
-        answers = self._compared(fields)
+        answers = self._compared()
         if len(answers) < 2:
-            seen = f"{brief(value)}; fields {', '.join(map(brief, list(fields)[:12]))}"
+            seen = f"{brief(value)}; fields {', '.join(map(brief, list(self.fields)[:12]))}"
             raise BadRecord("which answers does the question compare?", seen, "Name them: --option answers=FIELD,FIELD")
         best = None if is_number(value) and not self.answers else self._named(value, answers)
         if best is None or best not in (*answers, TIE):
@@ -228,14 +229,14 @@ class _Reader:
             raise BadRecord("the response names none of the answers and no tie", brief(value), remedy)
         return {name: 1 if best in (name, TIE) else 2 for name in answers}
 
-    def _without_tie(self, order: dict[str, float], fields: Mapping[str, Any]) -> dict[str, float]:
+    def _without_tie(self, order: dict[str, float]) -> dict[str, float]:
         """The ranks of the answers alone, where an option of the ranking question means a tie."""
-        ties = [rank for option, rank in order.items() if self._means_tie(option, fields)]
+        ties = [rank for option, rank in order.items() if self._means_tie(option)]
         if not ties:
             return order
-        (tie, *more), rest = ties, {name: rank for name, rank in order.items() if not self._means_tie(name, fields)}
+        (tie, *more), rest = ties, {name: rank for name, rank in order.items() if not self._means_tie(name)}
         if not rest:
-            return dict.fromkeys(self._compared(fields), 1.0)
+            return dict.fromkeys(self._compared(), 1.0)
         if not more and all(tie < rank for rank in rest.values()):
             return dict.fromkeys(rest, 1.0)
         if not more and (all(tie > rank for rank in rest.values()) or (len(rest) == 2 and tie not in rest.values())):
@@ -245,32 +246,32 @@ class _Reader:
         remedy = "It means something first or last, and between two answers; leave the row out."
         raise BadRecord("the option that means a tie is ranked among the answers", brief(order), remedy)
 
-    def _means_tie(self, option: Any, fields: Mapping[str, Any]) -> bool:
+    def _means_tie(self, option: Any) -> bool:
         """Whether an option is no answer and means a tie."""
-        if not isinstance(option, str) or self._field(option, fields):
+        if not isinstance(option, str) or self._field(option):
             return False
         return self.meanings.get(option.strip().lower()) == TIE or means_tie(option)
 
     # ---- options and fields ----
 
-    def _all_found(self, value: Any, fields: Mapping[str, Any]) -> bool:
-        return all(self._field(option, fields) or self._means_tie(option, fields) for option in _options(value))
+    def _all_found(self, value: Any) -> bool:
+        return all(self._field(option) or self._means_tie(option) for option in _options(value))
 
-    def _known(self, option: Any, fields: Mapping[str, Any]) -> str:
-        name = self._field(option, fields)
+    def _known(self, option: Any) -> str:
+        name = self._field(option)
         if name is None:
             remedy = "Say which option is which field: --option answers=OPTION=FIELD,OPTION=FIELD"
-            seen = f"{brief(option)}; fields {', '.join(map(brief, list(fields)[:12]))}"
+            seen = f"{brief(option)}; fields {', '.join(map(brief, list(self.fields)[:12]))}"
             raise BadRecord("an option is none of the record's answers", seen, remedy)
         return name
 
-    def _field(self, option: Any, fields: Mapping[str, Any]) -> str | None:
+    def _field(self, option: Any) -> str | None:
         """The field of an option or rating question: by the mapping, by its name, or by the number it ends in."""
         if not isinstance(option, str):
             return None
         if option in self.answers:
-            return self.answers[option] if self.answers[option] in fields else None
-        among = [name for name in (self.answers.values() or fields) if name in fields]
+            return self.answers[option] if self.answers[option] in self.fields else None
+        among = [name for name in (self.answers.values() or self.fields) if name in self.fields]
         if option in among:
             return option
         ending = stem_and_ending(option)[1]

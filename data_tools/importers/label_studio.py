@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
 from itertools import permutations
 from pathlib import Path
 from typing import Any, Literal
@@ -12,10 +12,9 @@ from data_tools.published.table import any_of, convert_rows, file_format, rows_h
 from data_tools.reading.annotation_exports import (
     Names,
     brief,
+    compared,
     ids_of,
     names,
-    numbered,
-    pair_of,
     person,
     prompt_of,
     stem_and_ending,
@@ -102,11 +101,16 @@ class _Reader:
     prompt: str | None
     items: str | None
     sides: list[str]
-    controls: list[str]
+    counted: list[str]
+    """Controls that count; empty: all."""
     meanings: dict[str, str]
     buckets: list[str]
     ranked_within: bool
     author: str | None
+    data: dict[str, Any] = field(default_factory=dict)
+    """Of the task that is read."""
+    controls: list[tuple[Any, dict[str, Any]]] = field(default_factory=list)
+    """Name and value of each control in the annotation that is read."""
 
     def read(self, row: Any) -> Iterator[Record | BadRecord]:
         if isinstance(row, dict) and isinstance(row.get("data"), dict):
@@ -132,7 +136,7 @@ class _Reader:
 
     def _minimal(self, name: str, value: Any) -> list[Any]:
         """What a column of JSON_MIN holds; a choice or rating is a bare text or number there, so `control` names it."""
-        if name in self.controls and isinstance(value, (str, int, float)):
+        if name in self.counted and isinstance(value, (str, int, float)):
             return [{"choices": [value]} if isinstance(value, str) else {"rating": value}]
         return _as_list(value)
 
@@ -143,53 +147,47 @@ class _Reader:
             raise BadRecord("the annotation was cancelled", remedy="Nothing is wrong: the annotator skipped the task.")
         by = annotation.get("completed_by")
         by = (by.get("email") or by.get("id")) if isinstance(by, dict) else by
-        results = [part for part in annotation.get("result") or [] if isinstance(part, dict)]
-        found = [(part, part.get("value")) for part in results]
-        values = [
-            (part.get("from_name"), dict(value.items()) | {key: part.get(key) for key in (_OBJECT, ITEM_INDEX)})
-            if isinstance(value, dict)
-            else (part.get("from_name"), value)
-            for part, value in found
-        ]
+        values = []
+        for part in annotation.get("result") or []:
+            if isinstance(part, dict):
+                value, more = part.get("value"), {key: part.get(key) for key in (_OBJECT, ITEM_INDEX)}
+                values.append((part.get("from_name"), dict(value.items()) | more if isinstance(value, dict) else value))
         return self._ranking(data, annotation, by, values)
 
     def _ranking(self, data: dict[str, Any], facts: dict[str, Any], by: Any, results: list[tuple[Any, Any]]) -> Record:
         """The ranking among the results of one annotation: pairs of a control's name and what it holds."""
         there = [(name, value) for name, value in results if isinstance(value, dict)]
-        if self.controls:
-            there = [(name, value) for name, value in there if name in self.controls]
+        there = [(name, value) for name, value in there if not self.counted or name in self.counted]
         found = [(name, value) for name, value in there if value.keys() & _RANKING_KEYS]
         if len(found) > 1:
             seen = f"controls {', '.join(brief(name) for name, _ in found)}"
             raise BadRecord("the annotation holds several rankings", seen, "Name one: --option control=NAME")
+        one = replace(self, data=data, controls=there)
         if found and "ranker" in found[0][1]:
-            candidates, ranks = self._ranked(data, *found[0], there)
-        elif judged := self._judged(data, found[0][1] if found else None, there):
-            candidates, ranks = judged
-        elif rated := self._rated(data, there):
-            candidates, ranks = rated
+            made = one._ranked(*found[0])
         else:
+            made = one._judged(found[0][1] if found else None) or one._rated()
+        if made is None:
             seen = f"controls {', '.join(brief(name) for name, _ in there or results)}" if results else "no result"
             remedy = "It needs a Ranker, Pairwise, Choices (--option choice_values=VALUE=ANSWER,VALUE=tie) or Ratings."
             raise BadRecord("the annotation holds no ranking", seen, remedy)
-        fields = {"messages": prompt_of(data, self.prompt), "candidates": candidates, "ranks": ranks}
-        facts = {"time": facts.get("created_at") or facts.get("updated_at"), "seconds": facts.get("lead_time")}
-        return from_dict(
-            {**fields, **facts, "annotator": person(by), "shown": True, "source": "label-studio"}, "ranking"
-        )
+        answers, ranks, stars = made
+        row = {"messages": prompt_of(data, self.prompt), "ranks": dense_ranks(ranks.values())}
+        row["candidates"] = [{**answers[name], "score": stars.get(name)} for name in ranks]
+        row |= {"time": facts.get("created_at") or facts.get("updated_at"), "seconds": facts.get("lead_time")}
+        return from_dict({**row, "annotator": person(by), "shown": True, "source": "label-studio"}, "ranking")
 
     # ---- Pairwise, Choices and Ratings ----
 
-    def _judged(
-        self, data: dict[str, Any], pairwise: dict[str, Any] | None, controls: list[tuple[Any, dict[str, Any]]]
-    ) -> tuple[list[Any], Sequence[int]] | None:
-        """Candidates and ranks by what was chosen and by stars; None where nothing was said."""
-        answers = self._answers(data)
-        ticked = [choice for _, value in controls for choice in _as_list(value.get("choices"))]
+    def _judged(self, pairwise: dict[str, Any] | None) -> _Judged | None:
+        """By what was chosen and by stars; None where nothing was said."""
+        texts = [name for name, text in self.data.items() if isinstance(text, str)]
+        answers = {name: self.data[name] for name in self.sides or compared(texts) if name in self.data}
+        ticked = [choice for _, value in self.controls for choice in _as_list(value.get("choices"))]
         said = {meant for choice in ticked if (meant := named_answer(choice, answers, self.meanings)) is not None}
         if pairwise is not None:
             if len(answers) != 2:
-                seen = f"there are {', '.join(map(brief, list(data)[:12]))}"
+                seen = f"there are {', '.join(map(brief, list(self.data)[:12]))}"
                 raise BadRecord("the two answers are not found", seen, "Name them: --option answers=LEFT,RIGHT")
             if pairwise["selected"] in ("left", "right"):
                 said.add(list(answers)[pairwise["selected"] == "right"])
@@ -199,32 +197,25 @@ class _Reader:
                 )
         if len(said) > 1:
             raise BadRecord("the annotation contradicts itself", f"chosen are {brief(sorted(said))}")
-        stars = self._stars(answers, controls)
+        stars = self._stars(answers)
+        shown = {name: {"text": text} for name, text in answers.items()}
         if not said:
-            rated = [name for name in answers if name in stars]
-            ranks = dense_ranks(-stars[name] for name in rated)
-            return ([{"text": data[name], "score": stars[name]} for name in rated], ranks) if rated else None
+            return _by_stars(shown, stars)
         (best,) = said
         if best not in (*answers, TIE):
             remedy = "Correct --option choice_values, or name the answers: --option answers=FIELD,FIELD"
             raise BadRecord("what was chosen is none of the task's answers", brief(best), remedy)
         if len(answers) < 2:
             raise BadRecord("the two answers are not found", brief(best), "Name them: --option answers=LEFT,RIGHT")
-        ranks = [1 if best in (name, TIE) else 2 for name in answers]
         # Equal stars do not deny a side: stars are coarse. More stars for the side that lost do.
         if any(stars[name] > stars.get(best, stars[name]) for name in stars):
             raise BadRecord("the annotation contradicts itself", f"{brief(best)} was chosen with fewer stars")
-        return [{"text": data[name], "score": stars.get(name)} for name in answers], ranks
+        return shown, {name: 1 if best in (name, TIE) else 2 for name in answers}, stars
 
-    def _answers(self, data: dict[str, Any]) -> dict[str, Any]:
-        """Field -> text of the answers, left to right."""
-        texts = [name for name, text in data.items() if isinstance(text, str)]
-        return {name: data[name] for name in self.sides or numbered(texts) or pair_of(texts) or () if name in data}
-
-    def _stars(self, answers: dict[str, Any], controls: list[tuple[Any, dict[str, Any]]]) -> dict[str, float]:
+    def _stars(self, answers: dict[str, Any]) -> dict[str, float]:
         """Answer -> its rating; ratings that belong to no answer, such as of the whole task, are not read."""
         stars: dict[str, float] = {}
-        for name, value in controls:
+        for name, value in self.controls:
             number = score(value.get("rating"), "rating")
             ends = [stem_and_ending(text)[1] for text in (name, value.get(_OBJECT)) if isinstance(text, str)]
             owners = [answer for end in ends if end for answer in answers if stem_and_ending(answer)[1] == end]
@@ -238,10 +229,8 @@ class _Reader:
 
     # ---- Ranker ----
 
-    def _ranked(
-        self, data: dict[str, Any], control: Any, value: dict[str, Any], controls: list[tuple[Any, dict[str, Any]]]
-    ) -> tuple[list[Any], list[int]]:
-        items = self._items(data)
+    def _ranked(self, control: Any, value: dict[str, Any]) -> _Judged:
+        items = self._items()
         rank: dict[str, int] = {}
         for index, group in enumerate(self._groups(control, value["ranker"], items)):
             for item in group:
@@ -251,26 +240,20 @@ class _Reader:
                 if item in rank:
                     raise BadRecord("the ranking names a candidate twice", brief(item))
                 rank[item] = index + 1
-        judged = [item for item in _as_shown(items) if item in rank]
-        stars = item_stars(_as_shown(items), controls)
-        for before, after in permutations([item for item in judged if item in stars], 2):
+        stars = item_stars(list(items), self.controls)
+        for before, after in permutations([item for item in stars if item in rank], 2):
             if rank[before] < rank[after] and stars[before] < stars[after]:
                 raise BadRecord(
                     "the annotation contradicts itself", f"{brief(before)} is ranked higher, with fewer stars"
                 )
-        return [self._candidate(items[item], stars.get(item)) for item in judged], [rank[item] for item in judged]
+        return items, {item: rank[item] for item in items if item in rank}, stars
 
-    def _rated(
-        self, data: dict[str, Any], controls: list[tuple[Any, dict[str, Any]]]
-    ) -> tuple[list[Any], Sequence[int]] | None:
-        """Candidates and ranks by the stars of a list's items; None where there are none."""
-        if not any("rating" in value for _, value in controls) or not any(map(_is_item_list, data.values())):
+    def _rated(self) -> _Judged | None:
+        """By the stars of a list's items; None where there are none."""
+        if not any("rating" in value for _, value in self.controls) or not any(map(_is_item_list, self.data.values())):
             return None
-        items = self._items(data)
-        stars = item_stars(_as_shown(items), controls)
-        rated = [item for item in _as_shown(items) if item in stars]
-        ranks = dense_ranks(-stars[item] for item in rated)
-        return ([self._candidate(items[item], stars[item]) for item in rated], ranks) if rated else None
+        items = self._items()
+        return _by_stars(items, item_stars(list(items), self.controls))
 
     def _groups(self, control: Any, value: Any, items: dict[str, Any]) -> list[list[str]]:
         """Ids, best first; those of one group are tied."""
@@ -292,9 +275,9 @@ class _Reader:
             raise BadRecord("no candidate was put into a bucket", remedy="Nothing was preferred; leave it out.")
         return [[item] for group in groups for item in group] if self.ranked_within else groups
 
-    def _items(self, data: dict[str, Any]) -> dict[str, dict[str, Any]]:
-        """The candidates by id, as the task has them."""
-        lists = {name: value for name, value in data.items() if _is_item_list(value)}
+    def _items(self) -> dict[str, dict[str, Any]]:
+        """The candidates by id, in the order shown."""
+        lists = {name: value for name, value in self.data.items() if _is_item_list(value)}
         name = self.items or ("items" if "items" in lists else next(iter(lists)) if len(lists) == 1 else None)
         if name not in lists:
             seen = f"lists of objects with ids: {', '.join(map(brief, lists)) or 'none'}"
@@ -302,16 +285,22 @@ class _Reader:
         items = dict(zip(ids_of([item["id"] for item in lists[name]], name), lists[name]))
         if len(items) < len(lists[name]):
             raise BadRecord("two candidates have one id", name)
-        return items
+        return {id: self._candidate(items[id]) for id in _as_shown(items)}
 
-    def _candidate(self, item: dict[str, Any], stars: float | None) -> dict[str, Any]:
+    def _candidate(self, item: dict[str, Any]) -> dict[str, Any]:
         # An empty body is an empty answer: its title is only a label, such as "Answer 1".
         texts = [item[name] for name in ("text", "body", "html") if item.get(name) is not None] or [item.get("title")]
-        return {
-            "text": next(filter(None, texts), texts[0]),
-            "author": person(item.get(self.author)) if self.author else "",
-            "score": stars,
-        }
+        author = person(item.get(self.author)) if self.author else ""
+        return {"text": next(filter(None, texts), texts[0]), "author": author}
+
+
+_Judged = tuple[dict[str, dict[str, Any]], dict[str, float], dict[str, float]]
+"""Name of each answer -> text and author; of those that were judged, in the order shown -> rank; of some -> stars."""
+
+
+def _by_stars(answers: dict[str, dict[str, Any]], stars: dict[str, float]) -> _Judged | None:
+    """The answers that have stars, the most first; None where none has."""
+    return (answers, {name: -stars[name] for name in answers if name in stars}, stars) if stars else None
 
 
 _RANKING_KEYS = {"ranker", "selected"}

@@ -105,26 +105,22 @@ def stem_and_ending(name: str) -> tuple[str, str]:
     return (match[1].lower(), match[2].lower()) if match else (name.lower(), "")
 
 
-def pair_of(fields: Iterable[str]) -> tuple[str, str] | None:
-    """The one pair of names that differ only in their ending: 1 and 2, a and b, or left and right."""
-    by_stem: dict[tuple[str, str], str] = {stem_and_ending(name): name for name in fields}
-    ends = (("1", "2"), ("a", "b"), ("left", "right"))
-    pairs = [
-        (by_stem[stem, first], by_stem[stem, second])
-        for stem, _ in by_stem
-        for first, second in ends
-        if (stem, first) in by_stem and (stem, second) in by_stem
-    ]
-    unique = list(dict.fromkeys(pairs))
-    return unique[0] if len(unique) == 1 else None
-
-
-def numbered(fields: Iterable[str]) -> list[str]:
-    """The one group of three or more names that differ only in their number, by the number: answer1, answer2, ..."""
-    groups: dict[str, dict[int, str]] = {}
-    for name in fields:
+def by_stem(names: Iterable[str]) -> dict[str, dict[str, str]]:
+    """Stem -> ending -> name; see `stem_and_ending`."""
+    found: dict[str, dict[str, str]] = {}
+    for name in names:
         stem, ending = stem_and_ending(name)
-        if ending.isdecimal() and len(ending) < 4:
-            groups.setdefault(stem, {})[int(ending)] = name
-    long = [group for group in groups.values() if len(group) > 2]
-    return [long[0][number] for number in sorted(long[0])] if len(long) == 1 else []
+        found.setdefault(stem, {})[ending] = name
+    return found
+
+
+def compared(names: Iterable[str]) -> list[str]:
+    """The names that differ only in their ending: the one group of three or more numbers, by the number (answer1,
+    answer2, ...), else the one pair of 1 and 2, a and b, or left and right; none where there are several or none."""
+    stems = by_stem(names).values()
+    numbers = [{int(end): name for end, name in of.items() if end.isdecimal() and len(end) < 4} for of in stems]
+    if len(long := [group for group in numbers if len(group) > 2]) == 1:
+        return [long[0][number] for number in sorted(long[0])]
+    ends = (("1", "2"), ("a", "b"), ("left", "right"))
+    pairs = [[of[first], of[second]] for of in stems for first, second in ends if {first, second} <= of.keys()]
+    return pairs[0] if len(pairs) == 1 else []

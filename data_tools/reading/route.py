@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from data_tools.reading.annotation_exports import PROMPT_FIELDS, stem_and_ending
+from data_tools.reading.annotation_exports import PROMPT_FIELDS, by_stem, stem_and_ending
 from data_tools.reading.cells import as_text
 from data_tools.reading.roles import SYSTEM_FIELDS, WINNERS, role_of, words_of
 
@@ -60,12 +60,8 @@ def best_and_worst(columns: Columns) -> list[str]:
 
 def _group(columns: Columns, role: str) -> list[str]:
     """The columns of that role whose names differ only in what they end in: answer_1 and answer_2."""
-    by_stem: dict[str, list[str]] = {}
-    for name in columns:
-        stem, ending = stem_and_ending(name)
-        if ending and role_of(name) == role:
-            by_stem.setdefault(stem, []).append(name)
-    return next((names for names in by_stem.values() if len(names) > 1), [])
+    groups = by_stem(name for name in columns if role_of(name) == role)
+    return next((names for of in groups.values() if len(names := [of[end] for end in of if end]) > 1), [])
 
 
 def _listed(columns: Columns) -> list[str]:
@@ -118,9 +114,5 @@ def _ranks(columns: Columns, answers: list[str]) -> list[str]:
         key = next((key for key in first if role_of(key) == "judgement"), None)
         return [f"{answer.rpartition('.')[0]}.{key}" for answer in answers] if key else []
     endings = [stem_and_ending(answer)[1] for answer in answers]
-    by_stem: dict[str, dict[str, str]] = {}
-    for column in columns:
-        stem, ending = stem_and_ending(column)
-        if role_of(column) == "judgement":
-            by_stem.setdefault(stem, {})[ending] = column
-    return next(([of[e] for e in endings] for of in by_stem.values() if set(endings) <= of.keys()), [])
+    judged = by_stem(column for column in columns if role_of(column) == "judgement")
+    return next(([of[e] for e in endings] for of in judged.values() if set(endings) <= of.keys()), [])
