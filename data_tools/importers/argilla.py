@@ -21,7 +21,7 @@ from data_tools.reading.argilla_records import Response, fields_of, is_column, r
 from data_tools.reading.fields import is_list_of, is_number
 from data_tools.reading.judgements import TIE, ChoiceValues, choice_meanings, means_tie, named_answer
 from data_tools.reading.roles import role_of
-from data_tools.reading.rows import rows
+from data_tools.reading.rows import converted, rows
 from data_tools.reading.unread import NestedFields
 from rlhf.data.jsonl import OnReject, Reject, from_dict
 from rlhf.data.schema import BadRecord, Record, dense_ranks
@@ -82,16 +82,11 @@ def argilla(
     mapping = answers if isinstance(answers, dict) else _mapping(names(answers))
     meanings = choice_meanings(choice_values, list(mapping.values()))
     reader = _Reader(names(question), prompt, mapping, meanings, without_status, NestedFields(reject))
-    for line, raw, row in rows(path, reject):
-        try:
-            records = records_of(row)
-        except BadRecord as fault:
-            reject(Reject.of(path, line, fault, raw))
-            continue
+    for item, records in converted(path, reject, rows(path, reject), records_of):
         for record in records:
             for made in reader.read(record):
                 if isinstance(made, BadRecord):
-                    reject(Reject.of(path, line, made, raw if len(records) == 1 else as_raw(record)))
+                    reject(Reject.of(path, item.line, made, item.raw if len(records) == 1 else as_raw(record)))
                 else:
                     yield made
 

@@ -20,12 +20,13 @@ from data_tools.reading.judgements import ranks_with_scores
 from data_tools.reading.judgements import score as given_score
 from data_tools.reading.roles import SYSTEM_FIELDS, role_of, says_something
 from data_tools.reading.route import Columns, route
+from data_tools.reading.rows import converted
 from data_tools.reading.table_judges import BOXES, Judge, judge_of
 from data_tools.reading.turns import exchange, from_json_text, is_chat, is_conversation
 from data_tools.reading.unread import NestedFields
 from rlhf.core import console
 from rlhf.core.errors import UserError
-from rlhf.data.jsonl import Item, OnReject, Reject, from_dict
+from rlhf.data.jsonl import OnReject, from_dict
 from rlhf.data.schema import BadRecord, Message, Record, dense_ranks
 
 
@@ -140,7 +141,8 @@ def csv_table(
         nested=NestedFields(reject),
     )
     _check_unread(path, there, table.columns, guessed and prompt is None and prompt_template is None)
-    return table.records(path, reject, cell_rows(path, reject, table.columns, **container))
+    found = converted(path, reject, cell_rows(path, reject, table.columns, **container), table.record)
+    return (record for _, record in found)
 
 
 class _Named(NamedTuple):
@@ -246,15 +248,8 @@ class _Table:
             )
         )
 
-    def records(self, path: Path, reject: OnReject, rows: Iterable[Item]) -> Iterator[Record]:
-        """The records of rows of a file; bad rows go to `reject`."""
-        for line, raw, row in rows:
-            try:
-                yield self._record(row)
-            except BadRecord as fault:
-                reject(Reject.of(path, line, fault, raw))
-
-    def _record(self, row: Cells) -> Record:
+    def record(self, row: Cells) -> Record:
+        """The record of a row."""
         if self.status and row[self.status].strip().lower() not in self.accepted:
             remedy = f"Only {', '.join(sorted(self.accepted))} count; --option accepted=VALUE,VALUE names others."
             raise BadRecord("status: not accepted", brief(row[self.status]), remedy)

@@ -24,7 +24,7 @@ from data_tools.reading.fields import (
     whole_prompt,
     without_nulls,
 )
-from data_tools.reading.rows import rows
+from data_tools.reading.rows import converted, rows
 from data_tools.reading.turns import prompt_turns, turns_of
 from data_tools.reading.unread import NestedFields
 from rlhf.data.jsonl import Item, OnReject, Reject
@@ -174,12 +174,9 @@ def _thumbs_up(row: Any) -> Demonstration:
 def _thumb_rankings(path: Path, reject: OnReject) -> Iterator[Record]:
     fields = NestedFields(reject)
     judged: dict[tuple[Message, ...], list[tuple[Item, tuple[str, bool]]]] = {}
-    for item in rows(path, reject):
-        try:
-            prompt, said, up = fields.converted(_thumb, without_nulls(item.value))
-            judged.setdefault(prompt, []).append((item, (said, up)))
-        except BadRecord as fault:
-            reject(Reject.of(path, item.line, fault, item.raw))
+    thumbs = converted(path, reject, rows(path, reject), lambda row: fields.converted(_thumb, without_nulls(row)))
+    for item, (prompt, said, up) in thumbs:
+        judged.setdefault(prompt, []).append((item, (said, up)))
     for prompt, found in judged.items():
         try:
             answers = list(dict.fromkeys(answer for _, answer in found))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -10,9 +9,9 @@ from typing import Any, NamedTuple
 from data_tools.published.table import any_of, are, file_format, rows_have
 from data_tools.reading.annotation_exports import as_raw, brief, person
 from data_tools.reading.fields import is_number
-from data_tools.reading.rows import rows
+from data_tools.reading.rows import in_groups
 from data_tools.reading.unread import NestedFields
-from rlhf.data.jsonl import OnReject, Reject, from_dict
+from rlhf.data.jsonl import Item, OnReject, Reject, from_dict
 from rlhf.data.schema import BadRecord, Record
 
 ROLES = {"prompter": "user", "assistant": "assistant"}
@@ -69,45 +68,43 @@ def openassistant(path: Path, reject: OnReject) -> Iterator[Record]:
     every `message_tree_id`: as long as each tree's messages are adjacent, as in the published files, one tree is held
     in memory at a time. Without that field all messages are one tree.
     """
-    sizes: Counter[Any] = Counter()
-    for item in rows(path, _ignore):
-        if _is_flat(item.value):
-            sizes[_tree_id(item.value)] += 1
-    open_trees: dict[Any, list[_Message]] = {}
     fields = NestedFields(reject, LEFT_OUT)
-    for line, raw, row in rows(path, reject):
+    for items in in_groups(path, reject, _tree_of_message):
+        line, raw, row = items[0]
+        if tree := _tree_of_message(row):
+            messages = [
+                _Message(
+                    each.line, *(_text_or_none(each.value, name) for name in ("message_id", "parent_id")), each.value
+                )
+                for each in items
+            ]
+            yield from _rankings(path, reject, messages, *tree, fields)
+            continue
         try:
-            if not _is_flat(row):
-                messages, group = _of_tree(line, row)
-                _check_read(row if "prompt" in row else {}, fields, {"prompt"})
-                yield from _rankings(path, reject, messages, group, fields)
-                continue
-            tree = _tree_id(row)
-            key, parent = _text_or_none(row, "message_id"), _text_or_none(row, "parent_id")
-            open_trees.setdefault(tree, []).append(_Message(line, key, parent, row))
-            sizes[tree] -= 1
-            if not sizes[tree]:
-                yield from _rankings(path, reject, open_trees.pop(tree), tree, fields)
+            messages, group = _of_tree(line, row)
+            _check_read(row if "prompt" in row else {}, fields, {"prompt"})
         except BadRecord as fault:
             reject(Reject.of(path, line, fault, raw))
+        else:
+            yield from _rankings(path, reject, messages, group, fields)
 
 
-def _ignore(reject: Reject) -> None:
-    """Rejects are reported by the second reading."""
-
-
-def _is_flat(row: Any) -> bool:
-    return isinstance(row, dict) and "message_id" in row and not isinstance(row.get("replies"), list)
-
-
-def _tree_id(row: dict[str, Any]) -> str | None:
+def _tree_of_message(row: Any) -> tuple[str | None] | None:
+    """The tree of a flat message; None for any other row."""
+    if not isinstance(row, dict) or "message_id" not in row or isinstance(row.get("replies"), list):
+        return None
     tree = row.get("message_tree_id")
-    return tree if isinstance(tree, str) else None
+    return (tree if isinstance(tree, str) else None,)
 
 
 def _text_or_none(row: dict[str, Any], name: str) -> str | None:
     value = row.get(name)
     return value if isinstance(value, str) and value else None
+
+
+def _message(item: Item) -> _Message:
+    row = item.value
+    return _Message(item.line, _text_or_none(row, "message_id"), _text_or_none(row, "parent_id"), row)
 
 
 def _of_tree(line: int, row: Any) -> tuple[list[_Message], str | None]:

@@ -13,9 +13,9 @@ from data_tools.published.table import any_of, are, file_format, row_format, row
 from data_tools.reading.fields import alpaca_prompt, elements, is_list_of, need, number, ranking, text, text_if_any
 from data_tools.reading.html_text import html_text
 from data_tools.reading.judgements import chosen_and_rejected, ranks_with_scores
-from data_tools.reading.rows import rows
+from data_tools.reading.rows import converted, rows
 from data_tools.reading.unread import NestedFields
-from rlhf.data.jsonl import Item, OnReject, Reject
+from rlhf.data.jsonl import OnReject, Reject
 from rlhf.data.schema import BadRecord, Ranking, Record, dense_ranks
 
 
@@ -125,14 +125,8 @@ def helpsteer(path: Path, reject: OnReject, *, aspect: HelpAspect = "helpfulness
         need(row, "prompt", "response", aspect)
         return text(row, "prompt"), text(row, "response"), number(row[aspect], aspect, 0, 4)
 
-    def answers() -> Iterator[tuple[Item, tuple[str, str, float]]]:
-        for item in rows(path, reject):
-            try:
-                yield item, fields.converted(answer, item.value)
-            except BadRecord as fault:
-                reject(Reject.of(path, item.line, fault, item.raw))
-
-    for prompt, group in groupby(answers(), lambda found: found[1][0]):
+    answers = converted(path, reject, rows(path, reject), lambda row: fields.converted(answer, row))
+    for prompt, group in groupby(answers, lambda found: found[1][0]):
         items, given = zip(*group)
         _, said, scores = zip(*given)
         try:

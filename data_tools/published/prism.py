@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections import Counter
 from collections.abc import Iterator
 from itertools import groupby
 from pathlib import Path
@@ -12,7 +11,7 @@ from typing import Any, Literal
 from data_tools.published.table import any_of, row_format, rows_have
 from data_tools.reading.annotation_exports import brief, person
 from data_tools.reading.fields import elements, need, number, ranking, text, text_if_any
-from data_tools.reading.rows import rows
+from data_tools.reading.rows import in_groups
 from rlhf.data.jsonl import Item, OnReject, Reject
 from rlhf.data.schema import BadRecord, Message, Ranking, Record, dense_ranks
 
@@ -22,37 +21,34 @@ _FIELDS = {"model_response": "content"}
 
 
 def _conversations(path: Path, reject: OnReject) -> Iterator[Item]:
-    """The rows of conversations.jsonl, those of utterances.jsonl put together as conversations.jsonl has them.
-
-    The file is read twice, first to count the rows of each conversation.
-    """
-    sizes: Counter[str] = Counter(
-        item.value["conversation_id"] for item in rows(path, lambda _: None) if _utterance_fault(item.value) is None
-    )
-    there: dict[str, list[Item]] = {}
-    for item in rows(path, reject):
+    """The rows of conversations.jsonl, those of utterances.jsonl put together as conversations.jsonl has them."""
+    for items in in_groups(path, reject, _conversation_of):
+        item = items[0]
         if not isinstance(item.value, dict) or "model_response" not in item.value:
             yield item
-        elif fault := _utterance_fault(item.value):
+            continue
+        try:
+            _check_utterance(item.value)
+        except BadRecord as fault:
             reject(Reject.of(path, item.line, fault, item.raw))
         else:
-            name = item.value["conversation_id"]
-            there.setdefault(name, []).append(item)
-            sizes[name] -= 1
-            if not sizes[name]:
-                yield _joined(there.pop(name))
+            yield _joined(items)
 
 
-def _utterance_fault(row: Any) -> BadRecord | None:
-    """Why a row cannot be put in its place in a conversation."""
+def _conversation_of(row: Any) -> str | None:
+    """The conversation of an utterance that can be put into its place."""
     try:
-        need(row, "conversation_id", "turn", "user_prompt", "model_response")
-        text(row, "conversation_id")
-        number(row["turn"], "turn", 0, 1e6)
-        person(row.get("user_id"))
-    except BadRecord as fault:
-        return fault
-    return None
+        _check_utterance(row)
+    except BadRecord:
+        return None
+    return row["conversation_id"]
+
+
+def _check_utterance(row: Any) -> None:
+    need(row, "conversation_id", "turn", "user_prompt", "model_response")
+    text(row, "conversation_id")
+    number(row["turn"], "turn", 0, 1e6)
+    person(row.get("user_id"))
 
 
 def _joined(items: list[Item]) -> Item:

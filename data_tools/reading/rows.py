@@ -5,9 +5,10 @@ from __future__ import annotations
 import io
 import json
 import re
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Callable, Hashable, Iterable, Iterator
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TypeVar
 
 import pyarrow as pa
 import pyarrow.ipc
@@ -24,6 +25,7 @@ JSON = (
 """Suffixes of the files that `rows` reads."""
 _PARQUET, _ARROW_FILE, _ARROW_STREAM = b"PAR1", b"ARROW1", b"\xff\xff\xff\xff"
 CHUNK = 1 << 20
+T = TypeVar("T")
 
 
 def rows(path: Path, reject: OnReject) -> Iterator[Item]:
@@ -43,9 +45,39 @@ def rows(path: Path, reject: OnReject) -> Iterator[Item]:
     except READ_ERRORS as error:
         last = item.line if item else 0
         remedy = "Download the file again; the rows before the damage were read."
-        reject(
-            Reject.of(path, last + 1, BadRecord("damaged: the rest of the file cannot be read", str(error), remedy), "")
-        )
+        fault = BadRecord("damaged: the rest of the file cannot be read", str(error), remedy)
+        reject(Reject.of(path, last + 1, fault, ""))
+
+
+def converted(
+    path: Path, reject: OnReject, items: Iterable[Item], convert: Callable[[Any], T]
+) -> Iterator[tuple[Item, T]]:
+    """Each row with what is made of its value; rows of which `convert` makes nothing go to `reject`."""
+    for item in items:
+        try:
+            made = convert(item.value)
+        except BadRecord as fault:
+            reject(Reject.of(path, item.line, fault, item.raw))
+        else:
+            yield item, made
+
+
+def in_groups(path: Path, reject: OnReject, name_of: Callable[[Any], Hashable | None]) -> Iterator[list[Item]]:
+    """The rows of one name together, as soon as all are there; a row without a name (None) is alone.
+
+    The file is read twice, first to count the rows of each name: where they are adjacent, one group is in memory at a
+    time.
+    """
+    sizes = Counter(name_of(item.value) for item in rows(path, lambda _: None))
+    there: dict[Hashable, list[Item]] = {}
+    for item in rows(path, reject):
+        name = name_of(item.value)
+        if name is None:
+            yield [item]
+        else:
+            there.setdefault(name, []).append(item)
+            if len(there[name]) == sizes[name]:
+                yield there.pop(name)
 
 
 def is_binary(head: bytes) -> bool:

@@ -16,7 +16,7 @@ from data_tools.importers.run import ImportSummary, NothingUsable, find_files
 from data_tools.io.expressions import Failed
 from data_tools.io.rejects import FILE_NAME, Rejects, by_count
 from data_tools.reading.csv_rows import CSV, csv_rows
-from data_tools.reading.rows import JSON, rows
+from data_tools.reading.rows import JSON, converted, rows
 from data_tools.tasks.families import Family, TaskTemplate, load_family, read_family
 from data_tools.tasks.rows import MOST_LETTERS, Example, Mapper, parse_choices
 from rlhf.core import console
@@ -293,11 +293,8 @@ def _read(mappers: dict[Path, Mapper], reject: OnReject) -> Iterator[tuple[Path,
     """The examples of all files, each with its row; a row that gives none goes to `reject`."""
     for file, mapper in mappers.items():
         read = csv_rows if file.name.endswith(CSV) else rows
-        for item in read(file, reject):
-            try:
-                yield file, item, mapper(item.value)
-            except BadRecord as fault:
-                reject(Reject.of(file, item.line, fault, item.raw))
+        for item, example in converted(file, reject, read(file, reject), mapper):
+            yield file, item, example
 
 
 def _examples(mappers: dict[Path, Mapper], reject: OnReject) -> Iterator[Example]:
