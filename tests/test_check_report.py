@@ -11,16 +11,18 @@ from check_rows import panel, ranking
 from chromium import CONTRAST, UNREADABLE, Chromium, needs_chromium
 from rows import dataset, jsonl, last_line, prompts, run, write
 
-from data_tools.check.brief import brief
+from data_tools.check.brief import show_brief
 from data_tools.check.metrics import METRICS
 from data_tools.check.page import render
 from data_tools.check.report import GRADES, check
 from data_tools.check.rules import grade, parse_rules
 from data_tools.check.show import PARTS, advice
+from data_tools.statistics.accumulator import accumulated
 from data_tools.statistics.intervals import Estimate
 from rlhf.core.errors import UserError
 from rlhf.data.jsonl import to_dict
 from rlhf.data.schema import Candidate, Message, Ranking
+from rlhf.data.store import open_dataset
 
 EVIL = "<script>alert('x')</script> & <b>\"bold\"</b> {{ 7 * 7 }}"
 
@@ -282,6 +284,10 @@ def test_small_datasets_of_every_kind_have_a_page(tmp_path, rows):
 
 
 # ---- in brief -------------------------------------------------------------------------------------------------------
+
+
+def brief(path):
+    show_brief(accumulated(open_dataset(path)), path)
 
 
 def test_the_brief_names_the_faults_in_a_few_lines(tmp_path, capsys):

@@ -576,8 +576,6 @@ def test_a_result_file_beyond_the_limit_is_refused_unread(candidates, monkeypatc
         (("--web", "--annotator", "a"), "--annotator: has no effect with --web"),
         (("--annotator", "a", "--seed", "1"), "--seed: has no effect at the terminal"),
         (("--merge", "x.json", "--web"), "--web and --merge: one at a time"),
-        (("--web", "--per-item", "0"), "--per-item 0"),
-        (("--web", "--seed", "-1"), "--seed -1"),
         (("--merge", "missing.json"), "--merge missing.json: cannot be read"),
         (("--share", "page.txt"), "the page is written as HTML"),
         (("--share", "p.html", "--annotator", "\x07"), "--annotator: has characters that cannot be seen"),
@@ -586,3 +584,11 @@ def test_a_result_file_beyond_the_limit_is_refused_unread(candidates, monkeypatc
 )
 def test_faults_of_the_command_are_reported(candidates, words, fault):
     assert fault in str(run("rank", candidates, *words).exception)
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "limit"), [("--per-item", "0", "1"), ("--seed", "-1", "0"), ("--port", "65536", "65535")]
+)
+def test_a_number_out_of_range_is_refused(candidates, option, value, limit):
+    found = run("rank", candidates, "--web", option, value)
+    assert found.exit_code == 2 and f"'{option}'" in found.output and f"equal to {limit}\n" in found.output

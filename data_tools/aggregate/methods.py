@@ -7,6 +7,7 @@ a single ranking keeps the order of that ranking, with the method's confidence i
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Annotated, Any
 
@@ -92,27 +93,23 @@ def _put_back(ranks: NDArray[Any], order: NDArray[Any]) -> NDArray[Any]:
     return found
 
 
-class _Builder:
-    """Builds an aggregation block by block."""
+Order = Callable[[NDArray[Any], NDArray[Any]], tuple[NDArray[Any], NDArray[Any]]]
+"""Items [B, K] and cells [B, K, K] of the pools of one size -> their ranks [B, K], and `better` [B, K, K]."""
 
-    def __init__(self, votes: Votes, cells: Cells) -> None:
-        self.votes = votes
-        self.ranks = np.zeros(len(votes.pool), np.int64)
-        self.confidence = np.zeros(len(cells.size))
 
-    def add(self, items: NDArray[Any], ranks: NDArray[Any], better: NDArray[Any]) -> None:
-        """Ranks [B, K] and probabilities [B, K, K] of pools of one size."""
-        alone = self.votes.alone[items]
-        ranks = np.where(alone > 0, alone, ranks)
+def _aggregation(votes: Votes, cells: Cells, order: Order, quality: NDArray[Any] | None = None) -> Aggregation:
+    """The aggregation of an order of each pool."""
+    found, confidence = np.zeros(len(votes.pool), np.int64), np.zeros(len(cells.size))
+    for items, where in cells.blocks():
+        ranks, better = order(items, where)
+        alone = votes.alone[items]
+        found[items] = ranks = np.where(alone > 0, alone, ranks)
         above = ranks[:, :, None] < ranks[:, None, :]
         tied = np.triu(ranks[:, :, None] == ranks[:, None, :], 1)
         right = np.where(above, better, 0) + 0.5 * tied
         pairs = ranks.shape[1] * (ranks.shape[1] - 1) / 2
-        self.ranks[items] = ranks
-        self.confidence[self.votes.pool[items[:, 0]]] = np.clip(right.sum((1, 2)) / pairs, LEAST, 1)
-
-    def result(self, quality: NDArray[Any] | None = None) -> Aggregation:
-        return Aggregation(self.ranks, self.confidence, quality)
+        confidence[votes.pool[items[:, 0]]] = np.clip(right.sum((1, 2)) / pairs, LEAST, 1)
+    return Aggregation(found, confidence, quality)
 
 
 def _tally(votes: Votes, cells: Cells) -> NDArray[Any]:
@@ -145,12 +142,13 @@ def majority(votes: Votes) -> Aggregation:
     # the order of a pool and its confidence are not part of it.
     cells = Cells(votes.pool)
     wins = _tally(votes, cells)
-    found = _Builder(votes, cells)
-    for items, where in cells.blocks():
+
+    def order(items: NDArray[Any], where: NDArray[Any]) -> tuple[NDArray[Any], NDArray[Any]]:
         ahead = wins[where]
         behind = ahead.swapaxes(1, 2)
-        found.add(items, schulze(ahead - behind), special.betainc(behind + 1, ahead + 1, 0.5))
-    return found.result()
+        return schulze(ahead - behind), special.betainc(behind + 1, ahead + 1, 0.5)
+
+    return _aggregation(votes, cells, order)
 
 
 @AGGREGATORS.row("bradley-terry", quality=False)
@@ -185,11 +183,11 @@ def crowd_bradley_terry(votes: Votes, *, prior: Spread = 1.0, tie_below: TieBelo
 
 
 def _by_fit(votes: Votes, fit: Fit, tie_below: float, with_quality: bool = False) -> Aggregation:
-    found = _Builder(votes, fit.cells)
-    for items, where in fit.cells.blocks():
+    def order(items: NDArray[Any], where: NDArray[Any]) -> tuple[NDArray[Any], NDArray[Any]]:
         better = fit.better(items, where)
-        found.add(items, by_score(fit.scores[items], better, tie_below), better)
-    return found.result(fit.quality() if with_quality else None)
+        return by_score(fit.scores[items], better, tie_below), better
+
+    return _aggregation(votes, fit.cells, order, fit.quality() if with_quality else None)
 
 
 @AGGREGATORS.row("dawid-skene", quality=True)
@@ -214,14 +212,15 @@ def dawid_skene(votes: Votes, *, tie_below: TieBelow = 0.55) -> Aggregation:
     truth, quality = _dawid_skene(task, votes.annotator[strict], votes.outcome[strict], len(votes.annotators))
     better = np.full(cells.count, 0.5)
     better[cells.of(first, second)], better[cells.of(second, first)] = truth[task], 1 - truth[task]
-    found = _Builder(votes, cells)
-    for items, where in cells.blocks():
+
+    def order(items: NDArray[Any], where: NDArray[Any]) -> tuple[NDArray[Any], NDArray[Any]]:
         ahead = better[where]
         behind = ahead.swapaxes(1, 2)
         clear = np.maximum(ahead, behind) >= tie_below
         margins = np.round(ahead - behind, 9)  # equal margins differ in their last digits, which would decide a cycle
-        found.add(items, schulze(np.where(clear, margins, 0)), ahead)
-    return found.result(quality)
+        return schulze(np.where(clear, margins, 0)), ahead
+
+    return _aggregation(votes, cells, order, quality)
 
 
 def _dawid_skene(

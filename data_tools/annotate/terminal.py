@@ -13,7 +13,6 @@ import sys
 import time
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -188,13 +187,6 @@ def rank(candidates: str | Path, annotator: str, out: str | Path | None = None) 
         return session.summary()
 
 
-@dataclass(frozen=True)
-class Skipped:
-    """A proposal that was skipped in this session."""
-
-    key: str
-
-
 class Session:
     """One session of one annotator.
 
@@ -209,7 +201,8 @@ class Session:
         mine = [r for r in file.rankings if r.annotator == annotator and key(r) in proposals]
         self.done = {key(ranking): ranking for ranking in mine}
         self.waiting = deque(name for name in proposals if name not in self.done)
-        self.history: list[Ranking | Skipped] = [*mine]
+        self.history: list[Ranking | str] = [*mine]
+        """What was ranked, and the keys of what was skipped in this session."""
         self.console = console.out()
         self.console.width = min(self.console.width, WIDEST)
 
@@ -242,7 +235,7 @@ class Session:
             self.console.print(Padding(grid, (0, 0, 1, 0)))
 
     def _skips(self) -> int:
-        return sum(isinstance(item, Skipped) for item in self.history)
+        return sum(isinstance(item, str) for item in self.history)
 
     def _minutes_left(self) -> str:
         """By the median time of the last 50 rankings; nothing before the third."""
@@ -269,7 +262,7 @@ class Session:
             if word in ("q", "quit"):
                 return False
             if word in ("s", "skip"):
-                self.history.append(Skipped(self.waiting.popleft()))
+                self.history.append(self.waiting.popleft())
                 return True
             if word in ("u", "undo"):
                 if self.undo():
@@ -300,8 +293,8 @@ class Session:
     def undo(self) -> bool:
         """Undo the last ranking or skip and ask again; False where there is none."""
         last = self.history[-1] if self.history else None
-        if isinstance(last, Skipped):
-            name = last.key
+        if isinstance(last, str):
+            name = last
         elif last is not None and self.file.rankings[-1] == last:
             name = key(self.file.take_back())
             self.done.pop(name, None)

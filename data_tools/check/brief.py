@@ -6,21 +6,11 @@ from pathlib import Path
 from shlex import quote
 
 from data_tools.statistics import consistency
-from data_tools.statistics.accumulator import Accumulator, accumulated
+from data_tools.statistics.accumulator import Accumulator
 from data_tools.statistics.annotators import annotators_of
 from data_tools.statistics.ceiling import agreement_facts
 from data_tools.statistics.judgements import pairs_of, votes_of
 from rlhf.core import console
-from rlhf.data.store import open_dataset
-
-
-def brief(path: str | Path) -> None:
-    """Print three to six lines on a dataset; see `show_brief`.
-
-    Raises:
-        UserError: The dataset cannot be read.
-    """
-    show_brief(accumulated(open_dataset(path)), path)
 
 
 def show_brief(gathered: Accumulator, path: str | Path) -> None:

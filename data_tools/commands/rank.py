@@ -59,17 +59,16 @@ def rank_command(
     per_item: Annotated[
         int | None,
         typer.Option(
-            metavar="N", help="With --web: rankings wanted of each prompt; by default, one by every annotator."
+            min=1, metavar="N", help="With --web: rankings wanted of each prompt; by default, one by every annotator."
         ),
     ] = None,
-    seed: Annotated[int, typer.Option(help="On the page: shuffles the answers.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="On the page: shuffles the answers.")] = 0,
     port: Annotated[int, typer.Option(min=0, max=65535, help="With --web; 0 takes the last one, or any.")] = 0,
     as_json: Json = False,
 ) -> None:
     """Rank proposals at the terminal, or in a browser (--web, --share). Each ranking is saved at once; rerun to
     continue."""
     _check_ways(context, web=web, share=share_file is not None, merge=bool(merge))
-    server.check_options(per_item, seed)
     if merge:
         found = merging.merge(candidates, merge, out, replace)
         server.show(found)

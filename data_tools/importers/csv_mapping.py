@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from email.utils import parsedate_to_datetime
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 from data_tools.published.arena import is_competition_table
 from data_tools.published.table import Head, file_format
@@ -116,25 +116,30 @@ def csv_table(
     """
     container: dict[str, Any] = {"delimiter": delimiter, "encoding": encoding, "sheet": sheet}
     there = cell_columns(path, **container)
-    named = _Named(names(answers), answer, names(ranks), names(scores), best_first)
-    guessed = not (named.answers or answer or named.ranks or choice or ranking)
+    named, ranked, scored = names(answers), names(ranks), names(scores)
+    guessed = not (named or answer or ranked or choice or ranking)
     if guessed:
-        named = _by_usual_names(there, named.scores)
+        named, ranked = _numbered(there, "answer"), _numbered(there, "rank")
+        if not named and "answer" in there:
+            answer = "answer"
+        elif not named and {"chosen", "rejected"} <= there.keys():
+            named, best_first = ["chosen", "rejected"], True
+            scored = scored or [name for name in ("score_chosen", "score_rejected") if name in there]
         system = system or next((name for name in SYSTEM_FIELDS if name in there), None)
     before = {"system": system, "history": history}
     facts = {"annotator": annotator, "time": time, "seconds": seconds, "source": source, "group": group}
     highest = rank_order == "highest-best"
     table = _Table(
-        prompt=_template(prompt, prompt_template, named.answers, there),
+        prompt=_template(prompt, prompt_template, named, there),
         before={name: column for name, column in before.items() if column},
-        answers=named.answers,
-        answer=named.answer,
-        judge=judge_of(named.answers, named.ranks, highest, choice, choice_values, worst, ranking, named.best_first),
+        answers=named,
+        answer=answer,
+        judge=judge_of(named, ranked, highest, choice, choice_values, worst, ranking, best_first),
         authors=names(authors),
         facts={name: column for name, column in facts.items() if column},
         time_format=time_format,
         shown=shown,
-        scores=named.scores or (named.ranks if highest else []),
+        scores=scored or (ranked if highest else []),
         status=status,
         accepted={value.lower() for value in names(accepted)},
         json_cells=json_cells,
@@ -143,32 +148,6 @@ def csv_table(
     _check_unread(path, there, table.columns, guessed and prompt is None and prompt_template is None)
     found = converted(path, reject, cell_rows(path, reject, table.columns, **container), table.record)
     return (record for _, record in found)
-
-
-class _Named(NamedTuple):
-    """Columns of answers and of what judges them."""
-
-    answers: list[str]
-    answer: str | None
-    ranks: list[str]
-    scores: list[str]
-    best_first: bool
-
-
-def _by_usual_names(there: Columns, scores: list[str]) -> _Named:
-    """The columns that count where no option names any: answer_1, rank_1, ..., else `answer`, else chosen, rejected.
-
-    Args:
-        scores: Columns of scores, as the option names them.
-    """
-    if answers := _numbered(there, "answer"):
-        return _Named(answers, None, _numbered(there, "rank"), scores, False)
-    if "answer" in there:
-        return _Named([], "answer", _numbered(there, "rank"), scores, False)
-    if {"chosen", "rejected"} <= there.keys():
-        scores = scores or [name for name in ("score_chosen", "score_rejected") if name in there]
-        return _Named(["chosen", "rejected"], None, _numbered(there, "rank"), scores, True)
-    return _Named([], None, _numbered(there, "rank"), scores, False)
 
 
 def _check_unread(path: Path, there: Columns, read: list[str], guessed: bool) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import glob
 import json
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from itertools import islice
@@ -125,24 +125,44 @@ def import_dataset(
         raise UserError(f"--split-name: no split is called {split!r}", remedy=nearest(split, SPLITS))
     check_new(out, overwrite)
     pick, files = _choose(importer, paths, options or {})
-    origin = {
-        "command": command_line(),
-        "importer": pick.name,
-        "files": [{"path": str(file), "sha256": file_hash(file)} for file in files],
-    }
     changes = {name: value for name, value in (("split", split), ("source", source)) if value is not None}
-    observer = AgreementObserver(gathered or Accumulator(brief=False))
-    writer = DatasetWriter(out, None, origin, observer, overwrite)
-    with writer, Rejects(writer.partial / FILE_NAME, strict, ignored_fields) as rejects:
+
+    def fill(writer: DatasetWriter, rejects: Rejects) -> None:
         if options:
             header = f"# rlhf data import {pick.name} FILES --options {OPTIONS_FILE} --out DATASET\n"
             text = header + yaml.safe_dump(dict(options), allow_unicode=True, sort_keys=False)
             (writer.partial / OPTIONS_FILE).write_text(text, "utf-8")
         with _no_collector():
             _write(writer, pick, files, rejects, changes)
+
+    observer = AgreementObserver(gathered or Accumulator(brief=False))
+    writer = DatasetWriter(out, None, {"importer": pick.name}, observer, overwrite)
+    return write_import(writer, files, fill, strict, ignored_fields)
+
+
+def write_import(
+    writer: DatasetWriter,
+    files: Sequence[Path],
+    fill: Callable[[DatasetWriter, Rejects], None],
+    strict: bool,
+    ignored_fields: Collection[str] = (),
+) -> ImportSummary:
+    """Write a dataset that is made of the rows of files.
+
+    Args:
+        files: What it is made of, for its manifest.
+        fill: Writes the records, and gives rows that cannot be used to the rejects.
+
+    Raises:
+        NothingUsable: Not one row could be used; then nothing is written.
+    """
+    writer.origin["command"] = command_line()
+    writer.origin["files"] = [{"path": str(file), "sha256": file_hash(file)} for file in files]
+    with writer, Rejects(writer.partial / FILE_NAME, strict, ignored_fields) as rejects:
+        fill(writer, rejects)
         counts = {"read": writer.count + rejects.count, "written": writer.count, "rejected": rejects.count}
         reasons = by_count(rejects.reasons)
-        summary = ImportSummary(Path(out), writer.kind, **counts, reasons=reasons, first=rejects.first)
+        summary = ImportSummary(writer.path, writer.kind, **counts, reasons=reasons, first=rejects.first)
         if not writer.count:
             raise NothingUsable(summary)
         writer.origin |= {**counts, "reasons": reasons}

@@ -93,7 +93,7 @@ class Expression:
             parser = Parser(_SANDBOX, source, state="variable")
             tree = nodes.Template([nodes.Output([parser.parse_expression()])], lineno=1)
             self._compute = _SANDBOX.compile_expression(source, undefined_to_none=False)
-            self.names = frozenset(meta.find_undeclared_variables(_with_environment(tree)))
+            self.names = frozenset(meta.find_undeclared_variables(tree.set_environment(_SANDBOX)))
         except (TemplateSyntaxError, SyntaxError, RecursionError, ValueError) as error:
             raise UserError(f"{where} {_brief(source)}: not an expression: {_message(error)}", remedy=_HELP) from None
         _check_names(self.names, f"{where} {_brief(source)}", known)
@@ -149,10 +149,6 @@ class Template:
 
 _LOADS = (nodes.Include, nodes.Import, nodes.FromImport, nodes.Extends)
 _HELP = "Jinja's syntax: https://jinja.palletsprojects.com/templates/#expressions"
-
-
-def _with_environment(tree: nodes.Template) -> nodes.Template:
-    return tree.set_environment(_SANDBOX)  # type: ignore[return-value]
 
 
 def _check_length(source: str) -> None:

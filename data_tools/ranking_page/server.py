@@ -13,7 +13,6 @@ from data_tools.ranking_page.book import OUT, VoteBook
 from data_tools.ranking_page.page import Settings, policy, render
 from data_tools.ranking_page.votes import Item, Vote, annotator_name, items_of, parse_vote
 from rlhf.core import console
-from rlhf.core.errors import UserError
 from rlhf.core.loopback import Reply, Routes, json_reply
 from rlhf.data.jsonl import parse
 from rlhf.data.schema import BadRecord
@@ -192,15 +191,3 @@ def show(summary: dict[str, Any]) -> None:
     console.table("votes", ["annotator", "ranked", "cannot tell", "skipped"], rows)
     spread = ", ".join(f"{items:,} with {count}" for count, items in summary["rankings"].items())
     console.say(f"prompts by their number of rankings: {spread} -> {summary['out']}")
-
-
-def check_options(per_item: int | None, seed: int) -> None:
-    """Refuse numbers that make no sense.
-
-    Raises:
-        UserError: One of them is out of range.
-    """
-    if per_item is not None and per_item < 1:
-        raise UserError(f"--per-item {per_item}: not a number from 1")
-    if not 0 <= seed < 2**32:
-        raise UserError(f"--seed {seed}: not a number from 0 to {2**32 - 1}")

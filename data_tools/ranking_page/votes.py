@@ -9,7 +9,7 @@ from datetime import datetime
 from typing import Any
 
 from rlhf.core.console import printable
-from rlhf.data.schema import BadRecord, Proposal, Ranking
+from rlhf.data.schema import BadRecord, Proposal, Ranking, brief
 
 RANKED, CANNOT_TELL, SKIPPED = "ranked", "cannot-tell", "skipped"
 VERDICTS = (RANKED, CANNOT_TELL, SKIPPED)
@@ -119,22 +119,22 @@ def parse_vote(row: Any, items: Mapping[str, Item]) -> Vote:
         raise BadRecord("not an object", type(row).__name__)
     item = items.get(row["item"]) if isinstance(row.get("item"), str) else None
     if item is None:
-        raise BadRecord("item: not one of the candidates", _brief(row.get("item")), "Use the dataset it was made from.")
+        raise BadRecord("item: not one of the candidates", brief(row.get("item")), "Use the dataset it was made from.")
     if absent := [name for name in REQUIRED if name not in row]:
         raise BadRecord(f"{absent[0]}: is missing")
     verdict, mode = _one_of(row, "verdict", VERDICTS), _one_of(row, "mode", MODES)
     everything = list(range(len(item.answers)))
     order = _indices(row.get("order"))
     if sorted(order) != everything:
-        raise BadRecord("order: not every answer once", _brief(row.get("order")))
+        raise BadRecord("order: not every answer once", brief(row.get("order")))
     tiers = _tiers(row.get("tiers", []))
     if verdict != RANKED and tiers:
-        raise BadRecord("tiers: given without the verdict ranked", _brief(row["tiers"]))
+        raise BadRecord("tiers: given without the verdict ranked", brief(row["tiers"]))
     if verdict == RANKED:
         if sorted(answer for tier in tiers for answer in tier) != everything or not all(tiers):
-            raise BadRecord("tiers: not every answer once", _brief(row.get("tiers")))
+            raise BadRecord("tiers: not every answer once", brief(row.get("tiers")))
         if mode == BEST_WORST and [len(tier) for tier in tiers] != best_worst_sizes(len(everything)):
-            raise BadRecord("tiers: not one best and one worst answer", _brief(row["tiers"]))
+            raise BadRecord("tiers: not one best and one worst answer", brief(row["tiers"]))
     return Vote(
         annotator_name(row.get("annotator")), item.id, verdict, mode, order, tiers, _seconds(row.get("seconds")),
         _time(row.get("time")), _comment(row.get("comment", "")), _short_text(row.get("vote", "")),
@@ -148,25 +148,25 @@ def best_worst_sizes(count: int) -> list[int]:
 
 def _one_of(row: Mapping[str, Any], field: str, allowed: Sequence[str]) -> str:
     if row.get(field) not in allowed:
-        raise BadRecord(f"{field}: not one of {', '.join(allowed)}", _brief(row.get(field)))
+        raise BadRecord(f"{field}: not one of {', '.join(allowed)}", brief(row.get(field)))
     return str(row[field])
 
 
 def _indices(value: Any) -> tuple[int, ...]:
     if not isinstance(value, (list, tuple)) or not all(type(index) is int for index in value):
-        raise BadRecord("order: not a list of whole numbers", _brief(value))
+        raise BadRecord("order: not a list of whole numbers", brief(value))
     return tuple(value)
 
 
 def _tiers(value: Any) -> tuple[tuple[int, ...], ...]:
     if not isinstance(value, (list, tuple)):
-        raise BadRecord("tiers: not a list of lists", _brief(value))
+        raise BadRecord("tiers: not a list of lists", brief(value))
     return tuple(map(_indices, value))
 
 
 def _seconds(value: Any) -> float:
     if type(value) not in (int, float) or not 0 <= value <= LONGEST_TIME:
-        raise BadRecord(f"seconds: not a number from 0 to {LONGEST_TIME}", _brief(value))
+        raise BadRecord(f"seconds: not a number from 0 to {LONGEST_TIME}", brief(value))
     return round(float(value), 1)
 
 
@@ -176,13 +176,13 @@ def _time(value: Any) -> str:
     except (TypeError, ValueError):
         moment = None
     if moment is None or moment.tzinfo is None:
-        raise BadRecord("time: not ISO 8601 with a time zone", _brief(value))
+        raise BadRecord("time: not ISO 8601 with a time zone", brief(value))
     return str(value)
 
 
 def _comment(value: Any) -> str:
     if not isinstance(value, str) or len(value) > LONGEST_COMMENT:
-        raise BadRecord(f"comment: not text of at most {LONGEST_COMMENT} characters", _brief(value))
+        raise BadRecord(f"comment: not text of at most {LONGEST_COMMENT} characters", brief(value))
     if any("\ud800" <= letter <= "\udfff" for letter in value):
         raise BadRecord("comment: not valid Unicode (a lone surrogate)")
     return value.strip()
@@ -190,10 +190,5 @@ def _comment(value: Any) -> str:
 
 def _short_text(value: Any) -> str:
     if not isinstance(value, str) or len(value) > 64 or not value.isascii():
-        raise BadRecord("vote: not a short name", _brief(value))
+        raise BadRecord("vote: not a short name", brief(value))
     return value
-
-
-def _brief(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."

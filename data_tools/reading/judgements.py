@@ -137,13 +137,8 @@ def chosen_and_rejected(row: Mapping[str, Any], answers: Sequence[str] = ("chose
     Raises:
         BadRecord: One of them is no number.
     """
-    return [_score_of(row, answer) for answer in answers]
-
-
-def _score_of(row: Mapping[str, Any], answer: str) -> float | None:
-    names = [name for name in _score_names(answer) if name in row]
-    found = [value for name in names if (value := score(row.get(name), name)) is not None]
-    return found[0] if found else None
+    found = ([score(row[name], name) for name in _score_names(answer) if name in row] for answer in answers)
+    return [next((value for value in values if value is not None), None) for values in found]
 
 
 @lru_cache(100)

@@ -32,16 +32,12 @@ def contradictions(columns: Columns, pairs: AnswerPairs) -> Estimate | None:
 
     The annotators do not matter. Ties and aggregated rankings are left out.
     """
-    pairs = pairs.where((pairs.order != 0) & ~columns.merged[pairs.row])
-    key, order = oriented(columns, pairs)
-    return _both_ways(columns, pairs, key, order)
+    return _both_ways(columns, pairs, ~columns.merged, np.zeros(len(columns), np.int32))
 
 
 def self_contradictions(columns: Columns, pairs: AnswerPairs) -> Estimate | None:
     """Of the pairs that one named annotator ordered more than once, the fraction that they ordered both ways."""
-    pairs = pairs.where((pairs.order != 0) & columns.by_named_annotator[pairs.row])
-    key, order = oriented(columns, pairs)
-    return _both_ways(columns, pairs, mixed(key ^ columns.annotator[pairs.row].astype(np.uint64)), order)
+    return _both_ways(columns, pairs, columns.by_named_annotator, columns.annotator)
 
 
 def contradictions_between(votes: AnnotatorVotes) -> Estimate | None:
@@ -51,19 +47,22 @@ def contradictions_between(votes: AnnotatorVotes) -> Estimate | None:
     return fraction_by_prompt(votes.prompt[several], ((counts[:, 0] > 0) & (counts[:, 2] > 0))[several])
 
 
-def contradicting(columns: Columns, pairs: AnswerPairs, most: int = 5) -> list[tuple[int, int]]:
-    """Up to `most` examples of pairs ordered both ways, each as the indices of two pairs of the same answers."""
+def contradicting(columns: Columns, pairs: AnswerPairs) -> list[tuple[int, int]]:
+    """Up to five examples of pairs ordered both ways, each as the indices of two pairs of the same answers."""
     ordered = (pairs.order != 0) & ~columns.merged[pairs.row]
     index = np.flatnonzero(ordered)
     key, order = oriented(columns, pairs.where(ordered))
     (up, up_at), (down, down_at) = (np.unique(key[order == way], return_index=True) for way in (1, -1))
     _, one, other = np.intersect1d(up, down, assume_unique=True, return_indices=True)
     ups, downs = index[order == 1][up_at[one]], index[order == -1][down_at[other]]
-    return list(zip(ups[:most].tolist(), downs[:most].tolist()))
+    return list(zip(ups[:5].tolist(), downs[:5].tolist()))
 
 
-def _both_ways(columns: Columns, pairs: AnswerPairs, key: np.ndarray, order: np.ndarray) -> Estimate | None:
-    _, first, group = np.unique(key, return_index=True, return_inverse=True)
+def _both_ways(columns: Columns, pairs: AnswerPairs, used: np.ndarray, who: np.ndarray) -> Estimate | None:
+    """Of the pairs that were ordered more than once in the `used` records by one `who`, those ordered both ways."""
+    pairs = pairs.where((pairs.order != 0) & used[pairs.row])
+    key, order = oriented(columns, pairs)
+    _, first, group = np.unique(mixed(key ^ who[pairs.row].astype(np.uint64)), return_index=True, return_inverse=True)
     more = np.bincount(group, order > 0)
     times = np.bincount(group)
     several = times > 1

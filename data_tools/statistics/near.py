@@ -163,7 +163,7 @@ class _Signed(NamedTuple):
 
         used = plan.b * plan.r
         weights = np.uint64(_MULTIPLIER) ** np.arange(1, plan.r + 1, dtype=np.uint64)
-        for minhash in datasketch.MinHash.generator(fresh(), num_perm=used, seed=SEED, hashfunc=_same):
+        for minhash in datasketch.MinHash.generator(fresh(), num_perm=used, seed=SEED, hashfunc=int):  # hashes already
             rows = minhash.hashvalues.astype(np.uint64).reshape(plan.b, plan.r)
             bands.append((rows * weights).sum(axis=1, dtype=np.uint64))
         table = np.stack(bands) if bands else np.zeros((0, plan.b), np.uint64)
@@ -183,10 +183,6 @@ class _Signed(NamedTuple):
         first, second = self.shingles[one], self.shingles[other]
         few, many = sorted((len(first), len(second)))
         return few / many >= self.threshold and _jaccard(first, second) >= self.threshold
-
-
-def _same(value: Any) -> Any:
-    return value  # shingles are hashes already
 
 
 # ---- groups ---------------------------------------------------------------------------------------------------------

@@ -78,7 +78,7 @@ def texts_of(shards: Dataset, columns: Columns, near: bool, also: Iterable[int] 
             table = group.read(["messages", "candidates", "answer"])
             rows = table.take(pa.array(here - begin)).combine_chunks()
             for number, row in zip(here.tolist(), rows.to_pylist()):
-                prompt[number] = _cut("\n\n".join(message["content"] for message in row["messages"]))
+                prompt[number] = _prompt(row)
                 answers[number] = _answers(row)
         begin = end
     return Texts(records, prompts, prompt, answers, len(records) == len(columns), whole)
@@ -93,8 +93,12 @@ def prompt_texts(shards: Dataset) -> tuple[np.ndarray, dict[str, str]]:
         if len(texts) < MOST_PROMPTS:
             for row in table.to_pylist():
                 if len(texts) < MOST_PROMPTS and row["prompt_id"] not in texts:
-                    texts[row["prompt_id"]] = _cut("\n\n".join(message["content"] for message in row["messages"]))
+                    texts[row["prompt_id"]] = _prompt(row)
     return np.unique(np.concatenate(ids)), texts
+
+
+def _prompt(row: dict) -> str:
+    return _cut("\n\n".join(message["content"] for message in row["messages"]))
 
 
 def _answers(row: dict) -> list[str]:

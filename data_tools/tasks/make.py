@@ -12,18 +12,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from data_tools.importers.run import ImportSummary, NothingUsable, find_files
+from data_tools.importers.run import ImportSummary, find_files, write_import
 from data_tools.io.expressions import Failed
-from data_tools.io.rejects import FILE_NAME, Rejects, by_count
+from data_tools.io.rejects import Rejects
 from data_tools.reading.csv_rows import CSV, csv_rows
 from data_tools.reading.rows import JSON, converted, rows
 from data_tools.tasks.families import Family, TaskTemplate, load_family, read_family
 from data_tools.tasks.rows import MOST_LETTERS, Example, Mapper, parse_choices
 from rlhf.core import console
-from rlhf.core.command_line import command_line
 from rlhf.core.errors import UserError, nearest
 from rlhf.data.jsonl import Item, OnReject, Reject
-from rlhf.data.manifest import file_hash
 from rlhf.data.schema import BadRecord, Demonstration, Message
 from rlhf.data.writer import DatasetWriter, check_new
 
@@ -232,41 +230,22 @@ def make_tasks(
     files = find_files(paths, (*CSV, *JSON))
     check_new(out, overwrite)
     mappers = {file: Mapper(chosen, fields, given, task or file.name.split(".")[0]) for file in files}
-    pools = Pools(_examples(mappers, lambda _: None), chosen, options.seed) if options.shots else None
+    examples = (example for _, _, example in _read(mappers, lambda _: None))
+    pools = Pools(examples, chosen, options.seed) if options.shots else None
     if pools and not pools.split:
         console.warn("no row has a split: exemplars are of all rows, also of those that you may hold out later")
-    origin = {
-        "command": command_line(),
-        "files": [{"path": str(file), "sha256": file_hash(file)} for file in files],
-    }
-    return _write(out, origin, mappers, TaskWriter(chosen, options, pools), chosen.file, strict, overwrite)
+    makes = TaskWriter(chosen, options, pools)
 
-
-def _write(
-    out: str | Path,
-    origin: dict[str, Any],
-    mappers: dict[Path, Mapper],
-    makes: TaskWriter,
-    templates: Path,
-    strict: bool,
-    overwrite: bool,
-) -> ImportSummary:
-    writer = DatasetWriter(out, "demonstration", origin, overwrite=overwrite)
-    with writer as made, Rejects(made.partial / FILE_NAME, strict) as rejects:
-        shutil.copyfile(templates, made.partial / TEMPLATES_FILE)
+    def fill(writer: DatasetWriter, rejects: Rejects) -> None:
+        shutil.copyfile(chosen.file, writer.partial / TEMPLATES_FILE)
         for file, item, example in _read(mappers, rejects):
             for record in makes.records(example):
                 if isinstance(record, BadRecord):
                     rejects(Reject.of(file, item.line, record, item.raw))
                 else:
-                    made.write(record)
-        counts = {"read": made.count + rejects.count, "written": made.count, "rejected": rejects.count}
-        reasons = by_count(rejects.reasons)
-        summary = ImportSummary(Path(out), "demonstration", **counts, reasons=reasons, first=rejects.first)
-        if not made.count:
-            raise NothingUsable(summary)
-        made.origin |= {**counts, "reasons": reasons}
-    return summary
+                    writer.write(record)
+
+    return write_import(DatasetWriter(out, "demonstration", overwrite=overwrite), files, fill, strict)
 
 
 def _family(name: str | None, file: str | Path | None) -> Family:
@@ -295,7 +274,3 @@ def _read(mappers: dict[Path, Mapper], reject: OnReject) -> Iterator[tuple[Path,
         read = csv_rows if file.name.endswith(CSV) else rows
         for item, example in converted(file, reject, read(file, reject), mapper):
             yield file, item, example
-
-
-def _examples(mappers: dict[Path, Mapper], reject: OnReject) -> Iterator[Example]:
-    return (example for _, _, example in _read(mappers, reject))
