@@ -62,6 +62,16 @@ VLLM = SAMPLERS.pick({"name": "vllm", "enforce_eager": True, "max_model_len": 12
 SEEDS = [stream_seed(0, i) for i in range(6)]
 
 
+@pytest.fixture(autouse=True, scope="module")
+def classes_read_in_this_process():
+    """vLLM looks at each new model class in a process of its own, which keeps CUDA out of this one but takes long."""
+    from vllm.model_executor.models import registry
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(registry, "_run_in_subprocess", lambda look: look())
+        yield
+
+
 def policy_of(family="llama", tuning="full", chat=None):
     """A random model whose layers are large enough for it not to repeat one token."""
     path = tiny.of_family(family, FAMILIES[family])
@@ -284,8 +294,14 @@ def test_a_resumed_run_equals_the_uninterrupted_one(tmp_path, prompts):
 SERVER = {**VLLM.options, "name": "vllm-server", "gpu_memory_utilization": 0.4}
 
 
-def test_a_server_gives_the_tokens_of_hf_and_follows_the_weights(chat, questions):
-    policy = policy_of()
+@pytest.fixture(scope="module")
+def policy_with_server():
+    """A policy for tests that use the same server, started by the first of them and lost in the last."""
+    return policy_of()
+
+
+def test_a_server_gives_the_tokens_of_hf_and_follows_the_weights(policy_with_server, chat, questions):
+    policy = policy_with_server
     sampler = SAMPLERS.pick(SERVER)
     greedy = SamplingParams(16, temperature=0)
     before = sampler(policy, questions, SEEDS, greedy, chat)
@@ -303,8 +319,9 @@ def test_a_server_gives_the_tokens_of_hf_and_follows_the_weights(chat, questions
 
 
 @pytest.mark.parametrize("tuning", ["full", "lora"])
-def test_a_server_that_dies_is_started_again_once_in_a_rollout(tuning, chat, questions, capsys):
-    policy, sampler = policy_of(tuning=tuning, chat=chat), SAMPLERS.pick(SERVER)
+def test_a_server_that_dies_is_started_again_once_in_a_rollout(tuning, policy_with_server, chat, questions, capsys):
+    policy = policy_with_server if tuning == "full" else policy_of(tuning=tuning, chat=chat)
+    sampler = SAMPLERS.pick(SERVER)
     sampling = SamplingParams(16)
     expected = sampler(changed(policy, 0) if tuning == "lora" else policy, questions, SEEDS, sampling, chat)
     server = vllm_client._servers[policy]
@@ -316,12 +333,11 @@ def test_a_server_that_dies_is_started_again_once_in_a_rollout(tuning, chat, que
     assert waiting() == expected
     said = " ".join(capsys.readouterr().err.split())
     assert "was killed by signal 9" in said and said.endswith("it is started again")
-    launch = server.launch
 
     def launch_and_lose():
-        url, child = launch()
+        child = subprocess.Popen(["sleep", "600"])  # a server takes long to start, and is to be lost at once
         child.kill()
-        return url, child
+        return server.url, child
 
     server.launch = launch_and_lose
     server.child.kill()
@@ -330,7 +346,7 @@ def test_a_server_that_dies_is_started_again_once_in_a_rollout(tuning, chat, que
 
 
 def test_a_run_whose_server_dies_goes_on_exactly(tmp_path, prompts, monkeypatch):
-    changes = {"rollout__sampler": SERVER, "tuning": "lora", "updates": 3}
+    changes = {"rollout__sampler": SERVER, "tuning": "lora", "updates": 2}  # the server dies after each
     run(short_run(tmp_path / "whole", prompts, **changes))
     stage = PPO(short_run(tmp_path / "hit", prompts, **changes), False, False)
     learn = Learner.learn
