@@ -1,15 +1,14 @@
-"""A small demo: `python tests/small_demo.py OUT` makes it in a folder."""
+"""A small demo, made in a folder by a process that a test may kill."""
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
+
+import forked
+import tiny
 
 from stages.demo import Demo, Size
 
-ROOT = Path(__file__).resolve().parents[1]
 SMALL = Size(
     documents=2000, base_steps=60, demonstrated=64, ranked=64, held_out=8, tested=24,
     overrides={
@@ -20,14 +19,11 @@ SMALL = Size(
 )  # fmt: skip
 
 
-def start(out: Path) -> subprocess.Popen[str]:
-    """Make it in a process that a test may kill."""
-    path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
-    return subprocess.Popen(
-        [sys.executable, __file__, str(out)], cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True
-    )
+def make(out: str) -> None:
+    """Make it, or go on with it."""
+    Demo(Path(out), 5, SMALL).run()
 
 
-if __name__ == "__main__":
-    Demo(Path(sys.argv[1]), 5, SMALL).run()
+def start(out: Path) -> forked.Ranks:
+    """The same in a forked process."""
+    return tiny.start(1, "import sys, small_demo; small_demo.make(sys.argv[1])", str(out))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -69,7 +68,8 @@ def test_the_configs_name_the_demos_own_folders(stage):
 def small(tmp_path_factory):
     """A small demo that ran without interruption."""
     out = tmp_path_factory.mktemp("small") / "demo"
-    small_demo.start(out).communicate()
+    made = small_demo.start(out)
+    assert made.wait(600) == 0, made.text
     return out
 
 
@@ -96,11 +96,10 @@ def test_a_demo_killed_in_several_parts_goes_on_to_the_same_figures(small, tmp_p
         while not (out / sign).exists():
             assert child.poll() is None, "the demo ended before it could be killed"
             time.sleep(0.01)
-        child.send_signal(signal.SIGKILL)
-        child.communicate()
+        child.kill()
         assert not (out / "summary.json").exists()
-    shown, _ = small_demo.start(out).communicate()
-    assert "holds this demo" not in shown
+    last = small_demo.start(out)
+    assert last.wait(600) == 0 and "holds this demo" not in last.text, last.text
     assert figures(out) == figures(small)
 
 

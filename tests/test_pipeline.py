@@ -7,7 +7,6 @@ import json
 import os
 import re
 import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -219,40 +218,35 @@ def rlhf(place: Path, *words: str, stdin: str = "") -> subprocess.CompletedProce
 
 def kill_when(place: Path, moment: Callable[[], bool], *words: str) -> None:
     """Start a command and kill it, with its child, as soon as `moment` is true."""
-    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "stages.cli", *words]
-    process = subprocess.Popen(
-        command, cwd=place, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    )
+    command = tiny.start_command(place, *words)
     while not moment():
-        assert process.poll() is None, f"ended with {process.returncode} before the moment came"
+        assert command.poll() is None, f"ended with {command.poll()} before the moment came: {command.text}"
         time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    command.kill()
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(2400)
 def test_one_command_runs_all_stages_skips_what_is_complete_and_goes_on_after_a_kill_in_each_stage(place):
-    command = ("pipeline", "--config", "all.yaml", f"sft.model.path={tiny.llama()}", "sft.checkpoints.every=1")
-    done = rlhf(place, *command)
-    assert done.returncode == 0, done.stdout + done.stderr
+    words = ("pipeline", "--config", "all.yaml", f"sft.model.path={tiny.llama()}", "sft.checkpoints.every=1")
+    done = tiny.command(place, *words)
+    assert done.returncode == 0, done.stdout
     assert (place / "out" / "model.safetensors").is_file()
     summary = done.stdout[done.stdout.rindex("Pipeline toy") :]
     assert summary.count("done") == 4 and "kl" in summary
     before = json.loads((place / "runs/ppo/run.json").read_text("utf-8"))
 
-    again = rlhf(place, *command)
-    assert again.returncode == 0, again.stdout + again.stderr
+    again = tiny.command(place, *words)
+    assert again.returncode == 0, again.stdout
     assert again.stdout.count("complete already") == 3
 
-    kill_when(place, lambda: not (place / "runs/sft/run.json").exists(), *command, "--overwrite")
+    kill_when(place, lambda: not (place / "runs/sft/run.json").exists(), *words, "--overwrite")
     assert not (place / "runs/ppo/run.json").exists()
     shutil.rmtree(place / "out")  # from here on as if nothing had ever run
-    kill_when(place, (place / "runs" / "sft" / "run.json").exists, *command)
+    kill_when(place, (place / "runs" / "sft" / "run.json").exists, *words)
     for stage in ("sft", "reward", "ppo"):
-        kill_when(place, (place / "runs" / stage / "checkpoints").exists, *command)
-    done = rlhf(place, *command)
+        kill_when(place, (place / "runs" / stage / "checkpoints").exists, *words)
+    done = rlhf(place, *words)  # as a user starts it, with stages in a Python of their own
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.count("complete already") == 2 and (place / "out" / "model.safetensors").is_file()
     after = json.loads((place / "runs/ppo/run.json").read_text("utf-8"))
@@ -261,9 +255,9 @@ def test_one_command_runs_all_stages_skips_what_is_complete_and_goes_on_after_a_
 
 @pytest.mark.slow
 def test_a_stage_that_fails_stops_the_pipeline_and_says_how_to_go_on(place):
-    done = rlhf(place, "pipeline", "--config", "all.yaml")  # base/ holds no model that could be loaded
+    done = tiny.command(place, "pipeline", "--config", "all.yaml")  # base/ holds no model that could be loaded
     assert done.returncode == 2
-    assert "the pipeline stopped: sft ended with exit status 2" in done.stderr and "Traceback" not in done.stderr
+    assert "the pipeline stopped: sft ended with exit status 2" in done.stdout and "Traceback" not in done.stdout
     assert not (place / "runs" / "reward").exists()
 
 
@@ -399,10 +393,10 @@ def test_two_rounds_from_no_rankings_at_all_wait_for_people_and_end_with_the_exp
     without_rankings(place)
     with_rounds(place, min_rankings=4)
     model = f"sft.model.path={tiny.llama()}"
-    command = ("pipeline", "--config", "all.yaml", model)
+    words = ("pipeline", "--config", "all.yaml", model)
 
-    waits = rlhf(place, *command)
-    assert waits.returncode == pipeline.WAITING, waits.stdout + waits.stderr
+    waits = tiny.command(place, *words)
+    assert waits.returncode == pipeline.WAITING, waits.stdout
     assert "Round 1 of 2 waits for people: 0 of 4 rankings have arrived in data/round-1/rankings*" in waits.stdout
     assert "rlhf data rank data/round-1/candidates --annotator NAME" in waits.stdout
     assert f"rlhf pipeline --config all.yaml {model}" in waits.stdout
@@ -411,10 +405,10 @@ def test_two_rounds_from_no_rankings_at_all_wait_for_people_and_end_with_the_exp
     assert len(proposed) == 4 and {len(p.candidates) for p in proposed} == {3}
 
     rank_here(place, 1, 2)
-    assert "2 of 4 rankings" in rlhf(place, *command).stdout
+    assert "2 of 4 rankings" in tiny.command(place, *words).stdout
     rank_here(place, 1, 2)
-    waits = rlhf(place, *command)
-    assert waits.returncode == pipeline.WAITING and "Round 2 of 2" in waits.stdout, waits.stdout + waits.stderr
+    waits = tiny.command(place, *words)
+    assert waits.returncode == pipeline.WAITING and "Round 2 of 2" in waits.stdout, waits.stdout
     assert "complete already" in waits.stdout and (place / "runs/ppo-round-1/model").is_dir()
     first = {p.prompt_id for p in proposed}
     second = list(open_dataset(place / "data/round-2/candidates", "proposal").records())
@@ -426,8 +420,8 @@ def test_two_rounds_from_no_rankings_at_all_wait_for_people_and_end_with_the_exp
     late = open_dataset(place / "data/round-1/rankings-anna.jsonl", "ranking")
     with open(place / "data/round-1/rankings-late.jsonl", "w", encoding="utf-8") as file:
         file.writelines(json.dumps(to_dict(replace(r, annotator="late"))) + "\n" for r in late.records())
-    done = rlhf(place, *command)  # four late ones of the first round are enough for the second
-    assert done.returncode == 0, done.stdout + done.stderr
+    done = tiny.command(place, *words)  # four late ones of the first round are enough for the second
+    assert done.returncode == 0, done.stdout
     assert (place / "out" / "model.safetensors").is_file() and "from runs/ppo-round-2" in done.stdout
     assert [count(place / f"data/round-{n}/collected") for n in (1, 2)] == [4, 4]
     data = json.loads((place / "runs/reward-round-2/run.json").read_text("utf-8"))["data"]
@@ -436,5 +430,5 @@ def test_two_rounds_from_no_rankings_at_all_wait_for_people_and_end_with_the_exp
     parents = [parent["path"] for parent in origin["parents"]]
     assert parents == ["data/round-1/candidates", "data/round-1/rankings-anna.jsonl"]
 
-    again = rlhf(place, *command)
-    assert again.returncode == 0 and again.stdout.count("complete already") == 5, again.stdout + again.stderr
+    again = tiny.command(place, *words)
+    assert again.returncode == 0 and again.stdout.count("complete already") == 5, again.stdout

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 
 import pytest
 import tiny
@@ -30,11 +27,7 @@ def place(tmp_path_factory):
 
 
 def rlhf(place, *words):
-    environment = {**os.environ, "PYTHONPATH": str(tiny.REPOSITORY), "OMP_NUM_THREADS": "1", "COLUMNS": "120"}
-    done = subprocess.run(
-        [sys.executable, "-m", "stages.cli", *words], cwd=place, env=environment, text=True, timeout=3000,
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-    )  # fmt: skip
+    done = tiny.command(place, *words)
     assert done.returncode == 0, done.stdout
     return done.stdout
 
