@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -12,9 +11,10 @@ from typing import TYPE_CHECKING
 from rlhf.cli import options
 from rlhf.cli.sampling_options import SamplingOptions, with_sampling
 from rlhf.core.console import err, format_number, printable, say
-from rlhf.core.errors import UserError, nearest
+from rlhf.core.errors import UserError, blame, nearest
+from rlhf.core.files import append_jsonl
 from rlhf.data.jsonl import to_dict
-from rlhf.data.schema import BadRecord, Demonstration, Message
+from rlhf.data.schema import Demonstration, Message
 from rlhf.rollout.types import SamplingParams, stream_seed
 
 if TYPE_CHECKING:  # imports torch
@@ -87,31 +87,24 @@ class Chat:
         """Answer a user message and print the answer token by token. Ctrl-C stops it; the answer so far is kept."""
         from rlhf.inference.sampling import generate  # imports torch
 
-        self.messages.append(Message("user", text))
-        chat = self.policy.chat
-        try:
-            prompt = chat.prompt(self.conversation)
-        except UserError:
-            self.messages.pop()
-            raise
+        chat, question = self.policy.chat, Message("user", text)
+        prompt = chat.prompt([*self.conversation, question])
         limit = self.policy.prompt_limit(self.sampling)
         if len(prompt) > limit:
             _note(f"(the conversation is cut to its last {limit:,} tokens)")
-        printer = _Printer(chat.decode)
+        printer, why = _Printer(chat.decode), f"(cut off after {self.sampling.max_new_tokens:,} tokens)"
         self.answers += 1
-        stopped = False
+        seed, ended = stream_seed(self.seed, self.answers), False
         try:
-            seed = stream_seed(self.seed, self.answers)
             ended = generate(self.policy, chat.truncate_prompt(prompt, limit), seed, self.sampling, printer.add).ended
         except KeyboardInterrupt:
-            stopped, ended = True, False
+            why = "(stopped)"
         answer = printer.finish()
         if not ended:
-            _note("(stopped)" if stopped else f"(cut off after {self.sampling.max_new_tokens:,} tokens)")
+            _note(why)
         if answer.strip():
-            self.messages.append(Message("assistant", answer))
+            self.messages += [question, Message("assistant", answer)]
         else:
-            self.messages.pop()
             _note("(no answer; your message is removed)")
 
     # ---- commands ------------------------------------------------------------------------------------------------
@@ -150,12 +143,9 @@ class Chat:
         if not self.messages:
             raise UserError("there is nothing to save")
         *before, last = self.conversation
-        try:
+        with blame("cannot be saved"):
             record = Demonstration(tuple(before), source=f"chat with {self.policy.path}", answer=last.content)
-            with open(Path(words).expanduser(), "a", encoding="utf-8") as file:
-                file.write(json.dumps(to_dict(record), ensure_ascii=False) + "\n")
-        except (BadRecord, OSError) as error:
-            raise UserError(f"cannot be saved: {error}") from None
+            append_jsonl(Path(words).expanduser(), [to_dict(record)])
         _note(f"(saved to {words})")
 
     def set_temperature(self, words: str) -> None:

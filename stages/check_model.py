@@ -6,11 +6,10 @@ model -> prompt tokens -> sft -> reward -> dpo -> ppo -> export -> plain transfo
 from __future__ import annotations
 
 import importlib
-import json
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from collections.abc import Callable
+from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -29,6 +28,7 @@ from rlhf.data.schema import Candidate, Demonstration, Message, Ranking
 from rlhf.data.writer import DatasetWriter
 from rlhf.export.export import export
 from rlhf.export.formats import EXPORTERS
+from rlhf.runs.metrics import read_metrics
 from rlhf.runs.parents import resolve_model_path
 
 Result = Literal["works", "no", "refused", "failed"]
@@ -75,7 +75,11 @@ class Check:
         """Try all steps; one that fails is a row of the result, and steps that need it are left out."""
         from rlhf.inference import model_checks
 
-        if self._attempt("prompt tokens", lambda: model_checks.prompt_tokens(self._chat())):
+        def prompt_tokens() -> str:
+            chat = load_tokenizer(self._model_config(self.model), resolve_model_path(self.model))
+            return model_checks.prompt_tokens(chat)
+
+        if self._attempt("prompt tokens", prompt_tokens):
             self._write_data()
             for tuning in self.tunings:
                 self._try(tuning)
@@ -86,32 +90,29 @@ class Check:
         from rlhf.inference import model_checks
 
         trust, suffix = self.trust_remote_code, "" if tuning == "full" else f", {tuning}"
-        sft, reward, dpo, ppo = (str(self.folder / f"{stage}-{tuning}") for stage in ("sft", "reward", "dpo", "ppo"))
-        if not self._attempt(f"sft{suffix}", lambda: self._stage("sft", self.model, sft, tuning)):
+        sft, reward, dpo, ppo = (str(self.folder / f"{stage}-{tuning}") for stage in STAGES)
+        if not self._attempt(f"sft{suffix}", self._stage, "sft", self.model, sft, tuning):
             return
-        rewarded = self._attempt(f"reward{suffix}", lambda: self._stage("reward", sft, reward, tuning))
-        self._attempt(f"dpo{suffix}", lambda: self._stage("dpo", sft, dpo, tuning))
+        rewarded = self._attempt(f"reward{suffix}", self._stage, "reward", sft, reward, tuning)
+        self._attempt(f"dpo{suffix}", self._stage, "dpo", sft, dpo, tuning)
         if rewarded:
-            self._attempt(f"ppo{suffix}", lambda: self._stage("ppo", sft, ppo, tuning, reward))
+            self._attempt(f"ppo{suffix}", self._stage, "ppo", sft, ppo, tuning, reward)
         policy = ppo if Path(ppo, "model").is_dir() else sft
-        self._attempt(
-            f"exported policy{suffix}", lambda: model_checks.policy_logits(policy, self._export(policy), trust)
-        )
+        self._attempt(f"exported policy{suffix}", self._exported, policy, model_checks.policy_logits)
         if rewarded:
-            self._attempt(
-                f"exported reward{suffix}", lambda: model_checks.reward_scores(reward, self._export(reward), trust)
-            )
+            self._attempt(f"exported reward{suffix}", self._exported, reward, model_checks.reward_scores)
         if tuning == self.tunings[0]:
             critic = reward if rewarded else None
-            self._attempt("packing", lambda: model_checks.packing(policy, critic, trust), needed=False)
+            self._attempt("packing", model_checks.packing, policy, critic, trust, needed=False)
             if rewarded:
-                self._attempt("shared prompts", lambda: model_checks.shared_prompts(reward, trust), needed=False)
+                self._attempt("shared prompts", model_checks.shared_prompts, reward, trust, needed=False)
 
-    def _attempt(self, step: str, do: Callable[[], str], needed: bool = True) -> bool:
+    def _attempt(self, step: str, do: Callable[..., str], *arguments: Any, needed: bool = True) -> bool:
         """Run one step and record its result. What stages print goes to `log.txt`."""
+        file = open(self.folder / "log.txt", "a", encoding="utf-8")  # noqa: SIM115 (closed below)
         try:
-            with self._quiet():
-                found = Step(step, "works", do())
+            with file as log, redirect_stdout(log), redirect_stderr(log):
+                found = Step(step, "works", do(*arguments))
         except UserError as error:
             result: Result = "refused" if needed else "no"
             found = Step(step, result, error.what, f"{error.why} {error.remedy}".strip())
@@ -120,29 +121,20 @@ class Check:
         self.steps.append(found)
         return found.result == "works"
 
-    @contextmanager
-    def _quiet(self) -> Iterator[None]:
-        with open(self.folder / "log.txt", "a", encoding="utf-8") as log, redirect_stdout(log), redirect_stderr(log):
-            yield
-
-    def _chat(self) -> Any:
-        return load_tokenizer(self._model_config(self.model), resolve_model_path(self.model))
-
     def _model_config(self, path: str) -> ModelConfig:
         return ModelConfig(path=path, trust_remote_code=self.trust_remote_code)
 
     def _write_data(self) -> None:
-        animals = ("cat", "dog", "owl", "fox", "hen", "cow", "bee", "ant")
-        for kind in ("demonstration", "ranking"):
-            with DatasetWriter(self.folder / f"{kind}s", kind) as writer:
-                for number, animal in enumerate(animals):
-                    prompt = (Message("user", f"What does the {animal} do?"),)
-                    split = "eval" if number >= 6 else "train"
-                    if kind == "demonstration":
-                        writer.write(Demonstration(prompt, split=split, answer=ANSWERS[number % 3]))
-                    else:
-                        candidates = tuple(Candidate(answer, f"writer {k}") for k, answer in enumerate(ANSWERS))
-                        writer.write(Ranking(prompt, split=split, candidates=candidates, ranks=(1, 2, 3)))
+        candidates = tuple(Candidate(answer, f"writer {k}") for k, answer in enumerate(ANSWERS))
+        with (
+            DatasetWriter(self.folder / "demonstrations", "demonstration") as demonstrations,
+            DatasetWriter(self.folder / "rankings", "ranking") as rankings,
+        ):
+            for number, animal in enumerate(("cat", "dog", "owl", "fox", "hen", "cow", "bee", "ant")):
+                prompt = (Message("user", f"What does the {animal} do?"),)
+                split = "eval" if number >= 6 else "train"
+                demonstrations.write(Demonstration(prompt, split=split, answer=ANSWERS[number % 3]))
+                rankings.write(Ranking(prompt, split=split, candidates=candidates, ranks=(1, 2, 3)))
 
     def _stage(self, stage: str, model: str, run: str, tuning: str, reward: str | None = None) -> str:
         """Run a stage for two steps; returns its first and last loss, or PPO's first ratio."""
@@ -165,30 +157,27 @@ class Check:
         config = check_config(STAGES[stage], values, f"check-model, {stage}")
         check(stage, config, resume=False, overwrite=False)
         importlib.import_module(f"stages.{stage}").run(config)
-        lines = [json.loads(line) for line in Path(run, "metrics.jsonl").read_text("utf-8").splitlines()]
-        return self._ratio(lines) if stage == "ppo" else self._losses(lines)
+        metrics = read_metrics(run)
+        if stage == "ppo":
+            return _ratio(metrics)
+        losses = metrics["train/loss"].dropna()
+        return f"loss {losses.iloc[0]:.4g}, then {losses.iloc[-1]:.4g}"
 
-    def _losses(self, lines: list[dict[str, Any]]) -> str:
-        losses = [line["train/loss"] for line in lines if "train/loss" in line]
-        return f"loss {losses[0]:.4g}, then {losses[-1]:.4g}"
-
-    def _ratio(self, lines: list[dict[str, Any]]) -> str:
-        from rlhf.inference.model_checks import Different
-
-        low, high = (
-            pick(line[f"policy/first_ratio_{name}"] for line in lines if f"policy/first_ratio_{name}" in line)
-            for name, pick in (("min", min), ("max", max))
-        )
-        if max(high - 1, 1 - low) > 1e-4:
-            raise Different(f"the first ratio of an update is {low:.6g} to {high:.6g}, not 1")
-        return (
-            "the first ratio is 1" if low == high == 1 else f"the first ratio is 1 within {max(high - 1, 1 - low):.1g}"
-        )
-
-    def _export(self, run: str) -> Path:
+    def _exported(self, run: str, compare: Callable[[str, Path, bool], str]) -> str:
+        """Export a run, and compare the export with it."""
         out = Path(f"{run}-exported")
         export(run, out, EXPORTERS.pick("hf"), trust_remote_code=self.trust_remote_code)
-        return out
+        return compare(run, out, self.trust_remote_code)
+
+
+def _ratio(metrics: Any) -> str:
+    from rlhf.inference.model_checks import Different
+
+    low, high = metrics["policy/first_ratio_min"].min(), metrics["policy/first_ratio_max"].max()
+    off = max(high - 1, 1 - low)
+    if off > 1e-4:
+        raise Different(f"the first ratio of an update is {low:.6g} to {high:.6g}, not 1")
+    return f"the first ratio is 1 within {off:.1g}" if off else "the first ratio is 1"
 
 
 def passed(steps: list[Step]) -> bool:

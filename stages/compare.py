@@ -13,9 +13,8 @@ import shlex
 import shutil
 import statistics
 import sys
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 import yaml
@@ -32,13 +31,13 @@ from rlhf.comparison.results import CellResult, collect, read_result
 from rlhf.comparison.show import COLUMNS, LEGEND, TaskResult, markdown
 from rlhf.config.load import dump_config, load_stage_config
 from rlhf.core.console import say, table
-from rlhf.core.errors import UserError
+from rlhf.core.errors import UserError, blame
 from rlhf.core.files import write_json, write_text
 from rlhf.data.selection import train_records
 from rlhf.data.store import open_dataset
 from rlhf.inference.teacher import is_server
 from rlhf.runs.parents import resolve_model_path
-from rlhf.runs.run import is_run, read_run
+from rlhf.runs.run import is_finished, is_run, read_run
 from rlhf.tasks.task import Task
 
 PROBE_STEPS = 6
@@ -119,7 +118,7 @@ def _check_folder(folder: Path, config: CompareConfig, overwrite: bool) -> None:
     if overwrite:
         shutil.rmtree(folder)
         return
-    before, now = (yaml.safe_load(text) for text in (file.read_text("utf-8"), dump_config(config)))
+    before, now = yaml.safe_load(file.read_text("utf-8")), config.model_dump(mode="json")
     # more tasks, ways, examples and seeds extend a comparison; earlier measurements stay valid
     for key in ("model", "budget"):
         if before.get(key) != now[key]:
@@ -130,7 +129,7 @@ def _check_folder(folder: Path, config: CompareConfig, overwrite: bool) -> None:
             )
     for key in ("tasks", "ways"):
         for name, values in before.get(key, {}).items():
-            if name in now[key] and values != now[key][name]:
+            if values != now[key].get(name, values):
                 raise UserError(
                     f"run: {folder} holds a comparison with a different {key}.{name}",
                     remedy="Give the changed one a new name, use --overwrite, or another folder: run=...",
@@ -154,48 +153,34 @@ class Comparison:
         for cell in cells(self.config):
             if cell.examples is not None or cell.seed != self.config.seeds[0]:
                 continue
-            self._check_teacher(cell)
-            pending: dict[str, str] = {}
-            for stage in stage_runs(self.config, cell, self._checked_data(cell)):
-                try:
+            teacher = (self.config.ways[cell.way].distill or {}).get("teacher")
+            if teacher is not None and not is_server(teacher):
+                with blame(f"ways.{cell.way}.distill.teacher"):
+                    resolve_model_path(teacher)
+            pending, data = dict[str, str](), self._learned(cell)
+            if not Path(data["train"]).exists():  # until its teacher has answered: the same prompts, their own answers
+                data = self._data(cell)
+            for stage in stage_runs(self.config, cell, data):
+                with blame(f"ways.{cell.way}"):
                     check(stage.stage, self._sized(stage).config(), is_run(stage.folder), False, None, pending)
-                except UserError as error:
-                    raise UserError(f"ways.{cell.way}.{error.what}", error.why, error.remedy) from None
                 pending[stage.folder] = stage.stage
-
-    def _check_teacher(self, cell: Cell) -> None:
-        teacher = (self.config.ways[cell.way].distill or {}).get("teacher")
-        if teacher is not None and not is_server(teacher):
-            try:
-                resolve_model_path(teacher)
-            except UserError as error:
-                raise UserError(f"ways.{cell.way}.distill.teacher: {error.what}", error.why, error.remedy) from None
-
-    def _checked_data(self, cell: Cell) -> dict[str, str]:
-        """The training data of the way; until its teacher has answered, the same prompts with their own answers."""
-        data = self._learned(cell)
-        return data if Path(data["train"]).exists() else self._data(cell)
 
     def list_cells(self) -> None:
         """Print what would be run."""
         rows = []
         for cell in cells(self.config):
             done = "measured" if read_result(self.result_file(cell)) is not None else "to do"
-            teacher = ["distill"] if self.config.ways[cell.way].distill else []
-            stages = " -> ".join([*teacher, *(stage.stage for stage in self.stage_runs(cell))]) or "no training"
-            rows.append(
-                (cell.task, cell.way, "all" if cell.examples is None else cell.examples, cell.seed, stages, done)
-            )
+            way = self.config.ways[cell.way]
+            stages = " -> ".join(["distill"] * bool(way.distill) + way.stages) or "no training"
+            rows.append((cell.task, cell.way, cell.examples or "all", cell.seed, stages, done))
         table("Cells", ("task", "way", "training prompts", "seed", "stages", "state"), rows)
 
     def result_file(self, cell: Cell) -> Path:
         return self.folder / "results" / f"{cell.name}.json"
 
     def _data(self, cell: Cell) -> dict[str, str]:
-        way = self.config.ways[cell.way]
-        rankings = way.dpo is not None or way.reward is not None
-        place = self.folder / "data" / cell.task
-        task = self.config.tasks[cell.task]
+        way, task = self.config.ways[cell.way], self.config.tasks[cell.task]
+        rankings, place = way.dpo is not None or way.reward is not None, self.folder / "data" / cell.task
         return training_data(task, self.tasks[cell.task], place, rankings, cell.examples, cell.seed)
 
     def _learned(self, cell: Cell) -> dict[str, str]:
@@ -221,18 +206,16 @@ class Comparison:
         words += ["--cache", str(replies), *distill_words(values)]
         run_command(words, "the comparison stopped: data distill", remedy)
 
-    def stage_runs(self, cell: Cell) -> list[StageRun]:
-        return stage_runs(self.config, cell, self._learned(cell))
-
     def run_cell(self, cell: Cell) -> None:
         """Train and measure one cell."""
         from rlhf.comparison.measure import answer_task, stored  # imports torch
 
         settings, config = self.config.ways[cell.way], self.config.tasks[cell.task]
         self._ask_teacher(cell)
-        stages = [self._trained(stage, len(settings.stages)) for stage in self.stage_runs(cell)]
+        data = self._learned(cell)
+        stages = [self._trained(stage, len(settings.stages)) for stage in stage_runs(self.config, cell, data)]
         policies = [stage.folder for stage in stages if stage.stage != "reward"]
-        examples = list(train_records([open_dataset(self._learned(cell)["train"])]))
+        examples = list(train_records([open_dataset(data["train"])]))
         model = self.config.model
         if policies:  # a run has its chat template with it
             model = model.model_copy(update={"path": policies[-1], "chat_template": "auto"})
@@ -240,19 +223,18 @@ class Comparison:
             model, settings, config, self.tasks[cell.task], examples, cell.seed
         )
         parameters, size = stored(policies[-1], self.base) if policies else (0, 0)
-        infos = [read_run(stage.folder) for stage in stages]
-        peaks = [info["peak_memory"] for info in infos if info.get("peak_memory")]
+        peaks = [peak for stage in stages if (peak := read_run(stage.folder).get("peak_memory"))]
+        seconds = sum(sum(step_seconds(Path(stage.folder))) for stage in stages)
         CellResult(
-            outcomes, len({record.prompt_id for record in examples}), parameters, size,
-            sum(training_seconds(Path(stage.folder)) for stage in stages), max(peaks, default=None), prompt_tokens,
-            latency,
+            outcomes, len({record.prompt_id for record in examples}), parameters, size, seconds,
+            max(peaks, default=None), prompt_tokens, latency,
         ).write(self.result_file(cell))  # fmt: skip
 
     def _trained(self, stage: StageRun, stages: int) -> StageRun:
         """Run a stage, unless it is complete. Returns it with its number of steps."""
         if self.config.budget.seconds is not None:
             stage = stage.with_steps(self._steps(stage, self.config.budget.seconds / stages))
-        if not (is_run(stage.folder) and read_run(stage.folder)["status"] == "complete"):
+        if not is_finished(stage.folder):
             self._start(stage)
         return stage
 
@@ -281,7 +263,7 @@ class Comparison:
         known, name = self._known_steps(), Path(stage.folder).name
         if name not in known:
             probe = stage.with_steps(PROBE_STEPS, folder=f"{self.folder}/probes/{name}")
-            if not (is_run(probe.folder) and read_run(probe.folder)["status"] == "complete"):
+            if not is_finished(probe.folder):
                 self._start(probe)
             typical = statistics.median(step_seconds(Path(probe.folder))[2:])
             known[name] = max(1, int(seconds / typical))
@@ -293,20 +275,17 @@ class Comparison:
 
     def results(self) -> list[TaskResult]:
         """The results so far."""
-        found = {}
-        for cell in cells(self.config):
-            result = read_result(self.result_file(cell))
-            if result is not None:
-                found[cell] = result
-        return collect(self.config, found)
+        found = {cell: read_result(self.result_file(cell)) for cell in cells(self.config)}
+        return collect(self.config, {cell: result for cell, result in found.items() if result is not None})
 
     def write_tables(self) -> list[TaskResult]:
         """Write `table.md` and `compare.html` of the results so far."""
         from rlhf.comparison.page import render  # imports matplotlib
 
-        results, title = self.results(), f"Comparison {self.folder.name}"
-        write_text(self.folder / "table.md", markdown(title, self.facts(), results))
-        write_text(self.folder / "compare.html", render(title, self.facts(), results))
+        results = self.results()
+        page = (f"Comparison {self.folder.name}", self.facts(), results)
+        write_text(self.folder / "table.md", markdown(*page))
+        write_text(self.folder / "compare.html", render(*page))
         return results
 
     def facts(self) -> str:
@@ -320,20 +299,11 @@ class Comparison:
 
 
 def step_seconds(run: Path) -> list[float]:
-    """Seconds of each optimizer step or update of a run, from its metrics."""
-    found = []
-    for line in (run / "metrics.jsonl").read_text("utf-8").splitlines():
-        row: Mapping[str, Any] = json.loads(line)
-        if "time/step" in row:
-            found.append(float(row["time/step"]))
-        elif "time/learn" in row:
-            found.append(sum(float(row[f"time/{phase}"]) for phase in ("rollout", "score", "learn")))
-    return found
-
-
-def training_seconds(run: Path) -> float:
-    """Training time of a run in seconds, without start-up, evaluations and checkpoints."""
-    return sum(step_seconds(run))
+    """Seconds of each optimizer step or update of a run, from its metrics: no start-up, evaluations or checkpoints."""
+    rows = map(json.loads, (run / "metrics.jsonl").read_text("utf-8").splitlines())
+    parts = ("step", "rollout", "score", "learn")
+    times = [[float(row[f"time/{part}"]) for part in parts if f"time/{part}" in row] for row in rows]
+    return [sum(time) for time in times if time]
 
 
 def show(results: list[TaskResult]) -> None:

@@ -29,7 +29,7 @@ from rlhf.core.console import say
 from rlhf.core.errors import UserError
 from rlhf.core.files import whole_folder, write_json
 from rlhf.inference.sampling_params import sampling_params
-from rlhf.runs.run import is_run, read_run
+from rlhf.runs.run import is_finished, is_run
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs" / "demo"
 OVERRIDES = {
@@ -191,4 +191,4 @@ class Demo:
 
 def _is_complete(path: Path) -> bool:
     """Whether a step's result exists. A run records its status; anything else gets its name only when complete."""
-    return read_run(path).get("status") == "complete" if is_run(path) else path.exists()
+    return is_finished(path) if is_run(path) else path.exists()

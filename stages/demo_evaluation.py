@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import math
+import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from data_tools.demo_world.datasets import WorldDatasets
 from data_tools.demo_world.rules import POINTS, Verdict, agreement, judge
@@ -18,11 +18,11 @@ from rlhf.core.intervals import fraction_interval
 from rlhf.data.encode_records import EncodingCounts
 from rlhf.data.schema import Ranking, dense_ranks
 from rlhf.data.store import open_dataset
-from rlhf.inference.policy import Policy, open_policy
+from rlhf.inference.policy import open_policy
 from rlhf.inference.reward_model import open_reward_model
 from rlhf.inference.sampling import Sampled, sample
 from rlhf.inference.scorer import open_scorer
-from rlhf.models.logprobs import token_logprobs
+from rlhf.policy_evaluation.distance import sequence_kl
 from rlhf.reward.metrics import reward_metrics
 from rlhf.rollout.types import SamplingParams
 
@@ -54,7 +54,7 @@ def evaluate(out: Path, data: WorldDatasets, params: SamplingParams) -> dict[str
             name: _policy_metrics(completions[name], verdicts[name], scorer(completions[name])) for name in policies
         },
         "comparison": _compare(verdicts["ppo"], verdicts["sft"]),
-        "kl": _divergence(completions["ppo"], policies["ppo"], policies["sft"]),
+        "kl": statistics.fmean(sequence_kl(policies["ppo"], policies["sft"], completions["ppo"], temperature=1.0)[0]),
         "temperature": params.temperature,
         "samples": _first_of_each_kind(completions, verdicts),
         "export": str(out / "export"),
@@ -108,16 +108,6 @@ def _compare(after: Sequence[Verdict], before: Sequence[Verdict]) -> dict[str, A
         "interval": fraction_interval(decided > 0, np.ones(len(decided), dtype=int)),
         "mean_difference": float(gaps.mean()),
     }
-
-
-def _divergence(completions: Sequence[Sampled], policy: Policy, reference: Policy) -> float:
-    """KL divergence from the reference in nats per completion, estimated on the policy's completions (k1)."""
-    ids, mask = policy.chat.pad([one.prompt_ids + one.completion.ids for one in completions])
-    start = torch.tensor([[len(one.prompt_ids)] for one in completions])
-    sampled = mask.bool() & (torch.arange(ids.shape[1]) >= start)
-    with torch.no_grad():
-        own, other = (token_logprobs(p.model, ids, mask, sampled, temperature=1.0)[0] for p in (policy, reference))
-    return float((own - other).sum()) / len(completions)
 
 
 def _first_of_each_kind(

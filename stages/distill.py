@@ -7,7 +7,7 @@ prompts -> n replies of the teacher to each, with or without a chain-of-thought 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -23,7 +23,7 @@ from rlhf.core.console import print_json, say
 from rlhf.core.errors import UserError
 from rlhf.data.jsonl import Reject, to_dict
 from rlhf.data.schema import MODEL_AUTHOR, BadRecord, Candidate, Demonstration, Message, Prompt, Proposal
-from rlhf.data.selection import chosen_records, with_system
+from rlhf.data.selection import chosen_records, distinct, with_system
 from rlhf.data.store import Dataset, open_dataset
 from rlhf.data.writer import check_new
 from rlhf.inference.teacher import Teacher
@@ -73,11 +73,11 @@ def command(
         facts |= {"cue": cue} if cue else {}
         with Derivation(out, kind, [data], facts, overwrite=overwrite) as made:
             made.origin["parents"] += opened.parents()
-            chosen = _distinct(data.records() if split is None else chosen_records(data, split), count)
+            chosen = distinct(data.records() if split is None else chosen_records(data, split), count)
             asked = [_asked(one, cue, asking.system) for one in chosen]
-            writer = _Writer(made, data, opened.name, found, asking.check)
+            writer = _Writer(made, data, opened.name, found, asking.check, become)
             for record, question, replies in zip(chosen, asked, opened.answers(asked, n)):
-                writer.add(record, question, replies, become)
+                writer.add(record, question, replies)
             for reject in data.rejects:
                 made.rejects(reject)
             if not made.written:
@@ -111,16 +111,6 @@ def _check(data: Dataset, become: Kind, n: int, check: bool, pattern: AnswerPatt
         )
 
 
-def _distinct(records: Iterator[Any], count: int | None) -> list[Any]:
-    """The first records of distinct prompts."""
-    found: dict[str, Any] = {}
-    for record in records:
-        found.setdefault(record.prompt_id, record)
-        if count is not None and len(found) == count:
-            break
-    return list(found.values())
-
-
 def _asked(record: Any, cue: str | None, system: str | None) -> Prompt:
     """The prompt as the teacher reads it. The cue is not part of the record."""
     messages = record.messages
@@ -129,26 +119,31 @@ def _asked(record: Any, cue: str | None, system: str | None) -> Prompt:
     return with_system(Prompt(messages, record.source, record.group, record.split), system)
 
 
+@dataclass(frozen=True)
 class _Writer:
     """Turns the replies to a prompt into records and rejects."""
 
-    def __init__(self, made: Derivation, data: Dataset, name: str, pattern: AnswerPattern | None, check: bool) -> None:
-        self._made, self._data, self._name, self._pattern, self._check = made, data, name, pattern, check
+    made: Derivation
+    data: Dataset
+    name: str
+    pattern: AnswerPattern | None
+    check: bool
+    become: Kind
 
-    def add(self, record: Any, asked: Prompt, replies: list[Reply | Failure], become: Kind) -> None:
+    def add(self, record: Any, asked: Prompt, replies: list[Reply | Failure]) -> None:
         texts: list[str] = []
         for reply in replies:
-            bad = self._fault(record, asked, reply, texts)
-            if bad is None and isinstance(reply, Reply):
-                texts.append(reply.text.strip())
-            elif bad is not None:
-                self._reject(record, bad, "" if isinstance(reply, Failure) else reply.text)
+            text, bad = "" if isinstance(reply, Failure) else reply.text, self._fault(record, asked, reply, texts)
+            if bad is None:
+                texts.append(text.strip())
+            else:
+                self._reject(record, bad, text)
         about = (record.messages, record.source, record.group, record.split)
-        if become == "demonstrations":
+        if self.become == "demonstrations":
             for text in texts:
-                self._made.write(Demonstration(*about, answer=text, author=MODEL_AUTHOR + self._name))
+                self.made.write(Demonstration(*about, answer=text, author=MODEL_AUTHOR + self.name))
         elif len(texts) > 1:
-            self._made.write(Proposal(*about, tuple(Candidate(text, self._name, "model") for text in texts)))
+            self.made.write(Proposal(*about, tuple(Candidate(text, self.name, "model") for text in texts)))
         elif texts:
             self._reject(record, BadRecord("only one answer is left to rank", remedy="Raise --n."), texts[0])
 
@@ -158,15 +153,15 @@ class _Writer:
                 reply.reason, reply.detail, "Start the command again with --overwrite; it asks only for these."
             )
         bad = fault(reply.text, reply.finish_reason, reply.refusal, asked.messages[-1].content, earlier)
-        if bad is not None or self._pattern is None:
+        if bad is not None or self.pattern is None:
             return bad
-        given = self._pattern(reply.text)
+        given = self.pattern(reply.text)
         if given is None:
             return BadRecord(
-                "no answer is found in the text", f"pattern {self._pattern.pattern}", "Change --pattern or --cue."
+                "no answer is found in the text", f"pattern {self.pattern.pattern}", "Change --pattern or --cue."
             )
-        if self._check:
-            right = self._pattern(record.answer) or record.answer
+        if self.check:
+            right = self.pattern(record.answer) or record.answer
             if normalised(given, "number") != normalised(right, "number"):
                 return BadRecord("another answer than the demonstration's", f"{given!r}, not {right!r}", "Raise --n.")
         return None
@@ -174,8 +169,8 @@ class _Writer:
     def _reject(self, record: Any, bad: BadRecord, text: str) -> None:
         """Reject a reply, with its prompt's position in the dataset."""
         raw = json.dumps({**to_dict(record), "reply": text}, ensure_ascii=False)
-        file, _, line = record.place.rpartition(":")
-        self._made.rejects(Reject.of(Path(file or self._data.path), int(line or 0), bad, raw))
+        file, line = record.read_at or (self.data.path, 0)
+        self.made.rejects(Reject.of(file, line, bad, raw))
 
 
 def _tokens(teacher: Teacher) -> dict[str, int]:

@@ -9,79 +9,66 @@ rankings -> token rows (rlhf.data.tables) -> log-probs by the reference, once (r
 
 from __future__ import annotations
 
+from dataclasses import replace
+from functools import partial
+from itertools import chain
 from typing import Any
 
 import torch
-import transformers
 from torch import Tensor
 
 from rlhf import distributed
 from rlhf.cli.entry import main
 from rlhf.core.console import say
-from rlhf.data.chat_tokenizer import load_tokenizer
-from rlhf.data.selection import open_datasets
 from rlhf.data.tables import tokenize
-from rlhf.dpo.batches import PreferenceBatch, on_cpu, preference_batch
+from rlhf.dpo.batches import PreferenceBatch, preference_batch
 from rlhf.dpo.config import DPOConfig
 from rlhf.dpo.losses import METRICS, implicit_rewards, pair_metrics, sft_loss
 from rlhf.dpo.policy import PreferencePolicy, sharing_of
 from rlhf.dpo.reference import score_answers, with_reference
 from rlhf.memory.peak import PeakMemory
 from rlhf.models.adapters import is_adapter
-from rlhf.models.load import load_hf_config, load_policy, quiet, sequence_limit
 from rlhf.models.logprobs import head_chunks
 from rlhf.models.shared_prompt import NO_SHARING
-from rlhf.models.vocabulary import token_count
 from rlhf.reward.agreement import Agreement
 from rlhf.reward.collator import RankingCollator, comparable, learnable
 from rlhf.reward.held_out import BestScores, logged_metrics, mean_loss, report
 from rlhf.reward.losses import RankingBatch
 from rlhf.reward.metrics import ScoredRanking
-from rlhf.runs.parents import parent_facts, resolve_model_path, template_time
+from rlhf.runs.parents import parent_facts
 from rlhf.runs.run import data_facts, finish, open_run
 from rlhf.training.engine import Engine
 from rlhf.training.loop import Loop, Objective, supervised_engine
-from rlhf.tuning.methods import say_trainable, virtual_tokens
+from rlhf.training.opening import open_stage, tuned_policy
 from rlhf.tuning.save import save_result
 
 
 def run(config: DPOConfig, resume: bool = False, overwrite: bool = False) -> None:
     """Train, measure on the held-out rankings, and leave the policy in the run folder's model/."""
-    distributed.start(config.timeout_seconds, config.deepspeed is not None)
-    quiet()
-    path = resolve_model_path(config.model.path)
     # 1. tokenizer, run folder, rows
-    chat = load_tokenizer(config.model, path, template_time(config, resume))
-    limit = sequence_limit(config.model, load_hf_config(config.model, path)) - virtual_tokens(config.tuning)
-    data = open_datasets([*config.data.train, *config.data.eval], ["ranking"], "data")
+    start = open_stage(config, resume, ["ranking"])
+    chat, data, parent = start.chat, start.data, parent_facts(config.model.path)
     human_agreement = Agreement.of(data[len(config.data.train) :] or data)
-    parent = parent_facts(config.model.path)
     folder = open_run(config, "dpo", resume, overwrite, {"parents": [parent], "data": data_facts(data), **chat.facts()})
-    tables = tokenize(folder.path, chat, limit, config.data, "ranking")
+    tables = tokenize(folder.path, chat, start.limit, config.data, "ranking")
     train = learnable(tables.train, config.loss)
     held_out = tables.eval if comparable(tables.eval, config.loss) else None
-    # 2. the policy and its trainable weights; the same initial weights on every rank
-    transformers.set_seed(config.seed)
+    # 2. the policy and its trainable weights
     memory = PeakMemory()
-    base = load_policy(config.model, path, tokens=token_count(chat.tokenizer), as_stored=distributed.grouped())
-    model = config.tuning(base, chat, "causal")
-    say_trainable(config.tuning, model)
+    model = tuned_policy(config, start)
     sharing = sharing_of(model) if config.shared_prompts else NO_SHARING
     if config.shared_prompts and not sharing.max_length:
         say(f"Prompts: encoded once for each answer, since {type(model).__name__} cannot share them")
-    engine = supervised_engine(config, PreferencePolicy(model, goes_on=is_adapter(path)))
+    engine = supervised_engine(config, PreferencePolicy(model, goes_on=is_adapter(start.path)))
     # 3. the reference's log-probs, before any weight changes
     collator = RankingCollator(chat, config.data.weights == "use", sharing, distributed.device())
     objective = DPOObjective(config, model, collator, human_agreement)
     facts = {"model": parent, "resize_embeddings": config.model.resize_embeddings, "dtype": str(engine.dtype)}
     cache = folder.path / "cache"
-    train = with_reference(
-        cache / "reference-train.arrow", train, facts, lambda: objective.answers(engine, train, reference=True)
-    )
+    compute = partial(objective.answers, engine, reference=True)
+    train = with_reference(cache / "reference-train.arrow", train, facts, compute)
     if held_out is not None:
-        objective.held_out = with_reference(
-            cache / "reference-eval.arrow", held_out, facts, lambda: objective.answers(engine, held_out, reference=True)
-        )
+        objective.held_out = with_reference(cache / "reference-eval.arrow", held_out, facts, compute)
     # 4. training
     loop = Loop(config, folder, engine, objective, train, held_out is not None)
     loop.fit(resume)
@@ -99,14 +86,14 @@ class DPOObjective(Objective[PreferenceBatch]):
 
     means = METRICS
 
+    held_out: Any = None
+    """Rankings with the reference's log-probs."""
+
     def __init__(
         self, config: DPOConfig, model: Any, collator: RankingCollator, human_agreement: Agreement | None = None
     ) -> None:
         self.config, self.collator, self.human_agreement = config, collator, human_agreement
-        self.vocab_size = model.config.get_text_config().vocab_size
-        self.held_out: Any = None
-        """Rankings with the reference's log-probs."""
-        self.best = BestScores()
+        self.vocab_size, self.best = model.config.get_text_config().vocab_size, BestScores()
 
     def batch(self, rows: list[dict[str, Any]]) -> PreferenceBatch:
         return preference_batch(rows, self.collator)
@@ -121,15 +108,11 @@ class DPOObjective(Objective[PreferenceBatch]):
     def loss(self, engine: Engine, batch: PreferenceBatch) -> tuple[Tensor, list[Tensor]]:
         most = distributed.all_max(batch.answer_tokens)  # ZeRO-3 needs the same number of chunks on all ranks
         logprobs, tokens = engine(batch, head_chunks(int(most), self.vocab_size))
-        rewards = self.rewards(logprobs, batch.reference)
+        assert batch.reference is not None, "the reference's log-probs come before training"
+        rewards = implicit_rewards(logprobs, batch.reference, self.config.beta)
         losses, _ = self.losses(rewards, logprobs, tokens, batch.rankings)
         metrics = pair_metrics(rewards, logprobs, batch.rankings) @ _weights(batch.rankings)
         return losses.sum(), list(metrics)
-
-    def rewards(self, logprobs: Tensor, reference: Tensor | None) -> Tensor:
-        """Implicit rewards [N]."""
-        assert reference is not None, "the reference's log-probs come before training"
-        return implicit_rewards(logprobs, reference, self.config.beta)
 
     def losses(
         self, rewards: Tensor, logprobs: Tensor, tokens: Tensor, rankings: RankingBatch
@@ -151,9 +134,8 @@ class DPOObjective(Objective[PreferenceBatch]):
 
     def answers(self, engine: Engine, rankings: Any, reference: bool = False) -> list[tuple[list[float], list[int]]]:
         """Log-probs and token counts of the answers of a table of rankings. Every rank calls it."""
-        training = engine.module.training
+        training, at_once = engine.module.training, self.config.batch.micro_batches(distributed.world_size())[0]
         engine.module.eval()
-        at_once = self.config.batch.micro_batches(distributed.world_size())[0]
         found = score_answers(engine, self.collator, rankings, at_once, self.vocab_size, reference)
         engine.module.train(training)
         return found
@@ -165,11 +147,11 @@ class DPOObjective(Objective[PreferenceBatch]):
 
         def losses(start: int, end: int) -> tuple[Tensor, Tensor, Tensor]:
             nonlocal sums, weight
-            rankings = on_cpu(self.collator).rankings(self.held_out[start:end])
-            logprobs = torch.tensor([value for found, _ in answers[start:end] for value in found])
-            tokens = torch.tensor([count for _, found in answers[start:end] for count in found])
-            reference = torch.tensor([value for row in self.held_out["reference"][start:end] for value in row])
-            rewards = self.rewards(logprobs, reference)
+            rows = self.held_out[start:end]
+            rankings = replace(self.collator, device=None).rankings(rows)
+            values = zip(*answers[start:end])
+            logprobs, tokens, reference = (torch.tensor(list(chain(*part))) for part in (*values, rows["reference"]))
+            rewards = implicit_rewards(logprobs, reference, self.config.beta)
             sums = sums + pair_metrics(rewards, logprobs, rankings) @ _weights(rankings)
             weight += float(_weights(rankings).sum())
             return *self.losses(rewards, logprobs, tokens, rankings), _weights(rankings)

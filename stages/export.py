@@ -9,7 +9,7 @@ import typer
 
 from rlhf.cli import options
 from rlhf.core.console import print_json, say, warn
-from rlhf.core.errors import UserError
+from rlhf.core.errors import UserError, blame
 from rlhf.export.export import ROLES, export
 from rlhf.export.formats import EXPORTERS
 from rlhf.export.hub import check_hub, push
@@ -43,10 +43,8 @@ def command(
         push_to_hub (USER/MODEL): Also upload the folder to the Hugging Face hub.
         private: Make the hub repository private.
     """
-    try:
+    with blame("--format"):
         exporter = EXPORTERS.pick({"name": format} | ({} if dtype is None else {"dtype": dtype}))
-    except ValueError as error:
-        raise UserError(f"--format: {error}") from None
     if role not in ROLES:
         raise UserError(f"--role {role}: no such role", remedy=f"One of: {', '.join(ROLES)}.")
     if private and push_to_hub is None:

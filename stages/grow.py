@@ -119,12 +119,10 @@ class Pool:
         self, seeds: list[Task], count: int, classification: float | None, novelty: Novelty, seed: int
     ) -> None:
         self.seeds, self.grown, self.count, self._novelty = seeds, list[Task](), count, novelty
-        share = None if classification is None else round(classification * count)
-        self._most: dict[Kind, int] = {
-            "classification": count if share is None else share,
-            "generation": count if share is None else count - share,
-        }
-        self._seed = seed
+        self._seed, self._most = seed, dict[Kind, int](classification=count, generation=count)
+        if classification is not None:
+            share = round(classification * count)
+            self._most = {"classification": share, "generation": count - share}
         for task in seeds:
             novelty.add(task.instruction)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any, Literal
 
@@ -71,7 +70,8 @@ def command(
         "judge": facts, "dataset": str(dataset), "fingerprint": data.fingerprint, "split": split, "seed": seed,
         "metrics": metrics, "failures": failures, "usage": usage.as_dict(), "cost": cost,
     }  # fmt: skip
-    shown = [(label, _shown(metrics[name])) for name, label in ROWS.items() if name in metrics]
+    found = [(label, metrics[name]) for name, label in ROWS.items() if name in metrics]
+    shown = [(label, f"{one[0]:.3f} to {one[1]:.3f}" if isinstance(one, list) else one) for label, one in found]
     title = f"{facts['model']} ({facts['prompt']}) on {metrics['pairs']:,} pairs of {metrics['rankings']:,} rankings"
     table(title, ("", ""), shown)
     for reason, count in failures.items():
@@ -82,10 +82,6 @@ def command(
     if low <= 0.5:
         say("The agreement may be no better than chance: do not train or decide by this judge.")
     if output is not None:
-        options.write_whole(output, json.dumps(result, indent=2, ensure_ascii=False) + "\n")
+        options.write_json(output, result)
     if as_json:
         print_json(result)
-
-
-def _shown(value: Any) -> Any:
-    return f"{value[0]:.3f} to {value[1]:.3f}" if isinstance(value, list) else value

@@ -45,21 +45,21 @@ def train_sft(
     Raises:
         UserError: As on the command line: what is wrong, and what to do.
     """
-    return _train("sft", config, {"train": data}, None, resume, overwrite)
+    return _train("sft", config, "train", data, resume, overwrite)
 
 
 def train_reward(
     config: Config, data: Sequence[Record] | None = None, *, resume: bool = False, overwrite: bool = False
 ) -> Path:
     """A reward model from rankings, as `rlhf reward`. For the arguments see `train_sft`."""
-    return _train("reward", config, {"train": data}, None, resume, overwrite)
+    return _train("reward", config, "train", data, resume, overwrite)
 
 
 def train_dpo(
     config: Config, data: Sequence[Record] | None = None, *, resume: bool = False, overwrite: bool = False
 ) -> Path:
     """A policy from rankings without RL, as `rlhf dpo`. For the arguments see `train_sft`."""
-    return _train("dpo", config, {"train": data}, None, resume, overwrite)
+    return _train("dpo", config, "train", data, resume, overwrite)
 
 
 def train_ppo(
@@ -86,29 +86,27 @@ def train_ppo(
     Raises:
         UserError: As on the command line: what is wrong, and what to do.
     """
-    return _train("ppo", config, {"prompts": prompts}, reward, resume, overwrite)
+    return _train("ppo", config, "prompts", prompts, resume, overwrite, reward)
 
 
 def _train(
-    stage: str,
-    config: Config,
-    data: Mapping[str, Sequence[Record] | None],
-    reward: RewardFunction | None,
-    resume: bool,
-    overwrite: bool,
-) -> Path:
-    values = read_values(config) if isinstance(config, (str, Path)) else copy.deepcopy(dict(config))
-    where = str(config) if isinstance(config, (str, Path)) else f"train_{stage}"
-    given = {key: records for key, records in data.items() if records is not None}
-    paths = {key: f"{str(values.get('run')).rstrip('/')}-data/{key}" for key in given}
-    if given:
-        values["data"] = {**values.get("data", {}), **paths}
+    stage: str, config: Config, key: str, records: Sequence[Record] | None, resume: bool, overwrite: bool,
+    reward: RewardFunction | None = None,
+) -> Path:  # fmt: skip
+    """Run a stage; `records`, where they are given, become the dataset of the key `data.KEY`."""
+    where, values = f"train_{stage}", copy.deepcopy(config)
+    if isinstance(config, str | Path):
+        where, values = str(config), read_values(config)
+    values = dict(values)
+    path = f"{str(values.get('run')).rstrip('/')}-data/{key}"
+    if records is not None:
+        values["data"] = {**values.get("data", {}), key: path}
     if reward is not None:
         values["reward"] = {"name": "function", "function": _name(reward)}
     checked = check_config(STAGES[stage], values, where)
-    for key, records in given.items():
-        if resume or overwrite or not is_run(checked.run):  # else the run is refused below, and its data stays
-            _save(records, Path(paths[key]), known=resume and is_run(checked.run))
+    there = is_run(checked.run)
+    if records is not None and (resume or overwrite or not there):  # else the run is refused below; its data stays
+        _save(records, Path(path), known=resume and there)
     check(stage, checked, resume, overwrite)
     folder = Path(checked.run)
     if not (resume and is_complete(checked)):

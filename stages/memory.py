@@ -6,7 +6,7 @@ Nothing is loaded or downloaded: models are built on fake tensors from their con
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -17,7 +17,7 @@ from rlhf.cli.options import ConfigFile, Overrides
 from rlhf.cli.stage_configs import TRAINING
 from rlhf.config.load import check_config, override_values, read_values
 from rlhf.config.optimizers import OPTIMIZERS
-from rlhf.core.console import say, table
+from rlhf.core.console import format_number, say, table
 from rlhf.core.errors import UserError, nearest
 from rlhf.memory.plan import CONTEXT, FILES, GIB, MARGIN, MemoryPlan
 from rlhf.ppo.config import PPOConfig
@@ -120,13 +120,6 @@ def stage_of(values: dict[str, Any], config: Path) -> str:
     return name
 
 
-def _powers_down(largest: int) -> Iterator[int]:
-    """A number and its halves, down to 1."""
-    while largest:
-        yield largest
-        largest //= 2
-
-
 # ---- output ------------------------------------------------------------------------------------------------------
 
 
@@ -135,13 +128,7 @@ def report(plan: MemoryPlan, gpus: int, hosts: int) -> None:
     own = plan.predict()
     digits = 1 if own.peak >= GIB else 3
     gib = lambda size: f"{size / GIB:.{digits}f}"  # noqa: E731
-    phases = list(own.phases)
-    from rlhf.memory.predict import PARTS  # imports torch
-
-    parts = [part for part in PARTS if any(snapshot.parts.get(part) for snapshot in own.phases.values())]
-    rows = [[phase, *(gib(own.phases[phase].parts.get(part, 0.0)) for part in parts), gib(own.phases[phase].total)]
-            for phase in phases]  # fmt: skip
-    table(f"{plan.where} as configured: GiB on each GPU at each phase's peak", ["phase", *parts, "all"], rows)
+    show_phases(f"{plan.where} as configured: GiB on each GPU at each phase's peak", own.phases, gib)
     ways: dict[str, list[str]] = {"as configured": []}
     offers = {name: file for name, file in FILES.items() if plan.processes > 1 or "offload" in name}
     ways |= {f"ZeRO {name}": [f"deepspeed={file or 'null'}"] for name, file in offers.items()}
@@ -150,17 +137,13 @@ def report(plan: MemoryPlan, gpus: int, hosts: int) -> None:
     ways = {name: changes for name, changes in ways.items() if name != own_name and plan.works(*changes)}
     rows = []
     for name, changes in ways.items():
-        found = plan.predict(*changes)
-        needs = plan.needs(*changes)
-        budget = plan.largest_budget(*changes)
+        found, needs = plan.predict(*changes), plan.needs(*changes)
         rows.append([
-            name, *(gib(found.phases[phase].total) for phase in phases), gib(needs),
-            "yes" if needs <= plan.size else "no", "-" if budget is None else f"{budget:,}",
-            gib(found.host * gpus + found.writer),
+            name, *(gib(one.total) for one in found.phases.values()), gib(needs), "yes" if needs <= plan.size else "no",
+            format_number(plan.largest_budget(*changes)), gib(found.host * gpus + found.writer),
         ])  # fmt: skip
     title = f"{gpus * hosts} GPUs of {plan.size / GIB:g} GiB on {hosts} host{'s' * (hosts > 1)}: GiB on each GPU"
-    columns = ["", *phases, "needs", "fits", "budget", "host"]
-    table(title, columns, rows)
+    table(title, ["", *own.phases, "needs", "fits", "budget", "host"], rows)
     say(f"needs: the highest phase, plus {MARGIN:.0%} for the allocator and {CONTEXT / GIB:g} GiB for CUDA itself")
     unit = "whole sequences" if isinstance(plan.config, PPOConfig) else "records"
     say(f"budget: the largest {plan.budget_key} that fits, of 1, 2, 4, ... {unit}; host: GiB of a host's main memory")
@@ -173,14 +156,13 @@ def report_lengths(plan: MemoryPlan, lengths: list[int]) -> None:
     rows, samples = [], isinstance(plan.config, PPOConfig)
     for tokens in lengths:
         longer = plan.with_length(tokens)
-        sizes = _powers_down(plan.config.rollout.batch_size) if samples else ()
-        fitting = (size for size in sizes if longer.rollout_fits([f"rollout.batch_size={size}"]))
-        decoded = next(fitting, None)
+        most = plan.config.rollout.batch_size if samples else 0
+        sizes = [most >> halvings for halvings in range(most.bit_length())]  # down to 1
+        decoded = next((size for size in sizes if longer.rollout_fits([f"rollout.batch_size={size}"])), None)
         smaller = [f"rollout.batch_size={decoded}"] if decoded else []
-        budget = longer.largest_budget(*smaller)
         rows.append([
             f"{tokens:,}", f"{longer.needs() / GIB:.1f}", "yes" if longer.fits() else "no",
-            *([str(decoded or "-")] if samples else []), "-" if budget is None else f"{budget:,}",
+            *[str(decoded or "-")] * samples, format_number(longer.largest_budget(*smaller)),
         ])  # fmt: skip
     columns = ["tokens", "needs", "fits", *(["rollout.batch_size"] if samples else []), plan.budget_key]
     table(f"Longest {'prompt' if samples else 'row'}: GiB on each GPU, and the largest values that fit", columns, rows)
@@ -189,20 +171,21 @@ def report_lengths(plan: MemoryPlan, lengths: list[int]) -> None:
 def report_on_cpu(config: Any, where: str, base: str | None, longest: int | None, candidates: int) -> None:
     """Print the range of the peak of one process on the CPU, and its tensors by phase and part."""
     from rlhf.memory.cpu_range import on_cpu, size_in_words  # imports torch
-    from rlhf.memory.predict import PARTS
 
     found = on_cpu(config, config.precision == "bfloat16", 1, longest, 1 if longest is None else None, candidates, base)
-    phases = found.tensors.phases
-    parts = [part for part in PARTS if any(snapshot.parts.get(part) for snapshot in phases.values())]
-    rows = [
-        [phase, *(size_in_words(one.parts.get(part, 0.0)) for part in parts), size_in_words(one.total)]
-        for phase, one in phases.items()
-    ]
-    table(
-        f"{where} on a CPU: one process with the longest batches, at each phase's peak", ["phase", *parts, "all"], rows
-    )
+    title = f"{where} on a CPU: one process with the longest batches, at each phase's peak"
+    show_phases(title, found.tensors.phases, size_in_words)
     say(f"Peak memory of a process: {found}")
     say("Low: tensors only, short batches. High: longest batches, with memory kept by glibc and loaded by libraries.")
+
+
+def show_phases(title: str, phases: dict[str, Any], words: Callable[[float], str]) -> None:
+    """Print the memory of each phase by part, in `words`."""
+    from rlhf.memory.predict import PARTS  # imports torch
+
+    parts = [part for part in PARTS if any(one.get(part) for one in phases.values())]
+    rows = [[name, *(words(one.get(part, 0.0)) for part in parts), words(one.total)] for name, one in phases.items()]
+    table(title, ["phase", *parts, "all"], rows)
 
 
 def advice(plan: MemoryPlan) -> Iterator[str]:

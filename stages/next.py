@@ -10,7 +10,7 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 from shlex import quote
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -18,12 +18,12 @@ from data_tools.io.derive import Derivation
 from data_tools.io.rejects import print_reasons
 from rlhf.cli import options
 from rlhf.core.console import print_json, say
-from rlhf.core.errors import UserError
+from rlhf.core.errors import UserError, blame
 from rlhf.data.jsonl import Reject, to_dict
-from rlhf.data.schema import BadRecord, Proposal, Ranking
+from rlhf.data.schema import BadRecord, Proposal
 from rlhf.data.store import open_dataset
 from rlhf.runs.parents import parent_facts, resolve_model_path
-from rlhf.runs.run import is_run, read_run
+from rlhf.runs.run import stage_of
 
 if TYPE_CHECKING:
     import numpy as np
@@ -65,6 +65,7 @@ def command(
     paths = _models(reward or [], ranked or [])
     data, before = open_dataset(candidates, "proposal"), [open_dataset(path, "ranking") for path in ranked or ()]
     from data_tools.annotate import choose_next as choosing  # imports scipy
+    from data_tools.annotate import word_ensemble
 
     facts = {"seed": seed, "k": k, "per": per, "reward": paths or f"a bag of words with {members} members"}
     with Derivation(out, "proposal", [data, *before], facts, overwrite=overwrite) as made:
@@ -77,13 +78,19 @@ def command(
                 f"{len(found):,} proposals are in it{f' with split {split}' if split else ''}; {skipped:,} are ranked."
             )
             raise UserError(f"{candidates}: no unranked proposal", why, "Make more with `rlhf data propose`.")
-        tables = (
-            _model_scores(paths, usable, trust_remote_code) if paths else _word_scores(known, usable, members, seed)
-        )
+        if paths:
+            tables = _model_scores(paths, usable, trust_remote_code)
+        else:
+            weights = word_ensemble.train(known, members, seed)
+            tables = word_ensemble.scores([[c.text for c in one.candidates] for one in usable], weights)
         whole = [(one, scores) for one, scores in zip(usable, tables) if scores is not None]
         for one in (one for one, scores in zip(usable, tables) if scores is None):
             fault = BadRecord("an answer is too long for a reward model", remedy="Use models that read longer texts.")
-            made.rejects(Reject.of(candidates, _line(one), fault, json.dumps(to_dict(one), ensure_ascii=False)))
+            made.rejects(
+                Reject.of(
+                    candidates, (one.read_at or (None, 0))[1], fault, json.dumps(to_dict(one), ensure_ascii=False)
+                )
+            )
         if not whole:
             raise UserError(f"{candidates}: no proposal fits into the reward models", remedy="Use other models.")
         cost = choosing.fit_cost(known)
@@ -111,10 +118,8 @@ def _models(specs: Sequence[str], ranked: Sequence[Path]) -> list[str]:
 
     paths: list[str] = []
     for spec in specs:
-        try:
+        with blame("--reward"):
             pick = read_reward(spec)
-        except ValueError as error:
-            raise UserError(f"--reward: {error}") from None
         if pick.name not in ("model", "ensemble"):
             raise UserError(f"--reward {spec}: is not a reward model", remedy="Name a run of the reward stage.")
         paths += [term["path"] for term in model_terms(pick)]
@@ -126,7 +131,7 @@ def _models(specs: Sequence[str], ranked: Sequence[Path]) -> list[str]:
         raise UserError("--reward: one reward model", why, "Give two or more that were trained with different seeds.")
     for path in paths:
         resolve_model_path(path)
-        if is_run(path) and (stage := read_run(path)["stage"]) != "reward":
+        if (stage := stage_of(path)) not in (None, "reward"):
             raise UserError(f"--reward {path}: is a run of the {stage} stage", remedy="Name runs of the reward stage.")
     return paths
 
@@ -137,19 +142,5 @@ def _model_scores(paths: Sequence[str], proposals: Sequence[Proposal], trust: bo
 
     from rlhf.inference.reward_model import open_reward_model  # imports torch
 
-    columns = []
-    for path in paths:  # one model is in memory at a time
-        columns.append(open_reward_model(path, trust).raw_scores(proposals))
+    columns = [open_reward_model(path, trust).raw_scores(proposals) for path in paths]  # one in memory at a time
     return [np.array(rows) if all(rows) else None for rows in zip(*columns)]
-
-
-def _word_scores(ranked: Sequence[Ranking], proposals: Sequence[Proposal], members: int, seed: int) -> list[Any]:
-    from data_tools.annotate import word_ensemble
-
-    weights = word_ensemble.train(ranked, members, seed)
-    return word_ensemble.scores([[c.text for c in one.candidates] for one in proposals], weights)
-
-
-def _line(proposal: Proposal) -> int:
-    """The line of the file that the proposal was read from; 0 if unknown."""
-    return int(proposal.place.rpartition(":")[2] or 0)

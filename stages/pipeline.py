@@ -122,8 +122,8 @@ def run(file: str | Path, overrides: Sequence[str] = (), start: StartOptions = S
             table("Preflight: rounds", ("what", "how"), rounds_table(config.rounds, steps))
         return True
     names = [step.stage for step in first]
-    names += [f"{config.rounds.count} rounds"] if config.rounds is not None else []
-    names += ["export"] if config.export is not None else []
+    names += [f"{config.rounds.count} rounds"] if config.rounds else []
+    names += ["export"] if config.export else []
     say(f"Pipeline {config.name}: {' -> '.join(names)}")
     if start.overwrite:
         _delete_runs(config, steps)
@@ -156,11 +156,10 @@ def _delete_runs(config: PipelineConfig, steps: Sequence[Step]) -> None:
 
 def _train(step: Step, start: StartOptions) -> SummaryRow:
     """Run a stage, unless it is complete."""
-    begun = time.monotonic()
-    state = step.state()
+    begun, state = time.monotonic(), step.state()
     if state == "complete":
         return (step.stage, step.config.run, "complete already", headline(step), None)
-    words = {"new": [], "interrupted": ["--resume"]}[state]
+    words = ["--resume"] * (state == "interrupted")
     _child(step.stage, [step.stage, "--config", step.file, *step.overrides, *words, *start.words])
     return (step.stage, step.config.run, "done", headline(step), time.monotonic() - begun)
 

@@ -53,14 +53,10 @@ class Step:
                     "Continuing would mix the two.",
                     "Give --overwrite to run the whole pipeline again, or another name: " + f"{self.stage}.run=...",
                 )
-        check_inputs(Path(self.config.run), info, {"data": self._data_now(info)})
-        return "complete" if is_complete(self.config) else "interrupted"
-
-    @staticmethod
-    def _data_now(info: dict[str, Any]) -> list[dict[str, Any]]:
-        """The datasets of a run with their current fingerprints, without those that were deleted since."""
+        # a dataset that was deleted since has nothing to compare
         paths = [str(one["path"]) for one in info.get("data", []) if "path" in one and Path(one["path"]).exists()]
-        return data_facts(open_dataset(path) for path in paths)
+        check_inputs(Path(self.config.run), info, {"data": data_facts(map(open_dataset, paths))})
+        return "complete" if is_complete(self.config) else "interrupted"
 
 
 def read_pipeline(file: str | Path, overrides: Sequence[str]) -> tuple[PipelineConfig, list[Step]]:
@@ -125,10 +121,7 @@ def check_rounds(config: RoundsConfig, steps: Sequence[Step]) -> None:
 def _check_splits(config: RoundsConfig, data: DataConfig) -> None:
     """Refuse prompts that the reward model would both train on and be evaluated on, before people rank them."""
     (prompts,) = open_datasets([config.prompts], list(KINDS), "rounds.prompts")
-    base, held_out = (
-        open_datasets(data.train, ["ranking"], "data.train"),
-        open_datasets(data.eval, ["ranking"], "data.eval"),
-    )
+    base, held_out = (open_datasets(getattr(data, key), ["ranking"], f"data.{key}") for key in ("train", "eval"))
     trained = {r.prompt_id for r in train_records(base)} if not held_out else set()
     held = {r.prompt_id for r in eval_records(held_out or base, bool(held_out))}
     against = {None: held, "train": held, "eval": trained}
@@ -163,11 +156,11 @@ def policies(steps: Sequence[Step], trained: Sequence[Step]) -> list[str]:
 
 
 def propose_words(config: RoundsConfig, rounds: Sequence[Round], models: Sequence[str]) -> list[str]:
-    words = ["data", "propose", *models, "--prompts", config.prompts, "--count", str(config.size)]
-    words += ["--k", str(config.k), "--out", str(rounds[-1].candidates)]
-    words += [word for earlier in rounds[:-1] for word in ("--skip", str(earlier.candidates))]
-    words += ["--temperature", str(config.temperature)] if config.temperature is not None else []
-    return [*words, *(["--max-new-tokens", str(config.max_new_tokens)] if config.max_new_tokens else [])]
+    options = [("prompts", config.prompts), ("count", config.size), ("k", config.k), ("out", rounds[-1].candidates)]
+    options += [("skip", earlier.candidates) for earlier in rounds[:-1]]
+    options += [("temperature", config.temperature), ("max-new-tokens", config.max_new_tokens)]
+    given = [(f"--{name}", str(value)) for name, value in options if value is not None]
+    return ["data", "propose", *models, *(word for option in given for word in option)]
 
 
 def in_round(step: Step, steps: Sequence[Step], rounds: Sequence[Round]) -> Step:

@@ -10,7 +10,7 @@ import gc
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import typer
 
@@ -35,9 +35,8 @@ from rlhf.data.schema import Proposal
 from rlhf.data.selection import chosen_records
 from rlhf.data.store import Dataset, open_dataset
 from rlhf.rollout.types import stream_seed
-from rlhf.runs.model_folder import fingerprint
 from rlhf.runs.parents import parent_facts, resolve_model_path
-from rlhf.runs.run import is_run, read_run
+from rlhf.runs.run import stage_of
 
 POOL = 4
 """Prompts that are answered per prompt kept, with --select disagreement."""
@@ -89,7 +88,7 @@ def command(
     data, skipped = open_dataset(prompts), [open_dataset(path) for path in skip or ()]
     facts = {"sampling": {model: asdict(one) for model, one in params.items()}}
     with Derivation(out, "proposal", [data, *skipped], facts, overwrite=overwrite) as made:
-        made.origin["parents"] += [_model_facts(path) for path in (*models, *judges)]
+        made.origin["parents"] += [{"kind": "model", **parent_facts(path)} for path in (*models, *judges)]
         opened = choose(data, skipped, split, pool or count, seed, human)
         for reject in data.rejects:
             made.rejects(reject)
@@ -123,16 +122,8 @@ def _check(models: Sequence[str], judges: Sequence[str], select: str, count: int
     wanted = [(model, ("sft", "dpo", "ppo")) for model in models] + [(judge, ("reward",)) for judge in judges]
     for path, stages in wanted:
         resolve_model_path(path)
-        if is_run(path) and read_run(path)["stage"] not in stages:
-            raise UserError(f"{path}: is a run of the {read_run(path)['stage']} stage, not of {' or '.join(stages)}")
-
-
-def _model_facts(path: str) -> dict[str, Any]:
-    """A model's entry in the manifest: its path, and the fingerprint of its weights if they are on this disk."""
-    facts = {"kind": "model", **parent_facts(path)}
-    if "fingerprint" not in facts and Path(path).is_dir():
-        facts["fingerprint"] = fingerprint(Path(path))
-    return facts
+        if (stage := stage_of(path)) not in (None, *stages):
+            raise UserError(f"{path}: is a run of the {stage} stage, not of {' or '.join(stages)}")
 
 
 def choose(

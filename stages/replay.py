@@ -63,9 +63,8 @@ def command(
     found = opened.comparisons
     if as_json:
         for one in found:
-            difference = one.difference if math.isfinite(one.difference) else None
-            print_json({"name": one.name, "how": one.how, "values": one.values, "difference": difference,
-                        "verdict": one.verdict})  # fmt: skip
+            facts = {name: getattr(one, name) for name in ("name", "how", "values", "difference", "verdict")}
+            print_json(facts | ({} if math.isfinite(one.difference) else {"difference": None}))
     else:
         _show(run, opened, episodes, tokens)
         rows = [(one.name, one.how, one.values, f"{one.difference:.2g}", one.verdict) for one in found]
@@ -88,11 +87,11 @@ def _listed(run: Path, steps: list[int]) -> str:
     """The number of recorded updates and their steps, and how to open one."""
     if not steps:
         return f"{run}: no update is recorded; a run records some with log.record_every=50"
-    one = len(steps) == 1
-    count = "1 update is recorded, of step" if one else f"{len(steps):,} updates are recorded, of steps"
+    count, last = f"{len(steps):,} updates are recorded, of steps", "the last"
+    if len(steps) == 1:
+        count, last = "1 update is recorded, of step", "it"
     which = ", ".join(f"{step:,}" for step in steps)
-    again = f"rlhf replay {quote(str(run))} --step {steps[-1]}"
-    return f"{run}: {count} {which}. To open {'it' if one else 'the last'}: {again}"
+    return f"{run}: {count} {which}. To open {last}: rlhf replay {quote(str(run))} --step {steps[-1]}"
 
 
 def _by_models(run: Path, opened: OpenedUpdate) -> list[Comparison]:
@@ -115,15 +114,14 @@ def _show(run: Path, opened: OpenedUpdate, episodes: int, token_of: int | None) 
     from rlhf.replay.opened import tokenizer_of
     from rlhf.replay.tokens import pieces
 
-    update = opened.record
-    rollout = update.experience.rollout
-    count, scores = len(rollout.completions), update.experience.scores
+    update, experience = opened.record, opened.record.experience
+    rollout, scores, mask = experience.rollout, experience.scores, experience.rollout.response_mask
+    count = len(rollout.completions)
     if token_of is not None and token_of >= count:
         raise UserError(f"--tokens {token_of:,}: the update has episodes 0 to {count - 1:,}")
     say(f"{run}, update {update.step:,}: {count:,} episodes, {int(rollout.lengths.sum()):,} response tokens, "
         f"KL coefficient {format_number(update.kl_coef)}", style="bold")  # fmt: skip
     chat = tokenizer_of(run, opened.config)
-    mask = rollout.response_mask
     order = scores.argsort(descending=True).tolist()
     picked = list(dict.fromkeys([*order[: (episodes + 1) // 2], *order[len(order) - episodes // 2 :]]))
     for episode in picked:

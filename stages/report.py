@@ -61,22 +61,22 @@ def command(
     for one in (one for path in runs if is_pipeline(path) for one in planned_runs(path)):
         if not is_run(one.path):
             warn(f"{one.stage}: {one.path} has not begun")
+
+    def draw(*refresh: int) -> str:
+        subjects = gather(runs)
+        return render(subjects, list(_data(subjects, data)), *refresh)
+
     if not live:
         path = output or _place(runs[0])
         check_writable(path, "--output")
-        subjects = gather(runs)
-        options.write_whole(path, render(subjects, list(_data(subjects, data))))
+        options.write_whole(path, draw())
         say(f"Report: {path}")
         return
     if output is not None:
         raise UserError("--output is not for --watch", remedy="When the runs are complete, call it without --watch.")
     from rlhf.report.watch import REFRESH, LivePage, watch
 
-    def draw() -> str:
-        subjects = gather(runs)
-        return render(subjects, list(_data(subjects, data)), REFRESH)
-
-    watch(LivePage(runs, draw), port, say)
+    watch(LivePage(runs, lambda: draw(REFRESH)), port, say)
 
 
 def _place(path: Path) -> Path:

@@ -23,11 +23,10 @@ from rlhf import distributed
 from rlhf.cli.entry import main
 from rlhf.config.base import DataConfig
 from rlhf.core.console import say
-from rlhf.data.chat_tokenizer import ChatTokenizer, load_tokenizer
+from rlhf.data.chat_tokenizer import ChatTokenizer
 from rlhf.data.selection import open_datasets
 from rlhf.data.tables import tokenize
 from rlhf.memory.peak import PeakMemory
-from rlhf.models.load import load_hf_config, sequence_limit
 from rlhf.models.scalar import ScalarModel, load_scalar
 from rlhf.models.shared_prompt import NO_SHARING
 from rlhf.models.vocabulary import token_count
@@ -38,38 +37,32 @@ from rlhf.reward.held_out import BestScores, logged_metrics, mean_loss, report
 from rlhf.reward.losses import RankingBatch, centering_penalty
 from rlhf.reward.metrics import ScoredRanking
 from rlhf.reward.scoring import score_rankings, score_texts
-from rlhf.runs.parents import parent_facts, resolve_model_path, template_time
-from rlhf.runs.run import Run, data_facts, finish, open_run
+from rlhf.runs.parents import parent_facts
+from rlhf.runs.run import data_facts, finish, open_run
 from rlhf.training.engine import Engine
 from rlhf.training.loop import Loop, Objective, supervised_engine
-from rlhf.tuning.methods import say_trainable, virtual_tokens
+from rlhf.training.opening import open_stage
+from rlhf.tuning.methods import say_trainable
 from rlhf.tuning.save import save_result
-from rlhf.tuning.virtual_tokens import check_scores
 
 
 def run(config: RewardConfig, resume: bool = False, overwrite: bool = False) -> None:
     """Train, measure on the held-out rankings, normalise, and save the result in the run folder's model/."""
-    distributed.start(config.timeout_seconds, config.deepspeed is not None)
-    transformers.utils.logging.disable_progress_bar()
-    transformers.utils.logging.set_verbosity_error()  # otherwise it warns about the new head
-    path = resolve_model_path(config.model.path)
     # 1. tokenizer, run folder, rows
-    chat = load_tokenizer(config.model, path, template_time(config, resume))
-    found = load_hf_config(config.model, path)
-    if virtual_tokens(config.tuning):
-        check_scores(config.tuning.name, found, "scalar")
-    limit = sequence_limit(config.model, found) - virtual_tokens(config.tuning)
-    data = open_datasets([*config.data.train, *config.data.eval], ["ranking"], "data")
+    start = open_stage(config, resume, ["ranking"], "scalar")
+    chat, limit, data = start.chat, start.limit, start.data
     human_agreement = Agreement.of(data[len(config.data.train) :] or data)
     data += open_datasets(config.data.demonstrations, ["demonstration"], "data.demonstrations")
     facts = {"parents": [parent_facts(config.model.path)], "data": data_facts(data), **chat.facts()}
     folder = open_run(config, "reward", resume, overwrite, facts)
     tables = tokenize(folder.path, chat, limit, config.data, "ranking")
-    reference = tokenize_reference(config, folder, chat, limit)
+    if config.data.demonstrations:  # those whose mean score becomes 0
+        named = DataConfig(train=config.data.demonstrations)
+        reference = tokenize(folder.path, chat, limit, named, "demonstration", name="reference").train
     # 2. the model and its trainable weights; the seed gives all ranks the same initial weights, new head included
     transformers.set_seed(config.seed)
     memory = PeakMemory()
-    scalar = load_scalar(config.model, path, tokens=token_count(chat.tokenizer), as_stored=distributed.grouped())
+    scalar = load_scalar(config.model, start.path, tokens=token_count(chat.tokenizer), as_stored=distributed.grouped())
     scalar.set_scale(0.0, 1.0)
     scalar.model = config.tuning(scalar.model, chat, "scalar")
     say_trainable(config.tuning, scalar.model)
@@ -96,23 +89,13 @@ def run(config: RewardConfig, resume: bool = False, overwrite: bool = False) -> 
     # 5. the result: the weights of the best checkpoint
     scalar.config.get_text_config().pad_token_id = pad_id_unless_end(chat)
     save_result(folder.path, scalar.model, chat, config.tuning)
-    scale = {"mean": scalar.mean, "std": scalar.std}
-    usual = usual_range(known, scalar.mean, scalar.std)
-    finish(folder, step=loop.best_step, metrics=headline, scale=scale, score_range=usual, peak_memory=memory.measured())
+    facts = {
+        "scale": {"mean": scalar.mean, "std": scalar.std},
+        "score_range": usual_range(known, scalar.mean, scalar.std),
+    }
+    finish(folder, step=loop.best_step, metrics=headline, peak_memory=memory.measured(), **facts)
     lengths = train["length"]
     memory.report(config, max(lengths), sum(lengths) / len(lengths), max(map(len, train["ranks"])))
-
-
-# ---- data ----------------------------------------------------------------------------------------------------------
-
-
-def tokenize_reference(config: RewardConfig, run: Run, chat: ChatTokenizer, limit: int) -> Any:
-    """The demonstrations whose mean score becomes 0; None if the config names none."""
-    if not config.data.demonstrations:
-        return None
-    return tokenize(
-        run.path, chat, limit, DataConfig(train=config.data.demonstrations), "demonstration", name="reference"
-    ).train
 
 
 # ---- training ------------------------------------------------------------------------------------------------------
@@ -196,10 +179,9 @@ class RewardObjective(Objective[RewardBatch]):
 
     def mean_score(self, engine: Engine, demonstrations: Any) -> float:
         """Mean raw score of a table of demonstrations. Every rank calls it."""
-        read = lambda row: demonstrations[row]["input_ids"]  # noqa: E731
+        ids, lengths = demonstrations["input_ids"], demonstrations["length"][:]
         with engine.autocast():
-            scores = score_texts(self.scalar, self.chat, read, demonstrations["length"][:], self.batch_tokens)
-        return statistics.fmean(scores)
+            return statistics.fmean(score_texts(self.scalar, self.chat, ids.__getitem__, lengths, self.batch_tokens))
 
 
 # ---- the result ----------------------------------------------------------------------------------------------------

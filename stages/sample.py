@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Iterator
 from dataclasses import asdict
@@ -16,10 +15,10 @@ from rich.text import Text
 from rlhf.cli import options, task_options
 from rlhf.cli.sampling_options import SamplingOptions, with_sampling
 from rlhf.core.command_line import command_line
-from rlhf.core.console import format_number, out, print_json, printable, say, table
-from rlhf.core.errors import UserError
+from rlhf.core.console import format_number, out, print_json, say, table
+from rlhf.core.errors import UserError, blame
 from rlhf.core.files import check_writable
-from rlhf.data.schema import BadRecord, Demonstration, Message, Prompt
+from rlhf.data.schema import MODEL_AUTHOR, Demonstration, Message, Prompt
 from rlhf.data.selection import chosen_prompts, train_demonstrations, with_system
 from rlhf.data.store import open_dataset
 from rlhf.data.writer import DatasetWriter, check_new
@@ -80,6 +79,7 @@ def command(
     if dataset is None:
         options.refuse_given(context, ["split", "limit"], "is for --dataset")
     n = _answers(n, best_of, reward, demonstrations)
+    tell = (lambda *_: None) if as_json else say
     compared = _compared(curve, best_of, with_)
     prompts = [with_system(found, system) for found in _prompts(prompt, dataset, split, limit)]
     paths = adapter_paths(adapter, route)
@@ -101,9 +101,9 @@ def command(
     scorer = open_scorer(reward, policy) if reward else None
     prompts = accepted(policy, prompts, scorer.own_chats if scorer else ())
     prompt_limit = policy.prompt_limit(params, scorer.limit if scorer else None)
-    started, tokens, lines = time.monotonic(), 0, []
+    started, tokens = time.monotonic(), 0
+    kept: list[dict[str, Any]] = []
     scores: list[list[float]] = []
-    best: list[dict[str, Any]] = []
     for samples in sample(policy, prompts, params, sampling.seed, n, prompt_limit, routed):
         rows = [_row(one, index) for index, one in enumerate(samples)]
         if routed is not None:
@@ -112,42 +112,32 @@ def command(
             found, spread = scorer.with_disagreement(samples)
             scores.append(found)
             _add_scores(rows, found, spread)
-            best += [row for row in rows if row["best"]]
         tokens += sum(row["tokens"] for row in rows)
         if not as_json:
             _show(samples[0].prompt, rows)
         rows = [row for row in rows if row["best"]] if best_of else rows
-        lines += [json.dumps(row, ensure_ascii=False) for row in rows]
+        kept += rows
         for row in rows if as_json else ():
             print_json(row)
     if output is not None:
-        options.write_whole(output, "".join(line + "\n" for line in lines))
-    if output is not None and not as_json:
-        say(f"Answers: {output}")
-    if not as_json:
-        seconds = time.monotonic() - started
-        say(f"{len(prompts) * n:,} answers, {tokens:,} tokens, {tokens / seconds:,.0f} tokens/s", style="dim")
+        options.write_rows(output, kept)
+        tell(f"Answers: {output}")
+    seconds = time.monotonic() - started
+    tell(f"{len(prompts) * n:,} answers, {tokens:,} tokens, {tokens / seconds:,.0f} tokens/s", "dim")
     if demonstrations is not None:
-        kept = _write_demonstrations(demonstrations, prompts, best, model)
-        if not as_json:
-            say(f"{demonstrations}: {kept:,} demonstrations")
+        count = _write_demonstrations(demonstrations, prompts, kept, model)
+        tell(f"{demonstrations}: {count:,} demonstrations")
     if best_of and not as_json:
         _show_curve(scores)
     if curve is not None:
-        facts = {"policy": model, "reward": reward, "prompts": len(scores), "seed": sampling.seed}
-        _write_curve(curve, scores, facts | {"sampling": asdict(params)}, compared)
-        if not as_json:
-            say(f"Curve: {curve}")
+        from rlhf.inference.best_of import best_of_curve, draw_curve, write_curve  # imports numpy
 
-
-def _write_curve(file: Path, scores: list[list[float]], facts: dict[str, Any], compared: Any) -> None:
-    """Write the best-of-n curve of some prompts' scores as JSON with `facts`, or draw it with the runs `compared`."""
-    from rlhf.inference.best_of import best_of_curve, draw_curve, write_curve  # imports numpy
-
-    if file.suffix == ".json":
-        write_curve(file, best_of_curve(scores), facts)
-    else:
-        draw_curve(file, best_of_curve(scores), compared)
+        if curve.suffix == ".json":
+            facts = {"policy": model, "reward": reward, "prompts": len(scores), "seed": sampling.seed}
+            write_curve(curve, best_of_curve(scores), facts | {"sampling": asdict(params)})
+        else:
+            draw_curve(curve, best_of_curve(scores), compared)
+        tell(f"Curve: {curve}")
 
 
 def _answers(n: int, best_of: int | None, reward: str | None, demonstrations: Path | None) -> int:
@@ -200,13 +190,8 @@ def _write_demonstrations(path: Path, prompts: list[Prompt], best: list[dict[str
         for row in best:
             if row["answer"].strip():
                 prompt = by_prompt[row["prompt_id"]]
-                made = {
-                    "source": prompt.source,
-                    "group": prompt.group,
-                    "split": prompt.split,
-                    "author": f"model:{model}",
-                }
-                writer.write(Demonstration(prompt.messages, answer=row["answer"].strip(), **made))
+                about, author = (prompt.messages, prompt.source, prompt.group, prompt.split), MODEL_AUTHOR + model
+                writer.write(Demonstration(*about, answer=row["answer"].strip(), author=author))
         return writer.count
 
 
@@ -245,12 +230,9 @@ def _sample_prompted(
         for question, row in zip(questions, answered.rows) if row is not None
     ]  # fmt: skip
     if output is not None:
-        options.write_whole(output, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+        options.write_rows(output, rows)
     for row in rows:
-        if as_json:
-            print_json(row)
-        else:
-            _show_prompted(row)
+        (print_json if as_json else _show_prompted)(row)
     if not as_json:
         fit = f", {answered.left_out:,} examples left out" if answered.left_out else ""
         found = f", answer: {rules.pattern.take} match of {rules.pattern.pattern}" if rules.pattern else ""
@@ -288,10 +270,8 @@ def _prompts(texts: list[str] | None, dataset: Path | None, split: str | None, l
         raise UserError("give prompts", "One of --prompt and --dataset is needed, not both.")
     if dataset is not None:
         return chosen_prompts(open_dataset(dataset), split, limit)
-    try:
+    with blame("--prompt"):
         return [Prompt((Message("user", text),)) for text in texts or ()]
-    except BadRecord as fault:
-        raise UserError(f"--prompt: {fault}") from None
 
 
 def _row(one: Sampled, index: int) -> dict[str, Any]:
@@ -301,43 +281,44 @@ def _row(one: Sampled, index: int) -> dict[str, Any]:
 
 def _add_scores(rows: list[dict[str, Any]], scores: list[float], disagreement: list[float] | None) -> None:
     best = scores.index(max(scores))
-    for row, spread in zip(rows, disagreement or ()):
-        row["disagreement"] = spread
     for index, (row, score) in enumerate(zip(rows, scores)):
+        row |= {} if disagreement is None else {"disagreement": disagreement[index]}
         row |= {"score": score, "best": index == best}
+
+
+def _part(label: str, text: str, style: str) -> None:
+    """Print a part of a conversation after a label."""
+    console = out()
+    console.print(Text(f"{label}: ", style), end="")
+    console.print(text)
+
+
+def _show_prompt(messages: list[dict[str, str]]) -> None:
+    out().print(Rule(style="dim"))
+    for message in messages:
+        _part(message["role"], message["content"], "bold cyan")
 
 
 def _show(prompt: Prompt, rows: list[dict[str, Any]]) -> None:
     """Print the prompt and its answers, or the best answer if there are scores."""
-    console = out()
-    console.print(Rule(style="dim"))
-    for message in prompt.messages:
-        console.print(Text(f"{message.role}: ", "bold cyan"), end="")
-        console.print(printable(message.content), markup=False)
+    _show_prompt(prompt.chat)
     scored = [row["score"] for row in rows if "score" in row]
     for row in rows if len(scored) < 2 else (row for row in rows if row["best"]):
-        console.print(Text("answer: ", "bold green"), end="")
-        console.print(printable(row["answer"].strip()), markup=False)
-        console.print(Text(" · ".join(_facts(row, scored)), "dim"))
+        _part("answer", row["answer"].strip(), "bold green")
+        say(" · ".join(_facts(row, scored)), "dim")
 
 
 def _show_prompted(row: dict[str, Any]) -> None:
     """Print a question, what the model wrote, and the answer in it."""
-    console = out()
-    console.print(Rule(style="dim"))
-    for message in row["messages"]:
-        console.print(Text(f"{message['role']}: ", "bold cyan"), end="")
-        console.print(printable(message["content"]), markup=False)
+    _show_prompt(row["messages"])
     for text in row.get("texts", [row["text"]] if "text" in row else []):
-        console.print(Text("text: ", "cyan"), end="")
-        console.print(printable(text), markup=False)
-    console.print(Text("answer: ", "bold green"), end="")
-    console.print("none found" if row["answer"] is None else printable(row["answer"]), markup=False)
+        _part("text", text, "cyan")
+    _part("answer", "none found" if row["answer"] is None else row["answer"], "bold green")
     facts = [f"{len(row['examples'])} examples"]
     facts += [f"{row['votes']} of {len(row['answers'])} votes"] if "votes" in row else []
     facts += [f"{label} {p:.1%}" for label, p in row.get("probabilities", {}).items()]
     facts += [] if row["confidence"] is None else [f"margin {row['confidence']:.2f}"]
-    console.print(Text(" · ".join(facts), "dim"))
+    say(" · ".join(facts), "dim")
 
 
 def _facts(row: dict[str, Any], scores: list[float]) -> Iterator[str]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import statistics
 from collections.abc import Iterator, Sequence
 from itertools import islice
@@ -56,26 +55,22 @@ def command(
     from rlhf.inference.ensemble import open_ensemble  # imports torch
 
     reward = open_ensemble(model, trust_remote_code)
-    lines: list[str] = []
-    scores: list[float] = []
-    spreads: list[float] = []
-    skipped = 0
+    scored: list[dict[str, Any]] = []
     while chunk := [(with_system(one, system), rows) for one, rows in islice(groups, RECORDS_AT_ONCE)]:
         for row in _scored(reward, chunk):
-            skipped += row["score"] is None
-            scores += [] if row["score"] is None else [row["score"]]
-            spreads += [] if row.get("disagreement") is None else [row["disagreement"]]
-            lines.append(json.dumps(row, ensure_ascii=False))
+            scored.append(row)
             if as_json:
                 print_json(row)
             elif dataset is None:
                 spread = f" +- {format_number(row['disagreement'])}" if row.get("disagreement") is not None else ""
                 say(f"{format_number(row['score']):>10}{spread}  {printable(row['answer'])}")
     if output is not None:
-        options.write_whole(output, "".join(line + "\n" for line in lines))
+        options.write_rows(output, scored)
         if not as_json:
             say(f"Scores: {output}")
-    if skipped:
+    scores = [row["score"] for row in scored if row["score"] is not None]
+    spreads = [row["disagreement"] for row in scored if row.get("disagreement") is not None]
+    if skipped := len(scored) - len(scores):
         warn(f"{skipped:,} answers do not fit in the {reward.limit:,} tokens of {model}, or are refused: no score")
     if not as_json and dataset is not None and scores:
         spread = statistics.pstdev(scores)

@@ -12,22 +12,19 @@ from functools import partial
 from typing import Any
 
 import torch
-import transformers
 from torch import Tensor, nn
 
 from rlhf import distributed
 from rlhf.cli.entry import main
-from rlhf.data.chat_tokenizer import ChatTokenizer, load_tokenizer
-from rlhf.data.selection import open_datasets
+from rlhf.data.chat_tokenizer import ChatTokenizer
 from rlhf.data.tables import tokenize
 from rlhf.memory.peak import PeakMemory
 from rlhf.models.hidden_states import is_encoder_decoder, predicting_states
-from rlhf.models.load import load_hf_config, load_policy, quiet, sequence_limit
 from rlhf.models.logprobs import TokenPredictions, head_chunks, token_predictions
 from rlhf.models.vocabulary import token_count
 from rlhf.rollout.samplers import hf
 from rlhf.rollout.types import SamplingParams, stream_seed
-from rlhf.runs.parents import parent_facts, resolve_model_path, template_time
+from rlhf.runs.parents import parent_facts
 from rlhf.runs.run import data_facts, finish, open_run
 from rlhf.sft.batches import (
     DistillationBatch,
@@ -44,7 +41,7 @@ from rlhf.sft.teacher import Teacher, check_teacher
 from rlhf.tasks.answers import answer_pattern
 from rlhf.training.engine import Engine
 from rlhf.training.loop import Loop, Objective, supervised_engine
-from rlhf.tuning.methods import say_trainable, virtual_tokens
+from rlhf.training.opening import open_stage, tuned_policy
 from rlhf.tuning.save import generation_config, save_result
 
 KINDS = ("demonstration", "ranking")
@@ -53,30 +50,20 @@ KINDS = ("demonstration", "ranking")
 
 def run(config: SFTConfig, resume: bool = False, overwrite: bool = False) -> None:
     """Train, and leave the result in the run folder's model/."""
-    distributed.start(config.timeout_seconds, config.deepspeed is not None)
-    quiet()
-    path = resolve_model_path(config.model.path)
     # 1. tokenizer, run folder, rows
-    chat = load_tokenizer(config.model, path, template_time(config, resume))
-    limit = sequence_limit(config.model, load_hf_config(config.model, path)) - virtual_tokens(config.tuning)
-    data = open_datasets([*config.data.train, *config.data.eval], KINDS, "data")
-    parents = [config.model.path]
+    start = open_stage(config, resume, KINDS)
+    chat, limit, parents = start.chat, start.limit, [config.model.path]
     if logits := config.distillation and config.distillation.logits:
         limit = min(limit, check_teacher(logits.teacher, config.model, chat))
         parents.append(logits.teacher)
-    facts = {"parents": [parent_facts(parent) for parent in parents], "data": data_facts(data), **chat.facts()}
+    facts = {"parents": [parent_facts(parent) for parent in parents], "data": data_facts(start.data), **chat.facts()}
     folder = open_run(config, "sft", resume, overwrite, facts)
     steps = config.distillation and config.distillation.step_by_step
-    tables = tokenize(
-        folder.path, chat, limit, config.data, "step-by-step" if steps else "demonstration", KINDS,
-        options=_tasks(steps) if steps else None,
-    )  # fmt: skip
-    # 2. the model and its trainable weights; the same initial weights on every rank
-    transformers.set_seed(config.seed)
+    kind, options = ("step-by-step", _tasks(steps)) if steps else ("demonstration", None)
+    tables = tokenize(folder.path, chat, limit, config.data, kind, KINDS, options=options)
+    # 2. the model and its trainable weights
     memory = PeakMemory()
-    base = load_policy(config.model, path, tokens=token_count(chat.tokenizer), as_stored=distributed.grouped())
-    model = config.tuning(base, chat, "causal")
-    say_trainable(config.tuning, model)
+    model = tuned_policy(config, start)
     # 3. training
     train = pack(tables.train, limit, model) if config.batch.packing else tables.train
     engine = supervised_engine(config, Student(model) if logits else TokenPredictor(model))
@@ -92,9 +79,9 @@ def run(config: SFTConfig, resume: bool = False, overwrite: bool = False) -> Non
     loop.fit(resume)
     # 4. the result: the weights of the best checkpoint
     save_result(folder.path, model, chat, config.tuning)
-    loss = loop.best[1] if loop.best else None
-    metrics = {} if loss is None else {"eval/loss": loss}
-    metrics |= {"eval/perplexity": perplexity(loss)} if loss is not None and not config.distillation else {}
+    metrics = {"eval/loss": loop.best[1]} if loop.best else {}
+    if metrics and not config.distillation:
+        metrics["eval/perplexity"] = perplexity(metrics["eval/loss"])
     finish(folder, step=loop.best_step, metrics=metrics, peak_memory=memory.measured())
     lengths = tables.train["length"]
     memory.report(config, limit if config.batch.packing else max(lengths), sum(lengths) / len(lengths))
@@ -146,13 +133,20 @@ class SFTObjective(Objective[TokenBatch]):
 
     def evaluate(self, engine: Engine, step: int) -> dict[str, float]:
         """Mean negative log-likelihood in nats per assistant token, perplexity, and top-1 accuracy."""
-        sums = torch.zeros(3, dtype=torch.float64, device=distributed.device())
-        for batch in self._held_out_batches():
+
+        def parts(batch: TokenBatch) -> tuple[Tensor, ...]:
             logprobs, _, top1 = self._predict(engine, batch)
-            sums += torch.stack([-logprobs.double().sum(), top1.double().sum(), batch.labelled.sum().double()])
-        loss, right, tokens = distributed.all_sum(sums).tolist()
+            return -logprobs, top1, batch.labelled
+
+        loss, right, tokens = self._held_out_sums(parts)
         loss /= max(tokens, 1)
         return {"loss": loss, "perplexity": perplexity(loss), "token_accuracy": right / max(tokens, 1)}
+
+    def _held_out_sums(self, parts: Callable[[Any], tuple[Tensor, ...]]) -> list[float]:
+        """Sums of the parts of all held-out batches, in float64."""
+        sums = sum(torch.stack([part.double().sum() for part in parts(batch)]) for batch in self._held_out_batches())
+        found: list[float] = distributed.all_sum(sums).tolist()
+        return found
 
     def _held_out_batches(self) -> Iterator[TokenBatch]:
         """This rank's part of the held-out rows; every rank gets the same number of batches, some without labels."""
@@ -191,12 +185,8 @@ SAMPLED, CHOSEN = 21, 22
 """Purposes of random streams: the tokens of a sampled answer, and whether a demonstration's answer is sampled."""
 
 
-class Student(nn.Module):
+class Student(TokenPredictor):
     """The policy as the engine calls it, next to its teacher."""
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
 
     def forward(
         self, batch: TokenBatch, chunks: int, states: Tensor, logits: Callable[[Tensor], Tensor],
@@ -262,12 +252,12 @@ class LogitsObjective(SFTObjective):
 
     def evaluate(self, engine: Engine, step: int) -> dict[str, float]:
         """Loss, divergence, perplexity and top-1 accuracy on held-out demonstrations."""
-        sums = torch.zeros(4, dtype=torch.float64, device=distributed.device())
-        for batch in self._held_out_batches():
+
+        def parts(batch: DistillationBatch) -> tuple[Tensor, ...]:
             found, _ = self._distilled(engine, batch)
-            parts = (found.divergences, -found.logprobs, found.top1)
-            sums += torch.stack([*(part.double().sum() for part in parts), batch.labelled.sum().double()])
-        divergence, nll, right, tokens = distributed.all_sum(sums).tolist()
+            return found.divergences, -found.logprobs, found.top1, batch.labelled
+
+        divergence, nll, right, tokens = self._held_out_sums(parts)
         divergence, nll, right = (total / max(tokens, 1) for total in (divergence, nll, right))
         loss = divergence + self.logits.sft_weight * nll
         return {"loss": loss, "divergence": divergence, "perplexity": perplexity(nll), "token_accuracy": right}
@@ -280,8 +270,7 @@ def _tasks(steps: StepByStepConfig) -> dict[str, Any]:
     """How a demonstration becomes the two tasks."""
     pattern = answer_pattern(steps.pattern)
     assert pattern is not None
-    prefixes = {"label_prefix": steps.label_prefix, "rationale_prefix": steps.rationale_prefix}
-    return {"parts": pattern.parts, **prefixes}
+    return {"parts": pattern.parts, **steps.model_dump(include={"label_prefix", "rationale_prefix"})}
 
 
 class StepByStepObjective(SFTObjective):
@@ -312,16 +301,14 @@ class StepByStepObjective(SFTObjective):
 
     def evaluate(self, engine: Engine, step: int) -> dict[str, float]:
         """The loss on held-out demonstrations; of the labels also the loss per demonstration and top-1 accuracy."""
-        sums = torch.zeros(5, dtype=torch.float64, device=distributed.device())
-        for batch in self._held_out_batches():
-            assert isinstance(batch, StepByStepBatch)
+
+        def parts(batch: StepByStepBatch) -> tuple[Tensor, ...]:
             logprobs, _, top1 = self._predict(engine, batch)
-            if not len(logprobs):
-                continue  # this rank has no rows left, and took part in the forward pass
-            losses, label = (-logprobs * batch.weights).double(), batch.is_label
-            parts = [losses.sum(), losses[label].sum(), top1[label].double().sum(), label.double().sum()]
-            sums += torch.stack([*parts, parts[0].new_tensor(batch.demonstrations)])
-        loss, label_loss, right, tokens, count = distributed.all_sum(sums).tolist()
+            found = len(logprobs)  # none if this rank has no rows left, and took part in the forward pass
+            losses, label = -logprobs * batch.weights[:found], batch.is_label[:found]
+            return losses, losses[label], top1[label], label, losses.new_tensor(batch.demonstrations if found else 0)
+
+        loss, label_loss, right, tokens, count = self._held_out_sums(parts)
         count = max(count, 1)
         return {"loss": loss / count, "label_loss": label_loss / count, "token_accuracy": right / max(tokens, 1)}
 
@@ -348,13 +335,9 @@ def sample_answers(model: Any, chat: ChatTokenizer, prompts: list[list[int]], ma
     config.update(do_sample=False, max_new_tokens=max_new_tokens, max_length=None, use_cache=True)
     out = model.generate(input_ids=ids, attention_mask=mask, generation_config=config)
     before = 1 if is_encoder_decoder(model) else width  # the decoder's start token, or the prompt
-    return [_until_end(row, config.eos_token_id) for row in out[:, before:]]
-
-
-def _until_end(row: Tensor, ends: list[int]) -> list[int]:
-    tokens = row.tolist()
-    stop = next((i + 1 for i, token in enumerate(tokens) if token in ends), len(tokens))
-    return tokens[:stop]
+    rows: list[list[int]] = out[:, before:].tolist()
+    ends = [next((i + 1 for i, token in enumerate(row) if token in config.eos_token_id), None) for row in rows]
+    return [row[:end] for row, end in zip(rows, ends)]
 
 
 if __name__ == "__main__":

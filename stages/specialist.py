@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +53,10 @@ def run(config: SpecialistConfig, resume: bool = False, overwrite: bool = False)
     limit = sequence_limit(config.model, load_hf_config(config.model, path))
     facts = {"parents": [parent_facts(config.model.path)], "data": data.facts, "labels": list(head.labels)}
     folder = open_run(config, "specialist", resume, overwrite, facts)
-    train, held_out = (encode(head, tokenizer, part, limit, what) for part, what in data.parts())
+    train, held_out = (
+        encode(head, tokenizer, part, limit, what)
+        for part, what in ((data.train, "training"), (data.held_out, "held-out"))
+    )
     folder.log("rejected.jsonl", [vars(one) for one in [*data.rejects, *train.rejects, *held_out.rejects]])
     if not train.rows:
         raise UserError("data.train: no row is left to train on", f"See {folder.path}/rejected.jsonl.")
@@ -86,22 +89,21 @@ def check_rows(file: Path, overrides: Sequence[str]) -> None:
     read(load_stage_config(SpecialistConfig, file, overrides))
 
 
+Placed = tuple[Example, str, int]
+"""An example with its file and line."""
+
+
 @dataclass(frozen=True)
 class Labelled:
     """The labelled rows of a run."""
 
     head: Head
     """The head, with the labels of the training rows."""
-    train: list[tuple[Example, str, int]]
-    """Examples with the file and line of each."""
-    held_out: list[tuple[Example, str, int]]
+    train: list[Placed]
+    held_out: list[Placed]
     rejects: list[Reject]
     facts: list[dict[str, Any]]
     """What run.json records about the files."""
-
-    def parts(self) -> Iterator[tuple[list[tuple[Example, str, int]], str]]:
-        yield self.train, "training"
-        yield self.held_out, "held-out"
 
 
 def read(config: SpecialistConfig) -> Labelled:
@@ -114,10 +116,9 @@ def read(config: SpecialistConfig) -> Labelled:
     head: Head = config.task()
     data, rejects = config.data, []
     files = {key: find_files(paths, (*CSV, *JSON)) for key, paths in (("train", data.train), ("eval", data.eval))}
-    train = list(_examples(head, files["train"], rejects))
-    held_out = list(_examples(head, files["eval"], rejects))
+    train, held_out = (list(_examples(head, files[key], rejects)) for key in ("train", "eval"))
     if files["eval"]:
-        train, held_out = [one for one in train if one[0].split in (None, "train")], held_out
+        train = _of_split(train, None, "train")
     else:
         train, held_out = _divide(train, data, config.seed)
     for reject in rejects[:3]:
@@ -140,7 +141,11 @@ def read(config: SpecialistConfig) -> Labelled:
     return Labelled(fitted, train, held_out, rejects, facts)
 
 
-def _examples(head: Head, files: Sequence[Path], rejects: list[Reject]) -> Iterator[tuple[Example, str, int]]:
+def _of_split(examples: list[Placed], *splits: str | None) -> list[Placed]:
+    return [one for one in examples if one[0].split in splits]
+
+
+def _examples(head: Head, files: Sequence[Path], rejects: list[Reject]) -> Iterator[Placed]:
     for file in files:
         reader = csv_rows if file.name.endswith(CSV) else rows
         for item in reader(file, rejects.append):
@@ -153,17 +158,14 @@ def _examples(head: Head, files: Sequence[Path], rejects: list[Reject]) -> Itera
                 rejects.append(Reject.of(file, item.line, fault, item.raw))
 
 
-def _divide(found: list[Any], data: LabelledData, seed: int) -> tuple[list[Any], list[Any]]:
+def _divide(found: list[Placed], data: LabelledData, seed: int) -> tuple[list[Placed], list[Placed]]:
     """Training and held-out examples of the same files: by their column `split`, else by a hash of their inputs."""
     if any(example.split for example, _, _ in found):
         if data.hold_out:
             raise UserError("data.hold_out: leave it out; the rows have a column `split` that says what is held out")
-        return (
-            [one for one in found if one[0].split in (None, "train")],
-            [one for one in found if one[0].split == "eval"],
-        )
-    held = [_share(example, seed) < data.hold_out for example, _, _ in found]
-    return [o for o, h in zip(found, held) if not h], [o for o, h in zip(found, held) if h]
+        return _of_split(found, None, "train"), _of_split(found, "eval")
+    held = [one for one in found if _share(one[0], seed) < data.hold_out]
+    return [one for one in found if _share(one[0], seed) >= data.hold_out], held
 
 
 def _share(example: Example, seed: int) -> float:
@@ -189,31 +191,34 @@ def _check_apart(train: Sequence[Any], held_out: Sequence[Any]) -> None:
 class Encoded:
     """Token rows, with their examples in the same order."""
 
-    rows: list[dict[str, Any]]
-    examples: list[Example]
-    rejects: list[Reject]
-    cut: int
-    """Texts of which the model reads only the start."""
+    rows: list[dict[str, Any]] = field(default_factory=list)
+    examples: list[Example] = field(default_factory=list)
+    rejects: list[Reject] = field(default_factory=list)
+
+    @property
+    def cut(self) -> int:
+        """Texts of which the model reads only the start."""
+        return sum(row["cut"] for row in self.rows)
 
 
 def encode(head: Head, tokenizer: Any, part: Sequence[Any], limit: int, what: str) -> Encoded:
     """Token rows of examples. Training rows whose answer is truncated are rejected."""
-    found, examples, rejects = [], [], []
+    found = Encoded()
     for example, file, line in part:
         try:
             row = head.encode(tokenizer, example, limit)
             if what == "training" and row["target"] == [-1, -1]:
                 raise BadRecord("answer: beyond the tokens that the model can read", f"of {limit} tokens")
-            found.append(row)
-            examples.append(example)
+            found.rows.append(row)
+            found.examples.append(example)
         except BadRecord as fault:
-            rejects.append(Reject.of(Path(file), line, fault, repr(example.inputs)[:1000]))
-    cut = sum(row["cut"] for row in found)
-    if cut:
-        warn(f"{cut:,} of {len(found):,} {what} texts are longer than {limit} tokens; the model reads their start")
-    if rejects:
-        warn(f"{len(rejects):,} {what} rows rejected, the first: {rejects[0]}")
-    return Encoded(found, examples, rejects, cut)
+            found.rejects.append(Reject.of(Path(file), line, fault, repr(example.inputs)[:1000]))
+    if found.cut:
+        of = f"{found.cut:,} of {len(found.rows):,} {what} texts"
+        warn(f"{of} are longer than {limit} tokens; the model reads their start")
+    if found.rejects:
+        warn(f"{len(found.rejects):,} {what} rows rejected, the first: {found.rejects[0]}")
+    return found
 
 
 # ---- training ------------------------------------------------------------------------------------------------------

@@ -382,7 +382,7 @@ def test_a_changed_way_under_an_old_name_is_refused(tmp_path):
 
 def test_a_dry_run_and_a_faulty_way_leave_nothing_behind(tmp_path):
     assert compare(prompting_only(tmp_path), dry_run=True) == []
-    with pytest.raises(UserError, match=r"ways\.bad\."):
+    with pytest.raises(UserError, match=r"ways\.bad: "):
         compare(prompting_only(tmp_path, ways={"bad": {"sft": {"optimiser": {}}}}))
     assert not (tmp_path / "run").exists()
 

@@ -88,7 +88,7 @@ def test_tasks_are_names_a_mapping_or_a_file(tmp_path: Path) -> None:
         (("--lm-eval", ","), "names no task"),
         (("--lm-eval", "{task: arc_easy}"), "task"),
         (("--lm-eval", "{tasks: [a], include_path: /nowhere}"), "is no folder"),
-        (("--lm-eval", "arc_easy", "--judge", "rankings"), "alone"),
+        (("--lm-eval", "arc_easy", "--judge", "rankings"), "--judge: is not for --lm-eval"),
     ],
 )
 def test_what_names_no_tasks_is_refused_before_anything_is_loaded(words: tuple[str, ...], fault: str) -> None:

@@ -74,7 +74,7 @@ def test_a_teacher_is_whole_on_each_process_and_its_pass_is_in_the_update(small,
     for processes in (1, 4):
         layout = ZeroLayout(3)
         before, after = (predict(passes_of(c, processes, True), layout, processes, gpu=True) for c in (alone, taught))
-        weights[processes] = after.phases["load"].parts["weights"] - before.phases["load"].parts["weights"]
+        weights[processes] = after.phases["load"]["weights"] - before.phases["load"]["weights"]
         assert after.phases["update"].total > before.phases["update"].total + weights[processes]
     count = sum(p.numel() for p in AutoModelForCausalLM.from_config(load_hf_config(taught.model, teacher)).parameters())
     assert weights[1] == weights[4] == 4 * count
@@ -86,7 +86,7 @@ def test_a_specialist_is_predicted_and_an_encoder_decoder_refused(small, tmp_pat
     assert stage_of(values, Path("any.yaml")) == "specialist"
     plan = MemoryPlan(TRAINING["specialist"], values, "any.yaml", 2, 8 * GIB)
     layers = 2 * (4 * 64 * 64 + 2 * 64 * 128)
-    assert plan.predict().phases["checkpoint"].parts["optimizer"] > 8 * layers
+    assert plan.predict().phases["checkpoint"]["optimizer"] > 8 * layers
     t5 = tmp_path / "t5"
     t5.mkdir()
     (t5 / "config.json").write_text('{"model_type": "t5"}')
@@ -107,7 +107,7 @@ def test_a_meter_counts_what_a_linear_layer_holds_by_hand():
             y = layer(x)  # 4 x 16 float32: 256 bytes, and its last dimension is the vocabulary
             y.sum().backward()
             tracer.label(GRADIENTS, [layer.weight.grad, x.grad])
-    assert tracer.highest(without=GRADIENTS).parts[LOGITS] >= 256
+    assert tracer.highest(without=GRADIENTS)[LOGITS] >= 256
     assert sum(size for number, size in tracer.events if size > 0 and tracer.kinds[number] == GRADIENTS) == 512 + 128
 
 
@@ -143,7 +143,7 @@ def test_the_heads_logits_do_not_grow_with_the_number_of_tokens():
                 hidden = torch.zeros(tokens, 16, requires_grad=True)
                 logprobs, entropies = head_logprobs(lm, hidden, torch.zeros(tokens, dtype=torch.int64), 1.0)
                 (logprobs.sum() + entropies.sum()).backward()
-        return tracer.highest().parts[LOGITS]
+        return tracer.highest()[LOGITS]
 
     few, many = logits(1110), logits(4440)
     assert many <= 1.05 * few
@@ -156,7 +156,7 @@ def test_experts_are_counted_on_a_cpu_and_nothing_is_logged(tmp_path, capfd, pre
     wide = sft(shape(tmp_path / "wide", **experts, architectures=["MixtralForCausalLM"]))
     narrow = sft(shape(tmp_path / "narrow", **experts, intermediate_size=64, architectures=["MixtralForCausalLM"]))
     traced = [passes_of(config, bfloat16=precision == "bfloat16") for config in (wide, narrow)]
-    peaks = [passes.update["backward"].parts["activations"] for passes in traced]
+    peaks = [passes.update["backward"]["activations"] for passes in traced]
     tokens = 64 * wide.batch.micro_batch_size * 2  # two experts for each
     assert peaks[0] - peaks[1] >= 2 * 64 * tokens * (4 if precision == "float32" else 2)  # gate and up, 64 wider
     assert capfd.readouterr() == ("", "")
@@ -181,7 +181,7 @@ def test_roles_over_one_base_add_their_adapters_alone(tmp_path):
         passes_of(ppo(path, model={"path": path, "sharing": sharing}, **adapters)) for sharing in ("separate", "shared")
     )
     assert [size.total for size in shared.sizes[1:]] == [shared.sizes[1].trained, shared.sizes[0].trained]
-    held = [predict(passes, ZeroLayout(), 1, gpu=True).phases["load"].parts["weights"] for passes in (apart, shared)]
+    held = [predict(passes, ZeroLayout(), 1, gpu=True).phases["load"]["weights"] for passes in (apart, shared)]
     assert held[1] < 0.5 * held[0]
 
 
@@ -242,7 +242,7 @@ RARE = ("ia3", {"name": "last-layers", "layers": 1}, "p-tuning")
 def test_tuning_methods_are_predicted(small, sft_passes, tuning):
     found = predict(passes_of(sft(small, tuning=tuning)), ZeroLayout(), 1, gpu=True)
     whole = predict(sft_passes, ZeroLayout(), 1, gpu=True)
-    assert 0 < found.phases["update"].parts["optimizer"] < whole.phases["update"].parts["optimizer"]
+    assert 0 < found.phases["update"]["optimizer"] < whole.phases["update"]["optimizer"]
 
 
 @pytest.mark.parametrize(
@@ -273,8 +273,8 @@ def test_states_in_plain_torch_by_hand(ppo_passes):
     policy, critic = (size.total for size in ppo_passes.sizes[:2])
     found = predict(ppo_passes, ZeroLayout(), 1, gpu=True).phases
     # policy and critic to train, both again frozen (reference, reward model), all in float32
-    assert found["load"].parts["weights"] == 2 * 4 * (policy + critic)
-    assert found["scoring"].parts["optimizer"] == 8 * (policy + critic)
+    assert found["load"]["weights"] == 2 * 4 * (policy + critic)
+    assert found["scoring"]["optimizer"] == 8 * (policy + critic)
 
 
 @pytest.mark.parametrize(("stage", "weights", "optimizer"), [(1, 2, 12 / 4), (2, 2, 12 / 4), (3, 2 / 4, 12 / 4)])
@@ -282,8 +282,8 @@ def test_zero_divides_states_over_four_processes(four_ranks, stage, weights, opt
     gathered = {"stage3_max_live_parameters": 0, "stage3_prefetch_bucket_size": 0}
     layout = ZeroLayout.of({"zero_optimization": {"stage": stage, "reduce_bucket_size": 1, **gathered}})
     found, total = predict(four_ranks, layout, 4, gpu=True), four_ranks.sizes[0].total
-    assert found.phases["checkpoint"].parts["weights"] == pytest.approx(weights * total)
-    assert found.phases["checkpoint"].parts["optimizer"] == pytest.approx(optimizer * total)
+    assert found.phases["checkpoint"]["weights"] == pytest.approx(weights * total)
+    assert found.phases["checkpoint"]["optimizer"] == pytest.approx(optimizer * total)
     assert found.host == 4 * four_ranks.sizes[0].largest  # one tensor on its way from the file
     assert found.writer == 2 * total  # the result is a single file
 
@@ -325,7 +325,7 @@ def test_higher_stages_need_less(four_ranks):
 
 def test_a_moment_on_a_line_is_never_below_nothing():
     line = MemorySnapshot({"a": 4.0, "b": 1.0}).extrapolate(MemorySnapshot({"a": 6.0}), 3)
-    assert line.parts == {"a": 10.0, "b": 0.0}
+    assert line == {"a": 10.0, "b": 0.0}
 
 
 # ---- measured ------------------------------------------------------------------------------------------------------

@@ -90,7 +90,7 @@ def test_the_plan_counts_the_state_of_each_optimizer(tmp_path):
     values = {"run": "runs/x", "model": {"path": path, "max_length": 64}, "data": {"train": "x"}}
     plan, held = MemoryPlan(TRAINING["sft"], values, "test", 1, 80 * GIB), {}
     for name in ("adamw", "adamw-8bit", "adafactor"):
-        held[name] = plan.predict(f"optimizer.algorithm={name}").phases["checkpoint"].parts["optimizer"]
+        held[name] = plan.predict(f"optimizer.algorithm={name}").phases["checkpoint"]["optimizer"]
     trained = [s.trained for s in next(iter(plan._traced.values()))[0].sizes]
     assert held["adamw"] == 8 * sum(trained)
     assert held["adafactor"] < 0.1 * held["adamw"] < 0.4 * held["adamw-8bit"]
@@ -106,7 +106,7 @@ def test_offloaded_gradients_stay_on_the_gpu_only_where_no_bucket_holds_them(tmp
     for bucket, kept in ((largest, 0), (largest - 1, 3 * 2 * largest)):
         found = predict(traced, replace(ZeroLayout.of(settings), bucket=bucket, buckets=1), 1, gpu=True)
         assert found.phases["load"].total == found.phases["checkpoint"].total
-        states = found.phases["update"].parts["gradients"]
+        states = found.phases["update"]["gradients"]
         assert states == kept
 
 

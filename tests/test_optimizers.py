@@ -89,7 +89,7 @@ def test_adafactors_first_step_by_hand():
     # A gradient of rank one equals its row and column means' estimate, so its first update is its sign times the rate.
     weight = nn.Parameter(torch.zeros(2, 3))
     pick = OPTIMIZERS.pick("adafactor")
-    optimizer = pick([{"params": [weight], "lr": 0.5}], (0.9, 0.99), 1e-8, 0.0)
+    optimizer = pick([{"params": [weight], "lr": 0.5}], betas=(0.9, 0.99), eps=1e-8, weight_decay=0.0)
     weight.grad = torch.tensor([[1.0], [-2.0]]) * torch.tensor([[1.0, 3.0, 0.5]])
     optimizer.step()
     torch.testing.assert_close(weight.detach(), -0.5 * weight.grad.sign())

@@ -509,8 +509,8 @@ def test_every_way_has_a_summary_and_works_with_its_defaults(row, policy):
         (["--prompting", "{name: cloze, verbaliser: {warm: hot}}", "--labels", "warm,cold"], "'cold' has no word"),
         (["--prompting", "{name: cloze, verbaliser: {warm: []}}"], "has no word, or an empty one"),
         (["--prompting", "{name: chain-of-thought, samples: 4}", "--temperature", 0], "would all be the same"),
-        (["--prompting", "few-shot", "--reward", "x"], "not for --prompting"),
-        (["--shots", "1"], "are for --prompting"),
+        (["--prompting", "few-shot", "--reward", "x"], "--reward: is not for --prompting"),
+        (["--shots", "1"], "--shots: is for --prompting"),
     ],
 )
 def test_what_cannot_be_prompted_is_refused(words, message, colours):

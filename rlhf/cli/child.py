@@ -7,8 +7,7 @@ import sys
 from collections.abc import Sequence
 
 from rlhf.core.errors import SIGTERM_STATUS, Terminated, UserError
-from rlhf.distributed.child_process import how_it_ended
-from rlhf.distributed.launch import PARENT, PARENT_PID, run_child
+from rlhf.distributed.launch import PARENT, PARENT_PID, how_it_ended, run_child
 
 
 def run_command(words: Sequence[str], what: str, remedy: str) -> None:

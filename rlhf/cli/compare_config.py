@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from typing import Annotated, Any
 
-from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
+from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
 
 from rlhf.cli.teacher_options import distill_words
 from rlhf.config.base import ModelConfig, Paths, Strict
@@ -39,12 +40,10 @@ class ComparedTask(TaskConfig):
             return self.metrics[0]
         return METRICS.pick("accuracy" if self.labels else "exact_match")
 
-    @model_validator(mode="after")
-    def _metric_fits(self) -> ComparedTask:
+    def faults(self) -> Iterator[str]:
         scored = needs(self.metric) in ("scores", "rival_scores")
         if scored != (self.reward is not None):
-            raise ValueError("reward: name it exactly if the first metric is `score` or `win_rate`")
-        return self
+            yield "reward: name it exactly if the first metric is `score` or `win_rate`"
 
 
 class WayConfig(Strict):
@@ -90,22 +89,20 @@ class WayConfig(Strict):
         asked = f"{self.prompting.name}, {shots} examples" if shots else self.prompting.name
         return ", then ".join([*words, asked] if not words or shots or self.prompting.name != "zero-shot" else words)
 
-    @model_validator(mode="after")
-    def _stages_fit(self) -> WayConfig:
+    def faults(self) -> Iterator[str]:
         if self.distill is not None:
             if self.sft is None:
-                raise ValueError("distill: nothing learns from the teacher's answers; add `sft: {}`")
+                yield "distill: nothing learns from the teacher's answers; add `sft: {}`"
             try:
                 distill_words(self.distill)
             except ValueError as error:
-                raise ValueError(f"distill.{error}") from None
+                yield f"distill.{error}"
         if self.reward is not None and self.ppo is None:
-            raise ValueError("reward: trains a reward model that nothing uses; add `ppo`")
+            yield "reward: trains a reward model that nothing uses; add `ppo`"
         if self.ppo is not None and self.reward is None and "reward" not in self.ppo:
-            raise ValueError("ppo: has nothing to learn from; add `reward: {}`, or name a reward in its keys")
+            yield "ppo: has nothing to learn from; add `reward: {}`, or name a reward in its keys"
         if self.reward is not None and self.ppo is not None and "reward" in self.ppo:
-            raise ValueError("ppo.reward: the way trains its reward model itself; leave one of the two out")
-        return self
+            yield "ppo.reward: the way trains its reward model itself; leave one of the two out"
 
 
 class BudgetConfig(Strict):
@@ -117,11 +114,9 @@ class BudgetConfig(Strict):
     """Seconds of training on this machine. Each stage is timed for a few steps first, and its number of steps follows
     from that. The number is stored, so a comparison that was killed continues with it."""
 
-    @model_validator(mode="after")
-    def _one_of_them(self) -> BudgetConfig:
+    def faults(self) -> Iterator[str]:
         if sum(value is not None for value in (self.updates, self.examples, self.seconds)) != 1:
-            raise ValueError("name exactly one of updates, examples, seconds")
-        return self
+            yield "name exactly one of updates, examples, seconds"
 
 
 class CompareConfig(Strict):
@@ -142,15 +137,11 @@ class CompareConfig(Strict):
     """Repeat with each seed (training, choice of examples); values are means over them, and intervals include their
     variation. A way without either is measured once."""
 
-    @model_validator(mode="after")
-    def _names_fit(self) -> CompareConfig:
+    def faults(self) -> Iterator[str]:
         for name in [*self.tasks, *self.ways]:
             if not NAME.fullmatch(name):
-                raise ValueError(f"{name!r}: names of tasks and ways are letters, digits, _ . + -, at most 40")
+                yield f"{name!r}: names of tasks and ways are letters, digits, _ . + -, at most 40"
         for name, task in self.tasks.items():
             for way, settings in self.ways.items():
                 if (settings.dpo is not None or settings.reward is not None) and not task.rankings:
-                    raise ValueError(
-                        f"tasks.{name}.rankings: the way {way} learns from rankings; name datasets of them"
-                    )
-        return self
+                    yield (f"tasks.{name}.rankings: the way {way} learns from rankings; name datasets of them")

@@ -98,16 +98,9 @@ def _default(field: FieldInfo) -> str:
     if field.is_required():
         return "required"
     value = field.default if field.default is not PydanticUndefined else field.default_factory()  # type: ignore[misc, call-arg]
-    return f"`{_plain(_named(value))}`"
-
-
-def _named(value: Any) -> Any:
-    """A value as a config spells it; of a list of rows the names alone, since their options have their own grid."""
-    if isinstance(value, tuple) and value and all(isinstance(one, Pick) for one in value):
-        return [one.name for one in value]
-    if isinstance(value, Pick):
-        return {"name": value.name, **value.options} if value.options else value.name
-    return value
+    if isinstance(value, tuple):  # of rows the names alone, since their options have their own grid
+        value = [one.name if isinstance(one, Pick) else one for one in value]
+    return f"`{_plain(value.plain if isinstance(value, Pick) else value)}`"
 
 
 def _plain(value: Any) -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,7 @@ from rlhf.data.store import open_dataset
 from rlhf.distributed.deepspeed_json import zero_stage
 from rlhf.ppo.config import PPOConfig
 from rlhf.reward.sources import model_terms
-from rlhf.runs.model_folder import read_safetensors_header
+from rlhf.runs.model_folder import tensor_sizes
 from rlhf.runs.parents import resolve_model_path
 
 
@@ -41,17 +40,13 @@ def template_rows(config: Any, pending_runs: PendingRuns | None = None) -> Rows:
         if os.path.normpath(place) in pending or not any(Path(resolve_model_path(place)).glob("tokenizer*")):
             continue
         check = row_check(place, **settings)
-        for path in _datasets(config.data, keys):
+        for path in dict.fromkeys(path for key in keys for path in getattr(config.data, key, [])):
             check.add(open_dataset(path).records(), path)
         rows.append((what, check.describe()))
     return rows
 
 
 DATA_KEYS: tuple[str, ...] = ("train", "prompts", "eval", "demonstrations", "ptx")
-
-
-def _datasets(data: Any, keys: Sequence[str]) -> Sequence[str]:
-    return list(dict.fromkeys(path for key in keys for path in getattr(data, key, [])))
 
 
 # ---- shares --------------------------------------------------------------------------------------------------------
@@ -76,11 +71,10 @@ def share_rows(config: Any, processes: int, pending_runs: PendingRuns | None = N
 
 
 def _weight_shares(config: Any, processes: int) -> Rows:
-    files = sorted(Path(resolve_model_path(config.model.path)).glob("*.safetensors"))
-    if not files:  # on the Hub
+    sizes = tensor_sizes(Path(resolve_model_path(config.model.path)))
+    if not sizes:  # on the Hub
         return []
-    sizes = [math.prod(tensor["shape"]) for file in files for tensor in read_safetensors_header(file).values()]
-    stage = 0 if config.deepspeed is None else zero_stage(config.deepspeed)
+    stage = zero_stage(config.deepspeed)
     # Stage 3 divides every parameter by itself and pads it; below, all of them are divided as one.
     divided = sum(math.ceil(size / processes) for size in sizes) if stage == 3 else math.ceil(sum(sizes) / processes)
     whole = sum(sizes)

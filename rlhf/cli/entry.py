@@ -27,6 +27,7 @@ from rlhf.config.base import StageConfig
 from rlhf.config.load import dump_config, fits, load_stage_config, read_values
 from rlhf.core.console import say, table
 from rlhf.core.errors import UserError
+from rlhf.core.lazy_group import command_app
 from rlhf.distributed.launch import PARENT, end_with_parent, read_hostfile
 from rlhf.runs.run import is_complete
 
@@ -44,16 +45,13 @@ def main(stage: str) -> None:
         dry_run: DryRun = False,
         local_rank: LocalRank = 0,  # added by the deepspeed launcher; LOCAL_RANK in the environment is what we read
     ) -> None:
-        del local_rank
         with exit_on_error(resume_line(None)):
             checked = prepare(stage, config, overrides or (), resume, overwrite, dry_run)
             if checked is not None:
                 run(stage_function(), checked, resume, overwrite)
 
     end_with_parent()
-    app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
-    app.command(help=f"Run the {stage} stage in this process, one of several under a launcher.")(command)
-    app()
+    command_app(command, help=f"Run the {stage} stage in this process, one of several under a launcher.")()
 
 
 def stage_function() -> Callable[..., None]:

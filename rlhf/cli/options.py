@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-from rlhf.core.errors import UserError
+from rlhf.core.errors import UserError, blame
 from rlhf.core.files import write_text
 
 ConfigFile = Annotated[Path, typer.Option("--config", "-c", help="A YAML file; configs/ has some to copy.")]
@@ -72,13 +73,21 @@ def refuse_given(context: typer.Context, names: Iterable[str], why: str) -> None
             raise UserError(f"{max(parameter.opts, key=len)}: {why}", remedy="Leave it out.")
 
 
+def write_json(path: Path, value: Any) -> None:
+    """Write a value as indented JSON; see `write_whole`."""
+    write_whole(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def write_rows(path: Path, rows: Iterable[Any]) -> None:
+    """Write rows as a file of JSON lines; see `write_whole`."""
+    write_whole(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+
+
 def write_whole(path: Path, text: str) -> None:
     """Write a text file under a hidden name, flush it, rename it: never a half file.
 
     Raises:
         UserError: It cannot be written.
     """
-    try:
+    with blame(f"{path}: cannot be written"):
         write_text(path, text)
-    except OSError as error:
-        raise UserError(f"{path}: cannot be written: {error}") from None

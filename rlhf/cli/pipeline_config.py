@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Annotated
 
-from pydantic import Field, PositiveFloat, PositiveInt, model_validator
+from pydantic import Field, PositiveFloat, PositiveInt
 
 from rlhf.config.base import Strict
 
@@ -28,11 +29,9 @@ class RoundsConfig(Strict):
     max_new_tokens: PositiveInt | None = None
     """Longest proposed answer in tokens; by default that of the PPO run, else 128."""
 
-    @model_validator(mode="after")
-    def _folder_per_round(self) -> RoundsConfig:
+    def faults(self) -> Iterator[str]:
         if "{round}" not in self.folder:
-            raise ValueError(f"folder: every round needs its own; put {{round}} into {self.folder!r}")
-        return self
+            yield f"folder: every round needs its own; put {{round}} into {self.folder!r}"
 
 
 class PipelineConfig(Strict):
@@ -51,14 +50,12 @@ class PipelineConfig(Strict):
     rounds: RoundsConfig | None = None
     """Further rounds with new rankings of the policy's own answers; see docs/rounds.md."""
 
-    @model_validator(mode="after")
-    def _something_to_do(self) -> PipelineConfig:
+    def faults(self) -> Iterator[str]:
         if not (self.sft or self.reward or self.dpo or self.ppo):
-            raise ValueError("name the config file of at least one of sft, reward, dpo, ppo")
+            yield "name the config file of at least one of sft, reward, dpo, ppo"
         if self.export and not (self.sft or self.dpo or self.ppo):
-            raise ValueError("export: there is no policy to export without sft, dpo or ppo")
+            yield "export: there is no policy to export without sft, dpo or ppo"
         if self.rounds and self.dpo:
-            raise ValueError("rounds: a round trains a reward model and PPO on its rankings; leave out dpo")
+            yield "rounds: a round trains a reward model and PPO on its rankings; leave out dpo"
         if self.rounds and not (self.reward and (self.sft or self.ppo)):
-            raise ValueError("rounds: needs a reward stage, which learns from the rankings, and a policy: sft or ppo")
-        return self
+            yield "rounds: needs a reward stage, which learns from the rankings, and a policy: sft or ppo"

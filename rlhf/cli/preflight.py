@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import importlib.util
 import math
 import os
@@ -19,14 +18,15 @@ from rlhf.cli.preflight_sampler import check_sampler, refuse_compiled
 from rlhf.config.base import BatchConfig, ModelConfig, StageConfig
 from rlhf.config.optimizers import refuse_optimizer
 from rlhf.core.console import format_number, is_main
-from rlhf.core.errors import UserError
+from rlhf.core.errors import UserError, blame, need_package
 from rlhf.core.limits import read_json_object
 from rlhf.core.table import Pick
 from rlhf.data.chat_templates import freeze_clock, read_template, reads_clock
+from rlhf.data.chat_tokenizer import short_hash
 from rlhf.data.schema import KINDS
 from rlhf.data.selection import open_datasets
 from rlhf.data.store import Dataset
-from rlhf.distributed.deepspeed_json import deepspeed_settings, read_deepspeed
+from rlhf.distributed.deepspeed_json import deepspeed_settings, zero_stage
 from rlhf.dpo.config import DPOConfig
 from rlhf.judging.source import refuse_unmeasured
 from rlhf.models.adapters import VIRTUAL
@@ -35,9 +35,9 @@ from rlhf.ppo.shared_roles import recognise
 from rlhf.reward.combining import COMBINATIONS
 from rlhf.reward.config import RewardConfig
 from rlhf.reward.sources import model_terms, weighted_terms
-from rlhf.runs.model_folder import read_safetensors_header
+from rlhf.runs.model_folder import tensor_sizes
 from rlhf.runs.parents import check_same_text, resolve_model_path
-from rlhf.runs.run import Run, check_run_folder, is_complete, is_run, read_run
+from rlhf.runs.run import Run, check_run_folder, is_complete, is_run, read_run, stage_of
 from rlhf.sft.config import SFTConfig
 from rlhf.specialist.config import SpecialistConfig
 
@@ -76,7 +76,9 @@ def check(
     pending_runs = {os.path.normpath(path): by for path, by in (pending_runs or {}).items()}
     rows = [("run", _run(stage, config, resume, overwrite))]
     rows += STAGE_CHECKS[stage](config, world, pending_runs)
-    rows.append(("optimizer", _optimizer(config, world)))
+    pick = config.optimizer.algorithm  # with `precision: auto` the engine checks again once it knows the device
+    refuse_optimizer(pick, deepspeed_settings(config.deepspeed, world), config.precision == "bfloat16")
+    rows.append(("optimizer", pick.name))
     rows.append(("processes", f"{world}, {_zero(config, world)}"))
     for package in config.log.report_to:
         if importlib.util.find_spec(package) is None:
@@ -105,16 +107,8 @@ def _run(stage: str, config: StageConfig, resume: bool, overwrite: bool) -> str:
 
 def _zero(config: StageConfig, world: int) -> str:
     if config.deepspeed is not None:
-        settings = read_deepspeed(config.deepspeed)
-        return f"ZeRO stage {settings.get('zero_optimization', {}).get('stage', 0)} ({config.deepspeed})"
+        return f"ZeRO stage {zero_stage(config.deepspeed)} ({config.deepspeed})"
     return "ZeRO stage 0" if world > 1 else "plain torch"
-
-
-def _optimizer(config: Any, world: int) -> str:
-    """The optimizer's name. With `precision: auto` the engine repeats the check once it knows the device."""
-    pick = config.optimizer.algorithm
-    refuse_optimizer(pick, deepspeed_settings(config.deepspeed, world), config.precision == "bfloat16")
-    return str(pick.name)
 
 
 def _batch(batch: BatchConfig, world: int) -> str:
@@ -147,33 +141,23 @@ def _trained(name: str, config: Any, stages: Sequence[str], pending_runs: Pendin
 
 def _tuning(key: str, pick: Pick) -> str:
     """The tuning method's name."""
-    if pick.row.traits["quantized"] and importlib.util.find_spec("bitsandbytes") is None:
-        raise UserError(
-            f"{key}: {pick.name} needs bitsandbytes, which is not installed",
-            remedy="pip install 'rlhf-rankings[gpu]', on a machine with a GPU; or use lora.",
-        )
+    if pick.row.traits["quantized"]:
+        remedy = "pip install 'rlhf-rankings[gpu]', on a machine with a GPU; or use lora."
+        need_package("bitsandbytes", f"{key}: {pick.name}", remedy)
     return pick.name
 
 
 def _parent(key: str, path: str, stages: Sequence[str], pending_runs: PendingRuns) -> str:
-    by = pending_runs.get(os.path.normpath(path))
-    pending = by is not None
-    try:
+    pending = pending_runs.get(os.path.normpath(path))
+    with blame(key):
         folder = Path(path if pending else resolve_model_path(path))
-    except UserError as error:
-        raise UserError(f"{key}: {error.what}", error.why, error.remedy) from None
-    if not pending and is_run(path):
-        by = read_run(path)["stage"]
-    if by is not None:
-        if by not in stages:
-            raise UserError(
-                f"{key}: {path} is a run of the {by} stage", remedy=f"Name a run of: {', '.join(stages)}; or a model."
-            )
-        if pending:  # what is in the folder now, half a run or one that is replaced, says nothing about its result
-            return f"{path} (to come: {by} run)"
-        described = f"{path} (finished {by} run)"
-    else:
-        described = f"{path} (not checked: hub)"
+    by = pending or stage_of(path)
+    if by not in (None, *stages):
+        remedy = f"Name a run of: {', '.join(stages)}; or a model."
+        raise UserError(f"{key}: {path} is a run of the {by} stage", remedy=remedy)
+    if pending:  # what is in the folder now, half a run or one that is replaced, says nothing about its result
+        return f"{path} (to come: {by} run)"
+    described = f"{path} (finished {by} run)" if by else f"{path} (not checked: hub)"
     if not folder.is_dir():
         return described
     if not (folder / "config.json").is_file():
@@ -189,14 +173,8 @@ def _parent(key: str, path: str, stages: Sequence[str], pending_runs: PendingRun
         raise UserError(f"{key}: {path}: no model there (no run.json and no config.json)", remedy="Check the path.")
     if by is not None:
         return described
-    return f"{path} (local model, {format_number(_parameters(folder))} parameters)"
-
-
-def _parameters(folder: Path) -> int | None:
-    """The number of parameters in the folder's safetensors files, from their headers; None if there are none."""
-    files = sorted(folder.glob("*.safetensors"))
-    total = sum(math.prod(tensor["shape"]) for file in files for tensor in read_safetensors_header(file).values())
-    return total if files else None
+    sizes = tensor_sizes(folder)
+    return f"{path} (local model, {format_number(sum(sizes) if sizes else None)} parameters)"
 
 
 def _positions(config: ModelConfig, pending_runs: PendingRuns) -> int | None:
@@ -213,7 +191,8 @@ def _positions(config: ModelConfig, pending_runs: PendingRuns) -> int | None:
 
 def _same_text(config: PPOConfig, reward_path: str, pending_runs: PendingRuns) -> None:
     """Compare the policy's tokenizer and chat template with a reward run's, if both have a run.json."""
-    if os.path.normpath(config.model.path) in pending_runs or not is_run(config.model.path):
+    to_come = any(os.path.normpath(path) in pending_runs for path in (config.model.path, reward_path))
+    if to_come or not is_run(config.model.path):
         return
     mine = dict(read_run(config.model.path))
     template = config.model.chat_template
@@ -224,7 +203,7 @@ def _same_text(config: PPOConfig, reward_path: str, pending_runs: PendingRuns) -
             if frozen_at is None:
                 return  # it is compared when the run starts, which freezes the template
             text = freeze_clock(text, datetime.fromisoformat(frozen_at))
-        mine["chat_template"] = hashlib.sha256(text.encode()).hexdigest()[:16]
+        mine["chat_template"] = short_hash(text)
     check_same_text("the policy", mine, reward_path)
 
 
@@ -271,10 +250,11 @@ def _supervised(config: Any, kinds: Sequence[str], world: int, more: Sequence[tu
     return [*rows, ("steps", _steps(config.batch, datasets)), ("batch", _batch(config.batch, world))]
 
 
-def _steps(batch: BatchConfig, datasets: Sequence[Dataset]) -> str:
+def _steps(batch: BatchConfig, datasets: Sequence[Dataset] | None) -> str:
+    """How long is trained; the number of steps if the datasets, whose records are counted, are known."""
     if batch.max_steps is not None:
         return f"{batch.max_steps:,} (batch.max_steps)"
-    if not all(d.manifest for d in datasets):
+    if datasets is None or not all(d.manifest for d in datasets):
         return f"{batch.epochs:g} epochs"
     steps = math.ceil(batch.epochs * math.ceil(_train_count(datasets) / batch.batch_size))
     return f"about {steps:,} ({batch.epochs:g} epochs; records that do not fit are skipped)"
@@ -312,9 +292,9 @@ def _ppo(config: PPOConfig, world: int, pending_runs: PendingRuns) -> Rows:
             f"rollout.max_new_tokens: {rollout.max_new_tokens} leaves no room for a prompt in {limit} tokens"
         )
     rows += [("sampler", check_sampler(rollout.sampler))]
-    if config.deepspeed and _zero(config, world).startswith("ZeRO stage 3"):
+    if config.deepspeed and zero_stage(config.deepspeed) == 3:
         refuse_compiled(config.compile, rollout.sampler)
-    rows += [*_reward_sources(config, pending_runs), *_onlookers(config, pending_runs)]
+    rows += _reward_sources(config, pending_runs)
     critic = f"from the {config.critic.init} model, {_tuning('critic.tuning', config.critic.tuning)}"
     rows += [("critic", critic if config.needs_critic else "none"), *_sharing(config, pending_runs)]
     rows += [("advantage", config.advantage.name)]
@@ -331,16 +311,10 @@ def _ppo(config: PPOConfig, world: int, pending_runs: PendingRuns) -> Rows:
 
 
 def _specialist(config: SpecialistConfig, world: int, pending_runs: PendingRuns) -> Rows:
-    if config.task.name == "tags" and importlib.util.find_spec("seqeval") is None:
-        raise UserError("task: tags needs seqeval, which is not installed", remedy="pip install 'rlhf-rankings[tasks]'")
-    rows = [
-        ("model", _model(config.model, ("specialist",), pending_runs)),
-        ("task", config.task.name),
-        ("tuning", _tuning("tuning", config.tuning)),
-    ]
-    steps = config.batch.max_steps
-    rows += [("steps", f"{config.batch.epochs:g} epochs" if steps is None else f"{steps:,} (batch.max_steps)")]
-    return [*rows, ("batch", _batch(config.batch, world))]
+    if config.task.name == "tags":
+        need_package("seqeval", "task: tags", "pip install 'rlhf-rankings[tasks]'")
+    rows = [*_trained("model", config, ("specialist",), pending_runs), ("task", config.task.name)]
+    return [*rows, ("steps", _steps(config.batch, None)), ("batch", _batch(config.batch, world))]
 
 
 def _sharing(config: PPOConfig, pending_runs: PendingRuns) -> Rows:
@@ -357,35 +331,29 @@ def _reward_sources(config: PPOConfig, pending_runs: PendingRuns) -> Rows:
     rows = []
     for pick, weight in weighted_terms(config.reward):
         shown = f" x {weight:g}" if weight != 1 else ""
-        if not model_terms(pick):
-            what = pick.options.get("function") or pick.options.get("url", "")
-            rows.append(("reward", f"{pick.name} {what}".strip() + shown))
         if pick.name == "judge":
             refuse_unmeasured(**{name: pick.options[name] for name in ("url", "agreement", "unmeasured")})
-        key = "reward.models" if pick.name == "ensemble" else "reward.path"
         if pick.name == "ensemble":
             rows.append(("reward", f"ensemble, {COMBINATIONS.pick(pick.options['combine']).name} of:{shown}"))
             shown = ""
-        rows += [("reward", _parent(key, t["path"], ("reward",), pending_runs) + shown) for t in model_terms(pick)]
-    for term in model_terms(config.reward):
-        starts_critic = config.needs_critic and config.critic.init == "reward" and term["path"] == config.reward_model
-        if os.path.normpath(term["path"]) not in pending_runs and (starts_critic or not term.get("retokenize", False)):
+        key = "reward.models" if pick.name == "ensemble" else "reward.path"
+        rows += [("reward", line + shown) for line in _source(config, key, pick, pending_runs)]
+    if config.needs_critic and config.critic.init == "reward":
+        _same_text(config, str(config.reward_model), pending_runs)
+    for key, pick in config.onlookers.items():  # `gold.reward` and `guard.watch`
+        rows += [(key, line) for line in _source(config, key, pick, pending_runs)]
+    return rows
+
+
+def _source(config: PPOConfig, key: str, pick: Pick, pending_runs: PendingRuns) -> list[str]:
+    """A line for each reward model of a source, or for the source itself where it has none."""
+    terms = model_terms(pick)
+    lines = [_parent(key, term["path"], ("reward",), pending_runs) for term in terms]
+    for term in terms:
+        if not term.get("retokenize", False):
             _same_text(config, term["path"], pending_runs)
-    return rows
-
-
-def _onlookers(config: PPOConfig, pending_runs: PendingRuns) -> Rows:
-    """A row for each source that only looks on, `gold.reward` and `guard.watch`; checked as the reward is."""
-    rows = []
-    for key, pick in config.onlookers.items():
-        terms = model_terms(pick)
-        rows += [(key, _parent(key, term["path"], ("reward",), pending_runs)) for term in terms]
-        if not terms:
-            rows.append((key, f"{pick.name} {pick.options.get('function', '')}".strip()))
-        for term in terms:
-            if os.path.normpath(term["path"]) not in pending_runs and not term.get("retokenize", False):
-                _same_text(config, term["path"], pending_runs)
-    return rows
+    what = pick.options.get("function") or pick.options.get("url", "")
+    return lines or [f"{pick.name} {what}".strip()]
 
 
 STAGE_CHECKS: dict[str, Callable[..., Rows]] = {

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import importlib.metadata
-import importlib.util
 import shutil
 import subprocess
 import sys
 
-from rlhf.core.errors import UserError
+from rlhf.core.errors import UserError, need_package
 from rlhf.core.table import Pick
 
 
@@ -17,11 +16,9 @@ def check_sampler(pick: Pick) -> str:
     if pick.name == "vllm-server":
         return _sampler_server(pick)
     package = pick.row.traits.get("package")
-    if package and importlib.util.find_spec(package) is None:
-        raise UserError(
-            f"rollout.sampler: {pick.name} needs {package}, which is not installed",
-            remedy=f"pip install {package}, in an environment of its own, since it pins torch; or use hf.",
-        )
+    if package:
+        remedy = f"pip install {package}, in an environment of its own, since it pins torch; or use hf."
+        need_package(package, f"rollout.sampler: {pick.name}", remedy)
     step = pick.options.get("step", "eager")
     recorded = step == "cuda_graph"
     if package or recorded:

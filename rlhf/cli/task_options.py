@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from rlhf.config.load import check_config
-from rlhf.core.errors import UserError
+from rlhf.core.errors import UserError, blame
 from rlhf.core.limits import parse_yaml
 from rlhf.prompting.ways import Prompting
 from rlhf.tasks.answers import answer_pattern
@@ -48,10 +48,8 @@ def task_config(
     """
     values: dict[str, Any] = {"dataset": dataset, "split": split, "limit": limit, "pattern": pattern or ""}
     values["labels"] = _names(labels)
-    try:
+    with blame("--metric"):
         values["metrics"] = [parse_yaml(one) if one.lstrip().startswith("{") else one for one in metric or []]
-    except ValueError as error:
-        raise UserError(f"--metric: {error}") from None
     found = check_config(TaskConfig, values, "the options")
     for one in found.metrics:
         if needs(one) in ("scores", "rival_scores"):

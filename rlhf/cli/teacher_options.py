@@ -14,11 +14,11 @@ from pydantic import TypeAdapter, ValidationError
 from rlhf.cli import options, task_options
 from rlhf.cli.sampling_options import SamplingOptions
 from rlhf.config.load import check_config
-from rlhf.core.errors import UserError, nearest
+from rlhf.core.errors import UserError, blame, nearest
 from rlhf.core.limits import parse_yaml
 from rlhf.inference.teacher import LocalTeacher, ServerTeacher, Teacher, is_server, refuse_both
 from rlhf.runs.parents import resolve_model_path
-from rlhf.runs.run import is_run, read_run
+from rlhf.runs.run import stage_of
 from rlhf.servers.cache import ReplyCache
 from rlhf.servers.client import Server
 from rlhf.servers.config import ServerConfig
@@ -96,10 +96,8 @@ class ServerOptions:
         if "teacher_model" in values:
             values["model"] = values.pop("teacher_model")
         if "extra_body" in values:
-            try:
+            with blame("--extra-body"):
                 values["extra_body"] = parse_yaml(values["extra_body"])
-            except ValueError as error:
-                raise UserError(f"--extra-body: {error}") from None
         return check_config(ServerConfig, {"url": url, **values}, "the teacher's options")
 
 
@@ -158,7 +156,7 @@ def open_teacher(
             yield ServerTeacher(opened, _request_options(opened, sampling), sampling.seed)
         return
     resolve_model_path(teacher)
-    if is_run(teacher) and read_run(teacher)["stage"] == "reward":
+    if stage_of(teacher) == "reward":
         raise UserError(f"{teacher}: is a reward model, which writes no answers", remedy="Name an SFT or PPO run.")
     yield LocalTeacher(teacher, sampling.params(teacher), sampling.open, sampling.seed, replies)
 

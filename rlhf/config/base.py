@@ -7,7 +7,8 @@ files; `rlhf.cli.preflight` checks paths, datasets and devices.
 from __future__ import annotations
 
 import math
-from typing import Annotated, ClassVar, Literal
+from collections.abc import Iterator
+from typing import Annotated, Literal
 
 from pydantic import (
     BaseModel,
@@ -36,6 +37,16 @@ class Strict(BaseModel):
         extra="forbid", frozen=True, validate_default=True, use_attribute_docstrings=True, protected_namespaces=(),
         allow_inf_nan=False,
     )  # fmt: skip
+
+    def faults(self) -> Iterator[str]:
+        """What is wrong with values that are right by themselves, a sentence without a full stop for each."""
+        yield from ()
+
+    @model_validator(mode="after")
+    def _values_fit(self) -> Strict:
+        if faults := "; ".join(self.faults()):
+            raise ValueError(faults)
+        return self
 
 
 class ModelConfig(Strict):
@@ -103,12 +114,10 @@ class AdamWConfig(Strict):
     max_grad_norm: PositiveFloat = 1.0
     """Maximum global norm of the gradient; larger gradients are scaled down."""
 
-    @model_validator(mode="after")
-    def _no_key_is_ignored(self) -> AdamWConfig:
+    def faults(self) -> Iterator[str]:
         for key in self.algorithm.row.traits["unused"]:
             if getattr(self, key) != type(self).model_fields[key].default:
-                raise ValueError(f"{key}: {self.algorithm.name!r} has no such setting; leave it out")
-        return self
+                yield f"{key}: {self.algorithm.name!r} has no such setting; leave it out"
 
 
 class OptimizerConfig(AdamWConfig):
@@ -172,28 +181,18 @@ class StageConfig(Strict):
     checkpoints: CheckpointConfig = CheckpointConfig()
     log: LogConfig = LogConfig()
 
-    renamed_keys: ClassVar[dict[str, str]] = {}
-    """Old key -> new key, for the error that refuses the old one."""
-
-    @model_validator(mode="after")
-    def _new_rows_are_trained(self) -> StageConfig:
+    def faults(self) -> Iterator[str]:
         tuning = getattr(self, "tuning", None)
         if self.model.resize_embeddings and tuning is not None and tuning.row.traits["adapter"]:
-            raise ValueError(
+            yield (
                 f"model.resize_embeddings: {tuning.name} would not train the new rows, and its adapter would not fit "
                 "the original model; use `tuning: full`"
             )
-        return self
-
-    @model_validator(mode="after")
-    def _activations_can_be_recomputed(self) -> StageConfig:
-        tuning = getattr(self, "tuning", None)
         if self.gradient_checkpointing and tuning is not None and tuning.name == "prefix-tuning":
-            raise ValueError(
+            yield (
                 "gradient_checkpointing: does not work with prefix-tuning, since transformers drops the cache, which "
                 "holds the prefix, when it recomputes"
             )
-        return self
 
 
 class SupervisedConfig(StageConfig):
@@ -202,8 +201,3 @@ class SupervisedConfig(StageConfig):
     batch: BatchConfig = BatchConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     eval: EvalConfig = EvalConfig()
-
-    renamed_keys: ClassVar[dict[str, str]] = {
-        "eval_every": "eval.every",
-        "batch.gradient_checkpointing": "gradient_checkpointing",
-    }

@@ -9,7 +9,7 @@ from typing import Any, TypeVar, get_args
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from rlhf.core.errors import UserError, nearest
+from rlhf.core.errors import UserError, blame, nearest
 from rlhf.core.limits import parse_yaml, read_yaml
 
 C = TypeVar("C", bound=BaseModel)
@@ -36,10 +36,8 @@ def read_values(path: str | Path) -> dict[str, Any]:
     path = Path(path)
     if not path.is_file():
         raise UserError(f"{path}: there is no such config file", remedy="Examples to copy are in configs/.")
-    try:
+    with blame(f"{path}"):
         values = read_yaml(path)
-    except (ValueError, OSError) as error:
-        raise UserError(f"{path}: {error}") from None
     if values is None:
         return {}
     if not isinstance(values, dict):
@@ -55,10 +53,8 @@ def inline_values(spec: str, option: str) -> dict[str, Any] | None:
     """
     if not spec.lstrip().startswith("{"):
         return None
-    try:
+    with blame(f"{option} {spec}"):
         return dict(parse_yaml(spec))
-    except ValueError as error:
-        raise UserError(f"{option} {spec}: {error}") from None
 
 
 def check_config(kind: type[C], values: dict[str, Any], where: str) -> C:
@@ -120,25 +116,12 @@ def _fault(kind: type[BaseModel], error: Any) -> str:
     if error["type"] == "extra_forbidden":
         parent = _model_at(kind, error["loc"][:-1])
         valid = parent.model_fields if parent else []
-        if (new := _new_key(kind, where, error["input"])) is not None:
-            return f"{where}: this key was renamed; {new}"
         return f"{where}: unknown key; {nearest(str(error['loc'][-1]), valid)}"
     if error["type"] == "missing":
         return f"{where}: missing; this key is required"
     text = error["msg"].removeprefix("Value error, ")
     got = "" if error["type"] == "value_error" else f", got {error['input']!r}"
     return f"{where + ': ' if where else ''}{text}{got}"
-
-
-def _new_key(kind: type[BaseModel], where: str, value: Any) -> str | None:
-    """What to write instead of a renamed key, or of a group with renamed keys; None for other keys."""
-    renamed: dict[str, str] = getattr(kind, "renamed_keys", {})
-    if where in renamed:
-        return f"write `{renamed[where]}`"
-    moved = {old: new for old, new in renamed.items() if old.startswith(f"{where}.")}
-    if isinstance(value, dict):
-        moved = {old: new for old, new in moved.items() if old.removeprefix(f"{where}.") in value} or moved
-    return "write " + ", ".join(f"`{new}` for `{old}`" for old, new in moved.items()) if moved else None
 
 
 def _model_at(kind: type[BaseModel] | None, location: tuple[Any, ...]) -> type[BaseModel] | None:

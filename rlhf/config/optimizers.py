@@ -1,6 +1,6 @@
 """The table of optimizers, which all stages share, and what each of them works with.
 
-A row makes a torch optimizer. Traits:
+A row makes a torch optimizer of parameter groups and `betas`, `eps` and `weight_decay`. Traits:
     state: Bytes of optimizer state for a trained tensor of a given shape, besides the weight and its gradient.
     unused: Keys of the config's group `optimizer` that the algorithm has no use for.
     flat: Whether a flat part of many tensors may be updated as if it were one tensor, as ZeRO does.
@@ -11,21 +11,15 @@ A row makes a torch optimizer. Traits:
 
 from __future__ import annotations
 
-import importlib.util
 import math
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 from pydantic import Field
 
-from rlhf.core.errors import UserError
-from rlhf.core.lazy import lazy
+from rlhf.core.errors import UserError, need_package
+from rlhf.core.lazy import torch
 from rlhf.core.table import Pick, Table
-
-if TYPE_CHECKING:
-    import torch
-else:
-    torch = lazy("torch")
 
 OPTIMIZERS = Table("optimizer")
 _USUAL: dict[str, Any] = {"unused": (), "flat": True, "needs": None, "scratch": 0, "host": False}
@@ -52,26 +46,26 @@ def _rows_and_columns(shape: Sequence[int]) -> float:
 
 
 @OPTIMIZERS.row("adamw", state=_two_moments, **_USUAL)
-def adamw(groups: Groups, betas: tuple[float, float], eps: float, weight_decay: float) -> Any:
+def adamw(groups: Groups, **adam: Any) -> Any:
     """AdamW (Loshchilov and Hutter, 2019): 8 bytes of state for a trained weight."""
     # The fused kernel needs no temporary tensors of the size of the weights.
-    return torch.optim.AdamW(groups, betas=betas, eps=eps, weight_decay=weight_decay, fused=True)
+    return torch.optim.AdamW(groups, **adam, fused=True)
 
 
 @OPTIMIZERS.row("adamw-8bit", state=_two_moments_in_8_bits, **_USUAL | {"needs": "bitsandbytes"})
-def adamw_8bit(groups: Groups, betas: tuple[float, float], eps: float, weight_decay: float) -> Any:
+def adamw_8bit(groups: Groups, **adam: Any) -> Any:
     """AdamW with its moments in 8 bits, in blocks of 256 (Dettmers et al., 2022): 2 bytes; needs bitsandbytes."""
     from bitsandbytes.optim import AdamW8bit
 
-    return AdamW8bit(groups, betas=betas, eps=eps, weight_decay=weight_decay)
+    return AdamW8bit(groups, **adam)
 
 
 @OPTIMIZERS.row("cpu-adam", state=_two_moments, **_USUAL | {"needs": "ninja", "host": True})
-def cpu_adam(groups: Groups, betas: tuple[float, float], eps: float, weight_decay: float) -> Any:
+def cpu_adam(groups: Groups, **adam: Any) -> Any:
     """AdamW on host memory, DeepSpeed's C++ (compiled at the first start), under `offload_optimizer`."""
     from deepspeed.ops.adam import DeepSpeedCPUAdam
 
-    optimizer = DeepSpeedCPUAdam(groups, betas=betas, eps=eps, weight_decay=weight_decay, adamw_mode=True)
+    optimizer = DeepSpeedCPUAdam(groups, **adam, adamw_mode=True)
     optimizer.register_step_pre_hook(_compute_powers_again)
     return optimizer
 
@@ -91,27 +85,19 @@ def _compute_powers_again(optimizer: Any, *_: Any) -> None:
     "adafactor", state=_rows_and_columns, **_USUAL | {"unused": ("betas", "eps"), "flat": False, "scratch": 2}
 )
 def adafactor(
-    groups: Groups,
-    betas: tuple[float, float],
-    eps: float,
-    weight_decay: float,
-    *,
-    decay: Annotated[float, Field(gt=0, le=1)] = 0.8,
-    clip: Annotated[float, Field(gt=0)] = 1.0,
-) -> Any:
+    groups: Groups, *, decay: Annotated[float, Field(gt=0, le=1)] = 0.8, clip: Annotated[float, Field(gt=0)] = 1.0,
+    **adam: Any,
+) -> Any:  # fmt: skip
     """Adafactor (Shazeer and Stern, 2018), without momentum: one number for each row and column of a matrix.
 
     Learning rates mean what they mean for AdamW: neither the paper's relative step nor its scale by the weights is
     used. `decay`: the second moment's decay rate is 1 - step^-decay (section 7.2); `clip`: the largest root mean square
     of a tensor's update before the learning rate (section 6).
     """
-    del betas, eps
     from transformers.optimization import Adafactor
 
-    return Adafactor(
-        groups, clip_threshold=clip, decay_rate=-decay, weight_decay=weight_decay, scale_parameter=False,
-        relative_step=False,
-    )  # fmt: skip
+    usual = {"scale_parameter": False, "relative_step": False, "weight_decay": adam["weight_decay"]}
+    return Adafactor(groups, clip_threshold=clip, decay_rate=-decay, **usual)
 
 
 def refuse_optimizer(pick: Pick, settings: Mapping[str, Any] | None, bfloat16: bool, installed: bool = True) -> None:
@@ -127,11 +113,8 @@ def refuse_optimizer(pick: Pick, settings: Mapping[str, Any] | None, bfloat16: b
         UserError: A package is missing, the ZeRO stage would change the algorithm, or host memory is needed.
     """
     traits, key = pick.row.traits, f"optimizer.algorithm: {pick.name}"
-    if installed and traits["needs"] and importlib.util.find_spec(traits["needs"]) is None:
-        raise UserError(
-            f"{key} needs {traits['needs']}, which is not installed",
-            remedy="pip install 'rlhf-rankings[optimizers]', or use adamw.",
-        )
+    if installed and traits["needs"]:
+        need_package(traits["needs"], key, "pip install 'rlhf-rankings[optimizers]', or use adamw.")
     zero = (settings or {}).get("zero_optimization", {})
     stage = zero.get("stage", 0)
     if settings is not None and not traits["flat"] and (stage > 0 or bfloat16):

@@ -135,6 +135,13 @@ def _column_widths(rows: Sequence[Sequence[str]], room: int) -> list[int]:
     return widths
 
 
+def _bar(console: Console, *columns: TextColumn) -> Progress:
+    """A bar that vanishes at the end, shown only on a terminal, by the main process."""
+    first = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn())
+    shown = is_main() and console.is_terminal
+    return Progress(*first, *columns, TimeRemainingColumn(), console=console, transient=True, disable=not shown)
+
+
 @contextmanager
 def progress(what: str, total: int | None, unit: str = "it") -> Iterator[Callable[..., None]]:
     """A progress bar with rate and time left that vanishes at the end. Shown only on a terminal, by the main process.
@@ -147,12 +154,7 @@ def progress(what: str, total: int | None, unit: str = "it") -> Iterator[Callabl
     Yields:
         `advance(items=1, work=None)`: `items` more are done, which held `work` units (as many as items by default).
     """
-    console = err()
-    columns = (
-        TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(),
-        TextColumn("{task.fields[rate]}", markup=False), TimeRemainingColumn(),
-    )  # fmt: skip
-    with Progress(*columns, console=console, transient=True, disable=not (is_main() and console.is_terminal)) as bar:
+    with _bar(err(), TextColumn("{task.fields[rate]}", markup=False)) as bar:
         task, started, done = bar.add_task(what, total=total, rate=""), time.monotonic(), 0
 
         def advance(items: int = 1, work: int | None = None) -> None:
@@ -177,11 +179,7 @@ class StepBar:
     def __init__(self, what: str, total: int, done: int = 0) -> None:
         self.total, self._digits = total, len(str(total))
         self._pace: float | None = None
-        console = out()
-        self._bar = Progress(
-            TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
-            console=console, transient=True, disable=not (is_main() and console.is_terminal),
-        )  # fmt: skip
+        self._bar = _bar(out())
         self._task = self._bar.add_task(what, total=total, completed=done)
         self._bar.start()
 
@@ -189,11 +187,8 @@ class StepBar:
         """Print the line of step `done`, which took `seconds`."""
         self._pace = seconds if self._pace is None else 0.9 * self._pace + 0.1 * seconds
         left = int(self._pace * (self.total - done))
-        clock = (
-            f"{left // 3600}:{left // 60 % 60:02d}:{left % 60:02d}"
-            if left >= 3600
-            else f"{left // 60:02d}:{left % 60:02d}"
-        )
+        clock = f"{left // 60 % 60:02d}:{left % 60:02d}"
+        clock = f"{left // 3600}:{clock}" if left >= 3600 else clock
         self.note(f"{done:>{self._digits}}/{self.total}  {text}  {seconds:.2f} s  ETA {clock}")
         self._bar.update(self._task, completed=done)
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+import importlib.util
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 
 class UserError(Exception):
@@ -34,6 +36,35 @@ class Terminated(BaseException):
 
 SIGTERM_STATUS = 128 + 15
 """The exit status of a process that SIGTERM has ended, as shells report it."""
+
+
+@contextmanager
+def blame(what: str, why: str = "", remedy: str = "") -> Iterator[None]:
+    """Turn what is raised in the block into an error that begins with `what`: an option, a config key, a file.
+
+    Args:
+        what: The place.
+        why, remedy: Of an error that is made from a ValueError or an OSError; a UserError keeps its own.
+
+    Raises:
+        UserError: The block raised one of the three.
+    """
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"{what}: {error.what}", error.why, error.remedy) from None
+    except (ValueError, OSError) as error:
+        raise UserError(f"{what}: {error}", why, remedy) from None
+
+
+def need_package(name: str, what: str, remedy: str) -> None:
+    """Refuse `what`, such as `optimizer: adamw-8bit`, where the Python package that it needs is not installed.
+
+    Raises:
+        UserError: It is not.
+    """
+    if importlib.util.find_spec(name) is None:
+        raise UserError(f"{what} needs {name}, which is not installed", remedy=remedy)
 
 
 def nearest(name: str, valid: Iterable[str]) -> str:

@@ -11,10 +11,11 @@ import os
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from rlhf.core.errors import UserError
+from rlhf.core.errors import UserError, blame
 
 
 def sync(path: Path) -> None:
@@ -91,6 +92,13 @@ def _locked_folder(partial: Path, path: Path) -> int:
         os.close(handle)
 
 
+def short_names(paths: Iterable[Path], most: int = 6) -> str:
+    """The first of some paths, in words, as seen from the working folder if they lie in it."""
+    here, found = Path.cwd(), list(islice(paths, most + 1))
+    shown = [str(one.relative_to(here) if one.is_relative_to(here) else one) for one in found[:most]]
+    return ", ".join([*shown, *["..."] * (len(found) > most)])
+
+
 def write_bytes(path: Path, content: bytes) -> None:
     """Write a file under a hidden name, flush it, rename it."""
     partial = partial_path(path)
@@ -125,10 +133,8 @@ def check_writable(path: Path | None, option: str) -> None:
         return
     if path.is_dir():
         raise UserError(f"{option} {path}: is a folder", remedy="Name a file.")
-    try:
+    with blame(f"{option} {path}: its folder cannot be made", remedy="Name another file."):
         path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"{option} {path}: its folder cannot be made: {error}", remedy="Name another file.") from None
     place = path if path.exists() else path.parent
     if not os.access(place, os.W_OK):
         raise UserError(f"{option} {path}: {place} cannot be written", remedy="Name another file.")

@@ -3,15 +3,8 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any
 
-from rlhf.core.lazy import lazy
-
-if TYPE_CHECKING:
-    import numpy as np
-    from numpy.typing import NDArray
-else:
-    np = lazy("numpy")
+from rlhf.core.lazy import np
 
 Z_95 = 1.959963984540054
 """The normal quantile of a two-sided 95 % interval."""
@@ -29,7 +22,7 @@ def wilson(fraction: float, n: float) -> tuple[float, float]:
     return max(0.0, (centre - half) / shrink), min(1.0, (centre + half) / shrink)
 
 
-def effective_size(successes: NDArray[Any], trials: NDArray[Any]) -> float | None:
+def effective_size(successes: np.ndarray, trials: np.ndarray) -> float | None:
     """How many independent trials tell as much about a fraction as these trials, which come in clusters.
 
     Trials of one cluster (the pairs of a ranking, say) are correlated; clusters are taken to be independent. The size
@@ -50,7 +43,7 @@ def effective_size(successes: NDArray[Any], trials: NDArray[Any]) -> float | Non
     return min(max(fraction * (1 - fraction) / variance, 1.0), total) if variance > 0 else None
 
 
-def fraction_interval(successes: NDArray[Any], trials: NDArray[Any]) -> tuple[float, float] | None:
+def fraction_interval(successes: np.ndarray, trials: np.ndarray) -> tuple[float, float] | None:
     """95 % interval of a fraction: Wilson's, with the effective size of trials that come in clusters.
 
     Unlike a bootstrap over clusters it needs no seed, and it keeps a width for few clusters or a fraction of 1: where
@@ -68,13 +61,13 @@ def fraction_interval(successes: NDArray[Any], trials: NDArray[Any]) -> tuple[fl
     return wilson(float(successes.sum()) / total, effective_size(successes, trials) or len(trials))
 
 
-def percentile_interval(replicates: NDArray[Any]) -> tuple[float, float]:
+def percentile_interval(replicates: np.ndarray) -> tuple[float, float]:
     """95 % percentile interval of the replicates of a bootstrap, a vector."""
     low, high = np.quantile(replicates, [0.025, 0.975])
     return float(low), float(high)
 
 
-def resampled_sums(values: NDArray[Any], replicates: int = 1000, seed: int = 0) -> NDArray[Any]:
+def resampled_sums(values: np.ndarray, replicates: int = 1000, seed: int = 0) -> np.ndarray:
     """Column sums of bootstrap replicates (Efron 1979): as many rows as there are, drawn with replacement.
 
     Args:

@@ -1,11 +1,12 @@
 """Imports that are delayed until first use, so that `rlhf --help` and config errors take under a second.
 
-Use it as below; the type checker sees the real module::
+`from rlhf.core.lazy import torch` imports nothing yet, and the type checker sees the real module. Our own modules, and
+libraries that one module alone uses, are written as below::
 
     if TYPE_CHECKING:
-        import torch
+        import openai
     else:
-        torch = lazy("torch")
+        openai = lazy("openai")
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from __future__ import annotations
 import importlib
 import sys
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 
 class _Lazy(ModuleType):
@@ -26,6 +27,21 @@ class _Lazy(ModuleType):
 def lazy(name: str) -> Any:
     """A placeholder for module `name` that imports it at the first attribute access."""
     return _Lazy(name)
+
+
+if TYPE_CHECKING:
+    import numpy as np
+    import peft
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+    import torch
+    import torch.distributed as dist
+    import transformers
+    from torch import nn
+else:
+    torch, dist, nn = lazy("torch"), lazy("torch.distributed"), lazy("torch.nn")
+    np, pa, pq = lazy("numpy"), lazy("pyarrow"), lazy("pyarrow.parquet")
+    peft, transformers = lazy("peft"), lazy("transformers")
 
 
 class BitsandbytesLater:

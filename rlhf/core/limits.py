@@ -142,16 +142,6 @@ def _children(value: Any) -> list[Any]:
     return [inner for inner in inside if isinstance(inner, (dict, list))]
 
 
-def read_json(path: str | Path) -> Any:
-    """The value of a JSON file; see `parse_json`.
-
-    Raises:
-        ValueError: Not UTF-8, not JSON, or beyond a limit.
-        OSError: The file cannot be read.
-    """
-    return parse_json(Path(path).read_text("utf-8"))
-
-
 def read_json_object(path: str | Path) -> dict[str, Any]:
     """The object in a JSON file.
 
@@ -159,7 +149,7 @@ def read_json_object(path: str | Path) -> dict[str, Any]:
         ValueError: Not UTF-8, not a JSON object, or beyond a limit.
         OSError: The file cannot be read.
     """
-    value = read_json(path)
+    value = parse_json(Path(path).read_text("utf-8"))
     if not isinstance(value, dict):
         raise ValueError(f"expected a JSON object, got {type(value).__name__}")
     return value

@@ -11,7 +11,7 @@ import jinja2
 import markupsafe
 
 from rlhf.core.console import printable
-from rlhf.core.errors import UserError
+from rlhf.core.errors import blame
 
 STYLE = Path(__file__).with_name("page.css")
 
@@ -55,11 +55,9 @@ def write_page(text: str, path: Path, option: str) -> None:
     Raises:
         UserError: The file cannot be written.
     """
-    try:
+    with blame(f"{option} {path}: cannot be written", remedy="Name another file."):
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text, "utf-8")
-    except OSError as error:
-        raise UserError(f"{option} {path}: cannot be written: {error}", remedy="Name another file.") from None
 
 
 def _code(text: str) -> markupsafe.Markup:

@@ -70,6 +70,11 @@ class Pick:
     def name(self) -> str:
         return self.row.name
 
+    @property
+    def plain(self) -> str | dict[str, Any]:
+        """The value of a config that picks this."""
+        return {"name": self.name, **self.options} if self.options else self.name
+
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self.row.fn(*args, **self.options, **kwargs)
 
@@ -132,9 +137,5 @@ class Table:
 
     def __get_pydantic_core_schema__(self, source: Any, handler: Any) -> core_schema.CoreSchema:
         """Make `Annotated[Pick, TABLE]` the type of a config field that picks from this table."""
-
-        def plain(pick: Pick) -> Any:
-            return {"name": pick.name, **pick.options} if pick.options else pick.name
-
-        to_plain = core_schema.plain_serializer_function_ser_schema(plain)
+        to_plain = core_schema.plain_serializer_function_ser_schema(lambda pick: pick.plain)
         return core_schema.no_info_plain_validator_function(self.pick, serialization=to_plain)

@@ -17,21 +17,15 @@ from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from rlhf.config.base import ModelConfig
 from rlhf.core.errors import UserError
-from rlhf.core.lazy import lazy
+from rlhf.core.lazy import torch, transformers
 from rlhf.core.limits import read_json_object
 from rlhf.data.chat_rendering import MARK, InText, RefusedText, Renderer
 from rlhf.data.chat_templates import freeze_clock, read_template, reads_clock
 from rlhf.data.schema import Message
-
-if TYPE_CHECKING:
-    import torch
-    import transformers
-else:
-    torch, transformers = lazy("torch"), lazy("transformers")
 
 PROBE = "\N{BLACK STAR}"
 """A response that shows where the template puts responses."""
@@ -56,18 +50,19 @@ def load_tokenizer(config: ModelConfig, path: str, frozen_at: str | None = None)
         raise UserError(f"model.path: no tokenizer can be loaded from {path}", str(error).split("\n")[0]) from None
     if tokenizer.bos_token is None and tokenizer.eos_token is None and tokenizer.cls_token and tokenizer.sep_token:
         tokenizer.bos_token, tokenizer.eos_token = tokenizer.cls_token, tokenizer.sep_token
-    two_halves = _is_encoder_decoder(path)
-    kind = EncoderDecoderTokenizer if two_halves else ChatTokenizer
-    own_template = config.chat_template != "auto" or bool(tokenizer.chat_template)
-    if config.chat_template != "auto" or not tokenizer.chat_template:
-        auto = "encoder-decoder" if two_halves else "default"
-        name = auto if config.chat_template == "auto" else config.chat_template
-        tokenizer.chat_template = read_template(name)
+    kind, default = ChatTokenizer, "default"
+    if _is_encoder_decoder(path):
+        kind, default = EncoderDecoderTokenizer, "encoder-decoder"
+    chosen = config.chat_template != "auto"
+    own_template = chosen or bool(tokenizer.chat_template)
+    if chosen or not own_template:
+        tokenizer.chat_template = read_template(config.chat_template if chosen else default)
     template = tokenizer.get_chat_template()
-    if not reads_clock(template):
-        return kind(tokenizer, config.control_tokens_in_text, own_template=own_template)
-    frozen_at = frozen_at or datetime.now().isoformat(timespec="seconds")
-    tokenizer.chat_template = freeze_clock(template, datetime.fromisoformat(frozen_at))
+    if reads_clock(template):
+        frozen_at = frozen_at or datetime.now().isoformat(timespec="seconds")
+        tokenizer.chat_template = freeze_clock(template, datetime.fromisoformat(frozen_at))
+    else:
+        frozen_at = None
     return kind(tokenizer, config.control_tokens_in_text, frozen_at, own_template)
 
 
@@ -189,9 +184,10 @@ class ChatTokenizer:
 
     def _encode_next(self, text: str) -> list[int]:
         """Token ids of text that continues other text."""
-        anchored = self._encode("\n" + text) if self._anchor else []
-        if anchored[: len(self._anchor)] == self._anchor and self._anchor:
-            return anchored[len(self._anchor) :]
+        if anchor := self._anchor:
+            anchored = self._encode("\n" + text)
+            if anchored[: len(anchor)] == anchor:
+                return anchored[len(anchor) :]
         return self._encode(text)
 
     def prompt(self, messages: Sequence[Message]) -> list[int]:
@@ -307,15 +303,13 @@ class ChatTokenizer:
         """The last `room` tokens of a prompt; its first token is kept if that is BOS."""
         if len(ids) <= room:
             return ids
-        if ids[0] == self.tokenizer.bos_token_id:
-            return [ids[0], *ids[len(ids) - room + 1 :]]
-        return ids[len(ids) - room :]
+        first = ids[: ids[0] == self.tokenizer.bos_token_id]
+        return first + ids[len(ids) - room + len(first) :]
 
     def fingerprints(self) -> dict[str, str]:
         """SHA-256 (16 hex digits) of the vocabulary with special tokens (`tokenizer`) and of the `chat_template`."""
         vocabulary = json.dumps([self.tokenizer.get_vocab(), self.tokenizer.special_tokens_map], sort_keys=True)
-        parts = {"tokenizer": vocabulary, "chat_template": self.tokenizer.chat_template}
-        return {key: hashlib.sha256(text.encode()).hexdigest()[:16] for key, text in parts.items()}
+        return {"tokenizer": short_hash(vocabulary), "chat_template": short_hash(self.tokenizer.chat_template)}
 
     def facts(self) -> dict[str, str]:
         """What run.json records: the fingerprints, and of a template that reads the clock `template_time`."""
@@ -343,6 +337,11 @@ class EncoderDecoderTokenizer(ChatTokenizer):
 
     def decode(self, ids: Sequence[int]) -> str:
         return self._decode(ids[:-1] if ids and ids[-1] == self.end_id else ids)
+
+
+def short_hash(text: str) -> str:
+    """The first 16 hex digits of the SHA-256 of a text."""
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def stop_ids(model: Any, chat: ChatTokenizer) -> list[int]:

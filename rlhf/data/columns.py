@@ -8,15 +8,10 @@ from dataclasses import fields
 from functools import cache
 from itertools import accumulate, chain, repeat
 from operator import attrgetter
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from rlhf.core.lazy import lazy
+from rlhf.core.lazy import pa
 from rlhf.data.schema import Candidate, Message, Ranking, Record, content_hash, field_names
-
-if TYPE_CHECKING:
-    import pyarrow as pa
-else:
-    pa = lazy("pyarrow")
 
 Row = tuple[Any, ...]
 """The values of a record in the order of `field_names` of its kind. Messages and candidates are tuples with the fields
@@ -28,7 +23,6 @@ write. Nothing is checked, so a row is only for what is known to be valid. A row
 
 _RANKING = field_names(Ranking.kind)
 _REST = tuple(field.default for field in fields(Ranking) if field.name in _RANKING[_RANKING.index("annotator") :])
-_SPLIT = _RANKING.index("split")  # the same place in every kind
 
 
 def ranking_row(

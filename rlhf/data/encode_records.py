@@ -48,10 +48,8 @@ class EncodingCounts:
 
     def report_refused(self, what: str) -> None:
         """Print how many were refused, the first of each kind with its place, and what to do."""
-        by_reason: dict[str, list[dict[str, str]]] = {}
-        for row in self.refused:
-            by_reason.setdefault(row["reason"], []).append(row)
-        for rows in by_reason.values():
+        for reason in dict.fromkeys(row["reason"] for row in self.refused):
+            rows = [row for row in self.refused if row["reason"] == reason]
             warn(f"{len(rows):,} {what} rejected, {first_refused(rows)}")
 
 
@@ -120,24 +118,21 @@ def encode_step_by_step(
         counts.skipped["no label is found in the answer (distillation.step_by_step.pattern)"] += 1
         return None
     rationale, label = found
-    row = _task(record, label_prefix, label, chat, max_length, counts)
-    other = _task(record, rationale_prefix, rationale, chat, max_length, counts) if row and rationale else None
-    if row is None or (rationale and other is None):
+    *before, last = record.messages
+
+    def task(prefix: str, answer: str) -> dict[str, Any] | None:
+        messages = (*before, Message(last.role, prefix + last.content))
+        derived = Demonstration(messages, record.source, record.group, record.split, answer=answer)
+        return encode_demonstration(derived, chat, max_length, counts)
+
+    row = task(label_prefix, label)
+    other: dict[str, Any] | None = {"input_ids": [], "labels": [], "length": 0}
+    if row and rationale:
+        other = task(rationale_prefix, rationale)
+    if row is None or other is None:
         return None
-    empty: dict[str, Any] = {"input_ids": [], "labels": [], "length": 0}
-    other = other or empty
     both = {"rationale_ids": other["input_ids"], "rationale_labels": other["labels"]}
     return row | both | {"length": row["length"] + other["length"]}
-
-
-def _task(
-    record: Demonstration | Ranking, prefix: str, answer: str, chat: ChatTokenizer, max_length: int,
-    counts: EncodingCounts,
-) -> dict[str, Any] | None:  # fmt: skip
-    *before, last = record.messages
-    messages = (*before, Message(last.role, prefix + last.content))
-    derived = Demonstration(messages, record.source, record.group, record.split, answer=answer)
-    return encode_demonstration(derived, chat, max_length, counts)
 
 
 def encode_ranking(

@@ -17,17 +17,17 @@ import orjson
 import zstandard
 
 from rlhf.core import limits
-from rlhf.core.errors import UserError
+from rlhf.core.errors import UserError, blame
 from rlhf.data.schema import (
     KINDS,
     BadRecord,
     Candidate,
-    Demonstration,
     Message,
     Proposal,
     Ranking,
     Record,
     brief,
+    field_names,
 )
 
 # ---- the JSON form of a record -----------------------------------------------------------------------------------
@@ -53,28 +53,33 @@ def from_dict(row: Any, kind: str | None = None) -> Record:
     if "messages" not in row and "prompt" not in row:
         names = brief(", ".join(map(str, row))) if row else "none"
         raise BadRecord("messages: none", f"the row's fields: {names}", "Give the field `prompt` or `messages`.")
-    values: dict[str, Any] = {
-        "messages": _messages(row.get("messages", row.get("prompt"))),
-        "source": _or(row.get("source"), ""),
-        "group": _or(row.get("group"), None),
-        "split": _or(row.get("split"), None),
-    }
+    values: dict[str, Any] = {"messages": _messages(row.get("messages", row.get("prompt")))}
+    values |= {name: row[name] for name in _TEXTS[found] if row.get(name) not in (None, "")}
     if found == "demonstration":
-        values |= {"answer": row["answer"], "author": _or(row.get("author"), "")}
-    elif found == "proposal":
-        values |= {"candidates": _candidates(row["candidates"])}
-    elif found == "ranking":
-        values |= {"candidates": _candidates(row["candidates"]), "ranks": _ranks(row)}
-        values |= {"annotator": _or(row.get("annotator"), ""), "time": _or(row.get("time"), None)}
-        merged = _or(row.get("merged"), ())
-        values |= {"merged": tuple(merged) if isinstance(merged, list) else merged}
+        values["answer"] = row["answer"]
+    elif found != "prompt":
+        values["candidates"] = _each(_candidate, row["candidates"])
+    if found == "ranking":
+        values["ranks"] = _ranks(row)
         values |= {name: row[name] for name in ("seconds", "shown", "weight") if row.get(name) is not None}
+        if isinstance(row.get("merged"), list):
+            values["merged"] = tuple(row["merged"])
     record = KINDS[found](**values)
     for name in ("id", "prompt_id"):
         if row.get(name) is not None and row[name] != getattr(record, name):
             detail = f"{brief(row[name])}, the content gives {getattr(record, name)!r}"
             raise BadRecord(f"{name}: not the content hash", detail, f"Omit `{name}`; it is computed.")
     return record
+
+
+_TEXTS = {
+    kind: tuple(
+        name for name in ("source", "group", "split", "author", "annotator", "time", "merged")
+        if name in field_names(kind)
+    )
+    for kind in KINDS
+}  # fmt: skip
+"""Kind -> the fields of which an empty text means none."""
 
 
 def _kind(row: Mapping[str, Any]) -> str:
@@ -89,19 +94,18 @@ def _or(value: Any, default: Any) -> Any:
 
 def _ranks(row: Mapping[str, Any]) -> Any:
     ranks, candidates = row.get("ranks"), row["candidates"]
-    if ranks is None and isinstance(candidates, (list, tuple)):
-        ranks = [
-            candidate["rank"] for candidate in candidates if isinstance(candidate, Mapping) and "rank" in candidate
-        ]
+    if ranks is None and isinstance(candidates, list | tuple):
+        ranks = [one["rank"] for one in candidates if isinstance(one, Mapping) and "rank" in one]
     return tuple(ranks) if isinstance(ranks, list) else ranks
 
 
 def _messages(value: Any) -> Any:
-    if isinstance(value, str):
-        return (Message("user", value),)
-    if not isinstance(value, (list, tuple)):
-        return value
-    return tuple(map(_message, value))
+    return (Message("user", value),) if isinstance(value, str) else _each(_message, value)
+
+
+def _each(make: Callable[[Any], Any], values: Any) -> Any:
+    """What is made of each value of a list; anything else as it is, for the record to refuse."""
+    return tuple(map(make, values)) if isinstance(values, list | tuple) else values
 
 
 def _message(value: Any) -> Any:
@@ -112,10 +116,6 @@ def _message(value: Any) -> Any:
     if value.get("tool_calls"):
         raise BadRecord("messages: tool_calls in a turn", brief(value["tool_calls"]), "Import as openai-chat.")
     return Message(role, content)
-
-
-def _candidates(value: Any) -> Any:
-    return tuple(map(_candidate, value)) if isinstance(value, (list, tuple)) else value
 
 
 def _candidate(value: Any) -> Any:
@@ -129,24 +129,13 @@ def _candidate(value: Any) -> Any:
 
 def to_dict(record: Record) -> dict[str, Any]:
     """The JSON form of a record, including its ids; `from_dict` reads it back."""
-    row: dict[str, Any] = {"id": record.id, "prompt_id": record.prompt_id, "messages": record.chat}
-    row |= {"source": record.source, "group": record.group, "split": record.split}
-    if isinstance(record, Demonstration):
-        row |= {"answer": record.answer, "author": record.author}
+    row = {name: getattr(record, name) for name in field_names(record.kind)} | {"messages": record.chat}
     if isinstance(record, Proposal):
-        row |= {"candidates": [_candidate_dict(candidate) for candidate in record.candidates]}
+        scores = [None if candidate.score is None else float(candidate.score) for candidate in record.candidates]
+        row["candidates"] = [one._asdict() | {"score": score} for one, score in zip(record.candidates, scores)]
     if isinstance(record, Ranking):
-        row |= {"ranks": list(record.ranks), "annotator": record.annotator, "time": record.time}
-        row |= {"seconds": record.seconds, "shown": record.shown, "weight": float(record.weight)}
-        row |= {"merged": list(record.merged)}
+        row |= {"ranks": list(record.ranks), "merged": list(record.merged), "weight": float(record.weight)}
     return row
-
-
-def _candidate_dict(candidate: Candidate) -> dict[str, Any]:
-    score = None if candidate.score is None else float(candidate.score)
-    return {
-        "text": candidate.text, "author": candidate.author, "author_kind": candidate.author_kind, "score": score,
-    }  # fmt: skip
 
 
 # ---- files with a row per line ------------------------------------------------------------------------------------
@@ -295,10 +284,8 @@ def open_bytes(path: Path) -> Iterator[BinaryIO]:
     Raises:
         UserError: The file cannot be opened, or is named .gz or .zst but is not compressed.
     """
-    try:
+    with blame(f"{path}: cannot be read"):
         plain = io.BufferedReader(io.FileIO(path), READ_BUFFER)
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read: {error}") from None
     with plain:
         head = plain.peek(4)[:4]
         if head.startswith(GZIP):

@@ -44,17 +44,13 @@ class RowCheck:
         self.spelled += any(self.chat.renderer.marked(text) != text for text in texts)
         order = tuple(message.role for message in record.messages)
         if order not in self._orders:
-            self._orders[order] = self._fault(record)
-        fault = self._orders[order]
-        if fault is not None:
+            try:
+                self.chat.renderer.render(record.messages, True)
+                self._orders[order] = None
+            except RefusedText as error:
+                self._orders[order] = error
+        if (fault := self._orders[order]) is not None:
             raise fault
-
-    def _fault(self, record: Any) -> RefusedText | None:
-        try:
-            self.chat.renderer.render(record.messages, True)
-        except RefusedText as error:
-            return error
-        return None
 
     def describe(self) -> str:
         """The result in one line."""

@@ -98,8 +98,13 @@ class Prompt:
         return self.prompt_id
 
     @property
+    def read_at(self) -> tuple[Any, int] | None:
+        """The file and line (in Parquet: the row) that the record was read from; None if it was not."""
+        return self._place
+
+    @property
     def place(self) -> str:
-        """The file and line (in Parquet: the row) that the record was read from, as FILE:LINE; empty if it was not."""
+        """`read_at` as FILE:LINE; empty if there is none."""
         return "" if self._place is None else f"{self._place[0]}:{self._place[1]}"
 
     def read_from(self, file: Any, line: int) -> None:

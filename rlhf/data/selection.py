@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from rlhf.core.errors import UserError
+from rlhf.core.errors import UserError, blame
 from rlhf.data.schema import BadRecord, Demonstration, Message, Prompt
 from rlhf.data.store import Dataset, open_dataset
 from rlhf.data.tool_turns import DEFINITIONS
@@ -23,10 +24,8 @@ def open_datasets(paths: Sequence[str], kinds: Sequence[str], key: str, verify: 
     """
     found = []
     for path in paths:
-        try:
+        with blame(key):
             dataset = open_dataset(path, verify=verify)
-        except UserError as error:
-            raise UserError(f"{key}: {error.what}", error.why, error.remedy) from None
         if dataset.kind not in kinds:
             raise UserError(f"{key}: {path} contains {dataset.kind}s, but {' or '.join(kinds)}s are needed")
         found.append(dataset)
@@ -40,14 +39,8 @@ def train_records(data: Sequence[Dataset]) -> Iterator[Any]:
 
 def eval_records(data: Sequence[Dataset], named: bool, limit: int | None = None) -> Iterator[Any]:
     """The held-out records: all but the `train` split of evaluation datasets (`named`), else the split `eval`."""
-    count = 0
-    for dataset in data:
-        for record in dataset.records():
-            if (record.split != "train") if named else (record.split == "eval"):
-                if limit is not None and count >= limit:
-                    return
-                count += 1
-                yield record
+    records = (record for dataset in data for record in dataset.records())
+    return islice((r for r in records if (r.split != "train" if named else r.split == "eval")), limit)
 
 
 def chosen_records(dataset: Dataset, split: str | None, limit: int | None = None) -> Iterator[Any]:
@@ -66,20 +59,22 @@ def chosen_records(dataset: Dataset, split: str | None, limit: int | None = None
             f"It contains: {held}.",
             "Choose another --split, or make splits with `rlhf data split`.",
         )
-    for index, record in enumerate(dataset.records(split)):
-        if limit is not None and index >= limit:
-            return
-        yield record
+    yield from islice(dataset.records(split), limit)
 
 
 def chosen_prompts(dataset: Dataset, split: str | None, limit: int | None = None) -> list[Prompt]:
     """The first `limit` distinct prompts of a split; see `chosen_records`."""
-    prompts: dict[str, Prompt] = {}
-    for record in chosen_records(dataset, split):
-        prompts.setdefault(record.prompt_id, record)
-        if limit is not None and len(prompts) >= limit:
+    return distinct(chosen_records(dataset, split), limit)
+
+
+def distinct(records: Iterable[Any], limit: int | None = None) -> list[Any]:
+    """The first `limit` records of distinct prompts."""
+    found: dict[str, Any] = {}
+    for record in records:
+        found.setdefault(record.prompt_id, record)
+        if len(found) == limit:
             break
-    return list(prompts.values())
+    return list(found.values())
 
 
 def train_demonstrations(path: str | Path) -> Iterator[Demonstration]:
@@ -88,12 +83,7 @@ def train_demonstrations(path: str | Path) -> Iterator[Demonstration]:
     Raises:
         UserError: The dataset contains other records.
     """
-    data = open_dataset(path)
-    if data.kind != "demonstration":
-        raise UserError(
-            f"{data.path}: contains {data.kind}s; examples need answers", remedy="Name a dataset of demonstrations."
-        )
-    return train_records([data])
+    return train_records([open_dataset(path, "demonstration")])
 
 
 def as_prompt(value: str | Sequence[Mapping[str, str]] | Prompt) -> Prompt:

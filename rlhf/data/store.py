@@ -6,23 +6,19 @@ Both are streamed, so a dataset may be larger than memory. `rlhf.data.writer` wr
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from shlex import quote
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import Any, NoReturn
 
 from rlhf.core.errors import UserError
-from rlhf.core.lazy import lazy
+from rlhf.core.files import short_names
+from rlhf.core.lazy import pa, pq
 from rlhf.data.jsonl import RAW_KEPT, OnReject, Reject, from_dict, read_jsonl
 from rlhf.data.manifest import RESTORE, file_hash, known_kind, read_manifest, shard_fault
 from rlhf.data.schema import BadRecord, Record
-
-if TYPE_CHECKING:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-else:
-    pa, pq = lazy("pyarrow"), lazy("pyarrow.parquet")
 
 
 @dataclass(frozen=True)
@@ -81,10 +77,7 @@ class Dataset:
         """Number of records in each split; the key None is for records without a split."""
         if "splits" in self.manifest:
             return {None if key == "none" else key: count for key, count in self.manifest["splits"].items()}
-        counts: dict[str | None, int] = {}
-        for record in self.records():
-            counts[record.split] = counts.get(record.split, 0) + 1
-        return counts
+        return dict(Counter(record.split for record in self.records()))
 
 
 def _refuse_shard(reject: Reject) -> NoReturn:
@@ -156,19 +149,16 @@ def open_dataset(path: str | Path, kind: str | None = None, verify: bool = False
 def _no_dataset(path: Path) -> UserError:
     """The error for a path that is no dataset, with those in it or next to it, which may be meant."""
     if not path.is_dir():
-        there = next(above for above in path.absolute().parents if above.is_dir())
-        near = _named(_below(there))
-        remedy = f"Check the path. Datasets nearby: {near}" if near else ""
-        return UserError(
-            f"{path}: there is no dataset", remedy=remedy or "Check the path, or make one with `rlhf data import`."
-        )
+        near = short_names(_below(next(above for above in path.absolute().parents if above.is_dir())))
+        remedy = f". Datasets nearby: {near}" if near else ", or make one with `rlhf data import`."
+        return UserError(f"{path}: there is no dataset", remedy="Check the path" + remedy)
     what = f"{path}: not a complete dataset, because it has no manifest.json"
     if any(path.glob("*.parquet")):
         why = "The manifest is written last, so an import or split may have been interrupted."
         return UserError(what, why, "Run the command that writes it again, or name a .jsonl file.")
-    inside = _named(_below(path))
-    remedy = f"Name a dataset in it: {inside}" if inside else "Name a folder that a command has written as a dataset,"
-    return UserError(what, remedy=remedy if inside else f"{remedy} or a .jsonl file.")
+    if inside := short_names(_below(path)):
+        return UserError(what, remedy=f"Name a dataset in it: {inside}")
+    return UserError(what, remedy="Name a folder that a command has written as a dataset, or a .jsonl file.")
 
 
 def _below(folder: Path) -> list[Path]:
@@ -177,23 +167,11 @@ def _below(folder: Path) -> list[Path]:
     return [one.parent for one in found]
 
 
-def _named(folders: Sequence[Path], most: int = 6) -> str:
-    """The first of some folders, as seen from the working folder if they lie in it."""
-    here = Path.cwd()
-    shown = [str(one.relative_to(here) if one.is_relative_to(here) else one) for one in folders[:most]]
-    return ", ".join(shown) + (", ..." if len(folders) > most else "")
-
-
 def _open_jsonl(path: Path) -> Dataset:
-    bad: Reject | None = None
-
-    def keep_first(reject: Reject) -> None:
-        nonlocal bad
-        bad = bad or reject
-
-    first = next(read_jsonl(path, None, keep_first), None)
+    bad: list[Reject] = []
+    first = next(read_jsonl(path, None, lambda reject: None if bad else bad.append(reject)), None)
     if first is None:
-        why = f"First fault: {bad}" if bad else "The file is empty."
+        why = f"First fault: {bad[0]}" if bad else "The file is empty."
         raise UserError(f"{path}: no valid record", why, "See README, 'Your own data', for the fields.")
     return Dataset(path, first.kind, file_hash(path))
 

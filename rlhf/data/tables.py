@@ -27,18 +27,19 @@ from rlhf.data.encode_records import (
 )
 from rlhf.data.selection import eval_records, open_datasets, train_records
 
-ENCODERS: dict[str, tuple[Callable[..., dict[str, Any] | None], dict[str, str]]] = {
-    "demonstration": (encode_demonstration, {"input_ids": "ids", "labels": "ids", "length": "int"}),
+IDS, TEXT, INTEGER, NUMBER = pa.list_(pa.int32()), pa.string(), pa.int32(), pa.float64()
+ENCODERS: dict[str, tuple[Callable[..., dict[str, Any] | None], dict[str, pa.DataType]]] = {
+    "demonstration": (encode_demonstration, {"input_ids": IDS, "labels": IDS, "length": INTEGER}),
     "step-by-step": (
         encode_step_by_step,
-        dict.fromkeys(("input_ids", "labels", "rationale_ids", "rationale_labels"), "ids") | {"length": "int"},
+        dict.fromkeys(("input_ids", "labels", "rationale_ids", "rationale_labels"), IDS) | {"length": INTEGER},
     ),
     "ranking": (
         encode_ranking,
-        {"prompt": "ids", "candidates": "id lists", "ranks": "ids", "ratings": "numbers", "characters": "ids"}
-        | {"source": "text", "annotator": "text", "group": "text", "weight": "number", "length": "int"},
+        {"prompt": IDS, "candidates": pa.list_(IDS), "ranks": IDS, "ratings": pa.list_(NUMBER), "characters": IDS}
+        | {"source": TEXT, "annotator": TEXT, "group": TEXT, "weight": NUMBER, "length": INTEGER},
     ),
-    "prompt": (encode_prompt, {"id": "text", "prompt": "ids", "messages": "text"}),
+    "prompt": (encode_prompt, {"id": TEXT, "prompt": IDS, "messages": TEXT}),
 }
 """For each kind of row: the function that encodes a record, and the types of the columns."""
 
@@ -87,10 +88,9 @@ def tokenize(
         evals = eval_records(held_out or train, bool(held_out), config.max_eval_records)
         more = {"others": others} if kind == "prompt" else dict(options or {})
         encode = partial(ENCODERS[kind][0], chat=chat, max_length=max_length, **more)
-        write = partial(_write_table, folder, kind=kind, encode=encode)
         records = "demonstrations" if kind == "step-by-step" else f"{kind}s"
-        seen = write(files["train"], train_records(train), what=records)
-        unseen = write(files["eval"], evals, what=f"held-out {records}")
+        seen = _write_table(folder, files["train"], train_records(train), kind, encode, records)
+        unseen = _write_table(folder, files["eval"], evals, kind, encode, f"held-out {records}")
         for dataset in (*train, *held_out):
             append_jsonl(folder / "rejected.jsonl", [vars(reject) for reject in dataset.rejects])
         if seen & unseen:
@@ -117,20 +117,18 @@ def prompt_lengths(table: Any) -> tuple[int, float]:
 
 
 def _write_table(
-    folder: Path, path: Path, records: Iterable[Any], *, kind: str, encode: Callable[..., dict[str, Any] | None],
-    what: str,
-) -> set[str]:  # fmt: skip
+    folder: Path, path: Path, records: Iterable[Any], kind: str, encode: Callable[..., dict[str, Any] | None], what: str
+) -> set[str]:
     """Encode records into an Arrow stream file; return the ids of their prompts."""
-    schema, counts = _arrow_schema(ENCODERS[kind][1]), EncodingCounts()
+    schema, counts = pa.schema(ENCODERS[kind][1]), EncodingCounts()
     prompts: set[str] = set()
     rows: list[dict[str, Any]] = []
     with pa.OSFile(str(path), "wb") as file, pa.ipc.new_stream(file, schema) as writer:
         for record in track(records, f"tokenising {what}"):
-            prompt = record.prompt_id
-            row = None if kind == "prompt" and prompt in prompts else encode(record, counts=counts)
+            row = None if kind == "prompt" and record.prompt_id in prompts else encode(record, counts=counts)
             if row is None:
                 continue
-            prompts.add(prompt)
+            prompts.add(record.prompt_id)
             counts.kept += 1
             rows.append(row)
             if len(rows) == 1000:
@@ -143,10 +141,3 @@ def _write_table(
     skipped = [{"reason": reason, "count": count} for reason, count in counts.skipped.items()]
     append_jsonl(folder / "rejected.jsonl", [*skipped, *counts.refused])
     return prompts
-
-
-def _arrow_schema(columns: dict[str, str]) -> pa.Schema:
-    ids = pa.list_(pa.int32())
-    types = {"ids": ids, "id lists": pa.list_(ids), "numbers": pa.list_(pa.float64())}
-    types |= {"text": pa.string(), "int": pa.int32(), "number": pa.float64()}
-    return pa.schema([(name, types[kind]) for name, kind in columns.items()])

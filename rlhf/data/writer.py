@@ -8,20 +8,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 from rlhf.core.errors import UserError
 from rlhf.core.files import partial_path, whole_folder, write_json
-from rlhf.core.lazy import lazy
+from rlhf.core.lazy import pa, pq
 from rlhf.data.columns import Block, Row, arrow_schema, kinds_of
 from rlhf.data.manifest import file_hash, known_kind
 from rlhf.data.schema import SCHEMA_VERSION, BadRecord, Record
-
-if TYPE_CHECKING:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-else:
-    pa, pq = lazy("pyarrow"), lazy("pyarrow.parquet")
 
 ROWS_PER_SHARD = 200_000
 ROWS_PER_GROUP = 5_000
@@ -91,8 +85,8 @@ class DatasetWriter:
             if self.path.resolve() == Path.cwd():
                 raise UserError(f"{self.path}: is the current folder", remedy="Choose another --out.")
             check_new(self.path, self._overwrite)
-            whole, empty = (self.path / "manifest.json").is_file(), _is_empty_folder(self.path)
-            if self.path.exists() and not whole and not empty:
+            whole = (self.path / "manifest.json").is_file()
+            if self.path.exists() and not whole and (not self.path.is_dir() or any(self.path.iterdir())):
                 raise UserError(f"{self.path}: exists and is not a dataset", remedy="Choose another --out.")
             self._closing.enter_context(whole_folder(self.path))
             self._closing.callback(self._thread.shutdown)
@@ -229,7 +223,3 @@ def check_new(
     """
     if not overwrite and (Path(path) / "manifest.json").is_file():
         raise UserError(f"{path}: a dataset is there already", remedy=remedy)
-
-
-def _is_empty_folder(path: Path) -> bool:
-    return path.is_dir() and not any(path.iterdir())

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from rlhf.core.errors import UserError
+from rlhf.core.errors import UserError, blame
 from rlhf.core.limits import read_json_object
 
 SET_BY_US = {
@@ -28,10 +28,8 @@ def read_deepspeed(path: str | Path) -> dict[str, Any]:
         UserError: No such file, not a JSON object, no ZeRO stage from 0 to 3, a value other than `auto` for a key that
             the stages set, or an offload that DeepSpeed does not support with our optimizer.
     """
-    try:
+    with blame(f"deepspeed: {path}", remedy="Files to copy are in configs/deepspeed."):
         settings = read_json_object(path)
-    except (OSError, ValueError) as error:
-        raise UserError(f"deepspeed: {path}: {error}", remedy="Files to copy are in configs/deepspeed.") from None
     zero = settings.get("zero_optimization", {})
     if not isinstance(zero, dict) or zero.get("stage", 0) not in (0, 1, 2, 3):
         raise UserError(f"deepspeed: {path}: zero_optimization needs a `stage` of 0, 1, 2 or 3, got {zero!r}")
@@ -84,6 +82,6 @@ def deepspeed_settings(path: str | Path | None, processes: int) -> dict[str, Any
     return read_deepspeed(path)
 
 
-def zero_stage(path: str | Path) -> int:
-    """The ZeRO stage of a DeepSpeed JSON, 0 to 3. Raises what `read_deepspeed` raises."""
-    return int(read_deepspeed(path).get("zero_optimization", {}).get("stage", 0))
+def zero_stage(path: str | Path | None) -> int:
+    """The ZeRO stage of a DeepSpeed JSON, 0 to 3; 0 without one. Raises what `read_deepspeed` raises."""
+    return 0 if path is None else int(read_deepspeed(path).get("zero_optimization", {}).get("stage", 0))

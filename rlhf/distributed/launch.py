@@ -1,4 +1,4 @@
-"""Start several processes: with torch's elastic launcher on this machine, with DeepSpeed's on several hosts."""
+"""Start processes: ranks with torch's elastic launcher on this machine, with DeepSpeed's on several hosts; others."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from typing import Any
 
 from rlhf.core.console import say
 from rlhf.core.errors import SIGTERM_STATUS, Terminated, UserError
+from rlhf.distributed.process_group import free_port
 
 PARENT = "RLHF_PARENT"
 """Set by the parent process of a stage: a `launcher` prints the checks and how to resume, a `pipeline` prints only
@@ -181,7 +182,7 @@ def launch_on_hosts(module: str, arguments: Sequence[str], hostfile: str | Path,
         )
     command = [sys.executable, "-m", "deepspeed.launcher.runner", "--hostfile", str(hostfile)]
     command += ["--num_gpus", str(processes)] if processes else []
-    command += ["--master_port", str(_free_port()), "--log_level", "warning", "--module", module, *arguments]
+    command += ["--master_port", str(free_port()), "--log_level", "warning", "--module", module, *arguments]
     say(f"Starting {sum(hosts.values())} processes on {', '.join(hosts)} ...")
     status = run_child(command, {**os.environ, PARENT: "launcher"})
     if status:
@@ -190,6 +191,23 @@ def launch_on_hosts(module: str, arguments: Sequence[str], hostfile: str | Path,
             "The other ranks were stopped, because they cannot continue without it.",
             "See the ranks' own output above. Continue from the last checkpoint with --resume.",
         )
+
+
+RANK_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
+
+def child_environment(**more: str) -> dict[str, str]:
+    """The environment of a process that is no rank of the run, and ends with this one (`end_with_parent`)."""
+    kept = {name: value for name, value in os.environ.items() if name not in RANK_VARIABLES}
+    return kept | {PARENT_PID: str(os.getpid())} | more
+
+
+def how_it_ended(status: int) -> str:
+    """An exit status in words; -N means that signal N killed the process."""
+    if status >= 0:
+        return f"ended with exit status {status}"
+    memory = " (usually out of memory: see `dmesg`)" if status == -9 else ""
+    return f"was killed by signal {-status}{memory}"
 
 
 def run_child(command: Sequence[str], environment: Mapping[str, str]) -> int:
@@ -213,9 +231,3 @@ def run_child(command: Sequence[str], environment: Mapping[str, str]) -> int:
             raise
         finally:
             signal.signal(signal.SIGTERM, before)
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("", 0))
-        return int(probe.getsockname()[1])

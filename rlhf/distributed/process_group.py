@@ -12,16 +12,10 @@ import time
 from collections.abc import Callable
 from datetime import timedelta
 from functools import wraps
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from rlhf.core.errors import UserError
-from rlhf.core.lazy import lazy
-
-if TYPE_CHECKING:
-    import torch
-    import torch.distributed as dist
-else:
-    torch, dist = lazy("torch"), lazy("torch.distributed")
+from rlhf.core.lazy import dist, torch
 
 
 def rank() -> int:
@@ -64,10 +58,8 @@ def start(timeout_seconds: int, deepspeed_alone: bool = False) -> None:
     if dist.is_initialized() or (world_size() == 1 and not deepspeed_alone):
         return
     if "MASTER_ADDR" not in os.environ:  # one process, started without a launcher
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            os.environ["MASTER_PORT"] = str(probe.getsockname()[1])
-        os.environ |= {"MASTER_ADDR": "127.0.0.1", "RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
+        one = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
+        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port("127.0.0.1"))} | one
     import deepspeed
     import deepspeed.ops
 
@@ -79,6 +71,13 @@ def start(timeout_seconds: int, deepspeed_alone: bool = False) -> None:
     if dist.get_world_size() != world_size():
         raise UserError(f"the process group has {dist.get_world_size()} ranks, the launcher announced {world_size()}")
     _Heartbeat.begin(timeout_seconds)
+
+
+def free_port(address: str = "") -> int:
+    """A port of this machine that nothing listens on."""
+    with socket.socket() as probe:
+        probe.bind((address, 0))
+        return int(probe.getsockname()[1])
 
 
 def stop() -> None:
@@ -97,8 +96,10 @@ def barrier() -> None:
 
 def from_main(value: Any) -> Any:
     """The `value` of rank 0 on every rank. One collective."""
-    if world_size() == 1:
-        return value
+    return _from_rank_zero(value) if world_size() > 1 else value
+
+
+def _from_rank_zero(value: Any) -> Any:
     found = [value]
     dist.broadcast_object_list(found, src=0, device=device() if torch.cuda.is_available() else None)
     return found[0]
@@ -157,10 +158,9 @@ class _Heartbeat:
         wait = timedelta(seconds=min(timeout_seconds, 30))
         if rank() == 0:  # a separate store, because the group's is blocked while a collective waits
             cls._store = dist.TCPStore(host, 0, world_size(), is_master=True, timeout=wait, wait_for_workers=False)
-        address = [cls._store.port if rank() == 0 else None]
-        dist.broadcast_object_list(address, src=0, device=device() if torch.cuda.is_available() else None)
+        port = _from_rank_zero(cls._store.port if rank() == 0 else None)
         if rank() != 0:
-            cls._store = dist.TCPStore(host, int(address[0] or 0), world_size(), is_master=False, timeout=wait)
+            cls._store = dist.TCPStore(host, port, world_size(), is_master=False, timeout=wait)
         cls._store.set(f"host/{rank()}", socket.gethostname())
         cls._stopped.clear()
         cls._beat()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -45,14 +45,9 @@ def preference_batch(rows: Sequence[dict[str, Any]], collator: RankingCollator) 
         column = torch.arange(found.input_ids.shape[1])[None]
         branches = (column >= prompts).long().to(found.input_ids.device)
         branches = branches.masked_fill(found.attention_mask == 0, -1)
-    known = "reference" in rows[0]
-    reference = [value for row in rows for value in row["reference"]] if known else []
-    return PreferenceBatch(
-        found.input_ids, found.attention_mask, branches, found.branches is not None, found.rankings,
-        torch.tensor(reference, dtype=torch.float32, device=found.input_ids.device) if known else None,
-    )  # fmt: skip
-
-
-def on_cpu(collator: RankingCollator) -> RankingCollator:
-    """The collator for held-out losses, which are computed from a few numbers."""
-    return replace(collator, device=None)
+    reference = None
+    if "reference" in rows[0]:
+        values = [value for row in rows for value in row["reference"]]
+        reference = torch.tensor(values, dtype=torch.float32, device=found.input_ids.device)
+    shared = found.branches is not None
+    return PreferenceBatch(found.input_ids, found.attention_mask, branches, shared, found.rankings, reference)

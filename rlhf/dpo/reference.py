@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import os
 from collections.abc import Callable, Sequence
@@ -38,8 +39,7 @@ def score_answers(
         reference: By the reference, for which no weight may have been trained yet.
     """
     ranks, lengths = distributed.world_size(), table["length"][:]
-    counts = [len(row) for row in table["ranks"][:]]
-    first = torch.tensor([0, *counts]).cumsum(0).tolist()
+    first = [0, *itertools.accumulate(map(len, table["ranks"][:]))]
     order = sorted(range(len(table)), key=lambda row: -lengths[row])
     steps = range(0, len(order), at_once * ranks)
     found = []
@@ -61,7 +61,7 @@ def score_answers(
 
 
 def with_reference(
-    file: Path, table: Any, facts: dict[str, Any], compute: Callable[[], Sequence[tuple[list[float], list[int]]]]
+    file: Path, table: Any, facts: dict[str, Any], compute: Callable[[Any], Sequence[tuple[list[float], list[int]]]]
 ) -> Any:
     """The table with a column `reference`: each answer's log-prob by the reference in nats. Every rank calls it.
 
@@ -72,11 +72,11 @@ def with_reference(
         file: An Arrow file, read if it is there.
         table: Rows of rankings.
         facts: What the numbers depend on, besides the tokens of the rows.
-        compute: Gives the log-probs, such as `score_answers`. Every rank calls it.
+        compute: Table -> the log-probs, such as `score_answers`. Every rank calls it.
     """
     key = _fingerprint(table, facts) if is_main() else b""
     if not distributed.from_main(is_main() and _key_of(file) == key):
-        rows = compute()
+        rows = compute(table)
         if is_main():
             _write(file, [logprobs for logprobs, _ in rows], key)
     else:

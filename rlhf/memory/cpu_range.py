@@ -69,7 +69,7 @@ def on_cpu(
         typical = config.model_copy(update={"rollout": config.rollout.model_copy(update=half)})
     shorter = longest if mean is None else max(1, round(mean))
     low = predicted(typical, bfloat16, processes, shorter, 2, base=base)
-    least, most = (max(one.total - one.parts[PROCESS] for one in found.phases.values()) for found in (low, high))
+    least, most = (max(one.total - one[PROCESS] for one in found.phases.values()) for found in (low, high))
     code = UNKNOWN_CODE[config.deepspeed is not None or processes > 1]
     return CpuRange(least, KEPT_BY_MALLOC * most + code, tensors)
 

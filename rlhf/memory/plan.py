@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Sequence
 from typing import Any
 
 from rlhf.config.base import StageConfig
@@ -60,9 +61,12 @@ class MemoryPlan:
 
     def changed(self, *changes: str) -> Any:
         """The config with `key=value` changes."""
-        values = _copy(self.values)
+        return check_config(self.kind, self._values(changes), self.where)
+
+    def _values(self, changes: Sequence[str]) -> dict[str, Any]:
+        values = copy.deepcopy(self.values)
         override_values(values, changes)
-        return check_config(self.kind, values, self.where)
+        return values
 
     def predict(self, *changes: str) -> Any:
         """The prediction for one process, with `key=value` changes."""
@@ -77,7 +81,6 @@ class MemoryPlan:
         """The config's traced model; traced for one and for several sequences, and linear in their number."""
         from rlhf.memory.traced_model import TracedModel  # imports torch
 
-        shape = self._batch_shape(config)
         key = (deepspeed, config.gradient_checkpointing, str(config.tuning), str(getattr(config, "critic", "")))
         if key not in self._traced:
             ends, budgets = [], self.budgets()[:TRACED]
@@ -89,13 +92,12 @@ class MemoryPlan:
                 ends.append(TracedModel(values, self._batch_shape(values), self.bfloat16, deepspeed, base=self.base))
             self._traced[key] = (ends[0], ends[1])
         few, many = self._traced[key]
-        return few.extrapolate_to(many, shape)
+        return few.extrapolate_to(many, self._batch_shape(config))
 
     def _batch_shape(self, config: Any) -> Any:
         from rlhf.memory.workload import batch_shape, limit_of  # imports torch
 
-        limit = limit_of(config, self.base)
-        return batch_shape(config, limit, self.processes, self.longest, self.candidates)
+        return batch_shape(config, limit_of(config, self.base), self.processes, self.longest, self.candidates)
 
     def with_length(self, tokens: int) -> MemoryPlan:
         """The same for prompts (ppo) or rows of this many tokens, with `model.max_length` raised where it is less."""
@@ -104,13 +106,12 @@ class MemoryPlan:
             changes, most = [f"data.max_prompt_tokens={tokens}"], tokens + self.config.rollout.max_new_tokens
         if most > (self.config.model.max_length or most):
             changes.append(f"model.max_length={most}")
-        values = _copy(self.values)
-        override_values(values, changes)
-        return MemoryPlan(self.kind, values, self.where, self.processes, self.size, self.base, tokens, self.candidates)
+        values, size = self._values(changes), self.size
+        return MemoryPlan(self.kind, values, self.where, self.processes, size, self.base, tokens, self.candidates)
 
     def needs(self, *changes: str) -> float:
         """Peak bytes on a GPU, including margin and CUDA context."""
-        return float(self.predict(*changes).peak * (1 + MARGIN) + CONTEXT)
+        return _with_margin(self.predict(*changes).peak)
 
     def works(self, *changes: str) -> bool:
         """Whether the optimizer works with the rest of the config."""
@@ -138,7 +139,7 @@ class MemoryPlan:
             unit = self._batch_shape(config).width
         else:
             most, unit = max(1, config.batch.batch_size // self.processes), 1
-        return [unit * rows for rows in sorted({*itertools.takewhile(most.__gt__, _powers()), most})]
+        return [unit * rows for rows in sorted({*(2**n for n in range(most.bit_length())), most})]
 
     def largest_budget(self, *changes: str) -> int | None:
         """The largest value of the budget key that fits; None if none does."""
@@ -155,13 +156,12 @@ class MemoryPlan:
         From cheap to expensive: smaller micro-batches and fewer sequences decoded together, then also recomputed
         activations, a higher ZeRO stage, offload, 8-bit optimizer state, and LoRA.
         """
-        recompute: list[list[str]] = (
-            [[]] if self.config.gradient_checkpointing else [[], ["gradient_checkpointing=true"]]
-        )
-        files: list[list[str]] = [[], *([f"deepspeed={file}"] for file in self._other_files())]
-        lora = ["tuning=lora", *(["critic.tuning=lora"] if getattr(self.config, "needs_critic", False) else [])]
-        adapters: list[list[str]] = [[]] if self.config.tuning.row.traits["adapter"] else [[], lora]
-        small: list[list[str]] = [[], ["optimizer.algorithm=adamw-8bit"]]
+        config, kept = self.config, list[str]()
+        recompute = [kept] if config.gradient_checkpointing else [kept, ["gradient_checkpointing=true"]]
+        files = [kept, *([f"deepspeed={file}"] for file in self._other_files())]
+        lora = ["tuning=lora", *(["critic.tuning=lora"] if getattr(config, "needs_critic", False) else [])]
+        adapters = [kept] if config.tuning.row.traits["adapter"] else [kept, lora]
+        small = [kept, ["optimizer.algorithm=adamw-8bit"]]
         ways = list(itertools.product(*(enumerate(part) for part in (adapters, small, files, recompute))))
         ways.sort(key=lambda way: 40 * way[0][0] + 20 * way[1][0] + 2 * way[2][0] + way[3][0])
         for way in ways:
@@ -186,7 +186,7 @@ class MemoryPlan:
 
     def rollout_fits(self, changes: list[str]) -> bool:
         """Whether the phase in which completions are sampled fits."""
-        return float(self.predict(*changes).phases["rollout"].total * (1 + MARGIN) + CONTEXT) <= self.size
+        return _with_margin(self.predict(*changes).phases["rollout"].total) <= self.size
 
     def _other_files(self) -> list[str]:
         """DeepSpeed files that partition more than the config's own; on one GPU, those that offload."""
@@ -195,15 +195,11 @@ class MemoryPlan:
         return names[names.index(own) + 1 :] if own in names else names
 
 
-def _powers() -> Iterator[int]:
-    return (2**n for n in itertools.count())
+def _with_margin(size: float) -> float:
+    return size * (1 + MARGIN) + CONTEXT
 
 
 def _nested(config: Any, key: str, value: Any) -> dict[str, Any]:
     """A change of a dotted key in the form of pydantic's `model_copy(update=...)`."""
     group, _, name = key.partition(".")
     return {group: getattr(config, group).model_copy(update={name: value})}
-
-
-def _copy(values: Any) -> Any:
-    return {key: _copy(value) for key, value in values.items()} if isinstance(values, dict) else values

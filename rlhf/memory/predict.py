@@ -8,7 +8,7 @@ DeepSpeed's buffers (deepspeed 0.19, runtime/zero/stage_1_and_2.py and stage3.py
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -92,51 +92,32 @@ class Prediction:
         return self.phases[self.peak_phase].total
 
 
-@dataclass(frozen=True)
 class _Counts:
     """Numbers of parameters of the engine (the trained models) and of the frozen models."""
 
-    engine: float
-    trained: int
-    largest: int
-    """Elements of the largest parameter."""
-    group: float
-    """Trained parameters of the largest optimizer group."""
-    states: float
-    """Bytes of the optimizer's state."""
-    scratch: float
-    """Bytes of temporary tensors in the optimizer's step."""
-    tensors: tuple[int, ...]
-    """Sizes of the trained tensors."""
-    policy: float
-    frozen: float
-    """Bytes of the frozen models."""
-    whole: float
-    """Bytes of those that no ZeRO stage divides."""
-    engines: tuple[float, ...]
-    """Parameters of each DeepSpeed engine under stage 3: one for the trained models and one per frozen model."""
-
-
-def _counts(traced: TracedModel, optimizer: Pick) -> _Counts:
-    sizes = list(zip(traced.roles, traced.sizes))
-    engine = [size for role, size in sizes if role.tuning is not None]
-    frozen = [size for role, size in sizes if role.tuning is None and not role.whole]
-    shapes = [shape for s in engine for shape in s.shapes]
-    tensors = tuple(math.prod(shape) for shape in shapes)
-    traits = optimizer.row.traits
-    return _Counts(
-        sum(s.total for s in engine), sum(s.trained for s in engine), max(s.largest for s in engine),
-        max(s.trained for s in engine),
-        sum(map(traits["state"], shapes)), 4.0 * traits["scratch"] * max(tensors), tensors,
-        sizes[0][1].total, sum(s.held for s in frozen), sum(size.held for role, size in sizes if role.whole),
-        (sum(s.total for s in engine), *(s.total for s in frozen)),
-    )  # fmt: skip
-
-
-def _quantized_fraction(traced: TracedModel) -> float:
-    """Size of a frozen weight of the engine relative to 2 bytes: about a quarter with 4 bits."""
-    picks = [role.tuning for role in traced.roles if role.tuning is not None]
-    return 0.28 if any(pick.row.traits["quantized"] for pick in picks) else 1.0
+    def __init__(self, traced: TracedModel, optimizer: Pick) -> None:
+        sizes = list(zip(traced.roles, traced.sizes))
+        mine = [size for role, size in sizes if role.tuning is not None]
+        frozen = [size for role, size in sizes if role.tuning is None and not role.whole]
+        shapes, traits = [shape for size in mine for shape in size.shapes], optimizer.row.traits
+        self.policy = traced.sizes[0].total
+        self.engine, self.trained = sum(size.total for size in mine), sum(size.trained for size in mine)
+        self.largest = max(size.largest for size in mine)
+        """Elements of the largest parameter."""
+        self.group = max(size.trained for size in mine)
+        """Trained parameters of the largest optimizer group."""
+        self.tensors = [math.prod(shape) for shape in shapes]
+        """Sizes of the trained tensors."""
+        self.states = sum(map(traits["state"], shapes))
+        """Bytes of the optimizer's state."""
+        self.scratch = 4.0 * traits["scratch"] * max(self.tensors)
+        """Bytes of temporary tensors in the optimizer's step."""
+        self.frozen = sum(size.held for size in frozen)
+        """Bytes of the frozen models."""
+        self.whole = sum(size.held for role, size in sizes if role.whole)
+        """Bytes of those that no ZeRO stage divides."""
+        self.engines = (self.engine, *(size.total for size in frozen))
+        """Parameters of each DeepSpeed engine under stage 3: one for the trained models and one per frozen model."""
 
 
 def predict(
@@ -144,12 +125,11 @@ def predict(
 ) -> Prediction:
     """The peaks of a run on `processes` processes; the optimizer is that of the traced config if None."""
     config: Any = traced.config
-    count = _counts(traced, optimizer or config.optimizer.algorithm)
+    count = _Counts(traced, optimizer or config.optimizer.algorithm)
     layout = layout.sized(count.trained, max(count.tensors))
     width = traced.weights.itemsize
-    if layout.stage is None:
-        states = _plain_states(traced, count)
-    else:
+    states = _plain_states(traced, count)
+    if layout.stage is not None:
         states = _deepspeed_states(traced, count, layout, processes, gpu)
     states.weights += count.frozen / (processes if layout.stage == 3 else 1) + count.whole
     process = {} if gpu else {PROCESS: LIBRARIES if layout.stage is None else LIBRARIES_DEEPSPEED}
@@ -157,7 +137,7 @@ def predict(
     phases = {
         "load": MemorySnapshot(process | kept | {WEIGHTS: states.weights + states.load, OPTIMIZER: states.masters})
     }
-    held = process | kept | {WEIGHTS: states.weights, OPTIMIZER: states.optimizer}
+    held = MemorySnapshot(process | kept | {WEIGHTS: states.weights, OPTIMIZER: states.optimizer})
     held |= {BUFFERS: states.buffers} if layout.stage == 3 else {}
     # Stage 3 gathers the weights of a pass, of one engine after the other if several are used.
     gathered = [min(size, states.live) * width for size in count.engines]
@@ -165,16 +145,13 @@ def predict(
         whole = count.policy * width if layout.stage == 3 else 0.0
         if traced.autocast:  # its frozen weights, cast while it samples
             whole += traced.compute.itemsize * (traced.sizes[0].total - traced.sizes[0].trained)
-        phases["rollout"] = _sum(
-            held | {WEIGHTS: held[WEIGHTS] + whole}, max(traced.rollout.values(), key=lambda snapshot: snapshot.total)
-        )
-    phases["scoring"] = _sum(held | {WEIGHTS: states.weights + sum(gathered)}, traced.scoring)
-    learning = held | {WEIGHTS: states.weights + gathered[0]}
+        phases["rollout"] = held.plus({WEIGHTS: whole}).plus(_highest(traced.rollout.values()))
+    phases["scoring"] = held.plus({WEIGHTS: sum(gathered)}).plus(traced.scoring)
+    learning = held.plus({WEIGHTS: gathered[0]})
     phases["update"] = _update(traced, states, layout, learning, lazily=not gpu)
-    if traced.teacher is not None:  # as if both passes had their peaks at the same time
-        phases["update"] = _sum(phases["update"].parts, traced.teacher)
-    merged = 0.0 if gpu else count.policy * width
-    phases["checkpoint"] = MemorySnapshot(held | {WEIGHTS: held[WEIGHTS] + merged})
+    # a teacher's pass comes between forward and backward; as if both had their peaks at the same time
+    phases["update"] = phases["update"].plus(traced.passes.get("teacher", {}))
+    phases["checkpoint"] = held.plus({WEIGHTS: 0.0 if gpu else count.policy * width})
     if not gpu:
         return Prediction(phases, 0.0)
     if layout.stage is None:  # loaded whole in float32
@@ -203,9 +180,10 @@ class _States:
 
 
 def _plain_states(traced: TracedModel, count: _Counts) -> _States:
-    fraction = _quantized_fraction(traced)
-    width = traced.compute.itemsize if traced.shared else 4  # of the frozen ones
-    weights = (width if fraction == 1.0 else 2 * fraction) * (count.engine - count.trained) + 4 * count.trained
+    width = traced.compute.itemsize if traced.shared else 4.0  # of the frozen ones
+    if any(role.tuning.row.traits["quantized"] for role in traced.roles if role.tuning is not None):
+        width = 0.56  # 4 bits, and their scales
+    weights = width * (count.engine - count.trained) + 4 * count.trained
     return _States(weights, count.states, 4 * count.trained, step=count.scratch)
 
 
@@ -213,25 +191,23 @@ def _deepspeed_states(traced: TracedModel, count: _Counts, layout: ZeroLayout, p
     """States under DeepSpeed. With offload, the GPU holds what a pass needs."""
     n, width, stage = processes, traced.weights.itemsize, layout.stage or 0
     mixed = width < 4
-    states_and_masters = (count.states + 4 * count.trained) / n
-    # On a CPU, memory that was never written is not resident.
+    masters, states_and_masters = 4 * count.trained / n, (count.states + 4 * count.trained) / n
     assert layout.bucket is not None and layout.sub_group is not None
+    # On a CPU, memory that was never written is not resident.
     bucket = layout.bucket if gpu else min(layout.bucket, count.trained)
-    sub_group = layout.sub_group
+    sub_group = 4 * min(count.trained, layout.sub_group)
     if stage == 0:
         # float32: the module and a flat copy of a bucket; bfloat16: BF16_Optimizer, which partitions the masters
         buffers = min(layout.bucket, count.trained) * 4.0
         if not mixed:
             return _States(4 * count.engine, count.states, 4 * count.trained, buffers=buffers, step=count.scratch)
-        return _States(
-            2 * count.engine, states_and_masters, 6 * count.trained, 4 * count.trained / n, 2 * count.group,
-        )  # fmt: skip
+        return _States(2 * count.engine, states_and_masters, 6 * count.trained, masters, 2 * count.group)
     if stage < 3:
         states = _States(
             width * count.engine,
             states_and_masters,
             width * (count.trained / n if stage == 2 else count.trained),
-            masters=4 * count.trained / n,
+            masters,
             buffers=bucket * width * (layout.buckets if gpu else 1),
             step=4 * count.group / n,
             # the optimizer's first gradients, of a group's masters; on a GPU training needs more
@@ -242,14 +218,14 @@ def _deepspeed_states(traced: TracedModel, count: _Counts, layout: ZeroLayout, p
             width * count.engine / n,
             states_and_masters,
             width * count.trained / n,
-            masters=4 * count.trained / n,
-            load=4 * min(count.trained, sub_group),  # its optimizer's first gradients, of a whole sub-group
+            masters,
+            load=sub_group,  # its optimizer's first gradients, of a whole sub-group
             buffers=bucket * width,
-            step=4 * min(count.trained, sub_group) / n if mixed else 0.0,
+            step=sub_group / n if mixed else 0.0,
             live=layout.live,
         )
     if layout.optimizer_on_host:
-        kept = 4 * count.trained / n  # the masters' gradients, from the start on
+        kept = masters  # their gradients, from the start on
         if stage < 3:  # the new weights on their way to the device
             kept += width * count.trained / n
             states.load = 0.0
@@ -272,7 +248,7 @@ def _deepspeed_states(traced: TracedModel, count: _Counts, layout: ZeroLayout, p
 
 
 def _update(
-    traced: TracedModel, states: _States, layout: ZeroLayout, held: dict[str, float], lazily: bool
+    traced: TracedModel, states: _States, layout: ZeroLayout, held: MemorySnapshot, lazily: bool
 ) -> MemorySnapshot:
     """The highest peak of an optimizer step.
 
@@ -284,25 +260,18 @@ def _update(
         lazily: Whether a buffer takes memory only as far as it has been filled, as on a CPU.
     """
     accumulates = traced.batch.micro_batches > 1
-    snapshots = {
-        name: snapshot for name, snapshot in traced.update.items() if not name.startswith("more") or accumulates
-    }
-    base = {name: size for name, size in held.items() if name != GRADIENTS} | {BUFFERS: states.buffers}
-    if layout.stage is not None:  # the gradients so far are in a bucket, or partitioned
-        filling = lazily and layout.stage in (1, 2) and not accumulates
-        found = []
-        for snapshot in snapshots.values():
-            filled = {BUFFERS: min(states.buffers, snapshot.parts.get(GRADIENTS, 0.0))} if filling else {}
-            gradients = {GRADIENTS: 0.0 if filling else states.gradients}
-            found.append(_sum(base | filled, MemorySnapshot(snapshot.parts | gradients)))
-    else:
-        found = [_sum(base, snapshot) for snapshot in snapshots.values()]
-    found.append(MemorySnapshot(base | {GRADIENTS: states.gradients, OPTIMIZER: states.optimizer + states.step}))
-    return max(found, key=lambda snapshot: snapshot.total)
+    base = MemorySnapshot(held | {GRADIENTS: 0.0, BUFFERS: states.buffers})
+    filling = lazily and layout.stage in (1, 2) and not accumulates
+    found = []
+    for name, snapshot in traced.update.items():
+        if name.startswith("more") and not accumulates:
+            continue
+        filled = {BUFFERS: min(states.buffers, snapshot.get(GRADIENTS, 0.0))} if filling else {}
+        if layout.stage is not None:  # the gradients so far are in a bucket, or partitioned
+            snapshot = MemorySnapshot(snapshot | {GRADIENTS: 0.0 if filling else states.gradients})
+        found.append(MemorySnapshot(base | filled).plus(snapshot))
+    return _highest([*found, base.plus({GRADIENTS: states.gradients, OPTIMIZER: states.step})])
 
 
-def _sum(base: Mapping[str, float], snapshot: MemorySnapshot) -> MemorySnapshot:
-    parts = dict(base)
-    for name, size in snapshot.parts.items():
-        parts[name] = parts.get(name, 0.0) + size
-    return MemorySnapshot(parts)
+def _highest(snapshots: Iterable[MemorySnapshot]) -> MemorySnapshot:
+    return max(snapshots, key=lambda snapshot: snapshot.total)

@@ -11,7 +11,7 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -85,17 +85,12 @@ class TracedModel:
             mine, larger, target = (getattr(shape, name) for shape in (self.batch, other.batch, batch))
             return (target - mine) / max(1, larger - mine)
 
-        made, rows = copy.copy(self), steps("rows")
-        made.batch = batch
-        found: dict[str, Any] = {"sizes": self.sizes}
-        found["passes"] = {name: self.passes[name].extrapolate(other.passes[name], rows) for name in self.passes}
-        found["update"] = {name: self.update[name].extrapolate(other.update[name], rows) for name in self.update}
+        made = copy.copy(self)
+        made.batch, made.sizes = batch, self.sizes
+        made.passes = _extrapolated(self.passes, other.passes, steps("rows"))
+        made.update = _extrapolated(self.update, other.update, steps("rows"))
         if batch.sequences:
-            sequences = steps("sequences")
-            found["rollout"] = {
-                name: self.rollout[name].extrapolate(other.rollout[name], sequences) for name in self.rollout
-            }
-        made.__dict__ |= found
+            made.rollout = _extrapolated(self.rollout, other.rollout, steps("sequences"))
         return made
 
     def layers(self, role: Role) -> int:
@@ -171,7 +166,7 @@ class TracedModel:
         if layers <= second + 2:
             return trace(None)
         near, far = trace(first), trace(second)
-        return {name: near[name].extrapolate(far[name], (layers - first) / (second - first)) for name in near}
+        return _extrapolated(near, far, (layers - first) / (second - first))
 
     # ---- passes
 
@@ -208,17 +203,19 @@ class TracedModel:
 
         def trace(depth: int | None) -> Snapshots:
             models = [self._shaped(role, depth) for role in tuned]
-            embeddings = causal_lm(models[1].model).get_input_embeddings() if models[1:] else None
+            critic = causal_lm(models[1].model).get_input_embeddings() if models[1:] else None
             with self._tracing(*models) as tracer:
                 loss = self._loss(models)
                 parameters = [p for model in models for p in model.parameters() if p.requires_grad]
                 for name in ("",) if self.deepspeed else ("", "more "):
                     tracer.mark(f"{name}forward")
-                    with _marking(tracer, f"{name}critic", embeddings):
-                        value, outputs = loss()
+                    if critic is not None:  # called once in a forward pass, but again where activations are recomputed
+                        hook = critic.register_forward_pre_hook(lambda *_, name=name: tracer.mark(f"{name}critic"))
+                    value, outputs = loss()
                     tracer.mark(f"{name}backward")
-                    if models[1:]:  # the critic's backward comes first
-                        _mark_backward(tracer, f"{name}policy", outputs)
+                    if critic is not None:  # whose backward comes first
+                        hook.remove()
+                        outputs.grad_fn.register_prehook(lambda *_, name=name: tracer.mark(f"{name}policy"))
                     value.backward()
                     tracer.label(GRADIENTS, [p.grad for p in parameters])
                     tracer.mark(f"{name}end")
@@ -232,66 +229,51 @@ class TracedModel:
 
         return self._by_depth(trace, tuned)
 
-    def _loss(self, models: list[Any]) -> Callable[[], tuple[Tensor, Tensor]]:
+    def _loss(self, models: list[Any]) -> Callable[[], tuple[Tensor, Any]]:
         """The stage's loss of one micro-batch, without the arithmetic on one number per token, and what the first model
         gives for it."""
-        if isinstance(self.config, PPOConfig):
-            both = ActorCritic(models[0], models[1] if len(models) > 1 else None)
-
-            def ppo() -> tuple[Tensor, Tensor]:
-                out = both(self._micro_batch(), self.config.rollout.temperature)  # type: ignore[attr-defined]
-                total = out.logprobs.sum()
-                if self.config.loss.entropy_coef:  # type: ignore[attr-defined]
-                    total = total + out.entropies.sum()
-                return total if out.values is None else total + out.values.sum(), out.logprobs
-
-            return ppo
+        config, both = self.config, ActorCritic(models[0], models[1] if models[1:] else None)
         batch = self._micro_batch()
 
-        def one_model() -> tuple[Tensor, Tensor]:
+        def loss() -> tuple[Tensor, Any]:
             if self.roles[0].scalar:
-                outputs = models[0](batch.input_ids, batch.attention_mask)
-            else:
-                outputs = ActorCritic(models[0], None)(batch, 1.0).logprobs
-            return outputs.sum(), outputs
+                scores = models[0](batch.input_ids, batch.attention_mask)
+                return scores.sum(), scores
+            out = both(batch, config.rollout.temperature if isinstance(config, PPOConfig) else 1.0)
+            total = out.logprobs.sum()
+            if isinstance(config, PPOConfig) and config.loss.entropy_coef:
+                total = total + out.entropies.sum()
+            return total if out.values is None else total + out.values.sum(), out.logprobs
 
-        return one_model
+        return loss
 
     @property
     def scoring(self) -> MemorySnapshot:
         """The largest peak of the forward passes without gradients."""
         return max(self.passes.values(), key=lambda snapshot: snapshot.total)
 
-    @property
-    def teacher(self) -> MemorySnapshot | None:
-        """The peak of a teacher's pass, which comes between the student's forward and backward."""
-        return self.passes.get("teacher")
-
     @cached_property
     def passes(self) -> Snapshots:
         """The peaks of the forward passes without gradients, by role; of several of a name the largest."""
 
-        def trace_of(role: Role) -> Callable[[int | None], Snapshots]:
-            def trace(depth: int | None) -> Snapshots:
-                model = self._shaped(role, depth)
-                with self._tracing(model) as tracer, torch.no_grad():
-                    batch = self._micro_batch()
-                    if not role.scalar:
-                        ActorCritic(model, None)(batch, 1.0)
-                    elif role.name == "critic":
-                        model.token_values(batch.input_ids, batch.attention_mask)
-                    else:
-                        model(batch.input_ids, batch.attention_mask)
-                return {"pass": tracer.highest()}
-
-            return trace
+        def trace(role: Role, depth: int | None) -> Snapshots:
+            model = self._shaped(role, depth)
+            with self._tracing(model) as tracer, torch.no_grad():
+                batch = self._micro_batch()
+                if not role.scalar:
+                    ActorCritic(model, None)(batch, 1.0)
+                elif role.name == "critic":
+                    model.token_values(batch.input_ids, batch.attention_mask)
+                else:
+                    model(batch.input_ids, batch.attention_mask)
+            return {"pass": tracer.highest()}
 
         distinct = {
             (role.path, role.scalar, role.tuning is None): role for role in self.roles if role.name != "reference"
         }
         found: Snapshots = {}
         for role in distinct.values():
-            peak = self._by_depth(trace_of(role), [role])["pass"]
+            peak = self._by_depth(partial(trace, role), [role])["pass"]
             found[role.name] = max(peak, found.get(role.name, peak), key=lambda snapshot: snapshot.total)
         return found
 
@@ -339,22 +321,8 @@ class TracedModel:
         return self._by_depth(trace, [self.roles[0]])
 
 
-@contextmanager
-def _marking(tracer: MemoryTracer, name: str, module: Any) -> Iterator[None]:
-    """Within this context, mark the first call of the module; do nothing without a module."""
-    if module is None:
-        yield
-        return
-    hook = module.register_forward_pre_hook(lambda *_: None if name in tracer.marks else tracer.mark(name))
-    try:
-        yield
-    finally:
-        hook.remove()
-
-
-def _mark_backward(tracer: MemoryTracer, name: str, outputs: Any) -> None:
-    """Mark the start of the backward pass from `outputs`."""
-    outputs.grad_fn.register_prehook(lambda *_: tracer.mark(name))
+def _extrapolated(near: Snapshots, far: Snapshots, steps: float) -> Snapshots:
+    return {name: near[name].extrapolate(far[name], steps) for name in near}
 
 
 def _prefill(policy: Any, rows: int, width: int) -> Any:

@@ -6,7 +6,7 @@ with fake_tensors():                          # torch's FakeTensorMode: nothing 
     use_fake_weights(model)
     with MemoryTracer([model], selected=512) as tracer:
         loss_of(model, ids).backward()
-    tracer.highest().parts                    # bytes by part at the peak
+    tracer.highest()                          # bytes by part at the peak
 
 The real code runs, so chunks, gradient checkpointing, adapters and the attention implementation are counted. Operations
 are traced as on a CPU. The scratch memory of kernels and the rounding of allocators are not seen.
@@ -16,9 +16,8 @@ from __future__ import annotations
 
 import logging
 import weakref
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -64,28 +63,21 @@ def use_fake_weights(model: nn.Module) -> nn.Module:
     return model
 
 
-def data_of(model: nn.Module) -> list[Tensor]:
-    """Parameters and buffers; tied ones once."""
-    return [*model.parameters(), *model.buffers()]
-
-
-@dataclass(frozen=True)
-class MemorySnapshot:
-    """The memory in use at one moment: bytes by part."""
-
-    parts: dict[str, float] = field(default_factory=dict)
+class MemorySnapshot(dict[str, float]):
+    """The memory in use at one moment: part -> bytes."""
 
     @property
     def total(self) -> float:
-        return sum(self.parts.values())
+        return sum(self.values())
+
+    def plus(self, other: Mapping[str, float]) -> MemorySnapshot:
+        """The sum, part by part."""
+        return MemorySnapshot({**self, **{name: self.get(name, 0.0) + size for name, size in other.items()}})
 
     def extrapolate(self, other: MemorySnapshot, steps: float) -> MemorySnapshot:
         """Linear extrapolation: this snapshot plus `steps` times the difference to `other`, part by part."""
-        names = dict.fromkeys([*self.parts, *other.parts])
-        mine, others = self.parts, other.parts
-        return MemorySnapshot(
-            {n: max(0.0, mine.get(n, 0.0) + steps * (others.get(n, 0.0) - mine.get(n, 0.0))) for n in names}
-        )
+        pairs = {name: (self.get(name, 0.0), other.get(name, 0.0)) for name in [*self, *other]}
+        return MemorySnapshot({name: max(0.0, mine + steps * (its - mine)) for name, (mine, its) in pairs.items()})
 
 
 def _grouped_shape(left: Tensor, right: Tensor, ends: Tensor | None) -> tuple[int, ...]:
@@ -117,7 +109,7 @@ class MemoryTracer(TorchDispatchMode):
         self.kinds: list[str] = []  # by number
         self.marks: dict[str, int] = {}
         self._numbers: dict[int, int] = {}  # storage's address -> its number, while it lives
-        self._known = {t.untyped_storage()._cdata for module in held for t in data_of(module)}
+        self._known = {t.untyped_storage()._cdata for m in held for t in (*m.parameters(), *m.buffers())}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is aten._local_scalar_dense.default:  # `.item()` of a fake value: a mask is not all True

@@ -44,17 +44,17 @@ class Role:
 
 def roles(config: StageConfig) -> list[Role]:
     """The models that a stage holds at the same time, trained models first."""
+    path = config.model.path
     if isinstance(config, SpecialistConfig):  # a head with a score for each label is as small as that of one score
-        return [Role("specialist", config.model.path, True, config.tuning)]
-    if isinstance(config, SFTConfig) and config.distillation is not None and config.distillation.logits is not None:
-        student = Role("policy", config.model.path, False, config.tuning)
-        return [student, Role("teacher", config.distillation.logits.teacher, False, None)]
-    if isinstance(config, SFTConfig | DPOConfig):
-        return [Role("policy", config.model.path, False, config.tuning)]
+        return [Role("specialist", path, True, config.tuning)]
     if isinstance(config, RewardConfig):
-        return [Role("reward model", config.model.path, True, config.tuning)]
-    assert isinstance(config, PPOConfig)
-    path, found = config.model.path, [Role("policy", config.model.path, False, config.tuning)]
+        return [Role("reward model", path, True, config.tuning)]
+    assert isinstance(config, SFTConfig | DPOConfig | PPOConfig)
+    found = [Role("policy", path, False, config.tuning)]
+    if isinstance(config, SFTConfig) and config.distillation is not None and config.distillation.logits is not None:
+        found.append(Role("teacher", config.distillation.logits.teacher, False, None))
+    if not isinstance(config, PPOConfig):
+        return found
     shared = config.model.sharing == "shared"
     if config.needs_critic:
         start = str(config.reward_model) if config.critic.init == "reward" else path

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Annotated, ClassVar, Literal
+from collections.abc import Iterator
+from typing import Annotated, Literal
 
-from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
 from rlhf.config.base import AdamWConfig, Fraction, LogConfig, ModelConfig, Paths, StageConfig, Strict
 from rlhf.core.table import Pick
@@ -78,25 +79,23 @@ class RolloutConfig(Strict):
     `transformers`, `vllm`, `vllm-server`): each token's policy loss is multiplied by exp(trainer's log-prob - sampler's
     log-prob), at most by this. `null` is off. Unused by the `hf` sampler, whose log-probs equal the trainer's."""
 
-    @model_validator(mode="after")
-    def _parts_fit(self) -> RolloutConfig:
+    def faults(self) -> Iterator[str]:
         if self.min_new_tokens > self.max_new_tokens:
-            raise ValueError(f"min_new_tokens {self.min_new_tokens} is above max_new_tokens {self.max_new_tokens}")
+            yield f"min_new_tokens {self.min_new_tokens} is above max_new_tokens {self.max_new_tokens}"
         sampler = self.sampler.name
         if cannot := unsupported_options(sampler, self):
-            raise ValueError(f"sampler {sampler!r} does not support {' or '.join(cannot)}; leave it out, or use hf")
+            yield f"sampler {sampler!r} does not support {' or '.join(cannot)}; leave it out, or use hf"
         if self.ahead and "start" not in self.sampler.row.traits:
             able = " or ".join(row.name for row in SAMPLERS if "start" in row.traits)
-            raise ValueError(f"ahead: {sampler!r} does not sample while the trainer learns; use sampler {able}")
+            yield f"ahead: {sampler!r} does not sample while the trainer learns; use sampler {able}"
         if self.ahead and self.max_importance_weight is None:
-            raise ValueError("ahead: needs max_importance_weight, because completions come from older weights")
+            yield "ahead: needs max_importance_weight, because completions come from older weights"
         weighted = self.sampler.row.traits.get("logprobs", False) and self.max_importance_weight is not None
         if weighted and (self.top_k or self.top_p < 1 or self.min_new_tokens):
-            raise ValueError(
+            yield (
                 f"sampler {sampler!r}: importance weights need the whole distribution, but top_k, top_p and"
                 " min_new_tokens truncate it; leave these out, or set max_importance_weight: null"
             )
-        return self
 
 
 class KLConfig(Strict):
@@ -226,90 +225,70 @@ class PPOConfig(StageConfig):
     at the start and makes later passes faster. The first ratio then equals 1 only up to rounding. Not supported under
     ZeRO stage 3."""
 
-    renamed_keys: ClassVar[dict[str, str]] = {
-        "update.epochs": "batch.epochs",
-        "update.minibatches": "batch.minibatches",
-        "update.micro_batch_tokens": "batch.micro_batch_tokens",
-        "update.packing": "batch.packing",
-        "update.target_kl": "loss.target_kl",
-        "update.compile": "compile",
-        "update.critic_warmup": "critic.warmup_updates",
-        "update.gradient_checkpointing": "gradient_checkpointing",
-    }
-
-    @model_validator(mode="after")
-    def _parts_fit(self) -> PPOConfig:
-        faults = []
+    def faults(self) -> Iterator[str]:
+        yield from super().faults()
         episodes = self.rollout.prompts_per_update * self.rollout.samples_per_prompt
         if self.batch.minibatches > episodes:
-            faults.append(f"batch.minibatches {self.batch.minibatches} is more than the {episodes} episodes")
+            yield f"batch.minibatches {self.batch.minibatches} is more than the {episodes} episodes"
         least = self.advantage.row.traits["min_group"]
         if self.rollout.samples_per_prompt < least:
-            faults.append(f"advantage {self.advantage.name!r} needs rollout.samples_per_prompt >= {least}")
+            yield f"advantage {self.advantage.name!r} needs rollout.samples_per_prompt >= {least}"
         if self.needs_critic and self.critic.init == "reward" and self.reward_model is None:
-            faults.append("critic.init: `reward` needs a reward model in the reward source; set `critic.init: policy`")
+            yield "critic.init: `reward` needs a reward model in the reward source; set `critic.init: policy`"
         if (self.loss.ptx_coef > 0) != bool(self.data.ptx):
-            faults.append("loss.ptx_coef and data.ptx: set both or neither")
+            yield "loss.ptx_coef and data.ptx: set both or neither"
         for key, pick in (("tuning", self.tuning), ("critic.tuning", self.critic.tuning)):
             if pick.row.traits["prompt_learning"] and self.batch.packing:
-                faults.append(
+                yield (
                     f"batch.packing: only the first sequence of a row would see the virtual tokens of {key}; leave it"
                     " out"
                 )
             if pick.options.get("dropout"):
-                faults.append(
-                    f"{key}.dropout: PPO's ratio needs the same log-probs in scoring and learning; leave it out"
-                )
+                yield (f"{key}.dropout: PPO's ratio needs the same log-probs in scoring and learning; leave it out")
         traits = self.tuning.row.traits
         if self.rollout.merge_adapters and not (traits["adapter"] and traits["merges"]):
-            faults.append(f"rollout.merge_adapters: tuning {self.tuning.name!r} has no adapter that can be merged")
+            yield f"rollout.merge_adapters: tuning {self.tuning.name!r} has no adapter that can be merged"
         sampler = self.rollout.sampler
         if sampler.row.traits.get("merged") and not traits["merges"]:
             unmerged = f"merged weights, and {self.tuning.name!r} cannot be merged"
-            faults.append(f"rollout.sampler: `{sampler.name}` gets {unmerged}")
+            yield f"rollout.sampler: `{sampler.name}` gets {unmerged}"
         rollout = self.rollout
         if traits["prompt_learning"] and not rollout.sampler.row.traits.get("virtual_tokens", True):
-            faults.append(f"rollout.sampler: {rollout.sampler.name!r} does not support virtual tokens; use `hf`")
+            yield f"rollout.sampler: {rollout.sampler.name!r} does not support virtual tokens; use `hf`"
         if self.gradient_checkpointing and self.needs_critic and self.critic.tuning.name == "prefix-tuning":
-            faults.append("gradient_checkpointing: does not work with critic.tuning `prefix-tuning`")
+            yield "gradient_checkpointing: does not work with critic.tuning `prefix-tuning`"
         truncated = rollout.top_k or rollout.top_p < 1 or rollout.min_new_tokens
         if self.score.policy == "sampler" and rollout.sampler.name != "hf" and truncated:
-            faults.append(
+            yield (
                 f"score.policy: with top_k, top_p or min_new_tokens the sampler {rollout.sampler.name!r} reports no"
                 " log-probs; use `recompute`"
             )
         if self.model.sharing == "shared":
-            faults += self._sharing_faults()
+            yield from self._sharing_faults()
         if self.rollout.ahead and self.score.policy == "sampler":
-            faults.append("score.policy: with rollout.ahead the sampler has older weights; use `recompute`")
-        faults += self._guard_faults()
-        if faults:
-            raise ValueError("; ".join(faults))
-        return self
+            yield "score.policy: with rollout.ahead the sampler has older weights; use `recompute`"
+        yield from self._guard_faults()
 
-    def _guard_faults(self) -> list[str]:
+    def _guard_faults(self) -> Iterator[str]:
         """Settings of the guard that would have no effect."""
-        guard, faults = self.guard, []
+        guard = self.guard
         rules = [rule.name for rule in guard.rules]
-        faults += [f"guard.rules: {name!r} is named twice" for name in dict.fromkeys(rules) if rules.count(name) > 1]
-        faults += [f"guard.actions: {name!r} is not in guard.rules" for name in guard.actions if name not in rules]
+        yield from (f"guard.rules: {name!r} is named twice" for name in dict.fromkeys(rules) if rules.count(name) > 1)
+        yield from (f"guard.actions: {name!r} is not in guard.rules" for name in guard.actions if name not in rules)
         raises = "raise-kl" in [action.name for action in (guard.action, *guard.actions.values())]
         if raises and self.kl.controller.options.get("coef") == 0:
-            faults.append("guard: `raise-kl` multiplies kl.controller.coef, which is 0; set it above 0")
-        return faults
+            yield "guard: `raise-kl` multiplies kl.controller.coef, which is 0; set it above 0"
 
-    def _sharing_faults(self) -> list[str]:
+    def _sharing_faults(self) -> Iterator[str]:
         """Settings that do not work with one base model for several roles."""
-        faults = []
         picks = {"tuning": self.tuning} | ({"critic.tuning": self.critic.tuning} if self.needs_critic else {})
         for key, pick in picks.items():
             if not pick.row.traits["roles"]:
-                faults.append(f"{key}: model.sharing `shared` needs `lora`, `qlora` or `bottleneck`, got {pick.name!r}")
+                yield f"{key}: model.sharing `shared` needs `lora`, `qlora` or `bottleneck`, got {pick.name!r}"
             elif pick.name != self.tuning.name:
-                faults.append(f"{key}: model.sharing `shared` needs the same method as tuning, {self.tuning.name!r}")
+                yield f"{key}: model.sharing `shared` needs the same method as tuning, {self.tuning.name!r}"
         if self.compile:
-            faults.append("compile: not supported with model.sharing `shared`, whose layers switch adapters")
-        return faults
+            yield "compile: not supported with model.sharing `shared`, whose layers switch adapters"
 
     @property
     def needs_critic(self) -> bool:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Annotated, ClassVar, Literal
+from collections.abc import Iterator
+from typing import Annotated, Literal
 
-from pydantic import NonNegativeFloat, model_validator
+from pydantic import NonNegativeFloat
 
 from rlhf.config.base import DataConfig, Paths, SupervisedConfig
 from rlhf.core.table import Pick
@@ -41,17 +42,7 @@ class RewardConfig(SupervisedConfig):
     (InstructGPT). `completions` shifts and scales to mean 0 and standard deviation 1 over the held-out candidates, or
     over the training candidates if nothing is held out."""
 
-    renamed_keys: ClassVar[dict[str, str]] = SupervisedConfig.renamed_keys | {
-        "centering": "center_rewards_coefficient",
-        "reference": "data.demonstrations",
-        "normalize: answers": "normalize: completions",
-    }
-
-    @model_validator(mode="after")
-    def _parts_fit(self) -> RewardConfig:
-        faults = []
+    def faults(self) -> Iterator[str]:
+        yield from super().faults()
         if (self.normalize == "demonstrations") != bool(self.data.demonstrations):
-            faults.append("data.demonstrations: name datasets exactly when `normalize: demonstrations` is set")
-        if faults:
-            raise ValueError("; ".join(faults))
-        return self
+            yield "data.demonstrations: name datasets exactly when `normalize: demonstrations` is set"

@@ -27,8 +27,8 @@ from rlhf import distributed
 from rlhf.core.console import warn
 from rlhf.core.errors import UserError
 from rlhf.data.chat_tokenizer import ChatTokenizer
-from rlhf.distributed.child_process import child_environment, how_it_ended
 from rlhf.distributed.exchange_folder import ExchangeFolder
+from rlhf.distributed.launch import child_environment, how_it_ended
 from rlhf.models.vocabulary import token_count
 from rlhf.rollout.types import Completion, SamplingParams
 from rlhf.rollout.vllm import description, dtype_of, sent_weights

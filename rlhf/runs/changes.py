@@ -8,7 +8,7 @@ from typing import Any
 
 from rlhf.config.base import StageConfig
 from rlhf.config.load import dump_config
-from rlhf.core.errors import UserError
+from rlhf.core.errors import UserError, blame
 from rlhf.core.limits import read_yaml
 from rlhf.distributed.deepspeed_json import zero_stage
 
@@ -38,7 +38,8 @@ def extension(path: Path, info: Mapping[str, Any], config: StageConfig) -> dict[
     if not changed:
         return None
     note = {key: {"from": old, "to": new} for key, (old, new) in changed.items()}
-    longer = all(key in LENGTHS and _longer(old, new) for key, (old, new) in changed.items())
+    numbers = all(key in LENGTHS and isinstance(one, int | float) for key, pair in changed.items() for one in pair)
+    longer = numbers and all(new > old for old, new in changed.values())
     # A process that was killed between writing run.json and config.yaml has noted the extension in the first only.
     if longer and (info.get("status") == "complete" or note in info.get("extended", [])):
         return note
@@ -55,21 +56,15 @@ def extension(path: Path, info: Mapping[str, Any], config: StageConfig) -> dict[
 def _changes(path: Path, config: StageConfig) -> dict[str, tuple[Any, Any]]:
     """Dotted key -> (value in config.yaml, value in `config`) of all keys that differ."""
     file = path / "config.yaml"
-    try:
+    why = "So it is not known whether this config is the one that the run was started with."
+    with blame(f"{file}: cannot be read", why, "Put the file back, or start again with --overwrite."):
         if file.read_text("utf-8") == dump_config(config):
             return {}
         before = read_yaml(file)
         if not isinstance(before, dict):
             raise ValueError(f"expected a mapping of keys, got {type(before).__name__}")
-    except (OSError, ValueError) as error:
-        raise UserError(
-            f"{file}: cannot be read: {error}",
-            "So it is not known whether this config is the one that the run was started with.",
-            "Put the file back, or start again with --overwrite.",
-        ) from None
     old, new = _flat(before), _flat(config.model_dump(mode="json"))
-    keys = [*new, *(key for key in old if key not in new)]
-    pairs = {key: (old.get(key, MISSING), new.get(key, MISSING)) for key in keys}
+    pairs = {key: (old.get(key, MISSING), new.get(key, MISSING)) for key in [*new, *old]}
     return {key: pair for key, pair in pairs.items() if pair[0] != pair[1]}
 
 
@@ -80,11 +75,6 @@ def _flat(value: Any, name: str = "") -> dict[str, Any]:
     for key, part in value.items():
         found |= _flat(part, f"{name}.{key}" if name else str(key))
     return found
-
-
-def _longer(old: Any, new: Any) -> bool:
-    numbers = all(isinstance(value, (int, float)) for value in (old, new))
-    return numbers and new > old
 
 
 def moved(path: Path, info: Mapping[str, Any], config: StageConfig, processes: int) -> dict[str, Any]:
@@ -100,8 +90,7 @@ def moved(path: Path, info: Mapping[str, Any], config: StageConfig, processes: i
         `{"processes": {"from": 1, "to": 2}, "deepspeed": {"from": None, "to": "zero2.json"}}`.
     """
     found = {key: pair for key, pair in _changes(path, config).items() if key in PLACE}
-    stage = 0 if config.deepspeed is None else zero_stage(config.deepspeed)
-    for key, now in (("processes", processes), ("zero_stage", stage)):
+    for key, now in (("processes", processes), ("zero_stage", zero_stage(config.deepspeed))):
         before = info.get(key, now)
         if before != now:
             found[key] = (before, now)

@@ -9,7 +9,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import xxhash
 
@@ -17,14 +16,9 @@ from rlhf import distributed
 from rlhf.core.console import is_main, warn
 from rlhf.core.errors import UserError
 from rlhf.core.files import partial_path, whole_folder, write_json
-from rlhf.core.lazy import lazy
+from rlhf.core.lazy import torch
 from rlhf.core.limits import read_json_object
 from rlhf.runs.lock import check_kept
-
-if TYPE_CHECKING:
-    import torch
-else:
-    torch = lazy("torch")
 
 SEAL = "complete.json"
 INVALID = 2**31
@@ -91,16 +85,16 @@ class Checkpoints:
         Raises:
             UserError: There are checkpoints, and all are damaged.
         """
-        faults = []
+        first = None
         for step in reversed(self._steps()):
             fault = damage(self.path(step), verify)
             if fault is None:
                 return step, self.path(step)
-            faults.append(f"{self.path(step)}: {fault}")
-            warn(f"{faults[-1]}; falling back to an older checkpoint")
-        if faults:
+            warn(f"{self.path(step)}: {fault}; falling back to an older checkpoint")
+            first = first or f"{self.path(step)}: {fault}"
+        if first:
             raise UserError(
-                faults[0],
+                first,
                 "There is no older checkpoint that is complete, so the run cannot be continued.",
                 "Put the file back from a copy, or start the run again with --overwrite.",
             )

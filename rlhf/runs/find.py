@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from itertools import islice
 from pathlib import Path
 
 from rlhf.core.errors import UserError
+from rlhf.core.files import short_names
 
 DEPTH = 4
 """Folders below the given one that are looked into: a pipeline's runs lie at most three deep."""
@@ -27,35 +27,24 @@ def run_folders(folder: Path, depth: int = DEPTH) -> Iterator[Path]:
 
 def no_run(path: Path) -> UserError:
     """The error for a path that is no run folder, with the runs nearby that may be meant."""
-    remedy = runs_nearby(path)
     if not path.exists():
-        return UserError(f"{path}: no such folder", remedy=remedy or "Check the path.")
-    if not path.is_dir():
-        remedy = remedy or "Name the folder that holds the run's run.json."
-        return UserError(f"{path}: a file, not a run folder", remedy=remedy)
-    remedy = remedy or "Name the folder that a stage wrote; `rlhf runs FOLDER` lists the runs below a folder."
-    return UserError(f"{path}: not a run folder (no run.json)", remedy=remedy)
+        what, remedy = "no such folder", "Check the path."
+    elif not path.is_dir():
+        what, remedy = "a file, not a run folder", "Name the folder that holds the run's run.json."
+    else:
+        what = "not a run folder (no run.json)"
+        remedy = "Name the folder that a stage wrote; `rlhf runs FOLDER` lists the runs below a folder."
+    return UserError(f"{path}: {what}", remedy=runs_nearby(path) or remedy)
 
 
 def runs_nearby(path: Path) -> str:
     """What to do where a path is no run: name the run that it is a part of, one in it, or one next to it; or empty."""
     if not path.exists():
         there = next(above for above in path.absolute().parents if above.exists())
-        near = _named(run_folders(there, depth=1))  # a deeper search may take long
+        near = short_names(run_folders(there, depth=1))  # a deeper search may take long
         return f"Check the path. Runs nearby: {near}" if near else ""
     above = next((one for one in path.absolute().parents if (one / "run.json").is_file()), None)
     if above is not None:
-        return f"Name the run that it is a part of: {_short(above)}"
-    inside = _named(run_folders(path)) if path.is_dir() else ""
+        return f"Name the run that it is a part of: {short_names([above])}"
+    inside = short_names(run_folders(path)) if path.is_dir() else ""
     return f"Name a run in it: {inside}" if inside else ""
-
-
-def _named(folders: Iterator[Path], most: int = 6) -> str:
-    """The first of some folders, as a list in words."""
-    found = [str(_short(one)) for one in islice(folders, most + 1)]
-    return ", ".join(found[:most]) + (", ..." if len(found) > most else "")
-
-
-def _short(path: Path) -> Path:
-    """A path as seen from the working folder, if it lies in it."""
-    return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path

@@ -37,9 +37,8 @@ def lock(folder: Path) -> None:
         unlock(folder)  # a folder of that name was removed; an earlier run of this process, in a notebook, had it
     file = open(folder / LOCK, "a+", encoding="utf-8")  # noqa: SIM115 (open for as long as the lock is held)
     if not _locked(file, fcntl.LOCK_EX):
-        holder = _holder(folder)
         file.close()
-        raise _in_use(folder, holder)
+        raise _in_use(folder)
     file.truncate(0)
     json.dump({"host": socket.gethostname(), "pid": os.getpid()}, file)
     file.flush()
@@ -94,19 +93,16 @@ def check_free(folder: Path) -> None:
     Raises:
         UserError: Another process holds the lock; names its host and process id.
     """
-    if folder.resolve() in _held or not (folder / LOCK).is_file():
-        return
-    with open(folder / LOCK, encoding="utf-8") as file:
-        if not _locked(file, fcntl.LOCK_SH):
-            raise _in_use(folder, _holder(folder))
+    if in_use(folder, PATIENCE):
+        raise _in_use(folder)
 
 
-def in_use(folder: Path) -> bool:
-    """Whether another process has locked a folder at this moment; creates nothing and does not wait."""
+def in_use(folder: Path, patience: float = 0) -> bool:
+    """Whether another process has locked a folder, for `patience` seconds from now on; creates nothing."""
     if folder.resolve() in _held or not (folder / LOCK).is_file():
         return False
     with open(folder / LOCK, encoding="utf-8") as file:
-        return not _locked(file, fcntl.LOCK_SH, patience=0)
+        return not _locked(file, fcntl.LOCK_SH, patience)
 
 
 def _locked(file: IO[str], kind: int, patience: float = PATIENCE) -> bool:
@@ -125,16 +121,12 @@ def _locked(file: IO[str], kind: int, patience: float = PATIENCE) -> bool:
             return True
 
 
-def _holder(folder: Path) -> str:
-    """The process that has the lock, in words."""
+def _in_use(folder: Path) -> UserError:
     try:
         found = json.loads((folder / LOCK).read_text("utf-8"))
-        return f"process {int(found['pid'])} on {found['host']}"
+        holder = f"process {int(found['pid'])} on {found['host']}"
     except (OSError, ValueError, KeyError, TypeError):
-        return "another process"
-
-
-def _in_use(folder: Path, holder: str) -> UserError:
+        holder = "another process"
     return UserError(
         f"run: {folder} is in use by {holder}",
         "Two processes that train into one folder would mix their checkpoints and metrics.",

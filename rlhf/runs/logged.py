@@ -39,7 +39,7 @@ def logged_lines(file: Path, faults: list[str], complete: bool) -> Iterator[tupl
 
 def as_number(value: Any) -> float | None:
     """A number as a float, which may be infinite or NaN; None for anything else, True and False included."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
+    if isinstance(value, bool) or not isinstance(value, int | float):
         return None
     try:
         return float(value)

@@ -8,9 +8,9 @@ import math
 import re
 import shlex
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
-from rlhf.core.errors import UserError
+from rlhf.core.errors import UserError, blame
 from rlhf.core.limits import MODEL_PARTS, parse_json, read_json_object
 from rlhf.runs.find import runs_nearby
 
@@ -38,12 +38,8 @@ def check_model_folder(folder: Path) -> None:
         file = folder / name
         if not file.is_file():
             continue
-        try:
+        with blame(f"{file}: cannot be read", remedy="Download the model again, or restore the file from a copy."):
             values = read_json_object(file)
-        except (ValueError, OSError) as error:
-            raise UserError(
-                f"{file}: cannot be read: {error}", remedy="Download the model again, or restore the file from a copy."
-            ) from None
         if name == "config.json":
             _check_size(file, values)
     weights = sorted(folder.glob("*.safetensors"))
@@ -89,35 +85,33 @@ def _conversion(folder: Path) -> str:
     return shlex.join(["python", "-c", code])
 
 
-def no_model(path: str | Path) -> UserError:
-    """The error for a local path without a model; says what to do with an adapter that another tool has saved."""
-    file, remedy = Path(path) / "adapter_config.json", runs_nearby(Path(path)) or "Check the path."
-    if not Path(path).is_dir():
-        what = "a file, not a run or a model folder" if Path(path).exists() else "there is no such run, model or file"
-        return UserError(f"{path}: {what}", remedy=remedy)
+def refuse_no_model(path: str | Path) -> NoReturn:
+    """Refuse a local path without a model; says what to do with an adapter that another tool has saved.
+
+    Raises:
+        UserError: Always.
+    """
+    file = Path(path) / "adapter_config.json"
     if not file.is_file():
-        return UserError(f"{path}: no model there (no run.json and no config.json)", remedy=remedy)
-    try:
+        what = "no model there (no run.json and no config.json)"
+        if not Path(path).is_dir():
+            there = Path(path).exists()
+            what = "a file, not a run or a model folder" if there else "there is no such run, model or file"
+        raise UserError(f"{path}: {what}", remedy=runs_nearby(Path(path)) or "Check the path.")
+    with blame(f"{file}: cannot be read", remedy="Restore the folder from a copy."):
         values = read_json_object(file)
-    except (ValueError, OSError) as error:
-        return UserError(f"{file}: cannot be read: {error}", remedy="Restore the folder from a copy.")
-    try:
-        check_adapter_weights(Path(path))
-    except UserError as error:
-        return error
-    kind, base = values.get("peft_type"), values.get("base_model_name_or_path")
+    check_adapter_weights(Path(path))
+    kind = values.get("peft_type")
+    what = f"{path}: is an adapter ({kind}) for {values.get('base_model_name_or_path')}, not a model"
     if kind not in MERGEABLE:
-        return UserError(
-            f"{path}: is an adapter ({kind}) for {base}, not a model",
-            "An adapter of this kind has no weights that could be merged into the model.",
-            "Start from a model, and train such an adapter with `tuning`.",
-        )
+        why = "An adapter of this kind has no weights that could be merged into the model."
+        raise UserError(what, why, "Start from a model, and train such an adapter with `tuning`.")
     code = (
         f"from peft import AutoPeftModelForCausalLM as M; m = M.from_pretrained({str(path)!r}).merge_and_unload(); "
         f"m.save_pretrained({str(path) + '-merged'!r})"
     )
-    return UserError(
-        f"{path}: is an adapter ({kind}) for {base}, not a model",
+    raise UserError(
+        what,
         "It has to be merged into that model first.",
         f"{shlex.join(['python', '-c', code])}; then copy the tokenizer's files to {path}-merged and name that folder.",
     )
@@ -151,6 +145,16 @@ def read_safetensors_header(file: Path) -> dict[str, dict[str, Any]]:
             "Download or copy the model again.",
         )
     return dict(header)
+
+
+def tensor_sizes(folder: Path) -> list[int]:
+    """Numbers of elements of the tensors in a folder's safetensors files, from their headers.
+
+    Raises:
+        UserError: See `read_safetensors_header`.
+    """
+    headers = map(read_safetensors_header, sorted(folder.glob("*.safetensors")))
+    return [math.prod(tensor["shape"]) for header in headers for tensor in header.values()]
 
 
 def _what_else(start: bytes) -> str:

@@ -12,8 +12,8 @@ from rlhf.config.base import StageConfig
 from rlhf.core.console import is_main
 from rlhf.core.errors import UserError
 from rlhf.data.schema import READABLE_VERSIONS, SCHEMA_VERSION
-from rlhf.runs.model_folder import check_model_folder, fingerprint, no_model
-from rlhf.runs.run import is_run, read_run
+from rlhf.runs.model_folder import check_model_folder, fingerprint, refuse_no_model
+from rlhf.runs.run import is_run, read_run, stage_of
 
 
 def resolve_model_path(path: str | Path) -> str:
@@ -39,7 +39,7 @@ def resolve_model_path(path: str | Path) -> str:
     looks_local = text.startswith((".", "/", "~", "runs/")) or text.count("/") > 1 or Path(path).is_file()
     looks_local = looks_local or text.endswith((".yaml", ".yml", ".json", ".jsonl"))  # no names on the Hub
     if looks_local and not (Path(path) / "config.json").is_file():
-        raise no_model(path)
+        refuse_no_model(path)
     check_model_folder(Path(path))
     return text
 
@@ -50,7 +50,7 @@ def refuse_specialist(path: str | Path) -> None:
     Raises:
         UserError: It is one.
     """
-    if is_run(path) and read_run(path)["stage"] == "specialist":
+    if stage_of(path) == "specialist":
         raise UserError(
             f"{path}: a specialist gives labels, tags or spans, not answers or scores",
             remedy=f"Its {Path(path) / 'model'} is a plain model for transformers: see docs/specialists.md.",

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import transformers
 
 from rlhf import distributed
 
@@ -56,7 +57,4 @@ def load_rng(folder: Path, seed: int, step: int) -> None:
 
 def seed_everything(seed: int) -> None:
     """Seed Python, NumPy and torch on all devices, differently on each rank."""
-    seed = seed + 1_000_003 * distributed.rank()
-    random.seed(seed)
-    np.random.seed(seed % 2**32)
-    torch.manual_seed(seed)
+    transformers.set_seed((seed + 1_000_003 * distributed.rank()) % 2**32)

@@ -23,7 +23,7 @@ from rlhf.config.base import StageConfig
 from rlhf.config.load import dump_config
 from rlhf.core.command_line import git_commit
 from rlhf.core.console import is_main, say
-from rlhf.core.errors import UserError
+from rlhf.core.errors import UserError, blame
 from rlhf.core.files import append_jsonl, write_bytes, write_json, write_text
 from rlhf.core.limits import read_json_object
 from rlhf.data.schema import SCHEMA_VERSION
@@ -88,19 +88,18 @@ class Run:
         """
         if not is_main():
             return
-        for name in ("metrics.jsonl", "samples.jsonl", "events.jsonl"):
+        for name in LOGS:
             file = self.path / name
             if file.is_file():
                 lines = file.read_bytes().splitlines(keepends=True)
                 write_bytes(file, b"".join(lines_until(step, lines, file)))
 
 
+LOGS = ("metrics.jsonl", "samples.jsonl", "events.jsonl")
+WRITTEN_WHOLE = ("config.yaml", "run.json", *LOGS, "reward_metrics.json", "specialist_metrics.json")
 RUN_FILES = {
-    "config.yaml", "run.json", "metrics.jsonl", "samples.jsonl", "events.jsonl", "rejected.jsonl",
-    "reward_metrics.json", "specialist_metrics.json", "cache",
-    "checkpoints", "updates", "tensorboard", "model", "adapter", "critic", LOCK, ".config.yaml.partial",
-    ".run.json.partial", ".metrics.jsonl.partial", ".samples.jsonl.partial", ".events.jsonl.partial",
-    ".reward_metrics.json.partial", ".specialist_metrics.json.partial",
+    *WRITTEN_WHOLE, *(f".{name}.partial" for name in WRITTEN_WHOLE), "rejected.jsonl", "cache", "checkpoints",
+    "updates", "tensorboard", "model", "adapter", "critic", LOCK,
 }  # fmt: skip
 """What stages write into a run folder."""
 
@@ -131,7 +130,7 @@ def open_run(config: StageConfig, stage: str, resume: bool, overwrite: bool, fac
         base: dict[str, Any] = {"stage": stage, "status": "running", "schema_version": SCHEMA_VERSION}
         base |= {"packages": {name: _version(name) for name in PACKAGES}, "git": git_commit()}
         base |= {"processes": distributed.world_size(), "device": distributed.device().type, **facts, **before}
-        base["zero_stage"] = 0 if config.deepspeed is None else zero_stage(config.deepspeed)
+        base["zero_stage"] = zero_stage(config.deepspeed)
         new = not is_run(run.path)
         if new:  # first, since a folder with run.json is a run and must have its config, whenever a kill comes
             write_text(run.path / "config.yaml", dump_config(config))
@@ -162,16 +161,16 @@ def _checked_again(
             f"{path}/metrics.jsonl: deleted, so the metrics of the run would have a hole",
             remedy="Put it back, or make an empty file of that name to continue without the earlier metrics.",
         )
-    notes, note = list(info.get("extended", [])), extension(path, info, config)
-    if note is not None and note not in notes:
-        notes.append(note)
+    kept = {key: list(info.get(key, [])) for key in ("extended", "moved")}
+    note = extension(path, info, config)
+    if note is not None and note not in kept["extended"]:
+        kept["extended"].append(note)
         say(f"{path} is complete; it is made longer: {note}")
-    moves, move = list(info.get("moved", [])), moved(path, info, config, distributed.world_size())
-    if move:
-        moves.append(move)
+    if move := moved(path, info, config, distributed.world_size()):
+        kept["moved"].append(move)
         changes = (f"{key} {pair['from']} -> {pair['to']}" for key, pair in move.items())
         say(f"{path} goes on elsewhere: {', '.join(changes)}")
-    return ({"extended": notes} if notes else {}) | ({"moved": moves} if moves else {})
+    return {key: notes for key, notes in kept.items() if notes}
 
 
 def check_run_folder(config: StageConfig, stage: str, resume: bool, overwrite: bool) -> None:
@@ -244,7 +243,7 @@ def read_run(path: str | Path) -> dict[str, Any]:
     file = Path(path) / "run.json"
     if not file.is_file():
         raise no_run(Path(path))
-    try:
+    with blame(f"{file}: damaged", remedy="Put the file back, or start the run again with --overwrite."):
         info = read_json_object(file)
         wrong = [key for key, kind in REQUIRED.items() if not isinstance(info.get(key), kind)]
         for key in LISTS:
@@ -252,10 +251,6 @@ def read_run(path: str | Path) -> dict[str, Any]:
             wrong += [] if isinstance(value, list) and all(isinstance(one, dict) for one in value) else [key]
         if wrong:
             raise ValueError(f"no valid {', '.join(wrong)}")
-    except (ValueError, OSError) as error:
-        raise UserError(
-            f"{file}: damaged: {error}", remedy="Put the file back, or start the run again with --overwrite."
-        ) from None
     return info
 
 
@@ -264,16 +259,23 @@ def is_run(path: str | Path) -> bool:
     return (Path(path) / "run.json").is_file()
 
 
+def stage_of(path: str | Path) -> str | None:
+    """The stage of a run; None for a path that is no run folder."""
+    return str(read_run(path)["stage"]) if is_run(path) else None
+
+
+def is_finished(path: str | Path) -> bool:
+    """True for the folder of a run that is complete."""
+    return is_run(path) and read_run(path)["status"] == "complete"
+
+
 def is_complete(config: StageConfig) -> bool:
     """True if the run of this config is finished, and the config does not make it longer.
 
     Raises:
         UserError: The folder holds the run of another config.
     """
-    if not is_run(config.run):
-        return False
-    info = read_run(config.run)
-    return info["status"] == "complete" and extension(Path(config.run), info, config) is None
+    return is_finished(config.run) and extension(Path(config.run), read_run(config.run), config) is None
 
 
 def data_facts(datasets: Iterable[Dataset]) -> list[dict[str, Any]]:

@@ -7,7 +7,7 @@ from typing import Any
 
 import yaml
 
-from rlhf.core.errors import UserError
+from rlhf.core.errors import blame
 
 _Loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # libyaml's is ten times faster, where PyYAML was built with it
 
@@ -19,14 +19,12 @@ def read_run_config(run: str | Path) -> dict[str, Any]:
         UserError: It cannot be read, or is not a mapping.
     """
     file = Path(run) / "config.yaml"
-    try:
-        values = yaml.load(file.read_text("utf-8"), _Loader)
+    remedy = "Check that this is a run's folder; restore the file from a copy, or start a new run."
+    with blame(f"{file}: cannot be read", "Every run writes it at its start.", remedy):
+        try:
+            values = yaml.load(file.read_text("utf-8"), _Loader)
+        except yaml.YAMLError as error:
+            raise ValueError(error) from None
         if not isinstance(values, dict):
             raise ValueError(f"expected a mapping of keys, got {type(values).__name__}")
-    except (OSError, ValueError, yaml.YAMLError) as error:  # UnicodeDecodeError is a ValueError
-        raise UserError(
-            f"{file}: cannot be read: {error}",
-            "Every run writes it at its start.",
-            "Check that this is a run's folder; restore the file from a copy, or start a new run.",
-        ) from None
     return values

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import ipaddress
 import os
+from collections.abc import Iterator
 from typing import Annotated, Any
 from urllib.parse import urlsplit
 
-from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
 from rlhf.config.base import Strict
 from rlhf.core.errors import UserError
@@ -43,20 +44,18 @@ class ServerConfig(Strict):
     extra_body: dict[str, Any] = {}
     """More fields of every request, such as {"reasoning_effort": "low"}."""
 
-    @model_validator(mode="after")
-    def _url_is_safe(self) -> ServerConfig:
+    def faults(self) -> Iterator[str]:
         parts = urlsplit(self.url)
         if parts.scheme not in ("http", "https") or not parts.hostname:
-            raise ValueError(f"url: {self.url!r} is not an http or https address; write it as http://HOST:PORT/v1")
+            yield f"url: {self.url!r} is not an http or https address; write it as http://HOST:PORT/v1"
         if parts.username or parts.password or parts.query or parts.fragment:
             # the value is not repeated here: it may hold a key
-            raise ValueError(
+            yield (
                 "url: has a user name, password, query or fragment, which would be written to files; name the "
                 "environment variable that holds the key instead"
             )
         if self.max_cost is not None and not (self.price_input or self.price_output):
-            raise ValueError("max_cost: needs price_input and price_output")
-        return self
+            yield "max_cost: needs price_input and price_output"
 
     @property
     def host(self) -> str:

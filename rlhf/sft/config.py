@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Annotated, ClassVar, Literal
+from collections.abc import Iterator
+from typing import Annotated, Literal
 
-from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
 from rlhf.config.base import BatchConfig, DataConfig, EvalConfig, Fraction, Strict, SupervisedConfig
 from rlhf.core.table import Pick
@@ -59,12 +60,10 @@ class StepByStepConfig(Strict):
     rationale_prefix: str = "[rationale] "
     """Prefix of prompts of the rationale task, which only training uses."""
 
-    @model_validator(mode="after")
-    def _tasks_differ(self) -> StepByStepConfig:
+    def faults(self) -> Iterator[str]:
         answer_pattern(self.pattern)
         if self.label_prefix == self.rationale_prefix:
-            raise ValueError("distillation.step_by_step: label_prefix and rationale_prefix must differ")
-        return self
+            yield "distillation.step_by_step: label_prefix and rationale_prefix must differ"
 
 
 class DistillationConfig(Strict):
@@ -74,11 +73,9 @@ class DistillationConfig(Strict):
     step_by_step: StepByStepConfig | None = None
     """Learn a teacher's rationales as a task of its own, next to the labels (Hsieh 2023, Distilling Step-by-Step)."""
 
-    @model_validator(mode="after")
-    def _one_way(self) -> DistillationConfig:
+    def faults(self) -> Iterator[str]:
         if (self.logits is None) == (self.step_by_step is None):
-            raise ValueError("distillation: needs `logits` or `step_by_step`, and not both")
-        return self
+            yield "distillation: needs `logits` or `step_by_step`, and not both"
 
 
 class SFTConfig(SupervisedConfig):
@@ -91,20 +88,13 @@ class SFTConfig(SupervisedConfig):
     batch: SFTBatchConfig = SFTBatchConfig()
     eval: SFTEvalConfig = SFTEvalConfig()
 
-    renamed_keys: ClassVar[dict[str, str]] = SupervisedConfig.renamed_keys | {
-        "packing": "batch.packing",
-        "samples": "eval.samples",
-        "sample_tokens": "eval.sample_tokens",
-    }
-
-    @model_validator(mode="after")
-    def _distillation_fits(self) -> SFTConfig:
+    def faults(self) -> Iterator[str]:
+        yield from super().faults()
         if self.distillation and self.batch.packing:
-            raise ValueError("distillation: does not work with batch.packing; set batch.packing=false")
+            yield "distillation: does not work with batch.packing; set batch.packing=false"
         logits = self.distillation.logits if self.distillation else None
         if logits and logits.on_policy and self.tuning.row.traits["prompt_learning"]:
-            raise ValueError(
+            yield (
                 f"distillation.logits.on_policy: {self.tuning.name} cannot be sampled from in training, because only "
                 "PEFT's own forward pass adds virtual tokens; set on_policy=0, or use `tuning: lora`"
             )
-        return self

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Annotated, ClassVar
+from collections.abc import Iterator
+from typing import Annotated
 
-from pydantic import Field, model_validator
+from pydantic import Field
 
 from rlhf.config.base import ModelConfig, Paths, Strict, SupervisedConfig
 from rlhf.core.table import Pick
@@ -31,21 +32,15 @@ class SpecialistConfig(SupervisedConfig):
     tuning: Annotated[Pick, TUNING] = TUNING.pick("full")
     """Which weights to train besides the head: a row of the tuning table (`full`, `last-layers`, `lora`, ...)."""
 
-    renamed_keys: ClassVar[dict[str, str]] = {}
-
-    @model_validator(mode="after")
-    def _parts_fit(self) -> SpecialistConfig:
-        faults = []
+    def faults(self) -> Iterator[str]:
+        yield from super().faults()
         if not self.tuning.row.traits["merges"]:
-            faults.append(
+            yield (
                 f"tuning: {self.tuning.name!r} cannot be merged into the weights, and the result is a whole model that "
                 "transformers loads; use full, last-layers, modules or lora"
             )
         if self.data.hold_out and self.data.eval:
-            faults.append("data.hold_out: leave it out where data.eval names held-out files")
+            yield "data.hold_out: leave it out where data.eval names held-out files"
         for name in ("chat_template", "control_tokens_in_text", "resize_embeddings"):
             if getattr(self.model, name) != ModelConfig.model_fields[name].default:
-                faults.append(f"model.{name}: a specialist reads plain text, without a chat template; leave it out")
-        if faults:
-            raise ValueError("; ".join(faults))
-        return self
+                yield f"model.{name}: a specialist reads plain text, without a chat template; leave it out"

@@ -72,7 +72,7 @@ class Engine:
         self.config = config
         self.dtype = compute_dtype(precision)
         self.module = self._placed(module)
-        self.optimizer = config.algorithm(groups, config.betas, config.eps, config.weight_decay)
+        self.optimizer = config.algorithm(groups, **config.model_dump(include={"betas", "eps", "weight_decay"}))
         self.rates = [group["lr"] for group in groups]
         self._parameters = [p for group in groups for p in group["params"]]
 

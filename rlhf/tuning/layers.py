@@ -9,14 +9,12 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import PositiveInt
 
 from rlhf.core.errors import UserError
-from rlhf.core.lazy import lazy
+from rlhf.core.lazy import lazy, nn
 
 if TYPE_CHECKING:
-    from torch import nn
-
     from rlhf.models import bottleneck
 else:
-    nn, bottleneck = lazy("torch.nn"), lazy("rlhf.models.bottleneck")
+    bottleneck = lazy("rlhf.models.bottleneck")
 
 
 VIRTUAL_ROWS = {"PROMPT_TUNING": "prompt-tuning", "PREFIX_TUNING": "prefix-tuning"}
@@ -132,9 +130,7 @@ def sublayers(layer: nn.Module, width: int) -> tuple[list[str], str | None]:
     ends = [list(_outputs(modules, width, within=name)) for name in attentions]
     rest = {name: module for name, module in modules.items() if name and not _inside(name, attentions, itself=True)}
     experts = next((name for name, module in rest.items() if _is(module, r"Experts")), None)
-    if experts is not None:
-        return [end[-1] for end in ends if end], _plain(experts.rpartition(".")[0] or experts)
-    mlp = list(_outputs(rest, width))
+    mlp = list(_outputs(rest, width)) if experts is None else [_plain(experts.rpartition(".")[0] or experts)]
     return [end[-1] for end in ends if end], mlp[-1] if mlp else None
 
 

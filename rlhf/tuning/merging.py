@@ -52,11 +52,7 @@ def merged_shapes(base: Any) -> dict[str, tuple[Tensor, Tensor]]:
     found: dict[str, tuple[Tensor, Tensor]] = {}
     marks: dict[int, Tensor] = {}
     for prefix, module in _layers(base, ""):
-        adapted: Any = module if isinstance(module, BaseTunerLayer) else None
-        own = _own_weights(module)
-        if adapted is None:
-            own |= {n: b for n, b in module.named_buffers(recurse=False) if n not in module._non_persistent_buffers_set}
-        for name, tensor in own.items():
+        for name, tensor in (_own_weights(module) | _buffers(module)).items():
             packed = quant_state(tensor)
             shape, dtype = (tensor.shape, tensor.dtype) if packed is None else (packed.shape, packed.dtype)
             empty = torch.empty(getattr(tensor, "ds_shape", shape), dtype=dtype, device="meta")
@@ -113,6 +109,13 @@ def _own_weights(module: Any) -> dict[str, Any]:
     return dict(module.named_parameters(recurse=False))
 
 
+def _buffers(module: Any) -> dict[str, Any]:
+    """Buffers that are saved, of one module of `_layers`; an adapter layer has none."""
+    left_out = module._non_persistent_buffers_set
+    own = () if isinstance(module, BaseTunerLayer) else module.named_buffers(recurse=False)
+    return {name: buffer for name, buffer in own if name not in left_out}
+
+
 def _layers(module: Any, prefix: str) -> Iterator[tuple[str, Any]]:
     """(Name prefix, module) of the modules that may own weights; an adapter layer counts as one module."""
     if isinstance(module, ModulesToSaveWrapper):
@@ -135,9 +138,7 @@ def _copied(module: Any) -> dict[str, Tensor]:
             if is_main():
                 found[name] = dequantised(parameter).to("cpu", copy=True)
     if is_main():
-        for name, buffer in module.named_buffers(recurse=False):
-            if name not in module._non_persistent_buffers_set:
-                found[name] = buffer.detach().to("cpu", copy=True)
+        found |= {name: buffer.detach().to("cpu", copy=True) for name, buffer in _buffers(module).items()}
     return found
 
 
@@ -148,24 +149,17 @@ def _merged_layer(layer: Any) -> dict[str, Tensor]:
         rest = {name: p.detach().clone() for name, p in base.named_parameters() if name != "weight"}
         weight = dequantised(base.weight)
         return {"weight": weight + layer.get_delta_weight(layer.active_adapters[0]).to(weight), **rest}
-    before = {name: parameter.data for name, parameter in base.named_parameters()}
-    wrappers = [module for module in layer.modules() if isinstance(module, BaseTunerLayer)]
-    try:
-        for wrapper in wrappers:  # one for each weight of a module of experts, nested
-            wrapper.merge(safe_merge=True)  # `safe_merge`: PEFT replaces the tensor by a merged copy
-        after = {name: parameter.data for name, parameter in base.named_parameters()}
-        live = {name for name, data in after.items() if data.data_ptr() == before[name].data_ptr()}
-        return {name: data.clone() if name in live else data for name, data in after.items()}
-    finally:
-        for name, parameter in base.named_parameters():
-            parameter.data = before[name]
-        for wrapper in wrappers:
-            wrapper.merged_adapters.clear()
+    live = {parameter.data_ptr() for parameter in base.parameters()}
+    with adapters_merged(layer):
+        merged = {name: parameter.data for name, parameter in base.named_parameters()}
+        return {name: data.clone() if data.data_ptr() in live else data for name, data in merged.items()}
 
 
 @contextmanager
 def adapters_merged(model: Any) -> Iterator[None]:
     """Within this context the active adapters are merged into the base weights and the LoRA layers are bypassed.
+
+    A module of experts has an adapter layer for each weight, one in the other.
 
     Afterwards the weights are restored bit for bit. This costs a second copy of the adapted weights, which must be
     complete on this process. Adapters of 4-bit layers are not merged.

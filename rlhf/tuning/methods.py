@@ -14,25 +14,17 @@ from __future__ import annotations
 import functools
 import re
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, PositiveInt
 
 from rlhf.core.console import say
 from rlhf.core.errors import UserError
-from rlhf.core.lazy import lazy
+from rlhf.core.lazy import nn, peft, torch
 from rlhf.core.table import Pick, Table, options_of
 from rlhf.tuning.layers import bottleneck_config, go_on, layers_of
 from rlhf.tuning.quantization import quant_state, quantize
 from rlhf.tuning.virtual_tokens import check_scores, check_takes_keys, first_virtual_tokens
-
-if TYPE_CHECKING:
-    import peft
-    import torch
-    from torch import nn
-else:
-    peft, torch, nn = lazy("peft"), lazy("torch"), lazy("torch.nn")
-
 
 TUNING = Table("tuning method")
 
@@ -44,7 +36,7 @@ ADAPTER = WHOLE | {"adapter": True}
 LORA = ADAPTER | {"roles": True}
 PROMPT = ADAPTER | {"merges": False, "prompt_learning": True}
 TASKS = {"causal": "CAUSAL_LM", "scalar": "SEQ_CLS", "tokens": "TOKEN_CLS", "span": "QUESTION_ANS"}
-"""Our task -> PEFT's task type; see `_peft_task`."""
+"""Our task -> PEFT's task type."""
 WEIGHTS_READ = ("falcon_h1", "mamba", "mamba2", "falcon_mamba", "nemotron_h")
 """Families whose kernels read the weight of `out_proj` instead of calling the layer, so an adapter would be ignored;
 PEFT refuses them by this list."""
@@ -137,24 +129,21 @@ def _train_head(model: Any, task: str) -> Any:
 # ---- adapters in the layers ----------------------------------------------------------------------------------------
 
 
-def _peft_task(model: Any, task: str) -> str:
-    """PEFT's task type."""
-    return "SEQ_2_SEQ_LM" if task == "causal" and model.config.is_encoder_decoder else TASKS[task]
+def _for_task(model: Any, task: str, heads: bool = True) -> dict[str, Any]:
+    """PEFT's task type, and with `heads` the names of heads that it neither leaves out nor trains by itself."""
+    kind = "SEQ_2_SEQ_LM" if task == "causal" and model.config.is_encoder_decoder else TASKS[task]
+    return {"task_type": kind} | ({"modules_to_save": _own_heads(model, task) or None} if heads else {})
 
 
 def _own_heads(model: Any, task: str) -> list[str]:
-    """Names of heads that PEFT neither leaves out nor trains by itself."""
     return ["classification_head"] if task == "scalar" and hasattr(model, "classification_head") else []
 
 
 def _linears_of_head(model: Any, task: str) -> list[str]:
     """Names of the linear layers in heads that `all-linear` would adapt; PEFT leaves those of `scalar` out itself."""
     heads = HEADS if task in ("tokens", "span") else _own_heads(model, task)
-    parts = [(name, getattr(model, name)) for name in heads if hasattr(model, name)]
-    return [
-        f"{name}.{path}".rstrip(".") for name, head in parts for path, m in head.named_modules()
-        if isinstance(m, nn.Linear)
-    ]  # fmt: skip
+    linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    return [name for name in linears if name.partition(".")[0] in heads]
 
 
 def lora_config(
@@ -172,9 +161,7 @@ def lora_config(
     """PEFT's config for the options of `lora` or `qlora`, for a model without adapters."""
     return peft.LoraConfig(
         exclude_modules=[*_left_out(model, target_modules), *_linears_of_head(model, task)] or None,
-        modules_to_save=_own_heads(model, task) or None,
-        task_type=_peft_task(model, task), r=rank, lora_alpha=alpha, lora_dropout=dropout, use_rslora=rslora,
-        use_dora=dora,
+        **_for_task(model, task), r=rank, lora_alpha=alpha, lora_dropout=dropout, use_rslora=rslora, use_dora=dora,
         target_modules=target_modules if layers is None else _targets_in_last(model, layers, target_modules),
     )  # fmt: skip
 
@@ -182,10 +169,8 @@ def lora_config(
 def _left_out(model: Any, targets: str | list[str]) -> list[str]:
     """Names of the linear layers that `all-linear` leaves out."""
     # A router is a linear layer that returns several tensors in some families (PhiMoE), which LoRA cannot extend.
-    found = [
-        name for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and "Router" in type(module).__name__
-    ]  # fmt: skip
+    linears = [(name, type(module)) for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    found = [name for name, kind in linears if "Router" in kind.__name__]
     if targets == "all-linear" and model.config.model_type in WEIGHTS_READ:
         found += ["out_proj", "conv1d"]
     return found
@@ -236,9 +221,8 @@ def ia3(
     whose input (not output) is scaled in `feedforward_modules`.
     """
     config = peft.IA3Config(
-        task_type=_peft_task(model, task), modules_to_save=_own_heads(model, task) or None,
-        target_modules=target_modules, feedforward_modules=feedforward_modules,
-    )  # fmt: skip
+        **_for_task(model, task), target_modules=target_modules, feedforward_modules=feedforward_modules
+    )
     return _wrap("ia3", model, config)
 
 
@@ -300,7 +284,8 @@ def adapter_config(tuning: Pick, model: Any, task: str) -> Any:
     if tuning.name != "bottleneck":
         return lora_config(model, task, **tuning.options)
     config = bottleneck_config(model, **tuning.options)
-    config.task_type, config.modules_to_save = _peft_task(model, task), _own_heads(model, task) or None
+    for name, value in _for_task(model, task).items():
+        setattr(config, name, value)
     return config
 
 
@@ -330,9 +315,8 @@ def prompt_tuning(
     words = model.get_input_embeddings().weight.detach().float()
     with torch.no_grad():
         start = first_virtual_tokens(words, chat, tokens, init, text, labels)
-    config = peft.PromptTuningConfig(
-        task_type=_peft_task(model, task), num_virtual_tokens=tokens, num_transformer_submodules=1
-    )
+    kind = _for_task(model, task, heads=False)
+    config = peft.PromptTuningConfig(**kind, num_virtual_tokens=tokens, num_transformer_submodules=1)
     wrapped = _wrap("prompt-tuning", model, config)
     wrapped.prompt_encoder["default"].embedding.weight.data.copy_(start)
     return wrapped
@@ -350,7 +334,7 @@ def p_tuning(
 ) -> Any:
     """Virtual tokens from a small encoder of width `hidden`, by default the model's width (Liu et al. 2021)."""
     config = peft.PromptEncoderConfig(
-        task_type=_peft_task(model, task), num_virtual_tokens=tokens, num_transformer_submodules=1,
+        **_for_task(model, task, heads=False), num_virtual_tokens=tokens, num_transformer_submodules=1,
         encoder_reparameterization_type=encoder.upper(), encoder_dropout=0.0,
         encoder_hidden_size=hidden,  # type: ignore[arg-type]
     )  # fmt: skip
@@ -373,7 +357,7 @@ def prefix_tuning(
     """
     check_takes_keys(model)
     config = peft.PrefixTuningConfig(
-        task_type=_peft_task(model, task), num_virtual_tokens=tokens, prefix_projection=projection,
+        **_for_task(model, task, heads=False), num_virtual_tokens=tokens, prefix_projection=projection,
         encoder_hidden_size=hidden,  # type: ignore[arg-type]
     )  # fmt: skip
     return _wrap("prefix-tuning", model, config)
@@ -394,7 +378,7 @@ def say_trainable(tuning: Pick, model: Any) -> None:
         size = getattr(parameter, "ds_numel", parameter.numel())
         size *= 2 if quant_state(parameter) is not None else 1  # a byte holds two weights
         total += size
-        trained += size if parameter.requires_grad else 0
+        trained += size * parameter.requires_grad
     options = ", ".join(f"{key} {value}" for key, value in tuning.options.items() if value not in (None, False))
     method = f"{tuning.name} ({options})" if options else tuning.name
     say(f"Tuning: {method}: {trained:,} of {total:,} parameters are trained ({trained / total:.2%})")

@@ -2,17 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from rlhf.core.errors import UserError
-from rlhf.core.lazy import lazy
+from rlhf.core.errors import need_package
+from rlhf.core.lazy import nn, torch
 from rlhf.tuning.layers import layers_of
-
-if TYPE_CHECKING:
-    import torch
-    from torch import Tensor, nn
-else:
-    torch, nn = lazy("torch"), lazy("torch.nn")
 
 
 def quantize(model: Any, device: torch.device, dtype: torch.dtype) -> None:
@@ -20,12 +14,9 @@ def quantize(model: Any, device: torch.device, dtype: torch.dtype) -> None:
 
     Heads and embeddings are not quantised.
     """
-    try:
-        import bitsandbytes as bnb
-    except ImportError:
-        raise UserError(
-            "tuning: qlora needs bitsandbytes, which is not installed", remedy="pip install 'rlhf-rankings[gpu]'"
-        ) from None
+    need_package("bitsandbytes", "tuning: qlora", "pip install 'rlhf-rankings[gpu]'")
+    import bitsandbytes as bnb
+
     model.requires_grad_(False)
     kind: dict[str, Any] = {"compress_statistics": True, "quant_type": "nf4"}
     for layer in layers_of(model)[1]:
@@ -48,7 +39,7 @@ def is_quantised(layer: Any) -> bool:
     return quant_state(getattr(layer.get_base_layer(), "weight", None)) is not None
 
 
-def dequantised(parameter: Any) -> Tensor:
+def dequantised(parameter: Any) -> torch.Tensor:
     """The weight as a plain tensor, dequantised if it is in 4 bits."""
     if quant_state(parameter) is None:
         return parameter.detach()

@@ -33,9 +33,10 @@ def save_result(path: Path, model: Any, chat: Any, tuning: Pick) -> None:
     if is_main():
         for old in (folder, path / "adapter"):
             shutil.rmtree(old, ignore_errors=True)
+    merges = tuning.row.traits["merges"]
     if tuning.row.traits["adapter"]:
-        _save_adapter(path / "adapter" if tuning.row.traits["merges"] else folder, model)
-    if tuning.row.traits["merges"]:
+        _save_adapter(path / "adapter" if merges else folder, model)
+    if merges:
         base.config.use_cache = True  # it is off only during training
         save_weights(folder, model)
         base.config.use_cache = False

@@ -4,21 +4,15 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from rlhf.core.errors import UserError
-from rlhf.core.lazy import lazy
-
-if TYPE_CHECKING:
-    import torch
-    from torch import Tensor
-else:
-    torch = lazy("torch")
+from rlhf.core.lazy import torch
 
 
 def first_virtual_tokens(
-    words: Tensor, chat: Any, tokens: int, init: str, text: str | None, labels: Sequence[str] | None
-) -> Tensor:
+    words: torch.Tensor, chat: Any, tokens: int, init: str, text: str | None, labels: Sequence[str] | None
+) -> torch.Tensor:
     """Initial virtual tokens [tokens, H] from the word embeddings [V, H]."""
     if init == "random":
         return words.mean(0) + words.std(0) * torch.randn(tokens, words.shape[1], dtype=words.dtype)
