@@ -398,9 +398,10 @@ def test_in_shp_a_label_of_1_means_that_a_won_and_must_agree_with_the_votes(tmp_
 @pytest.mark.parametrize(("preference", "ranks"), [(-3, (1, 2)), (-1, (1, 2)), (0, (1, 1)), (2, (2, 1))])
 def test_in_helpsteer3_a_negative_preference_is_for_the_first(tmp_path, preference, ranks):
     row = {"context": [user("Why?")], "response1": "a", "response2": "b", "overall_preference": preference}
-    assert one(tmp_path, "helpsteer3", row).ranks == ranks
+    third = one(tmp_path, "helpsteer3", row)
     row = {"prompt": "Why?", "response_1": "a", "response_2": "b", "preference_strength": preference}
-    assert one(tmp_path, "helpsteer3", row).ranks == ranks
+    second = one(tmp_path, "helpsteer3", row)
+    assert [(one.ranks, one.source) for one in (second, third)] == [(ranks, "helpsteer2"), (ranks, "helpsteer3")]
 
 
 def test_a_preference_beyond_3_is_rejected(tmp_path):

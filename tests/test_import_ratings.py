@@ -162,6 +162,11 @@ def test_later_turns_of_a_helpsteer_prompt_are_marked(tmp_path):
     prompt = "Hi\n<extra_id_1>Assistant\nHello\n\n<extra_id_1>User\nWhy?\n"
     ((record,), _) = made(tmp_path, "helpsteer", steer(prompt, "a", 1), steer(prompt, "b", 4))
     assert said(record) == [("user", "Hi"), ("assistant", "Hello"), ("user", "Why?\n")]
+    ((begun_by_mark, plain), _) = made(
+        tmp_path, "helpsteer", *(steer(text, answer, ord(answer) - 97) for text in ("<extra_id_1>User\nHi", "Hi")
+                                 for answer in "ab")
+    )  # fmt: skip
+    assert said(begun_by_mark) == said(plain) == [("user", "Hi")]
 
 
 def test_in_stack_exchange_the_highest_score_wins(tmp_path):
