@@ -17,14 +17,13 @@ from functools import cache, lru_cache
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from rlhf.core.errors import UserError
-from rlhf.core.lazy import lazy
+from rlhf.core.lazy import lazy, np
 from rlhf.data.schema import Prompt
 
 if TYPE_CHECKING:
     import datasketch
-    import numpy as np
 else:
-    datasketch, np = lazy("datasketch"), lazy("numpy")
+    datasketch = lazy("datasketch")
 
 WORDS = 3
 DEFAULT_THRESHOLD = 0.8

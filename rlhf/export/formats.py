@@ -6,19 +6,14 @@ import json
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from rlhf.config.base import ModelConfig
 from rlhf.core.errors import UserError
-from rlhf.core.lazy import lazy
+from rlhf.core.lazy import torch
 from rlhf.core.table import Table
 from rlhf.data.chat_tokenizer import ChatTokenizer
 from rlhf.models.adapters import adapter_settings, is_adapter
-
-if TYPE_CHECKING:
-    import torch
-else:
-    torch = lazy("torch")
 
 EXPORTERS = Table("export format")
 PAD = "<|pad|>"

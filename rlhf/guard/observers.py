@@ -4,18 +4,13 @@ of completions themselves."""
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from rlhf.core.lazy import lazy
+from rlhf.core.lazy import torch
 from rlhf.core.table import Pick
 from rlhf.judging.texts import grams
 from rlhf.reward.sources import RewardContext, RewardInputs, Source, model_terms, scores_with_disagreement
 from rlhf.runs.run import is_run, read_run
-
-if TYPE_CHECKING:
-    import torch
-else:
-    torch = lazy("torch")
 
 PHRASE = 4
 """Tokens of a phrase."""
@@ -41,12 +36,6 @@ def repetition(completions: Sequence[Sequence[int]]) -> float:
         total += len(phrases)
         distinct += len(set(phrases))
     return 1 - distinct / total if total else 0.0
-
-
-if TYPE_CHECKING:
-    import torch
-else:
-    torch = lazy("torch")
 
 
 class Observers:

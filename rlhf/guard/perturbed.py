@@ -10,11 +10,11 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import fmean
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from rlhf import distributed
 from rlhf.core.errors import UserError
-from rlhf.core.lazy import lazy
+from rlhf.core.lazy import torch
 from rlhf.data.chat_rendering import RefusedText
 from rlhf.data.chat_tokenizer import ChatTokenizer
 from rlhf.data.schema import Message, Prompt
@@ -23,11 +23,6 @@ from rlhf.guard.rules import PERTURBED
 from rlhf.reward.perturbations import AnswerToChange, Variant, perturbed
 from rlhf.reward.scoring import batches_by_length, shared_scores
 from rlhf.reward.sources import RewardInputs, Source
-
-if TYPE_CHECKING:
-    import torch
-else:
-    torch = lazy("torch")
 
 
 @dataclass(frozen=True)

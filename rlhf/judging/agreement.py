@@ -9,19 +9,14 @@ from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
 from shlex import quote
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from rlhf.core.errors import UserError
 from rlhf.core.intervals import fraction_interval
-from rlhf.core.lazy import lazy
+from rlhf.core.lazy import np
 from rlhf.core.limits import parse_json
 from rlhf.data.schema import Ranking
 from rlhf.judging.judge import Comparison, Judge
-
-if TYPE_CHECKING:
-    import numpy as np
-else:
-    np = lazy("numpy")
 
 SAME = ("url", "model", "kind", "prompt_fingerprint", "temperature")
 """What a judge must have in common with the measured one."""

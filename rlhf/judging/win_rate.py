@@ -4,15 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from rlhf.core.intervals import Z_95, fraction_interval
-from rlhf.core.lazy import lazy
-
-if TYPE_CHECKING:
-    import numpy as np
-else:
-    np = lazy("numpy")
+from rlhf.core.lazy import np
 
 RIDGE = 0.01
 """Weight of the penalty (RIDGE / 2) · |parameters|² on the summed log loss: without it a policy that always wins would

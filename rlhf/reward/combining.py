@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 from pydantic import AfterValidator, NonNegativeFloat
 
-from rlhf.core.lazy import lazy
+from rlhf.core.lazy import torch
 from rlhf.core.table import Table
-
-if TYPE_CHECKING:
-    import torch
-else:
-    torch = lazy("torch")
 
 COMBINATIONS = Table("combination of scores")
 """A row takes the members' scores, float32 [B, M], and returns one score per answer, float32 [B]."""

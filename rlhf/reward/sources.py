@@ -13,18 +13,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 from pydantic import AfterValidator, NonNegativeFloat, PositiveFloat, PositiveInt
 
 from rlhf import distributed
-from rlhf.core.lazy import lazy
+from rlhf.core.lazy import torch
 from rlhf.core.table import Pick, Table
 from rlhf.reward.combining import COMBINATIONS, Combination, disagreement
 from rlhf.reward.functions import FunctionName, call_reward_function, import_function
 
 if TYPE_CHECKING:
-    import torch
-
     from rlhf.config.base import ModelConfig
     from rlhf.data.chat_tokenizer import ChatTokenizer
-else:
-    torch = lazy("torch")
 
 REWARDS = Table("reward source")
 

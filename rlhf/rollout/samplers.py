@@ -13,21 +13,18 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
 from pydantic import BeforeValidator, Field
 
 from rlhf.core.errors import UserError
-from rlhf.core.lazy import lazy
+from rlhf.core.lazy import lazy, torch, transformers
 from rlhf.core.table import Pick, Table
 from rlhf.rollout.types import Completion, SamplingParams, stream_seed
 
 if TYPE_CHECKING:
-    import torch
-    import transformers
-
     from rlhf.data import chat_tokenizer
     from rlhf.data.chat_tokenizer import ChatTokenizer
     from rlhf.models import hidden_states
     from rlhf.rollout import decoding, encoder_decoder, sampler_process, virtual_tokens, vllm_client
     from rlhf.rollout import vllm as vllm_engine
 else:
-    torch, transformers, hidden_states = lazy("torch"), lazy("transformers"), lazy("rlhf.models.hidden_states")
+    hidden_states = lazy("rlhf.models.hidden_states")
     chat_tokenizer, decoding = lazy("rlhf.data.chat_tokenizer"), lazy("rlhf.rollout.decoding")
     encoder_decoder, vllm_engine = lazy("rlhf.rollout.encoder_decoder"), lazy("rlhf.rollout.vllm")
     sampler_process, vllm_client = lazy("rlhf.rollout.sampler_process"), lazy("rlhf.rollout.vllm_client")

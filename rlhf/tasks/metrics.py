@@ -14,16 +14,14 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from rlhf.core.errors import UserError
 from rlhf.core.intervals import percentile_interval, resampled_sums, wilson
-from rlhf.core.lazy import lazy
+from rlhf.core.lazy import lazy, np
 from rlhf.core.table import Pick, Table
 from rlhf.tasks.answers import Normalise, normalised
 
 if TYPE_CHECKING:
-    import numpy as np
-
     from rlhf.tasks import text_overlap
 else:
-    np, text_overlap = lazy("numpy"), lazy("rlhf.tasks.text_overlap")
+    text_overlap = lazy("rlhf.tasks.text_overlap")
 
 METRICS = Table("metric")
 FEWEST_RECORDS = 10
