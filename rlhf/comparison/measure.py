@@ -25,7 +25,7 @@ from rlhf.prompting.evaluation import outcomes
 from rlhf.prompting.masked import open_prompted
 from rlhf.prompting.run import Prompter, generation_params
 from rlhf.prompting.ways import Prompting
-from rlhf.rollout.types import Completion, SamplingParams
+from rlhf.rollout.types import SamplingParams
 from rlhf.tasks.metrics import Outcomes, needs
 from rlhf.tasks.task import Task
 
@@ -82,12 +82,10 @@ def _scores(reward: str, policy: Policy, records: Sequence[Prompt], rows: Sequen
     scorer = open_scorer(reward, policy)
     found: list[float] = []
     for start in range(0, len(records), ANSWERED_TOGETHER):
-        samples = []
-        for record, row in zip(records[start : start + ANSWERED_TOGETHER], rows[start : start + ANSWERED_TOGETHER]):
-            text = row["text"].strip()
-            ids = Completion(policy.chat.response(text), ended=True)
-            samples.append(Sampled(record, policy.chat.prompt(record.messages), ids, text))
-        found += scorer(samples)
+        some = slice(start, start + ANSWERED_TOGETHER)
+        found += scorer([
+            Sampled.of(policy.chat, record, row["text"].strip()) for record, row in zip(records[some], rows[some])
+        ])  # fmt: skip
     return found
 
 

@@ -3,27 +3,24 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from rlhf.core.console import track
-from rlhf.core.errors import UserError
 from rlhf.core.table import Pick
 from rlhf.data.encode_records import EncodingCounts, fits
 from rlhf.data.schema import Prompt, Ranking
 from rlhf.inference.ensemble import open_ensemble
 from rlhf.inference.reward_model import RewardModel, open_reward_model
+from rlhf.inference.scorer import read_source
 from rlhf.judging.config import JudgeConfig
 from rlhf.judging.source import rating_source
 from rlhf.reward.functions import call_reward_function, import_function
 from rlhf.reward.metrics import credit
 from rlhf.reward.sources import weighted_terms
-from rlhf.reward.spec import read_reward
 
 FUNCTION_SECONDS = 300.0
 """How long one call of a reward function may take."""
@@ -135,7 +132,7 @@ def is_single_model(spec: str) -> bool:
     Raises:
         UserError: It is no reward source.
     """
-    return _source(spec).name == "model"
+    return read_source(spec).name == "model"
 
 
 def open_answer_scorer(spec: str, trust_remote_code: bool = False) -> AnswerScorer:
@@ -148,7 +145,7 @@ def open_answer_scorer(spec: str, trust_remote_code: bool = False) -> AnswerScor
     Raises:
         UserError: It cannot be loaded or imported, or is a judge whose agreement with people was not measured.
     """
-    source = _source(spec)
+    source = read_source(spec)
     if source.name == "model":
         return ModelScorer(spec, open_reward_model(source.options["path"], trust_remote_code))
     return _open_part(spec, source, trust_remote_code)
@@ -170,15 +167,6 @@ def _open_part(name: str, source: Pick, trust_remote_code: bool) -> AnswerScorer
     spec = json.dumps({"name": source.name, **{key: value for key, value in options.items() if key != "retokenize"}})
     models = open_ensemble(spec, trust_remote_code)
     return AnswerScorer(name, lambda prompts, answers: [one["score"] for one in models.score_answers(prompts, answers)])
-
-
-def _source(spec: str) -> Pick:
-    if (here := str(Path.cwd())) not in sys.path:
-        sys.path.append(here)  # functions in the working folder can be imported
-    try:
-        return read_reward(spec)
-    except ValueError as error:
-        raise UserError(str(error)) from None
 
 
 # ---- pairs -------------------------------------------------------------------------------------------------------

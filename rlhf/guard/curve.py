@@ -55,10 +55,9 @@ def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def smooth(values: np.ndarray, width: int = 5) -> np.ndarray:
-    """Means over `width` values around each, fewer at the ends."""
-    half = width // 2
-    return np.array([values[max(0, i - half) : i + half + 1].mean() for i in range(len(values))])
+def smooth(values: np.ndarray) -> np.ndarray:
+    """Means over five values around each, fewer at the ends."""
+    return np.array([values[max(0, i - 2) : i + 3].mean() for i in range(len(values))])
 
 
 def curve_of(run: Evidence) -> Curve:

@@ -21,6 +21,7 @@ import numpy as np
 Form = Literal["rl", "best-of-n"]
 FEWEST = 5
 """Points that a fit needs."""
+REPLICATES = 1000
 
 
 @dataclass(frozen=True)
@@ -101,9 +102,8 @@ def fit(distance: np.ndarray, gold: np.ndarray, form: Form = "rl", replicates: i
     columns = features(distance, form)
     best = np.linalg.lstsq(columns, gold, rcond=None)[0]
     block = max(1, round(count ** (1 / 3)))
-    generator = np.random.default_rng(seed)
-    starts = generator.integers(0, count - block + 1, (replicates, math.ceil(count / block)))
-    chosen = (starts[:, :, None] + np.arange(block)).reshape(replicates, -1)[:, :count]
+    starts = np.random.default_rng(0).integers(0, count - block + 1, (REPLICATES, math.ceil(count / block)))
+    chosen = (starts[:, :, None] + np.arange(block)).reshape(REPLICATES, -1)[:, :count]
     found = np.array([np.linalg.lstsq(columns[rows], gold[rows], rcond=None)[0] for rows in chosen])
     peaks = np.array([peak_of(alpha, beta, form) for _, alpha, beta in found])
     place, height = peak_of(best[1], best[2], form)

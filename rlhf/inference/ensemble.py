@@ -14,11 +14,11 @@ from rlhf.core.table import Pick
 from rlhf.data.schema import Prompt
 from rlhf.inference.policy import model_kind
 from rlhf.inference.reward_model import RewardModel, with_tokenizer
+from rlhf.inference.scorer import read_source
 from rlhf.models.load import quiet
 from rlhf.reward.combining import COMBINATIONS, disagreement
 from rlhf.reward.members import load_members
 from rlhf.reward.sources import model_terms
-from rlhf.reward.spec import read_reward
 
 
 @dataclass(frozen=True)
@@ -66,10 +66,7 @@ def open_ensemble(spec: str, trust_remote_code: bool = False) -> EnsembleScorer:
     Raises:
         UserError: It is none of these, or a model cannot be loaded.
     """
-    try:
-        pick = read_reward(spec)
-    except ValueError as error:
-        raise UserError(str(error)) from None
+    pick = read_source(spec)
     if pick.name not in ("model", "ensemble"):
         raise UserError(f"{spec}: is not a reward model", remedy="Name a run of the reward stage, or an ensemble.")
     paths = [term["path"] for term in model_terms(pick)]

@@ -38,6 +38,11 @@ class Sampled:
     text: str
     """The completion as text, including the stop string that ended it, if any."""
 
+    @staticmethod
+    def of(chat: ChatTokenizer, prompt: Prompt, text: str) -> Sampled:
+        """A given answer, in the place of a policy's."""
+        return Sampled(prompt, chat.prompt(prompt.messages), Completion(chat.response(text), ended=True), text)
+
 
 def sample(
     policy: Policy,

@@ -13,6 +13,7 @@ import torch
 from rlhf import distributed
 from rlhf.config.base import ModelConfig
 from rlhf.core.errors import UserError
+from rlhf.core.table import Pick
 from rlhf.data.chat_tokenizer import ChatTokenizer, load_tokenizer
 from rlhf.inference.policy import Policy, model_kind, token_limit
 from rlhf.inference.sampling import Sampled
@@ -62,11 +63,9 @@ def open_scorer(spec: str, policy: Policy) -> Scorer:
     Raises:
         UserError: It cannot be loaded, or is a policy.
     """
-    if (here := str(Path.cwd())) not in sys.path:
-        sys.path.append(here)  # functions in the working folder can be imported
+    pick = read_source(spec, "--reward: ")
     config = ModelConfig(path=policy.path, trust_remote_code=policy.trust_remote_code)
     try:
-        pick = read_reward(spec)
         paths = [term["path"] for term in model_terms(pick)]
         limits = [_limit(path, config) for path in paths]
         pick = retokenizing(pick, [path for path in paths if not _same_text(path, policy)])
@@ -75,6 +74,20 @@ def open_scorer(spec: str, policy: Policy) -> Scorer:
     except ValueError as error:
         raise UserError(f"--reward: {error}") from None
     return Scorer(spec, min(limits, default=None), policy.chat, source, list(own.values()))
+
+
+def read_source(spec: str, option: str = "") -> Pick:
+    """A reward source of a command line; functions in the working folder can be imported. `option` begins messages.
+
+    Raises:
+        UserError: It is none, or see `read_reward`.
+    """
+    if (here := str(Path.cwd())) not in sys.path:
+        sys.path.append(here)
+    try:
+        return read_reward(spec)
+    except ValueError as error:
+        raise UserError(f"{option}{error}") from None
 
 
 def _limit(path: str, config: ModelConfig) -> int:

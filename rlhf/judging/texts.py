@@ -33,9 +33,9 @@ def distinct_n(texts: Sequence[str], n: int) -> float | None:
     return len(set(found)) / len(found) if found else None
 
 
-def repetition(text: str, n: int = 4) -> float:
-    """The fraction of a text's n-grams of words that have occurred in it before; 0 for a text without n-grams."""
-    found = grams(words_of(text), n)
+def repetition(text: str) -> float:
+    """The fraction of a text's 4-grams of words that have occurred in it before; 0 for a text without one."""
+    found = grams(words_of(text), 4)
     return 1 - len(set(found)) / len(found) if found else 0.0
 
 

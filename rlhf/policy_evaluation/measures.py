@@ -21,7 +21,7 @@ from rlhf.judging.prompt import TO_BE_READABLE
 from rlhf.judging.texts import text_metrics
 from rlhf.judging.win_rate import win_rates
 from rlhf.policy_evaluation.distance import check_reference, sequence_kl
-from rlhf.rollout.types import Completion, SamplingParams
+from rlhf.rollout.types import SamplingParams
 
 
 @dataclass(frozen=True)
@@ -164,10 +164,8 @@ def reference_answers(policy: Policy, prompts: Sequence[Any], reward: str | None
             texts.append([])
             scores.append([])
             continue
-        ids = policy.chat.prompt(record.messages)
-        one = Sampled(record, ids, Completion(policy.chat.response(answer), True), answer)
         texts.append([answer] * n)
-        scores.append(scorer([one]) * n if scorer else [])
+        scores.append(scorer([Sampled.of(policy.chat, record, answer)]) * n if scorer else [])
     return Answers(prompts, texts, scores, [[] for _ in texts])
 
 

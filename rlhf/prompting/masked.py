@@ -58,9 +58,7 @@ class MaskedModel:
             raise RefusedText(f"the text after the mask does not fit in {self.limit:,} tokens", "", "Shorten it.")
         return [self.chat.tokenizer.cls_token_id, *kept, self.chat.tokenizer.sep_token_id]
 
-    def logprobs(
-        self, texts: Sequence[tuple[str, str]], words: Sequence[Sequence[int]], progress: str = "masks"
-    ) -> list[list[float]]:
+    def logprobs(self, texts: Sequence[tuple[str, str]], words: Sequence[Sequence[int]]) -> list[list[float]]:
         """Log-prob of each word at the mask of each text in nats, summed over the word's tokens.
 
         Args:
@@ -73,7 +71,7 @@ class MaskedModel:
         found = [[0.0] * len(words) for _ in texts]
         rows = [(i, size, self.text_ids(before, size, after)) for i, (before, after) in enumerate(texts)
                 for size in sorted({len(word) for word in words})]  # fmt: skip
-        for batch in track(similar(rows, lambda row: len(row[2])), progress, unit="batches"):
+        for batch in track(similar(rows, lambda row: len(row[2])), "masks", unit="batches"):
             logits = self._at_masks([ids for _, _, ids in batch]).log_softmax(-1)
             start = 0
             for i, size, _ in batch:

@@ -140,10 +140,10 @@ def _lines(spec: Spec, runs: Sequence[tuple[str, Evidence]]) -> list[Line]:
     return lines
 
 
-def thinned(pairs: Sequence[tuple[float, float]], most: int = MOST_POINTS) -> tuple[list[float], list[float]]:
-    """At most about `most` of the points: the lowest and the highest of each stretch, and both ends."""
-    if len(pairs) > most:
-        size = math.ceil(2 * len(pairs) / most)
+def thinned(pairs: Sequence[tuple[float, float]]) -> tuple[list[float], list[float]]:
+    """At most about MOST_POINTS of the points: the lowest and the highest of each stretch, and both ends."""
+    if len(pairs) > MOST_POINTS:
+        size = math.ceil(2 * len(pairs) / MOST_POINTS)
         kept = {pairs[0], pairs[-1]}
         for start in range(0, len(pairs), size):
             stretch = pairs[start : start + size]
