@@ -50,15 +50,12 @@ def examples_plot(result: TaskResult) -> str:
 
     def draw(axes: Any) -> None:
         for way, points in curves.items():
-            index = order.index(way)
             sizes, values = [point[0] for point in points], [point[1] for point in points]
             reach = [[p[1] - p[2] for p in points], [p[3] - p[1] for p in points]]
-            axes.errorbar(
-                sizes, values, yerr=reach, label=way, capsize=3, color=COLOURS[index % len(COLOURS)],
-                marker=MARKERS[index % len(MARKERS)],
-            )  # fmt: skip
+            axes.errorbar(sizes, values, yerr=reach, label=way, capsize=3, **_look(order.index(way)))
         for row in flat:
-            axes.axhline(row.value, color=COLOURS[order.index(row.way) % len(COLOURS)], linestyle=":", label=row.way)
+            colour = _look(order.index(row.way))["color"]
+            axes.axhline(row.value, color=colour, linestyle=":", label=row.way)
         axes.set_xscale("log")
         sizes = sorted({point[0] for points in curves.values() for point in points})
         axes.set_xticks(sizes, [f"{size:,}" for size in sizes])
@@ -89,12 +86,14 @@ def label_heights(rows: Sequence[Row]) -> dict[str, float]:
 
 def _point(axes: Any, x: float, row: Row, index: int) -> None:
     reach = [[max(0.0, row.value - row.low)], [max(0.0, row.high - row.value)]]
-    axes.errorbar(
-        [x], [row.value], yerr=reach, capsize=3, markersize=6, color=COLOURS[index % len(COLOURS)],
-        marker=MARKERS[index % len(MARKERS)],
-    )  # fmt: skip
+    axes.errorbar([x], [row.value], yerr=reach, capsize=3, markersize=6, **_look(index))
     if len(row.by_seed) > 1:
         axes.scatter([x] * len(row.by_seed), row.by_seed, s=14, color=INK, alpha=0.45, linewidths=0, zorder=3)
+
+
+def _look(index: int) -> dict[str, str]:
+    """Colour and marker of a way."""
+    return {"color": COLOURS[index % len(COLOURS)], "marker": MARKERS[index % len(MARKERS)]}
 
 
 def _id(name: str, result: TaskResult) -> str:

@@ -19,7 +19,7 @@ WINDOW = 5
 
 
 class NothingLogged(Exception):
-    """A value is asked of a metric that was never logged."""
+    """A value is asked of a metric that was not logged, or not often enough."""
 
 
 @dataclass(frozen=True)
@@ -31,6 +31,12 @@ class Series:
 
     def __len__(self) -> int:
         return len(self.values)
+
+    def at_least(self, count: int = WINDOW) -> Series:
+        """The same, if it has so many values; else `NothingLogged`, so that the check finds nothing yet."""
+        if len(self) < count:
+            raise NothingLogged
+        return self
 
     def after(self, fraction: float) -> Series:
         """The part after a fraction of the logged steps."""
@@ -54,16 +60,13 @@ class Series:
     @property
     def logged(self) -> tuple[float, ...]:
         """The values, at least one."""
-        if not self.values:
-            raise NothingLogged
-        return self.values
+        return self.at_least(1).values
 
     @property
     def mean_and_error(self) -> tuple[float, float]:
-        """Mean and its standard error, as if the steps were independent; the error is infinite for one step."""
-        if len(self) < 2:
-            return self.logged[0], float("inf")
-        return statistics.fmean(self.values), statistics.stdev(self.values) / len(self) ** 0.5
+        """Mean of at least two values and its standard error, as if the steps were independent."""
+        values = self.at_least(2).values
+        return statistics.fmean(values), statistics.stdev(values) / len(values) ** 0.5
 
 
 @dataclass

@@ -22,9 +22,7 @@ USUAL_WEIGHT = 0.02
 )  # fmt: skip
 def advantage_moments(run: Evidence) -> str | None:
     """Advantages are centred, and whitened ones have deviation 1."""
-    mean, std = run["objective/advantages_mean"], run["objective/advantages_std"]
-    if len(mean) < WINDOW:
-        return None
+    std, mean = run["objective/advantages_std"], run["objective/advantages_mean"].at_least()
     whitened = run.option("advantage.name") == "reinforce++" or bool(run.option("advantage.whiten"))
     centred = abs(mean.last) <= (0.05 if whitened else max(std.last, 1e-6))
     if centred and (std.last > 1e-6 if not whitened else 0.9 <= std.last <= 1.1):
@@ -58,9 +56,7 @@ def clipping_dead(run: Evidence) -> str | None:
 )  # fmt: skip
 def critic_stale(run: Evidence) -> str | None:
     """A critic that explained the returns goes on to do so."""
-    explained = run["val/explained_variance"]
-    if len(explained) < 2 * WINDOW:
-        return None
+    explained = run["val/explained_variance"].at_least(2 * WINDOW)
     best = max(sorted(explained.values[i : i + WINDOW])[WINDOW // 2] for i in range(len(explained) - WINDOW + 1))
     if best < 0.3 or explained.last > 0.5 * best - 0.1:
         return None
@@ -75,8 +71,8 @@ def critic_stale(run: Evidence) -> str | None:
 )  # fmt: skip
 def rate_below_bfloat16(run: Evidence) -> str | None:
     """All steps of a run together can move a weight by more than bfloat16 rounds away."""
-    rate = run["optimizer/lr"]
-    if len(rate) < 2 * WINDOW or not run.low_precision or run.option("tuning.name", run.option("tuning")) != "full":
+    rate = run["optimizer/lr"].at_least(2 * WINDOW)
+    if not run.low_precision or run.option("tuning.name", run.option("tuning")) != "full":
         return None
     updates = run["optimizer/steps"] if run.stage == "ppo" else Series()
     if run.stage == "ppo" and not len(updates):

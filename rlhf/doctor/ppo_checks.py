@@ -67,10 +67,7 @@ def starts_at_reference(run: Evidence) -> str | None:
 )  # fmt: skip
 def negative_kl(run: Evidence) -> str | None:
     """k1 estimates a KL, whose expectation is never negative."""
-    kl = run["objective/kl"].after(0.5)
-    if len(kl) < WINDOW:
-        return None
-    mean, error = kl.mean_and_error
+    mean, error = run["objective/kl"].after(0.5).at_least().mean_and_error
     return f"the estimated KL is {number(mean)} nats on average" if mean < -max(3 * error, 0.3) else None
 
 
@@ -82,8 +79,8 @@ def negative_kl(run: Evidence) -> str | None:
 )  # fmt: skip
 def estimators_disagree(run: Evidence) -> str | None:
     """k1 and k3 estimate the same KL."""
-    k1, k3 = run["objective/kl"], run["objective/kl_k3"]
-    if len(k1) < WINDOW or max(k1.last, k3.last) < 5:
+    k3, k1 = run["objective/kl_k3"], run["objective/kl"].at_least()
+    if max(k1.last, k3.last) < 5:
         return None
     ratio = max(k3.last, 1e-9) / max(k1.last, 1e-9)
     if 0.1 <= ratio <= 10:
@@ -102,9 +99,7 @@ def estimators_disagree(run: Evidence) -> str | None:
 )  # fmt: skip
 def runs_away(run: Evidence) -> str | None:
     """KL per token stays far below the entropy of language."""
-    kl, length = run["objective/kl_k3"], run["rollout/response_length"]
-    if len(kl) < WINDOW:
-        return None
+    length, kl = run["rollout/response_length"], run["objective/kl_k3"].at_least()
     per_token = kl.last / max(length.last, 1)
     if per_token < 1:
         return None
@@ -133,8 +128,8 @@ def does_not_move(run: Evidence) -> str | None:
 )  # fmt: skip
 def saturated(run: Evidence) -> str | None:
     """Few tokens are clipped."""
-    clipped = run["policy/clipfrac"]
-    if len(clipped) < WINDOW or clipped.last < 0.3:
+    clipped = run["policy/clipfrac"].at_least()
+    if clipped.last < 0.3:
         return None
     return f"{clipped.last:.0%} of the tokens are clipped; 1% to 10% is healthy"
 
@@ -147,8 +142,8 @@ def saturated(run: Evidence) -> str | None:
 )  # fmt: skip
 def entropy_collapsed(run: Evidence) -> str | None:
     """Entropy falls, but not to nothing."""
-    entropy = run["objective/entropy"]
-    if len(entropy) < WINDOW or entropy.last >= 0.02 or entropy.last > 0.2 * entropy.first:
+    entropy = run["objective/entropy"].at_least()
+    if entropy.last >= 0.02 or entropy.last > 0.2 * entropy.first:
         return None
     return f"entropy fell from {number(entropy.first)} to {number(entropy.last)} nats per token"
 
@@ -160,8 +155,8 @@ def entropy_collapsed(run: Evidence) -> str | None:
 )  # fmt: skip
 def entropy_explodes(run: Evidence) -> str | None:
     """Entropy does not rise much."""
-    entropy = run["objective/entropy"]
-    if len(entropy) < WINDOW or entropy.last < max(2 * entropy.first, entropy.first + 0.7):
+    entropy = run["objective/entropy"].at_least()
+    if entropy.last < max(2 * entropy.first, entropy.first + 0.7):
         return None
     return f"entropy rose from {number(entropy.first)} to {number(entropy.last)} nats per token"
 
@@ -177,9 +172,9 @@ def entropy_explodes(run: Evidence) -> str | None:
 )  # fmt: skip
 def never_ends(run: Evidence) -> str | None:
     """Completions end by themselves."""
-    ended = run["rollout/eos_rate"]
+    ended = run["rollout/eos_rate"].at_least()
     fixed = run.option("rollout.min_new_tokens", 0) >= run.option("rollout.max_new_tokens", 1)
-    if len(ended) < WINDOW or fixed or ended.last >= 0.1:
+    if fixed or ended.last >= 0.1:
         return None
     return f"{ended.last:.0%} of the completions end by themselves"
 
@@ -191,8 +186,8 @@ def never_ends(run: Evidence) -> str | None:
 )  # fmt: skip
 def ends_at_once(run: Evidence) -> str | None:
     """Completions have more than an end token."""
-    length = run["rollout/response_length"]
-    if len(length) < WINDOW or length.last >= 2:
+    length = run["rollout/response_length"].at_least()
+    if length.last >= 2:
         return None
     return f"completions have {number(length.last)} tokens on average"
 
@@ -205,8 +200,8 @@ def ends_at_once(run: Evidence) -> str | None:
 )  # fmt: skip
 def length_drifts(run: Evidence) -> str | None:
     """The score does not rise by length alone."""
-    length, scores = run["rollout/response_length"], run["objective/scores"]
-    if len(length) < 2 * WINDOW or length.last < 2 * length.first or scores.last <= scores.first:
+    scores, length = run["objective/scores"], run["rollout/response_length"].at_least(2 * WINDOW)
+    if length.last < 2 * length.first or scores.last <= scores.first:
         return None
     return f"completions grew from {number(length.first)} to {number(length.last)} tokens while the score rose"
 
@@ -222,8 +217,8 @@ def length_drifts(run: Evidence) -> str | None:
 )  # fmt: skip
 def reward_constant(run: Evidence) -> str | None:
     """Scores differ between completions."""
-    spread = run["objective/scores_std"]
-    if len(spread) < 3 or spread.last > 1e-6:
+    spread = run["objective/scores_std"].at_least(3)
+    if spread.last > 1e-6:
         return None
     return f"all completions of an update have the same score, {number(run['objective/scores'].last)}"
 
@@ -235,11 +230,9 @@ def reward_constant(run: Evidence) -> str | None:
 )  # fmt: skip
 def reward_explodes(run: Evidence) -> str | None:
     """Scores stay within the range that they start in."""
-    scores, spread = run["objective/scores"], run["objective/scores_std"]
-    if len(scores) < WINDOW or spread.first < 1e-6:
-        return None
+    spread, scores = run["objective/scores_std"], run["objective/scores"].at_least()
     unit = spread.first
-    if spread.last < 20 * unit and abs(scores.last - scores.first) < 50 * unit:
+    if unit < 1e-6 or (spread.last < 20 * unit and abs(scores.last - scores.first) < 50 * unit):
         return None
     return (
         f"scores went from {number(scores.first)} with a spread of {number(spread.first)} to"
@@ -254,8 +247,8 @@ def reward_explodes(run: Evidence) -> str | None:
 )  # fmt: skip
 def reward_falls(run: Evidence) -> str | None:
     """Scores do not end clearly below their start."""
-    scores, spread = run["objective/scores"], run["objective/scores_std"]
-    if len(scores) < 2 * WINDOW or scores.last > scores.first - max(spread.first, 1e-6):
+    spread, scores = run["objective/scores_std"], run["objective/scores"].at_least(2 * WINDOW)
+    if scores.last > scores.first - max(spread.first, 1e-6):
         return None
     return f"the mean score fell from {number(scores.first)} to {number(scores.last)}"
 
@@ -271,8 +264,8 @@ def reward_falls(run: Evidence) -> str | None:
 )  # fmt: skip
 def critic_useless(run: Evidence) -> str | None:
     """After the first updates the critic explains some of the returns."""
-    explained = run["val/explained_variance"]
-    if len(explained) < 2 * WINDOW or explained.after(0.5).median >= 0:
+    explained = run["val/explained_variance"].at_least(2 * WINDOW)
+    if explained.after(0.5).median >= 0:
         return None
     return f"the critic's explained variance is {number(explained.last)}; a constant has 0"
 
@@ -284,7 +277,7 @@ def critic_useless(run: Evidence) -> str | None:
 )  # fmt: skip
 def value_clipping(run: Evidence) -> str | None:
     """Few values are clipped."""
-    clipped = run["val/clipfrac"]
-    if len(clipped) < 2 * WINDOW or clipped.last < 0.5:
+    clipped = run["val/clipfrac"].at_least(2 * WINDOW)
+    if clipped.last < 0.5:
         return None
     return f"{clipped.last:.0%} of the value losses are clipped"

@@ -76,10 +76,7 @@ def damaged_log(run: Evidence) -> str | None:
 )  # fmt: skip
 def gradient_spikes(run: Evidence) -> str | None:
     """No step's gradient is far larger than the others'."""
-    norm = run["optimizer/grad_norm"]
-    later = norm.after(0.2)
-    if len(later) < 2 * WINDOW:
-        return None
+    later = run["optimizer/grad_norm"].after(0.2).at_least(2 * WINDOW)
     worst = max(later.values)
     if worst < 20 * max(later.median, 1e-9):
         return None
@@ -94,8 +91,8 @@ def gradient_spikes(run: Evidence) -> str | None:
 )  # fmt: skip
 def always_clipped(run: Evidence) -> str | None:
     """Clipping is for the exceptions."""
-    norm, most = run["optimizer/grad_norm"], run.option("optimizer.max_grad_norm")
-    if len(norm) < 2 * WINDOW or not most or norm.median < 50 * most:
+    norm, most = run["optimizer/grad_norm"].at_least(2 * WINDOW), run.option("optimizer.max_grad_norm")
+    if not most or norm.median < 50 * most:
         return None
     return f"the median gradient norm is {number(norm.median)}, and the clip is at {number(most)}"
 
@@ -107,8 +104,8 @@ def always_clipped(run: Evidence) -> str | None:
 )  # fmt: skip
 def memory_grows(run: Evidence) -> str | None:
     """Peak memory is reached early."""
-    memory = run["memory/peak_gb"].after(0.5)
-    if len(memory) < 2 * WINDOW or memory.values[-1] < 1.3 * memory.values[0]:
+    memory = run["memory/peak_gb"].after(0.5).at_least(2 * WINDOW)
+    if memory.values[-1] < 1.3 * memory.values[0]:
         return None
     return f"peak memory rose from {number(memory.values[0])} to {number(memory.values[-1])} GB in the second half"
 

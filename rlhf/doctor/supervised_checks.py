@@ -19,8 +19,8 @@ GUESSING = math.log(2)
 )  # fmt: skip
 def loss_does_not_fall(run: Evidence) -> str | None:
     """The training loss ends below its start."""
-    loss = run["train/loss"]
-    if len(loss) < 2 * WINDOW or loss.first < 0.05 or loss.last < 0.995 * loss.first:
+    loss = run["train/loss"].at_least(2 * WINDOW)
+    if loss.first < 0.05 or loss.last < 0.995 * loss.first:
         return None
     return f"the training loss went from {number(loss.first)} to {number(loss.last)}"
 
@@ -32,8 +32,8 @@ def loss_does_not_fall(run: Evidence) -> str | None:
 )  # fmt: skip
 def loss_diverges(run: Evidence) -> str | None:
     """The training loss does not rise far above its lowest value."""
-    loss = run["train/loss"]
-    if len(loss) < 2 * WINDOW or loss.last < 1.5 * loss.first or loss.last < 0.1:
+    loss = run["train/loss"].at_least(2 * WINDOW)
+    if loss.last < 1.5 * loss.first or loss.last < 0.1:
         return None
     return f"the training loss rose from {number(loss.first)} to {number(loss.last)}"
 
@@ -63,8 +63,8 @@ def overfits(run: Evidence) -> str | None:
 )  # fmt: skip
 def too_good(run: Evidence) -> str | None:
     """Demonstrations are news to the model."""
-    loss = run["train/loss"]
-    if len(loss) < 3 or loss.values[0] > 0.02:
+    loss = run["train/loss"].at_least(3)
+    if loss.values[0] > 0.02:
         return None
     return f"the loss of the first steps is {number(loss.values[0])} nats per token: nothing is left to learn"
 
@@ -76,8 +76,8 @@ def too_good(run: Evidence) -> str | None:
 )  # fmt: skip
 def guessing(run: Evidence) -> str | None:
     """Held-out pairs are ordered better than by a coin."""
-    accuracy = run["eval/accuracy"]
-    if len(accuracy) < 2 or max(accuracy.values) > 0.53:
+    accuracy = run["eval/accuracy"].at_least(2)
+    if max(accuracy.values) > 0.53:
         return None
     return f"held-out accuracy is {accuracy.values[-1]:.3f}; a coin gives 0.5"
 
@@ -89,8 +89,8 @@ def guessing(run: Evidence) -> str | None:
 )  # fmt: skip
 def overconfident(run: Evidence) -> str | None:
     """The log loss of held-out pairs is below that of guessing."""
-    log_loss, accuracy = run["eval/log_loss"], run["eval/accuracy"]
-    if len(log_loss) < 2 or log_loss.values[-1] <= GUESSING + 0.02 or accuracy.logged[-1] <= 0.53:
+    accuracy, log_loss = run["eval/accuracy"], run["eval/log_loss"].at_least(2)
+    if log_loss.values[-1] <= GUESSING + 0.02 or accuracy.logged[-1] <= 0.53:
         return None
     return (
         f"held-out log loss is {number(log_loss.values[-1])} nats at an accuracy of {accuracy.values[-1]:.3f};"

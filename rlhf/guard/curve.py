@@ -126,16 +126,18 @@ def draw(axes: Any, curve: Curve, alarms: Iterable[Mapping[str, Any]] = (), titl
     Args:
         axes: Matplotlib axes.
     """
-    start = curve.fit.start.value if curve.fit else float(curve.gold[0])
+    form = curve.fit
+    start = form.start.value if form else float(curve.gold[0])
+    shown = 1.05 * max(float(curve.distance.max()), 1e-6)
     axes.plot(curve.distance, curve.proxy - curve.proxy[0], ".", color=BLUE, label="score (trained on)")
     axes.plot(curve.distance, curve.gold - start, ".", color=ORANGE, label="gold (held out)")
-    if curve.fit is not None:
-        grid = np.linspace(0, curve.fit.furthest, 200)
-        axes.plot(grid, curve.fit(grid) - start, "-", color=ORANGE, label="d (α - β log d)")
-        peak = curve.fit.peak
-        if peak.value <= 1.5 * curve.fit.furthest:
+    if form is not None:
+        grid, peak, far = np.linspace(0, form.furthest, 200), form.peak, 1.5 * form.furthest
+        axes.plot(grid, form(grid) - start, "-", color=ORANGE, label="d (α - β log d)")
+        if peak.value <= far:
             axes.axvline(peak.value, color=ORANGE, linestyle=":", linewidth=1, label="predicted peak, 95%")
-            axes.axvspan(peak.low, min(peak.high, 1.5 * curve.fit.furthest), color=ORANGE, alpha=0.12, linewidth=0)
+            axes.axvspan(peak.low, min(peak.high, far), color=ORANGE, alpha=0.12, linewidth=0)
+            shown = max(shown, 1.05 * peak.value)
     places = [(curve.distance[curve.steps.index(a["step"])], a) for a in alarms if a["step"] in curve.steps]
     for index, (place, alarm) in enumerate(places):
         axes.axvline(place, color=RED, linewidth=1, label="guard speaks" if index == 0 else None)
@@ -144,9 +146,6 @@ def draw(axes: Any, curve: Curve, alarms: Iterable[Mapping[str, Any]] = (), titl
             textcoords="offset points", fontsize=8, color=RED,
         )  # fmt: skip
     axes.axhline(0, color=GREY, linewidth=0.5)
-    shown = 1.05 * max(float(curve.distance.max()), 1e-6)
-    if curve.fit is not None and curve.fit.peak.value <= 1.5 * curve.fit.furthest:
-        shown = max(shown, 1.05 * curve.fit.peak.value)
     axes.set_xlim(-0.02 * shown, shown)
     axes.set(xlabel="sqrt(KL) to the initial policy, KL in nats per completion", ylabel="gain", title=title)
     axes.legend(frameon=False, fontsize=8)

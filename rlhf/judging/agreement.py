@@ -94,17 +94,16 @@ def agreement_metrics(pairs: Sequence[Pair], verdicts: Sequence[Comparison], swa
         "pairs": len(pairs), "rankings": len({id(pair.ranking) for pair in pairs}),
         "unreadable": len(pairs) - len(read), "strict_pairs": len(strict),
         "agreement": _mean(credits), "interval": clustered(credits, [pair.ranking.prompt_id for pair, _ in strict]),
-        "judge_ties": _mean([float(credit == 0.5) for credit in credits]), "agreement_without_ties": _mean(decided),
-        "human_ties": len(tied), "tie_agreement": _mean([float(one.credit == 0.5) for one in tied]),
+        "judge_ties": _mean([credit == 0.5 for credit in credits]), "agreement_without_ties": _mean(decided),
+        "human_ties": len(tied), "tie_agreement": _mean([one.credit == 0.5 for one in tied]),
     }  # fmt: skip
     if swapped:
-        shown = [(pair, first) for pair, one in read for first in one.shown_first]
-        prompts = [pair.ranking.prompt_id for pair, _ in shown]
+        shown = [first for _, one in read for first in one.shown_first]
+        prompts = [pair.ranking.prompt_id for pair, one in read for _ in one.shown_first]
         found |= {
-            "consistent": _mean([float(one.consistent) for _, one in read]),
-            "first_position": _mean([float(first) for _, first in shown]),
-            "first_position_interval": clustered([float(first) for _, first in shown], prompts),
-        }
+            "consistent": _mean([one.consistent for _, one in read]),
+            "first_position": _mean(shown), "first_position_interval": clustered(shown, prompts),
+        }  # fmt: skip
     return found
 
 

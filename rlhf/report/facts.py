@@ -108,44 +108,21 @@ def _with_interval(found: Mapping[str, Any], key: str) -> str:
 # ---- lineage, cost, versions ---------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Link:
-    """A stage with what it was made from."""
-
-    title: str
-    path: str
-    inputs: list[tuple[str, str, str]]
-    """Kind, path, fingerprint of each model and dataset that it read."""
-    result: str
-    """Fingerprint of its result."""
-    changed: list[str]
-    """Inputs that are not what the run read any more."""
-
-
-def lineage(subject: Subject) -> list[Link]:
-    """The stages in the order in which they were made."""
-    links = []
-    for run in subject.runs:
-        info, inputs, changed = run.evidence.info, [], []
-        for parent in info.get("parents", []):
-            path = str(parent.get("path", ""))
-            mark = str(parent.get("fingerprint") or "")
-            inputs.append((str(parent.get("stage", "model")), path, mark[:12]))
-            place = located(path, run.path)
-            if mark and place is not None and is_run(place) and read_run(place).get("model_fingerprint") != mark:
-                changed.append(path)
-        inputs += [(str(one.get("kind", "data")), str(one.get("path", "")), str(one.get("fingerprint", ""))[:12])
-                   for one in info.get("data", [])]  # fmt: skip
-        result = str(info.get("model_fingerprint") or "")[:12]
-        links.append(Link(run.title, str(run.path), inputs, result or "not finished", changed))
-    return links
+def inputs(run: RunRecord) -> Iterator[tuple[str, str, str, bool]]:
+    """Kind, path and fingerprint of each model and dataset that a run read, and whether the model has changed."""
+    for parent in run.evidence.info.get("parents", []):
+        path, mark = str(parent.get("path", "")), str(parent.get("fingerprint") or "")
+        place = located(path, run.path)
+        there = read_run(place).get("model_fingerprint") if mark and place is not None and is_run(place) else mark
+        yield str(parent.get("stage", "model")), path, mark[:12], there != mark
+    for one in run.evidence.info.get("data", []):
+        yield str(one.get("kind", "data")), str(one.get("path", "")), str(one.get("fingerprint", ""))[:12], False
 
 
 @dataclass(frozen=True)
 class Cost:
     """What a run took."""
 
-    title: str
     seconds: float
     tokens: float
     memory: float
@@ -170,7 +147,7 @@ def cost(run: RunRecord) -> Cost:
         seconds = sum(time * (step - before) for time, step, before in zip(times, steps, (0, *steps)))
         tokens = sum(evidence["train/tokens"].values)
     memory = float(info.get("peak_memory") or 0) or max(evidence["memory/peak_gb"].values, default=0.0) * 1e9
-    return Cost(run.title, seconds, tokens, memory, int(info.get("processes") or 1))
+    return Cost(seconds, tokens, memory, int(info.get("processes") or 1))
 
 
 def duration(seconds: float) -> str:
@@ -188,14 +165,11 @@ def amount(value: float) -> str:
     return f"{value:.0f}"
 
 
-def versions(subject: Subject) -> dict[str, dict[str, str]]:
-    """Stage -> package -> version, with the commit of this project's code."""
-    found = {}
-    for run in subject.runs:
-        packages = run.evidence.info.get("packages")
-        row = {str(k): str(v) for k, v in packages.items()} if isinstance(packages, dict) else {}
-        found[run.title] = row | {"commit": str(run.evidence.info.get("git") or "unknown")[:12]}
-    return found
+def versions(run: RunRecord) -> dict[str, str]:
+    """Package -> version, with the commit of this project's code."""
+    packages = run.evidence.info.get("packages")
+    found = {str(k): str(v) for k, v in packages.items()} if isinstance(packages, dict) else {}
+    return found | {"commit": str(run.evidence.info.get("git") or "unknown")[:12]}
 
 
 # ---- configs -------------------------------------------------------------------------------------------------------
