@@ -63,6 +63,14 @@ def test_all_faults_of_a_file_come_in_one_error():
     assert "did you mean 'train'?" in text
 
 
+def test_faults_of_several_keys_together_come_in_one_error():
+    text = faults(SFTConfig, SFT | {"optimizer": {"algorithm": "adafactor", "eps": 1e-6, "betas": (0.5, 0.9)}})
+    assert "betas: 'adafactor' has no such setting" in text and "eps: 'adafactor' has no such setting" in text
+    model, more = {"path": "m", "resize_embeddings": True}, {"tuning": "prefix-tuning", "gradient_checkpointing": True}
+    text = faults(SFTConfig, SFT | {"model": model} | more)
+    assert "model.resize_embeddings: prefix-tuning" in text and "gradient_checkpointing: does not work" in text
+
+
 def test_a_fault_shows_the_value_that_stood_there():
     assert "got 1.5" in faults(SFTConfig, SFT | {"optimizer": {"warmup": 1.5}})
 
