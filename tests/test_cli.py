@@ -87,7 +87,7 @@ def test_an_unknown_command_or_option_is_refused_with_the_nearest(tmp_path):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["sft", "--config", "nope.yaml"], "nope.yaml: there is no such config file"),
+        (["sft", "--config", "nope.yaml"], "nope.yaml: no such config file"),
         (["sft", "--config", "sft.yaml", "batch.bach_size=3"], "did you mean 'batch_size'?"),
         (["sft", "--config", "sft.yaml", "data.train=nowhere"], "data.train: nowhere: there is no dataset"),
         (

@@ -111,7 +111,7 @@ def test_a_file_that_is_no_config_is_refused_readably(tmp_path, text, message):
 
 
 def test_a_missing_file_is_named(tmp_path):
-    with pytest.raises(UserError, match=r"nope\.yaml: there is no such config file"):
+    with pytest.raises(UserError, match=r"nope\.yaml: no such config file"):
         load_stage_config(SFTConfig, tmp_path / "nope.yaml")
 
 

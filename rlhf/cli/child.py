@@ -21,7 +21,7 @@ def run_command(words: Sequence[str], what: str, remedy: str) -> None:
     Raises:
         UserError: It failed or was killed.
         KeyboardInterrupt: Ctrl-C was pressed.
-        Terminated: SIGTERM came, and the command ended, in the middle of training with a checkpoint.
+        Terminated: SIGTERM was received, and the command ended, during training with a checkpoint.
     """
     environment = {**os.environ, PARENT: "pipeline", PARENT_PID: str(os.getpid())}
     status = run_child([sys.executable, "-m", "stages.cli", *words], environment)

@@ -25,7 +25,7 @@ class ComparedTask(TaskConfig):
     """The records that are measured. By default `test` if the dataset has that split, else `eval`. Ways learn from the
     split `train` (and records without a split), and select checkpoints by `eval` if another split is measured."""
     limit: PositiveInt | None = 200
-    """The most records that are measured; the first ones are taken."""
+    """Most records that are measured, from the first on."""
     rankings: Paths = []
     """Datasets of rankings for the ways that train with `dpo` or `reward`."""
     reward: str | None = None
@@ -35,7 +35,7 @@ class ComparedTask(TaskConfig):
 
     @property
     def metric(self) -> Pick:
-        """What ways are compared by: the first of `metrics`."""
+        """The metric that ways are compared by: the first of `metrics`."""
         if self.metrics:
             return self.metrics[0]
         return METRICS.pick("accuracy" if self.labels else "exact_match")
@@ -131,8 +131,8 @@ class CompareConfig(Strict):
     budget: BudgetConfig
     """What each trained way may use; a way with several stages divides it evenly among them."""
     examples: list[PositiveInt] = []
-    """Also with only this many training prompts, to learn from or to choose few-shot examples from: one curve per way.
-    All of the data is always measured."""
+    """Also measure ways with only this many training prompts, to train on or to choose few-shot examples from: one
+    curve per way. All of the data is always measured too."""
     seeds: Annotated[list[NonNegativeInt], Field(min_length=1)] = [0]
     """Repeat with each seed (training, choice of examples); values are means over them, and intervals include their
     variation. A way without either is measured once."""

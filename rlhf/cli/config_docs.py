@@ -31,8 +31,8 @@ SECTIONS: dict[str, tuple[type[BaseModel], str]] = {
     "DPO": (DPOConfig, "`rlhf dpo --config FILE`: the policy from rankings, without a reward model and without RL."),
     "PPO": (PPOConfig, "`rlhf ppo --config FILE`: PPO against the reward."),
     "Specialist": (SpecialistConfig, "`rlhf specialist --config FILE`: a head for one labelled task."),
-    "Pipeline": (PipelineConfig, "`rlhf pipeline --config FILE`: the stages in a row, then the export."),
-    "Comparison": (CompareConfig, "`rlhf compare --config FILE`: ways to put a model to work, side by side."),
+    "Pipeline": (PipelineConfig, "`rlhf pipeline --config FILE`: the stages in order, then the export."),
+    "Comparison": (CompareConfig, "`rlhf compare --config FILE`: prompting, tuning, DPO and PPO, side by side."),
     "A task of a comparison": (ComparedTask, "A value of `tasks`."),
     "A way of a comparison": (WayConfig, "A value of `ways`."),
 }

@@ -80,7 +80,7 @@ def prepare(
     The arguments are those of `rlhf.cli.preflight.check`.
 
     Raises:
-        UserError: Whatever can be found wrong without loading weights.
+        UserError: A fault that can be found without loading weights.
     """
     if resume and overwrite:
         raise UserError("--resume and --overwrite: one continues the run, the other deletes it", remedy="Choose one.")
@@ -106,7 +106,7 @@ def prepare(
 
 
 def refuse_other_stage(stage: str, file: str | Path) -> None:
-    """Refuse a config file that is none of this stage's, but a valid one of another stage or of a pipeline.
+    """Refuse a config file that is invalid for this stage, but valid for another stage or a pipeline.
 
     Raises:
         UserError: Names the stage that the file is for, and its command.

@@ -44,7 +44,7 @@ def exit_on_error(resume: str | None = None) -> Iterator[None]:
         sys.exit(130)
     except Terminated as stopped:
         if is_main() and (resume or stopped.state):
-            # under a launcher or pipeline, which prints how to resume, only what was reached
+            # a launcher or pipeline prints how to resume itself
             words = ("\nEnded by SIGTERM.", stopped.state, resume) if resume else (stopped.state,)
             err().print(" ".join(filter(None, words)), markup=False, soft_wrap=True)
         sys.exit(SIGTERM_STATUS)

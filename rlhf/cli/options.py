@@ -29,9 +29,7 @@ Hostfile = Annotated[
 ]
 
 Model = Annotated[str, typer.Argument(metavar="RUN|MODEL", help="A run, a model folder, or a hub name.")]
-System = Annotated[
-    str | None, typer.Option(metavar="TEXT", help="A system message for conversations that have none of their own.")
-]
+System = Annotated[str | None, typer.Option(metavar="TEXT", help="A system message for conversations without one.")]
 TrustRemoteCode = Annotated[
     bool, typer.Option("--trust-remote-code", help="Run Python code that comes with a model. Read that code first.")
 ]
@@ -39,7 +37,7 @@ Split = Annotated[
     str | None,
     typer.Option(help="train, eval or test. When left out: eval, or everything where the dataset has no splits."),
 ]
-Limit = Annotated[int | None, typer.Option(min=1, help="The largest number of records; the first ones are taken.")]
+Limit = Annotated[int | None, typer.Option(min=1, help="Most records, from the first on.")]
 Reward = Annotated[
     str | None,
     typer.Option(
@@ -60,8 +58,8 @@ def refuse_given(context: typer.Context, names: Iterable[str], why: str) -> None
     """Refuse options that were given on the command line and would be ignored.
 
     Args:
-        context: Of the command.
-        names: Of parameters, such as `max_new_tokens`.
+        context: The command's context.
+        names: Names of parameters, such as `max_new_tokens`.
         why: The rest of the sentence, such as `is for policies`.
 
     Raises:

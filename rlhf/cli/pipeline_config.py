@@ -1,4 +1,4 @@
-"""The config of a pipeline: the stages in a row, and rounds of new rankings."""
+"""The config of a pipeline: the stages in order, and rounds of new rankings."""
 
 from __future__ import annotations
 

@@ -28,7 +28,7 @@ class SamplingOptions:
 
     Args:
         stop (TEXT): An answer also ends after this text; may be repeated.
-        seed: Seed for all random choices.
+        seed: Random seed.
         chat_template: auto (the model's own, else `default`), default, plain, encoder-decoder, or the path of a Jinja
             file.
     """
@@ -37,10 +37,10 @@ class SamplingOptions:
         float | None, typer.Option(metavar="T", help=f"Divides the logits; 0 is greedy. {_DEFAULT} 1.")
     ] = None
     top_k: Annotated[
-        int | None, typer.Option(min=0, help=f"Sample among the K likeliest tokens; 0 is off. {_DEFAULT} off.")
+        int | None, typer.Option(min=0, help=f"Sample among the K most likely tokens; 0 is off. {_DEFAULT} off.")
     ] = None
     top_p: Annotated[
-        float | None, typer.Option(help=f"Sample among the likeliest tokens of this total probability. {_DEFAULT} 1.")
+        float | None, typer.Option(help=f"Sample among the most likely tokens of this total probability. {_DEFAULT} 1.")
     ] = None
     max_new_tokens: Annotated[int | None, typer.Option(min=1, help=f"Longest answer in tokens. {_DEFAULT} 128.")] = None
     min_new_tokens: Annotated[int | None, typer.Option(min=0, help=f"Shortest answer in tokens. {_DEFAULT} 0.")] = None

@@ -31,7 +31,7 @@ Pattern = Annotated[
     str | None,
     typer.Option(
         metavar="NAME|REGEX",
-        help="Which part of a text is the answer: gsm8k, the-answer-is, number, letter, boxed, last-line, or a regular"
+        help="How to find the answer in a text: gsm8k, the-answer-is, number, letter, boxed, last-line, or a regular"
         " expression. By default the whole text.",
     ),
 ]

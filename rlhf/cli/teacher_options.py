@@ -24,7 +24,7 @@ from rlhf.servers.client import Server
 from rlhf.servers.config import ServerConfig
 
 CUE = "Let's think step by step. End with one line: The answer is ..."
-"""What is added to a prompt with --rationales (Kojima et al. 2022, with a form that the answer can be read from)."""
+"""The cue of --rationales (Kojima et al. 2022, with a form from which the answer can be read)."""
 TeacherName = Annotated[
     str, typer.Option(metavar="RUN|MODEL|URL", help="A run, a model, or a server such as http://localhost:8000/v1.")
 ]
@@ -33,7 +33,7 @@ Cache = Annotated[Path | None, typer.Option(metavar="FOLDER", help="Where replie
 
 @dataclass(frozen=True)
 class AskingOptions:
-    """What a teacher is asked, and which of its answers are kept.
+    """How a teacher is asked, and which of its answers are kept.
 
     Args:
         n: Answers to each prompt; 1, or 4 candidates.
@@ -52,15 +52,15 @@ class AskingOptions:
 
 @dataclass(frozen=True)
 class ServerOptions:
-    """Which model of a server is asked, and within which limits.
+    """The model of a server, and limits of requests.
 
     Args:
         teacher_model (NAME): The model's name on the server; by default its only one.
         key_env (VARIABLE): The environment variable with the server's key. By default OPENAI_API_KEY for api.openai.com
             alone.
-        concurrency: Most requests under way at once; 8 by default.
-        requests_per_minute: Most requests in a minute; no limit by default.
-        retries: Times that a failed request is sent again; 6 by default.
+        concurrency: Most concurrent requests; 8 by default.
+        requests_per_minute: Most requests per minute; no limit by default.
+        retries: Most retries of a failed request; 6 by default.
         timeout_seconds: Longest time for one request; 300 by default.
         price_input: Price of a million prompt tokens, to count the cost.
         price_output: Price of a million completion tokens.

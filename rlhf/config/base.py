@@ -39,7 +39,7 @@ class Strict(BaseModel):
     )  # fmt: skip
 
     def faults(self) -> Iterator[str]:
-        """What is wrong with values that are right by themselves, a sentence without a full stop for each."""
+        """Faults in combinations of valid values, a sentence without a full stop for each."""
         yield from ()
 
     @model_validator(mode="after")
@@ -57,8 +57,8 @@ class ModelConfig(Strict):
     `default`, `plain` (no roles: the completion continues the text of the prompt), `encoder-decoder` (the text and the
     end token, as T5 and BART were trained), or the path of a Jinja file."""
     control_tokens_in_text: Literal["as_text", "reject"] = "as_text"
-    """What happens to text of records that spells a control token, such as `</s>`. It never becomes that token: it is
-    encoded as the characters that it is (`as_text`), or the record is rejected and counted (`reject`)."""
+    """How to handle the string of a control token, such as `</s>`, in a record's text. It never becomes that token: it
+    is encoded as plain text (`as_text`), or the record is rejected and counted (`reject`)."""
     max_length: PositiveInt | None = None
     """Longest sequence in tokens, prompt and completion together. The default is the model's own limit."""
     resize_embeddings: bool = False

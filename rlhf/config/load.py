@@ -35,7 +35,7 @@ def read_values(path: str | Path) -> dict[str, Any]:
     """
     path = Path(path)
     if not path.is_file():
-        raise UserError(f"{path}: there is no such config file", remedy="Examples to copy are in configs/.")
+        raise UserError(f"{path}: no such config file", remedy="Examples to copy are in configs/.")
     with blame(f"{path}"):
         values = read_yaml(path)
     if values is None:

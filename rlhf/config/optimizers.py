@@ -2,7 +2,7 @@
 
 A row makes a torch optimizer of parameter groups and `betas`, `eps` and `weight_decay`. Traits:
     state: Bytes of optimizer state for a trained tensor of a given shape, besides the weight and its gradient.
-    unused: Keys of the config's group `optimizer` that the algorithm has no use for.
+    unused: Keys of the config's group `optimizer` that the algorithm does not use.
     flat: Whether a flat part of many tensors may be updated as if it were one tensor, as ZeRO does.
     needs: A Python package outside of the project's own requirements, or None.
     scratch: Temporary float32 tensors in a step, each as large as the largest trained one.
@@ -71,7 +71,7 @@ def cpu_adam(groups: Groups, **adam: Any) -> Any:
 
 
 def _compute_powers_again(optimizer: Any, *_: Any) -> None:
-    """Make every step of a resumed run equal to that of an undisturbed one, bit for bit.
+    """Make every step of a resumed run equal to that of an uninterrupted one, bit for bit.
 
     DeepSpeed's C++ gets beta^step by multiplying that of the step before, and with pow only after a jump (IncrementStep
     in deepspeed 0.19, csrc/includes/cpu_adam.h), so the first step after a resume would round differently. An update of

@@ -26,9 +26,9 @@ class PreferenceBatch:
     shared: bool
     """Whether any row has several answers."""
     rankings: RankingBatch
-    """How the answers were ranked, in the order in which the rows hold them."""
+    """Ranks of the answers, in the order of the rows."""
     reference: Tensor | None
-    """float32 [N], log-probs of the answers by the reference, nats; None before they are known."""
+    """float32 [N], log-probs of the answers under the reference, nats; None before they are known."""
 
     @property
     def answer_tokens(self) -> Tensor:

@@ -28,8 +28,8 @@ class DPOConfig(SupervisedConfig):
     """The training loss on implicit rewards: a row of the table of ranking losses with its options. On binary
     comparisons `bradley-terry` and `plackett-luce` are the loss of the DPO paper."""
     beta: PositiveFloat = 0.1
-    """How strongly the policy is held to the reference: the implicit reward of an answer is beta x (its log-prob -
-    its log-prob by the reference). Smaller values let the policy move further for the same preference."""
+    """Strength of the KL constraint to the reference: the implicit reward of an answer is beta x (its log-prob - its
+    log-prob under the reference). Smaller values let the policy move further for the same preference."""
     sft_coef: NonNegativeFloat = 0.0
     """Weight of the SFT loss on the best answer of each ranking, in nats per token, added to the ranking loss (TRL's
     `rpo_alpha`). It keeps the log-probs of good answers from falling."""

@@ -1,4 +1,4 @@
-"""The policy as the engine calls it: log-probs of whole answers, by itself or by the reference that it started from."""
+"""The policy as the engine calls it: log-probs of whole answers, under the policy or the reference it started from."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from rlhf.tuning.merging import adapters_off
 
 
 class PreferencePolicy(nn.Module):
-    """A causal LM, perhaps in PEFT's wrapper, that gives the log-prob of every answer of a batch of rankings.
+    """A causal LM, perhaps in PEFT's wrapper, that returns the log-prob of every answer of a batch of rankings.
 
     Args:
-        model: It.
+        model: The causal LM.
         goes_on: Whether it started with a trained adapter, which is then part of the reference.
     """
 
@@ -32,7 +32,7 @@ class PreferencePolicy(nn.Module):
 
         Args:
             batch: N answers.
-            chunks: Parts that the head works in; see `rlhf.models.logprobs.head_chunks`.
+            chunks: Number of chunks of the head; see `rlhf.models.logprobs.head_chunks`.
             reference: Without new adapters and virtual tokens. Before training this is the reference in any case.
         """
         if not reference or self.goes_on:

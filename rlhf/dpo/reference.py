@@ -36,7 +36,7 @@ def score_answers(
     Args:
         engine: Over a `PreferencePolicy` in evaluation mode.
         at_once: Rankings in a forward pass of one process.
-        reference: By the reference, for which no weight may have been trained yet.
+        reference: Under the reference, before any weight is trained.
     """
     ranks, lengths = distributed.world_size(), table["length"][:]
     first = [0, *itertools.accumulate(map(len, table["ranks"][:]))]
@@ -63,10 +63,10 @@ def score_answers(
 def with_reference(
     file: Path, table: Any, facts: dict[str, Any], compute: Callable[[Any], Sequence[tuple[list[float], list[int]]]]
 ) -> Any:
-    """The table with a column `reference`: each answer's log-prob by the reference in nats. Every rank calls it.
+    """The table with a column `reference`: each answer's log-prob under the reference in nats. Every rank calls it.
 
-    They are kept in `file`, so a resumed run trains against the same numbers. A file of another model, other tokens or
-    another precision is computed again.
+    The log-probs are cached in `file`, so a resumed run uses the same ones. If the model, tokens or precision differ,
+    they are recomputed.
 
     Args:
         file: An Arrow file, read if it is there.

@@ -127,10 +127,10 @@ class SelectiveLogSoftmax(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         ctx.temperature = temperature
         ctx.save_for_backward(logprobs, wanted, entropies)
-        likeliest = chosen == logprobs.amax(-1) if top1 else None
-        if likeliest is not None:
-            ctx.mark_non_differentiable(likeliest)
-        return chosen, entropies, likeliest
+        is_top1 = chosen == logprobs.amax(-1) if top1 else None
+        if is_top1 is not None:
+            ctx.mark_non_differentiable(is_top1)
+        return chosen, entropies, is_top1
 
     @staticmethod
     def backward(ctx: Any, chosen: Tensor | None, entropies: Tensor | None, _: None) -> tuple[Tensor, None, None, None]:
@@ -166,22 +166,22 @@ class FrozenHead(torch.autograd.Function):
             _chunk_logprobs(hidden, head, weight, temperature, chunks), wanted.tensor_split(chunks)
         ):
             chosen = logprobs.gather(-1, targets[:, None])
-            likeliest = chosen.squeeze(-1) == logprobs.amax(-1)
+            is_top1 = chosen.squeeze(-1) == logprobs.amax(-1)
             entropies = -logprobs.mul_(probs).sum(-1)
-            for column, found in zip(columns, (chosen.squeeze(-1), entropies, likeliest)):
+            for column, found in zip(columns, (chosen.squeeze(-1), entropies, is_top1)):
                 column.append(found)
             if ctx.needs_input_grad[0]:
                 slope = probs.neg_().scatter_add_(-1, targets[:, None], torch.ones_like(chosen))
                 columns[3].append(slope.to(weight.dtype) @ weight)
-        chosen, entropies, likeliest = (torch.cat(column) for column in columns[:3])
+        chosen, entropies, is_top1 = (torch.cat(column) for column in columns[:3])
         ctx.set_materialize_grads(False)
         if ctx.needs_input_grad[0]:
             ctx.head, ctx.temperature, ctx.chunks = head, temperature, chunks
             ctx.save_for_backward(hidden, torch.cat(columns[3]), entropies)
         if not top1:
             return chosen, entropies, None
-        ctx.mark_non_differentiable(likeliest)
-        return chosen, entropies, likeliest
+        ctx.mark_non_differentiable(is_top1)
+        return chosen, entropies, is_top1
 
     @staticmethod
     def backward(ctx: Any, chosen: Tensor | None, entropies: Tensor | None, _: None) -> tuple[Tensor | None, ...]:

@@ -254,7 +254,7 @@ def cloze(
     content_free: Annotated[list[str], Field(min_length=1)] = list(CONTENT_FREE), # noqa: B006
     shots: Annotated[int, Field(ge=0)] = 0, **options: Any,
 ) -> Prompting:  # fmt: skip
-    """The likeliest label word in the answer's place: after the text, or at the mask of a masked language model."""
+    """The most likely label word as the answer: after the text, or at the mask of a masked language model."""
     words = {label: [given] if isinstance(given, str) else given for label, given in (verbaliser or {}).items()}
     for label, given in words.items():
         if not given or not all(word.strip() for word in given):

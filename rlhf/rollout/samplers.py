@@ -71,7 +71,7 @@ def hf(
         One completion for each prompt, in order.
 
     Raises:
-        UserError: This device or the model's cache does not support `step`, or its cache has no place for virtual
+        UserError: This device or the model's cache does not support `step`, or the cache does not support virtual
             tokens.
     """
     if model.config.is_encoder_decoder:

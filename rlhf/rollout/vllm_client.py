@@ -1,7 +1,7 @@
 """The sampler `vllm-server`: rank 0 sends weights and all prompts to a server, which it starts unless there is one.
 
-A server that this run started and that dies is started once more; it is sent what it had, so that the run goes on
-exactly as if nothing had happened. The folder of the sent weights belongs to this process for this reason.
+A server that this run started and that dies is restarted once, and is sent the same weights and prompts, so that the
+run continues exactly. For this, the folder of the sent weights belongs to this process.
 """
 
 from __future__ import annotations

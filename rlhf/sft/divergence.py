@@ -91,8 +91,8 @@ def student_predictions(
         logprobs = torch.log_softmax(student, -1)
         chosen = logprobs.gather(-1, wanted[:, None]).squeeze(-1)
         with torch.no_grad():
-            entropies, likeliest = -(logprobs.exp() * logprobs).sum(-1), chosen == logprobs.amax(-1)
-        return measure(student, teacher), chosen, entropies, likeliest
+            entropies, is_top1 = -(logprobs.exp() * logprobs).sum(-1), chosen == logprobs.amax(-1)
+        return measure(student, teacher), chosen, entropies, is_top1
 
     parts = []
     split = zip(hidden.tensor_split(chunks), targets.tensor_split(chunks), teacher_hidden.tensor_split(chunks))

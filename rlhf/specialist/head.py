@@ -41,7 +41,7 @@ class Batch:
 
 
 class Head(ABC):
-    """What a row of the table HEADS does. Subclasses are frozen dataclasses.
+    """A row of the table HEADS. Subclasses are frozen dataclasses.
 
     An encoded row is a mapping of `input_ids`, perhaps `token_type_ids`, `target`, `length` (tokens) and `cut` (whether
     the model reads only the start of the text).
@@ -94,7 +94,7 @@ class Head(ABC):
 
     @abstractmethod
     def predictions(self, logits: Tensor, rows: Sequence[Mapping[str, Any]]) -> list[Any]:
-        """What the model says about each row, in the form of an example's target."""
+        """The model's prediction for each row, in the form of an example's target."""
 
     @abstractmethod
     def metrics(self, examples: Sequence[Example], predictions: Sequence[Any]) -> list[Measured]:

@@ -68,8 +68,8 @@ def span(
     """The part of a context that answers a question (Rajpurkar et al. 2016).
 
     `question`, `context` and `answer` name columns. An answer is a text, or SQuAD's
-    `{text: [...], answer_start: [...]}`. Its place is the column `start` (the index of its first character) if that is
-    set, else its first occurrence. `longest` is the most tokens of a predicted span. With `no_answer` an empty answer
-    means that the context has none (SQuAD 2); without it such rows are rejected.
+    `{text: [...], answer_start: [...]}`. Its position is the column `start` (the index of its first character) if that
+    is set, else its first occurrence. `longest` is the most tokens of a predicted span. With `no_answer` an empty
+    answer means that the context has none (SQuAD 2); without it such rows are rejected.
     """
     return spans.Spans(question, context, answer, start, longest, no_answer)

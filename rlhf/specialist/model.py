@@ -85,7 +85,7 @@ def load_specialist(config: ModelConfig, path: str, head: Head, tokenizer: Any) 
 
 
 def train_new_weights(model: Any, new: list[str]) -> None:
-    """Train the weights that start at random (a pooler, say), whatever else is trained."""
+    """Also train the weights that start at random, such as a pooler."""
     for name, parameter in model.named_parameters():
         plain = re.sub(r"^base_model\.model\.|base_layer\.|original_module\.", "", name)
         if plain in new and "original_module" not in name:

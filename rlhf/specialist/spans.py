@@ -91,7 +91,7 @@ class Spans(Head):
         return [self._best(one.cpu().numpy(), row) for one, row in zip(logits, rows)]
 
     def _best(self, logits: Any, row: Mapping[str, Any]) -> str:
-        """The text of the likeliest span of at most `longest` tokens; empty where none is likelier than no answer."""
+        """The text of the most likely span of at most `longest` tokens; empty if no answer is more likely."""
         length = row["length"]
         inside = np.array(row["starts"][:length]) >= 0
         first, last = (np.where(inside, logits[:length, i], -np.inf) for i in (0, 1))

@@ -14,13 +14,13 @@ from rlhf.tasks.metrics import METRICS
 
 class TaskConfig(Strict):
     dataset: Annotated[str, Field(min_length=1)]
-    """A dataset of demonstrations: a folder or JSONL file. Their answers are the right ones."""
+    """A dataset of demonstrations: a folder or JSONL file. Their answers count as correct."""
     metrics: list[Annotated[Pick, METRICS]] = []
     """What is measured. By default `accuracy` and `f1` if `labels` are listed, else `exact_match`."""
     labels: list[str] = []
     """The labels of a classification task. With the metrics `accuracy` and `f1`, by default the answers of the data."""
     pattern: str = ""
-    """Which part of a text is the answer, both in the data and in what a model writes: gsm8k, the-answer-is, number,
+    """How to find the answer in a text, both in the data and in what a model writes: gsm8k, the-answer-is, number,
     letter, boxed, last-line, or a regular expression. By default the whole text."""
     take: Take = "last"
     """Which match of `pattern` counts."""
