@@ -80,12 +80,12 @@ def command(
                 writer.add(record, question, replies)
             for reject in data.rejects:
                 made.rejects(reject)
-            if not made.written:
+            if not made.count:
                 remedy = "Try a few prompts with --count 5, and another teacher, --pattern or --max-new-tokens."
                 raise UserError(f"{out}: not made: the teacher gave no usable answer", made.rejects.in_words(), remedy)
             tokens = _tokens(opened)
             made.origin["tokens"] = tokens
-        summary = {"out": str(out), "written": made.written, "rejected": made.rejects.count}
+        summary = {"out": str(out), "written": made.count, "rejected": made.rejects.count}
         summary |= {"reasons": made.rejects.reasons, "tokens": tokens, "usage": opened.usage.as_dict()}
         if prices := server.given().keys() & {"price_input", "price_output"}:
             config = server.config(teacher)

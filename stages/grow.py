@@ -86,14 +86,12 @@ def command(
                 raise UserError(f"{out}: not made: no task of the teacher is usable", made.rejects.in_words(), remedy)
             kinds = dict(Counter(task.kind for task in pool.grown))
             made.origin |= {"requests": asked, "kinds": kinds}
-        summary = {"out": str(out), "written": made.written, "rejected": made.rejects.count, "kinds": kinds}
+        summary = {"out": str(out), "written": made.count, "rejected": made.rejects.count, "kinds": kinds}
         summary |= {"reasons": made.rejects.reasons, "requests": asked, "usage": opened.usage.as_dict()}
     print_reasons(made.rejects.reasons, made.rejects.first)
-    if made.written < count:
-        warn(
-            f"{asked:,} requests gave {made.written:,} of {count:,} tasks; raise --max-requests, or see rejected.jsonl"
-        )
-    say(f"grown {made.written:,} tasks -> {out} (demonstrations); rejected {made.rejects.count:,}; {kinds}")
+    if made.count < count:
+        warn(f"{asked:,} requests gave {made.count:,} of {count:,} tasks; raise --max-requests, or see rejected.jsonl")
+    say(f"grown {made.count:,} tasks -> {out} (demonstrations); rejected {made.rejects.count:,}; {kinds}")
     if as_json:
         print_json(summary)
 

@@ -99,8 +99,8 @@ def command(
         for one in chosen:
             made.write(one.proposal)
         why_lines = [one.why() for one in chosen]
-        (made.folder / WHY).write_text("".join(json.dumps(line) + "\n" for line in why_lines), "utf-8")
-        summary = {"out": str(out), "written": made.written, "rejected": made.rejects.count, "skipped": skipped}
+        (made.partial / WHY).write_text("".join(json.dumps(line) + "\n" for line in why_lines), "utf-8")
+        summary = {"out": str(out), "written": made.count, "rejected": made.rejects.count, "skipped": skipped}
         summary |= {"seconds": sum(one.seconds for one in chosen), "timed": cost.timed, "chosen": why_lines}
     choosing.show(chosen, pool, cost)
     print_reasons(made.rejects.reasons, made.rejects.first)

@@ -102,7 +102,7 @@ def command(
         proposals = [one.shuffled(seed) for one in opened]
         for proposal in proposals:
             made.write(proposal)
-        summary = {"out": str(out), "written": made.written, "rejected": made.rejects.count}
+        summary = {"out": str(out), "written": made.count, "rejected": made.rejects.count}
         summary |= {"reasons": made.rejects.reasons, "answers": answers_by_author(proposals), **asdict(tally)}
         made.origin |= {"answers": summary["answers"], **asdict(tally)}
     show(summary, proposals, made, k)

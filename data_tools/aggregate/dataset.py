@@ -13,6 +13,7 @@ from data_tools.aggregate.methods import AGGREGATORS, Aggregation
 from data_tools.aggregate.votes import UNNAMED, Ballots, Votes, collect, distinct
 from data_tools.io.derive import Derivation
 from data_tools.io.rejects import warn_rejected
+from data_tools.statistics.judgements import agreement_with_majority
 from rlhf.core import console
 from rlhf.core.errors import UserError
 from rlhf.core.files import write_json
@@ -78,7 +79,7 @@ def aggregate_dataset(
     with Derivation(out, "ranking", [parent], facts, overwrite=overwrite) as made:
         for ranking in _merged(parent.records(on_reject=made.rejects), ballots, result, pick):
             made.write(ranking)
-        write_json(made.folder / QUALITY_FILE, {"method": pick.name, "annotators": annotators})
+        write_json(made.partial / QUALITY_FILE, {"method": pick.name, "annotators": annotators})
     per_pool = np.bincount(ballots.pool)
     return made.summary() | {
         **facts, "read": len(ballots.ids) + made.rejects.count, "prompts": int(ballots.prompt.max()) + 1,
@@ -160,11 +161,9 @@ def agreement_with_others(votes: Votes) -> NDArray[Any]:
     Pairs on which the others are even do not count. NaN without any pair.
     """
     _, pair = np.unique(np.stack((votes.first, votes.second)), axis=1, return_inverse=True)
-    others = np.bincount(pair, votes.outcome)[pair] - votes.outcome
-    decided = (votes.outcome != 0) & (others != 0)
-    right = np.bincount(votes.annotator, decided & (np.sign(others) == votes.outcome), len(votes.annotators))
+    right, tried = agreement_with_majority(pair, votes.outcome, votes.annotator, len(votes.annotators))
     with np.errstate(invalid="ignore"):
-        return right / np.bincount(votes.annotator, decided, len(votes.annotators))
+        return right / tried
 
 
 def _known(value: float) -> float | None:

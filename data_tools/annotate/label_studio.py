@@ -244,7 +244,7 @@ def pull(
     tasks = sorted((each for each in tasks if each["data"].get("proposal") in proposals), key=lambda each: each["id"])
     before, originals = _state(Path(out) / STATE), _originals(proposals)
     with Derivation(out, "ranking", [dataset], overwrite=True) as made:
-        place = made.folder / EXPORT
+        place = made.partial / EXPORT
         redone = [gone for each in tasks for gone in _keep_latest(each, people)]
         place.write_text("".join(json.dumps(each, ensure_ascii=False) + "\n" for each in tasks), "utf-8")
 
@@ -257,12 +257,10 @@ def pull(
             fault = BadRecord("a later annotation by the same person counts", f"annotation {gone['id']}")
             reject(Reject.of(place, 0, fault, json.dumps(gone, ensure_ascii=False)))
         now = {str(a["id"]): a["updated_at"] for each in tasks for a in each["annotations"] if not a["was_cancelled"]}
-        write_json(made.folder / STATE, {"annotations": now})
-    counts = {"read": made.written + made.rejects.count, "written": made.written, "rejected": made.rejects.count}
+        write_json(made.partial / STATE, {"annotations": now})
     since = {"new": len(now.keys() - before), "gone": len(before.keys() - now)}
     since |= {"changed": sum(before.get(key, when) != when for key, when in now.items())}
-    reasons = {"reasons": dict(made.rejects.reasons)}
-    return {"project": found.id, "url": _place(url, found.id), "out": str(out), **counts, **reasons, **since}
+    return {"project": found.id, "url": _place(url, found.id), **made.summary(), **since}
 
 
 def _state(path: Path) -> dict[str, str]:

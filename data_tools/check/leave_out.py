@@ -25,11 +25,6 @@ MOST_PAIRS = 20_000
 FEWEST_RANKINGS = 20
 """An annotator with fewer is not left out: the interval would say nothing."""
 LEVEL = 0.05
-VERDICTS = {
-    "helps": "without them the reward model is worse",
-    "harms": "without them it is better",
-    "no clear effect": "the difference may be chance",
-}
 
 
 @dataclass(frozen=True)
@@ -46,7 +41,8 @@ class Effect:
     """The accuracy without as many rankings of others, minus the accuracy without the annotator: above 0, their
     rankings teach more than those of the others."""
     verdict: str
-    """One of `VERDICTS`, of `gain`, corrected for the number of annotators (Bonferroni)."""
+    """Of `gain`, corrected for the number of annotators (Bonferroni). helps: without them the reward model is worse.
+    harms: without them it is better. no clear effect: the difference may be chance."""
 
 
 @dataclass(frozen=True)

@@ -8,12 +8,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from data_tools.curate.filter import answers
 from data_tools.io.derive import Derivation, show_counts
 from data_tools.io.rejects import by_count
 from data_tools.statistics.near import near_groups, near_matches, prompt_text
 from rlhf.core import console
 from rlhf.core.errors import UserError, nearest
-from rlhf.data.schema import Demonstration, Proposal, Ranking, Record, content_hash
+from rlhf.data.schema import Ranking, Record, content_hash
 from rlhf.data.store import Dataset, open_dataset
 from rlhf.data.writer import check_new
 
@@ -23,21 +24,15 @@ DROPPED_FILE = "dropped.jsonl"
 SHOWN_CHARS = 200
 
 
-def _answers(record: Record) -> list[str]:
-    if isinstance(record, Demonstration):
-        return [record.answer]
-    return sorted(candidate.text for candidate in record.candidates) if isinstance(record, Proposal) else []
-
-
 def _key(record: Record, by: str) -> str:
     if by == "record":
         return record.id
-    return record.prompt_id if by == "prompt" else content_hash(record.prompt_id, _answers(record))
+    return record.prompt_id if by == "prompt" else content_hash(record.prompt_id, sorted(answers(record)))
 
 
 def _text(record: Record, by: str) -> str:
     parts = [prompt_text(record)]
-    return "\n".join(parts if by == "prompt" else parts + _answers(record))
+    return "\n".join(parts if by == "prompt" else [*parts, *sorted(answers(record))])
 
 
 def _worth(record: Record) -> tuple[float, ...]:
@@ -110,7 +105,7 @@ def dedup_dataset(
     fates = _fates(parent, others, by, near, keep)
     dropped: Counter[str] = Counter()
     with Derivation(out, parent.kind, [parent, *others], judgements=True, overwrite=overwrite) as made:
-        with open(made.folder / DROPPED_FILE, "w", encoding="utf-8") as file:
+        with open(made.partial / DROPPED_FILE, "w", encoding="utf-8") as file:
             for position, record in enumerate(parent.records(on_reject=made.rejects)):
                 if position not in fates:
                     made.write(record)
@@ -120,7 +115,7 @@ def dedup_dataset(
                 shown = prompt_text(record)[:SHOWN_CHARS]
                 row = {"id": record.id, "why": why, "same_as": same, "prompt": shown}
                 file.write(json.dumps(row, ensure_ascii=False) + "\n")
-        if not made.written:
+        if not made.count:
             raise UserError(f"{path}: no record is left out of {dropped.total():,}", remedy="Is it the set itself?")
         made.origin["dropped"] = counts = by_count(dropped)
     return made.summary(dropped=counts) | {"by": by}

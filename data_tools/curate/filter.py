@@ -15,7 +15,8 @@ from rlhf.data.store import Dataset, open_dataset
 CountTokens = Callable[[Sequence[str]], list[int]]
 
 
-def _answers(record: Record) -> list[str]:
+def answers(record: Record) -> list[str]:
+    """The texts of a record's answers."""
     if isinstance(record, Demonstration):
         return [record.answer]
     return [candidate.text for candidate in record.candidates] if isinstance(record, Proposal) else []
@@ -33,7 +34,7 @@ def _candidates(record: Proposal) -> list[dict[str, Any]]:
 
 
 def _answer_chars(record: Record) -> int:
-    return max(map(len, _answers(record)))
+    return max(map(len, answers(record)))
 
 
 def _ties(record: Ranking) -> int:
@@ -107,9 +108,8 @@ def token_counter(path: str | Path) -> CountTokens:
 
 def _token_fields(record: Record, count: CountTokens) -> dict[str, int]:
     turns = [message.content for message in record.messages]
-    counts = count([*turns, *_answers(record)])
-    prompt, answers = sum(counts[: len(turns)]), counts[len(turns) :]
-    longest = max(answers, default=0)
+    counts = count([*turns, *answers(record)])
+    prompt, longest = sum(counts[: len(turns)]), max(counts[len(turns) :], default=0)
     return {"prompt_tokens": prompt, "answer_tokens": longest, "tokens": prompt + longest}
 
 
@@ -178,7 +178,7 @@ def filter_dataset(
     )
     with Derivation(out, parent.kind, [parent], judgements=True, overwrite=overwrite) as made:
         filtered = _write(parent, made, condition, where)
-        if not made.written:
+        if not made.count:
             raise UserError(f"{path}: no record is left out of {filtered:,}", remedy="Loosen the condition.")
         made.origin["filtered"] = filtered
     return made.summary(filtered=filtered)

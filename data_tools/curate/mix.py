@@ -171,7 +171,7 @@ def mix_datasets(
         for record in _interleaved(parents, held, taken, seed, made.rejects):
             leaks.add(record)
             made.write(record)
-        made.origin["left"] = left = sum(held) - made.written
+        made.origin["left"] = left = sum(held) - made.count
     return made.summary(left=left) | {"seed": seed, "parts": taken_parts, "leaks": len(leaks.prompts)}
 
 

@@ -16,13 +16,12 @@ from data_tools.statistics.ceiling import AgreementObserver
 from rlhf.core import console
 from rlhf.core.command_line import command_line
 from rlhf.core.errors import UserError
-from rlhf.data.schema import Record
 from rlhf.data.store import Dataset
 from rlhf.data.writer import DatasetWriter
 
 
-class Derivation:
-    """Context manager that writes a dataset made from others; after an error nothing is left.
+class Derivation(DatasetWriter):
+    """Writes a dataset made from others.
 
     Bad rows of a JSONL parent go to `rejects`: read the parents with ``parent.records(on_reject=made.rejects)``.
 
@@ -58,27 +57,8 @@ class Derivation:
         }
         known = parents[0].manifest.get("agreement") if judgements else None
         observer = AgreementObserver(Accumulator(brief=False), otherwise=known)
-        self._writer = DatasetWriter(out, kind, origin, observer, overwrite)
-        self.rejects = Rejects(self._writer.partial / FILE_NAME)
-        self.origin = self._writer.origin
-
-    @property
-    def written(self) -> int:
-        """Records written so far."""
-        return self._writer.count
-
-    @property
-    def folder(self) -> Path:
-        """The hidden folder that becomes the dataset; files put there become part of it."""
-        return self._writer.partial
-
-    def __enter__(self) -> Derivation:
-        self._writer.__enter__()
-        return self
-
-    def write(self, record: Record) -> None:
-        """Add one record."""
-        self._writer.write(record)
+        super().__init__(out, kind, origin, observer, overwrite)
+        self.rejects = Rejects(self.partial / FILE_NAME)
 
     def summary(self, **left_out: int | dict[str, int]) -> dict[str, Any]:
         """out, kind, read, written, the records left out, rejected, and reasons (bad rows of a JSONL dataset).
@@ -86,15 +66,15 @@ class Derivation:
         Args:
             left_out: Names of counts, or of counts by why; `read` is the sum of these, `written` and `rejected`.
         """
-        counts = {"written": self.written, **left_out, "rejected": self.rejects.count}
-        facts = {"out": str(self._writer.path), "kind": self._writer.kind, "read": sum(map(total, counts.values()))}
+        counts = {"written": self.count, **left_out, "rejected": self.rejects.count}
+        facts = {"out": str(self.path), "kind": self.kind, "read": sum(map(total, counts.values()))}
         return {**facts, **counts, "reasons": by_count(self.rejects.reasons)}
 
     def __exit__(self, error: type[BaseException] | None, *rest: object) -> None:
         self.rejects.__exit__(error, *rest)
-        self.origin |= {"written": self.written, "rejected": self.rejects.count}
+        self.origin |= {"written": self.count, "rejected": self.rejects.count}
         self.origin |= {"reasons": by_count(self.rejects.reasons)} if self.rejects.count else {}
-        self._writer.__exit__(error, *rest)
+        super().__exit__(error, *rest)
 
 
 def total(count: int | Mapping[str, int]) -> int:

@@ -27,22 +27,23 @@ def item_stars(items: Sequence[str], controls: Sequence[tuple[Any, dict[str, Any
     Raises:
         BadRecord: An item has two ratings, a rating is of no item, or id and place give two different items.
     """
-    rated = [
-        (name, value, stars) for name, value in controls if (stars := score(value.get("rating"), "rating")) is not None
-    ]
-    stars = [(items[at], number) for _, value, number in rated if (at := _index(value, len(items))) is not None]
-    named = [(_ending(name, items), number) for name, value, number in rated if value.get(ITEM_INDEX) is None]
-    named = [(ending, number) for ending, number in named if ending]
+    stars, named = list[tuple[str, float]](), list[tuple[str, float]]()
+    for name, value in controls:
+        number = score(value.get("rating"), "rating")
+        if number is None:
+            continue
+        if (at := _index(value, len(items))) is not None:
+            stars.append((items[at], number))
+        elif ending := _ending(name, items):
+            named.append((ending, number))
+    endings = [ending for ending, _ in named]
     by_place = {str(at): item for at, item in enumerate(items, 1)}
-    readings = [
-        [owners[ending] for ending, _ in named]
-        for owners in ({item: item for item in items}, by_place)
-        if all(ending in owners for ending, _ in named)
-    ]
+    all_owners = ({item: item for item in items}, by_place)
+    readings = [[owners[ending] for ending in endings] for owners in all_owners if owners.keys() >= set(endings)]
     if not readings:
-        raise BadRecord("a rating belongs to no item of the list", brief([ending for ending, _ in named]), _REMEDY)
+        raise BadRecord("a rating belongs to no item of the list", brief(endings), _REMEDY)
     if any(reading != readings[0] for reading in readings):
-        seen = f"ratings {brief([ending for ending, _ in named])}, ids {brief(list(items))}"
+        seen = f"ratings {brief(endings)}, ids {brief(list(items))}"
         raise BadRecord("does the number of a rating mean an id or a place?", seen, _REMEDY)
     stars += list(zip(readings[0], [number for _, number in named]))
     if len(dict(stars)) < len(stars):

@@ -11,7 +11,16 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from data_tools.statistics.columns import Collector, ColumnArrays, Columns, as_shards, column, row_groups, where
+from data_tools.statistics.columns import (
+    Collector,
+    ColumnArrays,
+    Columns,
+    as_shards,
+    column,
+    list_sizes,
+    row_groups,
+    where,
+)
 from data_tools.statistics.judgements import pairs_of
 from rlhf.data.store import Dataset
 
@@ -45,9 +54,9 @@ class Accumulator:
         """Add a table of records with the columns of a shard, each in one chunk."""
         self.columns = table.column_names
         if not self.brief:
-            if "ranks" not in self.columns or not (named := _named(table)).true_count:
+            if "ranks" not in self.columns or not (named := _named(table)).any():
                 return
-            table = table.filter(named).combine_chunks()
+            table = table.filter(pa.array(named)).combine_chunks()
         part = self._collector.arrays(table.select([name for name in READ if name in self.columns]))
         self.sizes.update(part["size"].tolist())
         if self.brief and len(part["id"]) and "ranks" in self.columns:
@@ -93,12 +102,10 @@ class Accumulator:
         yield from ({name: np.load(self._file) for name in names} for names in self._parts)
 
 
-def _named(table: pa.Table) -> pa.BooleanArray:
+def _named(table: pa.Table) -> np.ndarray:
     """(N,) bool: rankings by one annotator whose name is known."""
-    named = pc.not_equal(column(table, "annotator"), "")
-    if "merged" not in table.column_names:
-        return named
-    return pc.and_(named, pc.equal(pc.fill_null(pc.list_value_length(column(table, "merged")), 0), 0))
+    named = pc.not_equal(column(table, "annotator"), "").to_numpy(zero_copy_only=False)
+    return named & (list_sizes(column(table, "merged")) == 0)
 
 
 def accumulated(dataset: Dataset) -> Accumulator:

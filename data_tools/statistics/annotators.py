@@ -9,7 +9,7 @@ import numpy as np
 
 from data_tools.statistics.columns import Columns
 from data_tools.statistics.intervals import Estimate, fraction_of
-from data_tools.statistics.judgements import AnnotatorVotes, AnswerPairs
+from data_tools.statistics.judgements import AnnotatorVotes, AnswerPairs, agreement_with_majority
 from rlhf.core.lazy import lazy
 
 if TYPE_CHECKING:
@@ -86,14 +86,8 @@ def agreement_with_others(columns: Columns, votes: AnnotatorVotes) -> tuple[np.n
     Returns:
         Two (annotators,) float arrays: weighted agreements, weighted pairs.
     """
-    total = np.bincount(votes.pair, votes.order, len(votes.prompt))
-    others = np.sign(total[votes.pair] - votes.order)
-    weight = independent_pairs(columns.sizes[votes.row]) * ((others != 0) & (votes.order != 0))
-    known = len(columns.annotators)
-    return (
-        np.bincount(votes.annotator, weight * (others == votes.order), known),
-        np.bincount(votes.annotator, weight, known),
-    )
+    weight = independent_pairs(columns.sizes[votes.row])
+    return agreement_with_majority(votes.pair, votes.order, votes.annotator, len(columns.annotators), weight)
 
 
 def random_clicker_test(hits: np.ndarray, tries: np.ndarray) -> list[str]:

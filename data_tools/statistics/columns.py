@@ -143,8 +143,17 @@ def _damaged(path: Path, error: Exception) -> UserError:
 # ---- tables to arrays -----------------------------------------------------------------------------------------------
 
 
+MISSING = {
+    "messages": pa.list_(pa.struct({"content": pa.string()})), "annotator": pa.string(), "seconds": pa.float32(),
+    "shown": pa.bool_(), "merged": pa.list_(pa.string()),
+}  # fmt: skip
+"""Columns that a table may lack, since its kind of record or its version of the schema has none -> their types."""
+
+
 def column(table: pa.Table, name: str) -> pa.Array:
-    """A column of one chunk."""
+    """A column of one chunk; nulls where the table lacks it."""
+    if name not in table.column_names and name in MISSING:
+        return pa.nulls(len(table), MISSING[name])
     chunks = table.column(name).chunks
     return chunks[0] if chunks else pa.array([], table.schema.field(name).type)
 
@@ -204,31 +213,23 @@ class Collector:
 
     def arrays(self, table: pa.Table) -> ColumnArrays:
         """The arrays of a table with the columns of a shard. What a missing column would hold is unknown."""
-        rows, names = table.num_rows, set(table.column_names)
-        part = {"id": hex_numbers(column(table, "id")), "prompt": hex_numbers(column(table, "prompt_id"))}
-        part["split"] = _indices(column(table, "split"), SPLITS)
-        part["prompt_chars"] = np.zeros(rows, np.int32)
-        if "messages" in names:
-            turns = column(table, "messages")
-            part["prompt_chars"] = _sums(_lengths(turns.flatten().field("content")), turns)
-        part["annotator"] = self._annotators(
-            column(table, "annotator") if "annotator" in names else pa.array([""] * rows)
-        )
-        part["seconds"] = np.full(rows, np.nan, np.float32)
-        if "seconds" in names:
-            part["seconds"] = column(table, "seconds").to_numpy(zero_copy_only=False).astype(np.float32)
-        part["shown"] = part["merged"] = np.zeros(rows, bool)
-        if "shown" in names:
-            part["shown"] = pc.fill_null(column(table, "shown"), False).to_numpy(zero_copy_only=False)
-        if "merged" in names:
-            part["merged"] = pc.fill_null(pc.list_value_length(column(table, "merged")), 0).to_numpy() > 0
-        return part | self._answers(table)
+        turns = column(table, "messages")
+        return self._answers(table) | {
+            "id": hex_numbers(column(table, "id")),
+            "prompt": hex_numbers(column(table, "prompt_id")),
+            "split": _indices(column(table, "split"), SPLITS),
+            "prompt_chars": _sums(_lengths(turns.flatten().field("content")), turns),
+            "annotator": self._annotators(column(table, "annotator")),
+            "seconds": column(table, "seconds").to_numpy(zero_copy_only=False).astype(np.float32),
+            "shown": pc.fill_null(column(table, "shown"), False).to_numpy(zero_copy_only=False),
+            "merged": list_sizes(column(table, "merged")) > 0,
+        }
 
     def _answers(self, table: pa.Table) -> ColumnArrays:
         names, rows = set(table.column_names), table.num_rows
         if "candidates" in names:
             lists = column(table, "candidates")
-            answers, sizes = lists.flatten(), pc.list_value_length(lists).to_numpy()
+            answers, sizes = lists.flatten(), list_sizes(lists)
             texts, authors, kinds = (answers.field(name) for name in ("text", "author", "author_kind"))
         elif "answer" in names:
             texts, authors, sizes = column(table, "answer"), column(table, "author"), np.ones(rows, np.int64)
@@ -259,9 +260,14 @@ def _lengths(texts: pa.Array) -> np.ndarray:
     return pc.utf8_length(texts).to_numpy().astype(np.int32)
 
 
+def list_sizes(lists: pa.Array) -> np.ndarray:
+    """(N,) the length of each list; 0 for a null."""
+    return pc.fill_null(pc.list_value_length(lists), 0).to_numpy()
+
+
 def _sums(values: np.ndarray, lists: pa.Array) -> np.ndarray:
     """(N,) int32: the sum of each list's values."""
-    sizes = pc.list_value_length(lists).to_numpy()
+    sizes = list_sizes(lists)
     ends = np.cumsum(sizes)
     total = np.concatenate([[0], np.cumsum(values, dtype=np.int64)])
     return (total[ends] - total[ends - sizes]).astype(np.int32)

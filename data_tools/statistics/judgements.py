@@ -112,3 +112,22 @@ def votes_of(columns: Columns, pairs: AnswerPairs) -> AnnotatorVotes:
     prompts, prompt = np.unique(columns.prompt[row[first]], return_inverse=True)
     order = np.sign(votes["order"].to_numpy()).astype(np.int8)
     return AnnotatorVotes(pair, votes["annotator"].to_numpy(), order, row, prompt, len(prompts))
+
+
+def agreement_with_majority(
+    pair: np.ndarray, order: np.ndarray, annotator: np.ndarray, annotators: int, weight: np.ndarray | float = 1.0
+) -> tuple[np.ndarray, np.ndarray]:
+    """How often each annotator orders a pair as the majority of all others who judged it does.
+
+    Pairs on which the others are even and the annotator's own ties are left out.
+
+    Args:
+        pair, order, annotator, weight: (V,) of each vote: the index of its pair, 1, 0 or -1, who, and how much it
+            counts.
+
+    Returns:
+        Two (annotators,) float arrays: weighted agreements, weighted pairs.
+    """
+    others = np.sign(np.bincount(pair, order)[pair] - order)
+    weight = weight * ((others != 0) & (order != 0))
+    return np.bincount(annotator, weight * (others == order), annotators), np.bincount(annotator, weight, annotators)
