@@ -84,13 +84,13 @@ def test_every_metric_has_a_value_a_meaning_and_a_place_on_the_page(row, whole, 
     assert measured.found is not None, measured.why
     assert measured.grade in GRADES
     assert measured.found.n > 0
-    if row.traits["unit"] == "fraction":
+    if row.unit == "fraction":
         assert 0 <= measured.found.value <= 1
     if measured.found.low is not None:
         assert measured.found.low <= measured.found.value <= measured.found.high
     assert row.summary.endswith(".")
-    assert row.traits["advice"].endswith(".")
-    assert row.traits["part"] in PARTS
+    assert row.advice.endswith(".")
+    assert row.part in PARTS
     assert f'id="{row.name}"' in page
     assert whole.as_dict()["metrics"][row.name]["value"] == round(measured.found.value, 6)
     assert f"{row.name}:" in run("check", "--help").output
@@ -98,7 +98,7 @@ def test_every_metric_has_a_value_a_meaning_and_a_place_on_the_page(row, whole, 
 
 def test_fractions_have_intervals(whole):
     exact = {"duplicate-records", "repeated-answers", "busiest-annotator"}  # counted over all there is
-    shares = {m.name for m in whole.measured if m.row.traits["unit"] == "fraction" and m.found.low is None}
+    shares = {m.name for m in whole.measured if m.metric.unit == "fraction" and m.found.low is None}
     assert shares == exact
 
 

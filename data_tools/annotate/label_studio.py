@@ -34,6 +34,20 @@ EXPORT, STATE = "label-studio.jsonl", "pull.json"
 """In the folder of pulled rankings: the tasks as they were exported, and what the next pull compares with."""
 AT_ONCE = 200
 PLACES = ("1st, best", "2nd", "3rd")
+CONFIG = """\
+<View>
+  <Style>
+    .rank-prompt {{ max-height: 40vh; overflow-y: auto; margin-bottom: 12px; white-space: pre-wrap; }}
+    .htx-ranker-item p {{ white-space: pre-wrap; overflow-wrap: anywhere; }}
+    .htx-ranker-item p:last-child {{ display: none; }}
+  </Style>
+  <View className="rank-prompt"><Text name="prompt" value="$prompt"/></View>
+  <Header value="{instruction}" size="5"/>
+  <List name="answers" value="$items" title="Answers"/>
+  <Ranker name="{control}" toName="answers">{buckets}</Ranker>
+</View>
+"""
+"""The labelling interface. What is not displayed is the item's id, which the editor shows below its text."""
 
 
 # ---- what annotators see -----------------------------------------------------------------------------------------
@@ -57,26 +71,13 @@ def label_config(places: int | None = None) -> str:
     Args:
         places: How many places there are, each of which may take several answers: ties. None for one ordered list.
     """
-    view = ET.Element("View")
-    ET.SubElement(view, "Style").text = (
-        ".rank-prompt { max-height: 40vh; overflow-y: auto; margin-bottom: 12px; white-space: pre-wrap; }"
-        " .htx-ranker-item p { white-space: pre-wrap; overflow-wrap: anywhere; }"
-        " .htx-ranker-item p:last-child { display: none; }"  # the item's id, which the editor shows below its text
-    )
-    prompt = ET.SubElement(view, "View", className="rank-prompt")
-    ET.SubElement(prompt, "Text", name="prompt", value="$prompt")
     instruction = "Drag every answer from the left into the ranking on the right, best on top."
+    titles = {RANKED: "Your ranking, best first"}
     if places is not None:
         instruction = "Drag every answer from the left to its place on the right. Equally good answers share a place."
-    ET.SubElement(view, "Header", value=instruction, size="5")
-    ET.SubElement(view, "List", name="answers", value="$items", title="Answers")
-    ranker = ET.SubElement(view, "Ranker", name=CONTROL, toName="answers")
-    if places is None:
-        ET.SubElement(ranker, "Bucket", name=RANKED, title="Your ranking, best first")
-    for place in range(places or 0):
-        title = PLACES[place] if place < len(PLACES) else f"{place + 1}th"
-        ET.SubElement(ranker, "Bucket", name=f"place-{place + 1}", title=title)
-    return ET.tostring(view, encoding="unicode")
+        titles = {f"place-{n}": PLACES[n - 1] if n <= len(PLACES) else f"{n}th" for n in range(1, places + 1)}
+    buckets = "".join(f'<Bucket name="{name}" title="{title}"/>' for name, title in titles.items())
+    return CONFIG.format(instruction=instruction, control=CONTROL, buckets=buckets)
 
 
 def _buckets(config: str) -> list[str]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -10,10 +12,8 @@ from data_tools.statistics import agreement, biases, consistency, duplicates, wo
 from data_tools.statistics.ceiling import agreement_estimate, ceiling_estimate
 from data_tools.statistics.facts import Facts
 from data_tools.statistics.intervals import Estimate, bootstrapped, ratio
-from rlhf.core.table import Table
 from rlhf.data.schema import KINDS
 
-METRICS = Table("metric")
 Found = Estimate | str
 """A metric's estimate, or the reason why there is none."""
 ANY, RANKINGS = tuple(KINDS), ("ranking",)
@@ -31,26 +31,36 @@ JUDGED_PAIRS = "pairs judged by two or more annotators"
 COMPARED = "annotators with enough pairs that others ordered too"
 
 
-def metric(
-    name: str, part: str, unit: str, basis: str, summary: str, measure: Callable[[Facts], Found], *,
-    kinds: tuple[str, ...] = RANKINGS, sampled: str = "", look: tuple[str, ...] = (), bad: tuple[str, ...] = (),
-    advice: str,
-) -> None:  # fmt: skip
-    """Add a metric to the table.
+@dataclass(frozen=True)
+class Metric:
+    """What `rlhf data check` measures."""
 
-    Args:
-        part: The part of the report that shows it, a key of `show.PARTS`.
-        unit: fraction (0 to 1), count (of faults), or number.
-        basis: What the metric is counted over; it follows a number in the report.
-        kinds: The kinds of dataset that have it.
-        sampled: What is sampled for it in a large dataset, a key of `Facts.is_sample`; empty if nothing is.
-        look, bad: It needs a look, or is bad, if any of these conditions holds. Without any it is for information.
-        advice: What to do then.
-    """
-    measure.__doc__ = summary  # `TableRow.summary` is the first line of the docstring
-    METRICS.row(
-        name, part=part, unit=unit, basis=basis, kinds=kinds, sampled=sampled, look=look, bad=bad, advice=advice
-    )(measure)
+    name: str
+    part: str
+    """The part of the report that shows it, a key of `show.PARTS`."""
+    unit: str
+    """fraction (0 to 1), count (of faults), or number."""
+    basis: str
+    """What the metric is counted over; it follows a number in the report."""
+    summary: str
+    measure: Callable[[Facts], Found]
+    advice: str
+    """What to do if it needs a look or is bad."""
+    kinds: tuple[str, ...] = RANKINGS
+    """The kinds of dataset that have it."""
+    sampled: str = ""
+    """What is sampled for it in a large dataset, a key of `Facts.is_sample`; empty if nothing is."""
+    look: tuple[str, ...] = ()
+    bad: tuple[str, ...] = ()
+    """It needs a look, or is bad, if any of these conditions holds. Without any it is for information."""
+
+
+METRICS: list[Metric] = []
+
+
+def metric(*facts: Any, **more: Any) -> None:
+    """Add a metric to the table."""
+    METRICS.append(Metric(*facts, **more))
 
 
 def if_near(measure: Callable[[Facts], Found]) -> Callable[[Facts], Found]:

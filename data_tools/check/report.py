@@ -10,12 +10,11 @@ from typing import Any
 import numpy as np
 
 from data_tools.check.examples import FaultExample, examples_of
-from data_tools.check.metrics import METRICS
+from data_tools.check.metrics import METRICS, Metric
 from data_tools.check.rules import Rule, grade, parse_rules
 from data_tools.statistics import biases
 from data_tools.statistics.facts import Facts, gathered
 from data_tools.statistics.intervals import Estimate
-from rlhf.core.table import TableRow
 from rlhf.data.schema import SPLITS
 
 GRADES = ("bad", "look", "good", "info", "none")
@@ -28,7 +27,7 @@ QUANTILES = (0.05, 0.5, 0.95)
 class Measured:
     """A metric's value for this dataset."""
 
-    row: TableRow
+    metric: Metric
     found: Estimate | None
     why: str
     """Why there is no value."""
@@ -39,13 +38,13 @@ class Measured:
 
     @property
     def name(self) -> str:
-        return self.row.name
+        return self.metric.name
 
     def as_dict(self) -> dict[str, Any]:
         numbers = {name: getattr(self.found, name, None) for name in ("value", "low", "high", "n")}
         return {
             **{name: None if number is None else round(number, 6) for name, number in numbers.items()},
-            "note": self.found.note if self.found else "", "basis": self.row.traits["basis"], "sampled": self.sampled,
+            "note": self.found.note if self.found else "", "basis": self.metric.basis, "sampled": self.sampled,
             "grade": self.grade, **({"why": self.why} if self.why else {}),
         }  # fmt: skip
 
@@ -127,7 +126,7 @@ def check(path: str | Path, *, against: Sequence[Path] = (), near: bool = True, 
     """
     rules = parse_rules(fail_on, near, bool(against))
     with gathered(path, against, near) as facts:
-        measured = [measure(row, facts) for row in METRICS]
+        measured = [measure(metric, facts) for metric in METRICS]
         ranked = facts.dataset.kind == "ranking"
         columns = facts.columns
         sizes, times = np.unique(columns.sizes, return_counts=True)
@@ -143,18 +142,17 @@ def check(path: str | Path, *, against: Sequence[Path] = (), near: bool = True, 
         )  # fmt: skip
 
 
-def measure(row: TableRow, facts: Facts) -> Measured:
+def measure(metric: Metric, facts: Facts) -> Measured:
     """Compute one metric of a dataset."""
-    kinds = row.traits["kinds"]
-    if facts.dataset.kind not in kinds:
-        why = f"only datasets of {' or '.join(f'{kind}s' for kind in kinds)} have this metric"
-        return Measured(row, None, why, "none", False)
-    found = row.fn(facts)
+    if facts.dataset.kind in metric.kinds:
+        found = metric.measure(facts)
+    else:
+        found = f"only datasets of {' or '.join(f'{kind}s' for kind in metric.kinds)} have this metric"
     if isinstance(found, str):
-        return Measured(row, None, found, "none", False)
-    sampled = row.traits["sampled"] != "" and facts.is_sample(row.traits["sampled"])
-    census = row.traits["part"] in ("duplicates", "texts") and not sampled
-    return Measured(row, found, "", grade(found, row.traits["look"], row.traits["bad"], census), sampled)
+        return Measured(metric, None, found, "none", False)
+    sampled = metric.sampled != "" and facts.is_sample(metric.sampled)
+    census = metric.part in ("duplicates", "texts") and not sampled
+    return Measured(metric, found, "", grade(found, metric.look, metric.bad, census), sampled)
 
 
 def _splits(facts: Facts) -> dict[str, int]:

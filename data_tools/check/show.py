@@ -31,7 +31,7 @@ def value_of(one: Measured, note: bool = True) -> str:
     if one.found is None:
         return "-"
     suffix = f" ({one.found.note})" if note and one.found.note else ""
-    return format_value(one.found.value, one.row.traits["unit"]) + suffix
+    return format_value(one.found.value, one.metric.unit) + suffix
 
 
 def interval(found: Estimate | None, unit: str) -> str:
@@ -49,14 +49,14 @@ def basis(one: Measured) -> str:
     if one.sampled:  # a pair of near-duplicates is found only if both are in the sample
         misses = one.name.startswith(("near-duplicate", "near-contaminated"))
         sample = " (a sample; the whole dataset has more)" if misses else " (a sample)"
-    return f"{one.found.n:,} {one.row.traits['basis']}{sample}"
+    return f"{one.found.n:,} {one.metric.basis}{sample}"
 
 
 def conditions(one: Measured) -> str:
     """When the metric needs a look and when it is bad, in words."""
-    scale, percent = (100, "%") if one.row.traits["unit"] == "fraction" else (1, "")
+    scale, percent = (100, "%") if one.metric.unit == "fraction" else (1, "")
     parts = []
-    for name, bounds in (("needs a look", one.row.traits["look"]), ("bad", one.row.traits["bad"])):
+    for name, bounds in (("needs a look", one.metric.look), ("bad", one.metric.bad)):
         words = [f"{'above' if text[0] == '>' else 'below'} {float(text[1:]) * scale:g}{percent}" for text in bounds]
         parts += [f"{name} {' or '.join(words)}"] if words else []
     return "; ".join(parts)
@@ -64,10 +64,10 @@ def conditions(one: Measured) -> str:
 
 def advice(one: Measured) -> str:
     """What to do: the metric's advice, or more judgements where only the interval reaches a threshold."""
-    rules = (*one.row.traits["look"], *one.row.traits["bad"])
+    rules = (*one.metric.look, *one.metric.bad)
     value = one.found and one.found.value
     if one.grade != "look" or value is None or any(Rule.parse(text).holds(value) for text in rules):
-        return str(one.row.traits["advice"])
+        return str(one.metric.advice)
     return "Collect more: the value is good, but its interval reaches a threshold, so this is too little to be sure."
 
 
@@ -108,7 +108,7 @@ def missing(report: Report) -> dict[str, list[str]]:
 def parts(report: Report) -> Iterator[tuple[str, str, list[Measured]]]:
     """The parts of the report: key, title and metrics with a value; without the parts that have none."""
     for part, title in PARTS.items():
-        measured = [one for one in report.measured if one.row.traits["part"] == part and one.found is not None]
+        measured = [one for one in report.measured if one.metric.part == part and one.found is not None]
         if measured:
             yield part, title, measured
 
@@ -117,7 +117,7 @@ def show(report: Report) -> None:
     """Print the report."""
     for _, title, measured in parts(report):
         rows = [
-            [m.name, value_of(m, False), interval(m.found, m.row.traits["unit"]), basis(m), GRADE_WORDS[m.grade]]
+            [m.name, value_of(m, False), interval(m.found, m.metric.unit), basis(m), GRADE_WORDS[m.grade]]
             for m in measured
         ]  # fmt: skip
         console.table(title, ["metric", "value", "95 % interval", "of", ""], rows)
@@ -131,7 +131,7 @@ def show(report: Report) -> None:
     if ceiling_line(report):
         console.say(ceiling_line(report))
     for one in [*report.of_grade("bad"), *report.of_grade("look")]:
-        words = f"{one.row.summary} {advice(one)}"
+        words = f"{one.metric.summary} {advice(one)}"
         console.say(f"{GRADE_WORDS[one.grade]}: {one.name} {value_of(one)}: {words}")
     if report.bad_rows:
         console.warn(f"{sum(report.bad_rows.values()):,} bad rows were skipped: {report.bad_rows}")
