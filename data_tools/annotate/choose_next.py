@@ -5,20 +5,15 @@ from __future__ import annotations
 import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+from scipy import optimize, sparse
 
 from data_tools.annotate.information import best_answers
 from data_tools.statistics.words import hashed
 from rlhf.core.console import format_number, say, table
-from rlhf.core.lazy import lazy
 from rlhf.data.schema import Proposal, Ranking
-
-if TYPE_CHECKING:
-    from scipy import optimize, sparse
-else:
-    optimize, sparse = lazy("scipy.optimize"), lazy("scipy.sparse")
 
 CHARACTERS_PER_SECOND = 24
 """238 words a minute, the mean of silent reading in English (Brysbaert 2019), at 6 characters with the space."""

@@ -11,7 +11,6 @@ from data_tools.published.table import Head, file_format
 from data_tools.reading.annotation_exports import (
     Names,
     as_raw,
-    brief,
     compared,
     names,
     prompt_of,
@@ -24,7 +23,7 @@ from data_tools.reading.roles import role_of
 from data_tools.reading.rows import converted, rows
 from data_tools.reading.unread import NestedFields
 from rlhf.data.jsonl import OnReject, Reject, from_dict
-from rlhf.data.schema import BadRecord, Record, dense_ranks
+from rlhf.data.schema import BadRecord, Record, brief, dense_ranks
 
 
 def _detect(head: Head) -> str | None:

@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from data_tools.published.arena import is_competition_table
 from data_tools.published.table import Head, file_format
-from data_tools.reading.annotation_exports import Names, brief, names
+from data_tools.reading.annotation_exports import Names, names
 from data_tools.reading.cells import EXCEL, TABLES, Cells, cell_columns, cell_rows
 from data_tools.reading.csv_rows import CSV
 from data_tools.reading.fields import whole_prompt, without_nulls
@@ -27,7 +27,7 @@ from data_tools.reading.unread import NestedFields
 from rlhf.core import console
 from rlhf.core.errors import UserError
 from rlhf.data.jsonl import OnReject, from_dict
-from rlhf.data.schema import BadRecord, Message, Record, dense_ranks
+from rlhf.data.schema import BadRecord, Message, Record, brief, dense_ranks
 
 
 def _detect(head: Head) -> str | None:

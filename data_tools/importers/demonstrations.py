@@ -8,7 +8,6 @@ from typing import Any, Literal
 
 from data_tools.importers.pairs import sharegpt_chat
 from data_tools.published.table import Detect, Head, any_of, are, file_format, row_format, rows_have
-from data_tools.reading.annotation_exports import brief
 from data_tools.reading.fields import (
     OPENAI,
     RIGHT_FORMAT,
@@ -25,7 +24,7 @@ from data_tools.reading.fields import (
 )
 from data_tools.reading.turns import tool_definitions, tool_fields, turns_with_tools
 from rlhf.data.jsonl import READ_ERRORS, OnReject, Reject, open_bytes
-from rlhf.data.schema import BadRecord, Demonstration, Message, Prompt, Record
+from rlhf.data.schema import BadRecord, Demonstration, Message, Prompt, Record, brief
 
 # ---- one answer a row ------------------------------------------------------------------------------------------------
 

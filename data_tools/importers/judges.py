@@ -9,7 +9,6 @@ from typing import Any, Literal
 
 from data_tools.importers.demonstrations import THUMBS, has_thumb
 from data_tools.published.table import Head, any_of, convert_rows, file_format, row_format, rows_have
-from data_tools.reading.annotation_exports import brief
 from data_tools.reading.fields import (
     alpaca_prompt,
     answer,
@@ -28,7 +27,7 @@ from data_tools.reading.rows import converted, rows
 from data_tools.reading.turns import prompt_turns, turns_of
 from data_tools.reading.unread import NestedFields
 from rlhf.data.jsonl import Item, OnReject, Reject
-from rlhf.data.schema import BadRecord, Demonstration, Message, Ranking, Record
+from rlhf.data.schema import BadRecord, Demonstration, Message, Ranking, Record, brief
 
 # ---- AlpacaEval ------------------------------------------------------------------------------------------------------
 

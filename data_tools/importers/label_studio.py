@@ -11,7 +11,6 @@ from typing import Any, Literal
 from data_tools.published.table import any_of, convert_rows, file_format, rows_have
 from data_tools.reading.annotation_exports import (
     Names,
-    brief,
     compared,
     ids_of,
     names,
@@ -24,7 +23,7 @@ from data_tools.reading.item_ratings import ITEM_INDEX, item_stars
 from data_tools.reading.judgements import TIE, ChoiceValues, choice_meanings, named_answer, score
 from rlhf.core.errors import UserError
 from rlhf.data.jsonl import OnReject, from_dict
-from rlhf.data.schema import BadRecord, Record, dense_ranks
+from rlhf.data.schema import BadRecord, Record, brief, dense_ranks
 
 LEFT_IN_LIST = "_"
 """The key under which a Ranker with buckets keeps the items that nobody put into a bucket."""

@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from data_tools.published.table import any_of, are, file_format, rows_have
-from data_tools.reading.annotation_exports import as_raw, brief, person
+from data_tools.reading.annotation_exports import as_raw, person
 from data_tools.reading.fields import is_number
 from data_tools.reading.rows import in_groups
 from data_tools.reading.unread import NestedFields
 from rlhf.data.jsonl import Item, OnReject, Reject, from_dict
-from rlhf.data.schema import BadRecord, Record
+from rlhf.data.schema import BadRecord, Record, brief
 
 ROLES = {"prompter": "user", "assistant": "assistant"}
 

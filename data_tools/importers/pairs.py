@@ -8,7 +8,6 @@ from typing import Any, Literal
 
 from data_tools.importers import hh
 from data_tools.published.table import Head, row_format, rows_have
-from data_tools.reading.annotation_exports import brief
 from data_tools.reading.fields import (
     OPENAI,
     SHAREGPT,
@@ -31,7 +30,7 @@ from data_tools.reading.turns import (
     turns_by,
     turns_of,
 )
-from rlhf.data.schema import BadRecord, Message, Ranking
+from rlhf.data.schema import BadRecord, Message, Ranking, brief
 
 PairTools = Literal["reject", "keep"]
 

@@ -6,11 +6,11 @@ from datetime import UTC, datetime
 from typing import Any
 
 from data_tools.published.table import Head, row_format
-from data_tools.reading.annotation_exports import brief, ids_of, person
+from data_tools.reading.annotation_exports import ids_of, person
 from data_tools.reading.fields import is_list_of
 from data_tools.reading.judgements import means_tie
 from rlhf.data.jsonl import from_dict
-from rlhf.data.schema import BadRecord, Ranking
+from rlhf.data.schema import BadRecord, Ranking, brief
 
 
 def _detect(head: Head) -> str | None:

@@ -8,14 +8,14 @@ from pathlib import Path
 from typing import Any, Literal
 
 from data_tools.published.table import Head, any_of, row_format, rows_have
-from data_tools.reading.annotation_exports import brief, person
+from data_tools.reading.annotation_exports import person
 from data_tools.reading.csv_rows import CSV, csv_rows
 from data_tools.reading.fields import chat, elements, is_list_of, need, number, ranking, ranks_of_two, text, text_if_any
 from data_tools.reading.judgements import score
 from data_tools.reading.rows import JSON, rows
 from data_tools.reading.turns import from_json_text, shared_turns
 from rlhf.data.jsonl import Item, OnReject
-from rlhf.data.schema import BadRecord, Message, Ranking
+from rlhf.data.schema import BadRecord, Message, Ranking, brief
 
 TIE, BOTH_BAD = ("tie", "tie (inconsistent)"), ("tie (bothbad)", "tie (both bad)", "bothbad", "both_bad", "both bad")
 WINNERS = {"model_a": -1, "model_b": 1, **dict.fromkeys(TIE + BOTH_BAD, 0)}

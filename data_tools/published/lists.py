@@ -5,10 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 from data_tools.published.table import row_format, rows_have
-from data_tools.reading.annotation_exports import brief
 from data_tools.reading.fields import elements, is_list_of, need, number, ranking, text, text_if_any
 from data_tools.reading.turns import turns_of
-from rlhf.data.schema import BadRecord, Ranking, dense_ranks
+from rlhf.data.schema import BadRecord, Ranking, brief, dense_ranks
 
 # ---- RewardBench 2, RM-Bench -----------------------------------------------------------------------------------------
 

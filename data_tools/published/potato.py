@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from data_tools.published.table import any_of, row_format, rows_have
-from data_tools.reading.annotation_exports import brief, person
+from data_tools.reading.annotation_exports import person
 from data_tools.reading.fields import elements, need, ranking
 from data_tools.reading.rows import rows
 from data_tools.reading.turns import prompt_turns, turns_of
 from rlhf.core.errors import UserError
-from rlhf.data.schema import BadRecord, Record, dense_ranks
+from rlhf.data.schema import BadRecord, Record, brief, dense_ranks
 
 STATE = "instance_id_to_label_to_value"
 LABELS = ("labels", "label_annotations")

@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 from data_tools.published.table import any_of, row_format, rows_have
-from data_tools.reading.annotation_exports import brief, person
+from data_tools.reading.annotation_exports import person
 from data_tools.reading.fields import elements, need, number, ranking, text, text_if_any
 from data_tools.reading.rows import in_groups
 from rlhf.data.jsonl import Item, OnReject, Reject
-from rlhf.data.schema import BadRecord, Message, Ranking, Record, dense_ranks
+from rlhf.data.schema import BadRecord, Message, Ranking, Record, brief, dense_ranks
 
 _OF_CONVERSATION = ("conversation_id", "interaction_id", "user_id", "user_prompt")
 _FIELDS = {"model_response": "content"}

@@ -8,7 +8,6 @@ from functools import wraps
 from pathlib import Path
 from typing import Any, NamedTuple, get_type_hints
 
-from data_tools.reading.annotation_exports import brief
 from data_tools.reading.fields import need, without_nulls
 from data_tools.reading.rows import JSON, rows
 from data_tools.reading.turns import begins_with_mark, has_later_marks
@@ -16,7 +15,7 @@ from data_tools.reading.unread import NestedFields
 from rlhf.core.table import Table
 from rlhf.data.columns import Row
 from rlhf.data.jsonl import Item, OnReject, Reject
-from rlhf.data.schema import BadRecord, Demonstration, Prompt, Record
+from rlhf.data.schema import BadRecord, Demonstration, Prompt, Record, brief
 
 IMPORTERS = Table("format")
 SAMPLES = Path(__file__).with_name("samples")

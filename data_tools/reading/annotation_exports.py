@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import json
 import re
-import reprlib
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 from data_tools.reading.fields import is_list_of
 from data_tools.reading.roles import SYSTEM_FIELDS, role_of
-from rlhf.data.schema import BadRecord
+from rlhf.data.schema import BadRecord, brief
 
 Names = str | list[str]
 """An option that is several names: a list, or one text with commas between them."""
@@ -19,9 +18,6 @@ PROMPT_FIELDS = (
     "messages", "conversation", "chat", "prompt", "instruction", "question", "query", "input", "context", "text",
 )  # fmt: skip
 """What the field of the prompt is called, where no option names it; the first that is there counts."""
-
-brief = reprlib.repr
-"""A value as a message shows it, bounded in length and depth."""
 
 
 def as_raw(value: Any) -> bytes:

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
-from data_tools.reading.annotation_exports import brief, person
+from data_tools.reading.annotation_exports import person
 from data_tools.reading.fields import is_list_of
-from rlhf.data.schema import BadRecord
+from rlhf.data.schema import BadRecord, brief
 
 NO_FIELDS = {
     "id", "status", "inserted_at", "updated_at", "_server_id", "external_id", "metadata", "suggestions", "vectors",

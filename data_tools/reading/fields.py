@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import reprlib
 from collections.abc import Collection, Iterable, Mapping
 from itertools import repeat
 from typing import Any, Literal, NamedTuple
 
 from data_tools.reading.roles import SYSTEM_FIELDS
-from rlhf.data.schema import BadRecord, Candidate, Message, Ranking
+from rlhf.data.schema import BadRecord, Candidate, Message, Ranking, brief
 
 Role = Literal["system", "user", "assistant", "tools", "tool_calls", "tool"]
 
@@ -115,7 +114,7 @@ def number(value: Any, name: str, low: float, high: float) -> float:
         BadRecord: It is not.
     """
     if not is_number(value, low, high):
-        raise BadRecord(f"{name}: not a number from {low} to {high}", reprlib.repr(value))
+        raise BadRecord(f"{name}: not a number from {low} to {high}", brief(value))
     return value
 
 
@@ -126,7 +125,7 @@ def one_of(value: Any, name: str, allowed: Collection[int]) -> int:
         BadRecord: It is not.
     """
     if not is_number(value) or value not in allowed:
-        raise BadRecord(f"{name}: not one of {', '.join(map(str, allowed))}", reprlib.repr(value))
+        raise BadRecord(f"{name}: not one of {', '.join(map(str, allowed))}", brief(value))
     return int(value)
 
 
@@ -175,7 +174,7 @@ def chat(value: Any, name: str, form: TurnForm = OPENAI) -> list[Message]:
         BadRecord: It is not such a list, a role is unknown, or a turn is a tool's, calls one, or holds more than text.
     """
     if not is_list_of(dict, value):
-        raise BadRecord(f"{name}: not a list of turns", reprlib.repr(value), RIGHT_FORMAT)
+        raise BadRecord(f"{name}: not a list of turns", brief(value), RIGHT_FORMAT)
     return [_turn(turn, f"at index {index}", name, form) for index, turn in enumerate(value)]
 
 
@@ -192,7 +191,7 @@ def _turn(turn: dict[str, Any], where: str, name: str, form: TurnForm) -> Messag
     if is_tool_turn(turn, form):
         raise BadRecord(f"{name}: a tool call or a tool's turn", where, TOOL_REMEDY)
     if not isinstance(speaker, str) or speaker not in roles:
-        raise BadRecord(f"{name}: a role that is not one of {', '.join(roles)}", f"{where}: {reprlib.repr(speaker)}")
+        raise BadRecord(f"{name}: a role that is not one of {', '.join(roles)}", f"{where}: {brief(speaker)}")
     if isinstance(said, list) and said and all(isinstance(part, dict) and part.get("type") == "text" for part in said):
         said = "\n".join(text(part, "text" if "text" in part else "value") for part in said)  # LLaMA-Factory v1: value
     if not isinstance(said, str):
@@ -234,11 +233,11 @@ def whole_prompt(row: Mapping[str, Any], said: list[Message]) -> list[Message]:
     if said and said[0].role == "system":
         given.setdefault(said[0].content.strip(), said[0].content)
     if len(given) > 1:
-        raise BadRecord("two system turns", reprlib.repr(list(given.values())), "Keep one of them.")
+        raise BadRecord("two system turns", brief(list(given.values())), "Keep one of them.")
     turns = [] if said and said[0].role == "system" else [Message("system", value) for value in given.values()]
     history = row.get("history") or []
     if not isinstance(history, list) or not all(isinstance(turn, list) and len(turn) == 2 for turn in history):
-        raise BadRecord("history: not a list of [user, assistant]", reprlib.repr(history))
+        raise BadRecord("history: not a list of [user, assistant]", brief(history))
     for user, assistant in history:
         turns += [Message("user", user), Message("assistant", assistant)]
     return turns + said

@@ -6,9 +6,8 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from data_tools.reading.annotation_exports import brief
 from data_tools.reading.judgements import score
-from rlhf.data.schema import BadRecord
+from rlhf.data.schema import BadRecord, brief
 
 ITEM_INDEX = "item_index"
 """Key of a result of a control with `perItem`: the place of the item that it is about, from 0."""

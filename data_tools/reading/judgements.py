@@ -9,9 +9,9 @@ from functools import lru_cache
 from itertools import combinations
 from typing import Any
 
-from data_tools.reading.annotation_exports import brief, names, stem_and_ending
+from data_tools.reading.annotation_exports import names, stem_and_ending
 from rlhf.core.errors import UserError, nearest
-from rlhf.data.schema import BadRecord
+from rlhf.data.schema import BadRecord, brief
 
 TIE = "tie"
 _TIES = {

@@ -7,10 +7,9 @@ import string
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
-from data_tools.reading.annotation_exports import brief
 from data_tools.reading.judgements import TIE, ChoiceValues, choice_meanings, means_tie, named_answer, score
 from rlhf.core.errors import UserError
-from rlhf.data.schema import BadRecord
+from rlhf.data.schema import BadRecord, brief
 
 NOTHING = "Nothing was preferred; leave it out."
 

@@ -7,7 +7,7 @@ import re
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
-from data_tools.reading.annotation_exports import PROMPT_FIELDS, brief
+from data_tools.reading.annotation_exports import PROMPT_FIELDS
 from data_tools.reading.fields import (
     OPENAI,
     SHAREGPT,
@@ -20,7 +20,7 @@ from data_tools.reading.fields import (
     text,
     whole_prompt,
 )
-from rlhf.data.schema import BadRecord, Message
+from rlhf.data.schema import BadRecord, Message, brief
 
 _MARK = re.compile(r"(?:^|\n\n)\s*(Human|Assistant):")
 _LATER = re.compile(r"\n\n(?:Human|Assistant):")

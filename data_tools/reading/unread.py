@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterator
 from typing import Any, TypeVar
 
-from data_tools.reading.annotation_exports import brief
 from data_tools.reading.roles import is_fact, role_of, says_something
 from rlhf.data.jsonl import OnReject
-from rlhf.data.schema import BadRecord
+from rlhf.data.schema import BadRecord, brief
 
 T = TypeVar("T")
 HOLDS = {

@@ -89,9 +89,8 @@ def cycles(columns: Columns, pairs: AnswerPairs) -> Estimate | None:
         return None
     prompt = columns.prompt[pairs.row[first]]
     one, other = columns.answer[pairs.one[first]], columns.answer[pairs.other[first]]
-    smaller_wins = net > 0
-    winner = np.where(smaller_wins, np.minimum(one, other), np.maximum(one, other))
-    loser = np.where(smaller_wins, np.maximum(one, other), np.minimum(one, other))
+    pair = np.minimum(one, other), np.maximum(one, other)
+    winner, loser = np.where(net > 0, pair, pair[::-1])
     both = np.concatenate([mixed(mixed(prompt) ^ winner), mixed(mixed(prompt) ^ loser)])
     _, at, node = np.unique(both, return_index=True, return_inverse=True)
     edges = sparse.coo_array((np.ones(len(first), bool), (node[: len(first)], node[len(first) :])), (len(at),) * 2)
