@@ -91,7 +91,9 @@ def test_the_verdict_follows_the_interval(changes, verdict):
     last = [Answer(str(n), "", "b", 0.5 + change, True, None) for n, change in enumerate(changes)]
     found = gain_of(first, last)
     assert found is not None and found.verdict == verdict
-    assert found.difference == pytest.approx(np.mean(changes)) and found.wins == sum(c > 0 for c in changes)
+    assert found.difference == pytest.approx(np.mean(changes)) and found.win_rate == sum(c > 0 for c in changes) / sum(
+        c != 0 for c in changes
+    )
     assert gain_of(first, last[1:]) is None  # other prompts
 
 

@@ -27,7 +27,7 @@ from rlhf.models.adapters import adapter_settings
 from rlhf.models.hidden_states import plain_attention
 from rlhf.models.load import refuse_encoder_decoder
 from rlhf.rollout.decoding import decode
-from rlhf.rollout.kv_cache import joinable, left_padded
+from rlhf.rollout.kv_cache import joinable
 from rlhf.rollout.types import Completion, SamplingParams
 from rlhf.runs.model_folder import fingerprint
 from rlhf.runs.run import is_run
@@ -132,7 +132,7 @@ class TaskAdapters:
             configs = [None if one is None else one.config for one in adapters]
             attach(module, make(self.rows, name, parts, configs, self.model))
 
-    # ---- sampling and log-probs --------------------------------------------------------------------------------------
+    # ---- sampling ----------------------------------------------------------------------------------------------------
 
     @property
     def routed_policy(self) -> Policy:
@@ -166,32 +166,6 @@ class TaskAdapters:
                 "Use LoRA adapters, or one adapter at a time.",
             )
         return decode(self.model, prompts, seeds, params, self.policy.chat, adapters=_Requests(self, tasks))
-
-    @torch.inference_mode()
-    def logits(self, ids: Tensor, mask: Tensor, tasks: Sequence[int]) -> Tensor:
-        """One forward pass of rows that belong to different tasks.
-
-        Args:
-            ids: int64 [B, T], padded on either side.
-            mask: int64 [B, T], 1 at tokens.
-            tasks: Index into `names` for each row.
-
-        Returns:
-            float32 [B, T, V]; without the virtual tokens.
-        """
-        self.rows.select(tasks)
-        positions = (mask.cumsum(-1) - 1).clamp(min=0)
-        with plain_attention(self.model):
-            if not any(self.virtual[task] for task in tasks):
-                return self.model(input_ids=ids, attention_mask=mask, position_ids=positions).logits.float()
-            cache = transformers.DynamicCache()
-            before = torch.tensor([self.virtual_tokens(task) for task in tasks], device=ids.device)
-            width = self.fill(cache, tasks)
-            out = self.model(
-                input_ids=ids, attention_mask=torch.cat([left_padded(before, width), mask], 1),
-                position_ids=positions + before[:, None], past_key_values=cache, use_cache=True,
-            )  # fmt: skip
-        return out.logits.float()
 
     def fill(self, cache: Any, tasks: Sequence[int]) -> int:
         """Write the virtual tokens of a task per row into an empty cache, padded on the left; returns the columns."""

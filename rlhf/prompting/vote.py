@@ -17,8 +17,6 @@ class Vote:
     """None if no sample holds an answer."""
     votes: int
     """Samples that gave the answer."""
-    samples: int
-    """All samples, those without an answer included."""
     margin: float
     """Confidence: how many more samples gave the answer than the next one, as a fraction of all samples."""
 
@@ -32,8 +30,8 @@ def vote(answers: Sequence[str | None], normalise: Normalise = "text") -> Vote:
     """
     counts = Counter(normalised(answer, normalise) for answer in answers if answer is not None)
     if not counts:
-        return Vote(None, 0, len(answers), 0.0)
+        return Vote(None, 0, 0.0)
     (best, votes), *others = counts.most_common(2)  # in the order of first appearance where votes are equal
     second = others[0][1] if others else 0
     answer = next(a for a in answers if a is not None and normalised(a, normalise) == best)
-    return Vote(answer, votes, len(answers), (votes - second) / len(answers))
+    return Vote(answer, votes, (votes - second) / len(answers))

@@ -22,8 +22,6 @@ class Gain:
     after: float
     interval: tuple[float, float]
     """95% interval of the mean difference, by the bootstrap over prompts."""
-    wins: int
-    losses: int
     win_rate: float
     win_interval: tuple[float, float]
     """95% Wilson interval of wins among the decided prompts."""
@@ -58,10 +56,9 @@ def gain_of(first: Sequence[Answer], last: Sequence[Answer]) -> Gain | None:
     before, after = np.array(scored).T
     differences = after - before
     means = resampled_sums(differences[:, None])[:, 0] / len(differences)
-    wins, losses = int((differences > 0).sum()), int((differences < 0).sum())
-    decided = wins + losses
+    wins, decided = int((differences > 0).sum()), int((differences != 0).sum())
     return Gain(
-        len(scored), float(before.mean()), float(after.mean()), percentile_interval(means), wins, losses,
+        len(scored), float(before.mean()), float(after.mean()), percentile_interval(means),
         wins / decided if decided else 0.5, wilson(wins / decided, decided) if decided else (0.0, 1.0),
     )  # fmt: skip
 

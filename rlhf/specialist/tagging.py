@@ -84,12 +84,12 @@ class Tagging(Head):
     def metrics(self, examples: Sequence[Example], predictions: Sequence[list[str]]) -> list[Measured]:
         gold = [example.target for example in examples]
         right = [[sum(a == b for a, b in zip(*pair)), len(pair[0])] for pair in zip(gold, predictions)]
-        accuracy = Columns(np.array(right, dtype=float), lambda sums: sums[:, 0] / sums[:, 1], None)
+        accuracy = Columns(np.array(right, dtype=float), lambda sums: sums[:, 0] / sums[:, 1])
         entities = [[set(get_entities(tags)) for tags in pair] for pair in zip(gold, predictions)]
         counts = [[len(one & other), len(one), len(other)] for one, other in entities]
         # F1 = 2 TP / (entities + predicted entities), summed over the rows
         f1 = Columns(
-            np.array(counts, dtype=float), lambda sums: 2 * sums[:, 0] / np.maximum(sums[:, 1] + sums[:, 2], 1), None
+            np.array(counts, dtype=float), lambda sums: 2 * sums[:, 0] / np.maximum(sums[:, 1] + sums[:, 2], 1)
         )
         return [measure_columns("entity_f1", f1), measure_columns("accuracy", accuracy)]
 

@@ -60,8 +60,6 @@ class Columns:
     """float64 [records, columns]."""
     statistic: Callable[[np.ndarray], np.ndarray]
     """Sums of columns [any, columns] -> values [any]."""
-    per_record: np.ndarray | None
-    """float64 [records]: each record's own value; None if a record has none (F1, BLEU)."""
     is_fraction: bool = False
     """Whether each record is right (1) or wrong (0), so that Wilson's interval applies."""
 
@@ -76,11 +74,10 @@ class Measured:
     high: float | None
     n: int
     """Number of records."""
-    per_record: list[float] | None = None
 
     def as_dict(self) -> dict[str, Any]:
-        """All but the numbers per record."""
-        return {name: value for name, value in asdict(self).items() if name != "per_record"}
+        """For JSON."""
+        return asdict(self)
 
 
 def measure(metric: Pick, outcomes: Outcomes, seed: int = 0) -> Measured:
@@ -113,8 +110,7 @@ def measure_columns(name: str, columns: Columns, seed: int = 0) -> Measured:
     elif n >= FEWEST_RECORDS:
         replicates = max(200, min(REPLICATES, MOST_DRAWS // n))
         low, high = percentile_interval(columns.statistic(resampled_sums(columns.values, replicates, seed)))
-    per_record = None if columns.per_record is None else [float(one) for one in columns.per_record]
-    return Measured(name, value, low, high, n, per_record)
+    return Measured(name, value, low, high, n)
 
 
 NEEDS = {
@@ -172,7 +168,7 @@ def f1(
             return (each * golds).sum(1) / np.maximum(golds.sum(1), 1)
         return each.mean(1)
 
-    return Columns(values, statistic, None)
+    return Columns(values, statistic)
 
 
 def _add_rouge(kind: str, about: str) -> None:
@@ -195,7 +191,7 @@ _add_rouge("rougeL", "ROUGE-L: F-measure of the longest common subsequence of wo
 def bleu(outcomes: Outcomes, *, tokenize: Literal["13a", "intl", "char", "none"] = "13a") -> Columns:
     """BLEU of the whole corpus, 0 to 100, from sacrebleu."""
     values, statistic = text_overlap.bleu(outcomes.predictions, outcomes.references, tokenize)
-    return Columns(values, statistic, None)
+    return Columns(values, statistic)
 
 
 @METRICS.row("log_likelihood", needs="logprobs", limits=(-math.inf, 0))
@@ -203,7 +199,7 @@ def log_likelihood(outcomes: Outcomes, *, per: Literal["answer", "token"] = "ans
     """Log-prob of the right answer in nats: the mean over answers, or over all of their tokens."""
     logprobs = np.array(outcomes.logprobs, float)
     sizes = np.ones(len(logprobs)) if per == "answer" else np.array(outcomes.tokens, float)
-    return Columns(np.stack([logprobs, sizes], 1), lambda sums: sums[:, 0] / sums[:, 1], logprobs / sizes)
+    return Columns(np.stack([logprobs, sizes], 1), lambda sums: sums[:, 0] / sums[:, 1])
 
 
 @METRICS.row("score", needs="scores")
@@ -226,12 +222,12 @@ def _same(prediction: str | None, reference: str, how: Normalise) -> bool:
 def fraction_of(right: Sequence[bool]) -> Columns:
     """The columns of a fraction of records that are right."""
     values = np.array(right, float)
-    return Columns(values[:, None], lambda sums: sums[:, 0] / len(values), values, is_fraction=True)
+    return Columns(values[:, None], lambda sums: sums[:, 0] / len(values), is_fraction=True)
 
 
 def mean_of(values: np.ndarray) -> Columns:
     """The columns of a mean over records."""
-    return Columns(values[:, None], lambda sums: sums[:, 0] / len(values), values)
+    return Columns(values[:, None], lambda sums: sums[:, 0] / len(values))
 
 
 def _label_numbers(outcomes: Outcomes, how: Normalise) -> tuple[np.ndarray, np.ndarray]:
