@@ -54,6 +54,7 @@ def test_flan_rows_go_by_several_names(tmp_path, fields):
 def test_a_thumb_down_is_no_demonstration(tmp_path):
     reason = ["a thumbs up or down for one answer"]
     assert made(tmp_path, "flan", {"prompt": "a", "completion": "b", "label": False})[1] == reason
+    assert made(tmp_path, "alpaca", {"instruction": "a", "output": "b", "kto_tag": False})[1] == reason
     assert made(tmp_path, "openai-chat", {"messages": [user("a"), assistant("b")], "label": True})[1] == reason
     assert made(tmp_path, "sharegpt", {"conversations": [human("a"), gpt("b")], "label": False})[1] == reason
 
