@@ -68,7 +68,7 @@ def command(
     else:
         _show(run, opened, episodes, tokens)
         rows = [(one.name, one.how, one.values, f"{one.difference:.2g}", one.verdict) for one in found]
-        table(f"Update {step:,} computed once more", ("what", "from", "values", "largest difference", "result"), rows)
+        table(f"Update {step:,} recomputed", ("what", "from", "values", "largest difference", "result"), rows)
     for fault in opened.damage[:SHOWN_FAULTS]:
         warn(f"{run}: {fault}")
     if (more := len(opened.damage) - SHOWN_FAULTS) > 0:

@@ -98,7 +98,7 @@ def _default(field: FieldInfo) -> str:
     if field.is_required():
         return "required"
     value = field.default if field.default is not PydanticUndefined else field.default_factory()  # type: ignore[misc, call-arg]
-    if isinstance(value, tuple):  # of rows the names alone, since their options have their own grid
+    if isinstance(value, tuple):  # only the names of rows, since their options have their own table
         value = [one.name if isinstance(one, Pick) else one for one in value]
     return f"`{_plain(value.plain if isinstance(value, Pick) else value)}`"
 

@@ -166,8 +166,8 @@ def _parent(key: str, path: str, stages: Sequence[str], pending_runs: PendingRun
             return described
         if settings.is_file():
             raise UserError(
-                f"{key}: {path} holds an adapter alone, not a model of its own",
-                "A stage goes on with bottleneck adapters and virtual tokens; others are merged into the weights.",
+                f"{key}: {path} holds only an adapter, not a model",
+                "A stage can train bottleneck adapters and virtual tokens further; others are merged into the weights.",
                 "Merge it into its base, and name the merged model.",
             )
         raise UserError(f"{key}: {path}: no model there (no run.json and no config.json)", remedy="Check the path.")
@@ -216,7 +216,7 @@ def _open(paths: Sequence[str], kinds: Sequence[str], key: str) -> list[Dataset]
 
 
 def _data(key: str, datasets: Sequence[Dataset], held_out: Sequence[str], kinds: Sequence[str]) -> Rows:
-    """Count the records of a stage's datasets, and of those that it evaluates on, from the manifests alone."""
+    """Count the records of a stage's datasets, and of those that it evaluates on, from the manifests."""
     rows = [(key, _described(dataset)) for dataset in datasets]
     if all(d.manifest for d in datasets) and not _train_count(datasets):
         raise UserError(

@@ -56,8 +56,8 @@ class ServerOptions:
 
     Args:
         teacher_model (NAME): The model's name on the server; by default its only one.
-        key_env (VARIABLE): The environment variable with the server's key. By default OPENAI_API_KEY for api.openai.com
-            alone.
+        key_env (VARIABLE): The environment variable with the server's key. By default OPENAI_API_KEY, only for
+            api.openai.com.
         concurrency: Most concurrent requests; 8 by default.
         requests_per_minute: Most requests per minute; no limit by default.
         retries: Most retries of a failed request; 6 by default.

@@ -27,7 +27,7 @@ def classifier_class(config: Any, per_token: bool = False) -> Any:
     token of the decoder (`per_token`) the class is always our own.
 
     Our class is transformers' `GenericForSequenceClassification`, the base of its own classifiers, over the body that
-    `AutoModel` returns. `AutoModel` also loads the body alone from a folder that such a model was saved in.
+    `AutoModel` returns. `AutoModel` also loads only the body from a folder that such a model was saved in.
 
     Raises:
         UserError: The family has no body that gives hidden states.

@@ -118,7 +118,7 @@ def hidden_states(
 def _behind_virtual_tokens(
     model: nn.Module, body: nn.Module, input_ids: Tensor, attention_mask: Tensor | None
 ) -> Tensor:
-    """Hidden states [B, T, H] of the text alone: PEFT's own forward without a head, so without logits."""
+    """Hidden states [B, T, H] of the text without its virtual tokens, by PEFT's own forward without a head."""
     wrapper: Any = model
     rows, length = input_ids.shape
     learned = wrapper.get_prompt(batch_size=rows)

@@ -19,7 +19,7 @@ from rlhf.models.vocabulary import mask_logits
 HEAD_CHUNK_ELEMENTS = 2**24
 """Most logits that are held at a time: 64 MiB in float32."""
 HEAD_CHUNK_ELEMENTS_GPU = 2**27
-"""The same on a GPU, 512 MiB: each part reads the head's weights and adds to their gradient, whatever its size."""
+"""The same on a GPU, 512 MiB: each chunk, whatever its size, reads the head's weights and adds to their gradient."""
 
 
 def head_chunks(tokens: int, vocab_size: int) -> int:

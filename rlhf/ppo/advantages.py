@@ -120,7 +120,7 @@ def grpo(
     centred = total - _group_sum(total, member) / size
     if normalize_std:
         std = (_group_sum(centred**2, member) / (size - 1)).sqrt()
-        # 1e-4, not less: completions that differ by rounding alone must not get advantages of size 1.
+        # 1e-4, not less: completions that differ only by rounding must not get advantages of size 1.
         centred = centred / (std + 1e-4)
     return Advantages(_at_every_token(centred, response_mask), None)
 

@@ -69,7 +69,7 @@ class RolloutConfig(Strict):
     merge_adapters: bool = False
     """Merge the policy's adapter into its weights during rollouts. Sampling is then as fast as without an adapter, at
     the cost of a second copy of the adapted weights. Weights in 4 bits are not merged. The samplers `vllm` and
-    `vllm-server` get merged weights instead of the adapter alone; `process` always does."""
+    `vllm-server` get merged weights instead of only the adapter; `process` always does."""
     ahead: Literal[0, 1] = 0
     """1: the completions of the next update are sampled while the trainer learns, with the weights from before this
     update; needs a sampler with a process of its own (`process`, `vllm-server`). Importance weights correct for the

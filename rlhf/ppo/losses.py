@@ -85,7 +85,7 @@ def policy_loss(
 
 
 def _policy_stats(log_ratio: Tensor, ratio: Tensor, clipped: Tensor) -> PolicyStats:
-    old = torch.zeros_like(log_ratio)  # the estimators depend on the difference of the two alone
+    old = torch.zeros_like(log_ratio)  # the estimators depend only on the difference of the two
     infinity = ratio.new_full((1,), torch.inf)  # a filler micro-batch has no token, so no smallest ratio
     return PolicyStats(
         clipped=clipped.sum().float(),

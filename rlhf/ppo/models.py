@@ -205,7 +205,7 @@ def load_separate(config: PPOConfig, chat: ChatTokenizer) -> SeparateModels:
     if config.gradient_checkpointing:
         for part in [policy] if critic is None else [policy, critic.model]:
             recompute_activations(part, use_reentrant=False)
-            part.train()  # transformers recomputes in training mode alone; dropout is off, so nothing else changes
+            part.train()  # transformers recomputes only in training mode; dropout is off, so nothing else changes
     rates = ((policy, config.optimizer.policy_lr), (critic, config.optimizer.critic_lr))
     groups = [{"params": [p for p in m.parameters() if p.requires_grad], "lr": lr} for m, lr in rates if m is not None]
     module = ActorCritic(policy, critic)

@@ -8,7 +8,7 @@
 
 Each adapter layer has a property that names its active adapter; `SharedBase.acting` sets it and leaves requires_grad
 unchanged, because an engine depends on it (PEFT's `set_adapter` changes it). A layer without an adapter of that name
-passes its input through the base alone. Outside of `acting` the policy's adapter is active, so sampler, merging and
+passes its input through the base only. Outside of `acting` the policy's adapter is active, so sampler, merging and
 saving need no knowledge of the other roles.
 """
 
@@ -90,7 +90,7 @@ class SharedBase(nn.Module):
         """The outputs of a role for a micro-batch.
 
         Args:
-            batch: Sequences; role `reward` reads the tokens and their mask alone. With `frozen_states` every role but
+            batch: Sequences; role `reward` reads only the tokens and their mask. With `frozen_states` every role but
                 `frozen_layers` starts from them.
             temperature: Logits are divided by it.
             ptx: Demonstrations, for the policy.
@@ -219,7 +219,7 @@ def build(config: PPOConfig, roles: SharedRoles, chat: ChatTokenizer) -> tuple[S
         trained = [*module.adapter(role), *(module.heads[role].parameters() if role in module.heads else [])]
         groups.append({"params": [parameter.requires_grad_(True) for parameter in trained], "lr": rate})
     if config.gradient_checkpointing:
-        policy.train()  # transformers recomputes in training mode alone; dropout is off, so nothing else changes
+        policy.train()  # transformers recomputes only in training mode; dropout is off, so nothing else changes
         recompute_activations(policy, use_reentrant=False, context_fn=module.recompute)
     return module, groups
 

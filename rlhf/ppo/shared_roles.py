@@ -40,7 +40,7 @@ class SharedRoles:
     weights: str
     """The base's fingerprint, or `hub:` and its name."""
     adapters: Mapping[str, RoleAdapter]
-    """Adapters of `policy`, `critic`, `reward` and `reference`. Without an adapter the reference is the base alone;
+    """Adapters of `policy`, `critic`, `reward` and `reference`. Without an adapter the reference is the base;
     other roles without one do not exist in this run."""
 
     def describe(self) -> str:

@@ -3,7 +3,7 @@
     examples -> instructions -> scores -> the best -> other wordings of them -> scores -> ... -> winner -> report
 
 A folder holds all of it. Each step depends on the seed and on what the steps before it wrote, so a search that was
-killed goes on where it was, and ends with the same winner:
+killed continues where it was, and ends with the same winner:
 
     search.json        what is searched for, and by what
     round-0.json       the instructions of a round with the texts they are from, written when the round is complete
@@ -101,7 +101,7 @@ class PromptSearch:
     """A search in its folder.
 
     Args:
-        out: The folder; a search that is there goes on.
+        out: The folder; an unfinished search in it continues.
         facts: What is searched for, and by what: a search of other facts is refused.
         plan: How long and how wide.
         parts: The data.

@@ -1,1 +1,1 @@
-"""Whole PPO updates as they were: recorded, read back, and computed once more."""
+"""Whole PPO updates as they were: recorded, read back, and recomputed."""

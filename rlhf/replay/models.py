@@ -34,7 +34,7 @@ def checkpoint_before(run: Path, step: int) -> Path | None:
     place = run / "checkpoints" / f"step-{step - 1:08d}"
     if not (place / SEAL).is_file():
         raise UserError(
-            f"{place}: not there, so the models cannot compute update {step:,} once more",
+            f"{place}: not there, so the models cannot recompute update {step:,}",
             remedy="With checkpoints.every=log.record_every the newest record has its checkpoint.",
         )
     fault = damage(place)

@@ -17,7 +17,7 @@ from rlhf.runs.run_config import read_run_config
 
 @dataclass(frozen=True)
 class OpenedUpdate:
-    """A record with what was computed from it once more."""
+    """A record with what was recomputed from it."""
 
     record: UpdateRecord
     intact: bool
@@ -34,7 +34,7 @@ class OpenedUpdate:
 
 
 def open_update(run: Path, step: int) -> OpenedUpdate:
-    """Read a recorded update, and compute it once more without the models.
+    """Read a recorded update, and recompute it without the models.
 
     Raises:
         UserError: It was not recorded, or it or config.yaml is damaged.

@@ -1,4 +1,4 @@
-"""A recorded update computed once more by the functions of `rlhf.ppo`, and compared with what was recorded."""
+"""A recorded update recomputed by the functions of `rlhf.ppo`, and compared with what was recorded."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ ROUNDING = 1e-5
 
 @dataclass(frozen=True)
 class Comparison:
-    """A recorded quantity and the same computed once more."""
+    """A recorded quantity and the recomputed one."""
 
     name: str
     how: str

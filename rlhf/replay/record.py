@@ -36,7 +36,7 @@ NUMBERS, FACTS = "numbers.safetensors", "update.json"
 PER_TOKEN = ("logprobs", "ref_logprobs", "values", "kl", "rewards", "advantages", "returns", "sampler_logprobs")
 """Numbers of response tokens, float32 [n], one episode after the other. Some runs have no values or returns."""
 OBSERVED = "observed."
-"""Prefix of the scores of sources that only look on, float32 [N]."""
+"""Prefix of the observers' scores, float32 [N]."""
 
 
 @dataclass(frozen=True)

@@ -32,7 +32,7 @@ def score_texts(
     Args:
         read: Index of a text -> its token ids.
         lengths: Tokens of each text.
-        batch_tokens: Most tokens, padding included, in one forward pass; a longer text is scored alone.
+        batch_tokens: Most tokens, padding included, in one forward pass; a longer text has its own.
         bar: Show a progress bar. Must be off while another one is shown.
 
     Returns:
@@ -93,7 +93,7 @@ def shared_scores(
 
 
 def batches_by_length(lengths: Sequence[int], batch_tokens: int) -> Iterator[list[int]]:
-    """Indices by decreasing length, in batches of at most `batch_tokens` tokens with padding; a longer one is alone."""
+    """Indices by decreasing length, in batches of at most `batch_tokens` tokens with padding; a longer text has its own."""
     batch: list[int] = []
     for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
         if batch and (len(batch) + 1) * lengths[batch[0]] > batch_tokens:

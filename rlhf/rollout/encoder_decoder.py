@@ -21,7 +21,7 @@ def sample(
 ) -> list[Completion]:
     """One completion of each prompt, in order, `sampling.batch_size` at a time; arguments as those of the sampler `hf`.
 
-    As there, a completion depends on its prompt and seed alone.
+    As there, a completion depends only on its prompt and seed.
     """
     order = sorted(range(len(prompts)), key=lambda i: (len(prompts[i]), prompts[i]))
     completions: dict[int, Completion] = {}

@@ -31,7 +31,7 @@ KEYS, STATE = "past_key_values", "cache_params"
 def next_logits(model: Any, ids: Tensor, mask: Tensor, positions: Tensor, cache: Any) -> Tensor:
     """Logits float32 [B, V] of the token after `ids`, int64 [B, T], given a transformers cache."""
     inputs = {"attention_mask": mask, "position_ids": positions, cache_name(model): cache}
-    if STATE in inputs and ids.shape[1] == 1:  # Mamba's mask is for the tokens of this pass alone, not for the cache's
+    if STATE in inputs and ids.shape[1] == 1:  # Mamba's mask is only for the tokens of this pass, not for the cache's
         inputs["attention_mask"] = None
     last = ids.shape[1] - 1
     # An index, not a slice: a slice is not contiguous, and torch's matmul on a CPU would copy the head's weight for

@@ -21,7 +21,7 @@ class SamplingParams:
     logprobs: bool = False
     """Whether `hf` reports log-probs; the other samplers do where the distribution is not truncated."""
     merge_adapters: bool = False
-    """Whether `vllm` and `vllm-server` get the weights with a LoRA adapter merged instead of the adapter alone."""
+    """Whether `vllm` and `vllm-server` get the weights with a LoRA adapter merged instead of only the adapter."""
 
     @property
     def plain(self) -> bool:

@@ -228,7 +228,7 @@ class SamplerServer:
                 rows = self._result(future)["completions"]
             except (ServerLost, CancelledError) as error:
                 if starts == self.starts:
-                    assert isinstance(error, ServerLost)  # requests are cancelled by `end` alone
+                    assert isinstance(error, ServerLost)  # only `end` cancels requests
                     self.restart(error)
                 return None
             self.lost_in_rollout = False

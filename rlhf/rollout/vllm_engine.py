@@ -84,7 +84,7 @@ def lora_rank(llm: Any) -> int:
 
 
 def start(**settings: Any) -> Any:
-    """vLLM's `LLM`. It takes no adapters, whatever the settings say, if vLLM's class of the model does not.
+    """vLLM's `LLM`; without adapters, whatever the settings say, if vLLM's class of the model does not support LoRA.
 
     Raises:
         UserError: vLLM cannot run the model or the settings, or has no code of its own for the model.
@@ -153,7 +153,7 @@ def generate(
         sampling: Length limits, temperature, top_k, top_p, stop strings.
         ends: Token ids that end a completion.
         tokens: One more than the tokenizer's highest id. Ids from there on are never sampled: the trainer's head masks
-            them, and that mask is no weight, so vLLM does not have it.
+            them, and that mask is not a weight, so vLLM does not have it.
         adapter: Folder with ADAPTER, a safetensors file of `rlhf.tuning.lora_weights`; the engine has it for this call.
     """
     if not prompts:

@@ -71,7 +71,7 @@ class DistillationConfig(Strict):
     """Learn the next-token distributions of a local teacher (Hinton 2015; GKD, Agarwal 2024)."""
 
     step_by_step: StepByStepConfig | None = None
-    """Learn a teacher's rationales as a task of its own, next to the labels (Hsieh 2023, Distilling Step-by-Step)."""
+    """Learn a teacher's rationales as a second task, next to the labels (Hsieh 2023, Distilling Step-by-Step)."""
 
     def faults(self) -> Iterator[str]:
         if (self.logits is None) == (self.step_by_step is None):

@@ -23,7 +23,7 @@ def divergence(student: Tensor, teacher: Tensor, kind: Divergence, beta: float, 
     equation 1). It is not multiplied by T^2.
 
     Args:
-        student: float32 [n, V] logits; the gradient flows through them alone.
+        student: float32 [n, V] logits; the only argument with a gradient.
         teacher: float32 [n, V] logits.
         kind: Which divergence.
         beta: The teacher's weight in the mixture of `jsd`, between 0 and 1.

@@ -1,4 +1,4 @@
-"""The order of the training data: a function of seed and epoch alone."""
+"""The order of the training data: a function of seed and epoch only."""
 
 from __future__ import annotations
 

@@ -37,7 +37,7 @@ def open_stage(config: Any, resume: bool, kinds: Sequence[str], task: str = "cau
 
     Args:
         config: The stage's config.
-        resume: Whether a run goes on.
+        resume: Whether a run is resumed.
         kinds: Of the datasets.
         task: As of the rows of `TUNING`.
 

@@ -46,7 +46,7 @@ class _OneByOne(nn.Module):
 
     def __init__(self, module: nn.Module, dtype: torch.dtype) -> None:
         super().__init__()
-        self._of = [module]  # in a list, so that it is no submodule
+        self._of = [module]  # in a list, so that it is not a submodule
         self._dtype = dtype
 
     def parameters(self, recurse: bool = True) -> Iterator[nn.Parameter]:

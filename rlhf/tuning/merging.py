@@ -186,7 +186,7 @@ def adapters_merged(model: Any) -> Iterator[None]:
 
 @contextmanager
 def adapters_off(model: nn.Module) -> Iterator[nn.Module]:
-    """Within this context adapter layers pass their input through the base alone: the policy is its own reference.
+    """Within this context adapter layers pass their input only through the base: the policy is its own reference.
 
     Gives the model to call: the base itself where virtual tokens precede the text. Unlike PEFT's `disable_adapter` this
     leaves requires_grad unchanged, because an engine depends on it.
