@@ -93,7 +93,7 @@ def shared_scores(
 
 
 def batches_by_length(lengths: Sequence[int], batch_tokens: int) -> Iterator[list[int]]:
-    """Indices by decreasing length, in batches of at most `batch_tokens` tokens with padding; longer texts are single."""
+    """Indices by decreasing length, in batches of at most `batch_tokens` tokens with padding; or of one longer text."""
     batch: list[int] = []
     for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
         if batch and (len(batch) + 1) * lengths[batch[0]] > batch_tokens:
