@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -25,7 +25,10 @@ from rlhf.data.writer import DatasetWriter, check_new
 from rlhf.prompting.ways import check_way, read_prompting
 
 if TYPE_CHECKING:  # imports torch
+    from rlhf.inference.best_of import BestOf
     from rlhf.inference.sampling import Sampled
+    from rlhf.inference.scorer import Scorer
+    from rlhf.inference.task_adapters import RoutedPrompts
 
 
 ROUTES = ("group", "source")
@@ -105,17 +108,13 @@ def command(
     kept: list[dict[str, Any]] = []
     scores: list[list[float]] = []
     for samples in sample(policy, prompts, params, sampling.seed, n, prompt_limit, routed):
-        rows = [_row(one, index) for index, one in enumerate(samples)]
-        if routed is not None:
-            rows = [row | {"task": routed.task(samples[0].prompt)} for row in rows]
-        if scorer is not None:
-            found, spread = scorer.with_disagreement(samples)
-            scores.append(found)
-            _add_scores(rows, found, spread)
+        rows = _rows(samples, scorer, routed)
         tokens += sum(row["tokens"] for row in rows)
         if not as_json:
-            _show(samples[0].prompt, rows)
-        rows = [row for row in rows if row["best"]] if best_of else rows
+            _show(rows)
+        if best_of:
+            scores.append([row["score"] for row in rows])
+            rows = [row for row in rows if row["best"]]
         kept += rows
         for row in rows if as_json else ():
             print_json(row)
@@ -127,17 +126,19 @@ def command(
     if demonstrations is not None:
         count = _write_demonstrations(demonstrations, prompts, kept, model)
         tell(f"{demonstrations}: {count:,} demonstrations")
-    if best_of and not as_json:
-        _show_curve(scores)
-    if curve is not None:
+    if best_of:
         from rlhf.inference.best_of import best_of_curve, draw_curve, write_curve  # imports numpy
 
-        if curve.suffix == ".json":
-            facts = {"policy": model, "reward": reward, "prompts": len(scores), "seed": sampling.seed}
-            write_curve(curve, best_of_curve(scores), facts | {"sampling": asdict(params)})
-        else:
-            draw_curve(curve, best_of_curve(scores), compared)
-        tell(f"Curve: {curve}")
+        points = best_of_curve(scores)
+        if not as_json:
+            _show_curve(points, len(scores))
+        if curve is not None:
+            if curve.suffix == ".json":
+                facts = {"policy": model, "reward": reward, "prompts": len(scores), "seed": sampling.seed}
+                write_curve(curve, points, facts | {"sampling": asdict(params)})
+            else:
+                draw_curve(curve, points, compared)
+            tell(f"Curve: {curve}")
 
 
 def _answers(n: int, best_of: int | None, reward: str | None, demonstrations: Path | None) -> int:
@@ -195,11 +196,9 @@ def _write_demonstrations(path: Path, prompts: list[Prompt], best: list[dict[str
         return writer.count
 
 
-def _show_curve(scores: list[list[float]]) -> None:
-    from rlhf.inference.best_of import best_of_curve  # imports numpy
-
-    rows = [(point.n, point.kl, point.score, point.low, point.high) for point in best_of_curve(scores)]
-    title = f"Score of the best of n answers, mean over {len(scores):,} prompts; KL in nats, as a PPO run's eval/kl"
+def _show_curve(points: Sequence[BestOf], prompts: int) -> None:
+    rows = [(point.n, point.kl, point.score, point.low, point.high) for point in points]
+    title = f"Score of the best of n answers, mean over {prompts:,} prompts; KL in nats, as a PPO run's eval/kl"
     table(title, ("n", "KL to the policy", "score", "95% low", "95% high"), rows)
 
 
@@ -274,16 +273,28 @@ def _prompts(texts: list[str] | None, dataset: Path | None, split: str | None, l
         return [Prompt((Message("user", text),)) for text in texts or ()]
 
 
-def _row(one: Sampled, index: int) -> dict[str, Any]:
-    row = {"prompt_id": one.prompt.prompt_id, "messages": one.prompt.chat, "sample": index}
-    return row | {"answer": one.text, "ended": one.completion.ended, "tokens": len(one.completion.ids)}
-
-
-def _add_scores(rows: list[dict[str, Any]], scores: list[float], disagreement: list[float] | None) -> None:
-    best = scores.index(max(scores))
-    for index, (row, score) in enumerate(zip(rows, scores)):
-        row |= {} if disagreement is None else {"disagreement": disagreement[index]}
-        row |= {"score": score, "best": index == best}
+def _rows(samples: list[Sampled], scorer: Scorer | None, routed: RoutedPrompts | None) -> list[dict[str, Any]]:
+    """The answers to a prompt as they are written, with the task of its adapter and with scores if there are."""
+    prompt = samples[0].prompt
+    rows: list[dict[str, Any]] = [
+        {
+            "prompt_id": prompt.prompt_id,
+            "messages": prompt.chat,
+            "sample": index,
+            "answer": one.text,
+            "ended": one.completion.ended,
+            "tokens": len(one.completion.ids),
+            **({} if routed is None else {"task": routed.task(prompt)}),
+        }
+        for index, one in enumerate(samples)
+    ]
+    if scorer is not None:
+        scores, disagreement = scorer.with_disagreement(samples)
+        best = scores.index(max(scores))
+        for index, row in enumerate(rows):
+            row |= {} if disagreement is None else {"disagreement": disagreement[index]}
+            row |= {"score": scores[index], "best": index == best}
+    return rows
 
 
 def _part(label: str, text: str, style: str) -> None:
@@ -299,9 +310,9 @@ def _show_prompt(messages: list[dict[str, str]]) -> None:
         _part(message["role"], message["content"], "bold cyan")
 
 
-def _show(prompt: Prompt, rows: list[dict[str, Any]]) -> None:
-    """Print the prompt and its answers, or the best answer if there are scores."""
-    _show_prompt(prompt.chat)
+def _show(rows: list[dict[str, Any]]) -> None:
+    """Print a prompt and its answers, or the best answer if there are scores."""
+    _show_prompt(rows[0]["messages"])
     scored = [row["score"] for row in rows if "score" in row]
     for row in rows if len(scored) < 2 else (row for row in rows if row["best"]):
         _part("answer", row["answer"].strip(), "bold green")
