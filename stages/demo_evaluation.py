@@ -22,7 +22,7 @@ from rlhf.inference.policy import open_policy
 from rlhf.inference.reward_model import open_reward_model
 from rlhf.inference.sampling import Sampled, sample
 from rlhf.inference.scorer import open_scorer
-from rlhf.policy_evaluation.distance import sequence_kl
+from rlhf.policy_evaluation.measures import sequence_kl
 from rlhf.reward.metrics import reward_metrics
 from rlhf.rollout.types import SamplingParams
 

@@ -19,7 +19,7 @@ from rlhf.data.selection import as_prompt, chosen_records, with_system
 from rlhf.data.store import open_dataset
 
 if TYPE_CHECKING:  # imports torch
-    from rlhf.inference.ensemble import EnsembleScorer
+    from rlhf.inference.reward_model import EnsembleScorer
 
 RECORDS_AT_ONCE = 1_000
 Group = tuple[Prompt, list[dict[str, Any]]]
@@ -52,7 +52,7 @@ def command(
     """
     check_writable(output, "--out")
     groups = _groups(context, prompt, answer, dataset, split, limit)
-    from rlhf.inference.ensemble import open_ensemble  # imports torch
+    from rlhf.inference.reward_model import open_ensemble  # imports torch
 
     reward = open_ensemble(model, trust_remote_code)
     scored: list[dict[str, Any]] = []

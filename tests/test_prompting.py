@@ -24,8 +24,7 @@ from rlhf.prompting.examples import Example, ExamplePool
 from rlhf.prompting.label_words import calibrated, label_logprobs, word_scores
 from rlhf.prompting.masked import open_masked
 from rlhf.prompting.prompts import PromptBuilder
-from rlhf.prompting.run import Prompter
-from rlhf.prompting.vote import Vote, vote
+from rlhf.prompting.run import Prompter, Vote, vote
 from rlhf.prompting.ways import PROMPTING, Shots, read_prompting
 from rlhf.rollout.types import SamplingParams
 from rlhf.tasks.answers import answer_pattern

@@ -14,6 +14,8 @@ from rlhf.core.console import printable
 from rlhf.core.errors import blame
 
 STYLE = Path(__file__).with_name("page.css")
+LONGEST = 3000
+"""Characters of a text that are shown."""
 
 
 def render_page(template: Path, clean: Callable[[str], str] | None = None, **values: Any) -> str:
@@ -47,6 +49,11 @@ def _environment(folder: Path, clean: Callable[[str], str] | None) -> jinja2.Env
 def drawings(plots: Mapping[str, str]) -> dict[str, markupsafe.Markup]:
     """Plots of `rlhf.core.plot` as values that a template shows unescaped, without the empty ones."""
     return {name: markupsafe.Markup(svg) for name, svg in plots.items() if svg}
+
+
+def cut(text: str) -> str:
+    """A text as a page shows it: shortened if it is very long."""
+    return text if len(text) <= LONGEST else f"{text[:LONGEST]} … ({len(text):,} characters)"
 
 
 def write_page(text: str, path: Path, option: str) -> None:

@@ -13,8 +13,7 @@ from rlhf.core.console import track
 from rlhf.core.table import Pick
 from rlhf.data.encode_records import EncodingCounts, fits
 from rlhf.data.schema import Prompt, Ranking
-from rlhf.inference.ensemble import open_ensemble
-from rlhf.inference.reward_model import RewardModel, open_reward_model
+from rlhf.inference.reward_model import RewardModel, open_ensemble, open_reward_model
 from rlhf.inference.scorer import read_source
 from rlhf.judging.config import JudgeConfig
 from rlhf.judging.source import rating_source

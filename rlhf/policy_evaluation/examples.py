@@ -6,14 +6,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from rlhf.core.console import format_number
+from rlhf.core.page import cut
 from rlhf.data.schema import Prompt
 from rlhf.judging.agreement import Pair
 from rlhf.policy_evaluation.measures import Answers
 
 EXTREMES, MORE = 4, 8
 """Examples of the largest gains and losses each; further ones, in the order of the data."""
-MOST_LETTERS = 2000
-"""Letters of a text that are shown."""
 
 
 @dataclass(frozen=True)
@@ -82,8 +81,3 @@ def _says(score: float | None, kl: float | None) -> str:
 def _parts(prompt: Prompt) -> tuple[str, str]:
     *before, last = prompt.messages
     return cut(last.content), cut("\n".join(f"{one.role}: {one.content}" for one in before))
-
-
-def cut(text: str) -> str:
-    """A text, shortened if it is very long."""
-    return text if len(text) <= MOST_LETTERS else f"{text[:MOST_LETTERS]} … ({len(text):,} characters)"

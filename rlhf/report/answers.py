@@ -9,10 +9,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from rlhf.core.console import format_number
+from rlhf.core.page import cut
 from rlhf.report.gather import Answer, RunRecord, pairs_of
 
-MOST_LETTERS = 3000
-"""Letters of a text that are shown."""
 MEASURES = {
     "kl": "KL to the reference, nats",
     "advantage": "advantage",
@@ -96,11 +95,6 @@ def best_and_worst(run: RunRecord) -> tuple[list[tuple[str, ShownAnswer]], list[
     ordered = sorted(scored, key=lambda answer: answer.score or 0.0)
     best, worst = ordered[::-1][:EXTREMES], ordered[:EXTREMES]
     return [(cut(a.prompt), shown(a)) for a in best], [(cut(a.prompt), shown(a)) for a in worst]
-
-
-def cut(text: str) -> str:
-    """A text, shortened if it is very long."""
-    return text if len(text) <= MOST_LETTERS else f"{text[:MOST_LETTERS]} … ({len(text):,} characters)"
 
 
 def _change(before: Answer, after: Answer) -> float:

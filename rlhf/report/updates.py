@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 
 from rlhf.core.console import format_number
 from rlhf.core.errors import UserError
-from rlhf.report.answers import ShownAnswer, cut, shown
+from rlhf.core.page import cut
+from rlhf.report.answers import ShownAnswer, shown
 from rlhf.report.gather import Answer, RunRecord
 
 if TYPE_CHECKING:
