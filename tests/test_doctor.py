@@ -238,7 +238,7 @@ def test_damaged_lines_of_the_logs_and_a_complete_run_without_metrics_are_found(
     with (run / "samples.jsonl").open("a") as file:
         file.write("[" * 5000 + "\n")
     [finding] = diagnose(read_evidence(run))
-    without = "says of no step, since its `step` is no finite number"
+    without = "has no step: its `step` is not a finite number"
     lines = [f"metrics.jsonl line {at} {without}" for at in (4, 5)] + ["metrics.jsonl line 6 cannot be read"]
     assert (finding.name, finding.what) == ("damaged-log", "; ".join([*lines, "and 1 more"]))
     (run / "metrics.jsonl").write_text("")

@@ -92,7 +92,7 @@ def architecture(config: ModelConfig, path: str, base: str | None = None) -> Any
             if found.is_encoder_decoder:
                 raise UserError(
                     f"{place}: memory is not predicted for encoder-decoders ({found.model_type})",
-                    "Prompt and answer go through different halves, which the prediction does not trace.",
+                    "The prediction does not trace an encoder and a decoder that read different tokens.",
                     "Start the run: its last line says what a process took at most.",
                 )
             return found

@@ -15,7 +15,7 @@ from rlhf.distributed.deepspeed_json import zero_stage
 LENGTHS = ("updates", "batch.epochs", "batch.max_steps")
 """The keys that say how long a run trains."""
 PLACE = ("deepspeed", "batch.micro_batch_size", "batch.micro_batch_tokens", "gradient_checkpointing", "timeout_seconds")
-"""The keys that fit a run to its machine; they change what is trained by rounding alone."""
+"""The keys that fit a run to its machine; they change what is trained only by rounding."""
 MISSING = "(not set)"
 
 
@@ -78,7 +78,7 @@ def _flat(value: Any, name: str = "") -> dict[str, Any]:
 
 
 def moved(path: Path, info: Mapping[str, Any], config: StageConfig, processes: int) -> dict[str, Any]:
-    """What differs about where a run goes on, as a note for run.json; empty if nothing does.
+    """Differences in where a run continues, as a note for run.json; empty if there are none.
 
     Args:
         path: The run folder.
@@ -98,7 +98,7 @@ def moved(path: Path, info: Mapping[str, Any], config: StageConfig, processes: i
 
 
 def check_inputs(path: Path, info: Mapping[str, Any], facts: Mapping[str, Any]) -> None:
-    """Refuse to continue a run whose datasets, parents, tokenizer or chat template are others by now.
+    """Refuse to continue a run whose datasets, parents, tokenizer or chat template have changed.
 
     Args:
         path: The run folder.

@@ -79,8 +79,8 @@ class Checkpoints:
         Damaged ones are skipped with a warning.
 
         Args:
-            verify: Compare checksums, which reads every file; else sizes alone. Every rank calls it, and each reads
-                its share of the files.
+            verify: Compare checksums, which reads every file; else only sizes. Every rank calls it, and each reads its
+                share of the files.
 
         Raises:
             UserError: There are checkpoints, and all are damaged.

@@ -69,8 +69,8 @@ def taken_away() -> UserError | None:
 
 
 def _is_there(folder: Path, file: IO[str]) -> bool:
-    """Whether the folder is the one that was locked, which its lock file tells: that is open, so its inode is not used
-    again. If it alone was deleted, the folder is taken for the same."""
+    """Whether the folder is the one that was locked, by its lock file: it is open, so its inode is not reused. If only
+    that file was deleted, the folder counts as the same."""
     try:
         return os.path.samestat(os.fstat(file.fileno()), os.stat(folder / LOCK))
     except OSError:
@@ -80,8 +80,7 @@ def _is_there(folder: Path, file: IO[str]) -> bool:
 def _taken_away(folder: Path) -> UserError:
     return UserError(
         f"run: {folder} was removed, moved or replaced while its run trained",
-        "Metrics and checkpoints have no place to go, so the run ends here. A folder that has the name by now is not "
-        "touched.",
+        "Metrics and checkpoints cannot be written, so the run ends here. A new folder of that name is not touched.",
         "If it was moved, move it back and repeat the command with --resume. If it was removed, start the run again, "
         "where nothing cleans up: run=...",
     )

@@ -34,7 +34,7 @@ def logged_lines(file: Path, faults: list[str], complete: bool) -> Iterator[tupl
         if isinstance(row, dict) and (step := as_number(row.get("step"))) is not None and math.isfinite(step):
             yield place, row
         else:
-            faults.append(f"{place} says of no step, since its `step` is no finite number")
+            faults.append(f"{place} has no step: its `step` is not a finite number")
 
 
 def as_number(value: Any) -> float | None:

@@ -58,7 +58,7 @@ def refuse_specialist(path: str | Path) -> None:
 
 
 def parent_facts(path: str | Path) -> dict[str, Any]:
-    """What run.json records about a parent: its path, the fingerprint of its weights, and its stage if it is a run.
+    """The record of a parent in run.json: its path, the fingerprint of its weights, and its stage if it is a run.
 
     Models on the Hub have no fingerprint.
 
@@ -93,8 +93,8 @@ def check_result(path: str | Path) -> None:
 def template_time(config: StageConfig, resume: bool) -> str:
     """The time at which the chat templates of a run are frozen, in ISO format. Every rank calls it.
 
-    That of the run itself with `resume`, or of its parent, else the present on rank 0: clocks of ranks that start at
-    midnight, or on several hosts, would give them other tokens.
+    With `resume` the run's own, else its parent's, else the time on rank 0: clocks of ranks that start at midnight, or
+    on several hosts, could give different tokens.
     """
     places = [config.run] * resume + [config.model.path]
     infos = [read_run(place) for place in places if is_run(place)]

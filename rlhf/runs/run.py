@@ -3,7 +3,7 @@
 runs/NAME/
   config.yaml     the resolved config            run.json        stage, status, parents, data, versions
   metrics.jsonl   one line per logged step       samples.jsonl   completions with their scores
-  events.jsonl    what the guard of PPO said      checkpoints/    for --resume
+  events.jsonl    alarms of PPO's guard          checkpoints/    for --resume
   model/          the result in Hugging Face format
   updates/        recorded PPO updates, for `rlhf replay`
 """
@@ -169,7 +169,7 @@ def _checked_again(
     if move := moved(path, info, config, distributed.world_size()):
         kept["moved"].append(move)
         changes = (f"{key} {pair['from']} -> {pair['to']}" for key, pair in move.items())
-        say(f"{path} goes on elsewhere: {', '.join(changes)}")
+        say(f"{path} continues elsewhere: {', '.join(changes)}")
     return {key: notes for key, notes in kept.items() if notes}
 
 
