@@ -209,10 +209,9 @@ class _Table:
             raise UserError(
                 "answer and answers: a row is a demonstration or a ranking", remedy="Leave one of them out."
             )
-        if self.authors and len(self.authors) != len(self.answers):
-            raise UserError(f"authors: {len(self.authors)} columns for {len(self.answers)} answers")
-        if self.scores and len(self.scores) != len(self.answers):
-            raise UserError(f"scores: {len(self.scores)} columns for {len(self.answers)} answers")
+        for option, columns in (("authors", self.authors), ("scores", self.scores)):
+            if columns and len(columns) != len(self.answers):
+                raise UserError(f"{option}: {len(columns)} columns for {len(self.answers)} answers")
         if self.time_format and "time" not in self.facts:
             raise UserError("time_format: of which column?", remedy="Name it: --option time=COLUMN")
 

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from datetime import UTC, datetime
 from typing import Any
 
 from data_tools.published.table import Head, row_format
-from data_tools.reading.annotation_exports import ids_of, person
+from data_tools.reading.annotation_exports import ids_of, person, since_1970
 from data_tools.reading.fields import is_list_of
 from data_tools.reading.judgements import means_tie
 from rlhf.data.jsonl import from_dict
@@ -67,21 +66,18 @@ def prodigy(row: Any, *, prompt: str = "text") -> Ranking:
         raise BadRecord("a tie and an answer were accepted", brief(sorted(chosen)), "They contradict each other.")
     candidates = [{"text": option.get("text", option.get("html"))} for _, option in answers]
     ranks = [1 if id in chosen or chosen & ties else 2 for id, _ in answers]
-    by = row.get("_annotator_id") or row.get("_session_id")
-    ranking = {"messages": row[prompt], "candidates": candidates, "ranks": ranks}
-    facts = {"annotator": person(by), "time": _time(row.get("_timestamp")), "shown": True, "source": "prodigy"}
-    return from_dict({**ranking, **facts}, "ranking")  # type: ignore[return-value]
+    row = {
+        "messages": row[prompt],
+        "candidates": candidates,
+        "ranks": ranks,
+        "annotator": person(row.get("_annotator_id") or row.get("_session_id")),
+        "time": since_1970(row.get("_timestamp"), "_timestamp"),
+        "shown": True,
+        "source": "prodigy",
+    }
+    return from_dict(row, "ranking")  # type: ignore[return-value]
 
 
 def _shown(option: Any) -> str | None:
     text = option.get("text") if isinstance(option, dict) else None
     return text if isinstance(text, str) else None
-
-
-def _time(seconds: Any) -> str | None:
-    if seconds is None:
-        return None
-    try:
-        return datetime.fromtimestamp(seconds, UTC).isoformat()
-    except (TypeError, ValueError, OverflowError, OSError):
-        raise BadRecord("_timestamp: not seconds since 1970", brief(seconds)) from None

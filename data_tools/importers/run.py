@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import gc
 import glob
-import json
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
@@ -17,6 +16,7 @@ import yaml
 from data_tools.importers import IMPORTERS
 from data_tools.importers.table import AUTO, detect
 from data_tools.io.rejects import FILE_NAME, Rejects, by_count, print_reasons
+from data_tools.reading.turns import from_json_text
 from data_tools.statistics.accumulator import Accumulator
 from data_tools.statistics.ceiling import AgreementObserver
 from rlhf.core import console
@@ -201,15 +201,8 @@ def read_options(file: Path | None, pairs: Sequence[str]) -> dict[str, Any]:
         name, equals, value = pair.partition("=")
         if not equals or not name:
             raise UserError(f"--option {pair}: not NAME=VALUE", remedy="Write, for instance, --option prompt=Question")
-        options[name.strip()] = _list_or_object(value)
+        options[name.strip()] = from_json_text(value)  # other text in braces, such as a template, stays text
     return options
-
-
-def _list_or_object(text: str) -> Any:
-    if text[:1] in ("[", "{"):
-        with suppress(ValueError, RecursionError):  # other text in braces, such as a template, stays text
-            return json.loads(text)
-    return text
 
 
 @contextmanager

@@ -106,11 +106,11 @@ class Expression:
         """
         try:
             value = self._compute(values)
+            if isinstance(value, StrictUndefined):
+                str(value)  # raises what is undefined
+            return value
         except Exception as error:  # any error is the expression's
             raise Failed(_message(error)) from None
-        if isinstance(value, StrictUndefined):
-            raise Failed(_undefined(value))
-        return value
 
 
 class Template:
@@ -160,13 +160,6 @@ def _check_names(names: frozenset[str], where: str, known: Collection[str] | Non
     unknown = sorted(names - set(known)) if known is not None else []
     if unknown:
         raise UserError(f"{where}: there is no field {unknown[0]!r}", remedy=nearest(unknown[0], known or ()))
-
-
-def _undefined(value: StrictUndefined) -> str:
-    try:
-        return str(value)
-    except Exception as error:  # a strict undefined value raises its message
-        return _message(error)
 
 
 def _message(error: BaseException) -> str:

@@ -3,14 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
 
 from data_tools.published.table import Head, any_of, row_format, rows_have
-from data_tools.reading.annotation_exports import person
+from data_tools.reading.annotation_exports import person, since_1970
 from data_tools.reading.csv_rows import CSV, csv_rows
-from data_tools.reading.fields import chat, elements, is_list_of, need, number, ranking, ranks_of_two, text, text_if_any
+from data_tools.reading.fields import (
+    chat,
+    elements,
+    exchanges,
+    is_list_of,
+    need,
+    number,
+    ranking,
+    ranks_of_two,
+    text,
+    text_if_any,
+)
 from data_tools.reading.judgements import score
 from data_tools.reading.rows import JSON, rows
 from data_tools.reading.turns import from_json_text, shared_turns
@@ -107,7 +117,7 @@ def chatbot_arena(
         kind="model",
         group=text_if_any(row, "language"),
         annotator=_judge(row.get("judge")),
-        time=_time(row.get("tstamp")),
+        time=since_1970(row.get("tstamp"), "tstamp"),
         shown="tstamp" in row,
     )
 
@@ -148,12 +158,4 @@ def _conversation(row: dict[str, Any], side: str) -> list[Message]:
         raise BadRecord(f"response_{side}: a reply is null", f"{len(answered)} replies", "The model gave no answer.")
     if len(asked) != len(answered) or not is_list_of(str, asked + answered):
         raise BadRecord(f"prompt and response_{side}: not as many texts", f"{len(asked)} and {len(answered)}")
-    pairs = zip(asked, answered)
-    return [turn for user, said in pairs for turn in (Message("user", user), Message("assistant", said))]
-
-
-def _time(stamp: Any) -> str | None:
-    """Seconds since 1970 as ISO 8601."""
-    if stamp is None:
-        return None
-    return datetime.fromtimestamp(number(stamp, "tstamp", 0, 1e11), UTC).isoformat()
+    return exchanges(zip(asked, answered))

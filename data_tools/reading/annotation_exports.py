@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable, Mapping
+from datetime import UTC, datetime
 from typing import Any
 
-from data_tools.reading.fields import is_list_of
+from data_tools.reading.fields import is_list_of, is_number
 from data_tools.reading.roles import SYSTEM_FIELDS, role_of
 from rlhf.data.schema import BadRecord, brief
 
@@ -45,6 +46,17 @@ def person(value: Any) -> str:
     if isinstance(value, bool) or not isinstance(value, (str, int)):
         raise BadRecord("annotator: not text or a number", brief(value))
     return str(value)
+
+
+def since_1970(seconds: Any, name: str) -> str | None:
+    """Seconds since 1970 as ISO 8601 in UTC; None where there are none.
+
+    Raises:
+        BadRecord: It is something else.
+    """
+    if seconds is not None and not is_number(seconds, 0, 1e11):
+        raise BadRecord(f"{name}: not seconds since 1970", brief(seconds))
+    return None if seconds is None else datetime.fromtimestamp(seconds, UTC).isoformat()
 
 
 def ids_of(values: Any, name: str) -> list[str]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from itertools import repeat
 from typing import Any, Literal, NamedTuple
 
@@ -238,9 +238,12 @@ def whole_prompt(row: Mapping[str, Any], said: list[Message]) -> list[Message]:
     history = row.get("history") or []
     if not isinstance(history, list) or not all(isinstance(turn, list) and len(turn) == 2 for turn in history):
         raise BadRecord("history: not a list of [user, assistant]", brief(history))
-    for user, assistant in history:
-        turns += [Message("user", user), Message("assistant", assistant)]
-    return turns + said
+    return turns + exchanges(history) + said
+
+
+def exchanges(pairs: Iterable[Sequence[str]]) -> list[Message]:
+    """The turns of pairs of what the user said and what the assistant answered."""
+    return [turn for user, said in pairs for turn in (Message("user", user), Message("assistant", said))]
 
 
 def joined(*parts: str) -> str:

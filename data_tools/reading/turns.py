@@ -14,6 +14,7 @@ from data_tools.reading.fields import (
     Role,
     TurnForm,
     chat,
+    exchanges,
     is_list_of,
     is_tool_turn,
     joined,
@@ -188,12 +189,10 @@ def _replies(asked: list[str], value: Any, name: str) -> list[Message]:
         )
     if not isinstance(replies[-1], str):
         return []
-    said: list[Message] = []
-    for question, reply in zip(asked, replies):
+    for reply in replies:
         if not isinstance(reply, str):
             raise BadRecord("a reply is no text", f"{name}: {brief(reply)}")
-        said += [Message("user", question), Message("assistant", reply)]
-    return said
+    return exchanges(zip(asked, replies))
 
 
 def prompt_turns(row: Mapping[str, Any], other: Collection[Any] = ()) -> list[Message]:

@@ -18,7 +18,6 @@ from data_tools.statistics.columns import Collector, Columns, as_shards, row_gro
 from data_tools.statistics.duplicates import EvaluationSet
 from data_tools.statistics.judgements import pairs_of, votes_of
 from data_tools.statistics.sample import Texts, texts_of
-from rlhf.data.jsonl import Reject
 from rlhf.data.store import Dataset, open_dataset
 
 
@@ -87,11 +86,7 @@ def gathered(path: str | Path, against: Sequence[Path] = (), near: bool = True) 
     dataset = open_dataset(path)
     sets = [EvaluationSet.read(one) for one in against]
     bad_rows: Counter[str] = Counter()
-
-    def count(reject: Reject) -> None:
-        bad_rows[reject.reason] += 1
-
-    with as_shards(dataset, count) as shards:
+    with as_shards(dataset, lambda reject: bad_rows.update([reject.reason])) as shards:
         collector = Collector()
         columns = collector.columns(collector.arrays(group.read()) for group in row_groups(shards))
         yield Facts(dataset, shards, columns, near, sets, bad_rows)
