@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -85,9 +85,8 @@ class Choice:
 
     def why(self) -> dict[str, Any]:
         """The reasons, as they are written to `why.jsonl`."""
-        facts = asdict(replace(self, proposal=None)) | {"answers": list(self.answers)}  # type: ignore[type-var]
-        del facts["proposal"]
-        return {"prompt_id": self.proposal.prompt_id, "id": self.proposal.id, **facts}
+        facts = {name: getattr(self, name) for name in ("information", "seconds", "coverage")}
+        return {"prompt_id": self.proposal.prompt_id, "id": self.proposal.id, "answers": list(self.answers), **facts}
 
 
 def choices(proposals: Sequence[Proposal], scores: Sequence[np.ndarray], k: int | None, cost: Cost) -> list[Choice]:

@@ -97,8 +97,5 @@ def _dots(
     """Estimates with their intervals."""
     values = [one.value for one in estimates]
     reach = [[one.value - one.low for one in estimates], [one.high - one.value for one in estimates]]
-    style = {"fmt": marker, "color": colour, "capsize": 3, "markersize": 6}
-    if upright:
-        axes.errorbar(list(places), values, yerr=reach, **style)
-    else:
-        axes.errorbar(values, list(places), xerr=reach, **style)
+    at, error = ((places, values), "yerr") if upright else ((values, places), "xerr")
+    axes.errorbar(*map(list, at), fmt=marker, color=colour, capsize=3, markersize=6, **{error: reach})

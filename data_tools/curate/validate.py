@@ -32,10 +32,8 @@ def validate(path: str | Path, on_fault: Callable[[str], None] = lambda _: None)
     path = Path(path)
     bad_rows: list[dict[str, Any]] = []
     faults: list[str] = []
-    reasons: Counter[str] = Counter()
 
     def reject(row: Reject) -> None:
-        reasons[row.reason] += 1
         bad_rows.append({"file": row.file, "line": row.line, "reason": row.reason, "detail": row.detail})
         on_fault(str(row))
 
@@ -58,9 +56,10 @@ def validate(path: str | Path, on_fault: Callable[[str], None] = lambda _: None)
         _check_counts(dataset, good, splits, fault)
     elif not good and not bad_rows and not faults:
         fault(f"{path}: no row")
+    reasons = by_count(Counter(row["reason"] for row in bad_rows))
     return {
         "path": str(path), "kind": kind, "ok": not bad_rows and not faults, "read": good + len(bad_rows),
-        "good": good, "bad": len(bad_rows), "reasons": by_count(reasons), "bad_rows": bad_rows, "faults": faults,
+        "good": good, "bad": len(bad_rows), "reasons": reasons, "bad_rows": bad_rows, "faults": faults,
     }  # fmt: skip
 
 

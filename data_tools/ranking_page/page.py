@@ -6,7 +6,7 @@ import base64
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -37,9 +37,7 @@ class Settings:
     """The name that is filled in; an annotator may change it."""
 
     def as_dict(self) -> dict[str, Any]:
-        limits = {"longestName": LONGEST_NAME, "longestComment": LONGEST_COMMENT}
-        names = ("fingerprint", "mode", "seed", "total", "annotator")
-        return {name: getattr(self, name) for name in names} | limits
+        return asdict(self) | {"longestName": LONGEST_NAME, "longestComment": LONGEST_COMMENT}
 
 
 def style() -> str:
