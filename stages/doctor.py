@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import asdict
 from pathlib import Path
 
 import typer
@@ -49,7 +50,7 @@ def command(
         findings, unmade = examine(evidence)
         if as_json:
             for finding in findings:
-                print_json({"run": str(evidence.path), **finding.as_dict()})
+                print_json({"run": str(evidence.path), **asdict(finding)})
             if unmade:
                 print_json({"run": str(evidence.path), "not_checked": unmade})
         else:

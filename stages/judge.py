@@ -11,7 +11,7 @@ from rlhf.core.errors import UserError
 from rlhf.core.files import check_writable
 from rlhf.data.selection import chosen_records
 from rlhf.data.store import open_dataset
-from rlhf.judging.agreement import agreement_metrics, by_comparison, by_rating, pairs_of
+from rlhf.judging.agreement import agreement_metrics, by_rating, pairs_of
 from rlhf.judging.config import read_judge
 from rlhf.judging.judge import Judge
 from rlhf.judging.prompt import TO_BE_READABLE
@@ -60,7 +60,8 @@ def command(
         raise UserError(what, remedy="Name a dataset of rankings; `rlhf data import` makes one.")
     chosen = list(pairs_of(chosen_records(data, split, limit), pairs, seed))
     with Judge(config, kind) as opened:
-        verdicts = by_comparison(opened, chosen) if kind == "pairwise" else by_rating(opened, chosen)
+        items = (pair.item() for pair in chosen)
+        verdicts = list(opened.compare(items)) if kind == "pairwise" else by_rating(opened, chosen)
         metrics = agreement_metrics(chosen, verdicts, swapped=kind == "pairwise")
         if metrics["unreadable"] == len(chosen):
             what = f"{opened.config.url}: none of {len(chosen):,} pairs has a readable verdict"

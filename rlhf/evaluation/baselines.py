@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import permutations
 from typing import Any
 
 import numpy as np
@@ -95,11 +96,10 @@ def _differences(features: csr_matrix, records: Sequence[Ranking]) -> csr_matrix
     """Rows of the better minus the worse candidate, in the order of `pairs_of`."""
     better, worse, start = [], [], 0
     for record in records:
-        for i, rank in enumerate(record.ranks):
-            for j, other in enumerate(record.ranks):
-                if rank < other:
-                    better.append(start + i)
-                    worse.append(start + j)
+        for (i, rank), (j, other) in permutations(enumerate(record.ranks), 2):
+            if rank < other:
+                better.append(start + i)
+                worse.append(start + j)
         start += len(record.ranks)
     return csr_matrix(features[better] - features[worse])
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import islice
+from itertools import combinations, islice
 from typing import Any
 
 import numpy as np
@@ -83,13 +83,8 @@ def pair_facts(
         "accuracy": fraction(pairs.correct, pairs.prompt),
         "log_loss": clustered_mean(np.logaddexp(0, -pairs.gap), pairs.prompt),
         "score_ties": int((pairs.gap == 0).sum()),
-        "tied_pairs": sum(_tied(one) for one in scored),
+        "tied_pairs": sum(one[0] == other[0] for record in scored for one, other in combinations(record.known, 2)),
         "baselines": baselines(pairs, scored, train, seed),
         "calibration": calibration(pairs, seed),
         "slices": slices(pairs, scored),
     }
-
-
-def _tied(one: ScoredRecord) -> int:
-    ranks = [rank for rank, _ in one.known]
-    return sum(rank == other for index, rank in enumerate(ranks) for other in ranks[:index])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from itertools import combinations
 from math import comb, sqrt
 from typing import Any
 
@@ -61,10 +62,9 @@ def tau_b(known: Sequence[tuple[int, float]]) -> float:
         known: (rank, score) of each candidate; at least two ranks differ.
     """
     agreement = by_rank = by_score = 0
-    for index, (rank, score) in enumerate(known):
-        for other_rank, other_score in known[:index]:
-            one, other = _sign(other_rank - rank), _sign(score - other_score)
-            agreement, by_rank, by_score = agreement + one * other, by_rank + abs(one), by_score + abs(other)
+    for (rank, score), (other_rank, other_score) in combinations(known, 2):
+        one, other = _sign(other_rank - rank), _sign(score - other_score)
+        agreement, by_rank, by_score = agreement + one * other, by_rank + abs(one), by_score + abs(other)
     return agreement / sqrt(by_rank * by_score) if by_score else 0.0
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import permutations
 from typing import Any
 
 import numpy as np
@@ -210,14 +211,13 @@ def pairs_of(scored: Sequence[ScoredRecord]) -> Pairs:
     for index, one in enumerate(scored):
         record, prompt = one.record, prompts.setdefault(one.record.prompt_id, len(prompts))
         known = [i for i, score in enumerate(one.scores) if score is not None]
-        for better in known:
-            for worse in known:
-                if (distance := record.ranks[worse] - record.ranks[better]) > 0:
-                    a, b = record.candidates[better], record.candidates[worse]
-                    gap = float(one.scores[better] or 0) - float(one.scores[worse] or 0)
-                    rating = np.nan if a.score is None or b.score is None else a.score - b.score
-                    first = int(np.sign(worse - better)) if record.shown else 0
-                    rows.append((prompt, index, gap, distance, rating, len(a.text), len(b.text), first))
+        for better, worse in permutations(known, 2):
+            if (distance := record.ranks[worse] - record.ranks[better]) > 0:
+                a, b = record.candidates[better], record.candidates[worse]
+                gap = float(one.scores[better] or 0) - float(one.scores[worse] or 0)
+                rating = np.nan if a.score is None or b.score is None else a.score - b.score
+                first = int(np.sign(worse - better)) if record.shown else 0
+                rows.append((prompt, index, gap, distance, rating, len(a.text), len(b.text), first))
     table = np.array(rows, dtype=np.float64).reshape(-1, 8)
     whole = np.nan_to_num(table).astype(np.int64)
     return Pairs(

@@ -51,11 +51,6 @@ def pairs_of(rankings: Iterable[Ranking], most: int, seed: int = 0) -> Iterator[
             yield Pair(ranking, *((one, two) if chance.random() < 0.5 else (two, one)))
 
 
-def by_comparison(judge: Judge, pairs: Sequence[Pair]) -> list[Comparison]:
-    """The judge's verdicts on pairs."""
-    return list(judge.compare(pair.item() for pair in pairs))
-
-
 def by_rating(judge: Judge, pairs: Sequence[Pair]) -> list[Comparison]:
     """Verdicts that follow from the ratings of both candidates: the higher rating wins, equal ratings tie."""
     answers = [(pair.ranking.chat, text) for pair in pairs for text in pair.item()[1:]]

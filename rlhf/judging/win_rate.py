@@ -33,10 +33,9 @@ def win_rates(credits: Sequence[Sequence[float]], lengths: Sequence[Sequence[tup
     if not len(flat):
         raise ValueError("no comparison")
     kept = [row for row in credits if row]
-    totals = np.array([sum(row) for row in kept], dtype=float)
-    trials = np.array([len(row) for row in kept])
     sizes = np.array([pair for row in lengths for pair in row], dtype=float)
-    clusters = np.repeat(np.arange(len(kept)), trials)
+    clusters = np.repeat(np.arange(len(kept)), list(map(len, kept)))
+    totals, trials = np.bincount(clusters, flat), np.bincount(clusters)
     controlled, interval = length_controlled(flat, sizes[:, 0] - sizes[:, 1], clusters)
     return {
         "win_rate": float(flat.mean()),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import re
 from typing import Any
 
@@ -60,7 +59,7 @@ def load_specialist(config: ModelConfig, path: str, head: Head, tokenizer: Any) 
         UserError: It cannot be loaded, or transformers has no such head for its family.
     """
     found = load_hf_config(config, path)
-    mapping = getattr(importlib.import_module("transformers"), MAPPINGS[head.auto_class])
+    mapping = getattr(transformers, MAPPINGS[head.auto_class])
     if type(found) not in mapping and head.auto_class not in (getattr(found, "auto_map", None) or {}):
         raise UserError(
             f"model.path: transformers has no {head.auto_class.removeprefix('AutoModelFor')} head for "

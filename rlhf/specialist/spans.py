@@ -95,8 +95,8 @@ class Spans(Head):
         length = row["length"]
         inside = np.array(row["starts"][:length]) >= 0
         first, last = (np.where(inside, logits[:length, i], -np.inf) for i in (0, 1))
-        scores = np.triu(first[:, None] + last[None]) + np.where(np.triu(np.ones((length, length))) > 0, 0, -np.inf)
-        scores = np.where(np.tri(length, k=self.longest - 1) > 0, scores, -np.inf)
+        allowed = np.triu(np.tri(length, k=self.longest - 1)) > 0
+        scores = np.where(allowed, first[:, None] + last[None], -np.inf)
         i, j = np.unravel_index(np.argmax(scores), scores.shape)
         if self.no_answer and logits[0].sum() >= scores[i, j]:
             return ""
