@@ -8,7 +8,8 @@ import pytest
 from rows import jsonl
 
 from data_tools.importers import IMPORTERS
-from data_tools.importers.table import read_head
+from data_tools.importers.table import detect, read_head
+from rlhf.core.errors import UserError
 
 
 def rows_of(sample):
@@ -55,3 +56,14 @@ def test_one_row_of_another_shape_among_the_first_makes_the_format_unknown(name,
 ])  # fmt: skip
 def test_fields_of_the_right_names_that_hold_something_else_are_not_recognised(name, change, tmp_path):
     assert name not in found(tmp_path, [row | change for row in SAMPLES[name]])
+
+
+def test_files_of_two_formats_and_a_file_of_none_are_refused_with_what_they_are(tmp_path):
+    first = jsonl(tmp_path / "a.jsonl", SAMPLES["alpaca"])
+    other = jsonl(tmp_path / "b.jsonl", SAMPLES["dolly"])
+    assert detect([first, first])[0] == "alpaca"
+    with pytest.raises(UserError, match=r"different formats: .*a\.jsonl is alpaca because .*b\.jsonl is dolly because"):
+        detect([first, other])
+    with pytest.raises(UserError, match=r"no format is recognised") as refused:
+        detect([jsonl(tmp_path / "c.jsonl", [{"unrelated": 1}])])
+    assert "its first row has the fields 'unrelated'" in str(refused.value)
