@@ -340,7 +340,7 @@ def open_ppo_run(
         *open_datasets(config.data.ptx, KINDS[1:], "data.ptx"),
     ]
     if config.needs_critic and config.critic.init == "reward":
-        check_same_text("the policy", chat.fingerprints(), str(config.reward_model))
+        check_same_text(chat.fingerprints(), str(config.reward_model))
     scorers = dict.fromkeys(term["path"] for term in model_terms(config.reward))
     onlookers = dict.fromkeys(term["path"] for pick in config.onlookers.values() for term in model_terms(pick))
     facts = {

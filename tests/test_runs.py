@@ -109,12 +109,12 @@ def test_a_result_with_a_flipped_bit_is_refused_as_a_parent_and_not_exported(tmp
 def test_a_parent_with_another_tokenizer_or_template_is_refused(tmp_path):
     mine = {"tokenizer": "a", "chat_template": "b"}
     finished(tmp_path / "same", facts=mine)
-    check_same_text("the policy", mine, tmp_path / "same")
-    check_same_text("the policy", mine, "org/name")
+    check_same_text(mine, tmp_path / "same")
+    check_same_text(mine, "org/name")
     for key in mine:
         finished(tmp_path / key, facts={**mine, key: "other"})
         with pytest.raises(UserError, match=rf"(?s){key.replace('_', ' ')}.*retokenize"):
-            check_same_text("the policy", mine, tmp_path / key)
+            check_same_text(mine, tmp_path / key)
 
 
 OTHER_TYPES = ["{", "[]", "3", "null", '"run"', "{}", '{"stage": 3, "status": "running"}', "[" * 5000]

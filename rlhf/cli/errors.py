@@ -43,9 +43,10 @@ def exit_on_error(resume: str | None = None) -> Iterator[None]:
             err().print(f"\nInterrupted. {resume}", markup=False, soft_wrap=True)
         sys.exit(130)
     except Terminated as stopped:
-        if is_main() and (resume or stopped.state):
+        reached = str(stopped)
+        if is_main() and (resume or reached):
             # a launcher or pipeline prints how to resume itself
-            words = ("\nEnded by SIGTERM.", stopped.state, resume) if resume else (stopped.state,)
+            words = ("\nEnded by SIGTERM.", reached, resume) if resume else (reached,)
             err().print(" ".join(filter(None, words)), markup=False, soft_wrap=True)
         sys.exit(SIGTERM_STATUS)
     except Exception as error:

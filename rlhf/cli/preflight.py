@@ -204,7 +204,7 @@ def _same_text(config: PPOConfig, reward_path: str, pending_runs: PendingRuns) -
                 return  # it is compared when the run starts, which freezes the template
             text = freeze_clock(text, datetime.fromisoformat(frozen_at))
         mine["chat_template"] = short_hash(text)
-    check_same_text("the policy", mine, reward_path)
+    check_same_text(mine, reward_path)
 
 
 # ---- data --------------------------------------------------------------------------------------------------------

@@ -25,13 +25,8 @@ class UserError(Exception):
 class Terminated(BaseException):
     """SIGTERM has ended a run, as Ctrl-C does with KeyboardInterrupt; the process exits with status 143.
 
-    Args:
-        state: What was reached, as a sentence: "Update 3 is in a checkpoint."
+    Its text is what was reached, as a sentence: "Update 3 is in a checkpoint."
     """
-
-    def __init__(self, state: str = "") -> None:
-        self.state = state
-        super().__init__(state)
 
 
 SIGTERM_STATUS = 128 + 15

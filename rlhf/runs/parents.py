@@ -104,13 +104,12 @@ def template_time(config: StageConfig, resume: bool) -> str:
     return time
 
 
-def check_same_text(child: str, mine: Mapping[str, Any], parent: str | Path) -> None:
-    """Refuse a parent run with a different tokenizer or chat template (fingerprint mismatch).
+def check_same_text(mine: Mapping[str, Any], parent: str | Path) -> None:
+    """Refuse a run whose tokenizer or chat template is not the policy's (fingerprint mismatch).
 
     Args:
-        child: What the message calls this model, such as "the policy".
-        mine: Fingerprints `tokenizer` and `chat_template` of this model.
-        parent: Path of the parent. Parents that are not runs are not checked.
+        mine: Fingerprints `tokenizer` and `chat_template` of the policy.
+        parent: Path of the run. What is not a run is not checked.
     """
     if not is_run(parent):
         return
@@ -118,7 +117,7 @@ def check_same_text(child: str, mine: Mapping[str, Any], parent: str | Path) -> 
     for key, word in (("tokenizer", "tokenizer"), ("chat_template", "chat template")):
         if theirs.get(key) != mine.get(key):
             raise UserError(
-                f"{parent}: its {word} differs from that of {child} (fingerprint mismatch)",
+                f"{parent}: its {word} differs from that of the policy (fingerprint mismatch)",
                 "The same text would become different tokens, so its scores and weights would be wrong for them.",
                 "Train both stages from the same base model with the same model.chat_template, "
                 "or for a reward model set reward.retokenize=true with critic.init=policy.",
