@@ -309,7 +309,7 @@ def report(args: argparse.Namespace) -> None:
             rows[row["kind"], row["seed"], row.get("rankings")] = row
     found = [judge(row, {}) for key, row in sorted(rows.items(), key=str) if key[0] != "sizes"]
     found = [one for one in found if args.seeds is None or one["seed"] in args.seeds]
-    print("| run | seed | gold: start, best, end | best at | half of the loss by | the guard speaks | rules (update) |")
+    print("| run | seed | gold: start, best, end | best at | half of the loss by | the guard fires | rules (update) |")
     print("| --- | --- | --- | --- | --- | --- | --- |")
     for one in found:
         rules = ", ".join(f"{name} ({step})" for name, step in sorted(one["rules"].items(), key=lambda item: item[1]))
@@ -373,7 +373,7 @@ def draw(rows: list[dict[str, Any]], found: list[dict[str, Any]], out: Path) -> 
                 distance = smooth(np.sqrt([max(0.0, u["objective/kl"]) for u in row["updates"]]))
                 axes.plot(distance, gold, color=ORANGE, linewidth=1)
                 for step, colour, marker, label in (
-                    (one["first"], RED, "o", "the guard speaks"), (one["half"], GREY, "x", "half of the loss"),
+                    (one["first"], RED, "o", "the guard fires"), (one["half"], GREY, "x", "half of the loss"),
                 ):  # fmt: skip
                     if step is not None:
                         axes.plot(distance[step - 1], gold[step - 1], marker, color=colour, label=label)

@@ -24,5 +24,5 @@ AFTER_TWO = Pick(TableRow("after-two", _two_updates), {})
 
 
 def guard(**values):
-    """A guard that speaks at update 2."""
+    """A guard that fires at update 2."""
     return {"rules": [AFTER_TWO], "patience": 1, "cooldown": 1, **values}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import functools
 import re
 import shlex
@@ -120,6 +121,24 @@ def test_every_documented_command_exists_as_it_stands(command):
 def test_a_command_that_does_not_exist_is_noticed(line):
     with pytest.raises(AssertionError):
         check(shlex.split(line))
+
+
+def quoted(file: Path) -> Iterator[str]:
+    """The commands in backticks of a page, or of the texts of a module."""
+    texts = [file.read_text("utf-8")]
+    if file.suffix == ".py":
+        nodes = ast.walk(ast.parse(texts[0]))
+        texts = [node.value for node in nodes if isinstance(node, ast.Constant) and isinstance(node.value, str)]
+    for text in texts:
+        yield from re.findall(r"`(rlhf [a-z][^`\n]*)`", text)
+
+
+def test_every_command_that_a_text_names_exists():
+    modules = [file for root in ("rlhf", "stages", "data_tools") for file in sorted((REPOSITORY / root).rglob("*.py"))]
+    found = {command for file in [*PAGES, *modules] for command in quoted(file)} - {"rlhf data ..."}
+    assert len(found) > 100
+    for command in found:
+        check(shlex.split(command))
 
 
 def test_the_page_on_formats_is_what_the_importers_say():

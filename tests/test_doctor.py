@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 import math
+import re
 
 import pytest
 import tiny
 from typer.testing import CliRunner
 
+from rlhf.cli.stage_configs import STAGES
+from rlhf.config.load import load_stage_config
 from rlhf.core.errors import UserError
 from rlhf.doctor.diagnosis import Watch, diagnose, examine
 from rlhf.doctor.evidence import Evidence, Series, read_evidence
@@ -137,6 +140,32 @@ def test_each_check_finds_its_fault_and_says_what_it_saw(name):
 
 def test_every_check_of_metrics_has_a_broken_example_here():
     assert {check.name for check in CHECKS if check.live} == set(BROKEN)
+
+
+SETTING = re.compile(r"\b([a-z_]+(?:\.[a-z_]+)*)=(\{[^}]*\}|[\w.+-]*\w)")
+KEY = re.compile(r"\b[a-z_]+(?:\.[a-z_]+)+\b(?!\.?(?:jsonl?|md|yaml)\b)")
+FILES = ("json", "jsonl", "md", "yaml")
+
+
+def at(values, key):
+    """Whether a config's values have a place of this dotted name."""
+    for name in key.split("."):
+        if not isinstance(values, dict) or name not in values:
+            return False
+        values = values[name]
+    return True
+
+
+@pytest.mark.parametrize("row", CHECKS, ids=lambda row: row.name)
+def test_settings_and_keys_that_a_remedy_names_are_those_of_the_configs(row):
+    files = {stage: tiny.REPOSITORY / "configs" / "0.5b" / f"{stage}.yaml" for stage in row.stages}
+    known = {stage: file for stage, file in files.items() if file.exists()}  # there is none for specialists
+    for key, value in SETTING.findall(row.remedy):
+        for stage, file in known.items():
+            load_stage_config(STAGES[stage], file, [f"{key}={value}"])
+    loaded = [load_stage_config(STAGES[stage], file).model_dump(mode="json") for stage, file in known.items()]
+    for key in KEY.findall(SETTING.sub("", row.remedy)):
+        assert key.split(".")[-1] in FILES or any(at(values, key) for values in loaded), key
 
 
 def test_options_that_explain_a_figure_are_known():
@@ -360,7 +389,7 @@ def test_what_a_run_read_and_what_its_guard_said_are_judged(tmp_path):
     (spoken / "events.jsonl").write_text(json.dumps(row) + "\n" + json.dumps(row) + '\n{"step": 8, "ev')
     [torn, finding] = diagnose(read_evidence(spoken))
     assert torn.what == "events.jsonl line 3 is cut off, although the run is complete"
-    assert finding.name == "guard-spoke" and "length spoke (2 times)" in finding.what
+    assert finding.name == "guard-fired" and "length fired (2 times)" in finding.what
 
 
 def test_parents_that_were_trained_on_another_day_are_found_where_the_template_says_the_date(tmp_path):

@@ -53,7 +53,7 @@ CONFIGS = {
     },
     "never-ends, prompts-cut": {"rollout__max_new_tokens": 3, "data__max_prompt_tokens": 6},
     "critic-useless": {"optimizer__critic_lr": 1e-12},
-    "reward-explodes, guard-spoke": {
+    "reward-explodes, guard-fired": {
         "reward": {"name": "function", "function": "ppo_rewards:growing"},
         "guard": guard_runs.guard(),
     },

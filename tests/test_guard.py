@@ -112,19 +112,19 @@ def test_the_gold_reward_may_fall_by_half_of_its_gain():
 
 
 @pytest.mark.parametrize(
-    ("effects", "spoke", "now"),
+    ("effects", "fired", "now"),
     [
         ((-1.4, -0.5, -0.5, -0.5, -0.1, -0.3), 9, "-0.15"),  # means of two: grown by at most 0.45, then by 0.55
         ((-0.1, 0.3, 0.3, 0.5, 0.5, 0.5), 7, "0.2"),  # at most 0.15, then 0.2
         ((0.3, 0.3, 0.0, 0.3, -1.0, 0.3), None, ""),
     ],
 )
-def test_perturbations_must_raise_the_scores_by_0_2_deviations_or_by_0_5_more_than_first(effects, spoke, now):
+def test_perturbations_must_raise_the_scores_by_0_2_deviations_or_by_0_5_more_than_first(effects, fired, now):
     measured, found = guard(rules=["perturbation"], patience=1), []
     for step, effect in zip(range(1, 12, 2), effects):  # the scores' deviation is 2
         found += measured.observe(step, {"objective/scores_std": 2.0, "guard/perturbation_effect": effect})
         found += measured.observe(step + 1, {"objective/scores_std": 2.0})
-    assert [alarm.step for alarm in found] == ([] if spoke is None else [spoke])
+    assert [alarm.step for alarm in found] == ([] if fired is None else [fired])
     for alarm in found:
         assert alarm.what == (
             f"changes that should not matter move the scores by {now} standard deviations;"

@@ -88,14 +88,14 @@ def _day(time: Any) -> str | None:
 
 
 @check(
-    "guard-spoke", "warning", PPO,
+    "guard-fired", "warning", PPO,
     "The policy probably games its reward: see docs/guard.md for what each rule means.",
     "Read samples.jsonl; look at `rlhf guard RUN`; raise kl.controller.coef, stop earlier, or train the reward model "
     "on rankings of this policy's answers.",
     live=False,
 )  # fmt: skip
-def guard_spoke(run: Evidence) -> str | None:
-    """The guard against over-optimisation is silent."""
+def guard_fired(run: Evidence) -> str | None:
+    """No rule of the guard against over-optimisation fires."""
     rules = Counter(str(alarm.get("rule")) for alarm in guard_alarms(run.path or Path()))
     times = sum(rules.values())
-    return f"its rules {', '.join(rules)} spoke ({times} time{'s' * (times > 1)})" if rules else None
+    return f"its rules {', '.join(rules)} fired ({times} time{'s' * (times > 1)})" if rules else None

@@ -168,7 +168,7 @@ def entropy_explodes(run: Evidence) -> str | None:
     "never-ends", "warning", PPO,
     "Completions are cut off: max_new_tokens is too small, the policy never learned its end token (SFT with another "
     "template), or the reward favours length.",
-    "Look at samples.jsonl; raise rollout.max_new_tokens, or set shaping.missing_eos={name: fixed, score: -1}.",
+    "Look at samples.jsonl; raise rollout.max_new_tokens, or set shaping.missing_eos={name: score, value: -1}.",
 )  # fmt: skip
 def never_ends(run: Evidence) -> str | None:
     """Completions end by themselves."""

@@ -185,7 +185,7 @@ def identical_completions(run: Evidence) -> str | None:
 @check(
     "repeats-itself", "warning", ("ppo",),
     "The policy loops: it repeats phrases that the reward likes, or lost the ability to end.",
-    "Raise kl.controller.coef, lower rollout.max_new_tokens, set shaping.missing_eos={name: fixed, score: -1}.",
+    "Raise kl.controller.coef, lower rollout.max_new_tokens, set shaping.missing_eos={name: score, value: -1}.",
     live=False,
 )  # fmt: skip
 def repeats_itself(run: Evidence) -> str | None:

@@ -59,7 +59,7 @@ def overfits(run: Evidence) -> str | None:
 @check(
     "too-good-at-the-start", "warning", ("sft",),
     "The model has seen these answers, or the prompt contains them.",
-    "Look at a record as the model sees it (`rlhf data show`), and at `rlhf data check` for duplicates of prompts.",
+    "Read a few records of the training data, and run `rlhf data check` for duplicates of prompts.",
 )  # fmt: skip
 def too_good(run: Evidence) -> str | None:
     """Demonstrations are news to the model."""

@@ -1,4 +1,4 @@
-"""What the guard does when a rule speaks: one table, ACTIONS. A row says what changes."""
+"""What the guard does when a rule fires: one table, ACTIONS. A row says what changes."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def warn() -> Change:
 
 @ACTIONS.row("raise-kl", again=True)
 def raise_kl(*, factor: AboveOne = 2.0) -> Change:
-    """Multiply the KL coefficient, each time the rule speaks.
+    """Multiply the KL coefficient, each time the rule fires.
 
     With the `adaptive` controller this multiplies what the controller sets.
     """
@@ -43,13 +43,13 @@ def raise_kl(*, factor: AboveOne = 2.0) -> Change:
 
 @ACTIONS.row("lower-lr", again=True)
 def lower_lr(*, factor: BelowOne = 0.5) -> Change:
-    """Multiply the learning rates of policy and critic, each time the rule speaks."""
+    """Multiply the learning rates of policy and critic, each time the rule fires."""
     return Change(lr=factor)
 
 
 @ACTIONS.row("stop", again=False)
 def stop() -> Change:
-    """End the run. Its result is the present policy."""
+    """End the run. Its result is the current policy."""
     return Change(end="last")
 
 

@@ -52,10 +52,10 @@ class GuardConfig(Strict):
     them on with these defaults. A measurement scores 32 completions five times; it enters neither loss nor
     advantages."""
     rules: tuple[Annotated[Pick, RULES], ...] = DEFAULT_RULES
-    """What to watch for: rows of the table of guard rules. Rules that need what the run does not have stay silent.
+    """What to watch for: rows of the table of guard rules. Rules that need what the run does not have never fire.
     An empty list turns the guard off."""
     action: Annotated[Pick, ACTIONS] = ACTIONS.pick("warn")
-    """What happens when a rule speaks: a row of the table of guard actions."""
+    """What happens when a rule fires: a row of the table of guard actions."""
     actions: dict[str, Annotated[Pick, ACTIONS]] = {}
     """Other actions for single rules, by the name of the rule."""
     baseline: PositiveInt = 5
@@ -63,6 +63,6 @@ class GuardConfig(Strict):
     window: PositiveInt = 3
     """The last updates whose mean is compared."""
     patience: PositiveInt = 3
-    """Updates in a row for which a rule must hold before it speaks."""
+    """Updates in a row for which a rule must hold before it fires."""
     cooldown: PositiveInt = 10
     """Updates after which a rule that still holds acts again, with `raise-kl` and `lower-lr`."""

@@ -64,7 +64,7 @@ def curve_of(run: Evidence) -> Curve:
     """The curve of a PPO run.
 
     Raises:
-        UserError: It is no PPO run, or has no gold reward.
+        UserError: It is not a PPO run, or has no gold reward.
     """
     if run.stage != "ppo":
         raise UserError(f"{run.path}: a run of {run.stage}", "Only PPO has a gold reward.", "Name a run of PPO.")
@@ -140,7 +140,7 @@ def draw(axes: Any, curve: Curve, alarms: Iterable[Mapping[str, Any]] = (), titl
             shown = max(shown, 1.05 * peak.value)
     places = [(curve.distance[curve.steps.index(a["step"])], a) for a in alarms if a["step"] in curve.steps]
     for index, (place, alarm) in enumerate(places):
-        axes.axvline(place, color=RED, linewidth=1, label="guard speaks" if index == 0 else None)
+        axes.axvline(place, color=RED, linewidth=1, label="rule fires" if index == 0 else None)
         axes.annotate(
             alarm["rule"], (place, 0.02 + 0.05 * (index % 6)), (3, 0), xycoords=("data", "axes fraction"),
             textcoords="offset points", fontsize=8, color=RED,

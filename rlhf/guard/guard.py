@@ -1,4 +1,4 @@
-"""The guard of a PPO run: takes in the metrics of each update, and says which rules speak and what changes."""
+"""The guard of a PPO run: takes in the metrics of each update, and says which rules fire, with which effects."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from rlhf.guard.rules import GOLD, NAMES, History
 
 @dataclass(frozen=True)
 class Alarm:
-    """A rule has spoken."""
+    """A rule has fired."""
 
     step: int
     rule: str
@@ -39,8 +39,8 @@ class Guard:
         self.history = History(config.baseline, config.window)
         self.since: dict[str, int] = {}
         """Rule -> the first update of those in a row, up to now, at which it held."""
-        self.spoke: dict[str, int] = {}
-        """Rule -> the update at which it last spoke."""
+        self.fired: dict[str, int] = {}
+        """Rule -> the update at which it last fired."""
         self.kl_factor = self.lr_factor = 1.0
         self.end: Alarm | None = None
         """The alarm that ends the run."""
@@ -50,7 +50,7 @@ class Guard:
         """Its gold reward, mean of the last updates before it; None without one."""
 
     def observe(self, step: int, metrics: Mapping[str, float]) -> list[Alarm]:
-        """Take in the metrics of update `step`, counted from 1; gives the rules that speak now, and applies them."""
+        """Take in the metrics of update `step`, counted from 1; gives the rules that fire now, and applies them."""
         self.history.add(metrics, NAMES)
         alarms = []
         for rule in self.config.rules:
@@ -60,11 +60,11 @@ class Guard:
                 continue
             since = self.since.setdefault(rule.name, step)
             action = self.config.actions.get(rule.name, self.config.action)
-            silent = step - self.spoke[rule.name] if rule.name in self.spoke else None
-            may_speak = silent is None or (action.row.traits["again"] and silent >= self.config.cooldown)
-            if step - since + 1 < self.config.patience or not may_speak:
+            since_last = step - self.fired[rule.name] if rule.name in self.fired else None
+            may_fire = since_last is None or (action.row.traits["again"] and since_last >= self.config.cooldown)
+            if step - since + 1 < self.config.patience or not may_fire:
                 continue
-            self.spoke[rule.name] = step
+            self.fired[rule.name] = step
             alarm = Alarm(step, rule.name, what, since, action.name)
             alarms.append(alarm)
             change = action()
@@ -90,7 +90,7 @@ class Guard:
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint needs to continue exactly, for JSON."""
         return {
-            "history": self.history.state_dict(), "since": self.since, "spoke": self.spoke,
+            "history": self.history.state_dict(), "since": self.since, "fired": self.fired,
             "kl_factor": self.kl_factor, "lr_factor": self.lr_factor, "end": asdict(self.end) if self.end else None,
             "best": self.best, "best_gold": self.best_gold,
         }  # fmt: skip
@@ -98,7 +98,7 @@ class Guard:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue from `state_dict()`."""
         self.history.load_state_dict(state["history"])
-        self.since, self.spoke = dict(state["since"]), dict(state["spoke"])
+        self.since, self.fired = dict(state["since"]), dict(state.get("fired", state.get("spoke", {})))
         self.kl_factor, self.lr_factor = float(state["kl_factor"]), float(state["lr_factor"])
         self.end = Alarm(**state["end"]) if state["end"] else None
         self.best, self.best_gold = state["best"], state["best_gold"]

@@ -111,7 +111,7 @@ def disagreement(history: History, *, share: PositiveFloat = 0.5, ratio: AboveOn
     """The members of the ensemble disagree about the policy's completions.
 
     Their disagreement is `share` of the standard deviation of the scores at the start, or `ratio` times what it was at
-    the start. The first says that the reward model knows too little from the outset, and needs no baseline. Needs an
+    the start. The first says that the reward model knows too little from the start, and needs no baseline. Needs an
     ensemble as the reward, or `guard.watch`; its members should differ in the data that they were trained on, not in
     their seed alone.
     """
@@ -185,7 +185,7 @@ def perturbation(history: History, *, level: PositiveFloat = 0.2, growth: Positi
 
     The mean effect of the last `guard.window` measurements is `level` standard deviations of the scores at the start,
     or `growth` more than in the first measurement. The first is what `rlhf evaluate --perturb` calls exploitable, and
-    says that the reward model can be gamed from the outset. Needs `guard.perturb`.
+    says that the reward model can be gamed from the start. Needs `guard.perturb`.
     """
     if not history.has_window(PERTURBED) or SCORE_STD not in history.first:
         return None

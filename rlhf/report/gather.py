@@ -39,7 +39,7 @@ class Answer:
     score: float | None
     ended: bool
     tokens: Mapping[str, Any] | None
-    """Per-token numbers; see `rlhf.ppo.token_record`. None where they were not recorded."""
+    """Per-token numbers; see `rlhf.replay.tokens`. None where they were not recorded."""
 
 
 @dataclass(frozen=True)
