@@ -254,8 +254,8 @@ class PPO:
         if rule.normalize_scores:
             self.score_stats = self.score_stats.add(experience.scores)
         mean, std = self.score_scale
-        limits = {"clip": rule.clip_score, "missing_eos": rule.missing_eos}
-        return kl.shape_scores(experience.scores, experience.rollout.ended, mean=mean, std=std, **limits)
+        ended, clip, missing_eos = experience.rollout.ended, rule.clip_score, rule.missing_eos
+        return kl.shape_scores(experience.scores, ended, mean=mean, std=std, clip=clip, missing_eos=missing_eos)
 
     @property
     def kl_coef(self) -> float:
@@ -319,7 +319,7 @@ class PPO:
         self.kl_controller.load_state_dict(state["controller"])
         self.score_stats = RunningMeanStd(**state["score_stats"])
         self.guard.load_state_dict(state["guard"])
-        self.learner.budget.load_state_dict(state["budget"])
+        self.learner.budget.load_state_dict(state.get("budget"))
         if "ahead" in state:
             rollout = Rollout(self.draw_prompts(self.done), [Completion(**one) for one in state["ahead"]])
             self.ahead = lambda: rollout
@@ -327,7 +327,7 @@ class PPO:
         self.run.rewind(step)
         record.forget_after(self.run.path, step)
         say(f"Continuing after update {step}")
-        found: list[dict[str, float]] = state["evaluations"]
+        found: list[dict[str, float]] = state.get("evaluations", [])
         return found
 
 

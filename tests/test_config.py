@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ from rlhf.cli import config_docs
 from rlhf.cli.compare_config import CompareConfig, ComparedTask, WayConfig
 from rlhf.cli.pipeline_config import PipelineConfig
 from rlhf.cli.stage_configs import STAGES, TRAINING
-from rlhf.config.load import check_config, dump_config, load_stage_config
+from rlhf.config.load import RENAMED, check_config, dump_config, load_stage_config, override_values
 from rlhf.core.errors import UserError
 from rlhf.ppo.config import PPOConfig
 from rlhf.reward.config import RewardConfig
@@ -77,6 +78,15 @@ def test_a_fault_shows_the_value_that_stood_there():
 
 def test_an_unknown_key_is_refused_with_the_nearest_match_at_any_depth():
     assert "optimizer.lrr: unknown key; did you mean 'lr'?" in faults(SFTConfig, SFT | {"optimizer": {"lrr": 1}})
+
+
+@pytest.mark.parametrize("old", RENAMED)
+def test_an_old_key_is_refused_with_its_new_name(old):
+    kind, base = (PPOConfig, PPO) if old.startswith("update") else (SFTConfig, SFT)
+    values = copy.deepcopy(base)
+    override_values(values, [f"{old}=1"])
+    where = "update" if kind is PPOConfig else old
+    assert f"{where}: this key was renamed; write `{RENAMED[old]}` for `{old}`" in faults(kind, values)
 
 
 def test_an_unknown_row_or_option_of_a_table_is_refused_with_the_valid_ones():

@@ -15,6 +15,25 @@ from rlhf.core.limits import parse_yaml, read_yaml
 C = TypeVar("C", bound=BaseModel)
 _Dumper = getattr(yaml, "CSafeDumper", yaml.SafeDumper)  # libyaml's is ten times faster, where PyYAML was built with it
 
+RENAMED = {
+    "eval_every": "eval.every",
+    "batch.gradient_checkpointing": "gradient_checkpointing",
+    "packing": "batch.packing",
+    "samples": "eval.samples",
+    "sample_tokens": "eval.sample_tokens",
+    "centering": "center_rewards_coefficient",
+    "reference": "data.demonstrations",
+    "update.epochs": "batch.epochs",
+    "update.minibatches": "batch.minibatches",
+    "update.micro_batch_tokens": "batch.micro_batch_tokens",
+    "update.packing": "batch.packing",
+    "update.target_kl": "loss.target_kl",
+    "update.compile": "compile",
+    "update.critic_warmup": "critic.warmup_updates",
+    "update.gradient_checkpointing": "gradient_checkpointing",
+}
+"""Old key -> new key, for the error that refuses the old one."""
+
 
 def load_stage_config(kind: type[C], path: str | Path, overrides: Sequence[str] = ()) -> C:
     """Read a YAML config and apply `dotted.key=value` overrides (values are YAML).
@@ -116,12 +135,20 @@ def _fault(kind: type[BaseModel], error: Any) -> str:
     if error["type"] == "extra_forbidden":
         parent = _model_at(kind, error["loc"][:-1])
         valid = parent.model_fields if parent else []
+        if moved := _moved(where, error["input"]):
+            return f"{where}: this key was renamed; write {', '.join(f'`{new}` for `{old}`' for old, new in moved)}"
         return f"{where}: unknown key; {nearest(str(error['loc'][-1]), valid)}"
     if error["type"] == "missing":
         return f"{where}: missing; this key is required"
     text = error["msg"].removeprefix("Value error, ")
     got = "" if error["type"] == "value_error" else f", got {error['input']!r}"
     return f"{where + ': ' if where else ''}{text}{got}"
+
+
+def _moved(where: str, value: Any) -> list[tuple[str, str]]:
+    """Old and new names of an unknown key, or of the keys in a group that is gone; the whole group if it is empty."""
+    inside = [f"{where}.{name}" for name in value] if isinstance(value, dict) else []
+    return [(old, new) for old, new in RENAMED.items() if old in (where, *inside)]
 
 
 def _model_at(kind: type[BaseModel] | None, location: tuple[Any, ...]) -> type[BaseModel] | None:
