@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from data_tools.check.brief import show_brief
-from data_tools.commands.common import Json, Out, Overwrite
+from data_tools.commands.common import Json, Out, Overwrite, Strict
 from data_tools.importers import IMPORTERS
 from data_tools.importers.run import import_dataset, read_options, unusable_shown
 from data_tools.importers.table import AUTO
@@ -39,7 +39,7 @@ def import_command(
         list[str] | None,
         typer.Option(metavar="FIELD", help="A field of the rows that does not matter; may be repeated."),
     ] = None,
-    strict: Annotated[bool, typer.Option("--strict", help="Stop at the first row that cannot be used.")] = False,
+    strict: Strict = False,
     overwrite: Overwrite = False,
     as_json: Json = False,
 ) -> None:

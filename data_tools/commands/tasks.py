@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from data_tools.commands.common import Json, Out, Overwrite
+from data_tools.commands.common import Json, Out, Overwrite, Strict
 from data_tools.importers.run import unusable_shown
 from data_tools.tasks import families as having
 from data_tools.tasks import make as making
@@ -31,7 +31,7 @@ def tasks_command(
     shots: Annotated[int, typer.Option(help="Number of exemplars before each question.")] = 0,
     cot: Annotated[str, typer.Option(help="Reasoning first: auto (where a row has it), never or both.")] = "auto",
     seed: Annotated[int, typer.Option(help="Seed of the choice of templates and exemplars.")] = 0,
-    strict: Annotated[bool, typer.Option("--strict", help="Stop at the first row that cannot be used.")] = False,
+    strict: Strict = False,
     overwrite: Overwrite = False,
     as_json: Json = False,
 ) -> None:
