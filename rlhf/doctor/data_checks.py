@@ -45,7 +45,7 @@ def prompts_cut(run: Evidence) -> str | None:
 
 @check(
     "data-exhausted", "note", ALL,
-    "The run goes over the same few records again and again, and learns them by heart.",
+    "The run goes over the same few records again and again, and memorises them.",
     "Add records (rlhf data grow makes prompts), or train for fewer updates or epochs.",
     live=False,
 )  # fmt: skip

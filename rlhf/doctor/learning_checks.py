@@ -15,13 +15,13 @@ USUAL_WEIGHT = 0.02
 
 @check(
     "advantage-moments", "error", PPO,
-    "Whitened advantages without mean 0 and deviation 1 mean that hardly any reward differs, or that something between "
+    "Whitened advantages without mean 0 and std 1 mean that hardly any reward differs, or that something between "
     "the estimator and the loss changes them; others far from 0 mean a baseline that does not fit.",
     "Look at objective/scores_std: if it is near 0, all answers get the same score; with `rloo` or `grpo` raise "
     "rollout.samples_per_prompt; report it with this run's config if the scores differ.",
 )  # fmt: skip
 def advantage_moments(run: Evidence) -> str | None:
-    """Advantages are centred, and whitened ones have deviation 1."""
+    """Advantages are centred, and whitened ones have std 1."""
     std, mean = run["objective/advantages_std"], run["objective/advantages_mean"].at_least()
     whitened = run.option("advantage.name") == "reinforce++" or bool(run.option("advantage.whiten"))
     centred = abs(mean.last) <= (0.05 if whitened else max(std.last, 1e-6))

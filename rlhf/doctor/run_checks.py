@@ -52,7 +52,7 @@ def not_finite(run: Evidence) -> str | None:
 
 @check(
     "damaged-log", "warning", ALL,
-    "Somebody edited the file, or a full disk, a copy or another program damaged it.",
+    "The file was edited, or a full disk, a copy or another program damaged it.",
     "Put the file back from a copy. Without one, do not trust curves, results and other findings where lines are gone.",
     live=False,
 )  # fmt: skip

@@ -40,7 +40,7 @@ def loss_diverges(run: Evidence) -> str | None:
 
 @check(
     "overfits", "warning", SUPERVISED,
-    "The model learns the training records by heart.",
+    "The model memorises the training records.",
     "Train for fewer epochs, lower optimizer.lr, use LoRA, or bring more data; the best checkpoint is where eval/loss "
     "was lowest.",
 )  # fmt: skip
@@ -62,7 +62,7 @@ def overfits(run: Evidence) -> str | None:
     "Read a few records of the training data, and run `rlhf data check` for duplicates of prompts.",
 )  # fmt: skip
 def too_good(run: Evidence) -> str | None:
-    """Demonstrations are news to the model."""
+    """The model has not seen the demonstrations."""
     loss = run["train/loss"].at_least(3)
     if loss.values[0] > 0.02:
         return None
@@ -84,7 +84,7 @@ def guessing(run: Evidence) -> str | None:
 
 @check(
     "overconfident", "warning", RANKING,
-    "The model is surer than it is right: too many epochs, too high a rate, or noisy labels.",
+    "The model is overconfident: too many epochs, too high a rate, or noisy labels.",
     "Train for one epoch, lower optimizer.lr, or use label smoothing in the ranking loss.",
 )  # fmt: skip
 def overconfident(run: Evidence) -> str | None:

@@ -18,18 +18,18 @@ DEFAULT_RULES = tuple(RULES.pick(row.name) for row in RULES)
 
 class GoldConfig(Strict):
     reward: Annotated[Pick, REWARDS]
-    """What the policy is judged by but never trained on: a row of the table of reward sources with its options."""
+    """The reward that is not trained on: a row of the table of reward sources with its options."""
     every: PositiveInt = 1
-    """Updates between those whose rollout is also scored by the gold reward. Evaluations always are."""
+    """The gold reward scores the rollout of every this many updates, and all evaluations."""
 
 
 class PerturbConfig(Strict):
     every: PositiveInt = 5
-    """Updates between those whose completions are changed and scored again."""
+    """Perturb and score again the completions of every this many updates."""
     answers: PositiveInt = 32
-    """Completions that are changed: the first ones of the rollout that are not blank."""
+    """How many completions: the first ones of the rollout that are not blank."""
     names: tuple[str, ...] = Field(("markdown", "self-praise", "repetition", "filler"), min_length=1)
-    """Which changes: perturbations of `rlhf evaluate --perturb` that should leave a score as it is."""
+    """Which perturbations of `rlhf evaluate --perturb`, of those that should not change a score."""
 
     @field_validator("names")
     @classmethod
@@ -48,7 +48,7 @@ class GuardConfig(Strict):
     """A reward source that scores every rollout without entering the loss: an ensemble, for its disagreement, or
     another reward model."""
     perturb: PerturbConfig | None = None
-    """Changes of the completions that should leave their scores as they are, for the rule `perturbation`. `{}` turns
+    """Perturbations of completions that should not change their scores, for the rule `perturbation`. `{}` turns
     them on with these defaults. A measurement scores 32 completions five times; it enters neither loss nor
     advantages."""
     rules: tuple[Annotated[Pick, RULES], ...] = DEFAULT_RULES

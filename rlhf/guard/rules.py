@@ -128,7 +128,7 @@ def disagreement(history: History, *, share: PositiveFloat = 0.5, ratio: AboveOn
 
 @RULES.row("watch-lags")
 def watch_lags(history: History, *, share: BelowOne = 0.5) -> str | None:
-    """What the score has gained is less than `share` of it a gain also for the reward source that only looks on.
+    """The source in `guard.watch` has gained less than `share` of what the score has gained.
 
     Only once the score has gained a standard deviation of its start. Needs `guard.watch`, on the reward's scale.
     """
@@ -181,7 +181,7 @@ def repetition(history: History, *, rise: BelowOne = 0.15) -> str | None:
 
 @RULES.row("perturbation")
 def perturbation(history: History, *, level: PositiveFloat = 0.2, growth: PositiveFloat = 0.5) -> str | None:
-    """Changes of the completions that should leave their scores as they are raise them.
+    """Perturbations that should not change the scores of completions raise them.
 
     The mean effect of the last `guard.window` measurements is `level` standard deviations of the scores at the start,
     or `growth` more than in the first measurement. The first is what `rlhf evaluate --perturb` calls exploitable, and
