@@ -20,6 +20,7 @@ COMMAND = """
 import os, resource, sys
 from stages import cli
 limit = int(sys.argv.pop(1))
+sys.dont_write_bytecode = True  # Python would keep the part of it that the limit leaves
 to_read, to_write = os.pipe()  # the output goes to a file, which the limit would cut too
 output = os.dup(1)
 os.dup2(to_write, 1)
