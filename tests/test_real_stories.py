@@ -29,9 +29,9 @@ def write_openings(shared: Path, folder: Path) -> str:
 
 
 def story_config(shared: Path, folder: Path, updates: int) -> PPOConfig:
-    """64 episodes of up to 96 tokens an update, 4 epochs, learning rate 3e-4, KL coefficient 0.05.
+    """64 episodes of up to 64 tokens an update, 4 epochs, learning rate 4e-4, KL coefficient 0.05.
 
-    Seeds differ widely in when the reward takes off: 0.60 was first reached at updates 11 to 22.
+    Seeds differ widely in when the reward takes off: at 96 tokens and 3e-4, 0.60 was first reached at updates 11 to 22.
     """
     values = {
         "run": str(folder / "run"),
@@ -40,10 +40,10 @@ def story_config(shared: Path, folder: Path, updates: int) -> PPOConfig:
         "reward": {"name": "function", "function": "story_rewards:animal_share"},
         "critic": {"init": "policy"},
         "updates": updates,
-        "rollout": {"prompts_per_update": 64, "max_new_tokens": 96, "temperature": 0.7},
+        "rollout": {"prompts_per_update": 64, "max_new_tokens": 64, "temperature": 0.7},
         "kl": {"controller": {"name": "fixed", "coef": 0.05}},
         "batch": {"epochs": 4, "minibatches": 4},
-        "optimizer": {"policy_lr": 3e-4, "critic_lr": 3e-4, "schedule": "linear"},
+        "optimizer": {"policy_lr": 4e-4, "critic_lr": 4e-4, "schedule": "linear"},
         "eval": {"every": updates, "prompts": 64},
         "checkpoints": {"every": updates},
     }
