@@ -65,7 +65,7 @@ def test_unseen_topics_are_judged_better_than_by_length(shared: Path, tmp_path: 
     values = {
         "run": str(tmp_path / "run"),
         "model": {"path": str(tiny.STORIES)},
-        "data": {"train": str(tmp_path / "ukp")},
+        "data": {"train": str(tmp_path / "ukp"), "max_eval_records": 32},  # which are judged below, on other topics
     }
     reward.run(check_config(RewardConfig, values | RECIPE, "test"))
     metrics = unseen(tmp_path / "run", tmp_path / "ukp")
