@@ -34,7 +34,7 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(REPOSITORY), str(REPOSITORY / "tests")]
 
 from data_tools.annotate import word_ensemble  # noqa: E402
-from data_tools.annotate.choose_next import Cost, choices, choose  # noqa: E402
+from data_tools.annotate.choose_next import RankingTime, choices, choose  # noqa: E402
 from rlhf.data.schema import Candidate, Message, Proposal, Ranking  # noqa: E402
 
 START, STEP, STEPS, POOL, HELD_OUT, MEMBERS = 50, 50, 2, 400, 300, 8
@@ -126,7 +126,11 @@ def random_choice(pool: Sequence[Proposal], count: int, k: int, rng: random.Rand
 
 def run(world: str, seed: int) -> list[dict[str, Any]]:
     """Accuracy and seconds of reading after each step, for each way."""
-    data, k, cost = {"demo": Demo, "ukp": Ukp, "ukp-skewed": partial(Ukp, skewed=True)}[world](seed), K[world], Cost()
+    data, k, cost = (
+        {"demo": Demo, "ukp": Ukp, "ukp-skewed": partial(Ukp, skewed=True)}[world](seed),
+        K[world],
+        RankingTime(),
+    )
     better, worse = zip(*data.test_pairs())
     tested = word_ensemble.hashed(better) - word_ensemble.hashed(worse)
     start = random_choice(data.pool, START, k, random.Random(f"start {seed}"))
@@ -135,7 +139,7 @@ def run(world: str, seed: int) -> list[dict[str, Any]]:
     for way in WAYS:
         used, ranked, rng = [one for one, _ in start], list(first), random.Random(f"{way} {seed}")
         for step in range(STEPS + 1):
-            pairs = word_ensemble.Pairs(ranked, seed)
+            pairs = word_ensemble.WordPairs(ranked, seed)
             weights = word_ensemble.weights(pairs, np.ones(len(pairs.prompt)), np.zeros(word_ensemble.FEATURES))
             logit = tested @ weights
             accuracy = float(np.mean((logit > 0) + (logit == 0) / 2))

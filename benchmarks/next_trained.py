@@ -32,7 +32,7 @@ sys.path[:0] = [str(REPOSITORY), str(REPOSITORY / "benchmarks")]
 from guard import reward_model  # noqa: E402
 from next import Demo, interval, random_choice  # noqa: E402
 
-from data_tools.annotate.choose_next import Choice, Cost, choices, choose  # noqa: E402
+from data_tools.annotate.choose_next import ChosenProposal, RankingTime, choices, choose  # noqa: E402
 from rlhf.data.schema import Proposal, Ranking  # noqa: E402
 from rlhf.data.store import open_dataset  # noqa: E402
 from rlhf.data.writer import DatasetWriter  # noqa: E402
@@ -105,11 +105,11 @@ def by_random(left: Sequence[Proposal], scores: Sequence[np.ndarray], ranked: Se
 
 def by_next(left: Sequence[Proposal], scores: Sequence[np.ndarray], ranked: Sequence[Ranking], seed: int) -> Picked:
     """What `rlhf data next --per ranking` chooses."""
-    found = choices(left, scores, K, Cost())
+    found = choices(left, scores, K, RankingTime())
     return _picked(found, left, choose(found, STEP, ranked, per_second=False))
 
 
-def _picked(found: Sequence[Choice], left: Sequence[Proposal], chosen: Sequence[Choice]) -> Picked:
+def _picked(found: Sequence[ChosenProposal], left: Sequence[Proposal], chosen: Sequence[ChosenProposal]) -> Picked:
     whole = {one.proposal.id: proposal for one, proposal in zip(found, left)}
     return [(whole[one.proposal.id], one.proposal) for one in chosen]
 

@@ -43,7 +43,7 @@ ANSWERS = (
 
 
 @dataclass(frozen=True)
-class Step:
+class CheckStep:
     """One row of the table."""
 
     step: str
@@ -55,7 +55,7 @@ class Step:
 
 
 @dataclass
-class Check:
+class ModelCheck:
     """The steps of one model, in one folder.
 
     Args:
@@ -69,9 +69,9 @@ class Check:
     folder: Path
     tunings: tuple[str, ...] = ("full", "lora")
     trust_remote_code: bool = False
-    steps: list[Step] = field(default_factory=list)
+    steps: list[CheckStep] = field(default_factory=list)
 
-    def run(self) -> list[Step]:
+    def run(self) -> list[CheckStep]:
         """Try all steps; one that fails is a row of the result, and steps that need it are left out."""
         from rlhf.inference import model_checks
 
@@ -112,12 +112,12 @@ class Check:
         file = open(self.folder / "log.txt", "a", encoding="utf-8")  # noqa: SIM115 (closed below)
         try:
             with file as log, redirect_stdout(log), redirect_stderr(log):
-                found = Step(step, "works", do(*arguments))
+                found = CheckStep(step, "works", do(*arguments))
         except UserError as error:
             result: Result = "refused" if needed else "no"
-            found = Step(step, result, error.what, f"{error.why} {error.remedy}".strip())
+            found = CheckStep(step, result, error.what, f"{error.why} {error.remedy}".strip())
         except Exception as error:  # the table shows a bug in any family as a row
-            found = Step(step, "failed", f"{type(error).__name__}: {str(error).strip().split(chr(10))[0]}"[:300])
+            found = CheckStep(step, "failed", f"{type(error).__name__}: {str(error).strip().split(chr(10))[0]}"[:300])
         self.steps.append(found)
         return found.result == "works"
 
@@ -180,7 +180,7 @@ def _ratio(metrics: Any) -> str:
     return f"the first ratio is 1 within {off:.1g}" if off else "the first ratio is 1"
 
 
-def passed(steps: list[Step]) -> bool:
+def passed(steps: list[CheckStep]) -> bool:
     """Whether everything that a run needs works."""
     return all(step.result in ("works", "no") for step in steps)
 
@@ -240,7 +240,7 @@ def command(
         if not whole:
             path = str(folder / "model")
             what = make_tiny_copy(model, Path(path), trust_remote_code)
-        steps = Check(path, folder.resolve(), trust_remote_code=trust_remote_code).run()
+        steps = ModelCheck(path, folder.resolve(), trust_remote_code=trust_remote_code).run()
     finally:
         if keep is None:
             shutil.rmtree(folder, ignore_errors=True)

@@ -86,7 +86,7 @@ OF_ANSWERS = OF_SAMPLING - {"seed", "trust_remote_code"} | {"n", "system"}
 
 
 @dataclass(frozen=True)
-class Subject:
+class EvaluationSubject:
     """What is measured, on which records."""
 
     model: str
@@ -171,7 +171,7 @@ def command(
         _finish(evaluate_harness(model, policy.against, lm_eval, sampling), output, as_json)
         return
     data = [open_dataset(path) for path in (*(datasets or ()), *(dataset or ()))]
-    subject = Subject(model, data, split, limit, html, sampling)
+    subject = EvaluationSubject(model, data, split, limit, html, sampling)
     if asked.prompting:
         why = "is not for --prompting, whose answers have a right one"
         refuse(OF_POLICIES | OF_REWARDS | {"html", "n"}, why)
@@ -194,7 +194,7 @@ def command(
     _finish(result, output, as_json)
 
 
-def _is_reward(subject: Subject) -> bool:
+def _is_reward(subject: EvaluationSubject) -> bool:
     from rlhf.evaluation.scored import is_single_model  # imports torch
     from rlhf.inference.policy import model_kind
 
@@ -213,7 +213,7 @@ def _finish(result: dict[str, Any], output: Path | None, as_json: bool) -> None:
 # ---- prompting ---------------------------------------------------------------------------------------------------
 
 
-def _evaluate_prompting(subject: Subject, asked: PromptingOptions, system: str | None) -> dict[str, Any]:
+def _evaluate_prompting(subject: EvaluationSubject, asked: PromptingOptions, system: str | None) -> dict[str, Any]:
     """Each way of prompting measured on a task, printed and returned."""
     model, sampling, place = subject.model, subject.sampling, str(subject.only.path)
     config = task_options.task_config(
@@ -242,7 +242,7 @@ def _evaluate_prompting(subject: Subject, asked: PromptingOptions, system: str |
 
 
 def _evaluate_policies(
-    subject: Subject, policy: PolicyOptions, n: int, system: str | None, sampled: bool
+    subject: EvaluationSubject, policy: PolicyOptions, n: int, system: str | None, sampled: bool
 ) -> dict[str, Any]:
     """One or two policies, printed, written as a page, and returned; `sampled`: their answers are measured."""
     model, data, sampling = subject.model, subject.only, subject.sampling
@@ -290,7 +290,7 @@ def _check_comparison(data: Dataset, policy: PolicyOptions, sampled: bool) -> No
         raise UserError("--against references: needs something that compares", remedy="Give --reward or --judge.")
 
 
-def _evaluate_ranked(subject: Subject, against: str | None) -> dict[str, Any]:
+def _evaluate_ranked(subject: EvaluationSubject, against: str | None) -> dict[str, Any]:
     """Win rates from human rankings, printed, written as a page, and returned."""
     data = subject.only
     if data.kind != "ranking":
@@ -313,7 +313,7 @@ def _evaluate_ranked(subject: Subject, against: str | None) -> dict[str, Any]:
 # ---- reward models -----------------------------------------------------------------------------------------------
 
 
-def _evaluate_reward(subject: Subject, rewards: RewardOptions) -> dict[str, Any]:
+def _evaluate_reward(subject: EvaluationSubject, rewards: RewardOptions) -> dict[str, Any]:
     """A reward model on each dataset, printed, written as a page, and returned."""
     _check_rankings(subject.data, rewards.benchmark)
     from rlhf.evaluation.battery import battery  # imports torch

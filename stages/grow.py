@@ -17,7 +17,7 @@ from typing import Annotated
 import typer
 
 from data_tools.growth.novelty import Novelty
-from data_tools.growth.tasks import Kind, Task, fault, parse, request
+from data_tools.growth.tasks import GrownTask, Kind, fault, parse, request
 from data_tools.io.derive import Derivation
 from data_tools.io.rejects import print_reasons
 from rlhf.cli import options
@@ -96,10 +96,10 @@ def command(
         print_json(summary)
 
 
-def task_of(record: Demonstration) -> Task:
+def task_of(record: Demonstration) -> GrownTask:
     """A seed: the last user message up to the first empty line is the instruction, the rest its input."""
     instruction, _, given = record.messages[-1].content.partition("\n\n")
-    return Task(" ".join(instruction.split()), given.strip(), record.answer.strip())
+    return GrownTask(" ".join(instruction.split()), given.strip(), record.answer.strip())
 
 
 class Pool:
@@ -114,9 +114,9 @@ class Pool:
     """
 
     def __init__(
-        self, seeds: list[Task], count: int, classification: float | None, novelty: Novelty, seed: int
+        self, seeds: list[GrownTask], count: int, classification: float | None, novelty: Novelty, seed: int
     ) -> None:
-        self.seeds, self.grown, self.count, self._novelty = seeds, list[Task](), count, novelty
+        self.seeds, self.grown, self.count, self._novelty = seeds, list[GrownTask](), count, novelty
         self._seed, self._most = seed, dict[Kind, int](classification=count, generation=count)
         if classification is not None:
             share = round(classification * count)
@@ -128,7 +128,7 @@ class Pool:
     def full(self) -> bool:
         return len(self.grown) >= self.count
 
-    def choose(self, examples: int, number: int) -> list[Task]:
+    def choose(self, examples: int, number: int) -> list[GrownTask]:
         """Examples for a request, of both kinds in turn, of which one in four has grown."""
         chance = random.Random(f"{self._seed} {number}")
         grown = min(len(self.grown), examples // GROWN)
@@ -142,7 +142,7 @@ class Pool:
         chance.shuffle(chosen)
         return chosen
 
-    def add(self, task: Task) -> BadRecord | None:
+    def add(self, task: GrownTask) -> BadRecord | None:
         """Add a task, or return why it is rejected."""
         bad = fault(task)
         if bad is not None:
@@ -183,16 +183,16 @@ def grow(
     return asked
 
 
-def _tasks(reply: Reply | Failure) -> Iterator[tuple[Task, BadRecord | None]]:
+def _tasks(reply: Reply | Failure) -> Iterator[tuple[GrownTask, BadRecord | None]]:
     """The tasks in a reply; one with a fault if there are none."""
     if isinstance(reply, Failure):
-        yield Task("", "", ""), BadRecord(reply.reason, reply.detail, "Start the command again with --overwrite.")
+        yield GrownTask("", "", ""), BadRecord(reply.reason, reply.detail, "Start the command again with --overwrite.")
         return
     found = parse(reply.text, reply.finish_reason == "length")
     for task in found:
         yield task, None
     if not found:
         yield (
-            Task("", "", reply.text),
+            GrownTask("", "", reply.text),
             BadRecord("the reply has no complete task", remedy="Raise --max-new-tokens."),
         )

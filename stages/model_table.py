@@ -12,7 +12,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from stages.check_model import Check, Step, passed
+from stages.check_model import CheckStep, ModelCheck, passed
 
 FAMILIES = (
     "llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "phi", "phi3", "gpt2", "gpt_neo",
@@ -82,13 +82,13 @@ def make_family(family: str, folder: Path) -> str:
     return type(model).__name__
 
 
-def check_family(family: str, folder: Path) -> tuple[str, list[Step]]:
+def check_family(family: str, folder: Path) -> tuple[str, list[CheckStep]]:
     """The class of a family's models, and the steps of `rlhf check-model` on a tiny random one."""
     name = make_family(family, folder / "model")
-    return name, Check(str(folder / "model"), folder).run()
+    return name, ModelCheck(str(folder / "model"), folder).run()
 
 
-def row(family: str, name: str, steps: Sequence[Step]) -> str:
+def row(family: str, name: str, steps: Sequence[CheckStep]) -> str:
     """The line of the table."""
     parts = [[s for s in steps if s.step.endswith(", lora") == lora] for lora in (False, True)]
     found = {s.step: s for s in steps}
@@ -99,17 +99,17 @@ def row(family: str, name: str, steps: Sequence[Step]) -> str:
     return f"| {' | '.join(cell.replace('|', '/') for cell in cells)} |"
 
 
-def _verdict(steps: Sequence[Step]) -> str:
+def _verdict(steps: Sequence[CheckStep]) -> str:
     if not steps:
         return "-"
     return "works" if passed(list(steps)) else next(s.step for s in steps if s.result in ("refused", "failed"))
 
 
-def _mark(step: Step | None) -> str:
+def _mark(step: CheckStep | None) -> str:
     return "-" if step is None else {"works": "yes", "no": "no"}.get(step.result, step.result)
 
 
-def _brief(step: Step) -> str:
+def _brief(step: CheckStep) -> str:
     """What is wrong, without the folders of this run."""
     text = re.sub(rf"{re.escape(tempfile.gettempdir())}/[^\s/]+/", "", step.detail)
     return text.removeprefix("batch.packing: ")[:200]

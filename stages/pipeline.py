@@ -29,7 +29,7 @@ from rlhf.data.store import open_dataset
 from rlhf.export.export import check_out
 from rlhf.runs.run import delete_run
 from stages.pipeline_steps import (
-    Step,
+    PipelineStep,
     before_rankings,
     check_rounds,
     headline,
@@ -143,7 +143,7 @@ def run(file: str | Path, overrides: Sequence[str] = (), start: StartOptions = S
     return waiting is None
 
 
-def _delete_runs(config: PipelineConfig, steps: Sequence[Step]) -> None:
+def _delete_runs(config: PipelineConfig, steps: Sequence[PipelineStep]) -> None:
     """Delete the runs of all stages and rounds before the first stage starts.
 
     If they were deleted one by one, a killed pipeline would leave runs whose parents were trained again.
@@ -154,7 +154,7 @@ def _delete_runs(config: PipelineConfig, steps: Sequence[Step]) -> None:
             delete_run(step.config.run + suffix)
 
 
-def _train(step: Step, start: StartOptions) -> SummaryRow:
+def _train(step: PipelineStep, start: StartOptions) -> SummaryRow:
     """Run a stage, unless it is complete."""
     begun, state = time.monotonic(), step.state()
     if state == "complete":
@@ -164,7 +164,7 @@ def _train(step: Step, start: StartOptions) -> SummaryRow:
     return (step.stage, step.config.run, "done", headline(step), time.monotonic() - begun)
 
 
-def _check_all(steps: Sequence[Step], start: StartOptions) -> None:
+def _check_all(steps: Sequence[PipelineStep], start: StartOptions) -> None:
     """Check every stage before the first one starts; parents that an earlier stage makes need not exist."""
     pending: dict[str, str] = {}
     for step in steps:
@@ -183,7 +183,7 @@ def _child(name: str, words: Sequence[str]) -> None:
     run_command(words, f"the pipeline stopped: {name}", remedy)
 
 
-def _policy_run(steps: Sequence[Step]) -> str:
+def _policy_run(steps: Sequence[PipelineStep]) -> str:
     """The run whose policy is exported: the last stage that trains one."""
     return next(step.config.run for step in reversed(steps) if step.stage != "reward")
 
@@ -194,8 +194,8 @@ def _clock(seconds: float) -> str:
 
 
 def _run_rounds(
-    config: RoundsConfig, steps: list[Step], start: StartOptions, rows: list[SummaryRow]
-) -> tuple[str | None, list[Step]]:
+    config: RoundsConfig, steps: list[PipelineStep], start: StartOptions, rows: list[SummaryRow]
+) -> tuple[str | None, list[PipelineStep]]:
     """Rank and train in rounds; adds rows to the summary.
 
     Returns:

@@ -26,7 +26,7 @@ from rlhf.runs.run import check_run_folder, data_facts, is_complete, is_run, rea
 
 
 @dataclass(frozen=True)
-class Step:
+class PipelineStep:
     """One stage of the pipeline: its config file and the overrides for it."""
 
     stage: str
@@ -59,7 +59,7 @@ class Step:
         return "complete" if is_complete(self.config) else "interrupted"
 
 
-def read_pipeline(file: str | Path, overrides: Sequence[str]) -> tuple[PipelineConfig, list[Step]]:
+def read_pipeline(file: str | Path, overrides: Sequence[str]) -> tuple[PipelineConfig, list[PipelineStep]]:
     """Read a pipeline file and the configs that it names. An override such as `ppo.updates=3` goes to that stage.
 
     Raises:
@@ -80,13 +80,13 @@ def read_pipeline(file: str | Path, overrides: Sequence[str]) -> tuple[PipelineC
         path = getattr(config, stage)
         if path is not None:
             entry.refuse_other_stage(stage, path)
-            steps.append(Step(stage, path, by_stage[stage], load_stage_config(kind, path, by_stage[stage])))
+            steps.append(PipelineStep(stage, path, by_stage[stage], load_stage_config(kind, path, by_stage[stage])))
         elif by_stage[stage]:
             raise UserError(f"override {stage}.{by_stage[stage][0]}: {file} has no {stage} stage")
     return config, steps
 
 
-def headline(step: Step) -> str:
+def headline(step: PipelineStep) -> str:
     """The first three metrics of a finished run."""
     metrics: dict[str, Any] = read_run(step.config.run).get("metrics") or {}
     numbers = [(key, value) for key, value in metrics.items() if isinstance(value, (int, float))]
@@ -96,13 +96,13 @@ def headline(step: Step) -> str:
 # ---- rounds ------------------------------------------------------------------------------------------------------
 
 
-def before_rankings(steps: Sequence[Step]) -> list[Step]:
+def before_rankings(steps: Sequence[PipelineStep]) -> list[PipelineStep]:
     """The stages of the first training: only SFT if the reward model has no rankings yet."""
     reward = next(step for step in steps if step.stage == "reward")
     return list(steps) if reward.config.data.train else [step for step in steps if step.stage == "sft"]
 
 
-def check_rounds(config: RoundsConfig, steps: Sequence[Step]) -> None:
+def check_rounds(config: RoundsConfig, steps: Sequence[PipelineStep]) -> None:
     """Find faults of the rounds before the first stage starts.
 
     Raises:
@@ -134,7 +134,7 @@ def _check_splits(config: RoundsConfig, data: DataConfig) -> None:
         )
 
 
-def rounds_table(config: RoundsConfig, steps: Sequence[Step]) -> list[tuple[str, str]]:
+def rounds_table(config: RoundsConfig, steps: Sequence[PipelineStep]) -> list[tuple[str, str]]:
     """The preflight table of the rounds."""
     first = before_rankings(steps)
     trained = ", ".join(step.stage for step in first) or "nothing"
@@ -149,7 +149,7 @@ def rounds_table(config: RoundsConfig, steps: Sequence[Step]) -> list[tuple[str,
     ]
 
 
-def policies(steps: Sequence[Step], trained: Sequence[Step]) -> list[str]:
+def policies(steps: Sequence[PipelineStep], trained: Sequence[PipelineStep]) -> list[str]:
     """The models whose answers are proposed: the newest PPO run and the SFT run, or the model that PPO starts from."""
     runs = [step.config.run for step in reversed(trained) if step.stage != "reward"]
     return runs or [step.config.model.path for step in steps if step.stage == "ppo"]
@@ -163,7 +163,7 @@ def propose_words(config: RoundsConfig, rounds: Sequence[Round], models: Sequenc
     return ["data", "propose", *models, *(word for option in given for word in option)]
 
 
-def in_round(step: Step, steps: Sequence[Step], rounds: Sequence[Round]) -> Step:
+def in_round(step: PipelineStep, steps: Sequence[PipelineStep], rounds: Sequence[Round]) -> PipelineStep:
     """The reward or PPO stage of the last of the rounds: a new run, from the same initial model.
 
     The reward model is trained on its own data and all rounds' rankings, and PPO against that reward model.
@@ -176,7 +176,7 @@ def in_round(step: Step, steps: Sequence[Step], rounds: Sequence[Round]) -> Step
         reward = next(one.config.run for one in steps if one.stage == "reward")
         changes["reward"] = _with_path(_reward(step.config), reward, reward + suffix)
     overrides = [*step.overrides, *(f"{key}={json.dumps(value)}" for key, value in changes.items())]
-    return Step(step.stage, step.file, overrides, load_stage_config(STAGES[step.stage], step.file, overrides))
+    return PipelineStep(step.stage, step.file, overrides, load_stage_config(STAGES[step.stage], step.file, overrides))
 
 
 def _reward(config: StageConfig) -> Any:

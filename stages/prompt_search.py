@@ -23,9 +23,9 @@ from rlhf.inference.teacher import is_server
 from rlhf.prompting.ways import Prompting, check_way, read_prompting, read_way
 from rlhf.runs.parents import parent_facts
 from rlhf.servers.cache import ReplyCache
-from rlhf.servers.client import Server
+from rlhf.servers.client import ChatServer
 from rlhf.servers.config import ServerConfig
-from rlhf.tasks.metrics import Measured
+from rlhf.tasks.metrics import MetricValue
 from rlhf.tasks.task import Task, load_task
 
 PROPOSAL_TEMPERATURE = 0.9
@@ -90,7 +90,7 @@ def command(
     def propose(seed: int) -> Iterator[Proposer]:
         replies, given = ReplyCache(out / "replies"), (PROPOSAL_TEMPERATURE, instruction_tokens, seed)
         if server is not None:
-            with Server(server, replies) as asked:
+            with ChatServer(server, replies) as asked:
                 yield server_proposer(asked, *given)
             return
         writer = opened(proposer or model, sampling.chat_template if proposer in (None, model) else "auto")
@@ -98,7 +98,7 @@ def command(
             raise UserError(f"{writer.path}: a masked language model writes no text", remedy="Name a --proposer.")
         yield local_proposer(writer, *given, replies)
 
-    def measure(part: Task, way: Prompting) -> Measured:
+    def measure(part: Task, way: Prompting) -> MetricValue:
         scored = opened(model, sampling.chat_template)
         return evaluate_prompting(scored, part, way, params, sampling.temperature, sampling.seed).measured[0]
 

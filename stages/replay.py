@@ -19,7 +19,7 @@ from rlhf.runs.run import read_run
 
 if TYPE_CHECKING:
     from rlhf.replay.opened import OpenedUpdate
-    from rlhf.replay.recompute import Comparison
+    from rlhf.replay.recompute import Recomputed
 
 SHOWN_TOKENS = 60
 """Most tokens of an episode in the table."""
@@ -94,7 +94,7 @@ def _listed(run: Path, steps: list[int]) -> str:
     return f"{run}: {count} {which}. To open {last}: rlhf replay {quote(str(run))} --step {steps[-1]}"
 
 
-def _by_models(run: Path, opened: OpenedUpdate) -> list[Comparison]:
+def _by_models(run: Path, opened: OpenedUpdate) -> list[Recomputed]:
     from rlhf.replay.models import allowed_difference, by_models, checkpoint_before
     from rlhf.replay.recompute import compare_models
 

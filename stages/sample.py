@@ -27,7 +27,7 @@ from rlhf.prompting.ways import check_way, read_prompting
 if TYPE_CHECKING:  # imports torch
     from rlhf.inference.best_of import BestOf
     from rlhf.inference.sampling import Sampled
-    from rlhf.inference.scorer import Scorer
+    from rlhf.inference.scorer import CompletionScorer
     from rlhf.inference.task_adapters import RoutedPrompts
 
 
@@ -273,7 +273,9 @@ def _prompts(texts: list[str] | None, dataset: Path | None, split: str | None, l
         return [Prompt((Message("user", text),)) for text in texts or ()]
 
 
-def _rows(samples: list[Sampled], scorer: Scorer | None, routed: RoutedPrompts | None) -> list[dict[str, Any]]:
+def _rows(
+    samples: list[Sampled], scorer: CompletionScorer | None, routed: RoutedPrompts | None
+) -> list[dict[str, Any]]:
     """The answers to a prompt as they are written, with the task of its adapter and with scores if there are."""
     prompt = samples[0].prompt
     rows: list[dict[str, Any]] = [

@@ -37,7 +37,7 @@ from rlhf.sft.batches import (
 )  # fmt: skip
 from rlhf.sft.config import LogitsConfig, SFTConfig, StepByStepConfig
 from rlhf.sft.divergence import StudentPredictions, divergence, student_predictions
-from rlhf.sft.teacher import Teacher, check_teacher
+from rlhf.sft.teacher import FrozenTeacher, check_teacher
 from rlhf.tasks.answers import answer_pattern
 from rlhf.training.engine import Engine
 from rlhf.training.loop import Loop, Objective, supervised_engine
@@ -71,7 +71,7 @@ def run(config: SFTConfig, resume: bool = False, overwrite: bool = False) -> Non
         check_packing(engine, model, chat, max(tables.train["length"]))
     objective = SFTObjective(config, chat, model, tables.eval)
     if logits:
-        teacher = Teacher(logits.teacher, config.model, chat, engine)
+        teacher = FrozenTeacher(logits.teacher, config.model, chat, engine)
         objective = LogitsObjective(config, chat, model, tables.eval, logits, teacher, limit)
     elif steps:
         objective = StepByStepObjective(config, chat, model, tables.eval, steps)
@@ -204,8 +204,8 @@ class LogitsObjective(SFTObjective):
     means = ("train/entropy", "train/token_accuracy", "train/divergence", "train/on_policy")
 
     def __init__(
-        self, config: SFTConfig, chat: ChatTokenizer, model: Any, held_out: Any, logits: LogitsConfig, teacher: Teacher,
-        limit: int,
+        self, config: SFTConfig, chat: ChatTokenizer, model: Any, held_out: Any, logits: LogitsConfig,
+        teacher: FrozenTeacher, limit: int,
     ) -> None:  # fmt: skip
         super().__init__(config, chat, model, held_out)
         self.logits, self.teacher, self.limit = logits, teacher, limit

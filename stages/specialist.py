@@ -33,7 +33,7 @@ from rlhf.models.load import load_hf_config, quiet, sequence_limit
 from rlhf.runs.parents import parent_facts, resolve_model_path
 from rlhf.runs.run import Run, finish, open_run
 from rlhf.specialist.config import LabelledData, SpecialistConfig
-from rlhf.specialist.head import Batch, Example, Head
+from rlhf.specialist.head import Batch, Head, LabelledRow
 from rlhf.specialist.model import Specialist, load_specialist, load_text_tokenizer, train_new_weights
 from rlhf.training.engine import Engine
 from rlhf.training.loop import Loop, Objective, supervised_engine
@@ -89,7 +89,7 @@ def check_rows(file: Path, overrides: Sequence[str]) -> None:
     read(load_stage_config(SpecialistConfig, file, overrides))
 
 
-Placed = tuple[Example, str, int]
+Placed = tuple[LabelledRow, str, int]
 """An example with its file and line."""
 
 
@@ -168,7 +168,7 @@ def _divide(found: list[Placed], data: LabelledData, seed: int) -> tuple[list[Pl
     return [one for one in found if _share(one[0], seed) >= data.hold_out], held
 
 
-def _share(example: Example, seed: int) -> float:
+def _share(example: LabelledRow, seed: int) -> float:
     """A number from 0 to 1 that depends only on the inputs and the seed."""
     digest = hashlib.sha256(repr((seed, example.inputs)).encode()).digest()
     return int.from_bytes(digest[:8], "big") / 2**64
@@ -192,7 +192,7 @@ class Encoded:
     """Token rows, with their examples in the same order."""
 
     rows: list[dict[str, Any]] = field(default_factory=list)
-    examples: list[Example] = field(default_factory=list)
+    examples: list[LabelledRow] = field(default_factory=list)
     rejects: list[Reject] = field(default_factory=list)
 
     @property

@@ -21,7 +21,7 @@ from rlhf.comparison.measure import stored
 from rlhf.comparison.page import label_heights, render
 from rlhf.comparison.quality import Quality, difference, quality, recommend
 from rlhf.comparison.results import read_result
-from rlhf.comparison.show import Row, TaskResult, amount, markdown, seconds
+from rlhf.comparison.show import TaskResult, WayRow, amount, markdown, seconds
 from rlhf.config.load import check_config
 from rlhf.core.errors import UserError
 from rlhf.data.schema import Demonstration, Message
@@ -290,8 +290,8 @@ def test_data_without_a_held_out_part_is_refused(tmp_path):
 
 def result(name: str = "a <b>task</b>") -> TaskResult:
     rows = [
-        Row("zero-shot", "zero-shot", 0.5, 0.4, 0.6, (0.5,), 50, 0, 0, 0, None, 20, 0.01),
-        Row("lora", "sft (lora)", 0.8, 0.7, 0.9, (0.78, 0.8, 0.82), 50, 14_200, 62_000, 6, 5e7, 20, 0.02),
+        WayRow("zero-shot", "zero-shot", 0.5, 0.4, 0.6, (0.5,), 50, 0, 0, 0, None, 20, 0.01),
+        WayRow("lora", "sft (lora)", 0.8, 0.7, 0.9, (0.78, 0.8, 0.82), 50, 14_200, 62_000, 6, 5e7, 20, 0.02),
     ]
     return TaskResult(name, "accuracy", rows, {"lora": [(16, 0.6, 0.5, 0.7), (64, 0.8, 0.7, 0.9)]}, None)
 
@@ -311,7 +311,7 @@ def test_the_page_is_self_contained_and_escapes_names():
 
 
 def test_labels_of_ways_with_as_many_parameters_do_not_overlap():
-    rows = [Row(way, "", value, 0.0, 1.0, (), 50, size, 0, 0, None, 20, 0.01) for way, value, size in (
+    rows = [WayRow(way, "", value, 0.0, 1.0, (), 50, size, 0, 0, None, 20, 0.01) for way, value, size in (
         ("a", 0.5, 100), ("b", 0.51, 100), ("c", 0.5, 10**6), ("d", 0.9, 100))]  # fmt: skip
     found = label_heights(rows)
     assert found["b"] - found["a"] >= 0.0649 and found["c"] == 0.5 and found["d"] > 0.8

@@ -17,7 +17,7 @@ from rlhf.evaluation.card import dataset_card
 from rlhf.evaluation.scored import function_scorer
 from rlhf.judging.texts import text_metrics
 from rlhf.policy_evaluation.examples import of_answers
-from rlhf.policy_evaluation.measures import Answers, compare_answers
+from rlhf.policy_evaluation.measures import PolicyAnswers, compare_answers
 
 SEEN = "[...document.querySelectorAll('svg')].map(e => e.getBoundingClientRect().height).filter(height => height)"
 """Heights of the plots that are shown: each has a drawing for phones, too."""
@@ -81,12 +81,12 @@ def test_the_page_of_policies_fits_and_is_legible_at_both_widths_light_and_dark(
                 tab.close()
 
 
-def policies(name: str, text: str) -> tuple[dict[str, Any], Answers, Answers]:
+def policies(name: str, text: str) -> tuple[dict[str, Any], PolicyAnswers, PolicyAnswers]:
     """What `rlhf evaluate` writes of two policies, without models; every text of theirs contains `text`."""
     prompts = [Prompt((Message("user", f"{text} {n}"),)) for n in range(12)]
     words = [[f"{text} {'word ' * n}"] for n in range(12)]
-    mine = Answers(prompts, words, [[2.0 - n % 3] for n in range(12)], [[3.0 + n] for n in range(12)])
-    theirs = Answers(prompts, words[::-1], [[0.5] for _ in range(12)], [[] for _ in range(12)])
+    mine = PolicyAnswers(prompts, words, [[2.0 - n % 3] for n in range(12)], [[3.0 + n] for n in range(12)])
+    theirs = PolicyAnswers(prompts, words[::-1], [[0.5] for _ in range(12)], [[] for _ in range(12)])
     metrics = {"records": 9, "loss": 1.5, "loss_low": 1.4, "loss_high": 1.6, "perplexity": 4.5, "kl": 3.0,
                "kl_low": 2.0, "kl_high": 4.0, "eos_rate": 1.0, **text_metrics(words)}  # fmt: skip
     result = {

@@ -15,7 +15,7 @@ from rows import jsonl
 
 from data_tools.growth import tasks
 from data_tools.growth.novelty import Novelty
-from data_tools.growth.tasks import Task, parse
+from data_tools.growth.tasks import GrownTask, parse
 from rlhf.core.errors import UserError
 from rlhf.data.store import open_dataset
 from stages.grow import command
@@ -55,12 +55,15 @@ def grow(*words: object) -> dict[str, Any]:
     ],
 )
 def test_tasks_are_read_whether_the_teacher_goes_on_or_writes_the_form_again(text):
-    assert parse(text, False) == [Task("List two fruits.", "", "Pear and plum."), Task("Add them.", "2, 3", "5")]
-    assert parse(text, True) == [Task("List two fruits.", "", "Pear and plum.")]
+    assert parse(text, False) == [
+        GrownTask("List two fruits.", "", "Pear and plum."),
+        GrownTask("Add them.", "2, 3", "5"),
+    ]
+    assert parse(text, True) == [GrownTask("List two fruits.", "", "Pear and plum.")]
 
 
 def test_a_request_shows_its_examples_and_is_read_back():
-    shown = [Task("List two fruits.", "", "Pear and plum."), Task("Add the two numbers.", "2, 3", "5")]
+    shown = [GrownTask("List two fruits.", "", "Pear and plum."), GrownTask("Add the two numbers.", "2, 3", "5")]
     text = tasks.request(shown, 3)
     assert "Write 3 new tasks" in text and text.endswith("Task 3\nInstruction:")
     assert parse(text.split("\n\n", 2)[2], False)[:2] == shown
@@ -80,14 +83,14 @@ def test_a_request_shows_its_examples_and_is_read_back():
     ],
 )
 def test_instructions_of_no_use_have_a_reason(instruction, reason):
-    found = tasks.fault(Task(instruction.strip(), "", "An answer."))
+    found = tasks.fault(GrownTask(instruction.strip(), "", "An answer."))
     assert (found is None) if reason is None else reason in found.reason
 
 
 def test_the_kind_is_judged_by_words_and_the_length_of_the_answer():
-    assert Task("Classify the review as positive or negative.", "Bad.", "negative").kind == "classification"
-    assert Task("Decide whether the claim is true.", "", "No. " * 20).kind == "generation"
-    assert Task("Write a poem.", "", "Rose").kind == "generation"
+    assert GrownTask("Classify the review as positive or negative.", "Bad.", "negative").kind == "classification"
+    assert GrownTask("Decide whether the claim is true.", "", "No. " * 20).kind == "generation"
+    assert GrownTask("Write a poem.", "", "Rose").kind == "generation"
 
 
 def test_the_closest_instruction_is_that_of_a_comparison_with_all():

@@ -10,7 +10,7 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from rlhf.guard.actions import ACTIONS, Change
+from rlhf.guard.actions import ACTIONS, ActionEffect
 from rlhf.guard.config import GuardConfig
 from rlhf.guard.guard import Guard
 from rlhf.guard.observers import outside_range, repetition
@@ -136,10 +136,12 @@ def test_perturbations_must_raise_the_scores_by_0_2_deviations_or_by_0_5_more_th
 
 
 def test_actions_by_hand():
-    assert ACTIONS.pick("warn")() == Change()
-    assert ACTIONS.pick({"name": "raise-kl", "factor": 3.0})() == Change(kl=3.0)
-    assert ACTIONS.pick({"name": "lower-lr", "factor": 0.1})() == Change(lr=0.1)
-    assert ACTIONS.pick("stop")() == Change(end="last") and ACTIONS.pick("best-checkpoint")() == Change(end="best")
+    assert ACTIONS.pick("warn")() == ActionEffect()
+    assert ACTIONS.pick({"name": "raise-kl", "factor": 3.0})() == ActionEffect(kl=3.0)
+    assert ACTIONS.pick({"name": "lower-lr", "factor": 0.1})() == ActionEffect(lr=0.1)
+    assert ACTIONS.pick("stop")() == ActionEffect(end="last") and ACTIONS.pick("best-checkpoint")() == ActionEffect(
+        end="best"
+    )
 
 
 def test_an_action_that_may_repeat_does_so_after_the_cooldown():

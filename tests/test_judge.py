@@ -19,7 +19,7 @@ from rlhf.core.errors import UserError
 from rlhf.data.schema import Candidate, Message, Ranking
 from rlhf.judging.agreement import Pair, agreement_metrics, pairs_of
 from rlhf.judging.config import JudgeConfig, read_judge
-from rlhf.judging.judge import Comparison, Judge
+from rlhf.judging.judge import Judge, PairVerdicts
 from rlhf.judging.prompt import conversation, read_prompt, read_rating, read_verdict
 from rlhf.judging.source import rating_source
 from rlhf.reward.sources import REWARDS, RewardInputs
@@ -108,8 +108,8 @@ def test_both_prompts_that_come_with_the_project_name_their_version() -> None:
     ],
 )  # fmt: skip
 def test_an_answer_wins_if_it_wins_in_both_orders(first: Any, second: Any, credit: Any, shown: list[bool]) -> None:
-    assert Comparison(first, second).credit == credit
-    assert Comparison(first, second).shown_first == shown
+    assert PairVerdicts(first, second).credit == credit
+    assert PairVerdicts(first, second).shown_first == shown
 
 
 @pytest.mark.parametrize(
@@ -131,7 +131,7 @@ def test_each_pair_is_asked_in_both_orders_once_and_kept(tmp_path: Path) -> None
         for _ in range(2):
             with a_judge(server.url, tmp_path) as found:
                 verdicts = list(found.compare([(PROMPT, "Yes.", "Yes, it is."), (PROMPT, "ab", "cd")]))
-                assert verdicts == [Comparison("A", "A"), Comparison("C", "C")]
+                assert verdicts == [PairVerdicts("A", "A"), PairVerdicts("C", "C")]
         assert len(server.asked) == 4
         shown = [PARTS.search(asked(body)) for body in server.asked]
         assert {pair.groups() for pair in shown if pair} == {
@@ -143,7 +143,7 @@ def test_each_pair_is_asked_in_both_orders_once_and_kept(tmp_path: Path) -> None
 def test_the_key_comes_from_the_environment_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("JUDGE_KEY", "secret-key")
     with chat_server(first_wins) as server, a_judge(server.url, tmp_path, key_env="JUDGE_KEY") as found:
-        assert list(found.compare([(PROMPT, "a", "b")])) == [Comparison("A", "B")]
+        assert list(found.compare([(PROMPT, "a", "b")])) == [PairVerdicts("A", "B")]
         assert server.headers[0]["authorization"] == "Bearer secret-key"
         assert "secret" not in json.dumps(found.facts())
     assert not any("secret" in file.read_text() for file in (tmp_path / "replies").rglob("*.json"))
@@ -169,12 +169,12 @@ def ranking(ranks: tuple[int, ...], number: int = 0) -> Ranking:
 def test_agreement_ties_and_position_bias_are_as_counted_by_hand() -> None:
     pairs = [Pair(ranking((1, 2), i), 0, 1) for i in range(4)] + [Pair(ranking((1, 1), 4), 0, 1)] * 2
     verdicts = [
-        Comparison("A", "A"),  # right
-        Comparison("B", "B"),  # wrong
-        Comparison("A", "B"),  # inconsistent: a tie
-        Comparison(None, "A"),  # unreadable
-        Comparison("C", "C"),  # ties with the annotator
-        Comparison("A", "A"),
+        PairVerdicts("A", "A"),  # right
+        PairVerdicts("B", "B"),  # wrong
+        PairVerdicts("A", "B"),  # inconsistent: a tie
+        PairVerdicts(None, "A"),  # unreadable
+        PairVerdicts("C", "C"),  # ties with the annotator
+        PairVerdicts("A", "A"),
     ]
     found = agreement_metrics(pairs, verdicts)
     assert (found["pairs"], found["strict_pairs"], found["unreadable"]) == (6, 3, 1)

@@ -146,6 +146,15 @@ def test_files_are_short_enough_to_read():
     assert not {module: count for module, count in lines.items() if count > MOST_LINES}
 
 
+def test_a_class_has_its_name_for_itself():
+    found: dict[str, list[str]] = {}
+    for module, file in FILES.items():
+        for node in ast.parse(file.read_text("utf-8")).body:
+            if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
+                found.setdefault(node.name, []).append(module)
+    assert not {name: modules for name, modules in found.items() if len(modules) > 1}
+
+
 def test_packages_have_few_files():
     for root, floors in FLOORS.items():
         counts = {p: len([f for f in (REPOSITORY / root / p).rglob("*.py") if f.name != "__init__.py"]) for p in floors}

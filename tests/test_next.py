@@ -13,7 +13,7 @@ from rows import dataset, last_line, write
 from typer.testing import CliRunner
 
 from data_tools.annotate import word_ensemble
-from data_tools.annotate.choose_next import Choice, Cost, choices, choose, fit_cost
+from data_tools.annotate.choose_next import ChosenProposal, RankingTime, choices, choose, fit_cost
 from data_tools.annotate.information import best_answers, order_information, order_log_probs
 from rlhf.core.errors import UserError
 from rlhf.data.schema import Candidate, Message, Proposal, Ranking
@@ -87,16 +87,18 @@ def test_the_cost_is_fitted_to_times_and_assumed_without_enough_of_them():
         answers = ["a" * draw.randint(1, 400) + str(i) for i in range(draw.randint(2, 5))]
         asked = proposal("Q?", *answers)
         ranking = Ranking(asked.messages, candidates=asked.candidates, ranks=tuple(range(1, len(answers) + 1)),
-                          seconds=Cost(4, 2, 0.02).seconds(asked))  # fmt: skip
+                          seconds=RankingTime(4, 2, 0.02).seconds(asked))  # fmt: skip
         timed.append(ranking)
     found = fit_cost(timed)
     assert (found.fixed, found.answer, found.character) == pytest.approx((4, 2, 0.02), rel=0.01) and found.timed == 40
-    assert fit_cost(timed[:19]) == Cost()
-    assert Cost().seconds(proposal("1234", "x" * 10, "y" * 10)) == pytest.approx(3 + 3 + 1), "24 characters a second"
+    assert fit_cost(timed[:19]) == RankingTime()
+    assert RankingTime().seconds(proposal("1234", "x" * 10, "y" * 10)) == pytest.approx(3 + 3 + 1), (
+        "24 characters a second"
+    )
 
 
 def choice(text, information=1.0, seconds=1.0):
-    return Choice(proposal(text, text + " one", text + " two"), (0, 1), information, seconds)
+    return ChosenProposal(proposal(text, text + " one", text + " two"), (0, 1), information, seconds)
 
 
 def test_near_duplicates_are_not_chosen_together_and_not_what_was_ranked():
@@ -121,7 +123,9 @@ def test_information_counts_per_second_or_per_ranking():
 
 
 def test_chosen_answers_keep_the_order_in_which_they_are_shown():
-    (found,) = choices([proposal("Q?", "a", "b", "c", "d")], [np.array([[0.0, 2, 9, 0], [0, 0, 9, 2]])], 2, Cost())
+    (found,) = choices(
+        [proposal("Q?", "a", "b", "c", "d")], [np.array([[0.0, 2, 9, 0], [0, 0, 9, 2]])], 2, RankingTime()
+    )
     assert found.answers == (1, 3) and [c.text for c in found.proposal.candidates] == ["b", "d"]
 
 
@@ -138,7 +142,7 @@ def rankings(count=30):
 
 
 def test_weights_are_where_the_gradient_is_zero_and_prior_where_nothing_is_known():
-    pairs = word_ensemble.Pairs(rankings(1), 0)
+    pairs = word_ensemble.WordPairs(rankings(1), 0)
     prior = np.random.default_rng(0).normal(0, 0.1, word_ensemble.FEATURES)
     found = word_ensemble.weights(pairs, np.array([4.0]), prior)
     x = pairs.difference.toarray()[0]

@@ -24,7 +24,7 @@ from rlhf.prompting.examples import Example, ExamplePool
 from rlhf.prompting.label_words import calibrated, label_logprobs, word_scores
 from rlhf.prompting.masked import open_masked
 from rlhf.prompting.prompts import PromptBuilder
-from rlhf.prompting.run import Prompter, Vote, vote
+from rlhf.prompting.run import Prompter, VoteOutcome, vote
 from rlhf.prompting.ways import PROMPTING, Shots, read_prompting
 from rlhf.rollout.types import SamplingParams
 from rlhf.tasks.answers import answer_pattern
@@ -229,10 +229,10 @@ def test_a_masked_model_writes_no_text_and_knows_its_words(tmp_path):
 @pytest.mark.parametrize(
     ("answers", "expected"),
     [
-        (["72", "71", "72.", None], Vote("72", 2, 0.25)),
-        (["no", "yes"], Vote("no", 1, 0.0)),
-        (["a"] * 3, Vote("a", 3, 1.0)),
-        ([None, None], Vote(None, 0, 0.0)),
+        (["72", "71", "72.", None], VoteOutcome("72", 2, 0.25)),
+        (["no", "yes"], VoteOutcome("no", 1, 0.0)),
+        (["a"] * 3, VoteOutcome("a", 3, 1.0)),
+        ([None, None], VoteOutcome(None, 0, 0.0)),
     ],
 )
 def test_the_answer_with_most_votes_wins_by_a_margin(answers, expected):
@@ -240,7 +240,7 @@ def test_the_answer_with_most_votes_wins_by_a_margin(answers, expected):
 
 
 def test_numbers_are_voted_on_by_value():
-    assert vote(["1,000", "7", "$1000"], "number") == Vote("1,000", 2, pytest.approx(1 / 3))
+    assert vote(["1,000", "7", "$1000"], "number") == VoteOutcome("1,000", 2, pytest.approx(1 / 3))
 
 
 def test_a_vote_prefills_its_prompt_once(policy):

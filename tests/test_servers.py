@@ -10,7 +10,7 @@ from chat_servers import Response, chat_server, completion, fault
 
 from rlhf.core.errors import UserError
 from rlhf.servers.cache import ReplyCache
-from rlhf.servers.client import Server
+from rlhf.servers.client import ChatServer
 from rlhf.servers.config import ServerConfig
 from rlhf.servers.pace import Pace, backoff, retry_after
 from rlhf.servers.replies import ChatRequest, Failure, Reply
@@ -25,7 +25,9 @@ def said(request):
 
 
 def open_server(found, cache=None, waits=None, **config):
-    return Server(ServerConfig(url=found.url, model="m", **config), cache, (waits if waits is not None else []).append)
+    return ChatServer(
+        ServerConfig(url=found.url, model="m", **config), cache, (waits if waits is not None else []).append
+    )
 
 
 def ask_one(server, request):
@@ -127,9 +129,9 @@ def test_what_would_fail_every_time_stops_at_once(response, message):
 
 def test_an_absent_server_and_a_broken_connection_are_named():
     config = ServerConfig(url="http://127.0.0.1:9/v1", model="m", retries=1)
-    with Server(config, wait=lambda _: None) as server:
+    with ChatServer(config, wait=lambda _: None) as server:
         assert ask_one(server, ask("hi")).reason == "the connection to the server failed"
-    with Server(ServerConfig(url=config.url)) as server, pytest.raises(UserError, match="no server answers"):
+    with ChatServer(ServerConfig(url=config.url)) as server, pytest.raises(UserError, match="no server answers"):
         ask_one(server, ask("hi"))
 
 
@@ -161,7 +163,7 @@ def test_cached_replies_are_not_asked_for_again(tmp_path):
             assert len(found.asked) == 4
             ask_one(server, ask("a", temperature=0.5))  # another request
             assert len(found.asked) == 5
-    with Server(ServerConfig(url=found.url, model="m"), cache) as server:  # the server is gone
+    with ChatServer(ServerConfig(url=found.url, model="m"), cache) as server:  # the server is gone
         assert ask_one(server, ask("b")).cached
     assert not list((tmp_path / "replies").rglob("*.partial"))
 
@@ -231,11 +233,11 @@ def test_addresses_with_secrets_or_without_a_server_are_refused(url):
 
 
 def test_the_model_is_the_only_one_that_the_server_lists():
-    with chat_server(echo, models=("tiny",)) as found, Server(ServerConfig(url=found.url)) as server:
+    with chat_server(echo, models=("tiny",)) as found, ChatServer(ServerConfig(url=found.url)) as server:
         assert server.model == "tiny" and ask_one(server, ask("hi")).text == "re: hi"
     with (
         chat_server(echo, models=("a", "b")) as found,
-        Server(ServerConfig(url=found.url)) as server,
+        ChatServer(ServerConfig(url=found.url)) as server,
         pytest.raises(UserError, match="lists 2 models: a, b"),
     ):
         ask_one(server, ask("hi"))

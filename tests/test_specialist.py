@@ -27,10 +27,10 @@ from rlhf.export.formats import EXPORTERS
 from rlhf.inference.policy import open_policy
 from rlhf.models.load import quiet
 from rlhf.specialist.config import SpecialistConfig
-from rlhf.specialist.head import Example
+from rlhf.specialist.head import LabelledRow
 from rlhf.specialist.heads import HEADS
 from rlhf.specialist.model import Specialist, load_specialist, load_text_tokenizer
-from rlhf.specialist.spans import Answers, token_f1
+from rlhf.specialist.spans import SpanAnswers, token_f1
 
 TASKS = ("text", "pair", "tags", "span")
 quiet()
@@ -119,7 +119,7 @@ def test_balanced_class_weights_are_those_of_scikit_learn():
 def test_macro_f1_and_entity_f1_are_those_of_the_libraries():
     gold, predicted = list("aabbbcc"), list("abbbacc")
     head, _ = fitted("text", [{"text": f"t{i}", "label": label} for i, label in enumerate(gold)])
-    found = {m.metric: m for m in head.metrics([Example(("x",), label) for label in gold], predicted)}
+    found = {m.metric: m for m in head.metrics([LabelledRow(("x",), label) for label in gold], predicted)}
     assert found["f1"].value == pytest.approx(f1_score(gold, predicted, average="macro"))
     assert found["accuracy"].value == pytest.approx(5 / 7) and found["accuracy"].low < 5 / 7 < found["accuracy"].high
     tags = [["B-PER", "I-PER", "O", "B-LOC"], ["O", "B-LOC", "O", "O"]]
@@ -135,7 +135,10 @@ def test_span_metrics_follow_squad():
     assert token_f1("Denver Broncos", "the broncos, Denver colts") == pytest.approx(0.8)
     assert token_f1("", "") == 1.0 and token_f1("", "x") == 0.0
     head = HEADS.pick({"name": "span", "no_answer": True})()
-    examples = [Example(("q", "c"), Answers(("The Moon.", "luna"), (0, 0))), Example(("q", "c"), Answers((), ()))]
+    examples = [
+        LabelledRow(("q", "c"), SpanAnswers(("The Moon.", "luna"), (0, 0))),
+        LabelledRow(("q", "c"), SpanAnswers((), ())),
+    ]
     found = {m.metric: m.value for m in head.metrics(examples, ["moon", "moon"])}
     assert found == {"exact_match": 0.5, "token_f1": 0.5}
 
@@ -174,7 +177,7 @@ def test_a_row_that_cannot_be_used_has_a_reason(task, row, reason):
 
 def test_rows_are_read_as_their_publishers_write_them():
     squad = {"question": "q", "context": "c d c", "answer": {"text": ["c", "d"], "answer_start": [4, 2]}}
-    assert HEADS.pick("span")().example(squad).target == Answers(("c", "d"), (4, 2))
+    assert HEADS.pick("span")().example(squad).target == SpanAnswers(("c", "d"), (4, 2))
     assert HEADS.pick("tags")().example({"tokens": "a b", "tags": "O B-X"}).target == ["O", "B-X"]
     numbered = HEADS.pick({"name": "text", "labels": ["neg", "pos"]})()
     assert [numbered.example({"text": "x", "label": v}).target for v in (1, "0", "pos")] == ["pos", "neg", "pos"]

@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import special
 
-from data_tools.aggregate.votes import Cells, Votes
+from data_tools.aggregate.votes import Votes, WinMatrices
 
 STEPS, TOLERANCE = 200, 1e-4
 """Iterations end when no score and no slope moves by more than this; ten or twenty are typical."""
@@ -33,7 +33,7 @@ FARTHEST_SCORE, FARTHEST_SLOPE = 1.0, 0.5
 class _VotePairs:
     """The pairs of the votes within groups of items, and their terms of the normal equations."""
 
-    cells: Cells
+    cells: WinMatrices
     first: NDArray[Any]
     second: NDArray[Any]
 
@@ -59,7 +59,7 @@ class _VotePairs:
         return [(one, one, 1), (other, other, 1), (one, other, -1), (other, one, -1)]
 
 
-class Fit:
+class BradleyTerryFit:
     """Scores and slopes that maximise the posterior, by Fisher scoring. Deterministic.
 
     Args:
@@ -70,7 +70,7 @@ class Fit:
 
     def __init__(self, votes: Votes, prior: float, slopes: bool) -> None:
         self.votes, self.precision = votes, 1 / prior**2
-        self.cells = Cells(votes.pool)
+        self.cells = WinMatrices(votes.pool)
         self.scores = np.zeros(len(votes.pool))
         """[I]"""
         self.slopes = np.ones(len(votes.annotators))
@@ -99,7 +99,7 @@ class Fit:
         p = special.expit(slope * (self.scores[self.votes.first] - self.scores[self.votes.second]))
         return slope * (self._preference - p), slope**2 * p * (1 - p)
 
-    def _invert(self, cells: Cells, stiffness: NDArray[Any]) -> NDArray[Any]:
+    def _invert(self, cells: WinMatrices, stiffness: NDArray[Any]) -> NDArray[Any]:
         """Flat covariance from the votes' flat stiffness and the prior."""
         flat = np.empty_like(stiffness)
         for items, where in cells.blocks():
@@ -124,7 +124,7 @@ class Fit:
         pool = votes.pool[votes.first]
         voice, of = np.unique(pool * annotators + votes.annotator, return_inverse=True)
         size = self.cells.size[voice // annotators]
-        copies = Cells(np.repeat(np.arange(len(voice)), size))
+        copies = WinMatrices(np.repeat(np.arange(len(voice)), size))
         shift = copies.start - self.cells.start[voice // annotators]
         item = np.arange(copies.items) - np.repeat(shift, size)
         return item, _VotePairs(copies, votes.first + shift[of], votes.second + shift[of])
@@ -160,7 +160,7 @@ class Fit:
         return np.array([special.expit(slope * gaps).mean() for slope in self.slopes])
 
 
-def _times(cells: Cells, matrices: NDArray[Any], values: NDArray[Any]) -> NDArray[Any]:
+def _times(cells: WinMatrices, matrices: NDArray[Any], values: NDArray[Any]) -> NDArray[Any]:
     """[I]: each pool's matrix times the values of its items."""
     product = np.empty_like(values)
     for items, where in cells.blocks():

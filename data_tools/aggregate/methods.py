@@ -17,8 +17,8 @@ from numpy.typing import NDArray
 from pydantic import Field
 from scipy import special
 
-from data_tools.aggregate.bradley_terry import Fit
-from data_tools.aggregate.votes import UNNAMED, Cells, Votes
+from data_tools.aggregate.bradley_terry import BradleyTerryFit
+from data_tools.aggregate.votes import UNNAMED, Votes, WinMatrices
 from rlhf.core.errors import UserError
 from rlhf.core.table import Table
 
@@ -97,7 +97,7 @@ Order = Callable[[NDArray[Any], NDArray[Any]], tuple[NDArray[Any], NDArray[Any]]
 """Items [B, K] and cells [B, K, K] of the pools of one size -> their ranks [B, K], and `better` [B, K, K]."""
 
 
-def _aggregation(votes: Votes, cells: Cells, order: Order, quality: NDArray[Any] | None = None) -> Aggregation:
+def _aggregation(votes: Votes, cells: WinMatrices, order: Order, quality: NDArray[Any] | None = None) -> Aggregation:
     """The aggregation of an order of each pool."""
     found, confidence = np.zeros(len(votes.pool), np.int64), np.zeros(len(cells.size))
     for items, where in cells.blocks():
@@ -112,7 +112,7 @@ def _aggregation(votes: Votes, cells: Cells, order: Order, quality: NDArray[Any]
     return Aggregation(found, confidence, quality)
 
 
-def _tally(votes: Votes, cells: Cells) -> NDArray[Any]:
+def _tally(votes: Votes, cells: WinMatrices) -> NDArray[Any]:
     """Flat [cells]: votes for row over column; a tie is half a vote for each."""
     ahead, behind = cells.of(votes.first, votes.second), cells.of(votes.second, votes.first)
     first = (1 + votes.outcome) / 2
@@ -140,7 +140,7 @@ def majority(votes: Votes) -> Aggregation:
     """
     # crowd-kit's MajorityVote labels pairs, which is one np.bincount here (0.01 s for 162,000 votes, crowd-kit 0.05 s);
     # the order of a pool and its confidence are not part of it.
-    cells = Cells(votes.pool)
+    cells = WinMatrices(votes.pool)
     wins = _tally(votes, cells)
 
     def order(items: NDArray[Any], where: NDArray[Any]) -> tuple[NDArray[Any], NDArray[Any]]:
@@ -163,7 +163,7 @@ def bradley_terry(votes: Votes, *, prior: Spread = 1.0, tie_below: TieBelow = 0.
         prior: Standard deviation of the scores' normal prior around 0; with it, scores exist for a single vote.
         tie_below: Two answers are tied if the upper one is better with a probability below this.
     """
-    return _by_fit(votes, Fit(votes, prior, slopes=False), tie_below)
+    return _by_fit(votes, BradleyTerryFit(votes, prior, slopes=False), tie_below)
 
 
 @AGGREGATORS.row("crowd-bradley-terry", quality=True)
@@ -179,10 +179,10 @@ def crowd_bradley_terry(votes: Votes, *, prior: Spread = 1.0, tie_below: TieBelo
         tie_below: Two answers are tied if the upper one is better with a probability below this.
     """
     _need_names(votes, "crowd-bradley-terry")
-    return _by_fit(votes, Fit(votes, prior, slopes=True), tie_below, with_quality=True)
+    return _by_fit(votes, BradleyTerryFit(votes, prior, slopes=True), tie_below, with_quality=True)
 
 
-def _by_fit(votes: Votes, fit: Fit, tie_below: float, with_quality: bool = False) -> Aggregation:
+def _by_fit(votes: Votes, fit: BradleyTerryFit, tie_below: float, with_quality: bool = False) -> Aggregation:
     def order(items: NDArray[Any], where: NDArray[Any]) -> tuple[NDArray[Any], NDArray[Any]]:
         better = fit.better(items, where)
         return by_score(fit.scores[items], better, tie_below), better
@@ -205,7 +205,7 @@ def dawid_skene(votes: Votes, *, tie_below: TieBelow = 0.55) -> Aggregation:
         tie_below: A margin counts as 0 if the more likely order has a probability below this.
     """
     _need_names(votes, "dawid-skene")
-    cells = Cells(votes.pool)
+    cells = WinMatrices(votes.pool)
     strict = votes.outcome != 0
     first, second = votes.first[strict], votes.second[strict]
     task = np.unique(cells.of(first, second), return_inverse=True)[1]

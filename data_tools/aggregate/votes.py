@@ -159,7 +159,7 @@ def _votes(
 # ---- the pairs of a pool as matrices ---------------------------------------------------------------------------------
 
 
-class Cells:
+class WinMatrices:
     """The K x K matrices of all pools in one flat array; pools of the same size K are processed together.
 
     Args:

@@ -27,7 +27,7 @@ SHOWN = 20
 
 
 @dataclass(frozen=True)
-class Cost:
+class RankingTime:
     """Seconds that a ranking takes: `fixed` + `answer` for each answer + `character` for each that is read."""
 
     fixed: float = 0.0
@@ -41,7 +41,7 @@ class Cost:
         return self.fixed + self.answer * len(proposal.candidates) + self.character * _characters(proposal)
 
 
-def fit_cost(rankings: Iterable[Ranking]) -> Cost:
+def fit_cost(rankings: Iterable[Ranking]) -> RankingTime:
     """The cost by the `seconds` of rankings, by length and number of answers if fewer than `FEWEST_TIMED` have any.
 
     Least squares with no part below 0 (Lawson and Hanson 1974). Times above three times the median are cut to that,
@@ -49,13 +49,13 @@ def fit_cost(rankings: Iterable[Ranking]) -> Cost:
     """
     timed = [one for one in rankings if one.seconds]
     if len(timed) < FEWEST_TIMED:
-        return Cost()
+        return RankingTime()
     seconds = np.array([one.seconds for one in timed])
     seconds = np.minimum(seconds, 3 * np.median(seconds))
     rows = np.array([[1.0, len(one.candidates), _characters(one)] for one in timed])
     size = rows.max(axis=0)  # so that the three columns have one scale
     parts = optimize.nnls(rows / size, seconds)[0] / size
-    return Cost(*map(float, parts), timed=len(timed))
+    return RankingTime(*map(float, parts), timed=len(timed))
 
 
 def _characters(proposal: Proposal) -> int:
@@ -66,7 +66,7 @@ def _characters(proposal: Proposal) -> int:
 
 
 @dataclass(frozen=True)
-class Choice:
+class ChosenProposal:
     """A proposal with the answers to rank, and why."""
 
     proposal: Proposal
@@ -89,7 +89,9 @@ class Choice:
         return {"prompt_id": self.proposal.prompt_id, "id": self.proposal.id, "answers": list(self.answers), **facts}
 
 
-def choices(proposals: Sequence[Proposal], scores: Sequence[np.ndarray], k: int | None, cost: Cost) -> list[Choice]:
+def choices(
+    proposals: Sequence[Proposal], scores: Sequence[np.ndarray], k: int | None, cost: RankingTime
+) -> list[ChosenProposal]:
     """For each proposal the answers to rank; see `best_answers`. They keep the order in which they are shown.
 
     Args:
@@ -102,11 +104,13 @@ def choices(proposals: Sequence[Proposal], scores: Sequence[np.ndarray], k: int 
     for proposal, table_ in zip(proposals, scores):
         answers, information = best_answers(np.asarray(table_), k or len(proposal.candidates))
         shown = replace(proposal, candidates=tuple(proposal.candidates[index] for index in answers))
-        found.append(Choice(shown, answers, information, max(cost.seconds(shown), 0.1)))
+        found.append(ChosenProposal(shown, answers, information, max(cost.seconds(shown), 0.1)))
     return found
 
 
-def choose(found: Sequence[Choice], count: int, ranked: Sequence[Proposal], per_second: bool) -> list[Choice]:
+def choose(
+    found: Sequence[ChosenProposal], count: int, ranked: Sequence[Proposal], per_second: bool
+) -> list[ChosenProposal]:
     """The `count` choices with the greatest worth times coverage, one after the other.
 
     The coverage is computed again after each: maximal marginal relevance (Carbonell and Goldstein 1998), as a product.
@@ -130,7 +134,7 @@ def choose(found: Sequence[Choice], count: int, ranked: Sequence[Proposal], per_
     for start in range(len(found), texts.shape[0], 1000):  # a slice at a time bounds the memory
         nearest = np.maximum(nearest, (own @ texts[start : start + 1000].T).max(axis=1).toarray().ravel())
     worth = np.array([one.worth if per_second else one.information for one in found])
-    chosen: list[Choice] = []
+    chosen: list[ChosenProposal] = []
     left = np.ones(len(found), bool)
     for _ in range(min(count, len(found))):
         coverage = np.clip(1 - nearest, 0, 1)
@@ -161,7 +165,7 @@ def fresh(proposals: Iterable[Proposal], ranked: Iterable[Proposal]) -> tuple[li
 # ---- what is printed ----------------------------------------------------------------------------------------------
 
 
-def show(chosen: Sequence[Choice], found: Sequence[Choice], cost: Cost) -> None:
+def show(chosen: Sequence[ChosenProposal], found: Sequence[ChosenProposal], cost: RankingTime) -> None:
     """Print why the first ones were chosen, and the means of all."""
     rows = [
         [place, " ".join(one.proposal.messages[-1].content.split())[:48],

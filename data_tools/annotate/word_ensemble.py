@@ -15,7 +15,7 @@ from rlhf.data.schema import Ranking
 MOST_PAIRS = 20_000
 
 
-class Pairs:
+class WordPairs:
     """The ordered pairs of rankings, at most `MOST_PAIRS` random ones.
 
     Args:
@@ -45,7 +45,7 @@ class Pairs:
         """(pairs,) which prompt."""
 
 
-def weights(pairs: Pairs, times: np.ndarray, prior: np.ndarray) -> np.ndarray:
+def weights(pairs: WordPairs, times: np.ndarray, prior: np.ndarray) -> np.ndarray:
     """The weights w that minimise sum of times * log(1 + exp(-w.x)) + |w - prior|^2 / (2 C): logistic regression on the
     difference x of two answers (Bradley-Terry with a linear score), C being `REGULARISATION`.
 
@@ -84,7 +84,7 @@ def train(rankings: Iterable[Ranking], members: int, seed: int) -> np.ndarray:
     Raises:
         UserError: No pair is ordered.
     """
-    pairs, generator = Pairs(rankings, seed), np.random.default_rng(seed)
+    pairs, generator = WordPairs(rankings, seed), np.random.default_rng(seed)
     prompts = int(pairs.prompt.max()) + 1
     found = []
     for _ in range(members):

@@ -26,7 +26,7 @@ RULE = {
 """What the hidden rule checks, in words."""
 
 
-class Part(NamedTuple):
+class ReportTable(NamedTuple):
     """A table of the report."""
 
     title: str
@@ -34,7 +34,7 @@ class Part(NamedTuple):
     rows: list[tuple[Any, ...]]
 
 
-def parts(summary: dict[str, Any]) -> list[Part]:
+def parts(summary: dict[str, Any]) -> list[ReportTable]:
     """The tables of a demo's summary."""
     return [
         _policies(summary),
@@ -45,7 +45,7 @@ def parts(summary: dict[str, Any]) -> list[Part]:
     ]
 
 
-def _policies(summary: dict[str, Any]) -> Part:
+def _policies(summary: dict[str, Any]) -> ReportTable:
     before, after, compared = summary["policies"]["sft"], summary["policies"]["ppo"], summary["comparison"]
     count = compared["wins"] + compared["losses"] + compared["ties"]
     rows: list[tuple[Any, ...]] = [
@@ -61,16 +61,16 @@ def _policies(summary: dict[str, Any]) -> Part:
     title = (
         f"The policies on {count} prompts that no stage has read (temperature {format_number(summary['temperature'])})"
     )
-    return Part(title, ("", "SFT", "PPO"), rows)
+    return ReportTable(title, ("", "SFT", "PPO"), rows)
 
 
-def _rule(summary: dict[str, Any]) -> Part:
+def _rule(summary: dict[str, Any]) -> ReportTable:
     before, after = summary["policies"]["sft"], summary["policies"]["ppo"]
     rows = [(words, POINTS[name], before[name], after[name]) for name, words in RULE.items()]
-    return Part("What the hidden rule found in them, mean an answer", ("", "points", "SFT", "PPO"), rows)
+    return ReportTable("What the hidden rule found in them, mean an answer", ("", "points", "SFT", "PPO"), rows)
 
 
-def _reward_model(found: dict[str, Any]) -> Part:
+def _reward_model(found: dict[str, Any]) -> ReportTable:
     rows: list[tuple[Any, ...]] = [
         ("the reward model, against an annotator", _percent(found["accuracy"], found["accuracy_interval"])),
         ("one annotator, against another", _percent(found["agreement"], found["agreement_interval"])),
@@ -82,10 +82,10 @@ def _reward_model(found: dict[str, Any]) -> Part:
     title = (
         f"Which of two answers is better: {found['pairs']:,} held-out pairs, {_percent(found['tied_share'])} more tied"
     )
-    return Part(title, ("who says it", "right, with 95% interval"), rows)
+    return ReportTable(title, ("who says it", "right, with 95% interval"), rows)
 
 
-def _samples(summary: dict[str, Any]) -> Part:
+def _samples(summary: dict[str, Any]) -> ReportTable:
     rows = [
         (
             sample["prompt"],
@@ -93,12 +93,12 @@ def _samples(summary: dict[str, Any]) -> Part:
         )
         for sample in summary["samples"]
     ]
-    return Part("The first prompt of each kind, and the points of its answers", ("prompt", "SFT", "PPO"), rows)
+    return ReportTable("The first prompt of each kind, and the points of its answers", ("prompt", "SFT", "PPO"), rows)
 
 
-def _time(summary: dict[str, Any]) -> Part:
+def _time(summary: dict[str, Any]) -> ReportTable:
     rows = [(step, round(seconds, 1)) for step, seconds in summary["seconds"].items()]
-    return Part("Time", ("step", "seconds"), [*rows, ("in all", round(sum(seconds for _, seconds in rows), 1))])
+    return ReportTable("Time", ("step", "seconds"), [*rows, ("in all", round(sum(seconds for _, seconds in rows), 1))])
 
 
 def _percent(value: float | None, interval: Sequence[float] | None = None) -> str:

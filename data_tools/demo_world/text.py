@@ -35,7 +35,7 @@ def prompts(counts: Mapping[str, int], rng: random.Random) -> list[Prompt]:
 
 
 @dataclass(frozen=True)
-class Writer:
+class DemonstrationWriter:
     """A person who writes demonstrations. Each number is the probability of a habit in an answer."""
 
     name: str
@@ -53,14 +53,14 @@ class Writer:
 
 
 WRITERS = (
-    Writer("ada", courteous=0.45, attentive=0.95, mistaken=0.05, repeats=0.05, rambles=0.10, rude=0.00),
-    Writer("ben", courteous=0.05, attentive=0.80, mistaken=0.10, repeats=0.05, rambles=0.10, rude=0.30),
-    Writer("cleo", courteous=0.30, attentive=0.75, mistaken=0.15, repeats=0.35, rambles=0.50, rude=0.00),
-    Writer("dan", courteous=0.15, attentive=0.60, mistaken=0.35, repeats=0.15, rambles=0.25, rude=0.10),
+    DemonstrationWriter("ada", courteous=0.45, attentive=0.95, mistaken=0.05, repeats=0.05, rambles=0.10, rude=0.00),
+    DemonstrationWriter("ben", courteous=0.05, attentive=0.80, mistaken=0.10, repeats=0.05, rambles=0.10, rude=0.30),
+    DemonstrationWriter("cleo", courteous=0.30, attentive=0.75, mistaken=0.15, repeats=0.35, rambles=0.50, rude=0.00),
+    DemonstrationWriter("dan", courteous=0.15, attentive=0.60, mistaken=0.35, repeats=0.15, rambles=0.25, rude=0.10),
 )
 
 
-def write(writer: Writer, request: Request, rng: random.Random) -> str:
+def write(writer: DemonstrationWriter, request: Request, rng: random.Random) -> str:
     """An answer as this person writes it."""
     kinds = [request.asked] if rng.random() < writer.attentive else []
     kinds += rng.sample([k for k in STATEMENTS if k != request.asked], rng.randint(0 if kinds else 1, 1))

@@ -46,7 +46,7 @@ _TASK = re.compile(
 
 
 @dataclass(frozen=True)
-class Task:
+class GrownTask:
     """An instruction, its input, which may be empty, and the answer."""
 
     instruction: str
@@ -70,20 +70,20 @@ class Task:
         return "\n".join((*lines, f"Output: {self.output}"))
 
 
-def request(examples: Sequence[Task], count: int) -> str:
+def request(examples: Sequence[GrownTask], count: int) -> str:
     """What a teacher is asked. It may go on from the last line, or write the form again."""
     shown = "\n\n".join(task.written(number) for number, task in enumerate(examples, 1))
     return REQUEST.format(count=count, examples=shown, next=len(examples) + 1, no_input=NO_INPUT)
 
 
-def parse(text: str, cut_off: bool) -> list[Task]:
+def parse(text: str, cut_off: bool) -> list[GrownTask]:
     """The tasks in a teacher's reply, without the last one if the reply was cut off."""
     text = text.strip()
     if not re.match(r"(?:[#*]+\s*)?(?:Task\s+\d|(?:\d+\.\s*)?Instruction:)", text):
         text = f"Instruction: {text}"  # it went on from the last line of the request
     found = [match.groupdict(default="") for match in _TASK.finditer(text)]
     tasks = [
-        Task(
+        GrownTask(
             " ".join(one["instruction"].split()),
             "" if one["input"].strip().lower().strip("<>.() ") in ("noinput", "no input", "none", "") else one["input"],
             one["output"].strip().rstrip("#").strip(),
@@ -93,7 +93,7 @@ def parse(text: str, cut_off: bool) -> list[Task]:
     return tasks[:-1] if cut_off else tasks
 
 
-def fault(task: Task) -> BadRecord | None:
+def fault(task: GrownTask) -> BadRecord | None:
     """Why a task is of no use, by the rules of Self-Instruct (Wang et al. 2023, appendix A.1) and Alpaca; else None."""
     words = task.instruction.split()
     if not words:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from data_tools.published.table import Head, file_format
+from data_tools.published.table import FileHead, file_format
 from data_tools.reading.annotation_exports import (
     Names,
     as_raw,
@@ -26,7 +26,7 @@ from rlhf.data.jsonl import OnReject, Reject, from_dict
 from rlhf.data.schema import BadRecord, Record, brief, dense_ranks
 
 
-def _detect(head: Head) -> str | None:
+def _detect(head: FileHead) -> str | None:
     rows = [row for row in head.rows if isinstance(row, dict)]
     if not rows or len(rows) < len(head.rows):
         return None

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from data_tools.published.arena import is_competition_table
-from data_tools.published.table import Head, file_format
+from data_tools.published.table import FileHead, file_format
 from data_tools.reading.annotation_exports import Names, names
 from data_tools.reading.cells import EXCEL, TABLES, Cells, cell_columns, cell_rows
 from data_tools.reading.csv_rows import CSV
@@ -21,7 +21,7 @@ from data_tools.reading.judgements import score as given_score
 from data_tools.reading.roles import SYSTEM_FIELDS, role_of, says_something
 from data_tools.reading.route import Columns, route
 from data_tools.reading.rows import converted
-from data_tools.reading.table_judges import BOXES, Judge, judge_of
+from data_tools.reading.table_judges import BOXES, TableJudge, judge_of
 from data_tools.reading.turns import exchange, from_json_text, is_chat, is_conversation
 from data_tools.reading.unread import NestedFields
 from rlhf.core import console
@@ -30,7 +30,7 @@ from rlhf.data.jsonl import OnReject, from_dict
 from rlhf.data.schema import BadRecord, Message, Record, brief, dense_ranks
 
 
-def _detect(head: Head) -> str | None:
+def _detect(head: FileHead) -> str | None:
     if str(head.path).endswith(EXCEL):
         return "it is a workbook"
     if not str(head.path).endswith(CSV) or head.text.lstrip().startswith(("[", "{")) or is_competition_table(head.text):
@@ -192,7 +192,7 @@ class _Table:
     """`system` and `history` -> their columns."""
     answers: list[str]
     answer: str | None
-    judge: Judge | None
+    judge: TableJudge | None
     authors: list[str]
     scores: list[str]
     facts: dict[str, str]

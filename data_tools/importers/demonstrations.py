@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from data_tools.importers.pairs import sharegpt_chat
-from data_tools.published.table import Detect, Head, any_of, are, file_format, row_format, rows_have
+from data_tools.published.table import Detect, FileHead, any_of, are, file_format, row_format, rows_have
 from data_tools.reading.fields import (
     OPENAI,
     RIGHT_FORMAT,
@@ -236,7 +236,7 @@ def _weight(turn: dict[str, Any]) -> Any:
 # ---- doccano ---------------------------------------------------------------------------------------------------------
 
 
-def _detect_doccano(head: Head) -> str | None:
+def _detect_doccano(head: FileHead) -> str | None:
     if not head.all_have("text", "label") or not all(isinstance(row["label"], list) for row in head.rows):
         return None
     labels = [label for row in head.rows for label in row["label"]]
@@ -269,7 +269,7 @@ def doccano(row: Any) -> Iterator[Record | BadRecord]:
 TEXT = (".txt", ".txt.gz", ".txt.zst")
 
 
-def _detect_text(head: Head) -> str | None:
+def _detect_text(head: FileHead) -> str | None:
     plain = head.path.name.lower().endswith(TEXT) and not head.rows and head.text.strip()
     return "its name ends in .txt and it is no JSON" if plain else None
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from data_tools.importers.demonstrations import THUMBS, has_thumb
-from data_tools.published.table import Head, any_of, convert_rows, file_format, row_format, rows_have
+from data_tools.published.table import FileHead, any_of, convert_rows, file_format, row_format, rows_have
 from data_tools.reading.fields import (
     alpaca_prompt,
     answer,
@@ -129,7 +129,7 @@ def _judgements(row: dict[str, Any]) -> dict[str, Any]:
 THUMB_ANSWERS = ("completion", "output", "response", "answer")
 
 
-def _detect_kto(head: Head) -> str | None:
+def _detect_kto(head: FileHead) -> str | None:
     answers = {*THUMB_ANSWERS, "messages", "conversations"}
     found = bool(head.rows) and all(
         isinstance(row, dict) and has_thumb(row) and len(answers & row.keys()) == 1 for row in head.rows

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 from data_tools.importers import hh
-from data_tools.published.table import Head, row_format, rows_have
+from data_tools.published.table import FileHead, row_format, rows_have
 from data_tools.reading.fields import (
     OPENAI,
     SHAREGPT,
@@ -46,7 +46,7 @@ def _is_pair(row: Mapping[str, Any]) -> bool:
 _pairs = rows_have("chosen", "rejected", where=_is_pair, why="its rows have `chosen` and `rejected`, texts or messages")
 
 
-def _detect_trl(head: Head) -> str | None:
+def _detect_trl(head: FileHead) -> str | None:
     return None if hh.detect(head) else _pairs(head)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from data_tools.published.table import Head, row_format
+from data_tools.published.table import FileHead, row_format
 from data_tools.reading.annotation_exports import ids_of, person, since_1970
 from data_tools.reading.fields import is_list_of
 from data_tools.reading.judgements import means_tie
@@ -12,7 +12,7 @@ from rlhf.data.jsonl import from_dict
 from rlhf.data.schema import BadRecord, Ranking, brief
 
 
-def _detect(head: Head) -> str | None:
+def _detect(head: FileHead) -> str | None:
     if not head.all_have("options", "accept", "answer"):
         return None
     shown = {tuple(map(_shown, row["options"])) for row in head.rows if isinstance(row["options"], list)}

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from data_tools.published.table import Head, convert_rows, file_format
+from data_tools.published.table import FileHead, convert_rows, file_format
 from rlhf.core.console import warn
 from rlhf.data.jsonl import OnReject, from_dict
 from rlhf.data.schema import Record, brief
@@ -18,7 +18,7 @@ FIELDS = PROMPT_FIELDS | {
 }  # fmt: skip
 
 
-def _detect(head: Head) -> str | None:
+def _detect(head: FileHead) -> str | None:
     if not head.rows or not all(isinstance(row, dict) and {"messages", "prompt"} & row.keys() for row in head.rows):
         return None
     if head.all_have("candidates"):

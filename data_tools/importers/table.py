@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from itertools import islice
 from pathlib import Path
 
-from data_tools.published.table import IMPORTERS, Head
+from data_tools.published.table import IMPORTERS, FileHead
 from data_tools.reading.cells import columns_of
 from data_tools.reading.route import route
 from data_tools.reading.rows import is_binary, rows
@@ -16,7 +16,7 @@ from rlhf.data.jsonl import READ_ERRORS, open_bytes
 AUTO = "auto"
 
 
-def read_head(path: Path) -> Head:
+def read_head(path: Path) -> FileHead:
     """The beginning of a file.
 
     Raises:
@@ -30,7 +30,7 @@ def read_head(path: Path) -> Head:
     text = head.decode("utf-8-sig", "replace")
     structured = text.lstrip().startswith(("[", "{")) or is_binary(head)
     first = islice(rows(path, lambda _: None), 20) if structured else ()
-    return Head(path, text, [item.value for item in first])
+    return FileHead(path, text, [item.value for item in first])
 
 
 def detect(files: Sequence[Path]) -> tuple[str, str]:

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
-from data_tools.published.table import Head, any_of, row_format, rows_have
+from data_tools.published.table import FileHead, any_of, row_format, rows_have
 from data_tools.reading.annotation_exports import person, since_1970
 from data_tools.reading.csv_rows import CSV, csv_rows
 from data_tools.reading.fields import (
@@ -44,7 +44,7 @@ def _rows(path: Path, reject: OnReject) -> Iterator[Item]:
     return csv_rows(path, reject) if path.name.endswith(CSV) else rows(path, reject)
 
 
-def _detect_table(head: Head) -> str | None:
+def _detect_table(head: FileHead) -> str | None:
     if not (head.path.name.endswith(CSV) and is_competition_table(head.text)):
         return None
     return f"it is a table with the columns `response_a`, `response_b` and {', '.join(f'`{name}`' for name in VOTES)}"

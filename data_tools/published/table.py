@@ -24,7 +24,7 @@ SAMPLES = Path(__file__).with_name("samples")
 # ---- recognising a format --------------------------------------------------------------------------------------------
 
 
-class Head(NamedTuple):
+class FileHead(NamedTuple):
     """The beginning of a file, from which `auto` recognises its format."""
 
     path: Path
@@ -38,7 +38,7 @@ class Head(NamedTuple):
         return bool(self.rows) and all(isinstance(row, dict) and row.keys() >= set(fields) for row in self.rows)
 
 
-Detect = Callable[[Head], str | None]
+Detect = Callable[[FileHead], str | None]
 """Why a file that begins so is of a format, as the end of the sentence "it is ... because ..."; else None."""
 
 

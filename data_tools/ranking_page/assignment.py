@@ -6,7 +6,7 @@ import statistics
 from typing import Any
 
 from data_tools.ranking_page.book import VoteBook
-from data_tools.ranking_page.votes import CANNOT_TELL, RANKED, SKIPPED, Item
+from data_tools.ranking_page.votes import CANNOT_TELL, RANKED, SKIPPED, RankingItem
 
 RECENT = 50
 """The time left is estimated from so many of an annotator's last votes."""
@@ -28,7 +28,7 @@ class Assignment:
         self._open: dict[str, str] = {}
         """Annotator -> the item on their screen."""
 
-    def next(self, annotator: str, held_too: bool = False) -> tuple[Item | None, bool]:
+    def next(self, annotator: str, held_too: bool = False) -> tuple[RankingItem | None, bool]:
         """The item to rank now, and whether the annotator has skipped it before; skipped items come last.
 
         The same item is given until the annotator has voted on it. None if nothing is left, or only what others have

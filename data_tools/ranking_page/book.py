@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from data_tools.io.locked_lines import LockedLines
-from data_tools.ranking_page.votes import CANNOT_TELL, RANKED, SKIPPED, Item, Vote, parse_vote
+from data_tools.ranking_page.votes import CANNOT_TELL, RANKED, SKIPPED, RankingItem, Vote, parse_vote
 from rlhf.core import console
 from rlhf.core.errors import UserError
 from rlhf.core.files import write_bytes
@@ -40,7 +40,7 @@ class VoteBook:
         UserError: The files cannot be written, another process holds them, or they belong to something else.
     """
 
-    def __init__(self, out: Path, items: Mapping[str, Item], fingerprint: str) -> None:
+    def __init__(self, out: Path, items: Mapping[str, RankingItem], fingerprint: str) -> None:
         if out.suffix != ".jsonl":
             raise UserError(f"--out {out}: rankings are written as JSON lines", remedy="Name a file ending in .jsonl.")
         self.out, self.items, self.fingerprint = out, items, fingerprint

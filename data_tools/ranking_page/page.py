@@ -13,7 +13,7 @@ from typing import Any
 import jinja2
 import markupsafe
 
-from data_tools.ranking_page.votes import LONGEST_COMMENT, LONGEST_NAME, Item
+from data_tools.ranking_page.votes import LONGEST_COMMENT, LONGEST_NAME, RankingItem
 from rlhf.core import page
 from rlhf.core.errors import UserError
 
@@ -62,7 +62,7 @@ def policy(online: bool) -> str:
     return f"default-src 'none'; {sources}; {connect}; base-uri 'none'; form-action 'none'"
 
 
-def render(settings: Settings, items: Mapping[str, Item] | None = None) -> str:
+def render(settings: Settings, items: Mapping[str, RankingItem] | None = None) -> str:
     """The page's HTML.
 
     Args:
@@ -86,7 +86,7 @@ def _data(value: Any) -> str:
     return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
 
 
-def share(path: Path, settings: Settings, items: Mapping[str, Item]) -> None:
+def share(path: Path, settings: Settings, items: Mapping[str, RankingItem]) -> None:
     """Write the file that is sent to an annotator.
 
     Raises:

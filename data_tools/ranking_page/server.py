@@ -11,9 +11,9 @@ from data_tools.ranking_page.address import SUFFIX, server_at
 from data_tools.ranking_page.assignment import Assignment
 from data_tools.ranking_page.book import OUT, VoteBook
 from data_tools.ranking_page.page import Settings, policy, render
-from data_tools.ranking_page.votes import Item, Vote, annotator_name, items_of, parse_vote
+from data_tools.ranking_page.votes import RankingItem, Vote, annotator_name, items_of, parse_vote
 from rlhf.core import console
-from rlhf.core.loopback import Reply, Routes, json_reply
+from rlhf.core.loopback import HttpReply, Routes, json_reply
 from rlhf.data.jsonl import parse
 from rlhf.data.schema import BadRecord
 from rlhf.data.store import Dataset, open_dataset
@@ -32,7 +32,7 @@ class Desk:
         self.book, self.assignment = book, Assignment(book, per_item)
         self._lock = threading.Lock()
         self._tabs: dict[str, set[str]] = {}
-        self._page = Reply(render(settings).encode(), "text/html", policy=policy(online=True))
+        self._page = HttpReply(render(settings).encode(), "text/html", policy=policy(online=True))
 
     def routes(self) -> Routes:
         """See `LoopbackServer`."""
@@ -41,7 +41,7 @@ class Desk:
         return {("GET", ""): lambda _: self._page, **posts}
 
     def _locked(self, action: Any) -> Any:
-        def handle(body: bytes) -> Reply:
+        def handle(body: bytes) -> HttpReply:
             try:
                 request = parse(body)
                 if not isinstance(request, dict):
@@ -56,7 +56,7 @@ class Desk:
 
     # ---- what the page asks for
 
-    def join(self, annotator: str, request: dict[str, Any]) -> Reply:
+    def join(self, annotator: str, request: dict[str, Any]) -> HttpReply:
         """Somebody starts or comes back.
 
         `shared` says that another tab has joined under the same name; `namesake` is the name of somebody who has
@@ -74,18 +74,18 @@ class Desk:
         names = {name for name, _ in self.book.latest}
         return "" if annotator in names else next((n for n in names if n.casefold() == annotator.casefold()), "")
 
-    def next(self, annotator: str, request: dict[str, Any]) -> Reply:
+    def next(self, annotator: str, request: dict[str, Any]) -> HttpReply:
         """The item to rank now; with `held_too`, also one that others have open."""
         return json_reply(self._next(annotator, request.get("held_too") is True))
 
-    def open(self, annotator: str, request: dict[str, Any]) -> Reply:
+    def open(self, annotator: str, request: dict[str, Any]) -> HttpReply:
         """An item with the annotator's vote on it."""
         item = request.get("item")
         if not isinstance(item, str) or item not in self.book.items:
             raise BadRecord("item: not one of the candidates")
         return json_reply(self._task(annotator, self.book.items[item]))
 
-    def save(self, annotator: str, request: dict[str, Any]) -> Reply:
+    def save(self, annotator: str, request: dict[str, Any]) -> HttpReply:
         """Take a vote. The reply comes after it is on the disk, and holds the next item.
 
         `version` is the number of votes on the item that the page knows of; if another tab has voted since, nothing is
@@ -114,7 +114,7 @@ class Desk:
         task = None if item is None else self._task(annotator, item)
         return {"task": task, "skipped": skipped, "progress": self.assignment.progress(annotator)}
 
-    def _task(self, annotator: str, item: Item) -> dict[str, Any]:
+    def _task(self, annotator: str, item: RankingItem) -> dict[str, Any]:
         key = annotator, item.id
         vote = self.book.latest.get(key)
         return {
@@ -123,7 +123,7 @@ class Desk:
         }  # fmt: skip
 
 
-def open_items(candidates: str | Path) -> tuple[Dataset, dict[str, Item]]:
+def open_items(candidates: str | Path) -> tuple[Dataset, dict[str, RankingItem]]:
     """A dataset of proposals, and its items.
 
     Raises:
@@ -136,7 +136,7 @@ def open_items(candidates: str | Path) -> tuple[Dataset, dict[str, Item]]:
     return dataset, items
 
 
-def open_book(dataset: Dataset, items: dict[str, Item], out: Path | None) -> VoteBook:
+def open_book(dataset: Dataset, items: dict[str, RankingItem], out: Path | None) -> VoteBook:
     """The votes on a dataset, by default next to it."""
     return VoteBook(dataset.path.parent / OUT if out is None else out, items, dataset.fingerprint)
 

@@ -24,7 +24,7 @@ LONGEST_TIME = 7 * 86400
 """Seconds that a ranking may take; more is a fault of the clock."""
 
 
-class Item:
+class RankingItem:
     """A proposal as the page shows it: answers with the same text are one answer.
 
     Args:
@@ -47,9 +47,9 @@ class Item:
         return {"id": self.id, "turns": turns, "answers": list(self.answers)}
 
 
-def items_of(proposals: Iterable[Proposal]) -> dict[str, Item]:
+def items_of(proposals: Iterable[Proposal]) -> dict[str, RankingItem]:
     """Id -> item, in order; a proposal that comes again is left out."""
-    return {proposal.id: Item(proposal) for proposal in proposals}
+    return {proposal.id: RankingItem(proposal) for proposal in proposals}
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ class Vote:
         """Its JSON form; `parse_vote` reads it back."""
         return asdict(self)
 
-    def ranking(self, item: Item) -> Ranking:
+    def ranking(self, item: RankingItem) -> Ranking:
         """The ranking, with the candidates in the order shown.
 
         In the best-worst mode all answers between best and worst are tied: 1, 2, ..., 2, 3.
@@ -109,7 +109,7 @@ def annotator_name(value: Any) -> str:
     return name
 
 
-def parse_vote(row: Any, items: Mapping[str, Item]) -> Vote:
+def parse_vote(row: Any, items: Mapping[str, RankingItem]) -> Vote:
     """A vote from its JSON form, checked against the item.
 
     Raises:

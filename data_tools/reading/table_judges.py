@@ -14,7 +14,7 @@ from rlhf.data.schema import BadRecord, brief
 NOTHING = "Nothing was preferred; leave it out."
 
 
-class Judge(NamedTuple):
+class TableJudge(NamedTuple):
     """What says who won in a row of a table."""
 
     columns: Sequence[str]
@@ -23,7 +23,7 @@ class Judge(NamedTuple):
     """Of a row and the answers that are not empty: a number for each answer that is ranked, the lowest = the best."""
 
 
-def _by_ranks(answers: list[str], columns: list[str], highest_best: bool) -> Judge:
+def _by_ranks(answers: list[str], columns: list[str], highest_best: bool) -> TableJudge:
     """A column of each answer holds its number."""
 
     def ranks(row: Mapping[str, str], there: list[str]) -> dict[str, float]:
@@ -35,7 +35,7 @@ def _by_ranks(answers: list[str], columns: list[str], highest_best: bool) -> Jud
         sign = -1 if highest_best else 1
         return {name: sign * score(text, "ranks") for name, text in given.items() if text}  # type: ignore[operator]
 
-    return Judge(columns, ranks)
+    return TableJudge(columns, ranks)
 
 
 BOXES = {"true": True, "yes": True, "x": True, "on": True, "false": False, "no": False, "off": False}
@@ -49,7 +49,7 @@ def _ticked(given: dict[str, str], there: list[str]) -> dict[str, float]:
     return {name: 1 if yes else 2 for name, yes in ticked.items()}
 
 
-def _by_choice(columns: list[str], values: dict[str, str], answers: list[str]) -> Judge:
+def _by_choice(columns: list[str], values: dict[str, str], answers: list[str]) -> TableJudge:
     """A column holds which answer is the best, and a second one perhaps which is the worst.
 
     Args:
@@ -78,10 +78,10 @@ def _by_choice(columns: list[str], values: dict[str, str], answers: list[str]) -
         among = there if best == TIE else [best, *worst, *there]
         return {name: 1 if best in (name, TIE) else 3 if name in worst else 2 for name in among}
 
-    return Judge(columns, ranks)
+    return TableJudge(columns, ranks)
 
 
-def _by_order(column: str, known: dict[str, str]) -> Judge:
+def _by_order(column: str, known: dict[str, str]) -> TableJudge:
     """A column lists the answers, best first."""
 
     def ranks(row: Mapping[str, str], there: list[str]) -> dict[str, float]:
@@ -101,7 +101,7 @@ def _by_order(column: str, known: dict[str, str]) -> Judge:
                 found[name] = index
         return found
 
-    return Judge([column], ranks)
+    return TableJudge([column], ranks)
 
 
 def judge_of(
@@ -113,7 +113,7 @@ def judge_of(
     worst: str | None,
     ranking: str | None,
     best_first: bool,
-) -> Judge | None:
+) -> TableJudge | None:
     """What says who won, by the options of the import; None where no option does.
 
     Raises:
@@ -140,6 +140,6 @@ def judge_of(
         meanings = choice_meanings(choice_values, answers) if choice_values else {**by_letter, TIE: TIE}
         return _by_choice([choice, worst] if worst else [choice], meanings, answers)
     if best_first:
-        return Judge((), lambda row, there: {name: index for index, name in enumerate(answers) if name in there})
+        return TableJudge((), lambda row, there: {name: index for index, name in enumerate(answers) if name in there})
     by_number = {str(index + 1): name for index, name in enumerate(answers)}
     return _by_order(ranking, by_number | by_letter) if ranking else None

@@ -18,7 +18,7 @@ from data_tools.io.rejects import Rejects
 from data_tools.reading.csv_rows import CSV, csv_rows
 from data_tools.reading.rows import JSON, converted, rows
 from data_tools.tasks.families import Family, TaskTemplate, load_family, read_family
-from data_tools.tasks.rows import MOST_LETTERS, Example, Mapper, parse_choices
+from data_tools.tasks.rows import MOST_LETTERS, Mapper, TemplateRow, parse_choices
 from rlhf.core import console
 from rlhf.core.errors import UserError, nearest
 from rlhf.data.jsonl import Item, OnReject, Reject
@@ -34,7 +34,7 @@ TEMPLATES_FILE = "templates.yaml"
 # ---- one example through one template ------------------------------------------------------------------------------
 
 
-def available(example: Example, family: Family) -> frozenset[str]:
+def available(example: TemplateRow, family: Family) -> frozenset[str]:
     """The fields and values that templates may use for this example."""
     found = {*example.fields, family.answer, "answer"}
     if example.choices:
@@ -42,7 +42,7 @@ def available(example: Example, family: Family) -> frozenset[str]:
     return frozenset(found | ({"rationale"} if example.rationale else set()))
 
 
-def fitting(example: Example, family: Family) -> tuple[TaskTemplate, ...]:
+def fitting(example: TemplateRow, family: Family) -> tuple[TaskTemplate, ...]:
     """The templates that use nothing that the example lacks, and leave out neither a field nor choices that it has."""
     have = available(example, family)
     return tuple(
@@ -52,13 +52,13 @@ def fitting(example: Example, family: Family) -> tuple[TaskTemplate, ...]:
     )
 
 
-def _words_choices(template: TaskTemplate, example: Example) -> bool:
+def _words_choices(template: TaskTemplate, example: TemplateRow) -> bool:
     if template.wording:
         return bool(example.choices) and set(example.choices) <= template.wording.keys()
     return not example.choices or not template.names.isdisjoint(("choices", "options", "lettered"))
 
 
-def render(example: Example, template: TaskTemplate, family: Family, cot: bool) -> tuple[str, str]:
+def render(example: TemplateRow, template: TaskTemplate, family: Family, cot: bool) -> tuple[str, str]:
     """The prompt and the target, without white space around them.
 
     Raises:
@@ -92,11 +92,11 @@ class Pools:
     Where any row has a split, exemplars are of train alone, so that nothing of eval or test is shown in training.
     """
 
-    def __init__(self, examples: Iterator[Example], family: Family, seed: int) -> None:
+    def __init__(self, examples: Iterator[TemplateRow], family: Family, seed: int) -> None:
         self._family = family
         self.split = False
         """Whether any row has one."""
-        self._sampled: dict[tuple[Any, ...], list[Example]] = defaultdict(list)
+        self._sampled: dict[tuple[Any, ...], list[TemplateRow]] = defaultdict(list)
         seen: dict[tuple[Any, ...], int] = defaultdict(int)
         rng = random.Random(f"{seed}:pools")
         for example in examples:
@@ -112,11 +112,11 @@ class Pools:
         for place, sample in self._sampled.items():
             self._sampled[place] = list({example.key: example for example in sample}.values())
 
-    def _place(self, example: Example, split: str | None) -> tuple[Any, ...]:
+    def _place(self, example: TemplateRow, split: str | None) -> tuple[Any, ...]:
         names = tuple(template.name for template in fitting(example, self._family))
         return example.task, split, names, bool(example.rationale)
 
-    def take(self, example: Example, count: int, rng: random.Random) -> list[Example]:
+    def take(self, example: TemplateRow, count: int, rng: random.Random) -> list[TemplateRow]:
         """Exemplars for an example: never itself, nor a row that says the same, nor one row twice.
 
         Raises:
@@ -155,7 +155,7 @@ class TaskWriter:
     def __init__(self, family: Family, options: Options, pools: Pools | None) -> None:
         self._family, self._options, self._pools = family, options, pools
 
-    def records(self, example: Example) -> Iterator[Demonstration | BadRecord]:
+    def records(self, example: TemplateRow) -> Iterator[Demonstration | BadRecord]:
         """The demonstrations of an example; a BadRecord for each that cannot be made."""
         fit = [t for t in fitting(example, self._family) if t.name in (self._options.templates or (t.name,))]
         if not fit:
@@ -178,7 +178,7 @@ class TaskWriter:
                         "a template cannot be rendered", f"{template.name}: {error}", "Correct the template."
                     )
 
-    def _record(self, example: Example, template: TaskTemplate, cot: bool, rng: random.Random) -> Demonstration:
+    def _record(self, example: TemplateRow, template: TaskTemplate, cot: bool, rng: random.Random) -> Demonstration:
         shown = self._pools.take(example, self._options.shots, rng) if self._pools else []
         before = [render(other, template, self._family, cot) for other in shown]
         prompt, target = render(example, template, self._family, cot)
@@ -268,7 +268,7 @@ def _check(options: Options, family: Family) -> None:
         raise UserError(f"--shots {options.shots}: is below 0")
 
 
-def _read(mappers: dict[Path, Mapper], reject: OnReject) -> Iterator[tuple[Path, Item, Example]]:
+def _read(mappers: dict[Path, Mapper], reject: OnReject) -> Iterator[tuple[Path, Item, TemplateRow]]:
     """The examples of all files, each with its row; a row that gives none goes to `reject`."""
     for file, mapper in mappers.items():
         read = csv_rows if file.name.endswith(CSV) else rows

@@ -18,7 +18,7 @@ _EXPRESSION = re.compile(r"\{\{(.*)\}\}", re.DOTALL)
 
 
 @dataclass(frozen=True)
-class Example:
+class TemplateRow:
     """One row as templates see it, checked."""
 
     fields: Mapping[str, str]
@@ -66,7 +66,7 @@ class Mapper:
             found = _EXPRESSION.fullmatch(source)
             self._sources[name] = Expression(found[1].strip(), f"--field {name}") if found else source
 
-    def __call__(self, row: Any) -> Example:
+    def __call__(self, row: Any) -> TemplateRow:
         """The example of a row.
 
         Raises:
@@ -85,7 +85,7 @@ class Mapper:
         choices = self._choices if choices in (None, "", []) else _checked_choices(choices)
         answer = self._answer(label, choices)
         universal = {name: _text(self._value(row, name), name) for name in ALWAYS if name != "choices"}
-        return Example(
+        return TemplateRow(
             {name: text for name, text in fields.items() if text}, answer, choices, universal["rationale"],
             universal["task"] or self._task, parse_split(universal["split"]), universal["author"],
         )  # fmt: skip

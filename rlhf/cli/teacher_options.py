@@ -20,7 +20,7 @@ from rlhf.inference.teacher import LocalTeacher, ServerTeacher, Teacher, is_serv
 from rlhf.runs.parents import resolve_model_path
 from rlhf.runs.run import stage_of
 from rlhf.servers.cache import ReplyCache
-from rlhf.servers.client import Server
+from rlhf.servers.client import ChatServer
 from rlhf.servers.config import ServerConfig
 
 CUE = "Let's think step by step. End with one line: The answer is ..."
@@ -152,7 +152,7 @@ def open_teacher(
     refuse_both(teacher, server.given())
     replies = ReplyCache(cache)
     if is_server(teacher):
-        with Server(server.config(teacher), replies) as opened:
+        with ChatServer(server.config(teacher), replies) as opened:
             yield ServerTeacher(opened, _request_options(opened, sampling), sampling.seed)
         return
     resolve_model_path(teacher)
@@ -161,7 +161,7 @@ def open_teacher(
     yield LocalTeacher(teacher, sampling.params(teacher), sampling.open, sampling.seed, replies)
 
 
-def _request_options(server: Server, sampling: SamplingOptions) -> dict[str, Any]:
+def _request_options(server: ChatServer, sampling: SamplingOptions) -> dict[str, Any]:
     """The given sampling options as fields of a request. `top_k` and `min_tokens` are vLLM's and SGLang's names."""
     values: dict[str, Any] = {
         "temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": sampling.top_k,

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from rlhf.comparison.show import COLUMNS, LEGEND, Row, TaskResult, amount
+from rlhf.comparison.show import COLUMNS, LEGEND, TaskResult, WayRow, amount
 from rlhf.core.page import drawings, render_page
 from rlhf.core.plot import COLOURS, FAINT, INK, page_plot
 
@@ -67,7 +67,7 @@ def examples_plot(result: TaskResult) -> str:
     return page_plot(_id("examples", result), f"Quality against the number of training prompts: {words}", 3.6, draw)
 
 
-def label_heights(rows: Sequence[Row]) -> dict[str, float]:
+def label_heights(rows: Sequence[WayRow]) -> dict[str, float]:
     """Way -> height of its label near its value; labels of ways with about as many parameters do not overlap."""
     line = 0.065 * (max(row.high for row in rows) - min(row.low for row in rows))
     heights: dict[str, float] = {}
@@ -84,7 +84,7 @@ def label_heights(rows: Sequence[Row]) -> dict[str, float]:
     return heights
 
 
-def _point(axes: Any, x: float, row: Row, index: int) -> None:
+def _point(axes: Any, x: float, row: WayRow, index: int) -> None:
     reach = [[max(0.0, row.value - row.low)], [max(0.0, row.high - row.value)]]
     axes.errorbar([x], [row.value], yerr=reach, capsize=3, markersize=6, **_look(index))
     if len(row.by_seed) > 1:

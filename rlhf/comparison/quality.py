@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from rlhf.core.intervals import percentile_interval, resampled_sums
-from rlhf.tasks.metrics import Columns
+from rlhf.tasks.metrics import MetricColumns
 
 RESAMPLES = 2000
 
@@ -41,7 +41,7 @@ class Quality:
         return float(low), float(high)
 
 
-def quality(repeats: Sequence[Columns], limits: tuple[float, float] = (-math.inf, math.inf)) -> Quality:
+def quality(repeats: Sequence[MetricColumns], limits: tuple[float, float] = (-math.inf, math.inf)) -> Quality:
     """The metric over the records, and over resamples of records and seeds; means over repetitions with other seeds.
 
     Args:

@@ -12,7 +12,7 @@ import numpy as np
 from rlhf.cli.compare_config import CompareConfig
 from rlhf.comparison.cells import Cell, seeds_of
 from rlhf.comparison.quality import Quality, quality, recommend
-from rlhf.comparison.show import Row, TaskResult
+from rlhf.comparison.show import TaskResult, WayRow
 from rlhf.core.files import write_json
 from rlhf.core.limits import read_json_object
 from rlhf.tasks.metrics import Outcomes, limits, needs
@@ -53,7 +53,7 @@ def collect(config: CompareConfig, found: Mapping[Cell, CellResult]) -> list[Tas
 def _task_result(config: CompareConfig, task: str, found: Mapping[Cell, CellResult]) -> TaskResult:
     metric, baseline = config.tasks[task].metric, next(iter(config.ways))
     qualities: dict[str, Quality] = {}
-    rows: list[Row] = []
+    rows: list[WayRow] = []
     curves: dict[str, list[tuple[int, float, float, float]]] = {}
     for way, settings in config.ways.items():
         for examples in (*sorted(set(config.examples)), None):
@@ -89,14 +89,14 @@ def _baseline(config: CompareConfig, task: str, seed: int) -> Cell:
     return Cell(task, way, None, seed if seed in seeds else seeds[0])
 
 
-def _row(way: str, about: str, of: Quality, repeats: Sequence[CellResult]) -> Row:
+def _row(way: str, about: str, of: Quality, repeats: Sequence[CellResult]) -> WayRow:
     low, high = of.interval
 
     def mean(name: str) -> float:
         return float(np.mean([getattr(one, name) for one in repeats]))
 
     peaks: list[Any] = [one.peak_bytes for one in repeats if one.peak_bytes]
-    return Row(
+    return WayRow(
         way, about, of.value, low, high, of.by_seed, len(repeats[0].outcomes), repeats[0].trained_parameters,
         round(mean("stored_bytes")), mean("training_seconds"), max(peaks, default=None), mean("prompt_tokens"),
         mean("latency"),

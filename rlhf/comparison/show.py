@@ -15,7 +15,7 @@ UNITS = ((1e9, "G"), (1e6, "M"), (1e3, "k"))
 
 
 @dataclass(frozen=True)
-class Row:
+class WayRow:
     """A way on a task: its quality and its costs, means over the seeds."""
 
     way: str
@@ -61,7 +61,7 @@ class TaskResult:
 
     name: str
     metric: str
-    rows: list[Row]
+    rows: list[WayRow]
     """In the order of the config; ways without a finished cell are left out."""
     curves: dict[str, list[tuple[int, float, float, float]]]
     """Way -> (training prompts, value, low, high), fewest first."""

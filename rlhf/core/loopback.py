@@ -39,7 +39,7 @@ NOTHING = "default-src 'none'; frame-ancestors 'none'"
 """The content security policy of replies that are no page."""
 
 
-class Reply(NamedTuple):
+class HttpReply(NamedTuple):
     """The answer to a request."""
 
     body: bytes
@@ -49,12 +49,12 @@ class Reply(NamedTuple):
     """Its Content-Security-Policy."""
 
 
-def json_reply(value: Any, status: int = 200) -> Reply:
+def json_reply(value: Any, status: int = 200) -> HttpReply:
     """A value as JSON, in ASCII."""
-    return Reply(json.dumps(value).encode(), status=status)
+    return HttpReply(json.dumps(value).encode(), status=status)
 
 
-Routes = Mapping[tuple[str, str], Callable[[bytes], Reply]]
+Routes = Mapping[tuple[str, str], Callable[[bytes], HttpReply]]
 """Method and path below the token, such as ("POST", "save"), -> what makes the reply from the request's body."""
 
 
@@ -175,7 +175,7 @@ class _Handler(BaseHTTPRequestHandler):
         origin = self.headers.get("Origin")
         return origin is None or urlsplit(origin).netloc == self.headers.get("Host")
 
-    def _send(self, reply: Reply) -> None:
+    def _send(self, reply: HttpReply) -> None:
         self.send_response(reply.status)
         headers = HEADERS | {"Content-Type": f"{reply.kind}; charset=utf-8", "Content-Length": str(len(reply.body))}
         if self.close_connection:

@@ -15,7 +15,7 @@ BelowOne = Annotated[float, Field(gt=0, lt=1)]
 
 
 @dataclass(frozen=True)
-class Change:
+class ActionEffect:
     """What an action changes from the next update on."""
 
     kl: float = 1.0
@@ -27,37 +27,37 @@ class Change:
 
 
 @ACTIONS.row("warn", again=False)
-def warn() -> Change:
+def warn() -> ActionEffect:
     """Print a warning and note it in events.jsonl."""
-    return Change()
+    return ActionEffect()
 
 
 @ACTIONS.row("raise-kl", again=True)
-def raise_kl(*, factor: AboveOne = 2.0) -> Change:
+def raise_kl(*, factor: AboveOne = 2.0) -> ActionEffect:
     """Multiply the KL coefficient, each time the rule fires.
 
     With the `adaptive` controller this multiplies what the controller sets.
     """
-    return Change(kl=factor)
+    return ActionEffect(kl=factor)
 
 
 @ACTIONS.row("lower-lr", again=True)
-def lower_lr(*, factor: BelowOne = 0.5) -> Change:
+def lower_lr(*, factor: BelowOne = 0.5) -> ActionEffect:
     """Multiply the learning rates of policy and critic, each time the rule fires."""
-    return Change(lr=factor)
+    return ActionEffect(lr=factor)
 
 
 @ACTIONS.row("stop", again=False)
-def stop() -> Change:
+def stop() -> ActionEffect:
     """End the run. Its result is the current policy."""
-    return Change(end="last")
+    return ActionEffect(end="last")
 
 
 @ACTIONS.row("best-checkpoint", again=False)
-def best_checkpoint() -> Change:
+def best_checkpoint() -> ActionEffect:
     """End the run. Its result is the policy of the best checkpoint.
 
     With `gold` that is the one with the highest gold reward (mean of the updates before it), else the newest one that
     was written while no rule held.
     """
-    return Change(end="best")
+    return ActionEffect(end="best")

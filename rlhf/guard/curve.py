@@ -14,7 +14,7 @@ import numpy as np
 from rlhf.core.console import format_number
 from rlhf.core.errors import UserError
 from rlhf.doctor.evidence import Evidence, guard_alarms, read_evidence
-from rlhf.guard.overoptimization import Fit, fit
+from rlhf.guard.overoptimization import CurveFit, fit
 from rlhf.guard.rules import GOLD, SCORE
 
 KL = "objective/kl"
@@ -31,7 +31,7 @@ class Curve:
     """Mean score that the policy is trained on, float [n]."""
     gold: np.ndarray
     """Mean gold reward, float [n]."""
-    fit: Fit | None
+    fit: CurveFit | None
     """Gao's RL form; None for too few points."""
 
     @property

@@ -34,7 +34,7 @@ class Value:
 
 
 @dataclass(frozen=True)
-class Fit:
+class CurveFit:
     """A form fitted to a run's points."""
 
     form: Form
@@ -83,7 +83,9 @@ def peak_of(alpha: float, beta: float, form: Form) -> tuple[float, float]:
     return max(0.0, alpha / (2 * beta)), max(0.0, alpha) ** 2 / (4 * beta)
 
 
-def fit(distance: np.ndarray, gold: np.ndarray, form: Form = "rl", replicates: int = 1000, seed: int = 0) -> Fit | None:
+def fit(
+    distance: np.ndarray, gold: np.ndarray, form: Form = "rl", replicates: int = 1000, seed: int = 0
+) -> CurveFit | None:
     """Fit a form to the points of a run, with 95% intervals.
 
     The intervals are percentiles of a moving-block bootstrap (Künsch 1989): successive updates are correlated, so
@@ -110,7 +112,7 @@ def fit(distance: np.ndarray, gold: np.ndarray, form: Form = "rl", replicates: i
     rest = gold - columns @ best
     spread = float(((gold - gold.mean()) ** 2).sum())
     start, alpha, beta = (_value(best[i], found[:, i]) for i in range(3))
-    return Fit(
+    return CurveFit(
         form, start, alpha, beta,
         peak=_value(place, peaks[:, 0]),
         peak_gold=_value(best[0] + height, found[:, 0] + peaks[:, 1]),

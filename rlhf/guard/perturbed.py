@@ -26,7 +26,7 @@ from rlhf.reward.sources import RewardInputs, Source
 
 
 @dataclass(frozen=True)
-class Text:
+class PromptedAnswer:
     """A prompt with an answer, as reward sources read it."""
 
     messages: list[dict[str, str]]
@@ -74,7 +74,7 @@ class Perturber:
         """
         if self.config is None or index % self.config.every:
             return {}
-        texts: list[Text] = []
+        texts: list[PromptedAnswer] = []
         pairs: dict[str, list[tuple[int, int]]] = {name: [] for name in self.config.names}
         answers = [(number, self.chat.decode(one.ids)) for number, one in enumerate(completions)]
         for number, answer in [one for one in answers if one[1].strip()][: self.config.answers]:
@@ -98,7 +98,7 @@ class Perturber:
         parts = {f"{PERTURBED}/{metric_name(name)}": value for name, value in effects.items()}
         return {PERTURBED: fmean(effects.values())} | parts
 
-    def _text(self, variant: Variant, prompt: Prompt, prompt_ids: Sequence[int]) -> Text | None:
+    def _text(self, variant: Variant, prompt: Prompt, prompt_ids: Sequence[int]) -> PromptedAnswer | None:
         """`prompt_ids` are the tokens of `prompt`, cut where they are too many. None for a text that is too long or
         that the tokenizer refuses."""
         try:
@@ -106,9 +106,9 @@ class Perturber:
             ids = [*start, *self.chat.response(variant.text)]
         except RefusedText:
             return None
-        return Text(variant.prompt.chat, variant.text, ids) if len(ids) <= self.limit else None
+        return PromptedAnswer(variant.prompt.chat, variant.text, ids) if len(ids) <= self.limit else None
 
-    def _scores(self, texts: Sequence[Text]) -> list[float]:
+    def _scores(self, texts: Sequence[PromptedAnswer]) -> list[float]:
         """One score per text. The ranks share the batches; a rank that has fewer scores a filler."""
 
         def score(batch: Sequence[int]) -> tuple[Sequence[int], torch.Tensor]:

@@ -64,7 +64,7 @@ class Rows:
             )
 
 
-class Change:
+class AdapterChange:
     """What the adapters of all tasks do to the module `name` of the base: to its input, its output, or both."""
 
     def __init__(self, rows: Rows, name: str) -> None:
@@ -79,7 +79,7 @@ class Change:
         return out
 
 
-def attach(module: nn.Module, change: Change) -> None:
+def attach(module: nn.Module, change: AdapterChange) -> None:
     """Have a module's forward pass use `change`."""
 
     def before(_: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -97,7 +97,7 @@ def attach(module: nn.Module, change: Change) -> None:
 # adapters' configs, and the model whose dtype and device the weights get.
 
 
-class LowRank(Change):
+class LowRank(AdapterChange):
     """LoRA: out + x A_t' B_t' (Hu et al. 2021, eq. 3), with the scale in B. Ranks are filled up with zeros."""
 
     def __init__(self, rows: Rows, name: str, parts: Sequence[Any], configs: Sequence[Any], model: Any) -> None:
@@ -118,7 +118,7 @@ class LowRank(Change):
         return out + self.rows.unblocked(change, out)
 
 
-class Scale(Change):
+class Scale(AdapterChange):
     """IA3: the module's input or output times a learned vector (Liu et al. 2022); ones for tasks without it."""
 
     def __init__(self, rows: Rows, name: str, parts: Sequence[Any], configs: Sequence[Any], model: Any) -> None:
@@ -144,7 +144,7 @@ class Scale(Change):
         return out if self.on_input else self._scaled(out)
 
 
-class Bottleneck(Change):
+class Bottleneck(AdapterChange):
     """A bottleneck adapter after the module: out + up(activation(down(out))) (Houlsby et al. 2019).
 
     Sizes are filled up with zeros, which every activation maps to zero.
@@ -187,5 +187,5 @@ def _stacked(tensors: Sequence[Tensor | None], model: Any, fill: float = 0.0) ->
     return found
 
 
-IN_LAYERS: dict[str, Callable[..., Change]] = {"LORA": LowRank, "IA3": Scale, "BOTTLENECK": Bottleneck}
+IN_LAYERS: dict[str, Callable[..., AdapterChange]] = {"LORA": LowRank, "IA3": Scale, "BOTTLENECK": Bottleneck}
 """PEFT's type of an adapter -> what makes a layer of all tasks."""

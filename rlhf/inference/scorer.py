@@ -23,7 +23,7 @@ from rlhf.runs.parents import resolve_model_path
 
 
 @dataclass(frozen=True)
-class Scorer:
+class CompletionScorer:
     """A reward source for the completions of one policy."""
 
     name: str
@@ -55,7 +55,7 @@ class Scorer:
         return scores, None if spread is None else spread.tolist()
 
 
-def open_scorer(spec: str, policy: Policy) -> Scorer:
+def open_scorer(spec: str, policy: Policy) -> CompletionScorer:
     """Open a reward source: a run or model, a Python function `module:function`, or see `read_reward`.
 
     A model with another tokenizer or chat template than the policy's tokenises the text again.
@@ -73,7 +73,7 @@ def open_scorer(spec: str, policy: Policy) -> Scorer:
         source = pick(RewardContext(config, policy.chat, place, own_chats=own))
     except ValueError as error:
         raise UserError(f"--reward: {error}") from None
-    return Scorer(spec, min(limits, default=None), policy.chat, source, list(own.values()))
+    return CompletionScorer(spec, min(limits, default=None), policy.chat, source, list(own.values()))
 
 
 def read_source(spec: str, option: str = "") -> Pick:

@@ -43,7 +43,7 @@ Virtual = list[tuple[Tensor, Tensor]]
 
 
 @dataclass(frozen=True)
-class Adapter:
+class TaskAdapter:
     """An adapter folder, read."""
 
     task: str
@@ -57,7 +57,7 @@ class Adapter:
         return str(self.config.get("peft_type"))
 
 
-def read_adapter(task: str, path: str | Path) -> Adapter:
+def read_adapter(task: str, path: str | Path) -> TaskAdapter:
     """Read the adapter of a task.
 
     Args:
@@ -78,7 +78,7 @@ def read_adapter(task: str, path: str | Path) -> Adapter:
     if not file.is_file():
         raise UserError(f"--adapter {task}={path}: {file.name} is missing", remedy="Only safetensors are read.")
     config = adapter_settings(folder)
-    adapter = Adapter(task, folder, config, load_file(file))
+    adapter = TaskAdapter(task, folder, config, load_file(file))
     unusable = [key for key in NOT_BY_ROW if config.get(key)]
     if adapter.kind not in KINDS or unusable:
         what = f"is {adapter.kind}" if adapter.kind not in KINDS else f"uses {', '.join(unusable)}"
@@ -116,7 +116,7 @@ class TaskAdapters:
         for kind, make in IN_LAYERS.items():
             self._attach(kind, adapters, make)
 
-    def _attach(self, kind: str, adapters: Sequence[Adapter | None], make: Callable[..., Any]) -> None:
+    def _attach(self, kind: str, adapters: Sequence[TaskAdapter | None], make: Callable[..., Any]) -> None:
         """Attach the adapters of one kind to the modules that any of them changes."""
         of_kind = [None if one is None or one.kind != kind else _by_module(one) for one in adapters]
         modules = dict(self.model.named_modules())
@@ -254,7 +254,7 @@ class _Requests:
 # ---- weights of an adapter -----------------------------------------------------------------------------------------
 
 
-def _by_module(adapter: Adapter) -> dict[str, dict[str, Tensor]]:
+def _by_module(adapter: TaskAdapter) -> dict[str, dict[str, Tensor]]:
     """Module of the base -> the adapter's tensors for it."""
     found: dict[str, dict[str, Tensor]] = {}
     for key, tensor in adapter.weights.items():
@@ -269,7 +269,7 @@ def _by_module(adapter: Adapter) -> dict[str, dict[str, Tensor]]:
 # ---- virtual tokens ------------------------------------------------------------------------------------------------
 
 
-def _embedded(model: Any, adapter: Adapter) -> Virtual:
+def _embedded(model: Any, adapter: TaskAdapter) -> Virtual:
     """Keys and values of learned embeddings: what the base makes of them, before any prompt."""
     words = adapter.weights["prompt_embeddings"].to(model.device, model.dtype)[None]
     if words.shape[2] != model.get_input_embeddings().weight.shape[1]:
@@ -279,7 +279,7 @@ def _embedded(model: Any, adapter: Adapter) -> Virtual:
     return [(layer.keys[0], layer.values[0]) for layer in cache.layers]
 
 
-def _prefix(model: Any, adapter: Adapter) -> Virtual:
+def _prefix(model: Any, adapter: TaskAdapter) -> Virtual:
     """Keys and values that were learned themselves; PEFT stores [tokens, layers x 2 x heads x head size]."""
     probe: Any = transformers.DynamicCache()
     first = torch.zeros(1, 1, dtype=torch.int64, device=model.device)
@@ -292,20 +292,20 @@ def _prefix(model: Any, adapter: Adapter) -> Virtual:
     return [(part[0].contiguous(), part[1].contiguous()) for part in parts]
 
 
-def _other_shape(adapter: Adapter) -> UserError:
+def _other_shape(adapter: TaskAdapter) -> UserError:
     return UserError(
         f"--adapter {adapter.task}={adapter.folder}: its virtual tokens have another width than this model's",
         remedy="Name the base that the adapter was trained on as MODEL.",
     )
 
 
-VIRTUAL: dict[str, Callable[[Any, Adapter], Virtual]] = {
+VIRTUAL: dict[str, Callable[[Any, TaskAdapter], Virtual]] = {
     "PROMPT_TUNING": _embedded, "P_TUNING": _embedded, "PREFIX_TUNING": _prefix,
 }  # fmt: skip
 KINDS = (*IN_LAYERS, *VIRTUAL)
 
 
-def _check_base(adapter: Adapter, policy: Policy) -> None:
+def _check_base(adapter: TaskAdapter, policy: Policy) -> None:
     """Refuse an adapter that was trained on another base, where both are folders here."""
     own, trained = Path(str(policy.model.name_or_path)), Path(str(adapter.config.get("base_model_name_or_path")))
     both_here = own.is_dir() and trained.is_dir() and own.resolve() != trained.resolve()

@@ -15,7 +15,7 @@ from rlhf.rollout.types import SamplingParams, stream_seed
 from rlhf.runs.model_folder import fingerprint
 from rlhf.runs.parents import parent_facts
 from rlhf.servers.cache import ReplyCache
-from rlhf.servers.client import Server
+from rlhf.servers.client import ChatServer
 from rlhf.servers.replies import ChatRequest, Failure, Reply, Usage
 
 PROMPTS_AT_ONCE = 256
@@ -55,7 +55,7 @@ class ServerTeacher:
         seed: Seed of all random streams; it is sent with each request unless the server's config says otherwise.
     """
 
-    def __init__(self, server: Server, options: dict[str, Any], seed: int) -> None:
+    def __init__(self, server: ChatServer, options: dict[str, Any], seed: int) -> None:
         self._server, self._options, self._seed, self.usage = server, options, seed, server.usage
 
     @property

@@ -16,7 +16,7 @@ from rlhf.core.intervals import fraction_interval
 from rlhf.core.lazy import np
 from rlhf.core.limits import parse_json
 from rlhf.data.schema import Ranking
-from rlhf.judging.judge import Comparison, Judge
+from rlhf.judging.judge import Judge, PairVerdicts
 
 SAME = ("url", "model", "kind", "prompt_fingerprint", "temperature")
 """What a judge must have in common with the measured one."""
@@ -51,18 +51,18 @@ def pairs_of(rankings: Iterable[Ranking], most: int, seed: int = 0) -> Iterator[
             yield Pair(ranking, *((one, two) if chance.random() < 0.5 else (two, one)))
 
 
-def by_rating(judge: Judge, pairs: Sequence[Pair]) -> list[Comparison]:
+def by_rating(judge: Judge, pairs: Sequence[Pair]) -> list[PairVerdicts]:
     """Verdicts that follow from the ratings of both candidates: the higher rating wins, equal ratings tie."""
     answers = [(pair.ranking.chat, text) for pair in pairs for text in pair.item()[1:]]
     ratings = list(judge.rate(answers))
     found = []
     for one, two in zip(ratings[::2], ratings[1::2]):
         verdict: Any = None if one is None or two is None else "A" if one > two else "B" if two > one else "C"
-        found.append(Comparison(verdict, verdict))
+        found.append(PairVerdicts(verdict, verdict))
     return found
 
 
-def agreement_metrics(pairs: Sequence[Pair], verdicts: Sequence[Comparison], swapped: bool = True) -> dict[str, Any]:
+def agreement_metrics(pairs: Sequence[Pair], verdicts: Sequence[PairVerdicts], swapped: bool = True) -> dict[str, Any]:
     """Agreement of verdicts with rankings.
 
     Args:

@@ -10,7 +10,7 @@ from typing import Any, Literal, TypeVar
 from rlhf.judging.config import JudgeConfig
 from rlhf.judging.prompt import Kind, conversation, read_prompt, read_rating, read_verdict
 from rlhf.servers.cache import ReplyCache
-from rlhf.servers.client import Server
+from rlhf.servers.client import ChatServer
 from rlhf.servers.replies import ChatRequest, Failure, Reply
 
 V = TypeVar("V")
@@ -20,7 +20,7 @@ _SWAPPED: dict[Verdict, Verdict] = {"A": "B", "B": "A", "C": "C"}
 
 
 @dataclass(frozen=True)
-class Comparison:
+class PairVerdicts:
     """The verdicts on two answers: `first` with the first answer shown as A, `second` with it shown as B, both in
     terms of the answers (A is the first answer). None is an unreadable verdict."""
 
@@ -66,7 +66,7 @@ class Judge:
 
     def __init__(self, config: JudgeConfig, kind: Kind) -> None:
         self.config, self.prompt = config, read_prompt(kind, config.prompt)
-        self.server = Server(config.server_config(), ReplyCache(config.cache))
+        self.server = ChatServer(config.server_config(), ReplyCache(config.cache))
         self.failures: Counter[str] = Counter()
         """Why replies are missing, and how often."""
         self.unreadable = 0
@@ -89,11 +89,11 @@ class Judge:
             "max_tokens": config.max_tokens,
         }  # fmt: skip
 
-    def compare(self, pairs: Iterable[tuple[Messages, str, str]]) -> Iterator[Comparison]:
+    def compare(self, pairs: Iterable[tuple[Messages, str, str]]) -> Iterator[PairVerdicts]:
         """Verdicts on pairs (prompt's messages, first answer, second answer), each asked in both orders.
 
         Raises:
-            UserError: The server cannot be used; see `Server.ask`.
+            UserError: The server cannot be used; see `ChatServer.ask`.
         """
         verdicts = (
             self._read(read_verdict, text)
@@ -104,13 +104,13 @@ class Judge:
             )
         )
         for first, second in zip(*[verdicts] * 2):
-            yield Comparison(first, None if second is None else _SWAPPED[second])
+            yield PairVerdicts(first, None if second is None else _SWAPPED[second])
 
     def rate(self, answers: Iterable[tuple[Messages, str]]) -> Iterator[float | None]:
         """Ratings from 1 to 10 of answers (prompt's messages, answer); None for one without a readable rating.
 
         Raises:
-            UserError: The server cannot be used; see `Server.ask`.
+            UserError: The server cannot be used; see `ChatServer.ask`.
         """
         requests = (self._request(prompt=conversation(messages), answer=answer) for messages, answer in answers)
         yield from (self._read(read_rating, text) for text in self._texts(requests))

@@ -9,7 +9,7 @@ from rlhf.core.console import format_number
 from rlhf.core.page import cut
 from rlhf.data.schema import Prompt
 from rlhf.judging.agreement import Pair
-from rlhf.policy_evaluation.measures import Answers
+from rlhf.policy_evaluation.measures import PolicyAnswers
 
 EXTREMES, MORE = 4, 8
 """Examples of the largest gains and losses each; further ones, in the order of the data."""
@@ -24,7 +24,7 @@ class Side:
 
 
 @dataclass(frozen=True)
-class Example:
+class AnswerExample:
     """A prompt with the answer of the policy and, if there is one, that of its opponent."""
 
     prompt: str
@@ -35,7 +35,7 @@ class Example:
     """How far the first is ahead, in scores or ranks; None where nothing compares the two."""
 
 
-def chosen(found: Sequence[Example]) -> dict[str, list[Example]]:
+def chosen(found: Sequence[AnswerExample]) -> dict[str, list[AnswerExample]]:
     """The largest gains and the largest losses, largest first, and further ones in their order."""
     known = sorted((one.gain, at) for at, one in enumerate(found) if one.gain)
     losses = [at for gain, at in known[:EXTREMES] if gain < 0]
@@ -45,7 +45,7 @@ def chosen(found: Sequence[Example]) -> dict[str, list[Example]]:
     return {title: [found[at] for at in places] for title, places in parts.items()}
 
 
-def of_answers(mine: Answers, theirs: Answers | None) -> list[Example]:
+def of_answers(mine: PolicyAnswers, theirs: PolicyAnswers | None) -> list[AnswerExample]:
     """The first answer to each prompt that both can answer."""
     found = []
     both = [one for one in (mine, theirs) if one is not None]
@@ -58,18 +58,18 @@ def of_answers(mine: Answers, theirs: Answers | None) -> list[Example]:
             Side(cut(one.texts[at][0].strip()), _says(score, kl)) for one, score, kl in zip(both, scores, kls)
         ]  # fmt: skip
         known = [score for score in scores if score is not None]
-        found.append(Example(*_parts(prompt), sides, known[0] - known[1] if len(known) > 1 else None))
+        found.append(AnswerExample(*_parts(prompt), sides, known[0] - known[1] if len(known) > 1 else None))
     return found
 
 
-def of_rankings(pairs: Sequence[Pair]) -> list[Example]:
+def of_rankings(pairs: Sequence[Pair]) -> list[AnswerExample]:
     """Two ranked answers each, the first such pair of each prompt."""
     first = {pair.ranking.prompt_id: pair for pair in reversed(pairs)}
     found = []
     for pair in list(first.values())[::-1]:
         ranks, texts = pair.ranking.ranks, [one.text for one in pair.ranking.candidates]
         sides = [Side(cut(texts[at].strip()), f"rank {ranks[at]} of {max(ranks)}") for at in (pair.one, pair.two)]
-        found.append(Example(*_parts(pair.ranking), sides, float(ranks[pair.two] - ranks[pair.one])))
+        found.append(AnswerExample(*_parts(pair.ranking), sides, float(ranks[pair.two] - ranks[pair.one])))
     return found
 
 

@@ -88,7 +88,7 @@ def demonstration_losses(policy: Policy, records: Sequence[Any]) -> Losses:
 
 
 @dataclass(frozen=True)
-class Answers:
+class PolicyAnswers:
     """Answers to prompts, those of a policy or of a dataset: [prompt][answer]; none to a prompt that was refused."""
 
     prompts: Sequence[Prompt]
@@ -102,7 +102,7 @@ class Answers:
 def sampled_metrics(
     policy: Policy, prompts: Sequence[Prompt], reward: str | None, params: SamplingParams, seed: int, n: int,
     reference: Policy | None = None,
-) -> tuple[dict[str, Any], Answers]:  # fmt: skip
+) -> tuple[dict[str, Any], PolicyAnswers]:  # fmt: skip
     """`n` completions of each prompt: their mean score (with a reward), KL (with a reference), lengths, ends, and
     `text_metrics`.
 
@@ -136,7 +136,7 @@ def sampled_metrics(
     place = {prompt.prompt_id: at for at, prompt in enumerate(usable)}
     places = [place.get(prompt.prompt_id) for prompt in prompts]
     columns: list[list[list[Any]]] = [texts, scores, kls]
-    return metrics, Answers(prompts, *([[] if at is None else rows[at] for at in places] for rows in columns))
+    return metrics, PolicyAnswers(prompts, *([[] if at is None else rows[at] for at in places] for rows in columns))
 
 
 def _bounded(name: str, values: Sequence[float], n: int) -> dict[str, Any]:
@@ -145,7 +145,7 @@ def _bounded(name: str, values: Sequence[float], n: int) -> dict[str, Any]:
     return {name: found["value"], f"{name}_low": found["low"], f"{name}_high": found["high"]}
 
 
-def reference_answers(policy: Policy, prompts: Sequence[Any], reward: str | None, n: int) -> Answers:
+def reference_answers(policy: Policy, prompts: Sequence[Any], reward: str | None, n: int) -> PolicyAnswers:
     """The answers of demonstrations, or the best ones of rankings, scored as a policy's and repeated `n` times.
 
     Args:
@@ -166,10 +166,10 @@ def reference_answers(policy: Policy, prompts: Sequence[Any], reward: str | None
             continue
         texts.append([answer] * n)
         scores.append(scorer([Sampled.of(policy.chat, record, answer)]) * n if scorer else [])
-    return Answers(prompts, texts, scores, [[] for _ in texts])
+    return PolicyAnswers(prompts, texts, scores, [[] for _ in texts])
 
 
-def compare_answers(mine: Answers, theirs: Answers, judge: Judge | None = None) -> dict[str, Any]:
+def compare_answers(mine: PolicyAnswers, theirs: PolicyAnswers, judge: Judge | None = None) -> dict[str, Any]:
     """How often the answers of the first win: by the scores, where a higher score wins, or by a judge.
 
     Answer k is compared with answer k. Prompts that one of the two refused are left out; so are pairs on which the

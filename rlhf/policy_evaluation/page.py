@@ -11,8 +11,8 @@ import numpy as np
 from rlhf.core.page import drawings, render_page
 from rlhf.core.plot import BLUE, FAINT, INK, ORANGE, page_plot
 from rlhf.policy_evaluation import tables
-from rlhf.policy_evaluation.examples import Example, chosen
-from rlhf.policy_evaluation.measures import Answers
+from rlhf.policy_evaluation.examples import AnswerExample, chosen
+from rlhf.policy_evaluation.measures import PolicyAnswers
 
 COLOURS = (BLUE, ORANGE)
 BINS = 24
@@ -93,7 +93,10 @@ TEMPLATE = Path(__file__).with_name("page.html.jinja")
 
 
 def render(
-    result: dict[str, Any], examples: Sequence[Example], mine: Answers | None = None, theirs: Answers | None = None
+    result: dict[str, Any],
+    examples: Sequence[AnswerExample],
+    mine: PolicyAnswers | None = None,
+    theirs: PolicyAnswers | None = None,
 ) -> str:
     """The page's HTML.
 

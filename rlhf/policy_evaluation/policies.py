@@ -14,8 +14,8 @@ from rlhf.inference.policy import Policy
 from rlhf.judging.config import JudgeConfig
 from rlhf.judging.judge import Judge
 from rlhf.policy_evaluation.measures import (
-    Answers,
     Losses,
+    PolicyAnswers,
     compare_answers,
     demonstration_losses,
     reference_answers,
@@ -46,7 +46,7 @@ class PolicyTest:
         """The prompts that are answered."""
         return [with_system(one, self.system) for one in chosen_prompts(self.data, self.split, self.limit)]
 
-    def compare(self, mine: Answers, theirs: Answers) -> dict[str, Any]:
+    def compare(self, mine: PolicyAnswers, theirs: PolicyAnswers) -> dict[str, Any]:
         """Whose answers win, by the judge if there is one, else by the reward."""
         if self.judge is None:
             return compare_answers(mine, theirs)
@@ -56,7 +56,7 @@ class PolicyTest:
 
 def _measure(
     test: PolicyTest, policy: Policy, reference: Policy | None
-) -> tuple[dict[str, Any], Losses | None, Answers | None]:
+) -> tuple[dict[str, Any], Losses | None, PolicyAnswers | None]:
     metrics: dict[str, Any] = {}
     losses = answers = None
     if test.data.kind != "prompt":
@@ -72,7 +72,7 @@ def _measure(
 
 def evaluate_policies(
     model: str, against: str | None, test: PolicyTest
-) -> tuple[dict[str, Any], Answers | None, Answers | None]:
+) -> tuple[dict[str, Any], PolicyAnswers | None, PolicyAnswers | None]:
     """The metrics of a policy, and of another or the dataset's own answers, and the comparison of the two.
 
     Returns:

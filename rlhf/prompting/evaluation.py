@@ -16,17 +16,17 @@ from rlhf.prompting.masked import MaskedModel
 from rlhf.prompting.run import Answered, Prompter, generation_params
 from rlhf.prompting.ways import Prompting
 from rlhf.rollout.types import SamplingParams
-from rlhf.tasks.metrics import Measured, Outcomes, needs
+from rlhf.tasks.metrics import MetricValue, Outcomes, needs
 from rlhf.tasks.task import Task
 
 
 @dataclass(frozen=True)
-class Cell:
+class PromptingCell:
     """One way of prompting, with one number of shots, on one task."""
 
     prompting: Prompting
     answered: Answered
-    measured: list[Measured]
+    measured: list[MetricValue]
 
     def as_dict(self) -> dict[str, Any]:
         """The metrics and facts of the cell."""
@@ -41,7 +41,7 @@ class Cell:
 def evaluate_prompting(
     model: Policy | MaskedModel, task: Task, prompting: Prompting, params: SamplingParams,
     temperature: float | None = None, seed: int = 0, system: str | None = None,
-) -> Cell:  # fmt: skip
+) -> PromptingCell:  # fmt: skip
     """Measure one way of prompting on a task.
 
     Args:
@@ -67,7 +67,7 @@ def evaluate_prompting(
             row["right"] = row["answer"] is not None and task.rules.same(row["answer"], right)
             row["prompt_id"] = record.prompt_id  # also where a system message was added
     found = outcomes(prompter, task, task.metrics, answered)
-    return Cell(prompting, answered, task.measure(found, seed))
+    return PromptingCell(prompting, answered, task.measure(found, seed))
 
 
 def outcomes(prompter: Prompter, task: Task, metrics: Sequence[Pick], answered: Answered) -> Outcomes:
@@ -92,7 +92,7 @@ def outcomes(prompter: Prompter, task: Task, metrics: Sequence[Pick], answered: 
     return found
 
 
-def show(cells: Sequence[Cell], task: Task, model: str) -> None:
+def show(cells: Sequence[PromptingCell], task: Task, model: str) -> None:
     """Print the table, and what pattern the answers were taken by."""
     names = [one.metric for one in cells[0].measured]
     rows = []
@@ -116,13 +116,13 @@ def show(cells: Sequence[Cell], task: Task, model: str) -> None:
         say(f"labels: {', '.join(task.rules.labels)}")
 
 
-def _with_interval(one: Measured) -> str:
+def _with_interval(one: MetricValue) -> str:
     if one.low is None or one.high is None:
         return format_number(one.value, 3)
     return f"{format_number(one.value, 3)} [{format_number(one.low, 3)}, {format_number(one.high, 3)}]"
 
 
-def answer_rows(cells: Sequence[Cell]) -> list[dict[str, Any]]:
+def answer_rows(cells: Sequence[PromptingCell]) -> list[dict[str, Any]]:
     """The answers of all cells, for JSON lines."""
     return [
         {"way": cell.prompting.title, "shots": cell.prompting.count, **row}

@@ -19,7 +19,7 @@ from rlhf.prompting.prompts import PromptBuilder
 from rlhf.prompting.ways import Prompting
 from rlhf.rollout.types import SamplingParams
 from rlhf.servers.cache import ReplyCache
-from rlhf.servers.client import Server
+from rlhf.servers.client import ChatServer
 from rlhf.servers.replies import Failure
 
 FROM_EXAMPLES = """\
@@ -84,7 +84,7 @@ def local_proposer(policy: Policy, temperature: float, tokens: int, seed: int, c
     return Proposer(teacher, lambda text: len(builder.chat.prompt([Message("user", text)])) <= room)
 
 
-def server_proposer(server: Server, temperature: float, tokens: int, seed: int) -> Proposer:
+def server_proposer(server: ChatServer, temperature: float, tokens: int, seed: int) -> Proposer:
     """A server that proposes instructions of at most `tokens` tokens; its context is taken to be large."""
     options = {**server.request_options(tokens), "temperature": temperature}
     return Proposer(ServerTeacher(server, options, seed), lambda text: True, whole=True)

@@ -298,7 +298,7 @@ def _row(one: _Asked) -> dict[str, Any]:
 
 
 @dataclass(frozen=True)
-class Vote:
+class VoteOutcome:
     """The outcome of a vote."""
 
     answer: str | None
@@ -309,7 +309,7 @@ class Vote:
     """Confidence: how many more samples gave the answer than the next one, as a fraction of all samples."""
 
 
-def vote(answers: Sequence[str | None], normalise: Normalise = "text") -> Vote:
+def vote(answers: Sequence[str | None], normalise: Normalise = "text") -> VoteOutcome:
     """Majority vote (Wang et al. 2022). Of answers with equal votes, the one that was sampled first wins.
 
     Args:
@@ -318,8 +318,8 @@ def vote(answers: Sequence[str | None], normalise: Normalise = "text") -> Vote:
     """
     counts = Counter(normalised(answer, normalise) for answer in answers if answer is not None)
     if not counts:
-        return Vote(None, 0, 0.0)
+        return VoteOutcome(None, 0, 0.0)
     (best, votes), *others = counts.most_common(2)  # in the order of first appearance where votes are equal
     second = others[0][1] if others else 0
     answer = next(a for a in answers if a is not None and normalised(a, normalise) == best)
-    return Vote(answer, votes, (votes - second) / len(answers))
+    return VoteOutcome(answer, votes, (votes - second) / len(answers))

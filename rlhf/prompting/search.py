@@ -32,7 +32,7 @@ from rlhf.prompting.proposals import Proposer, from_examples, instruction_in, re
 from rlhf.prompting.ways import Prompting
 from rlhf.rollout.types import stream_seed
 from rlhf.tasks.answers import normalised
-from rlhf.tasks.metrics import Measured
+from rlhf.tasks.metrics import MetricValue
 from rlhf.tasks.task import Task
 
 PAIRS = 5
@@ -112,7 +112,7 @@ class PromptSearch:
 
     def __init__(
         self, out: Path, facts: dict[str, Any], plan: SearchPlan, parts: Parts, way: tuple[Prompting, dict[str, Any]],
-        measure: Callable[[Task, Prompting], Measured], proposer: Callable[[int], AbstractContextManager[Proposer]],
+        measure: Callable[[Task, Prompting], MetricValue], proposer: Callable[[int], AbstractContextManager[Proposer]],
     ) -> None:  # fmt: skip
         self.out, self.facts, self.plan, self.parts = out, facts, plan, parts
         (self.way, self.values), self._measure, self._proposer = way, measure, proposer

@@ -8,7 +8,7 @@ from pathlib import Path
 from rlhf.config.load import check_config
 from rlhf.data.chat_tokenizer import ChatTokenizer, load_tokenizer
 from rlhf.ppo.config import PPOConfig
-from rlhf.replay.recompute import Comparison, check_mathematics, check_metrics
+from rlhf.replay.recompute import Recomputed, check_mathematics, check_metrics
 from rlhf.replay.record import UpdateRecord, read
 from rlhf.runs.logged import logged_lines, logged_numbers
 from rlhf.runs.parents import resolve_model_path, template_time
@@ -22,7 +22,7 @@ class OpenedUpdate:
     record: UpdateRecord
     intact: bool
     """Whether the file has the checksum that was written with it."""
-    comparisons: list[Comparison]
+    comparisons: list[Recomputed]
     config: PPOConfig
     damage: list[str]
     """What is wrong with lines of metrics.jsonl, which may be those of other steps."""

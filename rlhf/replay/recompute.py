@@ -21,7 +21,7 @@ ROUNDING = 1e-5
 
 
 @dataclass(frozen=True)
-class Comparison:
+class Recomputed:
     """A recorded quantity and the recomputed one."""
 
     name: str
@@ -76,7 +76,7 @@ def shaped(config: PPOConfig, experience: Experience, kl_coef: float, mean: floa
     return Shaped(per_token, scores, rewards, advantages)
 
 
-def check_mathematics(config: PPOConfig, record: UpdateRecord) -> list[Comparison]:
+def check_mathematics(config: PPOConfig, record: UpdateRecord) -> list[Recomputed]:
     """KL, scores, rewards, advantages and returns from the recorded log-probs, values and raw scores.
 
     Each step starts from what was recorded, so that a difference names the step in which it arose.
@@ -98,7 +98,7 @@ def check_mathematics(config: PPOConfig, record: UpdateRecord) -> list[Compariso
     return found
 
 
-def check_metrics(record: UpdateRecord, logged: Mapping[str, float]) -> list[Comparison]:
+def check_metrics(record: UpdateRecord, logged: Mapping[str, float]) -> list[Recomputed]:
     """The metrics that follow from the record, compared with the line of metrics.jsonl of that update."""
     made = experience_metrics(record.experience, record.shaped_scores, record.rewards, record.advantages)
     made["objective/kl_coef"] = record.kl_coef
@@ -108,7 +108,7 @@ def check_metrics(record: UpdateRecord, logged: Mapping[str, float]) -> list[Com
     ]  # fmt: skip
 
 
-def compare_models(record: UpdateRecord, made: Mapping[str, Tensor], allowed: float) -> list[Comparison]:
+def compare_models(record: UpdateRecord, made: Mapping[str, Tensor], allowed: float) -> list[Recomputed]:
     """Log-probs, values and raw scores by the models themselves, compared with the record.
 
     Args:
@@ -126,13 +126,13 @@ def compare_models(record: UpdateRecord, made: Mapping[str, Tensor], allowed: fl
     return found
 
 
-def _tokens(name: str, how: str, recorded: Tensor, made: Tensor, mask: Tensor, allowed: float = 0.0) -> Comparison:
+def _tokens(name: str, how: str, recorded: Tensor, made: Tensor, mask: Tensor, allowed: float = 0.0) -> Recomputed:
     return _compare(name, how, zero_padding(recorded, mask)[mask], zero_padding(made, mask)[mask], allowed)
 
 
-def _compare(name: str, how: str, recorded: Tensor, made: Tensor, allowed: float = 0.0) -> Comparison:
+def _compare(name: str, how: str, recorded: Tensor, made: Tensor, allowed: float = 0.0) -> Recomputed:
     if recorded.shape != made.shape or not (torch.isfinite(recorded).all() and torch.isfinite(made).all()):
-        return Comparison(name, how, recorded.numel(), float("inf"), 0.0)
+        return Recomputed(name, how, recorded.numel(), float("inf"), 0.0)
     size = float(recorded.abs().max()) if recorded.numel() else 0.0
     difference = float((recorded.double() - made.double()).abs().max()) if recorded.numel() else 0.0
-    return Comparison(name, how, recorded.numel(), difference, allowed or ROUNDING * max(1.0, size))
+    return Recomputed(name, how, recorded.numel(), difference, allowed or ROUNDING * max(1.0, size))

@@ -82,7 +82,7 @@ CHARTS: dict[str, Sequence[Spec]] = {
 
 
 @dataclass(frozen=True)
-class Line:
+class ChartLine:
     """One series of a chart."""
 
     name: str
@@ -125,7 +125,7 @@ def stage_charts(name: str, runs: Sequence[tuple[str, Evidence]], levels: Mappin
     return drawn
 
 
-def _lines(spec: Spec, runs: Sequence[tuple[str, Evidence]]) -> list[Line]:
+def _lines(spec: Spec, runs: Sequence[tuple[str, Evidence]]) -> list[ChartLine]:
     lines = []
     for place, (label, run) in enumerate(runs):
         for number, (metric, word) in enumerate(spec.metrics.items()):
@@ -136,7 +136,7 @@ def _lines(spec: Spec, runs: Sequence[tuple[str, Evidence]]) -> list[Line]:
             name = word if len(runs) == 1 else label if len(spec.metrics) == 1 else f"{label}, {word}"
             colour = COLOURS[(number if len(runs) == 1 else place) % len(COLOURS)]
             xs, ys = thinned(pairs)
-            lines.append(Line(name, xs, ys, colour, dots=held_out or len(pairs) < 12))
+            lines.append(ChartLine(name, xs, ys, colour, dots=held_out or len(pairs) < 12))
     return lines
 
 
@@ -153,7 +153,7 @@ def thinned(pairs: Sequence[tuple[float, float]]) -> tuple[list[float], list[flo
 
 
 def draw(
-    name: str, title: str, about: str, lines: Sequence[Line], across: str, percent: bool = False,
+    name: str, title: str, about: str, lines: Sequence[ChartLine], across: str, percent: bool = False,
     level: float | None = None, upward: str = "", width: float = WIDTH,
 ) -> Chart:  # fmt: skip
     """Lines in one chart.
@@ -199,7 +199,7 @@ def draw(
     return Chart(title, about, svg, _points(seen[0], lines, across, percent))
 
 
-def in_words(lines: Sequence[Line], percent: bool) -> str:
+def in_words(lines: Sequence[ChartLine], percent: bool) -> str:
     """What the lines show, for people who do not see them."""
     show = _shown(percent)
     return "; ".join(
@@ -213,7 +213,7 @@ def _shown(percent: bool) -> Callable[[float], str]:
     return (lambda value: f"{value:.1%}") if percent else (lambda value: format_number(value, 3))
 
 
-def _points(axes: Any, lines: Sequence[Line], across: str, percent: bool) -> dict[str, Any]:
+def _points(axes: Any, lines: Sequence[ChartLine], across: str, percent: bool) -> dict[str, Any]:
     """Where each point lies in the drawing, as fractions of its width and height, and what it says."""
     box, (left, right), (low, high) = axes.get_position(), axes.get_xlim(), axes.get_ylim()
 

@@ -11,8 +11,8 @@ from typing import Any
 from rlhf.core.command_line import without_credentials
 from rlhf.core.console import format_number
 from rlhf.doctor.evidence import headline
+from rlhf.evaluation.tables import percent
 from rlhf.report.gather import RunRecord, Subject, located
-from rlhf.report.headline import percent
 from rlhf.runs.run import is_run, read_run
 
 SLICES = {"by_distance": "how many ranks apart", "by_source": "source", "by_annotator": "annotator",
@@ -120,7 +120,7 @@ def inputs(run: RunRecord) -> Iterator[tuple[str, str, str, bool]]:
 
 
 @dataclass(frozen=True)
-class Cost:
+class RunCost:
     """What a run took."""
 
     seconds: float
@@ -130,7 +130,7 @@ class Cost:
     processes: int
 
 
-def cost(run: RunRecord) -> Cost:
+def cost(run: RunRecord) -> RunCost:
     """Time in steps (without loading and evaluation), tokens and peak memory, from the run's metrics."""
     evidence = run.evidence
     info = evidence.info
@@ -147,7 +147,7 @@ def cost(run: RunRecord) -> Cost:
         seconds = sum(time * (step - before) for time, step, before in zip(times, steps, (0, *steps)))
         tokens = sum(evidence["train/tokens"].values)
     memory = float(info.get("peak_memory") or 0) or max(evidence["memory/peak_gb"].values, default=0.0) * 1e9
-    return Cost(seconds, tokens, memory, int(info.get("processes") or 1))
+    return RunCost(seconds, tokens, memory, int(info.get("processes") or 1))
 
 
 def duration(seconds: float) -> str:
@@ -155,14 +155,6 @@ def duration(seconds: float) -> str:
     if seconds < 90:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
-
-
-def amount(value: float) -> str:
-    """A large number in words: `1.2 M`."""
-    for size, unit in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if value >= size:
-            return f"{value / size:.3g} {unit}"
-    return f"{value:.0f}"
 
 
 def versions(run: RunRecord) -> dict[str, str]:

@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 from rlhf.core.plot import COLOURS
-from rlhf.report.charts import WIDTH, Chart, Line, draw, thinned
+from rlhf.report.charts import WIDTH, Chart, ChartLine, draw, thinned
 from rlhf.report.gather import RunRecord, Subject
 
 
@@ -28,7 +28,7 @@ def frontier(subjects: Sequence[Subject]) -> Chart | None:
         if (found := best_of(run)) is not None:
             points = found["best_of"]
             kls, scores = [point["kl"] for point in points], [point["score"] for point in points]
-            lines.append(Line(f"{prefix}best of n", kls, scores, COLOURS[2] if alone else colour, dots=True))
+            lines.append(ChartLine(f"{prefix}best of n", kls, scores, COLOURS[2] if alone else colour, dots=True))
             about.append(
                 f"{prefix or 'Best of n: '}n from {points[0]['n']} to {points[-1]['n']} answers of {found['policy']} to"
                 f" {found['prompts']} prompts by {found['reward']}, at log n - (n - 1) / n nats."
@@ -44,7 +44,7 @@ def frontier(subjects: Sequence[Subject]) -> Chart | None:
     return replace(wide, narrow=narrow)
 
 
-def _run_lines(run: RunRecord, prefix: str, colour: str, other: str) -> list[Line]:
+def _run_lines(run: RunRecord, prefix: str, colour: str, other: str) -> list[ChartLine]:
     lines = []
     for group, word, hue, joined in (("objective", "updates", other, False), ("eval", "held out", colour, True)):
         kl, score = run.evidence[f"{group}/kl"], run.evidence[f"{group}/scores"]
@@ -52,7 +52,7 @@ def _run_lines(run: RunRecord, prefix: str, colour: str, other: str) -> list[Lin
         pairs = [(x, scores[step]) for step, x in zip(kl.steps, kl.values) if step in scores]
         if len(pairs) > 1:
             xs, ys = ([x for x, _ in pairs], [y for _, y in pairs]) if joined else thinned(sorted(pairs))
-            lines.append(Line(prefix + word, xs, ys, hue, dots=True, joined=joined))
+            lines.append(ChartLine(prefix + word, xs, ys, hue, dots=True, joined=joined))
     return lines
 
 

@@ -10,7 +10,7 @@ from rlhf.core.errors import UserError
 from rlhf.core.plot import COLOURS
 from rlhf.doctor.evidence import guard_alarms
 from rlhf.guard.curve import curve_of, describe, smooth
-from rlhf.report.charts import Chart, Line, draw, thinned
+from rlhf.report.charts import Chart, ChartLine, draw, thinned
 from rlhf.report.gather import Subject
 
 MOST_ALARMS = 20
@@ -50,7 +50,7 @@ def guarded(subject: Subject, number: int) -> ShownGuard | None:
     for word, values, colour in (("score", curve.proxy, COLOURS[1]), ("gold reward", curve.gold, COLOURS[0])):
         for title, found, joined in ((word, values, False), (f"{word}, smooth", smooth(values), True)):
             xs, ys = thinned(sorted(zip(distances, found.tolist())))
-            lines.append(Line(title, xs, ys, colour, dots=not joined, joined=joined))
+            lines.append(ChartLine(title, xs, ys, colour, dots=not joined, joined=joined))
     about = "Gold rises and then falls where the policy games its reward; the score keeps rising."
     across = "sqrt(KL), the distance from the start"
     chart = draw(f"guard{number}", "Gold reward and score", about, lines, across, width=6)

@@ -10,6 +10,7 @@ import numpy as np
 from rlhf.core.console import format_number
 from rlhf.core.intervals import percentile_interval, resampled_sums, wilson
 from rlhf.doctor.evidence import headline as results
+from rlhf.evaluation.tables import percent
 from rlhf.report.gather import Answer, RunRecord, Subject, pairs_of
 
 
@@ -74,11 +75,6 @@ def headline(subject: Subject) -> Headline:
     sentences = [_what(subject), _judge(subject), _outcome(subject)]
     verdict, tone = _verdict(subject)
     return Headline(verdict, tone, [sentence for sentence in sentences if sentence])
-
-
-def percent(value: float) -> str:
-    """A fraction as text: 73.4%."""
-    return f"{value:.1%}"
 
 
 def interval(bounds: Sequence[float], as_percent: bool = False) -> str:

@@ -11,9 +11,11 @@ from typing import Any
 
 import markupsafe
 
+from rlhf.comparison.show import amount
 from rlhf.core.page import render_page
 from rlhf.core.plot import COLOURS
 from rlhf.doctor.run_checks import planned_steps
+from rlhf.evaluation.tables import percent
 from rlhf.report import answers, facts
 from rlhf.report.charts import Chart, stage_charts
 from rlhf.report.evaluated import evaluations, policy_evaluations
@@ -21,7 +23,7 @@ from rlhf.report.facts import DataFacts
 from rlhf.report.frontier import frontier
 from rlhf.report.gather import STAGE_NAMES, RunRecord, Subject, short_names
 from rlhf.report.guarded import guarded
-from rlhf.report.headline import gain, headline, percent
+from rlhf.report.headline import gain, headline
 from rlhf.report.updates import newest_update
 
 TEMPLATE = Path(__file__).with_name("page.html.jinja")
@@ -53,6 +55,7 @@ def render(subjects: Sequence[Subject], data: Sequence[DataFacts] = (), refresh:
         differences=_differences(subjects),
         colours=COLOURS,
         facts=facts,
+        amount=amount,
         percent=percent,
         planned=planned_steps,
         report_style=markupsafe.Markup(REPORT_STYLE.read_text("utf-8")),
@@ -107,7 +110,7 @@ def _tiles(subject: Subject) -> list[tuple[str, str, str]]:
     costs = [facts.cost(run) for run in subject.runs]
     seconds, tokens = sum(one.seconds * one.processes for one in costs), sum(one.tokens for one in costs)
     if seconds:
-        tiles.append(("Training time", facts.duration(seconds), f"{facts.amount(tokens)} tokens"))
+        tiles.append(("Training time", facts.duration(seconds), f"{amount(tokens)} tokens"))
     return tiles
 
 

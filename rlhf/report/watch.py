@@ -10,7 +10,7 @@ from pathlib import Path
 import markupsafe
 
 from rlhf.core.errors import UserError
-from rlhf.core.loopback import LoopbackServer, Reply
+from rlhf.core.loopback import HttpReply, LoopbackServer
 from rlhf.report.gather import chain
 from rlhf.report.page import policy
 from rlhf.report.pipelines import folders_of
@@ -39,9 +39,9 @@ class LivePage:
         self.paths, self.draw = paths, draw
         self._drawing = threading.Lock()
         self._seen: list[tuple[str, int, int]] | None = None
-        self._reply: Reply | None = None
+        self._reply: HttpReply | None = None
 
-    def reply(self, body: bytes = b"") -> Reply:
+    def reply(self, body: bytes = b"") -> HttpReply:
         """The page as it is now. While it is being drawn, others get the one before."""
         if self._reply is not None and not self._drawing.acquire(blocking=False):
             return self._reply
@@ -55,12 +55,12 @@ class LivePage:
         finally:
             self._drawing.release()
 
-    def _drawn(self) -> Reply:
+    def _drawn(self) -> HttpReply:
         try:
-            return Reply(self.draw().encode(), "text/html", policy=policy(live=True))
+            return HttpReply(self.draw().encode(), "text/html", policy=policy(live=True))
         except UserError as error:
             text = WAITING.format(seconds=REFRESH, message=markupsafe.escape(str(error)))
-            return Reply(text.encode(), "text/html", policy=WAITING_POLICY)
+            return HttpReply(text.encode(), "text/html", policy=WAITING_POLICY)
 
     @staticmethod
     def _folders(path: Path) -> list[Path]:

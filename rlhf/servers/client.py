@@ -34,7 +34,7 @@ GO_ON = "Start the same command again later; answers in the cache are not paid f
 NO_CHAT_API = "Check the address: it must be the base of OpenAI's chat API, which often ends in /v1."
 
 
-class Server:
+class ChatServer:
     """A server with OpenAI's chat API. A context manager, which closes the connections.
 
     Args:
@@ -57,7 +57,7 @@ class Server:
         self._client: Any = None
         self._model = config.model
 
-    def __enter__(self) -> Server:
+    def __enter__(self) -> ChatServer:
         return self
 
     def __exit__(self, *_: object) -> None:

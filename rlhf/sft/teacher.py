@@ -61,7 +61,7 @@ def _model_config(path: str, student: ModelConfig) -> ModelConfig:
     )
 
 
-class Teacher:
+class FrozenTeacher:
     """A frozen teacher on this process's device, whole on each process.
 
     Args:

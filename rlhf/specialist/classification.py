@@ -12,8 +12,8 @@ from sklearn.metrics import classification_report
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from rlhf.specialist.head import Batch, Example, Head, field, fitted_labels, label_name, text_field
-from rlhf.tasks.metrics import METRICS, Measured, Outcomes, measure
+from rlhf.specialist.head import Batch, Head, LabelledRow, field, fitted_labels, label_name, text_field
+from rlhf.tasks.metrics import METRICS, MetricValue, Outcomes, measure
 
 
 @dataclass(frozen=True)
@@ -31,11 +31,11 @@ class Classification(Head):
     tuning_task = "scalar"
     headline = ("accuracy", "f1")
 
-    def example(self, row: Mapping[str, Any]) -> Example:
+    def example(self, row: Mapping[str, Any]) -> LabelledRow:
         texts = tuple(text_field(row, column, column) for column in self.columns)
-        return Example(texts, label_name(field(row, self.label, "label"), "label", self.labels))
+        return LabelledRow(texts, label_name(field(row, self.label, "label"), "label", self.labels))
 
-    def fitted(self, train: Sequence[Example], held_out: Sequence[Example]) -> Classification:
+    def fitted(self, train: Sequence[LabelledRow], held_out: Sequence[LabelledRow]) -> Classification:
         counts = Counter(example.target for example in train)
         labels = fitted_labels(self.labels, set(counts), {example.target for example in held_out})
         weights: tuple[float, ...] = ()
@@ -43,7 +43,7 @@ class Classification(Head):
             weights = tuple(len(train) / (len(counts) * counts[name]) if counts[name] else 0.0 for name in labels)
         return replace(self, labels=labels, weights=weights)
 
-    def encode(self, tokenizer: Any, example: Example, limit: int) -> dict[str, Any]:
+    def encode(self, tokenizer: Any, example: LabelledRow, limit: int) -> dict[str, Any]:
         encoded = tokenizer(*example.inputs, verbose=False)
         cut = len(encoded["input_ids"]) > limit
         if cut:
@@ -64,13 +64,13 @@ class Classification(Head):
     def predictions(self, logits: Tensor, rows: Sequence[Mapping[str, Any]]) -> list[str]:
         return [self.labels[index] for index in logits.argmax(-1).tolist()]
 
-    def metrics(self, examples: Sequence[Example], predictions: Sequence[str]) -> list[Measured]:
+    def metrics(self, examples: Sequence[LabelledRow], predictions: Sequence[str]) -> list[MetricValue]:
         # Macro F1 is over the labels that occur, as scikit-learn's default.
         seen = sorted({example.target for example in examples} | set(predictions))
         outcomes = Outcomes([example.target for example in examples], predictions, seen)
         return [measure(METRICS.pick({"name": name, "normalise": "none"}), outcomes) for name in self.headline]
 
-    def by_label(self, examples: Sequence[Example], predictions: Sequence[str]) -> dict[str, dict[str, float]]:
+    def by_label(self, examples: Sequence[LabelledRow], predictions: Sequence[str]) -> dict[str, dict[str, float]]:
         gold = [example.target for example in examples]
         names = list(self.labels)
         report = classification_report(gold, predictions, labels=names, output_dict=True, zero_division=0)

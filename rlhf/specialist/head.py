@@ -12,20 +12,20 @@ from torch import Tensor
 
 from rlhf.core.errors import UserError
 from rlhf.data.schema import BadRecord
-from rlhf.tasks.metrics import Measured
+from rlhf.tasks.metrics import MetricValue
 
 IGNORED = -100
 """The target of a position without a loss."""
 
 
 @dataclass(frozen=True)
-class Example:
+class LabelledRow:
     """A labelled row, checked."""
 
     inputs: tuple[Any, ...]
     """One text, two texts, or a list of words: what the tokenizer takes."""
     target: Any
-    """The label, the tags, or the `Answers` of the row."""
+    """The label, the tags, or the `SpanAnswers` of the row."""
     split: str | None = None
     """train, eval, test, or None."""
 
@@ -56,14 +56,14 @@ class Head(ABC):
     labels: tuple[str, ...] = ()
 
     @abstractmethod
-    def example(self, row: Mapping[str, Any]) -> Example:
+    def example(self, row: Mapping[str, Any]) -> LabelledRow:
         """The example of a row.
 
         Raises:
             BadRecord: A field is missing, of the wrong kind, or contradicts another.
         """
 
-    def fitted(self, train: Sequence[Example], held_out: Sequence[Example]) -> Head:
+    def fitted(self, train: Sequence[LabelledRow], held_out: Sequence[LabelledRow]) -> Head:
         """The head with the labels and weights of the training examples.
 
         Raises:
@@ -72,7 +72,7 @@ class Head(ABC):
         return self
 
     @abstractmethod
-    def encode(self, tokenizer: Any, example: Example, limit: int) -> dict[str, Any]:
+    def encode(self, tokenizer: Any, example: LabelledRow, limit: int) -> dict[str, Any]:
         """The encoded row of an example, of at most `limit` tokens.
 
         Raises:
@@ -97,10 +97,10 @@ class Head(ABC):
         """The model's prediction for each row, in the form of an example's target."""
 
     @abstractmethod
-    def metrics(self, examples: Sequence[Example], predictions: Sequence[Any]) -> list[Measured]:
+    def metrics(self, examples: Sequence[LabelledRow], predictions: Sequence[Any]) -> list[MetricValue]:
         """The metrics of the held-out rows, with their intervals."""
 
-    def by_label(self, examples: Sequence[Example], predictions: Sequence[Any]) -> dict[str, dict[str, float]]:
+    def by_label(self, examples: Sequence[LabelledRow], predictions: Sequence[Any]) -> dict[str, dict[str, float]]:
         """Precision, recall, F1 and number of each label; empty for spans."""
         return {}
 

@@ -13,12 +13,12 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from rlhf.data.schema import BadRecord
-from rlhf.specialist.head import Batch, Example, Head, field, text_field
+from rlhf.specialist.head import Batch, Head, LabelledRow, field, text_field
 from rlhf.tasks.answers import normalised
-from rlhf.tasks.metrics import Measured, fraction_of, mean_of, measure_columns
+from rlhf.tasks.metrics import MetricValue, fraction_of, mean_of, measure_columns
 
 
-class Answers(NamedTuple):
+class SpanAnswers(NamedTuple):
     """The right answers of a question; none where its context has no answer."""
 
     texts: tuple[str, ...]
@@ -41,7 +41,7 @@ class Spans(Head):
     tuning_task = "span"
     headline = ("exact_match", "token_f1")
 
-    def example(self, row: Mapping[str, Any]) -> Example:
+    def example(self, row: Mapping[str, Any]) -> LabelledRow:
         question, context = (text_field(row, name, name) for name in (self.question, self.context))
         texts, starts = _given(field(row, self.answer, "answer"), None if self.start is None else row.get(self.start))
         places = []
@@ -57,9 +57,9 @@ class Spans(Head):
             places.append(place)
         if not texts and not self.no_answer:
             raise BadRecord("answer: empty", remedy="Set the task's option no_answer, or leave the row out.")
-        return Example((question, context), Answers(tuple(texts), tuple(places)))
+        return LabelledRow((question, context), SpanAnswers(tuple(texts), tuple(places)))
 
-    def encode(self, tokenizer: Any, example: Example, limit: int) -> dict[str, Any]:
+    def encode(self, tokenizer: Any, example: LabelledRow, limit: int) -> dict[str, Any]:
         question, context = example.inputs
         asked = len(tokenizer(question, verbose=False)["input_ids"])
         if asked + 8 > limit:
@@ -102,7 +102,7 @@ class Spans(Head):
             return ""
         return str(row["context"][row["starts"][i] : row["ends"][j]])
 
-    def metrics(self, examples: Sequence[Example], predictions: Sequence[str]) -> list[Measured]:
+    def metrics(self, examples: Sequence[LabelledRow], predictions: Sequence[str]) -> list[MetricValue]:
         pairs = [(example.target.texts or ("",), text) for example, text in zip(examples, predictions)]
         plain = [([normalised(one, "squad") for one in gold], normalised(text, "squad")) for gold, text in pairs]
         exact = [text in gold for gold, text in plain]
@@ -141,7 +141,7 @@ def _given(value: Any, start: Any) -> tuple[list[str], list[int | None]]:
     return [text for text, _ in kept], [place for _, place in kept]
 
 
-def _tokens_of(answers: Answers, starts: Sequence[int], ends: Sequence[int]) -> list[int]:
+def _tokens_of(answers: SpanAnswers, starts: Sequence[int], ends: Sequence[int]) -> list[int]:
     """First and last token of the first answer; [0, 0] (the classification token) without one, [-1, -1] if cut off."""
     if not answers.texts:
         return [0, 0]

@@ -14,8 +14,8 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from rlhf.data.schema import BadRecord
-from rlhf.specialist.head import IGNORED, Batch, Example, Head, field, fitted_labels, label_name
-from rlhf.tasks.metrics import Columns, Measured, measure_columns
+from rlhf.specialist.head import IGNORED, Batch, Head, LabelledRow, field, fitted_labels, label_name
+from rlhf.tasks.metrics import MetricColumns, MetricValue, measure_columns
 
 OUTSIDE = "O"
 
@@ -32,20 +32,20 @@ class Tagging(Head):
     tuning_task = "tokens"
     headline = ("entity_f1", "accuracy")
 
-    def example(self, row: Mapping[str, Any]) -> Example:
+    def example(self, row: Mapping[str, Any]) -> LabelledRow:
         words, tags = _items(row, self.tokens, "tokens"), _items(row, self.tags, "tags")
         if len(words) != len(tags):
             raise BadRecord("tags: not one for each token", f"{len(words)} tokens, {len(tags)} tags")
         for word in words:
             if not isinstance(word, str):
                 raise BadRecord("tokens: not text", type(word).__name__)
-        return Example((words,), [label_name(tag, "tags", self.labels) for tag in tags])
+        return LabelledRow((words,), [label_name(tag, "tags", self.labels) for tag in tags])
 
-    def fitted(self, train: Sequence[Example], held_out: Sequence[Example]) -> Tagging:
+    def fitted(self, train: Sequence[LabelledRow], held_out: Sequence[LabelledRow]) -> Tagging:
         seen = [{tag for example in part for tag in example.target} for part in (train, held_out)]
         return replace(self, labels=fitted_labels(self.labels, *seen))
 
-    def encode(self, tokenizer: Any, example: Example, limit: int) -> dict[str, Any]:
+    def encode(self, tokenizer: Any, example: LabelledRow, limit: int) -> dict[str, Any]:
         encoded = tokenizer(example.inputs[0], is_split_into_words=True, truncation=True, max_length=limit)
         words, target, before = encoded.word_ids(), [], None
         for word in words:
@@ -81,19 +81,21 @@ class Tagging(Head):
             found.append(tags)
         return found
 
-    def metrics(self, examples: Sequence[Example], predictions: Sequence[list[str]]) -> list[Measured]:
+    def metrics(self, examples: Sequence[LabelledRow], predictions: Sequence[list[str]]) -> list[MetricValue]:
         gold = [example.target for example in examples]
         right = [[sum(a == b for a, b in zip(*pair)), len(pair[0])] for pair in zip(gold, predictions)]
-        accuracy = Columns(np.array(right, dtype=float), lambda sums: sums[:, 0] / sums[:, 1])
+        accuracy = MetricColumns(np.array(right, dtype=float), lambda sums: sums[:, 0] / sums[:, 1])
         entities = [[set(get_entities(tags)) for tags in pair] for pair in zip(gold, predictions)]
         counts = [[len(one & other), len(one), len(other)] for one, other in entities]
         # F1 = 2 TP / (entities + predicted entities), summed over the rows
-        f1 = Columns(
+        f1 = MetricColumns(
             np.array(counts, dtype=float), lambda sums: 2 * sums[:, 0] / np.maximum(sums[:, 1] + sums[:, 2], 1)
         )
         return [measure_columns("entity_f1", f1), measure_columns("accuracy", accuracy)]
 
-    def by_label(self, examples: Sequence[Example], predictions: Sequence[list[str]]) -> dict[str, dict[str, float]]:
+    def by_label(
+        self, examples: Sequence[LabelledRow], predictions: Sequence[list[str]]
+    ) -> dict[str, dict[str, float]]:
         gold = [example.target for example in examples]
         if not any(get_entities(tags) for tags in gold):
             return {}

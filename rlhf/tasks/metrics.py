@@ -53,7 +53,7 @@ class Outcomes:
 
 
 @dataclass(frozen=True)
-class Columns:
+class MetricColumns:
     """A metric as numbers per record and a statistic of their sums."""
 
     values: np.ndarray
@@ -65,7 +65,7 @@ class Columns:
 
 
 @dataclass(frozen=True)
-class Measured:
+class MetricValue:
     """A metric's value with its 95 % interval (None for fewer than ten records, where it needs a bootstrap)."""
 
     metric: str
@@ -80,7 +80,7 @@ class Measured:
         return asdict(self)
 
 
-def measure(metric: Pick, outcomes: Outcomes, seed: int = 0) -> Measured:
+def measure(metric: Pick, outcomes: Outcomes, seed: int = 0) -> MetricValue:
     """A metric of outcomes, with its interval.
 
     Args:
@@ -99,7 +99,7 @@ def measure(metric: Pick, outcomes: Outcomes, seed: int = 0) -> Measured:
     return measure_columns(metric.name, metric(outcomes), seed)
 
 
-def measure_columns(name: str, columns: Columns, seed: int = 0) -> Measured:
+def measure_columns(name: str, columns: MetricColumns, seed: int = 0) -> MetricValue:
     """A metric called `name` from its numbers per record, with its interval; `seed` is that of the bootstrap."""
     n = len(columns.values)
     value = float(columns.statistic(columns.values.sum(0, keepdims=True))[0])
@@ -110,7 +110,7 @@ def measure_columns(name: str, columns: Columns, seed: int = 0) -> Measured:
     elif n >= FEWEST_RECORDS:
         replicates = max(200, min(REPLICATES, MOST_DRAWS // n))
         low, high = percentile_interval(columns.statistic(resampled_sums(columns.values, replicates, seed)))
-    return Measured(name, value, low, high, n)
+    return MetricValue(name, value, low, high, n)
 
 
 NEEDS = {
@@ -137,13 +137,13 @@ def limits(metric: Pick) -> tuple[float, float]:
 
 
 @METRICS.row("exact_match", needs="predictions", limits=(0, 1))
-def exact_match(outcomes: Outcomes, *, normalise: Normalise = "text") -> Columns:
+def exact_match(outcomes: Outcomes, *, normalise: Normalise = "text") -> MetricColumns:
     """Fraction of answers that equal the right one; see `rlhf.tasks.answers.normalised`."""
     return fraction_of([_same(p, r, normalise) for p, r in zip(outcomes.predictions, outcomes.references)])
 
 
 @METRICS.row("accuracy", needs="labels", limits=(0, 1))
-def accuracy(outcomes: Outcomes, *, normalise: Normalise = "text") -> Columns:
+def accuracy(outcomes: Outcomes, *, normalise: Normalise = "text") -> MetricColumns:
     """Fraction of records whose right label was given; an answer that is no label is wrong."""
     gold, given = _label_numbers(outcomes, normalise)
     return fraction_of((gold == given).tolist())
@@ -152,7 +152,7 @@ def accuracy(outcomes: Outcomes, *, normalise: Normalise = "text") -> Columns:
 @METRICS.row("f1", needs="labels", limits=(0, 1))
 def f1(
     outcomes: Outcomes, *, normalise: Normalise = "text", average: Literal["macro", "micro", "weighted"] = "macro"
-) -> Columns:
+) -> MetricColumns:
     """F1 over labels: `macro` is their plain mean, as scikit-learn's `f1_score(..., labels=, zero_division=0)`."""
     gold, given = _label_numbers(outcomes, normalise)
     every = np.arange(len(outcomes.labels))
@@ -168,11 +168,11 @@ def f1(
             return (each * golds).sum(1) / np.maximum(golds.sum(1), 1)
         return each.mean(1)
 
-    return Columns(values, statistic)
+    return MetricColumns(values, statistic)
 
 
 def _add_rouge(kind: str, about: str) -> None:
-    def rouge(outcomes: Outcomes, *, stem: bool = False, words: Literal["ascii", "unicode"] = "ascii") -> Columns:
+    def rouge(outcomes: Outcomes, *, stem: bool = False, words: Literal["ascii", "unicode"] = "ascii") -> MetricColumns:
         return mean_of(text_overlap.rouge(kind, outcomes.predictions, outcomes.references, stem, words))
 
     rouge.__doc__ = about
@@ -188,28 +188,28 @@ _add_rouge("rougeL", "ROUGE-L: F-measure of the longest common subsequence of wo
 
 
 @METRICS.row("bleu", needs="predictions", limits=(0, 100), package="sacrebleu")
-def bleu(outcomes: Outcomes, *, tokenize: Literal["13a", "intl", "char", "none"] = "13a") -> Columns:
+def bleu(outcomes: Outcomes, *, tokenize: Literal["13a", "intl", "char", "none"] = "13a") -> MetricColumns:
     """BLEU of the whole corpus, 0 to 100, from sacrebleu."""
     values, statistic = text_overlap.bleu(outcomes.predictions, outcomes.references, tokenize)
-    return Columns(values, statistic)
+    return MetricColumns(values, statistic)
 
 
 @METRICS.row("log_likelihood", needs="logprobs", limits=(-math.inf, 0))
-def log_likelihood(outcomes: Outcomes, *, per: Literal["answer", "token"] = "answer") -> Columns:
+def log_likelihood(outcomes: Outcomes, *, per: Literal["answer", "token"] = "answer") -> MetricColumns:
     """Log-prob of the right answer in nats: the mean over answers, or over all of their tokens."""
     logprobs = np.array(outcomes.logprobs, float)
     sizes = np.ones(len(logprobs)) if per == "answer" else np.array(outcomes.tokens, float)
-    return Columns(np.stack([logprobs, sizes], 1), lambda sums: sums[:, 0] / sums[:, 1])
+    return MetricColumns(np.stack([logprobs, sizes], 1), lambda sums: sums[:, 0] / sums[:, 1])
 
 
 @METRICS.row("score", needs="scores")
-def score(outcomes: Outcomes) -> Columns:
+def score(outcomes: Outcomes) -> MetricColumns:
     """Mean score of the answers by a reward; in `rlhf compare`, with `reward`."""
     return mean_of(np.array(outcomes.scores, float))
 
 
 @METRICS.row("win_rate", needs="rival_scores", limits=(0, 1))
-def win_rate(outcomes: Outcomes) -> Columns:
+def win_rate(outcomes: Outcomes) -> MetricColumns:
     """How often an answer scores higher than the baseline's, a tie counting half; in `rlhf compare`, with `reward`."""
     gap = np.array(outcomes.scores, float) - np.array(outcomes.rival_scores, float)
     return mean_of(np.where(gap == 0, 0.5, gap > 0))
@@ -219,15 +219,15 @@ def _same(prediction: str | None, reference: str, how: Normalise) -> bool:
     return prediction is not None and normalised(prediction, how) == normalised(reference, how)
 
 
-def fraction_of(right: Sequence[bool]) -> Columns:
+def fraction_of(right: Sequence[bool]) -> MetricColumns:
     """The columns of a fraction of records that are right."""
     values = np.array(right, float)
-    return Columns(values[:, None], lambda sums: sums[:, 0] / len(values), is_fraction=True)
+    return MetricColumns(values[:, None], lambda sums: sums[:, 0] / len(values), is_fraction=True)
 
 
-def mean_of(values: np.ndarray) -> Columns:
+def mean_of(values: np.ndarray) -> MetricColumns:
     """The columns of a mean over records."""
-    return Columns(values[:, None], lambda sums: sums[:, 0] / len(values))
+    return MetricColumns(values[:, None], lambda sums: sums[:, 0] / len(values))
 
 
 def _label_numbers(outcomes: Outcomes, how: Normalise) -> tuple[np.ndarray, np.ndarray]:

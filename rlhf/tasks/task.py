@@ -18,7 +18,7 @@ from rlhf.data.selection import chosen_records
 from rlhf.data.store import Dataset, open_dataset
 from rlhf.tasks.answers import AnswerPattern, Normalise, normalised
 from rlhf.tasks.config import TaskConfig
-from rlhf.tasks.metrics import METRICS, Measured, Outcomes, measure, needs
+from rlhf.tasks.metrics import METRICS, MetricValue, Outcomes, measure, needs
 
 MOST_LABELS = 100
 """More different answers than this are not taken for labels, unless they are listed."""
@@ -69,7 +69,7 @@ class Task:
     rejected: dict[str, int] = field(default_factory=dict)
     """Reason -> number of records that cannot be measured."""
 
-    def measure(self, outcomes: Outcomes, seed: int = 0) -> list[Measured]:
+    def measure(self, outcomes: Outcomes, seed: int = 0) -> list[MetricValue]:
         """All metrics that the outcomes allow: those of log-probs need `logprobs`, the others `predictions`."""
         return [
             measure(metric, outcomes, seed) for metric in self.metrics
