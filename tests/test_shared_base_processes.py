@@ -18,7 +18,7 @@ pytestmark = pytest.mark.slow
 def write(folder, *args, **changes):
     """A config file for a run in the folder."""
     folder.mkdir(exist_ok=True)
-    more = {"timeout_seconds": 240, "updates": 3, **changes}
+    more = {"timeout_seconds": 240, "updates": 2, **changes}
     (folder / "ppo.yaml").write_text(yaml.safe_dump(values_of(folder / "run", *args, **more)))
     return folder / "ppo.yaml"
 
