@@ -193,7 +193,7 @@ def stories(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     for seed in args.seeds:
         folder = args.out / f"stories-{seed}"
         folder.mkdir(parents=True, exist_ok=True)
-        values = story_config(args.shared, folder, updates=20).model_dump(mode="json")
+        values = story_config(args.shared, folder, updates=20, rate=3e-4).model_dump(mode="json")
         values |= {
             "seed": seed,
             "guard": {"perturb": {"every": 2}},

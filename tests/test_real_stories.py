@@ -28,8 +28,8 @@ def write_openings(shared: Path, folder: Path) -> str:
     return str(folder / "openings")
 
 
-def story_config(shared: Path, folder: Path, updates: int) -> PPOConfig:
-    """64 episodes of up to 64 tokens an update, 4 epochs, learning rate 4e-4, KL coefficient 0.05.
+def story_config(shared: Path, folder: Path, updates: int, rate: float = 4e-4) -> PPOConfig:
+    """64 episodes of up to 64 tokens an update, 4 epochs, KL coefficient 0.05.
 
     Seeds differ widely in when the reward takes off: at 96 tokens and 3e-4, 0.60 was first reached at updates 11 to 22.
     """
@@ -43,7 +43,7 @@ def story_config(shared: Path, folder: Path, updates: int) -> PPOConfig:
         "rollout": {"prompts_per_update": 64, "max_new_tokens": 64, "temperature": 0.7},
         "kl": {"controller": {"name": "fixed", "coef": 0.05}},
         "batch": {"epochs": 4, "minibatches": 4},
-        "optimizer": {"policy_lr": 4e-4, "critic_lr": 4e-4, "schedule": "linear"},
+        "optimizer": {"policy_lr": rate, "critic_lr": rate, "schedule": "linear"},
         "eval": {"every": updates, "prompts": 64},
         "checkpoints": {"every": updates},
     }
