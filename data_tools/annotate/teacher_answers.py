@@ -1,4 +1,4 @@
-"""Which answers of a teacher are of no use: cut off, empty, refusing, repeating. Reasons are counted by their words."""
+"""Which answers of a teacher are unusable: cut off, empty, refusing, repeating. Reasons are counted by their words."""
 
 from __future__ import annotations
 

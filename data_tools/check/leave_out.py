@@ -34,7 +34,7 @@ class Effect:
     name: str
     rankings: int
     accuracy: float
-    """Of the model with everybody's rankings, on held-out pairs that others ranked."""
+    """Of the model with all rankings, on held-out pairs that others ranked."""
     gain: Estimate
     """That accuracy minus the accuracy without the annotator."""
     gain_over_others: Estimate
@@ -59,7 +59,7 @@ class _Pairs:
 
 
 def leave_out(path: str | Path, most: int = 20) -> dict[str, Any]:
-    """Train the model of `bag_of_words` with everybody's rankings, without each annotator's, and without as many random
+    """Train the model of `bag_of_words` with all rankings, without each annotator's, and without as many random
     rankings of others, in five folds that keep a prompt together; compare them on held-out pairs that others ranked.
 
     Intervals are 95 % percentile intervals of a paired bootstrap over prompts (Efron 1979): both models are judged on

@@ -1,4 +1,4 @@
-"""Tasks as a teacher reads and writes them, and which of them are of no use."""
+"""Tasks as a teacher reads and writes them, and which of them are unusable."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ def parse(text: str, cut_off: bool) -> list[GrownTask]:
 
 
 def fault(task: GrownTask) -> BadRecord | None:
-    """Why a task is of no use, by the rules of Self-Instruct (Wang et al. 2023, appendix A.1) and Alpaca; else None."""
+    """Why a task is unusable, by the rules of Self-Instruct (Wang et al. 2023, appendix A.1) and Alpaca; else None."""
     words = task.instruction.split()
     if not words:
         return BadRecord("the instruction is empty", remedy=_OTHER)

@@ -106,7 +106,7 @@ class VoteBook:
             raise UserError(f"{self._journal.path}: belongs to other candidates", why, remedy)
 
     def _check_rankings(self) -> None:
-        """Refuse rankings that somebody has edited: they would be replaced. A crash may leave half a line last."""
+        """Refuse rankings that someone has edited: they would be replaced. A crash may leave half a line last."""
         lines = self.out.read_bytes().splitlines(keepends=True) if self.out.exists() else []
         for number, line in enumerate(lines, 1):
             if line not in self._made and line.endswith(b"\n"):

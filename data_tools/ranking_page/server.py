@@ -59,7 +59,7 @@ class Desk:
     def join(self, annotator: str, request: dict[str, Any]) -> HttpReply:
         """Somebody starts or comes back.
 
-        `shared` says that another tab has joined under the same name; `namesake` is the name of somebody who has
+        `shared` says that another tab has joined under the same name; `namesake` is the name of someone who has
         voted, if this one differs from it in capitals alone, as phones make them, and has not.
         """
         tabs = self._tabs.setdefault(annotator, set())
@@ -186,7 +186,7 @@ def show(summary: dict[str, Any]) -> None:
     """Print a summary of `VoteBook`."""
     rows = [[name, *counts.values()] for name, counts in summary["annotators"].items()]
     if not rows:
-        console.say("no vote yet; the same command goes on")
+        console.say("no vote yet; the same command continues")
         return
     console.table("votes", ["annotator", "ranked", "cannot tell", "skipped"], rows)
     spread = ", ".join(f"{items:,} with {count}" for count, items in summary["rankings"].items())

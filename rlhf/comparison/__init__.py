@@ -1,1 +1,1 @@
-"""Ways to put a model to work, side by side on the user's own tasks."""
+"""Prompting, tuning, DPO and PPO, side by side on the user's own tasks."""

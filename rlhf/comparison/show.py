@@ -79,8 +79,8 @@ def amount(value: float) -> str:
 
 LEGEND = (
     "seeds: how many, and the standard deviation of the quality between them; - for a way that was measured once, "
-    "whose interval is over records alone. trained: parameters. stored: what the task needs besides the base. "
-    "training: time of the steps alone. memory: the highest of a training process. prompt: mean tokens of a request, "
+    "whose interval is over records only. trained: parameters. stored: what the task needs besides the base. "
+    "training: time of the steps only. memory: the highest of a training process. prompt: mean tokens of a request, "
     "with examples and virtual tokens. latency: the median of requests that are made alone."
 )
 """What the columns are."""

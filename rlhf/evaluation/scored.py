@@ -51,7 +51,7 @@ class AnswerScorer:
     """What is evaluated: anything that gives answers scores.
 
     Args:
-        name: What messages call it.
+        name: Its name in messages.
         answers: (prompts, answers), one prompt for each answer -> their scores; None where one cannot be scored.
     """
 
@@ -130,7 +130,7 @@ def is_single_model(spec: str) -> bool:
     """Whether a reward source is one model, which may be a policy, and not a function or an ensemble.
 
     Raises:
-        UserError: It is no reward source.
+        UserError: It is not a reward source.
     """
     return read_source(spec).name == "model"
 

@@ -1,5 +1,5 @@
-"""The reward sources that only look on during PPO, the range of scores that a reward model knows, and what is measured
-of completions themselves."""
+"""Observers: reward sources that score rollouts without training the policy; a reward model's own score range, and what
+the guard measures of completions."""
 
 from __future__ import annotations
 

@@ -25,7 +25,7 @@ class Spec:
 
     title: str
     metrics: Mapping[str, str]
-    """Metric -> what the legend calls it."""
+    """Metric -> its name in the legend."""
     about: str
     """What is good, in a few words."""
     percent: bool = False
@@ -37,7 +37,7 @@ _LOSS = Spec(
 )  # fmt: skip
 _GRADIENT = Spec("Gradient norm", {"optimizer/grad_norm": "before clipping"}, "Steady; spikes are single odd batches.")
 _ORDERED = Spec(
-    "Held-out pairs ordered right", {"eval/accuracy": "held out"},
+    "Held-out pairwise accuracy", {"eval/accuracy": "held out"},
     "A coin gets 50%; the annotators' own agreement sets a ceiling.", percent=True,
 )  # fmt: skip
 _LOG_LOSS = Spec(

@@ -15,7 +15,7 @@ from rlhf.report.gather import RunRecord
 MOST = 3
 """Evaluations that are drawn of a run; the newest by name."""
 OTHER = (KeyError, TypeError, ValueError, IndexError, AttributeError)
-"""What reading a file raises that is no evaluation, or one without the part."""
+"""Errors of reading a file that is not an evaluation, or lacks the part."""
 
 
 def evaluations(run: RunRecord, name: str) -> list[dict[str, Any]]:

@@ -78,7 +78,7 @@ def reward_rows(found: Mapping[str, Any]) -> list[tuple[str, str, str]]:
         ("Pairs ordered as people did", _with_interval(found, "accuracy"), "50% is guessing"),
         ("Always the longer answer", _percent(found, "longer_accuracy"), "the model must beat this"),
         ("Annotators agree with each other", _percent(found, "annotator_agreement"), "measured by rlhf data check"),
-        ("Most that anyone can reach", _with_interval(found, "ceiling"), "follows from their agreement"),
+        ("Ceiling of accuracy", _with_interval(found, "ceiling"), "follows from their agreement"),
         ("Best answer found", _percent(found, "top1_accuracy"), "of a whole ranking"),
         ("Kendall's tau-b", _number(found, "kendall_tau_b"), "1 is the annotators' order, 0 is chance"),
         ("Log loss", _number(found, "log_loss"), "0.693 is guessing; lower is better"),

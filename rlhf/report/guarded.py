@@ -32,7 +32,7 @@ class ShownGuard:
 
 
 def guarded(subject: Subject, number: int) -> ShownGuard | None:
-    """What the guard said of a subject's PPO run; None without alarms and gold reward.
+    """The guard's alarms in a subject's PPO run; None without alarms and gold reward.
 
     `number` is the subject's place on the page.
     """

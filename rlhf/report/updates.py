@@ -1,4 +1,4 @@
-"""A recorded PPO update on the page: computed once more, and its best and worst episodes token by token."""
+"""A recorded PPO update on the page: recomputed, and its best and worst episodes token by token."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`rlhf report --watch`: the page served on this machine alone, drawn again as the runs go on."""
+"""`rlhf report --watch`: the page served on this machine alone, updated while the runs train."""
 
 from __future__ import annotations
 
