@@ -454,7 +454,7 @@ def test_a_kill_of_the_server_loses_no_acknowledged_vote_and_ctrl_c_ends_with_a_
 def test_a_summary_without_votes_names_no_file(candidates, items, capsys):
     with open_book(open_dataset(candidates), items, None) as book:
         show(book.summary())
-    assert capsys.readouterr().out == "no vote yet; the same command goes on\n"
+    assert capsys.readouterr().out == "no vote yet; the same command continues\n"
 
 
 # ---- the page as a file, and its result --------------------------------------------------------------------------
