@@ -119,4 +119,3 @@ def _spare_time() -> None:
     peak._predicted = lambda *_: "not in tests"  # type: ignore[assignment]
     os.fsync = lambda handle: None
     gc.freeze()
-    gc.set_threshold(10_000)

@@ -228,7 +228,9 @@ def kill_when(place: Path, moment: Callable[[], bool], *words: str) -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(2400)
 def test_one_command_runs_all_stages_skips_what_is_complete_and_goes_on_after_a_kill_in_each_stage(place):
-    words = ("pipeline", "--config", "all.yaml", f"sft.model.path={tiny.llama()}", "sft.checkpoints.every=1")
+    steps = ("sft.batch.max_steps=10", "reward.batch.max_steps=10", "ppo.updates=10")  # a while after a checkpoint
+    saved = tuple(f"{stage}.checkpoints.every=1" for stage in ("sft", "reward", "ppo"))
+    words = ("pipeline", "--config", "all.yaml", f"sft.model.path={tiny.llama()}", *steps, *saved)
     done = tiny.command(place, *words)
     assert done.returncode == 0, done.stdout
     assert (place / "out" / "model.safetensors").is_file()
@@ -246,9 +248,11 @@ def test_one_command_runs_all_stages_skips_what_is_complete_and_goes_on_after_a_
     kill_when(place, (place / "runs" / "sft" / "run.json").exists, *words)
     for stage in ("sft", "reward", "ppo"):
         kill_when(place, (place / "runs" / stage / "checkpoints").exists, *words)
+    infos = [json.loads((place / "runs" / stage / "run.json").read_text("utf-8")) for stage in ("sft", "reward", "ppo")]
+    complete = [info["status"] for info in infos].count("complete")  # 2, or 3 if the last kill came late
     done = rlhf(place, *words)  # as a user starts it, with stages in a Python of their own
     assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout.count("complete already") == 2 and (place / "out" / "model.safetensors").is_file()
+    assert done.stdout.count("complete already") == complete >= 2 and (place / "out" / "model.safetensors").is_file()
     after = json.loads((place / "runs/ppo/run.json").read_text("utf-8"))
     assert after["metrics"] == before["metrics"] and after["model_fingerprint"] == before["model_fingerprint"]
 
