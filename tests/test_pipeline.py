@@ -248,11 +248,9 @@ def test_one_command_runs_all_stages_skips_what_is_complete_and_goes_on_after_a_
     kill_when(place, (place / "runs" / "sft" / "run.json").exists, *words)
     for stage in ("sft", "reward", "ppo"):
         kill_when(place, (place / "runs" / stage / "checkpoints").exists, *words)
-    infos = [json.loads((place / "runs" / stage / "run.json").read_text("utf-8")) for stage in ("sft", "reward", "ppo")]
-    complete = [info["status"] for info in infos].count("complete")  # 2, or 3 if the last kill came late
     done = rlhf(place, *words)  # as a user starts it, with stages in a Python of their own
     assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout.count("complete already") == complete >= 2 and (place / "out" / "model.safetensors").is_file()
+    assert done.stdout.count("complete already") == 2 and (place / "out" / "model.safetensors").is_file()
     after = json.loads((place / "runs/ppo/run.json").read_text("utf-8"))
     assert after["metrics"] == before["metrics"] and after["model_fingerprint"] == before["model_fingerprint"]
 
