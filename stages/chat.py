@@ -15,7 +15,8 @@ from rlhf.core.errors import UserError, blame, nearest
 from rlhf.core.files import append_jsonl
 from rlhf.data.jsonl import to_dict
 from rlhf.data.schema import Demonstration, Message
-from rlhf.rollout.types import SamplingParams, stream_seed
+from rlhf.rollout.streams import stream_seed
+from rlhf.rollout.types import SamplingParams
 
 if TYPE_CHECKING:  # imports torch
     from rlhf.inference.policy import Policy

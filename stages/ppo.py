@@ -30,7 +30,7 @@ from rlhf.guard.perturbed import Perturber
 from rlhf.memory.peak import PeakMemory
 from rlhf.models.load import load_hf_config, sequence_limit
 from rlhf.ppo import kl
-from rlhf.ppo.batching import Minibatches, TokenRows, endless, permutation
+from rlhf.ppo.batching import Minibatches, TokenRows
 from rlhf.ppo.config import PPOConfig
 from rlhf.ppo.learner import Learner, PtxBatches
 from rlhf.ppo.metrics import Clock, PPOReporter, RunningMeanStd, experience_metrics
@@ -49,7 +49,8 @@ from rlhf.replay.tokens import token_records
 from rlhf.reward.sources import RewardContext, model_terms, own_chats
 from rlhf.rollout import samplers
 from rlhf.rollout.kv_cache import check_family
-from rlhf.rollout.types import Completion, SamplingParams, stream_seed
+from rlhf.rollout.streams import endless, permutation, stream_seed
+from rlhf.rollout.types import Completion, SamplingParams
 from rlhf.runs.parents import check_same_text, parent_facts, resolve_model_path, template_time
 from rlhf.runs.random_state import load_rng, save_rng, seed_everything
 from rlhf.runs.run import Run, data_facts, finish, open_run

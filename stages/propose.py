@@ -34,7 +34,7 @@ from rlhf.core.errors import UserError
 from rlhf.data.schema import Proposal
 from rlhf.data.selection import chosen_records
 from rlhf.data.store import Dataset, open_dataset
-from rlhf.rollout.types import stream_seed
+from rlhf.rollout.streams import stream_seed
 from rlhf.runs.parents import parent_facts, resolve_model_path
 from rlhf.runs.run import stage_of
 

@@ -23,7 +23,8 @@ from rlhf.models.hidden_states import is_encoder_decoder, predicting_states
 from rlhf.models.logprobs import TokenPredictions, head_chunks, token_predictions
 from rlhf.models.vocabulary import token_count
 from rlhf.rollout.samplers import hf
-from rlhf.rollout.types import SamplingParams, stream_seed
+from rlhf.rollout.streams import stream_seed
+from rlhf.rollout.types import SamplingParams
 from rlhf.runs.parents import parent_facts
 from rlhf.runs.run import data_facts, finish, open_run
 from rlhf.sft.batches import (

@@ -8,9 +8,10 @@ import torch
 
 from rlhf import distributed
 from rlhf.models.logprobs import head_chunks
-from rlhf.ppo.batching import PASS_TOKENS, TokenRows, divide, endless, permutation
+from rlhf.ppo.batching import PASS_TOKENS, TokenRows, divide
 from rlhf.ppo.masked import unflatten
 from rlhf.ppo.types import Prompts, Rollout, gather_completions, gather_episodes, gather_tokens
+from rlhf.rollout.streams import endless, permutation
 from rlhf.rollout.types import Completion
 
 TOTALS = [10, 3, 7, 7, 2, 9, 4, 1, 30, 5]

@@ -9,7 +9,7 @@ import ppo_runs
 import pytest
 import torch
 
-from rlhf.ppo.batching import permutation
+from rlhf.rollout.streams import permutation
 from stages.ppo import EPOCH, PPO
 
 TEMPERATURE, KL, RATE, GAMMA_LAM, CLIP = 0.7, 0.05, 1e-3, 0.95, 0.2

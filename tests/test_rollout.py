@@ -16,7 +16,8 @@ from rlhf.models.load import load_policy
 from rlhf.rollout import kv_cache
 from rlhf.rollout.decoding import choose
 from rlhf.rollout.samplers import SAMPLERS, continuous_batching, hf
-from rlhf.rollout.types import Completion, SamplingParams, stream_seed
+from rlhf.rollout.streams import stream_seed
+from rlhf.rollout.types import Completion, SamplingParams
 
 
 @pytest.fixture(scope="module")

@@ -19,7 +19,8 @@ from rlhf.models.hidden_states import PACKED, switch
 from rlhf.models.load import load_policy
 from rlhf.ppo.losses import Importance
 from rlhf.rollout.samplers import continuous_batching, hf
-from rlhf.rollout.types import SamplingParams, stream_seed
+from rlhf.rollout.streams import stream_seed
+from rlhf.rollout.types import SamplingParams
 from rlhf.tuning.merging import merged_weights
 from rlhf.tuning.methods import TUNING
 from stages.ppo import PPO, run

@@ -27,7 +27,8 @@ from rlhf.models.vocabulary import mask_unknown_ids, token_count
 from rlhf.ppo.learner import Learner
 from rlhf.rollout import vllm, vllm_client
 from rlhf.rollout.samplers import SAMPLERS, hf, start
-from rlhf.rollout.types import SamplingParams, stream_seed
+from rlhf.rollout.streams import stream_seed
+from rlhf.rollout.types import SamplingParams
 from rlhf.runs.random_state import rng_state
 from rlhf.tuning.methods import TUNING
 from stages.ppo import PPO, run

@@ -22,7 +22,8 @@ from rlhf.inference.task_adapters import RoutedPrompts
 from rlhf.models.hidden_states import causal_lm, is_encoder_decoder
 from rlhf.rollout.kv_cache import joinable
 from rlhf.rollout.samplers import hf
-from rlhf.rollout.types import Completion, SamplingParams, stream_seed
+from rlhf.rollout.streams import stream_seed
+from rlhf.rollout.types import Completion, SamplingParams
 
 BATCHES_AT_ONCE = 8
 """Batches that are given to the sampler at once, so that waiting prompts enter the slots of finished completions."""

@@ -11,7 +11,8 @@ from rlhf.core.console import progress
 from rlhf.core.errors import UserError
 from rlhf.data.schema import Prompt
 from rlhf.data.tool_turns import has_tools
-from rlhf.rollout.types import SamplingParams, stream_seed
+from rlhf.rollout.streams import stream_seed
+from rlhf.rollout.types import SamplingParams
 from rlhf.runs.model_folder import fingerprint
 from rlhf.runs.parents import parent_facts
 from rlhf.servers.cache import ReplyCache

@@ -15,7 +15,6 @@ from rlhf import distributed
 from rlhf.core.console import say
 from rlhf.core.errors import UserError
 from rlhf.ppo.types import MicroBatch, Rollout
-from rlhf.rollout.types import stream_seed
 
 PASS_TOKENS = {"cpu": 128, "cuda": 1024}
 """Fixed cost of one forward and backward pass (mostly kernel launches), as a number of tokens."""
@@ -194,26 +193,6 @@ class TokenBudget:
         """Restore `vars` of a checkpoint's budget, unless the run now has another `batch.micro_batch_tokens`."""
         if state is not None and state["configured"] == self.configured:
             self.halvings = state["halvings"]
-
-
-# ---- random orders -------------------------------------------------------------------------------------------------
-
-
-def permutation(count: int, *seed: int) -> list[int]:
-    """A random order of 0..count-1, determined by the seed parts."""
-    generator = torch.Generator().manual_seed(stream_seed(*seed))
-    return torch.randperm(count, generator=generator).tolist()
-
-
-def endless(count: int, first: int, number: int, *seed: int) -> list[int]:
-    """Elements `first`, `first + 1`, ... of repeated passes through 0..count-1, reshuffled for each pass.
-
-    The arguments determine them, so the position in the data needs no saved state.
-    """
-    passes = range(first // count, (first + number - 1) // count + 1)
-    order = [row for turn in passes for row in permutation(count, *seed, turn)]
-    start = first - passes.start * count
-    return order[start : start + number]
 
 
 # ---- division among ranks and micro-batches ------------------------------------------------------------------------

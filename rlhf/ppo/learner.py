@@ -13,10 +13,11 @@ from torch import Tensor
 from rlhf import distributed
 from rlhf.core.errors import UserError
 from rlhf.ppo.advantages import Advantages
-from rlhf.ppo.batching import Minibatch, Minibatches, RankBatches, TokenBudget, TokenRows, endless
+from rlhf.ppo.batching import Minibatch, Minibatches, RankBatches, TokenBudget, TokenRows
 from rlhf.ppo.config import PPOConfig
 from rlhf.ppo.losses import policy_loss, value_loss
 from rlhf.ppo.types import Experience, MicroBatch
+from rlhf.rollout.streams import endless
 from rlhf.training.engine import Engine
 from rlhf.training.out_of_memory import passes_that_fit
 

@@ -30,7 +30,7 @@ from rlhf.core.files import append_jsonl, write_json, write_text
 from rlhf.data.schema import Demonstration
 from rlhf.prompting.proposals import Proposer, from_examples, instruction_in, reword
 from rlhf.prompting.ways import Prompting
-from rlhf.rollout.types import stream_seed
+from rlhf.rollout.streams import stream_seed
 from rlhf.tasks.answers import normalised
 from rlhf.tasks.metrics import MetricValue
 from rlhf.tasks.task import Task

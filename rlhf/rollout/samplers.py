@@ -15,7 +15,8 @@ from pydantic import BeforeValidator, Field
 from rlhf.core.errors import UserError
 from rlhf.core.lazy import lazy, torch, transformers
 from rlhf.core.table import Pick, Table
-from rlhf.rollout.types import Completion, SamplingParams, stream_seed
+from rlhf.rollout.streams import stream_seed
+from rlhf.rollout.types import Completion, SamplingParams
 
 if TYPE_CHECKING:
     from rlhf.data import chat_tokenizer

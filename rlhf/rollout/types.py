@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from rlhf.core.lazy import np
-
 
 @dataclass(frozen=True)
 class SamplingParams:
@@ -40,10 +38,3 @@ class Completion:
     logprobs: list[float] | None = None
     """The sampler's log-prob of each token at the sampling temperature, in nats, under the whole distribution. None if
     the sampler reports none: `hf` unless asked to, others for a truncated one (see `SamplingParams.plain`)."""
-
-
-def stream_seed(*parts: int) -> int:
-    """A 63-bit seed from non-negative parts (run seed, purpose, update, episode, ...), mixed by SeedSequence."""
-    # `spawn_key` pads the first part, so that (1,) and (1, 0) differ
-    sequence = np.random.SeedSequence(parts[0], spawn_key=parts[1:])
-    return int(sequence.generate_state(1, np.uint64)[0]) >> 1
