@@ -8,9 +8,8 @@ import typer
 
 from data_tools.aggregate import dataset as aggregating
 from data_tools.aggregate.methods import AGGREGATORS
-from data_tools.commands.common import DatasetPath, Json, Out, Overwrite
+from data_tools.commands.common import DatasetPath, Json, Out, Overwrite, report
 from data_tools.importers.run import read_options
-from rlhf.core.console import print_json
 
 METHODS = "; ".join(
     f"{row.name} ({', '.join(row.options.model_fields) or 'no options'}): {row.summary.rstrip('.')}"
@@ -20,16 +19,17 @@ METHODS = "; ".join(
 
 def aggregate_command(
     path: DatasetPath,
+    *,
     out: Out,
     method: Annotated[str, typer.Option(help=METHODS)],
-    option: Annotated[
-        list[str] | None, typer.Option(metavar="NAME=VALUE", help="An option of the method; may be repeated.")
-    ] = None,
+    option: list[str] | None = None,
     overwrite: Overwrite = False,
     as_json: Json = False,
 ) -> None:
-    """Merge several annotators' rankings of a prompt into one, with a confidence as its weight."""
+    """Merge several annotators' rankings of a prompt into one, with a confidence as its weight.
+
+    Args:
+        option (NAME=VALUE): An option of the method; may be repeated.
+    """
     summary = aggregating.aggregate_dataset(path, out, method, read_options(None, option or ()), overwrite)
-    aggregating.show(summary)
-    if as_json:
-        print_json(summary)
+    report(summary, aggregating.show, as_json)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import typer
 
@@ -13,34 +13,33 @@ from data_tools.check.report import check
 from data_tools.check.show import show, show_rules
 from data_tools.commands.common import DatasetPath, Json
 from rlhf.core import console
-from rlhf.core.console import print_json
 from rlhf.core.files import check_writable
-from rlhf.core.lazy_group import OPTIONS
+from rlhf.core.lazy_group import command_app
 from rlhf.data.store import open_dataset
 
-RULES = "Exit with status 1 if this holds of a metric: 'agreement<0.6', 'random-annotators>0'; may be repeated."
 METRICS_HELP = "\b\nMetrics (fractions from 0 to 1):\n" + "\n".join(f"  {row.name}: {row.summary}" for row in METRICS)
 
-app = typer.Typer(**OPTIONS)
 
-
-@app.command(epilog=METRICS_HELP)
 def check_command(
     path: DatasetPath,
-    against: Annotated[
-        list[Path] | None,
-        typer.Option(metavar="EVALSET", help="A dataset whose prompts must not be in this one; may be repeated."),
-    ] = None,
-    html: Annotated[Path | None, typer.Option(metavar="PAGE", help="Write a page with plots and examples.")] = None,
-    no_near: Annotated[bool, typer.Option("--no-near", help="Skip the (slow) search for near-duplicates.")] = False,
-    model: Annotated[
-        str | None,
-        typer.Option(metavar="RUN|MODEL", help="Also find the records that this model's chat template refuses."),
-    ] = None,
-    fail_on: Annotated[list[str] | None, typer.Option(metavar="RULE", help=RULES)] = None,
+    *,
+    against: list[Path] | None = None,
+    html: Path | None = None,
+    no_near: bool = False,
+    model: str | None = None,
+    fail_on: list[str] | None = None,
     as_json: Json = False,
 ) -> None:
-    """Measure duplicates, leaks, contradictions, biases, agreement and annotators, with intervals and a verdict."""
+    """Measure duplicates, leaks, contradictions, biases, agreement and annotators, with intervals and a verdict.
+
+    Args:
+        against (EVALSET): A dataset whose prompts must not be in this one; may be repeated.
+        html (PAGE): Write a page with plots and examples.
+        no_near: Skip the (slow) search for near-duplicates.
+        model (RUN|MODEL): Also find the records that this model's chat template refuses.
+        fail_on (RULE): Exit with status 1 if this holds of a metric: 'agreement<0.6', 'random-annotators>0'; may be
+            repeated.
+    """
     check_writable(html, "--html")
     report = check(path, against=against or (), near=not no_near, fail_on=fail_on or ())
     show(report)
@@ -52,7 +51,7 @@ def check_command(
         console.say("--html PAGE writes this with plots and examples")
     show_rules(report)
     if as_json:
-        print_json(report.as_dict() | found)
+        console.print_json(report.as_dict() | found)
     if report.fired:
         raise typer.Exit(1)
 
@@ -65,3 +64,7 @@ def _against_template(path: Path, model: str) -> dict[str, Any]:
     check.add(open_dataset(path).records(), str(path))
     console.say(f"chat template of {model}: {check.describe()}")
     return {"chat_template": check.as_dict()}
+
+
+app = command_app(check_command)
+app.registered_commands[0].epilog = METRICS_HELP

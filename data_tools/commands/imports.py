@@ -24,26 +24,28 @@ FORMAT = f"{AUTO}, or: {', '.join(row.name for row in IMPORTERS)}. `rlhf data fo
 
 def import_command(
     importer: Annotated[str, typer.Argument(metavar="FORMAT", help=FORMAT)],
-    paths: Annotated[list[str], typer.Argument(metavar="PATH", help="Files, folders, or quoted glob patterns.")],
+    paths: list[str],
+    *,
     out: Out,
-    option: Annotated[
-        list[str] | None,
-        typer.Option(metavar="NAME=VALUE", help="An option of the format, such as a column; may be repeated."),
-    ] = None,
-    options: Annotated[
-        Path | None, typer.Option(help="A YAML file of such options; a dataset's import.yaml repeats its import.")
-    ] = None,
-    split_name: Annotated[str | None, typer.Option(help="Put every record in this split: train, eval or test.")] = None,
-    source: Annotated[str | None, typer.Option(help="Give every record this source.")] = None,
-    ignore: Annotated[
-        list[str] | None,
-        typer.Option(metavar="FIELD", help="A field of the rows that does not matter; may be repeated."),
-    ] = None,
+    option: list[str] | None = None,
+    options: Path | None = None,
+    split_name: str | None = None,
+    source: str | None = None,
+    ignore: list[str] | None = None,
     strict: Strict = False,
     overwrite: Overwrite = False,
     as_json: Json = False,
 ) -> None:
-    """Import files of one format into a dataset. Rows that cannot be used go to OUT/rejected.jsonl with the reason."""
+    """Import files of one format into a dataset. Rows that cannot be used go to OUT/rejected.jsonl with the reason.
+
+    Args:
+        paths (PATH): Files, folders, or quoted glob patterns.
+        option (NAME=VALUE): An option of the format, such as a column; may be repeated.
+        options: A YAML file of such options; a dataset's import.yaml repeats its import.
+        split_name: Put every record in this split: train, eval or test.
+        source: Give every record this source.
+        ignore (FIELD): A field of the rows that does not matter; may be repeated.
+    """
     given = read_options(options, option or ())
     gathered = Accumulator()
     with unusable_shown(as_json):
@@ -57,11 +59,12 @@ def import_command(
         print_json(summary.as_dict())
 
 
-def formats_command(
-    name: Annotated[str | None, typer.Argument(metavar="[FORMAT]", help="Show everything about this format.")] = None,
-    as_json: Json = False,
-) -> None:
-    """List the formats that `import` reads, with a line and a sample each; or show one in full."""
+def formats_command(name: str | None = None, *, as_json: Json = False) -> None:
+    """List the formats that `import` reads, with a line and a sample each; or show one in full.
+
+    Args:
+        name ([FORMAT]): Show everything about this format.
+    """
     try:
         rows = list(IMPORTERS) if name is None else [IMPORTERS[name]]
     except ValueError as error:

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from data_tools.commands.common import DatasetPath, Json, Out, Overwrite
+from data_tools.commands.common import DatasetPath, Json, Out, Overwrite, report
 from data_tools.curate import dedup as deduping
 from data_tools.curate import filter as filtering
 from data_tools.curate import lineage as tracing
@@ -16,7 +16,6 @@ from data_tools.curate import splits as splitting
 from data_tools.curate import stats as counting
 from data_tools.curate import validate as validating
 from rlhf.core import console
-from rlhf.core.console import print_json
 
 Near = Annotated[
     float | None,
@@ -24,77 +23,85 @@ Near = Annotated[
 ]
 
 
-def validate_command(path: DatasetPath, as_json: Json = False) -> None:
+def validate_command(path: DatasetPath, *, as_json: Json = False) -> None:
     """Check every row, stored id and shard of a dataset. Exit status 1 if anything is bad."""
     summary = validating.validate(path, on_fault=console.say)
-    validating.show(summary)
-    if as_json:
-        print_json(summary)
+    report(summary, validating.show, as_json)
     if not summary["ok"]:
         raise typer.Exit(1)
 
 
 def filter_command(
     path: DatasetPath,
+    *,
     out: Out,
-    where: Annotated[
-        str | None, typer.Option(metavar="EXPR", help="Keep the records for which this is true, such as 'k > 2'.")
-    ] = None,
-    tokenizer: Annotated[str | None, typer.Option(help="A model's folder, whose tokenizer counts tokens.")] = None,
-    min_tokens: Annotated[int | None, typer.Option(help="Fewest tokens of the prompt with the longest answer.")] = None,
-    max_tokens: Annotated[int | None, typer.Option(help="Most tokens of the prompt with the longest answer.")] = None,
+    where: str | None = None,
+    tokenizer: str | None = None,
+    min_tokens: int | None = None,
+    max_tokens: int | None = None,
     overwrite: Overwrite = False,
     as_json: Json = False,
 ) -> None:
-    """Keep the records for which an expression is true, or whose length is within limits."""
+    """Keep the records for which an expression is true, or whose length is within limits.
+
+    Args:
+        where (EXPR): Keep the records for which this is true, such as 'k > 2'.
+        tokenizer: A model's folder, whose tokenizer counts tokens.
+        min_tokens: Fewest tokens of the prompt with the longest answer.
+        max_tokens: Most tokens of the prompt with the longest answer.
+    """
     summary = filtering.filter_dataset(
         path, out, where=where, tokenizer=tokenizer, min_tokens=min_tokens, max_tokens=max_tokens, overwrite=overwrite
     )
-    filtering.show(summary)
-    if as_json:
-        print_json(summary)
+    report(summary, filtering.show, as_json)
 
 
 def dedup_command(
     path: DatasetPath,
+    *,
     out: Out,
-    by: Annotated[str, typer.Option(help="What duplicates share: record, prompt, or answers.")] = ("record"),
+    by: str = "record",
     near: Near = None,
-    keep: Annotated[str, typer.Option(help="Which duplicate stays: first, or best (highest weight).")] = "first",
-    against: Annotated[
-        list[Path] | None, typer.Option(metavar="DATASET", help="Leave out prompts that are in it; may be repeated.")
-    ] = None,
+    keep: str = "first",
+    against: list[Path] | None = None,
     overwrite: Overwrite = False,
     as_json: Json = False,
 ) -> None:
-    """Keep one record of each group of duplicates, and no prompt of an evaluation set."""
+    """Keep one record of each group of duplicates, and no prompt of an evaluation set.
+
+    Args:
+        by: What duplicates share: record, prompt, or answers.
+        keep: Which duplicate stays: first, or best (highest weight).
+        against (DATASET): Leave out prompts that are in it; may be repeated.
+    """
     summary = deduping.dedup_dataset(path, out, by=by, near=near, keep=keep, against=against or (), overwrite=overwrite)
-    deduping.show(summary)
-    if as_json:
-        print_json(summary)
+    report(summary, deduping.show, as_json)
 
 
 def split_command(
     path: DatasetPath,
+    *,
     out: Out,
-    by: Annotated[str, typer.Option(help="What is kept in one split: prompt or group.")] = "prompt",
-    fractions: Annotated[
-        str | None, typer.Option(help="Fractions, by default train=0.8,eval=0.1,test=0.1; with --hold-out train=1.")
-    ] = None,
-    hold_out: Annotated[
-        list[str] | None, typer.Option(metavar="GROUP", help="A group for eval, with --by group; may be repeated.")
-    ] = None,
-    seed: Annotated[int, typer.Option(help="Datasets that are used together need the same seed.")] = 0,
+    by: str = "prompt",
+    fractions: str | None = None,
+    hold_out: list[str] | None = None,
+    seed: int = 0,
     near: Near = None,
-    together: Annotated[
-        list[Path] | None,
-        typer.Option("--with", metavar="DATASET", help="A dataset used with this one, for --near; may be repeated."),
-    ] = None,
-    allow_empty: Annotated[bool, typer.Option("--allow-empty", help="Accept a split without records.")] = False,
+    together: Annotated[list[Path] | None, typer.Option("--with")] = None,
+    allow_empty: bool = False,
     overwrite: Overwrite = False,
     as_json: Json = False,
 ) -> None:
-    """Write a copy with every record in a split: the same prompt is in the same split in every dataset."""
+    """Write a copy with every record in a split: the same prompt is in the same split in every dataset.
+
+    Args:
+        by: What is kept in one split: prompt or group.
+        fractions: Fractions, by default train=0.8,eval=0.1,test=0.1; with --hold-out train=1.
+        hold_out (GROUP): A group for eval, with --by group; may be repeated.
+        seed: Datasets that are used together need the same seed.
+        together (DATASET): A dataset used with this one, for --near; may be repeated.
+        allow_empty: Accept a split without records.
+    """
     summary = splitting.split_dataset(
         path,
         out,
@@ -107,46 +114,40 @@ def split_command(
         allow_empty=allow_empty,
         overwrite=overwrite,
     )
-    splitting.show(summary)
-    if as_json:
-        print_json(summary)
+    report(summary, splitting.show, as_json)
 
 
 def mix_command(
-    parts: Annotated[list[str], typer.Argument(metavar="DATASET[=WEIGHT]", help="Datasets of one kind.")],
+    parts: list[str],
+    *,
     out: Out,
-    cap: Annotated[
-        list[str] | None,
-        typer.Option(metavar="DATASET=COUNT", help="Most records of a dataset; may be repeated."),
-    ] = None,
-    size: Annotated[
-        int | None, typer.Option(help="Records in the result; default: all that the weights allow.")
-    ] = None,
-    seed: Annotated[int, typer.Option(help="Seed of the sample.")] = 0,
+    cap: list[str] | None = None,
+    size: int | None = None,
+    seed: int = 0,
     overwrite: Overwrite = False,
     as_json: Json = False,
 ) -> None:
-    """Sample several datasets into one, by weights and caps. No record is repeated."""
+    """Sample several datasets into one, by weights and caps. No record is repeated.
+
+    Args:
+        parts (DATASET[=WEIGHT]): Datasets of one kind.
+        cap (DATASET=COUNT): Most records of a dataset; may be repeated.
+        size: Records in the result; default: all that the weights allow.
+        seed: Seed of the sample.
+    """
     summary = mixing.mix_datasets(parts, out, caps=cap or (), size=size, seed=seed, overwrite=overwrite)
-    mixing.show(summary)
-    if as_json:
-        print_json(summary)
+    report(summary, mixing.show, as_json)
 
 
-def lineage_command(path: DatasetPath, as_json: Json = False) -> None:
+def lineage_command(path: DatasetPath, *, as_json: Json = False) -> None:
     """Show what a dataset was made from, and whether that is still there and unchanged."""
-    found = tracing.lineage(path)
-    tracing.show(found)
-    if as_json:
-        print_json(found)
+    report(tracing.lineage(path), tracing.show, as_json)
 
 
-def stats_command(
-    paths: Annotated[list[Path], typer.Argument(metavar="PATH", help="Datasets that are counted together.")],
-    as_json: Json = False,
-) -> None:
-    """Count what datasets hold: splits, sources, annotators, K, ties, lengths, duplicates, leaks between splits."""
-    found = counting.stats(paths)
-    counting.show(found)
-    if as_json:
-        print_json(found)
+def stats_command(paths: list[Path], *, as_json: Json = False) -> None:
+    """Count what datasets hold: splits, sources, annotators, K, ties, lengths, duplicates, leaks between splits.
+
+    Args:
+        paths (PATH): Datasets that are counted together.
+    """
+    report(counting.stats(paths), counting.show, as_json)

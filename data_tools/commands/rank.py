@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from data_tools.annotate import terminal
-from data_tools.commands.common import Json
+from data_tools.commands.common import Candidates, Json
 from data_tools.ranking_page import merge as merging
 from data_tools.ranking_page import server
 from data_tools.ranking_page.page import Settings, share
@@ -24,50 +24,35 @@ Mode = Enum("Mode", {name: name for name in MODES}, type=str)  # type: ignore[mi
 
 def rank_command(
     context: typer.Context,
-    candidates: Annotated[Path, typer.Argument(metavar="CANDIDATES", help="A dataset of proposals.")],
-    annotator: Annotated[
-        str | None,
-        typer.Option(metavar="NAME", help="Who ranks. Needed at the terminal; with --share, filled in on the page."),
-    ] = None,
-    out: Annotated[
-        Path | None,
-        typer.Option(
-            help="The JSONL file; by default, next to CANDIDATES, rankings-NAME.jsonl, or in a browser "
-            "rankings-web.jsonl."
-        ),
-    ] = None,
-    web: Annotated[bool, typer.Option("--web", help="Serve a page on this machine for any number of annotators.")] = (
-        False
-    ),
-    share_file: Annotated[
-        Path | None,
-        typer.Option("--share", metavar="FILE.html", help="Write the page as a file that works without a server."),
-    ] = None,
-    merge: Annotated[
-        list[Path] | None,
-        typer.Option(metavar="RESULT.json", help="Add what such a page has saved; may be repeated."),
-    ] = None,
-    replace: Annotated[
-        bool,
-        typer.Option(
-            "--replace", help="With --merge: also results that share prompts, and no vote, with what is there."
-        ),
-    ] = False,
-    mode: Annotated[
-        Mode, typer.Option(help="On the page: order all answers, or choose only the best and the worst.")
-    ] = Mode.rank,  # type: ignore[attr-defined]
-    per_item: Annotated[
-        int | None,
-        typer.Option(
-            min=1, metavar="N", help="With --web: rankings wanted of each prompt; by default, one by every annotator."
-        ),
-    ] = None,
-    seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="On the page: shuffles the answers.")] = 0,
-    port: Annotated[int, typer.Option(min=0, max=65535, help="With --web; 0 takes the last one, or any.")] = 0,
+    candidates: Candidates,
+    *,
+    annotator: str | None = None,
+    out: Path | None = None,
+    web: bool = False,
+    share_file: Annotated[Path | None, typer.Option("--share")] = None,
+    merge: list[Path] | None = None,
+    replace: bool = False,
+    mode: Mode = Mode.rank,  # type: ignore[attr-defined]
+    per_item: Annotated[int | None, typer.Option(min=1)] = None,
+    seed: Annotated[int, typer.Option(min=0, max=2**32 - 1)] = 0,
+    port: Annotated[int, typer.Option(min=0, max=65535)] = 0,
     as_json: Json = False,
 ) -> None:
     """Rank proposals at the terminal, or in a browser (--web, --share). Each ranking is saved at once; rerun to
-    continue."""
+    continue.
+
+    Args:
+        annotator (NAME): Who ranks. Needed at the terminal; with --share, filled in on the page.
+        out: The JSONL file; by default, next to CANDIDATES, rankings-NAME.jsonl, or in a browser rankings-web.jsonl.
+        web: Serve a page on this machine for any number of annotators.
+        share_file (FILE.html): Write the page as a file that works without a server.
+        merge (RESULT.json): Add what such a page has saved; may be repeated.
+        replace: With --merge: also results that share prompts, and no vote, with what is there.
+        mode: On the page: order all answers, or choose only the best and the worst.
+        per_item (N): With --web: rankings wanted of each prompt; by default, one by every annotator.
+        seed: On the page: shuffles the answers.
+        port: With --web; 0 takes the last one, or any.
+    """
     _check_ways(context, web=web, share=share_file is not None, merge=bool(merge))
     if merge:
         found = merging.merge(candidates, merge, out, replace)
