@@ -165,14 +165,7 @@ class DPOObjective(Objective[PreferenceBatch]):
     def scored(self, answers: list[tuple[list[float], list[int]]]) -> list[ScoredRanking]:
         """The held-out rankings with the implicit rewards of their answers, from their log-probs."""
         return [
-            ScoredRanking(
-                ranks=tuple(row["ranks"]),
-                scores=tuple(self.config.beta * (mine - base) for mine, base in zip(logprobs, row["reference"])),
-                lengths=tuple(row["characters"]),
-                source=row["source"],
-                annotator=row["annotator"],
-                group=row["group"],
-            )
+            ScoredRanking.of(row, (self.config.beta * (mine - base) for mine, base in zip(logprobs, row["reference"])))
             for row, (logprobs, _) in zip(self.held_out, answers)
         ]
 

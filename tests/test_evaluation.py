@@ -26,9 +26,10 @@ from rlhf.evaluation.benchmarks import STYLES, benchmark_of, levels, score_bench
 from rlhf.evaluation.calibration import calibration, fit_temperature, reliability
 from rlhf.evaluation.card import dataset_card
 from rlhf.evaluation.estimates import clustered_mean, fraction, holm, p_value
-from rlhf.evaluation.listwise import best_of_curve, listwise, tau_b
+from rlhf.evaluation.listwise import best_of_curve, listwise
 from rlhf.evaluation.scored import AnswerScorer, ScoredRecord, function_scorer, pairs_of
 from rlhf.evaluation.slices import slices
+from rlhf.reward.metrics import kendall_tau_b
 from rlhf.reward.perturbations import PERTURBATIONS, AnswerToChange, Variant, perturbed
 from stages.evaluate import command
 
@@ -193,7 +194,7 @@ def test_tau_b_is_scipys(seed: int) -> None:
     draw = random.Random(seed)
     ranks, scores = [1, 2, *(draw.randint(1, 3) for _ in range(5))], [draw.randint(0, 4) for _ in range(7)]
     peer = stats.kendalltau([-rank for rank in ranks], scores).statistic
-    assert tau_b(list(zip(ranks, scores))) == pytest.approx(peer)
+    assert kendall_tau_b([ranks], [scores]) == pytest.approx(peer)
 
 
 def test_the_best_of_k_and_its_regret_by_hand() -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import permutations
 from typing import Any
 
 import numpy as np
@@ -13,7 +12,7 @@ from sklearn.linear_model import LogisticRegression
 
 from rlhf.data.schema import Ranking
 from rlhf.evaluation.estimates import clustered_mean, fraction
-from rlhf.evaluation.scored import Pairs, ScoredRecord, pairs_of
+from rlhf.evaluation.scored import RecordPairs, ScoredRecord, pairs_of
 from rlhf.reward.metrics import credit
 
 MOST_RANKINGS = 5_000
@@ -25,7 +24,7 @@ WORDS = 20_000
 
 
 def baselines(
-    pairs: Pairs, scored: Sequence[ScoredRecord], train: Sequence[Ranking], seed: int = 0
+    pairs: RecordPairs, scored: Sequence[ScoredRecord], train: Sequence[Ranking], seed: int = 0
 ) -> list[dict[str, Any]]:
     """The accuracy of simple rules on the same pairs, and how far the model is ahead of each.
 
@@ -38,7 +37,7 @@ def baselines(
         rule's, as `clustered_mean` gives it, paired by prompt; for the bag of words also `trained_on` (rankings).
     """
     rules: list[tuple[str, np.ndarray, dict[str, Any]]] = []
-    rules.append(("longer answer", credit(pairs.lengths[:, 0] - pairs.lengths[:, 1]), {}))
+    rules.append(("longer answer", pairs.longer, {}))
     if pairs.first.all():
         rules.append(("shown first", credit(pairs.first), {}))
     train = [record for record in train if len(set(record.ranks)) > 1]
@@ -48,7 +47,7 @@ def baselines(
             ScoredRecord(one.record, tuple(None if s is None else w for s, w in zip(one.scores, found)))
             for one, found in zip(scored, words.score([one.record for one in scored]))
         ]
-        rules.append(("bag of words", credit(pairs_of(scores).gap), {"trained_on": words.trained_on}))
+        rules.append(("bag of words", pairs_of(scores).correct, {"trained_on": words.trained_on}))
     return [
         {
             "name": name, **fraction(right, pairs.prompt), **more,
@@ -73,7 +72,7 @@ class BagOfWords:
         self._counts = CountVectorizer(token_pattern=r"(?u)\w+|[^\w\s]", max_features=WORDS, min_df=2)
         features = self._features(self._counts.fit_transform, train)
         pairs = pairs_of([ScoredRecord(record, (0.0,) * len(record.candidates)) for record in train])
-        differences, prompts = _differences(features, train), np.unique(pairs.prompt)
+        differences, prompts = csr_matrix(features[pairs.better] - features[pairs.worse]), np.unique(pairs.prompt)
         held = np.isin(pairs.prompt, generator.permutation(prompts)[: max(1, len(prompts) // 5)])
         best = min(STRENGTHS, key=lambda strength: _loss(differences[held], _fit(differences[~held], strength)))
         self._weights = _fit(differences, best)
@@ -90,18 +89,6 @@ class BagOfWords:
             counts = csr_matrix((sum(len(record.candidates) for record in records), 1))
         found: csr_matrix = counts.astype(np.float64).log1p()
         return found
-
-
-def _differences(features: csr_matrix, records: Sequence[Ranking]) -> csr_matrix:
-    """Rows of the better minus the worse candidate, in the order of `pairs_of`."""
-    better, worse, start = [], [], 0
-    for record in records:
-        for (i, rank), (j, other) in permutations(enumerate(record.ranks), 2):
-            if rank < other:
-                better.append(start + i)
-                worse.append(start + j)
-        start += len(record.ranks)
-    return csr_matrix(features[better] - features[worse])
 
 
 def _fit(differences: csr_matrix, strength: float) -> np.ndarray:

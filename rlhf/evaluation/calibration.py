@@ -6,12 +6,11 @@ from typing import Any
 
 import numpy as np
 from scipy.optimize import minimize_scalar
-from scipy.special import expit
 
 from rlhf.core.intervals import percentile_interval
 from rlhf.evaluation.estimates import fraction
-from rlhf.evaluation.scored import Pairs
-from rlhf.reward.metrics import calibration_error, credit
+from rlhf.evaluation.scored import RecordPairs
+from rlhf.reward.metrics import calibration_error, confidence_bins
 
 BINS = 10
 REPLICATES = 200
@@ -19,7 +18,7 @@ LARGEST = 100.0
 """Temperatures are sought from 1 / LARGEST to LARGEST."""
 
 
-def calibration(pairs: Pairs, seed: int = 0) -> dict[str, Any]:
+def calibration(pairs: RecordPairs, seed: int = 0) -> dict[str, Any]:
     """How well sigmoid(score difference) is the probability that a candidate is the better one.
 
     The temperature T divides the scores (Guo et al. 2017, arXiv:1706.04599, section 4.2). It minimises the log loss of
@@ -72,7 +71,7 @@ def fit_temperature(gap: np.ndarray, weights: np.ndarray | None = None) -> float
     return float(np.exp(minimize_scalar(loss, bounds=(-bound, bound), method="bounded", options={"xatol": 1e-5}).x))
 
 
-def _interval(pairs: Pairs, seed: int) -> tuple[float, float]:
+def _interval(pairs: RecordPairs, seed: int) -> tuple[float, float]:
     """95% percentile interval of the temperature over bootstrap replicates of the prompts (Efron 1979)."""
     _, prompt = np.unique(pairs.prompt, return_inverse=True)
     generator, count = np.random.default_rng(seed), int(prompt.max()) + 1
@@ -83,19 +82,18 @@ def _interval(pairs: Pairs, seed: int) -> tuple[float, float]:
     return percentile_interval(np.array(found))
 
 
-def reliability(pairs: Pairs) -> list[dict[str, Any]]:
+def reliability(pairs: RecordPairs) -> list[dict[str, Any]]:
     """The pairs in ten equal bins of confidence sigmoid(|gap|), from 0.5 to 1; empty bins are left out.
 
     Returns:
         For each bin `from` and `to`, the mean `confidence`, and the accuracy as `fraction` gives it.
     """
-    confidence, correct = expit(np.abs(pairs.gap)), credit(pairs.gap)
-    index = np.minimum(((confidence - 0.5) * 2 * BINS).astype(np.int64), BINS - 1)
+    confidence, index = confidence_bins(pairs.gap, BINS)
     return [
         {
             "from": 0.5 + place / (2 * BINS), "to": 0.5 + (place + 1) / (2 * BINS),
             "confidence": float(confidence[index == place].mean()),
-            **fraction(correct[index == place], pairs.prompt[index == place]),
+            **fraction(pairs.correct[index == place], pairs.prompt[index == place]),
         }
         for place in np.unique(index).tolist()
     ]  # fmt: skip

@@ -6,8 +6,6 @@ from collections.abc import Sequence
 from itertools import combinations, islice
 from typing import Any
 
-import numpy as np
-
 from rlhf.core.errors import UserError
 from rlhf.data.encode_records import EncodingCounts
 from rlhf.data.schema import Ranking
@@ -18,7 +16,7 @@ from rlhf.evaluation.benchmarks import benchmark_of, score_benchmark
 from rlhf.evaluation.calibration import calibration
 from rlhf.evaluation.estimates import clustered_mean, fraction
 from rlhf.evaluation.listwise import listwise
-from rlhf.evaluation.scored import AnswerScorer, Pairs, ScoredRecord, pairs_of
+from rlhf.evaluation.scored import AnswerScorer, RecordPairs, ScoredRecord, pairs_of
 from rlhf.evaluation.slices import slices
 from rlhf.reward.agreement import Agreement
 
@@ -70,7 +68,7 @@ def dataset_card(
 
 
 def pair_facts(
-    pairs: Pairs, scored: Sequence[ScoredRecord], train: Sequence[Ranking], seed: int
+    pairs: RecordPairs, scored: Sequence[ScoredRecord], train: Sequence[Ranking], seed: int
 ) -> dict[str, Any]:  # fmt: skip
     """Of the pairs that the annotators did not tie.
 
@@ -81,7 +79,7 @@ def pair_facts(
     """
     return {
         "accuracy": fraction(pairs.correct, pairs.prompt),
-        "log_loss": clustered_mean(np.logaddexp(0, -pairs.gap), pairs.prompt),
+        "log_loss": clustered_mean(pairs.log_loss, pairs.prompt),
         "score_ties": int((pairs.gap == 0).sum()),
         "tied_pairs": sum(one[0] == other[0] for record in scored for one, other in combinations(record.known, 2)),
         "baselines": baselines(pairs, scored, train, seed),

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from itertools import combinations
-from math import comb, sqrt
+from math import comb
 from typing import Any
 
 import numpy as np
 
 from rlhf.evaluation.estimates import clustered_mean, fraction
 from rlhf.evaluation.scored import ScoredRecord
+from rlhf.reward.metrics import kendall_tau_b, top_share
 
 
 def listwise(scored: Sequence[ScoredRecord]) -> dict[str, Any] | None:
@@ -21,7 +21,7 @@ def listwise(scored: Sequence[ScoredRecord]) -> dict[str, Any] | None:
 
     Returns:
         - `rankings`, and `sizes`: number of candidates -> rankings.
-        - `kendall_tau_b`: see `tau_b`; 0 for a ranking in which all scores are equal. As `clustered_mean` gives it.
+        - `kendall_tau_b`: see there; 0 for a ranking in which all scores are equal. As `clustered_mean` gives it.
         - `best_of_k`: fraction in which the candidate of the highest score has the best rank (equal scores share the
           credit), as `fraction` gives it; `best_of_k_chance`: the same for a random choice.
         - `beats_all`: fraction in which every best-ranked candidate scores above every other one.
@@ -35,13 +35,14 @@ def listwise(scored: Sequence[ScoredRecord]) -> dict[str, Any] | None:
         return None
     clusters = np.array([one.record.prompt_id for one in kept])
     rows = [one.known for one in kept]
+    ranks, scores = [[rank for rank, _ in row] for row in rows], [[score for _, score in row] for row in rows]
     worth, best = [_worth(row) for row in rows], [_chosen(row) for row in rows]
-    top = np.array([np.mean([worth[i][k] == 1 for k in best[i]]) for i in range(len(rows))])
+    top = np.array(list(map(top_share, ranks, scores)))
     regret = np.array([1 - np.mean([worth[i][k] for k in best[i]]) for i in range(len(rows))])
     return {
         "rankings": len(rows),
         "sizes": {str(size): count for size, count in sorted(Counter(map(len, rows)).items())},
-        "kendall_tau_b": clustered_mean(np.array([tau_b(row) for row in rows]), clusters),
+        "kendall_tau_b": clustered_mean(np.nan_to_num(kendall_tau_b(ranks, scores)), clusters),
         "best_of_k": fraction(top, clusters),
         "best_of_k_chance": float(np.mean([np.mean(np.array(one) == 1) for one in worth])),
         "beats_all": fraction(np.array([_beats_all(row) for row in rows], dtype=float), clusters),
@@ -50,26 +51,6 @@ def listwise(scored: Sequence[ScoredRecord]) -> dict[str, Any] | None:
         "rating_regret": _rating_regret(kept, clusters),
         "curve": best_of_curve(rows),
     }
-
-
-def tau_b(known: Sequence[tuple[int, float]]) -> float:
-    """Kendall's tau-b between ranks and scores, 1 if the scores order the candidates as the annotator did.
-
-    (C - D) / sqrt((pairs with different ranks) (pairs with different scores)), with C and D the pairs in the same and
-    in the opposite order (Kendall 1945, Biometrika 33, 239-251). 0 where all scores are equal.
-
-    Args:
-        known: (rank, score) of each candidate; at least two ranks differ.
-    """
-    agreement = by_rank = by_score = 0
-    for (rank, score), (other_rank, other_score) in combinations(known, 2):
-        one, other = _sign(other_rank - rank), _sign(score - other_score)
-        agreement, by_rank, by_score = agreement + one * other, by_rank + abs(one), by_score + abs(other)
-    return agreement / sqrt(by_rank * by_score) if by_score else 0.0
-
-
-def _sign(value: float) -> int:
-    return (value > 0) - (value < 0)
 
 
 def _worth(known: Sequence[tuple[int, float]]) -> list[float]:

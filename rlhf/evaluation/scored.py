@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import permutations
 from typing import Any
 
 import numpy as np
@@ -19,7 +18,8 @@ from rlhf.inference.scorer import read_source
 from rlhf.judging.config import JudgeConfig
 from rlhf.judging.source import rating_source
 from rlhf.reward.functions import call_reward_function, import_function
-from rlhf.reward.metrics import credit
+from rlhf.reward.metrics import Pairs
+from rlhf.reward.metrics import pairs_of as ranked_pairs
 from rlhf.reward.sources import weighted_terms
 
 FUNCTION_SECONDS = 300.0
@@ -173,54 +173,27 @@ def _open_part(name: str, source: Pick, trust_remote_code: bool) -> AnswerScorer
 
 
 @dataclass(frozen=True)
-class Pairs:
-    """The pairs of candidates that the annotator did not tie, better one first; arrays [P]."""
+class RecordPairs(Pairs):
+    """The pairs of candidates that the annotator did not tie. Lengths are in characters."""
 
     prompt: np.ndarray
     """int: number of the prompt; rankings of one prompt share it."""
-    ranking: np.ndarray
-    """int: index of the scored record."""
-    gap: np.ndarray
-    """float: score of the better candidate minus that of the worse."""
-    distance: np.ndarray
-    """int: rank of the worse minus rank of the better, >= 1."""
     rating: np.ndarray
     """float: the candidates' own `score`s, better minus worse; NaN where one has none."""
-    lengths: np.ndarray
-    """int [P, 2]: characters of the better and the worse."""
     first: np.ndarray
     """int: 1 if the better one was shown before the worse, -1 if after, 0 if the order is not known."""
 
-    def __len__(self) -> int:
-        return len(self.gap)
 
-    def where(self, chosen: np.ndarray) -> Pairs:
-        """The pairs that a bool mask selects."""
-        return Pairs(*(getattr(self, name)[chosen] for name in self.__dataclass_fields__))
-
-    @property
-    def correct(self) -> np.ndarray:
-        """float: 1 if the better one has the higher score, 0.5 where the scores are equal."""
-        return credit(self.gap)
-
-
-def pairs_of(scored: Sequence[ScoredRecord]) -> Pairs:
+def pairs_of(scored: Sequence[ScoredRecord]) -> RecordPairs:
     """All pairs of candidates with different ranks, of those that have a score."""
-    prompts: dict[str, int] = {}
-    rows: list[tuple[float, ...]] = []
-    for index, one in enumerate(scored):
-        record, prompt = one.record, prompts.setdefault(one.record.prompt_id, len(prompts))
-        known = [i for i, score in enumerate(one.scores) if score is not None]
-        for better, worse in permutations(known, 2):
-            if (distance := record.ranks[worse] - record.ranks[better]) > 0:
-                a, b = record.candidates[better], record.candidates[worse]
-                gap = float(one.scores[better] or 0) - float(one.scores[worse] or 0)
-                rating = np.nan if a.score is None or b.score is None else a.score - b.score
-                first = int(np.sign(worse - better)) if record.shown else 0
-                rows.append((prompt, index, gap, distance, rating, len(a.text), len(b.text), first))
-    table = np.array(rows, dtype=np.float64).reshape(-1, 8)
-    whole = np.nan_to_num(table).astype(np.int64)
-    return Pairs(
-        prompt=whole[:, 0], ranking=whole[:, 1], gap=table[:, 2], distance=whole[:, 3], rating=table[:, 4],
-        lengths=whole[:, 5:7], first=whole[:, 7],
-    )  # fmt: skip
+    records, prompts = [one.record for one in scored], dict[str, int]()
+    scores = [[np.nan if score is None else score for score in one.scores] for one in scored]
+    lengths = [[len(one.text) for one in record.candidates] for record in records]
+    pairs = ranked_pairs([record.ranks for record in records], scores, lengths)
+    pairs = pairs.where((pairs.distance > 0) & ~np.isnan(pairs.gap))
+    prompt = np.array([prompts.setdefault(record.prompt_id, len(prompts)) for record in records], np.int64)
+    ratings = [np.nan if one.score is None else one.score for record in records for one in record.candidates]
+    rating = np.array(ratings, float)[pairs.better] - np.array(ratings, float)[pairs.worse]
+    shown = np.array([bool(record.shown) for record in records], np.int64)[pairs.ranking]
+    first = np.sign(pairs.worse - pairs.better) * shown
+    return RecordPairs(**vars(pairs), prompt=prompt[pairs.ranking], rating=rating, first=first)

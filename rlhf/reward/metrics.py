@@ -8,9 +8,9 @@ many candidates has the weight of a binary comparison. An undefined metric is No
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -44,6 +44,12 @@ class ScoredRanking:
         if not all(math.isfinite(score) for score in self.scores):
             raise ValueError(f"scores are not finite: {self.scores}")
 
+    @classmethod
+    def of(cls, row: Mapping[str, Any], scores: Iterable[float]) -> ScoredRanking:
+        """A row of a table of rankings (`rlhf.data.tables`), with the scores of its candidates."""
+        about = {name: row[name] for name in ("source", "annotator", "group")}
+        return cls(tuple(row["ranks"]), tuple(scores), tuple(row["characters"]), **about)
+
 
 def reward_metrics(items: Sequence[ScoredRanking]) -> dict[str, Any]:
     """All metrics of a held-out set, ready for JSON.
@@ -74,30 +80,25 @@ def reward_metrics(items: Sequence[ScoredRanking]) -> dict[str, Any]:
         - `kendall_tau_b`: mean of Kendall's tau-b between ranks and scores, over rankings in which some ranks and some
           scores differ.
     """
-    compared = _compare(items)
-    strict = compared.where(compared.distance != 0).better_first()
-    tied = compared.where(compared.distance == 0)
+    ranks, scores = [item.ranks for item in items], [item.scores for item in items]
+    compared = pairs_of(ranks, scores, [item.lengths for item in items])
+    strict, tied = compared.where(compared.distance != 0), compared.where(compared.distance == 0)
+    ordered = [item for item in items if len(set(item.ranks)) > 1]
+    taus = kendall_tau_b(ranks, scores)
     metrics = _pair_metrics(strict)
     metrics |= {
         "score_ties": int((strict.gap == 0).sum()),
-        "tied_pairs": len(tied.gap),
+        "tied_pairs": len(tied),
         "tied_rankings": len(np.setdiff1d(tied.ranking, strict.ranking)),
         "tie_agreement": _mean(tied.gap == 0),
         "calibration_error": calibration_error(strict.gap),
-        "top1_accuracy": _top1_accuracy(items),
-        "kendall_tau_b": _kendall_tau_b(compared),
+        "top1_accuracy": _mean(np.array([top_share(item.ranks, item.scores) for item in ordered])),
+        "kendall_tau_b": _mean(taus[np.isfinite(taus)]),
     }
     distances = sorted(set(strict.distance.tolist()))
-    metrics["by_distance"] = {str(d): _pair_metrics(strict.where(strict.distance == d)) for d in distances}
-    labels: dict[str, Callable[[ScoredRanking], str | None]] = {
-        "by_source": lambda item: item.source,
-        "by_annotator": lambda item: item.annotator,
-        "by_group": lambda item: item.group,
-    }
-    for name, label in labels.items():
-        parts = _split(strict, [label(item) for item in items])
-        metrics[name] = {key: _pair_metrics(part) for key, part in parts.items()}
-    return metrics
+    parts = {"by_distance": {str(d): strict.where(strict.distance == d) for d in distances}}
+    parts |= {f"by_{n}": strict.by([getattr(item, n) for item in items]) for n in ("source", "annotator", "group")}
+    return metrics | {by: {key: _pair_metrics(part) for key, part in found.items()} for by, found in parts.items()}
 
 
 def calibration_error(gap: NDArray[Any], bins: int = 10) -> float | None:
@@ -116,80 +117,100 @@ def calibration_error(gap: NDArray[Any], bins: int = 10) -> float | None:
     """
     if not len(gap):
         return None
+    confidence, index = confidence_bins(gap, bins)
+    return float(np.abs(np.bincount(index, credit(gap) - confidence)).sum() / len(gap))
+
+
+def confidence_bins(gap: NDArray[Any], bins: int) -> tuple[NDArray[Any], NDArray[Any]]:
+    """The confidence sigmoid(|gap|) of each pair, and which of `bins` equal bins of [0.5, 1] it is in."""
     confidence = 1 / (1 + np.exp(-np.abs(gap)))
-    correct = credit(gap)
-    index = np.minimum(((confidence - 0.5) * 2 * bins).astype(np.int64), bins - 1)
-    return float(np.abs(np.bincount(index, correct - confidence)).sum() / len(gap))
+    return confidence, np.minimum(((confidence - 0.5) * 2 * bins).astype(np.int64), bins - 1)
 
 
 # ---- pairs -------------------------------------------------------------------------------------------------------
 
+P = TypeVar("P", bound="Pairs")
+
 
 @dataclass(frozen=True)
-class _ScoredPairs:
-    """Pairs of candidates (first, second), one entry each."""
+class Pairs:
+    """Pairs of candidates of a ranking, better one first, by ranking and candidate; arrays [P]."""
 
     ranking: NDArray[Any]
     """Int: index of the pair's ranking."""
+    better: NDArray[Any]
+    """Int: number of the better candidate, counted over all rankings."""
+    worse: NDArray[Any]
     distance: NDArray[Any]
-    """Int: rank of the second minus rank of the first, > 0 if the first is better."""
+    """Int: rank of the worse minus rank of the better; 0 where the annotator tied them."""
     gap: NDArray[Any]
-    """Float: score of the first minus score of the second."""
-    longer: NDArray[Any]
-    """Int: length of the first minus length of the second."""
+    """Float: score of the better minus that of the worse."""
+    lengths: NDArray[Any]
+    """Int [P, 2]: of the better and the worse."""
 
-    def where(self, chosen: NDArray[Any]) -> _ScoredPairs:
+    def __len__(self) -> int:
+        return len(self.gap)
+
+    def where(self: P, chosen: NDArray[Any]) -> P:
         """The pairs that a mask or an index array selects."""
-        return _ScoredPairs(self.ranking[chosen], self.distance[chosen], self.gap[chosen], self.longer[chosen])
+        return type(self)(**{name: values[chosen] for name, values in vars(self).items()})
 
-    def better_first(self) -> _ScoredPairs:
-        """Strict pairs with the better-ranked candidate first."""
-        sign = np.sign(self.distance)
-        return _ScoredPairs(self.ranking, self.distance * sign, self.gap * sign, self.longer * sign)
+    def by(self: P, labels: Sequence[str | None]) -> dict[str, P]:
+        """The pairs by the labels of the rankings, without rankings labelled None."""
+        names = sorted({label for label in labels if label is not None})
+        codes_of = {name: index for index, name in enumerate(names)}
+        codes = np.array([-1 if label is None else codes_of[label] for label in labels], dtype=np.int64)[self.ranking]
+        order = np.argsort(codes, kind="stable")
+        starts = np.searchsorted(codes[order], np.arange(len(names) + 1))
+        return {name: self.where(order[starts[i] : starts[i + 1]]) for i, name in enumerate(names)}
+
+    @property
+    def correct(self) -> NDArray[Any]:
+        """Float: 1 if the better one has the higher score, 0.5 where the scores are equal."""
+        return credit(self.gap)
+
+    @property
+    def longer(self) -> NDArray[Any]:
+        """Float: the same for the rule "the longer answer wins"."""
+        return credit(self.lengths[:, 0] - self.lengths[:, 1])
+
+    @property
+    def log_loss(self) -> NDArray[Any]:
+        """Float: -log sigmoid(gap), nats."""
+        return np.logaddexp(0, -self.gap)
 
 
-def _compare(items: Sequence[ScoredRanking]) -> _ScoredPairs:
-    """All pairs of all rankings, with ties; rankings of the same size are processed together."""
-    of_size: dict[int, list[int]] = {}
-    for index, item in enumerate(items):
-        of_size.setdefault(len(item.ranks), []).append(index)
-    parts = []
-    for size, members in of_size.items():
-        first, second = np.triu_indices(size, 1)
-        ranks = np.array([items[i].ranks for i in members])
-        scores = np.array([items[i].scores for i in members])
-        lengths = np.array([items[i].lengths for i in members])
-        differences = (ranks[:, second] - ranks[:, first], scores[:, first] - scores[:, second])
-        columns = (*differences, lengths[:, first] - lengths[:, second])
-        parts.append((np.repeat(members, len(first)), *(column.ravel() for column in columns)))
-    kinds = (np.int64, np.int64, np.float64, np.int64)
-    fields = zip(*parts) if parts else [()] * len(kinds)
-    return _ScoredPairs(*(np.concatenate([np.zeros(0, kind), *arrays]) for kind, arrays in zip(kinds, fields)))
-
-
-def _split(pairs: _ScoredPairs, labels: list[str | None]) -> dict[str, _ScoredPairs]:
-    """The pairs by the label of their ranking, without rankings labelled None."""
-    names = sorted({label for label in labels if label is not None})
-    codes_of = {name: index for index, name in enumerate(names)}
-    codes = np.array([-1 if label is None else codes_of[label] for label in labels], dtype=np.int64)[pairs.ranking]
-    order = np.argsort(codes, kind="stable")
-    starts = np.searchsorted(codes[order], np.arange(len(names) + 1))
-    return {name: pairs.where(order[starts[i] : starts[i + 1]]) for i, name in enumerate(names)}
+def pairs_of(
+    ranks: Sequence[Sequence[int]], scores: Sequence[Sequence[float]], lengths: Sequence[Sequence[int]]
+) -> Pairs:
+    """All pairs of all rankings, with ties; each argument has an entry for each candidate of each ranking."""
+    sizes = np.array([len(row) for row in ranks], dtype=np.int64)
+    starts = np.cumsum(sizes) - sizes
+    parts = [np.zeros((2, 0), np.int64)]
+    for size in set(sizes.tolist()):  # rankings of the same size are processed together
+        parts.append(np.stack([(starts[sizes == size, None] + place).ravel() for place in np.triu_indices(size, 1)]))
+    one, other = np.concatenate(parts, axis=1)
+    rank, score, length = (
+        np.array([value for row in rows for value in row], kind)
+        for rows, kind in ((ranks, np.int64), (scores, np.float64), (lengths, np.int64))
+    )
+    swapped = rank[one] > rank[other]
+    better, worse = np.where(swapped, other, one), np.where(swapped, one, other)
+    order = np.lexsort((worse, better))
+    better, worse = better[order], worse[order]
+    ranking, both = np.repeat(np.arange(len(sizes)), sizes)[better], np.stack([length[better], length[worse]], 1)
+    return Pairs(ranking, better, worse, rank[worse] - rank[better], score[better] - score[worse], both)
 
 
 # ---- metrics -----------------------------------------------------------------------------------------------------
 
 
-def _pair_metrics(strict: _ScoredPairs) -> dict[str, Any]:
-    """The metrics of a set of strict pairs with the better candidate first."""
+def _pair_metrics(strict: Pairs) -> dict[str, Any]:
+    """The metrics of a set of strict pairs."""
     _, ranking = np.unique(strict.ranking, return_inverse=True)
     pairs = np.bincount(ranking)
-    measures = {
-        "accuracy": credit(strict.gap),
-        "log_loss": np.logaddexp(0, -strict.gap),
-        "longer_accuracy": credit(strict.longer),
-    }
-    metrics: dict[str, Any] = {"pairs": len(strict.gap), "rankings": len(pairs)}
+    measures = {"accuracy": strict.correct, "log_loss": strict.log_loss, "longer_accuracy": strict.longer}
+    metrics: dict[str, Any] = {"pairs": len(strict), "rankings": len(pairs)}
     for name, values in measures.items():
         metrics |= {name: _mean(values), f"macro_{name}": _mean(np.bincount(ranking, values) / pairs)}
     interval = fraction_interval(np.bincount(ranking, measures["accuracy"]), pairs)
@@ -205,22 +226,27 @@ def _mean(values: NDArray[Any]) -> float | None:
     return float(values.mean()) if len(values) else None
 
 
-def _top1_accuracy(items: Sequence[ScoredRanking]) -> float | None:
-    fractions = []
-    for item in items:
-        if len(set(item.ranks)) > 1:
-            top, best = max(item.scores), min(item.ranks)
-            hits = [rank == best for rank, score in zip(item.ranks, item.scores) if score == top]
-            fractions.append(sum(hits) / len(hits))
-    return sum(fractions) / len(fractions) if fractions else None
+def top_share(ranks: Sequence[int], scores: Sequence[float]) -> float:
+    """Of the candidates with the highest score, the fraction that has the best rank."""
+    top, best = max(scores), min(ranks)
+    hits = [rank == best for rank, score in zip(ranks, scores) if score == top]
+    return sum(hits) / len(hits)
 
 
-def _kendall_tau_b(compared: _ScoredPairs) -> float | None:
-    """Mean of (concordant - discordant) / sqrt(pairs untied in rank * pairs untied in score) over rankings."""
-    by_rank, by_score = np.sign(compared.distance), np.sign(compared.gap)
-    agreement = np.bincount(compared.ranking, by_rank * by_score)
-    scale = np.sqrt(np.bincount(compared.ranking, by_rank != 0) * np.bincount(compared.ranking, by_score != 0))
-    return _mean(agreement[scale > 0] / scale[scale > 0])
+def kendall_tau_b(ranks: Sequence[Sequence[int]], scores: Sequence[Sequence[float]]) -> NDArray[Any]:
+    """Kendall's tau-b between the ranks and the scores of each ranking, 1 if the scores order the candidates as the
+    annotator did; NaN where all ranks or all scores are equal.
+
+    (C - D) / sqrt((pairs with different ranks) (pairs with different scores)), with C and D the pairs in the same and
+    in the opposite order (Kendall 1945, Biometrika 33, 239-251).
+    """
+    pairs = pairs_of(ranks, scores, ranks)
+    by_rank, by_score = np.sign(pairs.distance), np.sign(pairs.gap)
+    agreement, ranked, scored = (
+        np.bincount(pairs.ranking, values, len(ranks)) for values in (by_rank * by_score, by_rank, np.abs(by_score))
+    )
+    with np.errstate(invalid="ignore"):
+        return agreement / np.sqrt(ranked * scored)
 
 
 # ---- tables --------------------------------------------------------------------------------------------------

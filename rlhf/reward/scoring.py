@@ -158,14 +158,4 @@ def score_rankings(
     """
     texts = _DistinctTexts(table, scalar.shared_prompts, batch_tokens)
     scores = _score_rows(scalar, chat, texts.read, texts.lengths, texts.rows, batch_tokens, bar)
-    return [
-        ScoredRanking(
-            ranks=tuple(row["ranks"]),
-            scores=tuple(scores[number] for number in numbers),
-            lengths=tuple(row["characters"]),
-            source=row["source"],
-            annotator=row["annotator"],
-            group=row["group"],
-        )
-        for row, numbers in zip(table, texts.members)
-    ]
+    return [ScoredRanking.of(row, (scores[number] for number in numbers)) for row, numbers in zip(table, texts.members)]
