@@ -36,6 +36,7 @@ from rlhf.core.files import write_json, write_text
 from rlhf.data.selection import train_records
 from rlhf.data.store import open_dataset
 from rlhf.inference.teacher import is_server
+from rlhf.runs.metrics import read_metrics
 from rlhf.runs.parents import resolve_model_path
 from rlhf.runs.run import is_finished, is_run, read_run
 from rlhf.tasks.task import Task
@@ -255,8 +256,7 @@ class Comparison:
     def _known_steps(self) -> dict[str, int]:
         """Name of a stage run -> steps that fit into its time."""
         file = self.folder / "steps.json"
-        known: dict[str, int] = json.loads(file.read_text("utf-8")) if file.is_file() else {}
-        return known
+        return json.loads(file.read_text("utf-8")) if file.is_file() else {}
 
     def _steps(self, stage: StageRun, seconds: float) -> int:
         """Steps that fit into a time, extrapolated from a few steps of a separate run; measured once and stored."""
@@ -300,10 +300,8 @@ class Comparison:
 
 def step_seconds(run: Path) -> list[float]:
     """Seconds of each optimizer step or update of a run, from its metrics: no start-up, evaluations or checkpoints."""
-    rows = map(json.loads, (run / "metrics.jsonl").read_text("utf-8").splitlines())
-    parts = ("step", "rollout", "score", "learn")
-    times = [[float(row[f"time/{part}"]) for part in parts if f"time/{part}" in row] for row in rows]
-    return [sum(time) for time in times if time]
+    times = read_metrics(run).filter([f"time/{part}" for part in ("step", "rollout", "score", "learn")])
+    return times.dropna(how="all").sum(axis=1).tolist()
 
 
 def show(results: list[TaskResult]) -> None:

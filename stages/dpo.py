@@ -32,7 +32,7 @@ from rlhf.models.logprobs import head_chunks
 from rlhf.models.shared_prompt import NO_SHARING
 from rlhf.reward.agreement import Agreement
 from rlhf.reward.collator import RankingCollator, comparable, learnable
-from rlhf.reward.held_out import BestScores, logged_metrics, mean_loss, report
+from rlhf.reward.held_out import HeldOutScores, mean_loss
 from rlhf.reward.losses import RankingBatch
 from rlhf.reward.metrics import ScoredRanking
 from rlhf.runs.parents import parent_facts
@@ -73,8 +73,8 @@ def run(config: DPOConfig, resume: bool = False, overwrite: bool = False) -> Non
     loop = Loop(config, folder, engine, objective, train, held_out is not None)
     loop.fit(resume)
     # 5. held-out metrics, and the result: the weights of the best checkpoint
-    scored = objective.scored_at(engine, loop.best_step)
-    headline = report(folder, scored, loop.best_step, human_agreement) if scored else {}
+    scored = objective.best.at(engine, loop.best_step) if held_out is not None else []
+    headline = objective.best.report(folder, scored, loop.best_step) if scored else {}
     save_result(folder.path, model, chat, config.tuning)
     finish(folder, step=loop.best_step, metrics=headline, peak_memory=memory.measured())
     lengths = train["length"]
@@ -92,15 +92,15 @@ class DPOObjective(Objective[PreferenceBatch]):
     def __init__(
         self, config: DPOConfig, model: Any, collator: RankingCollator, human_agreement: Agreement | None = None
     ) -> None:
-        self.config, self.collator, self.human_agreement = config, collator, human_agreement
-        self.vocab_size, self.best = model.config.get_text_config().vocab_size, BestScores()
+        self.config, self.collator, self.vocab_size = config, collator, model.config.get_text_config().vocab_size
+        self.best = HeldOutScores(lambda engine: self.scored(self.answers(engine, self.held_out)), human_agreement)
 
     def batch(self, rows: list[dict[str, Any]]) -> PreferenceBatch:
         return preference_batch(rows, self.collator)
 
     def items(self, batch: PreferenceBatch) -> Tensor:
         """Summed weights of the rankings. Rankings without a comparable pair were removed before training."""
-        return _weights(batch.rankings).sum()
+        return batch.rankings.weights.sum()
 
     def tokens(self, batch: PreferenceBatch) -> Tensor:
         return batch.attention_mask.sum()
@@ -108,10 +108,9 @@ class DPOObjective(Objective[PreferenceBatch]):
     def loss(self, engine: Engine, batch: PreferenceBatch) -> tuple[Tensor, list[Tensor]]:
         most = distributed.all_max(batch.answer_tokens)  # ZeRO-3 needs the same number of chunks on all ranks
         logprobs, tokens = engine(batch, head_chunks(int(most), self.vocab_size))
-        assert batch.reference is not None, "the reference's log-probs come before training"
         rewards = implicit_rewards(logprobs, batch.reference, self.config.beta)
         losses, _ = self.losses(rewards, logprobs, tokens, batch.rankings)
-        metrics = pair_metrics(rewards, logprobs, batch.rankings) @ _weights(batch.rankings)
+        metrics = pair_metrics(rewards, logprobs, batch.rankings) @ batch.rankings.weights
         return losses.sum(), list(metrics)
 
     def losses(
@@ -127,7 +126,7 @@ class DPOObjective(Objective[PreferenceBatch]):
         """
         losses, counted = self.config.loss(rewards, rankings)
         if self.config.sft_coef:
-            losses = losses + self.config.sft_coef * _weights(rankings) * sft_loss(logprobs, tokens, rankings)
+            losses = losses + self.config.sft_coef * rankings.weights * sft_loss(logprobs, tokens, rankings)
         return losses, counted
 
     # ---- held-out rankings
@@ -152,15 +151,12 @@ class DPOObjective(Objective[PreferenceBatch]):
             values = zip(*answers[start:end])
             logprobs, tokens, reference = (torch.tensor(list(chain(*part))) for part in (*values, rows["reference"]))
             rewards = implicit_rewards(logprobs, reference, self.config.beta)
-            sums = sums + pair_metrics(rewards, logprobs, rankings) @ _weights(rankings)
-            weight += float(_weights(rankings).sum())
-            return *self.losses(rewards, logprobs, tokens, rankings), _weights(rankings)
+            sums = sums + pair_metrics(rewards, logprobs, rankings) @ rankings.weights
+            weight += float(rankings.weights.sum())
+            return *self.losses(rewards, logprobs, tokens, rankings), rankings.weights
 
-        loss = mean_loss(len(answers), losses)
-        scored = self.scored(answers)
-        self.best.note(loss, step, scored)
-        means = dict(zip(METRICS, (sums / weight).tolist()))
-        return {"loss": loss} | logged_metrics(scored, self.human_agreement, "kendall_tau_b") | means
+        logged = self.best.log(mean_loss(len(answers), losses), step, self.scored(answers), "kendall_tau_b")
+        return logged | dict(zip(METRICS, (sums / weight).tolist()))
 
     def scored(self, answers: list[tuple[list[float], list[int]]]) -> list[ScoredRanking]:
         """The held-out rankings with the implicit rewards of their answers, from their log-probs."""
@@ -168,18 +164,6 @@ class DPOObjective(Objective[PreferenceBatch]):
             ScoredRanking.of(row, (self.config.beta * (mine - base) for mine, base in zip(logprobs, row["reference"])))
             for row, (logprobs, _) in zip(self.held_out, answers)
         ]
-
-    def scored_at(self, engine: Engine, step: int) -> list[ScoredRanking]:
-        """The held-out rankings, scored with the weights of `step`, which the engine has loaded."""
-        if self.held_out is None:
-            return []
-        return self.best.at(step, lambda: self.scored(self.answers(engine, self.held_out)))
-
-
-def _weights(rankings: RankingBatch) -> Tensor:
-    """float32 [B], the rankings' weights, which the collator always gives."""
-    assert rankings.weights is not None
-    return rankings.weights
 
 
 if __name__ == "__main__":

@@ -116,7 +116,6 @@ class EvaluationSubject:
 
     def write_page(self, text: str) -> None:
         """Write the results as a page."""
-        assert self.html is not None
         options.write_whole(self.html, text)
         say(f"Page: {self.html}")
 

@@ -33,7 +33,7 @@ from rlhf.models.vocabulary import token_count
 from rlhf.reward.agreement import Agreement
 from rlhf.reward.collator import RankingCollator, RewardBatch, comparable, learnable
 from rlhf.reward.config import RewardConfig
-from rlhf.reward.held_out import BestScores, logged_metrics, mean_loss, report
+from rlhf.reward.held_out import HeldOutScores, mean_loss
 from rlhf.reward.losses import RankingBatch, centering_penalty
 from rlhf.reward.metrics import ScoredRanking
 from rlhf.reward.scoring import score_rankings, score_texts
@@ -79,8 +79,8 @@ def run(config: RewardConfig, resume: bool = False, overwrite: bool = False) -> 
     loop = Loop(config, folder, engine, objective, train, held_out is not None)
     loop.fit(resume)
     # 4. held-out metrics and the scale, from one set of scores
-    scored = objective.scored_at(engine, loop.best_step)
-    headline = report(folder, scored, loop.best_step, human_agreement) if scored else {}
+    scored = objective.best.at(engine, loop.best_step) if held_out is not None else []
+    headline = objective.best.report(folder, scored, loop.best_step) if scored else {}
     known = scored or objective.score(engine, tables.train)
     if config.normalize == "completions":
         scalar.set_scale(*mean_and_std(known))
@@ -115,10 +115,10 @@ class RewardObjective(Objective[RewardBatch]):
         human_agreement: Agreement | None = None,
     ) -> None:  # fmt: skip
         self.chat, self.scalar, self.held_out = chat, scalar, held_out
-        self.batch_tokens, self.human_agreement = batch_tokens, human_agreement
+        self.batch_tokens = batch_tokens
         self.ranking_loss, self.centering = config.loss, config.center_rewards_coefficient
         self.collator = RankingCollator(chat, config.data.weights == "use", scalar.shared_prompts, distributed.device())
-        self.best = BestScores()
+        self.best = HeldOutScores(lambda engine: self.score(engine, self.held_out), human_agreement)
 
     def batch(self, rows: list[dict[str, Any]]) -> RewardBatch:
         return self.collator(rows)
@@ -149,9 +149,7 @@ class RewardObjective(Objective[RewardBatch]):
     def evaluate(self, engine: Engine, step: int) -> dict[str, float]:
         """Loss and pair metrics on the held-out rankings."""
         scored = self.score(engine, self.held_out)
-        loss = self.held_out_loss(scored)
-        self.best.note(loss, step, scored)
-        return {"loss": loss} | logged_metrics(scored, self.human_agreement)
+        return self.best.log(self.held_out_loss(scored), step, scored)
 
     def held_out_loss(self, scored: Sequence[ScoredRanking]) -> float:
         """Weighted mean over the held-out rankings that can be compared."""
@@ -170,12 +168,6 @@ class RewardObjective(Objective[RewardBatch]):
         """Raw scores of a table of rankings. Every rank calls it."""
         with engine.autocast():
             return score_rankings(self.scalar, self.chat, rankings, self.batch_tokens)
-
-    def scored_at(self, engine: Engine, step: int) -> list[ScoredRanking]:
-        """The held-out rankings, scored with the weights of `step`, which the engine has loaded."""
-        if self.held_out is None:
-            return []
-        return self.best.at(step, lambda: self.score(engine, self.held_out))
 
     def mean_score(self, engine: Engine, demonstrations: Any) -> float:
         """Mean raw score of a table of demonstrations. Every rank calls it."""

@@ -129,8 +129,7 @@ class SFTObjective(Objective[TokenBatch]):
 
     def _predict(self, engine: Engine, batch: TokenBatch) -> TokenPredictions:
         most = distributed.all_max(batch.labelled.sum())  # ZeRO-3 needs the same number of chunks on all ranks
-        found: TokenPredictions = engine(batch, head_chunks(int(most), self.vocab_size))
-        return found
+        return engine(batch, head_chunks(int(most), self.vocab_size))
 
     def evaluate(self, engine: Engine, step: int) -> dict[str, float]:
         """Mean negative log-likelihood in nats per assistant token, perplexity, and top-1 accuracy."""
@@ -146,8 +145,7 @@ class SFTObjective(Objective[TokenBatch]):
     def _held_out_sums(self, parts: Callable[[Any], tuple[Tensor, ...]]) -> list[float]:
         """Sums of the parts of all held-out batches, in float64."""
         sums = sum(torch.stack([part.double().sum() for part in parts(batch)]) for batch in self._held_out_batches())
-        found: list[float] = distributed.all_sum(sums).tolist()
-        return found
+        return distributed.all_sum(sums).tolist()
 
     def _held_out_batches(self) -> Iterator[TokenBatch]:
         """This rank's part of the held-out rows; every rank gets the same number of batches, some without labels."""
@@ -244,8 +242,7 @@ class LogitsObjective(SFTObjective):
         total = found.divergences.sum() - self.logits.sft_weight * (found.logprobs * demonstrated).sum()
         return total, [found.entropies.sum(), found.top1.sum(), found.divergences.sum(), (~demonstrated).sum()]
 
-    def _distilled(self, engine: Engine, batch: TokenBatch) -> tuple[StudentPredictions, Tensor]:
-        assert isinstance(batch, DistillationBatch)
+    def _distilled(self, engine: Engine, batch: DistillationBatch) -> tuple[StudentPredictions, Tensor]:
         chunks = head_chunks(int(distributed.all_max(batch.labelled.sum())), self.vocab_size)
         states = self.teacher.states(batch)
         found = engine(batch, chunks, states, self.teacher.logits, self.measure, self.known)
@@ -269,9 +266,10 @@ class LogitsObjective(SFTObjective):
 
 def _tasks(steps: StepByStepConfig) -> dict[str, Any]:
     """How a demonstration becomes the two tasks."""
-    pattern = answer_pattern(steps.pattern)
-    assert pattern is not None
-    return {"parts": pattern.parts, **steps.model_dump(include={"label_prefix", "rationale_prefix"})}
+    return {
+        "parts": answer_pattern(steps.pattern).parts,
+        **steps.model_dump(include={"label_prefix", "rationale_prefix"}),
+    }
 
 
 class StepByStepObjective(SFTObjective):
@@ -291,11 +289,9 @@ class StepByStepObjective(SFTObjective):
         return step_by_step_batch(rows, self.chat, self.steps.rationale_weight)
 
     def items(self, batch: TokenBatch) -> Tensor:
-        assert isinstance(batch, StepByStepBatch)
         return torch.tensor(batch.demonstrations, device=batch.labelled.device)
 
     def loss(self, engine: Engine, batch: TokenBatch) -> tuple[Tensor, list[Tensor]]:
-        assert isinstance(batch, StepByStepBatch)
         losses = -self._predict(engine, batch).logprobs * batch.weights
         label, rationale = losses[batch.is_label].sum(), losses[~batch.is_label].sum()
         return label + rationale, [label, rationale]

@@ -327,6 +327,7 @@ def test_step_times_are_those_of_training_alone(tmp_path):
     rows = [{"step": 1, "time/step": 0.5}, {"step": 1, "eval/loss": 3.0}, {"step": 2, "time/step": 0.25}]
     rows.append({"step": 3, "time/rollout": 1.0, "time/score": 2.0, "time/learn": 3.0})
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "run.json").write_text('{"stage": "ppo", "status": "complete"}')
     assert step_seconds(tmp_path) == [0.5, 0.25, 6.0]
 
 

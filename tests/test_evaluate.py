@@ -194,7 +194,7 @@ def test_a_comparison_without_its_other_half_is_refused(
 
 
 def test_the_interval_is_wilsons() -> None:
-    found = win_rates([[1.0]] * 7 + [[0.0]] * 3, [[(1, 1)]] * 10)
+    found = win_rates([1.0] * 7 + [0.0] * 3, [(1, 1)] * 10, range(10))
     p, n = 0.7, 9.0  # one answer a prompt: the effective size is R - 1
     centre, half = p + Z_95**2 / (2 * n), Z_95 * math.sqrt(p * (1 - p) / n + Z_95**2 / (4 * n**2))
     expected = [(centre - half) / (1 + Z_95**2 / n), (centre + half) / (1 + Z_95**2 / n)]

@@ -13,7 +13,7 @@ from rlhf.judging.win_rate import RIDGE, length_controlled, win_rates
 
 
 def test_wins_ties_and_losses_are_counted_and_a_tie_counts_half() -> None:
-    found = win_rates([[1, 0.5], [0], [], [1]], [[(3, 2), (4, 4)], [(1, 9)], [], [(5, 5)]])
+    found = win_rates([1, 0.5, 0, 1], [(3, 2), (4, 4), (1, 9), (5, 5)], ["a", "a", "b", "c"])
     assert (found["wins"], found["ties"], found["losses"]) == (2, 1, 1)
     assert found["win_rate"] == pytest.approx(2.5 / 4)
     assert found["mean_lengths"] == pytest.approx([13 / 4, 20 / 4])
@@ -22,16 +22,14 @@ def test_wins_ties_and_losses_are_counted_and_a_tie_counts_half() -> None:
 
 
 def test_comparisons_of_one_prompt_do_not_narrow_the_interval() -> None:
-    once = [[float(i % 2)] for i in range(20)]
-    again = [row * 5 for row in once]
-    lengths = [[(1, 1)], [(1, 1)]]
-    narrow = win_rates(once, lengths * 10)["interval"]
-    assert win_rates(again, [row * 5 for row in lengths * 10])["interval"] == pytest.approx(narrow)
+    once = [float(i % 2) for i in range(20)]
+    narrow = win_rates(once, [(1, 1)] * 20, range(20))["interval"]
+    assert win_rates(once * 5, [(1, 1)] * 100, [*range(20)] * 5)["interval"] == pytest.approx(narrow)
 
 
 def test_no_comparison_is_an_error() -> None:
     with pytest.raises(ValueError, match="no comparison"):
-        win_rates([[], []], [[], []])
+        win_rates([], [], [])
 
 
 def test_without_differences_of_length_the_controlled_rate_is_the_raw_one() -> None:

@@ -61,8 +61,7 @@ def stage_function() -> Callable[..., None]:
     """
     this = sys.modules["__main__"]
     module = importlib.import_module(this.__spec__.name) if this.__spec__ else this
-    function: Callable[..., None] = module.run
-    return function
+    return module.run
 
 
 def prepare(

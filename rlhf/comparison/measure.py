@@ -26,6 +26,7 @@ from rlhf.prompting.masked import open_prompted
 from rlhf.prompting.run import Prompter, generation_params
 from rlhf.prompting.ways import Prompting
 from rlhf.rollout.types import SamplingParams
+from rlhf.runs.model_folder import read_safetensors_header
 from rlhf.tasks.metrics import Outcomes, needs
 from rlhf.tasks.task import Task
 
@@ -118,12 +119,9 @@ def _added(folder: Path, before: Mapping[str, tuple[Path, int]]) -> tuple[int, i
 
 def _tensors(folder: Path) -> dict[str, tuple[Path, int]]:
     """Tensor -> its file and number of elements."""
-    found = {}
-    for file in sorted(folder.glob("*.safetensors")):
-        with safe_open(file, "pt") as tensors:
-            for name in tensors.keys():  # noqa: SIM118
-                found[name] = (file, math.prod(tensors.get_slice(name).get_shape()))
-    return found
+    files = sorted(folder.glob("*.safetensors"))
+    headers = [(file, read_safetensors_header(file)) for file in files]
+    return {name: (file, math.prod(facts["shape"])) for file, header in headers for name, facts in header.items()}
 
 
 def _equal(one: Path, other: Path, name: str) -> bool:

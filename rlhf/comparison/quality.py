@@ -66,8 +66,7 @@ def seed_weights(seeds: int) -> np.ndarray:
     draw = np.random.default_rng(1)
     normal = draw.standard_normal((RESAMPLES, seeds))
     scale = np.sqrt(draw.chisquare(seeds - 1, (RESAMPLES, 1)) / (seeds - 1))
-    weights: np.ndarray = (normal - normal.mean(1, keepdims=True)) / np.sqrt(seeds * (seeds - 1)) / scale
-    return weights
+    return (normal - normal.mean(1, keepdims=True)) / np.sqrt(seeds * (seeds - 1)) / scale
 
 
 def difference(one: Quality, other: Quality) -> tuple[float, float, float]:

@@ -87,16 +87,14 @@ class BagOfWords:
             counts = count([one.text for record in records for one in record.candidates])
         except ValueError:  # no word is in two answers
             counts = csr_matrix((sum(len(record.candidates) for record in records), 1))
-        found: csr_matrix = counts.astype(np.float64).log1p()
-        return found
+        return counts.astype(np.float64).log1p()
 
 
 def _fit(differences: csr_matrix, strength: float) -> np.ndarray:
     # The loss of a pair is the same in both orders; every second one is turned, since the solver wants both classes.
     sign = np.where(np.arange(differences.shape[0]) % 2, -1.0, 1.0)
     model = LogisticRegression(C=strength, fit_intercept=False, max_iter=300)
-    weights: np.ndarray = model.fit(differences.multiply(sign[:, None]).tocsr(), sign).coef_[0]
-    return weights
+    return model.fit(differences.multiply(sign[:, None]).tocsr(), sign).coef_[0]
 
 
 def _loss(differences: csr_matrix, weights: np.ndarray) -> float:

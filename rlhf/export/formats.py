@@ -210,8 +210,7 @@ def _save(model: Any, tokenizer: Any, folder: Path) -> None:
 
 def _stored_dtype(folder: Path) -> torch.dtype:
     config = json.loads((folder / "config.json").read_text("utf-8"))
-    found: torch.dtype = getattr(torch, config.get("dtype") or config.get("torch_dtype") or "float32")
-    return found
+    return getattr(torch, config.get("dtype") or config.get("torch_dtype") or "float32")
 
 
 def _name(dtype: torch.dtype) -> str:

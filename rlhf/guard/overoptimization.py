@@ -55,10 +55,7 @@ class CurveFit:
 
     def __call__(self, distance: np.ndarray) -> np.ndarray:
         """The form's gold reward at distances d >= 0."""
-        values: np.ndarray = features(distance, self.form) @ np.array(
-            [self.start.value, self.alpha.value, self.beta.value]
-        )
-        return values
+        return features(distance, self.form) @ np.array([self.start.value, self.alpha.value, self.beta.value])
 
 
 def features(distance: np.ndarray, form: Form) -> np.ndarray:
@@ -83,9 +80,7 @@ def peak_of(alpha: float, beta: float, form: Form) -> tuple[float, float]:
     return max(0.0, alpha / (2 * beta)), max(0.0, alpha) ** 2 / (4 * beta)
 
 
-def fit(
-    distance: np.ndarray, gold: np.ndarray, form: Form = "rl", replicates: int = 1000, seed: int = 0
-) -> CurveFit | None:
+def fit(distance: np.ndarray, gold: np.ndarray, form: Form = "rl") -> CurveFit | None:
     """Fit a form to the points of a run, with 95% intervals.
 
     The intervals are percentiles of a moving-block bootstrap (Künsch 1989): successive updates are correlated, so

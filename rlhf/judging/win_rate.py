@@ -14,12 +14,13 @@ RIDGE = 0.01
 have no length-controlled win rate."""
 
 
-def win_rates(credits: Sequence[Sequence[float]], lengths: Sequence[Sequence[tuple[int, int]]]) -> dict[str, Any]:
+def win_rates(credits: Sequence[float], lengths: Sequence[tuple[int, int]], prompts: Sequence[Any]) -> dict[str, Any]:
     """Raw and length-controlled win rate.
 
     Args:
-        credits: [prompt][comparison]: 1 where the first policy's answer wins, 0 where the other's does, 0.5 for a tie.
-        lengths: [prompt][comparison]: characters of the first policy's answer and of the other's.
+        credits: Of each comparison: 1 where the first policy's answer wins, 0 where the other's does, 0.5 for a tie.
+        lengths: Characters of the first policy's answer and of the other's.
+        prompts: Which prompt the two answer.
 
     Returns:
         `win_rate`, `interval` (Wilson's 95% interval with the effective size of comparisons clustered by prompt),
@@ -29,12 +30,10 @@ def win_rates(credits: Sequence[Sequence[float]], lengths: Sequence[Sequence[tup
     Raises:
         ValueError: There is no comparison.
     """
-    flat = np.array([one for row in credits for one in row], dtype=float)
-    if not len(flat):
+    if not len(credits):
         raise ValueError("no comparison")
-    kept = [row for row in credits if row]
-    sizes = np.array([pair for row in lengths for pair in row], dtype=float)
-    clusters = np.repeat(np.arange(len(kept)), list(map(len, kept)))
+    flat, sizes = np.array(credits, dtype=float), np.array(lengths, dtype=float)
+    _, clusters = np.unique(prompts, return_inverse=True)
     totals, trials = np.bincount(clusters, flat), np.bincount(clusters)
     controlled, interval = length_controlled(flat, sizes[:, 0] - sizes[:, 1], clusters)
     return {

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 from typing import Any
 
 import numpy as np
@@ -184,24 +185,21 @@ def compare_answers(mine: PolicyAnswers, theirs: PolicyAnswers, judge: Judge | N
     rows = [row for row in zip(mine.prompts, mine.texts, theirs.texts, mine.scores, theirs.scores) if row[1] and row[2]]
     if not rows:
         raise UserError("no prompt can be used with both policies: each was refused by one of their chat templates")
-    lengths = [[(len(one), len(other)) for one, other in zip(ours, others)] for _, ours, others, *_ in rows]
+    # by prompt; without a reward the answers have no scores
+    pairs = [(at, row[0].chat, *pair) for at, row in enumerate(rows) for pair in zip_longest(*row[1:])]
     more: dict[str, Any]
     if judge is None:
-        gaps = [[one - other for one, other in zip(*row[3:])] for row in rows]
-        credits = [[0.5 if gap == 0 else float(gap > 0) for gap in row] for row in gaps]
-        more = {"mean_difference": float(np.mean([gap for row in gaps for gap in row]))}
+        gaps = [one - other for *_, one, other in pairs]
+        credits: list[float | None] = [0.5 if gap == 0 else float(gap > 0) for gap in gaps]
+        more = {"mean_difference": float(np.mean(gaps))}
     else:
-        verdicts = judge.compare(
-            (prompt.chat, one, other) for prompt, ours, others, *_ in rows for one, other in zip(ours, others)
-        )
-        judged = [[next(verdicts).credit for _ in row] for row in lengths]
-        credits = [[credit for credit in row if credit is not None] for row in judged]
-        lengths = [[size for size, credit in zip(*row) if credit is not None] for row in zip(lengths, judged)]
-        unreadable = sum(credit is None for row in judged for credit in row)
-        more = {"judge": judge.facts(), "unreadable": unreadable}
-        if not any(credits):
+        credits = [one.credit for one in judge.compare(pair[1:4] for pair in pairs)]
+        more = {"judge": judge.facts(), "unreadable": credits.count(None)}
+        if more["unreadable"] == len(pairs):
             raise UserError("the judge gave no verdict that can be read", judge.why_unreadable(), TO_BE_READABLE)
-    return win_rates(credits, lengths) | more
+    read = [(credit, (len(ours), len(others)), at) for credit, (at, _, ours, others, *_) in zip(credits, pairs)
+            if credit is not None]  # fmt: skip
+    return win_rates(*zip(*read)) | more
 
 
 def check_reference(policy: Policy, reference: Policy, params: SamplingParams) -> None:

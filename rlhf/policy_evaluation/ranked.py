@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 from rlhf.core.errors import UserError
@@ -16,17 +15,6 @@ REFERENCES, RANKINGS = "references", "rankings"
 """What the command line says in place of a policy and of a judge: the dataset's own answers, and its rankings."""
 MOST_NAMED = 10
 """Authors that an error lists."""
-
-
-@dataclass
-class _Comparisons:
-    """Comparisons of two authors, by prompt."""
-
-    credits: dict[str, list[float]] = field(default_factory=dict)
-    lengths: dict[str, list[tuple[int, int]]] = field(default_factory=dict)
-
-    def facts(self) -> dict[str, Any]:
-        return win_rates(list(self.credits.values()), list(self.lengths.values())) | {"prompts": len(self.credits)}
 
 
 def find_author(name: str, records: Sequence[Ranking], option: str) -> str:
@@ -70,14 +58,18 @@ def ranked_win_rate(pairs: Sequence[Pair]) -> dict[str, Any]:
         See `win_rates`; `prompts`, `annotators` (named ones), and `by_annotator`: name -> `win_rates`, where at least
         two annotators are named.
     """
-    whole, each = _Comparisons(), dict[str, _Comparisons]()
+    named: dict[str, list[Pair]] = {}
     for pair in pairs:
-        record, (_, one, other) = pair.ranking, pair.item()
-        for found in (whole, *([each.setdefault(record.annotator, _Comparisons())] if record.annotator else [])):
-            found.credits.setdefault(record.prompt_id, []).append(pair.human)
-            found.lengths.setdefault(record.prompt_id, []).append((len(one), len(other)))
-    by_annotator = {name: found.facts() for name, found in sorted(each.items())} if len(each) > 1 else {}
-    return whole.facts() | {"annotators": len(each), "by_annotator": by_annotator}
+        if pair.ranking.annotator:
+            named.setdefault(pair.ranking.annotator, []).append(pair)
+    by_annotator = {name: _win_rates(found) for name, found in sorted(named.items())} if len(named) > 1 else {}
+    return _win_rates(pairs) | {"annotators": len(named), "by_annotator": by_annotator}
+
+
+def _win_rates(pairs: Sequence[Pair]) -> dict[str, Any]:
+    prompts = [pair.ranking.prompt_id for pair in pairs]
+    lengths = [(len(one), len(other)) for _, one, other in map(Pair.item, pairs)]
+    return win_rates([pair.human for pair in pairs], lengths, prompts) | {"prompts": len(set(prompts))}
 
 
 def ranked_comparisons(

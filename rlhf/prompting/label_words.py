@@ -33,8 +33,7 @@ def label_logprobs(scores: Floats, label_of: Sequence[int], labels: int) -> Floa
     """
     groups = [[i for i, number in enumerate(label_of) if number == label] for label in range(labels)]
     means = [logsumexp(scores[:, group], axis=1) - np.log(len(group)) for group in groups]
-    found: Floats = log_softmax(np.stack(means, 1), axis=1)
-    return found
+    return log_softmax(np.stack(means, 1), axis=1)
 
 
 def calibrated(logprobs: Floats, content_free: Floats) -> Floats:
@@ -48,5 +47,4 @@ def calibrated(logprobs: Floats, content_free: Floats) -> Floats:
             probabilities are averaged.
     """
     mean = logsumexp(content_free, axis=-2) - np.log(content_free.shape[-2])
-    found: Floats = log_softmax(logprobs - mean, axis=-1)
-    return found
+    return log_softmax(logprobs - mean, axis=-1)

@@ -230,8 +230,7 @@ class PromptSearch:
                            "without_search": reports[1].as_dict()},
                 "file": str(self.out / "winner.yaml"),
             })  # fmt: skip
-        found: dict[str, Any] = json.loads(file.read_text("utf-8"))
-        return found
+        return json.loads(file.read_text("utf-8"))
 
 
 def _brief(row: dict[str, Any]) -> str:

@@ -13,6 +13,7 @@ from rlhf.core.console import format_number
 from rlhf.doctor.evidence import headline
 from rlhf.evaluation.tables import percent
 from rlhf.report.gather import RunRecord, Subject, located
+from rlhf.runs.changes import flat
 from rlhf.runs.run import is_run, read_run
 
 SLICES = {"by_distance": "how many ranks apart", "by_source": "source", "by_annotator": "annotator",
@@ -167,20 +168,11 @@ def versions(run: RunRecord) -> dict[str, str]:
 # ---- configs -------------------------------------------------------------------------------------------------------
 
 
-def flattened(config: Any, prefix: str = "") -> Iterator[tuple[str, str]]:
-    """Dotted key and value of every leaf of a config."""
-    if isinstance(config, dict) and config:
-        for key, value in config.items():
-            yield from flattened(value, f"{prefix}.{key}" if prefix else str(key))
-    else:
-        yield prefix, str(config)
-
-
 def differences(configs: Sequence[Any]) -> list[tuple[str, list[str]]]:
     """Keys whose values differ between configs -> the value in each, `-` where it is absent. `run` always differs."""
-    flat = [dict(flattened(config)) for config in configs]
-    keys = dict.fromkeys(key for one in flat for key in one)
-    rows = [(key, [one.get(key, "-") for one in flat]) for key in keys if key != "run"]
+    found = [{key: str(value) for key, value in flat(config).items()} for config in configs]
+    keys = dict.fromkeys(key for one in found for key in one)
+    rows = [(key, [one.get(key, "-") for one in found]) for key in keys if key != "run"]
     return [(key, values) for key, values in rows if len(set(values)) > 1]
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -11,14 +10,14 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
-
+from rlhf.core.errors import UserError
 from rlhf.core.limits import read_json_object
 from rlhf.doctor.diagnosis import checks_made, examine
 from rlhf.doctor.evidence import Evidence, read_evidence
 from rlhf.doctor.findings import Finding
 from rlhf.report.pipelines import folders_of, is_pipeline, pipeline_name
 from rlhf.runs.logged import logged_lines
+from rlhf.runs.model_folder import tensor_sizes
 from rlhf.runs.run import is_run, read_run
 
 STAGE_NAMES = {
@@ -91,10 +90,9 @@ class RunRecord:
     @cached_property
     def parameters(self) -> int | None:
         """Number of weights of the result, from the headers of its safetensors files; None without a result."""
-        files = sorted((self.path / "model").glob("*.safetensors"))
         try:
-            return sum(_parameters(file) for file in files) or None
-        except (OSError, SafetensorError):
+            return sum(tensor_sizes(self.path / "model")) or None
+        except (OSError, UserError):
             return None
 
     @cached_property
@@ -185,11 +183,6 @@ def located(path: str, run: Path) -> Path | None:
     ends = ["/".join(Path(path).parts[-n:]) for n in (1, 2, 3)]
     places = [Path(path), *(above / end for above, end in itertools.product(list(run.resolve().parents)[:3], ends))]
     return next((place for place in places if place.exists()), None)
-
-
-def _parameters(file: Path) -> int:
-    with safe_open(file, "np") as tensors:
-        return sum(math.prod(tensors.get_slice(name).get_shape()) for name in tensors.keys())  # noqa: SIM118
 
 
 def _answer(row: Mapping[str, Any]) -> Answer:

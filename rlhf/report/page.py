@@ -135,7 +135,7 @@ def _levels(runs: Sequence[RunRecord]) -> dict[str, float]:
     """Dotted lines: the accuracy that annotators allow, where all runs have the same."""
     ceilings = {run.held_out.get("ceiling") for run in runs}
     known = ceilings.pop() if len(ceilings) == 1 else None
-    return {"Held-out pairs ordered right": known} if isinstance(known, float) else {}
+    return {"Held-out pairwise accuracy": known} if isinstance(known, float) else {}
 
 
 def _comparison(subjects: Sequence[Subject]) -> list[tuple[str, list[str]]]:

@@ -1,4 +1,4 @@
-"""Held-out rankings with their scores: the loss, the report, and the scores of the best evaluation."""
+"""Held-out rankings with their scores: the loss, what is logged, the report."""
 
 from __future__ import annotations
 
@@ -37,38 +37,43 @@ def mean_loss(rankings: int, losses: Callable[[int, int], tuple[Tensor, Tensor, 
 
 
 @dataclass
-class BestScores:
-    """The held-out rankings as they were scored in the evaluation with the lowest loss so far."""
+class HeldOutScores:
+    """The held-out rankings as they were scored in the evaluation with the lowest loss so far.
 
+    Args:
+        score: Scores them with the weights that the engine holds.
+        human: Human agreement on them, if known.
+    """
+
+    score: Callable[[Any], list[ScoredRanking]]
+    human: Agreement | None
     loss: float = float("inf")
     step: int = -1
     scored: list[ScoredRanking] = field(default_factory=list)
 
-    def note(self, loss: float, step: int, scored: list[ScoredRanking]) -> None:
-        """Keep the scores of an evaluation if its loss is the lowest so far."""
+    def log(self, loss: float, step: int, scored: list[ScoredRanking], *more: str) -> dict[str, float]:
+        """The metrics that every evaluation logs, and `more`, where they are defined; with human agreement's ceiling.
+
+        The scores are kept if the loss is the lowest so far.
+        """
         if loss < self.loss:
             self.loss, self.step, self.scored = loss, step, scored
+        found = {"loss": loss, **reward_metrics(scored), **({"ceiling": self.human.ceiling} if self.human else {})}
+        names = ("loss", "accuracy", "log_loss", "calibration_error", *more, "ceiling")
+        return {name: found[name] for name in names if found.get(name) is not None}
 
-    def at(self, step: int, score: Callable[[], list[ScoredRanking]]) -> list[ScoredRanking]:
-        """The scores of the evaluation at `step`, recomputed by `score` unless it was the best one."""
-        return self.scored if self.step == step else score()
+    def at(self, engine: Any, step: int) -> list[ScoredRanking]:
+        """The scores of the evaluation at `step`, whose weights the engine has loaded."""
+        return self.scored if self.step == step else self.score(engine)
 
-
-def logged_metrics(scored: Sequence[ScoredRanking], human: Agreement | None, *more: str) -> dict[str, float]:
-    """The metrics that every evaluation logs, and `more`, where they are defined; with human agreement's ceiling."""
-    found = reward_metrics(scored) | ({"ceiling": human.ceiling} if human else {})
-    names = ("accuracy", "log_loss", "calibration_error", *more, "ceiling")
-    return {name: found[name] for name in names if found.get(name) is not None}
-
-
-def report(run: Run, scored: Sequence[ScoredRanking], step: int, human: Agreement | None) -> dict[str, Any]:
-    """Show the held-out metrics with human agreement, write them to reward_metrics.json; returns those for run.json."""
-    ceiling = human.metrics() if human else {}
-    metrics = reward_metrics(scored) | ceiling
-    for part in metric_rows(metrics):
-        table(*part)
-    if human:
-        say(human.compared_with(metrics["accuracy"]))
-    if is_main():
-        write_json(run.path / "reward_metrics.json", {"step": step, **metrics})
-    return {name: metrics[name] for name in HEADLINE} | ceiling
+    def report(self, run: Run, scored: Sequence[ScoredRanking], step: int) -> dict[str, Any]:
+        """Show the metrics with human agreement, write them to reward_metrics.json; returns those for run.json."""
+        ceiling = self.human.metrics() if self.human else {}
+        metrics = reward_metrics(scored) | ceiling
+        for part in metric_rows(metrics):
+            table(*part)
+        if self.human:
+            say(self.human.compared_with(metrics["accuracy"]))
+        if is_main():
+            write_json(run.path / "reward_metrics.json", {"step": step, **metrics})
+        return {name: metrics[name] for name in HEADLINE} | ceiling

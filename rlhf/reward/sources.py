@@ -65,8 +65,7 @@ def scores_with_disagreement(source: Source, inputs: RewardInputs) -> tuple[torc
     The second is None for a source without an ensemble.
     """
     if hasattr(source, "with_disagreement"):
-        found: tuple[torch.Tensor, torch.Tensor | None] = source.with_disagreement(inputs)
-        return found
+        return source.with_disagreement(inputs)
     return source(inputs), None
 
 
@@ -189,11 +188,8 @@ def weighted_terms(reward: Pick) -> list[tuple[Pick, float]]:
     """The sources in a reward source and their weights: the terms of a sum, also of sums of sums, or the source."""
     if reward.name != "sum":
         return [(reward, 1.0)]
-    found = []
-    for term in reward.options["terms"]:
-        pick = REWARDS.pick({key: value for key, value in term.items() if key != "weight"})
-        found += [(one, float(term.get("weight", 1.0)) * weight) for one, weight in weighted_terms(pick)]
-    return found
+    terms = map(_term, reward.options["terms"])
+    return [(one, outer * inner) for pick, outer in terms for one, inner in weighted_terms(pick)]
 
 
 def model_terms(reward: Pick) -> list[dict[str, Any]]:
@@ -259,11 +255,17 @@ def _terms(terms: list[dict[str, Any]]) -> list[dict[str, Any]]:
     if not terms:
         raise ValueError("a sum needs at least one term")
     for term in terms:
-        weight = term.get("weight", 1.0)
-        if isinstance(weight, bool) or not isinstance(weight, (int, float)):
-            raise ValueError(f"weight {weight!r} is not a number")
-        REWARDS.pick({key: value for key, value in term.items() if key != "weight"})
+        _term(term)
     return terms
+
+
+def _term(term: Mapping[str, Any]) -> tuple[Pick, float]:
+    """A term of a sum, and its weight."""
+    values = dict(term)
+    weight = values.pop("weight", 1.0)
+    if isinstance(weight, bool) or not isinstance(weight, (int, float)):
+        raise ValueError(f"weight {weight!r} is not a number")
+    return REWARDS.pick(values), float(weight)
 
 
 Terms = Annotated[list[dict[str, Any]], AfterValidator(_terms)]
@@ -272,8 +274,7 @@ Terms = Annotated[list[dict[str, Any]], AfterValidator(_terms)]
 @REWARDS.row("sum")
 def weighted_sum(context: RewardContext, *, terms: Terms) -> Source:
     """A weighted sum of sources: `terms` is a list of rows, each with its options and a `weight` (1 by default)."""
-    parts = [(t.get("weight", 1.0), REWARDS.pick({k: v for k, v in t.items() if k != "weight"})) for t in terms]
-    return WeightedSum([(float(weight), pick(context)) for weight, pick in parts])
+    return WeightedSum([(weight, pick(context)) for pick, weight in map(_term, terms)])
 
 
 class WeightedSum:

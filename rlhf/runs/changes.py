@@ -63,17 +63,18 @@ def _changes(path: Path, config: StageConfig) -> dict[str, tuple[Any, Any]]:
         before = read_yaml(file)
         if not isinstance(before, dict):
             raise ValueError(f"expected a mapping of keys, got {type(before).__name__}")
-    old, new = _flat(before), _flat(config.model_dump(mode="json"))
+    old, new = flat(before), flat(config.model_dump(mode="json"))
     pairs = {key: (old.get(key, MISSING), new.get(key, MISSING)) for key in [*new, *old]}
     return {key: pair for key, pair in pairs.items() if pair[0] != pair[1]}
 
 
-def _flat(value: Any, name: str = "") -> dict[str, Any]:
+def flat(value: Any, name: str = "") -> dict[str, Any]:
+    """Dotted key -> value of every leaf of a config."""
     if not isinstance(value, dict) or not value:
         return {name: value}
     found: dict[str, Any] = {}
     for key, part in value.items():
-        found |= _flat(part, f"{name}.{key}" if name else str(key))
+        found |= flat(part, f"{name}.{key}" if name else str(key))
     return found
 
 

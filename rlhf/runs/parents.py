@@ -100,8 +100,7 @@ def template_time(config: StageConfig, resume: bool) -> str:
     infos = [read_run(place) for place in places if is_run(place)]
     keys = ("template_time", "reward_template_time")
     found = [info[key] for info in infos for key in keys if info.get(key)]
-    time: str = distributed.from_main(found[0] if found else datetime.now().isoformat(timespec="seconds"))
-    return time
+    return distributed.from_main(found[0] if found else datetime.now().isoformat(timespec="seconds"))
 
 
 def check_same_text(mine: Mapping[str, Any], parent: str | Path) -> None:

@@ -81,8 +81,7 @@ class Head(ABC):
 
     def logits(self, output: Any) -> Tensor:
         """Float32 logits of a model's output: [B, labels], [B, T, labels], or [B, T, 2] for first and last tokens."""
-        logits: Tensor = output.logits.float()
-        return logits
+        return output.logits.float()
 
     @abstractmethod
     def loss(self, logits: Tensor, batch: Batch) -> Tensor:
