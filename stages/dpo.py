@@ -28,7 +28,7 @@ from rlhf.dpo.policy import PreferencePolicy, sharing_of
 from rlhf.dpo.reference import score_answers, with_reference
 from rlhf.memory.peak import PeakMemory
 from rlhf.models.adapters import is_adapter
-from rlhf.models.logprobs import head_chunks
+from rlhf.models.forward import head_chunks
 from rlhf.models.shared_prompt import NO_SHARING
 from rlhf.reward.agreement import Agreement
 from rlhf.reward.collator import RankingCollator, comparable, learnable
@@ -107,7 +107,7 @@ class DPOObjective(Objective[PreferenceBatch]):
 
     def loss(self, engine: Engine, batch: PreferenceBatch) -> tuple[Tensor, list[Tensor]]:
         most = distributed.all_max(batch.answer_tokens)  # ZeRO-3 needs the same number of chunks on all ranks
-        logprobs, tokens = engine(batch, head_chunks(int(most), self.vocab_size))
+        logprobs, tokens = engine.forward(batch, head_chunks(int(most), self.vocab_size))
         rewards = implicit_rewards(logprobs, batch.reference, self.config.beta)
         losses, _ = self.losses(rewards, logprobs, tokens, batch.rankings)
         metrics = pair_metrics(rewards, logprobs, batch.rankings) @ batch.rankings.weights

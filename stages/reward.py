@@ -131,7 +131,7 @@ class RewardObjective(Objective[RewardBatch]):
         return batch.attention_mask.sum()
 
     def loss(self, engine: Engine, batch: RewardBatch) -> tuple[Tensor, list[Tensor]]:
-        scores = engine(batch.input_ids, batch.attention_mask, batch.branches)
+        scores = engine.forward(batch.input_ids, batch.attention_mask, batch.branches)
         return self.losses(scores, batch.rankings)[0].sum(), []
 
     def losses(self, scores: Tensor, rankings: RankingBatch) -> tuple[Tensor, Tensor]:

@@ -19,8 +19,7 @@ from rlhf.cli.entry import main
 from rlhf.data.chat_tokenizer import ChatTokenizer
 from rlhf.data.tables import tokenize
 from rlhf.memory.peak import PeakMemory
-from rlhf.models.hidden_states import is_encoder_decoder, predicting_states
-from rlhf.models.logprobs import TokenPredictions, head_chunks, token_predictions
+from rlhf.models.forward import TokenPredictions, head_chunks, is_encoder_decoder, predicting_states, token_logprobs
 from rlhf.models.vocabulary import token_count
 from rlhf.rollout.samplers import hf
 from rlhf.rollout.streams import stream_seed
@@ -100,9 +99,8 @@ class TokenPredictor(nn.Module):
 
     def forward(self, batch: TokenBatch, chunks: int) -> TokenPredictions:
         """Predictions for the labelled tokens."""
-        return token_predictions(
-            self.model, batch.input_ids, batch.attention_mask, batch.labelled, chunks, batch.position_ids
-        )
+        ids, mask, positions = batch.input_ids, batch.attention_mask, batch.position_ids
+        return token_logprobs(self.model, ids, mask, batch.labelled, 1.0, chunks, positions, top1=True)
 
 
 class SFTObjective(Objective[TokenBatch]):
@@ -129,7 +127,7 @@ class SFTObjective(Objective[TokenBatch]):
 
     def _predict(self, engine: Engine, batch: TokenBatch) -> TokenPredictions:
         most = distributed.all_max(batch.labelled.sum())  # ZeRO-3 needs the same number of chunks on all ranks
-        return engine(batch, head_chunks(int(most), self.vocab_size))
+        return engine.forward(batch, head_chunks(int(most), self.vocab_size))
 
     def evaluate(self, engine: Engine, step: int) -> dict[str, float]:
         """Mean negative log-likelihood in nats per assistant token, perplexity, and top-1 accuracy."""
@@ -245,7 +243,7 @@ class LogitsObjective(SFTObjective):
     def _distilled(self, engine: Engine, batch: DistillationBatch) -> tuple[StudentPredictions, Tensor]:
         chunks = head_chunks(int(distributed.all_max(batch.labelled.sum())), self.vocab_size)
         states = self.teacher.states(batch)
-        found = engine(batch, chunks, states, self.teacher.logits, self.measure, self.known)
+        found = engine.forward(batch, chunks, states, self.teacher.logits, self.measure, self.known)
         return found, batch.demonstrated
 
     def evaluate(self, engine: Engine, step: int) -> dict[str, float]:

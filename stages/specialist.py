@@ -240,7 +240,7 @@ class SpecialistObjective(Objective[Batch]):
         return batch.inputs["attention_mask"].sum()
 
     def loss(self, engine: Engine, batch: Batch) -> tuple[Tensor, list[Tensor]]:
-        return self.head.loss(engine(batch), batch), []
+        return self.head.loss(engine.forward(batch), batch), []
 
     def evaluate(self, engine: Engine, step: int) -> dict[str, float]:
         predictions, loss = self.predict(engine)
@@ -258,7 +258,7 @@ class SpecialistObjective(Objective[Batch]):
         for start in range(0, len(order), size):
             part = order[start : start + size]
             batch = self.batch([rows[index] for index in part])
-            logits = engine(batch)
+            logits = engine.forward(batch)
             total += float(self.head.loss(logits, batch))
             count += float(self.items(batch))
             found |= zip(part, self.head.predictions(logits, [rows[index] for index in part]))

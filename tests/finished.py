@@ -23,7 +23,7 @@ from rlhf.config.base import ModelConfig
 from rlhf.core.lazy_group import command_app
 from rlhf.data.chat_tokenizer import load_tokenizer
 from rlhf.data.schema import Message
-from rlhf.models.hidden_states import hidden_states
+from rlhf.models.forward import hidden_states
 from rlhf.models.load import load_policy, quiet
 from rlhf.models.scalar import load_scalar
 from rlhf.ppo.config import PPOConfig

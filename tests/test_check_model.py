@@ -20,7 +20,7 @@ from rlhf.data.chat_tokenizer import ChatTokenizer, load_tokenizer
 from rlhf.export.export import export
 from rlhf.export.formats import EXPORTERS
 from rlhf.inference.model_checks import Different, policy_logits, prompt_tokens
-from rlhf.models.logprobs import check_head
+from rlhf.models.load import check_head
 from rlhf.models.tiny_copy import random_model, tiny_config
 from stages.check_model import make_tiny_copy
 from stages.cli import app

@@ -17,9 +17,8 @@ from trl.experimental.gkd import GKDTrainer
 from rlhf.config.base import ModelConfig
 from rlhf.config.load import check_config
 from rlhf.core.errors import UserError
-from rlhf.models.hidden_states import predicting_states
+from rlhf.models.forward import head_logits, predicting_states
 from rlhf.models.load import load_policy
-from rlhf.models.logprobs import head_logits
 from rlhf.runs.model_folder import fingerprint
 from rlhf.runs.run import read_run
 from rlhf.sft.config import SFTConfig

@@ -25,9 +25,8 @@ from rlhf.inference.policy import open_policy
 from rlhf.inference.reward_model import open_reward_model
 from rlhf.inference.sampling import complete
 from rlhf.models.encoder_decoder import halves
-from rlhf.models.hidden_states import hidden_states, predicting_states
+from rlhf.models.forward import hidden_states, predicting_states, token_logprobs
 from rlhf.models.load import load_policy, quiet
-from rlhf.models.logprobs import token_logprobs
 from rlhf.models.scalar import load_scalar
 from rlhf.ppo.config import PPOConfig
 from rlhf.reward.config import RewardConfig
@@ -103,7 +102,7 @@ def test_log_probs_and_loss_are_those_of_transformers(family):
     chat, model = chat_of(family), model_of(family)
     rows = rows_of(chat)
     batch = batch_of(chat, rows)
-    found, _ = token_logprobs(model, batch.input_ids, batch.attention_mask, batch.labelled, 1.0)
+    found, *_ = token_logprobs(model, batch.input_ids, batch.attention_mask, batch.labelled, 1.0)
     expected, losses = [], []
     for prompt, response in rows:
         output = model(input_ids=torch.tensor([prompt]), labels=torch.tensor([response]))

@@ -147,13 +147,13 @@ for step in range(4):
     # six rows a step: rank 0 has four of them, rank 1 two, in two micro-batches each
     shares = [[[0, 1, 2], [3]], [[4], [5]]] if distributed.world_size() == 2 else [[[0, 1], [2, 3, 4], [5]]]
     for i, rows in enumerate(shares[distributed.rank()]):
-        engine.backward(engine(data[step, rows]) / 6, last=i == len(shares[distributed.rank()]) - 1)
+        engine.backward(engine.forward(data[step, rows]) / 6, last=i == len(shares[distributed.rank()]) - 1)
     norms.append(engine.step(1.0 - 0.1 * step))
 with engine.gathered(both):
     weights = {n: p.detach().float().clone() for n, p in both.named_parameters()}
     for _ in range(1 + distributed.rank()):  # outside the engine, another number of calls on each rank
         both(data[0])
-engine.backward(engine(data[0] * (math.inf if distributed.rank() == 0 else 1.0)), last=True)
+engine.backward(engine.forward(data[0] * (math.inf if distributed.rank() == 0 else 1.0)), last=True)
 assert engine.step(1.0) is None
 with engine.gathered(both):
     assert all(torch.equal(p.float(), weights[n]) for n, p in both.named_parameters())

@@ -7,7 +7,7 @@ import tiny
 import torch
 
 from rlhf import distributed
-from rlhf.models.logprobs import head_chunks
+from rlhf.models.forward import head_chunks
 from rlhf.ppo.batching import PASS_TOKENS, TokenRows, divide
 from rlhf.ppo.masked import unflatten
 from rlhf.ppo.types import Prompts, Rollout, gather_completions, gather_episodes, gather_tokens

@@ -18,8 +18,8 @@ from logged import updates
 from ppo_processes import write_config
 
 from rlhf.config.base import ModelConfig
+from rlhf.models.forward import token_logprobs
 from rlhf.models.load import load_policy
-from rlhf.models.logprobs import token_logprobs
 from rlhf.rollout.samplers import hf
 from rlhf.rollout.types import SamplingParams
 from stages.ppo import PPO

@@ -132,6 +132,6 @@ def test_activations_are_recomputed_where_the_config_says_so(demos: str, tmp_pat
         layer.self_attn.register_forward_pre_hook(lambda *_, seen=seen: seen.append(torch.is_grad_enabled()))
         chat = load_tokenizer(c.model, tiny.llama())
         batch = sft.token_batch([{"input_ids": [3, 4, 5], "labels": [-100, 4, 5]}], chat, False)
-        engine.backward(-engine(batch, 1)[0].sum(), last=True)
+        engine.backward(-engine.forward(batch, 1)[0].sum(), last=True)
         calls.append(sum(seen))
     assert calls[1] == calls[0] + 1

@@ -30,8 +30,8 @@ from rlhf.memory.predict import ZeroLayout, predict
 from rlhf.memory.traced_model import TracedModel
 from rlhf.memory.tracer import GRADIENTS, LOGITS, MemorySnapshot, MemoryTracer, fake_tensors, use_fake_weights
 from rlhf.memory.workload import BatchShape, batch_shape, limit_of, roles
+from rlhf.models.forward import head_logprobs
 from rlhf.models.load import load_hf_config
-from rlhf.models.logprobs import head_logprobs
 from stages.memory import stage_of
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -141,7 +141,7 @@ def test_the_heads_logits_do_not_grow_with_the_number_of_tokens():
             use_fake_weights(lm)
             with MemoryTracer([lm], vocab_size=150_000) as tracer:
                 hidden = torch.zeros(tokens, 16, requires_grad=True)
-                logprobs, entropies = head_logprobs(lm, hidden, torch.zeros(tokens, dtype=torch.int64), 1.0)
+                logprobs, entropies, _ = head_logprobs(lm, hidden, torch.zeros(tokens, dtype=torch.int64), 1.0)
                 (logprobs.sum() + entropies.sum()).backward()
         return tracer.highest()[LOGITS]
 

@@ -37,7 +37,7 @@ def train(engine, steps):
     losses = []
     for step in steps:
         x = torch.randn(16, 96, generator=torch.Generator().manual_seed(step))
-        loss = (engine(x) - x[:, :3]).square().mean()
+        loss = (engine.forward(x) - x[:, :3]).square().mean()
         engine.backward(loss, last=True)
         engine.step(1.0)
         losses.append(float(loss.detach()))
@@ -151,7 +151,7 @@ def train(engine, steps):
     norms = []
     for step in steps:
         x = torch.randn(4, 64, generator=torch.Generator().manual_seed(10 * step + distributed.rank()))
-        engine.backward(engine(x.to(engine.dtype)).float().square().sum() / 8, last=True)
+        engine.backward(engine.forward(x.to(engine.dtype)).float().square().sum() / 8, last=True)
         norms.append(engine.step(1.0))
     return norms
 

@@ -11,13 +11,16 @@ from families import ALIBI, FAMILIES, HYBRID, OPT, SMALL, VOCAB, random_model
 from sft_runs import run, settings
 from transformers import AutoModelForSequenceClassification, DeepseekV3Config, FalconConfig, PhimoeConfig
 
+from rlhf.config.base import OptimizerConfig
 from rlhf.core.errors import UserError
-from rlhf.models import hidden_states
-from rlhf.models.hidden_states import PACKED, attend_each
+from rlhf.models import forward
+from rlhf.models.attention import PACKED
+from rlhf.models.forward import attend_each
 from rlhf.models.isolation import packing_fault
 from rlhf.models.scalar import ScalarModel
 from rlhf.ppo.batching import TokenRows
 from rlhf.ppo.models import ActorCritic, SeparateModels, can_pack
+from rlhf.training.engine import make_engine
 
 SMALL_VALUES = DeepseekV3Config(
     **SMALL, num_key_value_heads=4, q_lora_rank=8, kv_lora_rank=8, qk_nope_head_dim=8, qk_rope_head_dim=8, v_head_dim=8,
@@ -35,28 +38,22 @@ ROWS = [
 ]  # fmt: skip
 
 
-class PlainEngine:
-    """What `can_pack` needs of an engine."""
-
-    def __init__(self, config, attention, dtype=torch.float32):
-        self.dtype = dtype
-        config = copy.deepcopy(config)
-        config._attn_implementation, config.num_labels = attention, 1
-        policy = random_model(config)
-        scores = type(config) in AutoModelForSequenceClassification._model_mapping
-        critic = ScalarModel(AutoModelForSequenceClassification.from_config(config)) if scores else None
-        self.module = ActorCritic(policy, critic).eval().requires_grad_(True)
-
-    def __call__(self, batch, temperature):
-        with torch.autocast("cpu", self.dtype, enabled=self.dtype != torch.float32):
-            return self.module(batch, temperature)
+def engine_of(config, attention, precision="float32"):
+    """Policy and, where the family has one, critic in a plain engine."""
+    config = copy.deepcopy(config)
+    config._attn_implementation, config.num_labels = attention, 1
+    policy = random_model(config)
+    scores = type(config) in AutoModelForSequenceClassification._model_mapping
+    critic = ScalarModel(AutoModelForSequenceClassification.from_config(config)) if scores else None
+    module = ActorCritic(policy, critic).eval().requires_grad_(True)
+    return make_engine(module, [{"params": list(module.parameters()), "lr": 0.1}], OptimizerConfig(), precision, None)
 
 
 def results(engine, packed, shares):
     """Log-probs, values and gradients of a loss that weighs every token differently."""
     engine.module.zero_grad()
     batches = [TokenRows(ROWS, 0, packed).micro_batches([[share]])[0] for share in shares]
-    outputs = [engine(batch, 0.7) for batch in batches]
+    outputs = [engine.forward(batch, 0.7) for batch in batches]
     logprobs = torch.cat([o.logprobs for o in outputs])
     values = torch.zeros(()) if outputs[0].values is None else torch.cat([o.values for o in outputs])
     weights = torch.arange(1.0, len(logprobs) + 1) / len(logprobs)
@@ -72,21 +69,21 @@ def assert_equal(found, expected):
 
 @pytest.mark.parametrize(("name", "attention"), WAYS)
 def test_padded_rows_give_the_numbers_and_gradients_of_each_sequence_alone(name, attention):
-    engine = PlainEngine(MODELS[name], attention)
+    engine = engine_of(MODELS[name], attention)
     together, alone = results(engine, False, [[0, 1, 2, 3]]), results(engine, False, [[0], [1], [2], [3]])
     assert_equal(together, alone)
 
 
 @pytest.mark.parametrize(("name", "attention"), [way for way in WAYS if way[0] not in MIXES or way == ("opt", "sdpa")])
 def test_packed_sequences_give_the_numbers_and_gradients_of_padded_ones(name, attention):
-    engine = PlainEngine(MODELS[name], attention)
+    engine = engine_of(MODELS[name], attention)
     assert can_pack(SeparateModels(engine), VOCAB, 32, True)
     assert_equal(results(engine, True, [[0, 1, 2, 3]]), results(engine, False, [[0, 1, 2, 3]]))
 
 
 @pytest.mark.parametrize("name", MIXES)
 def test_a_model_that_mixes_packed_sequences_is_refused(name):
-    engine = PlainEngine(MODELS[name], "eager")
+    engine = engine_of(MODELS[name], "eager")
     with pytest.raises(UserError, match=r"(?s)packing.*(attend to each|other numbers).*Leave batch.packing out"):
         can_pack(SeparateModels(engine), VOCAB, 32, True)
 
@@ -96,7 +93,7 @@ def test_a_model_that_mixes_packed_sequences_is_refused(name):
 def test_rounding_does_not_hide_that_packed_sequences_see_each_other(std, attention):
     # Falcon's leak is smaller than 6% of a log-prob, and bfloat16 rounds.
     config = FalconConfig(vocab_size=VOCAB, hidden_size=32, num_hidden_layers=2, num_attention_heads=4)
-    engine = PlainEngine(config, attention, torch.bfloat16)
+    engine = engine_of(config, attention, "bfloat16")
     for parameter in engine.module.policy.parameters():
         if parameter.dim() > 1:
             parameter.data.normal_(std=std)
@@ -107,7 +104,7 @@ def test_rounding_does_not_hide_that_packed_sequences_see_each_other(std, attent
 
 @pytest.mark.parametrize("name", ["llama", "mistral", "gemma3"])
 def test_sequences_are_packed_in_bfloat16_on_a_cpu(name):
-    engine = PlainEngine(FAMILIES[name], "sdpa", torch.bfloat16)
+    engine = engine_of(FAMILIES[name], "sdpa", "bfloat16")
     alone = results(engine, False, [[0], [1], [2], [3]])
     assert can_pack(SeparateModels(engine), VOCAB, 32, None)
     packed = results(engine, True, [[0, 1, 2, 3]])
@@ -117,7 +114,7 @@ def test_sequences_are_packed_in_bfloat16_on_a_cpu(name):
 def test_a_sliding_window_that_packing_would_lose_is_found_where_sequences_are_longer():
     # PhiMoE passes its window to the attention in the mask alone, which packing on a CPU replaces.
     config = PhimoeConfig(**SMALL, num_key_value_heads=2, num_local_experts=4, num_experts_per_tok=2, sliding_window=16)
-    engine = PlainEngine(config, "sdpa")
+    engine = engine_of(config, "sdpa")
     with pytest.raises(UserError, match=r"get other outputs than in a row of their own \(tested with 28 tokens"):
         can_pack(SeparateModels(engine), VOCAB, 200, True)
     assert engine.module.policy.config._attn_implementation == "sdpa"
@@ -134,34 +131,34 @@ def test_a_model_that_cannot_compute_a_packed_row_is_refused_with_the_error_that
 
 @pytest.mark.parametrize(("attention", "packed"), [("sdpa", True), ("eager", False)])
 def test_packing_is_chosen_on_a_cpu_where_it_needs_no_mask(attention, packed):
-    engine = PlainEngine(FAMILIES["llama"], attention)
+    engine = engine_of(FAMILIES["llama"], attention)
     assert not can_pack(SeparateModels(engine), VOCAB, 32, False)
     assert can_pack(SeparateModels(engine), VOCAB, 32, None) is packed
     assert engine.module.policy.config._attn_implementation == (PACKED if packed else attention)
 
 
 def test_a_model_that_cannot_be_packed_keeps_its_attention():
-    engine = PlainEngine(HYBRID, "sdpa")
+    engine = engine_of(HYBRID, "sdpa")
     assert not can_pack(SeparateModels(engine), VOCAB, 32, None)
     assert engine.module.policy.config._attn_implementation == "sdpa"
 
 
 @pytest.mark.parametrize("name", ["llama", "mistral", "gemma3"])
 def test_a_packed_sequence_is_never_a_matrix_of_all_tokens(name, monkeypatch):
-    engine = PlainEngine(MODELS[name], "sdpa")
+    engine = engine_of(MODELS[name], "sdpa")
     can_pack(SeparateModels(engine), VOCAB, 32, None)
     critic = engine.module.critic.model
     critic.config = copy.deepcopy(critic.config)  # as where roles share a base: a body's attention is the body's own
     critic.config._attn_implementation = "sdpa"
     seen = []
-    parts = hidden_states._parts
+    parts = forward._parts
 
     def watched(sizes, *args):
         seen.append(tuple(sizes.tolist()))
         return parts(sizes, *args)
 
-    monkeypatch.setattr(hidden_states, "_parts", watched)
-    monkeypatch.setattr(hidden_states, "sdpa_attention_forward", None)
+    monkeypatch.setattr(forward, "_parts", watched)
+    monkeypatch.setattr(forward, "sdpa_attention_forward", None)
     results(engine, True, [[0, 1, 2, 3]])
     assert set(seen) == {SIZES}
 
@@ -173,7 +170,7 @@ def test_the_attention_is_an_operator_as_torch_asks(window):
 
 
 def test_an_ordinary_call_of_a_packed_model_is_unchanged():
-    engine = PlainEngine(FAMILIES["mistral"], "sdpa")
+    engine = engine_of(FAMILIES["mistral"], "sdpa")
     ids, mask = torch.arange(22).view(2, 11) + 3, torch.ones(2, 11, dtype=torch.int64)
     mask[1, :4] = 0
     before = engine.module.policy(input_ids=ids, attention_mask=mask).logits

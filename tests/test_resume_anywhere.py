@@ -34,7 +34,7 @@ def made(path, precision):
 
 def train(engine, step):
     rows = data[step, rank::ranks].to(engine.dtype if path != "plain" else torch.float32)
-    engine.backward(engine(rows).float().square().sum() / 8, last=True)
+    engine.backward(engine.forward(rows).float().square().sum() / 8, last=True)
     return engine.step(1.0)
 
 def save(engine, folder):

@@ -10,8 +10,8 @@ from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, OPTConfi
 
 from rlhf.config.base import ModelConfig
 from rlhf.core.errors import UserError
+from rlhf.models.forward import head_logprobs, is_frozen_product, token_logprobs
 from rlhf.models.load import load_policy
-from rlhf.models.logprobs import head_logprobs, is_frozen_product, token_logprobs
 from rlhf.models.vocabulary import mask_unknown_ids
 from rlhf.ppo.config import PPOOptimizerConfig
 from rlhf.training.engine import make_engine
@@ -53,7 +53,7 @@ def test_a_frozen_copy_gives_the_very_logits_of_the_model_in_training(folder):
     engine = engine_over(load(folder))
     frozen = engine.freeze(load(folder))
     with torch.no_grad():
-        found, expected = frozen(IDS).logits, engine(IDS).logits
+        found, expected = frozen(IDS).logits, engine.forward(IDS).logits
         exact = engine.module(IDS).logits
     assert torch.equal(found, expected)
     assert not torch.equal(found, exact), "the computation is in bfloat16"
@@ -130,7 +130,7 @@ def test_log_probs_and_gradients_do_not_depend_on_the_parts_that_the_head_works_
     for chunks in (1, 5):
         model, calls = load(folder), []
         model.get_output_embeddings().register_forward_hook(lambda *_, calls=calls: calls.append(1))
-        logprobs, entropies = token_logprobs(model, IDS, torch.ones_like(IDS), wanted, 0.7, chunks)
+        logprobs, entropies, _ = token_logprobs(model, IDS, torch.ones_like(IDS), wanted, 0.7, chunks)
         (logprobs.sum() + entropies.square().sum()).backward()
         assert len(calls) == 2 * chunks - 1  # the backward pass computes all parts but the last again
         results.append([logprobs, entropies, *(p.grad for p in model.parameters() if p.grad is not None)])
@@ -152,7 +152,7 @@ def test_log_probs_entropies_and_gradients_are_those_of_full_logits(temperature,
             logprobs = every.gather(-1, IDS[:, 1:][wanted[:, 1:]][:, None]).squeeze(-1)
             entropies = torch.distributions.Categorical(logits=every).entropy()
         else:
-            logprobs, entropies = token_logprobs(model, IDS, torch.ones_like(IDS), wanted, temperature)
+            logprobs, entropies, _ = token_logprobs(model, IDS, torch.ones_like(IDS), wanted, temperature)
         loss = (weights * logprobs).sum()
         (loss + entropy * (weights * entropies).sum() if entropy else loss).backward()
         results.append([logprobs, entropies, *(p.grad for p in model.parameters() if p.grad is not None)])
@@ -175,7 +175,7 @@ def test_a_frozen_head_gives_the_log_probs_of_a_trained_one_and_its_gradients(pr
         assert is_frozen_product(model) == frozen
         hidden = states.clone().requires_grad_()
         with torch.autocast("cpu", torch.bfloat16, enabled=precision == "autocast"):
-            logprobs, entropies = head_logprobs(model, hidden, IDS.flatten()[:9].clamp(max=59), 0.7, chunks=4)
+            logprobs, entropies, _ = head_logprobs(model, hidden, IDS.flatten()[:9].clamp(max=59), 0.7, chunks=4)
         loss = (weights * logprobs).sum()
         (loss + entropy * (weights * entropies).sum() if entropy else loss).backward()
         results.append((logprobs, entropies, hidden.grad))
@@ -203,7 +203,7 @@ def test_a_rollout_rounds_a_frozen_head_once_and_leaves_its_embedding(folder):
         model, [{"params": [model.model.norm.weight], "lr": 0.1}], PPOOptimizerConfig(), "bfloat16", None
     )
     with torch.no_grad():
-        expected = engine(IDS).logits
+        expected = engine.forward(IDS).logits
         with engine.gathered(model):
             assert model.lm_head.weight.dtype == torch.bfloat16
             assert model.model.embed_tokens.weight.dtype == torch.float32

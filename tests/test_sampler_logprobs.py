@@ -12,8 +12,8 @@ import torch
 from rlhf.config.base import ModelConfig
 from rlhf.core.errors import UserError
 from rlhf.data.chat_tokenizer import load_tokenizer
+from rlhf.models.forward import token_logprobs
 from rlhf.models.load import load_policy
-from rlhf.models.logprobs import token_logprobs
 from rlhf.rollout.samplers import hf
 from rlhf.rollout.types import SamplingParams
 from stages.ppo import PPO

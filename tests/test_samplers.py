@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, Lfm2Config
 from rlhf.config.base import ModelConfig
 from rlhf.core.errors import UserError
 from rlhf.data.schema import Message
-from rlhf.models.hidden_states import PACKED, switch
+from rlhf.models.attention import PACKED, switch
 from rlhf.models.load import load_policy
 from rlhf.ppo.losses import Importance
 from rlhf.rollout.samplers import continuous_batching, hf

@@ -24,7 +24,7 @@ from rlhf.config.load import check_config
 from rlhf.core.errors import UserError
 from rlhf.export.export import ROLES, export
 from rlhf.export.formats import EXPORTERS
-from rlhf.models.hidden_states import hidden_states
+from rlhf.models.forward import hidden_states
 from rlhf.models.scalar import ScalarModel
 from rlhf.ppo.config import PPOConfig
 from rlhf.ppo.models import ActorCritic, SeparateModels

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from rlhf.models.hidden_states import hidden_states
+from rlhf.models.forward import hidden_states
 from rlhf.ppo.batching import TokenRows
 from rlhf.ppo.frozen_layers import FrozenLayers, gather_states
 from rlhf.tuning.methods import TUNING

@@ -25,7 +25,7 @@ from rlhf.data.store import open_dataset
 from rlhf.export.export import export
 from rlhf.export.formats import EXPORTERS
 from rlhf.inference.reward_model import open_reward_model
-from rlhf.models.hidden_states import hidden_states
+from rlhf.models.forward import hidden_states
 from rlhf.models.load import load_policy
 from rlhf.models.scalar import load_scalar
 from rlhf.ppo.config import PPOConfig

@@ -13,8 +13,8 @@ from sft_runs import run, settings
 from rlhf.config.base import ModelConfig
 from rlhf.core.errors import UserError
 from rlhf.data.schema import Message
+from rlhf.models.forward import token_logprobs
 from rlhf.models.load import load_policy
-from rlhf.models.logprobs import token_logprobs
 from rlhf.models.vocabulary import mask_unknown_ids, token_count
 from rlhf.rollout.samplers import continuous_batching, hf
 from rlhf.rollout.types import SamplingParams
@@ -67,7 +67,7 @@ def test_log_probs_entropies_and_gradients_are_those_of_the_known_ids_alone(padd
     wanted[:, 0] = False
     plain, masked = (load_policy(ModelConfig(path=padded), padded).eval() for _ in range(2))
     mask_unknown_ids(masked, IDS)
-    logprobs, entropies = token_logprobs(masked, ids, torch.ones_like(ids), wanted, 0.7)
+    logprobs, entropies, _ = token_logprobs(masked, ids, torch.ones_like(ids), wanted, 0.7)
     known = (plain(ids).logits[:, :-1, :IDS] / 0.7).log_softmax(-1)
     expected = known.gather(-1, ids[:, 1:, None]).flatten(), -(known.exp() * known).sum(-1).flatten()
     torch.testing.assert_close((logprobs, entropies), expected)

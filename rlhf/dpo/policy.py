@@ -9,8 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from rlhf.dpo.batches import PreferenceBatch
-from rlhf.models.hidden_states import causal_lm, has_virtual_tokens, hidden_states
-from rlhf.models.logprobs import head_logprobs, token_logprobs
+from rlhf.models.forward import causal_lm, has_virtual_tokens, head_logprobs, hidden_states, token_logprobs
 from rlhf.models.shared_prompt import NO_SHARING, SharedPrompts, attention_mask_of, detect_sharing, position_ids_of
 from rlhf.tuning.merging import adapters_off
 
@@ -32,7 +31,7 @@ class PreferencePolicy(nn.Module):
 
         Args:
             batch: N answers.
-            chunks: Number of chunks of the head; see `rlhf.models.logprobs.head_chunks`.
+            chunks: Number of chunks of the head; see `rlhf.models.forward.head_chunks`.
             reference: Without new adapters and virtual tokens. Before training this is the reference in any case.
         """
         if not reference or self.goes_on:
@@ -48,7 +47,7 @@ def answer_logprobs(model: nn.Module, batch: PreferenceBatch, chunks: int) -> tu
     else:  # a row is an answer
         wanted = batch.branches > 0
         wanted[:, 0] = False  # behind an empty prompt, nothing predicts the first token
-        logprobs, _ = token_logprobs(model, batch.input_ids, batch.attention_mask, wanted, 1.0, chunks)
+        logprobs = token_logprobs(model, batch.input_ids, batch.attention_mask, wanted, 1.0, chunks).logprobs
         answer, columns = wanted.nonzero(as_tuple=True)
     # Scattered to a row per answer and summed there, which gives the same bits every time, unlike adding in parallel.
     padded = logprobs.new_zeros(len(batch.rankings.ranks), batch.branches.shape[1])
@@ -67,7 +66,7 @@ def _on_shared_prompts(model: nn.Module, batch: PreferenceBatch, chunks: int) ->
     rows, columns = ((branches > 0) & (predicted_at >= 0)).nonzero(as_tuple=True)
     sees = attention_mask_of(branches, lm.config._attn_implementation, next(lm.parameters()).dtype)
     states = hidden_states(model, batch.input_ids, sees, position_ids_of(branches))[rows, predicted_at[rows, columns]]
-    logprobs, _ = head_logprobs(lm, states, batch.input_ids[rows, columns], 1.0, chunks)
+    logprobs = head_logprobs(lm, states, batch.input_ids[rows, columns], 1.0, chunks).logprobs
     answer = starts.flatten().cumsum(0).view_as(branches)[rows, columns] - 1
     return logprobs, answer, columns
 

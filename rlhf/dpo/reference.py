@@ -18,7 +18,7 @@ from rlhf import distributed
 from rlhf.core.console import is_main, say, track
 from rlhf.core.files import partial_path, sync
 from rlhf.dpo.batches import preference_batch
-from rlhf.models.logprobs import head_chunks
+from rlhf.models.forward import head_chunks
 from rlhf.reward.collator import RankingCollator
 from rlhf.training.engine import Engine
 
@@ -48,7 +48,7 @@ def score_answers(
         batch = preference_batch([table[row] for row in mine or order[:1]], collator)
         chunks = head_chunks(int(distributed.all_max(batch.answer_tokens)), vocab_size)
         with torch.no_grad():
-            logprobs, tokens = engine(batch, chunks, reference=reference)
+            logprobs, tokens = engine.forward(batch, chunks, reference=reference)
         if mine:  # every rank makes the same number of calls, some for nothing
             index = [number for row in mine for number in range(first[row], first[row + 1])]
             place = torch.tensor(index, dtype=torch.float64, device=logprobs.device)

@@ -162,7 +162,7 @@ def _rows(vocab_size: int) -> list[tuple[list[int], list[bool]]]:
 
 def _outputs(engine: Engine, rows: Any, packed: bool, shares: Sequence[list[int]]) -> list[Tensor]:
     """Log-probs of all rows, and values where there is a critic."""
-    found = [engine(TokenRows(rows, 0, packed).micro_batches([[share]])[0], 1.0) for share in shares]
+    found = [engine.forward(TokenRows(rows, 0, packed).micro_batches([[share]])[0], 1.0) for share in shares]
     columns = [[one.logprobs for one in found], [one.values for one in found]]
     return [torch.cat(column).cpu() for column in columns if column[0] is not None]
 

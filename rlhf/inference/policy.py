@@ -16,8 +16,8 @@ from rlhf.core.console import track
 from rlhf.core.errors import UserError
 from rlhf.data.chat_tokenizer import ChatTokenizer, load_tokenizer
 from rlhf.models.adapters import virtual_tokens_of
+from rlhf.models.forward import token_logprobs
 from rlhf.models.load import compute_dtype, load_hf_config, load_policy, quiet, sequence_limit
-from rlhf.models.logprobs import token_logprobs
 from rlhf.models.vocabulary import mask_unknown_ids, token_count
 from rlhf.reward.scoring import batches_by_length
 from rlhf.rollout.types import SamplingParams

@@ -19,7 +19,7 @@ from rlhf.data.selection import as_prompt
 from rlhf.inference.policy import Policy
 from rlhf.inference.sampling_params import sampling_params
 from rlhf.inference.task_adapters import RoutedPrompts
-from rlhf.models.hidden_states import causal_lm, is_encoder_decoder
+from rlhf.models.forward import causal_lm, is_encoder_decoder
 from rlhf.rollout.kv_cache import joinable
 from rlhf.rollout.samplers import hf
 from rlhf.rollout.streams import stream_seed

@@ -24,7 +24,7 @@ from rlhf.data.schema import Prompt
 from rlhf.inference.policy import Policy
 from rlhf.inference.routed import IN_LAYERS, Rows, attach
 from rlhf.models.adapters import adapter_settings
-from rlhf.models.hidden_states import plain_attention
+from rlhf.models.attention import plain_attention
 from rlhf.models.load import refuse_encoder_decoder
 from rlhf.rollout.decoding import decode
 from rlhf.rollout.kv_cache import joinable

@@ -23,7 +23,7 @@ from rlhf.core.table import Pick
 from rlhf.memory.tracer import CACHE, GRADIENTS, MemorySnapshot, MemoryTracer, fake_tensors, use_fake_weights
 from rlhf.memory.workload import BatchShape, Role, architecture, roles
 from rlhf.models.classifiers import new_classifier
-from rlhf.models.hidden_states import causal_lm
+from rlhf.models.forward import causal_lm
 from rlhf.models.load import recompute_activations
 from rlhf.models.scalar import ScalarModel
 from rlhf.ppo.config import PPOConfig

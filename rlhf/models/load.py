@@ -17,7 +17,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 from rlhf.config.base import ModelConfig
 from rlhf.core.errors import UserError
 from rlhf.models.adapters import adapter_base, with_adapter
-from rlhf.models.logprobs import check_head
+from rlhf.models.encoder_decoder import decoder_states, divided
+from rlhf.models.forward import head_logits, hidden_states, is_encoder_decoder
 from rlhf.models.mapped import computing, prepare, stored_dtypes
 from rlhf.models.vocabulary import add_rows, check_vocabulary
 
@@ -112,6 +113,36 @@ def load_policy(
         check_head(model)
     wrapped: PreTrainedModel = with_adapter(model, path, "SEQ_2_SEQ_LM" if found.is_encoder_decoder else "CAUSAL_LM")
     return wrapped
+
+
+@torch.no_grad()
+def check_head(model: PreTrainedModel) -> None:
+    """Refuse an architecture whose logits are not its head applied to its last hidden states.
+
+    Raises:
+        UserError: The two differ, so log-probs would be wrong.
+    """
+    ids = torch.arange(2, 10, device=model.device)[None] % model.config.get_text_config().vocab_size
+    mask = torch.ones_like(ids)
+    training = model.training
+    model.eval()
+    if is_encoder_decoder(model):
+        parts = divided(model, ids, mask, mask.cumsum(-1) > 4)
+        whole = model(
+            input_ids=parts.encoder_ids, attention_mask=parts.encoder_mask, decoder_input_ids=parts.decoder_ids
+        )
+        expected, states = whole.logits[0].float(), decoder_states(model, parts)[0]
+    else:
+        expected = model(input_ids=ids, attention_mask=mask).logits[0].float()
+        states = hidden_states(model, ids, mask)[0]
+    found = head_logits(model, states)
+    model.train(training)
+    if not torch.allclose(expected, found, atol=1e-2 * float(expected.abs().max()) + 1e-4):
+        raise UserError(
+            f"{type(model).__name__}: its logits are not its output embedding times its last hidden states",
+            "The log-probs that PPO needs would be wrong for this architecture.",
+            "Use a model of another family (Llama, Qwen, Mistral, Gemma, GPT-2, OPT, ... are known to work).",
+        )
 
 
 def _load(

@@ -16,7 +16,7 @@ from rlhf.core.errors import UserError
 from rlhf.models.adapters import adapter_has_head, is_adapter, virtual_tokens_of, with_adapter
 from rlhf.models.classifiers import classifier_class
 from rlhf.models.encoder_decoder import decoder_states, whole_text
-from rlhf.models.hidden_states import causal_lm, has_virtual_tokens, hidden_states, is_encoder_decoder
+from rlhf.models.forward import causal_lm, has_virtual_tokens, hidden_states, is_encoder_decoder
 from rlhf.models.load import HEADS, _load, load_hf_config, refuse_encoder_decoder
 from rlhf.models.shared_prompt import (
     NO_SHARING,

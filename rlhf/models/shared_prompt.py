@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from rlhf.data.chat_tokenizer import ChatTokenizer
-from rlhf.models.hidden_states import PACKED
+from rlhf.models.attention import PACKED
 from rlhf.models.isolation import agree, unmoved, windows
 from rlhf.models.mapped import computing, dtype_of
 

@@ -16,7 +16,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from rlhf import distributed
-from rlhf.models.hidden_states import causal_lm, hidden_states, sequence_lengths
+from rlhf.models.forward import causal_lm, hidden_states, sequence_lengths
 from rlhf.ppo.types import MicroBatch
 from rlhf.tuning.layers import layers_of
 

@@ -178,7 +178,7 @@ class Learner:
             critic_only: Only the critic is trained in this update.
         """
         c, old = self.config.loss, _old_columns(experience, advantages, batch)
-        out = self.engine(batch, self.config.rollout.temperature, ptx)
+        out = self.engine.forward(batch, self.config.rollout.temperature, ptx)
         value = values_clipped = ptx_loss = out.logprobs.new_zeros(())
         if out.values is not None:
             assert old.values is not None and old.returns is not None

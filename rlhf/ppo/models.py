@@ -16,19 +16,17 @@ from rlhf.core.console import say
 from rlhf.core.errors import UserError
 from rlhf.data.chat_tokenizer import ChatTokenizer
 from rlhf.models.adapters import is_adapter, virtual_tokens_of
-from rlhf.models.hidden_states import (
-    KERNEL,
-    PACKED,
-    VARLEN,
+from rlhf.models.attention import KERNEL, PACKED, VARLEN, switch
+from rlhf.models.forward import (
     causal_lm,
     has_virtual_tokens,
+    head_chunks,
     is_encoder_decoder,
-    predicting_states,
-    switch,
-)  # fmt: skip
+    token_logprobs,
+    token_values,
+)
 from rlhf.models.isolation import Text, packing_fault, windows
 from rlhf.models.load import count_parameters, load_hf_config, load_policy, recompute_activations
-from rlhf.models.logprobs import head_chunks, head_logprobs
 from rlhf.models.scalar import ScalarModel, load_scalar
 from rlhf.models.vocabulary import check_vocabulary, mask_unknown_ids, token_count
 from rlhf.ppo.batching import TokenRows
@@ -71,32 +69,27 @@ class ActorCritic(nn.Module):
         Returns:
             `TokenOutputs`; for `critic` the values, float32 [n].
         """
+        ids, mask, wanted, positions = batch.input_ids, batch.attention_mask, batch.response_mask, batch.position_ids
         if role == "critic":
-            assert self.critic is not None
-            return critic_values(self.critic, batch)
+            return token_values(self.critic, ids, mask, wanted, positions)
         if role == "base":
             with adapters_off(self.policy) as base:
                 return TokenOutputs(*policy_logprobs(base, batch, temperature), None, None)
         logprobs, entropies = policy_logprobs(self.policy, batch, temperature)
-        values = critic_values(self.critic, batch) if role == "policy" and self.critic is not None else None
-        ptx_logprobs = None if ptx is None else policy_logprobs(self.policy, ptx, temperature=1.0)[0]
+        values = ptx_logprobs = None
+        if role == "policy" and self.critic is not None:
+            values = token_values(self.critic, ids, mask, wanted, positions)
+        if ptx is not None:
+            ptx_logprobs, _ = policy_logprobs(self.policy, ptx, temperature=1.0)
         return TokenOutputs(logprobs, entropies, values, ptx_logprobs)
 
 
 def policy_logprobs(policy: nn.Module, batch: MicroBatch, temperature: float) -> tuple[Tensor, Tensor]:
     """Log-probs and entropies (nats) of the response tokens of a micro-batch, float32 [n] each."""
     ids, mask, wanted, positions = batch.input_ids, batch.attention_mask, batch.response_mask, batch.position_ids
-    states, targets = predicting_states(policy, ids, mask, wanted, positions)
-    lm = causal_lm(policy)
     # every chunk of the head is a collective operation under ZeRO-3, so all ranks need the same number
-    chunks = head_chunks(batch.most_tokens, lm.config.get_text_config().vocab_size)
-    return head_logprobs(lm, states, targets, temperature, chunks)
-
-
-def critic_values(critic: ScalarModel, batch: MicroBatch) -> Tensor:
-    """Values of the states in which the response tokens of a micro-batch were chosen, float32 [n]."""
-    ids, mask, wanted, positions = batch.input_ids, batch.attention_mask, batch.response_mask, batch.position_ids
-    return critic.values(predicting_states(critic.model, ids, mask, wanted, positions)[0])
+    chunks = head_chunks(batch.most_tokens, causal_lm(policy).config.get_text_config().vocab_size)
+    return token_logprobs(policy, ids, mask, wanted, temperature, chunks, positions)[:2]
 
 
 def compile_layers(module: nn.Module) -> None:
@@ -143,11 +136,11 @@ class Models(ABC):
     def token_scores(self, batch: MicroBatch, temperature: float, policy: bool = True) -> TokenScores:
         """Policy, critic and reference on a micro-batch. With `policy=False` the policy's pass is left out."""
         if policy:
-            mine = self.engine(batch, temperature)
+            mine = self.engine.forward(batch, temperature)
             logprobs, entropies, values = mine.logprobs, mine.entropies, mine.values
         else:
             logprobs = entropies = None
-            values = None if self.critic is None else self.engine(batch, temperature, role="critic")
+            values = None if self.critic is None else self.engine.forward(batch, temperature, role="critic")
         return TokenScores(logprobs, self.reference(batch, temperature).logprobs, entropies, values)
 
     def save(self, run: Path, chat: ChatTokenizer, config: PPOConfig) -> None:
@@ -172,7 +165,7 @@ class SeparateModels(Models):
         if self._frozen_reference is not None:
             outputs = self._frozen_reference(batch, temperature, role="reference")
         else:
-            outputs = self.engine(batch, temperature, role="base")
+            outputs = self.engine.forward(batch, temperature, role="base")
         return outputs
 
 
@@ -278,7 +271,7 @@ def _packing_fault(models: Models, vocab_size: int, longest: int) -> str | None:
     configs = [models.policy.config, *([] if models.critic is None else [models.critic.config])]
     sizes = [size for config in configs for size in windows(config)]
     whole = {p.dtype for p in engine.module.parameters() if p.is_floating_point()} == {torch.float32}
-    calls = [(engine, engine.dtype)]
+    calls = [(engine.forward, engine.dtype)]
     if engine.dtype != torch.float32 and whole and configs[0]._attn_implementation not in VARLEN:
         calls.append((engine.module, torch.float32))  # without autocast: its rounding hides small faults
     for call, dtype in calls:

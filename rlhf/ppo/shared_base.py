@@ -33,7 +33,7 @@ from rlhf.core.console import is_main, say
 from rlhf.core.errors import UserError
 from rlhf.data.chat_tokenizer import ChatTokenizer
 from rlhf.models.classifiers import new_classifier
-from rlhf.models.hidden_states import hidden_states
+from rlhf.models.forward import hidden_states, token_values
 from rlhf.models.load import (
     compute_dtype,
     count_parameters,
@@ -46,7 +46,7 @@ from rlhf.models.scalar import ScalarModel
 from rlhf.models.vocabulary import mask_unknown_ids, token_count
 from rlhf.ppo.config import PPOConfig
 from rlhf.ppo.frozen_layers import FrozenLayers
-from rlhf.ppo.models import Models, critic_values, policy_logprobs
+from rlhf.ppo.models import Models, policy_logprobs
 from rlhf.ppo.shared_roles import RoleAdapter, SharedRoles, recognise
 from rlhf.ppo.types import MicroBatch, TokenOutputs
 from rlhf.reward.sources import RewardInputs
@@ -103,17 +103,18 @@ class SharedBase(nn.Module):
         if role == "frozen_layers":
             ids, mask, positions = batch.input_ids, batch.attention_mask, batch.position_ids
             return self.frozen_layers.states(lambda: hidden_states(self.policy, ids, mask, positions))
+        inputs = (batch.input_ids, batch.attention_mask, batch.response_mask, batch.position_ids)
         start = self.frozen_layers.starting_from
         with start(batch.frozen_states), self.acting(role):
             if role == "reward":
                 return self.scalars["reward"](batch.input_ids, batch.attention_mask)
             if role == "critic":
-                return critic_values(self.scalars["critic"], batch)
+                return token_values(self.critic, *inputs)
             logprobs, entropies = policy_logprobs(self.policy, batch, temperature)
         values = None
         if role == "policy" and self.critic is not None:
             with start(batch.frozen_states), self.acting("critic"):
-                values = critic_values(self.critic, batch)
+                values = token_values(self.critic, *inputs)
         ptx_logprobs = None if ptx is None else policy_logprobs(self.policy, ptx, temperature=1.0)[0]
         return TokenOutputs(logprobs, entropies, values, ptx_logprobs)
 
@@ -161,17 +162,17 @@ class SharedModels(Models):
     def _scores(self, inputs: RewardInputs) -> Tensor:
         ids, mask = inputs.input_ids, inputs.attention_mask
         batch = MicroBatch([], ids, mask, None, mask.bool(), mask.sum(1), 1, inputs.frozen_states)
-        scores: Tensor = self.engine(batch, role="reward")
+        scores: Tensor = self.engine.forward(batch, role="reward")
         return scores.float().cpu()
 
     def with_frozen_states(self, batch: MicroBatch) -> MicroBatch:
         module: Any = self.engine.module
         if not module.frozen_layers.depth:
             return batch
-        return batch._replace(frozen_states=self.engine(batch, role="frozen_layers"))
+        return batch._replace(frozen_states=self.engine.forward(batch, role="frozen_layers"))
 
     def reference(self, batch: MicroBatch, temperature: float) -> TokenOutputs:
-        outputs: TokenOutputs = self.engine(batch, temperature, role="reference")
+        outputs: TokenOutputs = self.engine.forward(batch, temperature, role="reference")
         return outputs
 
     def save(self, run: Path, chat: ChatTokenizer, config: PPOConfig) -> None:

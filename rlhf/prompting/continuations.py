@@ -18,8 +18,7 @@ import torch
 from rlhf.core.console import track
 from rlhf.data.chat_tokenizer import ChatTokenizer
 from rlhf.inference.policy import BATCH_TOKENS, sequence_logprobs
-from rlhf.models.hidden_states import causal_lm, has_virtual_tokens, hidden_states, is_encoder_decoder
-from rlhf.models.logprobs import head_logprobs
+from rlhf.models.forward import causal_lm, has_virtual_tokens, head_logprobs, hidden_states, is_encoder_decoder
 from rlhf.models.shared_prompt import (
     NO_SHARING,
     SharedPrompts,

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from rlhf.core.errors import UserError
 from rlhf.data.chat_tokenizer import ChatTokenizer, stop_ids
-from rlhf.models.hidden_states import plain_attention
+from rlhf.models.attention import plain_attention
 from rlhf.rollout import decode_step, kv_cache
 from rlhf.rollout.types import Completion, SamplingParams
 

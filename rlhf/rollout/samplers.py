@@ -21,11 +21,11 @@ from rlhf.rollout.types import Completion, SamplingParams
 if TYPE_CHECKING:
     from rlhf.data import chat_tokenizer
     from rlhf.data.chat_tokenizer import ChatTokenizer
-    from rlhf.models import hidden_states
+    from rlhf.models import attention, forward
     from rlhf.rollout import decoding, encoder_decoder, sampler_process, virtual_tokens, vllm_client
     from rlhf.rollout import vllm as vllm_engine
 else:
-    hidden_states = lazy("rlhf.models.hidden_states")
+    attention, forward = lazy("rlhf.models.attention"), lazy("rlhf.models.forward")
     chat_tokenizer, decoding = lazy("rlhf.data.chat_tokenizer"), lazy("rlhf.rollout.decoding")
     encoder_decoder, vllm_engine = lazy("rlhf.rollout.encoder_decoder"), lazy("rlhf.rollout.vllm")
     sampler_process, vllm_client = lazy("rlhf.rollout.sampler_process"), lazy("rlhf.rollout.vllm_client")
@@ -81,9 +81,9 @@ def hf(
                 f"rollout.sampler: step `{step}` does not work with encoder-decoders", remedy="Leave `step` out."
             )
         return encoder_decoder.sample(model, prompts, seeds, sampling, chat)
-    if hidden_states.has_virtual_tokens(model):
+    if forward.has_virtual_tokens(model):
         adapters = virtual_tokens.VirtualTokens(model)
-        return decoding.decode(hidden_states.causal_lm(model), prompts, seeds, sampling, chat, step, adapters)
+        return decoding.decode(forward.causal_lm(model), prompts, seeds, sampling, chat, step, adapters)
     return decoding.decode(model, prompts, seeds, sampling, chat, step)
 
 
@@ -142,7 +142,7 @@ def continuous_batching(
         do_sample=sampling.temperature > 0, **(drawn if sampling.temperature > 0 else {}),
     )  # fmt: skip
     was_training = model.training
-    with hidden_states.plain_attention(model), torch.random.fork_rng():  # the manager seeds the global generator
+    with attention.plain_attention(model), torch.random.fork_rng():  # the manager seeds the global generator
         results = _all_results(_manager(model, generation, settings), prompts)
     model.train(was_training)
     return [Completion(r.generated_tokens, r.generated_tokens[-1] in ends, r.logprobs or None) for r in results]

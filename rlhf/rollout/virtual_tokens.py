@@ -10,7 +10,8 @@ import transformers
 from torch import Tensor
 
 from rlhf.core.errors import UserError
-from rlhf.models.hidden_states import causal_lm, plain_attention
+from rlhf.models.attention import plain_attention
+from rlhf.models.forward import causal_lm
 from rlhf.rollout.kv_cache import joinable
 
 

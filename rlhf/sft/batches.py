@@ -13,7 +13,8 @@ from trl import pack_dataset
 from rlhf import distributed
 from rlhf.core.errors import UserError
 from rlhf.data.chat_tokenizer import ChatTokenizer
-from rlhf.models.hidden_states import VARLEN, causal_lm, has_virtual_tokens, is_encoder_decoder
+from rlhf.models.attention import VARLEN
+from rlhf.models.forward import causal_lm, has_virtual_tokens, is_encoder_decoder
 from rlhf.models.isolation import Text, packing_fault, windows
 from rlhf.training.engine import Engine
 
@@ -56,7 +57,7 @@ def check_packing(engine: Engine, model: Any, chat: ChatTokenizer, longest: int)
     def outputs(texts: Sequence[Text], packed: bool) -> list[Tensor]:
         labels = [[token if flag else -100 for token, flag in zip(ids, flags)] for ids, flags in texts]
         rows = [{"input_ids": ids, "labels": wanted} for (ids, _), wanted in zip(texts, labels)]
-        return [engine(token_batch(rows, chat, packed), 1).logprobs]
+        return [engine.forward(token_batch(rows, chat, packed), 1).logprobs]
 
     vocab_size = model.config.get_text_config().vocab_size
     fault = packing_fault(outputs, vocab_size, longest, windows(model.config), engine.dtype)

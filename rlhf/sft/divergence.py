@@ -10,8 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from rlhf.models.hidden_states import causal_lm
-from rlhf.models.logprobs import head_logits
+from rlhf.models.forward import causal_lm, head_logits
 from rlhf.sft.config import Divergence
 
 

@@ -12,9 +12,8 @@ from rlhf.config.base import ModelConfig
 from rlhf.core.console import warn
 from rlhf.core.errors import UserError
 from rlhf.data.chat_tokenizer import ChatTokenizer, load_tokenizer
-from rlhf.models.hidden_states import causal_lm, predicting_states
+from rlhf.models.forward import causal_lm, head_logits, predicting_states
 from rlhf.models.load import load_hf_config, load_policy, sequence_limit
-from rlhf.models.logprobs import head_logits
 from rlhf.models.vocabulary import token_count
 from rlhf.runs.parents import resolve_model_path
 from rlhf.sft.batches import TokenBatch

@@ -5,7 +5,7 @@ Callers divide a loss by the global number of its items; the engine sums gradien
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -58,7 +58,7 @@ class Engine:
     """Plain torch: an optimizer over float32 weights, with autocast for bfloat16.
 
     Args:
-        module: The module to train; its calls go through `engine(...)`.
+        module: The module to train.
         groups: Optimizer groups `{"params": [...], "lr": float, "name": str}`.
         config: The optimizer, its settings and the gradient clipping.
         precision: auto, float32 or bfloat16.
@@ -72,16 +72,16 @@ class Engine:
         self.config = config
         self.dtype = compute_dtype(precision)
         self.module = self._placed(module)
+        self.forward: Callable[..., Any] = self.module
+        """Calls the module in the engine's precision."""
+        if self.dtype != torch.float32:
+            self.forward = self.autocast()(self.module.__call__)
         self.optimizer = config.algorithm(groups, **config.model_dump(include={"betas", "eps", "weight_decay"}))
         self.rates = [group["lr"] for group in groups]
         self._parameters = [p for group in groups for p in group["params"]]
 
     def _placed(self, module: nn.Module) -> nn.Module:
         return module.to(distributed.device())
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        with self.autocast():
-            return self.module(*args, **kwargs)
 
     def autocast(self) -> Any:
         """A context in which parts of the module that are called directly compute in the engine's precision."""
@@ -218,7 +218,7 @@ class DeepSpeedEngine(Engine):
             )
         if self.deepspeed.zero_optimization_stage() != self.stage:
             raise UserError(f"DeepSpeed runs ZeRO stage {self.deepspeed.zero_optimization_stage()}, not {self.stage}")
-        self.module = self.deepspeed.module
+        self.forward, self.module = self.deepspeed, self.deepspeed.module
 
     def _placed(self, module: nn.Module) -> nn.Module:
         return divide(module, self.dtype, self.settings) if self.stage == 3 else place(module, self.dtype)
@@ -226,9 +226,6 @@ class DeepSpeedEngine(Engine):
     def _watch(self, gradient: Tensor) -> None:
         # The sum is infinite or NaN if any element is. Hooks run before gradients are reduced over ranks.
         self._finite = self._finite * torch.isfinite(gradient.float().sum())
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self.deepspeed(*args, **kwargs)
 
     def autocast(self) -> Any:
         return nullcontext()

@@ -12,7 +12,7 @@ from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 
 from rlhf.core.console import is_main
-from rlhf.models.hidden_states import causal_lm, has_virtual_tokens
+from rlhf.models.forward import causal_lm, has_virtual_tokens
 from rlhf.tuning.quantization import dequantised, is_quantised, quant_state
 
 

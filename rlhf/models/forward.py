@@ -1,4 +1,4 @@
-"""Hidden states: a forward pass through the body of a model, without its head.
+"""A forward pass: hidden states from a model's body, and log-probs from its head without logits for a whole batch.
 
 Rows are padded, or sequences are packed into one row. On a CPU, where torch has no attention kernel for packed
 sequences, the model gets their lengths [1, 1, 1, N] instead of a mask [1, 1, L, L]; transformers passes them to the
@@ -8,30 +8,29 @@ other layers work on the whole row.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from rlhf.core.errors import UserError
+from rlhf.models.attention import KERNEL, PACKED
 from rlhf.models.encoder_decoder import decoder_states, divided
+from rlhf.models.frozen_head import FrozenHead
+from rlhf.models.vocabulary import mask_logits
 
-PACKED = "sdpa_packed"
-"""Our attention implementation. It is `sdpa` unless it gets lengths instead of a mask."""
-VARLEN = (
-    "flash_attention_2",
-    "flash_attention_3",
-    "kernels-community/flash-attn2",
-    "kernels-community/vllm-flash-attn3",
-)
-"""Attention implementations that separate packed sequences by their lengths, without a mask."""
-KERNEL = "_scaled_dot_product_flash_attention_for_cpu"
-"""Name in torch.ops.aten of the kernel that `scaled_dot_product_attention` calls on a CPU."""
+HEAD_CHUNK_ELEMENTS = 2**24
+"""Most logits that are held at a time: 64 MiB in float32."""
+HEAD_CHUNK_ELEMENTS_GPU = 2**27
+"""The same on a GPU, 512 MiB: each chunk, whatever its size, reads the head's weights and adds to their gradient."""
+SCALED_BY = ("scale_decoder_outputs", "logits_scaling", "logit_scale", "final_logit_softcapping")
+"""Config options by which families scale or cap their logits."""
 
 
 # ---- through the body ------------------------------------------------------------------------------------------------
@@ -81,11 +80,6 @@ def predicting_states(
     hidden = hidden_states(model, input_ids, attention_mask, position_ids)
     predicts = response_mask[:, 1:]
     return hidden[:, :-1][predicts], input_ids[:, 1:][predicts]
-
-
-def autocast_dtype(device: torch.device) -> torch.dtype | None:
-    """The dtype to which autocast casts now; None where it is off."""
-    return torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
 
 
 def hidden_states(
@@ -145,7 +139,6 @@ def sequence_lengths(position_ids: Tensor) -> Tensor:
 
 
 # ---- attention of packed sequences on a CPU --------------------------------------------------------------------------
-#
 # A custom operator, so that torch.compile sees one node and does not break the graph of a layer.
 
 
@@ -236,7 +229,8 @@ def _attention(
     if options.get("softcap") is not None:
         raise ValueError("softcap is not supported")
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    if dtype := autocast_dtype(query.device):  # torch casts the inputs of its own attention, not of an operator
+    if torch.is_autocast_enabled(query.device.type):  # torch casts the inputs of its own attention, not of an operator
+        dtype = torch.get_autocast_dtype(query.device.type)
         query, key, value = (x.to(dtype) for x in (query, key, value))
     wide, width = query.shape[-1], value.shape[-1]
     if width < wide:  # torch's kernel wants one size; zeros add nothing (DeepSeek-V3: keys of 192, values of 128)
@@ -249,21 +243,157 @@ AttentionInterface.register(PACKED, _attention)
 AttentionMaskInterface.register(PACKED, sdpa_mask)
 
 
-def switch(module: nn.Module, before: str, after: str) -> None:
-    """Change the attention implementation of all transformers models in `module` from `before` to `after`."""
-    for part in module.modules():
-        if isinstance(part, PreTrainedModel) and part.config._attn_implementation == before:
-            part.set_attn_implementation(after)
+# ---- through the head ------------------------------------------------------------------------------------------------
 
 
-@contextmanager
-def plain_attention(model: Any) -> Iterator[None]:
-    """Within this context, use transformers' `sdpa` instead of ours; without packing the two are the same."""
-    packed = model.config._attn_implementation == PACKED
-    if packed:
-        switch(model, PACKED, "sdpa")
-    try:
-        yield
-    finally:
-        if packed:
-            switch(model, "sdpa", PACKED)
+class TokenPredictions(NamedTuple):
+    """What a model predicts for chosen tokens, row by row."""
+
+    logprobs: Tensor
+    """float32 [n]."""
+    entropies: Tensor
+    """float32 [n], nats."""
+    top1: Tensor | None
+    """bool [n], whether the token is the most likely one; None unless asked for."""
+
+
+def head_chunks(tokens: int, vocab_size: int) -> int:
+    """The number of chunks in which the head processes `tokens` tokens; under ZeRO-3 all ranks must use the same."""
+    elements = HEAD_CHUNK_ELEMENTS_GPU if torch.cuda.is_available() else HEAD_CHUNK_ELEMENTS
+    return max(1, math.ceil(tokens * vocab_size / elements))
+
+
+def token_logprobs(
+    model: nn.Module,
+    input_ids: Tensor,
+    attention_mask: Tensor | None,
+    response_mask: Tensor,
+    temperature: float,
+    chunks: int | None = None,
+    position_ids: Tensor | None = None,
+    top1: bool = False,
+) -> TokenPredictions:
+    """Predictions of the response tokens; full logits exist for one chunk of tokens at a time.
+
+    Args:
+        model: A causal LM, or PEFT's wrapper around one.
+        input_ids: int64 [B, T], prompt and response, padded on the right.
+        attention_mask: [B, T], 1 where there is a token; None where packed (see `hidden_states`).
+        response_mask: bool [B, T], True at the n response tokens (never the first of a sequence).
+        temperature: Logits are divided by it, as they were when sampling.
+        chunks: Number of chunks of the head; `head_chunks` of the tokens when left out.
+        position_ids: [B, T]; see `hidden_states`.
+        top1: Also say whether each token is the most likely one.
+    """
+    states, targets = predicting_states(model, input_ids, attention_mask, response_mask, position_ids)
+    return head_logprobs(causal_lm(model), states, targets, temperature, chunks, top1)
+
+
+def token_values(
+    critic: Any, input_ids: Tensor, attention_mask: Tensor | None, response_mask: Tensor, position_ids: Tensor | None
+) -> Tensor:
+    """Values float32 [n] of the states in which the response tokens were chosen; see `token_logprobs`. `critic` is a
+    `rlhf.models.scalar.ScalarModel` with a value for every token."""
+    states, _ = predicting_states(critic.model, input_ids, attention_mask, response_mask, position_ids)
+    return critic.values(states)  # type: ignore[no-any-return]
+
+
+def head_logprobs(
+    lm: PreTrainedModel, hidden: Tensor, targets: Tensor, temperature: float, chunks: int | None = None,
+    top1: bool = False,
+) -> TokenPredictions:  # fmt: skip
+    """Predictions of `targets` [n] from hidden states [n, H]; see `token_logprobs`."""
+    chunks = chunks or head_chunks(len(targets), lm.config.get_text_config().vocab_size)
+    head = lm.get_output_embeddings()
+    if is_frozen_product(lm):
+        return TokenPredictions(*FrozenHead.apply(hidden, head, targets, temperature, chunks, top1))
+
+    def part(states: Tensor, wanted: Tensor) -> tuple[Tensor, ...]:
+        found = SelectiveLogSoftmax.apply(head_logits(lm, states), wanted, temperature, top1)
+        return found if top1 else found[:2]
+
+    parts = []
+    for number, (states, wanted) in enumerate(zip(hidden.tensor_split(chunks), targets.tensor_split(chunks)), 1):
+        # The backward pass recomputes each chunk's logits, except those of the last chunk, with which it starts.
+        if torch.is_grad_enabled() and number < chunks:
+            parts.append(checkpoint(part, states, wanted, use_reentrant=False, preserve_rng_state=False))
+        else:
+            parts.append(part(states, wanted))
+    logprobs, entropies, *flags = (torch.cat(column) for column in zip(*parts))
+    return TokenPredictions(logprobs, entropies, flags[0] if flags else None)
+
+
+class SelectiveLogSoftmax(torch.autograd.Function):
+    """Log-probs of tokens, entropies and on request top-1 flags from logits [n, V], which it overwrites. Forward and
+    backward hold two such matrices at a time, the logits included; three with an entropy bonus.
+
+    With log-probs l, p = exp(l), temperature T and entropy H: d l_i / d logit_j = (1[i=j] - p_j) / T and
+    d H / d logit_j = -p_j (l_j + H) / T.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, logits: Tensor, wanted: Tensor, temperature: float, top1: bool
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        if temperature != 1:
+            logits /= temperature
+        logprobs = torch.log_softmax(logits, -1, out=logits)
+        chosen = logprobs.gather(-1, wanted[:, None]).squeeze(-1)
+        entropies = -logprobs.exp().mul_(logprobs).sum(-1)
+        ctx.set_materialize_grads(False)
+        ctx.temperature = temperature
+        ctx.save_for_backward(logprobs, wanted, entropies)
+        is_top1 = chosen == logprobs.amax(-1) if top1 else None
+        if is_top1 is not None:
+            ctx.mark_non_differentiable(is_top1)
+        return chosen, entropies, is_top1
+
+    @staticmethod
+    def backward(ctx: Any, chosen: Tensor | None, entropies: Tensor | None, _: None) -> tuple[Tensor, None, None, None]:
+        logprobs, wanted, entropy = ctx.saved_tensors
+        gradient = logprobs.exp()
+        weight = gradient.new_zeros(len(gradient)) if chosen is None else chosen / ctx.temperature
+        if entropies is None:
+            gradient *= -weight[:, None]
+        else:
+            bonus = (logprobs + entropy[:, None]).mul_((entropies / ctx.temperature)[:, None])
+            gradient *= bonus.add_(weight[:, None]).neg_()
+        return gradient.scatter_add_(-1, wanted[:, None], weight[:, None]), None, None, None
+
+
+def is_frozen_product(lm: PreTrainedModel) -> bool:
+    """Whether the logits are just the hidden states times a frozen weight that is whole on this process."""
+    head = lm.get_output_embeddings()
+    return (
+        type(head) is nn.Linear
+        and head.bias is None
+        and not head.weight.requires_grad
+        and not hasattr(head.weight, "ds_id")  # ZeRO-3 gathers weights where a layer is called
+        and not head._forward_pre_hooks
+        and all(hook is mask_logits for hook in head._forward_hooks.values())
+        and not _is_scaled(lm)
+    )
+
+
+def _is_scaled(lm: PreTrainedModel) -> bool:
+    config = lm.config.get_text_config()
+    return hasattr(lm, "final_logits_bias") or any(getattr(config, option, None) for option in SCALED_BY)
+
+
+def head_logits(lm: PreTrainedModel, states: Tensor) -> Tensor:
+    """float32 logits as the model's own forward computes them, scaling and soft cap of the family included."""
+    head, config = lm.get_output_embeddings(), lm.config.get_text_config()
+    if not _is_scaled(lm):
+        return head(states).float()
+    if getattr(config, "scale_decoder_outputs", False):  # T5
+        states = states * config.d_model**-0.5
+    logits = head(states).float()
+    if hasattr(lm, "final_logits_bias"):  # BART
+        logits = logits + lm.final_logits_bias[0]  # type: ignore[index]
+    if getattr(config, "logits_scaling", None):  # Granite
+        logits = logits / config.logits_scaling
+    if getattr(config, "logit_scale", None):  # Cohere
+        logits = logits * config.logit_scale
+    if getattr(config, "final_logit_softcapping", None):  # Gemma 2
+        logits = torch.tanh(logits / config.final_logit_softcapping) * config.final_logit_softcapping
+    return logits
