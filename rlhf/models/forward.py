@@ -295,7 +295,7 @@ def token_values(
     """Values float32 [n] of the states in which the response tokens were chosen; see `token_logprobs`. `critic` is a
     `rlhf.models.scalar.ScalarModel` with a value for every token."""
     states, _ = predicting_states(critic.model, input_ids, attention_mask, response_mask, position_ids)
-    return critic.values(states)  # type: ignore[no-any-return]
+    return critic.values(states)
 
 
 def head_logprobs(
