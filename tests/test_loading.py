@@ -133,6 +133,8 @@ def test_experts_that_transformers_puts_together_are_divided_and_saved_layer_by_
     layer = 4 * 16 * 3 * 512 * 256  # bytes of its experts
     for rank in measured(tmp_path, 2, "sft", config):
         assert max(rank["weights"], rank["engine"]) <= limit - 1.1 * SHARD / 2
+        # DeepSpeed gathers the trained weights one by one: the largest, two thirds of a layer, and the transport's copy
+        assert rank["engine"] <= rank["built"] + 2 * layer
         # an adapter is merged into copies of a layer's experts, on the device, which is the host here
         assert rank["save"] <= limit + (0 if tuning == "full" else 5 * layer)
     files = [file.stat().st_size for file in (tmp_path / "run" / "model").glob("*.safetensors")]

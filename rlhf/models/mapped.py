@@ -8,7 +8,7 @@ another as it moves them to the device or divides them among the ranks (`rlhf.tr
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -18,6 +18,7 @@ from transformers import core_model_loading
 from transformers.pytorch_utils import Conv1D
 
 from rlhf.core.console import say
+from rlhf.core.freeing import freed_at_once
 
 
 @contextmanager
@@ -124,6 +125,8 @@ def computing(model: nn.Module) -> Iterator[None]:
     """Within this context a model with weights as stored computes as it will once they are cast.
 
     The weights of each module are cast before it runs and put back after, so only one module's are copied at a time.
+    The copies leave no holes in the heap: the shares of a model that is divided later would fill them, and the holes
+    would stay resident after DeepSpeed has moved the shares to its own buffers.
     """
     marked: list[tuple[nn.Module, Any]] = [
         (m, m.compute_dtype) for m in model.modules() if isinstance(getattr(m, "compute_dtype", None), torch.dtype)
@@ -146,7 +149,8 @@ def computing(model: nn.Module) -> Iterator[None]:
     hooks = [m.register_forward_pre_hook(cast_to(dtype)) for m, dtype in marked]
     hooks += [m.register_forward_hook(put_back) for m, _ in marked]
     try:
-        yield
+        with freed_at_once() if marked else nullcontext():
+            yield
     finally:
         for hook in hooks:
             hook.remove()
