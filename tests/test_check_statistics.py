@@ -89,13 +89,13 @@ def test_intervals_hold_the_truth_about_as_often_as_they_say():
 
 def test_ties_are_counted_by_pairs(facts):
     found = facts([ranking("p", ["x", "y", "z"], (1, 1, 2)), ranking("q", ["x", "y"], (1, 1))])
-    assert consistency.ties(found.columns, found.pairs).value == 2 / 4
+    assert consistency.ties(found.pairs).value == 2 / 4
 
 
 def test_two_answers_of_the_same_text_are_no_pair(facts):
     found = facts([ranking("p", ["x", "x", "y"], (1, 1, 2))])
     assert len(found.pairs) == 2
-    assert consistency.ties(found.columns, found.pairs).value == 0
+    assert consistency.ties(found.pairs).value == 0
 
 
 def test_contradictions_are_pairs_ranked_both_ways_whatever_the_order_of_the_answers(facts):
@@ -106,9 +106,9 @@ def test_contradictions_are_pairs_ranked_both_ways_whatever_the_order_of_the_ans
         ranking("s", ["x", "y"], (1, 2), "a"), ranking("t", ["y", "x"], (1, 2), "a"),  # different prompts
     ]  # fmt: skip
     found = facts(rows)
-    assert (consistency.contradictions(found.columns, found.pairs).value) == 1 / 2
+    assert (consistency.contradictions(found.pairs).value) == 1 / 2
     assert consistency.contradictions_between(found.votes).value == 1 / 2
-    assert consistency.self_contradictions(found.columns, found.pairs) is None
+    assert consistency.self_contradictions(found.pairs) is None
     assert len(found.contradicting) == 1
 
 
@@ -120,13 +120,13 @@ def test_self_contradictions_are_separate_from_those_between_annotators(facts):
         ranking("q", ["x", "y"], (1, 2), "a", time="2024-01-02"),
     ]
     found = facts(rows)
-    assert consistency.self_contradictions(found.columns, found.pairs).value == 1 / 2
+    assert consistency.self_contradictions(found.pairs).value == 1 / 2
     assert consistency.contradictions_between(found.votes) is None
 
 
 def test_unnamed_rankings_contradict_each_other_too(facts):
     found = facts([ranking("p", ["x", "y"], (1, 2)), ranking("p", ["x", "y"], (2, 1))])
-    assert consistency.contradictions(found.columns, found.pairs).value == 1
+    assert consistency.contradictions(found.pairs).value == 1
 
 
 def test_a_cycle_of_the_majorities_is_found_and_a_straight_order_is_none(facts):
@@ -136,14 +136,14 @@ def test_a_cycle_of_the_majorities_is_found_and_a_straight_order_is_none(facts):
     rows += [ranking("r", ("x", "y"), (1, 2), name) for name in "ab"]  # two answers have no circle
     rows += [ranking("s", ("x", "y", "z"), (1, 2, 3), "a")]  # nor has one ranking
     found = facts(rows)
-    cycles = consistency.cycles(found.columns, found.pairs)
+    cycles = consistency.cycles(found.pairs)
     assert (cycles.value, cycles.n) == (1 / 2, 2)
 
 
 def test_a_cycle_may_run_through_rankings_of_two_answers(facts):
     rows = [ranking("p", pair, (1, 2), "a") for pair in ("xy", "yz", "zx")]
     found = facts(rows)
-    assert consistency.cycles(found.columns, found.pairs).value == 1
+    assert consistency.cycles(found.pairs).value == 1
 
 
 # ---- biases ---------------------------------------------------------------------------------------------------------
@@ -156,14 +156,14 @@ def test_the_longer_answer_wins_so_often(facts):
         ranking("s", ["same!", "equal"], (1, 2)), ranking("t", ["tie", "longer tie"], (1, 1)),
     ]  # fmt: skip
     found = facts(rows)
-    longer = biases.longer_win_rate(found.columns, found.pairs)
+    longer = biases.longer_win_rate(found.pairs)
     assert (longer.value, longer.n) == (3 / 4, 4)
-    assert sum(one.rate.n for one in biases.win_rates_by_length(found.columns, found.pairs)) == 4
+    assert sum(one.rate.n for one in biases.win_rates_by_length(found.pairs)) == 4
 
 
 def test_length_is_counted_in_characters_not_bytes(facts):
     found = facts([ranking("p", ["ééé", "four"], (1, 2))])
-    assert biases.longer_win_rate(found.columns, found.pairs).value == 0
+    assert biases.longer_win_rate(found.pairs).value == 0
 
 
 def test_first_wins_is_taken_of_rankings_that_keep_the_order_shown(facts):
@@ -172,8 +172,8 @@ def test_first_wins_is_taken_of_rankings_that_keep_the_order_shown(facts):
         ranking("r", ["x", "y"], (1, 2), shown=True), ranking("s", ["x", "y"], (1, 2)),
     ]  # fmt: skip
     found = facts(rows)
-    assert biases.first_win_rate(found.columns, found.pairs).value == pytest.approx(2 / 3)
-    assert biases.first_win_rate(facts(rows[-1:]).columns, found.pairs.where(found.pairs.row < 0)) is None
+    assert biases.first_win_rate(found.pairs).value == pytest.approx(2 / 3)
+    assert biases.first_win_rate(found.pairs.where(found.pairs.row < 0)) is None
 
 
 def test_authors_and_persons_win_so_often(facts):
@@ -187,7 +187,7 @@ def test_authors_and_persons_win_so_often(facts):
         ranking("s", [Candidate("u"), big], (1, 2)), ranking("t", [big, Candidate("b2", "big", "model")], (1, 2)),
     ]  # fmt: skip
     found = facts(rows)
-    assert biases.person_win_rate(found.columns, found.pairs).value == 1 / 2
+    assert biases.person_win_rate(found.pairs).value == 1 / 2
     wins = {one.name: (one.rate.value, one.rate.n) for one in found.authors}
     assert wins == {"big": (1, 2), "ann": (1 / 2, 2), "small": (0, 2)}
 

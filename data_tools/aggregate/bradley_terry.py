@@ -12,10 +12,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 from scipy import special
 
 from data_tools.aggregate.votes import Votes, WinMatrices
@@ -34,27 +32,27 @@ class _VotePairs:
     """The pairs of the votes within groups of items, and their terms of the normal equations."""
 
     cells: WinMatrices
-    first: NDArray[Any]
-    second: NDArray[Any]
+    first: np.ndarray
+    second: np.ndarray
 
-    def force(self, values: NDArray[Any]) -> NDArray[Any]:
+    def force(self, values: np.ndarray) -> np.ndarray:
         """[I]: the sum over votes of value x (e_first - e_second)."""
         count = self.cells.items
         return np.bincount(self.first, values, count) - np.bincount(self.second, values, count)
 
-    def stiffness(self, weights: NDArray[Any]) -> NDArray[Any]:
+    def stiffness(self, weights: np.ndarray) -> np.ndarray:
         """Flat [cells]: the sum over votes of weight x (e_first - e_second)(e_first - e_second)^T."""
         flat = np.zeros(self.cells.count)
         for row, column, sign in self._corners:
             flat += sign * np.bincount(self.cells.of(row, column), weights, self.cells.count)
         return flat
 
-    def variance(self, covariance: NDArray[Any]) -> NDArray[Any]:
+    def variance(self, covariance: np.ndarray) -> np.ndarray:
         """[V]: variance of the difference of each vote's two items, from a flat covariance."""
         return sum(sign * covariance[self.cells.of(row, column)] for row, column, sign in self._corners)  # type: ignore
 
     @property
-    def _corners(self) -> list[tuple[NDArray[Any], NDArray[Any], int]]:
+    def _corners(self) -> list[tuple[np.ndarray, np.ndarray, int]]:
         one, other = self.first, self.second
         return [(one, one, 1), (other, other, 1), (one, other, -1), (other, one, -1)]
 
@@ -86,20 +84,20 @@ class BradleyTerryFit:
             if moved < TOLERANCE:
                 break
 
-    def better(self, items: NDArray[Any], where: NDArray[Any]) -> NDArray[Any]:
+    def better(self, items: np.ndarray, where: np.ndarray) -> np.ndarray:
         """[B, K, K]: the posterior probability that the row's score is above the column's, for a block of `cells`."""
         covariance = self.covariance[where]
         own = np.diagonal(covariance, axis1=1, axis2=2)
         spread = np.sqrt(np.maximum(own[:, :, None] + own[:, None, :] - 2 * covariance, 1e-12))
         return special.ndtr((self.scores[items][:, :, None] - self.scores[items][:, None, :]) / spread)
 
-    def _pull(self) -> tuple[NDArray[Any], NDArray[Any]]:
+    def _pull(self) -> tuple[np.ndarray, np.ndarray]:
         """[V]: the derivative of each vote's log-likelihood by its score difference, and the Fisher information."""
         slope = self.slopes[self.votes.annotator]
         p = special.expit(slope * (self.scores[self.votes.first] - self.scores[self.votes.second]))
         return slope * (self._preference - p), slope**2 * p * (1 - p)
 
-    def _invert(self, cells: WinMatrices, stiffness: NDArray[Any]) -> NDArray[Any]:
+    def _invert(self, cells: WinMatrices, stiffness: np.ndarray) -> np.ndarray:
         """Flat covariance from the votes' flat stiffness and the prior."""
         flat = np.empty_like(stiffness)
         for items, where in cells.blocks():
@@ -118,7 +116,7 @@ class BradleyTerryFit:
     # ---- slopes
 
     @cached_property
-    def _voices(self) -> tuple[NDArray[Any], _VotePairs]:
+    def _voices(self) -> tuple[np.ndarray, _VotePairs]:
         """Copies of a pool's items for each of its annotators: the item of each copy, and the votes on copies."""
         votes, annotators = self.votes, len(self.votes.annotators)
         pool = votes.pool[votes.first]
@@ -154,13 +152,13 @@ class BradleyTerryFit:
         self.slopes = self.slopes + step
         return float(np.abs(step).max())
 
-    def quality(self) -> NDArray[Any]:
+    def quality(self) -> np.ndarray:
         """[A]: the probability of ordering a pair right, the mean of sigmoid(b |s_i - s_j|) over all votes."""
         gaps = np.abs(self.scores[self.votes.first] - self.scores[self.votes.second])
         return np.array([special.expit(slope * gaps).mean() for slope in self.slopes])
 
 
-def _times(cells: WinMatrices, matrices: NDArray[Any], values: NDArray[Any]) -> NDArray[Any]:
+def _times(cells: WinMatrices, matrices: np.ndarray, values: np.ndarray) -> np.ndarray:
     """[I]: each pool's matrix times the values of its items."""
     product = np.empty_like(values)
     for items, where in cells.blocks():

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from data_tools.aggregate.methods import AGGREGATORS, Aggregation
 from data_tools.aggregate.votes import UNNAMED, Ballots, Votes, collect, distinct
@@ -89,7 +88,7 @@ def aggregate_dataset(
     }  # fmt: skip
 
 
-def _split(ballots: Ballots, choose: Any) -> NDArray[Any]:
+def _split(ballots: Ballots, choose: Any) -> np.ndarray:
     """The greatest or least split code of each prompt: test > eval > train > none."""
     found = np.full(int(ballots.prompt.max()) + 1, 0 if choose is np.maximum else len(SPLITS))
     choose.at(found, ballots.prompt, ballots.split)
@@ -155,7 +154,7 @@ def annotator_metrics(ballots: Ballots, result: Aggregation) -> list[dict[str, A
     return sorted(rows, key=worst_first)
 
 
-def agreement_with_others(votes: Votes) -> NDArray[Any]:
+def agreement_with_others(votes: Votes) -> np.ndarray:
     """[A]: the fraction of an annotator's untied votes that agree with the majority of all other votes on the pair.
 
     Pairs on which the others are even do not count. NaN without any pair.

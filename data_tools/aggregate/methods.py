@@ -9,11 +9,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Annotated
 
 import numpy as np
 import pandas as pd
-from numpy.typing import NDArray
 from pydantic import Field
 from scipy import special
 
@@ -39,11 +38,11 @@ little data, and select one of two mirrored solutions: the one in which most ann
 class Aggregation:
     """What every method returns."""
 
-    ranks: NDArray[Any]
+    ranks: np.ndarray
     """Int [I]: dense within a pool, 1 = best, equal = tie."""
-    confidence: NDArray[Any]
+    confidence: np.ndarray
     """Float [P] in (0, 1]."""
-    quality: NDArray[Any] | None = None
+    quality: np.ndarray | None = None
     """Float [A]: the probability that the annotator orders a pair right if they do not tie it; 1/2 is chance. None if
     the method treats all annotators as equal."""
 
@@ -51,7 +50,7 @@ class Aggregation:
 # ---- orders and confidence -------------------------------------------------------------------------------------------
 
 
-def schulze(margins: NDArray[Any]) -> NDArray[Any]:
+def schulze(margins: np.ndarray) -> np.ndarray:
     """Ranks [B, K] from margins [B, K, K] (votes for row over column minus the reverse), by the Schulze method.
 
     Item i beats j if the strongest chain of majorities from i to j (as strong as its weakest link) is stronger than the
@@ -70,7 +69,7 @@ def schulze(margins: NDArray[Any]) -> NDArray[Any]:
     return _put_back(1 + np.cumsum(steps, axis=1), order)
 
 
-def by_score(scores: NDArray[Any], better: NDArray[Any], tie_below: float) -> NDArray[Any]:
+def by_score(scores: np.ndarray, better: np.ndarray, tie_below: float) -> np.ndarray:
     """Ranks [B, K] by descending score; an item shares the leader's rank if better[leader, item] is below `tie_below`.
 
     The leader of a rank is its item with the highest score, so a chain of small steps does not tie its two ends.
@@ -86,18 +85,18 @@ def by_score(scores: NDArray[Any], better: NDArray[Any], tie_below: float) -> ND
     return _put_back(ranks, order)
 
 
-def _put_back(ranks: NDArray[Any], order: NDArray[Any]) -> NDArray[Any]:
+def _put_back(ranks: np.ndarray, order: np.ndarray) -> np.ndarray:
     """Reorder ranks that are in the order of `order` to the order of the items."""
     found = np.empty_like(ranks)
     np.put_along_axis(found, order, ranks, 1)
     return found
 
 
-Order = Callable[[NDArray[Any], NDArray[Any]], tuple[NDArray[Any], NDArray[Any]]]
+Order = Callable[[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]]
 """Items [B, K] and cells [B, K, K] of the pools of one size -> their ranks [B, K], and `better` [B, K, K]."""
 
 
-def _aggregation(votes: Votes, cells: WinMatrices, order: Order, quality: NDArray[Any] | None = None) -> Aggregation:
+def _aggregation(votes: Votes, cells: WinMatrices, order: Order, quality: np.ndarray | None = None) -> Aggregation:
     """The aggregation of an order of each pool."""
     found, confidence = np.zeros(len(votes.pool), np.int64), np.zeros(len(cells.size))
     for items, where in cells.blocks():
@@ -112,7 +111,7 @@ def _aggregation(votes: Votes, cells: WinMatrices, order: Order, quality: NDArra
     return Aggregation(found, confidence, quality)
 
 
-def _tally(votes: Votes, cells: WinMatrices) -> NDArray[Any]:
+def _tally(votes: Votes, cells: WinMatrices) -> np.ndarray:
     """Flat [cells]: votes for row over column; a tie is half a vote for each."""
     ahead, behind = cells.of(votes.first, votes.second), cells.of(votes.second, votes.first)
     first = (1 + votes.outcome) / 2
@@ -143,7 +142,7 @@ def majority(votes: Votes) -> Aggregation:
     cells = WinMatrices(votes.pool)
     wins = _tally(votes, cells)
 
-    def order(items: NDArray[Any], where: NDArray[Any]) -> tuple[NDArray[Any], NDArray[Any]]:
+    def order(items: np.ndarray, where: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         ahead = wins[where]
         behind = ahead.swapaxes(1, 2)
         return schulze(ahead - behind), special.betainc(behind + 1, ahead + 1, 0.5)
@@ -183,7 +182,7 @@ def crowd_bradley_terry(votes: Votes, *, prior: Spread = 1.0, tie_below: TieBelo
 
 
 def _by_fit(votes: Votes, fit: BradleyTerryFit, tie_below: float, with_quality: bool = False) -> Aggregation:
-    def order(items: NDArray[Any], where: NDArray[Any]) -> tuple[NDArray[Any], NDArray[Any]]:
+    def order(items: np.ndarray, where: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         better = fit.better(items, where)
         return by_score(fit.scores[items], better, tie_below), better
 
@@ -213,7 +212,7 @@ def dawid_skene(votes: Votes, *, tie_below: TieBelow = 0.55) -> Aggregation:
     better = np.full(cells.count, 0.5)
     better[cells.of(first, second)], better[cells.of(second, first)] = truth[task], 1 - truth[task]
 
-    def order(items: NDArray[Any], where: NDArray[Any]) -> tuple[NDArray[Any], NDArray[Any]]:
+    def order(items: np.ndarray, where: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         ahead = better[where]
         behind = ahead.swapaxes(1, 2)
         clear = np.maximum(ahead, behind) >= tie_below
@@ -224,8 +223,8 @@ def dawid_skene(votes: Votes, *, tie_below: TieBelow = 0.55) -> Aggregation:
 
 
 def _dawid_skene(
-    task: NDArray[Any], annotator: NDArray[Any], outcome: NDArray[Any], annotators: int
-) -> tuple[NDArray[Any], NDArray[Any]]:
+    task: np.ndarray, annotator: np.ndarray, outcome: np.ndarray, annotators: int
+) -> tuple[np.ndarray, np.ndarray]:
     """Probability of outcome 1 for each task, and each annotator's quality.
 
     crowd-kit has no prior on errors, but tasks with a known truth: every annotator gets pseudo-votes on a few of them.

@@ -10,12 +10,11 @@ import hashlib
 from array import array
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 from scipy import sparse
 
+from data_tools.statistics.judgements import pair_arrays
 from rlhf.core.errors import UserError
 from rlhf.data.schema import SPLITS, Candidate, Ranking
 
@@ -31,18 +30,18 @@ class Votes:
     the last one in the data; every vote of UNNAMED counts.
     """
 
-    pool: NDArray[Any]
+    pool: np.ndarray
     """Int [I], ascending: the pool of each item. Within a pool, items are ordered by hash, not by rank."""
-    first: NDArray[Any]
+    first: np.ndarray
     """Int [V]: an item."""
-    second: NDArray[Any]
+    second: np.ndarray
     """Int [V]: another item of the same pool, always the greater index."""
-    outcome: NDArray[Any]
+    outcome: np.ndarray
     """Int [V]: 1 if the first is better, -1 if the second is, 0 for a tie."""
-    annotator: NDArray[Any]
+    annotator: np.ndarray
     """Int [V]: index in `annotators`."""
     annotators: tuple[str, ...]
-    alone: NDArray[Any]
+    alone: np.ndarray
     """Int [I]: the item's rank if its pool has a single ranking, else 0."""
 
 
@@ -51,23 +50,23 @@ class Ballots:
     """R rankings in the order of the data: their votes, and what is needed to write one ranking per pool."""
 
     votes: Votes
-    start: NDArray[Any]
+    start: np.ndarray
     """Int [R + 1]: ranking r has the entries start[r] to start[r + 1] of `item`, one per distinct answer."""
-    item: NDArray[Any]
+    item: np.ndarray
     """Int: an item of `votes`."""
-    ids: NDArray[Any]
+    ids: np.ndarray
     """Uint64 [R]: the rankings' ids."""
-    annotator: NDArray[Any]
+    annotator: np.ndarray
     """Int [R]."""
-    prompt: NDArray[Any]
+    prompt: np.ndarray
     """Int [R]: the index of its prompt, in the order of appearance."""
-    split: NDArray[Any]
+    split: np.ndarray
     """Int [R]: 0 for none, else the index in `rlhf.data.schema.SPLITS` plus one."""
-    rating: NDArray[Any]
+    rating: np.ndarray
     """Float [I]: mean of the item's ratings, NaN without any."""
 
     @property
-    def pool(self) -> NDArray[Any]:
+    def pool(self) -> np.ndarray:
         """Int [R]: the pool of each ranking."""
         return self.votes.pool[self.item[self.start[:-1]]]
 
@@ -115,7 +114,7 @@ def collect(records: Iterator[Ranking]) -> Ballots:
     return Ballots(votes, item=item, prompt=np.array(prompt), split=np.array(split), rating=rating, **held)
 
 
-def _pools(slots: NDArray[Any], start: NDArray[Any], order: NDArray[Any]) -> tuple[NDArray[Any], NDArray[Any]]:
+def _pools(slots: np.ndarray, start: np.ndarray, order: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """The pool of each item, pools in the order of their first appearance, and `slots` with the items' new indices."""
     count = len(order)
     sizes = np.diff(start)
@@ -130,20 +129,13 @@ def _pools(slots: NDArray[Any], start: NDArray[Any], order: NDArray[Any]) -> tup
 
 
 def _votes(
-    item: NDArray[Any], start: NDArray[Any], ranks: NDArray[Any], annotator: NDArray[Any], pool: NDArray[Any],
+    item: np.ndarray, start: np.ndarray, ranks: np.ndarray, annotator: np.ndarray, pool: np.ndarray,
     names: tuple[str, ...],
 ) -> Votes:  # fmt: skip
-    sizes = np.diff(start)
-    parts = []
-    for size in np.unique(sizes):
-        members = np.flatnonzero(sizes == size)
-        left, right = (start[members][:, None] + side for side in np.triu_indices(size, 1))
-        outcome = np.sign(ranks[right] - ranks[left]).ravel()
-        left, right, who = item[left].ravel(), item[right].ravel(), np.repeat(members, size * (size - 1) // 2)
-        swap = left > right
-        parts.append((np.where(swap, right, left), np.where(swap, left, right), np.where(swap, -outcome, outcome), who))
-    first, second, outcome, ranking = (np.concatenate(column) for column in zip(*parts))
-    by = annotator[ranking]
+    ranking, one, other, sign = pair_arrays(start, item, ranks)
+    sides = item[one], item[other]
+    first, second, by = np.minimum(*sides), np.maximum(*sides), annotator[ranking]
+    outcome = np.where(first == item[one], sign, -sign)
     order = np.lexsort((ranking, by, second, first))
     again = np.zeros(len(order), bool)  # followed by a later vote of the same annotator on the pair
     again[:-1] = np.all([np.diff(column[order]) == 0 for column in (first, second, by)], axis=0)
@@ -166,7 +158,7 @@ class WinMatrices:
         pool: The pool of each item, ascending.
     """
 
-    def __init__(self, pool: NDArray[Any]) -> None:
+    def __init__(self, pool: np.ndarray) -> None:
         self._pool = pool
         self.items = len(pool)
         """Number of items of all pools."""
@@ -178,13 +170,13 @@ class WinMatrices:
         """Number of cells of all matrices."""
         self._offset = np.cumsum(self.size**2) - self.size**2
 
-    def of(self, row: NDArray[Any], column: NDArray[Any]) -> NDArray[Any]:
+    def of(self, row: np.ndarray, column: np.ndarray) -> np.ndarray:
         """Index of the cell (row, column) of two items of a pool in the flat array."""
         pool = self._pool[row]
         start = self.start[pool]
         return self._offset[pool] + (row - start) * self.size[pool] + column - start
 
-    def blocks(self) -> Iterator[tuple[NDArray[Any], NDArray[Any]]]:
+    def blocks(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """For each size K, the items [B, K] of the pools and the flat indices [B, K, K] of their matrices."""
         for size in np.unique(self.size):
             pools = np.flatnonzero(self.size == size)

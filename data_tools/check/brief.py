@@ -42,9 +42,9 @@ def _repeated_rankings(gathered: Accumulator) -> list[str]:
     if columns is None:
         return ["no prompt was ranked twice, so the agreement and the ceiling of a reward model are unknown"]
     pairs = pairs_of(columns)
-    votes = votes_of(columns, pairs)
+    votes = votes_of(pairs)
     lines = []
-    both = consistency.contradictions(columns, pairs)
+    both = consistency.contradictions(pairs)
     if both is not None:
         lines.append(
             f"{both.value:.1%} [{both.low:.1%}, {both.high:.1%}] of {both.n:,} pairs that were ordered more than once "
@@ -59,7 +59,7 @@ def _repeated_rankings(gathered: Accumulator) -> list[str]:
             f"two annotators agree on {facts['agreement']:.1%} of {facts['pairs']:,} pairs: a reward model's accuracy "
             f"on single judgements is at most {facts['ceiling']:.1%} [{low:.1%}, {high:.1%}]"
         )
-    doubtful = [one for one in annotators_of(columns, pairs, votes) if one.verdict in ("random", "reversed")]
+    doubtful = [one for one in annotators_of(pairs, votes) if one.verdict in ("random", "reversed")]
     if doubtful:
         names = ", ".join(f"{one.name} ({one.verdict}, {one.agreement.value:.0%})" for one in doubtful[:3])
         console.warn(f"{len(doubtful)} annotators agree with the others no more than chance would: {names}")

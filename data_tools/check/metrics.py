@@ -117,13 +117,13 @@ metric("repeated-answers", "duplicates", "fraction", "answers",
 
 metric("near-duplicate-answers", "duplicates", "fraction", "answers",
        "Answers that are near-duplicates or copies of an answer to another prompt.",
-       if_near(lambda facts: duplicates.near_answers(facts.columns, facts.texts) or NO_ANSWER),
+       if_near(lambda facts: duplicates.near_answers(facts.texts) or NO_ANSWER),
        kinds=WITH_ANSWERS, sampled="records", look=(">0.2",), bad=(">0.5",),
        advice="Look for templates and stock phrases in the model or source that wrote the answers.")
 
 metric("near-identical-pairs", "duplicates", "fraction", "rankings",
        "Rankings whose first two answers differ but are near-duplicates of each other.",
-       lambda facts: duplicates.near_identical_pairs(facts.columns, facts.texts) or "no record has two answers",
+       lambda facts: duplicates.near_identical_pairs(facts.texts) or "no record has two answers",
        kinds=("proposal", "ranking"), sampled="records", look=(">0.05",), bad=(">0.2",),
        advice="Propose answers that differ more: annotators have nothing to choose between here.")
 
@@ -131,13 +131,13 @@ metric("near-identical-pairs", "duplicates", "fraction", "rankings",
 
 metric("ties", "consistency", "fraction", "pairs of answers",
        "Pairs of different answers in a ranking that were ranked equal.",
-       lambda facts: consistency.ties(facts.columns, facts.pairs) or "no ranking has two different answers",
+       lambda facts: consistency.ties(facts.pairs) or "no ranking has two different answers",
        look=(">0.4",),
        advice="Propose answers that differ more: tied pairs teach the reward model nothing.")
 
 metric("contradictions", "consistency", "fraction", "pairs of answers ordered more than once",
        "Pairs of answers to one prompt that were ordered both ways, by one or several annotators; ties do not count.",
-       lambda facts: consistency.contradictions(facts.columns, facts.pairs) or "no pair was ordered more than once",
+       lambda facts: consistency.contradictions(facts.pairs) or "no pair was ordered more than once",
        look=(">0.3",),
        advice="Aggregate the rankings (`rlhf data aggregate`) before training. With two judgements per pair this is "
               "1 - `agreement`; it grows with their number, so compare annotators by `agreement`.")
@@ -149,14 +149,14 @@ metric("contradictions-between-annotators", "consistency", "fraction", SHARED_PA
 
 metric("self-contradictions", "consistency", "fraction", "pairs that one annotator ordered more than once",
        "Pairs that one named annotator ordered more than once, and both ways.",
-       lambda facts: (consistency.self_contradictions(facts.columns, facts.pairs)
+       lambda facts: (consistency.self_contradictions(facts.pairs)
                       or "no named annotator ordered a pair more than once"),
        look=(">0.1",), bad=(">0.3",),
        advice="Ask these annotators: either they clicked in haste, or the two answers are equally good.")
 
 metric("cycles", "consistency", "fraction", "prompts with three or more answers in several rankings",
        "Prompts where the majorities form a cycle: A over B, B over C, C over A.",
-       lambda facts: (consistency.cycles(facts.columns, facts.pairs)
+       lambda facts: (consistency.cycles(facts.pairs)
                       or "no prompt has three answers and several rankings"),
        look=(">0.1",), bad=(">0.3",),
        advice="No reward can fit a cycle: collect more judgements there, or ask for a single criterion.")
@@ -165,7 +165,7 @@ metric("cycles", "consistency", "fraction", "prompts with three or more answers 
 
 metric("longer-wins", "biases", "fraction", "ordered pairs of unequal length",
        "Win rate of the longer answer; one half means that length does not matter.",
-       lambda facts: biases.longer_win_rate(facts.columns, facts.pairs) or "no ordered pair of unequal length",
+       lambda facts: biases.longer_win_rate(facts.pairs) or "no ordered pair of unequal length",
        look=(">0.6", "<0.4"), bad=(">0.7", "<0.3"),
        advice="Find out whether annotators prefer length itself: compare answers of similar length, and watch the "
               "reward model's correlation with length.")
@@ -173,20 +173,20 @@ metric("longer-wins", "biases", "fraction", "ordered pairs of unequal length",
 metric("first-wins", "biases", "fraction", "ordered pairs with a known display order",
        "Win rate of the answer shown first (at the top or on the left); one half means that the position does not "
        "matter.",
-       lambda facts: biases.first_win_rate(facts.columns, facts.pairs) or "no ranking records the display order",
+       lambda facts: biases.first_win_rate(facts.pairs) or "no ranking records the display order",
        look=(">0.55", "<0.45"), bad=(">0.65", "<0.35"),
        advice="Shuffle the answers before they are shown, and inform the annotators. The table of annotators shows who "
               "prefers a position.")
 
 metric("person-wins", "biases", "fraction", "ordered pairs of a human and a model answer",
        "Win rate of human answers against model answers.",
-       lambda facts: (biases.person_win_rate(facts.columns, facts.pairs)
+       lambda facts: (biases.person_win_rate(facts.pairs)
                       or "no ranking has both human and model answers"),
        advice="If human answers nearly always win, the reward model may learn to recognise the author.")
 
 metric("bag-of-words", "biases", "fraction", "ordered pairs",
        "Accuracy of a linear model of words that does not see the prompt, on held-out prompts; chance is one half.",
-       lambda facts: (words.bag_of_words(facts.columns, facts.pairs, facts.texts)
+       lambda facts: (words.bag_of_words(facts.pairs, facts.texts)
                       or f"fewer than {words.FEWEST_PROMPTS} prompts have an ordered pair"),
        sampled="pairs", look=(">0.7",), bad=(">0.85",),
        advice="A reward model can reach this accuracy from style alone. Check that it does clearly better, and look "

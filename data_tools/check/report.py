@@ -136,7 +136,7 @@ def check(path: str | Path, *, against: Sequence[Path] = (), near: bool = True, 
             k=dict(zip(sizes.tolist(), times.tolist())) if len(columns.answer) else {},
             lengths=_lengths(facts), length_histograms=_histograms(facts) if ranked else {},
             languages=dict(facts.languages.prompts.most_common()), authors=facts.authors if ranked else [],
-            wins_by_length=biases.win_rates_by_length(columns, facts.pairs) if ranked else [],
+            wins_by_length=biases.win_rates_by_length(facts.pairs) if ranked else [],
             annotators=facts.annotators[:MOST_ANNOTATORS] if ranked else [],
             examples=examples_of(facts), rules=rules,
         )  # fmt: skip
@@ -163,7 +163,7 @@ def _splits(facts: Facts) -> dict[str, int]:
 def _better_and_worse(facts: Facts) -> dict[str, np.ndarray]:
     """Characters of the better and the worse answer of every ordered pair."""
     pairs = facts.pairs.where(facts.pairs.order != 0)
-    one, other = facts.columns.chars[pairs.one], facts.columns.chars[pairs.other]
+    one, other = pairs.both(facts.columns.chars)
     return {
         "better answer": np.where(pairs.order > 0, one, other),
         "worse answer": np.where(pairs.order > 0, other, one),

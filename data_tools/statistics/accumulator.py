@@ -60,9 +60,8 @@ class Accumulator:
         part = self._collector.arrays(table.select([name for name in READ if name in self.columns]))
         self.sizes.update(part["size"].tolist())
         if self.brief and len(part["id"]) and "ranks" in self.columns:
-            columns = self._collector.columns([dict(part)])
-            pairs = pairs_of(columns)
-            longer = np.sign(columns.chars[pairs.one] - columns.chars[pairs.other]) * pairs.order
+            pairs = pairs_of(self._collector.columns([dict(part)]))
+            longer = np.sign(np.subtract(*pairs.both(pairs.columns.chars))) * pairs.order
             self.tied, self.pairs = self.tied + int((pairs.order == 0).sum()), self.pairs + len(pairs)
             self.longer, self.unequal = self.longer + int((longer > 0).sum()), self.unequal + int((longer != 0).sum())
         self._parts.append(list(part))

@@ -46,14 +46,15 @@ class AnnotatorReport:
     """One of `VERDICTS`."""
 
 
-def annotators_of(columns: Columns, pairs: AnswerPairs, votes: AnnotatorVotes) -> list[AnnotatorReport]:
+def annotators_of(pairs: AnswerPairs, votes: AnnotatorVotes) -> list[AnnotatorReport]:
     """Every named annotator: the doubtful ones first, then by the number of rankings."""
+    columns = pairs.columns
     known = len(columns.annotators)
     own = columns.by_named_annotator
     volume = np.bincount(columns.annotator[own], minlength=known)
     hits, tries = agreement_with_others(columns, votes)
     verdicts = random_clicker_test(hits, tries)
-    firsts, shown = _first_preferred(columns, pairs)
+    firsts, shown = _first_preferred(pairs)
     sided = one_sided_test(firsts, shown)
     seconds = _median_seconds(columns, own)
     found = [
@@ -129,8 +130,9 @@ def one_sided_test(firsts: np.ndarray, shown: np.ndarray) -> np.ndarray:
     return found
 
 
-def _first_preferred(columns: Columns, pairs: AnswerPairs) -> tuple[np.ndarray, np.ndarray]:
+def _first_preferred(pairs: AnswerPairs) -> tuple[np.ndarray, np.ndarray]:
     """(annotators,) weights of ordered pairs with a known display order: those whose first answer is better, all."""
+    columns = pairs.columns
     used = pairs.where((pairs.order != 0) & (columns.shown & columns.by_named_annotator)[pairs.row])
     weight = independent_pairs(columns.sizes[used.row])
     who, known = columns.annotator[used.row], len(columns.annotators)

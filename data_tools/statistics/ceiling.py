@@ -104,7 +104,7 @@ def agreement_of(gathered: Accumulator) -> dict[str, Any] | None:
         other kinds of records than rankings.
     """
     columns = gathered.ranked_repeatedly()
-    return None if columns is None else agreement_facts(votes_of(columns, pairs_of(columns)))
+    return None if columns is None else agreement_facts(votes_of(pairs_of(columns)))
 
 
 class AgreementObserver:

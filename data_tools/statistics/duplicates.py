@@ -84,12 +84,12 @@ class NearPrompts:
     """Two records with near prompts each, in different splits if there are any."""
 
 
-def near_prompts(columns: Columns, texts: Texts) -> NearPrompts:
+def near_prompts(texts: Texts) -> NearPrompts:
     """Find the near-duplicates among the sampled prompts, by `data_tools.statistics.near.near_groups`."""
     rows = texts.prompts
     groups = near_groups((str(row), texts.prompt[row]) for row in rows.tolist())
     group = np.array([int(groups[str(row)]) for row in rows.tolist()], np.int64)
-    split = columns.split[rows].astype(np.int64)
+    split = texts.columns.split[rows].astype(np.int64)
     again = _again(group * 8 + split)
     several = _in_several_splits(group, split)
     spread = np.zeros(len(rows), bool) if several is None else several
@@ -112,9 +112,9 @@ def _examples(rows: np.ndarray, group: np.ndarray, split: np.ndarray, spread: np
     return list(found.values())
 
 
-def near_answers(columns: Columns, texts: Texts) -> Estimate | None:
+def near_answers(texts: Texts) -> Estimate | None:
     """The fraction of sampled answers that are near to, or equal to, an answer to another sampled prompt."""
-    keys = list(_answer_keys(columns, texts))
+    keys = list(_answer_keys(texts))
     if not keys:
         return None
     groups = near_groups((str(at), text) for at, _, text in keys)
@@ -126,9 +126,9 @@ def near_answers(columns: Columns, texts: Texts) -> Estimate | None:
     return clustered_fraction((prompts_of[group] > 1).astype(float), np.ones(len(group)))
 
 
-def _answer_keys(columns: Columns, texts: Texts) -> Iterator[tuple[int, int, str]]:
+def _answer_keys(texts: Texts) -> Iterator[tuple[int, int, str]]:
     """(index, prompt, text) of up to `MOST_RECORDS` sampled answers, each text of a prompt once."""
-    seen: set[tuple[int, int]] = set()
+    columns, seen = texts.columns, set[tuple[int, int]]()
     for row in texts.records.tolist():
         for at, text in enumerate(texts.answers[row], int(columns.start[row])):
             key = (int(columns.prompt[row]), int(columns.answer[at]))
@@ -139,8 +139,9 @@ def _answer_keys(columns: Columns, texts: Texts) -> Iterator[tuple[int, int, str
                     return
 
 
-def near_identical_pairs(columns: Columns, texts: Texts) -> Estimate | None:
+def near_identical_pairs(texts: Texts) -> Estimate | None:
     """The fraction of sampled rankings whose first two answers are near-duplicates, among those that have two."""
+    columns = texts.columns
     hits = [
         similarity(*texts.answers[row][:2]) >= DEFAULT_THRESHOLD
         for row in texts.records.tolist()
@@ -179,17 +180,15 @@ def contaminated(columns: Columns, sets: list[EvaluationSet]) -> tuple[Estimate,
     return Estimate(float(hit.sum()), n=len(rows)), rows[hit]
 
 
-def near_contaminated(
-    columns: Columns, texts: Texts, sets: list[EvaluationSet]
-) -> tuple[Estimate, list[tuple[int, str]]]:
+def near_contaminated(texts: Texts, sets: list[EvaluationSet]) -> tuple[Estimate, list[tuple[int, str]]]:
     """The number of sampled prompts of train, or of no split, that are near to, not equal to, an evaluation prompt.
 
     Returns:
         The number, and for up to five of them a record and the text that it is near to.
     """
     others = {key: text for one in sets for key, text in one.texts.items()}
-    rows = texts.prompts[columns.split[texts.prompts] <= TRAIN]
-    keys = {f"{columns.prompt[row]:016x}": int(row) for row in rows.tolist()}
+    rows = texts.prompts[texts.columns.split[texts.prompts] <= TRAIN]
+    keys = {f"{texts.columns.prompt[row]:016x}": int(row) for row in rows.tolist()}
     fresh = ((key, texts.prompt[row]) for key, row in keys.items() if key not in others)
     found = near_matches(fresh, others.items())
     examples = [(keys[key], others[other]) for key, other in list(found.items())[:5]]

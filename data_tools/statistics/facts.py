@@ -36,22 +36,20 @@ class Facts:
     """Rows of a JSONL file that could not be used, by reason."""
 
     pairs = cached_property(lambda self: pairs_of(self.columns))
-    votes = cached_property(lambda self: votes_of(self.columns, self.pairs))
+    votes = cached_property(lambda self: votes_of(self.pairs))
     kendall = cached_property(lambda self: kendall_sums(self.columns))
-    annotators = cached_property(lambda self: annotators_of(self.columns, self.pairs, self.votes))
-    authors = cached_property(lambda self: biases.author_win_rates(self.columns, self.pairs))
+    annotators = cached_property(lambda self: annotators_of(self.pairs, self.votes))
+    authors = cached_property(lambda self: biases.author_win_rates(self.pairs))
     repeats = cached_property(lambda self: duplicates.repeats(self.columns.id))
     split_leaks = cached_property(lambda self: duplicates.prompts_across_splits(self.columns))
     repeated_answers = cached_property(lambda self: duplicates.repeated_answers(self.columns))
     contaminated = cached_property(
         lambda self: duplicates.contaminated(self.columns, self.evaluation) if self.evaluation else None
     )
-    contradicting = cached_property(lambda self: consistency.contradicting(self.columns, self.pairs))
-    near_prompts = cached_property(lambda self: duplicates.near_prompts(self.columns, self.texts))
-    near_contaminated = cached_property(
-        lambda self: duplicates.near_contaminated(self.columns, self.texts, self.evaluation)
-    )
-    languages = cached_property(lambda self: words.languages(self.columns, self.texts))
+    contradicting = cached_property(lambda self: consistency.contradicting(self.pairs))
+    near_prompts = cached_property(lambda self: duplicates.near_prompts(self.texts))
+    near_contaminated = cached_property(lambda self: duplicates.near_contaminated(self.texts, self.evaluation))
+    languages = cached_property(lambda self: words.languages(self.texts))
 
     @cached_property
     def texts(self) -> Texts:

@@ -72,6 +72,17 @@ def clustered_fraction(
     return found and replace(found, n=found.n if n is None else n)
 
 
+def fraction_by_prompt(prompt: np.ndarray, hit: np.ndarray) -> Estimate | None:
+    """The fraction of hits, with an interval that treats everything of one prompt as one cluster.
+
+    Args:
+        prompt: (n,) any integers.
+        hit: (n,) bool.
+    """
+    _, cluster = np.unique(prompt, return_inverse=True)
+    return clustered_fraction(np.bincount(cluster, hit), np.bincount(cluster))
+
+
 def bootstrapped(
     values: np.ndarray, statistic: Callable[[np.ndarray], np.ndarray], n: int | None = None
 ) -> Estimate | None:

@@ -23,6 +23,8 @@ CUT = 8_000
 class Texts:
     """The texts of some records."""
 
+    columns: Columns
+    """All records."""
     records: np.ndarray
     """Indices of the sampled records, ascending, drawn uniformly."""
     prompts: np.ndarray
@@ -81,7 +83,7 @@ def texts_of(shards: Dataset, columns: Columns, near: bool, also: Iterable[int] 
                 prompt[number] = _prompt(row)
                 answers[number] = _answers(row)
         begin = end
-    return Texts(records, prompts, prompt, answers, len(records) == len(columns), whole)
+    return Texts(columns, records, prompts, prompt, answers, len(records) == len(columns), whole)
 
 
 def prompt_texts(shards: Dataset) -> tuple[np.ndarray, dict[str, str]]:

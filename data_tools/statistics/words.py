@@ -12,8 +12,7 @@ from sklearn import linear_model, model_selection
 from sklearn.feature_extraction import text as features
 
 from data_tools.statistics.columns import Columns
-from data_tools.statistics.consistency import fraction_by_prompt
-from data_tools.statistics.intervals import SEED, Estimate
+from data_tools.statistics.intervals import SEED, Estimate, fraction_by_prompt
 from data_tools.statistics.judgements import AnswerPairs
 from data_tools.statistics.sample import Texts, sampled
 from rlhf.data.schema import Ranking
@@ -28,7 +27,7 @@ FEWEST_LETTERS = 80
 """The language of a text with fewer letters is not identified: errors are frequent on short texts and tables."""
 
 
-def bag_of_words(columns: Columns, pairs: AnswerPairs, texts: Texts) -> Estimate | None:
+def bag_of_words(pairs: AnswerPairs, texts: Texts) -> Estimate | None:
     """How often a linear model of words and word pairs predicts the winner on held-out prompts.
 
     Logistic regression on the difference of the two answers' log(1 + count) of hashed unigrams and bigrams, without
@@ -41,14 +40,13 @@ def bag_of_words(columns: Columns, pairs: AnswerPairs, texts: Texts) -> Estimate
     chosen = np.isin(pairs.row, texts.records) & (pairs.order != 0)
     indices = np.flatnonzero(chosen)
     used = pairs.where(indices[sampled(len(indices), MOST_PAIRS)])
-    prompt = columns.prompt[used.row]
-    if len(np.unique(prompt)) < FEWEST_PROMPTS:
+    if len(np.unique(used.prompt)) < FEWEST_PROMPTS:
         return None
-    begin, rows = columns.start[used.row], used.row.tolist()
+    begin, rows = used.columns.start[used.row], used.row.tolist()
     one, other = (
         [texts.answers[row][at] for row, at in zip(rows, (side - begin).tolist())] for side in (used.one, used.other)
     )
-    return fraction_by_prompt(prompt, predicted_correctly(one, other, used.order, prompt))
+    return used.fraction(predicted_correctly(one, other, used.order, used.prompt))
 
 
 def predicted_correctly(one: list[str], other: list[str], order: np.ndarray, group: np.ndarray) -> np.ndarray:
@@ -123,7 +121,7 @@ class Languages(NamedTuple):
     """Up to five such records, with the two languages."""
 
 
-def languages(columns: Columns, texts: Texts) -> Languages:
+def languages(texts: Texts) -> Languages:
     """Identify the languages of up to `MOST_NAMED` sampled prompts, and of their best (or only) answers.
 
     Texts with fewer than `FEWEST_LETTERS` letters are skipped. Library py3langid (Lui and Baldwin 2012).
@@ -134,10 +132,10 @@ def languages(columns: Columns, texts: Texts) -> Languages:
         language = _language(texts.prompt[row])
         found[language] += language != ""
         if language and texts.answers[row]:
-            answered = _language(texts.answers[row][best_answer(columns, row)])
+            answered = _language(texts.answers[row][best_answer(texts.columns, row)])
             if answered:
                 other.append(answered != language)
-                prompts.append(columns.prompt[row])
+                prompts.append(texts.columns.prompt[row])
                 if other[-1] and len(examples) < 5:
                     examples.append((row, f"{language} -> {answered}"))
     fraction = fraction_by_prompt(np.array(prompts, np.uint64), np.array(other, bool)) if other else None
