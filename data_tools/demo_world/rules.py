@@ -2,7 +2,7 @@
 
 Animals live in places. Every animal eats one thing and has one habit (ANIMALS). A request asks about one animal: where
 it lives, what it eats, or what it does. All text consists of the same few sentences (SENTENCES), so that every answer
-can be judged; `data_tools.demo_world.text` writes it.
+can be judged; `data_tools.demo_world.text` writes it. The words of the world are in `world.yaml`.
 
 The hidden rule (`judge`) gives an answer points for its request:
 
@@ -29,76 +29,26 @@ import random
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+from rlhf.core.limits import read_yaml
 from rlhf.data.schema import Candidate, Message, Prompt, Ranking
 
 # ---- the language -------------------------------------------------------------------------------------------------
 
-ANIMALS = {
-    "badger": ("worms", "digs a long tunnel"), "bear": ("honey", "sleeps all winter"),
-    "cat": ("fish", "naps all day"), "crow": ("corn", "watches the road"),
-    "deer": ("leaves", "runs very fast"), "duck": ("weeds", "dives for hours"),
-    "fox": ("mice", "hunts at night"), "frog": ("flies", "jumps over stones"),
-    "goat": ("thistles", "climbs steep rocks"), "goose": ("grass", "flies south for winter"),
-    "hedgehog": ("snails", "rolls into a ball"), "horse": ("hay", "gallops every morning"),
-    "mouse": ("seeds", "hides under roots"), "otter": ("crabs", "slides down the bank"),
-    "owl": ("beetles", "hoots after dark"), "pig": ("turnips", "rolls through mud"),
-    "rabbit": ("clover", "hops across fields"), "squirrel": ("acorns", "leaps from tree to tree"),
-    "tortoise": ("lettuce", "walks very slowly"), "wolf": ("meat", "howls at the moon"),
-}  # fmt: skip
+WORLD = read_yaml(Path(__file__).with_name("world.yaml"))
+ANIMALS: dict[str, list[str]] = WORLD["animals"]
 """Animal -> what it eats, and its habit."""
-
-LOOKS = ("black", "brown", "clever", "grey", "large", "old", "red", "shy", "small", "white")
-PLACES = (
-    "Canada", "Chile", "Finland", "Ghana", "Iceland", "India", "Japan", "Kenya", "Norway", "Peru", "Spain", "Wales",
-)  # fmt: skip
-
-REQUESTS = {
-    "home": (
-        "Tell me about the {look} {animal} in {place}.",
-        "Please describe the {look} {animal} in {place}.",
-        "I would like to know more about the {look} {animal} in {place}.",
-    ),
-    "food": (
-        "What does the {look} {animal} in {place} eat?",
-        "Please tell me what the {look} {animal} in {place} eats.",
-    ),
-    "habit": (
-        "What does the {look} {animal} in {place} do?",
-        "Please tell me what the {look} {animal} in {place} does.",
-    ),
-}
+LOOKS, PLACES = WORLD["looks"], WORLD["places"]
+REQUESTS: dict[str, list[str]] = WORLD["requests"]
 """What a request asks for -> its wordings."""
-
-SENTENCES = {
-    "home": ("The {look} {animal} lives in {place}.", "You can find the {look} {animal} in {place}."),
-    "food": (
-        "The {look} {animal} eats {food}.", "The {look} {animal} in {place} eats {food}.",
-        "It eats {food}.", "It likes to eat {food}.",
-    ),
-    "habit": ("The {look} {animal} {habit}.", "It {habit}.", "Most days it {habit}."),
-    "courteous": (
-        "Thank you for asking.", "With pleasure.", "What a lovely question!",
-        "I hope this helps.", "Please ask me again.", "Have a nice day.",
-    ),
-    "rude": ("That is a silly question.", "Go and look for yourself.", "I do not care."),
-    "beside": (
-        "Anyway, it may rain today.", "My uncle has a bicycle.", "That reminds me of a song.",
-        "I had soup for lunch.", "The bus was late again.",
-    ),
-}  # fmt: skip
+SENTENCES: dict[str, list[str]] = WORLD["sentences"]
 """Kind of sentence -> its wordings."""
-
 STATEMENTS = {"home": "place", "food": "food", "habit": "habit"}
 """Kind of statement about an animal -> the slot of what it states."""
-SLOTS = {
-    "look": LOOKS,
-    "animal": tuple(ANIMALS),
-    "place": PLACES,
-    "food": tuple(food for food, _ in ANIMALS.values()),
-    "habit": tuple(habit for _, habit in ANIMALS.values()),
-}
+FOODS, HABITS = zip(*ANIMALS.values())
+SLOTS = {"look": LOOKS, "animal": ANIMALS, "place": PLACES, "food": FOODS, "habit": HABITS}
 
 
 def _pattern(wording: str) -> re.Pattern[str]:
@@ -241,7 +191,7 @@ class Annotator:
     """Scale of the Gumbel noise on each answer's points: ranks then follow Plackett-Luce with points / noise."""
 
 
-ANNOTATORS = (Annotator("ines", 0.9), Annotator("jon", 1.1), Annotator("kim", 1.3), Annotator("lee", 1.5))
+ANNOTATORS = tuple(Annotator(*one) for one in WORLD["annotators"].items())
 TIE = 0.4
 """Answers whose noisy points differ by less than this get the same rank."""
 

@@ -7,7 +7,17 @@ import random
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from data_tools.demo_world.rules import ANIMALS, LOOKS, PLACES, REQUESTS, SENTENCES, STATEMENTS, Request, read_request
+from data_tools.demo_world.rules import (
+    ANIMALS,
+    LOOKS,
+    PLACES,
+    REQUESTS,
+    SENTENCES,
+    STATEMENTS,
+    WORLD,
+    Request,
+    read_request,
+)
 from rlhf.data.schema import Demonstration, Message, Prompt
 
 OPENINGS, CLOSINGS = SENTENCES["courteous"][:3], SENTENCES["courteous"][3:]
@@ -52,12 +62,7 @@ class DemonstrationWriter:
     rude: float
 
 
-WRITERS = (
-    DemonstrationWriter("ada", courteous=0.45, attentive=0.95, mistaken=0.05, repeats=0.05, rambles=0.10, rude=0.00),
-    DemonstrationWriter("ben", courteous=0.05, attentive=0.80, mistaken=0.10, repeats=0.05, rambles=0.10, rude=0.30),
-    DemonstrationWriter("cleo", courteous=0.30, attentive=0.75, mistaken=0.15, repeats=0.35, rambles=0.50, rude=0.00),
-    DemonstrationWriter("dan", courteous=0.15, attentive=0.60, mistaken=0.35, repeats=0.15, rambles=0.25, rude=0.10),
-)
+WRITERS = tuple(DemonstrationWriter(name, **habits) for name, habits in WORLD["writers"].items())
 
 
 def write(writer: DemonstrationWriter, request: Request, rng: random.Random) -> str:
@@ -125,14 +130,7 @@ def _play(about: Request, rng: random.Random) -> list[str]:
 def _wondering(about: Request, rng: random.Random) -> list[str]:
     """A question about an animal, then statements, the first of which answers it."""
     others = rng.sample([kind for kind in STATEMENTS if kind != about.asked], rng.randint(0, 2))
-    return [about.fill(rng.choice(_WONDER[about.asked])), *_statements(about, [about.asked, *others], rng)]
-
-
-_WONDER = {
-    "home": ("I have heard about the {look} {animal} in {place}.", "Who knows the {look} {animal} in {place}?"),
-    "food": ("I wonder what the {look} {animal} in {place} eats.", "What may the {look} {animal} in {place} eat?"),
-    "habit": ("I wonder what the {look} {animal} in {place} does.", "What may the {look} {animal} in {place} do?"),
-}
+    return [about.fill(rng.choice(WORLD["wonder"][about.asked])), *_statements(about, [about.asked, *others], rng)]
 
 
 def _gossip(about: Request, rng: random.Random) -> list[str]:
