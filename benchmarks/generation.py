@@ -31,7 +31,7 @@ import torch
 import transformers
 from transformers.generation.continuous_batching import ContinuousBatchingManager
 
-from rlhf.rollout import decoding, vllm_engine
+from rlhf.rollout import slots, vllm_engine
 from rlhf.rollout.samplers import SAMPLERS
 from rlhf.rollout.types import SamplingParams
 from rlhf.rollout.vllm import sent_weights
@@ -56,7 +56,7 @@ def draw_lengths(count: int, longest: int) -> list[int]:
 
 def impose_on_ours(lengths: Sequence[int]) -> None:
     """Seeds are completion indices here; their random streams encode where they end."""
-    plain_noise, plain_choose = decoding.uniform_noise, decoding.choose
+    plain_noise, plain_choose = slots.uniform_noise, slots.choose
 
     def noise(seed: int, count: int) -> torch.Tensor:
         stream = plain_noise(seed, count)
@@ -67,7 +67,7 @@ def impose_on_ours(lengths: Sequence[int]) -> None:
         logits[:, END] = float("-inf")
         return torch.where(noise == NOW, END, plain_choose(logits, noise, sampling))
 
-    decoding.uniform_noise, decoding.choose = noise, choose
+    slots.uniform_noise, slots.choose = noise, choose
 
 
 class ImposedLengths(transformers.LogitsProcessor):

@@ -92,29 +92,25 @@ class Decoding:
     """Counts the decoding steps of a rollout and times its prefills, by wrapping the sampler."""
 
     def __init__(self) -> None:
-        from rlhf.rollout import decode_step, decoding
+        from rlhf.rollout.decoding import Decoding as Schedule
+        from rlhf.rollout.slots import Slots
 
         self.clear()
-        prefill, make_step = decoding.DecodingSlots._prefill_into_slots, decode_step.make_step
+        prefill, step = Schedule._prefill_into_slots, Slots._step
 
-        def timed_prefill(decoding: Any) -> None:
+        def timed_prefill(schedule: Any) -> None:
             start = now()
-            prefill(decoding)
+            prefill(schedule)
             self.figures["prefill_seconds"] += now() - start
 
-        def make_counted_step(*arguments: Any) -> Any:
-            step = make_step(*arguments)
+        def counted_step(slots: Any) -> None:
+            step(slots)
+            held = slots.cache.columns  # in use; a cache of fixed size has more
+            self.figures["decode_steps"] += 1
+            self.figures["decode_columns"] += len(slots.requests) * (held.end - held.start)
 
-            def counted(model: Any, ids: Any, mask: Any, positions: Any, cache: Any) -> Any:
-                held = cache.layers[0].columns  # in use; a cache of fixed size has more
-                self.figures["decode_steps"] += 1
-                self.figures["decode_columns"] += len(ids) * (held.end + 1 - held.start)
-                return step(model, ids, mask, positions, cache)
-
-            return counted
-
-        decoding.DecodingSlots._prefill_into_slots = timed_prefill  # type: ignore[method-assign]
-        decode_step.make_step = make_counted_step
+        Schedule._prefill_into_slots = timed_prefill  # type: ignore[method-assign]
+        Slots._step = counted_step  # type: ignore[method-assign]
 
     def clear(self) -> None:
         self.figures = {"prefill_seconds": 0.0, "decode_steps": 0, "decode_columns": 0}

@@ -165,11 +165,11 @@ def our_config(spec: dict[str, Any]) -> dict[str, Any]:
 
 def impose_on_ours(spec: dict[str, Any]) -> None:
     """Add a sampler `imposed`: `hf` without end tokens, where a special value in a completion's noise ends it."""
-    from rlhf.rollout import decoding
+    from rlhf.rollout import slots
     from rlhf.rollout.samplers import SAMPLERS, hf
 
     lengths: dict[int, int] = {}
-    noise, choose, ends = decoding.uniform_noise, decoding.choose, list(spec["ends"])
+    noise, choose, ends = slots.uniform_noise, slots.choose, list(spec["ends"])
 
     @SAMPLERS.row("imposed")
     def sampler(model: Any, prompts: Any, seeds: Any, sampling: Any, chat: Any) -> Any:
@@ -187,7 +187,7 @@ def impose_on_ours(spec: dict[str, Any]) -> None:
         logits[:, ends] = float("-inf")
         return torch.where(uniform > 1, ends[0], choose(logits, uniform.clamp(max=1 - 1e-6), sampling))
 
-    decoding.uniform_noise, decoding.choose = noise_with_end, choose_or_end
+    slots.uniform_noise, slots.choose = noise_with_end, choose_or_end
 
 
 # ---- TRL -----------------------------------------------------------------------------------------------------------

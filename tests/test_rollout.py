@@ -13,9 +13,9 @@ from transformers import AutoModelForCausalLM
 from rlhf.config.base import ModelConfig
 from rlhf.data.chat_tokenizer import stop_ids
 from rlhf.models.load import load_policy
-from rlhf.rollout import kv_cache
-from rlhf.rollout.decoding import choose
+from rlhf.rollout.kv_cache import joinable
 from rlhf.rollout.samplers import SAMPLERS, continuous_batching, hf
+from rlhf.rollout.slots import SPARE, JoinedCache, choose
 from rlhf.rollout.streams import stream_seed
 from rlhf.rollout.types import Completion, SamplingParams
 
@@ -36,7 +36,7 @@ SLOW = [(*way, family) for way in OTHER_WAYS for family in FAMILIES if (*way, fa
 )
 def test_greedy_answers_are_those_of_generate_to_the_token(sampler, family, batch_size):
     model, end, expected = by_generate(family)
-    assert kv_cache.joinable(model)
+    assert joinable(model)
     prompts = [prompt for prompt in PROMPTS for _ in range(2)]
     sampling = SamplingParams(24, temperature=0, batch_size=batch_size)
     found = sampler(model, prompts, [0] * len(prompts), sampling, chat_like(end))
@@ -48,7 +48,7 @@ def test_greedy_answers_are_those_of_generate_to_the_token(sampler, family, batc
 @pytest.mark.parametrize("family", RECURRENT)
 def test_a_model_whose_cache_cannot_be_joined_answers_batch_after_batch(family, batch_size):
     model, end, expected = by_generate(family)
-    assert not kv_cache.joinable(model)
+    assert not joinable(model)
     prompts = [prompt for prompt in PROMPTS for _ in range(2)]
     found = hf(
         model, prompts, [0] * len(prompts), SamplingParams(24, temperature=0, batch_size=batch_size), chat_like(end)
@@ -93,17 +93,17 @@ def test_no_more_sequences_than_the_batch_size_are_decoded_and_finished_ones_lea
 def test_the_cache_does_not_outgrow_the_longest_live_sequence():
     model, end, _ = by_generate("gpt2")
     widths = []
-    step = kv_cache.JoinedCache.before_step
+    step = JoinedCache.before_step
 
     def note(cache, longest):
         widths.append(cache.layers[0].keys.shape[2] - longest)
         return step(cache, longest)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(kv_cache.JoinedCache, "before_step", note)
+        patch.setattr(JoinedCache, "before_step", note)
         hf(model, PROMPTS * 12, range(12 * len(PROMPTS)), SamplingParams(60, batch_size=2), chat_like(end))
     assert len(widths) > 200
-    assert max(widths) <= 60 + kv_cache.SPARE
+    assert max(widths) <= 60 + SPARE
 
 
 def test_an_answer_depends_on_its_seed_alone_not_on_the_batch_it_was_made_in(policy, chat):

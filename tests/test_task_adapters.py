@@ -13,8 +13,8 @@ from rlhf.core.errors import UserError
 from rlhf.inference.policy import open_policy
 from rlhf.inference.task_adapters import TaskAdapters
 from rlhf.models.adapters import with_adapter
-from rlhf.rollout.kv_cache import left_padded
 from rlhf.rollout.samplers import hf
+from rlhf.rollout.slots import left_padded
 from rlhf.rollout.types import SamplingParams
 from rlhf.tuning.layers import bottleneck_config
 

@@ -230,7 +230,7 @@ def route(adapters: TaskAdapters, prompts: Sequence[Prompt], field: str | None) 
 
 
 class _Requests:
-    """The adapters of a call of `sample`, as its slots ask for them (`rlhf.rollout.decoding.RowAdapters`)."""
+    """The adapters of a call of `sample`, as its slots ask for them (`rlhf.rollout.types.RowAdapters`)."""
 
     def __init__(self, adapters: TaskAdapters, tasks: Sequence[int]) -> None:
         self.adapters, self.tasks = adapters, tasks

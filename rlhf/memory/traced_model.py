@@ -29,8 +29,7 @@ from rlhf.models.scalar import ScalarModel
 from rlhf.ppo.config import PPOConfig
 from rlhf.ppo.models import ActorCritic
 from rlhf.ppo.types import MicroBatch
-from rlhf.rollout import kv_cache
-from rlhf.rollout.decoding import choose
+from rlhf.rollout.slots import SPARE, JoinedCache, choose
 from rlhf.rollout.types import SamplingParams
 from rlhf.training.engine import cast_frozen_linears_
 from rlhf.tuning.methods import TUNING, virtual_tokens
@@ -293,11 +292,11 @@ class TracedModel:
                 prompts = _prefill(policy, batch.sequences, batch.prompt)
                 _label_cache(tracer, prompts)
                 tracer.mark("join")
-                cache = kv_cache.JoinedCache(prompts, batch.sequences)
+                cache = JoinedCache(prompts, batch.sequences)
                 _copy_prompts(cache, prompts, batch)
                 del prompts
                 tracer.mark("decode")
-                for _ in range(math.ceil((new - 1) / kv_cache.SPARE)):
+                for _ in range(math.ceil((new - 1) / SPARE)):
                     _label_cache(tracer, cache)
                     cache.columns.end = min(cache.mask.shape[1], batch.prompt + new - 1)
                     cache.before_step(cache.columns.end)
@@ -333,7 +332,7 @@ def _prefill(policy: Any, rows: int, width: int) -> Any:
     return cache
 
 
-def _copy_prompts(cache: kv_cache.JoinedCache, prompts: Any, batch: BatchShape) -> None:
+def _copy_prompts(cache: JoinedCache, prompts: Any, batch: BatchShape) -> None:
     slots = torch.zeros(batch.sequences, dtype=torch.int64)
     cache.columns.end = max(cache.columns.end, batch.prompt)
     for mine, new in zip(cache.layers, prompts.layers):

@@ -11,7 +11,7 @@ import transformers
 from torch import Tensor
 
 from rlhf.data.chat_tokenizer import ChatTokenizer, stop_ids
-from rlhf.rollout.decoding import choose, ends_with_stop, log_normalizer, logprobs_of, uniform_noise
+from rlhf.rollout.slots import choose, ends_with_stop, log_normalizer, logprobs_of, uniform_noise
 from rlhf.rollout.types import Completion, SamplingParams
 from rlhf.tuning.save import generation_config
 
@@ -59,7 +59,7 @@ def _batch(
 
 
 class _Chosen(transformers.LogitsProcessor):
-    """Masks all tokens of a row but the one that its random stream draws (see `rlhf.rollout.decoding.choose`)."""
+    """Masks all tokens of a row but the one that its random stream draws (see `rlhf.rollout.slots.choose`)."""
 
     def __init__(self, noise: Tensor, sampling: SamplingParams, ends: Tensor) -> None:
         self.noise, self.sampling, self.ends = noise, sampling, ends

@@ -21,15 +21,14 @@ from rlhf.rollout.types import Completion, SamplingParams
 if TYPE_CHECKING:
     from rlhf.data import chat_tokenizer
     from rlhf.data.chat_tokenizer import ChatTokenizer
-    from rlhf.models import attention, forward
-    from rlhf.rollout import decoding, encoder_decoder, sampler_process, virtual_tokens, vllm_client
+    from rlhf.models import attention
+    from rlhf.rollout import decoding, encoder_decoder, sampler_process, vllm_client
     from rlhf.rollout import vllm as vllm_engine
 else:
-    attention, forward = lazy("rlhf.models.attention"), lazy("rlhf.models.forward")
+    attention = lazy("rlhf.models.attention")
     chat_tokenizer, decoding = lazy("rlhf.data.chat_tokenizer"), lazy("rlhf.rollout.decoding")
     encoder_decoder, vllm_engine = lazy("rlhf.rollout.encoder_decoder"), lazy("rlhf.rollout.vllm")
     sampler_process, vllm_client = lazy("rlhf.rollout.sampler_process"), lazy("rlhf.rollout.vllm_client")
-    virtual_tokens = lazy("rlhf.rollout.virtual_tokens")
 
 SAMPLERS = Table("sampler")
 
@@ -81,9 +80,6 @@ def hf(
                 f"rollout.sampler: step `{step}` does not work with encoder-decoders", remedy="Leave `step` out."
             )
         return encoder_decoder.sample(model, prompts, seeds, sampling, chat)
-    if forward.has_virtual_tokens(model):
-        adapters = virtual_tokens.VirtualTokens(model)
-        return decoding.decode(forward.causal_lm(model), prompts, seeds, sampling, chat, step, adapters)
     return decoding.decode(model, prompts, seeds, sampling, chat, step)
 
 

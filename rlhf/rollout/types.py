@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
+from typing import Any, Protocol
 
 
 @dataclass(frozen=True)
@@ -38,3 +40,27 @@ class Completion:
     logprobs: list[float] | None = None
     """The sampler's log-prob of each token at the sampling temperature, in nats, under the whole distribution. None if
     the sampler reports none: `hf` unless asked to, others for a truncated one (see `SamplingParams.plain`)."""
+
+
+class RowAdapters(Protocol):
+    """Adapters of the model that differ from row to row; see `rlhf.inference.task_adapters`."""
+
+    def key(self, request: int) -> Hashable:
+        """Requests with equal prompts and equal keys may share a prefill."""
+        ...
+
+    def virtual_tokens(self, request: int) -> int:
+        """Number of virtual tokens before a request's prompt."""
+        ...
+
+    def select(self, requests: Sequence[int | None]) -> None:
+        """Use the adapters of these requests in the rows of the next forward passes; None: any adapter."""
+        ...
+
+    def fill(self, cache: Any, requests: Sequence[int]) -> int:
+        """Write the virtual tokens of these requests into an empty cache, one row each, padded on the left.
+
+        Returns:
+            The columns written.
+        """
+        ...

@@ -16,7 +16,7 @@ from rlhf.rollout.kv_cache import joinable
 
 
 class VirtualTokens:
-    """The virtual tokens of a decoder in PEFT's wrapper, the same for all requests (`decoding.RowAdapters`)."""
+    """The virtual tokens of a decoder in PEFT's wrapper, the same for all requests (`types.RowAdapters`)."""
 
     @torch.no_grad()
     def __init__(self, model: Any) -> None:
@@ -59,3 +59,19 @@ class VirtualTokens:
             keys, values = (side.expand(len(requests), -1, -1, -1) for side in layer)
             cache.update(keys, values, index)
         return self.count
+
+
+def close_gaps(cache: Any, mask: Tensor) -> None:
+    """Move the tokens of each row of a transformers cache to its last columns, in their order.
+
+    Args:
+        cache: Every layer keeps all columns.
+        mask: [B, columns], 1 at tokens.
+    """
+    order = mask.argsort(dim=1, stable=True)  # padding first
+    if bool((order == torch.arange(mask.shape[1], device=mask.device)).all()):
+        return
+    for layer in cache.layers:
+        index = order[:, None, :, None].expand(-1, layer.keys.shape[1], -1, 1)
+        layer.keys = layer.keys.gather(2, index.expand(-1, -1, -1, layer.keys.shape[3]))
+        layer.values = layer.values.gather(2, index.expand(-1, -1, -1, layer.values.shape[3]))

@@ -10,8 +10,9 @@ from families import FAMILIES, HYBRID, PROMPTS, by_generate, chat_like, random_m
 from rlhf.config.load import check_config
 from rlhf.core.errors import UserError
 from rlhf.ppo.config import RolloutConfig
-from rlhf.rollout import decode_step, kv_cache
+from rlhf.rollout import kv_cache
 from rlhf.rollout.samplers import hf
+from rlhf.rollout.slots import next_logits
 from rlhf.rollout.types import SamplingParams
 
 recorded = functools.partial(hf, step="cuda_graph")
@@ -24,9 +25,9 @@ def shapes(monkeypatch):
 
     def step(model, ids, mask, positions, cache):
         found.append((len(ids), mask.shape[1]))
-        return kv_cache.next_logits(model, ids, mask, positions, cache)
+        return next_logits(model, ids, mask, positions, cache)
 
-    monkeypatch.setattr(decode_step, "make_step", lambda kind, device: step)
+    monkeypatch.setattr(kv_cache, "GraphStep", lambda device: step)
     return found
 
 
