@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import sys
 from typing import Annotated
 
 import pytest
@@ -42,6 +44,12 @@ def pear(count):
     return count
 
 
+@FRUIT.row("nut")
+def nut():
+    """No fruit: who cracks it."""
+    return sys._getframe(1).f_code.co_name
+
+
 class Basket(BaseModel):
     fruit: Annotated[Pick, FRUIT] = FRUIT.pick("pear")
 
@@ -49,6 +57,19 @@ class Basket(BaseModel):
 def test_a_name_alone_picks_the_row_with_its_defaults():
     pick = FRUIT.pick("apple")
     assert (pick.name, pick.options, pick(4)) == ("apple", {"weight": 0.5, "sort": None}, 2.0)
+
+
+def test_a_call_of_a_pick_enters_the_row_directly():
+    assert FRUIT.pick("nut")() == "test_a_call_of_a_pick_enters_the_row_directly"
+
+
+def test_picks_of_one_row_with_equal_options_are_equal_and_a_copy_has_options_of_its_own():
+    pick = FRUIT.pick("apple")
+    copied = copy.deepcopy(pick)
+    assert copied == pick == FRUIT.pick({"name": "apple", "weight": 0.5})
+    assert pick not in (FRUIT.pick({"name": "apple", "weight": 2}), FRUIT.pick("pear"), pick.plain)
+    copied.options["weight"] = 3.0
+    assert (pick(2), copied(2), copied.plain["weight"]) == (1.0, 6.0, 3.0)
 
 
 def test_options_are_converted_to_the_signatures_types():

@@ -9,7 +9,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError, create_model
@@ -59,12 +59,19 @@ def options_of(function: Callable[..., Any], without: tuple[str, ...] = ()) -> C
     return decorate
 
 
-@dataclass(frozen=True)
-class Pick:
+class Pick(partial[Any]):
     """A row chosen by a config, with its checked options. Calling it calls the row with those options."""
 
     row: TableRow
-    options: dict[str, Any]
+
+    def __new__(cls, row: TableRow, options: dict[str, Any]) -> Pick:
+        pick = super().__new__(cls, row.fn, **options)
+        pick.row = row
+        return pick
+
+    @property
+    def options(self) -> dict[str, Any]:
+        return self.keywords
 
     @property
     def name(self) -> str:
@@ -75,8 +82,11 @@ class Pick:
         """The value of a config that picks this."""
         return {"name": self.name, **self.options} if self.options else self.name
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self.row.fn(*args, **self.options, **kwargs)
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Pick) and (self.row, self.options) == (other.row, other.options)
+
+    def __reduce__(self) -> Any:  # for copies: a partial would be rebuilt from the function
+        return Pick, (self.row, self.options)
 
 
 class Table:
