@@ -29,7 +29,7 @@ def work(): return import_dataset("hh-rlhf", [source], out, overwrite=True).read
 """
 THEIRS = """
 import datasets
-from data_tools.importers.hh import _transcript
+from data_tools.importers.pairs import _transcript
 from rlhf.data.schema import BadRecord, content_hash
 datasets.disable_progress_bars()
 def convert(batch):

@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from data_tools.annotate.teacher_answers import fault
+from data_tools.annotate.candidates import fault
 from data_tools.io.derive import Derivation
 from data_tools.io.rejects import print_reasons
 from rlhf.cli import options

@@ -376,7 +376,7 @@ def _agreement(data: Dataset) -> Agreement | None:
     if (noted := Agreement.of([data])) is not None:
         return noted
     from data_tools.statistics.accumulator import accumulated  # imports numpy
-    from data_tools.statistics.ceiling import agreement_of
+    from data_tools.statistics.agreement import agreement_of
 
     facts = agreement_of(accumulated(data))
     if facts is None:

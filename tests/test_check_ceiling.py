@@ -12,7 +12,7 @@ from rows import jsonl, write
 
 from data_tools.statistics import accumulator
 from data_tools.statistics.accumulator import accumulated
-from data_tools.statistics.ceiling import AgreementObserver, agreement_of, ceiling
+from data_tools.statistics.agreement import AgreementObserver, agreement_of, ceiling
 from rlhf.core.errors import UserError
 from rlhf.data.jsonl import to_dict
 from rlhf.data.manifest import file_hash

@@ -9,7 +9,7 @@ from check_rows import panel, ranking
 from rows import write
 from scipy import stats
 
-from data_tools.statistics import agreement, biases, ceiling, consistency
+from data_tools.statistics import agreement, biases, consistency
 from data_tools.statistics.facts import gathered
 from data_tools.statistics.intervals import bootstrapped, clustered_fraction, fraction_of, ratio, resampled_sums
 from rlhf.core.intervals import wilson
@@ -230,7 +230,7 @@ def test_alpha_of_nothing_but_ties_is_undefined():
 
 def test_agreement_with_ties_takes_a_tie_for_an_answer(facts):
     rows = [ranking("p", "xy", r, n) for n, r in zip("abc", [(1, 1), (1, 1), (1, 2)])]
-    found = bootstrapped(ceiling.agreement_sums(facts(rows).votes, ties=True), ratio)
+    found = bootstrapped(agreement.agreement_sums(facts(rows).votes, ties=True), ratio)
     assert found.value == pytest.approx(1 / 3)
 
 

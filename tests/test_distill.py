@@ -19,7 +19,7 @@ import tiny
 from chat_servers import chat_server, completion, fault
 from rows import jsonl
 
-from data_tools.annotate.teacher_answers import fault as answer_fault
+from data_tools.annotate.candidates import fault as answer_fault
 from rlhf.core.errors import UserError
 from rlhf.data.store import open_dataset
 from stages.distill import command

@@ -12,7 +12,7 @@ from rows import jsonl
 
 from data_tools.importers import IMPORTERS
 from data_tools.io.rejects import Rejects
-from data_tools.reading.roles import role_of
+from data_tools.reading.unread import role_of
 
 # ---- HH-RLHF and TRL -------------------------------------------------------------------------------------------------
 

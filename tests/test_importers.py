@@ -19,7 +19,7 @@ from rows import DEMONSTRATION, RANKING, dataset, jsonl, last_line, prompts, run
 
 from data_tools.curate.stats import stats
 from data_tools.curate.validate import validate
-from data_tools.importers import hh as hh_module
+from data_tools.importers import pairs
 from data_tools.importers.run import NothingUsable, find_files, import_dataset
 from rlhf.core.errors import UserError
 from rlhf.core.files import whole_folder
@@ -145,9 +145,9 @@ TRANSCRIPTS = st.lists(st.sampled_from(PIECES), max_size=9).map("".join)
 )
 def test_the_fast_way_through_a_usual_transcript_gives_what_the_slow_one_gives(head, chosen, rejected):
     row = {"chosen": head + chosen, "rejected": head + rejected}
-    usual = hh_module._usual(row)
+    usual = pairs._usual(row)
     if usual is not None:
-        slow = hh_module.hh_rlhf(row)
+        slow = pairs.hh_rlhf(row)
         assert (as_record(usual), *usual[:2]) == (slow, slow.id, slow.prompt_id)
 
 
@@ -155,8 +155,8 @@ def test_the_fast_way_through_a_usual_transcript_gives_what_the_slow_one_gives(h
 def test_nearly_all_real_transcripts_are_usual_and_come_out_as_by_the_slow_way():
     with gzip.open(HH, "rt", encoding="utf-8") as file:
         rows = [json.loads(line) for line in file]
-    made = [(ranking, row) for row in rows if (ranking := hh_module._usual(row)) is not None]
-    assert all(as_record(ranking) == hh_module.hh_rlhf(row) for ranking, row in made)
+    made = [(ranking, row) for row in rows if (ranking := pairs._usual(row)) is not None]
+    assert all(as_record(ranking) == pairs.hh_rlhf(row) for ranking, row in made)
     assert len(made) > 0.9 * len(rows)
 
 

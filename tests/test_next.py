@@ -13,8 +13,16 @@ from rows import dataset, last_line, write
 from typer.testing import CliRunner
 
 from data_tools.annotate import word_ensemble
-from data_tools.annotate.choose_next import ChosenProposal, RankingTime, choices, choose, fit_cost
-from data_tools.annotate.information import best_answers, order_information, order_log_probs
+from data_tools.annotate.choose_next import (
+    ChosenProposal,
+    RankingTime,
+    best_answers,
+    choices,
+    choose,
+    fit_cost,
+    order_information,
+    order_log_probs,
+)
 from rlhf.core.errors import UserError
 from rlhf.data.schema import Candidate, Message, Proposal, Ranking
 from rlhf.data.store import open_dataset
@@ -60,8 +68,8 @@ def test_the_order_of_three_has_the_plackett_luce_probability():
 def test_drawn_orders_estimate_what_summing_all_of_them_gives(monkeypatch):
     scores = np.random.default_rng(1).normal(size=(4, 3, 5))
     exact = order_information(scores)
-    monkeypatch.setattr("data_tools.annotate.information.MOST_EXACT", 4)
-    monkeypatch.setattr("data_tools.annotate.information.DRAWS", 20_000)
+    monkeypatch.setattr("data_tools.annotate.choose_next.MOST_EXACT", 4)
+    monkeypatch.setattr("data_tools.annotate.choose_next.DRAWS", 20_000)
     assert order_information(scores) == pytest.approx(exact, rel=0.05)
 
 
@@ -70,7 +78,7 @@ def test_the_answers_that_members_dispute_are_chosen(monkeypatch):
     assert best_answers(scores, 2)[0] == (1, 3)
     assert best_answers(scores, 9)[0] == (0, 1, 2, 3)
     exact = best_answers(scores, 3)
-    monkeypatch.setattr("data_tools.annotate.information.MOST_SUBSETS", 0)
+    monkeypatch.setattr("data_tools.annotate.choose_next.MOST_SUBSETS", 0)
     assert best_answers(scores, 3) == exact and exact[0] == (0, 1, 3)
 
 

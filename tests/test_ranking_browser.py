@@ -10,9 +10,8 @@ import pytest
 from chromium import CONTROL, Chromium, needs_chromium
 from rows import last_line, run, write
 
-from data_tools.ranking_page.address import server_at
 from data_tools.ranking_page.page import Settings, share
-from data_tools.ranking_page.server import Desk, open_book, open_items
+from data_tools.ranking_page.server import Desk, open_book, open_items, server_at
 from rlhf.data.schema import Candidate, Message, Proposal
 from rlhf.data.store import open_dataset
 

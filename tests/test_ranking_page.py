@@ -17,8 +17,7 @@ from urllib.parse import urlsplit
 import pytest
 from rows import jsonl, last_line, run, write
 
-from data_tools.ranking_page.assignment import Assignment
-from data_tools.ranking_page.book import VoteBook
+from data_tools.ranking_page.book import Assignment, VoteBook
 from data_tools.ranking_page.page import SCRIPTS, Settings, render
 from data_tools.ranking_page.server import Desk, open_book, open_items, show
 from data_tools.ranking_page.votes import annotator_name, parse_vote

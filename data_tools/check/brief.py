@@ -7,8 +7,8 @@ from shlex import quote
 
 from data_tools.statistics import consistency
 from data_tools.statistics.accumulator import Accumulator
+from data_tools.statistics.agreement import agreement_facts
 from data_tools.statistics.annotators import annotators_of
-from data_tools.statistics.ceiling import agreement_facts
 from data_tools.statistics.judgements import pairs_of, votes_of
 from rlhf.core import console
 

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from data_tools.statistics import agreement, biases, consistency, duplicates, words
-from data_tools.statistics.ceiling import agreement_estimate, ceiling_estimate
+from data_tools.statistics.agreement import agreement_estimate, ceiling_estimate
 from data_tools.statistics.facts import Facts
 from data_tools.statistics.intervals import Estimate, bootstrapped, ratio
 from rlhf.data.schema import KINDS

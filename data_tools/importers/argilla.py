@@ -19,9 +19,8 @@ from data_tools.reading.annotation_exports import (
 from data_tools.reading.argilla_records import Response, fields_of, is_column, records_of, responses_of
 from data_tools.reading.fields import is_list_of, is_number
 from data_tools.reading.judgements import TIE, ChoiceValues, choice_meanings, means_tie, named_answer
-from data_tools.reading.roles import role_of
 from data_tools.reading.rows import converted, rows
-from data_tools.reading.unread import NestedFields
+from data_tools.reading.unread import NestedFields, role_of
 from rlhf.data.jsonl import OnReject, Reject, from_dict
 from rlhf.data.schema import BadRecord, Record, brief, dense_ranks
 

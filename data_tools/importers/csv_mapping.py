@@ -18,12 +18,11 @@ from data_tools.reading.csv_rows import CSV
 from data_tools.reading.fields import whole_prompt, without_nulls
 from data_tools.reading.judgements import ranks_with_scores
 from data_tools.reading.judgements import score as given_score
-from data_tools.reading.roles import SYSTEM_FIELDS, role_of, says_something
 from data_tools.reading.route import Columns, route
 from data_tools.reading.rows import converted
 from data_tools.reading.table_judges import BOXES, TableJudge, judge_of
 from data_tools.reading.turns import exchange, from_json_text, is_chat, is_conversation
-from data_tools.reading.unread import NestedFields
+from data_tools.reading.unread import SYSTEM_FIELDS, NestedFields, role_of, says_something
 from rlhf.core import console
 from rlhf.core.errors import UserError
 from rlhf.data.jsonl import OnReject, from_dict

@@ -19,8 +19,15 @@ from data_tools.reading.annotation_exports import (
     stem_and_ending,
 )
 from data_tools.reading.fields import is_list_of
-from data_tools.reading.item_ratings import ITEM_INDEX, item_stars
-from data_tools.reading.judgements import TIE, ChoiceValues, choice_meanings, named_answer, score
+from data_tools.reading.judgements import (
+    ITEM_INDEX,
+    TIE,
+    ChoiceValues,
+    choice_meanings,
+    item_stars,
+    named_answer,
+    score,
+)
 from rlhf.core.errors import UserError
 from rlhf.data.jsonl import OnReject, from_dict
 from rlhf.data.schema import BadRecord, Record, brief, dense_ranks

@@ -18,7 +18,7 @@ from data_tools.importers.table import AUTO, detect
 from data_tools.io.rejects import FILE_NAME, Rejects, by_count, print_reasons
 from data_tools.reading.turns import from_json_text
 from data_tools.statistics.accumulator import Accumulator
-from data_tools.statistics.ceiling import AgreementObserver
+from data_tools.statistics.agreement import AgreementObserver
 from rlhf.core import console
 from rlhf.core.command_line import command_line
 from rlhf.core.errors import UserError, nearest

@@ -12,7 +12,7 @@ from typing import Any
 
 from data_tools.io.rejects import FILE_NAME, Rejects, by_count, warn_rejected
 from data_tools.statistics.accumulator import Accumulator
-from data_tools.statistics.ceiling import AgreementObserver
+from data_tools.statistics.agreement import AgreementObserver
 from rlhf.core import console
 from rlhf.core.command_line import command_line
 from rlhf.core.errors import UserError

@@ -4,4 +4,4 @@
 traits mean. Order and ranks are checked against the dataset's card.
 """
 
-from data_tools.published import arena, lists, named_pairs, potato, prism  # noqa: F401  # the modules add their rows
+from data_tools.published import arena, orders, potato, prism  # noqa: F401  # the modules add their rows

@@ -9,7 +9,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 from data_tools.reading.fields import is_list_of, is_number
-from data_tools.reading.roles import SYSTEM_FIELDS, role_of
+from data_tools.reading.unread import SYSTEM_FIELDS, role_of
 from rlhf.data.schema import BadRecord, brief
 
 Names = str | list[str]

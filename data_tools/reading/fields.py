@@ -6,7 +6,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from itertools import repeat
 from typing import Any, Literal, NamedTuple
 
-from data_tools.reading.roles import SYSTEM_FIELDS
+from data_tools.reading.unread import SYSTEM_FIELDS
 from rlhf.data.schema import BadRecord, Candidate, Message, Ranking, brief
 
 Role = Literal["system", "user", "assistant", "tools", "tool_calls", "tool"]

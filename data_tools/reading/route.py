@@ -9,7 +9,7 @@ from typing import Any
 
 from data_tools.reading.annotation_exports import PROMPT_FIELDS, by_stem, stem_and_ending
 from data_tools.reading.cells import as_text
-from data_tools.reading.roles import SYSTEM_FIELDS, WINNERS, role_of, words_of
+from data_tools.reading.unread import SYSTEM_FIELDS, WINNERS, role_of, words_of
 
 BEST_AND_WORST = (
     ("chosen", "rejected"), ("preferred", "nonpreferred"), ("preferred", "dispreferred"),
