@@ -77,8 +77,7 @@ def run(config: DPOConfig, resume: bool = False, overwrite: bool = False) -> Non
     headline = objective.best.report(folder, scored, loop.best_step) if scored else {}
     save_result(folder.path, model, chat, config.tuning)
     finish(folder, step=loop.best_step, metrics=headline, peak_memory=memory.measured())
-    lengths = train["length"]
-    memory.report(config, max(lengths), sum(lengths) / len(lengths), max(map(len, train["ranks"])))
+    memory.report_rows(config, train)
 
 
 class DPOObjective(Objective[PreferenceBatch]):

@@ -94,8 +94,7 @@ def run(config: RewardConfig, resume: bool = False, overwrite: bool = False) -> 
         "score_range": usual_range(known, scalar.mean, scalar.std),
     }
     finish(folder, step=loop.best_step, metrics=headline, peak_memory=memory.measured(), **facts)
-    lengths = train["length"]
-    memory.report(config, max(lengths), sum(lengths) / len(lengths), max(map(len, train["ranks"])))
+    memory.report_rows(config, train)
 
 
 # ---- training ------------------------------------------------------------------------------------------------------

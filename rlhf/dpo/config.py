@@ -10,7 +10,7 @@ from rlhf.config.base import OptimizerConfig, SupervisedConfig
 from rlhf.core.table import Pick
 from rlhf.reward.config import RankingDataConfig
 from rlhf.reward.losses import RANKING_LOSSES
-from rlhf.tuning.methods import TUNING
+from rlhf.tuning.methods import TUNING, Tuning
 
 
 class DPOOptimizerConfig(OptimizerConfig):
@@ -22,7 +22,7 @@ class DPOOptimizerConfig(OptimizerConfig):
 class DPOConfig(SupervisedConfig):
     data: RankingDataConfig
     """Datasets of rankings."""
-    tuning: Annotated[Pick, TUNING] = TUNING.pick("full")
+    tuning: Tuning = TUNING.pick("full")
     """Which weights to train: a row of the tuning table with its options."""
     loss: Annotated[Pick, RANKING_LOSSES] = RANKING_LOSSES.pick("bradley-terry")
     """The training loss on implicit rewards: a row of the table of ranking losses with its options. On binary

@@ -15,11 +15,12 @@ import pyarrow as pa
 import torch
 
 from rlhf import distributed
-from rlhf.core.console import is_main, say, track
+from rlhf.core.console import is_main, say
 from rlhf.core.files import partial_path, sync
 from rlhf.dpo.batches import preference_batch
 from rlhf.models.forward import head_chunks
 from rlhf.reward.collator import RankingCollator
+from rlhf.reward.scoring import shared_scores
 from rlhf.training.engine import Engine
 
 KEY = b"rlhf.reference"
@@ -38,26 +39,19 @@ def score_answers(
         at_once: Rankings in a forward pass of one process.
         reference: Under the reference, before any weight is trained.
     """
-    ranks, lengths = distributed.world_size(), table["length"][:]
-    first = [0, *itertools.accumulate(map(len, table["ranks"][:]))]
+    lengths, first = table["length"][:], [0, *itertools.accumulate(map(len, table["ranks"][:]))]
     order = sorted(range(len(table)), key=lambda row: -lengths[row])
-    steps = range(0, len(order), at_once * ranks)
-    found = []
-    for start in track(steps, "reference log-probs", unit="batch") if reference else steps:
-        mine = order[start : start + at_once * ranks][distributed.rank() :: ranks]
-        batch = preference_batch([table[row] for row in mine or order[:1]], collator)
+
+    def score(rows: Sequence[int]) -> tuple[list[int], torch.Tensor]:
+        batch = preference_batch([table[row] for row in rows or order[:1]], collator)
         chunks = head_chunks(int(distributed.all_max(batch.answer_tokens)), vocab_size)
-        with torch.no_grad():
-            logprobs, tokens = engine.forward(batch, chunks, reference=reference)
-        if mine:  # every rank makes the same number of calls, some for nothing
-            index = [number for row in mine for number in range(first[row], first[row + 1])]
-            place = torch.tensor(index, dtype=torch.float64, device=logprobs.device)
-            found.append(torch.stack((place, logprobs.double(), tokens.double()), 1))
-    none = torch.zeros(0, 3, dtype=torch.float64, device=distributed.device())
-    gathered = distributed.all_gather_rows(torch.cat([none, *found]))
-    values = gathered[gathered[:, 0].argsort()].tolist()
-    parts = [values[start:end] for start, end in zip(first, first[1:])]
-    return [([value for _, value, _ in part], [int(count) for *_, count in part]) for part in parts]
+        logprobs, tokens = engine.forward(batch, chunks, reference=reference)
+        return [n for row in rows for n in range(first[row], first[row + 1])], torch.stack((logprobs, tokens), 1)
+
+    batches = [order[start : start + at_once] for start in range(0, len(order), at_once)]
+    values = shared_scores(batches, score, "reference log-probs" if reference else "")
+    parts = [values[start:end] for start, end in itertools.pairwise(first)]
+    return [([value for value, _ in part], [int(count) for _, count in part]) for part in parts]
 
 
 def with_reference(

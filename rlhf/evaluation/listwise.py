@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from math import comb
 from typing import Any
 
 import numpy as np
 
 from rlhf.evaluation.estimates import clustered_mean, fraction
 from rlhf.evaluation.scored import ScoredRecord
+from rlhf.inference.best_of import best_odds
 from rlhf.reward.metrics import kendall_tau_b, top_share
 
 
@@ -87,8 +87,7 @@ def _rating_regret(scored: Sequence[ScoredRecord], clusters: Any) -> dict[str, A
 def best_of_curve(rows: Sequence[Sequence[tuple[int, float]]]) -> list[dict[str, float]]:
     """Mean utility of the candidate that the model would choose among n random ones, for n from 1 to the common K.
 
-    Exact, without drawing: with the candidates in the order of their scores, best first, the i-th (from 0) is chosen
-    from n of K with probability C(K-1-i, n-1) / C(K, n). Equal scores share their places.
+    Exact, without drawing, by `best_odds`. Equal scores share their places.
 
     Args:
         rows: (rank, score) of each ranking's candidates. Only rankings of the most frequent size are used.
@@ -99,26 +98,19 @@ def best_of_curve(rows: Sequence[Sequence[tuple[int, float]]]) -> list[dict[str,
     sizes = Counter(map(len, rows))
     size = max(sizes, key=lambda one: (sizes[one], one))
     used = [row for row in rows if len(row) == size]
-    found = []
-    for n in range(1, size + 1):
-        odds = [comb(size - 1 - i, n - 1) / comb(size, n) for i in range(size)]
-        chosen, best = [], []
-        for row in used:
-            worth = _worth(row)
-            chosen.append(_expected(worth, [score for _, score in row], odds))
-            best.append(_expected(worth, worth, odds))
-        even = float(np.mean([np.mean(_worth(row)) for row in used]))
-        found.append(
-            {"n": n, "chosen": float(np.mean(chosen)), "best": float(np.mean(best)), "random": even}
-            | {"rankings": len(used)}
-        )
-    return found
+    chosen = np.mean([_worth_by_score(row) for row in used], axis=0)
+    best = np.mean([sorted(_worth(row)) for row in used], axis=0)
+    return [
+        {"n": n, "chosen": float(chosen @ odds), "best": float(best @ odds), "random": float(best.mean())}
+        | {"rankings": len(used)}
+        for n in range(1, size + 1)
+        for odds in [best_odds(size, n)]
+    ]
 
 
-def _expected(worth: Sequence[float], scores: Sequence[float], odds: Sequence[float]) -> float:
-    """Expected worth when the candidate at place i by score is chosen with probability odds[i]."""
-    order = sorted(range(len(scores)), key=lambda i: -scores[i])
+def _worth_by_score(known: Sequence[tuple[int, float]]) -> list[float]:
+    """The utilities in ascending order of the scores; candidates of equal score share theirs."""
     shared: dict[float, list[float]] = {}
-    for place, index in enumerate(order):
-        shared.setdefault(scores[index], []).append(odds[place])
-    return sum(worth[i] * float(np.mean(shared[score])) for i, score in enumerate(scores))
+    for worth, (_, score) in zip(_worth(known), known):
+        shared.setdefault(score, []).append(worth)
+    return [float(np.mean(worths)) for _, worths in sorted(shared.items()) for _ in worths]

@@ -38,11 +38,14 @@ def best_of_kl(n: int) -> float:
     return math.log(n) - (n - 1) / n
 
 
+def best_odds(count: int, n: int) -> np.ndarray:
+    """The probability of each of `count` scores, in ascending order, to be the highest of a random n of them:
+    C(i - 1, n - 1) / C(count, n) for the i-th (Nakano 2021, arXiv:2112.09332, appendix I)."""
+    return np.array([math.comb(i, n - 1) / math.comb(count, n) for i in range(count)])
+
+
 def expected_best(scores: np.ndarray, n: int) -> np.ndarray:
     """The expected highest score of n answers, estimated without bias from all N answers of each prompt.
-
-    The i-th smallest of N scores is the highest of a random subset of size n with probability
-    C(i - 1, n - 1) / C(N, n) (Nakano 2021, arXiv:2112.09332, appendix I).
 
     Args:
         scores: float [prompts, N].
@@ -57,8 +60,7 @@ def expected_best(scores: np.ndarray, n: int) -> np.ndarray:
     count = scores.shape[1]
     if not 1 <= n <= count:
         raise ValueError(f"n must be from 1 to the {count} answers of each prompt, got {n}")
-    weights = np.array([math.comb(i, n - 1) / math.comb(count, n) for i in range(count)])
-    return np.sort(scores, axis=1) @ weights
+    return np.sort(scores, axis=1) @ best_odds(count, n)
 
 
 def best_of_curve(scores: Sequence[Sequence[float]]) -> list[BestOf]:

@@ -29,6 +29,11 @@ class PeakMemory:
         highest = _resident("VmHWM")
         return highest - self._base if highest else None
 
+    def report_rows(self, config: Any, rows: Any) -> None:
+        """See `report`; for training rows of whole rankings."""
+        lengths = rows["length"]
+        self.report(config, max(lengths), sum(lengths) / len(lengths), max(map(len, rows["ranks"])))
+
     def report(self, config: Any, longest: int | None = None, mean: float | None = None, candidates: int = 2) -> None:
         """Print both in a line. A failed prediction is left out and never ends a run.
 

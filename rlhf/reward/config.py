@@ -10,7 +10,7 @@ from pydantic import NonNegativeFloat
 from rlhf.config.base import DataConfig, Paths, SupervisedConfig
 from rlhf.core.table import Pick
 from rlhf.reward.losses import RANKING_LOSSES
-from rlhf.tuning.methods import TUNING
+from rlhf.tuning.methods import TUNING, Tuning
 
 
 class RankingDataConfig(DataConfig):
@@ -28,7 +28,7 @@ class RewardDataConfig(RankingDataConfig):
 class RewardConfig(SupervisedConfig):
     data: RewardDataConfig
     """Datasets of rankings."""
-    tuning: Annotated[Pick, TUNING] = TUNING.pick("full")
+    tuning: Tuning = TUNING.pick("full")
     """Which weights to train besides the score head: a row of the tuning table with its options."""
     loss: Annotated[Pick, RANKING_LOSSES] = RANKING_LOSSES.pick("bradley-terry")
     """The training loss: a row of the table of ranking losses with its options."""

@@ -59,7 +59,7 @@ def _score_rows(
         return [text for row in batch for text in members[row]], scalar(*inputs) * scalar.std + scalar.mean
 
     scalar.eval()
-    scores = shared_scores(list(batches_by_length(lengths, batch_tokens)), score, bar)
+    scores = shared_scores(list(batches_by_length(lengths, batch_tokens)), score, "scoring" if bar else "")
     scalar.train(training)
     return scores
 
@@ -67,29 +67,29 @@ def _score_rows(
 def shared_scores(
     batches: Sequence[Sequence[int]],
     score: Callable[[Sequence[int]], tuple[Sequence[int], torch.Tensor]],
-    bar: bool = False,
-) -> list[float]:
-    """One score for each text, the same on every rank; the ranks share the batches. Without gradients.
+    title: str = "",
+) -> list[Any]:
+    """The score of each text, or its row of scores; the same on every rank. The ranks share the batches. Without
+    gradients.
 
     Args:
         batches: What is scored together.
         score: Gives the numbers of a batch's texts, 0..n-1 over all batches, and their scores, which may be followed by
             others. An empty batch is one that a rank has less than others: it is scored too, for the collective calls.
-        bar: Show a progress bar.
+        title: Of a progress bar; none without it.
     """
     ranks, device = distributed.world_size(), distributed.device()
     mine = [*batches, *[[]] * (-len(batches) % ranks)][distributed.rank() :: ranks]
-    found = [torch.zeros(0, 2, dtype=torch.float64, device=device)]
+    found = []
     with torch.no_grad():
-        for batch in track(mine, "scoring", unit="batch") if bar else mine:
+        for batch in track(mine, title, unit="batch") if title else mine:
             texts, scores = score(batch)
-            columns = [
-                torch.tensor(texts, dtype=torch.float64, device=device),
-                scores[: len(texts)].double().to(device),
-            ]
-            found.append(torch.stack(columns, 1))
-    by_text = {int(text): score for text, score in distributed.all_gather_rows(torch.cat(found)).tolist()}
-    return [by_text[text] for text in range(len(by_text))]
+            numbers = torch.tensor(texts, dtype=torch.float64, device=device)
+            found.append(torch.column_stack((numbers, scores[: len(texts)].double().to(device))))
+    if not found:
+        return []
+    rows = distributed.all_gather_rows(torch.cat(found))
+    return rows[rows[:, 0].argsort(), 1:].squeeze(1).tolist()
 
 
 def batches_by_length(lengths: Sequence[int], batch_tokens: int) -> Iterator[list[int]]:

@@ -8,9 +8,8 @@ from typing import Annotated, Literal
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
 from rlhf.config.base import BatchConfig, DataConfig, EvalConfig, Fraction, Strict, SupervisedConfig
-from rlhf.core.table import Pick
 from rlhf.tasks.answers import answer_pattern
-from rlhf.tuning.methods import TUNING
+from rlhf.tuning.methods import TUNING, Tuning
 
 Divergence = Literal["forward-kl", "reverse-kl", "jsd"]
 
@@ -81,7 +80,7 @@ class DistillationConfig(Strict):
 class SFTConfig(SupervisedConfig):
     data: DataConfig
     """Datasets of demonstrations. In datasets of rankings, the best candidate of each is the demonstration."""
-    tuning: Annotated[Pick, TUNING] = TUNING.pick("full")
+    tuning: Tuning = TUNING.pick("full")
     """Which weights to train: a row of the tuning table (`full`, `last-layers`, `lora`, ...) with its options."""
     distillation: DistillationConfig | None = None
     """How to learn from a teacher; see docs/distillation.md. Without it, the loss is that of the demonstrations."""

@@ -10,7 +10,7 @@ from pydantic import Field
 from rlhf.config.base import ModelConfig, Paths, Strict, SupervisedConfig
 from rlhf.core.table import Pick
 from rlhf.specialist.heads import HEADS
-from rlhf.tuning.methods import TUNING
+from rlhf.tuning.methods import TUNING, Tuning
 
 
 class LabelledData(Strict):
@@ -29,7 +29,7 @@ class SpecialistConfig(SupervisedConfig):
     """What is learned: `text`, `pair`, `tags` or `span`, with the columns of the rows as options."""
     data: LabelledData
     """The labelled rows."""
-    tuning: Annotated[Pick, TUNING] = TUNING.pick("full")
+    tuning: Tuning = TUNING.pick("full")
     """Which weights to train besides the head: a row of the tuning table (`full`, `last-layers`, `lora`, ...)."""
 
     def faults(self) -> Iterator[str]:

@@ -27,6 +27,8 @@ from rlhf.tuning.quantization import quant_state, quantize
 from rlhf.tuning.virtual_tokens import check_scores, check_takes_keys, first_virtual_tokens
 
 TUNING = Table("tuning method")
+Tuning = Annotated[Pick, TUNING]
+"""A field of a config that picks a row."""
 
 Dropout = Annotated[float, Field(ge=0, lt=1)]
 NameList = Annotated[list[str], Field(min_length=1)]
