@@ -8,8 +8,7 @@ positions that predict a token of a continuation.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import numpy as np
@@ -21,6 +20,7 @@ from rlhf.inference.policy import BATCH_TOKENS, sequence_logprobs
 from rlhf.models.forward import causal_lm, has_virtual_tokens, head_logprobs, hidden_states, is_encoder_decoder
 from rlhf.models.shared_prompt import (
     NO_SHARING,
+    PromptWithCompletions,
     SharedPrompts,
     attention_mask_of,
     detect_sharing,
@@ -30,21 +30,6 @@ from rlhf.models.shared_prompt import (
 from rlhf.reward.scoring import batches_by_length
 
 T = TypeVar("T")
-
-
-@dataclass(frozen=True)
-class _Row:
-    """A prompt with continuations that are computed in one row."""
-
-    prompt: Sequence[int]
-    inputs: list[Sequence[int]]
-    """The continuations without their last tokens, those of one token left out."""
-    wanted: list[tuple[int, int, list[int], Sequence[int]]]
-    """(prompt, continuation, positions in the row that predict its tokens, its tokens)."""
-
-    @property
-    def length(self) -> int:
-        return len(self.prompt) + sum(map(len, self.inputs))
 
 
 def continuation_logprobs(
@@ -67,10 +52,17 @@ def continuation_logprobs(
     found = [[0.0] * len(several) for several in continuations]
     longest = max((len(p) + max(map(len, c)) for p, c in zip(prompts, continuations)), default=0)
     sharing = _sharing(model, continuations).for_length(longest)
-    rows = [row for i, prompt in enumerate(prompts) for row in _rows(i, prompt, continuations[i], sharing)]
+    rows = [(i, part) for i, prompt in enumerate(prompts) for part in _parts(prompt, continuations[i], sharing)]
+
+    def length(row: tuple[int, list[int]]) -> int:
+        prompt, part = row
+        return len(prompts[prompt]) + sum(len(continuations[prompt][k]) - 1 for k in part)
+
     with torch.no_grad():
-        for batch in track(similar(rows, lambda row: row.length), "log-probs", unit="batches"):
-            for (prompt, continuation), total in _totals(model, chat, batch):
+        for batch in track(similar(rows, length), "log-probs", unit="batches"):
+            texts = [(prompts[i], [continuations[i][k] for k in part]) for i, part in batch]
+            places = ((i, k) for i, part in batch for k in part)
+            for (prompt, continuation), total in zip(places, _totals(model, chat, texts)):
                 found[prompt][continuation] = total
     return found
 
@@ -91,24 +83,13 @@ def _sharing(model: Any, continuations: Sequence[Sequence[Sequence[int]]]) -> Sh
         return detect_sharing(causal_lm(model), functools.partial(hidden_states, model))
 
 
-def _rows(
-    index: int, prompt: Sequence[int], continuations: Sequence[Sequence[int]], sharing: SharedPrompts
-) -> Iterator[_Row]:
+def _parts(prompt: Sequence[int], continuations: Sequence[Sequence[int]], sharing: SharedPrompts) -> list[list[int]]:
+    """The continuations of a prompt that are computed in one row; those of one token are in the first."""
     long = [k for k, tokens in enumerate(continuations) if len(tokens) > 1]
-    short = [k for k, tokens in enumerate(continuations) if len(tokens) == 1]
-    last = len(prompt) - 1
-    groups = sharing.rows(len(prompt), [len(continuations[k]) - 1 for k in long]) or [[]]
-    for number, group in enumerate(groups):
-        row = _Row(prompt, [], [])
-        start = len(prompt)
-        for k in (long[place] for place in group):
-            tokens = continuations[k]
-            row.inputs.append(tokens[:-1])
-            row.wanted.append((index, k, [last, *range(start, start + len(tokens) - 1)], tokens))
-            start += len(tokens) - 1
-        if number == 0:
-            row.wanted.extend((index, k, [last], continuations[k]) for k in short)
-        yield row
+    groups = sharing.rows(len(prompt), [len(continuations[k]) - 1 for k in long])
+    parts = [[long[place] for place in group] for group in groups] or [[]]
+    parts[0] += [k for k, tokens in enumerate(continuations) if len(tokens) == 1]
+    return parts
 
 
 def similar(rows: Sequence[T], length: Callable[[T], int]) -> list[list[T]]:
@@ -116,23 +97,28 @@ def similar(rows: Sequence[T], length: Callable[[T], int]) -> list[list[T]]:
     return [[rows[i] for i in batch] for batch in batches_by_length(list(map(length, rows)), BATCH_TOKENS)]
 
 
-def _totals(model: Any, chat: ChatTokenizer, rows: Sequence[_Row]) -> Iterator[tuple[tuple[int, int], float]]:
+def _totals(model: Any, chat: ChatTokenizer, rows: Sequence[PromptWithCompletions]) -> list[float]:
+    """Log-prob of each continuation of each row."""
     weights = next(model.parameters())
-    ids, mask, branches = pad_rows(chat, [(row.prompt, row.inputs or [[]]) for row in rows], weights.device)
+    read = [(prompt, [tokens[:-1] for tokens in several if len(tokens) > 1] or [[]]) for prompt, several in rows]
+    ids, mask, branches = pad_rows(chat, read, weights.device)
     if branches is None:
         hidden = hidden_states(model, ids, mask)
     else:
         implementation = causal_lm(model).config._attn_implementation
         sees = attention_mask_of(branches, str(implementation), weights.dtype)
         hidden = hidden_states(model, ids, sees, position_ids_of(branches))
-    wanted = [(number, *one) for number, row in enumerate(rows) for one in row.wanted]
-    places = [(number, place) for number, _, _, positions, _ in wanted for place in positions]
-    states = hidden[torch.tensor([n for n, _ in places]), torch.tensor([p for _, p in places])]
-    targets = torch.tensor([token for *_, tokens in wanted for token in tokens], device=weights.device)
-    logprobs = head_logprobs(causal_lm(model), states, targets, 1.0)[0].double().cpu().numpy()
-    ends = np.cumsum([len(tokens) for *_, tokens in wanted])
-    for (_, prompt, continuation, _, _), part in zip(wanted, np.split(logprobs, ends[:-1])):
-        yield (prompt, continuation), float(part.sum())
+    places, wanted = list[tuple[int, int]](), [tokens for _, several in rows for tokens in several]
+    for row, (prompt, several) in enumerate(rows):
+        start = len(prompt)
+        for tokens in several:  # the first token is predicted at the prompt's last one, any other at the one before it
+            after = start + len(tokens) - 1
+            places += [(row, column) for column in (len(prompt) - 1, *range(start, after))]
+            start = after
+    at_rows, at_columns = torch.tensor(places).T
+    targets = torch.tensor([token for tokens in wanted for token in tokens], device=weights.device)
+    logprobs = head_logprobs(causal_lm(model), hidden[at_rows, at_columns], targets, 1.0)[0].double().cpu()
+    return [float(part.sum()) for part in logprobs.split(list(map(len, wanted)))]
 
 
 def embeddings(model: Any, chat: ChatTokenizer, texts: Sequence[Sequence[int]]) -> np.ndarray:
