@@ -101,14 +101,11 @@ def _design_effect(features: np.ndarray, credits: np.ndarray, theta: float, phi:
 
 
 def _profile_deviance(theta: float, credits: np.ndarray, lengths: np.ndarray) -> float:
-    """Twice the penalised log loss at θ and the φ that is best for it, by Newton's method."""
-    phi = 0.0
-    for _ in range(100):
-        chance = 1 / (1 + np.exp(-(theta + phi * lengths)))
-        slope = lengths @ (credits - chance) - RIDGE * phi
-        change = float(np.clip(slope / (lengths**2 @ (chance * (1 - chance)) + RIDGE), -2, 2))
-        phi += change
-        if abs(change) < 1e-10:
-            break
-    logits = theta + phi * lengths
-    return float(2 * (np.logaddexp(0, logits) - credits * logits).sum() + RIDGE * (theta**2 + phi**2))
+    """Twice the penalised log loss at θ and the φ that is best for it."""
+    from scipy.optimize import minimize_scalar
+
+    def deviance(phi: float) -> float:
+        logits = theta + phi * lengths
+        return float(2 * (np.logaddexp(0, logits) - credits * logits).sum() + RIDGE * (theta**2 + phi**2))
+
+    return float(minimize_scalar(deviance).fun)

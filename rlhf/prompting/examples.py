@@ -6,6 +6,7 @@ import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import zip_longest
 from typing import Any
 
 import numpy as np
@@ -119,12 +120,7 @@ class ExamplePool:
         by_label: dict[str, list[Example]] = {}
         for example in others:
             by_label.setdefault(example.label, []).append(example)
-        found: list[Example] = []
-        for turn in range(max(map(len, by_label.values()), default=0)):
-            found += [several[turn] for several in by_label.values() if turn < len(several)]
-            if len(found) >= count:
-                break
-        return found[:count]
+        return [one for turn in zip_longest(*by_label.values()) for one in turn if one is not None][:count]
 
     # ---- similarity --------------------------------------------------------------------------------------------------
 

@@ -14,15 +14,11 @@ from typing import TYPE_CHECKING, Annotated, Literal, NamedTuple
 
 from pydantic import Field
 
-from rlhf.core.lazy import lazy
+from rlhf.core.lazy import nn, torch
 from rlhf.core.table import Table
 
 if TYPE_CHECKING:
-    import torch
-    import torch.nn.functional as F
     from torch import Tensor
-else:
-    torch, F = lazy("torch"), lazy("torch.nn.functional")
 
 RANKING_LOSSES = Table("ranking loss")
 """Rows: `(scores, batch, *, options) -> RankingLoss`, with `scores` float [N] and `batch` a `RankingBatch`. Trait
@@ -56,30 +52,19 @@ class RankingLoss(NamedTuple):
 # ---- from flat to padded -----------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class _Layout:
-    """The position of each flat candidate in a padded [B, K] tensor (K = the longest ranking of the batch)."""
+def _sizes(ranking: Tensor, rankings: int | None = None) -> list[int]:
+    """Candidates of each ranking."""
+    if ranking.numel() and (ranking[0] < 0 or (ranking.diff() < 0).any()):
+        raise ValueError("`ranking` must ascend from 0: the candidates of a ranking follow each other")
+    sizes = torch.bincount(ranking, minlength=rankings or 0).tolist()
+    if rankings is not None and len(sizes) > rankings:
+        raise ValueError(f"`ranking` names ranking {len(sizes) - 1}, but there are weights for {rankings} only")
+    return sizes
 
-    row: Tensor
-    column: Tensor
-    valid: Tensor
-    """Bool [B, K], False on padding."""
 
-    @classmethod
-    def of(cls, ranking: Tensor, rankings: int | None = None) -> _Layout:
-        if ranking.numel() and (ranking[0] < 0 or (ranking.diff() < 0).any()):
-            raise ValueError("`ranking` must ascend from 0: the candidates of a ranking follow each other")
-        sizes = torch.bincount(ranking, minlength=rankings or 0)
-        if rankings is not None and len(sizes) > rankings:
-            raise ValueError(f"`ranking` names ranking {len(sizes) - 1}, but there are weights for {rankings} only")
-        starts = sizes.cumsum(0) - sizes
-        column = torch.arange(len(ranking), device=ranking.device) - starts[ranking]
-        longest = int(sizes.max()) if len(sizes) else 0
-        return cls(ranking, column, torch.arange(longest, device=ranking.device) < sizes[:, None])
-
-    def pad(self, values: Tensor) -> Tensor:
-        """[N] -> [B, K], zeros on padding; the gradient flows back to `values`."""
-        return values.new_zeros(self.valid.shape).index_put((self.row, self.column), values)
+def _rows(values: Tensor, sizes: list[int]) -> Tensor:
+    """[N] -> [B, K] with K of the longest ranking, zeros on padding; the gradient flows back to `values`."""
+    return nn.utils.rnn.pad_sequence(values.split(sizes), batch_first=True)
 
 
 @dataclass(frozen=True)
@@ -89,6 +74,7 @@ class _Padded:
     scores: Tensor
     ranks: Tensor
     valid: Tensor
+    """Bool [B, K], False on padding."""
     ratings: Tensor | None
     better: Tensor
     """Bool: [b, i, j] is True where candidate i is ranked above candidate j."""
@@ -113,14 +99,14 @@ def _pad(scores: Tensor, batch: RankingBatch) -> _Padded:
         found = ", ".join(f"{name} {list(value.shape)}" for name, value in columns.items())
         raise ValueError(f"expected one value per candidate, all of one shape [N]; got {found}")
     scores = _at_least_float32(scores)
-    layout = _Layout.of(batch.ranking, None if batch.weights is None else len(batch.weights))
-    ranks, valid = layout.pad(batch.ranks), layout.valid
+    sizes = _sizes(batch.ranking, None if batch.weights is None else len(batch.weights))
+    ranks, valid = _rows(batch.ranks, sizes), _rows(torch.ones_like(batch.ranks, dtype=torch.bool), sizes)
     both = valid[:, :, None] & valid[:, None, :]
     return _Padded(
-        scores=layout.pad(scores),
+        scores=_rows(scores, sizes),
         ranks=ranks,
         valid=valid,
-        ratings=None if batch.ratings is None else layout.pad(batch.ratings.to(scores.dtype)),
+        ratings=None if batch.ratings is None else _rows(batch.ratings.to(scores.dtype), sizes),
         better=both & (ranks[:, :, None] < ranks[:, None, :]),
         tied=(both & (ranks[:, :, None] == ranks[:, None, :])).triu(1),
         weights=batch.weights,
@@ -181,7 +167,7 @@ def bradley_terry(
         if padded.ratings is None:
             raise ValueError("margin 'rating' needs the candidates' ratings, and the batch has none")
         gaps = gaps - margin_scale * _outer_difference(padded.ratings).nan_to_num(0.0).clamp(min=0)
-    loss = -(1 - label_smoothing) * F.logsigmoid(gaps) - label_smoothing * F.logsigmoid(-gaps)
+    loss = -(1 - label_smoothing) * nn.functional.logsigmoid(gaps) - label_smoothing * nn.functional.logsigmoid(-gaps)
     return _mean_over_pairs(padded, loss, None)
 
 
@@ -202,7 +188,7 @@ def hinge(
         margin: Score units, > 0.
     """
     padded = _pad(scores, batch)
-    return _mean_over_pairs(padded, F.relu(margin - padded.gaps), None)
+    return _mean_over_pairs(padded, nn.functional.relu(margin - padded.gaps), None)
 
 
 @RANKING_LOSSES.row("rao-kupper", uses_ties=True)
@@ -226,7 +212,7 @@ def rao_kupper(
     """
     padded = _pad(scores, batch)
     gaps = padded.gaps
-    above, below = -F.logsigmoid(gaps - tie_threshold), -F.logsigmoid(-gaps - tie_threshold)
+    above, below = -nn.functional.logsigmoid(gaps - tie_threshold), -nn.functional.logsigmoid(-gaps - tie_threshold)
     return _mean_over_pairs(padded, above, above + below - math.log(math.expm1(2 * tie_threshold)))
 
 
@@ -303,8 +289,8 @@ def centering_penalty(scores: Tensor, ranking: Tensor) -> Tensor:
     """
     if scores.shape != ranking.shape:
         raise ValueError(f"scores {list(scores.shape)} and ranking {list(ranking.shape)} differ in shape")
-    layout = _Layout.of(ranking)
-    padded, size = layout.pad(_at_least_float32(scores)), layout.valid.sum(1)
+    sizes = _sizes(ranking)
+    padded, size = _rows(_at_least_float32(scores), sizes), torch.tensor(sizes, device=scores.device)
     # Over i < j, the sum of (s_i + s_j)^2 is (K - 2) sum(s^2) + (sum s)^2.
     total = (size - 2).clamp(min=0) * padded.square().sum(1) + padded.sum(1).square()
     return torch.where(size > 1, total / (size * (size - 1) / 2).clamp(min=1), 0.0)

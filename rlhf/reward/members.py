@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +20,7 @@ from rlhf.models.adapters import adapter_has_head
 from rlhf.models.scalar import ScalarModel, load_scalar, reward_scale
 from rlhf.runs.parents import resolve_model_path
 from rlhf.runs.run import is_run
+from rlhf.tuning.merging import attribute_set
 from rlhf.tuning.origin import adapter_folder, base_of, tuning_of, weights_of
 
 
@@ -52,21 +52,10 @@ class AdapterScalar(ScalarModel):
 
     def forward(self, *inputs: Any, **named: Any) -> Tensor:
         """As `ScalarModel.forward`, with this adapter and its head."""
-        with self._acting():
-            return super().forward(*inputs, **named)
-
-    @contextmanager
-    def _acting(self) -> Iterator[None]:
         # PEFT's own `set_adapter` would change requires_grad, on which an engine depends
         layers = [part for part in self.model.modules() if isinstance(part, BaseTunerLayer | ModulesToSaveWrapper)]
-        before = [layer._active_adapter for layer in layers]
-        for layer in layers:
-            layer._active_adapter = [self.adapter]
-        try:
-            yield
-        finally:
-            for layer, names in zip(layers, before):
-                layer._active_adapter = names
+        with attribute_set(layers, "_active_adapter", [self.adapter]):
+            return super().forward(*inputs, **named)
 
 
 def load_members(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -192,11 +192,18 @@ def adapters_off(model: nn.Module) -> Iterator[nn.Module]:
     leaves requires_grad unchanged, because an engine depends on it.
     """
     layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
-    before = [layer._disable_adapters for layer in layers]
-    for layer in layers:
-        layer._disable_adapters = True
-    try:
+    with attribute_set(layers, "_disable_adapters", True):
         yield causal_lm(model) if has_virtual_tokens(model) else model
+
+
+@contextmanager
+def attribute_set(objects: Sequence[Any], name: str, value: Any) -> Iterator[None]:
+    """Within this context the attribute `name` of the objects is `value`."""
+    before = [getattr(one, name) for one in objects]
+    for one in objects:
+        setattr(one, name, value)
+    try:
+        yield
     finally:
-        for layer, value in zip(layers, before):
-            layer._disable_adapters = value
+        for one, old in zip(objects, before):
+            setattr(one, name, old)
