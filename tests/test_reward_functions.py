@@ -26,9 +26,8 @@ PROMPT = [{"role": "user", "content": "What is two and two?"}]
 
 def score(value, seconds=100.0):
     """The score from a reward function that returns `value`, or calls it."""
-    return call_reward_function(
-        lambda messages, answer: value() if callable(value) else value, "toy:f", PROMPT, "Four.", seconds
-    )
+    call = lambda messages, answer: value() if callable(value) else value  # noqa: E731
+    return call_reward_function(call, "toy:f", [(PROMPT, "Four.")], seconds)[0]
 
 
 NUMBERS = [(3, 3.0), (3.5, 3.5), (True, 1.0), (Fraction(1, 2), 0.5), (numpy.float32(2.5), 2.5), (numpy.int64(4), 4.0)]
@@ -101,6 +100,36 @@ def test_a_function_that_hangs_is_interrupted_after_its_time_limit(hang):
     assert_goes_on(outer)
 
 
+def several(function, answers, seconds):
+    return call_reward_function(function, "toy:f", [(PROMPT, answer) for answer in answers], seconds)
+
+
+def test_each_completion_has_the_whole_time_limit(capfd):
+    def slow(messages, answer):
+        time.sleep(0.2)
+        return len(answer)
+
+    assert several(slow, ["a", "bb", "ccc"], seconds=0.5) == [1.0, 2.0, 3.0]
+    assert in_a_thread(lambda: several(slow, ["a", "bb", "ccc"], seconds=0.5)) == [1.0, 2.0, 3.0]
+    assert "goes on" not in capfd.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("fails", "fault"),
+    [(lambda: time.sleep(600), "did not return within 0.2 s"), (lambda: 1 / 0, "raised"), (lambda: None, "returned")],
+)
+def test_the_first_completion_that_fails_is_named_and_no_other_is_scored_after_it(fails, fault):
+    asked = []
+
+    def function(messages, answer):
+        asked.append(answer)
+        return fails() if answer == "bad" else 1.0
+
+    with pytest.raises(UserError, match=fault) as caught:
+        several(function, ["good", "bad", "never"], seconds=0.2)
+    assert "answer: 'bad'" in caught.value.why and asked == ["good", "bad"]
+
+
 def test_the_signal_handler_and_timer_are_as_before_a_call():
     before, outer = signal.getsignal(signal.SIGALRM), signal.getitimer(signal.ITIMER_REAL)
     assert score(1.0) == 1.0
@@ -132,7 +161,7 @@ def test_a_function_cannot_change_the_prompt():
         return 0.0
 
     prompt = [dict(PROMPT[0])]
-    call_reward_function(change, "toy:f", prompt, "Four.", 100.0)
+    call_reward_function(change, "toy:f", [(prompt, "Four.")], 100.0)
     assert prompt == PROMPT
 
 

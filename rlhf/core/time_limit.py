@@ -5,9 +5,11 @@ from __future__ import annotations
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from types import FrameType
+from typing import Any
 
 from rlhf.core.console import warn
 
@@ -20,8 +22,10 @@ NOT_HERE = "outside of the main thread Python cannot interrupt it"
 
 
 @contextmanager
-def time_limit(seconds: float) -> Iterator[None]:
+def time_limit(seconds: float) -> Iterator[Callable[[], Any]]:
     """Interrupt the block with `TimeIsUp` after this many seconds, and again each second if it goes on.
+
+    Yields a function that starts the time again, for a block that makes several calls, each with this limit.
 
     The interruption is a signal (SIGALRM), which reaches Python code, sleeps, locks, sockets and regular expressions,
     in the same thread: nothing is left running. It does not reach compiled code that never returns to Python. Only the
@@ -30,24 +34,20 @@ def time_limit(seconds: float) -> Iterator[None]:
     the outer limit holds again when the inner block ends.
     """
     if threading.current_thread() is not threading.main_thread():
-        timer = threading.Timer(seconds, warn, [f"a call with a time limit of {seconds:g} s goes on: {NOT_HERE}"])
-        timer.daemon = True
-        timer.start()
-        try:
-            yield
-        finally:
-            timer.cancel()
+        with _warned(seconds) as start:
+            yield start
         return
 
     def interrupt(number: int, frame: FrameType | None) -> None:
         raise TimeIsUp
 
+    start = partial(signal.setitimer, signal.ITIMER_REAL, seconds, 1.0)
     outer, started = (0.0, 0.0), time.monotonic()
     before = signal.signal(signal.SIGALRM, interrupt)
     try:
         try:
-            outer = signal.setitimer(signal.ITIMER_REAL, seconds, 1.0)
-            yield
+            outer = start()
+            yield start
         finally:
             signal.setitimer(signal.ITIMER_REAL, 0)
     finally:  # also if the signal arrives in the line above
@@ -56,3 +56,25 @@ def time_limit(seconds: float) -> Iterator[None]:
         if outer[0]:
             left = outer[0] - (time.monotonic() - started)
             signal.setitimer(signal.ITIMER_REAL, max(left, 0.001), outer[1])
+
+
+@contextmanager
+def _warned(seconds: float) -> Iterator[Callable[[], Any]]:
+    timers: list[threading.Timer] = []
+
+    def start() -> None:
+        stop()
+        message = f"a call with a time limit of {seconds:g} s goes on: {NOT_HERE}"
+        timers.append(threading.Timer(seconds, warn, [message]))
+        timers[0].daemon = True
+        timers[0].start()
+
+    def stop() -> None:
+        while timers:
+            timers.pop().cancel()
+
+    start()
+    try:
+        yield start
+    finally:
+        stop()

@@ -105,10 +105,9 @@ def function_scorer(name: str, function: Callable[..., Any]) -> AnswerScorer:
     """A reward function `module:function`; every text fits."""
 
     def answers(prompts: Sequence[Prompt], answers: Sequence[str]) -> list[float | None]:
-        return [
-            call_reward_function(function, name, prompt.chat, answer, FUNCTION_SECONDS)
-            for prompt, answer in track(list(zip(prompts, answers)), "scoring", unit="answers")
-        ]
+        completions = [(prompt.chat, answer) for prompt, answer in zip(prompts, answers)]
+        found = track(completions, "scoring", unit="answers")
+        return list(call_reward_function(function, name, found, FUNCTION_SECONDS))
 
     return AnswerScorer(name, answers)
 

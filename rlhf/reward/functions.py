@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import math
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from numbers import Real
 from typing import Annotated, Any
 
@@ -47,23 +47,34 @@ LARGEST = 3.4028234663852886e38
 
 
 def call_reward_function(
-    function: Callable[..., Any], name: str, messages: Sequence[Mapping[str, str]], answer: str, seconds: float
-) -> float:
-    """The score of one completion by a reward function.
+    function: Callable[..., Any], name: str, completions: Iterable[tuple[Sequence[Mapping[str, str]], str]],
+    seconds: float,
+) -> list[float]:  # fmt: skip
+    """The scores of completions by a reward function.
 
     Args:
         function: Called with (prompt messages, answer). It gets a copy of the messages, which it may change.
         name: Its name in messages.
-        seconds: How long the call may take; see `time_limit`.
+        completions: (prompt messages, answer) of each.
+        seconds: How long one call may take; see `time_limit`.
 
     Raises:
         UserError: It raised an exception, took too long, or returned anything but one finite number. Names the prompt
             and the answer.
     """
-    copies = [dict(message) for message in messages]
+    scores: list[float] = []
     try:
-        with time_limit(seconds):
-            value = function(copies, answer)
+        with time_limit(seconds) as start:
+            for messages, answer in completions:
+                copies = [dict(message) for message in messages]
+                start()
+                value = function(copies, answer)
+                score = _number(value)
+                if score is None or not abs(score) <= LARGEST:  # NaN is not
+                    break
+                scores.append(score)
+            else:
+                return scores
     except TimeIsUp as error:
         fault = f"did not return within {seconds:g} s{_place(error)}"
         remedy = "Make it faster or give its own calls a time limit, or raise the reward's `timeout_seconds`."
@@ -71,10 +82,7 @@ def call_reward_function(
         fault = f"raised {type(error).__name__}: {error}{_place(error)}"
         remedy = f"Correct the function. {IN_PPO}"
     else:
-        score = _number(value)
-        if score is not None and abs(score) <= LARGEST:  # NaN is not
-            return score
-        fault = f"returned {_short(value)}, not {'a finite' if score is not None else 'one'} number"
+        fault = f"returned {_short(value)}, not {'one' if score is None else 'a finite'} number"
         remedy = f"Return one number (int, float, or a tensor of one element). {IN_PPO}"
     prompt = messages[-1]["content"] if messages else ""
     raise UserError(

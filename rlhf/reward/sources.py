@@ -175,10 +175,8 @@ def function(context: RewardContext, *, function: FunctionName, timeout_seconds:
     call = import_function(function)
 
     def score(inputs: RewardInputs) -> torch.Tensor:
-        values = [
-            call_reward_function(call, function, messages, answer, timeout_seconds)
-            for messages, answer in zip(inputs.messages, inputs.completions)
-        ]
+        completions = zip(inputs.messages, inputs.completions)
+        values = call_reward_function(call, function, completions, timeout_seconds)
         return torch.tensor(values, dtype=torch.float32)
 
     return score
