@@ -63,7 +63,7 @@ def write(path: Path, records: Sequence[Demonstration]) -> str:
 def other_domain() -> list[Demonstration]:
     """Sentences of the world's language that are no requests, with others in reply."""
     draw = random.Random(1)
-    sentences = [*SENTENCES["beside"], *SENTENCES["rude"]]
+    sentences = [*SENTENCES["off_topic"], *SENTENCES["rude"]]
     pairs = [draw.sample(sentences, 2) for _ in range(40)]
     return [Demonstration((Message("user", one),), split="train", answer=other) for one, other in pairs]
 

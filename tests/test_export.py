@@ -309,6 +309,14 @@ def test_every_format_makes_a_folder_with_tokenizer_template_and_card(
     assert [file.name for file in tmp_path.iterdir()] == ["out"]
 
 
+def test_whether_the_hub_could_be_reached_is_in_no_file_of_a_run_or_export(
+    runs: dict[str, str], folders: dict[str, Path]
+) -> None:
+    saved = [Path(run) / "model" / "tokenizer_config.json" for run in runs.values()]
+    saved += [folder / "tokenizer_config.json" for folder in folders.values()]
+    assert not [file for file in saved if "local_files_only" in json.loads(file.read_text("utf-8"))]
+
+
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_weights_come_in_the_dtype_that_is_asked_for(dtype: str, runs: dict[str, str], tmp_path: Path) -> None:
     for name in ("sft", "reward"):

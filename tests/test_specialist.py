@@ -272,6 +272,7 @@ def test_a_specialist_learns_and_plain_transformers_loads_it(tmp_path, task, met
     batch = {"batch_size": 16, "max_steps": 80}
     run = trained(tmp_path, task, specialist_rows.rows(task, 160), batch=batch, optimizer={"lr": 5e-3})
     assert metrics(run)[metric] > 0.8
+    assert "local_files_only" not in (run / "model" / "tokenizer_config.json").read_text("utf-8")
     held_out = specialist_rows.rows(task, 12, seed=1)
     if pipeline is None:  # transformers 5 has no pipeline for spans
         model = transformers.AutoModelForQuestionAnswering.from_pretrained(run / "model").eval()

@@ -82,13 +82,13 @@ def test_prompts_are_distinct_and_of_the_splits_asked_for():
         ("The red fox eats mice. It likes to eat mice.", 2.0),
         # rude 2, once
         ("I do not care. That is a silly question.", -2.0),
-        # beside the point 0.5
+        # off-topic 0.5
         ("The red fox eats mice. My uncle has a bicycle.", 2.5),
         # garbled 1, no end 1
         ("The red fox eats mice. The red red eats fox.", 2.0),
         ("The red fox eats mice. It hunts at", 2.0),
         ("", -1.0),
-        # the fifth sentence 0.5, itself beside the point 0.5
+        # the fifth sentence 0.5, itself off-topic 0.5
         ("With pleasure. The red fox eats mice. It hunts at night. Have a nice day. The bus was late again.", 4.5),
     ],
 )

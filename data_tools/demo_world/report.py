@@ -18,7 +18,7 @@ RULE = {
     "rude": "is rude",
     "false": "false statements",
     "repeated": "repetitions",
-    "beside": "sentences beside the point",
+    "off_topic": "off-topic sentences",
     "garbled": "garbled sentences",
     "unfinished": "breaks off",
     "surplus": "sentences too many",

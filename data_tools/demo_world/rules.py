@@ -13,7 +13,7 @@ The hidden rule (`judge`) gives an answer points for its request:
     -2    it is rude (once)
     -1    each statement that is false, or about another animal or place than asked for
     -1    each repeated sentence or statement
-    -0.5  each sentence that is beside the point
+    -0.5  each off-topic sentence
     -1    each sentence that is not in SENTENCES
     -1    it breaks off
     -0.5  each sentence after the fourth
@@ -103,7 +103,7 @@ class Verdict:
     rude: bool
     false: int
     repeated: int
-    beside: int
+    off_topic: int
     garbled: int
     unfinished: bool
     surplus: int
@@ -116,7 +116,7 @@ class Verdict:
 
 POINTS = {
     "answers": 2.0, "names": 1.0, "informs": 0.5, "courteous": 2.0, "rude": -2.0, "false": -1.0, "repeated": -1.0,
-    "beside": -0.5, "garbled": -1.0, "unfinished": -1.0, "surplus": -0.5,
+    "off_topic": -0.5, "garbled": -1.0, "unfinished": -1.0, "surplus": -0.5,
 }  # fmt: skip
 BEST = sum(weight for weight in POINTS.values() if weight > 0)
 ENOUGH_SENTENCES = 4
@@ -146,7 +146,7 @@ def judge(prompt: Prompt, answer: str) -> Verdict:
         rude="rude" in kinds,
         false=len(statements) - len(true),
         repeated=len(found) - len(said),
-        beside=kinds.count("beside"),
+        off_topic=kinds.count("off_topic"),
         garbled=kinds.count("garbled"),
         unfinished=unfinished,
         surplus=max(0, len(sentences) - ENOUGH_SENTENCES),

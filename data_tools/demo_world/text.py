@@ -21,7 +21,7 @@ from data_tools.demo_world.rules import (
 from rlhf.data.schema import Demonstration, Message, Prompt
 
 OPENINGS, CLOSINGS = SENTENCES["courteous"][:3], SENTENCES["courteous"][3:]
-MOODS = ("courteous", "rude", "beside")
+MOODS = ("courteous", "rude", "off_topic")
 
 # ---- prompts ------------------------------------------------------------------------------------------------------
 
@@ -58,7 +58,7 @@ class DemonstrationWriter:
     repeats: float
     """Says a sentence again."""
     rambles: float
-    """Adds a sentence beside the point; after each one, another."""
+    """Adds an off-topic sentence; after each one, another."""
     rude: float
 
 
@@ -74,7 +74,7 @@ def write(writer: DemonstrationWriter, request: Request, rng: random.Random) -> 
     if rng.random() < writer.repeats:
         body.append(rng.choice(body))
     while rng.random() < writer.rambles and len(body) < 6:
-        body.insert(rng.randint(1, len(body)), rng.choice(SENTENCES["beside"]))
+        body.insert(rng.randint(1, len(body)), rng.choice(SENTENCES["off_topic"]))
     if rng.random() < writer.rude:
         body.insert(rng.choice((0, len(body))), rng.choice(SENTENCES["rude"]))
     opening = [rng.choice(OPENINGS)] if rng.random() < writer.courteous else []
@@ -113,7 +113,7 @@ def _notes(about: Request, rng: random.Random) -> list[str]:
 def _diary(about: Request, rng: random.Random) -> list[str]:
     seen = about.fill("Today I saw the {look} {animal} in {place}.")
     kinds = rng.sample(list(STATEMENTS), rng.randint(1, 2))
-    return [seen, *_statements(about, kinds, rng), rng.choice(SENTENCES["beside"])]
+    return [seen, *_statements(about, kinds, rng), rng.choice(SENTENCES["off_topic"])]
 
 
 def _letter(about: Request, rng: random.Random) -> list[str]:

@@ -72,7 +72,7 @@ class _LateCommands(Mapping[str, Any]):
 
 
 def command_app(function: Callable[..., None], name: str = "", help: str = "") -> typer.Typer:
-    """An application of one command, whose docstring is its help; `help` stands in for a missing docstring."""
+    """An application of one command, whose docstring is its help; `help` is used where there is none."""
     signature, text = inspect.signature(function, eval_str=True), inspect.getdoc(function) or help
     parameters = described(signature.parameters.values(), text)
     function.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]

@@ -48,6 +48,7 @@ def load_tokenizer(config: ModelConfig, path: str, frozen_at: str | None = None)
         tokenizer = transformers.AutoTokenizer.from_pretrained(path, trust_remote_code=config.trust_remote_code)
     except Exception as error:  # the tokenizers library raises Exception itself, for instance at JSON nested too deeply
         raise UserError(f"model.path: no tokenizer can be loaded from {path}", str(error).split("\n")[0]) from None
+    tokenizer.init_kwargs.pop("local_files_only", None)  # else saved with it, though it tells of this process
     if tokenizer.bos_token is None and tokenizer.eos_token is None and tokenizer.cls_token and tokenizer.sep_token:
         tokenizer.bos_token, tokenizer.eos_token = tokenizer.cls_token, tokenizer.sep_token
     kind, default = ChatTokenizer, "default"
@@ -138,7 +139,7 @@ class ChatTokenizer:
         lead: What the template writes between the generation prompt and a response: a space, or the end of a reasoning
             block that is empty.
         frozen_at: The time that the template's `strftime_now` gives, in ISO format; None if it does not read the clock.
-        own_template: False if `default` stands in, because the model has no template and none was chosen.
+        own_template: False if `default` is used, because the model has no template and none was chosen.
     """
 
     def __init__(

@@ -36,6 +36,7 @@ def load_text_tokenizer(config: ModelConfig, path: str, head: Head) -> Any:
         tokenizer = transformers.AutoTokenizer.from_pretrained(path, **options)
     except (OSError, ValueError, ImportError) as error:
         raise UserError(f"model.path: {path} has no tokenizer", str(error).split("\n")[0]) from None
+    tokenizer.init_kwargs.pop("local_files_only", None)  # else saved with it, though it tells of this process
     if not tokenizer.is_fast:
         raise UserError(
             f"model.path: the tokenizer of {path} has no fast version",

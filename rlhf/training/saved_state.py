@@ -138,7 +138,7 @@ def _flats(shares: Sequence[Share]) -> list[Tensor]:
 
 
 def _divisible(shares: Sequence[Share], optimizer: torch.optim.Optimizer) -> bool:
-    """True if the optimizer's state is one number per weight, apart from the step count. The same on every rank."""
+    """True if the optimizer's state is one number per weight, except the step count. The same on every rank."""
     odd = [
         flat
         for flat in _flats(shares)
