@@ -178,7 +178,7 @@ class PPO:
         # 3. log-probs, values and scores, in the micro-batches of epoch 0: the ratio at the first step is exactly 1
         with clock("score"):
             gold = config.gold is not None and index % config.gold.every == 0
-            experience = self.scorer.score(rollout, minibatches.epoch(0), gold)
+            experience = self.scorer.score(rollout, minibatches.epochs[0], gold)
             perturbed = self.perturber(index, rollout.prompts.ids, rollout.prompts.messages, rollout.completions)
         # 4. rewards: the score at the last token, the KL penalty at every token
         mask, kl_coef = rollout.response_mask, self.kl_coef
@@ -245,9 +245,9 @@ class PPO:
     def minibatches(self, rollout: Rollout, index: int) -> Minibatches:
         """The minibatches of all epochs of an update, divided among the ranks."""
         batch, count = self.config.batch, len(rollout.completions)
-        rows = TokenRows.of_rollout(rollout, self.chat.pad_id, self.packed)
         orders = [permutation(count, self.config.seed, EPOCH, index, epoch) for epoch in range(batch.epochs)]
-        return Minibatches.of(rows, orders, batch.minibatches, self.learner.budget.tokens)
+        budget = self.learner.budget.tokens
+        return Minibatches.of_rollout(rollout, self.chat.pad_id, self.packed, orders, batch.minibatches, budget)
 
     def shape_scores(self, experience: Experience) -> Tensor:
         """Scores normalised and clipped, with the rule for completions that did not end. float32 [N]."""
@@ -280,9 +280,9 @@ class PPO:
         if not rows:
             return
         rollout = self.rollout(self._prompts(self.tables.eval, rows, 1, EVAL, 0))
-        token_rows = TokenRows.of_rollout(rollout, self.chat.pad_id, self.packed)
-        whole = Minibatches.of(token_rows, [rows], 1, self.learner.budget.tokens)
-        experience = self.scorer.score(rollout, whole.epoch(0))
+        budget = self.learner.budget.tokens
+        whole = Minibatches.of_rollout(rollout, self.chat.pad_id, self.packed, [rows], 1, budget)
+        experience = self.scorer.score(rollout, whole.epochs[0])
         tokens = token_records(self.config, self.chat, experience, self.kl_coef, *self.score_scale)
         self.reporter.evaluation(self.done, experience, self.chat, tokens)
 

@@ -8,9 +8,9 @@ import torch
 
 from rlhf import distributed
 from rlhf.models.forward import head_chunks
-from rlhf.ppo.batching import PASS_TOKENS, TokenRows, divide
+from rlhf.ppo.batching import PASS_TOKENS, Minibatches, TokenRows, divide
 from rlhf.ppo.masked import unflatten
-from rlhf.ppo.types import Prompts, Rollout, gather_completions, gather_episodes, gather_tokens
+from rlhf.ppo.types import Prompts, Rollout, gather_completions, gather_parts
 from rlhf.rollout.streams import endless, permutation
 from rlhf.rollout.types import Completion
 
@@ -132,8 +132,12 @@ def test_a_rollout_pads_the_log_probs_of_a_sampler_that_tells_them_for_all_answe
     assert rollout().sampler_logprobs is None
 
 
+def rows():
+    return Minibatches.of_rollout(rollout(), 0, False, [range(3)], 1, 100).rows
+
+
 def test_a_micro_batch_marks_the_answers_tokens_and_pads_on_the_right():
-    batch = TokenRows.of_rollout(rollout(), pad_id=0).micro_batches([[[0, 1]]])[0]
+    batch = rows().micro_batches([[[0, 1]]])[0]
     assert batch.input_ids.tolist() == [[5, 6, 11, 12, 2], [7, 13, 0, 0, 0]]
     assert batch.attention_mask.tolist() == [[1, 1, 1, 1, 1], [1, 1, 0, 0, 0]]
     assert batch.response_mask.tolist() == [[False, False, True, True, True], [False, True, False, False, False]]
@@ -141,7 +145,7 @@ def test_a_micro_batch_marks_the_answers_tokens_and_pads_on_the_right():
 
 
 def test_a_filler_asks_for_no_token():
-    batch = TokenRows.of_rollout(rollout(), pad_id=0).micro_batches([[[]]])[0]
+    batch = rows().micro_batches([[[]]])[0]
     assert batch.episodes == []
     assert not batch.response_mask.any()
     assert batch.input_ids.shape == (1, 2)  # the shortest episode
@@ -168,7 +172,9 @@ def test_unflatten_pads_each_row_with_zeros_and_keeps_gradients():
 
 def test_gathered_figures_come_in_the_order_of_the_episodes():
     columns = torch.tensor([[30.0, 3], [31, 3], [10, 1], [20, 2], [21, 2], [22, 2]])
-    first, second = gather_tokens(columns, gather_episodes([2, 0, 1]), torch.tensor([1, 3, 2]))
+    scores = torch.tensor([[0.3], [0.1], [0.2]])
+    (first, second), (score,) = gather_parts([2, 0, 1], columns, scores, torch.tensor([1, 3, 2]))
+    assert score.tolist() == pytest.approx([0.1, 0.2, 0.3])
     assert first.tolist() == [[10, 0, 0], [20, 21, 22], [30, 31, 0]]
     assert second.tolist() == [[1, 0, 0], [2, 2, 2], [3, 3, 0]]
 

@@ -81,7 +81,7 @@ def test_a_shared_base_gives_values_without_the_policy(tmp_path, demos):
     changes = {"model__sharing": "shared", "tuning": lora, "critic__tuning": lora, "critic__init": "policy"}
     stage = PPO(ppo_runs.config(tmp_path / "run", demos, **changes), resume=False, overwrite=False)
     rollout = stage.rollout(stage.draw_prompts(0))
-    batch = stage.minibatches(rollout, 0).epoch(0)[0].micro_batches()[0]
+    batch = stage.minibatches(rollout, 0).epochs[0][0].micro_batches()[0]
     with torch.no_grad():
         whole, without = (stage.models.token_scores(batch, 1.0, policy=policy) for policy in (True, False))
     assert without.logprobs is None and torch.equal(without.values, whole.values)

@@ -151,7 +151,7 @@ def test_each_tokens_policy_loss_is_multiplied_by_its_weight(tmp_path, prompts):
     stage = PPO(config(tmp_path / "run", prompts, batch__minibatches=1, batch__epochs=1), False, False)
     rollout = stage.rollout(stage.draw_prompts(0))
     minibatches = stage.minibatches(rollout, 0)
-    experience = stage.scorer.score(rollout, minibatches.epoch(0))
+    experience = stage.scorer.score(rollout, minibatches.epochs[0])
     mask = rollout.response_mask
     weights = torch.rand(mask.shape, generator=torch.Generator().manual_seed(0)) * mask
     nothing = torch.zeros(())

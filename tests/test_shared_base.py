@@ -325,7 +325,7 @@ def test_the_trunk_runs_once_per_micro_batch_of_scoring_and_not_in_learning(tmp_
     for number, layer in enumerate(stage.models.engine.module.frozen_layers.layers):
         layer.register_forward_hook(lambda *_, number=number: ran.update({number: ran[number] + 1}))
     minibatches = stage.minibatches(rollout, 0)
-    first, second = (sum(len(part.per_rank[0]) for part in minibatches.epoch(epoch)) for epoch in range(2))
+    first, second = (sum(len(part.per_rank[0]) for part in minibatches.epochs[epoch]) for epoch in range(2))
     stage.update(0)
     assert ran[0] == first
     assert ran[1] == 4 * first + 2 * (first + second)  # four roles; then policy and critic in two epochs

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import pytest
 import torch
 from torch import nn
@@ -104,9 +102,9 @@ def test_states_come_back_row_by_row_into_other_batches(packed):
     kept = gather_states(batch._replace(frozen_states=states))
     whole = states[0].split([4, 2, 3]) if packed else [states[0], states[1, :2], states[2, :3]]
     assert all(torch.equal(kept[row], part) for row, part in enumerate(whole))
-    (other,) = replace(token_rows, frozen_states=kept).micro_batches([[[2, 1]]])
+    (other,) = token_rows.micro_batches([[[2, 1]]], kept)
     padded = torch.stack([whole[2], torch.cat([whole[1], torch.zeros(1, 2)])])
     assert torch.equal(other.frozen_states, torch.cat([whole[2], whole[1]])[None] if packed else padded)
-    (filler,) = replace(token_rows, frozen_states=kept).micro_batches([[[]]])
+    (filler,) = token_rows.micro_batches([[[]]], kept)
     assert torch.equal(filler.frozen_states, whole[1][None])
     assert gather_states(filler) == {}

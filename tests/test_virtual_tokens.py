@@ -238,7 +238,7 @@ def test_ppo_trains_them_alone_and_begins_with_a_ratio_of_exactly_one(
 def test_the_reference_is_the_policy_without_them(method: str, prompts: str, tmp_path: Path) -> None:
     stage = start(small(tmp_path, prompts, method))
     rollout = stage.rollout(stage.draw_prompts(0))
-    batch = stage.minibatches(rollout, 0).epoch(0)[0].micro_batches()[0]
+    batch = stage.minibatches(rollout, 0).epochs[0][0].micro_batches()[0]
     with torch.no_grad():
         found = stage.models.reference(batch, 1.0)
         base = load_policy(ModelConfig(path="x"), tiny.llama())(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import torch
@@ -36,65 +36,42 @@ class TokenRows:
     """Pads rows to the longest."""
     packed: bool = False
     """Put the sequences of a micro-batch into one row instead of padding them."""
-    frozen_states: Mapping[int, Tensor] | None = None
-    """Row -> cached hidden states, as in `Experience`."""
-
-    @classmethod
-    def of_rollout(cls, rollout: Rollout, pad_id: int, packed: bool = False) -> TokenRows:
-        """A rollout's episodes: prompt and completion, with flags at the completion's tokens."""
-        pairs = zip(rollout.prompts.ids, rollout.completions)
-        rows = [(prompt + c.ids, [False] * len(prompt) + [True] * len(c.ids)) for prompt, c in pairs]
-        return cls(rows, pad_id, packed)
+    rank: int = field(default_factory=distributed.rank)
+    """The rank whose micro-batches are built."""
+    device: torch.device = field(default_factory=distributed.device)
 
     @cached_property
     def flagged(self) -> list[int]:
         """The number of flagged tokens of each row."""
         return [sum(flags) for _, flags in self.rows]
 
-    @cached_property
-    def device(self) -> torch.device:
-        """Where micro-batches are built."""
-        return distributed.device()
-
-    @cached_property
-    def rank(self) -> int:
-        """The rank whose micro-batches are built."""
-        return distributed.rank()
-
-    def micro_batches(self, per_rank: RankBatches) -> list[MicroBatch]:
-        """This rank's micro-batches of one minibatch."""
+    def micro_batches(
+        self, per_rank: RankBatches, frozen_states: Mapping[int, Tensor] | None = None
+    ) -> list[MicroBatch]:
+        """This rank's micro-batches of one minibatch. `frozen_states` are cached, as in `Experience`."""
         mine = per_rank[self.rank]
         most = [max(sum(self.flagged[row] for row in rows) for rows in ranks) for ranks in zip(*per_rank)]
-        return [self._build(rows, tokens) for rows, tokens in zip(mine, most)]
+        return [self._build(rows, tokens, frozen_states) for rows, tokens in zip(mine, most)]
 
-    def padded(self, rows: Sequence[int]) -> tuple[Tensor, Tensor]:
-        """One sequence per row, and a mask with 1 at tokens: int64 [B, L] both. A filler where `rows` is empty."""
-        ids = [self.rows[row][0] for row in self._or_filler(rows)]
-        width, device = max(map(len, ids)), self.device
-        padded = [row + [self.pad_id] * (width - len(row)) for row in ids]
-        mask = [[1] * len(row) + [0] * (width - len(row)) for row in ids]
-        return torch.tensor(padded, device=device), torch.tensor(mask, device=device)
-
-    def _build(self, rows: list[int], most_tokens: int) -> MicroBatch:
-        device, used = self.device, self._or_filler(rows)
+    def _build(self, rows: list[int], most_tokens: int, frozen_states: Mapping[int, Tensor] | None) -> MicroBatch:
+        # A rank without a row takes the shortest as a filler: all ranks make the same number of passes.
+        used = rows or [min(range(len(self.rows)), key=lambda row: len(self.rows[row][0]))]
+        device, ids = self.device, [self.rows[row][0] for row in used]
         flags = [self.rows[row][1] if rows else [False] * len(self.rows[row][1]) for row in used]
         lengths = torch.tensor([sum(row) for row in flags], device=device)
-        states = None if self.frozen_states is None else [self.frozen_states[row] for row in used]
+        states = None if frozen_states is None else [frozen_states[row] for row in used]
         if self.packed:
-            ids = torch.tensor([[token for row in used for token in self.rows[row][0]]], device=device)
-            positions = torch.tensor([[place for row in flags for place in range(len(row))]], device=device)
+            flat = torch.tensor([[token for row in ids for token in row]], device=device)
+            positions = torch.tensor([[place for row in ids for place in range(len(row))]], device=device)
             wanted = torch.tensor([[flag for row in flags for flag in row]], device=device)
             joined = None if states is None else torch.cat(states)[None].to(device)
-            return MicroBatch(rows, ids, None, positions, wanted, lengths, most_tokens, joined)
-        ids, mask = self.padded(rows)
-        width = ids.shape[1]
+            return MicroBatch(rows, flat, None, positions, wanted, lengths, most_tokens, joined)
+        width = max(map(len, ids))
+        padded = torch.tensor([row + [self.pad_id] * (width - len(row)) for row in ids], device=device)
+        mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in ids], device=device)
         wanted = torch.tensor([row + [False] * (width - len(row)) for row in flags], device=device)
         joined = None if states is None else pad_sequence(states, batch_first=True).to(device)
-        return MicroBatch(rows, ids, mask, None, wanted, lengths, most_tokens, joined)
-
-    def _or_filler(self, rows: Sequence[int]) -> Sequence[int]:
-        """The rows, or the shortest of all for a rank that has none: all ranks make the same number of passes."""
-        return rows or [min(range(len(self.rows)), key=lambda row: len(self.rows[row][0]))]
+        return MicroBatch(rows, padded, mask, None, wanted, lengths, most_tokens, joined)
 
 
 @dataclass(frozen=True)
@@ -123,36 +100,30 @@ class Minibatch:
         totals = [len(ids) for ids, _ in self.rows.rows]
         return Minibatch(divide(totals, self.episodes, 1, budget, self.rows.packed)[0], self.rows, budget)
 
-    def micro_batches(self) -> list[MicroBatch]:
-        """This rank's part, as tensors."""
-        return self.rows.micro_batches(self.per_rank)
+    def micro_batches(self, frozen_states: Mapping[int, Tensor] | None = None) -> list[MicroBatch]:
+        """This rank's part, as tensors; see `TokenRows.micro_batches`."""
+        return self.rows.micro_batches(self.per_rank, frozen_states)
 
 
 @dataclass(frozen=True)
 class Minibatches:
-    """All minibatches of an update: token rows, and their division for each epoch."""
+    """All minibatches of an update."""
 
     rows: TokenRows
-    epochs: list[list[RankBatches]]
-    budget: int
-    """Tokens of a micro-batch."""
+    epochs: list[list[Minibatch]]
 
     @classmethod
-    def of(
-        cls, rows: TokenRows, orders: Sequence[Sequence[int]], minibatches: int, micro_batch_tokens: int
+    def of_rollout(
+        cls, rollout: Rollout, pad_id: int, packed: bool, orders: Sequence[Sequence[int]], minibatches: int, budget: int
     ) -> Minibatches:
-        """Divide one random order of the rows per epoch into minibatches; see `divide`."""
-        totals = [len(ids) for ids, _ in rows.rows]
-        epochs = [divide(totals, order, minibatches, micro_batch_tokens, rows.packed) for order in orders]
-        return cls(rows, epochs, micro_batch_tokens)
-
-    def epoch(self, number: int) -> list[Minibatch]:
-        """The minibatches of one epoch."""
-        return [Minibatch(per_rank, self.rows, self.budget) for per_rank in self.epochs[number]]
-
-    def with_frozen_states(self, states: Mapping[int, Tensor] | None) -> Minibatches:
-        """The same minibatches, whose passes start from cached hidden states; see `Experience.frozen_states`."""
-        return replace(self, rows=replace(self.rows, frozen_states=states))
+        """Divide the episodes of a rollout, in one random order per epoch; see `divide`."""
+        pairs = zip(rollout.prompts.ids, rollout.completions)
+        rows = TokenRows(
+            [(prompt + c.ids, [False] * len(prompt) + [True] * len(c.ids)) for prompt, c in pairs], pad_id, packed
+        )
+        totals, processes = [len(ids) for ids, _ in rows.rows], distributed.world_size()
+        divisions = [divide(totals, order, minibatches, budget, packed, processes) for order in orders]
+        return cls(rows, [[Minibatch(per_rank, rows, budget) for per_rank in division] for division in divisions])
 
 
 @dataclass

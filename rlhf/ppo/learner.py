@@ -19,7 +19,6 @@ from rlhf.ppo.losses import policy_loss, value_loss
 from rlhf.ppo.types import Experience, MicroBatch
 from rlhf.rollout.streams import endless
 from rlhf.training.engine import Engine
-from rlhf.training.out_of_memory import passes_that_fit
 
 SUMS = ("tokens", "kl_k1", "kl_k3", "clipped", "values_clipped", "policy_loss", "value_loss", "entropy", "ptx_loss")
 
@@ -39,6 +38,11 @@ class StepSums:
     ptx_loss: float
     ratio_min: float
     ratio_max: float
+
+    @property
+    def approx_kl(self) -> float:
+        """The k3 estimate of KL(old policy || policy), nats a token."""
+        return self.kl_k3 / self.tokens
 
     @classmethod
     def reduced(cls, steps: Sequence[tuple[Tensor, Tensor]]) -> list[StepSums]:
@@ -103,27 +107,24 @@ class Learner:
             UserError: A loss or gradient is not finite, or a micro-batch of one episode does not fit in memory. That
                 minibatch's step is not applied.
         """
-        minibatches = minibatches.with_frozen_states(experience.frozen_states)
-        target_kl, epochs = self.config.loss.target_kl, len(minibatches.epochs)
+        target_kl, epochs = self.config.loss.target_kl, minibatches.epochs
         critic_only = update_index < self.config.critic.warmup_updates and self.config.needs_critic
-        steps: list[StepSums] = []
+        sums: list[tuple[Tensor, Tensor]] = []
         norms: list[float] = []
         done = 0
-        for epoch in range(epochs):
-            sums = []
-            parts = minibatches.epoch(epoch)
+        for epoch, parts in enumerate(epochs):
             for index, minibatch in enumerate(parts):
-                step = (update_index * epochs + epoch) * len(parts) + index
-                sums.append(self._fitting(experience, advantages, minibatch, step, critic_only))
+                step = (update_index * len(epochs) + epoch) * len(parts) + index
+                sums.append(self._passes(experience, advantages, minibatch, step, critic_only))
                 norm = self.engine.step(lr_scale)
                 if norm is None:
                     where = f"update {update_index + 1}, epoch {epoch + 1}, minibatch {index + 1}"
                     raise _not_finite(experience, minibatch, where)
                 norms.append(norm)
             done += 1
-            steps += StepSums.reduced(sums)
-            if target_kl is not None and steps[-1].kl_k3 / steps[-1].tokens > target_kl:
+            if target_kl is not None and StepSums.reduced(sums[-1:])[0].approx_kl > target_kl:
                 break
+        steps = StepSums.reduced(sums)
         return _metrics(steps) | {
             "optimizer/grad_norm": sum(norms) / len(norms),
             "optimizer/epochs": done,
@@ -131,52 +132,38 @@ class Learner:
             "optimizer/halvings": self.budget.halvings,
         }
 
-    def _fitting(
+    def _passes(
         self, experience: Experience, advantages: Advantages, minibatch: Minibatch, step: int, critic_only: bool
     ) -> tuple[Tensor, Tensor]:
-        """`_backward` of a minibatch, repeated in smaller micro-batches while memory runs out."""
+        """Accumulate the gradient of a minibatch, in smaller micro-batches where memory runs out. Returns this rank's
+        `SUMS` and [-smallest, largest ratio]."""
         minibatch = minibatch.within(self.budget.tokens)
-        less = f"batch.micro_batch_tokens={max(self.budget.tokens // 2, 1)}"
+        smaller = f"batch.micro_batch_tokens={max(self.budget.tokens // 2, 1)}"
         while True:
-            passes = partial(self._backward, experience, advantages, minibatch, step, critic_only)
-            found = passes_that_fit(self.engine, passes, less)
+            batches, tokens = minibatch.micro_batches(experience.frozen_states), minibatch.tokens
+            demonstrations, ptx_tokens = self.ptx.batch(step, len(batches)) if self.ptx else ([None] * len(batches), 1)
+            loss_of = partial(self._loss, experience, advantages, tokens, ptx_tokens, critic_only)
+            found = self.engine.accumulate(list(zip(batches, demonstrations)), loss_of, smaller)
             if found is not None:
-                return found
+                sums, extremes = zip(*found)
+                return sum(sums[1:], sums[0]), torch.stack(extremes).amax(0)
             minibatch = self.budget.split(minibatch)
 
-    def _backward(
-        self, experience: Experience, advantages: Advantages, minibatch: Minibatch, step: int, critic_only: bool
-    ) -> tuple[Tensor, Tensor]:
-        """Accumulate the gradient of one minibatch. Gives this rank's `SUMS` and [-smallest, largest ratio]."""
-        device = minibatch.rows.device
-        batches, tokens = minibatch.micro_batches(), minibatch.tokens
-        demonstrations, ptx_tokens = self.ptx.batch(step, len(batches)) if self.ptx else ([None] * len(batches), 1)
-        sums, extremes = torch.zeros(len(SUMS), device=device), torch.full((2,), -torch.inf, device=device)
-        for i, (batch, ptx) in enumerate(zip(batches, demonstrations)):
-            loss, parts, ratios = self._loss(experience, advantages, batch, tokens, ptx, ptx_tokens, critic_only)
-            self.engine.backward(loss, last=i == len(batches) - 1)
-            sums, extremes = sums + parts, torch.maximum(extremes, ratios)
-        return sums, extremes
-
     def _loss(
-        self,
-        experience: Experience,
-        advantages: Advantages,
-        batch: MicroBatch,
-        tokens: int,
-        ptx: MicroBatch | None,
-        ptx_tokens: int,
-        critic_only: bool,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """The token losses of a micro-batch, divided by the tokens of the minibatch; and the sums and ratio extremes
-        that `_backward` accumulates.
+        self, experience: Experience, advantages: Advantages, tokens: int, ptx_tokens: int, critic_only: bool,
+        batches: tuple[MicroBatch, MicroBatch | None],
+    ) -> tuple[Tensor, tuple[Tensor, Tensor]]:  # fmt: skip
+        """The token losses of a micro-batch, divided by the tokens of the minibatch; and its sums and ratio extremes.
 
         Args:
+            experience: What was computed before learning.
+            advantages: Weights of the policy gradient, and the critic's targets.
             tokens: Response tokens of the minibatch on all ranks.
-            ptx: Demonstrations that go with this micro-batch.
             ptx_tokens: Tokens of the step's demonstrations on all ranks.
             critic_only: Only the critic is trained in this update.
+            batches: A micro-batch, and demonstrations that go with it.
         """
+        batch, ptx = batches
         c, old = self.config.loss, _old_columns(experience, advantages, batch)
         out = self.engine.forward(batch, self.config.rollout.temperature, ptx)
         value = values_clipped = ptx_loss = out.logprobs.new_zeros(())
@@ -202,7 +189,7 @@ class Learner:
         count = policy.new_tensor(float(len(out.logprobs)))
         counted = torch.stack([count, stats.kl_k1, stats.kl_k3, stats.clipped, values_clipped])
         means = torch.stack([policy, value, entropy, ptx_loss]).detach() * tokens
-        return loss, torch.cat([counted, means]), torch.stack([-stats.ratio_min, stats.ratio_max])
+        return loss, (torch.cat([counted, means]), torch.stack([-stats.ratio_min, stats.ratio_max]))
 
 
 class _OldColumns(NamedTuple):

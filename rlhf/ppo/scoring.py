@@ -12,13 +12,13 @@ from torch.nn.utils.rnn import pad_sequence
 from rlhf.core.errors import UserError
 from rlhf.data.chat_tokenizer import ChatTokenizer
 from rlhf.guard.observers import Observers
-from rlhf.ppo.batching import Minibatch, TokenRows
+from rlhf.ppo.batching import Minibatch
 from rlhf.ppo.config import PPOConfig
 from rlhf.ppo.frozen_layers import gather_states, states_per_sequence
 from rlhf.ppo.losses import importance_weights
 from rlhf.ppo.masked import masked_mean
 from rlhf.ppo.models import Models
-from rlhf.ppo.types import Experience, MicroBatch, Rollout, gather_episodes, gather_scores, gather_tokens
+from rlhf.ppo.types import Experience, MicroBatch, Rollout, gather_parts
 from rlhf.reward.sources import RewardInputs, Source, scores_with_disagreement
 
 
@@ -46,23 +46,26 @@ class Scorer:
             UserError: A score is not finite.
         """
         config, mask = self.config, rollout.response_mask
-        from_sampler = config.score.policy == "sampler"
+        lengths, from_sampler = rollout.lengths, config.score.policy == "sampler"
         episodes: list[int] = []
         columns: list[Tensor] = []
-        parts: list[dict[str, Tensor]] = []
+        parts: list[Tensor] = []
         states: dict[int, Tensor] = {}
-        for batch in (batch for minibatch in minibatches for batch in minibatch.micro_batches()):
+        for batch in [batch for minibatch in minibatches for batch in minibatch.micro_batches()]:
             batch = self.models.with_frozen_states(batch)
             tokens = self.models.token_scores(batch, config.rollout.temperature, policy=not from_sampler)
             # the reference's log-probs are placeholders for what is not computed
             columns.append(torch.stack([tokens.ref_logprobs if c is None else c for c in tokens], dim=1))
-            parts.append(self._scores(rollout, minibatches[0].rows, batch, gold))
+            found = self._scores(rollout, batch, gold)
+            parts.append(torch.stack(list(found.values()), dim=1)[: len(batch.episodes)])
             episodes += batch.episodes
             states |= gather_states(batch) if batch.frozen_states is not None else {}
-        order = gather_episodes(episodes)
-        scores = {name: gather_scores(torch.cat([part[name] for part in parts]), order) for name in parts[0]}
-        logprobs, ref_logprobs, entropies, values = gather_tokens(torch.cat(columns), order, rollout.lengths)
+        per_token, per_episode = gather_parts(episodes, torch.cat(columns), torch.cat(parts), lengths)
+        logprobs, ref_logprobs, entropies, values = per_token
         importance, sampled = None, rollout.sampler_logprobs
+        scores = dict(zip(found, per_episode))
+        for name, one in scores.items():
+            self._check_finite(name, one, rollout)
         if from_sampler:
             assert sampled is not None  # PPOConfig allows only samplers and options for which log-probs are reported
             logprobs, entropies = sampled, -sampled  # the mean of -log p over sampled tokens estimates the entropy
@@ -81,32 +84,27 @@ class Scorer:
             frozen_states=states or None,
         )
 
-    def _scores(self, rollout: Rollout, rows: TokenRows, batch: MicroBatch, gold: bool) -> dict[str, Tensor]:
-        """Scores of a micro-batch's episodes, [N] each: `reward`, with an ensemble its `disagreement`, and those of the
-        observers."""
+    def _scores(self, rollout: Rollout, batch: MicroBatch, gold: bool) -> dict[str, Tensor]:
+        """Scores of a micro-batch's episodes (of another one for a filler), float32 [N] each: `reward`, with an
+        ensemble its `disagreement`, and those of the observers."""
         episodes = batch.episodes or [0]  # under ZeRO-3 every rank must make the pass, with a filler too
         states = None if batch.frozen_states is None else pad_sequence(states_per_sequence(batch), batch_first=True)
-        inputs = RewardInputs(
-            [rollout.prompts.messages[i] for i in episodes],
-            self.chat.decode_all([rollout.completions[i].ids for i in episodes]),
-            *rows.padded(batch.episodes),
-            states,
-        )
+        messages = [rollout.prompts.messages[i] for i in episodes]
+        responses = [rollout.completions[i].ids for i in episodes]
+        rows = [rollout.prompts.ids[i] + rollout.completions[i].ids for i in episodes]
+        texts, (ids, mask) = self.chat.decode_all(responses), self.chat.pad(rows, batch.input_ids.device)
+        inputs = RewardInputs(messages, texts, ids, mask, states)
         scores, disagreement = scores_with_disagreement(self.reward, inputs)
         found = {"reward": scores} | ({} if disagreement is None else {"disagreement": disagreement})
-        found |= self.observers(inputs, gold) if self.observers.sources else {}
-        for name, values in found.items():
-            _check_finite(name, values, inputs)
-        return {name: values[: len(batch.episodes)] for name, values in found.items()}
+        return found | (self.observers(inputs, gold) if self.observers.sources else {})
 
-
-def _check_finite(name: str, scores: Tensor, inputs: RewardInputs) -> None:
-    if torch.isfinite(scores).all():
-        return
-    worst = int((~torch.isfinite(scores)).nonzero()[0])
-    prompt, completion = inputs.messages[worst][-1]["content"], inputs.completions[worst]
-    raise UserError(
-        f"{name}: the score of a completion is {scores[worst]}, not a finite number",
-        f"Prompt: ...{prompt[-80:]!r}; completion: {completion[:80]!r}.",
-        "Correct the reward; the last checkpoint is usable.",
-    )
+    def _check_finite(self, name: str, scores: Tensor, rollout: Rollout) -> None:
+        if torch.isfinite(scores).all():
+            return
+        worst = int((~torch.isfinite(scores)).nonzero()[0])
+        prompt, answer = rollout.prompts.messages[worst][-1]["content"], rollout.completions[worst].ids
+        raise UserError(
+            f"{name}: the score of a completion is {scores[worst]}, not a finite number",
+            f"Prompt: ...{prompt[-80:]!r}; completion: {self.chat.decode(answer)[:80]!r}.",
+            "Correct the reward; the last checkpoint is usable.",
+        )

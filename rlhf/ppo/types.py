@@ -170,27 +170,27 @@ def gather_completions(mine: Sequence[Completion], first: int) -> list[Completio
     return [completion for completion in gathered if completion is not None]
 
 
-def gather_episodes(mine: Sequence[int]) -> Tensor:
-    """Episode numbers in the order in which the ranks' parts are gathered: this rank's `mine` -> int64 [N], CPU."""
-    return distributed.all_gather_rows(torch.tensor(list(mine), dtype=torch.int64, device=distributed.device())).cpu()
-
-
-def gather_tokens(columns: Tensor, order: Tensor, lengths: Tensor) -> list[Tensor]:
-    """Per-token columns of this rank's episodes -> those of all episodes, a float32 [N, T] on the CPU per column.
+def gather_parts(
+    episodes: Sequence[int], columns: Tensor, scores: Tensor, lengths: Tensor
+) -> tuple[list[Tensor], list[Tensor]]:
+    """What was computed for this rank's k episodes -> the same for all N episodes, on the CPU. Every rank calls it.
 
     Args:
-        columns: float32 [n, C], the response tokens of this rank's episodes, one episode after the other.
-        order: What `gather_episodes` returned.
+        episodes: Numbers of this rank's episodes.
+        columns: float32 [n, C], a row for each of their n response tokens, one episode after the other.
+        scores: float32 [k, S], a row for each of them.
         lengths: int64 [N], response tokens of each episode.
+
+    Returns:
+        C tensors float32 [N, T], 0 at padding, and S tensors float32 [N].
     """
-    flat = distributed.all_gather_rows(columns).cpu()
-    padded = [unflatten(column, lengths[order]) for column in flat.unbind(1)]
-    width = int(lengths.max())
-    return [torch.zeros(len(lengths), width).index_copy(0, order, column) for column in padded]
-
-
-def gather_scores(scores: Tensor, order: Tensor) -> Tensor:
-    """Scores of this rank's episodes, float32 [n, ...] -> those of all episodes, [N, ...] on the CPU; `order` as
-    above."""
-    found = distributed.all_gather_rows(scores.to(distributed.device())).cpu()
-    return torch.zeros_like(found).index_copy(0, order, found)
+    device = distributed.device()
+    order = distributed.all_gather_rows(torch.tensor(list(episodes), dtype=torch.int64, device=device)).cpu()
+    flat = distributed.all_gather_rows(columns).cpu().T
+    rows = distributed.all_gather_rows(scores.to(device)).cpu().T
+    mask = torch.arange(int(lengths.max()))[None] < lengths[order][:, None]
+    gathered = flat.new_zeros(len(flat), *mask.shape)
+    gathered[:, mask] = flat
+    per_token, per_episode = torch.zeros_like(gathered), torch.zeros_like(rows)
+    per_token[:, order], per_episode[:, order] = gathered, rows
+    return list(per_token), list(per_episode)

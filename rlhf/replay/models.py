@@ -10,7 +10,7 @@ from torch import Tensor
 from rlhf.core.errors import UserError
 from rlhf.data.chat_tokenizer import load_tokenizer
 from rlhf.guard.observers import Observers
-from rlhf.ppo.batching import Minibatches, TokenRows
+from rlhf.ppo.batching import Minibatches
 from rlhf.ppo.config import PPOConfig
 from rlhf.ppo.models import Models, load_separate
 from rlhf.ppo.scoring import Scorer
@@ -66,10 +66,10 @@ def by_models(config: PPOConfig, run: Path, record: UpdateRecord) -> dict[str, T
     if checkpoint is not None:
         models.engine.load(checkpoint, optimizer=False)
     rollout = record.experience.rollout
-    rows = TokenRows.of_rollout(rollout, chat.pad_id)
-    whole = Minibatches.of(rows, [range(len(rows.rows))], 1, config.batch.micro_batch_tokens)
+    order = range(len(rollout.completions))
+    whole = Minibatches.of_rollout(rollout, chat.pad_id, False, [order], 1, config.batch.micro_batch_tokens)
     scorer = Scorer(config, chat, models, source, Observers({}, context))
-    made = scorer.score(rollout, whole.epoch(0))
+    made = scorer.score(rollout, whole.epochs[0])
     found = {"ref_logprobs": made.ref_logprobs, "scores": made.scores}
     if config.score.policy == "recompute":
         found["logprobs"] = made.logprobs

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -23,8 +23,12 @@ from rlhf.core.freeing import freed_at_once
 from rlhf.distributed.deepspeed_json import SET_BY_US, deepspeed_settings, with_sizes
 from rlhf.models.load import compute_dtype
 from rlhf.training.deepspeed_shares import deepspeed_shares, refresh_weights
+from rlhf.training.out_of_memory import free_memory, refuse_other_errors
 from rlhf.training.placing import divide, flattened_one_by_one, place
 from rlhf.training.saved_state import Share, load_state, save_state
+
+T = TypeVar("T")
+Found = TypeVar("Found")
 
 
 def cast_frozen_linears_(module: nn.Module, dtype: torch.dtype, tied: bool = False) -> list[tuple[nn.Module, Tensor]]:
@@ -88,6 +92,45 @@ class Engine:
         if self.dtype == torch.float32:
             return nullcontext()
         return torch.autocast(distributed.device().type, dtype=self.dtype)
+
+    def accumulate(
+        self, batches: Sequence[T], loss_of: Callable[[T], tuple[Tensor, Found]], smaller: str
+    ) -> list[Found] | None:
+        """Run the forward and backward passes of an optimizer step; every rank calls it.
+
+        Args:
+            batches: This rank's micro-batches.
+            loss_of: Gives a micro-batch's loss, and what else is wanted of it.
+            smaller: A config override that makes the passes smaller, for the error: `batch.micro_batch_size=4`.
+
+        Returns:
+            What else `loss_of` gave for each micro-batch. None, on all ranks, if a rank ran out of memory: then the
+            gradients and activations of all passes are freed. The weights are unchanged.
+
+        Raises:
+            UserError: Memory ran out, and the engine cannot repeat passes.
+        """
+        found: list[Found] | None = None
+        try:
+            found = self._passes(batches, loss_of)
+        except (RuntimeError, MemoryError) as error:
+            refuse_other_errors(error, self.stage, self.repeatable, smaller)
+        if not self.repeatable or not self._on_any_rank(found is None):
+            return found
+        self.forget()
+        free_memory()
+        return None
+
+    def _passes(self, batches: Sequence[T], loss_of: Callable[[T], tuple[Tensor, Found]]) -> list[Found]:
+        found = []
+        for i, batch in enumerate(batches):
+            loss, one = loss_of(batch)
+            self.backward(loss, last=i == len(batches) - 1)
+            found.append(one)
+        return found
+
+    def _on_any_rank(self, flag: bool) -> bool:
+        return flag  # one process
 
     def backward(self, loss: Tensor, last: bool) -> None:
         """Add the gradient of `loss`; `last` marks the last micro-batch before `step`."""
@@ -237,6 +280,9 @@ class DeepSpeedEngine(Engine):
         self.deepspeed.backward(loss * distributed.world_size())
         if not last:
             self.deepspeed.step()  # counts the micro-step; weights move at the boundary only
+
+    def _on_any_rank(self, flag: bool) -> bool:
+        return distributed.any_rank(flag)
 
     def forget(self) -> None:
         self.deepspeed.optimizer.zero_grad()

@@ -22,7 +22,6 @@ from rlhf.runs.run import Run
 from rlhf.runs.sigterm import sigterm_noted
 from rlhf.training.engine import Engine, make_engine
 from rlhf.training.epoch_order import StepRows
-from rlhf.training.out_of_memory import passes_that_fit
 from rlhf.training.reporter import Reporter
 from rlhf.training.schedule import lr_scale
 
@@ -170,17 +169,15 @@ class Loop(Generic[Batch]):
         items = distributed.all_sum(sum(counts, torch.zeros_like(counts[0])))
         items = items.where(items > 0, 1)
 
-        def passes() -> Tensor:
-            noted = torch.zeros_like(self._window)
-            for i, (batch, count) in enumerate(zip(batches, counts)):
-                total, sums = self.objective.loss(self.engine, batch)
-                loss = total / items
-                self.engine.backward(loss, last=i == len(batches) - 1)
-                values = (loss, *sums, count, self.objective.tokens(batch))
-                noted += torch.stack([value.detach().double() for value in values])
-            return noted
+        def loss_of(batch: tuple[Batch, Tensor]) -> tuple[Tensor, Tensor]:
+            total, sums = self.objective.loss(self.engine, batch[0])
+            loss = total / items
+            values = (loss, *sums, batch[1], self.objective.tokens(batch[0]))
+            return loss, torch.stack([value.detach().double() for value in values])
 
-        return passes_that_fit(self.engine, passes, f"batch.micro_batch_size={self._smaller}")
+        smaller = f"batch.micro_batch_size={self._smaller}"
+        noted = self.engine.accumulate(list(zip(batches, counts)), loss_of, smaller)
+        return None if noted is None else sum(noted, torch.zeros_like(self._window))
 
     @property
     def _smaller(self) -> int:

@@ -1,19 +1,13 @@
-"""Running out of memory in a pass of an optimizer step: gradients and activations are freed, so that the step can be
-repeated in smaller passes."""
+"""Running out of memory in a pass: which errors say so, and what is freed before the pass is repeated."""
 
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable
-from typing import TypeVar
 
 import torch
 
-from rlhf import distributed
 from rlhf.core.errors import UserError
-from rlhf.training.engine import Engine
 
-T = TypeVar("T")
 SIGNS = ("DefaultCPUAllocator", "bad_alloc", "STATUS_ALLOC_FAILED")
 """Texts of the RuntimeErrors of torch's allocator on a CPU, of C++, and of cuBLAS and its kin."""
 
@@ -28,38 +22,32 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and any(sign in str(error) for sign in SIGNS)
 
 
-def passes_that_fit(engine: Engine, passes: Callable[[], T], less: str) -> T | None:
-    """Run the forward and backward passes of an optimizer step, before `engine.step`. Every rank calls it.
+def refuse_other_errors(error: BaseException, stage: int, repeatable: bool, smaller: str) -> None:
+    """Pass if a pass ran out of memory and can be repeated.
 
     Args:
-        engine: It accumulates the gradients.
-        passes: Runs the passes.
-        less: A config override that makes the passes smaller, for the error: `batch.micro_batch_size=4`.
-
-    Returns:
-        What `passes` returned. None, on all ranks, if a rank ran out of memory: then the gradients and activations of
-        all passes are freed. The weights are unchanged.
+        error: What the pass raised.
+        stage: The engine's ZeRO stage.
+        repeatable: Whether its passes can be repeated.
+        smaller: A config override that makes the passes smaller.
 
     Raises:
-        UserError: Memory ran out, and the engine cannot repeat passes.
+        UserError: Memory ran out, and the pass cannot be repeated.
+        BaseException: Another error, as it is.
     """
-    done: T | None = None
-    try:
-        done = passes()
-    except (RuntimeError, MemoryError) as error:
-        if not is_out_of_memory(error):
-            raise
-        if not engine.repeatable:
-            raise UserError(
-                f"out of memory in a forward or backward pass ({str(error).splitlines()[0]})",
-                f"Under ZeRO stage {engine.stage} ranks exchange gradients within a pass, so this step cannot be "
-                "repeated with smaller passes.",
-                f"Continue from the last checkpoint with smaller ones: --resume {less}",
-            ) from None
-    if not engine.repeatable or not distributed.any_rank(done is None):
-        return done
-    engine.forget()
-    gc.collect()  # the failed pass's graph
+    if not is_out_of_memory(error):
+        raise error
+    if not repeatable:
+        raise UserError(
+            f"out of memory in a forward or backward pass ({str(error).splitlines()[0]})",
+            f"Under ZeRO stage {stage} ranks exchange gradients within a pass, so this step cannot be "
+            "repeated with smaller passes.",
+            f"Continue from the last checkpoint with smaller ones: --resume {smaller}",
+        ) from None
+
+
+def free_memory() -> None:
+    """Free the graph of a pass that failed."""
+    gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
-    return None
