@@ -58,9 +58,9 @@ class Metric:
 METRICS: list[Metric] = []
 
 
-def metric(*facts: Any, **more: Any) -> None:
-    """Add a metric to the table."""
-    METRICS.append(Metric(*facts, **more))
+def metric(*facts: Any, look: str = "", bad: str = "", **more: Any) -> None:
+    """Add a metric to the table; conditions are given with spaces between them."""
+    METRICS.append(Metric(*facts, look=tuple(look.split()), bad=tuple(bad.split()), **more))
 
 
 def if_near(measure: Callable[[Facts], Found]) -> Callable[[Facts], Found]:
@@ -75,56 +75,56 @@ def if_near(measure: Callable[[Facts], Found]) -> Callable[[Facts], Found]:
 metric("duplicate-records", "duplicates", "fraction", "records",
        "Records that repeat an earlier one exactly: prompt, answers, ranks, annotator and time.",
        lambda facts: facts.repeats[0],
-       kinds=ANY, look=(">0.01",), bad=(">0.1",),
+       kinds=ANY, look=">0.01", bad=">0.1",
        advice="Run `rlhf data dedup`: each copy adds its weight in training.")
 
 metric("prompts-across-splits", "duplicates", "count", "prompts", "Prompts that are in more than one split.",
        lambda facts: facts.split_leaks[0] if facts.split_leaks else NO_SPLITS,
-       kinds=ANY, bad=(">0",),
+       kinds=ANY, bad=">0",
        advice="Run `rlhf data split` again: evaluation prompts that are in the training set make the score look better "
               "than it is.")
 
 metric("near-duplicates-within-splits", "duplicates", "fraction", "prompts",
        "Prompts that share four fifths of their three-word sequences with an earlier, different prompt of their split.",
        if_near(lambda facts: facts.near_prompts.within),
-       kinds=ANY, sampled="prompts", look=(">0.1",), bad=(">0.5",),
+       kinds=ANY, sampled="prompts", look=">0.1", bad=">0.5",
        advice="Run `rlhf data dedup --by prompt --near 0.8` if they ask the same thing; prompts made from a template "
               "may be similar on purpose.")
 
 metric("near-duplicates-across-splits", "duplicates", "count", "prompts",
        "Prompts that have a near-duplicate in another split.",
        if_near(lambda facts: facts.near_prompts.across or NO_SPLITS),
-       kinds=ANY, sampled="prompts", bad=(">0",),
+       kinds=ANY, sampled="prompts", bad=">0",
        advice="Run `rlhf data split --near 0.8`, which puts near-duplicates into the same split.")
 
 metric("contaminated-prompts", "duplicates", "count", "prompts of train or no split",
        "Prompts of train, or of no split, that are also in an evaluation set given with --against.",
        lambda facts: facts.contaminated[0] if facts.contaminated else NO_SETS,
-       kinds=ANY, bad=(">0",),
+       kinds=ANY, bad=">0",
        advice="Remove them with `rlhf data dedup --against EVALSET`; otherwise the evaluation means nothing.")
 
 metric("near-contaminated-prompts", "duplicates", "count", "prompts of train or no split",
        "Prompts of train, or of no split, that are near-duplicates of a prompt of an evaluation set.",
        lambda facts: if_near(lambda facts: facts.near_contaminated[0])(facts) if facts.evaluation else NO_SETS,
-       kinds=ANY, sampled="prompts", bad=(">0",),
+       kinds=ANY, sampled="prompts", bad=">0",
        advice="Look at the examples, and remove the prompts that ask the same thing.")
 
 metric("repeated-answers", "duplicates", "fraction", "answers",
        "Answers whose exact text also answers another prompt.",
        lambda facts: facts.repeated_answers[0] if facts.repeated_answers else NO_ANSWER,
-       kinds=WITH_ANSWERS, look=(">0.1",), bad=(">0.3",),
+       kinds=WITH_ANSWERS, look=">0.1", bad=">0.3",
        advice="Look at the most frequent ones: from stock refusals the reward model learns a phrase, not a judgement.")
 
 metric("near-duplicate-answers", "duplicates", "fraction", "answers",
        "Answers that are near-duplicates or copies of an answer to another prompt.",
        if_near(lambda facts: duplicates.near_answers(facts.texts) or NO_ANSWER),
-       kinds=WITH_ANSWERS, sampled="records", look=(">0.2",), bad=(">0.5",),
+       kinds=WITH_ANSWERS, sampled="records", look=">0.2", bad=">0.5",
        advice="Look for templates and stock phrases in the model or source that wrote the answers.")
 
 metric("near-identical-pairs", "duplicates", "fraction", "rankings",
        "Rankings whose first two answers differ but are near-duplicates of each other.",
        lambda facts: duplicates.near_identical_pairs(facts.texts) or "no record has two answers",
-       kinds=("proposal", "ranking"), sampled="records", look=(">0.05",), bad=(">0.2",),
+       kinds=("proposal", "ranking"), sampled="records", look=">0.05", bad=">0.2",
        advice="Propose answers that differ more: annotators have nothing to choose between here.")
 
 # ---- consistency ----------------------------------------------------------------------------------------------------
@@ -132,13 +132,13 @@ metric("near-identical-pairs", "duplicates", "fraction", "rankings",
 metric("ties", "consistency", "fraction", "pairs of answers",
        "Pairs of different answers in a ranking that were ranked equal.",
        lambda facts: consistency.ties(facts.pairs) or "no ranking has two different answers",
-       look=(">0.4",),
+       look=">0.4",
        advice="Propose answers that differ more: tied pairs teach the reward model nothing.")
 
 metric("contradictions", "consistency", "fraction", "pairs of answers ordered more than once",
        "Pairs of answers to one prompt that were ordered both ways, by one or several annotators; ties do not count.",
        lambda facts: consistency.contradictions(facts.pairs) or "no pair was ordered more than once",
-       look=(">0.3",),
+       look=">0.3",
        advice="Aggregate the rankings (`rlhf data aggregate`) before training. With two judgements per pair this is "
               "1 - `agreement`; it grows with their number, so compare annotators by `agreement`.")
 
@@ -151,14 +151,14 @@ metric("self-contradictions", "consistency", "fraction", "pairs that one annotat
        "Pairs that one named annotator ordered more than once, and both ways.",
        lambda facts: (consistency.self_contradictions(facts.pairs)
                       or "no named annotator ordered a pair more than once"),
-       look=(">0.1",), bad=(">0.3",),
+       look=">0.1", bad=">0.3",
        advice="Ask these annotators: either they clicked in haste, or the two answers are equally good.")
 
 metric("cycles", "consistency", "fraction", "prompts with three or more answers in several rankings",
        "Prompts where the majorities form a cycle: A over B, B over C, C over A.",
        lambda facts: (consistency.cycles(facts.pairs)
                       or "no prompt has three answers and several rankings"),
-       look=(">0.1",), bad=(">0.3",),
+       look=">0.1", bad=">0.3",
        advice="No reward can fit a cycle: collect more judgements there, or ask for a single criterion.")
 
 # ---- biases ---------------------------------------------------------------------------------------------------------
@@ -166,7 +166,7 @@ metric("cycles", "consistency", "fraction", "prompts with three or more answers 
 metric("longer-wins", "biases", "fraction", "ordered pairs of unequal length",
        "Win rate of the longer answer; one half means that length does not matter.",
        lambda facts: biases.longer_win_rate(facts.pairs) or "no ordered pair of unequal length",
-       look=(">0.6", "<0.4"), bad=(">0.7", "<0.3"),
+       look=">0.6 <0.4", bad=">0.7 <0.3",
        advice="Find out whether annotators prefer length itself: compare answers of similar length, and watch the "
               "reward model's correlation with length.")
 
@@ -174,7 +174,7 @@ metric("first-wins", "biases", "fraction", "ordered pairs with a known display o
        "Win rate of the answer shown first (at the top or on the left); one half means that the position does not "
        "matter.",
        lambda facts: biases.first_win_rate(facts.pairs) or "no ranking records the display order",
-       look=(">0.55", "<0.45"), bad=(">0.65", "<0.35"),
+       look=">0.55 <0.45", bad=">0.65 <0.35",
        advice="Shuffle the answers before they are shown, and inform the annotators. The table of annotators shows who "
               "prefers a position.")
 
@@ -188,7 +188,7 @@ metric("bag-of-words", "biases", "fraction", "ordered pairs",
        "Accuracy of a linear model of words that does not see the prompt, on held-out prompts; chance is one half.",
        lambda facts: (words.bag_of_words(facts.pairs, facts.texts)
                       or f"fewer than {words.FEWEST_PROMPTS} prompts have an ordered pair"),
-       sampled="pairs", look=(">0.7",), bad=(">0.85",),
+       sampled="pairs", look=">0.7", bad=">0.85",
        advice="A reward model can reach this accuracy from style alone. Check that it does clearly better, and look "
               "for phrases that reveal the source of an answer.")
 
@@ -207,7 +207,7 @@ metric("agreement", "agreement", "fraction", SHARED_PAIRS,
        "Probability that two annotators who ordered a pair ordered it in the same way; ties do not count, chance is "
        "one half.",
        lambda facts: agreement_estimate(facts.votes) or NO_TWO,
-       look=("<0.7",), bad=("<0.6",),
+       look="<0.7", bad="<0.6",
        advice="Write a more precise guideline with examples, train the annotators on it, and collect a new sample. "
               "OpenAI's labellers agree on 73 % (Ouyang et al. 2022).")
 
@@ -280,27 +280,27 @@ metric("annotators", "annotators", "number", "rankings", "Named annotators.",
 metric("random-annotators", "annotators", "count", COMPARED,
        "Annotators who agree with the others less than those do with each other, and no more than random clicks would.",
        _with_verdict("random"),
-       bad=(">0",),
+       bad=">0",
        advice="Look at their work and their time per ranking. Remove it with `rlhf data filter --where`, or give it "
               "less weight with `rlhf data aggregate`.")
 
 metric("reversed-annotators", "annotators", "count", COMPARED,
        "Annotators who disagree with the others more than chance would.",
        _with_verdict("reversed"),
-       bad=(">0",),
+       bad=">0",
        advice="Check whether the tool or the import reversed their ranks (5 = best).")
 
 metric("one-sided-annotators", "annotators", "count", "annotators with a known display order",
        "Annotators who prefer the answer shown first, or last, more than chance allows.",
        _one_sided,
-       look=(">0",),
+       look=">0",
        advice="If the display order was shuffled, they click on one side. If it was not (one model is always first), "
               "they may prefer that model.")
 
 metric("busiest-annotator", "annotators", "fraction", "rankings by named annotators",
        "Rankings by the annotator who made the most.",
        _busiest,
-       look=(">0.8",),
+       look=">0.8",
        advice="Distribute the work: the reward model learns the taste of this annotator.")
 
 # ---- texts ----------------------------------------------------------------------------------------------------------
@@ -334,5 +334,5 @@ metric("languages", "texts", "number", "prompts long enough to identify their la
 metric("answers-in-another-language", "texts", "fraction", "best answers long enough to identify their language",
        "Best answers in another language than their prompt.",
        lambda facts: facts.languages.other or "no prompt and answer are long enough to identify their language",
-       kinds=WITH_ANSWERS, sampled="languages", look=(">0.05",), bad=(">0.2",),
+       kinds=WITH_ANSWERS, sampled="languages", look=">0.05", bad=">0.2",
        advice="Look at these prompts: translation tasks are fine, a model that switches to English is not.")
