@@ -72,13 +72,7 @@ def openassistant(path: Path, reject: OnReject) -> Iterator[Record]:
     for items in in_groups(path, reject, _tree_of_message):
         line, raw, row = items[0]
         if tree := _tree_of_message(row):
-            messages = [
-                _Message(
-                    each.line, *(_text_or_none(each.value, name) for name in ("message_id", "parent_id")), each.value
-                )
-                for each in items
-            ]
-            yield from _rankings(path, reject, messages, *tree, fields)
+            yield from _rankings(path, reject, list(map(_message, items)), *tree, fields)
             continue
         try:
             messages, group = _of_tree(line, row)

@@ -45,7 +45,7 @@ class _Sandbox(SandboxedEnvironment):
         super().__init__(undefined=StrictUndefined, autoescape=False, trim_blocks=True, lstrip_blocks=True)
         self.globals.clear()  # range, lipsum, cycler, ...
         self.filters = {name: filters.FILTERS[name] for name in FILTERS} | {"regex_replace": _regex_replace}
-        self.tests["search"] = _search
+        self.tests["search"] = lambda text, pattern: re.search(pattern, text) is not None
 
     def call(self, context: Any, called: Any, /, *args: Any, **kwargs: Any) -> Any:
         if not (isinstance(getattr(called, "__self__", None), str) and called.__name__ in METHODS):
@@ -59,11 +59,6 @@ class _Sandbox(SandboxedEnvironment):
         if operator == "**" and (abs(right) > LARGEST_POWER or abs(left) > 2**LARGEST_POWER):
             raise SecurityError(f"{left} ** {right} is too large")
         return super().call_binop(context, operator, left, right)
-
-
-def _search(text: str, pattern: str) -> bool:
-    """Whether the regular expression is found in the text."""
-    return re.search(pattern, text) is not None
 
 
 def _regex_replace(text: str, pattern: str, new: str = "") -> str:

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Any, Literal
 
 from data_tools.published.table import FileHead, any_of, row_format, rows_have
 from data_tools.reading.annotation_exports import person, since_1970
-from data_tools.reading.csv_rows import CSV, csv_rows
+from data_tools.reading.csv_rows import CSV, csv_or_rows
 from data_tools.reading.fields import (
     chat,
     elements,
@@ -22,9 +20,8 @@ from data_tools.reading.fields import (
     text_if_any,
 )
 from data_tools.reading.judgements import score
-from data_tools.reading.rows import JSON, rows
+from data_tools.reading.rows import JSON
 from data_tools.reading.turns import from_json_text, shared_turns
-from rlhf.data.jsonl import Item, OnReject
 from rlhf.data.schema import BadRecord, Message, Ranking, brief
 
 TIE, BOTH_BAD = ("tie", "tie (inconsistent)"), ("tie (bothbad)", "tie (both bad)", "bothbad", "both_bad", "both bad")
@@ -38,10 +35,6 @@ def is_competition_table(text: str) -> bool:
     return {"prompt", "response_a", "response_b", *VOTES} <= set(
         text.split("\n")[0].strip().replace('"', "").split(",")
     )
-
-
-def _rows(path: Path, reject: OnReject) -> Iterator[Item]:
-    return csv_rows(path, reject) if path.name.endswith(CSV) else rows(path, reject)
 
 
 def _detect_table(head: FileHead) -> str | None:
@@ -59,7 +52,7 @@ def _detect_table(head: FileHead) -> str | None:
     ),
     suffixes=JSON + CSV,
     left_out=("toxic_chat_tag",),
-    read=_rows,
+    read=csv_or_rows,
 )
 def chatbot_arena(
     row: Any, *, turns: Literal["reject", "first"] = "reject", both_bad: Literal["tie", "reject"] = "tie"

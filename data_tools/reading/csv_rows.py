@@ -9,6 +9,7 @@ from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
+from data_tools.reading.rows import rows
 from rlhf.core import limits
 from rlhf.core.errors import UserError, nearest
 from rlhf.data.jsonl import READ_ERRORS, Item, OnReject, Reject, cut_off_fault, open_bytes
@@ -67,6 +68,11 @@ def csv_rows(
             yield Item(number, raw, dict(zip(header, fields)))
         else:
             reject(Reject.of(path, number, fault, raw.encode("utf-8", "surrogateescape")))
+
+
+def csv_or_rows(path: Path, reject: OnReject) -> Iterator[Item]:
+    """The rows of a file: as `csv_rows` gives them if its name says CSV or TSV, else as `rows` does."""
+    return (csv_rows if path.name.endswith(CSV) else rows)(path, reject)
 
 
 def csv_columns(path: Path, *, delimiter: str | None = None, encoding: str = "utf-8") -> list[str]:

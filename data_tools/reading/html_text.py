@@ -51,7 +51,7 @@ class _Parser(HTMLParser):
     def handle_endtag(self, tag: str) -> None:
         if tag == "pre" and self._code:
             self._code -= 1
-            self.parts.append("\n```\n\n" if not self._ends_line() else "```\n\n")
+            self.parts.append("```\n\n" if self.parts[-1].endswith("\n") else "\n```\n\n")
         elif tag in BLOCKS:
             self.parts.append("\n\n")
         elif tag == "code" and not self._code:
@@ -61,9 +61,6 @@ class _Parser(HTMLParser):
     def handle_data(self, data: str) -> None:
         if not self._unseen:
             self.parts.append(data if self._code else _in_line(data))
-
-    def _ends_line(self) -> bool:
-        return bool(self.parts) and self.parts[-1].endswith("\n")
 
 
 def _in_line(text: str) -> str:

@@ -15,8 +15,8 @@ from typing import Any
 from data_tools.importers.run import ImportSummary, find_files, write_import
 from data_tools.io.expressions import Failed
 from data_tools.io.rejects import Rejects
-from data_tools.reading.csv_rows import CSV, csv_rows
-from data_tools.reading.rows import JSON, converted, rows
+from data_tools.reading.csv_rows import CSV, csv_or_rows
+from data_tools.reading.rows import JSON, converted
 from data_tools.tasks.families import Family, TaskTemplate, load_family, read_family
 from data_tools.tasks.rows import MOST_LETTERS, Mapper, TemplateRow, parse_choices
 from rlhf.core import console
@@ -271,6 +271,5 @@ def _check(options: Options, family: Family) -> None:
 def _read(mappers: dict[Path, Mapper], reject: OnReject) -> Iterator[tuple[Path, Item, TemplateRow]]:
     """The examples of all files, each with its row; a row that gives none goes to `reject`."""
     for file, mapper in mappers.items():
-        read = csv_rows if file.name.endswith(CSV) else rows
-        for item, example in converted(file, reject, read(file, reject), mapper):
+        for item, example in converted(file, reject, csv_or_rows(file, reject), mapper):
             yield file, item, example
