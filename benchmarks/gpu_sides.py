@@ -92,7 +92,7 @@ class Decoding:
     """Counts the decoding steps of a rollout and times its prefills, by wrapping the sampler."""
 
     def __init__(self) -> None:
-        from rlhf.rollout.decoding import Decoding as Schedule
+        from rlhf.rollout.decoding import Schedule
         from rlhf.rollout.slots import Slots
 
         self.clear()

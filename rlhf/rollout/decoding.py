@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 import torch
 import transformers
+from torch import Tensor
 
 from rlhf.core.errors import UserError
 from rlhf.data.chat_tokenizer import ChatTokenizer
@@ -51,38 +52,38 @@ def decode(
         model.eval()
         for start in range(0, len(order), max(at_once, 1)):
             requests = order[start : start + at_once]
-            completions |= Decoding(model, prompts, seeds, sampling, chat, requests, joins, step, adapters).run()
+            forward: Callable[..., Tensor] = next_logits
+            new_cache: Callable[[Any, int], Any] = JoinedCache if joins else kv_cache.BatchCache
+            if step == "cuda_graph":
+                virtual = max(map(adapters.virtual_tokens, requests)) if adapters else 0
+                longest = virtual + max(map(len, prompts)) + sampling.max_new_tokens
+                forward, new_cache = kv_cache.GraphStep(model.device), partial(kv_cache.FixedCache, longest=longest)
+            count = min(len(requests), sampling.batch_size)
+            slots = Slots(count, model, seeds, sampling, chat, new_cache, forward, adapters)
+            completions |= Schedule(slots, prompts, requests, joins, step == "cuda_graph").run()
         model.train(was_training)
-    return [completions[i] for i in range(len(prompts))]
+        return [completions[i] for i in range(len(prompts))]
 
 
-class Decoding:
-    """Requests that wait for one of a fixed number of slots, and the slots."""
+class Schedule:
+    """Requests that wait for a slot."""
 
     def __init__(
-        self, model: Any, prompts: Sequence[list[int]], seeds: Sequence[int], sampling: SamplingParams,
-        chat: ChatTokenizer, requests: Sequence[int], joins: bool, step: StepKind, adapters: RowAdapters | None,
-    ) -> None:  # fmt: skip
+        self, slots: Slots, prompts: Sequence[list[int]], requests: Sequence[int], joins: bool, halves: bool
+    ) -> None:
         """
         Args:
+            slots: The slots, all of them free.
+            prompts: Token ids of all prompts.
             requests: Which prompts to complete, in this order.
             joins: Whether new sequences can join the cache while others are being decoded (`kv_cache.joinable`).
-            adapters: Adapters per row; None if all rows have the same.
+            halves: Whether the number of slots may only halve, since each one needs another CUDA graph.
         """
-        self.model, self.prompts, self.seeds, self.chat, self.joins = model, prompts, seeds, chat, joins
-        self.adapters, self.fixed, self.waiting = adapters, step != "eager", list(requests)
+        self.slots, self.prompts, self.waiting, self.joins, self.halves = slots, prompts, list(requests), joins, halves
         # Padding between virtual tokens and prompt would count as distance in the mask of a sliding window.
-        self.equal_lengths = adapters is not None and kv_cache.windowed(model)
+        self.equal_lengths = slots.adapters is not None and kv_cache.windowed(slots.model)
         self.held: Prefilled | None = None
         """The prefill of the prompt whose further completions wait for a slot."""
-        new_cache: Callable[[Any, int], Any] = JoinedCache if joins else kv_cache.BatchCache
-        if self.fixed:
-            longest = max(map(self._length, range(len(prompts)))) + sampling.max_new_tokens
-            new_cache = partial(kv_cache.FixedCache, longest=longest)
-        self.slots = Slots(
-            min(len(requests), sampling.batch_size), model, seeds, sampling, chat, new_cache,
-            kv_cache.GraphStep(model.device) if self.fixed else next_logits, adapters,
-        )  # fmt: skip
 
     def run(self) -> dict[int, Completion]:
         """Decode until every request has its completion."""
@@ -91,7 +92,7 @@ class Decoding:
             free, count = slots.requests.count(None), len(slots.requests)
             if self.waiting:  # a prefill costs about as much as a step
                 enough = free >= min(len(self.waiting), max(1, count // 8))
-            elif self.fixed:  # each number of slots needs another CUDA graph, so they only ever halve
+            elif self.halves:
                 enough = count >= 8 and free >= count / 2
             else:  # fewer slots need a copy of the cache
                 enough = free >= count / 8
@@ -107,7 +108,7 @@ class Decoding:
         """Drop the free slots."""
         requests = self.slots.requests
         kept = [slot for slot, request in enumerate(requests) if request is not None]
-        if self.fixed:  # exactly half of the slots stay, maybe with free ones
+        if self.halves:  # exactly half of the slots stay, maybe with free ones
             kept = sorted([*kept, *self._free()[: math.ceil(len(requests) / 2) - len(kept)]])
         self.slots.keep(kept)
 
@@ -142,28 +143,26 @@ class Decoding:
         return next((i for i, one in enumerate(self.waiting) if len(self.prompts[one]) != shortest), len(self.waiting))
 
     def _key(self, request: int) -> Hashable:
-        prompt = tuple(self.prompts[request])
-        return prompt if self.adapters is None else (self.adapters.key(request), prompt)
-
-    def _length(self, request: int) -> int:
-        """Tokens of a request's prompt, virtual ones included."""
-        return len(self.prompts[request]) + (self.adapters.virtual_tokens(request) if self.adapters else 0)
+        prompt, adapters = tuple(self.prompts[request]), self.slots.adapters
+        return prompt if adapters is None else (adapters.key(request), prompt)
 
     def _prefill(self, requests: Sequence[int], key: Hashable) -> Prefilled:
         """The forward pass over the prompts of these requests, padded on the left; `key` is the last one's."""
-        rows, device = [self.prompts[request] for request in requests], self.model.device
-        lengths, width = [self._length(request) for request in requests], max(map(len, rows))
-        ids = torch.tensor([[self.chat.pad_id] * (width - len(row)) + row for row in rows], device=device)
-        mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=device)
+        model, adapters, pad = self.slots.model, self.slots.adapters, self.slots.chat.pad_id
+        rows = [self.prompts[request] for request in requests]
+        width = max(map(len, rows))
+        ids = torch.tensor([[pad] * (width - len(row)) + row for row in rows], device=model.device)
+        mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=model.device)
         # Without a config every layer keeps all tokens, those with a sliding window too: sequences can then join.
-        cache = transformers.DynamicCache(config=None if self.joins else self.model.config)
+        cache = transformers.DynamicCache(config=None if self.joins else model.config)
         positions = (mask.cumsum(-1) - 1).clamp(min=0)
-        if self.adapters is None:
-            return Prefilled(key, next_logits(self.model, ids, mask, positions, cache), cache, lengths)
-        self.adapters.select(requests)
-        virtual = self.adapters.fill(cache, requests)
-        before = torch.tensor(lengths, device=device) - mask.sum(1)
-        mask = torch.cat([left_padded(before, virtual), mask], dim=1)
-        logits = next_logits(self.model, ids, mask, positions + before[:, None], cache)
+        if adapters is None:
+            return Prefilled(key, next_logits(model, ids, mask, positions, cache), cache, list(map(len, rows)))
+        adapters.select(requests)
+        columns = adapters.fill(cache, requests)
+        virtual = list(map(adapters.virtual_tokens, requests))
+        before = torch.tensor(virtual, device=model.device)
+        mask = torch.cat([left_padded(before, columns), mask], dim=1)
+        logits = next_logits(model, ids, mask, positions + before[:, None], cache)
         close_gaps(cache, mask)
-        return Prefilled(key, logits, cache, lengths)
+        return Prefilled(key, logits, cache, [len(row) + more for row, more in zip(rows, virtual)])

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
 
 from pydantic import BeforeValidator, Field
@@ -253,8 +254,7 @@ def start(sampler: Pick, *inputs: Any) -> Callable[[], list[Completion]]:
     """
     if "start" in sampler.row.traits:
         return cast("Callable[[], list[Completion]]", sampler.row.traits["start"](*inputs, **sampler.options))
-    found: list[Completion] = sampler(*inputs)
-    return lambda: found
+    return partial(list, sampler(*inputs))
 
 
 def unsupported_options(name: str, options: Any) -> list[str]:
