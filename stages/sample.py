@@ -28,7 +28,7 @@ if TYPE_CHECKING:  # imports torch
     from rlhf.inference.best_of import BestOf
     from rlhf.inference.sampling import Sampled
     from rlhf.inference.scorer import CompletionScorer
-    from rlhf.inference.task_adapters import RoutedPrompts
+    from rlhf.inference.task_adapters import TaskAdapters
 
 
 ROUTES = ("group", "source")
@@ -92,15 +92,14 @@ def command(
         _sample_prompted(model, prompts, prompting, labels, pattern, dataset, (n, reward), sampling, output, as_json)
         return
     params, policy = sampling.params(model), sampling.open(model)
-    from rlhf.inference import task_adapters  # imports torch
-    from rlhf.inference.sampling import accepted, sample
+    from rlhf.inference.sampling import accepted, sample  # imports torch
     from rlhf.inference.scorer import open_scorer
+    from rlhf.inference.task_adapters import TaskAdapters
 
     routed = None
     if paths:
-        adapters = task_adapters.TaskAdapters(policy, paths)
-        prompts, routed = task_adapters.route(adapters, prompts, route)
-        policy = adapters.routed_policy
+        routed = TaskAdapters(policy, paths)
+        prompts, policy = routed.route(prompts, route), routed.routed_policy
     scorer = open_scorer(reward, policy) if reward else None
     prompts = accepted(policy, prompts, scorer.own_chats if scorer else ())
     prompt_limit = policy.prompt_limit(params, scorer.limit if scorer else None)
@@ -273,9 +272,7 @@ def _prompts(texts: list[str] | None, dataset: Path | None, split: str | None, l
         return [Prompt((Message("user", text),)) for text in texts or ()]
 
 
-def _rows(
-    samples: list[Sampled], scorer: CompletionScorer | None, routed: RoutedPrompts | None
-) -> list[dict[str, Any]]:
+def _rows(samples: list[Sampled], scorer: CompletionScorer | None, routed: TaskAdapters | None) -> list[dict[str, Any]]:
     """The answers to a prompt as they are written, with the task of its adapter and with scores if there are."""
     prompt = samples[0].prompt
     rows: list[dict[str, Any]] = [
@@ -286,7 +283,7 @@ def _rows(
             "answer": one.text,
             "ended": one.completion.ended,
             "tokens": len(one.completion.ids),
-            **({} if routed is None else {"task": routed.task(prompt)}),
+            **({} if routed is None else {"task": routed.names[routed.task_of[prompt.prompt_id]]}),
         }
         for index, one in enumerate(samples)
     ]

@@ -18,7 +18,7 @@ from rlhf.data.schema import Prompt
 from rlhf.data.selection import as_prompt
 from rlhf.inference.policy import Policy
 from rlhf.inference.sampling_params import sampling_params
-from rlhf.inference.task_adapters import RoutedPrompts
+from rlhf.inference.task_adapters import TaskAdapters
 from rlhf.models.forward import causal_lm, is_encoder_decoder
 from rlhf.rollout.kv_cache import joinable
 from rlhf.rollout.samplers import hf
@@ -52,7 +52,7 @@ def sample(
     seed: int,
     n: int = 1,
     prompt_limit: int | None = None,
-    routed: RoutedPrompts | None = None,
+    routed: TaskAdapters | None = None,
 ) -> Iterator[list[Sampled]]:
     """Sample `n` completions of each prompt. Yields the completions of one prompt at a time, in order.
 
@@ -81,8 +81,8 @@ def sample(
             if routed is None:
                 completions = draw(policy, rows, seeds, params)
             else:
-                tasks = [routed.tasks[p.prompt_id] for p in batch for _ in range(n)]
-                completions = routed.adapters.sample(rows, tasks, seeds, params)
+                tasks = [routed.task_of[p.prompt_id] for p in batch for _ in range(n)]
+                completions = routed.sample(rows, tasks, seeds, params)
             advance(len(batch), sum(len(completion.ids) for completion in completions))
             for i, prompt in enumerate(batch):
                 mine = completions[i * n : (i + 1) * n]

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 import transformers
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from rlhf.core.console import warn
 from rlhf.core.errors import UserError
@@ -108,7 +108,9 @@ class TaskAdapters:
             if adapter is not None:
                 _check_base(adapter, policy)
         self.rows = Rows(self.model.device)
-        self.virtual: list[Virtual | None] = [None] * len(adapters)
+        self.virtual: list[Virtual] = [[] for _ in adapters]
+        self.task_of: dict[str, int] = {}
+        """Id of a prompt -> index of its task; see `route`."""
         with torch.inference_mode(), plain_attention(self.model):
             for index, adapter in enumerate(adapters):
                 if adapter is not None and adapter.kind in VIRTUAL:
@@ -142,8 +144,7 @@ class TaskAdapters:
 
     def virtual_tokens(self, task: int) -> int:
         """Number of virtual tokens before the prompts of a task."""
-        found = self.virtual[task]
-        return found[0][0].shape[1] if found else 0
+        return self.virtual[task][0][0].shape[1] if self.virtual[task] else 0
 
     def sample(
         self, prompts: Sequence[list[int]], tasks: Sequence[int], seeds: Sequence[int], params: SamplingParams,
@@ -172,61 +173,42 @@ class TaskAdapters:
         width = max(map(self.virtual_tokens, tasks))
         if not width:
             return 0
-        shapes = next(found for found in self.virtual if found)
-        for layer, (key, value) in enumerate(shapes):
-            sides = []
-            for side, like in enumerate((key, value)):
-                rows = like.new_zeros(len(tasks), like.shape[0], width, like.shape[2])
-                for row, task in enumerate(tasks):
-                    if (found := self.virtual[task]) is not None:
-                        rows[row, :, width - found[layer][side].shape[1] :] = found[layer][side]
-                sides.append(rows)
-            cache.update(*sides, layer)
+        for layer, like in enumerate(next(filter(None, self.virtual))):
+            none = tuple(side[:, :0] for side in like)
+            rows = [self.virtual[task][layer] if self.virtual[task] else none for task in tasks]
+            cache.update(*(_padded(column, width) for column in zip(*rows)), layer)
         return width
 
+    def route(self, prompts: Sequence[Prompt], field: str | None) -> list[Prompt]:
+        """Find the adapter of each prompt by a field of its record, for `task_of`.
 
-@dataclass(frozen=True)
-class RoutedPrompts:
-    """Prompts whose adapters are known."""
+        Args:
+            prompts: Records of any kind.
+            field: `group` or `source`; None if there is one task for all.
 
-    adapters: TaskAdapters
-    tasks: dict[str, int]
-    """Id of a prompt -> index of its task."""
+        Returns:
+            The prompts that have an adapter. A warning counts the others by their value of the field.
 
-    def task(self, prompt: Prompt) -> str:
-        """The name of a prompt's task."""
-        return self.adapters.names[self.tasks[prompt.prompt_id]]
-
-
-def route(adapters: TaskAdapters, prompts: Sequence[Prompt], field: str | None) -> tuple[list[Prompt], RoutedPrompts]:
-    """Find the adapter of each prompt by a field of its record.
-
-    Args:
-        adapters: Of all tasks.
-        prompts: Records of any kind.
-        field: `group` or `source`; None if there is one task for all.
-
-    Returns:
-        The prompts that have an adapter, and their tasks. A warning counts the others by their value of the field.
-
-    Raises:
-        UserError: No prompt has one.
-    """
-    if field is None:
-        return list(prompts), RoutedPrompts(adapters, {prompt.prompt_id: 0 for prompt in prompts})
-    index = {name: number for number, name in enumerate(adapters.names)}
-    kept = [prompt for prompt in prompts if getattr(prompt, field) in index]
-    missing = Counter(getattr(prompt, field) or "(empty)" for prompt in prompts if getattr(prompt, field) not in index)
-    named = ", ".join(f"{value} {count:,}" for value, count in missing.most_common(8))
-    if not kept:
-        raise UserError(
-            f"--route {field}: none of the {len(prompts):,} prompts belongs to a task that has an adapter",
-            f"Their {field} is: {named}. Adapters were given for: {', '.join(adapters.names)}.",
-            "Name the adapters after these values: --adapter VALUE=PATH.",
-        )
-    if missing:
-        warn(f"{missing.total():,} prompts are rejected, since no adapter was given for their {field}: {named}")
-    return kept, RoutedPrompts(adapters, {prompt.prompt_id: index[getattr(prompt, field)] for prompt in kept})
+        Raises:
+            UserError: No prompt has one.
+        """
+        if field is None:
+            self.task_of = {prompt.prompt_id: 0 for prompt in prompts}
+            return list(prompts)
+        kept = [prompt for prompt in prompts if getattr(prompt, field) in self.names]
+        values = [getattr(prompt, field) for prompt in prompts]
+        missing = Counter(value or "(empty)" for value in values if value not in self.names)
+        named = ", ".join(f"{value} {count:,}" for value, count in missing.most_common(8))
+        if not kept:
+            raise UserError(
+                f"--route {field}: none of the {len(prompts):,} prompts belongs to a task that has an adapter",
+                f"Their {field} is: {named}. Adapters were given for: {', '.join(self.names)}.",
+                "Name the adapters after these values: --adapter VALUE=PATH.",
+            )
+        if missing:
+            warn(f"{missing.total():,} prompts are rejected, since no adapter was given for their {field}: {named}")
+        self.task_of = {prompt.prompt_id: self.names.index(getattr(prompt, field)) for prompt in kept}
+        return kept
 
 
 class _Requests:
@@ -249,6 +231,11 @@ class _Requests:
 
     def fill(self, cache: Any, requests: Sequence[int]) -> int:
         return self.adapters.fill(cache, [self.tasks[request] for request in requests])
+
+
+def _padded(sides: Sequence[Tensor], width: int) -> Tensor:
+    """Keys or values [heads, tokens, head size] as one tensor, with zeros before those of fewer than `width` tokens."""
+    return torch.stack([nn.functional.pad(side, (0, 0, width - side.shape[1], 0)) for side in sides])
 
 
 # ---- weights of an adapter -----------------------------------------------------------------------------------------
