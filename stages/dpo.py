@@ -21,14 +21,13 @@ from rlhf import distributed
 from rlhf.cli.entry import main
 from rlhf.core.console import say
 from rlhf.data.tables import tokenize
-from rlhf.dpo.batches import PreferenceBatch, preference_batch
+from rlhf.dpo.batches import PreferenceBatch, answer_tokens, preference_batch
 from rlhf.dpo.config import DPOConfig
 from rlhf.dpo.losses import METRICS, implicit_rewards, pair_metrics, sft_loss
 from rlhf.dpo.policy import PreferencePolicy, sharing_of
-from rlhf.dpo.reference import score_answers, with_reference
+from rlhf.dpo.reference import chunks_of, score_answers, with_reference
 from rlhf.memory.peak import PeakMemory
 from rlhf.models.adapters import is_adapter
-from rlhf.models.forward import head_chunks
 from rlhf.models.shared_prompt import NO_SHARING
 from rlhf.reward.agreement import Agreement
 from rlhf.reward.collator import RankingCollator, comparable, learnable
@@ -105,33 +104,34 @@ class DPOObjective(Objective[PreferenceBatch]):
         return batch.attention_mask.sum()
 
     def loss(self, engine: Engine, batch: PreferenceBatch) -> tuple[Tensor, list[Tensor]]:
-        most = distributed.all_max(batch.answer_tokens)  # ZeRO-3 needs the same number of chunks on all ranks
-        logprobs, tokens = engine.forward(batch, head_chunks(int(most), self.vocab_size))
+        logprobs = engine.forward(batch, chunks_of(batch, self.vocab_size))
         rewards = implicit_rewards(logprobs, batch.reference, self.config.beta)
-        losses, _ = self.losses(rewards, logprobs, tokens, batch.rankings)
+        losses, _ = self.losses(rewards, logprobs, batch.tokens, batch.rankings)
         metrics = pair_metrics(rewards, logprobs, batch.rankings) @ batch.rankings.weights
         return losses.sum(), list(metrics)
 
     def losses(
-        self, rewards: Tensor, logprobs: Tensor, tokens: Tensor, rankings: RankingBatch
+        self, rewards: Tensor, logprobs: Tensor, tokens: list[int], rankings: RankingBatch
     ) -> tuple[Tensor, Tensor]:
         """The weighted loss [B] of each ranking, SFT term included; and which rankings have a loss [B].
 
         Args:
             rewards: Implicit rewards [N].
             logprobs: Log-probs of the answers [N], nats.
-            tokens: Lengths of the answers in tokens, int64 [N].
+            tokens: Lengths of the answers in tokens [N].
             rankings: How the answers were ranked.
         """
         losses, counted = self.config.loss(rewards, rankings)
         if self.config.sft_coef:
-            losses = losses + self.config.sft_coef * rankings.weights * sft_loss(logprobs, tokens, rankings)
+            losses = losses + self.config.sft_coef * rankings.weights * sft_loss(
+                logprobs, logprobs.new_tensor(tokens), rankings
+            )
         return losses, counted
 
     # ---- held-out rankings
 
-    def answers(self, engine: Engine, rankings: Any, reference: bool = False) -> list[tuple[list[float], list[int]]]:
-        """Log-probs and token counts of the answers of a table of rankings. Every rank calls it."""
+    def answers(self, engine: Engine, rankings: Any, reference: bool = False) -> list[list[float]]:
+        """Log-probs of the answers of a table of rankings. Every rank calls it."""
         training, at_once = engine.module.training, self.config.batch.micro_batches(distributed.world_size())[0]
         engine.module.eval()
         found = score_answers(engine, self.collator, rankings, at_once, self.vocab_size, reference)
@@ -147,21 +147,21 @@ class DPOObjective(Objective[PreferenceBatch]):
             nonlocal sums, weight
             rows = self.held_out[start:end]
             rankings = replace(self.collator, device=None).rankings(rows)
-            values = zip(*answers[start:end])
-            logprobs, tokens, reference = (torch.tensor(list(chain(*part))) for part in (*values, rows["reference"]))
+            logprobs, reference = (torch.tensor(list(chain(*part))) for part in (answers[start:end], rows["reference"]))
             rewards = implicit_rewards(logprobs, reference, self.config.beta)
             sums = sums + pair_metrics(rewards, logprobs, rankings) @ rankings.weights
             weight += float(rankings.weights.sum())
+            tokens = answer_tokens(rows["prompt"], rows["candidates"])
             return *self.losses(rewards, logprobs, tokens, rankings), rankings.weights
 
         logged = self.best.log(mean_loss(len(answers), losses), step, self.scored(answers), "kendall_tau_b")
         return logged | dict(zip(METRICS, (sums / weight).tolist()))
 
-    def scored(self, answers: list[tuple[list[float], list[int]]]) -> list[ScoredRanking]:
+    def scored(self, answers: list[list[float]]) -> list[ScoredRanking]:
         """The held-out rankings with the implicit rewards of their answers, from their log-probs."""
         return [
             ScoredRanking.of(row, (self.config.beta * (mine - base) for mine, base in zip(logprobs, row["reference"])))
-            for row, (logprobs, _) in zip(self.held_out, answers)
+            for row, logprobs in zip(self.held_out, answers)
         ]
 
 

@@ -79,9 +79,9 @@ def test_answers_have_the_log_probs_of_plain_transformers_on_shared_prompts_too(
     sharing = sharing_of(model)
     assert (sharing.max_length > 0) == (family not in RECURRENT)
     for collator in (RankingCollator(chat), RankingCollator(chat, sharing=sharing)):
-        logprobs, count = PreferencePolicy(model)(preference_batch(rows, collator), chunks=2)
-        torch.testing.assert_close(logprobs, expected, rtol=1e-5, atol=1e-4)
-        assert count.tolist() == [3, 1, 4, 6, 2]
+        batch = preference_batch(rows, collator)
+        torch.testing.assert_close(PreferencePolicy(model)(batch, chunks=2), expected, rtol=1e-5, atol=1e-4)
+        assert batch.tokens == [3, 1, 4, 6, 2]
 
 
 def test_shared_prompts_give_the_gradients_of_separate_texts(chat: ChatTokenizer, rankings: str) -> None:
@@ -91,7 +91,7 @@ def test_shared_prompts_give_the_gradients_of_separate_texts(chat: ChatTokenizer
         batch = preference_batch(rows, RankingCollator(chat, sharing=sharing))
         assert batch.shared == (sharing is EVERYTHING)
         model.zero_grad()
-        logprobs, _ = PreferencePolicy(model)(batch, chunks=1)
+        logprobs = PreferencePolicy(model)(batch, chunks=1)
         losses, _ = RANKING_LOSSES.pick("plackett-luce")(logprobs - batch.reference, batch.rankings)
         losses.sum().backward()
         gradients.append(torch.cat([w.grad.flatten() for w in model.parameters()]))
@@ -101,10 +101,10 @@ def test_shared_prompts_give_the_gradients_of_separate_texts(chat: ChatTokenizer
 def test_the_first_token_behind_an_empty_prompt_is_not_counted(chat: ChatTokenizer) -> None:
     model = load_policy(ModelConfig(path=tiny.llama()), tiny.llama())
     row = {"prompt": [], "candidates": [[1, 5, 6], [1, 7]], "ranks": [1, 2], "ratings": [None] * 2, "weight": 1.0}
-    logprobs, count = PreferencePolicy(model)(preference_batch([row], RankingCollator(chat)), chunks=1)
+    batch = preference_batch([row], RankingCollator(chat))
     expected = [naive_logprob(model, [1], answer[1:]) for answer in row["candidates"]]
-    torch.testing.assert_close(logprobs, torch.stack(expected))
-    assert count.tolist() == [2, 1]
+    torch.testing.assert_close(PreferencePolicy(model)(batch, chunks=1), torch.stack(expected))
+    assert batch.tokens == [2, 1]
 
 
 # ---- the loss --------------------------------------------------------------------------------------------------------
@@ -375,7 +375,7 @@ def test_models_that_cannot_share_a_prompt_train_too(
 def test_a_batch_says_how_many_tokens_the_head_sees(chat: ChatTokenizer, rankings: str) -> None:
     rows = rows_of(chat, rankings, 3)
     batch: PreferenceBatch = preference_batch(rows, RankingCollator(chat))
-    assert int(batch.answer_tokens) == sum(len(answer) for row in rows for answer in row["candidates"])
+    assert sum(batch.tokens) == sum(len(answer) for row in rows for answer in row["candidates"])
 
 
 @pytest.mark.parametrize(

@@ -27,13 +27,10 @@ class PreferenceBatch:
     """Whether any row has several answers."""
     rankings: RankingBatch
     """Ranks of the answers, in the order of the rows."""
+    tokens: list[int]
+    """Of each answer: those whose log-probs are computed."""
     reference: Tensor | None
     """float32 [N], log-probs of the answers under the reference, nats; None before they are known."""
-
-    @property
-    def answer_tokens(self) -> Tensor:
-        """int64 scalar, the tokens whose log-probs are computed."""
-        return (self.branches > 0).sum()
 
 
 def preference_batch(rows: Sequence[dict[str, Any]], collator: RankingCollator) -> PreferenceBatch:
@@ -49,5 +46,13 @@ def preference_batch(rows: Sequence[dict[str, Any]], collator: RankingCollator) 
     if "reference" in rows[0]:
         values = [value for row in rows for value in row["reference"]]
         reference = torch.tensor(values, dtype=torch.float32, device=found.input_ids.device)
-    shared = found.branches is not None
-    return PreferenceBatch(found.input_ids, found.attention_mask, branches, shared, found.rankings, reference)
+    shared, tokens = (
+        found.branches is not None,
+        answer_tokens(*([row[name] for row in rows] for name in ("prompt", "candidates"))),
+    )
+    return PreferenceBatch(found.input_ids, found.attention_mask, branches, shared, found.rankings, tokens, reference)
+
+
+def answer_tokens(prompts: Sequence[Sequence[int]], answers: Sequence[Sequence[Sequence[int]]]) -> list[int]:
+    """The tokens of each answer of rankings that have a log-prob: behind an empty prompt, the first has none."""
+    return [len(answer) - (not prompt) for prompt, several in zip(prompts, answers) for answer in several]

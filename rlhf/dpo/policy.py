@@ -26,8 +26,8 @@ class PreferencePolicy(nn.Module):
         super().__init__()
         self.model, self.goes_on = model, goes_on
 
-    def forward(self, batch: PreferenceBatch, chunks: int, reference: bool = False) -> tuple[Tensor, Tensor]:
-        """Log-probs float32 [N] of the answers in nats, summed over their tokens, and these tokens int64 [N].
+    def forward(self, batch: PreferenceBatch, chunks: int, reference: bool = False) -> Tensor:
+        """Log-probs float32 [N] of the answers in nats, summed over their tokens.
 
         Args:
             batch: N answers.
@@ -40,23 +40,19 @@ class PreferencePolicy(nn.Module):
             return answer_logprobs(base, batch, chunks)
 
 
-def answer_logprobs(model: nn.Module, batch: PreferenceBatch, chunks: int) -> tuple[Tensor, Tensor]:
+def answer_logprobs(model: nn.Module, batch: PreferenceBatch, chunks: int) -> Tensor:
     """See `PreferencePolicy.forward`. Logits exist for one chunk of the answers' tokens at a time."""
     if batch.shared:
-        logprobs, answer, columns = _on_shared_prompts(model, batch, chunks)
+        logprobs = _on_shared_prompts(model, batch, chunks)
     else:  # a row is an answer
         wanted = batch.branches > 0
         wanted[:, 0] = False  # behind an empty prompt, nothing predicts the first token
         logprobs = token_logprobs(model, batch.input_ids, batch.attention_mask, wanted, 1.0, chunks).logprobs
-        answer, columns = wanted.nonzero(as_tuple=True)
-    # Scattered to a row per answer and summed there, which gives the same bits every time, unlike adding in parallel.
-    padded = logprobs.new_zeros(len(batch.rankings.ranks), batch.branches.shape[1])
-    padded = padded.index_put((answer, columns), logprobs)
-    return padded.sum(1), torch.bincount(answer, minlength=len(padded))
+    return torch.stack([part.sum() for part in logprobs.split(batch.tokens)])
 
 
-def _on_shared_prompts(model: nn.Module, batch: PreferenceBatch, chunks: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Log-probs of the answers' tokens [n], the answer of each, 0..N-1, and its column."""
+def _on_shared_prompts(model: nn.Module, batch: PreferenceBatch, chunks: int) -> Tensor:
+    """Log-probs of the answers' tokens [n], answer by answer."""
     lm, branches = causal_lm(model), batch.branches
     starts = branches > 0
     starts[:, 1:] &= branches[:, 1:] != branches[:, :-1]
@@ -66,9 +62,7 @@ def _on_shared_prompts(model: nn.Module, batch: PreferenceBatch, chunks: int) ->
     rows, columns = ((branches > 0) & (predicted_at >= 0)).nonzero(as_tuple=True)
     sees = attention_mask_of(branches, lm.config._attn_implementation, next(lm.parameters()).dtype)
     states = hidden_states(model, batch.input_ids, sees, position_ids_of(branches))[rows, predicted_at[rows, columns]]
-    logprobs = head_logprobs(lm, states, batch.input_ids[rows, columns], 1.0, chunks).logprobs
-    answer = starts.flatten().cumsum(0).view_as(branches)[rows, columns] - 1
-    return logprobs, answer, columns
+    return head_logprobs(lm, states, batch.input_ids[rows, columns], 1.0, chunks).logprobs
 
 
 @torch.no_grad()

@@ -17,7 +17,7 @@ import torch
 from rlhf import distributed
 from rlhf.core.console import is_main, say
 from rlhf.core.files import partial_path, sync
-from rlhf.dpo.batches import preference_batch
+from rlhf.dpo.batches import PreferenceBatch, preference_batch
 from rlhf.models.forward import head_chunks
 from rlhf.reward.collator import RankingCollator
 from rlhf.reward.scoring import shared_scores
@@ -29,8 +29,8 @@ KEY = b"rlhf.reference"
 
 def score_answers(
     engine: Engine, collator: RankingCollator, table: Any, at_once: int, vocab_size: int, reference: bool = False
-) -> list[tuple[list[float], list[int]]]:
-    """Log-probs and numbers of tokens of the answers of each ranking in a table. Every rank calls it.
+) -> list[list[float]]:
+    """Log-probs of the answers of each ranking in a table. Every rank calls it.
 
     Rankings of similar length are computed together, without gradients, distributed over the ranks.
 
@@ -44,19 +44,21 @@ def score_answers(
 
     def score(rows: Sequence[int]) -> tuple[list[int], torch.Tensor]:
         batch = preference_batch([table[row] for row in rows or order[:1]], collator)
-        chunks = head_chunks(int(distributed.all_max(batch.answer_tokens)), vocab_size)
-        logprobs, tokens = engine.forward(batch, chunks, reference=reference)
-        return [n for row in rows for n in range(first[row], first[row + 1])], torch.stack((logprobs, tokens), 1)
+        logprobs = engine.forward(batch, chunks_of(batch, vocab_size), reference=reference)
+        return [n for row in rows for n in range(first[row], first[row + 1])], logprobs
 
     batches = [order[start : start + at_once] for start in range(0, len(order), at_once)]
     values = shared_scores(batches, score, "reference log-probs" if reference else "")
-    parts = [values[start:end] for start, end in itertools.pairwise(first)]
-    return [([value for value, _ in part], [int(count) for _, count in part]) for part in parts]
+    return [values[start:end] for start, end in itertools.pairwise(first)]
 
 
-def with_reference(
-    file: Path, table: Any, facts: dict[str, Any], compute: Callable[[Any], Sequence[tuple[list[float], list[int]]]]
-) -> Any:
+def chunks_of(batch: PreferenceBatch, vocab_size: int) -> int:
+    """The chunks in which the head processes a batch, the same on all ranks for ZeRO-3. Every rank calls it."""
+    most = distributed.all_max(torch.tensor(sum(batch.tokens), device=distributed.device()))
+    return head_chunks(int(most), vocab_size)
+
+
+def with_reference(file: Path, table: Any, facts: dict[str, Any], compute: Callable[[Any], list[list[float]]]) -> Any:
     """The table with a column `reference`: each answer's log-prob under the reference in nats. Every rank calls it.
 
     The log-probs are cached in `file`, so a resumed run uses the same ones. If the model, tokens or precision differ,
@@ -72,7 +74,7 @@ def with_reference(
     if not distributed.from_main(is_main() and _key_of(file) == key):
         rows = compute(table)
         if is_main():
-            _write(file, [logprobs for logprobs, _ in rows], key)
+            _write(file, rows, key)
     else:
         say(f"Reference: log-probs of {len(table):,} rankings read from {file}")
     distributed.barrier()
