@@ -89,7 +89,7 @@ def test_shared_prompts_give_the_gradients_of_separate_texts(chat: ChatTokenizer
     rows, gradients = rows_of(chat, rankings), []
     for sharing in (EVERYTHING, SharedPrompts(0)):
         batch = preference_batch(rows, RankingCollator(chat, sharing=sharing))
-        assert batch.shared == (sharing is EVERYTHING)
+        assert (batch.branches is not None) == (sharing is EVERYTHING)
         model.zero_grad()
         logprobs = PreferencePolicy(model)(batch, chunks=1)
         losses, _ = RANKING_LOSSES.pick("plackett-luce")(logprobs - batch.reference, batch.rankings)

@@ -42,18 +42,19 @@ class PreferencePolicy(nn.Module):
 
 def answer_logprobs(model: nn.Module, batch: PreferenceBatch, chunks: int) -> Tensor:
     """See `PreferencePolicy.forward`. Logits exist for one chunk of the answers' tokens at a time."""
-    if batch.shared:
-        logprobs = _on_shared_prompts(model, batch, chunks)
-    else:  # a row is an answer
-        wanted = batch.branches > 0
-        wanted[:, 0] = False  # behind an empty prompt, nothing predicts the first token
-        logprobs = token_logprobs(model, batch.input_ids, batch.attention_mask, wanted, 1.0, chunks).logprobs
+    ids, mask = batch.input_ids, batch.attention_mask
+    if batch.branches is not None:
+        logprobs = _on_shared_prompts(model, ids, batch.branches, chunks)
+    else:  # a row ends with its one answer
+        place = mask.cumsum(1)
+        wanted = (mask > 0) & (place > place[:, -1:] - torch.tensor(batch.tokens, device=ids.device)[:, None])
+        logprobs = token_logprobs(model, ids, mask, wanted, 1.0, chunks).logprobs
     return torch.stack([part.sum() for part in logprobs.split(batch.tokens)])
 
 
-def _on_shared_prompts(model: nn.Module, batch: PreferenceBatch, chunks: int) -> Tensor:
+def _on_shared_prompts(model: nn.Module, ids: Tensor, branches: Tensor, chunks: int) -> Tensor:
     """Log-probs of the answers' tokens [n], answer by answer."""
-    lm, branches = causal_lm(model), batch.branches
+    lm = causal_lm(model)
     starts = branches > 0
     starts[:, 1:] &= branches[:, 1:] != branches[:, :-1]
     # The first token of an answer is predicted at the prompt's last token, any other at the token before it.
@@ -61,8 +62,8 @@ def _on_shared_prompts(model: nn.Module, batch: PreferenceBatch, chunks: int) ->
     predicted_at = torch.where(starts, (branches == 0).sum(1, keepdim=True), column) - 1
     rows, columns = ((branches > 0) & (predicted_at >= 0)).nonzero(as_tuple=True)
     sees = attention_mask_of(branches, lm.config._attn_implementation, next(lm.parameters()).dtype)
-    states = hidden_states(model, batch.input_ids, sees, position_ids_of(branches))[rows, predicted_at[rows, columns]]
-    return head_logprobs(lm, states, batch.input_ids[rows, columns], 1.0, chunks).logprobs
+    states = hidden_states(model, ids, sees, position_ids_of(branches))[rows, predicted_at[rows, columns]]
+    return head_logprobs(lm, states, ids[rows, columns], 1.0, chunks).logprobs
 
 
 @torch.no_grad()
