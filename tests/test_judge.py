@@ -18,7 +18,7 @@ from ppo_runs import config
 from rlhf.core.errors import UserError
 from rlhf.data.schema import Candidate, Message, Ranking
 from rlhf.judging.agreement import Pair, agreement_metrics, pairs_of
-from rlhf.judging.config import JudgeConfig, read_judge
+from rlhf.judging.config import JudgeConfig, RewardJudgeConfig, read_judge
 from rlhf.judging.judge import Judge, PairVerdicts
 from rlhf.judging.prompt import conversation, read_prompt, read_rating, read_verdict
 from rlhf.judging.source import rating_source
@@ -283,7 +283,7 @@ def test_unreadable_ratings_are_counted_in_a_few_warnings_not_one_for_each_promp
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with chat_server(lambda body, number: completion("[[7]]" if "readable" in asked(body) else "Hm.")) as server:
-        rate = rating_source(JudgeConfig(url=server.url, cache=str(tmp_path / "replies")), "", unmeasured=True)
+        rate = rating_source(RewardJudgeConfig(url=server.url, cache=str(tmp_path / "replies"), unmeasured=True))
         for number in range(10):
             answers = [f"readable {number}", f"readable too {number}", "Hm." * (number + 1)]
             assert rate([PROMPT] * 3, answers) == [7, 7, 1]

@@ -15,7 +15,7 @@ from rlhf.data.encode_records import EncodingCounts, fits
 from rlhf.data.schema import Prompt, Ranking
 from rlhf.inference.reward_model import RewardModel, open_ensemble, open_reward_model
 from rlhf.inference.scorer import read_source
-from rlhf.judging.config import JudgeConfig
+from rlhf.judging.config import RewardJudgeConfig
 from rlhf.judging.source import rating_source
 from rlhf.reward.functions import call_reward_function, import_function
 from rlhf.reward.metrics import Pairs
@@ -159,9 +159,7 @@ def _open_part(name: str, source: Pick, trust_remote_code: bool) -> AnswerScorer
     if source.name == "function":
         return function_scorer(name, import_function(options["function"]))
     if source.name == "judge":
-        keys = JudgeConfig.model_fields.keys() & options.keys()
-        config = JudgeConfig(**{key: options[key] for key in keys})
-        rate = rating_source(config, options["agreement"], options["unmeasured"])
+        rate = rating_source(RewardJudgeConfig(**options))
         return AnswerScorer(name, lambda prompts, answers: rate([prompt.chat for prompt in prompts], answers))
     spec = json.dumps({"name": source.name, **{key: value for key, value in options.items() if key != "retokenize"}})
     models = open_ensemble(spec, trust_remote_code)

@@ -48,6 +48,13 @@ class JudgeConfig(Strict):
         return ServerConfig(url=self.url, model=self.model, key_env=self.key_env, **self.server)
 
 
+class RewardJudgeConfig(JudgeConfig):
+    agreement: str = ""
+    """The file that `rlhf judge` has written for this judge."""
+    unmeasured: bool = False
+    """Use a judge without such a file."""
+
+
 def read_judge(spec: str) -> JudgeConfig:
     """A judge.
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from rlhf.core.console import is_main, say, warn
 from rlhf.core.errors import UserError
 from rlhf.judging.agreement import check_recorded
-from rlhf.judging.config import JudgeConfig
+from rlhf.judging.config import RewardJudgeConfig
 from rlhf.judging.judge import Judge
 from rlhf.judging.prompt import LOWEST, TO_BE_READABLE
 
@@ -38,21 +38,16 @@ def refuse_unmeasured(url: str, agreement: str, unmeasured: bool) -> None:
         )
 
 
-def rating_source(config: JudgeConfig, agreement: str, unmeasured: bool) -> Rate:
+def rating_source(config: RewardJudgeConfig) -> Rate:
     """A function of (prompts' messages, answers) that gives a rating of each.
-
-    Args:
-        config: The judge.
-        agreement: The file that `rlhf judge` has written for it.
-        unmeasured: Use a judge without one.
 
     Raises:
         UserError: No agreement is recorded for this judge, or its file is that of another one.
     """
-    refuse_unmeasured(config.url, agreement, unmeasured)
+    refuse_unmeasured(config.url, config.agreement, config.unmeasured)
     judge = Judge(config, "rating")
-    if agreement:
-        agreed_on, low, high = check_recorded(agreement, judge)
+    if config.agreement:
+        agreed_on, low, high = check_recorded(config.agreement, judge)
         if is_main():
             agreed = f"agreement with people {agreed_on:.2f} ({low:.2f} to {high:.2f})"
             (say if low > 0.5 else warn)(f"Judge {judge.server.model}, {judge.prompt.version}: {agreed}")

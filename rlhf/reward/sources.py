@@ -10,11 +10,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Annotated, Any
 
-from pydantic import AfterValidator, NonNegativeFloat, PositiveFloat, PositiveInt
+from pydantic import AfterValidator, PositiveFloat
 
 from rlhf import distributed
 from rlhf.core.lazy import torch
-from rlhf.core.table import Pick, Table
+from rlhf.core.table import Pick, Table, options_of
+from rlhf.judging.config import RewardJudgeConfig
 from rlhf.reward.combining import COMBINATIONS, Combination, disagreement
 from rlhf.reward.functions import FunctionName, call_reward_function, import_function
 
@@ -227,25 +228,17 @@ def own_chats(reward: Pick, model: ModelConfig, frozen_at: str | None = None) ->
 
 
 @REWARDS.row("judge")
-def judge(
-    context: RewardContext, *, url: str, model: str = "", key_env: str = "", prompt: str = "",
-    max_tokens: PositiveInt = 512, temperature: NonNegativeFloat = 0.0, cache: str = "judge-replies",
-    server: dict[str, Any] = {}, agreement: str = "", unmeasured: bool = False,  # noqa: B006 - never changed
-) -> Source:  # fmt: skip
+@options_of(RewardJudgeConfig)
+def judge(context: RewardContext, **options: Any) -> Source:
     """Ratings from 1 to 10 by a model on a server with OpenAI's chat API.
 
     `agreement` is the file that `rlhf judge URL RANKINGS --kind rating --out FILE` has written for this judge; without
     it the judge is refused, unless `unmeasured` is true. `prompt` is a file with your own prompt, `server` has more
     limits (concurrency, requests_per_minute, max_cost, ...). An answer whose rating cannot be read gets 1.
     """
-    from rlhf.judging.config import JudgeConfig
     from rlhf.judging.source import rating_source
 
-    config = JudgeConfig(
-        url=url, model=model, key_env=key_env, prompt=prompt, max_tokens=max_tokens, temperature=temperature,
-        cache=cache, server=server,
-    )  # fmt: skip
-    rate = rating_source(config, agreement, unmeasured)
+    rate = rating_source(RewardJudgeConfig(**options))
     return lambda inputs: torch.tensor(rate(inputs.messages, inputs.completions), dtype=torch.float32)
 
 
