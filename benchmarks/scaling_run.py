@@ -100,7 +100,7 @@ def main(spec: dict[str, Any], result: Path) -> None:
     import stages.ppo
     from rlhf.config.load import check_config
     from rlhf.ppo.config import PPOConfig
-    from rlhf.ppo.metrics import Clock
+    from stages.ppo import Clock
 
     class PhaseClock(Clock):
         @contextmanager

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -33,7 +34,7 @@ from rlhf.ppo import kl
 from rlhf.ppo.batching import Minibatches, TokenRows
 from rlhf.ppo.config import PPOConfig
 from rlhf.ppo.learner import Learner, PtxBatches
-from rlhf.ppo.metrics import Clock, PPOReporter, RunningMeanStd, experience_metrics
+from rlhf.ppo.metrics import PPOReporter, experience_metrics, peak_memory_gb
 from rlhf.ppo.models import can_pack, check_vocabularies, load_separate, most_virtual_tokens
 from rlhf.ppo.scoring import Scorer
 from rlhf.ppo.shared_base import load_shared
@@ -49,7 +50,7 @@ from rlhf.replay.tokens import token_records
 from rlhf.reward.sources import RewardContext, model_terms, own_chats
 from rlhf.rollout import samplers
 from rlhf.rollout.kv_cache import check_family
-from rlhf.rollout.streams import endless, permutation, stream_seed
+from rlhf.rollout.streams import endless, permutation, stream_seeds
 from rlhf.rollout.types import Completion, SamplingParams
 from rlhf.runs.parents import check_same_text, parent_facts, resolve_model_path, template_time
 from rlhf.runs.random_state import load_rng, save_rng, seed_everything
@@ -71,18 +72,44 @@ def run(config: PPOConfig, resume: bool = False, overwrite: bool = False) -> Non
     PPO(config, resume, overwrite).train()
 
 
+class Clock:
+    """Seconds by phase: `with clock("rollout"): ...`."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def __call__(self, phase: str) -> Iterator[None]:
+        start = self._now()
+        yield
+        self.seconds[phase] = self._now() - start
+
+    def _now(self) -> float:
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
+    def metrics(self, rollout: Rollout) -> dict[str, float]:
+        """Seconds and tokens/s of each phase (completion tokens in the rollout, else all), peak memory in GB."""
+        whole, sampled = sum(rollout.total_lengths), int(rollout.lengths.sum())
+        tokens = {phase: sampled if phase == "rollout" else whole for phase in self.seconds}
+        metrics = {f"time/{phase}": seconds for phase, seconds in self.seconds.items()}
+        metrics |= {f"throughput/{p}": tokens[p] / max(s, 1e-9) for p, s in self.seconds.items()}
+        return metrics | {"memory/peak_gb": peak_memory_gb()}
+
+
 class PPO:
     """Holds the models, the reward source, tokenised tables, and the state that changes with each update."""
 
     def __init__(self, config: PPOConfig, resume: bool, overwrite: bool) -> None:
-        self.config = config
+        self.config, self.rank, self.ranks = config, distributed.rank(), distributed.world_size()
         seed_everything(config.seed)
         path = resolve_model_path(config.model.path)
-        time = template_time(config, resume)
-        self.chat = load_tokenizer(config.model, path, time)
+        frozen_at = template_time(config, resume)
+        self.chat = load_tokenizer(config.model, path, frozen_at)
         own: dict[str, ChatTokenizer] = {}
         for pick in (config.reward, *config.onlookers.values()):
-            own |= own_chats(pick, config.model, time)
+            own |= own_chats(pick, config.model, frozen_at)
         model_config = load_hf_config(config.model, path)
         limit = sequence_limit(config.model, model_config) - most_virtual_tokens(config)
         self.vocab_size = model_config.get_text_config().vocab_size
@@ -109,7 +136,7 @@ class PPO:
         self.tables = tokenize(self.run.path, self.chat, room, prompts, "prompt", KINDS, "prompts", others)
         self.learner = Learner(self.models.engine, config, self._ptx(limit))
         self.kl_controller = config.kl.controller()
-        self.score_stats = RunningMeanStd()
+        self.score_stats = kl.RunningMeanStd()
         self.done = 0
         self.ahead: Callable[[], Rollout] | None = None
         """Waits for the rollout of the next update, if that has been started."""
@@ -203,16 +230,18 @@ class PPO:
     def draw_prompts(self, index: int) -> Prompts:
         """Phase 1: the next prompts of the table, reshuffled for each pass; determined by seed and index."""
         count = self.config.rollout.prompts_per_update
+        samples = self.config.rollout.samples_per_prompt
         rows = endless(len(self.tables.train), index * count, count, self.config.seed, ORDER)
-        return self._prompts(self.tables.train, rows, self.config.rollout.samples_per_prompt, TRAIN, index)
+        seeds = stream_seeds(count * samples, self.config.seed, TRAIN, index)
+        return self._prompts(self.tables.train, rows, samples, seeds)
 
-    def _prompts(self, table: Any, rows: Sequence[int], samples: int, purpose: int, index: int) -> Prompts:
+    def _prompts(self, table: Any, rows: Sequence[int], samples: int, seeds: list[int]) -> Prompts:
         found = [table[row] for row in rows for _ in range(samples)]
         return Prompts(
             ids=[row["prompt"] for row in found],
             messages=[json.loads(row["messages"]) for row in found],
             groups=torch.arange(len(rows)).repeat_interleave(samples),
-            seeds=[stream_seed(self.config.seed, purpose, index, episode) for episode in range(len(found))],
+            seeds=seeds,
         )
 
     def next_rollout(self, index: int) -> Rollout:
@@ -234,13 +263,14 @@ class PPO:
             c.max_new_tokens, c.min_new_tokens, c.temperature, c.top_k, c.top_p, tuple(c.stop), c.batch_size,
             logprobs=self.config.score.policy == "sampler", merge_adapters=c.merge_adapters,
         )  # fmt: skip
-        mine = torch.arange(len(prompts.ids)).tensor_split(distributed.world_size())[distributed.rank()].tolist()
+        mine = torch.arange(len(prompts.ids)).tensor_split(self.ranks)[self.rank].tolist()
+        part = slice(mine[0], mine[-1] + 1) if mine else slice(0, 0)
+        ids, seeds = prompts.ids[part], prompts.seeds[part]
         copies = c.sampler.row.traits.get("merged", False)  # the sampler copies the weights, and merges its copy
         merged = adapters_merged(policy) if c.merge_adapters and not copies else nullcontext()
         with self.models.engine.gathered(policy, whole=not copies), merged, torch.compiler.set_stance("force_eager"):
-            ids, seeds = [prompts.ids[i] for i in mine], [prompts.seeds[i] for i in mine]
             wait = samplers.start(c.sampler, policy, ids, seeds, params, self.chat)
-        return lambda: Rollout(prompts, gather_completions(wait(), mine[0] if mine else 0))
+        return lambda: Rollout(prompts, gather_completions(wait(), part.start))
 
     def minibatches(self, rollout: Rollout, index: int) -> Minibatches:
         """The minibatches of all epochs of an update, divided among the ranks."""
@@ -266,7 +296,7 @@ class PPO:
     @property
     def score_scale(self) -> tuple[float, float]:
         """Current mean and standard deviation for normalising scores; 0 and 1 without normalisation or scores."""
-        stats = self.score_stats if self.config.shaping.normalize_scores else RunningMeanStd()
+        stats = self.score_stats if self.config.shaping.normalize_scores else kl.RunningMeanStd()
         return stats.mean, stats.scale
 
     def lr_scale(self, index: int) -> float:
@@ -279,7 +309,9 @@ class PPO:
         rows = range(min(self.config.eval.prompts, len(self.tables.eval)))
         if not rows:
             return
-        rollout = self.rollout(self._prompts(self.tables.eval, rows, 1, EVAL, 0))
+        rollout = self.rollout(
+            self._prompts(self.tables.eval, rows, 1, stream_seeds(len(rows), self.config.seed, EVAL, 0))
+        )
         budget = self.learner.budget.tokens
         whole = Minibatches.of_rollout(rollout, self.chat.pad_id, self.packed, [rows], 1, budget)
         experience = self.scorer.score(rollout, whole.epochs[0])
@@ -318,7 +350,7 @@ class PPO:
         state = json.loads((folder / "ppo.json").read_text("utf-8"))
         self.done = state["done"]
         self.kl_controller.load_state_dict(state["controller"])
-        self.score_stats = RunningMeanStd(**state["score_stats"])
+        self.score_stats = kl.RunningMeanStd(**state["score_stats"])
         self.guard.load_state_dict(state["guard"])
         self.learner.budget.load_state_dict(state.get("budget"))
         if "ahead" in state:

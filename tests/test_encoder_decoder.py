@@ -25,7 +25,7 @@ from rlhf.inference.policy import open_policy
 from rlhf.inference.reward_model import open_reward_model
 from rlhf.inference.sampling import complete
 from rlhf.models.encoder_decoder import halves
-from rlhf.models.forward import hidden_states, predicting_states, token_logprobs
+from rlhf.models.forward import hidden_states, token_logprobs, token_values
 from rlhf.models.load import load_policy, quiet
 from rlhf.models.scalar import load_scalar
 from rlhf.ppo.config import PPOConfig
@@ -308,8 +308,7 @@ def test_values_are_those_of_the_decoder_before_each_token():
     rows = rows_of(chat)
     batch = batch_of(chat, rows)
     with torch.no_grad():
-        states, _ = predicting_states(critic.model, batch.input_ids, batch.attention_mask, batch.labelled)
-        found = critic.values(states)
+        found = token_values(critic, batch.input_ids, batch.attention_mask, batch.labelled, None)
         expected = []
         for prompt, response in rows:
             output = transformers.AutoModel.from_pretrained(path).eval()(

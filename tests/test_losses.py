@@ -7,7 +7,7 @@ from dataclasses import astuple
 import pytest
 import torch
 
-from rlhf.ppo.losses import PolicyStats, explained_variance, importance_weights, policy_loss, value_loss
+from rlhf.ppo.losses import PolicyStats, importance_weights, policy_loss, value_loss
 
 NAN = float("nan")
 ONE = torch.ones(1, 1, dtype=torch.bool)
@@ -172,20 +172,6 @@ def test_without_a_clip_the_value_loss_is_half_the_squared_error():
 def test_a_value_clip_that_is_not_positive_is_refused():
     with pytest.raises(ValueError, match="clip must be above 0"):
         value_loss(torch.zeros(1), torch.zeros(1), torch.zeros(1), clip=0.0)
-
-
-# ---- explained variance
-
-
-def test_explained_variance_matches_hand_numbers():
-    # Returns 1, 2, 3: variance 2/3. Errors 0, 0.5, -0.5: mean 0, variance 0.5 / 3. 1 - 0.25 = 0.75.
-    returns = torch.tensor([[1.0, 2.0], [3.0, NAN]])
-    mask = torch.tensor([[True, True], [True, False]])
-    values = torch.tensor([[1.0, 1.5], [3.5, 1e9]])
-    assert explained_variance(values, returns, mask).item() == pytest.approx(0.75)
-    assert explained_variance(returns + 10, returns, mask).item() == pytest.approx(1)
-    assert explained_variance(torch.zeros(2, 2), returns, mask).item() == pytest.approx(0)
-    assert explained_variance(values, torch.ones(2, 2), mask).isnan()
 
 
 # ---- importance weights

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from rlhf.ppo.masked import completion_lengths, masked_mean, masked_sum, masked_var, whiten
+from rlhf.ppo.masked import completion_lengths, explained_variance, masked_mean, masked_sum, masked_var, whiten
 
 NAN = float("nan")
 MASK = torch.tensor([[True, True, True], [True, False, False]])
@@ -67,3 +67,14 @@ def test_completion_lengths_count_response_tokens():
 def test_masks_that_are_not_right_padded_answers_are_refused_by_row(row):
     with pytest.raises(ValueError, match=r"response_mask\[1\].*padding on the right"):
         completion_lengths(torch.tensor([[True, True, False], row]))
+
+
+def test_explained_variance_matches_hand_numbers():
+    # Returns 1, 2, 3: variance 2/3. Errors 0, 0.5, -0.5: mean 0, variance 0.5 / 3. 1 - 0.25 = 0.75.
+    returns = torch.tensor([[1.0, 2.0], [3.0, NAN]])
+    mask = torch.tensor([[True, True], [True, False]])
+    values = torch.tensor([[1.0, 1.5], [3.5, 1e9]])
+    assert explained_variance(values, returns, mask).item() == pytest.approx(0.75)
+    assert explained_variance(returns + 10, returns, mask).item() == pytest.approx(1)
+    assert explained_variance(torch.zeros(2, 2), returns, mask).item() == pytest.approx(0)
+    assert explained_variance(values, torch.ones(2, 2), mask).isnan()

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM
 from rlhf.config.base import DataConfig
 from rlhf.core.errors import UserError
 from rlhf.data.tables import tokenize
-from rlhf.ppo.metrics import RunningMeanStd
+from rlhf.ppo.kl import RunningMeanStd
 from stages.ppo import PPO, run
 
 NAME = re.compile(r"`([^`]+)`")

@@ -101,7 +101,7 @@ def hidden_states(
     if has_virtual_tokens(model):
         return _behind_virtual_tokens(model, body, input_ids, attention_mask)
     positions = {} if position_ids is None else {"position_ids": position_ids}
-    if position_ids is None and _is_causal(body):
+    if position_ids is None and next((m.is_causal for m in body.modules() if hasattr(m, "is_causal")), False):
         attention_mask = None  # causal attention never reaches padding on the right, and is faster without a mask
     elif position_ids is not None and attention_mask is None and body.config._attn_implementation == PACKED:
         attention_mask = sequence_lengths(position_ids)[None, None, None]
@@ -125,11 +125,6 @@ def _behind_virtual_tokens(
     else:  # prefix tuning: a cache of keys and values
         inputs = {"input_ids": input_ids, "past_key_values": learned}
     return body(**inputs, attention_mask=mask, use_cache=False).last_hidden_state[:, -length:]
-
-
-def _is_causal(body: nn.Module) -> bool:
-    """The attention's `is_causal` flag; False if it has none."""
-    return next((bool(module.is_causal) for module in body.modules() if hasattr(module, "is_causal")), False)
 
 
 def sequence_lengths(position_ids: Tensor) -> Tensor:
@@ -295,7 +290,12 @@ def token_values(
     """Values float32 [n] of the states in which the response tokens were chosen; see `token_logprobs`. `critic` is a
     `rlhf.models.scalar.ScalarModel` with a value for every token."""
     states, _ = predicting_states(critic.model, input_ids, attention_mask, response_mask, position_ids)
-    return critic.values(states)
+    return scaled(critic, critic.model.score(states))
+
+
+def scaled(scalar: Any, numbers: Tensor) -> Tensor:
+    """`(number - mean) / std` of a scalar head's numbers [..., 1], float32 [...]; see `rlhf.models.scalar`."""
+    return (numbers.squeeze(-1).float() - scalar.mean) / scalar.std
 
 
 def head_logprobs(

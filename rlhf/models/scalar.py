@@ -16,7 +16,7 @@ from rlhf.core.errors import UserError
 from rlhf.models.adapters import adapter_has_head, is_adapter, virtual_tokens_of, with_adapter
 from rlhf.models.classifiers import classifier_class
 from rlhf.models.encoder_decoder import decoder_states, whole_text
-from rlhf.models.forward import causal_lm, has_virtual_tokens, hidden_states, is_encoder_decoder
+from rlhf.models.forward import causal_lm, has_virtual_tokens, hidden_states, is_encoder_decoder, scaled
 from rlhf.models.load import HEADS, _load, load_hf_config, refuse_encoder_decoder
 from rlhf.models.shared_prompt import (
     NO_SHARING,
@@ -54,11 +54,7 @@ class ScalarModel(nn.Module):
 
     def token_values(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """Values float32 [B, T] of the tokens int64 [B, T]. Needs a decoder. For the arguments see `hidden_states`."""
-        return self.values(hidden_states(self.model, input_ids, attention_mask))
-
-    def values(self, states: Tensor) -> Tensor:
-        """Values float32 [...] of a decoder's hidden states [..., H]."""
-        return self._scale(self.model.score(states).squeeze(-1).float())
+        return scaled(self, self.model.score(hidden_states(self.model, input_ids, attention_mask)))
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor, branches: Tensor | None = None) -> Tensor:
         """Scores float32 [B] of the texts int64 [B, T], padded on the right.
@@ -70,10 +66,10 @@ class ScalarModel(nn.Module):
             lm: Any = causal_lm(self.model)
             states = decoder_states(self.model, whole_text(lm, input_ids, attention_mask))
             last = states[torch.arange(len(states), device=states.device), attention_mask.sum(-1) - 1]
-            return self._scale(lm.classification_head(last).squeeze(-1).float())
+            return scaled(self, lm.classification_head(last))
         if not self.is_decoder:
             output = self.model(input_ids=input_ids, attention_mask=attention_mask)
-            return self._scale(output.logits.squeeze(-1).float())
+            return scaled(self, output.logits)
         if branches is None:
             hidden = hidden_states(self.model, input_ids, attention_mask)
             last = hidden[torch.arange(len(hidden), device=hidden.device), attention_mask.sum(-1) - 1]
@@ -81,7 +77,7 @@ class ScalarModel(nn.Module):
             weights = next(self.parameters())
             sees = attention_mask_of(branches, self.config._attn_implementation, weights.dtype)
             last = hidden_states(self.model, input_ids, sees, position_ids_of(branches))[completion_ends(branches)]
-        return self.values(last)
+        return scaled(self, self.model.score(last))
 
     @functools.cached_property
     def shared_prompts(self) -> SharedPrompts:
@@ -95,9 +91,6 @@ class ScalarModel(nn.Module):
             found = detect_sharing(causal_lm(self.model), functools.partial(hidden_states, self.model))
         self.train(training)
         return found
-
-    def _scale(self, raw: Tensor) -> Tensor:
-        return (raw - self.mean) / self.std
 
     def set_scale(self, mean: float, std: float) -> None:
         """Set the constants, here and in the config that is saved with the model."""

@@ -118,10 +118,9 @@ class Minibatches:
     ) -> Minibatches:
         """Divide the episodes of a rollout, in one random order per epoch; see `divide`."""
         pairs = zip(rollout.prompts.ids, rollout.completions)
-        rows = TokenRows(
-            [(prompt + c.ids, [False] * len(prompt) + [True] * len(c.ids)) for prompt, c in pairs], pad_id, packed
-        )
-        totals, processes = [len(ids) for ids, _ in rows.rows], distributed.world_size()
+        episodes = [(prompt + c.ids, [False] * len(prompt) + [True] * len(c.ids)) for prompt, c in pairs]
+        totals = [len(ids) for ids, _ in episodes]
+        rows, processes = TokenRows(episodes, pad_id, packed), distributed.world_size()
         divisions = [divide(totals, order, minibatches, budget, packed, processes) for order in orders]
         return cls(rows, [[Minibatch(per_rank, rows, budget) for per_rank in division] for division in divisions])
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 from pydantic import NonNegativeFloat, PositiveFloat
@@ -165,6 +166,29 @@ class AdaptiveKL:
 
 
 # ---- scores and rewards ------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class RunningMeanStd:
+    """Count, mean and standard deviation of all scores so far (Chan et al. 1979, pairwise update)."""
+
+    count: int = 0
+    mean: float = 0.0
+    std: float = 0.0
+    """The population's standard deviation; 0 while all scores were equal."""
+
+    @property
+    def scale(self) -> float:
+        """What centred scores are divided by: `std`, or 1 while all scores were equal."""
+        return self.std or 1.0
+
+    def add(self, values: Tensor) -> RunningMeanStd:
+        """A copy that also counts `values`."""
+        values = values.double()  # equal float32 scores then have the deviation 0 exactly
+        new, mean, variance = len(values), float(values.mean()), float(values.var(correction=0))
+        total, gap = self.count + new, mean - self.mean
+        spread = self.std**2 * self.count + variance * new + gap**2 * self.count * new / total
+        return RunningMeanStd(total, self.mean + gap * new / total, math.sqrt(spread / total))
 
 
 @MISSING_EOS.row("keep")

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from rlhf.core.lazy import lazy
 from rlhf.ppo.kl import k1, k3
-from rlhf.ppo.masked import masked_var, zero_padding
+from rlhf.ppo.masked import zero_padding
 
 if TYPE_CHECKING:
     import torch
@@ -169,18 +169,3 @@ def importance_weights(logprobs: Tensor, sampler_logprobs: Tensor, response_mask
         gap_max=gap.abs().amax(),
         truncated=((ratio > most) & response_mask).sum() / tokens,
     )
-
-
-def explained_variance(values: Tensor, returns: Tensor, mask: Tensor) -> Tensor:
-    """1 - Var(returns - values) / Var(returns), 0-d: 1 = perfect, 0 = no better than a constant, below 0 = worse.
-
-    Defined as in OpenAI Baselines (baselines/common/math_util.py, `explained_variance`): a constant offset does not
-    count. NaN if the returns do not vary.
-
-    Args:
-        values: The critic's predictions, [N, T].
-        returns: The critic's targets, [N, T].
-        mask: bool [N, T].
-    """
-    spread = masked_var(returns, mask)
-    return torch.where(spread > 0, 1 - masked_var(returns - values, mask) / spread, torch.nan)

@@ -41,6 +41,21 @@ def masked_var(values: Tensor, mask: Tensor) -> Tensor:
     return masked_mean((values - masked_mean(values, mask)) ** 2, mask)
 
 
+def explained_variance(values: Tensor, returns: Tensor, mask: Tensor) -> Tensor:
+    """1 - Var(returns - values) / Var(returns), 0-d: 1 = perfect, 0 = no better than a constant, below 0 = worse.
+
+    Defined as in OpenAI Baselines (baselines/common/math_util.py, `explained_variance`): a constant offset does not
+    count. NaN if the returns do not vary.
+
+    Args:
+        values: The critic's predictions, [N, T].
+        returns: The critic's targets, [N, T].
+        mask: bool [N, T].
+    """
+    spread = masked_var(returns, mask)
+    return torch.where(spread > 0, 1 - masked_var(returns - values, mask) / spread, torch.nan)
+
+
 def whiten(values: Tensor, mask: Tensor, shift_mean: bool) -> Tensor:
     """Scale to standard deviation 1; `shift_mean=True` also moves the mean to 0, `shift_mean=False` KEEPS the mean.
 

@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import math
 import resource
-import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -20,9 +16,8 @@ from rlhf.guard.observers import repetition
 from rlhf.ppo import kl
 from rlhf.ppo.advantages import Advantages
 from rlhf.ppo.config import PPOConfig
-from rlhf.ppo.losses import explained_variance
-from rlhf.ppo.masked import masked_mean, masked_sum, masked_var
-from rlhf.ppo.types import Experience, Rollout
+from rlhf.ppo.masked import explained_variance, masked_mean, masked_sum, masked_var
+from rlhf.ppo.types import Experience
 from rlhf.runs.run import Run
 from rlhf.training.reporter import Reporter
 
@@ -37,54 +32,6 @@ SHORT_NAMES = {
     "grad": "optimizer/grad_norm",
 }
 """Console name -> metric, in the order of the console line."""
-
-
-@dataclass(frozen=True)
-class RunningMeanStd:
-    """Count, mean and standard deviation of all scores so far (Chan et al. 1979, pairwise update)."""
-
-    count: int = 0
-    mean: float = 0.0
-    std: float = 0.0
-    """The population's standard deviation; 0 while all scores were equal."""
-
-    @property
-    def scale(self) -> float:
-        """What centred scores are divided by: `std`, or 1 while all scores were equal."""
-        return self.std or 1.0
-
-    def add(self, values: Tensor) -> RunningMeanStd:
-        """A copy that also counts `values`."""
-        values = values.double()  # equal float32 scores then have the deviation 0 exactly
-        new, mean, variance = len(values), float(values.mean()), float(values.var(correction=0))
-        total, gap = self.count + new, mean - self.mean
-        spread = self.std**2 * self.count + variance * new + gap**2 * self.count * new / total
-        return RunningMeanStd(total, self.mean + gap * new / total, math.sqrt(spread / total))
-
-
-class Clock:
-    """Seconds by phase: `with clock("rollout"): ...`."""
-
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
-
-    @contextmanager
-    def __call__(self, phase: str) -> Iterator[None]:
-        start = self._now()
-        yield
-        self.seconds[phase] = self._now() - start
-
-    def _now(self) -> float:
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        return time.perf_counter()
-
-    def metrics(self, rollout: Rollout) -> dict[str, float]:
-        """Seconds and tokens/s of each phase (completion tokens in the rollout, else all), peak memory in GB."""
-        tokens = {phase: sum(rollout.total_lengths) for phase in self.seconds} | {"rollout": int(rollout.lengths.sum())}
-        metrics = {f"time/{phase}": seconds for phase, seconds in self.seconds.items()}
-        metrics |= {f"throughput/{p}": tokens[p] / max(s, 1e-9) for p, s in self.seconds.items()}
-        return metrics | {"memory/peak_gb": peak_memory_gb()}
 
 
 def peak_memory_gb() -> float:
@@ -186,14 +133,16 @@ def experience_metrics(
 ) -> dict[str, float]:
     """Metrics of one update's experience: scores, KL per completion (nats), lengths, ends, explained variance."""
     mask, lengths = experience.rollout.response_mask, experience.rollout.lengths.float()
+    observed = guard_metrics(experience)
     pair = (experience.logprobs, experience.ref_logprobs)
+    k1, k3 = kl.k1(*pair), kl.k3(*pair)
     metrics = {
         "objective/scores": float(experience.scores.mean()),
         "objective/scores_std": float(experience.scores.std(correction=0)),
         "objective/shaped_scores": float(scores.mean()),
         "objective/rlhf_reward": float(masked_sum(rewards, mask)) / len(mask),
-        "objective/kl": float(masked_sum(kl.k1(*pair), mask)) / len(mask),
-        "objective/kl_k3": float(masked_sum(kl.k3(*pair), mask)) / len(mask),
+        "objective/kl": float(masked_sum(k1, mask)) / len(mask),
+        "objective/kl_k3": float(masked_sum(k3, mask)) / len(mask),
         "objective/advantages_mean": float(masked_mean(advantages.advantages, mask)),
         "objective/advantages_std": float(masked_var(advantages.advantages, mask).sqrt()),
         "objective/entropy": experience.entropy,
@@ -202,7 +151,7 @@ def experience_metrics(
     }
     if experience.disagreement is not None:
         metrics["objective/disagreement"] = float(experience.disagreement.mean())
-    metrics |= guard_metrics(experience)
+    metrics |= observed
     if (importance := experience.importance) is not None:
         metrics |= {
             "rollout/sampler_gap_mean": float(importance.gap_mean),

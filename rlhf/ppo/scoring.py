@@ -46,7 +46,8 @@ class Scorer:
             UserError: A score is not finite.
         """
         config, mask = self.config, rollout.response_mask
-        lengths, from_sampler = rollout.lengths, config.score.policy == "sampler"
+        lengths, sampled = rollout.lengths, rollout.sampler_logprobs
+        from_sampler = config.score.policy == "sampler"
         episodes: list[int] = []
         columns: list[Tensor] = []
         parts: list[Tensor] = []
@@ -62,10 +63,10 @@ class Scorer:
             states |= gather_states(batch) if batch.frozen_states is not None else {}
         per_token, per_episode = gather_parts(episodes, torch.cat(columns), torch.cat(parts), lengths)
         logprobs, ref_logprobs, entropies, values = per_token
-        importance, sampled = None, rollout.sampler_logprobs
-        scores = dict(zip(found, per_episode))
+        scores, importance = dict(zip(found, per_episode)), None
         for name, one in scores.items():
-            self._check_finite(name, one, rollout)
+            if not torch.isfinite(one).all():
+                raise self._not_finite(name, one, rollout)
         if from_sampler:
             assert sampled is not None  # PPOConfig allows only samplers and options for which log-probs are reported
             logprobs, entropies = sampled, -sampled  # the mean of -log p over sampled tokens estimates the entropy
@@ -98,12 +99,10 @@ class Scorer:
         found = {"reward": scores} | ({} if disagreement is None else {"disagreement": disagreement})
         return found | (self.observers(inputs, gold) if self.observers.sources else {})
 
-    def _check_finite(self, name: str, scores: Tensor, rollout: Rollout) -> None:
-        if torch.isfinite(scores).all():
-            return
+    def _not_finite(self, name: str, scores: Tensor, rollout: Rollout) -> UserError:
         worst = int((~torch.isfinite(scores)).nonzero()[0])
         prompt, answer = rollout.prompts.messages[worst][-1]["content"], rollout.completions[worst].ids
-        raise UserError(
+        return UserError(
             f"{name}: the score of a completion is {scores[worst]}, not a finite number",
             f"Prompt: ...{prompt[-80:]!r}; completion: {self.chat.decode(answer)[:80]!r}.",
             "Correct the reward; the last checkpoint is usable.",

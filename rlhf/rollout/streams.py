@@ -12,6 +12,11 @@ def stream_seed(*parts: int) -> int:
     return int(sequence.generate_state(1, np.uint64)[0]) >> 1
 
 
+def stream_seeds(count: int, *parts: int) -> list[int]:
+    """The seeds of the streams (*parts, 0) to (*parts, count - 1)."""
+    return [stream_seed(*parts, number) for number in range(count)]
+
+
 def permutation(count: int, *seed: int) -> list[int]:
     """A random order of 0..count-1, determined by the seed parts."""
     generator = torch.Generator().manual_seed(stream_seed(*seed))
