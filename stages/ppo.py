@@ -137,6 +137,7 @@ class PPO:
         self.learner = Learner(self.models.engine, config, self._ptx(limit))
         self.kl_controller = config.kl.controller()
         self.score_stats = kl.RunningMeanStd()
+        """Of all scores so far; stays empty unless scores are normalised."""
         self.done = 0
         self.ahead: Callable[[], Rollout] | None = None
         """Waits for the rollout of the next update, if that has been started."""
@@ -209,8 +210,8 @@ class PPO:
             perturbed = self.perturber(index, rollout.prompts.ids, rollout.prompts.messages, rollout.completions)
         # 4. rewards: the score at the last token, the KL penalty at every token
         mask, kl_coef = rollout.response_mask, self.kl_coef
+        scores, *score_scale = self.shape_scores(experience)
         kl_per_token = config.kl.estimator(experience.logprobs, experience.ref_logprobs)
-        scores = self.shape_scores(experience)
         rewards = kl.shape_rewards(scores, kl_per_token, mask, kl_coef, scale=config.shaping.whiten_rewards)
         # 5. advantages and returns
         advantages = config.advantage(rewards, experience.values, mask, rollout.prompts.groups)
@@ -219,7 +220,7 @@ class PPO:
         with clock("learn"):
             learned = self.learner.learn(experience, advantages, minibatches, index, lr_scale)
         metrics = experience_metrics(experience, scores, rewards, advantages)
-        parts = (experience, scores, kl_per_token, rewards, advantages, kl_coef, *self.score_scale)
+        parts = (experience, scores, kl_per_token, rewards, advantages, kl_coef, *score_scale)
         record.note(self.run.path, config.log, UpdateRecord(index + 1, *parts))
         self.kl_controller.update(metrics["objective/kl"], len(mask))
         if self.score_range is not None:
@@ -270,7 +271,12 @@ class PPO:
         merged = adapters_merged(policy) if c.merge_adapters and not copies else nullcontext()
         with self.models.engine.gathered(policy, whole=not copies), merged, torch.compiler.set_stance("force_eager"):
             wait = samplers.start(c.sampler, policy, ids, seeds, params, self.chat)
-        return lambda: Rollout(prompts, gather_completions(wait(), part.start))
+
+        def gathered() -> Rollout:
+            mine = wait()
+            return Rollout(prompts, mine if self.ranks == 1 else gather_completions(mine, part.start))
+
+        return gathered
 
     def minibatches(self, rollout: Rollout, index: int) -> Minibatches:
         """The minibatches of all epochs of an update, divided among the ranks."""
@@ -279,25 +285,20 @@ class PPO:
         budget = self.learner.budget.tokens
         return Minibatches.of_rollout(rollout, self.chat.pad_id, self.packed, orders, batch.minibatches, budget)
 
-    def shape_scores(self, experience: Experience) -> Tensor:
-        """Scores normalised and clipped, with the rule for completions that did not end. float32 [N]."""
-        rule = self.config.shaping
+    def shape_scores(self, experience: Experience) -> tuple[Tensor, float, float]:
+        """Scores normalised and clipped, with the rule for completions that did not end, float32 [N]; and the mean and
+        standard deviation by which they were normalised."""
+        rule, raw, ended = self.config.shaping, experience.scores, experience.rollout.ended
         if rule.normalize_scores:
-            self.score_stats = self.score_stats.add(experience.scores)
-        mean, std = self.score_scale
-        ended, clip, missing_eos = experience.rollout.ended, rule.clip_score, rule.missing_eos
-        return kl.shape_scores(experience.scores, ended, mean=mean, std=std, clip=clip, missing_eos=missing_eos)
+            self.score_stats = self.score_stats.add(raw)
+        mean, std = self.score_stats.mean, self.score_stats.scale
+        scores = kl.shape_scores(raw, ended, mean=mean, std=std, clip=rule.clip_score, missing_eos=rule.missing_eos)
+        return scores, mean, std
 
     @property
     def kl_coef(self) -> float:
         """The current coefficient of the KL penalty."""
         return self.kl_controller.coef * self.guard.kl_factor
-
-    @property
-    def score_scale(self) -> tuple[float, float]:
-        """Current mean and standard deviation for normalising scores; 0 and 1 without normalisation or scores."""
-        stats = self.score_stats if self.config.shaping.normalize_scores else kl.RunningMeanStd()
-        return stats.mean, stats.scale
 
     def lr_scale(self, index: int) -> float:
         """Learning rates of an update as a fraction of their peak."""
@@ -315,7 +316,9 @@ class PPO:
         budget = self.learner.budget.tokens
         whole = Minibatches.of_rollout(rollout, self.chat.pad_id, self.packed, [rows], 1, budget)
         experience = self.scorer.score(rollout, whole.epochs[0])
-        tokens = token_records(self.config, self.chat, experience, self.kl_coef, *self.score_scale)
+        tokens = token_records(
+            self.config, self.chat, experience, self.kl_coef, self.score_stats.mean, self.score_stats.scale
+        )
         self.reporter.evaluation(self.done, experience, self.chat, tokens)
 
     # ---- checkpoints ---------------------------------------------------------------------------------------------
@@ -350,7 +353,8 @@ class PPO:
         state = json.loads((folder / "ppo.json").read_text("utf-8"))
         self.done = state["done"]
         self.kl_controller.load_state_dict(state["controller"])
-        self.score_stats = kl.RunningMeanStd(**state["score_stats"])
+        if self.config.shaping.normalize_scores:
+            self.score_stats = kl.RunningMeanStd(**state["score_stats"])
         self.guard.load_state_dict(state["guard"])
         self.learner.budget.load_state_dict(state.get("budget"))
         if "ahead" in state:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain
 
 import torch
 from torch import Tensor
@@ -52,7 +53,7 @@ class Scorer:
         columns: list[Tensor] = []
         parts: list[Tensor] = []
         states: dict[int, Tensor] = {}
-        for batch in [batch for minibatch in minibatches for batch in minibatch.micro_batches()]:
+        for batch in list(chain.from_iterable(map(Minibatch.micro_batches, minibatches))):
             batch = self.models.with_frozen_states(batch)
             tokens = self.models.token_scores(batch, config.rollout.temperature, policy=not from_sampler)
             # the reference's log-probs are placeholders for what is not computed

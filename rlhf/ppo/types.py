@@ -151,8 +151,6 @@ class Experience:
 
 def gather_completions(mine: Sequence[Completion], first: int) -> list[Completion]:
     """The completions of all ranks in the order of their episodes; `mine` are this rank's, from episode `first` on."""
-    if distributed.world_size() == 1:
-        return list(mine)
     device = distributed.device()
     facts = [[first + i, len(c.ids), c.ended, c.logprobs is not None] for i, c in enumerate(mine)]
     ids = [token for completion in mine for token in completion.ids]
