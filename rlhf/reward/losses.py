@@ -64,7 +64,7 @@ def _sizes(ranking: Tensor, rankings: int | None = None) -> list[int]:
 
 def _rows(values: Tensor, sizes: list[int]) -> Tensor:
     """[N] -> [B, K] with K of the longest ranking, zeros on padding; the gradient flows back to `values`."""
-    return nn.utils.rnn.pad_sequence(values.split(sizes), batch_first=True)
+    return nn.utils.rnn.pad_sequence(values.split(sizes), batch_first=True) if sizes else values.reshape(0, 0)
 
 
 @dataclass(frozen=True)
