@@ -40,17 +40,14 @@ class ScalarModel(nn.Module):
         super().__init__()
         self.model = model
         config = causal_lm(model).config
+        self.is_decoder = hasattr(causal_lm(model), "score")
+        """Whether the model has a value for every token."""
         self.mean = float(getattr(config, "reward_mean", 0.0))
         self.std = float(getattr(config, "reward_std", 1.0))
 
     @property
     def config(self) -> Any:
         return causal_lm(self.model).config
-
-    @property
-    def is_decoder(self) -> bool:
-        """True if the model has a value for every token."""
-        return hasattr(causal_lm(self.model), "score")
 
     def token_values(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """Values float32 [B, T] of the tokens int64 [B, T]. Needs a decoder. For the arguments see `hidden_states`."""
@@ -75,7 +72,7 @@ class ScalarModel(nn.Module):
             last = hidden[torch.arange(len(hidden), device=hidden.device), attention_mask.sum(-1) - 1]
         else:
             weights = next(self.parameters())
-            sees = attention_mask_of(branches, self.config._attn_implementation, weights.dtype)
+            sees = attention_mask_of(branches, self.model.config._attn_implementation, weights.dtype)
             last = hidden_states(self.model, input_ids, sees, position_ids_of(branches))[completion_ends(branches)]
         return scaled(self, self.model.score(last))
 

@@ -46,6 +46,15 @@ class SharedPrompts:
         """The sharing for a batch whose longest text has `longest` tokens."""
         return self if longest <= self.max_length else NO_SHARING
 
+    def divided(self, texts: Sequence[PromptWithCompletions]) -> list[PromptWithCompletions]:
+        """The texts of one batch, each in as many rows as cost least."""
+        longest = max(len(prompt) + len(completion) for prompt, completions in texts for completion in completions)
+        sharing, rows = self.for_length(longest), list[PromptWithCompletions]()
+        for prompt, completions in texts:
+            parts = sharing.rows(len(prompt), [len(completion) for completion in completions])
+            rows += [(prompt, [completions[i] for i in part]) for part in parts]
+        return rows
+
     def rows(self, prompt: int, completions: Sequence[int], max_tokens: int | None = None) -> list[list[int]]:
         """Indices of the completions in each row, in order.
 

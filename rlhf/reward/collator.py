@@ -13,7 +13,7 @@ from rlhf.core.console import say
 from rlhf.core.errors import UserError
 from rlhf.core.table import Pick
 from rlhf.data.chat_tokenizer import ChatTokenizer
-from rlhf.models.shared_prompt import NO_SHARING, PromptWithCompletions, SharedPrompts, pad_rows
+from rlhf.models.shared_prompt import NO_SHARING, SharedPrompts, pad_rows
 from rlhf.reward.losses import RankingBatch
 
 
@@ -75,15 +75,9 @@ class RankingCollator:
     device: Any = None
 
     def __call__(self, rows: Sequence[dict[str, Any]]) -> RewardBatch:
-        encoded: list[PromptWithCompletions] = []
-        longest = max(len(row["prompt"]) + len(candidate) for row in rows for candidate in row["candidates"])
-        sharing = self.sharing.for_length(longest)
-        for row in rows:
-            prompt, candidates = row["prompt"], row["candidates"]
-            parts = sharing.rows(len(prompt), [len(candidate) for candidate in candidates])
-            encoded += [(prompt, [candidates[i] for i in part]) for part in parts]
+        texts = [(row["prompt"], row["candidates"]) for row in rows]
         columns = {name: [row[name] for row in rows] for name in ("ranks", "ratings", "weight")}
-        return RewardBatch(*pad_rows(self.chat, encoded, self.device), self.rankings(columns))
+        return RewardBatch(*pad_rows(self.chat, self.sharing.divided(texts), self.device), self.rankings(columns))
 
     def rankings(self, columns: Mapping[str, Sequence[Any]]) -> RankingBatch:
         """The batch without its texts, from the columns `ranks`, `ratings` and `weight` of the rows."""
