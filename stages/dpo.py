@@ -72,8 +72,7 @@ def run(config: DPOConfig, resume: bool = False, overwrite: bool = False) -> Non
     loop = Loop(config, folder, engine, objective, train, held_out is not None)
     loop.fit(resume)
     # 5. held-out metrics, and the result: the weights of the best checkpoint
-    scored = objective.best.at(engine, loop.best_step) if held_out is not None else []
-    headline = objective.best.report(folder, scored, loop.best_step) if scored else {}
+    headline = objective.best.report(folder, engine, loop.best_step)[0] if held_out is not None else {}
     save_result(folder.path, model, chat, config.tuning)
     finish(folder, step=loop.best_step, metrics=headline, peak_memory=memory.measured())
     memory.report_rows(config, train)

@@ -79,9 +79,10 @@ def run(config: RewardConfig, resume: bool = False, overwrite: bool = False) -> 
     loop = Loop(config, folder, engine, objective, train, held_out is not None)
     loop.fit(resume)
     # 4. held-out metrics and the scale, from one set of scores
-    scored = objective.best.at(engine, loop.best_step) if held_out is not None else []
-    headline = objective.best.report(folder, scored, loop.best_step) if scored else {}
-    known = scored or objective.score(engine, tables.train)
+    if held_out is not None:
+        headline, known = objective.best.report(folder, engine, loop.best_step)
+    else:
+        headline, known = {}, objective.score(engine, tables.train)
     if config.normalize == "completions":
         scalar.set_scale(*mean_and_std(known))
     elif config.normalize == "demonstrations":

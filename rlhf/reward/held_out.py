@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -62,12 +62,13 @@ class HeldOutScores:
         names = ("loss", "accuracy", "log_loss", "calibration_error", *more, "ceiling")
         return {name: found[name] for name in names if found.get(name) is not None}
 
-    def at(self, engine: Any, step: int) -> list[ScoredRanking]:
-        """The scores of the evaluation at `step`, whose weights the engine has loaded."""
-        return self.scored if self.step == step else self.score(engine)
+    def report(self, run: Run, engine: Any, step: int) -> tuple[dict[str, Any], list[ScoredRanking]]:
+        """Show the metrics at `step`, whose weights the engine has loaded, and write them to reward_metrics.json.
 
-    def report(self, run: Run, scored: Sequence[ScoredRanking], step: int) -> dict[str, Any]:
-        """Show the metrics with human agreement, write them to reward_metrics.json; returns those for run.json."""
+        Returns:
+            The metrics for run.json, and the scores.
+        """
+        scored = self.scored if self.step == step else self.score(engine)
         ceiling = self.human.metrics() if self.human else {}
         metrics = reward_metrics(scored) | ceiling
         for part in metric_rows(metrics):
@@ -76,4 +77,4 @@ class HeldOutScores:
             say(self.human.compared_with(metrics["accuracy"]))
         if is_main():
             write_json(run.path / "reward_metrics.json", {"step": step, **metrics})
-        return {name: metrics[name] for name in HEADLINE} | ceiling
+        return {name: metrics[name] for name in HEADLINE} | ceiling, scored
