@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
+import pandas as pd
 
 from data_tools.statistics.columns import Columns
 from data_tools.statistics.intervals import Estimate, fraction_of
@@ -141,7 +142,6 @@ def _first_preferred(pairs: AnswerPairs) -> tuple[np.ndarray, np.ndarray]:
 
 def _median_seconds(columns: Columns, own: np.ndarray) -> dict[int, float]:
     """Annotator -> median of the known seconds."""
-    timed = np.flatnonzero(own & ~np.isnan(columns.seconds))
-    order = timed[np.argsort(columns.annotator[timed], kind="stable")]
-    who, starts = np.unique(columns.annotator[order], return_index=True)
-    return {int(i): float(np.median(part)) for i, part in zip(who, np.split(columns.seconds[order], starts[1:]))}
+    timed = own & ~np.isnan(columns.seconds)
+    by_annotator = pd.Series(columns.seconds[timed]).groupby(columns.annotator[timed])
+    return {int(who): float(np.median(seconds)) for who, seconds in by_annotator}

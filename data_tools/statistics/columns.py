@@ -167,10 +167,8 @@ def hex_numbers(ids: pa.Array) -> np.ndarray:
     lengths = pc.binary_length(ids)
     if len(ids) and not (pc.min(lengths).as_py() == pc.max(lengths).as_py() == 16):
         raise UserError("an id does not have 16 hex digits", remedy="Find such rows with `rlhf data validate`.")
-    offset = ids.offset * 16
-    digits = np.frombuffer(ids.buffers()[2] or b"", np.uint8)[offset : offset + 16 * len(ids)].reshape(-1, 16)
-    nibbles = np.where(digits > ord("9"), digits - (ord("a") - 10), digits - ord("0")).astype(np.uint8)
-    return ((nibbles[:, ::2] << 4) | nibbles[:, 1::2]).copy().view(">u8").ravel().astype(np.uint64)
+    digits = "".join(ids.to_pylist())
+    return np.frombuffer(bytes.fromhex(digits), ">u8").astype(np.uint64)
 
 
 def text_hashes(texts: pa.Array) -> np.ndarray:

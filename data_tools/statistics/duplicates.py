@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 
 from data_tools.statistics.columns import Columns, as_shards
 from data_tools.statistics.intervals import Estimate, clustered_fraction
@@ -23,10 +24,7 @@ TRAIN = SPLITS.index("train")
 
 def _again(names: np.ndarray) -> np.ndarray:
     """(n,) bool: an earlier one has the same name."""
-    _, first = np.unique(names, return_index=True)
-    again = np.ones(len(names), bool)
-    again[first] = False
-    return again
+    return pd.Series(names).duplicated().to_numpy()
 
 
 def _in_several_splits(names: np.ndarray, split: np.ndarray) -> np.ndarray | None:
