@@ -216,7 +216,9 @@ class Collector:
             "id": hex_numbers(column(table, "id")),
             "prompt": hex_numbers(column(table, "prompt_id")),
             "split": _indices(column(table, "split"), SPLITS),
-            "prompt_chars": _sums(_lengths(turns.flatten().field("content")), turns),
+            "prompt_chars": np.bincount(
+                pc.list_parent_indices(turns), _lengths(turns.flatten().field("content")), len(turns)
+            ).astype(np.int32),
             "annotator": self._annotators(column(table, "annotator")),
             "seconds": column(table, "seconds").to_numpy(zero_copy_only=False).astype(np.float32),
             "shown": pc.fill_null(column(table, "shown"), False).to_numpy(zero_copy_only=False),
@@ -261,11 +263,3 @@ def _lengths(texts: pa.Array) -> np.ndarray:
 def list_sizes(lists: pa.Array) -> np.ndarray:
     """(N,) the length of each list; 0 for a null."""
     return pc.fill_null(pc.list_value_length(lists), 0).to_numpy()
-
-
-def _sums(values: np.ndarray, lists: pa.Array) -> np.ndarray:
-    """(N,) int32: the sum of each list's values."""
-    sizes = list_sizes(lists)
-    ends = np.cumsum(sizes)
-    total = np.concatenate([[0], np.cumsum(values, dtype=np.int64)])
-    return (total[ends] - total[ends - sizes]).astype(np.int32)

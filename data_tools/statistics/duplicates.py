@@ -11,7 +11,6 @@ import pandas as pd
 
 from data_tools.statistics.columns import Columns, as_shards
 from data_tools.statistics.intervals import Estimate, clustered_fraction
-from data_tools.statistics.judgements import mixed
 from data_tools.statistics.near import DEFAULT_THRESHOLD, near_groups, near_matches, similarity
 from data_tools.statistics.sample import MOST_RECORDS, Texts, prompt_texts
 from rlhf.data.schema import SPLITS
@@ -29,12 +28,10 @@ def _again(names: np.ndarray) -> np.ndarray:
 
 def _in_several_splits(names: np.ndarray, split: np.ndarray) -> np.ndarray | None:
     """(n,) bool: the name is in another split too; None with fewer than two splits."""
-    if len(np.unique(split[split >= 0])) < 2:
+    known = pd.Series(split).where(split >= 0)
+    if known.nunique() < 2:
         return None
-    _, number = np.unique(names, return_inverse=True)
-    bits = np.zeros(number.max() + 1, np.int64)
-    np.bitwise_or.at(bits, number, np.where(split < 0, 0, 1 << np.maximum(split, 0).astype(np.int64)))
-    return ((bits & (bits - 1)) > 0)[number] & (split >= 0)
+    return (known.groupby(names).transform("nunique") > 1).to_numpy() & (split >= 0)
 
 
 def repeats(ids: np.ndarray) -> tuple[Estimate, np.ndarray]:
@@ -57,14 +54,11 @@ def repeated_answers(columns: Columns) -> tuple[Estimate, np.ndarray] | None:
     """The fraction of answers whose text also answers another prompt, and the indices of the most frequent ones."""
     if not len(columns.answer):
         return None
-    prompt = np.repeat(columns.prompt, columns.sizes)
-    texts, number = np.unique(columns.answer, return_inverse=True)
-    _, at = np.unique(mixed(mixed(columns.answer) ^ prompt), return_index=True)
-    prompts_of = np.bincount(number[at], minlength=len(texts))
-    hit = prompts_of[number] > 1
-    _, first = np.unique(number, return_index=True)
-    most = np.argsort(-prompts_of, kind="stable")[:5]
-    return Estimate(float(hit.mean()), n=len(hit)), first[most[prompts_of[most] > 1]]
+    given = pd.DataFrame({"answer": columns.answer, "prompt": np.repeat(columns.prompt, columns.sizes)})
+    given["prompts"] = given.groupby("answer")["prompt"].transform("nunique")
+    several = given[given["prompts"] > 1]
+    first = several.drop_duplicates("answer").sort_values(["prompts", "answer"], ascending=[False, True])
+    return Estimate(len(several) / len(given), n=len(given)), first.index[:5].to_numpy()
 
 
 # ---- near -----------------------------------------------------------------------------------------------------------
@@ -116,12 +110,9 @@ def near_answers(texts: Texts) -> Estimate | None:
     if not keys:
         return None
     groups = near_groups((str(at), text) for at, _, text in keys)
-    number = np.array([int(groups[str(at)]) for at, _, _ in keys])
-    prompt = np.array([prompt for _, prompt, _ in keys], np.uint64)
-    _, group = np.unique(number, return_inverse=True)
-    _, first = np.unique(mixed(mixed(prompt) ^ group.astype(np.uint64)), return_index=True)
-    prompts_of = np.bincount(group[first], minlength=group.max() + 1)
-    return clustered_fraction((prompts_of[group] > 1).astype(float), np.ones(len(group)))
+    given = pd.DataFrame({"group": [groups[str(at)] for at, _, _ in keys], "prompt": [prompt for _, prompt, _ in keys]})
+    prompts = given.groupby("group")["prompt"].transform("nunique").to_numpy()
+    return clustered_fraction((prompts > 1).astype(float), np.ones(len(prompts)))
 
 
 def _answer_keys(texts: Texts) -> Iterator[tuple[int, int, str]]:

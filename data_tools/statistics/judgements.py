@@ -105,9 +105,7 @@ class AnnotatorVotes:
 
     def counts(self) -> np.ndarray:
         """(U, 3): votes of -1, 0 and 1 on each pair."""
-        found = np.zeros((len(self.prompt), 3), np.int64)
-        np.add.at(found, (self.pair, self.order.astype(np.int64) + 1), 1)
-        return found
+        return np.bincount(3 * self.pair + self.order + 1, minlength=3 * len(self.prompt)).reshape(-1, 3)
 
     def per_prompt(self, values: np.ndarray) -> np.ndarray:
         """(prompts, columns): sums over each prompt's pairs of (U, columns) values."""
