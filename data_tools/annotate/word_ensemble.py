@@ -7,42 +7,9 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 from scipy import optimize, special
 
-from data_tools.statistics.sample import sampled
-from data_tools.statistics.words import FEATURES, REGULARISATION, differences, hashed, ordered_texts
+from data_tools.statistics.words import FEATURES, REGULARISATION, WordPairs, hashed
 from rlhf.core.errors import UserError
 from rlhf.data.schema import Ranking
-
-MOST_PAIRS = 20_000
-
-
-class WordPairs:
-    """The ordered pairs of rankings, at most `MOST_PAIRS` random ones.
-
-    Args:
-        rankings: Ties give no pair.
-        seed: Chooses the pairs.
-
-    Raises:
-        UserError: No pair is ordered.
-    """
-
-    def __init__(self, rankings: Iterable[Ranking], seed: int) -> None:
-        texts: list[tuple[str, str]] = []
-        prompts: list[int] = []
-        numbers: dict[str, int] = {}
-        for record in rankings:
-            number = numbers.setdefault(record.prompt_id, len(numbers))
-            found = ordered_texts(record)
-            texts += found
-            prompts += [number] * len(found)
-        if not texts:
-            why = "Its rankings prefer no answer to another, so there is nothing to learn from."
-            raise UserError("--ranked: no ordered pair of answers", why, "Rank a few prompts of random choice first.")
-        kept = sampled(len(texts), MOST_PAIRS, seed)
-        self.difference = differences(texts[index] for index in kept.tolist())
-        """Sparse (pairs, `FEATURES`): the better answer minus the worse."""
-        self.prompt = np.array(prompts)[kept]
-        """(pairs,) which prompt."""
 
 
 def weights(pairs: WordPairs, times: np.ndarray, prior: np.ndarray) -> np.ndarray:
@@ -85,6 +52,9 @@ def train(rankings: Iterable[Ranking], members: int, seed: int) -> np.ndarray:
         UserError: No pair is ordered.
     """
     pairs, generator = WordPairs(rankings, seed), np.random.default_rng(seed)
+    if not len(pairs.prompt):
+        why = "Its rankings prefer no answer to another, so there is nothing to learn from."
+        raise UserError("--ranked: no ordered pair of answers", why, "Rank a few prompts of random choice first.")
     prompts = int(pairs.prompt.max()) + 1
     found = []
     for _ in range(members):

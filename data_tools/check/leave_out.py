@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -13,15 +11,12 @@ from scipy import stats
 from sklearn import model_selection
 
 from data_tools.statistics.intervals import SEED, Estimate
-from data_tools.statistics.sample import sampled
-from data_tools.statistics.words import FEWEST_PROMPTS, FOLDS, differences, ordered_texts, predictions, turns
+from data_tools.statistics.words import FEWEST_PROMPTS, FOLDS, WordPairs, predictions, turns
 from rlhf.core import console
 from rlhf.core.errors import UserError
 from rlhf.core.intervals import resampled_sums
-from rlhf.data.schema import Ranking
 from rlhf.data.store import open_dataset
 
-MOST_PAIRS = 20_000
 FEWEST_RANKINGS = 20
 """An annotator with fewer is not left out: the interval would say nothing."""
 LEVEL = 0.05
@@ -45,19 +40,6 @@ class Effect:
     harms: without them it is better. no clear effect: the difference may be chance."""
 
 
-@dataclass(frozen=True)
-class _Pairs:
-    """Ordered pairs of answers; arrays of one entry for each."""
-
-    difference: Any
-    """Sparse (n, features): log(1 + count) of hashed words and word pairs, of one answer minus the other."""
-    winner: np.ndarray
-    """1 or -1."""
-    prompt: np.ndarray
-    ranking: np.ndarray
-    annotator: np.ndarray
-
-
 def leave_out(path: str | Path, most: int = 20) -> dict[str, Any]:
     """Train the model of `bag_of_words` with all rankings, without each annotator's, and without as many random
     rankings of others, in five folds that keep a prompt together; compare them on held-out pairs that others ranked.
@@ -76,56 +58,38 @@ def leave_out(path: str | Path, most: int = 20) -> dict[str, Any]:
     Raises:
         UserError: Too few annotators or prompts.
     """
-    names, rankings, pairs = _read(open_dataset(path, "ranking").records(), str(path))
+    records = open_dataset(path, "ranking").records()
+    pairs = WordPairs(one for one in records if one.annotator and not one.merged)
+    rankings = pairs.rankings
+    if pairs.prompts < FEWEST_PROMPTS:
+        why = f"{pairs.prompts} prompts were ranked by named annotators; {FEWEST_PROMPTS} are needed."
+        raise UserError(f"{path}: too few rankings", why, "Rank more, with `rlhf data rank`.")
     tried = [who for who, count in rankings.most_common(most) if count >= FEWEST_RANKINGS]
     if len(rankings) < 2 or not tried:
         why = f"An annotator is left out who has {FEWEST_RANKINGS} rankings or more, if there is another one."
         raise UserError(f"{path}: no annotator can be left out", why, "`rlhf data stats` counts them.")
-    folds = list(model_selection.GroupKFold(FOLDS).split(pairs.winner, groups=pairs.prompt))
-    everybody = predictions(pairs.difference, pairs.winner, folds)
+    winner = turns(len(pairs.prompt))
+    difference = pairs.difference.multiply(winner[:, None]).tocsr()
+    folds = list(model_selection.GroupKFold(FOLDS).split(winner, groups=pairs.prompt))
+    everybody = predictions(difference, winner, folds)
     found = []
     for who in console.track(tried, "leaving annotators out", unit="annotators"):
         judged = pairs.annotator != who
-        without = predictions(pairs.difference, pairs.winner, folds, judged)
-        fewer = predictions(pairs.difference, pairs.winner, folds, _without_as_many_others(pairs, who))
+        without = predictions(difference, winner, folds, judged)
+        fewer = predictions(difference, winner, folds, _without_as_many_others(pairs, who))
         gain, clear = _compare(everybody, without, pairs, judged, len(tried))
         verdict = "no clear effect" if not clear else "helps" if gain.value > 0 else "harms"
         over, _ = _compare(fewer, without, pairs, judged, 1)
         accuracy = float(everybody[judged].mean())
-        found.append(Effect(names[who], rankings[who], accuracy, gain, over, verdict))
+        found.append(Effect(who, rankings[who], accuracy, gain, over, verdict))
     found.sort(key=lambda one: (one.gain.value, one.name))
     return {
-        "pairs": len(pairs.winner), "prompts": len(np.unique(pairs.prompt)), "accuracy": float(everybody.mean()),
+        "pairs": len(winner), "prompts": len(np.unique(pairs.prompt)), "accuracy": float(everybody.mean()),
         "effects": [asdict(one) for one in found], "not_tried": len(rankings) - len(tried),
     }  # fmt: skip
 
 
-def _read(records: Iterable[Ranking], path: str) -> tuple[list[str], Counter[int], _Pairs]:
-    """Names of annotators, rankings of each, and at most `MOST_PAIRS` random pairs."""
-    texts: list[tuple[str, str]] = []
-    rows: list[tuple[int, int, int]] = []
-    names: dict[str, int] = {}
-    prompts: dict[str, int] = {}
-    counts: Counter[int] = Counter()
-    for number, record in enumerate(records):
-        if not record.annotator or record.merged:
-            continue
-        who = names.setdefault(record.annotator, len(names))
-        counts[who] += 1
-        prompt = prompts.setdefault(record.prompt_id, len(prompts))
-        found = ordered_texts(record)
-        texts += found
-        rows += [(prompt, number, who)] * len(found)
-    if len(prompts) < FEWEST_PROMPTS:
-        why = f"{len(prompts)} prompts were ranked by named annotators; {FEWEST_PROMPTS} are needed."
-        raise UserError(f"{path}: too few rankings", why, "Rank more, with `rlhf data rank`.")
-    kept = sampled(len(rows), MOST_PAIRS).tolist()
-    table, winner = np.array([rows[i] for i in kept]), turns(len(kept))
-    difference = differences(texts[i] for i in kept).multiply(winner[:, None]).tocsr()
-    return list(names), counts, _Pairs(difference, winner, *table.T)
-
-
-def _without_as_many_others(pairs: _Pairs, who: int) -> np.ndarray:
+def _without_as_many_others(pairs: WordPairs, who: str) -> np.ndarray:
     """(n,) bool: everything but as many random rankings of others as the annotator has; half of them if there are no
     more."""
     own = np.unique(pairs.ranking[pairs.annotator == who])
@@ -136,7 +100,7 @@ def _without_as_many_others(pairs: _Pairs, who: int) -> np.ndarray:
 
 
 def _compare(
-    one: np.ndarray, other: np.ndarray, pairs: _Pairs, judged: np.ndarray, tests: int
+    one: np.ndarray, other: np.ndarray, pairs: WordPairs, judged: np.ndarray, tests: int
 ) -> tuple[Estimate, bool]:
     """Difference of two accuracies on the judged pairs, and whether it is not 0 at `LEVEL` / `tests`."""
     index = np.unique(pairs.prompt[judged], return_inverse=True)[1]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -17,7 +18,7 @@ from data_tools.statistics.judgements import AnswerPairs
 from data_tools.statistics.sample import Texts, sampled
 from rlhf.data.schema import Ranking
 
-MOST_PAIRS = 10_000
+MOST_PAIRS, MOST_WORD_PAIRS = 10_000, 20_000
 FEWEST_PROMPTS = 50
 FOLDS = 5
 FEATURES = 2**18
@@ -108,6 +109,41 @@ def ordered_texts(record: Ranking) -> list[tuple[str, str]]:
     """The better and the worse answer of each pair that a ranking orders."""
     answers = list(zip(record.ranks, (candidate.text for candidate in record.candidates)))
     return [(one, other) for rank, one in answers for below, other in answers if rank < below]
+
+
+class WordPairs:
+    """The ordered pairs of rankings, at most `MOST_WORD_PAIRS` random ones.
+
+    Args:
+        rankings: Ties give no pair.
+        seed: Chooses the pairs.
+    """
+
+    def __init__(self, rankings: Iterable[Ranking], seed: int = SEED) -> None:
+        texts: list[tuple[str, str]] = []
+        rows: list[tuple[int, int, str]] = []
+        prompts: dict[str, int] = {}
+        self.rankings: Counter[str] = Counter()
+        """Annotator -> rankings."""
+        for number, record in enumerate(rankings):
+            self.rankings[record.annotator] += 1
+            prompt = prompts.setdefault(record.prompt_id, len(prompts))
+            found = ordered_texts(record)
+            texts += found
+            rows += [(prompt, number, record.annotator)] * len(found)
+        self.prompts = len(prompts)
+        """Number of prompts."""
+        kept = sampled(len(rows), MOST_WORD_PAIRS, seed).tolist()
+        self._texts = [texts[index] for index in kept]
+        self.prompt, self.ranking, self.annotator = (
+            np.array([rows[index][column] for index in kept]) for column in range(3)
+        )
+        """(pairs,) which prompt, which ranking, whose."""
+
+    @cached_property
+    def difference(self) -> Any:
+        """Sparse (pairs, `FEATURES`): the better answer minus the worse."""
+        return differences(self._texts)
 
 
 class Languages(NamedTuple):
