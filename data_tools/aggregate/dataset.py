@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 
 from data_tools.aggregate.methods import AGGREGATORS, Aggregation
 from data_tools.aggregate.votes import UNNAMED, Ballots, Votes, collect, distinct
@@ -83,24 +84,17 @@ def aggregate_dataset(
     return made.summary() | {
         **facts, "read": len(ballots.ids) + made.rejects.count, "prompts": int(ballots.prompt.max()) + 1,
         "rankings": len(ballots.ids), "merged": int(per_pool[per_pool > 1].sum()), "alone": int((per_pool == 1).sum()),
-        "conflicting_splits": int((_split(ballots, np.maximum) != _split(ballots, np.minimum)).sum()),
+        "conflicting_splits": int((pd.Series(ballots.split).groupby(ballots.prompt).nunique() > 1).sum()),
         "confidence": float(result.confidence.mean()), "annotators": annotators,
     }  # fmt: skip
 
 
-def _split(ballots: Ballots, choose: Any) -> np.ndarray:
-    """The greatest or least split code of each prompt: test > eval > train > none."""
-    found = np.full(int(ballots.prompt.max()) + 1, 0 if choose is np.maximum else len(SPLITS))
-    choose.at(found, ballots.prompt, ballots.split)
-    return found
-
-
 def _merged(records: Iterator[Ranking], ballots: Ballots, result: Aggregation, pick: Pick) -> Iterator[Ranking]:
     """One ranking per pool, as soon as all its answers have been seen; `records` are those of `ballots`."""
-    pools, splits = ballots.pool, _split(ballots, np.maximum)
+    pools = ballots.pool
+    splits = pd.Series(ballots.split).groupby(ballots.prompt).transform("max").to_numpy()  # test > eval > train > none
     size = np.bincount(ballots.votes.pool)
-    members = np.argsort(pools, kind="stable")
-    until = np.cumsum(np.bincount(pools))
+    ids = np.split(ballots.ids[np.argsort(pools, kind="stable")], np.cumsum(np.bincount(pools))[:-1])
     waiting: dict[int, tuple[Ranking, dict[int, Candidate]]] = {}
     done = np.zeros(len(size), bool)
     for index, (record, pool) in enumerate(zip(records, pools.tolist())):
@@ -115,8 +109,7 @@ def _merged(records: Iterator[Ranking], ballots: Ballots, result: Aggregation, p
             continue
         done[pool] = True
         del waiting[pool]
-        ids = ballots.ids[members[until[pool - 1] if pool else 0 : until[pool]]]
-        code = splits[ballots.prompt[index]]
+        code = splits[index]
         yield Ranking(
             first.messages,
             source=first.source,
@@ -126,7 +119,7 @@ def _merged(records: Iterator[Ranking], ballots: Ballots, result: Aggregation, p
             ranks=tuple(result.ranks[list(answers)].tolist()),
             annotator=f"aggregate:{pick.name}",
             weight=float(result.confidence[pool]),
-            merged=tuple(dict.fromkeys(f"{one:016x}" for one in ids.tolist())),
+            merged=tuple(dict.fromkeys(f"{one:016x}" for one in ids[pool].tolist())),
         )
 
 

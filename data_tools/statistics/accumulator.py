@@ -90,8 +90,8 @@ class Accumulator:
         for part in self._read():
             columns = self._collector.columns([part])
             prompts.append(columns.prompt[columns.by_named_annotator if named else ~columns.merged])
-        known = np.sort(np.concatenate(prompts))
-        wanted = np.unique(known[1:][known[1:] == known[:-1]])[:MOST_PROMPTS]
+        known, times = np.unique(np.concatenate(prompts), return_counts=True)
+        wanted = known[times > 1][:MOST_PROMPTS]
         if not len(wanted):
             return None
         return self._collector.columns(where(part, np.isin(part["prompt"], wanted)) for part in self._read())
