@@ -24,6 +24,7 @@ from data_tools.reading.turns import (
     join_prompt,
     prompt_turns,
     shared_turns,
+    spoken,
     tool_definitions,
     tool_fields,
     turns_by,
@@ -34,7 +35,6 @@ from rlhf.data.schema import BadRecord, Candidate, Message, Ranking, brief
 
 _QUESTION, _ANSWER = "\n\nHuman:", "\n\nAssistant:"
 _TURN = re.compile(r"\n\n(Human|Assistant):")
-_ROLES: dict[str, Literal["user", "assistant"]] = {"Human": "user", "Assistant": "assistant"}
 _MOST_EXCHANGES = 50
 """A usual row has no more."""
 _SPEAKERS = ("user", "assistant") * _MOST_EXCHANGES
@@ -124,18 +124,12 @@ def _transcript(text: str, field: str) -> tuple[tuple[Message, ...], str]:
     if head or not parts:
         remedy = "Begin the transcript with a blank line and 'Human:'."
         raise BadRecord("a transcript does not begin with 'Human:' or 'Assistant:'", field, remedy)
-    turns: list[tuple[str, str]] = []
-    for speaker, content in zip(parts[::2], parts[1::2]):
-        content = content.strip()
-        if turns and turns[-1][0] == speaker:
-            content = "\n\n".join(part for part in (turns.pop()[1], content) if part)
-        turns.append((speaker, content))
-    *prompt, (last, answer) = turns
-    if last != "Assistant":
+    *prompt, (last, answer) = spoken(parts)
+    if last != "assistant":
         raise BadRecord("a transcript does not end with 'Assistant:'", field, "Cut it after its last answer.")
     if not answer:
         raise BadRecord("an answer is empty", field, "Leave the row out, or write the answer.")
-    return tuple(Message(_ROLES[speaker], content) for speaker, content in prompt), answer
+    return tuple(prompt), answer
 
 
 PairTools = Literal["reject", "keep"]

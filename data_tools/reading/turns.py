@@ -46,14 +46,19 @@ def from_transcript(value: str) -> list[Message]:
     Two marks of one speaker in a row are one turn, joined by a blank line. White space around a turn is dropped, and
     so is a last mark with nothing after it, which only asks for the answer.
     """
-    _, *parts = _MARK.split(value.strip())
+    turns = spoken(_MARK.split(value.strip())[1:])
+    return turns[:-1] if turns and not turns[-1].content else turns
+
+
+def spoken(parts: Sequence[str]) -> list[Message]:
+    """The turns of ``Human`` or ``Assistant`` and what they said, by turns; see `from_transcript`."""
     turns: list[Message] = []
     for speaker, said in zip(parts[::2], parts[1::2]):
         role, said = _MARK_ROLES[speaker], said.strip()
         if turns and turns[-1].role == role:
             said = joined(turns.pop().content, said)
         turns.append(Message(role, said))
-    return turns[:-1] if turns and not turns[-1].content else turns
+    return turns
 
 
 def from_json_text(value: Any) -> Any:
