@@ -45,8 +45,7 @@ class OpenProposal:
         """The proposal as it is ranked. Its candidates are in the order in which they are shown."""
         shown = list(self.candidates)
         random.Random(f"{seed} {self.prompt.prompt_id}").shuffle(shown)
-        prompt = self.prompt
-        return Proposal(prompt.messages, prompt.source, prompt.group, prompt.split, tuple(shown))
+        return Proposal(*self.prompt.prompt_fields, tuple(shown))
 
 
 def choose_prompts(
@@ -82,7 +81,7 @@ def choose_prompts(
             continue
         found = chosen[record.prompt_id]
         if found is None:
-            prompt = Prompt(record.messages, record.source, record.group, record.split)
+            prompt = Prompt(*record.prompt_fields)
             found = chosen[record.prompt_id] = OpenProposal(prompt, number, [])
         if human and not found.candidates:
             found.candidates.extend(_human_answer(record))

@@ -277,7 +277,7 @@ class Session:
         try:
             ranks = parse_order(said, len(proposal.candidates))
             ranking = Ranking(
-                proposal.messages, proposal.source, proposal.group, proposal.split, proposal.candidates, ranks,
+                *proposal.prompt_fields, proposal.candidates, ranks,
                 annotator=self.annotator, time=datetime.now(UTC).isoformat(timespec="milliseconds"),
                 seconds=round(seconds, 1), shown=True,
             )  # fmt: skip

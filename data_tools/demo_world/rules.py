@@ -203,8 +203,7 @@ def rank(annotator: Annotator, prompt: Prompt, candidates: Sequence[Candidate], 
     # A gap of at least TIE to the answer above begins a new rank.
     steps = list(itertools.accumulate((a - b >= TIE for a, b in itertools.pairwise(order)), initial=0))
     ranks = tuple(steps[order.index(points)] + 1 for points in seen)
-    where = prompt.messages, prompt.source, prompt.group, prompt.split
-    return Ranking(*where, tuple(candidates), ranks, annotator.name)
+    return Ranking(*prompt.prompt_fields, tuple(candidates), ranks, annotator.name)
 
 
 def agreement(rankings: Iterable[Ranking]) -> list[tuple[int, int]]:

@@ -86,7 +86,7 @@ def demonstrate(prompt: Prompt, rng: random.Random) -> Demonstration:
     """A demonstration for a prompt of this world, by one of the writers."""
     writer = rng.choice(WRITERS)
     answer = write(writer, read_request(prompt), rng)
-    return Demonstration(prompt.messages, prompt.source, prompt.group, prompt.split, answer, writer.name)
+    return Demonstration(*prompt.prompt_fields, answer, writer.name)
 
 
 def _confused(request: Request, rng: random.Random) -> Request:

@@ -85,7 +85,7 @@ class Vote:
         shown = [(index, rank[answer]) for answer in self.order for index in item.members[answer]]
         one = item.proposal
         return Ranking(
-            one.messages, one.source, one.group, one.split, tuple(one.candidates[index] for index, _ in shown),
+            *one.prompt_fields, tuple(one.candidates[index] for index, _ in shown),
             tuple(place for _, place in shown), annotator=self.annotator, time=self.time, seconds=self.seconds,
             shown=True,
         )  # fmt: skip

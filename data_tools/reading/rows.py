@@ -15,7 +15,7 @@ import pyarrow.ipc
 import pyarrow.parquet as pq
 
 from rlhf.core import limits
-from rlhf.data.jsonl import READ_ERRORS, Item, OnReject, Reject, cut_off_fault, open_bytes, read_rows
+from rlhf.data.jsonl import DECODER, READ_ERRORS, Item, OnReject, Reject, cut_off_fault, open_bytes, read_rows
 from rlhf.data.schema import BadRecord
 
 JSON = (
@@ -195,7 +195,7 @@ class _Stream:
         """The value that begins here, or the BadRecord that says why there is none, and where it ends."""
         while True:
             try:
-                value, end = _DECODER.raw_decode(self._text, self._at)
+                value, end = DECODER.raw_decode(self._text, self._at)
                 if end < len(self._text) or self._ended:  # a number may go on beyond the buffer
                     return value, end
             except json.JSONDecodeError as error:
@@ -213,11 +213,6 @@ class _Stream:
                 return cut_off_fault(BadRecord("not closed")), len(self._text)
 
 
-def _no_constant(name: str) -> None:
-    raise ValueError(f"{name} is not JSON")
-
-
-_DECODER = json.JSONDecoder(parse_constant=_no_constant)
 _TOKEN = re.compile(r'"[^"\\]*(?:\\.[^"\\]*)*"|["\[\]{},]', re.DOTALL)
 
 

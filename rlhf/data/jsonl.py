@@ -245,7 +245,7 @@ def parse(raw: bytes) -> Any:
     except orjson.JSONDecodeError:
         pass  # the slower decoder below says where, and accepts lone surrogates, which the schema reports
     try:
-        return _json.decode(raw.decode("utf-8-sig"))
+        return DECODER.decode(raw.decode("utf-8-sig"))
     except UnicodeDecodeError as error:
         raise BadRecord("not UTF-8", f"at byte {error.start}", "Save the file as UTF-8.") from None
     except json.JSONDecodeError as error:
@@ -267,7 +267,7 @@ def _no_constant(name: str) -> NoReturn:
     raise ValueError(f"{name} is not JSON")
 
 
-_json = json.JSONDecoder(parse_constant=_no_constant)
+DECODER = json.JSONDecoder(parse_constant=_no_constant)
 
 RAW_KEPT = 10_000
 """Most bytes that are kept of a line that is too long."""

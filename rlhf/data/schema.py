@@ -116,6 +116,11 @@ class Prompt:
         """The messages as {role, content}. Without turns of tools, chat templates of `transformers` take them."""
         return [{"role": m.role, "content": m.content} for m in self.messages]
 
+    @property
+    def prompt_fields(self) -> tuple[tuple[Message, ...], str, str | None, str | None]:
+        """What every kind of record begins with: messages, source, group and split."""
+        return self.messages, self.source, self.group, self.split
+
     def with_split(self, split: str) -> Any:
         return replace(self, split=split)
 
