@@ -6,6 +6,7 @@ import copy
 import itertools
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from rlhf.config.base import StageConfig
@@ -89,7 +90,8 @@ class MemoryPlan:
                 if isinstance(config, PPOConfig):
                     few = max(1, config.rollout.batch_size // share)
                     values = values.model_copy(update=_nested(config, "rollout.batch_size", few))
-                ends.append(TracedModel(values, self._batch_shape(values), self.bfloat16, deepspeed, base=self.base))
+                shape = replace(self._batch_shape(values), micro_batches=2)  # for targets with one, and with several
+                ends.append(TracedModel(values, shape, self.bfloat16, deepspeed, base=self.base))
             self._traced[key] = (ends[0], ends[1])
         few, many = self._traced[key]
         return few.extrapolate_to(many, self._batch_shape(config))

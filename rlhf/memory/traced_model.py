@@ -195,8 +195,8 @@ class TracedModel:
 
         Which part of the pass has the highest peak depends on the depth, so each is extrapolated on its own: `forward`,
         the `critic`'s forward, `backward`, and the `policy`'s backward; gradients do not count when a peak is chosen.
-        Plain torch has more parts: `late`, when most gradients exist, and all parts of a second micro-batch (`more
-        forward`, ...), which adds to the gradients of the first.
+        Plain torch has more parts: `late`, when most gradients exist, and, if there is one, all parts of a second
+        micro-batch (`more forward`, ...), which adds to the gradients of the first.
         """
         tuned = [role for role in self.roles if role.tuning is not None]
 
@@ -206,7 +206,8 @@ class TracedModel:
             with self._tracing(*models) as tracer:
                 loss = self._loss(models)
                 parameters = [p for model in models for p in model.parameters() if p.requires_grad]
-                for name in ("",) if self.deepspeed else ("", "more "):
+                more = ("more ",) if self.batch.micro_batches > 1 and not self.deepspeed else ()
+                for name in ("", *more):
                     tracer.mark(f"{name}forward")
                     if critic is not None:  # called once in a forward pass, but again where activations are recomputed
                         hook = critic.register_forward_pre_hook(lambda *_, name=name: tracer.mark(f"{name}critic"))
