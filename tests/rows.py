@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import sys
-from unittest.mock import patch
 
+import pytest
 from hypothesis import strategies as st
 from typer.testing import CliRunner
 
@@ -63,7 +63,8 @@ def run(*args):
     from data_tools.commands.cli import app
 
     words = [str(arg) for arg in args]
-    with patch.object(sys, "argv", ["rlhf", "data", *words]):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["rlhf", "data", *words])
         return CliRunner().invoke(app, words)
 
 

@@ -19,7 +19,7 @@ from rlhf.export.export import export
 from rlhf.export.formats import EXPORTERS
 from rlhf.runs.run import Run
 from rlhf.training import opening
-from rlhf.tuning.methods import TUNING
+from rlhf.tuning.methods import TUNING, say_trainable
 from stages import evaluate, sample
 
 ADAPTERS = [row.name for row in TUNING if row.traits["adapter"] and not row.traits["quantized"]]
@@ -46,7 +46,7 @@ def test_a_run_trains_saves_and_resumes_its_own_parameters_alone(
 ) -> None:
     base = load_file(Path(tiny.llama()) / "model.safetensors")
     models: list[Any] = []
-    monkeypatch.setattr(opening, "say_trainable", lambda tuning, model: models.append(model))
+    monkeypatch.setattr(opening, "say_trainable", lambda *words: models.append(words[1]) or say_trainable(*words))
     values = settings(demos, tmp_path / "whole", tuning=method, checkpoints={"every": 2}, **SMALL)
     whole = run(values)
     model = models[0]

@@ -104,9 +104,12 @@ def test_conditions_that_make_no_sense_are_refused_and_nothing_is_written(tmp_pa
     assert [path.name for path in tmp_path.iterdir()] == ["d"]
 
 
-def test_a_bad_expression_is_refused_before_a_row_is_read(tmp_path, monkeypatch):
+def test_a_bad_expression_is_refused_before_a_row_is_read(tmp_path):
     parent = dataset(tmp_path / "d", RANKINGS)
-    monkeypatch.setattr("rlhf.data.store.Dataset.records", lambda *_, **__: pytest.fail("a row was read"))
+    shard = parent / "shard-00000.parquet"
+    shard.write_bytes(bytes(shard.stat().st_size))
+    with pytest.raises(UserError, match="damaged"):
+        filter_dataset(parent, tmp_path / "f", where="k == 2")
     with pytest.raises(UserError, match="there is no field 'x'"):
         filter_dataset(parent, tmp_path / "f", where="x")
 

@@ -44,11 +44,9 @@ RWKV = {
 }
 
 
-def test_a_family_without_a_cache_of_transformers_is_refused_by_ppo_before_its_weights_are_loaded(
-    demos, tmp_path, monkeypatch
-):
-    path = tiny.of_family("rwkv", RWKV)
-    monkeypatch.setattr("rlhf.models.load._load", None)
+def test_a_family_without_a_cache_of_transformers_is_refused_by_ppo_before_its_weights_are_loaded(demos, tmp_path):
+    path = str(tmp_path / "without-weights")
+    shutil.copytree(tiny.of_family("rwkv", RWKV), path, ignore=shutil.ignore_patterns("*.safetensors"))
     with pytest.raises(UserError, match="RwkvForCausalLM cannot be sampled from") as refused:
         ppo.run(ppo_runs.config(tmp_path / "ppo", demos, model={"path": path}))
     assert "SFT, reward model and export work" in str(refused.value.remedy)

@@ -561,11 +561,11 @@ def test_a_file_that_is_no_result_of_these_candidates_is_refused_whole(candidate
     assert fault in str(found.exception) and not (candidates.parent / "rankings-web.journal").exists()
 
 
-def test_a_result_file_beyond_the_limit_is_refused_unread(candidates, monkeypatch):
-    monkeypatch.setattr("data_tools.ranking_page.merge.MOST_BYTES", 100)
-    (candidates.parent / "result.json").write_text("[" * 101)
+def test_a_result_file_beyond_the_limit_is_refused_unread(candidates):
+    with (candidates.parent / "result.json").open("wb") as file:
+        file.truncate(2**28 + 1)  # without blocks on the disk
     found = run("rank", candidates, "--merge", candidates.parent / "result.json")
-    assert "cannot be read: larger than 100 bytes" in str(found.exception)
+    assert "cannot be read: larger than 268,435,456 bytes" in str(found.exception)
 
 
 @pytest.mark.parametrize(

@@ -138,10 +138,9 @@ def test_what_a_judge_replies_does_not_reach_the_terminal(tmp_path: Path) -> Non
     assert not {"\x1b", "\x07"} & set(said + warned)
 
 
-def test_a_card_holds_hostile_names_and_configs_as_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    name = "a`<img src=x>`|b\n# Mine\x1b[31m"
-    monkeypatch.setattr(finished, "DATA", [{"path": name, "kind": "demonstration", "fingerprint": "d" * 64}])
-    run = Path(finished.sft(tmp_path / "run"))
+def test_a_card_holds_hostile_names_and_configs_as_code(tmp_path: Path) -> None:
+    demonstrations = tiny.write_demonstrations(tmp_path / "a`<img src=x>`|b\n# Mine\x1b[31m", 8)
+    run = sft_runs.run(sft_runs.settings(demonstrations, tmp_path / "run", batch={"batch_size": 8, "max_steps": 1}))
     with (run / "config.yaml").open("a", encoding="utf-8") as config:
         config.write('note: "x\\n```\\n# Mine"\n')
     export(run, tmp_path / "out", EXPORTERS.pick({"name": "hf"}))

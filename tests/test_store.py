@@ -57,10 +57,9 @@ def test_scores_that_are_whole_numbers_are_stored_as_floats(tmp_path):
     assert [c.score for c in read.candidates] == [3.0, 1e30, None]
 
 
-def test_long_records_are_converted_few_at_a_time(tmp_path, monkeypatch):
-    monkeypatch.setattr(writing, "CHARS_PER_TABLE", 1_000)
+def test_long_records_are_converted_few_at_a_time(tmp_path):
     with DatasetWriter(tmp_path / "d", "prompt") as writer:
-        for size, most in ((1, writing.ROWS_PER_TABLE), (100, 10), (5_000, 1)):
+        for size, most in ((1, writing.ROWS_PER_TABLE), (400_000, 10), (5_000_000, 1)):
             writer.write_all([Prompt((Message("user", "x" * size),))])
             assert writer.table_rows == most
 

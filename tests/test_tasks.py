@@ -19,6 +19,7 @@ from data_tools.tasks.families import ALWAYS, families, load_family, read_family
 from data_tools.tasks.make import Options, Pools, make_tasks
 from data_tools.tasks.rows import Mapper
 from rlhf.core.errors import UserError
+from rlhf.data.schema import BadRecord
 from rlhf.data.store import open_dataset
 
 SNLI = [
@@ -174,14 +175,16 @@ def test_exemplars_are_of_train_and_of_the_same_task_and_mode(tmp_path):
     assert splits == {"train": 12, "eval": 8, "test": 8}
 
 
-def test_the_pool_is_a_sample_of_bounded_size(monkeypatch):
-    monkeypatch.setattr("data_tools.tasks.make.POOL", 10)
+def test_the_pool_is_a_sample_of_bounded_size():
     family = load_family("qa")
     mapper = Mapper(family, (), None, "t")
     examples = [mapper({"question": f"q{i}?", "answer": "a"}) for i in range(2000)]
-    shown = Pools(iter(examples), family, 0).take(examples[0], 9, random.Random(0))
-    numbers = sorted(int(example.fields["question"][1:-1]) for example in shown)
-    assert numbers[0] < 1000 < numbers[-1]  # not only the first or the last ones
+    pools = Pools(iter(examples), family, 0)
+    with pytest.raises(BadRecord, match="500 of its task fit, 501 are needed"):
+        pools.take(examples[0], 501, random.Random(0))
+    shown = pools.take(examples[0], 499, random.Random(0))
+    early = sum(int(example.fields["question"][1:-1]) < 1000 for example in shown)
+    assert 200 < early < 300  # not only the first or the last ones
 
 
 def test_which_template_a_row_gets_depends_on_the_row_and_the_seed_alone(tmp_path):

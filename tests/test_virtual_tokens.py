@@ -30,7 +30,7 @@ from rlhf.models.load import load_policy
 from rlhf.models.scalar import load_scalar
 from rlhf.ppo.config import PPOConfig
 from rlhf.runs.run import read_run
-from rlhf.tuning.methods import TUNING
+from rlhf.tuning.methods import TUNING, say_trainable
 from stages import chat as chat_command
 from stages import evaluate, ppo, propose, reward, sample, score
 
@@ -90,7 +90,7 @@ def test_a_reward_model_trains_them_and_its_head_alone(
     method: str, rankings: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     models: list[Any] = []
-    monkeypatch.setattr(reward, "say_trainable", lambda tuning, model: models.append(model))
+    monkeypatch.setattr(reward, "say_trainable", lambda *words: models.append(words[1]) or say_trainable(*words))
     batch = {"batch_size": 36, "micro_batch_size": 36, "max_steps": 3}
     values = {"optimizer": {"lr": 5e-2}, "batch": batch, "eval": {"every": 3}}
     made = reward_config(tmp_path, rankings, tuning=SPECS[method], **values)
