@@ -216,10 +216,10 @@ def test_a_watch_says_each_thing_once_and_nothing_that_was_known():
 
 
 def test_series_take_medians_of_the_ends():
-    series = Series(tuple(range(7)), (9.0, 1.0, 2.0, 3.0, 4.0, 5.0, 0.0))
+    series = Series(list(range(7)), [9.0, 1.0, 2.0, 3.0, 4.0, 5.0, 0.0])
     assert (series.first, series.last, series.median) == (3.0, 3.0, 3.0)
-    assert series.after(0.5).values == (3.0, 4.0, 5.0, 0.0)
-    assert Series((1, 2), (1.0, 3.0)).mean_and_error == (2.0, 1.0)
+    assert series.after(0.5).values == [3.0, 4.0, 5.0, 0.0]
+    assert Series([1, 2], [1.0, 3.0]).mean_and_error == (2.0, 1.0)
 
 
 # ---- run folders

@@ -26,8 +26,8 @@ class NothingLogged(Exception):
 class Series:
     """One metric over the steps at which it was logged. An empty one has no values to give: `NothingLogged`."""
 
-    steps: tuple[int, ...] = ()
-    values: tuple[float, ...] = ()
+    steps: list[int] = field(default_factory=list)
+    values: list[float] = field(default_factory=list)
 
     def __len__(self) -> int:
         return len(self.values)
@@ -58,7 +58,7 @@ class Series:
         return statistics.median(self.logged)
 
     @property
-    def logged(self) -> tuple[float, ...]:
+    def logged(self) -> list[float]:
         """The values, at least one."""
         return self.at_least(1).values
 
@@ -86,7 +86,7 @@ class Evidence:
     info: Mapping[str, Any] = field(default_factory=dict)
     path: Path | None = None
     running: bool = False
-    columns: dict[str, tuple[list[int], list[float]]] = field(default_factory=dict)
+    columns: dict[str, Series] = field(default_factory=dict)
     samples: list[Mapping[str, Any]] = field(default_factory=list)
     """The completions of the last evaluation."""
     absent: set[str] = field(default_factory=set)
@@ -97,16 +97,15 @@ class Evidence:
     def add(self, step: int, metrics: Mapping[str, float]) -> None:
         """Take in the metrics of a logged step."""
         for name, value in metrics.items():
-            steps, values = self.columns.setdefault(name, ([], []))
-            steps.append(step)
-            values.append(float(value))
+            series = self.columns.setdefault(name, Series())
+            series.steps.append(step)
+            series.values.append(float(value))
 
     def __getitem__(self, metric: str) -> Series:
         """A metric's series; an empty one, which is noted in `absent`, if it was never logged."""
         if metric not in self.columns:
             self.absent.add(metric)
-        steps, values = self.columns.get(metric, ([], []))
-        return Series(tuple(steps), tuple(values))
+        return self.columns.get(metric, Series())
 
     def option(self, key: str, default: Any = None) -> Any:
         """A value of the config by its dotted key."""
@@ -120,7 +119,7 @@ class Evidence:
     @property
     def steps(self) -> int:
         """The last logged step."""
-        return max((steps[-1] for steps, _ in self.columns.values()), default=0)
+        return max((series.steps[-1] for series in self.columns.values()), default=0)
 
     @property
     def state(self) -> str:

@@ -43,8 +43,8 @@ def stopped(run: Evidence) -> str | None:
 )  # fmt: skip
 def not_finite(run: Evidence) -> str | None:
     """Every metric is a finite number."""
-    for name, (steps, values) in sorted(run.columns.items()):
-        for step, value in zip(steps, values):
+    for name, series in sorted(run.columns.items()):
+        for step, value in zip(series.steps, series.values):
             if not math.isfinite(value):
                 return f"{name} is {value} at step {step:,}"
     return None
