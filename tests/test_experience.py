@@ -11,7 +11,7 @@ from rlhf.models.forward import head_chunks
 from rlhf.ppo.batching import PASS_TOKENS, Minibatches, TokenRows, divide
 from rlhf.ppo.masked import unflatten
 from rlhf.ppo.types import Prompts, Rollout, gather_completions, gather_parts
-from rlhf.rollout.streams import endless, permutation
+from rlhf.rollout.streams import permutation
 from rlhf.rollout.types import Completion
 
 TOTALS = [10, 3, 7, 7, 2, 9, 4, 1, 30, 5]
@@ -98,19 +98,6 @@ def test_ranks_get_about_the_same_number_of_tokens(monkeypatch):
     (share,) = divide(totals, range(64), 1, budget=10**6)
     loads = [sum(totals[e] for batch in rank for e in batch) for rank in share]
     assert abs(loads[0] - loads[1]) <= max(totals)
-
-
-def test_a_permutation_follows_from_its_seed():
-    assert permutation(20, 1, 2) == permutation(20, 1, 2) != permutation(20, 2, 1)
-    assert sorted(permutation(20, 1, 2)) == list(range(20))
-
-
-def test_endless_passes_take_every_row_once_a_pass_and_may_be_entered_anywhere():
-    whole = endless(5, 0, 20, 7)
-    assert [sorted(whole[i : i + 5]) for i in range(0, 20, 5)] == [list(range(5))] * 4
-    assert whole[:5] != whole[5:10]
-    assert [endless(5, start, 3, 7) for start in (0, 3, 4, 12)] == [whole[start : start + 3] for start in (0, 3, 4, 12)]
-    assert endless(2, 1, 7, 7) == endless(2, 0, 9, 7)[1:8]
 
 
 def rollout():

@@ -89,15 +89,15 @@ class Schedule:
         """Decode until every request has its completion."""
         slots = self.slots
         while self.waiting or slots.requests.count(None) < len(slots.requests):
-            free, count = slots.requests.count(None), len(slots.requests)
-            if self.waiting:  # a prefill costs about as much as a step
-                enough = free >= min(len(self.waiting), max(1, count // 8))
+            count = len(slots.requests)
+            if self.waiting:  # a prefill costs about as much as a step, so it waits for an eighth of the slots
+                enough = min(len(self.waiting), max(1, count // 8))
             elif self.halves:
-                enough = count >= 8 and free >= count / 2
-            else:  # fewer slots need a copy of the cache
-                enough = free >= count / 8
-            if not enough:
-                slots.decode()
+                enough = math.ceil(count / 2) if count >= 8 else count
+            else:  # dropping slots costs a copy of the cache
+                enough = math.ceil(count / 8)
+            if slots.requests.count(None) < enough:
+                slots.decode(enough)
             elif self.waiting:
                 self._prefill_into_slots()
             else:

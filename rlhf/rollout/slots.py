@@ -99,10 +99,9 @@ class Slots:
         self.position[where], self.count[where], self.live[where] = lengths - 1, 0, 1
         self._sample(prefilled.logits[source], where)
 
-    def decode(self) -> None:
-        """Decode one token after another in every slot, until a slot becomes free."""
-        free = self.requests.count(None)
-        while self.requests.count(None) == free:
+    def decode(self, free: int) -> None:
+        """Decode one token after another in every slot, until this many slots are free."""
+        while self.requests.count(None) < free:
             self._step()
 
     def _step(self) -> None:
