@@ -1,4 +1,4 @@
-"""Exports: what plain transformers makes of them, the model card, the folder's all-or-nothing, the hub."""
+"""Exports: what plain transformers makes of them, formats and options, the folder's all-or-nothing."""
 
 from __future__ import annotations
 
@@ -7,14 +7,10 @@ import os
 import shutil
 import subprocess
 import sys
-import threading
-from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import finished
-import huggingface_hub
 import pytest
 import tiny
 import torch
@@ -26,12 +22,14 @@ from rlhf.core.files import write_json
 from rlhf.data.chat_tokenizer import load_tokenizer
 from rlhf.export.export import export
 from rlhf.export.formats import EXPORTERS
-from rlhf.export.model_card import lineage
 from rlhf.runs.parents import resolve_model_path
 from stages.export import command
 
 CHAT = [{"role": "user", "content": "What does the owl do?"}]
+
+
 IDS = torch.tensor([[1, 40, 50, 60, 70, 80, 90, 100]])
+
 
 PLAIN = """
 import json, sys
@@ -312,9 +310,8 @@ def test_every_format_makes_a_folder_with_tokenizer_template_and_card(
 def test_whether_the_hub_could_be_reached_is_in_no_file_of_a_run_or_export(
     runs: dict[str, str], folders: dict[str, Path]
 ) -> None:
-    saved = [Path(run) / "model" / "tokenizer_config.json" for run in runs.values()]
-    saved += [folder / "tokenizer_config.json" for folder in folders.values()]
-    assert not [file for file in saved if "local_files_only" in json.loads(file.read_text("utf-8"))]
+    saved = [*(Path(run) / "model" for run in runs.values()), *folders.values()]
+    assert not [folder for folder in saved if "local_files_only" in (folder / "tokenizer_config.json").read_text()]
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
@@ -404,141 +401,3 @@ def test_a_run_without_adapter_has_none_to_export(runs: dict[str, str], tmp_path
 def test_virtual_tokens_are_exported_only_as_an_adapter(runs: dict[str, str], tmp_path: Path) -> None:
     with pytest.raises(UserError, match="--format adapter"):
         exported(runs["prompt-tuning"], tmp_path / "out")
-
-
-# ---- the card ----------------------------------------------------------------------------------------------------
-
-
-def test_the_cards_header_is_the_hubs(runs: dict[str, str], tmp_path: Path) -> None:
-    exported(runs["ppo"], tmp_path / "policy", license="mit")
-    exported(runs["reward"], tmp_path / "reward")
-    policy, reward = (huggingface_hub.ModelCard.load(tmp_path / n / "README.md").data for n in ("policy", "reward"))
-    assert (policy.license, policy.library_name, policy.pipeline_tag) == ("mit", "transformers", "text-generation")
-    assert (reward.license, reward.pipeline_tag) == ("unknown", "text-classification")
-    assert "ppo" in policy.tags and "reward-model" in reward.tags
-    assert policy.base_model is None, "a local folder means nothing on the hub"
-
-
-def test_the_card_tells_the_lineage_with_data_metrics_and_packages(folders: dict[str, Path]) -> None:
-    card = (folders["ppo"] / "README.md").read_text()
-    stages = [line.split(" | ")[0] for line in card.split("## Lineage")[1].split("##")[0].splitlines() if "`" in line]
-    assert stages == ["| start", "| sft", "| reward", "| ppo"]
-    assert "| sft | `demos` | demonstration | `dddddddddddddddd` |" in card
-    assert "| ppo | eval/scores | 0.5 |" in card and "| reward | accuracy | 0.75 |" in card
-    assert f"| torch | {torch.__version__} |" in card
-    assert "temperature=0.7" in finished.python_block(card) and "max_new_tokens=12" in finished.python_block(card)
-
-
-def test_the_card_keeps_the_folders_above_to_itself(runs: dict[str, str], folders: dict[str, Path]) -> None:
-    card = (folders["ppo"] / "README.md").read_text()
-    assert str(Path(runs["ppo"]).parent) not in card
-
-
-def test_a_hub_model_at_the_beginning_is_the_base_model(tmp_path: Path) -> None:
-    run = Path(finished.sft(tmp_path / "run"))
-    info = json.loads((run / "run.json").read_text())
-    write_json(run / "run.json", info | {"parents": [{"path": "HuggingFaceTB/SmolLM2-135M"}]})
-    exported(str(run), tmp_path / "out")
-    assert (
-        huggingface_hub.ModelCard.load(tmp_path / "out" / "README.md").data.base_model == "HuggingFaceTB/SmolLM2-135M"
-    )
-
-
-def test_lineage_finds_parents_that_moved_along_and_tells_of_those_that_changed(tmp_path: Path) -> None:
-    (tmp_path / "here").mkdir()
-    parent = finished.sft(tmp_path / "here" / "parent")
-    finished.sft(tmp_path / "here" / "child", model=parent)
-    moved = tmp_path / "there"
-    (tmp_path / "here").rename(moved)
-    assert [a.stage for a in lineage(moved / "child")] == [None, "sft", "sft"]
-    info = json.loads((moved / "parent" / "run.json").read_text())
-    write_json(moved / "parent" / "run.json", info | {"model_fingerprint": "0" * 64})
-    assert [(a.stage, a.note) for a in lineage(moved / "child")] == [
-        ("sft", "was trained again since"),
-        ("sft", ""),
-    ]
-    (moved / "parent").rename(tmp_path / "elsewhere")
-    assert lineage(moved / "child")[0].note == "no longer exists"
-
-
-# ---- the hub -----------------------------------------------------------------------------------------------------
-
-
-class Hub(BaseHTTPRequestHandler):
-    """As much of the hub's interface as an upload of small files needs; keeps what it was sent."""
-
-    received: ClassVar[list[tuple[str, Any]]] = []
-
-    def _answer(self, value: Any, status: int = 200) -> None:
-        body = json.dumps(value).encode()
-        self.send_response(status)
-        self.send_header("Content-Type", "application/json")
-        self.send_header("Content-Length", str(len(body)))
-        self.end_headers()
-        self.wfile.write(body)
-
-    def do_GET(self) -> None:
-        known = self.headers.get("Authorization") == "Bearer hf_good"
-        self._answer({"name": "someone", "type": "user"} if known else {"error": "bad token"}, 200 if known else 401)
-
-    def do_POST(self) -> None:
-        body = self.rfile.read(int(self.headers["Content-Length"])).decode()
-        self.received.append((self.path, body))
-        if self.path.endswith("/repos/create"):
-            self._answer({"url": f"http://{self.headers['Host']}/someone/model", "name": "someone/model"})
-        elif "/preupload/" in self.path:
-            files = json.loads(body)["files"]
-            self._answer(
-                {"files": [{"path": f["path"], "uploadMode": "regular", "shouldIgnore": False} for f in files]}
-            )
-        else:
-            self._answer(
-                {
-                    "commitUrl": f"http://{self.headers['Host']}/someone/model/commit/1",
-                    "commitOid": "1" * 40,
-                    "hookOutput": "",
-                }
-            )
-
-    def log_message(self, *words: Any) -> None:
-        """Quiet."""
-
-
-@pytest.fixture
-def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[type[Hub]]:
-    """A hub on this machine, and someone logged in."""
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    address = f"http://127.0.0.1:{server.server_port}"
-    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", address)
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setenv("HF_TOKEN", "hf_good")
-    Hub.received = []
-    yield Hub
-    server.shutdown()
-
-
-def test_an_export_is_pushed_to_the_hub(hub: type[Hub], runs: dict[str, str], tmp_path: Path) -> None:
-    words = ["--push-to-hub", "someone/model", "--license", "mit", "--json"]
-    said, _ = finished.invoke(command, runs["sft"], "--out", tmp_path / "out", *words)
-    commit = [json.loads(line) for line in hub.received[-1][1].splitlines()]
-    sent = {line["value"]["path"] for line in commit if line["key"] == "file"}
-    assert sent == {file.name for file in (tmp_path / "out").iterdir()}
-    assert "path = 'someone/model'" in (tmp_path / "out" / "README.md").read_text()
-    assert "someone/model" in finished.last_json(said)["pushed"]
-
-
-def test_a_bad_login_is_found_before_anything_is_loaded(
-    hub: type[Hub], runs: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("HF_TOKEN", "hf_bad")
-    with pytest.raises(UserError, match="refused or cannot be reached"):
-        finished.invoke(command, runs["sft"], "--out", tmp_path / "out", "--push-to-hub", "someone/model")
-    assert not (tmp_path / "out").exists()
-
-
-def test_an_adapter_of_a_local_model_is_not_pushed(hub: type[Hub], runs: dict[str, str], tmp_path: Path) -> None:
-    words = ["--format", "adapter", "--push-to-hub", "someone/model", "--license", "mit"]
-    with pytest.raises(UserError, match="Nobody else could load it"):
-        finished.invoke(command, runs["lora"], "--out", tmp_path / "out", *words)
-    assert not hub.received and not (tmp_path / "out").exists()

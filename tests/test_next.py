@@ -69,7 +69,6 @@ def test_drawn_orders_estimate_what_summing_all_of_them_gives(monkeypatch):
     scores = np.random.default_rng(1).normal(size=(4, 3, 5))
     exact = order_information(scores)
     monkeypatch.setattr("data_tools.annotate.choose_next.MOST_EXACT", 4)
-    monkeypatch.setattr("data_tools.annotate.choose_next.DRAWS", 20_000)
     assert order_information(scores) == pytest.approx(exact, rel=0.05)
 
 
