@@ -145,8 +145,12 @@ def fit_cost(rankings: Iterable[Ranking]) -> RankingTime:
     return RankingTime(*map(float, parts), timed=len(timed))
 
 
+def _texts(proposal: Proposal) -> list[str]:
+    return [*(message.content for message in proposal.messages), *proposal.answers]
+
+
 def _characters(proposal: Proposal) -> int:
-    return sum(len(m.content) for m in proposal.messages) + sum(len(c.text) for c in proposal.candidates)
+    return sum(map(len, _texts(proposal)))
 
 
 # ---- choice -------------------------------------------------------------------------------------------------------
@@ -210,7 +214,7 @@ def choose(
         ranked: What was ranked before.
         per_second: Divide the information by the seconds.
     """
-    texts = hashed([_text(one.proposal) for one in found] + [_text(one) for one in ranked])
+    texts = hashed(["\n".join(_texts(one)) for one in (*(choice.proposal for choice in found), *ranked)])
     own = texts[: len(found)]
     shared = np.asarray((own > 0).sum(axis=0)).ravel()
     texts = texts @ sparse.diags(np.log((1 + len(found)) / (1 + shared)))
@@ -232,17 +236,13 @@ def choose(
     return chosen
 
 
-def _text(proposal: Proposal) -> str:
-    return "\n".join([*(m.content for m in proposal.messages), *(c.text for c in proposal.candidates)])
-
-
 def fresh(proposals: Iterable[Proposal], ranked: Iterable[Proposal]) -> tuple[list[Proposal], int]:
     """The proposals that have an answer which was not ranked for their prompt, each once; and how many others."""
-    seen = {(one.prompt_id, c.text) for one in ranked for c in one.candidates}
+    seen = {(one.prompt_id, text) for one in ranked for text in one.answers}
     found: dict[str, Proposal] = {}
     others = 0
     for one in proposals:
-        known = one.id in found or all((one.prompt_id, c.text) in seen for c in one.candidates)
+        known = one.id in found or all((one.prompt_id, text) in seen for text in one.answers)
         others += known
         if not known:
             found[one.id] = one

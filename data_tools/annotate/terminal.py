@@ -40,7 +40,7 @@ HELP = """\
 
 def key(record: Proposal) -> str:
     """What a ranking has in common with the proposal that it ranks: the prompt, and the answers in their order."""
-    return content_hash(record.prompt_id, [candidate.text for candidate in record.candidates])
+    return content_hash(record.prompt_id, record.answers)
 
 
 # ---- parsing an order ----------------------------------------------------------------------------------
@@ -106,7 +106,7 @@ class RankingsFile:
             raise UserError(f"--out {path}: rankings are written as JSON lines", remedy="Name a file ending in .jsonl.")
         self.path = path
         remedy = "End that one, or name another file: every annotator may have one."
-        self._lines = LockedLines(path, "--out", remedy)
+        self._lines = LockedLines(path, remedy)
         self._cut_half_line()
         self.rankings: list[Ranking] = list(read_jsonl(path, "ranking", self._refuse))
 

@@ -8,7 +8,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from data_tools.curate.filter import answers
 from data_tools.io.derive import Derivation, show_counts
 from data_tools.io.rejects import by_count
 from data_tools.statistics.near import near_groups, near_matches, prompt_text
@@ -27,12 +26,12 @@ SHOWN_CHARS = 200
 def _key(record: Record, by: str) -> str:
     if by == "record":
         return record.id
-    return record.prompt_id if by == "prompt" else content_hash(record.prompt_id, sorted(answers(record)))
+    return record.prompt_id if by == "prompt" else content_hash(record.prompt_id, sorted(record.answers))
 
 
 def _text(record: Record, by: str) -> str:
     parts = [prompt_text(record)]
-    return "\n".join(parts if by == "prompt" else [*parts, *sorted(answers(record))])
+    return "\n".join(parts if by == "prompt" else [*parts, *sorted(record.answers)])
 
 
 def _worth(record: Record) -> tuple[float, ...]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +15,6 @@ from rlhf.data.schema import KINDS, Demonstration, Prompt, Proposal, Ranking, Re
 from rlhf.data.store import Dataset, open_dataset
 
 CountTokens = Callable[[Sequence[str]], list[int]]
-
-
-def answers(record: Record) -> list[str]:
-    """The texts of a record's answers."""
-    if isinstance(record, Demonstration):
-        return [record.answer]
-    return [candidate.text for candidate in record.candidates] if isinstance(record, Proposal) else []
 
 
 def _candidates(record: Proposal) -> list[dict[str, Any]]:
@@ -33,44 +28,32 @@ def _candidates(record: Proposal) -> list[dict[str, Any]]:
     ]  # fmt: skip
 
 
+def _plain(*names: str) -> dict[str, Callable[[Any], Any]]:
+    return {name: attrgetter(name) for name in names}
+
+
 def _answer_chars(record: Record) -> int:
-    return max(map(len, answers(record)))
-
-
-def _ties(record: Ranking) -> int:
-    return len(record.candidates) * (len(record.candidates) - 1) // 2 - record.informative_pairs
+    return max(map(len, record.answers))
 
 
 FIELDS: dict[type[Prompt], dict[str, Callable[[Any], Any]]] = {
     Prompt: {
-        "id": lambda record: record.id,
-        "prompt_id": lambda record: record.prompt_id,
+        **_plain("id", "prompt_id", "source", "group", "split"),
         "prompt": lambda record: record.messages[-1].content,
         "messages": lambda record: record.chat,
         "turns": lambda record: len(record.messages),
-        "source": lambda record: record.source,
-        "group": lambda record: record.group,
-        "split": lambda record: record.split,
         "prompt_chars": lambda record: sum(len(message.content) for message in record.messages),
     },
-    Demonstration: {
-        "answer_chars": _answer_chars,
-        "answer": lambda record: record.answer,
-        "author": lambda record: record.author,
-    },
+    Demonstration: {"answer_chars": _answer_chars, **_plain("answer", "author")},
     Proposal: {
         "answer_chars": _answer_chars,
         "candidates": _candidates,
         "k": lambda record: len(record.candidates),
     },
     Ranking: {
+        **_plain("annotator", "time", "seconds", "shown", "weight"),
         "ranks": lambda record: list(record.ranks),
-        "ties": _ties,
-        "annotator": lambda record: record.annotator,
-        "time": lambda record: record.time,
-        "seconds": lambda record: record.seconds,
-        "shown": lambda record: record.shown,
-        "weight": lambda record: record.weight,
+        "ties": lambda record: math.comb(len(record.candidates), 2) - record.informative_pairs,
         "merged": lambda record: list(record.merged),
     },
 }
@@ -108,7 +91,7 @@ def token_counter(path: str | Path) -> CountTokens:
 
 def _token_fields(record: Record, count: CountTokens) -> dict[str, int]:
     turns = [message.content for message in record.messages]
-    counts = count([*turns, *answers(record)])
+    counts = count([*turns, *record.answers])
     prompt, longest = sum(counts[: len(turns)]), max(counts[len(turns) :], default=0)
     return {"prompt_tokens": prompt, "answer_tokens": longest, "tokens": prompt + longest}
 

@@ -53,13 +53,12 @@ class _Count:
         self.prompts[record.prompt_id] += 1
         self.leaks.add(record)
         numbers["prompt"].append(sum(len(message.content) for message in record.messages))
+        numbers["answer"].extend(map(len, record.answers))
         if isinstance(record, Demonstration):
-            numbers["answer"].append(len(record.answer))
             by["annotator"][record.author] += 1
         elif isinstance(record, Proposal):
             size = len(record.candidates)
             self.k[size] += 1
-            numbers["answer"].extend(len(candidate.text) for candidate in record.candidates)
             by["author_kind"].update(candidate.author_kind for candidate in record.candidates)
         if isinstance(record, Ranking):
             pairs = size * (size - 1) // 2

@@ -17,14 +17,13 @@ class LockedLines:
 
     Args:
         path: The file; it is made, with its folder, if it is not there.
-        option: The option that named it, for errors.
         busy_remedy: What to do if another process holds the lock.
 
     Raises:
         UserError: It cannot be written, or another process holds it.
     """
 
-    def __init__(self, path: Path, option: str, busy_remedy: str) -> None:
+    def __init__(self, path: Path, busy_remedy: str) -> None:
         self.path = path
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -32,10 +31,10 @@ class LockedLines:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             self._file.close()
-            raise UserError(f"{option} {path}: another `rlhf data rank` is writing it", remedy=busy_remedy) from None
+            raise UserError(f"--out {path}: another `rlhf data rank` is writing it", remedy=busy_remedy) from None
         except OSError as error:
-            remedy = f"Make the folder writable, or name another place with {option}."
-            raise UserError(f"{option} {path}: cannot be written: {error}", remedy=remedy) from None
+            remedy = "Make the folder writable, or name another place with --out."
+            raise UserError(f"--out {path}: cannot be written: {error}", remedy=remedy) from None
         sync(path.parent)
 
     def __enter__(self) -> LockedLines:

@@ -57,7 +57,7 @@ class VoteBook:
         if out.exists() and not journal.exists():
             remedy = "Name another --out; rankings of several files are read together."
             raise UserError(f"--out {out}: is there already, and was not made by `--web` or `--merge`", remedy=remedy)
-        self._journal = LockedLines(journal, "--out", "End that one first, or name another --out.")
+        self._journal = LockedLines(journal, "End that one first, or name another --out.")
         try:
             self._read(self._journal.read())
             self._check_rankings()

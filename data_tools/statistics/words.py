@@ -107,7 +107,7 @@ def predictions(
 
 def ordered_texts(record: Ranking) -> list[tuple[str, str]]:
     """The better and the worse answer of each pair that a ranking orders."""
-    answers = list(zip(record.ranks, (candidate.text for candidate in record.candidates)))
+    answers = list(zip(record.ranks, record.answers))
     return [(one, other) for rank, one in answers for below, other in answers if rank < below]
 
 

@@ -12,7 +12,6 @@ from rlhf.core.console import track
 from rlhf.data.chat_rendering import RefusedText
 from rlhf.data.chat_tokenizer import ChatTokenizer, load_tokenizer
 from rlhf.data.encode_records import EncodingCounts, first_refused
-from rlhf.data.schema import Demonstration, Proposal
 
 
 @dataclass
@@ -36,11 +35,7 @@ class RowCheck:
                 self.counts.refuse(record, error)
 
     def _check(self, record: Any) -> None:
-        texts = [message.content for message in record.messages]
-        if isinstance(record, Demonstration):
-            texts.append(record.answer)
-        if isinstance(record, Proposal):
-            texts += [candidate.text for candidate in record.candidates]
+        texts = [*(message.content for message in record.messages), *record.answers]
         self.spelled += any(self.chat.renderer.marked(text) != text for text in texts)
         order = tuple(message.role for message in record.messages)
         if order not in self._orders:

@@ -121,6 +121,11 @@ class Prompt:
         """What every kind of record begins with: messages, source, group and split."""
         return self.messages, self.source, self.group, self.split
 
+    @property
+    def answers(self) -> list[str]:
+        """The texts of its answers or candidates."""
+        return []
+
     def with_split(self, split: str) -> Any:
         return replace(self, split=split)
 
@@ -139,6 +144,10 @@ class Demonstration(Prompt):
         Prompt.__post_init__(self)
         _check_text(self.answer, "answer")
         _check_text(self.author, "author", empty_ok=True)
+
+    @property
+    def answers(self) -> list[str]:
+        return [self.answer]
 
     @property
     def id(self) -> str:
@@ -167,8 +176,12 @@ class Proposal(Prompt):
         _check_candidates(self.candidates)
 
     @property
+    def answers(self) -> list[str]:
+        return [candidate.text for candidate in self.candidates]
+
+    @property
     def id(self) -> str:
-        return content_hash(self.prompt_id, [c.text for c in self.candidates])
+        return content_hash(self.prompt_id, self.answers)
 
 
 @dataclass(frozen=True)
@@ -210,7 +223,7 @@ class Ranking(Proposal):
 
     @property
     def id(self) -> str:
-        return content_hash(self.prompt_id, [c.text for c in self.candidates], self.ranks, self.annotator, self.time)
+        return content_hash(self.prompt_id, self.answers, self.ranks, self.annotator, self.time)
 
     @property
     def informative_pairs(self) -> int:
