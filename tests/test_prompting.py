@@ -1,9 +1,8 @@
-"""Prompting without training: layouts, examples, label words, masks, votes, `rlhf evaluate --prompting`."""
+"""Prompting without training: votes, and `rlhf evaluate` and `rlhf sample` with `--prompting`."""
 
 from __future__ import annotations
 
 import json
-import math
 import re
 from pathlib import Path
 from typing import Any
@@ -13,22 +12,15 @@ import numpy as np
 import pytest
 import tiny
 import torch
-import transformers
-from tokenizers import Tokenizer, models, pre_tokenizers
+from prompting_calls import ask, prompter
 
 from rlhf.core.errors import UserError
-from rlhf.data.schema import Demonstration, Message, Prompt
+from rlhf.data.schema import Message, Prompt
 from rlhf.inference.policy import open_policy
-from rlhf.prompting.continuations import continuation_logprobs, embeddings
-from rlhf.prompting.examples import Example, ExamplePool
-from rlhf.prompting.label_words import calibrated, label_logprobs, word_scores
-from rlhf.prompting.masked import open_masked
-from rlhf.prompting.prompts import PromptBuilder
-from rlhf.prompting.run import Prompter, VoteOutcome, vote
-from rlhf.prompting.ways import PROMPTING, Shots, read_prompting
+from rlhf.prompting.run import VoteOutcome, vote
+from rlhf.prompting.ways import PROMPTING, read_prompting
 from rlhf.rollout.types import SamplingParams
 from rlhf.tasks.answers import answer_pattern
-from rlhf.tasks.task import AnswerRules
 from stages.evaluate import command
 from stages.sample import command as sample_command
 
@@ -36,191 +28,6 @@ from stages.sample import command as sample_command
 @pytest.fixture(scope="module")
 def policy() -> Any:
     return open_policy(tiny.llama())
-
-
-def ask(text: str, answer: str = "yes") -> Demonstration:
-    return Demonstration((Message("user", text),), answer=answer)
-
-
-def prompter(model: Any, spec: str, examples: Any = (), seed: int = 0, **rules: Any) -> Prompter:
-    return Prompter(model, read_prompting(spec), AnswerRules(**rules), seed, examples)
-
-
-# ---- label words ---------------------------------------------------------------------------------------------------
-
-
-def test_calibration_by_hand():
-    # p = (0.6, 0.4), p_cf = mean of (0.8, 0.2) and (0.7, 0.3) = (0.75, 0.25): p / p_cf = (0.8, 1.6) -> (1/3, 2/3)
-    content_free = np.log([[0.8, 0.2], [0.7, 0.3]])
-    found = calibrated(np.log([[0.6, 0.4]]), content_free)
-    assert np.exp(found)[0] == pytest.approx([1 / 3, 2 / 3])
-    each = calibrated(np.log([[0.6, 0.4]]), content_free[None])
-    assert np.allclose(each, found)
-
-
-def test_a_label_has_the_mean_probability_of_its_words_and_length_may_count_or_not():
-    totals = np.log([[0.1, 0.3, 0.4]])
-    labels = label_logprobs(word_scores(totals, [1, 1, 1], False), [0, 0, 1], 2)
-    assert np.exp(labels)[0] == pytest.approx([0.2 / 0.6, 0.4 / 0.6])
-    long = np.log([[0.25, 0.3]])  # 0.25 over two tokens is 0.5 a token
-    assert label_logprobs(word_scores(long, [2, 1], False), [0, 1], 2)[0].argmax() == 1
-    assert np.exp(label_logprobs(word_scores(long, [2, 1], True), [0, 1], 2))[0] == pytest.approx([0.625, 0.375])
-
-
-@pytest.mark.parametrize("run", ["base", "prompt-tuning"])
-def test_log_probs_of_continuations_are_those_of_whole_texts(run, policy, tmp_path, monkeypatch):
-    if run != "base":
-        policy = open_policy(finished.sft(tmp_path / "run", run))
-    prompts = [[1, 30, 40, 50], [1, 60], [1, *range(70, 95)]]
-    continuations = [[[5], [6, 7, 8], [9, 10]], [[11, 12]], [[5], [6]]]
-    monkeypatch.setattr("rlhf.prompting.continuations.BATCH_TOKENS", 40)
-    found = continuation_logprobs(policy.model, policy.chat, prompts, continuations)
-    for prompt, several, totals in zip(prompts, continuations, found):
-        for tokens, total in zip(several, totals):
-            with torch.no_grad():
-                logits = policy.model(input_ids=torch.tensor([prompt + tokens])).logits[0, -len(tokens) - 1 : -1]
-            expected = logits.log_softmax(-1).gather(-1, torch.tensor(tokens)[:, None]).sum()
-            assert total == pytest.approx(float(expected), abs=1e-4)
-
-
-def test_label_words_share_their_prompt(policy):
-    shapes: list[tuple[int, ...]] = []
-    body = policy.model.model
-    hook = body.register_forward_pre_hook(
-        lambda module, inputs, named: shapes.append(tuple(named["input_ids"].shape)), with_kwargs=True
-    )
-    prompt = list(range(3, 83))
-    continuation_logprobs(policy.model, policy.chat, [prompt], [[[5], [6], [7]]])
-    assert shapes == [(1, 80)], "words of one token read nothing but the prompt"
-    shapes.clear()
-    continuation_logprobs(policy.model, policy.chat, [prompt], [[[5, 6], [7, 8, 9], [4]]])
-    hook.remove()
-    assert shapes[-1] == (1, 80 + 1 + 2), "longer words share one row"
-
-
-def test_embeddings_are_means_of_hidden_states_of_length_one(policy):
-    found = embeddings(policy.model, policy.chat, [[5, 6, 7], [8]])
-    with torch.no_grad():
-        hidden = policy.model.model(input_ids=torch.tensor([[5, 6, 7]])).last_hidden_state[0].mean(0)
-    assert found[0] == pytest.approx((hidden / hidden.norm()).numpy(), abs=1e-5)
-    assert np.linalg.norm(found, axis=1) == pytest.approx([1, 1])
-
-
-def test_cloze_chooses_the_label_of_the_likeliest_word(policy):
-    spec = '{name: cloze, template: "{prompt} It is {answer}", verbaliser: {good: [fine, nice], bad: the river}}'
-    (row,) = prompter(policy, spec).answer([ask("A tree.")], SamplingParams(8)).rows
-    chat = PromptBuilder(read_prompting(spec), policy.chat).chat
-    prompt = chat.prompt([Message("user", "A tree. It is")])
-    total = []
-    for word in (" fine", " nice", " the river"):
-        ids = chat.response(word)[:-1]
-        with torch.no_grad():
-            logits = policy.model(input_ids=torch.tensor([prompt + ids])).logits[0, len(prompt) - 1 : -1]
-        total.append(math.exp(logits.log_softmax(-1).gather(-1, torch.tensor(ids)[:, None]).sum()))
-    good, bad = (total[0] + total[1]) / 2, total[2]
-    assert row["probabilities"] == pytest.approx({"good": good / (good + bad), "bad": bad / (good + bad)}, rel=1e-3)
-    assert row["answer"] == ("good" if good > bad else "bad")
-    assert row["confidence"] == pytest.approx(abs(good - bad) / (good + bad), rel=1e-3)
-
-
-def test_a_calibrated_cloze_is_undecided_on_input_without_content(policy):
-    spec = '{name: cloze, template: "{prompt} It is {answer}", verbaliser: {a: fine, b: red}, calibrate: true}'
-    answered = prompter(policy, spec[:-1] + ', content_free: ["N/A"]}').answer(
-        [ask("N/A"), ask("Yes")], SamplingParams(8)
-    )
-    first, second = answered.rows
-    assert first["probabilities"] == pytest.approx({"a": 0.5, "b": 0.5})
-    assert second["probabilities"]["a"] != pytest.approx(0.5, abs=1e-4)
-
-
-@pytest.mark.parametrize("family", ["t5", "bart"])
-def test_an_encoder_decoder_chooses_labels_and_answers(family):
-    model = open_policy(tiny.encoder_decoder(family))
-    spec = "{name: cloze, shots: 1, verbaliser: {good: fine, bad: the river}}"
-    examples = [ask("A tree.", "good")]
-    way = prompter(model, spec, examples, labels=("good", "bad"))
-    (row,) = way.answer([ask("A house.")], SamplingParams(8)).rows
-    assert way.builder.layout == "text"
-    prompt = model.chat.prompt([Message("user", "A tree.\nfine\n\nA house.")])
-    scores = []
-    for word in ("fine", "the river"):
-        ids = model.chat.response(word)[:-1]
-        start = model.model.config.decoder_start_token_id
-        with torch.no_grad():
-            logits = model.model(
-                input_ids=torch.tensor([prompt]), decoder_input_ids=torch.tensor([[start, *ids[:-1]]])
-            ).logits[0]
-        scores.append(math.exp(logits.log_softmax(-1).gather(-1, torch.tensor(ids)[:, None]).sum()))
-    assert row["probabilities"]["good"] == pytest.approx(scores[0] / sum(scores), rel=1e-3)
-    (row,) = prompter(model, "few-shot", examples).answer([ask("A house.")], SamplingParams(4, temperature=0)).rows
-    assert isinstance(row["text"], str)
-    with pytest.raises(UserError, match="plain is not for an encoder-decoder"):
-        prompter(model, "{name: few-shot, layout: plain}", examples)
-
-
-# ---- masked language models ----------------------------------------------------------------------------------------
-
-
-WORDS = [
-    "[PAD]",
-    "[UNK]",
-    "[CLS]",
-    "[SEP]",
-    "[MASK]",
-    "the",
-    "movie",
-    "makes",
-    "me",
-    "feel",
-    "happy",
-    "sad",
-    "very",
-    ".",
-]
-
-
-def masked(folder: Path, family: str) -> str:
-    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, "[UNK]"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    names = {"pad_token": "[PAD]", "unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]"}
-    transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, mask_token="[MASK]", **names).save_pretrained(
-        folder
-    )
-    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
-    config = transformers.AutoConfig.for_model(
-        family, vocab_size=len(WORDS), max_position_embeddings=32, pad_token_id=0, cls_token_id=2, sep_token_id=3,
-        bos_token_id=2, eos_token_id=3, **sizes,
-    )  # fmt: skip
-    torch.manual_seed(0)
-    transformers.AutoModelForMaskedLM.from_config(config).save_pretrained(folder)
-    return str(folder)
-
-
-@pytest.mark.parametrize("family", ["bert", "roberta", "deberta-v2", "modernbert", "electra"])
-def test_a_masked_model_fills_its_mask(family, tmp_path):
-    model = open_masked(masked(tmp_path, family))
-    spec = '{name: cloze, template: "{prompt} me feel {answer} .", verbaliser: {good: happy, bad: very sad}}'
-    (row,) = prompter(model, spec).answer([ask("the movie makes")], SamplingParams(8)).rows
-    scores = []
-    for word in ([10], [12, 11]):
-        ids = [2, 5, 6, 7, 8, 9, *[4] * len(word), 13, 3]
-        with torch.no_grad():
-            logits = model.model(input_ids=torch.tensor([ids])).logits[0, 6 : 6 + len(word)]
-        scores.append(math.exp(logits.log_softmax(-1).gather(-1, torch.tensor(word)[:, None]).sum()))
-    assert row["probabilities"]["good"] == pytest.approx(scores[0] / sum(scores), rel=1e-4)
-
-
-def test_text_that_spells_the_mask_is_text(tmp_path):
-    model = open_masked(masked(tmp_path, "bert"))
-    assert model.text_ids("the [MASK] feel ", 2, " .").count(4) == 2
-
-
-def test_a_masked_model_writes_no_text_and_knows_its_words(tmp_path):
-    model = open_masked(masked(tmp_path, "bert"))
-    with pytest.raises(UserError, match="writes no text"):
-        prompter(model, "few-shot")
-    with pytest.raises(UserError, match="'joyful' is not in the vocabulary"):
-        prompter(model, "{name: cloze, verbaliser: {good: joyful, bad: sad}}")
 
 
 # ---- votes ---------------------------------------------------------------------------------------------------------
@@ -259,112 +66,6 @@ def test_a_vote_prefills_its_prompt_once(policy):
     hook.remove()
     assert sum(rows) == 12
     assert len(row["answers"]) == 8 and row["votes"] == max(map(row["answers"].count, {*row["answers"]} - {None}))
-
-
-# ---- prompts -------------------------------------------------------------------------------------------------------
-
-
-def shown(layout: str, **options: Any) -> list[tuple[str, str]]:
-    spec = {"name": "few-shot", "layout": layout, **options}
-    builder = PromptBuilder(PROMPTING.pick(spec)(), open_policy(finished.chatml()).chat)
-    examples = [Example((Message("user", "1 + 1?"),), "2", "2", "a")]
-    question = (Message("system", "Be brief."), Message("user", "2 + 2?"))
-    return [tuple(message) for message in builder.messages(question, examples)]
-
-
-def test_examples_are_turns_or_text():
-    words = {"instruction": "Add.", "template": "Q: {prompt}\nA: {answer}"}
-    assert shown("turns", **words) == [
-        ("system", "Be brief."), ("user", "Add.\n\nQ: 1 + 1?\nA:"), ("assistant", "2"), ("user", "Q: 2 + 2?\nA:"),
-    ]  # fmt: skip
-    assert shown("text", **words) == [
-        ("system", "Be brief."), ("user", "Add.\n\nQ: 1 + 1?\nA: 2\n\nQ: 2 + 2?\nA:"),
-    ]  # fmt: skip
-    assert shown("plain", **words) == [("user", "Be brief.\n\nAdd.\n\nQ: 1 + 1?\nA: 2\n\nQ: 2 + 2?\nA:")]
-
-
-def test_a_model_without_a_chat_template_reads_plain_text_and_others_turns(policy):
-    way = read_prompting("few-shot")
-    assert PromptBuilder(way, policy.chat).layout == "plain"
-    assert PromptBuilder(way, open_policy(finished.chatml()).chat).layout == "turns"
-    assert PromptBuilder(way, open_policy(tiny.llama(), "plain").chat).layout == "plain"
-    assert PromptBuilder(way, open_policy(tiny.llama(), "default").chat).layout == "turns"
-
-
-def test_the_cue_begins_the_answer_of_plain_text_and_ends_a_users_turn(policy):
-    way = read_prompting('{name: chain-of-thought, template: "{prompt} A: {answer}"}')
-    (message,) = PromptBuilder(way, policy.chat).messages((Message("user", "Why?"),), [])
-    assert message.content == "Why? A: Let's think step by step."
-    (turn,) = PromptBuilder(way, open_policy(finished.chatml()).chat).messages((Message("user", "Why?"),), [])
-    assert turn.content == "Why? A:\nLet's think step by step."
-
-
-def test_examples_that_do_not_fit_are_left_out_and_counted(policy):
-    pool = [ask(f"What does the owl number {i} do in the garden?", "It goes to the river.") for i in range(9)]
-    answered = prompter(policy, "{name: few-shot, shots: 8}", pool).answer(
-        [ask("Why?"), ask("Who?")], SamplingParams(8)
-    )
-    kept = [len(row["examples"]) for row in answered.rows]
-    assert answered.left_out == sum(8 - count for count in kept) > 0 and answered.shortened == 2
-    assert all(0 < count < 8 for count in kept)
-    assert answered.prompt_tokens <= 120
-
-
-# ---- examples ------------------------------------------------------------------------------------------------------
-
-
-def pool(seed: int = 0, labels: tuple[str, ...] = (), **options: Any) -> ExamplePool:
-    records = [ask(f"{'red' if i < 15 else 'blue'} {word} {i}", "warm" if i < 15 else "cold")
-               for i, word in zip(range(20), tiny.ANIMALS * 3)]  # fmt: skip
-    return ExamplePool(records, Shots(**options), lambda r: r.answer, lambda r, label: label, labels, seed)
-
-
-def test_examples_depend_on_the_seed_and_not_on_the_number_of_shots():
-    question = ask("What?")
-    assert pool().take(question, 2) == pool().take(question, 4)[:2]
-    assert pool().take(question, 4) == pool().take(ask("Which?"), 4) != pool(1).take(question, 4)
-    redrawn = pool(redraw=True)
-    assert redrawn.take(question, 4) != redrawn.take(ask("Which?"), 4)
-    one, other = pool(order_seed=1).take(question, 6), pool(order_seed=2).take(question, 6)
-    assert one != other and {e.prompt_id for e in one} == {e.prompt_id for e in other}
-
-
-def test_balanced_examples_have_each_label_as_often():
-    found = pool(choose="balanced").take(ask("What?"), 6)
-    assert sorted(example.label for example in found) == ["cold"] * 3 + ["warm"] * 3
-    assert len({example.prompt_id for example in found}) == 6
-
-
-def test_the_most_similar_example_is_next_to_the_question():
-    found = pool(choose="similar").take(ask("a blue owl 18"), 3)
-    assert found[-1].messages[0].content == "blue owl 18"
-    assert all({"blue", "owl"} & set(example.messages[0].content.split()) for example in found)
-
-
-def test_no_question_is_its_own_example():
-    found = pool().take(ask("red cat 0", "warm"), 20)
-    assert len(found) == 19 and "red cat 0" not in [e.messages[0].content for e in found]
-    with_system = Prompt((Message("system", "Be brief."), Message("user", "red cat 0")))
-    assert pool().take(with_system, 20) == found
-
-
-def test_random_labels_are_of_the_task_and_seeded():
-    found = pool(random_labels=True, labels=("warm", "cold")).take(ask("What?"), 20)
-    wrong = sum((e.label == "warm") != ("red" in e.messages[0].content) for e in found)
-    assert {e.answer for e in found} == {"warm", "cold"} and 3 < wrong < 17
-    assert found == pool(random_labels=True, labels=("warm", "cold")).take(ask("What?"), 20)
-
-
-def test_chains_of_thought_show_rationales_and_few_shot_only_answers(policy):
-    records = [ask(f"{i} + 1?", f"One more than {i}. So the answer is {i + 1}.") for i in range(3)]
-    records.append(ask("9 + 1?", "The answer is 10."))
-    rules = {"pattern": answer_pattern("the-answer-is")}
-    reasons = prompter(policy, "{name: chain-of-thought, shots: 4}", records, **rules).pool.take(ask("What?"), 4)
-    assert sorted(e.answer for e in reasons) == sorted(record.answer for record in records[:3])
-    answers = prompter(policy, "{name: few-shot, shots: 4}", records, **rules).pool.take(ask("What?"), 4)
-    assert sorted(e.answer for e in answers) == sorted(
-        [*(f"So the answer is {i + 1}." for i in range(3)), "The answer is 10."]
-    )
 
 
 # ---- the command ---------------------------------------------------------------------------------------------------
