@@ -158,7 +158,7 @@ def test_a_packed_sequence_is_never_a_matrix_of_all_tokens(name, monkeypatch):
         return parts(sizes, *args)
 
     monkeypatch.setattr(forward, "_parts", watched)
-    monkeypatch.setattr(forward, "sdpa_attention_forward", None)
+    monkeypatch.setattr(forward, "sdpa_attention_forward", None)  # the matrix of all tokens would fail
     results(engine, True, [[0, 1, 2, 3]])
     assert set(seen) == {SIZES}
 

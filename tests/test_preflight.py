@@ -291,7 +291,7 @@ def test_compiled_layers_are_refused_under_zero_3_alone(world, monkeypatch):
     checks("ppo", world, 2, compile=True, deepspeed=files[2])
     assert "ZeRO stage 3" in refusal("ppo", world, 2, compile=True, deepspeed=files[3])
     steps = {"sampler": {"name": "hf", "step": "cuda_graph"}}
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)  # as on a machine with a GPU
     assert checks("ppo", world, 2, rollout=steps, deepspeed=files[2])["sampler"] == "hf, step cuda_graph"
     assert "step `cuda_graph`: compiled or recorded" in refusal("ppo", world, 2, rollout=steps, deepspeed=files[3])
 
