@@ -115,7 +115,7 @@ class Learner:
         for epoch, parts in enumerate(epochs):
             for index, minibatch in enumerate(parts):
                 step = (update_index * len(epochs) + epoch) * len(parts) + index
-                sums.append(self._passes(experience, advantages, minibatch, step, critic_only))
+                sums.append(self._accumulate(experience, advantages, minibatch, step, critic_only))
                 norm = self.engine.step(lr_scale)
                 if norm is None:
                     where = f"update {update_index + 1}, epoch {epoch + 1}, minibatch {index + 1}"
@@ -132,7 +132,7 @@ class Learner:
             "optimizer/halvings": self.budget.halvings,
         }
 
-    def _passes(
+    def _accumulate(
         self, experience: Experience, advantages: Advantages, minibatch: Minibatch, step: int, critic_only: bool
     ) -> tuple[Tensor, Tensor]:
         """Accumulate the gradient of a minibatch, in smaller micro-batches where memory runs out. Returns this rank's
