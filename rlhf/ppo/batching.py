@@ -45,6 +45,12 @@ class TokenRows:
         """The number of flagged tokens of each row."""
         return [sum(flags) for _, flags in self.rows]
 
+    @cached_property
+    def filler(self) -> int:
+        """The row that a rank without a row of its own takes, since all ranks make the same number of passes: the
+        shortest."""
+        return min(range(len(self.rows)), key=lambda row: len(self.rows[row][0]))
+
     def micro_batches(
         self, per_rank: RankBatches, frozen_states: Mapping[int, Tensor] | None = None
     ) -> list[MicroBatch]:
@@ -54,8 +60,7 @@ class TokenRows:
         return [self._build(rows, tokens, frozen_states) for rows, tokens in zip(mine, most)]
 
     def _build(self, rows: list[int], most_tokens: int, frozen_states: Mapping[int, Tensor] | None) -> MicroBatch:
-        # A rank without a row takes the shortest as a filler: all ranks make the same number of passes.
-        used = rows or [min(range(len(self.rows)), key=lambda row: len(self.rows[row][0]))]
+        used = rows or [self.filler]
         device, ids = self.device, [self.rows[row][0] for row in used]
         flags = [self.rows[row][1] if rows else [False] * len(self.rows[row][1]) for row in used]
         lengths = torch.tensor([sum(row) for row in flags], device=device)

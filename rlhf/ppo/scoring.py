@@ -58,7 +58,7 @@ class Scorer:
             tokens = self.models.token_scores(batch, config.rollout.temperature, policy=not from_sampler)
             # the reference's log-probs are placeholders for what is not computed
             columns.append(torch.stack([tokens.ref_logprobs if c is None else c for c in tokens], dim=1))
-            found = self._scores(rollout, batch, gold)
+            found = self._scores(rollout, batch, batch.episodes or [minibatches[0].rows.filler], gold)
             parts.append(torch.stack(list(found.values()), dim=1)[: len(batch.episodes)])
             episodes += batch.episodes
             states |= gather_states(batch) if batch.frozen_states is not None else {}
@@ -86,10 +86,9 @@ class Scorer:
             frozen_states=states or None,
         )
 
-    def _scores(self, rollout: Rollout, batch: MicroBatch, gold: bool) -> dict[str, Tensor]:
-        """Scores of a micro-batch's episodes (of another one for a filler), float32 [N] each: `reward`, with an
-        ensemble its `disagreement`, and those of the observers."""
-        episodes = batch.episodes or [0]  # under ZeRO-3 every rank must make the pass, with a filler too
+    def _scores(self, rollout: Rollout, batch: MicroBatch, episodes: Sequence[int], gold: bool) -> dict[str, Tensor]:
+        """Scores of the episodes of a micro-batch, a filler's too (under ZeRO-3 every rank must make the pass),
+        float32 [N] each: `reward`, with an ensemble its `disagreement`, and those of the observers."""
         states = None if batch.frozen_states is None else pad_sequence(states_per_sequence(batch), batch_first=True)
         messages = [rollout.prompts.messages[i] for i in episodes]
         responses = [rollout.completions[i].ids for i in episodes]
