@@ -59,6 +59,8 @@ def _sigmoid(x: float) -> float:
     return 1 / (1 + math.exp(-x)) if x >= 0 else 1 - 1 / (1 + math.exp(x))
 
 
+# ---- answers of a teacher --------------------------------------------------------------------------------------------
+
 REFUSAL = re.compile(
     r"""\s*(?:(?:oh,?\s+)?(?:i['’]?m|i\ am)?\s*(?:very\s+|really\s+|so\s+)?(?:sorry|afraid)[,.;:!]?\s*(?:but|that)?\s*
         |i\s+apologi[sz]e[,.;:!]?\s*(?:but)?\s*|unfortunately,?\s*

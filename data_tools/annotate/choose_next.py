@@ -16,6 +16,8 @@ from data_tools.statistics.words import hashed
 from rlhf.core.console import format_number, say, table
 from rlhf.data.schema import Proposal, Ranking
 
+# ---- information -----------------------------------------------------------------------------------------------------
+
 MOST_EXACT = 5
 """Answers up to which all orders (120) are summed; more are estimated from `DRAWS` orders."""
 DRAWS = 1024

@@ -33,6 +33,8 @@ from data_tools.reading.turns import (
 from rlhf.data.columns import Row, ranking_row
 from rlhf.data.schema import BadRecord, Candidate, Message, Ranking, brief
 
+# ---- HH-RLHF ---------------------------------------------------------------------------------------------------------
+
 _QUESTION, _ANSWER = "\n\nHuman:", "\n\nAssistant:"
 _TURN = re.compile(r"\n\n(Human|Assistant):")
 _MOST_EXCHANGES = 50
@@ -132,9 +134,10 @@ def _transcript(text: str, field: str) -> tuple[tuple[Message, ...], str]:
     return tuple(prompt), answer
 
 
-PairTools = Literal["reject", "keep"]
-
 # ---- TRL -------------------------------------------------------------------------------------------------------------
+
+
+PairTools = Literal["reject", "keep"]
 
 
 def _is_pair(row: Mapping[str, Any]) -> bool:

@@ -210,6 +210,8 @@ def _line(value: Mapping[str, Any]) -> bytes:
     return json.dumps(value, ensure_ascii=False).encode() + b"\n"
 
 
+# ---- which item an annotator gets next -------------------------------------------------------------------------------
+
 RECENT = 50
 """The time left is estimated from so many of an annotator's last votes."""
 

@@ -23,6 +23,8 @@ from rlhf.data.jsonl import parse
 from rlhf.data.schema import BadRecord
 from rlhf.data.store import Dataset, open_dataset
 
+# ---- its address -----------------------------------------------------------------------------------------------------
+
 SUFFIX = ".address"
 """Of the file next to the rankings that holds port and token; only its owner can read it."""
 
@@ -38,7 +40,7 @@ def server_at(file: Path, routes: Routes, port: int = 0) -> LoopbackServer:
     Raises:
         UserError: The port that was asked for is not free, or the file cannot be written.
     """
-    token, before = _read(file)
+    token, before = _read_address(file)
     try:
         server = LoopbackServer(routes, port or before, token)
     except UserError:
@@ -57,7 +59,7 @@ def server_at(file: Path, routes: Routes, port: int = 0) -> LoopbackServer:
     return server
 
 
-def _read(file: Path) -> tuple[str | None, int]:
+def _read_address(file: Path) -> tuple[str | None, int]:
     """Token and port; None and 0 if there are none, or if others could have read or written them."""
     try:
         if file.stat().st_mode & 0o077 or file.stat().st_uid != os.getuid():
@@ -68,6 +70,9 @@ def _read(file: Path) -> tuple[str | None, int]:
         return None, 0
     good = isinstance(token, str) and token.isascii() and len(token) >= 22 and "/" not in token
     return (token, port) if good and type(port) is int and 0 < port < 65536 else (None, 0)
+
+
+# ---- its requests ----------------------------------------------------------------------------------------------------
 
 
 class Desk:

@@ -169,6 +169,8 @@ def ranks_with_scores(ranks: Sequence[int], scores: Sequence[float | None], name
     return (1, 1) if len(ranks) == len(known) == 2 and scores[0] == scores[1] else tuple(ranks)
 
 
+# ---- which item of a list in Label Studio a rating belongs to --------------------------------------------------------
+
 ITEM_INDEX = "item_index"
 """Key of a result of a control with `perItem`: the place of the item that it is about, from 0."""
 

@@ -11,6 +11,8 @@ from typing import Any, TypeVar
 from rlhf.data.jsonl import OnReject
 from rlhf.data.schema import BadRecord, brief
 
+# ---- roles of fields -------------------------------------------------------------------------------------------------
+
 SYSTEM_FIELDS = ("system", "system_prompt", "system_message")
 """What the field of a system turn is called, where an importer reads it."""
 SYSTEM = {"system", "sysprompt"}
@@ -94,6 +96,8 @@ def says_something(value: Any, role: str) -> bool:
         return value is not None and value != [] and value != {}
     return isinstance(value, (list, dict)) and bool(value)
 
+
+# ---- fields that are not read ----------------------------------------------------------------------------------------
 
 T = TypeVar("T")
 HOLDS = {

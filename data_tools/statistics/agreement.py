@@ -140,6 +140,8 @@ def w_of_blocks(ranks: np.ndarray, block: np.ndarray) -> np.ndarray:
         return np.where(possible > 0, 12 * np.square(deviations).sum(axis=1) / possible, np.nan)
 
 
+# ---- pairwise agreement, and the ceiling of a reward model -----------------------------------------------------------
+
 DIGITS = 6
 
 
