@@ -1,4 +1,4 @@
-"""`rlhf evaluate`: metrics of policies by hand, win rates, reward models on rankings, refusals."""
+"""`rlhf evaluate` of policies: loss, rewards, comparisons, KL, the page; and what is refused."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import pytest
 import tiny
 import torch
 from chat_servers import Response, chat_server, completion
+from evaluated import letters, metrics_of
 from scipy import stats
 
 from rlhf.config.base import ModelConfig
@@ -21,7 +22,6 @@ from rlhf.core.intervals import Z_95
 from rlhf.data.chat_tokenizer import load_tokenizer
 from rlhf.data.encode_records import EncodingCounts, best_response, encode_demonstration
 from rlhf.data.store import open_dataset
-from rlhf.evaluation.scored import open_answer_scorer
 from rlhf.judging.win_rate import win_rates
 from rlhf.runs.parents import resolve_model_path
 from stages.evaluate import command
@@ -49,20 +49,6 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
         "ranking": tiny.write_rankings(folder / "rankings", 2, held_out=10),
         "prompt": str(folder / "prompts.jsonl"),
     }
-
-
-def metrics_of(*words: Any) -> dict[str, Any]:
-    sampled = {"--reward", "--judge", "--reference"} & set(words) and "rankings" not in words
-    said, _ = finished.invoke(command, *words, *(("--max-new-tokens", 8) if sampled else ()), "--json")
-    return finished.last_json(said)
-
-
-def letters(messages: list[dict[str, str]], answer: str) -> float:
-    return sum(c.isalpha() for c in answer)
-
-
-def constant(messages: list[dict[str, str]], answer: str) -> float:
-    return 1.0
 
 
 # ---- policies ----------------------------------------------------------------------------------------------------
@@ -121,7 +107,7 @@ def test_a_reward_gives_mean_score_length_and_eos_rate(runs: dict[str, str], dat
 
 
 def test_a_policy_against_another_gives_wins_and_both_perplexities(runs: dict[str, str], data: dict[str, str]) -> None:
-    words = ("--dataset", data["demonstration"], "--reward", "test_evaluate:letters")
+    words = ("--dataset", data["demonstration"], "--reward", "evaluated:letters")
     there = metrics_of(runs["sft"], *words, "--against", runs["other"])
     back = metrics_of(runs["other"], *words, "--against", runs["sft"])
     assert there["against"]["perplexity"] == back["policy"]["perplexity"] != there["policy"]["perplexity"]
@@ -154,7 +140,7 @@ def test_policies_with_different_tokenizers_are_said_not_to_compare(runs: dict[s
 def test_a_policy_is_compared_with_the_datasets_own_answers(
     kind: str, runs: dict[str, str], data: dict[str, str]
 ) -> None:
-    words = ("--dataset", data[kind], "--reward", "test_evaluate:letters", "--against", "references")
+    words = ("--dataset", data[kind], "--reward", "evaluated:letters", "--against", "references")
     found = metrics_of(runs["sft"], *words)
     references = [best_response(record) for record in open_dataset(data[kind]).records("eval")]
     mean = sum(letters([], text) for text in references) / len(references)
@@ -183,7 +169,7 @@ def test_a_judge_on_a_server_compares_two_policies(runs: dict[str, str], data: d
     [
         (("demonstration", "--judge", "http://127.0.0.1:9/v1"), "needs answers to compare with"),
         (("demonstration", "--against", "references"), "needs something that compares"),
-        (("prompt", "--against", "references", "--reward", "test_evaluate:letters"), "no answers to compare with"),
+        (("prompt", "--against", "references", "--reward", "evaluated:letters"), "no answers to compare with"),
     ],
 )
 def test_a_comparison_without_its_other_half_is_refused(
@@ -203,7 +189,7 @@ def test_the_interval_is_wilsons() -> None:
 
 
 def test_the_table_shows_what_the_json_holds(runs: dict[str, str], data: dict[str, str], tmp_path: Path) -> None:
-    words = ("--dataset", data["demonstration"], "--reward", "test_evaluate:constant", "--against", runs["other"])
+    words = ("--dataset", data["demonstration"], "--reward", "evaluated:constant", "--against", runs["other"])
     said, _ = finished.invoke(command, runs["sft"], *words, "--max-new-tokens", 8, "--out", tmp_path / "out.json")
     found = json.loads((tmp_path / "out.json").read_text())
     assert "perplexity" in said and "answers that ended" in said
@@ -263,7 +249,7 @@ def test_policies_have_a_page_with_their_answers_side_by_side(
     runs: dict[str, str], data: dict[str, str], tmp_path: Path
 ) -> None:
     page = tmp_path / "page.html"
-    words = ("--dataset", data["demonstration"], "--reward", "test_evaluate:letters", "--reference", runs["other"])
+    words = ("--dataset", data["demonstration"], "--reward", "evaluated:letters", "--reference", runs["other"])
     finished.invoke(
         command, runs["sft"], *words, "--against", runs["other"], "--max-new-tokens", 8, "--html", page
     )  # fmt: skip
@@ -272,98 +258,6 @@ def test_policies_have_a_page_with_their_answers_side_by_side(
                  "Loss on the data", "largest gains", "score 0.00", "Distributions over answers"):  # fmt: skip
         assert word in text, word
     assert text.count("<svg ") == 8 and not [word for word in ("<script", "https:", "src=") if word in text]
-
-
-# ---- reward models -----------------------------------------------------------------------------------------------
-
-
-def test_a_reward_run_is_measured_on_rankings(runs: dict[str, str], data: dict[str, str]) -> None:
-    said, _ = finished.invoke(command, runs["reward"], "--dataset", data["ranking"], "--json")
-    found = finished.last_json(said)
-    config = ModelConfig(path=runs["reward"])
-    chat = load_tokenizer(config, resolve_model_path(runs["reward"]))
-    right = pairs = 0.0
-    for record in open_dataset(data["ranking"]).records("eval"):
-        texts = [chat.prompt(record.messages) + chat.response(c.text) for c in record.candidates]
-        scores = finished.scores(runs["reward"], texts).tolist()
-        for i, better in enumerate(record.ranks):
-            for j, worse in enumerate(record.ranks):
-                if better < worse:
-                    pairs, right = pairs + 1, right + (scores[i] > scores[j])
-    (card,) = found["datasets"]
-    assert card["pairs"]["accuracy"]["count"] == pairs
-    assert card["pairs"]["accuracy"]["value"] == pytest.approx(right / pairs)
-    assert "longer answer" in said and "By rank distance" in said and "By annotator" in said
-
-
-def test_two_datasets_a_battery_and_a_page_in_one_command(
-    runs: dict[str, str], data: dict[str, str], tmp_path: Path
-) -> None:
-    pytest.importorskip("matplotlib")
-    words = (data["ranking"], data["ranking"], "--perturb", "--perturb-rankings", 3)
-    said, _ = finished.invoke(
-        command, runs["reward"], *words, "--html", tmp_path / "new" / "page.html", "--out", tmp_path / "out.json"
-    )
-    found = json.loads((tmp_path / "out.json").read_text())
-    assert [card["perturbations"]["rankings"] for card in found["datasets"]] == [3, 3]
-    assert found["datasets"][0] == found["datasets"][1]
-    page = (tmp_path / "new" / "page.html").read_text()
-    for row in found["datasets"][0]["perturbations"]["perturbations"]:
-        assert row["name"] in said and row["name"].replace("'", "&#39;") in page
-    assert not [word for word in ("<script", "https:", "src=", "@import") if word in page]
-
-
-def test_an_ensemble_is_measured_by_the_mean_of_its_members(
-    runs: dict[str, str], data: dict[str, str], tmp_path: Path
-) -> None:
-    other = finished.reward(tmp_path / "other", runs["sft"], seed=5)
-    found = metrics_of(f"{{name: ensemble, models: [{runs['reward']}, {other}]}}", data["ranking"])
-    (card,) = found["datasets"]
-    right = []
-    chat = load_tokenizer(ModelConfig(path=other), resolve_model_path(other))
-    for record in open_dataset(data["ranking"]).records("eval"):
-        texts = [chat.whole(record.chat, one.text) for one in record.candidates]
-        mean = sum(finished.scores(run, texts) for run in (runs["reward"], other)) / 2
-        pairs = [(i, j) for i, a in enumerate(record.ranks) for j, b in enumerate(record.ranks) if a < b]
-        right += [bool(mean[i] > mean[j]) for i, j in pairs]
-    assert card["pairs"]["accuracy"]["value"] == pytest.approx(sum(right) / len(right))
-
-
-def test_a_sum_with_a_judge_is_measured_by_the_weighted_scores(
-    runs: dict[str, str], data: dict[str, str], tmp_path: Path
-) -> None:
-    def answer(body: dict[str, Any], number: int) -> Response:
-        return completion(f"[[{1 + len(body['messages'][0]['content']) % 10}]]")
-
-    with chat_server(answer) as server:
-        judge = {"name": "judge", "url": server.url, "cache": str(tmp_path / "replies")}
-        parts = [{"name": "model", "path": runs["reward"], "weight": 0.5}, {**judge, "unmeasured": True, "weight": -1}]
-        whole = {"name": "sum", "terms": [*parts, {"name": "function", "function": "test_evaluate:letters"}]}
-        scorer = open_answer_scorer(json.dumps(whole))
-        record = next(iter(open_dataset(data["ranking"]).records("eval")))
-        texts = [one.text for one in record.candidates]
-        found = scorer.answers([record] * len(texts), texts)
-        ratings = open_answer_scorer(json.dumps(judge | {"unmeasured": True})).answers([record] * len(texts), texts)
-        by_hand = [
-            0.5 * finished.score_of_answer(runs["reward"], record.chat, text) - float(rating or 0) + letters([], text)
-            for text, rating in zip(texts, ratings)
-        ]
-        assert found == pytest.approx(by_hand, abs=1e-4) and len(set(ratings)) > 1
-        measured = metrics_of(json.dumps(whole), data["ranking"])
-        with pytest.raises(UserError, match="was not measured"):
-            metrics_of(json.dumps(judge), data["ranking"])
-    assert measured["datasets"][0]["pairs"]["accuracy"]["count"] > 0
-
-
-def test_a_reward_function_is_measured_as_a_reward_model_is(data: dict[str, str], tmp_path: Path) -> None:
-    pytest.importorskip("matplotlib")
-    found = metrics_of("test_evaluate:letters", data["ranking"], "--html", tmp_path / "page.html")
-    assert found["datasets"][0]["perturbations"] is None
-    assert "<h3>Calibration</h3>" in (tmp_path / "page.html").read_text()
-    facts = found["datasets"][0]["pairs"]
-    assert facts["accuracy"]["value"] == facts["baselines"][0]["value"], "it is the rule that the longer answer wins"
-    with pytest.raises(UserError, match="the same score"):
-        metrics_of("test_evaluate:constant", data["ranking"], "--perturb")
 
 
 # ---- refusals ----------------------------------------------------------------------------------------------------
