@@ -78,8 +78,8 @@ class Engine:
         self.module = self._placed(module)
         self.forward: Callable[..., Any] = self.module
         """Calls the module in the engine's precision."""
-        if self.dtype != torch.float32:
-            self.forward = self.autocast()(self.module.__call__)
+        if isinstance(autocast := self.autocast(), torch.autocast):
+            self.forward = autocast(self.module.__call__)
         self.optimizer = config.algorithm(groups, **config.model_dump(include={"betas", "eps", "weight_decay"}))
         self.rates = [group["lr"] for group in groups]
         self._parameters = [p for group in groups for p in group["params"]]
