@@ -91,7 +91,8 @@ class Clock:
 
     def metrics(self, rollout: Rollout) -> dict[str, float]:
         """Seconds and tokens/s of each phase (completion tokens in the rollout, else all), peak memory in GB."""
-        whole, sampled = sum(rollout.total_lengths), int(rollout.lengths.sum())
+        sampled = int(rollout.lengths.sum())
+        whole = sum(map(len, rollout.prompts.ids)) + sampled
         tokens = {phase: sampled if phase == "rollout" else whole for phase in self.seconds}
         metrics = {f"time/{phase}": seconds for phase, seconds in self.seconds.items()}
         metrics |= {f"throughput/{p}": tokens[p] / max(s, 1e-9) for p, s in self.seconds.items()}

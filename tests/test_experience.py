@@ -107,7 +107,6 @@ def rollout():
 def test_a_rollout_describes_its_answers():
     r = rollout()
     assert r.lengths.tolist() == [3, 1, 2]
-    assert r.total_lengths == [5, 2, 5]
     assert r.ended.tolist() == [True, False, True]
     assert r.response_mask.tolist() == [[True, True, True], [True, False, False], [True, True, False]]
 

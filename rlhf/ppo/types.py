@@ -48,11 +48,6 @@ class Rollout:
         return torch.tensor([len(completion.ids) for completion in self.completions])
 
     @cached_property
-    def total_lengths(self) -> list[int]:
-        """Tokens of prompt and completion together, N numbers."""
-        return [len(prompt) + len(c.ids) for prompt, c in zip(self.prompts.ids, self.completions)]
-
-    @cached_property
     def ended(self) -> Tensor:
         """bool [N]: whether the completion ended by itself."""
         return torch.tensor([completion.ended for completion in self.completions])
