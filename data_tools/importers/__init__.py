@@ -13,7 +13,7 @@ The docstring's first line is the format's description, and it states what the f
 - `suffixes`: which files of a folder belong to the format.
 - `sample`: the text of a short file of the format, as `rlhf data formats` shows it; it imports without a reject. It is
   kept as `data_tools/published/samples/NAME.*`.
-- `detect`: ``(Head) -> str | None``: why a file that begins so is of this format, as the end of the sentence "it is
+- `detect`: ``(FileHead) -> str | None``: why a file that begins so is of this format, as the end of the sentence "it is
   ... because ...", or None if it is not. No file is detected by two formats.
 """
 
