@@ -103,7 +103,7 @@ class DPOObjective(Objective[PreferenceBatch]):
         return batch.attention_mask.sum()
 
     def loss(self, engine: Engine, batch: PreferenceBatch) -> tuple[Tensor, list[Tensor]]:
-        logprobs = engine.forward(batch, chunks_of(batch, self.vocab_size))
+        logprobs = engine.forward(batch, chunks_of(engine, batch, self.vocab_size))
         rewards = implicit_rewards(logprobs, batch.reference, self.config.beta)
         losses, _ = self.losses(rewards, logprobs, batch.tokens, batch.rankings)
         metrics = pair_metrics(rewards, logprobs, batch.rankings) @ batch.rankings.weights

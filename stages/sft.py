@@ -126,8 +126,7 @@ class SFTObjective(Objective[TokenBatch]):
         return -logprobs.sum(), [entropies.sum(), top1.sum()]
 
     def _predict(self, engine: Engine, batch: TokenBatch) -> TokenPredictions:
-        most = distributed.all_max(batch.labelled.sum())  # ZeRO-3 needs the same number of chunks on all ranks
-        return engine.forward(batch, head_chunks(int(most), self.vocab_size))
+        return engine.forward(batch, head_chunks(engine.largest(batch.labelled.sum()), self.vocab_size))
 
     def evaluate(self, engine: Engine, step: int) -> dict[str, float]:
         """Mean negative log-likelihood in nats per assistant token, perplexity, and top-1 accuracy."""
@@ -241,7 +240,7 @@ class LogitsObjective(SFTObjective):
         return total, [found.entropies.sum(), found.top1.sum(), found.divergences.sum(), (~demonstrated).sum()]
 
     def _distilled(self, engine: Engine, batch: DistillationBatch) -> tuple[StudentPredictions, Tensor]:
-        chunks = head_chunks(int(distributed.all_max(batch.labelled.sum())), self.vocab_size)
+        chunks = head_chunks(engine.largest(batch.labelled.sum()), self.vocab_size)
         states = self.teacher.states(batch)
         found = engine.forward(batch, chunks, states, self.teacher.logits, self.measure, self.known)
         return found, batch.demonstrated

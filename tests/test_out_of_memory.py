@@ -137,6 +137,36 @@ def test_ranks_repeat_a_step_together_where_one_of_them_runs_out_of_memory(tmp_p
         assert numbers(line) == pytest.approx(numbers(other), rel=1e-3, abs=1e-5)
 
 
+SFT_RANKS = """
+import sys
+import sft_runs
+import torch
+from rlhf import distributed
+from rlhf.training.engine import DeepSpeedEngine
+
+folder, demos = sys.argv[1:]
+backward, passes = DeepSpeedEngine.backward, []
+
+def failing(self, loss, last):
+    backward(self, loss, last)
+    passes.append(last)
+    if distributed.rank() == 1 and len(passes) == 3:  # the first of two in the second step
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+DeepSpeedEngine.backward = failing
+sft_runs.run(sft_runs.settings(demos, folder, batch={"batch_size": 8, "micro_batch_size": 2, "max_steps": 4}))
+"""
+
+
+@pytest.mark.slow
+def test_ranks_repeat_a_step_of_sft_together_where_one_of_them_runs_out_of_memory(tmp_path, demos):
+    done = tiny.launch(2, SFT_RANKS, str(tmp_path / "ranks"), demos)
+    assert done.returncode == 0 and "from here on it has 1 records instead of 2" in done.stdout, done.stdout
+    batch = {"batch_size": 8, "micro_batch_size": 2, "max_steps": 4}
+    alone = sft_runs.run(sft_runs.settings(demos, tmp_path / "alone", batch=batch))
+    assert sft_runs.losses(tmp_path / "ranks") == pytest.approx(sft_runs.losses(alone), rel=1e-4)
+
+
 @pytest.mark.slow
 def test_under_zero_stage_2_the_error_gives_the_smaller_budget_to_continue_with(tmp_path, prompts):
     done = tiny.launch(2, RANKS, str(tmp_path / "ranks"), prompts, "2")

@@ -114,6 +114,19 @@ def test_each_completion_has_the_whole_time_limit(capfd):
     assert "goes on" not in capfd.readouterr().err
 
 
+def test_a_function_that_leaves_its_own_handler_of_the_alarm_is_still_interrupted():
+    def function(messages, answer):
+        if answer == "quick":
+            signal.signal(signal.SIGALRM, signal.SIG_IGN)
+        else:
+            time.sleep(5)
+        return 1.0
+
+    with pytest.raises(UserError, match=r"did not return within 0\.2 s") as caught:
+        several(function, ["quick", "slow"], seconds=0.2)
+    assert "answer: 'slow'" in caught.value.why
+
+
 @pytest.mark.parametrize(
     ("fails", "fault"),
     [(lambda: time.sleep(600), "did not return within 0.2 s"), (lambda: 1 / 0, "raised"), (lambda: None, "returned")],

@@ -7,7 +7,6 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import partial
 from types import FrameType
 from typing import Any
 
@@ -34,16 +33,19 @@ def time_limit(seconds: float) -> Iterator[Callable[[], Any]]:
     the outer limit holds again when the inner block ends.
     """
     if threading.current_thread() is not threading.main_thread():
-        with _warned(seconds) as start:
-            yield start
+        with _warned(seconds) as restart:
+            yield restart
         return
 
     def interrupt(number: int, frame: FrameType | None) -> None:
         raise TimeIsUp
 
-    start = partial(signal.setitimer, signal.ITIMER_REAL, seconds, 1.0)
+    def start() -> tuple[float, float]:
+        signal.signal(signal.SIGALRM, interrupt)  # a call before may have set a handler of its own
+        return signal.setitimer(signal.ITIMER_REAL, seconds, 1.0)
+
     outer, started = (0.0, 0.0), time.monotonic()
-    before = signal.signal(signal.SIGALRM, interrupt)
+    before = signal.getsignal(signal.SIGALRM)
     try:
         try:
             outer = start()

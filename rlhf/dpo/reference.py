@@ -44,7 +44,7 @@ def score_answers(
 
     def score(rows: Sequence[int]) -> tuple[list[int], torch.Tensor]:
         batch = preference_batch([table[row] for row in rows or order[:1]], collator)
-        logprobs = engine.forward(batch, chunks_of(batch, vocab_size), reference=reference)
+        logprobs = engine.forward(batch, chunks_of(engine, batch, vocab_size), reference=reference)
         return [n for row in rows for n in range(first[row], first[row + 1])], logprobs
 
     batches = [order[start : start + at_once] for start in range(0, len(order), at_once)]
@@ -52,10 +52,9 @@ def score_answers(
     return [values[start:end] for start, end in itertools.pairwise(first)]
 
 
-def chunks_of(batch: PreferenceBatch, vocab_size: int) -> int:
-    """The chunks in which the head processes a batch, the same on all ranks for ZeRO-3. Every rank calls it."""
-    most = distributed.all_max(torch.tensor(sum(batch.tokens), device=distributed.device()))
-    return head_chunks(int(most), vocab_size)
+def chunks_of(engine: Engine, batch: PreferenceBatch, vocab_size: int) -> int:
+    """The chunks in which the head processes a batch; every rank calls it."""
+    return head_chunks(engine.largest(torch.tensor(sum(batch.tokens), device=distributed.device())), vocab_size)
 
 
 def with_reference(file: Path, table: Any, facts: dict[str, Any], compute: Callable[[Any], list[list[float]]]) -> Any:

@@ -9,12 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from rlhf.models.mapped import autocast_dtype
 from rlhf.models.vocabulary import mask_logits
-
-
-def autocast_dtype(device: torch.device) -> torch.dtype | None:
-    """The dtype to which autocast casts now; None where it is off."""
-    return torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
 
 
 class FrozenHead(torch.autograd.Function):

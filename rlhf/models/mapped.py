@@ -69,6 +69,11 @@ PUT_TOGETHER = (core_model_loading.MergeModulelist, core_model_loading.Concatena
 """Steps of transformers' conversions that depend on nothing but the tensors of the file."""
 
 
+def autocast_dtype(device: torch.device) -> torch.dtype | None:
+    """The dtype to which autocast casts now; None where it is off."""
+    return torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
+
+
 def _placeholder(shape: torch.Size, dtype: torch.dtype) -> Tensor:
     """A tensor of this shape that stores one element."""
     return torch.zeros((), dtype=dtype).expand(shape)

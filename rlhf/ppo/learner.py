@@ -140,18 +140,28 @@ class Learner:
         minibatch = minibatch.within(self.budget.tokens)
         smaller = f"batch.micro_batch_tokens={max(self.budget.tokens // 2, 1)}"
         while True:
-            batches, tokens = minibatch.micro_batches(experience.frozen_states), minibatch.tokens
-            demonstrations, ptx_tokens = self.ptx.batch(step, len(batches)) if self.ptx else ([None] * len(batches), 1)
-            loss_of = partial(self._loss, experience, advantages, tokens, ptx_tokens, critic_only)
-            found = self.engine.accumulate(list(zip(batches, demonstrations)), loss_of, smaller)
+            batches = partial(self._batches, experience, minibatch, step)
+            loss_of = partial(self._loss, experience, advantages, minibatch.tokens, critic_only)
+            found = self.engine.accumulate(batches, loss_of, smaller)
             if found is not None:
                 sums, extremes = zip(*found)
                 return sum(sums[1:], sums[0]), torch.stack(extremes).amax(0)
             minibatch = self.budget.split(minibatch)
 
+    def _batches(
+        self, experience: Experience, minibatch: Minibatch, step: int
+    ) -> list[tuple[MicroBatch, MicroBatch | None, int]]:
+        """This rank's micro-batches; with each the demonstrations that go with it, and the tokens of the step's
+        demonstrations on all ranks."""
+        batches = minibatch.micro_batches(experience.frozen_states)
+        if self.ptx is None:
+            return [(batch, None, 1) for batch in batches]
+        demonstrations, tokens = self.ptx.batch(step, len(batches))
+        return [(batch, ptx, tokens) for batch, ptx in zip(batches, demonstrations)]
+
     def _loss(
-        self, experience: Experience, advantages: Advantages, tokens: int, ptx_tokens: int, critic_only: bool,
-        batches: tuple[MicroBatch, MicroBatch | None],
+        self, experience: Experience, advantages: Advantages, tokens: int, critic_only: bool,
+        batches: tuple[MicroBatch, MicroBatch | None, int],
     ) -> tuple[Tensor, tuple[Tensor, Tensor]]:  # fmt: skip
         """The token losses of a micro-batch, divided by the tokens of the minibatch; and its sums and ratio extremes.
 
@@ -159,11 +169,10 @@ class Learner:
             experience: What was computed before learning.
             advantages: Weights of the policy gradient, and the critic's targets.
             tokens: Response tokens of the minibatch on all ranks.
-            ptx_tokens: Tokens of the step's demonstrations on all ranks.
             critic_only: Only the critic is trained in this update.
-            batches: A micro-batch, and demonstrations that go with it.
+            batches: One of `_batches`.
         """
-        batch, ptx = batches
+        batch, ptx, ptx_tokens = batches
         c, old = self.config.loss, _old_columns(experience, advantages, batch)
         out = self.engine.forward(batch, self.config.rollout.temperature, ptx)
         value = values_clipped = ptx_loss = out.logprobs.new_zeros(())

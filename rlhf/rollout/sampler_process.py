@@ -25,7 +25,7 @@ from rlhf.data.chat_tokenizer import ChatTokenizer
 from rlhf.distributed.exchange_folder import ExchangeFolder
 from rlhf.distributed.launch import child_environment, how_it_ended
 from rlhf.models.attention import PACKED
-from rlhf.models.frozen_head import autocast_dtype
+from rlhf.models.mapped import autocast_dtype
 from rlhf.rollout.types import Completion, SamplingParams
 from rlhf.tuning.merging import merged_weights, weight_marks
 

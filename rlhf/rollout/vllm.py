@@ -22,7 +22,7 @@ from rlhf import distributed
 from rlhf.core.errors import UserError
 from rlhf.data.chat_tokenizer import ChatTokenizer
 from rlhf.distributed.exchange_folder import ExchangeFolder
-from rlhf.models.frozen_head import autocast_dtype
+from rlhf.models.mapped import autocast_dtype
 from rlhf.models.vocabulary import token_count
 from rlhf.rollout import vllm_engine
 from rlhf.rollout.types import Completion, SamplingParams

@@ -78,7 +78,7 @@ class Engine:
         self.module = self._placed(module)
         self.forward: Callable[..., Any] = self.module
         """Calls the module in the engine's precision."""
-        if isinstance(autocast := self.autocast(), torch.autocast):
+        if isinstance(autocast := self.autocast(), torch.autocast):  # one context: calls must not be nested
             self.forward = autocast(self.module.__call__)
         self.optimizer = config.algorithm(groups, **config.model_dump(include={"betas", "eps", "weight_decay"}))
         self.rates = [group["lr"] for group in groups]
@@ -94,12 +94,12 @@ class Engine:
         return torch.autocast(distributed.device().type, dtype=self.dtype)
 
     def accumulate(
-        self, batches: Sequence[T], loss_of: Callable[[T], tuple[Tensor, Found]], smaller: str
+        self, batches: Callable[[], Sequence[T]], loss_of: Callable[[T], tuple[Tensor, Found]], smaller: str
     ) -> list[Found] | None:
         """Run the forward and backward passes of an optimizer step; every rank calls it.
 
         Args:
-            batches: This rank's micro-batches.
+            batches: Builds this rank's micro-batches.
             loss_of: Gives a micro-batch's loss, and what else is wanted of it.
             smaller: A config override that makes the passes smaller, for the error: `batch.micro_batch_size=4`.
 
@@ -112,7 +112,7 @@ class Engine:
         """
         found: list[Found] | None = None
         try:
-            found = self._passes(batches, loss_of)
+            found = self._passes(batches(), loss_of)
         except (RuntimeError, MemoryError) as error:
             refuse_other_errors(error, self.stage, self.repeatable, smaller)
         if not self.repeatable or not self._on_any_rank(found is None):
@@ -131,6 +131,11 @@ class Engine:
 
     def _on_any_rank(self, flag: bool) -> bool:
         return flag  # one process
+
+    def largest(self, count: Tensor) -> int:
+        """The largest `count` of all ranks where they must make the same passes (ZeRO stage 3; every rank calls it),
+        elsewhere this rank's own."""
+        return int(distributed.all_max(count)) if self.stage == 3 else int(count)
 
     def backward(self, loss: Tensor, last: bool) -> None:
         """Add the gradient of `loss`; `last` marks the last micro-batch before `step`."""

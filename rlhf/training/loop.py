@@ -176,7 +176,7 @@ class Loop(Generic[Batch]):
             return loss, torch.stack([value.detach().double() for value in values])
 
         smaller = f"batch.micro_batch_size={self._smaller}"
-        noted = self.engine.accumulate(list(zip(batches, counts)), loss_of, smaller)
+        noted = self.engine.accumulate(lambda: list(zip(batches, counts)), loss_of, smaller)
         return None if noted is None else sum(noted, torch.zeros_like(self._window))
 
     @property
