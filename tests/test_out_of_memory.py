@@ -80,7 +80,7 @@ def test_sft_repeats_a_step_that_runs_out_of_memory_and_a_resumed_run_keeps_the_
 
     monkeypatch.setattr(Engine, "backward", failing)
     run = sft_runs.run(sft_runs.settings(demos, tmp_path / "run"))
-    assert "from here on it has 2 records instead of 4" in capsys.readouterr().out
+    assert "from here on it has 2 instead of 4 records" in capsys.readouterr().out
     assert sft_runs.losses(run) == pytest.approx(sft_runs.losses(whole), rel=1e-4)
     longer = sft_runs.settings(demos, tmp_path / "run", batch={"batch_size": 8, "micro_batch_size": 4, "epochs": 3})
     before = len(passes)
@@ -161,7 +161,7 @@ sft_runs.run(sft_runs.settings(demos, folder, batch={"batch_size": 8, "micro_bat
 @pytest.mark.slow
 def test_ranks_repeat_a_step_of_sft_together_where_one_of_them_runs_out_of_memory(tmp_path, demos):
     done = tiny.launch(2, SFT_RANKS, str(tmp_path / "ranks"), demos)
-    assert done.returncode == 0 and "from here on it has 1 records instead of 2" in done.stdout, done.stdout
+    assert done.returncode == 0 and "from here on it has 1 instead of 2 records" in done.stdout, done.stdout
     batch = {"batch_size": 8, "micro_batch_size": 2, "max_steps": 4}
     alone = sft_runs.run(sft_runs.settings(demos, tmp_path / "alone", batch=batch))
     assert sft_runs.losses(tmp_path / "ranks") == pytest.approx(sft_runs.losses(alone), rel=1e-4)

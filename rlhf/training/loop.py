@@ -197,7 +197,7 @@ class Loop(Generic[Batch]):
                 "Set gradient_checkpointing=true, train an adapter (tuning=lora), or lower model.max_length. "
                 "`rlhf plan` shows what each saves.",
             )
-        say(f"Out of memory in a micro-batch: from here on it has {self._smaller} records instead of {self.micro}")
+        say(f"Out of memory in a micro-batch: from here on it has {self._smaller} instead of {self.micro} records")
         self._set_micro(self._smaller)
 
     def _set_micro(self, micro: int) -> None:
