@@ -87,23 +87,26 @@ class Minibatch:
     rows: TokenRows
     budget: int
     """Tokens of a micro-batch."""
+    tokens: int
+    """Response tokens on all ranks."""
+
+    @classmethod
+    def of(cls, per_rank: RankBatches, rows: TokenRows, budget: int) -> Minibatch:
+        """A minibatch of these rows."""
+        tokens = sum(rows.flagged[episode] for rank in per_rank for batch in rank for episode in batch)
+        return cls(per_rank, rows, budget, tokens)
 
     @property
     def episodes(self) -> list[int]:
         """All episodes of the minibatch, in increasing order."""
         return sorted(episode for rank in self.per_rank for batch in rank for episode in batch)
 
-    @property
-    def tokens(self) -> int:
-        """Response tokens on all ranks."""
-        return sum(self.rows.flagged[episode] for episode in self.episodes)
-
     def within(self, budget: int) -> Minibatch:
         """The same episodes in micro-batches of up to `budget` tokens."""
         if budget == self.budget:
             return self
         totals = [len(ids) for ids, _ in self.rows.rows]
-        return Minibatch(divide(totals, self.episodes, 1, budget, self.rows.packed)[0], self.rows, budget)
+        return Minibatch.of(divide(totals, self.episodes, 1, budget, self.rows.packed)[0], self.rows, budget)
 
     def micro_batches(self, frozen_states: Mapping[int, Tensor] | None = None) -> list[MicroBatch]:
         """This rank's part, as tensors; see `TokenRows.micro_batches`."""
@@ -127,7 +130,7 @@ class Minibatches:
         totals = [len(ids) for ids, _ in episodes]
         rows, processes = TokenRows(episodes, pad_id, packed), distributed.world_size()
         divisions = [divide(totals, order, minibatches, budget, packed, processes) for order in orders]
-        return cls(rows, [[Minibatch(per_rank, rows, budget) for per_rank in division] for division in divisions])
+        return cls(rows, [[Minibatch.of(per_rank, rows, budget) for per_rank in division] for division in divisions])
 
 
 @dataclass

@@ -137,31 +137,23 @@ class Learner:
     ) -> tuple[Tensor, Tensor]:
         """Accumulate the gradient of a minibatch, in smaller micro-batches where memory runs out. Returns this rank's
         `SUMS` and [-smallest, largest ratio]."""
-        minibatch = minibatch.within(self.budget.tokens)
-        smaller = f"batch.micro_batch_tokens={max(self.budget.tokens // 2, 1)}"
+        if self.budget.halvings:
+            minibatch = minibatch.within(self.budget.tokens)
         while True:
-            batches = partial(self._batches, experience, minibatch, step)
-            loss_of = partial(self._loss, experience, advantages, minibatch.tokens, critic_only)
+            count = len(minibatch.per_rank[0])
+            ptx, ptx_tokens = self.ptx.batch(step, count) if self.ptx else ([None] * count, 1)
+            batches = partial(minibatch.micro_batches, experience.frozen_states)
+            loss_of = partial(self._loss, experience, advantages, minibatch.tokens, ptx, ptx_tokens, critic_only)
+            smaller = f"batch.micro_batch_tokens={max(minibatch.budget // 2, 1)}"
             found = self.engine.accumulate(batches, loss_of, smaller)
             if found is not None:
                 sums, extremes = zip(*found)
                 return sum(sums[1:], sums[0]), torch.stack(extremes).amax(0)
             minibatch = self.budget.split(minibatch)
 
-    def _batches(
-        self, experience: Experience, minibatch: Minibatch, step: int
-    ) -> list[tuple[MicroBatch, MicroBatch | None, int]]:
-        """This rank's micro-batches; with each the demonstrations that go with it, and the tokens of the step's
-        demonstrations on all ranks."""
-        batches = minibatch.micro_batches(experience.frozen_states)
-        if self.ptx is None:
-            return [(batch, None, 1) for batch in batches]
-        demonstrations, tokens = self.ptx.batch(step, len(batches))
-        return [(batch, ptx, tokens) for batch, ptx in zip(batches, demonstrations)]
-
     def _loss(
-        self, experience: Experience, advantages: Advantages, tokens: int, critic_only: bool,
-        batches: tuple[MicroBatch, MicroBatch | None, int],
+        self, experience: Experience, advantages: Advantages, tokens: int, ptx: Sequence[MicroBatch | None],
+        ptx_tokens: int, critic_only: bool, index: int, batch: MicroBatch,
     ) -> tuple[Tensor, tuple[Tensor, Tensor]]:  # fmt: skip
         """The token losses of a micro-batch, divided by the tokens of the minibatch; and its sums and ratio extremes.
 
@@ -169,12 +161,14 @@ class Learner:
             experience: What was computed before learning.
             advantages: Weights of the policy gradient, and the critic's targets.
             tokens: Response tokens of the minibatch on all ranks.
+            ptx: The demonstrations that go with each micro-batch.
+            ptx_tokens: Tokens of the step's demonstrations on all ranks.
             critic_only: Only the critic is trained in this update.
-            batches: One of `_batches`.
+            index: Which micro-batch of the minibatch it is.
+            batch: The micro-batch.
         """
-        batch, ptx, ptx_tokens = batches
         c, old = self.config.loss, _old_columns(experience, advantages, batch)
-        out = self.engine.forward(batch, self.config.rollout.temperature, ptx)
+        out = self.engine.forward(batch, self.config.rollout.temperature, ptx[index])
         value = values_clipped = ptx_loss = out.logprobs.new_zeros(())
         if out.values is not None:
             assert old.values is not None and old.returns is not None

@@ -94,13 +94,14 @@ class Engine:
         return torch.autocast(distributed.device().type, dtype=self.dtype)
 
     def accumulate(
-        self, batches: Callable[[], Sequence[T]], loss_of: Callable[[T], tuple[Tensor, Found]], smaller: str
+        self, batches: Callable[[], Sequence[T]], loss_of: Callable[[int, T], tuple[Tensor, Found]], smaller: str
     ) -> list[Found] | None:
         """Run the forward and backward passes of an optimizer step; every rank calls it.
 
         Args:
             batches: Builds this rank's micro-batches.
-            loss_of: Gives a micro-batch's loss, and what else is wanted of it.
+            loss_of: Given a micro-batch's index and the micro-batch: its loss, and what else is wanted of it. Where
+                passes are `repeatable` it must not wait for other ranks.
             smaller: A config override that makes the passes smaller, for the error: `batch.micro_batch_size=4`.
 
         Returns:
@@ -110,24 +111,22 @@ class Engine:
         Raises:
             UserError: Memory ran out, and the engine cannot repeat passes.
         """
-        found: list[Found] | None = None
+        found: list[Found] = []
+        failed, parts, batch, loss = False, None, None, None
         try:
-            found = self._passes(batches(), loss_of)
+            parts = batches()
+            for i, batch in enumerate(parts):
+                loss, one = loss_of(i, batch)
+                self.backward(loss, last=i == len(parts) - 1)
+                found.append(one)
         except (RuntimeError, MemoryError) as error:
             refuse_other_errors(error, self.stage, self.repeatable, smaller)
-        if not self.repeatable or not self._on_any_rank(found is None):
+            failed, parts, batch, loss = True, None, None, None
+        if not self.repeatable or not self._on_any_rank(failed):
             return found
         self.forget()
         free_memory()
         return None
-
-    def _passes(self, batches: Sequence[T], loss_of: Callable[[T], tuple[Tensor, Found]]) -> list[Found]:
-        found = []
-        for i, batch in enumerate(batches):
-            loss, one = loss_of(batch)
-            self.backward(loss, last=i == len(batches) - 1)
-            found.append(one)
-        return found
 
     def _on_any_rank(self, flag: bool) -> bool:
         return flag  # one process

@@ -169,14 +169,14 @@ class Loop(Generic[Batch]):
         items = distributed.all_sum(sum(counts, torch.zeros_like(counts[0])))
         items = items.where(items > 0, 1)
 
-        def loss_of(batch: tuple[Batch, Tensor]) -> tuple[Tensor, Tensor]:
-            total, sums = self.objective.loss(self.engine, batch[0])
+        def loss_of(index: int, batch: Batch) -> tuple[Tensor, Tensor]:
+            total, sums = self.objective.loss(self.engine, batch)
             loss = total / items
-            values = (loss, *sums, batch[1], self.objective.tokens(batch[0]))
+            values = (loss, *sums, counts[index], self.objective.tokens(batch))
             return loss, torch.stack([value.detach().double() for value in values])
 
         smaller = f"batch.micro_batch_size={self._smaller}"
-        noted = self.engine.accumulate(lambda: list(zip(batches, counts)), loss_of, smaller)
+        noted = self.engine.accumulate(lambda: batches, loss_of, smaller)
         return None if noted is None else sum(noted, torch.zeros_like(self._window))
 
     @property
