@@ -16,7 +16,7 @@ from rlhf.report.gather import RunRecord, Subject, located
 from rlhf.runs.changes import flat
 from rlhf.runs.run import is_run, read_run
 
-SLICES = {"by_distance": "how many ranks apart", "by_source": "source", "by_annotator": "annotator",
+SLICES = {"by_distance": "difference of ranks", "by_source": "source", "by_annotator": "annotator",
           "by_group": "group"}  # fmt: skip
 """Slices of reward_metrics.json -> what they are by."""
 MOST_SLICES = 12
